@@ -1,0 +1,44 @@
+"""Fidelora: what you saw in training is what you get in production.
+
+    from fidelora import AdapterRef, Engine, Recipe
+
+    recipe = Recipe(prompt="a photo of sks", adapters=(AdapterRef.from_file("sks.safetensors", 0.8),), seed=7)
+    Engine().generate(recipe).save("sks.png")
+
+Names are loaded when they are first used, so that `import fidelora` costs nothing and needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fidelora.engine.engine import Engine, Progress
+    from fidelora.engine.output import GeneratedImage, read_record
+    from fidelora.errors import FideloraError
+    from fidelora.recipe import AdapterRef, Recipe
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AdapterRef": "fidelora.recipe",
+    "Engine": "fidelora.engine.engine",
+    "FideloraError": "fidelora.errors",
+    "GeneratedImage": "fidelora.engine.output",
+    "Progress": "fidelora.engine.engine",
+    "Recipe": "fidelora.recipe",
+    "read_record": "fidelora.engine.output",
+}
+
+__all__ = ["AdapterRef", "Engine", "FideloraError", "GeneratedImage", "Progress", "Recipe", "__version__", "read_record"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fidelora' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

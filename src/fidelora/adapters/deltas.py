@@ -1,0 +1,155 @@
+"""What one adapter does to one weight, in the trainer's own order of operations.
+
+The order matters: floating-point sums and products are not associative, and the images are compared to the bit. Two paths
+exist in the trainer, and each kind of delta has both:
+
+* merged: `add_to` changes the weight itself, in float32, before the image is made;
+* live: the LoRA runs beside the module (`beside`), or the changed weight is made anew at each call (`live_weight`).
+
+All tensors of a delta are float32 on the CPU, whatever the file stores: the trainer's own are float32 while it samples.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+Module = nn.Linear | nn.Conv2d
+
+
+@dataclass(frozen=True, eq=False)
+class Delta(ABC):
+    """The change that an adapter makes to one weight.
+
+    Attributes:
+        scale: alpha / rank; what the delta is multiplied with beside the user's multiplier.
+    """
+
+    scale: float
+
+    @abstractmethod
+    def shape_for(self, weight_shape: torch.Size) -> tuple[int, ...]:
+        """The shape of the weight that this delta can change; equal to `weight_shape` if it fits that one."""
+
+    @abstractmethod
+    def add_to(self, weight: Tensor, multiplier: float) -> Tensor:
+        """The float32 `weight` with the delta added, as a new float32 tensor on the same device."""
+
+    @abstractmethod
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors that the delta keeps."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoraDelta(Delta):
+    """`up @ down`. Linear: down [rank, in], up [out, rank]; conv: down [rank, in, kh, kw], up [out, rank, 1, 1]."""
+
+    down: Tensor
+    up: Tensor
+
+    def shape_for(self, weight_shape: torch.Size) -> tuple[int, ...]:
+        return (self.up.shape[0], *self.down.shape[1:])
+
+    def add_to(self, weight: Tensor, multiplier: float) -> Tensor:
+        up, down = self.up.to(weight.device), self.down.to(weight.device)
+        if weight.dim() == 2:
+            product = up @ down
+        elif down.shape[2:] == (1, 1):
+            product = (up.squeeze(3).squeeze(2) @ down.squeeze(3).squeeze(2)).unsqueeze(2).unsqueeze(3)
+        else:
+            product = functional.conv2d(down.permute(1, 0, 2, 3), up).permute(1, 0, 2, 3)
+        # The trainer's order: multiplier first, then scale, then the sum.
+        return weight + multiplier * product * self.scale
+
+    def beside(self, module: Module, x: Tensor, multiplier: float) -> Tensor:
+        """What runs beside `module`: `up(down(x)) * scale * multiplier`, in float32; `x` is the module's own input."""
+        up, down = self.up.to(x.device), self.down.to(x.device)
+        x = x.to(down.dtype)
+        if isinstance(module, nn.Conv2d):
+            hidden = functional.conv2d(x, down, stride=module.stride, padding=module.padding)  # type: ignore[arg-type]
+            result = functional.conv2d(hidden, up)
+        else:
+            result = functional.linear(functional.linear(x, down), up)
+        return result * self.scale * multiplier
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.down, self.up)
+
+
+class WeightDelta(Delta):
+    """A delta that exists only as a whole weight, so that its live path makes that weight anew at each call."""
+
+    @abstractmethod
+    def full(self, weight_shape: torch.Size, device: torch.device) -> Tensor:
+        """The whole delta times `scale`, float32, in the weight's shape."""
+
+    def add_to(self, weight: Tensor, multiplier: float) -> Tensor:
+        # The trainer's order: scale first (in `full`), then the multiplier, then the sum.
+        return weight + self.full(weight.shape, weight.device) * multiplier
+
+    def live_weight(self, weight: Tensor, multiplier: float) -> Tensor:
+        """`weight` with the delta added in the dtype of the weight, where the merged path does it in float32."""
+        return weight + self.full(weight.shape, weight.device).to(weight.dtype) * multiplier
+
+
+@dataclass(frozen=True, eq=False)
+class LokrDelta(WeightDelta):
+    """A Kronecker product, `kron(w1, w2)`, each factor stored whole or as a product of two.
+
+    `w1` [a, b] or (w1_a [a, rank], w1_b [rank, b]); `w2` [c, d] or [c, d, kh, kw] or (w2_a [c, rank], w2_b [rank, d * kh * kw]).
+    """
+
+    w1: tuple[Tensor, ...]
+    w2: tuple[Tensor, ...]
+
+    def shape_for(self, weight_shape: torch.Size) -> tuple[int, ...]:
+        w1, w2 = _product_shape(self.w1), _product_shape(self.w2)
+        if len(w2) == 4:
+            return (w1[0] * w2[0], w1[1] * w2[1], *w2[2:])
+        return _unflatten((w1[0] * w2[0], w1[1] * w2[1]), weight_shape)
+
+    def full(self, weight_shape: torch.Size, device: torch.device) -> Tensor:
+        w1, w2 = _product(self.w1, device), _product(self.w2, device)
+        if w2.dim() == 4:
+            w1 = w1.unsqueeze(2).unsqueeze(2)
+        return (torch.kron(w1, w2.contiguous()) * self.scale).reshape(weight_shape)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (*self.w1, *self.w2)
+
+
+@dataclass(frozen=True, eq=False)
+class LohaDelta(WeightDelta):
+    """A Hadamard product, `(w1_a @ w1_b) * (w2_a @ w2_b)`; the trainer writes none, so its order here is LyCORIS' own."""
+
+    w1: tuple[Tensor, Tensor]
+    w2: tuple[Tensor, Tensor]
+
+    def shape_for(self, weight_shape: torch.Size) -> tuple[int, ...]:
+        w1, w2 = _product_shape(self.w1), _product_shape(self.w2)
+        return _unflatten(w1, weight_shape) if w1 == w2 else w1
+
+    def full(self, weight_shape: torch.Size, device: torch.device) -> Tensor:
+        return (_product(self.w1, device) * _product(self.w2, device) * self.scale).reshape(weight_shape)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (*self.w1, *self.w2)
+
+
+def _product(factors: tuple[Tensor, ...], device: torch.device) -> Tensor:
+    whole, *rest = (factor.to(device) for factor in factors)
+    return whole @ rest[0] if rest else whole
+
+
+def _product_shape(factors: tuple[Tensor, ...]) -> tuple[int, ...]:
+    return tuple(factors[0].shape) if len(factors) == 1 else (factors[0].shape[0], factors[1].shape[1])
+
+
+def _unflatten(matrix_shape: tuple[int, ...], weight_shape: torch.Size) -> tuple[int, ...]:
+    """The weight's shape if a matrix [out, in * kh * kw] holds as many numbers for each output, else the matrix's own."""
+    fits = matrix_shape[0] == weight_shape[0] and matrix_shape[1] == weight_shape[1:].numel()
+    return tuple(weight_shape) if fits else matrix_shape

@@ -1,0 +1,251 @@
+"""An adapter's file, read strictly: every key has a meaning here, or the file is refused with the reason.
+
+Keys are `<module>.<part>`. Which module of the base model `<module>` is, `targets.py` finds out; the parts tell the kind:
+
+* LoRA: `lora_down.weight`, `lora_up.weight`, `alpha` (AI Toolkit, kohya), or `lora_A.weight`, `lora_B.weight` (PEFT);
+* LoKr: `lokr_w1` or `lokr_w1_a` `lokr_w1_b`, `lokr_w2` or `lokr_w2_a` `lokr_w2_b`, `alpha`;
+* LoHa: `hada_w1_a` `hada_w1_b` `hada_w2_a` `hada_w2_b`, `alpha` (LyCORIS).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fidelora.adapters.deltas import Delta, LohaDelta, LokrDelta, LoraDelta
+from fidelora.errors import AdapterFormatError, AdapterNotFoundError, NonFiniteWeightsError, WeightsFileError
+from fidelora.recipe import Noise
+from fidelora.weights_file import Header, read_header, refuse_pickle
+
+MAX_ADAPTER_BYTES = 4 * 2**30
+_FLOATS = {"F16", "BF16", "F32", "F64"}
+
+_PARTS = {
+    "alpha": "alpha",
+    "lora_down.weight": "down", "lora_A.weight": "down", "lora_A.default.weight": "down",
+    "lora_up.weight": "up", "lora_B.weight": "up", "lora_B.default.weight": "up",
+    "lokr_w1": "lokr_w1", "lokr_w1_a": "lokr_w1_a", "lokr_w1_b": "lokr_w1_b",
+    "lokr_w2": "lokr_w2", "lokr_w2_a": "lokr_w2_a", "lokr_w2_b": "lokr_w2_b",
+    "hada_w1_a": "hada_w1_a", "hada_w1_b": "hada_w1_b", "hada_w2_a": "hada_w2_a", "hada_w2_b": "hada_w2_b",
+}  # fmt: skip
+
+_REFUSED_PARTS = {
+    "dora_scale": "is a DoRA, which the trainer does not make for this model and no preview can be compared with",
+    "magnitude": "is a DoRA, which the trainer does not make for this model and no preview can be compared with",
+    "lora_magnitude_vector": "is a DoRA, which the trainer does not make for this model and no preview can be compared with",
+    "lora_mid.weight": "uses the Tucker decomposition (lora_mid), which is not supported; export it without",
+    "lokr_t2": "uses the Tucker decomposition (lokr_t2), which is not supported; export it without",
+    "hada_t1": "uses the Tucker decomposition (hada_t1), which is not supported; export it without",
+    "hada_t2": "uses the Tucker decomposition (hada_t2), which is not supported; export it without",
+    "diff": "stores whole weight differences (diff), which is not supported; extract a LoRA from it",
+    "diff_b": "stores whole bias differences (diff_b), which is not supported; extract a LoRA from it",
+}
+
+_KINDS = {
+    frozenset({"down", "up"}): "lora",
+    frozenset({"lokr_w1", "lokr_w2"}): "lokr",
+    frozenset({"lokr_w1", "lokr_w2_a", "lokr_w2_b"}): "lokr",
+    frozenset({"lokr_w1_a", "lokr_w1_b", "lokr_w2"}): "lokr",
+    frozenset({"lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b"}): "lokr",
+    frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}): "loha",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """An adapter in memory.
+
+    Attributes:
+        sha256: of the file's bytes, in hex.
+        name: what messages call it.
+        deltas: by the module's name as the file spells it, in the order of the file's keys.
+        metadata: the file's own text fields.
+        stored_dtypes: the types in the file, before they became float32.
+        size_bytes: of the tensors in memory.
+    """
+
+    sha256: str
+    name: str
+    deltas: Mapping[str, Delta]
+    metadata: Mapping[str, str]
+    stored_dtypes: frozenset[str]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(tensor.nbytes for delta in self.deltas.values() for tensor in delta.tensors())
+
+
+def read_adapter(path: Path) -> Adapter:
+    """Read the adapter at `path`; the hash and the tensors come from one and the same read of the file.
+
+    Raises:
+        AdapterNotFoundError: no file there.
+        WeightsFileError: not a sound .safetensors file (a web page, truncated, damaged, too large a header, ...).
+        PickleRefusedError: a pickle.
+        AdapterFormatError: sound, but not an adapter of a kind that can be applied.
+        NonFiniteWeightsError: NaN or infinity among its weights.
+    """
+    if path.is_dir():
+        raise AdapterNotFoundError(f"{path} is a folder, not an adapter file; name the .safetensors file in it.")
+    try:
+        with path.open("rb") as file:
+            refuse_pickle(path)
+            header = read_header(file, path.name)
+            _check_header(header, path.name)
+            modules = _group(header, path.name)  # the body is read only if every key makes sense
+            file.seek(0)
+            content = file.read()
+    except FileNotFoundError:
+        raise AdapterNotFoundError(f"There is no adapter file {path}; check the path.") from None
+    except OSError as error:
+        raise WeightsFileError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+    try:
+        tensors = safetensors.torch.load(content)
+    except SafetensorError as error:  # the file changed between the two reads
+        raise WeightsFileError(f"{path.name} is not a sound .safetensors file: {error}.") from error
+    tensors = {key: tensor.to(torch.float32) for key, tensor in tensors.items()}
+    _check_finite(tensors, modules, path.name)
+    default_alpha = _peft_alpha(header.metadata, path.name)
+    deltas = {
+        module: _delta({part: tensors[key] for part, key in parts.items()}, default_alpha, module, path.name)
+        for module, parts in modules.items()
+    }
+    stored_dtypes = frozenset(info.dtype for info in header.tensors.values())
+    return Adapter(hashlib.sha256(content).hexdigest(), path.stem, deltas, header.metadata, stored_dtypes)
+
+
+def trainer_version(metadata: Mapping[str, str]) -> tuple[int, ...] | None:
+    """The version of AI Toolkit that wrote a file, from its `software` metadata; None if another program or none is named."""
+    try:
+        software = json.loads(metadata.get("software", "null"))
+        if software["name"] != "ai-toolkit":
+            return None
+        return tuple(int(number) for number in re.findall(r"\d+", software["version"])[:3])
+    except (json.JSONDecodeError, TypeError, KeyError):
+        return None
+
+
+def noise_of_trainer(metadata: Mapping[str, str]) -> Noise:
+    """How previews beside this file drew their half-precision noise: trainers before 0.11.2 came with torch <= 2.11."""
+    version = trainer_version(metadata)
+    return "legacy" if version is not None and version < (0, 11, 2) else "modern"
+
+
+def _check_header(header: Header, name: str) -> None:
+    if header.file_bytes > MAX_ADAPTER_BYTES:
+        raise AdapterFormatError(f"{name} has {header.file_bytes:,} bytes: it is a whole model rather than an adapter.")
+    if not header.tensors:
+        raise AdapterFormatError(f"{name} holds no tensors at all: nothing was saved in it; export it again.")
+    if "emb_params" in header.tensors:
+        raise AdapterFormatError(f"{name} is a textual-inversion embedding, not a LoRA; embeddings are not supported yet.")
+    for key, info in header.tensors.items():
+        if info.dtype not in _FLOATS and not key.endswith(".alpha"):
+            raise AdapterFormatError(f"{name} stores {key} as {info.dtype}; only F16, BF16, F32 and F64 are accepted.")
+        if 0 in info.shape or (key.endswith(".alpha") and math.prod(info.shape) != 1):
+            raise AdapterFormatError(f"{name} gives {key} the shape {list(info.shape)}, which means nothing for it.")
+
+
+def _group(header: Header, name: str) -> dict[str, dict[str, str]]:
+    """Module -> part -> key, with every key placed and every module complete."""
+    modules: dict[str, dict[str, str]] = defaultdict(dict)
+    unknown: list[str] = []
+    for key in header.tensors:
+        for suffix, reason in _REFUSED_PARTS.items():
+            if key.endswith("." + suffix):
+                raise AdapterFormatError(f"{name} {reason} ({key}).")
+        suffix = next((suffix for suffix in _PARTS if key.endswith("." + suffix)), None)
+        if suffix is None:
+            unknown.append(key)
+            continue
+        module, part = key.removesuffix("." + suffix), _PARTS[suffix]
+        if part in modules[module]:
+            raise AdapterFormatError(f"{name} gives {module} two tensors for the same part ({modules[module][part]} and {key}).")
+        modules[module][part] = key
+
+    if unknown:
+        looks_whole = any(key.startswith(("model.diffusion_model.", "cond_stage_model.", "down_blocks.")) for key in unknown)
+        what = "is a whole model, not an adapter" if looks_whole else "has keys that no adapter format here knows"
+        raise AdapterFormatError(f"{name} {what}: {_some(unknown)}.")
+    for module, parts in modules.items():
+        if frozenset(parts) - {"alpha"} not in _KINDS:
+            raise AdapterFormatError(f"{name} is incomplete at {module}: it has only {_some(sorted(parts.values()))}.")
+    return dict(modules)
+
+
+def _check_finite(tensors: Mapping[str, Tensor], modules: Mapping[str, Mapping[str, str]], name: str) -> None:
+    for parts in modules.values():
+        for part, key in parts.items():
+            # The trainer stores an alpha of 1e10, infinite in fp16, in whole LoKr modules, where it has no meaning.
+            if part == "alpha" and {"lokr_w1", "lokr_w2"} <= parts.keys():
+                continue
+            if not torch.isfinite(tensors[key]).all():
+                raise NonFiniteWeightsError(
+                    f"{name} holds NaN or infinity in {key}: training diverged there or the file is damaged; "
+                    "use an earlier checkpoint."
+                )
+
+
+def _peft_alpha(metadata: Mapping[str, str], name: str) -> float | None:
+    """The alpha that PEFT keeps for all modules in the metadata, where kohya keeps one beside each module; None: as the rank."""
+    if "lora_adapter_metadata" not in metadata:
+        return None
+    try:
+        config = json.loads(metadata["lora_adapter_metadata"])
+        patterns = [key for key, value in config.items() if key.endswith(("alpha_pattern", "rank_pattern")) and value]
+        alphas = {float(value) for key, value in config.items() if key.endswith("lora_alpha")}
+    except (json.JSONDecodeError, AttributeError, TypeError, ValueError) as error:
+        raise AdapterFormatError(f"{name} has lora_adapter_metadata that cannot be read: export it again.") from error
+    if patterns or len(alphas) > 1:
+        raise AdapterFormatError(f"{name} has different alphas for different modules in its PEFT metadata; that is not supported.")
+    return alphas.pop() if alphas else None
+
+
+def _delta(tensors: Mapping[str, Tensor], default_alpha: float | None, module: str, name: str) -> Delta:
+    kind = _KINDS[frozenset(tensors) - {"alpha"}]
+    alpha = float(tensors["alpha"]) if "alpha" in tensors else default_alpha
+
+    def factors(stem: str) -> tuple[Tensor, ...]:
+        whole = (tensors[stem],) if stem in tensors else (tensors[f"{stem}_a"], tensors[f"{stem}_b"])
+        if len(whole) == 2 and (whole[0].dim() != 2 or whole[1].dim() != 2 or whole[0].shape[1] != whole[1].shape[0]):
+            raise AdapterFormatError(f"{name} has factors at {module} that cannot be multiplied.")
+        return whole
+
+    if kind == "lora":
+        down, up = tensors["down"], tensors["up"]
+        if down.dim() not in (2, 4) or up.dim() != down.dim() or up.shape[1:] != (down.shape[0], *[1] * (up.dim() - 2)):
+            raise AdapterFormatError(
+                f"{name} has shapes at {module} that make no LoRA: down {list(down.shape)}, up {list(up.shape)}."
+            )
+        return LoraDelta(_scale(alpha, down.shape[0]), down, up)
+    if kind == "loha":
+        (w1_a, w1_b), (w2_a, w2_b) = factors("hada_w1"), factors("hada_w2")
+        return LohaDelta(_scale(alpha, w1_b.shape[0]), (w1_a, w1_b), (w2_a, w2_b))
+    w1, w2 = factors("lokr_w1"), factors("lokr_w2")
+    if w1[0].dim() != 2 or w2[0].dim() not in (2, 4):
+        raise AdapterFormatError(f"{name} has shapes at {module} that make no LoKr.")
+    if len(w1) == len(w2) == 1:
+        return LokrDelta(1.0, w1, w2)  # both whole: the trainer's scale is 1 and the stored alpha has no meaning
+    rank = w2[1].shape[0] if len(w2) == 2 else w1[1].shape[0]
+    return LokrDelta(_scale(alpha, rank), w1, w2)
+
+
+def _scale(alpha: float | None, rank: int) -> float:
+    """Alpha / rank; no alpha, or one of 0, means alpha = rank (as in the trainer)."""
+    return alpha / rank if alpha else 1.0
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

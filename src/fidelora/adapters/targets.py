@@ -1,0 +1,117 @@
+"""The weights of a base model that adapters can change, and the binding of an adapter's modules to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from fidelora.adapters.deltas import Delta, Module
+from fidelora.adapters.formats import Adapter
+from fidelora.errors import AdapterMismatchError
+from fidelora.models import ModelSpec
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """One linear or convolutional module.
+
+    `weight` and `bias` are its parameters as they were before offloading put placeholders in their place: where the numbers are.
+    """
+
+    name: str
+    module: Module
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+
+@dataclass(frozen=True, eq=False)
+class BoundAdapter:
+    """An adapter of which every module has found its place in one base model."""
+
+    sha256: str
+    deltas: Mapping[str, Delta]
+    """By the name of the target."""
+
+
+class Targets:
+    """All targets of one base model, found by the names that adapter files use.
+
+    Adapter files flatten a module's path with underscores (`lora_unet_down_blocks_0_attentions_0_proj_in`) or keep its dots
+    (PEFT: `unet.down_blocks.0.attentions.0.proj_in`); both are looked up in the flattened form.
+    """
+
+    def __init__(self, spec: ModelSpec, components: Mapping[str, nn.Module]) -> None:
+        self._spec = spec
+        self.by_name: dict[str, Target] = {}
+        self._names_by_flat: dict[str, str] = {}
+        for component in spec.components:
+            if not component.adapter_prefixes:
+                continue
+            for path, module in components[component.name].named_modules():
+                if isinstance(module, nn.Linear | nn.Conv2d):
+                    name = f"{component.name}.{path}"
+                    flat = self._flatten(component.name, path, component.optional_prefix)
+                    assert flat not in self._names_by_flat, f"{name} and {self._names_by_flat[flat]} have one flattened name"
+                    self._names_by_flat[flat] = name
+                    self.by_name[name] = Target(name, module, module.weight, module.bias)
+
+    def bind(self, adapter: Adapter) -> BoundAdapter:
+        """Find the target of every module of `adapter`.
+
+        Raises:
+            AdapterMismatchError: a module matches none, or one of another shape; nothing is bound then.
+        """
+        unmatched: list[str] = []
+        misshapen: list[str] = []
+        deltas: dict[str, Delta] = {}
+        for module, delta in adapter.deltas.items():
+            target = self._find(module)
+            if target is None:
+                unmatched.append(module)
+            elif delta.shape_for(target.weight.shape) != tuple(target.weight.shape):
+                has, needs = list(delta.shape_for(target.weight.shape)), list(target.weight.shape)
+                misshapen.append(f"{module} is made for {has} where the base model has {needs}")
+            elif target.name in deltas:
+                unmatched.append(f"{module} (its target has another module of the file already)")
+            else:
+                deltas[target.name] = delta
+        if unmatched or misshapen:
+            raise AdapterMismatchError(self._explain(adapter, unmatched, misshapen))
+        return BoundAdapter(adapter.sha256, deltas)
+
+    def _find(self, module: str) -> Target | None:
+        for component in self._spec.components:
+            for prefix in component.adapter_prefixes:
+                if module.startswith(prefix):
+                    flat = self._flatten(component.name, module.removeprefix(prefix), component.optional_prefix)
+                    if flat in self._names_by_flat:
+                        return self.by_name[self._names_by_flat[flat]]
+        return None
+
+    @staticmethod
+    def _flatten(component: str, path: str, optional_prefix: str) -> str:
+        flat = path.replace(".", "_")
+        if optional_prefix:
+            flat = flat.removeprefix(optional_prefix.replace(".", "_"))
+        return f"{component}:{flat}"
+
+    def _explain(self, adapter: Adapter, unmatched: Sequence[str], misshapen: Sequence[str]) -> str:
+        parts = [f"{adapter.name} does not fit this {self._spec.title} base model"]
+        made_for = adapter.metadata.get("ss_base_model_version", "")
+        if made_for and made_for not in self._spec.adapter_base_versions:
+            parts[0] += f" (its file says that it was trained on {made_for})"
+        elif any(name.startswith(("lora_te1_", "lora_te2_")) for name in adapter.deltas):
+            parts[0] += " (its names are those of an SDXL adapter)"
+        total = len(adapter.deltas)
+        if unmatched:
+            parts.append(f"{len(unmatched)} of {total} modules match nothing there: {_some(unmatched)}")
+        if misshapen:
+            parts.append(f"{len(misshapen)} of {total} modules have other shapes: {_some(misshapen)}")
+        return "; ".join(parts) + ". Use it with the base model that it was trained on."
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

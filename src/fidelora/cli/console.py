@@ -1,0 +1,51 @@
+"""What all commands share: how errors reach people, and how they choose a device."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Annotated, NoReturn
+
+import typer
+
+from fidelora.errors import FideloraError, WrongUseError
+
+_debug = False
+
+
+def _set_debug(wanted: bool) -> None:
+    global _debug
+    _debug = _debug or wanted
+
+
+Debug = Annotated[bool, typer.Option("--debug", callback=_set_debug, help="Show the whole traceback of an error.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+
+
+def run(app: Callable[[], object]) -> NoReturn:
+    """Run `app`; every error becomes one sentence on stderr and an exit code: 2 if the request is wrong, 1 if anything else is."""
+    try:
+        app()
+    except FideloraError as error:
+        if _debug:
+            raise
+        fail(str(error), 2 if isinstance(error, WrongUseError) else 1)
+    except Exception as error:
+        if _debug:
+            raise
+        fail(
+            f"Unexpected {type(error).__name__}: {error}. This is a fault of Fidelora's: run it again with --debug and report it.",
+            1,
+        )
+    sys.exit(0)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Leave with one sentence on stderr."""
+    typer.echo(f"error: {message}", err=True)
+    sys.exit(code)
+
+
+def warn(message: str) -> None:
+    """One sentence on stderr, and go on."""
+    typer.echo(f"warning: {message}", err=True)

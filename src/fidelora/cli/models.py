@@ -1,0 +1,42 @@
+"""`fidelora models`"""
+
+from __future__ import annotations
+
+import json
+
+import typer
+
+from fidelora.cli.console import Debug
+from fidelora.models import ModelSpec, all_models
+
+
+def list_models(as_json: bool = typer.Option(False, "--json", help="Print JSON."), debug: Debug = False) -> None:
+    """List the model families with their defaults and samplers."""
+    if as_json:
+        typer.echo(json.dumps([_facts(spec) for spec in all_models().values()], indent=2))
+        return
+    for spec in all_models().values():
+        typer.echo(f"{spec.id}  {spec.title}")
+        typer.echo(f"    base model  {spec.base_model} (also: {', '.join(spec.base_aliases)})")
+        typer.echo(
+            f"    defaults    {spec.default_size}x{spec.default_size}, {spec.default_steps} steps, "
+            f"guidance {spec.default_guidance_scale:g}, seed {spec.default_seed}, sampler {spec.default_sampler}"
+        )
+        typer.echo(f"    sizes       multiples of {spec.resolution_divisor}")
+        typer.echo(f"    samplers    {' '.join(spec.samplers)}")
+
+
+def _facts(spec: ModelSpec) -> dict[str, object]:
+    return {
+        "id": spec.id,
+        "title": spec.title,
+        "base_model": spec.base_model,
+        "base_aliases": list(spec.base_aliases),
+        "resolution_divisor": spec.resolution_divisor,
+        "default_size": spec.default_size,
+        "default_steps": spec.default_steps,
+        "default_guidance_scale": spec.default_guidance_scale,
+        "default_seed": spec.default_seed,
+        "default_sampler": spec.default_sampler,
+        "samplers": list(spec.samplers),
+    }

@@ -1,0 +1,210 @@
+"""A base model in memory: its files found, checked and loaded, its parts on their device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from accelerate import cpu_offload, cpu_offload_with_hook
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from fidelora.adapters.merge import MergedAdapters
+from fidelora.adapters.targets import Targets
+from fidelora.engine.device import TORCH_DTYPES
+from fidelora.engine.locate import locate, weight_file_patterns
+from fidelora.engine.single_file import convert_vae, split_checkpoint
+from fidelora.engine.weights import build_component, read_config, read_weights
+from fidelora.errors import BaseModelFilesError
+from fidelora.models import Component, ModelSpec, model_spec
+from fidelora.recipe import Recipe
+
+Offload = Literal["none", "model", "sequential"]
+
+
+class BaseKey(NamedTuple):
+    """What tells one loaded base model from another."""
+
+    model: str
+    base_model: str
+    variant: str
+    vae: str
+    dtype: str
+    vae_dtype: str
+    text_encoder_dtype: str
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> BaseKey:
+        """The base model that `recipe` needs."""
+        return cls(*(getattr(recipe, name) for name in cls._fields))
+
+
+@dataclass(eq=False)
+class BaseModel:
+    """A loaded base model.
+
+    Attributes:
+        device: where its parts compute.
+        tokenizer, text_encoder, unet, vae: the parts; each in the dtype that its key says.
+        targets: the weights that adapters can change.
+        merged: the adapters that are merged into those weights right now.
+    """
+
+    key: BaseKey
+    spec: ModelSpec
+    device: torch.device
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    targets: Targets
+    merged: MergedAdapters
+
+
+def load_base(
+    key: BaseKey,
+    device: torch.device,
+    *,
+    offload: Offload = "none",
+    config: Path | None = None,
+    cache_dir: Path | None = None,
+) -> BaseModel:
+    """Load the base model that `key` names.
+
+    Args:
+        key: which, and in which precision.
+        device: where it computes.
+        offload: `none` keeps all parts there; `model` only the part at work; `sequential` only the layer at work.
+        config: folder in the diffusers layout whose configurations and tokenizer a single-file checkpoint is read with; by
+            default the model family's own.
+        cache_dir: where downloads of the hub are kept, if not in its usual place.
+
+    Raises:
+        BaseModelError, WeightsFileError: what is wrong with its files, and where.
+    """
+    spec = model_spec(key.model)
+    source = locate(key.base_model, spec.components, variant=key.variant, cache_dir=cache_dir)
+    if source.is_file():
+        layout = config or spec.layout
+        configs = {component.name: read_config(layout / component.name / "config.json") for component in spec.components}
+        weights = split_checkpoint(read_weights([source]), configs, source.name)
+    else:
+        layout = source
+        _check_index(source, spec)
+        configs = {component.name: read_config(source / component.name / "config.json") for component in spec.components}
+        weights = {
+            component.name: read_weights(_weight_files(source / component.name, component, key.variant))
+            for component in spec.components
+            if not (key.vae and component.name == "vae")
+        }
+    if key.vae:
+        configs["vae"], weights["vae"] = _other_vae(key, spec, configs["vae"], cache_dir)
+
+    dtypes = {"unet": key.dtype, "vae": key.vae_dtype, "text_encoder": key.text_encoder_dtype}
+    parts = {
+        component.name: build_component(
+            component, configs[component.name], weights.pop(component.name), TORCH_DTYPES[dtypes[component.name]]
+        )
+        for component in spec.components
+    }
+    tokenizer = load_tokenizer(layout / "tokenizer")
+    targets = Targets(spec, parts)  # before offloading puts placeholders in the place of parameters
+    place(parts, device, offload)
+    return BaseModel(
+        key,
+        spec,
+        device,
+        tokenizer,
+        cast(CLIPTextModel, parts["text_encoder"]),
+        cast(UNet2DConditionModel, parts["unet"]),
+        cast(AutoencoderKL, parts["vae"]),
+        targets,
+        MergedAdapters(targets),
+    )
+
+
+def load_tokenizer(folder: Path) -> CLIPTokenizer:
+    """The tokenizer in `folder`.
+
+    Raises:
+        BaseModelFilesError: its vocabulary is not there (the library would go on with an empty one).
+    """
+    if not (folder / "tokenizer.json").is_file():
+        for name in ("vocab.json", "merges.txt"):
+            if not (folder / name).is_file():
+                raise BaseModelFilesError(f"The base model has no tokenizer/{name}; it is incomplete.")
+    return cast(CLIPTokenizer, CLIPTokenizer.from_pretrained(folder, local_files_only=True))
+
+
+def place(parts: dict[str, Any], device: torch.device, offload: Offload) -> None:
+    """Put the parts on their device, or under hooks that bring them there when they work.
+
+    `sequential` keeps the numbers in the very parameters that the parts had before, so what adapters write there takes effect.
+    """
+    match offload:
+        case "none":
+            for part in parts.values():
+                part.to(device)
+        case "model":
+            previous = None
+            for name in ("text_encoder", "unet", "vae"):  # in the order of their work
+                _, previous = cpu_offload_with_hook(parts[name], device, prev_module_hook=previous)
+        case "sequential":
+            for part in parts.values():
+                cpu_offload(part, device, state_dict=dict(part.named_parameters()))
+
+
+def _check_index(folder: Path, spec: ModelSpec) -> None:
+    """Refuse a folder that says it holds another kind of model."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        missing = [component.name for component in spec.components if not (folder / component.name).is_dir()]
+        if missing:
+            raise BaseModelFilesError(
+                f"{folder} is not a diffusers folder: it has neither a model_index.json nor the folder {missing[0]}."
+            )
+        return
+    parts = read_config(index)
+    for component in spec.components:
+        entry = parts.get(component.name)
+        class_name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+        if class_name != component.class_name:
+            raise BaseModelFilesError(
+                f"{folder.name} is a {parts.get('_class_name', 'model of unknown kind')} whose {component.name} is "
+                f"{class_name or 'absent'}, where {spec.title} has a {component.class_name}."
+            )
+    if "text_encoder_2" in parts:
+        raise BaseModelFilesError(f"{folder.name} is a {parts.get('_class_name')} with two text encoders, not {spec.title}.")
+
+
+def _weight_files(folder: Path, component: Component, variant: str) -> list[Path]:
+    for pattern in weight_file_patterns(component, variant):
+        if found := sorted(folder.glob(pattern)):
+            return found
+    wanted = weight_file_patterns(component, variant)[0]
+    pickles = [path.name for suffix in (".bin", ".ckpt", ".pt") for path in folder.glob(f"*{suffix}")]
+    if pickles:
+        raise BaseModelFilesError(
+            f"The base model's {folder.name} has only {pickles[0]}, a pickle, which can run code when it is opened; "
+            f"convert it to {wanted}."
+        )
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    hint = f" (there are: {', '.join(others)}; choose another variant to use them)" if others else ""
+    raise BaseModelFilesError(f"The base model has no {folder.name}/{wanted}{hint}.")
+
+
+def _other_vae(
+    key: BaseKey, spec: ModelSpec, config: dict[str, Any], cache_dir: Path | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and weights of the VAE that replaces the base's own: a folder, a hub id, or a single file of either layout."""
+    component = next(component for component in spec.components if component.name == "vae")
+    source = locate(key.vae, [component], variant=key.variant, cache_dir=cache_dir)
+    if source.is_dir():
+        folder = source if (source / "config.json").is_file() else source / "vae"
+        return read_config(folder / "config.json"), read_weights(_weight_files(folder, component, key.variant))
+    weights = read_weights([source])
+    is_ldm = any(name.endswith("decoder.mid.attn_1.q.weight") for name in weights)
+    return config, convert_vae(weights, config) if is_ldm else weights

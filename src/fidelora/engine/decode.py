@@ -1,0 +1,28 @@
+"""From latents to pixels."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fidelora.errors import NumericsError
+
+
+def decode(vae: AutoencoderKL, latents: Tensor, vae_dtype: torch.dtype) -> NDArray[np.uint8]:
+    """The image of `latents` [1, 4, h, w]: uint8 RGB [8h, 8w, 3].
+
+    Raises:
+        NumericsError: the model produced NaN.
+    """
+    # In the trainer's order: the division in the latents' dtype, [-1, 1] to [0, 1] in the VAE's, the rest in float32.
+    scaled = (latents / vae.config.scaling_factor).to(vae_dtype)
+    image = vae.decode(scaled, return_dict=False)[0]
+    image = (image * 0.5 + 0.5).clamp(0, 1)
+    values = image.cpu().permute(0, 2, 3, 1).float().numpy()[0]
+    if not np.isfinite(values).all():
+        raise NumericsError
+    pixels: NDArray[np.uint8] = (values * 255).round().astype(np.uint8)
+    return pixels

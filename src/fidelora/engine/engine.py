@@ -1,0 +1,225 @@
+"""The engine: recipes in, images out."""
+
+from __future__ import annotations
+
+import platform
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import fidelora
+from fidelora.adapters.library import AdapterLibrary
+from fidelora.adapters.live import live_adapters
+from fidelora.adapters.targets import BoundAdapter
+from fidelora.engine.base import BaseKey, BaseModel, Offload, load_base
+from fidelora.engine.decode import decode
+from fidelora.engine.denoise import denoise
+from fidelora.engine.device import TORCH_DTYPES, auto_dtype, resolve_device
+from fidelora.engine.noise import NoiseSource
+from fidelora.engine.output import GeneratedImage
+from fidelora.engine.samplers import make_scheduler
+from fidelora.engine.text import encode_text
+from fidelora.errors import DeviceError, MemoryExhaustedError
+from fidelora.recipe import Dtype, Recipe
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an image is: `step` of `steps` are done, and `seconds` have passed since the first began."""
+
+    step: int
+    steps: int
+    seconds: float
+
+    @property
+    def seconds_left(self) -> float:
+        """An estimate: the steps to come take as long as those that are done."""
+        return self.seconds / self.step * (self.steps - self.step)
+
+
+OnStep = Callable[[Progress], None]
+"""Called after every step; what it raises (by custom `GenerationCancelled`) ends the generation and leaves the engine usable."""
+
+
+class Engine:
+    """Makes images on one device, and keeps what it loaded for the next ones.
+
+    Calls from several threads wait for each other: an image has the device, and the weights, for itself.
+
+    Args:
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        offload: `none`; `model` or `sequential` save memory of the device and cost time.
+        config: folder in the diffusers layout whose configurations and tokenizer single-file checkpoints are read with;
+            by default the model family's own.
+        cache_dir: where downloads of the hub are kept, if not in its usual place.
+        max_bases: how many base models stay loaded; the one used longest ago goes first.
+        adapters: a library to share; by default a new one.
+
+    Raises:
+        DeviceError: no such device here.
+    """
+
+    def __init__(
+        self,
+        *,
+        device: str = "auto",
+        offload: Offload = "none",
+        config: str | Path | None = None,
+        cache_dir: str | Path | None = None,
+        max_bases: int = 1,
+        adapters: AdapterLibrary | None = None,
+    ) -> None:
+        self.device = resolve_device(device)
+        if offload != "none" and self.device.type == "cpu":
+            raise DeviceError(
+                "Offloading moves parts of the model between the CPU and a device; on the CPU itself use offload none."
+            )
+        self.adapters = adapters or AdapterLibrary()
+        self._offload: Offload = offload
+        self._config = Path(config) if config else None
+        self._cache_dir = Path(cache_dir) if cache_dir else None
+        self._max_bases = max_bases
+        self._bases: OrderedDict[BaseKey, BaseModel] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def auto_dtype(self) -> Dtype:
+        """The usual precision of this engine's device; a recipe itself never says `auto`."""
+        return auto_dtype(self.device)
+
+    def load(self, recipe: Recipe) -> None:
+        """Load the base model and the adapters that `recipe` needs, so that `generate` starts at once.
+
+        Raises:
+            BaseModelError, AdapterError, WeightsFileError: what is wrong with them.
+        """
+        with self._lock:
+            self._bind(self._base(recipe), recipe)
+
+    def generate(self, recipe: Recipe, on_step: OnStep | None = None) -> GeneratedImage:
+        """Make the image that `recipe` defines. The same recipe gives the same pixels, whatever was made before it.
+
+        Raises:
+            BaseModelError, AdapterError, WeightsFileError: what is wrong with a file; nothing has changed then.
+            NumericsError: the model produced NaN.
+            MemoryExhaustedError: the device has too little memory for it.
+            whatever `on_step` raises.
+        """
+        with self._lock, torch.no_grad(), _memory_errors():
+            clock = _Clock()
+            base = self._base(recipe)
+            bound = self._bind(base, recipe)
+            clock.lap("load")
+            with self._with_adapters(base, recipe, bound):
+                clock.lap("adapters")
+                text, warnings = self._encode(base, recipe)
+                clock.lap("text")
+                latents = self._sample(base, recipe, text, on_step)
+                clock.lap("denoise")
+                pixels = decode(base.vae, latents, TORCH_DTYPES[recipe.vae_dtype])
+                clock.lap("decode")
+        return GeneratedImage(pixels, recipe, self._environment(), warnings, clock.laps)
+
+    def _base(self, recipe: Recipe) -> BaseModel:
+        key = BaseKey.of(recipe)
+        if key not in self._bases:
+            while len(self._bases) >= self._max_bases:
+                self._bases.popitem(last=False)  # first, so that two models never need the memory at once
+            self._bases[key] = load_base(
+                key, self.device, offload=self._offload, config=self._config, cache_dir=self._cache_dir
+            )  # fmt: skip
+        self._bases.move_to_end(key)
+        return self._bases[key]
+
+    def _bind(self, base: BaseModel, recipe: Recipe) -> list[tuple[BoundAdapter, float]]:
+        """All adapters of the recipe, checked against the base model before any weight is touched."""
+        return [(base.targets.bind(self.adapters.get(ref)), ref.multiplier) for ref in recipe.adapters]
+
+    @contextmanager
+    def _with_adapters(self, base: BaseModel, recipe: Recipe, bound: list[tuple[BoundAdapter, float]]) -> Iterator[None]:
+        if recipe.adapter_mode == "merged":
+            base.merged.apply(bound)
+            yield
+        else:
+            base.merged.apply([])
+            with live_adapters(base.targets, bound):
+                yield
+
+    def _encode(self, base: BaseModel, recipe: Recipe) -> tuple[Tensor, tuple[str, ...]]:
+        """The text for the UNet, [2, 77, width] negative first or [1, 77, width] without guidance, and warnings."""
+        prompts = {"prompt": recipe.prompt}
+        if recipe.guidance_scale > 1:
+            prompts = {"negative prompt": recipe.negative_prompt, **prompts}
+        encoded = {what: encode_text(base.tokenizer, base.text_encoder, text, base.device) for what, text in prompts.items()}
+        warnings = tuple(
+            f'The end of the {what} does not fit into 77 tokens and has no effect: "{text.cut}".'
+            for what, text in encoded.items()
+            if text.cut
+        )
+        embeddings = [text.embedding.to(base.device, TORCH_DTYPES[recipe.dtype]) for text in encoded.values()]
+        return torch.cat(embeddings), warnings
+
+    def _sample(self, base: BaseModel, recipe: Recipe, text: Tensor, on_step: OnStep | None) -> Tensor:
+        start = time.monotonic()
+
+        def report(step: int) -> None:
+            if on_step is not None:
+                on_step(Progress(step, recipe.steps, time.monotonic() - start))
+
+        scale = 2 ** (len(base.vae.config.block_out_channels) - 1)  # the VAE halves the size after every block but the last
+        return denoise(
+            base.unet,
+            make_scheduler(base.spec, recipe.sampler, recipe.prediction),
+            text,
+            (1, base.unet.config.in_channels, recipe.height // scale, recipe.width // scale),
+            steps=recipe.steps,
+            guidance_scale=recipe.guidance_scale,
+            noise=NoiseSource(recipe.seed, recipe.noise),
+            device=base.device,
+            on_step=report,
+        )
+
+    def _environment(self) -> dict[str, str]:
+        """What can change the last bits of an image without being in its recipe."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
+        return {
+            "fidelora": fidelora.__version__,
+            "torch": torch.__version__,
+            "diffusers": version("diffusers"),
+            "transformers": version("transformers"),
+            "device": f"{self.device} ({name})",
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        }
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Translate what torch raises when memory runs out: a class of its own on devices, a sentence on the CPU."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryExhaustedError from error
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error):
+            raise MemoryExhaustedError from error
+        raise
+
+
+class _Clock:
+    """Seconds between laps."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.laps[name], self._last = now - self._last, now

@@ -1,0 +1,170 @@
+"""A finished image, and its file: PNG, JPEG or WebP with the recipe inside."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
+
+from fidelora.errors import ImageRecordError, OutputError
+from fidelora.files import write_atomically
+from fidelora.recipe import Recipe
+
+ImageFormat = Literal["png", "jpeg", "webp"]
+_SUFFIXES: Mapping[str, ImageFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+
+RECORD_KEY = "fidelora"
+"""The PNG text field with our JSON; in JPEG and WebP it is the EXIF field ImageDescription."""
+PARAMETERS_KEY = "parameters"
+"""The PNG text field that AUTOMATIC1111 and everything after it reads; in JPEG and WebP it is the EXIF field UserComment."""
+
+JPEG_QUALITY = 95
+_MAX_JPEG_EXIF_BYTES = 65_533
+
+
+@dataclass(frozen=True, eq=False)
+class GeneratedImage:
+    """One image and how it came to be.
+
+    Attributes:
+        pixels: uint8 RGB [height, width, 3].
+        recipe: what defines it.
+        environment: what else could have had a part in its last bits: versions and the device.
+        warnings: sentences for people, such as the end of a prompt that did not fit.
+        seconds: how long each part of the work took, by name.
+    """
+
+    pixels: NDArray[np.uint8]
+    recipe: Recipe
+    environment: Mapping[str, str]
+    warnings: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def to_pil(self) -> Image.Image:
+        """The pixels as a Pillow image."""
+        return Image.fromarray(self.pixels)
+
+    def record(self) -> dict[str, Any]:
+        """What the file says of its origin, as plain data."""
+        return {"recipe": self.recipe.to_dict(), "digest": self.recipe.digest, "environment": dict(self.environment)}
+
+    def encode(self, image_format: ImageFormat = "png") -> bytes:
+        """The file's bytes. PNG and WebP keep every pixel; JPEG has quality 95.
+
+        Raises:
+            OutputError: the recipe is too long for a JPEG (64 KB).
+        """
+        image = self.to_pil()
+        buffer = io.BytesIO()
+        if image_format == "png":
+            text = PngImagePlugin.PngInfo()
+            text.add_itxt(PARAMETERS_KEY, parameters_text(self.recipe, self.environment))
+            text.add_itxt(RECORD_KEY, json.dumps(self.record(), ensure_ascii=False))
+            image.save(buffer, "PNG", pnginfo=text)
+            return buffer.getvalue()
+        exif = self._exif()
+        if image_format == "webp":
+            image.save(buffer, "WEBP", lossless=True, exif=exif)
+        else:
+            if len(exif) > _MAX_JPEG_EXIF_BYTES:
+                raise OutputError("The recipe is too long to be kept in a JPEG (64 KB); choose png or webp.")
+            image.save(buffer, "JPEG", quality=JPEG_QUALITY, exif=exif)
+        return buffer.getvalue()
+
+    def save(self, path: str | Path) -> Path:
+        """Write the image to `path`, whole or not at all; its suffix tells the format.
+
+        Raises:
+            OutputError: unknown suffix, or it cannot be written.
+        """
+        path = Path(path)
+        write_atomically(path, self.encode(format_of(path)))
+        return path
+
+    def _exif(self) -> bytes:
+        exif = Image.Exif()
+        exif[ExifTags.Base.ImageDescription] = json.dumps(self.record(), ensure_ascii=True)
+        comment = parameters_text(self.recipe, self.environment).encode("utf-16-be")
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + comment
+        return exif.tobytes()
+
+
+def format_of(path: Path) -> ImageFormat:
+    """The image format that a file name means.
+
+    Raises:
+        OutputError: none that is supported.
+    """
+    try:
+        return _SUFFIXES[path.suffix.lower()]
+    except KeyError:
+        raise OutputError(f"{path.name} ends in no known image format; use .png, .jpg or .webp.") from None
+
+
+def suffix_of(image_format: ImageFormat) -> str:
+    """The usual ending of a file of this format."""
+    return ".jpg" if image_format == "jpeg" else f".{image_format}"
+
+
+def is_image_format(name: str) -> bool:
+    """Whether `name` is one of the formats that images are written in."""
+    return name in get_args(ImageFormat)
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """What an image of Fidelora's says of its origin: `{"recipe": ..., "digest": ..., "environment": ...}`.
+
+    Raises:
+        ImageRecordError: not an image, or it says nothing.
+    """
+    path = Path(path)
+    try:
+        with Image.open(path) as image:
+            if image.format == "PNG":
+                text = getattr(image, "text", {}).get(RECORD_KEY)
+            else:
+                text = image.getexif().get(ExifTags.Base.ImageDescription)
+    except FileNotFoundError:
+        raise ImageRecordError(f"There is no image {path}; check the path.") from None
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ImageRecordError(f"{path.name} is not an image that can be read.") from error
+    try:
+        record = json.loads(text or "null")
+    except json.JSONDecodeError:
+        record = None
+    if not isinstance(record, dict) or "recipe" not in record:
+        raise ImageRecordError(f"{path.name} carries no recipe of Fidelora's: it comes from another program, or was stripped.")
+    return record
+
+
+def parameters_text(recipe: Recipe, environment: Mapping[str, str]) -> str:
+    """The recipe in AUTOMATIC1111's form: prompt, `Negative prompt:` line, and a line of `Key: value` pairs."""
+    loras = "".join(f" <lora:{ref.name or ref.sha256[:12]}:{ref.multiplier:g}>" for ref in recipe.adapters)
+    lines = [recipe.prompt + loras]
+    if recipe.negative_prompt:
+        lines.append(f"Negative prompt: {recipe.negative_prompt}")
+    pairs = {
+        "Steps": str(recipe.steps),
+        "Sampler": recipe.sampler,
+        "CFG scale": f"{recipe.guidance_scale:g}",
+        "Seed": str(recipe.seed),
+        "Size": f"{recipe.width}x{recipe.height}",
+        "Model": Path(recipe.base_model).name,
+    }
+    if recipe.adapters:
+        hashes = ", ".join(f"{ref.name or ref.sha256[:12]}: {ref.sha256[:12]}" for ref in recipe.adapters)
+        pairs["Lora hashes"] = hashes
+    pairs["Version"] = f"Fidelora {environment['fidelora']}"
+    lines.append(", ".join(f"{key}: {_quoted(value)}" for key, value in pairs.items()))
+    return "\n".join(lines)
+
+
+def _quoted(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ',:"\n') else value

@@ -1,0 +1,135 @@
+"""Weights into modules, strictly: every weight that a module has comes from the file, and every weight of the file has a place.
+
+diffusers and transformers fill what is missing with random numbers and go on with a line in the log. A text encoder whose file
+names its weights in another way then loads without an error, and every image is noise with a theme. That is impossible here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from fidelora.errors import BaseModelFilesError, BaseModelWeightsError, WeightsFileError
+from fidelora.models import Component
+from fidelora.weights_file import read_header_of
+
+# How diffusers named the VAE's attention before 0.15; the files of Stable Diffusion 1.5 still do.
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+# Written by transformers before 4.31; a constant (0, 1, 2, ...), not a weight.
+_POSITION_IDS = "embeddings.position_ids"
+
+
+def build_component(component: Component, config: Mapping[str, Any], weights: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
+    """The module that `config` describes, with exactly these weights in `dtype`, ready for inference on the CPU.
+
+    Raises:
+        BaseModelWeightsError: weights are missing, left over or of other shapes; the message names them.
+    """
+    with init_empty_weights(include_buffers=False):
+        module = _construct(component, config)
+    weights = _rename(component, weights, module.state_dict().keys())
+    _check(component, weights, {name: tensor.shape for name, tensor in module.state_dict().items()})
+    module.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, strict=True, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A component's `config.json`.
+
+    Raises:
+        BaseModelFilesError: there is none, or it is not a JSON object.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BaseModelFilesError(f"The base model has no {path.parent.name}/{path.name}; it is incomplete.") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BaseModelFilesError(f"The base model's {path.parent.name}/{path.name} cannot be read: {error}.") from error
+    if not isinstance(config, dict):
+        raise BaseModelFilesError(f"The base model's {path.parent.name}/{path.name} is not a JSON object.")
+    return config
+
+
+def read_weights(paths: Sequence[Path]) -> dict[str, Tensor]:
+    """All tensors of one file or of the shards of one file, memory-mapped on the CPU.
+
+    Raises:
+        WeightsFileError: a file is not a sound .safetensors file.
+    """
+    weights: dict[str, Tensor] = {}
+    for path in paths:
+        read_header_of(path)
+        try:
+            weights |= safetensors.torch.load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise WeightsFileError(f"{path} cannot be read: {error}.") from error
+    return weights
+
+
+def _construct(component: Component, config: Mapping[str, Any]) -> nn.Module:
+    model_class = getattr(importlib.import_module(component.library), component.class_name)
+    try:
+        if component.library == "transformers":
+            module = model_class(model_class.config_class.from_dict(dict(config)))
+        else:
+            module = model_class.from_config({key: value for key, value in config.items() if not key.startswith("_")})
+    except (TypeError, ValueError, KeyError) as error:
+        raise BaseModelFilesError(f"{component.name}/config.json describes no {component.class_name}: {error}.") from error
+    assert isinstance(module, nn.Module)
+    return module
+
+
+def _rename(component: Component, weights: Mapping[str, Tensor], expected: Any) -> dict[str, Tensor]:
+    """The weights under the names that the installed library uses."""
+    prefix = component.optional_prefix
+    has_prefix = bool(prefix) and any(name.startswith(prefix) for name in expected)
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        if component.library == "transformers" and name.endswith(_POSITION_IDS):
+            if not torch.equal(tensor.flatten().long(), torch.arange(tensor.numel())):
+                raise BaseModelWeightsError(f"{component.name} has position ids that are not 0, 1, 2, ...; it is damaged.")
+            continue
+        if prefix:
+            name = (prefix if has_prefix else "") + name.removeprefix(prefix)
+        if component.library == "diffusers":
+            name = re.sub(
+                r"(attentions\.\d+)\.(query|key|value|proj_attn)\.", lambda m: f"{m[1]}.{_OLD_ATTENTION[m[2]]}.", name
+            )  # fmt: skip
+        renamed[name] = tensor
+    return renamed
+
+
+def _check(component: Component, weights: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> None:
+    problems = [
+        ("lacks", sorted(expected.keys() - weights.keys())),
+        ("has left over", sorted(weights.keys() - expected.keys())),
+        (
+            "has in other shapes than its configuration says",
+            [
+                f"{name} {list(weights[name].shape)}, not {list(shape)}"
+                for name, shape in expected.items()
+                if name in weights and weights[name].shape != shape
+            ],
+        ),
+    ]
+    found = [f"{what} {len(names)} weights ({_some(names)})" for what, names in problems if names]
+    if found:
+        raise BaseModelWeightsError(
+            f"The base model's {component.name} {', '.join(found)}: it is not a {component.class_name} of this configuration, "
+            "or its file names its weights in a way that is not known."
+        )
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

@@ -1,0 +1,129 @@
+"""Every error that Fidelora raises on purpose, in one tree.
+
+The docstring of a class is its default message. Nothing here knows HTTP, exit codes or logging: each edge (command line,
+server) translates the tree once. Errors under `WrongUseError` mean that the request itself has to change; all others mean that
+something outside the request (a file, a device, a disk) is not what it has to be.
+"""
+
+from __future__ import annotations
+
+
+class FideloraError(Exception):
+    """Fidelora could not do what was asked."""
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message or " ".join((type(self).__doc__ or "").split()))
+
+
+class WrongUseError(FideloraError):
+    """The request cannot be carried out as it is written; change it and try again."""
+
+
+# --- recipes -----------------------------------------------------------------------------------------------------------
+
+
+class RecipeError(WrongUseError):
+    """A field of the recipe is missing or out of its range."""
+
+    def __init__(self, message: str | None = None, *, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class UnknownModelError(RecipeError):
+    """There is no model of this id; `fidelora models` lists those there are."""
+
+
+class UnknownSamplerError(RecipeError):
+    """There is no sampler of this name for this model; `fidelora models` lists those there are."""
+
+
+# --- files of weights --------------------------------------------------------------------------------------------------
+
+
+class WeightsFileError(FideloraError):
+    """The file is not a sound .safetensors file."""
+
+
+class PickleRefusedError(WeightsFileError):
+    """The file is a Python pickle, which can run code when it is opened; convert it to .safetensors and use that."""
+
+
+class NonFiniteWeightsError(WeightsFileError):
+    """The file holds NaN or infinite weights, so every image made with it would be broken; use another checkpoint."""
+
+
+# --- adapters ----------------------------------------------------------------------------------------------------------
+
+
+class AdapterError(FideloraError):
+    """The adapter cannot be used."""
+
+
+class AdapterNotFoundError(AdapterError, WrongUseError):
+    """There is no adapter file at this place; check the path."""
+
+
+class AdapterFormatError(AdapterError):
+    """The file is a sound .safetensors file but not an adapter of a kind that can be applied."""
+
+
+class AdapterMismatchError(AdapterError):
+    """The adapter does not fit the base model: some of its keys or shapes match nothing there."""
+
+
+class AdapterChangedError(AdapterError):
+    """The adapter's file has other bytes now than when the recipe was made; make a new recipe from the file."""
+
+
+# --- base models -------------------------------------------------------------------------------------------------------
+
+
+class BaseModelError(FideloraError):
+    """The base model cannot be used."""
+
+
+class BaseModelNotFoundError(BaseModelError, WrongUseError):
+    """There is no base model at this place; check the path or the hub id."""
+
+
+class BaseModelFilesError(BaseModelError):
+    """The base model's files are incomplete or not of the kind that was asked for."""
+
+
+class BaseModelWeightsError(BaseModelError):
+    """The base model's weights do not fit its configuration, and filling gaps with random numbers is not an option."""
+
+
+# --- running -----------------------------------------------------------------------------------------------------------
+
+
+class DeviceError(WrongUseError):
+    """The device or precision that was asked for is not available on this machine."""
+
+
+class GenerationCancelled(FideloraError):
+    """The generation was cancelled before it was done."""
+
+
+class MemoryExhaustedError(FideloraError):
+    """The device ran out of memory; use a smaller size, a narrower dtype (bfloat16), or offloading (model, then sequential)."""
+
+
+class NumericsError(FideloraError):
+    """The model produced NaN, so there is no image; a wider dtype (float32, or a float32 VAE) usually helps."""
+
+
+class OutputError(FideloraError):
+    """The image could not be written."""
+
+
+class ImageRecordError(FideloraError):
+    """The image carries no recipe of Fidelora's."""
+
+
+# --- training jobs -----------------------------------------------------------------------------------------------------
+
+
+class JobFolderError(FideloraError):
+    """The folder is not an AI Toolkit training job that can be read."""

@@ -1,0 +1,82 @@
+"""What the rest of Fidelora has to know of a model family, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+LAYOUTS = Path(__file__).parent / "layouts"
+"""One folder per family: the diffusers layout without weights (configurations and tokenizer), for single-file checkpoints."""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A sampler as the trainer names it.
+
+    Attributes:
+        name: the name in training configurations, on the command line and in the API.
+        scheduler: the class in `diffusers.schedulers` that does the numerics.
+        options: what the scheduler's configuration has beside `ModelSpec.scheduler_config`.
+        max_steps: the largest number of steps that the scheduler can do.
+    """
+
+    name: str
+    scheduler: str
+    options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    max_steps: int = 150
+
+
+@dataclass(frozen=True)
+class Component:
+    """A part of the base model that has weights.
+
+    Attributes:
+        name: the attribute and the subfolder in a diffusers folder (`unet`, `vae`, `text_encoder`).
+        library: the package that has the class, `diffusers` or `transformers`.
+        class_name: the class, named in the folder's `model_index.json` too.
+        weights: file name of the weights without its ending.
+        adapter_prefixes: how adapter files begin the names of this component's modules; empty if adapters never touch it.
+        optional_prefix: a prefix that all module names may have or lack, by the version of the library that wrote the file.
+    """
+
+    name: str
+    library: str
+    class_name: str
+    weights: str
+    adapter_prefixes: tuple[str, ...] = ()
+    optional_prefix: str = ""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One model family. Sizes in pixels; `scheduler_config` is what every sampler of the family starts from."""
+
+    id: str
+    title: str
+    base_model: str
+    base_aliases: tuple[str, ...]
+    resolution_divisor: int
+    default_size: int
+    default_steps: int
+    default_guidance_scale: float
+    default_seed: int
+    default_sampler: str
+    samplers: Mapping[str, Sampler]
+    scheduler_config: Mapping[str, Any]
+    components: tuple[Component, ...]
+    adapter_base_versions: tuple[str, ...]
+    """Values of `ss_base_model_version` in adapter files of this family."""
+    requires_control_image: bool = False
+    is_video_model: bool = False
+
+    @property
+    def layout(self) -> Path:
+        """The folder with this family's configurations and tokenizer."""
+        return LAYOUTS / self.id
+
+    def canonical_base(self, base_model: str) -> str:
+        """The base's own name if `base_model` is one of its aliases, else `base_model` as it is."""
+        return self.base_model if base_model in self.base_aliases else base_model

@@ -1,0 +1,86 @@
+"""Our image beside the trainer's: how much of it is the same."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from fidelora.errors import JobFolderError
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How two images of one size differ.
+
+    Attributes:
+        identical_percent: of pixels: equal in all three channels.
+        identical_values_percent: of single channel values; what other tools call identical is sometimes this.
+        max_difference: the largest difference of a channel, 0..255 levels.
+        mean_difference: over all channels, in levels.
+    """
+
+    identical_percent: float
+    identical_values_percent: float
+    max_difference: int
+    mean_difference: float
+
+    @property
+    def identical(self) -> bool:
+        """Whether every pixel is the same."""
+        return self.max_difference == 0
+
+    @property
+    def in_words(self) -> str:
+        """One phrase for people."""
+        if self.identical:
+            return "identical: every pixel is the same"
+        share = f"{self.identical_percent:.2f} % of pixels are the same, the largest difference is {self.max_difference} of 255"
+        return ("rounding: " if self.max_difference <= OTHER_CPU_LEVELS else "DIFFERENT: ") + share
+
+
+OTHER_CPU_LEVELS = 2
+"""By how much the same recipe may differ between families of processors, which sum in other orders."""
+
+
+def compare_with_preview(pixels: NDArray[np.uint8], preview: Path) -> Comparison:
+    """Compare our pixels with a preview's file, after the encoding that the file went through.
+
+    Raises:
+        JobFolderError: the preview cannot be read, or has another size.
+    """
+    try:
+        with Image.open(preview) as image:
+            theirs = np.asarray(image.convert("RGB"))
+            image_format = image.format or "PNG"
+    except (OSError, UnidentifiedImageError) as error:
+        raise JobFolderError(f"The preview {preview.name} cannot be read as an image.") from error
+    if theirs.shape != pixels.shape:
+        raise JobFolderError(
+            f"The preview {preview.name} is {theirs.shape[1]}x{theirs.shape[0]} where its settings say "
+            f"{pixels.shape[1]}x{pixels.shape[0]}."
+        )
+    return compare(as_encoded(pixels, image_format), theirs)
+
+
+def as_encoded(pixels: NDArray[np.uint8], image_format: str) -> NDArray[np.uint8]:
+    """The pixels as they are after being written and read again the way the trainer writes: with Pillow's defaults."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, image_format)
+    with Image.open(buffer) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def compare(ours: NDArray[np.uint8], theirs: NDArray[np.uint8]) -> Comparison:
+    """Compare two uint8 RGB images [height, width, 3] of the same size."""
+    difference = np.abs(ours.astype(np.int16) - theirs.astype(np.int16))
+    return Comparison(
+        identical_percent=float((difference == 0).all(axis=-1).mean() * 100),
+        identical_values_percent=float((difference == 0).mean() * 100),
+        max_difference=int(difference.max()),
+        mean_difference=float(difference.mean()),
+    )

@@ -1,0 +1,288 @@
+"""The recipe: everything that defines an image, and nothing else.
+
+Where the image is computed (device, offload), where the adapter's file lies and what the output file is called are not in it.
+A recipe is complete from the moment it exists: what the caller leaves out is filled in from the model once, here, and nothing
+below ever asks whether a field was given.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from fidelora.errors import AdapterNotFoundError, RecipeError, UnknownSamplerError
+from fidelora.models import ModelSpec, model_spec
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Noise = Literal["modern", "legacy"]
+AdapterMode = Literal["merged", "live"]
+Prediction = Literal["epsilon", "v_prediction"]
+
+MIN_SIZE, MAX_SIZE = 64, 4096
+MAX_STEPS = 150
+MAX_GUIDANCE = 100.0
+MAX_MULTIPLIER = 2.0
+MAX_SEED = 2**63 - 1
+MAX_PROMPT_CHARACTERS = 10_000
+
+FORMAT = 1
+"""Version of the JSON form; it changes when a field changes its meaning."""
+
+
+class _FromModel:
+    """The default of a field that the model's data fills in."""
+
+    def __repr__(self) -> str:
+        return "the model's default"
+
+
+FROM_MODEL: Any = _FromModel()
+
+
+def replace_trigger(prompt: str, trigger: str) -> str:
+    """Put `trigger` where `prompt` says `[trigger]` or `[name]`, as the trainer does; an empty trigger leaves both as they are.
+
+    The word is never added to a prompt that does not ask for it.
+    """
+    return prompt.replace("[name]", trigger).replace("[trigger]", trigger) if trigger else prompt
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's bytes, in hex.
+
+    Raises:
+        AdapterNotFoundError: there is no such file.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise AdapterNotFoundError(f"There is no adapter file {path}; check the path.") from None
+    except IsADirectoryError:
+        raise AdapterNotFoundError(f"{path} is a folder, not an adapter file; name the .safetensors file in it.") from None
+
+
+@dataclass(frozen=True)
+class AdapterRef:
+    """One adapter (LoRA, LoKr, ...) in a recipe: which bytes, and how strongly.
+
+    Attributes:
+        sha256: of the whole file, in hex. An adapter is known by its bytes, never by its path.
+        multiplier: -2..2; 0 leaves the base model as it is.
+        name: what people call it; not part of the identity.
+        path: where the bytes were last seen; not part of the identity and not written to JSON.
+    """
+
+    sha256: str
+    multiplier: float = 1.0
+    name: str = field(default="", compare=False)
+    path: Path | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
+            raise RecipeError("An adapter's sha256 has 64 hexadecimal digits in lower case.", field="adapters")
+        _in_range("multiplier", self.multiplier, -MAX_MULTIPLIER, MAX_MULTIPLIER)
+        object.__setattr__(self, "multiplier", float(self.multiplier))
+
+    @classmethod
+    def from_file(cls, path: str | Path, multiplier: float = 1.0) -> AdapterRef:
+        """Refer to the file at `path` as it is now.
+
+        Raises:
+            AdapterNotFoundError: there is no such file.
+            RecipeError: the multiplier is out of range.
+        """
+        path = Path(path)
+        return cls(file_sha256(path), multiplier, name=path.stem, path=path.resolve())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that defines one image. Two recipes are equal, and have the same digest, if they define the same image.
+
+    Attributes:
+        prompt: the text as it is encoded, `[trigger]` already replaced.
+        negative_prompt: the text that guidance leads away from; unused at `guidance_scale` <= 1.
+        model: id of the model family.
+        base_model: hub id (`owner/name`, `owner/name@revision`), diffusers folder or single .safetensors file.
+        variant: which files of a diffusers folder: empty for the plain ones, `fp16` for `*.fp16.safetensors`.
+        vae: hub id, folder or file of a VAE to use in place of the base's own; empty for its own.
+        width, height: pixels, 64..4096, floored to the model's divisor.
+        steps: 1..150 (some samplers: fewer).
+        guidance_scale: 0..100; at <= 1 there is no guidance and the negative prompt is not encoded.
+        seed: 0..2**63-1.
+        sampler: one of the model's samplers.
+        prediction: what the UNet was trained to predict.
+        adapters: applied in this order.
+        adapter_mode: `merged` into the weights, or `live` beside them; the trainer does the first when all samples of a job
+            share one multiplier and the second when they do not. The two differ by roundings.
+        noise: how half-precision noise is drawn on the CPU, `modern` as torch >= 2.12 does or `legacy` as torch <= 2.11 did;
+            no difference in float32.
+        dtype: of the UNet and the latents.
+        vae_dtype, text_encoder_dtype: of those; by default the same as `dtype`.
+
+    Raises:
+        RecipeError: a field is out of its range.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    model: str = "sd15"
+    base_model: str = FROM_MODEL
+    variant: str = ""
+    vae: str = ""
+    width: int = FROM_MODEL
+    height: int = FROM_MODEL
+    steps: int = FROM_MODEL
+    guidance_scale: float = FROM_MODEL
+    seed: int = FROM_MODEL
+    sampler: str = FROM_MODEL
+    prediction: Prediction = "epsilon"
+    adapters: tuple[AdapterRef, ...] = ()
+    adapter_mode: AdapterMode = "merged"
+    noise: Noise = "modern"
+    dtype: Dtype = "float32"
+    vae_dtype: Dtype = FROM_MODEL
+    text_encoder_dtype: Dtype = FROM_MODEL
+
+    def __post_init__(self) -> None:
+        spec = model_spec(self.model)
+        self._fill_in(
+            base_model=spec.base_model,
+            width=spec.default_size,
+            height=spec.default_size,
+            steps=spec.default_steps,
+            guidance_scale=spec.default_guidance_scale,
+            seed=spec.default_seed,
+            sampler=spec.default_sampler,
+            vae_dtype=self.dtype,
+            text_encoder_dtype=self.dtype,
+        )
+        self._check(spec)
+        for name in ("width", "height"):
+            size = getattr(self, name)
+            object.__setattr__(self, name, size - size % spec.resolution_divisor)
+        object.__setattr__(self, "guidance_scale", float(self.guidance_scale))
+        object.__setattr__(self, "base_model", spec.canonical_base(self.base_model))
+        object.__setattr__(self, "adapters", tuple(self.adapters))
+
+    def _fill_in(self, **defaults: object) -> None:
+        for name, value in defaults.items():
+            if getattr(self, name) is FROM_MODEL:
+                object.__setattr__(self, name, value)
+
+    def _check(self, spec: ModelSpec) -> None:
+        for name in ("prompt", "negative_prompt", "base_model", "variant", "vae"):
+            _is_text(name, getattr(self, name))
+        _in_range("width", self.width, MIN_SIZE, MAX_SIZE, whole=True)
+        _in_range("height", self.height, MIN_SIZE, MAX_SIZE, whole=True)
+        _in_range("guidance_scale", self.guidance_scale, 0.0, MAX_GUIDANCE)
+        _in_range("seed", self.seed, 0, MAX_SEED, whole=True)
+        if self.sampler not in spec.samplers:
+            known = ", ".join(spec.samplers)
+            raise UnknownSamplerError(
+                f"There is no sampler {self.sampler!r} for {spec.id}; the samplers are: {known}.", field="sampler"
+            )
+        _in_range("steps", self.steps, 1, min(MAX_STEPS, spec.samplers[self.sampler].max_steps), whole=True)
+        for name, choices in (
+            ("prediction", Prediction),
+            ("adapter_mode", AdapterMode),
+            ("noise", Noise),
+            ("dtype", Dtype),
+            ("vae_dtype", Dtype),
+            ("text_encoder_dtype", Dtype),
+        ):
+            _one_of(name, getattr(self, name), get_args(choices))
+        if not all(isinstance(adapter, AdapterRef) for adapter in self.adapters):
+            raise RecipeError("adapters has to hold AdapterRef objects; AdapterRef.from_file(path) makes one.", field="adapters")
+
+    def to_json(self) -> str:
+        """The whole recipe as JSON, on one line."""
+        return json.dumps(self.to_dict(), ensure_ascii=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole recipe as plain data; `from_dict` takes it back."""
+        plain: dict[str, Any] = {"format": FORMAT}
+        for entry in fields(self):
+            plain[entry.name] = getattr(self, entry.name)
+        plain["adapters"] = [
+            {"sha256": ref.sha256, "multiplier": ref.multiplier, "name": ref.name} for ref in self.adapters
+        ]  # fmt: skip
+        return plain
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """The recipe that `to_json` wrote.
+
+        Raises:
+            RecipeError: not JSON, a field is missing, unknown or out of range.
+        """
+        try:
+            plain = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise RecipeError(f"The recipe is not JSON: {error}.") from error
+        return cls.from_dict(plain)
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Recipe:
+        """The recipe that `to_dict` wrote; strict, because a recipe that is read back must not be completed by guesses.
+
+        Raises:
+            RecipeError: a field is missing, unknown or out of range.
+        """
+        if not isinstance(plain, Mapping):
+            raise RecipeError("A recipe is a JSON object.")
+        values = dict(plain)
+        version = values.pop("format", None)
+        if version != FORMAT:
+            raise RecipeError(
+                f"This recipe has format {version!r}; this version of Fidelora reads format {FORMAT}.", field="format"
+            )
+        known = {entry.name for entry in fields(cls)}
+        if missing := sorted(known - values.keys()):
+            raise RecipeError(f"The recipe lacks {', '.join(missing)}.", field=missing[0])
+        if unknown := sorted(values.keys() - known):
+            raise RecipeError(f"The recipe has unknown fields: {', '.join(unknown)}.", field=unknown[0])
+        try:
+            values["adapters"] = tuple(AdapterRef(**adapter) for adapter in values["adapters"])
+        except TypeError as error:
+            raise RecipeError("Each adapter of a recipe has sha256, multiplier and name.", field="adapters") from error
+        return cls(**values)
+
+    @property
+    def digest(self) -> str:
+        """Sha256 in hex of what defines the image: equal for equal recipes, on any machine and in any version of this format."""
+        plain = self.to_dict()
+        for adapter in plain["adapters"]:
+            del adapter["name"]
+        canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _is_text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise RecipeError(f"{name} has to be text, not {type(value).__name__}.", field=name)
+    if len(value) > MAX_PROMPT_CHARACTERS:
+        raise RecipeError(f"{name} has {len(value):,} characters; {MAX_PROMPT_CHARACTERS:,} are the most.", field=name)
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise RecipeError(f"{name} has a lone surrogate, which is no character of any text; write it again.", field=name)
+
+
+def _in_range(name: str, value: object, least: float, most: float, *, whole: bool = False) -> None:
+    kind: type | tuple[type, ...] = int if whole else (int, float)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise RecipeError(f"{name} has to be a {'whole ' if whole else ''}number, not {value!r}.", field=name)
+    assert isinstance(value, int | float)
+    if not math.isfinite(value) or not least <= value <= most:
+        raise RecipeError(f"{name} is {value}; it has to be from {least} to {most}.", field=name)
+
+
+def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise RecipeError(f"{name} is {value!r}; it has to be one of {', '.join(choices)}.", field=name)
