@@ -70,7 +70,7 @@ class LoraDelta(Delta):
         up, down = self.up.to(x.device), self.down.to(x.device)
         x = x.to(down.dtype)
         if isinstance(module, nn.Conv2d):
-            hidden = functional.conv2d(x, down, stride=module.stride, padding=module.padding)  # type: ignore[arg-type]
+            hidden = functional.conv2d(x, down, stride=module.stride, padding=module.padding)
             result = functional.conv2d(hidden, up)
         else:
             result = functional.linear(functional.linear(x, down), up)

@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -162,14 +162,13 @@ def _group(header: Header, name: str) -> dict[str, dict[str, str]]:
     modules: dict[str, dict[str, str]] = defaultdict(dict)
     unknown: list[str] = []
     for key in header.tensors:
-        for suffix, reason in _REFUSED_PARTS.items():
-            if key.endswith("." + suffix):
-                raise AdapterFormatError(f"{name} {reason} ({key}).")
-        suffix = next((suffix for suffix in _PARTS if key.endswith("." + suffix)), None)
-        if suffix is None:
+        if refused := _ending(key, _REFUSED_PARTS):
+            raise AdapterFormatError(f"{name} {_REFUSED_PARTS[refused]} ({key}).")
+        ending = _ending(key, _PARTS)
+        if ending is None:
             unknown.append(key)
             continue
-        module, part = key.removesuffix("." + suffix), _PARTS[suffix]
+        module, part = key.removesuffix("." + ending), _PARTS[ending]
         if part in modules[module]:
             raise AdapterFormatError(f"{name} gives {module} two tensors for the same part ({modules[module][part]} and {key}).")
         modules[module][part] = key
@@ -182,6 +181,10 @@ def _group(header: Header, name: str) -> dict[str, dict[str, str]]:
         if frozenset(parts) - {"alpha"} not in _KINDS:
             raise AdapterFormatError(f"{name} is incomplete at {module}: it has only {_some(sorted(parts.values()))}.")
     return dict(modules)
+
+
+def _ending(key: str, endings: Iterable[str]) -> str | None:
+    return next((ending for ending in endings if key.endswith("." + ending)), None)
 
 
 def _check_finite(tensors: Mapping[str, Tensor], modules: Mapping[str, Mapping[str, str]], name: str) -> None:

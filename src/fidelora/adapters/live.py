@@ -54,5 +54,5 @@ class _Hook:
         if isinstance(module, nn.Conv2d):
             return functional.conv2d(
                 x, weight, bias, stride=module.stride, padding=module.padding, dilation=module.dilation, groups=module.groups
-            )  # type: ignore[arg-type]
+            )
         return functional.linear(x, weight, bias)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from fidelora.adapters.deltas import Delta, Module
 from fidelora.adapters.formats import Adapter
@@ -22,8 +22,8 @@ class Target:
 
     name: str
     module: Module
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Tensor
+    bias: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,7 +34,6 @@ def demo(
     the same numbers come out. At the end one preview is made with a wrong multiplier, to show that a difference is seen.
     """
     from fidelora.engine.engine import Engine
-    from fidelora.preview.compare import OTHER_CPU_LEVELS
     from fidelora.preview.job_folder import read_job
     from fidelora.preview.replay import plan_samples
     from fidelora.preview.sheet import stack
@@ -51,13 +50,13 @@ def demo(
         recipe = sample.recipe
         title = f"preview {sample.index}: {recipe.width}x{recipe.height}, {recipe.steps} steps, seed {recipe.seed}"
         comparison = _show(engine, sample, title, rows)
-        alike = alike and comparison.max_difference <= OTHER_CPU_LEVELS
+        alike = alike and comparison.within_rounding
 
     first = samples[0]
     adapter = first.recipe.adapters[0]
     wrong = AdapterRef(adapter.sha256, 0.5, adapter.name, adapter.path)
     control = replace(first, recipe=replace(first.recipe, adapters=(wrong,)))
-    seen = _show(engine, control, "control: preview 0 with multiplier 0.5 in place of 1", rows).max_difference > OTHER_CPU_LEVELS
+    seen = not _show(engine, control, "control: preview 0 with multiplier 0.5 in place of 1", rows).within_rounding
 
     sheet = out / "demo.png"
     stack(rows).save(sheet)

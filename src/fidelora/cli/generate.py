@@ -87,13 +87,13 @@ def generate(
     chosen_format = _format(image_format, out)
     engine = Engine(device=device, offload=offload, config=config)  # type: ignore[arg-type]
     main_dtype = engine.auto_dtype if dtype == "auto" else dtype
-    recipe = replace(
-        recipe,
-        dtype=main_dtype,
-        vae_dtype=vae_dtype or main_dtype,
-        text_encoder_dtype=text_encoder_dtype or main_dtype,
-        noise=_noise(noise, adapters),
-    )
+    numerics: dict[str, Any] = {
+        "dtype": main_dtype,
+        "vae_dtype": vae_dtype or main_dtype,
+        "text_encoder_dtype": text_encoder_dtype or main_dtype,
+        "noise": _noise(noise, adapters),
+    }
+    recipe = replace(recipe, **numerics)
     for index in range(number):
         one = replace(recipe, seed=recipe.seed + index)
         with _progress(f"image {index + 1} of {number}, seed {one.seed}") as on_step:

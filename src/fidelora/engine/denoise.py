@@ -41,7 +41,7 @@ def denoise(
     scheduler.set_timesteps(steps, device=device)
     draws = draws_of_step(scheduler, noise)
 
-    latents = noise.initial(shape, unet.dtype).to(device) * scheduler.init_noise_sigma
+    latents: Tensor = noise.initial(shape, unet.dtype).to(device) * scheduler.init_noise_sigma
     for evaluation, t in enumerate(scheduler.timesteps, start=1):
         # Both halves go through the UNet in one batch: two batches of one can differ from it in the last bit.
         model_input = torch.cat([latents] * 2) if guided else latents

@@ -197,6 +197,7 @@ class Engine:
             "transformers": version("transformers"),
             "device": f"{self.device} ({name})",
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": str(torch.get_num_threads()),
         }
 
 

@@ -96,7 +96,8 @@ def _box_muller(uniform: Tensor, dtype: torch.dtype) -> Tensor:
     radius, cosine, sine = _tables(dtype)
     block = uniform.view(-1, 2, 8)
     radii, angles = radius[block[:, 0]], block[:, 1]
-    return torch.stack([radii * cosine[angles], radii * sine[angles]], dim=1).flatten()
+    # torch adds the mean, 0, at the end, which makes 0 of -0.
+    return torch.stack([radii * cosine[angles] + 0, radii * sine[angles] + 0], dim=1).flatten()
 
 
 @lru_cache(maxsize=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fidelora.errors import JobFolderError
 from fidelora.preview.flags import split_flags
@@ -65,7 +66,7 @@ def plan_samples(job: TrainingJob, step: int, *, base_model: str | None = None) 
     return planned
 
 
-def _resolved_settings(job: TrainingJob) -> list[dict]:  # type: ignore[type-arg]
+def _resolved_settings(job: TrainingJob) -> list[dict[str, Any]]:
     """Each sample's settings after seeds, trigger and flags are settled, in the trainer's order."""
     resolved = []
     seed = job.seed

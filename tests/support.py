@@ -1,0 +1,41 @@
+"""What several test files share: where the golden data is, and small bases and adapters made from it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+import fidelora
+
+DEMO_DATA = Path(fidelora.__file__).parent / "demo_data"
+TINY_BASE = DEMO_DATA / "tiny-sd15"
+GOLDEN_JOBS = Path(__file__).parent / "preview" / "goldens" / "jobs"
+LORA = DEMO_DATA / "lora_linear_f32" / "lora_linear_f32.safetensors"
+LORA_CONV = GOLDEN_JOBS / "lora_conv_f16" / "lora_conv_f16.safetensors"
+LOKR = GOLDEN_JOBS / "lokr_full" / "lokr_full.safetensors"
+
+
+def copy_base(folder: Path) -> Path:
+    """A copy of the tiny base that a test may damage."""
+    return Path(shutil.copytree(TINY_BASE, folder / "base"))
+
+
+def change_weights(path: Path, change: Any) -> None:
+    """Rewrite a .safetensors file with what `change` makes of its dictionary of tensors."""
+    tensors = safetensors.torch.load(path.read_bytes())  # not mapped: the file is about to be replaced
+    safetensors.torch.save_file(change(tensors), path)
+
+
+def save_adapter(path: Path, tensors: dict[str, Tensor], **metadata: str) -> Path:
+    """Write an adapter file."""
+    safetensors.torch.save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata or None)
+    return path
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,210 @@
+"""Adapters into the weights and out again, to the bit."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from tests.support import LOKR, LORA, LORA_CONV, TINY_BASE, save_adapter
+
+from fidelora import AdapterRef, Recipe
+from fidelora.adapters.formats import read_adapter
+from fidelora.adapters.merge import MergedAdapters
+from fidelora.engine.base import BaseKey, BaseModel, load_base
+from fidelora.errors import AdapterMismatchError
+
+
+def fresh_base(dtype: str = "float32") -> BaseModel:
+    recipe = Recipe(prompt="", base_model=str(TINY_BASE), dtype=dtype)  # type: ignore[arg-type]
+    return load_base(BaseKey.of(recipe), torch.device("cpu"))
+
+
+def bits(base: BaseModel) -> dict[str, torch.Tensor]:
+    """Every weight of every part, as integers: 0 and -0 count as different."""
+    view = {4: torch.int32, 2: torch.int16}
+    parts = {"unet": base.unet, "text_encoder": base.text_encoder, "vae": base.vae}
+    return {
+        f"{part}.{name}": parameter.detach().clone().view(view[parameter.element_size()])
+        for part, module in parts.items()
+        for name, parameter in module.named_parameters()
+    }
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_thousand_random_switches_leave_no_trace(dtype):
+    base = fresh_base(dtype)
+    pristine = bits(base)
+    bound = [base.targets.bind(read_adapter(path)) for path in (LORA, LORA_CONV, LOKR)]
+    generator = random.Random(20261122)
+    multipliers = [-2.0, -0.75, 0.0, 0.5, 1.0, 2.0]
+    for _ in range(1000):
+        chosen = generator.sample(bound, generator.randint(0, 3))
+        base.merged.apply([(adapter, generator.choice(multipliers)) for adapter in chosen])
+
+    last = [(bound[2], 0.5), (bound[0], -0.75), (bound[1], 1.0)]
+    base.merged.apply(last)
+    after_switches = bits(base)
+    untouched = fresh_base(dtype)
+    in_untouched = {
+        adapter.sha256: untouched.targets.bind(read_adapter(path))
+        for adapter, path in zip(bound, (LORA, LORA_CONV, LOKR), strict=True)
+    }
+    untouched.merged.apply([(in_untouched[adapter.sha256], multiplier) for adapter, multiplier in last])
+    assert same(after_switches, bits(untouched))
+    assert not same(after_switches, pristine)
+
+    base.merged.apply([])
+    assert same(bits(base), pristine)
+
+
+def test_only_what_differs_is_written():
+    base = fresh_base()
+    lora, conv = (base.targets.bind(read_adapter(path)) for path in (LORA, LORA_CONV))
+    assert base.merged.apply([(lora, 1.0)]) == len(lora.deltas)
+    assert base.merged.apply([(lora, 1.0)]) == 0
+    only_conv = conv.deltas.keys() - lora.deltas.keys()
+    assert only_conv
+    assert base.merged.apply([(lora, 1.0), (conv, 0.0)]) == 0
+    assert base.merged.apply([(conv, 1.0)]) == len(conv.deltas | lora.deltas)
+    assert base.merged.apply([]) == len(conv.deltas)
+
+
+def test_the_order_of_adapters_is_kept():
+    base = fresh_base()
+    lora, conv = (base.targets.bind(read_adapter(path)) for path in (LORA, LORA_CONV))
+    base.merged.apply([(lora, 0.7), (conv, 0.3)])
+    one_way = bits(base)
+    base.merged.apply([(conv, 0.3), (lora, 0.7)])
+    assert not same(one_way, bits(base))
+
+
+def test_an_adapter_may_be_applied_twice():
+    base = fresh_base()
+    lora = base.targets.bind(read_adapter(LORA))
+    base.merged.apply([(lora, 0.5), (lora, 0.5)])
+    name = next(iter(lora.deltas))
+    weight = base.targets.by_name[name].weight
+    twice = weight.clone()
+    base.merged.apply([(lora, 1.0)])
+    assert torch.allclose(twice, weight, atol=1e-6)
+
+
+def test_a_merge_in_bfloat16_is_rounded_once():
+    """float32 sums, then one cast: not the bfloat16 weight plus a bfloat16 delta."""
+    base = fresh_base("bfloat16")
+    lora = base.targets.bind(read_adapter(LORA))
+    name, delta = next(iter(lora.deltas.items()))
+    pristine = base.targets.by_name[name].weight.clone()
+    base.merged.apply([(lora, 1.0)])
+    expected = delta.add_to(pristine.to(torch.float32), 1.0).to(torch.bfloat16)
+    assert torch.equal(base.targets.by_name[name].weight, expected)
+
+
+def test_a_write_that_is_cut_short_is_repaired_by_the_next_one(monkeypatch):
+    base = fresh_base()
+    pristine = bits(base)
+    lora = base.targets.bind(read_adapter(LORA))
+    copy, copies = torch.Tensor.copy_, []
+
+    def fails_in_the_middle(self, *args, **kwargs):
+        copies.append(self)
+        if len(copies) == 7:
+            copy(self, torch.full_like(self, 1e9))
+            raise MemoryError
+        return copy(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", fails_in_the_middle)
+    with pytest.raises(MemoryError):
+        base.merged.apply([(lora, 1.0)])
+    monkeypatch.undo()
+    base.merged.apply([(lora, 1.0)])
+    repaired = bits(base)
+
+    untouched = fresh_base()
+    untouched.merged.apply([(untouched.targets.bind(read_adapter(LORA)), 1.0)])
+    assert same(repaired, bits(untouched))
+    base.merged.apply([])
+    assert same(bits(base), pristine)
+
+
+def test_an_adapter_that_does_not_fit_changes_nothing(tmp_path):
+    base = fresh_base()
+    before = bits(base)
+    tensors = {
+        "lora_unet_conv_in.lora_down.weight": torch.zeros(2, 4, 3, 3),
+        "lora_unet_conv_in.lora_up.weight": torch.zeros(16, 2, 1, 1),
+        "lora_unet_no_such_module.lora_down.weight": torch.zeros(2, 16),
+        "lora_unet_no_such_module.lora_up.weight": torch.zeros(16, 2),
+    }
+    with pytest.raises(AdapterMismatchError, match="1 of 2 modules match nothing there: lora_unet_no_such_module"):
+        base.targets.bind(read_adapter(save_adapter(tmp_path / "a.safetensors", tensors)))
+    assert same(bits(base), before)
+
+
+def test_a_shape_that_does_not_fit_is_named_with_both_shapes(tmp_path):
+    tensors = {
+        "lora_unet_conv_in.lora_down.weight": torch.zeros(2, 9, 3, 3),
+        "lora_unet_conv_in.lora_up.weight": torch.zeros(16, 2, 1, 1),
+    }
+    with pytest.raises(AdapterMismatchError, match=r"made for \[16, 9, 3, 3\] where the base model has \[16, 4, 3, 3\]"):
+        fresh_base().targets.bind(read_adapter(save_adapter(tmp_path / "a.safetensors", tensors)))
+
+
+def test_an_sdxl_adapter_is_recognised_by_its_metadata_and_by_its_names(tmp_path):
+    tensors = {
+        "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(2, 32),
+        "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.zeros(64, 2),
+    }
+    base = fresh_base()
+    with pytest.raises(AdapterMismatchError, match=r"trained on sdxl_1\.0"):
+        base.targets.bind(read_adapter(save_adapter(tmp_path / "a.safetensors", tensors, ss_base_model_version="sdxl_1.0")))
+    with pytest.raises(AdapterMismatchError, match="those of an SDXL adapter"):
+        base.targets.bind(read_adapter(save_adapter(tmp_path / "b.safetensors", tensors)))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lora_te_text_model_encoder_layers_0_mlp_fc1",
+        "lora_te_encoder_layers_0_mlp_fc1",
+        "text_encoder.text_model.encoder.layers.0.mlp.fc1",
+        "text_encoder.encoder.layers.0.mlp.fc1",
+    ],
+)
+def test_text_encoder_modules_are_found_by_every_spelling(tmp_path, name):
+    base = fresh_base()
+    pristine = bits(base)
+    tensors = {f"{name}.lora_down.weight": torch.ones(2, 32), f"{name}.lora_up.weight": torch.ones(64, 2)}
+    bound = base.targets.bind(read_adapter(save_adapter(tmp_path / "a.safetensors", tensors)))
+    base.merged.apply([(bound, 1.0)])
+    changed = [key for key, value in bits(base).items() if not torch.equal(value, pristine[key])]
+    assert changed == ["text_encoder.encoder.layers.0.mlp.fc1.weight"]
+
+
+def test_one_target_cannot_take_two_modules_of_one_file(tmp_path):
+    tensors = {}
+    for name in ("lora_te_text_model_encoder_layers_0_mlp_fc1", "lora_te_encoder_layers_0_mlp_fc1"):
+        tensors |= {f"{name}.lora_down.weight": torch.ones(2, 32), f"{name}.lora_up.weight": torch.ones(64, 2)}
+    with pytest.raises(AdapterMismatchError, match="its target has another module of the file already"):
+        fresh_base().targets.bind(read_adapter(save_adapter(tmp_path / "a.safetensors", tensors)))
+
+
+def test_touched_weights_are_reported_with_their_pristine_copies():
+    base = fresh_base()
+    lora = base.targets.bind(read_adapter(LORA))
+    before = {name: base.targets.by_name[name].weight.clone() for name in lora.deltas}
+    base.merged.apply([(lora, 1.0)])
+    touched = {target.name: pristine for target, pristine in base.merged.touched()}
+    assert touched.keys() == before.keys()
+    assert all(torch.equal(touched[name], before[name]) for name in before)
+
+
+def test_nothing_is_merged_at_first():
+    base = fresh_base()
+    assert list(MergedAdapters(base.targets).touched()) == []
+    assert AdapterRef.from_file(LORA).sha256 == read_adapter(LORA).sha256
