@@ -17,7 +17,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     """
     temporary: Path | None = None
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".fidelora-", suffix=".part")
         temporary = Path(name)
         with os.fdopen(handle, "wb") as file:
             file.write(content)
@@ -25,11 +25,15 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes files for their owner alone
         temporary.replace(path)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-        raise OutputError(f"{path} could not be written: {error.strerror or error}. Nothing was left there.") from error
-    _sync_folder(path.parent)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise OutputError(f"{path} could not be written: {reason}. Nothing was left there.") from error
+    try:
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise OutputError(f"{path} was written, but its folder could not be made durable: {error.strerror or error}.") from error
 
 
 def _umask() -> int:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from fidelora.errors import AdapterNotFoundError, RecipeError, UnknownSamplerError
+from fidelora.errors import AdapterNotFoundError, RecipeError, UnknownSamplerError, WeightsFileError
 from fidelora.models import ModelSpec, model_spec
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -58,14 +57,17 @@ def file_sha256(path: Path) -> str:
 
     Raises:
         AdapterNotFoundError: there is no such file.
+        WeightsFileError: it cannot be read.
     """
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise AdapterNotFoundError(f"There is no adapter file {path}; check the path.") from None
     except IsADirectoryError:
         raise AdapterNotFoundError(f"{path} is a folder, not an adapter file; name the .safetensors file in it.") from None
+    except OSError as error:
+        raise WeightsFileError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,11 @@ class AdapterRef:
     path: Path | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
+        if not isinstance(self.sha256, str) or not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
             raise RecipeError("An adapter's sha256 has 64 hexadecimal digits in lower case.", field="adapters")
+        _is_text("name", self.name)
         _in_range("multiplier", self.multiplier, -MAX_MULTIPLIER, MAX_MULTIPLIER)
-        object.__setattr__(self, "multiplier", float(self.multiplier))
+        object.__setattr__(self, "multiplier", float(self.multiplier) + 0.0)  # no -0.0: it equals 0.0 and prints otherwise
 
     @classmethod
     def from_file(cls, path: str | Path, multiplier: float = 1.0) -> AdapterRef:
@@ -99,7 +102,8 @@ class AdapterRef:
             RecipeError: the multiplier is out of range.
         """
         path = Path(path)
-        return cls(file_sha256(path), multiplier, name=path.stem, path=path.resolve())
+        name = path.stem.encode("utf-8", "replace").decode()  # a file name need not be text; what goes into images has to be
+        return cls(file_sha256(path), multiplier, name=name, path=path.resolve())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +156,7 @@ class Recipe:
     text_encoder_dtype: Dtype = FROM_MODEL
 
     def __post_init__(self) -> None:
+        _is_text("model", self.model)
         spec = model_spec(self.model)
         self._fill_in(
             base_model=spec.base_model,
@@ -168,7 +173,7 @@ class Recipe:
         for name in ("width", "height"):
             size = getattr(self, name)
             object.__setattr__(self, name, size - size % spec.resolution_divisor)
-        object.__setattr__(self, "guidance_scale", float(self.guidance_scale))
+        object.__setattr__(self, "guidance_scale", float(self.guidance_scale) + 0.0)  # no -0.0
         object.__setattr__(self, "base_model", spec.canonical_base(self.base_model))
         object.__setattr__(self, "adapters", tuple(self.adapters))
 
@@ -178,7 +183,7 @@ class Recipe:
                 object.__setattr__(self, name, value)
 
     def _check(self, spec: ModelSpec) -> None:
-        for name in ("prompt", "negative_prompt", "base_model", "variant", "vae"):
+        for name in ("prompt", "negative_prompt", "base_model", "variant", "vae", "sampler"):
             _is_text(name, getattr(self, name))
         _in_range("width", self.width, MIN_SIZE, MAX_SIZE, whole=True)
         _in_range("height", self.height, MIN_SIZE, MAX_SIZE, whole=True)
@@ -199,8 +204,8 @@ class Recipe:
             ("text_encoder_dtype", Dtype),
         ):
             _one_of(name, getattr(self, name), get_args(choices))
-        if not all(isinstance(adapter, AdapterRef) for adapter in self.adapters):
-            raise RecipeError("adapters has to hold AdapterRef objects; AdapterRef.from_file(path) makes one.", field="adapters")
+        if not isinstance(self.adapters, list | tuple) or not all(isinstance(ref, AdapterRef) for ref in self.adapters):
+            raise RecipeError("adapters has to be a tuple of AdapterRef; AdapterRef.from_file(path) makes one.", field="adapters")
 
     def to_json(self) -> str:
         """The whole recipe as JSON, on one line."""
@@ -225,8 +230,8 @@ class Recipe:
         """
         try:
             plain = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise RecipeError(f"The recipe is not JSON: {error}.") from error
+        except (ValueError, RecursionError) as error:
+            raise RecipeError("The recipe is not JSON.") from error
         return cls.from_dict(plain)
 
     @classmethod
@@ -240,19 +245,18 @@ class Recipe:
             raise RecipeError("A recipe is a JSON object.")
         values = dict(plain)
         version = values.pop("format", None)
-        if version != FORMAT:
-            raise RecipeError(
-                f"This recipe has format {version!r}; this version of Fidelora reads format {FORMAT}.", field="format"
-            )
+        if type(version) is not int or version != FORMAT:
+            raise RecipeError(f"The recipe's format is not {FORMAT}, the one that this version of Fidelora reads.", field="format")
         known = {entry.name for entry in fields(cls)}
         if missing := sorted(known - values.keys()):
             raise RecipeError(f"The recipe lacks {', '.join(missing)}.", field=missing[0])
-        if unknown := sorted(values.keys() - known):
+        if unknown := sorted(map(str, values.keys() - known)):
             raise RecipeError(f"The recipe has unknown fields: {', '.join(unknown)}.", field=unknown[0])
-        try:
-            values["adapters"] = tuple(AdapterRef(**adapter) for adapter in values["adapters"])
-        except TypeError as error:
-            raise RecipeError("Each adapter of a recipe has sha256, multiplier and name.", field="adapters") from error
+        adapters = values["adapters"]
+        parts = {"sha256", "multiplier", "name"}  # and no path: a recipe from elsewhere must not name files of this machine
+        if not isinstance(adapters, list) or not all(isinstance(ref, Mapping) and ref.keys() == parts for ref in adapters):
+            raise RecipeError("The adapters of a recipe are a list, and each has sha256, multiplier and name.", field="adapters")
+        values["adapters"] = tuple(AdapterRef(**ref) for ref in adapters)
         return cls(**values)
 
     @property
@@ -277,12 +281,20 @@ def _is_text(name: str, value: object) -> None:
 def _in_range(name: str, value: object, least: float, most: float, *, whole: bool = False) -> None:
     kind: type | tuple[type, ...] = int if whole else (int, float)
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise RecipeError(f"{name} has to be a {'whole ' if whole else ''}number, not {value!r}.", field=name)
+        raise RecipeError(f"{name} has to be a {'whole ' if whole else ''}number, not {_shown(value)}.", field=name)
     assert isinstance(value, int | float)
-    if not math.isfinite(value) or not least <= value <= most:
-        raise RecipeError(f"{name} is {value}; it has to be from {least} to {most}.", field=name)
+    if not least <= value <= most:  # NaN is not, either
+        raise RecipeError(f"{name} is {_shown(value)}; it has to be from {least} to {most}.", field=name)
+
+
+def _shown(value: object) -> str:
+    """A value in a message: short, and never an error of its own (Python prints no integers of thousands of digits)."""
+    if isinstance(value, int) and abs(value) > 10**40:
+        return "a number of more than 40 digits"
+    text = repr(value) if isinstance(value, str | int | float | bool) or value is None else f"a {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise RecipeError(f"{name} is {value!r}; it has to be one of {', '.join(choices)}.", field=name)
+        raise RecipeError(f"{name} is {_shown(value)}; it has to be one of {', '.join(choices)}.", field=name)

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,18 +117,18 @@ def _refuse_other_formats(start: bytes, name: str, file_bytes: int) -> None:
 
 def _parse(raw: bytes, name: str) -> dict[str, Any]:
     def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if len(set(keys)) != len(keys):
-            repeated = sorted({key for key in keys if keys.count(key) > 1})
+        repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+        if repeated:
             raise WeightsFileError(f"{name} names {', '.join(repeated[:3])} twice in its header: it is damaged; export it again.")
         return dict(pairs)
 
     try:
+        if not raw.startswith(b"{"):
+            raise ValueError("the format says that the header begins with a brace")
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=without_repeats)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise WeightsFileError(f"{name} is not a .safetensors file: its header is not JSON.") from error
-    if not isinstance(header, dict):
-        raise WeightsFileError(f"{name} is not a .safetensors file: its header is not a JSON object.")
+    except (ValueError, RecursionError) as error:
+        raise WeightsFileError(f"{name} is not a .safetensors file: its header is not a JSON object.") from error
+    assert isinstance(header, dict), "JSON that begins with a brace is an object"
     return header
 
 
@@ -166,7 +167,7 @@ def _tensor(key: str, entry: object, name: str) -> tuple[TensorInfo, int, int]:
             raise WeightsFileError(f"{name} describes the tensor {key} in an unknown way: it is damaged; export it again.")
     if dtype not in DTYPE_BYTES:
         raise WeightsFileError(f"{name} stores {key} as {dtype}, a type that is not known here; export it as F16, BF16 or F32.")
-    if not all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in shape):
+    if not all(type(number) is int for number in (*shape, begin, end)) or min(shape, default=0) < 0:
         raise WeightsFileError(f"{name} gives {key} the shape {shape}: it is damaged; export it again.")
     if not 0 <= begin <= end or end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
         raise WeightsFileError(

@@ -21,6 +21,7 @@ import torch
 from tests.support import DEMO_DATA, GOLDEN_JOBS, TINY_BASE
 
 from fidelora import Engine
+from fidelora.engine.samplers import make_scheduler
 from fidelora.preview.compare import Comparison, compare_with_preview
 from fidelora.preview.job_folder import read_job
 from fidelora.preview.replay import plan_samples
@@ -139,11 +140,9 @@ def test_a_wrong_setting_is_seen(engine, change):
 
 def test_steps_offset_0_is_not_what_previews_show(engine, monkeypatch):
     """The trainer's configuration says 0 and its pipeline runs with 1; taking its word gives another picture."""
-    from fidelora.engine import engine as engine_module
 
     def with_offset_0(spec, sampler, prediction):
         return make_scheduler(replace(spec, scheduler_config={**spec.scheduler_config, "steps_offset": 0}), sampler, prediction)
 
-    make_scheduler = engine_module.make_scheduler
-    monkeypatch.setattr(engine_module, "make_scheduler", with_offset_0)
+    monkeypatch.setattr("fidelora.engine.engine.make_scheduler", with_offset_0)
     assert all(comparison.identical_percent < 90 for comparison in remake(engine, "lora_linear_f32", 6))

@@ -349,7 +349,8 @@ def test_offloading_changes_no_bit_and_adapters_reach_the_weights(offload):
         bound = [(base.targets.bind(adapter), 0.5)]
         base.merged.apply([] if live else bound)
         with torch.no_grad(), live_adapters(base.targets, bound if live else []):
-            return base.unet(*inputs, return_dict=False)[0]
+            output: torch.Tensor = base.unet(*inputs, return_dict=False)[0]
+        return output
 
     for live in (False, True):
         assert torch.equal(outputs(plain, live=live), outputs(offloaded, live=live))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from fidelora.errors import (
 )
 from fidelora.models import model_spec
 
-SMALL = {"base_model": str(TINY_BASE), "width": 64, "height": 64, "steps": 3}
+SMALL: dict[str, Any] = {"base_model": str(TINY_BASE), "width": 64, "height": 64, "steps": 3}
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -616,3 +617,28 @@ def test_a_lora_of_a_linear_weight_fits_no_convolution(shape):
 def test_a_loha_whose_halves_differ_fits_nothing_that_its_first_half_fits():
     delta = LohaDelta(1.0, loha_delta(CONV_3).w1, loha_delta(CONV_1).w2)
     assert delta.shape_for(torch.Size(CONV_3)) != CONV_3
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "message"),
+    [
+        ('{"unet.lora_alpha": NaN}', NonFiniteWeightsError, "alpha that is no finite number"),
+        ('{"unet.lora_alpha": 1' + "0" * 400 + "}", AdapterFormatError, "cannot be read"),
+        ('{"unet.use_rslora": true, "unet.lora_alpha": 8}', AdapterFormatError, "says unet.use_rslora"),
+        ('{"unet.use_dora": true}', AdapterFormatError, "says unet.use_dora"),
+        ("[" * 100_000, AdapterFormatError, "cannot be read"),
+    ],
+    ids=["NaN", "long", "rslora", "dora", "deep"],
+)
+def test_peft_metadata_that_changes_or_breaks_the_strength_is_refused(tmp_path, config, error, message):
+    tensors = {"unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3), "unet.conv_in.lora_B.weight": torch.ones(16, 2, 1, 1)}
+    path = tmp_path / "peft.safetensors"
+    save_file(tensors, path, {"lora_adapter_metadata": config})
+    with pytest.raises(error, match=re.escape(message)):
+        read_adapter(path)
+
+
+@pytest.mark.parametrize("software", ['{"name": "ai-toolkit", "version": "dev"}', "[" * 100_000, "1" * 5000])
+def test_a_version_that_is_none_does_not_make_noise_legacy(software):
+    assert trainer_version({"software": software}) is None
+    assert noise_of_trainer({"software": software}) == "modern"

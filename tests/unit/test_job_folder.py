@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -128,16 +129,19 @@ def test_the_configuration_of_the_run_beats_that_of_the_user_interface(folder):
 
 @pytest.mark.parametrize(
     ("name", "meta", "expected"),
-    [
-        ("style", None, "style"),
-        ("style", {"name": "other"}, "style"),
-        ("[name]", {"name": "other"}, "other"),
-        ("my_[name]_v2", {"name": "other"}, "my_other_v2"),
-        ("[name]", {"version": "1.0"}, "[name]"),
-    ],
+    [("style", None, "style"), ("style", {"name": "other"}, "style"), ("style", {"name": "[name]"}, "style"), (2024, None, "2024")],
 )
-def test_the_job_is_called_by_its_name_with_that_of_the_metadata_put_in(folder, name, meta, expected):
+def test_the_job_is_called_by_its_name_whatever_its_metadata_says(folder, name, meta, expected):
     assert job_of(folder, name=name, meta=meta).name == expected
+
+
+def test_the_job_s_name_is_put_in_everywhere_before_anything_is_read(folder):
+    """A configuration that the user interface wrote still has the places that the trainer fills in."""
+    sample = {"samples": [{"prompt": "a [name] [trigger]", "neg": "[name]"}]}
+    job = job_of(folder, name="style", trigger_word="sks [name]", sample=sample, model={"name_or_path": "bases/[name]"})
+    (planned,) = plan_samples(job, 0)
+    assert (planned.recipe.prompt, planned.recipe.negative_prompt) == ("a style sks style", "style")
+    assert job.base_model == "bases/style"
 
 
 @pytest.mark.parametrize(
@@ -189,13 +193,13 @@ def test_a_folder_without_configuration_is_refused(folder):
 @pytest.mark.parametrize("content", [b"config: [", b"a: b: c", b"\tx: 1", b"name: \xff\xfe", b"x: \x07"])
 def test_a_configuration_that_is_no_yaml_is_refused(folder, content):
     (folder / "config.yaml").write_bytes(content)
-    with pytest.raises(JobFolderError, match=r"config\.yaml cannot be read as YAML: \S"):
+    with pytest.raises(JobFolderError, match=r"config\.yaml cannot be read: \S"):
         read_job(folder)
 
 
 def test_a_configuration_that_would_run_code_is_refused(folder):
     (folder / "config.yaml").write_text("config: !!python/object/apply:os.getcwd []")
-    with pytest.raises(JobFolderError, match="cannot be read as YAML: could not determine a constructor"):
+    with pytest.raises(JobFolderError, match="cannot be read: could not determine a constructor"):
         read_job(folder)
 
 
@@ -220,7 +224,7 @@ def test_yaml_that_is_no_configuration_is_refused(folder, content):
 
 def test_a_process_without_settings_is_refused(folder):
     (folder / "config.yaml").write_text("config: {name: x, process: [sd_trainer]}")
-    with pytest.raises(JobFolderError, match=r"config\.process holds no settings"):
+    with pytest.raises(JobFolderError, match=r"config\.process holds nothing of use"):
         read_job(folder)
 
 
@@ -240,15 +244,15 @@ def test_a_job_without_base_model_is_refused(folder, base):
 @pytest.mark.parametrize(
     ("item", "reason"),
     [
-        ({"neg": "no prompt"}, "'prompt'"),
-        ({"prompt": "x", "width": "wide"}, "wide"),
-        ({"prompt": "x", "height": None}, "NoneType"),
-        ({"prompt": "x", "seed": "lucky"}, "lucky"),
-        ({"prompt": "x", "guidance_scale": [7]}, "list"),
+        ({"prompt": "x", "width": "wide"}, "width is 'wide'"),
+        ({"prompt": "x", "width": float("inf")}, "width is inf"),
+        ({"prompt": "x", "height": None}, "height is None"),
+        ({"prompt": "x", "seed": "lucky"}, "seed is 'lucky'"),
+        ({"prompt": "x", "guidance_scale": [7]}, "guidance_scale is [7]"),
     ],
 )
 def test_a_sample_item_that_cannot_be_read_is_refused_by_its_place(folder, item, reason):
-    with pytest.raises(JobFolderError, match="Item 1 of the job's sample block cannot be read") as raised:
+    with pytest.raises(JobFolderError, match=r"The job's sample item 1: .* no number that can be used") as raised:
         job_of(folder, sample={"samples": [{"prompt": "sound"}, item]})
     assert reason in str(raised.value)
 
@@ -399,7 +403,7 @@ def test_a_flag_that_cannot_be_read_is_refused(folder):
 
 
 def test_the_trigger_word_is_put_in_before_flags_are_read(folder):
-    job = job_of(folder, trigger_word="sks --w 64", sample={"samples": [{"prompt": "[trigger]"}, {"prompt": "a [name] --h 72"}]})
+    job = job_of(folder, trigger_word="sks --w 64", sample={"samples": [{"prompt": "[trigger]"}, {"prompt": "a [trigger] --h 72"}]})
     first, second = (planned.recipe for planned in plan_samples(job, 0))
     assert (first.prompt, first.width) == ("sks", 64)
     assert (second.prompt, second.width, second.height) == ("a sks", 64, 72)
@@ -510,3 +514,47 @@ def test_a_step_without_checkpoint_is_refused_with_those_there_are(folder):
 def test_a_job_without_checkpoints_has_none_of_any_step(folder):
     with pytest.raises(JobFolderError, match="no checkpoint of step 100; there are: none"):
         plan_samples(job_of(folder), 100)
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        {"samples": ["text"]},
+        {"samples": {"a": 1}},
+        {"samples": 5},
+        {"prompts": 5},
+        {"prompts": "a red ball"},
+        {"samples": [{"prompt": None}]},
+    ],
+)
+def test_samples_that_are_no_list_of_prompts_are_refused(folder, sample):
+    with pytest.raises(JobFolderError, match="not a list of items with a prompt each"):
+        job_of(folder, sample=sample)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "where"),
+    [
+        ({"train": {"steps": None}}, "train.steps"),
+        ({"train": {"steps": "abc"}}, "train.steps"),
+        ({"sample": {"seed": None}}, "sample.seed"),
+    ],
+)
+def test_a_setting_that_is_no_number_is_named(folder, blocks, where):
+    with pytest.raises(JobFolderError, match=re.escape(f"The job's {where} is ")):
+        job_of(folder, **blocks)
+
+
+@pytest.mark.parametrize("content", ["[" * 5000, "a: 2024-13-45"])
+def test_yaml_that_breaks_its_reader_is_refused(folder, content):
+    (folder / "config.yaml").write_text(content)
+    with pytest.raises(JobFolderError, match="cannot be read"):
+        read_job(folder)
+
+
+def test_the_user_interface_s_configuration_is_read_as_json(folder):
+    """Emoji as Python writes them, and tabs: both are JSON and neither is the same in YAML."""
+    text = json.dumps(document(sample={"samples": [{"prompt": "a \U0001f600"}]}), ensure_ascii=True, indent="\t")
+    assert "\\ud83d" in text
+    (folder / ".job_config.json").write_text(text)
+    assert read_job(folder).samples[0].prompt == "a \U0001f600"

@@ -316,3 +316,30 @@ def test_a_recipe_too_long_for_a_jpeg_leaves_the_older_file_intact(tmp_path):
 
 def test_the_record_is_plain_data():
     assert json.loads(json.dumps(image_of().record())) == image_of().record()
+
+
+def test_a_folder_that_cannot_be_made_durable_is_told(tmp_path, monkeypatch):
+    """The file is there then: the message must not say that it is not."""
+    real = os.fsync
+
+    def fails_for_folders(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fails_for_folders)
+    with pytest.raises(OutputError, match="was written, but its folder could not be made durable"):
+        write_atomically(tmp_path / "a.png", b"content")
+    assert (tmp_path / "a.png").read_bytes() == b"content"
+
+
+def test_a_name_as_long_as_names_may_be_is_written(tmp_path):
+    path = tmp_path / ("x" * 251 + ".png")
+    write_atomically(path, b"content")
+    assert path.read_bytes() == b"content"
+
+
+def test_a_nul_in_the_name_is_an_output_error(tmp_path):
+    with pytest.raises(OutputError, match="could not be written"):
+        write_atomically(tmp_path / "a\0.png", b"content")
+    assert list(tmp_path.iterdir()) == []

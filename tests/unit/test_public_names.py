@@ -28,7 +28,7 @@ def test_the_public_names_are_these():
 
 def test_a_name_that_is_not_there():
     with pytest.raises(AttributeError, match="has no attribute 'Pipeline'"):
-        _ = fidelora.Pipeline  # type: ignore[attr-defined]
+        _ = fidelora.Pipeline
 
 
 def test_every_error_is_in_one_tree_and_says_something_by_itself():

@@ -239,7 +239,7 @@ def test_a_header_that_lacks_its_last_byte_is_refused(read):
     ids=["empty", "brace", "word", "python", "not UTF-8", "key not UTF-8", "deeply nested"],
 )
 def test_a_header_that_is_no_json_is_refused(read, raw):
-    with pytest.raises(WeightsFileError, match=r"is not a \.safetensors file: its header is not JSON"):
+    with pytest.raises(WeightsFileError, match=r"is not a \.safetensors file: its header is not a JSON object"):
         read(file_of(raw))
 
 
@@ -407,3 +407,20 @@ def test_whatever_safetensors_writes_is_read(scratch, shapes, metadata):
         name: tuple(tensor.shape) for name, tensor in tensors.items()
     }
     assert header.metadata == (metadata or {})
+
+
+def test_many_keys_with_one_repeated_are_told_at_once(read):
+    """Counting each key by itself took minutes here."""
+    entries = ",".join(f'"k{number}":0' for number in range(40_000))
+    with pytest.raises(WeightsFileError, match="names k7 twice"):
+        read(file_of(f'{{{entries},"k7":0}}'.encode()))
+
+
+def test_a_header_may_not_begin_with_a_space(read):
+    with pytest.raises(WeightsFileError, match="not a JSON object"):
+        read(file_of(b" {}"))
+
+
+def test_offsets_are_numbers(read):
+    with pytest.raises(WeightsFileError, match="damaged"):
+        read(file_of(b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[false,true]}}', b"x"))

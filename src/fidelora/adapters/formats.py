@@ -132,8 +132,8 @@ def trainer_version(metadata: Mapping[str, str]) -> tuple[int, ...] | None:
         software = json.loads(metadata.get("software", "null"))
         if software["name"] != "ai-toolkit":
             return None
-        return tuple(int(number) for number in re.findall(r"\d+", software["version"])[:3])
-    except (json.JSONDecodeError, TypeError, KeyError):
+        return tuple(int(number) for number in re.findall(r"\d+", software["version"])[:3]) or None
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
 
 
@@ -206,10 +206,15 @@ def _peft_alpha(metadata: Mapping[str, str], name: str) -> float | None:
         return None
     try:
         config = json.loads(metadata["lora_adapter_metadata"])
+        variants = [key for key, value in config.items() if key.endswith(("use_rslora", "use_dora")) and value]
         patterns = [key for key, value in config.items() if key.endswith(("alpha_pattern", "rank_pattern")) and value]
         alphas = {float(value) for key, value in config.items() if key.endswith("lora_alpha")}
-    except (json.JSONDecodeError, AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise AdapterFormatError(f"{name} has lora_adapter_metadata that cannot be read: export it again.") from error
+    if variants:
+        raise AdapterFormatError(f"{name} says {variants[0]} in its PEFT metadata: that kind of LoRA is not supported.")
+    if not all(map(math.isfinite, alphas)):
+        raise NonFiniteWeightsError(f"{name} has an alpha that is no finite number in its PEFT metadata; export it again.")
     if patterns or len(alphas) > 1:
         raise AdapterFormatError(f"{name} has different alphas for different modules in its PEFT metadata; that is not supported.")
     return alphas.pop() if alphas else None

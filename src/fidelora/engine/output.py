@@ -137,7 +137,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
         raise ImageRecordError(f"{path.name} is not an image that can be read.") from error
     try:
         record = json.loads(text or "null")
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict) or "recipe" not in record:
         raise ImageRecordError(f"{path.name} carries no recipe of Fidelora's: it comes from another program, or was stripped.")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar
 
 import yaml
 
@@ -18,6 +19,8 @@ _DTYPES: Mapping[str, Dtype] = {
     "bfloat16": "bfloat16", "bf16": "bfloat16",
     "float16": "float16", "fp16": "float16", "half": "float16",
 }  # fmt: skip
+
+_Number = TypeVar("_Number", int, float)
 
 _SAMPLE_FILE = re.compile(r"\d+__(?P<step>\d{9})_(?P<index>\d+)\.(jpg|jpeg|png|webp)")
 
@@ -84,7 +87,7 @@ def read_job(folder: Path) -> TrainingJob:
     if not isinstance(base_model, str):
         raise JobFolderError(f"The job in {folder} names no base model (model.name_or_path).")
     dtype = _dtype(train.get("dtype", "float32"), "train.dtype")
-    steps = int(train.get("steps", 1000))
+    steps = _number(int, train.get("steps", 1000), "train.steps")
     return TrainingJob(
         folder=folder,
         name=name,
@@ -95,7 +98,7 @@ def read_job(folder: Path) -> TrainingJob:
         text_encoder_dtype=_dtype(model.get("te_dtype", dtype), "model.te_dtype"),
         prediction="v_prediction" if model.get("is_v_pred") else "epsilon",
         sampler=str(sample.get("sampler", "ddpm")),
-        seed=int(sample.get("seed", 0)),
+        seed=_number(int, sample.get("seed", 0), "sample.seed"),
         walk_seed=bool(sample.get("walk_seed", False)),
         image_format=str(sample.get("format", "jpg")),
         steps=steps,
@@ -111,19 +114,28 @@ def _process(folder: Path) -> tuple[Mapping[str, Any], str]:
     if path is None:
         raise JobFolderError(f"{folder} has no config.yaml: it is not the output folder of an AI Toolkit job.")
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise JobFolderError(f"{path} cannot be read as YAML: {str(error).splitlines()[0]}.") from error
+        text = path.read_text(encoding="utf-8")
+        document = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise JobFolderError(f"{path} cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}.") from error
     try:
         config = document["config"]
-        process = config["process"][0]
-        name = config["name"]
+        process, name = config["process"][0], config["name"]
     except (TypeError, KeyError, IndexError):
         raise JobFolderError(f"{path} is no AI Toolkit configuration: it has no config.name and config.process.") from None
-    if not isinstance(process, dict):
-        raise JobFolderError(f"{path} is no AI Toolkit configuration: config.process holds no settings.")
-    meta_name = (document.get("meta") or {}).get("name")
-    return process, str(name).replace("[name]", str(meta_name or name))
+    if not isinstance(process, dict) or not isinstance(name, str | int):
+        raise JobFolderError(f"{path} is no AI Toolkit configuration: config.name or config.process holds nothing of use.")
+    # The trainer puts the job's name in the place of [name] everywhere before it reads anything; config.yaml is saved after that.
+    named: Mapping[str, Any] = _with_name(process, str(name))
+    return named, str(name)
+
+
+def _with_name(value: Any, name: str) -> Any:
+    if isinstance(value, str):
+        return value.replace("[name]", name)
+    if isinstance(value, dict):
+        return {key: _with_name(inner, name) for key, inner in value.items()}
+    return [_with_name(inner, name) for inner in value] if isinstance(value, list) else value
 
 
 def _block(process: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -133,9 +145,16 @@ def _block(process: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return block
 
 
+def _number(kind: Callable[[Any], _Number], value: object, where: str) -> _Number:
+    try:
+        return kind(value)
+    except (TypeError, ValueError, OverflowError):
+        raise JobFolderError(f"The job's {where} is {value!r}, which is no number that can be used.") from None
+
+
 def _dtype(name: object, where: str) -> Dtype:
-    if str(name) in get_args(Dtype) or str(name) in _DTYPES:
-        return _DTYPES[str(name)]
+    if isinstance(name, str) and name in _DTYPES:
+        return _DTYPES[name]
     raise JobFolderError(f"The job's {where} is {name!r}, which is no precision that is known here.")
 
 
@@ -144,26 +163,24 @@ def _items(sample: Mapping[str, Any]) -> list[SampleItem]:
     block = {"width": 512, "height": 512, "neg": False, "guidance_scale": 7, "sample_steps": 20, "network_multiplier": 1} | {
         key: value for key, value in sample.items() if key != "samples"
     }
-    raw = sample.get("samples", [{"prompt": prompt} for prompt in sample.get("prompts") or []])
-    items: list[SampleItem] = []
-    for item in raw or []:
-        values = block | {"seed": None} | item
-        try:
-            items.append(
-                SampleItem(
-                    prompt=str(values["prompt"]),
-                    neg=str(values["neg"] or ""),
-                    width=int(values["width"]),
-                    height=int(values["height"]),
-                    seed=None if values["seed"] is None else int(values["seed"]),
-                    guidance_scale=float(values["guidance_scale"]),
-                    sample_steps=int(values["sample_steps"]),
-                    network_multiplier=float(values["network_multiplier"]),
-                )
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise JobFolderError(f"Item {len(items)} of the job's sample block cannot be read: {error}.") from error
-    return items
+    prompts = sample.get("prompts") or []
+    raw = sample.get("samples", [{"prompt": prompt} for prompt in prompts] if isinstance(prompts, list) else prompts) or []
+    if not isinstance(raw, list) or not all(isinstance(item, dict) and isinstance(item.get("prompt"), str) for item in raw):
+        raise JobFolderError("The job's sample block has samples or prompts that are not a list of items with a prompt each.")
+    return [_item(block | item, item.get("seed"), f"sample item {index}") for index, item in enumerate(raw)]
+
+
+def _item(values: Mapping[str, Any], seed: object, where: str) -> SampleItem:
+    return SampleItem(
+        prompt=values["prompt"],
+        neg=str(values["neg"] or ""),
+        width=_number(int, values["width"], f"{where}: width"),
+        height=_number(int, values["height"], f"{where}: height"),
+        seed=None if seed is None else _number(int, seed, f"{where}: seed"),
+        guidance_scale=_number(float, values["guidance_scale"], f"{where}: guidance_scale"),
+        sample_steps=_number(int, values["sample_steps"], f"{where}: sample_steps"),
+        network_multiplier=_number(float, values["network_multiplier"], f"{where}: network_multiplier"),
+    )
 
 
 def _checkpoints(folder: Path, name: str, steps: int) -> dict[int, Path]:
