@@ -7,6 +7,14 @@ something outside the request (a file, a device, a disk) is not what it has to b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first names of a list, for a message: `a, b, c and 12 more`."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
 
 class FideloraError(Exception):
     """Fidelora could not do what was asked."""

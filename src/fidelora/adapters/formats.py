@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fidelora.adapters.deltas import Delta, LohaDelta, LokrDelta, LoraDelta
-from fidelora.errors import AdapterFormatError, AdapterNotFoundError, NonFiniteWeightsError, WeightsFileError
+from fidelora.errors import AdapterFormatError, AdapterNotFoundError, NonFiniteWeightsError, WeightsFileError, some
 from fidelora.recipe import Noise
 from fidelora.weights_file import Header, read_header, refuse_pickle
 
@@ -176,10 +176,10 @@ def _group(header: Header, name: str) -> dict[str, dict[str, str]]:
     if unknown:
         looks_whole = any(key.startswith(("model.diffusion_model.", "cond_stage_model.", "down_blocks.")) for key in unknown)
         what = "is a whole model, not an adapter" if looks_whole else "has keys that no adapter format here knows"
-        raise AdapterFormatError(f"{name} {what}: {_some(unknown)}.")
+        raise AdapterFormatError(f"{name} {what}: {some(unknown)}.")
     for module, parts in modules.items():
         if frozenset(parts) - {"alpha"} not in _KINDS:
-            raise AdapterFormatError(f"{name} is incomplete at {module}: it has only {_some(sorted(parts.values()))}.")
+            raise AdapterFormatError(f"{name} is incomplete at {module}: it has only {some(sorted(parts.values()))}.")
     return dict(modules)
 
 
@@ -252,8 +252,3 @@ def _delta(tensors: Mapping[str, Tensor], default_alpha: float | None, module: s
 def _scale(alpha: float | None, rank: int) -> float:
     """Alpha / rank; no alpha, or one of 0, means alpha = rank (as in the trainer)."""
     return alpha / rank if alpha else 1.0
-
-
-def _some(names: list[str], most: int = 3) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest

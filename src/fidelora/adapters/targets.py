@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fidelora.adapters.deltas import Delta, Module
 from fidelora.adapters.formats import Adapter
-from fidelora.errors import AdapterMismatchError
+from fidelora.errors import AdapterMismatchError, some
 from fidelora.models import ModelSpec
 
 
@@ -106,12 +106,7 @@ class Targets:
             parts[0] += " (its names are those of an SDXL adapter)"
         total = len(adapter.deltas)
         if unmatched:
-            parts.append(f"{len(unmatched)} of {total} modules match nothing there: {_some(unmatched)}")
+            parts.append(f"{len(unmatched)} of {total} modules match nothing there: {some(unmatched)}")
         if misshapen:
-            parts.append(f"{len(misshapen)} of {total} modules have other shapes: {_some(misshapen)}")
+            parts.append(f"{len(misshapen)} of {total} modules have other shapes: {some(misshapen)}")
         return "; ".join(parts) + ". Use it with the base model that it was trained on."
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest

@@ -19,7 +19,7 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fidelora.errors import BaseModelFilesError, BaseModelWeightsError, WeightsFileError
+from fidelora.errors import BaseModelFilesError, BaseModelWeightsError, WeightsFileError, some
 from fidelora.models import Component
 from fidelora.weights_file import read_header_of
 
@@ -39,7 +39,9 @@ def build_component(component: Component, config: Mapping[str, Any], weights: di
         module = _construct(component, config)
     weights = _rename(component, weights, module.state_dict().keys())
     _check(component, weights, {name: tensor.shape for name, tensor in module.state_dict().items()})
-    module.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, strict=True, assign=True)
+    # Copies, even where the dtype is right already: what was read is mapped from the file, and would change with it.
+    copies = {name: tensor.to(dtype, copy=True) for name, tensor in weights.items()}
+    module.load_state_dict(copies, strict=True, assign=True)
     return module.eval().requires_grad_(False)
 
 
@@ -122,14 +124,9 @@ def _check(component: Component, weights: Mapping[str, Tensor], expected: Mappin
             ],
         ),
     ]
-    found = [f"{what} {len(names)} weights ({_some(names)})" for what, names in problems if names]
+    found = [f"{what} {len(names)} weights ({some(names)})" for what, names in problems if names]
     if found:
         raise BaseModelWeightsError(
             f"The base model's {component.name} {', '.join(found)}: it is not a {component.class_name} of this configuration, "
             "or its file names its weights in a way that is not known."
         )
-
-
-def _some(names: Sequence[str], most: int = 3) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest

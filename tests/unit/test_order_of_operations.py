@@ -1,0 +1,79 @@
+"""The order of operations, to the bit, with numbers that no order leaves alone.
+
+The golden jobs have scales and multipliers that are powers of two or nearly so, where every order gives the same bits. Each test
+here first shows that another order gives other bits, so that it can fail.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from fidelora.adapters.deltas import LohaDelta, LokrDelta, LoraDelta
+
+SCALE, MULTIPLIER = 1 / 3, 0.7
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(5)
+
+
+def differ(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return not torch.equal(one, other)
+
+
+def test_a_merged_lora_is_multiplied_first_and_scaled_second():
+    weight, down, up = torch.randn(48, 32), torch.randn(7, 32), torch.randn(48, 7)
+    expected = weight + (MULTIPLIER * (up @ down)) * SCALE
+    assert differ(expected, weight + (SCALE * (up @ down)) * MULTIPLIER)
+    assert differ(expected, weight + (SCALE * MULTIPLIER) * (up @ down))
+    assert torch.equal(LoraDelta(SCALE, down, up).add_to(weight, MULTIPLIER), expected)
+
+
+def test_a_merged_convolution_is_its_own_convolution():
+    weight, down, up = torch.randn(12, 8, 3, 3), torch.randn(5, 8, 3, 3), torch.randn(12, 5, 1, 1)
+    product = functional.conv2d(down.permute(1, 0, 2, 3), up).permute(1, 0, 2, 3)
+    expected = weight + (MULTIPLIER * product) * SCALE
+    assert differ(expected, weight + (SCALE * product) * MULTIPLIER)
+    assert torch.equal(LoraDelta(SCALE, down, up).add_to(weight, MULTIPLIER), expected)
+
+
+def test_a_merged_convolution_of_one_pixel_is_a_product_of_matrices():
+    weight, down, up = torch.randn(48, 32, 1, 1), torch.randn(7, 32, 1, 1), torch.randn(48, 7, 1, 1)
+    expected = weight + (MULTIPLIER * (up[:, :, 0, 0] @ down[:, :, 0, 0]))[:, :, None, None] * SCALE
+    assert torch.equal(LoraDelta(SCALE, down, up).add_to(weight, MULTIPLIER), expected)
+
+
+def test_a_live_lora_is_scaled_first_and_multiplied_second_in_float32():
+    module = nn.Linear(32, 48, dtype=torch.bfloat16)
+    down, up, x = torch.randn(7, 32), torch.randn(48, 7), torch.randn(2, 32, dtype=torch.bfloat16)
+    run = functional.linear(functional.linear(x.float(), down), up)
+    expected = (run * SCALE) * MULTIPLIER
+    assert differ(expected, (run * MULTIPLIER) * SCALE)
+    result = LoraDelta(SCALE, down, up).beside(module, x, MULTIPLIER)
+    assert result.dtype == torch.float32
+    assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("kind", ["lokr", "loha"])
+def test_a_weight_delta_is_scaled_first_and_multiplied_second(kind):
+    weight = torch.randn(24, 30)
+    if kind == "lokr":
+        w1, w2_a, w2_b = torch.randn(4, 5), torch.randn(6, 2), torch.randn(2, 6)
+        delta: LokrDelta | LohaDelta = LokrDelta(SCALE, (w1,), (w2_a, w2_b))
+        product = torch.kron(w1, w2_a @ w2_b)
+    else:
+        factors = [torch.randn(24, 2), torch.randn(2, 30), torch.randn(24, 2), torch.randn(2, 30)]
+        delta = LohaDelta(SCALE, (factors[0], factors[1]), (factors[2], factors[3]))
+        product = (factors[0] @ factors[1]) * (factors[2] @ factors[3])
+    expected = weight + (product * SCALE) * MULTIPLIER
+    assert differ(expected, weight + (product * MULTIPLIER) * SCALE)
+    assert torch.equal(delta.add_to(weight, MULTIPLIER), expected)
+
+    half = weight.to(torch.bfloat16)
+    live = half + (product * SCALE).to(torch.bfloat16) * MULTIPLIER
+    assert differ(live, expected.to(torch.bfloat16))
+    assert torch.equal(delta.live_weight(half, MULTIPLIER), live)
