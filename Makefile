@@ -29,5 +29,5 @@ clean:
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade -c constraints.txt pip
-	$(BIN)/pip install --quiet -c constraints.txt --editable . --group dev
+	$(BIN)/pip install --quiet -c constraints.txt --editable ".[server]" --group dev
 	touch $@

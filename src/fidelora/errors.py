@@ -135,3 +135,30 @@ class ImageRecordError(FideloraError):
 
 class JobFolderError(FideloraError):
     """The folder is not an AI Toolkit training job that can be read."""
+
+
+# --- jobs --------------------------------------------------------------------------------------------------------------
+
+
+class JobError(FideloraError):
+    """The job cannot be changed in this way."""
+
+
+class JobNotFoundError(JobError, WrongUseError):
+    """There is no job of this id; it may have been removed after its time."""
+
+
+class LeaseLostError(JobError):
+    """Another worker has the job now, or it has ended; what this one reports does not count any more."""
+
+
+class QueueFullError(JobError):
+    """The queue is full; try again later."""
+
+
+class IdempotencyConflictError(JobError, WrongUseError):
+    """Another request was made under this idempotency key; use a new key for a new request."""
+
+
+class JobStoreError(JobError):
+    """The store of jobs cannot be used."""

@@ -1,0 +1,57 @@
+"""Jobs as plain data and back, for stores that write them down."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from datetime import datetime
+from typing import Any
+
+from fidelora.jobs.job import Failure, Job, JobProgress, Output, Status
+from fidelora.recipe import Recipe
+
+_MOMENTS = ("created_at", "started_at", "finished_at", "lease_expires_at")
+
+
+def job_to_dict(job: Job) -> dict[str, Any]:
+    """The whole job as JSON-ready data; `job_from_dict` takes it back."""
+    plain = {entry.name: getattr(job, entry.name) for entry in fields(job)}
+    for name in _MOMENTS:
+        moment = plain[name]
+        plain[name] = moment.isoformat() if moment else None
+    return plain | {
+        "recipes": [recipe.to_dict() for recipe in job.recipes],
+        "status": job.status.value,
+        "progress": asdict(job.progress) if job.progress else None,
+        "outputs": [asdict(output) for output in job.outputs],
+        "error": asdict(job.error) if job.error else None,
+        "timings": dict(job.timings),
+    }
+
+
+def job_from_dict(plain: Mapping[str, Any]) -> Job:
+    """The job that `job_to_dict` wrote.
+
+    Raises:
+        RecipeError: a recipe in it is of a format that this version does not read.
+    """
+    moments = {name: datetime.fromisoformat(plain[name]) if plain[name] else None for name in _MOMENTS}
+    created_at = moments.pop("created_at")
+    assert created_at is not None
+    job = Job(id=plain["id"], created_at=created_at, recipes=tuple(map(Recipe.from_dict, plain["recipes"])))
+    return replace(
+        job,
+        **moments,  # type: ignore[arg-type]
+        image_format=plain["image_format"],
+        status=Status(plain["status"]),
+        attempts=plain["attempts"],
+        epoch=plain["epoch"],
+        worker=plain["worker"],
+        cancel_requested=plain["cancel_requested"],
+        passed_over=plain["passed_over"],
+        progress=JobProgress(**plain["progress"]) if plain["progress"] else None,
+        outputs=tuple(Output(**output) for output in plain["outputs"]),
+        error=Failure(**plain["error"]) if plain["error"] else None,
+        timings=plain["timings"],
+        version=plain["version"],
+    )

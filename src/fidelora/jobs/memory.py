@@ -1,0 +1,100 @@
+"""A store in memory: for tests of whoever uses stores, and for servers that may forget. It ships with the package on purpose."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Sequence
+from datetime import datetime
+
+from fidelora.errors import IdempotencyConflictError, JobError, JobNotFoundError, QueueFullError
+from fidelora.jobs import job as life
+from fidelora.jobs.job import Job, Status
+from fidelora.jobs.store import Page, StoreByTransition, Submission, choose
+
+
+class MemoryStore(StoreByTransition):
+    """Jobs in a dictionary, in the order in which they came. Implements `JobStore`."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[str, Job] = {}
+        self._submissions: dict[str, tuple[str, str]] = {}
+        self._lock = threading.Lock()
+
+    def add(self, job: Job, *, submission: Submission | None = None, capacity: int | None = None) -> Job:
+        with self._lock:
+            if submission and submission.key in self._submissions:
+                job_id, body_sha256 = self._submissions[submission.key]
+                if body_sha256 != submission.body_sha256:
+                    raise IdempotencyConflictError
+                return self._jobs[job_id]
+            if capacity is not None and len(self._queue()) >= capacity:
+                raise QueueFullError
+            self._jobs[job.id] = job
+            if submission:
+                self._submissions[submission.key] = (job.id, submission.body_sha256)
+            return job
+
+    def get(self, job_id: str) -> Job:
+        with self._lock:
+            return self._get(job_id)
+
+    def list(self, *, status: Status | None = None, limit: int = 50, cursor: str | None = None) -> Page:
+        with self._lock:
+            newest_first = list(reversed(self._jobs.values()))
+            if cursor is not None:
+                if cursor not in self._jobs:
+                    raise JobError("The cursor is none of this list's; begin again without it.")
+                newest_first = newest_first[[job.id for job in newest_first].index(cursor) + 1 :]
+            matching = [job for job in newest_first if status in (None, job.status)]
+            page = matching[:limit]
+            return Page(tuple(page), page[-1].id if len(matching) > limit else None)
+
+    def queue_position(self, job_id: str) -> int | None:
+        with self._lock:
+            ids = [job.id for job in self._queue()]
+            return ids.index(job_id) if job_id in ids else None
+
+    def claim(self, worker: str, now: datetime, lease_s: float, loaded: Collection[str] = ()) -> Job | None:
+        with self._lock:
+            queue = self._queue()
+            place = choose(queue, loaded)
+            if place is None:
+                return None
+            for before in queue[:place]:
+                self._jobs[before.id] = life.passed(before)
+            return self._put(life.claimed(queue[place], worker, now, lease_s))
+
+    def abandon_expired(self, now: datetime) -> tuple[Job, ...]:
+        with self._lock:
+            expired = [job for job in self._jobs.values() if job.lease_expires_at is not None and job.lease_expires_at <= now]
+            return tuple(self._put(life.abandoned(job, job.epoch, life.SILENT, now)) for job in expired)
+
+    def remove_finished(self, *, before: datetime, keep: int) -> tuple[Job, ...]:
+        with self._lock:
+            ended = [job for job in self._jobs.values() if job.status.final]
+            newest_first = sorted(ended, key=lambda job: job.finished_at or job.created_at, reverse=True)
+            gone = [job for place, job in enumerate(newest_first) if place >= keep or (job.finished_at or job.created_at) < before]
+            for job in gone:
+                del self._jobs[job.id]
+            ids = {job.id for job in gone}
+            self._submissions = {key: value for key, value in self._submissions.items() if value[0] not in ids}
+            return tuple(gone)
+
+    def close(self) -> None:
+        pass
+
+    def _queue(self) -> Sequence[Job]:
+        return [job for job in self._jobs.values() if job.status is Status.IN_QUEUE]
+
+    def _get(self, job_id: str) -> Job:
+        if job_id not in self._jobs:
+            raise JobNotFoundError
+        return self._jobs[job_id]
+
+    def _put(self, job: Job) -> Job:
+        self._jobs[job.id] = job
+        return job
+
+    def change(self, job_id: str, change: Callable[[Job], Job]) -> Job:
+        with self._lock:
+            return self._put(change(self._get(job_id)))

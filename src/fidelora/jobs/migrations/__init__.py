@@ -1,0 +1,1 @@
+"""The tables of the SQL store, version by version (Alembic)."""

@@ -1,0 +1,262 @@
+"""Jobs in a database: SQLite by default, PostgreSQL by its URL. The only module that knows SQLAlchemy.
+
+Each row has the whole job as a JSON document, and beside it the few columns that queries need. A change reads the row, applies a
+function of `job.py` and writes the row back only if its version is still the one that was read; otherwise it starts again. That
+needs no lock that a dead process could hold, and is the same on every database.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+
+from fidelora.errors import IdempotencyConflictError, JobError, JobNotFoundError, JobStoreError, QueueFullError
+from fidelora.jobs import job as life
+from fidelora.jobs.codec import job_from_dict, job_to_dict
+from fidelora.jobs.job import Job, Status
+from fidelora.jobs.store import Page, StoreByTransition, Submission, choose
+
+_MIGRATIONS = Path(__file__).parent / "migrations"
+_CLAIM_WINDOW = 100
+"""How many jobs, from the oldest, a claim looks at for one whose adapters are loaded."""
+_BUSY_TIMEOUT_S = 30.0
+_FINAL = [status.value for status in Status if status.final]
+
+_jobs = sa.table(
+    "jobs",
+    *(sa.column(name) for name in ("seq", "id", "status", "version", "lease_expires_at_s", "finished_at_s", "document")),
+    *(sa.column(name) for name in ("idempotency_key", "body_sha256")),
+)
+
+
+class _Outrun(Exception):
+    """Somebody else changed the row between our reading and our writing it."""
+
+
+class SqlStore(StoreByTransition):
+    """Jobs in the database at `url`, such as `sqlite:////var/lib/fidelora/jobs.sqlite`. Implements `JobStore`.
+
+    The tables are made, or brought up to date, in one transaction at the start.
+
+    Raises:
+        JobStoreError: the database cannot be opened, or was written by a newer version.
+    """
+
+    def __init__(self, url: str) -> None:
+        try:
+            self._engine = sa.create_engine(url, **_engine_options(url))
+            if self._engine.dialect.name == "sqlite":
+                _configure_sqlite(self._engine)
+            with self._engine.begin() as connection:
+                _migrate(connection)
+        except (sa.exc.SQLAlchemyError, OSError) as error:
+            shown = sa.make_url(url).render_as_string(hide_password=True) if "://" in url else "that was given"
+            reason = str(error).splitlines()[0]
+            raise JobStoreError(f"The database of jobs {shown} cannot be used: {reason}.") from error
+
+    @property
+    def journal_mode(self) -> str:
+        """SQLite's journal mode; empty for other databases."""
+        if self._engine.dialect.name != "sqlite":
+            return ""
+        with self._reading() as connection:
+            return str(connection.exec_driver_sql("PRAGMA journal_mode").scalar_one())
+
+    def add(self, job: Job, *, submission: Submission | None = None, capacity: int | None = None) -> Job:
+        with self._writing() as connection:
+            if submission and (before := self._submitted(connection, submission)):
+                return before
+            if capacity is not None and self._queued(connection) >= capacity:
+                raise QueueFullError
+            row = _row(job) | {
+                "idempotency_key": submission and submission.key,
+                "body_sha256": submission and submission.body_sha256,
+            }
+            try:
+                with connection.begin_nested():
+                    connection.execute(sa.insert(_jobs).values(row))
+            except sa.exc.IntegrityError:
+                if submission and (before := self._submitted(connection, submission)):
+                    return before  # the same request came in twice at the same moment
+                raise
+        return job
+
+    def get(self, job_id: str) -> Job:
+        with self._reading() as connection:
+            return self._get(connection, job_id)
+
+    def list(self, *, status: Status | None = None, limit: int = 50, cursor: str | None = None) -> Page:
+        query = sa.select(_jobs.c.document).order_by(_jobs.c.seq.desc()).limit(limit + 1)
+        if status is not None:
+            query = query.where(_jobs.c.status == status.value)
+        with self._reading() as connection:
+            if cursor is not None:
+                before = connection.execute(sa.select(_jobs.c.seq).where(_jobs.c.id == cursor)).scalar()
+                if before is None:
+                    raise JobError("The cursor is none of this list's; begin again without it.")
+                query = query.where(_jobs.c.seq < before)
+            found = [_job(document) for document in connection.execute(query).scalars()]
+        return Page(tuple(found[:limit]), found[limit - 1].id if len(found) > limit else None)
+
+    def queue_position(self, job_id: str) -> int | None:
+        with self._reading() as connection:
+            row = connection.execute(sa.select(_jobs.c.seq, _jobs.c.status).where(_jobs.c.id == job_id)).one_or_none()
+            if row is None or row.status != Status.IN_QUEUE.value:
+                return None
+            return self._queued(connection, _jobs.c.seq < row.seq)
+
+    def claim(self, worker: str, now: datetime, lease_s: float, loaded: Collection[str] = ()) -> Job | None:
+        while True:
+            try:
+                with self._writing() as connection:
+                    return self._claim(connection, worker, now, lease_s, loaded)
+            except _Outrun:
+                continue
+
+    def change(self, job_id: str, change: Callable[[Job], Job]) -> Job:
+        while True:
+            try:
+                with self._writing() as connection:
+                    job = self._get(connection, job_id)
+                    return self._put(connection, job, change(job))
+            except _Outrun:
+                continue
+
+    def abandon_expired(self, now: datetime) -> tuple[Job, ...]:
+        with self._reading() as connection:
+            query = sa.select(_jobs.c.document).where(_jobs.c.lease_expires_at_s <= now.timestamp())
+            expired = [_job(document) for document in connection.execute(query).scalars()]
+        changed = []
+        for job in expired:
+            after = self.change(job.id, lambda current: _abandoned_if_expired(current, now))
+            if after.lease_expires_at is None:
+                changed.append(after)
+        return tuple(changed)
+
+    def remove_finished(self, *, before: datetime, keep: int) -> tuple[Job, ...]:
+        ended = sa.select(_jobs.c.seq, _jobs.c.finished_at_s, _jobs.c.document).where(_jobs.c.status.in_(_FINAL))
+        with self._writing() as connection:
+            rows = connection.execute(ended.order_by(_jobs.c.finished_at_s.desc(), _jobs.c.seq.desc())).all()
+            gone = [row for place, row in enumerate(rows) if place >= keep or row.finished_at_s < before.timestamp()]
+            for row in gone:
+                connection.execute(sa.delete(_jobs).where(_jobs.c.seq == row.seq))
+        return tuple(_job(row.document) for row in gone)
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    @contextmanager
+    def _writing(self) -> Iterator[sa.Connection]:
+        with self._engine.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def _reading(self) -> Iterator[sa.Connection]:
+        with self._engine.connect().execution_options(fidelora_reads=True) as connection:
+            yield connection
+
+    def _claim(self, connection: sa.Connection, worker: str, now: datetime, lease_s: float, loaded: Collection[str]) -> Job | None:
+        query = sa.select(_jobs.c.document).where(_jobs.c.status == Status.IN_QUEUE.value).order_by(_jobs.c.seq)
+        queue = [_job(document) for document in connection.execute(query.limit(_CLAIM_WINDOW)).scalars()]
+        place = choose(queue, loaded)
+        if place is None:
+            return None
+        for before in queue[:place]:
+            self._put(connection, before, life.passed(before))
+        return self._put(connection, queue[place], life.claimed(queue[place], worker, now, lease_s))
+
+    def _submitted(self, connection: sa.Connection, submission: Submission) -> Job | None:
+        query = sa.select(_jobs.c.document, _jobs.c.body_sha256).where(_jobs.c.idempotency_key == submission.key)
+        row = connection.execute(query).one_or_none()
+        if row is None:
+            return None
+        if row.body_sha256 != submission.body_sha256:
+            raise IdempotencyConflictError
+        return _job(row.document)
+
+    def _queued(self, connection: sa.Connection, *conditions: sa.ColumnElement[bool]) -> int:
+        query = sa.select(sa.func.count()).select_from(_jobs).where(_jobs.c.status == Status.IN_QUEUE.value, *conditions)
+        return int(connection.execute(query).scalar_one())
+
+    def _get(self, connection: sa.Connection, job_id: str) -> Job:
+        document = connection.execute(sa.select(_jobs.c.document).where(_jobs.c.id == job_id)).scalar()
+        if document is None:
+            raise JobNotFoundError
+        return _job(document)
+
+    def _put(self, connection: sa.Connection, before: Job, after: Job) -> Job:
+        if after != before:
+            update = sa.update(_jobs).where(_jobs.c.id == before.id, _jobs.c.version == before.version)
+            if connection.execute(update.values(_row(after))).rowcount != 1:
+                raise _Outrun
+        return after
+
+
+def wal_is_safe(version: str) -> bool:
+    """Whether this release of SQLite is free of the fault by which a reset of the write-ahead log can corrupt the database.
+
+    It came with WAL itself in 3.7.0 and was mended in 3.51.3. Older series with the repair are not told apart from those without:
+    the rollback journal that is used then is slower and just as safe.
+    """
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:3]) >= (3, 51, 3)
+
+
+def _abandoned_if_expired(job: Job, now: datetime) -> Job:
+    expired = job.lease_expires_at is not None and job.lease_expires_at <= now  # or it was renewed in the meantime
+    return life.abandoned(job, job.epoch, life.SILENT, now) if expired else job
+
+
+def _row(job: Job) -> dict[str, Any]:
+    return {
+        "id": job.id,
+        "status": job.status.value,
+        "version": job.version,
+        "lease_expires_at_s": job.lease_expires_at and job.lease_expires_at.timestamp(),
+        "finished_at_s": job.finished_at and job.finished_at.timestamp(),
+        "document": json.dumps(job_to_dict(job), ensure_ascii=False),
+    }
+
+
+def _job(document: str) -> Job:
+    return job_from_dict(json.loads(document))
+
+
+def _engine_options(url: str) -> dict[str, Any]:
+    return {"connect_args": {"timeout": _BUSY_TIMEOUT_S}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+
+
+def _configure_sqlite(engine: sa.Engine) -> None:
+    """Every commit reaches the disk; transactions begin as what they are, so that readers of a row cannot deadlock as its writers."""
+    journal = "WAL" if wal_is_safe(sqlite3.sqlite_version) else "DELETE"
+
+    @sa.event.listens_for(engine, "connect")
+    def on_connect(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # sqlite3's own transactions would end before table changes
+        connection.execute(f"PRAGMA journal_mode = {journal}")
+        connection.execute("PRAGMA synchronous = FULL")
+
+    @sa.event.listens_for(engine, "begin")
+    def on_begin(connection: sa.Connection) -> None:
+        reads = connection.get_execution_options().get("fidelora_reads", False)
+        connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
+
+
+def _migrate(connection: sa.Connection) -> None:
+    """Bring the tables up to date; the changes and their record are in the caller's one transaction."""
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS))
+    config.attributes["connection"] = connection
+    try:
+        command.upgrade(config, "head")
+    except command.util.CommandError as error:
+        raise JobStoreError(f"The database of jobs is of another version of Fidelora: {error}.") from error
