@@ -20,7 +20,9 @@ class FideloraError(Exception):
     """Fidelora could not do what was asked."""
 
     def __init__(self, message: str | None = None) -> None:
-        super().__init__(message or " ".join((type(self).__doc__ or "").split()))
+        text = message or " ".join((type(self).__doc__ or "").split())
+        # Names from files go into messages, and messages go to terminals: nothing unprintable passes.
+        super().__init__("".join(character if character.isprintable() else repr(character)[1:-1] for character in text))
 
 
 class WrongUseError(FideloraError):
@@ -118,12 +120,20 @@ class MemoryExhaustedError(FideloraError):
     """The device ran out of memory; use a smaller size, a narrower dtype (bfloat16), or offloading (model, then sequential)."""
 
 
+class EngineBusyError(WrongUseError):
+    """The engine is making an image, and was asked for another one from inside it (from `on_step`); ask after it."""
+
+
 class NumericsError(FideloraError):
-    """The model produced NaN, so there is no image; a wider dtype (float32, or a float32 VAE) usually helps."""
+    """The model produced NaN, so there is no image."""
 
 
 class OutputError(FideloraError):
     """The image could not be written."""
+
+
+class ImageFormatError(OutputError, WrongUseError):
+    """The name ends in no image format that is written here; use .png, .jpg or .webp."""
 
 
 class ImageRecordError(FideloraError):

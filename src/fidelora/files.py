@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from pathlib import Path
 
 from fidelora.errors import OutputError
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for output, with its parents, and see that files can be written there.
+
+    Raises:
+        OutputError: they cannot.
+    """
+    probe = folder / _temporary_name()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        probe.unlink()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise OutputError(f"Nothing can be written to the folder {folder}: {_reason(error)}.") from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -15,31 +30,39 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         OutputError: it cannot be written (no such folder, no permission, disk full); nothing is left behind then.
     """
-    temporary: Path | None = None
+    temporary = path.parent / _temporary_name()
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".fidelora-", suffix=".part")
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
+        # Not `tempfile`: its files are for their owner alone, and this one is to be as any other that the user makes.
+        with os.fdopen(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666), "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes files for their owner alone
         temporary.replace(path)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise OutputError(f"{path} could not be written: {reason}. Nothing was left there.") from error
+        _remove(temporary)
+        raise OutputError(f"{path} could not be written: {_reason(error)}. Nothing was left there.") from error
+    except BaseException:  # an interrupt
+        _remove(temporary)
+        raise
     try:
         _sync_folder(path.parent)
     except OSError as error:
-        raise OutputError(f"{path} was written, but its folder could not be made durable: {error.strerror or error}.") from error
+        raise OutputError(f"{path} was written, but its folder could not be made durable: {_reason(error)}.") from error
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _temporary_name() -> str:
+    return f".fidelora-{secrets.token_hex(8)}.part"
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except (OSError, ValueError):
+        return  # where it could not be made, it cannot be removed; the caller has the reason
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 
 from fidelora.errors import AdapterNotFoundError, RecipeError, UnknownSamplerError, WeightsFileError
 from fidelora.models import ModelSpec, model_spec
+from fidelora.weights_file import read_header_of
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Noise = Literal["modern", "legacy"]
@@ -56,16 +57,11 @@ def file_sha256(path: Path) -> str:
     """The sha256 of a file's bytes, in hex.
 
     Raises:
-        AdapterNotFoundError: there is no such file.
         WeightsFileError: it cannot be read.
     """
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except (FileNotFoundError, NotADirectoryError):
-        raise AdapterNotFoundError(f"There is no adapter file {path}; check the path.") from None
-    except IsADirectoryError:
-        raise AdapterNotFoundError(f"{path} is a folder, not an adapter file; name the .safetensors file in it.") from None
     except OSError as error:
         raise WeightsFileError(f"{path} cannot be read: {error.strerror or error}.") from error
 
@@ -91,24 +87,32 @@ class AdapterRef:
             raise RecipeError("An adapter's sha256 has 64 hexadecimal digits in lower case.", field="adapters")
         _is_text("name", self.name)
         _in_range("multiplier", self.multiplier, -MAX_MULTIPLIER, MAX_MULTIPLIER)
+        if self.path is not None:
+            object.__setattr__(self, "path", Path(self.path))
         object.__setattr__(self, "multiplier", float(self.multiplier) + 0.0)  # no -0.0: it equals 0.0 and prints otherwise
 
     @classmethod
     def from_file(cls, path: str | Path, multiplier: float = 1.0) -> AdapterRef:
-        """Refer to the file at `path` as it is now.
+        """Refer to the file at `path` as it is now. Its header is checked before the rest is read.
 
         Raises:
             AdapterNotFoundError: there is no such file.
+            WeightsFileError: it is not a sound .safetensors file, or cannot be read.
             RecipeError: the multiplier is out of range.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
+        if path.is_dir():
+            raise AdapterNotFoundError(f"{path} is a folder, not an adapter file; name the .safetensors file in it.")
+        if not path.is_file():  # nor a device or a pipe, which may never end
+            raise AdapterNotFoundError(f"There is no adapter file {path}; check the path.")
+        read_header_of(path)
         name = path.stem.encode("utf-8", "replace").decode()  # a file name need not be text; what goes into images has to be
         return cls(file_sha256(path), multiplier, name=name, path=path.resolve())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything that defines one image. Two recipes are equal, and have the same digest, if they define the same image.
+    """Everything that defines one image. Equal recipes have the same digest and define the same image.
 
     Attributes:
         prompt: the text as it is encoded, `[trigger]` already replaced.
@@ -116,6 +120,8 @@ class Recipe:
         model: id of the model family.
         base_model: hub id (`owner/name`, `owner/name@revision`), diffusers folder or single .safetensors file.
         variant: which files of a diffusers folder: empty for the plain ones, `fp16` for `*.fp16.safetensors`.
+        config: folder in the diffusers layout whose configurations and tokenizer a single-file checkpoint is read with; empty for
+            the model family's own.
         vae: hub id, folder or file of a VAE to use in place of the base's own; empty for its own.
         width, height: pixels, 64..4096, floored to the model's divisor.
         steps: 1..150 (some samplers: fewer).
@@ -140,6 +146,7 @@ class Recipe:
     model: str = "sd15"
     base_model: str = FROM_MODEL
     variant: str = ""
+    config: str = ""
     vae: str = ""
     width: int = FROM_MODEL
     height: int = FROM_MODEL
@@ -183,7 +190,7 @@ class Recipe:
                 object.__setattr__(self, name, value)
 
     def _check(self, spec: ModelSpec) -> None:
-        for name in ("prompt", "negative_prompt", "base_model", "variant", "vae", "sampler"):
+        for name in ("prompt", "negative_prompt", "base_model", "variant", "config", "vae", "sampler"):
             _is_text(name, getattr(self, name))
         _in_range("width", self.width, MIN_SIZE, MAX_SIZE, whole=True)
         _in_range("height", self.height, MIN_SIZE, MAX_SIZE, whole=True)

@@ -18,7 +18,9 @@ from fidelora.errors import (
     BaseModelFilesError,
     BaseModelNotFoundError,
     BaseModelWeightsError,
+    NonFiniteWeightsError,
     PickleRefusedError,
+    RecipeError,
     WeightsFileError,
 )
 from fidelora.models import model_spec
@@ -28,9 +30,9 @@ UNET = Path("unet/diffusion_pytorch_model.safetensors")
 VAE = Path("vae/diffusion_pytorch_model.safetensors")
 
 
-def load(base: Path | str, *, config: Path | None = None, **fields: str) -> BaseModel:
+def load(base: Path | str, **fields: str) -> BaseModel:
     recipe = Recipe(prompt="", base_model=str(base), **fields)  # type: ignore[arg-type]
-    return load_base(BaseKey.of(recipe), torch.device("cpu"), config=config)
+    return load_base(BaseKey.of(recipe), torch.device("cpu"))
 
 
 def weights_of(base: BaseModel) -> dict[str, torch.Tensor]:
@@ -140,8 +142,82 @@ def test_shards_are_one_file(tmp_path):
     (base / UNET).unlink()
     assert same(load(base), load(TINY_BASE))
     (base / "unet/diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(BaseModelWeightsError, match="unet lacks"):
+    with pytest.raises(BaseModelFilesError, match="not one complete set"):
         load(base)
+
+
+@pytest.mark.parametrize("names", [["00001-of-00003", "00002-of-00002"], ["00001-of-00002", "00003-of-00002"], ["00002-of-00002"]])
+def test_shards_of_different_exports_are_no_set(tmp_path, names):
+    base = copy_base(tmp_path)
+    tensors = safetensors.torch.load((base / UNET).read_bytes())
+    for number, name in enumerate(names):
+        chosen = {key: tensors[key] for key in sorted(tensors)[number :: len(names)]}
+        safetensors.torch.save_file(chosen, base / f"unet/diffusion_pytorch_model-{name}.safetensors")
+    (base / UNET).unlink()
+    with pytest.raises(BaseModelFilesError, match="not one complete set"):
+        load(base)
+
+
+def test_a_weight_in_two_shards_is_refused(tmp_path):
+    base = copy_base(tmp_path)
+    tensors = safetensors.torch.load((base / UNET).read_bytes())
+    for number in (1, 2):
+        safetensors.torch.save_file(tensors, base / f"unet/diffusion_pytorch_model-0000{number}-of-00002.safetensors")
+    (base / UNET).unlink()
+    with pytest.raises(BaseModelFilesError, match="weights that another shard has too"):
+        load(base)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_weights_are_not_taken_for_weights(tmp_path, dtype):
+    base = copy_base(tmp_path)
+    change_weights(base / UNET, lambda tensors: tensors | {"conv_in.weight": tensors["conv_in.weight"].to(dtype)})
+    with pytest.raises(BaseModelWeightsError, match=r"has quantised, which is not supported, 1 weights \(conv_in\.weight\)"):
+        load(base)
+
+
+def test_nan_in_the_base_is_named(tmp_path):
+    base = copy_base(tmp_path)
+    change_weights(base / VAE, lambda tensors: tensors | {"decoder.conv_out.bias": torch.full((3,), float("nan"))})
+    with pytest.raises(NonFiniteWeightsError, match=r"vae holds NaN or infinity in 1 weights \(decoder\.conv_out\.bias\)"):
+        load(base)
+
+
+def test_a_weight_under_both_spellings_is_refused(tmp_path):
+    base = copy_base(tmp_path)
+    name = "final_layer_norm.bias"
+    change_weights(base / TEXT_ENCODER, lambda tensors: tensors | {name: torch.zeros(32)})
+    with pytest.raises(BaseModelWeightsError, match=f"two weights that are both {name}"):
+        load(base)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("merges.txt", "#version: 0.2\n"), ("vocab.json", "{}"), ("vocab.json", "{"), ("merges.txt", "\0")]
+)
+def test_a_tokenizer_that_does_not_work_is_refused(tmp_path, name, content):
+    base = copy_base(tmp_path)
+    (base / "tokenizer" / name).write_text(content)
+    with pytest.raises(BaseModelFilesError, match="tokenizer"):
+        load(base)
+
+
+@pytest.mark.parametrize("change", [{"num_attention_heads": 5}, {"hidden_size": "wide"}, {"max_position_embeddings": -1}])
+def test_a_configuration_that_makes_no_model_is_one_sentence(tmp_path, change):
+    base = copy_base(tmp_path)
+    path = base / "text_encoder" / "config.json"
+    path.write_text(json.dumps(read_json(path) | change))
+    with pytest.raises(BaseModelFilesError, match="describes no CLIPTextModel") as raised:
+        load(base)
+    assert "\n" not in str(raised.value)
+
+
+def test_configurations_for_a_folder_that_has_its_own_are_refused(tmp_path):
+    with pytest.raises(RecipeError, match="configurations of its own"):
+        load(TINY_BASE, config=str(TINY_BASE))
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(as_ldm_checkpoint(TINY_BASE), path)
+    with pytest.raises(BaseModelNotFoundError, match="no folder with configurations"):
+        load(path, config=str(tmp_path / "none"))
 
 
 def test_the_variant_is_chosen_and_never_guessed(tmp_path):
@@ -168,7 +244,7 @@ def test_another_vae_from_a_folder_a_file_and_an_ldm_file(tmp_path):
 def test_a_checkpoint_in_one_file_is_the_folder_it_was_made_from(tmp_path):
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file(as_ldm_checkpoint(TINY_BASE), path)
-    assert same(load(path, config=TINY_BASE), load(TINY_BASE))
+    assert same(load(path, config=str(TINY_BASE)), load(TINY_BASE))
 
 
 def test_what_training_leaves_in_a_checkpoint_is_passed_over(tmp_path):
@@ -179,7 +255,7 @@ def test_what_training_leaves_in_a_checkpoint_is_passed_over(tmp_path):
         "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
     }
     safetensors.torch.save_file(as_ldm_checkpoint(TINY_BASE) | left, path)
-    assert same(load(path, config=TINY_BASE), load(TINY_BASE))
+    assert same(load(path, config=str(TINY_BASE)), load(TINY_BASE))
 
 
 @pytest.mark.parametrize(
@@ -189,7 +265,7 @@ def test_a_weight_of_a_checkpoint_that_nothing_uses_is_named(tmp_path, key):
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file(as_ldm_checkpoint(TINY_BASE) | {key: torch.zeros(2)}, path)
     with pytest.raises(BaseModelWeightsError, match=key.replace(".", r"\.").removeprefix("model")):
-        load(path, config=TINY_BASE)
+        load(path, config=str(TINY_BASE))
 
 
 def test_a_weight_that_a_checkpoint_lacks_is_named(tmp_path):
@@ -198,7 +274,7 @@ def test_a_weight_that_a_checkpoint_lacks_is_named(tmp_path):
     del checkpoint["cond_stage_model.transformer.text_model.encoder.layers.2.mlp.fc2.bias"]
     safetensors.torch.save_file(checkpoint, path)
     with pytest.raises(BaseModelWeightsError, match=r"text_encoder lacks 1 weights \(encoder\.layers\.2\.mlp\.fc2\.bias\)"):
-        load(path, config=TINY_BASE)
+        load(path, config=str(TINY_BASE))
 
 
 def test_the_family_s_own_configurations_are_used_without_a_network(tmp_path):
@@ -310,9 +386,15 @@ def test_a_configuration_that_is_none_is_an_error(tmp_path, content):
         load(base)
 
 
-def test_a_place_that_is_none(tmp_path):
+@pytest.mark.parametrize("place", ["nowhere/at/all", "x" * 300, "a\0b"])
+def test_a_place_that_is_none(place):
     with pytest.raises(BaseModelNotFoundError, match="There is no base model at"):
-        load(tmp_path / "nowhere" / "at" / "all")
+        load(place)
+
+
+def test_a_vae_that_is_not_there_is_called_a_vae():
+    with pytest.raises(BaseModelNotFoundError, match="There is no VAE at"):
+        load(TINY_BASE, vae="nowhere/at/all")
 
 
 def test_the_hub_s_cache_is_used_when_offline(tmp_path, monkeypatch):

@@ -18,9 +18,11 @@ from fidelora.errors import (
     AdapterMismatchError,
     AdapterNotFoundError,
     DeviceError,
+    EngineBusyError,
     GenerationCancelled,
     MemoryExhaustedError,
     NumericsError,
+    WrongUseError,
 )
 from fidelora.models import model_spec
 
@@ -252,16 +254,66 @@ def test_the_base_used_longest_ago_is_let_go(tmp_path):
     assert [key.base_model for key in engine._bases] == [other]
 
 
-def test_nan_is_an_error_and_not_a_black_image(tmp_path):
+@pytest.mark.parametrize(("dtype", "advice"), [("float16", "use bfloat16 or float32"), ("float32", "look for an adapter")])
+def test_nan_is_an_error_and_not_a_black_image(tmp_path, dtype, advice):
+    """Weights that are finite, and too large for what they are multiplied with."""
     base = copy_base(tmp_path)
+    huge = 6e4 if dtype == "float16" else 1e38
 
-    def poison(tensors):
-        tensors["conv_out.bias"] = torch.full_like(tensors["conv_out.bias"], float("nan"))
-        return tensors
+    def enlarge(tensors):
+        return {name: torch.full_like(t.float(), huge) if name.startswith("decoder.conv_in") else t for name, t in tensors.items()}
 
-    change_weights(base / "unet" / "diffusion_pytorch_model.safetensors", poison)
-    with pytest.raises(NumericsError, match="NaN"):
-        Engine(device="cpu").generate(Recipe(prompt="a ball", **{**SMALL, "base_model": str(base)}))
+    change_weights(base / "vae" / "diffusion_pytorch_model.safetensors", enlarge)
+    with pytest.raises(NumericsError, match=f"NaN.*{advice}"):
+        Engine(device="cpu").generate(Recipe(prompt="a ball", dtype=dtype, **{**SMALL, "base_model": str(base)}))
+
+
+def test_a_base_that_was_overwritten_is_not_taken_for_the_old_one(tmp_path):
+    base = copy_base(tmp_path)
+    engine = Engine(device="cpu")
+    recipe = Recipe(prompt="a ball", **{**SMALL, "base_model": str(base)})
+    before = pixels(engine, recipe)
+    change_weights(
+        base / "unet" / "diffusion_pytorch_model.safetensors",
+        lambda tensors: tensors | {"conv_out.bias": tensors["conv_out.bias"] + 1},
+    )
+    assert pixels(engine, recipe) != before
+
+
+def test_an_autocast_around_the_caller_has_no_say(engine):
+    recipe = Recipe(prompt="a ball", **SMALL)
+    expected = pixels(engine, recipe)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert pixels(engine, recipe) == expected
+
+
+def test_an_image_from_inside_an_image_is_refused_and_does_not_hang(engine):
+    recipe = Recipe(prompt="a ball", **SMALL)
+    expected = pixels(engine, recipe)
+    with pytest.raises(EngineBusyError, match="from inside it"):
+        engine.generate(recipe, lambda _: engine.load(recipe))
+    assert pixels(engine, recipe) == expected
+
+
+def test_configurations_are_part_of_the_recipe():
+    recipe = Recipe(prompt="a ball", **SMALL)
+    assert replace(recipe, config="elsewhere").digest != recipe.digest
+
+
+def test_an_adapter_is_found_where_its_bytes_are(tmp_path):
+    from fidelora.adapters.library import AdapterLibrary
+
+    library = AdapterLibrary(budget_bytes=1)
+    known = library.add(LORA)
+    library.add(LORA_CONV)  # the first is out of memory now
+    for stale in (tmp_path / "gone.safetensors", LORA_CONV):
+        assert library.get(replace(known, path=stale)).sha256 == known.sha256
+        library.get(AdapterRef.from_file(LORA_CONV))
+
+
+def test_an_engine_needs_a_place_for_a_base():
+    with pytest.raises(WrongUseError, match="max_bases"):
+        Engine(device="cpu", max_bases=0)
 
 
 def test_running_out_of_memory_is_one_sentence(engine, monkeypatch):
@@ -287,6 +339,7 @@ def test_progress_and_time_of_each_part_are_told(engine):
         ("meta", "none", "not supported"),
         ("cpu", "model", "use offload none"),
         ("cpu", "sequential", "use offload none"),
+        ("cpu", "some", "no way of offloading 'some'"),
     ],
 )
 def test_a_device_that_is_not_there(device, offload, message):

@@ -263,7 +263,9 @@ def test_a_sample_item_that_cannot_be_read_is_refused_by_its_place(folder, item,
 def touch(folder, *names):
     for name in names:
         (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(name.encode())
+        padding = name.encode().hex()  # sound, without tensors, and every file with bytes of its own
+        header = json.dumps({"__metadata__": {"name": padding}}).encode()
+        (folder / name).write_bytes(len(header).to_bytes(8, "little") + header)
 
 
 def test_checkpoints_are_known_by_their_step_and_the_last_has_none_in_its_name(folder):
@@ -494,7 +496,7 @@ def test_each_step_has_its_own_checkpoint_and_previews(folder):
         for sample in planned:
             (ref,) = sample.recipe.adapters
             assert ref.path == (folder / file_name).resolve()
-            assert ref.sha256 == hashlib.sha256(file_name.encode()).hexdigest()
+            assert ref.sha256 == hashlib.sha256((folder / file_name).read_bytes()).hexdigest()
             assert ref.name == Path(file_name).stem
 
 
@@ -558,3 +560,32 @@ def test_the_user_interface_s_configuration_is_read_as_json(folder):
     assert "\\ud83d" in text
     (folder / ".job_config.json").write_text(text)
     assert read_job(folder).samples[0].prompt == "a \U0001f600"
+
+
+@pytest.mark.parametrize(
+    "model", [{"arch": "sdxl"}, {"is_xl": True}, {"is_flux": True}, {"arch": "flux"}, {"is_v2": True}], ids=lambda value: str(value)
+)
+def test_a_job_of_another_family_is_refused(folder, model):
+    with pytest.raises(JobFolderError, match="no Stable Diffusion 1.5".replace(".", r"\.")):
+        job_of(folder, model={"name_or_path": "base"} | model)
+
+
+@pytest.mark.parametrize("model", [{"arch": "sd15"}, {"arch": "sd1"}, {}, {"is_xl": False}, {"is_v_pred": True}])
+def test_a_job_of_this_family_is_taken(folder, model):
+    assert job_of(folder, model={"name_or_path": "base"} | model).base_model == "base"
+
+
+def test_prompts_count_where_samples_are_empty(folder):
+    assert [item.prompt for item in job_of(folder, sample={"samples": None, "prompts": ["a", "b"]}).samples] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("version", "noise"), [("0.9.5", "legacy"), ("0.11.1", "legacy"), ("0.11.2", "modern"), ("0.12.26", "modern")]
+)
+@pytest.mark.parametrize("step", [0, 100])
+def test_noise_is_drawn_as_the_trainer_of_the_job_drew_it(folder, version, noise, step):
+    metadata = {"software": json.dumps({"name": "ai-toolkit", "version": version})}
+    header = json.dumps({"__metadata__": metadata}).encode()
+    (folder / "style_000000100.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    job = job_of(folder, sample={"samples": [{"prompt": "a"}]})
+    assert plan_samples(job, step)[0].recipe.noise == noise

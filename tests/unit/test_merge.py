@@ -8,9 +8,8 @@ import pytest
 import torch
 from tests.support import LOKR, LORA, LORA_CONV, TINY_BASE, save_adapter
 
-from fidelora import AdapterRef, Recipe
+from fidelora import Recipe
 from fidelora.adapters.formats import read_adapter
-from fidelora.adapters.merge import MergedAdapters
 from fidelora.engine.base import BaseKey, BaseModel, load_base
 from fidelora.errors import AdapterMismatchError
 
@@ -192,19 +191,3 @@ def test_one_target_cannot_take_two_modules_of_one_file(tmp_path):
         tensors |= {f"{name}.lora_down.weight": torch.ones(2, 32), f"{name}.lora_up.weight": torch.ones(64, 2)}
     with pytest.raises(AdapterMismatchError, match="its target has another module of the file already"):
         fresh_base().targets.bind(read_adapter(save_adapter(tmp_path / "a.safetensors", tensors)))
-
-
-def test_touched_weights_are_reported_with_their_pristine_copies():
-    base = fresh_base()
-    lora = base.targets.bind(read_adapter(LORA))
-    before = {name: base.targets.by_name[name].weight.clone() for name in lora.deltas}
-    base.merged.apply([(lora, 1.0)])
-    touched = {target.name: pristine for target, pristine in base.merged.touched()}
-    assert touched.keys() == before.keys()
-    assert all(torch.equal(touched[name], before[name]) for name in before)
-
-
-def test_nothing_is_merged_at_first():
-    base = fresh_base()
-    assert list(MergedAdapters(base.targets).touched()) == []
-    assert AdapterRef.from_file(LORA).sha256 == read_adapter(LORA).sha256

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import stat
+import zlib
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 
 from fidelora.engine.output import GeneratedImage, format_of, is_image_format, parameters_text, read_record, suffix_of
 from fidelora.errors import ImageRecordError, OutputError
-from fidelora.files import write_atomically
+from fidelora.files import make_folder, write_atomically
 from fidelora.recipe import AdapterRef, Recipe
 
 FORMATS = ["png", "jpeg", "webp"]
@@ -223,7 +224,7 @@ def test_the_suffix_tells_the_format(tmp_path, name, image_format):
 
 @pytest.mark.parametrize("name", ["a.gif", "a.bmp", "a", "png", "a.png.txt"])
 def test_an_unknown_suffix_is_refused_and_nothing_is_written(tmp_path, name):
-    with pytest.raises(OutputError, match=rf"{name} ends in no known image format; use \.png, \.jpg or \.webp"):
+    with pytest.raises(OutputError, match=rf"{name} ends in no image format that is written here; use \.png, \.jpg or \.webp"):
         image_of().save(tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 
@@ -274,7 +275,7 @@ def full_disk(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("call", ["fsync", "replace", "chmod"])
+@pytest.mark.parametrize("call", ["fsync", "replace", "fdopen"])
 @pytest.mark.parametrize("older", [None, b"older"])
 def test_a_write_that_fails_leaves_nothing_behind_and_the_older_file_intact(tmp_path, monkeypatch, call, older):
     path = tmp_path / "a.png"
@@ -343,3 +344,37 @@ def test_a_nul_in_the_name_is_an_output_error(tmp_path):
     with pytest.raises(OutputError, match="could not be written"):
         write_atomically(tmp_path / "a\0.png", b"content")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_format_that_is_not_written_is_refused(tmp_path):
+    image = GeneratedImage(np.zeros((8, 8, 3), np.uint8), Recipe(prompt=""), {"fidelora": "0"})
+    with pytest.raises(OutputError, match="no image format that is written here"):
+        image.encode("gif")  # type: ignore[arg-type]
+
+
+def test_a_huge_image_is_not_opened(tmp_path):
+    header = b"IHDR" + (60_000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+    chunk = (13).to_bytes(4, "big") + header + zlib.crc32(header).to_bytes(4, "big")
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk)
+    with pytest.raises(ImageRecordError, match=r"carries no recipe|not an image"):
+        read_record(tmp_path / "bomb.png")
+
+
+def test_an_interrupt_while_writing_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(_descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "a.png", b"content")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_for_output_is_made_and_tried(tmp_path):
+    make_folder(tmp_path / "a" / "b")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OutputError, match="Nothing can be written to the folder"):
+        make_folder(tmp_path / "file")
+    with pytest.raises(OutputError, match="Nothing can be written to the folder"):
+        make_folder(tmp_path / "file" / "below")

@@ -6,13 +6,22 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fidelora.errors import AdapterError, AdapterNotFoundError, RecipeError, UnknownModelError, UnknownSamplerError
+from fidelora.errors import (
+    AdapterError,
+    AdapterNotFoundError,
+    RecipeError,
+    UnknownModelError,
+    UnknownSamplerError,
+    WeightsFileError,
+)
 from fidelora.models import model_spec
 from fidelora.recipe import AdapterRef, Recipe, replace_trigger
 
@@ -27,6 +36,7 @@ FULL: dict[str, Any] = {
     "model": "sd15",
     "base_model": "models/base.safetensors",
     "variant": "fp16",
+    "config": "elsewhere",
     "vae": "own/vae@main",
     "width": 640,
     "height": 456,
@@ -45,10 +55,13 @@ FULL: dict[str, Any] = {
 """Every field, none with its default."""
 
 # What the digests were when format 1 was made. Files carry them, so they may only change together with `FORMAT`.
-DEFAULT_DIGEST = "6cdd1d5a1d69be9396106eb9673d156cab5e19c563ffee1ec1b01aa6f8f1903d"
-FULL_DIGEST = "1b5dd94428731115ffb59965f97c38b76d33e30c5ae555247d5d4c3fb2681753"
+DEFAULT_DIGEST = "fb2214fee74cf0b782f0979f0c447f9c5ceb5278ea1978ab6f5fe6871a665653"
+FULL_DIGEST = "dff7a402c35dccbd0254339b6486cfb74bccbb1ba0d93103824d55ad869dc841"
 
 PLAIN = Recipe(prompt="a red ball", adapters=(STYLE,)).to_dict()
+
+SOUND = (2).to_bytes(8, "little") + b"{}"
+"""The smallest sound .safetensors file: no tensors."""
 
 
 def plain_with(**changes):
@@ -313,7 +326,7 @@ def test_the_json_form_is_this_one():
 
 def test_where_the_adapter_lies_is_not_told(tmp_path):
     path = tmp_path / "secret_place.safetensors"
-    path.write_bytes(b"x")
+    path.write_bytes(SOUND)
     text = Recipe(prompt="", adapters=(AdapterRef.from_file(path),)).to_json()
     assert str(tmp_path) not in text
     assert Recipe.from_json(text).adapters[0].path is None
@@ -390,6 +403,7 @@ OTHER_VALUES = {
     "negative_prompt": "blurry",
     "base_model": "another/base",
     "variant": "fp16",
+    "config": "elsewhere",
     "vae": "another/vae",
     "width": 520,
     "height": 520,
@@ -438,7 +452,7 @@ def test_the_digest_depends_on_the_adapters_their_order_and_strength(adapters):
 
 def test_the_digest_does_not_depend_on_the_name_or_place_of_an_adapter(tmp_path):
     path = tmp_path / "renamed.safetensors"
-    path.write_bytes(b"content")
+    path.write_bytes(SOUND)
     here = AdapterRef.from_file(path)
     nameless = AdapterRef(here.sha256)
     assert here.name != nameless.name
@@ -452,16 +466,16 @@ def test_the_digest_does_not_depend_on_the_name_or_place_of_an_adapter(tmp_path)
 def test_a_reference_from_a_file_has_its_hash_name_and_place(tmp_path):
     path = tmp_path / "sub" / ".." / "my style.v2.safetensors"
     (tmp_path / "sub").mkdir()
-    path.write_bytes(b"the bytes")
+    path.write_bytes(SOUND)
     ref = AdapterRef.from_file(str(path), -0.5)
-    assert ref.sha256 == hashlib.sha256(b"the bytes").hexdigest()
+    assert ref.sha256 == hashlib.sha256(SOUND).hexdigest()
     assert ref.multiplier == -0.5
     assert ref.name == "my style.v2"
     assert ref.path == tmp_path / "my style.v2.safetensors"
 
 
 def test_a_reference_from_a_file_has_multiplier_one_if_none_is_given(tmp_path):
-    (tmp_path / "a.safetensors").write_bytes(b"")
+    (tmp_path / "a.safetensors").write_bytes(SOUND)
     assert AdapterRef.from_file(tmp_path / "a.safetensors").multiplier == 1.0
 
 
@@ -476,7 +490,7 @@ def test_a_reference_to_a_folder_is_refused(tmp_path):
 
 
 def test_a_reference_from_a_file_checks_the_multiplier(tmp_path):
-    (tmp_path / "a.safetensors").write_bytes(b"")
+    (tmp_path / "a.safetensors").write_bytes(SOUND)
     with pytest.raises(RecipeError, match="multiplier is 3"):
         AdapterRef.from_file(tmp_path / "a.safetensors", 3)
 
@@ -552,7 +566,7 @@ def test_a_list_of_adapters_is_taken_and_a_generator_is_not():
 
 def test_a_file_name_that_is_no_text_does_not_reach_the_recipe(tmp_path):
     path = tmp_path / "caf\udce9.safetensors"
-    path.write_bytes(b"x")
+    path.write_bytes(SOUND)
     ref = AdapterRef.from_file(path)
     assert ref.name == "caf?"
     assert Recipe(prompt="", adapters=(ref,)).to_json().encode()
@@ -562,3 +576,29 @@ def test_a_path_through_a_file_is_no_adapter(tmp_path):
     (tmp_path / "file").write_bytes(b"x")
     with pytest.raises(AdapterNotFoundError, match="There is no adapter file"):
         AdapterRef.from_file(tmp_path / "file" / "x.safetensors")
+
+
+@pytest.mark.parametrize("content", [b"<html>", b"", (60 * 2**20).to_bytes(8, "little") + b"{" * 600])
+def test_a_file_s_header_is_checked_before_the_rest_is_read(tmp_path, content):
+    (tmp_path / "a.safetensors").write_bytes(content)
+    with pytest.raises(WeightsFileError):
+        AdapterRef.from_file(tmp_path / "a.safetensors")
+
+
+def test_what_is_no_file_is_not_read(tmp_path):
+    """A pipe, or a device that never ends, would be waited for without end."""
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    for place in (tmp_path / "pipe.safetensors", "/dev/zero", "a\0b"):
+        with pytest.raises(AdapterNotFoundError):
+            AdapterRef.from_file(place)
+
+
+def test_an_alias_with_a_revision_is_the_base_s_revision():
+    assert (
+        Recipe(prompt="", base_model="runwayml/stable-diffusion-v1-5@fp16").base_model
+        == "stable-diffusion-v1-5/stable-diffusion-v1-5@fp16"
+    )
+
+
+def test_a_path_given_as_text_is_a_path():
+    assert AdapterRef("a" * 64, path="x.safetensors").path == Path("x.safetensors")  # type: ignore[arg-type]

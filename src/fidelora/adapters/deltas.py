@@ -12,7 +12,8 @@ All tensors of a delta are float32 on the CPU, whatever the file stores: the tra
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,10 @@ class Delta(ABC):
     def tensors(self) -> tuple[Tensor, ...]:
         """All tensors that the delta keeps."""
 
+    @abstractmethod
+    def to(self, device: torch.device) -> Self:
+        """The same delta with its tensors on `device`."""
+
 
 @dataclass(frozen=True, eq=False)
 class LoraDelta(Delta):
@@ -66,8 +71,11 @@ class LoraDelta(Delta):
         return weight + multiplier * product * self.scale
 
     def beside(self, module: Module, x: Tensor, multiplier: float) -> Tensor:
-        """What runs beside `module`: `up(down(x)) * scale * multiplier`, in float32; `x` is the module's own input."""
-        up, down = self.up.to(x.device), self.down.to(x.device)
+        """What runs beside `module`: `up(down(x)) * scale * multiplier`, in float32.
+
+        `x` is the module's own input, on the delta's device.
+        """
+        up, down = self.up, self.down
         x = x.to(down.dtype)
         if isinstance(module, nn.Conv2d):
             hidden = functional.conv2d(x, down, stride=module.stride, padding=module.padding)
@@ -78,6 +86,9 @@ class LoraDelta(Delta):
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.down, self.up)
+
+    def to(self, device: torch.device) -> Self:
+        return replace(self, down=self.down.to(device), up=self.up.to(device))
 
 
 class WeightDelta(Delta):
@@ -121,13 +132,16 @@ class LokrDelta(WeightDelta):
     def tensors(self) -> tuple[Tensor, ...]:
         return (*self.w1, *self.w2)
 
+    def to(self, device: torch.device) -> Self:
+        return replace(self, w1=tuple(w.to(device) for w in self.w1), w2=tuple(w.to(device) for w in self.w2))
+
 
 @dataclass(frozen=True, eq=False)
 class LohaDelta(WeightDelta):
     """A Hadamard product, `(w1_a @ w1_b) * (w2_a @ w2_b)`; the trainer writes none, so its order here is LyCORIS' own."""
 
-    w1: tuple[Tensor, Tensor]
-    w2: tuple[Tensor, Tensor]
+    w1: tuple[Tensor, ...]
+    w2: tuple[Tensor, ...]
 
     def shape_for(self, weight_shape: torch.Size) -> tuple[int, ...]:
         w1, w2 = _product_shape(self.w1), _product_shape(self.w2)
@@ -138,6 +152,9 @@ class LohaDelta(WeightDelta):
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (*self.w1, *self.w2)
+
+    def to(self, device: torch.device) -> Self:
+        return replace(self, w1=tuple(w.to(device) for w in self.w1), w2=tuple(w.to(device) for w in self.w2))
 
 
 def _product(factors: tuple[Tensor, ...], device: torch.device) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor
 from fidelora.adapters.deltas import Delta, LohaDelta, LokrDelta, LoraDelta
 from fidelora.errors import AdapterFormatError, AdapterNotFoundError, NonFiniteWeightsError, WeightsFileError, some
 from fidelora.recipe import Noise
-from fidelora.weights_file import Header, read_header, refuse_pickle
+from fidelora.weights_file import Header, read_header, read_header_of, refuse_pickle
 
 MAX_ADAPTER_BYTES = 4 * 2**30
 _FLOATS = {"F16", "BF16", "F32", "F64"}
@@ -71,18 +71,16 @@ class Adapter:
         name: what messages call it.
         deltas: by the module's name as the file spells it, in the order of the file's keys.
         metadata: the file's own text fields.
-        stored_dtypes: the types in the file, before they became float32.
-        size_bytes: of the tensors in memory.
     """
 
     sha256: str
     name: str
     deltas: Mapping[str, Delta]
     metadata: Mapping[str, str]
-    stored_dtypes: frozenset[str]
 
     @property
     def size_bytes(self) -> int:
+        """Of the tensors in memory."""
         return sum(tensor.nbytes for delta in self.deltas.values() for tensor in delta.tensors())
 
 
@@ -122,8 +120,7 @@ def read_adapter(path: Path) -> Adapter:
         module: _delta({part: tensors[key] for part, key in parts.items()}, default_alpha, module, path.name)
         for module, parts in modules.items()
     }
-    stored_dtypes = frozenset(info.dtype for info in header.tensors.values())
-    return Adapter(hashlib.sha256(content).hexdigest(), path.stem, deltas, header.metadata, stored_dtypes)
+    return Adapter(hashlib.sha256(content).hexdigest(), path.stem, deltas, header.metadata)
 
 
 def trainer_version(metadata: Mapping[str, str]) -> tuple[int, ...] | None:
@@ -141,6 +138,15 @@ def noise_of_trainer(metadata: Mapping[str, str]) -> Noise:
     """How previews beside this file drew their half-precision noise: trainers before 0.11.2 came with torch <= 2.11."""
     version = trainer_version(metadata)
     return "legacy" if version is not None and version < (0, 11, 2) else "modern"
+
+
+def noise_of_file(path: Path) -> Noise:
+    """`noise_of_trainer` of an adapter's file.
+
+    Raises:
+        WeightsFileError: it is not a sound .safetensors file.
+    """
+    return noise_of_trainer(read_header_of(path).metadata)
 
 
 def _check_header(header: Header, name: str) -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from pathlib import Path
 
 from fidelora.adapters.formats import Adapter, read_adapter
 from fidelora.errors import AdapterChangedError, AdapterNotFoundError
-from fidelora.recipe import AdapterRef
+from fidelora.recipe import AdapterRef, file_sha256
 
 DEFAULT_BUDGET_BYTES = 2 * 2**30
 
 
 class AdapterLibrary:
-    """Finds the adapter that a recipe means. Not safe for use from several threads at once.
+    """Finds the adapter that a recipe means. May be used from several threads.
 
     Args:
         budget_bytes: how much memory parsed adapters may keep; the one in use is kept even if it alone is larger.
@@ -23,6 +24,7 @@ class AdapterLibrary:
         self._budget_bytes = budget_bytes
         self._paths: dict[str, Path] = {}
         self._loaded: OrderedDict[str, Adapter] = OrderedDict()
+        self._lock = threading.Lock()
 
     def add(self, path: str | Path, multiplier: float = 1.0) -> AdapterRef:
         """Read the file at `path` and remember it by its bytes, so that recipes that name only the hash find it.
@@ -30,29 +32,33 @@ class AdapterLibrary:
         Raises:
             AdapterError, WeightsFileError: as `read_adapter`.
         """
-        path = Path(path).resolve()
-        adapter = read_adapter(path)
-        self._paths[adapter.sha256] = path
-        self._keep(adapter)
-        return AdapterRef(adapter.sha256, multiplier, name=path.stem, path=path)
+        ref = AdapterRef.from_file(path, multiplier)
+        self.get(ref)
+        return ref
 
     def get(self, ref: AdapterRef) -> Adapter:
-        """The adapter that `ref` means: from memory, or from its file if that still has the same bytes.
+        """The adapter that `ref` means: from memory, or from a file that still has the same bytes.
 
         Raises:
             AdapterNotFoundError: no file with these bytes is known.
             AdapterChangedError: the file has other bytes now.
             AdapterError, WeightsFileError: as `read_adapter`.
         """
-        if ref.sha256 in self._loaded:
+        with self._lock:
+            if ref.sha256 not in self._loaded:
+                self._keep(self._read(ref))
             self._loaded.move_to_end(ref.sha256)
             return self._loaded[ref.sha256]
-        path = ref.path or self._paths.get(ref.sha256)
-        if path is None:
+
+    def _read(self, ref: AdapterRef) -> Adapter:
+        """From any of the places where these bytes were seen."""
+        places = [path for path in (ref.path, self._paths.get(ref.sha256)) if path is not None]
+        if not places:
             raise AdapterNotFoundError(
                 f"No file is known for the adapter {ref.name or 'without a name'} with sha256 {ref.sha256[:12]}...; "
                 "add it to the engine's library with `engine.adapters.add(path)`."
             )
+        path = next((path for path in places if path.is_file() and file_sha256(path) == ref.sha256), places[-1])
         adapter = read_adapter(path)
         if adapter.sha256 != ref.sha256:
             raise AdapterChangedError(
@@ -60,11 +66,9 @@ class AdapterLibrary:
                 f"({ref.sha256[:12]}...); make a new recipe from the file, or put the old file back."
             )
         self._paths[adapter.sha256] = path
-        self._keep(adapter)
         return adapter
 
     def _keep(self, adapter: Adapter) -> None:
         self._loaded[adapter.sha256] = adapter
-        self._loaded.move_to_end(adapter.sha256)
         while len(self._loaded) > 1 and sum(kept.size_bytes for kept in self._loaded.values()) > self._budget_bytes:
             self._loaded.popitem(last=False)

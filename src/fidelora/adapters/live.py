@@ -6,21 +6,31 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fidelora.adapters.deltas import Delta, LoraDelta, Module, WeightDelta
 from fidelora.adapters.targets import BoundAdapter, Target, Targets
 
+CPU = torch.device("cpu")
+
 
 @contextmanager
-def live_adapters(targets: Targets, adapters: Sequence[tuple[BoundAdapter, float]]) -> Iterator[None]:
-    """Run the base model with these adapters beside it, in this order, until the block ends. Multiplier 0 skips an adapter."""
+def live_adapters(targets: Targets, adapters: Sequence[tuple[BoundAdapter, float]], device: torch.device = CPU) -> Iterator[None]:
+    """Run the base model with these adapters beside it until the block ends. Multiplier 0 skips an adapter.
+
+    On one module, deltas that change its weight (LoKr, LoHa) come first and those that run beside it (LoRA) after them; within
+    each kind the order is that of `adapters`.
+
+    Args:
+        device: where the base model computes.
+    """
     deltas: dict[str, list[tuple[Delta, float]]] = {}
     for bound, multiplier in adapters:
         if multiplier != 0:
             for name, delta in bound.deltas.items():
-                deltas.setdefault(name, []).append((delta, multiplier))
+                deltas.setdefault(name, []).append((delta.to(device), multiplier))
     with ExitStack() as stack:
         for name, of_module in deltas.items():
             target = targets.by_name[name]

@@ -6,7 +6,7 @@ was added would leave roundings behind (the trainer does that, which is why its 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -52,11 +52,6 @@ class MergedAdapters:
                 self._write(self._targets.by_name[name], plan, [(bound.deltas[name], m) for bound, m in contributions])
                 written += 1
         return written
-
-    def touched(self) -> Iterator[tuple[Target, Tensor]]:
-        """Every weight that was ever written, with its pristine copy."""
-        for name, pristine in self._pristine.items():
-            yield self._targets.by_name[name], pristine
 
     def _write(self, target: Target, plan: Applied, deltas: Sequence[tuple[Delta, float]]) -> None:
         weight = target.weight

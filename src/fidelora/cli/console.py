@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Annotated, NoReturn
@@ -11,6 +12,9 @@ import typer
 from fidelora.errors import FideloraError, WrongUseError
 
 _debug = False
+
+INTERRUPTED = 130
+"""The exit code after Ctrl-C, as shells have it."""
 
 
 def _set_debug(wanted: bool) -> None:
@@ -30,6 +34,12 @@ def run(app: Callable[[], object]) -> NoReturn:
         if _debug:
             raise
         fail(str(error), 2 if isinstance(error, WrongUseError) else 1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # who read our output has left; that is no error
+    except OSError as error:
+        if _debug:
+            raise
+        fail(f"The system says: {error}.", 1)
     except Exception as error:
         if _debug:
             raise

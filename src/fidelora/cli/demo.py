@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fidelora.cli.console import Debug, Device, fail
+from fidelora.files import make_folder
 from fidelora.recipe import AdapterRef
 
 if TYPE_CHECKING:
@@ -38,10 +39,10 @@ def demo(
     from fidelora.preview.replay import plan_samples
     from fidelora.preview.sheet import stack
 
+    make_folder(out)
     job = read_job(_JOB)
     samples = plan_samples(job, job.steps, base_model=str(_BASE))
     engine = Engine(device=device)
-    out.mkdir(parents=True, exist_ok=True)
     typer.echo(f"Job {job.name}: {len(samples)} previews of step {job.steps}, sampler {job.sampler}, {job.dtype}.")
 
     rows: list[Image] = []
@@ -62,7 +63,7 @@ def demo(
     stack(rows).save(sheet)
     typer.echo(f"Side by side: {sheet}")
     if not alike:
-        fail("A preview came out different; compare the versions in demo.png's neighbours with the README of the job.", 1)
+        fail("A preview came out different: other versions of torch or diffusers, or a device whose arithmetic differs.", 1)
     if not seen:
         fail("The control came out equal, so this comparison proves nothing.", 1)
     typer.echo("All previews were made again, and the wrong multiplier was seen.")

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import re
 import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fidelora.cli.console import Debug, Device, warn
+from fidelora.cli.console import INTERRUPTED, Debug, Device, fail, warn
 from fidelora.errors import RecipeError
+from fidelora.files import make_folder
 from fidelora.recipe import AdapterRef, Noise, Recipe, replace_trigger
 
 if TYPE_CHECKING:
     from fidelora.engine.engine import OnStep, Progress
-    from fidelora.engine.output import ImageFormat
 
 _MAX_IMAGES = 1000
 
@@ -32,18 +34,18 @@ def generate(
     trigger: Annotated[str, typer.Option(help="The word that [trigger] in the prompt becomes.")] = "",
     width: Annotated[int | None, typer.Option(help="Pixels, 64..4096, floored to a multiple of 8.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels, 64..4096, floored to a multiple of 8.")] = None,
-    steps: Annotated[int | None, typer.Option(help="1..150.")] = None,
+    steps: Annotated[int | None, typer.Option(help="1..150; by default what `fidelora models` says, as for the next four.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; no guidance at 1 or less.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the first image; -1 takes a random one and says which.")] = None,
     sampler: Annotated[str | None, typer.Option(help="One of those that `fidelora models` lists.")] = None,
     number: Annotated[int, typer.Option("-n", "--number", help="How many images, with seeds that count up.")] = 1,
-    out: Annotated[Path | None, typer.Option(help="A folder, or a file (.png, .jpg, .webp) that is replaced.")] = None,
+    out: Annotated[str, typer.Option(help="A folder, or a file (.png, .jpg, .webp) that is replaced.")] = ".",
     image_format: Annotated[str | None, typer.Option("--format", help="png, jpeg or webp (lossless).")] = None,
     model: Annotated[str, typer.Option(help="The model family.")] = "sd15",
     base_model: Annotated[str | None, typer.Option(help="Hub id, diffusers folder or .safetensors checkpoint.")] = None,
     variant: Annotated[str, typer.Option(help="Files of a diffusers folder to use, such as fp16.")] = "",
     vae: Annotated[str, typer.Option(help="Another VAE: hub id, folder or file.")] = "",
-    config: Annotated[Path | None, typer.Option(help="Folder with configurations for a .safetensors checkpoint.")] = None,
+    config: Annotated[str, typer.Option(help="Folder with configurations for a .safetensors checkpoint.")] = "",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     vae_dtype: Annotated[str | None, typer.Option(help="As --dtype if not given.")] = None,
     text_encoder_dtype: Annotated[str | None, typer.Option(help="As --dtype if not given.")] = None,
@@ -63,6 +65,7 @@ def generate(
         warn("--trigger has no effect: the prompt has no [trigger] that it could stand for.")
     if seed == -1:
         seed = secrets.randbelow(2**32)
+        typer.echo(f"seed: {seed}", err=True)
     given: dict[str, Any] = {
         "base_model": base_model, "width": width, "height": height, "steps": steps,
         "guidance_scale": guidance, "seed": seed, "sampler": sampler,
@@ -73,19 +76,17 @@ def generate(
         negative_prompt=negative,
         model=model,
         variant=variant,
+        config=config,
         vae=vae,
         adapters=adapters,
         adapter_mode="live" if live else "merged",
         **{name: value for name, value in given.items() if value is not None},
     )
-    if offload not in ("none", "model", "sequential"):
-        raise RecipeError(f"--offload is {offload!r}; it has to be none, model or sequential.", field="offload")
+    recipes = [replace(recipe, seed=recipe.seed + index) for index in range(number)]
 
     from fidelora.engine.engine import Engine
-    from fidelora.engine.output import suffix_of
 
-    chosen_format = _format(image_format, out)
-    engine = Engine(device=device, offload=offload, config=config)  # type: ignore[arg-type]
+    engine = Engine(device=device, offload=offload)  # type: ignore[arg-type]  # the engine checks it
     main_dtype = engine.auto_dtype if dtype == "auto" else dtype
     numerics: dict[str, Any] = {
         "dtype": main_dtype,
@@ -93,65 +94,72 @@ def generate(
         "text_encoder_dtype": text_encoder_dtype or main_dtype,
         "noise": _noise(noise, adapters),
     }
-    recipe = replace(recipe, **numerics)
-    for index in range(number):
-        one = replace(recipe, seed=recipe.seed + index)
-        with _progress(f"image {index + 1} of {number}, seed {one.seed}") as on_step:
-            image = engine.generate(one, on_step)
-        for warning in image.warnings if index == 0 else ():
-            warn(warning)
-        path = _place(out, index, number, f"fidelora_{one.seed}", suffix_of(chosen_format))
-        image.save(path)
-        typer.echo(path)
+    recipes = [replace(one, **numerics) for one in recipes]
+    target = _target(out, image_format)
+    try:
+        for index, one in enumerate(recipes):
+            with _progress(f"image {index + 1} of {number}, seed {one.seed}") as on_step:
+                image = engine.generate(one, on_step)
+            for warning in image.warnings if index == 0 else ():
+                warn(warning)
+            typer.echo(image.save(target.path(one.seed, index, number)))
+    except KeyboardInterrupt:
+        fail(f"Interrupted; {index} of {number} images were written.", INTERRUPTED)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Where images go: one file that was named, or names of our choice in a folder."""
+
+    folder: Path
+    file: Path | None
+    suffix: str
+
+    def path(self, seed: int, index: int, number: int) -> Path:
+        """The named file, numbered if there are several; or a name in the folder that is free."""
+        if self.file is not None:
+            return self.file if number == 1 else self.file.with_stem(f"{self.file.stem}_{index + 1}")
+        path, count = self.folder / f"fidelora_{seed}{self.suffix}", 1
+        while path.exists():
+            count += 1
+            path = self.folder / f"fidelora_{seed}_{count}{self.suffix}"
+        return path
+
+
+def _target(out: str, image_format: str | None) -> _Target:
+    """What `--out` and `--format` mean; the folder is made, and tried, before any image is computed."""
+    from fidelora.engine.output import format_of, is_image_format, suffix_of
+
+    if image_format is not None and not is_image_format(image_format):
+        raise RecipeError(f"--format is {image_format!r}; it has to be png, jpeg or webp.", field="format")
+    path = Path(out).expanduser()
+    if out.endswith(("/", os.sep)) or path.is_dir() or not path.suffix:
+        make_folder(path)
+        return _Target(path, None, suffix_of(image_format or "png"))  # type: ignore[arg-type]
+    by_name = format_of(path)
+    if image_format not in (None, by_name):
+        raise RecipeError(f"--format {image_format} and --out {path.name} say different things; give one of them.", field="format")
+    make_folder(path.parent)
+    return _Target(path.parent, path, path.suffix)
 
 
 def _adapter(text: str) -> AdapterRef:
-    """`FILE` or `FILE:MULT`; a colon that no number follows is part of the name."""
-    name, colon, multiplier = text.rpartition(":")
-    try:
-        value = float(multiplier) if colon else None
-    except ValueError:
-        value = None
-    return AdapterRef.from_file(name, value) if value is not None else AdapterRef.from_file(text)
+    """`FILE` or `FILE:MULT`; a colon that no number follows, and the name of a file that exists, are taken as they are."""
+    match = re.fullmatch(r"(?P<name>.+):(?P<multiplier>[+-]?(\d+\.?\d*|\.\d+))", text)
+    if not text:
+        raise RecipeError("--lora needs the name of a file.", field="adapters")
+    if match is None or Path(text).expanduser().is_file():
+        return AdapterRef.from_file(text)
+    return AdapterRef.from_file(match["name"], float(match["multiplier"]))
 
 
 def _noise(noise: str, adapters: tuple[AdapterRef, ...]) -> Noise:
     """`auto` asks the first adapter's file which trainer, and so which torch, its previews were made with."""
-    from fidelora.adapters.formats import noise_of_trainer
-    from fidelora.weights_file import read_header_of
+    from fidelora.adapters.formats import noise_of_file
 
     if noise != "auto":
         return noise  # type: ignore[return-value]  # the recipe checks it
-    if not adapters or adapters[0].path is None:
-        return "modern"
-    return noise_of_trainer(read_header_of(adapters[0].path).metadata)
-
-
-def _format(image_format: str | None, out: Path | None) -> ImageFormat:
-    from fidelora.engine.output import format_of, is_image_format
-
-    if image_format is not None and not is_image_format(image_format):
-        raise RecipeError(f"--format is {image_format!r}; it has to be png, jpeg or webp.", field="format")
-    if out is None or not out.suffix or out.is_dir():
-        return image_format or "png"  # type: ignore[return-value]
-    by_name = format_of(out)
-    if image_format not in (None, by_name):
-        raise RecipeError(f"--format {image_format} and --out {out.name} say different things; give one of them.", field="format")
-    return by_name
-
-
-def _place(out: Path | None, index: int, number: int, stem: str, suffix: str) -> Path:
-    """Where an image goes: the file that was named (numbered if there are several), or a free name in a folder."""
-    if out is not None and out.suffix and not out.is_dir():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        return out if number == 1 else out.with_stem(f"{out.stem}_{index + 1}")
-    folder = out or Path()
-    folder.mkdir(parents=True, exist_ok=True)
-    path, count = folder / f"{stem}{suffix}", 1
-    while path.exists():
-        count += 1
-        path = folder / f"{stem}_{count}{suffix}"
-    return path
+    return noise_of_file(adapters[0].path) if adapters and adapters[0].path else "modern"
 
 
 @contextmanager

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
+from accelerate.hooks import UserCpuOffloadHook
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -18,9 +20,13 @@ from fidelora.engine.device import TORCH_DTYPES
 from fidelora.engine.locate import locate, weight_file_patterns
 from fidelora.engine.single_file import convert_vae, split_checkpoint
 from fidelora.engine.weights import build_component, read_config, read_weights
-from fidelora.errors import BaseModelFilesError
+from fidelora.errors import BaseModelFilesError, BaseModelNotFoundError, RecipeError
 from fidelora.models import Component, ModelSpec, model_spec
 from fidelora.recipe import Recipe
+
+_KNOWN_TEXT = "a photo of a cat"
+_KNOWN_TOKENS = [320, 1125, 539, 320, 2368]
+"""What CLIP's tokenizer makes of it."""
 
 Offload = Literal["none", "model", "sequential"]
 
@@ -31,6 +37,7 @@ class BaseKey(NamedTuple):
     model: str
     base_model: str
     variant: str
+    config: str
     vae: str
     dtype: str
     vae_dtype: str
@@ -62,6 +69,12 @@ class BaseModel:
     vae: AutoencoderKL
     targets: Targets
     merged: MergedAdapters
+    hooks: list[UserCpuOffloadHook]
+
+    def rest(self) -> None:
+        """With offloading by part: bring every part back to the CPU, so that adapters are always merged in one place."""
+        for hook in self.hooks:
+            hook.offload()
 
 
 def load_base(
@@ -69,7 +82,6 @@ def load_base(
     device: torch.device,
     *,
     offload: Offload = "none",
-    config: Path | None = None,
     cache_dir: Path | None = None,
 ) -> BaseModel:
     """Load the base model that `key` names.
@@ -78,8 +90,6 @@ def load_base(
         key: which, and in which precision.
         device: where it computes.
         offload: `none` keeps all parts there; `model` only the part at work; `sequential` only the layer at work.
-        config: folder in the diffusers layout whose configurations and tokenizer a single-file checkpoint is read with; by
-            default the model family's own.
         cache_dir: where downloads of the hub are kept, if not in its usual place.
 
     Raises:
@@ -88,10 +98,12 @@ def load_base(
     spec = model_spec(key.model)
     source = locate(key.base_model, spec.components, variant=key.variant, cache_dir=cache_dir)
     if source.is_file():
-        layout = config or spec.layout
+        layout = _layout(key, spec)
         configs = {component.name: read_config(layout / component.name / "config.json") for component in spec.components}
         weights = split_checkpoint(read_weights([source]), configs, source.name)
     else:
+        if key.config:
+            raise RecipeError(f"{source} is a folder with configurations of its own; leave out config.", field="config")
         layout = source
         _check_index(source, spec)
         configs = {component.name: read_config(source / component.name / "config.json") for component in spec.components}
@@ -110,9 +122,9 @@ def load_base(
         )
         for component in spec.components
     }
-    tokenizer = load_tokenizer(layout / "tokenizer")
+    tokenizer = load_tokenizer(layout / "tokenizer", configs["text_encoder"].get("vocab_size"))
     targets = Targets(spec, parts)  # before offloading puts placeholders in the place of parameters
-    place(parts, device, offload)
+    hooks = place(parts, device, offload)
     return BaseModel(
         key,
         spec,
@@ -123,38 +135,68 @@ def load_base(
         cast(AutoencoderKL, parts["vae"]),
         targets,
         MergedAdapters(targets),
+        hooks,
     )
 
 
-def load_tokenizer(folder: Path) -> CLIPTokenizer:
-    """The tokenizer in `folder`.
+def load_tokenizer(folder: Path, vocabulary: int | None) -> CLIPTokenizer:
+    """The tokenizer in `folder`, seen to work: the library goes on with an empty vocabulary, or without merges, and says nothing.
+
+    Args:
+        vocabulary: how many tokens the text encoder knows.
 
     Raises:
-        BaseModelFilesError: its vocabulary is not there (the library would go on with an empty one).
+        BaseModelFilesError: it is incomplete, or not CLIP's.
     """
     if not (folder / "tokenizer.json").is_file():
         for name in ("vocab.json", "merges.txt"):
             if not (folder / name).is_file():
                 raise BaseModelFilesError(f"The base model has no tokenizer/{name}; it is incomplete.")
-    return cast(CLIPTokenizer, CLIPTokenizer.from_pretrained(folder, local_files_only=True))
+    try:
+        tokenizer = cast(CLIPTokenizer, CLIPTokenizer.from_pretrained(folder, local_files_only=True))
+        sample = tokenizer(_KNOWN_TEXT).input_ids[1:-1]
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BaseModelFilesError(f"The base model's tokenizer cannot be read: {reason}.") from error
+    if len(tokenizer) != vocabulary or sample != _KNOWN_TOKENS:
+        raise BaseModelFilesError(
+            f"The base model's tokenizer is not the one of its text encoder: it has {len(tokenizer)} tokens, not {vocabulary}, or "
+            f"reads {_KNOWN_TEXT!r} in another way; its files are damaged or of another model."
+        )
+    return tokenizer
 
 
-def place(parts: dict[str, Any], device: torch.device, offload: Offload) -> None:
+def _layout(key: BaseKey, spec: ModelSpec) -> Path:
+    """Where a single-file checkpoint's configurations are."""
+    if not key.config:
+        return spec.layout
+    folder = Path(key.config).expanduser()
+    if not folder.is_dir():
+        raise BaseModelNotFoundError(f"There is no folder with configurations at {key.config}; check the path.")
+    return folder
+
+
+def place(parts: dict[str, Any], device: torch.device, offload: Offload) -> list[UserCpuOffloadHook]:
     """Put the parts on their device, or under hooks that bring them there when they work.
 
     `sequential` keeps the numbers in the very parameters that the parts had before, so what adapters write there takes effect.
+
+    Returns:
+        the hooks that can send a part back to the CPU.
     """
+    hooks: list[UserCpuOffloadHook] = []
     match offload:
         case "none":
             for part in parts.values():
                 part.to(device)
         case "model":
-            previous = None
             for name in ("text_encoder", "unet", "vae"):  # in the order of their work
-                _, previous = cpu_offload_with_hook(parts[name], device, prev_module_hook=previous)
+                _, hook = cpu_offload_with_hook(parts[name], device, prev_module_hook=hooks[-1] if hooks else None)
+                hooks.append(hook)
         case "sequential":
             for part in parts.values():
                 cpu_offload(part, device, state_dict=dict(part.named_parameters()))
+    return hooks
 
 
 def _check_index(folder: Path, spec: ModelSpec) -> None:
@@ -183,6 +225,7 @@ def _check_index(folder: Path, spec: ModelSpec) -> None:
 def _weight_files(folder: Path, component: Component, variant: str) -> list[Path]:
     for pattern in weight_file_patterns(component, variant):
         if found := sorted(folder.glob(pattern)):
+            _check_shards(found)
             return found
     wanted = weight_file_patterns(component, variant)[0]
     pickles = [path.name for suffix in (".bin", ".ckpt", ".pt") for path in folder.glob(f"*{suffix}")]
@@ -196,12 +239,21 @@ def _weight_files(folder: Path, component: Component, variant: str) -> list[Path
     raise BaseModelFilesError(f"The base model has no {folder.name}/{wanted}{hint}.")
 
 
+def _check_shards(paths: list[Path]) -> None:
+    """Refuse shards of which some are missing or left over from another export."""
+    numbers = [match.groups() for path in paths if (match := re.search(r"-(\d+)-of-(\d+)\.", path.name))]
+    expected = [(number, len(paths)) for number in range(1, len(paths) + 1)]
+    if numbers and [(int(number), int(total)) for number, total in numbers] != expected:
+        names = ", ".join(path.name for path in paths)
+        raise BaseModelFilesError(f"The shards in {paths[0].parent.name} are not one complete set: {names}.")
+
+
 def _other_vae(
     key: BaseKey, spec: ModelSpec, config: dict[str, Any], cache_dir: Path | None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Configuration and weights of the VAE that replaces the base's own: a folder, a hub id, or a single file of either layout."""
     component = next(component for component in spec.components if component.name == "vae")
-    source = locate(key.vae, [component], variant=key.variant, cache_dir=cache_dir)
+    source = locate(key.vae, [component], what="VAE", variant=key.variant, cache_dir=cache_dir)
     if source.is_dir():
         folder = source if (source / "config.json").is_file() else source / "vae"
         return read_config(folder / "config.json"), read_weights(_weight_files(folder, component, key.variant))

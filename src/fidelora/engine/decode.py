@@ -23,6 +23,12 @@ def decode(vae: AutoencoderKL, latents: Tensor, vae_dtype: torch.dtype) -> NDArr
     image = (image * 0.5 + 0.5).clamp(0, 1)
     values = image.cpu().permute(0, 2, 3, 1).float().numpy()[0]
     if not np.isfinite(values).all():
-        raise NumericsError
+        narrow = torch.float16 in (latents.dtype, vae_dtype)
+        advice = (
+            "float16 overflows with some models: use bfloat16 or float32"
+            if narrow
+            else "look for an adapter or settings that break it"
+        )
+        raise NumericsError(f"The model produced NaN, so there is no image; {advice}.")
     pixels: NDArray[np.uint8] = (values * 255).round().astype(np.uint8)
     return pixels

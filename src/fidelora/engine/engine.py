@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -23,11 +24,12 @@ from fidelora.engine.base import BaseKey, BaseModel, Offload, load_base
 from fidelora.engine.decode import decode
 from fidelora.engine.denoise import denoise
 from fidelora.engine.device import TORCH_DTYPES, auto_dtype, resolve_device
+from fidelora.engine.locate import fingerprint
 from fidelora.engine.noise import NoiseSource
 from fidelora.engine.output import GeneratedImage
 from fidelora.engine.samplers import make_scheduler
 from fidelora.engine.text import encode_text
-from fidelora.errors import DeviceError, MemoryExhaustedError
+from fidelora.errors import DeviceError, EngineBusyError, MemoryExhaustedError, WrongUseError
 from fidelora.recipe import Dtype, Recipe
 
 
@@ -57,8 +59,6 @@ class Engine:
     Args:
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         offload: `none`; `model` or `sequential` save memory of the device and cost time.
-        config: folder in the diffusers layout whose configurations and tokenizer single-file checkpoints are read with;
-            by default the model family's own.
         cache_dir: where downloads of the hub are kept, if not in its usual place.
         max_bases: how many base models stay loaded; the one used longest ago goes first.
         adapters: a library to share; by default a new one.
@@ -72,23 +72,27 @@ class Engine:
         *,
         device: str = "auto",
         offload: Offload = "none",
-        config: str | Path | None = None,
         cache_dir: str | Path | None = None,
         max_bases: int = 1,
         adapters: AdapterLibrary | None = None,
     ) -> None:
         self.device = resolve_device(device)
+        if offload not in get_args(Offload):
+            raise DeviceError(f"There is no way of offloading {offload!r}; use none, model or sequential.")
+        if max_bases < 1:
+            raise WrongUseError("max_bases has to be at least 1.")
         if offload != "none" and self.device.type == "cpu":
             raise DeviceError(
                 "Offloading moves parts of the model between the CPU and a device; on the CPU itself use offload none."
             )
         self.adapters = adapters or AdapterLibrary()
         self._offload: Offload = offload
-        self._config = Path(config) if config else None
         self._cache_dir = Path(cache_dir) if cache_dir else None
         self._max_bases = max_bases
         self._bases: OrderedDict[BaseKey, BaseModel] = OrderedDict()
+        self._fingerprints: dict[BaseKey, tuple[tuple[str, int, int], ...]] = {}
         self._lock = threading.Lock()
+        self._owner: int | None = None
 
     @property
     def auto_dtype(self) -> Dtype:
@@ -101,7 +105,7 @@ class Engine:
         Raises:
             BaseModelError, AdapterError, WeightsFileError: what is wrong with them.
         """
-        with self._lock:
+        with self._alone():
             self._bind(self._base(recipe), recipe)
 
     def generate(self, recipe: Recipe, on_step: OnStep | None = None) -> GeneratedImage:
@@ -113,29 +117,52 @@ class Engine:
             MemoryExhaustedError: the device has too little memory for it.
             whatever `on_step` raises.
         """
-        with self._lock, torch.no_grad(), _memory_errors():
+        with self._alone(), torch.no_grad(), self._own_precision(), _memory_errors():
             clock = _Clock()
             base = self._base(recipe)
             bound = self._bind(base, recipe)
             clock.lap("load")
-            with self._with_adapters(base, recipe, bound):
-                clock.lap("adapters")
-                text, warnings = self._encode(base, recipe)
-                clock.lap("text")
-                latents = self._sample(base, recipe, text, on_step)
-                clock.lap("denoise")
-                pixels = decode(base.vae, latents, TORCH_DTYPES[recipe.vae_dtype])
-                clock.lap("decode")
+            try:
+                with self._with_adapters(base, recipe, bound):
+                    clock.lap("adapters")
+                    text, warnings = self._encode(base, recipe)
+                    clock.lap("text")
+                    latents = self._sample(base, recipe, text, on_step)
+                    clock.lap("denoise")
+                    pixels = decode(base.vae, latents, TORCH_DTYPES[recipe.vae_dtype])
+                    clock.lap("decode")
+            finally:
+                base.rest()
         return GeneratedImage(pixels, recipe, self._environment(), warnings, clock.laps)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One image at a time; a call from inside a call would wait for itself, so it is refused."""
+        if self._owner == threading.get_ident():
+            raise EngineBusyError
+        with self._lock:
+            self._owner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._owner = None
+
+    @contextmanager
+    def _own_precision(self) -> Iterator[None]:
+        """The recipe says the dtypes; an autocast around the caller has no say."""
+        with torch.autocast("cpu", enabled=False), torch.autocast(self.device.type, enabled=False):
+            yield
 
     def _base(self, recipe: Recipe) -> BaseModel:
         key = BaseKey.of(recipe)
+        found = fingerprint(key.base_model, key.vae, key.config)
+        if self._fingerprints.get(key) != found:
+            self._bases.pop(key, None)  # files were overwritten
         if key not in self._bases:
             while len(self._bases) >= self._max_bases:
                 self._bases.popitem(last=False)  # first, so that two models never need the memory at once
-            self._bases[key] = load_base(
-                key, self.device, offload=self._offload, config=self._config, cache_dir=self._cache_dir
-            )  # fmt: skip
+            self._bases[key] = load_base(key, self.device, offload=self._offload, cache_dir=self._cache_dir)
+            self._fingerprints[key] = found
         self._bases.move_to_end(key)
         return self._bases[key]
 
@@ -150,7 +177,7 @@ class Engine:
             yield
         else:
             base.merged.apply([])
-            with live_adapters(base.targets, bound):
+            with live_adapters(base.targets, bound, self.device):
                 yield
 
     def _encode(self, base: BaseModel, recipe: Recipe) -> tuple[Tensor, tuple[str, ...]]:

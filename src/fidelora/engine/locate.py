@@ -24,8 +24,10 @@ from fidelora.weights_file import refuse_pickle
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
-def locate(base_model: str, components: Sequence[Component], *, variant: str = "", cache_dir: Path | None = None) -> Path:
-    """The local folder or file that `base_model` means, downloaded from the hub if it is an id and not in the cache.
+def locate(
+    place: str, components: Sequence[Component], *, what: str = "base model", variant: str = "", cache_dir: Path | None = None
+) -> Path:
+    """The local folder or file that `place` means, downloaded from the hub if it is an id and not in the cache.
 
     `HF_TOKEN`, `HF_HOME` and `HF_HUB_OFFLINE` are honoured by the hub's own client. Only configurations, the tokenizer and
     the .safetensors files of one variant are fetched.
@@ -35,17 +37,17 @@ def locate(base_model: str, components: Sequence[Component], *, variant: str = "
         PickleRefusedError: a `.ckpt`, `.bin` or the like.
         BaseModelFilesError: a file of another kind.
     """
-    path = Path(base_model).expanduser()
-    if path.exists():
+    path = Path(place).expanduser()
+    if is_local(place):
         if path.is_file():
             refuse_pickle(path)
             if path.suffix.lower() != ".safetensors":
                 raise BaseModelFilesError(f"{path.name} is neither a diffusers folder nor a .safetensors checkpoint.")
         return path
-    match = _HUB_ID.fullmatch(base_model)
+    match = _HUB_ID.fullmatch(place)
     if match is None:
         raise BaseModelNotFoundError(
-            f"There is no base model at {base_model}; give a diffusers folder, a .safetensors checkpoint or a hub id (owner/name)."
+            f"There is no {what} at {place:.300}; give a diffusers folder, a .safetensors checkpoint or a hub id (owner/name)."
         )
     patterns = ["model_index.json", "tokenizer/*"]
     for component in components:
@@ -54,6 +56,24 @@ def locate(base_model: str, components: Sequence[Component], *, variant: str = "
     if len(components) == 1:  # a repository of one component may have it at its root
         patterns += ["config.json", *weight_file_patterns(components[0], variant)]
     return _snapshot(match["repo"], match["revision"], patterns, cache_dir)
+
+
+def is_local(place: str) -> bool:
+    """Whether there is a file or folder at `place`."""
+    try:
+        return Path(place).expanduser().exists()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
+def fingerprint(*places: str) -> tuple[tuple[str, int, int], ...]:
+    """Name, size and time of every file at local places, so that what was overwritten is not taken for what it was."""
+    files: list[Path] = []
+    for place in places:
+        if place and is_local(place):
+            path = Path(place).expanduser()
+            files += [path] if path.is_file() else sorted(path.rglob("*.safetensors")) + sorted(path.rglob("*.json"))
+    return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
 
 
 def weight_file_patterns(component: Component, variant: str) -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
-from fidelora.errors import ImageRecordError, OutputError
+from fidelora.errors import ImageFormatError, ImageRecordError, OutputError
 from fidelora.files import write_atomically
 from fidelora.recipe import Recipe
 
@@ -59,8 +59,11 @@ class GeneratedImage:
         """The file's bytes. PNG and WebP keep every pixel; JPEG has quality 95.
 
         Raises:
+            ImageFormatError: there is no such format.
             OutputError: the recipe is too long for a JPEG (64 KB).
         """
+        if not is_image_format(image_format):
+            raise ImageFormatError(f"{image_format!r} is no image format that is written here; use png, jpeg or webp.")
         image = self.to_pil()
         buffer = io.BytesIO()
         if image_format == "png":
@@ -100,12 +103,12 @@ def format_of(path: Path) -> ImageFormat:
     """The image format that a file name means.
 
     Raises:
-        OutputError: none that is supported.
+        ImageFormatError: none that is supported.
     """
     try:
         return _SUFFIXES[path.suffix.lower()]
     except KeyError:
-        raise OutputError(f"{path.name} ends in no known image format; use .png, .jpg or .webp.") from None
+        raise ImageFormatError(f"{path.name} ends in no image format that is written here; use .png, .jpg or .webp.") from None
 
 
 def suffix_of(image_format: ImageFormat) -> str:
@@ -133,7 +136,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
                 text = image.getexif().get(ExifTags.Base.ImageDescription)
     except FileNotFoundError:
         raise ImageRecordError(f"There is no image {path}; check the path.") from None
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ImageRecordError(f"{path.name} is not an image that can be read.") from error
     try:
         record = json.loads(text or "null")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import warnings
 from typing import Any
 
 from diffusers import schedulers
@@ -12,15 +13,19 @@ from fidelora.engine.noise import NoiseSource
 from fidelora.models import ModelSpec
 from fidelora.recipe import Prediction
 
-# Schedulers warn about every key of the shared configuration that their class does not use; the trainer passes it to all alike.
-logging.getLogger("diffusers.configuration_utils").setLevel(logging.ERROR)
+# Schedulers log about every key of the shared configuration that their class does not use (the trainer passes it to all alike), and
+# about corrections that they make to it; both are part of what previews show, and nothing that a user could change.
+for _name in ("diffusers.configuration_utils", "diffusers.schedulers"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 def make_scheduler(spec: ModelSpec, sampler: str, prediction: Prediction) -> Any:
     """A new scheduler; one is made for each image, because they keep state between steps."""
     entry = spec.samplers[sampler]
     config = {**spec.scheduler_config, **entry.options, "prediction_type": prediction}
-    return getattr(schedulers, entry.scheduler).from_config(config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # `dpmsolver` is called deprecated
+        return getattr(schedulers, entry.scheduler).from_config(config)
 
 
 def draws_of_step(scheduler: Any, noise: NoiseSource) -> dict[str, Any]:

@@ -65,8 +65,8 @@ def split_checkpoint(
     }
     for prefix, component in ((_UNET, "unet"), (_VAE, "vae"), (_TEXT, "text_encoder")):
         if len(converted[component]) != len(groups[prefix]):
-            kept = {id(tensor) for tensor in converted[component].values()}
-            unknown += [key for key, tensor in groups[prefix].items() if id(tensor) not in kept]
+            kept = {tensor.data_ptr() for tensor in converted[component].values()}  # some are views of other shapes
+            unknown += [key for key, tensor in groups[prefix].items() if tensor.data_ptr() not in kept]
     if unknown:
         raise BaseModelWeightsError(
             f"{name} has {len(unknown)} weights that nothing in the model uses ({', '.join(unknown[:3])}): it is a model of "

@@ -19,10 +19,11 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fidelora.errors import BaseModelFilesError, BaseModelWeightsError, WeightsFileError, some
+from fidelora.errors import BaseModelFilesError, BaseModelWeightsError, NonFiniteWeightsError, WeightsFileError, some
 from fidelora.models import Component
 from fidelora.weights_file import read_header_of
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # How diffusers named the VAE's attention before 0.15; the files of Stable Diffusion 1.5 still do.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 # Written by transformers before 4.31; a constant (0, 1, 2, ...), not a weight.
@@ -33,12 +34,20 @@ def build_component(component: Component, config: Mapping[str, Any], weights: di
     """The module that `config` describes, with exactly these weights in `dtype`, ready for inference on the CPU.
 
     Raises:
-        BaseModelWeightsError: weights are missing, left over or of other shapes; the message names them.
+        BaseModelFilesError: the configuration describes no such module.
+        BaseModelWeightsError: weights are missing, left over, of other shapes or quantised; the message names them.
+        NonFiniteWeightsError: there is NaN or infinity among them.
     """
     with init_empty_weights(include_buffers=False):
         module = _construct(component, config)
     weights = _rename(component, weights, module.state_dict().keys())
     _check(component, weights, {name: tensor.shape for name, tensor in module.state_dict().items()})
+    broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise NonFiniteWeightsError(
+            f"The base model's {component.name} holds NaN or infinity in {len(broken)} weights ({some(broken)}): it is damaged, or "
+            "its training diverged; use another one."
+        )
     # Copies, even where the dtype is right already: what was read is mapped from the file, and would change with it.
     copies = {name: tensor.to(dtype, copy=True) for name, tensor in weights.items()}
     module.load_state_dict(copies, strict=True, assign=True)
@@ -63,18 +72,22 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_weights(paths: Sequence[Path]) -> dict[str, Tensor]:
-    """All tensors of one file or of the shards of one file, memory-mapped on the CPU.
+    """All tensors of one file or of the shards of one file, on the CPU, possibly mapped from the files.
 
     Raises:
         WeightsFileError: a file is not a sound .safetensors file.
+        BaseModelFilesError: two shards have the same weight.
     """
     weights: dict[str, Tensor] = {}
     for path in paths:
         read_header_of(path)
         try:
-            weights |= safetensors.torch.load_file(path)
+            shard = safetensors.torch.load_file(path)
         except (SafetensorError, OSError) as error:
             raise WeightsFileError(f"{path} cannot be read: {error}.") from error
+        if repeated := sorted(weights.keys() & shard.keys()):
+            raise BaseModelFilesError(f"{path.name} has {len(repeated)} weights that another shard has too ({some(repeated)}).")
+        weights |= shard
     return weights
 
 
@@ -85,8 +98,9 @@ def _construct(component: Component, config: Mapping[str, Any]) -> nn.Module:
             module = model_class(model_class.config_class.from_dict(dict(config)))
         else:
             module = model_class.from_config({key: value for key, value in config.items() if not key.startswith("_")})
-    except (TypeError, ValueError, KeyError) as error:
-        raise BaseModelFilesError(f"{component.name}/config.json describes no {component.class_name}: {error}.") from error
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BaseModelFilesError(f"{component.name}/config.json describes no {component.class_name}: {reason}.") from error
     assert isinstance(module, nn.Module)
     return module
 
@@ -107,6 +121,8 @@ def _rename(component: Component, weights: Mapping[str, Tensor], expected: Any) 
             name = re.sub(
                 r"(attentions\.\d+)\.(query|key|value|proj_attn)\.", lambda m: f"{m[1]}.{_OLD_ATTENTION[m[2]]}.", name
             )  # fmt: skip
+        if name in renamed:
+            raise BaseModelWeightsError(f"The base model's {component.name} has two weights that are both {name}: it is damaged.")
         renamed[name] = tensor
     return renamed
 
@@ -123,10 +139,11 @@ def _check(component: Component, weights: Mapping[str, Tensor], expected: Mappin
                 if name in weights and weights[name].shape != shape
             ],
         ),
+        ("has quantised, which is not supported,", sorted(name for name, tensor in weights.items() if tensor.dtype not in _FLOATS)),
     ]
     found = [f"{what} {len(names)} weights ({some(names)})" for what, names in problems if names]
     if found:
         raise BaseModelWeightsError(
-            f"The base model's {component.name} {', '.join(found)}: it is not a {component.class_name} of this configuration, "
+            f"The base model's {component.name} {', '.join(found)}: it is no {component.class_name} of this configuration, "
             "or its file names its weights in a way that is not known."
         )

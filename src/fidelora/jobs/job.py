@@ -4,8 +4,8 @@ A job is frozen. Each thing that can happen is a function from a job to the next
 the whole life cycle can be read, and tested, without a database:
 
     in_queue -> in_progress -> succeeded | failed | canceled
-       ^  \\________|____________________________^
-       |___________|  (the worker died, or the server stops: another try)
+    in_queue <- in_progress    the worker died, or the server stops: another try
+    in_queue -> canceled
 
 Workers may be slow, partitioned or dead, so a claim is a lease with an epoch. Every report carries the epoch of its claim, and a
 report of any epoch but the current one is refused: a worker that was given up for dead cannot change a job that another has.

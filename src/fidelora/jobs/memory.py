@@ -71,9 +71,9 @@ class MemoryStore(StoreByTransition):
 
     def remove_finished(self, *, before: datetime, keep: int) -> tuple[Job, ...]:
         with self._lock:
-            ended = [job for job in self._jobs.values() if job.status.final]
-            newest_first = sorted(ended, key=lambda job: job.finished_at or job.created_at, reverse=True)
-            gone = [job for place, job in enumerate(newest_first) if place >= keep or (job.finished_at or job.created_at) < before]
+            ended = [(job.finished_at, came, job) for came, job in enumerate(self._jobs.values()) if job.finished_at]
+            newest_first = sorted(ended, key=lambda entry: entry[:2], reverse=True)
+            gone = [job for place, (at, _, job) in enumerate(newest_first) if place >= keep or at < before]
             for job in gone:
                 del self._jobs[job.id]
             ids = {job.id for job in gone}

@@ -19,6 +19,7 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
+from alembic.util import CommandError
 
 from fidelora.errors import IdempotencyConflictError, JobError, JobNotFoundError, JobStoreError, QueueFullError
 from fidelora.jobs import job as life
@@ -236,7 +237,7 @@ def _engine_options(url: str) -> dict[str, Any]:
 
 
 def _configure_sqlite(engine: sa.Engine) -> None:
-    """Every commit reaches the disk; transactions begin as what they are, so that readers of a row cannot deadlock as its writers."""
+    """Every commit reaches the disk, and who will write says so at the beginning, so that two such cannot wait for each other."""
     journal = "WAL" if wal_is_safe(sqlite3.sqlite_version) else "DELETE"
 
     @sa.event.listens_for(engine, "connect")
@@ -258,5 +259,5 @@ def _migrate(connection: sa.Connection) -> None:
     config.attributes["connection"] = connection
     try:
         command.upgrade(config, "head")
-    except command.util.CommandError as error:
+    except CommandError as error:
         raise JobStoreError(f"The database of jobs is of another version of Fidelora: {error}.") from error

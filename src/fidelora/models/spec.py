@@ -69,8 +69,6 @@ class ModelSpec:
     components: tuple[Component, ...]
     adapter_base_versions: tuple[str, ...]
     """Values of `ss_base_model_version` in adapter files of this family."""
-    requires_control_image: bool = False
-    is_video_model: bool = False
 
     @property
     def layout(self) -> Path:
@@ -78,5 +76,6 @@ class ModelSpec:
         return LAYOUTS / self.id
 
     def canonical_base(self, base_model: str) -> str:
-        """The base's own name if `base_model` is one of its aliases, else `base_model` as it is."""
-        return self.base_model if base_model in self.base_aliases else base_model
+        """The base's own name if `base_model` is one of its aliases, with or without `@revision`, else `base_model` as it is."""
+        name, at, revision = base_model.partition("@")
+        return self.base_model + at + revision if name in self.base_aliases else base_model

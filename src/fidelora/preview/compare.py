@@ -67,7 +67,7 @@ def compare_with_preview(pixels: NDArray[np.uint8], preview: Path) -> Comparison
         with Image.open(preview) as image:
             theirs = np.asarray(image.convert("RGB"))
             image_format = image.format or "PNG"
-    except (OSError, UnidentifiedImageError) as error:
+    except (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise JobFolderError(f"The preview {preview.name} cannot be read as an image.") from error
     if theirs.shape != pixels.shape:
         raise JobFolderError(

@@ -86,6 +86,7 @@ def read_job(folder: Path) -> TrainingJob:
     base_model = model.get("name_or_path")
     if not isinstance(base_model, str):
         raise JobFolderError(f"The job in {folder} names no base model (model.name_or_path).")
+    _only_sd15(model)
     dtype = _dtype(train.get("dtype", "float32"), "train.dtype")
     steps = _number(int, train.get("steps", 1000), "train.steps")
     return TrainingJob(
@@ -106,6 +107,14 @@ def read_job(folder: Path) -> TrainingJob:
         checkpoints=_checkpoints(folder, name, steps),
         images=_images(folder / "samples"),
     )
+
+
+def _only_sd15(model: Mapping[str, Any]) -> None:
+    """Refuse jobs of other families, which older configurations name by a flag and newer ones by `arch`."""
+    arch = model.get("arch")
+    flags = [key for key, value in model.items() if key.startswith("is_") and key != "is_v_pred" and value]
+    if arch not in (None, "sd", "sd1", "sd15") or flags:
+        raise JobFolderError(f"The job trains {flags[0] if flags else arch!r}, which is no Stable Diffusion 1.5.")
 
 
 def _process(folder: Path) -> tuple[Mapping[str, Any], str]:
@@ -164,7 +173,7 @@ def _items(sample: Mapping[str, Any]) -> list[SampleItem]:
         key: value for key, value in sample.items() if key != "samples"
     }
     prompts = sample.get("prompts") or []
-    raw = sample.get("samples", [{"prompt": prompt} for prompt in prompts] if isinstance(prompts, list) else prompts) or []
+    raw = sample.get("samples") or ([{"prompt": prompt} for prompt in prompts] if isinstance(prompts, list) else prompts)
     if not isinstance(raw, list) or not all(isinstance(item, dict) and isinstance(item.get("prompt"), str) for item in raw):
         raise JobFolderError("The job's sample block has samples or prompts that are not a list of items with a prompt each.")
     return [_item(block | item, item.get("seed"), f"sample item {index}") for index, item in enumerate(raw)]

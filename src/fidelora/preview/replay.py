@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fidelora.adapters.formats import noise_of_file
 from fidelora.errors import JobFolderError
 from fidelora.preview.flags import split_flags
 from fidelora.preview.job_folder import TrainingJob
@@ -41,6 +42,9 @@ def plan_samples(job: TrainingJob, step: int, *, base_model: str | None = None) 
     # One multiplier for all samples: the trainer merges the adapter for the whole run. Several: it runs beside the model.
     live = len({values["network_multiplier"] for values in settings}) > 1
     adapter = None if step == 0 else AdapterRef.from_file(job.checkpoints[step])
+    # Step 0 has no file of its own, but every file of the job tells which trainer, and so which noise, made it.
+    checkpoint = job.checkpoints.get(step) or next(iter(job.checkpoints.values()), None)
+    noise = noise_of_file(checkpoint) if checkpoint else "modern"
     planned = []
     for index, values in enumerate(settings):
         multiplier = values["network_multiplier"]
@@ -58,6 +62,7 @@ def plan_samples(job: TrainingJob, step: int, *, base_model: str | None = None) 
             prediction=job.prediction,
             adapters=adapters,
             adapter_mode="live" if live else "merged",
+            noise=noise,
             dtype=job.dtype,
             vae_dtype=job.vae_dtype,
             text_encoder_dtype=job.text_encoder_dtype,
