@@ -7,7 +7,7 @@ something outside the request (a file, a device, a disk) is not what it has to b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 def some(names: Sequence[str], most: int = 3) -> str:
@@ -145,6 +145,20 @@ class ImageRecordError(FideloraError):
 
 class JobFolderError(FideloraError):
     """The folder is not an AI Toolkit training job that can be read."""
+
+
+# --- requests ----------------------------------------------------------------------------------------------------------
+
+
+class RequestError(WrongUseError):
+    """The request asks for something that cannot be done."""
+
+    def __init__(
+        self, message: str | None = None, *, code: str = "BAD_REQUEST", details: Mapping[str, object] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.details = dict(details or {})
 
 
 # --- jobs --------------------------------------------------------------------------------------------------------------

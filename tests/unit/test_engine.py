@@ -13,6 +13,7 @@ import torch
 from tests.support import LOKR, LORA, LORA_CONV, TINY_BASE, change_weights, copy_base
 
 from fidelora import AdapterRef, Engine, Progress, Recipe
+from fidelora.engine.noise import legacy_randn
 from fidelora.errors import (
     AdapterChangedError,
     AdapterMismatchError,
@@ -142,6 +143,20 @@ def test_half_precision_is_near_and_its_noise_modes_differ(engine, dtype):
     wide = engine.generate(replace(recipe, dtype="float32")).pixels
     assert np.abs(modern.astype(int) - wide.astype(int)).mean() < 10
     assert modern.tobytes() != pixels(engine, replace(recipe, noise="legacy"))
+
+
+@pytest.mark.parametrize(("sampler", "draws_per_step"), [("euler_a", 1), ("ddim", 0)])
+def test_the_sampler_s_own_draws_are_legacy_too(engine, monkeypatch, sampler, draws_per_step):
+    drawn: list[torch.dtype] = []
+
+    def counted(shape, generator, dtype):
+        drawn.append(dtype)
+        return legacy_randn(shape, generator, dtype)
+
+    monkeypatch.setattr("fidelora.engine.noise.legacy_randn", counted)
+    recipe = Recipe(prompt="a ball", dtype="bfloat16", noise="legacy", sampler=sampler, **SMALL)
+    engine.generate(recipe)
+    assert drawn == [torch.bfloat16] * (1 + draws_per_step * recipe.steps)
 
 
 def test_in_float32_the_noise_modes_are_one(engine):

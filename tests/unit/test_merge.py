@@ -104,6 +104,21 @@ def test_a_merge_in_bfloat16_is_rounded_once():
     assert torch.equal(base.targets.by_name[name].weight, expected)
 
 
+def test_several_adapters_in_bfloat16_are_rounded_once_at_the_end():
+    base = fresh_base("bfloat16")
+    lora, conv = (base.targets.bind(read_adapter(path)) for path in (LORA, LORA_CONV))
+    in_one, in_two = [], []
+    for name in lora.deltas.keys() & conv.deltas.keys():
+        pristine = base.targets.by_name[name].weight.to(torch.float32)
+        first = lora.deltas[name].add_to(pristine, 0.7)
+        in_one.append((name, conv.deltas[name].add_to(first, 0.3).to(torch.bfloat16)))
+        rounded = first.to(torch.bfloat16).to(torch.float32)
+        in_two.append((name, conv.deltas[name].add_to(rounded, 0.3).to(torch.bfloat16)))
+    base.merged.apply([(lora, 0.7), (conv, 0.3)])
+    assert all(torch.equal(base.targets.by_name[name].weight, expected) for name, expected in in_one)
+    assert not all(torch.equal(base.targets.by_name[name].weight, other) for name, other in in_two)
+
+
 def test_a_write_that_is_cut_short_is_repaired_by_the_next_one(monkeypatch):
     base = fresh_base()
     pristine = bits(base)

@@ -34,7 +34,9 @@ def generate(
     trigger: Annotated[str, typer.Option(help="The word that [trigger] in the prompt becomes.")] = "",
     width: Annotated[int | None, typer.Option(help="Pixels, 64..4096, floored to a multiple of 8.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels, 64..4096, floored to a multiple of 8.")] = None,
-    steps: Annotated[int | None, typer.Option(help="1..150; by default what `fidelora models` says, as for the next four.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="1..150; like the other settings, by default what `fidelora models` says.")
+    ] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; no guidance at 1 or less.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the first image; -1 takes a random one and says which.")] = None,
     sampler: Annotated[str | None, typer.Option(help="One of those that `fidelora models` lists.")] = None,

@@ -1,0 +1,332 @@
+"""The HTTP API's bodies, and what they mean: requests into recipes, jobs into answers. Shared by server and client; needs no torch.
+
+The contract is that of the documented `ai-toolkit-inference` API: same fields, ranges and codes. What is added is additive. Nothing
+is ignored: a field that the model cannot use, and a field that nobody knows, is an error that names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
+
+from fidelora.errors import RequestError, UnknownModelError
+from fidelora.jobs.job import Job, Status
+from fidelora.models import ModelSpec, all_models, model_spec
+from fidelora.recipe import AdapterRef, Recipe, replace_trigger
+
+MAX_PROMPTS = 64
+DEFAULT_SIZE = 1024
+"""Pixels of a side that a request leaves out: the documented API's, not the model's own."""
+
+Multiplier = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+ImageFormat = Literal["png", "jpeg", "webp"]
+
+_OF_OTHER_MODELS = ("fps", "resolution", "ctrl_img", "ctrl_img_1", "ctrl_img_2", "ctrl_img_3")
+
+
+class _Body(BaseModel):
+    """Unknown fields are kept, so that they can be named in an error of our own shape and not be dropped."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class LoraItem(_Body):
+    """One adapter of a request: a file under `WORKFLOWS_BASE_PATH`, a URL, or `hf:owner/name/file.safetensors`."""
+
+    path: str = Field(min_length=1, max_length=2048)
+    network_multiplier: Multiplier | None = None
+    transformer: Literal["low", "high"] | None = None
+
+
+class PromptItem(_Body):
+    """One image of a request. What is left out has the model's default, sizes 1024."""
+
+    prompt: str
+    trigger_word: str | None = None
+    width: int | None = Field(None, ge=64, le=4096)
+    height: int | None = Field(None, ge=64, le=4096)
+    guidance_scale: float | None = Field(None, ge=0, le=20, allow_inf_nan=False)
+    sample_steps: int | None = Field(None, ge=1, le=150)
+    neg: str | None = None
+    seed: int | None = Field(None, ge=-1, le=2**63 - 1)
+    sampler: str | None = None
+    network_multiplier: Multiplier | list[Multiplier] | None = None
+    num_frames: int | None = Field(None, ge=1, le=1000)
+    fps: int | None = Field(None, ge=1, le=120)
+    resolution: Literal["Default", "High"] | None = None
+    ctrl_img: str | None = None
+    ctrl_img_1: str | None = None
+    ctrl_img_2: str | None = None
+    ctrl_img_3: str | None = None
+
+
+class InferenceRequest(_Body):
+    """The body of `POST /v1/inference`."""
+
+    model: str
+    loras: list[LoraItem]
+    prompts: list[PromptItem] = Field(min_length=1, max_length=MAX_PROMPTS)
+    trigger_word: str | None = None
+    hf_token: SecretStr | None = None
+    output_format: ImageFormat = "png"
+
+
+class Accepted(BaseModel):
+    """The answer to `POST /v1/inference`."""
+
+    request_id: str
+    status: Literal["queued"] = "queued"
+    status_url: str
+    result_url: str
+    created_at: datetime
+
+
+class ProgressBody(BaseModel):
+    """How far a job is; `image` counts from 0, `fraction` is of the whole job."""
+
+    image: int
+    images: int
+    step: int
+    steps: int
+    fraction: float
+    eta_s: float | None
+
+
+class StatusBody(BaseModel):
+    """The answer to `GET /v1/requests/{id}/status`."""
+
+    request_id: str
+    status: Status
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    error: str | None
+    error_code: str | None
+    progress: ProgressBody | None
+    queue_position: int | None
+
+
+class ImageBody(BaseModel):
+    """One finished image."""
+
+    format: str
+    width: int
+    height: int
+    file_path: str
+    seed: int
+    url: str
+    sha256: str
+    recipe: dict[str, Any]
+
+
+class OutputsBody(BaseModel):
+    """What a job made."""
+
+    images: list[ImageBody]
+    videos: list[dict[str, Any]]
+
+
+class MetadataBody(BaseModel):
+    """How a job was made: `inference_time` in seconds from its start to its end, `timings` in seconds by part."""
+
+    model: str
+    inference_time: float
+    timings: dict[str, float]
+
+
+class ResultBody(BaseModel):
+    """The answer to `GET /v1/requests/{id}/result`."""
+
+    request_id: str
+    status: Status
+    outputs: OutputsBody | None
+    error: str | None
+    created_at: datetime
+    finished_at: datetime | None
+    metadata: MetadataBody | None
+
+
+class ModelBody(BaseModel):
+    """One model family in `GET /v1/models`."""
+
+    id: str
+    base_model: str
+    resolution_divisor: int
+    default_steps: int
+    default_guidance_scale: float
+    requires_control_image: bool = False
+    is_video_model: bool = False
+    default_num_frames: int | None = None
+    default_fps: int | None = None
+
+
+def check_request(request: InferenceRequest) -> ModelSpec:
+    """See that the model is known and can use every field of the request.
+
+    Raises:
+        RequestError: with the code of the API and what a client needs to mend it.
+    """
+    try:
+        spec = model_spec(request.model)
+    except UnknownModelError as error:
+        supported = list(all_models())
+        raise RequestError(str(error), code="MODEL_NOT_FOUND", details={"supported_models": supported}) from error
+    if not request.loras:
+        raise RequestError("At least one LoRA is required.", code="LORA_FILE_REQUIRED")
+    if any(lora.transformer for lora in request.loras):
+        message = f"{spec.id} has one transformer: a LoRA of it has no `transformer`."
+        raise RequestError(message, code="MOE_FORMAT_NOT_SUPPORTED", details={"field": "transformer"})
+    for place, field in _unusable_fields(request):
+        message = f"{place}{field} means nothing to {spec.id}; leave it out."
+        raise RequestError(message, code="FIELD_NOT_SUPPORTED", details={"field": f"{place}{field}"})
+    for index, item in enumerate(request.prompts):
+        if isinstance(item.network_multiplier, list) and len(item.network_multiplier) != len(request.loras):
+            message = (
+                f"prompts[{index}].network_multiplier has {len(item.network_multiplier)} numbers for {len(request.loras)} LoRAs."
+            )
+            raise RequestError(message, code="MULTIPLIERS_DO_NOT_MATCH", details={"field": f"prompts[{index}].network_multiplier"})
+    return spec
+
+
+def recipes_of(
+    request: InferenceRequest, adapters: Sequence[AdapterRef], base: Mapping[str, Any], draw_seed: Callable[[], int]
+) -> tuple[Recipe, ...]:
+    """One complete recipe for each prompt.
+
+    Args:
+        request: one that `check_request` has passed.
+        adapters: what each of its LoRAs is, in order; their own multipliers are not used.
+        base: the recipe fields that the server decides: `base_model`, dtypes, `noise`, ...
+        draw_seed: called for each prompt whose seed is -1.
+
+    Raises:
+        RecipeError: a value that only the model's data can refuse, such as an unknown sampler.
+    """
+    multipliers = [_multipliers(request, item) for item in request.prompts]
+    # As the trainer does it: one set of multipliers for all images is merged into the weights, several run beside them.
+    mode = "merged" if len(set(multipliers)) == 1 else "live"
+    recipes = []
+    for index, item in enumerate(request.prompts):
+        given = {
+            "guidance_scale": item.guidance_scale,
+            "steps": item.sample_steps,
+            "sampler": item.sampler,
+            "seed": draw_seed() if item.seed == -1 else item.seed,
+        }
+        fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        if item.seed is None:
+            fields["seed"] = model_spec(request.model).default_seed + index
+        recipes.append(
+            Recipe(
+                prompt=replace_trigger(item.prompt, (item.trigger_word or request.trigger_word) or ""),
+                negative_prompt=item.neg or "",
+                model=request.model,
+                width=item.width or DEFAULT_SIZE,
+                height=item.height or DEFAULT_SIZE,
+                adapters=tuple(
+                    AdapterRef(ref.sha256, multiplier, ref.name, ref.path)
+                    for ref, multiplier in zip(adapters, multipliers[index], strict=True)
+                ),
+                adapter_mode=mode,  # type: ignore[arg-type]
+                **fields,
+                **base,
+            )
+        )
+    return tuple(recipes)
+
+
+def accepted(job: Job, base_url: str) -> Accepted:
+    """The answer to a request that is stored."""
+    url = f"{base_url.rstrip('/')}/v1/requests/{job.id}"
+    return Accepted(request_id=job.id, status_url=f"{url}/status", result_url=f"{url}/result", created_at=job.created_at)
+
+
+def status_of(job: Job, queue_position: int | None) -> StatusBody:
+    """Where a job is."""
+    progress = job.progress
+    return StatusBody(
+        request_id=job.id,
+        status=job.status,
+        created_at=job.created_at,
+        started_at=job.started_at,
+        finished_at=job.finished_at,
+        error=job.error.message if job.error else None,
+        error_code=job.error.code if job.error else None,
+        progress=ProgressBody(fraction=progress.fraction, **vars(progress)) if progress else None,
+        queue_position=queue_position,
+    )
+
+
+def result_of(job: Job, base_url: str) -> ResultBody:
+    """What a job made, if it is done."""
+    outputs = metadata = None
+    if job.status is Status.SUCCEEDED:
+        assert job.started_at is not None
+        assert job.finished_at is not None
+        url = f"{base_url.rstrip('/')}/v1/requests/{job.id}/images"
+        images = [
+            ImageBody(
+                format=output.format,
+                width=output.width,
+                height=output.height,
+                file_path=output.file_path,
+                seed=output.seed,
+                url=f"{url}/{index}",
+                sha256=output.sha256,
+                recipe=recipe.to_dict(),
+            )
+            for index, (output, recipe) in enumerate(zip(job.outputs, job.recipes, strict=True))
+        ]
+        outputs = OutputsBody(images=images, videos=[])
+        seconds = (job.finished_at - job.started_at).total_seconds()
+        metadata = MetadataBody(model=job.recipes[0].model, inference_time=seconds, timings=dict(job.timings))
+    return ResultBody(
+        request_id=job.id,
+        status=job.status,
+        outputs=outputs,
+        error=job.error.message if job.error else None,
+        created_at=job.created_at,
+        finished_at=job.finished_at,
+        metadata=metadata,
+    )
+
+
+def model_bodies() -> list[ModelBody]:
+    """Every model family, for `GET /v1/models`."""
+    return [
+        ModelBody(
+            id=spec.id,
+            base_model=spec.base_model,
+            resolution_divisor=spec.resolution_divisor,
+            default_steps=spec.default_steps,
+            default_guidance_scale=spec.default_guidance_scale,
+        )
+        for spec in all_models().values()
+    ]
+
+
+def _multipliers(request: InferenceRequest, item: PromptItem) -> tuple[float, ...]:
+    """For each LoRA: the prompt's own multiplier, else the LoRA's, else 1."""
+    own = item.network_multiplier
+    if isinstance(own, list):
+        return tuple(own)
+    return tuple(
+        own if own is not None else lora.network_multiplier if lora.network_multiplier is not None else 1.0
+        for lora in request.loras
+    )
+
+
+def _unusable_fields(request: InferenceRequest) -> Iterator[tuple[str, str]]:
+    """Where in the request, and which field: unknown ones, and those of other models."""
+    yield from (("", name) for name in request.model_extra or {})
+    for index, lora in enumerate(request.loras):
+        yield from ((f"loras[{index}].", name) for name in lora.model_extra or {})
+    for index, item in enumerate(request.prompts):
+        place = f"prompts[{index}]."
+        yield from ((place, name) for name in item.model_extra or {})
+        yield from ((place, name) for name in _OF_OTHER_MODELS if getattr(item, name) is not None)
+        if item.num_frames not in (None, 1):
+            yield place, "num_frames"
