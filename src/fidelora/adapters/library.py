@@ -18,10 +18,12 @@ class AdapterLibrary:
 
     Args:
         budget_bytes: how much memory parsed adapters may keep; the one in use is kept even if it alone is larger.
+        folder: where files are called `{sha256}.safetensors`, for recipes whose adapters have no path.
     """
 
-    def __init__(self, budget_bytes: int = DEFAULT_BUDGET_BYTES) -> None:
+    def __init__(self, budget_bytes: int = DEFAULT_BUDGET_BYTES, *, folder: Path | None = None) -> None:
         self._budget_bytes = budget_bytes
+        self._folder = folder
         self._paths: dict[str, Path] = {}
         self._loaded: OrderedDict[str, Adapter] = OrderedDict()
         self._lock = threading.Lock()
@@ -50,9 +52,15 @@ class AdapterLibrary:
             self._loaded.move_to_end(ref.sha256)
             return self._loaded[ref.sha256]
 
+    def loaded(self) -> frozenset[str]:
+        """Sha256 of every adapter that is in memory."""
+        with self._lock:
+            return frozenset(self._loaded)
+
     def _read(self, ref: AdapterRef) -> Adapter:
         """From any of the places where these bytes were seen."""
-        places = [path for path in (ref.path, self._paths.get(ref.sha256)) if path is not None]
+        stored = self._folder / f"{ref.sha256}.safetensors" if self._folder else None
+        places = [path for path in (ref.path, self._paths.get(ref.sha256), stored) if path is not None]
         if not places:
             raise AdapterNotFoundError(
                 f"No file is known for the adapter {ref.name or 'without a name'} with sha256 {ref.sha256[:12]}...; "

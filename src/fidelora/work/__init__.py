@@ -1,0 +1,1 @@
+"""Work on jobs: claim one, make its images, report."""
