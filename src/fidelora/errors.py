@@ -74,6 +74,10 @@ class AdapterNotFoundError(AdapterError, WrongUseError):
     """There is no adapter file at this place; check the path."""
 
 
+class AdapterPlaceError(AdapterError, WrongUseError):
+    """The name of the adapter leads out of the folder of adapters, or to no adapter file."""
+
+
 class AdapterFormatError(AdapterError):
     """The file is a sound .safetensors file but not an adapter of a kind that can be applied."""
 
