@@ -14,7 +14,7 @@ from fidelora.errors import AdapterError, AdapterNotFoundError, AdapterPlaceErro
 
 
 @pytest.fixture
-def root(tmp_path) -> Path:
+def root(tmp_path: Path) -> Path:
     (tmp_path / "adapters" / "job").mkdir(parents=True)
     (tmp_path / "adapters" / "job" / "sks.safetensors").write_bytes(b"x")
     (tmp_path / "secret.safetensors").write_bytes(b"x")
