@@ -423,12 +423,15 @@ def test_offloading_changes_no_bit_and_adapters_reach_the_weights(offload):
     from fidelora.adapters.live import live_adapters
 
     plain, offloaded = load(TINY_BASE), load(TINY_BASE)
-    place({"text_encoder": offloaded.text_encoder, "unet": offloaded.unet, "vae": offloaded.vae}, torch.device("cpu"), offload)
+    parts = {"text_encoder": offloaded.text_encoder, "unet": offloaded.unet, "vae": offloaded.vae}
+    offloaded.hooks = place(parts, torch.device("cpu"), offload)
+    assert len(offloaded.hooks) == (3 if offload == "model" else 0)
     inputs = (torch.randn(2, 4, 8, 8), torch.tensor(7), torch.randn(2, 77, 32))
     adapter = read_adapter(LORA)
 
     def outputs(base: BaseModel, *, live: bool) -> torch.Tensor:
         bound = [(base.targets.bind(adapter), 0.5)]
+        base.rest()
         base.merged.apply([] if live else bound)
         with torch.no_grad(), live_adapters(base.targets, bound if live else []):
             output: torch.Tensor = base.unet(*inputs, return_dict=False)[0]
