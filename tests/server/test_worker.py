@@ -117,6 +117,33 @@ def test_progress_counts_steps_and_images_and_guesses_the_rest(worker, store, cl
     assert all(eta >= 0 for eta in etas)
 
 
+def test_a_model_that_takes_long_to_load_does_not_cost_the_claim(store, engine, clock, tmp_path, monkeypatch):
+    """No step can report while a model is downloaded; the lease is longer for that time, and short again for the steps."""
+    limits = WorkerLimits(lease_s=60, load_s=1800, report_every_s=0, timeout_s=10_000)
+    worker = Worker("worker", store, engine, tmp_path, limits, now=clock.now, monotonic=clock.monotonic)
+    leases: list[float] = []
+    original = engine.load
+
+    def slow(recipe: Recipe) -> None:
+        clock.seconds += 1000
+        assert store.abandon_expired(clock.now()) == ()
+        original(recipe)
+
+    def at_first_step(job_id: str) -> None:
+        expires = MemoryStore.get(store, job_id).lease_expires_at
+        assert expires is not None
+        leases.append((expires - clock.now()).total_seconds())
+
+    monkeypatch.setattr(engine, "load", slow)
+    store.at_look = {1: at_first_step}
+    add(store, clock)
+    done = worker.run_next()
+    assert done is not None
+    assert done.status is Status.SUCCEEDED
+    assert done.timings["load"] >= 1000
+    assert 0 < leases[0] <= 60
+
+
 def test_a_wish_to_cancel_is_seen_at_the_next_step(worker, store, clock, tmp_path):
     add(store, clock, RECIPE, RECIPE)
     store.at_look = {2: lambda job_id: store.cancel(job_id, clock.now())}
@@ -133,14 +160,14 @@ def test_a_job_canceled_in_its_second_image_leaves_no_file(worker, store, clock,
 
 
 def test_a_job_that_takes_too_long_is_stopped_and_has_failed(store, engine, clock, tmp_path):
-    limits = WorkerLimits(lease_s=1000, report_every_s=0, timeout_s=5)
+    limits = WorkerLimits(lease_s=1000, report_every_s=0, timeout_s=10)
     worker = Worker("worker", store, engine, tmp_path, limits, now=clock.now, monotonic=clock.monotonic)
     add(store, clock, RECIPE, RECIPE)
     done = worker.run_next()
     assert done is not None
     assert done.error is not None
     assert (done.status, done.error.code) == (Status.FAILED, "TIMEOUT")
-    assert "5 are allowed" in done.error.message
+    assert "10 are allowed" in done.error.message
     assert store.reports[-1][:3] < (1, 2, 0)  # long before its end
     assert list(tmp_path.iterdir()) == []
     add(store, clock)

@@ -326,6 +326,31 @@ def test_an_adapter_is_found_where_its_bytes_are(tmp_path):
         library.get(AdapterRef.from_file(LORA_CONV))
 
 
+def test_a_path_added_later_is_remembered_too(tmp_path):
+    from fidelora.adapters.library import AdapterLibrary
+
+    library = AdapterLibrary(budget_bytes=1)
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    for path in (first, second):
+        path.write_bytes(LORA.read_bytes())
+    library.add(first)
+    known = library.add(second)  # from memory, without a look at the file
+    first.unlink()
+    library.add(LORA_CONV)
+    assert library.get(AdapterRef(known.sha256)).sha256 == known.sha256
+
+
+def test_a_file_that_changed_is_said_to_have_changed_even_with_a_folder_of_hashes(tmp_path):
+    from fidelora.adapters.library import AdapterLibrary
+
+    path = tmp_path / "lora.safetensors"
+    path.write_bytes(LORA.read_bytes())
+    ref = AdapterRef.from_file(path)
+    path.write_bytes(LORA_CONV.read_bytes())
+    with pytest.raises(AdapterChangedError):
+        AdapterLibrary(folder=tmp_path / "none").get(ref)
+
+
 def test_an_engine_needs_a_place_for_a_base():
     with pytest.raises(WrongUseError, match="max_bases"):
         Engine(device="cpu", max_bases=0)

@@ -36,6 +36,9 @@ class AdapterLibrary:
         """
         ref = AdapterRef.from_file(path, multiplier)
         self.get(ref)
+        if ref.path is not None:
+            with self._lock:
+                self._paths[ref.sha256] = ref.path
         return ref
 
     def get(self, ref: AdapterRef) -> Adapter:
@@ -66,7 +69,9 @@ class AdapterLibrary:
                 f"No file is known for the adapter {ref.name or 'without a name'} with sha256 {ref.sha256[:12]}...; "
                 "add it to the engine's library with `engine.adapters.add(path)`."
             )
-        path = next((path for path in places if path.is_file() and file_sha256(path) == ref.sha256), places[-1])
+        there = [path for path in places if path.is_file()]
+        # A file of other bytes, or none at all, is left to the lines below, which say what is wrong with it.
+        path = next((path for path in there if file_sha256(path) == ref.sha256), (there or places)[0])
         adapter = read_adapter(path)
         if adapter.sha256 != ref.sha256:
             raise AdapterChangedError(

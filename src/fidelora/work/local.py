@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import signal
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -105,8 +106,9 @@ class LocalPool:
         """Let running jobs finish for `grace_s` seconds, then have them given back to the queue, and end all processes."""
         for place in self._places:
             place.finish.set()
+        deadline = time.monotonic() + grace_s  # one for all: they finish side by side
         for place in self._places:
-            place.end(grace_s)
+            place.end(max(0.0, deadline - time.monotonic()))
         now = datetime.now(UTC)
         for job in self._store.list(status=Status.IN_PROGRESS, limit=1000).jobs:
             if job.worker in {place.name for place in self._places}:  # killed before it could give the job back

@@ -31,11 +31,13 @@ class WorkerLimits:
 
     Attributes:
         lease_s: how long a claim lasts without a report.
+        load_s: how long a base model may take to be found, downloaded and loaded, when no step can report.
         report_every_s: how often progress is written down at most; wishes to cancel are looked for at every step.
         timeout_s: how long one attempt at a job may take; then the work stops and the job has failed.
     """
 
     lease_s: float = 60.0
+    load_s: float = 1800.0
     report_every_s: float = 0.5
     timeout_s: float = 600.0
 
@@ -116,6 +118,11 @@ class Worker:
         outputs: list[Output] = []
         timings: dict[str, float] = {}
         for index, recipe in enumerate(job.recipes):
+            attempt.report(self._limits.load_s)
+            start = self._monotonic()
+            self._engine.load(recipe)
+            timings["load"] = timings.get("load", 0.0) + self._monotonic() - start
+            attempt.report()
             image = self._engine.generate(recipe, attempt.on_step(index))
             content = image.encode(job.image_format)  # type: ignore[arg-type]  # `encode` checks it
             attempt.report()  # not to write over the files of a worker that has the job now
@@ -162,13 +169,13 @@ class _Attempt:
 
         return step_is_done
 
-    def report(self) -> None:
-        """Renew the lease and write progress down.
+    def report(self, lease_s: float | None = None) -> None:
+        """Renew the lease, for the usual time if none is given, and write progress down.
 
         Raises:
             LeaseLostError: another worker has the job.
         """
-        self._store.renew(self.job.id, self.job.epoch, self._progress, self._now(), self._limits.lease_s)
+        self._store.renew(self.job.id, self.job.epoch, self._progress, self._now(), lease_s or self._limits.lease_s)
         self._reported = self._monotonic()
 
 
