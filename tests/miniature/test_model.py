@@ -1,0 +1,88 @@
+"""The miniature as it is packed: its files, and whether it draws what it is told. `benchmarks/miniature.py` counts more of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from diffusers import AutoencoderKL
+from safetensors import safe_open
+from tests.support import MINIATURE_LORA
+from tools.miniature import judge, train_lora, train_vae, world
+from tools.miniature.train_unet import held_out_scenes
+
+import fidelora
+from fidelora import AdapterRef, Engine, Recipe
+from fidelora.engine.locate import is_name, locate
+from fidelora.errors import BaseModelNotFoundError
+from fidelora.models import model_spec
+
+FOLDER = Path(fidelora.__file__).parent / "miniature"
+BASE = Recipe(prompt="", base_model="fidelora:miniature", width=world.SIZE, height=world.SIZE)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(device="cpu")
+
+
+def scores(engine: Engine, scenes: list[world.Scene], base: Recipe) -> dict[str, float]:
+    rng = np.random.default_rng(1)
+    found = []
+    for seed, scene in enumerate(scenes):
+        image = engine.generate(replace(base, prompt=train_lora.caption(scene, rng), seed=seed))
+        found.append(judge.score(image.pixels, scene))
+    return {name: float(np.mean([getattr(one, name) for one in found])) for name in ("shape", "colour", "background")}
+
+
+def moons(count: int) -> list[world.Scene]:
+    colours = list(world.COLOURS)
+    things = [world.Thing(world.NEW_SHAPE, colours[index % len(colours)]) for index in range(count)]
+    return [world.Scene((thing,), colours[(index + 3) % len(colours)]) for index, thing in enumerate(things)]
+
+
+def test_its_name_means_it_on_every_machine(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    spec = model_spec("sd15")
+    assert locate("fidelora:miniature", spec.components) == FOLDER
+    assert is_name("fidelora:miniature")
+    assert is_name("owner/name")
+    assert not is_name(str(FOLDER))
+    assert not is_name("fidelora:maxiature")
+    with pytest.raises(BaseModelNotFoundError, match="fidelora:miniature"):
+        locate("fidelora:maxiature", spec.components)
+
+
+def test_it_has_the_layout_of_a_stable_diffusion_and_fits_into_20_megabytes():
+    index = json.loads((FOLDER / "model_index.json").read_text())
+    for part in ("scheduler", "text_encoder", "tokenizer", "unet", "vae"):
+        assert index[part][1]
+        assert (FOLDER / part).is_dir()
+    assert sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file()) <= 20e6
+    for part in ("text_encoder", "unet", "vae"):
+        (weights,) = (FOLDER / part).glob("*.safetensors")
+        with safe_open(weights, "pt") as file:
+            assert {str(file.get_slice(key).get_dtype()) for key in file.keys()} == {"F16"}  # noqa: SIM118
+
+
+def test_its_vae_keeps_pictures():
+    rng = np.random.default_rng(6)
+    images = np.stack([world.draw(world.random_scene(rng), rng) for _ in range(16)])
+    assert train_vae.psnr(AutoencoderKL.from_pretrained(FOLDER / "vae").float(), images) >= 28
+
+
+def test_it_draws_what_it_is_told(engine):
+    guided = scores(engine, held_out_scenes(24, 11), BASE)
+    assert guided["colour"] >= 0.75, guided
+    assert guided["shape"] >= 0.7, guided
+    assert guided["background"] >= 0.9, guided
+
+
+def test_the_adapter_teaches_the_trigger_word_a_new_shape(engine):
+    adapter = AdapterRef.from_file(MINIATURE_LORA)
+    scenes = moons(12)
+    assert scores(engine, scenes, replace(BASE, adapters=(adapter,)))["shape"] >= 0.7
+    assert scores(engine, scenes, replace(BASE, adapters=(replace(adapter, multiplier=0.0),)))["shape"] <= 0.1
