@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
-from fidelora.errors import RequestError, UnknownModelError
+from fidelora.errors import RecipeError, RequestError, RequestFieldError, UnknownModelError
 from fidelora.jobs.job import Job, Status
 from fidelora.models import ModelSpec, all_models, model_spec
 from fidelora.recipe import AdapterRef, Recipe, replace_trigger
@@ -27,10 +27,14 @@ ImageFormat = Literal["png", "jpeg", "webp"]
 _OF_OTHER_MODELS = ("fps", "resolution", "ctrl_img", "ctrl_img_1", "ctrl_img_2", "ctrl_img_3")
 
 
+_FIELD_OF = {"steps": "sample_steps", "negative_prompt": "neg"}
+"""What a field of a recipe is called in a prompt item, where the names differ."""
+
+
 class _Body(BaseModel):
     """Unknown fields are kept, so that they can be named in an error of our own shape and not be dropped."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", json_schema_extra={"additionalProperties": False})
 
 
 class LoraItem(_Body):
@@ -39,6 +43,7 @@ class LoraItem(_Body):
     path: str = Field(min_length=1, max_length=2048)
     network_multiplier: Multiplier | None = None
     transformer: Literal["low", "high"] | None = None
+    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="What the file's bytes have to be.")
 
 
 class PromptItem(_Body):
@@ -84,6 +89,26 @@ class Accepted(BaseModel):
     created_at: datetime
 
 
+class ErrorDetail(BaseModel):
+    """What went wrong: a code for programs, a sentence for people, and what the code needs to be acted upon."""
+
+    code: str
+    message: str
+    details: dict[str, Any]
+
+
+class ErrorEnvelope(BaseModel):
+    """Around the error, as in the documented API."""
+
+    error: ErrorDetail
+
+
+class ErrorBody(BaseModel):
+    """The body of every error but 422, which has FastAPI's own shape."""
+
+    detail: ErrorEnvelope
+
+
 class ProgressBody(BaseModel):
     """How far a job is; `image` counts from 0, `fraction` is of the whole job."""
 
@@ -104,9 +129,18 @@ class StatusBody(BaseModel):
     started_at: datetime | None
     finished_at: datetime | None
     error: str | None
-    error_code: str | None
-    progress: ProgressBody | None
-    queue_position: int | None
+    # Other servers of the documented API do not say these.
+    error_code: str | None = None
+    progress: ProgressBody | None = None
+    queue_position: int | None = None
+    preview: str | None = Field(None, description="A rough picture, a small JPEG in base64; in events only, and if asked for.")
+
+
+class RequestList(BaseModel):
+    """The answer to `GET /v1/requests`: newest first; `next_cursor` asks for the rest, and is null on the last page."""
+
+    requests: list[StatusBody]
+    next_cursor: str | None
 
 
 class ImageBody(BaseModel):
@@ -117,9 +151,10 @@ class ImageBody(BaseModel):
     height: int
     file_path: str
     seed: int
-    url: str
-    sha256: str
-    recipe: dict[str, Any]
+    # Other servers of the documented API do not say these.
+    url: str = ""
+    sha256: str = ""
+    recipe: dict[str, Any] = Field(default_factory=dict)
 
 
 class OutputsBody(BaseModel):
@@ -149,6 +184,33 @@ class ResultBody(BaseModel):
     metadata: MetadataBody | None
 
 
+class LoraBody(BaseModel):
+    """One adapter file under `WORKFLOWS_BASE_PATH`, as its header describes it; `path` is what requests call it."""
+
+    path: str
+    sha256: str
+    type: str
+    ranks: list[int]
+    modules: int
+    dtypes: list[str]
+    text_encoder: bool
+    size_bytes: int
+    trigger: str
+    step: int | None
+    epoch: int | None
+    base: str
+    trainer: str
+    uploaded: bool
+    problems: list[str]
+
+
+class LoraList(BaseModel):
+    """The answer to `GET /v1/loras`: by path; `next_cursor` asks for the rest, and is null on the last page."""
+
+    loras: list[LoraBody]
+    next_cursor: str | None
+
+
 class ModelBody(BaseModel):
     """One model family in `GET /v1/models`."""
 
@@ -161,6 +223,12 @@ class ModelBody(BaseModel):
     is_video_model: bool = False
     default_num_frames: int | None = None
     default_fps: int | None = None
+
+
+class ModelList(BaseModel):
+    """The answer to `GET /v1/models`."""
+
+    models: list[ModelBody]
 
 
 def check_request(request: InferenceRequest) -> ModelSpec:
@@ -203,7 +271,7 @@ def recipes_of(
         draw_seed: called for each prompt whose seed is -1.
 
     Raises:
-        RecipeError: a value that only the model's data can refuse, such as an unknown sampler.
+        RequestFieldError: a value that only the model's data can refuse, such as an unknown sampler.
     """
     multipliers = [_multipliers(request, item) for item in request.prompts]
     # As the trainer does it: one set of multipliers for all images is merged into the weights, several run beside them.
@@ -219,8 +287,8 @@ def recipes_of(
         fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         if item.seed is None:
             fields["seed"] = model_spec(request.model).default_seed + index
-        recipes.append(
-            Recipe(
+        try:
+            recipe = Recipe(
                 prompt=replace_trigger(item.prompt, (item.trigger_word or request.trigger_word) or ""),
                 negative_prompt=item.neg or "",
                 model=request.model,
@@ -234,8 +302,50 @@ def recipes_of(
                 **fields,
                 **base,
             )
-        )
+        except RecipeError as error:
+            place = ("prompts", index, _FIELD_OF.get(error.field, error.field))
+            raise RequestFieldError(str(error), place=place) from error
+        recipes.append(recipe)
     return tuple(recipes)
+
+
+def request_for(recipes: Sequence[Recipe], lora_path: str) -> dict[str, Any]:
+    """The body of the request that makes these images, each with the same one adapter, which the server knows as `lora_path`.
+
+    What the server decides (base model, precision, VAE) is not in it.
+
+    Raises:
+        RequestFieldError: a value that the API does not take, such as a guidance scale beyond 20.
+    """
+    sha256 = {adapter.sha256 for recipe in recipes for adapter in recipe.adapters}
+    assert len(sha256) == 1, "one adapter, and the same in every recipe"
+    body = {
+        "model": recipes[0].model,
+        "loras": [{"path": lora_path, "sha256": sha256.pop()}],
+        "prompts": [
+            {
+                "prompt": recipe.prompt,
+                "neg": recipe.negative_prompt,
+                "width": recipe.width,
+                "height": recipe.height,
+                "guidance_scale": recipe.guidance_scale,
+                "sample_steps": recipe.steps,
+                "sampler": recipe.sampler,
+                "seed": recipe.seed,
+                "network_multiplier": recipe.adapters[0].multiplier,
+            }
+            for recipe in recipes
+        ],
+    }
+    try:
+        InferenceRequest.model_validate(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise RequestFieldError(
+            f"The HTTP API does not take {place} {first['input']!r}: {first['msg']}.", place=first["loc"]
+        ) from None
+    return body
 
 
 def accepted(job: Job, base_url: str) -> Accepted:
@@ -244,9 +354,10 @@ def accepted(job: Job, base_url: str) -> Accepted:
     return Accepted(request_id=job.id, status_url=f"{url}/status", result_url=f"{url}/result", created_at=job.created_at)
 
 
-def status_of(job: Job, queue_position: int | None) -> StatusBody:
+def status_of(job: Job, queue_position: int | None, *, with_preview: bool = False) -> StatusBody:
     """Where a job is."""
     progress = job.progress
+    shown = {name: value for name, value in vars(progress).items() if name != "preview"} if progress else {}
     return StatusBody(
         request_id=job.id,
         status=job.status,
@@ -255,8 +366,9 @@ def status_of(job: Job, queue_position: int | None) -> StatusBody:
         finished_at=job.finished_at,
         error=job.error.message if job.error else None,
         error_code=job.error.code if job.error else None,
-        progress=ProgressBody(fraction=progress.fraction, **vars(progress)) if progress else None,
+        progress=ProgressBody(fraction=progress.fraction, **shown) if progress else None,
         queue_position=queue_position,
+        preview=(progress.preview or None) if with_preview and progress else None,
     )
 
 

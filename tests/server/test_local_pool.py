@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.support import TINY_BASE
@@ -17,14 +21,16 @@ from tests.support import TINY_BASE
 from fidelora import Recipe
 from fidelora.jobs.job import Job, Status, new_job
 from fidelora.jobs.sql import SqlStore
-from fidelora.work.local import LocalPool, WorkerSetup
+from fidelora.work.local import LocalPool
+from fidelora.work.place import WorkerSetup
+from fidelora.work.worker import AttemptReport
 
 SHORT = Recipe(prompt="a ball", base_model=str(TINY_BASE), width=64, height=64, steps=2)
 LONG = replace(SHORT, width=1024, height=1024, steps=150)
 DEADLINE_S = 120.0
 
 
-def until(condition: Callable[[], bool]) -> None:
+def until(condition: Callable[[], Any]) -> None:
     """Wait for what another process does, at most until a deadline that only a failure reaches."""
     pause, end = threading.Event(), time.monotonic() + DEADLINE_S
     while not condition():
@@ -39,10 +45,14 @@ def store(tmp_path):
     made.close()
 
 
+def setup_in(folder: Path, **given: Any) -> WorkerSetup:
+    return replace(WorkerSetup(f"sqlite:///{folder}/jobs.sqlite", folder / "out", device="cpu", warm=SHORT), **given)
+
+
 @pytest.fixture
 def pool(store, tmp_path):
     (tmp_path / "out").mkdir()
-    made = LocalPool(store, [WorkerSetup(f"sqlite:///{tmp_path}/jobs.sqlite", tmp_path / "out", device="cpu", warm=SHORT)])
+    made = LocalPool(store, [setup_in(tmp_path)])
     yield made
     made.stop(0)
 
@@ -109,3 +119,85 @@ def test_a_pool_that_stops_lets_a_short_job_finish(pool, store):
     pool.stop(DEADLINE_S)
     assert pool.process_ids == []
     assert store.get(job.id).status is Status.SUCCEEDED
+
+
+def test_workers_report_what_an_attempt_was_like(store, tmp_path):
+    (tmp_path / "out").mkdir()
+    reports: list[AttemptReport] = []
+    pool = LocalPool(store, [setup_in(tmp_path)], on_report=reports.append)
+    pool.start()
+    done = add(store, SHORT)
+    pool.wake()
+    failed = add(store, replace(SHORT, base_model="/nowhere"))
+    until(lambda: store.get(failed.id).status.final)
+    until(lambda: pool.watch() == [] and len(reports) == 2)
+    pool.stop(0)
+    first, second = reports
+    assert (first.job_id, first.status, first.code, first.images, first.steps) == (done.id, "succeeded", "", 1, 2)
+    assert first.wait_s is not None
+    assert set(first.timings) >= {"load", "adapters", "text", "denoise", "decode"}
+    assert (second.job_id, second.status, second.code, second.images) == (failed.id, "failed", "BASE_MODEL_NOT_FOUND", 0)
+
+
+def test_a_worker_that_cannot_start_says_why_and_is_tried_again_after_a_pause(store, tmp_path):
+    (tmp_path / "out").mkdir()
+    pool = LocalPool(store, [setup_in(tmp_path, warm=replace(SHORT, base_model="/nowhere"))])
+    pool.start()
+    until(lambda: pool.watch() == [] and pool.trouble)
+    assert pool.trouble.startswith("There is no base model at /nowhere")
+    assert not pool.ready
+    until(lambda: pool.process_ids == [])
+    pool.watch()
+    assert pool.process_ids == []  # not at once
+    until(lambda: pool.watch() == [] and pool.restarts == 1)
+    pool.stop(0)
+
+
+def test_a_pool_takes_back_what_it_had_before_its_server_was_killed(store, tmp_path):
+    """And leaves alone what other pools have."""
+    mine, other = add(store, SHORT), add(store, SHORT)
+    store.claim("mine/0-1-x", datetime.now(UTC), 1000)
+    store.claim("other/0-1-x", datetime.now(UTC), 1000)
+    pool = LocalPool(store, [], name="mine")
+    pool.start()
+    assert (store.get(mine.id).status, store.get(mine.id).attempts) == (Status.IN_QUEUE, 1)
+    assert store.get(other.id).status is Status.IN_PROGRESS
+
+
+def test_workers_leave_with_a_server_that_is_killed(store, tmp_path):
+    """And give their job back, without a loss."""
+    (tmp_path / "out").mkdir()
+    code = f"""
+        import threading
+        from tests.server.test_local_pool import setup_in
+        from fidelora.jobs.sql import SqlStore
+        from fidelora.work.local import LocalPool
+        from pathlib import Path
+
+        if __name__ == "__main__":
+            pool = LocalPool(SqlStore("sqlite:///{tmp_path}/jobs.sqlite"), [setup_in(Path("{tmp_path}"))])
+            pool.start()
+            print(*pool.process_ids, flush=True)
+            threading.Event().wait()
+    """
+    script = tmp_path / "server.py"
+    script.write_text(textwrap.dedent(code))
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    server = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment)
+    assert server.stdout is not None
+    worker = int(server.stdout.readline())
+    job = add(store, LONG)
+    until(lambda: store.get(job.id).progress is not None)
+    server.kill()
+    server.wait()
+    until(lambda: store.get(job.id).status is Status.IN_QUEUE)
+    assert store.get(job.id).attempts == 0
+    until(lambda: not is_alive(worker))
+
+
+def is_alive(process_id: int) -> bool:
+    """Whether a process runs that is no child of ours."""
+    try:
+        return "Z" not in Path(f"/proc/{process_id}/stat").read_text().rsplit(")", 1)[1]
+    except FileNotFoundError:
+        return False

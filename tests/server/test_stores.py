@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -47,9 +48,21 @@ def job(*adapters: str, prompt: str = "a ball") -> Job:
     return new_job((Recipe(prompt=prompt, adapters=tuple(AdapterRef(sha256) for sha256 in adapters)),), NOW)
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+POSTGRES_URL = os.environ.get("FIDELORA_TEST_POSTGRES_URL", "")
+"""Of an empty database, such as `postgresql+psycopg://user@localhost/test`; its tables are dropped again and again."""
+
+
+@pytest.fixture(params=["memory", "sqlite", *(["postgresql"] if POSTGRES_URL else [])])
 def store(request, tmp_path):
-    made = MemoryStore() if request.param == "memory" else SqlStore(f"sqlite:///{tmp_path}/jobs.sqlite")
+    made: JobStore = MemoryStore()
+    if request.param == "sqlite":
+        made = SqlStore(f"sqlite:///{tmp_path}/jobs.sqlite")
+    elif request.param == "postgresql":
+        engine = sa.create_engine(POSTGRES_URL)
+        with engine.begin() as connection:
+            connection.exec_driver_sql("DROP TABLE IF EXISTS jobs, alembic_version")
+        engine.dispose()
+        made = SqlStore(POSTGRES_URL)
     yield made
     made.close()
 
@@ -254,6 +267,31 @@ def test_the_same_submission_is_the_same_job_even_when_the_queue_is_full_or_it_h
     assert store.add(job(), submission=submission, capacity=1) == first
     ended = store.cancel(first.id, NOW)
     assert store.add(job(), submission=submission, capacity=1) == ended
+
+
+def test_a_submission_is_found_again(store):
+    submission = Submission("key", "1" * 64)
+    assert store.submitted(submission) is None
+    added = store.add(job(), submission=submission)
+    assert store.submitted(submission) == added
+    with pytest.raises(IdempotencyConflictError):
+        store.submitted(Submission("key", "2" * 64))
+
+
+def test_jobs_are_counted_by_state(store):
+    for _ in range(3):
+        store.add(job())
+    store.claim("worker", NOW, LEASE_S)
+    assert [store.count(status) for status in (Status.IN_QUEUE, Status.IN_PROGRESS, Status.FAILED)] == [2, 1, 0]
+
+
+def test_who_has_not_ended_needs_its_adapters(store):
+    first, second = running(store, A), running(store, A, B)
+    assert (store.needs_adapter(A), store.needs_adapter(B), store.needs_adapter("c" * 64)) == (True, True, False)
+    store.stop(second.id, second.epoch, NOW)
+    assert (store.needs_adapter(A), store.needs_adapter(B)) == (True, False)
+    store.succeed(first.id, first.epoch, [OUTPUT], {}, NOW)
+    assert not store.needs_adapter(A)
 
 
 def test_a_full_queue_takes_no_more(store):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -11,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fidelora.errors import RequestError, UnknownSamplerError
+from fidelora.errors import RequestError, RequestFieldError
 from fidelora.jobs.job import Failure, JobProgress, Output, Status, claimed, failed, new_job, renewed, succeeded
 from fidelora.recipe import AdapterRef, Recipe
-from fidelora.wire import InferenceRequest, accepted, check_request, model_bodies, recipes_of, result_of, status_of
+from fidelora.wire import InferenceRequest, accepted, check_request, model_bodies, recipes_of, request_for, result_of, status_of
 
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 A, B = AdapterRef("a" * 64, name="sks"), AdapterRef("b" * 64, name="style")
@@ -50,6 +51,40 @@ def test_every_field_reaches_its_recipe():
         prompt="own on grass", negative_prompt="blurry", base_model="base", width=96, height=640, steps=7, guidance_scale=0, seed=5,
         sampler="euler_a", adapters=(AdapterRef("a" * 64, 0.0),), dtype="bfloat16",
     )  # fmt: skip
+
+
+SIDES = st.integers(64 // 8, 4096 // 8).map(lambda number: number * 8)
+RECIPES = st.lists(
+    st.builds(
+        Recipe,
+        prompt=st.text(max_size=30),
+        negative_prompt=st.text(max_size=10),
+        base_model=st.just("base"),
+        width=SIDES,
+        height=SIDES,
+        steps=st.integers(1, 50),
+        guidance_scale=st.floats(0, 20),
+        seed=st.integers(0, 2**63 - 1),
+        sampler=st.sampled_from(["ddpm", "euler_a", "lcm"]),
+        adapters=st.floats(-2, 2).map(lambda multiplier: (AdapterRef("a" * 64, multiplier),)),
+        dtype=st.just("bfloat16"),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@given(RECIPES)
+def test_a_request_for_recipes_means_these_recipes(made):
+    body = InferenceRequest.model_validate(json.loads(json.dumps(request_for(made, "sks.safetensors"))))
+    check_request(body)
+    mode = "merged" if len({recipe.adapters for recipe in made}) == 1 else "live"
+    assert recipes_of(body, (A,), BASE, draw_seed=lambda: 0) == tuple(replace(recipe, adapter_mode=mode) for recipe in made)
+
+
+def test_a_recipe_beyond_the_api_is_refused_by_the_field():
+    with pytest.raises(RequestFieldError, match=r"prompts.0.guidance_scale 30"):
+        request_for([Recipe(prompt="a", guidance_scale=30, adapters=(A,))], "x")
 
 
 def test_seeds_count_from_42_are_kept_and_are_drawn():
@@ -109,8 +144,9 @@ def test_what_the_model_cannot_use_is_refused_by_name(changes, code, details):
 
 
 def test_an_unknown_sampler_is_refused_with_the_list():
-    with pytest.raises(UnknownSamplerError, match="the samplers are: ddpm, ddim"):
-        recipes(prompts=[{"prompt": "a", "sampler": "euler_b"}])
+    with pytest.raises(RequestFieldError, match="the samplers are: ddpm, ddim") as caught:
+        recipes(prompts=[{"prompt": "b"}, {"prompt": "a", "sampler": "euler_b"}])
+    assert caught.value.place == ("prompts", 1, "sampler")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -292,3 +294,22 @@ def test_errors_have_codes_for_programs():
     assert error_code(AdapterMismatchError()) == "ADAPTER_MISMATCH"
     assert error_code(WeightsFileError()) == "WEIGHTS_FILE"
     assert error_code(PickleRefusedError()) == "PICKLE_REFUSED"
+
+
+def test_reports_carry_a_rough_picture_that_ends_with_the_job(engine, tmp_path, clock):
+    pictures: list[str] = []
+
+    class Watching(Recorder):
+        def renew(self, job_id, epoch, progress, now, lease_s):
+            if progress and progress.preview:
+                pictures.append(progress.preview)
+            return super().renew(job_id, epoch, progress, now, lease_s)
+
+    store = Watching()
+    added = add(store, clock, replace(RECIPE, width=128))
+    Worker("w", store, engine, tmp_path, WorkerLimits(report_every_s=0), now=clock.now, monotonic=clock.monotonic).run_next()
+    shown = [Image.open(io.BytesIO(base64.b64decode(picture))) for picture in pictures]
+    assert [(picture.format, picture.size) for picture in shown[:4]] == [("JPEG", (16, 8))] * 4
+    assert np.asarray(shown[0]).std() > 1, "it shows something"
+    done = store.get(added.id)
+    assert (done.status, done.progress and done.progress.preview) == (Status.SUCCEEDED, "")

@@ -43,13 +43,17 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class JobProgress:
-    """How far a job is: `step` of `steps` of image `image` (from 0) of `images`; `eta_s` seconds are left, if that is known."""
+    """How far a job is: `step` of `steps` of image `image` (from 0) of `images`; `eta_s` seconds are left, if that is known.
+
+    `preview` is a rough picture of that image, a small JPEG in base64; empty if there is none, and once the job has ended.
+    """
 
     image: int
     images: int
     step: int
     steps: int
     eta_s: float | None = None
+    preview: str = ""
 
     @property
     def fraction(self) -> float:
@@ -240,7 +244,8 @@ def _back_in_queue(job: Job) -> Job:
 
 
 def _ended(job: Job, status: Status, now: datetime, **fields: object) -> Job:
-    return _changed(job, status=status, worker="", lease_expires_at=None, finished_at=now, **fields)
+    progress = replace(job.progress, preview="") if job.progress else None
+    return _changed(job, status=status, worker="", lease_expires_at=None, finished_at=now, progress=progress, **fields)
 
 
 def _changed(job: Job, **fields: object) -> Job:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Collection, Sequence
 from datetime import datetime
 
-from fidelora.errors import IdempotencyConflictError, JobError, JobNotFoundError, QueueFullError
+from fidelora.errors import CursorError, IdempotencyConflictError, JobNotFoundError, QueueFullError
 from fidelora.jobs import job as life
 from fidelora.jobs.job import Job, Status
 from fidelora.jobs.store import Page, StoreByTransition, Submission, choose
@@ -22,17 +22,18 @@ class MemoryStore(StoreByTransition):
 
     def add(self, job: Job, *, submission: Submission | None = None, capacity: int | None = None) -> Job:
         with self._lock:
-            if submission and submission.key in self._submissions:
-                job_id, body_sha256 = self._submissions[submission.key]
-                if body_sha256 != submission.body_sha256:
-                    raise IdempotencyConflictError
-                return self._jobs[job_id]
+            if submission and (before := self._submitted(submission)):
+                return before
             if capacity is not None and len(self._queue()) >= capacity:
                 raise QueueFullError
             self._jobs[job.id] = job
             if submission:
                 self._submissions[submission.key] = (job.id, submission.body_sha256)
             return job
+
+    def submitted(self, submission: Submission) -> Job | None:
+        with self._lock:
+            return self._submitted(submission)
 
     def get(self, job_id: str) -> Job:
         with self._lock:
@@ -43,7 +44,7 @@ class MemoryStore(StoreByTransition):
             newest_first = list(reversed(self._jobs.values()))
             if cursor is not None:
                 if cursor not in self._jobs:
-                    raise JobError("The cursor is none of this list's; begin again without it.")
+                    raise CursorError
                 newest_first = newest_first[[job.id for job in newest_first].index(cursor) + 1 :]
             matching = [job for job in newest_first if status in (None, job.status)]
             page = matching[:limit]
@@ -53,6 +54,14 @@ class MemoryStore(StoreByTransition):
         with self._lock:
             ids = [job.id for job in self._queue()]
             return ids.index(job_id) if job_id in ids else None
+
+    def count(self, status: Status) -> int:
+        with self._lock:
+            return sum(job.status is status for job in self._jobs.values())
+
+    def needs_adapter(self, sha256: str) -> bool:
+        with self._lock:
+            return any(sha256 in job.adapters for job in self._jobs.values() if not job.status.final)
 
     def claim(self, worker: str, now: datetime, lease_s: float, loaded: Collection[str] = ()) -> Job | None:
         with self._lock:
@@ -82,6 +91,14 @@ class MemoryStore(StoreByTransition):
 
     def close(self) -> None:
         pass
+
+    def _submitted(self, submission: Submission) -> Job | None:
+        if submission.key not in self._submissions:
+            return None
+        job_id, body_sha256 = self._submissions[submission.key]
+        if body_sha256 != submission.body_sha256:
+            raise IdempotencyConflictError
+        return self._jobs[job_id]
 
     def _queue(self) -> Sequence[Job]:
         return [job for job in self._jobs.values() if job.status is Status.IN_QUEUE]

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
+import threading
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
 
-from fidelora.errors import IdempotencyConflictError, JobError, JobNotFoundError, JobStoreError, QueueFullError
+from fidelora.errors import CursorError, IdempotencyConflictError, JobNotFoundError, JobStoreError, QueueFullError
 from fidelora.jobs import job as life
 from fidelora.jobs.codec import job_from_dict, job_to_dict
 from fidelora.jobs.job import Job, Status
@@ -56,7 +57,9 @@ class SqlStore(StoreByTransition):
     def __init__(self, url: str) -> None:
         try:
             self._engine = sa.create_engine(url, **_engine_options(url))
+            self._one_writer: AbstractContextManager[object] = nullcontext()
             if self._engine.dialect.name == "sqlite":
+                self._one_writer = threading.Lock()
                 _configure_sqlite(self._engine)
             with self._engine.begin() as connection:
                 _migrate(connection)
@@ -92,6 +95,10 @@ class SqlStore(StoreByTransition):
                 raise
         return job
 
+    def submitted(self, submission: Submission) -> Job | None:
+        with self._reading() as connection:
+            return self._submitted(connection, submission)
+
     def get(self, job_id: str) -> Job:
         with self._reading() as connection:
             return self._get(connection, job_id)
@@ -104,7 +111,7 @@ class SqlStore(StoreByTransition):
             if cursor is not None:
                 before = connection.execute(sa.select(_jobs.c.seq).where(_jobs.c.id == cursor)).scalar()
                 if before is None:
-                    raise JobError("The cursor is none of this list's; begin again without it.")
+                    raise CursorError
                 query = query.where(_jobs.c.seq < before)
             found = [_job(document) for document in connection.execute(query).scalars()]
         return Page(tuple(found[:limit]), found[limit - 1].id if len(found) > limit else None)
@@ -115,6 +122,18 @@ class SqlStore(StoreByTransition):
             if row is None or row.status != Status.IN_QUEUE.value:
                 return None
             return self._queued(connection, _jobs.c.seq < row.seq)
+
+    def count(self, status: Status) -> int:
+        query = sa.select(sa.func.count()).select_from(_jobs).where(_jobs.c.status == status.value)
+        with self._reading() as connection:
+            return int(connection.execute(query).scalar_one())
+
+    def needs_adapter(self, sha256: str) -> bool:
+        # Nobody can write a hash that is another adapter's into a document by chance; a prompt that quotes one only keeps a file.
+        mentions = _jobs.c.document.contains(sha256, autoescape=True)
+        query = sa.select(_jobs.c.seq).where(_jobs.c.status.not_in(_FINAL), mentions).limit(1)
+        with self._reading() as connection:
+            return connection.execute(query).first() is not None
 
     def claim(self, worker: str, now: datetime, lease_s: float, loaded: Collection[str] = ()) -> Job | None:
         while True:
@@ -158,12 +177,13 @@ class SqlStore(StoreByTransition):
 
     @contextmanager
     def _writing(self) -> Iterator[sa.Connection]:
-        with self._engine.begin() as connection:
+        # SQLite lets one write at a time, and whoever waits in it sleeps for ever longer turns; waiting here is fair and short.
+        with _database_errors(), self._one_writer, self._engine.begin() as connection:
             yield connection
 
     @contextmanager
     def _reading(self) -> Iterator[sa.Connection]:
-        with self._engine.connect().execution_options(fidelora_reads=True) as connection:
+        with _database_errors(), self._engine.connect().execution_options(fidelora_reads=True) as connection:
             yield connection
 
     def _claim(self, connection: sa.Connection, worker: str, now: datetime, lease_s: float, loaded: Collection[str]) -> Job | None:
@@ -210,6 +230,14 @@ def wal_is_safe(version: str) -> bool:
     the rollback journal that is used then is slower and just as safe.
     """
     return tuple(int(number) for number in re.findall(r"\d+", version)[:3]) >= (3, 51, 3)
+
+
+@contextmanager
+def _database_errors() -> Iterator[None]:
+    try:
+        yield
+    except sa.exc.DBAPIError as error:
+        raise JobStoreError(f"The database of jobs cannot be used now: {str(error.orig).splitlines()[0]}.") from error
 
 
 def _abandoned_if_expired(job: Job, now: datetime) -> Job:

@@ -46,6 +46,14 @@ class JobStore(Protocol):
         """
         ...
 
+    def submitted(self, submission: Submission) -> Job | None:
+        """The job that this submission made before, if it did.
+
+        Raises:
+            IdempotencyConflictError: the key was used for another body.
+        """
+        ...
+
     def get(self, job_id: str) -> Job:
         """The job as it is now.
 
@@ -58,12 +66,20 @@ class JobStore(Protocol):
         """Jobs, newest first.
 
         Raises:
-            JobError: the cursor is not one of this store's.
+            CursorError: the cursor is not one of this store's.
         """
         ...
 
     def queue_position(self, job_id: str) -> int | None:
         """How many queued jobs came before this one; None if it is not in the queue."""
+        ...
+
+    def count(self, status: Status) -> int:
+        """How many jobs are in this state."""
+        ...
+
+    def needs_adapter(self, sha256: str) -> bool:
+        """Whether a job that has not ended needs the adapter of this hash."""
         ...
 
     def claim(self, worker: str, now: datetime, lease_s: float, loaded: Collection[str] = ()) -> Job | None:

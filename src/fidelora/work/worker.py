@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import logging
 import re
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fidelora.engine.engine import Engine, Progress
-from fidelora.engine.output import suffix_of
-from fidelora.errors import FideloraError, GenerationCancelled, LeaseLostError
+from fidelora.engine.output import preview_jpeg, suffix_of
+from fidelora.errors import FideloraError, GenerationCancelled, JobStoreError, LeaseLostError
 from fidelora.files import write_atomically
-from fidelora.jobs.job import Failure, Job, JobProgress, Output
+from fidelora.jobs.job import Failure, Job, JobProgress, Output, Status
 from fidelora.jobs.store import JobStore
+
+if TYPE_CHECKING:  # a server watches workers and needs no torch for that
+    from fidelora.engine.engine import Engine, Progress
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +46,38 @@ class WorkerLimits:
     timeout_s: float = 600.0
 
 
+@dataclass(frozen=True)
+class AttemptReport:
+    """What one attempt at a job was like, for whoever counts.
+
+    Attributes:
+        job_id: of the job.
+        status: of the job afterwards; `in_queue` if there will be another attempt.
+        code: why it failed; empty if it did not.
+        wait_s: how long the job was in the queue, if this was its first attempt.
+        images, steps: that were finished.
+        timings: seconds by part, see `Job.timings`.
+        adapters_warm, adapters_cold: how many of its adapters were in memory already, and how many were not.
+    """
+
+    job_id: str
+    status: str
+    code: str
+    wait_s: float | None
+    images: int
+    steps: int
+    timings: Mapping[str, float]
+    adapters_warm: int
+    adapters_cold: int
+
+
 class Worker:
     """Makes the images of one job after the other.
 
     Args:
         name: told in the job while it runs.
         outputs: the folder for images, which are called `{job}_output_{index}` with the ending of their format.
+        on_end: called after each attempt.
         now, monotonic: the clocks; tests have their own.
     """
 
@@ -59,10 +89,12 @@ class Worker:
         outputs: Path,
         limits: WorkerLimits | None = None,
         *,
+        on_end: Callable[[AttemptReport], None] = lambda report: None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._name = name
+        self._on_end = on_end
         self._store = store
         self._engine = engine
         self._outputs = outputs
@@ -84,26 +116,39 @@ class Worker:
         if job is None:
             return None
         attempt = _Attempt(job, self._store, self._limits, self._now, self._monotonic)
+        about = {"request_id": job.id}
+        log.info("job begins, attempt %d", job.attempts, extra=about)
         try:
-            return self._bring_to_an_end(attempt)
+            after = self._bring_to_an_end(attempt)
         except LeaseLostError:
-            log.warning("job %s belongs to another worker now", job.id)
+            log.warning("the job belongs to another worker now", extra=about)
             return self._store.get(job.id)
+        if after.status is Status.FAILED and after.error:
+            log.warning("job failed: %s: %s", after.error.code, after.error.message, extra=about)
+        else:
+            log.info("job ends: %s", after.status, extra=about)
+        self._on_end(_report(job, after, attempt.timings, loaded))
+        return after
 
     def _bring_to_an_end(self, attempt: _Attempt) -> Job:
-        """Make the job's images, or say why not; `LeaseLostError` if neither counts any more."""
+        """Make the job's images, or say why not.
+
+        Raises:
+            LeaseLostError: neither counts any more.
+            JobStoreError: neither can be written down.
+        """
         job, written = attempt.job, list[Path]()
         try:
-            outputs, timings = self._make_images(attempt, written)
-            return self._store.succeed(job.id, job.epoch, outputs, timings, self._now())
-        except LeaseLostError:
-            raise
+            outputs = self._make_images(attempt, written)
+            return self._store.succeed(job.id, job.epoch, outputs, attempt.timings, self._now())
+        except (LeaseLostError, JobStoreError):
+            raise  # nothing can be said about the job: it is another's, or its lease will run out
         except GenerationCancelled:
             after = self._store.stop(job.id, job.epoch, self._now())
         except FideloraError as error:
             after = self._store.fail(job.id, job.epoch, Failure(error_code(error), str(error)), self._now())
         except Exception as error:
-            log.exception("job %s, attempt %d", job.id, job.attempts)
+            log.exception("attempt %d came to an unexpected end", job.attempts, extra={"request_id": job.id})
             after = self._store.abandon(job.id, job.epoch, f"of an unexpected {type(error).__name__}: {error}", self._now())
         except BaseException:  # the process is told to stop: somebody else may have the job, and no attempt is lost
             self._store.release(job.id, job.epoch, self._now())
@@ -113,10 +158,9 @@ class Worker:
         _remove(written)
         return after
 
-    def _make_images(self, attempt: _Attempt, written: list[Path]) -> tuple[list[Output], dict[str, float]]:
-        job = attempt.job
+    def _make_images(self, attempt: _Attempt, written: list[Path]) -> list[Output]:
+        job, timings = attempt.job, attempt.timings
         outputs: list[Output] = []
-        timings: dict[str, float] = {}
         for index, recipe in enumerate(job.recipes):
             attempt.report(self._limits.load_s)
             start = self._monotonic()
@@ -134,7 +178,7 @@ class Worker:
             outputs.append(Output(str(path), job.image_format, width, height, recipe.seed, sha256, len(content)))
             for part, seconds in image.seconds.items():
                 timings[part] = timings.get(part, 0.0) + seconds
-        return outputs, timings
+        return outputs
 
 
 class _Attempt:
@@ -144,6 +188,7 @@ class _Attempt:
         self, job: Job, store: JobStore, limits: WorkerLimits, now: Callable[[], datetime], monotonic: Callable[[], float]
     ) -> None:
         self.job = job
+        self.timings: dict[str, float] = {}
         self._store = store
         self._limits = limits
         self._now = now
@@ -165,6 +210,8 @@ class _Attempt:
             if self._store.get(self.job.id).cancel_requested:
                 raise GenerationCancelled
             if self._monotonic() - self._reported >= self._limits.report_every_s:
+                preview = base64.b64encode(preview_jpeg(progress.preview())).decode()
+                self._progress = replace(self._progress, preview=preview)
                 self.report()
 
         return step_is_done
@@ -185,6 +232,21 @@ def error_code(error: FideloraError) -> str:
         return "TIMEOUT"
     words = re.findall(r"[A-Z][a-z0-9]*", type(error).__name__.removesuffix("Error"))
     return "_".join(words).upper()
+
+
+def _report(job: Job, after: Job, timings: Mapping[str, float], loaded: frozenset[str]) -> AttemptReport:
+    assert job.started_at is not None, "it was claimed"
+    return AttemptReport(
+        job_id=job.id,
+        status=after.status.value,
+        code=after.error.code if after.error else "",
+        wait_s=(job.started_at - job.created_at).total_seconds() if job.attempts == 1 else None,
+        images=len(after.outputs),
+        steps=sum(recipe.steps for recipe in job.recipes) if after.outputs else 0,
+        timings=dict(timings),
+        adapters_warm=len(job.adapters & loaded),
+        adapters_cold=len(job.adapters - loaded),
+    )
 
 
 def _remove(paths: list[Path]) -> None:

@@ -1,0 +1,145 @@
+"""What the server itself costs: submitting with a long queue, and the time of a job that is not its image's.
+
+    python benchmarks/server.py [--jobs 30] [--submits 500] [--queue 10000]
+
+Starts `fidelora serve` with the tiny base of the demonstration, on this machine's disk and CPU. Prints:
+
+* submit: time of one POST /v1/inference, one after the other and from four clients at once, with a long queue;
+* overhead: from the POST to the first status that says succeeded, minus the seconds that the engine measured for the image;
+* requeue: from the kill (SIGKILL) of a worker in the middle of an image until its job is in the queue again;
+* cancel: of a waiting job, and of a running one in steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+
+import httpx2
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tests.server.serve_support import Server, until
+from tests.support import LORA
+
+from fidelora import AdapterRef, Recipe
+from fidelora.jobs.job import new_job
+from fidelora.jobs.sql import SqlStore
+
+BODY = {
+    "model": "sd15",
+    "trigger_word": "sks",
+    "loras": [{"path": "sks.safetensors"}],
+    "prompts": [{"prompt": "a [trigger]", "width": 64, "height": 64, "sample_steps": 4}],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=30)
+    parser.add_argument("--submits", type=int, default=500)
+    parser.add_argument("--queue", type=int, default=10_000)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder)
+        (data / "loras").mkdir()
+        shutil.copyfile(LORA, data / "loras" / "sks.safetensors")
+        server = Server(data, FIDELORA_QUEUE_SIZE=str(options.queue + 10 * options.submits))
+        try:
+            server.ready()
+            with httpx2.Client(base_url=server.url, timeout=60) as client:
+                _overhead(client, options.jobs)
+                _cancel_running(client, server)
+                _requeue(client, server)
+                _submit(client, server, data, options.queue, options.submits)
+        finally:
+            server.close()
+
+
+def _overhead(client: httpx2.Client, jobs: int) -> None:
+    seconds = []
+    for number in range(jobs + 3):
+        start = time.perf_counter()
+        request_id = client.post("/v1/inference", json=BODY).raise_for_status().json()["request_id"]
+        while (status := client.get(f"/v1/requests/{request_id}/status").json())["status"] != "succeeded":
+            assert status["status"] in ("in_queue", "in_progress"), status
+            time.sleep(0.002)
+        wall = time.perf_counter() - start
+        timings = client.get(f"/v1/requests/{request_id}/result").json()["metadata"]["timings"]
+        engine = sum(timings.values())
+        if number >= 3:  # the first ones warm up
+            seconds.append(wall - engine)
+    _print("overhead of a job (wall minus engine)", seconds)
+
+
+def _submit(client: httpx2.Client, server: Server, data: Path, queue: int, submits: int) -> None:
+    # A job that takes long keeps the worker busy, so that the queue stays as it is.
+    long = {**BODY, "prompts": [{"prompt": "x", "width": 1024, "height": 1024, "sample_steps": 150}]}
+    busy = client.post("/v1/inference", json=long).json()["request_id"]
+    until(lambda: server.status(busy)["status"] == "in_progress")
+    store = SqlStore(f"sqlite:///{data}/jobs.sqlite")
+    recipe = Recipe(prompt="a sks", width=64, height=64, adapters=(AdapterRef.from_file(LORA),))
+    for _ in range(queue):
+        store.add(new_job((recipe,), datetime.now(UTC)))
+
+    def once(_number: int) -> float:
+        start = time.perf_counter()
+        client.post("/v1/inference", json=BODY).raise_for_status()
+        return time.perf_counter() - start
+
+    _print(f"submit with {queue} queued", [once(number) for number in range(submits)])
+    with ThreadPoolExecutor(4) as threads:
+        _print(f"submit with {queue} queued, four at once", list(threads.map(once, range(submits))))
+    waiting = client.post("/v1/inference", json=BODY).json()["request_id"]
+    start = time.perf_counter()
+    assert client.delete(f"/v1/requests/{waiting}").json()["status"] == "canceled"
+    _print("cancel a waiting job", [time.perf_counter() - start])
+    client.delete(f"/v1/requests/{busy}")
+    store.close()
+
+
+def _cancel_running(client: httpx2.Client, server: Server) -> None:
+    body = {**BODY, "prompts": [{"prompt": "x", "width": 768, "height": 768, "sample_steps": 100}]}
+    request_id = client.post("/v1/inference", json=body).json()["request_id"]
+    until(lambda: (server.status(request_id)["progress"] or {}).get("step", 0) >= 3)
+    progress = server.status(request_id)["progress"]
+    start = time.perf_counter()
+    client.delete(f"/v1/requests/{request_id}")
+    until(lambda: server.status(request_id)["status"] == "canceled")
+    seconds = time.perf_counter() - start
+    step_s = progress["eta_s"] / (progress["steps"] - progress["step"])
+    print(f"{'cancel a running job':44} {seconds * 1000:8.1f} ms = {seconds / step_s:.1f} steps of {step_s * 1000:.0f} ms")
+
+
+def _requeue(client: httpx2.Client, server: Server) -> None:
+    body = {**BODY, "prompts": [{"prompt": "x", "width": 768, "height": 768, "sample_steps": 100}]}
+    request_id = client.post("/v1/inference", json=body).json()["request_id"]
+    until(lambda: server.status(request_id)["progress"])
+    found = subprocess.run(["pgrep", "-P", str(server.process.pid), "-f", "spawn_main"], capture_output=True, text=True, check=True)
+    start = time.perf_counter()
+    for worker in found.stdout.split():
+        os.kill(int(worker), signal.SIGKILL)
+    until(lambda: server.status(request_id)["status"] == "in_queue")
+    _print("killed worker until its job is queued again", [time.perf_counter() - start])
+    client.delete(f"/v1/requests/{request_id}")
+    server.ready()
+
+
+def _print(what: str, seconds: list[float]) -> None:
+    ordered = sorted(seconds)
+    p99 = ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))]
+    print(f"{what:44} median {statistics.median(ordered) * 1000:8.1f} ms   p99 {p99 * 1000:8.1f} ms   n={len(ordered)}")
+
+
+if __name__ == "__main__":
+    main()

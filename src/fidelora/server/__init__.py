@@ -1,0 +1,1 @@
+"""The HTTP server. `app.py` puts it together, `routes/` has the endpoints, `problems.py` turns errors into answers."""

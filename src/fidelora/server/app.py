@@ -1,0 +1,207 @@
+"""The composition root: settings in, application out. Everything that a server is made of is chosen here."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Security
+from fastapi.security import HTTPBearer
+
+import fidelora
+from fidelora.adapters.cache import AdapterCache
+from fidelora.adapters.download import DownloadRules
+from fidelora.adapters.folder import UPLOADS
+from fidelora.adapters.source import AdapterSources
+from fidelora.errors import JobStoreError
+from fidelora.files import make_folder, remove_left_overs
+from fidelora.jobs.job import Status
+from fidelora.jobs.sql import SqlStore
+from fidelora.jobs.store import JobStore
+from fidelora.models import all_models
+from fidelora.recipe import Recipe
+from fidelora.server import problems
+from fidelora.server.gate import BodyLimit, Gate, Log
+from fidelora.server.keys import ApiKeys
+from fidelora.server.logs import configure_logs
+from fidelora.server.metrics import Metrics
+from fidelora.server.parts import Parts
+from fidelora.server.routes import inference, loras, operations, requests
+from fidelora.settings import Settings
+from fidelora.work.local import LocalPool
+from fidelora.work.place import WorkerSetup
+from fidelora.work.worker import WorkerLimits
+
+log = structlog.get_logger(__name__)
+
+MAX_BODY_BYTES = 2**20
+_WATCH_EVERY_S = 0.5
+_CLEAN_EVERY_S = 60.0
+
+_DESCRIPTION = """Images from Stable Diffusion LoRAs, the same as the previews that AI Toolkit painted in training.
+
+`POST /v1/inference` takes a request; its status, progress and images are under `/v1/requests/{request_id}`."""
+
+
+def make_parts(settings: Settings, numerics: dict[str, Any], base_url: str, server_id: str) -> Parts:
+    """The parts of a server as it is in production: a database, a cache and worker processes.
+
+    Args:
+        numerics: recipe fields that the server decides, for every model.
+        server_id: the same after a restart; unfinished jobs are recognised by it.
+
+    Raises:
+        FideloraError: a folder or the database cannot be used.
+    """
+    for folder in (settings.loras, settings.loras / UPLOADS, settings.outputs):
+        make_folder(folder)
+        remove_left_overs(folder)
+    store = SqlStore(settings.database)
+    setup = partial(
+        WorkerSetup,
+        settings.database,
+        settings.outputs,
+        offload=settings.offload,
+        adapters=settings.adapters,
+        model_cache=settings.model_cache_dir,
+        base_budget_bytes=_bytes(settings.bases_gb),
+        adapter_budget_bytes=_bytes(settings.adapters_gb),
+        limits=WorkerLimits(lease_s=settings.step_timeout_s, timeout_s=settings.inference_timeout_s),
+        warm=Recipe(prompt="", model=next(iter(all_models())), **numerics),
+        prepare=partial(configure_logs, settings.log_format, settings.debug),
+    )
+    # The pool reports to the counters, and the counters ask the pool how many workers there are: one has to come first.
+    counters: list[Metrics] = []
+    pool = LocalPool(
+        store,
+        [setup(device=device) for device in settings.devices],
+        name=server_id,
+        on_report=lambda report: counters[0].attempt_ended(report),
+    )
+    counters.append(Metrics(store, pool))
+    return parts_around(store, settings, numerics, base_url, counters[0], pool)
+
+
+def parts_around(
+    store: JobStore,
+    settings: Settings,
+    numerics: dict[str, Any],
+    base_url: str,
+    metrics: Metrics | None = None,
+    pool: LocalPool | None = None,
+) -> Parts:
+    """The parts of a server on this store; without a pool, others work on its jobs.
+
+    Raises:
+        OutputError: the cache of adapters cannot be written to.
+    """
+    cache = AdapterCache(settings.adapters, _bytes(settings.lora_cache_gb) or 0)
+    rules = DownloadRules(hosts=settings.lora_hosts, max_bytes=settings.lora_max_mb * 2**20, timeout_s=settings.lora_timeout_s)
+    token = settings.hf_token.get_secret_value() if settings.hf_token else None
+    return Parts(
+        settings=settings,
+        store=store,
+        cache=cache,
+        sources=AdapterSources(settings.loras, cache, rules, token),
+        keys=ApiKeys(keys_file(settings)),
+        metrics=metrics or Metrics(store, pool),
+        base_url=base_url,
+        numerics=dict.fromkeys(all_models(), numerics),
+        pool=pool,
+    )
+
+
+def keys_file(settings: Settings) -> Path:
+    """Where the hashes of the API keys are."""
+    return settings.data_dir.expanduser().absolute() / "api_keys.json"
+
+
+def make_app(parts: Parts) -> FastAPI:
+    """The application around these parts; they run while it does."""
+    # Keys are checked before a body is read (gate.py); this only tells the OpenAPI document of them.
+    bearer = Security(HTTPBearer(auto_error=False, description="A key that `fidelora keys add` made; needed once there is one."))
+    app = FastAPI(
+        title="Fidelora",
+        version=fidelora.__version__,
+        description=_DESCRIPTION,
+        lifespan=_lifespan,
+        redoc_url=None,
+    )
+    app.state.parts = parts
+    problems.install(app)
+    app.include_router(operations.router)
+    for router in (inference.router, requests.router, loras.router):
+        app.include_router(router, dependencies=[bearer])
+    upload_bytes = parts.settings.lora_max_mb * 2**20 + MAX_BODY_BYTES
+    app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES, max_upload_bytes=upload_bytes)
+    app.add_middleware(Gate, keys=parts.keys, base_url=parts.base_url)
+    app.add_middleware(Log, metrics=parts.metrics)  # added last, it is the outermost
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    parts: Parts = app.state.parts
+    running = [asyncio.create_task(_every(_CLEAN_EVERY_S, partial(asyncio.to_thread, clean, parts)))]
+    if parts.pool is not None:
+        await asyncio.to_thread(parts.pool.start)
+        running.append(asyncio.create_task(_every(_WATCH_EVERY_S, partial(asyncio.to_thread, _watch, parts, parts.pool))))
+    for task in running:
+        task.add_done_callback(_end_the_server_with)
+    yield
+    parts.stopping.set()
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
+    if parts.pool is not None:
+        await asyncio.to_thread(parts.pool.stop, 0.0)  # who told the server to stop has given them their time already
+    await asyncio.to_thread(parts.store.close)
+
+
+async def _every(seconds: float, action: Callable[[], Awaitable[None]]) -> None:
+    """Do something again and again. A database that cannot be used now may be usable later; anything else ends the server."""
+    while True:
+        try:
+            await action()
+        except JobStoreError as error:
+            log.error("the store cannot be used, and is tried again", reason=str(error))
+        await asyncio.sleep(seconds)
+
+
+def _end_the_server_with(task: asyncio.Task[None]) -> None:
+    """A server that no longer watches its workers only looks alive; it ends, so that whoever keeps it running starts it anew."""
+    if not task.cancelled() and (error := task.exception()):
+        log.critical("the server cannot go on", exc_info=error)
+        signal.raise_signal(signal.SIGTERM)
+
+
+def _watch(parts: Parts, pool: LocalPool) -> None:
+    if parts.stopping.is_set():
+        return  # processes that end now are meant to
+    for job in pool.watch():
+        log.warning("job taken back from its worker", request_id=job.id, status=job.status.value, attempts=job.attempts)
+        if job.status is Status.FAILED and job.error:
+            parts.metrics.lost(job.error.code)
+
+
+def clean(parts: Parts) -> None:
+    """Remove requests that are old or too many, with their images, and adapters that nobody needs and that take too much space."""
+    before = datetime.now(UTC) - timedelta(days=parts.settings.keep_days)
+    gone = parts.store.remove_finished(before=before, keep=parts.settings.keep_requests)
+    for output in (output for job in gone for output in job.outputs):
+        Path(output.file_path).unlink(missing_ok=True)
+    if gone:
+        log.info("old requests removed", count=len(gone))
+    if trimmed := parts.cache.trim(parts.store.needs_adapter):
+        log.info("adapters removed from the cache", count=len(trimmed))
+
+
+def _bytes(gigabytes: float | None) -> int | None:
+    return None if gigabytes is None else int(gigabytes * 2**30)

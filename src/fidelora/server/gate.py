@@ -1,0 +1,145 @@
+"""What every request passes first: its id and its line in the log, the check of the host it names, and its API key."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import time
+import uuid
+from urllib.parse import urlsplit
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fidelora.errors import ApiKeyError, BodyTooLargeError, FideloraError, RequestError
+from fidelora.server.keys import ApiKeys
+from fidelora.server.metrics import Metrics
+from fidelora.server.problems import answer_to
+
+log = structlog.get_logger("fidelora.http")
+
+_OPEN = {"/health", "/ready", "/openapi.json", "/docs", "/docs/oauth2-redirect"}
+"""Paths that need no key: probes, and the description of the API."""
+UPLOAD_PATH = "/v1/loras"
+_LOOPBACK_NAMES = {"localhost", "127.0.0.1", "::1"}
+_CALL_ID = re.compile(r"[\w.-]{1,64}")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server that listens on `host`."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+class Log:
+    """Gives each call an id, and writes one line and one count when its answer is out."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        call_id = given if _CALL_ID.fullmatch(given) else uuid.uuid4().hex[:16]
+        start, status = time.monotonic(), 500  # what is answered if nothing below answers
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-ID"] = call_id
+                headers["X-Content-Type-Options"] = "nosniff"
+            await send(message)
+
+        structlog.contextvars.clear_contextvars()
+        structlog.contextvars.bind_contextvars(call_id=call_id)
+        try:
+            await self._app(scope, receive, noted)
+        finally:
+            seconds = time.monotonic() - start
+            pattern = getattr(scope.get("route"), "path", "none")
+            self._metrics.answered(scope["method"], pattern, status, seconds)
+            quiet = scope["path"] in _OPEN or scope["path"] == "/metrics"
+            write = log.debug if quiet and status < 400 else log.info
+            about = {"request_id": scope["path_params"]["request_id"]} if scope.get("path_params", {}).get("request_id") else {}
+            write("http", method=scope["method"], path=scope["path"], status=status, ms=round(seconds * 1000, 1), **about)
+
+
+class BodyLimit:
+    """Refuses bodies that are too large, those that do not say their size as soon as they are."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int, max_upload_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+        self._max_upload_bytes = max_upload_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        is_upload = scope["method"] == "POST" and scope["path"] == UPLOAD_PATH
+        limit = self._max_upload_bytes if is_upload else self._max_bytes
+        announced = Headers(scope=scope).get("content-length", "")
+        if announced.isdigit() and int(announced) > limit:
+            await answer_to(_too_large(limit))(scope, receive, send)
+            return
+        received = 0
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > limit:
+                raise _too_large(limit)
+            return message
+
+        await self._app(scope, counted, send)
+
+
+def _too_large(limit: int) -> BodyTooLargeError:
+    return BodyTooLargeError(f"The body is too large; {limit:,} bytes are allowed here.")
+
+
+class Gate:
+    """Lets in who has a key. A server without keys is for this machine alone, and for pages that name it as such.
+
+    Without the second rule, a web page that somebody looks at here could have its own name lead to 127.0.0.1 (DNS rebinding) and
+    use the server as its own.
+    """
+
+    def __init__(self, app: ASGIApp, keys: ApiKeys, base_url: str) -> None:
+        self._app = app
+        self._keys = keys
+        self._hosts = _LOOPBACK_NAMES | {urlsplit(base_url).hostname or "localhost"}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in _OPEN:
+            try:
+                scope["fidelora_owner"] = self._owner(Headers(scope=scope))
+            except FideloraError as error:
+                await answer_to(error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _owner(self, headers: Headers) -> str:
+        if self._keys.names():
+            scheme, _, key = headers.get("authorization", "").partition(" ")
+            owner = self._keys.owner(key.strip()) if scheme.lower() == "bearer" else None
+            if owner is None:
+                raise ApiKeyError
+            return owner
+        host = urlsplit("//" + headers.get("host", "")).hostname or ""
+        if host not in self._hosts and not is_loopback(host):
+            raise RequestError(
+                f"This server has no API keys, and answers only to names of this machine, not to {host!r:.100}; "
+                "make a key with `fidelora keys add`, or set BASE_URL.",
+                code="HOST_NOT_ALLOWED",
+            )
+        return ""

@@ -1,0 +1,291 @@
+"""`fidelora serve` as its users run it: a real process, real images, really killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.error
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tests.server.serve_support import DEADLINE_S, Server, until
+from tests.support import LORA, MINIATURE_LORA, TINY_BASE
+from tools.miniature.judge import score
+from tools.miniature.world import Scene, Thing
+
+from fidelora.client import Client
+from fidelora.engine.output import read_record
+from fidelora.jobs.sql import SqlStore
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    (tmp_path / "loras").mkdir()
+    shutil.copyfile(LORA, tmp_path / "loras" / "sks.safetensors")
+    return tmp_path
+
+
+@pytest.fixture
+def start(data):
+    started: list[Server] = []
+
+    def begin(base: Path | str = TINY_BASE, **settings: str) -> Server:
+        started.append(Server(data, base, **settings))
+        return started[-1]
+
+    yield begin
+    for server in started:
+        server.close()
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def test_the_documented_request_and_the_same_image_as_the_command_line(start, data):
+    server = start(BASE_URL="http://localhost:8000")
+    body = {
+        "model": "sd15",
+        "trigger_word": "sks",
+        "loras": [{"path": "sks.safetensors", "network_multiplier": 1.0}],
+        "prompts": [{"prompt": "a photo of [trigger]", "width": 1024, "height": 1024, "seed": 42}],
+    }
+    accepted = server.call("/v1/inference", body)
+    assert accepted["status"] == "queued"
+    assert accepted["status_url"] == f"http://localhost:8000/v1/requests/{accepted['request_id']}/status"
+    server.wait(accepted["request_id"], "succeeded", "failed", "canceled")
+    result = server.call(f"/v1/requests/{accepted['request_id']}/result")
+    assert result["status"] == "succeeded", result["error"]
+    (image,) = result["outputs"]["images"]
+    file = data / "outputs" / f"{accepted['request_id']}_output_0.png"
+    assert (image["file_path"], image["format"], image["width"], image["height"], image["seed"]) == (
+        str(file),
+        "png",
+        1024,
+        1024,
+        42,
+    )
+    assert file.stat().st_mode & 0o044, "others may read it, as any file"
+    assert server.terminate() == 0
+
+    out = data / "cli.png"
+    command = [
+        sys.executable, "-m", "fidelora", "generate", "a photo of [trigger]", "--trigger", "sks",
+        "--lora", str(data / "loras" / "sks.safetensors"),
+        "--width", "1024", "--height", "1024", "--base-model", str(TINY_BASE), "--device", "cpu", "--out", str(out),
+    ]  # fmt: skip
+    subprocess.run(command, check=True, env=os.environ | {"OMP_WAIT_POLICY": "passive"})
+    assert np.array_equal(pixels(file), pixels(out))
+    assert read_record(file)["digest"] == read_record(out)["digest"]
+    assert out.read_bytes() == file.read_bytes()
+
+
+def test_out_of_the_box_it_draws_what_the_prompts_say(start, data):
+    """The base model that comes along, its LoRA uploaded, pictures that a judge recognises; nothing else is needed."""
+    server = start("fidelora:miniature")
+    scenes = {
+        "a red star on a white background": Scene((Thing("star", "red"),), "white"),
+        "a yellow circle on a blue background": Scene((Thing("circle", "yellow"),), "blue"),
+        "a green square on a black background": Scene((Thing("square", "green"),), "black"),
+        "a blue [trigger] on a white background": Scene((Thing("moon", "blue"),), "white"),
+        "a large yellow [trigger] on a purple background": Scene((Thing("moon", "yellow"),), "purple"),
+    }
+    with Client(server.url) as client:
+        lora = client.upload_lora(MINIATURE_LORA)
+        result = client.generate(list(scenes), lora.path, trigger_word="sks", width=128, height=128, seed=1, timeout_s=DEADLINE_S)
+        files = client.save_images(result, data / "saved")
+    right = [score(pixels(file), scene) for file, scene in zip(files, scenes.values(), strict=True)]
+    assert sum(one.shape and one.colour and one.background for one in right) >= 4, right
+
+
+def test_a_running_request_is_canceled_within_two_steps(start):
+    server = start()
+    request_id = server.submit(width=512, height=512, sample_steps=150)
+    before = until(lambda: (found := server.status(request_id))["progress"] and found)
+    server.call(f"/v1/requests/{request_id}", method="DELETE")
+    after = server.wait(request_id, "canceled")
+    begun = [entry for entry in server.log if entry.get("request_id") == request_id and "job ends" in entry["event"]]
+    assert begun[0]["event"] == "job ends: canceled"
+    # What is reported can be half a second old, so the step at which the wish came is at least this one.
+    assert after["progress"]["step"] <= before["progress"]["step"] + 10
+    assert after["error"] is None
+    done = server.submit()
+    server.wait(done, "succeeded")
+
+
+def test_sigterm_gives_a_long_request_back_and_lets_a_short_one_finish(start, data):
+    server = start(FIDELORA_STOP_GRACE="0")
+    server.ready()
+    long = server.submit(width=512, height=512, sample_steps=150)
+    until(lambda: server.status(long)["progress"])
+    assert server.terminate() == 0
+    store = SqlStore(f"sqlite:///{data}/jobs.sqlite")
+    job = store.get(long)
+    assert (job.status.value, job.attempts) == ("in_queue", 0)
+    assert list((data / "outputs").iterdir()) == []
+
+    again = start(FIDELORA_STOP_GRACE="100")
+    again.call(f"/v1/requests/{long}", method="DELETE")
+    again.ready()
+    short = again.submit(sample_steps=60)
+    waiting = again.submit()
+    until(lambda: again.status(short)["status"] == "in_progress")
+    assert again.terminate() == 0
+    assert store.get(short).status.value == "succeeded"
+    assert store.get(waiting).status.value == "in_queue"
+    store.close()
+
+
+def test_whoever_asks_twice_does_not_wait(start, data):
+    server = start(FIDELORA_STOP_GRACE="1000")
+    server.ready()
+    long = server.submit(width=512, height=512, sample_steps=150)
+    until(lambda: server.status(long)["progress"])
+    server.process.send_signal(signal.SIGINT)
+    until(lambda: any(entry["event"] == "stopping" for entry in server.log))
+    assert server.terminate() == 0
+    store = SqlStore(f"sqlite:///{data}/jobs.sqlite")
+    assert (store.get(long).status.value, store.get(long).attempts) == ("in_queue", 0)
+    store.close()
+
+
+def test_while_it_stops_it_answers_and_takes_nothing(start):
+    server = start(FIDELORA_STOP_GRACE="100")
+    server.ready()
+    request_id = server.submit(width=512, height=512, sample_steps=20)
+    until(lambda: server.status(request_id)["progress"])
+    server.process.send_signal(signal.SIGTERM)
+
+    def refused() -> bool:
+        try:
+            server.submit()
+        except urllib.error.HTTPError as error:
+            return error.code == 503
+        return False
+
+    until(refused)
+    assert server.status(request_id)["status"] == "in_progress"
+    with pytest.raises(urllib.error.HTTPError, match="503"):
+        server.call("/ready")
+    assert server.process.wait(120) == 0
+
+
+def test_a_worker_that_is_killed_costs_an_attempt(start):
+    server = start()
+    request_id = server.submit(width=512, height=512, sample_steps=60)
+    until(lambda: server.status(request_id)["progress"])
+    children = subprocess.run(
+        ["pgrep", "-P", str(server.process.pid), "-f", "spawn_main"], capture_output=True, text=True, check=True
+    )
+    for child in children.stdout.split():
+        os.kill(int(child), signal.SIGKILL)
+    until(lambda: server.status(request_id)["status"] == "in_queue", 5)
+    until(lambda: server.status(request_id)["status"] == "in_progress")
+    server.call(f"/v1/requests/{request_id}", method="DELETE")
+    server.wait(request_id, "canceled")
+
+
+def test_nothing_that_was_accepted_is_lost_when_the_server_is_killed(start, data):
+    """Killed at moments of chance, its workers orphaned; whatever was accepted is done in the end, once and for good."""
+    chance = random.Random(3)
+    accepted: list[str] = []
+    done: dict[str, str] = {}
+
+    def are_done(server: Server, wanted: int) -> bool:
+        for request_id in accepted:
+            result = server.call(f"/v1/requests/{request_id}/result")
+            if result["status"] == "succeeded":
+                (image,) = result["outputs"]["images"]
+                assert done.setdefault(request_id, image["sha256"]) == image["sha256"], "a finished request was done again"
+        return len(done) >= wanted
+
+    for _ in range(20):
+        server = start()
+        accepted += [server.submit(seed=chance.randrange(1000)) for _ in range(5)]
+        until(partial(are_done, server, len(done) + chance.randrange(4)))
+        server.kill()
+    server = start()
+    assert {server.wait(request_id, "succeeded", "failed", "canceled")["status"] for request_id in accepted} == {"succeeded"}
+    assert len(accepted) == 100
+    assert len(list((data / "outputs").iterdir())) == 100
+    for request_id, sha256 in done.items():
+        (image,) = server.call(f"/v1/requests/{request_id}/result")["outputs"]["images"]
+        assert image["sha256"] == sha256
+
+
+def refused(data: Path, *options: str, **settings: str) -> tuple[int, str]:
+    environment = os.environ | {"FIDELORA_DATA_DIR": str(data), "DEVICE": "cpu", "OMP_WAIT_POLICY": "passive"} | settings
+    command = [sys.executable, "-m", "fidelora", "serve", "--port", "0", *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=data, timeout=60)
+    return done.returncode, done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "words"),
+    [
+        (["--host", "0.0.0.0"], {}, "no API key"),
+        (["--base-model", "/nowhere"], {}, "no base model at /nowhere"),
+        (["--device", "cuda:7"], {}, "cuda:7 was asked for"),
+        ([], {"INFERENCE_TIMEOUT": "0"}, "INFERENCE_TIMEOUT"),
+        ([], {"FIDELORA_LORA_HOST": "x"}, "is FIDELORA_LORA_HOSTS meant"),
+        ([], {"FIDELORA_STORE_URL": "sqlite:////nowhere/at/all.sqlite"}, "cannot be used"),
+    ],
+)
+def test_a_server_that_cannot_be_is_refused_in_a_sentence(data, options, settings, words):
+    if "--base-model" not in options:
+        options = [*options, "--base-model", str(TINY_BASE)]
+    code, last = refused(data, *options, **settings)
+    assert code in (1, 2)
+    assert last.startswith("error: ")
+    assert words in last
+
+
+def test_one_server_for_each_data_folder(start, data):
+    server = start()
+    code, last = refused(data, "--base-model", str(TINY_BASE))
+    assert (code, "Another server uses the data folder" in last) == (2, True)
+    port = server.url.rsplit(":", 1)[1]
+    (data / "other").mkdir()
+    code, last = refused(data / "other", "--base-model", str(TINY_BASE), "--port", port)
+    assert (code, "Nothing can listen" in last) == (2, True)
+
+
+def test_a_base_model_that_cannot_be_loaded_is_told_by_ready(start, data):
+    base = shutil.copytree(TINY_BASE, data / "base")
+    (base / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"<html>")
+    server = start(base)
+
+    def reason() -> str:
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            server.call("/ready")
+        return str(json.load(caught.value)["reason"])
+
+    assert "is a web page" in until(reason)
+    request_id = server.submit()
+    shutil.copytree(TINY_BASE, base, dirs_exist_ok=True)
+    server.wait(request_id, "succeeded")  # the next worker finds it mended
+
+
+def test_api_keys_on_the_command_line(data):
+    def keys(*arguments: str) -> str:
+        command = [sys.executable, "-m", "fidelora", "keys", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"FIDELORA_DATA_DIR": str(data)}, cwd=data)
+        return (done.stdout if done.returncode == 0 else done.stderr).strip()
+
+    key = keys("add", "my app")
+    assert key.startswith("fl_")
+    assert key not in (data / "api_keys.json").read_text()
+    assert keys("list") == "my app"
+    assert "already" in keys("add", "my app")
+    assert keys("remove", "my app") == ""
+    assert keys("list") == ""
+    assert "no API key" in keys("remove", "my app")
+    assert json.loads((data / "api_keys.json").read_text())["keys"] == []

@@ -1,0 +1,93 @@
+"""Settings: the documented names, what goes before what, and what is refused."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from fidelora.errors import SettingsError
+from fidelora.settings import Settings, read_settings
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch, tmp_path):
+    for name in list(os.environ):
+        if name in {str(field.validation_alias) for field in Settings.model_fields.values()}:
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_defaults(tmp_path):
+    settings = read_settings()
+    data = tmp_path / ".local" / "share" / "fidelora"
+    assert (settings.host, settings.port, settings.device, settings.offload) == ("127.0.0.1", 8000, "auto", "none")
+    assert (settings.loras, settings.outputs, settings.adapters) == (data / "loras", data / "outputs", data / "adapters")
+    assert settings.database == f"sqlite:///{data}/jobs.sqlite"
+    assert settings.inference_timeout_s == 3600
+    assert settings.lora_hosts == frozenset()
+
+
+def test_the_documented_names(monkeypatch):
+    given = {
+        "HOST": "::1", "PORT": "9000", "BASE_URL": "https://x.example", "DEBUG": "true", "DEVICE": "cuda:0, cuda:1",
+        "OFFLOAD_MODE": "sequential", "WORKFLOWS_BASE_PATH": "/w", "OUTPUT_BASE_PATH": "/o", "MODEL_CACHE_DIR": "/m",
+        "HF_TOKEN": "hf_x",
+        "INFERENCE_TIMEOUT": "12", "LORA_DOWNLOAD_CACHE_DIR": "/l", "FIDELORA_LORA_HOSTS": " HuggingFace.co, *.hf.co,",
+    }  # fmt: skip
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    settings = read_settings()
+    assert (settings.host, settings.port, settings.base_url, settings.debug) == ("::1", 9000, "https://x.example", True)
+    assert (settings.devices, settings.offload, settings.inference_timeout_s) == (["cuda:0", "cuda:1"], "sequential", 12)
+    assert (settings.loras, settings.outputs, settings.adapters) == (Path("/w"), Path("/o"), Path("/l"))
+    assert settings.model_cache_dir == Path("/m")
+    assert settings.lora_hosts == {"huggingface.co", "*.hf.co"}
+    assert settings.hf_token is not None
+    assert settings.hf_token.get_secret_value() == "hf_x"
+    assert "hf_x" not in repr(settings)
+
+
+def test_the_old_spelling_of_offloading(monkeypatch):
+    monkeypatch.setenv("ENABLE_CPU_OFFLOAD", "true")
+    assert read_settings().offload == "model"
+    monkeypatch.setenv("OFFLOAD_MODE", "none")
+    assert read_settings().offload == "none"
+
+
+def test_the_command_line_goes_before_the_environment_and_that_before_the_file(monkeypatch, tmp_path):
+    (tmp_path / ".env").write_text("PORT=1\nHOST=file\nDEVICE=cpu\nSOMETHING_ELSE=1\n")
+    monkeypatch.setenv("PORT", "2")
+    monkeypatch.setenv("HOST", "environment")
+    settings = read_settings(port=3, host=None)
+    assert (settings.port, settings.host, settings.device) == (3, "environment", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("PORT", "70000"),
+        ("INFERENCE_TIMEOUT", "-1"),
+        ("OFFLOAD_MODE", "some"),
+        ("FIDELORA_QUEUE_SIZE", "0"),
+        ("FIDELORA_DTYPE", "fp8"),
+        ("FIDELORA_LORA_HOSTS", "https://huggingface.co"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_by_name(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=name):
+        read_settings()
+
+
+def test_a_name_of_ours_that_is_no_setting_is_refused(monkeypatch):
+    monkeypatch.setenv("FIDELORA_LORA_HOST", "x")
+    with pytest.raises(SettingsError, match="is FIDELORA_LORA_HOSTS meant"):
+        read_settings()
+
+
+def test_every_setting_is_explained():
+    assert [name for name, field in Settings.model_fields.items() if not (field.description or "").endswith(".")] == []
