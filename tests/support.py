@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 import fidelora
@@ -16,8 +17,12 @@ DEMO_DATA = Path(fidelora.__file__).parent / "demo_data"
 TINY_BASE = DEMO_DATA / "tiny-sd15"
 GOLDEN_JOBS = Path(__file__).parent / "preview" / "goldens" / "jobs"
 LORA = DEMO_DATA / "lora_linear_f32" / "lora_linear_f32.safetensors"
+MINIATURE_LORA = DEMO_DATA / "sks.safetensors"
 LORA_CONV = GOLDEN_JOBS / "lora_conv_f16" / "lora_conv_f16.safetensors"
 LOKR = GOLDEN_JOBS / "lokr_full" / "lokr_full.safetensors"
+
+SAME_PROCESSOR = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
+"""Whether this one is of the kind that made the goldens."""
 
 
 def copy_base(folder: Path) -> Path:

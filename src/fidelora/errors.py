@@ -90,6 +90,26 @@ class AdapterChangedError(AdapterError):
     """The adapter's file has other bytes now than when the recipe was made; make a new recipe from the file."""
 
 
+class AdapterUrlRefusedError(AdapterError, WrongUseError):
+    """The URL of the adapter may not be used here."""
+
+
+class AdapterDownloadError(AdapterError):
+    """The adapter could not be fetched from its URL."""
+
+
+class AdapterExistsError(AdapterError, WrongUseError):
+    """There is another adapter of this name already; delete it first, or choose another name."""
+
+
+class UploadNotFoundError(AdapterError, WrongUseError):
+    """There is no uploaded LoRA of this name; files that were put there in other ways are not deleted over HTTP."""
+
+
+class AdapterInUseError(AdapterError, WrongUseError):
+    """A request that has not ended needs this adapter; cancel it, or wait until it is done."""
+
+
 # --- base models -------------------------------------------------------------------------------------------------------
 
 
@@ -147,8 +167,12 @@ class ImageRecordError(FideloraError):
 # --- training jobs -----------------------------------------------------------------------------------------------------
 
 
-class JobFolderError(FideloraError):
+class JobFolderError(WrongUseError):
     """The folder is not an AI Toolkit training job that can be read."""
+
+
+class NothingToCheckError(JobFolderError):
+    """The job has no previews whose weights are there, so there is nothing to check."""
 
 
 # --- requests ----------------------------------------------------------------------------------------------------------
@@ -165,6 +189,78 @@ class RequestError(WrongUseError):
         self.details = dict(details or {})
 
 
+class RequestFieldError(RequestError):
+    """A field of the request has a value that the model does not know."""
+
+    def __init__(self, message: str | None = None, *, place: tuple[str | int, ...] = ()) -> None:
+        super().__init__(message)
+        self.place = place
+
+
+# --- the server --------------------------------------------------------------------------------------------------------
+
+
+class SettingsError(WrongUseError):
+    """A setting has a value that it cannot have."""
+
+
+class BodyTooLargeError(WrongUseError):
+    """The body of the request is too large."""
+
+
+class ServerStoppingError(FideloraError):
+    """The server is about to stop and takes no more requests; send it again in a moment."""
+
+
+class ApiKeyError(WrongUseError):
+    """The API key is missing or not known here; send `Authorization: Bearer` with a key that `fidelora keys add` made."""
+
+
+class ImageNotFoundError(WrongUseError):
+    """The request has no such image; it has those that its result lists, once it has succeeded."""
+
+
+class ImageGoneError(FideloraError):
+    """The file of this image was removed or changed on the server's disk."""
+
+
+# --- the client --------------------------------------------------------------------------------------------------------
+
+
+class ApiError(FideloraError):
+    """The server answered with an error."""
+
+    # `status` of HTTP, 0 if there was no answer; `code` for programs, such as LORA_NOT_FOUND, empty if the answer had none.
+    def __init__(
+        self, message: str | None = None, *, status: int = 0, code: str = "", details: Mapping[str, object] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.details = dict(details or {})
+
+
+class ApiUnavailableError(ApiError):
+    """The server cannot be reached, or has no time: the same request may succeed later."""
+
+
+class ClientTimeoutError(FideloraError):
+    """The request was not done in time; it goes on at the server."""
+
+
+class RequestFailedError(FideloraError):
+    """The request failed at the server."""
+
+    # `code` is for programs, such as TIMEOUT; empty if the server has none.
+    def __init__(self, message: str | None = None, *, code: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class RequestCanceledError(FideloraError):
+    """The request was canceled before it was done."""
+
+
 # --- jobs --------------------------------------------------------------------------------------------------------------
 
 
@@ -173,11 +269,15 @@ class JobError(FideloraError):
 
 
 class JobNotFoundError(JobError, WrongUseError):
-    """There is no job of this id; it may have been removed after its time."""
+    """There is no request (job) of this id; it may have been removed after its time."""
 
 
 class LeaseLostError(JobError):
     """Another worker has the job now, or it has ended; what this one reports does not count any more."""
+
+
+class CursorError(JobError, WrongUseError):
+    """The cursor is none of this list's; begin again without it."""
 
 
 class QueueFullError(JobError):

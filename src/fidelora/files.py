@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import secrets
+import time
 from pathlib import Path
 
 from fidelora.errors import OutputError
+
+_PREFIX, _SUFFIX = ".fidelora-", ".part"
+_LEFT_OVER_S = 24 * 3600.0
 
 
 def make_folder(folder: Path) -> None:
@@ -15,7 +19,7 @@ def make_folder(folder: Path) -> None:
     Raises:
         OutputError: they cannot.
     """
-    probe = folder / _temporary_name()
+    probe = folder / temporary_name()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
@@ -24,13 +28,25 @@ def make_folder(folder: Path) -> None:
         raise OutputError(f"Nothing can be written to the folder {folder}: {_reason(error)}.") from error
 
 
+def remove_left_overs(folder: Path) -> None:
+    """Remove what processes that were killed left half written, if it is old enough that nobody can be at it still."""
+    for path in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
+        if time.time() - path.stat().st_mtime > _LEFT_OVER_S:
+            path.unlink(missing_ok=True)
+
+
+def temporary_name() -> str:
+    """A name for a file that is not finished; `remove_left_overs` knows it."""
+    return f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write `content` to `path` so that no reader, and no crash, ever sees a part of it.
 
     Raises:
         OutputError: it cannot be written (no such folder, no permission, disk full); nothing is left behind then.
     """
-    temporary = path.parent / _temporary_name()
+    temporary = path.parent / temporary_name()
     try:
         # Not `tempfile`: its files are for their owner alone, and this one is to be as any other that the user makes.
         with os.fdopen(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666), "wb") as file:
@@ -48,10 +64,6 @@ def write_atomically(path: Path, content: bytes) -> None:
         _sync_folder(path.parent)
     except OSError as error:
         raise OutputError(f"{path} was written, but its folder could not be made durable: {_reason(error)}.") from error
-
-
-def _temporary_name() -> str:
-    return f".fidelora-{secrets.token_hex(8)}.part"
 
 
 def _remove(path: Path) -> None:

@@ -12,21 +12,19 @@ told to use its older instructions), and the test says that it did.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-from tests.support import DEMO_DATA, GOLDEN_JOBS, TINY_BASE
+from tests.support import DEMO_DATA, GOLDEN_JOBS, SAME_PROCESSOR, TINY_BASE
 
 from fidelora import Engine
-from fidelora.engine.samplers import make_scheduler
 from fidelora.preview.compare import Comparison, compare_with_preview
 from fidelora.preview.job_folder import read_job
 from fidelora.preview.replay import plan_samples
 
-SAME_PROCESSOR = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
+pytestmark = pytest.mark.usefixtures("golden_threads")
 BF16_JOB = "bf16_save_f32"
 BF16_OTHER_PROCESSOR_LEVELS = 12
 """Measured: up to 8, with 11-24 % of the pixels the same; bfloat16 has 8 bits, so another order of sums shows at once."""
@@ -49,23 +47,15 @@ def engine() -> Engine:
     return Engine(device="cpu")
 
 
-@pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def folder_of(job: str) -> Path:
     return DEMO_DATA / job if job == "lora_linear_f32" else GOLDEN_JOBS / job
 
 
-def remake(engine: Engine, name: str, step: int) -> list[Comparison]:
+def remake(engine: Engine, name: str, step: int, **changes: Any) -> list[Comparison]:
     comparisons = []
     for sample in plan_samples(read_job(folder_of(name)), step, base_model=str(TINY_BASE)):
         assert sample.preview is not None
-        comparisons.append(compare_with_preview(engine.generate(sample.recipe).pixels, sample.preview))
+        comparisons.append(compare_with_preview(engine.generate(sample.recipe, **changes).pixels, sample.preview))
     return comparisons
 
 
@@ -138,11 +128,7 @@ def test_a_wrong_setting_is_seen(engine, change):
     assert "DIFFERENT" in comparison.in_words
 
 
-def test_steps_offset_0_is_not_what_previews_show(engine, monkeypatch):
+def test_steps_offset_0_is_not_what_previews_show(engine):
     """The trainer's configuration says 0 and its pipeline runs with 1; taking its word gives another picture."""
-
-    def with_offset_0(spec, sampler, prediction):
-        return make_scheduler(replace(spec, scheduler_config={**spec.scheduler_config, "steps_offset": 0}), sampler, prediction)
-
-    monkeypatch.setattr("fidelora.engine.engine.make_scheduler", with_offset_0)
-    assert all(comparison.identical_percent < 90 for comparison in remake(engine, "lora_linear_f32", 6))
+    offset_0 = {"scheduler_options": {"steps_offset": 0}}
+    assert all(comparison.identical_percent < 90 for comparison in remake(engine, "lora_linear_f32", 6, **offset_0))

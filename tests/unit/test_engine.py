@@ -13,6 +13,7 @@ import torch
 from tests.support import LOKR, LORA, LORA_CONV, TINY_BASE, change_weights, copy_base
 
 from fidelora import AdapterRef, Engine, Progress, Recipe
+from fidelora.engine.base import BaseKey, expected_bytes, load_base
 from fidelora.engine.noise import legacy_randn
 from fidelora.errors import (
     AdapterChangedError,
@@ -23,7 +24,6 @@ from fidelora.errors import (
     GenerationCancelled,
     MemoryExhaustedError,
     NumericsError,
-    WrongUseError,
 )
 from fidelora.models import model_spec
 
@@ -262,11 +262,27 @@ def test_several_threads_wait_for_each_other(engine):
 
 def test_the_base_used_longest_ago_is_let_go(tmp_path):
     other = str(copy_base(tmp_path))
-    engine = Engine(device="cpu", max_bases=1)
+    engine = Engine(device="cpu")
     first = Recipe(prompt="a ball", **SMALL)
     second = replace(first, base_model=other)
     assert pixels(engine, first) == pixels(engine, second)
     assert [key.base_model for key in engine._bases] == [other]
+
+
+def test_bases_stay_as_long_as_they_fit_into_the_budget(tmp_path):
+    bases = [str(copy_base(tmp_path / name)) for name in "abc"]
+    recipes = [Recipe(prompt="a ball", **{**SMALL, "base_model": base}) for base in bases]
+    one = load_base(BaseKey.of(recipes[0]), torch.device("cpu")).size_bytes
+    assert expected_bytes(BaseKey.of(recipes[0])) == one
+    engine = Engine(device="cpu", base_budget_bytes=2 * one)
+    for recipe in (recipes[0], recipes[1], recipes[0], recipes[2]):
+        engine.load(recipe)
+    assert [key.base_model for key in engine._bases] == [bases[0], bases[2]]
+
+    small = Engine(device="cpu", base_budget_bytes=2 * one - 1)
+    for recipe in recipes[:2]:
+        small.load(recipe)
+    assert [key.base_model for key in small._bases] == [bases[1]]
 
 
 @pytest.mark.parametrize(("dtype", "advice"), [("float16", "use bfloat16 or float32"), ("float32", "look for an adapter")])
@@ -349,11 +365,6 @@ def test_a_file_that_changed_is_said_to_have_changed_even_with_a_folder_of_hashe
     path.write_bytes(LORA_CONV.read_bytes())
     with pytest.raises(AdapterChangedError):
         AdapterLibrary(folder=tmp_path / "none").get(ref)
-
-
-def test_an_engine_needs_a_place_for_a_base():
-    with pytest.raises(WrongUseError, match="max_bases"):
-        Engine(device="cpu", max_bases=0)
 
 
 def test_running_out_of_memory_is_one_sentence(engine, monkeypatch):

@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn import functional
 
 from fidelora.adapters.deltas import LohaDelta, LokrDelta, LoraDelta
-from fidelora.adapters.formats import noise_of_trainer, read_adapter, trainer_version
+from fidelora.adapters.formats import read_adapter
+from fidelora.adapters.keys import noise_of_trainer, trainer_version
 from fidelora.errors import (
     AdapterError,
     AdapterFormatError,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, PngImagePlugin
 
-from fidelora.engine.output import GeneratedImage, format_of, is_image_format, parameters_text, read_record, suffix_of
+from fidelora.engine.output import GeneratedImage, format_of, is_image_format, parameters_text, preview_jpeg, read_record, suffix_of
 from fidelora.errors import ImageRecordError, OutputError
 from fidelora.files import make_folder, write_atomically
 from fidelora.recipe import AdapterRef, Recipe
@@ -378,3 +378,13 @@ def test_a_folder_for_output_is_made_and_tried(tmp_path):
         make_folder(tmp_path / "file")
     with pytest.raises(OutputError, match="Nothing can be written to the folder"):
         make_folder(tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"), [((8, 8), (8, 8)), ((64, 96), (96, 64)), ((512, 256), (64, 128)), ((512, 512), (128, 128))]
+)
+def test_previews_are_small(size, shown):
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    content = preview_jpeg(pixels)
+    assert Image.open(io.BytesIO(content)).size == shown
+    assert len(content) < 20_000

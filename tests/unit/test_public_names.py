@@ -14,6 +14,8 @@ from fidelora.models import all_models, model_spec, register
 def test_the_public_names_are_these():
     assert sorted(fidelora.__all__) == [
         "AdapterRef",
+        "AsyncClient",
+        "Client",
         "Engine",
         "FideloraError",
         "GeneratedImage",

@@ -67,7 +67,7 @@ class Targets:
         misshapen: list[str] = []
         deltas: dict[str, Delta] = {}
         for module, delta in adapter.deltas.items():
-            target = self._find(module)
+            target = self.find(module)
             if target is None:
                 unmatched.append(module)
             elif delta.shape_for(target.weight.shape) != tuple(target.weight.shape):
@@ -81,7 +81,8 @@ class Targets:
             raise AdapterMismatchError(self._explain(adapter, unmatched, misshapen))
         return BoundAdapter(adapter.sha256, deltas)
 
-    def _find(self, module: str) -> Target | None:
+    def find(self, module: str) -> Target | None:
+        """The target that an adapter file means by `module`, or None."""
         for component in self._spec.components:
             for prefix in component.adapter_prefixes:
                 if module.startswith(prefix):

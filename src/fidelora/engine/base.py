@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
@@ -16,6 +17,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from fidelora.adapters.merge import MergedAdapters
 from fidelora.adapters.targets import Targets
+from fidelora.engine import Offload
 from fidelora.engine.device import TORCH_DTYPES
 from fidelora.engine.locate import locate, weight_file_patterns
 from fidelora.engine.single_file import convert_vae, split_checkpoint
@@ -23,12 +25,11 @@ from fidelora.engine.weights import build_component, read_config, read_weights
 from fidelora.errors import BaseModelFilesError, BaseModelNotFoundError, RecipeError
 from fidelora.models import Component, ModelSpec, model_spec
 from fidelora.recipe import Recipe
+from fidelora.weights_file import read_header_of
 
 _KNOWN_TEXT = "a photo of a cat"
 _KNOWN_TOKENS = [320, 1125, 539, 320, 2368]
 """What CLIP's tokenizer makes of it."""
-
-Offload = Literal["none", "model", "sequential"]
 
 
 class BaseKey(NamedTuple):
@@ -70,6 +71,12 @@ class BaseModel:
     targets: Targets
     merged: MergedAdapters
     hooks: list[UserCpuOffloadHook]
+
+    @property
+    def size_bytes(self) -> int:
+        """Of its weights."""
+        parts = (self.text_encoder, self.unet, self.vae)
+        return sum(weight.nbytes for part in parts for weight in part.parameters())
 
     def rest(self) -> None:
         """With offloading by part: bring every part back to the CPU, so that adapters are always merged in one place."""
@@ -137,6 +144,21 @@ def load_base(
         MergedAdapters(targets),
         hooks,
     )
+
+
+def expected_bytes(key: BaseKey, cache_dir: Path | None = None) -> int:
+    """How much memory the weights of a base model will take at most; from the headers of its files.
+
+    Raises:
+        BaseModelError, WeightsFileError: as `load_base`.
+    """
+    spec = model_spec(key.model)
+    source = locate(key.base_model, spec.components, variant=key.variant, cache_dir=cache_dir)
+    paths = [source]
+    if not source.is_file():
+        paths = [path for part in spec.components for path in _weight_files(source / part.name, part, key.variant)]
+    numbers = sum(math.prod(info.shape) for path in paths for info in read_header_of(path).tensors.values())
+    return numbers * max(TORCH_DTYPES[dtype].itemsize for dtype in (key.dtype, key.vae_dtype, key.text_encoder_dtype))
 
 
 def load_tokenizer(folder: Path, vocabulary: int | None) -> CLIPTokenizer:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
@@ -32,3 +34,16 @@ def decode(vae: AutoencoderKL, latents: Tensor, vae_dtype: torch.dtype) -> NDArr
         raise NumericsError(f"The model produced NaN, so there is no image; {advice}.")
     pixels: NDArray[np.uint8] = (values * 255).round().astype(np.uint8)
     return pixels
+
+
+def rough_colours(latents: Tensor, colours: Sequence[Sequence[float]]) -> NDArray[np.uint8]:
+    """What unfinished `latents` [1, 4, h, w] look like, without the VAE: uint8 RGB [h, w, 3]. For the eye only.
+
+    Args:
+        colours: see `ModelSpec.latent_colours`.
+    """
+    values = latents[0].detach().float().cpu()
+    values = values / values.std().clamp(min=1.0)  # some samplers begin with noise of more than ten times the usual size
+    image = torch.einsum("chw,cr->hwr", values, torch.tensor(colours))
+    shown: NDArray[np.uint8] = ((image.clamp(-1, 1) + 1) * 127.5).nan_to_num(0).to(torch.uint8).numpy()
+    return shown

@@ -23,7 +23,7 @@ def denoise(
     guidance_scale: float,
     noise: NoiseSource,
     device: torch.device,
-    on_step: Callable[[int], None],
+    on_step: Callable[[int, Tensor], None],
 ) -> Tensor:
     """Sample latents.
 
@@ -32,7 +32,8 @@ def denoise(
         shape: of the latents: (1, 4, height / 8, width / 8).
         guidance_scale: how far to go beyond the prompt's prediction, away from the negative prompt's.
         noise: where every random number comes from, in this order: the initial latents, then each step's own draws.
-        on_step: called after each evaluation of the UNet with the number of steps that are done; may raise to cancel.
+        on_step: called after each evaluation of the UNet with the number of steps that are done and the latents as they are, which
+            it must not change; may raise to cancel.
 
     Returns:
         latents in the dtype of the UNet.
@@ -53,5 +54,5 @@ def denoise(
         with noise.drawing():
             latents = scheduler.step(prediction, t, latents, **draws, return_dict=False)[0]
         # Samplers of second order evaluate twice a step, pndm once more than there are steps.
-        on_step(min(-(-evaluation // scheduler.order), steps))
+        on_step(min(-(-evaluation // scheduler.order), steps), latents)
     return latents

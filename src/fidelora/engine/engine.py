@@ -6,22 +6,26 @@ import platform
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 import fidelora
 from fidelora.adapters.library import AdapterLibrary
 from fidelora.adapters.live import live_adapters
 from fidelora.adapters.targets import BoundAdapter
-from fidelora.engine.base import BaseKey, BaseModel, Offload, load_base
-from fidelora.engine.decode import decode
+from fidelora.engine import Offload
+from fidelora.engine.base import BaseKey, BaseModel, expected_bytes, load_base
+from fidelora.engine.decode import decode, rough_colours
 from fidelora.engine.denoise import denoise
 from fidelora.engine.device import TORCH_DTYPES, auto_dtype, resolve_device
 from fidelora.engine.locate import fingerprint
@@ -29,17 +33,22 @@ from fidelora.engine.noise import NoiseSource
 from fidelora.engine.output import GeneratedImage
 from fidelora.engine.samplers import make_scheduler
 from fidelora.engine.text import encode_text
-from fidelora.errors import DeviceError, EngineBusyError, MemoryExhaustedError, WrongUseError
+from fidelora.errors import DeviceError, EngineBusyError, MemoryExhaustedError
 from fidelora.recipe import Dtype, Recipe
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far an image is: `step` of `steps` are done, and `seconds` have passed since the first began."""
+    """How far an image is: `step` of `steps` are done, and `seconds` have passed since the first began.
+
+    Attributes:
+        preview: makes a rough picture, uint8 RGB [height / 8, width / 8, 3], of what is there; call it in `on_step`, or not at all.
+    """
 
     step: int
     steps: int
     seconds: float
+    preview: Callable[[], NDArray[np.uint8]] = field(repr=False, compare=False)
 
     @property
     def seconds_left(self) -> float:
@@ -60,7 +69,8 @@ class Engine:
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         offload: `none`; `model` or `sequential` save memory of the device and cost time.
         cache_dir: where downloads of the hub are kept, if not in its usual place.
-        max_bases: how many base models stay loaded; the one used longest ago goes first.
+        base_budget_bytes: how much memory the weights of loaded base models may take together; those used longest ago go first.
+            The one in use is kept even if it alone is larger. None: one base model at a time.
         adapters: a library to share; by default a new one.
 
     Raises:
@@ -73,14 +83,12 @@ class Engine:
         device: str = "auto",
         offload: Offload = "none",
         cache_dir: str | Path | None = None,
-        max_bases: int = 1,
+        base_budget_bytes: int | None = None,
         adapters: AdapterLibrary | None = None,
     ) -> None:
         self.device = resolve_device(device)
         if offload not in get_args(Offload):
             raise DeviceError(f"There is no way of offloading {offload!r}; use none, model or sequential.")
-        if max_bases < 1:
-            raise WrongUseError("max_bases has to be at least 1.")
         if offload != "none" and self.device.type == "cpu":
             raise DeviceError(
                 "Offloading moves parts of the model between the CPU and a device; on the CPU itself use offload none."
@@ -88,7 +96,7 @@ class Engine:
         self.adapters = adapters or AdapterLibrary()
         self._offload: Offload = offload
         self._cache_dir = Path(cache_dir) if cache_dir else None
-        self._max_bases = max_bases
+        self._base_budget_bytes = base_budget_bytes or 0
         self._bases: OrderedDict[BaseKey, BaseModel] = OrderedDict()
         self._fingerprints: dict[BaseKey, tuple[tuple[str, int, int], ...]] = {}
         self._lock = threading.Lock()
@@ -108,8 +116,14 @@ class Engine:
         with self._alone():
             self._bind(self._base(recipe), recipe)
 
-    def generate(self, recipe: Recipe, on_step: OnStep | None = None) -> GeneratedImage:
+    def generate(
+        self, recipe: Recipe, on_step: OnStep | None = None, *, scheduler_options: Mapping[str, Any] | None = None
+    ) -> GeneratedImage:
         """Make the image that `recipe` defines. The same recipe gives the same pixels, whatever was made before it.
+
+        Args:
+            scheduler_options: of the sampler's configuration, in place of the trainer's, such as `steps_offset`. For finding out
+                how somebody else made an image; the recipe and the image's record do not know of them.
 
         Raises:
             BaseModelError, AdapterError, WeightsFileError: what is wrong with a file; nothing has changed then.
@@ -127,7 +141,7 @@ class Engine:
                     clock.lap("adapters")
                     text, warnings = self._encode(base, recipe)
                     clock.lap("text")
-                    latents = self._sample(base, recipe, text, on_step)
+                    latents = self._sample(base, recipe, text, on_step, scheduler_options)
                     clock.lap("denoise")
                     pixels = decode(base.vae, latents, TORCH_DTYPES[recipe.vae_dtype])
                     clock.lap("decode")
@@ -159,12 +173,17 @@ class Engine:
         if self._fingerprints.get(key) != found:
             self._bases.pop(key, None)  # files were overwritten
         if key not in self._bases:
-            while len(self._bases) >= self._max_bases:
-                self._bases.popitem(last=False)  # first, so that two models never need the memory at once
+            self._make_room(key)
             self._bases[key] = load_base(key, self.device, offload=self._offload, cache_dir=self._cache_dir)
             self._fingerprints[key] = found
         self._bases.move_to_end(key)
         return self._bases[key]
+
+    def _make_room(self, key: BaseKey) -> None:
+        """Let base models go before another one is loaded, so that the budget holds in the meantime, too."""
+        needed = expected_bytes(key, self._cache_dir) if self._bases and self._base_budget_bytes else 0
+        while self._bases and sum(base.size_bytes for base in self._bases.values()) + needed > self._base_budget_bytes:
+            self._bases.popitem(last=False)
 
     def _bind(self, base: BaseModel, recipe: Recipe) -> list[tuple[BoundAdapter, float]]:
         """All adapters of the recipe, checked against the base model before any weight is touched."""
@@ -194,17 +213,20 @@ class Engine:
         embeddings = [text.embedding.to(base.device, TORCH_DTYPES[recipe.dtype]) for text in encoded.values()]
         return torch.cat(embeddings), warnings
 
-    def _sample(self, base: BaseModel, recipe: Recipe, text: Tensor, on_step: OnStep | None) -> Tensor:
+    def _sample(
+        self, base: BaseModel, recipe: Recipe, text: Tensor, on_step: OnStep | None, options: Mapping[str, Any] | None
+    ) -> Tensor:
         start = time.monotonic()
 
-        def report(step: int) -> None:
+        def report(step: int, latents: Tensor) -> None:
             if on_step is not None:
-                on_step(Progress(step, recipe.steps, time.monotonic() - start))
+                preview = partial(rough_colours, latents, base.spec.latent_colours)
+                on_step(Progress(step, recipe.steps, time.monotonic() - start, preview))
 
         scale = 2 ** (len(base.vae.config.block_out_channels) - 1)  # the VAE halves the size after every block but the last
         return denoise(
             base.unet,
-            make_scheduler(base.spec, recipe.sampler, recipe.prediction),
+            make_scheduler(base.spec, recipe.sampler, recipe.prediction, options),
             text,
             (1, base.unet.config.in_channels, recipe.height // scale, recipe.width // scale),
             steps=recipe.steps,

@@ -21,6 +21,8 @@ from fidelora.errors import BaseModelFilesError, BaseModelNotFoundError
 from fidelora.models import Component
 from fidelora.weights_file import refuse_pickle
 
+_COME_ALONG = {"fidelora:miniature": Path(__file__).parent.parent / "miniature"}
+"""The base models that are in the package, by the names that mean them on every machine."""
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
@@ -37,7 +39,7 @@ def locate(
         PickleRefusedError: a `.ckpt`, `.bin` or the like.
         BaseModelFilesError: a file of another kind.
     """
-    path = Path(place).expanduser()
+    path = _path(place)
     if is_local(place):
         if path.is_file():
             refuse_pickle(path)
@@ -47,7 +49,8 @@ def locate(
     match = _HUB_ID.fullmatch(place)
     if match is None:
         raise BaseModelNotFoundError(
-            f"There is no {what} at {place:.300}; give a diffusers folder, a .safetensors checkpoint or a hub id (owner/name)."
+            f"There is no {what} at {place:.300}; give a diffusers folder, a .safetensors checkpoint, a hub id (owner/name) "
+            f"or {', '.join(_COME_ALONG)}."
         )
     patterns = ["model_index.json", "tokenizer/*"]
     for component in components:
@@ -58,10 +61,15 @@ def locate(
     return _snapshot(match["repo"], match["revision"], patterns, cache_dir)
 
 
+def is_name(place: str) -> bool:
+    """Whether `place` means the same on every machine: a repository on the hub, or a base model that comes with the package."""
+    return place in _COME_ALONG or (not is_local(place) and _HUB_ID.fullmatch(place) is not None)
+
+
 def is_local(place: str) -> bool:
     """Whether there is a file or folder at `place`."""
     try:
-        return Path(place).expanduser().exists()
+        return _path(place).exists()
     except (OSError, ValueError):  # a name that no file can have
         return False
 
@@ -71,9 +79,13 @@ def fingerprint(*places: str) -> tuple[tuple[str, int, int], ...]:
     files: list[Path] = []
     for place in places:
         if place and is_local(place):
-            path = Path(place).expanduser()
+            path = _path(place)
             files += [path] if path.is_file() else sorted(path.rglob("*.safetensors")) + sorted(path.rglob("*.json"))
     return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+
+
+def _path(place: str) -> Path:
+    return _COME_ALONG.get(place) or Path(place).expanduser()
 
 
 def weight_file_patterns(component: Component, variant: str) -> list[str]:

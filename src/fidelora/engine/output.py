@@ -26,6 +26,7 @@ PARAMETERS_KEY = "parameters"
 """The PNG text field that AUTOMATIC1111 and everything after it reads; in JPEG and WebP it is the EXIF field UserComment."""
 
 JPEG_QUALITY = 95
+MAX_PREVIEW = 128
 _MAX_JPEG_EXIF_BYTES = 65_533
 
 
@@ -145,6 +146,15 @@ def read_record(path: str | Path) -> dict[str, Any]:
     if not isinstance(record, dict) or "recipe" not in record:
         raise ImageRecordError(f"{path.name} carries no recipe of Fidelora's: it comes from another program, or was stripped.")
     return record
+
+
+def preview_jpeg(pixels: NDArray[np.uint8]) -> bytes:
+    """A small JPEG of a rough picture, at most `MAX_PREVIEW` pixels a side: some kilobytes, to be sent often."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((MAX_PREVIEW, MAX_PREVIEW))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=70)
+    return buffer.getvalue()
 
 
 def parameters_text(recipe: Recipe, environment: Mapping[str, str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from diffusers import schedulers
@@ -19,10 +20,14 @@ for _name in ("diffusers.configuration_utils", "diffusers.schedulers"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 
-def make_scheduler(spec: ModelSpec, sampler: str, prediction: Prediction) -> Any:
-    """A new scheduler; one is made for each image, because they keep state between steps."""
+def make_scheduler(spec: ModelSpec, sampler: str, prediction: Prediction, options: Mapping[str, Any] | None = None) -> Any:
+    """A new scheduler; one is made for each image, because they keep state between steps.
+
+    Args:
+        options: of the configuration, in place of the trainer's.
+    """
     entry = spec.samplers[sampler]
-    config = {**spec.scheduler_config, **entry.options, "prediction_type": prediction}
+    config = {**spec.scheduler_config, **entry.options, "prediction_type": prediction, **(options or {})}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # `dpmsolver` is called deprecated
         return getattr(schedulers, entry.scheduler).from_config(config)

@@ -38,8 +38,7 @@ def build_component(component: Component, config: Mapping[str, Any], weights: di
         BaseModelWeightsError: weights are missing, left over, of other shapes or quantised; the message names them.
         NonFiniteWeightsError: there is NaN or infinity among them.
     """
-    with init_empty_weights(include_buffers=False):
-        module = _construct(component, config)
+    module = empty_component(component, config)
     weights = _rename(component, weights, module.state_dict().keys())
     _check(component, weights, {name: tensor.shape for name, tensor in module.state_dict().items()})
     broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
@@ -52,6 +51,16 @@ def build_component(component: Component, config: Mapping[str, Any], weights: di
     copies = {name: tensor.to(dtype, copy=True) for name, tensor in weights.items()}
     module.load_state_dict(copies, strict=True, assign=True)
     return module.eval().requires_grad_(False)
+
+
+def empty_component(component: Component, config: Mapping[str, Any]) -> nn.Module:
+    """The module that `config` describes, its weights shapes without numbers.
+
+    Raises:
+        BaseModelFilesError: the configuration describes no such module.
+    """
+    with init_empty_weights(include_buffers=False):
+        return _construct(component, config)
 
 
 def read_config(path: Path) -> dict[str, Any]:

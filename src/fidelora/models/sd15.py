@@ -87,4 +87,6 @@ SD15 = ModelSpec(
         Component("vae", "diffusers", "AutoencoderKL", "diffusion_pytorch_model"),
     ),
     adapter_base_versions=("sd_1.5", "sd_v1"),
+    # A linear fit to the VAE: https://discuss.huggingface.co/t/decoding-latents-to-rgb-without-upscaling/23204
+    latent_colours=((0.298, 0.207, 0.208), (0.187, 0.286, 0.173), (-0.158, 0.189, 0.264), (-0.184, -0.271, -0.473)),
 )

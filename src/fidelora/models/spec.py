@@ -69,6 +69,8 @@ class ModelSpec:
     components: tuple[Component, ...]
     adapter_base_versions: tuple[str, ...]
     """Values of `ss_base_model_version` in adapter files of this family."""
+    latent_colours: tuple[tuple[float, float, float], ...]
+    """Red, green and blue, -1..1, that one unit of each latent channel adds, roughly: for previews while an image is made."""
 
     @property
     def layout(self) -> Path:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from scipy.ndimage import gaussian_filter
 
 from fidelora.errors import JobFolderError
 
@@ -35,6 +37,11 @@ class Comparison:
         return self.max_difference == 0
 
     @property
+    def identical_in_words(self) -> str:
+        """`identical_percent`, rounded down: 100.00 is said of images that are the same, and of no others."""
+        return f"{math.floor(self.identical_percent * 100) / 100:.2f}"
+
+    @property
     def within_rounding(self) -> bool:
         """Whether another processor explains the difference, in float32."""
         return self.max_difference <= ROUNDING_LEVELS and self.identical_percent >= ROUNDING_IDENTICAL_PERCENT
@@ -44,7 +51,7 @@ class Comparison:
         """One phrase for people."""
         if self.identical:
             return "identical: every pixel is the same"
-        share = f"{self.identical_percent:.2f} % of pixels are the same, the largest difference is {self.max_difference} of 255"
+        share = f"{self.identical_in_words} % of pixels are the same, the largest difference is {self.max_difference} of 255"
         return ("rounding: " if self.within_rounding else "DIFFERENT: ") + share
 
 
@@ -83,6 +90,27 @@ def as_encoded(pixels: NDArray[np.uint8], image_format: str) -> NDArray[np.uint8
     Image.fromarray(pixels).save(buffer, image_format)
     with Image.open(buffer) as image:
         return np.asarray(image.convert("RGB"))
+
+
+def similarity(ours: NDArray[np.uint8], theirs: NDArray[np.uint8]) -> tuple[float | None, float]:
+    """PSNR in dB (None if every pixel is the same) and SSIM (-1..1) of two uint8 RGB images of the same size.
+
+    SSIM as in Wang et al., "Image quality assessment: from error visibility to structural similarity" (2004): a Gaussian window
+    with a sigma of 1.5, K1 0.01 and K2 0.03; the mean over all channels.
+    """
+    a, b = ours.astype(np.float64), theirs.astype(np.float64)
+    squared = float(((a - b) ** 2).mean())
+    psnr = None if squared == 0 else 10 * math.log10(255**2 / squared)
+
+    def blur(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        blurred: NDArray[np.float64] = gaussian_filter(values, (1.5, 1.5, 0), truncate=3.5)
+        return blurred
+
+    mean_a, mean_b = blur(a), blur(b)
+    var_a, var_b, covariance = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2, blur(a * b) - mean_a * mean_b
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    ratio = (2 * mean_a * mean_b + c1) * (2 * covariance + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+    return psnr, float(ratio.mean())
 
 
 def compare(ours: NDArray[np.uint8], theirs: NDArray[np.uint8]) -> Comparison:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fidelora.adapters.formats import noise_of_file
+from fidelora.adapters.keys import noise_of_file
 from fidelora.errors import JobFolderError
 from fidelora.preview.flags import split_flags
 from fidelora.preview.job_folder import TrainingJob

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fidelora.adapters.source import adapter_under
+from fidelora.adapters.folder import adapter_under
 from fidelora.errors import AdapterError, AdapterNotFoundError, AdapterPlaceError
 
 

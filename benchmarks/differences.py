@@ -1,0 +1,124 @@
+"""How much does one changed setting change a preview? `python benchmarks/differences.py`
+
+Makes the previews of golden float32 jobs again, once as the trainer did and then with one thing as other programs have it, and
+compares each with the trainer's own file. Prints a Markdown table: over all previews, the smallest and largest share of pixels that
+stayed the same, the largest difference of a channel, and the mean difference in levels of 255.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tests.support import DEMO_DATA, GOLDEN_JOBS, TINY_BASE  # noqa: E402
+
+from fidelora import AdapterRef, Engine, Recipe  # noqa: E402
+from fidelora.preview.compare import compare_with_preview  # noqa: E402
+from fidelora.preview.flags import split_flags  # noqa: E402
+from fidelora.preview.job_folder import TrainingJob, read_job  # noqa: E402
+from fidelora.preview.replay import PlannedSample, plan_samples  # noqa: E402
+
+JOBS = [DEMO_DATA / "lora_linear_f32", GOLDEN_JOBS / "lokr_full", GOLDEN_JOBS / "prompts"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing done as another program does it."""
+
+    name: str
+    recipe: Callable[[TrainingJob, PlannedSample], Recipe]
+    scheduler_options: dict[str, Any] = field(default_factory=dict)
+    threads: int = 2
+
+
+def changed(**fields: Any) -> Callable[[TrainingJob, PlannedSample], Recipe]:
+    return lambda _job, plan: replace(plan.recipe, **fields)
+
+
+def half_precision(dtype: str) -> Callable[[TrainingJob, PlannedSample], Recipe]:
+    return changed(dtype=dtype, vae_dtype=dtype, text_encoder_dtype=dtype)
+
+
+def literal_trigger(job: TrainingJob, plan: PlannedSample) -> Recipe:
+    return replace(plan.recipe, prompt=split_flags(job.samples[plan.index].prompt)[0])
+
+
+def next_seed(_job: TrainingJob, plan: PlannedSample) -> Recipe:
+    return replace(plan.recipe, seed=plan.recipe.seed + 1)
+
+
+def multiplied(_job: TrainingJob, plan: PlannedSample) -> Recipe:
+    (adapter,) = plan.recipe.adapters
+    return replace(plan.recipe, adapters=(replace(adapter, multiplier=0.8),))
+
+
+def saved_as(dtype: torch.dtype, folder: Path) -> Callable[[TrainingJob, PlannedSample], Recipe]:
+    def rounded(_job: TrainingJob, plan: PlannedSample) -> Recipe:
+        (adapter,) = plan.recipe.adapters
+        assert adapter.path is not None
+        path = folder / f"{dtype}-{adapter.path.name}"
+        tensors = safetensors.torch.load(adapter.path.read_bytes())
+        safetensors.torch.save_file({key: tensor.to(dtype) for key, tensor in tensors.items()}, path)
+        return replace(plan.recipe, adapters=(AdapterRef.from_file(path, adapter.multiplier),))
+
+    return rounded
+
+
+def changes(folder: Path) -> Iterator[Change]:
+    yield Change("nothing", changed())
+    yield Change("one thread in place of two", changed(), threads=1)
+    yield Change("LoRA beside the weights (live), not merged", changed(adapter_mode="live"))
+    yield Change("LoRA saved in fp16", saved_as(torch.float16, folder))
+    yield Change("LoRA saved in bf16", saved_as(torch.bfloat16, folder))
+    yield Change("`steps_offset` 0", changed(), {"steps_offset": 0})
+    yield Change("model in bfloat16", half_precision("bfloat16"))
+    yield Change("multiplier 0.8", multiplied)
+    yield Change("LoRA not applied", changed(adapters=()))
+    yield Change("`[trigger]` left as it is written", literal_trigger)
+    yield Change("guidance 7.5", changed(guidance_scale=7.5))
+    yield Change("20 steps", changed(steps=20))
+    yield Change("sampler `pndm`", changed(sampler="pndm"))
+    yield Change("sampler `euler`", changed(sampler="euler"))
+    yield Change("sampler `k_dpmsolver++`", changed(sampler="k_dpmsolver++"))
+    yield Change("seed + 1", next_seed)
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    yield
+    torch.set_num_threads(before)
+
+
+def main() -> None:
+    engine = Engine(device="cpu")
+    print("| changed | identical pixels, % | largest difference | mean difference |\n|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        for change in changes(Path(folder)):
+            found = []
+            with threads(change.threads):
+                for job in map(read_job, JOBS):
+                    for plan in plan_samples(job, job.steps, base_model=str(TINY_BASE)):
+                        assert plan.preview is not None
+                        image = engine.generate(change.recipe(job, plan), scheduler_options=change.scheduler_options)
+                        found.append(compare_with_preview(image.pixels, plan.preview))
+            same = [one.identical_percent for one in found]
+            span = f"{min(same):.2f} - {max(same):.2f}" if min(same) < max(same) else f"{same[0]:.2f}"
+            mean = sum(one.mean_difference for one in found) / len(found)
+            print(f"| {change.name} | {span} | {max(one.max_difference for one in found)} | {mean:.3f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

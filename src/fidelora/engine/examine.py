@@ -1,0 +1,202 @@
+"""Everything that an adapter's file tells, its weights included: what it is, what it fits, and what is wrong with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from safetensors import safe_open
+from torch import Tensor
+
+from fidelora.adapters.describe import AdapterSummary, describe_adapter
+from fidelora.adapters.formats import Adapter, read_adapter
+from fidelora.adapters.keys import modules_of, peft_alpha
+from fidelora.adapters.targets import Targets
+from fidelora.engine.weights import empty_component, read_config
+from fidelora.errors import AdapterError, AdapterNotFoundError, WeightsFileError, some
+from fidelora.models import all_models, model_spec
+from fidelora.recipe import file_sha256
+from fidelora.weights_file import Header, read_header_of
+
+ProblemCode = Literal[
+    "unusable", "not_finite", "other_architecture", "other_base", "nothing_learned", "partly_learned", "infinite_alpha",
+    "missing_alpha",
+]  # fmt: skip
+
+_FAMILIES = {
+    "SDXL": ("lora_te1_", "lora_te2_", "input_blocks_", "output_blocks_"),
+    "FLUX": ("double_blocks", "single_blocks", "single_transformer_blocks"),
+    "Stable Diffusion 3": ("joint_blocks", "transformer_blocks_0_ff_context"),
+    "Wan": ("self_attn_q", "self_attn.q"),
+}
+"""How the module names of other families' adapters can be told; only to say what a file probably is."""
+
+
+_NO_ALPHA = 1e10
+"""What the trainer stores as the alpha of LoKr modules with whole factors; in float16 it becomes infinite."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something about an adapter that its user should know.
+
+    Attributes:
+        unusable: whether the file cannot be used because of it; else it is a note.
+    """
+
+    code: ProblemCode
+    message: str
+    unusable: bool
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What was found.
+
+    Attributes:
+        summary: what the header says.
+        alphas: the different alphas of its modules, ascending; may have infinity.
+        model: the id of the family that has the most of its modules by name; empty if none has any.
+        matched: how many modules that family has. same_shapes: how many of these in the shapes of the family's own base.
+    """
+
+    sha256: str
+    summary: AdapterSummary
+    alphas: tuple[float, ...]
+    model: str
+    matched: int
+    same_shapes: int
+    problems: tuple[Problem, ...]
+
+    @property
+    def usable(self) -> bool:
+        """Whether it can be used with a base of its family."""
+        return not any(problem.unusable for problem in self.problems)
+
+
+def examine_adapter(path: Path) -> Examination:
+    """Read the whole file at `path`; whatever is wrong with it becomes one of its problems.
+
+    Raises:
+        AdapterNotFoundError: there is no such file.
+        WeightsFileError: it cannot be read at all.
+    """
+    if not path.is_file():
+        raise AdapterNotFoundError(f"There is no adapter file {path}; check the path.")
+    sha256, summary = file_sha256(path), describe_adapter(path)
+    if summary.problems:
+        problems = tuple(Problem("unusable", problem, True) for problem in summary.problems)
+        return Examination(sha256, summary, (), "", 0, 0, problems)
+    header = read_header_of(path)
+    modules = modules_of(header, path.name)
+    tensors = _tensors(path)
+    alphas = {module: float(tensors[parts["alpha"]]) for module, parts in modules.items() if "alpha" in parts}
+    problems = (*_numbers(modules, tensors), *_alphas(modules, alphas, header, path.name))
+    model = ""
+    matched = same_shapes = 0
+    if not any(problem.unusable for problem in problems):
+        try:
+            adapter = read_adapter(path)
+        except (AdapterError, WeightsFileError) as error:  # factors whose shapes do not go together
+            problems = (*problems, Problem("unusable", str(error), True))
+        else:
+            model, matched, same_shapes = _family(adapter)
+            problems = (*problems, *_fit(adapter, summary, model, matched, same_shapes))
+    return Examination(sha256, summary, tuple(sorted(set(alphas.values()))), model, matched, same_shapes, problems)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no dictionary, though it looks like one
+
+
+def _numbers(modules: Mapping[str, Mapping[str, str]], tensors: Mapping[str, Tensor]) -> Iterator[Problem]:
+    """NaN, and modules that change nothing: a product with a factor of zeros is zero."""
+    factors = {module: [key for part, key in parts.items() if part != "alpha"] for module, parts in modules.items()}
+    broken = [key for keys in factors.values() for key in keys if not tensors[key].isfinite().all()]
+    if broken:
+        yield Problem(
+            "not_finite",
+            f"NaN or infinity in {len(broken)} tensors ({some(broken)}): training diverged or the file is damaged; "
+            "use an earlier checkpoint.",
+            True,
+        )
+    idle = [module for module, keys in factors.items() if not all(tensors[key].any() for key in keys)]
+    if len(idle) == len(modules):
+        message = "Nothing was learned: every module has a factor of zeros, so images are those of the base model."
+        yield Problem("nothing_learned", message, False)
+    elif idle:
+        yield Problem("partly_learned", f"{len(idle)} of {len(modules)} modules change nothing ({some(idle)}).", False)
+
+
+def _alphas(modules: Mapping[str, Mapping[str, str]], alphas: Mapping[str, float], header: Header, name: str) -> Iterator[Problem]:
+    whole = {module for module, parts in modules.items() if {"lokr_w1", "lokr_w2"} <= parts.keys()}
+    if harmful := [module for module, alpha in alphas.items() if module not in whole and not math.isfinite(alpha)]:
+        yield Problem("infinite_alpha", f"The alpha of {len(harmful)} modules is no finite number ({some(harmful)}).", True)
+    if harmless := [module for module, alpha in alphas.items() if module in whole and not alpha < _NO_ALPHA]:
+        yield Problem(
+            "infinite_alpha",
+            f"The alpha of {len(harmless)} whole LoKr modules is {alphas[harmless[0]]:g}, as the trainer writes it: it has no "
+            "meaning there and is not used here; a program that uses it makes noise.",
+            False,
+        )
+    try:
+        for_all = peft_alpha(header.metadata, name)
+    except (AdapterError, WeightsFileError) as error:
+        yield Problem("unusable", str(error), True)
+        return
+    missing = [module for module in modules if module not in alphas and module not in whole]
+    if missing and for_all is None:
+        message = f"{len(missing)} of {len(modules)} modules have no alpha ({some(missing)}): it is taken to be their rank."
+        yield Problem("missing_alpha", message, False)
+
+
+def _family(adapter: Adapter) -> tuple[str, int, int]:
+    """The model family that has the most of the adapter's modules, how many, and how many of these in its own shapes."""
+    best = ("", 0, 0)
+    for model in all_models():
+        targets = _targets(model)
+        found = [(delta, target) for module, delta in adapter.deltas.items() if (target := targets.find(module))]
+        same = sum(delta.shape_for(target.weight.shape) == tuple(target.weight.shape) for delta, target in found)
+        best = max(best, (model, len(found), same), key=lambda one: one[1:])
+    return best
+
+
+@cache
+def _targets(model: str) -> Targets:
+    spec = model_spec(model)
+    parts = {
+        part.name: empty_component(part, read_config(spec.layout / part.name / "config.json"))
+        for part in spec.components
+        if part.adapter_prefixes
+    }
+    return Targets(spec, parts)
+
+
+def _fit(adapter: Adapter, summary: AdapterSummary, model: str, matched: int, same_shapes: int) -> Iterator[Problem]:
+    """Whether it is for a family that is known here, and for a base like that family's own."""
+    total = len(adapter.deltas)
+    if matched < total:
+        probably = next(
+            (family for family, marks in _FAMILIES.items() if any(m in name for m in marks for name in adapter.deltas)), ""
+        )
+        if summary.base and not (model and summary.base in model_spec(model).adapter_base_versions):
+            made_for = f"; its file says that it was trained on {summary.base}"
+        else:
+            made_for = f"; its names are those of {probably}" if probably else ""
+        where = f"in {model_spec(model).title}" if model else "in any model family here"
+        yield Problem("other_architecture", f"{total - matched} of {total} modules are not {where}{made_for}.", True)
+        return
+    spec = model_spec(model)
+    if 0 < same_shapes < matched:
+        message = (
+            f"{matched - same_shapes} of {matched} modules have other shapes than those of {spec.title}: it was trained on a "
+            "relative of it (the text of Stable Diffusion 2 is wider) and fits only that one."
+        )
+        yield Problem("other_base", message, True)
+    elif summary.base and summary.base not in spec.adapter_base_versions:
+        yield Problem("other_base", f"Its file says that it was trained on {summary.base}, which is no {spec.title}.", False)
