@@ -18,6 +18,7 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tools/reference.py --check
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -29,5 +30,5 @@ clean:
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade -c constraints.txt pip
-	$(BIN)/pip install --quiet -c constraints.txt --editable ".[server]" --group dev
+	$(BIN)/pip install --quiet -c constraints.txt --editable ".[server,client]" --group dev
 	touch $@

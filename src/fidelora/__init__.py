@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fidelora.client import AsyncClient, Client
     from fidelora.engine.engine import Engine, Progress
     from fidelora.engine.output import GeneratedImage, read_record
     from fidelora.errors import FideloraError
@@ -23,6 +24,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AdapterRef": "fidelora.recipe",
+    "AsyncClient": "fidelora.client",
+    "Client": "fidelora.client",
     "Engine": "fidelora.engine.engine",
     "FideloraError": "fidelora.errors",
     "GeneratedImage": "fidelora.engine.output",
@@ -31,7 +34,18 @@ _HOMES = {
     "read_record": "fidelora.engine.output",
 }
 
-__all__ = ["AdapterRef", "Engine", "FideloraError", "GeneratedImage", "Progress", "Recipe", "__version__", "read_record"]
+__all__ = [
+    "AdapterRef",
+    "AsyncClient",
+    "Client",
+    "Engine",
+    "FideloraError",
+    "GeneratedImage",
+    "Progress",
+    "Recipe",
+    "__version__",
+    "read_record",
+]
 
 
 def __getattr__(name: str) -> Any:

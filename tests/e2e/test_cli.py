@@ -10,33 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tests.support import LORA, LORA_CONV, TINY_BASE
+from tests.support import LORA, LORA_CONV, MINIATURE_LORA, TINY_BASE
 
 from fidelora import AdapterRef, Engine, Recipe, read_record
-from fidelora.cli import console, main
+from fidelora.cli import console, demo, demo_server, main
 
 SMALL = ["--base-model", str(TINY_BASE), "--width", "64", "--height", "72", "--steps", "3", "--device", "cpu"]
-
-
-@pytest.fixture
-def fidelora(monkeypatch, capsys):
-    """Run the command line in this process: `fidelora("models") == (exit code, stdout, stderr)`."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(console, "_debug", False)
-        monkeypatch.setattr(sys, "argv", ["fidelora", *arguments])
-        with pytest.raises(SystemExit) as exit_info:
-            main()
-        code = exit_info.value.code
-        captured = capsys.readouterr()
-        return int(code or 0), captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 def one_sentence(stderr: str) -> str:
@@ -251,14 +230,42 @@ def test_models_as_json(fidelora):
     )
 
 
-def test_the_demo_makes_the_previews_again_and_sees_the_wrong_one(fidelora, tmp_path):
+def test_the_demo_shows_a_lora_proves_previews_and_serves(fidelora, tmp_path):
     code, out, err = fidelora("demo", "--device", "cpu", "--out", "demo")
     assert (code, err) == (0, "")
     lines = out.splitlines()
-    assert sum("identical" in line or "rounding" in line for line in lines) == 3
+    assert sum("preview" in line and ("identical" in line or "rounding" in line) for line in lines) == 3
     assert sum("DIFFERENT" in line for line in lines) == 1
-    with Image.open(tmp_path / "demo" / "demo.png") as sheet:
+    with Image.open(tmp_path / "demo" / "previews.png") as sheet:
         assert sheet.width > 3 * 256
+    assert "4 images, all pixels equal" in out
+    served = sorted((tmp_path / "demo" / "served").iterdir())
+    # The last column of the sheet is what was served, at one place of it each.
+    with Image.open(tmp_path / "demo" / "lora.png") as sheet:
+        painted = np.asarray(sheet)
+    for file in served:
+        with Image.open(file) as image:
+            row = np.asarray(image)[64].repeat(2, axis=0)
+        assert any((painted[top, -256 - 6 : -6] == row).all() for top in range(len(painted)))
+    assert (tmp_path / "demo" / "sks.safetensors").read_bytes() == MINIATURE_LORA.read_bytes()
+
+
+def test_the_demo_says_how_to_install_the_server(fidelora, monkeypatch):
+    monkeypatch.setattr(demo, "_paint", lambda *_: ([], []))
+    monkeypatch.setattr(demo, "_prove", lambda *_: None)
+    monkeypatch.setattr(demo, "_FOR_THE_SERVER", ("fastapi", "no_such_package"))
+    code, out, _ = fidelora("demo", "--device", "cpu")
+    assert code == 0
+    assert "pip install 'fidelora[server,client]'" in out
+
+
+def test_the_demos_server_is_told_apart_from_ours(monkeypatch):
+    monkeypatch.setenv("WORKFLOWS_BASE_PATH", "/elsewhere")
+    monkeypatch.setenv("FIDELORA_LORA_HOSTS", "example.org")
+    monkeypatch.setenv("UNRELATED", "1")
+    environment = demo_server._environment()
+    assert environment["UNRELATED"] == "1"
+    assert not {"WORKFLOWS_BASE_PATH", "FIDELORA_LORA_HOSTS"} & environment.keys()
 
 
 @pytest.mark.parametrize(
@@ -270,6 +277,7 @@ def test_the_demo_can_fail(fidelora, monkeypatch, max_difference, identical, sen
 
     same = compare.Comparison(identical, identical, max_difference, 0.0)
     monkeypatch.setattr(compare, "compare_with_preview", lambda *_: same)
+    monkeypatch.setattr(demo, "_paint", lambda *_: ([], []))
     code, _, err = fidelora("demo", "--device", "cpu")
     assert code == 1
     assert sentence in one_sentence(err)
@@ -309,8 +317,8 @@ def test_an_interrupt_in_the_middle_leaves_no_file(tmp_path):
         "import sys, os, signal, fidelora.engine.engine as e, fidelora.cli as c\n"
         "original = e.denoise\n"
         "def denoise(*args, on_step, **kwargs):\n"
-        "    def step(number):\n"
-        "        on_step(number)\n"
+        "    def step(number, latents):\n"
+        "        on_step(number, latents)\n"
         "        if number == 2: os.kill(os.getpid(), signal.SIGINT)\n"
         "    return original(*args, on_step=step, **kwargs)\n"
         f"e.denoise = denoise; sys.argv = ['fidelora', *{arguments!r}]; c.main()\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 import fidelora
-from fidelora.cli import demo, generate, models
+from fidelora.cli import demo, generate, grid, inspect, models, recipe, serve, verify
 from fidelora.cli.console import run
 
 app = typer.Typer(
@@ -34,6 +34,12 @@ def _options(
 app.command("generate")(generate.generate)
 app.command("models")(models.list_models)
 app.command("demo")(demo.demo)
+app.command("verify")(verify.verify)
+app.command("inspect")(inspect.inspect)
+app.command("recipe")(recipe.recipe)
+app.command("grid")(grid.grid)
+app.command("serve")(serve.serve)
+app.add_typer(serve.keys, name="keys")
 
 
 def main() -> None:

@@ -157,7 +157,7 @@ def _adapter(text: str) -> AdapterRef:
 
 def _noise(noise: str, adapters: tuple[AdapterRef, ...]) -> Noise:
     """`auto` asks the first adapter's file which trainer, and so which torch, its previews were made with."""
-    from fidelora.adapters.formats import noise_of_file
+    from fidelora.adapters.keys import noise_of_file
 
     if noise != "auto":
         return noise  # type: ignore[return-value]  # the recipe checks it
