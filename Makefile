@@ -9,9 +9,10 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/fidelora demo
 
-# Threads that wait without spinning: on a busy machine the suite takes a minute or two longer, in place of ten.
+# Two processes (TEST_PROCESSES=0: one, and prints appear); threads that wait without spinning, as the processes share the cores.
+TEST_PROCESSES ?= 2
 test: $(READY)
-	OMP_WAIT_POLICY=passive $(BIN)/pytest
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(TEST_PROCESSES) --dist worksteal --durations 25
 
 check: $(READY)
 	$(BIN)/ruff check .

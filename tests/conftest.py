@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# The suite runs in two processes, and small models are no faster with more threads than one. Set before torch is loaded, and for
+# the processes that tests start: pictures that are compared have to be made with the same number of threads.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 from collections.abc import Iterator
 
 import pytest

@@ -18,7 +18,7 @@ from typing import Any
 
 from tests.support import TINY_BASE
 
-DEADLINE_S = 120.0
+DEADLINE_S = 300.0
 
 
 def until(condition: Callable[[], Any], deadline_s: float = DEADLINE_S) -> Any:

@@ -116,8 +116,13 @@ def test_the_largest_number_of_steps(engine):
 
 
 def test_samplers_give_pictures_of_their_own(engine):
-    recipes = [Recipe(prompt="a ball", sampler=name, **{**SMALL, "steps": 6}) for name in model_spec("sd15").samplers]
-    assert len({pixels(engine, recipe) for recipe in recipes}) == len(recipes)
+    made = {
+        name: engine.generate(Recipe(prompt="a ball", sampler=name, **{**SMALL, "steps": 6})).pixels.astype(int)
+        for name in model_spec("sd15").samplers
+    }
+    # Ancestral Euler is DDPM in other variables: with the same draws they meet, up to rounding, which differs by processor.
+    assert np.abs(made["ddpm"] - made.pop("euler_a")).max() <= 1
+    assert len({image.tobytes() for image in made.values()}) == len(made)
 
 
 @pytest.mark.parametrize("guidance", [0.0, 0.5, 1.0])

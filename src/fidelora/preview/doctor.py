@@ -66,6 +66,9 @@ _FEW_STEPS = 6
 """Where many values are possible, each is tried at this many steps first, only to find the order in which to try them in earnest:
 an unfinished image already lies nearer to the preview with the right value than with a wrong one."""
 
+_IN_EARNEST = 16
+"""How many of those are then tried in earnest: with the right value among the many, it came among the first."""
+
 
 class _Search:
     """The tries so far, on one sample."""
@@ -95,14 +98,14 @@ class _Search:
             self.best, self._within_bound, self.is_over = suspect.named(explains), self._bound.allows(found), found.identical
 
     def at_few_steps_first(self, suspects: Iterable[Suspect]) -> list[Suspect]:
-        """The suspects in the order in which their unfinished images are near to the preview."""
+        """The suspects in the order in which their unfinished images are near to the preview; the far ones are left out."""
         if self._within_bound or self.is_over or self._sample.plan.recipe.steps <= 2 * _FEW_STEPS:
             return list(suspects)
         distances: list[tuple[float, int, Suspect]] = []
         for suspect in suspects:
             found = self._compared(replace(suspect, recipe=replace(suspect.recipe, steps=_FEW_STEPS)))
             distances.append((found.mean_difference if found else math.inf, len(distances), suspect))
-        return [suspect for _, _, suspect in sorted(distances, key=lambda one: one[:2])]
+        return [suspect for _, _, suspect in sorted(distances, key=lambda one: one[:2])[:_IN_EARNEST]]
 
     def result(self) -> Diagnosis:
         """The best explanation there is."""
@@ -133,9 +136,9 @@ def diagnose(
 ) -> Diagnosis:
     """Find out why previews came out different.
 
-    The mismatched sample with the least work is tried with every suspect in turn: first those with one or two ways to be wrong,
-    then those with many values, then the numbers of steps. One that makes the same image ends the search; one that comes as near
-    as rounding does ends it after the others of its cause, which may come nearer.
+    The mismatched sample with the least work is tried with the suspects in turn: first those with one or two ways to be wrong,
+    then those with many values, of which few steps tell the nearest, then the numbers of steps. One that makes the same image
+    ends the search; one that comes as near as rounding does ends it after the others of its cause, which may come nearer.
 
     Args:
         samples: those that were checked; at least one is a mismatch.
