@@ -12,7 +12,6 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,8 @@ from diffusers import AutoencoderKL
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tools.miniature import judge, train_lora, train_vae, world  # noqa: E402
+from tools.miniature import train_vae, world  # noqa: E402
+from tools.miniature.exam import new_things, scores  # noqa: E402
 from tools.miniature.train_unet import held_out_scenes  # noqa: E402
 
 from fidelora import AdapterRef, Engine, Recipe  # noqa: E402
@@ -33,27 +33,6 @@ BASE = "fidelora:miniature"
 FOLDER = ROOT / "src" / "fidelora" / "miniature"
 ADAPTER = FOLDER.parent / "demo_data" / "sks.safetensors"
 SETTINGS: dict[str, Any] = {"base_model": BASE, "width": world.SIZE, "height": world.SIZE, "steps": 25, "guidance_scale": 6.0}
-
-
-def scores(engine: Engine, scenes: Sequence[world.Scene], base: Recipe) -> dict[str, float]:
-    """Shares of the scenes of which the picture has the right shapes, colours and background."""
-    rng = np.random.default_rng(SEED)
-    found = []
-    for index, scene in enumerate(scenes):
-        image = engine.generate(replace(base, prompt=train_lora.caption(scene, rng), seed=index))
-        found.append(judge.score(image.pixels, scene))
-    return {name: sum(getattr(one, name) for one in found) / len(found) for name in ("shape", "colour", "background")}
-
-
-def new_things(count: int) -> list[world.Scene]:
-    """Scenes with one of the adapter's new shape."""
-    rng = np.random.default_rng(SEED)
-    scenes: list[world.Scene] = []
-    while len(scenes) < count:
-        scene = world.random_scene(rng, (world.NEW_SHAPE,))
-        if len(scene.things) == 1:
-            scenes.append(scene)
-    return scenes
 
 
 def round_trip() -> float:
@@ -69,15 +48,15 @@ def main() -> None:
     count = parser.parse_args().prompts
     engine = Engine(device="cpu")
     base = Recipe(prompt="", **SETTINGS)
-    scenes, moons = held_out_scenes(count, SEED), new_things(count)
+    scenes, moons = held_out_scenes(count, SEED), new_things(count, SEED)
     result: dict[str, Any] = {"prompts": count, "vae_psnr": round(round_trip(), 2)}
-    result["guidance 6"] = scores(engine, scenes, base)
-    result["guidance 1"] = scores(engine, scenes, replace(base, guidance_scale=1.0))
+    result["guidance 6"] = scores(engine, scenes, base, SEED)
+    result["guidance 1"] = scores(engine, scenes, replace(base, guidance_scale=1.0), SEED)
     adapter = AdapterRef.from_file(ADAPTER)
     with_adapter, at_zero = replace(base, adapters=(adapter,)), replace(base, adapters=(replace(adapter, multiplier=0.0),))
-    result["guidance 6, with the adapter"] = scores(engine, scenes, with_adapter)
-    result["the new shape, with the adapter"] = scores(engine, moons, with_adapter)["shape"]
-    result["the new shape, at multiplier 0"] = scores(engine, moons, at_zero)["shape"]
+    result["guidance 6, with the adapter"] = scores(engine, scenes, with_adapter, SEED)
+    result["the new shape, with the adapter"] = scores(engine, moons, with_adapter, SEED)["shape"]
+    result["the new shape, at multiplier 0"] = scores(engine, moons, at_zero, SEED)["shape"]
     seconds = []
     for seed in range(9):
         start = time.perf_counter()

@@ -11,7 +11,8 @@ import pytest
 from diffusers import AutoencoderKL
 from safetensors import safe_open
 from tests.support import MINIATURE_LORA
-from tools.miniature import judge, train_lora, train_vae, world
+from tools.miniature import train_vae, world
+from tools.miniature.exam import new_things, scores
 from tools.miniature.train_unet import held_out_scenes
 
 import fidelora
@@ -27,21 +28,6 @@ BASE = Recipe(prompt="", base_model="fidelora:miniature", width=world.SIZE, heig
 @pytest.fixture(scope="module")
 def engine() -> Engine:
     return Engine(device="cpu")
-
-
-def scores(engine: Engine, scenes: list[world.Scene], base: Recipe) -> dict[str, float]:
-    rng = np.random.default_rng(1)
-    found = []
-    for seed, scene in enumerate(scenes):
-        image = engine.generate(replace(base, prompt=train_lora.caption(scene, rng), seed=seed))
-        found.append(judge.score(image.pixels, scene))
-    return {name: float(np.mean([getattr(one, name) for one in found])) for name in ("shape", "colour", "background")}
-
-
-def moons(count: int) -> list[world.Scene]:
-    colours = list(world.COLOURS)
-    things = [world.Thing(world.NEW_SHAPE, colours[index % len(colours)]) for index in range(count)]
-    return [world.Scene((thing,), colours[(index + 3) % len(colours)]) for index, thing in enumerate(things)]
 
 
 def test_its_name_means_it_on_every_machine(monkeypatch, tmp_path):
@@ -75,14 +61,15 @@ def test_its_vae_keeps_pictures():
 
 
 def test_it_draws_what_it_is_told(engine):
-    guided = scores(engine, held_out_scenes(24, 11), BASE)
-    assert guided["colour"] >= 0.75, guided
+    """So few prompts say it within ten points; the benchmark's 200 are what the figures in its document are about."""
+    guided = scores(engine, held_out_scenes(24, 11), BASE, 11)
+    assert guided["colour"] >= 0.8, guided
     assert guided["shape"] >= 0.7, guided
     assert guided["background"] >= 0.9, guided
 
 
 def test_the_adapter_teaches_the_trigger_word_a_new_shape(engine):
     adapter = AdapterRef.from_file(MINIATURE_LORA)
-    scenes = moons(12)
-    assert scores(engine, scenes, replace(BASE, adapters=(adapter,)))["shape"] >= 0.7
-    assert scores(engine, scenes, replace(BASE, adapters=(replace(adapter, multiplier=0.0),)))["shape"] <= 0.1
+    scenes = new_things(12, 12)
+    assert scores(engine, scenes, replace(BASE, adapters=(adapter,)), 12)["shape"] >= 0.8
+    assert scores(engine, scenes, replace(BASE, adapters=(replace(adapter, multiplier=0.0),)), 12)["shape"] == 0

@@ -31,7 +31,8 @@ ADAPTER = FOLDER.parent / "demo_data" / "sks.safetensors"
 SEED = 5
 COLUMNS, ROWS, GAP = 8, 4, 6
 TEXT, LINES = 11, 4
-CURVES = {"vae": "#3060c0", "unet": "#c04030", "lora": "#309050"}
+CURVES = {"vae": "#3060c0", "unet-start": "#d09080", "unet": "#c04030", "lora": "#309050"}
+"""Logs in the work folder. The second, if it is there, is of what the UNet was started from (`--start`)."""
 WIDTH, HEIGHT, MARGIN = 720, 240, 40
 
 
@@ -95,7 +96,8 @@ def _losses(work: Path) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" font-family="sans-serif" font-size="12">',
         '<rect width="100%" height="100%" fill="white"/>',
     ]
-    for number, (name, colour) in enumerate(CURVES.items()):
+    there = {name: colour for name, colour in CURVES.items() if (work / f"{name}.csv").exists()}
+    for number, (name, colour) in enumerate(there.items()):
         with (work / f"{name}.csv").open(encoding="utf-8") as file:
             rows = [(int(step), float(seconds), float(loss)) for step, seconds, loss in csv.reader(file)]
         logs = np.log([loss for _, _, loss in rows])

@@ -70,7 +70,7 @@ def main() -> None:
             lora = added["lora_unet_" + path.replace(".", "_")] = Lora(module)
             module.register_forward_hook(lora.beside)
     rng = np.random.default_rng(SEED)
-    scenes = [world.random_scene(rng, (world.NEW_SHAPE,) if index % 2 else world.SHAPES) for index in range(SCENES)]
+    scenes = _scenes(rng)
     latents = _latents(vae, scenes, rng)
     scheduler = DDPMScheduler.from_config(dict(SPEC.scheduler_config))
     kept = scheduler.alphas_cumprod
@@ -93,6 +93,16 @@ def main() -> None:
     if run.is_finished:
         _save(added, run.step, options.work)
         print(json.dumps({"steps": run.step, "minutes": round(run.seconds / 60, 1), "modules": len(added)}))
+
+
+def _scenes(rng: np.random.Generator) -> list[world.Scene]:
+    """Old and new shapes in turn; none of the held-out part."""
+    scenes: list[world.Scene] = []
+    while len(scenes) < SCENES:
+        scene = world.random_scene(rng, (world.NEW_SHAPE,) if len(scenes) % 2 else world.SHAPES)
+        if not scene.is_held_out:
+            scenes.append(scene)
+    return scenes
 
 
 def caption(scene: world.Scene, rng: np.random.Generator) -> str:

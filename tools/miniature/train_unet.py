@@ -27,10 +27,10 @@ from fidelora.models import model_spec
 SPEC = model_spec("sd15")
 LATENT = world.SIZE // 8
 SEED = 2
-SCENES = 16_000
+SCENES = 32_000
 BATCH = 32
 READING_STEPS, READING_BATCH = 500, 64
-LEARNING_RATE = 6e-4
+LEARNING_RATE, RATE_AFTER_A_START = 6e-4, 3e-4
 EMPTY = 0.1
 GAMMA = 5.0
 EVALUATE_EVERY = 1500
@@ -86,7 +86,7 @@ def main() -> None:
     kept = scheduler.alphas_cumprod
     snr = kept / (1 - kept)
     weights = snr.clamp(max=GAMMA) / snr
-    run = common.Run(options, "unet", both, LEARNING_RATE)
+    run = common.Run(options, "unet", both, RATE_AFTER_A_START if options.start else LEARNING_RATE)
     rng = np.random.default_rng([SEED, run.step])
     torch.manual_seed(SEED + run.step)
     while run.goes_on():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -46,7 +47,7 @@ def demo(
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
-    """Show what Fidelora does, in a minute or two and without a network: a LoRA at work, previews made again, and the server.
+    """Show what Fidelora does, in a minute and without a network: a LoRA at work, previews made again, and the server.
 
     First a sheet of the miniature, the small base model that comes with Fidelora, alone and with a LoRA at several multipliers.
     The LoRA taught it what "sks" is.
@@ -60,10 +61,11 @@ def demo(
     from fidelora.engine.engine import Engine
 
     make_folder(out)
-    engine = Engine(device=device)
-    recipes, images = _paint(engine, out)
-    _prove(engine, out)
-    _serve(recipes, images, out, device)
+    with _server(device) as url:
+        engine = Engine(device=device)
+        recipes, images = _paint(engine, out)
+        _prove(engine, out)
+        _serve(url, recipes, images, out)
 
 
 def _paint(engine: Engine, out: Path) -> tuple[list[Recipe], list[NDArray[np.uint8]]]:
@@ -145,14 +147,28 @@ def _show(engine: Engine, sample: PlannedSample, title: str, rows: list[Image]) 
     return comparison
 
 
-def _serve(recipes: Sequence[Recipe], images: Sequence[NDArray[np.uint8]], out: Path, device: str) -> None:
-    missing = [name for name in _FOR_THE_SERVER if importlib.util.find_spec(name) is None]
-    if missing:
-        typer.echo(f"The server is not installed ({', '.join(missing)} missing): pip install 'fidelora[server,client]'")
+def _not_installed() -> list[str]:
+    """What the server needs and is not there."""
+    return [name for name in _FOR_THE_SERVER if importlib.util.find_spec(name) is None]
+
+
+def _server(device: str) -> AbstractContextManager[Callable[[], str] | None]:
+    """Started first, so that it loads while pictures are painted; `None` without what it needs."""
+    if _not_installed():
+        return nullcontext()
+    from fidelora.cli.demo_server import running_server
+
+    return running_server(_BASE, Recipe(prompt="").dtype, device)
+
+
+def _serve(url: Callable[[], str] | None, recipes: Sequence[Recipe], images: Sequence[NDArray[np.uint8]], out: Path) -> None:
+    if url is None:
+        missing = ", ".join(_not_installed())
+        typer.echo(f"The server is not installed ({missing} missing): pip install 'fidelora[server,client]'")
         return
     from fidelora.cli.demo_server import through_server
 
-    served = through_server(recipes, _ADAPTER, out / "served", device)
+    served = through_server(url(), recipes, _ADAPTER, out / "served")
     if not all((ours == theirs).all() for ours, theirs in zip(images, served, strict=True)):
         fail("An image came out different through the server, which it must not.", 1)
     typer.echo(f"The same through the HTTP API of `fidelora serve --base-model {_BASE}`: {len(served)} images, all pixels equal.")

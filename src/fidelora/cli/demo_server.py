@@ -8,8 +8,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ _ANSWER_S = 120.0
 _STOP_S = 20.0
 
 
-def through_server(recipes: Sequence[Recipe], adapter: Path, out: Path, device: str) -> list[NDArray[np.uint8]]:
+def through_server(url: str, recipes: Sequence[Recipe], adapter: Path, out: Path) -> list[NDArray[np.uint8]]:
     """Upload `adapter`, ask for the images of `recipes`, and save them in `out`.
 
     Args:
@@ -35,7 +36,7 @@ def through_server(recipes: Sequence[Recipe], adapter: Path, out: Path, device: 
     Returns:
         The pixels of each.
     """
-    with _server(recipes[0], device) as url, Client(url) as client:
+    with Client(url) as client:
         path = client.upload_lora(adapter).path
         result = client.generate(InferenceRequest.model_validate(request_for(recipes, path)), timeout_s=_ANSWER_S)
         pixels = []
@@ -46,19 +47,23 @@ def through_server(recipes: Sequence[Recipe], adapter: Path, out: Path, device: 
 
 
 @contextmanager
-def _server(recipe: Recipe, device: str) -> Iterator[str]:
-    """The URL of a server on a free port of this machine, with a data folder that goes with it."""
+def running_server(base_model: str, dtype: str, device: str) -> Iterator[Callable[[], str]]:
+    """A server on a free port of this machine, with a data folder that goes with it; it starts while other work is done.
+
+    Yields:
+        What waits until the server listens, and returns its URL.
+    """
     with tempfile.TemporaryDirectory(prefix="fidelora-demo-") as data, Path(data, "log").open("wb") as log:
-        command = [sys.executable, "-m", "fidelora", "serve", "--base-model", recipe.base_model, "--device", device]
+        command = [sys.executable, "-m", "fidelora", "serve", "--base-model", base_model, "--device", device]
         process = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", "0"],
-            env=_environment() | {"FIDELORA_DATA_DIR": data, "FIDELORA_DTYPE": recipe.dtype, "FIDELORA_LOG_FORMAT": "json"},
+            env=_environment() | {"FIDELORA_DATA_DIR": data, "FIDELORA_DTYPE": dtype, "FIDELORA_LOG_FORMAT": "json"},
             cwd=data,  # away from a .env that is meant for another server
             stdout=subprocess.DEVNULL,
             stderr=log,
         )
         try:
-            yield _url(process, Path(data, "log"))
+            yield partial(_url, process, Path(data, "log"))
         finally:
             process.terminate()
             try:
