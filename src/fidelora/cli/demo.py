@@ -47,7 +47,7 @@ def demo(
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
-    """Show what Fidelora does, in a minute and without a network: a LoRA at work, previews made again, and the server.
+    """Show what Fidelora does, in a minute or two and without a network: a LoRA at work, previews made again, and the server.
 
     First a sheet of the miniature, the small base model that comes with Fidelora, alone and with a LoRA at several multipliers.
     The LoRA taught it what "sks" is.
