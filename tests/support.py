@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 import fidelora
+from fidelora.adapters.deltas import Delta
+from fidelora.adapters.merge import merge_into
 
 DEMO_DATA = Path(fidelora.__file__).parent / "demo_data"
 TINY_BASE = DEMO_DATA / "tiny-sd15"
@@ -44,3 +46,10 @@ def save_adapter(path: Path, tensors: dict[str, Tensor], **metadata: str) -> Pat
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def merged(delta: Delta, weight: Tensor, multiplier: float) -> Tensor:
+    """The float32 `weight` with one delta merged into a copy of it."""
+    result = torch.empty_like(weight, dtype=torch.float32)
+    merge_into(result, weight, [(delta, multiplier)])
+    return result

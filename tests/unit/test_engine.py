@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.support import LOKR, LORA, LORA_CONV, TINY_BASE, change_weights, copy_base
+from tests.support import LOKR, LORA, LORA_CONV, TINY_BASE, change_weights, copy_base, save_adapter
 
 from fidelora import AdapterRef, Engine, Progress, Recipe
 from fidelora.engine.base import BaseKey, expected_bytes, load_base
 from fidelora.engine.noise import legacy_randn
+from fidelora.engine.text import encode_text
 from fidelora.errors import (
     AdapterChangedError,
     AdapterMismatchError,
@@ -413,3 +414,54 @@ def test_cuda_gives_nearly_the_picture_of_the_cpu(engine, offload):
         difference = np.abs(on_cuda.generate(one).pixels.astype(int) - engine.generate(one).pixels.astype(int))
         assert difference.mean() < 1
     assert on_cuda.auto_dtype in ("bfloat16", "float16")
+
+
+def count_encodings(monkeypatch):
+    """The texts that are really encoded from now on."""
+    seen: list[str] = []
+
+    def counted(tokenizer, encoder, text, device):
+        seen.append(text)
+        return encode_text(tokenizer, encoder, text, device)
+
+    monkeypatch.setattr("fidelora.engine.engine.encode_text", counted)
+    return seen
+
+
+def test_a_text_is_encoded_once_for_each_state_of_its_encoder(monkeypatch, tmp_path):
+    seen = count_encodings(monkeypatch)
+    name = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    torch.manual_seed(1)
+    of_text = save_adapter(
+        tmp_path / "text.safetensors",
+        {f"{name}.lora_down.weight": torch.randn(2, 32), f"{name}.lora_up.weight": torch.randn(64, 2)},
+    )
+    plain = Recipe(prompt="a ball", negative_prompt="bad", base_model=str(TINY_BASE), width=64, height=64, steps=2)
+    with_text = replace(plain, adapters=(AdapterRef.from_file(of_text),))
+    recipes = [
+        plain,
+        replace(plain, seed=1),
+        replace(plain, adapters=(AdapterRef.from_file(LORA),)),  # of the UNet alone
+        replace(plain, prompt="a box"),
+        with_text,
+        replace(with_text, seed=1),
+        replace(with_text, adapters=(AdapterRef.from_file(of_text, 0.5),)),
+        replace(with_text, adapter_mode="live"),
+        plain,
+    ]
+    engine = Engine(device="cpu")
+    pixels = [engine.generate(recipe).pixels for recipe in recipes]
+    assert seen == ["bad", "a ball", "a box"] + ["bad", "a ball"] * 3
+    for recipe, image in zip(recipes, pixels, strict=True):
+        assert np.array_equal(Engine(device="cpu").generate(recipe).pixels, image)
+    assert not np.array_equal(pixels[0], pixels[4])
+
+
+def test_only_so_many_texts_are_kept(monkeypatch):
+    seen = count_encodings(monkeypatch)
+    monkeypatch.setattr("fidelora.engine.text._KNOWN_TEXTS", 2)
+    engine = Engine(device="cpu")
+    base = Recipe(prompt="", base_model=str(TINY_BASE), width=64, height=64, steps=1, guidance_scale=1.0)
+    for prompt in ("one", "two", "one", "three", "one", "two"):
+        engine.generate(replace(base, prompt=prompt))
+    assert seen == ["one", "two", "three", "two"]

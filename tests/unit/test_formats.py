@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from tests.support import merged
 from torch import nn
 from torch.nn import functional
 
@@ -488,7 +489,7 @@ def loha_delta(shape, scale=0.5):
 def test_the_merged_lora_of_a_linear_weight_is_right():
     delta, weight = lora_delta(LINEAR), numbers(*LINEAR)
     expected = weight.double() + 0.75 * 0.5 * (delta.up.double() @ delta.down.double())
-    torch.testing.assert_close(delta.add_to(weight, 0.75), expected.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(merged(delta, weight, 0.75), expected.float(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [CONV_1, CONV_3], ids=["conv 1x1", "conv 3x3"])
@@ -496,7 +497,7 @@ def test_the_merged_lora_of_a_convolution_is_right(shape):
     delta, weight = lora_delta(shape), numbers(*shape)
     product = torch.einsum("or,rihw->oihw", delta.up.double()[:, :, 0, 0], delta.down.double())
     expected = weight.double() + 0.75 * 0.5 * product
-    torch.testing.assert_close(delta.add_to(weight, 0.75), expected.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(merged(delta, weight, 0.75), expected.float(), rtol=1e-5, atol=1e-5)
 
 
 def whole(factors):
@@ -514,14 +515,14 @@ def test_the_merged_lokr_is_the_kronecker_product(shape, first, second):
     # Written out: block (a, b) of the weight's first two dimensions is w1[a, b] times w2.
     product = torch.einsum("ab,cdk->acbdk", w1, w2.reshape(4, 3, -1)).reshape(shape)
     expected = weight.double() + 0.75 * 0.5 * product
-    torch.testing.assert_close(delta.add_to(weight, 0.75), expected.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(merged(delta, weight, 0.75), expected.float(), rtol=1e-5, atol=1e-5)
 
 
 @SHAPES
 def test_the_merged_loha_is_the_product_number_by_number(shape):
     delta, weight = loha_delta(shape), numbers(*shape)
     expected = weight.double() + 0.75 * 0.5 * (whole(delta.w1) * whole(delta.w2)).reshape(shape)
-    torch.testing.assert_close(delta.add_to(weight, 0.75), expected.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(merged(delta, weight, 0.75), expected.float(), rtol=1e-5, atol=1e-5)
 
 
 @SHAPES
@@ -529,9 +530,8 @@ def test_the_merged_loha_is_the_product_number_by_number(shape):
 def test_merging_leaves_the_weight_and_the_delta_as_they_are(make, shape):
     delta, weight = make(shape), numbers(*shape)
     kept = [tensor.clone() for tensor in delta.tensors()]
-    merged = delta.add_to(weight, 1.0)
-    assert merged.dtype == torch.float32
-    assert not torch.equal(merged, weight)
+    result = merged(delta, weight, 1.0)
+    assert not torch.equal(result, weight)
     assert torch.equal(weight, numbers(*shape))
     assert all(torch.equal(now, before) for now, before in zip(delta.tensors(), kept, strict=True))
 
@@ -539,13 +539,13 @@ def test_merging_leaves_the_weight_and_the_delta_as_they_are(make, shape):
 @SHAPES
 @pytest.mark.parametrize("make", [lora_delta, lokr_delta, loha_delta])
 def test_a_multiplier_of_zero_changes_nothing(make, shape):
-    assert torch.equal(make(shape).add_to(numbers(*shape), 0.0), numbers(*shape))
+    assert torch.equal(merged(make(shape), numbers(*shape), 0.0), numbers(*shape))
 
 
 @pytest.mark.parametrize("make", [lokr_delta, loha_delta])
 def test_a_live_weight_of_float32_is_the_merged_one(make):
     weight = numbers(*CONV_3)
-    assert torch.equal(make(CONV_3).live_weight(weight, 0.75), make(CONV_3).add_to(weight, 0.75))
+    assert torch.equal(make(CONV_3).live_weight(weight, 0.75), merged(make(CONV_3), weight, 0.75))
 
 
 @pytest.mark.parametrize("make", [lokr_delta, loha_delta])
@@ -553,7 +553,7 @@ def test_a_live_weight_keeps_the_dtype_of_the_weight(make):
     weight = numbers(*LINEAR).bfloat16()
     live = make(LINEAR).live_weight(weight, 0.75)
     assert live.dtype == torch.bfloat16
-    torch.testing.assert_close(live.float(), make(LINEAR).add_to(weight.float(), 0.75), rtol=0.02, atol=0.05)
+    torch.testing.assert_close(live.float(), merged(make(LINEAR), weight.float(), 0.75), rtol=0.02, atol=0.05)
 
 
 CONVOLUTIONS = [
@@ -570,7 +570,7 @@ def test_a_lora_beside_a_convolution_adds_what_the_merged_one_does(options):
     delta, x = lora_delta(tuple(module.weight.shape)), numbers(2, 15, 9, 10, seed=5)
     with torch.no_grad():
         plain = module.double()(x.double())
-        module.weight.copy_(delta.add_to(module.weight.float(), 0.75).double())
+        module.weight.copy_(merged(delta, module.weight.float(), 0.75).double())
         difference = module(x.double()) - plain
         beside = delta.beside(module.float(), x, 0.75)
     assert beside.dtype == torch.float32
@@ -579,7 +579,7 @@ def test_a_lora_beside_a_convolution_adds_what_the_merged_one_does(options):
 
 def test_a_lora_beside_a_linear_module_adds_what_the_merged_one_does():
     delta, x, weight = lora_delta(LINEAR), numbers(2, 7, 15, seed=5), numbers(*LINEAR)
-    expected = functional.linear(x.double(), delta.add_to(weight, 0.75).double() - weight.double())
+    expected = functional.linear(x.double(), merged(delta, weight, 0.75).double() - weight.double())
     torch.testing.assert_close(delta.beside(nn.Linear(15, 12), x, 0.75), expected.float(), rtol=1e-4, atol=1e-4)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
-from tests.support import LOKR, LORA, LORA_CONV, TINY_BASE, save_adapter
+from tests.support import LOKR, LORA, LORA_CONV, TINY_BASE, change_weights, copy_base, merged, save_adapter
 
 from fidelora import Recipe
 from fidelora.adapters.formats import read_adapter
@@ -100,7 +101,7 @@ def test_a_merge_in_bfloat16_is_rounded_once():
     name, delta = next(iter(lora.deltas.items()))
     pristine = base.targets.by_name[name].weight.clone()
     base.merged.apply([(lora, 1.0)])
-    expected = delta.add_to(pristine.to(torch.float32), 1.0).to(torch.bfloat16)
+    expected = merged(delta, pristine.to(torch.float32), 1.0).to(torch.bfloat16)
     assert torch.equal(base.targets.by_name[name].weight, expected)
 
 
@@ -110,10 +111,10 @@ def test_several_adapters_in_bfloat16_are_rounded_once_at_the_end():
     in_one, in_two = [], []
     for name in lora.deltas.keys() & conv.deltas.keys():
         pristine = base.targets.by_name[name].weight.to(torch.float32)
-        first = lora.deltas[name].add_to(pristine, 0.7)
-        in_one.append((name, conv.deltas[name].add_to(first, 0.3).to(torch.bfloat16)))
+        first = merged(lora.deltas[name], pristine, 0.7)
+        in_one.append((name, merged(conv.deltas[name], first, 0.3).to(torch.bfloat16)))
         rounded = first.to(torch.bfloat16).to(torch.float32)
-        in_two.append((name, conv.deltas[name].add_to(rounded, 0.3).to(torch.bfloat16)))
+        in_two.append((name, merged(conv.deltas[name], rounded, 0.3).to(torch.bfloat16)))
     base.merged.apply([(lora, 0.7), (conv, 0.3)])
     assert all(torch.equal(base.targets.by_name[name].weight, expected) for name, expected in in_one)
     assert not all(torch.equal(base.targets.by_name[name].weight, other) for name, other in in_two)
@@ -123,16 +124,16 @@ def test_a_write_that_is_cut_short_is_repaired_by_the_next_one(monkeypatch):
     base = fresh_base()
     pristine = bits(base)
     lora = base.targets.bind(read_adapter(LORA))
-    copy, copies = torch.Tensor.copy_, []
+    add, sums = torch.add, []
 
-    def fails_in_the_middle(self, *args, **kwargs):
-        copies.append(self)
-        if len(copies) == 7:
-            copy(self, torch.full_like(self, 1e9))
+    def fails_in_the_middle(*args, out):
+        sums.append(out)
+        if len(sums) == 7:
+            out.fill_(1e9)
             raise MemoryError
-        return copy(self, *args, **kwargs)
+        return add(*args, out=out)
 
-    monkeypatch.setattr(torch.Tensor, "copy_", fails_in_the_middle)
+    monkeypatch.setattr(torch, "add", fails_in_the_middle)
     with pytest.raises(MemoryError):
         base.merged.apply([(lora, 1.0)])
     monkeypatch.undo()
@@ -206,3 +207,41 @@ def test_one_target_cannot_take_two_modules_of_one_file(tmp_path):
         tensors |= {f"{name}.lora_down.weight": torch.ones(2, 32), f"{name}.lora_up.weight": torch.ones(64, 2)}
     with pytest.raises(AdapterMismatchError, match="its target has another module of the file already"):
         fresh_base().targets.bind(read_adapter(save_adapter(tmp_path / "a.safetensors", tensors)))
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_comes_back_from_a_file_of_another_precision_is_what_was_loaded(tmp_path, stored, dtype):
+    """Pristine weights are read from the file again: cast as loading casts them, not more and not less."""
+    folder = copy_base(tmp_path)
+    change_weights(
+        folder / "unet" / "diffusion_pytorch_model.safetensors",
+        lambda weights: {name: weight.to(stored) for name, weight in weights.items()},
+    )
+    base = load_base(BaseKey.of(Recipe(prompt="", base_model=str(folder), dtype=dtype)), torch.device("cpu"))
+    loaded = bits(base)
+    lora, lokr = (base.targets.bind(read_adapter(path)) for path in (LORA, LOKR))
+    base.merged.apply([(lora, 0.7), (lokr, 0.3)])
+    merged_once = bits(base)
+    assert not same(merged_once, loaded)
+    base.merged.apply([(lokr, 1.0)])
+    base.merged.apply([(lora, 0.7), (lokr, 0.3)])
+    assert same(bits(base), merged_once)
+    base.merged.apply([])
+    assert same(bits(base), loaded)
+
+
+def test_pristine_weights_cost_no_memory_of_the_process():
+    """They are the file's own pages, and no copy is kept of a weight that was merged into."""
+    base = fresh_base()
+    lora = base.targets.bind(read_adapter(LORA))
+    kept = {name: target.pristine for name, target in base.targets.by_name.items()}
+    base.merged.apply([(lora, 1.0)])
+    assert all(base.targets.by_name[name].pristine is weight for name, weight in kept.items())
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if "diffusion_pytorch_model.safetensors" in line]
+    ranges = [tuple(int(end, 16) for end in line.split()[0].split("-")) for line in mapped]
+    for name in lora.deltas:
+        weight = kept[name]
+        assert weight is not None
+        pointer = weight.data_ptr()
+        assert any(start <= pointer < end for start, end in ranges), f"{name} is not mapped from its file"

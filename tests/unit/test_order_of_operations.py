@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.support import merged
 from torch import nn
 from torch.nn import functional
 
@@ -30,7 +31,7 @@ def test_a_merged_lora_is_multiplied_first_and_scaled_second():
     expected = weight + (MULTIPLIER * (up @ down)) * SCALE
     assert differ(expected, weight + (SCALE * (up @ down)) * MULTIPLIER)
     assert differ(expected, weight + (SCALE * MULTIPLIER) * (up @ down))
-    assert torch.equal(LoraDelta(SCALE, down, up).add_to(weight, MULTIPLIER), expected)
+    assert torch.equal(merged(LoraDelta(SCALE, down, up), weight, MULTIPLIER), expected)
 
 
 def test_a_merged_convolution_is_its_own_convolution():
@@ -38,13 +39,13 @@ def test_a_merged_convolution_is_its_own_convolution():
     product = functional.conv2d(down.permute(1, 0, 2, 3), up).permute(1, 0, 2, 3)
     expected = weight + (MULTIPLIER * product) * SCALE
     assert differ(expected, weight + (SCALE * product) * MULTIPLIER)
-    assert torch.equal(LoraDelta(SCALE, down, up).add_to(weight, MULTIPLIER), expected)
+    assert torch.equal(merged(LoraDelta(SCALE, down, up), weight, MULTIPLIER), expected)
 
 
 def test_a_merged_convolution_of_one_pixel_is_a_product_of_matrices():
     weight, down, up = torch.randn(48, 32, 1, 1), torch.randn(7, 32, 1, 1), torch.randn(48, 7, 1, 1)
     expected = weight + (MULTIPLIER * (up[:, :, 0, 0] @ down[:, :, 0, 0]))[:, :, None, None] * SCALE
-    assert torch.equal(LoraDelta(SCALE, down, up).add_to(weight, MULTIPLIER), expected)
+    assert torch.equal(merged(LoraDelta(SCALE, down, up), weight, MULTIPLIER), expected)
 
 
 def test_a_live_lora_is_scaled_first_and_multiplied_second_in_float32():
@@ -71,7 +72,7 @@ def test_a_weight_delta_is_scaled_first_and_multiplied_second(kind):
         product = (factors[0] @ factors[1]) * (factors[2] @ factors[3])
     expected = weight + (product * SCALE) * MULTIPLIER
     assert differ(expected, weight + (product * MULTIPLIER) * SCALE)
-    assert torch.equal(delta.add_to(weight, MULTIPLIER), expected)
+    assert torch.equal(merged(delta, weight, MULTIPLIER), expected)
 
     half = weight.to(torch.bfloat16)
     live = half + (product * SCALE).to(torch.bfloat16) * MULTIPLIER

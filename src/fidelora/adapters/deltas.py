@@ -3,7 +3,7 @@
 The order matters: floating-point sums and products are not associative, and the images are compared to the bit. Two paths
 exist in the trainer, and each kind of delta has both:
 
-* merged: `add_to` changes the weight itself, in float32, before the image is made;
+* merged: `change` is added to the weight itself, in float32, before the image is made (`merge.py`);
 * live: the LoRA runs beside the module (`beside`), or the changed weight is made anew at each call (`live_weight`).
 
 All tensors of a delta are float32 on the CPU, whatever the file stores: the trainer's own are float32 while it samples.
@@ -37,8 +37,8 @@ class Delta(ABC):
         """The shape of the weight that this delta can change; equal to `weight_shape` if it fits that one."""
 
     @abstractmethod
-    def add_to(self, weight: Tensor, multiplier: float) -> Tensor:
-        """The float32 `weight` with the delta added, as a new float32 tensor on the same device."""
+    def change(self, weight_shape: torch.Size, multiplier: float, device: torch.device) -> Tensor:
+        """What merging adds to a weight of this shape: a new float32 tensor on `device`, `scale` and `multiplier` applied."""
 
     @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
@@ -59,16 +59,17 @@ class LoraDelta(Delta):
     def shape_for(self, weight_shape: torch.Size) -> tuple[int, ...]:
         return (self.up.shape[0], *self.down.shape[1:])
 
-    def add_to(self, weight: Tensor, multiplier: float) -> Tensor:
-        up, down = self.up.to(weight.device), self.down.to(weight.device)
-        if weight.dim() == 2:
+    def change(self, weight_shape: torch.Size, multiplier: float, device: torch.device) -> Tensor:
+        up, down = self.up.to(device), self.down.to(device)
+        # Products of whole matrices, as the trainer does them: a part of a product may be summed in another order.
+        if down.dim() == 2:
             product = up @ down
         elif down.shape[2:] == (1, 1):
             product = (up.squeeze(3).squeeze(2) @ down.squeeze(3).squeeze(2)).unsqueeze(2).unsqueeze(3)
         else:
             product = functional.conv2d(down.permute(1, 0, 2, 3), up).permute(1, 0, 2, 3)
-        # The trainer's order: multiplier first, then scale, then the sum.
-        return weight + multiplier * product * self.scale
+        # The trainer's order: multiplier first, then scale.
+        return product.mul_(multiplier).mul_(self.scale)
 
     def beside(self, module: Module, x: Tensor, multiplier: float) -> Tensor:
         """What runs beside `module`: `up(down(x)) * scale * multiplier`, in float32.
@@ -98,9 +99,9 @@ class WeightDelta(Delta):
     def full(self, weight_shape: torch.Size, device: torch.device) -> Tensor:
         """The whole delta times `scale`, float32, in the weight's shape."""
 
-    def add_to(self, weight: Tensor, multiplier: float) -> Tensor:
-        # The trainer's order: scale first (in `full`), then the multiplier, then the sum.
-        return weight + self.full(weight.shape, weight.device) * multiplier
+    def change(self, weight_shape: torch.Size, multiplier: float, device: torch.device) -> Tensor:
+        # The trainer's order: scale first (in `full`), then the multiplier.
+        return self.full(weight_shape, device).mul_(multiplier)
 
     def live_weight(self, weight: Tensor, multiplier: float) -> Tensor:
         """`weight` with the delta added in the dtype of the weight, where the merged path does it in float32."""

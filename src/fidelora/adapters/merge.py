@@ -1,7 +1,8 @@
 """The merged path: adapters added into the base model's weights, and taken out again without a trace.
 
-A weight that an adapter touches is copied before the first touch, and every later change starts from that copy. Subtracting what
-was added would leave roundings behind (the trainer does that, which is why its late previews drift); a restored copy leaves none.
+Every change of a weight starts from the base model's file, which stays mapped: that costs no memory of the process, and where the
+system has the file in its cache, no time on the disk. Subtracting what was added would leave roundings behind (the trainer does
+that, which is why its late previews drift); what is read again leaves none.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ class MergedAdapters:
 
     def __init__(self, targets: Targets) -> None:
         self._targets = targets
-        self._pristine: dict[str, Tensor] = {}
         self._applied: dict[str, Applied] = {}
 
     @torch.no_grad()
@@ -54,22 +54,32 @@ class MergedAdapters:
         return written
 
     def _write(self, target: Target, plan: Applied, deltas: Sequence[tuple[Delta, float]]) -> None:
-        weight = target.weight
-        pristine = self._pristine.get(target.name)
-        if pristine is None:
-            pristine = self._pristine[target.name] = weight.detach().clone()
-        pristine = pristine.to(weight.device)
-        if deltas:
-            merged = pristine.to(torch.float32)
-            for delta, multiplier in deltas:
-                merged = delta.add_to(merged, multiplier)
-            result = merged.to(weight.dtype)
-        else:
-            result = pristine
-        # If the copy is cut short (out of memory, an interrupt), the weight is known to be unknown, and written next time.
+        assert target.pristine is not None, "names and shapes alone cannot be merged into"
+        # If writing is cut short (out of memory, an interrupt), the weight is known to be unknown, and written next time.
         self._applied[target.name] = _UNKNOWN
-        weight.copy_(result)
+        merge_into(target.weight, target.pristine, deltas)
         if plan:
             self._applied[target.name] = plan
         else:
             del self._applied[target.name]
+
+
+@torch.no_grad()
+def merge_into(weight: Tensor, pristine: Tensor, deltas: Sequence[tuple[Delta, float]]) -> None:
+    """Write `pristine`, with each delta at its multiplier added in order, over `weight`.
+
+    Args:
+        weight: what is overwritten, in the dtype in which the base model was loaded.
+        pristine: the same weight as the file has it; another dtype is cast first, as loading does it.
+    """
+    if not deltas:
+        weight.copy_(pristine)
+        return
+    merged = pristine.to(weight.device, weight.dtype).to(torch.float32)
+    for delta, multiplier in deltas:
+        change = delta.change(weight.shape, multiplier, weight.device)
+        # The last sum of a float32 weight goes where it belongs; a copy of it would cost as much as the sum.
+        target = weight if delta is deltas[-1][0] and weight.dtype == torch.float32 else change
+        merged = torch.add(merged, change, out=target)
+    if merged is not weight:
+        weight.copy_(merged)

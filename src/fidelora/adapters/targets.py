@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor, nn
 
@@ -17,13 +18,17 @@ from fidelora.models import ModelSpec
 class Target:
     """One linear or convolutional module.
 
-    `weight` and `bias` are its parameters as they were before offloading put placeholders in their place: where the numbers are.
+    Attributes:
+        weight, bias: its parameters as they were before offloading put placeholders in their place: where the numbers are.
+        pristine: the weight as the base model's file has it, mapped from there and in the file's dtype; None for a module that
+            only shows names and shapes.
     """
 
     name: str
     module: Module
     weight: Tensor
     bias: Tensor | None
+    pristine: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,15 +39,26 @@ class BoundAdapter:
     deltas: Mapping[str, Delta]
     """By the name of the target."""
 
+    @cached_property
+    def components(self) -> frozenset[str]:
+        """The parts of the base model that it changes."""
+        return frozenset(name.partition(".")[0] for name in self.deltas)
+
 
 class Targets:
     """All targets of one base model, found by the names that adapter files use.
 
     Adapter files flatten a module's path with underscores (`lora_unet_down_blocks_0_attentions_0_proj_in`) or keep its dots
     (PEFT: `unet.down_blocks.0.attentions.0.proj_in`); both are looked up in the flattened form.
+
+    Args:
+        components: the parts of the base model by name.
+        pristine: for each of them its weights by name, as the file has them; needed to merge.
     """
 
-    def __init__(self, spec: ModelSpec, components: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self, spec: ModelSpec, components: Mapping[str, nn.Module], pristine: Mapping[str, Mapping[str, Tensor]] | None = None
+    ) -> None:
         self._spec = spec
         self.by_name: dict[str, Target] = {}
         self._names_by_flat: dict[str, str] = {}
@@ -55,7 +71,8 @@ class Targets:
                     flat = self._flatten(component.name, path, component.optional_prefix)
                     assert flat not in self._names_by_flat, f"{name} and {self._names_by_flat[flat]} have one flattened name"
                     self._names_by_flat[flat] = name
-                    self.by_name[name] = Target(name, module, module.weight, module.bias)
+                    kept = pristine[component.name][f"{path}.weight"] if pristine else None
+                    self.by_name[name] = Target(name, module, module.weight, module.bias, kept)
 
     def bind(self, adapter: Adapter) -> BoundAdapter:
         """Find the target of every module of `adapter`.

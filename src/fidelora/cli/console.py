@@ -9,6 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from fidelora.engine.allocator import keep_freed_memory
 from fidelora.errors import FideloraError, WrongUseError
 
 _debug = False
@@ -27,7 +28,11 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 
 
 def run(app: Callable[[], object]) -> NoReturn:
-    """Run `app`; every error becomes one sentence on stderr and an exit code: 2 if the request is wrong, 1 if anything else is."""
+    """Run `app` in this process, which is ours alone.
+
+    Every error becomes one sentence on stderr and an exit code: 2 if the request is wrong, 1 if anything else is.
+    """
+    keep_freed_memory()
     try:
         app()
     except FideloraError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -12,7 +12,7 @@ import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
 from accelerate.hooks import UserCpuOffloadHook
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from fidelora.adapters.merge import MergedAdapters
@@ -21,6 +21,7 @@ from fidelora.engine import Offload
 from fidelora.engine.device import TORCH_DTYPES
 from fidelora.engine.locate import locate, weight_file_patterns
 from fidelora.engine.single_file import convert_vae, split_checkpoint
+from fidelora.engine.text import EncodedTexts
 from fidelora.engine.weights import build_component, read_config, read_weights
 from fidelora.errors import BaseModelFilesError, BaseModelNotFoundError, RecipeError
 from fidelora.models import Component, ModelSpec, model_spec
@@ -59,6 +60,7 @@ class BaseModel:
         tokenizer, text_encoder, unet, vae: the parts; each in the dtype that its key says.
         targets: the weights that adapters can change.
         merged: the adapters that are merged into those weights right now.
+        texts: prompts that were encoded before.
     """
 
     key: BaseKey
@@ -71,6 +73,7 @@ class BaseModel:
     targets: Targets
     merged: MergedAdapters
     hooks: list[UserCpuOffloadHook]
+    texts: EncodedTexts = field(default_factory=EncodedTexts)
 
     @property
     def size_bytes(self) -> int:
@@ -123,14 +126,13 @@ def load_base(
         configs["vae"], weights["vae"] = _other_vae(key, spec, configs["vae"], cache_dir)
 
     dtypes = {"unet": key.dtype, "vae": key.vae_dtype, "text_encoder": key.text_encoder_dtype}
-    parts = {
-        component.name: build_component(
-            component, configs[component.name], weights.pop(component.name), TORCH_DTYPES[dtypes[component.name]]
-        )
-        for component in spec.components
-    }
+    parts: dict[str, nn.Module] = {}
+    pristine: dict[str, dict[str, Tensor]] = {}
+    for component in spec.components:
+        name = component.name
+        parts[name], pristine[name] = build_component(component, configs[name], weights.pop(name), TORCH_DTYPES[dtypes[name]])
     tokenizer = load_tokenizer(layout / "tokenizer", configs["text_encoder"].get("vocab_size"))
-    targets = Targets(spec, parts)  # before offloading puts placeholders in the place of parameters
+    targets = Targets(spec, parts, pristine)  # before offloading puts placeholders in the place of parameters
     hooks = place(parts, device, offload)
     return BaseModel(
         key,

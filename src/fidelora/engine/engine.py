@@ -139,7 +139,7 @@ class Engine:
             try:
                 with self._with_adapters(base, recipe, bound):
                     clock.lap("adapters")
-                    text, warnings = self._encode(base, recipe)
+                    text, warnings = self._encode(base, recipe, bound)
                     clock.lap("text")
                     latents = self._sample(base, recipe, text, on_step, scheduler_options)
                     clock.lap("denoise")
@@ -199,12 +199,18 @@ class Engine:
             with live_adapters(base.targets, bound, self.device):
                 yield
 
-    def _encode(self, base: BaseModel, recipe: Recipe) -> tuple[Tensor, tuple[str, ...]]:
+    def _encode(self, base: BaseModel, recipe: Recipe, bound: list[tuple[BoundAdapter, float]]) -> tuple[Tensor, tuple[str, ...]]:
         """The text for the UNet, [2, 77, width] negative first or [1, 77, width] without guidance, and warnings."""
         prompts = {"prompt": recipe.prompt}
         if recipe.guidance_scale > 1:
             prompts = {"negative prompt": recipe.negative_prompt, **prompts}
-        encoded = {what: encode_text(base.tokenizer, base.text_encoder, text, base.device) for what, text in prompts.items()}
+        adapters = tuple(
+            (one.sha256, multiplier, recipe.adapter_mode) for one, multiplier in bound if "text_encoder" in one.components
+        )
+        encoded = {
+            what: base.texts.get(text, adapters, partial(encode_text, base.tokenizer, base.text_encoder, text, base.device))
+            for what, text in prompts.items()
+        }
         warnings = tuple(
             f'The end of the {what} does not fit into 77 tokens and has no effect: "{text.cut}".'
             for what, text in encoded.items()

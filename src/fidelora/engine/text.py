@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
+
+_KNOWN_TEXTS = 128
+"""Of a quarter of a megabyte each."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,31 @@ class EncodedText:
 
     embedding: Tensor
     cut: str
+
+
+class EncodedTexts:
+    """Prompts that one text encoder has encoded, those used longest ago dropped first.
+
+    The negative prompt of most images is the one before, and often so is the prompt. What is kept is what was computed, so an
+    image does not show where its text came from.
+    """
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[Hashable, EncodedText] = OrderedDict()
+
+    def get(self, text: str, adapters: Hashable, encode: Callable[[], EncodedText]) -> EncodedText:
+        """The encoded `text`, from `encode` if it is not known.
+
+        Args:
+            adapters: what tells the text encoder with its adapters from the same with others.
+        """
+        key = (text, adapters, torch.get_num_threads())  # the last bits depend on the number of threads
+        if key not in self._known:
+            self._known[key] = encode()
+            if len(self._known) > _KNOWN_TEXTS:
+                self._known.popitem(last=False)
+        self._known.move_to_end(key)
+        return self._known[key]
 
 
 def encode_text(tokenizer: CLIPTokenizer, encoder: CLIPTextModel, text: str, device: torch.device) -> EncodedText:

@@ -30,8 +30,13 @@ _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 _POSITION_IDS = "embeddings.position_ids"
 
 
-def build_component(component: Component, config: Mapping[str, Any], weights: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
+def build_component(
+    component: Component, config: Mapping[str, Any], weights: dict[str, Tensor], dtype: torch.dtype
+) -> tuple[nn.Module, dict[str, Tensor]]:
     """The module that `config` describes, with exactly these weights in `dtype`, ready for inference on the CPU.
+
+    Returns:
+        the module, and the weights as they were given, under the names that the module has for them.
 
     Raises:
         BaseModelFilesError: the configuration describes no such module.
@@ -41,7 +46,7 @@ def build_component(component: Component, config: Mapping[str, Any], weights: di
     module = empty_component(component, config)
     weights = _rename(component, weights, module.state_dict().keys())
     _check(component, weights, {name: tensor.shape for name, tensor in module.state_dict().items()})
-    broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    broken = [name for name, tensor in weights.items() if not _is_finite(tensor)]
     if broken:
         raise NonFiniteWeightsError(
             f"The base model's {component.name} holds NaN or infinity in {len(broken)} weights ({some(broken)}): it is damaged, or "
@@ -50,7 +55,13 @@ def build_component(component: Component, config: Mapping[str, Any], weights: di
     # Copies, even where the dtype is right already: what was read is mapped from the file, and would change with it.
     copies = {name: tensor.to(dtype, copy=True) for name, tensor in weights.items()}
     module.load_state_dict(copies, strict=True, assign=True)
-    return module.eval().requires_grad_(False)
+    return module.eval().requires_grad_(False), weights
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether there is neither NaN nor infinity in it: both would be its least or greatest number. One pass, no memory."""
+    least, greatest = torch.aminmax(tensor)
+    return bool(torch.isfinite(least) and torch.isfinite(greatest))
 
 
 def empty_component(component: Component, config: Mapping[str, Any]) -> nn.Module:

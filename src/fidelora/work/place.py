@@ -194,8 +194,10 @@ def worker_process(name: str, setup: WorkerSetup, signals: Signals, reports: Con
 
 def _make_worker(name: str, setup: WorkerSetup, reports: Connection) -> Worker:
     from fidelora.adapters.library import DEFAULT_BUDGET_BYTES, AdapterLibrary
+    from fidelora.engine.allocator import keep_freed_memory
     from fidelora.engine.engine import Engine
 
+    keep_freed_memory()
     adapters = AdapterLibrary(setup.adapter_budget_bytes or DEFAULT_BUDGET_BYTES, folder=setup.adapters)
     engine = Engine(
         device=setup.device,
