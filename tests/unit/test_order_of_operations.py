@@ -12,6 +12,7 @@ from tests.support import merged
 from torch import nn
 from torch.nn import functional
 
+from fidelora.adapters import deltas
 from fidelora.adapters.deltas import LohaDelta, LokrDelta, LoraDelta
 
 SCALE, MULTIPLIER = 1 / 3, 0.7
@@ -40,6 +41,26 @@ def test_a_merged_convolution_is_its_own_convolution():
     expected = weight + (MULTIPLIER * product) * SCALE
     assert differ(expected, weight + (SCALE * product) * MULTIPLIER)
     assert torch.equal(merged(LoraDelta(SCALE, down, up), weight, MULTIPLIER), expected)
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["as matrices", "as a convolution"])
+@pytest.mark.parametrize("rank", [1, 4, 5, 16, 33])
+def test_a_merged_convolution_has_the_bits_of_a_convolution_either_way(monkeypatch, rank, same):
+    """The product of matrices is only used where it was seen to give the same; here, where it is used, and where it is not."""
+    down, up, weight = torch.randn(rank, 40, 3, 3), torch.randn(72, rank, 1, 1), torch.randn(72, 40, 3, 3)
+    expected = weight + functional.conv2d(down.permute(1, 0, 2, 3), up).permute(1, 0, 2, 3)
+    if not same:
+        monkeypatch.setattr(deltas, "_matrices_give_the_same", lambda *shapes: False)
+    assert torch.equal(merged(LoraDelta(1.0, down, up), weight, 1.0), expected)
+
+
+def test_a_product_of_matrices_with_other_bits_is_seen_and_not_used(monkeypatch):
+    shapes = torch.Size((72, 4, 1, 1)), torch.Size((4, 40, 3, 3))
+    deltas._matrices_give_the_same.cache_clear()
+    convolved = deltas._convolved
+    monkeypatch.setattr(deltas, "_convolved", lambda up, down: convolved(up, down).nextafter(torch.tensor(9.0)))
+    assert not deltas._matrices_give_the_same(*shapes, 1)
+    deltas._matrices_give_the_same.cache_clear()
 
 
 def test_a_merged_convolution_of_one_pixel_is_a_product_of_matrices():

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Self
 
 import torch
@@ -66,8 +67,10 @@ class LoraDelta(Delta):
             product = up @ down
         elif down.shape[2:] == (1, 1):
             product = (up.squeeze(3).squeeze(2) @ down.squeeze(3).squeeze(2)).unsqueeze(2).unsqueeze(3)
+        elif device.type == "cpu" and _matrices_give_the_same(up.shape, down.shape, torch.get_num_threads()):
+            product = (up.flatten(1) @ down.flatten(1)).view(up.shape[0], *down.shape[1:])
         else:
-            product = functional.conv2d(down.permute(1, 0, 2, 3), up).permute(1, 0, 2, 3)
+            product = _convolved(up, down)
         # The trainer's order: multiplier first, then scale.
         return product.mul_(multiplier).mul_(self.scale)
 
@@ -156,6 +159,23 @@ class LohaDelta(WeightDelta):
 
     def to(self, device: torch.device) -> Self:
         return replace(self, w1=tuple(w.to(device) for w in self.w1), w2=tuple(w.to(device) for w in self.w2))
+
+
+def _convolved(up: Tensor, down: Tensor) -> Tensor:
+    """The trainer's product of convolutions larger than a pixel: [out, in, kh, kw], with strides of its own."""
+    return functional.conv2d(down.permute(1, 0, 2, 3), up).permute(1, 0, 2, 3)
+
+
+@cache
+def _matrices_give_the_same(up_shape: torch.Size, down_shape: torch.Size, threads: int) -> bool:
+    """Whether a product of matrices has the bits of `_convolved`, on this processor and for these shapes.
+
+    It is the same sum, of as many terms as the rank, and its result lies in memory like the weight that it is added to, which makes
+    adding faster. But its order is the library's to choose, so it is tried, once, before it is trusted.
+    """
+    generator = torch.Generator().manual_seed(threads)
+    up, down = (torch.randn(shape, generator=generator) for shape in (up_shape, down_shape))
+    return torch.equal((up.flatten(1) @ down.flatten(1)).view(up.shape[0], *down.shape[1:]), _convolved(up, down))
 
 
 def _product(factors: tuple[Tensor, ...], device: torch.device) -> Tensor:
