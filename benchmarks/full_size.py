@@ -13,7 +13,6 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ from fidelora.models import model_spec
 
 SPEC = model_spec("sd15")
 RANK, CONV_RANK = 32, 16
-"""Of the adapters: what the trainer's own example configuration says, with `conv: 16`."""
+"""Of the adapters: the trainer's default shape."""
 
 
 def default_folder() -> Path:
@@ -42,7 +41,7 @@ def base(folder: Path) -> Path:
     for component in SPEC.components:
         config = SPEC.layout / component.name / "config.json"
         module = empty_component(component, read_config(config))
-        weights = {name: _numbers(name, shape, generator) for name, shape in _shapes(module)}
+        weights = {name: _numbers(name, weight.shape, generator) for name, weight in module.named_parameters()}
         (target / component.name).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(config, target / component.name / "config.json")
         save_file(weights, target / component.name / f"{component.weights}.safetensors")
@@ -88,11 +87,6 @@ def adapter(folder: Path, number: int = 0) -> Path:
     save_file({name: tensor.to(torch.float16) for name, tensor in tensors.items()}, writing, {"ss_base_model_version": "sd_1.5"})
     writing.rename(target)
     return target
-
-
-def _shapes(module: nn.Module) -> Iterator[tuple[str, torch.Size]]:
-    persistent = module.state_dict().keys()
-    yield from ((name, tensor.shape) for name, tensor in module.named_parameters() if name in persistent)
 
 
 def _numbers(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:

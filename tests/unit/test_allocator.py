@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 
@@ -22,7 +23,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the C library of GNU")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library of GNU")
 def test_freed_memory_is_used_again_without_the_system():
     """Counted in pages that the system had to provide for ten tensors of 64 MiB, 16,384 pages each; the first may be new."""
     faults = {

@@ -172,6 +172,9 @@ def _matrices_give_the_same(up_shape: torch.Size, down_shape: torch.Size, thread
 
     It is the same sum, of as many terms as the rank, and its result lies in memory like the weight that it is added to, which makes
     adding faster. But its order is the library's to choose, so it is tried, once, before it is trusted.
+
+    Args:
+        threads: how many there are; the order may depend on it, so the answer is for this number.
     """
     generator = torch.Generator().manual_seed(threads)
     up, down = (torch.randn(shape, generator=generator) for shape in (up_shape, down_shape))

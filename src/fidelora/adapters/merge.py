@@ -76,10 +76,10 @@ def merge_into(weight: Tensor, pristine: Tensor, deltas: Sequence[tuple[Delta, f
         weight.copy_(pristine)
         return
     merged = pristine.to(weight.device, weight.dtype).to(torch.float32)
-    for delta, multiplier in deltas:
+    for number, (delta, multiplier) in enumerate(deltas, start=1):
         change = delta.change(weight.shape, multiplier, weight.device)
         # The last sum of a float32 weight goes where it belongs; a copy of it would cost as much as the sum.
-        target = weight if delta is deltas[-1][0] and weight.dtype == torch.float32 else change
-        merged = torch.add(merged, change, out=target)
+        is_last = number == len(deltas) and weight.dtype == torch.float32
+        merged = torch.add(merged, change, out=weight if is_last else change)
     if merged is not weight:
         weight.copy_(merged)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from fidelora.engine.allocator import keep_freed_memory
 from fidelora.errors import FideloraError, WrongUseError
+
+if TYPE_CHECKING:
+    from fidelora.engine.engine import Engine
 
 _debug = False
 
@@ -28,11 +30,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 
 
 def run(app: Callable[[], object]) -> NoReturn:
-    """Run `app` in this process, which is ours alone.
-
-    Every error becomes one sentence on stderr and an exit code: 2 if the request is wrong, 1 if anything else is.
-    """
-    keep_freed_memory()
+    """Run `app`; every error becomes one sentence on stderr and an exit code: 2 if the request is wrong, 1 if anything else is."""
     try:
         app()
     except FideloraError as error:
@@ -53,6 +51,19 @@ def run(app: Callable[[], object]) -> NoReturn:
             1,
         )
     sys.exit(0)
+
+
+def make_engine(device: str, offload: str = "none") -> Engine:
+    """The engine of a command, in a process that keeps freed memory for it.
+
+    Raises:
+        DeviceError: no such device here, or no such way of offloading.
+    """
+    from fidelora.engine.allocator import keep_freed_memory
+    from fidelora.engine.engine import Engine
+
+    keep_freed_memory()
+    return Engine(device=device, offload=offload)  # type: ignore[arg-type]  # the engine checks it
 
 
 def fail(message: str, code: int) -> NoReturn:

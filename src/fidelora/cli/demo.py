@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fidelora.cli.console import Debug, Device, fail
+from fidelora.cli.console import Debug, Device, fail, make_engine
 from fidelora.files import make_folder
 from fidelora.recipe import AdapterRef, Recipe
 
@@ -58,11 +58,9 @@ def demo(
 
     At last, if the server is installed, the LoRA's column of the sheet through the HTTP API: the same to the bit.
     """
-    from fidelora.engine.engine import Engine
-
     make_folder(out)
     with _server(device) as url:
-        engine = Engine(device=device)
+        engine = make_engine(device)
         recipes, images = _paint(engine, out)
         _prove(engine, out)
         _serve(url, recipes, images, out)

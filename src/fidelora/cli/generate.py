@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fidelora.cli.console import INTERRUPTED, Debug, Device, fail, warn
+from fidelora.cli.console import INTERRUPTED, Debug, Device, fail, make_engine, warn
 from fidelora.errors import RecipeError
 from fidelora.files import make_folder
 from fidelora.recipe import AdapterRef, Noise, Recipe, replace_trigger
@@ -86,9 +86,7 @@ def generate(
     )
     recipes = [replace(recipe, seed=recipe.seed + index) for index in range(number)]
 
-    from fidelora.engine.engine import Engine
-
-    engine = Engine(device=device, offload=offload)  # type: ignore[arg-type]  # the engine checks it
+    engine = make_engine(device, offload)
     main_dtype = engine.auto_dtype if dtype == "auto" else dtype
     numerics: dict[str, Any] = {
         "dtype": main_dtype,

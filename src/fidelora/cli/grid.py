@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from fidelora.cli.console import INTERRUPTED, Debug, Device, fail
+from fidelora.cli.console import INTERRUPTED, Debug, Device, fail, make_engine
 from fidelora.errors import JobFolderError
 from fidelora.files import make_folder, write_atomically
 
@@ -41,9 +41,7 @@ def grid(
     wanted = list(cells(job, rows, columns))
     make_folder(out.parent)
 
-    from fidelora.engine.engine import Engine
-
-    engine = Engine(device=device)
+    engine = make_engine(device)
     images = {}
     try:
         for number, (down, across, recipe) in enumerate(wanted, start=1):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 
-from fidelora.cli.console import Debug, Device, fail, warn
+from fidelora.cli.console import Debug, Device, fail, make_engine, warn
 from fidelora.errors import FideloraError, NothingToCheckError, WrongUseError
 from fidelora.files import make_folder, write_atomically
 
@@ -102,11 +102,10 @@ def verify(
     for sentence in unchecked(job):
         warn(sentence)
 
-    from fidelora.engine.engine import Engine
     from fidelora.preview.verify import Verdict, overall
     from fidelora.preview.verify import verify as make_again
 
-    engine = Engine(device=device)
+    engine = make_engine(device)
     changes = {"variant": variant} if variant else {}
     if dtype is not DtypeOption.JOB:
         changes |= {"dtype": dtype.value, "vae_dtype": dtype.value, "text_encoder_dtype": dtype.value}
