@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,6 +23,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Noise = Literal["modern", "legacy"]
 AdapterMode = Literal["merged", "live"]
 Prediction = Literal["epsilon", "v_prediction"]
+Fidelity = Literal["exact", "fast"]
 
 MIN_SIZE, MAX_SIZE = 64, 4096
 MAX_STEPS = 150
@@ -136,6 +137,8 @@ class Recipe:
             no difference in float32.
         dtype: of the UNet and the latents.
         vae_dtype, text_encoder_dtype: of those; by default the same as `dtype`.
+        fidelity: `exact` computes as the trainer did, to the bit; `fast` in the way that is fastest on the device, with adapters
+            merged, and UNet and VAE in a precision of its own. Noise, sampler, latents and text are those of `exact`.
 
     Raises:
         RecipeError: a field is out of its range.
@@ -161,6 +164,7 @@ class Recipe:
     dtype: Dtype = "float32"
     vae_dtype: Dtype = FROM_MODEL
     text_encoder_dtype: Dtype = FROM_MODEL
+    fidelity: Fidelity = "exact"
 
     def __post_init__(self) -> None:
         _is_text("model", self.model)
@@ -209,8 +213,11 @@ class Recipe:
             ("dtype", Dtype),
             ("vae_dtype", Dtype),
             ("text_encoder_dtype", Dtype),
+            ("fidelity", Fidelity),
         ):
             _one_of(name, getattr(self, name), get_args(choices))
+        if self.fidelity == "fast" and self.adapter_mode == "live":
+            raise RecipeError("fast merges adapters; adapter_mode live is a way of exact alone.", field="adapter_mode")
         if not isinstance(self.adapters, list | tuple) or not all(isinstance(ref, AdapterRef) for ref in self.adapters):
             raise RecipeError("adapters has to be a tuple of AdapterRef; AdapterRef.from_file(path) makes one.", field="adapters")
 
@@ -250,7 +257,7 @@ class Recipe:
         """
         if not isinstance(plain, Mapping):
             raise RecipeError("A recipe is a JSON object.")
-        values = dict(plain)
+        values = {"fidelity": "exact", **plain}  # recipes that were written before there was a choice mean exact
         version = values.pop("format", None)
         if type(version) is not int or version != FORMAT:
             raise RecipeError(f"The recipe's format is not {FORMAT}, the one that this version of Fidelora reads.", field="format")
@@ -272,8 +279,19 @@ class Recipe:
         plain = self.to_dict()
         for adapter in plain["adapters"]:
             del adapter["name"]
+        if self.fidelity == "exact":
+            del plain["fidelity"]  # the same image had the same digest before there was a choice
         canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def may_share_batch(first: Recipe, second: Recipe) -> bool:
+    """Whether both images may go through the model side by side: in `fast`, if all is equal but prompts and seed.
+
+    Never in `exact`: the last bits of an image depend on the size of the batch.
+    """
+    alike = replace(second, prompt=first.prompt, negative_prompt=first.negative_prompt, seed=first.seed)
+    return first.fidelity == "fast" and alike == first
 
 
 def _is_text(name: str, value: object) -> None:

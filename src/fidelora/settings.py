@@ -87,6 +87,18 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", validation_alias="FIDELORA_DTYPE", description="Precision of the images; auto is the usual one of the device."
     )
+    fidelity: Literal["exact", "fast"] = Field(
+        "exact",
+        validation_alias="FIDELORA_FIDELITY",
+        description="What requests get that do not choose: exact, to the bit as in training, or fast, nearly so.",
+    )
+    batch_wait_s: float = Field(
+        0,
+        ge=0,
+        le=60,
+        validation_alias="FIDELORA_BATCH_WAIT",
+        description="Seconds that a fast request waits for others to share its steps; 0 takes those that wait already.",
+    )
     store_url: SecretStr = Field(
         SecretStr(""),
         validation_alias="FIDELORA_STORE_URL",

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from fidelora.errors import RecipeError, RequestError, RequestFieldError, UnknownModelError
 from fidelora.jobs.job import Job, Status
 from fidelora.models import ModelSpec, all_models, model_spec
-from fidelora.recipe import AdapterRef, Recipe, replace_trigger
+from fidelora.recipe import AdapterRef, Fidelity, Recipe, replace_trigger
 
 MAX_PROMPTS = 64
 DEFAULT_SIZE = 1024
@@ -77,6 +77,9 @@ class InferenceRequest(_Body):
     trigger_word: str | None = None
     hf_token: SecretStr | None = None
     output_format: ImageFormat = "png"
+    fidelity: Fidelity | None = Field(
+        None, description="exact: to the bit as in training; fast: nearly so. By default what the server is set to."
+    )
 
 
 class Accepted(BaseModel):
@@ -267,15 +270,16 @@ def recipes_of(
     Args:
         request: one that `check_request` has passed.
         adapters: what each of its LoRAs is, in order; their own multipliers are not used.
-        base: the recipe fields that the server decides: `base_model`, dtypes, `noise`, ...
+        base: the recipe fields that the server decides: `base_model`, dtypes, `noise`, ..., and `fidelity` if the request does not.
         draw_seed: called for each prompt whose seed is -1.
 
     Raises:
         RequestFieldError: a value that only the model's data can refuse, such as an unknown sampler.
     """
     multipliers = [_multipliers(request, item) for item in request.prompts]
+    base = {**base, "fidelity": request.fidelity or base.get("fidelity", "exact")}
     # As the trainer does it: one set of multipliers for all images is merged into the weights, several run beside them.
-    mode = "merged" if len(set(multipliers)) == 1 else "live"
+    mode = "merged" if base["fidelity"] == "fast" or len(set(multipliers)) == 1 else "live"
     recipes = []
     for index, item in enumerate(request.prompts):
         given = {
@@ -321,6 +325,7 @@ def request_for(recipes: Sequence[Recipe], lora_path: str) -> dict[str, Any]:
     assert len(sha256) == 1, "one adapter, and the same in every recipe"
     body = {
         "model": recipes[0].model,
+        "fidelity": recipes[0].fidelity,
         "loras": [{"path": lora_path, "sha256": sha256.pop()}],
         "prompts": [
             {

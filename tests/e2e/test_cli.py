@@ -48,6 +48,19 @@ def test_several_images_have_seeds_that_count_up(fidelora, tmp_path):
     assert len({(tmp_path / line).read_bytes() for line in out.splitlines()}) == 3
 
 
+def test_fast_images_are_made_side_by_side_and_say_so(fidelora, tmp_path):
+    code, out, err = fidelora("generate", "a ball", "-n", "3", "--fidelity", "fast", *SMALL)
+    assert (code, out.splitlines(), err) == (0, [f"fidelora_{seed}.png" for seed in (42, 43, 44)], "")
+    records = [read_record(tmp_path / line) for line in out.splitlines()]
+    assert [record["recipe"]["fidelity"] for record in records] == ["fast"] * 3
+    assert "Fidelity: fast" in Image.open(tmp_path / "fidelora_42.png").text["parameters"]
+
+
+def test_what_is_fast_cannot_be_live(fidelora):
+    code, _, err = fidelora("generate", "a ball", "--fidelity", "fast", "--live", *SMALL)
+    assert (code, err) == (2, "error: fast merges adapters; adapter_mode live is a way of exact alone.\n")
+
+
 def test_files_in_a_folder_are_never_replaced(fidelora):
     assert fidelora("generate", "a ball", *SMALL)[1] == "fidelora_42.png\n"
     assert fidelora("generate", "a ball", *SMALL)[1] == "fidelora_42_2.png\n"
@@ -203,7 +216,7 @@ def test_a_fault_of_ours_is_said_to_be_one(fidelora, monkeypatch):
     def fault(*args, **kwargs):
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr("fidelora.engine.engine.Engine.generate", fault)
+    monkeypatch.setattr("fidelora.engine.engine.Engine.generate_batch", fault)
     code, _, err = fidelora("generate", "a ball", *SMALL)
     assert code == 1
     assert "Unexpected ZeroDivisionError" in one_sentence(err)

@@ -74,12 +74,22 @@ RECIPES = st.lists(
 )
 
 
-@given(RECIPES)
-def test_a_request_for_recipes_means_these_recipes(made):
+@given(RECIPES, st.sampled_from(["exact", "fast"]), st.sampled_from([{}, {"fidelity": "exact"}, {"fidelity": "fast"}]))
+def test_a_request_for_recipes_means_these_recipes(made, fidelity, server):
+    made = [replace(recipe, fidelity=fidelity) for recipe in made]
     body = InferenceRequest.model_validate(json.loads(json.dumps(request_for(made, "sks.safetensors"))))
     check_request(body)
-    mode = "merged" if len({recipe.adapters for recipe in made}) == 1 else "live"
-    assert recipes_of(body, (A,), BASE, draw_seed=lambda: 0) == tuple(replace(recipe, adapter_mode=mode) for recipe in made)
+    mode = "merged" if fidelity == "fast" or len({recipe.adapters for recipe in made}) == 1 else "live"
+    assert recipes_of(body, (A,), {**BASE, **server}, draw_seed=lambda: 0) == tuple(
+        replace(recipe, adapter_mode=mode) for recipe in made
+    )
+
+
+def test_the_server_decides_the_fidelity_that_a_request_leaves_out():
+    asked = request()
+    assert [recipe.fidelity for recipe in recipes_of(asked, (A,), {**BASE, "fidelity": "fast"}, draw_seed=lambda: 0)] == ["fast"]
+    assert [recipe.fidelity for recipe in recipes(fidelity="fast")] == ["fast"]
+    assert [recipe.fidelity for recipe in recipes()] == ["exact"]
 
 
 def test_a_recipe_beyond_the_api_is_refused_by_the_field():

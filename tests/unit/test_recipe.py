@@ -23,7 +23,7 @@ from fidelora.errors import (
     WeightsFileError,
 )
 from fidelora.models import model_spec
-from fidelora.recipe import AdapterRef, Recipe, replace_trigger
+from fidelora.recipe import AdapterRef, Recipe, may_share_batch, replace_trigger
 
 SD15_BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SAMPLERS = list(model_spec("sd15").samplers)
@@ -51,8 +51,9 @@ FULL: dict[str, Any] = {
     "dtype": "bfloat16",
     "vae_dtype": "float32",
     "text_encoder_dtype": "float16",
+    "fidelity": "exact",
 }
-"""Every field, none with its default."""
+"""Every field, none with its default but the last: adapters are live in exact alone."""
 
 # What the digests were when format 1 was made. Files carry them, so they may only change together with `FORMAT`.
 DEFAULT_DIGEST = "fb2214fee74cf0b782f0979f0c447f9c5ceb5278ea1978ab6f5fe6871a665653"
@@ -92,6 +93,7 @@ def test_a_recipe_of_only_a_prompt_is_complete():
         dtype="float32",
         vae_dtype="float32",
         text_encoder_dtype="float32",
+        fidelity="exact",
     )
 
 
@@ -294,7 +296,7 @@ RECIPES = st.builds(
     dtype=DTYPES,
     vae_dtype=DTYPES,
     text_encoder_dtype=DTYPES,
-)
+).flatmap(lambda recipe: st.sampled_from([recipe, dataclasses.replace(recipe, adapter_mode="merged", fidelity="fast")]))
 
 
 @settings(max_examples=100, deadline=None)
@@ -355,11 +357,23 @@ def test_a_recipe_without_format_is_refused():
         Recipe.from_dict({name: value for name, value in PLAIN.items() if name != "format"})
 
 
-@pytest.mark.parametrize("name", [name for name in PLAIN if name != "format"])
+@pytest.mark.parametrize("name", [name for name in PLAIN if name not in ("format", "fidelity")])
 def test_a_missing_field_is_not_completed_by_a_guess(name):
     with pytest.raises(RecipeError, match=f"The recipe lacks {name}") as raised:
         Recipe.from_dict({key: value for key, value in PLAIN.items() if key != name})
     assert raised.value.field == name
+
+
+def test_a_recipe_from_before_there_was_a_choice_means_exact():
+    recipe = Recipe.from_dict({key: value for key, value in PLAIN.items() if key != "fidelity"})
+    assert recipe == Recipe.from_dict(PLAIN)
+    assert recipe.fidelity == "exact"
+
+
+def test_fast_merges_adapters_and_says_so():
+    with pytest.raises(RecipeError, match="fast merges adapters") as raised:
+        Recipe(prompt="", fidelity="fast", adapter_mode="live")
+    assert raised.value.field == "adapter_mode"
 
 
 def test_an_unknown_field_is_refused():
@@ -418,6 +432,7 @@ OTHER_VALUES = {
     "dtype": "float16",
     "vae_dtype": "float16",
     "text_encoder_dtype": "float16",
+    "fidelity": "fast",
 }
 
 
@@ -602,3 +617,20 @@ def test_an_alias_with_a_revision_is_the_base_s_revision():
 
 def test_a_path_given_as_text_is_a_path():
     assert AdapterRef("a" * 64, path="x.safetensors").path == Path("x.safetensors")  # type: ignore[arg-type]
+
+
+# --- batches -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, value in OTHER_VALUES.items() if value not in ("live", "fast")]
+)
+def test_fast_images_that_differ_in_prompts_and_seed_alone_may_share_a_batch(name, value):
+    one = Recipe(prompt="a red ball", vae_dtype="float32", text_encoder_dtype="float32", fidelity="fast")
+    other = dataclasses.replace(one, **{name: value})
+    assert may_share_batch(one, other) == may_share_batch(other, one) == (name in ("prompt", "negative_prompt", "seed"))
+
+
+def test_exact_images_share_no_batch():
+    assert not may_share_batch(Recipe(prompt=""), Recipe(prompt=""))
+    assert not may_share_batch(Recipe(prompt=""), Recipe(prompt="", fidelity="fast"))

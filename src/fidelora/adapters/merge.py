@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fidelora.adapters.deltas import Delta
-from fidelora.adapters.targets import BoundAdapter, Target, Targets
+from fidelora.adapters.targets import BoundAdapter, TakesWeight, Target, Targets
 
 Applied = tuple[tuple[str, float], ...]
 """What one weight holds: (sha256, multiplier) of each adapter that touches it, in order; empty for the pristine weight."""
@@ -57,7 +57,14 @@ class MergedAdapters:
         assert target.pristine is not None, "names and shapes alone cannot be merged into"
         # If writing is cut short (out of memory, an interrupt), the weight is known to be unknown, and written next time.
         self._applied[target.name] = _UNKNOWN
-        merge_into(target.weight, target.pristine, deltas)
+        if isinstance(target.module, TakesWeight):
+            merged = target.pristine
+            if deltas:
+                merged = torch.empty(target.pristine.shape, device=target.pristine.device)
+                merge_into(merged, target.pristine, deltas)
+            target.module.take(merged)
+        else:
+            merge_into(target.weight, target.pristine, deltas)
         if plan:
             self._applied[target.name] = plan
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -12,6 +13,14 @@ from fidelora.adapters.deltas import Delta, Module
 from fidelora.adapters.formats import Adapter
 from fidelora.errors import AdapterMismatchError, some
 from fidelora.models import ModelSpec
+
+
+@runtime_checkable
+class TakesWeight(Protocol):
+    """A module that keeps its weight in a form of its own; its `weight` is a shape without numbers."""
+
+    def take(self, weight: Tensor) -> None:
+        """Use this weight, which is copied."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
@@ -16,6 +17,14 @@ if TYPE_CHECKING:
 
 _debug = False
 
+
+class FidelityOption(StrEnum):
+    """What `--fidelity` takes."""
+
+    EXACT = "exact"
+    FAST = "fast"
+
+
 INTERRUPTED = 130
 """The exit code after Ctrl-C, as shells have it."""
 
@@ -26,6 +35,9 @@ def _set_debug(wanted: bool) -> None:
 
 
 Debug = Annotated[bool, typer.Option("--debug", callback=_set_debug, help="Show the whole traceback of an error.")]
+Fidelity = Annotated[
+    FidelityOption, typer.Option(help="exact: to the bit as in training; fast: nearly so, see docs/performance.md.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 
 

@@ -7,6 +7,7 @@ import re
 import secrets
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fidelora.cli.console import INTERRUPTED, Debug, Device, fail, make_engine, warn
+from fidelora.cli.console import INTERRUPTED, Debug, Device, Fidelity, FidelityOption, fail, make_engine, warn
 from fidelora.errors import RecipeError
 from fidelora.files import make_folder
 from fidelora.recipe import AdapterRef, Noise, Recipe, replace_trigger
@@ -51,6 +52,7 @@ def generate(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     vae_dtype: Annotated[str | None, typer.Option(help="As --dtype if not given.")] = None,
     text_encoder_dtype: Annotated[str | None, typer.Option(help="As --dtype if not given.")] = None,
+    fidelity: Fidelity = FidelityOption.EXACT,
     device: Device = "auto",
     offload: Annotated[str, typer.Option(help="none, model or sequential.")] = "none",
     live: Annotated[
@@ -82,6 +84,7 @@ def generate(
         vae=vae,
         adapters=adapters,
         adapter_mode="live" if live else "merged",
+        fidelity=fidelity.value,
         **{name: value for name, value in given.items() if value is not None},
     )
     recipes = [replace(recipe, seed=recipe.seed + index) for index in range(number)]
@@ -96,15 +99,36 @@ def generate(
     }
     recipes = [replace(one, **numerics) for one in recipes]
     target = _target(out, image_format)
+    writes: list[Future[Path]] = []
+    said = 0
     try:
-        for index, one in enumerate(recipes):
-            with _progress(f"image {index + 1} of {number}, seed {one.seed}") as on_step:
-                image = engine.generate(one, on_step)
-            for warning in image.warnings if index == 0 else ():
-                warn(warning)
-            typer.echo(image.save(target.path(one.seed, index, number)))
+        # Images are encoded and written by another thread while the next ones are made; leaving the block waits for it.
+        with ThreadPoolExecutor(max_workers=1) as writer:
+            for first in range(0, number, engine.max_batch(recipe)):
+                batch = recipes[first : first + engine.max_batch(recipe)]
+                with _progress(_title(first, len(batch), number, batch[0].seed)) as on_step:
+                    images = engine.generate_batch(batch, on_step)
+                for warning in images[0].warnings if first == 0 else ():
+                    warn(warning)
+                said += _say_where(writes[said:])
+                for index, image in enumerate(images, start=first):
+                    writes.append(writer.submit(image.save, target.path(image.recipe.seed, index, number)))
+            _say_where(writes[said:])
     except KeyboardInterrupt:
-        fail(f"Interrupted; {index} of {number} images were written.", INTERRUPTED)
+        _say_where(writes[said:])
+        fail(f"Interrupted; {len(writes)} of {number} images were written.", INTERRUPTED)
+
+
+def _title(first: int, count: int, number: int, seed: int) -> str:
+    which = f"image {first + 1}" if count == 1 else f"images {first + 1} to {first + count}"
+    return f"{which} of {number}, seed {seed}"
+
+
+def _say_where(writes: list[Future[Path]]) -> int:
+    """Print the places of written images; what went wrong with one is raised here."""
+    for write in writes:
+        typer.echo(write.result())
+    return len(writes)
 
 
 @dataclass(frozen=True)

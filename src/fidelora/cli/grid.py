@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fidelora.cli.console import INTERRUPTED, Debug, Device, fail, make_engine
+from fidelora.cli.console import INTERRUPTED, Debug, Device, Fidelity, FidelityOption, fail, make_engine
 from fidelora.errors import JobFolderError
 from fidelora.files import make_folder, write_atomically
 
@@ -26,6 +27,7 @@ def grid(
         str | None, typer.Option(help="Hub id, diffusers folder or .safetensors checkpoint, in place of the job's.")
     ] = None,
     out: Annotated[Path, typer.Option(help="The image that is written (.png, .jpg, .webp).")] = Path("grid.png"),
+    fidelity: Fidelity = FidelityOption.EXACT,
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
@@ -47,7 +49,7 @@ def grid(
         for number, (down, across, recipe) in enumerate(wanted, start=1):
             if sys.stderr.isatty():
                 typer.echo(f"\rimage {number} of {len(wanted)}", nl=False, err=True)
-            images[down, across] = engine.generate(recipe).pixels
+            images[down, across] = engine.generate(replace(recipe, fidelity=fidelity.value)).pixels
     except KeyboardInterrupt:
         fail("Interrupted; no grid was written.", INTERRUPTED)
     if sys.stderr.isatty():

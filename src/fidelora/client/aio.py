@@ -64,6 +64,7 @@ class AsyncClient:
         model: str = "sd15",
         trigger_word: str | None = None,
         output_format: str = "png",
+        fidelity: str | None = None,
         hf_token: str | None = None,
         idempotency_key: str | None = None,
         **each: Any,
@@ -73,6 +74,7 @@ class AsyncClient:
         Args:
             prompts: one image each; or a whole request, to which nothing else is added.
             loras: in order; a path, (path, multiplier), or all fields.
+            fidelity: `exact` or `fast`; by default what the server is set to.
             idempotency_key: under the same key the same request is made once only.
             each: fields for every prompt that does not have them: `width`, `height`, `seed`, `neg`, `sampler`, `sample_steps`, ...
 
@@ -81,7 +83,13 @@ class AsyncClient:
             ApiError: the server refuses it, with its code; `ApiUnavailableError` if it may take it later.
         """
         if not isinstance(prompts, InferenceRequest):
-            fields = {"model": model, "trigger_word": trigger_word, "output_format": output_format, "hf_token": hf_token}
+            fields = {
+                "model": model,
+                "trigger_word": trigger_word,
+                "output_format": output_format,
+                "fidelity": fidelity,
+                "hf_token": hf_token,
+            }
             prompts = calls.make_request(prompts, loras, fields, each)
         return calls.read(await self._call(calls.submission(prompts, idempotency_key)), Accepted)
 

@@ -17,9 +17,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from fidelora.adapters.merge import MergedAdapters
 from fidelora.adapters.targets import Targets
-from fidelora.engine import Offload
+from fidelora.engine import Offload, fast
 from fidelora.engine.device import TORCH_DTYPES
 from fidelora.engine.locate import locate, weight_file_patterns
+from fidelora.engine.packed import pack
 from fidelora.engine.single_file import convert_vae, split_checkpoint
 from fidelora.engine.text import EncodedTexts
 from fidelora.engine.weights import build_component, read_config, read_weights
@@ -44,6 +45,7 @@ class BaseKey(NamedTuple):
     dtype: str
     vae_dtype: str
     text_encoder_dtype: str
+    fidelity: str
 
     @classmethod
     def of(cls, recipe: Recipe) -> BaseKey:
@@ -57,9 +59,11 @@ class BaseModel:
 
     Attributes:
         device: where its parts compute.
-        tokenizer, text_encoder, unet, vae: the parts; each in the dtype that its key says.
+        tokenizer, text_encoder, unet, vae: the parts; each in the dtype that its key says, but in `fast` UNet and VAE in the
+            form that `fast.py` gives them.
         targets: the weights that adapters can change.
         merged: the adapters that are merged into those weights right now.
+        way: how `fast` is done; None in `exact`.
         texts: prompts that were encoded before.
     """
 
@@ -73,13 +77,38 @@ class BaseModel:
     targets: Targets
     merged: MergedAdapters
     hooks: list[UserCpuOffloadHook]
+    way: fast.Way | None = None
     texts: EncodedTexts = field(default_factory=EncodedTexts)
+    _warm: set[torch.Size] = field(default_factory=set)
 
     @property
     def size_bytes(self) -> int:
         """Of its weights."""
         parts = (self.text_encoder, self.unet, self.vae)
         return sum(weight.nbytes for part in parts for weight in part.parameters())
+
+    def predict(self, text: Tensor, latents: Tensor, t: Tensor) -> Tensor:
+        """What the UNet says of `latents` [batch, 4, height / 8, width / 8] with `text` [batch, 77, width], in their dtype."""
+        dtype = self.unet.dtype  # other than the latents' only in `fast`
+        prediction = self.unet(latents.to(dtype), t, encoder_hidden_states=text.to(dtype), return_dict=False)[0]
+        return cast(Tensor, prediction.to(latents.dtype))
+
+    def latents_shape(self, recipe: Recipe) -> torch.Size:
+        """Of one image's latents: [1, 4, height / 8, width / 8]."""
+        scale = 2 ** (len(self.vae.config.block_out_channels) - 1)  # the VAE halves the size after every block but the last
+        return torch.Size((1, self.unet.config.in_channels, recipe.height // scale, recipe.width // scale))
+
+    def warm(self, shape: torch.Size) -> None:
+        """Have everything compiled that latents of this shape [batch, 4, height / 8, width / 8] need, if anything is compiled."""
+        if self.way is fast.Way.COMPILED and shape not in self._warm:
+            text = torch.zeros(shape[0], *self._text_shape, device=self.device)
+            self.predict(text, torch.zeros(shape, device=self.device), torch.tensor(500, device=self.device))
+            self._warm.add(shape)
+
+    @property
+    def _text_shape(self) -> tuple[int, int]:
+        config = self.text_encoder.config
+        return config.max_position_embeddings, config.hidden_size
 
     def rest(self) -> None:
         """With offloading by part: bring every part back to the CPU, so that adapters are always merged in one place."""
@@ -104,8 +133,10 @@ def load_base(
 
     Raises:
         BaseModelError, WeightsFileError: what is wrong with its files, and where.
+        DeviceError: `fast` is not to be had on this device, or not with offloading.
     """
     spec = model_spec(key.model)
+    way = fast.way_on(device, offload) if key.fidelity == "fast" else None
     source = locate(key.base_model, spec.components, variant=key.variant, cache_dir=cache_dir)
     if source.is_file():
         layout = _layout(key, spec)
@@ -125,27 +156,26 @@ def load_base(
     if key.vae:
         configs["vae"], weights["vae"] = _other_vae(key, spec, configs["vae"], cache_dir)
 
-    dtypes = {"unet": key.dtype, "vae": key.vae_dtype, "text_encoder": key.text_encoder_dtype}
+    wanted = {"unet": key.dtype, "vae": key.vae_dtype, "text_encoder": key.text_encoder_dtype}
+    dtypes: dict[str, torch.dtype | None] = {name: TORCH_DTYPES[dtype] for name, dtype in wanted.items()}
+    if way is fast.Way.PACKED:
+        dtypes |= {"unet": None, "vae": None}  # packed right from the file
     parts: dict[str, nn.Module] = {}
     pristine: dict[str, dict[str, Tensor]] = {}
     for component in spec.components:
         name = component.name
-        parts[name], pristine[name] = build_component(component, configs[name], weights.pop(name), TORCH_DTYPES[dtypes[name]])
+        parts[name], pristine[name] = build_component(component, configs[name], weights.pop(name), dtypes[name])
+    unet, vae = cast(UNet2DConditionModel, parts["unet"]), cast(AutoencoderKL, parts["vae"])
+    if way is fast.Way.PACKED:
+        pack(unet, vae)
     tokenizer = load_tokenizer(layout / "tokenizer", configs["text_encoder"].get("vocab_size"))
     targets = Targets(spec, parts, pristine)  # before offloading puts placeholders in the place of parameters
-    hooks = place(parts, device, offload)
-    return BaseModel(
-        key,
-        spec,
-        device,
-        tokenizer,
-        cast(CLIPTextModel, parts["text_encoder"]),
-        cast(UNet2DConditionModel, parts["unet"]),
-        cast(AutoencoderKL, parts["vae"]),
-        targets,
-        MergedAdapters(targets),
-        hooks,
-    )
+    # What is packed is where it belongs, and parameters without numbers cannot be moved.
+    hooks = [] if way is fast.Way.PACKED else place(parts, device, offload)
+    if way is fast.Way.COMPILED:
+        fast.compile_parts(unet, vae)
+    text_encoder = cast(CLIPTextModel, parts["text_encoder"])
+    return BaseModel(key, spec, device, tokenizer, text_encoder, unet, vae, targets, MergedAdapters(targets), hooks, way)
 
 
 def expected_bytes(key: BaseKey, cache_dir: Path | None = None) -> int:

@@ -13,19 +13,19 @@ from torch import Tensor
 from fidelora.errors import NumericsError
 
 
-def decode(vae: AutoencoderKL, latents: Tensor, vae_dtype: torch.dtype) -> NDArray[np.uint8]:
+def decode(vae: AutoencoderKL, latents: Tensor) -> NDArray[np.uint8]:
     """The image of `latents` [1, 4, h, w]: uint8 RGB [8h, 8w, 3].
 
     Raises:
         NumericsError: the model produced NaN.
     """
     # In the trainer's order: the division in the latents' dtype, [-1, 1] to [0, 1] in the VAE's, the rest in float32.
-    scaled = (latents / vae.config.scaling_factor).to(vae_dtype)
+    scaled = (latents / vae.config.scaling_factor).to(vae.dtype)
     image = vae.decode(scaled, return_dict=False)[0]
     image = (image * 0.5 + 0.5).clamp(0, 1)
     values = image.cpu().permute(0, 2, 3, 1).float().numpy()[0]
     if not np.isfinite(values).all():
-        narrow = torch.float16 in (latents.dtype, vae_dtype)
+        narrow = torch.float16 in (latents.dtype, vae.dtype)
         advice = (
             "float16 overflows with some models: use bfloat16 or float32"
             if narrow
@@ -37,12 +37,12 @@ def decode(vae: AutoencoderKL, latents: Tensor, vae_dtype: torch.dtype) -> NDArr
 
 
 def rough_colours(latents: Tensor, colours: Sequence[Sequence[float]]) -> NDArray[np.uint8]:
-    """What unfinished `latents` [1, 4, h, w] look like, without the VAE: uint8 RGB [h, w, 3]. For the eye only.
+    """What unfinished `latents` [4, h, w] look like, without the VAE: uint8 RGB [h, w, 3]. For the eye only.
 
     Args:
         colours: see `ModelSpec.latent_colours`.
     """
-    values = latents[0].detach().float().cpu()
+    values = latents.detach().float().cpu()
     values = values / values.std().clamp(min=1.0)  # some samplers begin with noise of more than ten times the usual size
     image = torch.einsum("chw,cr->hwr", values, torch.tensor(colours))
     shown: NDArray[np.uint8] = ((image.clamp(-1, 1) + 1) * 127.5).nan_to_num(0).to(torch.uint8).numpy()

@@ -6,10 +6,10 @@ import platform
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
@@ -33,8 +33,11 @@ from fidelora.engine.noise import NoiseSource
 from fidelora.engine.output import GeneratedImage
 from fidelora.engine.samplers import make_scheduler
 from fidelora.engine.text import encode_text
-from fidelora.errors import DeviceError, EngineBusyError, MemoryExhaustedError
-from fidelora.recipe import Dtype, Recipe
+from fidelora.errors import DeviceError, EngineBusyError, MemoryExhaustedError, RecipeError
+from fidelora.recipe import Dtype, Recipe, may_share_batch
+
+_BATCH_PIXELS = {"cpu": 4 * 256 * 256, "cuda": 4 * 512 * 512}
+"""Of all images that are made side by side. On the CPU larger batches are no faster (docs/performance.md); on CUDA an estimate."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,14 @@ class Progress:
     """How far an image is: `step` of `steps` are done, and `seconds` have passed since the first began.
 
     Attributes:
-        preview: makes a rough picture, uint8 RGB [height / 8, width / 8, 3], of what is there; call it in `on_step`, or not at all.
+        preview: makes a rough picture, uint8 RGB [height / 8, width / 8, 3], of an image, `preview(place)` among those
+            that are made side by side, by default the first; call it in `on_step`, or not at all.
     """
 
     step: int
     steps: int
     seconds: float
-    preview: Callable[[], NDArray[np.uint8]] = field(repr=False, compare=False)
+    preview: Callable[..., NDArray[np.uint8]] = field(repr=False, compare=False)
 
     @property
     def seconds_left(self) -> float:
@@ -108,13 +112,25 @@ class Engine:
         return auto_dtype(self.device)
 
     def load(self, recipe: Recipe) -> None:
-        """Load the base model and the adapters that `recipe` needs, so that `generate` starts at once.
+        """Load the base model and the adapters that `recipe` needs, and compile what has to be, so that `generate` starts at once.
 
         Raises:
             BaseModelError, AdapterError, WeightsFileError: what is wrong with them.
+            DeviceError: it is `fast`, and there is no such path here.
         """
-        with self._alone():
-            self._bind(self._base(recipe), recipe)
+        with self._computing():
+            base = self._base(recipe)
+            self._bind(base, recipe)
+            one = base.latents_shape(recipe)
+            halves = 2 if recipe.guidance_scale > 1 else 1
+            for images in {1, self.max_batch(recipe)}:
+                base.warm(torch.Size((images * halves, *one[1:])))
+
+    def max_batch(self, recipe: Recipe) -> int:
+        """How many images like this one go through the model side by side at best; 1 in `exact`."""
+        if recipe.fidelity == "exact":
+            return 1
+        return max(1, _BATCH_PIXELS.get(self.device.type, 0) // (recipe.width * recipe.height))
 
     def generate(
         self, recipe: Recipe, on_step: OnStep | None = None, *, scheduler_options: Mapping[str, Any] | None = None
@@ -127,27 +143,59 @@ class Engine:
 
         Raises:
             BaseModelError, AdapterError, WeightsFileError: what is wrong with a file; nothing has changed then.
+            DeviceError: it is `fast`, and there is no such path here.
             NumericsError: the model produced NaN.
             MemoryExhaustedError: the device has too little memory for it.
             whatever `on_step` raises.
         """
-        with self._alone(), torch.no_grad(), self._own_precision(), _memory_errors():
+        return self._generate([recipe], on_step, scheduler_options)[0]
+
+    def generate_batch(self, recipes: Sequence[Recipe], on_step: OnStep | None = None) -> list[GeneratedImage]:
+        """Make images side by side: `fast` ones that differ in prompts and seed alone (`may_share_batch`), or a single one.
+
+        Each has the noise of its own seed; its last bits may depend on its company.
+
+        Raises:
+            RecipeError: they may not share a batch.
+            and whatever `generate` raises.
+        """
+        if not recipes or not all(may_share_batch(recipes[0], other) for other in recipes[1:]):
+            raise RecipeError(
+                "Images are made side by side if all are fast and differ in prompts and seed alone; make these apart."
+            )
+        return self._generate(recipes, on_step, None)
+
+    def _generate(
+        self, recipes: Sequence[Recipe], on_step: OnStep | None, options: Mapping[str, Any] | None
+    ) -> list[GeneratedImage]:
+        common = recipes[0]  # but for prompts and seeds
+        with self._computing():
             clock = _Clock()
-            base = self._base(recipe)
-            bound = self._bind(base, recipe)
+            base = self._base(common)
+            bound = self._bind(base, common)
             clock.lap("load")
             try:
-                with self._with_adapters(base, recipe, bound):
+                with self._with_adapters(base, common, bound):
                     clock.lap("adapters")
-                    text, warnings = self._encode(base, recipe, bound)
+                    texts = [self._encode(base, recipe, bound) for recipe in recipes]
                     clock.lap("text")
-                    latents = self._sample(base, recipe, text, on_step, scheduler_options)
+                    latents = self._sample(base, recipes, [text for text, _ in texts], on_step, options)
                     clock.lap("denoise")
-                    pixels = decode(base.vae, latents, TORCH_DTYPES[recipe.vae_dtype])
+                    images = [decode(base.vae, latents[image : image + 1]) for image in range(len(recipes))]
                     clock.lap("decode")
             finally:
                 base.rest()
-        return GeneratedImage(pixels, recipe, self._environment(), warnings, clock.laps)
+        environment = self._environment(base)
+        return [
+            GeneratedImage(pixels, recipe, environment, warnings, clock.laps)
+            for pixels, recipe, (_, warnings) in zip(images, recipes, texts, strict=True)
+        ]
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """All that the engine does with weights; compiled code is for one such state, so every use of it is inside."""
+        with self._alone(), torch.no_grad(), self._own_precision(), _memory_errors():
+            yield
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -220,40 +268,54 @@ class Engine:
         return torch.cat(embeddings), warnings
 
     def _sample(
-        self, base: BaseModel, recipe: Recipe, text: Tensor, on_step: OnStep | None, options: Mapping[str, Any] | None
+        self,
+        base: BaseModel,
+        recipes: Sequence[Recipe],
+        texts: Sequence[Tensor],
+        on_step: OnStep | None,
+        options: Mapping[str, Any] | None,
     ) -> Tensor:
         start = time.monotonic()
+        common = recipes[0]
+        text = torch.stack(list(texts), dim=1).flatten(0, 1)  # negative prompts of all images, then their prompts
 
         def report(step: int, latents: Tensor) -> None:
             if on_step is not None:
-                preview = partial(rough_colours, latents, base.spec.latent_colours)
-                on_step(Progress(step, recipe.steps, time.monotonic() - start, preview))
 
-        scale = 2 ** (len(base.vae.config.block_out_channels) - 1)  # the VAE halves the size after every block but the last
+                def preview(image: int = 0) -> NDArray[np.uint8]:
+                    return rough_colours(latents[image], base.spec.latent_colours)
+
+                on_step(Progress(step, common.steps, time.monotonic() - start, preview))
+
+        noise = NoiseSource([recipe.seed for recipe in recipes], common.noise)
         return denoise(
-            base.unet,
-            make_scheduler(base.spec, recipe.sampler, recipe.prediction, options),
-            text,
-            (1, base.unet.config.in_channels, recipe.height // scale, recipe.width // scale),
-            steps=recipe.steps,
-            guidance_scale=recipe.guidance_scale,
-            noise=NoiseSource(recipe.seed, recipe.noise),
-            device=base.device,
+            partial(base.predict, text),
+            make_scheduler(common, base.device, options),
+            noise.initial(base.latents_shape(common), TORCH_DTYPES[common.dtype]).to(base.device),
+            steps=common.steps,
+            guidance_scale=common.guidance_scale,
+            noise=noise,
             on_step=report,
         )
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self, base: BaseModel) -> dict[str, str]:
         """What can change the last bits of an image without being in its recipe."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
+        way = {} if base.way is None else {"fast": f"{base.way.value}, {str(base.unet.dtype).removeprefix('torch.')}"}
         return {
-            "fidelora": fidelora.__version__,
-            "torch": torch.__version__,
-            "diffusers": version("diffusers"),
-            "transformers": version("transformers"),
+            **_versions(),
             "device": f"{self.device} ({name})",
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "threads": str(torch.get_num_threads()),
+            **way,
         }
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """Of the libraries that compute; asking takes a millisecond."""
+    of_others = {name: version(name) for name in ("diffusers", "transformers")}
+    return {"fidelora": fidelora.__version__, "torch": torch.__version__, **of_others}
 
 
 @contextmanager

@@ -22,22 +22,22 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 class NoiseSource:
-    """The random numbers of one image.
+    """The random numbers of one image, or of several that are made side by side, each from its own generator.
 
     Args:
-        seed: of the generator.
+        seeds: of the generators, one for each image.
         noise: `modern` draws as the installed torch does (>= 2.12: float32 normals, rounded); `legacy` draws half precision
             as torch <= 2.11 did, from fewer random bits and with every step of the formula rounded. In float32 they are one.
     """
 
-    def __init__(self, seed: int, noise: Noise) -> None:
-        self.generator = torch.Generator("cpu").manual_seed(seed)
+    def __init__(self, seeds: Sequence[int], noise: Noise) -> None:
+        self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         self._legacy = noise == "legacy"
 
     def initial(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The first draw: standard normal numbers on the CPU."""
+        """The first draw: standard normal numbers on the CPU, of this shape [1, ...] for each image, one image after the other."""
         with self.drawing():
-            return torch.randn(tuple(shape), generator=self.generator, dtype=dtype)
+            return torch.cat([torch.randn(tuple(shape), generator=generator, dtype=dtype) for generator in self.generators])
 
     @contextmanager
     def drawing(self) -> Iterator[None]:

@@ -171,6 +171,8 @@ def parameters_text(recipe: Recipe, environment: Mapping[str, str]) -> str:
         "Size": f"{recipe.width}x{recipe.height}",
         "Model": Path(recipe.base_model).name,
     }
+    if recipe.fidelity != "exact":
+        pairs["Fidelity"] = recipe.fidelity
     if recipe.adapters:
         hashes = ", ".join(f"{ref.name or ref.sha256[:12]}: {ref.sha256[:12]}" for ref in recipe.adapters)
         pairs["Lora hashes"] = hashes

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import warnings
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
+import torch
 from diffusers import schedulers
 
 from fidelora.engine.noise import NoiseSource
-from fidelora.models import ModelSpec
-from fidelora.recipe import Prediction
+from fidelora.models import model_spec
+from fidelora.recipe import Recipe
 
 # Schedulers log about every key of the shared configuration that their class does not use (the trainer passes it to all alike), and
 # about corrections that they make to it; both are part of what previews show, and nothing that a user could change.
@@ -20,19 +23,32 @@ for _name in ("diffusers.configuration_utils", "diffusers.schedulers"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 
-def make_scheduler(spec: ModelSpec, sampler: str, prediction: Prediction, options: Mapping[str, Any] | None = None) -> Any:
-    """A new scheduler; one is made for each image, because they keep state between steps.
+def make_scheduler(recipe: Recipe, device: torch.device, options: Mapping[str, Any] | None = None) -> Any:
+    """A scheduler at the beginning of the recipe's steps; a new one for each image, because they keep state between steps.
 
     Args:
+        device: where the latents are.
         options: of the configuration, in place of the trainer's.
     """
+    changes = tuple(sorted((options or {}).items()))
+    return copy.deepcopy(_prepared(recipe.model, recipe.sampler, recipe.prediction, changes, recipe.steps, device))
+
+
+@lru_cache(maxsize=64)
+def _prepared(
+    model: str, sampler: str, prediction: str, options: tuple[tuple[str, Any], ...], steps: int, device: torch.device
+) -> Any:
+    """A scheduler with its tables, which take some samplers (`dpm_2`) a fifth of a second to make."""
+    spec = model_spec(model)
     entry = spec.samplers[sampler]
-    config = {**spec.scheduler_config, **entry.options, "prediction_type": prediction, **(options or {})}
+    config = {**spec.scheduler_config, **entry.options, "prediction_type": prediction, **dict(options)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # `dpmsolver` is called deprecated
-        return getattr(schedulers, entry.scheduler).from_config(config)
+        scheduler = getattr(schedulers, entry.scheduler).from_config(config)
+    scheduler.set_timesteps(steps, device=device)
+    return scheduler
 
 
 def draws_of_step(scheduler: Any, noise: NoiseSource) -> dict[str, Any]:
     """What `scheduler.step` has to be given to draw its noise; empty for a sampler that draws none."""
-    return {"generator": noise.generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    return {"generator": noise.generators} if "generator" in inspect.signature(scheduler.step).parameters else {}

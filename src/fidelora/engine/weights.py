@@ -31,9 +31,12 @@ _POSITION_IDS = "embeddings.position_ids"
 
 
 def build_component(
-    component: Component, config: Mapping[str, Any], weights: dict[str, Tensor], dtype: torch.dtype
+    component: Component, config: Mapping[str, Any], weights: dict[str, Tensor], dtype: torch.dtype | None
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """The module that `config` describes, with exactly these weights in `dtype`, ready for inference on the CPU.
+
+    Args:
+        dtype: None puts the very tensors in that were given, for whoever makes something else of them at once.
 
     Returns:
         the module, and the weights as they were given, under the names that the module has for them.
@@ -53,8 +56,8 @@ def build_component(
             "its training diverged; use another one."
         )
     # Copies, even where the dtype is right already: what was read is mapped from the file, and would change with it.
-    copies = {name: tensor.to(dtype, copy=True) for name, tensor in weights.items()}
-    module.load_state_dict(copies, strict=True, assign=True)
+    own = weights if dtype is None else {name: tensor.to(dtype, copy=True) for name, tensor in weights.items()}
+    module.load_state_dict(own, strict=True, assign=True)
     return module.eval().requires_grad_(False), weights
 
 

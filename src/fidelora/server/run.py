@@ -91,15 +91,21 @@ def _numerics(settings: Settings) -> dict[str, Any]:
     """The recipe fields that this server decides for all requests.
 
     Raises:
-        DeviceError: a device is not there.
+        DeviceError: a device is not there, or has no fast path where that is the default.
         BaseModelError: the base model is a file or folder that is not there.
     """
+    from fidelora.engine import fast
     from fidelora.engine.device import auto_dtype, resolve_device
     from fidelora.engine.locate import is_name, locate
 
     devices = [resolve_device(name) for name in settings.devices]
     dtype = auto_dtype(devices[0]) if settings.dtype == "auto" else settings.dtype
-    numerics: dict[str, Any] = {"dtype": dtype, "vae_dtype": dtype, "text_encoder_dtype": dtype}
+    if settings.fidelity == "fast":
+        for device in devices:
+            fast.way_on(device, settings.offload)
+    numerics: dict[str, Any] = {
+        "dtype": dtype, "vae_dtype": dtype, "text_encoder_dtype": dtype, "fidelity": settings.fidelity
+    }  # fmt: skip
     if settings.base_model:
         spec = next(iter(all_models().values()))
         place = settings.base_model

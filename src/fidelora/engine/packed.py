@@ -1,0 +1,165 @@
+"""The fast path on the CPU: weights in the order in which the processor's matrix units read them, and attention in blocks.
+
+oneDNN multiplies fastest when a weight lies in memory block by block. PyTorch has it laid out so at each call; here it is done
+once, when a weight is loaded or an adapter changes it. Where the processor multiplies bfloat16 itself, weights and activations are
+bfloat16, which halves what has to be read and doubles what is computed at once. Neither keeps the bits of the exact path.
+
+A packed module is a linear or convolutional module whose `weight` has a shape and a dtype but no numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+from torch.nn import functional
+
+_BLOCK_ROWS = 512
+"""Of the attention's matrix that are made at once: 4 MB of one head's at 64x64 latents, which stay in the cache."""
+_MANY_KEYS = 1024
+"""With fewer keys than this PyTorch's own attention is as fast."""
+
+
+def packed_dtype() -> torch.dtype:
+    """The dtype of the fast path on this processor: bfloat16 where it multiplies that itself, else float32."""
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+class PackedLinear(nn.Linear):
+    """A linear module whose weight is packed."""
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta", dtype=dtype)
+        self.register_parameter("bias", _own(linear.bias, dtype))
+        self.take(linear.weight)
+
+    def take(self, weight: Tensor) -> None:
+        """Use `weight` [out, in], which is copied."""
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.weight.dtype), None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], ""))
+
+
+class PackedConv2d(nn.Conv2d):
+    """A convolution whose weight is packed."""
+
+    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype) -> None:
+        shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+        super().__init__(*shape, bias=False, device="meta", dtype=dtype)  # type: ignore[arg-type]  # tuples are pairs here
+        self.register_parameter("bias", _own(conv.bias, dtype))
+        self.take(conv.weight)
+
+    def take(self, weight: Tensor) -> None:
+        """Use `weight` [out, in, height, width], which is copied."""
+        plain = weight.float().to_mkldnn(self.weight.dtype)  # it takes no float16
+        self._packed = torch._C._nn.mkldnn_reorder_conv2d_weight(plain, *self._place)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, torch.ops.mkldnn._convolution_pointwise(x, self._packed, self.bias, *self._place, "none", [], ""))
+
+    @property
+    def _place(self) -> tuple[Any, Any, Any, int]:
+        return self.padding, self.stride, self.dilation, self.groups
+
+
+class PackedPointwise(nn.Conv2d):
+    """A convolution of one pixel: a linear module over the channels of each pixel, which lie side by side here.
+
+    Packed as a convolution it would be laid out for another size of the image than the one that comes, and again at each call.
+    """
+
+    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype) -> None:
+        super().__init__(conv.in_channels, conv.out_channels, 1, bias=False, device="meta", dtype=dtype)
+        self.register_parameter("bias", _own(conv.bias, dtype))
+        self.take(conv.weight)
+
+    def take(self, weight: Tensor) -> None:
+        """Use `weight` [out, in, 1, 1], which is copied."""
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.flatten(1).to(self.weight.dtype), None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = x.permute(0, 2, 3, 1)
+        mixed: Tensor = torch.ops.mkldnn._linear_pointwise(pixels, self._packed, self.bias, "none", [], "")
+        return mixed.permute(0, 3, 1, 2)
+
+
+def pack(unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
+    """Pack the linear and convolutional modules of both, and let the UNet's attention work in blocks.
+
+    The modules may hold tensors that are mapped from a file; nothing of that is kept.
+    """
+    dtype = packed_dtype()
+    for model in (unet, vae):
+        for parent in list(model.modules()):
+            for name, child in parent.named_children():
+                if (packed := _packed(child, dtype)) is not None:
+                    setattr(parent, name, packed)
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point() and not tensor.is_meta:
+                tensor.data = tensor.to(dtype, copy=True)
+        model.eval().requires_grad_(False)
+    for module in unet.modules():
+        if isinstance(module, Attention) and _is_plain(module):
+            module.set_processor(BlockedAttention())
+
+
+def _packed(module: nn.Module, dtype: torch.dtype) -> nn.Module | None:
+    if isinstance(module, nn.Linear):
+        return PackedLinear(module, dtype)
+    if not isinstance(module, nn.Conv2d) or module.padding_mode != "zeros" or isinstance(module.padding, str):
+        return None
+    if module.kernel_size == (1, 1) and module.stride == (1, 1) and module.groups == 1:
+        return PackedPointwise(module, dtype)
+    # The best layout for other numbers of channels depends on the size of the image, and the wrong one costs more than none.
+    return PackedConv2d(module, dtype) if module.out_channels % 64 == 0 or module.out_channels < 64 else None
+
+
+def _own(bias: Tensor | None, dtype: torch.dtype) -> nn.Parameter | None:
+    return None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
+
+
+def _is_plain(attn: Attention) -> bool:
+    """Whether it is attention and nothing else, as in the transformers of Stable Diffusion."""
+    extras = (attn.group_norm, attn.spatial_norm, attn.norm_cross, attn.norm_q, attn.norm_k, attn.residual_connection)
+    return not any(extras) and attn.rescale_output_factor == 1 and attn.scale_qk
+
+
+class BlockedAttention:
+    """Plain attention, as a processor for diffusers' `Attention`: many keys go block by block through matrix products."""
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: None = None,
+        temb: None = None,
+    ) -> Tensor:
+        assert attention_mask is None, "a UNet that is asked for whole images masks nothing"
+        text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        batch, rows, _ = hidden_states.shape
+        query, key, value = attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text)
+        query, key, value = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in (query, key, value))
+        many = key.shape[2] >= _MANY_KEYS
+        mixed = _in_blocks(query, key, value) if many else functional.scaled_dot_product_attention(query, key, value)
+        result: Tensor = attn.to_out[0](mixed.transpose(1, 2).reshape(batch, rows, -1))
+        return result
+
+
+def _in_blocks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(query @ key^T / sqrt(size)) @ value of [batch, heads, tokens, size], `_BLOCK_ROWS` rows of one head at a time."""
+    result = torch.empty_like(query)
+    query = query * query.shape[-1] ** -0.5
+    for image in range(query.shape[0]):
+        for head in range(query.shape[1]):
+            keys, values = key[image, head].t().contiguous(), value[image, head].contiguous()
+            for start in range(0, query.shape[2], _BLOCK_ROWS):
+                rows = slice(start, start + _BLOCK_ROWS)
+                weights = torch.softmax(query[image, head, rows] @ keys, -1)
+                result[image, head, rows] = weights @ values
+    return result
