@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -251,6 +252,60 @@ def test_a_job_is_warm_only_if_all_its_adapters_are_loaded(store):
     assert claimed.id == oldest.id
 
 
+def needs(sha256: str) -> Callable[[Job], bool]:
+    return lambda job: sha256 in job.adapters
+
+
+def test_only_what_is_wanted_is_given_and_the_oldest_of_that(store):
+    first, oldest, warm = store.add(job(A)), store.add(job(B, prompt="the oldest")), store.add(job(B))
+    claimed = store.claim("worker", NOW, LEASE_S, wanted=needs(B))
+    assert claimed is not None
+    assert (claimed.id, claimed.status) == (oldest.id, Status.IN_PROGRESS)
+    assert [store.get(each.id).passed_over for each in (first, warm)] == [1, 0]
+
+
+def test_what_is_loaded_has_no_say_among_what_is_wanted(store):
+    first, wanted = store.add(job(A)), store.add(job(A, B))
+    store.add(job(B))
+    claimed = store.claim("worker", NOW, LEASE_S, loaded=[B], wanted=needs(B))
+    assert claimed is not None
+    assert claimed.id == wanted.id
+    assert store.get(first.id).passed_over == 1
+
+
+def test_if_nothing_is_wanted_nothing_happens(store):
+    assert store.claim("worker", NOW, LEASE_S, wanted=needs(B)) is None
+    added = [store.add(job(A)), store.add(job())]
+    assert store.claim("worker", NOW, LEASE_S, loaded=[A], wanted=needs(B)) is None
+    assert [store.get(each.id) for each in added] == added
+
+
+def test_nobody_is_passed_over_too_often_for_what_is_wanted(store):
+    first = store.add(job(A))
+    for _ in range(MAX_PASSED_OVER):
+        wanted = store.add(job(B))
+        claimed = store.claim("worker", NOW, LEASE_S, wanted=needs(B))
+        assert claimed is not None
+        assert claimed.id == wanted.id
+    store.add(job(B))
+    waiting = store.get(first.id)
+    assert waiting.passed_over == MAX_PASSED_OVER
+    assert store.claim("worker", NOW, LEASE_S, wanted=needs(B)) is None
+    assert store.get(first.id) == waiting
+    claimed = store.claim("worker", NOW, LEASE_S, wanted=needs(A))  # who waited so long may be given himself
+    assert claimed is not None
+    assert claimed.id == first.id
+
+
+def test_a_look_at_the_next_job_leaves_it_where_it_is(store):
+    assert store.peek() is None
+    added = [store.add(job(A)), store.add(job(B))]
+    for expected in added:
+        assert store.peek() == expected == store.get(expected.id)
+        store.claim("worker", NOW, LEASE_S)
+    assert store.peek() is None
+
+
 def test_the_same_submission_is_the_same_job(store):
     submission = Submission("key", "1" * 64)
     first = store.add(job(), submission=submission)
@@ -404,9 +459,9 @@ class SameLives(RuleBasedStateMachine):
         if isinstance(added, Job) and added.id not in self.ids:
             self.ids.append(added.id)
 
-    @rule(loaded=st.sets(st.sampled_from([A, B])))
-    def claim(self, loaded):
-        self.both(lambda store: store.claim("worker", self.clock, LEASE_S, loaded))
+    @rule(loaded=st.sets(st.sampled_from([A, B])), wanted=st.sampled_from([None, needs(A), needs(B)]))
+    def claim(self, loaded, wanted):
+        self.both(lambda store: store.claim("worker", self.clock, LEASE_S, loaded, wanted=wanted))
 
     @rule(
         which=st.integers(0, 30),
@@ -448,6 +503,8 @@ class SameLives(RuleBasedStateMachine):
             assert 0 <= each.attempts <= MAX_ATTEMPTS
             assert each.passed_over <= MAX_PASSED_OVER
             self.both(lambda store, job_id=each.id: store.queue_position(job_id))
+        queued = [each for each in listed if each.status is Status.IN_QUEUE]
+        assert self.both(lambda store: store.peek()) == (queued[-1] if queued else None)
 
     def teardown(self) -> None:
         if hasattr(self, "database"):

@@ -94,7 +94,7 @@ class Job:
         worker: who has the current claim; empty if nobody has.
         lease_expires_at: when the claim ends if its worker does not report; None if nobody has one.
         cancel_requested: somebody wants it to stop; its worker will be told at its next report.
-        passed_over: how often a later job was preferred because its adapters were loaded already.
+        passed_over: how often a later job was preferred, because its adapters were loaded already or it could share a batch.
         version: counts every change; the number of an event.
     """
 

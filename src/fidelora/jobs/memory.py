@@ -63,10 +63,22 @@ class MemoryStore(StoreByTransition):
         with self._lock:
             return any(sha256 in job.adapters for job in self._jobs.values() if not job.status.final)
 
-    def claim(self, worker: str, now: datetime, lease_s: float, loaded: Collection[str] = ()) -> Job | None:
+    def peek(self) -> Job | None:
+        with self._lock:
+            return next(iter(self._queue()), None)
+
+    def claim(
+        self,
+        worker: str,
+        now: datetime,
+        lease_s: float,
+        loaded: Collection[str] = (),
+        *,
+        wanted: Callable[[Job], bool] | None = None,
+    ) -> Job | None:
         with self._lock:
             queue = self._queue()
-            place = choose(queue, loaded)
+            place = choose(queue, loaded, wanted)
             if place is None:
                 return None
             for before in queue[:place]:

@@ -11,7 +11,7 @@ import json
 import re
 import sqlite3
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
@@ -30,7 +30,7 @@ from fidelora.jobs.store import Page, StoreByTransition, Submission, choose
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _CLAIM_WINDOW = 100
-"""How many jobs, from the oldest, a claim looks at for one whose adapters are loaded."""
+"""How many jobs, from the oldest, a claim looks at for one whose adapters are loaded, or that is wanted."""
 _BUSY_TIMEOUT_S = 30.0
 _FINAL = [status.value for status in Status if status.final]
 
@@ -135,11 +135,29 @@ class SqlStore(StoreByTransition):
         with self._reading() as connection:
             return connection.execute(query).first() is not None
 
-    def claim(self, worker: str, now: datetime, lease_s: float, loaded: Collection[str] = ()) -> Job | None:
+    def peek(self) -> Job | None:
+        with self._reading() as connection:
+            return next(iter(self._queue(connection, 1)), None)
+
+    def claim(
+        self,
+        worker: str,
+        now: datetime,
+        lease_s: float,
+        loaded: Collection[str] = (),
+        *,
+        wanted: Callable[[Job], bool] | None = None,
+    ) -> Job | None:
         while True:
             try:
                 with self._writing() as connection:
-                    return self._claim(connection, worker, now, lease_s, loaded)
+                    queue = self._queue(connection, _CLAIM_WINDOW)
+                    place = choose(queue, loaded, wanted)
+                    if place is None:
+                        return None
+                    for before in queue[:place]:
+                        self._put(connection, before, life.passed(before))
+                    return self._put(connection, queue[place], life.claimed(queue[place], worker, now, lease_s))
             except _Outrun:
                 continue
 
@@ -186,15 +204,9 @@ class SqlStore(StoreByTransition):
         with _database_errors(), self._engine.connect().execution_options(fidelora_reads=True) as connection:
             yield connection
 
-    def _claim(self, connection: sa.Connection, worker: str, now: datetime, lease_s: float, loaded: Collection[str]) -> Job | None:
+    def _queue(self, connection: sa.Connection, most: int) -> Sequence[Job]:
         query = sa.select(_jobs.c.document).where(_jobs.c.status == Status.IN_QUEUE.value).order_by(_jobs.c.seq)
-        queue = [_job(document) for document in connection.execute(query.limit(_CLAIM_WINDOW)).scalars()]
-        place = choose(queue, loaded)
-        if place is None:
-            return None
-        for before in queue[:place]:
-            self._put(connection, before, life.passed(before))
-        return self._put(connection, queue[place], life.claimed(queue[place], worker, now, lease_s))
+        return [_job(document) for document in connection.execute(query.limit(most)).scalars()]
 
     def _submitted(self, connection: sa.Connection, submission: Submission) -> Job | None:
         query = sa.select(_jobs.c.document, _jobs.c.body_sha256).where(_jobs.c.idempotency_key == submission.key)

@@ -12,7 +12,7 @@ from fidelora.jobs import job as life
 from fidelora.jobs.job import Failure, Job, JobProgress, Output, Status
 
 MAX_PASSED_OVER = 8
-"""How often a job may be passed over for one whose adapters are loaded already."""
+"""How often a job may be passed over for one whose adapters are loaded already, or that can share a batch with another."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,27 @@ class JobStore(Protocol):
         """Whether a job that has not ended needs the adapter of this hash."""
         ...
 
-    def claim(self, worker: str, now: datetime, lease_s: float, loaded: Collection[str] = ()) -> Job | None:
-        """Give a worker the next job, or None if the queue is empty.
+    def peek(self) -> Job | None:
+        """The oldest job in the queue, which stays there; None if the queue is empty."""
+        ...
+
+    def claim(
+        self,
+        worker: str,
+        now: datetime,
+        lease_s: float,
+        loaded: Collection[str] = (),
+        *,
+        wanted: Callable[[Job], bool] | None = None,
+    ) -> Job | None:
+        """Give a worker the next job, or None if there is none for it.
 
         The next job is the oldest, but one whose adapters are all among the `loaded` (by sha256) goes first, unless the
         oldest was passed over `MAX_PASSED_OVER` times already. Two workers never get the same job.
+
+        Args:
+            wanted: whether the worker can use a job; then it gets the oldest of these, whatever is loaded, and nothing if one
+                that came before it was passed over `MAX_PASSED_OVER` times. It must not call the store.
         """
         ...
 
@@ -192,11 +208,18 @@ class StoreByTransition(ABC):
         return self.change(job_id, lambda job: life.cancel_asked(job, now))
 
 
-def choose(queue: Sequence[Job], loaded: Collection[str]) -> int | None:
-    """Which job of a queue, oldest first, a worker with these adapters takes: its place, or None if the queue is empty.
+def choose(queue: Sequence[Job], loaded: Collection[str], wanted: Callable[[Job], bool] | None = None) -> int | None:
+    """Which job of a queue, oldest first, a worker with these adapters takes: its place, or None if there is none for it.
 
     A job that needs no adapter fits every worker, but is not preferred to one that came before it.
     """
+    if wanted is not None:
+        for place, job in enumerate(queue):
+            if wanted(job):
+                return place
+            if job.passed_over >= MAX_PASSED_OVER:
+                return None
+        return None
     if not queue:
         return None
     if queue[0].passed_over >= MAX_PASSED_OVER or not loaded:

@@ -73,7 +73,9 @@ def make_parts(settings: Settings, numerics: dict[str, Any], base_url: str, serv
         model_cache=settings.model_cache_dir,
         base_budget_bytes=_bytes(settings.bases_gb),
         adapter_budget_bytes=_bytes(settings.adapters_gb),
-        limits=WorkerLimits(lease_s=settings.step_timeout_s, timeout_s=settings.inference_timeout_s),
+        limits=WorkerLimits(
+            lease_s=settings.step_timeout_s, timeout_s=settings.inference_timeout_s, batch_wait_s=settings.batch_wait_s
+        ),
         warm=Recipe(prompt="", model=next(iter(all_models())), **numerics),
         prepare=partial(configure_logs, settings.log_format, settings.debug),
     )
