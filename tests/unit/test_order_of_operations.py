@@ -50,17 +50,17 @@ def test_a_merged_convolution_has_the_bits_of_a_convolution_either_way(monkeypat
     down, up, weight = torch.randn(rank, 40, 3, 3), torch.randn(72, rank, 1, 1), torch.randn(72, 40, 3, 3)
     expected = weight + functional.conv2d(down.permute(1, 0, 2, 3), up).permute(1, 0, 2, 3)
     if not same:
-        monkeypatch.setattr(deltas, "_matrices_give_the_same", lambda *shapes: False)
+        monkeypatch.setattr(deltas, "_rows_give_the_same", lambda *shapes: False)
     assert torch.equal(merged(LoraDelta(1.0, down, up), weight, 1.0), expected)
 
 
 def test_a_product_of_matrices_with_other_bits_is_seen_and_not_used(monkeypatch):
     down, up, weight = torch.randn(4, 40, 3, 3), torch.randn(72, 4, 1, 1), torch.randn(72, 40, 3, 3)
-    deltas._matrices_give_the_same.cache_clear()
+    deltas._rows_give_the_same.cache_clear()
     convolved = deltas._convolved
     monkeypatch.setattr(deltas, "_convolved", lambda up, down: convolved(up, down).nextafter(torch.tensor(9.0)))
     result = merged(LoraDelta(1.0, down, up), weight, 1.0)
-    deltas._matrices_give_the_same.cache_clear()
+    deltas._rows_give_the_same.cache_clear()
     assert torch.equal(result, weight + deltas._convolved(up, down))
     assert differ(result, weight + convolved(up, down))
 

@@ -41,6 +41,14 @@ class Delta(ABC):
     def change(self, weight_shape: torch.Size, multiplier: float, device: torch.device) -> Tensor:
         """What merging adds to a weight of this shape: a new float32 tensor on `device`, `scale` and `multiplier` applied."""
 
+    def can_change_rows(self, rows: int, device: torch.device) -> bool:
+        """Whether `change_rows` of so many rows at a time has the bits of `change`."""
+        return False
+
+    def change_rows(self, rows: slice, multiplier: float, device: torch.device) -> Tensor:
+        """These rows of `change`."""
+        raise AssertionError("ask `can_change_rows` first")
+
     @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
         """All tensors that the delta keeps."""
@@ -62,17 +70,23 @@ class LoraDelta(Delta):
 
     def change(self, weight_shape: torch.Size, multiplier: float, device: torch.device) -> Tensor:
         up, down = self.up.to(device), self.down.to(device)
-        # Products of whole matrices, as the trainer does them: a part of a product may be summed in another order.
-        if down.dim() == 2:
-            product = up @ down
-        elif down.shape[2:] == (1, 1):
-            product = (up.squeeze(3).squeeze(2) @ down.squeeze(3).squeeze(2)).unsqueeze(2).unsqueeze(3)
-        elif device.type == "cpu" and _matrices_give_the_same(up.shape, down.shape, torch.get_num_threads()):
-            product = (up.flatten(1) @ down.flatten(1)).view(up.shape[0], *down.shape[1:])
-        else:
-            product = _convolved(up, down)
-        # The trainer's order: multiplier first, then scale.
-        return product.mul_(multiplier).mul_(self.scale)
+        # As the trainer does it: whole matrices (a part of a product may be summed in another order), or a convolution.
+        is_matrix = down.shape[2:].numel() == 1
+        same = is_matrix or self.can_change_rows(len(up), device)
+        return self._times(_matrix_product(up, down) if same else _convolved(up, down), multiplier)
+
+    def can_change_rows(self, rows: int, device: torch.device) -> bool:
+        return device.type == "cpu" and _rows_give_the_same(self.up.shape, self.down.shape, rows, torch.get_num_threads())
+
+    def change_rows(self, rows: slice, multiplier: float, device: torch.device) -> Tensor:
+        return self._times(_matrix_product(self.up[rows].to(device), self.down.to(device)), multiplier)
+
+    def _times(self, product: Tensor, multiplier: float) -> Tensor:
+        """The trainer's order: multiplier first, then scale. Where one of them is 1 it changes nothing, and is left out."""
+        for factor in (multiplier, self.scale):
+            if factor != 1:
+                product.mul_(factor)
+        return product
 
     def beside(self, module: Module, x: Tensor, multiplier: float) -> Tensor:
         """What runs beside `module`: `up(down(x)) * scale * multiplier`, in float32.
@@ -166,19 +180,27 @@ def _convolved(up: Tensor, down: Tensor) -> Tensor:
     return functional.conv2d(down.permute(1, 0, 2, 3), up).permute(1, 0, 2, 3)
 
 
-@cache
-def _matrices_give_the_same(up_shape: torch.Size, down_shape: torch.Size, threads: int) -> bool:
-    """Whether a product of matrices has the bits of `_convolved`, on this processor and for these shapes.
+def _matrix_product(up: Tensor, down: Tensor) -> Tensor:
+    """`up @ down` over all but the first dimension of `down`, in the shape of a weight."""
+    return (up.flatten(1) @ down.flatten(1)).view(len(up), *down.shape[1:])
 
-    It is the same sum, of as many terms as the rank, and its result lies in memory like the weight that it is added to, which makes
-    adding faster. But its order is the library's to choose, so it is tried, once, before it is trusted.
+
+@cache
+def _rows_give_the_same(up_shape: torch.Size, down_shape: torch.Size, rows: int, threads: int) -> bool:
+    """Whether products of matrices, `rows` rows at a time, have the bits of the trainer's product, on this processor and for these
+    shapes.
+
+    It is the same sum, of as many terms as the rank. A part of the result stays in the cache until it is added to the weight, and
+    even as a whole it lies in memory like the weight, as a convolution's does not. But the order of the sum is the library's to
+    choose, so it is tried, once, before it is trusted.
 
     Args:
         threads: how many there are; the order may depend on it, so the answer is for this number.
     """
     generator = torch.Generator().manual_seed(threads)
     up, down = (torch.randn(shape, generator=generator) for shape in (up_shape, down_shape))
-    return torch.equal((up.flatten(1) @ down.flatten(1)).view(up.shape[0], *down.shape[1:]), _convolved(up, down))
+    whole = _matrix_product(up, down) if down_shape[2:].numel() == 1 else _convolved(up, down)
+    return torch.equal(torch.cat([_matrix_product(part, down) for part in torch.split(up, rows)]), whole)
 
 
 def _product(factors: tuple[Tensor, ...], device: torch.device) -> Tensor:

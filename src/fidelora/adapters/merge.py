@@ -18,6 +18,11 @@ from fidelora.adapters.targets import BoundAdapter, TakesWeight, Target, Targets
 Applied = tuple[tuple[str, float], ...]
 """What one weight holds: (sha256, multiplier) of each adapter that touches it, in order; empty for the pristine weight."""
 
+_PART_BYTES = 8 * 2**20
+"""Of a weight that is merged at a time, in float32, with what is added to it: they stay in the cache meanwhile."""
+_ROWS_TOGETHER = 16
+"""Parts have multiples of so many rows: parts of a product that begin elsewhere are more often summed in another order."""
+
 _UNKNOWN: Applied = (("half written", 0.0),)
 
 
@@ -82,11 +87,20 @@ def merge_into(weight: Tensor, pristine: Tensor, deltas: Sequence[tuple[Delta, f
     if not deltas:
         weight.copy_(pristine)
         return
+    rows = max(1, _PART_BYTES // (4 * pristine[0].numel()) // _ROWS_TOGETHER) * _ROWS_TOGETHER
+    if rows < len(weight) and all(delta.can_change_rows(rows, weight.device) for delta, _ in deltas):
+        for part in (slice(start, start + rows) for start in range(0, len(weight), rows)):
+            _add(weight[part], pristine[part], [delta.change_rows(part, m, weight.device) for delta, m in deltas])
+    else:
+        _add(weight, pristine, [delta.change(weight.shape, m, weight.device) for delta, m in deltas])
+
+
+def _add(weight: Tensor, pristine: Tensor, changes: Sequence[Tensor]) -> None:
+    """Write `pristine` and the changes, added in their order, over `weight`."""
     merged = pristine.to(weight.device, weight.dtype).to(torch.float32)
-    for number, (delta, multiplier) in enumerate(deltas, start=1):
-        change = delta.change(weight.shape, multiplier, weight.device)
+    for number, change in enumerate(changes, start=1):
         # The last sum of a float32 weight goes where it belongs; a copy of it would cost as much as the sum.
-        is_last = number == len(deltas) and weight.dtype == torch.float32
+        is_last = number == len(changes) and weight.dtype == torch.float32
         merged = torch.add(merged, change, out=weight if is_last else change)
     if merged is not weight:
         weight.copy_(merged)
