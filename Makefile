@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format clean
+.PHONY: demo test bench check format clean
 
 demo: $(READY)
 	$(BIN)/fidelora demo
@@ -13,6 +13,11 @@ demo: $(READY)
 TEST_PROCESSES ?= 2
 test: $(READY)
 	OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(TEST_PROCESSES) --dist worksteal --durations 25
+
+# Against diffusers with PEFT, which is installed for this alone; BENCH="--only switch" or BENCH=--quick for less than 20 minutes.
+bench: $(READY)
+	$(BIN)/pip install --quiet -c constraints.txt --group bench
+	$(BIN)/python -m benchmarks.run $(BENCH)
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -13,18 +13,20 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fidelora.engine.weights import empty_component, read_config
 from fidelora.models import model_spec
 
 SPEC = model_spec("sd15")
-RANK, CONV_RANK = 32, 16
-"""Of the adapters: the trainer's default shape."""
+RANK, CONV_RANK, SMALL_RANK = 32, 16, 8
+"""Of the adapters: the trainer's default shape, and that of the small ones."""
 
 
 def default_folder() -> Path:
@@ -65,27 +67,63 @@ def base(folder: Path) -> Path:
 
 def adapter(folder: Path, number: int = 0) -> Path:
     """A LoRA for every linear and convolutional weight that the trainer trains by default (rank 32, convolutions 16)."""
-    target = folder / f"lora_{number}.safetensors"
+    return _lora(folder / f"lora_{number}.safetensors", 100 + number, ("attentions", "resnets", "samplers"), RANK, CONV_RANK)
+
+
+def small_adapter(folder: Path, number: int) -> Path:
+    """A LoRA of rank 8 for the attention of the UNet alone, as most trainers make them."""
+    return _lora(folder / "small" / f"lora_{number}.safetensors", 1000 + number, (".to_",), SMALL_RANK, SMALL_RANK)
+
+
+def tiny_adapter(folder: Path, number: int) -> Path:
+    """A LoRA of rank 8 for what the UNet's cross-attention makes of the text: a fiftieth of its numbers."""
+    target = folder / "tiny" / f"lora_{number}.safetensors"
+    return _lora(target, 2000 + number, (".attn2.to_k", ".attn2.to_v"), SMALL_RANK, SMALL_RANK)
+
+
+def _lora(target: Path, seed: int, marks: Sequence[str], rank: int, conv_rank: int) -> Path:
+    """A LoRA for the modules of the UNet with any of `marks` in their path; written if it is not there."""
     if target.exists():
         return target
-    generator = torch.Generator().manual_seed(100 + number)
-    unet = next(component for component in SPEC.components if component.name == "unet")
-    module = empty_component(unet, read_config(SPEC.layout / "unet" / "config.json"))
+    generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
-    for path, part in module.named_modules():
-        if not isinstance(part, nn.Linear | nn.Conv2d) or not any(mark in path for mark in ("attentions", "resnets", "samplers")):
+    for path, (outputs, inputs, *kernel) in _unet_shapes().items():
+        if not any(mark in path for mark in marks):
             continue
         name = f"lora_unet_{path.replace('.', '_')}"
-        outputs, inputs, *kernel = part.weight.shape
-        rank = CONV_RANK if kernel == [3, 3] else RANK
+        own_rank = conv_rank if kernel == [3, 3] else rank
         ones = [1] * len(kernel)
-        down = torch.randn(rank, inputs, *kernel, generator=generator) / math.sqrt(inputs * math.prod(kernel))
-        up = torch.randn(outputs, rank, *ones, generator=generator) * 0.02
-        tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(float(rank))}
-    folder.mkdir(parents=True, exist_ok=True)
+        down = torch.randn(own_rank, inputs, *kernel, generator=generator) / math.sqrt(inputs * math.prod(kernel))
+        up = torch.randn(outputs, own_rank, *ones, generator=generator) * 0.02
+        tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(float(own_rank))}
+    target.parent.mkdir(parents=True, exist_ok=True)
     writing = target.with_suffix(".part")
     save_file({name: tensor.to(torch.float16) for name, tensor in tensors.items()}, writing, {"ss_base_model_version": "sd_1.5"})
     writing.rename(target)
+    return target
+
+
+@cache
+def _unet_shapes() -> dict[str, tuple[int, ...]]:
+    """Of the weights of its linear and convolutional modules, by path."""
+    unet = next(component for component in SPEC.components if component.name == "unet")
+    module = empty_component(unet, read_config(SPEC.layout / "unet" / "config.json"))
+    return {path: tuple(part.weight.shape) for path, part in module.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)}
+
+
+def with_older_names(folder: Path) -> Path:
+    """The base with the text encoder's names as transformers wrote them before its release 5, which stable-diffusion.cpp wants."""
+    source, target = base(folder), folder / "sd15-older-names"
+    weights = target / "text_encoder" / "model.safetensors"
+    if not weights.exists():
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        for part in ("unet", "vae"):
+            (target / part).unlink(missing_ok=True)
+            (target / part).symlink_to(source / part)
+        numbers = load_file(source / "text_encoder" / "model.safetensors")
+        writing = weights.with_suffix(".part")
+        save_file({f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in numbers.items()}, writing)
+        writing.rename(weights)
     return target
 
 

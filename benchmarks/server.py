@@ -21,7 +21,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -29,6 +31,7 @@ import httpx2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.report import Findings, Row, Settings
 from tests.server.serve_support import Server, until
 from tests.support import LORA
 
@@ -50,25 +53,53 @@ def main() -> None:
     parser.add_argument("--submits", type=int, default=500)
     parser.add_argument("--queue", type=int, default=10_000)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder)
-        (data / "loras").mkdir()
-        shutil.copyfile(LORA, data / "loras" / "sks.safetensors")
-        server = Server(data, FIDELORA_QUEUE_SIZE=str(options.queue + 10 * options.submits))
-        try:
-            server.ready()
-            with httpx2.Client(base_url=server.url, timeout=60) as client:
-                _overhead(client, options.jobs)
-                _cancel_running(client, server)
-                _requeue(client, server)
-                _submit(client, server, data, options.queue, options.submits)
-        finally:
-            server.close()
+    queue_size = str(options.queue + 10 * options.submits)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        _server(data := Path(folder), FIDELORA_QUEUE_SIZE=queue_size) as server,
+        httpx2.Client(base_url=server.url, timeout=60) as client,
+    ):
+        _print("overhead of a job (wall minus engine)", [wall - engine for wall, engine in _jobs(client, options.jobs)])
+        _cancel_running(client, server)
+        _requeue(client, server)
+        _submit(client, server, data, options.queue, options.submits)
 
 
-def _overhead(client: httpx2.Client, jobs: int) -> None:
+def measure(settings: Settings) -> Findings:
+    """The overhead alone, for `benchmarks.run`, beside what the engine takes for the same images."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        _server(Path(folder)) as server,
+        httpx2.Client(base_url=server.url, timeout=60) as client,
+    ):
+        jobs = _jobs(client, 10 if settings.quick else 40)
+    walls, engines = zip(*jobs, strict=True)
+    own = [wall - engine for wall, engine in jobs]
+    found = Findings(raw={"walls": walls, "engines": engines})
+    middle, most = statistics.median(own) * 1000, _p99(own) * 1000
+    whole = statistics.median(engines) * 1000
+    figures = (f"{whole:.1f} ms in the engine", f"{middle:.1f} ms besides (p99 {most:.1f})", f"{middle / whole:.0%} on top")
+    found.rows.append(Row("server: a job of the tiny base, 64x64, 4 steps", *figures, len(own)))
+    found.notes.append("Server: from the POST to the first status that says succeeded, less the seconds that the engine measured.")
+    return found
+
+
+@contextmanager
+def _server(data: Path, **settings: str) -> Iterator[Server]:
+    (data / "loras").mkdir()
+    shutil.copyfile(LORA, data / "loras" / "sks.safetensors")
+    server = Server(data, **settings)
+    try:
+        server.ready()
+        yield server
+    finally:
+        server.close()
+
+
+def _jobs(client: httpx2.Client, jobs: int) -> list[tuple[float, float]]:
+    """Seconds from the POST to the first status that says succeeded, and those that the engine measured, of each job."""
     seconds = []
-    for number in range(jobs + 3):
+    for _ in range(jobs + 3):
         start = time.perf_counter()
         request_id = client.post("/v1/inference", json=BODY).raise_for_status().json()["request_id"]
         while (status := client.get(f"/v1/requests/{request_id}/status").json())["status"] != "succeeded":
@@ -76,10 +107,8 @@ def _overhead(client: httpx2.Client, jobs: int) -> None:
             time.sleep(0.002)
         wall = time.perf_counter() - start
         timings = client.get(f"/v1/requests/{request_id}/result").json()["metadata"]["timings"]
-        engine = sum(timings.values())
-        if number >= 3:  # the first ones warm up
-            seconds.append(wall - engine)
-    _print("overhead of a job (wall minus engine)", seconds)
+        seconds.append((wall, sum(timings.values())))
+    return seconds[3:]  # the first ones warm up
 
 
 def _submit(client: httpx2.Client, server: Server, data: Path, queue: int, submits: int) -> None:
@@ -136,9 +165,12 @@ def _requeue(client: httpx2.Client, server: Server) -> None:
 
 
 def _print(what: str, seconds: list[float]) -> None:
-    ordered = sorted(seconds)
-    p99 = ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))]
-    print(f"{what:44} median {statistics.median(ordered) * 1000:8.1f} ms   p99 {p99 * 1000:8.1f} ms   n={len(ordered)}")
+    median = statistics.median(seconds) * 1000
+    print(f"{what:44} median {median:8.1f} ms   p99 {_p99(seconds) * 1000:8.1f} ms   n={len(seconds)}")
+
+
+def _p99(seconds: list[float]) -> float:
+    return sorted(seconds)[min(len(seconds) - 1, int(len(seconds) * 0.99))]
 
 
 if __name__ == "__main__":

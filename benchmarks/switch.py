@@ -1,123 +1,84 @@
-"""What does it cost to switch adapters? `python benchmarks/switch.py [--folder FOLDER] [--switches 1000] [--peer]`
+"""What does it cost to switch adapters, and does memory grow? Ours, merged into the weights, against three ways of diffusers.
 
-A full-size base with random weights (`full_size.py`) and two adapters that each change nearly every weight of its UNet. Everything
-is measured in turns in one process that keeps freed memory, as the workers of a server do; medians, as ratios to copying the same
-weights once (the least that any way of writing them can take). `--peer` adds the `fuse_lora` of diffusers in its own process.
-
-Prints one JSON object. `growth` is the memory of the process (without files) after all switches minus that after the first ten.
+Two adapters that each change nearly every weight of the UNet. Ours is also held against copying the same weights once: the least
+that any way of writing them can take.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from benchmarks import full_size
+from benchmarks.parties import Party, rounds
+from benchmarks.report import Findings, Row, Settings
 
-from fidelora.engine.allocator import keep_freed_memory
-
-ROUNDS = 12
-PEER = """
-import json, sys, time
-import torch
-from diffusers import StableDiffusionPipeline
-pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1], torch_dtype=torch.float32)
-seconds = []
-for _ in range(3):
-    start = time.perf_counter()
-    pipe.load_lora_weights(sys.argv[2])
-    loaded = time.perf_counter()
-    pipe.fuse_lora(lora_scale=0.7)
-    fused = time.perf_counter()
-    pipe.unfuse_lora()
-    pipe.unload_lora_weights()
-    seconds.append([loaded - start, fused - loaded, time.perf_counter() - fused])
-print(json.dumps(min(seconds, key=sum)))
-"""
+TURNS = ("merge", "scale", "switch", "restore")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=full_size.default_folder(), help="where the model is kept between runs")
-    parser.add_argument("--switches", type=int, default=1000)
-    parser.add_argument("--peer", action="store_true", help="measure fuse_lora, too; needs peft")
-    options = parser.parse_args()
-    keep_freed_memory()
-    folder, paths = full_size.base(options.folder), [full_size.adapter(options.folder, number) for number in (0, 1)]
-    print(json.dumps(measure(folder, paths, options.switches, options.peer), indent=2))
+def measure(settings: Settings) -> Findings:
+    base = full_size.base(settings.folder)
+    large = [str(full_size.adapter(settings.folder, number)) for number in (0, 1)]
+    tiny = [str(full_size.tiny_adapter(settings.folder, number)) for number in (0, 1)]
+    many = {"count": 100, "budget_s": 10.0} if settings.quick else {"count": 1000, "budget_s": 60.0}
+    found = Findings()
+    ours: dict[str, dict[str, list[float]]] = {way: {} for way in ("exact", "fast")}
+    theirs: dict[str, list[float]] = {name: [] for name in ("fuse", "load", "choose")}
+    with (
+        Party("benchmarks.peer", str(base)) as peer,
+        Party("benchmarks.ours", "exact", str(base)) as exact,
+        Party("benchmarks.ours", "fast", str(base)) as fast,
+    ):
+        ways = {"exact": exact, "fast": fast}
+        for number in rounds(0.0 if settings.quick else 70.0, least=3, most=8):
+            for name, figures in _of_peer(peer, large, fuse=number in (0, 1)).items():
+                if number > 0 or name == "fuse":
+                    theirs[name].append(figures)
+            for way, party in ways.items():
+                party.ask("touch", path=large[0])
+                for turn in ("copy", *TURNS) if way == "exact" else TURNS:
+                    seconds = party.ask("turn", what=turn, paths=large)["seconds"]
+                    if number > 0:  # the first round touches memory for the first time
+                        ours[way].setdefault(turn, []).append(seconds)
+        grown = {way: party.ask("switches", large=large, tiny=tiny, **many) for way, party in ways.items()}
+        weights = {way: party.ask("weights", path=large[0]) for way, party in ways.items()}
+    found.raw |= {"peer": theirs, "ours": ours, "many switches": grown, "weights": weights}
+    _rows(found, theirs, ours)
+    live = ", ".join(f"{way} {one['live'] / 1e6:.0f} MB" for way, one in weights.items())
+    seconds = ", ".join(f"{way} {one['seconds'] / one['count']:.3f} s" for way, one in grown.items())
+    found.notes += [
+        f"A switch changes {weights['exact']['weights']} weights with {weights['exact']['numbers'] / 1e6:.0f} million numbers. "
+        f"Weights that live in the process: {live}.",
+        "Growth: memory that is not of files, after all switches minus after ten; every hundredth to an adapter that changes "
+        f"nearly everything, the others between two for the keys and values of cross-attention ({seconds} each).",
+        "With `set_adapters` diffusers keeps all adapters in memory beside the weights, and each step costs more (rows of steps).",
+    ]
+    return found
 
 
-def measure(folder: Path, paths: list[Path], switches: int, with_peer: bool) -> dict[str, Any]:
-    import torch
+def _of_peer(peer: Party, paths: list[str], *, fuse: bool) -> dict[str, float]:
+    """Seconds of the ways in which diffusers can change the adapter; of the longest one only if that is asked for."""
+    peer.ask("adapter", path=paths[0])
+    seconds = {"load": peer.ask("adapter", path=paths[1])["seconds"], "choose": peer.ask("choose", paths=paths)["seconds"]}
+    return seconds | ({"fuse": sum(peer.ask("fuse", path=paths[0]).values())} if fuse else {})
 
-    from fidelora import Recipe
-    from fidelora.adapters.formats import read_adapter
-    from fidelora.engine.base import BaseKey, load_base
 
-    base = load_base(BaseKey.of(Recipe(prompt="", base_model=str(folder))), torch.device("cpu"))
-    first, second = (base.targets.bind(read_adapter(path)) for path in paths)
-    touched = [base.targets.by_name[name] for name in first.deltas]
-
-    def copy() -> None:
-        for target in touched:
-            assert target.pristine is not None
-            target.weight.copy_(target.pristine)
-
-    turns: dict[str, Callable[[], object]] = {
-        "copy": copy,
-        "merge": lambda: base.merged.apply([(first, 1.0)]),
-        "scale": lambda: base.merged.apply([(first, 0.7)]),
-        "switch": lambda: base.merged.apply([(second, 0.7)]),
-        "restore": lambda: base.merged.apply([]),
+def _rows(found: Findings, theirs: dict[str, list[float]], ours: dict[str, dict[str, list[float]]]) -> None:
+    peers = {
+        "fuse": "peer: load, `fuse_lora`, undo",
+        "load": "peer: unload, load, not fused",
+        "choose": "peer: `set_adapters` among loaded ones",
     }
-    seconds: dict[str, list[float]] = {name: [] for name in turns}
-    for _ in range(ROUNDS):
-        for name, turn in turns.items():
-            start = time.perf_counter()
-            turn()
-            seconds[name].append(time.perf_counter() - start)
-    floor = statistics.median(seconds["copy"])
-    result: dict[str, Any] = {
-        "weights": len(touched),
-        "numbers": sum(target.weight.numel() for target in touched),
-        "seconds": {name: round(statistics.median(runs), 3) for name, runs in seconds.items()},
-        "times a copy": {name: round(statistics.median(runs) / floor, 2) for name, runs in seconds.items()},
-        "threads": torch.get_num_threads(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-    }
-    if with_peer:
-        command = [sys.executable, "-c", PEER, str(folder), str(paths[1])]
-        load, fuse, undo = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        result["fuse_lora"] = {"load": round(load, 2), "fuse": round(fuse, 2), "undo": round(undo, 2)}
-        result["fuse_lora, times a switch"] = round((load + fuse + undo) / statistics.median(seconds["switch"]), 1)
-    memory = 0
-    for number in range(switches):
-        base.merged.apply([((first, second)[number % 2], 0.5 + number % 3 / 4)])
-        if number == 9:
-            memory = _own_memory()
-    weights = sum(weight.nbytes for part in (base.unet, base.text_encoder, base.vae) for weight in part.parameters())
-    result["memory in MB"] = {
-        "weights": round(weights / 1e6),
-        "process": round(_own_memory() / 1e6),
-        f"growth in {switches} switches": round((_own_memory() - memory) / 1e6),
-    }
-    return result
-
-
-def _own_memory() -> int:
-    """Bytes of the process that are not the pages of files."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
-
-
-if __name__ == "__main__":
-    main()
+    for way, turns in ours.items():
+        for name, peer in peers.items():
+            found.faster(f"switch of the adapter, {way}; {peer}", theirs[name], turns["switch"])
+    copy = statistics.median(ours["exact"]["copy"])
+    for way, turns in ours.items():
+        for turn in TURNS:
+            seconds = statistics.median(turns[turn])
+            figures = (f"{copy:.3f} s", f"{seconds:.3f} s", f"{seconds / copy:.2f} times the floor")
+            found.rows.append(Row(f"{turn}, {way}, beside a copy of the same weights in float32", *figures, len(turns[turn])))
+    many: dict[str, Any] = found.raw["many switches"]
+    for way, one in many.items():
+        figures = ("-", f"{one['growth'] / 1e6:+.0f} MB", "-")
+        found.rows.append(Row(f"growth in {one['count']} switches, {way}", *figures, 1))

@@ -53,7 +53,7 @@ def test_fast_images_are_made_side_by_side_and_say_so(fidelora, tmp_path):
     assert (code, out.splitlines(), err) == (0, [f"fidelora_{seed}.png" for seed in (42, 43, 44)], "")
     records = [read_record(tmp_path / line) for line in out.splitlines()]
     assert [record["recipe"]["fidelity"] for record in records] == ["fast"] * 3
-    assert "Fidelity: fast" in Image.open(tmp_path / "fidelora_42.png").text["parameters"]
+    assert "Fidelity: fast" in Image.open(tmp_path / "fidelora_42.png").info["parameters"]
 
 
 def test_what_is_fast_cannot_be_live(fidelora):

@@ -167,17 +167,16 @@ def test_exact_is_made_one_by_one_and_fast_by_its_size(engine):
 def test_a_packed_module_does_what_it_was_made_from(module, dtype):
     torch.manual_seed(1)
     inputs = torch.randn(2, 6, 48) if isinstance(module, nn.Linear) else torch.randn(2, 48, 10, 6)
-    tight = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.05}
+    error = 1e-4 if dtype == torch.float32 else 0.05
+    other = copy.deepcopy(module)
     with torch.no_grad():
+        other.weight.copy_(other.weight.flip(0))
         ours = packed._packed(module, dtype)
+        assert isinstance(ours, packed.PackedLinear | packed.PackedConv2d | packed.PackedPointwise)
         assert ours.weight.is_meta
-        torch.testing.assert_close(ours(inputs.to(dtype)).float(), module(inputs), **tight)
-        other = copy.deepcopy(module)
-        other.weight.normal_()
+        torch.testing.assert_close(ours(inputs.to(dtype)).float(), module(inputs), atol=error, rtol=error)
         ours.take(other.weight)
-        torch.testing.assert_close(
-            ours(inputs.to(dtype)).float(), other(inputs), atol=0.5 if dtype == torch.bfloat16 else 1e-4, rtol=0.05
-        )
+        torch.testing.assert_close(ours(inputs.to(dtype)).float(), other(inputs), atol=error, rtol=error)
 
 
 def test_attention_in_blocks_is_attention(monkeypatch):
@@ -212,6 +211,12 @@ def test_which_device_has_which_way():
         fast.way_on(torch.device("mps"), "none")
     with pytest.raises(DeviceError, match="use offload none"):
         fast.way_on(torch.device("cuda", 0), "sequential")
+
+
+def test_a_torch_without_onednn_has_no_fast_path(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    with pytest.raises(DeviceError, match="no oneDNN"):
+        Engine(device="cpu").generate(Recipe(prompt="a ball", fidelity="fast", **TINY))
 
 
 def test_a_switch_of_adapters_compiles_nothing(monkeypatch):

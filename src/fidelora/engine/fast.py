@@ -39,6 +39,8 @@ def way_on(device: torch.device, offload: Offload) -> Way:
     if offload != "none":
         raise DeviceError(f"fast keeps the whole model on its device; use offload none, or exact with offload {offload}.")
     if device.type == "cpu":
+        if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+            raise DeviceError("This build of torch has no oneDNN, which fast on the CPU is made of; use exact.")
         return Way.PACKED
     if device.type == "cuda":
         return Way.COMPILED

@@ -1,0 +1,106 @@
+"""How long is it from the start of a process to the first finished step of an image with an adapter? Files are in the page cache.
+
+    python -m benchmarks.cold peer|exact|fast FOLDER ADAPTER SIZE
+
+is such a process; it says when the step is done, and is measured from outside.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from benchmarks.parties import ROOT, plain_environment, rounds, warm
+
+PROMPT, STEPS, GUIDANCE = "a photo of a cat", 25, 6.0
+
+
+def measure(settings: Any) -> Any:
+    """`Findings` of this part; what it needs is imported here, because the processes import this module, too."""
+    import torch
+    from benchmarks import full_size
+    from benchmarks.report import Findings, Settings
+
+    assert isinstance(settings, Settings)
+    size = 128 if settings.quick else 256
+    base = full_size.base(settings.folder)
+    files = [*base.rglob("*.safetensors"), full_size.adapter(settings.folder), *Path(torch.__file__).parent.glob("lib/*.so*")]
+    arguments = [str(base), str(full_size.adapter(settings.folder)), str(size)]
+    seconds: dict[str, list[float]] = {way: [] for way in ("peer", "exact", "fast")}
+    for _ in rounds(0.0 if settings.quick else 90.0, least=1, most=5):
+        for way, runs in seconds.items():
+            warm(files)
+            runs.append(_start(way, *arguments))
+    found = Findings(raw=dict(seconds))
+    for way in ("exact", "fast"):
+        found.faster(f"cold start to the first step done at {size}, with an adapter: {way}", seconds["peer"], seconds[way])
+    found.notes.append(
+        "Cold start: a whole new process with all imports, files in the page cache; ours with the engine of the command line."
+    )
+    return found
+
+
+def _start(*arguments: str) -> float:
+    """Seconds until a new process says that its first step is done."""
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "benchmarks.cold", *arguments]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT, env=plain_environment()
+    )
+    assert process.stdout is not None
+    lines = iter(process.stdout.readline, "")
+    done = any(line == "step\n" for line in lines)
+    seconds = time.perf_counter() - start
+    process.communicate()
+    assert done, f"python -m benchmarks.cold {' '.join(arguments)} failed"
+    return seconds
+
+
+def _say_and_leave(*_arguments: Any) -> NoReturn:
+    print("step", flush=True)
+    os._exit(0)
+
+
+def _peer(folder: str, adapter: str, size: int) -> None:
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None)
+    pipe.load_lora_weights(adapter)
+    shape = {"width": size, "height": size, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
+    pipe(PROMPT, generator=torch.Generator().manual_seed(1), callback_on_step_end=_say_and_leave, **shape)
+
+
+def _ours(fidelity: Literal["exact", "fast"], folder: str, adapter: str, size: int) -> None:
+    import fidelora.cli  # noqa: F401  # the command line with all its commands, as `fidelora generate` imports it
+    from fidelora import AdapterRef, Recipe
+    from fidelora.cli.console import make_engine
+
+    recipe = Recipe(
+        prompt=PROMPT,
+        base_model=folder,
+        adapters=(AdapterRef.from_file(adapter),),
+        width=size,
+        height=size,
+        steps=STEPS,
+        guidance_scale=GUIDANCE,
+        sampler="ddpm",
+        fidelity=fidelity,
+    )
+    make_engine("cpu").generate(recipe, _say_and_leave)
+
+
+def main() -> None:
+    way, folder, adapter, size = sys.argv[1:]
+    if way == "peer":
+        _peer(folder, adapter, int(size))
+    elif way in ("exact", "fast"):
+        _ours(way, folder, adapter, int(size))  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    main()

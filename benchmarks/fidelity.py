@@ -1,0 +1,53 @@
+"""How far are images of `fast` from those of `exact`? PSNR and largest difference on the miniature, which draws what it is told."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from benchmarks import full_size
+from benchmarks.parties import Party
+from benchmarks.report import Findings, Row, Settings
+
+import fidelora
+
+ADAPTER = Path(fidelora.__file__).parent / "demo_data" / "sks.safetensors"
+SAMPLERS = ("ddpm", "euler_a", "k_dpmsolver++")
+SIZE, STEPS, IMAGES = 128, 20, 50
+_COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", "white", "black")
+_SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "cross", "ring")
+
+
+def measure(settings: Settings) -> Findings:
+    found = Findings()
+    images = 2 if settings.quick else IMAGES
+    with Party("benchmarks.ours", "fast", str(full_size.base(settings.folder))) as ours:
+        for sampler, adapter in itertools.product(SAMPLERS, (None, str(ADAPTER))):
+            request: dict[str, Any] = {"sampler": sampler, "adapter": adapter, "size": SIZE, "steps": STEPS}
+            said = ours.ask("compare", prompts=prompts(images, bool(adapter)), **request)
+            name = f"{sampler}, {'with' if adapter else 'no'} adapter"
+            found.raw[name] = said
+            psnr = [math.inf if one["psnr"] is None else one["psnr"] for one in said]
+            figures = f"PSNR {min(psnr):.1f} dB at worst, {statistics.median(psnr):.1f} in the middle"
+            levels = f"{max(one['levels'] for one in said)} of 255 levels at most"
+            found.rows.append(Row(f"fast beside exact: {name}", "exact", figures, levels, images))
+    found.notes.append(f"Fast beside exact: the miniature, {SIZE}x{SIZE}, {STEPS} steps, guidance 6, seeds 0 to {images - 1}.")
+    return found
+
+
+def prompts(number: int, with_adapter: bool) -> list[str]:
+    """Different ones; with the adapter every other asks for what it teaches."""
+    pairs = [
+        (one, other)
+        for shift in range(1, len(_COLOURS))
+        for one, other in zip(_COLOURS, _COLOURS[shift:] + _COLOURS[:shift], strict=True)
+    ]
+    things = itertools.cycle(_SHAPES)
+    found = []
+    for place, (colour, background) in zip(range(number), pairs, strict=False):
+        thing = "sks" if with_adapter and place % 2 else next(things)
+        found.append(f"a {colour} {thing} on a {background} background")
+    return found

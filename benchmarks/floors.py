@@ -1,0 +1,66 @@
+"""What this machine can do at all, as a party: copying memory and multiplying matrices, both by PyTorch and with all its threads.
+
+Also counts what a step computes: its floating-point operations, of products and convolutions alone, and nothing of them run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from benchmarks.full_size import SPEC
+from benchmarks.parties import answer_requests
+from torch.utils.flop_counter import FlopCounterMode
+
+from fidelora.engine.packed import packed_dtype
+from fidelora.engine.weights import empty_component, read_config
+
+SIDE = 2048
+_BYTES = 2**28
+
+
+def measure() -> dict[str, float]:
+    """GB/s of a copy (what is read counts once, what is written not), and GFLOP/s of matrix products of 2048 by 2048."""
+    source = torch.ones(_BYTES // 4)
+    target = torch.ones_like(source)
+    found = {"copy": _BYTES / _best(lambda: target.copy_(source)) / 1e9}
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        a, b = (torch.randn(SIDE, SIDE).to(dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        found[name] = 2 * SIDE**3 / _best(partial(torch.mm, a, b, out=out)) / 1e9
+    return found
+
+
+def step_flops(size: int) -> int:
+    """Of one step with guidance at this size."""
+    unet = next(component for component in SPEC.components if component.name == "unet")
+    config = read_config(SPEC.layout / "unet" / "config.json")
+    module = empty_component(unet, config)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        latents, text = torch.empty(2, 4, size // 8, size // 8), torch.empty(2, 77, config["cross_attention_dim"])
+        module.to("meta")(latents, torch.empty((), dtype=torch.int64), encoder_hidden_states=text)
+    return int(counter.get_total_flops())
+
+
+def fast_dtype() -> str:
+    """What the fast path computes in here."""
+    return str(packed_dtype()).removeprefix("torch.")
+
+
+def _best(run: Callable[[], object]) -> float:
+    seconds = []
+    for _ in range(4):  # the first one warms up; of the others the best: a floor is not made slower by what else runs
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+def main() -> None:
+    answer_requests({"measure": measure, "step_flops": step_flops, "fast_dtype": fast_dtype})
+
+
+if __name__ == "__main__":
+    main()

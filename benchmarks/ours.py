@@ -1,0 +1,256 @@
+"""Fidelora as a party: the engine of the command line, in a process that keeps freed memory as that does.
+
+    python -m benchmarks.ours exact|fast FOLDER
+
+FOLDER is the base model. The engine makes images; `turn` and `switches` change adapters with nothing around them.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from benchmarks.parties import answer_requests, disk_reads, memory
+
+from fidelora import AdapterRef, Engine, GeneratedImage, Recipe
+from fidelora.adapters.formats import read_adapter
+from fidelora.adapters.targets import BoundAdapter
+from fidelora.cli.console import make_engine
+from fidelora.engine.base import BaseKey, BaseModel, load_base
+from fidelora.jobs.job import new_job
+from fidelora.jobs.memory import MemoryStore
+from fidelora.preview.compare import compare, similarity
+from fidelora.work.worker import AttemptReport, Worker
+
+GUIDANCE = 6.0
+MINIATURE = "fidelora:miniature"
+
+
+class Ours:
+    """One engine, and what one way of computing is asked for."""
+
+    def __init__(self, fidelity: str, folder: str) -> None:
+        self._settings: dict[str, Any] = {"base_model": folder, "guidance_scale": GUIDANCE, "sampler": "ddpm", "fidelity": fidelity}
+        self._engine: Engine = make_engine("cpu")
+        self._adapters: dict[str, AdapterRef] = {}
+
+    def image(self, prompt: str, size: int, steps: int, seed: int, adapter: str) -> dict[str, float]:
+        """Seconds of the parts of one image; `step` is one of its steps."""
+        return self._time([self._recipe(prompt, size, steps, seed, adapter)], lambda made: [self._engine.generate(made[0])])
+
+    def batch(self, prompts: list[str], size: int, steps: int, seed: int, adapter: str) -> dict[str, float]:
+        """The same of images that are made side by side, divided by their number."""
+        recipes = [self._recipe(prompt, size, steps, seed + place, adapter) for place, prompt in enumerate(prompts)]
+        return self._time(recipes, self._engine.generate_batch)
+
+    def max_batch(self, size: int) -> int:
+        """How many images of this size the engine makes side by side."""
+        return self._engine.max_batch(Recipe(prompt="", width=size, height=size, **self._settings))
+
+    def memory(self) -> dict[str, int]:
+        """As `parties.memory`."""
+        return memory()
+
+    def compare(self, sampler: str, adapter: str | None, prompts: list[str], size: int, steps: int) -> list[dict[str, Any]]:
+        """How far fast images of the miniature are from the exact ones: PSNR in dB (None: all equal) and the largest difference."""
+        found = []
+        for seed, prompt in enumerate(prompts):
+            adapters = (self._ref(adapter),) if adapter else ()
+            shape: dict[str, Any] = {"width": size, "height": size, "steps": steps, "sampler": sampler, "guidance_scale": GUIDANCE}
+            exact, fast = (
+                self._engine.generate(
+                    Recipe(prompt=prompt, base_model=MINIATURE, seed=seed, adapters=adapters, fidelity=fidelity, **shape)
+                ).pixels
+                for fidelity in ("exact", "fast")
+            )
+            found.append({"psnr": similarity(fast, exact)[0], "levels": compare(fast, exact).max_difference})
+        return found
+
+    def queue(self, adapters: list[str], size: int, steps: int) -> None:
+        """Put a job with one image for each of these adapters into a queue, for `next_jobs`."""
+        self._queue = Queue(self._engine, [self._recipe(f"a thing, number {n}", size, steps, n, a) for n, a in enumerate(adapters)])
+
+    def next_jobs(self) -> list[dict[str, float]]:
+        """Do what the worker does next: an equal share of its seconds for each job, and those that went into adapters."""
+        return self._queue.next_jobs()
+
+    def batches(self, adapters: list[str], size: int, steps: int) -> list[dict[str, Any]]:
+        """The adapter and the number of images of every batch, in the worker's order, that the whole queue is made in."""
+        engine = BlankEngine()
+        queue = Queue(engine, [self._recipe("a thing", size, steps, n, a) for n, a in enumerate(adapters)])
+        while queue.next_jobs():
+            pass
+        return engine.made
+
+    def _time(self, recipes: list[Recipe], make: Callable[[list[Recipe]], list[GeneratedImage]]) -> dict[str, float]:
+        reads, start = disk_reads(), time.perf_counter()
+        images = make(recipes)
+        made = time.perf_counter()
+        for image in images:
+            image.encode("png")
+        end = time.perf_counter()
+        parts = images[0].seconds
+        whole = {
+            "text": parts["text"],
+            "step": parts["denoise"] / recipes[0].steps,
+            "decode": parts["decode"],
+            "encode": end - made,
+            "total": end - start,
+        }
+        return {part: seconds / len(recipes) for part, seconds in whole.items()} | {"disk": disk_reads() - reads}
+
+    def _recipe(self, prompt: str, size: int, steps: int, seed: int, adapter: str) -> Recipe:
+        shape: dict[str, Any] = {"width": size, "height": size, "steps": steps, "seed": seed}
+        return Recipe(prompt=prompt, adapters=(self._ref(adapter),), **shape, **self._settings)
+
+    def _ref(self, adapter: str) -> AdapterRef:
+        if adapter not in self._adapters:
+            self._adapters[adapter] = AdapterRef.from_file(adapter)
+        return self._adapters[adapter]
+
+
+class Queue:
+    """A store with jobs of one image each, and a worker."""
+
+    def __init__(self, engine: Engine, recipes: list[Recipe]) -> None:
+        self._store, self._outputs = MemoryStore(), tempfile.TemporaryDirectory()
+        for recipe in recipes:
+            self._store.add(new_job((recipe,), datetime.now(UTC)))
+        self._ended: list[AttemptReport] = []
+        self._worker = Worker("benchmark", self._store, engine, Path(self._outputs.name), on_end=self._ended.append)
+        self._adapters: frozenset[str] = frozenset()
+
+    def next_jobs(self) -> list[dict[str, float]]:
+        """See `Ours.next_jobs`; empty when all are done."""
+        self._ended.clear()
+        start = time.perf_counter()
+        self._worker.run_next()
+        seconds = time.perf_counter() - start
+        found = []
+        for report in self._ended:
+            assert report.status == "succeeded", report
+            adapters = self._store.get(report.job_id).adapters
+            spent = sum(report.timings.get(part, 0.0) for part in ("load", "adapters"))
+            # A change is the whole batch's; each of its jobs was charged a share.
+            whole = spent * len(self._ended)
+            found.append({"seconds": seconds / len(self._ended), "adapters": whole, "changed": adapters != self._adapters})
+            self._adapters = adapters
+        return found
+
+
+class BlankEngine(Engine):
+    """Makes blank images, and remembers which; all else is as it is."""
+
+    def __init__(self) -> None:
+        super().__init__(device="cpu")
+        self.made: list[dict[str, Any]] = []
+
+    def load(self, recipe: Recipe) -> None:
+        for ref in recipe.adapters:
+            self.adapters.get(ref)
+
+    def generate(self, recipe: Recipe, *_arguments: Any, **_options: Any) -> GeneratedImage:
+        return self.generate_batch([recipe])[0]
+
+    def generate_batch(self, recipes: Sequence[Recipe], *_arguments: Any, **_options: Any) -> list[GeneratedImage]:
+        self.load(recipes[0])
+        self.made.append({"adapter": recipes[0].adapters[0].sha256, "images": len(recipes)})
+        return [GeneratedImage(np.zeros((8, 8, 3), np.uint8), recipe, {"fidelora": ""}) for recipe in recipes]
+
+
+class Switching:
+    """A base model whose adapters are changed, and two adapters that each change nearly every weight of its UNet."""
+
+    def __init__(self, fidelity: str, folder: str) -> None:
+        recipe = Recipe(prompt="", base_model=folder, fidelity=fidelity)  # type: ignore[arg-type]  # the recipe checks it
+        self._base: BaseModel = load_base(BaseKey.of(recipe), torch.device("cpu"))
+        self._bound: dict[str, BoundAdapter] = {}
+
+    def touch(self, path: str) -> None:
+        """Read the base's numbers of the weights that an adapter changes, which may have left the system's cache."""
+        for name in self._bind(path).deltas:
+            pristine = self._base.targets.by_name[name].pristine
+            assert pristine is not None
+            pristine.sum()
+
+    def turn(self, what: str, paths: list[str]) -> dict[str, float]:
+        """Seconds of one change; each of them expects the one before it in `switch.TURNS`."""
+        first, second = map(self._bind, paths)
+        start = time.perf_counter()
+        match what:
+            case "copy":
+                self._copy(first)
+            case "merge":
+                self._base.merged.apply([(first, 1.0)])
+            case "scale":
+                self._base.merged.apply([(first, 0.7)])
+            case "switch":
+                self._base.merged.apply([(second, 0.7)])
+            case "restore":
+                self._base.merged.apply([])
+        return {"seconds": time.perf_counter() - start}
+
+    def switches(self, count: int, budget_s: float, large: list[str], tiny: list[str]) -> dict[str, float]:
+        """Change the adapter so often, to one of the large ones every hundredth time, or until time is up.
+
+        Returns:
+            how often it was, the seconds, and by how many bytes the process grew after the first ten.
+        """
+        start, own = time.perf_counter(), 0
+        for number in range(count):
+            if time.perf_counter() - start > budget_s:
+                count = number
+                break
+            paths = large if number % 100 == 9 else tiny
+            self._base.merged.apply([(self._bind(paths[number % len(paths)]), 0.5 + number % 3 / 4)])
+            if number == 9:
+                own = memory()["own"]
+        return {"count": count, "seconds": time.perf_counter() - start, "growth": memory()["own"] - own}
+
+    def weights(self, path: str) -> dict[str, int]:
+        """How many weights and numbers an adapter changes, and the bytes of all weights that the process holds."""
+        touched = [self._base.targets.by_name[name].weight for name in self._bind(path).deltas]
+        return {"weights": len(touched), "numbers": sum(weight.numel() for weight in touched), "live": self._base.size_bytes}
+
+    def _copy(self, adapter: BoundAdapter) -> None:
+        for name in adapter.deltas:
+            target = self._base.targets.by_name[name]
+            assert target.pristine is not None
+            target.weight.copy_(target.pristine)
+
+    def _bind(self, path: str) -> BoundAdapter:
+        if path not in self._bound:
+            self._bound[path] = self._base.targets.bind(read_adapter(Path(path)))
+        return self._bound[path]
+
+
+def main() -> None:
+    fidelity, folder = sys.argv[1:]
+    ours = Ours(fidelity, folder)
+    switching: Switching | None = None
+
+    def only_adapters(method: str) -> Callable[..., Any]:
+        """For parts that change adapters and make no image; the engine has loaded nothing then."""
+
+        def answer(**arguments: Any) -> Any:
+            nonlocal switching
+            switching = switching or Switching(fidelity, folder)
+            return getattr(switching, method)(**arguments)
+
+        return answer
+
+    images = {
+        name: getattr(ours, name) for name in ("image", "batch", "max_batch", "memory", "compare", "queue", "next_jobs", "batches")
+    }
+    answer_requests(images | {name: only_adapters(name) for name in ("touch", "turn", "switches", "weights")})
+
+
+if __name__ == "__main__":
+    main()

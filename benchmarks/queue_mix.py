@@ -1,0 +1,120 @@
+"""A mixed queue: 200 jobs of one image each, with 50 adapters of which few are wanted often (Zipf, s = 1). How many images an hour?
+
+The peer takes them in the order of their coming and changes its adapter (`load_lora_weights`) when the next job needs another one.
+Ours go through a store and the worker, which chooses what it does next, and in `fast` makes images of several jobs side by side.
+200 images take hours here, so small ones are made until time is up; what 200 at 256x256 would take is composed.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from benchmarks import full_size
+from benchmarks.images import WHOLE_STEPS, whole
+from benchmarks.parties import Party, rounds
+from benchmarks.report import Findings, Row, Settings
+
+JOBS, ADAPTERS = 200, 50
+SIZE, STEPS = 128, 2
+
+
+def measure(settings: Settings, before: Mapping[str, Findings]) -> Findings:
+    """Args: before: what other parts found; what is composed needs the figures of images."""
+    base = str(full_size.base(settings.folder))
+    paths = [str(full_size.small_adapter(settings.folder, number)) for number in range(ADAPTERS + 1)]
+    wanted = order()
+    request: dict[str, Any] = {"size": SIZE, "steps": STEPS}
+    jobs: dict[str, list[dict[str, float]]] = {way: [] for way in ("peer", "exact", "fast")}
+    with (
+        Party("benchmarks.peer", base) as peer,
+        Party("benchmarks.ours", "exact", base) as exact,
+        Party("benchmarks.ours", "fast", base) as fast,
+    ):
+        ways = {"exact": exact, "fast": fast}
+        side_by_side = fast.ask("max_batch", size=SIZE)
+        peer.ask("adapter", path=paths[-1])
+        peer.ask("image", prompt="warm up", seed=0, **request)
+        for party in ways.values():
+            party.ask("image", prompt="warm up", seed=0, adapter=paths[-1], **request)
+            party.ask("queue", adapters=[paths[number] for number in wanted], **request)
+        for place in rounds(20.0 if settings.quick else 110.0, least=3, most=JOBS):
+            changing = peer.ask("adapter", path=paths[wanted[place]])["seconds"]
+            image = peer.ask("image", prompt=f"a thing, number {place}", seed=place, **request)
+            jobs["peer"].append({"seconds": changing + image["total"], "adapters": changing, "changed": changing > 0.001})
+            for way, party in ways.items():
+                jobs[way] += party.ask("next_jobs")
+        size = SIZE if settings.quick else 256  # of which the other part has figures
+        request = {"adapters": [paths[number] for number in wanted], "size": size, "steps": WHOLE_STEPS}
+        batches = {way: party.ask("batches", **request) for way, party in ways.items()}
+    found = Findings(raw={"order": wanted, "jobs": jobs, "batches of the whole queue": batches})
+    changes = {"peer": _changes(wanted), **{way: _changes([one["adapter"] for one in made]) for way, made in batches.items()}}
+    _measured(found, jobs)
+    _composed(found, size, jobs, batches, changes, before)
+    found.notes.append(
+        f"Mixed queue: {JOBS} jobs of one image, {ADAPTERS} adapters of rank 8 for attention alone; all jobs are in the queue "
+        f"at the beginning. In the whole queue the adapter changes {changes['peer']} times first come, first served (peer), "
+        f"{changes['exact']} times with the worker's order in exact and {changes['fast']} in fast, which makes its images in "
+        f"{len(batches['fast'])} batches of at most {max(one['images'] for one in batches['fast'])} (counted with the real store "
+        f"and worker, and an engine that makes blank images). At the measured {SIZE}x{SIZE} a batch takes up to {side_by_side}."
+    )
+    return found
+
+
+def order() -> list[int]:
+    """Which adapter each job wants."""
+    return random.Random(1).choices(range(ADAPTERS), [1 / (place + 1) for place in range(ADAPTERS)], k=JOBS)
+
+
+def _changes(adapters: Sequence[Any]) -> int:
+    """How often it has to be changed, the first time included."""
+    return 1 + sum(bool(one != other) for one, other in pairwise(adapters))
+
+
+def _measured(found: Findings, jobs: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+    rates = {way: 3600 * len(done) / sum(job["seconds"] for job in done) for way, done in jobs.items()}
+    for way in ("exact", "fast"):
+        what = f"mixed queue, measured: its first {len(jobs[way])} jobs, {SIZE}x{SIZE}, {STEPS} steps, {way}"
+        _rate_row(found, what, rates["peer"], rates[way], len(jobs["peer"]))
+
+
+def _composed(
+    found: Findings,
+    size: int,
+    jobs: Mapping[str, Sequence[Mapping[str, float]]],
+    batches: Mapping[str, Sequence[Mapping[str, Any]]],
+    changes: Mapping[str, int],
+    before: Mapping[str, Findings],
+) -> None:
+    """The whole queue with 25 steps: changes of adapters as measured here, images as composed by the other part."""
+    changing = {way: statistics.median([job["adapters"] for job in done if job["changed"]]) for way, done in jobs.items()}
+    found.raw["seconds of a change"] = changing
+    measured = before["images"].raw.get(str(size)) if "images" in before else None
+    if measured is None:
+        found.notes.append(f"The whole queue at {size} is not composed: that needs the part `images` in the same run.")
+        return
+    image = {name: statistics.median(map(whole, said)) for name, said in measured.items() if "decode" in said[0]}
+    seconds = {way: changes[way] * changing[way] for way in jobs}
+    bare = statistics.median(one["step"] for one in measured["peer without adapter"])
+    around = statistics.median(whole(one, 0) for one in measured["peer"])
+    seconds["peer"] += JOBS * (around + WHOLE_STEPS * bare)
+    seconds["exact"] += JOBS * image["exact"]
+    # Of a batch one and four images were measured; what is between them lies on a line.
+    alone, side_by_side = image["fast"], 4 * image.get("batch", image["fast"])
+    seconds["fast"] += sum(alone + (one["images"] - 1) / 3 * (side_by_side - alone) for one in batches["fast"])
+    for way in ("exact", "fast"):
+        what = f"mixed queue, composed: all {JOBS} jobs, {size}x{size}, {WHOLE_STEPS} steps, {way}"
+        _rate_row(found, what, 3600 * JOBS / seconds["peer"], 3600 * JOBS / seconds[way], 1)
+    found.notes.append(
+        "Composed: changes of adapters x their seconds as measured in this part "
+        f"({', '.join(f'{way} {each:.2f} s' for way, each in changing.items())}) + images of 25 steps as composed above; the "
+        "peer's steps are those without any adapter, which favours it, as small adapters slow it less; batches of two and three "
+        "lie on a line between one and four images."
+    )
+
+
+def _rate_row(found: Findings, what: str, peer: float, ours: float, rounds: int) -> None:
+    found.rows.append(Row(what, f"{peer:.0f} images/hour", f"{ours:.0f} images/hour", f"{ours / peer:.2f} x as many", rounds))

@@ -1,0 +1,54 @@
+"""`make bench`: Fidelora against the reference way, all in one run, as one Markdown table.
+
+    python -m benchmarks.run [--only PART ...] [--quick] [--folder FOLDER] [--out FOLDER] [--sdcpp PYTHON]
+
+Every figure is held against a peer that was measured in the same run, in turns with ours where processes allow it; medians. Needs
+peft (`pip install --group bench`), two cores, 20 GB of memory, 9 GB of disk for the models at the first time, and about 20 minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks import cold, fidelity, full_size, images, queue_mix, report, server, switch
+from benchmarks.parties import ROOT
+from benchmarks.report import Findings, Settings
+
+
+def main() -> None:
+    found: dict[str, Findings] = {}
+    parts: dict[str, Callable[[Settings], Findings]] = {
+        "images": images.measure,
+        "switch": switch.measure,
+        "cold": cold.measure,
+        "server": server.measure,
+        "queue": lambda settings: queue_mix.measure(settings, found),
+        "fidelity": fidelity.measure,
+    }
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=parts, nargs="+", help="these parts alone")
+    parser.add_argument("--quick", action="store_true", help="few rounds of small images, to see that all works")
+    parser.add_argument("--folder", type=Path, default=full_size.default_folder(), help="where models are kept between runs")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench-results", help="where the report goes")
+    parser.add_argument("--sdcpp", default=sys.executable, metavar="PYTHON", help="that has stable-diffusion-cpp-python")
+    options = parser.parse_args()
+    settings = Settings(options.folder, options.quick, options.sdcpp)
+    full_size.base(settings.folder)
+    minutes: dict[str, float] = {}
+    for name in options.only or parts:
+        start = time.perf_counter()
+        found[name] = parts[name](settings)
+        minutes[name] = (time.perf_counter() - start) / 60
+        print(f"{name}: {minutes[name]:.1f} minutes", file=sys.stderr, flush=True)
+    environment = report.environment() | {"minutes": {name: round(taken, 1) for name, taken in minutes.items()}}
+    written = report.write(found, environment, options.out)
+    print(report.markdown(found, environment))
+    print("\n".join(map(str, written)), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

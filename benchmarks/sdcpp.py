@@ -1,0 +1,62 @@
+"""stable-diffusion.cpp as a party, through `stable-diffusion-cpp-python`, which need not be in the environment of the others.
+
+    python -m benchmarks.sdcpp FOLDER
+
+It reads a folder in the layout of diffusers, with the names of `full_size.with_older_names`. Convolutions are float16 in any case.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+from benchmarks.parties import ROOT, answer_requests
+
+GUIDANCE = 6.0
+
+
+def is_installed(python: str) -> bool:
+    """Whether this interpreter can import it."""
+    command = [python, "-c", "import stable_diffusion_cpp"]
+    return subprocess.run(command, capture_output=True, cwd=ROOT, check=False).returncode == 0
+
+
+def main() -> None:
+    from stable_diffusion_cpp import StableDiffusion  # type: ignore[import-not-found]  # it need not be installed
+
+    model = StableDiffusion(model_path=sys.argv[1], wtype="f32", n_threads=os.cpu_count(), verbose=False)
+
+    def image(prompt: str, size: int, steps: int, seed: int) -> dict[str, float]:
+        """Seconds of the parts of one image; `step` is one of its steps."""
+        marks: list[float] = []
+
+        def note(step: int, _steps: int, _seconds: float) -> None:
+            if step >= len(marks):  # before the first step, and after each; then other work may report, too
+                marks.append(time.perf_counter())
+
+        start = time.perf_counter()
+        (picture,) = model.generate_image(
+            prompt=prompt,
+            width=size,
+            height=size,
+            cfg_scale=GUIDANCE,
+            sample_method="euler_a",
+            sample_steps=steps,
+            seed=seed,
+            progress_callback=note,
+        )
+        decoded = time.perf_counter()
+        picture.save(io.BytesIO(), "PNG")
+        end = time.perf_counter()
+        parts: dict[str, Any] = {"text": marks[0] - start, "step": (marks[steps] - marks[0]) / steps}
+        return parts | {"decode": decoded - marks[steps], "encode": end - decoded, "total": end - start}
+
+    answer_requests({"image": image})
+
+
+if __name__ == "__main__":
+    main()
