@@ -46,7 +46,7 @@ def http_page() -> str:
     for path, methods in api["paths"].items():
         for method, route in methods.items():
             lines += _route(method.upper(), path, route)
-    lines += ["# Bodies", ""]
+    lines += ["## Bodies", ""]
     for name, schema in api["components"]["schemas"].items():
         if "properties" in schema and not name.startswith(("HTTPValidation", "ValidationError", "Body_")):
             lines += _schema(name, schema)
@@ -85,7 +85,7 @@ def _said(description: str) -> str:
 
 
 def _schema(name: str, schema: dict[str, Any]) -> list[str]:
-    lines = [f"## {name}", "", schema.get("description", ""), "", "| field | type | default |", "|---|---|---|"]
+    lines = [f"### {name}", "", schema.get("description", ""), "", "| field | type | default |", "|---|---|---|"]
     for field, content in schema["properties"].items():
         default = (
             "**required**" if field in schema.get("required", []) else f"`{content['default']}`" if "default" in content else ""

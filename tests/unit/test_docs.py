@@ -141,10 +141,12 @@ def test_links_lead_somewhere_on_a_code_host_too(page):
 @pytest.mark.parametrize("page", DOCS, ids=name_of)
 def test_lists_are_lists_on_the_site_too(page):
     """The site's Markdown wants an empty line before a list, and four spaces before what is inside of one."""
-    before = ""
+    before = first_of_block = ""
     for line in re.sub(BLOCK, lambda match: f"{match['indent']}```", page.read_text()).splitlines():
+        if not before:
+            first_of_block = line
         if re.match(r"([*+-]|\d+\.) ", line):
-            assert not before or before.startswith(" ") or re.match(r"([*+-]|\d+\.) ", before), f"no empty line before: {line}"
+            assert re.match(r"([*+-]|\d+\.) ", first_of_block), f"no empty line before: {line}"
         indent = len(line) - len(line.lstrip())
         if indent and (not before or re.match(r" +(```|[*+-] |\d+\. )", line)):
             assert indent % 4 == 0, f"{indent} spaces before: {line}"

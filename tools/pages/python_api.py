@@ -79,13 +79,14 @@ def _signature(thing: Object, name: str) -> list[str]:
     returns = f" -> {thing.returns}" if isinstance(thing, griffe.Function) else ""
     kind = "async " if "async" in thing.labels else ""
     line = f"{kind}{name}({', '.join(parameters)}){returns}"
-    if len(line) <= 100:
+    if len(line) <= 88:
         return [line]
     return [f"{kind}{name}(", *(f"    {parameter}," for parameter in parameters), f"){returns}"]
 
 
 def _parameter(parameter: griffe.Parameter) -> str:
-    stars = {griffe.ParameterKind.var_positional: "*", griffe.ParameterKind.var_keyword: "**"}.get(parameter.kind, "")
+    kinds = griffe.ParameterKind
+    stars = "**" if parameter.kind is kinds.var_keyword else "*" if parameter.kind is kinds.var_positional else ""
     default = "" if parameter.default is None or stars else f" = {parameter.default}"
     # `FROM_MODEL` is a private mark for what the model's data fills in.
     return f"{stars}{parameter.name}: {parameter.annotation}{default.replace('FROM_MODEL', '...')}"
@@ -116,7 +117,7 @@ def _fenced(text: str) -> Iterator[str]:
 def _items(section: DocstringSection) -> Iterator[str]:
     for item in cast(list[Any], section.value):
         description = " ".join(item.description.split())
-        name = getattr(item, "name", None)
+        name = str(getattr(item, "name", ""))
         if section.kind is DocstringSectionKind.attributes and name.endswith(","):  # "width, height: ..." in one entry
             name, annotation = f"{name} {item.annotation}", ""
         elif section.kind is DocstringSectionKind.raises:
