@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Iterator
 
+from fastapi import FastAPI
+from starlette.testclient import TestClient
 from structlog.testing import capture_logs
 
 from fidelora import errors
 from fidelora.errors import FideloraError, WrongUseError
-from fidelora.server.problems import answer_to
+from fidelora.server import problems
 
 _ABOUT = """
 Every error that Fidelora raises on purpose is a class in `fidelora.errors`, under `FideloraError`. What is said here is its default
@@ -31,10 +32,11 @@ ended with the worker's process).
 def errors_page(made: str) -> str:
     """Every error in the order of the tree."""
     lines = ["# Errors", "", made, "", _ABOUT, "", "| error | under | says | exit code | HTTP |", "|---|---|---|---|---|"]
+    server = _raising_server()
     for kind in all_errors():
         bases = ", ".join(f"`{base.__name__}`" for base in kind.__bases__ if issubclass(base, FideloraError))
         exit_code = 2 if issubclass(kind, WrongUseError) else 1
-        lines.append(f"| `{kind.__name__}` | {bases} | {kind()} | {exit_code} | {_answer(kind)} |")
+        lines.append(f"| `{kind.__name__}` | {bases} | {kind()} | {exit_code} | {_answer(kind, server)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -45,10 +47,22 @@ def all_errors() -> Iterator[type[FideloraError]]:
             yield value
 
 
-def _answer(kind: type[FideloraError]) -> str:
+def _answer(kind: type[FideloraError], server: TestClient) -> str:
     with capture_logs():  # of an error that no call ends with, the server writes a line
-        answer = answer_to(kind())
+        answer = server.get(f"/{kind.__name__}")
     if answer.status_code == 500:
         return ""
-    detail = json.loads(bytes(answer.body))["detail"]
+    detail = answer.json()["detail"]
     return f"{answer.status_code} `{detail['error']['code']}`" if isinstance(detail, dict) else str(answer.status_code)
+
+
+def _raising_server() -> TestClient:
+    """A server that answers each path with the error of that name, as ours would."""
+    app = FastAPI()
+    problems.install(app)
+
+    @app.get("/{name}")
+    def fail(name: str) -> None:
+        raise getattr(errors, name)
+
+    return TestClient(app)
