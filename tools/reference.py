@@ -24,6 +24,9 @@ from fidelora.settings import Settings, read_settings
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 _MADE = "<!-- Made by `make reference`; change the code and run it again. -->"
 
+_NAMED = "<<{}>>"
+"""How a body's name is written until it is known which bodies have a place to link to."""
+
 _ABOUT_HTTP = """
 Errors other than 422 are `{"detail": {"error": {"code", "message", "details"}}}`; 422 is a field out of its range, in FastAPI's own
 shape. With API keys, every route but the probes needs `Authorization: Bearer KEY`. Every answer has an `X-Request-ID`: the one that
@@ -47,10 +50,20 @@ def http_page() -> str:
         for method, route in methods.items():
             lines += _route(method.upper(), path, route)
     lines += ["## Bodies", ""]
-    for name, schema in api["components"]["schemas"].items():
-        if "properties" in schema and not name.startswith(("HTTPValidation", "ValidationError", "Body_")):
-            lines += _schema(name, schema)
-    return "\n".join(lines).rstrip() + "\n"
+    bodies = {
+        name: schema
+        for name, schema in api["components"]["schemas"].items()
+        if "properties" in schema and not name.startswith(("HTTPValidation", "ValidationError", "Body_"))
+    }
+    for name, schema in bodies.items():
+        lines += _schema(name, schema)
+    linked = {
+        _NAMED.format(name): f"[{name}](#{name.lower()})" if name in bodies else name for name in api["components"]["schemas"]
+    }
+    text = "\n".join(lines).rstrip() + "\n"
+    for mark, link in linked.items():
+        text = text.replace(mark, link)
+    return text
 
 
 def settings_page() -> str:
@@ -97,7 +110,7 @@ def _schema(name: str, schema: dict[str, Any]) -> list[str]:
 def _type(schema: dict[str, Any]) -> str:
     """A type in words, with its range."""
     if "$ref" in schema:
-        return str(schema["$ref"].rsplit("/", 1)[1])
+        return _NAMED.format(schema["$ref"].rsplit("/", 1)[1])
     if "anyOf" in schema:
         return " or ".join(dict.fromkeys(_type(one) for one in schema["anyOf"]))
     if "enum" in schema:

@@ -31,12 +31,12 @@ ended with the worker's process).
 
 def errors_page(made: str) -> str:
     """Every error in the order of the tree."""
-    lines = ["# Errors", "", made, "", _ABOUT, "", "| error | under | says | exit code | HTTP |", "|---|---|---|---|---|"]
+    lines = ["# Errors", "", made, "", _ABOUT, "", "| error | says | exit code | HTTP | under |", "|---|---|---|---|---|"]
     server = _raising_server()
     for kind in all_errors():
         bases = ", ".join(f"`{base.__name__}`" for base in kind.__bases__ if issubclass(base, FideloraError))
         exit_code = 2 if issubclass(kind, WrongUseError) else 1
-        lines.append(f"| `{kind.__name__}` | {bases} | {kind()} | {exit_code} | {_answer(kind, server)} |")
+        lines.append(f"| `{kind.__name__}` | {kind()} | {exit_code} | {_answer(kind, server)} | {bases} |")
     return "\n".join(lines) + "\n"
 
 
