@@ -178,6 +178,10 @@ class NothingToCheckError(JobFolderError):
 # --- requests ----------------------------------------------------------------------------------------------------------
 
 
+class PromptSyntaxError(WrongUseError):
+    """The prompt says something in AUTOMATIC1111's notation that cannot be done here."""
+
+
 class RequestError(WrongUseError):
     """The request asks for something that cannot be done."""
 

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, PngImagePlugin
 
-from fidelora.engine.output import GeneratedImage, format_of, is_image_format, parameters_text, preview_jpeg, read_record, suffix_of
+from fidelora.a1111.parameters import parameters_text
+from fidelora.engine.output import GeneratedImage, format_of, is_image_format, preview_jpeg, suffix_of
 from fidelora.errors import ImageRecordError, OutputError
 from fidelora.files import make_folder, write_atomically
+from fidelora.origin import read_record
 from fidelora.recipe import AdapterRef, Recipe
 
 FORMATS = ["png", "jpeg", "webp"]
