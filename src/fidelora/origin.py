@@ -36,6 +36,7 @@ class Origin:
         width, height: of the image, in pixels.
         recipe: complete, if the image was made here; its adapters are known by their sha256, and have no paths.
         environment: what else could have had a part in its last bits; empty if the recipe is None.
+        quality: 0..100, that the image was written in, if it was not the usual one.
         parameters: what was understood of AUTOMATIC1111's text, and what was not; None if there is a recipe.
     """
 
@@ -44,6 +45,7 @@ class Origin:
     height: int
     recipe: Recipe | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
+    quality: int | None = None
     parameters: Parameters | None = None
 
 
@@ -68,7 +70,8 @@ def read_origin(content: bytes, name: str = "The image", *, model: str = "sd15")
     plain = _record(record)
     if plain is not None:
         recipe, environment = recipe_of(plain, name)
-        return Origin(**about, recipe=recipe, environment=environment)
+        quality = plain.get("quality")
+        return Origin(**about, recipe=recipe, environment=environment, quality=quality if isinstance(quality, int) else None)
     if len(parameters) > MAX_PARAMETERS_CHARACTERS:
         raise ImageRecordError(f"{name} has parameters of {len(parameters):,} characters; {MAX_PARAMETERS_CHARACTERS:,} are read.")
     if parameters.strip():

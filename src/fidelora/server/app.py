@@ -33,7 +33,7 @@ from fidelora.server.keys import ApiKeys
 from fidelora.server.logs import configure_logs
 from fidelora.server.metrics import Metrics
 from fidelora.server.parts import Parts
-from fidelora.server.routes import inference, loras, operations, requests
+from fidelora.server.routes import inference, loras, openai, operations, requests
 from fidelora.settings import Settings
 from fidelora.work.local import LocalPool
 from fidelora.work.place import WorkerSetup
@@ -139,7 +139,7 @@ def make_app(parts: Parts) -> FastAPI:
     app.state.parts = parts
     problems.install(app)
     app.include_router(operations.router)
-    for router in (inference.router, requests.router, loras.router):
+    for router in (inference.router, requests.router, loras.router, openai.router):
         app.include_router(router, dependencies=[bearer])
     upload_bytes = parts.settings.lora_max_mb * 2**20 + MAX_BODY_BYTES
     app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES, max_upload_bytes=upload_bytes)

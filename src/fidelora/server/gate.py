@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import ipaddress
 import re
 import time
@@ -15,7 +16,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fidelora.errors import ApiKeyError, BodyTooLargeError, FideloraError, RequestError
 from fidelora.server.keys import ApiKeys
 from fidelora.server.metrics import Metrics
-from fidelora.server.problems import answer_to
+from fidelora.server.problems import problem_of
+from fidelora.server.shapes import A1111_PATHS, answer
 
 log = structlog.get_logger("fidelora.http")
 
@@ -88,7 +90,7 @@ class BodyLimit:
         limit = self._max_upload_bytes if is_upload else self._max_bytes
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdigit() and int(announced) > limit:
-            await answer_to(_too_large(limit))(scope, receive, send)
+            await answer(problem_of(_too_large(limit)), scope["path"])(scope, receive, send)
             return
         received = 0
 
@@ -122,16 +124,19 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in _OPEN:
             try:
-                scope["fidelora_owner"] = self._owner(Headers(scope=scope))
+                scope["fidelora_owner"] = self._owner(Headers(scope=scope), scope["path"])
             except FideloraError as error:
-                await answer_to(error)(scope, receive, send)
+                await answer(problem_of(error), scope["path"])(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
-    def _owner(self, headers: Headers) -> str:
+    def _owner(self, headers: Headers, path: str) -> str:
         if self._keys.names():
-            scheme, _, key = headers.get("authorization", "").partition(" ")
-            owner = self._keys.owner(key.strip()) if scheme.lower() == "bearer" else None
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            key = given.strip() if scheme.lower() == "bearer" else ""
+            if scheme.lower() == "basic" and path.startswith(A1111_PATHS):
+                key = _password(given)
+            owner = self._keys.owner(key) if key else None
             if owner is None:
                 raise ApiKeyError
             return owner
@@ -142,4 +147,12 @@ class Gate:
                 "make a key with `fidelora keys add`, or set BASE_URL.",
                 code="HOST_NOT_ALLOWED",
             )
+        return ""
+
+
+def _password(given: str) -> str:
+    """Clients of A1111 know names and passwords only: the key is the password, and the name is not looked at."""
+    try:
+        return base64.b64decode(given, validate=True).decode().partition(":")[2]
+    except ValueError:
         return ""
