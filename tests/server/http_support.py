@@ -16,6 +16,7 @@ import numpy as np
 import uvicorn
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from starlette.testclient import TestClient
 from tests.server.serve_support import until
 from tests.support import LORA
@@ -139,6 +140,14 @@ def only_job(parts: Parts) -> Job:
     (job,) = until(lambda: parts.store.list().jobs, 20)
     assert isinstance(job, Job)
     return job
+
+
+def an_image(text: str = "a ball\nSteps: 2, Sampler: ddpm, Seed: 1") -> bytes:
+    """A small PNG with AUTOMATIC1111's parameters."""
+    info, buffer = PngInfo(), io.BytesIO()
+    info.add_itxt("parameters", text)
+    Image.new("RGB", (8, 8)).save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
 
 
 def pixels(content: bytes) -> NDArray[np.uint8]:

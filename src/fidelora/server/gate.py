@@ -113,7 +113,7 @@ class Gate:
     """Lets in who has a key. A server without keys is for this machine alone, and for pages that name it as such.
 
     Without the second rule, a web page that somebody looks at here could have its own name lead to 127.0.0.1 (DNS rebinding) and
-    use the server as its own.
+    use the server as its own, or send forms to it, to which browsers add the page's origin.
     """
 
     def __init__(self, app: ASGIApp, keys: ApiKeys, base_url: str) -> None:
@@ -140,13 +140,22 @@ class Gate:
             if owner is None:
                 raise ApiKeyError
             return owner
-        host = urlsplit("//" + headers.get("host", "")).hostname or ""
-        if host not in self._hosts and not is_loopback(host):
-            raise RequestError(
-                f"This server has no API keys, and answers only to names of this machine, not to {host!r:.100}; "
-                "make a key with `fidelora keys add`, or set BASE_URL.",
-                code="HOST_NOT_ALLOWED",
-            )
+        origin = headers.get("origin")
+        for place in ("//" + headers.get("host", ""), *([] if origin is None else [origin])):
+            host = _host(place)
+            if host not in self._hosts and not is_loopback(host):
+                raise RequestError(
+                    f"This server has no API keys, and answers only to names and pages of this machine, not to {host!r:.100}; "
+                    "make a key with `fidelora keys add`, or set BASE_URL.",
+                    code="HOST_NOT_ALLOWED",
+                )
+        return ""
+
+
+def _host(place: str) -> str:
+    try:
+        return urlsplit(place).hostname or ""
+    except ValueError:
         return ""
 
 

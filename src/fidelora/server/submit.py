@@ -31,6 +31,11 @@ Recipes = Callable[[Sequence[AdapterRef], Mapping[str, Any]], tuple[Recipe, ...]
 """Makes the recipes of a request from its adapters, in order, and the recipe fields that the server decides."""
 
 
+def utc_now() -> datetime:
+    """The time of what happens to a job."""
+    return datetime.now(UTC)
+
+
 def draw_seed() -> int:
     """A seed for who leaves it to the server; it is told in the answer and in the image."""
     return secrets.randbelow(2**32)
@@ -75,7 +80,7 @@ def enqueue(
     Raises:
         QueueFullError: it is not taken.
     """
-    job = new_job(recipes, datetime.now(UTC), image_format=image_format, image_quality=image_quality)
+    job = new_job(recipes, utc_now(), image_format=image_format, image_quality=image_quality)
     stored = parts.store.add(job, submission=submission, capacity=parts.settings.queue_size)
     if parts.pool is not None:
         parts.pool.wake()
@@ -105,7 +110,7 @@ async def canceled_at_exit(job: Job, parts: Parts) -> AsyncIterator[None]:
         yield
     finally:
         with anyio.CancelScope(shield=True):  # the client that went away has canceled everything else here
-            await run_in_threadpool(parts.store.cancel, job.id, datetime.now(UTC))
+            await run_in_threadpool(parts.store.cancel, job.id, utc_now())
 
 
 async def looks_at(job: Job, parts: Parts, request: Request) -> AsyncIterator[Job]:
