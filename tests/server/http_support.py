@@ -142,7 +142,7 @@ def only_job(parts: Parts) -> Job:
     return job
 
 
-def an_image(text: str = "a ball\nSteps: 2, Sampler: ddpm, Seed: 1") -> bytes:
+def an_image(text: str = "a ball\nSteps: 2, Sampler: ddpm, Seed: 1, Size: 64x64") -> bytes:
     """A small PNG with AUTOMATIC1111's parameters."""
     info, buffer = PngInfo(), io.BytesIO()
     info.add_itxt("parameters", text)

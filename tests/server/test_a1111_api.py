@@ -152,7 +152,7 @@ def test_images_may_stay_where_they_are(client, parts, worker):
     with at_work(worker, an_image()):
         answer = client.post("/sdapi/v1/txt2img", json={"prompt": "a ball", "send_images": False, "save_images": True}).json()
     assert answer["images"] == []
-    assert json.loads(answer["info"])["infotexts"] == ["a ball\nSteps: 2, Sampler: ddpm, Seed: 1"]
+    assert json.loads(answer["info"])["infotexts"] == ["a ball\nSteps: 2, Sampler: ddpm, Seed: 1, Size: 64x64"]
 
 
 @pytest.mark.parametrize(

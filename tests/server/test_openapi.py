@@ -35,7 +35,7 @@ def server(tmp_path, monkeypatch):
 def test_no_answer_to_nonsense_is_a_fault_or_a_surprise(server):
     schema, _ = server
     operations = [found.ok() for found in schema.get_all_operations()]
-    assert len(operations) == 26
+    assert len(operations) == 27
     for operation in operations:
 
         @settings(max_examples=50, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
@@ -59,6 +59,8 @@ def test_every_answer_to_sense_is_as_described(server):
                 body, media_type = {"body": {"prompt": "a ball", "loras": MINIMAL["loras"]}}, "application/json"
             if operation.label == "POST /sdapi/v1/txt2img":
                 body, media_type = {"body": {"prompt": "a ball <lora:sks:0.8>"}}, "application/json"
+            if operation.label == "POST /v1/replay":
+                body, media_type = {"body": {"image": an_image()}}, "multipart/form-data"
             if operation.label == "POST /sdapi/v1/options":
                 body, media_type = {"body": {"sd_model_checkpoint": "sd15"}}, "application/json"
             if operation.label == "POST /v1/loras":

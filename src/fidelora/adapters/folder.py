@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
@@ -100,6 +101,21 @@ def adapter_called(root: Path, name: str) -> str:
             f"There are several adapters {name!r}: name one of {some([one[: -len(_SUFFIX)] for one in found])}."
         )
     return found[0]
+
+
+def adapter_of_hash(root: Path, sha256: str, name: str, sha256_of: Callable[[Path], str]) -> str | None:
+    """The adapter file with these bytes, as requests name it, wherever it is below `root`; None if there is none.
+
+    Args:
+        name: what it was called; files of this name are looked at first, because every other one costs a reading.
+        sha256_of: gives the hash of a file.
+
+    Raises:
+        what `sha256_of` raises.
+    """
+    names = adapter_names(root)
+    names.sort(key=lambda path: PurePosixPath(path).stem != name)
+    return next((path for path in names if sha256_of(adapter_under(root, path)) == sha256), None)
 
 
 def add_upload(root: Path, file: BinaryIO, name: str) -> tuple[str, bool]:

@@ -23,7 +23,9 @@ log = structlog.get_logger("fidelora.http")
 
 _OPEN = {"/health", "/ready", "/openapi.json", "/docs", "/docs/oauth2-redirect"}
 """Paths that need no key: probes, and the description of the API."""
-UPLOAD_PATH = "/v1/loras"
+MAX_BODY_BYTES = 2**20
+MAX_IMAGE_BYTES = 64 * 2**20
+"""Of an image that is to be made again; the largest that is made here has 48 MiB of pixels."""
 _LOOPBACK_NAMES = {"localhost", "127.0.0.1", "::1"}
 _CALL_ID = re.compile(r"[\w.-]{1,64}")
 
@@ -77,17 +79,16 @@ class Log:
 class BodyLimit:
     """Refuses bodies that are too large, those that do not say their size as soon as they are."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int, max_upload_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_lora_bytes: int) -> None:
         self._app = app
-        self._max_bytes = max_bytes
-        self._max_upload_bytes = max_upload_bytes
+        self._larger = {("POST", "/v1/loras"): max_lora_bytes, ("POST", "/v1/replay"): MAX_IMAGE_BYTES}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        is_upload = scope["method"] == "POST" and scope["path"] == UPLOAD_PATH
-        limit = self._max_upload_bytes if is_upload else self._max_bytes
+        # With room for the rest of a form.
+        limit = MAX_BODY_BYTES + self._larger.get((scope["method"], scope["path"]), 0)
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdigit() and int(announced) > limit:
             await answer(problem_of(_too_large(limit)), scope["path"])(scope, receive, send)

@@ -53,6 +53,8 @@ REQUEST_CODES = {
     "MOE_FORMAT_NOT_SUPPORTED": "The model has one transformer: a LoRA of it has no `transformer`.",
     "FIELD_NOT_SUPPORTED": "The model cannot use this field, or nobody knows it; `details.field` names it.",
     "MULTIPLIERS_DO_NOT_MATCH": "A prompt has another number of multipliers than there are LoRAs.",
+    "BASE_MODEL_DIFFERS": "The image was made with another base model than the server's; `details.differs` has both.",
+    "LORA_BYTES_MISSING": "LoRAs that the image was made with are not here; `details.missing` has sha256 and name of each.",
     "HOST_NOT_ALLOWED": "A server without API keys answers only to names of its own machine.",
 }
 """The codes of errors that carry their own; all of them are 400."""
@@ -64,6 +66,7 @@ _DESCRIPTIONS = {
     409: "Contradicts what is there",
     410: "Gone",
     413: "Body too large",
+    415: "A body of this type is not read",
     429: "The queue is full",
     503: "Not now",
 }
@@ -97,6 +100,9 @@ def problem_of(error: FideloraError) -> Problem:
         return Problem(400, error.code, str(error), error.details)
     if isinstance(error, RequestFailedError):
         return Problem(500, error.code, str(error), final=True)
+    if isinstance(error, errors.AdaptersMissingError):
+        missing = [{"sha256": sha256, "name": name} for sha256, name in error.missing]
+        return Problem(400, "LORA_BYTES_MISSING", str(error), {"missing": missing})
     for kind, status, code in _ANSWERS:
         if isinstance(error, kind):
             return Problem(status, code, str(error), final=status == 409)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -86,6 +87,15 @@ def enqueue(
         parts.pool.wake()
     structlog.contextvars.bind_contextvars(request_id=stored.id)
     return stored
+
+
+def submission_of(owner: str, key: str, content: bytes) -> Submission:
+    """What a client asked for under an idempotency key. Keys of different clients are different keys."""
+    return Submission(_sha256(f"{owner}\0{key}".encode()), _sha256(content))
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def numerics_for(parts: Parts, model: str, adapters: Sequence[AdapterRef]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from functools import partial
 from typing import Annotated
 
@@ -14,7 +13,7 @@ from fidelora.jobs.job import Job
 from fidelora.jobs.store import Submission
 from fidelora.server.parts import Owner, Parts, PartsOf
 from fidelora.server.problems import answers
-from fidelora.server.submit import draw_seed, submit
+from fidelora.server.submit import draw_seed, submission_of, submit
 from fidelora.wire import Accepted, InferenceRequest, ModelList, accepted, check_request, model_list, recipes_of
 
 log = structlog.get_logger(__name__)
@@ -56,10 +55,5 @@ async def _new(body: InferenceRequest, parts: Parts, submission: Submission | No
 
 
 def _submission(body: InferenceRequest, owner: str, key: str) -> Submission:
-    """Keys of different clients are different keys. A token is no part of what was asked for."""
-    content = body.model_dump_json(exclude={"hf_token"})
-    return Submission(_sha256(f"{owner}\0{key}"), _sha256(content))
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    """A token is no part of what was asked for."""
+    return submission_of(owner, key, body.model_dump_json(exclude={"hf_token"}).encode())
