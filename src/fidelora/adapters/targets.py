@@ -9,8 +9,9 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from fidelora.adapters.deltas import Delta, Module
+from fidelora.adapters.deltas import Delta, DoraDelta, Module
 from fidelora.adapters.formats import Adapter
+from fidelora.adapters.original_names import original_names
 from fidelora.errors import AdapterMismatchError, some
 from fidelora.models import ModelSpec
 
@@ -42,11 +43,15 @@ class Target:
 
 @dataclass(frozen=True, eq=False)
 class BoundAdapter:
-    """An adapter of which every module has found its place in one base model."""
+    """An adapter of which every module has found its place in one base model.
 
-    sha256: str
+    Attributes:
+        identity: what tells it from others: the sha256 of its file, and the alpha that it was given, if it was.
+        deltas: by the name of the target.
+    """
+
+    identity: str
     deltas: Mapping[str, Delta]
-    """By the name of the target."""
 
     @cached_property
     def components(self) -> frozenset[str]:
@@ -54,11 +59,18 @@ class BoundAdapter:
         return frozenset(name.partition(".")[0] for name in self.deltas)
 
 
+    @cached_property
+    def is_dora(self) -> bool:
+        """Whether it is a DoRA, which the trainer never merges."""
+        return any(isinstance(delta, DoraDelta) for delta in self.deltas.values())
+
+
 class Targets:
     """All targets of one base model, found by the names that adapter files use.
 
     Adapter files flatten a module's path with underscores (`lora_unet_down_blocks_0_attentions_0_proj_in`) or keep its dots
-    (PEFT: `unet.down_blocks.0.attentions.0.proj_in`); both are looked up in the flattened form.
+    (PEFT: `unet.down_blocks.0.attentions.0.proj_in`); both are looked up in the flattened form. For families whose adapters are
+    often named as the original code named the modules (`lora_unet_input_blocks_4_1_proj_in`), those names are known, too.
 
     Args:
         components: the parts of the base model by name.
@@ -74,12 +86,15 @@ class Targets:
         for component in spec.components:
             if not component.adapter_prefixes:
                 continue
-            for path, module in components[component.name].named_modules():
+            modules = dict(components[component.name].named_modules())
+            original = original_names(modules) if component.original_names else {}
+            for path, module in modules.items():
                 if isinstance(module, nn.Linear | nn.Conv2d):
                     name = f"{component.name}.{path}"
-                    flat = self._flatten(component.name, path, component.optional_prefix)
-                    assert flat not in self._names_by_flat, f"{name} and {self._names_by_flat[flat]} have one flattened name"
-                    self._names_by_flat[flat] = name
+                    for spelling in (path, *filter(None, [original.get(path)])):
+                        flat = self._flatten(component.name, spelling, component.optional_prefix)
+                        assert flat not in self._names_by_flat, f"{name} and {self._names_by_flat[flat]} have one flattened name"
+                        self._names_by_flat[flat] = name
                     kept = pristine[component.name][f"{path}.weight"] if pristine else None
                     self.by_name[name] = Target(name, module, module.weight, module.bias, kept)
 
@@ -105,7 +120,8 @@ class Targets:
                 deltas[target.name] = delta
         if unmatched or misshapen:
             raise AdapterMismatchError(self._explain(adapter, unmatched, misshapen))
-        return BoundAdapter(adapter.sha256, deltas)
+        identity = adapter.sha256 if adapter.alpha is None else f"{adapter.sha256}, alpha {adapter.alpha!r}"
+        return BoundAdapter(identity, deltas)
 
     def find(self, module: str) -> Target | None:
         """The target that an adapter file means by `module`, or None."""

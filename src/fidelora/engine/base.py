@@ -173,7 +173,7 @@ def load_base(
         name = component.name
         parts[name], pristine[name] = build_component(component, configs[name], weights.pop(name), dtypes[name])
     unet, vae = cast(UNet2DConditionModel, parts["unet"]), cast(AutoencoderKL, parts["vae"])
-    if spec.upcasts_vae and vae.dtype == torch.float16 and vae.config.force_upcast:
+    if spec.upcasts_vae and dtypes["vae"] == torch.float16 and vae.config.force_upcast:
         vae.to(torch.float32)  # its weights stay rounded to float16, as those that the trainer's pipeline casts before it decodes
     if way is fast.Way.PACKED:
         pack(unet, vae)

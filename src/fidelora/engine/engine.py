@@ -29,11 +29,12 @@ from fidelora.engine.conditioning import Condition
 from fidelora.engine.decode import decode, rough_colours
 from fidelora.engine.denoise import denoise
 from fidelora.engine.device import TORCH_DTYPES, auto_dtype, resolve_device
+from fidelora.engine.examine import say_where_it_belongs
 from fidelora.engine.locate import fingerprint
 from fidelora.engine.noise import NoiseSource
 from fidelora.engine.output import GeneratedImage
 from fidelora.engine.samplers import make_scheduler
-from fidelora.errors import DeviceError, EngineBusyError, MemoryExhaustedError, RecipeError
+from fidelora.errors import AdapterMismatchError, DeviceError, EngineBusyError, MemoryExhaustedError, RecipeError
 from fidelora.recipe import Dtype, Recipe, may_share_batch
 
 _BATCH_PIXELS = {"cpu": 4 * 256 * 256, "cuda": 4 * 512 * 512}
@@ -236,17 +237,28 @@ class Engine:
 
     def _bind(self, base: BaseModel, recipe: Recipe) -> list[tuple[BoundAdapter, float]]:
         """All adapters of the recipe, checked against the base model before any weight is touched."""
-        return [(base.targets.bind(self.adapters.get(ref)), ref.multiplier) for ref in recipe.adapters]
+        bound = []
+        for ref in recipe.adapters:
+            adapter = self.adapters.get(ref)
+            if ref.alpha is not None:
+                adapter = adapter.with_alpha(ref.alpha)
+            try:
+                bound.append((base.targets.bind(adapter), ref.multiplier))
+            except AdapterMismatchError as error:
+                raise say_where_it_belongs(adapter, base.spec, error) from error
+        return bound
 
     @contextmanager
     def _with_adapters(self, base: BaseModel, recipe: Recipe, bound: list[tuple[BoundAdapter, float]]) -> Iterator[None]:
-        if recipe.adapter_mode == "merged":
-            base.merged.apply(bound)
+        # The trainer runs a DoRA beside the model whatever the multipliers are; a merged one would differ in every last bit.
+        beside = [
+            (one, multiplier)
+            for one, multiplier in bound
+            if recipe.adapter_mode == "live" or (one.is_dora and recipe.fidelity == "exact")
+        ]
+        base.merged.apply([pair for pair in bound if pair not in beside])
+        with live_adapters(base.targets, beside, self.device):
             yield
-        else:
-            base.merged.apply([])
-            with live_adapters(base.targets, bound, self.device):
-                yield
 
     def _condition(
         self, base: BaseModel, recipe: Recipe, bound: list[tuple[BoundAdapter, float]]

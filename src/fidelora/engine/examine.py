@@ -17,8 +17,8 @@ from fidelora.adapters.formats import Adapter, read_adapter
 from fidelora.adapters.keys import modules_of, peft_alpha
 from fidelora.adapters.targets import Targets
 from fidelora.engine.weights import empty_component, read_config
-from fidelora.errors import AdapterError, AdapterNotFoundError, WeightsFileError, some
-from fidelora.models import all_models, model_spec
+from fidelora.errors import AdapterError, AdapterMismatchError, AdapterNotFoundError, WeightsFileError, some
+from fidelora.models import ModelSpec, all_models, model_spec
 from fidelora.recipe import file_sha256
 from fidelora.weights_file import Header, read_header_of
 
@@ -28,7 +28,6 @@ ProblemCode = Literal[
 ]  # fmt: skip
 
 _FAMILIES = {
-    "SDXL": ("lora_te1_", "lora_te2_", "input_blocks_", "output_blocks_"),
     "FLUX": ("double_blocks", "single_blocks", "single_transformer_blocks"),
     "Stable Diffusion 3": ("joint_blocks", "transformer_blocks_0_ff_context"),
     "Wan": ("self_attn_q", "self_attn.q"),
@@ -153,6 +152,19 @@ def _alphas(modules: Mapping[str, Mapping[str, str]], alphas: Mapping[str, float
     if missing and for_all is None:
         message = f"{len(missing)} of {len(modules)} modules have no alpha ({some(missing)}): it is taken to be their rank."
         yield Problem("missing_alpha", message, False)
+
+
+def say_where_it_belongs(adapter: Adapter, spec: ModelSpec, error: AdapterMismatchError) -> AdapterMismatchError:
+    """The error that an adapter does not fit a base of this family; the better one if another family here has all of its modules."""
+    model, matched, _ = _family(adapter)
+    made_for = adapter.metadata.get("ss_base_model_version", "")
+    named = next((other.id for other in all_models().values() if made_for in other.adapter_base_versions), "")
+    if named != spec.id and model not in ("", spec.id) and matched == len(adapter.deltas):
+        other = model_spec(model)
+        return AdapterMismatchError(
+            f"{adapter.name} is an adapter for {other.title}, and this is a base model of {spec.title}: use it with model {other.id}."
+        )
+    return error
 
 
 def _family(adapter: Adapter) -> tuple[str, int, int]:
