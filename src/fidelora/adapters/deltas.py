@@ -123,14 +123,16 @@ class DoraDelta(LoraDelta):
         """`(magnitude / |V| - 1) * V x` with V = W + m * up @ down and |V| the length of each row; in float32, without the bias."""
         changed = weight.to(self.up.dtype) + (self.up @ self.down) * multiplier
         stretch = (self.magnitude / torch.linalg.norm(changed, dim=1) - 1).view(1, -1)
-        return stretch * functional.linear(x.to(changed.dtype), changed)
+        result: Tensor = stretch * functional.linear(x.to(changed.dtype), changed)
+        return result
 
     def change_of(self, weight: Tensor, multiplier: float) -> Tensor:
-        """The change of the float32 `weight` that has the same effect as running beside it; for `fast`: the trainer never merges."""
+        """The change of the float32 `weight` that does the same as running beside it; for `fast`, as the trainer never merges."""
         product = (self.up.to(weight.device) @ self.down.to(weight.device)) * multiplier
         changed = weight + product
         stretch = (self.magnitude.to(weight.device) / torch.linalg.norm(changed, dim=1) - 1).unsqueeze(1)
-        return product * self.scale + changed * stretch
+        change: Tensor = product * self.scale + changed * stretch
+        return change
 
     def can_change_rows(self, rows: int, device: torch.device) -> bool:
         return False

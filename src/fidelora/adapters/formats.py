@@ -127,7 +127,7 @@ def _delta(tensors: Mapping[str, Tensor], default_alpha: float | None, module: s
             return LoraDelta(_scale(alpha, down.shape[0]), down, up)
         if down.dim() != 2 or tensors["magnitude"].shape != (up.shape[0],):
             raise AdapterFormatError(
-                f"{name} has shapes at {module} that make no DoRA, which is for linear modules and has one magnitude for each output."
+                f"{name} has shapes at {module} that make no DoRA: that is for linear modules, with a magnitude for each output."
             )
         return DoraDelta(_scale(alpha, down.shape[0]), down, up, tensors["magnitude"])
     if kind == "loha":

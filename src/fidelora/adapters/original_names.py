@@ -26,14 +26,14 @@ _RESNET = {
 
 
 def original_names(paths: Iterable[str]) -> dict[str, str]:
-    """For the paths of a UNet's modules, as diffusers has them, those of the original code; modules that it has no name for are left
-    out.
+    """For the paths of a UNet's modules, as diffusers has them, those of the original code, as far as it has one.
 
     Its blocks are counted through: each resnet with its attention is one, and so is each downsampler; an upsampler is the last part
     of its block.
     """
     paths = list(paths)
-    layers = 1 + max((int(found[1]) for path in paths if (found := re.match(r"down_blocks\.0\.resnets\.(\d+)", path))), default=0)
+    of_first_block = [found[1] for path in paths if (found := re.match(r"down_blocks\.0\.resnets\.(\d+)", path))]
+    layers = 1 + max(map(int, of_first_block), default=0)
     with_attention = {found[1] for path in paths if (found := re.match(r"up_blocks\.(\d+)\.attentions\.", path))}
     names = {path: _original(path, layers, with_attention) for path in paths}
     return {path: name for path, name in names.items() if name}

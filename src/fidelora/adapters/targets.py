@@ -58,7 +58,6 @@ class BoundAdapter:
         """The parts of the base model that it changes."""
         return frozenset(name.partition(".")[0] for name in self.deltas)
 
-
     @cached_property
     def is_dora(self) -> bool:
         """Whether it is a DoRA, which the trainer never merges."""

@@ -50,8 +50,8 @@ def recipe(
     assert file is not None
     typer.echo(json.dumps(request_for(recipes, lora or file.name), indent=2, ensure_ascii=False))
     typer.echo(
-        f"The server: fidelora serve --base-model {job.base_model}, with FIDELORA_DTYPE={job.dtype}, and {file} in its folder of "
-        "LoRAs or uploaded.",
+        f"The server: fidelora serve --base-model {job.model}={job.base_model}, with FIDELORA_DTYPE={job.dtype}, and {file} in "
+        "its folder of LoRAs or uploaded.",
         err=True,
     )
     if len({one.adapters[0].multiplier for one in recipes}) == 1 and live:

@@ -228,8 +228,8 @@ def load_tokenizer(folder: Path, vocabulary: int | None) -> CLIPTokenizer:
         raise BaseModelFilesError(f"The base model's {folder.name} cannot be read: {reason}.") from error
     if len(tokenizer) != vocabulary or sample != _KNOWN_TOKENS:
         raise BaseModelFilesError(
-            f"The base model's {folder.name} is not the one of its text encoder: it has {len(tokenizer)} tokens, not {vocabulary}, or "
-            f"reads {_KNOWN_TEXT!r} in another way; its files are damaged or of another model."
+            f"The base model's {folder.name} is not the one of its text encoder: it has {len(tokenizer)} tokens, not "
+            f"{vocabulary}, or reads {_KNOWN_TEXT!r} in another way; its files are damaged or of another model."
         )
     return tokenizer
 
@@ -280,7 +280,9 @@ def _check_index(folder: Path, spec: ModelSpec) -> None:
     parts = read_config(index)
     if (other := _family_of(parts)) not in (None, spec):
         assert other is not None
-        raise BaseModelFilesError(f"{folder.name} is a base model of {other.title}, not of {spec.title}: use it as model {other.id}.")
+        raise BaseModelFilesError(
+            f"{folder.name} is a base model of {other.title}, not of {spec.title}: use it as model {other.id}."
+        )
     wanted = {component.name for component in spec.components}
     for component in spec.components:
         entry = parts.get(component.name)

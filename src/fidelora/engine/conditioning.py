@@ -127,7 +127,9 @@ class TextPooledAndSize(Conditioning):
         first, second = encoded["text_encoder"], encoded["text_encoder_2"]
         assert second.pooled is not None, "the second encoder has a projection"
         size = (recipe.height, recipe.width)
-        sizes = torch.tensor([[*size, 0, 0, *size]], device=second.embedding.device)  # original size, corner of the crop, target size
+        sizes = torch.tensor(
+            [[*size, 0, 0, *size]], device=second.embedding.device
+        )  # original size, corner of the crop, target size
         text = torch.cat([first.embedding, second.embedding.to(first.embedding.dtype)], dim=-1)
         return Condition(text, {"text_embeds": second.pooled, "time_ids": sizes})
 

@@ -62,7 +62,7 @@ def denoise(
 
 
 def _rescaled(guided: Tensor, positive: Tensor, share: float) -> Tensor:
-    """Guidance widens the spread of a prediction, which overexposes; `share` of it is mended. In the order of operations of diffusers.
+    """Guidance widens the spread of a prediction, which overexposes; `share` of that is mended, in diffusers' order of operations.
 
     Source: Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed" (2023), section 3.4.
     """

@@ -68,9 +68,7 @@ def split_checkpoint(
     return converted
 
 
-def _converted(
-    component: Component, group: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> tuple[dict[str, Tensor], list[str]]:
+def _converted(component: Component, group: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
     """One component's weights under diffusers' names, and the keys that it has no name for."""
     if component.name == "unet":
         converted = convert_ldm_unet_checkpoint(dict(group), config)
@@ -94,7 +92,8 @@ _OPEN_CLIP_TOP = {
     "ln_final.bias": "final_layer_norm.bias",
 }
 _OPEN_CLIP_LAYER = {
-    "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2", "attn.out_proj": "self_attn.out_proj"
+    "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
 }  # fmt: skip
 
 

@@ -41,9 +41,7 @@ class TextReader:
         encode: how it is read: `last_state` or `penultimate_state`.
     """
 
-    def __init__(
-        self, tokenizer: CLIPTokenizer, encoder: Any, device: torch.device, encode: Callable[..., EncodedText]
-    ) -> None:
+    def __init__(self, tokenizer: CLIPTokenizer, encoder: Any, device: torch.device, encode: Callable[..., EncodedText]) -> None:
         self.tokenizer = tokenizer
         self.encoder = encoder
         self._device = device
@@ -71,10 +69,10 @@ class TextReader:
 
 
 def last_state(tokenizer: CLIPTokenizer, encoder: Any, text: str, device: torch.device) -> EncodedText:
-    """Encode one prompt: padded and truncated to 77 tokens, no clip skip, no weighting, no attention mask; the encoder's last hidden
-    state after its final norm.
+    """Encode one prompt to the encoder's last hidden state after its final norm.
 
-    Prompts are encoded one at a time, as the trainer does it; a batch of two can differ in the last bit.
+    Padded and truncated to 77 tokens, no clip skip, no weighting, no attention mask. Prompts are encoded one
+    at a time, as the trainer does it; a batch of two can differ in the last bit.
     """
     ids, cut = _tokens(tokenizer, encoder, text)
     return EncodedText(encoder(ids.to(device))[0], cut)

@@ -7,8 +7,9 @@ from types import MappingProxyType
 from fidelora.models.spec import Component, ModelSpec
 from fidelora.models.trainer import SAMPLERS, SCHEDULER_CONFIG
 
-# The trainer's configuration says `steps_offset: 0`, but the diffusers pipeline that the sampler is then handed to rewrites that to 1
-# in its constructor, so every preview was made with 1. Measured on the golden jobs: with 0, at least 30 % of the pixels differ.
+# The trainer's configuration says `steps_offset: 0`, but the diffusers pipeline that the sampler is then handed to rewrites that
+# to 1 in its constructor, so every preview was made with 1. Measured on the golden jobs: with 0, at least 30 % of the pixels
+# differ.
 _SCHEDULER_CONFIG = MappingProxyType({**SCHEDULER_CONFIG, "steps_offset": 1})
 
 SD15 = ModelSpec(

@@ -1,4 +1,4 @@
-"""How AI Toolkit 0.12 builds its samplers (`toolkit/sampler.py`): the same for every family that it samples with noise schedules."""
+"""How AI Toolkit 0.12 builds its samplers (`toolkit/sampler.py`): alike for every family with a noise schedule."""
 
 from __future__ import annotations
 
