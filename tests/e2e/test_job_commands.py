@@ -60,7 +60,7 @@ def test_the_object_for_programs(fidelora, job):
     code, out, err = fidelora("verify", str(folder), *BASE, "--json", "--doctor", "--step", "6")
     assert (code, err) == (1, "")
     document = json.loads(out)
-    assert list(document) == ["job", "base_model", "versions", "settings", "samples", "verdict", "doctor"]
+    assert list(document) == ["job", "model", "base_model", "versions", "settings", "samples", "verdict", "doctor"]
     assert (document["job"], document["base_model"], document["verdict"]) == ("lora_linear_f32", str(TINY_BASE), "mismatch")
     first = document["samples"][0]
     assert list(first) == ["step", "index", "seed", "width", "height", "identical", "max", "mean", "psnr", "ssim", "verdict"]

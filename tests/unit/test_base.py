@@ -57,7 +57,8 @@ def test_every_weight_is_the_file_s():
 
 def test_each_part_has_its_own_dtype():
     base = load(TINY_BASE, dtype="bfloat16", vae_dtype="float32", text_encoder_dtype="float16")
-    assert (base.unet.dtype, base.vae.dtype, base.parts["text_encoder"].dtype) == (torch.bfloat16, torch.float32, torch.float16)
+    expected = {"unet": torch.bfloat16, "vae": torch.float32, "text_encoder": torch.float16}
+    assert {name: next(part.parameters()).dtype for name, part in base.parts.items()} == expected
 
 
 @pytest.mark.parametrize(
@@ -307,7 +308,8 @@ def test_the_family_s_tokenizer_is_that_of_the_golden_base():
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        ("conditioner.embedders.1.model.ln_final.weight", "an SDXL checkpoint"),
+        ("conditioner.embedders.1.model.ln_final.weight", "a checkpoint of Stable Diffusion XL, not of .*: use it as model sdxl"),
+        ("conditioner.embedders.0.model.ln_final.weight", "the refiner of Stable Diffusion XL"),
         ("cond_stage_model.model.ln_final.weight", "a Stable Diffusion 2 checkpoint"),
         ("transformer.wte.weight", "its keys are of no known layout"),
     ],
@@ -373,7 +375,9 @@ def test_a_folder_of_another_family_is_recognised(tmp_path):
     index = read_json(base / "model_index.json")
     index |= {"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}
     (base / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(BaseModelFilesError, match="StableDiffusionXLPipeline with two text encoders"):
+    with pytest.raises(
+        BaseModelFilesError, match=r"a base of Stable Diffusion XL, not of Stable Diffusion 1\.5: use it as model sdxl"
+    ):
         load(base)
 
 

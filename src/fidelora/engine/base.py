@@ -280,9 +280,7 @@ def _check_index(folder: Path, spec: ModelSpec) -> None:
     parts = read_config(index)
     if (other := _family_of(parts)) not in (None, spec):
         assert other is not None
-        raise BaseModelFilesError(
-            f"{folder.name} is a base model of {other.title}, not of {spec.title}: use it as model {other.id}."
-        )
+        raise BaseModelFilesError(f"{folder.name} is a base of {other.title}, not of {spec.title}: use it as model {other.id}.")
     wanted = {component.name for component in spec.components}
     for component in spec.components:
         entry = parts.get(component.name)

@@ -28,6 +28,7 @@ ProblemCode = Literal[
 ]  # fmt: skip
 
 _FAMILIES = {
+    "SDXL": ("lora_te1_", "lora_te2_", "input_blocks_", "output_blocks_"),
     "FLUX": ("double_blocks", "single_blocks", "single_transformer_blocks"),
     "Stable Diffusion 3": ("joint_blocks", "transformer_blocks_0_ff_context"),
     "Wan": ("self_attn_q", "self_attn.q"),
@@ -151,6 +152,10 @@ def _alphas(modules: Mapping[str, Mapping[str, str]], alphas: Mapping[str, float
     missing = [module for module in modules if module not in alphas and module not in whole]
     if missing and for_all is None:
         message = f"{len(missing)} of {len(modules)} modules have no alpha ({some(missing)}): it is taken to be their rank."
+        if all("magnitude" in modules[module] for module in missing):
+            message = (
+                "A DoRA has no alpha in its file: its alpha is in the job's configuration, and taken to be the rank elsewhere."
+            )
         yield Problem("missing_alpha", message, False)
 
 

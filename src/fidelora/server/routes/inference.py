@@ -57,7 +57,7 @@ async def _new(body: InferenceRequest, parts: Parts, submission: Submission | No
 
 def _store(body: InferenceRequest, adapters: Sequence[AdapterRef], parts: Parts, submission: Submission | None) -> Job:
     # As on the command line: the first adapter's file says which trainer, and so which noise, its previews were made with.
-    numerics = {**parts.numerics[body.model], "noise": _noise(parts.cache.path(adapters[0].sha256))}
+    numerics = {**parts.numerics.get(body.model, {}), "noise": _noise(parts.cache.path(adapters[0].sha256))}
     recipes = recipes_of(body, adapters, numerics, draw_seed=lambda: secrets.randbelow(2**32))
     job = new_job(recipes, datetime.now(UTC), image_format=body.output_format)
     stored = parts.store.add(job, submission=submission, capacity=parts.settings.queue_size)
