@@ -25,7 +25,8 @@ class Parts:
 
     Attributes:
         base_url: where clients reach it.
-        numerics: by model id: the recipe fields that the server decides, such as `base_model` and the dtypes; none for a model that is not in it.
+        numerics: by model id: the recipe fields that the server decides, such as `base_model` and the dtypes; for a model
+            that is not in it, none.
         pool: the workers; None if others work on the store.
         stopping: set as soon as the server is told to stop.
     """
