@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from tests.support import LORA, SDXL_DORA, SDXL_LORA, TINY_BASE, TINY_SDXL, change_weights, save_adapter
+from tests.support import LORA, MINIATURE_LORA, SDXL_DORA, SDXL_LORA, TINY_BASE, TINY_SDXL, change_weights, save_adapter
 from tests.unit.ldm import as_ldm_checkpoint, as_sdxl_checkpoint, ldm_unet_name
 from torch import Tensor, nn
 
@@ -285,6 +285,12 @@ def test_the_other_model_is_named_without_metadata_too(engine, tmp_path):
     wide = save_adapter(tmp_path / "b.safetensors", random_lora((both, 640, 2048)))
     with pytest.raises(AdapterMismatchError, match="use it with model sdxl"):
         engine.generate(painted(wide, **SD15))
+
+
+def test_what_the_file_says_goes_before_its_names(engine):
+    """The miniature's modules are those of no base of full size."""
+    with pytest.raises(AdapterMismatchError, match=r"sks is an adapter for Stable Diffusion 1\.5, .*: use it with model sd15"):
+        engine.generate(painted(MINIATURE_LORA))
 
 
 def test_what_fits_neither_is_listed_as_ever(engine, tmp_path):

@@ -160,11 +160,13 @@ def _alphas(modules: Mapping[str, Mapping[str, str]], alphas: Mapping[str, float
 
 
 def say_where_it_belongs(adapter: Adapter, spec: ModelSpec, error: AdapterMismatchError) -> AdapterMismatchError:
-    """That it does not fit a base of this family; in better words than `error` if another family here has all of its modules."""
-    model, matched, _ = _family(adapter)
+    """That it does not fit a base of this family; in better words than `error` if its file or its modules say for which it is."""
     made_for = adapter.metadata.get("ss_base_model_version", "")
-    named = next((other.id for other in all_models().values() if made_for in other.adapter_base_versions), "")
-    if named != spec.id and model not in ("", spec.id) and matched == len(adapter.deltas):
+    model = next((other.id for other in all_models().values() if made_for in other.adapter_base_versions), "")
+    if not model:
+        by_names, matched, _ = _family(adapter)
+        model = by_names if matched == len(adapter.deltas) else ""
+    if model not in ("", spec.id):
         other = model_spec(model)
         return AdapterMismatchError(
             f"{adapter.name} is an adapter for {other.title}, and this base is one of {spec.title}: use it with model {other.id}."

@@ -283,7 +283,7 @@ def _guidance(recipe: Recipe) -> Iterator[Suspect]:
     fix = "The guidance scale was {value}: set guidance_scale to {value} (--cfg {value})."
     yield from _changed(recipe, "guidance", "guidance_scale", _GUIDANCE, fix)
     if model_spec(recipe.model).guidance_rescale_in_previews:
-        fix = "The guidance was rescaled by {value}: set guidance_rescale to {value}."
+        fix = "The guidance was rescaled by {value} (0: not at all): set guidance_rescale to {value}."
         yield from _changed(recipe, "guidance", "guidance_rescale", _RESCALES, fix)
 
 

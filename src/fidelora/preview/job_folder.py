@@ -143,7 +143,8 @@ def _family(model: Mapping[str, Any]) -> str:
     )
     if spec is None:
         known = ", ".join(spec.title for spec in all_models().values())
-        raise JobFolderError(f"The job trains {min(flags, default=repr(arch))}, which is none of the models here: {known}.")
+        trained = " and ".join([*([repr(arch)] if arch else []), *sorted(flags)])
+        raise JobFolderError(f"The job trains {trained}, which is none of the models here: {known}.")
     if model.get("refiner_name_or_path"):
         raise JobFolderError("The job paints its previews with a refiner (model.refiner_name_or_path), which is not supported.")
     for name in ("use_text_encoder_1", "use_text_encoder_2"):
