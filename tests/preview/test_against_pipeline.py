@@ -50,6 +50,7 @@ def test_every_family_is_compared():
 def the_trainer_s_way(recipe: Recipe) -> Any:
     """The image as the trainer's pipeline makes it of a base model without adapters."""
     base = load_base(BaseKey.of(recipe), CPU)
+    base.merged.apply([])
     sampler = SAMPLERS[recipe.sampler]
     scheduler = getattr(schedulers, sampler.scheduler).from_config({**SCHEDULER_CONFIG, **sampler.options})
     pipeline, texts = {"sd15": sd15, "sdxl": sdxl}[recipe.model](base, scheduler, recipe)

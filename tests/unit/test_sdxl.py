@@ -39,7 +39,9 @@ def engine() -> Engine:
 
 
 def load(base: Path, **fields: Any) -> BaseModel:
-    return load_base(BaseKey.of(Recipe(prompt="", model="sdxl", base_model=str(base), **fields)), torch.device("cpu"))
+    loaded = load_base(BaseKey.of(Recipe(prompt="", model="sdxl", base_model=str(base), **fields)), torch.device("cpu"))
+    loaded.merged.apply([])
+    return loaded
 
 
 def same(left: BaseModel, right: BaseModel) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, runtime_checkable
@@ -14,6 +14,13 @@ from fidelora.adapters.formats import Adapter
 from fidelora.adapters.original_names import original_names
 from fidelora.errors import AdapterMismatchError, some
 from fidelora.models import ModelSpec
+
+
+def changeable(component: nn.Module) -> Iterator[tuple[str, Module]]:
+    """Path and module of everything in a part of a base model whose weight adapters can change."""
+    for path, module in component.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            yield path, module
 
 
 @runtime_checkable
@@ -46,12 +53,18 @@ class BoundAdapter:
     """An adapter of which every module has found its place in one base model.
 
     Attributes:
-        identity: what tells it from others: the sha256 of its file, and the alpha that it was given, if it was.
         deltas: by the name of the target.
+        alpha: what it was given; see `Adapter.alpha`.
     """
 
-    identity: str
+    sha256: str
     deltas: Mapping[str, Delta]
+    alpha: float | None = None
+
+    @property
+    def identity(self) -> str:
+        """What tells it from others: the bytes of its file, and the alpha that it was given, if it was."""
+        return self.sha256 if self.alpha is None else f"{self.sha256}, alpha {self.alpha!r}"
 
     @cached_property
     def components(self) -> frozenset[str]:
@@ -85,17 +98,16 @@ class Targets:
         for component in spec.components:
             if not component.adapter_prefixes:
                 continue
-            modules = dict(components[component.name].named_modules())
+            modules = dict(changeable(components[component.name]))
             original = original_names(modules) if component.original_names else {}
             for path, module in modules.items():
-                if isinstance(module, nn.Linear | nn.Conv2d):
-                    name = f"{component.name}.{path}"
-                    for spelling in (path, *filter(None, [original.get(path)])):
-                        flat = self._flatten(component.name, spelling, component.optional_prefix)
-                        assert flat not in self._names_by_flat, f"{name} and {self._names_by_flat[flat]} have one flattened name"
-                        self._names_by_flat[flat] = name
-                    kept = pristine[component.name][f"{path}.weight"] if pristine else None
-                    self.by_name[name] = Target(name, module, module.weight, module.bias, kept)
+                name = f"{component.name}.{path}"
+                for spelling in filter(None, (path, original.get(path))):
+                    flat = self._flatten(component.name, spelling, component.optional_prefix)
+                    assert flat not in self._names_by_flat, f"{name} and {self._names_by_flat[flat]} have one flattened name"
+                    self._names_by_flat[flat] = name
+                kept = pristine[component.name][f"{path}.weight"] if pristine else None
+                self.by_name[name] = Target(name, module, module.weight, module.bias, kept)
 
     def bind(self, adapter: Adapter) -> BoundAdapter:
         """Find the target of every module of `adapter`.
@@ -119,8 +131,7 @@ class Targets:
                 deltas[target.name] = delta
         if unmatched or misshapen:
             raise AdapterMismatchError(self._explain(adapter, unmatched, misshapen))
-        identity = adapter.sha256 if adapter.alpha is None else f"{adapter.sha256}, alpha {adapter.alpha!r}"
-        return BoundAdapter(identity, deltas)
+        return BoundAdapter(adapter.sha256, deltas, adapter.alpha)
 
     def find(self, module: str) -> Target | None:
         """The target that an adapter file means by `module`, or None."""
