@@ -593,6 +593,13 @@ def test_what_sdxl_previews_here_would_not_show_is_refused(folder, model, words)
         job_of(folder, model={"name_or_path": "base", "arch": "sdxl"} | model)
 
 
+def test_the_vae_of_a_job_is_its_previews(folder):
+    (sample,) = samples_of(folder, "a ball")
+    assert sample.recipe.vae == ""
+    job = job_of(folder, model={"name_or_path": "base", "vae_path": "own/vae"}, sample={"samples": [{"prompt": "a ball"}]})
+    assert [plan.recipe.vae for plan in plan_samples(job, 0)] == ["own/vae"]
+
+
 @pytest.mark.parametrize(
     ("network", "alpha"),
     [

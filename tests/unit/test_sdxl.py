@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 import weakref
 from dataclasses import replace
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from tests.support import LORA, MINIATURE_LORA, SDXL_DORA, SDXL_LORA, TINY_BASE, TINY_SDXL, change_weights, save_adapter
+from tests.support import LORA, MINIATURE_LORA, SDXL_DORA, SDXL_LORA, TINY_BASE, TINY_SDXL, change_weights, read_json, save_adapter
 from tests.unit.ldm import as_ldm_checkpoint, as_sdxl_checkpoint, ldm_unet_name
 from torch import Tensor, nn
 
@@ -28,6 +29,7 @@ from fidelora.engine.weights import empty_component, read_config
 from fidelora.errors import AdapterFormatError, AdapterMismatchError, BaseModelFilesError, BaseModelWeightsError
 from fidelora.models import model_spec
 
+CPU = torch.device("cpu")
 SPEC = model_spec("sdxl")
 SMALL: dict[str, Any] = {"model": "sdxl", "base_model": str(TINY_SDXL), "width": 64, "height": 64, "steps": 3}
 SD15: dict[str, Any] = SMALL | {"model": "sd15", "base_model": str(TINY_BASE)}
@@ -148,9 +150,19 @@ def test_text_encoders_with_and_without_the_old_level_are_the_same(tmp_path):
     assert same(load(base), load(TINY_SDXL))
 
 
-def test_the_expected_size_covers_the_loaded_one():
-    key = BaseKey.of(Recipe(prompt="", **SMALL))
-    assert load(TINY_SDXL).size_bytes <= expected_bytes(key)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_expected_size_covers_the_loaded_one(tmp_path, dtype):
+    """Also where the VAE is made wider than everything else."""
+    base = tmp_path / "base"
+    shutil.copytree(TINY_SDXL, base)
+    config = read_json(base / "vae" / "config.json") | {"force_upcast": True}
+    (base / "vae" / "config.json").write_text(json.dumps(config))
+    loaded = load(base, dtype=dtype)
+    assert loaded.size_bytes <= expected_bytes(loaded.key) < 1.3 * loaded.size_bytes
+    file = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(as_sdxl_checkpoint(TINY_SDXL), file)
+    in_one_file = load(file, dtype=dtype, config=str(base))
+    assert in_one_file.size_bytes <= expected_bytes(in_one_file.key) < 1.3 * in_one_file.size_bytes
 
 
 # --- adapters: names ---------------------------------------------------------------------------------------------------
@@ -391,6 +403,24 @@ def test_the_end_of_each_text_that_does_not_fit_is_named_once(engine):
         "The end of the second negative prompt",
         "The end of the prompt",
     ]
+
+
+@pytest.mark.parametrize("recipe", [Recipe(prompt="", **SMALL), Recipe(prompt="", **SD15)], ids=["sdxl", "sd15"])
+def test_a_blank_condition_has_the_shapes_of_a_real_one(recipe):
+    base = load_base(BaseKey.of(recipe), CPU)
+    base.merged.apply([])
+    with torch.no_grad():
+        real, _ = base.conditioning.of(recipe, lambda _: (), CPU)
+    blank = base.conditioning.blank(2, CPU)
+    assert real.text.shape == blank.text.shape
+    assert {name: tensor.shape for name, tensor in real.added.items()} == {name: one.shape for name, one in blank.added.items()}
+
+
+def test_sizes_are_told_as_height_and_width():
+    base = load(TINY_SDXL)
+    with torch.no_grad():
+        condition, _ = base.conditioning.of(Recipe(prompt="", **(SMALL | {"width": 96})), lambda _: (), CPU)
+    assert condition.added["time_ids"].tolist() == [[64, 96, 0, 0, 64, 96]] * 2
 
 
 # --- fast --------------------------------------------------------------------------------------------------------------

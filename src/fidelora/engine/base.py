@@ -200,11 +200,18 @@ def expected_bytes(key: BaseKey, cache_dir: Path | None = None) -> int:
     """
     spec = model_spec(key.model)
     source = locate(key.base_model, spec.components, variant=key.variant, cache_dir=cache_dir)
-    paths = [source]
-    if not source.is_file():
-        paths = [path for part in spec.components for path in _weight_files(source / part.name, part, key.variant)]
-    numbers = sum(math.prod(info.shape) for path in paths for info in read_header_of(path).tensors.values())
-    return numbers * max(TORCH_DTYPES[dtype].itemsize for dtype in (key.dtype, key.vae_dtype, key.text_encoder_dtype))
+    if source.is_file():
+        sizes = {name: math.prod(info.shape) for name, info in read_header_of(source).tensors.items()}
+        of_vae = next(part.checkpoint_prefix for part in spec.components if part.name == "vae")
+    else:
+        files = [(part.name, path) for part in spec.components for path in _weight_files(source / part.name, part, key.variant)]
+        headers = ((part, read_header_of(path)) for part, path in files)
+        sizes = {f"{part}.{name}": math.prod(info.shape) for part, header in headers for name, info in header.tensors.items()}
+        of_vae = "vae."
+    widest = max(TORCH_DTYPES[dtype].itemsize for dtype in (key.dtype, key.vae_dtype, key.text_encoder_dtype))
+    # A VAE that is made wider may be the widest part.
+    vae = torch.float32.itemsize if spec.upcasts_vae else widest
+    return sum(size * (max(vae, widest) if name.startswith(of_vae) else widest) for name, size in sizes.items())
 
 
 def load_tokenizer(folder: Path, vocabulary: int | None) -> CLIPTokenizer:

@@ -47,6 +47,7 @@ class TrainingJob:
 
     Attributes:
         model: id of the model family that it trains.
+        vae: in place of the base's own; empty for that.
         dora_alpha: what the scale of a DoRA is made of, which its file does not say; None for other kinds, or if it is not known.
         checkpoints: by step; the file of the last step is the one without a number.
         images: by step and index of the sample item.
@@ -63,6 +64,7 @@ class TrainingJob:
     vae_dtype: Dtype
     text_encoder_dtype: Dtype
     prediction: Prediction
+    vae: str
     sampler: str
     seed: int
     walk_seed: bool
@@ -113,6 +115,7 @@ def read_job(folder: Path) -> TrainingJob:
         vae_dtype=_dtype(model.get("vae_dtype", dtype), "model.vae_dtype"),
         text_encoder_dtype=_dtype(model.get("te_dtype", dtype), "model.te_dtype"),
         prediction="v_prediction" if model.get("is_v_pred") else "epsilon",
+        vae=str(model.get("vae_path") or ""),
         sampler=str(sample.get("sampler", "ddpm")),
         seed=_number(int, sample.get("seed", 0), "sample.seed"),
         walk_seed=bool(sample.get("walk_seed", False)),

@@ -58,6 +58,7 @@ def plan_samples(job: TrainingJob, step: int, *, base_model: str | None = None) 
             negative_prompt_2=job.samples[index].neg if len(spec.text_encoders) > 1 else None,
             model=job.model,
             base_model=base_model or job.base_model,
+            vae=job.vae,
             width=values["width"],
             height=values["height"],
             steps=values["sample_steps"],
