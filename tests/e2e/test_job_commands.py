@@ -125,7 +125,7 @@ def damage_weights(folder: Path) -> None:
         (None, damage_weights, BASE, "is truncated"),
         (lambda p: p["sample"].update(sampler="flowmatch"), None, BASE, "flowmatch"),
         (lambda p: p["model"].update(arch="flux"), None, BASE, "trains 'flux', which is none of the models here"),
-        (lambda p: p["model"].update(is_xl=True), None, BASE, "trains 'sd1' and is_xl, which is none of the models here"),
+        (lambda p: p["model"].update(is_xl=True), None, BASE, "trains 'sd15' and is_xl, which is none of the models here"),
         (None, None, ("--base-model", "nowhere/at-all.safetensors"), "nowhere/at-all.safetensors"),
         (None, None, (*BASE, "--step", "first"), "'first' is no step; give a number, last or all."),
         (None, None, (*BASE, "--dtype", "int8"), None),
