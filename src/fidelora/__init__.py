@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fidelora.client import AsyncClient, Client
     from fidelora.engine.engine import Engine, Progress
-    from fidelora.engine.output import GeneratedImage, read_record
+    from fidelora.engine.output import GeneratedImage
     from fidelora.errors import FideloraError
+    from fidelora.origin import Origin, read_origin, read_record
     from fidelora.recipe import AdapterRef, Recipe
 
 __version__ = "0.1.0"
@@ -29,9 +30,11 @@ _HOMES = {
     "Engine": "fidelora.engine.engine",
     "FideloraError": "fidelora.errors",
     "GeneratedImage": "fidelora.engine.output",
+    "Origin": "fidelora.origin",
     "Progress": "fidelora.engine.engine",
     "Recipe": "fidelora.recipe",
-    "read_record": "fidelora.engine.output",
+    "read_origin": "fidelora.origin",
+    "read_record": "fidelora.origin",
 }
 
 __all__ = [
@@ -41,9 +44,11 @@ __all__ = [
     "Engine",
     "FideloraError",
     "GeneratedImage",
+    "Origin",
     "Progress",
     "Recipe",
     "__version__",
+    "read_origin",
     "read_record",
 ]
 

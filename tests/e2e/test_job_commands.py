@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 from tests.support import DEMO_DATA, GOLDEN_JOBS, LORA, SAME_PROCESSOR, SDXL_DORA, SDXL_LORA, TINY_BASE, TINY_SDXL, save_adapter
 
-from fidelora.engine.output import read_record
+from fidelora.origin import read_record
 from fidelora.preview.job_folder import read_job
 from fidelora.preview.replay import plan_samples
 from fidelora.recipe import AdapterRef

@@ -22,8 +22,8 @@ from tools.miniature.judge import score
 from tools.miniature.world import Scene, Thing
 
 from fidelora.client import Client
-from fidelora.engine.output import read_record
 from fidelora.jobs.sql import SqlStore
+from fidelora.origin import read_record
 
 KILLS = int(os.environ.get("FIDELORA_TEST_KILLS", "5"))
 """How often the server is killed while it works; each takes seconds, so the suite does it a few times, and 20 on demand."""

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, PngImagePlugin
 
-from fidelora.engine.output import GeneratedImage, format_of, is_image_format, parameters_text, preview_jpeg, read_record, suffix_of
+from fidelora.a1111.parameters import parameters_text
+from fidelora.engine.output import GeneratedImage, format_of, is_image_format, preview_jpeg, suffix_of
 from fidelora.errors import ImageRecordError, OutputError
 from fidelora.files import make_folder, write_atomically
+from fidelora.origin import read_record
 from fidelora.recipe import AdapterRef, Recipe
 
 FORMATS = ["png", "jpeg", "webp"]
@@ -83,6 +85,23 @@ def test_jpeg_keeps_the_pixels_nearly():
     ramp = np.linspace(0, 255, 64 * 72, dtype=np.uint8).reshape(72, 64, 1).repeat(3, axis=2)
     with opened(GeneratedImage(ramp, RECIPE, ENVIRONMENT).encode("jpeg")) as again:
         assert np.abs(np.asarray(again).astype(int) - ramp).max() <= 4
+
+
+@pytest.mark.parametrize("image_format", ["jpeg", "webp"])
+def test_a_quality_is_kept_with_the_recipe(tmp_path, image_format):
+    usual, coarse = image_of().encode(image_format), image_of().encode(image_format, 10)
+    assert len(coarse) < len(usual)
+    (tmp_path / "image").write_bytes(coarse)
+    record = read_record(tmp_path / "image")
+    assert (record["quality"], Recipe.from_dict(record["recipe"])) == (10, RECIPE)
+    for quality in (0, 100):
+        assert opened(image_of().encode(image_format, quality)).format == image_format.upper()
+
+
+@pytest.mark.parametrize(("image_format", "quality"), [("png", 90), ("jpeg", -1), ("webp", 101)])
+def test_a_quality_that_cannot_be(image_format, quality):
+    with pytest.raises(OutputError, match="JPEG and WebP have one, from 0 to 100"):
+        image_of().encode(image_format, quality)
 
 
 def test_png_is_the_default():

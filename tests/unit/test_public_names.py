@@ -19,9 +19,11 @@ def test_the_public_names_are_these():
         "Engine",
         "FideloraError",
         "GeneratedImage",
+        "Origin",
         "Progress",
         "Recipe",
         "__version__",
+        "read_origin",
         "read_record",
     ]
     assert dir(fidelora) == sorted(fidelora.__all__)

@@ -11,19 +11,16 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin
 
-from fidelora.errors import ImageFormatError, ImageRecordError, OutputError
+from fidelora.a1111.parameters import parameters_text
+from fidelora.errors import ImageFormatError, OutputError
 from fidelora.files import write_atomically
+from fidelora.origin import PARAMETERS_KEY, RECORD_KEY
 from fidelora.recipe import Recipe
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 _SUFFIXES: Mapping[str, ImageFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
-
-RECORD_KEY = "fidelora"
-"""The PNG text field with our JSON; in JPEG and WebP it is the EXIF field ImageDescription."""
-PARAMETERS_KEY = "parameters"
-"""The PNG text field that AUTOMATIC1111 and everything after it reads; in JPEG and WebP it is the EXIF field UserComment."""
 
 JPEG_QUALITY = 95
 MAX_PREVIEW = 128
@@ -52,19 +49,25 @@ class GeneratedImage:
         """The pixels as a Pillow image."""
         return Image.fromarray(self.pixels)
 
-    def record(self) -> dict[str, Any]:
-        """What the file says of its origin, as plain data."""
-        return {"recipe": self.recipe.to_dict(), "digest": self.recipe.digest, "environment": dict(self.environment)}
+    def record(self, quality: int | None = None) -> dict[str, Any]:
+        """What the file says of its origin, as plain data; with the quality that it is written in, if it is not the usual one."""
+        record = {"recipe": self.recipe.to_dict(), "digest": self.recipe.digest, "environment": dict(self.environment)}
+        return record if quality is None else record | {"quality": quality}
 
-    def encode(self, image_format: ImageFormat = "png") -> bytes:
-        """The file's bytes. PNG and WebP keep every pixel; JPEG has quality 95.
+    def encode(self, image_format: ImageFormat = "png", quality: int | None = None) -> bytes:
+        """The file's bytes.
+
+        Args:
+            quality: 0..100, of JPEG and WebP. By default WebP keeps every pixel, as PNG always does, and JPEG has quality 95.
 
         Raises:
-            ImageFormatError: there is no such format.
+            ImageFormatError: there is no such format, or PNG was to have a quality.
             OutputError: the recipe is too long for a JPEG (64 KB).
         """
         if not is_image_format(image_format):
             raise ImageFormatError(f"{image_format!r} is no image format that is written here; use png, jpeg or webp.")
+        if quality is not None and (image_format == "png" or not 0 <= quality <= 100):
+            raise ImageFormatError(f"The quality {quality} is for no {image_format}: JPEG and WebP have one, from 0 to 100.")
         image = self.to_pil()
         buffer = io.BytesIO()
         if image_format == "png":
@@ -73,13 +76,14 @@ class GeneratedImage:
             text.add_itxt(RECORD_KEY, json.dumps(self.record(), ensure_ascii=False))
             image.save(buffer, "PNG", pnginfo=text)
             return buffer.getvalue()
-        exif = self._exif()
+        exif = self._exif(quality)
         if image_format == "webp":
-            image.save(buffer, "WEBP", lossless=True, exif=exif)
+            chosen = {"lossless": True} if quality is None else {"quality": quality}
+            image.save(buffer, "WEBP", exif=exif, **chosen)
         else:
             if len(exif) > _MAX_JPEG_EXIF_BYTES:
                 raise OutputError("The recipe is too long to be kept in a JPEG (64 KB); choose png or webp.")
-            image.save(buffer, "JPEG", quality=JPEG_QUALITY, exif=exif)
+            image.save(buffer, "JPEG", quality=JPEG_QUALITY if quality is None else quality, exif=exif)
         return buffer.getvalue()
 
     def save(self, path: str | Path) -> Path:
@@ -92,9 +96,9 @@ class GeneratedImage:
         write_atomically(path, self.encode(format_of(path)))
         return path
 
-    def _exif(self) -> bytes:
+    def _exif(self, quality: int | None) -> bytes:
         exif = Image.Exif()
-        exif[ExifTags.Base.ImageDescription] = json.dumps(self.record(), ensure_ascii=True)
+        exif[ExifTags.Base.ImageDescription] = json.dumps(self.record(quality), ensure_ascii=True)
         comment = parameters_text(self.recipe, self.environment).encode("utf-16-be")
         exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + comment
         return exif.tobytes()
@@ -122,32 +126,6 @@ def is_image_format(name: str) -> bool:
     return name in get_args(ImageFormat)
 
 
-def read_record(path: str | Path) -> dict[str, Any]:
-    """What an image of Fidelora's says of its origin: `{"recipe": ..., "digest": ..., "environment": ...}`.
-
-    Raises:
-        ImageRecordError: not an image, or it says nothing.
-    """
-    path = Path(path)
-    try:
-        with Image.open(path) as image:
-            if image.format == "PNG":
-                text = getattr(image, "text", {}).get(RECORD_KEY)
-            else:
-                text = image.getexif().get(ExifTags.Base.ImageDescription)
-    except FileNotFoundError:
-        raise ImageRecordError(f"There is no image {path}; check the path.") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageRecordError(f"{path.name} is not an image that can be read.") from error
-    try:
-        record = json.loads(text or "null")
-    except (ValueError, RecursionError):
-        record = None
-    if not isinstance(record, dict) or "recipe" not in record:
-        raise ImageRecordError(f"{path.name} carries no recipe of Fidelora's: it comes from another program, or was stripped.")
-    return record
-
-
 def preview_jpeg(pixels: NDArray[np.uint8]) -> bytes:
     """A small JPEG of a rough picture, at most `MAX_PREVIEW` pixels a side: some kilobytes, to be sent often."""
     image = Image.fromarray(pixels)
@@ -155,31 +133,3 @@ def preview_jpeg(pixels: NDArray[np.uint8]) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=70)
     return buffer.getvalue()
-
-
-def parameters_text(recipe: Recipe, environment: Mapping[str, str]) -> str:
-    """The recipe in AUTOMATIC1111's form: prompt, `Negative prompt:` line, and a line of `Key: value` pairs."""
-    loras = "".join(f" <lora:{ref.name or ref.sha256[:12]}:{ref.multiplier:g}>" for ref in recipe.adapters)
-    lines = [recipe.prompt + loras]
-    if recipe.negative_prompt:
-        lines.append(f"Negative prompt: {recipe.negative_prompt}")
-    pairs = {
-        "Steps": str(recipe.steps),
-        "Sampler": recipe.sampler,
-        "CFG scale": f"{recipe.guidance_scale:g}",
-        "Seed": str(recipe.seed),
-        "Size": f"{recipe.width}x{recipe.height}",
-        "Model": Path(recipe.base_model).name,
-    }
-    if recipe.fidelity != "exact":
-        pairs["Fidelity"] = recipe.fidelity
-    if recipe.adapters:
-        hashes = ", ".join(f"{ref.name or ref.sha256[:12]}: {ref.sha256[:12]}" for ref in recipe.adapters)
-        pairs["Lora hashes"] = hashes
-    pairs["Version"] = f"Fidelora {environment['fidelora']}"
-    lines.append(", ".join(f"{key}: {_quoted(value)}" for key, value in pairs.items()))
-    return "\n".join(lines)
-
-
-def _quoted(value: str) -> str:
-    return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ',:"\n') else value

@@ -13,7 +13,7 @@ from typing import Any
 
 import structlog
 from fastapi import FastAPI, Security
-from fastapi.security import HTTPBearer
+from fastapi.security import HTTPBasic, HTTPBearer
 
 import fidelora
 from fidelora.adapters.cache import AdapterCache
@@ -33,7 +33,7 @@ from fidelora.server.keys import ApiKeys
 from fidelora.server.logs import configure_logs
 from fidelora.server.metrics import Metrics
 from fidelora.server.parts import Parts
-from fidelora.server.routes import inference, loras, operations, requests
+from fidelora.server.routes import a1111, inference, loras, openai, operations, replay, requests
 from fidelora.settings import Settings
 from fidelora.work.local import LocalPool
 from fidelora.work.place import WorkerSetup
@@ -41,7 +41,6 @@ from fidelora.work.worker import WorkerLimits
 
 log = structlog.get_logger(__name__)
 
-MAX_BODY_BYTES = 2**20
 _WATCH_EVERY_S = 0.5
 _CLEAN_EVERY_S = 60.0
 
@@ -140,10 +139,11 @@ def make_app(parts: Parts) -> FastAPI:
     app.state.parts = parts
     problems.install(app)
     app.include_router(operations.router)
-    for router in (inference.router, requests.router, loras.router):
+    for router in (inference.router, replay.router, requests.router, loras.router, openai.router):
         app.include_router(router, dependencies=[bearer])
-    upload_bytes = parts.settings.lora_max_mb * 2**20 + MAX_BODY_BYTES
-    app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES, max_upload_bytes=upload_bytes)
+    basic = Security(HTTPBasic(auto_error=False, description="For clients that know nothing else: the key is the password."))
+    app.include_router(a1111.router, dependencies=[bearer, basic])
+    app.add_middleware(BodyLimit, max_lora_bytes=parts.settings.lora_max_mb * 2**20)
     app.add_middleware(Gate, keys=parts.keys, base_url=parts.base_url)
     app.add_middleware(Log, metrics=parts.metrics)  # added last, it is the outermost
     return app

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import ipaddress
 import re
 import time
@@ -15,13 +16,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fidelora.errors import ApiKeyError, BodyTooLargeError, FideloraError, RequestError
 from fidelora.server.keys import ApiKeys
 from fidelora.server.metrics import Metrics
-from fidelora.server.problems import answer_to
+from fidelora.server.problems import problem_of
+from fidelora.server.shapes import A1111_PATHS, answer
 
 log = structlog.get_logger("fidelora.http")
 
 _OPEN = {"/health", "/ready", "/openapi.json", "/docs", "/docs/oauth2-redirect"}
 """Paths that need no key: probes, and the description of the API."""
-UPLOAD_PATH = "/v1/loras"
+MAX_BODY_BYTES = 2**20
+MAX_IMAGE_BYTES = 64 * 2**20
+"""Of an image that is to be made again; the largest that is made here has 48 MiB of pixels."""
 _LOOPBACK_NAMES = {"localhost", "127.0.0.1", "::1"}
 _CALL_ID = re.compile(r"[\w.-]{1,64}")
 
@@ -75,20 +79,19 @@ class Log:
 class BodyLimit:
     """Refuses bodies that are too large, those that do not say their size as soon as they are."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int, max_upload_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_lora_bytes: int) -> None:
         self._app = app
-        self._max_bytes = max_bytes
-        self._max_upload_bytes = max_upload_bytes
+        self._larger = {("POST", "/v1/loras"): max_lora_bytes, ("POST", "/v1/replay"): MAX_IMAGE_BYTES}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        is_upload = scope["method"] == "POST" and scope["path"] == UPLOAD_PATH
-        limit = self._max_upload_bytes if is_upload else self._max_bytes
+        # With room for the rest of a form.
+        limit = MAX_BODY_BYTES + self._larger.get((scope["method"], scope["path"]), 0)
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdigit() and int(announced) > limit:
-            await answer_to(_too_large(limit))(scope, receive, send)
+            await answer(problem_of(_too_large(limit)), scope["path"])(scope, receive, send)
             return
         received = 0
 
@@ -111,7 +114,7 @@ class Gate:
     """Lets in who has a key. A server without keys is for this machine alone, and for pages that name it as such.
 
     Without the second rule, a web page that somebody looks at here could have its own name lead to 127.0.0.1 (DNS rebinding) and
-    use the server as its own.
+    use the server as its own, or send forms to it, to which browsers add the page's origin.
     """
 
     def __init__(self, app: ASGIApp, keys: ApiKeys, base_url: str) -> None:
@@ -122,24 +125,44 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in _OPEN:
             try:
-                scope["fidelora_owner"] = self._owner(Headers(scope=scope))
+                scope["fidelora_owner"] = self._owner(Headers(scope=scope), scope["path"])
             except FideloraError as error:
-                await answer_to(error)(scope, receive, send)
+                await answer(problem_of(error), scope["path"])(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
-    def _owner(self, headers: Headers) -> str:
+    def _owner(self, headers: Headers, path: str) -> str:
         if self._keys.names():
-            scheme, _, key = headers.get("authorization", "").partition(" ")
-            owner = self._keys.owner(key.strip()) if scheme.lower() == "bearer" else None
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            key = given.strip() if scheme.lower() == "bearer" else ""
+            if scheme.lower() == "basic" and path.startswith(A1111_PATHS):
+                key = _password(given)
+            owner = self._keys.owner(key) if key else None
             if owner is None:
                 raise ApiKeyError
             return owner
-        host = urlsplit("//" + headers.get("host", "")).hostname or ""
-        if host not in self._hosts and not is_loopback(host):
-            raise RequestError(
-                f"This server has no API keys, and answers only to names of this machine, not to {host!r:.100}; "
-                "make a key with `fidelora keys add`, or set BASE_URL.",
-                code="HOST_NOT_ALLOWED",
-            )
+        origin = headers.get("origin")
+        for place in ("//" + headers.get("host", ""), *([] if origin is None else [origin])):
+            host = _host(place)
+            if host not in self._hosts and not is_loopback(host):
+                raise RequestError(
+                    f"This server has no API keys, and answers only to names and pages of this machine, not to {host!r:.100}; "
+                    "make a key with `fidelora keys add`, or set BASE_URL.",
+                    code="HOST_NOT_ALLOWED",
+                )
+        return ""
+
+
+def _host(place: str) -> str:
+    try:
+        return urlsplit(place).hostname or ""
+    except ValueError:
+        return ""
+
+
+def _password(given: str) -> str:
+    """Clients of A1111 know names and passwords only: the key is the password, and the name is not looked at."""
+    try:
+        return base64.b64decode(given, validate=True).decode().partition(":")[2]
+    except ValueError:
         return ""

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import secrets
-from collections.abc import Sequence
-from datetime import UTC, datetime
-from functools import lru_cache
-from pathlib import Path
+from functools import partial
 from typing import Annotated
 
 import structlog
 from fastapi import APIRouter, Header
 from starlette.concurrency import run_in_threadpool
 
-from fidelora.adapters.keys import noise_of_file
-from fidelora.jobs.job import Job, new_job
+from fidelora.jobs.job import Job
 from fidelora.jobs.store import Submission
-from fidelora.recipe import AdapterRef, Noise
 from fidelora.server.parts import Owner, Parts, PartsOf
 from fidelora.server.problems import answers
-from fidelora.wire import Accepted, InferenceRequest, ModelList, accepted, check_request, model_bodies, recipes_of
+from fidelora.server.submit import draw_seed, submission_of, submit
+from fidelora.wire import Accepted, InferenceRequest, ModelList, accepted, check_request, model_list, recipes_of
 
 log = structlog.get_logger(__name__)
 
@@ -34,7 +28,7 @@ IdempotencyKey = Annotated[
 @router.get("/models", responses=answers())
 async def models() -> ModelList:
     """Every model family, with its defaults."""
-    return ModelList(models=model_bodies())
+    return model_list()
 
 
 @router.post("/inference", responses=answers(409, 429, 503))
@@ -49,34 +43,17 @@ async def inference(body: InferenceRequest, parts: PartsOf, owner: Owner, idempo
 
 
 async def _new(body: InferenceRequest, parts: Parts, submission: Submission | None) -> Job:
-    parts.refuse_if_stopping()
-    token = body.hf_token.get_secret_value() if body.hf_token else None
-    adapters = [await parts.sources.resolve(lora.path, sha256=lora.sha256, hub_token=token) for lora in body.loras]
-    return await run_in_threadpool(_store, body, adapters, parts, submission)
-
-
-def _store(body: InferenceRequest, adapters: Sequence[AdapterRef], parts: Parts, submission: Submission | None) -> Job:
-    # As on the command line: the first adapter's file says which trainer, and so which noise, its previews were made with.
-    numerics = {**parts.numerics.get(body.model, {}), "noise": _noise(parts.cache.path(adapters[0].sha256))}
-    recipes = recipes_of(body, adapters, numerics, draw_seed=lambda: secrets.randbelow(2**32))
-    job = new_job(recipes, datetime.now(UTC), image_format=body.output_format)
-    stored = parts.store.add(job, submission=submission, capacity=parts.settings.queue_size)
-    if parts.pool is not None:
-        parts.pool.wake()
-    return stored
-
-
-@lru_cache(maxsize=1000)
-def _noise(path: Path) -> Noise:
-    """`noise_of_file` of a file in the cache, whose name is its content."""
-    return noise_of_file(path)
+    return await submit(
+        parts,
+        body.model,
+        body.loras,
+        partial(recipes_of, body, draw_seed=draw_seed),
+        hub_token=body.hf_token.get_secret_value() if body.hf_token else None,
+        image_format=body.output_format,
+        submission=submission,
+    )
 
 
 def _submission(body: InferenceRequest, owner: str, key: str) -> Submission:
-    """Keys of different clients are different keys. A token is no part of what was asked for."""
-    content = body.model_dump_json(exclude={"hf_token"})
-    return Submission(_sha256(f"{owner}\0{key}"), _sha256(content))
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    """A token is no part of what was asked for."""
+    return submission_of(owner, key, body.model_dump_json(exclude={"hf_token"}).encode())
