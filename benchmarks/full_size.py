@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fidelora.engine.weights import empty_component, read_config
-from fidelora.models import model_spec
+from fidelora.models import ModelSpec, model_spec
 
 SPEC = model_spec("sd15")
 RANK, CONV_RANK, SMALL_RANK = 32, 16, 8
@@ -36,31 +36,41 @@ def default_folder() -> Path:
 
 def base(folder: Path) -> Path:
     """The base model, float32, in the layout of diffusers; written if it is not there."""
-    target = folder / "sd15"
+    return _base(folder / "sd15", SPEC, torch.float32, "StableDiffusionPipeline", safety_checker=[None, None])
+
+
+def sdxl_base(folder: Path) -> Path:
+    """An SDXL, bfloat16 (6.9 GB), in the layout of diffusers; written if it is not there."""
+    return _base(folder / "sdxl", model_spec("sdxl"), torch.bfloat16, "StableDiffusionXLPipeline", image_encoder=[None, None])
+
+
+def _base(target: Path, spec: ModelSpec, dtype: torch.dtype, pipeline: str, **nothing: list[None]) -> Path:
+    """A base of this family; `nothing` are parts that its pipeline knows and that are not needed."""
     if (target / "model_index.json").exists():
         return target
     generator = torch.Generator().manual_seed(1)
-    for component in SPEC.components:
-        config = SPEC.layout / component.name / "config.json"
+    for component in spec.components:
+        config = spec.layout / component.name / "config.json"
         module = empty_component(component, read_config(config))
-        weights = {name: _numbers(name, weight.shape, generator) for name, weight in module.named_parameters()}
+        weights = {name: _numbers(name, weight.shape, generator).to(dtype) for name, weight in module.named_parameters()}
         (target / component.name).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(config, target / component.name / "config.json")
         save_file(weights, target / component.name / f"{component.weights}.safetensors")
-    shutil.copytree(SPEC.layout / "tokenizer", target / "tokenizer", dirs_exist_ok=True)
+    tokenizers = [component.tokenizer for component in spec.text_encoders]
+    for name in tokenizers:
+        shutil.copytree(spec.layout / name, target / name, dirs_exist_ok=True)
     (target / "scheduler").mkdir(exist_ok=True)
-    scheduler = {"_class_name": "DDPMScheduler", **SPEC.scheduler_config}
+    scheduler = {"_class_name": "DDPMScheduler", **spec.scheduler_config}
     (target / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
-    index = {component.name: [component.library, component.class_name] for component in SPEC.components}
+    index = {component.name: [component.library, component.class_name] for component in spec.components}
     whole = {
-        "_class_name": "StableDiffusionPipeline",
+        "_class_name": pipeline,
         **index,
-        "tokenizer": ["transformers", "CLIPTokenizer"],
+        **{name: ["transformers", "CLIPTokenizer"] for name in tokenizers},
         "scheduler": ["diffusers", "DDPMScheduler"],
-        "safety_checker": [None, None],
         "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-    }
+        **nothing,
+    } | ({"requires_safety_checker": False} if "safety_checker" in nothing else {})
     (target / "model_index.json").write_text(json.dumps(whole))  # last: it says that the rest is whole
     return target
 

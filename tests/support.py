@@ -17,10 +17,14 @@ from fidelora.adapters.merge import merge_into
 
 DEMO_DATA = Path(fidelora.__file__).parent / "demo_data"
 TINY_BASE = DEMO_DATA / "tiny-sd15"
-GOLDEN_JOBS = Path(__file__).parent / "preview" / "goldens" / "jobs"
+GOLDENS = Path(__file__).parent / "preview" / "goldens"
+GOLDEN_JOBS = GOLDENS / "jobs"
+TINY_SDXL = GOLDENS / "base" / "tiny-sdxl"
 LORA = DEMO_DATA / "lora_linear_f32" / "lora_linear_f32.safetensors"
 MINIATURE_LORA = DEMO_DATA / "sks.safetensors"
 LORA_CONV = GOLDEN_JOBS / "lora_conv_f16" / "lora_conv_f16.safetensors"
+SDXL_LORA = GOLDEN_JOBS / "xl_lora_linear_f32" / "xl_lora_linear_f32.safetensors"
+SDXL_DORA = GOLDEN_JOBS / "xl_dora" / "xl_dora.safetensors"
 LOKR = GOLDEN_JOBS / "lokr_full" / "lokr_full.safetensors"
 
 SAME_PROCESSOR = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()

@@ -29,11 +29,16 @@ MIN_SIZE, MAX_SIZE = 64, 4096
 MAX_STEPS = 150
 MAX_GUIDANCE = 100.0
 MAX_MULTIPLIER = 2.0
+MAX_ALPHA = 1e6
 MAX_SEED = 2**63 - 1
 MAX_PROMPT_CHARACTERS = 10_000
 
 FORMAT = 1
 """Version of the JSON form; it changes when a field changes its meaning."""
+
+
+_SAID_IF_NEEDED: Mapping[str, Any] = {"negative_prompt_2": None, "guidance_rescale": 0.0}
+"""Fields that came later and are left out of the JSON form at these values: recipes that do not need them stay as they were."""
 
 
 class _FromModel:
@@ -74,6 +79,7 @@ class AdapterRef:
     Attributes:
         sha256: of the whole file, in hex. An adapter is known by its bytes, never by its path.
         multiplier: -2..2; 0 leaves the base model as it is.
+        alpha: of a DoRA, whose file has none: its scale is alpha / rank; None if nobody knows it, and then the scale is 1.
         name: what people call it; not part of the identity.
         path: where the bytes were last seen; not part of the identity and not written to JSON.
     """
@@ -82,12 +88,16 @@ class AdapterRef:
     multiplier: float = 1.0
     name: str = field(default="", compare=False)
     path: Path | None = field(default=None, compare=False, repr=False)
+    alpha: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.sha256, str) or not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
             raise RecipeError("An adapter's sha256 has 64 hexadecimal digits in lower case.", field="adapters")
         _is_text("name", self.name)
         _in_range("multiplier", self.multiplier, -MAX_MULTIPLIER, MAX_MULTIPLIER)
+        if self.alpha is not None:
+            _in_range("alpha", self.alpha, 0.0, MAX_ALPHA)
+            object.__setattr__(self, "alpha", float(self.alpha) or None)  # 0 means the rank, as in the trainer
         if self.path is not None:
             object.__setattr__(self, "path", Path(self.path))
         object.__setattr__(self, "multiplier", float(self.multiplier) + 0.0)  # no -0.0: it equals 0.0 and prints otherwise
@@ -118,6 +128,8 @@ class Recipe:
     Attributes:
         prompt: the text as it is encoded, `[trigger]` already replaced.
         negative_prompt: the text that guidance leads away from; unused at `guidance_scale` <= 1.
+        negative_prompt_2: what the second text encoder of models with two gets in its place; None for the same. The trainer's
+            previews differ there: a flag `--n` changes the first one alone.
         model: id of the model family.
         base_model: hub id (`owner/name`, `owner/name@revision`), diffusers folder or single .safetensors file.
         variant: which files of a diffusers folder: empty for the plain ones, `fp16` for `*.fp16.safetensors`.
@@ -127,6 +139,7 @@ class Recipe:
         width, height: pixels, 64..4096, floored to the model's divisor.
         steps: 1..150 (some samplers: fewer).
         guidance_scale: 0..100; at <= 1 there is no guidance and the negative prompt is not encoded.
+        guidance_rescale: 0..1; how far a guided prediction is brought back to the spread of the prompt's own, against overexposure.
         seed: 0..2**63-1.
         sampler: one of the model's samplers.
         prediction: what the UNet was trained to predict.
@@ -146,6 +159,7 @@ class Recipe:
 
     prompt: str
     negative_prompt: str = ""
+    negative_prompt_2: str | None = None
     model: str = "sd15"
     base_model: str = FROM_MODEL
     variant: str = ""
@@ -155,6 +169,7 @@ class Recipe:
     height: int = FROM_MODEL
     steps: int = FROM_MODEL
     guidance_scale: float = FROM_MODEL
+    guidance_rescale: float = 0.0
     seed: int = FROM_MODEL
     sampler: str = FROM_MODEL
     prediction: Prediction = "epsilon"
@@ -184,7 +199,10 @@ class Recipe:
         for name in ("width", "height"):
             size = getattr(self, name)
             object.__setattr__(self, name, size - size % spec.resolution_divisor)
-        object.__setattr__(self, "guidance_scale", float(self.guidance_scale) + 0.0)  # no -0.0
+        for name in ("guidance_scale", "guidance_rescale"):
+            object.__setattr__(self, name, float(getattr(self, name)) + 0.0)  # no -0.0
+        if self.negative_prompt_2 == self.negative_prompt:
+            object.__setattr__(self, "negative_prompt_2", None)
         object.__setattr__(self, "base_model", spec.canonical_base(self.base_model))
         object.__setattr__(self, "adapters", tuple(self.adapters))
 
@@ -199,6 +217,11 @@ class Recipe:
         _in_range("width", self.width, MIN_SIZE, MAX_SIZE, whole=True)
         _in_range("height", self.height, MIN_SIZE, MAX_SIZE, whole=True)
         _in_range("guidance_scale", self.guidance_scale, 0.0, MAX_GUIDANCE)
+        _in_range("guidance_rescale", self.guidance_rescale, 0.0, 1.0)
+        if self.negative_prompt_2 is not None:
+            _is_text("negative_prompt_2", self.negative_prompt_2)
+            if len(spec.text_encoders) < 2:
+                raise RecipeError(f"{spec.id} has one text encoder; leave out negative_prompt_2.", field="negative_prompt_2")
         _in_range("seed", self.seed, 0, MAX_SEED, whole=True)
         if self.sampler not in spec.samplers:
             known = ", ".join(spec.samplers)
@@ -230,9 +253,14 @@ class Recipe:
         plain: dict[str, Any] = {"format": FORMAT}
         for entry in fields(self):
             plain[entry.name] = getattr(self, entry.name)
+        for name, default in _SAID_IF_NEEDED.items():
+            if plain[name] == default:
+                del plain[name]
         plain["adapters"] = [
-            {"sha256": ref.sha256, "multiplier": ref.multiplier, "name": ref.name} for ref in self.adapters
-        ]  # fmt: skip
+            {"sha256": ref.sha256, "multiplier": ref.multiplier, "name": ref.name}
+            | ({} if ref.alpha is None else {"alpha": ref.alpha})
+            for ref in self.adapters
+        ]
         return plain
 
     @classmethod
@@ -257,7 +285,7 @@ class Recipe:
         """
         if not isinstance(plain, Mapping):
             raise RecipeError("A recipe is a JSON object.")
-        values = {"fidelity": "exact", **plain}  # recipes that were written before there was a choice mean exact
+        values = {"fidelity": "exact", **_SAID_IF_NEEDED, **plain}  # recipes that were written before there was a choice mean exact
         version = values.pop("format", None)
         if type(version) is not int or version != FORMAT:
             raise RecipeError(f"The recipe's format is not {FORMAT}, the one that this version of Fidelora reads.", field="format")
@@ -268,7 +296,9 @@ class Recipe:
             raise RecipeError(f"The recipe has unknown fields: {', '.join(unknown)}.", field=unknown[0])
         adapters = values["adapters"]
         parts = {"sha256", "multiplier", "name"}  # and no path: a recipe from elsewhere must not name files of this machine
-        if not isinstance(adapters, list) or not all(isinstance(ref, Mapping) and ref.keys() == parts for ref in adapters):
+        if not isinstance(adapters, list) or not all(
+            isinstance(ref, Mapping) and ref.keys() - {"alpha"} == parts for ref in adapters
+        ):
             raise RecipeError("The adapters of a recipe are a list, and each has sha256, multiplier and name.", field="adapters")
         values["adapters"] = tuple(AdapterRef(**ref) for ref in adapters)
         return cls(**values)
@@ -290,7 +320,8 @@ def may_share_batch(first: Recipe, second: Recipe) -> bool:
 
     Never in `exact`: the last bits of an image depend on the size of the batch.
     """
-    alike = replace(second, prompt=first.prompt, negative_prompt=first.negative_prompt, seed=first.seed)
+    own = ("prompt", "negative_prompt", "negative_prompt_2", "seed")
+    alike = replace(second, **{name: getattr(first, name) for name in own})
     return first.fidelity == "fast" and alike == first
 
 

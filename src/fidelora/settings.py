@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from fidelora.engine import Offload
 from fidelora.errors import SettingsError
+from fidelora.models import all_models
 
 _OURS = "FIDELORA_"
 
@@ -82,7 +83,9 @@ class Settings(BaseSettings):
     base_model: str = Field(
         "",
         validation_alias="FIDELORA_BASE_MODEL",
-        description="What `sd15` means here: hub id, diffusers folder or .safetensors checkpoint; by default the model's own.",
+        description="What models mean here: hub id, diffusers folder or .safetensors checkpoint; by default each model's own. "
+        "A place alone is for sd15; `MODEL=PLACE`, several with commas, is for any: `sd15=/bases/a,sdxl=/bases/b.safetensors`. "
+        "The first one is loaded when the server starts.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", validation_alias="FIDELORA_DTYPE", description="Precision of the images; auto is the usual one of the device."
@@ -167,6 +170,21 @@ class Settings(BaseSettings):
             raise ValueError(f"{wrong[0]!r} is no name of a host; write names such as huggingface.co or *.hf.co")
         return value
 
+    @field_validator("base_model")
+    @classmethod
+    def _say_each_base_once(cls, value: str) -> str:
+        said = _bases(value)
+        if not all(place for _, place in said):
+            raise ValueError("a model has no place after its =")
+        if len({model for model, _ in said}) < len(said):
+            raise ValueError("a model has two places")
+        return value
+
+    @property
+    def base_models(self) -> dict[str, str]:
+        """What `base_model` says, by model id, in its order."""
+        return dict(_bases(self.base_model))
+
     @property
     def offload(self) -> Offload:
         """How to save memory of the device."""
@@ -196,6 +214,14 @@ class Settings(BaseSettings):
     def database(self) -> str:
         """The URL of the jobs' database."""
         return self.store_url.get_secret_value() or f"sqlite:///{self.data_dir.expanduser().absolute()}/jobs.sqlite"
+
+
+def _bases(text: str) -> list[tuple[str, str]]:
+    """Models and their places. Only a comma before a model's name divides: others may be part of a path."""
+    marks = [*re.finditer(rf"(?:^|,)({'|'.join(all_models())})=", text)]
+    ends = [*(mark.start() for mark in marks), len(text)]
+    alone = [(next(iter(all_models())), text[: ends[0]])] if ends[0] else []
+    return alone + [(mark[1], text[mark.end() : end]) for mark, end in zip(marks, ends[1:], strict=True)]
 
 
 def read_settings(**given: Any) -> Settings:

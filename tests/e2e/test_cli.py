@@ -234,7 +234,8 @@ def test_models_as_json(fidelora):
     import json
 
     _, out, _ = fidelora("models", "--json")
-    (model,) = json.loads(out)
+    model, other = json.loads(out)
+    assert (other["id"], other["default_size"], other["base_aliases"]) == ("sdxl", 1024, [])
     assert (model["id"], model["resolution_divisor"], model["default_steps"], model["default_guidance_scale"]) == (
         "sd15",
         8,

@@ -13,8 +13,11 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from tests.support import DEMO_DATA, GOLDEN_JOBS, LORA, SAME_PROCESSOR, TINY_BASE, save_adapter
+from tests.support import DEMO_DATA, GOLDEN_JOBS, LORA, SAME_PROCESSOR, SDXL_DORA, SDXL_LORA, TINY_BASE, TINY_SDXL, save_adapter
 
+from fidelora.origin import read_record
+from fidelora.preview.job_folder import read_job
+from fidelora.preview.replay import plan_samples
 from fidelora.recipe import AdapterRef
 from fidelora.wire import InferenceRequest, check_request, recipes_of
 
@@ -60,7 +63,7 @@ def test_the_object_for_programs(fidelora, job):
     code, out, err = fidelora("verify", str(folder), *BASE, "--json", "--doctor", "--step", "6")
     assert (code, err) == (1, "")
     document = json.loads(out)
-    assert list(document) == ["job", "base_model", "versions", "settings", "samples", "verdict", "doctor"]
+    assert list(document) == ["job", "model", "base_model", "versions", "settings", "samples", "verdict", "doctor"]
     assert (document["job"], document["base_model"], document["verdict"]) == ("lora_linear_f32", str(TINY_BASE), "mismatch")
     first = document["samples"][0]
     assert list(first) == ["step", "index", "seed", "width", "height", "identical", "max", "mean", "psnr", "ssim", "verdict"]
@@ -121,8 +124,8 @@ def damage_weights(folder: Path) -> None:
         (None, damage_preview, BASE, "cannot be read as an image"),
         (None, damage_weights, BASE, "is truncated"),
         (lambda p: p["sample"].update(sampler="flowmatch"), None, BASE, "flowmatch"),
-        (lambda p: p["model"].update(arch="sdxl"), None, BASE, "trains 'sdxl', which is no Stable Diffusion 1.5"),
-        (lambda p: p["model"].update(is_xl=True), None, BASE, "trains 'is_xl'"),
+        (lambda p: p["model"].update(arch="flux"), None, BASE, "trains 'flux', which is none of the models here"),
+        (lambda p: p["model"].update(is_xl=True), None, BASE, "trains 'sd1' and is_xl, which is none of the models here"),
         (None, None, ("--base-model", "nowhere/at-all.safetensors"), "nowhere/at-all.safetensors"),
         (None, None, (*BASE, "--step", "first"), "'first' is no step; give a number, last or all."),
         (None, None, (*BASE, "--dtype", "int8"), None),
@@ -201,7 +204,7 @@ def test_inspect(fidelora, tmp_path):
 def test_recipe(fidelora):
     code, out, err = fidelora("recipe", str(JOB), "--index", "1")
     assert code == 0
-    assert "serve --base-model golden/tiny-sd15, with FIDELORA_DTYPE=float32" in err
+    assert "serve --base-model sd15=golden/tiny-sd15, with FIDELORA_DTYPE=float32" in err
     body = json.loads(out)
     assert body["loras"] == [{"path": LORA.name, "sha256": AdapterRef.from_file(LORA).sha256}]
     (item,) = body["prompts"]
@@ -276,3 +279,66 @@ def test_grids_that_cannot_be(fidelora, tmp_path, options, words):
     assert (code, out) == (2, "")
     assert words in err
     assert list(tmp_path.iterdir()) == []
+
+
+# --- SDXL --------------------------------------------------------------------------------------------------------------
+
+SDXL_BASE = ("--base-model", str(TINY_SDXL), "--device", "cpu")
+
+
+@pytest.mark.skipif(not SAME_PROCESSOR, reason="the goldens were made with AVX-512; other processors round differently")
+def test_an_sdxl_job_selects_its_model_by_itself(fidelora):
+    code, out, _ = fidelora("verify", str(SDXL_LORA.parent), *SDXL_BASE)
+    assert (code, out.count("identical\n")) == (0, 3)
+    code, out, _ = fidelora("verify", str(SDXL_DORA.parent), *SDXL_BASE, "--json")
+    assert (code, json.loads(out)["model"], json.loads(out)["verdict"]) == (0, "sdxl", "rounding")
+
+
+def test_a_setting_of_sdxl_that_differs_is_found(fidelora, job):
+    folder = job(lambda process: process["sample"].update(guidance_rescale=0.7), SDXL_LORA.parent)
+    code, out, _ = fidelora("verify", str(folder), *SDXL_BASE, "--doctor", "--json")
+    diagnosis = json.loads(out)["doctor"]
+    assert (code, diagnosis["cause"], diagnosis["explains"]) == (1, "guidance", 1.0)
+    assert "set guidance_rescale to 0" in diagnosis["fix"]
+
+
+def test_the_request_for_an_sdxl_job_means_its_recipes(fidelora, job):
+    folder = job(lambda process: process["network"].update(linear_alpha=4), SDXL_DORA.parent)
+    code, out, err = fidelora("recipe", str(folder))
+    body = InferenceRequest.model_validate_json(out)
+    check_request(body)
+    adapter = AdapterRef.from_file(SDXL_DORA)
+    recipes = recipes_of(body, (adapter,), {"base_model": str(TINY_SDXL)}, draw_seed=lambda: 0)
+    planned = [plan.recipe for plan in plan_samples(read_job(folder), 6, base_model=str(TINY_SDXL))]
+    assert (code, list(recipes)) == (0, planned)
+    assert {recipe.adapters[0].alpha for recipe in recipes} == {4.0}
+    assert "fidelora serve --base-model sdxl=golden/tiny-sdxl" in err
+
+
+def test_a_grid_of_a_dora(fidelora, tmp_path):
+    code, _, _ = fidelora(
+        "grid", str(SDXL_DORA.parent), *SDXL_BASE, "--steps", "0,last", "--multipliers", "0.5", "--prompts", "0", "--out", "g.png"
+    )
+    assert code == 0
+    assert Image.open(tmp_path / "g.png").format == "PNG"
+
+
+def test_inspect_says_that_a_dora_is_for_sdxl(fidelora):
+    code, out, _ = fidelora("inspect", str(SDXL_DORA), "--json")
+    found = json.loads(out)
+    assert (code, found["model"], found["type"], found["base_model_version"]) == (0, "sdxl", "dora", "sdxl_1.0")
+
+
+def test_generate_with_sdxl(fidelora, tmp_path):
+    small = ("--width", "64", "--height", "64", "--steps", "2")
+    code, _, err = fidelora(
+        "generate", "a ball", "--model", "sdxl", *SDXL_BASE, *small, "--lora", str(SDXL_DORA), "--negative-2", "ugly",
+        "--guidance-rescale", "0.5", "--out", "x.png",
+    )  # fmt: skip
+    assert code == 0, err
+    recipe = read_record(tmp_path / "x.png")["recipe"]
+    assert (recipe["model"], recipe["negative_prompt_2"], recipe["guidance_rescale"]) == ("sdxl", "ugly", 0.5)
+    code, _, err = fidelora("generate", "a ball", *SDXL_BASE, *small)
+    assert (code, "is a base of Stable Diffusion XL, not of Stable Diffusion 1.5: use it as model sdxl." in err) == (1, True)
+    code, _, err = fidelora("generate", "a ball", "--model", "sdxl", *SDXL_BASE, *small, "--lora", str(LORA))
+    assert (code, "use it with model sd15." in err) == (1, True)

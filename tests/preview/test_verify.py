@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from PIL import Image
-from tests.support import DEMO_DATA, GOLDEN_JOBS, SAME_PROCESSOR, TINY_BASE, change_weights
+from tests.support import DEMO_DATA, GOLDEN_JOBS, SAME_PROCESSOR, TINY_BASE, TINY_SDXL, change_weights
 
 from fidelora import Engine
 from fidelora.errors import JobFolderError, NothingToCheckError
@@ -176,6 +176,18 @@ def test_previews_of_other_programs_are_seen_through(engine, copy):
     assert diagnosis_of(folder, engine)[:2] == ("adapter_not_applied", 1.0)
     repaint(folder, engine, lambda recipe: replace(recipe, prompt="something else entirely", seed=99_999))
     assert diagnosis_of(folder, engine)[0] == "unknown"
+
+
+def test_a_sampler_of_sdxl_with_the_other_offset_is_seen_through(engine, copy):
+    """The base's own configuration has 1, which is what one gets by building on that; SDXL previews have 0."""
+    folder = copy(GOLDEN_JOBS / "xl_lora_linear_f32")
+    job = read_job(folder)
+    for plan in plan_samples(job, job.steps, base_model=str(TINY_SDXL)):
+        assert plan.preview is not None
+        Image.fromarray(engine.generate(plan.recipe, scheduler_options={"steps_offset": 1}).pixels).save(plan.preview)
+    found, explains, fix = diagnosis_of(folder, engine, str(TINY_SDXL))
+    assert (found, explains) == ("steps_offset", 1.0)
+    assert "Set steps_offset to 0" in fix
 
 
 def test_the_smallest_wrong_setting_is_seen_through_where_most_is_forgiven(engine, copy):

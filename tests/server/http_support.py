@@ -23,6 +23,7 @@ from tests.support import LORA
 
 from fidelora.jobs.job import Failure, Job, JobProgress, Output
 from fidelora.jobs.memory import MemoryStore
+from fidelora.models import all_models
 from fidelora.recipe import file_sha256
 from fidelora.server.app import make_app, parts_around
 from fidelora.server.parts import Parts
@@ -46,7 +47,9 @@ def settings_for(folder: Path, **given: Any) -> Settings:
 
 
 def parts_in(folder: Path, **given: Any) -> Parts:
-    return parts_around(MemoryStore(), settings_for(folder, **given), NUMERICS, "http://127.0.0.1:8000")
+    return parts_around(
+        MemoryStore(), settings_for(folder, **given), dict.fromkeys(all_models(), NUMERICS), "http://127.0.0.1:8000"
+    )
 
 
 def client_of(parts: Parts, **given: Any) -> TestClient:

@@ -65,6 +65,10 @@ class Server:
         """Ask for one small image; returns the request's id."""
         prompt = {"prompt": "a [trigger]", "width": 64, "height": 64, "sample_steps": 2} | fields
         body = {"model": "sd15", "trigger_word": "sks", "loras": [{"path": "sks.safetensors"}], "prompts": [prompt]}
+        return self.ask(body)
+
+    def ask(self, body: dict[str, Any]) -> str:
+        """Ask for images; returns the request's id."""
         return str(self.call("/v1/inference", body)["request_id"])
 
     def status(self, request_id: str) -> Any:

@@ -60,8 +60,9 @@ def with_prompt(**fields: Any) -> dict[str, Any]:
 
 def test_health_and_models(client):
     assert client.get("/health").json() == {"status": "healthy"}
-    (model,) = client.get("/v1/models").json()["models"]
-    assert model == {
+    models = client.get("/v1/models").json()["models"]
+    assert [model["id"] for model in models] == ["sd15", "sdxl"]
+    assert models[0] == {
         "id": "sd15", "base_model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "resolution_divisor": 8, "default_steps": 25,
         "default_guidance_scale": 6.0, "requires_control_image": False, "is_video_model": False,
         "default_num_frames": None, "default_fps": None,
@@ -135,7 +136,7 @@ def test_what_cannot_be_done_is_400_with_its_code(client, parts, body, code):
 
 def test_an_unknown_model_comes_with_those_there_are(client):
     answer = client.post("/v1/inference", json=MINIMAL | {"model": "flux"}).json()
-    assert answer["detail"]["error"]["details"] == {"supported_models": ["sd15"]}
+    assert answer["detail"]["error"]["details"] == {"supported_models": ["sd15", "sdxl"]}
 
 
 @pytest.mark.parametrize(

@@ -89,5 +89,29 @@ def test_a_name_of_ours_that_is_no_setting_is_refused(monkeypatch):
         read_settings()
 
 
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("", {}),
+        ("/bases/a", {"sd15": "/bases/a"}),
+        ("owner/name@v1", {"sd15": "owner/name@v1"}),
+        ("sdxl=/bases/b", {"sdxl": "/bases/b"}),
+        ("sdxl=/bases/b,sd15=a/b", {"sdxl": "/bases/b", "sd15": "a/b"}),
+        ("/bases/a,sdxl=/bases/b", {"sd15": "/bases/a", "sdxl": "/bases/b"}),
+        ("/bases/a, b=c,sdxl=/x,y=z,sd15", {"sd15": "/bases/a, b=c", "sdxl": "/x,y=z,sd15"}),
+    ],
+)
+def test_each_model_has_a_base_of_its_own(monkeypatch, text, meant):
+    monkeypatch.setenv("FIDELORA_BASE_MODEL", text)
+    assert list(read_settings().base_models.items()) == list(meant.items())
+
+
+@pytest.mark.parametrize("text", ["sdxl=", "sd15=,sdxl=/x", "sdxl=/x,sdxl=/y", "/x,sd15=/y"])
+def test_a_model_has_one_base(monkeypatch, text):
+    monkeypatch.setenv("FIDELORA_BASE_MODEL", text)
+    with pytest.raises(SettingsError, match=r"FIDELORA_BASE_MODEL: .*a model has (no place|two places)"):
+        read_settings()
+
+
 def test_every_setting_is_explained():
     assert [name for name, field in Settings.model_fields.items() if not (field.description or "").endswith(".")] == []

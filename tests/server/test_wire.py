@@ -66,15 +66,22 @@ RECIPES = st.lists(
         guidance_scale=st.floats(0, 20),
         seed=st.integers(0, 2**63 - 1),
         sampler=st.sampled_from(["ddpm", "euler_a", "lcm"]),
+        guidance_rescale=st.just(0.0) | st.floats(0, 1),
         adapters=st.floats(-2, 2).map(lambda multiplier: (AdapterRef("a" * 64, multiplier),)),
         dtype=st.just("bfloat16"),
     ),
     min_size=1,
     max_size=4,
 )
+OF_SDXL = st.tuples(RECIPES, st.none() | st.text(max_size=10), st.none() | st.floats(0.5, 64)).map(
+    lambda drawn: [
+        replace(recipe, model="sdxl", negative_prompt_2=drawn[1], adapters=(replace(recipe.adapters[0], alpha=drawn[2]),))
+        for recipe in drawn[0]
+    ]
+)
 
 
-@given(RECIPES, st.sampled_from(["exact", "fast"]), st.sampled_from([{}, {"fidelity": "exact"}, {"fidelity": "fast"}]))
+@given(RECIPES | OF_SDXL, st.sampled_from(["exact", "fast"]), st.sampled_from([{}, {"fidelity": "exact"}, {"fidelity": "fast"}]))
 def test_a_request_for_recipes_means_these_recipes(made, fidelity, server):
     made = [replace(recipe, fidelity=fidelity) for recipe in made]
     body = InferenceRequest.model_validate(json.loads(json.dumps(request_for(made, "sks.safetensors"))))
@@ -83,6 +90,14 @@ def test_a_request_for_recipes_means_these_recipes(made, fidelity, server):
     assert recipes_of(body, (A,), {**BASE, **server}, draw_seed=lambda: 0) == tuple(
         replace(recipe, adapter_mode=mode) for recipe in made
     )
+
+
+def test_what_one_text_encoder_cannot_use_is_refused_by_the_field():
+    with pytest.raises(RequestFieldError, match="sd15 has one text encoder") as raised:
+        recipes(prompts=[{"prompt": "a", "neg_2": "ugly"}])
+    assert raised.value.place == ("prompts", 0, "neg_2")
+    (recipe,) = recipes(model="sdxl", prompts=[{"prompt": "a", "neg_2": "ugly", "guidance_rescale": 0.5}])
+    assert (recipe.model, recipe.negative_prompt_2, recipe.guidance_rescale) == ("sdxl", "ugly", 0.5)
 
 
 def test_the_server_decides_the_fidelity_that_a_request_leaves_out():
@@ -128,7 +143,7 @@ def test_prompts_with_multipliers_of_their_own_run_live_as_in_the_trainer():
 @pytest.mark.parametrize(
     ("changes", "code", "details"),
     [
-        ({"model": "flux"}, "MODEL_NOT_FOUND", {"supported_models": ["sd15"]}),
+        ({"model": "flux"}, "MODEL_NOT_FOUND", {"supported_models": ["sd15", "sdxl"]}),
         ({"loras": []}, "LORA_FILE_REQUIRED", {}),
         ({"loras": [{"path": "x", "transformer": "low"}]}, "MOE_FORMAT_NOT_SUPPORTED", {"field": "transformer"}),
         ({"kv_cache": True}, "FIELD_NOT_SUPPORTED", {"field": "kv_cache"}),
@@ -259,5 +274,16 @@ def test_the_models_are_listed_as_documented():
             "is_video_model": False,
             "default_num_frames": None,
             "default_fps": None,
-        }
+        },
+        {
+            "id": "sdxl",
+            "base_model": "stabilityai/stable-diffusion-xl-base-1.0",
+            "resolution_divisor": 8,
+            "default_steps": 25,
+            "default_guidance_scale": 6.0,
+            "requires_control_image": False,
+            "is_video_model": False,
+            "default_num_frames": None,
+            "default_fps": None,
+        },
     ]

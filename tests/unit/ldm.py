@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 _RESNET = {
@@ -23,8 +24,23 @@ _UNET_TOP = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
+}
+_OPEN_CLIP = {
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm.weight": "ln_final.weight",
+    "final_layer_norm.bias": "ln_final.bias",
+}
+_OPEN_CLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
 }
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
@@ -35,10 +51,47 @@ def as_ldm_checkpoint(folder: Path) -> dict[str, Tensor]:
     text = safetensors.torch.load_file(folder / "text_encoder" / "model.safetensors")
     vae = safetensors.torch.load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
     return (
-        {f"model.diffusion_model.{_unet_name(name)}": tensor for name, tensor in unet.items()}
+        {f"model.diffusion_model.{ldm_unet_name(name)}": tensor for name, tensor in unet.items()}
         | {f"first_stage_model.{name}": tensor for name, tensor in as_ldm_vae(vae).items()}
         | {f"cond_stage_model.transformer.{name}": tensor for name, tensor in text.items()}
     )
+
+
+def as_sdxl_checkpoint(folder: Path) -> dict[str, Tensor]:
+    """The same of an SDXL folder: https://github.com/Stability-AI/generative-models, `configs/inference/sd_xl_base.yaml`."""
+    unet = safetensors.torch.load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    first = safetensors.torch.load_file(folder / "text_encoder" / "model.safetensors")
+    second = safetensors.torch.load_file(folder / "text_encoder_2" / "model.safetensors")
+    vae = safetensors.torch.load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
+    return (
+        {f"model.diffusion_model.{ldm_unet_name(name, plain_block=2)}": tensor for name, tensor in unet.items()}
+        | {f"first_stage_model.{name}": tensor for name, tensor in as_ldm_vae(vae).items()}
+        | {f"conditioner.embedders.0.transformer.text_model.{_without_level(name)}": tensor for name, tensor in first.items()}
+        | {f"conditioner.embedders.1.model.{name}": tensor for name, tensor in as_open_clip(second).items()}
+    )
+
+
+def as_open_clip(text: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A text encoder with a projection under the names of OpenCLIP, its query, key and value in one matrix."""
+    text = {_without_level(name): tensor for name, tensor in text.items()}
+    converted = {"text_projection": text.pop("text_projection.weight").t().contiguous(), "logit_scale": torch.tensor(4.6)}
+    for name, tensor in text.items():
+        if name in _OPEN_CLIP:
+            converted[_OPEN_CLIP[name]] = tensor
+            continue
+        match = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
+        assert match, name
+        layer = f"transformer.resblocks.{match[1]}"
+        if match[2] in _OPEN_CLIP_LAYER:
+            converted[f"{layer}.{_OPEN_CLIP_LAYER[match[2]]}.{match[3]}"] = tensor
+        elif match[2] == "self_attn.q_proj":
+            parts = [text[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
+            converted[f"{layer}.attn.in_proj_{match[3]}"] = torch.cat(parts)
+    return converted
+
+
+def _without_level(name: str) -> str:
+    return name.removeprefix("text_model.")
 
 
 def as_ldm_vae(vae: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -50,7 +103,8 @@ def as_ldm_vae(vae: dict[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
-def _unet_name(name: str) -> str:
+def ldm_unet_name(name: str, plain_block: int = 0) -> str:
+    """Of a UNet with one layer per block; `plain_block` is the one on the way up that has no attention."""
     for diffusers, ldm in _UNET_TOP.items():
         if name.startswith(diffusers + "."):
             return ldm + name.removeprefix(diffusers)
@@ -66,7 +120,7 @@ def _unet_name(name: str) -> str:
     match = re.fullmatch(r"up_blocks\.(\d)\.upsamplers\.0\.conv\.(.*)", name)
     assert match, name
     block = int(match[1])
-    return f"output_blocks.{2 * block + 1}.{1 if block == 0 else 2}.conv.{match[2]}"  # the first block has no attention
+    return f"output_blocks.{2 * block + 1}.{1 if block == plain_block else 2}.conv.{match[2]}"
 
 
 def _inner(kind: str, rest: str) -> str:

@@ -38,8 +38,7 @@ def load(base: Path | str, **fields: str) -> BaseModel:
 
 
 def weights_of(base: BaseModel) -> dict[str, torch.Tensor]:
-    parts = {"unet": base.unet, "text_encoder": base.text_encoder, "vae": base.vae}
-    return {f"{part}.{name}": tensor for part, module in parts.items() for name, tensor in module.state_dict().items()}
+    return {f"{part}.{name}": tensor for part, module in base.parts.items() for name, tensor in module.state_dict().items()}
 
 
 def same(left: BaseModel, right: BaseModel) -> bool:
@@ -60,7 +59,8 @@ def test_every_weight_is_the_file_s():
 
 def test_each_part_has_its_own_dtype():
     base = load(TINY_BASE, dtype="bfloat16", vae_dtype="float32", text_encoder_dtype="float16")
-    assert (base.unet.dtype, base.vae.dtype, base.text_encoder.dtype) == (torch.bfloat16, torch.float32, torch.float16)
+    expected = {"unet": torch.bfloat16, "vae": torch.float32, "text_encoder": torch.float16}
+    assert {name: next(part.parameters()).dtype for name, part in base.parts.items()} == expected
 
 
 @pytest.mark.parametrize(
@@ -310,7 +310,8 @@ def test_the_family_s_tokenizer_is_that_of_the_golden_base():
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        ("conditioner.embedders.1.model.ln_final.weight", "an SDXL checkpoint"),
+        ("conditioner.embedders.1.model.ln_final.weight", "a checkpoint of Stable Diffusion XL, not of .*: use it as model sdxl"),
+        ("conditioner.embedders.0.model.ln_final.weight", "the refiner of Stable Diffusion XL"),
         ("cond_stage_model.model.ln_final.weight", "a Stable Diffusion 2 checkpoint"),
         ("transformer.wte.weight", "its keys are of no known layout"),
     ],
@@ -376,7 +377,9 @@ def test_a_folder_of_another_family_is_recognised(tmp_path):
     index = read_json(base / "model_index.json")
     index |= {"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}
     (base / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(BaseModelFilesError, match="StableDiffusionXLPipeline with two text encoders"):
+    with pytest.raises(
+        BaseModelFilesError, match=r"a base of Stable Diffusion XL, not of Stable Diffusion 1\.5: use it as model sdxl"
+    ):
         load(base)
 
 
@@ -426,8 +429,7 @@ def test_offloading_changes_no_bit_and_adapters_reach_the_weights(offload):
     from fidelora.adapters.live import live_adapters
 
     plain, offloaded = load(TINY_BASE), load(TINY_BASE)
-    parts = {"text_encoder": offloaded.text_encoder, "unet": offloaded.unet, "vae": offloaded.vae}
-    offloaded.hooks = place(parts, torch.device("cpu"), offload)
+    offloaded.hooks = place(dict(offloaded.parts), torch.device("cpu"), offload)
     assert len(offloaded.hooks) == (3 if offload == "model" else 0)
     inputs = (torch.randn(2, 4, 8, 8), torch.tensor(7), torch.randn(2, 77, 32))
     adapter = read_adapter(LORA)
@@ -447,4 +449,4 @@ def test_offloading_changes_no_bit_and_adapters_reach_the_weights(offload):
         offloaded.vae.decode(torch.ones(1, 4, 8, 8), return_dict=False)[0],
     )
     ids = torch.zeros(1, 77, dtype=torch.int64)
-    assert torch.equal(plain.text_encoder(ids)[0], offloaded.text_encoder(ids)[0])
+    assert torch.equal(plain.parts["text_encoder"](ids)[0], offloaded.parts["text_encoder"](ids)[0])

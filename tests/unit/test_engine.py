@@ -15,7 +15,7 @@ from tests.support import LOKR, LORA, LORA_CONV, TINY_BASE, change_weights, copy
 from fidelora import AdapterRef, Engine, Progress, Recipe
 from fidelora.engine.base import BaseKey, expected_bytes, load_base
 from fidelora.engine.noise import legacy_randn
-from fidelora.engine.text import encode_text
+from fidelora.engine.text import last_state
 from fidelora.errors import (
     AdapterChangedError,
     AdapterMismatchError,
@@ -422,9 +422,9 @@ def count_encodings(monkeypatch):
 
     def counted(tokenizer, encoder, text, device):
         seen.append(text)
-        return encode_text(tokenizer, encoder, text, device)
+        return last_state(tokenizer, encoder, text, device)
 
-    monkeypatch.setattr("fidelora.engine.engine.encode_text", counted)
+    monkeypatch.setattr("fidelora.engine.conditioning.TextAlone.encode", staticmethod(counted))
     return seen
 
 

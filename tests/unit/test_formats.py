@@ -255,7 +255,6 @@ def test_a_file_without_tensors_is_refused(read):
     ("key", "reason"),
     [
         ("unet.a.dora_scale", "is a DoRA"),
-        ("unet.a.magnitude", "is a DoRA"),
         ("unet.a.lora_magnitude_vector", "is a DoRA"),
         ("unet.a.lora_mid.weight", "Tucker decomposition (lora_mid)"),
         ("unet.a.lokr_t2", "Tucker decomposition (lokr_t2)"),

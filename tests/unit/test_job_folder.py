@@ -563,16 +563,54 @@ def test_the_user_interface_s_configuration_is_read_as_json(folder):
 
 
 @pytest.mark.parametrize(
-    "model", [{"arch": "sdxl"}, {"is_xl": True}, {"is_flux": True}, {"arch": "flux"}, {"is_v2": True}], ids=lambda value: str(value)
+    "model",
+    [{"is_flux": True}, {"arch": "flux"}, {"is_v2": True}, {"arch": "sdxl", "is_flux": True}, {"arch": "sd1", "is_xl": True}],
+    ids=lambda value: str(value),
 )
 def test_a_job_of_another_family_is_refused(folder, model):
-    with pytest.raises(JobFolderError, match="no Stable Diffusion 1.5".replace(".", r"\.")):
+    with pytest.raises(
+        JobFolderError, match="none of the models here: Stable Diffusion 1.5, Stable Diffusion XL".replace(".", r"\.")
+    ):
         job_of(folder, model={"name_or_path": "base"} | model)
 
 
 @pytest.mark.parametrize("model", [{"arch": "sd15"}, {"arch": "sd1"}, {}, {"is_xl": False}, {"is_v_pred": True}])
 def test_a_job_of_this_family_is_taken(folder, model):
-    assert job_of(folder, model={"name_or_path": "base"} | model).base_model == "base"
+    job = job_of(folder, model={"name_or_path": "base"} | model)
+    assert (job.base_model, job.model) == ("base", "sd15")
+
+
+@pytest.mark.parametrize("model", [{"arch": "sdxl"}, {"is_xl": True}, {"arch": "sdxl", "is_xl": True, "is_v_pred": True}])
+def test_a_job_says_that_it_trains_sdxl(folder, model):
+    assert job_of(folder, model={"name_or_path": "base"} | model).model == "sdxl"
+
+
+@pytest.mark.parametrize(
+    ("model", "words"), [({"refiner_name_or_path": "r"}, "with a refiner"), ({"use_text_encoder_2": False}, "use_text_encoder_2")]
+)
+def test_what_sdxl_previews_here_would_not_show_is_refused(folder, model, words):
+    with pytest.raises(JobFolderError, match=words):
+        job_of(folder, model={"name_or_path": "base", "arch": "sdxl"} | model)
+
+
+def test_the_vae_of_a_job_is_its_previews(folder):
+    (sample,) = samples_of(folder, "a ball")
+    assert sample.recipe.vae == ""
+    job = job_of(folder, model={"name_or_path": "base", "vae_path": "own/vae"}, sample={"samples": [{"prompt": "a ball"}]})
+    assert [plan.recipe.vae for plan in plan_samples(job, 0)] == ["own/vae"]
+
+
+@pytest.mark.parametrize(
+    ("network", "alpha"),
+    [
+        ({"type": "dora", "linear": 8, "linear_alpha": 4}, 4.0),
+        ({"type": "dora", "linear": 8}, None),
+        ({"type": "lora", "linear": 8, "linear_alpha": 4}, None),
+        ({}, None),
+    ],
+)
+def test_the_alpha_of_a_dora_is_the_configuration_s(folder, network, alpha):
+    assert job_of(folder, network=network).dora_alpha == alpha
 
 
 def test_prompts_count_where_samples_are_empty(folder):

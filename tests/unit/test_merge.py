@@ -26,10 +26,9 @@ def fresh_base(dtype: str = "float32", folder: Path = TINY_BASE) -> BaseModel:
 def bits(base: BaseModel) -> dict[str, torch.Tensor]:
     """Every weight of every part, as integers: 0 and -0 count as different."""
     view = {4: torch.int32, 2: torch.int16}
-    parts = {"unet": base.unet, "text_encoder": base.text_encoder, "vae": base.vae}
     return {
         f"{part}.{name}": parameter.detach().clone().view(view[parameter.element_size()])
-        for part, module in parts.items()
+        for part, module in base.parts.items()
         for name, parameter in module.named_parameters()
     }
 
@@ -54,10 +53,10 @@ def test_a_thousand_random_switches_leave_no_trace(dtype):
     after_switches = bits(base)
     untouched = fresh_base(dtype)
     in_untouched = {
-        adapter.sha256: untouched.targets.bind(read_adapter(path))
+        adapter.identity: untouched.targets.bind(read_adapter(path))
         for adapter, path in zip(bound, (LORA, LORA_CONV, LOKR), strict=True)
     }
-    untouched.merged.apply([(in_untouched[adapter.sha256], multiplier) for adapter, multiplier in last])
+    untouched.merged.apply([(in_untouched[adapter.identity], multiplier) for adapter, multiplier in last])
     assert same(after_switches, bits(untouched))
     assert not same(after_switches, pristine)
 

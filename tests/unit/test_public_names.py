@@ -46,7 +46,7 @@ def test_every_error_is_in_one_tree_and_says_something_by_itself():
 def test_a_model_id_is_registered_once():
     with pytest.raises(ValueError, match="'sd15' is registered already"):
         register(model_spec("sd15"))
-    assert list(all_models()) == ["sd15"]
+    assert list(all_models()) == ["sd15", "sdxl"]
 
 
 def test_every_sampler_of_the_trainer_is_there():

@@ -52,8 +52,10 @@ FULL: dict[str, Any] = {
     "vae_dtype": "float32",
     "text_encoder_dtype": "float16",
     "fidelity": "exact",
+    "negative_prompt_2": None,
+    "guidance_rescale": 0.0,
 }
-"""Every field, none with its default but the last: adapters are live in exact alone."""
+"""Every field, none with its default but the last three: adapters are live in exact alone, and the others came later."""
 
 # What the digests were when format 1 was made. Files carry them, so they may only change together with `FORMAT`.
 DEFAULT_DIGEST = "fb2214fee74cf0b782f0979f0c447f9c5ceb5278ea1978ab6f5fe6871a665653"
@@ -94,6 +96,8 @@ def test_a_recipe_of_only_a_prompt_is_complete():
         vae_dtype="float32",
         text_encoder_dtype="float32",
         fidelity="exact",
+        negative_prompt_2=None,
+        guidance_rescale=0.0,
     )
 
 
@@ -318,7 +322,7 @@ def test_a_recipe_made_again_from_its_own_fields_is_the_same(recipe):
 def test_the_json_form_is_this_one():
     assert json.loads(Recipe(**FULL).to_json()) == {
         "format": 1,
-        **FULL,
+        **{name: value for name, value in FULL.items() if name not in ("negative_prompt_2", "guidance_rescale")},
         "adapters": [
             {"sha256": "0123456789abcdef" * 4, "multiplier": 0.75, "name": "style"},
             {"sha256": "f" * 64, "multiplier": -2.0, "name": ""},
@@ -433,6 +437,7 @@ OTHER_VALUES = {
     "vae_dtype": "float16",
     "text_encoder_dtype": "float16",
     "fidelity": "fast",
+    "guidance_rescale": 0.5,
 }
 
 
@@ -444,8 +449,54 @@ def test_the_digest_of_a_recipe_with_all_fields_is_as_ever():
     assert Recipe(**FULL).digest == FULL_DIGEST
 
 
-def test_every_field_but_the_only_model_has_another_value_here():
-    assert set(OTHER_VALUES) == {field.name for field in dataclasses.fields(Recipe)} - {"model"}
+def test_every_field_that_stands_alone_has_another_value_here():
+    assert set(OTHER_VALUES) == {field.name for field in dataclasses.fields(Recipe)} - {"model", "negative_prompt_2"}
+
+
+def test_the_digest_depends_on_the_model_and_its_second_negative_prompt():
+    one = Recipe(prompt="a red ball", model="sdxl")
+    others = [Recipe(prompt="a red ball", base_model=one.base_model, width=1024, height=1024), replaced(one, "ugly")]
+    assert len({recipe.digest for recipe in (one, *others)}) == 3
+    assert replaced(one, "") == one  # the same text as the first one: the same image
+    assert replaced(one, "").digest == one.digest
+
+
+def replaced(recipe: Recipe, negative_prompt_2: str | None) -> Recipe:
+    return dataclasses.replace(recipe, negative_prompt_2=negative_prompt_2)
+
+
+def test_a_second_negative_prompt_needs_a_second_text_encoder():
+    with pytest.raises(RecipeError, match="sd15 has one text encoder; leave out negative_prompt_2") as raised:
+        Recipe(prompt="", negative_prompt_2="ugly")
+    assert raised.value.field == "negative_prompt_2"
+
+
+def test_what_came_later_is_said_only_where_it_is_needed():
+    """Recipes of before can be read, and those that need nothing of it are what they were."""
+    assert not {"negative_prompt_2", "guidance_rescale"} & PLAIN.keys()
+    said = dataclasses.replace(Recipe(prompt="", model="sdxl"), negative_prompt_2="ugly", guidance_rescale=0.7)
+    assert (said.to_dict()["negative_prompt_2"], said.to_dict()["guidance_rescale"]) == ("ugly", 0.7)
+    assert Recipe.from_json(said.to_json()) == said
+    dora = Recipe(prompt="", adapters=(dataclasses.replace(STYLE, alpha=4),))
+    assert dora.to_dict()["adapters"] == [{"sha256": STYLE.sha256, "multiplier": 0.75, "name": "style", "alpha": 4.0}]
+    assert Recipe.from_json(dora.to_json()) == dora
+    assert dora.digest != Recipe(prompt="", adapters=(STYLE,)).digest
+
+
+@pytest.mark.parametrize("alpha", [-1, math.nan, math.inf, "8", True])
+def test_an_alpha_is_a_number(alpha):
+    with pytest.raises(RecipeError, match="alpha"):
+        AdapterRef("a" * 64, alpha=alpha)
+
+
+def test_an_alpha_of_0_means_the_rank_as_in_the_trainer():
+    assert AdapterRef("a" * 64, alpha=0).alpha is None
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, math.nan, "0.5"])
+def test_a_rescale_is_a_share(value):
+    with pytest.raises(RecipeError, match="guidance_rescale"):
+        Recipe(prompt="", guidance_rescale=value)
 
 
 @pytest.mark.parametrize(("name", "value"), OTHER_VALUES.items())

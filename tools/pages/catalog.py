@@ -17,7 +17,7 @@ A base model of a family is a hub id, a folder in the layout of diffusers or one
 [`fidelora:miniature`](miniature.md), a Stable Diffusion 1.5 of 19 MB, for tests and first steps.
 """.strip()
 
-_KIND_TITLES = {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa"}
+_KIND_TITLES = {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa", "dora": "DoRA"}
 
 
 def catalog_page(made: str, folder: Path) -> str:

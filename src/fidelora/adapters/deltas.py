@@ -109,6 +109,41 @@ class LoraDelta(Delta):
         return replace(self, down=self.down.to(device), up=self.up.to(device))
 
 
+@dataclass(frozen=True, eq=False)
+class DoraDelta(LoraDelta):
+    """`up @ down` and a length for each row of the changed weight: `magnitude` [out]. Linear modules only.
+
+    The trainer runs it beside the module always, even where all samples share one multiplier: `up(down(x)) * scale * m`, as of any
+    LoRA, and `stretched`. The scale has no part in the latter (`toolkit/models/DoRA.py` of AI Toolkit 0.12).
+    """
+
+    magnitude: Tensor
+
+    def stretched(self, weight: Tensor, x: Tensor, multiplier: float) -> Tensor:
+        """`(magnitude / |V| - 1) * V x` with V = W + m * up @ down and |V| the length of each row; in float32, without the bias."""
+        changed = weight.to(self.up.dtype) + (self.up @ self.down) * multiplier
+        stretch = (self.magnitude / torch.linalg.norm(changed, dim=1) - 1).view(1, -1)
+        result: Tensor = stretch * functional.linear(x.to(changed.dtype), changed)
+        return result
+
+    def change_of(self, weight: Tensor, multiplier: float) -> Tensor:
+        """The change of the float32 `weight` that does the same as running beside it; for `fast`, as the trainer never merges."""
+        product = (self.up.to(weight.device) @ self.down.to(weight.device)) * multiplier
+        changed = weight + product
+        stretch = (self.magnitude.to(weight.device) / torch.linalg.norm(changed, dim=1) - 1).unsqueeze(1)
+        change: Tensor = product * self.scale + changed * stretch
+        return change
+
+    def can_change_rows(self, rows: int, device: torch.device) -> bool:
+        return False
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.down, self.up, self.magnitude)
+
+    def to(self, device: torch.device) -> Self:
+        return replace(self, down=self.down.to(device), up=self.up.to(device), magnitude=self.magnitude.to(device))
+
+
 class WeightDelta(Delta):
     """A delta that exists only as a whole weight, so that its live path makes that weight anew at each call."""
 

@@ -21,7 +21,7 @@ class AdapterSummary:
     """An adapter as its header describes it.
 
     Attributes:
-        kind: `lora`, `lokr`, `loha`, several of them joined by `+`, or empty if the file is no adapter.
+        kind: `lora`, `dora`, `lokr`, `loha`, several of them joined by `+`, or empty if the file is no adapter.
         modules: how many modules of the base model it changes.
         ranks: the different ranks, ascending; empty where a kind has none (whole LoKr factors).
         dtypes: of the tensors, in the format's spelling (`F16`, `BF16`, `F32`).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fidelora.adapters.deltas import Delta, LohaDelta, LokrDelta, LoraDelta
+from fidelora.adapters.deltas import Delta, DoraDelta, LohaDelta, LokrDelta, LoraDelta
 from fidelora.adapters.keys import kind_of, modules_of, peft_alpha
 from fidelora.errors import AdapterFormatError, AdapterNotFoundError, NonFiniteWeightsError, WeightsFileError
 from fidelora.weights_file import read_header, refuse_pickle
@@ -27,12 +27,28 @@ class Adapter:
         name: what messages call it.
         deltas: by the module's name as the file spells it, in the order of the file's keys.
         metadata: the file's own text fields.
+        alpha: what its DoRA modules, whose files have none, were given; None if nobody said.
     """
 
     sha256: str
     name: str
     deltas: Mapping[str, Delta]
     metadata: Mapping[str, str]
+    alpha: float | None = None
+
+    def with_alpha(self, alpha: float) -> Adapter:
+        """The same adapter, its DoRA modules scaled by `alpha` / rank.
+
+        Raises:
+            AdapterFormatError: it has none; every other kind has its alpha in the file.
+        """
+        if not any(isinstance(delta, DoraDelta) for delta in self.deltas.values()):
+            raise AdapterFormatError(f"{self.name} is no DoRA: its alpha is in its file, and no other can be given.")
+        deltas = {
+            module: replace(delta, scale=_scale(alpha, delta.down.shape[0])) if isinstance(delta, DoraDelta) else delta
+            for module, delta in self.deltas.items()
+        }
+        return replace(self, deltas=deltas, alpha=alpha)
 
     @property
     def size_bytes(self) -> int:
@@ -101,13 +117,19 @@ def _delta(tensors: Mapping[str, Tensor], default_alpha: float | None, module: s
             raise AdapterFormatError(f"{name} has factors at {module} that cannot be multiplied.")
         return whole
 
-    if kind == "lora":
+    if kind in ("lora", "dora"):
         down, up = tensors["down"], tensors["up"]
         if down.dim() not in (2, 4) or up.dim() != down.dim() or up.shape[1:] != (down.shape[0], *[1] * (up.dim() - 2)):
             raise AdapterFormatError(
                 f"{name} has shapes at {module} that make no LoRA: down {list(down.shape)}, up {list(up.shape)}."
             )
-        return LoraDelta(_scale(alpha, down.shape[0]), down, up)
+        if kind == "lora":
+            return LoraDelta(_scale(alpha, down.shape[0]), down, up)
+        if down.dim() != 2 or tensors["magnitude"].shape != (up.shape[0],):
+            raise AdapterFormatError(
+                f"{name} has shapes at {module} that make no DoRA: that is for linear modules, with a magnitude for each output."
+            )
+        return DoraDelta(_scale(alpha, down.shape[0]), down, up, tensors["magnitude"])
     if kind == "loha":
         (w1_a, w1_b), (w2_a, w2_b) = factors("hada_w1"), factors("hada_w2")
         return LohaDelta(_scale(alpha, w1_b.shape[0]), (w1_a, w1_b), (w2_a, w2_b))

@@ -4,7 +4,8 @@ Keys are `<module>.<part>`. Which module of the base model `<module>` is, `targe
 
 * LoRA: `lora_down.weight`, `lora_up.weight`, `alpha` (AI Toolkit, kohya), or `lora_A.weight`, `lora_B.weight` (PEFT);
 * LoKr: `lokr_w1` or `lokr_w1_a` `lokr_w1_b`, `lokr_w2` or `lokr_w2_a` `lokr_w2_b`, `alpha`;
-* LoHa: `hada_w1_a` `hada_w1_b` `hada_w2_a` `hada_w2_b`, `alpha` (LyCORIS).
+* LoHa: `hada_w1_a` `hada_w1_b` `hada_w2_a` `hada_w2_b`, `alpha` (LyCORIS);
+* DoRA: `lora_down.weight`, `lora_up.weight`, `magnitude` (AI Toolkit, which writes no alpha then).
 
 All of this is in the file's header: no tensor is read, and torch is not needed.
 """
@@ -31,13 +32,13 @@ _PARTS = {
     "lora_up.weight": "up", "lora_B.weight": "up", "lora_B.default.weight": "up",
     "lokr_w1": "lokr_w1", "lokr_w1_a": "lokr_w1_a", "lokr_w1_b": "lokr_w1_b",
     "lokr_w2": "lokr_w2", "lokr_w2_a": "lokr_w2_a", "lokr_w2_b": "lokr_w2_b",
+    "magnitude": "magnitude",
     "hada_w1_a": "hada_w1_a", "hada_w1_b": "hada_w1_b", "hada_w2_a": "hada_w2_a", "hada_w2_b": "hada_w2_b",
 }  # fmt: skip
 
 _REFUSED_PARTS = {
-    "dora_scale": "is a DoRA, which the trainer does not make for this model and no preview can be compared with",
-    "magnitude": "is a DoRA, which the trainer does not make for this model and no preview can be compared with",
-    "lora_magnitude_vector": "is a DoRA, which the trainer does not make for this model and no preview can be compared with",
+    "dora_scale": "is a DoRA in the form of kohya and LyCORIS, which is not supported; that of AI Toolkit (magnitude) is",
+    "lora_magnitude_vector": "is a DoRA in the form of PEFT, which is not supported; that of AI Toolkit (magnitude) is",
     "lora_mid.weight": "uses the Tucker decomposition (lora_mid), which is not supported; export it without",
     "lokr_t2": "uses the Tucker decomposition (lokr_t2), which is not supported; export it without",
     "hada_t1": "uses the Tucker decomposition (hada_t1), which is not supported; export it without",
@@ -48,6 +49,7 @@ _REFUSED_PARTS = {
 
 _KINDS = {
     frozenset({"down", "up"}): "lora",
+    frozenset({"down", "up", "magnitude"}): "dora",
     frozenset({"lokr_w1", "lokr_w2"}): "lokr",
     frozenset({"lokr_w1", "lokr_w2_a", "lokr_w2_b"}): "lokr",
     frozenset({"lokr_w1_a", "lokr_w1_b", "lokr_w2"}): "lokr",
@@ -67,7 +69,7 @@ def modules_of(header: Header, name: str) -> dict[str, dict[str, str]]:
 
 
 def kind_of(parts: Iterable[str]) -> str:
-    """`lora`, `lokr` or `loha`: what a module with these parts is."""
+    """`lora`, `dora`, `lokr` or `loha`: what a module with these parts is."""
     return _KINDS[frozenset(parts) - {"alpha"}]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fidelora.adapters.deltas import Delta, LoraDelta, Module, WeightDelta
+from fidelora.adapters.deltas import Delta, DoraDelta, LoraDelta, Module, WeightDelta
 from fidelora.adapters.targets import BoundAdapter, Target, Targets
 
 CPU = torch.device("cpu")
@@ -53,7 +53,10 @@ class _Hook:
             output = self._with_changed_weight(module, x).to(x.dtype)
         for lora, multiplier in self._loras:
             # The trainer's order: float32 up to the multiplier, then one cast to the output's dtype, then the sum.
-            output = output + lora.beside(module, x, multiplier).to(output.dtype)
+            beside = lora.beside(module, x, multiplier).to(output.dtype)
+            if isinstance(lora, DoraDelta):
+                beside = beside + lora.stretched(self._target.weight.to(x.device), x, multiplier).to(output.dtype)
+            output = output + beside
         return output
 
     def _with_changed_weight(self, module: Module, x: Tensor) -> Tensor:

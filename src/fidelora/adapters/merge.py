@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fidelora.adapters.deltas import Delta
+from fidelora.adapters.deltas import Delta, DoraDelta
 from fidelora.adapters.targets import BoundAdapter, TakesWeight, Target, Targets
 
 Applied = tuple[tuple[str, float], ...]
-"""What one weight holds: (sha256, multiplier) of each adapter that touches it, in order; empty for the pristine weight."""
+"""What one weight holds: (identity, multiplier) of each adapter that touches it, in order; empty for the pristine weight."""
 
 _PART_BYTES = 8 * 2**20
 """Of a weight that is merged at a time, in float32, with what is added to it: they stay in the cache meanwhile."""
@@ -58,11 +58,11 @@ class MergedAdapters:
         written = 0
         for name in wanted.keys() | self._applied.keys():
             contributions = wanted.get(name, [])
-            plan: Applied = tuple((bound.sha256, multiplier) for bound, multiplier in contributions)
+            plan: Applied = tuple((bound.identity, multiplier) for bound, multiplier in contributions)
             if self._applied.get(name, ()) != plan:
                 self._write(self._targets.by_name[name], plan, [(bound.deltas[name], m) for bound, m in contributions])
                 written += 1
-        self._adapters = frozenset(sha256 for plan in self._applied.values() for sha256, _ in plan)
+        self._adapters = frozenset(bound.sha256 for bound, multiplier in adapters if multiplier != 0)
         return written
 
     def _write(self, target: Target, plan: Applied, deltas: Sequence[tuple[Delta, float]]) -> None:
@@ -99,7 +99,13 @@ def merge_into(weight: Tensor, pristine: Tensor, deltas: Sequence[tuple[Delta, f
         for part in (slice(start, start + rows) for start in range(0, len(weight), rows)):
             _add(weight[part], pristine[part], [delta.change_rows(part, m, weight.device) for delta, m in deltas])
     else:
-        _add(weight, pristine, [delta.change(weight.shape, m, weight.device) for delta, m in deltas])
+        _add(weight, pristine, [_change(delta, pristine, m, weight) for delta, m in deltas])
+
+
+def _change(delta: Delta, pristine: Tensor, multiplier: float, weight: Tensor) -> Tensor:
+    if isinstance(delta, DoraDelta):  # the only one whose change depends on the weight
+        return delta.change_of(pristine.to(weight.device, weight.dtype).to(torch.float32), multiplier)
+    return delta.change(weight.shape, multiplier, weight.device)
 
 
 def _add(weight: Tensor, pristine: Tensor, changes: Sequence[Tensor]) -> None:

@@ -9,8 +9,9 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from fidelora.adapters.deltas import Delta, Module
+from fidelora.adapters.deltas import Delta, DoraDelta, Module
 from fidelora.adapters.formats import Adapter
+from fidelora.adapters.original_names import original_names
 from fidelora.errors import AdapterMismatchError, some
 from fidelora.models import ModelSpec
 
@@ -49,23 +50,39 @@ class Target:
 
 @dataclass(frozen=True, eq=False)
 class BoundAdapter:
-    """An adapter of which every module has found its place in one base model."""
+    """An adapter of which every module has found its place in one base model.
+
+    Attributes:
+        deltas: by the name of the target.
+        alpha: what it was given; see `Adapter.alpha`.
+    """
 
     sha256: str
     deltas: Mapping[str, Delta]
-    """By the name of the target."""
+    alpha: float | None = None
+
+    @property
+    def identity(self) -> str:
+        """What tells it from others: the bytes of its file, and the alpha that it was given, if it was."""
+        return self.sha256 if self.alpha is None else f"{self.sha256}, alpha {self.alpha!r}"
 
     @cached_property
     def components(self) -> frozenset[str]:
         """The parts of the base model that it changes."""
         return frozenset(name.partition(".")[0] for name in self.deltas)
 
+    @cached_property
+    def is_dora(self) -> bool:
+        """Whether it is a DoRA, which the trainer never merges."""
+        return any(isinstance(delta, DoraDelta) for delta in self.deltas.values())
+
 
 class Targets:
     """All targets of one base model, found by the names that adapter files use.
 
     Adapter files flatten a module's path with underscores (`lora_unet_down_blocks_0_attentions_0_proj_in`) or keep its dots
-    (PEFT: `unet.down_blocks.0.attentions.0.proj_in`); both are looked up in the flattened form.
+    (PEFT: `unet.down_blocks.0.attentions.0.proj_in`); both are looked up in the flattened form. For families whose adapters are
+    often named as the original code named the modules (`lora_unet_input_blocks_4_1_proj_in`), those names are known, too.
 
     Args:
         components: the parts of the base model by name.
@@ -81,11 +98,14 @@ class Targets:
         for component in spec.components:
             if not component.adapter_prefixes:
                 continue
-            for path, module in changeable(components[component.name]):
+            modules = dict(changeable(components[component.name]))
+            original = original_names(modules) if component.original_names else {}
+            for path, module in modules.items():
                 name = f"{component.name}.{path}"
-                flat = self._flatten(component.name, path, component.optional_prefix)
-                assert flat not in self._names_by_flat, f"{name} and {self._names_by_flat[flat]} have one flattened name"
-                self._names_by_flat[flat] = name
+                for spelling in filter(None, (path, original.get(path))):
+                    flat = self._flatten(component.name, spelling, component.optional_prefix)
+                    assert flat not in self._names_by_flat, f"{name} and {self._names_by_flat[flat]} have one flattened name"
+                    self._names_by_flat[flat] = name
                 kept = pristine[component.name][f"{path}.weight"] if pristine else None
                 self.by_name[name] = Target(name, module, module.weight, module.bias, kept)
 
@@ -111,7 +131,7 @@ class Targets:
                 deltas[target.name] = delta
         if unmatched or misshapen:
             raise AdapterMismatchError(self._explain(adapter, unmatched, misshapen))
-        return BoundAdapter(adapter.sha256, deltas)
+        return BoundAdapter(adapter.sha256, deltas, adapter.alpha)
 
     def find(self, module: str) -> Target | None:
         """The target that an adapter file means by `module`, or None."""

@@ -30,6 +30,9 @@ def generate(
         ),
     ] = None,
     negative: Annotated[str, typer.Option(help="What to lead away from.")] = "",
+    negative_2: Annotated[
+        str | None, typer.Option("--negative-2", help="The same for the second text encoder of models with two, if it differs.")
+    ] = None,
     trigger: Annotated[str, typer.Option(help="The word that [trigger] in the prompt becomes.")] = "",
     width: Annotated[int | None, typer.Option(help="Pixels, 64..4096, floored to a multiple of 8.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels, as the width.")] = None,
@@ -37,6 +40,7 @@ def generate(
         int | None, typer.Option(help="1..150; like the other settings, by default what `fidelora models` says.")
     ] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale, 0..100; no guidance at 1 or less.")] = None,
+    guidance_rescale: Annotated[float, typer.Option(help="0..1; takes back the overexposure of high guidance.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Of the first image; -1 takes a random one and says which on stderr.")] = None,
     sampler: Annotated[str | None, typer.Option(help="One of those that `fidelora models` lists.")] = None,
     number: Annotated[int, typer.Option("-n", "--number", help="How many images, with seeds that count up.")] = 1,
@@ -95,6 +99,8 @@ def generate(
     recipe = Recipe(
         prompt=replace_trigger(prompt, trigger),
         negative_prompt=negative,
+        negative_prompt_2=negative_2,
+        guidance_rescale=guidance_rescale,
         model=model,
         variant=variant,
         config=config,

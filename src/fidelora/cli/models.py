@@ -17,7 +17,8 @@ def list_models(as_json: bool = typer.Option(False, "--json", help="Print JSON."
         return
     for spec in all_models().values():
         typer.echo(f"{spec.id}  {spec.title}")
-        typer.echo(f"    base model  {spec.base_model} (also: {', '.join(spec.base_aliases)})")
+        aliases = f" (also: {', '.join(spec.base_aliases)})" if spec.base_aliases else ""
+        typer.echo(f"    base model  {spec.base_model}{aliases}")
         typer.echo(
             f"    defaults    {spec.default_size}x{spec.default_size}, {spec.default_steps} steps, "
             f"guidance {spec.default_guidance_scale:g}, seed {spec.default_seed}, sampler {spec.default_sampler}"

@@ -50,8 +50,8 @@ def recipe(
     assert file is not None
     typer.echo(json.dumps(request_for(recipes, lora or file.name), indent=2, ensure_ascii=False))
     typer.echo(
-        f"The server: fidelora serve --base-model {job.base_model}, with FIDELORA_DTYPE={job.dtype}, and {file} in its folder of "
-        "LoRAs or uploaded.",
+        f"The server: fidelora serve --base-model {job.model}={job.base_model}, with FIDELORA_DTYPE={job.dtype}, and {file} in "
+        "its folder of LoRAs or uploaded.",
         err=True,
     )
     if len({one.adapters[0].multiplier for one in recipes}) == 1 and live:
@@ -59,8 +59,8 @@ def recipe(
             "The job's samples have several multipliers, so the trainer ran the LoRA beside the model; a request with one of them "
             "merges it, which differs by rounding. Leave out --index to get the request that does as the trainer did."
         )
-    if job.prediction != "epsilon" or {job.vae_dtype, job.text_encoder_dtype} != {job.dtype}:
-        warn("The job has a prediction type or separate precisions that no server setting has; its images will differ.")
+    if job.prediction != "epsilon" or job.vae or {job.vae_dtype, job.text_encoder_dtype} != {job.dtype}:
+        warn("The job has a prediction type, a VAE or separate precisions that no server setting has; its images will differ.")
 
 
 def _step(job: TrainingJob, wanted: str) -> int:

@@ -20,8 +20,13 @@ _INSTALL = "The server needs more packages; install them with: pip install 'fide
 
 def serve(
     base_model: Annotated[
-        str | None,
-        typer.Option("--base-model", "--base", help="What sd15 means: hub id, diffusers folder or .safetensors checkpoint."),
+        list[str] | None,
+        typer.Option(
+            "--base-model",
+            "--base",
+            metavar="[MODEL=]PLACE",
+            help="What a model means, sd15 if none is named: hub id, diffusers folder or .safetensors checkpoint; repeatable.",
+        ),
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on; by default 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; by default 8000, 0 takes a free one.")] = None,
@@ -34,7 +39,11 @@ def serve(
         from fidelora.settings import read_settings
     except ModuleNotFoundError as error:
         fail(f"{_INSTALL} ({error.name} is missing)", 1)
-    run(read_settings(base_model=base_model, host=host, port=port, device=device, debug=debug or None))
+    run(
+        read_settings(
+            base_model=",".join(base_model) if base_model else None, host=host, port=port, device=device, debug=debug or None
+        )
+    )
 
 
 @keys.command("add")

@@ -170,6 +170,7 @@ def _document(job: TrainingJob, samples: list[CheckedSample], verdict: str, diag
     recipe = first.plan.recipe
     return {
         "job": job.name,
+        "model": recipe.model,
         "base_model": recipe.base_model,
         "versions": dict(first.image.environment),
         "settings": {

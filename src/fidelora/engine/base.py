@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -13,19 +14,20 @@ from accelerate import cpu_offload, cpu_offload_with_hook
 from accelerate.hooks import UserCpuOffloadHook
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from fidelora.adapters.merge import MergedAdapters
 from fidelora.adapters.targets import Targets
 from fidelora.engine import Offload, fast
+from fidelora.engine.conditioning import Condition, Conditioning, conditioning_of
 from fidelora.engine.device import TORCH_DTYPES
 from fidelora.engine.locate import locate, weight_file_patterns
 from fidelora.engine.packed import pack
 from fidelora.engine.single_file import convert_vae, split_checkpoint
-from fidelora.engine.text import EncodedTexts
+from fidelora.engine.text import TextReader
 from fidelora.engine.weights import build_component, read_config, read_weights
 from fidelora.errors import BaseModelFilesError, BaseModelNotFoundError, RecipeError
-from fidelora.models import Component, ModelSpec, model_spec
+from fidelora.models import Component, ModelSpec, all_models, model_spec
 from fidelora.recipe import Recipe
 from fidelora.weights_file import read_header_of
 
@@ -59,38 +61,49 @@ class BaseModel:
 
     Attributes:
         device: where its parts compute.
-        tokenizer, text_encoder, unet, vae: the parts; each in the dtype that its key says, but in `fast` UNet and VAE in the
-            form that `fast.py` gives them.
+        parts: by name; each in the dtype that its key says, but in `fast` UNet and VAE in the form that `fast.py` gives them.
+        conditioning: how it is told what to paint; has the text encoders with their tokenizers.
         targets: the weights that adapters can change.
         merged: the adapters that are merged into those weights right now.
         way: how `fast` is done; None in `exact`.
-        texts: prompts that were encoded before.
     """
 
     key: BaseKey
     spec: ModelSpec
     device: torch.device
-    tokenizer: CLIPTokenizer
-    text_encoder: CLIPTextModel
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL
+    parts: Mapping[str, nn.Module]
+    conditioning: Conditioning
     targets: Targets
     merged: MergedAdapters
     hooks: list[UserCpuOffloadHook]
     way: fast.Way | None = None
-    texts: EncodedTexts = field(default_factory=EncodedTexts)
     _warm: set[torch.Size] = field(default_factory=set)
 
     @property
     def size_bytes(self) -> int:
         """Of its weights."""
-        parts = (self.text_encoder, self.unet, self.vae)
-        return sum(weight.nbytes for part in parts for weight in part.parameters())
+        return sum(weight.nbytes for part in self.parts.values() for weight in part.parameters())
 
-    def predict(self, text: Tensor, latents: Tensor, t: Tensor) -> Tensor:
-        """What the UNet says of `latents` [batch, 4, height / 8, width / 8] with `text` [batch, 77, width], in their dtype."""
+    @property
+    def unet(self) -> UNet2DConditionModel:
+        """What predicts."""
+        return cast(UNet2DConditionModel, self.parts["unet"])
+
+    @property
+    def vae(self) -> AutoencoderKL:
+        """What decodes."""
+        return cast(AutoencoderKL, self.parts["vae"])
+
+    def predict(self, condition: Condition, latents: Tensor, t: Tensor) -> Tensor:
+        """What the UNet says of `latents` [batch, 4, height / 8, width / 8] under this condition, in their dtype."""
         dtype = self.unet.dtype  # other than the latents' only in `fast`
-        prediction = self.unet(latents.to(dtype), t, encoder_hidden_states=text.to(dtype), return_dict=False)[0]
+        prediction = self.unet(
+            latents.to(dtype),
+            t,
+            encoder_hidden_states=condition.text.to(dtype),
+            added_cond_kwargs=dict(condition.added) or None,  # the UNet casts these itself: a size has no room in 8 bits
+            return_dict=False,
+        )[0]
         return cast(Tensor, prediction.to(latents.dtype))
 
     def latents_shape(self, recipe: Recipe) -> torch.Size:
@@ -101,14 +114,9 @@ class BaseModel:
     def warm(self, shape: torch.Size) -> None:
         """Have everything compiled that latents of this shape [batch, 4, height / 8, width / 8] need, if anything is compiled."""
         if self.way is fast.Way.COMPILED and shape not in self._warm:
-            text = torch.zeros(shape[0], *self._text_shape, device=self.device)
-            self.predict(text, torch.zeros(shape, device=self.device), torch.tensor(500, device=self.device))
+            condition = self.conditioning.blank(shape[0], self.device)
+            self.predict(condition, torch.zeros(shape, device=self.device), torch.tensor(500, device=self.device))
             self._warm.add(shape)
-
-    @property
-    def _text_shape(self) -> tuple[int, int]:
-        config = self.text_encoder.config
-        return config.max_position_embeddings, config.hidden_size
 
     def rest(self) -> None:
         """With offloading by part: bring every part back to the CPU, so that adapters are always merged in one place."""
@@ -141,7 +149,7 @@ def load_base(
     if source.is_file():
         layout = _layout(key, spec)
         configs = {component.name: read_config(layout / component.name / "config.json") for component in spec.components}
-        weights = split_checkpoint(read_weights([source]), configs, source.name)
+        weights = split_checkpoint(read_weights([source]), configs, spec, source.name)
     else:
         if key.config:
             raise RecipeError(f"{source} is a folder with configurations of its own; leave out config.", field="config")
@@ -156,8 +164,7 @@ def load_base(
     if key.vae:
         configs["vae"], weights["vae"] = _other_vae(key, spec, configs["vae"], cache_dir)
 
-    wanted = {"unet": key.dtype, "vae": key.vae_dtype, "text_encoder": key.text_encoder_dtype}
-    dtypes: dict[str, torch.dtype | None] = {name: TORCH_DTYPES[dtype] for name, dtype in wanted.items()}
+    dtypes: dict[str, torch.dtype | None] = {one.name: TORCH_DTYPES[getattr(key, one.precision)] for one in spec.components}
     if way is fast.Way.PACKED:
         dtypes |= {"unet": None, "vae": None}  # packed right from the file
     parts: dict[str, nn.Module] = {}
@@ -166,16 +173,23 @@ def load_base(
         name = component.name
         parts[name], pristine[name] = build_component(component, configs[name], weights.pop(name), dtypes[name])
     unet, vae = cast(UNet2DConditionModel, parts["unet"]), cast(AutoencoderKL, parts["vae"])
+    if spec.upcasts_vae and dtypes["vae"] == torch.float16 and vae.config.force_upcast:
+        vae.to(torch.float32)  # its weights stay rounded to float16, as those that the trainer's pipeline casts before it decodes
     if way is fast.Way.PACKED:
         pack(unet, vae)
-    tokenizer = load_tokenizer(layout / "tokenizer", configs["text_encoder"].get("vocab_size"))
+    way_of_text = conditioning_of(spec)
+    readers = {
+        one.name: TextReader(
+            load_tokenizer(layout / one.tokenizer, configs[one.name].get("vocab_size")), parts[one.name], device, way_of_text.encode
+        )
+        for one in spec.text_encoders
+    }
     targets = Targets(spec, parts, pristine)  # before offloading puts placeholders in the place of parameters
     # What is packed is where it belongs, and parameters without numbers cannot be moved.
     hooks = [] if way is fast.Way.PACKED else place(parts, device, offload)
     if way is fast.Way.COMPILED:
         fast.compile_parts(unet, vae)
-    text_encoder = cast(CLIPTextModel, parts["text_encoder"])
-    return BaseModel(key, spec, device, tokenizer, text_encoder, unet, vae, targets, MergedAdapters(targets), hooks, way)
+    return BaseModel(key, spec, device, parts, way_of_text(readers, unet), targets, MergedAdapters(targets), hooks, way)
 
 
 def expected_bytes(key: BaseKey, cache_dir: Path | None = None) -> int:
@@ -186,11 +200,18 @@ def expected_bytes(key: BaseKey, cache_dir: Path | None = None) -> int:
     """
     spec = model_spec(key.model)
     source = locate(key.base_model, spec.components, variant=key.variant, cache_dir=cache_dir)
-    paths = [source]
-    if not source.is_file():
-        paths = [path for part in spec.components for path in _weight_files(source / part.name, part, key.variant)]
-    numbers = sum(math.prod(info.shape) for path in paths for info in read_header_of(path).tensors.values())
-    return numbers * max(TORCH_DTYPES[dtype].itemsize for dtype in (key.dtype, key.vae_dtype, key.text_encoder_dtype))
+    if source.is_file():
+        sizes = {name: math.prod(info.shape) for name, info in read_header_of(source).tensors.items()}
+        of_vae = next(part.checkpoint_prefix for part in spec.components if part.name == "vae")
+    else:
+        files = [(part.name, path) for part in spec.components for path in _weight_files(source / part.name, part, key.variant)]
+        headers = ((part, read_header_of(path)) for part, path in files)
+        sizes = {f"{part}.{name}": math.prod(info.shape) for part, header in headers for name, info in header.tensors.items()}
+        of_vae = "vae."
+    widest = max(TORCH_DTYPES[dtype].itemsize for dtype in (key.dtype, key.vae_dtype, key.text_encoder_dtype))
+    # A VAE that is made wider may be the widest part.
+    vae = torch.float32.itemsize if spec.upcasts_vae else widest
+    return sum(size * (max(vae, widest) if name.startswith(of_vae) else widest) for name, size in sizes.items())
 
 
 def load_tokenizer(folder: Path, vocabulary: int | None) -> CLIPTokenizer:
@@ -205,17 +226,17 @@ def load_tokenizer(folder: Path, vocabulary: int | None) -> CLIPTokenizer:
     if not (folder / "tokenizer.json").is_file():
         for name in ("vocab.json", "merges.txt"):
             if not (folder / name).is_file():
-                raise BaseModelFilesError(f"The base model has no tokenizer/{name}; it is incomplete.")
+                raise BaseModelFilesError(f"The base model has no {folder.name}/{name}; it is incomplete.")
     try:
         tokenizer = cast(CLIPTokenizer, CLIPTokenizer.from_pretrained(folder, local_files_only=True))
         sample = tokenizer(_KNOWN_TEXT).input_ids[1:-1]
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise BaseModelFilesError(f"The base model's tokenizer cannot be read: {reason}.") from error
+        raise BaseModelFilesError(f"The base model's {folder.name} cannot be read: {reason}.") from error
     if len(tokenizer) != vocabulary or sample != _KNOWN_TOKENS:
         raise BaseModelFilesError(
-            f"The base model's tokenizer is not the one of its text encoder: it has {len(tokenizer)} tokens, not {vocabulary}, or "
-            f"reads {_KNOWN_TEXT!r} in another way; its files are damaged or of another model."
+            f"The base model's {folder.name} is not the one of its text encoder: it has {len(tokenizer)} tokens, not "
+            f"{vocabulary}, or reads {_KNOWN_TEXT!r} in another way; its files are damaged or of another model."
         )
     return tokenizer
 
@@ -231,7 +252,7 @@ def _layout(key: BaseKey, spec: ModelSpec) -> Path:
 
 
 def place(parts: dict[str, Any], device: torch.device, offload: Offload) -> list[UserCpuOffloadHook]:
-    """Put the parts on their device, or under hooks that bring them there when they work.
+    """Put the parts, in the order of their work, on their device, or under hooks that bring them there when they work.
 
     `sequential` keeps the numbers in the very parameters that the parts had before, so what adapters write there takes effect.
 
@@ -244,8 +265,8 @@ def place(parts: dict[str, Any], device: torch.device, offload: Offload) -> list
             for part in parts.values():
                 part.to(device)
         case "model":
-            for name in ("text_encoder", "unet", "vae"):  # in the order of their work
-                _, hook = cpu_offload_with_hook(parts[name], device, prev_module_hook=hooks[-1] if hooks else None)
+            for part in parts.values():
+                _, hook = cpu_offload_with_hook(part, device, prev_module_hook=hooks[-1] if hooks else None)
                 hooks.append(hook)
         case "sequential":
             for part in parts.values():
@@ -264,6 +285,10 @@ def _check_index(folder: Path, spec: ModelSpec) -> None:
             )
         return
     parts = read_config(index)
+    if (other := _family_of(parts)) not in (None, spec):
+        assert other is not None
+        raise BaseModelFilesError(f"{folder.name} is a base of {other.title}, not of {spec.title}: use it as model {other.id}.")
+    wanted = {component.name for component in spec.components}
     for component in spec.components:
         entry = parts.get(component.name)
         class_name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
@@ -272,8 +297,18 @@ def _check_index(folder: Path, spec: ModelSpec) -> None:
                 f"{folder.name} is a {parts.get('_class_name', 'model of unknown kind')} whose {component.name} is "
                 f"{class_name or 'absent'}, where {spec.title} has a {component.class_name}."
             )
-    if "text_encoder_2" in parts:
-        raise BaseModelFilesError(f"{folder.name} is a {parts.get('_class_name')} with two text encoders, not {spec.title}.")
+    if more := sorted(name for name in parts if name.startswith("text_encoder") and name not in wanted):
+        raise BaseModelFilesError(f"{folder.name} is a {parts.get('_class_name')} with {more[0]}, which {spec.title} has not.")
+
+
+def _family_of(index: Mapping[str, Any]) -> ModelSpec | None:
+    """The model family that has exactly the text encoders and the other parts of a `model_index.json`; None if none has."""
+    for spec in all_models().values():
+        wanted = {one.name: [one.library, one.class_name] for one in spec.components}
+        found = {name: value for name, value in index.items() if name in wanted or name.startswith("text_encoder")}
+        if found == wanted:
+            return spec
+    return None
 
 
 def _weight_files(folder: Path, component: Component, variant: str) -> list[Path]:

@@ -6,7 +6,7 @@ import platform
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -25,15 +25,16 @@ from fidelora.adapters.live import live_adapters
 from fidelora.adapters.targets import BoundAdapter
 from fidelora.engine import Offload
 from fidelora.engine.base import BaseKey, BaseModel, expected_bytes, load_base
+from fidelora.engine.conditioning import Condition
 from fidelora.engine.decode import decode, rough_colours
 from fidelora.engine.denoise import denoise
 from fidelora.engine.device import TORCH_DTYPES, auto_dtype, resolve_device
+from fidelora.engine.examine import say_where_it_belongs
 from fidelora.engine.locate import fingerprint
 from fidelora.engine.noise import NoiseSource
 from fidelora.engine.output import GeneratedImage
 from fidelora.engine.samplers import make_scheduler
-from fidelora.engine.text import encode_text
-from fidelora.errors import DeviceError, EngineBusyError, MemoryExhaustedError, RecipeError
+from fidelora.errors import AdapterMismatchError, DeviceError, EngineBusyError, MemoryExhaustedError, RecipeError
 from fidelora.recipe import Dtype, Recipe, may_share_batch
 
 _BATCH_PIXELS = {"cpu": 4 * 256 * 256, "cuda": 4 * 512 * 512}
@@ -181,9 +182,10 @@ class Engine:
             try:
                 with self._with_adapters(base, common, bound):
                     clock.lap("adapters")
-                    texts = [self._encode(base, recipe, bound) for recipe in recipes]
+                    told = [self._condition(base, recipe, bound) for recipe in recipes]
                     clock.lap("text")
-                    latents = self._sample(base, recipes, [text for text, _ in texts], on_step, options)
+                    condition = Condition.side_by_side([one for one, _ in told])  # all negative prompts, then all prompts
+                    latents = self._sample(base, recipes, condition, on_step, options)
                     clock.lap("denoise")
                     images = [decode(base.vae, latents[image : image + 1]) for image in range(len(recipes))]
                     clock.lap("decode")
@@ -192,7 +194,7 @@ class Engine:
         environment = self._environment(base)
         return [
             GeneratedImage(pixels, recipe, environment, warnings, clock.laps)
-            for pixels, recipe, (_, warnings) in zip(images, recipes, texts, strict=True)
+            for pixels, recipe, (_, warnings) in zip(images, recipes, told, strict=True)
         ]
 
     @contextmanager
@@ -239,49 +241,49 @@ class Engine:
 
     def _bind(self, base: BaseModel, recipe: Recipe) -> list[tuple[BoundAdapter, float]]:
         """All adapters of the recipe, checked against the base model before any weight is touched."""
-        return [(base.targets.bind(self.adapters.get(ref)), ref.multiplier) for ref in recipe.adapters]
+        bound = []
+        for ref in recipe.adapters:
+            adapter = self.adapters.get(ref)
+            if ref.alpha is not None:
+                adapter = adapter.with_alpha(ref.alpha)
+            try:
+                bound.append((base.targets.bind(adapter), ref.multiplier))
+            except AdapterMismatchError as error:
+                raise say_where_it_belongs(adapter, base.spec, error) from error
+        return bound
 
     @contextmanager
     def _with_adapters(self, base: BaseModel, recipe: Recipe, bound: list[tuple[BoundAdapter, float]]) -> Iterator[None]:
-        if recipe.adapter_mode == "merged":
-            base.merged.apply(bound)
+        # The trainer runs a DoRA beside the model whatever the multipliers are; a merged one would differ in every last bit.
+        beside = [
+            (one, multiplier)
+            for one, multiplier in bound
+            if recipe.adapter_mode == "live" or (one.is_dora and recipe.fidelity == "exact")
+        ]
+        base.merged.apply([pair for pair in bound if pair not in beside])
+        with live_adapters(base.targets, beside, self.device):
             yield
-        else:
-            base.merged.apply([])
-            with live_adapters(base.targets, bound, self.device):
-                yield
 
-    def _encode(self, base: BaseModel, recipe: Recipe, bound: list[tuple[BoundAdapter, float]]) -> tuple[Tensor, tuple[str, ...]]:
-        """The text for the UNet, [2, 77, width] negative first or [1, 77, width] without guidance, and warnings."""
-        prompts = {"prompt": recipe.prompt}
-        if recipe.guidance_scale > 1:
-            prompts = {"negative prompt": recipe.negative_prompt, **prompts}
-        adapters = tuple(
-            (one.sha256, multiplier, recipe.adapter_mode) for one, multiplier in bound if "text_encoder" in one.components
-        )
-        encoded = {
-            what: base.texts.get(text, adapters, partial(encode_text, base.tokenizer, base.text_encoder, text, base.device))
-            for what, text in prompts.items()
-        }
-        warnings = tuple(
-            f'The end of the {what} does not fit into 77 tokens and has no effect: "{text.cut}".'
-            for what, text in encoded.items()
-            if text.cut
-        )
-        embeddings = [text.embedding.to(base.device, TORCH_DTYPES[recipe.dtype]) for text in encoded.values()]
-        return torch.cat(embeddings), warnings
+    def _condition(
+        self, base: BaseModel, recipe: Recipe, bound: list[tuple[BoundAdapter, float]]
+    ) -> tuple[Condition, tuple[str, ...]]:
+        """What the UNet is told of this image, and warnings."""
+
+        def adapters(part: str) -> Hashable:
+            return tuple((one.identity, multiplier, recipe.adapter_mode) for one, multiplier in bound if part in one.components)
+
+        return base.conditioning.of(recipe, adapters, base.device)
 
     def _sample(
         self,
         base: BaseModel,
         recipes: Sequence[Recipe],
-        texts: Sequence[Tensor],
+        condition: Condition,
         on_step: OnStep | None,
         options: Mapping[str, Any] | None,
     ) -> Tensor:
         start = time.monotonic()
         common = recipes[0]
-        text = torch.stack(list(texts), dim=1).flatten(0, 1)  # negative prompts of all images, then their prompts
 
         def report(step: int, latents: Tensor) -> None:
             if on_step is not None:
@@ -293,11 +295,12 @@ class Engine:
 
         noise = NoiseSource([recipe.seed for recipe in recipes], common.noise)
         return denoise(
-            partial(base.predict, text),
+            partial(base.predict, condition),
             make_scheduler(common, base.device, options),
             noise.initial(base.latents_shape(common), TORCH_DTYPES[common.dtype]).to(base.device),
             steps=common.steps,
             guidance_scale=common.guidance_scale,
+            guidance_rescale=common.guidance_rescale,
             noise=noise,
             on_step=report,
         )

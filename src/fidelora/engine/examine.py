@@ -17,8 +17,8 @@ from fidelora.adapters.formats import Adapter, read_adapter
 from fidelora.adapters.keys import modules_of, peft_alpha
 from fidelora.adapters.targets import Targets
 from fidelora.engine.weights import empty_component, read_config
-from fidelora.errors import AdapterError, AdapterNotFoundError, WeightsFileError, some
-from fidelora.models import all_models, model_spec
+from fidelora.errors import AdapterError, AdapterMismatchError, AdapterNotFoundError, WeightsFileError, some
+from fidelora.models import ModelSpec, all_models, model_spec
 from fidelora.recipe import file_sha256
 from fidelora.weights_file import Header, read_header_of
 
@@ -152,7 +152,26 @@ def _alphas(modules: Mapping[str, Mapping[str, str]], alphas: Mapping[str, float
     missing = [module for module in modules if module not in alphas and module not in whole]
     if missing and for_all is None:
         message = f"{len(missing)} of {len(modules)} modules have no alpha ({some(missing)}): it is taken to be their rank."
+        if all("magnitude" in modules[module] for module in missing):
+            message = (
+                "A DoRA has no alpha in its file: its alpha is in the job's configuration, and taken to be the rank elsewhere."
+            )
         yield Problem("missing_alpha", message, False)
+
+
+def say_where_it_belongs(adapter: Adapter, spec: ModelSpec, error: AdapterMismatchError) -> AdapterMismatchError:
+    """That it does not fit a base of this family; in better words than `error` if its file or its modules say for which it is."""
+    made_for = adapter.metadata.get("ss_base_model_version", "")
+    model = next((other.id for other in all_models().values() if made_for in other.adapter_base_versions), "")
+    if not model:
+        by_names, matched, _ = _family(adapter)
+        model = by_names if matched == len(adapter.deltas) else ""
+    if model not in ("", spec.id):
+        other = model_spec(model)
+        return AdapterMismatchError(
+            f"{adapter.name} is an adapter for {other.title}, and this base is one of {spec.title}: use it with model {other.id}."
+        )
+    return error
 
 
 def _family(adapter: Adapter) -> tuple[str, int, int]:

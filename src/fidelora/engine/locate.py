@@ -52,7 +52,7 @@ def locate(
             f"There is no {what} at {place:.300}; give a diffusers folder, a .safetensors checkpoint, a hub id (owner/name) "
             f"or {', '.join(_COME_ALONG)}."
         )
-    patterns = ["model_index.json", "tokenizer/*"]
+    patterns = ["model_index.json", *(f"{component.tokenizer}/*" for component in components if component.tokenizer)]
     for component in components:
         patterns.append(f"{component.name}/config.json")
         patterns += [f"{component.name}/{pattern}" for pattern in weight_file_patterns(component, variant)]

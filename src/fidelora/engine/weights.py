@@ -146,7 +146,8 @@ def _rename(component: Component, weights: Mapping[str, Tensor], expected: Any) 
                 raise BaseModelWeightsError(f"{component.name} has position ids that are not 0, 1, 2, ...; it is damaged.")
             continue
         if prefix:
-            name = (prefix if has_prefix else "") + name.removeprefix(prefix)
+            bare = name.removeprefix(prefix)  # what stands beside the level, like a projection, never has it
+            name = prefix + bare if has_prefix and bare not in expected else bare
         if component.library == "diffusers":
             name = re.sub(
                 r"(attentions\.\d+)\.(query|key|value|proj_attn)\.", lambda m: f"{m[1]}.{_OLD_ATTENTION[m[2]]}.", name

@@ -7,9 +7,10 @@ from types import MappingProxyType
 
 from fidelora.errors import UnknownModelError
 from fidelora.models.sd15 import SD15
+from fidelora.models.sdxl import SDXL
 from fidelora.models.spec import ModelSpec
 
-_FAMILIES = (SD15,)
+_FAMILIES = (SD15, SDXL)
 _by_id: dict[str, ModelSpec] = {}
 
 

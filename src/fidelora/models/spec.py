@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 LAYOUTS = Path(__file__).parent / "layouts"
 """One folder per family: the diffusers layout without weights (configurations and tokenizer), for single-file checkpoints."""
@@ -38,16 +38,24 @@ class Component:
         library: the package that has the class, `diffusers` or `transformers`.
         class_name: the class, named in the folder's `model_index.json` too.
         weights: file name of the weights without its ending.
+        precision: the field of a recipe that says its dtype.
         adapter_prefixes: how adapter files begin the names of this component's modules; empty if adapters never touch it.
-        optional_prefix: a prefix that all module names may have or lack, by the version of the library that wrote the file.
+        optional_prefix: a prefix that module names may have or lack, by the version of the library that wrote the file.
+        tokenizer: the subfolder of the tokenizer that a text encoder reads with; empty for other parts.
+        checkpoint_prefix: how the names of its weights begin in a checkpoint of the original layout, one file for all.
+        original_names: whether adapter files may also call its modules as the original code did (`input_blocks_4_1_proj_in`).
     """
 
     name: str
     library: str
     class_name: str
     weights: str
+    precision: Literal["dtype", "vae_dtype", "text_encoder_dtype"]
+    checkpoint_prefix: str
     adapter_prefixes: tuple[str, ...] = ()
     optional_prefix: str = ""
+    tokenizer: str = ""
+    original_names: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,10 +75,26 @@ class ModelSpec:
     samplers: Mapping[str, Sampler]
     scheduler_config: Mapping[str, Any]
     components: tuple[Component, ...]
+    """In the order of their work."""
+    conditioning: str
+    """How prompts become what the UNet is given: a name in `engine.conditioning`."""
+    trainer_archs: tuple[str | None, ...]
+    """What the trainer's configurations call it in `model.arch`; None if it is what a job that says nothing trains."""
+    trainer_flags: tuple[str, ...]
+    """Older configurations name a family by a flag in their `model` block."""
+    guidance_rescale_in_previews: bool
+    """Whether the trainer's previews of this family follow the sample block's `guidance_rescale`."""
+    upcasts_vae: bool
+    """Whether a VAE in float16 whose configuration says `force_upcast` computes in float32, as the family's pipeline has it."""
     adapter_base_versions: tuple[str, ...]
     """Values of `ss_base_model_version` in adapter files of this family."""
     latent_colours: tuple[tuple[float, float, float], ...]
     """Red, green and blue, -1..1, that one unit of each latent channel adds, roughly: for previews while an image is made."""
+
+    @property
+    def text_encoders(self) -> tuple[Component, ...]:
+        """The parts that read prompts."""
+        return tuple(component for component in self.components if component.tokenizer)
 
     @property
     def layout(self) -> Path:

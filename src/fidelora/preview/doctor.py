@@ -24,6 +24,7 @@ CAUSES = (
 )  # fmt: skip
 
 _GUIDANCE = [7, 6, 7.5, 5, 4, 8, 1, 3.5, 4.5, 5.5, 6.5, 3, 9, 10, 2, 12, 2.5, 15, 1.5, 8.5, 20]
+_RESCALES = [0.0, 0.7, 0.5, 0.75, 1.0]
 _STEPS = [20, 25, 30, 28, 50, 40, 15, 10, 12, 8, 4, 35, 60, 9, 11, 6, 7, 5, 16, 18, 22, 24, 3, 2, 1]
 _MULTIPLIERS = [1, 0.5, 0.8, 0.75, 0.7, 0.6, 0.9, 0.25, 1.2, 1.5, 2, -1, 0.4, 0.3, 0.2, -0.5, -0.75, 1.25]
 _SAMPLERS_FIRST = ["ddpm", "ddim", "euler_a", "euler", "dpmsolver++", "k_dpmsolver++"]
@@ -178,11 +179,19 @@ class _Unseen:
 
 
 def _offsets(recipe: Recipe) -> Iterator[Suspect]:
+    spec = model_spec(recipe.model)
+    right = spec.scheduler_config["steps_offset"]
+    wrong = 1 - right
+    why = (
+        "the sampler was put into the pipeline after that was built"
+        if right
+        else "the sampler was that of the base model's own configuration"
+    )
     yield Suspect(
         "steps_offset", recipe,
-        "The image was sampled with steps_offset 0, as no preview is: the sampler was put into the pipeline after that was "
-        "built. Set steps_offset to 1 in the program that made it.",
-        {"steps_offset": 0},
+        f"The image was sampled with steps_offset {wrong}, as no preview of {spec.title} is: {why}. Set steps_offset to {right} in "
+        "the program that made it.",
+        {"steps_offset": wrong},
     )  # fmt: skip
 
 
@@ -273,6 +282,9 @@ def _samplers(recipe: Recipe) -> Iterator[Suspect]:
 def _guidance(recipe: Recipe) -> Iterator[Suspect]:
     fix = "The guidance scale was {value}: set guidance_scale to {value} (--cfg {value})."
     yield from _changed(recipe, "guidance", "guidance_scale", _GUIDANCE, fix)
+    if model_spec(recipe.model).guidance_rescale_in_previews:
+        fix = "The guidance was rescaled by {value} (0: not at all): set guidance_rescale to {value}."
+        yield from _changed(recipe, "guidance", "guidance_rescale", _RESCALES, fix)
 
 
 def _steps(recipe: Recipe) -> Iterator[Suspect]:

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from fidelora.errors import JobFolderError
 from fidelora.preview.job_folder import TrainingJob
 from fidelora.preview.replay import plan_samples
-from fidelora.recipe import AdapterRef, Recipe
+from fidelora.recipe import Recipe
 
 MAX_IMAGES = 500
 _MIN_SIDE = 192
@@ -88,7 +88,7 @@ def cells(job: TrainingJob, rows: Sequence[Row], columns: Sequence[Column]) -> I
     """Row, column and recipe of every image, column by column, so that an adapter is merged once."""
     if len(rows) * len(columns) > MAX_IMAGES:
         raise JobFolderError(f"A grid of {len(rows)} x {len(columns)} images is more than {MAX_IMAGES}; choose fewer.")
-    refs = {step: AdapterRef.from_file(job.checkpoints[step]) for step in {column.step for column in columns} if step}
+    refs = {step: job.adapter(step) for step in {column.step for column in columns} if step}
     for across, column in enumerate(columns):
         for down, row in enumerate(rows):
             adapters = (replace(refs[column.step], multiplier=column.multiplier),) if column.step else ()

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
 from fidelora.errors import JobFolderError
-from fidelora.recipe import Dtype, Prediction
+from fidelora.models import all_models
+from fidelora.recipe import AdapterRef, Dtype, Prediction
 
 _DTYPES: Mapping[str, Dtype] = {
     "float32": "float32", "float": "float32", "fp32": "float32", "single": "float32",
@@ -37,6 +38,7 @@ class SampleItem:
     guidance_scale: float
     sample_steps: int
     network_multiplier: float
+    guidance_rescale: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,9 @@ class TrainingJob:
     """What a job's folder says.
 
     Attributes:
+        model: id of the model family that it trains.
+        vae: in place of the base's own; empty for that.
+        dora_alpha: what the scale of a DoRA is made of, which its file does not say; None for other kinds, or if it is not known.
         checkpoints: by step; the file of the last step is the one without a number.
         images: by step and index of the sample item.
         steps: how many the training was told to do; the last samples carry this number.
@@ -53,11 +58,13 @@ class TrainingJob:
     folder: Path
     name: str
     trigger_word: str
+    model: str
     base_model: str
     dtype: Dtype
     vae_dtype: Dtype
     text_encoder_dtype: Dtype
     prediction: Prediction
+    vae: str
     sampler: str
     seed: int
     walk_seed: bool
@@ -66,11 +73,20 @@ class TrainingJob:
     samples: tuple[SampleItem, ...]
     checkpoints: Mapping[int, Path]
     images: Mapping[tuple[int, int], Path]
+    dora_alpha: float | None = None
 
     @property
     def sampled_steps(self) -> tuple[int, ...]:
         """The steps of which there are images, in order."""
         return tuple(sorted({step for step, _ in self.images}))
+
+    def adapter(self, step: int) -> AdapterRef:
+        """What was trained until this step.
+
+        Raises:
+            WeightsFileError: its file is not sound, or cannot be read.
+        """
+        return replace(AdapterRef.from_file(self.checkpoints[step]), alpha=self.dora_alpha)
 
 
 def read_job(folder: Path) -> TrainingJob:
@@ -82,22 +98,24 @@ def read_job(folder: Path) -> TrainingJob:
     if not folder.is_dir():
         raise JobFolderError(f"There is no folder {folder}; give the output folder of a training job.")
     process, name = _process(folder)
-    train, model, sample = (_block(process, key) for key in ("train", "model", "sample"))
+    train, model, sample, network = (_block(process, key) for key in ("train", "model", "sample", "network"))
     base_model = model.get("name_or_path")
     if not isinstance(base_model, str):
         raise JobFolderError(f"The job in {folder} names no base model (model.name_or_path).")
-    _only_sd15(model)
+    family = _family(model)
     dtype = _dtype(train.get("dtype", "float32"), "train.dtype")
     steps = _number(int, train.get("steps", 1000), "train.steps")
     return TrainingJob(
         folder=folder,
         name=name,
         trigger_word=str(process.get("trigger_word") or ""),
+        model=family,
         base_model=base_model,
         dtype=dtype,
         vae_dtype=_dtype(model.get("vae_dtype", dtype), "model.vae_dtype"),
         text_encoder_dtype=_dtype(model.get("te_dtype", dtype), "model.te_dtype"),
         prediction="v_prediction" if model.get("is_v_pred") else "epsilon",
+        vae=str(model.get("vae_path") or ""),
         sampler=str(sample.get("sampler", "ddpm")),
         seed=_number(int, sample.get("seed", 0), "sample.seed"),
         walk_seed=bool(sample.get("walk_seed", False)),
@@ -106,15 +124,43 @@ def read_job(folder: Path) -> TrainingJob:
         samples=tuple(_items(sample)),
         checkpoints=_checkpoints(folder, name, steps),
         images=_images(folder / "samples"),
+        dora_alpha=_dora_alpha(network),
     )
 
 
-def _only_sd15(model: Mapping[str, Any]) -> None:
-    """Refuse jobs of other families, which older configurations name by a flag and newer ones by `arch`."""
+def _family(model: Mapping[str, Any]) -> str:
+    """The id of the model family that a job trains: older configurations name it by a flag, and newer ones by `arch`.
+
+    Raises:
+        JobFolderError: there is no such family here, or the job has the family do what its previews here would not show.
+    """
     arch = model.get("arch")
-    flags = [key for key, value in model.items() if key.startswith("is_") and key != "is_v_pred" and value]
-    if arch not in (None, "sd", "sd1", "sd15") or flags:
-        raise JobFolderError(f"The job trains {flags[0] if flags else arch!r}, which is no Stable Diffusion 1.5.")
+    flags = {key for key, value in model.items() if key.startswith("is_") and key != "is_v_pred" and value}
+    spec = next(
+        (
+            spec
+            for spec in all_models().values()
+            if flags <= set(spec.trainer_flags) and (arch in spec.trainer_archs or (arch is None and flags))
+        ),
+        None,
+    )
+    if spec is None:
+        known = ", ".join(spec.title for spec in all_models().values())
+        trained = " and ".join([*([repr(arch)] if arch else []), *sorted(flags)])
+        raise JobFolderError(f"The job trains {trained}, which is none of the models here: {known}.")
+    if model.get("refiner_name_or_path"):
+        raise JobFolderError("The job paints its previews with a refiner (model.refiner_name_or_path), which is not supported.")
+    for name in ("use_text_encoder_1", "use_text_encoder_2"):
+        if len(spec.text_encoders) > 1 and not model.get(name, True):
+            raise JobFolderError(f"The job leaves out one of two text encoders (model.{name}), which is not supported.")
+    return spec.id
+
+
+def _dora_alpha(network: Mapping[str, Any]) -> float | None:
+    if str(network.get("type", "")).lower() != "dora":
+        return None
+    alpha = network.get("linear_alpha", network.get("alpha"))
+    return None if alpha is None else _number(float, alpha, "network.linear_alpha")
 
 
 def _process(folder: Path) -> tuple[Mapping[str, Any], str]:
@@ -169,9 +215,11 @@ def _dtype(name: object, where: str) -> Dtype:
 
 def _items(sample: Mapping[str, Any]) -> list[SampleItem]:
     """The sample items, with the trainer's own defaults for files (not those of its user interface, which writes all)."""
-    block = {"width": 512, "height": 512, "neg": False, "guidance_scale": 7, "sample_steps": 20, "network_multiplier": 1} | {
-        key: value for key, value in sample.items() if key != "samples"
-    }
+    defaults = {
+        "width": 512, "height": 512, "neg": False, "guidance_scale": 7, "guidance_rescale": 0, "sample_steps": 20,
+        "network_multiplier": 1,
+    }  # fmt: skip
+    block = defaults | {key: value for key, value in sample.items() if key != "samples"}
     prompts = sample.get("prompts") or []
     raw = sample.get("samples") or ([{"prompt": prompt} for prompt in prompts] if isinstance(prompts, list) else prompts)
     if not isinstance(raw, list) or not all(isinstance(item, dict) and isinstance(item.get("prompt"), str) for item in raw):
@@ -189,6 +237,7 @@ def _item(values: Mapping[str, Any], seed: object, where: str) -> SampleItem:
         guidance_scale=_number(float, values["guidance_scale"], f"{where}: guidance_scale"),
         sample_steps=_number(int, values["sample_steps"], f"{where}: sample_steps"),
         network_multiplier=_number(float, values["network_multiplier"], f"{where}: network_multiplier"),
+        guidance_rescale=_number(float, values["guidance_rescale"], f"{where}: guidance_rescale"),
     )
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fidelora.adapters.keys import noise_of_file
 from fidelora.errors import JobFolderError
+from fidelora.models import model_spec
 from fidelora.preview.flags import split_flags
 from fidelora.preview.job_folder import TrainingJob
-from fidelora.recipe import AdapterRef, Recipe, replace_trigger
+from fidelora.recipe import Recipe, replace_trigger
 
 
 @dataclass(frozen=True)
@@ -41,22 +42,28 @@ def plan_samples(job: TrainingJob, step: int, *, base_model: str | None = None) 
     settings = _resolved_settings(job)
     # One multiplier for all samples: the trainer merges the adapter for the whole run. Several: it runs beside the model.
     live = len({values["network_multiplier"] for values in settings}) > 1
-    adapter = None if step == 0 else AdapterRef.from_file(job.checkpoints[step])
+    adapter = None if step == 0 else job.adapter(step)
     # Step 0 has no file of its own, but every file of the job tells which trainer, and so which noise, made it.
     checkpoint = job.checkpoints.get(step) or next(iter(job.checkpoints.values()), None)
     noise = noise_of_file(checkpoint) if checkpoint else "modern"
+    spec = model_spec(job.model)
     planned = []
     for index, values in enumerate(settings):
         multiplier = values["network_multiplier"]
-        adapters = (AdapterRef(adapter.sha256, multiplier, adapter.name, adapter.path),) if adapter else ()
+        adapters = (replace(adapter, multiplier=multiplier),) if adapter else ()
         recipe = Recipe(
             prompt=values["prompt"],
             negative_prompt=values["neg"],
+            # The flag --n changes what the first text encoder gets, and nothing changes what the second one does.
+            negative_prompt_2=job.samples[index].neg if len(spec.text_encoders) > 1 else None,
+            model=job.model,
             base_model=base_model or job.base_model,
+            vae=job.vae,
             width=values["width"],
             height=values["height"],
             steps=values["sample_steps"],
             guidance_scale=values["guidance_scale"],
+            guidance_rescale=values["guidance_rescale"] if spec.guidance_rescale_in_previews else 0.0,
             seed=values["seed"],
             sampler=job.sampler,
             prediction=job.prediction,

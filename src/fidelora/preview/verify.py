@@ -235,7 +235,8 @@ def rounding_bounds(recipe: Recipe, engine: Engine, ours: Pixels, image_format: 
     changed = largest = mean = 0.0
     with tempfile.TemporaryDirectory() as folder:
         for draw in range(_DRAWS):
-            moved = AdapterRef.from_file(loosened_copy(adapter.path, Path(folder), draw), adapter.multiplier)
+            copy = AdapterRef.from_file(loosened_copy(adapter.path, Path(folder), draw))
+            moved = replace(adapter, sha256=copy.sha256, path=copy.path)
             pixels = engine.generate(replace(recipe, adapters=(moved,))).pixels
             effect = compare(as_encoded(pixels, image_format), ours)
             changed = max(changed, 100 - effect.identical_percent)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -49,11 +49,11 @@ _DESCRIPTION = """Images from Stable Diffusion LoRAs, the same as the previews t
 `POST /v1/inference` takes a request; its status, progress and images are under `/v1/requests/{request_id}`."""
 
 
-def make_parts(settings: Settings, numerics: dict[str, Any], base_url: str, server_id: str) -> Parts:
+def make_parts(settings: Settings, numerics: Mapping[str, Mapping[str, Any]], base_url: str, server_id: str) -> Parts:
     """The parts of a server as it is in production: a database, a cache and worker processes.
 
     Args:
-        numerics: recipe fields that the server decides, for every model.
+        numerics: recipe fields that the server decides, by model id.
         server_id: the same after a restart; unfinished jobs are recognised by it.
 
     Raises:
@@ -63,6 +63,7 @@ def make_parts(settings: Settings, numerics: dict[str, Any], base_url: str, serv
         make_folder(folder)
         remove_left_overs(folder)
     store = SqlStore(settings.database)
+    first = next(iter(settings.base_models or all_models()))
     setup = partial(
         WorkerSetup,
         settings.database,
@@ -75,7 +76,7 @@ def make_parts(settings: Settings, numerics: dict[str, Any], base_url: str, serv
         limits=WorkerLimits(
             lease_s=settings.step_timeout_s, timeout_s=settings.inference_timeout_s, batch_wait_s=settings.batch_wait_s
         ),
-        warm=Recipe(prompt="", model=next(iter(all_models())), **numerics),
+        warm=Recipe(prompt="", model=first, **numerics[first]),
         prepare=partial(configure_logs, settings.log_format, settings.debug),
     )
     # The pool reports to the counters, and the counters ask the pool how many workers there are: one has to come first.
@@ -93,7 +94,7 @@ def make_parts(settings: Settings, numerics: dict[str, Any], base_url: str, serv
 def parts_around(
     store: JobStore,
     settings: Settings,
-    numerics: dict[str, Any],
+    numerics: Mapping[str, Mapping[str, Any]],
     base_url: str,
     metrics: Metrics | None = None,
     pool: LocalPool | None = None,
@@ -114,7 +115,7 @@ def parts_around(
         keys=ApiKeys(keys_file(settings)),
         metrics=metrics or Metrics(store, pool),
         base_url=base_url,
-        numerics=dict.fromkeys(all_models(), numerics),
+        numerics=numerics,
         pool=pool,
     )
 

@@ -25,7 +25,8 @@ class Parts:
 
     Attributes:
         base_url: where clients reach it.
-        numerics: by model id: the recipe fields that the server decides, such as `base_model` and the dtypes.
+        numerics: by model id: the recipe fields that the server decides, such as `base_model` and the dtypes; for a model
+            that is not in it, none.
         pool: the workers; None if others work on the store.
         waited_for: of jobs that came by A1111's API and whose clients wait: by id, whose they are.
         stopping: set as soon as the server is told to stop.

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from fidelora.errors import SettingsError
 from fidelora.files import make_folder, write_atomically
-from fidelora.models import all_models
+from fidelora.models import all_models, model_spec
 from fidelora.server.app import keys_file, make_app, make_parts
 from fidelora.server.gate import is_loopback
 from fidelora.server.keys import ApiKeys
@@ -87,8 +87,8 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _numerics(settings: Settings) -> dict[str, Any]:
-    """The recipe fields that this server decides for all requests.
+def _numerics(settings: Settings) -> dict[str, dict[str, Any]]:
+    """The recipe fields that this server decides, by model.
 
     Raises:
         DeviceError: a device is not there, or has no fast path where that is the default.
@@ -103,15 +103,12 @@ def _numerics(settings: Settings) -> dict[str, Any]:
     if settings.fidelity == "fast":
         for device in devices:
             fast.way_on(device, settings.offload)
-    numerics: dict[str, Any] = {
-        "dtype": dtype, "vae_dtype": dtype, "text_encoder_dtype": dtype, "fidelity": settings.fidelity
-    }  # fmt: skip
-    if settings.base_model:
-        spec = next(iter(all_models().values()))
-        place = settings.base_model
+    of_all = {"dtype": dtype, "vae_dtype": dtype, "text_encoder_dtype": dtype, "fidelity": settings.fidelity}
+    numerics: dict[str, dict[str, Any]] = {model: dict(of_all) for model in all_models()}
+    for model, place in settings.base_models.items():
         if not is_name(place):  # a path has to be absolute, for requests outlive this folder
-            place = str(locate(place, spec.components).absolute())
-        numerics["base_model"] = place
+            place = str(locate(place, model_spec(model).components).absolute())
+        numerics[model]["base_model"] = place
     return numerics
 
 

@@ -105,7 +105,7 @@ def numerics_for(parts: Parts, model: str, adapters: Sequence[AdapterRef]) -> di
     As on the command line, the first adapter's file says which trainer, and so which noise, its previews were made with.
     """
     noise: Noise = _noise(parts.cache.path(adapters[0].sha256)) if adapters else "modern"
-    return {**parts.numerics[model], "noise": noise}
+    return {**parts.numerics.get(model, {}), "noise": noise}
 
 
 @lru_cache(maxsize=1000)

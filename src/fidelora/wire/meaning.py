@@ -17,7 +17,7 @@ DEFAULT_SIZE = 1024
 
 _OF_OTHER_MODELS = ("fps", "resolution", "ctrl_img", "ctrl_img_1", "ctrl_img_2", "ctrl_img_3")
 
-_FIELD_OF = {"steps": "sample_steps", "negative_prompt": "neg"}
+_FIELD_OF = {"steps": "sample_steps", "negative_prompt": "neg", "negative_prompt_2": "neg_2"}
 """What a field of a recipe is called in a prompt item, where the names differ."""
 
 
@@ -73,7 +73,9 @@ def recipes_of(
     recipes = []
     for index, item in enumerate(request.prompts):
         given = {
+            "negative_prompt_2": item.neg_2,
             "guidance_scale": item.guidance_scale,
+            "guidance_rescale": item.guidance_rescale,
             "steps": item.sample_steps,
             "sampler": item.sampler,
             "seed": draw_seed() if item.seed == -1 else item.seed,
@@ -89,8 +91,8 @@ def recipes_of(
                 width=item.width or DEFAULT_SIZE,
                 height=item.height or DEFAULT_SIZE,
                 adapters=tuple(
-                    AdapterRef(ref.sha256, multiplier, ref.name, ref.path)
-                    for ref, multiplier in zip(adapters, multipliers[index], strict=True)
+                    AdapterRef(ref.sha256, multiplier, ref.name, ref.path, lora.alpha)
+                    for ref, lora, multiplier in zip(adapters, request.loras, multipliers[index], strict=True)
                 ),
                 adapter_mode=mode,  # type: ignore[arg-type]
                 **fields,
@@ -111,12 +113,13 @@ def request_for(recipes: Sequence[Recipe], lora_path: str) -> dict[str, Any]:
     Raises:
         RequestFieldError: a value that the API does not take, such as a guidance scale beyond 20.
     """
-    sha256 = {adapter.sha256 for recipe in recipes for adapter in recipe.adapters}
-    assert len(sha256) == 1, "one adapter, and the same in every recipe"
+    same = {(adapter.sha256, adapter.alpha) for recipe in recipes for adapter in recipe.adapters}
+    assert len(same) == 1, "one adapter, and the same in every recipe"
+    ((sha256, alpha),) = same
     body = {
         "model": recipes[0].model,
         "fidelity": recipes[0].fidelity,
-        "loras": [{"path": lora_path, "sha256": sha256.pop()}],
+        "loras": [{"path": lora_path, "sha256": sha256} | ({} if alpha is None else {"alpha": alpha})],
         "prompts": [
             {
                 "prompt": recipe.prompt,
@@ -129,6 +132,8 @@ def request_for(recipes: Sequence[Recipe], lora_path: str) -> dict[str, Any]:
                 "seed": recipe.seed,
                 "network_multiplier": recipe.adapters[0].multiplier,
             }
+            | ({} if recipe.negative_prompt_2 is None else {"neg_2": recipe.negative_prompt_2})
+            | ({} if recipe.guidance_rescale == 0 else {"guidance_rescale": recipe.guidance_rescale})
             for recipe in recipes
         ],
     }

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
-from fidelora.recipe import Fidelity
+from fidelora.recipe import MAX_ALPHA, Fidelity
 
 MAX_PROMPTS = 64
 MAX_LORAS = 64
@@ -29,6 +29,9 @@ class LoraItem(RequestBody):
     network_multiplier: Multiplier | None = None
     transformer: Literal["low", "high"] | None = None
     sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="What the file's bytes have to be.")
+    alpha: float | None = Field(
+        None, ge=0, le=MAX_ALPHA, allow_inf_nan=False, description="Of a DoRA, whose file has none; by default its rank."
+    )
 
 
 class PromptItem(RequestBody):
@@ -41,6 +44,8 @@ class PromptItem(RequestBody):
     guidance_scale: float | None = Field(None, ge=0, le=20, allow_inf_nan=False)
     sample_steps: int | None = Field(None, ge=1, le=150)
     neg: str | None = None
+    neg_2: str | None = Field(None, description="For the second text encoder of models with two; by default as neg.")
+    guidance_rescale: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     seed: int | None = Field(None, ge=-1, le=2**63 - 1)
     sampler: str | None = None
     network_multiplier: Multiplier | list[Multiplier] | None = None

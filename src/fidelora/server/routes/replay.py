@@ -153,7 +153,7 @@ def _again(recipe: Recipe, choices: ReplayChoices, parts: Parts) -> _Plan:
         AdaptersMissingError: some adapters are not here.
         RequestError: the base model is another one.
     """
-    here = Recipe(prompt="", model=recipe.model, **parts.numerics[recipe.model])
+    here = Recipe(prompt="", model=recipe.model, **parts.numerics.get(recipe.model, {}))
     differs = {
         name: {"recipe": getattr(recipe, name), "server": getattr(here, name)}
         for name in _BASE_FIELDS
