@@ -208,6 +208,7 @@ def test_what_asks_for_nothing_is_taken(client, parts, fields):
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(client, parts, fields, named):
+    parts.stopping.set()  # or whatever is not refused would wait for its images
     answer = client.post("/sdapi/v1/txt2img", json={"prompt": "a ball"} | fields)
     assert answer.status_code == 400
     body = answer.json()

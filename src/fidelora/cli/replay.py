@@ -37,10 +37,8 @@ DIFFERENT = 1
 @failure_is_no_difference
 def replay(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A PNG, JPEG or WebP with its recipe inside.")],
-    lora: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="A LoRA of the image; repeatable.")] = None,
-    lora_dir: Annotated[
-        list[Path] | None, typer.Option(metavar="DIR", help="Where LoRAs are looked for by their hashes; repeatable.")
-    ] = None,
+    lora: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="A LoRA of the image, under any name.")] = None,
+    lora_dir: Annotated[list[Path] | None, typer.Option(metavar="DIR", help="Where LoRAs are looked for by their hashes.")] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The new image (.png, .jpg, .webp); by default IMAGE_again beside it.")
     ] = None,
