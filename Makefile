@@ -36,5 +36,5 @@ clean:
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade -c constraints.txt pip
-	$(BIN)/pip install --quiet -c constraints.txt --editable ".[server,client]" --group dev
+	$(BIN)/pip install --quiet -c constraints.txt --editable ".[server,client,ui]" --group dev
 	touch $@

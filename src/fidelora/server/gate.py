@@ -14,14 +14,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fidelora.errors import ApiKeyError, BodyTooLargeError, FideloraError, RequestError
 from fidelora.server.keys import ApiKeys
+from fidelora.server.login import LOGIN_PATH, Login
 from fidelora.server.metrics import Metrics
 from fidelora.server.problems import answer_to
+from fidelora.server.ui.paths import UPLOAD_PATH as PAGE_UPLOAD_PATH
+from fidelora.server.ui.paths import is_page_path
 
 log = structlog.get_logger("fidelora.http")
 
 _OPEN = {"/health", "/ready", "/openapi.json", "/docs", "/docs/oauth2-redirect"}
 """Paths that need no key: probes, and the description of the API."""
 UPLOAD_PATH = "/v1/loras"
+_ENTRANCES = {("GET", "/"), ("GET", LOGIN_PATH), ("POST", LOGIN_PATH)}
+"""Where somebody without a key is asked for one."""
 _LOOPBACK_NAMES = {"localhost", "127.0.0.1", "::1"}
 _CALL_ID = re.compile(r"[\w.-]{1,64}")
 
@@ -75,17 +80,16 @@ class Log:
 class BodyLimit:
     """Refuses bodies that are too large, those that do not say their size as soon as they are."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int, max_upload_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, max_upload_bytes: int, max_page_upload_bytes: int) -> None:
         self._app = app
         self._max_bytes = max_bytes
-        self._max_upload_bytes = max_upload_bytes
+        self._max_of_uploads = {UPLOAD_PATH: max_upload_bytes, PAGE_UPLOAD_PATH: max_page_upload_bytes}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        is_upload = scope["method"] == "POST" and scope["path"] == UPLOAD_PATH
-        limit = self._max_upload_bytes if is_upload else self._max_bytes
+        limit = self._max_of_uploads.get(scope["path"], self._max_bytes) if scope["method"] == "POST" else self._max_bytes
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdigit() and int(announced) > limit:
             await answer_to(_too_large(limit))(scope, receive, send)
@@ -111,27 +115,42 @@ class Gate:
     """Lets in who has a key. A server without keys is for this machine alone, and for pages that name it as such.
 
     Without the second rule, a web page that somebody looks at here could have its own name lead to 127.0.0.1 (DNS rebinding) and
-    use the server as its own.
+    use the server as its own. Another site's page cannot have a browser act on ours, either.
+
+    Args:
+        login: how people show a key; None if there is no page.
     """
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys, base_url: str) -> None:
+    def __init__(self, app: ASGIApp, keys: ApiKeys, base_url: str, login: Login | None = None) -> None:
         self._app = app
         self._keys = keys
         self._hosts = _LOOPBACK_NAMES | {urlsplit(base_url).hostname or "localhost"}
+        self._authority = urlsplit(base_url).netloc.lower()  # what browsers name where a proxy names something else
+        self._login = login
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in _OPEN:
+        is_open = scope["path"] in _OPEN or (scope["path"] == "/" and self._login is None) if scope["type"] == "http" else True
+        if not is_open:
             try:
-                scope["fidelora_owner"] = self._owner(Headers(scope=scope))
+                scope["fidelora_owner"] = self._owner(scope, Headers(scope=scope))
+            except ApiKeyError as error:
+                asks = self._login is not None and (scope["method"], scope["path"]) in _ENTRANCES
+                await (self._login if asks and self._login else answer_to(error))(scope, receive, send)
+                return
             except FideloraError as error:
                 await answer_to(error)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
-    def _owner(self, headers: Headers) -> str:
+    def _owner(self, scope: Scope, headers: Headers) -> str:
+        of_page = self._login is not None and is_page_path(scope["path"])
+        if of_page and scope["method"] == "POST":
+            self._refuse_other_sites(headers)
         if self._keys.names():
             scheme, _, key = headers.get("authorization", "").partition(" ")
             owner = self._keys.owner(key.strip()) if scheme.lower() == "bearer" else None
+            if owner is None and of_page and self._login:  # nowhere else: other sites could send the cookie to the API
+                owner = self._login.owner(headers)
             if owner is None:
                 raise ApiKeyError
             return owner
@@ -143,3 +162,13 @@ class Gate:
                 code="HOST_NOT_ALLOWED",
             )
         return ""
+
+    def _refuse_other_sites(self, headers: Headers) -> None:
+        """Browsers say which page a POST comes from; programs say nothing, and need not."""
+        origin = headers.get("origin")
+        if origin is None and headers.get("sec-fetch-site", "same-origin") == "same-origin":
+            return
+        authority = (origin or "").lower().partition("://")[2]
+        if authority and (authority == headers.get("host", "").lower() or authority == self._authority):
+            return
+        raise RequestError("A page of another site sent this; use the server's own page.", code="OTHER_SITE")

@@ -52,6 +52,7 @@ REQUEST_CODES = {
     "FIELD_NOT_SUPPORTED": "The model cannot use this field, or nobody knows it; `details.field` names it.",
     "MULTIPLIERS_DO_NOT_MATCH": "A prompt has another number of multipliers than there are LoRAs.",
     "HOST_NOT_ALLOWED": "A server without API keys answers only to names of its own machine.",
+    "OTHER_SITE": "A browser sent this from a page of another site.",
 }
 """The codes of errors that carry their own; all of them are 400."""
 

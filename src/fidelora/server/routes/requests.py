@@ -14,7 +14,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 
 from fidelora.errors import ImageGoneError, ImageNotFoundError
-from fidelora.jobs.job import Job, Status
+from fidelora.jobs.job import Job, Output, Status
 from fidelora.server.parts import Parts, PartsOf
 from fidelora.server.problems import answers
 from fidelora.wire import RequestList, ResultBody, StatusBody, result_of, status_of
@@ -99,12 +99,7 @@ def request_image(job: JobOf, index: Annotated[int, Path(ge=0, le=10_000)]) -> R
     if index >= len(job.outputs):
         raise ImageNotFoundError
     output = job.outputs[index]
-    try:
-        content = FilePath(output.file_path).read_bytes()
-    except OSError as error:
-        raise ImageGoneError from error
-    if hashlib.sha256(content).hexdigest() != output.sha256:
-        raise ImageGoneError
+    content = image_content(output)
     name = FilePath(output.file_path).name
     headers = {
         "Content-Disposition": f'inline; filename="{name}"',
@@ -112,6 +107,21 @@ def request_image(job: JobOf, index: Annotated[int, Path(ge=0, le=10_000)]) -> R
         "Cache-Control": "private, max-age=31536000, immutable",
     }
     return Response(content, media_type=f"image/{output.format}", headers=headers)
+
+
+def image_content(output: Output) -> bytes:
+    """The bytes of a finished image's file.
+
+    Raises:
+        ImageGoneError: it is not there any more, or has other bytes.
+    """
+    try:
+        content = FilePath(output.file_path).read_bytes()
+    except OSError as error:
+        raise ImageGoneError from error
+    if hashlib.sha256(content).hexdigest() != output.sha256:
+        raise ImageGoneError
+    return content
 
 
 def _status(job: Job, parts: Parts, with_preview: bool = False) -> StatusBody:
