@@ -135,8 +135,8 @@ def labelled_sheet(
         for number, line in enumerate(lines, start=1):
             draw.text((left, _GAP + number * _LINE), line, fill="black", font=font)
     for down, (label, below) in enumerate(rows):
-        lines = [*wrap(label, _CHARACTERS)[: max(1, heights[down] // _LINE - 1)], below]
-        draw.multiline_text((_GAP, tops[down]), "\n".join(lines), fill="black", font=font, spacing=_LINE - _TEXT)
+        label_lines = [*wrap(label, _CHARACTERS)[: max(1, heights[down] // _LINE - 1)], below]
+        draw.multiline_text((_GAP, tops[down]), "\n".join(label_lines), fill="black", font=font, spacing=_LINE - _TEXT)
         for across in range(len(columns)):
             picture = Image.fromarray(images[down, across])
             if factor > 1:

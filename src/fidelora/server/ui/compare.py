@@ -105,7 +105,7 @@ class Compare:
             forms = self._forms(loras or [], columns, self._make.form(values))
             requests = [request_of(form) for form in forms]
             for request in requests:
-                jobs.append(await submit(request, self._parts))
+                jobs.append(await submit(request, self._parts))  # noqa: PERF401  # after a failure, those before are canceled
         except FideloraError as error:
             self._cancel([job.id for job in jobs])
             yield [notice(error, "error"), gr.skip(), [], gr.update(interactive=False)]

@@ -101,7 +101,8 @@ class Make:
             )
             self.image_format = gr.Dropdown(["png", "jpeg", "webp"], value="png", label="Format", elem_id="format", min_width=60)
         gr.Markdown(
-            "An empty seed is a random one; several images count it up. *exact* is the trainer's picture to the bit, *fast* nearly so.",
+            "An empty seed is a random one, and several images count it up. "
+            "*exact* is the trainer's picture to the bit, *fast* nearly so.",
             elem_classes="help",
         )
 
@@ -157,7 +158,7 @@ class Make:
             self._generate, [self.shown, *self.values], self._results, **long,
         )  # fmt: skip
         self.cancel.click(self._cancel, self.job, self.cancel, **quick)
-        self.gallery.select(self._selected, self.shown, self._results[-4:] + [self.chosen], **quick)
+        self.gallery.select(self._selected, self.shown, [*self._results[-4:], self.chosen], **quick)
         self.use.click(self._use, [self.shown, self.chosen], [self.loaded, *self.values], **quick)
         self.image.upload(self._load_image, self.image, [self.loaded, *self.values], **quick)
 

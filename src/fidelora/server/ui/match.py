@@ -33,8 +33,8 @@ class Match:
         self._verifier = verifier
         root, most = parts.settings.jobs_path, parts.settings.job_max_mb
         gr.Markdown(
-            "Makes the previews of a finished training job again from its weights, with this server's base model, and says of each "
-            "whether it is the same picture. *Identical*: every pixel. *Rounding*: no more than the saved file's precision explains. "
+            "Makes the previews of a finished training job again from its weights, with this server's base model, and says "
+            "of each whether it is the same picture. *Identical*: every pixel. *Rounding*: no more than the saved file's precision explains. "
             "*Mismatch*: something is different.",
             elem_classes="help",
         )
