@@ -70,12 +70,12 @@ class Compare:
 
     def listen(self, tab: gr.Tab) -> None:
         """Connect what happens to what is done."""
-        quick: dict[str, Any] = {"show_progress": "hidden", "queue": False}
+        quick: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
         tab.select(self._selected, [self.loras, *self._make.values], [self.loras, self.about], **quick)
-        self.loras.focus(lambda: gr.update(choices=self._library.choices()), None, self.loras, **quick)
         gr.on(
             [self.go.click, self.multipliers.submit], self._compare, [self.loras, self.multipliers, *self._make.values],
-            [self.progress, self.sheet, self.jobs, self.cancel], show_progress="hidden", concurrency_limit=None,
+            [self.progress, self.sheet, self.jobs, self.cancel],
+            show_progress="hidden", concurrency_limit=None, api_visibility="private",
         )  # fmt: skip
         self.cancel.click(self._cancel, self.jobs, self.cancel, **quick)
 

@@ -142,14 +142,14 @@ class Make:
         copies = [self.recipe_text, self.request_text, self.command_text, self.python_text]
         return [self.progress, self.gallery, self.shown, self.remembered, self.job, self.cancel, self.use, self.details, *copies]
 
-    def listen(self, page: gr.Blocks) -> None:
+    def listen(self, page: gr.Blocks, tab: gr.Tab) -> None:
         """Connect what happens to what is done."""
-        quick: dict[str, Any] = {"show_progress": "hidden", "queue": False}
-        long: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None}
-        page.load(self._list_loras, None, self.loras, **quick)
+        quick: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
+        long: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
+        # Not on focus: new entries would arrive while somebody chooses, and undo it.
+        gr.on([page.load, tab.select], self._list_loras, None, self.loras, **quick)
         page.load(self._restore, self.remembered, self._results, **long)
         self.loras.input(self._loras_changed, [self.loras, self.trigger], [*self.multipliers, self.trigger], **quick)
-        self.loras.focus(self._list_loras, None, self.loras, **quick)
         self.model.input(
             self._model_changed, self.model, [self.sampler, self.steps, self.guidance, self.width, self.height], **quick
         )

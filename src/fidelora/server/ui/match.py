@@ -33,9 +33,9 @@ class Match:
         self._verifier = verifier
         root, most = parts.settings.jobs_path, parts.settings.job_max_mb
         gr.Markdown(
-            "Makes the previews of a finished training job again from its weights, with this server's base model, and says "
-            "of each whether it is the same picture. *Identical*: every pixel. *Rounding*: no more than the saved file's precision explains. "
-            "*Mismatch*: something is different.",
+            "Makes the previews of a finished training job again from its weights, with this server's base model, and says of each "
+            "whether it is the same picture. *Identical*: every pixel. *Rounding*: no more than the precision of the saved file "
+            "explains. *Mismatch*: something is different.",
             elem_classes="help",
         )
         with gr.Row(equal_height=False):
@@ -63,13 +63,12 @@ class Match:
 
     def listen(self, tab: gr.Tab) -> None:
         """Connect what happens to what is done."""
-        quick: dict[str, Any] = {"show_progress": "hidden", "queue": False}
+        quick: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
         tab.select(self._list_jobs, None, self.folder, **quick)
-        self.folder.focus(self._list_jobs, None, self.folder, **quick)
         gr.on(
             [self.go.click, self.step.submit], self._verify, [self.folder, self.archive, self.step, self.doctor],
             [self.verdict, self.report, self.said, self.run_id, self.cancel, self.archive],
-            show_progress="hidden", concurrency_limit=None,
+            show_progress="hidden", concurrency_limit=None, api_visibility="private",
         )  # fmt: skip
         self.cancel.click(self._cancel, self.run_id, self.cancel, **quick)
 

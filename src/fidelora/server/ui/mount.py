@@ -148,6 +148,9 @@ class Page(BaseRoute):
             if message["type"] == "http.response.start":
                 start = message
                 return
+            if message["type"] != "http.response.body":  # extensions of some servers, and of test clients
+                await send(message)
+                return
             body += message.get("body", b"")
             if message.get("more_body"):
                 return

@@ -83,13 +83,13 @@ def _blocks(parts: Parts, place: Place, verifier: Verifier) -> Any:
     with gr.Blocks(title="Fidelora", analytics_enabled=False, fill_width=True) as blocks:
         leave = '<p><a href="./logout">Leave</a></p>' if parts.keys.names() else ""
         gr.Markdown(f"<h1>Fidelora</h1>{leave}", elem_id="head")
-        with gr.Tab("Make"):
+        with gr.Tab("Make") as tab_make:
             make = Make(parts, Pictures(parts, place, library), library)
         with gr.Tab("Match") as tab_match:
             match = Match(parts, place, verifier)
         with gr.Tab("Compare") as tab_compare:
             compare = Compare(parts, place, library, make)
-        make.listen(blocks)
+        make.listen(blocks, tab_make)
         match.listen(tab_match)
         compare.listen(tab_compare)
     blocks.queue(api_open=False, max_size=200)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import html
-
 from fidelora.jobs.job import Job, Status
 from fidelora.recipe import Recipe
 
 
 def text(value: object) -> str:
     """A text that is no markup, neither in HTML nor in the Markdown around it."""
-    return "".join(f"&#{ord(character)};" if character in _MEANINGFUL else character for character in html.escape(str(value)))
+    return "".join(f"&#{ord(character)};" if character in _MEANINGFUL else character for character in str(value))
 
 
-_MEANINGFUL = "\n\r\t`*_~[]{}()$|\\#!:@"
-"""To Markdown and its extensions; `html.escape` cares for HTML's own."""
+_MEANINGFUL = "&<>\"'" + "\n\r\t`*_~[]{}()$|\\#!:@"
+"""To HTML, and to Markdown and its extensions."""
 
 
 def notice(sentence: object, kind: str = "") -> str:
