@@ -67,8 +67,9 @@ class Visitor:
         for text in typed:
             box.click()
             self[element].get_by_role("option").first.wait_for()
-            box.fill(text)
-            self[element].get_by_role("option").filter(has_text=text).first.wait_for()
+            box.press("Control+a")
+            box.press_sequentially(text)  # the list listens to keys
+            self[element].locator("[role=option].active").filter(has_text=text).first.wait_for()
             box.press("Enter")
         box.press("Escape")
 

@@ -125,6 +125,8 @@ class Make:
             with gr.Tab("Python"):
                 self.python_text = gr.Code(language="python", label="Python", elem_id="python", max_lines=20)
         self.job = gr.State("")
+        # Lists report an input also when somebody only passes over them with the keyboard; what is known tells whether it is one.
+        self.known = gr.State((self._first, []))
         self.shown = gr.State([])
         self.chosen = gr.State(0)
         self.remembered = gr.BrowserState([], storage_key="fidelora-images", secret="images")
@@ -149,9 +151,13 @@ class Make:
         # Not on focus: new entries would arrive while somebody chooses, and undo it.
         gr.on([page.load, tab.select], self._list_loras, None, self.loras, **quick)
         page.load(self._restore, self.remembered, self._results, **long)
-        self.loras.input(self._loras_changed, [self.loras, self.trigger], [*self.multipliers, self.trigger], **quick)
+        changes = [self.known, self.loras, self.trigger]
+        self.loras.input(self._loras_changed, changes, [self.known, *self.multipliers, self.trigger], **quick)
         self.model.input(
-            self._model_changed, self.model, [self.sampler, self.steps, self.guidance, self.width, self.height], **quick
+            self._model_changed,
+            [self.known, self.model],
+            [self.known, self.sampler, self.steps, self.guidance, self.width, self.height],
+            **quick,
         )
         gr.on(
             [self.go.click, self.trigger.submit, self.negative.submit, self.seed.submit],
@@ -159,8 +165,8 @@ class Make:
         )  # fmt: skip
         self.cancel.click(self._cancel, self.job, self.cancel, **quick)
         self.gallery.select(self._selected, self.shown, [*self._results[-4:], self.chosen], **quick)
-        self.use.click(self._use, [self.shown, self.chosen], [self.loaded, *self.values], **quick)
-        self.image.upload(self._load_image, self.image, [self.loaded, *self.values], **quick)
+        self.use.click(self._use, [self.shown, self.chosen], [self.loaded, self.known, *self.values], **quick)
+        self.image.upload(self._load_image, self.image, [self.loaded, self.known, *self.values], **quick)
 
     def form(self, values: Values) -> Form:
         """What the components hold.
@@ -194,18 +200,23 @@ class Make:
     def _list_loras(self) -> Any:
         return gr.update(choices=self._library.choices())
 
-    def _loras_changed(self, names: list[str], trigger: str) -> list[Any]:
+    def _loras_changed(self, known: tuple[str, list[str]], names: list[str], trigger: str) -> list[Any]:
         names = names or []
+        if names == known[1]:
+            return [gr.skip()] * (MAX_LORAS + 2)
         sliders = [
             gr.update(visible=True, label=f"Multiplier of {names[index]}") if index < len(names) else gr.update(visible=False)
             for index in range(MAX_LORAS)
         ]
-        return [*sliders, trigger or self._library.trigger(names)]
+        return [(known[0], names), *sliders, trigger or self._library.trigger(names)]
 
-    def _model_changed(self, model: str) -> list[Any]:
+    def _model_changed(self, known: tuple[str, list[str]], model: str) -> list[Any]:
+        if model == known[0]:
+            return [gr.skip()] * 6
         spec, start = model_spec(model), defaults(model)
         step = spec.resolution_divisor
         return [
+            (model, known[1]),
             gr.update(choices=list(spec.samplers), value=start["sampler"]),
             start["steps"],
             start["guidance"],
@@ -319,6 +330,7 @@ class Make:
         spec = model_spec(form.model)
         return [
             said,
+            (form.model, present),
             gr.update(choices=self._library.choices(), value=present),
             *multipliers,
             form.trigger,
@@ -337,7 +349,7 @@ class Make:
         ]
 
     def _not_filled_in(self, reason: object) -> list[Any]:
-        return [notice(reason, "error") if str(reason) else "", *[gr.skip()] * len(self.values)]
+        return [notice(reason, "error") if str(reason) else "", *[gr.skip()] * (1 + len(self.values))]
 
     def _chosen(self, shown: Sequence[Shown], index: int) -> dict[str, Any]:
         texts = self._texts(shown, index)
