@@ -197,6 +197,11 @@ class Settings(BaseSettings):
         return (self.workflows_base_path or self.data_dir / "loras").expanduser().absolute()
 
     @property
+    def jobs(self) -> Path | None:
+        """The folder that the web page may verify jobs of."""
+        return self.jobs_path.expanduser().absolute() if self.jobs_path else None
+
+    @property
     def outputs(self) -> Path:
         """The folder for images."""
         return (self.output_base_path or self.data_dir / "outputs").expanduser().absolute()

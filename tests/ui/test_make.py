@@ -195,6 +195,13 @@ def test_mistakes_are_told_and_nothing_is_asked_for(visitor, server):
     expect(visitor["progress"].get_by_role("alert")).to_contain_text("Choose at least one LoRA")
     visitor.ask(GREEN, lora="sks.safetensors", width=63)
     expect(visitor["progress"].get_by_role("alert")).to_contain_text("Width: Input should be greater than or equal to 64, not 63.")
+    visitor.field("width").fill("128")
+    for name, message in (("steps", "Steps is empty; give a number."), ("number", "Images is empty; give a number.")):
+        before_it = visitor.field(name).input_value()
+        visitor.field(name).fill("")
+        visitor["generate"].click()
+        expect(visitor["progress"].get_by_role("alert")).to_contain_text(message)
+        visitor.field(name).fill(before_it)
     assert len(server.call("/v1/requests")["requests"]) == before
 
 

@@ -24,6 +24,8 @@ log = structlog.get_logger("fidelora.http")
 
 _OPEN = {"/health", "/ready", "/openapi.json", "/docs", "/docs/oauth2-redirect"}
 """Paths that need no key: probes, and the description of the API."""
+_OFTEN = ("/metrics", "/assets/", "/static/")
+"""What is asked for so often that the log does not tell of it."""
 UPLOAD_PATH = "/v1/loras"
 _ENTRANCES = {("GET", "/"), ("GET", LOGIN_PATH), ("POST", LOGIN_PATH)}
 """Where somebody without a key is asked for one."""
@@ -71,7 +73,7 @@ class Log:
             seconds = time.monotonic() - start
             pattern = getattr(scope.get("route"), "path", "none")
             self._metrics.answered(scope["method"], pattern, status, seconds)
-            quiet = scope["path"] in _OPEN or scope["path"] == "/metrics"
+            quiet = scope["path"] in _OPEN or scope["path"].startswith(_OFTEN)
             write = log.debug if quiet and status < 400 else log.info
             about = {"request_id": scope["path_params"]["request_id"]} if scope.get("path_params", {}).get("request_id") else {}
             write("http", method=scope["method"], path=scope["path"], status=status, ms=round(seconds * 1000, 1), **about)

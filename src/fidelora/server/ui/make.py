@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 from starlette.concurrency import run_in_threadpool
 
-from fidelora.errors import FideloraError, ImageRecordError
+from fidelora.errors import FideloraError, ImageRecordError, WrongUseError
 from fidelora.jobs.job import Job, Status
 from fidelora.models import all_models, model_spec
 from fidelora.origin import read_origin
@@ -172,12 +172,16 @@ class Make:
         """What the components hold.
 
         Raises:
-            WrongUseError: the seed is no number.
+            WrongUseError: the seed is no number, or a number is missing.
         """
         loras, multipliers = values[0] or [], values[1 : 1 + MAX_LORAS]
         trigger, prompt, negative, model, sampler, steps, guidance, width, height, seed, number, fidelity, image_format = values[
             1 + MAX_LORAS :
         ]
+        numbers = {"Steps": steps, "Guidance": guidance, "Width": width, "Height": height, "Images": number}
+        numbers |= {f"Multiplier of {lora}": multiplier for lora, multiplier in zip(loras, multipliers, strict=False)}
+        if empty := [name for name, value in numbers.items() if not isinstance(value, int | float)]:
+            raise WrongUseError(f"{empty[0]} is empty; give a number.")
         return Form(
             loras=tuple(zip(loras, multipliers, strict=False)),
             trigger=trigger,

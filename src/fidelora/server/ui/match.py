@@ -31,7 +31,7 @@ class Match:
         self._parts = parts
         self._place = place
         self._verifier = verifier
-        root, most = parts.settings.jobs_path, parts.settings.job_max_mb
+        root, most = parts.settings.jobs, parts.settings.job_max_mb
         gr.Markdown(
             "Makes the previews of a finished training job again from its weights, with this server's base model, and says of each "
             "whether it is the same picture. *Identical*: every pixel. *Rounding*: no more than the precision of the saved file "
@@ -73,7 +73,7 @@ class Match:
         self.cancel.click(self._cancel, self.run_id, self.cancel, **quick)
 
     def _list_jobs(self) -> Any:
-        return gr.update(choices=job_names(self._parts.settings.jobs_path))
+        return gr.update(choices=job_names(self._parts.settings.jobs))
 
     def _cancel(self, run_id: str) -> Any:
         if run_id:
@@ -115,7 +115,7 @@ class Match:
         if archive:
             path, _ = unpack(Path(archive), here / "job", self._parts.settings.job_max_mb * 2**20)
         elif folder:
-            path = job_under(self._parts.settings.jobs_path, folder)
+            path = job_under(self._parts.settings.jobs, folder)
         else:
             raise JobFolderError("Choose a training job, or drop its zip.")
         job = read_inside(path)

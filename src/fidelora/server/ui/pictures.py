@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
@@ -54,8 +55,13 @@ class Place:
         """Remove what nobody changed for so long."""
         before = time.time() - keep_s
         for entry in (*self.files.iterdir(), *self.checks.iterdir()):
-            if entry.stat().st_mtime < before:
-                shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # somebody else was faster
+                if entry.stat().st_mtime >= before:
+                    continue
+                if entry.is_dir():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
 
 
 Shown = tuple[str, int]
