@@ -169,7 +169,14 @@ class Page(BaseRoute):
 
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
         """An answer that lasts, and ends with the server at the latest."""
-        task = asyncio.ensure_future(self._app(scope, receive, send))
+        open_end = False
+
+        async def noted(message: Message) -> None:
+            nonlocal open_end
+            open_end = message["type"] == "http.response.start" or bool(message.get("more_body"))
+            await send(message)
+
+        task = asyncio.ensure_future(self._app(scope, receive, noted))
         self._streams.add(task)
         task.add_done_callback(self._streams.discard)
         try:
@@ -177,6 +184,8 @@ class Page(BaseRoute):
         except asyncio.CancelledError:
             if not self._parts.stopping.is_set():
                 raise
+            if open_end:
+                await send({"type": "http.response.body", "body": b""})
 
     async def _event(self, scope: Scope, receive: Receive, send: Send) -> None:
         """What a form sends. Where it has files, Gradio would fetch those that have an address on some other host."""

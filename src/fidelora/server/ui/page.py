@@ -17,6 +17,7 @@ _CSS = """
 .four > .form { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); width: 100%; }
 @media (max-width: 640px) { .four > .form { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
 #gallery .grid-wrap { max-height: none; }
+#said textarea { font-family: var(--font-mono); font-size: .8rem; white-space: pre; overflow-x: auto; }
 #head { padding: 0 .25rem; } #head h1 { font-size: 1.15rem; margin: 0; } #head p { margin: 0; font-size: .85rem; }
 #head .prose { display: flex; justify-content: space-between; align-items: baseline; }
 .help, .help p { font-size: .85rem; opacity: .85; }
