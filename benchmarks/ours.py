@@ -152,6 +152,9 @@ class BlankEngine(Engine):
         super().__init__(device="cpu")
         self.made: list[dict[str, Any]] = []
 
+    def merged(self) -> frozenset[str]:
+        return frozenset(one["adapter"] for one in self.made[-1:])
+
     def load(self, recipe: Recipe) -> None:
         for ref in recipe.adapters:
             self.adapters.get(ref)
@@ -171,6 +174,7 @@ class Switching:
     def __init__(self, fidelity: str, folder: str) -> None:
         recipe = Recipe(prompt="", base_model=folder, fidelity=fidelity)  # type: ignore[arg-type]  # the recipe checks it
         self._base: BaseModel = load_base(BaseKey.of(recipe), torch.device("cpu"))
+        self._base.merged.apply([])
         self._bound: dict[str, BoundAdapter] = {}
 
     def touch(self, path: str) -> None:

@@ -61,6 +61,7 @@ def test_our_loop_gives_the_pixels_of_the_trainer_s_pipeline(engine, sampler, dt
         guidance_scale=5.5, sampler=sampler, dtype=dtype,
     )  # fmt: skip
     base = load_base(BaseKey.of(recipe), torch.device("cpu"))
+    base.merged.apply([])
     assert np.array_equal(engine.generate(recipe).pixels, the_trainer_s_way(base, recipe))
 
 
@@ -71,4 +72,5 @@ def test_guidance_begins_above_one_as_in_the_pipeline(engine, guidance_scale):
         guidance_scale=guidance_scale,
     )  # fmt: skip
     base = load_base(BaseKey.of(recipe), torch.device("cpu"))
+    base.merged.apply([])
     assert np.array_equal(engine.generate(recipe).pixels, the_trainer_s_way(base, recipe))

@@ -252,6 +252,30 @@ def test_a_job_is_warm_only_if_all_its_adapters_are_loaded(store):
     assert claimed.id == oldest.id
 
 
+def test_before_those_come_jobs_for_just_the_adapters_that_are_in_the_weights(store):
+    oldest = store.add(job(B))
+    both, one = store.add(job(A, B)), store.add(job(A))
+    store.add(job(B))
+
+    def claimed() -> str:
+        next_job = store.claim("worker", NOW, LEASE_S, loaded=[A, B], merged=[A])
+        assert next_job is not None
+        return str(next_job.id)
+
+    assert [claimed() for _ in range(3)] == [one.id, oldest.id, both.id]
+
+
+def test_the_adapters_in_the_weights_go_first_but_not_for_ever(store):
+    oldest = store.add(job(A))
+    merged = [store.add(job(B)) for _ in range(MAX_PASSED_OVER + 1)]
+    claimed = []
+    for _ in range(MAX_PASSED_OVER + 2):
+        next_job = store.claim("worker", NOW, LEASE_S, loaded=[A, B], merged=[B])
+        assert next_job is not None
+        claimed.append(next_job.id)
+    assert claimed == [each.id for each in merged[:-1]] + [oldest.id, merged[-1].id]
+
+
 def needs(sha256: str) -> Callable[[Job], bool]:
     return lambda job: sha256 in job.adapters
 
@@ -459,9 +483,13 @@ class SameLives(RuleBasedStateMachine):
         if isinstance(added, Job) and added.id not in self.ids:
             self.ids.append(added.id)
 
-    @rule(loaded=st.sets(st.sampled_from([A, B])), wanted=st.sampled_from([None, needs(A), needs(B)]))
-    def claim(self, loaded, wanted):
-        self.both(lambda store: store.claim("worker", self.clock, LEASE_S, loaded, wanted=wanted))
+    @rule(
+        loaded=st.sets(st.sampled_from([A, B])),
+        merged=st.sets(st.sampled_from([A, B])),
+        wanted=st.sampled_from([None, needs(A), needs(B)]),
+    )
+    def claim(self, loaded, merged, wanted):
+        self.both(lambda store: store.claim("worker", self.clock, LEASE_S, loaded, merged=merged, wanted=wanted))
 
     @rule(
         which=st.integers(0, 30),

@@ -269,6 +269,16 @@ def test_jobs_whose_adapters_are_loaded_go_first(store, clock, tmp_path):
     assert (done.id, done.status) == (warm.id, Status.SUCCEEDED)
 
 
+def test_of_these_the_jobs_whose_adapters_are_in_the_weights_go_first(store, clock, tmp_path):
+    """A switch costs more than reading a file, so what needs none comes first, and no other order has as few."""
+    engine = Engine(device="cpu")
+    one, other = (engine.adapters.add(path) for path in (LORA, LORA_CONV))
+    jobs = [add(store, clock, replace(RECIPE, adapters=(ref,))) for ref in (one, other, one, other, one)]
+    worker = Worker("worker", store, engine, tmp_path)
+    done = [worker.run_next() for _ in jobs]
+    assert [job.id for job in done if job is not None] == [jobs[place].id for place in (0, 2, 4, 1, 3)]
+
+
 def test_an_unexpected_error_costs_an_attempt_and_then_the_job(worker, store, clock, monkeypatch, tmp_path):
     def broken(*args, **kwargs):
         raise ZeroDivisionError("division by zero")
@@ -360,6 +370,9 @@ class FakeEngine:
         self.steps: list[int] = []
         self.before_step: Callable[[int, int], Any] = lambda batch, step: None
         self.bad: dict[str, BaseException] = {}
+
+    def merged(self) -> frozenset[str]:
+        return frozenset()
 
     def load(self, recipe: Recipe) -> None:
         for ref in recipe.adapters:

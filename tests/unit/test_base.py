@@ -32,7 +32,9 @@ VAE = Path("vae/diffusion_pytorch_model.safetensors")
 
 def load(base: Path | str, **fields: str) -> BaseModel:
     recipe = Recipe(prompt="", base_model=str(base), **fields)  # type: ignore[arg-type]
-    return load_base(BaseKey.of(recipe), torch.device("cpu"))
+    loaded = load_base(BaseKey.of(recipe), torch.device("cpu"))
+    loaded.merged.apply([])
+    return loaded
 
 
 def weights_of(base: BaseModel) -> dict[str, torch.Tensor]:
@@ -406,6 +408,7 @@ def test_the_hub_s_cache_is_used_when_offline(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     recipe = Recipe(prompt="", base_model="someone/tiny")
     base = load_base(BaseKey.of(recipe), torch.device("cpu"), cache_dir=tmp_path)
+    base.merged.apply([])
     assert same(base, load(TINY_BASE))
 
 

@@ -174,6 +174,7 @@ def test_a_packed_module_does_what_it_was_made_from(module, dtype):
         ours = packed._packed(module, dtype)
         assert isinstance(ours, packed.PackedLinear | packed.PackedConv2d | packed.PackedPointwise)
         assert ours.weight.is_meta
+        ours.take(module.weight)
         torch.testing.assert_close(ours(inputs.to(dtype)).float(), module(inputs), atol=error, rtol=error)
         ours.take(other.weight)
         torch.testing.assert_close(ours(inputs.to(dtype)).float(), other(inputs), atol=error, rtol=error)

@@ -15,9 +15,12 @@ from fidelora.engine.base import BaseKey, BaseModel, load_base
 from fidelora.errors import AdapterMismatchError
 
 
-def fresh_base(dtype: str = "float32") -> BaseModel:
-    recipe = Recipe(prompt="", base_model=str(TINY_BASE), dtype=dtype)  # type: ignore[arg-type]
-    return load_base(BaseKey.of(recipe), torch.device("cpu"))
+def fresh_base(dtype: str = "float32", folder: Path = TINY_BASE) -> BaseModel:
+    """A base model with its pristine weights."""
+    recipe = Recipe(prompt="", base_model=str(folder), dtype=dtype)  # type: ignore[arg-type]
+    base = load_base(BaseKey.of(recipe), torch.device("cpu"))
+    base.merged.apply([])
+    return base
 
 
 def bits(base: BaseModel) -> dict[str, torch.Tensor]:
@@ -60,6 +63,18 @@ def test_a_thousand_random_switches_leave_no_trace(dtype):
 
     base.merged.apply([])
     assert same(bits(base), pristine)
+
+
+def test_the_first_adapters_of_a_new_base_are_written_without_its_pristine_weights_before(monkeypatch):
+    """What loading leaves in the weights does not matter: here it is NaN, in place of whatever was in memory."""
+    monkeypatch.setattr(torch, "empty_like", lambda like, dtype: torch.full_like(like, torch.nan, dtype=dtype))
+    recipe = Recipe(prompt="", base_model=str(TINY_BASE))
+    base = load_base(BaseKey.of(recipe), torch.device("cpu"))
+    assert all(target.weight.isnan().all() for target in base.targets.by_name.values())
+    assert base.merged.apply([(base.targets.bind(read_adapter(LORA)), 0.7)]) == len(base.targets.by_name)
+    expected = fresh_base()
+    expected.merged.apply([(expected.targets.bind(read_adapter(LORA)), 0.7)])
+    assert same(bits(base), bits(expected))
 
 
 def test_only_what_differs_is_written():
@@ -218,7 +233,7 @@ def test_what_comes_back_from_a_file_of_another_precision_is_what_was_loaded(tmp
         folder / "unet" / "diffusion_pytorch_model.safetensors",
         lambda weights: {name: weight.to(stored) for name, weight in weights.items()},
     )
-    base = load_base(BaseKey.of(Recipe(prompt="", base_model=str(folder), dtype=dtype)), torch.device("cpu"))
+    base = fresh_base(dtype, folder)
     loaded = bits(base)
     lora, lokr = (base.targets.bind(read_adapter(path)) for path in (LORA, LOKR))
     base.merged.apply([(lora, 0.7), (lokr, 0.3)])

@@ -23,15 +23,21 @@ _PART_BYTES = 8 * 2**20
 _ROWS_TOGETHER = 16
 """Parts have multiples of so many rows: parts of a product that begin elsewhere are more often summed in another order."""
 
-_UNKNOWN: Applied = (("half written", 0.0),)
+_UNKNOWN: Applied = (("not written, or half", 0.0),)
 
 
 class MergedAdapters:
-    """The adapters that are merged into one base model right now."""
+    """The adapters that are merged into one base model right now. The weights of a new one have no numbers before `apply`."""
 
     def __init__(self, targets: Targets) -> None:
         self._targets = targets
-        self._applied: dict[str, Applied] = {}
+        self._applied: dict[str, Applied] = dict.fromkeys(targets.by_name, _UNKNOWN)
+        self._adapters: frozenset[str] = frozenset()
+
+    @property
+    def adapters(self) -> frozenset[str]:
+        """Sha256 of each adapter that is merged into any weight."""
+        return self._adapters
 
     @torch.no_grad()
     def apply(self, adapters: Sequence[tuple[BoundAdapter, float]]) -> int:
@@ -56,6 +62,7 @@ class MergedAdapters:
             if self._applied.get(name, ()) != plan:
                 self._write(self._targets.by_name[name], plan, [(bound.deltas[name], m) for bound, m in contributions])
                 written += 1
+        self._adapters = frozenset(sha256 for plan in self._applied.values() for sha256, _ in plan)
         return written
 
     def _write(self, target: Target, plan: Applied, deltas: Sequence[tuple[Delta, float]]) -> None:

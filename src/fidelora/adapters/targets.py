@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, runtime_checkable
@@ -13,6 +13,13 @@ from fidelora.adapters.deltas import Delta, Module
 from fidelora.adapters.formats import Adapter
 from fidelora.errors import AdapterMismatchError, some
 from fidelora.models import ModelSpec
+
+
+def changeable(component: nn.Module) -> Iterator[tuple[str, Module]]:
+    """Path and module of everything in a part of a base model whose weight adapters can change."""
+    for path, module in component.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            yield path, module
 
 
 @runtime_checkable
@@ -74,14 +81,13 @@ class Targets:
         for component in spec.components:
             if not component.adapter_prefixes:
                 continue
-            for path, module in components[component.name].named_modules():
-                if isinstance(module, nn.Linear | nn.Conv2d):
-                    name = f"{component.name}.{path}"
-                    flat = self._flatten(component.name, path, component.optional_prefix)
-                    assert flat not in self._names_by_flat, f"{name} and {self._names_by_flat[flat]} have one flattened name"
-                    self._names_by_flat[flat] = name
-                    kept = pristine[component.name][f"{path}.weight"] if pristine else None
-                    self.by_name[name] = Target(name, module, module.weight, module.bias, kept)
+            for path, module in changeable(components[component.name]):
+                name = f"{component.name}.{path}"
+                flat = self._flatten(component.name, path, component.optional_prefix)
+                assert flat not in self._names_by_flat, f"{name} and {self._names_by_flat[flat]} have one flattened name"
+                self._names_by_flat[flat] = name
+                kept = pristine[component.name][f"{path}.weight"] if pristine else None
+                self.by_name[name] = Target(name, module, module.weight, module.bias, kept)
 
     def bind(self, adapter: Adapter) -> BoundAdapter:
         """Find the target of every module of `adapter`.

@@ -71,10 +71,11 @@ def make_engine(device: str, offload: str = "none") -> Engine:
     Raises:
         DeviceError: no such device here, or no such way of offloading.
     """
-    from fidelora.engine.allocator import keep_freed_memory
-    from fidelora.engine.engine import Engine
+    from fidelora.engine.allocator import importing_for_good, keep_freed_memory
 
     keep_freed_memory()
+    with importing_for_good():
+        from fidelora.engine.engine import Engine
     return Engine(device=device, offload=offload)  # type: ignore[arg-type]  # the engine checks it
 
 

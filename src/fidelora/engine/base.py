@@ -123,7 +123,7 @@ def load_base(
     offload: Offload = "none",
     cache_dir: Path | None = None,
 ) -> BaseModel:
-    """Load the base model that `key` names.
+    """Load the base model that `key` names; weights that adapters can change get their numbers by its `merged.apply`.
 
     Args:
         key: which, and in which precision.

@@ -111,6 +111,10 @@ class Engine:
         """The usual precision of this engine's device; a recipe itself never says `auto`."""
         return auto_dtype(self.device)
 
+    def merged(self) -> frozenset[str]:
+        """Sha256 of the adapters that are in the weights of the base model that was used last."""
+        return next((base.merged.adapters for base in reversed(list(self._bases.values()))), frozenset())
+
     def load(self, recipe: Recipe) -> None:
         """Load the base model and the adapters that `recipe` needs, and compile what has to be, so that `generate` starts at once.
 
@@ -120,11 +124,11 @@ class Engine:
         """
         with self._computing():
             base = self._base(recipe)
-            self._bind(base, recipe)
-            one = base.latents_shape(recipe)
-            halves = 2 if recipe.guidance_scale > 1 else 1
-            for images in {1, self.max_batch(recipe)}:
-                base.warm(torch.Size((images * halves, *one[1:])))
+            with self._with_adapters(base, recipe, self._bind(base, recipe)):
+                one = base.latents_shape(recipe)
+                halves = 2 if recipe.guidance_scale > 1 else 1
+                for images in {1, self.max_batch(recipe)}:
+                    base.warm(torch.Size((images * halves, *one[1:])))
 
     def max_batch(self, recipe: Recipe) -> int:
         """How many images like this one go through the model side by side at best; 1 in `exact`."""

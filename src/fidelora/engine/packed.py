@@ -4,7 +4,8 @@ oneDNN multiplies fastest when a weight lies in memory block by block. PyTorch h
 once, when a weight is loaded or an adapter changes it. Where the processor multiplies bfloat16 itself, weights and activations are
 bfloat16, which halves what has to be read and doubles what is computed at once. Neither keeps the bits of the exact path.
 
-A packed module is a linear or convolutional module whose `weight` has a shape and a dtype but no numbers.
+A packed module is a linear or convolutional module whose `weight` has a shape and a dtype but no numbers; the numbers are what it
+was given to `take`.
 """
 
 from __future__ import annotations
@@ -30,12 +31,11 @@ def packed_dtype() -> torch.dtype:
 
 
 class PackedLinear(nn.Linear):
-    """A linear module whose weight is packed."""
+    """A linear module like this one whose weight is packed."""
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta", dtype=dtype)
         self.register_parameter("bias", _own(linear.bias, dtype))
-        self.take(linear.weight)
 
     def take(self, weight: Tensor) -> None:
         """Use `weight` [out, in], which is copied."""
@@ -46,13 +46,12 @@ class PackedLinear(nn.Linear):
 
 
 class PackedConv2d(nn.Conv2d):
-    """A convolution whose weight is packed."""
+    """A convolution like this one whose weight is packed."""
 
     def __init__(self, conv: nn.Conv2d, dtype: torch.dtype) -> None:
         shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
         super().__init__(*shape, bias=False, device="meta", dtype=dtype)  # type: ignore[arg-type]  # tuples are pairs here
         self.register_parameter("bias", _own(conv.bias, dtype))
-        self.take(conv.weight)
 
     def take(self, weight: Tensor) -> None:
         """Use `weight` [out, in, height, width], which is copied."""
@@ -68,7 +67,7 @@ class PackedConv2d(nn.Conv2d):
 
 
 class PackedPointwise(nn.Conv2d):
-    """A convolution of one pixel: a linear module over the channels of each pixel, which lie side by side here.
+    """A convolution like this one, of one pixel: a linear module over the channels of each pixel, which lie side by side here.
 
     Packed as a convolution it would be laid out for another size of the image than the one that comes, and again at each call.
     """
@@ -76,7 +75,6 @@ class PackedPointwise(nn.Conv2d):
     def __init__(self, conv: nn.Conv2d, dtype: torch.dtype) -> None:
         super().__init__(conv.in_channels, conv.out_channels, 1, bias=False, device="meta", dtype=dtype)
         self.register_parameter("bias", _own(conv.bias, dtype))
-        self.take(conv.weight)
 
     def take(self, weight: Tensor) -> None:
         """Use `weight` [out, in, 1, 1], which is copied."""
@@ -91,7 +89,8 @@ class PackedPointwise(nn.Conv2d):
 def pack(unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
     """Pack the linear and convolutional modules of both, and let the UNet's attention work in blocks.
 
-    The modules may hold tensors that are mapped from a file; nothing of that is kept.
+    The modules may hold tensors that are mapped from a file; nothing of that is kept. Those of the UNet get their weights later
+    (`take`), with the first adapters in them.
     """
     dtype = packed_dtype()
     for model in (unet, vae):
@@ -99,6 +98,8 @@ def pack(unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
             for name, child in parent.named_children():
                 if (packed := _packed(child, dtype)) is not None:
                     setattr(parent, name, packed)
+                    if model is vae:
+                        packed.take(child.weight)
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point() and not tensor.is_meta:
                 tensor.data = tensor.to(dtype, copy=True)
@@ -108,7 +109,7 @@ def pack(unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
             module.set_processor(BlockedAttention())
 
 
-def _packed(module: nn.Module, dtype: torch.dtype) -> nn.Module | None:
+def _packed(module: nn.Module, dtype: torch.dtype) -> PackedLinear | PackedPointwise | PackedConv2d | None:
     if isinstance(module, nn.Linear):
         return PackedLinear(module, dtype)
     if not isinstance(module, nn.Conv2d) or module.padding_mode != "zeros" or isinstance(module.padding, str):

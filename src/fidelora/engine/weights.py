@@ -19,6 +19,7 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from fidelora.adapters.targets import changeable
 from fidelora.errors import BaseModelFilesError, BaseModelWeightsError, NonFiniteWeightsError, WeightsFileError, some
 from fidelora.models import Component
 from fidelora.weights_file import read_header_of
@@ -34,6 +35,9 @@ def build_component(
     component: Component, config: Mapping[str, Any], weights: dict[str, Tensor], dtype: torch.dtype | None
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """The module that `config` describes, with exactly these weights in `dtype`, ready for inference on the CPU.
+
+    Weights that adapters can change are places without numbers yet: `MergedAdapters` writes them, with the first adapters in them,
+    and copying what is overwritten at once would cost as much again.
 
     Args:
         dtype: None puts the very tensors in that were given, for whoever makes something else of them at once.
@@ -55,8 +59,11 @@ def build_component(
             f"The base model's {component.name} holds NaN or infinity in {len(broken)} weights ({some(broken)}): it is damaged, or "
             "its training diverged; use another one."
         )
+    later = {f"{path}.weight" for path, _ in changeable(module)} if component.adapter_prefixes else set()
     # Copies, even where the dtype is right already: what was read is mapped from the file, and would change with it.
-    own = weights if dtype is None else {name: tensor.to(dtype, copy=True) for name, tensor in weights.items()}
+    own = weights if dtype is None else {name: tensor.to(dtype, copy=True) for name, tensor in weights.items() if name not in later}
+    if dtype is not None:
+        own |= {name: torch.empty_like(weights[name], dtype=dtype) for name in later}
     module.load_state_dict(own, strict=True, assign=True)
     return module.eval().requires_grad_(False), weights
 

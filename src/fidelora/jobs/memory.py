@@ -74,11 +74,12 @@ class MemoryStore(StoreByTransition):
         lease_s: float,
         loaded: Collection[str] = (),
         *,
+        merged: Collection[str] = (),
         wanted: Callable[[Job], bool] | None = None,
     ) -> Job | None:
         with self._lock:
             queue = self._queue()
-            place = choose(queue, loaded, wanted)
+            place = choose(queue, loaded, merged=merged, wanted=wanted)
             if place is None:
                 return None
             for before in queue[:place]:

@@ -146,13 +146,14 @@ class SqlStore(StoreByTransition):
         lease_s: float,
         loaded: Collection[str] = (),
         *,
+        merged: Collection[str] = (),
         wanted: Callable[[Job], bool] | None = None,
     ) -> Job | None:
         while True:
             try:
                 with self._writing() as connection:
                     queue = self._queue(connection, _CLAIM_WINDOW)
-                    place = choose(queue, loaded, wanted)
+                    place = choose(queue, loaded, merged=merged, wanted=wanted)
                     if place is None:
                         return None
                     for before in queue[:place]:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import chain
 from typing import Protocol
 
 from fidelora.jobs import job as life
@@ -93,12 +94,14 @@ class JobStore(Protocol):
         lease_s: float,
         loaded: Collection[str] = (),
         *,
+        merged: Collection[str] = (),
         wanted: Callable[[Job], bool] | None = None,
     ) -> Job | None:
         """Give a worker the next job, or None if there is none for it.
 
-        The next job is the oldest, but one whose adapters are all among the `loaded` (by sha256) goes first, unless the
-        oldest was passed over `MAX_PASSED_OVER` times already. Two workers never get the same job.
+        The next job is the oldest, but one whose adapters are all among the `loaded` (by sha256) goes first, and before that one
+        that needs just the adapters that are `merged` into the model; unless the oldest was passed over `MAX_PASSED_OVER` times
+        already. Two workers never get the same job.
 
         Args:
             wanted: whether the worker can use a job; then it gets the oldest of these, whatever is loaded, and nothing if one
@@ -208,7 +211,13 @@ class StoreByTransition(ABC):
         return self.change(job_id, lambda job: life.cancel_asked(job, now))
 
 
-def choose(queue: Sequence[Job], loaded: Collection[str], wanted: Callable[[Job], bool] | None = None) -> int | None:
+def choose(
+    queue: Sequence[Job],
+    loaded: Collection[str],
+    *,
+    merged: Collection[str] = (),
+    wanted: Callable[[Job], bool] | None = None,
+) -> int | None:
     """Which job of a queue, oldest first, a worker with these adapters takes: its place, or None if there is none for it.
 
     A job that needs no adapter fits every worker, but is not preferred to one that came before it.
@@ -222,10 +231,11 @@ def choose(queue: Sequence[Job], loaded: Collection[str], wanted: Callable[[Job]
         return None
     if not queue:
         return None
-    if queue[0].passed_over >= MAX_PASSED_OVER or not loaded:
+    if queue[0].passed_over >= MAX_PASSED_OVER:
         return 0
-    warm = set(loaded)
-    fitting = (place for place, job in enumerate(queue) if job.adapters and job.adapters <= warm)
-    place = next(fitting, 0)
+    warm, here = frozenset(loaded), frozenset(merged)
+    as_it_is = (place for place, job in enumerate(queue) if job.adapters and job.adapters == here)
+    in_memory = (place for place, job in enumerate(queue) if job.adapters and job.adapters <= warm)
+    place = next(chain(as_it_is, in_memory), 0)
     # Whoever stands before the chosen one is passed over; nobody may be so more often than the limit.
     return next((before for before in range(place) if queue[before].passed_over >= MAX_PASSED_OVER), place)

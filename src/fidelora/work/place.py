@@ -193,11 +193,12 @@ def worker_process(name: str, setup: WorkerSetup, signals: Signals, reports: Con
 
 
 def _make_worker(name: str, setup: WorkerSetup, reports: Connection) -> Worker:
-    from fidelora.adapters.library import DEFAULT_BUDGET_BYTES, AdapterLibrary
-    from fidelora.engine.allocator import keep_freed_memory
-    from fidelora.engine.engine import Engine
+    from fidelora.engine.allocator import importing_for_good, keep_freed_memory
 
     keep_freed_memory()
+    with importing_for_good():
+        from fidelora.adapters.library import DEFAULT_BUDGET_BYTES, AdapterLibrary
+        from fidelora.engine.engine import Engine
     adapters = AdapterLibrary(setup.adapter_budget_bytes or DEFAULT_BUDGET_BYTES, folder=setup.adapters)
     engine = Engine(
         device=setup.device,

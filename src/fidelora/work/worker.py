@@ -126,7 +126,7 @@ class Worker:
             the first of these jobs as it is afterwards; it may belong to another worker by then.
         """
         loaded = self._engine.adapters.loaded()
-        job = self._store.claim(self._name, self._now(), self._lease_s, loaded)
+        job = self._store.claim(self._name, self._now(), self._lease_s, loaded, merged=self._engine.merged())
         if job is None:
             return None
         attempts = [self._begin(job)]
