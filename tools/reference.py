@@ -21,8 +21,10 @@ _MADE = "<!-- Made by tools/reference.py; change the code and run it again. -->"
 
 _ABOUT_HTTP = """
 Errors other than 422 are `{"detail": {"error": {"code", "message", "details"}}}`; 422 is a field out of its range, in FastAPI's own
-shape. With API keys, every route but the probes needs `Authorization: Bearer KEY`. Every answer has an `X-Request-ID`: the one that
-was sent, if there was one. The whole document is at `/openapi.json`, and a page to try it at `/docs`.
+shape. On the paths of [OpenAI's](../how-to/openai-clients.md) and [AUTOMATIC1111's](../how-to/a1111-clients.md) APIs they have the
+shapes of those, with these codes where they have none of their own. With API keys, every route but the probes needs
+`Authorization: Bearer KEY`. Every answer has an `X-Request-ID`: the one that was sent, if there was one. The whole document is at
+`/openapi.json`, and a page to try it at `/docs`.
 """.strip()
 _ABOUT_SETTINGS = """
 From the environment, or from `.env` in the folder where the server is started; options of `fidelora serve` go before both. A name

@@ -90,6 +90,16 @@ class AdapterChangedError(AdapterError):
     """The adapter's file has other bytes now than when the recipe was made; make a new recipe from the file."""
 
 
+class AdaptersMissingError(AdapterError, WrongUseError):
+    """Adapters that the image was made with are not here."""
+
+    # `missing`: sha256 and name of each; a hash may be the beginning of one, or empty, if the image has no more.
+    def __init__(self, message: str | None = None, *, missing: Sequence[tuple[str, str]] = ()) -> None:
+        self.missing = tuple(missing)
+        named = some([f"{name or 'an adapter'} ({f'sha256 {sha256}' if sha256 else 'no hash'})" for sha256, name in missing], 10)
+        super().__init__(message or (f"Adapters that the image was made with are not here: {named}." if missing else None))
+
+
 class AdapterUrlRefusedError(AdapterError, WrongUseError):
     """The URL of the adapter may not be used here."""
 

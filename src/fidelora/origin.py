@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ class Origin:
         width, height: of the image, in pixels.
         recipe: complete, if the image was made here; its adapters are known by their sha256, and have no paths.
         environment: what else could have had a part in its last bits; empty if the recipe is None.
+        quality: 0..100, that the image was written in, if it was not the usual one.
         parameters: what was understood of AUTOMATIC1111's text, and what was not; None if there is a recipe.
     """
 
@@ -44,6 +46,7 @@ class Origin:
     height: int
     recipe: Recipe | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
+    quality: int | None = None
     parameters: Parameters | None = None
 
 
@@ -59,16 +62,14 @@ def read_origin(content: bytes, name: str = "The image", *, model: str = "sd15")
         UnknownModelError: there is no such model.
     """
     spec = model_spec(model)
-    try:
-        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
-            record, parameters = _texts(image)
-            about: dict[str, Any] = {"format": str(image.format).lower(), "width": image.width, "height": image.height}
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageRecordError(f"{name} is not a PNG, JPEG or WebP image that can be read.") from error
+    with _opened(content, name) as image:
+        record, parameters = _texts(image)
+        about: dict[str, Any] = {"format": str(image.format).lower(), "width": image.width, "height": image.height}
     plain = _record(record)
     if plain is not None:
         recipe, environment = recipe_of(plain, name)
-        return Origin(**about, recipe=recipe, environment=environment)
+        quality = plain.get("quality")
+        return Origin(**about, recipe=recipe, environment=environment, quality=quality if isinstance(quality, int) else None)
     if len(parameters) > MAX_PARAMETERS_CHARACTERS:
         raise ImageRecordError(f"{name} has parameters of {len(parameters):,} characters; {MAX_PARAMETERS_CHARACTERS:,} are read.")
     if parameters.strip():
@@ -79,6 +80,16 @@ def read_origin(content: bytes, name: str = "The image", *, model: str = "sd15")
         f"{name} carries neither a recipe of Fidelora's nor parameters in AUTOMATIC1111's form: another program made it, or they "
         "were stripped."
     )
+
+
+def read_parameters_text(content: bytes) -> str:
+    """AUTOMATIC1111's text as it stands in an image; empty if there is none.
+
+    Raises:
+        ImageRecordError: not an image.
+    """
+    with _opened(content, "The image") as image:
+        return _texts(image)[1]
 
 
 def recipe_of(record: Mapping[str, Any], name: str = "The image") -> tuple[Recipe, dict[str, str]]:
@@ -115,6 +126,16 @@ def read_record(path: str | Path) -> dict[str, Any]:
     if record is None:
         raise ImageRecordError(f"{path.name} carries no recipe of Fidelora's: it comes from another program, or was stripped.")
     return record
+
+
+@contextmanager
+def _opened(content: bytes, name: str) -> Iterator[Image.Image]:
+    """The image; whatever Pillow finds wrong with it in the block is one error."""
+    try:
+        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+            yield image
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ImageRecordError(f"{name} is not a PNG, JPEG or WebP image that can be read.") from error
 
 
 def _texts(image: Image.Image) -> tuple[str | bytes, str]:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import shutil
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import uvicorn
+from numpy.typing import NDArray
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from starlette.testclient import TestClient
+from tests.server.serve_support import until
 from tests.support import LORA
 
 from fidelora.jobs.job import Failure, Job, JobProgress, Output
@@ -46,6 +57,29 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
+@contextmanager
+def listening(parts: Parts) -> Iterator[str]:
+    """The application behind a real socket; gives its URL."""
+    server = uvicorn.Server(uvicorn.Config(make_app(parts), port=0, log_config=None))
+    started = threading.Event()
+    original = server.startup
+
+    async def startup(sockets: Any = None) -> None:
+        await original(sockets)
+        started.set()
+
+    server.startup = startup  # type: ignore[method-assign]
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        assert started.wait(20)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        parts.stopping.set()
+        server.should_exit = True
+        thread.join()
+
+
 class ByHand:
     """A worker that does what the test says."""
 
@@ -53,9 +87,13 @@ class ByHand:
         self._parts = parts
 
     def claim(self) -> Job:
-        job = self._parts.store.claim("by hand", now(), 60)
+        job = self.claim_one()
         assert job is not None
         return job
+
+    def claim_one(self) -> Job | None:
+        """The next job, if there is one."""
+        return self._parts.store.claim("by hand", now(), 60)
 
     def step(self, job: Job, step: int, steps: int = 25, preview: str = "") -> Job:
         return self._parts.store.renew(job.id, job.epoch, JobProgress(0, 1, step, steps, 1.5, preview), now(), 60)
@@ -68,3 +106,51 @@ class ByHand:
 
     def fail(self, job: Job) -> Job:
         return self._parts.store.fail(job.id, job.epoch, Failure("NUMERICS", "The model produced NaN."), now())
+
+
+@contextmanager
+def at_work(worker: ByHand, content: bytes = b"an image") -> Iterator[None]:
+    """While the block runs, every job succeeds soon, on another thread."""
+    over = threading.Event()
+
+    def work() -> None:
+        while not over.wait(0.002):
+            if (job := worker.claim_one()) is not None:
+                worker.succeed(job, content, job.image_format)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def aside(call: Callable[[], Any]) -> Future[Any]:
+    """A call on another thread, whose result or error is asked for later."""
+    executor = ThreadPoolExecutor(1)
+    future = executor.submit(call)
+    executor.shutdown(wait=False)
+    return future
+
+
+def only_job(parts: Parts) -> Job:
+    """The one job that was submitted, once it is there."""
+    (job,) = until(lambda: parts.store.list().jobs, 20)
+    assert isinstance(job, Job)
+    return job
+
+
+def an_image(text: str = "a ball\nSteps: 2, Sampler: ddpm, Seed: 1, Size: 64x64") -> bytes:
+    """A small PNG with AUTOMATIC1111's parameters."""
+    info, buffer = PngInfo(), io.BytesIO()
+    info.add_itxt("parameters", text)
+    Image.new("RGB", (8, 8)).save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def pixels(content: bytes) -> NDArray[np.uint8]:
+    """Of an image file."""
+    with Image.open(io.BytesIO(content)) as image:
+        return np.asarray(image.convert("RGB"))

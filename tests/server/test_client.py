@@ -14,8 +14,7 @@ from typing import Any
 
 import httpx2
 import pytest
-import uvicorn
-from tests.server.http_support import ByHand, now, parts_in
+from tests.server.http_support import ByHand, listening, now, parts_in
 from tests.support import LOKR
 
 from fidelora import AsyncClient, Client
@@ -30,7 +29,6 @@ from fidelora.errors import (
     WrongUseError,
 )
 from fidelora.jobs.job import Status
-from fidelora.server.app import make_app
 from fidelora.server.parts import Parts
 from fidelora.wire import InferenceRequest
 
@@ -49,24 +47,8 @@ def worker(parts) -> ByHand:
 
 @pytest.fixture
 def url(parts):
-    """The real application behind a real socket."""
-    server = uvicorn.Server(uvicorn.Config(make_app(parts), port=0, log_config=None))
-    started = threading.Event()
-    original = server.startup
-
-    async def startup(sockets: Any = None) -> None:
-        await original(sockets)
-        started.set()
-
-    server.startup = startup  # type: ignore[method-assign]
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    assert started.wait(20)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    yield f"http://127.0.0.1:{port}"
-    parts.stopping.set()
-    server.should_exit = True
-    thread.join()
+    with listening(parts) as found:
+        yield found
 
 
 @pytest.fixture

@@ -485,6 +485,16 @@ def test_names_of_this_machine(client, host):
     assert client.get("/v1/models", headers={"Host": host}).status_code == 200
 
 
+@pytest.mark.parametrize("origin", ["https://evil.example", "http://127.0.0.1.evil.example", "null", "http://[", ""])
+def test_without_keys_no_page_of_elsewhere_is_answered(client, origin):
+    assert error(client.post("/v1/loras", files={"file": b""}, headers={"Origin": origin})) == (400, "HOST_NOT_ALLOWED")
+
+
+@pytest.mark.parametrize("origin", ["http://localhost:3000", "http://127.0.0.1:8000", "http://[::1]:1"])
+def test_pages_of_this_machine(client, origin):
+    assert client.get("/v1/models", headers={"Origin": origin}).status_code == 200
+
+
 def test_a_token_is_nowhere_afterwards(client, parts, caplog, capsys):
     caplog.set_level("DEBUG")
     request_id = submit(client, MINIMAL | {"hf_token": SECRET})

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from fidelora.errors import RequestError, RequestFieldError
 from fidelora.jobs.job import Failure, JobProgress, Output, Status, claimed, failed, new_job, renewed, succeeded
 from fidelora.recipe import AdapterRef, Recipe
-from fidelora.wire import InferenceRequest, accepted, check_request, model_bodies, recipes_of, request_for, result_of, status_of
+from fidelora.wire import InferenceRequest, accepted, check_request, model_list, recipes_of, request_for, result_of, status_of
 
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 A, B = AdapterRef("a" * 64, name="sks"), AdapterRef("b" * 64, name="style")
@@ -248,7 +248,7 @@ def test_a_job_s_life_in_answers():
 
 
 def test_the_models_are_listed_as_documented():
-    assert [body.model_dump() for body in model_bodies()] == [
+    assert [body.model_dump() for body in model_list().models] == [
         {
             "id": "sd15",
             "base_model": "stable-diffusion-v1-5/stable-diffusion-v1-5",

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Browser, ConsoleMessage, Dialog, Locator, Page, expect
 
 DEADLINE_MS = 60_000
 CHROMIUM = os.environ.get("CHROMIUM") or next(
@@ -35,10 +35,18 @@ class Visitor:
         self._context = browser.new_context(viewport={"width": 1280, "height": 900}, **context)
         self._context.set_default_timeout(DEADLINE_MS)
         self.page: Page = self._context.new_page()
-        self.page.on("console", lambda message: message.type == "error" and self.trouble.append(message.text))
+        self.page.on("console", self._hear)
         self.page.on("pageerror", lambda error: self.trouble.append(str(error)))
-        self.page.on("dialog", lambda dialog: (self.trouble.append(dialog.message), dialog.dismiss()))
+        self.page.on("dialog", self._refuse)
         self.page.on("request", lambda request: self._note(request.url))
+
+    def _hear(self, message: ConsoleMessage) -> None:
+        if message.type == "error":
+            self.trouble.append(message.text)
+
+    def _refuse(self, dialog: Dialog) -> None:
+        self.trouble.append(dialog.message)
+        dialog.dismiss()
 
     def _note(self, url: str) -> None:
         if not url.startswith((self.url + "/", "data:", "blob:" + self.url)):

@@ -100,7 +100,7 @@ def test_an_image_of_a_lora_that_is_not_here_says_so(visitor, server, tmp_path):
     visitor.ask(GREEN, lora="sks.safetensors")
     file = visitor.file(visitor.images(1)[0])
     with Image.open(io.BytesIO(file)) as image:
-        record = json.loads(image.text["fidelora"])
+        record = json.loads(image.info["fidelora"])
         record["recipe"]["adapters"][0] |= {"sha256": "ab" * 32, "name": HOSTILE}
         del record["digest"]
         info = PngInfo()

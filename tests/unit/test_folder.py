@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fidelora.adapters.folder import adapter_under
+from fidelora.adapters.folder import adapter_called, adapter_under, names_in_prompts
 from fidelora.errors import AdapterError, AdapterNotFoundError, AdapterPlaceError
 
 
@@ -96,3 +96,21 @@ def test_no_name_leads_out(root, parts):
         return
     assert path.is_relative_to(root.resolve())
     assert path.is_file()
+
+
+def test_prompts_name_files_without_folder_and_ending(root):
+    (root / "other").mkdir()
+    (root / "other" / "style.SAFETENSORS").write_bytes(b"x")
+    assert names_in_prompts(root) == {"sks": "job/sks.safetensors", "style": "other/style.SAFETENSORS"}
+    (root / "other" / "sks.safetensors").write_bytes(b"x")
+    names = names_in_prompts(root)
+    assert names == {"job/sks": "job/sks.safetensors", "other/sks": "other/sks.safetensors", "style": "other/style.SAFETENSORS"}
+    assert all(adapter_called(root, name) == path for name, path in names.items())
+    with pytest.raises(AdapterPlaceError, match="several adapters 'sks': name one of job/sks, other/sks"):
+        adapter_called(root, "sks")
+
+
+@pytest.mark.parametrize("name", ["none", "", "../secret", "/etc/passwd", "job/../job/sks", "*", "sks.safetensors"])
+def test_a_prompt_names_nothing_else(root, name):
+    with pytest.raises(AdapterNotFoundError):
+        adapter_called(root, name)

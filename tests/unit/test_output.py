@@ -87,6 +87,23 @@ def test_jpeg_keeps_the_pixels_nearly():
         assert np.abs(np.asarray(again).astype(int) - ramp).max() <= 4
 
 
+@pytest.mark.parametrize("image_format", ["jpeg", "webp"])
+def test_a_quality_is_kept_with_the_recipe(tmp_path, image_format):
+    usual, coarse = image_of().encode(image_format), image_of().encode(image_format, 10)
+    assert len(coarse) < len(usual)
+    (tmp_path / "image").write_bytes(coarse)
+    record = read_record(tmp_path / "image")
+    assert (record["quality"], Recipe.from_dict(record["recipe"])) == (10, RECIPE)
+    for quality in (0, 100):
+        assert opened(image_of().encode(image_format, quality)).format == image_format.upper()
+
+
+@pytest.mark.parametrize(("image_format", "quality"), [("png", 90), ("jpeg", -1), ("webp", 101)])
+def test_a_quality_that_cannot_be(image_format, quality):
+    with pytest.raises(OutputError, match="JPEG and WebP have one, from 0 to 100"):
+        image_of().encode(image_format, quality)
+
+
 def test_png_is_the_default():
     assert image_of().encode() == image_of().encode("png")
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from pathlib import Path
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from fidelora.adapters.keys import modules_of
-from fidelora.errors import AdapterExistsError, AdapterNotFoundError, AdapterPlaceError, OutputError, UploadNotFoundError
+from fidelora.errors import AdapterExistsError, AdapterNotFoundError, AdapterPlaceError, OutputError, UploadNotFoundError, some
 from fidelora.files import make_folder, temporary_name
 from fidelora.recipe import file_sha256
 from fidelora.weights_file import read_header
@@ -64,6 +66,56 @@ def adapter_names(root: Path) -> list[str]:
             if file.lower().endswith(_SUFFIX) and _is_text(name) and _is_inside(root, name):
                 found.append(name)
     return sorted(found)
+
+
+def names_in_prompts(root: Path) -> dict[str, str]:
+    """What prompts call each adapter file: its name without folder and ending, or with the folder where that names several.
+
+    Returns:
+        by that name, what requests call the file.
+    """
+    names = adapter_names(root)
+    files = Counter(PurePosixPath(name).stem for name in names)
+
+    def called(name: str) -> str:
+        stem = PurePosixPath(name).stem
+        return stem if files[stem] == 1 else name[: -len(_SUFFIX)]
+
+    return {called(name): name for name in names}
+
+
+def adapter_called(root: Path, name: str) -> str:
+    """The adapter file that a prompt calls `name`, as requests name it. Only what is listed is found: nothing outside of `root`.
+
+    Raises:
+        AdapterNotFoundError: there is none.
+        AdapterPlaceError: there are several.
+    """
+    names = adapter_names(root)
+    exact = [path for path in names if path[: -len(_SUFFIX)] == name]
+    found = exact or [path for path in names if PurePosixPath(path).stem == name]
+    if not found:
+        raise AdapterNotFoundError(f"There is no adapter {name!r:.100} in the folder of adapters; check its name.")
+    if len(found) > 1:
+        raise AdapterPlaceError(
+            f"There are several adapters {name!r}: name one of {some([one[: -len(_SUFFIX)] for one in found])}."
+        )
+    return found[0]
+
+
+def adapter_of_hash(root: Path, sha256: str, name: str, sha256_of: Callable[[Path], str]) -> str | None:
+    """The adapter file with these bytes, as requests name it, wherever it is below `root`; None if there is none.
+
+    Args:
+        name: what it was called; files of this name are looked at first, because every other one costs a reading.
+        sha256_of: gives the hash of a file.
+
+    Raises:
+        what `sha256_of` raises.
+    """
+    names = adapter_names(root)
+    names.sort(key=lambda path: PurePosixPath(path).stem != name)
+    return next((path for path in names if sha256_of(adapter_under(root, path)) == sha256), None)
 
 
 def add_upload(root: Path, file: BinaryIO, name: str) -> tuple[str, bool]:

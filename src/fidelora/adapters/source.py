@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from fidelora.adapters.cache import AdapterCache
 from fidelora.adapters.download import HUB, DownloadRules, download
-from fidelora.adapters.folder import adapter_under
+from fidelora.adapters.folder import adapter_of_hash, adapter_under
 from fidelora.errors import (
     AdapterChangedError,
     AdapterDownloadError,
@@ -67,6 +67,20 @@ class AdapterSources:
                 f"{_name(place)} has the sha256 {ref.sha256}, not {sha256} as the request says; ask for the bytes that are there."
             )
         return ref
+
+    def by_hash(self, sha256: str, name: str) -> AdapterRef | None:
+        """The adapter of these bytes, if it is in the cache or below the root; its bytes are in the cache then.
+
+        Args:
+            name: what it was called; files of this name are looked at first.
+
+        Raises:
+            OutputError: it could not be put into the cache.
+        """
+        if (ref := self._cache.find(sha256)) is not None:
+            return ref
+        place = adapter_of_hash(self._root, sha256, name, self._cache.sha256_of)
+        return None if place is None else self._from_root(place)
 
     def _from_root(self, name: str) -> AdapterRef:
         return self._cache.keep(adapter_under(self._root, name), name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 import fidelora
-from fidelora.cli import demo, generate, grid, inspect, models, recipe, serve, verify
+from fidelora.cli import demo, generate, grid, inspect, models, recipe, replay, serve, verify
 from fidelora.cli.console import run
 
 app = typer.Typer(
@@ -37,6 +37,7 @@ app.command("demo")(demo.demo)
 app.command("verify")(verify.verify)
 app.command("inspect")(inspect.inspect)
 app.command("recipe")(recipe.recipe)
+app.command("replay")(replay.replay)
 app.command("grid")(grid.grid)
 app.command("serve")(serve.serve)
 app.add_typer(serve.keys, name="keys")

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from functools import wraps
+from typing import TYPE_CHECKING, Annotated, NoReturn, ParamSpec
 
 import typer
 
 from fidelora.errors import FideloraError, WrongUseError
 
 if TYPE_CHECKING:
-    from fidelora.engine.engine import Engine
+    from fidelora.engine.engine import Engine, OnStep, Progress
 
 _debug = False
 
@@ -25,6 +27,10 @@ class FidelityOption(StrEnum):
     FAST = "fast"
 
 
+P = ParamSpec("P")
+
+CANNOT_TELL = 2
+"""The exit code of commands that compare images, where they could not."""
 INTERRUPTED = 130
 """The exit code after Ctrl-C, as shells have it."""
 
@@ -88,3 +94,38 @@ def fail(message: str, code: int) -> NoReturn:
 def warn(message: str) -> None:
     """One sentence on stderr, and go on."""
     typer.echo(f"warning: {message}", err=True)
+
+
+def failure_is_no_difference(command: Callable[P, None]) -> Callable[P, None]:
+    """Leave with 2 where other commands leave with 1, which says here that an image differs."""
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except FideloraError as error:
+            if kwargs.get("debug") or isinstance(error, WrongUseError):
+                raise
+            fail(str(error), CANNOT_TELL)
+
+    return run
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[OnStep | None]:
+    """A bar with the time that is left; nothing where nobody looks."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+
+        def on_step(progress: Progress) -> None:
+            bar.update(task, completed=progress.step, total=progress.steps)
+
+        yield on_step

@@ -5,23 +5,17 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import sys
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from fidelora.cli.console import INTERRUPTED, Debug, Device, Fidelity, FidelityOption, fail, make_engine, warn
+from fidelora.cli.console import INTERRUPTED, Debug, Device, Fidelity, FidelityOption, fail, make_engine, progress_bar, warn
 from fidelora.errors import RecipeError
 from fidelora.files import make_folder
 from fidelora.recipe import AdapterRef, Noise, Recipe, replace_trigger
-
-if TYPE_CHECKING:
-    from fidelora.engine.engine import OnStep, Progress
 
 _MAX_IMAGES = 1000
 
@@ -106,7 +100,7 @@ def generate(
         with ThreadPoolExecutor(max_workers=1) as writer:
             for first in range(0, number, engine.max_batch(recipe)):
                 batch = recipes[first : first + engine.max_batch(recipe)]
-                with _progress(_title(first, len(batch), number, batch[0].seed)) as on_step:
+                with progress_bar(_title(first, len(batch), number, batch[0].seed)) as on_step:
                     images = engine.generate_batch(batch, on_step)
                 for warning in images[0].warnings if first == 0 else ():
                     warn(warning)
@@ -184,23 +178,3 @@ def _noise(noise: str, adapters: tuple[AdapterRef, ...]) -> Noise:
     if noise != "auto":
         return noise  # type: ignore[return-value]  # the recipe checks it
     return noise_of_file(adapters[0].path) if adapters and adapters[0].path else "modern"
-
-
-@contextmanager
-def _progress(title: str) -> Iterator[OnStep | None]:
-    """A bar with the time that is left; nothing where nobody looks."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=None)
-
-        def on_step(progress: Progress) -> None:
-            bar.update(task, completed=progress.step, total=progress.steps)
-
-        yield on_step

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from enum import StrEnum
-from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fidelora.cli.console import Debug, Device, fail, make_engine, warn
-from fidelora.errors import FideloraError, NothingToCheckError, WrongUseError
+from fidelora.cli.console import Debug, Device, fail, failure_is_no_difference, make_engine, warn
+from fidelora.errors import NothingToCheckError
 from fidelora.files import make_folder, write_atomically
 
 if TYPE_CHECKING:
@@ -23,9 +21,7 @@ if TYPE_CHECKING:
     from fidelora.preview.job_folder import TrainingJob
     from fidelora.preview.verify import CheckedSample
 
-P = ParamSpec("P")
-
-MISMATCH, CANNOT_CHECK, NOTHING_TO_CHECK = 1, 2, 3
+MISMATCH, NOTHING_TO_CHECK = 1, 3
 
 
 class DtypeOption(StrEnum):
@@ -50,22 +46,7 @@ BaseModel = Annotated[str | None, typer.Option(help="Hub id, diffusers folder or
 Step = Annotated[str, typer.Option(help="A step, last, or all.")]
 
 
-def _failure_is_no_mismatch(command: Callable[P, None]) -> Callable[P, None]:
-    """Leave with 2 where other commands leave with 1, which says here that a preview differs."""
-
-    @wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-        except FideloraError as error:
-            if kwargs.get("debug") or isinstance(error, WrongUseError):
-                raise
-            fail(str(error), CANNOT_CHECK)
-
-    return run
-
-
-@_failure_is_no_mismatch
+@failure_is_no_difference
 def verify(
     job_dir: JobFolder,
     base_model: BaseModel = None,

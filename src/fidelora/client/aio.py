@@ -15,7 +15,9 @@ from fidelora.client import calls
 from fidelora.client.calls import Call, Lora, Prompt
 from fidelora.errors import ApiError, ClientTimeoutError
 from fidelora.jobs.job import Status
+from fidelora.recipe import Recipe
 from fidelora.wire import Accepted, InferenceRequest, LoraBody, LoraList, ModelBody, ModelList, RequestList, ResultBody, StatusBody
+from fidelora.wire.replay import ReplayAccepted
 
 
 class AsyncClient:
@@ -111,6 +113,32 @@ class AsyncClient:
         accepted = await self.submit(prompts, loras, **fields)
         status = await self._last_status(accepted.request_id, timeout_s, on_progress, True)
         return calls.succeeded(await self.result(accepted.request_id), status)
+
+    async def replay(
+        self,
+        image: str | Path | bytes | Recipe,
+        *,
+        fidelity: str | None = None,
+        base_model: str | None = None,
+        output_format: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> ReplayAccepted:
+        """Have an image made again from what its file says; `wait` for it as for others.
+
+        Args:
+            image: a file, its bytes, or a recipe.
+            fidelity: `exact` or `fast`, in place of the recipe's.
+            base_model: `server` takes the server's base model, whatever the image was made with.
+            output_format: by default that of the image.
+            idempotency_key: under the same key the same image is made once only.
+
+        Raises:
+            ApiError: `LORA_BYTES_MISSING`, `BASE_MODEL_DIFFERS` or `IMAGE_WITHOUT_RECIPE` say why it cannot be.
+            ImageRecordError: the file cannot be read.
+        """
+        choices = {"fidelity": fidelity, "base_model": base_model, "output_format": output_format}
+        call = calls.replaying(Path(image) if isinstance(image, str) else image, choices, idempotency_key)
+        return calls.read(await self._call(call), ReplayAccepted)
 
     async def wait(
         self,
@@ -284,7 +312,13 @@ class AsyncClient:
             response, broken = None, None
             try:
                 response = await self._http.request(
-                    call.method, call.path, json=call.json, params=dict(call.params), headers=dict(call.headers)
+                    call.method,
+                    call.path,
+                    json=call.json,
+                    files=call.files,
+                    data=call.form,
+                    params=dict(call.params),
+                    headers=dict(call.headers),
                 )
             except httpx2.TransportError as error:
                 broken = error

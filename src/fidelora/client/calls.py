@@ -18,6 +18,7 @@ from fidelora.errors import (
     ApiError,
     ApiUnavailableError,
     ClientTimeoutError,
+    ImageRecordError,
     OutputError,
     RequestCanceledError,
     RequestFailedError,
@@ -25,6 +26,7 @@ from fidelora.errors import (
 )
 from fidelora.files import make_folder, write_atomically
 from fidelora.jobs.job import Status
+from fidelora.recipe import Recipe
 from fidelora.wire import ImageBody, InferenceRequest, LoraItem, PromptItem, ResultBody, StatusBody
 
 Lora = str | tuple[str, float] | LoraItem | Mapping[str, Any]
@@ -49,6 +51,8 @@ class Call:
     method: str
     path: str
     json: Any = None
+    files: Mapping[str, tuple[str, bytes]] | None = None
+    form: Mapping[str, str] | None = None
     params: Mapping[str, Any] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
     repeatable: bool = True
@@ -60,6 +64,27 @@ def submission(request: InferenceRequest, key: str | None) -> Call:
     if request.hf_token is not None:
         body["hf_token"] = request.hf_token.get_secret_value()
     return Call("POST", "/v1/inference", body, headers={"Idempotency-Key": key or uuid.uuid4().hex})
+
+
+def replaying(image: Path | bytes | Recipe, choices: Mapping[str, str | None], key: str | None) -> Call:
+    """POST /v1/replay; its key makes it safe to send again after a connection broke.
+
+    Raises:
+        ImageRecordError: there is no such file.
+    """
+    given = {name: value for name, value in choices.items() if value is not None}
+    headers = {"Idempotency-Key": key or uuid.uuid4().hex}
+    if isinstance(image, Recipe):
+        return Call("POST", "/v1/replay", {"recipe": image.to_dict()} | given, headers=headers)
+    name, content = ("image", image) if isinstance(image, bytes) else (image.name, _content(image))
+    return Call("POST", "/v1/replay", files={"image": (name, content)}, form=given, headers=headers)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageRecordError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
 def make_request(

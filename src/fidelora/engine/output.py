@@ -49,19 +49,25 @@ class GeneratedImage:
         """The pixels as a Pillow image."""
         return Image.fromarray(self.pixels)
 
-    def record(self) -> dict[str, Any]:
-        """What the file says of its origin, as plain data."""
-        return {"recipe": self.recipe.to_dict(), "digest": self.recipe.digest, "environment": dict(self.environment)}
+    def record(self, quality: int | None = None) -> dict[str, Any]:
+        """What the file says of its origin, as plain data; with the quality that it is written in, if it is not the usual one."""
+        record = {"recipe": self.recipe.to_dict(), "digest": self.recipe.digest, "environment": dict(self.environment)}
+        return record if quality is None else record | {"quality": quality}
 
-    def encode(self, image_format: ImageFormat = "png") -> bytes:
-        """The file's bytes. PNG and WebP keep every pixel; JPEG has quality 95.
+    def encode(self, image_format: ImageFormat = "png", quality: int | None = None) -> bytes:
+        """The file's bytes.
+
+        Args:
+            quality: 0..100, of JPEG and WebP. By default WebP keeps every pixel, as PNG always does, and JPEG has quality 95.
 
         Raises:
-            ImageFormatError: there is no such format.
+            ImageFormatError: there is no such format, or PNG was to have a quality.
             OutputError: the recipe is too long for a JPEG (64 KB).
         """
         if not is_image_format(image_format):
             raise ImageFormatError(f"{image_format!r} is no image format that is written here; use png, jpeg or webp.")
+        if quality is not None and (image_format == "png" or not 0 <= quality <= 100):
+            raise ImageFormatError(f"The quality {quality} is for no {image_format}: JPEG and WebP have one, from 0 to 100.")
         image = self.to_pil()
         buffer = io.BytesIO()
         if image_format == "png":
@@ -70,13 +76,14 @@ class GeneratedImage:
             text.add_itxt(RECORD_KEY, json.dumps(self.record(), ensure_ascii=False))
             image.save(buffer, "PNG", pnginfo=text)
             return buffer.getvalue()
-        exif = self._exif()
+        exif = self._exif(quality)
         if image_format == "webp":
-            image.save(buffer, "WEBP", lossless=True, exif=exif)
+            chosen = {"lossless": True} if quality is None else {"quality": quality}
+            image.save(buffer, "WEBP", exif=exif, **chosen)
         else:
             if len(exif) > _MAX_JPEG_EXIF_BYTES:
                 raise OutputError("The recipe is too long to be kept in a JPEG (64 KB); choose png or webp.")
-            image.save(buffer, "JPEG", quality=JPEG_QUALITY, exif=exif)
+            image.save(buffer, "JPEG", quality=JPEG_QUALITY if quality is None else quality, exif=exif)
         return buffer.getvalue()
 
     def save(self, path: str | Path) -> Path:
@@ -89,9 +96,9 @@ class GeneratedImage:
         write_atomically(path, self.encode(format_of(path)))
         return path
 
-    def _exif(self) -> bytes:
+    def _exif(self, quality: int | None) -> bytes:
         exif = Image.Exif()
-        exif[ExifTags.Base.ImageDescription] = json.dumps(self.record(), ensure_ascii=True)
+        exif[ExifTags.Base.ImageDescription] = json.dumps(self.record(quality), ensure_ascii=True)
         comment = parameters_text(self.recipe, self.environment).encode("utf-16-be")
         exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + comment
         return exif.tobytes()

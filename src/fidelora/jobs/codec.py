@@ -43,6 +43,7 @@ def job_from_dict(plain: Mapping[str, Any]) -> Job:
         job,
         **moments,  # type: ignore[arg-type]
         image_format=plain["image_format"],
+        image_quality=plain.get("image_quality"),  # jobs that were stored before there was a choice have none
         status=Status(plain["status"]),
         attempts=plain["attempts"],
         epoch=plain["epoch"],

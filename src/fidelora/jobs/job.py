@@ -89,6 +89,7 @@ class Job:
     Attributes:
         recipes: one per image, complete; adapters are known by their sha256.
         image_format: of the files.
+        image_quality: 0..100, of JPEG and WebP files; None is JPEG's 95 and WebP without loss.
         attempts: how often a worker began it.
         epoch: number of the current claim, or of the last one.
         worker: who has the current claim; empty if nobody has.
@@ -102,6 +103,7 @@ class Job:
     created_at: datetime
     recipes: tuple[Recipe, ...]
     image_format: str = "png"
+    image_quality: int | None = None
     status: Status = Status.IN_QUEUE
     started_at: datetime | None = None
     finished_at: datetime | None = None
@@ -123,7 +125,7 @@ class Job:
         return frozenset(ref.sha256 for recipe in self.recipes for ref in recipe.adapters)
 
 
-def new_job(recipes: tuple[Recipe, ...], now: datetime, *, image_format: str = "png") -> Job:
+def new_job(recipes: tuple[Recipe, ...], now: datetime, *, image_format: str = "png", image_quality: int | None = None) -> Job:
     """A job for these images, in the queue.
 
     Raises:
@@ -132,7 +134,7 @@ def new_job(recipes: tuple[Recipe, ...], now: datetime, *, image_format: str = "
     if not recipes:
         raise RecipeError("A job needs at least one recipe.", field="prompts")
     _aware(now)
-    return Job(id=uuid.uuid4().hex, created_at=now, recipes=recipes, image_format=image_format)
+    return Job(id=uuid.uuid4().hex, created_at=now, recipes=recipes, image_format=image_format, image_quality=image_quality)
 
 
 def claimed(job: Job, worker: str, now: datetime, lease_s: float) -> Job:

@@ -13,7 +13,7 @@ from typing import Any
 
 import structlog
 from fastapi import FastAPI, Security
-from fastapi.security import HTTPBearer
+from fastapi.security import HTTPBasic, HTTPBearer
 from starlette.responses import PlainTextResponse
 
 import fidelora
@@ -35,7 +35,7 @@ from fidelora.server.login import Login
 from fidelora.server.logs import configure_logs
 from fidelora.server.metrics import Metrics
 from fidelora.server.parts import Parts
-from fidelora.server.routes import inference, loras, operations, requests
+from fidelora.server.routes import a1111, inference, loras, openai, operations, replay, requests
 from fidelora.server.ui.mount import SWITCHED_OFF, Page, make_page
 from fidelora.settings import Settings
 from fidelora.work.local import LocalPool
@@ -44,7 +44,6 @@ from fidelora.work.worker import WorkerLimits
 
 log = structlog.get_logger(__name__)
 
-MAX_BODY_BYTES = 2**20
 _WATCH_EVERY_S = 0.5
 _CLEAN_EVERY_S = 60.0
 
@@ -146,8 +145,10 @@ def make_app(parts: Parts, *, with_page: bool = False) -> FastAPI:
     app.state.parts = parts
     problems.install(app)
     app.include_router(operations.router)
-    for router in (inference.router, requests.router, loras.router):
+    for router in (inference.router, replay.router, requests.router, loras.router, openai.router):
         app.include_router(router, dependencies=[bearer])
+    basic = Security(HTTPBasic(auto_error=False, description="For clients that know nothing else: the key is the password."))
+    app.include_router(a1111.router, dependencies=[bearer, basic])
     login = Login(parts.keys, secure=parts.base_url.startswith("https://"))
     page = make_page(parts, login) if with_page else SWITCHED_OFF
     if isinstance(page, Page):
@@ -156,10 +157,7 @@ def make_app(parts: Parts, *, with_page: bool = False) -> FastAPI:
     else:
         app.add_route("/", lambda _request: PlainTextResponse(page), include_in_schema=False)
     app.add_middleware(
-        BodyLimit,
-        max_bytes=MAX_BODY_BYTES,
-        max_upload_bytes=parts.settings.lora_max_mb * 2**20 + MAX_BODY_BYTES,
-        max_page_upload_bytes=parts.settings.job_max_mb * 2**20 + MAX_BODY_BYTES,
+        BodyLimit, max_lora_bytes=parts.settings.lora_max_mb * 2**20, max_job_bytes=parts.settings.job_max_mb * 2**20
     )
     app.add_middleware(Gate, keys=parts.keys, base_url=parts.base_url, login=login if isinstance(page, Page) else None)
     app.add_middleware(Log, metrics=parts.metrics)  # added last, it is the outermost

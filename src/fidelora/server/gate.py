@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import ipaddress
 import re
 import time
@@ -16,8 +17,9 @@ from fidelora.errors import ApiKeyError, BodyTooLargeError, FideloraError, Reque
 from fidelora.server.keys import ApiKeys
 from fidelora.server.login import LOGIN_PATH, Login
 from fidelora.server.metrics import Metrics
-from fidelora.server.problems import answer_to
-from fidelora.server.ui.paths import UPLOAD_PATH as PAGE_UPLOAD_PATH
+from fidelora.server.problems import problem_of
+from fidelora.server.shapes import A1111_PATHS, answer
+from fidelora.server.ui.paths import UPLOAD_PATH as JOB_PATH
 from fidelora.server.ui.paths import is_page_path
 
 log = structlog.get_logger("fidelora.http")
@@ -26,9 +28,11 @@ _OPEN = {"/health", "/ready", "/openapi.json", "/docs", "/docs/oauth2-redirect"}
 """Paths that need no key: probes, and the description of the API."""
 _OFTEN = ("/metrics", "/assets/", "/static/")
 """What is asked for so often that the log does not tell of it."""
-UPLOAD_PATH = "/v1/loras"
 _ENTRANCES = {("GET", "/"), ("GET", LOGIN_PATH), ("POST", LOGIN_PATH)}
 """Where somebody without a key is asked for one."""
+MAX_BODY_BYTES = 2**20
+MAX_IMAGE_BYTES = 64 * 2**20
+"""Of an image that is to be made again; the largest that is made here has 48 MiB of pixels."""
 _LOOPBACK_NAMES = {"localhost", "127.0.0.1", "::1"}
 _CALL_ID = re.compile(r"[\w.-]{1,64}")
 
@@ -82,19 +86,23 @@ class Log:
 class BodyLimit:
     """Refuses bodies that are too large, those that do not say their size as soon as they are."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int, max_upload_bytes: int, max_page_upload_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_lora_bytes: int, max_job_bytes: int) -> None:
         self._app = app
-        self._max_bytes = max_bytes
-        self._max_of_uploads = {UPLOAD_PATH: max_upload_bytes, PAGE_UPLOAD_PATH: max_page_upload_bytes}
+        self._larger = {
+            ("POST", "/v1/loras"): max_lora_bytes,
+            ("POST", "/v1/replay"): MAX_IMAGE_BYTES,
+            ("POST", JOB_PATH): max_job_bytes,
+        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        limit = self._max_of_uploads.get(scope["path"], self._max_bytes) if scope["method"] == "POST" else self._max_bytes
+        # With room for the rest of a form.
+        limit = MAX_BODY_BYTES + self._larger.get((scope["method"], scope["path"]), 0)
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdigit() and int(announced) > limit:
-            await answer_to(_too_large(limit))(scope, receive, send)
+            await answer(problem_of(_too_large(limit)), scope["path"])(scope, receive, send)
             return
         received = 0
 
@@ -117,10 +125,10 @@ class Gate:
     """Lets in who has a key. A server without keys is for this machine alone, and for pages that name it as such.
 
     Without the second rule, a web page that somebody looks at here could have its own name lead to 127.0.0.1 (DNS rebinding) and
-    use the server as its own. Another site's page cannot have a browser act on ours, either.
+    use the server as its own, or send forms to it, to which browsers add the page's origin.
 
     Args:
-        login: how people show a key; None if there is no page.
+        login: how people show a key to our own page; None if there is no page.
     """
 
     def __init__(self, app: ASGIApp, keys: ApiKeys, base_url: str, login: Login | None = None) -> None:
@@ -131,46 +139,67 @@ class Gate:
         self._login = login
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_open = scope["path"] in _OPEN or (scope["path"] == "/" and self._login is None) if scope["type"] == "http" else True
-        if not is_open:
+        if scope["type"] == "http" and not self._is_open(scope["path"]):
             try:
-                scope["fidelora_owner"] = self._owner(scope, Headers(scope=scope))
-            except ApiKeyError as error:
-                asks = self._login is not None and (scope["method"], scope["path"]) in _ENTRANCES
-                await (self._login if asks and self._login else answer_to(error))(scope, receive, send)
-                return
+                scope["fidelora_owner"] = self._owner(Headers(scope=scope), scope["path"], scope["method"])
             except FideloraError as error:
-                await answer_to(error)(scope, receive, send)
+                if isinstance(error, ApiKeyError) and self._login and (scope["method"], scope["path"]) in _ENTRANCES:
+                    await self._login(scope, receive, send)
+                    return
+                await answer(problem_of(error), scope["path"])(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
-    def _owner(self, scope: Scope, headers: Headers) -> str:
-        of_page = self._login is not None and is_page_path(scope["path"])
-        if of_page and scope["method"] == "POST":
+    def _is_open(self, path: str) -> bool:
+        return path in _OPEN or (path == "/" and self._login is None)  # where it says that there is no page
+
+    def _owner(self, headers: Headers, path: str, method: str) -> str:
+        of_page = self._login is not None and is_page_path(path)
+        if of_page and method == "POST":
             self._refuse_other_sites(headers)
         if self._keys.names():
-            scheme, _, key = headers.get("authorization", "").partition(" ")
-            owner = self._keys.owner(key.strip()) if scheme.lower() == "bearer" else None
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            key = given.strip() if scheme.lower() == "bearer" else ""
+            if scheme.lower() == "basic" and path.startswith(A1111_PATHS):
+                key = _password(given)
+            owner = self._keys.owner(key) if key else None
             if owner is None and of_page and self._login:  # nowhere else: other sites could send the cookie to the API
                 owner = self._login.owner(headers)
             if owner is None:
                 raise ApiKeyError
             return owner
-        host = urlsplit("//" + headers.get("host", "")).hostname or ""
-        if host not in self._hosts and not is_loopback(host):
-            raise RequestError(
-                f"This server has no API keys, and answers only to names of this machine, not to {host!r:.100}; "
-                "make a key with `fidelora keys add`, or set BASE_URL.",
-                code="HOST_NOT_ALLOWED",
-            )
+        origin = headers.get("origin")
+        for place in ("//" + headers.get("host", ""), *([] if origin is None else [origin])):
+            host = _host(place)
+            if host not in self._hosts and not is_loopback(host):
+                raise RequestError(
+                    f"This server has no API keys, and answers only to names and pages of this machine, not to {host!r:.100}; "
+                    "make a key with `fidelora keys add`, or set BASE_URL.",
+                    code="HOST_NOT_ALLOWED",
+                )
         return ""
 
     def _refuse_other_sites(self, headers: Headers) -> None:
-        """Browsers say which page a POST comes from; programs say nothing, and need not."""
+        """Browsers say which page a POST comes from, programs say nothing. Unlike an API's client, only our own page acts on it."""
         origin = headers.get("origin")
         if origin is None and headers.get("sec-fetch-site", "same-origin") == "same-origin":
             return
         authority = (origin or "").lower().partition("://")[2]
-        if authority and (authority == headers.get("host", "").lower() or authority == self._authority):
+        if authority and authority in (headers.get("host", "").lower(), self._authority):
             return
         raise RequestError("A page of another site sent this; use the server's own page.", code="OTHER_SITE")
+
+
+def _host(place: str) -> str:
+    try:
+        return urlsplit(place).hostname or ""
+    except ValueError:
+        return ""
+
+
+def _password(given: str) -> str:
+    """Clients of A1111 know names and passwords only: the key is the password, and the name is not looked at."""
+    try:
+        return base64.b64decode(given, validate=True).decode().partition(":")[2]
+    except ValueError:
+        return ""

@@ -27,6 +27,7 @@ class Parts:
         base_url: where clients reach it.
         numerics: by model id: the recipe fields that the server decides, such as `base_model` and the dtypes.
         pool: the workers; None if others work on the store.
+        waited_for: of jobs that came by A1111's API and whose clients wait: by id, whose they are.
         stopping: set as soon as the server is told to stop.
     """
 
@@ -39,6 +40,7 @@ class Parts:
     base_url: str
     numerics: Mapping[str, Mapping[str, Any]]
     pool: LocalPool | None = None
+    waited_for: dict[str, str] = field(default_factory=dict)
     stopping: threading.Event = field(default_factory=threading.Event)
 
     def refuse_if_stopping(self) -> None:

@@ -1,4 +1,4 @@
-"""Errors into answers: the one place that knows which error has which status and code."""
+"""Errors into answers: the one place that knows which error has which status and code. `shapes.py` writes them down."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from fidelora import errors
-from fidelora.errors import FideloraError, RequestError, RequestFieldError
+from fidelora.errors import FideloraError, RequestError, RequestFailedError, RequestFieldError
+from fidelora.server.shapes import Problem, answer
 from fidelora.wire import ErrorBody
 
 log = structlog.get_logger(__name__)
-
-RETRY_AFTER_S = 10
 
 # The first that fits counts: from the special to the general.
 _ANSWERS: Sequence[tuple[type[FideloraError], int, str]] = (
     (errors.JobNotFoundError, 404, "REQUEST_NOT_FOUND"),
     (errors.ImageNotFoundError, 404, "IMAGE_NOT_FOUND"),
     (errors.ImageGoneError, 410, "IMAGE_GONE"),
+    (errors.ImageRecordError, 400, "IMAGE_WITHOUT_RECIPE"),
+    (errors.RequestCanceledError, 409, "REQUEST_CANCELED"),
+    (errors.PromptSyntaxError, 400, "PROMPT_NOT_SUPPORTED"),
     (errors.CursorError, 400, "CURSOR_NOT_KNOWN"),
     (errors.QueueFullError, 429, "QUEUE_FULL"),
     (errors.IdempotencyConflictError, 409, "IDEMPOTENCY_KEY_REUSED"),
@@ -51,6 +53,8 @@ REQUEST_CODES = {
     "MOE_FORMAT_NOT_SUPPORTED": "The model has one transformer: a LoRA of it has no `transformer`.",
     "FIELD_NOT_SUPPORTED": "The model cannot use this field, or nobody knows it; `details.field` names it.",
     "MULTIPLIERS_DO_NOT_MATCH": "A prompt has another number of multipliers than there are LoRAs.",
+    "BASE_MODEL_DIFFERS": "The image was made with another base model than the server's; `details.differs` has both.",
+    "LORA_BYTES_MISSING": "LoRAs that the image was made with are not here; `details.missing` has sha256 and name of each.",
     "HOST_NOT_ALLOWED": "A server without API keys answers only to names of its own machine.",
     "OTHER_SITE": "A browser sent this from a page of another site.",
 }
@@ -63,6 +67,7 @@ _DESCRIPTIONS = {
     409: "Contradicts what is there",
     410: "Gone",
     413: "Body too large",
+    415: "A body of this type is not read",
     429: "The queue is full",
     503: "Not now",
 }
@@ -88,63 +93,63 @@ def answers(*statuses: int, is_json: bool = True) -> dict[int | str, dict[str, A
     return {status: {**body, "description": _DESCRIPTIONS[status]} for status in (400, 401, 413, *statuses)}
 
 
-def problem(status: int, code: str, message: str, details: Mapping[str, object] | None = None) -> JSONResponse:
-    """An error's answer, in the shape of the documented API."""
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else {}
-    if status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    body = {"detail": {"error": {"code": code, "message": message, "details": dict(details or {})}}}
-    return JSONResponse(body, status, headers)
-
-
-def answer_to(error: FideloraError) -> JSONResponse:
+def problem_of(error: FideloraError) -> Problem:
     """What a client hears of an error."""
     if isinstance(error, RequestFieldError):
         return _invalid([{"type": "value_error", "loc": ["body", *error.place], "msg": str(error)}])
     if isinstance(error, RequestError):
-        return problem(400, error.code, str(error), error.details)
+        return Problem(400, error.code, str(error), error.details)
+    if isinstance(error, RequestFailedError):
+        return Problem(500, error.code, str(error), final=True)
+    if isinstance(error, errors.AdaptersMissingError):
+        missing = [{"sha256": sha256, "name": name} for sha256, name in error.missing]
+        return Problem(400, "LORA_BYTES_MISSING", str(error), {"missing": missing})
     for kind, status, code in _ANSWERS:
         if isinstance(error, kind):
-            return problem(status, code, str(error))
+            return Problem(status, code, str(error), final=status == 409)
     log.error("unexpected error", exc_info=error)
-    return problem(500, "INTERNAL", "The server failed at this request; its log says why.")
+    return _UNEXPECTED
 
 
 def install(app: FastAPI) -> None:
     """Have the application answer every error in these ways."""
 
     @app.exception_handler(FideloraError)
-    async def _ours(_request: Request, error: FideloraError) -> JSONResponse:
-        return answer_to(error)
+    async def _ours(request: Request, error: FideloraError) -> JSONResponse:
+        return answer(problem_of(error), request.url.path)
 
     @app.exception_handler(HTTPException)
-    async def _http(_request: Request, error: HTTPException) -> JSONResponse:
+    async def _http(request: Request, error: HTTPException) -> JSONResponse:
         if isinstance(error.__cause__, FideloraError):  # the framework wraps what is raised while it reads a body
-            return answer_to(error.__cause__)
-        response = problem(error.status_code, HTTPStatus(error.status_code).name, f"{error.detail}.")
+            return answer(problem_of(error.__cause__), request.url.path)
+        response = answer(Problem(error.status_code, HTTPStatus(error.status_code).name, f"{error.detail}."), request.url.path)
         response.headers.update(error.headers or {})
         return response
 
     @app.exception_handler(RequestValidationError)
-    async def _validation(_request: Request, error: RequestValidationError) -> JSONResponse:
-        return _invalid(error.errors())
+    async def _validation(request: Request, error: RequestValidationError) -> JSONResponse:
+        return answer(_invalid(error.errors()), request.url.path)
 
     @app.exception_handler(Exception)
-    async def _unexpected(_request: Request, error: Exception) -> JSONResponse:
+    async def _unexpected(request: Request, error: Exception) -> JSONResponse:
         log.error("unexpected error", exc_info=error)
-        return problem(500, "INTERNAL", "The server failed at this request; its log says why.")
+        return answer(_UNEXPECTED, request.url.path)
 
 
-def _invalid(found: Sequence[Mapping[str, Any]]) -> JSONResponse:
-    """422 in FastAPI's own shape. What was given is repeated only where it is one plain value, and no secret."""
-    detail = []
+_UNEXPECTED = Problem(500, "INTERNAL", "The server failed at this request; its log says why.")
+
+
+def _invalid(found: Sequence[Mapping[str, Any]]) -> Problem:
+    """Fields that are wrong. What was given is repeated only where it is one plain value, and no secret."""
+    fields = []
     for entry in found:
         shown = {"type": entry["type"], "loc": list(entry["loc"]), "msg": entry["msg"]}
         given = entry.get("input")
         if _SECRET_FIELDS.isdisjoint(map(str, entry["loc"])) and _is_plain(given):
             shown["input"] = given
-        detail.append(shown)
-    return JSONResponse({"detail": detail}, 422)
+        fields.append(shown)
+    sentences = (f"{'.'.join(str(part) for part in entry['loc'] if part != 'body')}: {entry['msg']}" for entry in fields)
+    return Problem(422, "FIELD_INVALID", "; ".join(sentences).strip(": "), fields=fields)
 
 
 def _is_plain(value: object) -> bool:

@@ -1,54 +1,166 @@
-"""The one way of a request into the queue, whoever brings it."""
+"""From a request to a job in the store, and for clients that wait in the same call, to the job's end."""
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+import anyio
+import structlog
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
 
 from fidelora.adapters.keys import noise_of_file
-from fidelora.jobs.job import Job, new_job
+from fidelora.errors import RequestCanceledError, RequestFailedError, ServerStoppingError
+from fidelora.jobs.job import Job, Status, new_job
 from fidelora.jobs.store import Submission
-from fidelora.recipe import AdapterRef, Noise
+from fidelora.recipe import AdapterRef, Noise, Recipe
 from fidelora.server.parts import Parts
-from fidelora.wire import InferenceRequest, check_request, recipes_of
+from fidelora.wire import LoraItem
+
+LOOK_EVERY_S = 0.2
+"""How often a store is asked for what is new."""
+
+Recipes = Callable[[Sequence[AdapterRef], Mapping[str, Any]], tuple[Recipe, ...]]
+"""Makes the recipes of a request from its adapters, in order, and the recipe fields that the server decides."""
 
 
-async def submit(body: InferenceRequest, parts: Parts, submission: Submission | None = None) -> Job:
-    """Check a request, fetch its LoRAs, and put its images into the queue; on disk when this returns.
+def utc_now() -> datetime:
+    """The time of what happens to a job."""
+    return datetime.now(UTC)
 
-    Args:
-        submission: the key under which the same request may come again.
+
+def draw_seed() -> int:
+    """A seed for who leaves it to the server; it is told in the answer and in the image."""
+    return secrets.randbelow(2**32)
+
+
+async def submit(
+    parts: Parts,
+    model: str,
+    loras: Sequence[LoraItem],
+    recipes: Recipes,
+    *,
+    hub_token: str | None = None,
+    image_format: str = "png",
+    image_quality: int | None = None,
+    submission: Submission | None = None,
+) -> Job:
+    """Find the LoRAs, and put a job for the recipes into the queue; it is on disk when this returns.
 
     Raises:
-        FideloraError: it cannot be taken; `server/problems.py` knows what clients are told.
+        ServerStoppingError, QueueFullError: it is not taken.
+        AdapterError, WeightsFileError: a LoRA cannot be found or used.
+        what `recipes` raises.
     """
-    check_request(body)
-    before = await run_in_threadpool(parts.store.submitted, submission) if submission else None
-    if before:
-        return before
     parts.refuse_if_stopping()
-    token = body.hf_token.get_secret_value() if body.hf_token else None
-    adapters = [await parts.sources.resolve(lora.path, sha256=lora.sha256, hub_token=token) for lora in body.loras]
-    return await run_in_threadpool(_store, body, adapters, parts, submission)
+    adapters = [await parts.sources.resolve(lora.path, sha256=lora.sha256, hub_token=hub_token) for lora in loras]
+
+    def make() -> Job:
+        return enqueue(parts, recipes(adapters, numerics_for(parts, model, adapters)), image_format, image_quality, submission)
+
+    return await run_in_threadpool(make)
 
 
-def _store(body: InferenceRequest, adapters: Sequence[AdapterRef], parts: Parts, submission: Submission | None) -> Job:
-    # As on the command line: the first adapter's file says which trainer, and so which noise, its previews were made with.
-    numerics = {**parts.numerics[body.model], "noise": noise_of(parts.cache.path(adapters[0].sha256))}
-    recipes = recipes_of(body, adapters, numerics, draw_seed=lambda: secrets.randbelow(2**32))
-    job = new_job(recipes, datetime.now(UTC), image_format=body.output_format)
+def enqueue(
+    parts: Parts,
+    recipes: tuple[Recipe, ...],
+    image_format: str = "png",
+    image_quality: int | None = None,
+    submission: Submission | None = None,
+) -> Job:
+    """Put a job for these recipes into the queue, or find the one that the same submission made before.
+
+    Raises:
+        QueueFullError: it is not taken.
+    """
+    job = new_job(recipes, utc_now(), image_format=image_format, image_quality=image_quality)
     stored = parts.store.add(job, submission=submission, capacity=parts.settings.queue_size)
     if parts.pool is not None:
         parts.pool.wake()
+    structlog.contextvars.bind_contextvars(request_id=stored.id)
     return stored
 
 
+def submission_of(owner: str, key: str, content: bytes) -> Submission:
+    """What a client asked for under an idempotency key. Keys of different clients are different keys."""
+    return Submission(_sha256(f"{owner}\0{key}".encode()), _sha256(content))
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def numerics_for(parts: Parts, model: str, adapters: Sequence[AdapterRef]) -> dict[str, Any]:
+    """The recipe fields that the server decides for images with these adapters.
+
+    As on the command line, the first adapter's file says which trainer, and so which noise, its previews were made with.
+    """
+    noise: Noise = _noise(parts.cache.path(adapters[0].sha256)) if adapters else "modern"
+    return {**parts.numerics[model], "noise": noise}
+
+
 @lru_cache(maxsize=1000)
-def noise_of(path: Path) -> Noise:
+def _noise(path: Path) -> Noise:
     """`noise_of_file` of a file in the cache, whose name is its content."""
     return noise_of_file(path)
+
+
+@asynccontextmanager
+async def canceled_at_exit(job: Job, parts: Parts) -> AsyncIterator[None]:
+    """Whoever leaves the block, for whatever reason, wants the job no longer; one that has ended stays as it is."""
+    try:
+        yield
+    finally:
+        with anyio.CancelScope(shield=True):  # the client that went away has canceled everything else here
+            await run_in_threadpool(parts.store.cancel, job.id, utc_now())
+
+
+async def looks_at(job: Job, parts: Parts, request: Request) -> AsyncIterator[Job]:
+    """The job as it is now, again and again, the last time when it has ended.
+
+    Raises:
+        RequestCanceledError: the client of `request` went away.
+        ServerStoppingError: the server is about to stop, and the job's turn did not come.
+    """
+    yield job
+    while not job.status.final:
+        if parts.stopping.is_set() and job.status is Status.IN_QUEUE:
+            raise ServerStoppingError
+        if await request.is_disconnected():
+            raise RequestCanceledError("The client went away before its images were made.")
+        await asyncio.sleep(LOOK_EVERY_S)
+        job = await run_in_threadpool(parts.store.get, job.id)
+        yield job
+
+
+async def finished(job: Job, parts: Parts, request: Request) -> Job:
+    """The job once it has succeeded. If the client goes away, or the server stops before the job's turn, it is canceled.
+
+    Raises:
+        RequestFailedError, RequestCanceledError, ServerStoppingError: there are no images.
+    """
+    async with canceled_at_exit(job, parts):
+        async for now in looks_at(job, parts, request):
+            job = now
+    return succeeded(job)
+
+
+def succeeded(job: Job) -> Job:
+    """The job, if it has images.
+
+    Raises:
+        RequestFailedError, RequestCanceledError: it has none.
+    """
+    if job.error is not None:
+        raise RequestFailedError(job.error.message, code=job.error.code)
+    if job.status is not Status.SUCCEEDED:
+        raise RequestCanceledError(f"Request {job.id} was canceled.")
+    return job

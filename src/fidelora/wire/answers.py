@@ -157,10 +157,22 @@ class ModelBody(BaseModel):
     default_fps: int | None = None
 
 
+class OpenAIModel(BaseModel):
+    """One model family as clients of OpenAI's API read it; when it was made is not known here."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "fidelora"
+
+
 class ModelList(BaseModel):
-    """The answer to `GET /v1/models`."""
+    """The answer to `GET /v1/models`: the same families twice, as in the documented API and as in OpenAI's."""
 
     models: list[ModelBody]
+    # Other servers of the documented API do not say these.
+    object: Literal["list"] = "list"
+    data: list[OpenAIModel] = Field(default_factory=list)
 
 
 def accepted(job: Job, base_url: str) -> Accepted:
@@ -221,8 +233,12 @@ def result_of(job: Job, base_url: str) -> ResultBody:
     )
 
 
-def model_bodies() -> list[ModelBody]:
+def model_list() -> ModelList:
     """Every model family, for `GET /v1/models`."""
+    return ModelList(models=_model_bodies(), data=[OpenAIModel(id=model) for model in all_models()])
+
+
+def _model_bodies() -> list[ModelBody]:
     return [
         ModelBody(
             id=spec.id,

@@ -21,8 +21,11 @@ _FIELD_OF = {"steps": "sample_steps", "negative_prompt": "neg"}
 """What a field of a recipe is called in a prompt item, where the names differ."""
 
 
-def check_request(request: InferenceRequest) -> ModelSpec:
+def check_request(request: InferenceRequest, *, needs_lora: bool = True) -> ModelSpec:
     """See that the model is known and can use every field of the request.
+
+    Args:
+        needs_lora: whether there has to be one, as in the documented API.
 
     Raises:
         RequestError: with the code of the API and what a client needs to mend it.
@@ -32,7 +35,7 @@ def check_request(request: InferenceRequest) -> ModelSpec:
     except UnknownModelError as error:
         supported = list(all_models())
         raise RequestError(str(error), code="MODEL_NOT_FOUND", details={"supported_models": supported}) from error
-    if not request.loras:
+    if needs_lora and not request.loras:
         raise RequestError("At least one LoRA is required.", code="LORA_FILE_REQUIRED")
     if any(lora.transformer for lora in request.loras):
         message = f"{spec.id} has one transformer: a LoRA of it has no `transformer`."

@@ -159,7 +159,7 @@ class ImageFiles:
     def write(self, index: int, image: GeneratedImage) -> None:
         """Have an image written soon."""
         path = self._folder / f"{self._job.id}_output_{index}{suffix_of(self._job.image_format)}"  # type: ignore[arg-type]
-        self._writing[path] = self._thread.submit(_write, path, image, self._job.image_format)
+        self._writing[path] = self._thread.submit(_write, path, image, self._job)
 
     def check(self) -> None:
         """Raise what went wrong with a file, if anything did so far."""
@@ -199,9 +199,9 @@ def batches(recipes: Sequence[Recipe], most: Callable[[Recipe], int]) -> Iterato
         start = end
 
 
-def _write(path: Path, image: GeneratedImage, image_format: str) -> Output:
-    content = image.encode(image_format)  # type: ignore[arg-type]  # `encode` checks it
+def _write(path: Path, image: GeneratedImage, job: Job) -> Output:
+    content = image.encode(job.image_format, job.image_quality)  # type: ignore[arg-type]  # `encode` checks it
     write_atomically(path, content)
     height, width = image.pixels.shape[:2]
     sha256 = hashlib.sha256(content).hexdigest()
-    return Output(str(path), image_format, width, height, image.recipe.seed, sha256, len(content))
+    return Output(str(path), job.image_format, width, height, image.recipe.seed, sha256, len(content))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
+from functools import partial
 from typing import Annotated
 
 import structlog
 from fastapi import APIRouter, Header
+from starlette.concurrency import run_in_threadpool
 
+from fidelora.jobs.job import Job
 from fidelora.jobs.store import Submission
-from fidelora.server.parts import Owner, PartsOf
+from fidelora.server.parts import Owner, Parts, PartsOf
 from fidelora.server.problems import answers
-from fidelora.server.submit import submit
-from fidelora.wire import Accepted, InferenceRequest, ModelList, accepted, model_bodies
+from fidelora.server.submit import draw_seed, submission_of, submit
+from fidelora.wire import Accepted, InferenceRequest, ModelList, accepted, check_request, model_list, recipes_of
 
 log = structlog.get_logger(__name__)
 
@@ -26,22 +28,37 @@ IdempotencyKey = Annotated[
 @router.get("/models", responses=answers())
 async def models() -> ModelList:
     """Every model family, with its defaults."""
-    return ModelList(models=model_bodies())
+    return model_list()
 
 
 @router.post("/inference", responses=answers(409, 429, 503))
 async def inference(body: InferenceRequest, parts: PartsOf, owner: Owner, idempotency_key: IdempotencyKey = None) -> Accepted:
     """Ask for images: one for each prompt, all with the same LoRAs. The request is on disk before the answer comes."""
-    job = await submit(body, parts, _submission(body, owner, idempotency_key) if idempotency_key else None)
+    check_request(body)
+    submission = _submission(body, owner, idempotency_key) if idempotency_key else None
+    before = await run_in_threadpool(parts.store.submitted, submission) if submission else None
+    job = before or await take(body, parts, submission)
     structlog.contextvars.bind_contextvars(request_id=job.id)
     return accepted(job, parts.base_url)
 
 
+async def take(body: InferenceRequest, parts: Parts, submission: Submission | None = None) -> Job:
+    """Put a request that `check_request` has passed into the queue.
+
+    Raises:
+        as `submit`, and `recipes_of`.
+    """
+    return await submit(
+        parts,
+        body.model,
+        body.loras,
+        partial(recipes_of, body, draw_seed=draw_seed),
+        hub_token=body.hf_token.get_secret_value() if body.hf_token else None,
+        image_format=body.output_format,
+        submission=submission,
+    )
+
+
 def _submission(body: InferenceRequest, owner: str, key: str) -> Submission:
-    """Keys of different clients are different keys. A token is no part of what was asked for."""
-    content = body.model_dump_json(exclude={"hf_token"})
-    return Submission(_sha256(f"{owner}\0{key}"), _sha256(content))
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    """A token is no part of what was asked for."""
+    return submission_of(owner, key, body.model_dump_json(exclude={"hf_token"}).encode())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path as FilePath
@@ -13,15 +12,16 @@ from fastapi import APIRouter, Depends, Header, Path, Query, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 
-from fidelora.errors import ImageGoneError, ImageNotFoundError
-from fidelora.jobs.job import Job, Output, Status
+from fidelora.errors import ImageNotFoundError
+from fidelora.jobs.job import Job, Status
+from fidelora.server.images import content_of
 from fidelora.server.parts import Parts, PartsOf
 from fidelora.server.problems import answers
+from fidelora.server.submit import LOOK_EVERY_S
 from fidelora.wire import RequestList, ResultBody, StatusBody, result_of, status_of
 
 router = APIRouter(prefix="/v1/requests", tags=["requests"])
 
-_LOOK_EVERY_S = 0.2
 _IMAGES = {f"image/{name}": {"schema": {"type": "string", "format": "binary"}} for name in ("png", "jpeg", "webp")}
 
 RequestId = Annotated[str, Path(min_length=1, max_length=64)]
@@ -79,7 +79,7 @@ async def request_events(
             seen = (job.version, body.queue_position)
         if job.status.final or parts.stopping.is_set():
             return
-        await asyncio.sleep(_LOOK_EVERY_S)
+        await asyncio.sleep(LOOK_EVERY_S)
         job = await run_in_threadpool(parts.store.get, job.id)
 
 
@@ -99,7 +99,7 @@ def request_image(job: JobOf, index: Annotated[int, Path(ge=0, le=10_000)]) -> R
     if index >= len(job.outputs):
         raise ImageNotFoundError
     output = job.outputs[index]
-    content = image_content(output)
+    content = content_of(output)
     name = FilePath(output.file_path).name
     headers = {
         "Content-Disposition": f'inline; filename="{name}"',
@@ -107,21 +107,6 @@ def request_image(job: JobOf, index: Annotated[int, Path(ge=0, le=10_000)]) -> R
         "Cache-Control": "private, max-age=31536000, immutable",
     }
     return Response(content, media_type=f"image/{output.format}", headers=headers)
-
-
-def image_content(output: Output) -> bytes:
-    """The bytes of a finished image's file.
-
-    Raises:
-        ImageGoneError: it is not there any more, or has other bytes.
-    """
-    try:
-        content = FilePath(output.file_path).read_bytes()
-    except OSError as error:
-        raise ImageGoneError from error
-    if hashlib.sha256(content).hexdigest() != output.sha256:
-        raise ImageGoneError
-    return content
 
 
 def _status(job: Job, parts: Parts, with_preview: bool = False) -> StatusBody:

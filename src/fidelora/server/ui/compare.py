@@ -21,9 +21,9 @@ from fidelora.files import make_folder, write_atomically
 from fidelora.jobs.job import Job, Status
 from fidelora.preview.grid import labelled_sheet
 from fidelora.recipe import MAX_MULTIPLIER
+from fidelora.server.images import content_of
 from fidelora.server.parts import Parts
-from fidelora.server.routes.requests import image_content
-from fidelora.server.submit import submit
+from fidelora.server.routes.inference import take
 from fidelora.server.ui.form import Form, request_of
 from fidelora.server.ui.jobs import new_id
 from fidelora.server.ui.library import Library
@@ -105,7 +105,7 @@ class Compare:
             forms = self._forms(loras or [], columns, self._make.form(values))
             requests = [request_of(form) for form in forms]
             for request in requests:
-                jobs.append(await submit(request, self._parts))  # noqa: PERF401  # after a failure, those before are canceled
+                jobs.append(await take(request, self._parts))  # noqa: PERF401  # after a failure, those before are canceled
         except FideloraError as error:
             self._cancel([job.id for job in jobs])
             yield [notice(error, "error"), gr.skip(), [], gr.update(interactive=False)]
@@ -156,7 +156,7 @@ class Compare:
     def _sheet(self, jobs: Sequence[Job], loras: Sequence[str], multipliers: Sequence[float]) -> Path:
         images = {}
         for number, job in enumerate(jobs):
-            with Image.open(io.BytesIO(image_content(job.outputs[0]))) as image:
+            with Image.open(io.BytesIO(content_of(job.outputs[0]))) as image:
                 images[divmod(number, len(multipliers))] = np.asarray(image.convert("RGB"))
         recipe = jobs[0].recipes[0]
         rows = [(PurePosixPath(lora).stem, self._below(lora)) for lora in loras]

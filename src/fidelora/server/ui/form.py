@@ -10,8 +10,8 @@ from pydantic import ValidationError
 
 from fidelora.errors import WrongUseError
 from fidelora.models import model_spec
-from fidelora.recipe import MAX_SEED, AdapterRef, Noise, Recipe
-from fidelora.wire import MAX_PROMPTS, InferenceRequest, recipes_of
+from fidelora.recipe import MAX_SEED, AdapterRef, Recipe
+from fidelora.wire import MAX_PROMPTS, InferenceRequest, check_request, recipes_of
 
 MAX_LORAS = 8
 """Sliders that the form has."""
@@ -91,11 +91,13 @@ def request_of(form: Form) -> InferenceRequest:
         "fidelity": form.fidelity,
     }
     try:
-        return InferenceRequest.model_validate(body)
+        request = InferenceRequest.model_validate(body)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = str(first["loc"][-1])
         raise WrongUseError(f"{_LABELS.get(field, field)}: {first['msg']}, not {str(first['input'])[:60]}.") from None
+    check_request(request)
+    return request
 
 
 def defaults(model: str) -> dict[str, Any]:
@@ -135,13 +137,13 @@ def form_of(recipe: Recipe, names: Sequence[str], image_format: str) -> Form:
     )
 
 
-def recipe_again(form: Form, adapters: Sequence[AdapterRef], numerics: Mapping[str, Any], noise: Noise) -> Recipe:
+def recipe_again(form: Form, adapters: Sequence[AdapterRef], numerics: Mapping[str, Any]) -> Recipe:
     """The recipe of the first image that the form would make on this server.
 
     Raises:
         WrongUseError: the form's values are none that a request can have.
     """
-    return recipes_of(request_of(form), adapters, {**numerics, "noise": noise}, draw_seed=lambda: 0)[0]
+    return recipes_of(request_of(form), adapters, numerics, draw_seed=lambda: 0)[0]
 
 
 def differences(recipe: Recipe, again: Recipe) -> list[str]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from fidelora.adapters.describe import AdapterSummary, describe_adapter
-from fidelora.adapters.folder import adapter_names, adapter_under
-from fidelora.errors import AdapterError, WeightsFileError
-from fidelora.recipe import AdapterRef, Noise
+from fidelora.adapters.folder import adapter_names, adapter_of_hash, adapter_under
+from fidelora.errors import AdapterError
+from fidelora.recipe import AdapterRef
 from fidelora.server.parts import Parts
-from fidelora.server.submit import noise_of
 
 Choice = tuple[str, str]
 """What is shown, and the name that requests have for it."""
@@ -45,29 +44,18 @@ class Library:
         summaries = map(self.summary, names)
         return next((summary.trigger for summary in summaries if summary and summary.trigger), "")
 
-    def ref(self, name: str) -> AdapterRef:
-        """The file by its content.
+    def keep(self, name: str) -> AdapterRef:
+        """The file by its content, which is in the cache then, as for a request.
 
         Raises:
             AdapterError, WeightsFileError: it is not there, or cannot be read.
+            OutputError: the cache cannot be written to.
         """
-        path = adapter_under(self.parts.settings.loras, name)
-        return AdapterRef(self.parts.cache.sha256_of(path), name=PurePosixPath(name).stem)
-
-    def noise(self, name: str) -> Noise:
-        """How the server draws noise for requests whose first LoRA this is."""
-        return noise_of(adapter_under(self.parts.settings.loras, name))
+        return self.parts.cache.keep(adapter_under(self.parts.settings.loras, name), name)
 
     def name_of(self, adapter: AdapterRef) -> str | None:
         """What requests call the file with these bytes; None if it is not here. Files of the same name are looked at first."""
-        names = adapter_names(self.parts.settings.loras)
-        for name in sorted(names, key=lambda name: PurePosixPath(name).stem != adapter.name):
-            try:
-                if self.ref(name).sha256 == adapter.sha256:
-                    return name
-            except (AdapterError, WeightsFileError):  # gone meanwhile
-                continue
-        return None
+        return adapter_of_hash(self.parts.settings.loras, adapter.sha256, adapter.name, self.parts.cache.sha256_of)
 
 
 @lru_cache(maxsize=10_000)

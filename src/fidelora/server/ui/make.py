@@ -17,7 +17,8 @@ from fidelora.models import all_models, model_spec
 from fidelora.origin import read_origin
 from fidelora.recipe import MAX_STEPS, Recipe
 from fidelora.server.parts import Parts
-from fidelora.server.submit import submit
+from fidelora.server.routes.inference import take
+from fidelora.server.submit import numerics_for
 from fidelora.server.ui.form import MAX_LORAS, Form, defaults, differences, form_of, read_seed, recipe_again, request_of
 from fidelora.server.ui.library import Library
 from fidelora.server.ui.pictures import Pictures, Shown
@@ -234,7 +235,7 @@ class Make:
             if form.number > _MAX_IMAGES:
                 yield self._updates(progress=notice(f"Images: {form.number} is not from 1 to {_MAX_IMAGES}.", "error"))
                 return
-            job = await submit(request_of(form), self._parts)
+            job = await take(request_of(form), self._parts)
         except FideloraError as error:
             yield self._updates(progress=notice(error, "error"))
             return
@@ -318,12 +319,8 @@ class Make:
             return self._not_filled_in(f"The image has {len(names)} LoRAs; this form makes images with 1 to {MAX_LORAS}.")
         present = [name for name in names if name is not None]
         form = form_of(recipe, present, image_format)
-        again = recipe_again(
-            form,
-            [self._library.ref(name) for name in present],
-            self._parts.numerics[recipe.model],
-            self._library.noise(present[0]),
-        )
+        adapters = [self._library.keep(name) for name in present]
+        again = recipe_again(form, adapters, numerics_for(self._parts, recipe.model, adapters))
         others = differences(recipe, again)
         if others:
             said = notice(f"Loaded, but this server makes another image: {'; '.join(others)}.", "error")

@@ -14,8 +14,8 @@ from fidelora.errors import ImageGoneError, JobNotFoundError
 from fidelora.files import make_folder, write_atomically
 from fidelora.jobs.job import Job
 from fidelora.recipe import Recipe
+from fidelora.server.images import content_of
 from fidelora.server.parts import Parts
-from fidelora.server.routes.requests import image_content
 from fidelora.server.ui.copies import as_command, as_python, as_request
 from fidelora.server.ui.library import Library
 from fidelora.server.ui.shown import caption
@@ -119,7 +119,7 @@ class Pictures:
         output = job.outputs[index]
         file = self.place.files / job.id / Path(output.file_path).name
         if not file.is_file():
-            content = image_content(output)
+            content = content_of(output)
             make_folder(file.parent)
             write_atomically(file, content)
         return file

@@ -1,0 +1,374 @@
+"""AUTOMATIC1111's API, used with the package `webuiapi`, and field by field."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+from typing import Any
+
+import httpx2
+import pytest
+import webuiapi
+from tests.server.http_support import ByHand, an_image, aside, at_work, client_of, listening, only_job, parts_in, pixels
+from tests.server.serve_support import Server, until
+from tests.support import LORA, LORA_CONV
+
+import fidelora
+from fidelora.jobs.job import Status
+from fidelora.origin import read_origin
+from fidelora.recipe import MAX_SEED, file_sha256
+from fidelora.server import submit
+from fidelora.server.parts import Parts
+
+HOSTILE = "<script>alert(1)</script>"
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(submit, "LOOK_EVERY_S", 0.005)
+
+
+@pytest.fixture
+def parts(tmp_path) -> Parts:
+    return parts_in(tmp_path, queue_size=3)
+
+
+@pytest.fixture
+def worker(parts) -> ByHand:
+    return ByHand(parts)
+
+
+@pytest.fixture
+def client(parts):
+    """Of the application in this process, where somebody works."""
+    return client_of(parts)
+
+
+@pytest.fixture
+def url(parts):
+    with listening(parts) as found:
+        yield found
+
+
+def api_of(url: str) -> webuiapi.WebUIApi:
+    return webuiapi.WebUIApi(baseurl=f"{url}/sdapi/v1", sampler="Euler a", steps=2)
+
+
+def recipes_for(client: Any, parts: Parts, **fields: Any) -> Any:
+    """The recipes that a request becomes."""
+    with at_work(ByHand(parts), an_image()):
+        answer = client.post("/sdapi/v1/txt2img", json={"prompt": "a ball"} | fields)
+    assert answer.status_code == 200, answer.text
+    return parts.store.list().jobs[0].recipes
+
+
+# --- with a client of the web UI, and real images ----------------------------------------------------------------------
+
+
+def test_the_client_of_the_web_ui_makes_images(tiny_server: Server):
+    api = api_of(tiny_server.url)
+    result = api.txt2img(
+        prompt="a ball <lora:sks:0.8>", negative_prompt="bad", seed=5, width=64, height=72, cfg_scale=4, batch_size=2, n_iter=2
+    )
+    assert [image.size for image in result.images] == [(64, 72)] * 4
+    assert result.info["all_seeds"] == [5, 6, 7, 8]
+    assert result.info["seed"] == 5
+    assert result.info["all_prompts"] == ["a ball <lora:sks:0.8>"] * 4
+    assert (result.info["sampler_name"], result.info["cfg_scale"], result.info["steps"]) == ("Euler a", 4, 2)
+    assert (result.parameters["cfg_scale"], result.parameters["batch_size"]) == (4, 2)
+    assert [image.info["parameters"] for image in result.images] == result.info["infotexts"]
+    assert result.info["infotexts"][1] == (
+        "a ball <lora:sks:0.8>\nNegative prompt: bad\n"
+        "Steps: 2, Sampler: euler_a, CFG scale: 4, Seed: 6, Size: 64x72, Model: tiny-sd15, "
+        f'Lora hashes: "sks: {file_sha256(LORA)[:12]}", Version: Fidelora {fidelora.__version__}'
+    )
+
+
+def test_the_same_recipe_is_the_same_image_in_both_apis(tiny_server: Server):
+    made = tiny_server.call(
+        "/sdapi/v1/txt2img",
+        {"prompt": "a ball <lora:people/conv:0.5>", "seed": 7, "steps": 2, "width": 64, "height": 64, "sampler_name": "DDIM"},
+    )
+    content = base64.b64decode(made["images"][0])
+    prompt = {"prompt": "a ball", "seed": 7, "sample_steps": 2, "width": 64, "height": 64, "sampler": "ddim", "guidance_scale": 7}
+    lora = {"path": "people/conv.safetensors", "network_multiplier": 0.5}
+    ours = str(tiny_server.call("/v1/inference", {"model": "sd15", "loras": [lora], "prompts": [prompt]})["request_id"])
+    assert tiny_server.wait(ours, "succeeded", "failed")["status"] == "succeeded"
+    (output,) = tiny_server.call(f"/v1/requests/{ours}/result")["outputs"]["images"]
+    assert httpx2.get(output["url"]).content == content
+    assert read_origin(content).recipe is not None
+
+
+def test_what_the_client_asks_about_a_server(tiny_server: Server):
+    api = api_of(tiny_server.url)
+    assert api.util_get_model_names() == ["sd15"]
+    assert api.util_get_current_model() == "sd15"
+    assert "Euler a" in api.util_get_sampler_names()
+    assert api.util_get_scheduler_names() == ["automatic", "karras", "uniform"]
+    assert sorted(lora["name"] for lora in api.get_loras()) == ["conv", "sks"]
+    assert api.get_progress()["progress"] == 0
+    assert api.interrupt() == {}
+    api.util_set_model("sd15")
+
+
+def test_formats_of_samples(tiny_server: Server):
+    body = {"prompt": "a ball", "steps": 1, "width": 64, "height": 64, "override_settings": {"samples_format": "jpg"}}
+    (image,) = tiny_server.call("/sdapi/v1/txt2img", body)["images"]
+    assert read_origin(base64.b64decode(image)).format == "jpeg"
+
+
+# --- the fields --------------------------------------------------------------------------------------------------------
+
+
+def test_defaults_are_those_of_the_web_ui(client, parts):
+    (recipe,) = recipes_for(client, parts)
+    assert (recipe.steps, recipe.guidance_scale, recipe.width, recipe.height, recipe.sampler) == (50, 7.0, 512, 512, "euler")
+    assert (recipe.adapters, recipe.noise, recipe.base_model, recipe.negative_prompt) == ((), "modern", "tiny", "")
+    assert recipes_for(client, parts)[0].seed != recipe.seed
+
+
+def test_null_is_the_default(client, parts):
+    fields = ("negative_prompt", "seed", "steps", "cfg_scale", "width", "height", "sampler_name", "batch_size", "send_images")
+    (recipe,) = recipes_for(client, parts, **dict.fromkeys(fields))
+    assert (recipe.steps, recipe.guidance_scale, recipe.width, recipe.sampler) == (50, 7.0, 512, "euler")
+
+
+def test_every_field_reaches_its_recipe(client, parts):
+    (parts.settings.loras / "people").mkdir()
+    shutil.copyfile(LORA_CONV, parts.settings.loras / "people" / "a b.safetensors")
+    recipes = recipes_for(
+        client, parts, prompt="<lora:sks:0.5> a ball, <lora:a b:-1>grass", negative_prompt="bad", seed=9, steps=3, cfg_scale=25,
+        width=101, height=128, sampler_name="LMS", scheduler="Karras", n_iter=3,
+    )  # fmt: skip
+    assert [recipe.seed for recipe in recipes] == [9, 10, 11]
+    first = recipes[0]
+    assert (first.prompt, first.negative_prompt, first.steps, first.guidance_scale) == ("a ball,grass", "bad", 3, 25)
+    assert (first.width, first.height, first.sampler, first.adapter_mode) == (96, 128, "k_lms", "merged")
+    assert [(ref.sha256, ref.multiplier) for ref in first.adapters] == [(file_sha256(LORA), 0.5), (file_sha256(LORA_CONV), -1)]
+
+
+def test_images_may_stay_where_they_are(client, parts, worker):
+    with at_work(worker, an_image()):
+        answer = client.post("/sdapi/v1/txt2img", json={"prompt": "a ball", "send_images": False, "save_images": True}).json()
+    assert answer["images"] == []
+    assert json.loads(answer["info"])["infotexts"] == ["a ball\nSteps: 2, Sampler: ddpm, Seed: 1, Size: 64x64"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"enable_hr": False, "denoising_strength": 0.7, "hr_scale": 2, "hr_upscaler": "Latent", "hr_prompt": "x"},
+        {"subseed": 77, "subseed_strength": 0, "seed_resize_from_h": 0, "seed_resize_from_w": -1},
+        {"styles": [], "restore_faces": False, "tiling": False, "comments": {}, "refiner_checkpoint": "", "refiner_switch_at": 0.8},
+        {"eta": 1.0, "sampler_name": "Euler a"},
+        {"eta": 0.0, "sampler_name": "DDIM"},
+        {"eta": 0.3, "sampler_name": "Euler"},
+        {"s_churn": 0, "s_tmin": 0, "s_tmax": 0, "s_noise": 1},
+        {"script_name": None, "script_args": [], "alwayson_scripts": {}},
+        {"override_settings": {"sd_model_checkpoint": "sd15", "CLIP_stop_at_last_layers": 1, "sd_vae": "Automatic"}},
+        {"prompt": "(b:1.2) [x|y]", "override_settings": {"emphasis": "None"}},
+        {"override_settings_restore_afterwards": False, "do_not_save_grid": True, "do_not_save_samples": True},
+    ],
+)
+def test_what_asks_for_nothing_is_taken(client, parts, fields):
+    assert len(recipes_for(client, parts, **fields)) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"enable_hr": True}, "enable_hr cannot be true"),
+        ({"restore_faces": True}, "restore_faces cannot be true"),
+        ({"tiling": True}, "tiling cannot be true"),
+        ({"styles": ["anime"]}, 'styles cannot be ["anime"]'),
+        ({"subseed_strength": 0.5}, "subseed_strength cannot be 0.5"),
+        ({"s_noise": 1.1}, "s_noise cannot be 1.1"),
+        ({"script_name": "X/Y/Z plot"}, "script_name cannot be"),
+        ({"alwayson_scripts": {"ControlNet": {"args": []}}}, "alwayson_scripts cannot be"),
+        ({"refiner_checkpoint": "xl"}, "refiner_checkpoint cannot be"),
+        ({"infotext": "a"}, "infotext cannot be"),
+        ({"eta": 0.5, "sampler_name": "Euler a"}, "eta is 1 for Euler a, and cannot be 0.5"),
+        ({"eta": 1.0, "sampler_name": "DDIM"}, "eta is 0 for DDIM"),
+        ({"init_images": []}, "init_images is no field that is known here"),
+        ({"override_settings": {"CLIP_stop_at_last_layers": 2}}, "CLIP_stop_at_last_layers cannot be 2: here it is 1"),
+        ({"override_settings": {"sd_model_checkpoint": "other"}}, "override_settings.sd_model_checkpoint cannot be"),
+        ({"override_settings": {"samples_format": "tiff"}}, "override_settings.samples_format cannot be"),
+        ({"override_settings": {"face_restoration": 1}}, "override_settings.face_restoration cannot be 1: the settings are"),
+        ({"prompt": "a (b:1.2)"}, "weighs words"),
+        ({"negative_prompt": "[a:b:0.5]"}, "changes words while the image is made"),
+        ({"prompt": "<lora:sks:1:0.5>"}, "two multipliers"),
+        ({"prompt": "<lora:sks:3>"}, "from -2 to 2"),
+        ({"prompt": "<hypernet:x:1>"}, "is no LoRA"),
+        ({"prompt": "<lora:none:1>"}, "There is no adapter 'none'"),
+        ({"prompt": "<lora:../sks:1>"}, "There is no adapter '../sks'"),
+        ({"prompt": "<lora:../../../etc/passwd:1>"}, "There is no adapter"),
+        ({"prompt": "<lora:/etc/passwd:1>"}, "There is no adapter"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_name(client, parts, fields, named):
+    answer = client.post("/sdapi/v1/txt2img", json={"prompt": "a ball"} | fields)
+    assert answer.status_code == 400
+    body = answer.json()
+    assert set(body) == {"error", "detail", "body", "errors"}
+    assert named in body["detail"]
+    assert parts.store.list().jobs == ()
+
+
+@pytest.mark.parametrize(
+    ("fields", "place"),
+    [
+        ({"steps": 151}, "steps"),
+        ({"width": 32}, "width"),
+        ({"cfg_scale": -1}, "cfg_scale"),
+        ({"sampler_name": "UniPC"}, "sampler_name"),
+        ({"sampler_name": "Euler a", "scheduler": "Exponential"}, "scheduler"),
+        ({"sampler_name": "LCM", "steps": 60}, "steps"),
+        ({"batch_size": 8, "n_iter": 9}, "n_iter"),
+        ({"seed": MAX_SEED, "n_iter": 2}, "seed"),
+        ({"seed": "x"}, "seed"),
+    ],
+)
+def test_what_is_out_of_range_has_fastapis_shape_as_in_the_web_ui(client, fields, place):
+    answer = client.post("/sdapi/v1/txt2img", json={"prompt": "a ball"} | fields)
+    assert answer.status_code == 422
+    (entry,) = answer.json()["detail"]
+    assert entry["loc"] == ["body", place]
+    if place == "sampler_name":
+        assert "the samplers are: Euler, Euler a, LMS" in entry["msg"]
+
+
+def test_two_loras_of_one_name_are_told_apart_by_their_folders(client, parts):
+    for folder in ("a", "b"):
+        (parts.settings.loras / folder).mkdir()
+        shutil.copyfile(LORA, parts.settings.loras / folder / "x.safetensors")
+    answer = client.post("/sdapi/v1/txt2img", json={"prompt": "<lora:x:1>"})
+    assert "There are several adapters 'x': name one of a/x, b/x" in answer.json()["detail"]
+    assert [lora["name"] for lora in client.get("/sdapi/v1/loras").json()] == ["a/x", "b/x", "sks"]
+    assert len(recipes_for(client, parts, prompt="<lora:b/x:1>")[0].adapters) == 1
+
+
+def test_hostile_words_are_words(client, parts, worker):
+    (parts.settings.loras / f"{HOSTILE.replace('/', '')}.safetensors").write_bytes(LORA.read_bytes())
+    assert HOSTILE.replace("/", "") in [lora["name"] for lora in client.get("/sdapi/v1/loras").json()]
+    with at_work(worker, an_image(HOSTILE)):
+        answer = client.post("/sdapi/v1/txt2img", json={"prompt": HOSTILE})
+    assert answer.headers["content-type"] == "application/json"
+    assert json.loads(answer.json()["info"])["all_prompts"] == [HOSTILE]
+
+
+# --- settings ----------------------------------------------------------------------------------------------------------
+
+
+def test_settings_are_what_they_are(client):
+    options = client.get("/sdapi/v1/options").json()
+    assert options == {
+        "sd_model_checkpoint": "sd15", "sd_vae": "Automatic", "samples_format": "png", "emphasis": "None",
+        "CLIP_stop_at_last_layers": 1, "eta_noise_seed_delta": 0,
+    }  # fmt: skip
+    assert client.post("/sdapi/v1/options", json=options).json() is None
+    for change in ({"sd_model_checkpoint": "other"}, {"samples_format": "jpg"}, {"live_previews_enable": True}):
+        answer = client.post("/sdapi/v1/options", json=change)
+        assert (answer.status_code, answer.json()["error"]) == (400, "FIELD_NOT_SUPPORTED")
+        assert next(iter(change)) in answer.json()["detail"]
+    assert client.post("/sdapi/v1/refresh-loras").json() is None
+
+
+def test_lists(client):
+    samplers = client.get("/sdapi/v1/samplers").json()
+    assert {"name": "DPM++ 2M", "aliases": ["dpmsolver++", "k_dpmsolver++"], "options": {}} in samplers
+    assert client.get("/sdapi/v1/sd-models").json() == [
+        {"title": "sd15", "model_name": "sd15", "hash": None, "sha256": None, "filename": "tiny", "config": None}
+    ]
+    (lora,) = client.get("/sdapi/v1/loras").json()
+    assert (lora["name"], lora["alias"], lora["path"]) == ("sks", "lora_linear_f32", "sks.safetensors")
+    assert lora["metadata"]["ss_output_name"] == "lora_linear_f32"
+
+
+# --- waiting -----------------------------------------------------------------------------------------------------------
+
+
+def test_progress_and_interrupt(url, parts, worker):
+    api = api_of(url)
+    body = {"model": "sd15", "loras": [{"path": "sks.safetensors"}], "prompts": [{"prompt": "x"}]}
+    others = httpx2.post(f"{url}/v1/inference", json=body)
+    waiting = aside(lambda: api.txt2img(prompt="a ball", steps=20, n_iter=1))
+    until(lambda: parts.waited_for, 20)
+    assert api.get_progress()["textinfo"] == "1 requests are before this one"
+    foreign = worker.claim()
+    assert foreign.id == others.json()["request_id"]
+    job = worker.claim()
+    worker.step(job, 5, 20, "preview")
+    found = api.get_progress()
+    assert (found["progress"], found["eta_relative"], found["current_image"]) == (0.25, 1.5, "preview")
+    state = {"job": "txt2img", "job_count": 1, "job_no": 0, "sampling_step": 5, "sampling_steps": 20, "interrupted": False}
+    assert state.items() <= found["state"].items()
+    assert httpx2.get(f"{url}/sdapi/v1/progress?skip_current_image=true").json()["current_image"] is None
+
+    api.interrupt()
+    assert api.get_progress()["state"]["interrupted"]
+    assert not parts.store.get(foreign.id).cancel_requested, "what came in another way is not this client's"
+    parts.store.stop(job.id, job.epoch, job.created_at)
+    with pytest.raises(RuntimeError, match="REQUEST_CANCELED"):
+        waiting.result(30)
+    assert parts.waited_for == {}
+    assert api.get_progress()["state"]["job_count"] == 0
+
+
+def test_a_client_that_goes_away_cancels_its_job(url, parts):
+    with pytest.raises(httpx2.ReadTimeout):
+        httpx2.post(f"{url}/sdapi/v1/txt2img", json={"prompt": "a ball"}, timeout=0.3)
+    job = only_job(parts)
+    assert until(lambda: parts.store.get(job.id).status is Status.CANCELED, 20)
+    assert until(lambda: not parts.waited_for, 20) is True
+
+
+def test_failures_and_a_full_queue(url, parts, worker):
+    api = api_of(url)
+    waiting = aside(lambda: api.txt2img(prompt="a ball"))
+    worker.fail(until(worker.claim_one, 20))
+    with pytest.raises(RuntimeError, match="The model produced NaN"):
+        waiting.result(30)
+    all_of_them = [aside(lambda: api.txt2img(prompt="a ball")) for _ in range(3)]
+    until(lambda: parts.store.count(Status.IN_QUEUE) == 3, 20)
+    answer = httpx2.post(f"{url}/sdapi/v1/txt2img", json={"prompt": "a ball"})
+    assert (answer.status_code, answer.json()["error"], answer.headers["retry-after"]) == (429, "QUEUE_FULL", "10")
+    with at_work(worker, an_image()):
+        assert [len(one.result(30).images) for one in all_of_them] == [1, 1, 1]
+
+
+def test_keys(tmp_path):
+    parts = parts_in(tmp_path)
+    keys = {name: parts.keys.add(name) for name in ("me", "you")}
+    with listening(parts) as url:
+        answer = httpx2.get(f"{url}/sdapi/v1/options")
+        assert (answer.status_code, answer.headers["www-authenticate"], answer.json()["error"]) == (401, "Basic", "UNAUTHORIZED")
+        for password in ("me", "me:no", "me:", "\xff"):
+            wrong = "Basic " + base64.b64encode(password.encode("latin-1")).decode()
+            assert httpx2.get(f"{url}/sdapi/v1/options", headers={"Authorization": wrong}).status_code == 401
+        assert httpx2.get(f"{url}/sdapi/v1/options", headers={"Authorization": "Basic !"}).status_code == 401
+        for key in keys.values():
+            assert httpx2.get(f"{url}/sdapi/v1/options", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+        basic = base64.b64encode(f"me:{keys['me']}".encode()).decode()
+        assert httpx2.get(f"{url}/v1/requests", headers={"Authorization": f"Basic {basic}"}).status_code == 401, "there alone"
+
+        mine, yours = (webuiapi.WebUIApi(baseurl=f"{url}/sdapi/v1", username="any", password=keys[name]) for name in ("me", "you"))
+        waiting = aside(lambda: mine.txt2img(prompt="a ball"))
+        job = until(lambda: parts.waited_for and only_job(parts), 20)
+        yours.interrupt()
+        assert parts.store.get(job.id).status is Status.IN_QUEUE
+        assert yours.get_progress()["state"]["job"] == ""
+        mine.interrupt()
+        with pytest.raises(RuntimeError, match="REQUEST_CANCELED"):
+            waiting.result(30)
+
+
+def test_what_is_not_there_has_the_shape_of_the_web_ui(client):
+    answer = client.post("/sdapi/v1/img2img", json={})
+    assert (answer.status_code, set(answer.json())) == (404, {"error", "detail", "body", "errors"})
+
+
+def test_the_pixels_of_the_answer_are_those_of_the_file(client, parts, worker):
+    with at_work(worker, an_image()):
+        (image,) = client.post("/sdapi/v1/txt2img", json={"prompt": "a ball"}).json()["images"]
+    assert (pixels(base64.b64decode(image)) == pixels(an_image())).all()

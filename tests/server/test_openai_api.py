@@ -1,0 +1,380 @@
+"""OpenAI's Images API, used with the package `openai` itself."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import io
+from typing import Any
+
+import httpx2
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+from tests.server.http_support import ByHand, aside, at_work, client_of, listening, only_job, parts_in, pixels
+from tests.server.serve_support import Server, until
+from tests.support import LORA
+
+from fidelora.jobs.job import JobProgress, Status
+from fidelora.origin import read_origin
+from fidelora.recipe import MAX_SEED, file_sha256
+from fidelora.server import submit
+from fidelora.server.parts import Parts
+
+LORAS = [{"path": "sks.safetensors", "network_multiplier": 0.8}]
+SMALL: dict[str, Any] = {"steps": 2, "loras": LORAS, "trigger_word": "sks"}
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(submit, "LOOK_EVERY_S", 0.005)
+
+
+@pytest.fixture
+def parts(tmp_path) -> Parts:
+    return parts_in(tmp_path, queue_size=2)
+
+
+@pytest.fixture
+def worker(parts) -> ByHand:
+    return ByHand(parts)
+
+
+@pytest.fixture
+def client(parts):
+    """The official client of a server on a real socket, whose jobs the test moves along."""
+    with listening(parts) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+@pytest.fixture
+def real(tiny_server: Server):
+    """The official client of a server that makes images."""
+    with openai.OpenAI(base_url=f"{tiny_server.url}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+def preview(colour: str) -> str:
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), colour).save(buffer, "JPEG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+# --- with real images --------------------------------------------------------------------------------------------------
+
+
+def test_the_same_recipe_is_the_same_image_in_both_apis(real, tiny_server):
+    extra = SMALL | {"seed": 7, "sampler": "euler_a", "negative_prompt": "b"}
+    made = real.images.generate(model="sd15", prompt="a [trigger] ball", size="64x64", extra_body=extra)
+    (image,) = made.data
+    content = base64.b64decode(image.b64_json)
+    recipe = read_origin(content).recipe
+    assert recipe is not None
+    assert (recipe.prompt, recipe.negative_prompt, recipe.seed) == ("a sks ball", "b", 7)
+    assert (recipe.steps, recipe.sampler) == (2, "euler_a")
+    assert [(ref.name, ref.multiplier) for ref in recipe.adapters] == [("sks", 0.8)]
+    assert (made.output_format, made.size, made.background) == ("png", "64x64", "opaque")
+    assert (image.seed, image.sha256) == (7, hashlib.sha256(content).hexdigest())
+
+    item = {"width": 64, "height": 64, "sample_steps": 2, "seed": 7, "sampler": "euler_a"}
+    prompt = {"prompt": "a [trigger] ball", "neg": "b"} | item
+    body = {"model": "sd15", "trigger_word": "sks", "loras": LORAS, "prompts": [prompt]}
+    ours = str(tiny_server.call("/v1/inference", body)["request_id"])
+    assert tiny_server.wait(ours, "succeeded", "failed")["status"] == "succeeded"
+    (output,) = tiny_server.call(f"/v1/requests/{ours}/result")["outputs"]["images"]
+    assert httpx2.get(output["url"]).content == content
+    assert tiny_server.call(f"/v1/requests/{made.request_id}/result")["outputs"]["images"][0]["recipe"] == output["recipe"]
+
+
+def test_several_images_by_url_in_another_format(real):
+    made = real.images.generate(
+        prompt="a ball", size="64x72", n=2, response_format="url", output_format="webp", extra_body=SMALL | {"seed": 5}
+    )
+    contents = [httpx2.get(image.url).content for image in made.data]
+    assert [read_origin(content).recipe.seed for content in contents] == [5, 6]  # type: ignore[union-attr]
+    assert {read_origin(content).format for content in contents} == {"webp"}
+    assert [image.b64_json for image in made.data] == [None, None]
+    assert not np.array_equal(pixels(contents[0]), pixels(contents[1]))
+
+
+def test_compression_is_the_quality_of_the_file(real):
+    def content(**fields: Any) -> bytes:
+        made = real.images.generate(prompt="a ball", size="64x64", output_format="jpeg", extra_body=SMALL | {"seed": 5}, **fields)
+        return base64.b64decode(made.data[0].b64_json)
+
+    usual, coarse = content(), content(output_compression=10)
+    assert (read_origin(usual).quality, read_origin(coarse).quality) == (None, 10)
+    assert read_origin(usual).recipe == read_origin(coarse).recipe
+    with Image.open(io.BytesIO(usual)) as fine, Image.open(io.BytesIO(coarse)) as rough:
+        assert sum(fine.quantization[0]) < sum(rough.quantization[0])  # type: ignore[attr-defined]
+
+
+def test_without_a_lora_a_seed_or_a_size(real):
+    made = real.images.generate(prompt="a ball", n=2, extra_body={"steps": 1})
+    recipes = [read_origin(base64.b64decode(image.b64_json)).recipe for image in made.data]
+    assert [(recipe.width, recipe.height, recipe.adapters) for recipe in recipes if recipe] == [(512, 512, ())] * 2
+    assert recipes[0].seed != recipes[1].seed  # type: ignore[union-attr]
+    assert [image.seed for image in made.data] == [recipe.seed for recipe in recipes if recipe]
+
+
+def test_a_stream_ends_in_the_image(real):
+    asked: dict[str, Any] = {"prompt": "a ball", "size": "64x64", "extra_body": SMALL | {"seed": 7}}
+    with real.images.generate(stream=True, partial_images=1, **asked) as stream:
+        events = list(stream)
+    done = events[-1]
+    assert done.type == "image_generation.completed"
+    assert all(event.type == "image_generation.partial_image" for event in events[:-1])
+    assert (done.output_format, done.size, done.quality, done.usage.total_tokens) == ("png", "64x64", "auto", 0)
+    assert read_origin(base64.b64decode(done.b64_json)).recipe.seed == 7  # type: ignore[union-attr]
+
+
+def test_asynchronous_clients_wait_too(tiny_server):
+    async def make() -> Any:
+        async with openai.AsyncOpenAI(base_url=f"{tiny_server.url}/v1", api_key="none") as client:
+            return await client.images.generate(prompt="a ball", size="64x64", extra_body=SMALL)
+
+    assert asyncio.run(make()).data[0].b64_json
+
+
+# --- the fields --------------------------------------------------------------------------------------------------------
+
+
+def test_every_field_reaches_its_recipe(client, parts, worker):
+    with at_work(worker):
+        client.images.generate(
+            model="sd15", prompt="[trigger]", n=2, size="256x512", output_format="jpeg", output_compression=80,
+            quality="standard", background="opaque", moderation="low", user="me",
+            extra_body={
+                "loras": LORAS, "trigger_word": "sks", "negative_prompt": "bad", "seed": MAX_SEED - 1, "steps": 9,
+                "guidance_scale": 3.5, "sampler": "ddim", "fidelity": "fast",
+            },
+        )  # fmt: skip
+    job = only_job(parts)
+    assert (job.image_format, job.image_quality) == ("jpeg", 80)
+    assert [recipe.seed for recipe in job.recipes] == [MAX_SEED - 1, MAX_SEED]
+    first = job.recipes[0]
+    assert (first.prompt, first.negative_prompt, first.width, first.height) == ("sks", "bad", 256, 512)
+    assert (first.steps, first.guidance_scale, first.sampler, first.fidelity) == (9, 3.5, "ddim", "fast")
+    assert [(ref.sha256, ref.multiplier) for ref in first.adapters] == [(file_sha256(LORA), 0.8)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"n": 11}, "n"),
+        ({"n": 0}, "n"),
+        ({"size": "huge"}, "size"),
+        ({"quality": "hd"}, "quality"),
+        ({"style": "vivid"}, "style"),
+        ({"background": "transparent"}, "background"),
+        ({"output_format": "gif"}, "output_format"),
+        ({"frame_count": 3}, "frame_count"),
+        ({"complexity": "high"}, "complexity"),
+        ({"partial_images": 4, "stream": True}, "partial_images"),
+        ({"extra_body": {"steps": 151}}, "steps"),
+        ({"extra_body": {"guidance_scale": 21}}, "guidance_scale"),
+        ({"extra_body": {"sampler": "best"}}, "sampler"),
+        ({"extra_body": {"sampler": "lcm", "steps": 60}}, "steps"),
+        ({"extra_body": {"neg": "x"}}, "neg"),
+        ({"extra_body": {"loras": [{"path": "sks.safetensors", "strength": 1}]}}, "loras[0].strength"),
+        ({"extra_body": {"loras": [{"path": "sks.safetensors", "network_multiplier": 3}]}}, "loras.0.network_multiplier"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_by_name(client, parts, fields, param):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.images.generate(prompt="a ball", **fields)
+    assert (caught.value.param, caught.value.type) == (param, "invalid_request_error")
+    assert parts.store.list().jobs == ()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"size": "32x512"}, "size: both sides are from 64 to 4096"),
+        ({"output_compression": 50}, "output_compression: png has none"),
+        ({"n": 2, "extra_body": {"seed": MAX_SEED}}, "seed: the last image would have a seed beyond"),
+        ({"partial_images": 2}, "partial_images: there are some in a stream only"),
+        ({"stream": True, "response_format": "url"}, "response_format: a stream has b64_json only"),
+    ],
+)
+def test_fields_that_contradict_each_other(client, fields, message):
+    with pytest.raises(openai.BadRequestError, match=message):
+        client.images.generate(prompt="a ball", **fields)
+
+
+# --- what goes wrong ---------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_model(client):
+    with pytest.raises(openai.NotFoundError, match="There is no model 'gpt-image-2'; the models are: sd15") as caught:
+        client.images.generate(model="gpt-image-2", prompt="a ball")
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+
+
+@pytest.mark.parametrize("path", ["../sks.safetensors", "/etc/passwd", "none.safetensors"])
+def test_a_lora_that_is_not_there(client, path):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.images.generate(prompt="a ball", extra_body={"loras": [{"path": path}]})
+    assert caught.value.code == "LORA_NOT_FOUND"
+
+
+def test_a_full_queue(client, parts):
+    first = [aside(lambda: client.images.generate(prompt="a ball")) for _ in range(2)]
+    until(lambda: parts.store.count(Status.IN_QUEUE) == 2, 20)
+    with pytest.raises(openai.RateLimitError) as caught:
+        client.images.generate(prompt="a ball")
+    assert (caught.value.code, caught.value.type) == ("rate_limit_exceeded", "rate_limit_error")
+    assert caught.value.response.headers["retry-after"] == "10"
+    with at_work(ByHand(parts)):
+        assert all(one.result(30).data for one in first)
+
+
+def test_a_failed_job_is_not_tried_again_by_the_client(client, parts, worker):
+    waiting = aside(lambda: client.with_options(max_retries=2).images.generate(prompt="a ball"))
+    only_job(parts)
+    worker.fail(worker.claim())
+    with pytest.raises(openai.InternalServerError, match="The model produced NaN") as caught:
+        waiting.result(30)
+    assert (caught.value.code, caught.value.type) == ("NUMERICS", "server_error")
+    assert len(parts.store.list().jobs) == 1
+
+
+def test_a_job_that_somebody_cancels(client, parts):
+    waiting = aside(lambda: client.with_options(max_retries=2).images.generate(prompt="a ball"))
+    httpx2.delete(f"{client.base_url}requests/{only_job(parts).id}")
+    with pytest.raises(openai.ConflictError, match="was canceled"):
+        waiting.result(30)
+    assert len(parts.store.list().jobs) == 1
+
+
+def test_a_failure_in_a_stream_is_an_error_there(client, parts, worker):
+    with client.images.generate(prompt="a ball", stream=True) as stream:
+        only_job(parts)
+        worker.fail(worker.claim())
+        with pytest.raises(openai.APIError, match="The model produced NaN"):
+            list(stream)
+
+
+def test_keys(tmp_path):
+    parts = parts_in(tmp_path)
+    key = parts.keys.add("me")
+    with listening(parts) as url:
+        with pytest.raises(openai.AuthenticationError) as caught:
+            openai.OpenAI(base_url=f"{url}/v1", api_key="wrong").images.generate(prompt="a ball")
+        assert (caught.value.code, caught.value.type) == ("invalid_api_key", "invalid_request_error")
+        with openai.OpenAI(base_url=f"{url}/v1", api_key=key) as client, at_work(ByHand(parts)):
+            assert client.images.generate(prompt="a ball").data
+            assert [model.id for model in client.models.list()] == ["sd15"]
+
+
+def test_errors_have_openais_shape_on_its_paths_alone(tmp_path):
+    parts = parts_in(tmp_path)
+    client = client_of(parts)
+    for answer, status in (
+        (client.post("/v1/images/edits", json={}), 404),
+        (client.get("/v1/images/generations"), 405),
+        (client.post("/v1/images/generations", json=[]), 400),
+        (client.post("/v1/images/generations", content=b"{", headers={"Content-Type": "application/json"}), 400),
+        (client.post("/v1/images/generations", json={"prompt": "x" * 2**20}), 413),
+        (client.post("/v1/images/generations", json={"prompt": "x"}, headers={"Host": "evil.example"}), 400),
+        (client.get("/v1/models/none"), 404),
+    ):
+        assert (answer.status_code, set(answer.json()), set(answer.json()["error"])) == (
+            status, {"error"}, {"message", "type", "param", "code"}
+        )  # fmt: skip
+    assert "detail" in client.get("/v1/nothing").json()
+    parts.stopping.set()
+    answer = client.post("/v1/images/generations", json={"prompt": "x"})
+    assert (answer.status_code, answer.json()["error"]["code"], answer.headers["retry-after"]) == (503, "SERVER_STOPPING", "10")
+
+
+# --- waiting -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("running", [False, True])
+def test_a_client_that_goes_away_cancels_its_job(client, parts, worker, stream, running):
+    with httpx2.Client() as other:
+        body = {"prompt": "a ball", "stream": stream}
+        call = other.build_request("POST", f"{client.base_url}images/generations", json=body, timeout=0.3)
+        sent = aside(lambda: other.send(call, stream=stream))
+        job = only_job(parts)
+        if running:
+            worker.step(worker.claim(), 3)
+        if stream:
+            sent.result(30).close()
+        else:
+            with pytest.raises(httpx2.ReadTimeout):
+                sent.result(30)
+    if running:
+        assert until(lambda: parts.store.get(job.id).cancel_requested, 20)
+    else:
+        assert until(lambda: parts.store.get(job.id).status is Status.CANCELED, 20)
+
+
+def test_partial_images_come_in_order_and_no_more_than_were_asked_for(client, parts, worker):
+    with client.images.generate(
+        prompt="a ball", n=2, stream=True, partial_images=2, output_format="webp", extra_body={"steps": 12}
+    ) as stream:
+        job = until(lambda: worker.claim_one(), 20)
+        events = iter(stream)
+
+        def show(image: int, step: int, colour: str) -> None:
+            parts.store.renew(job.id, job.epoch, JobProgress(image, 2, step, 12, 1.0, preview(colour)), job.created_at, 1e9)
+
+        seen = []
+        for image in (0, 1):
+            show(image, 2, "red")  # too early
+            for step, colour in ((4, "green"), (8, "blue")):
+                show(image, step, colour)
+                seen.append(next(events))
+            show(image, 11, "white")  # one too many
+        worker.succeed(job, image_format="webp")
+        rest = list(events)
+    assert {event.type for event in seen} == {"image_generation.partial_image"}
+    assert [event.partial_image_index for event in seen] == [0, 1, 0, 1]
+    colours = [tuple(pixels(base64.b64decode(event.b64_json))[0, 0] > 90) for event in seen]
+    assert colours == [(False, True, False), (False, False, True)] * 2
+    assert {(event.output_format, event.size) for event in seen} == {("webp", "512x512")}
+    assert [event.type for event in rest] == ["image_generation.completed"] * 2
+    assert [base64.b64decode(event.b64_json) for event in rest] == [b"an image"] * 2
+
+
+def test_a_quiet_stream_gives_signs_of_life(client, parts, worker, monkeypatch):
+    from fidelora.server.routes import openai as routes
+
+    monkeypatch.setattr(routes, "_SIGN_OF_LIFE_S", 0.0)
+    body = {"prompt": "a ball", "stream": True}
+    with httpx2.stream("POST", f"{client.base_url}images/generations", json=body) as answer:
+        lines = answer.iter_lines()
+        assert next(lines) == ": making images"
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        only_job(parts)
+        worker.succeed(worker.claim())
+        assert "event: image_generation.completed" in list(lines)
+
+
+def test_a_server_that_stops_answers_whoever_waits(client, parts):
+    waiting = aside(lambda: client.images.generate(prompt="a ball"))
+    job = only_job(parts)
+    parts.stopping.set()
+    with pytest.raises(openai.InternalServerError) as caught:
+        waiting.result(30)
+    assert caught.value.code == "SERVER_STOPPING"
+    assert parts.store.get(job.id).status is Status.CANCELED
+
+
+# --- models ------------------------------------------------------------------------------------------------------------
+
+
+def test_models_in_both_shapes(client):
+    (model,) = client.models.list().data
+    assert (model.id, model.object, model.owned_by, model.created) == ("sd15", "model", "fidelora", 0)
+    assert client.models.retrieve("sd15") == model
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.models.retrieve("<b>none")
+    assert caught.value.code == "model_not_found"
+    answer = httpx2.get(f"{client.base_url}models").json()
+    assert set(answer) == {"models", "object", "data"}
