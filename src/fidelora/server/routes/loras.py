@@ -29,7 +29,7 @@ def list_loras(
     start = bisect_right(names, cursor) if cursor is not None else 0
     page = names[start : start + limit]
     more = start + limit < len(names)
-    return LoraList(loras=[lora_body(name, parts) for name in page], next_cursor=page[-1] if more else None)
+    return LoraList(loras=[_body(name, parts) for name in page], next_cursor=page[-1] if more else None)
 
 
 @router.post(
@@ -48,7 +48,7 @@ def upload_lora(
     path, is_new = add_upload(parts.settings.loras, file.file, name or file.filename or "")
     if not is_new:
         response.status_code = 200
-    return lora_body(path, parts)
+    return _body(path, parts)
 
 
 @router.delete("/{name}", status_code=204, responses=answers(404, 409))
@@ -62,8 +62,7 @@ def delete_lora(name: Annotated[str, Path(max_length=200)], parts: PartsOf) -> N
     parts.cache.path(sha256).unlink(missing_ok=True)
 
 
-def lora_body(name: str, parts: Parts) -> LoraBody:
-    """A LoRA as its header describes it."""
+def _body(name: str, parts: Parts) -> LoraBody:
     path = adapter_under(parts.settings.loras, name)
     summary = describe_adapter(path)
     return LoraBody(
