@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
 from fidelora.recipe import Recipe
@@ -96,4 +97,4 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
 
 def _decimal(number: float) -> str:
     """A number as the command line reads it back to the same bits, without an exponent."""
-    return format(number, ".17f").rstrip("0").rstrip(".") if "e" in repr(number) else repr(number).removesuffix(".0")
+    return format(Decimal(repr(number)), "f").removesuffix(".0")
