@@ -63,7 +63,7 @@ class Compare:
             self.cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="cancel-compare", scale=1, min_width=100)
         self.progress = gr.Markdown(latex_delimiters=[], elem_id="progress-compare")
         self.sheet = gr.Image(
-            label="Sheet", interactive=False, visible=False, format="png", type="filepath", elem_id="sheet",
+            label="Sheet", show_label=False, interactive=False, visible=False, format="png", type="filepath", elem_id="sheet",
             buttons=["download", "fullscreen"],
         )  # fmt: skip
         self.jobs = gr.State([])
