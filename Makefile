@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test bench check format clean
+.PHONY: demo test bench check docs docs-serve reference format clean
 
 demo: $(READY)
 	$(BIN)/fidelora demo
@@ -24,17 +24,29 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python tools/reference.py --check
+	$(BIN)/python -m tools.reference --check
+	$(MAKE) --no-print-directory docs
+
+# Strictly: a link or an anchor that leads nowhere, or a page that is in no menu, ends it. Not with -q, which drops the warnings.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --livereload --dev-addr 127.0.0.1:8001
+
+# The pages, and the tables of docs/cli.md, that are made from the code.
+reference: $(READY)
+	$(BIN)/python -m tools.reference
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis fidelora-demo
+	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis fidelora-demo
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade -c constraints.txt pip
-	$(BIN)/pip install --quiet -c constraints.txt --editable ".[server,client,ui]" --group dev
+	$(BIN)/pip install --quiet -c constraints.txt --editable ".[server,client,ui]" --group dev --group docs
 	touch $@

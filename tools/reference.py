@@ -1,7 +1,7 @@
-"""Writes the reference pages that are made from the code: the HTTP API, and the settings.
+"""Writes the pages that are made from the code: HTTP API, settings, Python, errors, models, and the tables of the command line.
 
-python tools/reference.py           writes docs/reference/http.md and docs/reference/settings.md
-python tools/reference.py --check   says which of them are not what the code says, with exit code 1
+python -m tools.reference           writes them (`make reference`)
+python -m tools.reference --check   says which of them are not what the code says, with exit code 1 (`make check`)
 """
 
 from __future__ import annotations
@@ -11,13 +11,21 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from tools.pages.catalog import catalog_page
+from tools.pages.command_line import with_tables
+from tools.pages.error_list import errors_page
+from tools.pages.python_api import python_page
+
 from fidelora.jobs.memory import MemoryStore
 from fidelora.server.app import make_app, parts_around
 from fidelora.server.problems import codes
 from fidelora.settings import Settings, read_settings
 
-PAGES = Path(__file__).resolve().parents[1] / "docs" / "reference"
-_MADE = "<!-- Made by tools/reference.py; change the code and run it again. -->"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+_MADE = "<!-- Made by `make reference`; change the code and run it again. -->"
+
+_NAMED = "<<{}>>"
+"""How a body's name is written until it is known which bodies have a place to link to."""
 
 _ABOUT_HTTP = """
 Errors other than 422 are `{"detail": {"error": {"code", "message", "details"}}}`; 422 is a field out of its range, in FastAPI's own
@@ -36,23 +44,33 @@ def http_page() -> str:
     """Every route with its parameters, bodies and answers, and every body with its fields."""
     with tempfile.TemporaryDirectory() as folder:
         api = make_app(parts_around(MemoryStore(), read_settings(data_dir=Path(folder)), {}, "")).openapi()
-    lines = [_MADE, "", "# HTTP API", "", api["info"]["description"], ""]
+    lines = ["# HTTP API", "", _MADE, "", api["info"]["description"], ""]
     lines += [_ABOUT_HTTP, "", "| code | status | meaning |", "|---|---|---|"]
     lines += [f"| `{code}` | {status} | {meaning} |" for code, (status, meaning) in sorted(codes().items())]
     lines.append("")
     for path, methods in api["paths"].items():
         for method, route in methods.items():
             lines += _route(method.upper(), path, route)
-    lines += ["# Bodies", ""]
-    for name, schema in api["components"]["schemas"].items():
-        if "properties" in schema and not name.startswith(("HTTPValidation", "ValidationError", "Body_")):
-            lines += _schema(name, schema)
-    return "\n".join(lines).rstrip() + "\n"
+    lines += ["## Bodies", ""]
+    bodies = {
+        name: schema
+        for name, schema in api["components"]["schemas"].items()
+        if "properties" in schema and not name.startswith(("HTTPValidation", "ValidationError", "Body_"))
+    }
+    for name, schema in bodies.items():
+        lines += _schema(name, schema)
+    linked = {
+        _NAMED.format(name): f"[{name}](#{name.lower()})" if name in bodies else name for name in api["components"]["schemas"]
+    }
+    text = "\n".join(lines).rstrip() + "\n"
+    for mark, link in linked.items():
+        text = text.replace(mark, link)
+    return text
 
 
 def settings_page() -> str:
     """Every setting with its default and what it means."""
-    lines = [_MADE, "", "# Settings", ""]
+    lines = ["# Settings", "", _MADE, ""]
     lines += [_ABOUT_SETTINGS, "", "| name | meaning | default |", "|---|---|---|"]
     for field in Settings.model_fields.values():
         shown = f"`{field.default}`" if isinstance(field.default, bool | int | float | str) and field.default != "" else ""
@@ -82,7 +100,7 @@ def _said(description: str) -> str:
 
 
 def _schema(name: str, schema: dict[str, Any]) -> list[str]:
-    lines = [f"## {name}", "", schema.get("description", ""), "", "| field | type | default |", "|---|---|---|"]
+    lines = [f"### {name}", "", schema.get("description", ""), "", "| field | type | default |", "|---|---|---|"]
     for field, content in schema["properties"].items():
         default = (
             "**required**" if field in schema.get("required", []) else f"`{content['default']}`" if "default" in content else ""
@@ -94,7 +112,7 @@ def _schema(name: str, schema: dict[str, Any]) -> list[str]:
 def _type(schema: dict[str, Any]) -> str:
     """A type in words, with its range."""
     if "$ref" in schema:
-        return str(schema["$ref"].rsplit("/", 1)[1])
+        return _NAMED.format(schema["$ref"].rsplit("/", 1)[1])
     if "anyOf" in schema:
         return " or ".join(dict.fromkeys(_type(one) for one in schema["anyOf"]))
     if "enum" in schema:
@@ -110,14 +128,26 @@ def _type(schema: dict[str, Any]) -> str:
     return f"{schema.get('type', 'any')}{bounds}"
 
 
+def pages() -> dict[Path, str]:
+    """Every page that is made here, with its text."""
+    return {
+        DOCS / "reference" / "http.md": http_page(),
+        DOCS / "reference" / "settings.md": settings_page(),
+        DOCS / "reference" / "python.md": python_page(_MADE),
+        DOCS / "reference" / "errors.md": errors_page(_MADE),
+        DOCS / "models" / "index.md": catalog_page(_MADE, DOCS / "models"),
+        DOCS / "cli.md": with_tables((DOCS / "cli.md").read_text()),
+    }
+
+
 def main() -> None:
-    pages = {PAGES / "http.md": http_page(), PAGES / "settings.md": settings_page()}
+    made = pages()
     if "--check" in sys.argv[1:]:
-        old = [path.name for path, text in pages.items() if not path.is_file() or path.read_text() != text]
+        old = [str(path.relative_to(DOCS.parent)) for path, text in made.items() if not path.is_file() or path.read_text() != text]
         if old:
-            sys.exit(f"{', '.join(old)} is not what the code says; run tools/reference.py.")
+            sys.exit(f"{', '.join(old)}: not what the code says; run `make reference`.")
         return
-    for path, text in pages.items():
+    for path, text in made.items():
         path.write_text(text)
 
 

@@ -23,36 +23,59 @@ _MAX_IMAGES = 1000
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to paint; [trigger] stands for the trigger word.")],
     lora: Annotated[
-        list[str] | None, typer.Option(metavar="FILE[:MULT]", help="Adapter with its multiplier; repeatable, in order.")
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[:MULT]",
+            help="Adapter with its multiplier, -2..2, 1 if not given; applied in order. A file of the whole name goes before that.",
+        ),
     ] = None,
     negative: Annotated[str, typer.Option(help="What to lead away from.")] = "",
     trigger: Annotated[str, typer.Option(help="The word that [trigger] in the prompt becomes.")] = "",
     width: Annotated[int | None, typer.Option(help="Pixels, 64..4096, floored to a multiple of 8.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels, 64..4096, floored to a multiple of 8.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels, as the width.")] = None,
     steps: Annotated[
         int | None, typer.Option(help="1..150; like the other settings, by default what `fidelora models` says.")
     ] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale; no guidance at 1 or less.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the first image; -1 takes a random one and says which.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale, 0..100; no guidance at 1 or less.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the first image; -1 takes a random one and says which on stderr.")] = None,
     sampler: Annotated[str | None, typer.Option(help="One of those that `fidelora models` lists.")] = None,
     number: Annotated[int, typer.Option("-n", "--number", help="How many images, with seeds that count up.")] = 1,
-    out: Annotated[str, typer.Option(help="A folder, or a file (.png, .jpg, .webp) that is replaced.")] = ".",
-    image_format: Annotated[str | None, typer.Option("--format", help="png, jpeg or webp (lossless).")] = None,
+    out: Annotated[
+        str,
+        typer.Option(
+            help="A folder (names are chosen and nothing is replaced; end it in / if its name has a dot), or a file (.png, .jpg, "
+            ".webp), which is replaced."
+        ),
+    ] = ".",
+    image_format: Annotated[
+        str | None, typer.Option("--format", help="png, jpeg (quality 95) or webp (lossless); by default as --out says, else png.")
+    ] = None,
     model: Annotated[str, typer.Option(help="The model family.")] = "sd15",
-    base_model: Annotated[str | None, typer.Option(help="Hub id, diffusers folder or .safetensors checkpoint.")] = None,
-    variant: Annotated[str, typer.Option(help="Files of a diffusers folder to use, such as fp16.")] = "",
-    vae: Annotated[str, typer.Option(help="Another VAE: hub id, folder or file.")] = "",
-    config: Annotated[str, typer.Option(help="Folder with configurations for a .safetensors checkpoint.")] = "",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    base_model: Annotated[
+        str | None,
+        typer.Option(
+            help="Hub id (owner/name, owner/name@revision), diffusers folder, .safetensors checkpoint or fidelora:miniature; by "
+            "default the family's own."
+        ),
+    ] = None,
+    variant: Annotated[str, typer.Option(help="Files of a diffusers folder to use, such as fp16; by default the plain ones.")] = "",
+    vae: Annotated[str, typer.Option(help="Another VAE: hub id, folder or file; by default the base's own.")] = "",
+    config: Annotated[
+        str,
+        typer.Option(help="Folder with configurations and tokenizer for a .safetensors checkpoint; by default the family's own."),
+    ] = "",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto goes by the device.")] = "auto",
     vae_dtype: Annotated[str | None, typer.Option(help="As --dtype if not given.")] = None,
     text_encoder_dtype: Annotated[str | None, typer.Option(help="As --dtype if not given.")] = None,
     fidelity: Fidelity = FidelityOption.EXACT,
     device: Device = "auto",
-    offload: Annotated[str, typer.Option(help="none, model or sequential.")] = "none",
+    offload: Annotated[str, typer.Option(help="none, model or sequential: memory of the device against time.")] = "none",
     live: Annotated[
         bool, typer.Option("--live", help="Run adapters beside the weights, as jobs with several multipliers do.")
     ] = False,
-    noise: Annotated[str, typer.Option(help="auto, modern or legacy; matters in half precision only.")] = "auto",
+    noise: Annotated[
+        str, typer.Option(help="auto, modern or legacy: how half-precision noise is drawn; auto asks the LoRA's file.")
+    ] = "auto",
     debug: Debug = False,
 ) -> None:
     """Paint images with LoRAs, and write them with their recipe inside."""

@@ -18,10 +18,13 @@ from fidelora.files import make_folder, write_atomically
 def grid(
     job_dir: Annotated[Path, typer.Argument(metavar="JOB_DIR", help="The output folder of an AI Toolkit job.")],
     steps: Annotated[str, typer.Option(help="Checkpoints, with commas: numbers (0 is the base model), last, or all.")] = "all",
-    multipliers: Annotated[str, typer.Option(help="Multipliers of the LoRA, with commas.")] = "1",
+    multipliers: Annotated[str, typer.Option(help="Multipliers of the LoRA, -2..2, with commas.")] = "1",
     prompts: Annotated[
         list[str] | None,
-        typer.Option(help="Numbers of the job's samples, with commas, or a prompt; repeatable. By default all samples."),
+        typer.Option(
+            help="Numbers of the job's samples, with commas, or a prompt, which may have [trigger] and flags, and takes the rest "
+            "from the job. By default all samples."
+        ),
     ] = None,
     base_model: Annotated[
         str | None, typer.Option(help="Hub id, diffusers folder or .safetensors checkpoint, in place of the job's.")

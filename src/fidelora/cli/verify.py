@@ -43,7 +43,7 @@ class NoiseOption(StrEnum):
 
 JobFolder = Annotated[Path, typer.Argument(metavar="JOB_DIR", help="The output folder of an AI Toolkit job.")]
 BaseModel = Annotated[str | None, typer.Option(help="Hub id, diffusers folder or .safetensors checkpoint, in place of the job's.")]
-Step = Annotated[str, typer.Option(help="A step, last, or all.")]
+Step = Annotated[str, typer.Option(help="A step, last, or all; step 0 is the base model.")]
 
 
 @failure_is_no_difference
@@ -51,15 +51,15 @@ def verify(
     job_dir: JobFolder,
     base_model: BaseModel = None,
     step: Step = "last",
-    dtype: Annotated[DtypeOption, typer.Option(help="Precision, in place of the job's.")] = DtypeOption.JOB,
+    dtype: Annotated[DtypeOption, typer.Option(help="job, float32, bfloat16 or float16.")] = DtypeOption.JOB,
     noise: Annotated[
-        NoiseOption, typer.Option(help="How half-precision noise is drawn; auto asks the weights' file.")
+        NoiseOption, typer.Option(help="auto, modern or legacy: how half-precision noise is drawn; auto asks the weights' file.")
     ] = NoiseOption.AUTO,
-    variant: Annotated[str, typer.Option(help="Files of a diffusers folder to use, such as fp16.")] = "",
+    variant: Annotated[str, typer.Option(help="Files of a diffusers folder to use, such as fp16; by default the plain ones.")] = "",
     doctor: Annotated[bool, typer.Option("--doctor", help="On a mismatch, find out which setting explains it.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     report: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write report.html there: preview, ours, and what differs.")
+        Path | None, typer.Option(metavar="DIR", help="Write report.html there, one page with all pictures in it.")
     ] = None,
     save_images: Annotated[Path | None, typer.Option(metavar="DIR", help="Write our images there, as STEP_INDEX.png.")] = None,
     device: Device = "auto",

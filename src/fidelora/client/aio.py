@@ -108,7 +108,7 @@ class AsyncClient:
 
         Raises:
             RequestFailedError, RequestCanceledError: there are none.
-            as `submit` and `wait`.
+            FideloraError: as `submit` and `wait`.
         """
         accepted = await self.submit(prompts, loras, **fields)
         status = await self._last_status(accepted.request_id, timeout_s, on_progress, True)

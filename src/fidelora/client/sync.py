@@ -107,7 +107,7 @@ class Client:
 
         Raises:
             RequestFailedError, RequestCanceledError: there are none.
-            as `submit` and `wait`.
+            FideloraError: as `submit` and `wait`.
         """
         accepted = self.submit(prompts, loras, **fields)
         status = self._last_status(accepted.request_id, timeout_s, on_progress, True)

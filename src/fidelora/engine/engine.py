@@ -150,7 +150,7 @@ class Engine:
             DeviceError: it is `fast`, and there is no such path here.
             NumericsError: the model produced NaN.
             MemoryExhaustedError: the device has too little memory for it.
-            whatever `on_step` raises.
+            BaseException: whatever `on_step` raises.
         """
         return self._generate([recipe], on_step, scheduler_options)[0]
 
@@ -161,7 +161,7 @@ class Engine:
 
         Raises:
             RecipeError: they may not share a batch.
-            and whatever `generate` raises.
+            FideloraError: whatever `generate` raises.
         """
         if not recipes or not all(may_share_batch(recipes[0], other) for other in recipes[1:]):
             raise RecipeError(

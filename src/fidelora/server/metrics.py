@@ -1,4 +1,4 @@
-"""What Prometheus hears. Every name begins with `fidelora_`; `docs/reference/metrics.md` explains them."""
+"""What Prometheus hears. Every name begins with `fidelora_`; `docs/how-to/serve.md` explains them."""
 
 from __future__ import annotations
 
