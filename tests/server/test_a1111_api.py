@@ -200,6 +200,7 @@ def test_what_asks_for_nothing_is_taken(client, parts, fields):
         ({"prompt": "<lora:sks:1:0.5>"}, "two multipliers"),
         ({"prompt": "<lora:sks:3>"}, "from -2 to 2"),
         ({"prompt": "<hypernet:x:1>"}, "is no LoRA"),
+        ({"prompt": "<lora:sks:1>" * 65}, "names 65 LoRAs; 64 are the most"),
         ({"prompt": "<lora:none:1>"}, "There is no adapter 'none'"),
         ({"prompt": "<lora:../sks:1>"}, "There is no adapter '../sks'"),
         ({"prompt": "<lora:../../../etc/passwd:1>"}, "There is no adapter"),
@@ -207,6 +208,7 @@ def test_what_asks_for_nothing_is_taken(client, parts, fields):
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(client, parts, fields, named):
+    parts.stopping.set()  # or whatever is not refused would wait for its images
     answer = client.post("/sdapi/v1/txt2img", json={"prompt": "a ball"} | fields)
     assert answer.status_code == 400
     body = answer.json()

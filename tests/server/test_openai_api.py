@@ -13,15 +13,16 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
-from tests.server.http_support import ByHand, aside, at_work, client_of, listening, only_job, parts_in, pixels
+from tests.server.http_support import ByHand, aside, at_work, client_of, listening, now, only_job, parts_in, pixels
 from tests.server.serve_support import Server, until
 from tests.support import LORA
 
-from fidelora.jobs.job import JobProgress, Status
+from fidelora.jobs.job import JobProgress, Status, new_job
 from fidelora.origin import read_origin
-from fidelora.recipe import MAX_SEED, file_sha256
+from fidelora.recipe import MAX_SEED, Recipe, file_sha256
 from fidelora.server import submit
 from fidelora.server.parts import Parts
+from fidelora.server.routes.openai import _Partials
 
 LORAS = [{"path": "sks.safetensors", "network_multiplier": 0.8}]
 SMALL: dict[str, Any] = {"steps": 2, "loras": LORAS, "trigger_word": "sks"}
@@ -330,7 +331,7 @@ def test_partial_images_come_in_order_and_no_more_than_were_asked_for(client, pa
             for step, colour in ((4, "green"), (8, "blue")):
                 show(image, step, colour)
                 seen.append(next(events))
-            show(image, 11, "white")  # one too many
+            show(image, 12, "white")  # one too many
         worker.succeed(job, image_format="webp")
         rest = list(events)
     assert {event.type for event in seen} == {"image_generation.partial_image"}
@@ -340,6 +341,16 @@ def test_partial_images_come_in_order_and_no_more_than_were_asked_for(client, pa
     assert {(event.output_format, event.size) for event in seen} == {("webp", "512x512")}
     assert [event.type for event in rest] == ["image_generation.completed"] * 2
     assert [base64.b64decode(event.b64_json) for event in rest] == [b"an image"] * 2
+
+
+@pytest.mark.parametrize(("most", "sent"), [(0, []), (1, [6]), (3, [3, 6, 9])])
+def test_which_previews_are_sent(parts, worker, most, sent):
+    parts.store.add(new_job((Recipe(prompt="a ball", steps=12),), now()))
+    job, partials, found = worker.claim(), _Partials(most), []
+    for step in range(1, 13):  # the last one is no less a preview, but the image itself comes next
+        changed = worker.step(job, step, 12, preview(f"hsl({step}, 50%, 50%)"))
+        found += [step for _ in range(2) if partials.of(changed) is not None]
+    assert found == sent
 
 
 def test_a_quiet_stream_gives_signs_of_life(client, parts, worker, monkeypatch):

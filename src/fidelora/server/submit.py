@@ -66,7 +66,9 @@ async def submit(
     def make() -> Job:
         return enqueue(parts, recipes(adapters, numerics_for(parts, model, adapters)), image_format, image_quality, submission)
 
-    return await run_in_threadpool(make)
+    job = await run_in_threadpool(make)
+    structlog.contextvars.bind_contextvars(request_id=job.id)  # in what is logged of this call
+    return job
 
 
 def enqueue(
@@ -85,7 +87,6 @@ def enqueue(
     stored = parts.store.add(job, submission=submission, capacity=parts.settings.queue_size)
     if parts.pool is not None:
         parts.pool.wake()
-    structlog.contextvars.bind_contextvars(request_id=stored.id)
     return stored
 
 

@@ -19,7 +19,7 @@ from fidelora.errors import PromptSyntaxError, RecipeError, RequestError, Reques
 from fidelora.jobs.job import Job, Status
 from fidelora.models import all_models
 from fidelora.recipe import MAX_GUIDANCE, MAX_PROMPT_CHARACTERS, MAX_SEED, MAX_SIZE, MAX_STEPS, MIN_SIZE, AdapterRef, Recipe
-from fidelora.wire.requests import MAX_PROMPTS, RequestBody
+from fidelora.wire.requests import MAX_LORAS, MAX_PROMPTS, RequestBody
 
 _LITERAL = "None"
 """The value of A1111's setting `emphasis` that means: brackets in prompts are characters, as they are in training."""
@@ -234,6 +234,8 @@ def meaning_of(request: Txt2ImgRequest, model: str, random_seed: int) -> Meaning
     if request.eta is not None and request.eta != _ETA.get(sampler, request.eta):
         raise _unsupported("eta", f"is {_ETA[sampler]:g} for {name}, and cannot be {request.eta:g}; leave it out")
     prompt, loras = loras_in(request.prompt or "")
+    if len(loras) > MAX_LORAS:
+        raise PromptSyntaxError(f"The prompt names {len(loras)} LoRAs; {MAX_LORAS} are the most.")
     negative = request.negative_prompt or ""
     if settings.get("emphasis") != _LITERAL and (mark := marks_in(prompt) or marks_in(negative)):
         raise PromptSyntaxError(

@@ -15,7 +15,7 @@ from fidelora.errors import RequestError
 from fidelora.jobs.job import Job
 from fidelora.models import all_models
 from fidelora.recipe import MAX_PROMPT_CHARACTERS, MAX_SEED, MAX_SIZE, MIN_SIZE, Fidelity
-from fidelora.wire.requests import ImageFormat, InferenceRequest, LoraItem, PromptItem, RequestBody
+from fidelora.wire.requests import MAX_LORAS, ImageFormat, InferenceRequest, LoraItem, PromptItem, RequestBody
 
 MAX_IMAGES = 10
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
@@ -43,7 +43,7 @@ class ImagesRequest(RequestBody):
     user: str | None = Field(None, max_length=1000)
     safety_identifier: str | None = Field(None, max_length=1000)
 
-    loras: list[LoraItem] = Field(default_factory=list, max_length=64)
+    loras: list[LoraItem] = Field(default_factory=list, max_length=MAX_LORAS)
     trigger_word: str | None = None
     negative_prompt: str | None = None
     seed: int | None = Field(None, ge=-1, le=MAX_SEED, description="Of the first image; by default a random one.")

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from fidelora.recipe import Fidelity
 
 MAX_PROMPTS = 64
+MAX_LORAS = 64
+"""Of requests in the APIs that are not the documented one, which knows no limit but a body's size."""
 
 Multiplier = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 ImageFormat = Literal["png", "jpeg", "webp"]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
+import structlog
 from fastapi import APIRouter, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
@@ -32,6 +33,7 @@ from fidelora.server.problems import answers
 from fidelora.server.routes.inference import IdempotencyKey
 from fidelora.server.submit import enqueue, numerics_for, submission_of
 from fidelora.wire.replay import ChangeBody, ReplayAccepted, ReplayChoices, ReplayRequest, replay_accepted
+from fidelora.wire.requests import MAX_LORAS
 
 router = APIRouter(prefix="/v1", tags=["inference"])
 
@@ -53,7 +55,6 @@ _BODY = {
 }
 
 
-_MOST_LORAS = 64
 Choices = TypeVar("Choices", bound=ReplayChoices)
 
 
@@ -79,8 +80,8 @@ async def replay(request: Request, parts: PartsOf, owner: Owner, idempotency_key
     parts.refuse_if_stopping()
     choices, origin, content = await _read(request, parts)
     said = origin.recipe.adapters if origin.recipe is not None else origin.parameters.loras if origin.parameters else ()
-    if len(said) > _MOST_LORAS:
-        raise RequestFieldError(f"The image has {len(said)} LoRAs; {_MOST_LORAS} are the most.", place=("image",))
+    if len(said) > MAX_LORAS:
+        raise RequestFieldError(f"The image has {len(said)} LoRAs; {MAX_LORAS} are the most.", place=("image",))
     submission = submission_of(owner, idempotency_key, content) if idempotency_key else None
     if origin.recipe is not None:
         plan = await run_in_threadpool(_again, origin.recipe, choices, parts)
@@ -90,6 +91,7 @@ async def replay(request: Request, parts: PartsOf, owner: Owner, idempotency_key
     image_format = choices.output_format or origin.format
     quality = origin.quality if image_format == origin.format else None
     job = await run_in_threadpool(enqueue, parts, (plan.recipe,), image_format, quality, submission)
+    structlog.contextvars.bind_contextvars(request_id=job.id)
     return replay_accepted(
         job, parts.base_url, plan.source, changes=list(plan.changes), ignored=plan.ignored, warnings=plan.warnings
     )
