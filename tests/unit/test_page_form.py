@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -18,7 +19,7 @@ from fidelora.server.ui.copies import as_command, as_python, as_request
 from fidelora.server.ui.form import Form, defaults, differences, form_of, read_seed, recipe_again, request_of
 from fidelora.wire import InferenceRequest, recipes_of
 
-NUMERICS = {"base_model": "here", "dtype": "float32", "noise": "modern"}
+NUMERICS: dict[str, Any] = {"base_model": "here", "dtype": "float32", "noise": "modern"}
 ADAPTERS = st.lists(
     st.builds(
         AdapterRef,
