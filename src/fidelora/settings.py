@@ -142,6 +142,20 @@ class Settings(BaseSettings):
     adapters_gb: float = Field(
         2, gt=0, validation_alias="FIDELORA_ADAPTERS_GB", description="Memory for loaded LoRAs per worker, in GiB."
     )
+    page: bool = Field(
+        True, validation_alias="FIDELORA_PAGE", description="Whether there is a web page at `/`, if its packages are installed."
+    )
+    jobs_path: Path | None = Field(
+        None,
+        validation_alias="FIDELORA_JOBS_PATH",
+        description="The folder whose training jobs the web page may verify, for everybody who has a key; none by default.",
+    )
+    job_max_mb: int = Field(
+        1024,
+        ge=1,
+        validation_alias="FIDELORA_JOB_MAX_MB",
+        description="Largest zip of a training job that the web page takes, in MiB; unpacked it may be four times as large.",
+    )
     step_timeout_s: float = Field(
         600,
         gt=0,
@@ -199,6 +213,11 @@ class Settings(BaseSettings):
     def loras(self) -> Path:
         """The folder that names of LoRAs are below of."""
         return (self.workflows_base_path or self.data_dir / "loras").expanduser().absolute()
+
+    @property
+    def jobs(self) -> Path | None:
+        """The folder that the web page may verify jobs of."""
+        return self.jobs_path.expanduser().absolute() if self.jobs_path else None
 
     @property
     def outputs(self) -> Path:

@@ -99,6 +99,27 @@ def contact_sheet(
     title: str, rows: Sequence[Row], columns: Sequence[Column], images: Mapping[tuple[int, int], NDArray[np.uint8]]
 ) -> Image.Image:
     """The images with their axes: steps and multipliers on top, prompts and seeds on the left; small images whole-fold larger."""
+    heads = []
+    for across, column in enumerate(columns):
+        new = across == 0 or columns[across - 1].step != column.step
+        step = f"step {column.step}" if column.step else "base model"
+        heads.append((step if new else "", f"multiplier {column.multiplier:g}" if column.step else ""))
+    return labelled_sheet(title, [(row.label, f"seed {row.recipe.seed}") for row in rows], heads, images)
+
+
+def labelled_sheet(
+    title: str,
+    rows: Sequence[tuple[str, str]],
+    columns: Sequence[tuple[str, str]],
+    images: Mapping[tuple[int, int], NDArray[np.uint8]],
+) -> Image.Image:
+    """One image of many.
+
+    Args:
+        rows: what stands on the left of each: a text that is cut to the space there is, and a line below it.
+        columns: the two lines above each.
+        images: by row and column, uint8 RGB [height, width, 3]; small ones are enlarged whole-fold.
+    """
     font = ImageFont.load_default(_TEXT)
     smallest = min(min(pixels.shape[:2]) for pixels in images.values())
     factor = max(1, -(-_MIN_SIDE // smallest))
@@ -110,16 +131,12 @@ def contact_sheet(
     sheet = Image.new("RGB", (lefts[-1] + widths[-1] + _GAP, tops[-1] + heights[-1] + _GAP), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((_GAP, _GAP), title, fill="black", font=font)
-    for across, column in enumerate(columns):
-        if across == 0 or columns[across - 1].step != column.step:
-            draw.text(
-                (lefts[across], _GAP + _LINE), f"step {column.step}" if column.step else "base model", fill="black", font=font
-            )
-        if column.step:
-            draw.text((lefts[across], _GAP + 2 * _LINE), f"multiplier {column.multiplier:g}", fill="black", font=font)
-    for down, row in enumerate(rows):
-        lines = [*wrap(row.label, _CHARACTERS)[: max(1, heights[down] // _LINE - 1)], f"seed {row.recipe.seed}"]
-        draw.multiline_text((_GAP, tops[down]), "\n".join(lines), fill="black", font=font, spacing=_LINE - _TEXT)
+    for left, lines in zip(lefts, columns, strict=True):
+        for number, line in enumerate(lines, start=1):
+            draw.text((left, _GAP + number * _LINE), line, fill="black", font=font)
+    for down, (label, below) in enumerate(rows):
+        label_lines = [*wrap(label, _CHARACTERS)[: max(1, heights[down] // _LINE - 1)], below]
+        draw.multiline_text((_GAP, tops[down]), "\n".join(label_lines), fill="black", font=font, spacing=_LINE - _TEXT)
         for across in range(len(columns)):
             picture = Image.fromarray(images[down, across])
             if factor > 1:

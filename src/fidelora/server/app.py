@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import structlog
 from fastapi import FastAPI, Security
 from fastapi.security import HTTPBasic, HTTPBearer
+from starlette.responses import PlainTextResponse
 
 import fidelora
 from fidelora.adapters.cache import AdapterCache
@@ -30,10 +31,12 @@ from fidelora.recipe import Recipe
 from fidelora.server import problems
 from fidelora.server.gate import BodyLimit, Gate, Log
 from fidelora.server.keys import ApiKeys
+from fidelora.server.login import Login
 from fidelora.server.logs import configure_logs
 from fidelora.server.metrics import Metrics
 from fidelora.server.parts import Parts
 from fidelora.server.routes import a1111, inference, loras, openai, operations, replay, requests
+from fidelora.server.ui.mount import SWITCHED_OFF, Page, make_page
 from fidelora.settings import Settings
 from fidelora.work.local import LocalPool
 from fidelora.work.place import WorkerSetup
@@ -125,8 +128,12 @@ def keys_file(settings: Settings) -> Path:
     return settings.data_dir.expanduser().absolute() / "api_keys.json"
 
 
-def make_app(parts: Parts) -> FastAPI:
-    """The application around these parts; they run while it does."""
+def make_app(parts: Parts, *, with_page: bool = False) -> FastAPI:
+    """The application around these parts; they run while it does.
+
+    Args:
+        with_page: whether to look for the web page, and to serve it if its packages are there.
+    """
     # Keys are checked before a body is read (gate.py); this only tells the OpenAPI document of them.
     bearer = Security(HTTPBearer(auto_error=False, description="A key that `fidelora keys add` made; needed once there is one."))
     app = FastAPI(
@@ -143,8 +150,17 @@ def make_app(parts: Parts) -> FastAPI:
         app.include_router(router, dependencies=[bearer])
     basic = Security(HTTPBasic(auto_error=False, description="For clients that know nothing else: the key is the password."))
     app.include_router(a1111.router, dependencies=[bearer, basic])
-    app.add_middleware(BodyLimit, max_lora_bytes=parts.settings.lora_max_mb * 2**20)
-    app.add_middleware(Gate, keys=parts.keys, base_url=parts.base_url)
+    login = Login(parts.keys, secure=parts.base_url.startswith("https://"))
+    page = make_page(parts, login) if with_page else SWITCHED_OFF
+    if isinstance(page, Page):
+        app.state.page = page
+        app.router.routes.append(page)
+    else:
+        app.add_route("/", lambda _request: PlainTextResponse(page), include_in_schema=False)
+    app.add_middleware(
+        BodyLimit, max_lora_bytes=parts.settings.lora_max_mb * 2**20, max_job_bytes=parts.settings.job_max_mb * 2**20
+    )
+    app.add_middleware(Gate, keys=parts.keys, base_url=parts.base_url, login=login if isinstance(page, Page) else None)
     app.add_middleware(Log, metrics=parts.metrics)  # added last, it is the outermost
     return app
 
@@ -158,7 +174,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         running.append(asyncio.create_task(_every(_WATCH_EVERY_S, partial(asyncio.to_thread, _watch, parts, parts.pool))))
     for task in running:
         task.add_done_callback(_end_the_server_with)
-    yield
+    page: Page | None = getattr(app.state, "page", None)
+    async with page.running() if page is not None else nullcontext():
+        yield
     parts.stopping.set()
     for task in running:
         task.cancel()

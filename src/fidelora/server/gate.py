@@ -15,14 +15,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fidelora.errors import ApiKeyError, BodyTooLargeError, FideloraError, RequestError
 from fidelora.server.keys import ApiKeys
+from fidelora.server.login import LOGIN_PATH, Login
 from fidelora.server.metrics import Metrics
 from fidelora.server.problems import problem_of
 from fidelora.server.shapes import A1111_PATHS, answer
+from fidelora.server.ui.paths import UPLOAD_PATH as JOB_PATH
+from fidelora.server.ui.paths import is_page_path
 
 log = structlog.get_logger("fidelora.http")
 
 _OPEN = {"/health", "/ready", "/openapi.json", "/docs", "/docs/oauth2-redirect"}
 """Paths that need no key: probes, and the description of the API."""
+_OFTEN = ("/metrics", "/assets/", "/static/")
+"""What is asked for so often that the log does not tell of it."""
+_ENTRANCES = {("GET", "/"), ("GET", LOGIN_PATH), ("POST", LOGIN_PATH)}
+"""Where somebody without a key is asked for one."""
 MAX_BODY_BYTES = 2**20
 MAX_IMAGE_BYTES = 64 * 2**20
 """Of an image that is to be made again; the largest that is made here has 48 MiB of pixels."""
@@ -70,7 +77,7 @@ class Log:
             seconds = time.monotonic() - start
             pattern = getattr(scope.get("route"), "path", "none")
             self._metrics.answered(scope["method"], pattern, status, seconds)
-            quiet = scope["path"] in _OPEN or scope["path"] == "/metrics"
+            quiet = scope["path"] in _OPEN or scope["path"].startswith(_OFTEN)
             write = log.debug if quiet and status < 400 else log.info
             about = {"request_id": scope["path_params"]["request_id"]} if scope.get("path_params", {}).get("request_id") else {}
             write("http", method=scope["method"], path=scope["path"], status=status, ms=round(seconds * 1000, 1), **about)
@@ -79,9 +86,13 @@ class Log:
 class BodyLimit:
     """Refuses bodies that are too large, those that do not say their size as soon as they are."""
 
-    def __init__(self, app: ASGIApp, max_lora_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_lora_bytes: int, max_job_bytes: int) -> None:
         self._app = app
-        self._larger = {("POST", "/v1/loras"): max_lora_bytes, ("POST", "/v1/replay"): MAX_IMAGE_BYTES}
+        self._larger = {
+            ("POST", "/v1/loras"): max_lora_bytes,
+            ("POST", "/v1/replay"): MAX_IMAGE_BYTES,
+            ("POST", JOB_PATH): max_job_bytes,
+        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -115,29 +126,45 @@ class Gate:
 
     Without the second rule, a web page that somebody looks at here could have its own name lead to 127.0.0.1 (DNS rebinding) and
     use the server as its own, or send forms to it, to which browsers add the page's origin.
+
+    Args:
+        login: how people show a key to our own page; None if there is no page.
     """
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys, base_url: str) -> None:
+    def __init__(self, app: ASGIApp, keys: ApiKeys, base_url: str, login: Login | None = None) -> None:
         self._app = app
         self._keys = keys
         self._hosts = _LOOPBACK_NAMES | {urlsplit(base_url).hostname or "localhost"}
+        self._authority = urlsplit(base_url).netloc.lower()  # what browsers name where a proxy names something else
+        self._login = login
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in _OPEN:
+        if scope["type"] == "http" and not self._is_open(scope["path"]):
             try:
-                scope["fidelora_owner"] = self._owner(Headers(scope=scope), scope["path"])
+                scope["fidelora_owner"] = self._owner(Headers(scope=scope), scope["path"], scope["method"])
             except FideloraError as error:
+                if isinstance(error, ApiKeyError) and self._login and (scope["method"], scope["path"]) in _ENTRANCES:
+                    await self._login(scope, receive, send)
+                    return
                 await answer(problem_of(error), scope["path"])(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
-    def _owner(self, headers: Headers, path: str) -> str:
+    def _is_open(self, path: str) -> bool:
+        return path in _OPEN or (path == "/" and self._login is None)  # where it says that there is no page
+
+    def _owner(self, headers: Headers, path: str, method: str) -> str:
+        of_page = self._login is not None and is_page_path(path)
+        if of_page and method == "POST":
+            self._refuse_other_sites(headers)
         if self._keys.names():
             scheme, _, given = headers.get("authorization", "").partition(" ")
             key = given.strip() if scheme.lower() == "bearer" else ""
             if scheme.lower() == "basic" and path.startswith(A1111_PATHS):
                 key = _password(given)
             owner = self._keys.owner(key) if key else None
+            if owner is None and of_page and self._login:  # nowhere else: other sites could send the cookie to the API
+                owner = self._login.owner(headers)
             if owner is None:
                 raise ApiKeyError
             return owner
@@ -151,6 +178,16 @@ class Gate:
                     code="HOST_NOT_ALLOWED",
                 )
         return ""
+
+    def _refuse_other_sites(self, headers: Headers) -> None:
+        """Browsers say which page a POST comes from, programs say nothing. Unlike an API's client, only our own page acts on it."""
+        origin = headers.get("origin")
+        if origin is None and headers.get("sec-fetch-site", "same-origin") == "same-origin":
+            return
+        authority = (origin or "").lower().partition("://")[2]
+        if authority and authority in (headers.get("host", "").lower(), self._authority):
+            return
+        raise RequestError("A page of another site sent this; use the server's own page.", code="OTHER_SITE")
 
 
 def _host(place: str) -> str:

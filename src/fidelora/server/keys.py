@@ -44,7 +44,7 @@ class ApiKeys:
         if name in names.values():
             raise SettingsError(f"There is an API key for {name} already; remove it first, or choose another name.")
         key = _PREFIX + secrets.token_urlsafe(32)
-        self._write(names | {_hash(key): name})
+        self._write(names | {hash_of(key): name})
         return key
 
     def remove(self, name: str) -> None:
@@ -60,7 +60,11 @@ class ApiKeys:
 
     def owner(self, key: str) -> str | None:
         """Whom this key was made for; None if it is none of ours."""
-        return self._read().get(_hash(key))
+        return self.owner_of(hash_of(key))
+
+    def owner_of(self, sha256: str) -> str | None:
+        """Whom the key with this hash was made for; None if there is none."""
+        return self._read().get(sha256)
 
     def _read(self) -> dict[str, str]:
         """Hash -> name; read again only after the file changed."""
@@ -87,6 +91,6 @@ class ApiKeys:
         self._path.chmod(0o600)
 
 
-def _hash(key: str) -> str:
-    """Plain sha256 is enough: a key has 256 random bits, so there is nothing to guess."""
+def hash_of(key: str) -> str:
+    """What is kept of a key. Plain sha256 is enough: a key has 256 random bits, so there is nothing to guess."""
     return hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()

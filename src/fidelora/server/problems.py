@@ -56,6 +56,7 @@ REQUEST_CODES = {
     "BASE_MODEL_DIFFERS": "The image was made with another base model than the server's; `details.differs` has both.",
     "LORA_BYTES_MISSING": "LoRAs that the image was made with are not here; `details.missing` has sha256 and name of each.",
     "HOST_NOT_ALLOWED": "A server without API keys answers only to names of its own machine.",
+    "OTHER_SITE": "A browser sent this from a page of another site.",
 }
 """The codes of errors that carry their own; all of them are 400."""
 

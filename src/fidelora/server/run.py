@@ -23,6 +23,7 @@ from fidelora.server.gate import is_loopback
 from fidelora.server.keys import ApiKeys
 from fidelora.server.logs import configure_logs
 from fidelora.server.parts import Parts
+from fidelora.server.ui.mount import Page
 from fidelora.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -54,7 +55,8 @@ def serve(settings: Settings) -> None:
 
 
 async def _serve(parts: Parts, listener: socket.socket) -> None:
-    config = uvicorn.Config(make_app(parts), log_config=None, access_log=False, timeout_graceful_shutdown=_LAST_ANSWERS_S)
+    app = make_app(parts, with_page=True)
+    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=_LAST_ANSWERS_S)
     server = _Server(config)
     told = asyncio.Event()
 
@@ -73,6 +75,8 @@ async def _serve(parts: Parts, listener: socket.socket) -> None:
         parts.stopping.set()
         if parts.pool is not None:  # status and results are still answered meanwhile
             await asyncio.to_thread(parts.pool.stop, parts.settings.stop_grace_s)
+        if isinstance(page := getattr(app.state, "page", None), Page):
+            await page.close()  # or those who look at it would be waited for
         server.should_exit = True
     waiting.cancel()
     await serving

@@ -37,12 +37,17 @@ async def inference(body: InferenceRequest, parts: PartsOf, owner: Owner, idempo
     check_request(body)
     submission = _submission(body, owner, idempotency_key) if idempotency_key else None
     before = await run_in_threadpool(parts.store.submitted, submission) if submission else None
-    job = before or await _new(body, parts, submission)
+    job = before or await take(body, parts, submission)
     structlog.contextvars.bind_contextvars(request_id=job.id)
     return accepted(job, parts.base_url)
 
 
-async def _new(body: InferenceRequest, parts: Parts, submission: Submission | None) -> Job:
+async def take(body: InferenceRequest, parts: Parts, submission: Submission | None = None) -> Job:
+    """Put a request that `check_request` has passed into the queue.
+
+    Raises:
+        as `submit`, and `recipes_of`.
+    """
     return await submit(
         parts,
         body.model,
