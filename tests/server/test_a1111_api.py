@@ -16,6 +16,7 @@ from tests.support import LORA, LORA_CONV
 
 import fidelora
 from fidelora.jobs.job import Status
+from fidelora.models import all_models
 from fidelora.origin import read_origin
 from fidelora.recipe import MAX_SEED, file_sha256
 from fidelora.server import submit
@@ -102,7 +103,7 @@ def test_the_same_recipe_is_the_same_image_in_both_apis(tiny_server: Server):
 
 def test_what_the_client_asks_about_a_server(tiny_server: Server):
     api = api_of(tiny_server.url)
-    assert api.util_get_model_names() == ["sd15"]
+    assert api.util_get_model_names() == sorted(all_models())
     assert api.util_get_current_model() == "sd15"
     assert "Euler a" in api.util_get_sampler_names()
     assert api.util_get_scheduler_names() == ["automatic", "karras", "uniform"]
@@ -279,9 +280,9 @@ def test_settings_are_what_they_are(client):
 def test_lists(client):
     samplers = client.get("/sdapi/v1/samplers").json()
     assert {"name": "DPM++ 2M", "aliases": ["dpmsolver++", "k_dpmsolver++"], "options": {}} in samplers
-    assert client.get("/sdapi/v1/sd-models").json() == [
-        {"title": "sd15", "model_name": "sd15", "hash": None, "sha256": None, "filename": "tiny", "config": None}
-    ]
+    first, *others = client.get("/sdapi/v1/sd-models").json()
+    assert first == {"title": "sd15", "model_name": "sd15", "hash": None, "sha256": None, "filename": "tiny", "config": None}
+    assert [other["title"] for other in others] == list(all_models())[1:]
     (lora,) = client.get("/sdapi/v1/loras").json()
     assert (lora["name"], lora["alias"], lora["path"]) == ("sks", "lora_linear_f32", "sks.safetensors")
     assert lora["metadata"]["ss_output_name"] == "lora_linear_f32"

@@ -18,6 +18,7 @@ from tests.server.serve_support import Server, until
 from tests.support import LORA
 
 from fidelora.jobs.job import JobProgress, Status, new_job
+from fidelora.models import all_models
 from fidelora.origin import read_origin
 from fidelora.recipe import MAX_SEED, Recipe, file_sha256
 from fidelora.server import submit
@@ -267,7 +268,7 @@ def test_keys(tmp_path):
         assert (caught.value.code, caught.value.type) == ("invalid_api_key", "invalid_request_error")
         with openai.OpenAI(base_url=f"{url}/v1", api_key=key) as client, at_work(ByHand(parts)):
             assert client.images.generate(prompt="a ball").data
-            assert [model.id for model in client.models.list()] == ["sd15"]
+            assert [model.id for model in client.models.list()] == list(all_models())
 
 
 def test_errors_have_openais_shape_on_its_paths_alone(tmp_path):
@@ -381,7 +382,8 @@ def test_a_server_that_stops_answers_whoever_waits(client, parts):
 
 
 def test_models_in_both_shapes(client):
-    (model,) = client.models.list().data
+    model, *others = client.models.list().data
+    assert [other.id for other in others] == list(all_models())[1:]
     assert (model.id, model.object, model.owned_by, model.created) == ("sd15", "model", "fidelora", 0)
     assert client.models.retrieve("sd15") == model
     with pytest.raises(openai.NotFoundError) as caught:
