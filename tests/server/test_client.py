@@ -174,7 +174,7 @@ def test_requests_and_loras_are_listed_over_all_pages(client, parts, monkeypatch
     assert [lora.path for lora in client.loras()] == ["sks.safetensors"]
     with pytest.raises(ApiError, match="no uploaded LoRA"):
         client.delete_lora(uploaded.path)
-    assert [model.id for model in client.models()] == ["sd15"]
+    assert [model.id for model in client.models()] == ["sd15", "sdxl"]
     assert client.ready()
 
 
@@ -201,7 +201,7 @@ def test_the_asynchronous_client_does_the_same(url, parts, worker, tmp_path):
             assert [lora.path async for lora in client.loras()] == ["sks.safetensors"]
             assert (await client.upload_lora(LOKR)).uploaded
             await client.delete_lora(LOKR.name)
-            assert [model.id for model in await client.models()] == ["sd15"]
+            assert [model.id for model in await client.models()] == ["sd15", "sdxl"]
             assert await client.ready()
             with pytest.raises(ApiError, match=r"none\.safetensors"):
                 await client.submit("a", "none.safetensors")
