@@ -134,8 +134,9 @@ def test_guidance_is_rescaled_as_in_the_pipeline(engine, model, dtype):
     assert not np.array_equal(rescaled, engine.generate(replace(recipe, guidance_rescale=0.0)).pixels)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("force_upcast", [True, False])
-def test_a_narrow_vae_is_made_wider_where_its_configuration_says_so(engine, tmp_path: Path, force_upcast: bool):
+def test_a_narrow_vae_is_made_wider_where_its_configuration_says_so(engine, tmp_path: Path, force_upcast: bool, dtype: str):
     """In float16 the VAE of SDXL overflows; the pipeline decodes with its rounded weights in float32."""
     import json
 
@@ -143,7 +144,7 @@ def test_a_narrow_vae_is_made_wider_where_its_configuration_says_so(engine, tmp_
     shutil.copytree(TINY_SDXL, base)
     config = read_json(base / "vae" / "config.json") | {"force_upcast": force_upcast}
     (base / "vae" / "config.json").write_text(json.dumps(config))
-    recipe = replace(SMALL["sdxl"], base_model=str(base), vae_dtype="float16")
+    recipe = replace(SMALL["sdxl"], base_model=str(base), dtype=dtype, vae_dtype="float16")  # type: ignore[arg-type]
     if force_upcast:
         assert np.array_equal(engine.generate(recipe).pixels, the_trainer_s_way(recipe))
     loaded = load_base(BaseKey.of(recipe), CPU).vae

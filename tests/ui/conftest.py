@@ -1,4 +1,4 @@
-"""One browser for each test process, one server for each module; a page without trouble for each test."""
+"""One browser and one server for each module; a page without trouble for each test."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(skip)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """Its library keeps an event loop running in this thread, in which no test of another module could run its own."""
     with sync_playwright() as playwright:
         # Inside of containers its own sandbox cannot be set up, and it sees nothing here but our own page.
         launched = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])

@@ -253,6 +253,7 @@ def test_what_training_leaves_in_a_checkpoint_is_passed_over(tmp_path):
     path = tmp_path / "model.safetensors"
     left = {
         "betas": torch.zeros(1000),
+        "denoiser.sigmas": torch.zeros(1000),
         "model_ema.diffusion_modelout2bias": torch.zeros(4),
         "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
     }

@@ -77,10 +77,15 @@ def test_dashes_alone_are_no_flag():
 
 @pytest.mark.parametrize(
     "tail",
-    ["--p2 more text", "--gr 0.5", "--a 1", "--ref file.png", "--frames 16", "--W 640", "--width 640", "--", "-- ", "-- w 640"],
+    ["--p2 more text", "--a 1", "--ref file.png", "--frames 16", "--W 640", "--width 640", "--", "-- ", "-- w 640"],
 )
 def test_an_unknown_flag_is_dropped_with_its_value(tail):
     assert split_flags(f"a red ball {tail}") == ("a red ball", {})
+
+
+def test_the_rescale_is_read():
+    """SDXL's previews follow it; a family that has none drops it later."""
+    assert split_flags("x --gr 0.7") == ("x", {"guidance_rescale": 0.7})
 
 
 def test_what_stands_after_an_unknown_flag_is_still_read():

@@ -604,7 +604,8 @@ def test_the_vae_of_a_job_is_its_previews(folder):
     ("network", "alpha"),
     [
         ({"type": "dora", "linear": 8, "linear_alpha": 4}, 4.0),
-        ({"type": "dora", "linear": 8}, None),
+        ({"type": "dora", "linear": 8}, 1.0),
+        ({"type": "dora", "linear": 8, "linear_alpha": None}, None),
         ({"type": "lora", "linear": 8, "linear_alpha": 4}, None),
         ({}, None),
     ],

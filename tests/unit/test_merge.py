@@ -184,7 +184,7 @@ def test_a_shape_that_does_not_fit_is_named_with_both_shapes(tmp_path):
         fresh_base().targets.bind(read_adapter(save_adapter(tmp_path / "a.safetensors", tensors)))
 
 
-def test_an_sdxl_adapter_is_recognised_by_its_metadata_and_by_its_names(tmp_path):
+def test_an_sdxl_adapter_is_recognised_by_its_metadata(tmp_path):
     tensors = {
         "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(2, 32),
         "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.zeros(64, 2),
@@ -192,8 +192,6 @@ def test_an_sdxl_adapter_is_recognised_by_its_metadata_and_by_its_names(tmp_path
     base = fresh_base()
     with pytest.raises(AdapterMismatchError, match=r"trained on sdxl_1\.0"):
         base.targets.bind(read_adapter(save_adapter(tmp_path / "a.safetensors", tensors, ss_base_model_version="sdxl_1.0")))
-    with pytest.raises(AdapterMismatchError, match="those of an SDXL adapter"):
-        base.targets.bind(read_adapter(save_adapter(tmp_path / "b.safetensors", tensors)))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 import weakref
@@ -430,9 +429,12 @@ def test_sizes_are_told_as_height_and_width():
 def test_fast_is_nearly_exact_and_leaves_no_trace(engine, path):
     exact = Recipe(prompt="a ball", adapters=(AdapterRef.from_file(path),) if path else (), **SMALL)
     fast = replace(exact, fidelity="fast")
-    difference = abs(engine.generate(fast).pixels.astype(int) - engine.generate(exact).pixels)
-    assert difference.mean() < 2
     plain = replace(fast, adapters=())
+    wanted = engine.generate(exact).pixels.astype(int)
+    difference = abs(engine.generate(fast).pixels - wanted).mean()
+    assert difference < 2
+    if path:  # what it does is more than what fast loses
+        assert abs(engine.generate(plain).pixels - wanted).mean() > 3 * difference
     assert np.array_equal(engine.generate(plain).pixels, Engine(device="cpu").generate(plain).pixels)
 
 
@@ -462,7 +464,6 @@ def test_the_models_take_turns_within_a_budget_for_one(fidelity):
         assert base.size_bytes <= largest
         seen.append(weakref.ref(base))
         del base
-        gc.collect()
         assert [ref() is not None for ref in seen] == [False] * turn + [True]
 
 

@@ -155,8 +155,6 @@ class Targets:
         made_for = adapter.metadata.get("ss_base_model_version", "")
         if made_for and made_for not in self._spec.adapter_base_versions:
             parts[0] += f" (its file says that it was trained on {made_for})"
-        elif any(name.startswith(("lora_te1_", "lora_te2_")) for name in adapter.deltas):
-            parts[0] += " (its names are those of an SDXL adapter)"
         total = len(adapter.deltas)
         if unmatched:
             parts.append(f"{len(unmatched)} of {total} modules match nothing there: {some(unmatched)}")

@@ -66,6 +66,7 @@ class BaseModel:
         targets: the weights that adapters can change.
         merged: the adapters that are merged into those weights right now.
         way: how `fast` is done; None in `exact`.
+        upcasts_vae: whether the VAE is wider than its key says, because it would overflow.
     """
 
     key: BaseKey
@@ -77,6 +78,7 @@ class BaseModel:
     merged: MergedAdapters
     hooks: list[UserCpuOffloadHook]
     way: fast.Way | None = None
+    upcasts_vae: bool = False
     _warm: set[torch.Size] = field(default_factory=set)
 
     @property
@@ -173,7 +175,9 @@ def load_base(
         name = component.name
         parts[name], pristine[name] = build_component(component, configs[name], weights.pop(name), dtypes[name])
     unet, vae = cast(UNet2DConditionModel, parts["unet"]), cast(AutoencoderKL, parts["vae"])
-    if spec.upcasts_vae and dtypes["vae"] == torch.float16 and vae.config.force_upcast:
+    if unknown := [name for name in ("latents_mean", "latents_std") if vae.config.get(name) is not None]:
+        raise BaseModelFilesError(f"The VAE's configuration has {unknown[0]}, which {spec.title} has not; use another VAE.")
+    if upcasts_vae := bool(spec.upcasts_vae and dtypes["vae"] == torch.float16 and vae.config.force_upcast):
         vae.to(torch.float32)  # its weights stay rounded to float16, as those that the trainer's pipeline casts before it decodes
     if way is fast.Way.PACKED:
         pack(unet, vae)
@@ -189,7 +193,9 @@ def load_base(
     hooks = [] if way is fast.Way.PACKED else place(parts, device, offload)
     if way is fast.Way.COMPILED:
         fast.compile_parts(unet, vae)
-    return BaseModel(key, spec, device, parts, way_of_text(readers, unet), targets, MergedAdapters(targets), hooks, way)
+    return BaseModel(
+        key, spec, device, parts, way_of_text(readers, unet), targets, MergedAdapters(targets), hooks, way, upcasts_vae
+    )
 
 
 def expected_bytes(key: BaseKey, cache_dir: Path | None = None) -> int:
@@ -204,7 +210,14 @@ def expected_bytes(key: BaseKey, cache_dir: Path | None = None) -> int:
         sizes = {name: math.prod(info.shape) for name, info in read_header_of(source).tensors.items()}
         of_vae = next(part.checkpoint_prefix for part in spec.components if part.name == "vae")
     else:
-        files = [(part.name, path) for part in spec.components for path in _weight_files(source / part.name, part, key.variant)]
+        files = [
+            (part.name, path)
+            for part in spec.components
+            if not (key.vae and part.name == "vae")
+            for path in _weight_files(source / part.name, part, key.variant)
+        ]
+        if key.vae:
+            files += [("vae", path) for path in _vae_files(key, spec, cache_dir)[1]]
         headers = ((part, read_header_of(path)) for part, path in files)
         sizes = {f"{part}.{name}": math.prod(info.shape) for part, header in headers for name, info in header.tensors.items()}
         of_vae = "vae."
@@ -341,11 +354,19 @@ def _other_vae(
     key: BaseKey, spec: ModelSpec, config: dict[str, Any], cache_dir: Path | None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Configuration and weights of the VAE that replaces the base's own: a folder, a hub id, or a single file of either layout."""
-    component = next(component for component in spec.components if component.name == "vae")
-    source = locate(key.vae, [component], what="VAE", variant=key.variant, cache_dir=cache_dir)
-    if source.is_dir():
-        folder = source if (source / "config.json").is_file() else source / "vae"
-        return read_config(folder / "config.json"), read_weights(_weight_files(folder, component, key.variant))
-    weights = read_weights([source])
+    folder, files = _vae_files(key, spec, cache_dir)
+    weights = read_weights(files)
+    if folder is not None:
+        return read_config(folder / "config.json"), weights
     is_ldm = any(name.endswith("decoder.mid.attn_1.q.weight") for name in weights)
     return config, convert_vae(weights, config) if is_ldm else weights
+
+
+def _vae_files(key: BaseKey, spec: ModelSpec, cache_dir: Path | None) -> tuple[Path | None, list[Path]]:
+    """The folder of the VAE that replaces the base's own, unless it is a single file, and the files of its weights."""
+    component = next(component for component in spec.components if component.name == "vae")
+    source = locate(key.vae, [component], what="VAE", variant=key.variant, cache_dir=cache_dir)
+    if not source.is_dir():
+        return None, [source]
+    folder = source if (source / "config.json").is_file() else source / "vae"
+    return folder, _weight_files(folder, component, key.variant)

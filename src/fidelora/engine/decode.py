@@ -13,13 +13,18 @@ from torch import Tensor
 from fidelora.errors import NumericsError
 
 
-def decode(vae: AutoencoderKL, latents: Tensor) -> NDArray[np.uint8]:
+def decode(vae: AutoencoderKL, latents: Tensor, *, upcast: bool = False) -> NDArray[np.uint8]:
     """The image of `latents` [1, 4, h, w]: uint8 RGB [8h, 8w, 3].
+
+    Args:
+        upcast: whether the VAE was made wider than the dtype that was asked for; then its pipeline makes the latents wider first.
 
     Raises:
         NumericsError: the model produced NaN.
     """
     # In the trainer's order: the division in the latents' dtype, [-1, 1] to [0, 1] in the VAE's, the rest in float32.
+    if upcast:
+        latents = latents.to(vae.dtype)
     scaled = (latents / vae.config.scaling_factor).to(vae.dtype)
     image = vae.decode(scaled, return_dict=False)[0]
     image = (image * 0.5 + 0.5).clamp(0, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import threading
 import time
@@ -29,7 +30,7 @@ from fidelora.engine.conditioning import Condition
 from fidelora.engine.decode import decode, rough_colours
 from fidelora.engine.denoise import denoise
 from fidelora.engine.device import TORCH_DTYPES, auto_dtype, resolve_device
-from fidelora.engine.examine import say_where_it_belongs
+from fidelora.engine.examine import refuse_other_family, say_where_it_belongs
 from fidelora.engine.locate import fingerprint
 from fidelora.engine.noise import NoiseSource
 from fidelora.engine.output import GeneratedImage
@@ -187,7 +188,9 @@ class Engine:
                     condition = Condition.side_by_side([one for one, _ in told])  # all negative prompts, then all prompts
                     latents = self._sample(base, recipes, condition, on_step, options)
                     clock.lap("denoise")
-                    images = [decode(base.vae, latents[image : image + 1]) for image in range(len(recipes))]
+                    images = [
+                        decode(base.vae, latents[image : image + 1], upcast=base.upcasts_vae) for image in range(len(recipes))
+                    ]
                     clock.lap("decode")
             finally:
                 base.rest()
@@ -228,6 +231,7 @@ class Engine:
             self._bases.pop(key, None)  # files were overwritten
         if key not in self._bases:
             self._make_room(key)
+            gc.collect()  # hooks that offload go round in circles, and would keep what is gone until somebody looks
             self._bases[key] = load_base(key, self.device, offload=self._offload, cache_dir=self._cache_dir)
             self._fingerprints[key] = found
         self._bases.move_to_end(key)
@@ -246,6 +250,7 @@ class Engine:
             adapter = self.adapters.get(ref)
             if ref.alpha is not None:
                 adapter = adapter.with_alpha(ref.alpha)
+            refuse_other_family(adapter, base.spec)
             try:
                 bound.append((base.targets.bind(adapter), ref.multiplier))
             except AdapterMismatchError as error:

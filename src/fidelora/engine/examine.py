@@ -161,17 +161,28 @@ def _alphas(modules: Mapping[str, Mapping[str, str]], alphas: Mapping[str, float
 
 def say_where_it_belongs(adapter: Adapter, spec: ModelSpec, error: AdapterMismatchError) -> AdapterMismatchError:
     """That it does not fit a base of this family; in better words than `error` if its file or its modules say for which it is."""
+    if adapter.metadata.get("ss_base_model_version"):
+        return error  # `refuse_other_family` knows better than names do
+    model, matched, _ = _family(adapter)
+    return _belongs_to(adapter, model_spec(model), spec) if matched == len(adapter.deltas) and model != spec.id else error
+
+
+def refuse_other_family(adapter: Adapter, spec: ModelSpec) -> None:
+    """Refuse an adapter whose file says that it is for another family that is known here, even if all its modules would fit.
+
+    Raises:
+        AdapterMismatchError: it says so.
+    """
     made_for = adapter.metadata.get("ss_base_model_version", "")
-    model = next((other.id for other in all_models().values() if made_for in other.adapter_base_versions), "")
-    if not model:
-        by_names, matched, _ = _family(adapter)
-        model = by_names if matched == len(adapter.deltas) else ""
-    if model not in ("", spec.id):
-        other = model_spec(model)
-        return AdapterMismatchError(
-            f"{adapter.name} is an adapter for {other.title}, and this base is one of {spec.title}: use it with model {other.id}."
-        )
-    return error
+    other = next((one for one in all_models().values() if made_for in one.adapter_base_versions), spec)
+    if other != spec:
+        raise _belongs_to(adapter, other, spec)
+
+
+def _belongs_to(adapter: Adapter, other: ModelSpec, spec: ModelSpec) -> AdapterMismatchError:
+    return AdapterMismatchError(
+        f"{adapter.name} is an adapter for {other.title}, and this base is one of {spec.title}: use it with model {other.id}."
+    )
 
 
 def _family(adapter: Adapter) -> tuple[str, int, int]:

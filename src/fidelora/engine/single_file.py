@@ -25,7 +25,7 @@ _LOGIT_SCALE = re.compile(r"(cond_stage_model|conditioner\.embedders\.\d)\.(tran
 _SCHEDULE = {
     "alphas_cumprod", "alphas_cumprod_prev", "betas", "log_one_minus_alphas_cumprod", "posterior_log_variance_clipped",
     "posterior_mean_coef1", "posterior_mean_coef2", "posterior_variance", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
-    "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "logvar",
+    "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "logvar", "denoiser.sigmas",
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ _EFFECTS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "seed": ("seed", int),
     "l": ("guidance_scale", float),
     "cfg": ("guidance_scale", float),
+    "gr": ("guidance_rescale", float),
     "s": ("sample_steps", int),
     "steps": ("sample_steps", int),
     "m": ("network_multiplier", float),
@@ -26,7 +27,7 @@ def split_flags(text: str) -> tuple[str, dict[str, Any]]:
     """The prompt without its flags, and what the flags set, by the names of the sample block's fields.
 
     The text is split at every `--`; what follows up to the first space is the flag, the rest its value. A flag that the
-    trainer does not know, or that has no effect on this model (`p2 n2 gr a ref ev frames fps ctrl_img ...`), is dropped with
+    trainer does not know, or that has no effect on any model here (`p2 n2 a ref ev frames fps ctrl_img ...`), is dropped with
     its value, and so is a `--` before a space. That is what the trainer does without a word, so it is what its previews show.
 
     Raises:

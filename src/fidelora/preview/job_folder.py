@@ -159,7 +159,7 @@ def _family(model: Mapping[str, Any]) -> str:
 def _dora_alpha(network: Mapping[str, Any]) -> float | None:
     if str(network.get("type", "")).lower() != "dora":
         return None
-    alpha = network.get("linear_alpha", network.get("alpha"))
+    alpha = network.get("linear_alpha", network.get("alpha", 1.0))  # the trainer's own default
     return None if alpha is None else _number(float, alpha, "network.linear_alpha")
 
 
@@ -224,7 +224,9 @@ def _items(sample: Mapping[str, Any]) -> list[SampleItem]:
     raw = sample.get("samples") or ([{"prompt": prompt} for prompt in prompts] if isinstance(prompts, list) else prompts)
     if not isinstance(raw, list) or not all(isinstance(item, dict) and isinstance(item.get("prompt"), str) for item in raw):
         raise JobFolderError("The job's sample block has samples or prompts that are not a list of items with a prompt each.")
-    return [_item(block | item, item.get("seed"), f"sample item {index}") for index, item in enumerate(raw)]
+    # The trainer takes an item's own value of all of these but one.
+    rescale = {"guidance_rescale": block["guidance_rescale"]}
+    return [_item(block | item | rescale, item.get("seed"), f"sample item {index}") for index, item in enumerate(raw)]
 
 
 def _item(values: Mapping[str, Any], seed: object, where: str) -> SampleItem:
