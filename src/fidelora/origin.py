@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -69,7 +70,9 @@ def read_origin(content: bytes, name: str = "The image", *, model: str = "sd15")
     if plain is not None:
         recipe, environment = recipe_of(plain, name)
         quality = plain.get("quality")
-        return Origin(**about, recipe=recipe, environment=environment, quality=quality if isinstance(quality, int) else None)
+        if quality is not None and (type(quality) is not int or not 0 <= quality <= 100 or about["format"] == "png"):
+            raise ImageRecordError(f"{name} says that it was written in quality {quality!r}, which no such file can have.")
+        return Origin(**about, recipe=recipe, environment=environment, quality=quality)
     if len(parameters) > MAX_PARAMETERS_CHARACTERS:
         raise ImageRecordError(f"{name} has parameters of {len(parameters):,} characters; {MAX_PARAMETERS_CHARACTERS:,} are read.")
     if parameters.strip():
@@ -121,7 +124,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
             record = _record(_texts(image)[0])
     except FileNotFoundError:
         raise ImageRecordError(f"There is no image {path}; check the path.") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
         raise ImageRecordError(f"{path.name} is not an image that can be read.") from error
     if record is None:
         raise ImageRecordError(f"{path.name} carries no recipe of Fidelora's: it comes from another program, or was stripped.")
@@ -134,7 +137,7 @@ def _opened(content: bytes, name: str) -> Iterator[Image.Image]:
     try:
         with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
             yield image
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
         raise ImageRecordError(f"{name} is not a PNG, JPEG or WebP image that can be read.") from error
 
 

@@ -59,6 +59,13 @@ def foreign(text: str = FOREIGN, image_format: str = "PNG", order: str = "utf-16
     return buffer.getvalue()
 
 
+def webp_with_exif(exif: bytes) -> bytes:
+    """A WebP whose EXIF is these bytes; Pillow reads them only when it is asked."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "WEBP", exif=exif)
+    return buffer.getvalue()
+
+
 def parameters_in(content: bytes) -> Parameters:
     origin = read_origin(content)
     assert origin.recipe is None
@@ -84,6 +91,13 @@ def test_a_recipe_that_was_changed_afterwards_is_refused():
     record = {"recipe": RECIPE.to_dict() | {"seed": 43}, "digest": RECIPE.digest}
     with pytest.raises(ImageRecordError, match=r"a\.png has a recipe that was changed after the image was made"):
         read_origin(foreign(fidelora=json.dumps(record)), "a.png")
+
+
+@pytest.mark.parametrize("quality", [500, -1, 90, "90", True, 90.5])
+def test_a_quality_that_no_png_has_is_refused(quality):
+    record = {"recipe": RECIPE.to_dict(), "quality": quality}
+    with pytest.raises(ImageRecordError, match="which no such file can have"):
+        read_origin(foreign(fidelora=json.dumps(record)))
 
 
 def test_a_recipe_of_another_format_is_refused_though_there_are_parameters():
@@ -176,7 +190,7 @@ def test_weighed_words_are_named_and_kept():
     assert "encoded as it is written" in read.ignored[0].reason
 
 
-@pytest.mark.parametrize("content", [b"", b"text", b"GIF89a", b"\x89PNG\r\n\x1a\n"])
+@pytest.mark.parametrize("content", [b"", b"text", b"GIF89a", b"\x89PNG\r\n\x1a\n", webp_with_exif(b"II*\0")])
 def test_what_is_no_image_is_refused(content):
     with pytest.raises(ImageRecordError, match=r"a\.png is not a PNG, JPEG or WebP image that can be read"):
         read_origin(content, "a.png")
@@ -279,7 +293,19 @@ def test_a_multiplier_that_is_left_out_is_one():
     assert lora_of("lora", "x") == NamedLora("x", 1.0)
 
 
-@pytest.mark.parametrize("prompt", ["a (b:1.2)", "(a b :0.5)", "[a:b:0.5]", "[a|b]", "x AND y", "x BREAK y"])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a (b:1.2)",
+        "(a b :0.5)",
+        r"(ganyu \(genshin impact\):1.2)",
+        "((red) hair:1.3)",
+        "[a:b:0.5]",
+        "[a|b]",
+        "x AND y",
+        "x BREAK y",
+    ],
+)
 def test_notation_of_other_programs_is_noticed(prompt):
     assert marks_in(prompt)
 

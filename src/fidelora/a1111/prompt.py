@@ -12,8 +12,9 @@ _TAG = re.compile(r"<(?P<network>\w+):(?P<arguments>[^<>]+)>")
 """What A1111 takes for a tag of any extra network."""
 _LORA = {"lora", "lyco"}
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")
+_BRACKET = re.compile(r"\\.|\(|:\s*[+-]?[\d.]+\s*\)|\)", re.DOTALL)
+"""What A1111's parser looks for: an escaped character, a bracket that opens, and one that closes, with a weight or without."""
 _MARKS = (
-    (re.compile(r"(?<!\\)\([^()]*:\s*[+-]?[\d.]+\s*\)"), "weighs words"),
     (re.compile(r"(?<!\\)\[[^\[\]:|]*[:|][^\[\]]*\]"), "changes words while the image is made"),
     (re.compile(r"\b(AND|BREAK)\b"), "puts several prompts together"),
 )
@@ -85,7 +86,22 @@ def marks_in(prompt: str) -> str:
 
     Brackets alone, which weigh by a tenth there, are not looked for: they are punctuation, too.
     """
+    if weighed := _weighed(prompt):
+        return f"{weighed!r:.80} weighs words"
     for pattern, what in _MARKS:
         if match := pattern.search(prompt):
             return f"{match[0]!r:.80} {what}"
+    return ""
+
+
+def _weighed(prompt: str) -> str:
+    """The first brackets with a weight; other brackets, escaped or not, may stand inside. Empty if there are none."""
+    opened: list[int] = []
+    for token in _BRACKET.finditer(prompt):
+        if token[0] == "(":
+            opened.append(token.start())
+        elif token[0][0] in ":)" and opened:
+            start = opened.pop()
+            if token[0][0] == ":":
+                return prompt[start : token.end()]
     return ""
