@@ -144,7 +144,7 @@ def test_a_narrow_vae_is_made_wider_where_its_configuration_says_so(engine, tmp_
     shutil.copytree(TINY_SDXL, base)
     config = read_json(base / "vae" / "config.json") | {"force_upcast": force_upcast}
     (base / "vae" / "config.json").write_text(json.dumps(config))
-    recipe = replace(SMALL["sdxl"], base_model=str(base), dtype=dtype, vae_dtype="float16")  # type: ignore[arg-type]
+    recipe = replace(SMALL["sdxl"], base_model=str(base), dtype=dtype, text_encoder_dtype=dtype, vae_dtype="float16")  # type: ignore[arg-type]
     if force_upcast:
         assert np.array_equal(engine.generate(recipe).pixels, the_trainer_s_way(recipe))
     loaded = load_base(BaseKey.of(recipe), CPU).vae
