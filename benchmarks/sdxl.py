@@ -102,7 +102,8 @@ def main() -> None:
         found[party].append(json.loads(said.splitlines()[-1]))
         print(party, found[party][-1], file=sys.stderr, flush=True)
     medians = {party: {name: statistics.median(one[name] for one in said) for name in said[0]} for party, said in found.items()}
-    columns = (f"{options.size}x{options.size}, bfloat16", "step", f"image, {WHOLE_STEPS} steps (composed)", "load, and an image of one step")
+    title = f"{options.size}x{options.size}, bfloat16"
+    columns = (title, "step", f"image, {WHOLE_STEPS} steps (composed)", "load, and an image of one step")
     print(f"| {' | '.join(columns)} | most memory |\n|---|---|---|---|---|")
     for party, one in medians.items():
         whole = WHOLE_STEPS * one["step"] + one["decode"]

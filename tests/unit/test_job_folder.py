@@ -593,6 +593,12 @@ def test_what_sdxl_previews_here_would_not_show_is_refused(folder, model, words)
         job_of(folder, model={"name_or_path": "base", "arch": "sdxl"} | model)
 
 
+def test_the_rescale_is_the_block_s_or_a_flag_s_and_never_an_item_s(folder):
+    samples = [{"prompt": "a ball", "guidance_rescale": 0.3}, {"prompt": "a ball --gr 0.7"}]
+    job = job_of(folder, model={"name_or_path": "base", "arch": "sdxl"}, sample={"samples": samples, "guidance_rescale": 0.5})
+    assert [plan.recipe.guidance_rescale for plan in plan_samples(job, 0)] == [0.5, 0.7]
+
+
 def test_the_vae_of_a_job_is_its_previews(folder):
     (sample,) = samples_of(folder, "a ball")
     assert sample.recipe.vae == ""

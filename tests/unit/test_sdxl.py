@@ -289,6 +289,38 @@ def test_each_adapter_on_the_other_model_names_the_right_one(engine, path, made_
     assert str(raised.value) == expected
 
 
+def test_what_fits_both_models_is_refused_by_what_its_file_says(engine, tmp_path):
+    """Both have this module, and here in one shape."""
+    module = ("lora_unet_conv_in", *load(TINY_SDXL).unet.conv_in.weight.shape[:2])
+    out, inside = module[1:]
+    tensors = {
+        f"{module[0]}.lora_down.weight": torch.ones(2, inside, 3, 3),
+        f"{module[0]}.lora_up.weight": torch.ones(out, 2, 1, 1),
+    }
+    silent = save_adapter(tmp_path / "a.safetensors", tensors)
+    engine.generate(painted(silent, **SMALL))
+    for_other = save_adapter(tmp_path / "b.safetensors", tensors, ss_base_model_version="sd_1.5")
+    with pytest.raises(AdapterMismatchError, match="use it with model sd15"):
+        engine.generate(painted(for_other, **SMALL))
+
+
+def test_a_vae_with_a_mean_of_its_own_is_refused(tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(TINY_SDXL, base)
+    config = read_json(base / "vae" / "config.json") | {"latents_mean": [0.0, 0.1, 0.2, 0.3]}
+    (base / "vae" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BaseModelFilesError, match="latents_mean"):
+        load(base)
+
+
+def test_the_vae_that_replaces_the_base_s_counts_in_the_budget(tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(TINY_SDXL, base)
+    (base / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    loaded = load(base, vae=str(TINY_SDXL / "vae"))
+    assert loaded.size_bytes <= expected_bytes(loaded.key) < 1.3 * loaded.size_bytes
+
+
 def test_the_other_model_is_named_without_metadata_too(engine, tmp_path):
     text = save_adapter(tmp_path / "a.safetensors", random_lora(("lora_te2_text_model_encoder_layers_0_mlp_fc1", 64, 48)))
     with pytest.raises(AdapterMismatchError, match="use it with model sdxl"):
