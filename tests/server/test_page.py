@@ -130,6 +130,33 @@ def test_a_file_that_lies_on_a_host_is_not_fetched(client):
     )
 
 
+@pytest.mark.parametrize(
+    "place",
+    ["http://example.com/x.png", "https://example.com/x.svg", "http:%2f%2fexample.com/x", "%68ttp://example.com/x",
+     "//example.com/x",     "HTTPS://example.com", "ftp://example.com/x", "file:///etc/passwd", "http%253a%252f%252fexample.com",
+     "http:example.com", "", "/http://example.com", "{files}/../http://example.com", "{files}x/y.png"],
+)  # fmt: skip
+def test_nothing_is_fetched_as_a_file(client, parts, monkeypatch, place):
+    """Gradio would ask a host for it, and send it on as if it were this server's."""
+
+    def fail(*_, **__):
+        raise AssertionError("it is looked for")
+
+    monkeypatch.setattr("gradio.routes.secure_url_stream_response", fail)
+    monkeypatch.setattr("gradio.routes.file_fetch", fail)
+    for method in ("GET", "HEAD"):
+        answer = client.request(method, "/gradio_api/file=" + place.format(files=parts.settings.data_dir / "page" / "files"))
+        assert answer.status_code == 404
+
+
+def test_what_was_uploaded_is_sent_and_can_do_nothing(client):
+    (path,) = client.post("/gradio_api/upload", files={"files": ("x.svg", b"<svg/>")}).json()
+    answer = client.get(f"/gradio_api/file={path}")
+    assert (answer.status_code, answer.content) == (200, b"<svg/>")
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+
+
 def test_other_sites_cannot_act_on_the_page(client):
     assert predict(client, [], Origin="https://evil.example").json()["detail"]["error"]["code"] == "OTHER_SITE"
     assert predict(client, [], Origin="null").status_code == 400

@@ -45,6 +45,47 @@ def seeds(planned):
     return [sample.recipe.seed for sample in planned]
 
 
+# --- configurations that are made to do harm ---------------------------------------------------------------------------
+
+_BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (_BOMB, "stand for too much"),
+        ("a: &a {x: 1, y: 2}\n" + _BOMB.replace("[", "{<<: [").replace("]", "]}"), "cannot be read"),
+        ("b: &x [*x]\n", "what it is in itself"),
+        ("b: &x {c: *x}\n", "what it is in itself"),
+        ("a: " + "[" * 5000, "cannot be read"),
+        ("a: 1" + ":1" * 60 + "\n", "too long"),
+        ("a: !!int ''\n", "cannot be read"),
+        ("a: !!bool x\n", "cannot be read"),
+        ("a: !!timestamp x\n", "cannot be read"),
+        ("#" * 2**20 + "\n", "more than 1,048,576 bytes"),
+    ],
+)
+def test_a_configuration_that_grows_is_refused(folder, text, said):
+    (folder / "config.yaml").write_text(text + yaml.safe_dump(document()))
+    with pytest.raises(JobFolderError, match=said):
+        read_job(folder)
+
+
+def test_a_name_that_is_put_everywhere_cannot_be_long(folder):
+    with pytest.raises(JobFolderError, match="more than 200 characters"):
+        job_of(folder, name="x" * 201, model={"name_or_path": "[name]" * 1000})
+
+
+def test_aliases_of_a_sound_configuration_are_read(folder):
+    """What dumps a configuration in which the same object stands twice."""
+    item = {"prompt": "a ball", "seed": 3}
+    job = job_of(folder, sample={"samples": [item, item]})
+    assert "&id001" in (folder / "config.yaml").read_text()
+    assert [sample.seed for sample in job.samples] == [3, 3]
+
+
 # --- the configuration -------------------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,11 @@ import asyncio
 import io
 import shutil
 import stat
+import sys
 import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -14,8 +18,12 @@ from hypothesis import strategies as st
 from tests.support import GOLDEN_JOBS
 
 from fidelora.errors import JobFolderError, SettingsError
-from fidelora.server.ui.jobs import Verifier, job_names, job_under, read_inside, unpack
+from fidelora.server.parts import Parts
+from fidelora.server.ui import jobs
+from fidelora.server.ui.jobs import Outcome, Verifier, hub_variables, job_names, job_under, read_inside, unpack
+from fidelora.settings import Settings
 
+PARTS = cast("Parts", SimpleNamespace(numerics={"sd15": {"base_model": "/bases/a"}}))
 JOB = GOLDEN_JOBS / "lokr_full"
 MIB = 2**20
 
@@ -73,6 +81,30 @@ def test_what_grows_too_large_is_refused_whatever_its_header_says(tmp_path):
     refused(archive, tmp_path, "cannot be unpacked|more than")
 
 
+def test_a_list_of_files_that_is_too_long_is_not_read(tmp_path, monkeypatch):
+    """It would become objects before anybody can count them."""
+    monkeypatch.setattr(jobs, "_MOST_AT_ONCE", 100_000)
+    archive = zipped(tmp_path / "a.zip", {"config.yaml": "a: 1", **{f"{number}.png": b"" for number in range(3000)}})
+    made: list[Any] = []
+    monkeypatch.setattr(zipfile, "ZipInfo", lambda *given: made.append(given))
+    refused(archive, tmp_path, "list of files has more than 100,000 bytes")
+    assert not made
+
+
+def test_a_configuration_that_is_too_large_is_not_unpacked(tmp_path):
+    archive = zipped(tmp_path / "a.zip", {"x/config.yaml": "#" * (MIB + 1)}, zipfile.ZIP_DEFLATED)
+    refused(archive, tmp_path, r"config\.yaml' has more than 1,048,576 bytes")
+
+
+def test_what_is_packed_by_other_methods_is_refused(tmp_path):
+    """LZMA: its memory is what the file says."""
+    content = zipped(tmp_path / "a.zip", {"config.yaml": "a: 1" * 99}, zipfile.ZIP_LZMA).read_bytes()
+    refused(tmp_path / "a.zip", tmp_path, "by a method that is not read here")
+    (tmp_path / "b.zip").write_bytes(content.replace(content[45:60], bytes(15)))
+    refused(tmp_path / "b.zip", tmp_path, "by a method|cannot be unpacked")
+    assert unpack(zipped(tmp_path / "c.zip", {"config.yaml": "a: 1"}, zipfile.ZIP_BZIP2), tmp_path / "target", MIB)[1] == 0
+
+
 def test_links_become_files(tmp_path):
     info = zipfile.ZipInfo("job/link.safetensors")
     info.external_attr = (stat.S_IFLNK | 0o777) << 16
@@ -123,25 +155,55 @@ def test_jobs_are_named_below_their_folder(tmp_path):
 def test_a_job_cannot_name_files_elsewhere(tmp_path):
     """The name of a job is part of the name of its weights' file."""
     job = shutil.copytree(JOB, tmp_path / "job")
-    assert read_inside(job).name == "lokr_full"
+    assert read_inside(job, PARTS).name == "lokr_full"
     secret = tmp_path / "secret.safetensors"
     shutil.copyfile(JOB / "lokr_full.safetensors", secret)
     config = (job / "config.yaml").read_text()
     assert "name: lokr_full" in config
     (job / "config.yaml").write_text(config.replace("name: lokr_full", "name: ../secret"))
     with pytest.raises(JobFolderError, match="outside of its folder"):
-        read_inside(job)
+        read_inside(job, PARTS)
     (job / "config.yaml").write_text(config)
     weights = job / "lokr_full.safetensors"
     weights.unlink()
     weights.symlink_to(secret)
     with pytest.raises(JobFolderError, match="outside of its folder"):
-        read_inside(job)
+        read_inside(job, PARTS)
+
+
+def test_a_job_cannot_choose_what_else_the_server_loads(tmp_path):
+    job = shutil.copytree(JOB, tmp_path / "job")
+    config = (job / "config.yaml").read_text()
+    assert "    model:\n" in config
+    for place in ("/etc/vae", "somebody/vae"):
+        (job / "config.yaml").write_text(config.replace("    model:\n", f"    model:\n      vae_path: {place}\n"))
+        with pytest.raises(JobFolderError, match="names a VAE of its own"):
+            read_inside(job, PARTS)
+    (job / "config.yaml").write_text(config.replace("    model:\n", "    model:\n      vae_path: /bases/a\n"))
+    assert read_inside(job, PARTS).vae == "/bases/a"
+
+
+def test_a_run_knows_where_the_server_keeps_its_models(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given: dict[str, Any] = {"data_dir": tmp_path, "hf_token": None}
+    assert hub_variables(Settings(**given)) == {}
+    given |= {"model_cache_dir": Path("cache"), "hf_token": "hf_x"}
+    variables = hub_variables(Settings(**given))
+    assert variables == {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_TOKEN": "hf_x"}
+    program = tmp_path / "program"
+    program.write_text('#!/bin/sh\necho "$HF_HUB_CACHE $HF_TOKEN"\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+
+    async def run():
+        return [one async for one in Verifier("cpu", 60, variables).run("one", JOB, "x", tmp_path, step="last", doctor=False)]
+
+    assert asyncio.run(run()) == [f"{tmp_path / 'cache'} hf_x", Outcome(0, None)]
 
 
 def test_a_run_that_is_canceled_before_it_begins_does_not_begin(tmp_path):
     async def run():
-        verifier = Verifier("cpu", 60)
+        verifier = Verifier("cpu", 60, {})
         verifier.cancel("one")
         async for _ in verifier.run("one", tmp_path, "base", tmp_path, step="last", doctor=False):
             raise AssertionError("it began")
@@ -152,7 +214,7 @@ def test_a_run_that_is_canceled_before_it_begins_does_not_begin(tmp_path):
 
 def test_a_run_that_takes_too_long_is_ended(tmp_path):
     async def run():
-        verifier = Verifier("cpu", 0.05)
+        verifier = Verifier("cpu", 0.05, {})
         async for _ in verifier.run("one", JOB, "none", tmp_path, step="last", doctor=False):
             pass
 

@@ -21,6 +21,15 @@ _DTYPES: Mapping[str, Dtype] = {
     "float16": "float16", "fp16": "float16", "half": "float16",
 }  # fmt: skip
 
+MAX_CONFIG_BYTES = 2**20
+"""Of a configuration; those of trainers have a few thousand."""
+_MAX_WEIGHT = 4 * 2**20
+_NODE_WEIGHT = 16
+"""A configuration's weight: its characters, and so many for each value, with each alias as long as what it stands for."""
+_MAX_NUMBER_LENGTH = 100
+_MAX_NAME_LENGTH = 200
+"""A job's name is the name of its files, and is put in many places."""
+
 _Number = TypeVar("_Number", int, float)
 
 _SAMPLE_FILE = re.compile(r"\d+__(?P<step>\d{9})_(?P<index>\d+)\.(jpg|jpeg|png|webp)")
@@ -169,9 +178,12 @@ def _process(folder: Path) -> tuple[Mapping[str, Any], str]:
     if path is None:
         raise JobFolderError(f"{folder} has no config.yaml: it is not the output folder of an AI Toolkit job.")
     try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise JobFolderError(f"{path} has more than {MAX_CONFIG_BYTES:,} bytes: it is no AI Toolkit configuration.")
         text = path.read_text(encoding="utf-8")
-        document = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        document = json.loads(text) if path.suffix == ".json" else _read_yaml(text)
+    # PyYAML has the last three for a tag that its value does not fit.
+    except (OSError, ValueError, yaml.YAMLError, RecursionError, ArithmeticError, AttributeError, LookupError) as error:
         raise JobFolderError(f"{path} cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}.") from error
     try:
         config = document["config"]
@@ -180,9 +192,49 @@ def _process(folder: Path) -> tuple[Mapping[str, Any], str]:
         raise JobFolderError(f"{path} is no AI Toolkit configuration: it has no config.name and config.process.") from None
     if not isinstance(process, dict) or not isinstance(name, str | int):
         raise JobFolderError(f"{path} is no AI Toolkit configuration: config.name or config.process holds nothing of use.")
+    if len(str(name)) > _MAX_NAME_LENGTH:
+        raise JobFolderError(f"{path} is no AI Toolkit configuration: config.name has more than {_MAX_NAME_LENGTH} characters.")
     # The trainer puts the job's name in the place of [name] everywhere before it reads anything; config.yaml is saved after that.
     named: Mapping[str, Any] = _with_name(process, str(name))
     return named, str(name)
+
+
+def _read_yaml(text: str) -> Any:
+    """A YAML document. Aliases are read, for the trainer writes some; but they must not stand for more than a configuration is.
+
+    Raises:
+        ValueError: they do, or one stands for what it is in, or a number is too long.
+        yaml.YAMLError: it is not sound.
+    """
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _weight(node, {}) > _MAX_WEIGHT:
+            raise ValueError("its aliases stand for too much")
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _weight(node: yaml.Node, known: dict[yaml.Node, int | None]) -> int:
+    if node in known:
+        weight = known[node]
+        if weight is None:
+            raise ValueError("one of its aliases stands for what it is in itself")
+        return weight
+    known[node] = None  # begun
+    if isinstance(node, yaml.ScalarNode):
+        if node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and len(node.value) > _MAX_NUMBER_LENGTH:
+            raise ValueError("one of its numbers is too long")  # reading 1:1:1:1... takes the square of its length
+        weight = len(node.value)
+    elif isinstance(node, yaml.MappingNode):
+        weight = sum(_weight(key, known) + _weight(value, known) for key, value in node.value)
+    else:
+        weight = sum(_weight(value, known) for value in node.value)
+    known[node] = weight = weight + _NODE_WEIGHT
+    return weight
 
 
 def _with_name(value: Any, name: str) -> Any:

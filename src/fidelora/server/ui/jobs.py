@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import os
 import secrets
 import shutil
@@ -15,20 +16,24 @@ import signal
 import sys
 import zipfile
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from fidelora.errors import JobFolderError, SettingsError
 from fidelora.files import make_folder
 from fidelora.models import model_spec
-from fidelora.preview.job_folder import TrainingJob, read_job
-from fidelora.preview.replay import plan_samples
+from fidelora.preview.job_folder import MAX_CONFIG_BYTES, TrainingJob, read_job
 from fidelora.server.parts import Parts
+from fidelora.settings import Settings
 
 _CONFIGS = ("config.yaml", ".job_config.json")
 _KINDS = {".yaml", ".json", ".safetensors", ".png", ".jpg", ".jpeg", ".webp"}
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2)
+"""Ways of packing that need little memory to undo; LZMA takes up to 4 GiB if the file says so."""
 _MOST_FILES = 20_000
+_MOST_AT_ONCE = _MOST_FILES * 256
+"""Bytes that are read from a zip in one go; the only large ones are its list of files, with about 50 bytes and a name for each."""
 _UNPACKED_TIMES = 4
 """Weights and images hardly get smaller in a zip; what grows by more is no training job."""
 _DEPTH = 4
@@ -82,7 +87,7 @@ def unpack(archive: Path, target: Path, max_bytes: int) -> tuple[Path, int]:
     """
     make_folder(target)
     try:
-        with zipfile.ZipFile(archive) as packed:
+        with _SmallReads(archive) as file, zipfile.ZipFile(file) as packed:
             left_out = _unpack(packed, target, max_bytes * _UNPACKED_TIMES)
     except JobFolderError:
         shutil.rmtree(target, ignore_errors=True)
@@ -96,6 +101,18 @@ def unpack(archive: Path, target: Path, max_bytes: int) -> tuple[Path, int]:
         said = "no training job: none of its folders has a config.yaml" if not jobs else f"{len(jobs)} training jobs; pack one"
         raise JobFolderError(f"The zip holds {said}.")
     return target / jobs[0], left_out
+
+
+class _SmallReads(io.FileIO):
+    """A zip whose list of files is refused before it is read if it is too long: all of it becomes objects, however many."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = os.fstat(self.fileno()).st_size - self.tell()
+        if min(left, left if size is None or size < 0 else size) > _MOST_AT_ONCE:
+            raise JobFolderError(
+                f"The zip's list of files has more than {_MOST_AT_ONCE:,} bytes; {_MOST_FILES:,} files are the most."
+            )
+        return super().read(size)
 
 
 def _unpack(packed: zipfile.ZipFile, target: Path, most_bytes: int) -> int:
@@ -112,36 +129,56 @@ def _unpack(packed: zipfile.ZipFile, target: Path, most_bytes: int) -> int:
         if name.suffix.lower() not in _KINDS or "__MACOSX" in name.parts:
             left_out += 1
             continue
+        if entry.compress_type not in _METHODS:
+            raise JobFolderError(f"The zip's {entry.filename!r:.200} is packed by a method that is not read here; use Deflate.")
         path = target / name
+        size, most = 0, MAX_CONFIG_BYTES if name.name in _CONFIGS else most_bytes
         make_folder(path.parent)
         with packed.open(entry) as source, path.open("xb") as file:  # never over another entry; links become plain files
             while part := source.read(2**20):
                 written += len(part)
+                size += len(part)
+                if size > most:
+                    raise JobFolderError(f"The zip's {entry.filename!r:.200} has more than {most:,} bytes.")
                 if written > most_bytes:
                     raise JobFolderError(f"The zip holds more than {most_bytes:,} bytes.")
                 file.write(part)
     return left_out
 
 
-def read_inside(folder: Path) -> TrainingJob:
+def read_inside(folder: Path, parts: Parts) -> TrainingJob:
     """A job none of whose files lies outside of its folder, wherever its configuration and its links point.
 
     Raises:
-        JobFolderError: one does, or it is no job.
+        JobFolderError: one does, or it is no job, or it has a VAE of its own: a file of this machine or of the hub that the server
+            would load because a stranger names it.
     """
     job = read_job(folder)
     inside = folder.resolve()
     for path in (*job.checkpoints.values(), *job.images.values(), *(folder / name for name in _CONFIGS)):
         if not path.resolve().is_relative_to(inside):
             raise JobFolderError(f"The job {job.name} names files outside of its folder.")
+    if job.vae and job.vae != base_for(job, parts):
+        raise JobFolderError(
+            f"The job {job.name} names a VAE of its own (model.vae_path), and the page loads only this server's models; "
+            "verify it with the command fidelora verify."
+        )
     return job
 
 
 def base_for(job: TrainingJob, parts: Parts) -> str:
     """The base model that this server has for the model that a job trained; what the job names could be any file here."""
-    planned = plan_samples(job, 0)
-    model = planned[0].recipe.model if planned else next(iter(parts.numerics))
-    return str(parts.numerics[model].get("base_model") or model_spec(model).base_model)
+    return str(parts.numerics[job.model].get("base_model") or model_spec(job.model).base_model)
+
+
+def hub_variables(settings: Settings) -> dict[str, str]:
+    """What the hub's client in another process has to know of a server's settings."""
+    variables = {}
+    if settings.model_cache_dir is not None:
+        variables["HF_HUB_CACHE"] = str(settings.model_cache_dir.absolute())  # the process runs in another folder
+    if settings.hf_token is not None:
+        variables["HF_TOKEN"] = settings.hf_token.get_secret_value()
+    return variables
 
 
 @dataclass(frozen=True)
@@ -158,11 +195,13 @@ class Verifier:
     Args:
         device: that it computes on.
         timeout_s: after which it is ended.
+        variables: of its environment, besides this process's own.
     """
 
-    def __init__(self, device: str, timeout_s: float) -> None:
+    def __init__(self, device: str, timeout_s: float, variables: Mapping[str, str]) -> None:
         self._device = device
         self._timeout_s = timeout_s
+        self._variables = dict(variables)
         self._turn = asyncio.Semaphore(1)
         self._running: dict[str, asyncio.subprocess.Process] = {}
         self._canceled: set[str] = set()
@@ -197,7 +236,7 @@ class Verifier:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
-                env={**os.environ, "NO_COLOR": "1", "COLUMNS": "200", "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, **self._variables, "NO_COLOR": "1", "COLUMNS": "200", "PYTHONUNBUFFERED": "1"},
                 cwd=out,
                 start_new_session=True,
             )

@@ -11,11 +11,12 @@ from typing import Any
 import gradio as gr
 from starlette.concurrency import run_in_threadpool
 
-from fidelora.errors import FideloraError, ImageRecordError, WrongUseError
+from fidelora.errors import FideloraError, ImageRecordError, JobNotFoundError, WrongUseError
 from fidelora.jobs.job import Job, Status
 from fidelora.models import all_models, model_spec
 from fidelora.origin import read_origin
 from fidelora.recipe import MAX_STEPS, Recipe
+from fidelora.server.gate import MAX_IMAGE_BYTES
 from fidelora.server.parts import Parts
 from fidelora.server.routes.inference import take
 from fidelora.server.submit import numerics_for
@@ -143,7 +144,10 @@ class Make:
     @property
     def _results(self) -> list[Any]:
         copies = [self.recipe_text, self.request_text, self.command_text, self.python_text]
-        return [self.progress, self.gallery, self.shown, self.remembered, self.job, self.cancel, self.use, self.details, *copies]
+        return [
+            self.progress, self.gallery, self.shown, self.remembered, self.job, self.go, self.cancel, self.use, self.details,
+            self.chosen, *copies,
+        ]  # fmt: skip
 
     def listen(self, page: gr.Blocks, tab: gr.Tab) -> None:
         """Connect what happens to what is done."""
@@ -152,7 +156,7 @@ class Make:
         # Not on focus: new entries would arrive while somebody chooses, and undo it.
         gr.on([page.load, tab.select], self._list_loras, None, self.loras, **quick)
         page.load(self._restore, self.remembered, self._results, **long)
-        changes = [self.known, self.loras, self.trigger]
+        changes = [self.known, self.loras, self.trigger, *self.multipliers]
         self.loras.input(self._loras_changed, changes, [self.known, *self.multipliers, self.trigger], **quick)
         self.model.input(
             self._model_changed,
@@ -162,10 +166,10 @@ class Make:
         )
         gr.on(
             [self.go.click, self.trigger.submit, self.negative.submit, self.seed.submit],
-            self._generate, [self.shown, *self.values], self._results, **long,
+            self._generate, [self.job, self.shown, *self.values], self._results, **long,
         )  # fmt: skip
         self.cancel.click(self._cancel, self.job, self.cancel, **quick)
-        self.gallery.select(self._selected, self.shown, [*self._results[-4:], self.chosen], **quick)
+        self.gallery.select(self._selected, self.shown, self._results[-5:], **quick)
         self.use.click(self._use, [self.shown, self.chosen], [self.loaded, self.known, *self.values], **quick)
         self.image.upload(self._load_image, self.image, [self.loaded, self.known, *self.values], **quick)
 
@@ -205,15 +209,16 @@ class Make:
     def _list_loras(self) -> Any:
         return gr.update(choices=self._library.choices())
 
-    def _loras_changed(self, known: tuple[str, list[str]], names: list[str], trigger: str) -> list[Any]:
+    def _loras_changed(self, known: tuple[str, list[str]], names: list[str], trigger: str, *multipliers: Any) -> list[Any]:
         names = names or []
         if names == known[1]:
             return [gr.skip()] * (MAX_LORAS + 2)
-        sliders = [
-            gr.update(visible=True, label=f"Multiplier of {names[index]}") if index < len(names) else gr.update(visible=False)
-            for index in range(MAX_LORAS)
-        ]
-        return [(known[0], names), *sliders, trigger or self._library.trigger(names)]
+        before = dict(zip(known[1], multipliers, strict=False))  # a multiplier belongs to its LoRA, wherever that is now
+        sliders = [gr.update(value=before.get(name, 1.0), visible=True, label=f"Multiplier of {name}") for name in names]
+        sliders += [gr.update(value=1.0, visible=False)] * (MAX_LORAS - len(names))
+        if trigger in ("", self._library.trigger(known[1])):  # nobody wrote it
+            trigger = self._library.trigger(names)
+        return [(known[0], names), *sliders, trigger]
 
     def _model_changed(self, known: tuple[str, list[str]], model: str) -> list[Any]:
         if model == known[0]:
@@ -229,8 +234,10 @@ class Make:
             gr.update(value=start["height"], step=step),
         ]
 
-    async def _generate(self, shown: list[Shown], *values: Any) -> AsyncIterator[list[Any]]:
+    async def _generate(self, followed: str, shown: list[Shown], *values: Any) -> AsyncIterator[list[Any]]:
         try:
+            if await run_in_threadpool(self._is_running, followed):  # two would undo each other's images
+                raise WrongUseError("The request before this one has not ended; wait for it, or cancel it.")
             form = self.form(values)
             if form.number > _MAX_IMAGES:
                 yield self._updates(progress=notice(f"Images: {form.number} is not from 1 to {_MAX_IMAGES}.", "error"))
@@ -245,20 +252,30 @@ class Make:
     async def _restore(self, remembered: list[Any]) -> AsyncIterator[list[Any]]:
         """After a reload of the page: the images it showed, and the request that it waited for."""
         known = [(str(entry[0]), int(entry[1])) for entry in remembered or [] if isinstance(entry, list) and len(entry) == 2]
-        yield self._updates()  # without any, the outputs would be emptied
-        if not known:
-            return
         running = [job_id for job_id, index in known if index < 0]
+        if not running:
+            yield self._updates()  # without any, the outputs would be emptied
+        else:  # another request meanwhile would be followed beside it, and each would undo the other's images
+            yield self._updates(job=running[0], go=gr.update(interactive=False))
         shown, files = await run_in_threadpool(self._pictures.gallery, [one for one in known if one[1] >= 0])
         if shown:
             yield self._updates(gallery=gr.update(value=files), shown=shown, remembered=shown, **self._chosen(shown, 0))
         for job_id in running:
             try:
                 job = await run_in_threadpool(self._parts.store.get, job_id)
-            except FideloraError:  # removed meanwhile
-                continue
-            async for update in self._follow(job, shown):
-                yield update
+                async for update in self._follow(job, shown):
+                    yield update
+                shown = [*self._pictures.of(await run_in_threadpool(self._parts.store.get, job_id)), *shown]
+            except JobNotFoundError:  # removed meanwhile
+                yield self._updates(remembered=shown)
+        if running:
+            yield self._updates(job="", go=gr.update(interactive=True), cancel=gr.update(interactive=False))
+
+    def _is_running(self, job_id: str) -> bool:
+        try:
+            return bool(job_id) and not self._parts.store.get(job_id).status.final
+        except JobNotFoundError:  # removed meanwhile
+            return False
 
     async def _follow(self, job: Job, shown: list[Shown]) -> AsyncIterator[list[Any]]:
         """Every change of a job, until it has ended."""
@@ -287,9 +304,11 @@ class Make:
 
     def _selected(self, event: gr.SelectData, shown: list[Shown]) -> list[Any]:
         index = event.index if isinstance(event.index, int) and event.index < len(shown) else 0
-        return [*self._texts(shown, index), index]
+        return [index, *self._texts(shown, index)]
 
     def _use(self, shown: list[Shown], chosen: int) -> list[Any]:
+        if chosen >= len(shown):
+            return self._not_filled_in("Choose an image.")
         try:
             return self._filled_in(*self._pictures.recipe(shown[chosen]))
         except FideloraError as error:
@@ -299,6 +318,8 @@ class Make:
         if path is None:
             return self._not_filled_in("")
         try:
+            if Path(path).stat().st_size > MAX_IMAGE_BYTES:  # an upload may have the size of a job's zip
+                raise ImageRecordError(f"{Path(path).name} has more than {MAX_IMAGE_BYTES:,} bytes, which no image here has.")
             origin = read_origin(Path(path).read_bytes(), Path(path).name)
             if origin.recipe is None:
                 raise ImageRecordError(f"{Path(path).name} carries no recipe of Fidelora's: another program made it.")
@@ -355,7 +376,7 @@ class Make:
     def _chosen(self, shown: Sequence[Shown], index: int) -> dict[str, Any]:
         texts = self._texts(shown, index)
         visible = gr.update(visible=True)
-        return {"use": visible, "details": visible, "texts": texts}
+        return {"use": visible, "details": visible, "chosen": index, "texts": texts}
 
     def _texts(self, shown: Sequence[Shown], index: int) -> list[Any]:
         try:
@@ -370,11 +391,13 @@ class Make:
         shown: Any = None,
         remembered: Any = None,
         job: Any = None,
+        go: Any = None,
         cancel: Any = None,
         use: Any = None,
         details: Any = None,
+        chosen: Any = None,
         texts: Sequence[Any] | None = None,
     ) -> list[Any]:
         """New values for `_results`; None leaves one as it is."""
-        given = [progress, gallery, shown, remembered, job, cancel, use, details, *(texts or [None] * 4)]
+        given = [progress, gallery, shown, remembered, job, go, cancel, use, details, chosen, *(texts or [None] * 4)]
         return [gr.skip() if one is None else one for one in given]

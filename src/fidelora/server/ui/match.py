@@ -81,6 +81,11 @@ class Match:
         return gr.update(interactive=False)
 
     async def _verify(self, folder: str | None, archive: str | None, step: str, doctor: bool) -> AsyncIterator[list[Any]]:
+        try:
+            step = _step(step)
+        except JobFolderError as error:
+            yield _updates(verdict=notice(error, "error"))
+            return
         run_id = new_id()
         here = self._place.checks / run_id
         done = {"cancel": gr.update(interactive=False), "run_id": ""}
@@ -93,7 +98,7 @@ class Match:
             lines: list[str] = []
             outcome = None
             (here / "report").mkdir(parents=True)
-            async for one in self._verifier.run(run_id, job_folder, base_model, here / "report", step=_step(step), doctor=doctor):
+            async for one in self._verifier.run(run_id, job_folder, base_model, here / "report", step=step, doctor=doctor):
                 if isinstance(one, Outcome):
                     outcome = one
                 elif not one.startswith("Report: "):  # it is shown
@@ -106,9 +111,11 @@ class Match:
             assert outcome is not None
             yield _updates(verdict=_verdict(outcome, lines), report=self._link(run_id, outcome), archive=None, **done)
         except FideloraError as error:
-            yield _updates(verdict=notice(error, "" if str(error) == "Canceled." else "error"), **done)
+            yield _updates(verdict=notice(error, "" if str(error) == "Canceled." else "error"), archive=None, **done)
         finally:
             shutil.rmtree(here / "job", ignore_errors=True)
+            if archive:
+                Path(archive).unlink(missing_ok=True)
 
     def _job(self, folder: str | None, archive: str | None, here: Path) -> tuple[Path, str, int]:
         """The job's folder, the base model for it, and how many samples it has."""
@@ -118,7 +125,7 @@ class Match:
             path = job_under(self._parts.settings.jobs, folder)
         else:
             raise JobFolderError("Choose a training job, or drop its zip.")
-        job = read_inside(path)
+        job = read_inside(path, self._parts)
         return path, base_for(job, self._parts), max(1, len(job.samples))
 
     def _link(self, run_id: str, outcome: Outcome) -> str:

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,8 +22,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fidelora.server.login import LOGIN_PATH, LOGOUT_PATH, Login
 from fidelora.server.parts import Parts
-from fidelora.server.ui.jobs import Verifier
-from fidelora.server.ui.paths import EVENTS, REPORTS, STREAMS, is_page_path
+from fidelora.server.ui.jobs import Verifier, hub_variables
+from fidelora.server.ui.paths import EVENTS, FILES, GRADIO, REPORTS, STREAMS, is_page_path
 from fidelora.server.ui.pictures import Place
 
 log = structlog.get_logger(__name__)
@@ -43,6 +44,8 @@ _POLICY = (
 )
 # A report has the names and prompts of a job that may be a stranger's: it is a page without an origin, and reaches nothing.
 _REPORT_POLICY = "sandbox allow-scripts; default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+# What Gradio sends is looked at by the page, and is no page itself, whatever somebody uploaded.
+_PART_POLICY = "default-src 'none'; frame-ancestors 'none'"
 _SCRIPTS = re.compile(rb"<script(?![^>]*\bsrc=)[^>]*>(.*?)</script>", re.DOTALL)
 _ABROAD = re.compile(rb"\s*<meta\s[^>]*(?:og:|twitter:)[^>]*>")
 
@@ -116,6 +119,8 @@ class Page(BaseRoute):
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope = dict(scope)  # the routes below leave their own names in it
         path, method = scope["path"], scope["method"]
+        if path.startswith(GRADIO):
+            send = _as_part(send)
         if path == LOGIN_PATH:
             await Response(status_code=303, headers={"Location": "./"})(scope, receive, send)
         elif path == LOGOUT_PATH:
@@ -126,10 +131,18 @@ class Page(BaseRoute):
             await self._document(scope, receive, send)
         elif path.startswith(STREAMS):
             await self._stream(scope, receive, send)
+        elif path.startswith(FILES) and not self._is_ours(path.removeprefix(FILES)):
+            await PlainTextResponse("There is no such file.\n", 404)(scope, receive, send)
         elif path in EVENTS:
             await self._event(scope, receive, send)
         else:
             await self._app(scope, receive, send)
+
+    def _is_ours(self, file: str) -> bool:
+        """Whether it is a place in the page's own folder. Gradio would fetch an address, and send it on as its own."""
+        path = Path(file)
+        roots = (self._place.files, self._place.files.resolve())  # Gradio names the latter
+        return ".." not in path.parts and any(path.is_relative_to(root) for root in roots)
 
     def _report(self, run_id: str) -> Response:
         file = self._place.checks / run_id / "report" / "report.html"
@@ -230,9 +243,20 @@ def make_page(parts: Parts, login: Login) -> Page | str:
 
     settings = parts.settings
     place = Place(settings.data_dir.expanduser().absolute() / "page")
-    verifier = Verifier(settings.devices[0], settings.inference_timeout_s)
+    verifier = Verifier(settings.devices[0], settings.inference_timeout_s, hub_variables(settings))
     root_path = urlsplit(parts.base_url).path.rstrip("/")
     return Page(parts, login, place, verifier, lambda: gradio_app(parts, place, verifier, root_path))
+
+
+def _as_part(send: Send) -> Send:
+    """Answers that a browser does not open as a page that can do something."""
+
+    async def marked(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message)["Content-Security-Policy"] = _PART_POLICY
+        await send(message)
+
+    return marked
 
 
 def _has_address(value: Any) -> bool:

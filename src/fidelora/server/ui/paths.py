@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from fidelora.server.login import LOGIN_PATH, LOGOUT_PATH
 
+GRADIO = "/gradio_api/"
+FILES = "/gradio_api/file="
 UPLOAD_PATH = "/gradio_api/upload"
 EVENTS = ("/gradio_api/queue/join", "/gradio_api/run/predict")
 """Where what somebody did on the page is told: what takes long, and what does not."""
@@ -16,7 +18,7 @@ _EXACT = frozenset(
         "/gradio_api/reset", "/gradio_api/upload_progress", "/gradio_api/startup-events", *EVENTS,
     }
 )  # fmt: skip
-_BEGINNINGS = ("/assets/", "/static/", "/gradio_api/file=", REPORTS, *STREAMS)
+_BEGINNINGS = ("/assets/", "/static/", FILES, REPORTS, *STREAMS)
 
 
 def is_page_path(path: str) -> bool:

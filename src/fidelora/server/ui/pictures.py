@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import structlog
 
 from fidelora.errors import ImageGoneError, JobNotFoundError
 from fidelora.files import make_folder, write_atomically
@@ -19,6 +20,8 @@ from fidelora.server.parts import Parts
 from fidelora.server.ui.copies import as_command, as_python, as_request
 from fidelora.server.ui.library import Library
 from fidelora.server.ui.shown import caption
+
+log = structlog.get_logger(__name__)
 
 MOST_SHOWN = 60
 """Images in a gallery; older ones are still in the server."""
@@ -55,13 +58,17 @@ class Place:
         """Remove what nobody changed for so long."""
         before = time.time() - keep_s
         for entry in (*self.files.iterdir(), *self.checks.iterdir()):
-            with contextlib.suppress(FileNotFoundError):  # somebody else was faster
+            try:
                 if entry.stat().st_mtime >= before:
                     continue
                 if entry.is_dir():
                     shutil.rmtree(entry)
                 else:
                     entry.unlink()
+            except FileNotFoundError:  # somebody else was faster
+                continue
+            except OSError as error:  # such as an upload into it at this moment; the next time will do
+                log.warning("page_file_not_removed", file=str(entry), reason=str(error))
 
 
 Shown = tuple[str, int]
