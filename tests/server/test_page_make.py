@@ -138,9 +138,11 @@ def test_while_a_request_is_followed_after_a_reload_there_is_no_second(make, for
             begun = results(make, await anext(restored))
             assert begun["job"] == job_id
             assert begun["go"]["interactive"] is False
-            refused = [results(make, update) async for update in make._generate(job_id, [], *form)]
-            assert [list(update) for update in refused] == [["progress"]]
-            assert "has not ended" in refused[0]["progress"]
+            async with aclosing(make._generate(job_id, [], *form)) as beside:
+                refused = results(make, await anext(beside))
+            assert list(refused) == ["progress"]
+            assert "has not ended" in refused["progress"]
+            assert len(parts.store.list().jobs) == 1
             parts.store.cancel(job_id, now())
             *_, last = [results(make, update) async for update in restored]
         assert last["go"]["interactive"] is True
