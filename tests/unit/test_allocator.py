@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import subprocess
 import sys
@@ -32,3 +33,16 @@ def test_freed_memory_is_used_again_without_the_system():
     }
     assert faults[True] < 1.5 * 16384
     assert faults[False] > 9 * 16384
+
+
+def test_imports_are_not_searched_for_garbage_then_nor_later():
+    from fidelora.engine.allocator import importing_for_good
+
+    frozen = gc.get_freeze_count()
+    try:
+        with importing_for_good():
+            assert not gc.isenabled()
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > frozen
+    finally:
+        gc.unfreeze()
