@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from tests.support import LOKR, LORA, LORA_CONV, MINIATURE_LORA, TINY_BASE, change_weights, copy_base
 from torch import nn
@@ -17,6 +19,7 @@ from torch._dynamo.testing import CompileCounter
 
 from fidelora import AdapterRef, Engine, Recipe
 from fidelora.engine import fast, packed
+from fidelora.engine.base import BaseKey, load_base
 from fidelora.errors import DeviceError, RecipeError
 from fidelora.models import model_spec
 
@@ -174,15 +177,16 @@ def test_a_packed_module_does_what_it_was_made_from(module, dtype):
         ours = packed._packed(module, dtype)
         assert isinstance(ours, packed.PackedLinear | packed.PackedConv2d | packed.PackedPointwise)
         assert ours.weight.is_meta
-        ours.take(module.weight)
+        ours.take(module.weight.to)
         torch.testing.assert_close(ours(inputs.to(dtype)).float(), module(inputs), atol=error, rtol=error)
-        ours.take(other.weight)
+        ours.take(other.weight.to)
         torch.testing.assert_close(ours(inputs.to(dtype)).float(), other(inputs), atol=error, rtol=error)
 
 
-def test_attention_in_blocks_is_attention(monkeypatch):
-    monkeypatch.setattr(packed, "_BLOCK_ROWS", 7)
-    monkeypatch.setattr(packed, "_MANY_KEYS", 20)
+@pytest.mark.parametrize("at_once", [7, 50, 3 * 20 * 20, 10**6])
+def test_attention_by_products_is_attention(at_once, monkeypatch):
+    """Some rows of one head at once, one head, three heads of eight, all."""
+    monkeypatch.setattr(packed, "_SCORES_AT_ONCE", at_once)
     torch.manual_seed(1)
     attention = Attention(32, cross_attention_dim=24, heads=4, dim_head=8).eval()
     of_itself = Attention(32, heads=4, dim_head=8).eval()
@@ -190,9 +194,44 @@ def test_attention_in_blocks_is_attention(monkeypatch):
     with torch.no_grad():
         expected = attention(hidden, encoder_hidden_states=text), of_itself(hidden)
         for module in (attention, of_itself):
-            module.set_processor(packed.BlockedAttention())
+            module.set_processor(packed.BatchedAttention())
         torch.testing.assert_close(attention(hidden, encoder_hidden_states=text), expected[0])
         torch.testing.assert_close(of_itself(hidden), expected[1])
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+def test_a_packed_gate_does_what_it_was_made_from(dtype, error):
+    torch.manual_seed(1)
+    gate, inputs = GEGLU(48, 80), torch.randn(2, 6, 48)
+    ours = packed.PackedGate(gate, dtype)
+    with torch.no_grad():
+        for _ in range(2):
+            ours.proj.take(gate.proj.weight.to)
+            torch.testing.assert_close(ours(inputs.to(dtype)).float(), gate(inputs), atol=error, rtol=error)
+            gate.proj.weight.copy_(gate.proj.weight.flip(0))
+
+
+def test_the_packed_unet_has_gates_and_texts_of_its_own():
+    unet = load_base(BaseKey.of(Recipe(prompt="", base_model=str(TINY_BASE), fidelity="fast")), torch.device("cpu")).unet
+    gates = [module for module in unet.modules() if isinstance(module, packed.PackedGate)]
+    blocks = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock)]
+    assert len(gates) == len(blocks) > 0
+    assert all(isinstance(block.attn2.to_k, packed.PackedTextLinear) for block in blocks)
+    assert not any(isinstance(block.attn1.to_k, packed.PackedTextLinear) for block in blocks)
+
+
+def test_a_packed_module_projects_a_text_once_and_again_with_another_weight():
+    torch.manual_seed(1)
+    linear, text = nn.Linear(24, 32, bias=False), torch.randn(1, 7, 24)
+    ours = packed.PackedTextLinear(linear, torch.float32)
+    with torch.no_grad():
+        ours.take(linear.weight.to)
+        first = ours(text)
+        assert ours(text) is first
+        assert ours(text.clone()) is not first
+        linear.weight.neg_()
+        ours.take(linear.weight.to)
+        torch.testing.assert_close(ours(text), linear(text))
 
 
 def test_attention_with_more_to_it_keeps_its_own_way():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -22,6 +22,7 @@ from fidelora.engine import Offload, fast
 from fidelora.engine.conditioning import Condition, Conditioning, conditioning_of
 from fidelora.engine.device import TORCH_DTYPES
 from fidelora.engine.locate import locate, weight_file_patterns
+from fidelora.engine.once import do_once
 from fidelora.engine.packed import pack
 from fidelora.engine.single_file import convert_vae, split_checkpoint
 from fidelora.engine.text import TextReader
@@ -96,13 +97,20 @@ class BaseModel:
         """What decodes."""
         return cast(AutoencoderKL, self.parts["vae"])
 
+    def for_unet(self, condition: Condition) -> Condition:
+        """The same with its text in the UNet's dtype, which is another one only in `fast`."""
+        return replace(condition, text=condition.text.to(self.unet.dtype))
+
     def predict(self, condition: Condition, latents: Tensor, t: Tensor) -> Tensor:
-        """What the UNet says of `latents` [batch, 4, height / 8, width / 8] under this condition, in their dtype."""
-        dtype = self.unet.dtype  # other than the latents' only in `fast`
+        """What the UNet says of `latents` [batch, 4, height / 8, width / 8] under this condition, in their dtype.
+
+        Args:
+            condition: `for_unet`; give the same one for all steps of an image, because the CPU projects a text once.
+        """
         prediction = self.unet(
-            latents.to(dtype),
+            latents.to(self.unet.dtype),
             t,
-            encoder_hidden_states=condition.text.to(dtype),
+            encoder_hidden_states=condition.text,
             added_cond_kwargs=dict(condition.added) or None,  # the UNet casts these itself: a size has no room in 8 bits
             return_dict=False,
         )[0]
@@ -116,7 +124,7 @@ class BaseModel:
     def warm(self, shape: torch.Size) -> None:
         """Have everything compiled that latents of this shape [batch, 4, height / 8, width / 8] need, if anything is compiled."""
         if self.way is fast.Way.COMPILED and shape not in self._warm:
-            condition = self.conditioning.blank(shape[0], self.device)
+            condition = self.for_unet(self.conditioning.blank(shape[0], self.device))
             self.predict(condition, torch.zeros(shape, device=self.device), torch.tensor(500, device=self.device))
             self._warm.add(shape)
 
@@ -181,6 +189,8 @@ def load_base(
         vae.to(torch.float32)  # its weights stay rounded to float16, as those that the trainer's pipeline casts before it decodes
     if way is fast.Way.PACKED:
         pack(unet, vae)
+    elif device.type == "cpu" and offload == "none":
+        do_once(unet)
     way_of_text = conditioning_of(spec)
     readers = {
         one.name: TextReader(
@@ -189,8 +199,8 @@ def load_base(
         for one in spec.text_encoders
     }
     targets = Targets(spec, parts, pristine)  # before offloading puts placeholders in the place of parameters
-    # What is packed is where it belongs, and parameters without numbers cannot be moved.
-    hooks = [] if way is fast.Way.PACKED else place(parts, device, offload)
+    # On the CPU everything is where it belongs already, and parameters without numbers cannot be moved.
+    hooks = [] if device.type == "cpu" and offload == "none" else place(parts, device, offload)
     if way is fast.Way.COMPILED:
         fast.compile_parts(unet, vae)
     return BaseModel(

@@ -300,7 +300,7 @@ class Engine:
 
         noise = NoiseSource([recipe.seed for recipe in recipes], common.noise)
         return denoise(
-            partial(base.predict, condition),
+            partial(base.predict, base.for_unet(condition)),
             make_scheduler(common, base.device, options),
             noise.initial(base.latents_shape(common), TORCH_DTYPES[common.dtype]).to(base.device),
             steps=common.steps,

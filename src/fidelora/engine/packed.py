@@ -1,4 +1,4 @@
-"""The fast path on the CPU: weights in the order in which the processor's matrix units read them, and attention in blocks.
+"""The fast path on the CPU: weights in the order in which the processor's matrix units read them, attention by matrix products.
 
 oneDNN multiplies fastest when a weight lies in memory block by block. PyTorch has it laid out so at each call; here it is done
 once, when a weight is loaded or an adapter changes it. Where the processor multiplies bfloat16 itself, weights and activations are
@@ -10,18 +10,19 @@ was given to `take`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
-from torch.nn import functional
 
-_BLOCK_ROWS = 512
-"""Of the attention's matrix that are made at once: 4 MB of one head's at 64x64 latents, which stay in the cache."""
-_MANY_KEYS = 1024
-"""With fewer keys than this PyTorch's own attention is as fast."""
+from fidelora.engine.once import OncePerText
+
+_SCORES_AT_ONCE = 4 * 2**20
+"""Of attention, what each row thinks of each key, for as many heads or rows as fit: 8 MB, which stay in the cache."""
 
 
 def packed_dtype() -> torch.dtype:
@@ -37,12 +38,53 @@ class PackedLinear(nn.Linear):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta", dtype=dtype)
         self.register_parameter("bias", _own(linear.bias, dtype))
 
-    def take(self, weight: Tensor) -> None:
-        """Use `weight` [out, in], which is copied."""
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.weight.dtype), None)
+    def take(self, write: Callable[[torch.dtype], Tensor]) -> None:
+        """Use the weight [out, in] that `write` gives, which is copied."""
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(write(torch.float32).to(self.weight.dtype), None)
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], ""))
+
+
+class PackedTextLinear(OncePerText, PackedLinear):
+    """A packed linear module that projects each text once."""
+
+    _taken = 0
+
+    def take(self, write: Callable[[torch.dtype], Tensor]) -> None:
+        super().take(write)
+        self._taken += 1
+
+    def _state_of_weight(self) -> int:
+        return self._taken
+
+
+class PackedGatedLinear(PackedLinear):
+    """A packed linear module of twice as many outputs, half of them values, half of them gates: gives `values * gelu(gates)`.
+
+    oneDNN does all but the product of matrices to its results while they are in registers.
+    """
+
+    def take(self, write: Callable[[torch.dtype], Tensor]) -> None:
+        values, gates = write(torch.float32).to(self.weight.dtype).chunk(2)
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(values, None)
+        self._packed_gates = torch.ops.mkldnn._reorder_linear_weight(gates, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        of_values, of_gates = self.bias.chunk(2)
+        gates = torch.ops.mkldnn._linear_pointwise(x, self._packed_gates, of_gates, "gelu", [], "none")
+        return cast(Tensor, torch.ops.mkldnn._linear_pointwise.binary(x, gates, self._packed, of_values, "mul"))
+
+
+class PackedGate(nn.Module):
+    """diffusers' `GEGLU`, whose linear module does it all."""
+
+    def __init__(self, gate: GEGLU, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.proj = PackedGatedLinear(gate.proj, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.proj(x))
 
 
 class PackedConv2d(nn.Conv2d):
@@ -53,9 +95,9 @@ class PackedConv2d(nn.Conv2d):
         super().__init__(*shape, bias=False, device="meta", dtype=dtype)  # type: ignore[arg-type]  # tuples are pairs here
         self.register_parameter("bias", _own(conv.bias, dtype))
 
-    def take(self, weight: Tensor) -> None:
-        """Use `weight` [out, in, height, width], which is copied."""
-        plain = weight.float().to_mkldnn(self.weight.dtype)  # it takes no float16
+    def take(self, write: Callable[[torch.dtype], Tensor]) -> None:
+        """Use the weight [out, in, height, width] that `write` gives, which is copied."""
+        plain = write(torch.float32).to_mkldnn(self.weight.dtype)
         self._packed = torch._C._nn.mkldnn_reorder_conv2d_weight(plain, *self._place)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,9 +118,10 @@ class PackedPointwise(nn.Conv2d):
         super().__init__(conv.in_channels, conv.out_channels, 1, bias=False, device="meta", dtype=dtype)
         self.register_parameter("bias", _own(conv.bias, dtype))
 
-    def take(self, weight: Tensor) -> None:
-        """Use `weight` [out, in, 1, 1], which is copied."""
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.flatten(1).to(self.weight.dtype), None)
+    def take(self, write: Callable[[torch.dtype], Tensor]) -> None:
+        """Use the weight [out, in, 1, 1] that `write` gives, which is copied."""
+        weight = write(torch.float32).flatten(1)
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.weight.dtype), None)
 
     def forward(self, x: Tensor) -> Tensor:
         pixels = x.permute(0, 2, 3, 1)
@@ -87,7 +130,7 @@ class PackedPointwise(nn.Conv2d):
 
 
 def pack(unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
-    """Pack the linear and convolutional modules of both, and let the UNet's attention work in blocks.
+    """Pack the linear and convolutional modules of both, and let the UNet's attention be products of matrices.
 
     The modules may hold tensors that are mapped from a file; nothing of that is kept. Those of the UNet get their weights later
     (`take`), with the first adapters in them.
@@ -96,17 +139,21 @@ def pack(unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
     for model in (unet, vae):
         for parent in list(model.modules()):
             for name, child in parent.named_children():
-                if (packed := _packed(child, dtype)) is not None:
+                if isinstance(child, GEGLU) and child.proj.bias is not None:
+                    setattr(parent, name, PackedGate(child, dtype))
+                elif isinstance(parent, Attention) and parent.is_cross_attention and name in ("to_k", "to_v"):
+                    setattr(parent, name, PackedTextLinear(child, dtype))
+                elif (packed := _packed(child, dtype)) is not None:
                     setattr(parent, name, packed)
                     if model is vae:
-                        packed.take(child.weight)
+                        packed.take(child.weight.to)
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point() and not tensor.is_meta:
                 tensor.data = tensor.to(dtype, copy=True)
         model.eval().requires_grad_(False)
     for module in unet.modules():
         if isinstance(module, Attention) and _is_plain(module):
-            module.set_processor(BlockedAttention())
+            module.set_processor(BatchedAttention())
 
 
 def _packed(module: nn.Module, dtype: torch.dtype) -> PackedLinear | PackedPointwise | PackedConv2d | None:
@@ -130,8 +177,8 @@ def _is_plain(attn: Attention) -> bool:
     return not any(extras) and attn.rescale_output_factor == 1 and attn.scale_qk
 
 
-class BlockedAttention:
-    """Plain attention, as a processor for diffusers' `Attention`: many keys go block by block through matrix products."""
+class BatchedAttention:
+    """Plain attention by products of matrices, as a processor for diffusers' `Attention`."""
 
     def __call__(
         self,
@@ -145,22 +192,26 @@ class BlockedAttention:
         text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         batch, rows, _ = hidden_states.shape
         query, key, value = attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text)
-        query, key, value = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in (query, key, value))
-        many = key.shape[2] >= _MANY_KEYS
-        mixed = _in_blocks(query, key, value) if many else functional.scaled_dot_product_attention(query, key, value)
+        # [batch * heads, tokens, size]
+        query, key, value = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2).flatten(0, 1) for part in (query, key, value))
+        mixed = _attend(query, key, value).view(batch, attn.heads, rows, -1)
         result: Tensor = attn.to_out[0](mixed.transpose(1, 2).reshape(batch, rows, -1))
         return result
 
 
-def _in_blocks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(query @ key^T / sqrt(size)) @ value of [batch, heads, tokens, size], `_BLOCK_ROWS` rows of one head at a time."""
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(query @ key^T / sqrt(size)) @ value of [heads, tokens, size], so many heads, or rows of one, at once as are fast."""
+    heads, rows, size = query.shape
+    keys = key.shape[1]
+    some_heads = max(1, _SCORES_AT_ONCE // (rows * keys))
+    some_rows = rows if some_heads > 1 else max(1, min(rows, _SCORES_AT_ONCE // keys))
+    nothing = torch.empty((), dtype=query.dtype)  # is multiplied by zero, which does not even read it
     result = torch.empty_like(query)
-    query = query * query.shape[-1] ** -0.5
-    for image in range(query.shape[0]):
-        for head in range(query.shape[1]):
-            keys, values = key[image, head].t().contiguous(), value[image, head].contiguous()
-            for start in range(0, query.shape[2], _BLOCK_ROWS):
-                rows = slice(start, start + _BLOCK_ROWS)
-                weights = torch.softmax(query[image, head, rows] @ keys, -1)
-                result[image, head, rows] = weights @ values
+    for head in range(0, heads, some_heads):
+        part = slice(head, head + some_heads)
+        for start in range(0, rows, some_rows):
+            queries = query[part, start : start + some_rows]
+            place = nothing.expand(*queries.shape[:2], keys)
+            scores = torch.baddbmm(place, queries, key[part].transpose(1, 2), beta=0, alpha=size**-0.5)
+            result[part, start : start + some_rows] = torch.bmm(torch.softmax(scores, -1), value[part])
     return result
