@@ -1,7 +1,7 @@
 """What the exact path does once where diffusers does it at every step, with the same bits.
 
 * PyTorch has oneDNN compute convolutions. oneDNN multiplies a weight that lies in memory block by block, so PyTorch has the weight
-  laid out so at each call, which at 256x256 takes a sixth of the time of all convolutions. Here it is laid out at the first one. It
+  laid out so at each call, which at 256x256 takes a sixth of the time of all convolutions. Here it is laid out when it changes. It
   is the same product of the same numbers in the same layout.
 * The keys and values that cross-attention takes from the text are the same at every step of an image.
 """
@@ -38,12 +38,10 @@ def _gains(conv: nn.Conv2d) -> bool:
 
 
 class LaidOutConv2d(nn.Conv2d):
-    """A convolution like this one on the CPU whose weight is laid out for oneDNN when it is first used; without gradients.
+    """A convolution like this one on the CPU whose weight is kept as oneDNN wants it; without gradients.
 
-    Its `weight` is a shape without numbers. The numbers are what it was given to `take`, as they are until the first use, and laid
-    out from then on.
-
-    PyTorch computes small single images by itself. For these the weight is asked for again, as it is.
+    Its `weight` is a shape without numbers. The numbers are what it was given to `take`. PyTorch computes small single images by
+    itself; for these, and for whoever else computes with it, the weight is written again as it is.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -53,50 +51,35 @@ class LaidOutConv2d(nn.Conv2d):
         self.requires_grad_(False)
         self._shape_alone = torch.empty((), dtype=conv.weight.dtype).expand(conv.weight.shape)
         self._plain: Tensor | None = None
-        self._is_own = False
         self._laid_out: Any = None
-        self._stays_plain = False
 
     def take(self, write: Callable[[torch.dtype], Tensor]) -> None:
         """Use the weight [out, in, height, width] that `write` gives in a dtype, now and possibly again; it is not changed."""
-        self._laid_out = self._plain = None  # the new weight goes where this one was
+        weight = write(self.weight.dtype)
+        weight = weight.view(weight.shape)  # a handle of its own, which is emptied below
+        # The new layout goes where the one before was; what was written lies elsewhere, and where the next one is written.
+        self._laid_out = self._plain = None
+        place = (self.stride, self.padding, self.dilation, self.groups)
+        self._laid_out = torch.ops.mkldnn_prepacked.conv2d_prepack(weight, self.bias, *place, self._usual_input, "none")
+        weight.set_()  # type: ignore[call-overload]  # what is laid out keeps the handle of what it was made of
         self._write = write
-        self._plain, self._is_own = write(self.weight.dtype), False
-        self._stays_plain = False
 
     def plain(self) -> Tensor:
         """The weight that it uses, for somebody who computes with it; from now on until the next `take` it stays as it is."""
-        self._stays_plain = True
-        return self._as_it_is()
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self._goes_to_onednn(x):
-            return self._convolve(x, self._own())
-        if self._stays_plain:
-            return self._convolve(x, self._as_it_is())
-        if self._laid_out is None:
-            assert self._plain is not None, "a weight is taken before it is used"
-            weight = self._plain.view(self._plain.shape)  # a handle of its own, which is emptied below
-            place = (self.stride, self.padding, self.dilation, self.groups)
-            self._laid_out = torch.ops.mkldnn_prepacked.conv2d_prepack(weight, self.bias, *place, list(x.shape), "none")
-            weight.set_()  # type: ignore[call-overload]  # what is laid out keeps the handle of what it was made of
-            self._plain, self._is_own = None, False
-        return cast(Tensor, torch.ops.mkldnn_prepacked.conv2d_run(x, self._laid_out))
-
-    def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
-        return functional.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation)
-
-    def _as_it_is(self) -> Tensor:
         if self._plain is None:
-            self._laid_out = None
-            self._plain, self._is_own = self._write(self.weight.dtype), False
+            # A copy, because what is mapped from a file may lie where it is summed in another order.
+            self._plain, self._laid_out = self._write(self.weight.dtype).clone(), None
         return self._plain
 
-    def _own(self) -> Tensor:
-        """A copy of the weight: it may be mapped from a file, and where it lies can decide in which order products are summed."""
-        if not self._is_own:
-            self._plain, self._is_own = self._as_it_is().clone(), True
-        return self._as_it_is()
+    def forward(self, x: Tensor) -> Tensor:
+        if self._laid_out is None or not self._goes_to_onednn(x):
+            return functional.conv2d(x, self.plain(), self.bias, self.stride, self.padding, self.dilation)
+        return cast(Tensor, torch.ops.mkldnn_prepacked.conv2d_run(x, self._laid_out))
+
+    @property
+    def _usual_input(self) -> list[int]:
+        """The layout depends on the processor, and hardly on this; another one than the best is changed at each call."""
+        return [2, self.in_channels, 32, 32]
 
     def _goes_to_onednn(self, x: Tensor) -> bool:
         """Whether PyTorch would have oneDNN convolve this input, laid out block by block."""
