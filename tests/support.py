@@ -9,12 +9,11 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fidelora
 from fidelora.adapters.deltas import Delta
 from fidelora.adapters.merge import merge_into
-from fidelora.adapters.targets import GivesWeight
 
 DEMO_DATA = Path(fidelora.__file__).parent / "demo_data"
 TINY_BASE = DEMO_DATA / "tiny-sd15"
@@ -47,12 +46,6 @@ def save_adapter(path: Path, tensors: dict[str, Tensor], **metadata: str) -> Pat
     """Write an adapter file."""
     safetensors.torch.save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata or None)
     return path
-
-
-def weights_of(part: nn.Module) -> dict[str, Tensor]:
-    """The state of a part of a loaded base, with the numbers of modules that keep their weight in a form of their own."""
-    plain = {f"{path}.weight": one.plain() for path, one in part.named_modules() if isinstance(one, GivesWeight)}
-    return part.state_dict() | plain
 
 
 def read_json(path: Path) -> Any:
