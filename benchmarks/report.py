@@ -74,15 +74,17 @@ def environment() -> dict[str, Any]:
     """What else has a part in the figures."""
     import torch
 
+    from fidelora.engine.device import instruction_set, processor_name
+
     found = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "python": platform.python_version()}
     for name in _VERSIONS:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "not installed"
-    capability = torch.backends.cpu.get_cpu_capability()
     bf16 = torch.cpu._is_avx512_bf16_supported()
-    return found | {"cpu": _cpu_model(), "capability": capability, "bfloat16 products": bf16, "threads": torch.get_num_threads()}
+    processor = {"cpu": processor_name(), "capability": instruction_set(), "bfloat16 products": bf16}
+    return found | processor | {"threads": torch.get_num_threads()}
 
 
 def markdown(parts: Mapping[str, Findings], environment: Mapping[str, Any]) -> str:
@@ -108,13 +110,3 @@ def write(parts: Mapping[str, Findings], environment: Mapping[str, Any], folder:
     written[0].write_text(markdown(parts, environment))
     written[1].write_text(json.dumps(plain, indent=2) + "\n")
     return written
-
-
-def _cpu_model() -> str:
-    """As the system calls it; family and model tell what a virtual machine's name does not."""
-    path = Path("/proc/cpuinfo")
-    if not path.exists():
-        return platform.processor()
-    fields = dict(part for line in path.read_text().split("\n\n")[0].splitlines() if len(part := line.split("\t: ")) == 2)
-    fields = {name.strip(): value for name, value in fields.items()}
-    return f"{fields.get('model name', '?')} (family {fields.get('cpu family', '?')}, model {fields.get('model', '?')})"

@@ -45,7 +45,7 @@ def job(tmp_path):
 # --- verify ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not SAME_PROCESSOR, reason="the goldens were made with AVX-512; other processors round differently")
+@pytest.mark.skipif(not SAME_PROCESSOR, reason="the goldens were made on AMD's with AVX-512; other processors round differently")
 def test_a_job_that_is_met(fidelora, job, tmp_path):
     folder = job()
     code, out, err = fidelora("verify", str(folder), *BASE, "--report", "report", "--save-images", "ours")
@@ -286,7 +286,7 @@ def test_grids_that_cannot_be(fidelora, tmp_path, options, words):
 SDXL_BASE = ("--base-model", str(TINY_SDXL), "--device", "cpu")
 
 
-@pytest.mark.skipif(not SAME_PROCESSOR, reason="the goldens were made with AVX-512; other processors round differently")
+@pytest.mark.skipif(not SAME_PROCESSOR, reason="the goldens were made on AMD's with AVX-512; other processors round differently")
 def test_an_sdxl_job_selects_its_model_by_itself(fidelora):
     code, out, _ = fidelora("verify", str(SDXL_LORA.parent), *SDXL_BASE)
     assert (code, out.count("identical\n")) == (0, 3)

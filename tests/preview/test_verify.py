@@ -20,7 +20,7 @@ from fidelora.preview.doctor import CAUSES, diagnose
 from fidelora.preview.job_folder import read_job
 from fidelora.preview.replay import plan_samples
 from fidelora.preview.report import html_report
-from fidelora.preview.verify import CheckedSample, Verdict, overall, steps_to_check, unchecked, verify
+from fidelora.preview.verify import MACHINE, CheckedSample, Verdict, overall, steps_to_check, unchecked, verify
 
 pytestmark = pytest.mark.usefixtures("golden_threads")
 LORA_JOB = DEMO_DATA / "lora_linear_f32"
@@ -58,15 +58,19 @@ def checked(folder: Path, engine: Engine, step: str = "last", base: str = BASE) 
 # --- verdicts ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not SAME_PROCESSOR, reason="the goldens were made with AVX-512; other processors round differently")
 @pytest.mark.parametrize("folder", [LORA_JOB, *(GOLDEN_JOBS / name for name in IDENTICAL)], ids=lambda folder: folder.name)
-def test_previews_that_can_be_met_are_identical(engine, folder):
+def test_previews_that_can_be_met_are_met(engine, folder):
+    """To the bit where the processor is of the kind that painted them; elsewhere but for rounding, if they are in float32."""
     samples = checked(folder, engine)
-    assert [sample.verdict for sample in samples] == [Verdict.IDENTICAL] * len(samples)
-    assert all(sample.psnr is None and sample.ssim == 1 and sample.bound is None for sample in samples)
+    if SAME_PROCESSOR:
+        assert [sample.verdict for sample in samples] == [Verdict.IDENTICAL] * len(samples)
+        assert all(sample.psnr is None and sample.ssim == 1 and sample.bound is None for sample in samples)
+    elif "bf16" not in folder.name:
+        assert {sample.verdict for sample in samples} <= {Verdict.IDENTICAL, Verdict.ROUNDING}
+        assert all(sample.bound == MACHINE for sample in samples if sample.verdict is Verdict.ROUNDING)
 
 
-@pytest.mark.skipif(not SAME_PROCESSOR, reason="the goldens were made with AVX-512; other processors round differently")
+@pytest.mark.skipif(not SAME_PROCESSOR, reason="the goldens were made on AMD's with AVX-512; other processors round differently")
 def test_what_rounding_explains_is_called_rounding_with_its_bound(engine):
     samples = checked(GOLDEN_JOBS / "lora_conv_f16", engine) + checked(GOLDEN_JOBS / "checkpoints_jpg", engine, "all")
     assert overall(samples) is Verdict.ROUNDING

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import random
 import threading
 from dataclasses import replace
@@ -14,6 +15,7 @@ from tests.support import LOKR, LORA, LORA_CONV, TINY_BASE, change_weights, copy
 
 from fidelora import AdapterRef, Engine, Progress, Recipe
 from fidelora.engine.base import BaseKey, expected_bytes, load_base
+from fidelora.engine.device import processor_name, read_processor_name
 from fidelora.engine.noise import legacy_randn
 from fidelora.engine.text import last_state
 from fidelora.errors import (
@@ -386,6 +388,23 @@ def test_progress_and_time_of_each_part_are_told(engine):
     image = engine.generate(Recipe(prompt="a ball", **SMALL))
     assert list(image.seconds) == ["load", "adapters", "text", "denoise", "decode"]
     assert {"fidelora", "torch", "diffusers", "transformers", "device", "cpu_capability", "threads"} == set(image.environment)
+    assert image.environment["device"] == f"cpu ({processor_name()})"
+
+
+@pytest.mark.parametrize(
+    ("information", "name"),
+    [
+        (
+            "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\nprocessor\t: 1\n",
+            "AMD EPYC (by AuthenticAMD, family 25, model 17)",
+        ),
+        ("processor\t: 0\nCPU implementer\t: 0x41\n", f"{platform.machine()} (more is not known)"),
+    ],
+)
+def test_a_processor_is_known_by_its_maker_too(information, name, tmp_path):
+    """Intel's and AMD's have other bits with the same instructions."""
+    (tmp_path / "cpuinfo").write_text(information)
+    assert read_processor_name(tmp_path / "cpuinfo") == name
 
 
 @pytest.mark.parametrize(

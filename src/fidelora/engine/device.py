@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+from functools import cache
+from pathlib import Path
+
 import torch
 
 from fidelora.errors import DeviceError
@@ -35,6 +39,34 @@ def resolve_device(name: str) -> torch.device:
     if device.type not in ("cpu", "mps"):
         raise DeviceError(f"The device {name!r} is not supported; use auto, cpu, cuda, cuda:N or mps.")
     return torch.device(device.type)
+
+
+@cache
+def processor_name() -> str:
+    """The processor as the system calls it, with maker, family and model, which a virtual machine's name does not always tell.
+
+    The maker matters: with equal instructions, the library that multiplies matrices takes other kernels on Intel's than on AMD's.
+    """
+    linux = Path("/proc/cpuinfo")
+    return read_processor_name(linux) if linux.exists() else platform.processor() or platform.machine()
+
+
+def read_processor_name(information: Path) -> str:
+    """What a file like Linux's `/proc/cpuinfo` says of the first processor."""
+    lines = information.read_text().split("\n\n", 1)[0].splitlines()
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    known = [f"{words} {fields[name]}" for words, name in _DISTINGUISHING.items() if name in fields]
+    return f"{fields.get('model name', platform.machine())} ({', '.join(known) or 'more is not known'})"
+
+
+_DISTINGUISHING = {"by": "vendor_id", "family": "cpu family", "model": "model"}
+"""Words of ours, names of Linux on x86; on other processors there are none of them."""
+
+
+def instruction_set() -> str:
+    """Which of its kernels torch takes on this processor, such as `AVX512` or `AVX512, AMX`."""
+    tiles = ", AMX" if torch.cpu._is_amx_tile_supported() else ""
+    return torch.backends.cpu.get_cpu_capability() + tiles
 
 
 def auto_dtype(device: torch.device) -> Dtype:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import platform
 import threading
 import time
 from collections import OrderedDict
@@ -29,7 +28,7 @@ from fidelora.engine.base import BaseKey, BaseModel, expected_bytes, load_base
 from fidelora.engine.conditioning import Condition
 from fidelora.engine.decode import decode, rough_colours
 from fidelora.engine.denoise import denoise
-from fidelora.engine.device import TORCH_DTYPES, auto_dtype, resolve_device
+from fidelora.engine.device import TORCH_DTYPES, auto_dtype, instruction_set, processor_name, resolve_device
 from fidelora.engine.examine import refuse_other_family, say_where_it_belongs
 from fidelora.engine.locate import fingerprint
 from fidelora.engine.noise import NoiseSource
@@ -312,12 +311,12 @@ class Engine:
 
     def _environment(self, base: BaseModel) -> dict[str, str]:
         """What can change the last bits of an image without being in its recipe."""
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else processor_name()
         way = {} if base.way is None else {"fast": f"{base.way.value}, {str(base.unet.dtype).removeprefix('torch.')}"}
         return {
             **_versions(),
             "device": f"{self.device} ({name})",
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "cpu_capability": instruction_set(),
             "threads": str(torch.get_num_threads()),
             **way,
         }
