@@ -395,7 +395,7 @@ def test_progress_and_time_of_each_part_are_told(engine):
     ("information", "name"),
     [
         (
-            "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\nprocessor\t: 1\n",
+            "vendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\nprocessor\t: 1\n",
             "AMD EPYC (by AuthenticAMD, family 25, model 17)",
         ),
         ("processor\t: 0\nCPU implementer\t: 0x41\n", f"{platform.machine()} (more is not known)"),
