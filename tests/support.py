@@ -9,12 +9,13 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fidelora
 from fidelora.adapters.deltas import Delta
 from fidelora.adapters.merge import merge_into
 from fidelora.engine.device import processor_name
+from fidelora.adapters.targets import GivesWeight
 
 DEMO_DATA = Path(fidelora.__file__).parent / "demo_data"
 TINY_BASE = DEMO_DATA / "tiny-sd15"
@@ -47,6 +48,12 @@ def save_adapter(path: Path, tensors: dict[str, Tensor], **metadata: str) -> Pat
     """Write an adapter file."""
     safetensors.torch.save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata or None)
     return path
+
+
+def weights_of(part: nn.Module) -> dict[str, Tensor]:
+    """The state of a part of a loaded base, with the numbers of modules that keep their weight in a form of their own."""
+    plain = {f"{path}.weight": one.plain() for path, one in part.named_modules() if isinstance(one, GivesWeight)}
+    return part.state_dict() | plain
 
 
 def read_json(path: Path) -> Any:

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from tests.support import LORA, TINY_BASE, change_weights, copy_base, read_json
+from tests.support import LORA, TINY_BASE, change_weights, copy_base, read_json, weights_of
 from tests.unit.ldm import as_ldm_checkpoint, as_ldm_vae
 
 from fidelora import Recipe
-from fidelora.engine.base import BaseKey, BaseModel, load_base, place
+from fidelora.engine.base import BaseKey, BaseModel, load_base
 from fidelora.errors import (
     BaseModelFilesError,
     BaseModelNotFoundError,
@@ -37,12 +37,12 @@ def load(base: Path | str, **fields: str) -> BaseModel:
     return loaded
 
 
-def weights_of(base: BaseModel) -> dict[str, torch.Tensor]:
-    return {f"{part}.{name}": tensor for part, module in base.parts.items() for name, tensor in module.state_dict().items()}
+def all_weights(base: BaseModel) -> dict[str, torch.Tensor]:
+    return {f"{part}.{name}": tensor for part, module in base.parts.items() for name, tensor in weights_of(module).items()}
 
 
 def same(left: BaseModel, right: BaseModel) -> bool:
-    one, other = weights_of(left), weights_of(right)
+    one, other = all_weights(left), all_weights(right)
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -52,7 +52,7 @@ def test_every_weight_is_the_file_s():
     assert {name: tuple(tensor.shape) for name, tensor in base.unet.state_dict().items()} == {
         name: tuple(tensor.shape) for name, tensor in stored.items()
     }
-    assert all(torch.equal(tensor, stored[name].float()) for name, tensor in base.unet.state_dict().items())
+    assert all(torch.equal(tensor, stored[name].float()) for name, tensor in weights_of(base.unet).items())
     assert not any(parameter.requires_grad for parameter in base.unet.parameters())
     assert not base.unet.training
 
@@ -429,8 +429,8 @@ def test_offloading_changes_no_bit_and_adapters_reach_the_weights(offload):
     from fidelora.adapters.formats import read_adapter
     from fidelora.adapters.live import live_adapters
 
-    plain, offloaded = load(TINY_BASE), load(TINY_BASE)
-    offloaded.hooks = place(dict(offloaded.parts), torch.device("cpu"), offload)
+    plain = load(TINY_BASE)
+    offloaded = load_base(plain.key, torch.device("cpu"), offload=offload)
     assert len(offloaded.hooks) == (3 if offload == "model" else 0)
     inputs = (torch.randn(2, 4, 8, 8), torch.tensor(7), torch.randn(2, 77, 32))
     adapter = read_adapter(LORA)

@@ -177,9 +177,9 @@ def test_a_packed_module_does_what_it_was_made_from(module, dtype):
         ours = packed._packed(module, dtype)
         assert isinstance(ours, packed.PackedLinear | packed.PackedConv2d | packed.PackedPointwise)
         assert ours.weight.is_meta
-        ours.take(module.weight)
+        ours.take(module.weight.to)
         torch.testing.assert_close(ours(inputs.to(dtype)).float(), module(inputs), atol=error, rtol=error)
-        ours.take(other.weight)
+        ours.take(other.weight.to)
         torch.testing.assert_close(ours(inputs.to(dtype)).float(), other(inputs), atol=error, rtol=error)
 
 
@@ -206,7 +206,7 @@ def test_a_packed_gate_does_what_it_was_made_from(dtype, error):
     ours = packed.PackedGate(gate, dtype)
     with torch.no_grad():
         for _ in range(2):
-            ours.proj.take(gate.proj.weight)
+            ours.proj.take(gate.proj.weight.to)
             torch.testing.assert_close(ours(inputs.to(dtype)).float(), gate(inputs), atol=error, rtol=error)
             gate.proj.weight.copy_(gate.proj.weight.flip(0))
 
@@ -225,12 +225,12 @@ def test_a_packed_module_projects_a_text_once_and_again_with_another_weight():
     linear, text = nn.Linear(24, 32, bias=False), torch.randn(1, 7, 24)
     ours = packed.PackedTextLinear(linear, torch.float32)
     with torch.no_grad():
-        ours.take(linear.weight)
+        ours.take(linear.weight.to)
         first = ours(text)
         assert ours(text) is first
         assert ours(text.clone()) is not first
         linear.weight.neg_()
-        ours.take(linear.weight)
+        ours.take(linear.weight.to)
         torch.testing.assert_close(ours(text), linear(text))
 
 

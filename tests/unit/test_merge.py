@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.support import LOKR, LORA, LORA_CONV, TINY_BASE, change_weights, copy_base, merged, save_adapter
+from tests.support import LOKR, LORA, LORA_CONV, TINY_BASE, change_weights, copy_base, merged, save_adapter, weights_of
 
 from fidelora import Recipe
 from fidelora.adapters.formats import read_adapter
@@ -27,9 +27,9 @@ def bits(base: BaseModel) -> dict[str, torch.Tensor]:
     """Every weight of every part, as integers: 0 and -0 count as different."""
     view = {4: torch.int32, 2: torch.int16}
     return {
-        f"{part}.{name}": parameter.detach().clone().view(view[parameter.element_size()])
+        f"{part}.{name}": weight.detach().clone().view(view[weight.element_size()])
         for part, module in base.parts.items()
-        for name, parameter in module.named_parameters()
+        for name, weight in weights_of(module).items()
     }
 
 
@@ -69,7 +69,7 @@ def test_the_first_adapters_of_a_new_base_are_written_without_its_pristine_weigh
     monkeypatch.setattr(torch, "empty_like", lambda like, dtype: torch.full_like(like, torch.nan, dtype=dtype))
     recipe = Recipe(prompt="", base_model=str(TINY_BASE))
     base = load_base(BaseKey.of(recipe), torch.device("cpu"))
-    assert all(target.weight.isnan().all() for target in base.targets.by_name.values())
+    assert all(target.weight.is_meta or target.weight.isnan().all() for target in base.targets.by_name.values())
     assert base.merged.apply([(base.targets.bind(read_adapter(LORA)), 0.7)]) == len(base.targets.by_name)
     expected = fresh_base()
     expected.merged.apply([(expected.targets.bind(read_adapter(LORA)), 0.7)])
@@ -102,7 +102,7 @@ def test_an_adapter_may_be_applied_twice():
     lora = base.targets.bind(read_adapter(LORA))
     base.merged.apply([(lora, 0.5), (lora, 0.5)])
     name = next(iter(lora.deltas))
-    weight = base.targets.by_name[name].weight
+    weight = base.targets.by_name[name].numbers()
     twice = weight.clone()
     base.merged.apply([(lora, 1.0)])
     assert torch.allclose(twice, weight, atol=1e-6)
@@ -113,10 +113,10 @@ def test_a_merge_in_bfloat16_is_rounded_once():
     base = fresh_base("bfloat16")
     lora = base.targets.bind(read_adapter(LORA))
     name, delta = next(iter(lora.deltas.items()))
-    pristine = base.targets.by_name[name].weight.clone()
+    pristine = base.targets.by_name[name].numbers().clone()
     base.merged.apply([(lora, 1.0)])
     expected = merged(delta, pristine.to(torch.float32), 1.0).to(torch.bfloat16)
-    assert torch.equal(base.targets.by_name[name].weight, expected)
+    assert torch.equal(base.targets.by_name[name].numbers(), expected)
 
 
 def test_several_adapters_in_bfloat16_are_rounded_once_at_the_end():
@@ -124,14 +124,14 @@ def test_several_adapters_in_bfloat16_are_rounded_once_at_the_end():
     lora, conv = (base.targets.bind(read_adapter(path)) for path in (LORA, LORA_CONV))
     in_one, in_two = [], []
     for name in lora.deltas.keys() & conv.deltas.keys():
-        pristine = base.targets.by_name[name].weight.to(torch.float32)
+        pristine = base.targets.by_name[name].numbers().to(torch.float32)
         first = merged(lora.deltas[name], pristine, 0.7)
         in_one.append((name, merged(conv.deltas[name], first, 0.3).to(torch.bfloat16)))
         rounded = first.to(torch.bfloat16).to(torch.float32)
         in_two.append((name, merged(conv.deltas[name], rounded, 0.3).to(torch.bfloat16)))
     base.merged.apply([(lora, 0.7), (conv, 0.3)])
-    assert all(torch.equal(base.targets.by_name[name].weight, expected) for name, expected in in_one)
-    assert not all(torch.equal(base.targets.by_name[name].weight, other) for name, other in in_two)
+    assert all(torch.equal(base.targets.by_name[name].numbers(), expected) for name, expected in in_one)
+    assert not all(torch.equal(base.targets.by_name[name].numbers(), other) for name, other in in_two)
 
 
 def test_a_write_that_is_cut_short_is_repaired_by_the_next_one(monkeypatch):

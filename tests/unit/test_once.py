@@ -1,36 +1,105 @@
-"""What is done once for an image: the same bits as doing it at each step, and done again when it has to be."""
+"""What the exact path does once: the same bits as doing it each time, and done again when it has to be."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from tests.support import LOKR, LORA_CONV, TINY_BASE, TINY_SDXL
-from torch import nn
+from torch import Tensor, nn
 
 import fidelora.engine.base as base_module
 from fidelora import Recipe
 from fidelora.adapters.formats import read_adapter
 from fidelora.adapters.live import live_adapters
+from fidelora.engine import once
 from fidelora.engine.base import BaseKey, BaseModel, load_base
-from fidelora.engine.once import TextLinear
+from fidelora.engine.once import LaidOutConv2d, TextLinear
 
 CPU = torch.device("cpu")
+
+
+def laid_out(conv: nn.Conv2d) -> LaidOutConv2d:
+    module = LaidOutConv2d(conv)
+    module.take(conv.weight.detach().to)
+    return module
+
+
+CONVOLUTIONS: dict[str, Callable[[], nn.Conv2d]] = {
+    "usual": lambda: nn.Conv2d(48, 64, 3, padding=1),
+    "halving": lambda: nn.Conv2d(48, 64, 3, stride=2, padding=1),
+    "without bias": lambda: nn.Conv2d(48, 40, 3, padding=1, bias=False),
+    "few channels in": lambda: nn.Conv2d(4, 320, 3, padding=1),
+    "few channels out": lambda: nn.Conv2d(320, 4, 3, padding=1),
+    "many channels": lambda: nn.Conv2d(640, 320, 3, padding=1),
+}
+SIZES = {"two": (2, 16, 16), "other size": (2, 8, 12), "two tiny ones": (2, 2, 2), "one tiny one": (1, 4, 4), "one": (1, 64, 64)}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@torch.no_grad()
+def test_a_laid_out_convolution_has_the_bits_of_a_plain_one_at_every_size_and_with_every_weight(name, threads, golden_threads):
+    torch.set_num_threads(threads)
+    torch.manual_seed(1)
+    conv = CONVOLUTIONS[name]()
+    module = laid_out(conv)
+    for _ in range(2):
+        for batch, height, width in SIZES.values():
+            for layout in (torch.contiguous_format, torch.channels_last):
+                x = torch.randn(batch, conv.in_channels, height, width).contiguous(memory_format=layout)
+                assert torch.equal(module(x), conv(x)), (batch, height, width, layout)
+        conv.weight.copy_(torch.randn_like(conv.weight))
+        module.take(conv.weight.detach().to)
+
+
+@torch.no_grad()
+def test_it_is_laid_out_once_and_the_weight_it_was_made_of_is_let_go():
+    conv = nn.Conv2d(48, 64, 3, padding=1)
+    written: list[Tensor] = []
+
+    def write(dtype: torch.dtype) -> Tensor:
+        written.append(conv.weight.detach().clone())
+        return written[-1]
+
+    module = LaidOutConv2d(conv)
+    module.take(write)
+    layout = module._laid_out
+    for _ in range(2):
+        module(torch.randn(2, 48, 8, 8))
+    assert module._laid_out is layout
+    (kept, *_), _ = layout.__getstate__()
+    assert kept.untyped_storage().nbytes() == 0
+    assert len(written) == 1
+    assert written[0].shape == conv.weight.shape, "what was given is as it was"
+
+
+@torch.no_grad()
+def test_whoever_computes_with_the_weight_gets_it_and_it_stays_until_the_next_one():
+    conv = nn.Conv2d(48, 64, 3, padding=1)
+    module = laid_out(conv)
+    x = torch.randn(2, 48, 8, 8)
+    expected = module(x)
+    weight = module.plain()
+    assert torch.equal(weight, conv.weight)
+    assert torch.equal(module(x), expected)
+    assert module.plain() is weight
+    assert module._laid_out is None
+    module.take(conv.weight.detach().to)
+    assert module._plain is None
+    assert torch.equal(module(x), expected)
 
 
 @torch.no_grad()
 def test_a_text_is_projected_once_until_it_or_the_weight_is_another(monkeypatch):
     linear = nn.Linear(24, 32, bias=False).requires_grad_(False)
-    module, plain = TextLinear(linear), nn.Linear.forward
-    calls: list[torch.Tensor] = []
-
-    def counted(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-        calls.append(x)
-        return plain(self, x)
-
-    monkeypatch.setattr(nn.Linear, "forward", counted)
-    one = torch.randn(2, 7, 24)
+    module, calls = TextLinear(linear), []
+    plain = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: calls.append(x) or plain(self, x))
+    one, same_numbers = torch.randn(2, 7, 24), None
     same_numbers = one.clone()
     assert torch.equal(module(one), plain(linear, one))
     assert torch.equal(module(one), plain(linear, one))
@@ -54,10 +123,11 @@ def load(folder: Any, **fields: Any) -> BaseModel:
 @torch.no_grad()
 def test_a_unet_has_the_same_bits_with_adapters_merged_live_and_taken_out(folder, fields, monkeypatch):
     ours = load(folder, **fields)
-    monkeypatch.setattr(base_module, "project_texts_once", lambda unet: None)
+    monkeypatch.setattr(base_module, "do_once", lambda unet: None)
     plain = load(folder, **fields)
+    assert any(isinstance(module, LaidOutConv2d) for module in ours.unet.modules())
     assert any(isinstance(module, TextLinear) for module in ours.unet.modules())
-    assert not any(isinstance(module, TextLinear) for module in plain.unet.modules())
+    assert not any(isinstance(module, LaidOutConv2d | TextLinear) for module in plain.unet.modules())
     paths = (LORA_CONV, LOKR) if folder == TINY_BASE else ()
     for merged, live in [((), ()), (paths, ()), ((), paths), (paths[:1], paths[1:]), ((), ())]:
         for rows, size in [(2, 16), (1, 4), (1, 32), (2, 8)]:
@@ -71,3 +141,18 @@ def test_a_unet_has_the_same_bits_with_adapters_merged_live_and_taken_out(folder
                 with live_adapters(base.targets, [(base.targets.bind(read_adapter(path)), 0.9) for path in live]):
                     results.append([base.predict(condition, latents, torch.tensor(t)) for t in (900, 20)])
             assert all(torch.equal(*pair) for pair in zip(*results, strict=True)), (merged, live, rows, size)
+
+
+def test_what_is_not_plain_enough_stays_as_it_is():
+    assert once._gains(nn.Conv2d(8, 8, 3, padding=1))
+    assert not once._gains(nn.Conv2d(8, 8, 1))
+    assert not once._gains(nn.Conv2d(8, 8, 3, groups=2))
+    assert not once._gains(nn.Conv2d(8, 8, 3, padding="same"))
+    assert not once._gains(nn.Conv2d(8, 8, 3, padding_mode="reflect"))
+
+
+def test_copies_of_a_convolution_are_as_good():
+    conv = nn.Conv2d(8, 8, 3, padding=1)
+    module = LaidOutConv2d(copy.deepcopy(conv))
+    assert module.weight.is_meta
+    assert torch.equal(module.bias, conv.bias)

@@ -13,7 +13,18 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from tests.support import LORA, MINIATURE_LORA, SDXL_DORA, SDXL_LORA, TINY_BASE, TINY_SDXL, change_weights, read_json, save_adapter
+from tests.support import (
+    LORA,
+    MINIATURE_LORA,
+    SDXL_DORA,
+    SDXL_LORA,
+    TINY_BASE,
+    TINY_SDXL,
+    change_weights,
+    read_json,
+    save_adapter,
+    weights_of,
+)
 from tests.unit.ldm import as_ldm_checkpoint, as_sdxl_checkpoint, ldm_unet_name
 from torch import Tensor, nn
 
@@ -47,7 +58,7 @@ def load(base: Path, **fields: Any) -> BaseModel:
 
 def same(left: BaseModel, right: BaseModel) -> bool:
     one, other = (
-        {f"{part}.{name}": tensor for part, module in base.parts.items() for name, tensor in module.state_dict().items()}
+        {f"{part}.{name}": tensor for part, module in base.parts.items() for name, tensor in weights_of(module).items()}
         for base in (left, right)
     )
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
@@ -97,7 +108,7 @@ def test_diffusers_reads_the_same_from_that_file(tmp_path):
     )
     ours = load(path, config=str(TINY_SDXL))
     for part in ("unet", "vae", "text_encoder_2"):
-        left, right = ours.parts[part].state_dict(), getattr(theirs, part).state_dict()
+        left, right = weights_of(ours.parts[part]), getattr(theirs, part).state_dict()
         assert left.keys() == right.keys()
         assert all(torch.equal(left[name], right[name].float()) for name in left), part
 

@@ -55,12 +55,12 @@ class _Hook:
             # The trainer's order: float32 up to the multiplier, then one cast to the output's dtype, then the sum.
             beside = lora.beside(module, x, multiplier).to(output.dtype)
             if isinstance(lora, DoraDelta):
-                beside = beside + lora.stretched(self._target.weight.to(x.device), x, multiplier).to(output.dtype)
+                beside = beside + lora.stretched(self._target.numbers().to(x.device), x, multiplier).to(output.dtype)
             output = output + beside
         return output
 
     def _with_changed_weight(self, module: Module, x: Tensor) -> Tensor:
-        weight = self._target.weight.to(x.device)
+        weight = self._target.numbers().to(x.device)
         for delta, multiplier in self._weight_deltas:
             weight = delta.live_weight(weight, multiplier)
         bias = None if self._target.bias is None else self._target.bias.to(x.device)

@@ -8,6 +8,7 @@ that, which is why its late previews drift); what is read again leaves none.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -70,17 +71,23 @@ class MergedAdapters:
         # If writing is cut short (out of memory, an interrupt), the weight is known to be unknown, and written next time.
         self._applied[target.name] = _UNKNOWN
         if isinstance(target.module, TakesWeight):
-            merged = target.pristine
-            if deltas:
-                merged = torch.empty(target.pristine.shape, device=target.pristine.device)
-                merge_into(merged, target.pristine, deltas)
-            target.module.take(merged)
+            target.module.take(partial(merged, target.pristine, deltas))
         else:
             merge_into(target.weight, target.pristine, deltas)
         if plan:
             self._applied[target.name] = plan
         else:
             del self._applied[target.name]
+
+
+@torch.no_grad()
+def merged(pristine: Tensor, deltas: Sequence[tuple[Delta, float]], dtype: torch.dtype) -> Tensor:
+    """What `merge_into` writes over a weight of `dtype`; `pristine` itself if it is the same."""
+    if not deltas:
+        return pristine.to(dtype)
+    weight = torch.empty(pristine.shape, dtype=dtype)
+    merge_into(weight, pristine, deltas)
+    return weight
 
 
 @torch.no_grad()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from fidelora.adapters.deltas import Delta, DoraDelta, Module
@@ -27,8 +28,16 @@ def changeable(component: nn.Module) -> Iterator[tuple[str, Module]]:
 class TakesWeight(Protocol):
     """A module that keeps its weight in a form of its own; its `weight` is a shape without numbers."""
 
-    def take(self, weight: Tensor) -> None:
-        """Use this weight, which is copied."""
+    def take(self, write: Callable[[torch.dtype], Tensor]) -> None:
+        """Use the weight that `write` gives in the dtype that it is asked for; it may be mapped from a file, and is not changed."""
+
+
+@runtime_checkable
+class GivesWeight(Protocol):
+    """A module whose `weight` is a shape without numbers, and that can give these."""
+
+    def plain(self) -> Tensor:
+        """The weight that it uses, which is not changed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +55,10 @@ class Target:
     weight: Tensor
     bias: Tensor | None
     pristine: Tensor | None = None
+
+    def numbers(self) -> Tensor:
+        """The weight as it is used now, with what is merged into it."""
+        return self.module.plain() if isinstance(self.module, GivesWeight) else self.weight
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,7 +22,7 @@ from fidelora.engine import Offload, fast
 from fidelora.engine.conditioning import Condition, Conditioning, conditioning_of
 from fidelora.engine.device import TORCH_DTYPES
 from fidelora.engine.locate import locate, weight_file_patterns
-from fidelora.engine.once import project_texts_once
+from fidelora.engine.once import do_once
 from fidelora.engine.packed import pack
 from fidelora.engine.single_file import convert_vae, split_checkpoint
 from fidelora.engine.text import TextReader
@@ -189,8 +189,8 @@ def load_base(
         vae.to(torch.float32)  # its weights stay rounded to float16, as those that the trainer's pipeline casts before it decodes
     if way is fast.Way.PACKED:
         pack(unet, vae)
-    elif way is None and device.type == "cpu" and offload == "none":  # not where a compiler would have to follow it
-        project_texts_once(unet)
+    elif device.type == "cpu" and offload == "none":
+        do_once(unet)
     way_of_text = conditioning_of(spec)
     readers = {
         one.name: TextReader(
@@ -199,8 +199,8 @@ def load_base(
         for one in spec.text_encoders
     }
     targets = Targets(spec, parts, pristine)  # before offloading puts placeholders in the place of parameters
-    # What is packed is where it belongs, and parameters without numbers cannot be moved.
-    hooks = [] if way is fast.Way.PACKED else place(parts, device, offload)
+    # On the CPU everything is where it belongs already, and parameters without numbers cannot be moved.
+    hooks = [] if device.type == "cpu" and offload == "none" else place(parts, device, offload)
     if way is fast.Way.COMPILED:
         fast.compile_parts(unet, vae)
     return BaseModel(

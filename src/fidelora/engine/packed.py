@@ -10,6 +10,7 @@ was given to `take`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -37,9 +38,9 @@ class PackedLinear(nn.Linear):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta", dtype=dtype)
         self.register_parameter("bias", _own(linear.bias, dtype))
 
-    def take(self, weight: Tensor) -> None:
-        """Use `weight` [out, in], which is copied."""
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.weight.dtype), None)
+    def take(self, write: Callable[[torch.dtype], Tensor]) -> None:
+        """Use the weight [out, in] that `write` gives, which is copied."""
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(write(torch.float32).to(self.weight.dtype), None)
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], ""))
@@ -50,8 +51,8 @@ class PackedTextLinear(OncePerText, PackedLinear):
 
     _taken = 0
 
-    def take(self, weight: Tensor) -> None:
-        super().take(weight)
+    def take(self, write: Callable[[torch.dtype], Tensor]) -> None:
+        super().take(write)
         self._taken += 1
 
     def _state_of_weight(self) -> int:
@@ -64,8 +65,8 @@ class PackedGatedLinear(PackedLinear):
     oneDNN does all but the product of matrices to its results while they are in registers.
     """
 
-    def take(self, weight: Tensor) -> None:
-        values, gates = weight.to(self.weight.dtype).chunk(2)
+    def take(self, write: Callable[[torch.dtype], Tensor]) -> None:
+        values, gates = write(torch.float32).to(self.weight.dtype).chunk(2)
         self._packed = torch.ops.mkldnn._reorder_linear_weight(values, None)
         self._packed_gates = torch.ops.mkldnn._reorder_linear_weight(gates, None)
 
@@ -94,9 +95,9 @@ class PackedConv2d(nn.Conv2d):
         super().__init__(*shape, bias=False, device="meta", dtype=dtype)  # type: ignore[arg-type]  # tuples are pairs here
         self.register_parameter("bias", _own(conv.bias, dtype))
 
-    def take(self, weight: Tensor) -> None:
-        """Use `weight` [out, in, height, width], which is copied."""
-        plain = weight.float().to_mkldnn(self.weight.dtype)  # it takes no float16
+    def take(self, write: Callable[[torch.dtype], Tensor]) -> None:
+        """Use the weight [out, in, height, width] that `write` gives, which is copied."""
+        plain = write(torch.float32).to_mkldnn(self.weight.dtype)
         self._packed = torch._C._nn.mkldnn_reorder_conv2d_weight(plain, *self._place)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -117,9 +118,10 @@ class PackedPointwise(nn.Conv2d):
         super().__init__(conv.in_channels, conv.out_channels, 1, bias=False, device="meta", dtype=dtype)
         self.register_parameter("bias", _own(conv.bias, dtype))
 
-    def take(self, weight: Tensor) -> None:
-        """Use `weight` [out, in, 1, 1], which is copied."""
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.flatten(1).to(self.weight.dtype), None)
+    def take(self, write: Callable[[torch.dtype], Tensor]) -> None:
+        """Use the weight [out, in, 1, 1] that `write` gives, which is copied."""
+        weight = write(torch.float32).flatten(1)
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.weight.dtype), None)
 
     def forward(self, x: Tensor) -> Tensor:
         pixels = x.permute(0, 2, 3, 1)
@@ -144,7 +146,7 @@ def pack(unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
                 elif (packed := _packed(child, dtype)) is not None:
                     setattr(parent, name, packed)
                     if model is vae:
-                        packed.take(child.weight)
+                        packed.take(child.weight.to)
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point() and not tensor.is_meta:
                 tensor.data = tensor.to(dtype, copy=True)
