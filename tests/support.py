@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import fidelora
 from fidelora.adapters.deltas import Delta
 from fidelora.adapters.merge import merge_into
-from fidelora.engine.device import processor_name
 from fidelora.adapters.targets import GivesWeight
+from fidelora.engine.device import processor_name
 
 DEMO_DATA = Path(fidelora.__file__).parent / "demo_data"
 TINY_BASE = DEMO_DATA / "tiny-sd15"

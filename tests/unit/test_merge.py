@@ -12,6 +12,7 @@ from tests.support import LOKR, LORA, LORA_CONV, TINY_BASE, change_weights, copy
 from fidelora import Recipe
 from fidelora.adapters.formats import read_adapter
 from fidelora.engine.base import BaseKey, BaseModel, load_base
+from fidelora.engine.once import LaidOutConv2d
 from fidelora.errors import AdapterMismatchError
 
 
@@ -134,10 +135,11 @@ def test_several_adapters_in_bfloat16_are_rounded_once_at_the_end():
     assert not all(torch.equal(base.targets.by_name[name].numbers(), other) for name, other in in_two)
 
 
-def test_a_write_that_is_cut_short_is_repaired_by_the_next_one(monkeypatch):
+@pytest.mark.parametrize("path", [LORA, LORA_CONV], ids=lambda path: path.stem)
+def test_a_write_that_is_cut_short_is_repaired_by_the_next_one(path, monkeypatch):
     base = fresh_base()
     pristine = bits(base)
-    lora = base.targets.bind(read_adapter(LORA))
+    lora = base.targets.bind(read_adapter(path))
     add, sums = torch.add, []
 
     def fails_in_the_middle(*args, out):
@@ -155,10 +157,33 @@ def test_a_write_that_is_cut_short_is_repaired_by_the_next_one(monkeypatch):
     repaired = bits(base)
 
     untouched = fresh_base()
-    untouched.merged.apply([(untouched.targets.bind(read_adapter(LORA)), 1.0)])
+    untouched.merged.apply([(untouched.targets.bind(read_adapter(path)), 1.0)])
     assert same(repaired, bits(untouched))
     base.merged.apply([])
     assert same(bits(base), pristine)
+
+
+def test_memory_of_all_weights_that_change_is_given_up_before_the_first_is_written_in_the_same_order(monkeypatch):
+    base = fresh_base()
+    lora = base.targets.bind(read_adapter(LORA_CONV))
+    done: list[tuple[str, LaidOutConv2d]] = []
+    for name in ("release", "take"):
+        plain = getattr(LaidOutConv2d, name)
+
+        def noted(self, *arguments, name=name, plain=plain):
+            done.append((name, self))
+            plain(self, *arguments)
+
+        monkeypatch.setattr(LaidOutConv2d, name, noted)
+    base.merged.apply([(lora, 1.0)])
+    changed = [target.module for name, target in base.targets.by_name.items() if name in lora.deltas]
+    convolutions = [module for module in changed if isinstance(module, LaidOutConv2d)]
+    assert len(convolutions) > 10
+    assert done[: len(convolutions)] == [("release", module) for module in convolutions]
+    assert [module for name, module in done if name == "take"] == convolutions
+    done.clear()
+    base.merged.apply([(lora, 1.0)])
+    assert done == []
 
 
 def test_an_adapter_that_does_not_fit_changes_nothing(tmp_path):

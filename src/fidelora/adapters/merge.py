@@ -8,7 +8,7 @@ that, which is why its late previews drift); what is read again leaves none.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -56,38 +56,52 @@ class MergedAdapters:
                 for name in bound.deltas:
                     wanted.setdefault(name, []).append((bound, multiplier))
 
-        written = 0
-        for name in wanted.keys() | self._applied.keys():
-            contributions = wanted.get(name, [])
-            plan: Applied = tuple((bound.identity, multiplier) for bound, multiplier in contributions)
-            if self._applied.get(name, ()) != plan:
-                self._write(self._targets.by_name[name], plan, [(bound.deltas[name], m) for bound, m in contributions])
-                written += 1
+        plans = {name: tuple((bound.identity, m) for bound, m in wanted.get(name, [])) for name in self._targets.by_name}
+        stale = [name for name, plan in plans.items() if self._applied.get(name, ()) != plan]
+        self._forget(stale)
+        for name in stale:
+            self._write(self._targets.by_name[name], [(bound.deltas[name], m) for bound, m in wanted.get(name, [])])
+            if plans[name]:
+                self._applied[name] = plans[name]
+            else:
+                del self._applied[name]
         self._adapters = frozenset(bound.sha256 for bound, multiplier in adapters if multiplier != 0)
-        return written
+        return len(stale)
 
-    def _write(self, target: Target, plan: Applied, deltas: Sequence[tuple[Delta, float]]) -> None:
+    def _forget(self, stale: Sequence[str]) -> None:
+        """Have weights known to be unknown: if writing is cut short (out of memory, an interrupt), they are written next time.
+
+        Modules that have theirs in a form of their own give up its memory, all of them before the first one is written and in the
+        order of writing. It is then one piece, and filled again from its beginning; of the pieces that single weights leave, the
+        C library takes none for another weight as large, because it looks for more than it needs, to align it.
+        """
+        self._applied |= dict.fromkeys(stale, _UNKNOWN)
+        for name in stale:
+            module = self._targets.by_name[name].module
+            if isinstance(module, TakesWeight):
+                module.release()
+
+    def _write(self, target: Target, deltas: Sequence[tuple[Delta, float]]) -> None:
         assert target.pristine is not None, "names and shapes alone cannot be merged into"
-        # If writing is cut short (out of memory, an interrupt), the weight is known to be unknown, and written next time.
-        self._applied[target.name] = _UNKNOWN
         if isinstance(target.module, TakesWeight):
-            target.module.take(partial(merged, target.pristine, deltas))
+            target.module.take(partial(self._merged, target.pristine, deltas))
         else:
             merge_into(target.weight, target.pristine, deltas)
-        if plan:
-            self._applied[target.name] = plan
-        else:
-            del self._applied[target.name]
 
+    @torch.no_grad()
+    def _merged(self, pristine: Tensor, deltas: Sequence[tuple[Delta, float]], dtype: torch.dtype) -> Tensor:
+        """What `merge_into` writes over a weight of `dtype`; lasts until another is asked for, and may be `pristine` itself."""
+        if not deltas:
+            return pristine.to(dtype)
+        weight = self._scratch[: pristine.numel() * dtype.itemsize].view(dtype).view(pristine.shape)
+        merge_into(weight, pristine, deltas)
+        return weight
 
-@torch.no_grad()
-def merged(pristine: Tensor, deltas: Sequence[tuple[Delta, float]], dtype: torch.dtype) -> Tensor:
-    """What `merge_into` writes over a weight of `dtype`; `pristine` itself if it is the same."""
-    if not deltas:
-        return pristine.to(dtype)
-    weight = torch.empty(pristine.shape, dtype=dtype)
-    merge_into(weight, pristine, deltas)
-    return weight
+    @cached_property
+    def _scratch(self) -> Tensor:
+        """Bytes for the largest weight that is taken. They stay: what is written beside them would else leave a hole behind."""
+        taken = (target for target in self._targets.by_name.values() if isinstance(target.module, TakesWeight))
+        return torch.empty(max(target.weight.numel() for target in taken) * torch.float32.itemsize, dtype=torch.uint8)
 
 
 @torch.no_grad()

@@ -28,6 +28,9 @@ def changeable(component: nn.Module) -> Iterator[tuple[str, Module]]:
 class TakesWeight(Protocol):
     """A module that keeps its weight in a form of its own; its `weight` is a shape without numbers."""
 
+    def release(self) -> None:
+        """Forget the weight, and give its memory to those that are written next; it cannot compute until it takes another."""
+
     def take(self, write: Callable[[torch.dtype], Tensor]) -> None:
         """Use the weight that `write` gives in the dtype that it is asked for; it may be mapped from a file, and is not changed."""
 

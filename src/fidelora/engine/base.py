@@ -187,9 +187,10 @@ def load_base(
         raise BaseModelFilesError(f"The VAE's configuration has {unknown[0]}, which {spec.title} has not; use another VAE.")
     if upcasts_vae := bool(spec.upcasts_vae and dtypes["vae"] == torch.float16 and vae.config.force_upcast):
         vae.to(torch.float32)  # its weights stay rounded to float16, as those that the trainer's pipeline casts before it decodes
+    in_place = way is fast.Way.PACKED or (way is None and device.type == "cpu" and offload == "none")
     if way is fast.Way.PACKED:
         pack(unet, vae)
-    elif device.type == "cpu" and offload == "none":
+    elif in_place:  # not where a compiler would have to follow it
         do_once(unet)
     way_of_text = conditioning_of(spec)
     readers = {
@@ -199,8 +200,7 @@ def load_base(
         for one in spec.text_encoders
     }
     targets = Targets(spec, parts, pristine)  # before offloading puts placeholders in the place of parameters
-    # On the CPU everything is where it belongs already, and parameters without numbers cannot be moved.
-    hooks = [] if device.type == "cpu" and offload == "none" else place(parts, device, offload)
+    hooks = [] if in_place else place(parts, device, offload)  # parameters without numbers cannot be moved
     if way is fast.Way.COMPILED:
         fast.compile_parts(unet, vae)
     return BaseModel(

@@ -33,8 +33,9 @@ def do_once(unet: UNet2DConditionModel) -> None:
 
 
 def _gains(conv: nn.Conv2d) -> bool:
-    """Whether it has a weight that takes time to lay out, and is plain enough for it."""
-    return conv.kernel_size != (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    """Whether it has a weight that takes time to lay out, and is plain enough for it; oneDNN's float16 is not PyTorch's."""
+    plain = conv.groups == 1 and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    return plain and conv.kernel_size != (1, 1) and conv.weight.dtype in (torch.float32, torch.bfloat16)
 
 
 class LaidOutConv2d(nn.Conv2d):
@@ -53,12 +54,15 @@ class LaidOutConv2d(nn.Conv2d):
         self._plain: Tensor | None = None
         self._laid_out: Any = None
 
+    def release(self) -> None:
+        """Forget the weight, until another one is taken."""
+        self._laid_out = self._plain = None
+
     def take(self, write: Callable[[torch.dtype], Tensor]) -> None:
         """Use the weight [out, in, height, width] that `write` gives in a dtype, now and possibly again; it is not changed."""
+        self.release()
         weight = write(self.weight.dtype)
         weight = weight.view(weight.shape)  # a handle of its own, which is emptied below
-        # The new layout goes where the one before was; what was written lies elsewhere, and where the next one is written.
-        self._laid_out = self._plain = None
         place = (self.stride, self.padding, self.dilation, self.groups)
         self._laid_out = torch.ops.mkldnn_prepacked.conv2d_prepack(weight, self.bias, *place, self._usual_input, "none")
         weight.set_()  # type: ignore[call-overload]  # what is laid out keeps the handle of what it was made of

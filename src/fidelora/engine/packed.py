@@ -31,7 +31,17 @@ def packed_dtype() -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-class PackedLinear(nn.Linear):
+class _Packed(nn.Module):
+    """A module whose weight is packed."""
+
+    _packed: Tensor | None = None
+
+    def release(self) -> None:
+        """Forget the weight, until another one is taken."""
+        self._packed = None
+
+
+class PackedLinear(_Packed, nn.Linear):
     """A linear module like this one whose weight is packed."""
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
@@ -65,6 +75,11 @@ class PackedGatedLinear(PackedLinear):
     oneDNN does all but the product of matrices to its results while they are in registers.
     """
 
+    _packed_gates: Tensor | None = None
+
+    def release(self) -> None:
+        self._packed = self._packed_gates = None
+
     def take(self, write: Callable[[torch.dtype], Tensor]) -> None:
         values, gates = write(torch.float32).to(self.weight.dtype).chunk(2)
         self._packed = torch.ops.mkldnn._reorder_linear_weight(values, None)
@@ -87,7 +102,7 @@ class PackedGate(nn.Module):
         return cast(Tensor, self.proj(x))
 
 
-class PackedConv2d(nn.Conv2d):
+class PackedConv2d(_Packed, nn.Conv2d):
     """A convolution like this one whose weight is packed."""
 
     def __init__(self, conv: nn.Conv2d, dtype: torch.dtype) -> None:
@@ -108,7 +123,7 @@ class PackedConv2d(nn.Conv2d):
         return self.padding, self.stride, self.dilation, self.groups
 
 
-class PackedPointwise(nn.Conv2d):
+class PackedPointwise(_Packed, nn.Conv2d):
     """A convolution like this one, of one pixel: a linear module over the channels of each pixel, which lie side by side here.
 
     Packed as a convolution it would be laid out for another size of the image than the one that comes, and again at each call.
