@@ -175,6 +175,7 @@ class Switching:
         recipe = Recipe(prompt="", base_model=folder, fidelity=fidelity)  # type: ignore[arg-type]  # the recipe checks it
         self._base: BaseModel = load_base(BaseKey.of(recipe), torch.device("cpu"))
         self._base.merged.apply([])
+        self._copies: dict[str, torch.Tensor] = {}
         self._bound: dict[str, BoundAdapter] = {}
 
     def touch(self, path: str) -> None:
@@ -225,9 +226,9 @@ class Switching:
 
     def _copy(self, adapter: BoundAdapter) -> None:
         for name in adapter.deltas:
-            target = self._base.targets.by_name[name]
-            assert target.pristine is not None
-            target.weight.copy_(target.pristine)
+            pristine = self._base.targets.by_name[name].pristine
+            assert pristine is not None
+            self._copies.setdefault(name, torch.empty(pristine.shape)).copy_(pristine)
 
     def _bind(self, path: str) -> BoundAdapter:
         if path not in self._bound:

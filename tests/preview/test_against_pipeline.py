@@ -11,6 +11,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -49,7 +50,8 @@ def test_every_family_is_compared():
 
 def the_trainer_s_way(recipe: Recipe) -> Any:
     """The image as the trainer's pipeline makes it of a base model without adapters."""
-    base = load_base(BaseKey.of(recipe), CPU)
+    with patch("fidelora.engine.base.do_once"):  # of the modules, the pipeline gets diffusers' own
+        base = load_base(BaseKey.of(recipe), CPU)
     base.merged.apply([])
     sampler = SAMPLERS[recipe.sampler]
     scheduler = getattr(schedulers, sampler.scheduler).from_config({**SCHEDULER_CONFIG, **sampler.options})

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -34,8 +37,16 @@ CONVOLUTIONS: dict[str, Callable[[], nn.Conv2d]] = {
     "few channels in": lambda: nn.Conv2d(4, 320, 3, padding=1),
     "few channels out": lambda: nn.Conv2d(320, 4, 3, padding=1),
     "many channels": lambda: nn.Conv2d(640, 320, 3, padding=1),
+    "bfloat16": lambda: nn.Conv2d(48, 64, 3, padding=1, dtype=torch.bfloat16),
 }
-SIZES = {"two": (2, 16, 16), "other size": (2, 8, 12), "two tiny ones": (2, 2, 2), "one tiny one": (1, 4, 4), "one": (1, 64, 64)}
+SIZES = {
+    "two": (2, 16, 16),
+    "other size": (2, 8, 12),
+    "two tiny ones": (2, 2, 2),
+    "one tiny one": (1, 4, 4),
+    "a pixel": (1, 1, 1),
+    "one": (1, 64, 64),
+}
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -49,22 +60,24 @@ def test_a_laid_out_convolution_has_the_bits_of_a_plain_one_at_every_size_and_wi
     for _ in range(2):
         for batch, height, width in SIZES.values():
             for layout in (torch.contiguous_format, torch.channels_last):
-                x = torch.randn(batch, conv.in_channels, height, width).contiguous(memory_format=layout)
+                x = torch.randn(batch, conv.in_channels, height, width, dtype=conv.weight.dtype).contiguous(memory_format=layout)
                 assert torch.equal(module(x), conv(x)), (batch, height, width, layout)
         conv.weight.copy_(torch.randn_like(conv.weight))
         module.take(conv.weight.detach().to)
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
 @torch.no_grad()
-def test_it_is_laid_out_once_and_the_weight_it_was_made_of_is_let_go():
-    conv = nn.Conv2d(48, 64, 3, padding=1)
-    written: list[Tensor] = []
+def test_it_is_laid_out_once_and_the_weight_it_was_made_of_is_let_go(stored):
+    weight = torch.randn(64, 48, 3, 3).to(stored)
+    written: list[weakref.ref[Tensor]] = []
 
     def write(dtype: torch.dtype) -> Tensor:
-        written.append(conv.weight.detach().clone())
-        return written[-1]
+        given = weight.to(dtype)
+        written.append(weakref.ref(given))
+        return given
 
-    module = LaidOutConv2d(conv)
+    module = LaidOutConv2d(nn.Conv2d(48, 64, 3, padding=1))
     module.take(write)
     layout = module._laid_out
     for _ in range(2):
@@ -72,8 +85,41 @@ def test_it_is_laid_out_once_and_the_weight_it_was_made_of_is_let_go():
     assert module._laid_out is layout
     (kept, *_), _ = layout.__getstate__()
     assert kept.untyped_storage().nbytes() == 0
+    assert kept._base is None
     assert len(written) == 1
-    assert written[0].shape == conv.weight.shape, "what was given is as it was"
+    assert (written[0]() is None) == (stored != torch.float32), "what was cast is gone"
+    assert weight.shape == (64, 48, 3, 3), "what was given is as it was"
+
+
+@torch.no_grad()
+def test_without_a_weight_it_does_not_compute():
+    conv = nn.Conv2d(48, 64, 3, padding=1)
+    module, x = LaidOutConv2d(conv), torch.randn(2, 48, 8, 8)
+
+    def fails(dtype: torch.dtype) -> Tensor:
+        raise MemoryError
+
+    for leave in (lambda: None, module.release, lambda: module.take(fails)):
+        with contextlib.suppress(MemoryError):
+            leave()
+        with pytest.raises(AssertionError, match="released"):
+            module(x)
+        module.take(conv.weight.detach().to)
+        assert torch.equal(module(x), conv(x))
+        module.release()
+
+
+def test_a_base_model_that_nobody_has_any_more_is_gone_at_once():
+    gc.collect()
+    gc.disable()
+    try:
+        base = load(TINY_BASE)
+        base.merged.apply([(base.targets.bind(read_adapter(LORA_CONV)), 1.0)])
+        convolution = weakref.ref(next(module for module in base.unet.modules() if isinstance(module, LaidOutConv2d)))
+        del base
+        assert convolution() is None
+    finally:
+        gc.enable()
 
 
 @torch.no_grad()
@@ -154,3 +200,11 @@ def test_what_is_not_plain_enough_stays_as_it_is():
     assert not once._gains(nn.Conv2d(8, 8, 3, padding="same"))
     assert not once._gains(nn.Conv2d(8, 8, 3, padding_mode="reflect"))
     assert not once._gains(nn.Conv2d(8, 8, 3, padding=1, dtype=torch.float16)), "oneDNN's float16 is not PyTorch's"
+
+
+@pytest.mark.parametrize("processor", ["x86_64", "AMD64", "arm64"])
+@pytest.mark.parametrize("onednn", [True, False])
+def test_where_pytorch_does_not_ask_onednn_nothing_is_laid_out(processor, onednn, monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: processor)
+    with torch.backends.mkldnn.flags(enabled=onednn):
+        assert once._gains(nn.Conv2d(8, 8, 3, padding=1)) == (onednn and processor != "arm64")

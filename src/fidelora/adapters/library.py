@@ -24,7 +24,7 @@ class AdapterLibrary:
 
     Args:
         budget_bytes: how much memory parsed adapters may keep; those in use (the one used last, and those that are pinned) are kept
-            even if they alone are larger.
+            even if they alone are larger. What is merged into convolutions on the CPU stays besides, until the next is merged.
         folder: where files are called `{sha256}.safetensors`, for recipes whose adapters have no path.
     """
 

@@ -32,6 +32,7 @@ class MergedAdapters:
 
     def __init__(self, targets: Targets) -> None:
         self._targets = targets
+        self._scratch = _Scratch(targets)
         self._applied: dict[str, Applied] = dict.fromkeys(targets.by_name, _UNKNOWN)
         self._adapters: frozenset[str] = frozenset()
 
@@ -56,6 +57,7 @@ class MergedAdapters:
                 for name in bound.deltas:
                     wanted.setdefault(name, []).append((bound, multiplier))
 
+        assert wanted.keys() <= self._targets.by_name.keys(), "an adapter that was bound to another model"
         plans = {name: tuple((bound.identity, m) for bound, m in wanted.get(name, [])) for name in self._targets.by_name}
         stale = [name for name, plan in plans.items() if self._applied.get(name, ()) != plan]
         self._forget(stale)
@@ -75,6 +77,8 @@ class MergedAdapters:
         order of writing. It is then one piece, and filled again from its beginning; of the pieces that single weights leave, the
         C library takes none for another weight as large, because it looks for more than it needs, to align it.
         """
+        if stale:
+            self._adapters = frozenset()
         self._applied |= dict.fromkeys(stale, _UNKNOWN)
         for name in stale:
             module = self._targets.by_name[name].module
@@ -84,24 +88,33 @@ class MergedAdapters:
     def _write(self, target: Target, deltas: Sequence[tuple[Delta, float]]) -> None:
         assert target.pristine is not None, "names and shapes alone cannot be merged into"
         if isinstance(target.module, TakesWeight):
-            target.module.take(partial(self._merged, target.pristine, deltas))
+            target.module.take(partial(self._scratch.merged, target.pristine, deltas))
         else:
             merge_into(target.weight, target.pristine, deltas)
 
-    @torch.no_grad()
-    def _merged(self, pristine: Tensor, deltas: Sequence[tuple[Delta, float]], dtype: torch.dtype) -> Tensor:
-        """What `merge_into` writes over a weight of `dtype`; lasts until another is asked for, and may be `pristine` itself."""
-        if not deltas:
-            return pristine.to(dtype)
-        weight = self._scratch[: pristine.numel() * dtype.itemsize].view(dtype).view(pristine.shape)
-        merge_into(weight, pristine, deltas)
-        return weight
+
+class _Scratch:
+    """Memory for one weight after the other, on its way to a module that keeps it in a form of its own.
+
+    It stays: what is written beside it would else leave a hole behind. It knows no modules, because these keep it.
+    """
+
+    def __init__(self, targets: Targets) -> None:
+        taken = (target for target in targets.by_name.values() if isinstance(target.module, TakesWeight))
+        self._numbers = max((target.weight.numel() for target in taken), default=0)
 
     @cached_property
-    def _scratch(self) -> Tensor:
-        """Bytes for the largest weight that is taken. They stay: what is written beside them would else leave a hole behind."""
-        taken = (target for target in self._targets.by_name.values() if isinstance(target.module, TakesWeight))
-        return torch.empty(max(target.weight.numel() for target in taken) * torch.float32.itemsize, dtype=torch.uint8)
+    def _bytes(self) -> Tensor:
+        return torch.empty(self._numbers * torch.float32.itemsize, dtype=torch.uint8)
+
+    @torch.no_grad()
+    def merged(self, pristine: Tensor, deltas: Sequence[tuple[Delta, float]], dtype: torch.dtype) -> Tensor:
+        """What `merge_into` writes over a weight of `dtype`; lasts until another is asked for, and may be `pristine` itself."""
+        if not deltas and pristine.dtype == dtype:
+            return pristine
+        weight = self._bytes[: pristine.numel() * dtype.itemsize].view(dtype).view(pristine.shape)
+        merge_into(weight, pristine, deltas)
+        return weight
 
 
 @torch.no_grad()

@@ -48,7 +48,8 @@ class Target:
     """One linear or convolutional module.
 
     Attributes:
-        weight, bias: its parameters as they were before offloading put placeholders in their place: where the numbers are.
+        weight, bias: its parameters as they were before offloading put placeholders in their place: where the numbers are, but
+            for the weight of a module that `TakesWeight`.
         pristine: the weight as the base model's file has it, mapped from there and in the file's dtype; None for a module that
             only shows names and shapes.
     """

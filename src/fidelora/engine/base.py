@@ -63,6 +63,7 @@ class BaseModel:
     Attributes:
         device: where its parts compute.
         parts: by name; each in the dtype that its key says, but in `fast` UNet and VAE in the form that `fast.py` gives them.
+            On the CPU, some modules of the UNet keep their weight in a form of their own (`TakesWeight`).
         conditioning: how it is told what to paint; has the text encoders with their tokenizers.
         targets: the weights that adapters can change.
         merged: the adapters that are merged into those weights right now.

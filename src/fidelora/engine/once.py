@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -33,16 +34,34 @@ def do_once(unet: UNet2DConditionModel) -> None:
 
 
 def _gains(conv: nn.Conv2d) -> bool:
-    """Whether it has a weight that takes time to lay out, and is plain enough for it; oneDNN's float16 is not PyTorch's."""
-    plain = conv.groups == 1 and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
-    return plain and conv.kernel_size != (1, 1) and conv.weight.dtype in (torch.float32, torch.bfloat16)
+    """Whether PyTorch has oneDNN compute it, in a layout that takes time, and it is plain enough for that.
+
+    Measured on x86; how oneDNN lays out a weight on other processors is not known. Its float16 is not PyTorch's.
+    """
+    if conv.kernel_size == (1, 1) or conv.groups != 1 or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return False
+    known = platform.machine() in ("x86_64", "AMD64") and conv.weight.dtype in (torch.float32, torch.bfloat16)
+    return known and _is_onednns(conv, torch.empty((), dtype=conv.weight.dtype).expand(_usual_input(conv)), conv.weight)
+
+
+def _usual_input(conv: nn.Conv2d) -> list[int]:
+    """The shape that a weight is laid out for. Where the layout is not the best for an input, oneDNN changes it at each call."""
+    return [2, conv.in_channels, 32, 32]
+
+
+def _is_onednns(conv: nn.Conv2d, x: Tensor, weight: Tensor) -> bool:
+    """Whether PyTorch has oneDNN convolve `x`; small single images it convolves itself. Of the tensors only the form matters."""
+    place = (conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups)
+    backend: str = torch._C._select_conv_backend(x, weight, conv.bias, *place, None).name
+    return backend == "Mkldnn"
 
 
 class LaidOutConv2d(nn.Conv2d):
     """A convolution like this one on the CPU whose weight is kept as oneDNN wants it; without gradients.
 
-    Its `weight` is a shape without numbers. The numbers are what it was given to `take`. PyTorch computes small single images by
-    itself; for these, and for whoever else computes with it, the weight is written again as it is.
+    Its `weight` is a shape without numbers. The numbers are what it was given to `take`. Small single images PyTorch computes by
+    itself; for these, and for whoever else computes with it, the weight is written again as it is, and stays so until the next
+    `take`: both forms together would be memory for twice as many weights, and writing it for each image takes longer than it gains.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -51,45 +70,37 @@ class LaidOutConv2d(nn.Conv2d):
         self.register_parameter("bias", cast(nn.Parameter | None, conv.bias))
         self.requires_grad_(False)
         self._shape_alone = torch.empty((), dtype=conv.weight.dtype).expand(conv.weight.shape)
+        self._write: Callable[[torch.dtype], Tensor] | None = None
         self._plain: Tensor | None = None
         self._laid_out: Any = None
 
     def release(self) -> None:
         """Forget the weight, until another one is taken."""
-        self._laid_out = self._plain = None
+        self._write = self._plain = self._laid_out = None
 
     def take(self, write: Callable[[torch.dtype], Tensor]) -> None:
         """Use the weight [out, in, height, width] that `write` gives in a dtype, now and possibly again; it is not changed."""
         self.release()
-        weight = write(self.weight.dtype)
-        weight = weight.view(weight.shape)  # a handle of its own, which is emptied below
+        dtype = self.weight.dtype
+        # What is laid out keeps the handle of what it was made of. So it gets one of its own, no view (that would keep the whole).
+        handle = torch.empty(0, dtype=dtype).set_(write(dtype))  # type: ignore[call-overload]
         place = (self.stride, self.padding, self.dilation, self.groups)
-        self._laid_out = torch.ops.mkldnn_prepacked.conv2d_prepack(weight, self.bias, *place, self._usual_input, "none")
-        weight.set_()  # type: ignore[call-overload]  # what is laid out keeps the handle of what it was made of
+        self._laid_out = torch.ops.mkldnn_prepacked.conv2d_prepack(handle, self.bias, *place, _usual_input(self), "none")
+        handle.set_()
         self._write = write
 
     def plain(self) -> Tensor:
         """The weight that it uses, for somebody who computes with it; from now on until the next `take` it stays as it is."""
         if self._plain is None:
+            assert self._write is not None, "it was released, and took no other weight"
             # A copy, because what is mapped from a file may lie where it is summed in another order.
             self._plain, self._laid_out = self._write(self.weight.dtype).clone(), None
         return self._plain
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._laid_out is None or not self._goes_to_onednn(x):
+        if self._laid_out is None or not x.is_contiguous() or not _is_onednns(self, x, self._shape_alone):
             return functional.conv2d(x, self.plain(), self.bias, self.stride, self.padding, self.dilation)
         return cast(Tensor, torch.ops.mkldnn_prepacked.conv2d_run(x, self._laid_out))
-
-    @property
-    def _usual_input(self) -> list[int]:
-        """The layout depends on the processor, and hardly on this; another one than the best is changed at each call."""
-        return [2, self.in_channels, 32, 32]
-
-    def _goes_to_onednn(self, x: Tensor) -> bool:
-        """Whether PyTorch would have oneDNN convolve this input, laid out block by block."""
-        place = (self.stride, self.padding, self.dilation, False, (0, 0), self.groups)
-        backend = torch._C._select_conv_backend(x, self._shape_alone, self.bias, *place, None)
-        return backend.name == "Mkldnn" and x.is_contiguous()
 
 
 class OncePerText(nn.Module):
