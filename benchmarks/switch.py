@@ -31,14 +31,14 @@ def measure(settings: Settings) -> Findings:
     ):
         ways = {"exact": exact, "fast": fast}
         for number in rounds(0.0 if settings.quick else 70.0, least=3, most=8):
-            for name, figures in _of_peer(peer, large, fuse=number in (0, 1)).items():
-                if number > 0 or name == "fuse":
+            for name, figures in _of_peer(peer, large, fuse=number < 3).items():
+                if number > 0:  # the first round touches memory for the first time
                     theirs[name].append(figures)
             for way, party in ways.items():
                 party.ask("touch", path=large[0])
                 for turn in ("copy", *TURNS) if way == "exact" else TURNS:
                     seconds = party.ask("turn", what=turn, paths=large)["seconds"]
-                    if number > 0:  # the first round touches memory for the first time
+                    if number > 0:
                         ours[way].setdefault(turn, []).append(seconds)
         grown = {way: party.ask("switches", large=large, tiny=tiny, **many) for way, party in ways.items()}
         weights = {way: party.ask("weights", path=large[0]) for way, party in ways.items()}
