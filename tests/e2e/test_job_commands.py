@@ -76,6 +76,14 @@ def test_the_object_for_programs(fidelora, job):
     assert document["versions"]["torch"] == torch.__version__
 
 
+@pytest.mark.parametrize(("folder", "said"), [(GOLDEN_JOBS / "bf16_save_f32", 1), (GOLDEN_JOBS / "multipliers", 0)])
+def test_a_mismatch_in_half_precision_says_that_it_may_be_the_hardware(folder, said, fidelora, job):
+    wrong = job(lambda process: process["sample"].update(guidance_scale=1), folder)
+    code, out, _ = fidelora("verify", str(wrong), *BASE)
+    assert code == 1
+    assert out.count("In bfloat16, only hardware of the kind that painted a preview can judge it") == said
+
+
 def test_a_mismatch_offers_the_doctor(fidelora, job):
     code, out, _ = fidelora("verify", str(job(lambda process: process["sample"].update(guidance_scale=2))), *BASE)
     assert code == 1

@@ -137,6 +137,11 @@ def _say(samples: list[CheckedSample], verdict: str, diagnosis: Diagnosis | None
         worst = min(rounded, key=lambda sample: sample.comparison.identical_percent if sample.comparison else 0)
         reason = worst.bound.reason if worst.bound else ""
         typer.echo(f"Rounding, at most in sample {worst.plan.index} of step {worst.plan.step}: {reason}.")
+    halves = {one.plan.recipe.dtype for one in samples if one.verdict.value == "mismatch"} - {"float32"}
+    for dtype in sorted(halves):
+        typer.echo(
+            f"In {dtype}, only hardware of the kind that painted a preview can judge it: elsewhere most pixels are some levels off."
+        )
     if report is not None:
         typer.echo(f"Report: {report / 'report.html'}")
     said = {
