@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import textwrap
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -87,13 +89,17 @@ def test_a_process_that_is_killed_costs_an_attempt_and_not_the_job(pool, store, 
     assert Path(store.get(done.id).outputs[0].file_path).is_file()
 
 
-def test_a_process_that_hangs_is_killed_when_its_lease_runs_out(pool, store):
+def test_a_process_that_hangs_is_killed_when_its_lease_runs_out(pool, store, tmp_path):
     pool.start()
     until(lambda: pool.ready)
     job = add(store, LONG)
     until(lambda: store.get(job.id).status is Status.IN_PROGRESS)
     (first,) = pool.process_ids
-    os.kill(first, signal.SIGSTOP)  # it makes no step, and cannot even be asked to leave
+    with closing(sqlite3.connect(tmp_path / "jobs.sqlite", timeout=DEADLINE_S, isolation_level=None)) as database:
+        database.execute("BEGIN IMMEDIATE")  # so that it does not stop in a transaction of its own, with the database locked
+        os.kill(first, signal.SIGSTOP)  # it makes no step, and cannot even be asked to leave
+        assert os.WIFSTOPPED(os.waitpid(first, os.WUNTRACED)[1])
+        database.execute("ROLLBACK")
     (back,) = pool.watch(datetime.now(UTC) + timedelta(hours=1))
     assert (back.id, back.status) == (job.id, Status.IN_QUEUE)
     assert first not in pool.process_ids
