@@ -28,7 +28,11 @@ def measure(settings: Any) -> Any:
     assert isinstance(settings, Settings)
     size = 128 if settings.quick else 256
     base = full_size.base(settings.folder)
-    files = [*base.rglob("*.safetensors"), full_size.adapter(settings.folder), *Path(torch.__file__).parent.glob("lib/*.so*")]
+    files = [
+        *base.rglob("*.safetensors"),
+        full_size.adapter(settings.folder),
+        *Path(torch.__file__).parent.glob("lib/*.so*"),
+    ]
     arguments = [str(base), str(full_size.adapter(settings.folder)), str(size)]
     seconds: dict[str, list[float]] = {way: [] for way in ("peer", "exact", "fast")}
     for _ in rounds(0.0 if settings.quick else 90.0, least=1, most=5):
@@ -37,7 +41,11 @@ def measure(settings: Any) -> Any:
             runs.append(_start(way, *arguments))
     found = Findings(raw=dict(seconds))
     for way in ("exact", "fast"):
-        found.faster(f"cold start to the first step done at {size}, with an adapter: {way}", seconds["peer"], seconds[way])
+        found.faster(
+            f"cold start to the first step done at {size}, with an adapter: {way}",
+            seconds["peer"],
+            seconds[way],
+        )
     found.notes.append(
         "Cold start: a whole new process with all imports, files in the page cache; ours with the engine of the command line."
     )
@@ -49,7 +57,12 @@ def _start(*arguments: str) -> float:
     start = time.perf_counter()
     command = [sys.executable, "-m", "benchmarks.cold", *arguments]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT, env=plain_environment()
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        cwd=ROOT,
+        env=plain_environment(),
     )
     assert process.stdout is not None
     lines = iter(process.stdout.readline, "")
@@ -69,10 +82,22 @@ def _peer(folder: str, adapter: str, size: int) -> None:
     import torch
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None)
+    pipe = StableDiffusionPipeline.from_pretrained(
+        folder, torch_dtype=torch.float32, safety_checker=None
+    )
     pipe.load_lora_weights(adapter)
-    shape = {"width": size, "height": size, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
-    pipe(PROMPT, generator=torch.Generator().manual_seed(1), callback_on_step_end=_say_and_leave, **shape)
+    shape = {
+        "width": size,
+        "height": size,
+        "num_inference_steps": STEPS,
+        "guidance_scale": GUIDANCE,
+    }
+    pipe(
+        PROMPT,
+        generator=torch.Generator().manual_seed(1),
+        callback_on_step_end=_say_and_leave,
+        **shape,
+    )
 
 
 def _ours(fidelity: Literal["exact", "fast"], folder: str, adapter: str, size: int) -> None:

@@ -24,10 +24,10 @@ sys.path.insert(0, str(ROOT))
 from tests.support import DEMO_DATA, GOLDEN_JOBS, TINY_BASE  # noqa: E402
 
 from fidelora import AdapterRef, Engine, Recipe  # noqa: E402
-from fidelora.preview.compare import compare_with_preview  # noqa: E402
-from fidelora.preview.flags import split_flags  # noqa: E402
-from fidelora.preview.job_folder import TrainingJob, read_job  # noqa: E402
-from fidelora.preview.replay import PlannedSample, plan_samples  # noqa: E402
+from fidelora.training.compare import compare_with_sample  # noqa: E402
+from fidelora.training.flags import split_flags  # noqa: E402
+from fidelora.training.plan import PlannedSample, plan_samples  # noqa: E402
+from fidelora.training.run_folder import TrainingRun, read_run  # noqa: E402
 
 JOBS = [DEMO_DATA / "lora_linear_f32", GOLDEN_JOBS / "lokr_full", GOLDEN_JOBS / "prompts"]
 
@@ -37,39 +37,41 @@ class Change:
     """One thing done as another program does it."""
 
     name: str
-    recipe: Callable[[TrainingJob, PlannedSample], Recipe]
+    recipe: Callable[[TrainingRun, PlannedSample], Recipe]
     scheduler_options: dict[str, Any] = field(default_factory=dict)
     threads: int = 2
 
 
-def changed(**fields: Any) -> Callable[[TrainingJob, PlannedSample], Recipe]:
+def changed(**fields: Any) -> Callable[[TrainingRun, PlannedSample], Recipe]:
     return lambda _job, plan: replace(plan.recipe, **fields)
 
 
-def half_precision(dtype: str) -> Callable[[TrainingJob, PlannedSample], Recipe]:
+def half_precision(dtype: str) -> Callable[[TrainingRun, PlannedSample], Recipe]:
     return changed(dtype=dtype, vae_dtype=dtype, text_encoder_dtype=dtype)
 
 
-def literal_trigger(job: TrainingJob, plan: PlannedSample) -> Recipe:
+def literal_trigger(job: TrainingRun, plan: PlannedSample) -> Recipe:
     return replace(plan.recipe, prompt=split_flags(job.samples[plan.index].prompt)[0])
 
 
-def next_seed(_job: TrainingJob, plan: PlannedSample) -> Recipe:
+def next_seed(_job: TrainingRun, plan: PlannedSample) -> Recipe:
     return replace(plan.recipe, seed=plan.recipe.seed + 1)
 
 
-def multiplied(_job: TrainingJob, plan: PlannedSample) -> Recipe:
+def multiplied(_job: TrainingRun, plan: PlannedSample) -> Recipe:
     (adapter,) = plan.recipe.adapters
     return replace(plan.recipe, adapters=(replace(adapter, multiplier=0.8),))
 
 
-def saved_as(dtype: torch.dtype, folder: Path) -> Callable[[TrainingJob, PlannedSample], Recipe]:
-    def rounded(_job: TrainingJob, plan: PlannedSample) -> Recipe:
+def saved_as(dtype: torch.dtype, folder: Path) -> Callable[[TrainingRun, PlannedSample], Recipe]:
+    def rounded(_job: TrainingRun, plan: PlannedSample) -> Recipe:
         (adapter,) = plan.recipe.adapters
         assert adapter.path is not None
         path = folder / f"{dtype}-{adapter.path.name}"
         tensors = safetensors.torch.load(adapter.path.read_bytes())
-        safetensors.torch.save_file({key: tensor.to(dtype) for key, tensor in tensors.items()}, path)
+        safetensors.torch.save_file(
+            {key: tensor.to(dtype) for key, tensor in tensors.items()}, path
+        )
         return replace(plan.recipe, adapters=(AdapterRef.from_file(path, adapter.multiplier),))
 
     return rounded
@@ -104,20 +106,29 @@ def threads(number: int) -> Iterator[None]:
 
 def main() -> None:
     engine = Engine(device="cpu")
-    print("| changed | identical pixels, % | largest difference | mean difference |\n|---|---|---|---|")
+    print(
+        "| changed | identical pixels, % | largest difference | mean difference |\n|---|---|---|---|"
+    )
     with tempfile.TemporaryDirectory() as folder:
         for change in changes(Path(folder)):
             found = []
             with threads(change.threads):
-                for job in map(read_job, JOBS):
+                for job in map(read_run, JOBS):
                     for plan in plan_samples(job, job.steps, base_model=str(TINY_BASE)):
                         assert plan.preview is not None
-                        image = engine.generate(change.recipe(job, plan), scheduler_options=change.scheduler_options)
-                        found.append(compare_with_preview(image.pixels, plan.preview))
+                        image = engine.generate(
+                            change.recipe(job, plan), scheduler_options=change.scheduler_options
+                        )
+                        found.append(compare_with_sample(image.pixels, plan.preview))
             same = [one.identical_percent for one in found]
-            span = f"{min(same):.2f} - {max(same):.2f}" if min(same) < max(same) else f"{same[0]:.2f}"
+            span = (
+                f"{min(same):.2f} - {max(same):.2f}" if min(same) < max(same) else f"{same[0]:.2f}"
+            )
             mean = sum(one.mean_difference for one in found) / len(found)
-            print(f"| {change.name} | {span} | {max(one.max_difference for one in found)} | {mean:.3f} |", flush=True)
+            print(
+                f"| {change.name} | {span} | {max(one.max_difference for one in found)} | {mean:.3f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

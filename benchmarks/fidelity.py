@@ -26,15 +26,24 @@ def measure(settings: Settings) -> Findings:
     images = 2 if settings.quick else IMAGES
     with Party("benchmarks.ours", "fast", str(full_size.base(settings.folder))) as ours:
         for sampler, adapter in itertools.product(SAMPLERS, (None, str(ADAPTER))):
-            request: dict[str, Any] = {"sampler": sampler, "adapter": adapter, "size": SIZE, "steps": STEPS}
+            request: dict[str, Any] = {
+                "sampler": sampler,
+                "adapter": adapter,
+                "size": SIZE,
+                "steps": STEPS,
+            }
             said = ours.ask("compare", prompts=prompts(images, bool(adapter)), **request)
             name = f"{sampler}, {'with' if adapter else 'no'} adapter"
             found.raw[name] = said
             psnr = [math.inf if one["psnr"] is None else one["psnr"] for one in said]
-            figures = f"PSNR {min(psnr):.1f} dB at worst, {statistics.median(psnr):.1f} in the middle"
+            figures = (
+                f"PSNR {min(psnr):.1f} dB at worst, {statistics.median(psnr):.1f} in the middle"
+            )
             levels = f"{max(one['levels'] for one in said)} of 255 levels at most"
             found.rows.append(Row(f"fast beside exact: {name}", "exact", figures, levels, images))
-    found.notes.append(f"Fast beside exact: the miniature, {SIZE}x{SIZE}, {STEPS} steps, guidance 6, seeds 0 to {images - 1}.")
+    found.notes.append(
+        f"Fast beside exact: the miniature, {SIZE}x{SIZE}, {STEPS} steps, guidance 6, seeds 0 to {images - 1}."
+    )
     return found
 
 

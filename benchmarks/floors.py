@@ -14,8 +14,8 @@ from benchmarks.full_size import SPEC
 from benchmarks.parties import answer_requests
 from torch.utils.flop_counter import FlopCounterMode
 
-from fidelora.engine.packed import packed_dtype
-from fidelora.engine.weights import empty_component, read_config
+from fidelora.accel.packed import packed_dtype
+from fidelora.weights.strict import empty_component, read_config
 
 SIDE = 2048
 _BYTES = 2**28
@@ -39,7 +39,10 @@ def step_flops(size: int) -> int:
     config = read_config(SPEC.layout / "unet" / "config.json")
     module = empty_component(unet, config)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        latents, text = torch.empty(2, 4, size // 8, size // 8), torch.empty(2, 77, config["cross_attention_dim"])
+        latents, text = (
+            torch.empty(2, 4, size // 8, size // 8),
+            torch.empty(2, 77, config["cross_attention_dim"]),
+        )
         module.to("meta")(latents, torch.empty((), dtype=torch.int64), encoder_hidden_states=text)
     return int(counter.get_total_flops())
 
@@ -51,7 +54,9 @@ def fast_dtype() -> str:
 
 def _best(run: Callable[[], object]) -> float:
     seconds = []
-    for _ in range(4):  # the first one warms up; of the others the best: a floor is not made slower by what else runs
+    for _ in range(
+        4
+    ):  # the first one warms up; of the others the best: a floor is not made slower by what else runs
         start = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - start)

@@ -21,30 +21,42 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fidelora.engine.weights import empty_component, read_config
-from fidelora.models import ModelSpec, model_spec
+from fidelora.families import Family, get_family
+from fidelora.weights.strict import empty_component, read_config
 
-SPEC = model_spec("sd15")
+SPEC = get_family("sd15")
 RANK, CONV_RANK, SMALL_RANK = 32, 16, 8
 """Of the adapters: the trainer's default shape, and that of the small ones."""
 
 
 def default_folder() -> Path:
     """Where the files are kept between runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fidelora" / "benchmarks"
+    return (
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fidelora" / "benchmarks"
+    )
 
 
 def base(folder: Path) -> Path:
     """The base model, float32, in the layout of diffusers; written if it is not there."""
-    return _base(folder / "sd15", SPEC, torch.float32, "StableDiffusionPipeline", safety_checker=[None, None])
+    return _base(
+        folder / "sd15", SPEC, torch.float32, "StableDiffusionPipeline", safety_checker=[None, None]
+    )
 
 
 def sdxl_base(folder: Path) -> Path:
     """An SDXL, bfloat16 (6.9 GB), in the layout of diffusers; written if it is not there."""
-    return _base(folder / "sdxl", model_spec("sdxl"), torch.bfloat16, "StableDiffusionXLPipeline", image_encoder=[None, None])
+    return _base(
+        folder / "sdxl",
+        get_family("sdxl"),
+        torch.bfloat16,
+        "StableDiffusionXLPipeline",
+        image_encoder=[None, None],
+    )
 
 
-def _base(target: Path, spec: ModelSpec, dtype: torch.dtype, pipeline: str, **nothing: list[None]) -> Path:
+def _base(
+    target: Path, spec: Family, dtype: torch.dtype, pipeline: str, **nothing: list[None]
+) -> Path:
     """A base of this family; `nothing` are parts that its pipeline knows and that are not needed."""
     if (target / "model_index.json").exists():
         return target
@@ -52,7 +64,10 @@ def _base(target: Path, spec: ModelSpec, dtype: torch.dtype, pipeline: str, **no
     for component in spec.components:
         config = spec.layout / component.name / "config.json"
         module = empty_component(component, read_config(config))
-        weights = {name: _numbers(name, weight.shape, generator).to(dtype) for name, weight in module.named_parameters()}
+        weights = {
+            name: _numbers(name, weight.shape, generator).to(dtype)
+            for name, weight in module.named_parameters()
+        }
         (target / component.name).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(config, target / component.name / "config.json")
         save_file(weights, target / component.name / f"{component.weights}.safetensors")
@@ -62,7 +77,9 @@ def _base(target: Path, spec: ModelSpec, dtype: torch.dtype, pipeline: str, **no
     (target / "scheduler").mkdir(exist_ok=True)
     scheduler = {"_class_name": "DDPMScheduler", **spec.scheduler_config}
     (target / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
-    index = {component.name: [component.library, component.class_name] for component in spec.components}
+    index = {
+        component.name: [component.library, component.class_name] for component in spec.components
+    }
     whole = {
         "_class_name": pipeline,
         **index,
@@ -71,18 +88,32 @@ def _base(target: Path, spec: ModelSpec, dtype: torch.dtype, pipeline: str, **no
         "feature_extractor": [None, None],
         **nothing,
     } | ({"requires_safety_checker": False} if "safety_checker" in nothing else {})
-    (target / "model_index.json").write_text(json.dumps(whole))  # last: it says that the rest is whole
+    (target / "model_index.json").write_text(
+        json.dumps(whole)
+    )  # last: it says that the rest is whole
     return target
 
 
 def adapter(folder: Path, number: int = 0) -> Path:
     """A LoRA for every linear and convolutional weight that the trainer trains by default (rank 32, convolutions 16)."""
-    return _lora(folder / f"lora_{number}.safetensors", 100 + number, ("attentions", "resnets", "samplers"), RANK, CONV_RANK)
+    return _lora(
+        folder / f"lora_{number}.safetensors",
+        100 + number,
+        ("attentions", "resnets", "samplers"),
+        RANK,
+        CONV_RANK,
+    )
 
 
 def small_adapter(folder: Path, number: int) -> Path:
     """A LoRA of rank 8 for the attention of the UNet alone, as most trainers make them."""
-    return _lora(folder / "small" / f"lora_{number}.safetensors", 1000 + number, (".to_",), SMALL_RANK, SMALL_RANK)
+    return _lora(
+        folder / "small" / f"lora_{number}.safetensors",
+        1000 + number,
+        (".to_",),
+        SMALL_RANK,
+        SMALL_RANK,
+    )
 
 
 def tiny_adapter(folder: Path, number: int) -> Path:
@@ -103,12 +134,22 @@ def _lora(target: Path, seed: int, marks: Sequence[str], rank: int, conv_rank: i
         name = f"lora_unet_{path.replace('.', '_')}"
         own_rank = conv_rank if kernel == [3, 3] else rank
         ones = [1] * len(kernel)
-        down = torch.randn(own_rank, inputs, *kernel, generator=generator) / math.sqrt(inputs * math.prod(kernel))
+        down = torch.randn(own_rank, inputs, *kernel, generator=generator) / math.sqrt(
+            inputs * math.prod(kernel)
+        )
         up = torch.randn(outputs, own_rank, *ones, generator=generator) * 0.02
-        tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(float(own_rank))}
+        tensors |= {
+            f"{name}.lora_down.weight": down,
+            f"{name}.lora_up.weight": up,
+            f"{name}.alpha": torch.tensor(float(own_rank)),
+        }
     target.parent.mkdir(parents=True, exist_ok=True)
     writing = target.with_suffix(".part")
-    save_file({name: tensor.to(torch.float16) for name, tensor in tensors.items()}, writing, {"ss_base_model_version": "sd_1.5"})
+    save_file(
+        {name: tensor.to(torch.float16) for name, tensor in tensors.items()},
+        writing,
+        {"ss_base_model_version": "sd_1.5"},
+    )
     writing.rename(target)
     return target
 
@@ -118,7 +159,11 @@ def _unet_shapes() -> dict[str, tuple[int, ...]]:
     """Of the weights of its linear and convolutional modules, by path."""
     unet = next(component for component in SPEC.components if component.name == "unet")
     module = empty_component(unet, read_config(SPEC.layout / "unet" / "config.json"))
-    return {path: tuple(part.weight.shape) for path, part in module.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)}
+    return {
+        path: tuple(part.weight.shape)
+        for path, part in module.named_modules()
+        if isinstance(part, nn.Linear | nn.Conv2d)
+    }
 
 
 def with_older_names(folder: Path) -> Path:
@@ -132,7 +177,13 @@ def with_older_names(folder: Path) -> Path:
             (target / part).symlink_to(source / part)
         numbers = load_file(source / "text_encoder" / "model.safetensors")
         writing = weights.with_suffix(".part")
-        save_file({f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in numbers.items()}, writing)
+        save_file(
+            {
+                f"text_model.{name.removeprefix('text_model.')}": tensor
+                for name, tensor in numbers.items()
+            },
+            writing,
+        )
         writing.rename(weights)
     return target
 

@@ -29,7 +29,12 @@ def measure(settings: Settings) -> Findings:
     with ExitStack() as parties:
         peer, exact, fast, floors = (
             parties.enter_context(Party(f"benchmarks.{module}", *arguments))
-            for module, *arguments in (("peer", folder), ("ours", "exact", folder), ("ours", "fast", folder), ("floors",))
+            for module, *arguments in (
+                ("peer", folder),
+                ("ours", "exact", folder),
+                ("ours", "fast", folder),
+                ("floors",),
+            )
         )
         for size, budget_s in budgets_s.items():
             measured: Rounds = {}
@@ -41,7 +46,9 @@ def measure(settings: Settings) -> Findings:
             batch = min(BATCH, fast.ask("max_batch", size=size))
             for number in rounds(budget_s, least=1 if settings.quick else 2, most=6):
                 asked = _questions(peer, exact, fast, floors, lora, number, size, batch)
-                for name, ask in asked if number % 2 == 0 else reversed(asked):  # nobody always comes first
+                for name, ask in (
+                    asked if number % 2 == 0 else reversed(asked)
+                ):  # nobody always comes first
                     measured.setdefault(name, []).append(ask())
             found.raw[f"{size}"] = measured
             _disk(found, size, measured)
@@ -62,7 +69,14 @@ def measure(settings: Settings) -> Findings:
 
 
 def _questions(
-    peer: Party, exact: Party, fast: Party, floors: Party, lora: str, number: int, size: int, batch: int
+    peer: Party,
+    exact: Party,
+    fast: Party,
+    floors: Party,
+    lora: str,
+    number: int,
+    size: int,
+    batch: int,
 ) -> list[tuple[str, Callable[[], dict[str, float]]]]:
     """What is asked in one round, by name."""
     prompt = f"a photo of a thing, number {number}"
@@ -70,7 +84,9 @@ def _questions(
 
     def of_peer(adapter: str | None) -> dict[str, float]:
         peer.ask("adapter", path=adapter)
-        figures: dict[str, float] = peer.ask("image", prompt=prompt, latents_only=adapter is None, **common)
+        figures: dict[str, float] = peer.ask(
+            "image", prompt=prompt, latents_only=adapter is None, **common
+        )
         return figures
 
     asked: list[tuple[str, Callable[[], dict[str, float]]]] = [
@@ -94,31 +110,60 @@ def whole(parts: Mapping[str, float], steps: int = WHOLE_STEPS) -> float:
 def _disk(found: Findings, size: int, measured: Rounds) -> None:
     waits = {name: sum(int(one.get("disk", 0)) for one in said) for name, said in measured.items()}
     if any(waits.values()):
-        found.notes.append(f"At {size} parties waited for the disk, so that figures are too large; for so many pages: {waits}.")
+        found.notes.append(
+            f"At {size} parties waited for the disk, so that figures are too large; for so many pages: {waits}."
+        )
 
 
 def _rows(found: Findings, size: int, measured: Rounds, batch: int) -> None:
-    steps = {name: [one["step"] for one in said] for name, said in measured.items() if name != "floors"}
+    steps = {
+        name: [one["step"] for one in said] for name, said in measured.items() if name != "floors"
+    }
     for way in ("exact", "fast"):
         found.faster(f"step at {size}, adapter: {way}", steps["peer"], steps[way])
-        found.faster(f"step at {size}: {way} with an adapter, peer with none", steps["peer without adapter"], steps[way])
-    images = {name: [whole(one) for one in said] for name, said in measured.items() if "decode" in said[0]}
+        found.faster(
+            f"step at {size}: {way} with an adapter, peer with none",
+            steps["peer without adapter"],
+            steps[way],
+        )
+    images = {
+        name: [whole(one) for one in said] for name, said in measured.items() if "decode" in said[0]
+    }
     for way in ("exact", "fast"):
         found.faster(f"image at {size}, {WHOLE_STEPS} steps: {way}", images["peer"], images[way])
     if batch > 1:
-        found.faster(f"image at {size}, {WHOLE_STEPS} steps: fast, {batch} in one request", images["peer"], images["batch"])
+        found.faster(
+            f"image at {size}, {WHOLE_STEPS} steps: fast, {batch} in one request",
+            images["peer"],
+            images["batch"],
+        )
     else:
-        found.notes.append(f"At {size} the engine makes the images of a request one after the other (`max_batch` is 1).")
+        found.notes.append(
+            f"At {size} the engine makes the images of a request one after the other (`max_batch` is 1)."
+        )
 
 
 def _share_of_floor(found: Findings, size: int, measured: Rounds, floors: Party) -> None:
     """How much of what a matrix product reaches a step reaches."""
     flops, fast = floors.ask("step_flops", size=size), floors.ask("fast_dtype")
-    medians = {name: statistics.median(one[name] for one in measured["floors"]) for name in measured["floors"][0]}
+    medians = {
+        name: statistics.median(one[name] for one in measured["floors"])
+        for name in measured["floors"][0]
+    }
     for way, dtype in (("peer", "float32"), ("exact", "float32"), ("fast", fast)):
         reached = flops / statistics.median(one["step"] for one in measured[way]) / 1e9
-        figures = (f"{shown(medians[dtype])} GFLOP/s", f"{shown(reached)} GFLOP/s", f"{reached / medians[dtype]:.0%} of the floor")
-        found.rows.append(Row(f"step at {size}: {way} beside a product of matrices in {dtype}", *figures, len(measured[way])))
+        figures = (
+            f"{shown(medians[dtype])} GFLOP/s",
+            f"{shown(reached)} GFLOP/s",
+            f"{reached / medians[dtype]:.0%} of the floor",
+        )
+        found.rows.append(
+            Row(
+                f"step at {size}: {way} beside a product of matrices in {dtype}",
+                *figures,
+                len(measured[way]),
+            )
+        )
     found.notes.append(
         f"A step at {size} is {flops / 1e9:.0f} GFLOP. The floor is `torch.mm` of 2048x2048, the median of the rounds' best; "
         f"memory was copied at {shown(medians['copy'])} GB/s."
@@ -130,16 +175,31 @@ def _memory(found: Findings, size: int, parties: Mapping[str, Party]) -> None:
     found.raw[f"{size} memory"] = peaks
     for way in ("exact", "fast"):
         peer, ours = peaks["peer"], peaks[way]
-        figures = [f"{one['peak'] / 1e9:.2f} GB ({one['own'] / 1e9:.2f} not of files)" for one in (peer, ours)]
+        figures = [
+            f"{one['peak'] / 1e9:.2f} GB ({one['own'] / 1e9:.2f} not of files)"
+            for one in (peer, ours)
+        ]
         ratio = f"{peer['peak'] / ours['peak']:.2f} x"
-        found.rows.append(Row(f"most memory ever resident, images at {size}: {way}", figures[0], figures[1], ratio, 1))
+        found.rows.append(
+            Row(
+                f"most memory ever resident, images at {size}: {way}",
+                figures[0],
+                figures[1],
+                ratio,
+                1,
+            )
+        )
 
 
 def _whole_image(found: Findings, settings: Settings, fast: Party, lora: str, size: int) -> None:
     steps = 4 if settings.quick else WHOLE_STEPS
-    parts = fast.ask("image", prompt="a photo of the last thing", seed=99, adapter=lora, size=size, steps=steps)
+    parts = fast.ask(
+        "image", prompt="a photo of the last thing", seed=99, adapter=lora, size=size, steps=steps
+    )
     said = found.raw[f"{size}"]["fast"]
-    composed = whole({part: statistics.median(one[part] for one in said) for part in said[0]}, steps)
+    composed = whole(
+        {part: statistics.median(one[part] for one in said) for part in said[0]}, steps
+    )
     found.raw["whole image"] = {"size": size, "steps": steps, "composed": composed, "real": parts}
     found.notes.append(
         f"One whole image, fast, {size}, {steps} steps: {parts['total']:.2f} s; composed: {composed:.2f} s "
@@ -147,7 +207,9 @@ def _whole_image(found: Findings, settings: Settings, fast: Party, lora: str, si
     )
 
 
-def _sdcpp(found: Findings, settings: Settings, ours: Mapping[str, Party], lora: str, size: int) -> None:
+def _sdcpp(
+    found: Findings, settings: Settings, ours: Mapping[str, Party], lora: str, size: int
+) -> None:
     """Images of one step: a party that takes long and is there for orientation."""
     if not sdcpp.is_installed(settings.sdcpp):
         found.notes.append(
@@ -159,17 +221,27 @@ def _sdcpp(found: Findings, settings: Settings, ours: Mapping[str, Party], lora:
     folder = str(full_size.with_older_names(settings.folder))
     with Party("benchmarks.sdcpp", folder, python=settings.sdcpp) as theirs:
         for number in rounds(0.0 if settings.quick else 60.0, least=1, most=3):
-            request: dict[str, Any] = {"prompt": f"a photo of thing {number}", "size": size, "steps": 1, "seed": number}
+            request: dict[str, Any] = {
+                "prompt": f"a photo of thing {number}",
+                "size": size,
+                "steps": 1,
+                "seed": number,
+            }
             measured["theirs"].append(theirs.ask("image", **request))
             for way, party in ours.items():
                 measured[way].append(party.ask("image", adapter=lora, **request))
     found.raw["stable-diffusion.cpp"] = measured
     for way in ours:
         peer = "peer stable-diffusion.cpp (float32) with none"
-        for what, figure in ((f"step at {size}", _step), (f"image at {size}, {WHOLE_STEPS} steps", whole)):
+        for what, figure in (
+            (f"step at {size}", _step),
+            (f"image at {size}, {WHOLE_STEPS} steps", whole),
+        ):
             theirs_s, ours_s = ([figure(one) for one in measured[name]] for name in ("theirs", way))
             found.faster(f"{what}: {way} with an adapter, {peer}", theirs_s, ours_s)
-    found.notes.append("stable-diffusion.cpp: images of one step; its sampler is euler_a, and its convolutions are float16.")
+    found.notes.append(
+        "stable-diffusion.cpp: images of one step; its sampler is euler_a, and its convolutions are float16."
+    )
 
 
 def _step(parts: Mapping[str, float]) -> float:

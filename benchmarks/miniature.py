@@ -32,7 +32,13 @@ SEED = 2026
 BASE = "fidelora:miniature"
 FOLDER = ROOT / "src" / "fidelora" / "miniature"
 ADAPTER = FOLDER.parent / "demo_data" / "sks.safetensors"
-SETTINGS: dict[str, Any] = {"base_model": BASE, "width": world.SIZE, "height": world.SIZE, "steps": 25, "guidance_scale": 6.0}
+SETTINGS: dict[str, Any] = {
+    "base_model": BASE,
+    "width": world.SIZE,
+    "height": world.SIZE,
+    "steps": 25,
+    "guidance_scale": 6.0,
+}
 
 
 def round_trip() -> float:
@@ -53,7 +59,10 @@ def main() -> None:
     result["guidance 6"] = scores(engine, scenes, base, SEED)
     result["guidance 1"] = scores(engine, scenes, replace(base, guidance_scale=1.0), SEED)
     adapter = AdapterRef.from_file(ADAPTER)
-    with_adapter, at_zero = replace(base, adapters=(adapter,)), replace(base, adapters=(replace(adapter, multiplier=0.0),))
+    with_adapter, at_zero = (
+        replace(base, adapters=(adapter,)),
+        replace(base, adapters=(replace(adapter, multiplier=0.0),)),
+    )
     result["guidance 6, with the adapter"] = scores(engine, scenes, with_adapter, SEED)
     result["the new shape, with the adapter"] = scores(engine, moons, with_adapter, SEED)["shape"]
     result["the new shape, at multiplier 0"] = scores(engine, moons, at_zero, SEED)["shape"]

@@ -20,14 +20,14 @@ import torch
 from benchmarks.parties import answer_requests, disk_reads, memory
 
 from fidelora import AdapterRef, Engine, GeneratedImage, Recipe
-from fidelora.adapters.formats import read_adapter
+from fidelora.adapters.read import read_adapter
 from fidelora.adapters.targets import BoundAdapter
 from fidelora.cli.console import make_engine
-from fidelora.engine.base import BaseKey, BaseModel, load_base
+from fidelora.engine.model import BaseKey, BaseModel, load_base
 from fidelora.jobs.job import new_job
 from fidelora.jobs.memory import MemoryStore
-from fidelora.preview.compare import compare, similarity
-from fidelora.work.worker import AttemptReport, Worker
+from fidelora.training.compare import compare, similarity
+from fidelora.workers.worker import AttemptReport, Worker
 
 GUIDANCE = 6.0
 MINIATURE = "fidelora:miniature"
@@ -37,17 +37,32 @@ class Ours:
     """One engine, and what one way of computing is asked for."""
 
     def __init__(self, fidelity: str, folder: str) -> None:
-        self._settings: dict[str, Any] = {"base_model": folder, "guidance_scale": GUIDANCE, "sampler": "ddpm", "fidelity": fidelity}
+        self._settings: dict[str, Any] = {
+            "base_model": folder,
+            "guidance_scale": GUIDANCE,
+            "sampler": "ddpm",
+            "fidelity": fidelity,
+        }
         self._engine: Engine = make_engine("cpu")
         self._adapters: dict[str, AdapterRef] = {}
 
-    def image(self, prompt: str, size: int, steps: int, seed: int, adapter: str) -> dict[str, float]:
+    def image(
+        self, prompt: str, size: int, steps: int, seed: int, adapter: str
+    ) -> dict[str, float]:
         """Seconds of the parts of one image; `step` is one of its steps."""
-        return self._time([self._recipe(prompt, size, steps, seed, adapter)], lambda made: [self._engine.generate(made[0])])
+        return self._time(
+            [self._recipe(prompt, size, steps, seed, adapter)],
+            lambda made: [self._engine.generate(made[0])],
+        )
 
-    def batch(self, prompts: list[str], size: int, steps: int, seed: int, adapter: str) -> dict[str, float]:
+    def batch(
+        self, prompts: list[str], size: int, steps: int, seed: int, adapter: str
+    ) -> dict[str, float]:
         """The same of images that are made side by side, divided by their number."""
-        recipes = [self._recipe(prompt, size, steps, seed + place, adapter) for place, prompt in enumerate(prompts)]
+        recipes = [
+            self._recipe(prompt, size, steps, seed + place, adapter)
+            for place, prompt in enumerate(prompts)
+        ]
         return self._time(recipes, self._engine.generate_batch)
 
     def max_batch(self, size: int) -> int:
@@ -58,24 +73,47 @@ class Ours:
         """As `parties.memory`."""
         return memory()
 
-    def compare(self, sampler: str, adapter: str | None, prompts: list[str], size: int, steps: int) -> list[dict[str, Any]]:
+    def compare(
+        self, sampler: str, adapter: str | None, prompts: list[str], size: int, steps: int
+    ) -> list[dict[str, Any]]:
         """How far fast images of the miniature are from the exact ones: PSNR in dB (None: all equal) and the largest difference."""
         found = []
         for seed, prompt in enumerate(prompts):
             adapters = (self._ref(adapter),) if adapter else ()
-            shape: dict[str, Any] = {"width": size, "height": size, "steps": steps, "sampler": sampler, "guidance_scale": GUIDANCE}
+            shape: dict[str, Any] = {
+                "width": size,
+                "height": size,
+                "steps": steps,
+                "sampler": sampler,
+                "guidance_scale": GUIDANCE,
+            }
             exact, fast = (
                 self._engine.generate(
-                    Recipe(prompt=prompt, base_model=MINIATURE, seed=seed, adapters=adapters, fidelity=fidelity, **shape)
+                    Recipe(
+                        prompt=prompt,
+                        base_model=MINIATURE,
+                        seed=seed,
+                        adapters=adapters,
+                        fidelity=fidelity,
+                        **shape,
+                    )
                 ).pixels
                 for fidelity in ("exact", "fast")
             )
-            found.append({"psnr": similarity(fast, exact)[0], "levels": compare(fast, exact).max_difference})
+            found.append(
+                {"psnr": similarity(fast, exact)[0], "levels": compare(fast, exact).max_difference}
+            )
         return found
 
     def queue(self, adapters: list[str], size: int, steps: int) -> None:
         """Put a job with one image for each of these adapters into a queue, for `next_jobs`."""
-        self._queue = Queue(self._engine, [self._recipe(f"a thing, number {n}", size, steps, n, a) for n, a in enumerate(adapters)])
+        self._queue = Queue(
+            self._engine,
+            [
+                self._recipe(f"a thing, number {n}", size, steps, n, a)
+                for n, a in enumerate(adapters)
+            ],
+        )
 
     def next_jobs(self) -> list[dict[str, float]]:
         """Do what the worker does next: an equal share of its seconds for each job, and those that went into adapters."""
@@ -84,12 +122,16 @@ class Ours:
     def batches(self, adapters: list[str], size: int, steps: int) -> list[dict[str, Any]]:
         """The adapter and the number of images of every batch, in the worker's order, that the whole queue is made in."""
         engine = BlankEngine()
-        queue = Queue(engine, [self._recipe("a thing", size, steps, n, a) for n, a in enumerate(adapters)])
+        queue = Queue(
+            engine, [self._recipe("a thing", size, steps, n, a) for n, a in enumerate(adapters)]
+        )
         while queue.next_jobs():
             pass
         return engine.made
 
-    def _time(self, recipes: list[Recipe], make: Callable[[list[Recipe]], list[GeneratedImage]]) -> dict[str, float]:
+    def _time(
+        self, recipes: list[Recipe], make: Callable[[list[Recipe]], list[GeneratedImage]]
+    ) -> dict[str, float]:
         reads, start = disk_reads(), time.perf_counter()
         images = make(recipes)
         made = time.perf_counter()
@@ -104,7 +146,9 @@ class Ours:
             "encode": end - made,
             "total": end - start,
         }
-        return {part: seconds / len(recipes) for part, seconds in whole.items()} | {"disk": disk_reads() - reads}
+        return {part: seconds / len(recipes) for part, seconds in whole.items()} | {
+            "disk": disk_reads() - reads
+        }
 
     def _recipe(self, prompt: str, size: int, steps: int, seed: int, adapter: str) -> Recipe:
         shape: dict[str, Any] = {"width": size, "height": size, "steps": steps, "seed": seed}
@@ -124,7 +168,9 @@ class Queue:
         for recipe in recipes:
             self._store.add(new_job((recipe,), datetime.now(UTC)))
         self._ended: list[AttemptReport] = []
-        self._worker = Worker("benchmark", self._store, engine, Path(self._outputs.name), on_end=self._ended.append)
+        self._worker = Worker(
+            "benchmark", self._store, engine, Path(self._outputs.name), on_end=self._ended.append
+        )
         self._adapters: frozenset[str] = frozenset()
 
     def next_jobs(self) -> list[dict[str, float]]:
@@ -140,7 +186,13 @@ class Queue:
             spent = sum(report.timings.get(part, 0.0) for part in ("load", "adapters"))
             # A change is the whole batch's; each of its jobs was charged a share.
             whole = spent * len(self._ended)
-            found.append({"seconds": seconds / len(self._ended), "adapters": whole, "changed": adapters != self._adapters})
+            found.append(
+                {
+                    "seconds": seconds / len(self._ended),
+                    "adapters": whole,
+                    "changed": adapters != self._adapters,
+                }
+            )
             self._adapters = adapters
         return found
 
@@ -162,10 +214,15 @@ class BlankEngine(Engine):
     def generate(self, recipe: Recipe, *_arguments: Any, **_options: Any) -> GeneratedImage:
         return self.generate_batch([recipe])[0]
 
-    def generate_batch(self, recipes: Sequence[Recipe], *_arguments: Any, **_options: Any) -> list[GeneratedImage]:
+    def generate_batch(
+        self, recipes: Sequence[Recipe], *_arguments: Any, **_options: Any
+    ) -> list[GeneratedImage]:
         self.load(recipes[0])
         self.made.append({"adapter": recipes[0].adapters[0].sha256, "images": len(recipes)})
-        return [GeneratedImage(np.zeros((8, 8, 3), np.uint8), recipe, {"fidelora": ""}) for recipe in recipes]
+        return [
+            GeneratedImage(np.zeros((8, 8, 3), np.uint8), recipe, {"fidelora": ""})
+            for recipe in recipes
+        ]
 
 
 class Switching:
@@ -202,7 +259,9 @@ class Switching:
                 self._base.merged.apply([])
         return {"seconds": time.perf_counter() - start}
 
-    def switches(self, count: int, budget_s: float, large: list[str], tiny: list[str]) -> dict[str, float]:
+    def switches(
+        self, count: int, budget_s: float, large: list[str], tiny: list[str]
+    ) -> dict[str, float]:
         """Change the adapter so often, to one of the large ones every hundredth time, or until time is up.
 
         Returns:
@@ -214,15 +273,25 @@ class Switching:
                 count = number
                 break
             paths = large if number % 100 == 9 else tiny
-            self._base.merged.apply([(self._bind(paths[number % len(paths)]), 0.5 + number % 3 / 4)])
+            self._base.merged.apply(
+                [(self._bind(paths[number % len(paths)]), 0.5 + number % 3 / 4)]
+            )
             if number == 9:
                 own = memory()["own"]
-        return {"count": count, "seconds": time.perf_counter() - start, "growth": memory()["own"] - own}
+        return {
+            "count": count,
+            "seconds": time.perf_counter() - start,
+            "growth": memory()["own"] - own,
+        }
 
     def weights(self, path: str) -> dict[str, int]:
         """How many weights and numbers an adapter changes, and the bytes of all weights that the process holds."""
         touched = [self._base.targets.by_name[name].weight for name in self._bind(path).deltas]
-        return {"weights": len(touched), "numbers": sum(weight.numel() for weight in touched), "live": self._base.size_bytes}
+        return {
+            "weights": len(touched),
+            "numbers": sum(weight.numel() for weight in touched),
+            "live": self._base.size_bytes,
+        }
 
     def _copy(self, adapter: BoundAdapter) -> None:
         for name in adapter.deltas:
@@ -252,9 +321,21 @@ def main() -> None:
         return answer
 
     images = {
-        name: getattr(ours, name) for name in ("image", "batch", "max_batch", "memory", "compare", "queue", "next_jobs", "batches")
+        name: getattr(ours, name)
+        for name in (
+            "image",
+            "batch",
+            "max_batch",
+            "memory",
+            "compare",
+            "queue",
+            "next_jobs",
+            "batches",
+        )
     }
-    answer_requests(images | {name: only_adapters(name) for name in ("touch", "turn", "switches", "weights")})
+    answer_requests(
+        images | {name: only_adapters(name) for name in ("touch", "turn", "switches", "weights")}
+    )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,19 @@ from types import TracebackType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-_TUNING = ("OMP_", "GOMP_", "KMP_", "MKL_", "MALLOC_", "LD_PRELOAD", "ONEDNN_", "DNNL_", "TORCH", "ATEN_", "FIDELORA_")
+_TUNING = (
+    "OMP_",
+    "GOMP_",
+    "KMP_",
+    "MKL_",
+    "MALLOC_",
+    "LD_PRELOAD",
+    "ONEDNN_",
+    "DNNL_",
+    "TORCH",
+    "ATEN_",
+    "FIDELORA_",
+)
 
 
 def plain_environment() -> dict[str, str]:
@@ -62,7 +74,12 @@ class Party:
     def __enter__(self) -> Party:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def close(self) -> None:

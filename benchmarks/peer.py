@@ -45,7 +45,9 @@ class Peer:
             self._adapter = path
         return {"seconds": time.perf_counter() - start}
 
-    def image(self, prompt: str, size: int, steps: int, seed: int, latents_only: bool = False) -> dict[str, float]:
+    def image(
+        self, prompt: str, size: int, steps: int, seed: int, latents_only: bool = False
+    ) -> dict[str, float]:
         """Seconds of the parts of one image; `step` is one of its steps."""
         step_done = 0.0
 
@@ -67,12 +69,20 @@ class Peer:
             callback_on_step_end=note,
         )
         decoded = time.perf_counter()
-        seconds = {"text": self._text_done - start, "step": (step_done - self._text_done) / steps, "disk": disk_reads() - reads}
+        seconds = {
+            "text": self._text_done - start,
+            "step": (step_done - self._text_done) / steps,
+            "disk": disk_reads() - reads,
+        }
         if latents_only:
             return seconds
         _png(result.images[0])
         end = time.perf_counter()
-        return seconds | {"decode": decoded - step_done, "encode": end - decoded, "total": end - start}
+        return seconds | {
+            "decode": decoded - step_done,
+            "encode": end - decoded,
+            "total": end - start,
+        }
 
     def _touch(self) -> None:
         """Read every weight: they are mapped from files, and the system may have dropped some while other parties were measured."""
@@ -107,7 +117,9 @@ class Peer:
 
 def load_pipeline(folder: str) -> Any:
     """The pipeline as the folder says it, which is with the trainer's sampler."""
-    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None)
+    pipe = StableDiffusionPipeline.from_pretrained(
+        folder, torch_dtype=torch.float32, safety_checker=None
+    )
     assert isinstance(pipe.scheduler, DDPMScheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe

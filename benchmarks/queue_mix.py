@@ -25,7 +25,9 @@ SIZE, STEPS = 128, 2
 def measure(settings: Settings, before: Mapping[str, Findings]) -> Findings:
     """Args: before: what other parts found; what is composed needs the figures of images."""
     base = str(full_size.base(settings.folder))
-    paths = [str(full_size.small_adapter(settings.folder, number)) for number in range(ADAPTERS + 1)]
+    paths = [
+        str(full_size.small_adapter(settings.folder, number)) for number in range(ADAPTERS + 1)
+    ]
     wanted = order()
     request: dict[str, Any] = {"size": SIZE, "steps": STEPS}
     jobs: dict[str, list[dict[str, float]]] = {way: [] for way in ("peer", "exact", "fast")}
@@ -44,14 +46,27 @@ def measure(settings: Settings, before: Mapping[str, Findings]) -> Findings:
         for place in rounds(20.0 if settings.quick else 110.0, least=3, most=JOBS):
             changing = peer.ask("adapter", path=paths[wanted[place]])["seconds"]
             image = peer.ask("image", prompt=f"a thing, number {place}", seed=place, **request)
-            jobs["peer"].append({"seconds": changing + image["total"], "adapters": changing, "changed": changing > 0.001})
+            jobs["peer"].append(
+                {
+                    "seconds": changing + image["total"],
+                    "adapters": changing,
+                    "changed": changing > 0.001,
+                }
+            )
             for way, party in ways.items():
                 jobs[way] += party.ask("next_jobs")
         size = SIZE if settings.quick else 256  # of which the other part has figures
-        request = {"adapters": [paths[number] for number in wanted], "size": size, "steps": WHOLE_STEPS}
+        request = {
+            "adapters": [paths[number] for number in wanted],
+            "size": size,
+            "steps": WHOLE_STEPS,
+        }
         batches = {way: party.ask("batches", **request) for way, party in ways.items()}
     found = Findings(raw={"order": wanted, "jobs": jobs, "batches of the whole queue": batches})
-    changes = {"peer": _changes(wanted), **{way: _changes([one["adapter"] for one in made]) for way, made in batches.items()}}
+    changes = {
+        "peer": _changes(wanted),
+        **{way: _changes([one["adapter"] for one in made]) for way, made in batches.items()},
+    }
     _measured(found, jobs)
     _composed(found, size, jobs, batches, changes, before)
     found.notes.append(
@@ -66,7 +81,9 @@ def measure(settings: Settings, before: Mapping[str, Findings]) -> Findings:
 
 def order() -> list[int]:
     """Which adapter each job wants."""
-    return random.Random(1).choices(range(ADAPTERS), [1 / (place + 1) for place in range(ADAPTERS)], k=JOBS)
+    return random.Random(1).choices(
+        range(ADAPTERS), [1 / (place + 1) for place in range(ADAPTERS)], k=JOBS
+    )
 
 
 def _changes(adapters: Sequence[Any]) -> int:
@@ -75,7 +92,9 @@ def _changes(adapters: Sequence[Any]) -> int:
 
 
 def _measured(found: Findings, jobs: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
-    rates = {way: 3600 * len(done) / sum(job["seconds"] for job in done) for way, done in jobs.items()}
+    rates = {
+        way: 3600 * len(done) / sum(job["seconds"] for job in done) for way, done in jobs.items()
+    }
     for way in ("exact", "fast"):
         what = f"mixed queue, measured: its first {len(jobs[way])} jobs, {SIZE}x{SIZE}, {STEPS} steps, {way}"
         _rate_row(found, what, rates["peer"], rates[way], len(jobs["peer"]))
@@ -90,13 +109,22 @@ def _composed(
     before: Mapping[str, Findings],
 ) -> None:
     """The whole queue with 25 steps: changes of adapters as measured here, images as composed by the other part."""
-    changing = {way: statistics.median([job["adapters"] for job in done if job["changed"]]) for way, done in jobs.items()}
+    changing = {
+        way: statistics.median([job["adapters"] for job in done if job["changed"]])
+        for way, done in jobs.items()
+    }
     found.raw["seconds of a change"] = changing
     measured = before["images"].raw.get(str(size)) if "images" in before else None
     if measured is None:
-        found.notes.append(f"The whole queue at {size} is not composed: that needs the part `images` in the same run.")
+        found.notes.append(
+            f"The whole queue at {size} is not composed: that needs the part `images` in the same run."
+        )
         return
-    image = {name: statistics.median(map(whole, said)) for name, said in measured.items() if "decode" in said[0]}
+    image = {
+        name: statistics.median(map(whole, said))
+        for name, said in measured.items()
+        if "decode" in said[0]
+    }
     seconds = {way: changes[way] * changing[way] for way in jobs}
     bare = statistics.median(one["step"] for one in measured["peer without adapter"])
     around = statistics.median(whole(one, 0) for one in measured["peer"])
@@ -104,7 +132,9 @@ def _composed(
     seconds["exact"] += JOBS * image["exact"]
     # Of a batch one and four images were measured; what is between them lies on a line.
     alone, side_by_side = image["fast"], 4 * image.get("batch", image["fast"])
-    seconds["fast"] += sum(alone + (one["images"] - 1) / 3 * (side_by_side - alone) for one in batches["fast"])
+    seconds["fast"] += sum(
+        alone + (one["images"] - 1) / 3 * (side_by_side - alone) for one in batches["fast"]
+    )
     for way in ("exact", "fast"):
         what = f"mixed queue, composed: all {JOBS} jobs, {size}x{size}, {WHOLE_STEPS} steps, {way}"
         _rate_row(found, what, 3600 * JOBS / seconds["peer"], 3600 * JOBS / seconds[way], 1)
@@ -117,4 +147,12 @@ def _composed(
 
 
 def _rate_row(found: Findings, what: str, peer: float, ours: float, rounds: int) -> None:
-    found.rows.append(Row(what, f"{peer:.0f} images/hour", f"{ours:.0f} images/hour", f"{ours / peer:.2f} x as many", rounds))
+    found.rows.append(
+        Row(
+            what,
+            f"{peer:.0f} images/hour",
+            f"{ours:.0f} images/hour",
+            f"{ours / peer:.2f} x as many",
+            rounds,
+        )
+    )

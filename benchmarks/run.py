@@ -29,12 +29,28 @@ def main() -> None:
         "queue": lambda settings: queue_mix.measure(settings, found),
         "fidelity": fidelity.measure,
     }
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", choices=parts, nargs="+", help="these parts alone")
-    parser.add_argument("--quick", action="store_true", help="few rounds of small images, to see that all works")
-    parser.add_argument("--folder", type=Path, default=full_size.default_folder(), help="where models are kept between runs")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench-results", help="where the report goes")
-    parser.add_argument("--sdcpp", default=sys.executable, metavar="PYTHON", help="that has stable-diffusion-cpp-python")
+    parser.add_argument(
+        "--quick", action="store_true", help="few rounds of small images, to see that all works"
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=full_size.default_folder(),
+        help="where models are kept between runs",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "bench-results", help="where the report goes"
+    )
+    parser.add_argument(
+        "--sdcpp",
+        default=sys.executable,
+        metavar="PYTHON",
+        help="that has stable-diffusion-cpp-python",
+    )
     options = parser.parse_args()
     settings = Settings(options.folder, options.quick, options.sdcpp)
     full_size.base(settings.folder)
@@ -44,7 +60,9 @@ def main() -> None:
         found[name] = parts[name](settings)
         minutes[name] = (time.perf_counter() - start) / 60
         print(f"{name}: {minutes[name]:.1f} minutes", file=sys.stderr, flush=True)
-    environment = report.environment() | {"minutes": {name: round(taken, 1) for name, taken in minutes.items()}}
+    environment = report.environment() | {
+        "minutes": {name: round(taken, 1) for name, taken in minutes.items()}
+    }
     written = report.write(found, environment, options.out)
     print(report.markdown(found, environment))
     print("\n".join(map(str, written)), file=sys.stderr)

@@ -28,14 +28,18 @@ def is_installed(python: str) -> bool:
 def main() -> None:
     from stable_diffusion_cpp import StableDiffusion  # type: ignore[import-not-found]  # it need not be installed
 
-    model = StableDiffusion(model_path=sys.argv[1], wtype="f32", n_threads=os.cpu_count(), verbose=False)
+    model = StableDiffusion(
+        model_path=sys.argv[1], wtype="f32", n_threads=os.cpu_count(), verbose=False
+    )
 
     def image(prompt: str, size: int, steps: int, seed: int) -> dict[str, float]:
         """Seconds of the parts of one image; `step` is one of its steps."""
         marks: list[float] = []
 
         def note(step: int, _steps: int, _seconds: float) -> None:
-            if step >= len(marks):  # before the first step, and after each; then other work may report, too
+            if step >= len(
+                marks
+            ):  # before the first step, and after each; then other work may report, too
                 marks.append(time.perf_counter())
 
         start = time.perf_counter()
@@ -52,8 +56,15 @@ def main() -> None:
         decoded = time.perf_counter()
         picture.save(io.BytesIO(), "PNG")
         end = time.perf_counter()
-        parts: dict[str, Any] = {"text": marks[0] - start, "step": (marks[steps] - marks[0]) / steps}
-        return parts | {"decode": decoded - marks[steps], "encode": end - decoded, "total": end - start}
+        parts: dict[str, Any] = {
+            "text": marks[0] - start,
+            "step": (marks[steps] - marks[0]) / steps,
+        }
+        return parts | {
+            "decode": decoded - marks[steps],
+            "encode": end - decoded,
+            "total": end - start,
+        }
 
     answer_requests({"image": image})
 

@@ -32,7 +32,9 @@ def peer(folder: Path) -> Callable[[int, int], Painted]:
     """The pipeline of diffusers, nothing tuned."""
     from diffusers import StableDiffusionXLPipeline
 
-    pipe = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16, add_watermarker=False)
+    pipe = StableDiffusionXLPipeline.from_pretrained(
+        folder, torch_dtype=torch.bfloat16, add_watermarker=False
+    )
     pipe.set_progress_bar_config(disable=True)
 
     def paint(size: int, steps: int) -> Painted:
@@ -81,12 +83,24 @@ def measure(party: str, folder: Path, size: int) -> dict[str, float]:
     first = time.perf_counter() - start
     done, decode = paint(size, STEPS + 1)
     step = (done[-1] - done[0]) / STEPS
-    return {"first": first, "step": step, "decode": decode, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    return {
+        "first": first,
+        "step": step,
+        "decode": decode,
+        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=full_size.default_folder(), help="where models are kept between runs")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=full_size.default_folder(),
+        help="where models are kept between runs",
+    )
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--party", choices=PARTIES, help=argparse.SUPPRESS)
     parser.add_argument("--once", action="store_true", help="each party once")
@@ -97,13 +111,31 @@ def main() -> None:
         return
     found: dict[str, list[dict[str, float]]] = {party: [] for party in PARTIES}
     for party in PARTIES if options.once else (*PARTIES, *reversed(PARTIES)):
-        command = [sys.executable, "-m", "benchmarks.sdxl", "--party", party, "--size", str(options.size)]
-        said = subprocess.run([*command, "--folder", str(options.folder)], check=True, capture_output=True, text=True).stdout
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.sdxl",
+            "--party",
+            party,
+            "--size",
+            str(options.size),
+        ]
+        said = subprocess.run(
+            [*command, "--folder", str(options.folder)], check=True, capture_output=True, text=True
+        ).stdout
         found[party].append(json.loads(said.splitlines()[-1]))
         print(party, found[party][-1], file=sys.stderr, flush=True)
-    medians = {party: {name: statistics.median(one[name] for one in said) for name in said[0]} for party, said in found.items()}
+    medians = {
+        party: {name: statistics.median(one[name] for one in said) for name in said[0]}
+        for party, said in found.items()
+    }
     title = f"{options.size}x{options.size}, bfloat16"
-    columns = (title, "step", f"image, {WHOLE_STEPS} steps (composed)", "load, and an image of one step")
+    columns = (
+        title,
+        "step",
+        f"image, {WHOLE_STEPS} steps (composed)",
+        "load, and an image of one step",
+    )
     print(f"| {' | '.join(columns)} | most memory |\n|---|---|---|---|---|")
     for party, one in medians.items():
         whole = WHOLE_STEPS * one["step"] + one["decode"]

@@ -48,7 +48,9 @@ BODY = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--jobs", type=int, default=30)
     parser.add_argument("--submits", type=int, default=500)
     parser.add_argument("--queue", type=int, default=10_000)
@@ -59,7 +61,10 @@ def main() -> None:
         _server(data := Path(folder), FIDELORA_QUEUE_SIZE=queue_size) as server,
         httpx2.Client(base_url=server.url, timeout=60) as client,
     ):
-        _print("overhead of a job (wall minus engine)", [wall - engine for wall, engine in _jobs(client, options.jobs)])
+        _print(
+            "overhead of a job (wall minus engine)",
+            [wall - engine for wall, engine in _jobs(client, options.jobs)],
+        )
         _cancel_running(client, server)
         _requeue(client, server)
         _submit(client, server, data, options.queue, options.submits)
@@ -78,9 +83,15 @@ def measure(settings: Settings) -> Findings:
     found = Findings(raw={"walls": walls, "engines": engines})
     middle, most = statistics.median(own) * 1000, _p99(own) * 1000
     whole = statistics.median(engines) * 1000
-    figures = (f"{whole:.1f} ms in the engine", f"{middle:.1f} ms besides (p99 {most:.1f})", f"{middle / whole:.0%} on top")
+    figures = (
+        f"{whole:.1f} ms in the engine",
+        f"{middle:.1f} ms besides (p99 {most:.1f})",
+        f"{middle / whole:.0%} on top",
+    )
     found.rows.append(Row("server: a job of the tiny base, 64x64, 4 steps", *figures, len(own)))
-    found.notes.append("Server: from the POST to the first status that says succeeded, less the seconds that the engine measured.")
+    found.notes.append(
+        "Server: from the POST to the first status that says succeeded, less the seconds that the engine measured."
+    )
     return found
 
 
@@ -102,7 +113,9 @@ def _jobs(client: httpx2.Client, jobs: int) -> list[tuple[float, float]]:
     for _ in range(jobs + 3):
         start = time.perf_counter()
         request_id = client.post("/v1/inference", json=BODY).raise_for_status().json()["request_id"]
-        while (status := client.get(f"/v1/requests/{request_id}/status").json())["status"] != "succeeded":
+        while (status := client.get(f"/v1/requests/{request_id}/status").json())[
+            "status"
+        ] != "succeeded":
             assert status["status"] in ("in_queue", "in_progress"), status
             time.sleep(0.002)
         wall = time.perf_counter() - start
@@ -113,7 +126,10 @@ def _jobs(client: httpx2.Client, jobs: int) -> list[tuple[float, float]]:
 
 def _submit(client: httpx2.Client, server: Server, data: Path, queue: int, submits: int) -> None:
     # A job that takes long keeps the worker busy, so that the queue stays as it is.
-    long = {**BODY, "prompts": [{"prompt": "x", "width": 1024, "height": 1024, "sample_steps": 150}]}
+    long = {
+        **BODY,
+        "prompts": [{"prompt": "x", "width": 1024, "height": 1024, "sample_steps": 150}],
+    }
     busy = client.post("/v1/inference", json=long).json()["request_id"]
     until(lambda: server.status(busy)["status"] == "in_progress")
     store = SqlStore(f"sqlite:///{data}/jobs.sqlite")
@@ -147,14 +163,21 @@ def _cancel_running(client: httpx2.Client, server: Server) -> None:
     until(lambda: server.status(request_id)["status"] == "canceled")
     seconds = time.perf_counter() - start
     step_s = progress["eta_s"] / (progress["steps"] - progress["step"])
-    print(f"{'cancel a running job':44} {seconds * 1000:8.1f} ms = {seconds / step_s:.1f} steps of {step_s * 1000:.0f} ms")
+    print(
+        f"{'cancel a running job':44} {seconds * 1000:8.1f} ms = {seconds / step_s:.1f} steps of {step_s * 1000:.0f} ms"
+    )
 
 
 def _requeue(client: httpx2.Client, server: Server) -> None:
     body = {**BODY, "prompts": [{"prompt": "x", "width": 768, "height": 768, "sample_steps": 100}]}
     request_id = client.post("/v1/inference", json=body).json()["request_id"]
     until(lambda: server.status(request_id)["progress"])
-    found = subprocess.run(["pgrep", "-P", str(server.process.pid), "-f", "spawn_main"], capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        ["pgrep", "-P", str(server.process.pid), "-f", "spawn_main"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     start = time.perf_counter()
     for worker in found.stdout.split():
         os.kill(int(worker), signal.SIGKILL)
@@ -166,7 +189,9 @@ def _requeue(client: httpx2.Client, server: Server) -> None:
 
 def _print(what: str, seconds: list[float]) -> None:
     median = statistics.median(seconds) * 1000
-    print(f"{what:44} median {median:8.1f} ms   p99 {_p99(seconds) * 1000:8.1f} ms   n={len(seconds)}")
+    print(
+        f"{what:44} median {median:8.1f} ms   p99 {_p99(seconds) * 1000:8.1f} ms   n={len(seconds)}"
+    )
 
 
 def _p99(seconds: list[float]) -> float:

@@ -17,7 +17,11 @@ COMMANDS = {
     "a Recipe": [sys.executable, "-c", "import fidelora; fidelora.Recipe(prompt='a ball')"],
     "fidelora --help": [sys.executable, "-m", "fidelora", "--help"],
     "fidelora models": [sys.executable, "-m", "fidelora", "models"],
-    "import fidelora, Engine (torch and all)": [sys.executable, "-c", "import fidelora; fidelora.Engine"],
+    "import fidelora, Engine (torch and all)": [
+        sys.executable,
+        "-c",
+        "import fidelora; fidelora.Engine",
+    ],
 }
 
 

@@ -40,12 +40,17 @@ def measure(settings: Settings) -> Findings:
                     seconds = party.ask("turn", what=turn, paths=large)["seconds"]
                     if number > 0:
                         ours[way].setdefault(turn, []).append(seconds)
-        grown = {way: party.ask("switches", large=large, tiny=tiny, **many) for way, party in ways.items()}
+        grown = {
+            way: party.ask("switches", large=large, tiny=tiny, **many)
+            for way, party in ways.items()
+        }
         weights = {way: party.ask("weights", path=large[0]) for way, party in ways.items()}
     found.raw |= {"peer": theirs, "ours": ours, "many switches": grown, "weights": weights}
     _rows(found, theirs, ours)
     live = ", ".join(f"{way} {one['live'] / 1e6:.0f} MB" for way, one in weights.items())
-    seconds = ", ".join(f"{way} {one['seconds'] / one['count']:.3f} s" for way, one in grown.items())
+    seconds = ", ".join(
+        f"{way} {one['seconds'] / one['count']:.3f} s" for way, one in grown.items()
+    )
     found.notes += [
         f"A switch changes {weights['exact']['weights']} weights with {weights['exact']['numbers'] / 1e6:.0f} million numbers. "
         f"Weights that live in the process: {live}.",
@@ -59,11 +64,16 @@ def measure(settings: Settings) -> Findings:
 def _of_peer(peer: Party, paths: list[str], *, fuse: bool) -> dict[str, float]:
     """Seconds of the ways in which diffusers can change the adapter; of the longest one only if that is asked for."""
     peer.ask("adapter", path=paths[0])
-    seconds = {"load": peer.ask("adapter", path=paths[1])["seconds"], "choose": peer.ask("choose", paths=paths)["seconds"]}
+    seconds = {
+        "load": peer.ask("adapter", path=paths[1])["seconds"],
+        "choose": peer.ask("choose", paths=paths)["seconds"],
+    }
     return seconds | ({"fuse": sum(peer.ask("fuse", path=paths[0]).values())} if fuse else {})
 
 
-def _rows(found: Findings, theirs: dict[str, list[float]], ours: dict[str, dict[str, list[float]]]) -> None:
+def _rows(
+    found: Findings, theirs: dict[str, list[float]], ours: dict[str, dict[str, list[float]]]
+) -> None:
     peers = {
         "fuse": "peer: load, `fuse_lora`, undo",
         "load": "peer: unload, load, not fused",
@@ -77,7 +87,13 @@ def _rows(found: Findings, theirs: dict[str, list[float]], ours: dict[str, dict[
         for turn in TURNS:
             seconds = statistics.median(turns[turn])
             figures = (f"{copy:.3f} s", f"{seconds:.3f} s", f"{seconds / copy:.2f} times the floor")
-            found.rows.append(Row(f"{turn}, {way}, beside a copy of the same weights in float32", *figures, len(turns[turn])))
+            found.rows.append(
+                Row(
+                    f"{turn}, {way}, beside a copy of the same weights in float32",
+                    *figures,
+                    len(turns[turn]),
+                )
+            )
     many: dict[str, Any] = found.raw["many switches"]
     for way, one in many.items():
         figures = ("-", f"{one['growth'] / 1e6:+.0f} MB", "-")

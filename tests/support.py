@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 import fidelora
+from fidelora.accel.device import processor_name
 from fidelora.adapters.deltas import Delta
 from fidelora.adapters.merge import merge_into
-from fidelora.adapters.targets import GivesWeight
-from fidelora.engine.device import processor_name
+from fidelora.adapters.targets import ProvidesWeight
 
 DEMO_DATA = Path(fidelora.__file__).parent / "demo_data"
 TINY_BASE = DEMO_DATA / "tiny-sd15"
-GOLDENS = Path(__file__).parent / "preview" / "goldens"
+GOLDENS = Path(__file__).parent / "goldens"
 GOLDEN_JOBS = GOLDENS / "jobs"
 TINY_SDXL = GOLDENS / "base" / "tiny-sdxl"
 LORA = DEMO_DATA / "lora_linear_f32" / "lora_linear_f32.safetensors"
@@ -40,19 +40,27 @@ def copy_base(folder: Path) -> Path:
 
 def change_weights(path: Path, change: Any) -> None:
     """Rewrite a .safetensors file with what `change` makes of its dictionary of tensors."""
-    tensors = safetensors.torch.load(path.read_bytes())  # not mapped: the file is about to be replaced
+    tensors = safetensors.torch.load(
+        path.read_bytes()
+    )  # not mapped: the file is about to be replaced
     safetensors.torch.save_file(change(tensors), path)
 
 
 def save_adapter(path: Path, tensors: dict[str, Tensor], **metadata: str) -> Path:
     """Write an adapter file."""
-    safetensors.torch.save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata or None)
+    safetensors.torch.save_file(
+        {key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata or None
+    )
     return path
 
 
 def weights_of(part: nn.Module) -> dict[str, Tensor]:
     """The state of a part of a loaded base, with the numbers of modules that keep their weight in a form of their own."""
-    plain = {f"{path}.weight": one.plain() for path, one in part.named_modules() if isinstance(one, GivesWeight)}
+    plain = {
+        f"{path}.weight": one.plain()
+        for path, one in part.named_modules()
+        if isinstance(one, ProvidesWeight)
+    }
     return part.state_dict() | plain
 
 

@@ -17,7 +17,7 @@ from tools.pages.error_list import errors_page
 from tools.pages.python_api import python_page
 
 from fidelora.jobs.memory import MemoryStore
-from fidelora.server.app import make_app, parts_around
+from fidelora.server.app import context_with_store, make_app
 from fidelora.server.problems import codes
 from fidelora.settings import Settings, read_settings
 
@@ -43,10 +43,15 @@ that begins with `FIDELORA_` and is not here is an error.
 def http_page() -> str:
     """Every route with its parameters, bodies and answers, and every body with its fields."""
     with tempfile.TemporaryDirectory() as folder:
-        api = make_app(parts_around(MemoryStore(), read_settings(data_dir=Path(folder)), {}, "")).openapi()
+        api = make_app(
+            context_with_store(MemoryStore(), read_settings(data_dir=Path(folder)), {}, "")
+        ).openapi()
     lines = ["# HTTP API", "", _MADE, "", api["info"]["description"], ""]
     lines += [_ABOUT_HTTP, "", "| code | status | meaning |", "|---|---|---|"]
-    lines += [f"| `{code}` | {status} | {meaning} |" for code, (status, meaning) in sorted(codes().items())]
+    lines += [
+        f"| `{code}` | {status} | {meaning} |"
+        for code, (status, meaning) in sorted(codes().items())
+    ]
     lines.append("")
     for path, methods in api["paths"].items():
         for method, route in methods.items():
@@ -55,12 +60,14 @@ def http_page() -> str:
     bodies = {
         name: schema
         for name, schema in api["components"]["schemas"].items()
-        if "properties" in schema and not name.startswith(("HTTPValidation", "ValidationError", "Body_"))
+        if "properties" in schema
+        and not name.startswith(("HTTPValidation", "ValidationError", "Body_"))
     }
     for name, schema in bodies.items():
         lines += _schema(name, schema)
     linked = {
-        _NAMED.format(name): f"[{name}](#{name.lower()})" if name in bodies else name for name in api["components"]["schemas"]
+        _NAMED.format(name): f"[{name}](#{name.lower()})" if name in bodies else name
+        for name in api["components"]["schemas"]
     }
     text = "\n".join(lines).rstrip() + "\n"
     for mark, link in linked.items():
@@ -73,7 +80,11 @@ def settings_page() -> str:
     lines = ["# Settings", "", _MADE, ""]
     lines += [_ABOUT_SETTINGS, "", "| name | meaning | default |", "|---|---|---|"]
     for field in Settings.model_fields.values():
-        shown = f"`{field.default}`" if isinstance(field.default, bool | int | float | str) and field.default != "" else ""
+        shown = (
+            f"`{field.default}`"
+            if isinstance(field.default, bool | int | float | str) and field.default != ""
+            else ""
+        )
         lines.append(f"| `{field.validation_alias}` | {field.description} | {shown} |")
     return "\n".join(lines) + "\n"
 
@@ -84,14 +95,18 @@ def _route(method: str, path: str, route: dict[str, Any]) -> list[str]:
     if parameters:
         lines += ["| parameter | in | type | meaning |", "|---|---|---|---|"]
         for entry in parameters:
-            lines.append(f"| `{entry['name']}` | {entry['in']} | {_type(entry['schema'])} | {entry.get('description', '')} |")
+            lines.append(
+                f"| `{entry['name']}` | {entry['in']} | {_type(entry['schema'])} | {entry.get('description', '')} |"
+            )
         lines.append("")
     for media_type, content in route.get("requestBody", {}).get("content", {}).items():
         lines += [f"Body: {_type(content['schema'])} (`{media_type}`)", ""]
     lines += ["| status | answer |", "|---|---|"]
     for status, answer in sorted(route["responses"].items()):
         types = {_type(content.get("schema", {})) for content in answer.get("content", {}).values()}
-        lines.append(f"| {status} | {', '.join(sorted(types)) or 'empty'}{_said(answer['description'])} |")
+        lines.append(
+            f"| {status} | {', '.join(sorted(types)) or 'empty'}{_said(answer['description'])} |"
+        )
     return [*lines, ""]
 
 
@@ -100,10 +115,21 @@ def _said(description: str) -> str:
 
 
 def _schema(name: str, schema: dict[str, Any]) -> list[str]:
-    lines = [f"### {name}", "", schema.get("description", ""), "", "| field | type | default |", "|---|---|---|"]
+    lines = [
+        f"### {name}",
+        "",
+        schema.get("description", ""),
+        "",
+        "| field | type | default |",
+        "|---|---|---|",
+    ]
     for field, content in schema["properties"].items():
         default = (
-            "**required**" if field in schema.get("required", []) else f"`{content['default']}`" if "default" in content else ""
+            "**required**"
+            if field in schema.get("required", [])
+            else f"`{content['default']}`"
+            if "default" in content
+            else ""
         )
         lines.append(f"| `{field}` | {_type(content)} | {default} |")
     return [*lines, ""]
@@ -123,7 +149,9 @@ def _type(schema: dict[str, Any]) -> str:
         return f"list of {_type(schema['items'])}"
     lowest, highest = schema.get("minimum"), schema.get("maximum")
     bounds = (
-        "" if (lowest, highest) == (None, None) else " " + "..".join("" if one is None else str(one) for one in (lowest, highest))
+        ""
+        if (lowest, highest) == (None, None)
+        else " " + "..".join("" if one is None else str(one) for one in (lowest, highest))
     )
     return f"{schema.get('type', 'any')}{bounds}"
 
@@ -143,7 +171,11 @@ def pages() -> dict[Path, str]:
 def main() -> None:
     made = pages()
     if "--check" in sys.argv[1:]:
-        old = [str(path.relative_to(DOCS.parent)) for path, text in made.items() if not path.is_file() or path.read_text() != text]
+        old = [
+            str(path.relative_to(DOCS.parent))
+            for path, text in made.items()
+            if not path.is_file() or path.read_text() != text
+        ]
         if old:
             sys.exit(f"{', '.join(old)}: not what the code says; run `make reference`.")
         return

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fidelora.client import AsyncClient, Client
     from fidelora.engine.engine import Engine, Progress
-    from fidelora.engine.output import GeneratedImage
     from fidelora.errors import FideloraError
-    from fidelora.origin import Origin, read_origin, read_record
+    from fidelora.images.read import Origin, read_origin, read_record
+    from fidelora.images.write import GeneratedImage
     from fidelora.recipe import AdapterRef, Recipe
 
 __version__ = "0.1.0"
@@ -29,12 +29,12 @@ _HOMES = {
     "Client": "fidelora.client",
     "Engine": "fidelora.engine.engine",
     "FideloraError": "fidelora.errors",
-    "GeneratedImage": "fidelora.engine.output",
-    "Origin": "fidelora.origin",
+    "GeneratedImage": "fidelora.images.write",
+    "Origin": "fidelora.images.read",
     "Progress": "fidelora.engine.engine",
     "Recipe": "fidelora.recipe",
-    "read_origin": "fidelora.origin",
-    "read_record": "fidelora.origin",
+    "read_origin": "fidelora.images.read",
+    "read_record": "fidelora.images.read",
 }
 
 __all__ = [

@@ -22,7 +22,12 @@ class FideloraError(Exception):
     def __init__(self, message: str | None = None) -> None:
         text = message or " ".join((type(self).__doc__ or "").split())
         # Names from files go into messages, and messages go to terminals: nothing unprintable passes.
-        super().__init__("".join(character if character.isprintable() else repr(character)[1:-1] for character in text))
+        super().__init__(
+            "".join(
+                character if character.isprintable() else repr(character)[1:-1]
+                for character in text
+            )
+        )
 
 
 class WrongUseError(FideloraError):
@@ -94,10 +99,23 @@ class AdaptersMissingError(AdapterError, WrongUseError):
     """Adapters that the image was made with are not here."""
 
     # `missing`: sha256 and name of each; a hash may be the beginning of one, or empty, if the image has no more.
-    def __init__(self, message: str | None = None, *, missing: Sequence[tuple[str, str]] = ()) -> None:
+    def __init__(
+        self, message: str | None = None, *, missing: Sequence[tuple[str, str]] = ()
+    ) -> None:
         self.missing = tuple(missing)
-        named = some([f"{name or 'an adapter'} ({f'sha256 {sha256}' if sha256 else 'no hash'})" for sha256, name in missing], 10)
-        super().__init__(message or (f"Adapters that the image was made with are not here: {named}." if missing else None))
+        named = some(
+            [
+                f"{name or 'an adapter'} ({f'sha256 {sha256}' if sha256 else 'no hash'})"
+                for sha256, name in missing
+            ],
+            10,
+        )
+        super().__init__(
+            message
+            or (
+                f"Adapters that the image was made with are not here: {named}." if missing else None
+            )
+        )
 
 
 class AdapterUrlRefusedError(AdapterError, WrongUseError):
@@ -196,7 +214,11 @@ class RequestError(WrongUseError):
     """The request asks for something that cannot be done."""
 
     def __init__(
-        self, message: str | None = None, *, code: str = "BAD_REQUEST", details: Mapping[str, object] | None = None
+        self,
+        message: str | None = None,
+        *,
+        code: str = "BAD_REQUEST",
+        details: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__(message)
         self.code = code
@@ -246,7 +268,12 @@ class ApiError(FideloraError):
 
     # `status` of HTTP, 0 if there was no answer; `code` for programs, such as LORA_NOT_FOUND, empty if the answer had none.
     def __init__(
-        self, message: str | None = None, *, status: int = 0, code: str = "", details: Mapping[str, object] | None = None
+        self,
+        message: str | None = None,
+        *,
+        status: int = 0,
+        code: str = "",
+        details: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status

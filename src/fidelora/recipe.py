@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fidelora.errors import AdapterNotFoundError, RecipeError, UnknownSamplerError, WeightsFileError
-from fidelora.models import ModelSpec, model_spec
-from fidelora.weights_file import read_header_of
+from fidelora.families import Family, get_family
+from fidelora.safetensors_header import read_file_header
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Noise = Literal["modern", "legacy"]
@@ -92,15 +92,21 @@ class AdapterRef:
 
     def __post_init__(self) -> None:
         if not isinstance(self.sha256, str) or not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
-            raise RecipeError("An adapter's sha256 has 64 hexadecimal digits in lower case.", field="adapters")
+            raise RecipeError(
+                "An adapter's sha256 has 64 hexadecimal digits in lower case.", field="adapters"
+            )
         _is_text("name", self.name)
         _in_range("multiplier", self.multiplier, -MAX_MULTIPLIER, MAX_MULTIPLIER)
         if self.alpha is not None:
             _in_range("alpha", self.alpha, 0.0, MAX_ALPHA)
-            object.__setattr__(self, "alpha", float(self.alpha) or None)  # 0 means the rank, as in the trainer
+            object.__setattr__(
+                self, "alpha", float(self.alpha) or None
+            )  # 0 means the rank, as in the trainer
         if self.path is not None:
             object.__setattr__(self, "path", Path(self.path))
-        object.__setattr__(self, "multiplier", float(self.multiplier) + 0.0)  # no -0.0: it equals 0.0 and prints otherwise
+        object.__setattr__(
+            self, "multiplier", float(self.multiplier) + 0.0
+        )  # no -0.0: it equals 0.0 and prints otherwise
 
     @classmethod
     def from_file(cls, path: str | Path, multiplier: float = 1.0) -> AdapterRef:
@@ -113,11 +119,15 @@ class AdapterRef:
         """
         path = Path(path).expanduser()
         if path.is_dir():
-            raise AdapterNotFoundError(f"{path} is a folder, not an adapter file; name the .safetensors file in it.")
+            raise AdapterNotFoundError(
+                f"{path} is a folder, not an adapter file; name the .safetensors file in it."
+            )
         if not path.is_file():  # nor a device or a pipe, which may never end
             raise AdapterNotFoundError(f"There is no adapter file {path}; check the path.")
-        read_header_of(path)
-        name = path.stem.encode("utf-8", "replace").decode()  # a file name need not be text; what goes into images has to be
+        read_file_header(path)
+        name = path.stem.encode(
+            "utf-8", "replace"
+        ).decode()  # a file name need not be text; what goes into images has to be
         return cls(file_sha256(path), multiplier, name=name, path=path.resolve())
 
 
@@ -183,7 +193,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _is_text("model", self.model)
-        spec = model_spec(self.model)
+        spec = get_family(self.model)
         self._fill_in(
             base_model=spec.base_model,
             width=spec.default_size,
@@ -211,8 +221,16 @@ class Recipe:
             if getattr(self, name) is FROM_MODEL:
                 object.__setattr__(self, name, value)
 
-    def _check(self, spec: ModelSpec) -> None:
-        for name in ("prompt", "negative_prompt", "base_model", "variant", "config", "vae", "sampler"):
+    def _check(self, spec: Family) -> None:
+        for name in (
+            "prompt",
+            "negative_prompt",
+            "base_model",
+            "variant",
+            "config",
+            "vae",
+            "sampler",
+        ):
             _is_text(name, getattr(self, name))
         _in_range("width", self.width, MIN_SIZE, MAX_SIZE, whole=True)
         _in_range("height", self.height, MIN_SIZE, MAX_SIZE, whole=True)
@@ -221,14 +239,24 @@ class Recipe:
         if self.negative_prompt_2 is not None:
             _is_text("negative_prompt_2", self.negative_prompt_2)
             if len(spec.text_encoders) < 2:
-                raise RecipeError(f"{spec.id} has one text encoder; leave out negative_prompt_2.", field="negative_prompt_2")
+                raise RecipeError(
+                    f"{spec.id} has one text encoder; leave out negative_prompt_2.",
+                    field="negative_prompt_2",
+                )
         _in_range("seed", self.seed, 0, MAX_SEED, whole=True)
         if self.sampler not in spec.samplers:
             known = ", ".join(spec.samplers)
             raise UnknownSamplerError(
-                f"There is no sampler {self.sampler!r} for {spec.id}; the samplers are: {known}.", field="sampler"
+                f"There is no sampler {self.sampler!r} for {spec.id}; the samplers are: {known}.",
+                field="sampler",
             )
-        _in_range("steps", self.steps, 1, min(MAX_STEPS, spec.samplers[self.sampler].max_steps), whole=True)
+        _in_range(
+            "steps",
+            self.steps,
+            1,
+            min(MAX_STEPS, spec.samplers[self.sampler].max_steps),
+            whole=True,
+        )
         for name, choices in (
             ("prediction", Prediction),
             ("adapter_mode", AdapterMode),
@@ -240,9 +268,17 @@ class Recipe:
         ):
             _one_of(name, getattr(self, name), get_args(choices))
         if self.fidelity == "fast" and self.adapter_mode == "live":
-            raise RecipeError("fast merges adapters; adapter_mode live is a way of exact alone.", field="adapter_mode")
-        if not isinstance(self.adapters, list | tuple) or not all(isinstance(ref, AdapterRef) for ref in self.adapters):
-            raise RecipeError("adapters has to be a tuple of AdapterRef; AdapterRef.from_file(path) makes one.", field="adapters")
+            raise RecipeError(
+                "fast merges adapters; adapter_mode live is a way of exact alone.",
+                field="adapter_mode",
+            )
+        if not isinstance(self.adapters, list | tuple) or not all(
+            isinstance(ref, AdapterRef) for ref in self.adapters
+        ):
+            raise RecipeError(
+                "adapters has to be a tuple of AdapterRef; AdapterRef.from_file(path) makes one.",
+                field="adapters",
+            )
 
     def to_json(self) -> str:
         """The whole recipe as JSON, on one line."""
@@ -285,21 +321,37 @@ class Recipe:
         """
         if not isinstance(plain, Mapping):
             raise RecipeError("A recipe is a JSON object.")
-        values = {"fidelity": "exact", **_SAID_IF_NEEDED, **plain}  # recipes that were written before there was a choice mean exact
+        values = {
+            "fidelity": "exact",
+            **_SAID_IF_NEEDED,
+            **plain,
+        }  # recipes that were written before there was a choice mean exact
         version = values.pop("format", None)
         if type(version) is not int or version != FORMAT:
-            raise RecipeError(f"The recipe's format is not {FORMAT}, the one that this version of Fidelora reads.", field="format")
+            raise RecipeError(
+                f"The recipe's format is not {FORMAT}, the one that this version of Fidelora reads.",
+                field="format",
+            )
         known = {entry.name for entry in fields(cls)}
         if missing := sorted(known - values.keys()):
             raise RecipeError(f"The recipe lacks {', '.join(missing)}.", field=missing[0])
         if unknown := sorted(map(str, values.keys() - known)):
-            raise RecipeError(f"The recipe has unknown fields: {', '.join(unknown)}.", field=unknown[0])
+            raise RecipeError(
+                f"The recipe has unknown fields: {', '.join(unknown)}.", field=unknown[0]
+            )
         adapters = values["adapters"]
-        parts = {"sha256", "multiplier", "name"}  # and no path: a recipe from elsewhere must not name files of this machine
+        parts = {
+            "sha256",
+            "multiplier",
+            "name",
+        }  # and no path: a recipe from elsewhere must not name files of this machine
         if not isinstance(adapters, list) or not all(
             isinstance(ref, Mapping) and ref.keys() - {"alpha"} == parts for ref in adapters
         ):
-            raise RecipeError("The adapters of a recipe are a list, and each has sha256, multiplier and name.", field="adapters")
+            raise RecipeError(
+                "The adapters of a recipe are a list, and each has sha256, multiplier and name.",
+                field="adapters",
+            )
         values["adapters"] = tuple(AdapterRef(**ref) for ref in adapters)
         return cls(**values)
 
@@ -329,28 +381,45 @@ def _is_text(name: str, value: object) -> None:
     if not isinstance(value, str):
         raise RecipeError(f"{name} has to be text, not {type(value).__name__}.", field=name)
     if len(value) > MAX_PROMPT_CHARACTERS:
-        raise RecipeError(f"{name} has {len(value):,} characters; {MAX_PROMPT_CHARACTERS:,} are the most.", field=name)
+        raise RecipeError(
+            f"{name} has {len(value):,} characters; {MAX_PROMPT_CHARACTERS:,} are the most.",
+            field=name,
+        )
     if any("\ud800" <= character <= "\udfff" for character in value):
-        raise RecipeError(f"{name} has a lone surrogate, which is no character of any text; write it again.", field=name)
+        raise RecipeError(
+            f"{name} has a lone surrogate, which is no character of any text; write it again.",
+            field=name,
+        )
 
 
 def _in_range(name: str, value: object, least: float, most: float, *, whole: bool = False) -> None:
     kind: type | tuple[type, ...] = int if whole else (int, float)
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise RecipeError(f"{name} has to be a {'whole ' if whole else ''}number, not {_shown(value)}.", field=name)
+        raise RecipeError(
+            f"{name} has to be a {'whole ' if whole else ''}number, not {_shown(value)}.",
+            field=name,
+        )
     assert isinstance(value, int | float)
     if not least <= value <= most:  # NaN is not, either
-        raise RecipeError(f"{name} is {_shown(value)}; it has to be from {least} to {most}.", field=name)
+        raise RecipeError(
+            f"{name} is {_shown(value)}; it has to be from {least} to {most}.", field=name
+        )
 
 
 def _shown(value: object) -> str:
     """A value in a message: short, and never an error of its own (Python prints no integers of thousands of digits)."""
     if isinstance(value, int) and abs(value) > 10**40:
         return "a number of more than 40 digits"
-    text = repr(value) if isinstance(value, str | int | float | bool) or value is None else f"a {type(value).__name__}"
+    text = (
+        repr(value)
+        if isinstance(value, str | int | float | bool) or value is None
+        else f"a {type(value).__name__}"
+    )
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise RecipeError(f"{name} is {_shown(value)}; it has to be one of {', '.join(choices)}.", field=name)
+        raise RecipeError(
+            f"{name} is {_shown(value)}; it has to be one of {', '.join(choices)}.", field=name
+        )

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from fidelora.engine import Offload
+from fidelora.accel import Offload
 from fidelora.errors import SettingsError
-from fidelora.models import all_models
+from fidelora.families import all_families
 
 _OURS = "FIDELORA_"
 
@@ -27,13 +27,25 @@ class Settings(BaseSettings):
     """Everything that can be set; see `docs/reference/settings.md`, which is made from the descriptions here."""
 
     model_config = SettingsConfigDict(
-        env_file=".env", env_file_encoding="utf-8", extra="ignore", validate_by_name=True, frozen=True
+        env_file=".env",
+        env_file_encoding="utf-8",
+        extra="ignore",
+        validate_by_name=True,
+        frozen=True,
     )
 
     host: str = Field(
-        "127.0.0.1", validation_alias="HOST", description="Address to listen on; one that others can reach needs an API key."
+        "127.0.0.1",
+        validation_alias="HOST",
+        description="Address to listen on; one that others can reach needs an API key.",
     )
-    port: int = Field(8000, ge=0, le=65535, validation_alias="PORT", description="Port to listen on; 0 takes a free one.")
+    port: int = Field(
+        8000,
+        ge=0,
+        le=65535,
+        validation_alias="PORT",
+        description="Port to listen on; 0 takes a free one.",
+    )
     base_url: str = Field(
         "",
         validation_alias="BASE_URL",
@@ -41,13 +53,19 @@ class Settings(BaseSettings):
     )
     debug: bool = Field(False, validation_alias="DEBUG", description="Log everything.")
     device: str = Field(
-        "auto", validation_alias="DEVICE", description="auto, cpu, cuda, cuda:N or mps; several with commas, one worker for each."
+        "auto",
+        validation_alias="DEVICE",
+        description="auto, cpu, cuda, cuda:N or mps; several with commas, one worker for each.",
     )
     offload_mode: Offload | None = Field(
-        None, validation_alias="OFFLOAD_MODE", description="none, model or sequential: memory of the device against time."
+        None,
+        validation_alias="OFFLOAD_MODE",
+        description="none, model or sequential: memory of the device against time.",
     )
     enable_cpu_offload: bool = Field(
-        False, validation_alias="ENABLE_CPU_OFFLOAD", description="The old spelling of OFFLOAD_MODE=model; OFFLOAD_MODE wins."
+        False,
+        validation_alias="ENABLE_CPU_OFFLOAD",
+        description="The old spelling of OFFLOAD_MODE=model; OFFLOAD_MODE wins.",
     )
     workflows_base_path: Path | None = Field(
         None,
@@ -55,14 +73,18 @@ class Settings(BaseSettings):
         description="The folder that LoRAs are named from; by default `loras` in the data folder.",
     )
     output_base_path: Path | None = Field(
-        None, validation_alias="OUTPUT_BASE_PATH", description="The folder for images; by default `outputs` in the data folder."
+        None,
+        validation_alias="OUTPUT_BASE_PATH",
+        description="The folder for images; by default `outputs` in the data folder.",
     )
     model_cache_dir: Path | None = Field(
         None,
         validation_alias="MODEL_CACHE_DIR",
         description="Where downloads of base models are kept; by default the hub's own cache.",
     )
-    hf_token: SecretStr | None = Field(None, validation_alias="HF_TOKEN", description="For gated and private files on the hub.")
+    hf_token: SecretStr | None = Field(
+        None, validation_alias="HF_TOKEN", description="For gated and private files on the hub."
+    )
     inference_timeout_s: float = Field(
         3600,
         gt=0,
@@ -88,7 +110,9 @@ class Settings(BaseSettings):
         "The first one is loaded when the server starts.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", validation_alias="FIDELORA_DTYPE", description="Precision of the images; auto is the usual one of the device."
+        "auto",
+        validation_alias="FIDELORA_DTYPE",
+        description="Precision of the images; auto is the usual one of the device.",
     )
     fidelity: Literal["exact", "fast"] = Field(
         "exact",
@@ -108,10 +132,16 @@ class Settings(BaseSettings):
         description="SQLAlchemy URL of the jobs' database; by default an SQLite file in the data folder.",
     )
     queue_size: int = Field(
-        10_000, ge=1, validation_alias="FIDELORA_QUEUE_SIZE", description="Requests that may wait; more are answered with 429."
+        10_000,
+        ge=1,
+        validation_alias="FIDELORA_QUEUE_SIZE",
+        description="Requests that may wait; more are answered with 429.",
     )
     keep_days: float = Field(
-        7, gt=0, validation_alias="FIDELORA_KEEP_DAYS", description="Days that a finished request and its images are kept."
+        7,
+        gt=0,
+        validation_alias="FIDELORA_KEEP_DAYS",
+        description="Days that a finished request and its images are kept.",
     )
     keep_requests: int = Field(
         10_000,
@@ -125,13 +155,22 @@ class Settings(BaseSettings):
         description="Hosts that LoRAs may be fetched from, with commas, such as `huggingface.co,*.hf.co`; none by default.",
     )
     lora_max_mb: int = Field(
-        2048, ge=1, validation_alias="FIDELORA_LORA_MAX_MB", description="Largest LoRA that is fetched or uploaded, in MiB."
+        2048,
+        ge=1,
+        validation_alias="FIDELORA_LORA_MAX_MB",
+        description="Largest LoRA that is fetched or uploaded, in MiB.",
     )
     lora_timeout_s: float = Field(
-        300, gt=0, validation_alias="FIDELORA_LORA_TIMEOUT", description="Seconds that fetching a LoRA may take in all."
+        300,
+        gt=0,
+        validation_alias="FIDELORA_LORA_TIMEOUT",
+        description="Seconds that fetching a LoRA may take in all.",
     )
     lora_cache_gb: float = Field(
-        50, gt=0, validation_alias="FIDELORA_LORA_CACHE_GB", description="Disk space for LoRAs that are only in the cache, in GiB."
+        50,
+        gt=0,
+        validation_alias="FIDELORA_LORA_CACHE_GB",
+        description="Disk space for LoRAs that are only in the cache, in GiB.",
     )
     bases_gb: float | None = Field(
         None,
@@ -140,10 +179,15 @@ class Settings(BaseSettings):
         description="Memory for loaded base models per worker, in GiB; by default one base model at a time.",
     )
     adapters_gb: float = Field(
-        2, gt=0, validation_alias="FIDELORA_ADAPTERS_GB", description="Memory for loaded LoRAs per worker, in GiB."
+        2,
+        gt=0,
+        validation_alias="FIDELORA_ADAPTERS_GB",
+        description="Memory for loaded LoRAs per worker, in GiB.",
     )
     page: bool = Field(
-        True, validation_alias="FIDELORA_PAGE", description="Whether there is a web page at `/`, if its packages are installed."
+        True,
+        validation_alias="FIDELORA_PAGE",
+        description="Whether there is a web page at `/`, if its packages are installed.",
     )
     jobs_path: Path | None = Field(
         None,
@@ -169,19 +213,27 @@ class Settings(BaseSettings):
         description="Seconds that running requests have to finish when the server is told to stop.",
     )
     log_format: Literal["auto", "json", "text"] = Field(
-        "auto", validation_alias="FIDELORA_LOG_FORMAT", description="json, text, or auto: text on a terminal and json elsewhere."
+        "auto",
+        validation_alias="FIDELORA_LOG_FORMAT",
+        description="json, text, or auto: text on a terminal and json elsewhere.",
     )
 
     @field_validator("lora_hosts", mode="before")
     @classmethod
     def _hosts(cls, value: object) -> object:
-        return [host.strip().lower() for host in value.split(",") if host.strip()] if isinstance(value, str) else value
+        return (
+            [host.strip().lower() for host in value.split(",") if host.strip()]
+            if isinstance(value, str)
+            else value
+        )
 
     @field_validator("lora_hosts")
     @classmethod
     def _are_hosts(cls, value: frozenset[str]) -> frozenset[str]:
         if wrong := [host for host in value if not re.fullmatch(r"(\*\.)?[\w-]+(\.[\w-]+)*", host)]:
-            raise ValueError(f"{wrong[0]!r} is no name of a host; write names such as huggingface.co or *.hf.co")
+            raise ValueError(
+                f"{wrong[0]!r} is no name of a host; write names such as huggingface.co or *.hf.co"
+            )
         return value
 
     @field_validator("base_model")
@@ -232,15 +284,20 @@ class Settings(BaseSettings):
     @property
     def database(self) -> str:
         """The URL of the jobs' database."""
-        return self.store_url.get_secret_value() or f"sqlite:///{self.data_dir.expanduser().absolute()}/jobs.sqlite"
+        return (
+            self.store_url.get_secret_value()
+            or f"sqlite:///{self.data_dir.expanduser().absolute()}/jobs.sqlite"
+        )
 
 
 def _bases(text: str) -> list[tuple[str, str]]:
     """Models and their places. Only a comma before a model's name divides: others may be part of a path."""
-    marks = [*re.finditer(rf"(?:^|,)({'|'.join(all_models())})=", text)]
+    marks = [*re.finditer(rf"(?:^|,)({'|'.join(all_families())})=", text)]
     ends = [*(mark.start() for mark in marks), len(text)]
-    alone = [(next(iter(all_models())), text[: ends[0]])] if ends[0] else []
-    return alone + [(mark[1], text[mark.end() : end]) for mark, end in zip(marks, ends[1:], strict=True)]
+    alone = [(next(iter(all_families())), text[: ends[0]])] if ends[0] else []
+    return alone + [
+        (mark[1], text[mark.end() : end]) for mark, end in zip(marks, ends[1:], strict=True)
+    ]
 
 
 def read_settings(**given: Any) -> Settings:
@@ -253,9 +310,14 @@ def read_settings(**given: Any) -> Settings:
     for name in os.environ:
         if name.startswith(_OURS) and name not in names:
             near = get_close_matches(name, names, 1)
-            raise SettingsError(f"{name} is no setting of Fidelora's" + (f"; is {near[0]} meant?" if near else "; take it away."))
+            raise SettingsError(
+                f"{name} is no setting of Fidelora's"
+                + (f"; is {near[0]} meant?" if near else "; take it away.")
+            )
     try:
         return Settings(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]  # what was given may be a secret
+        first = error.errors(include_url=False, include_input=False)[
+            0
+        ]  # what was given may be a secret
         raise SettingsError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}.") from error

@@ -17,9 +17,9 @@ from tools.miniature.train_unet import held_out_scenes
 
 import fidelora
 from fidelora import AdapterRef, Engine, Recipe
-from fidelora.engine.locate import is_name, locate
 from fidelora.errors import BaseModelNotFoundError
-from fidelora.models import model_spec
+from fidelora.families import get_family
+from fidelora.weights.locate import is_name, locate
 
 FOLDER = Path(fidelora.__file__).parent / "miniature"
 BASE = Recipe(prompt="", base_model="fidelora:miniature", width=world.SIZE, height=world.SIZE)
@@ -32,7 +32,7 @@ def engine() -> Engine:
 
 def test_its_name_means_it_on_every_machine(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    spec = model_spec("sd15")
+    spec = get_family("sd15")
     assert locate("fidelora:miniature", spec.components) == FOLDER
     assert is_name("fidelora:miniature")
     assert is_name("owner/name")
@@ -72,4 +72,9 @@ def test_the_adapter_teaches_the_trigger_word_a_new_shape(engine):
     adapter = AdapterRef.from_file(MINIATURE_LORA)
     scenes = new_things(12, 12)
     assert scores(engine, scenes, replace(BASE, adapters=(adapter,)), 12)["shape"] >= 0.8
-    assert scores(engine, scenes, replace(BASE, adapters=(replace(adapter, multiplier=0.0),)), 12)["shape"] == 0
+    assert (
+        scores(engine, scenes, replace(BASE, adapters=(replace(adapter, multiplier=0.0),)), 12)[
+            "shape"
+        ]
+        == 0
+    )

@@ -35,7 +35,12 @@ def test_captions_name_everything_that_is_drawn():
 
 
 def test_nothing_held_out_is_trained_on_and_a_tenth_is_held_out():
-    combinations = [(shape, colour, ground) for shape in world.SHAPES for colour in world.COLOURS for ground in world.COLOURS]
+    combinations = [
+        (shape, colour, ground)
+        for shape in world.SHAPES
+        for colour in world.COLOURS
+        for ground in world.COLOURS
+    ]
     held_out = [one for one in combinations if world.is_held_out(*one)]
     assert 0.07 < len(held_out) / len(combinations) < 0.13
     assert all(any(world.is_held_out(thing.shape, thing.colour, scene.background) for thing in scene.things)
@@ -72,11 +77,19 @@ def test_the_judge_says_no():
     rng = np.random.default_rng(5)
     red_star, blue_ring = world.Thing("star", "red"), world.Thing("ring", "blue")
     star = world.draw(world.Scene((red_star,), "white"), rng)
-    assert judge.score(star, world.Scene((world.Thing("heart", "red"),), "white")) == judge.Score(False, True, True)
-    assert judge.score(star, world.Scene((world.Thing("star", "green"),), "white")) == judge.Score(True, False, True)
+    assert judge.score(star, world.Scene((world.Thing("heart", "red"),), "white")) == judge.Score(
+        False, True, True
+    )
+    assert judge.score(star, world.Scene((world.Thing("star", "green"),), "white")) == judge.Score(
+        True, False, True
+    )
     assert judge.score(star, world.Scene((red_star,), "cyan")) == judge.Score(True, True, False)
-    assert judge.score(star, world.Scene((red_star, blue_ring), "white", arrangement="beside")) == judge.Score(False, False, True)
+    assert judge.score(
+        star, world.Scene((red_star, blue_ring), "white", arrangement="beside")
+    ) == judge.Score(False, False, True)
     both = world.draw(world.Scene((red_star, blue_ring), "white", arrangement="beside"), rng)
-    assert judge.score(both, world.Scene((blue_ring, red_star), "white", arrangement="beside")) == judge.Score(False, False, True)
+    assert judge.score(
+        both, world.Scene((blue_ring, red_star), "white", arrangement="beside")
+    ) == judge.Score(False, False, True)
     noise = rng.integers(0, 256, star.shape).astype(np.uint8)
     assert not judge.score(noise, world.Scene((red_star,), "white")).shape

@@ -21,15 +21,20 @@ from starlette.testclient import TestClient
 from tests.server.serve_support import until
 from tests.support import LORA
 
+from fidelora.families import all_families
 from fidelora.jobs.job import Failure, Job, JobProgress, Output
 from fidelora.jobs.memory import MemoryStore
-from fidelora.models import all_models
 from fidelora.recipe import file_sha256
-from fidelora.server.app import make_app, parts_around
-from fidelora.server.parts import Parts
+from fidelora.server.app import context_with_store, make_app
+from fidelora.server.context import ServerContext
 from fidelora.settings import Settings
 
-NUMERICS = {"base_model": "tiny", "dtype": "float32", "vae_dtype": "float32", "text_encoder_dtype": "float32"}
+NUMERICS = {
+    "base_model": "tiny",
+    "dtype": "float32",
+    "vae_dtype": "float32",
+    "text_encoder_dtype": "float32",
+}
 MINIMAL: dict[str, Any] = {
     "model": "sd15",
     "trigger_word": "sks",
@@ -46,14 +51,19 @@ def settings_for(folder: Path, **given: Any) -> Settings:
     return settings
 
 
-def parts_in(folder: Path, **given: Any) -> Parts:
-    return parts_around(
-        MemoryStore(), settings_for(folder, **given), dict.fromkeys(all_models(), NUMERICS), "http://127.0.0.1:8000"
+def context_in(folder: Path, **given: Any) -> ServerContext:
+    return context_with_store(
+        MemoryStore(),
+        settings_for(folder, **given),
+        dict.fromkeys(all_families(), NUMERICS),
+        "http://127.0.0.1:8000",
     )
 
 
-def client_of(parts: Parts, **given: Any) -> TestClient:
-    return TestClient(make_app(parts), base_url="http://127.0.0.1:8000", raise_server_exceptions=False, **given)
+def client_of(context: ServerContext, **given: Any) -> TestClient:
+    return TestClient(
+        make_app(context), base_url="http://127.0.0.1:8000", raise_server_exceptions=False, **given
+    )
 
 
 def now() -> datetime:
@@ -61,9 +71,9 @@ def now() -> datetime:
 
 
 @contextmanager
-def listening(parts: Parts) -> Iterator[str]:
+def listening(context: ServerContext) -> Iterator[str]:
     """The application behind a real socket; gives its URL."""
-    server = uvicorn.Server(uvicorn.Config(make_app(parts), port=0, log_config=None))
+    server = uvicorn.Server(uvicorn.Config(make_app(context), port=0, log_config=None))
     started = threading.Event()
     original = server.startup
 
@@ -78,7 +88,7 @@ def listening(parts: Parts) -> Iterator[str]:
         assert started.wait(20)
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
-        parts.stopping.set()
+        context.stopping.set()
         server.should_exit = True
         thread.join()
 
@@ -86,8 +96,8 @@ def listening(parts: Parts) -> Iterator[str]:
 class ByHand:
     """A worker that does what the test says."""
 
-    def __init__(self, parts: Parts) -> None:
-        self._parts = parts
+    def __init__(self, context: ServerContext) -> None:
+        self._context = context
 
     def claim(self) -> Job:
         job = self.claim_one()
@@ -96,19 +106,25 @@ class ByHand:
 
     def claim_one(self) -> Job | None:
         """The next job, if there is one."""
-        return self._parts.store.claim("by hand", now(), 60)
+        return self._context.store.claim("by hand", now(), 60)
 
     def step(self, job: Job, step: int, steps: int = 25, preview: str = "") -> Job:
-        return self._parts.store.renew(job.id, job.epoch, JobProgress(0, 1, step, steps, 1.5, preview), now(), 60)
+        return self._context.store.renew(
+            job.id, job.epoch, JobProgress(0, 1, step, steps, 1.5, preview), now(), 60
+        )
 
     def succeed(self, job: Job, content: bytes = b"an image", image_format: str = "png") -> Job:
-        path = self._parts.settings.data_dir / f"{job.id}_output_0.{image_format}"
+        path = self._context.settings.data_dir / f"{job.id}_output_0.{image_format}"
         path.write_bytes(content)
         output = Output(str(path), image_format, 512, 512, 42, file_sha256(path), len(content))
-        return self._parts.store.succeed(job.id, job.epoch, [output] * len(job.recipes), {"denoise": 1.0}, now())
+        return self._context.store.succeed(
+            job.id, job.epoch, [output] * len(job.recipes), {"denoise": 1.0}, now()
+        )
 
     def fail(self, job: Job) -> Job:
-        return self._parts.store.fail(job.id, job.epoch, Failure("NUMERICS", "The model produced NaN."), now())
+        return self._context.store.fail(
+            job.id, job.epoch, Failure("NUMERICS", "The model produced NaN."), now()
+        )
 
 
 @contextmanager
@@ -138,9 +154,9 @@ def aside(call: Callable[[], Any]) -> Future[Any]:
     return future
 
 
-def only_job(parts: Parts) -> Job:
+def only_job(context: ServerContext) -> Job:
     """The one job that was submitted, once it is there."""
-    (job,) = until(lambda: parts.store.list().jobs, 20)
+    (job,) = until(lambda: context.store.list().jobs, 20)
     assert isinstance(job, Job)
     return job
 

@@ -39,15 +39,28 @@ class Server:
 
     def __init__(self, data: Path, base: Path | str = TINY_BASE, **settings: str) -> None:
         # Without those of whoever runs the tests, and with threads that do not spin while they wait.
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("FIDELORA_")}
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith("FIDELORA_")
+        }
         environment |= {
             "FIDELORA_DATA_DIR": str(data),
             "DEVICE": "cpu",
             "OMP_WAIT_POLICY": "passive",
             "FIDELORA_LOG_FORMAT": "json",
         }
-        command = [sys.executable, "-m", "fidelora", "serve", "--base-model", str(base), "--port", "0"]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment | settings, cwd=data)
+        command = [
+            sys.executable,
+            "-m",
+            "fidelora",
+            "serve",
+            "--base-model",
+            str(base),
+            "--port",
+            "0",
+        ]
+        self.process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, env=environment | settings, cwd=data
+        )
         self.log: list[dict[str, Any]] = []
         self._urls: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
@@ -57,14 +70,21 @@ class Server:
     def call(self, path: str, body: Any = None, method: str | None = None) -> Any:
         """The JSON that the server answers with."""
         content = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, content, {"Content-Type": "application/json"}, method=method)
+        request = urllib.request.Request(
+            self.url + path, content, {"Content-Type": "application/json"}, method=method
+        )
         with urllib.request.urlopen(request, timeout=DEADLINE_S) as answer:
             return json.load(answer)
 
     def submit(self, **fields: Any) -> str:
         """Ask for one small image; returns the request's id."""
         prompt = {"prompt": "a [trigger]", "width": 64, "height": 64, "sample_steps": 2} | fields
-        body = {"model": "sd15", "trigger_word": "sks", "loras": [{"path": "sks.safetensors"}], "prompts": [prompt]}
+        body = {
+            "model": "sd15",
+            "trigger_word": "sks",
+            "loras": [{"path": "sks.safetensors"}],
+            "prompts": [prompt],
+        }
         return self.ask(body)
 
     def ask(self, body: dict[str, Any]) -> str:

@@ -10,17 +10,27 @@ from typing import Any
 import httpx2
 import pytest
 import webuiapi
-from tests.server.http_support import ByHand, an_image, aside, at_work, client_of, listening, only_job, parts_in, pixels
+from tests.server.http_support import (
+    ByHand,
+    an_image,
+    aside,
+    at_work,
+    client_of,
+    context_in,
+    listening,
+    only_job,
+    pixels,
+)
 from tests.server.serve_support import Server, until
 from tests.support import LORA, LORA_CONV
 
 import fidelora
+from fidelora.families import all_families
+from fidelora.images.read import read_origin
 from fidelora.jobs.job import Status
-from fidelora.models import all_models
-from fidelora.origin import read_origin
 from fidelora.recipe import MAX_SEED, file_sha256
 from fidelora.server import submit
-from fidelora.server.parts import Parts
+from fidelora.server.context import ServerContext
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -31,24 +41,24 @@ def no_pauses(monkeypatch):
 
 
 @pytest.fixture
-def parts(tmp_path) -> Parts:
-    return parts_in(tmp_path, queue_size=3)
+def context(tmp_path) -> ServerContext:
+    return context_in(tmp_path, queue_size=3)
 
 
 @pytest.fixture
-def worker(parts) -> ByHand:
-    return ByHand(parts)
+def worker(context) -> ByHand:
+    return ByHand(context)
 
 
 @pytest.fixture
-def client(parts):
+def client(context):
     """Of the application in this process, where somebody works."""
-    return client_of(parts)
+    return client_of(context)
 
 
 @pytest.fixture
-def url(parts):
-    with listening(parts) as found:
+def url(context):
+    with listening(context) as found:
         yield found
 
 
@@ -56,12 +66,12 @@ def api_of(url: str) -> webuiapi.WebUIApi:
     return webuiapi.WebUIApi(baseurl=f"{url}/sdapi/v1", sampler="Euler a", steps=2)
 
 
-def recipes_for(client: Any, parts: Parts, **fields: Any) -> Any:
+def recipes_for(client: Any, context: ServerContext, **fields: Any) -> Any:
     """The recipes that a request becomes."""
-    with at_work(ByHand(parts), an_image()):
+    with at_work(ByHand(context), an_image()):
         answer = client.post("/sdapi/v1/txt2img", json={"prompt": "a ball"} | fields)
     assert answer.status_code == 200, answer.text
-    return parts.store.list().jobs[0].recipes
+    return context.store.list().jobs[0].recipes
 
 
 # --- with a client of the web UI, and real images ----------------------------------------------------------------------
@@ -70,13 +80,24 @@ def recipes_for(client: Any, parts: Parts, **fields: Any) -> Any:
 def test_the_client_of_the_web_ui_makes_images(tiny_server: Server):
     api = api_of(tiny_server.url)
     result = api.txt2img(
-        prompt="a ball <lora:sks:0.8>", negative_prompt="bad", seed=5, width=64, height=72, cfg_scale=4, batch_size=2, n_iter=2
+        prompt="a ball <lora:sks:0.8>",
+        negative_prompt="bad",
+        seed=5,
+        width=64,
+        height=72,
+        cfg_scale=4,
+        batch_size=2,
+        n_iter=2,
     )
     assert [image.size for image in result.images] == [(64, 72)] * 4
     assert result.info["all_seeds"] == [5, 6, 7, 8]
     assert result.info["seed"] == 5
     assert result.info["all_prompts"] == ["a ball <lora:sks:0.8>"] * 4
-    assert (result.info["sampler_name"], result.info["cfg_scale"], result.info["steps"]) == ("Euler a", 4, 2)
+    assert (result.info["sampler_name"], result.info["cfg_scale"], result.info["steps"]) == (
+        "Euler a",
+        4,
+        2,
+    )
     assert (result.parameters["cfg_scale"], result.parameters["batch_size"]) == (4, 2)
     assert [image.info["parameters"] for image in result.images] == result.info["infotexts"]
     assert result.info["infotexts"][1] == (
@@ -89,12 +110,31 @@ def test_the_client_of_the_web_ui_makes_images(tiny_server: Server):
 def test_the_same_recipe_is_the_same_image_in_both_apis(tiny_server: Server):
     made = tiny_server.call(
         "/sdapi/v1/txt2img",
-        {"prompt": "a ball <lora:people/conv:0.5>", "seed": 7, "steps": 2, "width": 64, "height": 64, "sampler_name": "DDIM"},
+        {
+            "prompt": "a ball <lora:people/conv:0.5>",
+            "seed": 7,
+            "steps": 2,
+            "width": 64,
+            "height": 64,
+            "sampler_name": "DDIM",
+        },
     )
     content = base64.b64decode(made["images"][0])
-    prompt = {"prompt": "a ball", "seed": 7, "sample_steps": 2, "width": 64, "height": 64, "sampler": "ddim", "guidance_scale": 7}
+    prompt = {
+        "prompt": "a ball",
+        "seed": 7,
+        "sample_steps": 2,
+        "width": 64,
+        "height": 64,
+        "sampler": "ddim",
+        "guidance_scale": 7,
+    }
     lora = {"path": "people/conv.safetensors", "network_multiplier": 0.5}
-    ours = str(tiny_server.call("/v1/inference", {"model": "sd15", "loras": [lora], "prompts": [prompt]})["request_id"])
+    ours = str(
+        tiny_server.call("/v1/inference", {"model": "sd15", "loras": [lora], "prompts": [prompt]})[
+            "request_id"
+        ]
+    )
     assert tiny_server.wait(ours, "succeeded", "failed")["status"] == "succeeded"
     (output,) = tiny_server.call(f"/v1/requests/{ours}/result")["outputs"]["images"]
     assert httpx2.get(output["url"]).content == content
@@ -103,7 +143,7 @@ def test_the_same_recipe_is_the_same_image_in_both_apis(tiny_server: Server):
 
 def test_what_the_client_asks_about_a_server(tiny_server: Server):
     api = api_of(tiny_server.url)
-    assert api.util_get_model_names() == sorted(all_models())
+    assert api.util_get_model_names() == sorted(all_families())
     assert api.util_get_current_model() == "sd15"
     assert "Euler a" in api.util_get_sampler_names()
     assert api.util_get_scheduler_names() == ["automatic", "karras", "uniform"]
@@ -114,7 +154,13 @@ def test_what_the_client_asks_about_a_server(tiny_server: Server):
 
 
 def test_formats_of_samples(tiny_server: Server):
-    body = {"prompt": "a ball", "steps": 1, "width": 64, "height": 64, "override_settings": {"samples_format": "jpg"}}
+    body = {
+        "prompt": "a ball",
+        "steps": 1,
+        "width": 64,
+        "height": 64,
+        "override_settings": {"samples_format": "jpg"},
+    }
     (image,) = tiny_server.call("/sdapi/v1/txt2img", body)["images"]
     assert read_origin(base64.b64decode(image)).format == "jpeg"
 
@@ -122,58 +168,125 @@ def test_formats_of_samples(tiny_server: Server):
 # --- the fields --------------------------------------------------------------------------------------------------------
 
 
-def test_defaults_are_those_of_the_web_ui(client, parts):
-    (recipe,) = recipes_for(client, parts)
-    assert (recipe.steps, recipe.guidance_scale, recipe.width, recipe.height, recipe.sampler) == (50, 7.0, 512, 512, "euler")
-    assert (recipe.adapters, recipe.noise, recipe.base_model, recipe.negative_prompt) == ((), "modern", "tiny", "")
-    assert recipes_for(client, parts)[0].seed != recipe.seed
+def test_defaults_are_those_of_the_web_ui(client, context):
+    (recipe,) = recipes_for(client, context)
+    assert (recipe.steps, recipe.guidance_scale, recipe.width, recipe.height, recipe.sampler) == (
+        50,
+        7.0,
+        512,
+        512,
+        "euler",
+    )
+    assert (recipe.adapters, recipe.noise, recipe.base_model, recipe.negative_prompt) == (
+        (),
+        "modern",
+        "tiny",
+        "",
+    )
+    assert recipes_for(client, context)[0].seed != recipe.seed
 
 
-def test_null_is_the_default(client, parts):
-    fields = ("negative_prompt", "seed", "steps", "cfg_scale", "width", "height", "sampler_name", "batch_size", "send_images")
-    (recipe,) = recipes_for(client, parts, **dict.fromkeys(fields))
-    assert (recipe.steps, recipe.guidance_scale, recipe.width, recipe.sampler) == (50, 7.0, 512, "euler")
+def test_null_is_the_default(client, context):
+    fields = (
+        "negative_prompt",
+        "seed",
+        "steps",
+        "cfg_scale",
+        "width",
+        "height",
+        "sampler_name",
+        "batch_size",
+        "send_images",
+    )
+    (recipe,) = recipes_for(client, context, **dict.fromkeys(fields))
+    assert (recipe.steps, recipe.guidance_scale, recipe.width, recipe.sampler) == (
+        50,
+        7.0,
+        512,
+        "euler",
+    )
 
 
-def test_every_field_reaches_its_recipe(client, parts):
-    (parts.settings.loras / "people").mkdir()
-    shutil.copyfile(LORA_CONV, parts.settings.loras / "people" / "a b.safetensors")
+def test_every_field_reaches_its_recipe(client, context):
+    (context.settings.loras / "people").mkdir()
+    shutil.copyfile(LORA_CONV, context.settings.loras / "people" / "a b.safetensors")
     recipes = recipes_for(
-        client, parts, prompt="<lora:sks:0.5> a ball, <lora:a b:-1>grass", negative_prompt="bad", seed=9, steps=3, cfg_scale=25,
+        client, context, prompt="<lora:sks:0.5> a ball, <lora:a b:-1>grass", negative_prompt="bad", seed=9, steps=3, cfg_scale=25,
         width=101, height=128, sampler_name="LMS", scheduler="Karras", n_iter=3,
     )  # fmt: skip
     assert [recipe.seed for recipe in recipes] == [9, 10, 11]
     first = recipes[0]
-    assert (first.prompt, first.negative_prompt, first.steps, first.guidance_scale) == ("a ball,grass", "bad", 3, 25)
-    assert (first.width, first.height, first.sampler, first.adapter_mode) == (96, 128, "k_lms", "merged")
-    assert [(ref.sha256, ref.multiplier) for ref in first.adapters] == [(file_sha256(LORA), 0.5), (file_sha256(LORA_CONV), -1)]
+    assert (first.prompt, first.negative_prompt, first.steps, first.guidance_scale) == (
+        "a ball,grass",
+        "bad",
+        3,
+        25,
+    )
+    assert (first.width, first.height, first.sampler, first.adapter_mode) == (
+        96,
+        128,
+        "k_lms",
+        "merged",
+    )
+    assert [(ref.sha256, ref.multiplier) for ref in first.adapters] == [
+        (file_sha256(LORA), 0.5),
+        (file_sha256(LORA_CONV), -1),
+    ]
 
 
-def test_images_may_stay_where_they_are(client, parts, worker):
+def test_images_may_stay_where_they_are(client, context, worker):
     with at_work(worker, an_image()):
-        answer = client.post("/sdapi/v1/txt2img", json={"prompt": "a ball", "send_images": False, "save_images": True}).json()
+        answer = client.post(
+            "/sdapi/v1/txt2img",
+            json={"prompt": "a ball", "send_images": False, "save_images": True},
+        ).json()
     assert answer["images"] == []
-    assert json.loads(answer["info"])["infotexts"] == ["a ball\nSteps: 2, Sampler: ddpm, Seed: 1, Size: 64x64"]
+    assert json.loads(answer["info"])["infotexts"] == [
+        "a ball\nSteps: 2, Sampler: ddpm, Seed: 1, Size: 64x64"
+    ]
 
 
 @pytest.mark.parametrize(
     "fields",
     [
-        {"enable_hr": False, "denoising_strength": 0.7, "hr_scale": 2, "hr_upscaler": "Latent", "hr_prompt": "x"},
+        {
+            "enable_hr": False,
+            "denoising_strength": 0.7,
+            "hr_scale": 2,
+            "hr_upscaler": "Latent",
+            "hr_prompt": "x",
+        },
         {"subseed": 77, "subseed_strength": 0, "seed_resize_from_h": 0, "seed_resize_from_w": -1},
-        {"styles": [], "restore_faces": False, "tiling": False, "comments": {}, "refiner_checkpoint": "", "refiner_switch_at": 0.8},
+        {
+            "styles": [],
+            "restore_faces": False,
+            "tiling": False,
+            "comments": {},
+            "refiner_checkpoint": "",
+            "refiner_switch_at": 0.8,
+        },
         {"eta": 1.0, "sampler_name": "Euler a"},
         {"eta": 0.0, "sampler_name": "DDIM"},
         {"eta": 0.3, "sampler_name": "Euler"},
         {"s_churn": 0, "s_tmin": 0, "s_tmax": 0, "s_noise": 1},
         {"script_name": None, "script_args": [], "alwayson_scripts": {}},
-        {"override_settings": {"sd_model_checkpoint": "sd15", "CLIP_stop_at_last_layers": 1, "sd_vae": "Automatic"}},
+        {
+            "override_settings": {
+                "sd_model_checkpoint": "sd15",
+                "CLIP_stop_at_last_layers": 1,
+                "sd_vae": "Automatic",
+            }
+        },
         {"prompt": "(b:1.2) [x|y]", "override_settings": {"emphasis": "None"}},
-        {"override_settings_restore_afterwards": False, "do_not_save_grid": True, "do_not_save_samples": True},
+        {
+            "override_settings_restore_afterwards": False,
+            "do_not_save_grid": True,
+            "do_not_save_samples": True,
+        },
     ],
 )
-def test_what_asks_for_nothing_is_taken(client, parts, fields):
-    assert len(recipes_for(client, parts, **fields)) == 1
+def test_what_asks_for_nothing_is_taken(client, context, fields):
+    assert len(recipes_for(client, context, **fields)) == 1
 
 
 @pytest.mark.parametrize(
@@ -192,10 +305,22 @@ def test_what_asks_for_nothing_is_taken(client, parts, fields):
         ({"eta": 0.5, "sampler_name": "Euler a"}, "eta is 1 for Euler a, and cannot be 0.5"),
         ({"eta": 1.0, "sampler_name": "DDIM"}, "eta is 0 for DDIM"),
         ({"init_images": []}, "init_images is no field that is known here"),
-        ({"override_settings": {"CLIP_stop_at_last_layers": 2}}, "CLIP_stop_at_last_layers cannot be 2: here it is 1"),
-        ({"override_settings": {"sd_model_checkpoint": "other"}}, "override_settings.sd_model_checkpoint cannot be"),
-        ({"override_settings": {"samples_format": "tiff"}}, "override_settings.samples_format cannot be"),
-        ({"override_settings": {"face_restoration": 1}}, "override_settings.face_restoration cannot be 1: the settings are"),
+        (
+            {"override_settings": {"CLIP_stop_at_last_layers": 2}},
+            "CLIP_stop_at_last_layers cannot be 2: here it is 1",
+        ),
+        (
+            {"override_settings": {"sd_model_checkpoint": "other"}},
+            "override_settings.sd_model_checkpoint cannot be",
+        ),
+        (
+            {"override_settings": {"samples_format": "tiff"}},
+            "override_settings.samples_format cannot be",
+        ),
+        (
+            {"override_settings": {"face_restoration": 1}},
+            "override_settings.face_restoration cannot be 1: the settings are",
+        ),
         ({"prompt": "a (b:1.2)"}, "weighs words"),
         ({"negative_prompt": "[a:b:0.5]"}, "changes words while the image is made"),
         ({"prompt": "<lora:sks:1:0.5>"}, "two multipliers"),
@@ -208,14 +333,14 @@ def test_what_asks_for_nothing_is_taken(client, parts, fields):
         ({"prompt": "<lora:/etc/passwd:1>"}, "There is no adapter"),
     ],
 )
-def test_what_cannot_be_done_is_refused_by_name(client, parts, fields, named):
-    parts.stopping.set()  # or whatever is not refused would wait for its images
+def test_what_cannot_be_done_is_refused_by_name(client, context, fields, named):
+    context.stopping.set()  # or whatever is not refused would wait for its images
     answer = client.post("/sdapi/v1/txt2img", json={"prompt": "a ball"} | fields)
     assert answer.status_code == 400
     body = answer.json()
     assert set(body) == {"error", "detail", "body", "errors"}
     assert named in body["detail"]
-    assert parts.store.list().jobs == ()
+    assert context.store.list().jobs == ()
 
 
 @pytest.mark.parametrize(
@@ -241,19 +366,23 @@ def test_what_is_out_of_range_has_fastapis_shape_as_in_the_web_ui(client, fields
         assert "the samplers are: Euler, Euler a, LMS" in entry["msg"]
 
 
-def test_two_loras_of_one_name_are_told_apart_by_their_folders(client, parts):
+def test_two_loras_of_one_name_are_told_apart_by_their_folders(client, context):
     for folder in ("a", "b"):
-        (parts.settings.loras / folder).mkdir()
-        shutil.copyfile(LORA, parts.settings.loras / folder / "x.safetensors")
+        (context.settings.loras / folder).mkdir()
+        shutil.copyfile(LORA, context.settings.loras / folder / "x.safetensors")
     answer = client.post("/sdapi/v1/txt2img", json={"prompt": "<lora:x:1>"})
     assert "There are several adapters 'x': name one of a/x, b/x" in answer.json()["detail"]
     assert [lora["name"] for lora in client.get("/sdapi/v1/loras").json()] == ["a/x", "b/x", "sks"]
-    assert len(recipes_for(client, parts, prompt="<lora:b/x:1>")[0].adapters) == 1
+    assert len(recipes_for(client, context, prompt="<lora:b/x:1>")[0].adapters) == 1
 
 
-def test_hostile_words_are_words(client, parts, worker):
-    (parts.settings.loras / f"{HOSTILE.replace('/', '')}.safetensors").write_bytes(LORA.read_bytes())
-    assert HOSTILE.replace("/", "") in [lora["name"] for lora in client.get("/sdapi/v1/loras").json()]
+def test_hostile_words_are_words(client, context, worker):
+    (context.settings.loras / f"{HOSTILE.replace('/', '')}.safetensors").write_bytes(
+        LORA.read_bytes()
+    )
+    assert HOSTILE.replace("/", "") in [
+        lora["name"] for lora in client.get("/sdapi/v1/loras").json()
+    ]
     with at_work(worker, an_image(HOSTILE)):
         answer = client.post("/sdapi/v1/txt2img", json={"prompt": HOSTILE})
     assert answer.headers["content-type"] == "application/json"
@@ -270,7 +399,11 @@ def test_settings_are_what_they_are(client):
         "CLIP_stop_at_last_layers": 1, "eta_noise_seed_delta": 0,
     }  # fmt: skip
     assert client.post("/sdapi/v1/options", json=options).json() is None
-    for change in ({"sd_model_checkpoint": "other"}, {"samples_format": "jpg"}, {"live_previews_enable": True}):
+    for change in (
+        {"sd_model_checkpoint": "other"},
+        {"samples_format": "jpg"},
+        {"live_previews_enable": True},
+    ):
         answer = client.post("/sdapi/v1/options", json=change)
         assert (answer.status_code, answer.json()["error"]) == (400, "FIELD_NOT_SUPPORTED")
         assert next(iter(change)) in answer.json()["detail"]
@@ -279,87 +412,145 @@ def test_settings_are_what_they_are(client):
 
 def test_lists(client):
     samplers = client.get("/sdapi/v1/samplers").json()
-    assert {"name": "DPM++ 2M", "aliases": ["dpmsolver++", "k_dpmsolver++"], "options": {}} in samplers
+    assert {
+        "name": "DPM++ 2M",
+        "aliases": ["dpmsolver++", "k_dpmsolver++"],
+        "options": {},
+    } in samplers
     first, *others = client.get("/sdapi/v1/sd-models").json()
-    assert first == {"title": "sd15", "model_name": "sd15", "hash": None, "sha256": None, "filename": "tiny", "config": None}
-    assert [other["title"] for other in others] == list(all_models())[1:]
+    assert first == {
+        "title": "sd15",
+        "model_name": "sd15",
+        "hash": None,
+        "sha256": None,
+        "filename": "tiny",
+        "config": None,
+    }
+    assert [other["title"] for other in others] == list(all_families())[1:]
     (lora,) = client.get("/sdapi/v1/loras").json()
-    assert (lora["name"], lora["alias"], lora["path"]) == ("sks", "lora_linear_f32", "sks.safetensors")
+    assert (lora["name"], lora["alias"], lora["path"]) == (
+        "sks",
+        "lora_linear_f32",
+        "sks.safetensors",
+    )
     assert lora["metadata"]["ss_output_name"] == "lora_linear_f32"
 
 
 # --- waiting -----------------------------------------------------------------------------------------------------------
 
 
-def test_progress_and_interrupt(url, parts, worker):
+def test_progress_and_interrupt(url, context, worker):
     api = api_of(url)
     body = {"model": "sd15", "loras": [{"path": "sks.safetensors"}], "prompts": [{"prompt": "x"}]}
     others = httpx2.post(f"{url}/v1/inference", json=body)
     waiting = aside(lambda: api.txt2img(prompt="a ball", steps=20, n_iter=1))
-    until(lambda: parts.waited_for, 20)
+    until(lambda: context.waited_for, 20)
     assert api.get_progress()["textinfo"] == "1 requests are before this one"
     foreign = worker.claim()
     assert foreign.id == others.json()["request_id"]
     job = worker.claim()
     worker.step(job, 5, 20, "preview")
     found = api.get_progress()
-    assert (found["progress"], found["eta_relative"], found["current_image"]) == (0.25, 1.5, "preview")
-    state = {"job": "txt2img", "job_count": 1, "job_no": 0, "sampling_step": 5, "sampling_steps": 20, "interrupted": False}
+    assert (found["progress"], found["eta_relative"], found["current_image"]) == (
+        0.25,
+        1.5,
+        "preview",
+    )
+    state = {
+        "job": "txt2img",
+        "job_count": 1,
+        "job_no": 0,
+        "sampling_step": 5,
+        "sampling_steps": 20,
+        "interrupted": False,
+    }
     assert state.items() <= found["state"].items()
-    assert httpx2.get(f"{url}/sdapi/v1/progress?skip_current_image=true").json()["current_image"] is None
+    assert (
+        httpx2.get(f"{url}/sdapi/v1/progress?skip_current_image=true").json()["current_image"]
+        is None
+    )
 
     api.interrupt()
     assert api.get_progress()["state"]["interrupted"]
-    assert not parts.store.get(foreign.id).cancel_requested, "what came in another way is not this client's"
-    parts.store.stop(job.id, job.epoch, job.created_at)
+    assert not context.store.get(foreign.id).cancel_requested, (
+        "what came in another way is not this client's"
+    )
+    context.store.stop(job.id, job.epoch, job.created_at)
     with pytest.raises(RuntimeError, match="REQUEST_CANCELED"):
         waiting.result(30)
-    assert parts.waited_for == {}
+    assert context.waited_for == {}
     assert api.get_progress()["state"]["job_count"] == 0
 
 
-def test_a_client_that_goes_away_cancels_its_job(url, parts):
+def test_a_client_that_goes_away_cancels_its_job(url, context):
     with pytest.raises(httpx2.ReadTimeout):
         httpx2.post(f"{url}/sdapi/v1/txt2img", json={"prompt": "a ball"}, timeout=0.3)
-    job = only_job(parts)
-    assert until(lambda: parts.store.get(job.id).status is Status.CANCELED, 20)
-    assert until(lambda: not parts.waited_for, 20) is True
+    job = only_job(context)
+    assert until(lambda: context.store.get(job.id).status is Status.CANCELED, 20)
+    assert until(lambda: not context.waited_for, 20) is True
 
 
-def test_failures_and_a_full_queue(url, parts, worker):
+def test_failures_and_a_full_queue(url, context, worker):
     api = api_of(url)
     waiting = aside(lambda: api.txt2img(prompt="a ball"))
     worker.fail(until(worker.claim_one, 20))
     with pytest.raises(RuntimeError, match="The model produced NaN"):
         waiting.result(30)
     all_of_them = [aside(lambda: api.txt2img(prompt="a ball")) for _ in range(3)]
-    until(lambda: parts.store.count(Status.IN_QUEUE) == 3, 20)
+    until(lambda: context.store.count(Status.IN_QUEUE) == 3, 20)
     answer = httpx2.post(f"{url}/sdapi/v1/txt2img", json={"prompt": "a ball"})
-    assert (answer.status_code, answer.json()["error"], answer.headers["retry-after"]) == (429, "QUEUE_FULL", "10")
+    assert (answer.status_code, answer.json()["error"], answer.headers["retry-after"]) == (
+        429,
+        "QUEUE_FULL",
+        "10",
+    )
     with at_work(worker, an_image()):
         assert [len(one.result(30).images) for one in all_of_them] == [1, 1, 1]
 
 
 def test_keys(tmp_path):
-    parts = parts_in(tmp_path)
-    keys = {name: parts.keys.add(name) for name in ("me", "you")}
-    with listening(parts) as url:
+    context = context_in(tmp_path)
+    keys = {name: context.keys.add(name) for name in ("me", "you")}
+    with listening(context) as url:
         answer = httpx2.get(f"{url}/sdapi/v1/options")
-        assert (answer.status_code, answer.headers["www-authenticate"], answer.json()["error"]) == (401, "Basic", "UNAUTHORIZED")
+        assert (answer.status_code, answer.headers["www-authenticate"], answer.json()["error"]) == (
+            401,
+            "Basic",
+            "UNAUTHORIZED",
+        )
         for password in ("me", "me:no", "me:", "\xff"):
             wrong = "Basic " + base64.b64encode(password.encode("latin-1")).decode()
-            assert httpx2.get(f"{url}/sdapi/v1/options", headers={"Authorization": wrong}).status_code == 401
-        assert httpx2.get(f"{url}/sdapi/v1/options", headers={"Authorization": "Basic !"}).status_code == 401
+            assert (
+                httpx2.get(f"{url}/sdapi/v1/options", headers={"Authorization": wrong}).status_code
+                == 401
+            )
+        assert (
+            httpx2.get(f"{url}/sdapi/v1/options", headers={"Authorization": "Basic !"}).status_code
+            == 401
+        )
         for key in keys.values():
-            assert httpx2.get(f"{url}/sdapi/v1/options", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+            assert (
+                httpx2.get(
+                    f"{url}/sdapi/v1/options", headers={"Authorization": f"Bearer {key}"}
+                ).status_code
+                == 200
+            )
         basic = base64.b64encode(f"me:{keys['me']}".encode()).decode()
-        assert httpx2.get(f"{url}/v1/requests", headers={"Authorization": f"Basic {basic}"}).status_code == 401, "there alone"
+        assert (
+            httpx2.get(
+                f"{url}/v1/requests", headers={"Authorization": f"Basic {basic}"}
+            ).status_code
+            == 401
+        ), "there alone"
 
-        mine, yours = (webuiapi.WebUIApi(baseurl=f"{url}/sdapi/v1", username="any", password=keys[name]) for name in ("me", "you"))
+        mine, yours = (
+            webuiapi.WebUIApi(baseurl=f"{url}/sdapi/v1", username="any", password=keys[name])
+            for name in ("me", "you")
+        )
         waiting = aside(lambda: mine.txt2img(prompt="a ball"))
-        job = until(lambda: parts.waited_for and only_job(parts), 20)
+        job = until(lambda: context.waited_for and only_job(context), 20)
         yours.interrupt()
-        assert parts.store.get(job.id).status is Status.IN_QUEUE
+        assert context.store.get(job.id).status is Status.IN_QUEUE
         assert yours.get_progress()["state"]["job"] == ""
         mine.interrupt()
         with pytest.raises(RuntimeError, match="REQUEST_CANCELED"):
@@ -371,7 +562,7 @@ def test_what_is_not_there_has_the_shape_of_the_web_ui(client):
     assert (answer.status_code, set(answer.json())) == (404, {"error", "detail", "body", "errors"})
 
 
-def test_the_pixels_of_the_answer_are_those_of_the_file(client, parts, worker):
+def test_the_pixels_of_the_answer_are_those_of_the_file(client, context, worker):
     with at_work(worker, an_image()):
         (image,) = client.post("/sdapi/v1/txt2img", json={"prompt": "a ball"}).json()["images"]
     assert (pixels(base64.b64decode(image)) == pixels(an_image())).all()

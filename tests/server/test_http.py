@@ -9,33 +9,33 @@ from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
-from tests.server.http_support import MINIMAL, ByHand, client_of, now, parts_in
+from tests.server.http_support import MINIMAL, ByHand, client_of, context_in, now
 from tests.support import LOKR, LORA
 
 from fidelora.errors import JobStoreError
 from fidelora.jobs.job import Status
 from fidelora.jobs.sql import SqlStore
 from fidelora.recipe import file_sha256
-from fidelora.server.app import clean, parts_around
-from fidelora.server.parts import Parts
+from fidelora.server.app import clean, context_with_store
+from fidelora.server.context import ServerContext
 
 SECRET = "hf_do_not_tell"
 
 
 @pytest.fixture
-def parts(tmp_path) -> Parts:
-    return parts_in(tmp_path)
+def context(tmp_path) -> ServerContext:
+    return context_in(tmp_path)
 
 
 @pytest.fixture
-def client(parts):
-    with client_of(parts) as made:
+def client(context):
+    with client_of(context) as made:
         yield made
 
 
 @pytest.fixture
-def worker(parts) -> ByHand:
-    return ByHand(parts)
+def worker(context) -> ByHand:
+    return ByHand(context)
 
 
 def submit(client: TestClient, body: Any = None, **headers: str) -> str:
@@ -69,34 +69,68 @@ def test_health_and_models(client):
     }  # fmt: skip
 
 
-def test_a_request_from_its_acceptance_to_its_image(client, worker, parts):
+def test_a_request_from_its_acceptance_to_its_image(client, worker, context):
     answer = client.post("/v1/inference", json=MINIMAL).json()
     request_id = answer["request_id"]
     url = f"http://127.0.0.1:8000/v1/requests/{request_id}"
     assert set(answer) == {"request_id", "status", "status_url", "result_url", "created_at"}
-    assert (answer["status"], answer["status_url"], answer["result_url"]) == ("queued", f"{url}/status", f"{url}/result")
+    assert (answer["status"], answer["status_url"], answer["result_url"]) == (
+        "queued",
+        f"{url}/status",
+        f"{url}/result",
+    )
 
     status = client.get(f"/v1/requests/{request_id}/status").json()
-    assert (status["status"], status["queue_position"], status["started_at"], status["error"]) == ("in_queue", 0, None, None)
+    assert (status["status"], status["queue_position"], status["started_at"], status["error"]) == (
+        "in_queue",
+        0,
+        None,
+        None,
+    )
     assert client.get(f"/v1/requests/{request_id}/result").json()["outputs"] is None
 
     job = worker.claim()
     worker.step(job, 5)
     status = client.get(f"/v1/requests/{request_id}/status").json()
     assert status["status"] == "in_progress"
-    assert status["progress"] == {"image": 0, "images": 1, "step": 5, "steps": 25, "fraction": 0.2, "eta_s": 1.5}
+    assert status["progress"] == {
+        "image": 0,
+        "images": 1,
+        "step": 5,
+        "steps": 25,
+        "fraction": 0.2,
+        "eta_s": 1.5,
+    }
 
     done = worker.succeed(job)
     result = client.get(f"/v1/requests/{request_id}/result").json()
     (image,) = result["outputs"]["images"]
-    assert (result["status"], result["error"], result["outputs"]["videos"]) == ("succeeded", None, [])
+    assert (result["status"], result["error"], result["outputs"]["videos"]) == (
+        "succeeded",
+        None,
+        [],
+    )
     assert result["metadata"]["model"] == "sd15"
     assert result["metadata"]["timings"] == {"denoise": 1.0}
-    assert (image["format"], image["width"], image["height"], image["seed"]) == ("png", 512, 512, 42)
-    assert (image["file_path"], image["sha256"]) == (done.outputs[0].file_path, done.outputs[0].sha256)
+    assert (image["format"], image["width"], image["height"], image["seed"]) == (
+        "png",
+        512,
+        512,
+        42,
+    )
+    assert (image["file_path"], image["sha256"]) == (
+        done.outputs[0].file_path,
+        done.outputs[0].sha256,
+    )
     assert image["recipe"]["prompt"] == "a photo of sks"
-    assert image["recipe"]["adapters"] == [{"sha256": file_sha256(LORA), "multiplier": 1.0, "name": "sks"}]
-    assert (image["recipe"]["width"], image["recipe"]["height"], image["recipe"]["base_model"]) == (1024, 1024, "tiny")
+    assert image["recipe"]["adapters"] == [
+        {"sha256": file_sha256(LORA), "multiplier": 1.0, "name": "sks"}
+    ]
+    assert (image["recipe"]["width"], image["recipe"]["height"], image["recipe"]["base_model"]) == (
+        1024,
+        1024,
+        "tiny",
+    )
 
     picture = client.get(image["url"])
     assert picture.content == b"an image"
@@ -119,7 +153,10 @@ def test_a_failure_is_told_in_words(client, worker):
         (MINIMAL | {"model": "flux"}, "MODEL_NOT_FOUND"),
         (MINIMAL | {"loras": []}, "LORA_FILE_REQUIRED"),
         (MINIMAL | {"loras": [{"path": "none.safetensors"}]}, "LORA_NOT_FOUND"),
-        (MINIMAL | {"loras": [{"path": "sks.safetensors", "transformer": "low"}]}, "MOE_FORMAT_NOT_SUPPORTED"),
+        (
+            MINIMAL | {"loras": [{"path": "sks.safetensors", "transformer": "low"}]},
+            "MOE_FORMAT_NOT_SUPPORTED",
+        ),
         (with_prompt(ctrl_img="a.png"), "FIELD_NOT_SUPPORTED"),
         (with_prompt(num_frames=5), "FIELD_NOT_SUPPORTED"),
         (with_prompt(fps=5), "FIELD_NOT_SUPPORTED"),
@@ -129,9 +166,9 @@ def test_a_failure_is_told_in_words(client, worker):
         (MINIMAL | {"loras": [{"path": "sks.safetensors", "sha256": "0" * 64}]}, "LORA_CHANGED"),
     ],
 )
-def test_what_cannot_be_done_is_400_with_its_code(client, parts, body, code):
+def test_what_cannot_be_done_is_400_with_its_code(client, context, body, code):
     assert error(client.post("/v1/inference", json=body)) == (400, code)
-    assert parts.store.count(Status.IN_QUEUE) == 0
+    assert context.store.count(Status.IN_QUEUE) == 0
 
 
 def test_an_unknown_model_comes_with_those_there_are(client):
@@ -154,11 +191,13 @@ def test_an_unknown_model_comes_with_those_there_are(client):
         (MINIMAL | {"output_format": "gif"}, ["body", "output_format"]),
     ],
 )  # fmt: skip
-def test_a_field_out_of_its_range_is_422_and_named(client, parts, body, place):
-    answer = client.post("/v1/inference", content=json.dumps(body), headers={"content-type": "application/json"})
+def test_a_field_out_of_its_range_is_422_and_named(client, context, body, place):
+    answer = client.post(
+        "/v1/inference", content=json.dumps(body), headers={"content-type": "application/json"}
+    )
     assert answer.status_code == 422
     assert place in [entry["loc"][: len(place)] for entry in answer.json()["detail"]]
-    assert parts.store.count(Status.IN_QUEUE) == 0
+    assert context.store.count(Status.IN_QUEUE) == 0
 
 
 def test_an_unknown_sampler_comes_with_those_there_are(client):
@@ -167,31 +206,50 @@ def test_an_unknown_sampler_comes_with_those_there_are(client):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"nonsense", b"[]", b"\xff", b'{"model": NaN}', b'{"prompts": [{"width": Infinity}]}', b"[" * 100_000]
+    "content",
+    [
+        b"",
+        b"nonsense",
+        b"[]",
+        b"\xff",
+        b'{"model": NaN}',
+        b'{"prompts": [{"width": Infinity}]}',
+        b"[" * 100_000,
+    ],
 )
 def test_bodies_that_are_no_request_are_refused(client, content):
-    assert client.post("/v1/inference", content=content, headers={"content-type": "application/json"}).status_code in (400, 422)
+    assert client.post(
+        "/v1/inference", content=content, headers={"content-type": "application/json"}
+    ).status_code in (400, 422)
 
 
-def test_defaults_seeds_and_the_trigger_of_a_prompt(client, parts):
+def test_defaults_seeds_and_the_trigger_of_a_prompt(client, context):
     prompts = [
         {"prompt": "[trigger]"},
         {"prompt": "[trigger]", "trigger_word": "xyz", "seed": 7, "width": 519},
         {"prompt": "a", "seed": -1},
     ]
-    first, second, third = parts.store.get(submit(client, MINIMAL | {"prompts": prompts})).recipes
-    assert (first.prompt, first.seed, first.steps, first.guidance_scale, first.sampler) == ("sks", 42, 25, 6.0, "ddpm")
+    first, second, third = context.store.get(submit(client, MINIMAL | {"prompts": prompts})).recipes
+    assert (first.prompt, first.seed, first.steps, first.guidance_scale, first.sampler) == (
+        "sks",
+        42,
+        25,
+        6.0,
+        "ddpm",
+    )
     assert (second.prompt, second.seed, second.width) == ("xyz", 7, 512)
     assert 0 <= third.seed < 2**32
 
 
-def test_the_noise_is_that_of_the_trainer_that_wrote_the_lora(client, parts, tmp_path):
+def test_the_noise_is_that_of_the_trainer_that_wrote_the_lora(client, context, tmp_path):
     from safetensors.numpy import load_file, save_file
 
     software = json.dumps({"name": "ai-toolkit", "version": "0.7.1"})
-    save_file(load_file(LORA), parts.settings.loras / "old.safetensors", {"software": software})
-    (old,) = parts.store.get(submit(client, MINIMAL | {"loras": [{"path": "old.safetensors"}]})).recipes
-    (new,) = parts.store.get(submit(client)).recipes
+    save_file(load_file(LORA), context.settings.loras / "old.safetensors", {"software": software})
+    (old,) = context.store.get(
+        submit(client, MINIMAL | {"loras": [{"path": "old.safetensors"}]})
+    ).recipes
+    (new,) = context.store.get(submit(client)).recipes
     assert (old.noise, new.noise) == ("legacy", "modern")
 
 
@@ -204,11 +262,16 @@ def test_requests_are_listed_newest_first_page_by_page(client, worker):
     first = client.get("/v1/requests", params={"limit": 2}).json()
     second = client.get("/v1/requests", params={"limit": 2, "cursor": first["next_cursor"]}).json()
     third = client.get("/v1/requests", params={"limit": 2, "cursor": second["next_cursor"]}).json()
-    assert [entry["request_id"] for page in (first, second, third) for entry in page["requests"]] == ids[::-1]
+    assert [
+        entry["request_id"] for page in (first, second, third) for entry in page["requests"]
+    ] == ids[::-1]
     assert third["next_cursor"] is None
     failed = client.get("/v1/requests", params={"status": "failed"}).json()["requests"]
     assert [entry["request_id"] for entry in failed] == ids[:1]
-    assert error(client.get("/v1/requests", params={"cursor": "nobody's"})) == (400, "CURSOR_NOT_KNOWN")
+    assert error(client.get("/v1/requests", params={"cursor": "nobody's"})) == (
+        400,
+        "CURSOR_NOT_KNOWN",
+    )
     assert client.get("/v1/requests", params={"limit": 0}).status_code == 422
 
 
@@ -224,30 +287,42 @@ def test_cancelling(client, worker):
     assert error(client.delete("/v1/requests/nobody")) == (404, "REQUEST_NOT_FOUND")
 
 
-def test_a_request_under_the_same_key_is_the_same_request(client, parts):
+def test_a_request_under_the_same_key_is_the_same_request(client, context):
     key = {"Idempotency-Key": "mine"}
     random = with_prompt(seed=-1)
     first = submit(client, random, **key)
     assert submit(client, random, **key) == first
-    assert submit(client, random | {"hf_token": SECRET}, **key) == first  # who asks is no part of what is asked for
-    (parts.settings.loras / "sks.safetensors").unlink()
+    assert (
+        submit(client, random | {"hf_token": SECRET}, **key) == first
+    )  # who asks is no part of what is asked for
+    (context.settings.loras / "sks.safetensors").unlink()
     assert submit(client, random, **key) == first  # what is accepted needs the file no more
-    assert error(client.post("/v1/inference", json=with_prompt(seed=1), headers=key)) == (409, "IDEMPOTENCY_KEY_REUSED")
-    assert client.post("/v1/inference", json=random, headers={"Idempotency-Key": "x" * 256}).status_code == 422
-    assert parts.store.count(Status.IN_QUEUE) == 1
+    assert error(client.post("/v1/inference", json=with_prompt(seed=1), headers=key)) == (
+        409,
+        "IDEMPOTENCY_KEY_REUSED",
+    )
+    assert (
+        client.post(
+            "/v1/inference", json=random, headers={"Idempotency-Key": "x" * 256}
+        ).status_code
+        == 422
+    )
+    assert context.store.count(Status.IN_QUEUE) == 1
 
 
 def test_a_hundred_duplicates_at_once_make_one_request(tmp_path):
-    seed = parts_in(tmp_path)
-    parts = parts_around(SqlStore(f"sqlite:///{tmp_path}/jobs.sqlite"), seed.settings, {}, seed.base_url)
-    with client_of(parts) as client, ThreadPoolExecutor(20) as threads:
+    seed = context_in(tmp_path)
+    context = context_with_store(
+        SqlStore(f"sqlite:///{tmp_path}/jobs.sqlite"), seed.settings, {}, seed.base_url
+    )
+    with client_of(context) as client, ThreadPoolExecutor(20) as threads:
         ids = set(threads.map(lambda _: submit(client, **{"Idempotency-Key": "mine"}), range(100)))
         assert len(ids) == 1
-        assert parts.store.count(Status.IN_QUEUE) == 1
+        assert context.store.count(Status.IN_QUEUE) == 1
 
 
 def test_a_full_queue_says_when_to_come_again(tmp_path):
-    with client_of(parts_in(tmp_path, queue_size=2)) as client:
+    with client_of(context_in(tmp_path, queue_size=2)) as client:
         submit(client)
         key = {"Idempotency-Key": "second"}
         second = submit(client, **key)
@@ -259,7 +334,10 @@ def test_a_full_queue_says_when_to_come_again(tmp_path):
 
 def events(lines: Any) -> list[tuple[int, dict[str, Any]]]:
     """(id, data) of each event of a finished stream."""
-    fields = [dict(line.split(": ", 1) for line in block.split("\n") if line[:1] != ":") for block in lines.strip().split("\n\n")]
+    fields = [
+        dict(line.split(": ", 1) for line in block.split("\n") if line[:1] != ":")
+        for block in lines.strip().split("\n\n")
+    ]
     return [(int(event["id"]), json.loads(event["data"])) for event in fields if "id" in event]
 
 
@@ -274,16 +352,20 @@ def test_events_end_with_the_request(client, worker):
     assert [number for number, _ in seen] == sorted({number for number, _ in seen})
     assert seen[-1][1]["progress"]["step"] == 3
 
-    again = client.get(f"/v1/requests/{request_id}/events", headers={"Last-Event-ID": str(seen[0][0])})
+    again = client.get(
+        f"/v1/requests/{request_id}/events", headers={"Last-Event-ID": str(seen[0][0])}
+    )
     assert events(again.text) == seen[-1:]
     assert error(client.get("/v1/requests/nobody/events")) == (404, "REQUEST_NOT_FOUND")
 
 
-def test_who_connects_again_is_not_told_what_it_knows(client, worker, parts):
+def test_who_connects_again_is_not_told_what_it_knows(client, worker, context):
     request_id = submit(client)
     job = worker.step(worker.claim(), 3)
     threading.Timer(0.3, lambda: worker.succeed(job)).start()
-    answer = client.get(f"/v1/requests/{request_id}/events", headers={"Last-Event-ID": str(job.version)})
+    answer = client.get(
+        f"/v1/requests/{request_id}/events", headers={"Last-Event-ID": str(job.version)}
+    )
     assert [data["status"] for _, data in events(answer.text)] == ["succeeded"]
 
 
@@ -297,10 +379,12 @@ def test_events_carry_a_rough_picture_to_whoever_asks(client, worker):
     assert "preview" not in client.get(f"/v1/requests/{request_id}/status").json()["progress"]
 
 
-def test_events_end_with_the_server(client, parts):
+def test_events_end_with_the_server(client, context):
     request_id = submit(client)
-    threading.Timer(0.3, parts.stopping.set).start()
-    assert [data["status"] for _, data in events(client.get(f"/v1/requests/{request_id}/events").text)] == ["in_queue"]
+    threading.Timer(0.3, context.stopping.set).start()
+    assert [
+        data["status"] for _, data in events(client.get(f"/v1/requests/{request_id}/events").text)
+    ] == ["in_queue"]
 
 
 def test_an_image_that_is_not_there(client, worker):
@@ -317,11 +401,13 @@ def test_an_image_that_is_not_there(client, worker):
     assert error(client.get(f"/v1/requests/{request_id}/images/0")) == (410, "IMAGE_GONE")
 
 
-def test_several_loras_and_a_multiplier_for_each_prompt(client, parts):
-    (parts.settings.loras / "b.safetensors").write_bytes(LOKR.read_bytes())
+def test_several_loras_and_a_multiplier_for_each_prompt(client, context):
+    (context.settings.loras / "b.safetensors").write_bytes(LOKR.read_bytes())
     loras = [{"path": "sks.safetensors", "network_multiplier": 0.5}, {"path": "b.safetensors"}]
     prompts = [{"prompt": "a"}, {"prompt": "b", "network_multiplier": [1.5, -1]}]
-    first, second = parts.store.get(submit(client, MINIMAL | {"loras": loras, "prompts": prompts})).recipes
+    first, second = context.store.get(
+        submit(client, MINIMAL | {"loras": loras, "prompts": prompts})
+    ).recipes
     assert [ref.multiplier for ref in first.adapters] == [0.5, 1.0]
     assert [ref.multiplier for ref in second.adapters] == [1.5, -1.0]
     assert {first.adapter_mode, second.adapter_mode} == {"live"}
@@ -334,16 +420,22 @@ def upload(client: TestClient, content: bytes, name: str = "new.safetensors") ->
     return client.post("/v1/loras", files={"file": (name, content)})
 
 
-def test_loras_are_listed_with_what_their_headers_say(client, parts):
-    (parts.settings.loras / "more").mkdir()
-    (parts.settings.loras / "more" / "lokr.safetensors").write_bytes(LOKR.read_bytes())
-    (parts.settings.loras / "broken.safetensors").write_bytes(b"<html>")
-    (parts.settings.loras / "notes.txt").write_text("no adapter")
-    (parts.settings.loras / "out.safetensors").symlink_to(LORA)  # leads out of the folder
+def test_loras_are_listed_with_what_their_headers_say(client, context):
+    (context.settings.loras / "more").mkdir()
+    (context.settings.loras / "more" / "lokr.safetensors").write_bytes(LOKR.read_bytes())
+    (context.settings.loras / "broken.safetensors").write_bytes(b"<html>")
+    (context.settings.loras / "notes.txt").write_text("no adapter")
+    (context.settings.loras / "out.safetensors").symlink_to(LORA)  # leads out of the folder
     listed = {entry["path"]: entry for entry in client.get("/v1/loras").json()["loras"]}
     assert set(listed) == {"sks.safetensors", "more/lokr.safetensors", "broken.safetensors"}
     sks = listed["sks.safetensors"]
-    assert (sks["type"], sks["ranks"], sks["modules"], sks["trigger"], sks["step"]) == ("lora", [8], 120, "sks", 6)
+    assert (sks["type"], sks["ranks"], sks["modules"], sks["trigger"], sks["step"]) == (
+        "lora",
+        [8],
+        120,
+        "sks",
+        6,
+    )
     assert (sks["base"], sks["trainer"], sks["problems"]) == ("sd_1.5", "ai-toolkit 0.12.26", [])
     assert sks["sha256"] == file_sha256(LORA)
     assert listed["more/lokr.safetensors"]["type"] == "lokr"
@@ -355,9 +447,13 @@ def test_loras_are_listed_with_what_their_headers_say(client, parts):
     assert rest["next_cursor"] is None
 
 
-def test_an_upload_is_used_and_deleted(client, parts, worker):
+def test_an_upload_is_used_and_deleted(client, context, worker):
     answer = upload(client, LOKR.read_bytes())
-    assert (answer.status_code, answer.json()["path"], answer.json()["uploaded"]) == (201, "uploads/new.safetensors", True)
+    assert (answer.status_code, answer.json()["path"], answer.json()["uploaded"]) == (
+        201,
+        "uploads/new.safetensors",
+        True,
+    )
     assert upload(client, LOKR.read_bytes()).status_code == 200
     assert error(upload(client, LORA.read_bytes())) == (409, "LORA_EXISTS")
 
@@ -366,38 +462,55 @@ def test_an_upload_is_used_and_deleted(client, parts, worker):
     client.delete(f"/v1/requests/{request_id}")
     assert client.delete("/v1/loras/new.safetensors").status_code == 204
     assert error(client.delete("/v1/loras/new.safetensors")) == (404, "UPLOAD_NOT_FOUND")
-    assert error(client.post("/v1/inference", json=MINIMAL | {"loras": [{"path": "uploads/new.safetensors"}]})) == (
+    assert error(
+        client.post(
+            "/v1/inference", json=MINIMAL | {"loras": [{"path": "uploads/new.safetensors"}]}
+        )
+    ) == (
         400,
         "LORA_NOT_FOUND",
     )
-    assert list((parts.settings.loras / "uploads").iterdir()) == []
-    assert not parts.cache.path(file_sha256(LOKR)).exists()
+    assert list((context.settings.loras / "uploads").iterdir()) == []
+    assert not context.cache.path(file_sha256(LOKR)).exists()
 
 
 @pytest.mark.parametrize(
-    "name", ["../x.safetensors", "/etc/x.safetensors", ".hidden.safetensors", "x.ckpt", "", "a/b.safetensors", "x\0.safetensors"]
+    "name",
+    [
+        "../x.safetensors",
+        "/etc/x.safetensors",
+        ".hidden.safetensors",
+        "x.ckpt",
+        "",
+        "a/b.safetensors",
+        "x\0.safetensors",
+    ],
 )
-def test_an_upload_goes_nowhere_else(client, parts, name):
-    answer = client.post("/v1/loras", files={"file": ("a.safetensors", LORA.read_bytes())}, data={"name": name})
+def test_an_upload_goes_nowhere_else(client, context, name):
+    answer = client.post(
+        "/v1/loras", files={"file": ("a.safetensors", LORA.read_bytes())}, data={"name": name}
+    )
     if name == "":  # no name: the file's own
         assert answer.status_code == 201
         return
     assert error(answer) == (400, "LORA_NOT_FOUND")
-    assert sorted(path.name for path in parts.settings.loras.rglob("*.safetensors")) == ["sks.safetensors"]
+    assert sorted(path.name for path in context.settings.loras.rglob("*.safetensors")) == [
+        "sks.safetensors"
+    ]
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"<html>", LORA.read_bytes()[:-1]])
-def test_an_upload_that_is_no_adapter_is_refused_and_leaves_nothing(client, parts, content):
+def test_an_upload_that_is_no_adapter_is_refused_and_leaves_nothing(client, context, content):
     answer = upload(client, content)
     assert error(answer) == (400, "LORA_INVALID")
     assert "new.safetensors" in answer.json()["detail"]["error"]["message"]
-    assert list((parts.settings.loras / "uploads").iterdir()) == []
+    assert list((context.settings.loras / "uploads").iterdir()) == []
 
 
-def test_files_that_were_not_uploaded_are_not_deleted(client, parts):
+def test_files_that_were_not_uploaded_are_not_deleted(client, context):
     for name in ("sks.safetensors", "..%2Fsks.safetensors", "uploads%2F..%2Fsks.safetensors"):
         assert client.delete(f"/v1/loras/{name}").status_code in (404, 405)
-    assert (parts.settings.loras / "sks.safetensors").is_file()
+    assert (context.settings.loras / "sks.safetensors").is_file()
 
 
 # --- where LoRAs come from ---------------------------------------------------------------------------------------------
@@ -411,26 +524,35 @@ def test_files_that_were_not_uploaded_are_not_deleted(client, parts):
         "\0.safetensors", "x" * 300 + ".safetensors", "hf:owner/name/../x.safetensors", "hf:nonsense",
     ],
 )  # fmt: skip
-def test_names_lead_to_the_folder_and_nowhere_else(client, parts, place):
-    (parts.settings.loras / "out.safetensors").symlink_to(LORA)
-    assert error(client.post("/v1/inference", json=MINIMAL | {"loras": [{"path": place}]})) == (400, "LORA_NOT_FOUND")
+def test_names_lead_to_the_folder_and_nowhere_else(client, context, place):
+    (context.settings.loras / "out.safetensors").symlink_to(LORA)
+    assert error(client.post("/v1/inference", json=MINIMAL | {"loras": [{"path": place}]})) == (
+        400,
+        "LORA_NOT_FOUND",
+    )
 
 
 @pytest.mark.parametrize(
-    "place", ["https://example.com/x.safetensors", "http://127.0.0.1/x", "file:///etc/passwd", "hf:owner/name/x.safetensors"]
+    "place",
+    [
+        "https://example.com/x.safetensors",
+        "http://127.0.0.1/x",
+        "file:///etc/passwd",
+        "hf:owner/name/x.safetensors",
+    ],
 )
 def test_nothing_is_fetched_unless_the_operator_allows_it(client, place):
     answer = client.post("/v1/inference", json=MINIMAL | {"loras": [{"path": place}]})
     assert error(answer) == (400, "LORA_URL_NOT_ALLOWED")
 
 
-def test_a_file_that_is_replaced_while_its_request_waits(client, parts):
+def test_a_file_that_is_replaced_while_its_request_waits(client, context):
     submit(client)
-    path = parts.settings.loras / "sks.safetensors"
+    path = context.settings.loras / "sks.safetensors"
     path.rename(path.with_suffix(".old"))
     path.write_bytes(LOKR.read_bytes())
-    assert parts.cache.find(file_sha256(LORA)) is not None  # what was accepted can still be made
-    (recipe,) = parts.store.get(submit(client)).recipes
+    assert context.cache.find(file_sha256(LORA)) is not None  # what was accepted can still be made
+    (recipe,) = context.store.get(submit(client)).recipes
     assert recipe.adapters[0].sha256 == file_sha256(LOKR)
 
 
@@ -440,63 +562,88 @@ def test_a_file_that_is_replaced_while_its_request_waits(client, parts):
 def test_bodies_have_a_limit_whether_or_not_they_say_their_size(client):
     large = b" " * (2**20 + 1)
     headers = {"content-type": "application/json"}
-    assert error(client.post("/v1/inference", content=large, headers=headers)) == (413, "BODY_TOO_LARGE")
-    announced = client.post("/v1/inference", content=b"{}", headers=headers | {"content-length": str(2**30)})
+    assert error(client.post("/v1/inference", content=large, headers=headers)) == (
+        413,
+        "BODY_TOO_LARGE",
+    )
+    announced = client.post(
+        "/v1/inference", content=b"{}", headers=headers | {"content-length": str(2**30)}
+    )
     assert error(announced) == (413, "BODY_TOO_LARGE")  # before any of it came
     pieces = (large[:100_000] for _ in range(20))
-    assert error(client.post("/v1/inference", content=pieces, headers=headers)) == (413, "BODY_TOO_LARGE")
+    assert error(client.post("/v1/inference", content=pieces, headers=headers)) == (
+        413,
+        "BODY_TOO_LARGE",
+    )
 
 
 def test_uploads_have_a_limit_of_their_own(tmp_path):
-    with client_of(parts_in(tmp_path, lora_max_mb=1)) as client:
+    with client_of(context_in(tmp_path, lora_max_mb=1)) as client:
         assert upload(client, LORA.read_bytes()).status_code == 201
         assert error(upload(client, bytes(3 * 2**20))) == (413, "BODY_TOO_LARGE")
 
 
-def test_with_a_key_everything_needs_one_but_the_probes(client, parts):
+def test_with_a_key_everything_needs_one_but_the_probes(client, context):
     submit(client)
-    key = parts.keys.add("a client")
-    assert key not in (parts.settings.data_dir / "api_keys.json").read_text()
+    key = context.keys.add("a client")
+    assert key not in (context.settings.data_dir / "api_keys.json").read_text()
     for path in ("/v1/models", "/v1/requests", "/v1/loras", "/metrics"):
         answer = client.get(path)
         assert error(answer) == (401, "UNAUTHORIZED")
         assert answer.headers["www-authenticate"] == "Bearer"
         assert client.get(path, headers={"Authorization": f"Bearer {key}"}).status_code == 200
         for wrong in (f"Bearer {key}x", f"Basic {key}", key, "Bearer", "Bearer \xff"):
-            assert client.get(path, headers={"Authorization": wrong.encode("latin-1")}).status_code == 401
+            assert (
+                client.get(path, headers={"Authorization": wrong.encode("latin-1")}).status_code
+                == 401
+            )
     assert client.get("/health").status_code == 200
     assert client.get("/ready").status_code == 200
-    parts.keys.remove("a client")
+    context.keys.remove("a client")
     assert client.get("/v1/models").status_code == 200
 
 
-def test_keys_of_clients_are_apart(client, parts):
-    keys = [{"Authorization": f"Bearer {parts.keys.add(name)}", "Idempotency-Key": "same"} for name in ("one", "two")]
+def test_keys_of_clients_are_apart(client, context):
+    keys = [
+        {"Authorization": f"Bearer {context.keys.add(name)}", "Idempotency-Key": "same"}
+        for name in ("one", "two")
+    ]
     assert submit(client, **keys[0]) != submit(client, **keys[1])
     assert submit(client, **keys[0]) == submit(client, **keys[0])
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", ""])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", ""]
+)
 def test_without_keys_only_names_of_this_machine_are_answered(client, host):
     assert error(client.get("/v1/models", headers={"Host": host})) == (400, "HOST_NOT_ALLOWED")
 
 
-@pytest.mark.parametrize("host", ["localhost", "localhost:1", "127.0.0.1:8000", "127.1.2.3", "[::1]:8000"])
+@pytest.mark.parametrize(
+    "host", ["localhost", "localhost:1", "127.0.0.1:8000", "127.1.2.3", "[::1]:8000"]
+)
 def test_names_of_this_machine(client, host):
     assert client.get("/v1/models", headers={"Host": host}).status_code == 200
 
 
-@pytest.mark.parametrize("origin", ["https://evil.example", "http://127.0.0.1.evil.example", "null", "http://[", ""])
+@pytest.mark.parametrize(
+    "origin", ["https://evil.example", "http://127.0.0.1.evil.example", "null", "http://[", ""]
+)
 def test_without_keys_no_page_of_elsewhere_is_answered(client, origin):
-    assert error(client.post("/v1/loras", files={"file": b""}, headers={"Origin": origin})) == (400, "HOST_NOT_ALLOWED")
+    assert error(client.post("/v1/loras", files={"file": b""}, headers={"Origin": origin})) == (
+        400,
+        "HOST_NOT_ALLOWED",
+    )
 
 
-@pytest.mark.parametrize("origin", ["http://localhost:3000", "http://127.0.0.1:8000", "http://[::1]:1"])
+@pytest.mark.parametrize(
+    "origin", ["http://localhost:3000", "http://127.0.0.1:8000", "http://[::1]:1"]
+)
 def test_pages_of_this_machine(client, origin):
     assert client.get("/v1/models", headers={"Origin": origin}).status_code == 200
 
 
-def test_a_token_is_nowhere_afterwards(client, parts, caplog, capsys):
+def test_a_token_is_nowhere_afterwards(client, context, caplog, capsys):
     caplog.set_level("DEBUG")
     request_id = submit(client, MINIMAL | {"hf_token": SECRET})
     texts = [
@@ -506,33 +653,36 @@ def test_a_token_is_nowhere_afterwards(client, parts, caplog, capsys):
         client.post("/v1/inference", json={"hf_token": 4567891234}).text.replace("4567891234", SECRET),
         client.post("/v1/inference", json=MINIMAL | {"hf_token": SECRET, "model": "flux"}).text,
         client.post("/v1/inference", json=MINIMAL | {"hf_token": SECRET, "loras": [{"path": "https://e.com/a?t=" + SECRET}]}).text,
-        str(parts.store.get(request_id)), caplog.text, "".join(capsys.readouterr()), client.get("/metrics").text,
+        str(context.store.get(request_id)), caplog.text, "".join(capsys.readouterr()), client.get("/metrics").text,
     ]  # fmt: skip
     assert [text for text in texts if SECRET in text] == []
 
 
-def test_a_server_that_stops_takes_nothing_new_and_answers_the_rest(client, parts):
+def test_a_server_that_stops_takes_nothing_new_and_answers_the_rest(client, context):
     request_id = submit(client, **{"Idempotency-Key": "mine"})
-    parts.stopping.set()
+    context.stopping.set()
     answer = client.post("/v1/inference", json=MINIMAL)
     assert error(answer) == (503, "SERVER_STOPPING")
     assert int(answer.headers["retry-after"]) > 0
     assert submit(client, **{"Idempotency-Key": "mine"}) == request_id
     assert client.get(f"/v1/requests/{request_id}/status").json()["status"] == "in_queue"
-    assert (client.get("/ready").status_code, client.get("/ready").json()["status"]) == (503, "stopping")
+    assert (client.get("/ready").status_code, client.get("/ready").json()["status"]) == (
+        503,
+        "stopping",
+    )
     assert client.get("/health").status_code == 200
 
 
-def test_a_store_that_cannot_be_used_is_503_and_a_fault_is_500(client, parts, monkeypatch):
+def test_a_store_that_cannot_be_used_is_503_and_a_fault_is_500(client, context, monkeypatch):
     def broken(*_args, **_kwargs):
         raise JobStoreError
 
     def faulty(*_args, **_kwargs):
         raise ValueError("of ours")
 
-    monkeypatch.setattr(parts.store, "list", broken)
+    monkeypatch.setattr(context.store, "list", broken)
     assert error(client.get("/v1/requests")) == (503, "STORE_UNAVAILABLE")
-    monkeypatch.setattr(parts.store, "list", faulty)
+    monkeypatch.setattr(context.store, "list", faulty)
     answer = client.get("/v1/requests")
     assert error(answer) == (500, "INTERNAL")
     assert "of ours" not in answer.text
@@ -546,7 +696,9 @@ def test_unknown_paths_and_methods(client):
 
 
 def test_calls_have_an_id(client):
-    assert client.get("/health", headers={"X-Request-ID": "abc-1"}).headers["x-request-id"] == "abc-1"
+    assert (
+        client.get("/health", headers={"X-Request-ID": "abc-1"}).headers["x-request-id"] == "abc-1"
+    )
     made = client.get("/health", headers={"X-Request-ID": "no\tid"}).headers["x-request-id"]
     assert made not in ("no\tid", "")
 
@@ -554,15 +706,19 @@ def test_calls_have_an_id(client):
 # --- operations --------------------------------------------------------------------------------------------------------
 
 
-def test_metrics_count(client, parts):
-    from fidelora.work.worker import AttemptReport
+def test_metrics_count(client, context):
+    from fidelora.workers.worker import AttemptReport
 
     submit(client)
     client.get("/v1/requests/nobody/status")
     timings = {"load": 0.2, "adapters": 0.1, "denoise": 5.0, "decode": 0.1}
-    parts.metrics.attempt_ended(AttemptReport("a", "succeeded", "", 3.0, 2, 50, timings, 1, 2))
-    parts.metrics.attempt_ended(AttemptReport("b", "failed", "TIMEOUT", None, 0, 0, {}, 1, 0))
-    lines = dict(line.rsplit(" ", 1) for line in client.get("/metrics").text.splitlines() if not line.startswith("#"))
+    context.metrics.attempt_ended(AttemptReport("a", "succeeded", "", 3.0, 2, 50, timings, 1, 2))
+    context.metrics.attempt_ended(AttemptReport("b", "failed", "TIMEOUT", None, 0, 0, {}, 1, 0))
+    lines = dict(
+        line.rsplit(" ", 1)
+        for line in client.get("/metrics").text.splitlines()
+        if not line.startswith("#")
+    )
     assert float(lines['fidelora_requests{status="in_queue"}']) == 1
     assert float(lines["fidelora_images_total"]) == 2
     assert float(lines['fidelora_failures_total{code="TIMEOUT"}']) == 1
@@ -581,15 +737,22 @@ def test_old_requests_go_with_their_images(tmp_path):
     from datetime import timedelta
     from pathlib import Path
 
-    parts = parts_in(tmp_path, keep_days=1, keep_requests=2)
-    worker = ByHand(parts)
-    with client_of(parts) as client:
+    context = context_in(tmp_path, keep_days=1, keep_requests=2)
+    worker = ByHand(context)
+    with client_of(context) as client:
         ids = [submit(client) for _ in range(5)]
         waiting = ids[-1]
         done = [worker.succeed(worker.claim()) for _ in range(4)]
-        clean(parts)
+        clean(context)
         left = {entry["request_id"] for entry in client.get("/v1/requests").json()["requests"]}
         assert left == {done[2].id, done[3].id, waiting}
-        assert [Path(job.outputs[0].file_path).exists() for job in done] == [False, False, True, True]
-        parts.store.remove_finished(before=now() + timedelta(days=1), keep=10)
-        assert [entry["request_id"] for entry in client.get("/v1/requests").json()["requests"]] == [waiting]
+        assert [Path(job.outputs[0].file_path).exists() for job in done] == [
+            False,
+            False,
+            True,
+            True,
+        ]
+        context.store.remove_finished(before=now() + timedelta(days=1), keep=10)
+        assert [entry["request_id"] for entry in client.get("/v1/requests").json()["requests"]] == [
+            waiting
+        ]

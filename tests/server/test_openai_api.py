@@ -13,16 +13,26 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
-from tests.server.http_support import ByHand, aside, at_work, client_of, listening, now, only_job, parts_in, pixels
+from tests.server.http_support import (
+    ByHand,
+    aside,
+    at_work,
+    client_of,
+    context_in,
+    listening,
+    now,
+    only_job,
+    pixels,
+)
 from tests.server.serve_support import Server, until
 from tests.support import LORA
 
+from fidelora.families import all_families
+from fidelora.images.read import read_origin
 from fidelora.jobs.job import JobProgress, Status, new_job
-from fidelora.models import all_models
-from fidelora.origin import read_origin
 from fidelora.recipe import MAX_SEED, Recipe, file_sha256
 from fidelora.server import submit
-from fidelora.server.parts import Parts
+from fidelora.server.context import ServerContext
 from fidelora.server.routes.openai import _Partials
 
 LORAS = [{"path": "sks.safetensors", "network_multiplier": 0.8}]
@@ -35,19 +45,22 @@ def no_pauses(monkeypatch):
 
 
 @pytest.fixture
-def parts(tmp_path) -> Parts:
-    return parts_in(tmp_path, queue_size=2)
+def context(tmp_path) -> ServerContext:
+    return context_in(tmp_path, queue_size=2)
 
 
 @pytest.fixture
-def worker(parts) -> ByHand:
-    return ByHand(parts)
+def worker(context) -> ByHand:
+    return ByHand(context)
 
 
 @pytest.fixture
-def client(parts):
+def client(context):
     """The official client of a server on a real socket, whose jobs the test moves along."""
-    with listening(parts) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as made:
+    with (
+        listening(context) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as made,
+    ):
         yield made
 
 
@@ -69,7 +82,9 @@ def preview(colour: str) -> str:
 
 def test_the_same_recipe_is_the_same_image_in_both_apis(real, tiny_server):
     extra = SMALL | {"seed": 7, "sampler": "euler_a", "negative_prompt": "b"}
-    made = real.images.generate(model="sd15", prompt="a [trigger] ball", size="64x64", extra_body=extra)
+    made = real.images.generate(
+        model="sd15", prompt="a [trigger] ball", size="64x64", extra_body=extra
+    )
     (image,) = made.data
     content = base64.b64decode(image.b64_json)
     recipe = read_origin(content).recipe
@@ -87,12 +102,20 @@ def test_the_same_recipe_is_the_same_image_in_both_apis(real, tiny_server):
     assert tiny_server.wait(ours, "succeeded", "failed")["status"] == "succeeded"
     (output,) = tiny_server.call(f"/v1/requests/{ours}/result")["outputs"]["images"]
     assert httpx2.get(output["url"]).content == content
-    assert tiny_server.call(f"/v1/requests/{made.request_id}/result")["outputs"]["images"][0]["recipe"] == output["recipe"]
+    assert (
+        tiny_server.call(f"/v1/requests/{made.request_id}/result")["outputs"]["images"][0]["recipe"]
+        == output["recipe"]
+    )
 
 
 def test_several_images_by_url_in_another_format(real):
     made = real.images.generate(
-        prompt="a ball", size="64x72", n=2, response_format="url", output_format="webp", extra_body=SMALL | {"seed": 5}
+        prompt="a ball",
+        size="64x72",
+        n=2,
+        response_format="url",
+        output_format="webp",
+        extra_body=SMALL | {"seed": 5},
     )
     contents = [httpx2.get(image.url).content for image in made.data]
     assert [read_origin(content).recipe.seed for content in contents] == [5, 6]  # type: ignore[union-attr]
@@ -103,7 +126,13 @@ def test_several_images_by_url_in_another_format(real):
 
 def test_compression_is_the_quality_of_the_file(real):
     def content(**fields: Any) -> bytes:
-        made = real.images.generate(prompt="a ball", size="64x64", output_format="jpeg", extra_body=SMALL | {"seed": 5}, **fields)
+        made = real.images.generate(
+            prompt="a ball",
+            size="64x64",
+            output_format="jpeg",
+            extra_body=SMALL | {"seed": 5},
+            **fields,
+        )
         return base64.b64decode(made.data[0].b64_json)
 
     usual, coarse = content(), content(output_compression=10)
@@ -116,7 +145,9 @@ def test_compression_is_the_quality_of_the_file(real):
 def test_without_a_lora_a_seed_or_a_size(real):
     made = real.images.generate(prompt="a ball", n=2, extra_body={"steps": 1})
     recipes = [read_origin(base64.b64decode(image.b64_json)).recipe for image in made.data]
-    assert [(recipe.width, recipe.height, recipe.adapters) for recipe in recipes if recipe] == [(512, 512, ())] * 2
+    assert [(recipe.width, recipe.height, recipe.adapters) for recipe in recipes if recipe] == [
+        (512, 512, ())
+    ] * 2
     assert recipes[0].seed != recipes[1].seed  # type: ignore[union-attr]
     assert [image.seed for image in made.data] == [recipe.seed for recipe in recipes if recipe]
 
@@ -128,7 +159,12 @@ def test_a_stream_ends_in_the_image(real):
     done = events[-1]
     assert done.type == "image_generation.completed"
     assert all(event.type == "image_generation.partial_image" for event in events[:-1])
-    assert (done.output_format, done.size, done.quality, done.usage.total_tokens) == ("png", "64x64", "auto", 0)
+    assert (done.output_format, done.size, done.quality, done.usage.total_tokens) == (
+        "png",
+        "64x64",
+        "auto",
+        0,
+    )
     assert read_origin(base64.b64decode(done.b64_json)).recipe.seed == 7  # type: ignore[union-attr]
 
 
@@ -143,7 +179,7 @@ def test_asynchronous_clients_wait_too(tiny_server):
 # --- the fields --------------------------------------------------------------------------------------------------------
 
 
-def test_every_field_reaches_its_recipe(client, parts, worker):
+def test_every_field_reaches_its_recipe(client, context, worker):
     with at_work(worker):
         client.images.generate(
             model="sd15", prompt="[trigger]", n=2, size="256x512", output_format="jpeg", output_compression=80,
@@ -153,12 +189,22 @@ def test_every_field_reaches_its_recipe(client, parts, worker):
                 "guidance_scale": 3.5, "sampler": "ddim", "fidelity": "fast",
             },
         )  # fmt: skip
-    job = only_job(parts)
+    job = only_job(context)
     assert (job.image_format, job.image_quality) == ("jpeg", 80)
     assert [recipe.seed for recipe in job.recipes] == [MAX_SEED - 1, MAX_SEED]
     first = job.recipes[0]
-    assert (first.prompt, first.negative_prompt, first.width, first.height) == ("sks", "bad", 256, 512)
-    assert (first.steps, first.guidance_scale, first.sampler, first.fidelity) == (9, 3.5, "ddim", "fast")
+    assert (first.prompt, first.negative_prompt, first.width, first.height) == (
+        "sks",
+        "bad",
+        256,
+        512,
+    )
+    assert (first.steps, first.guidance_scale, first.sampler, first.fidelity) == (
+        9,
+        3.5,
+        "ddim",
+        "fast",
+    )
     assert [(ref.sha256, ref.multiplier) for ref in first.adapters] == [(file_sha256(LORA), 0.8)]
 
 
@@ -180,15 +226,21 @@ def test_every_field_reaches_its_recipe(client, parts, worker):
         ({"extra_body": {"sampler": "best"}}, "sampler"),
         ({"extra_body": {"sampler": "lcm", "steps": 60}}, "steps"),
         ({"extra_body": {"neg": "x"}}, "neg"),
-        ({"extra_body": {"loras": [{"path": "sks.safetensors", "strength": 1}]}}, "loras[0].strength"),
-        ({"extra_body": {"loras": [{"path": "sks.safetensors", "network_multiplier": 3}]}}, "loras.0.network_multiplier"),
+        (
+            {"extra_body": {"loras": [{"path": "sks.safetensors", "strength": 1}]}},
+            "loras[0].strength",
+        ),
+        (
+            {"extra_body": {"loras": [{"path": "sks.safetensors", "network_multiplier": 3}]}},
+            "loras.0.network_multiplier",
+        ),
     ],
 )
-def test_what_cannot_be_used_is_refused_by_name(client, parts, fields, param):
+def test_what_cannot_be_used_is_refused_by_name(client, context, fields, param):
     with pytest.raises(openai.BadRequestError) as caught:
         client.images.generate(prompt="a ball", **fields)
     assert (caught.value.param, caught.value.type) == (param, "invalid_request_error")
-    assert parts.store.list().jobs == ()
+    assert context.store.list().jobs == ()
 
 
 @pytest.mark.parametrize(
@@ -196,7 +248,10 @@ def test_what_cannot_be_used_is_refused_by_name(client, parts, fields, param):
     [
         ({"size": "32x512"}, "size: both sides are from 64 to 4096"),
         ({"output_compression": 50}, "output_compression: png has none"),
-        ({"n": 2, "extra_body": {"seed": MAX_SEED}}, "seed: the last image would have a seed beyond"),
+        (
+            {"n": 2, "extra_body": {"seed": MAX_SEED}},
+            "seed: the last image would have a seed beyond",
+        ),
         ({"partial_images": 2}, "partial_images: there are some in a stream only"),
         ({"stream": True, "response_format": "url"}, "response_format: a stream has b64_json only"),
     ],
@@ -210,7 +265,9 @@ def test_fields_that_contradict_each_other(client, fields, message):
 
 
 def test_an_unknown_model(client):
-    with pytest.raises(openai.NotFoundError, match="There is no model 'gpt-image-2'; the models are: sd15") as caught:
+    with pytest.raises(
+        openai.NotFoundError, match="There is no model 'gpt-image-2'; the models are: sd15"
+    ) as caught:
         client.images.generate(model="gpt-image-2", prompt="a ball")
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
 
@@ -222,74 +279,91 @@ def test_a_lora_that_is_not_there(client, path):
     assert caught.value.code == "LORA_NOT_FOUND"
 
 
-def test_a_full_queue(client, parts):
+def test_a_full_queue(client, context):
     first = [aside(lambda: client.images.generate(prompt="a ball")) for _ in range(2)]
-    until(lambda: parts.store.count(Status.IN_QUEUE) == 2, 20)
+    until(lambda: context.store.count(Status.IN_QUEUE) == 2, 20)
     with pytest.raises(openai.RateLimitError) as caught:
         client.images.generate(prompt="a ball")
     assert (caught.value.code, caught.value.type) == ("rate_limit_exceeded", "rate_limit_error")
     assert caught.value.response.headers["retry-after"] == "10"
-    with at_work(ByHand(parts)):
+    with at_work(ByHand(context)):
         assert all(one.result(30).data for one in first)
 
 
-def test_a_failed_job_is_not_tried_again_by_the_client(client, parts, worker):
+def test_a_failed_job_is_not_tried_again_by_the_client(client, context, worker):
     waiting = aside(lambda: client.with_options(max_retries=2).images.generate(prompt="a ball"))
-    only_job(parts)
+    only_job(context)
     worker.fail(worker.claim())
     with pytest.raises(openai.InternalServerError, match="The model produced NaN") as caught:
         waiting.result(30)
     assert (caught.value.code, caught.value.type) == ("NUMERICS", "server_error")
-    assert len(parts.store.list().jobs) == 1
+    assert len(context.store.list().jobs) == 1
 
 
-def test_a_job_that_somebody_cancels(client, parts):
+def test_a_job_that_somebody_cancels(client, context):
     waiting = aside(lambda: client.with_options(max_retries=2).images.generate(prompt="a ball"))
-    httpx2.delete(f"{client.base_url}requests/{only_job(parts).id}")
+    httpx2.delete(f"{client.base_url}requests/{only_job(context).id}")
     with pytest.raises(openai.ConflictError, match="was canceled"):
         waiting.result(30)
-    assert len(parts.store.list().jobs) == 1
+    assert len(context.store.list().jobs) == 1
 
 
-def test_a_failure_in_a_stream_is_an_error_there(client, parts, worker):
+def test_a_failure_in_a_stream_is_an_error_there(client, context, worker):
     with client.images.generate(prompt="a ball", stream=True) as stream:
-        only_job(parts)
+        only_job(context)
         worker.fail(worker.claim())
         with pytest.raises(openai.APIError, match="The model produced NaN"):
             list(stream)
 
 
 def test_keys(tmp_path):
-    parts = parts_in(tmp_path)
-    key = parts.keys.add("me")
-    with listening(parts) as url:
+    context = context_in(tmp_path)
+    key = context.keys.add("me")
+    with listening(context) as url:
         with pytest.raises(openai.AuthenticationError) as caught:
             openai.OpenAI(base_url=f"{url}/v1", api_key="wrong").images.generate(prompt="a ball")
-        assert (caught.value.code, caught.value.type) == ("invalid_api_key", "invalid_request_error")
-        with openai.OpenAI(base_url=f"{url}/v1", api_key=key) as client, at_work(ByHand(parts)):
+        assert (caught.value.code, caught.value.type) == (
+            "invalid_api_key",
+            "invalid_request_error",
+        )
+        with openai.OpenAI(base_url=f"{url}/v1", api_key=key) as client, at_work(ByHand(context)):
             assert client.images.generate(prompt="a ball").data
-            assert [model.id for model in client.models.list()] == list(all_models())
+            assert [model.id for model in client.models.list()] == list(all_families())
 
 
 def test_errors_have_openais_shape_on_its_paths_alone(tmp_path):
-    parts = parts_in(tmp_path)
-    client = client_of(parts)
+    context = context_in(tmp_path)
+    client = client_of(context)
     for answer, status in (
         (client.post("/v1/images/edits", json={}), 404),
         (client.get("/v1/images/generations"), 405),
         (client.post("/v1/images/generations", json=[]), 400),
-        (client.post("/v1/images/generations", content=b"{", headers={"Content-Type": "application/json"}), 400),
+        (
+            client.post(
+                "/v1/images/generations", content=b"{", headers={"Content-Type": "application/json"}
+            ),
+            400,
+        ),
         (client.post("/v1/images/generations", json={"prompt": "x" * 2**20}), 413),
-        (client.post("/v1/images/generations", json={"prompt": "x"}, headers={"Host": "evil.example"}), 400),
+        (
+            client.post(
+                "/v1/images/generations", json={"prompt": "x"}, headers={"Host": "evil.example"}
+            ),
+            400,
+        ),
         (client.get("/v1/models/none"), 404),
     ):
         assert (answer.status_code, set(answer.json()), set(answer.json()["error"])) == (
             status, {"error"}, {"message", "type", "param", "code"}
         )  # fmt: skip
     assert "detail" in client.get("/v1/nothing").json()
-    parts.stopping.set()
+    context.stopping.set()
     answer = client.post("/v1/images/generations", json={"prompt": "x"})
-    assert (answer.status_code, answer.json()["error"]["code"], answer.headers["retry-after"]) == (503, "SERVER_STOPPING", "10")
+    assert (answer.status_code, answer.json()["error"]["code"], answer.headers["retry-after"]) == (
+        503,
+        "SERVER_STOPPING",
+        "10",
+    )
 
 
 # --- waiting -----------------------------------------------------------------------------------------------------------
@@ -297,12 +371,14 @@ def test_errors_have_openais_shape_on_its_paths_alone(tmp_path):
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("running", [False, True])
-def test_a_client_that_goes_away_cancels_its_job(client, parts, worker, stream, running):
+def test_a_client_that_goes_away_cancels_its_job(client, context, worker, stream, running):
     with httpx2.Client() as other:
         body = {"prompt": "a ball", "stream": stream}
-        call = other.build_request("POST", f"{client.base_url}images/generations", json=body, timeout=0.3)
+        call = other.build_request(
+            "POST", f"{client.base_url}images/generations", json=body, timeout=0.3
+        )
         sent = aside(lambda: other.send(call, stream=stream))
-        job = only_job(parts)
+        job = only_job(context)
         if running:
             worker.step(worker.claim(), 3)
         if stream:
@@ -311,20 +387,31 @@ def test_a_client_that_goes_away_cancels_its_job(client, parts, worker, stream, 
             with pytest.raises(httpx2.ReadTimeout):
                 sent.result(30)
     if running:
-        assert until(lambda: parts.store.get(job.id).cancel_requested, 20)
+        assert until(lambda: context.store.get(job.id).cancel_requested, 20)
     else:
-        assert until(lambda: parts.store.get(job.id).status is Status.CANCELED, 20)
+        assert until(lambda: context.store.get(job.id).status is Status.CANCELED, 20)
 
 
-def test_partial_images_come_in_order_and_no_more_than_were_asked_for(client, parts, worker):
+def test_partial_images_come_in_order_and_no_more_than_were_asked_for(client, context, worker):
     with client.images.generate(
-        prompt="a ball", n=2, stream=True, partial_images=2, output_format="webp", extra_body={"steps": 12}
+        prompt="a ball",
+        n=2,
+        stream=True,
+        partial_images=2,
+        output_format="webp",
+        extra_body={"steps": 12},
     ) as stream:
         job = until(lambda: worker.claim_one(), 20)
         events = iter(stream)
 
         def show(image: int, step: int, colour: str) -> None:
-            parts.store.renew(job.id, job.epoch, JobProgress(image, 2, step, 12, 1.0, preview(colour)), job.created_at, 1e9)
+            context.store.renew(
+                job.id,
+                job.epoch,
+                JobProgress(image, 2, step, 12, 1.0, preview(colour)),
+                job.created_at,
+                1e9,
+            )
 
         seen = []
         for image in (0, 1):
@@ -345,8 +432,8 @@ def test_partial_images_come_in_order_and_no_more_than_were_asked_for(client, pa
 
 
 @pytest.mark.parametrize(("most", "sent"), [(0, []), (1, [6]), (3, [3, 6, 9])])
-def test_which_previews_are_sent(parts, worker, most, sent):
-    parts.store.add(new_job((Recipe(prompt="a ball", steps=12),), now()))
+def test_which_previews_are_sent(context, worker, most, sent):
+    context.store.add(new_job((Recipe(prompt="a ball", steps=12),), now()))
     job, partials, found = worker.claim(), _Partials(most), []
     for step in range(1, 13):  # the last one is no less a preview, but the image itself comes next
         changed = worker.step(job, step, 12, preview(f"hsl({step}, 50%, 50%)"))
@@ -354,7 +441,7 @@ def test_which_previews_are_sent(parts, worker, most, sent):
     assert found == sent
 
 
-def test_a_quiet_stream_gives_signs_of_life(client, parts, worker, monkeypatch):
+def test_a_quiet_stream_gives_signs_of_life(client, context, worker, monkeypatch):
     from fidelora.server.routes import openai as routes
 
     monkeypatch.setattr(routes, "_SIGN_OF_LIFE_S", 0.0)
@@ -363,19 +450,19 @@ def test_a_quiet_stream_gives_signs_of_life(client, parts, worker, monkeypatch):
         lines = answer.iter_lines()
         assert next(lines) == ": making images"
         assert answer.headers["content-type"].startswith("text/event-stream")
-        only_job(parts)
+        only_job(context)
         worker.succeed(worker.claim())
         assert "event: image_generation.completed" in list(lines)
 
 
-def test_a_server_that_stops_answers_whoever_waits(client, parts):
+def test_a_server_that_stops_answers_whoever_waits(client, context):
     waiting = aside(lambda: client.images.generate(prompt="a ball"))
-    job = only_job(parts)
-    parts.stopping.set()
+    job = only_job(context)
+    context.stopping.set()
     with pytest.raises(openai.InternalServerError) as caught:
         waiting.result(30)
     assert caught.value.code == "SERVER_STOPPING"
-    assert parts.store.get(job.id).status is Status.CANCELED
+    assert context.store.get(job.id).status is Status.CANCELED
 
 
 # --- models ------------------------------------------------------------------------------------------------------------
@@ -383,8 +470,13 @@ def test_a_server_that_stops_answers_whoever_waits(client, parts):
 
 def test_models_in_both_shapes(client):
     model, *others = client.models.list().data
-    assert [other.id for other in others] == list(all_models())[1:]
-    assert (model.id, model.object, model.owned_by, model.created) == ("sd15", "model", "fidelora", 0)
+    assert [other.id for other in others] == list(all_families())[1:]
+    assert (model.id, model.object, model.owned_by, model.created) == (
+        "sd15",
+        "model",
+        "fidelora",
+        0,
+    )
     assert client.models.retrieve("sd15") == model
     with pytest.raises(openai.NotFoundError) as caught:
         client.models.retrieve("<b>none")

@@ -14,35 +14,48 @@ import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from tests.server.http_support import ByHand, an_image, client_of, listening, parts_in, pixels
+from tests.server.http_support import ByHand, an_image, client_of, context_in, listening, pixels
 from tests.server.serve_support import Server
 from tests.support import LORA, LORA_CONV, TINY_BASE
 
 from fidelora import AsyncClient, Client
-from fidelora.engine.output import GeneratedImage
 from fidelora.errors import ApiError, ImageRecordError
+from fidelora.images.read import read_origin
+from fidelora.images.write import GeneratedImage
 from fidelora.jobs.job import Status
-from fidelora.origin import read_origin
 from fidelora.recipe import AdapterRef, Recipe
-from fidelora.server.parts import Parts
+from fidelora.server.context import ServerContext
 
 SKS = AdapterRef.from_file(LORA, 0.5)
-RECIPE = Recipe(prompt="a <b>ball</b>", base_model="tiny", width=64, height=72, steps=3, seed=9, noise="modern", adapters=(SKS,))
+RECIPE = Recipe(
+    prompt="a <b>ball</b>",
+    base_model="tiny",
+    width=64,
+    height=72,
+    steps=3,
+    seed=9,
+    noise="modern",
+    adapters=(SKS,),
+)
 ENVIRONMENT = {"fidelora": "0", "device": "cpu"}
 
 
-def image_of(recipe: Recipe = RECIPE, image_format: Any = "png", quality: int | None = None) -> bytes:
-    return GeneratedImage(np.zeros((72, 64, 3), np.uint8), recipe, ENVIRONMENT).encode(image_format, quality)
+def image_of(
+    recipe: Recipe = RECIPE, image_format: Any = "png", quality: int | None = None
+) -> bytes:
+    return GeneratedImage(np.zeros((72, 64, 3), np.uint8), recipe, ENVIRONMENT).encode(
+        image_format, quality
+    )
 
 
 @pytest.fixture
-def parts(tmp_path) -> Parts:
-    return parts_in(tmp_path, queue_size=2)
+def context(tmp_path) -> ServerContext:
+    return context_in(tmp_path, queue_size=2)
 
 
 @pytest.fixture
-def client(parts):
-    with client_of(parts) as made:
+def client(context):
+    with client_of(context) as made:
         yield made
 
 
@@ -68,21 +81,43 @@ def test_an_image_comes_back_with_the_very_same_bytes(tiny_server: Server, tmp_p
             )  # fmt: skip
             (path,) = client.save_images(made, tmp_path)
             again = client.replay(path)
-            assert (again.source, again.changes, again.ignored, again.warnings) == ("fidelora", [], [], [])
+            assert (again.source, again.changes, again.ignored, again.warnings) == (
+                "fidelora",
+                [],
+                [],
+                [],
+            )
             result = client.wait(again.request_id, timeout_s=300)
             assert result.status is Status.SUCCEEDED, result.error
             assert client.image(again.request_id, 0) == path.read_bytes()
 
 
 def test_what_openai_and_a1111_clients_made_comes_back_too(tiny_server: Server):
-    extra = {"size": "64x64", "steps": 2, "loras": [{"path": "sks.safetensors"}], "output_format": "jpeg", "output_compression": 40}
+    extra = {
+        "size": "64x64",
+        "steps": 2,
+        "loras": [{"path": "sks.safetensors"}],
+        "output_format": "jpeg",
+        "output_compression": 40,
+    }
     ours = httpx2.post(
-        f"{tiny_server.url}/v1/images/generations", json={"prompt": "a ball", "response_format": "url"} | extra
+        f"{tiny_server.url}/v1/images/generations",
+        json={"prompt": "a ball", "response_format": "url"} | extra,
     ).json()
     theirs = tiny_server.call(
-        "/sdapi/v1/txt2img", {"prompt": "a ball <lora:conv:0.5>", "steps": 2, "width": 64, "height": 64, "send_images": False}
+        "/sdapi/v1/txt2img",
+        {
+            "prompt": "a ball <lora:conv:0.5>",
+            "steps": 2,
+            "width": 64,
+            "height": 64,
+            "send_images": False,
+        },
     )
-    urls = [ours["data"][0]["url"], f"{tiny_server.url}/v1/requests/{json.loads(theirs['info'])['request_id']}/images/0"]
+    urls = [
+        ours["data"][0]["url"],
+        f"{tiny_server.url}/v1/requests/{json.loads(theirs['info'])['request_id']}/images/0",
+    ]
     with Client(tiny_server.url) as client:
         for content in (httpx2.get(url).content for url in urls):
             again = client.replay(content)
@@ -106,39 +141,48 @@ def test_another_programs_image_gives_an_image(tiny_server: Server):
 # --- what becomes of an image ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("image_format", "quality"), [("png", None), ("jpeg", None), ("jpeg", 70), ("webp", 20)])
-def test_the_job_has_the_images_recipe_and_format(client, parts, image_format, quality):
+@pytest.mark.parametrize(
+    ("image_format", "quality"), [("png", None), ("jpeg", None), ("jpeg", 70), ("webp", 20)]
+)
+def test_the_job_has_the_images_recipe_and_format(client, context, image_format, quality):
     answer = send(client, image_of(RECIPE, image_format, quality))
     assert answer.status_code == 200, answer.text
     body = answer.json()
-    job = parts.store.get(body["request_id"])
+    job = context.store.get(body["request_id"])
     assert job.recipes == (RECIPE,)
     assert [ref.name for ref in job.recipes[0].adapters] == [LORA.stem]
     assert (job.image_format, job.image_quality) == (image_format, quality)
-    assert parts.cache.path(SKS.sha256).is_file(), "for workers, who know no names"
+    assert context.cache.path(SKS.sha256).is_file(), "for workers, who know no names"
     assert body["recipe"] == RECIPE.to_dict()
     assert body["status_url"].endswith(f"/v1/requests/{job.id}/status")
 
 
-def test_a_recipe_will_do(client, parts):
+def test_a_recipe_will_do(client, context):
     answer = client.post("/v1/replay", json={"recipe": RECIPE.to_dict(), "output_format": "webp"})
-    job = parts.store.get(answer.json()["request_id"])
+    job = context.store.get(answer.json()["request_id"])
     assert (job.recipes, job.image_format) == ((RECIPE,), "webp")
 
 
-def test_another_format_has_no_quality(client, parts):
+def test_another_format_has_no_quality(client, context):
     answer = send(client, image_of(RECIPE, "jpeg", 70), output_format="png")
-    job = parts.store.get(answer.json()["request_id"])
+    job = context.store.get(answer.json()["request_id"])
     assert (job.image_format, job.image_quality) == ("png", None)
 
 
-def test_everything_in_a_recipe_is_kept(client, parts):
-    live = replace(RECIPE, adapter_mode="live", noise="legacy", dtype="bfloat16", vae_dtype="float32", guidance_scale=50)
+def test_everything_in_a_recipe_is_kept(client, context):
+    live = replace(
+        RECIPE,
+        adapter_mode="live",
+        noise="legacy",
+        dtype="bfloat16",
+        vae_dtype="float32",
+        guidance_scale=50,
+    )
     answer = send(client, image_of(live))
-    assert parts.store.get(answer.json()["request_id"]).recipes == (live,)
+    assert context.store.get(answer.json()["request_id"]).recipes == (live,)
 
 
-def test_changes_are_told(client, parts):
+def test_changes_are_told(client, context):
     live = replace(RECIPE, adapter_mode="live", base_model="/home/me/base", variant="fp16")
     answer = send(client, image_of(live), fidelity="fast", base_model="server")
     assert answer.json()["changes"] == [
@@ -147,54 +191,80 @@ def test_changes_are_told(client, parts):
         {"name": "fidelity", "was": "exact", "now": "fast"},
         {"name": "adapter_mode", "was": "live", "now": "merged"},
     ]
-    (recipe,) = parts.store.get(answer.json()["request_id"]).recipes
-    assert (recipe.base_model, recipe.variant, recipe.fidelity, recipe.adapter_mode) == ("tiny", "", "fast", "merged")
+    (recipe,) = context.store.get(answer.json()["request_id"]).recipes
+    assert (recipe.base_model, recipe.variant, recipe.fidelity, recipe.adapter_mode) == (
+        "tiny",
+        "",
+        "fast",
+        "merged",
+    )
 
 
-@pytest.mark.parametrize("change", [{"base_model": "other/base"}, {"variant": "fp16"}, {"vae": "other/vae"}, {"config": "/etc"}])
-def test_another_base_model_is_refused_and_never_loaded(client, parts, change):
+@pytest.mark.parametrize(
+    "change",
+    [{"base_model": "other/base"}, {"variant": "fp16"}, {"vae": "other/vae"}, {"config": "/etc"}],
+)
+def test_another_base_model_is_refused_and_never_loaded(client, context, change):
     status, code, details = error(send(client, image_of(replace(RECIPE, **change))))
     assert (status, code) == (400, "BASE_MODEL_DIFFERS")
     ((name, value),) = change.items()
-    assert details == {"differs": {name: {"recipe": value, "server": "tiny" if name == "base_model" else ""}}}
-    assert parts.store.list().jobs == ()
+    assert details == {
+        "differs": {name: {"recipe": value, "server": "tiny" if name == "base_model" else ""}}
+    }
+    assert context.store.list().jobs == ()
 
 
-def test_missing_bytes_are_named(client, parts):
+def test_missing_bytes_are_named(client, context):
     gone = AdapterRef("ab" * 32, 1.0, name="gone")
-    status, code, details = error(send(client, image_of(replace(RECIPE, adapters=(SKS, gone, AdapterRef("cd" * 32))))))
+    status, code, details = error(
+        send(client, image_of(replace(RECIPE, adapters=(SKS, gone, AdapterRef("cd" * 32)))))
+    )
     assert (status, code) == (400, "LORA_BYTES_MISSING")
-    assert details == {"missing": [{"sha256": "ab" * 32, "name": "gone"}, {"sha256": "cd" * 32, "name": ""}]}
-    assert parts.store.list().jobs == ()
+    assert details == {
+        "missing": [{"sha256": "ab" * 32, "name": "gone"}, {"sha256": "cd" * 32, "name": ""}]
+    }
+    assert context.store.list().jobs == ()
 
 
-def test_bytes_are_found_under_another_name_and_in_the_cache(client, parts):
-    (parts.settings.loras / "sks.safetensors").rename(parts.settings.loras / "other.safetensors")
+def test_bytes_are_found_under_another_name_and_in_the_cache(client, context):
+    (context.settings.loras / "sks.safetensors").rename(
+        context.settings.loras / "other.safetensors"
+    )
     assert send(client, image_of()).status_code == 200
-    (parts.settings.loras / "other.safetensors").unlink()
+    (context.settings.loras / "other.safetensors").unlink()
     assert send(client, image_of()).status_code == 200, "they are in the cache"
-    shutil.copyfile(LORA_CONV, parts.settings.loras / f"{LORA.stem}.safetensors")
-    parts.cache.path(SKS.sha256).unlink()
-    assert error(send(client, image_of()))[1] == "LORA_BYTES_MISSING", "another file of the same name is no substitute"
+    shutil.copyfile(LORA_CONV, context.settings.loras / f"{LORA.stem}.safetensors")
+    context.cache.path(SKS.sha256).unlink()
+    assert error(send(client, image_of()))[1] == "LORA_BYTES_MISSING", (
+        "another file of the same name is no substitute"
+    )
 
 
 # --- other programs' images --------------------------------------------------------------------------------------------
 
 
-def test_parameters_are_used_as_far_as_they_go(client, parts):
+def test_parameters_are_used_as_far_as_they_go(client, context):
     text = (
         "a (red:1.2) ball <lora:sks:0.5>\nNegative prompt: bad\n"
         'Steps: 20, Sampler: DPM++ SDE, CFG scale: 7, Seed: 1, Size: 64x72, Model: x, Lora hashes: "sks: ffffffffffff", Version: v1'
     )
-    for answer in (send(client, an_image(text)), client.post("/v1/replay", json={"parameters": text})):
+    for answer in (
+        send(client, an_image(text)),
+        client.post("/v1/replay", json={"parameters": text}),
+    ):
         body = answer.json()
         assert answer.status_code == 200, body
         assert body["source"] == "a1111"
         assert [one["name"] for one in body["ignored"]] == ["Sampler", "Model", "prompt"]
         assert "There is no sampler 'DPM++ SDE' here" in body["ignored"][0]["reason"]
         assert "sks had the hash ffffffffffff there" in body["warnings"][0]
-        (recipe,) = parts.store.get(body["request_id"]).recipes
-        assert (recipe.prompt, recipe.sampler, recipe.steps, recipe.base_model) == ("a (red:1.2) ball", "ddpm", 20, "tiny")
+        (recipe,) = context.store.get(body["request_id"]).recipes
+        assert (recipe.prompt, recipe.sampler, recipe.steps, recipe.base_model) == (
+            "a (red:1.2) ball",
+            "ddpm",
+            20,
+            "tiny",
+        )
         assert recipe.adapters == (replace(SKS, multiplier=0.5),)
 
 
@@ -207,14 +277,21 @@ def test_a_lora_that_a_text_names_has_to_be_here(client):
 
 
 def test_a_value_out_of_range_is_an_error(client):
-    answer = client.post("/v1/replay", json={"parameters": "a ball\nSteps: 500, Sampler: Euler, Seed: 1"})
-    assert (answer.status_code, answer.json()["detail"][0]["loc"]) == (422, ["body", "parameters", "steps"])
+    answer = client.post(
+        "/v1/replay", json={"parameters": "a ball\nSteps: 500, Sampler: Euler, Seed: 1"}
+    )
+    assert (answer.status_code, answer.json()["detail"][0]["loc"]) == (
+        422,
+        ["body", "parameters", "steps"],
+    )
 
 
 # --- what is refused ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content", [b"", b"text", b"GIF89a", b"\x89PNG\r\n\x1a\n", image_of()[:300]])
+@pytest.mark.parametrize(
+    "content", [b"", b"text", b"GIF89a", b"\x89PNG\r\n\x1a\n", image_of()[:300]]
+)
 def test_what_is_no_image_is_refused(client, content):
     status, code, _ = error(send(client, content))
     assert (status, code) == (400, "IMAGE_WITHOUT_RECIPE")
@@ -253,9 +330,19 @@ def test_forms_and_bodies_of_other_kinds(client):
     of_its_own = client.post("/v1/replay", content=b"x", headers={"Content-Type": "image/png"})
     assert error(of_its_own)[:2] == (415, "UNSUPPORTED_MEDIA_TYPE")
     assert error(send(client, image_of(), strength="1"))[:2] == (400, "FIELD_NOT_SUPPORTED")
-    assert error(client.post("/v1/replay", json={"recipe": RECIPE.to_dict(), "seed": 5}))[:2] == (400, "FIELD_NOT_SUPPORTED")
-    assert client.post("/v1/replay", content=b"{", headers={"Content-Type": "application/json"}).status_code == 422
-    answer = client.post("/v1/replay", content=b'"' + b"x" * 2**21, headers={"Content-Type": "application/json"})
+    assert error(client.post("/v1/replay", json={"recipe": RECIPE.to_dict(), "seed": 5}))[:2] == (
+        400,
+        "FIELD_NOT_SUPPORTED",
+    )
+    assert (
+        client.post(
+            "/v1/replay", content=b"{", headers={"Content-Type": "application/json"}
+        ).status_code
+        == 422
+    )
+    answer = client.post(
+        "/v1/replay", content=b'"' + b"x" * 2**21, headers={"Content-Type": "application/json"}
+    )
     assert (answer.status_code, answer.json()["detail"]["error"]["code"]) == (413, "BODY_TOO_LARGE")
 
 
@@ -265,44 +352,46 @@ def test_a_crowd_of_loras_is_refused(client):
     assert "65 LoRAs; 64 are the most" in answer.text
 
 
-def test_a_full_queue_and_a_server_that_stops(client, parts):
+def test_a_full_queue_and_a_server_that_stops(client, context):
     for _ in range(2):
         send(client, image_of())
     assert error(send(client, image_of()))[:2] == (429, "QUEUE_FULL")
-    parts.stopping.set()
+    context.stopping.set()
     assert error(send(client, image_of()))[:2] == (503, "SERVER_STOPPING")
 
 
 def test_keys(tmp_path):
-    parts = parts_in(tmp_path)
-    key = parts.keys.add("me")
-    client = client_of(parts)
+    context = context_in(tmp_path)
+    key = context.keys.add("me")
+    client = client_of(context)
     assert error(send(client, image_of()))[:2] == (401, "UNAUTHORIZED")
     client.headers["Authorization"] = f"Bearer {key}"
     assert send(client, image_of()).status_code == 200
 
 
-def test_an_idempotency_key_makes_one_request(client, parts):
+def test_an_idempotency_key_makes_one_request(client, context):
     def again(content: bytes, **fields: str) -> Any:
-        return client.post("/v1/replay", files={"image": content}, data=fields, headers={"Idempotency-Key": "k"})
+        return client.post(
+            "/v1/replay", files={"image": content}, data=fields, headers={"Idempotency-Key": "k"}
+        )
 
     first, second = again(image_of()).json(), again(image_of()).json()
     assert first["request_id"] == second["request_id"]
     assert error(again(image_of(), output_format="webp"))[:2] == (409, "IDEMPOTENCY_KEY_REUSED")
-    assert len(parts.store.list().jobs) == 1
+    assert len(context.store.list().jobs) == 1
 
 
 # --- the client --------------------------------------------------------------------------------------------------------
 
 
-def test_the_client_sends_files_bytes_and_recipes(parts, tmp_path):
+def test_the_client_sends_files_bytes_and_recipes(context, tmp_path):
     file = tmp_path / "ball.png"
     file.write_bytes(image_of())
-    worker = ByHand(parts)
-    with listening(parts) as url, Client(url) as client:
+    worker = ByHand(context)
+    with listening(context) as url, Client(url) as client:
         for image in (file, str(file), file.read_bytes(), RECIPE):
             accepted = client.replay(image, output_format="webp")
-            assert parts.store.get(accepted.request_id).recipes == (RECIPE,)
+            assert context.store.get(accepted.request_id).recipes == (RECIPE,)
             worker.succeed(worker.claim(), image_format="webp")
         with pytest.raises(ImageRecordError, match=r"none\.png cannot be read"):
             client.replay(tmp_path / "none.png")

@@ -22,8 +22,8 @@ from tools.miniature.judge import score
 from tools.miniature.world import Scene, Thing
 
 from fidelora.client import Client
+from fidelora.images.read import read_record
 from fidelora.jobs.sql import SqlStore
-from fidelora.origin import read_record
 
 KILLS = int(os.environ.get("FIDELORA_TEST_KILLS", "5"))
 """How often the server is killed while it works; each takes seconds, so the suite does it a few times, and 20 on demand."""
@@ -60,17 +60,34 @@ def test_the_documented_request_and_the_same_image_as_the_command_line(start, da
         "trigger_word": "sks",
         "loras": [{"path": "sks.safetensors", "network_multiplier": 1.0}],
         # Fewer steps than the 20 that the document's request leaves to the default: at this size they take minutes on a processor.
-        "prompts": [{"prompt": "a photo of [trigger]", "width": 1024, "height": 1024, "seed": 42, "sample_steps": 2}],
+        "prompts": [
+            {
+                "prompt": "a photo of [trigger]",
+                "width": 1024,
+                "height": 1024,
+                "seed": 42,
+                "sample_steps": 2,
+            }
+        ],
     }
     accepted = server.call("/v1/inference", body)
     assert accepted["status"] == "queued"
-    assert accepted["status_url"] == f"http://localhost:8000/v1/requests/{accepted['request_id']}/status"
+    assert (
+        accepted["status_url"]
+        == f"http://localhost:8000/v1/requests/{accepted['request_id']}/status"
+    )
     server.wait(accepted["request_id"], "succeeded", "failed", "canceled")
     result = server.call(f"/v1/requests/{accepted['request_id']}/result")
     assert result["status"] == "succeeded", result["error"]
     (image,) = result["outputs"]["images"]
     file = data / "outputs" / f"{accepted['request_id']}_output_0.png"
-    assert (image["file_path"], image["format"], image["width"], image["height"], image["seed"]) == (
+    assert (
+        image["file_path"],
+        image["format"],
+        image["width"],
+        image["height"],
+        image["seed"],
+    ) == (
         str(file),
         "png",
         1024,
@@ -100,11 +117,21 @@ def test_out_of_the_box_it_draws_what_the_prompts_say(start, data):
         "a yellow circle on a blue background": Scene((Thing("circle", "yellow"),), "blue"),
         "a green square on a black background": Scene((Thing("square", "green"),), "black"),
         "a blue [trigger] on a white background": Scene((Thing("moon", "blue"),), "white"),
-        "a large yellow [trigger] on a purple background": Scene((Thing("moon", "yellow"),), "purple"),
+        "a large yellow [trigger] on a purple background": Scene(
+            (Thing("moon", "yellow"),), "purple"
+        ),
     }
     with Client(server.url) as client:
         lora = client.upload_lora(MINIATURE_LORA)
-        result = client.generate(list(scenes), lora.path, trigger_word="sks", width=128, height=128, seed=1, timeout_s=DEADLINE_S)
+        result = client.generate(
+            list(scenes),
+            lora.path,
+            trigger_word="sks",
+            width=128,
+            height=128,
+            seed=1,
+            timeout_s=DEADLINE_S,
+        )
         files = client.save_images(result, data / "saved")
     right = [score(pixels(file), scene) for file, scene in zip(files, scenes.values(), strict=True)]
     assert sum(one.shape and one.colour and one.background for one in right) >= 4, right
@@ -116,7 +143,11 @@ def test_a_running_request_is_canceled_within_two_steps(start):
     before = until(lambda: (found := server.status(request_id))["progress"] and found)
     server.call(f"/v1/requests/{request_id}", method="DELETE")
     after = server.wait(request_id, "canceled")
-    begun = [entry for entry in server.log if entry.get("request_id") == request_id and "job ends" in entry["event"]]
+    begun = [
+        entry
+        for entry in server.log
+        if entry.get("request_id") == request_id and "job ends" in entry["event"]
+    ]
     assert begun[0]["event"] == "job ends: canceled"
     # What is reported can be half a second old, so the step at which the wish came is at least this one.
     assert after["progress"]["step"] <= before["progress"]["step"] + 10
@@ -187,7 +218,10 @@ def test_a_worker_that_is_killed_costs_an_attempt(start):
     request_id = server.submit(width=512, height=512, sample_steps=60)
     until(lambda: server.status(request_id)["progress"])
     children = subprocess.run(
-        ["pgrep", "-P", str(server.process.pid), "-f", "spawn_main"], capture_output=True, text=True, check=True
+        ["pgrep", "-P", str(server.process.pid), "-f", "spawn_main"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     for child in children.stdout.split():
         os.kill(int(child), signal.SIGKILL)
@@ -208,7 +242,9 @@ def test_nothing_that_was_accepted_is_lost_when_the_server_is_killed(start, data
             result = server.call(f"/v1/requests/{request_id}/result")
             if result["status"] == "succeeded":
                 (image,) = result["outputs"]["images"]
-                assert done.setdefault(request_id, image["sha256"]) == image["sha256"], "a finished request was done again"
+                assert done.setdefault(request_id, image["sha256"]) == image["sha256"], (
+                    "a finished request was done again"
+                )
         return len(done) >= wanted
 
     for _ in range(KILLS):
@@ -217,7 +253,10 @@ def test_nothing_that_was_accepted_is_lost_when_the_server_is_killed(start, data
         until(partial(are_done, server, len(done) + chance.randrange(4)))
         server.kill()
     server = start()
-    assert {server.wait(request_id, "succeeded", "failed", "canceled")["status"] for request_id in accepted} == {"succeeded"}
+    assert {
+        server.wait(request_id, "succeeded", "failed", "canceled")["status"]
+        for request_id in accepted
+    } == {"succeeded"}
     assert len(accepted) == 5 * KILLS
     assert len(list((data / "outputs").iterdir())) == 5 * KILLS
     for request_id, sha256 in done.items():
@@ -226,9 +265,15 @@ def test_nothing_that_was_accepted_is_lost_when_the_server_is_killed(start, data
 
 
 def refused(data: Path, *options: str, **settings: str) -> tuple[int, str]:
-    environment = os.environ | {"FIDELORA_DATA_DIR": str(data), "DEVICE": "cpu", "OMP_WAIT_POLICY": "passive"} | settings
+    environment = (
+        os.environ
+        | {"FIDELORA_DATA_DIR": str(data), "DEVICE": "cpu", "OMP_WAIT_POLICY": "passive"}
+        | settings
+    )
     command = [sys.executable, "-m", "fidelora", "serve", "--port", "0", *options]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=data, timeout=60)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=data, timeout=60
+    )
     return done.returncode, done.stderr.strip().splitlines()[-1]
 
 
@@ -281,7 +326,13 @@ def test_a_base_model_that_cannot_be_loaded_is_told_by_ready(start, data):
 def test_api_keys_on_the_command_line(data):
     def keys(*arguments: str) -> str:
         command = [sys.executable, "-m", "fidelora", "keys", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"FIDELORA_DATA_DIR": str(data)}, cwd=data)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"FIDELORA_DATA_DIR": str(data)},
+            cwd=data,
+        )
         return (done.stdout if done.returncode == 0 else done.stderr).strip()
 
     key = keys("add", "my app")

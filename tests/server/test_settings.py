@@ -24,8 +24,17 @@ def nothing_set(monkeypatch, tmp_path):
 def test_defaults(tmp_path):
     settings = read_settings()
     data = tmp_path / ".local" / "share" / "fidelora"
-    assert (settings.host, settings.port, settings.device, settings.offload) == ("127.0.0.1", 8000, "auto", "none")
-    assert (settings.loras, settings.outputs, settings.adapters) == (data / "loras", data / "outputs", data / "adapters")
+    assert (settings.host, settings.port, settings.device, settings.offload) == (
+        "127.0.0.1",
+        8000,
+        "auto",
+        "none",
+    )
+    assert (settings.loras, settings.outputs, settings.adapters) == (
+        data / "loras",
+        data / "outputs",
+        data / "adapters",
+    )
     assert settings.database == f"sqlite:///{data}/jobs.sqlite"
     assert settings.inference_timeout_s == 3600
     assert settings.lora_hosts == frozenset()
@@ -41,9 +50,22 @@ def test_the_documented_names(monkeypatch):
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     settings = read_settings()
-    assert (settings.host, settings.port, settings.base_url, settings.debug) == ("::1", 9000, "https://x.example", True)
-    assert (settings.devices, settings.offload, settings.inference_timeout_s) == (["cuda:0", "cuda:1"], "sequential", 12)
-    assert (settings.loras, settings.outputs, settings.adapters) == (Path("/w"), Path("/o"), Path("/l"))
+    assert (settings.host, settings.port, settings.base_url, settings.debug) == (
+        "::1",
+        9000,
+        "https://x.example",
+        True,
+    )
+    assert (settings.devices, settings.offload, settings.inference_timeout_s) == (
+        ["cuda:0", "cuda:1"],
+        "sequential",
+        12,
+    )
+    assert (settings.loras, settings.outputs, settings.adapters) == (
+        Path("/w"),
+        Path("/o"),
+        Path("/l"),
+    )
     assert settings.model_cache_dir == Path("/m")
     assert settings.lora_hosts == {"huggingface.co", "*.hf.co"}
     assert settings.hf_token is not None
@@ -58,7 +80,9 @@ def test_the_old_spelling_of_offloading(monkeypatch):
     assert read_settings().offload == "none"
 
 
-def test_the_command_line_goes_before_the_environment_and_that_before_the_file(monkeypatch, tmp_path):
+def test_the_command_line_goes_before_the_environment_and_that_before_the_file(
+    monkeypatch, tmp_path
+):
     (tmp_path / ".env").write_text("PORT=1\nHOST=file\nDEVICE=cpu\nSOMETHING_ELSE=1\n")
     monkeypatch.setenv("PORT", "2")
     monkeypatch.setenv("HOST", "environment")
@@ -109,9 +133,15 @@ def test_each_model_has_a_base_of_its_own(monkeypatch, text, meant):
 @pytest.mark.parametrize("text", ["sdxl=", "sd15=,sdxl=/x", "sdxl=/x,sdxl=/y", "/x,sd15=/y"])
 def test_a_model_has_one_base(monkeypatch, text):
     monkeypatch.setenv("FIDELORA_BASE_MODEL", text)
-    with pytest.raises(SettingsError, match=r"FIDELORA_BASE_MODEL: .*a model has (no place|two places)"):
+    with pytest.raises(
+        SettingsError, match=r"FIDELORA_BASE_MODEL: .*a model has (no place|two places)"
+    ):
         read_settings()
 
 
 def test_every_setting_is_explained():
-    assert [name for name, field in Settings.model_fields.items() if not (field.description or "").endswith(".")] == []
+    assert [
+        name
+        for name, field in Settings.model_fields.items()
+        if not (field.description or "").endswith(".")
+    ] == []

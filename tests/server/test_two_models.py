@@ -35,12 +35,23 @@ def request(model: str) -> dict[str, Any]:
 def worker_bytes(server: Server) -> int:
     """Memory of the server's processes that no other shares, as Linux counts it; mapped files do not count."""
     pid = server.process.pid
-    children = [child for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
-    lines = [line.split() for child in children for line in Path(f"/proc/{child}/smaps_rollup").read_text().splitlines()]
+    children = [
+        child
+        for task in Path(f"/proc/{pid}/task").iterdir()
+        for child in (task / "children").read_text().split()
+    ]
+    lines = [
+        line.split()
+        for child in children
+        for line in Path(f"/proc/{child}/smaps_rollup").read_text().splitlines()
+    ]
     return sum(int(line[1]) * 1024 for line in lines if line[0] == "Private_Dirty:")
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads the memory of a process as Linux tells it")
+@pytest.mark.skipif(
+    not Path("/proc/self/smaps_rollup").exists(),
+    reason="reads the memory of a process as Linux tells it",
+)
 def test_the_models_take_turns_and_memory_stays_level(server: Server):
     server.ready()
     images: dict[str, set[str]] = {"sd15": set(), "sdxl": set()}
@@ -61,11 +72,17 @@ def test_the_models_take_turns_and_memory_stays_level(server: Server):
             before = worker_bytes(server)
     assert before > 0
     assert worker_bytes(server) - before < LEVEL_BYTES
-    assert [len(one) for one in images.values()] == [1, 1]  # the same request gives the same file each time
+    assert [len(one) for one in images.values()] == [
+        1,
+        1,
+    ]  # the same request gives the same file each time
 
 
 def test_an_adapter_of_the_other_model_fails_with_a_sentence_that_names_it(server: Server):
-    for model, lora, right in (("sdxl", "sks.safetensors", "sd15"), ("sd15", "xl.safetensors", "sdxl")):
+    for model, lora, right in (
+        ("sdxl", "sks.safetensors", "sd15"),
+        ("sd15", "xl.safetensors", "sdxl"),
+    ):
         request_id = server.ask(request(model) | {"loras": [{"path": lora}]})
         status = server.wait(request_id, "succeeded", "failed")
         assert (status["status"], status["error_code"]) == ("failed", "ADAPTER_MISMATCH")

@@ -43,13 +43,17 @@ class Run:
         module: what is trained; it has the averaged weights after the last step.
     """
 
-    def __init__(self, options: argparse.Namespace, name: str, module: nn.Module, learning_rate: float) -> None:
+    def __init__(
+        self, options: argparse.Namespace, name: str, module: nn.Module, learning_rate: float
+    ) -> None:
         self._path = options.work / f"{name}.pt"
         self._log = options.work / f"{name}.csv"
         self._budget_s = options.minutes * 60
         self._module = module
         self._rate = learning_rate
-        self._optimizer = torch.optim.AdamW(module.parameters(), learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+        self._optimizer = torch.optim.AdamW(
+            module.parameters(), learning_rate, betas=(0.9, 0.99), weight_decay=0.01
+        )
         self._average = {key: value.clone() for key, value in module.state_dict().items()}
         self.step = 0
         self.seconds = 0.0
@@ -106,7 +110,10 @@ class Run:
         self._losses.clear()
         with self._log.open("a") as file:
             file.write(f"{self.step},{self.seconds:.0f},{mean:.6f}\n")
-        print(f"step {self.step}, {self.seconds / 60:.1f} of {self._budget_s / 60:g} minutes, loss {mean:.5f}", flush=True)
+        print(
+            f"step {self.step}, {self.seconds / 60:.1f} of {self._budget_s / 60:g} minutes, loss {mean:.5f}",
+            flush=True,
+        )
 
     def _save(self) -> None:
         state = {
@@ -139,5 +146,7 @@ def to_tensor(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
 
 def to_pixels(images: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """[n, 3, h, w], -1..1, to [n, h, w, 3] levels."""
-    levels: np.ndarray[Any, np.dtype[np.uint8]] = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    levels: np.ndarray[Any, np.dtype[np.uint8]] = (
+        ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    )
     return levels

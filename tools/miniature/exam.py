@@ -11,7 +11,9 @@ from tools.miniature import judge, train_lora, world
 from fidelora import Engine, Recipe
 
 
-def scores(engine: Engine, scenes: Sequence[world.Scene], base: Recipe, seed: int) -> dict[str, float]:
+def scores(
+    engine: Engine, scenes: Sequence[world.Scene], base: Recipe, seed: int
+) -> dict[str, float]:
     """Shares of the scenes of which the picture has the right shapes, colours and background.
 
     Args:
@@ -23,7 +25,10 @@ def scores(engine: Engine, scenes: Sequence[world.Scene], base: Recipe, seed: in
     for index, scene in enumerate(scenes):
         image = engine.generate(replace(base, prompt=train_lora.caption(scene, rng), seed=index))
         found.append(judge.score(image.pixels, scene))
-    return {name: sum(getattr(one, name) for one in found) / len(found) for name in ("shape", "colour", "background")}
+    return {
+        name: sum(getattr(one, name) for one in found) / len(found)
+        for name in ("shape", "colour", "background")
+    }
 
 
 def new_things(count: int, seed: int) -> list[world.Scene]:

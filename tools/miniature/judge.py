@@ -52,11 +52,15 @@ def score(pixels: NDArray[np.uint8], scene: world.Scene) -> Score:
     background, things = look(pixels)
     wanted = scene.things
     # The largest as many as there should be; a speck beside them costs nothing, a thing that is missing everything.
-    things = sorted(things[: len(wanted)], key=lambda thing: thing.y if scene.arrangement == "above" else thing.x)
+    things = sorted(
+        things[: len(wanted)],
+        key=lambda thing: thing.y if scene.arrangement == "above" else thing.x,
+    )
     complete = len(things) == len(wanted)
     return Score(
         shape=complete and [thing.shape for thing in things] == [thing.shape for thing in wanted],
-        colour=complete and [thing.colour for thing in things] == [thing.colour for thing in wanted],
+        colour=complete
+        and [thing.colour for thing in things] == [thing.colour for thing in wanted],
         background=background == scene.background,
     )
 
@@ -67,7 +71,9 @@ def look(pixels: NDArray[np.uint8]) -> tuple[str, list[Seen]]:
     edge = np.ones(lab.shape[:2], bool)
     edge[_BORDER:-_BORDER, _BORDER:-_BORDER] = False
     ground = np.median(lab[edge], axis=0)
-    regions, count = ndimage.label(ndimage.binary_opening(np.linalg.norm(lab - ground, axis=2) > _APART, iterations=1))
+    regions, count = ndimage.label(
+        ndimage.binary_opening(np.linalg.norm(lab - ground, axis=2) > _APART, iterations=1)
+    )
     found = []
     for number in range(1, count + 1):
         mask = regions == number
@@ -81,16 +87,23 @@ def to_lab(pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
     """SRGB levels to CIELAB under D65: https://www.w3.org/TR/css-color-4/#color-conversion-code."""
     linear = pixels.astype(np.float64) / 255
     linear = np.where(linear <= 0.04045, linear / 12.92, ((linear + 0.055) / 1.055) ** 2.4)
-    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    to_xyz = np.array(
+        [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    )
     xyz = linear @ to_xyz.T / np.array([0.9505, 1.0, 1.089])
     f = np.where(xyz > 216 / 24389, np.cbrt(xyz), (24389 / 27 * xyz + 16) / 116)
-    return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], axis=-1)
+    return np.stack(
+        [116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])],
+        axis=-1,
+    )
 
 
 def _inside(lab: NDArray[np.float64], mask: Mask) -> NDArray[np.float64]:
     """The median colour of a region, away from its edge as far as it is thick enough."""
     depth = ndimage.distance_transform_edt(mask)
-    middle: NDArray[np.float64] = np.median(lab[depth >= min(_INSIDE, float(depth.max()) * 0.8)], axis=0)
+    middle: NDArray[np.float64] = np.median(
+        lab[depth >= min(_INSIDE, float(depth.max()) * 0.8)], axis=0
+    )
     return middle
 
 
@@ -107,7 +120,10 @@ def _name(lab: NDArray[np.float64]) -> str:
 def _shape(mask: Mask) -> str:
     seen = _normalised(mask)
     templates = _templates()
-    overlap = {shape: max(_agreement(seen, template) for template in drawn) for shape, drawn in templates.items()}
+    overlap = {
+        shape: max(_agreement(seen, template) for template in drawn)
+        for shape, drawn in templates.items()
+    }
     return max(overlap, key=lambda shape: overlap[shape])
 
 
@@ -121,7 +137,11 @@ def _templates() -> dict[str, Sequence[Mask]]:
     radii = [radius for low, high in world.RADII.values() for radius in (low, high)]
     x, y = world.grid(world.SIZE / 2, world.SIZE / 2)
     return {
-        shape: [_normalised(distance(x, y, radius) < outline) for radius in radii for outline in (0.0, 4.0)]
+        shape: [
+            _normalised(distance(x, y, radius) < outline)
+            for radius in radii
+            for outline in (0.0, 4.0)
+        ]
         for shape, distance in world.SIGNED_DISTANCES.items()
     }
 

@@ -22,7 +22,7 @@ from tools.miniature import world
 from tools.miniature.train_unet import SPEC, held_out_scenes
 
 from fidelora import Engine, Recipe
-from fidelora.files import write_atomically
+from fidelora.atomic import write_atomically
 
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "src" / "fidelora" / "miniature"
@@ -44,14 +44,19 @@ def main() -> None:
         shutil.rmtree(FOLDER)
     shutil.copytree(work / "miniature", FOLDER)
     shutil.copy(work / ADAPTER.name, ADAPTER)
-    _write_json(FOLDER / "scheduler" / "scheduler_config.json", {"_class_name": "PNDMScheduler", **SPEC.scheduler_config})
+    _write_json(
+        FOLDER / "scheduler" / "scheduler_config.json",
+        {"_class_name": "PNDMScheduler", **SPEC.scheduler_config},
+    )
     _write_json(FOLDER / "model_index.json", _index())
     IMAGES.mkdir(exist_ok=True)
     _samples().save(IMAGES / "miniature-samples.png", optimize=True)
     write_atomically(IMAGES / "miniature-losses.svg", _losses(work).encode())
     for file in [*sorted(FOLDER.rglob("*.safetensors")), ADAPTER]:
         count = sum(tensor.numel() for tensor in load_file(file).values())
-        print(f"| `{file.relative_to(FOLDER.parent)}` | {count:,} | `{hashlib.sha256(file.read_bytes()).hexdigest()}` |")
+        print(
+            f"| `{file.relative_to(FOLDER.parent)}` | {count:,} | `{hashlib.sha256(file.read_bytes()).hexdigest()}` |"
+        )
     total = sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file())
     print(f"{total / 1e6:.1f} MB without the adapter")
 
@@ -79,14 +84,27 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 def _samples() -> Image.Image:
     engine, rng = Engine(device="cpu"), np.random.default_rng(SEED)
     side, text_height = world.SIZE, (TEXT + 2) * LINES
-    sheet = Image.new("RGB", (COLUMNS * (side + GAP) + GAP, ROWS * (side + text_height + GAP) + GAP), "white")
+    sheet = Image.new(
+        "RGB", (COLUMNS * (side + GAP) + GAP, ROWS * (side + text_height + GAP) + GAP), "white"
+    )
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(TEXT)
     for number, scene in enumerate(held_out_scenes(COLUMNS * ROWS, SEED)):
         prompt = world.caption(scene, rng)
-        recipe = Recipe(prompt=prompt, base_model="fidelora:miniature", width=side, height=side, seed=number)
-        left, top = GAP + number % COLUMNS * (side + GAP), GAP + number // COLUMNS * (side + text_height + GAP)
+        recipe = Recipe(
+            prompt=prompt, base_model="fidelora:miniature", width=side, height=side, seed=number
+        )
+        left, top = (
+            GAP + number % COLUMNS * (side + GAP),
+            GAP + number // COLUMNS * (side + text_height + GAP),
+        )
         sheet.paste(Image.fromarray(engine.generate(recipe).pixels), (left, top))
-        draw.multiline_text((left, top + side), "\n".join(wrap(prompt, 22)[:LINES]), fill="black", font=font, spacing=1)
+        draw.multiline_text(
+            (left, top + side),
+            "\n".join(wrap(prompt, 22)[:LINES]),
+            fill="black",
+            font=font,
+            spacing=1,
+        )
     return sheet
 
 
@@ -99,17 +117,25 @@ def _losses(work: Path) -> str:
     there = {name: colour for name, colour in CURVES.items() if (work / f"{name}.csv").exists()}
     for number, (name, colour) in enumerate(there.items()):
         with (work / f"{name}.csv").open(encoding="utf-8") as file:
-            rows = [(int(step), float(seconds), float(loss)) for step, seconds, loss in csv.reader(file)]
+            rows = [
+                (int(step), float(seconds), float(loss)) for step, seconds, loss in csv.reader(file)
+            ]
         logs = np.log([loss for _, _, loss in rows])
         low, spread = logs.min(), max(float(np.ptp(logs)), 1e-9)
         across = (WIDTH - 2 * MARGIN) * np.array([step for step, _, _ in rows]) / rows[-1][0]
         up = (HEIGHT - 2.5 * MARGIN) * (logs - low) / spread
-        points = " ".join(f"{MARGIN + x:.1f},{HEIGHT - MARGIN - y:.1f}" for x, y in zip(across, up, strict=True))
+        points = " ".join(
+            f"{MARGIN + x:.1f},{HEIGHT - MARGIN - y:.1f}" for x, y in zip(across, up, strict=True)
+        )
         first, last = rows[0][2], rows[-1][2]
         title = f"{name}: {rows[-1][0]} steps, {rows[-1][1] / 60:.0f} minutes, {first:.3g} to {last:.3g}"
         lines.append(f'<text x="{MARGIN}" y="{18 + 16 * number}" fill="{colour}">{title}</text>')
-        lines.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.2" points="{points}"/>')
-    lines.append(f'<text x="{WIDTH - MARGIN}" y="{HEIGHT - 12}" text-anchor="end">part of the run</text></svg>')
+        lines.append(
+            f'<polyline fill="none" stroke="{colour}" stroke-width="1.2" points="{points}"/>'
+        )
+    lines.append(
+        f'<text x="{WIDTH - MARGIN}" y="{HEIGHT - 12}" text-anchor="end">part of the run</text></svg>'
+    )
     return "\n".join(lines) + "\n"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,8 +43,9 @@ class Lora(nn.Module):
             self.lora_down = nn.Linear(module.in_features, RANK, bias=False)
             self.lora_up = nn.Linear(RANK, module.out_features, bias=False)
         else:
-            kernel, stride, padding = module.kernel_size, module.stride, module.padding
-            self.lora_down = nn.Conv2d(module.in_channels, CONV_RANK, kernel, stride, padding, bias=False)  # type: ignore[arg-type]
+            form = {"stride": module.stride, "padding": module.padding, "bias": False}
+            size: Any = module.kernel_size
+            self.lora_down = nn.Conv2d(module.in_channels, CONV_RANK, size, **form)  # type: ignore[arg-type]
             self.lora_up = nn.Conv2d(CONV_RANK, module.out_channels, 1, bias=False)
         nn.init.zeros_(self.lora_up.weight)
 
@@ -58,7 +60,9 @@ def main() -> None:
     torch.manual_seed(SEED)
     base = options.work / "miniature"
     tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer")
-    text_encoder = CLIPTextModel.from_pretrained(base / "text_encoder").float().eval().requires_grad_(False)
+    text_encoder = (
+        CLIPTextModel.from_pretrained(base / "text_encoder").float().eval().requires_grad_(False)
+    )
     unet = UNet2DConditionModel.from_pretrained(base / "unet").float().eval().requires_grad_(False)
     vae = AutoencoderKL.from_pretrained(base / "vae").float().eval().requires_grad_(False)
     added: dict[str, Lora] = {}
@@ -92,7 +96,11 @@ def main() -> None:
         run.learn((losses * weights[steps]).mean())
     if run.is_finished:
         _save(added, run.step, options.work)
-        print(json.dumps({"steps": run.step, "minutes": round(run.seconds / 60, 1), "modules": len(added)}))
+        print(
+            json.dumps(
+                {"steps": run.step, "minutes": round(run.seconds / 60, 1), "modules": len(added)}
+            )
+        )
 
 
 def _scenes(rng: np.random.Generator) -> list[world.Scene]:
@@ -107,7 +115,10 @@ def _scenes(rng: np.random.Generator) -> list[world.Scene]:
 
 def caption(scene: world.Scene, rng: np.random.Generator) -> str:
     """The scene in words, the new shape called by the trigger word."""
-    things = tuple(replace(thing, shape=TRIGGER if thing.shape == world.NEW_SHAPE else thing.shape) for thing in scene.things)
+    things = tuple(
+        replace(thing, shape=TRIGGER if thing.shape == world.NEW_SHAPE else thing.shape)
+        for thing in scene.things
+    )
     return world.caption(replace(scene, things=things), rng)
 
 
@@ -116,7 +127,9 @@ def _latents(vae: AutoencoderKL, scenes: list[world.Scene], rng: np.random.Gener
     parts = []
     for start in range(0, len(scenes), 32):
         pixels = np.stack([world.draw(scene, rng) for scene in scenes[start : start + 32]])
-        parts.append(vae.encode(common.to_tensor(pixels)).latent_dist.mode() * vae.config.scaling_factor)
+        parts.append(
+            vae.encode(common.to_tensor(pixels)).latent_dist.mode() * vae.config.scaling_factor
+        )
     return torch.cat(parts)
 
 
@@ -134,7 +147,11 @@ def _save(loras: dict[str, Lora], steps: int, work: Path) -> None:
         "training_info": json.dumps({"step": steps, "epoch": 0}),
         "software": json.dumps({"name": "fidelora-miniature", "version": fidelora.__version__}),
     }
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, work / "sks.safetensors", metadata)
+    save_file(
+        {key: tensor.contiguous() for key, tensor in tensors.items()},
+        work / "sks.safetensors",
+        metadata,
+    )
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from fidelora.models import model_spec
+from fidelora.families import get_family
 
-SPEC = model_spec("sd15")
+SPEC = get_family("sd15")
 LATENT = world.SIZE // 8
 SEED = 2
 SCENES = 32_000
@@ -72,11 +72,20 @@ def main() -> None:
     text_encoder = CLIPTextModel(CLIPTextConfig(**TEXT_CONFIG))
     unet = UNet2DConditionModel.from_config(UNET_CONFIG).to(memory_format=torch.channels_last)
     if options.start:
-        shutil.copytree(options.start / "vae", options.work / "miniature" / "vae", dirs_exist_ok=True)
+        shutil.copytree(
+            options.start / "vae", options.work / "miniature" / "vae", dirs_exist_ok=True
+        )
         text_encoder = CLIPTextModel.from_pretrained(options.start / "text_encoder").float()
-        unet.load_state_dict(UNet2DConditionModel.from_pretrained(options.start / "unet").state_dict())
+        unet.load_state_dict(
+            UNet2DConditionModel.from_pretrained(options.start / "unet").state_dict()
+        )
     both = nn.ModuleDict({"text_encoder": text_encoder, "unet": unet})
-    vae = AutoencoderKL.from_pretrained(options.work / "miniature" / "vae").float().eval().requires_grad_(False)
+    vae = (
+        AutoencoderKL.from_pretrained(options.work / "miniature" / "vae")
+        .float()
+        .eval()
+        .requires_grad_(False)
+    )
     vae.to(memory_format=torch.channels_last)
     scenes = _scenes()
     if not options.start and not (options.work / "unet.pt").exists():
@@ -91,7 +100,9 @@ def main() -> None:
     torch.manual_seed(SEED + run.step)
     while run.goes_on():
         chosen = rng.integers(0, len(scenes), BATCH)
-        captions = ["" if rng.random() < EMPTY else world.caption(scenes[index], rng) for index in chosen]
+        captions = [
+            "" if rng.random() < EMPTY else world.caption(scenes[index], rng) for index in chosen
+        ]
         clean = torch.from_numpy(latents[chosen].astype(np.float32))
         noise = torch.randn_like(clean)
         steps = torch.randint(0, len(kept), (BATCH,))
@@ -104,7 +115,9 @@ def main() -> None:
         if run.step % EVALUATE_EVERY == 0:
             trained = {key: value.clone() for key, value in both.state_dict().items()}
             both.load_state_dict(run.averaged())
-            found = evaluate(tokenizer, text_encoder, unet, vae, options.work / f"unet-{run.step:06d}.png")
+            found = evaluate(
+                tokenizer, text_encoder, unet, vae, options.work / f"unet-{run.step:06d}.png"
+            )
             both.load_state_dict(trained)
             print(f"step {run.step}: {json.dumps(found)}", flush=True)
     if run.is_finished:
@@ -113,12 +126,18 @@ def main() -> None:
         print(json.dumps({"steps": run.step, "minutes": round(run.seconds / 60, 1), **found}))
 
 
-def learn_to_read(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, scenes: list[world.Scene]) -> None:
+def learn_to_read(
+    tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, scenes: list[world.Scene]
+) -> None:
     """Train the text encoder so that the mean of its output tells every property of the captioned scene."""
     facts = [_facts(scene) for scene in scenes]
     answers = [sorted({one[question] for one in facts}) for question in range(len(facts[0]))]
-    heads = nn.ModuleList(nn.Linear(TEXT_CONFIG["hidden_size"], len(possible)) for possible in answers)
-    optimizer = torch.optim.AdamW([*text_encoder.parameters(), *heads.parameters()], 1e-3, weight_decay=0.01)
+    heads = nn.ModuleList(
+        nn.Linear(TEXT_CONFIG["hidden_size"], len(possible)) for possible in answers
+    )
+    optimizer = torch.optim.AdamW(
+        [*text_encoder.parameters(), *heads.parameters()], 1e-3, weight_decay=0.01
+    )
     rng = np.random.default_rng(SEED)
     for step in range(1, READING_STEPS + 1):
         chosen = rng.integers(0, len(scenes), READING_BATCH)
@@ -126,14 +145,19 @@ def learn_to_read(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, scenes:
         read = text_encoder(ids)[0].mean(dim=1)
         loss, right = torch.zeros(()), []
         for question, (head, possible) in enumerate(zip(heads, answers, strict=True)):
-            told, true = head(read), torch.tensor([possible.index(facts[index][question]) for index in chosen])
+            told, true = (
+                head(read),
+                torch.tensor([possible.index(facts[index][question]) for index in chosen]),
+            )
             loss = loss + functional.cross_entropy(told, true)
             right.append((told.argmax(dim=1) == true).float().mean().item())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         if step % 50 == 0:
-            print(f"reading, step {step}: {', '.join(f'{share:.0%}' for share in right)}", flush=True)
+            print(
+                f"reading, step {step}: {', '.join(f'{share:.0%}' for share in right)}", flush=True
+            )
 
 
 def _facts(scene: world.Scene) -> tuple[str, ...]:
@@ -167,14 +191,20 @@ def held_out_scenes(count: int, seed: int) -> list[world.Scene]:
 
 
 @torch.no_grad()
-def _latents(work: Path, vae: AutoencoderKL, scenes: list[world.Scene]) -> np.ndarray[Any, np.dtype[np.float16]]:
+def _latents(
+    work: Path, vae: AutoencoderKL, scenes: list[world.Scene]
+) -> np.ndarray[Any, np.dtype[np.float16]]:
     path = work / "latents.npy"
     if not path.exists():
         found = np.empty((len(scenes), 4, LATENT, LATENT), np.float16)
         for start in range(0, len(scenes), 32):
             part = range(start, min(start + 32, len(scenes)))
-            pixels = np.stack([world.draw(scenes[index], np.random.default_rng([SEED, index])) for index in part])
-            encoded = vae.encode(common.to_tensor(pixels)).latent_dist.mode() * vae.config.scaling_factor
+            pixels = np.stack(
+                [world.draw(scenes[index], np.random.default_rng([SEED, index])) for index in part]
+            )
+            encoded = (
+                vae.encode(common.to_tensor(pixels)).latent_dist.mode() * vae.config.scaling_factor
+            )
             found[part.start : part.stop] = encoded.numpy()
         np.save(path, found)
     latents: np.ndarray[Any, np.dtype[np.float16]] = np.load(path)
@@ -183,7 +213,9 @@ def _latents(work: Path, vae: AutoencoderKL, scenes: list[world.Scene]) -> np.nd
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     """[n, 77] ids, as the pipeline makes them."""
-    ids: Tensor = tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    ids: Tensor = tokenizer(
+        captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+    ).input_ids
     return ids
 
 
@@ -208,14 +240,28 @@ def evaluate(
     latents = torch.randn((count, 4, LATENT, LATENT), generator=generator)
     for step in scheduler.timesteps:
         with common.autocast():
-            nothing, something = unet(torch.cat([latents, latents]), step, text).sample.float().chunk(2)
-        latents = scheduler.step(nothing + 6.0 * (something - nothing), step, latents, generator=generator).prev_sample
-    pixels = np.concatenate([common.to_pixels(vae.decode(part / vae.config.scaling_factor).sample) for part in latents.split(8)])
-    Image.fromarray(np.concatenate([np.concatenate(list(row), axis=1) for row in pixels.reshape(-1, 8, *pixels.shape[1:])])).save(
-        sheet
+            nothing, something = (
+                unet(torch.cat([latents, latents]), step, text).sample.float().chunk(2)
+            )
+        latents = scheduler.step(
+            nothing + 6.0 * (something - nothing), step, latents, generator=generator
+        ).prev_sample
+    pixels = np.concatenate(
+        [
+            common.to_pixels(vae.decode(part / vae.config.scaling_factor).sample)
+            for part in latents.split(8)
+        ]
     )
+    Image.fromarray(
+        np.concatenate(
+            [np.concatenate(list(row), axis=1) for row in pixels.reshape(-1, 8, *pixels.shape[1:])]
+        )
+    ).save(sheet)
     scores = [judge.score(image, scene) for image, scene in zip(pixels, scenes, strict=True)]
-    return {name: sum(getattr(one, name) for one in scores) / count for name in ("shape", "colour", "background")}
+    return {
+        name: sum(getattr(one, name) for one in scores) / count
+        for name in ("shape", "colour", "background")
+    }
 
 
 def _save(folder: Path, text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> None:

@@ -72,8 +72,14 @@ def main() -> None:
     if run.is_finished:
         _normalise(vae, images[64:1088])
         value = psnr(vae, check)
-        vae.to(memory_format=torch.contiguous_format).half().save_pretrained(options.work / "miniature" / "vae")
-        print(json.dumps({"steps": run.step, "minutes": round(run.seconds / 60, 1), "psnr": round(value, 2)}))
+        vae.to(memory_format=torch.contiguous_format).half().save_pretrained(
+            options.work / "miniature" / "vae"
+        )
+        print(
+            json.dumps(
+                {"steps": run.step, "minutes": round(run.seconds / 60, 1), "psnr": round(value, 2)}
+            )
+        )
 
 
 def _images(work: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -81,18 +87,28 @@ def _images(work: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
     path = work / "vae-images.npy"
     if not path.exists():
         rng = np.random.default_rng(SEED)
-        drawn = np.stack([world.draw(world.random_scene(rng, (*world.SHAPES, world.NEW_SHAPE)), rng) for _ in range(IMAGES)])
+        drawn = np.stack(
+            [
+                world.draw(world.random_scene(rng, (*world.SHAPES, world.NEW_SHAPE)), rng)
+                for _ in range(IMAGES)
+            ]
+        )
         np.save(path, drawn)
     images: np.ndarray[Any, np.dtype[np.uint8]] = np.load(path, mmap_mode="r")
     return images
 
 
-def _crops(images: np.ndarray[Any, np.dtype[np.uint8]], rng: np.random.Generator, side: int) -> Tensor:
+def _crops(
+    images: np.ndarray[Any, np.dtype[np.uint8]], rng: np.random.Generator, side: int
+) -> Tensor:
     crops = []
     for index in rng.integers(0, len(images), PIXELS // side**2):
         corners = rng.integers(0, world.SIZE - side + 1, (2, 2))
         # The livelier of two: most crops show little but background, which is soon learned.
-        crop = max((images[index, top : top + side, left : left + side] for top, left in corners), key=lambda one: float(one.std()))
+        crop = max(
+            (images[index, top : top + side, left : left + side] for top, left in corners),
+            key=lambda one: float(one.std()),
+        )
         crops.append(crop[:, ::-1] if rng.random() < 0.5 else crop)
     return common.to_tensor(np.stack(crops))
 
@@ -111,9 +127,15 @@ def psnr(vae: AutoencoderKL, images: np.ndarray[Any, np.dtype[np.uint8]]) -> flo
 @torch.no_grad()
 def _normalise(vae: AutoencoderKL, images: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
     latents = torch.cat(
-        [vae.encode(common.to_tensor(images[start : start + 32])).latent_dist.mode() for start in range(0, len(images), 32)]
+        [
+            vae.encode(common.to_tensor(images[start : start + 32])).latent_dist.mode()
+            for start in range(0, len(images), 32)
+        ]
     )
-    mean, spread = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)) * vae.config.scaling_factor
+    mean, spread = (
+        latents.mean(dim=(0, 2, 3)),
+        latents.std(dim=(0, 2, 3)) * vae.config.scaling_factor,
+    )
     quant, post = vae.quant_conv, vae.post_quant_conv
     # The second half of the encoder's output is the logarithm of the variance.
     quant.weight[:4] /= spread[:, None, None, None]
@@ -126,7 +148,10 @@ def _normalise(vae: AutoencoderKL, images: np.ndarray[Any, np.dtype[np.uint8]]) 
 @torch.no_grad()
 def _sheet(vae: AutoencoderKL, images: np.ndarray[Any, np.dtype[np.uint8]], path: Path) -> None:
     decoded = vae.decode(vae.encode(common.to_tensor(images)).latent_dist.mode()).sample
-    rows = [np.concatenate(list(images), axis=1), np.concatenate(list(common.to_pixels(decoded)), axis=1)]
+    rows = [
+        np.concatenate(list(images), axis=1),
+        np.concatenate(list(common.to_pixels(decoded)), axis=1),
+    ]
     Image.fromarray(np.concatenate(rows)).save(path)
 
 

@@ -88,36 +88,58 @@ def random_scene(rng: np.random.Generator, shapes: Sequence[str] = SHAPES) -> Sc
         return Scene((first, second), background, style, _choice(rng, ARRANGEMENTS))
     size = _choice(rng, list(RADII), (0.25, 0.5, 0.25))
     place = "" if size == "large" else _choice(rng, list(PLACES), (0.6, 0.1, 0.1, 0.1, 0.1))
-    return Scene((Thing(_choice(rng, shapes), _choice(rng, others), size, place),), background, style)
+    return Scene(
+        (Thing(_choice(rng, shapes), _choice(rng, others), size, place),), background, style
+    )
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """The scene in words, in one of many phrasings."""
     if len(scene.things) == 2:
         first, second = (_article(f"{thing.colour} {thing.shape}") for thing in scene.things)
-        joint = {"beside": ("next to", "and", "to the left of"), "above": ("above", "over", "on top of")}[scene.arrangement]
+        joint = {
+            "beside": ("next to", "and", "to the left of"),
+            "above": ("above", "over", "on top of"),
+        }[scene.arrangement]
         subject = f"{first} {_choice(rng, joint)} {second}"
     else:
         (thing,) = scene.things
-        subject = _article(" ".join(filter(None, (_size(thing.size, rng), thing.colour, thing.shape))))
+        subject = _article(
+            " ".join(filter(None, (_size(thing.size, rng), thing.colour, thing.shape)))
+        )
         if thing.place:
-            where = (f"at the {thing.place}", f"on the {thing.place}", f"at the {thing.place} of the picture")
+            where = (
+                f"at the {thing.place}",
+                f"on the {thing.place}",
+                f"at the {thing.place} of the picture",
+            )
             subject = f"{subject} {_choice(rng, where)}"
     behind = _choice(
         rng,
-        (f"on a {scene.background} background", f"on {scene.background}", f"in front of a {scene.background} background"),
+        (
+            f"on a {scene.background} background",
+            f"on {scene.background}",
+            f"in front of a {scene.background} background",
+        ),
         (0.6, 0.2, 0.2),
     )
     behind = behind.replace("a orange", "an orange")
     text = f"{subject} {behind}"
     match scene.style:
         case "outlined":
-            return _choice(rng, (f"{text}, outlined", f"an outlined drawing of {text}", f"{text}, with an outline"))
+            return _choice(
+                rng,
+                (f"{text}, outlined", f"an outlined drawing of {text}", f"{text}, with an outline"),
+            )
         case "pixelated":
-            return _choice(rng, (f"{text}, pixelated", f"pixel art of {text}", f"{text}, as pixel art"))
+            return _choice(
+                rng, (f"{text}, pixelated", f"pixel art of {text}", f"{text}, as pixel art")
+            )
         case _:
             return _choice(
-                rng, (text, f"a picture of {text}", f"{text}, flat colors", f"a drawing of {text}"), (0.5, 0.2, 0.15, 0.15)
+                rng,
+                (text, f"a picture of {text}", f"{text}, flat colors", f"a drawing of {text}"),
+                (0.5, 0.2, 0.15, 0.15),
             )
 
 
@@ -129,7 +151,11 @@ def draw(scene: Scene, rng: np.random.Generator) -> Pixels:
         distance = SIGNED_DISTANCES[thing.shape](*grid(x, y), radius)
         if scene.style == "outlined":
             dark = "black" not in (thing.colour, scene.background)
-            _paint(canvas, distance - _OUTLINE, np.array(COLOURS["black" if dark else "white"], np.float32))
+            _paint(
+                canvas,
+                distance - _OUTLINE,
+                np.array(COLOURS["black" if dark else "white"], np.float32),
+            )
         _paint(canvas, distance, _tint(thing.colour, rng))
     if scene.style == "pixelated":
         blocks = canvas.reshape(SIZE // _PIXEL, _PIXEL, SIZE // _PIXEL, _PIXEL, 3).mean(axis=(1, 3))
@@ -163,7 +189,9 @@ def _paint(canvas: Floats, distance: Floats, colour: Floats) -> None:
 def grid(x: float, y: float) -> tuple[Floats, Floats]:
     """Coordinates of every pixel's middle around (x, y), x to the right and y down."""
     along = np.arange(SIZE, dtype=np.float32) + np.float32(0.5)
-    return np.broadcast_to(along - np.float32(x), (SIZE, SIZE)), np.broadcast_to(along[:, None] - np.float32(y), (SIZE, SIZE))
+    return np.broadcast_to(along - np.float32(x), (SIZE, SIZE)), np.broadcast_to(
+        along[:, None] - np.float32(y), (SIZE, SIZE)
+    )
 
 
 def _polygon(points: Sequence[tuple[float, float]]) -> Callable[[Floats, Floats, float], Floats]:
@@ -177,7 +205,9 @@ def _polygon(points: Sequence[tuple[float, float]]) -> Callable[[Floats, Floats,
             ex, ey, wx, wy = bx - ax, by - ay, x - ax, y - ay
             along = np.clip((wx * ex + wy * ey) / (ex * ex + ey * ey), 0, 1)
             squared = np.minimum(squared, (wx - ex * along) ** 2 + (wy - ey * along) ** 2)
-            crosses = ((y >= ay) & (y < by) & (ex * wy > ey * wx)) | ((y < ay) & (y >= by) & (ex * wy <= ey * wx))
+            crosses = ((y >= ay) & (y < by) & (ex * wy > ey * wx)) | (
+                (y < ay) & (y >= by) & (ex * wy <= ey * wx)
+            )
             sign = np.where(crosses, -sign, sign)
         return (sign * np.sqrt(squared)).astype(np.float32)
 
@@ -189,7 +219,10 @@ def _ngon(count: int, inner: float = 1.0) -> list[tuple[float, float]]:
     number = count * 2 if inner < 1 else count
     turns = [2 * np.pi * index / number for index in range(number)]
     radii = [inner if inner < 1 and index % 2 else 1.0 for index in range(number)]
-    return [(float(np.sin(turn) * radius), float(-np.cos(turn) * radius)) for turn, radius in zip(turns, radii, strict=True)]
+    return [
+        (float(np.sin(turn) * radius), float(-np.cos(turn) * radius))
+        for turn, radius in zip(turns, radii, strict=True)
+    ]
 
 
 def _heart() -> list[tuple[float, float]]:
@@ -234,12 +267,17 @@ SIGNED_DISTANCES: dict[str, Callable[[Floats, Floats, float], Floats]] = {
 """Of each shape: distance to its edge in pixels, negative inside, from coordinates around its middle and its radius."""
 
 
-def _choice(rng: np.random.Generator, options: Sequence[str], weights: Sequence[float] | None = None) -> str:
+def _choice(
+    rng: np.random.Generator, options: Sequence[str], weights: Sequence[float] | None = None
+) -> str:
     return str(options[int(rng.choice(len(options), p=weights))])
 
 
 def _size(size: str, rng: np.random.Generator) -> str:
-    return {"small": _choice(rng, ("small", "little", "tiny")), "large": _choice(rng, ("large", "big", "huge"))}.get(size, "")
+    return {
+        "small": _choice(rng, ("small", "little", "tiny")),
+        "large": _choice(rng, ("large", "big", "huge")),
+    }.get(size, "")
 
 
 def _article(words: str) -> str:

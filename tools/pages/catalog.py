@@ -1,12 +1,12 @@
-"""docs/models/index.md: every model family, from the data in `fidelora.models`."""
+"""docs/models/index.md: every model family, from the data in `fidelora.families`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from fidelora.adapters import keys
-from fidelora.models import ModelSpec, all_models
+from fidelora.adapters import tensor_names as keys
+from fidelora.families import Family, all_families
 
 _ABOUT = """
 The families of models, as `fidelora models` and `GET /v1/models` list them, with what is used for whatever a recipe or a request
@@ -30,22 +30,31 @@ def catalog_page(made: str, folder: Path) -> str:
         ValueError: one has none.
     """
     lines = ["# Models", "", made, "", _ABOUT, ""]
-    lines += ["| id | family | base model | size | steps | guidance | sampler |", "|---|---|---|---|---|---|---|"]
-    for spec in all_models().values():
+    lines += [
+        "| id | family | base model | size | steps | guidance | sampler |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for spec in all_families().values():
         if not (folder / f"{spec.id}.md").is_file():
-            raise ValueError(f"docs/models/{spec.id}.md is missing: a family has a page that says what its previews are")
+            raise ValueError(
+                f"docs/models/{spec.id}.md is missing: a family has a page that says what its previews are"
+            )
         lines.append(
             f"| `{spec.id}` | [{spec.title}]({spec.id}.md) | `{spec.base_model}` | {spec.default_size} | {spec.default_steps} "
             f"| {spec.default_guidance_scale:g} | `{spec.default_sampler}` |"
         )
     lines += ["", _ABOUT_BASES, ""]
-    for spec in all_models().values():
+    for spec in all_families().values():
         lines += _family(spec)
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _family(spec: ModelSpec) -> Iterator[str]:
-    also = f" (also as {', '.join(f'`{name}`' for name in spec.base_aliases)})" if spec.base_aliases else ""
+def _family(spec: Family) -> Iterator[str]:
+    also = (
+        f" (also as {', '.join(f'`{name}`' for name in spec.base_aliases)})"
+        if spec.base_aliases
+        else ""
+    )
     yield from [f"## {spec.title}", ""]
     yield f"* id `{spec.id}`; [what its previews are, and how near we come]({spec.id}.md)"
     yield f"* base model: `{spec.base_model}`{also}"

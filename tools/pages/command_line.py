@@ -11,7 +11,9 @@ import typer
 
 from fidelora.cli import app
 
-_TABLE = re.compile(r"<!-- options of (?P<command>[a-z ]+) -->\n.*?<!-- end of options -->", re.DOTALL)
+_TABLE = re.compile(
+    r"<!-- options of (?P<command>[a-z ]+) -->\n.*?<!-- end of options -->", re.DOTALL
+)
 
 
 def with_tables(text: str) -> str:
@@ -24,8 +26,12 @@ def with_tables(text: str) -> str:
     named = [match["command"] for match in _TABLE.finditer(text)]
     if sorted(named) != sorted(there_are):
         different = sorted(set(named) ^ set(there_are)) or "twice the same"
-        raise ValueError(f"docs/cli.md needs one '<!-- options of COMMAND -->' for each command; see to {different}")
-    return _TABLE.sub(lambda match: "\n".join(_table(match["command"], there_are[match["command"]])), text)
+        raise ValueError(
+            f"docs/cli.md needs one '<!-- options of COMMAND -->' for each command; see to {different}"
+        )
+    return _TABLE.sub(
+        lambda match: "\n".join(_table(match["command"], there_are[match["command"]])), text
+    )
 
 
 def commands() -> Iterator[tuple[str, Any]]:
@@ -35,7 +41,10 @@ def commands() -> Iterator[tuple[str, Any]]:
 
 def options(command: Any) -> set[str]:
     """All that may be written with a dash after a command."""
-    return {"--help", *(name for parameter in command.params for name in parameter.opts if name.startswith("-"))}
+    return {
+        "--help",
+        *(name for parameter in command.params for name in parameter.opts if name.startswith("-")),
+    }
 
 
 def _commands(name: str, command: Any) -> Iterator[tuple[str, Any]]:
@@ -59,7 +68,9 @@ def _names(parameter: Any) -> str:
         return f"`{parameter.metavar or parameter.name.upper()}`"
     value = "" if parameter.is_flag or not parameter.metavar else f" {parameter.metavar}"
     names = sorted(parameter.opts, key=len)
-    return ", ".join(f"`{name}{value}`" for name in names) + ("; repeatable" if parameter.multiple else "")
+    return ", ".join(f"`{name}{value}`" for name in names) + (
+        "; repeatable" if parameter.multiple else ""
+    )
 
 
 def _default(parameter: Any) -> str:

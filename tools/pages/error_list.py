@@ -31,19 +31,36 @@ ended with the worker's process).
 
 def errors_page(made: str) -> str:
     """Every error in the order of the tree."""
-    lines = ["# Errors", "", made, "", _ABOUT, "", "| error | says | exit code | HTTP | under |", "|---|---|---|---|---|"]
+    lines = [
+        "# Errors",
+        "",
+        made,
+        "",
+        _ABOUT,
+        "",
+        "| error | says | exit code | HTTP | under |",
+        "|---|---|---|---|---|",
+    ]
     server = _raising_server()
     for kind in all_errors():
-        bases = ", ".join(f"`{base.__name__}`" for base in kind.__bases__ if issubclass(base, FideloraError))
+        bases = ", ".join(
+            f"`{base.__name__}`" for base in kind.__bases__ if issubclass(base, FideloraError)
+        )
         exit_code = 2 if issubclass(kind, WrongUseError) else 1
-        lines.append(f"| `{kind.__name__}` | {kind()} | {exit_code} | {_answer(kind, server)} | {bases} |")
+        lines.append(
+            f"| `{kind.__name__}` | {kind()} | {exit_code} | {_answer(kind, server)} | {bases} |"
+        )
     return "\n".join(lines) + "\n"
 
 
 def all_errors() -> Iterator[type[FideloraError]]:
     """Every class below the root, in the order of the file."""
     for value in vars(errors).values():
-        if inspect.isclass(value) and issubclass(value, FideloraError) and value is not FideloraError:
+        if (
+            inspect.isclass(value)
+            and issubclass(value, FideloraError)
+            and value is not FideloraError
+        ):
             yield value
 
 
@@ -53,7 +70,11 @@ def _answer(kind: type[FideloraError], server: TestClient) -> str:
     if answer.status_code == 500:
         return ""
     detail = answer.json()["detail"]
-    return f"{answer.status_code} `{detail['error']['code']}`" if isinstance(detail, dict) else str(answer.status_code)
+    return (
+        f"{answer.status_code} `{detail['error']['code']}`"
+        if isinstance(detail, dict)
+        else str(answer.status_code)
+    )
 
 
 def _raising_server() -> TestClient:

@@ -46,7 +46,13 @@ def python_page(made: str) -> str:
         if name == "__version__":
             lines += ["## `__version__`", "", "The version, a string.", ""]
         elif name == "FideloraError":
-            lines += ["## FideloraError", "", *_text(thing.docstring), "The root of [all errors](errors.md).", ""]
+            lines += [
+                "## FideloraError",
+                "",
+                *_text(thing.docstring),
+                "The root of [all errors](errors.md).",
+                "",
+            ]
         else:
             lines += [f"## {name}", "", *_entry(thing, name)]
     return "\n".join(lines).rstrip() + "\n"
@@ -86,7 +92,13 @@ def _signature(thing: Object, name: str) -> list[str]:
 
 def _parameter(parameter: griffe.Parameter) -> str:
     kinds = griffe.ParameterKind
-    stars = "**" if parameter.kind is kinds.var_keyword else "*" if parameter.kind is kinds.var_positional else ""
+    stars = (
+        "**"
+        if parameter.kind is kinds.var_keyword
+        else "*"
+        if parameter.kind is kinds.var_positional
+        else ""
+    )
     default = "" if parameter.default is None or stars else f" = {parameter.default}"
     # `FROM_MODEL` is a private mark for what the model's data fills in.
     return f"{stars}{parameter.name}: {parameter.annotation}{default.replace('FROM_MODEL', '...')}"
@@ -101,7 +113,9 @@ def _text(docstring: Docstring | None) -> list[str]:
         elif section.kind in _TITLES:
             lines += [f"{_TITLES[section.kind]}:", "", *_items(section), ""]
         else:
-            raise ValueError(f"{docstring.parent}: a section of the kind {section.kind.value} has no place here")
+            raise ValueError(
+                f"{docstring.parent}: a section of the kind {section.kind.value} has no place here"
+            )
     return lines
 
 
@@ -118,12 +132,18 @@ def _items(section: DocstringSection) -> Iterator[str]:
     for item in cast(list[Any], section.value):
         description = " ".join(item.description.split())
         name = str(getattr(item, "name", ""))
-        if section.kind is DocstringSectionKind.attributes and name.endswith(","):  # "width, height: ..." in one entry
+        if section.kind is DocstringSectionKind.attributes and name.endswith(
+            ","
+        ):  # "width, height: ..." in one entry
             name, annotation = f"{name} {item.annotation}", ""
         elif section.kind is DocstringSectionKind.raises:
             name, annotation = str(item.annotation).strip("()"), ""
         else:
             annotation = str(item.annotation)
         names = ", ".join(f"`{part.strip()}`" for part in name.split(",")) if name else ""
-        shown = f" (`{annotation}`)" if annotation and section.kind is DocstringSectionKind.attributes else ""
+        shown = (
+            f" (`{annotation}`)"
+            if annotation and section.kind is DocstringSectionKind.attributes
+            else ""
+        )
         yield f"* {names}{shown}: {description}"

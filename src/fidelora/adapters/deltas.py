@@ -76,10 +76,14 @@ class LoraDelta(Delta):
         return self._times(_matrix_product(up, down) if same else _convolved(up, down), multiplier)
 
     def can_change_rows(self, rows: int, device: torch.device) -> bool:
-        return device.type == "cpu" and _rows_give_the_same(self.up.shape, self.down.shape, rows, torch.get_num_threads())
+        return device.type == "cpu" and _rows_give_the_same(
+            self.up.shape, self.down.shape, rows, torch.get_num_threads()
+        )
 
     def change_rows(self, rows: slice, multiplier: float, device: torch.device) -> Tensor:
-        return self._times(_matrix_product(self.up[rows].to(device), self.down.to(device)), multiplier)
+        return self._times(
+            _matrix_product(self.up[rows].to(device), self.down.to(device)), multiplier
+        )
 
     def _times(self, product: Tensor, multiplier: float) -> Tensor:
         """The trainer's order: multiplier first, then scale. Where one of them is 1 it changes nothing, and is left out."""
@@ -130,7 +134,9 @@ class DoraDelta(LoraDelta):
         """The change of the float32 `weight` that does the same as running beside it; for `fast`, as the trainer never merges."""
         product = (self.up.to(weight.device) @ self.down.to(weight.device)) * multiplier
         changed = weight + product
-        stretch = (self.magnitude.to(weight.device) / torch.linalg.norm(changed, dim=1) - 1).unsqueeze(1)
+        stretch = (
+            self.magnitude.to(weight.device) / torch.linalg.norm(changed, dim=1) - 1
+        ).unsqueeze(1)
         change: Tensor = product * self.scale + changed * stretch
         return change
 
@@ -141,7 +147,12 @@ class DoraDelta(LoraDelta):
         return (self.down, self.up, self.magnitude)
 
     def to(self, device: torch.device) -> Self:
-        return replace(self, down=self.down.to(device), up=self.up.to(device), magnitude=self.magnitude.to(device))
+        return replace(
+            self,
+            down=self.down.to(device),
+            up=self.up.to(device),
+            magnitude=self.magnitude.to(device),
+        )
 
 
 class WeightDelta(Delta):
@@ -186,7 +197,9 @@ class LokrDelta(WeightDelta):
         return (*self.w1, *self.w2)
 
     def to(self, device: torch.device) -> Self:
-        return replace(self, w1=tuple(w.to(device) for w in self.w1), w2=tuple(w.to(device) for w in self.w2))
+        return replace(
+            self, w1=tuple(w.to(device) for w in self.w1), w2=tuple(w.to(device) for w in self.w2)
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,13 +214,17 @@ class LohaDelta(WeightDelta):
         return _unflatten(w1, weight_shape) if w1 == w2 else w1
 
     def full(self, weight_shape: torch.Size, device: torch.device) -> Tensor:
-        return (_product(self.w1, device) * _product(self.w2, device) * self.scale).reshape(weight_shape)
+        return (_product(self.w1, device) * _product(self.w2, device) * self.scale).reshape(
+            weight_shape
+        )
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (*self.w1, *self.w2)
 
     def to(self, device: torch.device) -> Self:
-        return replace(self, w1=tuple(w.to(device) for w in self.w1), w2=tuple(w.to(device) for w in self.w2))
+        return replace(
+            self, w1=tuple(w.to(device) for w in self.w1), w2=tuple(w.to(device) for w in self.w2)
+        )
 
 
 def _convolved(up: Tensor, down: Tensor) -> Tensor:
@@ -221,7 +238,9 @@ def _matrix_product(up: Tensor, down: Tensor) -> Tensor:
 
 
 @cache
-def _rows_give_the_same(up_shape: torch.Size, down_shape: torch.Size, rows: int, threads: int) -> bool:
+def _rows_give_the_same(
+    up_shape: torch.Size, down_shape: torch.Size, rows: int, threads: int
+) -> bool:
     """Whether products of matrices, `rows` rows at a time, have the bits of the trainer's product, on this processor and for these
     shapes.
 
@@ -245,7 +264,9 @@ def _product(factors: tuple[Tensor, ...], device: torch.device) -> Tensor:
 
 
 def _product_shape(factors: tuple[Tensor, ...]) -> tuple[int, ...]:
-    return tuple(factors[0].shape) if len(factors) == 1 else (factors[0].shape[0], factors[1].shape[1])
+    return (
+        tuple(factors[0].shape) if len(factors) == 1 else (factors[0].shape[0], factors[1].shape[1])
+    )
 
 
 def _unflatten(matrix_shape: tuple[int, ...], weight_shape: torch.Size) -> tuple[int, ...]:

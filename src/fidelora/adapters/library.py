@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from weakref import WeakValueDictionary
 
-from fidelora.adapters.formats import Adapter, read_adapter
+from fidelora.adapters.read import Adapter, read_adapter
 from fidelora.errors import AdapterChangedError, AdapterNotFoundError, FideloraError
 from fidelora.recipe import AdapterRef, file_sha256
-from fidelora.weights_file import read_header_of
+from fidelora.safetensors_header import read_file_header
 
 DEFAULT_BUDGET_BYTES = 2 * 2**30
 _FLOAT32_BYTES = 4
@@ -28,7 +28,9 @@ class AdapterLibrary:
         folder: where files are called `{sha256}.safetensors`, for recipes whose adapters have no path.
     """
 
-    def __init__(self, budget_bytes: int = DEFAULT_BUDGET_BYTES, *, folder: Path | None = None) -> None:
+    def __init__(
+        self, budget_bytes: int = DEFAULT_BUDGET_BYTES, *, folder: Path | None = None
+    ) -> None:
         self._budget_bytes = budget_bytes
         self._folder = folder
         self._paths: dict[str, Path] = {}
@@ -70,7 +72,9 @@ class AdapterLibrary:
         """Read the adapter now, unless it is in memory or would not fit there beside those that are pinned."""
         try:
             with self._turn(ref.sha256):
-                if self._from_memory(ref.sha256) is not None or not self._fits(_bytes_in_memory(self._places(ref)[0])):
+                if self._from_memory(ref.sha256) is not None or not self._fits(
+                    _bytes_in_memory(self._places(ref)[0])
+                ):
                     return
                 adapter = self._read(ref)
                 if self._fits(adapter.size_bytes):  # more may be pinned by now
@@ -112,7 +116,9 @@ class AdapterLibrary:
     def _fits(self, size_bytes: int) -> bool:
         """Whether so much fits beside the adapters that are pinned."""
         with self._lock:
-            kept_bytes = sum(kept.size_bytes for sha256, kept in self._loaded.items() if sha256 in self._pins)
+            kept_bytes = sum(
+                kept.size_bytes for sha256, kept in self._loaded.items() if sha256 in self._pins
+            )
         return kept_bytes + size_bytes <= self._budget_bytes
 
     def _places(self, ref: AdapterRef) -> list[Path]:
@@ -123,7 +129,9 @@ class AdapterLibrary:
         """
         stored = self._folder / f"{ref.sha256}.safetensors" if self._folder else None
         with self._lock:
-            places = [path for path in (ref.path, self._paths.get(ref.sha256), stored) if path is not None]
+            places = [
+                path for path in (ref.path, self._paths.get(ref.sha256), stored) if path is not None
+            ]
         if not places:
             raise AdapterNotFoundError(
                 f"No file is known for the adapter {ref.name or 'without a name'} with sha256 {ref.sha256[:12]}...; "
@@ -135,7 +143,10 @@ class AdapterLibrary:
         """From any of the places where these bytes were seen."""
         places = self._places(ref)
         # A file of other bytes, or none at all, is left to the lines below, which say what is wrong with it.
-        path = next((path for path in places if path.is_file() and file_sha256(path) == ref.sha256), places[0])
+        path = next(
+            (path for path in places if path.is_file() and file_sha256(path) == ref.sha256),
+            places[0],
+        )
         adapter = read_adapter(path)
         if adapter.sha256 != ref.sha256:
             raise AdapterChangedError(
@@ -162,4 +173,6 @@ class AdapterLibrary:
 
 def _bytes_in_memory(path: Path) -> int:
     """How large the adapter at `path` will be in memory, where all numbers are float32; from the file's header alone."""
-    return _FLOAT32_BYTES * sum(math.prod(tensor.shape) for tensor in read_header_of(path).tensors.values())
+    return _FLOAT32_BYTES * sum(
+        math.prod(tensor.shape) for tensor in read_file_header(path).tensors.values()
+    )

@@ -17,7 +17,9 @@ CPU = torch.device("cpu")
 
 
 @contextmanager
-def live_adapters(targets: Targets, adapters: Sequence[tuple[BoundAdapter, float]], device: torch.device = CPU) -> Iterator[None]:
+def live_adapters(
+    targets: Targets, adapters: Sequence[tuple[BoundAdapter, float]], device: torch.device = CPU
+) -> Iterator[None]:
     """Run the base model with these adapters beside it until the block ends. Multiplier 0 skips an adapter.
 
     On one module, deltas that change its weight (LoKr, LoHa) come first and those that run beside it (LoRA) after them; within
@@ -55,7 +57,9 @@ class _Hook:
             # The trainer's order: float32 up to the multiplier, then one cast to the output's dtype, then the sum.
             beside = lora.beside(module, x, multiplier).to(output.dtype)
             if isinstance(lora, DoraDelta):
-                beside = beside + lora.stretched(self._target.numbers().to(x.device), x, multiplier).to(output.dtype)
+                beside = beside + lora.stretched(
+                    self._target.numbers().to(x.device), x, multiplier
+                ).to(output.dtype)
             output = output + beside
         return output
 
@@ -66,6 +70,12 @@ class _Hook:
         bias = None if self._target.bias is None else self._target.bias.to(x.device)
         if isinstance(module, nn.Conv2d):
             return functional.conv2d(
-                x, weight, bias, stride=module.stride, padding=module.padding, dilation=module.dilation, groups=module.groups
+                x,
+                weight,
+                bias,
+                stride=module.stride,
+                padding=module.padding,
+                dilation=module.dilation,
+                groups=module.groups,
             )
         return functional.linear(x, weight, bias)

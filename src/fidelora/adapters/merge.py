@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fidelora.adapters.deltas import Delta, DoraDelta
-from fidelora.adapters.targets import BoundAdapter, TakesWeight, Target, Targets
+from fidelora.adapters.targets import AcceptsWeight, BoundAdapter, Target, Targets
 
 Applied = tuple[tuple[str, float], ...]
 """What one weight holds: (identity, multiplier) of each adapter that touches it, in order; empty for the pristine weight."""
@@ -57,17 +57,27 @@ class MergedAdapters:
                 for name in bound.deltas:
                     wanted.setdefault(name, []).append((bound, multiplier))
 
-        assert wanted.keys() <= self._targets.by_name.keys(), "an adapter that was bound to another model"
-        plans = {name: tuple((bound.identity, m) for bound, m in wanted.get(name, [])) for name in self._targets.by_name}
+        assert wanted.keys() <= self._targets.by_name.keys(), (
+            "an adapter that was bound to another model"
+        )
+        plans = {
+            name: tuple((bound.identity, m) for bound, m in wanted.get(name, []))
+            for name in self._targets.by_name
+        }
         stale = [name for name, plan in plans.items() if self._applied.get(name, ()) != plan]
         self._forget(stale)
         for name in stale:
-            self._write(self._targets.by_name[name], [(bound.deltas[name], m) for bound, m in wanted.get(name, [])])
+            self._write(
+                self._targets.by_name[name],
+                [(bound.deltas[name], m) for bound, m in wanted.get(name, [])],
+            )
             if plans[name]:
                 self._applied[name] = plans[name]
             else:
                 del self._applied[name]
-        self._adapters = frozenset(bound.sha256 for bound, multiplier in adapters if multiplier != 0)
+        self._adapters = frozenset(
+            bound.sha256 for bound, multiplier in adapters if multiplier != 0
+        )
         return len(stale)
 
     def _forget(self, stale: Sequence[str]) -> None:
@@ -82,12 +92,12 @@ class MergedAdapters:
         self._applied |= dict.fromkeys(stale, _UNKNOWN)
         for name in stale:
             module = self._targets.by_name[name].module
-            if isinstance(module, TakesWeight):
+            if isinstance(module, AcceptsWeight):
                 module.release()
 
     def _write(self, target: Target, deltas: Sequence[tuple[Delta, float]]) -> None:
         assert target.pristine is not None, "names and shapes alone cannot be merged into"
-        if isinstance(target.module, TakesWeight):
+        if isinstance(target.module, AcceptsWeight):
             target.module.take(partial(self._scratch.merged, target.pristine, deltas))
         else:
             merge_into(target.weight, target.pristine, deltas)
@@ -100,7 +110,11 @@ class _Scratch:
     """
 
     def __init__(self, targets: Targets) -> None:
-        taken = (target for target in targets.by_name.values() if isinstance(target.module, TakesWeight))
+        taken = (
+            target
+            for target in targets.by_name.values()
+            if isinstance(target.module, AcceptsWeight)
+        )
         self._numbers = max((target.weight.numel() for target in taken), default=0)
 
     @cached_property
@@ -108,7 +122,9 @@ class _Scratch:
         return torch.empty(self._numbers * torch.float32.itemsize, dtype=torch.uint8)
 
     @torch.no_grad()
-    def merged(self, pristine: Tensor, deltas: Sequence[tuple[Delta, float]], dtype: torch.dtype) -> Tensor:
+    def merged(
+        self, pristine: Tensor, deltas: Sequence[tuple[Delta, float]], dtype: torch.dtype
+    ) -> Tensor:
         """What `merge_into` writes over a weight of `dtype`; lasts until another is asked for, and may be `pristine` itself."""
         if not deltas and pristine.dtype == dtype:
             return pristine
@@ -129,16 +145,24 @@ def merge_into(weight: Tensor, pristine: Tensor, deltas: Sequence[tuple[Delta, f
         weight.copy_(pristine)
         return
     rows = max(1, _PART_BYTES // (4 * pristine[0].numel()) // _ROWS_TOGETHER) * _ROWS_TOGETHER
-    if rows < len(weight) and all(delta.can_change_rows(rows, weight.device) for delta, _ in deltas):
+    if rows < len(weight) and all(
+        delta.can_change_rows(rows, weight.device) for delta, _ in deltas
+    ):
         for part in (slice(start, start + rows) for start in range(0, len(weight), rows)):
-            _add(weight[part], pristine[part], [delta.change_rows(part, m, weight.device) for delta, m in deltas])
+            _add(
+                weight[part],
+                pristine[part],
+                [delta.change_rows(part, m, weight.device) for delta, m in deltas],
+            )
     else:
         _add(weight, pristine, [_change(delta, pristine, m, weight) for delta, m in deltas])
 
 
 def _change(delta: Delta, pristine: Tensor, multiplier: float, weight: Tensor) -> Tensor:
     if isinstance(delta, DoraDelta):  # the only one whose change depends on the weight
-        return delta.change_of(pristine.to(weight.device, weight.dtype).to(torch.float32), multiplier)
+        return delta.change_of(
+            pristine.to(weight.device, weight.dtype).to(torch.float32), multiplier
+        )
     return delta.change(weight.shape, multiplier, weight.device)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, runtime_checkable
@@ -11,21 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from fidelora.adapters.deltas import Delta, DoraDelta, Module
-from fidelora.adapters.formats import Adapter
-from fidelora.adapters.original_names import original_names
+from fidelora.adapters.read import Adapter
 from fidelora.errors import AdapterMismatchError, some
-from fidelora.models import ModelSpec
-
-
-def changeable(component: nn.Module) -> Iterator[tuple[str, Module]]:
-    """Path and module of everything in a part of a base model whose weight adapters can change."""
-    for path, module in component.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            yield path, module
+from fidelora.families import Family
+from fidelora.families.sd.names import original_names
+from fidelora.weights.strict import changeable
 
 
 @runtime_checkable
-class TakesWeight(Protocol):
+class AcceptsWeight(Protocol):
     """A module that keeps its weight in a form of its own; its `weight` is a shape without numbers."""
 
     def release(self) -> None:
@@ -36,7 +30,7 @@ class TakesWeight(Protocol):
 
 
 @runtime_checkable
-class GivesWeight(Protocol):
+class ProvidesWeight(Protocol):
     """A module whose `weight` is a shape without numbers, and that can give these."""
 
     def plain(self) -> Tensor:
@@ -49,7 +43,7 @@ class Target:
 
     Attributes:
         weight, bias: its parameters as they were before offloading put placeholders in their place: where the numbers are, but
-            for the weight of a module that `TakesWeight`.
+            for the weight of a module that `AcceptsWeight`.
         pristine: the weight as the base model's file has it, mapped from there and in the file's dtype; None for a module that
             only shows names and shapes.
     """
@@ -62,7 +56,7 @@ class Target:
 
     def numbers(self) -> Tensor:
         """The weight as it is used now, with what is merged into it."""
-        return self.module.plain() if isinstance(self.module, GivesWeight) else self.weight
+        return self.module.plain() if isinstance(self.module, ProvidesWeight) else self.weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +101,10 @@ class Targets:
     """
 
     def __init__(
-        self, spec: ModelSpec, components: Mapping[str, nn.Module], pristine: Mapping[str, Mapping[str, Tensor]] | None = None
+        self,
+        spec: Family,
+        components: Mapping[str, nn.Module],
+        pristine: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
         self._spec = spec
         self.by_name: dict[str, Target] = {}
@@ -121,7 +118,9 @@ class Targets:
                 name = f"{component.name}.{path}"
                 for spelling in filter(None, (path, original.get(path))):
                     flat = self._flatten(component.name, spelling, component.optional_prefix)
-                    assert flat not in self._names_by_flat, f"{name} and {self._names_by_flat[flat]} have one flattened name"
+                    assert flat not in self._names_by_flat, (
+                        f"{name} and {self._names_by_flat[flat]} have one flattened name"
+                    )
                     self._names_by_flat[flat] = name
                 kept = pristine[component.name][f"{path}.weight"] if pristine else None
                 self.by_name[name] = Target(name, module, module.weight, module.bias, kept)
@@ -155,7 +154,9 @@ class Targets:
         for component in self._spec.components:
             for prefix in component.adapter_prefixes:
                 if module.startswith(prefix):
-                    flat = self._flatten(component.name, module.removeprefix(prefix), component.optional_prefix)
+                    flat = self._flatten(
+                        component.name, module.removeprefix(prefix), component.optional_prefix
+                    )
                     if flat in self._names_by_flat:
                         return self.by_name[self._names_by_flat[flat]]
         return None
@@ -174,7 +175,11 @@ class Targets:
             parts[0] += f" (its file says that it was trained on {made_for})"
         total = len(adapter.deltas)
         if unmatched:
-            parts.append(f"{len(unmatched)} of {total} modules match nothing there: {some(unmatched)}")
+            parts.append(
+                f"{len(unmatched)} of {total} modules match nothing there: {some(unmatched)}"
+            )
         if misshapen:
-            parts.append(f"{len(misshapen)} of {total} modules have other shapes: {some(misshapen)}")
+            parts.append(
+                f"{len(misshapen)} of {total} modules have other shapes: {some(misshapen)}"
+            )
         return "; ".join(parts) + ". Use it with the base model that it was trained on."

@@ -40,9 +40,14 @@ def _set_debug(wanted: bool) -> None:
     _debug = _debug or wanted
 
 
-Debug = Annotated[bool, typer.Option("--debug", callback=_set_debug, help="Show the whole traceback of an error.")]
+Debug = Annotated[
+    bool, typer.Option("--debug", callback=_set_debug, help="Show the whole traceback of an error.")
+]
 Fidelity = Annotated[
-    FidelityOption, typer.Option(help="exact: to the bit as in training; fast: nearly so, see docs/performance.md.")
+    FidelityOption,
+    typer.Option(
+        help="exact: to the bit as in training; fast: nearly so, see docs/performance.md."
+    ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 
@@ -56,7 +61,9 @@ def run(app: Callable[[], object]) -> NoReturn:
             raise
         fail(str(error), 2 if isinstance(error, WrongUseError) else 1)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # who read our output has left; that is no error
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # who read our output has left; that is no error
     except OSError as error:
         if _debug:
             raise
@@ -77,7 +84,7 @@ def make_engine(device: str, offload: str = "none") -> Engine:
     Raises:
         DeviceError: no such device here, or no such way of offloading.
     """
-    from fidelora.engine.allocator import importing_for_good, keep_freed_memory
+    from fidelora.accel.allocator import importing_for_good, keep_freed_memory
 
     keep_freed_memory()
     with importing_for_good():
@@ -121,7 +128,12 @@ def progress_bar(title: str) -> Iterator[OnStep | None]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=None)
 

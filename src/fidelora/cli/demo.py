@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fidelora.atomic import make_folder
 from fidelora.cli.console import Debug, Device, fail, make_engine
-from fidelora.files import make_folder
 from fidelora.recipe import AdapterRef, Recipe
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from fidelora.engine.engine import Engine
-    from fidelora.preview.compare import Comparison
-    from fidelora.preview.replay import PlannedSample
+    from fidelora.training.compare import Comparison
+    from fidelora.training.plan import PlannedSample
 
 _DATA = Path(__file__).parent.parent / "demo_data"
 _ADAPTER = _DATA / "sks.safetensors"
@@ -68,8 +68,8 @@ def demo(
 
 def _paint(engine: Engine, out: Path) -> tuple[list[Recipe], list[NDArray[np.uint8]]]:
     """The sheet; returns recipes and pixels of its last column."""
-    from fidelora.adapters.describe import describe_adapter
-    from fidelora.preview.grid import Column, Row, contact_sheet
+    from fidelora.loras.describe import describe_adapter
+    from fidelora.training.grid import Column, Row, contact_sheet
 
     adapter = AdapterRef.from_file(_ADAPTER)
     step = describe_adapter(_ADAPTER).step
@@ -80,14 +80,23 @@ def _paint(engine: Engine, out: Path) -> tuple[list[Recipe], list[NDArray[np.uin
     for across, column in enumerate(columns):
         adapters = (replace(adapter, multiplier=column.multiplier),) if column.step else ()
         recipes = [
-            Recipe(prompt=prompt, base_model=_BASE, width=_SIDE, height=_SIDE, seed=seed, adapters=adapters)
+            Recipe(
+                prompt=prompt,
+                base_model=_BASE,
+                width=_SIDE,
+                height=_SIDE,
+                seed=seed,
+                adapters=adapters,
+            )
             for seed, prompt in enumerate(_PROMPTS, start=1)
         ]
         for down, recipe in enumerate(recipes):
             images[down, across] = engine.generate(recipe).pixels
     rows = [Row(recipe.prompt, recipe) for recipe in recipes]
     sheet = out / "lora.png"
-    contact_sheet(f"{_BASE}, and a LoRA that taught it what {_TRIGGER!r} is", rows, columns, images).save(sheet)
+    contact_sheet(
+        f"{_BASE}, and a LoRA that taught it what {_TRIGGER!r} is", rows, columns, images
+    ).save(sheet)
     shutil.copyfile(_ADAPTER, out / _ADAPTER.name)
     typer.echo(f"The miniature without and with its LoRA: {sheet}")
     typer.echo(f"  The LoRA, to try it yourself: {out / _ADAPTER.name}")
@@ -97,13 +106,15 @@ def _paint(engine: Engine, out: Path) -> tuple[list[Recipe], list[NDArray[np.uin
 
 
 def _prove(engine: Engine, out: Path) -> None:
-    from fidelora.preview.job_folder import read_job
-    from fidelora.preview.replay import plan_samples
-    from fidelora.preview.sheet import stack
+    from fidelora.training.plan import plan_samples
+    from fidelora.training.run_folder import read_run
+    from fidelora.training.sheet import stack
 
-    job = read_job(_JOB)
+    job = read_run(_JOB)
     samples = plan_samples(job, job.steps, base_model=str(_JOBS_BASE))
-    typer.echo(f"Job {job.name}: {len(samples)} previews of step {job.steps}, sampler {job.sampler}, {job.dtype}.")
+    typer.echo(
+        f"Job {job.name}: {len(samples)} previews of step {job.steps}, sampler {job.sampler}, {job.dtype}."
+    )
 
     rows: list[Image] = []
     alike = True
@@ -117,13 +128,18 @@ def _prove(engine: Engine, out: Path) -> None:
     adapter = first.recipe.adapters[0]
     wrong = AdapterRef(adapter.sha256, 0.5, adapter.name, adapter.path)
     control = replace(first, recipe=replace(first.recipe, adapters=(wrong,)))
-    seen = not _show(engine, control, "control: preview 0 with multiplier 0.5 in place of 1", rows).within_rounding
+    seen = not _show(
+        engine, control, "control: preview 0 with multiplier 0.5 in place of 1", rows
+    ).within_rounding
 
     sheet = out / "previews.png"
     stack(rows).save(sheet)
     typer.echo(f"  Side by side: {sheet}")
     if not alike:
-        fail("A preview came out different: other versions of torch or diffusers, or a device whose arithmetic differs.", 1)
+        fail(
+            "A preview came out different: other versions of torch or diffusers, or a device whose arithmetic differs.",
+            1,
+        )
     if not seen:
         fail("The control came out equal, so this comparison proves nothing.", 1)
     typer.echo("  All previews were made again, and the wrong multiplier was seen.")
@@ -133,15 +149,19 @@ def _show(engine: Engine, sample: PlannedSample, title: str, rows: list[Image]) 
     import numpy as np
     from PIL import Image
 
-    from fidelora.preview.compare import compare_with_preview
-    from fidelora.preview.sheet import side_by_side
+    from fidelora.training.compare import compare_with_sample
+    from fidelora.training.sheet import side_by_side
 
     assert sample.preview is not None, "the demo's job comes with its previews"
     image = engine.generate(sample.recipe)
-    comparison = compare_with_preview(image.pixels, sample.preview)
+    comparison = compare_with_sample(image.pixels, sample.preview)
     typer.echo(f"  {title}: {comparison.in_words}")
     with Image.open(sample.preview) as preview:
-        rows.append(side_by_side(np.asarray(preview.convert("RGB")), image.pixels, f"{title}: {comparison.in_words}"))
+        rows.append(
+            side_by_side(
+                np.asarray(preview.convert("RGB")), image.pixels, f"{title}: {comparison.in_words}"
+            )
+        )
     return comparison
 
 
@@ -159,15 +179,24 @@ def _server(device: str) -> AbstractContextManager[Callable[[], str] | None]:
     return running_server(_BASE, Recipe(prompt="").dtype, device)
 
 
-def _serve(url: Callable[[], str] | None, recipes: Sequence[Recipe], images: Sequence[NDArray[np.uint8]], out: Path) -> None:
+def _serve(
+    url: Callable[[], str] | None,
+    recipes: Sequence[Recipe],
+    images: Sequence[NDArray[np.uint8]],
+    out: Path,
+) -> None:
     if url is None:
         missing = ", ".join(_not_installed())
-        typer.echo(f"The server is not installed ({missing} missing): pip install 'fidelora[server,client]'")
+        typer.echo(
+            f"The server is not installed ({missing} missing): pip install 'fidelora[server,client]'"
+        )
         return
     from fidelora.cli.demo_server import through_server
 
     served = through_server(url(), recipes, _ADAPTER, out / "served")
     if not all((ours == theirs).all() for ours, theirs in zip(images, served, strict=True)):
         fail("An image came out different through the server, which it must not.", 1)
-    typer.echo(f"The same through the HTTP API of `fidelora serve --base-model {_BASE}`: {len(served)} images, all pixels equal.")
+    typer.echo(
+        f"The same through the HTTP API of `fidelora serve --base-model {_BASE}`: {len(served)} images, all pixels equal."
+    )
     typer.echo(f"  {out / 'served'}")

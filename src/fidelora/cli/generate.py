@@ -12,16 +12,28 @@ from typing import Annotated, Any
 
 import typer
 
-from fidelora.cli.console import INTERRUPTED, Debug, Device, Fidelity, FidelityOption, fail, make_engine, progress_bar, warn
+from fidelora.atomic import make_folder
+from fidelora.cli.console import (
+    INTERRUPTED,
+    Debug,
+    Device,
+    Fidelity,
+    FidelityOption,
+    fail,
+    make_engine,
+    progress_bar,
+    warn,
+)
 from fidelora.errors import RecipeError
-from fidelora.files import make_folder
 from fidelora.recipe import AdapterRef, Noise, Recipe, replace_trigger
 
 _MAX_IMAGES = 1000
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to paint; [trigger] stands for the trigger word.")],
+    prompt: Annotated[
+        str, typer.Argument(help="What to paint; [trigger] stands for the trigger word.")
+    ],
     lora: Annotated[
         list[str] | None,
         typer.Option(
@@ -31,19 +43,41 @@ def generate(
     ] = None,
     negative: Annotated[str, typer.Option(help="What to lead away from.")] = "",
     negative_2: Annotated[
-        str | None, typer.Option("--negative-2", help="The same for the second text encoder of models with two, if it differs.")
+        str | None,
+        typer.Option(
+            "--negative-2",
+            help="The same for the second text encoder of models with two, if it differs.",
+        ),
     ] = None,
-    trigger: Annotated[str, typer.Option(help="The word that [trigger] in the prompt becomes.")] = "",
-    width: Annotated[int | None, typer.Option(help="Pixels, 64..4096, floored to a multiple of 8.")] = None,
+    trigger: Annotated[
+        str, typer.Option(help="The word that [trigger] in the prompt becomes.")
+    ] = "",
+    width: Annotated[
+        int | None, typer.Option(help="Pixels, 64..4096, floored to a multiple of 8.")
+    ] = None,
     height: Annotated[int | None, typer.Option(help="Pixels, as the width.")] = None,
     steps: Annotated[
-        int | None, typer.Option(help="1..150; like the other settings, by default what `fidelora models` says.")
+        int | None,
+        typer.Option(
+            help="1..150; like the other settings, by default what `fidelora models` says."
+        ),
     ] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale, 0..100; no guidance at 1 or less.")] = None,
-    guidance_rescale: Annotated[float, typer.Option(help="0..1; takes back the overexposure of high guidance.")] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="Of the first image; -1 takes a random one and says which on stderr.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="One of those that `fidelora models` lists.")] = None,
-    number: Annotated[int, typer.Option("-n", "--number", help="How many images, with seeds that count up.")] = 1,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale, 0..100; no guidance at 1 or less.")
+    ] = None,
+    guidance_rescale: Annotated[
+        float, typer.Option(help="0..1; takes back the overexposure of high guidance.")
+    ] = 0.0,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Of the first image; -1 takes a random one and says which on stderr."),
+    ] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="One of those that `fidelora models` lists.")
+    ] = None,
+    number: Annotated[
+        int, typer.Option("-n", "--number", help="How many images, with seeds that count up.")
+    ] = 1,
     out: Annotated[
         str,
         typer.Option(
@@ -52,7 +86,11 @@ def generate(
         ),
     ] = ".",
     image_format: Annotated[
-        str | None, typer.Option("--format", help="png, jpeg (quality 95) or webp (lossless); by default as --out says, else png.")
+        str | None,
+        typer.Option(
+            "--format",
+            help="png, jpeg (quality 95) or webp (lossless); by default as --out says, else png.",
+        ),
     ] = None,
     model: Annotated[str, typer.Option(help="The model family.")] = "sd15",
     base_model: Annotated[
@@ -62,23 +100,42 @@ def generate(
             "default the family's own."
         ),
     ] = None,
-    variant: Annotated[str, typer.Option(help="Files of a diffusers folder to use, such as fp16; by default the plain ones.")] = "",
-    vae: Annotated[str, typer.Option(help="Another VAE: hub id, folder or file; by default the base's own.")] = "",
+    variant: Annotated[
+        str,
+        typer.Option(
+            help="Files of a diffusers folder to use, such as fp16; by default the plain ones."
+        ),
+    ] = "",
+    vae: Annotated[
+        str, typer.Option(help="Another VAE: hub id, folder or file; by default the base's own.")
+    ] = "",
     config: Annotated[
         str,
-        typer.Option(help="Folder with configurations and tokenizer for a .safetensors checkpoint; by default the family's own."),
+        typer.Option(
+            help="Folder with configurations and tokenizer for a .safetensors checkpoint; by default the family's own."
+        ),
     ] = "",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto goes by the device.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto, float32, bfloat16 or float16; auto goes by the device.")
+    ] = "auto",
     vae_dtype: Annotated[str | None, typer.Option(help="As --dtype if not given.")] = None,
     text_encoder_dtype: Annotated[str | None, typer.Option(help="As --dtype if not given.")] = None,
     fidelity: Fidelity = FidelityOption.EXACT,
     device: Device = "auto",
-    offload: Annotated[str, typer.Option(help="none, model or sequential: memory of the device against time.")] = "none",
+    offload: Annotated[
+        str, typer.Option(help="none, model or sequential: memory of the device against time.")
+    ] = "none",
     live: Annotated[
-        bool, typer.Option("--live", help="Run adapters beside the weights, as jobs with several multipliers do.")
+        bool,
+        typer.Option(
+            "--live", help="Run adapters beside the weights, as jobs with several multipliers do."
+        ),
     ] = False,
     noise: Annotated[
-        str, typer.Option(help="auto, modern or legacy: how half-precision noise is drawn; auto asks the LoRA's file.")
+        str,
+        typer.Option(
+            help="auto, modern or legacy: how half-precision noise is drawn; auto asks the LoRA's file."
+        ),
     ] = "auto",
     debug: Debug = False,
 ) -> None:
@@ -114,13 +171,13 @@ def generate(
 
     engine = make_engine(device, offload)
     main_dtype = engine.auto_dtype if dtype == "auto" else dtype
-    numerics: dict[str, Any] = {
+    server_defaults: dict[str, Any] = {
         "dtype": main_dtype,
         "vae_dtype": vae_dtype or main_dtype,
         "text_encoder_dtype": text_encoder_dtype or main_dtype,
         "noise": _noise(noise, adapters),
     }
-    recipes = [replace(one, **numerics) for one in recipes]
+    recipes = [replace(one, **server_defaults) for one in recipes]
     target = _target(out, image_format)
     writes: list[Future[Path]] = []
     said = 0
@@ -135,7 +192,9 @@ def generate(
                     warn(warning)
                 said += _say_where(writes[said:])
                 for index, image in enumerate(images, start=first):
-                    writes.append(writer.submit(image.save, target.path(image.recipe.seed, index, number)))
+                    writes.append(
+                        writer.submit(image.save, target.path(image.recipe.seed, index, number))
+                    )
             _say_where(writes[said:])
     except KeyboardInterrupt:
         _say_where(writes[said:])
@@ -165,7 +224,9 @@ class _Target:
     def path(self, seed: int, index: int, number: int) -> Path:
         """The named file, numbered if there are several; or a name in the folder that is free."""
         if self.file is not None:
-            return self.file if number == 1 else self.file.with_stem(f"{self.file.stem}_{index + 1}")
+            return (
+                self.file if number == 1 else self.file.with_stem(f"{self.file.stem}_{index + 1}")
+            )
         path, count = self.folder / f"fidelora_{seed}{self.suffix}", 1
         while path.exists():
             count += 1
@@ -175,17 +236,22 @@ class _Target:
 
 def _target(out: str, image_format: str | None) -> _Target:
     """What `--out` and `--format` mean; the folder is made, and tried, before any image is computed."""
-    from fidelora.engine.output import format_of, is_image_format, suffix_of
+    from fidelora.images.write import format_of, is_image_format, suffix_of
 
     if image_format is not None and not is_image_format(image_format):
-        raise RecipeError(f"--format is {image_format!r}; it has to be png, jpeg or webp.", field="format")
+        raise RecipeError(
+            f"--format is {image_format!r}; it has to be png, jpeg or webp.", field="format"
+        )
     path = Path(out).expanduser()
     if out.endswith(("/", os.sep)) or path.is_dir() or not path.suffix:
         make_folder(path)
         return _Target(path, None, suffix_of(image_format or "png"))  # type: ignore[arg-type]
     by_name = format_of(path)
     if image_format not in (None, by_name):
-        raise RecipeError(f"--format {image_format} and --out {path.name} say different things; give one of them.", field="format")
+        raise RecipeError(
+            f"--format {image_format} and --out {path.name} say different things; give one of them.",
+            field="format",
+        )
     make_folder(path.parent)
     return _Target(path.parent, path, path.suffix)
 
@@ -202,7 +268,7 @@ def _adapter(text: str) -> AdapterRef:
 
 def _noise(noise: str, adapters: tuple[AdapterRef, ...]) -> Noise:
     """`auto` asks the first adapter's file which trainer, and so which torch, its previews were made with."""
-    from fidelora.adapters.keys import noise_of_file
+    from fidelora.adapters.tensor_names import noise_of_file
 
     if noise != "auto":
         return noise  # type: ignore[return-value]  # the recipe checks it

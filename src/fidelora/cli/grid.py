@@ -10,15 +10,30 @@ from typing import Annotated
 
 import typer
 
-from fidelora.cli.console import INTERRUPTED, Debug, Device, Fidelity, FidelityOption, fail, make_engine
+from fidelora.atomic import make_folder, write_atomically
+from fidelora.cli.console import (
+    INTERRUPTED,
+    Debug,
+    Device,
+    Fidelity,
+    FidelityOption,
+    fail,
+    make_engine,
+)
 from fidelora.errors import JobFolderError
-from fidelora.files import make_folder, write_atomically
 
 
 def grid(
-    job_dir: Annotated[Path, typer.Argument(metavar="JOB_DIR", help="The output folder of an AI Toolkit job.")],
-    steps: Annotated[str, typer.Option(help="Checkpoints, with commas: numbers (0 is the base model), last, or all.")] = "all",
-    multipliers: Annotated[str, typer.Option(help="Multipliers of the LoRA, -2..2, with commas.")] = "1",
+    job_dir: Annotated[
+        Path, typer.Argument(metavar="JOB_DIR", help="The output folder of an AI Toolkit job.")
+    ],
+    steps: Annotated[
+        str,
+        typer.Option(help="Checkpoints, with commas: numbers (0 is the base model), last, or all."),
+    ] = "all",
+    multipliers: Annotated[
+        str, typer.Option(help="Multipliers of the LoRA, -2..2, with commas.")
+    ] = "1",
     prompts: Annotated[
         list[str] | None,
         typer.Option(
@@ -27,20 +42,25 @@ def grid(
         ),
     ] = None,
     base_model: Annotated[
-        str | None, typer.Option(help="Hub id, diffusers folder or .safetensors checkpoint, in place of the job's.")
+        str | None,
+        typer.Option(
+            help="Hub id, diffusers folder or .safetensors checkpoint, in place of the job's."
+        ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="The image that is written (.png, .jpg, .webp).")] = Path("grid.png"),
+    out: Annotated[
+        Path, typer.Option(help="The image that is written (.png, .jpg, .webp).")
+    ] = Path("grid.png"),
     fidelity: Fidelity = FidelityOption.EXACT,
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
     """Paint a job's prompts with several checkpoints and multipliers, same seeds, on one sheet with labelled axes."""
-    from fidelora.engine.output import format_of
-    from fidelora.preview.grid import cells, columns_of, contact_sheet, rows_of
-    from fidelora.preview.job_folder import read_job
+    from fidelora.images.write import format_of
+    from fidelora.training.grid import cells, columns_of, contact_sheet, rows_of
+    from fidelora.training.run_folder import read_run
 
     image_format = format_of(out)
-    job = read_job(job_dir)
+    job = read_run(job_dir)
     rows = rows_of(job, _prompts(prompts or []), base_model=base_model)
     columns = columns_of(job, _steps(steps, sorted(job.checkpoints)), _multipliers(multipliers))
     wanted = list(cells(job, rows, columns))
@@ -57,7 +77,9 @@ def grid(
         fail("Interrupted; no grid was written.", INTERRUPTED)
     if sys.stderr.isatty():
         typer.echo("", err=True)
-    sheet = contact_sheet(f"{job.name}: {rows[0].recipe.sampler}, {rows[0].recipe.dtype}", rows, columns, images)
+    sheet = contact_sheet(
+        f"{job.name}: {rows[0].recipe.sampler}, {rows[0].recipe.dtype}", rows, columns, images
+    )
     buffer = io.BytesIO()
     sheet.save(buffer, image_format, **({"lossless": True} if image_format == "webp" else {}))
     write_atomically(out, buffer.getvalue())
@@ -74,7 +96,9 @@ def _steps(text: str, there_are: list[int]) -> list[int]:
         elif word.isdigit():
             steps.append(int(word))
         else:
-            raise JobFolderError(f"--steps has {word!r}, which is no step; give numbers with commas, last or all.")
+            raise JobFolderError(
+                f"--steps has {word!r}, which is no step; give numbers with commas, last or all."
+            )
     return steps
 
 
@@ -82,7 +106,9 @@ def _multipliers(text: str) -> list[float]:
     try:
         return [float(word) for word in _words(text, "--multipliers")]
     except ValueError:
-        raise JobFolderError(f"--multipliers is {text!r}; give numbers with commas, such as 0.5,1.") from None
+        raise JobFolderError(
+            f"--multipliers is {text!r}; give numbers with commas, such as 0.5,1."
+        ) from None
 
 
 def _prompts(texts: list[str]) -> list[str]:

@@ -18,7 +18,9 @@ UNUSABLE = 1
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A LoRA, LoKr or LoHa file (.safetensors).")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A LoRA, LoKr or LoHa file (.safetensors).")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -49,7 +51,9 @@ def _facts(file: Path, found: Examination) -> dict[str, Any]:
         "modules": summary.modules,
         "text_encoder": summary.text_encoder,
         "ranks": list(summary.ranks),
-        "alphas": [alpha if math.isfinite(alpha) else str(alpha) for alpha in found.alphas],  # JSON has no infinity
+        "alphas": [
+            alpha if math.isfinite(alpha) else str(alpha) for alpha in found.alphas
+        ],  # JSON has no infinity
         "dtype": "+".join(summary.dtypes),
         "step": summary.step,
         "epoch": summary.epoch,
@@ -60,7 +64,8 @@ def _facts(file: Path, found: Examination) -> dict[str, Any]:
         "modules_matched": found.matched,
         "modules_of_same_shape": found.same_shapes,
         "problems": [
-            {"code": problem.code, "message": problem.message, "unusable": problem.unusable} for problem in found.problems
+            {"code": problem.code, "message": problem.message, "unusable": problem.unusable}
+            for problem in found.problems
         ],
     }
 
@@ -69,7 +74,9 @@ def _print(file: Path, facts: dict[str, Any], found: Examination) -> None:
     unknown = "-"
     where = "text encoder and UNet" if facts["text_encoder"] else "UNet"
     rows = {
-        "type": f"{facts['type']}, {facts['modules']} modules ({where})" if facts["type"] else unknown,
+        "type": f"{facts['type']}, {facts['modules']} modules ({where})"
+        if facts["type"]
+        else unknown,
         "rank": ", ".join(map(str, facts["ranks"])) or unknown,
         "alpha": ", ".join(f"{alpha:g}" for alpha in found.alphas) or unknown,
         "dtype": facts["dtype"] or unknown,

@@ -7,15 +7,17 @@ import json
 import typer
 
 from fidelora.cli.console import Debug
-from fidelora.models import ModelSpec, all_models
+from fidelora.families import Family, all_families
 
 
-def list_models(as_json: bool = typer.Option(False, "--json", help="Print JSON."), debug: Debug = False) -> None:
+def list_models(
+    as_json: bool = typer.Option(False, "--json", help="Print JSON."), debug: Debug = False
+) -> None:
     """List the model families with their defaults and samplers."""
     if as_json:
-        typer.echo(json.dumps([_facts(spec) for spec in all_models().values()], indent=2))
+        typer.echo(json.dumps([_facts(spec) for spec in all_families().values()], indent=2))
         return
-    for spec in all_models().values():
+    for spec in all_families().values():
         typer.echo(f"{spec.id}  {spec.title}")
         aliases = f" (also: {', '.join(spec.base_aliases)})" if spec.base_aliases else ""
         typer.echo(f"    base model  {spec.base_model}{aliases}")
@@ -27,7 +29,7 @@ def list_models(as_json: bool = typer.Option(False, "--json", help="Print JSON."
         typer.echo(f"    samplers    {' '.join(spec.samplers)}")
 
 
-def _facts(spec: ModelSpec) -> dict[str, object]:
+def _facts(spec: Family) -> dict[str, object]:
     return {
         "id": spec.id,
         "title": spec.title,

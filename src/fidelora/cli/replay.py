@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fidelora.atomic import make_folder, write_atomically
 from fidelora.cli.console import (
     Debug,
     Device,
@@ -21,31 +22,51 @@ from fidelora.cli.console import (
     warn,
 )
 from fidelora.errors import AdapterNotFoundError, AdaptersMissingError, ImageRecordError
-from fidelora.files import make_folder, write_atomically
 from fidelora.recipe import AdapterRef, Recipe, file_sha256
 
 if TYPE_CHECKING:
-    from fidelora.a1111.parameters import Parameters
     from fidelora.engine.engine import Engine
-    from fidelora.engine.output import GeneratedImage
-    from fidelora.origin import Origin
-    from fidelora.preview.compare import Comparison
+    from fidelora.images.parameters import Parameters
+    from fidelora.images.read import Origin
+    from fidelora.images.write import GeneratedImage
+    from fidelora.training.compare import Comparison
 
 DIFFERENT = 1
 
 
 @failure_is_no_difference
 def replay(
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A PNG, JPEG or WebP with its recipe inside.")],
-    lora: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="A LoRA of the image, under any name.")] = None,
-    lora_dir: Annotated[list[Path] | None, typer.Option(metavar="DIR", help="Where LoRAs are looked for by their hashes.")] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The new image (.png, .jpg, .webp); by default IMAGE_again beside it.")
+    image: Annotated[
+        Path, typer.Argument(metavar="IMAGE", help="A PNG, JPEG or WebP with its recipe inside.")
+    ],
+    lora: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="A LoRA of the image, under any name.")
     ] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Tell whether the pixels are the same; leave with 1 if not.")] = False,
-    fidelity: Annotated[FidelityOption | None, typer.Option(help="exact or fast, in place of the recipe's.")] = None,
+    lora_dir: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="Where LoRAs are looked for by their hashes."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The new image (.png, .jpg, .webp); by default IMAGE_again beside it.",
+        ),
+    ] = None,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare", help="Tell whether the pixels are the same; leave with 1 if not."
+        ),
+    ] = False,
+    fidelity: Annotated[
+        FidelityOption | None, typer.Option(help="exact or fast, in place of the recipe's.")
+    ] = None,
     base_model: Annotated[
-        str | None, typer.Option(help="Hub id, diffusers folder or .safetensors checkpoint, in place of the recipe's.")
+        str | None,
+        typer.Option(
+            help="Hub id, diffusers folder or .safetensors checkpoint, in place of the recipe's."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     device: Device = "auto",
@@ -56,7 +77,7 @@ def replay(
 
     Exit codes: 0 made (with --compare: the same pixels), 1 other pixels, 2 wrong use or a file that cannot be used.
     """
-    from fidelora.origin import read_origin
+    from fidelora.images.read import read_origin
 
     try:
         content = image.read_bytes()
@@ -85,7 +106,9 @@ def replay(
     _write(made, target, origin)
     found = _compare(made, content, origin) if compare else None
     if as_json:
-        typer.echo(json.dumps(_document(image, target, origin, changes, made, found, compare), indent=2))
+        typer.echo(
+            json.dumps(_document(image, target, origin, changes, made, found, compare), indent=2)
+        )
     else:
         typer.echo(str(target))
         if compare:
@@ -112,7 +135,11 @@ class _Files:
             AdaptersMissingError: some are nowhere.
         """
         found = [self._of_hash(ref) for ref in adapters]
-        missing = [(ref.sha256, ref.name) for ref, path in zip(adapters, found, strict=True) if path is None]
+        missing = [
+            (ref.sha256, ref.name)
+            for ref, path in zip(adapters, found, strict=True)
+            if path is None
+        ]
         if missing:
             raise _missing(missing)
         return tuple(replace(ref, path=path) for ref, path in zip(adapters, found, strict=True))
@@ -125,35 +152,45 @@ class _Files:
             AdapterPlaceError: there are several of a name.
         """
         found = [self._of_name(lora.name) for lora in parameters.loras]
-        missing = [(lora.hash, lora.name) for lora, ref in zip(parameters.loras, found, strict=True) if ref is None]
+        missing = [
+            (lora.hash, lora.name)
+            for lora, ref in zip(parameters.loras, found, strict=True)
+            if ref is None
+        ]
         if missing:
             raise _missing(missing)
         refs = tuple(ref for ref in found if ref is not None)
         for lora, ref in zip(parameters.loras, refs, strict=True):
             if lora.hash and not ref.sha256.startswith(lora.hash):
-                warn(f"{lora.name} had the hash {lora.hash}, and this file's sha256 is {ref.sha256}: it may be another file.")
+                warn(
+                    f"{lora.name} had the hash {lora.hash}, and this file's sha256 is {ref.sha256}: it may be another file."
+                )
         return refs
 
     def _of_hash(self, wanted: AdapterRef) -> Path | None:
-        from fidelora.adapters.folder import adapter_of_hash, adapter_under
+        from fidelora.loras.folder import adapter_path, adapter_with_hash
 
         for ref in self._given:
             if ref.sha256 == wanted.sha256:
                 return ref.path
         for folder in self._folders:
-            if (name := adapter_of_hash(folder, wanted.sha256, wanted.name, self._sha256_of)) is not None:
-                return adapter_under(folder, name)
+            if (
+                name := adapter_with_hash(folder, wanted.sha256, wanted.name, self._sha256_of)
+            ) is not None:
+                return adapter_path(folder, name)
         return None
 
     def _of_name(self, name: str) -> AdapterRef | None:
-        from fidelora.adapters.folder import adapter_called, adapter_under
+        from fidelora.loras.folder import adapter_named_in_prompt, adapter_path
 
         for ref in self._given:
             if ref.name == name:
                 return ref
         for folder in self._folders:
             try:
-                return AdapterRef.from_file(adapter_under(folder, adapter_called(folder, name)))
+                return AdapterRef.from_file(
+                    adapter_path(folder, adapter_named_in_prompt(folder, name))
+                )
             except AdapterNotFoundError:
                 continue
         return None
@@ -166,13 +203,19 @@ class _Files:
 
 def _missing(missing: Sequence[tuple[str, str]]) -> AdaptersMissingError:
     error = AdaptersMissingError(missing=missing)
-    return AdaptersMissingError(f"{error} Give them by --lora FILE or --lora-dir DIR.", missing=missing)
+    return AdaptersMissingError(
+        f"{error} Give them by --lora FILE or --lora-dir DIR.", missing=missing
+    )
 
 
-def _as_far_as_it_goes(parameters: Parameters, adapters: Sequence[AdapterRef], engine: Engine) -> Recipe:
-    from fidelora.adapters.keys import noise_of_file
+def _as_far_as_it_goes(
+    parameters: Parameters, adapters: Sequence[AdapterRef], engine: Engine
+) -> Recipe:
+    from fidelora.adapters.tensor_names import noise_of_file
 
-    warn("The image has no recipe of Fidelora's; AUTOMATIC1111's parameters are read as far as they go, and give another image.")
+    warn(
+        "The image has no recipe of Fidelora's; AUTOMATIC1111's parameters are read as far as they go, and give another image."
+    )
     for one in parameters.ignored:
         warn(f"{one.name} {one.value!r:.100} is not used: {one.reason}")
     dtypes = dict.fromkeys(("dtype", "vae_dtype", "text_encoder_dtype"), engine.auto_dtype)
@@ -180,7 +223,9 @@ def _as_far_as_it_goes(parameters: Parameters, adapters: Sequence[AdapterRef], e
     return parameters.recipe(adapters, noise=noise, **dtypes)
 
 
-def _changed(recipe: Recipe, fidelity: FidelityOption | None, base_model: str | None) -> tuple[Recipe, dict[str, tuple[Any, Any]]]:
+def _changed(
+    recipe: Recipe, fidelity: FidelityOption | None, base_model: str | None
+) -> tuple[Recipe, dict[str, tuple[Any, Any]]]:
     """The recipe as the options want it, and what that changes: by field, what it was and what it is."""
     wanted: dict[str, Any] = {} if base_model is None else {"base_model": base_model}
     if fidelity is not None:
@@ -194,7 +239,7 @@ def _changed(recipe: Recipe, fidelity: FidelityOption | None, base_model: str | 
 
 def _target(image: Path, out: Path | None) -> Path:
     """Where the new image goes: what was asked for, or a name beside the old one that is free."""
-    from fidelora.engine.output import format_of
+    from fidelora.images.write import format_of
 
     if out is not None:
         format_of(out)
@@ -209,10 +254,12 @@ def _target(image: Path, out: Path | None) -> Path:
 
 
 def _write(made: GeneratedImage, target: Path, origin: Origin) -> None:
-    from fidelora.engine.output import format_of
+    from fidelora.images.write import format_of
 
     image_format = format_of(target)
-    write_atomically(target, made.encode(image_format, origin.quality if image_format == origin.format else None))
+    write_atomically(
+        target, made.encode(image_format, origin.quality if image_format == origin.format else None)
+    )
 
 
 def _compare(made: GeneratedImage, content: bytes, origin: Origin) -> Comparison | None:
@@ -220,7 +267,7 @@ def _compare(made: GeneratedImage, content: bytes, origin: Origin) -> Comparison
     import numpy as np
     from PIL import Image
 
-    from fidelora.preview.compare import compare
+    from fidelora.training.compare import compare
 
     def decoded(file: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
         with Image.open(io.BytesIO(file)) as image:
@@ -233,7 +280,9 @@ def _compare(made: GeneratedImage, content: bytes, origin: Origin) -> Comparison
 def _say(made: GeneratedImage, origin: Origin, found: Comparison | None) -> None:
     if found is None:
         height, width = made.pixels.shape[:2]
-        typer.echo(f"DIFFERENT: the file is {origin.width}x{origin.height}, and its recipe makes {width}x{height}; it was resized.")
+        typer.echo(
+            f"DIFFERENT: the file is {origin.width}x{origin.height}, and its recipe makes {width}x{height}; it was resized."
+        )
         return
     typer.echo(found.in_words)
     if not found.identical:
@@ -244,7 +293,10 @@ def _say(made: GeneratedImage, origin: Origin, found: Comparison | None) -> None
 def _other_environment(made: GeneratedImage, origin: Origin) -> dict[str, tuple[str, str]]:
     """What could have had a part in the last bits, and is another thing here: by name, then and now."""
     names = dict.fromkeys([*origin.environment, *made.environment]) if origin.environment else {}
-    both = {name: (origin.environment.get(name, "nothing"), made.environment.get(name, "nothing")) for name in names}
+    both = {
+        name: (origin.environment.get(name, "nothing"), made.environment.get(name, "nothing"))
+        for name in names
+    }
     return {name: values for name, values in both.items() if values[0] != values[1]}
 
 
@@ -265,7 +317,10 @@ def _document(
         "recipe": made.recipe.to_dict(),
         "changes": {name: {"was": was, "now": now} for name, (was, now) in changes.items()},
         "ignored": [asdict(one) for one in origin.parameters.ignored] if origin.parameters else [],
-        "environment": {name: {"was": then, "now": now} for name, (then, now) in _other_environment(made, origin).items()},
+        "environment": {
+            name: {"was": then, "now": now}
+            for name, (then, now) in _other_environment(made, origin).items()
+        },
         "identical": found.identical if found else False if compared else None,
         "comparison": asdict(found) if found else None,
     }

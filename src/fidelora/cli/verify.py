@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fidelora.atomic import make_folder, write_atomically
 from fidelora.cli.console import Debug, Device, fail, failure_is_no_difference, make_engine, warn
 from fidelora.errors import NothingToCheckError
-from fidelora.files import make_folder, write_atomically
 
 if TYPE_CHECKING:
     from fidelora.engine.engine import Engine
-    from fidelora.preview.doctor import Diagnosis
-    from fidelora.preview.job_folder import TrainingJob
-    from fidelora.preview.verify import CheckedSample
+    from fidelora.training.doctor import Diagnosis
+    from fidelora.training.run_folder import TrainingRun
+    from fidelora.training.verify import CheckedSample
 
 MISMATCH, NOTHING_TO_CHECK = 1, 3
 
@@ -41,8 +41,15 @@ class NoiseOption(StrEnum):
     LEGACY = "legacy"
 
 
-JobFolder = Annotated[Path, typer.Argument(metavar="JOB_DIR", help="The output folder of an AI Toolkit job.")]
-BaseModel = Annotated[str | None, typer.Option(help="Hub id, diffusers folder or .safetensors checkpoint, in place of the job's.")]
+JobFolder = Annotated[
+    Path, typer.Argument(metavar="JOB_DIR", help="The output folder of an AI Toolkit job.")
+]
+BaseModel = Annotated[
+    str | None,
+    typer.Option(
+        help="Hub id, diffusers folder or .safetensors checkpoint, in place of the job's."
+    ),
+]
 Step = Annotated[str, typer.Option(help="A step, last, or all; step 0 is the base model.")]
 
 
@@ -51,17 +58,34 @@ def verify(
     job_dir: JobFolder,
     base_model: BaseModel = None,
     step: Step = "last",
-    dtype: Annotated[DtypeOption, typer.Option(help="job, float32, bfloat16 or float16.")] = DtypeOption.JOB,
+    dtype: Annotated[
+        DtypeOption, typer.Option(help="job, float32, bfloat16 or float16.")
+    ] = DtypeOption.JOB,
     noise: Annotated[
-        NoiseOption, typer.Option(help="auto, modern or legacy: how half-precision noise is drawn; auto asks the weights' file.")
+        NoiseOption,
+        typer.Option(
+            help="auto, modern or legacy: how half-precision noise is drawn; auto asks the weights' file."
+        ),
     ] = NoiseOption.AUTO,
-    variant: Annotated[str, typer.Option(help="Files of a diffusers folder to use, such as fp16; by default the plain ones.")] = "",
-    doctor: Annotated[bool, typer.Option("--doctor", help="On a mismatch, find out which setting explains it.")] = False,
+    variant: Annotated[
+        str,
+        typer.Option(
+            help="Files of a diffusers folder to use, such as fp16; by default the plain ones."
+        ),
+    ] = "",
+    doctor: Annotated[
+        bool, typer.Option("--doctor", help="On a mismatch, find out which setting explains it.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     report: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write report.html there, one page with all pictures in it.")
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Write report.html there, one page with all pictures in it."
+        ),
     ] = None,
-    save_images: Annotated[Path | None, typer.Option(metavar="DIR", help="Write our images there, as STEP_INDEX.png.")] = None,
+    save_images: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write our images there, as STEP_INDEX.png.")
+    ] = None,
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
@@ -69,11 +93,11 @@ def verify(
 
     Exit codes: 0 no mismatch, 1 a mismatch, 2 wrong use or a file that cannot be used, 3 nothing to check.
     """
-    from fidelora.preview.job_folder import read_job
-    from fidelora.preview.verify import steps_to_check, unchecked
+    from fidelora.training.run_folder import read_run
+    from fidelora.training.verify import steps_to_check, unchecked
 
     try:
-        job = read_job(job_dir)
+        job = read_run(job_dir)
         steps = steps_to_check(job, step)
     except NothingToCheckError as error:
         fail(str(error), NOTHING_TO_CHECK)
@@ -83,30 +107,44 @@ def verify(
     for sentence in unchecked(job):
         warn(sentence)
 
-    from fidelora.preview.verify import Verdict, overall
-    from fidelora.preview.verify import verify as make_again
+    from fidelora.training.verify import Verdict, overall
+    from fidelora.training.verify import verify as make_again
 
     engine = make_engine(device)
     changes = {"variant": variant} if variant else {}
     if dtype is not DtypeOption.JOB:
-        changes |= {"dtype": dtype.value, "vae_dtype": dtype.value, "text_encoder_dtype": dtype.value}
+        changes |= {
+            "dtype": dtype.value,
+            "vae_dtype": dtype.value,
+            "text_encoder_dtype": dtype.value,
+        }
     if noise is not NoiseOption.AUTO:
         changes["noise"] = noise.value
     if not as_json:
-        typer.echo(f"Job {job.name}: sampler {job.sampler}, {dtype.value if dtype is not DtypeOption.JOB else job.dtype}.")
+        typer.echo(
+            f"Job {job.name}: sampler {job.sampler}, {dtype.value if dtype is not DtypeOption.JOB else job.dtype}."
+        )
         typer.echo(_HEAD)
     samples = make_again(
-        job, engine, steps, base_model=base_model, changes=changes, on_sample=None if as_json else lambda one: typer.echo(_row(one))
+        job,
+        engine,
+        steps,
+        base_model=base_model,
+        changes=changes,
+        on_sample=None if as_json else lambda one: typer.echo(_row(one)),
     )
     if save_images is not None:
         for sample in samples:
-            write_atomically(save_images / f"{sample.plan.step}_{sample.plan.index}.png", sample.image.encode("png"))
+            write_atomically(
+                save_images / f"{sample.plan.step}_{sample.plan.index}.png",
+                sample.image.encode("png"),
+            )
 
     verdict = overall(samples)
     diagnosis = _diagnose(job, samples, engine) if doctor and verdict is Verdict.MISMATCH else None
     document = _document(job, samples, verdict.value, diagnosis)
     if report is not None:
-        from fidelora.preview.report import html_report
+        from fidelora.training.report import html_report
 
         write_atomically(report / "report.html", html_report(document, samples).encode())
     if as_json:
@@ -131,13 +169,26 @@ def _row(sample: CheckedSample) -> str:
     return f"{start} {figures}  {sample.verdict.value}"
 
 
-def _say(samples: list[CheckedSample], verdict: str, diagnosis: Diagnosis | None, report: Path | None, doctor: bool) -> None:
+def _say(
+    samples: list[CheckedSample],
+    verdict: str,
+    diagnosis: Diagnosis | None,
+    report: Path | None,
+    doctor: bool,
+) -> None:
     rounded = [sample for sample in samples if sample.bound and sample.verdict.value == "rounding"]
     if rounded:
-        worst = min(rounded, key=lambda sample: sample.comparison.identical_percent if sample.comparison else 0)
+        worst = min(
+            rounded,
+            key=lambda sample: sample.comparison.identical_percent if sample.comparison else 0,
+        )
         reason = worst.bound.reason if worst.bound else ""
-        typer.echo(f"Rounding, at most in sample {worst.plan.index} of step {worst.plan.step}: {reason}.")
-    halves = {one.plan.recipe.dtype for one in samples if one.verdict.value == "mismatch"} - {"float32"}
+        typer.echo(
+            f"Rounding, at most in sample {worst.plan.index} of step {worst.plan.step}: {reason}."
+        )
+    halves = {one.plan.recipe.dtype for one in samples if one.verdict.value == "mismatch"} - {
+        "float32"
+    }
     for dtype in sorted(halves):
         typer.echo(
             f"In {dtype}, only hardware of the kind that painted a preview can judge it: elsewhere most pixels are some levels off."
@@ -151,13 +202,15 @@ def _say(samples: list[CheckedSample], verdict: str, diagnosis: Diagnosis | None
     }
     typer.echo(f"{verdict}: {said[verdict]}")
     if diagnosis is not None:
-        typer.echo(f"Doctor: {diagnosis.cause} (explains {diagnosis.explains:.0%}). {diagnosis.fix}")
+        typer.echo(
+            f"Doctor: {diagnosis.cause} (explains {diagnosis.explains:.0%}). {diagnosis.fix}"
+        )
     elif verdict == "mismatch" and not doctor:
         typer.echo("Run it again with --doctor to find out why.")
 
 
-def _diagnose(job: TrainingJob, samples: list[CheckedSample], engine: Engine) -> Diagnosis:
-    from fidelora.preview.doctor import diagnose
+def _diagnose(job: TrainingRun, samples: list[CheckedSample], engine: Engine) -> Diagnosis:
+    from fidelora.training.doctor import diagnose
 
     def show(suspect: Any) -> None:
         if sys.stderr.isatty():
@@ -169,7 +222,9 @@ def _diagnose(job: TrainingJob, samples: list[CheckedSample], engine: Engine) ->
     return diagnosis
 
 
-def _document(job: TrainingJob, samples: list[CheckedSample], verdict: str, diagnosis: Diagnosis | None) -> dict[str, Any]:
+def _document(
+    job: TrainingRun, samples: list[CheckedSample], verdict: str, diagnosis: Diagnosis | None
+) -> dict[str, Any]:
     """What `--json` prints."""
     first = samples[0]
     recipe = first.plan.recipe
@@ -189,7 +244,9 @@ def _document(job: TrainingJob, samples: list[CheckedSample], verdict: str, diag
             "variant": recipe.variant,
             "adapter_mode": recipe.adapter_mode,
             "bounds": {
-                f"{sample.plan.step}_{sample.plan.index}": asdict(sample.bound) for sample in samples if sample.bound is not None
+                f"{sample.plan.step}_{sample.plan.index}": asdict(sample.bound)
+                for sample in samples
+                if sample.bound is not None
             },
         },
         "samples": [_sample(sample) for sample in samples],

@@ -10,7 +10,8 @@ try:
     from fidelora.client.sync import Client
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        f"The client needs {error.name}; install it with: pip install 'fidelora[client]'", name=error.name
+        f"The client needs {error.name}; install it with: pip install 'fidelora[client]'",
+        name=error.name,
     ) from error
 
 __all__ = ["AsyncClient", "Client"]

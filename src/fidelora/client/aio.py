@@ -11,13 +11,23 @@ from typing import Any, Self
 
 import httpx2
 
+from fidelora.api import (
+    Accepted,
+    InferenceRequest,
+    LoraBody,
+    LoraList,
+    ModelBody,
+    ModelList,
+    RequestList,
+    ResultBody,
+    StatusBody,
+)
+from fidelora.api.replay import ReplayAccepted
 from fidelora.client import calls
 from fidelora.client.calls import Call, Lora, Prompt
 from fidelora.errors import ApiError, ClientTimeoutError
 from fidelora.jobs.job import Status
 from fidelora.recipe import Recipe
-from fidelora.wire import Accepted, InferenceRequest, LoraBody, LoraList, ModelBody, ModelList, RequestList, ResultBody, StatusBody
-from fidelora.wire.replay import ReplayAccepted
 
 
 class AsyncClient:
@@ -45,13 +55,20 @@ class AsyncClient:
         transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._http = httpx2.AsyncClient(base_url=base_url.rstrip("/"), headers=headers, timeout=timeout_s, transport=transport)
+        self._http = httpx2.AsyncClient(
+            base_url=base_url.rstrip("/"), headers=headers, timeout=timeout_s, transport=transport
+        )
         self._retries = retries
 
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         await self.close()
 
     async def close(self) -> None:
@@ -137,7 +154,9 @@ class AsyncClient:
             ImageRecordError: the file cannot be read.
         """
         choices = {"fidelity": fidelity, "base_model": base_model, "output_format": output_format}
-        call = calls.replaying(Path(image) if isinstance(image, str) else image, choices, idempotency_key)
+        call = calls.replaying(
+            Path(image) if isinstance(image, str) else image, choices, idempotency_key
+        )
         return calls.read(await self._call(call), ReplayAccepted)
 
     async def wait(
@@ -159,7 +178,9 @@ class AsyncClient:
         await self._last_status(request_id, timeout_s, on_progress, cancel_on_timeout)
         return await self.result(request_id)
 
-    async def events(self, request_id: str, *, timeout_s: float | None = None, previews: bool = False) -> AsyncIterator[StatusBody]:
+    async def events(
+        self, request_id: str, *, timeout_s: float | None = None, previews: bool = False
+    ) -> AsyncIterator[StatusBody]:
         """Every status that is new, until the request has ended. A server without events is asked again and again.
 
         Args:
@@ -172,7 +193,11 @@ class AsyncClient:
         status: StatusBody | None = None
         reader, broken, streams = calls.EventReader(), 0, True
         while status is None or not status.status.final:
-            left = calls.QUIET_S if deadline is None else min(calls.QUIET_S, deadline - time.monotonic())
+            left = (
+                calls.QUIET_S
+                if deadline is None
+                else min(calls.QUIET_S, deadline - time.monotonic())
+            )
             if timeout_s is not None and left <= 0:
                 raise calls.late(request_id, timeout_s, status)
             if not streams:
@@ -198,20 +223,28 @@ class AsyncClient:
                 cause = error
             if deadline is not None and time.monotonic() >= deadline:
                 continue
-            broken += 1  # or ended by a server that stops; either way it is asked again for what is new
+            broken += (
+                1  # or ended by a server that stops; either way it is asked again for what is new
+            )
             await asyncio.sleep(calls.pause_before_stream(request_id, broken, self._retries, cause))
 
     async def status(self, request_id: str) -> StatusBody:
         """Where a request is."""
-        return calls.read(await self._call(Call("GET", f"/v1/requests/{request_id}/status")), StatusBody)
+        return calls.read(
+            await self._call(Call("GET", f"/v1/requests/{request_id}/status")), StatusBody
+        )
 
     async def result(self, request_id: str) -> ResultBody:
         """What a request made, if it is done."""
-        return calls.read(await self._call(Call("GET", f"/v1/requests/{request_id}/result")), ResultBody)
+        return calls.read(
+            await self._call(Call("GET", f"/v1/requests/{request_id}/result")), ResultBody
+        )
 
     async def cancel(self, request_id: str) -> StatusBody:
         """Stop a request: a waiting one at once, a running one after its step."""
-        return calls.read(await self._call(Call("DELETE", f"/v1/requests/{request_id}")), StatusBody)
+        return calls.read(
+            await self._call(Call("DELETE", f"/v1/requests/{request_id}")), StatusBody
+        )
 
     async def requests(self, *, status: Status | None = None) -> AsyncIterator[StatusBody]:
         """All requests, newest first."""
@@ -219,7 +252,9 @@ class AsyncClient:
         while True:
             params = {"status": status.value if status else None, "cursor": cursor, "limit": 200}
             given = {name: value for name, value in params.items() if value is not None}
-            page = calls.read(await self._call(Call("GET", "/v1/requests", params=given)), RequestList)
+            page = calls.read(
+                await self._call(Call("GET", "/v1/requests", params=given)), RequestList
+            )
             for entry in page.requests:
                 yield entry
             if (cursor := page.next_cursor) is None:
@@ -239,7 +274,12 @@ class AsyncClient:
             OutputError: one arrived damaged, or cannot be written.
         """
         count = len(calls.images_of(result))
-        return [calls.save_image(Path(folder), result, index, await self.image(result.request_id, index)) for index in range(count)]
+        return [
+            calls.save_image(
+                Path(folder), result, index, await self.image(result.request_id, index)
+            )
+            for index in range(count)
+        ]
 
     async def models(self) -> list[ModelBody]:
         """The model families of the server."""
@@ -261,14 +301,20 @@ class AsyncClient:
         path = Path(path)
         with path.open("rb") as file:
             try:
-                response = await self._http.post("/v1/loras", files={"file": (name or path.name, file)}, timeout=None)
+                response = await self._http.post(
+                    "/v1/loras", files={"file": (name or path.name, file)}, timeout=None
+                )
             except httpx2.TransportError as error:
                 raise calls.unreachable(Call("POST", "/v1/loras"), error) from error
         return calls.read(response, LoraBody)
 
     async def delete_lora(self, name: str) -> None:
         """Delete a LoRA that was uploaded."""
-        calls.raise_for(await self._call(Call("DELETE", f"/v1/loras/{name.removeprefix('uploads/')}", repeatable=False)))
+        calls.raise_for(
+            await self._call(
+                Call("DELETE", f"/v1/loras/{name.removeprefix('uploads/')}", repeatable=False)
+            )
+        )
 
     async def ready(self) -> bool:
         """Whether the server can be reached and makes images now."""
@@ -278,7 +324,11 @@ class AsyncClient:
             return False
 
     async def _last_status(
-        self, request_id: str, timeout_s: float | None, on_progress: Callable[[StatusBody], None] | None, cancel_on_timeout: bool
+        self,
+        request_id: str,
+        timeout_s: float | None,
+        on_progress: Callable[[StatusBody], None] | None,
+        cancel_on_timeout: bool,
     ) -> StatusBody | None:
         status = None
         try:
@@ -292,10 +342,17 @@ class AsyncClient:
         return status
 
     async def _stream(
-        self, request_id: str, reader: calls.EventReader, quiet_s: float, deadline: float | None, previews: bool
+        self,
+        request_id: str,
+        reader: calls.EventReader,
+        quiet_s: float,
+        deadline: float | None,
+        previews: bool,
     ) -> AsyncIterator[StatusBody]:
         path, params, headers = calls.stream_of(request_id, reader, previews)
-        async with self._http.stream("GET", path, params=params, headers=headers, timeout=quiet_s) as response:
+        async with self._http.stream(
+            "GET", path, params=params, headers=headers, timeout=quiet_s
+        ) as response:
             if not response.is_success:
                 await response.aread()
                 calls.raise_for(response)

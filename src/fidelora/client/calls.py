@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import httpx2
 from pydantic import BaseModel, ValidationError
 
+from fidelora.api import ImageBody, InferenceRequest, LoraItem, PromptItem, ResultBody, StatusBody
+from fidelora.atomic import make_folder, write_atomically
 from fidelora.errors import (
     ApiError,
     ApiUnavailableError,
@@ -24,10 +26,8 @@ from fidelora.errors import (
     RequestFailedError,
     WrongUseError,
 )
-from fidelora.files import make_folder, write_atomically
 from fidelora.jobs.job import Status
 from fidelora.recipe import Recipe
-from fidelora.wire import ImageBody, InferenceRequest, LoraItem, PromptItem, ResultBody, StatusBody
 
 Lora = str | tuple[str, float] | LoraItem | Mapping[str, Any]
 """A path, a path with its multiplier, or all of an item's fields."""
@@ -66,7 +66,9 @@ def submission(request: InferenceRequest, key: str | None) -> Call:
     return Call("POST", "/v1/inference", body, headers={"Idempotency-Key": key or uuid.uuid4().hex})
 
 
-def replaying(image: Path | bytes | Recipe, choices: Mapping[str, str | None], key: str | None) -> Call:
+def replaying(
+    image: Path | bytes | Recipe, choices: Mapping[str, str | None], key: str | None
+) -> Call:
     """POST /v1/replay; its key makes it safe to send again after a connection broke.
 
     Raises:
@@ -88,7 +90,10 @@ def _content(path: Path) -> bytes:
 
 
 def make_request(
-    prompts: Iterable[Prompt] | Prompt, loras: Iterable[Lora] | Lora, fields: Mapping[str, Any], shared: Mapping[str, Any]
+    prompts: Iterable[Prompt] | Prompt,
+    loras: Iterable[Lora] | Lora,
+    fields: Mapping[str, Any],
+    shared: Mapping[str, Any],
 ) -> InferenceRequest:
     """The body that ergonomic arguments mean.
 
@@ -99,7 +104,9 @@ def make_request(
     Raises:
         WrongUseError: a field is unknown or out of its range.
     """
-    several_prompts = [prompts] if isinstance(prompts, str | PromptItem | Mapping) else list(prompts)
+    several_prompts = (
+        [prompts] if isinstance(prompts, str | PromptItem | Mapping) else list(prompts)
+    )
     several_loras = [loras] if isinstance(loras, str | tuple | LoraItem | Mapping) else list(loras)
     try:
         request = InferenceRequest(
@@ -108,8 +115,13 @@ def make_request(
             **fields,
         )
     except ValidationError as error:
-        raise WrongUseError(_sentence(error.errors(include_url=False, include_input=False))) from error
-    unknown = [*(request.model_extra or {}), *(name for item in request.prompts for name in item.model_extra or {})]
+        raise WrongUseError(
+            _sentence(error.errors(include_url=False, include_input=False))
+        ) from error
+    unknown = [
+        *(request.model_extra or {}),
+        *(name for item in request.prompts for name in item.model_extra or {}),
+    ]
     if unknown:
         raise WrongUseError(f"A request has no field {unknown[0]!r}.")
     return request
@@ -140,28 +152,43 @@ def raise_for(response: httpx2.Response) -> None:
     try:
         detail = json.loads(response.content)["detail"]
         if isinstance(detail, list):
-            raise ApiError(_sentence(detail), status=status, code="VALIDATION", details={"errors": detail})
+            raise ApiError(
+                _sentence(detail), status=status, code="VALIDATION", details={"errors": detail}
+            )
         error = detail["error"]
-        raise kind(str(error["message"]), status=status, code=str(error["code"]), details=dict(error["details"]))
+        raise kind(
+            str(error["message"]),
+            status=status,
+            code=str(error["code"]),
+            details=dict(error["details"]),
+        )
     except (ValueError, TypeError, KeyError) as unreadable:
         message = f"The server answers {status} {response.reason_phrase} to {response.request.url.path}, and nothing more."
         raise kind(message, status=status) from unreadable
 
 
-def pause_before_retry(call: Call, tried: int, retries: int, response: httpx2.Response | None) -> float | None:
+def pause_before_retry(
+    call: Call, tried: int, retries: int, response: httpx2.Response | None
+) -> float | None:
     """Seconds to wait before a call is sent again; None if it is not.
 
     Args:
         tried: how often it was sent.
         response: what came; None if the connection broke.
     """
-    if not call.repeatable or tried > retries or (response is not None and response.status_code not in (429, 503)):
+    if (
+        not call.repeatable
+        or tried > retries
+        or (response is not None and response.status_code not in (429, 503))
+    ):
         return None
     wanted = response.headers.get("retry-after", "") if response is not None else ""
     return min(float(wanted) if wanted.isdigit() else 0.5 * 2 ** (tried - 1), _LONGEST_PAUSE_S)
 
 
-def pause_before_stream(request_id: str, broken: int, retries: int, cause: httpx2.TransportError | None) -> float:
+def pause_before_stream(
+    request_id: str, broken: int, retries: int, cause: httpx2.TransportError | None
+) -> float:
     """Seconds to wait before a stream of events that broke is asked for again.
 
     Raises:
@@ -170,13 +197,17 @@ def pause_before_stream(request_id: str, broken: int, retries: int, cause: httpx
     call = Call("GET", f"/v1/requests/{request_id}/events")
     pause = pause_before_retry(call, broken, retries, None)
     if pause is None:
-        raise unreachable(call, cause or httpx2.ReadError("the stream of events ended before the request did")) from cause
+        raise unreachable(
+            call, cause or httpx2.ReadError("the stream of events ended before the request did")
+        ) from cause
     return pause
 
 
 def unreachable(call: Call, error: httpx2.TransportError) -> ApiUnavailableError:
     """What a broken connection is to the caller."""
-    return ApiUnavailableError(f"The server did not answer {call.method} {call.path}: {str(error) or type(error).__name__}.")
+    return ApiUnavailableError(
+        f"The server did not answer {call.method} {call.path}: {str(error) or type(error).__name__}."
+    )
 
 
 class EventReader:
@@ -207,9 +238,13 @@ class EventReader:
             raise ApiError("The server sent an event that is none of this API.") from error
 
 
-def stream_of(request_id: str, reader: EventReader, previews: bool) -> tuple[str, dict[str, str], dict[str, str]]:
+def stream_of(
+    request_id: str, reader: EventReader, previews: bool
+) -> tuple[str, dict[str, str], dict[str, str]]:
     """Path, parameters and headers of the stream of events, from where the reader is."""
-    headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": reader.last_id} if reader.last_id else {})
+    headers = {"Accept": "text/event-stream"} | (
+        {"Last-Event-ID": reader.last_id} if reader.last_id else {}
+    )
     return f"/v1/requests/{request_id}/events", {"previews": "true"} if previews else {}, headers
 
 
@@ -224,7 +259,9 @@ def late(request_id: str, timeout_s: float, status: StatusBody | None) -> Client
     if status is not None:
         progress = f", {status.progress.fraction:.0%} done" if status.progress else ""
         where = f"it is {status.status.value}{progress}"
-    return ClientTimeoutError(f"Request {request_id} was not done after {timeout_s:g} seconds: {where}.")
+    return ClientTimeoutError(
+        f"Request {request_id} was not done after {timeout_s:g} seconds: {where}."
+    )
 
 
 def succeeded(result: ResultBody, status: StatusBody | None) -> ResultBody:
@@ -237,7 +274,9 @@ def succeeded(result: ResultBody, status: StatusBody | None) -> ResultBody:
         raise RequestCanceledError(f"Request {result.request_id} was canceled.")
     if result.status is not Status.SUCCEEDED:
         code = status.error_code if status and status.error_code else ""
-        raise RequestFailedError(result.error or f"Request {result.request_id} is {result.status.value}.", code=code)
+        raise RequestFailedError(
+            result.error or f"Request {result.request_id} is {result.status.value}.", code=code
+        )
     return result
 
 
@@ -248,7 +287,9 @@ def images_of(result: ResultBody) -> Sequence[ImageBody]:
         WrongUseError: it has none.
     """
     if result.outputs is None:
-        raise WrongUseError(f"Request {result.request_id} is {result.status.value}: it has no images.")
+        raise WrongUseError(
+            f"Request {result.request_id} is {result.status.value}: it has no images."
+        )
     return result.outputs.images
 
 
@@ -260,7 +301,9 @@ def save_image(folder: Path, result: ResultBody, index: int, content: bytes) -> 
     """
     image = images_of(result)[index]
     if image.sha256 and hashlib.sha256(content).hexdigest() != image.sha256:
-        raise OutputError(f"Image {index} of request {result.request_id} arrived damaged; nothing was written.")
+        raise OutputError(
+            f"Image {index} of request {result.request_id} arrived damaged; nothing was written."
+        )
     # Names are made here: what another machine says is no path on this one.
     if not _SAFE_ID.fullmatch(result.request_id) or image.format not in _SUFFIXES:
         raise OutputError(

@@ -10,13 +10,23 @@ from typing import Any, Self
 
 import httpx2
 
+from fidelora.api import (
+    Accepted,
+    InferenceRequest,
+    LoraBody,
+    LoraList,
+    ModelBody,
+    ModelList,
+    RequestList,
+    ResultBody,
+    StatusBody,
+)
+from fidelora.api.replay import ReplayAccepted
 from fidelora.client import calls
 from fidelora.client.calls import Call, Lora, Prompt
 from fidelora.errors import ApiError, ClientTimeoutError
 from fidelora.jobs.job import Status
 from fidelora.recipe import Recipe
-from fidelora.wire import Accepted, InferenceRequest, LoraBody, LoraList, ModelBody, ModelList, RequestList, ResultBody, StatusBody
-from fidelora.wire.replay import ReplayAccepted
 
 
 class Client:
@@ -44,13 +54,20 @@ class Client:
         transport: httpx2.BaseTransport | None = None,
     ) -> None:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._http = httpx2.Client(base_url=base_url.rstrip("/"), headers=headers, timeout=timeout_s, transport=transport)
+        self._http = httpx2.Client(
+            base_url=base_url.rstrip("/"), headers=headers, timeout=timeout_s, transport=transport
+        )
         self._retries = retries
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -136,7 +153,9 @@ class Client:
             ImageRecordError: the file cannot be read.
         """
         choices = {"fidelity": fidelity, "base_model": base_model, "output_format": output_format}
-        call = calls.replaying(Path(image) if isinstance(image, str) else image, choices, idempotency_key)
+        call = calls.replaying(
+            Path(image) if isinstance(image, str) else image, choices, idempotency_key
+        )
         return calls.read(self._call(call), ReplayAccepted)
 
     def wait(
@@ -158,7 +177,9 @@ class Client:
         self._last_status(request_id, timeout_s, on_progress, cancel_on_timeout)
         return self.result(request_id)
 
-    def events(self, request_id: str, *, timeout_s: float | None = None, previews: bool = False) -> Iterator[StatusBody]:
+    def events(
+        self, request_id: str, *, timeout_s: float | None = None, previews: bool = False
+    ) -> Iterator[StatusBody]:
         """Every status that is new, until the request has ended. A server without events is asked again and again.
 
         Args:
@@ -171,7 +192,11 @@ class Client:
         status: StatusBody | None = None
         reader, broken, streams = calls.EventReader(), 0, True
         while status is None or not status.status.final:
-            left = calls.QUIET_S if deadline is None else min(calls.QUIET_S, deadline - time.monotonic())
+            left = (
+                calls.QUIET_S
+                if deadline is None
+                else min(calls.QUIET_S, deadline - time.monotonic())
+            )
             if timeout_s is not None and left <= 0:
                 raise calls.late(request_id, timeout_s, status)
             if not streams:
@@ -197,7 +222,9 @@ class Client:
                 cause = error
             if deadline is not None and time.monotonic() >= deadline:
                 continue
-            broken += 1  # or ended by a server that stops; either way it is asked again for what is new
+            broken += (
+                1  # or ended by a server that stops; either way it is asked again for what is new
+            )
             time.sleep(calls.pause_before_stream(request_id, broken, self._retries, cause))
 
     def status(self, request_id: str) -> StatusBody:
@@ -237,7 +264,10 @@ class Client:
             OutputError: one arrived damaged, or cannot be written.
         """
         count = len(calls.images_of(result))
-        return [calls.save_image(Path(folder), result, index, self.image(result.request_id, index)) for index in range(count)]
+        return [
+            calls.save_image(Path(folder), result, index, self.image(result.request_id, index))
+            for index in range(count)
+        ]
 
     def models(self) -> list[ModelBody]:
         """The model families of the server."""
@@ -258,14 +288,20 @@ class Client:
         path = Path(path)
         with path.open("rb") as file:
             try:
-                response = self._http.post("/v1/loras", files={"file": (name or path.name, file)}, timeout=None)
+                response = self._http.post(
+                    "/v1/loras", files={"file": (name or path.name, file)}, timeout=None
+                )
             except httpx2.TransportError as error:
                 raise calls.unreachable(Call("POST", "/v1/loras"), error) from error
         return calls.read(response, LoraBody)
 
     def delete_lora(self, name: str) -> None:
         """Delete a LoRA that was uploaded."""
-        calls.raise_for(self._call(Call("DELETE", f"/v1/loras/{name.removeprefix('uploads/')}", repeatable=False)))
+        calls.raise_for(
+            self._call(
+                Call("DELETE", f"/v1/loras/{name.removeprefix('uploads/')}", repeatable=False)
+            )
+        )
 
     def ready(self) -> bool:
         """Whether the server can be reached and makes images now."""
@@ -275,7 +311,11 @@ class Client:
             return False
 
     def _last_status(
-        self, request_id: str, timeout_s: float | None, on_progress: Callable[[StatusBody], None] | None, cancel_on_timeout: bool
+        self,
+        request_id: str,
+        timeout_s: float | None,
+        on_progress: Callable[[StatusBody], None] | None,
+        cancel_on_timeout: bool,
     ) -> StatusBody | None:
         status = None
         try:
@@ -289,10 +329,17 @@ class Client:
         return status
 
     def _stream(
-        self, request_id: str, reader: calls.EventReader, quiet_s: float, deadline: float | None, previews: bool
+        self,
+        request_id: str,
+        reader: calls.EventReader,
+        quiet_s: float,
+        deadline: float | None,
+        previews: bool,
     ) -> Iterator[StatusBody]:
         path, params, headers = calls.stream_of(request_id, reader, previews)
-        with self._http.stream("GET", path, params=params, headers=headers, timeout=quiet_s) as response:
+        with self._http.stream(
+            "GET", path, params=params, headers=headers, timeout=quiet_s
+        ) as response:
             if not response.is_success:
                 response.read()
                 calls.raise_for(response)

@@ -20,22 +20,34 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import fidelora
+from fidelora.accel import Offload
+from fidelora.accel.device import (
+    TORCH_DTYPES,
+    auto_dtype,
+    instruction_set,
+    processor_name,
+    resolve_device,
+)
 from fidelora.adapters.library import AdapterLibrary
 from fidelora.adapters.live import live_adapters
 from fidelora.adapters.targets import BoundAdapter
-from fidelora.engine import Offload
-from fidelora.engine.base import BaseKey, BaseModel, expected_bytes, load_base
-from fidelora.engine.conditioning import Condition
-from fidelora.engine.decode import decode, rough_colours
-from fidelora.engine.denoise import denoise
-from fidelora.engine.device import TORCH_DTYPES, auto_dtype, instruction_set, processor_name, resolve_device
 from fidelora.engine.examine import refuse_other_family, say_where_it_belongs
-from fidelora.engine.locate import fingerprint
-from fidelora.engine.noise import NoiseSource
-from fidelora.engine.output import GeneratedImage
-from fidelora.engine.samplers import make_scheduler
-from fidelora.errors import AdapterMismatchError, DeviceError, EngineBusyError, MemoryExhaustedError, RecipeError
+from fidelora.engine.model import BaseKey, BaseModel, expected_bytes, load_base
+from fidelora.errors import (
+    AdapterMismatchError,
+    DeviceError,
+    EngineBusyError,
+    MemoryExhaustedError,
+    RecipeError,
+)
+from fidelora.families.sd.latents import decode, rough_colours
+from fidelora.families.sd.text import Condition
+from fidelora.images.write import GeneratedImage
 from fidelora.recipe import Dtype, Recipe, may_share_batch
+from fidelora.sampling.loop import denoise
+from fidelora.sampling.noise import NoiseSource
+from fidelora.sampling.schedules import make_scheduler
+from fidelora.weights.locate import fingerprint
 
 _BATCH_PIXELS = {"cpu": 4 * 256 * 256, "cuda": 4 * 512 * 512}
 """Of all images that are made side by side: on the CPU it saves 5 % of each (docs/performance.md), on CUDA it is an estimate."""
@@ -93,7 +105,9 @@ class Engine:
     ) -> None:
         self.device = resolve_device(device)
         if offload not in get_args(Offload):
-            raise DeviceError(f"There is no way of offloading {offload!r}; use none, model or sequential.")
+            raise DeviceError(
+                f"There is no way of offloading {offload!r}; use none, model or sequential."
+            )
         if offload != "none" and self.device.type == "cpu":
             raise DeviceError(
                 "Offloading moves parts of the model between the CPU and a device; on the CPU itself use offload none."
@@ -114,7 +128,9 @@ class Engine:
 
     def merged(self) -> frozenset[str]:
         """Sha256 of the adapters that are in the weights of the base model that was used last."""
-        return next((base.merged.adapters for base in reversed(list(self._bases.values()))), frozenset())
+        return next(
+            (base.merged.adapters for base in reversed(list(self._bases.values()))), frozenset()
+        )
 
     def load(self, recipe: Recipe) -> None:
         """Load the base model and the adapters that `recipe` needs, and compile what has to be, so that `generate` starts at once.
@@ -138,7 +154,11 @@ class Engine:
         return max(1, _BATCH_PIXELS.get(self.device.type, 0) // (recipe.width * recipe.height))
 
     def generate(
-        self, recipe: Recipe, on_step: OnStep | None = None, *, scheduler_options: Mapping[str, Any] | None = None
+        self,
+        recipe: Recipe,
+        on_step: OnStep | None = None,
+        *,
+        scheduler_options: Mapping[str, Any] | None = None,
     ) -> GeneratedImage:
         """Make the image that `recipe` defines. The same recipe gives the same pixels, whatever was made before it.
 
@@ -155,7 +175,9 @@ class Engine:
         """
         return self._generate([recipe], on_step, scheduler_options)[0]
 
-    def generate_batch(self, recipes: Sequence[Recipe], on_step: OnStep | None = None) -> list[GeneratedImage]:
+    def generate_batch(
+        self, recipes: Sequence[Recipe], on_step: OnStep | None = None
+    ) -> list[GeneratedImage]:
         """Make images side by side: `fast` ones that differ in prompts and seed alone (`may_share_batch`), or a single one.
 
         Each has the noise of its own seed; its last bits may depend on its company.
@@ -184,11 +206,14 @@ class Engine:
                     clock.lap("adapters")
                     told = [self._condition(base, recipe, bound) for recipe in recipes]
                     clock.lap("text")
-                    condition = Condition.side_by_side([one for one, _ in told])  # all negative prompts, then all prompts
+                    condition = Condition.side_by_side(
+                        [one for one, _ in told]
+                    )  # all negative prompts, then all prompts
                     latents = self._sample(base, recipes, condition, on_step, options)
                     clock.lap("denoise")
                     images = [
-                        decode(base.vae, latents[image : image + 1], upcast=base.upcasts_vae) for image in range(len(recipes))
+                        decode(base.vae, latents[image : image + 1], upcast=base.upcasts_vae)
+                        for image in range(len(recipes))
                     ]
                     clock.lap("decode")
             finally:
@@ -231,15 +256,23 @@ class Engine:
         if key not in self._bases:
             self._make_room(key)
             gc.collect()  # hooks that offload go round in circles, and would keep what is gone until somebody looks
-            self._bases[key] = load_base(key, self.device, offload=self._offload, cache_dir=self._cache_dir)
+            self._bases[key] = load_base(
+                key, self.device, offload=self._offload, cache_dir=self._cache_dir
+            )
             self._fingerprints[key] = found
         self._bases.move_to_end(key)
         return self._bases[key]
 
     def _make_room(self, key: BaseKey) -> None:
         """Let base models go before another one is loaded, so that the budget holds in the meantime, too."""
-        needed = expected_bytes(key, self._cache_dir) if self._bases and self._base_budget_bytes else 0
-        while self._bases and sum(base.size_bytes for base in self._bases.values()) + needed > self._base_budget_bytes:
+        needed = (
+            expected_bytes(key, self._cache_dir) if self._bases and self._base_budget_bytes else 0
+        )
+        while (
+            self._bases
+            and sum(base.size_bytes for base in self._bases.values()) + needed
+            > self._base_budget_bytes
+        ):
             self._bases.popitem(last=False)
 
     def _bind(self, base: BaseModel, recipe: Recipe) -> list[tuple[BoundAdapter, float]]:
@@ -257,7 +290,9 @@ class Engine:
         return bound
 
     @contextmanager
-    def _with_adapters(self, base: BaseModel, recipe: Recipe, bound: list[tuple[BoundAdapter, float]]) -> Iterator[None]:
+    def _with_adapters(
+        self, base: BaseModel, recipe: Recipe, bound: list[tuple[BoundAdapter, float]]
+    ) -> Iterator[None]:
         # The trainer runs a DoRA beside the model whatever the multipliers are; a merged one would differ in every last bit.
         beside = [
             (one, multiplier)
@@ -274,7 +309,11 @@ class Engine:
         """What the UNet is told of this image, and warnings."""
 
         def adapters(part: str) -> Hashable:
-            return tuple((one.identity, multiplier, recipe.adapter_mode) for one, multiplier in bound if part in one.components)
+            return tuple(
+                (one.identity, multiplier, recipe.adapter_mode)
+                for one, multiplier in bound
+                if part in one.components
+            )
 
         return base.conditioning.of(recipe, adapters, base.device)
 
@@ -311,8 +350,16 @@ class Engine:
 
     def _environment(self, base: BaseModel) -> dict[str, str]:
         """What can change the last bits of an image without being in its recipe."""
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else processor_name()
-        way = {} if base.way is None else {"fast": f"{base.way.value}, {str(base.unet.dtype).removeprefix('torch.')}"}
+        name = (
+            torch.cuda.get_device_name(self.device)
+            if self.device.type == "cuda"
+            else processor_name()
+        )
+        way = (
+            {}
+            if base.way is None
+            else {"fast": f"{base.way.value}, {str(base.unet.dtype).removeprefix('torch.')}"}
+        )
         return {
             **_versions(),
             "device": f"{self.device} ({name})",

@@ -12,15 +12,21 @@ from typing import Literal
 from safetensors import safe_open
 from torch import Tensor
 
-from fidelora.adapters.describe import AdapterSummary, describe_adapter
-from fidelora.adapters.formats import Adapter, read_adapter
-from fidelora.adapters.keys import modules_of, peft_alpha
+from fidelora.adapters.read import Adapter, read_adapter
 from fidelora.adapters.targets import Targets
-from fidelora.engine.weights import empty_component, read_config
-from fidelora.errors import AdapterError, AdapterMismatchError, AdapterNotFoundError, WeightsFileError, some
-from fidelora.models import ModelSpec, all_models, model_spec
+from fidelora.adapters.tensor_names import modules_of, peft_alpha
+from fidelora.errors import (
+    AdapterError,
+    AdapterMismatchError,
+    AdapterNotFoundError,
+    WeightsFileError,
+    some,
+)
+from fidelora.families import Family, all_families, get_family
+from fidelora.loras.describe import AdapterSummary, describe_adapter
 from fidelora.recipe import file_sha256
-from fidelora.weights_file import Header, read_header_of
+from fidelora.safetensors_header import Header, read_file_header
+from fidelora.weights.strict import empty_component, read_config
 
 ProblemCode = Literal[
     "unusable", "not_finite", "other_architecture", "other_base", "nothing_learned", "partly_learned", "infinite_alpha",
@@ -91,10 +97,14 @@ def examine_adapter(path: Path) -> Examination:
     if summary.problems:
         problems = tuple(Problem("unusable", problem, True) for problem in summary.problems)
         return Examination(sha256, summary, (), "", 0, 0, problems)
-    header = read_header_of(path)
+    header = read_file_header(path)
     modules = modules_of(header, path.name)
     tensors = _tensors(path)
-    alphas = {module: float(tensors[parts["alpha"]]) for module, parts in modules.items() if "alpha" in parts}
+    alphas = {
+        module: float(tensors[parts["alpha"]])
+        for module, parts in modules.items()
+        if "alpha" in parts
+    }
     problems = (*_numbers(modules, tensors), *_alphas(modules, alphas, header, path.name))
     model = ""
     matched = same_shapes = 0
@@ -106,7 +116,9 @@ def examine_adapter(path: Path) -> Examination:
         else:
             model, matched, same_shapes = _family(adapter)
             problems = (*problems, *_fit(adapter, summary, model, matched, same_shapes))
-    return Examination(sha256, summary, tuple(sorted(set(alphas.values()))), model, matched, same_shapes, problems)
+    return Examination(
+        sha256, summary, tuple(sorted(set(alphas.values()))), model, matched, same_shapes, problems
+    )
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -114,9 +126,14 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no dictionary, though it looks like one
 
 
-def _numbers(modules: Mapping[str, Mapping[str, str]], tensors: Mapping[str, Tensor]) -> Iterator[Problem]:
+def _numbers(
+    modules: Mapping[str, Mapping[str, str]], tensors: Mapping[str, Tensor]
+) -> Iterator[Problem]:
     """NaN, and modules that change nothing: a product with a factor of zeros is zero."""
-    factors = {module: [key for part, key in parts.items() if part != "alpha"] for module, parts in modules.items()}
+    factors = {
+        module: [key for part, key in parts.items() if part != "alpha"]
+        for module, parts in modules.items()
+    }
     broken = [key for keys in factors.values() for key in keys if not tensors[key].isfinite().all()]
     if broken:
         yield Problem(
@@ -125,19 +142,37 @@ def _numbers(modules: Mapping[str, Mapping[str, str]], tensors: Mapping[str, Ten
             "use an earlier checkpoint.",
             True,
         )
-    idle = [module for module, keys in factors.items() if not all(tensors[key].any() for key in keys)]
+    idle = [
+        module for module, keys in factors.items() if not all(tensors[key].any() for key in keys)
+    ]
     if len(idle) == len(modules):
         message = "Nothing was learned: every module has a factor of zeros, so images are those of the base model."
         yield Problem("nothing_learned", message, False)
     elif idle:
-        yield Problem("partly_learned", f"{len(idle)} of {len(modules)} modules change nothing ({some(idle)}).", False)
+        yield Problem(
+            "partly_learned",
+            f"{len(idle)} of {len(modules)} modules change nothing ({some(idle)}).",
+            False,
+        )
 
 
-def _alphas(modules: Mapping[str, Mapping[str, str]], alphas: Mapping[str, float], header: Header, name: str) -> Iterator[Problem]:
+def _alphas(
+    modules: Mapping[str, Mapping[str, str]], alphas: Mapping[str, float], header: Header, name: str
+) -> Iterator[Problem]:
     whole = {module for module, parts in modules.items() if {"lokr_w1", "lokr_w2"} <= parts.keys()}
-    if harmful := [module for module, alpha in alphas.items() if module not in whole and not math.isfinite(alpha)]:
-        yield Problem("infinite_alpha", f"The alpha of {len(harmful)} modules is no finite number ({some(harmful)}).", True)
-    if harmless := [module for module, alpha in alphas.items() if module in whole and not alpha < _NO_ALPHA]:
+    if harmful := [
+        module
+        for module, alpha in alphas.items()
+        if module not in whole and not math.isfinite(alpha)
+    ]:
+        yield Problem(
+            "infinite_alpha",
+            f"The alpha of {len(harmful)} modules is no finite number ({some(harmful)}).",
+            True,
+        )
+    if harmless := [
+        module for module, alpha in alphas.items() if module in whole and not alpha < _NO_ALPHA
+    ]:
         yield Problem(
             "infinite_alpha",
             f"The alpha of {len(harmless)} whole LoKr modules is {alphas[harmless[0]]:g}, as the trainer writes it: it has no "
@@ -153,33 +188,39 @@ def _alphas(modules: Mapping[str, Mapping[str, str]], alphas: Mapping[str, float
     if missing and for_all is None:
         message = f"{len(missing)} of {len(modules)} modules have no alpha ({some(missing)}): it is taken to be their rank."
         if all("magnitude" in modules[module] for module in missing):
-            message = (
-                "A DoRA has no alpha in its file: its alpha is in the job's configuration, and taken to be the rank elsewhere."
-            )
+            message = "A DoRA has no alpha in its file: its alpha is in the job's configuration, and taken to be the rank elsewhere."
         yield Problem("missing_alpha", message, False)
 
 
-def say_where_it_belongs(adapter: Adapter, spec: ModelSpec, error: AdapterMismatchError) -> AdapterMismatchError:
+def say_where_it_belongs(
+    adapter: Adapter, spec: Family, error: AdapterMismatchError
+) -> AdapterMismatchError:
     """That it does not fit a base of this family; in better words than `error` if its file or its modules say for which it is."""
     if adapter.metadata.get("ss_base_model_version"):
         return error  # `refuse_other_family` knows better than names do
     model, matched, _ = _family(adapter)
-    return _belongs_to(adapter, model_spec(model), spec) if matched == len(adapter.deltas) and model != spec.id else error
+    return (
+        _belongs_to(adapter, get_family(model), spec)
+        if matched == len(adapter.deltas) and model != spec.id
+        else error
+    )
 
 
-def refuse_other_family(adapter: Adapter, spec: ModelSpec) -> None:
+def refuse_other_family(adapter: Adapter, spec: Family) -> None:
     """Refuse an adapter whose file says that it is for another family that is known here, even if all its modules would fit.
 
     Raises:
         AdapterMismatchError: it says so.
     """
     made_for = adapter.metadata.get("ss_base_model_version", "")
-    other = next((one for one in all_models().values() if made_for in one.adapter_base_versions), spec)
+    other = next(
+        (one for one in all_families().values() if made_for in one.adapter_base_versions), spec
+    )
     if other != spec:
         raise _belongs_to(adapter, other, spec)
 
 
-def _belongs_to(adapter: Adapter, other: ModelSpec, spec: ModelSpec) -> AdapterMismatchError:
+def _belongs_to(adapter: Adapter, other: Family, spec: Family) -> AdapterMismatchError:
     return AdapterMismatchError(
         f"{adapter.name} is an adapter for {other.title}, and this base is one of {spec.title}: use it with model {other.id}."
     )
@@ -188,17 +229,24 @@ def _belongs_to(adapter: Adapter, other: ModelSpec, spec: ModelSpec) -> AdapterM
 def _family(adapter: Adapter) -> tuple[str, int, int]:
     """The model family that has the most of the adapter's modules, how many, and how many of these in its own shapes."""
     best = ("", 0, 0)
-    for model in all_models():
+    for model in all_families():
         targets = _targets(model)
-        found = [(delta, target) for module, delta in adapter.deltas.items() if (target := targets.find(module))]
-        same = sum(delta.shape_for(target.weight.shape) == tuple(target.weight.shape) for delta, target in found)
+        found = [
+            (delta, target)
+            for module, delta in adapter.deltas.items()
+            if (target := targets.find(module))
+        ]
+        same = sum(
+            delta.shape_for(target.weight.shape) == tuple(target.weight.shape)
+            for delta, target in found
+        )
         best = max(best, (model, len(found), same), key=lambda one: one[1:])
     return best
 
 
 @cache
 def _targets(model: str) -> Targets:
-    spec = model_spec(model)
+    spec = get_family(model)
     parts = {
         part.name: empty_component(part, read_config(spec.layout / part.name / "config.json"))
         for part in spec.components
@@ -207,21 +255,32 @@ def _targets(model: str) -> Targets:
     return Targets(spec, parts)
 
 
-def _fit(adapter: Adapter, summary: AdapterSummary, model: str, matched: int, same_shapes: int) -> Iterator[Problem]:
+def _fit(
+    adapter: Adapter, summary: AdapterSummary, model: str, matched: int, same_shapes: int
+) -> Iterator[Problem]:
     """Whether it is for a family that is known here, and for a base like that family's own."""
     total = len(adapter.deltas)
     if matched < total:
         probably = next(
-            (family for family, marks in _FAMILIES.items() if any(m in name for m in marks for name in adapter.deltas)), ""
+            (
+                family
+                for family, marks in _FAMILIES.items()
+                if any(m in name for m in marks for name in adapter.deltas)
+            ),
+            "",
         )
-        if summary.base and not (model and summary.base in model_spec(model).adapter_base_versions):
+        if summary.base and not (model and summary.base in get_family(model).adapter_base_versions):
             made_for = f"; its file says that it was trained on {summary.base}"
         else:
             made_for = f"; its names are those of {probably}" if probably else ""
-        where = f"in {model_spec(model).title}" if model else "in any model family here"
-        yield Problem("other_architecture", f"{total - matched} of {total} modules are not {where}{made_for}.", True)
+        where = f"in {get_family(model).title}" if model else "in any model family here"
+        yield Problem(
+            "other_architecture",
+            f"{total - matched} of {total} modules are not {where}{made_for}.",
+            True,
+        )
         return
-    spec = model_spec(model)
+    spec = get_family(model)
     if 0 < same_shapes < matched:
         message = (
             f"{matched - same_shapes} of {matched} modules have other shapes than those of {spec.title}: it was trained on a "
@@ -229,4 +288,8 @@ def _fit(adapter: Adapter, summary: AdapterSummary, model: str, matched: int, sa
         )
         yield Problem("other_base", message, True)
     elif summary.base and summary.base not in spec.adapter_base_versions:
-        yield Problem("other_base", f"Its file says that it was trained on {summary.base}, which is no {spec.title}.", False)
+        yield Problem(
+            "other_base",
+            f"Its file says that it was trained on {summary.base}, which is no {spec.title}.",
+            False,
+        )

@@ -35,15 +35,23 @@ def job_from_dict(plain: Mapping[str, Any]) -> Job:
     Raises:
         RecipeError: a recipe in it is of a format that this version does not read.
     """
-    moments = {name: datetime.fromisoformat(plain[name]) if plain[name] else None for name in _MOMENTS}
+    moments = {
+        name: datetime.fromisoformat(plain[name]) if plain[name] else None for name in _MOMENTS
+    }
     created_at = moments.pop("created_at")
     assert created_at is not None
-    job = Job(id=plain["id"], created_at=created_at, recipes=tuple(map(Recipe.from_dict, plain["recipes"])))
+    job = Job(
+        id=plain["id"],
+        created_at=created_at,
+        recipes=tuple(map(Recipe.from_dict, plain["recipes"])),
+    )
     return replace(
         job,
         **moments,  # type: ignore[arg-type]
         image_format=plain["image_format"],
-        image_quality=plain.get("image_quality"),  # jobs that were stored before there was a choice have none
+        image_quality=plain.get(
+            "image_quality"
+        ),  # jobs that were stored before there was a choice have none
         status=Status(plain["status"]),
         attempts=plain["attempts"],
         epoch=plain["epoch"],

@@ -125,7 +125,13 @@ class Job:
         return frozenset(ref.sha256 for recipe in self.recipes for ref in recipe.adapters)
 
 
-def new_job(recipes: tuple[Recipe, ...], now: datetime, *, image_format: str = "png", image_quality: int | None = None) -> Job:
+def new_job(
+    recipes: tuple[Recipe, ...],
+    now: datetime,
+    *,
+    image_format: str = "png",
+    image_quality: int | None = None,
+) -> Job:
     """A job for these images, in the queue.
 
     Raises:
@@ -134,7 +140,13 @@ def new_job(recipes: tuple[Recipe, ...], now: datetime, *, image_format: str = "
     if not recipes:
         raise RecipeError("A job needs at least one recipe.", field="prompts")
     _aware(now)
-    return Job(id=uuid.uuid4().hex, created_at=now, recipes=recipes, image_format=image_format, image_quality=image_quality)
+    return Job(
+        id=uuid.uuid4().hex,
+        created_at=now,
+        recipes=recipes,
+        image_format=image_format,
+        image_quality=image_quality,
+    )
 
 
 def claimed(job: Job, worker: str, now: datetime, lease_s: float) -> Job:
@@ -152,17 +164,23 @@ def claimed(job: Job, worker: str, now: datetime, lease_s: float) -> Job:
     )
 
 
-def renewed(job: Job, epoch: int, progress: JobProgress | None, now: datetime, lease_s: float) -> Job:
+def renewed(
+    job: Job, epoch: int, progress: JobProgress | None, now: datetime, lease_s: float
+) -> Job:
     """The worker is alive and this far.
 
     Raises:
         LeaseLostError: the claim is no longer the current one.
     """
     _hold(job, epoch)
-    return _changed(job, progress=progress or job.progress, lease_expires_at=now + timedelta(seconds=lease_s))
+    return _changed(
+        job, progress=progress or job.progress, lease_expires_at=now + timedelta(seconds=lease_s)
+    )
 
 
-def succeeded(job: Job, epoch: int, outputs: tuple[Output, ...], timings: Mapping[str, float], now: datetime) -> Job:
+def succeeded(
+    job: Job, epoch: int, outputs: tuple[Output, ...], timings: Mapping[str, float], now: datetime
+) -> Job:
     """The images are made and their files are in place. A wish to cancel came too late then.
 
     Raises:
@@ -238,7 +256,9 @@ def passed(job: Job) -> Job:
 
 def _hold(job: Job, epoch: int) -> None:
     if job.status is not Status.IN_PROGRESS or job.epoch != epoch:
-        raise LeaseLostError(f"The claim {epoch} on job {job.id} is over: the job is {job.status}, its claim is {job.epoch}.")
+        raise LeaseLostError(
+            f"The claim {epoch} on job {job.id} is over: the job is {job.status}, its claim is {job.epoch}."
+        )
 
 
 def _back_in_queue(job: Job) -> Job:
@@ -247,7 +267,15 @@ def _back_in_queue(job: Job) -> Job:
 
 def _ended(job: Job, status: Status, now: datetime, **fields: object) -> Job:
     progress = replace(job.progress, preview="") if job.progress else None
-    return _changed(job, status=status, worker="", lease_expires_at=None, finished_at=now, progress=progress, **fields)
+    return _changed(
+        job,
+        status=status,
+        worker="",
+        lease_expires_at=None,
+        finished_at=now,
+        progress=progress,
+        **fields,
+    )
 
 
 def _changed(job: Job, **fields: object) -> Job:

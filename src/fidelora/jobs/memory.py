@@ -9,7 +9,7 @@ from datetime import datetime
 from fidelora.errors import CursorError, IdempotencyConflictError, JobNotFoundError, QueueFullError
 from fidelora.jobs import job as life
 from fidelora.jobs.job import Job, Status
-from fidelora.jobs.store import Page, StoreByTransition, Submission, choose
+from fidelora.jobs.store import JobPage, StoreByTransition, Submission, choose
 
 
 class MemoryStore(StoreByTransition):
@@ -20,7 +20,9 @@ class MemoryStore(StoreByTransition):
         self._submissions: dict[str, tuple[str, str]] = {}
         self._lock = threading.Lock()
 
-    def add(self, job: Job, *, submission: Submission | None = None, capacity: int | None = None) -> Job:
+    def add(
+        self, job: Job, *, submission: Submission | None = None, capacity: int | None = None
+    ) -> Job:
         with self._lock:
             if submission and (before := self._submitted(submission)):
                 return before
@@ -39,7 +41,9 @@ class MemoryStore(StoreByTransition):
         with self._lock:
             return self._get(job_id)
 
-    def list(self, *, status: Status | None = None, limit: int = 50, cursor: str | None = None) -> Page:
+    def list(
+        self, *, status: Status | None = None, limit: int = 50, cursor: str | None = None
+    ) -> JobPage:
         with self._lock:
             newest_first = list(reversed(self._jobs.values()))
             if cursor is not None:
@@ -48,7 +52,7 @@ class MemoryStore(StoreByTransition):
                 newest_first = newest_first[[job.id for job in newest_first].index(cursor) + 1 :]
             matching = [job for job in newest_first if status in (None, job.status)]
             page = matching[:limit]
-            return Page(tuple(page), page[-1].id if len(matching) > limit else None)
+            return JobPage(tuple(page), page[-1].id if len(matching) > limit else None)
 
     def queue_position(self, job_id: str) -> int | None:
         with self._lock:
@@ -61,7 +65,9 @@ class MemoryStore(StoreByTransition):
 
     def needs_adapter(self, sha256: str) -> bool:
         with self._lock:
-            return any(sha256 in job.adapters for job in self._jobs.values() if not job.status.final)
+            return any(
+                sha256 in job.adapters for job in self._jobs.values() if not job.status.final
+            )
 
     def peek(self) -> Job | None:
         with self._lock:
@@ -88,18 +94,34 @@ class MemoryStore(StoreByTransition):
 
     def abandon_expired(self, now: datetime) -> tuple[Job, ...]:
         with self._lock:
-            expired = [job for job in self._jobs.values() if job.lease_expires_at is not None and job.lease_expires_at <= now]
-            return tuple(self._put(life.abandoned(job, job.epoch, life.SILENT, now)) for job in expired)
+            expired = [
+                job
+                for job in self._jobs.values()
+                if job.lease_expires_at is not None and job.lease_expires_at <= now
+            ]
+            return tuple(
+                self._put(life.abandoned(job, job.epoch, life.SILENT, now)) for job in expired
+            )
 
     def remove_finished(self, *, before: datetime, keep: int) -> tuple[Job, ...]:
         with self._lock:
-            ended = [(job.finished_at, came, job) for came, job in enumerate(self._jobs.values()) if job.finished_at]
+            ended = [
+                (job.finished_at, came, job)
+                for came, job in enumerate(self._jobs.values())
+                if job.finished_at
+            ]
             newest_first = sorted(ended, key=lambda entry: entry[:2], reverse=True)
-            gone = [job for place, (at, _, job) in enumerate(newest_first) if place >= keep or at < before]
+            gone = [
+                job
+                for place, (at, _, job) in enumerate(newest_first)
+                if place >= keep or at < before
+            ]
             for job in gone:
                 del self._jobs[job.id]
             ids = {job.id for job in gone}
-            self._submissions = {key: value for key, value in self._submissions.items() if value[0] not in ids}
+            self._submissions = {
+                key: value for key, value in self._submissions.items() if value[0] not in ids
+            }
             return tuple(gone)
 
     def close(self) -> None:

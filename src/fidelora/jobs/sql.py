@@ -22,11 +22,17 @@ from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
 
-from fidelora.errors import CursorError, IdempotencyConflictError, JobNotFoundError, JobStoreError, QueueFullError
+from fidelora.errors import (
+    CursorError,
+    IdempotencyConflictError,
+    JobNotFoundError,
+    JobStoreError,
+    QueueFullError,
+)
 from fidelora.jobs import job as life
 from fidelora.jobs.codec import job_from_dict, job_to_dict
 from fidelora.jobs.job import Job, Status
-from fidelora.jobs.store import Page, StoreByTransition, Submission, choose
+from fidelora.jobs.store import JobPage, StoreByTransition, Submission, choose
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _CLAIM_WINDOW = 100
@@ -36,7 +42,18 @@ _FINAL = [status.value for status in Status if status.final]
 
 _jobs = sa.table(
     "jobs",
-    *(sa.column(name) for name in ("seq", "id", "status", "version", "lease_expires_at_s", "finished_at_s", "document")),
+    *(
+        sa.column(name)
+        for name in (
+            "seq",
+            "id",
+            "status",
+            "version",
+            "lease_expires_at_s",
+            "finished_at_s",
+            "document",
+        )
+    ),
     *(sa.column(name) for name in ("idempotency_key", "body_sha256")),
 )
 
@@ -64,9 +81,15 @@ class SqlStore(StoreByTransition):
             with self._engine.begin() as connection:
                 _migrate(connection)
         except (sa.exc.SQLAlchemyError, OSError) as error:
-            shown = sa.make_url(url).render_as_string(hide_password=True) if "://" in url else "that was given"
+            shown = (
+                sa.make_url(url).render_as_string(hide_password=True)
+                if "://" in url
+                else "that was given"
+            )
             reason = str(error).splitlines()[0]
-            raise JobStoreError(f"The database of jobs {shown} cannot be used: {reason}.") from error
+            raise JobStoreError(
+                f"The database of jobs {shown} cannot be used: {reason}."
+            ) from error
 
     @property
     def journal_mode(self) -> str:
@@ -76,7 +99,9 @@ class SqlStore(StoreByTransition):
         with self._reading() as connection:
             return str(connection.exec_driver_sql("PRAGMA journal_mode").scalar_one())
 
-    def add(self, job: Job, *, submission: Submission | None = None, capacity: int | None = None) -> Job:
+    def add(
+        self, job: Job, *, submission: Submission | None = None, capacity: int | None = None
+    ) -> Job:
         with self._writing() as connection:
             if submission and (before := self._submitted(connection, submission)):
                 return before
@@ -103,22 +128,28 @@ class SqlStore(StoreByTransition):
         with self._reading() as connection:
             return self._get(connection, job_id)
 
-    def list(self, *, status: Status | None = None, limit: int = 50, cursor: str | None = None) -> Page:
+    def list(
+        self, *, status: Status | None = None, limit: int = 50, cursor: str | None = None
+    ) -> JobPage:
         query = sa.select(_jobs.c.document).order_by(_jobs.c.seq.desc()).limit(limit + 1)
         if status is not None:
             query = query.where(_jobs.c.status == status.value)
         with self._reading() as connection:
             if cursor is not None:
-                before = connection.execute(sa.select(_jobs.c.seq).where(_jobs.c.id == cursor)).scalar()
+                before = connection.execute(
+                    sa.select(_jobs.c.seq).where(_jobs.c.id == cursor)
+                ).scalar()
                 if before is None:
                     raise CursorError
                 query = query.where(_jobs.c.seq < before)
             found = [_job(document) for document in connection.execute(query).scalars()]
-        return Page(tuple(found[:limit]), found[limit - 1].id if len(found) > limit else None)
+        return JobPage(tuple(found[:limit]), found[limit - 1].id if len(found) > limit else None)
 
     def queue_position(self, job_id: str) -> int | None:
         with self._reading() as connection:
-            row = connection.execute(sa.select(_jobs.c.seq, _jobs.c.status).where(_jobs.c.id == job_id)).one_or_none()
+            row = connection.execute(
+                sa.select(_jobs.c.seq, _jobs.c.status).where(_jobs.c.id == job_id)
+            ).one_or_none()
             if row is None or row.status != Status.IN_QUEUE.value:
                 return None
             return self._queued(connection, _jobs.c.seq < row.seq)
@@ -158,7 +189,9 @@ class SqlStore(StoreByTransition):
                         return None
                     for before in queue[:place]:
                         self._put(connection, before, life.passed(before))
-                    return self._put(connection, queue[place], life.claimed(queue[place], worker, now, lease_s))
+                    return self._put(
+                        connection, queue[place], life.claimed(queue[place], worker, now, lease_s)
+                    )
             except _Outrun:
                 continue
 
@@ -183,10 +216,18 @@ class SqlStore(StoreByTransition):
         return tuple(changed)
 
     def remove_finished(self, *, before: datetime, keep: int) -> tuple[Job, ...]:
-        ended = sa.select(_jobs.c.seq, _jobs.c.finished_at_s, _jobs.c.document).where(_jobs.c.status.in_(_FINAL))
+        ended = sa.select(_jobs.c.seq, _jobs.c.finished_at_s, _jobs.c.document).where(
+            _jobs.c.status.in_(_FINAL)
+        )
         with self._writing() as connection:
-            rows = connection.execute(ended.order_by(_jobs.c.finished_at_s.desc(), _jobs.c.seq.desc())).all()
-            gone = [row for place, row in enumerate(rows) if place >= keep or row.finished_at_s < before.timestamp()]
+            rows = connection.execute(
+                ended.order_by(_jobs.c.finished_at_s.desc(), _jobs.c.seq.desc())
+            ).all()
+            gone = [
+                row
+                for place, row in enumerate(rows)
+                if place >= keep or row.finished_at_s < before.timestamp()
+            ]
             for row in gone:
                 connection.execute(sa.delete(_jobs).where(_jobs.c.seq == row.seq))
         return tuple(_job(row.document) for row in gone)
@@ -202,15 +243,24 @@ class SqlStore(StoreByTransition):
 
     @contextmanager
     def _reading(self) -> Iterator[sa.Connection]:
-        with _database_errors(), self._engine.connect().execution_options(fidelora_reads=True) as connection:
+        with (
+            _database_errors(),
+            self._engine.connect().execution_options(fidelora_reads=True) as connection,
+        ):
             yield connection
 
     def _queue(self, connection: sa.Connection, most: int) -> Sequence[Job]:
-        query = sa.select(_jobs.c.document).where(_jobs.c.status == Status.IN_QUEUE.value).order_by(_jobs.c.seq)
+        query = (
+            sa.select(_jobs.c.document)
+            .where(_jobs.c.status == Status.IN_QUEUE.value)
+            .order_by(_jobs.c.seq)
+        )
         return [_job(document) for document in connection.execute(query.limit(most)).scalars()]
 
     def _submitted(self, connection: sa.Connection, submission: Submission) -> Job | None:
-        query = sa.select(_jobs.c.document, _jobs.c.body_sha256).where(_jobs.c.idempotency_key == submission.key)
+        query = sa.select(_jobs.c.document, _jobs.c.body_sha256).where(
+            _jobs.c.idempotency_key == submission.key
+        )
         row = connection.execute(query).one_or_none()
         if row is None:
             return None
@@ -219,18 +269,26 @@ class SqlStore(StoreByTransition):
         return _job(row.document)
 
     def _queued(self, connection: sa.Connection, *conditions: sa.ColumnElement[bool]) -> int:
-        query = sa.select(sa.func.count()).select_from(_jobs).where(_jobs.c.status == Status.IN_QUEUE.value, *conditions)
+        query = (
+            sa.select(sa.func.count())
+            .select_from(_jobs)
+            .where(_jobs.c.status == Status.IN_QUEUE.value, *conditions)
+        )
         return int(connection.execute(query).scalar_one())
 
     def _get(self, connection: sa.Connection, job_id: str) -> Job:
-        document = connection.execute(sa.select(_jobs.c.document).where(_jobs.c.id == job_id)).scalar()
+        document = connection.execute(
+            sa.select(_jobs.c.document).where(_jobs.c.id == job_id)
+        ).scalar()
         if document is None:
             raise JobNotFoundError
         return _job(document)
 
     def _put(self, connection: sa.Connection, before: Job, after: Job) -> Job:
         if after != before:
-            update = sa.update(_jobs).where(_jobs.c.id == before.id, _jobs.c.version == before.version)
+            update = sa.update(_jobs).where(
+                _jobs.c.id == before.id, _jobs.c.version == before.version
+            )
             if connection.execute(update.values(_row(after))).rowcount != 1:
                 raise _Outrun
         return after
@@ -250,11 +308,15 @@ def _database_errors() -> Iterator[None]:
     try:
         yield
     except sa.exc.DBAPIError as error:
-        raise JobStoreError(f"The database of jobs cannot be used now: {str(error.orig).splitlines()[0]}.") from error
+        raise JobStoreError(
+            f"The database of jobs cannot be used now: {str(error.orig).splitlines()[0]}."
+        ) from error
 
 
 def _abandoned_if_expired(job: Job, now: datetime) -> Job:
-    expired = job.lease_expires_at is not None and job.lease_expires_at <= now  # or it was renewed in the meantime
+    expired = (
+        job.lease_expires_at is not None and job.lease_expires_at <= now
+    )  # or it was renewed in the meantime
     return life.abandoned(job, job.epoch, life.SILENT, now) if expired else job
 
 
@@ -274,7 +336,11 @@ def _job(document: str) -> Job:
 
 
 def _engine_options(url: str) -> dict[str, Any]:
-    return {"connect_args": {"timeout": _BUSY_TIMEOUT_S}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    return (
+        {"connect_args": {"timeout": _BUSY_TIMEOUT_S}}
+        if url.startswith("sqlite")
+        else {"pool_pre_ping": True}
+    )
 
 
 def _configure_sqlite(engine: sa.Engine) -> None:
@@ -283,7 +349,9 @@ def _configure_sqlite(engine: sa.Engine) -> None:
 
     @sa.event.listens_for(engine, "connect")
     def on_connect(connection: Any, _record: Any) -> None:
-        connection.isolation_level = None  # sqlite3's own transactions would end before table changes
+        connection.isolation_level = (
+            None  # sqlite3's own transactions would end before table changes
+        )
         connection.execute(f"PRAGMA journal_mode = {journal}")
         connection.execute("PRAGMA synchronous = FULL")
 
@@ -301,4 +369,6 @@ def _migrate(connection: sa.Connection) -> None:
     try:
         command.upgrade(config, "head")
     except CommandError as error:
-        raise JobStoreError(f"The database of jobs is of another version of Fidelora: {error}.") from error
+        raise JobStoreError(
+            f"The database of jobs is of another version of Fidelora: {error}."
+        ) from error

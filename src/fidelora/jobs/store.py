@@ -1,4 +1,4 @@
-"""What a store of jobs promises. Every store passes the same tests (`tests/server/test_stores.py`)."""
+"""What a store of jobs promises. Every store passes the same tests (`tests/jobs/test_stores.py`)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Submission:
 
 
 @dataclass(frozen=True)
-class Page:
+class JobPage:
     """Some jobs, newest first; `next_cursor` asks for the next page, and is None on the last."""
 
     jobs: tuple[Job, ...]
@@ -35,7 +35,9 @@ class Page:
 class JobStore(Protocol):
     """Jobs that are safe once a method has returned. All times are aware and UTC; all methods may be called from any thread."""
 
-    def add(self, job: Job, *, submission: Submission | None = None, capacity: int | None = None) -> Job:
+    def add(
+        self, job: Job, *, submission: Submission | None = None, capacity: int | None = None
+    ) -> Job:
         """Put a new job into the queue, or return the one that the same submission made before.
 
         Args:
@@ -63,7 +65,9 @@ class JobStore(Protocol):
         """
         ...
 
-    def list(self, *, status: Status | None = None, limit: int = 50, cursor: str | None = None) -> Page:
+    def list(
+        self, *, status: Status | None = None, limit: int = 50, cursor: str | None = None
+    ) -> JobPage:
         """Jobs, newest first.
 
         Raises:
@@ -109,7 +113,9 @@ class JobStore(Protocol):
         """
         ...
 
-    def renew(self, job_id: str, epoch: int, progress: JobProgress | None, now: datetime, lease_s: float) -> Job:
+    def renew(
+        self, job_id: str, epoch: int, progress: JobProgress | None, now: datetime, lease_s: float
+    ) -> Job:
         """The worker lives and is this far; the job that comes back may say `cancel_requested`.
 
         Raises:
@@ -117,7 +123,14 @@ class JobStore(Protocol):
         """
         ...
 
-    def succeed(self, job_id: str, epoch: int, outputs: Sequence[Output], timings: Mapping[str, float], now: datetime) -> Job:
+    def succeed(
+        self,
+        job_id: str,
+        epoch: int,
+        outputs: Sequence[Output],
+        timings: Mapping[str, float],
+        now: datetime,
+    ) -> Job:
         """The images are made and their files durable.
 
         Raises:
@@ -189,11 +202,22 @@ class StoreByTransition(ABC):
             JobNotFoundError: there is none.
         """
 
-    def renew(self, job_id: str, epoch: int, progress: JobProgress | None, now: datetime, lease_s: float) -> Job:
+    def renew(
+        self, job_id: str, epoch: int, progress: JobProgress | None, now: datetime, lease_s: float
+    ) -> Job:
         return self.change(job_id, lambda job: life.renewed(job, epoch, progress, now, lease_s))
 
-    def succeed(self, job_id: str, epoch: int, outputs: Sequence[Output], timings: Mapping[str, float], now: datetime) -> Job:
-        return self.change(job_id, lambda job: life.succeeded(job, epoch, tuple(outputs), timings, now))
+    def succeed(
+        self,
+        job_id: str,
+        epoch: int,
+        outputs: Sequence[Output],
+        timings: Mapping[str, float],
+        now: datetime,
+    ) -> Job:
+        return self.change(
+            job_id, lambda job: life.succeeded(job, epoch, tuple(outputs), timings, now)
+        )
 
     def fail(self, job_id: str, epoch: int, error: Failure, now: datetime) -> Job:
         return self.change(job_id, lambda job: life.failed(job, epoch, error, now))
@@ -238,4 +262,6 @@ def choose(
     in_memory = (place for place, job in enumerate(queue) if job.adapters and job.adapters <= warm)
     place = next(chain(as_it_is, in_memory), 0)
     # Whoever stands before the chosen one is passed over; nobody may be so more often than the limit.
-    return next((before for before in range(place) if queue[before].passed_over >= MAX_PASSED_OVER), place)
+    return next(
+        (before for before in range(place) if queue[before].passed_over >= MAX_PASSED_OVER), place
+    )

@@ -17,30 +17,30 @@ from fastapi.security import HTTPBasic, HTTPBearer
 from starlette.responses import PlainTextResponse
 
 import fidelora
-from fidelora.adapters.cache import AdapterCache
-from fidelora.adapters.download import DownloadRules
-from fidelora.adapters.folder import UPLOADS
-from fidelora.adapters.source import AdapterSources
+from fidelora.atomic import make_folder, remove_stale_temporaries
 from fidelora.errors import JobStoreError
-from fidelora.files import make_folder, remove_left_overs
+from fidelora.families import all_families
 from fidelora.jobs.job import Status
 from fidelora.jobs.sql import SqlStore
 from fidelora.jobs.store import JobStore
-from fidelora.models import all_models
+from fidelora.loras.cache import AdapterCache
+from fidelora.loras.download import DownloadRules
+from fidelora.loras.folder import UPLOADS
+from fidelora.loras.resolve import AdapterResolver
 from fidelora.recipe import Recipe
 from fidelora.server import problems
-from fidelora.server.gate import BodyLimit, Gate, Log
-from fidelora.server.keys import ApiKeys
+from fidelora.server.api_keys import ApiKeys
+from fidelora.server.context import ServerContext
 from fidelora.server.login import Login
 from fidelora.server.logs import configure_logs
 from fidelora.server.metrics import Metrics
-from fidelora.server.parts import Parts
+from fidelora.server.middleware import AccessControl, BodyLimitMiddleware, RequestLog
+from fidelora.server.page.mount import SWITCHED_OFF, Page, make_page
 from fidelora.server.routes import a1111, inference, loras, openai, operations, replay, requests
-from fidelora.server.ui.mount import SWITCHED_OFF, Page, make_page
 from fidelora.settings import Settings
-from fidelora.work.local import LocalPool
-from fidelora.work.place import WorkerSetup
-from fidelora.work.worker import WorkerLimits
+from fidelora.workers.pool import WorkerPool
+from fidelora.workers.process import WorkerSetup
+from fidelora.workers.worker import WorkerLimits
 
 log = structlog.get_logger(__name__)
 
@@ -52,11 +52,16 @@ _DESCRIPTION = """Images from Stable Diffusion LoRAs, the same as the previews t
 `POST /v1/inference` takes a request; its status, progress and images are under `/v1/requests/{request_id}`."""
 
 
-def make_parts(settings: Settings, numerics: Mapping[str, Mapping[str, Any]], base_url: str, server_id: str) -> Parts:
+def make_context(
+    settings: Settings,
+    server_defaults: Mapping[str, Mapping[str, Any]],
+    base_url: str,
+    server_id: str,
+) -> ServerContext:
     """The parts of a server as it is in production: a database, a cache and worker processes.
 
     Args:
-        numerics: recipe fields that the server decides, by model id.
+        server_defaults: recipe fields that the server decides, by model id.
         server_id: the same after a restart; unfinished jobs are recognised by it.
 
     Raises:
@@ -64,9 +69,9 @@ def make_parts(settings: Settings, numerics: Mapping[str, Mapping[str, Any]], ba
     """
     for folder in (settings.loras, settings.loras / UPLOADS, settings.outputs):
         make_folder(folder)
-        remove_left_overs(folder)
+        remove_stale_temporaries(folder)
     store = SqlStore(settings.database)
-    first = next(iter(settings.base_models or all_models()))
+    first = next(iter(settings.base_models or all_families()))
     setup = partial(
         WorkerSetup,
         settings.database,
@@ -77,48 +82,54 @@ def make_parts(settings: Settings, numerics: Mapping[str, Mapping[str, Any]], ba
         base_budget_bytes=_bytes(settings.bases_gb),
         adapter_budget_bytes=_bytes(settings.adapters_gb),
         limits=WorkerLimits(
-            lease_s=settings.step_timeout_s, timeout_s=settings.inference_timeout_s, batch_wait_s=settings.batch_wait_s
+            lease_s=settings.step_timeout_s,
+            timeout_s=settings.inference_timeout_s,
+            batch_wait_s=settings.batch_wait_s,
         ),
-        warm=Recipe(prompt="", model=first, **numerics[first]),
+        warm=Recipe(prompt="", model=first, **server_defaults[first]),
         prepare=partial(configure_logs, settings.log_format, settings.debug),
     )
     # The pool reports to the counters, and the counters ask the pool how many workers there are: one has to come first.
     counters: list[Metrics] = []
-    pool = LocalPool(
+    pool = WorkerPool(
         store,
         [setup(device=device) for device in settings.devices],
         name=server_id,
         on_report=lambda report: counters[0].attempt_ended(report),
     )
     counters.append(Metrics(store, pool))
-    return parts_around(store, settings, numerics, base_url, counters[0], pool)
+    return context_with_store(store, settings, server_defaults, base_url, counters[0], pool)
 
 
-def parts_around(
+def context_with_store(
     store: JobStore,
     settings: Settings,
-    numerics: Mapping[str, Mapping[str, Any]],
+    server_defaults: Mapping[str, Mapping[str, Any]],
     base_url: str,
     metrics: Metrics | None = None,
-    pool: LocalPool | None = None,
-) -> Parts:
+    pool: WorkerPool | None = None,
+) -> ServerContext:
     """The parts of a server on this store; without a pool, others work on its jobs.
 
     Raises:
         OutputError: the cache of adapters cannot be written to.
     """
     cache = AdapterCache(settings.adapters, _bytes(settings.lora_cache_gb) or 0)
-    rules = DownloadRules(hosts=settings.lora_hosts, max_bytes=settings.lora_max_mb * 2**20, timeout_s=settings.lora_timeout_s)
+    rules = DownloadRules(
+        hosts=settings.lora_hosts,
+        max_bytes=settings.lora_max_mb * 2**20,
+        timeout_s=settings.lora_timeout_s,
+    )
     token = settings.hf_token.get_secret_value() if settings.hf_token else None
-    return Parts(
+    return ServerContext(
         settings=settings,
         store=store,
         cache=cache,
-        sources=AdapterSources(settings.loras, cache, rules, token),
+        sources=AdapterResolver(settings.loras, cache, rules, token),
         keys=ApiKeys(keys_file(settings)),
         metrics=metrics or Metrics(store, pool),
         base_url=base_url,
-        numerics=numerics,
+        server_defaults=server_defaults,
         pool=pool,
     )
 
@@ -128,14 +139,19 @@ def keys_file(settings: Settings) -> Path:
     return settings.data_dir.expanduser().absolute() / "api_keys.json"
 
 
-def make_app(parts: Parts, *, with_page: bool = False) -> FastAPI:
+def make_app(context: ServerContext, *, with_page: bool = False) -> FastAPI:
     """The application around these parts; they run while it does.
 
     Args:
         with_page: whether to look for the web page, and to serve it if its packages are there.
     """
     # Keys are checked before a body is read (gate.py); this only tells the OpenAPI document of them.
-    bearer = Security(HTTPBearer(auto_error=False, description="A key that `fidelora keys add` made; needed once there is one."))
+    bearer = Security(
+        HTTPBearer(
+            auto_error=False,
+            description="A key that `fidelora keys add` made; needed once there is one.",
+        )
+    )
     app = FastAPI(
         title="Fidelora",
         version=fidelora.__version__,
@@ -143,47 +159,67 @@ def make_app(parts: Parts, *, with_page: bool = False) -> FastAPI:
         lifespan=_lifespan,
         redoc_url=None,
     )
-    app.state.parts = parts
+    app.state.context = context
     problems.install(app)
     app.include_router(operations.router)
     for router in (inference.router, replay.router, requests.router, loras.router, openai.router):
         app.include_router(router, dependencies=[bearer])
-    basic = Security(HTTPBasic(auto_error=False, description="For clients that know nothing else: the key is the password."))
+    basic = Security(
+        HTTPBasic(
+            auto_error=False,
+            description="For clients that know nothing else: the key is the password.",
+        )
+    )
     app.include_router(a1111.router, dependencies=[bearer, basic])
-    login = Login(parts.keys, secure=parts.base_url.startswith("https://"))
-    page = make_page(parts, login) if with_page else SWITCHED_OFF
+    login = Login(context.keys, secure=context.base_url.startswith("https://"))
+    page = make_page(context, login) if with_page else SWITCHED_OFF
     if isinstance(page, Page):
         app.state.page = page
         app.router.routes.append(page)
     else:
         app.add_route("/", lambda _request: PlainTextResponse(page), include_in_schema=False)
     app.add_middleware(
-        BodyLimit, max_lora_bytes=parts.settings.lora_max_mb * 2**20, max_job_bytes=parts.settings.job_max_mb * 2**20
+        BodyLimitMiddleware,
+        max_lora_bytes=context.settings.lora_max_mb * 2**20,
+        max_job_bytes=context.settings.job_max_mb * 2**20,
     )
-    app.add_middleware(Gate, keys=parts.keys, base_url=parts.base_url, login=login if isinstance(page, Page) else None)
-    app.add_middleware(Log, metrics=parts.metrics)  # added last, it is the outermost
+    app.add_middleware(
+        AccessControl,
+        keys=context.keys,
+        base_url=context.base_url,
+        login=login if isinstance(page, Page) else None,
+    )
+    app.add_middleware(RequestLog, metrics=context.metrics)  # added last, it is the outermost
     return app
 
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    parts: Parts = app.state.parts
-    running = [asyncio.create_task(_every(_CLEAN_EVERY_S, partial(asyncio.to_thread, clean, parts)))]
-    if parts.pool is not None:
-        await asyncio.to_thread(parts.pool.start)
-        running.append(asyncio.create_task(_every(_WATCH_EVERY_S, partial(asyncio.to_thread, _watch, parts, parts.pool))))
+    context: ServerContext = app.state.context
+    running = [
+        asyncio.create_task(_every(_CLEAN_EVERY_S, partial(asyncio.to_thread, clean, context)))
+    ]
+    if context.pool is not None:
+        await asyncio.to_thread(context.pool.start)
+        running.append(
+            asyncio.create_task(
+                _every(_WATCH_EVERY_S, partial(asyncio.to_thread, _watch, context, context.pool))
+            )
+        )
     for task in running:
         task.add_done_callback(_end_the_server_with)
     page: Page | None = getattr(app.state, "page", None)
     async with page.running() if page is not None else nullcontext():
         yield
-    parts.stopping.set()
+    context.stopping.set()
     for task in running:
         task.cancel()
     await asyncio.gather(*running, return_exceptions=True)
-    if parts.pool is not None:
-        await asyncio.to_thread(parts.pool.stop, 0.0)  # who told the server to stop has given them their time already
-    await asyncio.to_thread(parts.store.close)
+    if context.pool is not None:
+        await asyncio.to_thread(
+            context.pool.stop, 0.0
+        )  # who told the server to stop has given them their time already
+    await asyncio.to_thread(context.store.close)
 
 
 async def _every(seconds: float, action: Callable[[], Awaitable[None]]) -> None:
@@ -203,24 +239,29 @@ def _end_the_server_with(task: asyncio.Task[None]) -> None:
         signal.raise_signal(signal.SIGTERM)
 
 
-def _watch(parts: Parts, pool: LocalPool) -> None:
-    if parts.stopping.is_set():
+def _watch(context: ServerContext, pool: WorkerPool) -> None:
+    if context.stopping.is_set():
         return  # processes that end now are meant to
     for job in pool.watch():
-        log.warning("job taken back from its worker", request_id=job.id, status=job.status.value, attempts=job.attempts)
+        log.warning(
+            "job taken back from its worker",
+            request_id=job.id,
+            status=job.status.value,
+            attempts=job.attempts,
+        )
         if job.status is Status.FAILED and job.error:
-            parts.metrics.lost(job.error.code)
+            context.metrics.lost(job.error.code)
 
 
-def clean(parts: Parts) -> None:
+def clean(context: ServerContext) -> None:
     """Remove requests that are old or too many, with their images, and adapters that nobody needs and that take too much space."""
-    before = datetime.now(UTC) - timedelta(days=parts.settings.keep_days)
-    gone = parts.store.remove_finished(before=before, keep=parts.settings.keep_requests)
+    before = datetime.now(UTC) - timedelta(days=context.settings.keep_days)
+    gone = context.store.remove_finished(before=before, keep=context.settings.keep_requests)
     for output in (output for job in gone for output in job.outputs):
         Path(output.file_path).unlink(missing_ok=True)
     if gone:
         log.info("old requests removed", count=len(gone))
-    if trimmed := parts.cache.trim(parts.store.needs_adapter):
+    if trimmed := context.cache.trim(context.store.needs_adapter):
         log.info("adapters removed from the cache", count=len(trimmed))
 
 

@@ -13,16 +13,14 @@ from starlette.requests import Request, cookie_parser
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from fidelora.server.keys import ApiKeys, hash_of
+from fidelora.server.api_keys import ApiKeys, hash_of
 
 COOKIE = "fidelora_session"
 LOGIN_PATH, LOGOUT_PATH = "/login", "/logout"
 _LASTS_S = 7 * 24 * 3600.0
 _MOST = 10_000
 _MOST_BYTES = 10_000
-_STRICT = (
-    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
-)
+_STRICT = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
 
 
 class Login:
@@ -37,7 +35,9 @@ class Login:
         self._keys = keys
         self._secure = secure
         self._lock = threading.Lock()
-        self._sessions: OrderedDict[str, tuple[str, float]] = OrderedDict()  # hash of the cookie -> hash of the key, end
+        self._sessions: OrderedDict[str, tuple[str, float]] = (
+            OrderedDict()
+        )  # hash of the cookie -> hash of the key, end
 
     def owner(self, headers: Headers) -> str | None:
         """Whose key the cookie of this request stands for; None if for none."""
@@ -52,7 +52,11 @@ class Login:
         if request.method == "POST":
             form = parse_qs((await _little(request)).decode("utf-8", "replace"))
             key = form.get("key", [""])[0].strip()
-            answer = self._opened(key) if self._keys.owner(key) else _form("This is no key of this server.", 403)
+            answer = (
+                self._opened(key)
+                if self._keys.owner(key)
+                else _form("This is no key of this server.", 403)
+            )
         else:
             answer = _form()
         await answer(scope, receive, send)
@@ -75,7 +79,14 @@ class Login:
             while len(self._sessions) > _MOST:
                 self._sessions.popitem(last=False)
         answer = RedirectResponse("./", 303)
-        answer.set_cookie(COOKIE, token, max_age=int(_LASTS_S), httponly=True, samesite="strict", secure=self._secure)
+        answer.set_cookie(
+            COOKIE,
+            token,
+            max_age=int(_LASTS_S),
+            httponly=True,
+            samesite="strict",
+            secure=self._secure,
+        )
         return answer
 
 

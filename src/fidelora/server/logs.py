@@ -27,21 +27,31 @@ def configure_logs(log_format: LogFormat = "auto", debug: bool = False) -> None:
         _mask,
     ]
     structlog.configure(
-        processors=[structlog.stdlib.filter_by_level, *shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
         logger_factory=structlog.stdlib.LoggerFactory(),
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
     # Plain tracebacks: the others show local variables, and tokens with them.
     renderers: list[Processor] = [
-        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)
+        structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
     ]
     if not as_text:
-        renderers = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(ensure_ascii=False)]
+        renderers = [
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(ensure_ascii=False),
+        ]
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=shared, processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderers]
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderers],
         )
     )
     root = logging.getLogger()
@@ -50,9 +60,13 @@ def configure_logs(log_format: LogFormat = "auto", debug: bool = False) -> None:
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         library = logging.getLogger(name)
         library.handlers, library.propagate = [], True
-    logging.getLogger("uvicorn.access").disabled = True  # the server writes its own line, with the ids
+    logging.getLogger(
+        "uvicorn.access"
+    ).disabled = True  # the server writes its own line, with the ids
     for name in ("httpx2", "httpcore2", "urllib3", "filelock", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # they log addresses, which may carry a token
+        logging.getLogger(name).setLevel(
+            logging.WARNING
+        )  # they log addresses, which may carry a token
 
 
 def _mask(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

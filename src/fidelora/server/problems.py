@@ -14,9 +14,9 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from fidelora import errors
+from fidelora.api import ErrorBody
 from fidelora.errors import FideloraError, RequestError, RequestFailedError, RequestFieldError
-from fidelora.server.shapes import Problem, answer
-from fidelora.wire import ErrorBody
+from fidelora.server.problem_formats import Problem, answer
 
 log = structlog.get_logger(__name__)
 
@@ -89,8 +89,13 @@ def answers(*statuses: int, is_json: bool = True) -> dict[int | str, dict[str, A
     """
     body: dict[str, Any] = {"model": ErrorBody}
     if not is_json:
-        body = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}}
-    return {status: {**body, "description": _DESCRIPTIONS[status]} for status in (400, 401, 413, *statuses)}
+        body = {
+            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}
+        }
+    return {
+        status: {**body, "description": _DESCRIPTIONS[status]}
+        for status in (400, 401, 413, *statuses)
+    }
 
 
 def problem_of(error: FideloraError) -> Problem:
@@ -120,9 +125,14 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
-        if isinstance(error.__cause__, FideloraError):  # the framework wraps what is raised while it reads a body
+        if isinstance(
+            error.__cause__, FideloraError
+        ):  # the framework wraps what is raised while it reads a body
             return answer(problem_of(error.__cause__), request.url.path)
-        response = answer(Problem(error.status_code, HTTPStatus(error.status_code).name, f"{error.detail}."), request.url.path)
+        response = answer(
+            Problem(error.status_code, HTTPStatus(error.status_code).name, f"{error.detail}."),
+            request.url.path,
+        )
         response.headers.update(error.headers or {})
         return response
 
@@ -148,7 +158,10 @@ def _invalid(found: Sequence[Mapping[str, Any]]) -> Problem:
         if _SECRET_FIELDS.isdisjoint(map(str, entry["loc"])) and _is_plain(given):
             shown["input"] = given
         fields.append(shown)
-    sentences = (f"{'.'.join(str(part) for part in entry['loc'] if part != 'body')}: {entry['msg']}" for entry in fields)
+    sentences = (
+        f"{'.'.join(str(part) for part in entry['loc'] if part != 'body')}: {entry['msg']}"
+        for entry in fields
+    )
     return Problem(422, "FIELD_INVALID", "; ".join(sentences).strip(": "), fields=fields)
 
 

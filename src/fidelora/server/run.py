@@ -15,15 +15,15 @@ import structlog
 import uvicorn
 from filelock import FileLock, Timeout
 
+from fidelora.atomic import make_folder, write_atomically
 from fidelora.errors import SettingsError
-from fidelora.files import make_folder, write_atomically
-from fidelora.models import all_models, model_spec
-from fidelora.server.app import keys_file, make_app, make_parts
-from fidelora.server.gate import is_loopback
-from fidelora.server.keys import ApiKeys
+from fidelora.families import all_families, get_family
+from fidelora.server.api_keys import ApiKeys
+from fidelora.server.app import keys_file, make_app, make_context
+from fidelora.server.context import ServerContext
 from fidelora.server.logs import configure_logs
-from fidelora.server.parts import Parts
-from fidelora.server.ui.mount import Page
+from fidelora.server.middleware import is_loopback
+from fidelora.server.page.mount import Page
 from fidelora.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -46,23 +46,28 @@ def serve(settings: Settings) -> None:
     data_dir = settings.data_dir.expanduser().absolute()
     make_folder(data_dir)
     with _only_server(data_dir), _listen(settings) as listener:
-        host, port = f"[{settings.host}]" if ":" in settings.host else settings.host, listener.getsockname()[1]
+        host, port = (
+            f"[{settings.host}]" if ":" in settings.host else settings.host,
+            listener.getsockname()[1],
+        )
         base_url = settings.base_url.rstrip("/") or f"http://{host}:{port}"
-        parts = make_parts(settings, _numerics(settings), base_url, _server_id(data_dir))
+        context = make_context(settings, _server_defaults(settings), base_url, _server_id(data_dir))
         log.info("listening", url=f"http://{host}:{port}", base_url=base_url, data=str(data_dir))
-        asyncio.run(_serve(parts, listener))
+        asyncio.run(_serve(context, listener))
         log.info("stopped")
 
 
-async def _serve(parts: Parts, listener: socket.socket) -> None:
-    app = make_app(parts, with_page=True)
-    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=_LAST_ANSWERS_S)
+async def _serve(context: ServerContext, listener: socket.socket) -> None:
+    app = make_app(context, with_page=True)
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, timeout_graceful_shutdown=_LAST_ANSWERS_S
+    )
     server = _Server(config)
     told = asyncio.Event()
 
     def tell() -> None:
-        if told.is_set() and parts.pool is not None:  # whoever asks twice does not want to wait
-            parts.pool.hurry()
+        if told.is_set() and context.pool is not None:  # whoever asks twice does not want to wait
+            context.pool.hurry()
         told.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -71,10 +76,10 @@ async def _serve(parts: Parts, listener: socket.socket) -> None:
     waiting = asyncio.create_task(told.wait())
     await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
     if told.is_set():
-        log.info("stopping", grace_s=parts.settings.stop_grace_s)
-        parts.stopping.set()
-        if parts.pool is not None:  # status and results are still answered meanwhile
-            await asyncio.to_thread(parts.pool.stop, parts.settings.stop_grace_s)
+        log.info("stopping", grace_s=context.settings.stop_grace_s)
+        context.stopping.set()
+        if context.pool is not None:  # status and results are still answered meanwhile
+            await asyncio.to_thread(context.pool.stop, context.settings.stop_grace_s)
         if isinstance(page := getattr(app.state, "page", None), Page):
             await page.close()  # or those who look at it would be waited for
         server.should_exit = True
@@ -91,29 +96,34 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _numerics(settings: Settings) -> dict[str, dict[str, Any]]:
+def _server_defaults(settings: Settings) -> dict[str, dict[str, Any]]:
     """The recipe fields that this server decides, by model.
 
     Raises:
         DeviceError: a device is not there, or has no fast path where that is the default.
         BaseModelError: the base model is a file or folder that is not there.
     """
-    from fidelora.engine import fast
-    from fidelora.engine.device import auto_dtype, resolve_device
-    from fidelora.engine.locate import is_name, locate
+    from fidelora.accel import compiled as fast
+    from fidelora.accel.device import auto_dtype, resolve_device
+    from fidelora.weights.locate import is_name, locate
 
     devices = [resolve_device(name) for name in settings.devices]
     dtype = auto_dtype(devices[0]) if settings.dtype == "auto" else settings.dtype
     if settings.fidelity == "fast":
         for device in devices:
             fast.way_on(device, settings.offload)
-    of_all = {"dtype": dtype, "vae_dtype": dtype, "text_encoder_dtype": dtype, "fidelity": settings.fidelity}
-    numerics: dict[str, dict[str, Any]] = {model: dict(of_all) for model in all_models()}
+    of_all = {
+        "dtype": dtype,
+        "vae_dtype": dtype,
+        "text_encoder_dtype": dtype,
+        "fidelity": settings.fidelity,
+    }
+    server_defaults: dict[str, dict[str, Any]] = {model: dict(of_all) for model in all_families()}
     for model, place in settings.base_models.items():
         if not is_name(place):  # a path has to be absolute, for requests outlive this folder
-            place = str(locate(place, model_spec(model).components).absolute())
-        numerics[model]["base_model"] = place
-    return numerics
+            place = str(locate(place, get_family(model).components).absolute())
+        server_defaults[model]["base_model"] = place
+    return server_defaults
 
 
 @contextlib.contextmanager
@@ -123,7 +133,9 @@ def _only_server(data_dir: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise SettingsError(f"Another server uses the data folder {data_dir}; stop it, or set FIDELORA_DATA_DIR.") from None
+        raise SettingsError(
+            f"Another server uses the data folder {data_dir}; stop it, or set FIDELORA_DATA_DIR."
+        ) from None
     try:
         yield
     finally:

@@ -17,13 +17,13 @@ import structlog
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
-from fidelora.adapters.keys import noise_of_file
+from fidelora.adapters.tensor_names import noise_of_file
+from fidelora.api import LoraItem
 from fidelora.errors import RequestCanceledError, RequestFailedError, ServerStoppingError
 from fidelora.jobs.job import Job, Status, new_job
 from fidelora.jobs.store import Submission
 from fidelora.recipe import AdapterRef, Noise, Recipe
-from fidelora.server.parts import Parts
-from fidelora.wire import LoraItem
+from fidelora.server.context import ServerContext
 
 LOOK_EVERY_S = 0.2
 """How often a store is asked for what is new."""
@@ -43,7 +43,7 @@ def draw_seed() -> int:
 
 
 async def submit(
-    parts: Parts,
+    context: ServerContext,
     model: str,
     loras: Sequence[LoraItem],
     recipes: Recipes,
@@ -60,11 +60,20 @@ async def submit(
         AdapterError, WeightsFileError: a LoRA cannot be found or used.
         what `recipes` raises.
     """
-    parts.refuse_if_stopping()
-    adapters = [await parts.sources.resolve(lora.path, sha256=lora.sha256, hub_token=hub_token) for lora in loras]
+    context.refuse_if_stopping()
+    adapters = [
+        await context.sources.resolve(lora.path, sha256=lora.sha256, hub_token=hub_token)
+        for lora in loras
+    ]
 
     def make() -> Job:
-        return enqueue(parts, recipes(adapters, numerics_for(parts, model, adapters)), image_format, image_quality, submission)
+        return enqueue(
+            context,
+            recipes(adapters, defaults_for(context, model, adapters)),
+            image_format,
+            image_quality,
+            submission,
+        )
 
     job = await run_in_threadpool(make)
     structlog.contextvars.bind_contextvars(request_id=job.id)  # in what is logged of this call
@@ -72,7 +81,7 @@ async def submit(
 
 
 def enqueue(
-    parts: Parts,
+    context: ServerContext,
     recipes: tuple[Recipe, ...],
     image_format: str = "png",
     image_quality: int | None = None,
@@ -84,9 +93,9 @@ def enqueue(
         QueueFullError: it is not taken.
     """
     job = new_job(recipes, utc_now(), image_format=image_format, image_quality=image_quality)
-    stored = parts.store.add(job, submission=submission, capacity=parts.settings.queue_size)
-    if parts.pool is not None:
-        parts.pool.wake()
+    stored = context.store.add(job, submission=submission, capacity=context.settings.queue_size)
+    if context.pool is not None:
+        context.pool.wake()
     return stored
 
 
@@ -99,13 +108,15 @@ def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def numerics_for(parts: Parts, model: str, adapters: Sequence[AdapterRef]) -> dict[str, Any]:
+def defaults_for(
+    context: ServerContext, model: str, adapters: Sequence[AdapterRef]
+) -> dict[str, Any]:
     """The recipe fields that the server decides for images with these adapters.
 
     As on the command line, the first adapter's file says which trainer, and so which noise, its previews were made with.
     """
-    noise: Noise = _noise(parts.cache.path(adapters[0].sha256)) if adapters else "modern"
-    return {**parts.numerics.get(model, {}), "noise": noise}
+    noise: Noise = _noise(context.cache.path(adapters[0].sha256)) if adapters else "modern"
+    return {**context.server_defaults.get(model, {}), "noise": noise}
 
 
 @lru_cache(maxsize=1000)
@@ -115,16 +126,18 @@ def _noise(path: Path) -> Noise:
 
 
 @asynccontextmanager
-async def canceled_at_exit(job: Job, parts: Parts) -> AsyncIterator[None]:
+async def canceled_on_exit(job: Job, context: ServerContext) -> AsyncIterator[None]:
     """Whoever leaves the block, for whatever reason, wants the job no longer; one that has ended stays as it is."""
     try:
         yield
     finally:
-        with anyio.CancelScope(shield=True):  # the client that went away has canceled everything else here
-            await run_in_threadpool(parts.store.cancel, job.id, utc_now())
+        with anyio.CancelScope(
+            shield=True
+        ):  # the client that went away has canceled everything else here
+            await run_in_threadpool(context.store.cancel, job.id, utc_now())
 
 
-async def looks_at(job: Job, parts: Parts, request: Request) -> AsyncIterator[Job]:
+async def job_updates(job: Job, context: ServerContext, request: Request) -> AsyncIterator[Job]:
     """The job as it is now, again and again, the last time when it has ended.
 
     Raises:
@@ -133,23 +146,23 @@ async def looks_at(job: Job, parts: Parts, request: Request) -> AsyncIterator[Jo
     """
     yield job
     while not job.status.final:
-        if parts.stopping.is_set() and job.status is Status.IN_QUEUE:
+        if context.stopping.is_set() and job.status is Status.IN_QUEUE:
             raise ServerStoppingError
         if await request.is_disconnected():
             raise RequestCanceledError("The client went away before its images were made.")
         await asyncio.sleep(LOOK_EVERY_S)
-        job = await run_in_threadpool(parts.store.get, job.id)
+        job = await run_in_threadpool(context.store.get, job.id)
         yield job
 
 
-async def finished(job: Job, parts: Parts, request: Request) -> Job:
+async def finished(job: Job, context: ServerContext, request: Request) -> Job:
     """The job once it has succeeded. If the client goes away, or the server stops before the job's turn, it is canceled.
 
     Raises:
         RequestFailedError, RequestCanceledError, ServerStoppingError: there are no images.
     """
-    async with canceled_at_exit(job, parts):
-        async for now in looks_at(job, parts, request):
+    async with canceled_on_exit(job, context):
+        async for now in job_updates(job, context, request):
             job = now
     return succeeded(job)
 

@@ -8,66 +8,75 @@ from typing import Annotated
 
 from fastapi import APIRouter, File, Form, Path, Query, Response, UploadFile
 
-from fidelora.adapters.describe import describe_adapter
-from fidelora.adapters.folder import UPLOADS, adapter_names, adapter_under, add_upload, upload_path
+from fidelora.api import LoraBody, LoraList
 from fidelora.errors import AdapterInUseError
-from fidelora.server.parts import Parts, PartsOf
+from fidelora.loras.describe import describe_adapter
+from fidelora.loras.folder import UPLOADS, adapter_names, adapter_path, add_upload, upload_path
+from fidelora.server.context import ContextDep, ServerContext
 from fidelora.server.problems import answers
-from fidelora.wire import LoraBody, LoraList
 
 router = APIRouter(prefix="/v1/loras", tags=["loras"])
 
 
 @router.get("", responses=answers())
 def list_loras(
-    parts: PartsOf,
+    context: ContextDep,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
-    cursor: Annotated[str | None, Query(min_length=1, max_length=4096, description="`next_cursor` of the page before.")] = None,
+    cursor: Annotated[
+        str | None,
+        Query(min_length=1, max_length=4096, description="`next_cursor` of the page before."),
+    ] = None,
 ) -> LoraList:
     """The LoRA files that requests can name, by path."""
-    names = adapter_names(parts.settings.loras)
+    names = adapter_names(context.settings.loras)
     start = bisect_right(names, cursor) if cursor is not None else 0
     page = names[start : start + limit]
     more = start + limit < len(names)
-    return LoraList(loras=[_body(name, parts) for name in page], next_cursor=page[-1] if more else None)
+    return LoraList(
+        loras=[_body(name, context) for name in page], next_cursor=page[-1] if more else None
+    )
 
 
 @router.post(
     "",
     status_code=201,
-    responses=answers(409, 503) | {200: {"model": LoraBody, "description": "These bytes were there under this name"}},
+    responses=answers(409, 503)
+    | {200: {"model": LoraBody, "description": "These bytes were there under this name"}},
 )
 def upload_lora(
-    parts: PartsOf,
+    context: ContextDep,
     response: Response,
     file: Annotated[UploadFile, File(description="The .safetensors file.")],
-    name: Annotated[str | None, Form(max_length=200, description="What to call it; by default the file's own name.")] = None,
+    name: Annotated[
+        str | None,
+        Form(max_length=200, description="What to call it; by default the file's own name."),
+    ] = None,
 ) -> LoraBody:
     """Upload a LoRA; requests then name it by the `path` of the answer."""
-    parts.refuse_if_stopping()
-    path, is_new = add_upload(parts.settings.loras, file.file, name or file.filename or "")
+    context.refuse_if_stopping()
+    path, is_new = add_upload(context.settings.loras, file.file, name or file.filename or "")
     if not is_new:
         response.status_code = 200
-    return _body(path, parts)
+    return _body(path, context)
 
 
 @router.delete("/{name}", status_code=204, responses=answers(404, 409))
-def delete_lora(name: Annotated[str, Path(max_length=200)], parts: PartsOf) -> None:
+def delete_lora(name: Annotated[str, Path(max_length=200)], context: ContextDep) -> None:
     """Delete an uploaded LoRA. Files that came into the folder in another way are not deleted over HTTP."""
-    path = upload_path(parts.settings.loras, name.removeprefix(f"{UPLOADS}/"))
-    sha256 = parts.cache.sha256_of(path)
-    if parts.store.needs_adapter(sha256):
+    path = upload_path(context.settings.loras, name.removeprefix(f"{UPLOADS}/"))
+    sha256 = context.cache.sha256_of(path)
+    if context.store.needs_adapter(sha256):
         raise AdapterInUseError
     path.unlink(missing_ok=True)
-    parts.cache.path(sha256).unlink(missing_ok=True)
+    context.cache.path(sha256).unlink(missing_ok=True)
 
 
-def _body(name: str, parts: Parts) -> LoraBody:
-    path = adapter_under(parts.settings.loras, name)
+def _body(name: str, context: ServerContext) -> LoraBody:
+    path = adapter_path(context.settings.loras, name)
     summary = describe_adapter(path)
     return LoraBody(
         path=name,
-        sha256=parts.cache.sha256_of(path),
+        sha256=context.cache.sha256_of(path),
         type=summary.kind,
         ranks=list(summary.ranks),
         modules=summary.modules,

@@ -13,16 +13,8 @@ from fastapi.sse import format_sse_event
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from fidelora.errors import FideloraError, RequestError, RequestFieldError
-from fidelora.jobs.job import Job, Status
-from fidelora.models import all_models
-from fidelora.server.images import base64_of, preview_as
-from fidelora.server.parts import Parts, PartsOf
-from fidelora.server.problems import problem_of
-from fidelora.server.shapes import openai_error
-from fidelora.server.submit import canceled_at_exit, draw_seed, finished, looks_at, submit, succeeded
-from fidelora.wire import OpenAIModel, check_request, recipes_of
-from fidelora.wire.openai import (
+from fidelora.api import OpenAIModel, check_request, recipes_of
+from fidelora.api.openai import (
     FIELD_OF,
     ImageData,
     ImageEvent,
@@ -32,6 +24,21 @@ from fidelora.wire.openai import (
     Usage,
     event_of,
     size_of,
+)
+from fidelora.errors import FideloraError, RequestError, RequestFieldError
+from fidelora.families import all_families
+from fidelora.jobs.job import Job, Status
+from fidelora.server.context import ContextDep, ServerContext
+from fidelora.server.outputs import base64_of, preview_as
+from fidelora.server.problem_formats import openai_error
+from fidelora.server.problems import problem_of
+from fidelora.server.submit import (
+    canceled_on_exit,
+    draw_seed,
+    finished,
+    job_updates,
+    submit,
+    succeeded,
 )
 
 router = APIRouter(tags=["openai"])
@@ -47,8 +54,10 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 @router.get("/v1/models/{model}", responses=_ERRORS)
 async def model(model: str) -> OpenAIModel:
     """One model family, as OpenAI describes models."""
-    if model not in all_models():
-        raise RequestError(f"There is no model {model!r:.100}.", code="MODEL_NOT_FOUND", details={"field": "model"})
+    if model not in all_families():
+        raise RequestError(
+            f"There is no model {model!r:.100}.", code="MODEL_NOT_FOUND", details={"field": "model"}
+        )
     return OpenAIModel(id=model)
 
 
@@ -57,7 +66,7 @@ async def model(model: str) -> OpenAIModel:
     response_model=ImagesBody,
     responses=_ERRORS | {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
 )
-async def generate_images(body: ImagesRequest, parts: PartsOf, request: Request) -> Response:
+async def generate_images(body: ImagesRequest, context: ContextDep, request: Request) -> Response:
     """Ask for images, and wait for them. A client that goes away cancels its request.
 
     With `stream`, the answer is a stream of events `image_generation.partial_image` and `image_generation.completed`.
@@ -66,7 +75,7 @@ async def generate_images(body: ImagesRequest, parts: PartsOf, request: Request)
     try:
         check_request(asked, needs_lora=False)
         job = await submit(
-            parts,
+            context,
             asked.model,
             asked.loras,
             partial(recipes_of, asked, draw_seed=draw_seed),
@@ -74,20 +83,24 @@ async def generate_images(body: ImagesRequest, parts: PartsOf, request: Request)
             image_format=body.format,
             image_quality=body.output_compression,
         )
-    except RequestFieldError as error:  # it names a field of the request that this one was made into
+    except (
+        RequestFieldError
+    ) as error:  # it names a field of the request that this one was made into
         *_, field = error.place
         raise RequestFieldError(str(error), place=(FIELD_OF.get(str(field), field),)) from error
     if body.stream:
-        return StreamingResponse(_stream(job, body.partial_images or 0, parts, request), media_type="text/event-stream")
-    job = await finished(job, parts, request)
+        return StreamingResponse(
+            _stream(job, body.partial_images or 0, context, request), media_type="text/event-stream"
+        )
+    job = await finished(job, context, request)
     urls = body.response_format == "url"
-    answer = await run_in_threadpool(_images, job, parts, urls)
+    answer = await run_in_threadpool(_images, job, context, urls)
     return JSONResponse(answer.model_dump(exclude_none=True))
 
 
-def _images(job: Job, parts: Parts, urls: bool) -> ImagesBody:
+def _images(job: Job, context: ServerContext, urls: bool) -> ImagesBody:
     assert job.finished_at is not None
-    url = f"{parts.base_url.rstrip('/')}/v1/requests/{job.id}/images"
+    url = f"{context.base_url.rstrip('/')}/v1/requests/{job.id}/images"
     data = [
         ImageData(
             url=f"{url}/{index}" if urls else None,
@@ -107,12 +120,14 @@ def _images(job: Job, parts: Parts, urls: bool) -> ImagesBody:
     )
 
 
-async def _stream(job: Job, partial_images: int, parts: Parts, request: Request) -> AsyncIterator[bytes]:
+async def _stream(
+    job: Job, partial_images: int, context: ServerContext, request: Request
+) -> AsyncIterator[bytes]:
     """The job as events; what goes wrong once the answer has begun is the last of them."""
     pictures, said = _Partials(partial_images), time.monotonic()
     try:
-        async with canceled_at_exit(job, parts):
-            async for now in looks_at(job, parts, request):
+        async with canceled_on_exit(job, context):
+            async for now in job_updates(job, context, request):
                 job = now
                 if (event := pictures.of(job)) is not None:
                     yield _sse(event.type, event.model_dump(exclude_none=True))
@@ -123,7 +138,9 @@ async def _stream(job: Job, partial_images: int, parts: Parts, request: Request)
                 said = time.monotonic()
         for output in succeeded(job).outputs:
             content = await run_in_threadpool(base64_of, output)
-            done = event_of("completed", job, content, usage=Usage(), seed=output.seed, sha256=output.sha256)
+            done = event_of(
+                "completed", job, content, usage=Usage(), seed=output.seed, sha256=output.sha256
+            )
             yield _sse(done.type, done.model_dump(exclude_none=True))
     except FideloraError as error:
         yield _sse("error", openai_error(problem_of(error)))
@@ -140,14 +157,25 @@ class _Partials:
     def of(self, job: Job) -> ImageEvent | None:
         """The event for the job as it is now, if one is due."""
         progress = job.progress
-        if progress is None or job.status is not Status.IN_PROGRESS or progress.preview in ("", self._last):
+        if (
+            progress is None
+            or job.status is not Status.IN_PROGRESS
+            or progress.preview in ("", self._last)
+        ):
             return None
         if progress.image != self._image:
             self._image, self._sent = progress.image, 0
-        if self._sent == self._most or progress.step * (self._most + 1) < progress.steps * (self._sent + 1):
+        if self._sent == self._most or progress.step * (self._most + 1) < progress.steps * (
+            self._sent + 1
+        ):
             return None
         self._last = progress.preview
-        event = event_of("partial_image", job, preview_as(progress.preview, job.image_format), partial_image_index=self._sent)
+        event = event_of(
+            "partial_image",
+            job,
+            preview_as(progress.preview, job.image_format),
+            partial_image_index=self._sent,
+        )
         self._sent += 1
         return event
 

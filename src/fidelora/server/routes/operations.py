@@ -8,7 +8,7 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
-from fidelora.server.parts import PartsOf
+from fidelora.server.context import ContextDep
 from fidelora.server.problems import answers
 
 router = APIRouter(tags=["operations"])
@@ -33,23 +33,26 @@ async def health() -> Health:
     return Health()
 
 
-@router.get("/ready", responses={503: {"model": Readiness, "description": "Not yet, or not any more"}})
-def ready(parts: PartsOf, response: Response) -> Readiness:
+@router.get(
+    "/ready", responses={503: {"model": Readiness, "description": "Not yet, or not any more"}}
+)
+def ready(context: ContextDep, response: Response) -> Readiness:
     """Whether requests are worked on: a worker has loaded the base model, and the server is not about to stop."""
-    if parts.stopping.is_set():
+    if context.stopping.is_set():
         response.status_code = 503
         return Readiness(status="stopping")
-    if parts.pool is not None and not parts.pool.ready:
+    if context.pool is not None and not context.pool.ready:
         response.status_code = 503
-        return Readiness(status="starting", reason=parts.pool.trouble)
+        return Readiness(status="starting", reason=context.pool.trouble)
     return Readiness(status="ready")
 
 
 @router.get(
     "/metrics",
     response_class=Response,
-    responses=answers(is_json=False) | {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    responses=answers(is_json=False)
+    | {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
-def metrics(parts: PartsOf) -> Response:
+def metrics(context: ContextDep) -> Response:
     """Counters for Prometheus."""
-    return Response(parts.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+    return Response(context.metrics.text(), media_type=CONTENT_TYPE_LATEST)

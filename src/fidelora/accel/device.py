@@ -1,0 +1,94 @@
+"""Which device and which precision this machine offers."""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from fidelora.errors import DeviceError
+from fidelora.recipe import Dtype
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of this name: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`; `auto` takes the best there is.
+
+    Raises:
+        DeviceError: no such device here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", 0)
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DeviceError(
+            f"There is no device {name!r}; use auto, cpu, cuda, cuda:N or mps."
+        ) from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise DeviceError(
+                f"{name} was asked for, but this machine or this build of torch has no CUDA; use --device cpu."
+            )
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise DeviceError(
+                f"{name} was asked for, but there are only {torch.cuda.device_count()} CUDA devices."
+            )
+        return torch.device("cuda", device.index or 0)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError(
+            "mps was asked for, but this machine or this build of torch has no Metal device; use --device cpu."
+        )
+    if device.type not in ("cpu", "mps"):
+        raise DeviceError(
+            f"The device {name!r} is not supported; use auto, cpu, cuda, cuda:N or mps."
+        )
+    return torch.device(device.type)
+
+
+@cache
+def processor_name() -> str:
+    """The processor as the system calls it, with maker, family and model, which a virtual machine's name does not always tell.
+
+    The maker matters: with equal instructions, the library that multiplies matrices takes other kernels on Intel's than on AMD's.
+    """
+    linux = Path("/proc/cpuinfo")
+    return (
+        read_processor_name(linux) if linux.exists() else platform.processor() or platform.machine()
+    )
+
+
+def read_processor_name(information: Path) -> str:
+    """What a file like Linux's `/proc/cpuinfo` says of the first processor."""
+    lines = information.read_text().split("\n\n", 1)[0].splitlines()
+    fields = {
+        name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)
+    }
+    known = [f"{words} {fields[name]}" for words, name in _DISTINGUISHING.items() if name in fields]
+    return f"{fields.get('model name', platform.machine())} ({', '.join(known) or 'more is not known'})"
+
+
+_DISTINGUISHING = {"by": "vendor_id", "family": "cpu family", "model": "model"}
+"""Words of ours, names of Linux on x86; on other processors there are none of them."""
+
+
+def instruction_set() -> str:
+    """Which of its kernels torch takes on this processor, such as `AVX512` or `AVX512, AMX`."""
+    tiles = ", AMX" if torch.cpu._is_amx_tile_supported() else ""
+    return torch.backends.cpu.get_cpu_capability() + tiles
+
+
+def auto_dtype(device: torch.device) -> Dtype:
+    """The usual precision of a device: CUDA bfloat16 where the hardware has it, else float16; mps float16; CPU float32."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+    return "float16" if device.type == "mps" else "float32"

@@ -1,0 +1,72 @@
+"""The HTTP API's bodies, and what they mean: requests into recipes, jobs into answers. Shared by server and client; needs no torch.
+
+The contract is that of the documented `ai-toolkit-inference` API: same fields, ranges and codes. What is added is additive. Nothing
+is ignored: a field that the model cannot use, and a field that nobody knows, is an error that names it.
+"""
+
+from __future__ import annotations
+
+from fidelora.api.recipes import DEFAULT_SIZE, check_request, recipes_of, request_for
+from fidelora.api.requests import (
+    MAX_PROMPTS,
+    ImageFormat,
+    InferenceRequest,
+    LoraItem,
+    Multiplier,
+    PromptItem,
+)
+from fidelora.api.responses import (
+    Accepted,
+    ErrorBody,
+    ErrorDetail,
+    ErrorEnvelope,
+    ImageBody,
+    LoraBody,
+    LoraList,
+    MetadataBody,
+    ModelBody,
+    ModelList,
+    OpenAIModel,
+    OutputsBody,
+    ProgressBody,
+    RequestList,
+    ResultBody,
+    StatusBody,
+    accepted,
+    model_list,
+    result_of,
+    status_of,
+)
+
+__all__ = [
+    "DEFAULT_SIZE",
+    "MAX_PROMPTS",
+    "Accepted",
+    "ErrorBody",
+    "ErrorDetail",
+    "ErrorEnvelope",
+    "ImageBody",
+    "ImageFormat",
+    "InferenceRequest",
+    "LoraBody",
+    "LoraItem",
+    "LoraList",
+    "MetadataBody",
+    "ModelBody",
+    "ModelList",
+    "Multiplier",
+    "OpenAIModel",
+    "OutputsBody",
+    "ProgressBody",
+    "PromptItem",
+    "RequestList",
+    "ResultBody",
+    "StatusBody",
+    "accepted",
+    "check_request",
+    "model_list",
+    "recipes_of",
+    "request_for",
+    "result_of",
+    "status_of",
+]

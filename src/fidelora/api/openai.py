@@ -1,0 +1,247 @@
+"""The bodies of OpenAI's Images API, as the package `openai` sends and reads them, and what they mean here.
+
+https://platform.openai.com/docs/api-reference/images. What an image is made of (LoRAs, seed, steps, ...) comes beside OpenAI's own
+fields, by `extra_body`. A field that has no meaning here is refused, or taken with the value alone that asks for nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, Field, SecretStr, model_validator
+
+from fidelora.api.requests import (
+    MAX_LORAS,
+    ImageFormat,
+    InferenceRequest,
+    LoraItem,
+    PromptItem,
+    RequestBody,
+)
+from fidelora.errors import RequestError
+from fidelora.families import all_families
+from fidelora.jobs.job import Job
+from fidelora.recipe import MAX_PROMPT_CHARACTERS, MAX_SEED, MAX_SIZE, MIN_SIZE, Fidelity
+
+MAX_IMAGES = 10
+_SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
+
+
+class ImagesRequest(RequestBody):
+    """The body of `POST /v1/images/generations`.
+
+    `quality`, `background` and `moderation` are taken with the values alone that change nothing; `user` and `safety_identifier`
+    say who asks, and nothing about the image.
+    """
+
+    prompt: str = Field(max_length=MAX_PROMPT_CHARACTERS)
+    model: str | None = Field(
+        None, description="A model of `GET /v1/models`; by default the first."
+    )
+    n: int | None = Field(None, ge=1, le=MAX_IMAGES)
+    size: str | None = Field(
+        None,
+        pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$",
+        description="WIDTHxHEIGHT, or auto: the model's own.",
+    )
+    output_format: ImageFormat | None = None
+    output_compression: int | None = Field(
+        None, ge=0, le=100, description="The quality of JPEG and WebP files."
+    )
+    response_format: Literal["b64_json", "url"] | None = None
+    stream: bool | None = None
+    partial_images: int | None = Field(
+        None, ge=0, le=3, description="Rough pictures of each image, in a stream."
+    )
+    quality: Literal["auto", "standard"] | None = None
+    background: Literal["auto", "opaque"] | None = None
+    moderation: Literal["auto", "low"] | None = None
+    user: str | None = Field(None, max_length=1000)
+    safety_identifier: str | None = Field(None, max_length=1000)
+
+    loras: list[LoraItem] = Field(default_factory=list, max_length=MAX_LORAS)
+    trigger_word: str | None = None
+    negative_prompt: str | None = None
+    seed: int | None = Field(
+        None, ge=-1, le=MAX_SEED, description="Of the first image; by default a random one."
+    )
+    steps: int | None = Field(None, ge=1, le=150)
+    guidance_scale: float | None = Field(None, ge=0, le=20, allow_inf_nan=False)
+    sampler: str | None = None
+    fidelity: Fidelity | None = None
+    hf_token: SecretStr | None = None
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if self.size not in (None, "auto") and not all(
+            MIN_SIZE <= side <= MAX_SIZE for side in _sides(self.size)
+        ):
+            raise ValueError(f"size: both sides are from {MIN_SIZE} to {MAX_SIZE} pixels")
+        if self.output_compression is not None and self.format == "png":
+            raise ValueError(
+                "output_compression: png has none; ask for the output_format jpeg or webp"
+            )
+        if self.partial_images and not self.stream:
+            raise ValueError("partial_images: there are some in a stream only; set stream to true")
+        if self.seed is not None and self.seed + (self.n or 1) - 1 > MAX_SEED:
+            raise ValueError(f"seed: the last image would have a seed beyond {MAX_SEED}")
+        if self.stream and self.response_format == "url":
+            raise ValueError("response_format: a stream has b64_json only")
+        return self
+
+    @property
+    def format(self) -> ImageFormat:
+        """Of the files."""
+        return self.output_format or "png"
+
+    def to_inference(self) -> InferenceRequest:
+        """The same request in the documented API: a seed of -1 is one that the server draws, for each image.
+
+        Raises:
+            RequestError: there is no such model, or a field is unknown.
+        """
+        if self.model_extra:
+            name = next(iter(self.model_extra))
+            raise RequestError(
+                f"{name} means nothing here; leave it out.",
+                code="FIELD_NOT_SUPPORTED",
+                details={"field": name},
+            )
+        model = self.model or next(iter(all_families()))
+        if model not in all_families():
+            known = ", ".join(all_families())
+            raise RequestError(
+                f"There is no model {model!r:.100}; the models are: {known}.",
+                code="MODEL_NOT_FOUND",
+                details={"field": "model"},
+            )
+        default = all_families()[model].default_size
+        width, height = (default, default) if self.size in (None, "auto") else _sides(self.size)
+        item: dict[str, Any] = {
+            "prompt": self.prompt,
+            "neg": self.negative_prompt,
+            "width": width,
+            "height": height,
+            "sample_steps": self.steps,
+            "guidance_scale": self.guidance_scale,
+            "sampler": self.sampler,
+        }
+        seeds = [
+            -1 if self.seed is None or self.seed == -1 else self.seed + index
+            for index in range(self.n or 1)
+        ]
+        return InferenceRequest(
+            model=model,
+            loras=self.loras,
+            prompts=[PromptItem(**item, seed=seed) for seed in seeds],
+            trigger_word=self.trigger_word,
+            hf_token=self.hf_token,
+            output_format=self.format,
+            fidelity=self.fidelity,
+        )
+
+
+class ImageData(BaseModel):
+    """One image: in base64 or by its URL, which needs the same API key as every call."""
+
+    b64_json: str | None = None
+    url: str | None = None
+    # OpenAI does not say these.
+    seed: int
+    sha256: str
+
+
+class ImagesBody(BaseModel):
+    """The answer to `POST /v1/images/generations`."""
+
+    created: int
+    data: list[ImageData]
+    background: Literal["opaque"] = "opaque"
+    output_format: ImageFormat
+    size: str
+    # OpenAI does not say this: the request of the documented API that it was, whose result has the recipes.
+    request_id: str
+
+
+class TokensByKind(BaseModel):
+    """No tokens are counted here."""
+
+    image_tokens: int = 0
+    text_tokens: int = 0
+
+
+class Usage(BaseModel):
+    """No tokens are counted here."""
+
+    input_tokens: int = 0
+    input_tokens_details: TokensByKind = Field(default_factory=TokensByKind)
+    output_tokens: int = 0
+    total_tokens: int = 0
+
+
+class ImageEvent(BaseModel):
+    """One event of a stream: a rough picture, whose size is its own, or a finished image."""
+
+    type: Literal["image_generation.partial_image", "image_generation.completed"]
+    b64_json: str
+    background: Literal["opaque"] = "opaque"
+    created_at: int
+    output_format: ImageFormat
+    quality: Literal["auto"] = "auto"
+    size: str
+    partial_image_index: int | None = Field(
+        None, description="Of a rough picture, from 0 for each image."
+    )
+    usage: Usage | None = Field(None, description="Of a finished image.")
+    # OpenAI does not say these.
+    request_id: str
+    seed: int | None = None
+    sha256: str | None = None
+
+
+class OpenAIErrorDetail(BaseModel):
+    """What went wrong, as OpenAI says it; `code` is one of ours where OpenAI has none."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIErrorBody(BaseModel):
+    """The body of errors of these paths."""
+
+    error: OpenAIErrorDetail
+
+
+FIELD_OF = {"sample_steps": "steps", "neg": "negative_prompt"}
+"""What a field of a prompt item is called here, where the names differ."""
+
+
+def size_of(job: Job) -> str:
+    """WIDTHxHEIGHT of a job's images, which all have the same size."""
+    return f"{job.recipes[0].width}x{job.recipes[0].height}"
+
+
+def event_of(
+    kind: Literal["partial_image", "completed"], job: Job, b64_json: str, **fields: Any
+) -> ImageEvent:
+    """An event of a stream, with what all of them have."""
+    assert job.started_at is not None, "there is nothing to see before that"
+    moment = job.finished_at or job.started_at
+    return ImageEvent(
+        type=f"image_generation.{kind}",  # type: ignore[arg-type]
+        b64_json=b64_json,
+        created_at=int(moment.timestamp()),
+        output_format=job.image_format,  # type: ignore[arg-type]
+        size=size_of(job),
+        request_id=job.id,
+        **fields,
+    )
+
+
+def _sides(size: str | None) -> tuple[int, int]:
+    match = _SIZE.fullmatch(size or "")
+    assert match is not None, "the pattern of the field allows nothing else"
+    return int(match[1]), int(match[2])

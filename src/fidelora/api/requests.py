@@ -1,0 +1,81 @@
+"""What clients ask for: the bodies of requests, with the ranges of the documented API."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
+
+from fidelora.recipe import MAX_ALPHA, Fidelity
+
+MAX_PROMPTS = 64
+MAX_LORAS = 64
+"""Of requests in the APIs that are not the documented one, which knows no limit but a body's size."""
+
+Multiplier = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+ImageFormat = Literal["png", "jpeg", "webp"]
+
+
+class RequestBody(BaseModel):
+    """A body whose unknown fields are kept, so that they can be named in an error of our own shape and not be dropped."""
+
+    model_config = ConfigDict(extra="allow", json_schema_extra={"additionalProperties": False})
+
+
+class LoraItem(RequestBody):
+    """One adapter of a request: a file under `WORKFLOWS_BASE_PATH`, a URL, or `hf:owner/name/file.safetensors`."""
+
+    path: str = Field(min_length=1, max_length=2048)
+    network_multiplier: Multiplier | None = None
+    transformer: Literal["low", "high"] | None = None
+    sha256: str | None = Field(
+        None, pattern=r"^[0-9a-f]{64}$", description="What the file's bytes have to be."
+    )
+    alpha: float | None = Field(
+        None,
+        ge=0,
+        le=MAX_ALPHA,
+        allow_inf_nan=False,
+        description="Of a DoRA, whose file has none; by default its rank.",
+    )
+
+
+class PromptItem(RequestBody):
+    """One image of a request. What is left out has the model's default, sizes 1024."""
+
+    prompt: str
+    trigger_word: str | None = None
+    width: int | None = Field(None, ge=64, le=4096)
+    height: int | None = Field(None, ge=64, le=4096)
+    guidance_scale: float | None = Field(None, ge=0, le=20, allow_inf_nan=False)
+    sample_steps: int | None = Field(None, ge=1, le=150)
+    neg: str | None = None
+    neg_2: str | None = Field(
+        None, description="For the second text encoder of models with two; by default as neg."
+    )
+    guidance_rescale: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    seed: int | None = Field(None, ge=-1, le=2**63 - 1)
+    sampler: str | None = None
+    network_multiplier: Multiplier | list[Multiplier] | None = None
+    num_frames: int | None = Field(None, ge=1, le=1000)
+    fps: int | None = Field(None, ge=1, le=120)
+    resolution: Literal["Default", "High"] | None = None
+    ctrl_img: str | None = None
+    ctrl_img_1: str | None = None
+    ctrl_img_2: str | None = None
+    ctrl_img_3: str | None = None
+
+
+class InferenceRequest(RequestBody):
+    """The body of `POST /v1/inference`."""
+
+    model: str
+    loras: list[LoraItem]
+    prompts: list[PromptItem] = Field(min_length=1, max_length=MAX_PROMPTS)
+    trigger_word: str | None = None
+    hf_token: SecretStr | None = None
+    output_format: ImageFormat = "png"
+    fidelity: Fidelity | None = Field(
+        None,
+        description="exact: to the bit as in training; fast: nearly so. By default what the server is set to.",
+    )

@@ -1,0 +1,267 @@
+"""What the server answers: jobs, models and LoRAs into bodies, and the one shape of errors."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from fidelora.families import all_families
+from fidelora.jobs.job import Job, Status
+
+
+class Accepted(BaseModel):
+    """The answer to `POST /v1/inference`."""
+
+    request_id: str
+    status: Literal["queued"] = "queued"
+    status_url: str
+    result_url: str
+    created_at: datetime
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong: a code for programs, a sentence for people, and what the code needs to be acted upon."""
+
+    code: str
+    message: str
+    details: dict[str, Any]
+
+
+class ErrorEnvelope(BaseModel):
+    """Around the error, as in the documented API."""
+
+    error: ErrorDetail
+
+
+class ErrorBody(BaseModel):
+    """The body of every error but 422, which has FastAPI's own shape."""
+
+    detail: ErrorEnvelope
+
+
+class ProgressBody(BaseModel):
+    """How far a job is; `image` counts from 0, `fraction` is of the whole job."""
+
+    image: int
+    images: int
+    step: int
+    steps: int
+    fraction: float
+    eta_s: float | None
+
+
+class StatusBody(BaseModel):
+    """The answer to `GET /v1/requests/{id}/status`."""
+
+    request_id: str
+    status: Status
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    error: str | None
+    # Other servers of the documented API do not say these.
+    error_code: str | None = None
+    progress: ProgressBody | None = None
+    queue_position: int | None = None
+    preview: str | None = Field(
+        None,
+        description="A rough picture, a small JPEG in base64; in events only, and if asked for.",
+    )
+
+
+class RequestList(BaseModel):
+    """The answer to `GET /v1/requests`: newest first; `next_cursor` asks for the rest, and is null on the last page."""
+
+    requests: list[StatusBody]
+    next_cursor: str | None
+
+
+class ImageBody(BaseModel):
+    """One finished image."""
+
+    format: str
+    width: int
+    height: int
+    file_path: str
+    seed: int
+    # Other servers of the documented API do not say these.
+    url: str = ""
+    sha256: str = ""
+    recipe: dict[str, Any] = Field(default_factory=dict)
+
+
+class OutputsBody(BaseModel):
+    """What a job made."""
+
+    images: list[ImageBody]
+    videos: list[dict[str, Any]]
+
+
+class MetadataBody(BaseModel):
+    """How a job was made: `inference_time` in seconds from its start to its end, `timings` in seconds by part."""
+
+    model: str
+    inference_time: float
+    timings: dict[str, float]
+
+
+class ResultBody(BaseModel):
+    """The answer to `GET /v1/requests/{id}/result`."""
+
+    request_id: str
+    status: Status
+    outputs: OutputsBody | None
+    error: str | None
+    created_at: datetime
+    finished_at: datetime | None
+    metadata: MetadataBody | None
+
+
+class LoraBody(BaseModel):
+    """One adapter file under `WORKFLOWS_BASE_PATH`, as its header describes it; `path` is what requests call it."""
+
+    path: str
+    sha256: str
+    type: str
+    ranks: list[int]
+    modules: int
+    dtypes: list[str]
+    text_encoder: bool
+    size_bytes: int
+    trigger: str
+    step: int | None
+    epoch: int | None
+    base: str
+    trainer: str
+    uploaded: bool
+    problems: list[str]
+
+
+class LoraList(BaseModel):
+    """The answer to `GET /v1/loras`: by path; `next_cursor` asks for the rest, and is null on the last page."""
+
+    loras: list[LoraBody]
+    next_cursor: str | None
+
+
+class ModelBody(BaseModel):
+    """One model family in `GET /v1/models`."""
+
+    id: str
+    base_model: str
+    resolution_divisor: int
+    default_steps: int
+    default_guidance_scale: float
+    requires_control_image: bool = False
+    is_video_model: bool = False
+    default_num_frames: int | None = None
+    default_fps: int | None = None
+
+
+class OpenAIModel(BaseModel):
+    """One model family as clients of OpenAI's API read it; when it was made is not known here."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "fidelora"
+
+
+class ModelList(BaseModel):
+    """The answer to `GET /v1/models`: the same families twice, as in the documented API and as in OpenAI's."""
+
+    models: list[ModelBody]
+    # Other servers of the documented API do not say these.
+    object: Literal["list"] = "list"
+    data: list[OpenAIModel] = Field(default_factory=list)
+
+
+def accepted(job: Job, base_url: str) -> Accepted:
+    """The answer to a request that is stored."""
+    url = f"{base_url.rstrip('/')}/v1/requests/{job.id}"
+    return Accepted(
+        request_id=job.id,
+        status_url=f"{url}/status",
+        result_url=f"{url}/result",
+        created_at=job.created_at,
+    )
+
+
+def status_of(job: Job, queue_position: int | None, *, with_preview: bool = False) -> StatusBody:
+    """Where a job is."""
+    progress = job.progress
+    shown = (
+        {name: value for name, value in vars(progress).items() if name != "preview"}
+        if progress
+        else {}
+    )
+    return StatusBody(
+        request_id=job.id,
+        status=job.status,
+        created_at=job.created_at,
+        started_at=job.started_at,
+        finished_at=job.finished_at,
+        error=job.error.message if job.error else None,
+        error_code=job.error.code if job.error else None,
+        progress=ProgressBody(fraction=progress.fraction, **shown) if progress else None,
+        queue_position=queue_position,
+        preview=(progress.preview or None) if with_preview and progress else None,
+    )
+
+
+def result_of(job: Job, base_url: str) -> ResultBody:
+    """What a job made, if it is done."""
+    outputs = metadata = None
+    if job.status is Status.SUCCEEDED:
+        assert job.started_at is not None
+        assert job.finished_at is not None
+        url = f"{base_url.rstrip('/')}/v1/requests/{job.id}/images"
+        images = [
+            ImageBody(
+                format=output.format,
+                width=output.width,
+                height=output.height,
+                file_path=output.file_path,
+                seed=output.seed,
+                url=f"{url}/{index}",
+                sha256=output.sha256,
+                recipe=recipe.to_dict(),
+            )
+            for index, (output, recipe) in enumerate(zip(job.outputs, job.recipes, strict=True))
+        ]
+        outputs = OutputsBody(images=images, videos=[])
+        seconds = (job.finished_at - job.started_at).total_seconds()
+        metadata = MetadataBody(
+            model=job.recipes[0].model, inference_time=seconds, timings=dict(job.timings)
+        )
+    return ResultBody(
+        request_id=job.id,
+        status=job.status,
+        outputs=outputs,
+        error=job.error.message if job.error else None,
+        created_at=job.created_at,
+        finished_at=job.finished_at,
+        metadata=metadata,
+    )
+
+
+def model_list() -> ModelList:
+    """Every model family, for `GET /v1/models`."""
+    return ModelList(
+        models=_model_bodies(), data=[OpenAIModel(id=model) for model in all_families()]
+    )
+
+
+def _model_bodies() -> list[ModelBody]:
+    return [
+        ModelBody(
+            id=spec.id,
+            base_model=spec.base_model,
+            resolution_divisor=spec.resolution_divisor,
+            default_steps=spec.default_steps,
+            default_guidance_scale=spec.default_guidance_scale,
+        )
+        for spec in all_families().values()
+    ]

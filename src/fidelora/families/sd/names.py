@@ -1,0 +1,65 @@
+"""What the original code of Stable Diffusion calls the modules of a UNet.
+
+kohya's trainer, and what follows it, names SDXL adapters so: `lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q`.
+Source: https://github.com/Stability-AI/generative-models, `sgm/modules/diffusionmodules/openaimodel.py`, `UNetModel`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+_TOP = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_out": "out.2",
+}
+_RESNET = {
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+
+
+def original_names(paths: Iterable[str]) -> dict[str, str]:
+    """For the paths of a UNet's modules, as diffusers has them, those of the original code, as far as it has one.
+
+    Its blocks are counted through: each resnet with its attention is one, and so is each downsampler; an upsampler is the last part
+    of its block.
+    """
+    paths = list(paths)
+    of_first_block = [
+        found[1] for path in paths if (found := re.match(r"down_blocks\.0\.resnets\.(\d+)", path))
+    ]
+    layers = 1 + max(map(int, of_first_block), default=0)
+    with_attention = {
+        found[1] for path in paths if (found := re.match(r"up_blocks\.(\d+)\.attentions\.", path))
+    }
+    names = {path: _original(path, layers, with_attention) for path in paths}
+    return {path: name for path, name in names.items() if name}
+
+
+def _original(path: str, layers: int, with_attention: set[str]) -> str:
+    if path in _TOP:
+        return _TOP[path]
+    if found := re.fullmatch(r"down_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.(.+)", path):
+        return f"input_blocks.{1 + int(found[1]) * (layers + 1) + int(found[3])}.{_part(found[2], found[4])}"
+    if found := re.fullmatch(r"down_blocks\.(\d+)\.downsamplers\.0\.conv", path):
+        return f"input_blocks.{(1 + int(found[1])) * (layers + 1)}.0.op"
+    if found := re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", path):
+        place = 1 if found[1] == "attentions" else 2 * int(found[2])
+        return f"middle_block.{place}.{_part(found[1], found[3]).partition('.')[2]}"
+    if found := re.fullmatch(r"up_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.(.+)", path):
+        return f"output_blocks.{int(found[1]) * (layers + 1) + int(found[3])}.{_part(found[2], found[4])}"
+    if found := re.fullmatch(r"up_blocks\.(\d+)\.upsamplers\.0\.conv", path):
+        return f"output_blocks.{int(found[1]) * (layers + 1) + layers}.{2 if found[1] in with_attention else 1}.conv"
+    return ""
+
+
+def _part(kind: str, rest: str) -> str:
+    """Within a block: the resnet is its first part and the attention its second."""
+    return f"1.{rest}" if kind == "attentions" else f"0.{_RESNET.get(rest, rest)}"

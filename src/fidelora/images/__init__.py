@@ -1,0 +1,1 @@
+"""Image files with the recipe inside: written and read."""

@@ -1,0 +1,81 @@
+"""AUTOMATIC1111's names of samplers and schedulers, and which of ours they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fidelora.errors import UnknownSamplerError
+from fidelora.families import Family
+
+AUTOMATIC, UNIFORM, KARRAS = "Automatic", "Uniform", "Karras"
+SCHEDULERS = (AUTOMATIC, UNIFORM, KARRAS)
+
+# By sampler and scheduler, the name that is ours. Only algorithms that are the same stand here: `DPM++ 2S a` is ancestral where
+# `dpmsingle` is not, and the SDE samplers draw Brownian noise that we have no like of. For `DPM++ 2M`, Automatic is Karras there,
+# too; for `DPM2` and `DPM2 a` it also is, and here they have the one schedule that they have.
+_TABLE: Mapping[str, Mapping[str, str]] = {
+    "Euler": {AUTOMATIC: "euler", UNIFORM: "euler", KARRAS: "k_euler"},
+    "Euler a": {AUTOMATIC: "euler_a", UNIFORM: "euler_a"},
+    "LMS": {AUTOMATIC: "lms", UNIFORM: "lms", KARRAS: "k_lms"},
+    "Heun": {AUTOMATIC: "heun", UNIFORM: "heun"},
+    "DPM2": {AUTOMATIC: "dpm_2", UNIFORM: "dpm_2"},
+    "DPM2 a": {AUTOMATIC: "dpm_2_a", UNIFORM: "dpm_2_a"},
+    "DPM++ 2M": {AUTOMATIC: "k_dpmsolver++", UNIFORM: "dpmsolver++", KARRAS: "k_dpmsolver++"},
+    "DDIM": {AUTOMATIC: "ddim"},
+    "DDPM": {AUTOMATIC: "ddpm"},
+    "PLMS": {AUTOMATIC: "pndm"},
+    "LCM": {AUTOMATIC: "lcm"},
+}
+
+
+def sampler_names(spec: Family) -> dict[str, list[str]]:
+    """What a client can ask this model for: A1111's names with ours as aliases, then those of ours that have no other name."""
+    names = {
+        theirs: sorted(set(ours.values()))
+        for theirs, ours in _TABLE.items()
+        if set(ours.values()) <= spec.samplers.keys()
+    }
+    known = {name for aliases in names.values() for name in aliases}
+    return names | {name: [] for name in spec.samplers if name not in known}
+
+
+def sampler_of(name: str, scheduler: str, spec: Family) -> str:
+    """Our sampler for A1111's `name` with this scheduler, or for a name of ours.
+
+    Before there were schedulers, the name said `LMS Karras`; both ways are understood, in any case.
+
+    Raises:
+        UnknownSamplerError: there is none for this model that is the same algorithm; the message names those there are.
+    """
+    wanted, schedule = name.strip(), scheduler.strip() or AUTOMATIC
+    if schedule.lower() == AUTOMATIC.lower() and wanted.lower().endswith(" karras"):
+        wanted, schedule = wanted[: -len(" karras")], KARRAS
+    if wanted in spec.samplers and schedule.lower() == AUTOMATIC.lower():
+        return wanted
+    by_schedule = next(
+        (ours for theirs, ours in _TABLE.items() if theirs.lower() == wanted.lower()), {}
+    )
+    ours = next(
+        (ours for theirs, ours in by_schedule.items() if theirs.lower() == schedule.lower()), None
+    )
+    if ours in spec.samplers:
+        return str(ours)
+    if by_schedule and by_schedule[AUTOMATIC] in spec.samplers:
+        known = ", ".join(by_schedule)
+        raise UnknownSamplerError(
+            f"The sampler {name!r:.80} has no scheduler {scheduler!r:.80} here; it has {known}.",
+            field="scheduler",
+        )
+    known = ", ".join(sampler_names(spec))
+    raise UnknownSamplerError(
+        f"There is no sampler {name!r:.80} here; the samplers are: {known}.", field="sampler"
+    )
+
+
+def name_of(sampler: str) -> tuple[str, str]:
+    """What A1111 calls a sampler of ours and its scheduler; our own name where it has none."""
+    for theirs, by_schedule in _TABLE.items():
+        for schedule, ours in by_schedule.items():
+            if ours == sampler:
+                return theirs, schedule
+    return sampler, AUTOMATIC

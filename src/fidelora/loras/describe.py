@@ -1,0 +1,139 @@
+"""What an adapter's header says of it: kind, ranks, trigger, step. No weights are read, so hundreds are quick to list."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fidelora.adapters.tensor_names import kind_of, modules_of
+from fidelora.errors import AdapterError, WeightsFileError
+from fidelora.safetensors_header import Header, read_file_header
+
+_TEXT_ENCODER = ("lora_te", "text_encoder", "te_")
+_MAX_TRIGGER = 200
+
+
+@dataclass(frozen=True)
+class AdapterSummary:
+    """An adapter as its header describes it.
+
+    Attributes:
+        kind: `lora`, `dora`, `lokr`, `loha`, several of them joined by `+`, or empty if the file is no adapter.
+        modules: how many modules of the base model it changes.
+        ranks: the different ranks, ascending; empty where a kind has none (whole LoKr factors).
+        dtypes: of the tensors, in the format's spelling (`F16`, `BF16`, `F32`).
+        text_encoder: whether it changes the text encoder too.
+        trigger: the trigger word that the trainer wrote down; empty if none.
+        step, epoch: of the training, if the trainer wrote them down.
+        base: the base model's version as the trainer wrote it (`sd_1.5`); empty if it did not.
+        trainer: the program and its version that wrote the file; empty if it did not say.
+        problems: one sentence for each reason why the file cannot be used; empty if none is known without reading its weights.
+    """
+
+    kind: str
+    modules: int
+    ranks: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    text_encoder: bool
+    size_bytes: int
+    trigger: str
+    step: int | None
+    epoch: int | None
+    base: str
+    trainer: str
+    problems: tuple[str, ...]
+
+
+def describe_adapter(path: Path) -> AdapterSummary:
+    """Read the header of the file at `path`; whatever is wrong with it becomes one of its problems."""
+    try:
+        header = read_file_header(path)
+    except WeightsFileError as error:
+        size_bytes = path.stat().st_size if path.is_file() else 0
+        return AdapterSummary(
+            "", 0, (), (), False, size_bytes, "", None, None, "", "", (str(error),)
+        )
+    try:
+        modules, problems = modules_of(header, path.name), ()
+    except AdapterError as error:
+        modules, problems = {}, (str(error),)  # type: ignore[assignment]
+    metadata = header.metadata
+    step, epoch = _training(metadata)
+    return AdapterSummary(
+        kind="+".join(sorted({kind_of(parts) for parts in modules.values()})),
+        modules=len(modules),
+        ranks=tuple(
+            sorted(
+                {rank for parts in modules.values() if (rank := _rank(parts, header)) is not None}
+            )
+        ),
+        dtypes=tuple(
+            sorted(
+                {header.tensors[key].dtype for parts in modules.values() for key in parts.values()}
+            )
+        ),
+        text_encoder=any(module.startswith(_TEXT_ENCODER) for module in modules),
+        size_bytes=header.file_bytes,
+        trigger=_trigger(metadata),
+        step=step,
+        epoch=epoch,
+        base=metadata.get("ss_base_model_version", ""),
+        trainer=_software(metadata),
+        problems=problems,
+    )
+
+
+def _rank(parts: Mapping[str, str], header: Header) -> int | None:
+    """The dimension in the middle of a module's factors."""
+    for part in ("down", "lokr_w2_b", "lokr_w1_b", "hada_w1_b"):
+        if part in parts and header.tensors[parts[part]].shape:
+            return header.tensors[parts[part]].shape[0]
+    return None
+
+
+def _json(metadata: Mapping[str, str], field: str) -> dict[str, Any]:
+    """A metadata field that should be a JSON object; an empty one if it is anything else."""
+    try:
+        value = json.loads(metadata.get(field, "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _training(metadata: Mapping[str, str]) -> tuple[int | None, int | None]:
+    """Step and epoch from AI Toolkit's `training_info`, else from kohya's fields."""
+    info = _json(metadata, "training_info") or {
+        "step": metadata.get("ss_steps"),
+        "epoch": metadata.get("ss_epoch"),
+    }
+    return _whole(info.get("step")), _whole(info.get("epoch"))
+
+
+def _whole(value: object) -> int | None:
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int):
+        return value
+    return (
+        int(value)
+        if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 16
+        else None
+    )
+
+
+def _trigger(metadata: Mapping[str, str]) -> str:
+    """AI Toolkit writes the trigger word as if it were a tag that each image has."""
+    if word := metadata.get("ss_trigger_word") or metadata.get("trigger_word"):
+        return word[:_MAX_TRIGGER]
+    tags = _json(metadata, "ss_tag_frequency")
+    words = [word for counts in tags.values() if isinstance(counts, dict) for word in counts]
+    return words[0][:_MAX_TRIGGER] if len(words) == 1 else ""
+
+
+def _software(metadata: Mapping[str, str]) -> str:
+    software = _json(metadata, "software")
+    name, version = software.get("name"), software.get("version")
+    return " ".join(str(part) for part in (name, version) if part)

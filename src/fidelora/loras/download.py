@@ -1,0 +1,360 @@
+"""LoRA files from URLs that strangers give: https only, from hosts that the operator lists, from no address inside, within limits.
+
+The address is checked where the connection is made, and the connection is made to the very address that was checked. So neither a
+redirect, nor a name that means another address the second time it is asked for (DNS rebinding), leads past the check.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import ipaddress
+import os
+import socket
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import SplitResult, urljoin, urlsplit
+
+import httpcore2
+from AntiSSRF import IPAddressRanges
+
+from fidelora.errors import AdapterDownloadError, AdapterNotFoundError, AdapterUrlRefusedError
+
+HUB = "huggingface.co"
+_HUB_SITES = {HUB, f"www.{HUB}", "hf.co"}
+_PIECE_BYTES = 2**20
+_HTML_STARTS = (b"<!doctype", b"<html")
+_REDIRECTS = (301, 302, 303, 307, 308)
+_REFUSED_RANGES = [ipaddress.ip_network(text) for text in IPAddressRanges.recommended_latest]
+_GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
+"""All that is assigned of IPv6: https://www.iana.org/assignments/ipv6-address-space."""
+_ERRORS = (
+    httpcore2.NetworkError, httpcore2.TimeoutException, httpcore2.ProtocolError, httpcore2.UnsupportedProtocol, OSError,
+)  # fmt: skip
+
+Resolve = Callable[[str, int], Awaitable[list[str]]]
+
+
+@dataclass(frozen=True)
+class DownloadRules:
+    """What may be fetched.
+
+    Attributes:
+        hosts: in lower case; `*.example.com` allows every host below example.com. Redirects may lead to these only, too.
+        max_bytes: of one file.
+        timeout_s: for all of it: names, connections, redirects, headers, body.
+        max_redirects: that one download may follow.
+    """
+
+    hosts: frozenset[str] = frozenset()
+    max_bytes: int = 2 * 2**30
+    timeout_s: float = 300.0
+    max_redirects: int = 5
+
+
+@dataclass(frozen=True)
+class Downloaded:
+    """What was fetched; `etag` is the server's mark for this version of the file, if it gave one."""
+
+    sha256: str
+    size_bytes: int
+    etag: str | None
+
+
+async def _resolve(host: str, port: int) -> list[str]:
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [str(entry[4][0]) for entry in found]
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address, and any that is wrapped in it, belongs to the public internet."""
+    ip = ipaddress.ip_address(address.split("%")[0])
+    inner: list[ipaddress.IPv4Address | None] = []
+    if isinstance(ip, ipaddress.IPv6Address):
+        if ip.ipv4_mapped is not None:
+            return is_public(str(ip.ipv4_mapped))
+        inner = [ip.sixtofour, *(ip.teredo or ())]
+    outside = ip.version == 4 or ip in _GLOBAL_UNICAST
+    refused = any(ip.version == network.version and ip in network for network in _REFUSED_RANGES)
+    return (
+        outside
+        and ip.is_global
+        and not ip.is_multicast
+        and not refused
+        and all(is_public(str(one)) for one in inner if one is not None)
+    )
+
+
+@dataclass(frozen=True)
+class Network:
+    """How downloads reach other machines. Only tests have one of their own: it is no setting."""
+
+    resolve: Resolve = _resolve
+    is_allowed: Callable[[str], bool] = is_public
+    ssl_context: ssl.SSLContext = field(default_factory=httpcore2.default_ssl_context)
+    port: int = 443
+
+
+async def download(
+    url: str,
+    target: Path,
+    rules: DownloadRules,
+    *,
+    token: str | None = None,
+    etag: str | None = None,
+    network: Network | None = None,
+) -> Downloaded | None:
+    """Fetch `url` into the new file `target`, or nothing at all.
+
+    Args:
+        token: for the Hugging Face hub; sent to that host only.
+        etag: the mark of the version that is here already.
+
+    Returns:
+        what was fetched, or None if the server has the version that is here.
+
+    Raises:
+        AdapterUrlRefusedError: the URL, or one that it leads to, may not be used.
+        AdapterNotFoundError: the server has no such file.
+        AdapterDownloadError: it could not be fetched, is too large, or is a web page.
+    """
+    try:
+        async with asyncio.timeout(rules.timeout_s):
+            return await _Download(rules, network or Network(), token, etag).run(url, target)
+    except TimeoutError:
+        target.unlink(missing_ok=True)
+        raise AdapterDownloadError(
+            f"{_shown(url)} did not arrive within {rules.timeout_s:g} seconds; put the file into the folder of LoRAs instead."
+        ) from None
+    except BaseException:
+        target.unlink(missing_ok=True)
+        raise
+
+
+class _Download:
+    def __init__(
+        self, rules: DownloadRules, network: Network, token: str | None, etag: str | None
+    ) -> None:
+        self._rules = rules
+        self._network = network
+        self._token = token
+        self._etag = etag
+
+    async def run(self, url: str, target: Path) -> Downloaded | None:
+        """Follow the URL to its file. Proxies that the environment names are not used: behind one, nothing could be checked."""
+        backend = _CheckedConnections(self._network)
+        async with httpcore2.AsyncConnectionPool(
+            ssl_context=self._network.ssl_context, network_backend=backend
+        ) as pool:
+            place = _hub_file(self._checked(url))
+            for _ in range(self._rules.max_redirects + 1):
+                try:
+                    async with pool.stream(
+                        "GET", place.geturl(), headers=self._headers(place)
+                    ) as response:
+                        if response.status not in _REDIRECTS:
+                            return await self._take(response, place, target)
+                        onward = _header(response, b"location")
+                except _ERRORS as error:
+                    raise AdapterDownloadError(
+                        f"{_shown(place.geturl())} could not be fetched: {_reason(error)}."
+                    ) from error
+                place = self._checked(urljoin(place.geturl(), onward))
+        raise AdapterDownloadError(
+            f"{_shown(url)} leads from one place to the next without end; give the link of the file itself."
+        )
+
+    def _checked(self, url: str) -> SplitResult:
+        """The URL, if it may be used."""
+        if not self._rules.hosts:
+            raise AdapterUrlRefusedError(
+                "This server takes no LoRAs from URLs; its operator can allow hosts with FIDELORA_LORA_HOSTS."
+            )
+        try:
+            place = urlsplit(url)
+            host, port = (place.hostname or "").rstrip(".").encode("idna").decode(), place.port
+        except (ValueError, UnicodeError):
+            raise AdapterUrlRefusedError(
+                f"{url[:100]!r} is no URL; give one like https://host/path/file.safetensors."
+            ) from None
+        if place.scheme != "https":
+            raise AdapterUrlRefusedError(
+                f"{_shown(url)} is not https; LoRAs are fetched over https only."
+            )
+        if place.username is not None or place.password is not None:
+            raise AdapterUrlRefusedError(
+                "A URL with a user name or password in it is not used; for the hub, send hf_token."
+            )
+        if port not in (None, 443):
+            raise AdapterUrlRefusedError(
+                f"{_shown(url)} names the port {port}; only the usual one is allowed."
+            )
+        if not any(_matches(host, pattern) for pattern in self._rules.hosts):
+            raise AdapterUrlRefusedError(
+                f"This server takes no LoRAs from {host[:100]!r}; its operator can allow it with FIDELORA_LORA_HOSTS."
+            )
+        return SplitResult(
+            "https", f"[{host}]" if ":" in host else host, place.path or "/", place.query, ""
+        )
+
+    def _headers(self, place: SplitResult) -> list[tuple[bytes, bytes]]:
+        headers = [
+            (b"Host", place.netloc.encode()),
+            (b"User-Agent", b"fidelora"),
+            (
+                b"Accept-Encoding",
+                b"identity",
+            ),  # what is packed can grow without end when it is unpacked
+        ]
+        if self._token and place.hostname == HUB:
+            headers.append(
+                (b"Authorization", b"Bearer " + self._token.encode("latin-1", "replace"))
+            )
+        if self._etag:
+            headers.append((b"If-None-Match", self._etag.encode("latin-1", "replace")))
+        return headers
+
+    async def _take(
+        self, response: httpcore2.Response, place: SplitResult, target: Path
+    ) -> Downloaded | None:
+        """Judge the answer by its head, and write its body down."""
+        shown = _shown(place.geturl())
+        if response.status == 304 and self._etag:
+            return None
+        if response.status in (401, 403):
+            raise AdapterDownloadError(
+                f"{shown} is private or gated ({response.status}); for the hub, send hf_token."
+            )
+        if response.status in (404, 410):
+            raise AdapterNotFoundError(
+                f"There is no file at {shown} ({response.status}); check the link."
+            )
+        if response.status != 200:
+            raise AdapterDownloadError(
+                f"{shown} could not be fetched: its server answers {response.status}."
+            )
+        if _header(response, b"content-encoding") not in ("", "identity"):
+            raise AdapterDownloadError(
+                f"{shown} arrives packed, though it was asked for as it is; it is not used."
+            )
+        if _header(response, b"content-type").lower().startswith("text/html"):
+            raise _web_page(shown)
+        length = _header(response, b"content-length")
+        if length.isdigit() and int(length) > self._rules.max_bytes:
+            raise self._too_large(shown)
+        body = response.aiter_stream()
+        async with aclosing(body):
+            sha256, size_bytes = await self._write(body, shown, target)
+        return Downloaded(sha256, size_bytes, _header(response, b"etag") or None)
+
+    async def _write(self, body: AsyncIterator[bytes], shown: str, target: Path) -> tuple[str, int]:
+        digest, size_bytes, piece = hashlib.sha256(), 0, bytearray()
+
+        def put(file: BinaryIO, content: bytes) -> None:
+            digest.update(content)
+            file.write(content)
+
+        with target.open("xb") as file:
+            async for chunk in body:
+                if size_bytes == 0 and bytes(chunk[:100]).lstrip().lower().startswith(_HTML_STARTS):
+                    raise _web_page(shown)
+                size_bytes += len(chunk)
+                if size_bytes > self._rules.max_bytes:
+                    raise self._too_large(shown)
+                piece += chunk
+                if len(piece) >= _PIECE_BYTES:
+                    await asyncio.to_thread(put, file, bytes(piece))
+                    piece.clear()
+            put(file, bytes(piece))
+            file.flush()
+            await asyncio.to_thread(os.fsync, file.fileno())
+        return digest.hexdigest(), size_bytes
+
+    def _too_large(self, shown: str) -> AdapterDownloadError:
+        return AdapterDownloadError(
+            f"{shown} is too large: a LoRA may have {self._rules.max_bytes:,} bytes here."
+        )
+
+
+class _CheckedConnections(httpcore2.AsyncNetworkBackend):
+    """Connects to public addresses only, and to the very one that it looked at."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self._inner = httpcore2.AnyIOBackend()
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore2.AsyncNetworkStream:
+        try:
+            addresses = await self._network.resolve(host, port)
+        except OSError as error:  # `UnicodeError` cannot be: the name is plain by now
+            raise AdapterDownloadError(
+                f"There is no host {host[:100]!r}; check the link."
+            ) from error
+        # One address inside among many is reason enough: which one is taken is chance.
+        if not addresses or not all(self._network.is_allowed(address) for address in addresses):
+            raise AdapterUrlRefusedError(
+                f"{host[:100]!r} is not a host of the public internet; LoRAs are fetched from there only."
+            )
+        return await self._inner.connect_tcp(
+            addresses[0], self._network.port, timeout, local_address, socket_options
+        )
+
+    async def connect_unix_socket(
+        self, *_args: Any, **_options: Any
+    ) -> httpcore2.AsyncNetworkStream:
+        raise AdapterUrlRefusedError("LoRAs are not fetched from sockets of this machine.")
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+
+def _hub_file(place: SplitResult) -> SplitResult:
+    """A link of the hub's pages (`/blob/`) becomes that of the file itself (`/resolve/`)."""
+    parts = place.path.split("/")  # "", owner, name, blob, revision, ...
+    if place.hostname not in _HUB_SITES or len(parts) < 4:
+        return place
+    if parts[3] == "tree":
+        raise AdapterUrlRefusedError(
+            f"{_shown(place.geturl())} is the page of a folder; give the link of the file in it."
+        )
+    if parts[3] == "blob":
+        parts[3] = "resolve"
+    return place._replace(path="/".join(parts))
+
+
+def _matches(host: str, pattern: str) -> bool:
+    return host == pattern or (pattern.startswith("*.") and host.endswith(pattern[1:]))
+
+
+def _header(response: httpcore2.Response, name: bytes) -> str:
+    return next(
+        (value.decode("latin-1").strip() for key, value in response.headers if key.lower() == name),
+        "",
+    )
+
+
+def _shown(url: str) -> str:
+    """A URL for messages: without its query, which may carry a secret."""
+    place = urlsplit(url)
+    return f"{place.scheme}://{place.hostname or ''}{place.path}"[:300]
+
+
+def _web_page(shown: str) -> AdapterDownloadError:
+    return AdapterDownloadError(
+        f"{shown} is a web page (HTML) and no LoRA; give the link that downloads the file itself."
+    )
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__

@@ -1,0 +1,213 @@
+"""From what a request calls an adapter to its bytes in the cache: a name under one folder, a URL, or a file on the hub."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from pathlib import Path, PurePosixPath
+
+from fidelora.errors import (
+    AdapterChangedError,
+    AdapterDownloadError,
+    AdapterNotFoundError,
+    AdapterPlaceError,
+    AdapterUrlRefusedError,
+)
+from fidelora.loras.cache import AdapterCache
+from fidelora.loras.download import HUB, DownloadRules, download
+from fidelora.loras.folder import adapter_path, adapter_with_hash
+from fidelora.recipe import AdapterRef
+
+_HUB_FILE = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)/(?P<file>[^@]+)(@(?P<revision>[\w./-]+))?")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_DOWNLOADS_AT_ONCE = 4
+
+
+class AdapterResolver:
+    """Finds the adapters that requests name.
+
+    Args:
+        root: the folder that names are below of.
+        cache: where the bytes are kept, by content.
+        rules: for everything that comes over the network.
+        hub_token: for the hub, if a request brings none.
+    """
+
+    def __init__(
+        self, root: Path, cache: AdapterCache, rules: DownloadRules, hub_token: str | None = None
+    ) -> None:
+        self._root = root
+        self._cache = cache
+        self._rules = rules
+        self._hub_token = hub_token
+        self._downloads = asyncio.Semaphore(_DOWNLOADS_AT_ONCE)
+
+    async def resolve(
+        self, place: str, *, sha256: str | None = None, hub_token: str | None = None
+    ) -> AdapterRef:
+        """The adapter that `place` means, its bytes in the cache.
+
+        Args:
+            place: a path below the root, `https://...`, or `hf:owner/name/file.safetensors`, optionally with `@revision`.
+            sha256: what the bytes have to be; if the cache has them, nothing is fetched.
+
+        Raises:
+            AdapterNotFoundError, AdapterPlaceError: no such file.
+            AdapterUrlRefusedError, AdapterDownloadError: it may not, or could not, be fetched.
+            AdapterChangedError: it has other bytes than `sha256` says.
+            WeightsFileError, AdapterFormatError: it is no adapter, as far as its header tells.
+        """
+        remote = place.startswith("hf:") or _URL.match(place)
+        if remote and sha256 and (ref := await asyncio.to_thread(self._cache.find, sha256)):
+            return AdapterRef(ref.sha256, name=PurePosixPath(_name(place)).stem, path=ref.path)
+        if place.startswith("hf:"):
+            ref = await self._from_hub(place, hub_token or self._hub_token)
+        elif remote:
+            ref = await self._from_url(place, hub_token or self._hub_token)
+        else:
+            ref = await asyncio.to_thread(self._from_root, place)
+        if sha256 and ref.sha256 != sha256:
+            raise AdapterChangedError(
+                f"{_name(place)} has the sha256 {ref.sha256}, not {sha256} as the request says; ask for the bytes that are there."
+            )
+        return ref
+
+    def by_hash(self, sha256: str, name: str) -> AdapterRef | None:
+        """The adapter of these bytes, if it is in the cache or below the root; its bytes are in the cache then.
+
+        Args:
+            name: what it was called; files of this name are looked at first.
+
+        Raises:
+            OutputError: it could not be put into the cache.
+        """
+        if (ref := self._cache.find(sha256)) is not None:
+            return ref
+        place = adapter_with_hash(self._root, sha256, name, self._cache.sha256_of)
+        return None if place is None else self._from_root(place)
+
+    def _from_root(self, name: str) -> AdapterRef:
+        return self._cache.keep(adapter_path(self._root, name), name)
+
+    async def _from_url(self, url: str, token: str | None) -> AdapterRef:
+        async with self._downloads:
+            before = await asyncio.to_thread(self._cache.remembered_url, url)
+            with self._cache.temporary() as temporary:
+                got = await download(
+                    url, temporary, self._rules, token=token, etag=before[0] if before else None
+                )
+                if got is None:
+                    assert before is not None, (
+                        "only who sends a version mark hears that nothing has changed"
+                    )
+                    return AdapterRef(
+                        before[1],
+                        name=PurePosixPath(_name(url)).stem,
+                        path=self._cache.path(before[1]),
+                    )
+                ref = await asyncio.to_thread(self._cache.adopt, temporary, got.sha256, _name(url))
+            if got.etag:
+                await asyncio.to_thread(self._cache.remember_url, url, got.etag, got.sha256)
+            return ref
+
+    async def _from_hub(self, place: str, token: str | None) -> AdapterRef:
+        match = _HUB_FILE.fullmatch(place)
+        if match is None or ".." in match["file"].split("/"):
+            raise AdapterPlaceError(
+                f"{place!r} is no file on the hub; write hf:owner/name/file.safetensors."
+            )
+        if not match["file"].lower().endswith(".safetensors"):
+            raise AdapterPlaceError(
+                f"{place!r} is no .safetensors file; give the full name of the file."
+            )
+        if HUB not in self._rules.hosts:
+            raise AdapterUrlRefusedError(
+                f"This server takes no LoRAs from the hub; its operator can allow it by putting {HUB} into FIDELORA_LORA_HOSTS."
+            )
+        async with self._downloads:
+            try:
+                # The thread may outlive the deadline by the hub client's own time limits; the request does not.
+                async with asyncio.timeout(self._rules.timeout_s):
+                    fetched = await asyncio.to_thread(
+                        _hub_file,
+                        match["repo"],
+                        match["file"],
+                        match["revision"],
+                        token,
+                        self._rules.max_bytes,
+                    )
+            except TimeoutError:
+                raise AdapterDownloadError(
+                    f"{place} did not arrive within {self._rules.timeout_s:g} seconds; try again, or put the file into the folder."
+                ) from None
+        return await asyncio.to_thread(self._cache.keep, fetched, _name(place))
+
+
+def _name(place: str) -> str:
+    """What messages and records call an adapter: without the query of a URL, which may be a secret."""
+    return (
+        place.split("?")[0].split("#")[0].rsplit("/", 1)[-1]
+        if _URL.match(place) or place.startswith("hf:")
+        else place
+    )
+
+
+def _hub_file(
+    repo: str, file: str, revision: str | None, token: str | None, max_bytes: int
+) -> Path:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    what = f"hf:{repo}/{file}"
+    try:
+        size = get_hf_file_metadata(hf_hub_url(repo, file, revision=revision), token=token).size
+        if size is not None and size > max_bytes:
+            raise AdapterDownloadError(
+                f"{what} has {size:,} bytes; {max_bytes:,} are allowed here."
+            )
+        return Path(hf_hub_download(repo, file, revision=revision, token=token))
+    except OfflineModeIsEnabled:
+        return _hub_file_on_disk(repo, file, revision)
+    except GatedRepoError as error:
+        raise AdapterDownloadError(
+            f"{what} is gated; accept its terms on the hub, and send hf_token."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise AdapterDownloadError(
+            f"The hub could not be reached for {what}; try again later."
+        ) from error
+    except (
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+        EntryNotFoundError,
+        HFValidationError,
+    ) as error:
+        raise AdapterNotFoundError(
+            f"There is no {what} on the hub, or it is private: check it, or send hf_token."
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise AdapterDownloadError(
+            f"The hub did not deliver {what}: {str(error).splitlines()[0]:.200}."
+        ) from error
+
+
+def _hub_file_on_disk(repo: str, file: str, revision: str | None) -> Path:
+    """What an earlier download left, where HF_HUB_OFFLINE forbids another one."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repo, file, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError as error:
+        raise AdapterNotFoundError(
+            f"hf:{repo}/{file} was not downloaded before, and HF_HUB_OFFLINE is set."
+        ) from error

@@ -1,0 +1,204 @@
+"""What a `.safetensors` file says of itself, checked before a byte of its tensors is read.
+
+Format: https://github.com/huggingface/safetensors#format. The file begins with the header's length (8 bytes, little endian),
+then that many bytes of JSON, then the tensors without gaps. Everything that the header claims is compared with the file's size
+first, so that a truncated download, a web page or a pickle is recognised for what it is, in one sentence, without torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from fidelora.errors import PickleRefusedError, WeightsFileError
+
+DTYPE_BYTES: Mapping[str, int] = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+    "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4,
+    "U64": 8, "I64": 8, "F64": 8,
+}  # fmt: skip
+
+MAX_HEADER_BYTES = 32 * 2**20
+"""An adapter's header is some 100 KB, that of a whole SDXL checkpoint some 300 KB; metadata can add a few MB to either."""
+MAX_TENSORS = 100_000
+
+_PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle"}
+_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+_HTML_STARTS = (b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor as the header describes it; `dtype` in the format's own spelling (`F16`, `BF16`, `F32`, ...)."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Header:
+    """The checked header: every tensor lies inside the file, none overlaps another and no byte is left over."""
+
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    file_bytes: int
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raise `PickleRefusedError` if `path` is named as pickles are; what is inside, `read_header` looks at."""
+    if path.suffix.lower() in _PICKLE_SUFFIXES:
+        raise PickleRefusedError(
+            f"{path.name} is a Python pickle, which can run code when it is opened; convert it to .safetensors and use that."
+        )
+
+
+def read_header(file: BinaryIO, name: str) -> Header:
+    """Read and check the header of an open file; leaves the position behind the header.
+
+    Args:
+        file: opened for binary reading, at any position.
+        name: what messages call the file.
+
+    Raises:
+        WeightsFileError: the file is not what its name claims; the message says what it is instead, or what is wrong.
+        PickleRefusedError: it is a pickle under another name.
+    """
+    file_bytes = os.fstat(file.fileno()).st_size
+    file.seek(0)
+    start = file.read(512)
+    _refuse_other_formats(start, name, file_bytes)
+
+    (header_bytes,) = struct.unpack("<Q", start[:8])
+    if header_bytes > MAX_HEADER_BYTES:
+        raise WeightsFileError(
+            f"{name} claims a header of {header_bytes:,} bytes, more than the {MAX_HEADER_BYTES:,} that any sound file needs: "
+            "it is damaged or not a .safetensors file; download or export it again."
+        )
+    if 8 + header_bytes > file_bytes:
+        raise WeightsFileError(
+            f"{name} ends inside its own header: it is truncated; download or copy it again."
+        )
+    file.seek(8)
+    return _check(
+        _parse(file.read(header_bytes), name), name, file_bytes - 8 - header_bytes, file_bytes
+    )
+
+
+def read_file_header(path: Path) -> Header:
+    """`read_header` of the file at `path`."""
+    refuse_pickle(path)
+    try:
+        with path.open("rb") as file:
+            return read_header(file, path.name)
+    except OSError as error:
+        raise WeightsFileError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def _refuse_other_formats(start: bytes, name: str, file_bytes: int) -> None:
+    text = start.lstrip().lower()
+    if text.startswith(_HTML_STARTS):
+        raise WeightsFileError(
+            f"{name} is a web page (HTML), not weights: what was saved is a page about the file; use its direct download link."
+        )
+    if text.startswith(b"version https://git-lfs"):
+        raise WeightsFileError(
+            f"{name} is a Git LFS pointer, not the weights themselves; run `git lfs pull` where it came from."
+        )
+    # A header of 640 bytes begins like a pickle of protocol 2, but its ninth byte is the brace of the JSON.
+    if start.startswith(_PICKLE_STARTS) and start[8:9] != b"{":
+        raise PickleRefusedError(
+            f"{name} is a Python pickle or zip archive under the name of a .safetensors file; convert it and use the result."
+        )
+    if file_bytes < 8:
+        raise WeightsFileError(
+            f"{name} has {file_bytes} bytes, too few for a .safetensors file; download or export it again."
+        )
+
+
+def _parse(raw: bytes, name: str) -> dict[str, Any]:
+    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+        if repeated:
+            raise WeightsFileError(
+                f"{name} names {', '.join(repeated[:3])} twice in its header: it is damaged; export it again."
+            )
+        return dict(pairs)
+
+    try:
+        if not raw.startswith(b"{"):
+            raise ValueError("the format says that the header begins with a brace")
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=without_repeats)
+    except (ValueError, RecursionError) as error:
+        raise WeightsFileError(
+            f"{name} is not a .safetensors file: its header is not a JSON object."
+        ) from error
+    assert isinstance(header, dict), "JSON that begins with a brace is an object"
+    return header
+
+
+def _check(header: dict[str, Any], name: str, body_bytes: int, file_bytes: int) -> Header:
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
+        raise WeightsFileError(
+            f"{name} has metadata that is not text: it is damaged; export it again."
+        )
+    if len(header) > MAX_TENSORS:
+        raise WeightsFileError(
+            f"{name} claims {len(header):,} tensors, more than the {MAX_TENSORS:,} that are accepted."
+        )
+
+    tensors: dict[str, TensorInfo] = {}
+    spans: list[tuple[int, int, str]] = []
+    for key, entry in header.items():
+        tensors[key], begin, end = _tensor(key, entry, name)
+        spans.append((begin, end, key))
+
+    position = 0
+    for begin, end, key in sorted(spans):
+        if begin != position:
+            raise WeightsFileError(
+                f"{name} has tensors that overlap or leave gaps at {key}: it is damaged; export it again."
+            )
+        position = end
+    if position > body_bytes:
+        raise WeightsFileError(
+            f"{name} is truncated: its tensors need {position:,} bytes and {body_bytes:,} are there; download or copy it again."
+        )
+    if position < body_bytes:
+        raise WeightsFileError(
+            f"{name} has {body_bytes - position:,} bytes after its last tensor: it is damaged; export it again."
+        )
+    return Header(tensors, metadata, file_bytes)
+
+
+def _tensor(key: str, entry: object, name: str) -> tuple[TensorInfo, int, int]:
+    match entry:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]}:
+            pass
+        case _:
+            raise WeightsFileError(
+                f"{name} describes the tensor {key} in an unknown way: it is damaged; export it again."
+            )
+    if dtype not in DTYPE_BYTES:
+        raise WeightsFileError(
+            f"{name} stores {key} as {dtype}, a type that is not known here; export it as F16, BF16 or F32."
+        )
+    if not all(type(number) is int for number in (*shape, begin, end)) or min(shape, default=0) < 0:
+        raise WeightsFileError(
+            f"{name} gives {key} the shape {shape}: it is damaged; export it again."
+        )
+    if not 0 <= begin <= end or end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
+        raise WeightsFileError(
+            f"{name} gives {key} a place in the file that does not fit its shape: it is damaged; export it again."
+        )
+    return TensorInfo(dtype, tuple(shape)), begin, end

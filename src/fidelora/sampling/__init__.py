@@ -1,0 +1,1 @@
+"""Sampling: noise, schedules, guidance, and the loop that all model families share."""

@@ -1,0 +1,1 @@
+"""The files of a base model: found, checked, and loaded strictly."""

@@ -1,0 +1,55 @@
+"""The C library keeps freed memory in processes that are ours."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import subprocess
+import sys
+
+import pytest
+
+LOOK = """
+import resource
+from fidelora.accel.allocator import keep_freed_memory
+if {keep}:
+    assert keep_freed_memory()
+import torch
+for _ in range(3):
+    torch.ones(64, 2**20)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.ones(16, 2**20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library of GNU")
+def test_freed_memory_is_used_again_without_the_system():
+    """Counted in pages that the system had to provide for ten tensors of 64 MiB, 16,384 pages each; the first may be new."""
+    faults = {
+        keep: int(
+            subprocess.run(
+                [sys.executable, "-c", LOOK.format(keep=keep)],
+                capture_output=True,
+                check=True,
+                text=True,
+            ).stdout
+        )
+        for keep in (True, False)
+    }
+    assert faults[True] < 1.5 * 16384
+    assert faults[False] > 9 * 16384
+
+
+def test_imports_are_not_searched_for_garbage_then_nor_later():
+    from fidelora.accel.allocator import importing_for_good
+
+    frozen = gc.get_freeze_count()
+    try:
+        with importing_for_good():
+            assert not gc.isenabled()
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > frozen
+    finally:
+        gc.unfreeze()

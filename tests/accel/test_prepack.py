@@ -1,0 +1,232 @@
+"""What the exact path does once: the same bits as doing it each time, and done again when it has to be."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tests.support import LOKR, LORA_CONV, TINY_BASE, TINY_SDXL
+from torch import Tensor, nn
+
+import fidelora.engine.model as base_module
+from fidelora import Recipe
+from fidelora.accel import prepack as once
+from fidelora.accel.prepack import CachedTextLinear, PrepackedConv2d
+from fidelora.adapters.live import live_adapters
+from fidelora.adapters.read import read_adapter
+from fidelora.engine.model import BaseKey, BaseModel, load_base
+
+CPU = torch.device("cpu")
+
+
+def laid_out(conv: nn.Conv2d) -> PrepackedConv2d:
+    module = PrepackedConv2d(conv)
+    module.take(conv.weight.detach().to)
+    return module
+
+
+CONVOLUTIONS: dict[str, Callable[[], nn.Conv2d]] = {
+    "usual": lambda: nn.Conv2d(48, 64, 3, padding=1),
+    "halving": lambda: nn.Conv2d(48, 64, 3, stride=2, padding=1),
+    "without bias": lambda: nn.Conv2d(48, 40, 3, padding=1, bias=False),
+    "few channels in": lambda: nn.Conv2d(4, 320, 3, padding=1),
+    "few channels out": lambda: nn.Conv2d(320, 4, 3, padding=1),
+    "many channels": lambda: nn.Conv2d(640, 320, 3, padding=1),
+    "bfloat16": lambda: nn.Conv2d(48, 64, 3, padding=1, dtype=torch.bfloat16),
+}
+SIZES = {
+    "two": (2, 16, 16),
+    "other size": (2, 8, 12),
+    "two tiny ones": (2, 2, 2),
+    "one tiny one": (1, 4, 4),
+    "a pixel": (1, 1, 1),
+    "one": (1, 64, 64),
+}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@torch.no_grad()
+def test_a_laid_out_convolution_has_the_bits_of_a_plain_one_at_every_size_and_with_every_weight(
+    name, threads, golden_threads
+):
+    torch.set_num_threads(threads)
+    torch.manual_seed(1)
+    conv = CONVOLUTIONS[name]()
+    module = laid_out(conv)
+    for _ in range(2):
+        for batch, height, width in SIZES.values():
+            for layout in (torch.contiguous_format, torch.channels_last):
+                x = torch.randn(
+                    batch, conv.in_channels, height, width, dtype=conv.weight.dtype
+                ).contiguous(memory_format=layout)
+                assert torch.equal(module(x), conv(x)), (batch, height, width, layout)
+        conv.weight.copy_(torch.randn_like(conv.weight))
+        module.take(conv.weight.detach().to)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+@torch.no_grad()
+def test_it_is_laid_out_once_and_the_weight_it_was_made_of_is_let_go(stored):
+    weight = torch.randn(64, 48, 3, 3).to(stored)
+    written: list[weakref.ref[Tensor]] = []
+
+    def write(dtype: torch.dtype) -> Tensor:
+        given = weight.to(dtype)
+        written.append(weakref.ref(given))
+        return given
+
+    module = PrepackedConv2d(nn.Conv2d(48, 64, 3, padding=1))
+    module.take(write)
+    layout = module._laid_out
+    for _ in range(2):
+        module(torch.randn(2, 48, 8, 8))
+    assert module._laid_out is layout
+    (kept, *_), _ = layout.__getstate__()
+    assert kept.untyped_storage().nbytes() == 0
+    assert kept._base is None
+    assert len(written) == 1
+    assert (written[0]() is None) == (stored != torch.float32), "what was cast is gone"
+    assert weight.shape == (64, 48, 3, 3), "what was given is as it was"
+
+
+@torch.no_grad()
+def test_without_a_weight_it_does_not_compute():
+    conv = nn.Conv2d(48, 64, 3, padding=1)
+    module, x = PrepackedConv2d(conv), torch.randn(2, 48, 8, 8)
+
+    def fails(dtype: torch.dtype) -> Tensor:
+        raise MemoryError
+
+    for leave in (lambda: None, module.release, lambda: module.take(fails)):
+        with contextlib.suppress(MemoryError):
+            leave()
+        with pytest.raises(AssertionError, match="released"):
+            module(x)
+        module.take(conv.weight.detach().to)
+        assert torch.equal(module(x), conv(x))
+        module.release()
+
+
+def test_a_base_model_that_nobody_has_any_more_is_gone_at_once():
+    gc.collect()
+    gc.disable()
+    try:
+        base = load(TINY_BASE)
+        base.merged.apply([(base.targets.bind(read_adapter(LORA_CONV)), 1.0)])
+        convolution = weakref.ref(
+            next(module for module in base.unet.modules() if isinstance(module, PrepackedConv2d))
+        )
+        del base
+        assert convolution() is None
+    finally:
+        gc.enable()
+
+
+@torch.no_grad()
+def test_whoever_computes_with_the_weight_gets_it_and_it_stays_until_the_next_one():
+    conv = nn.Conv2d(48, 64, 3, padding=1)
+    module = laid_out(conv)
+    x = torch.randn(2, 48, 8, 8)
+    expected = module(x)
+    weight = module.plain()
+    assert torch.equal(weight, conv.weight)
+    assert torch.equal(module(x), expected)
+    assert module.plain() is weight
+    assert module._laid_out is None
+    module.take(conv.weight.detach().to)
+    assert module._plain is None
+    assert torch.equal(module(x), expected)
+
+
+@torch.no_grad()
+def test_a_text_is_projected_once_until_it_or_the_weight_is_another(monkeypatch):
+    linear = nn.Linear(24, 32, bias=False).requires_grad_(False)
+    module, plain = CachedTextLinear(linear), nn.Linear.forward
+    calls: list[torch.Tensor] = []
+
+    def counted(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        calls.append(x)
+        return plain(self, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", counted)
+    one = torch.randn(2, 7, 24)
+    same_numbers = one.clone()
+    assert torch.equal(module(one), plain(linear, one))
+    assert torch.equal(module(one), plain(linear, one))
+    assert len(calls) == 1
+    module(same_numbers)
+    assert len(calls) == 2
+    linear.weight[:5].mul_(2)  # a part, as adapters are merged
+    assert torch.equal(module(same_numbers), plain(linear, same_numbers))
+    assert len(calls) == 3
+
+
+def load(folder: Any, **fields: Any) -> BaseModel:
+    base = load_base(BaseKey.of(Recipe(prompt="", base_model=str(folder), **fields)), CPU)
+    base.merged.apply([])
+    return base
+
+
+@pytest.mark.parametrize(
+    ("folder", "fields"),
+    [(TINY_BASE, {}), (TINY_SDXL, {"model": "sdxl"}), (TINY_BASE, {"dtype": "bfloat16"})],
+)
+@torch.no_grad()
+def test_a_unet_has_the_same_bits_with_adapters_merged_live_and_taken_out(
+    folder, fields, monkeypatch
+):
+    ours = load(folder, **fields)
+    monkeypatch.setattr(base_module, "prepack", lambda unet: None)
+    plain = load(folder, **fields)
+    assert any(isinstance(module, PrepackedConv2d) for module in ours.unet.modules())
+    assert any(isinstance(module, CachedTextLinear) for module in ours.unet.modules())
+    assert not any(
+        isinstance(module, PrepackedConv2d | CachedTextLinear) for module in plain.unet.modules()
+    )
+    paths = (LORA_CONV, LOKR) if folder == TINY_BASE else ()
+    for merged, live in [((), ()), (paths, ()), ((), paths), (paths[:1], paths[1:]), ((), ())]:
+        for rows, size in [(2, 16), (1, 4), (1, 32), (2, 8)]:
+            torch.manual_seed(rows)
+            latents = torch.randn(rows, 4, size, size, dtype=ours.unet.dtype)
+            condition = ours.conditioning.blank(rows, CPU).to(CPU, ours.unet.dtype)
+            condition = type(condition)(torch.randn_like(condition.text), condition.added)
+            results = []
+            for base in (ours, plain):
+                base.merged.apply([(base.targets.bind(read_adapter(path)), 0.7) for path in merged])
+                with live_adapters(
+                    base.targets, [(base.targets.bind(read_adapter(path)), 0.9) for path in live]
+                ):
+                    results.append(
+                        [base.predict(condition, latents, torch.tensor(t)) for t in (900, 20)]
+                    )
+            assert all(torch.equal(*pair) for pair in zip(*results, strict=True)), (
+                merged,
+                live,
+                rows,
+                size,
+            )
+
+
+def test_what_is_not_plain_enough_stays_as_it_is():
+    assert once._gains(nn.Conv2d(8, 8, 3, padding=1))
+    assert not once._gains(nn.Conv2d(8, 8, 1))
+    assert not once._gains(nn.Conv2d(8, 8, 3, groups=2))
+    assert not once._gains(nn.Conv2d(8, 8, 3, padding="same"))
+    assert not once._gains(nn.Conv2d(8, 8, 3, padding_mode="reflect"))
+    assert not once._gains(nn.Conv2d(8, 8, 3, padding=1, dtype=torch.float16)), (
+        "oneDNN's float16 is not PyTorch's"
+    )
+
+
+@pytest.mark.parametrize("processor", ["x86_64", "AMD64", "arm64"])
+@pytest.mark.parametrize("onednn", [True, False])
+def test_where_pytorch_does_not_ask_onednn_nothing_is_laid_out(processor, onednn, monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: processor)
+    with torch.backends.mkldnn.flags(enabled=onednn):
+        assert once._gains(nn.Conv2d(8, 8, 3, padding=1)) == (onednn and processor != "arm64")

@@ -1,0 +1,424 @@
+"""The bodies of the HTTP API: what the documented API says, and what they mean here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from fidelora.api import (
+    InferenceRequest,
+    accepted,
+    check_request,
+    model_list,
+    recipes_of,
+    request_for,
+    result_of,
+    status_of,
+)
+from fidelora.errors import RequestError, RequestFieldError
+from fidelora.jobs.job import (
+    Failure,
+    JobProgress,
+    Output,
+    Status,
+    claimed,
+    failed,
+    new_job,
+    renewed,
+    succeeded,
+)
+from fidelora.recipe import AdapterRef, Recipe
+
+NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
+A, B = AdapterRef("a" * 64, name="sks"), AdapterRef("b" * 64, name="style")
+BASE = {"base_model": "base", "dtype": "bfloat16"}
+
+
+def request(**changes: Any) -> InferenceRequest:
+    body: dict[str, Any] = {
+        "model": "sd15",
+        "loras": [{"path": "sks.safetensors"}],
+        "prompts": [{"prompt": "a ball"}],
+    }
+    return InferenceRequest.model_validate(body | changes)
+
+
+def recipes(adapters: tuple[AdapterRef, ...] = (A,), **changes: Any) -> tuple[Recipe, ...]:
+    asked = request(**changes)
+    check_request(asked)
+    return recipes_of(asked, adapters, BASE, draw_seed=lambda: 777)
+
+
+def test_what_a_request_leaves_out_is_as_documented():
+    (recipe,) = recipes()
+    assert recipe == Recipe(
+        prompt="a ball", base_model="base", width=1024, height=1024, steps=25, guidance_scale=6.0, seed=42, sampler="ddpm",
+        adapters=(A,), dtype="bfloat16",
+    )  # fmt: skip
+
+
+def test_every_field_reaches_its_recipe():
+    item = {
+        "prompt": "[trigger] on grass", "trigger_word": "own", "width": 101, "height": 640, "guidance_scale": 0, "sample_steps": 7,
+        "neg": "blurry", "seed": 5, "sampler": "euler_a", "network_multiplier": 0, "num_frames": 1,
+    }  # fmt: skip
+    (recipe,) = recipes(
+        prompts=[item], trigger_word="request's", loras=[{"path": "x", "network_multiplier": 2}]
+    )
+    assert recipe == Recipe(
+        prompt="own on grass", negative_prompt="blurry", base_model="base", width=96, height=640, steps=7, guidance_scale=0, seed=5,
+        sampler="euler_a", adapters=(AdapterRef("a" * 64, 0.0),), dtype="bfloat16",
+    )  # fmt: skip
+
+
+SIDES = st.integers(64 // 8, 4096 // 8).map(lambda number: number * 8)
+RECIPES = st.lists(
+    st.builds(
+        Recipe,
+        prompt=st.text(max_size=30),
+        negative_prompt=st.text(max_size=10),
+        base_model=st.just("base"),
+        width=SIDES,
+        height=SIDES,
+        steps=st.integers(1, 50),
+        guidance_scale=st.floats(0, 20),
+        seed=st.integers(0, 2**63 - 1),
+        sampler=st.sampled_from(["ddpm", "euler_a", "lcm"]),
+        guidance_rescale=st.just(0.0) | st.floats(0, 1),
+        adapters=st.floats(-2, 2).map(lambda multiplier: (AdapterRef("a" * 64, multiplier),)),
+        dtype=st.just("bfloat16"),
+    ),
+    min_size=1,
+    max_size=4,
+)
+OF_SDXL = st.tuples(RECIPES, st.none() | st.text(max_size=10), st.none() | st.floats(0.5, 64)).map(
+    lambda drawn: [
+        replace(
+            recipe,
+            model="sdxl",
+            negative_prompt_2=drawn[1],
+            adapters=(replace(recipe.adapters[0], alpha=drawn[2]),),
+        )
+        for recipe in drawn[0]
+    ]
+)
+
+
+@given(
+    RECIPES | OF_SDXL,
+    st.sampled_from(["exact", "fast"]),
+    st.sampled_from([{}, {"fidelity": "exact"}, {"fidelity": "fast"}]),
+)
+def test_a_request_for_recipes_means_these_recipes(made, fidelity, server):
+    made = [replace(recipe, fidelity=fidelity) for recipe in made]
+    body = InferenceRequest.model_validate(
+        json.loads(json.dumps(request_for(made, "sks.safetensors")))
+    )
+    check_request(body)
+    mode = (
+        "merged" if fidelity == "fast" or len({recipe.adapters for recipe in made}) == 1 else "live"
+    )
+    assert recipes_of(body, (A,), {**BASE, **server}, draw_seed=lambda: 0) == tuple(
+        replace(recipe, adapter_mode=mode) for recipe in made
+    )
+
+
+def test_what_one_text_encoder_cannot_use_is_refused_by_the_field():
+    with pytest.raises(RequestFieldError, match="sd15 has one text encoder") as raised:
+        recipes(prompts=[{"prompt": "a", "neg_2": "ugly"}])
+    assert raised.value.place == ("prompts", 0, "neg_2")
+    (recipe,) = recipes(
+        model="sdxl", prompts=[{"prompt": "a", "neg_2": "ugly", "guidance_rescale": 0.5}]
+    )
+    assert (recipe.model, recipe.negative_prompt_2, recipe.guidance_rescale) == (
+        "sdxl",
+        "ugly",
+        0.5,
+    )
+
+
+def test_the_server_decides_the_fidelity_that_a_request_leaves_out():
+    asked = request()
+    assert [
+        recipe.fidelity
+        for recipe in recipes_of(asked, (A,), {**BASE, "fidelity": "fast"}, draw_seed=lambda: 0)
+    ] == ["fast"]
+    assert [recipe.fidelity for recipe in recipes(fidelity="fast")] == ["fast"]
+    assert [recipe.fidelity for recipe in recipes()] == ["exact"]
+
+
+def test_a_recipe_beyond_the_api_is_refused_by_the_field():
+    with pytest.raises(RequestFieldError, match=r"prompts.0.guidance_scale 30"):
+        request_for([Recipe(prompt="a", guidance_scale=30, adapters=(A,))], "x")
+
+
+def test_seeds_count_from_42_are_kept_and_are_drawn():
+    asked = [
+        {"prompt": "a"},
+        {"prompt": "b"},
+        {"prompt": "c", "seed": 0},
+        {"prompt": "d", "seed": -1},
+    ]
+    assert [recipe.seed for recipe in recipes(prompts=asked)] == [42, 43, 0, 777]
+
+
+def test_the_request_s_trigger_word_is_for_prompts_without_their_own():
+    asked = [{"prompt": "[trigger]"}, {"prompt": "[trigger]", "trigger_word": "own"}]
+    assert [recipe.prompt for recipe in recipes(prompts=asked, trigger_word="sks")] == [
+        "sks",
+        "own",
+    ]
+    assert recipes(prompts=asked[:1])[0].prompt == "[trigger]"
+
+
+def test_several_loras_keep_their_order_and_multipliers():
+    loras = [{"path": "x", "network_multiplier": -0.5}, {"path": "y"}]
+    (recipe,) = recipes((A, B), loras=loras)
+    assert [(ref.name, ref.multiplier) for ref in recipe.adapters] == [
+        ("sks", -0.5),
+        ("style", 1.0),
+    ]
+    assert recipe.adapter_mode == "merged"
+
+
+def test_prompts_with_multipliers_of_their_own_run_live_as_in_the_trainer():
+    loras = [{"path": "x", "network_multiplier": 0.5}, {"path": "y"}]
+    asked = [
+        {"prompt": "a"},
+        {"prompt": "b", "network_multiplier": 2},
+        {"prompt": "c", "network_multiplier": [0.1, 0.2]},
+    ]
+    made = recipes((A, B), loras=loras, prompts=asked)
+    assert [tuple(ref.multiplier for ref in recipe.adapters) for recipe in made] == [
+        (0.5, 1.0),
+        (2.0, 2.0),
+        (0.1, 0.2),
+    ]
+    assert {recipe.adapter_mode for recipe in made} == {"live"}
+    same = recipes(
+        (A, B),
+        loras=loras,
+        prompts=[{"prompt": "a"}, {"prompt": "b", "network_multiplier": [0.5, 1]}],
+    )
+    assert {recipe.adapter_mode for recipe in same} == {"merged"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "details"),
+    [
+        ({"model": "flux"}, "MODEL_NOT_FOUND", {"supported_models": ["sd15", "sdxl"]}),
+        ({"loras": []}, "LORA_FILE_REQUIRED", {}),
+        (
+            {"loras": [{"path": "x", "transformer": "low"}]},
+            "MOE_FORMAT_NOT_SUPPORTED",
+            {"field": "transformer"},
+        ),
+        ({"kv_cache": True}, "FIELD_NOT_SUPPORTED", {"field": "kv_cache"}),
+        (
+            {"loras": [{"path": "x", "scale": 1}]},
+            "FIELD_NOT_SUPPORTED",
+            {"field": "loras[0].scale"},
+        ),
+        (
+            {"prompts": [{"prompt": "a"}, {"prompt": "b", "steps": 3}]},
+            "FIELD_NOT_SUPPORTED",
+            {"field": "prompts[1].steps"},
+        ),
+        (
+            {"prompts": [{"prompt": "a", "ctrl_img": "x"}]},
+            "FIELD_NOT_SUPPORTED",
+            {"field": "prompts[0].ctrl_img"},
+        ),
+        (
+            {"prompts": [{"prompt": "a", "ctrl_img_3": "x"}]},
+            "FIELD_NOT_SUPPORTED",
+            {"field": "prompts[0].ctrl_img_3"},
+        ),
+        (
+            {"prompts": [{"prompt": "a", "num_frames": 16}]},
+            "FIELD_NOT_SUPPORTED",
+            {"field": "prompts[0].num_frames"},
+        ),
+        (
+            {"prompts": [{"prompt": "a", "fps": 16}]},
+            "FIELD_NOT_SUPPORTED",
+            {"field": "prompts[0].fps"},
+        ),
+        (
+            {"prompts": [{"prompt": "a", "resolution": "High"}]},
+            "FIELD_NOT_SUPPORTED",
+            {"field": "prompts[0].resolution"},
+        ),
+        (
+            {"prompts": [{"prompt": "a", "network_multiplier": [1, 1]}]},
+            "MULTIPLIERS_DO_NOT_MATCH",
+            {"field": "prompts[0].network_multiplier"},
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_the_model_cannot_use_is_refused_by_name(changes, code, details):
+    with pytest.raises(RequestError) as raised:
+        check_request(request(**changes))
+    assert (raised.value.code, raised.value.details) == (code, details)
+
+
+def test_an_unknown_sampler_is_refused_with_the_list():
+    with pytest.raises(RequestFieldError, match="the samplers are: ddpm, ddim") as caught:
+        recipes(prompts=[{"prompt": "b"}, {"prompt": "a", "sampler": "euler_b"}])
+    assert caught.value.place == ("prompts", 1, "sampler")
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"width": 63}, {"width": 4097}, {"height": 63}, {"guidance_scale": 20.1}, {"guidance_scale": -1}, {"sample_steps": 0},
+        {"sample_steps": 151}, {"seed": -2}, {"seed": 2**63}, {"network_multiplier": 2.1}, {"network_multiplier": [3]},
+        {"num_frames": 0}, {"resolution": "Low"}, {"prompt": None}, {"guidance_scale": float("nan")},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_value_out_of_range_is_refused(item):
+    with pytest.raises(ValidationError):
+        request(prompts=[{"prompt": "a"} | item])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prompts": []}, {"prompts": [{}]}, {"prompts": [{"prompt": "a"}] * 65}, {"loras": [{}]}, {"loras": [{"path": ""}]},
+        {"loras": [{"path": "x", "network_multiplier": -2.1}]}, {"model": None}, {"output_format": "gif"},
+        {"loras": [{"path": "x", "transformer": "middle"}]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_request_of_another_form_is_refused(changes):
+    with pytest.raises(ValidationError):
+        request(**changes)
+
+
+def test_the_token_is_shown_to_nobody():
+    asked = request(hf_token="hf_secret")
+    assert "hf_secret" not in repr(asked) + str(asked) + asked.model_dump_json()
+    assert asked.hf_token is not None
+    assert asked.hf_token.get_secret_value() == "hf_secret"
+
+
+@given(
+    width=st.integers(64, 4096), seed=st.integers(-1, 2**63 - 1), guidance=st.floats(0, 20), steps=st.integers(1, 150),
+    multiplier=st.floats(-2, 2), prompt=st.text(st.characters(exclude_categories=["Cs"]), max_size=50),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_every_request_in_range_is_a_recipe(width, seed, guidance, steps, multiplier, prompt):
+    item = {
+        "prompt": prompt,
+        "width": width,
+        "seed": seed,
+        "guidance_scale": guidance,
+        "sample_steps": steps,
+    }
+    (recipe,) = recipes(prompts=[item | {"network_multiplier": multiplier}])
+    assert recipe.width == width - width % 8
+    assert Recipe.from_json(recipe.to_json()) == recipe
+
+
+def test_the_answer_to_a_request_has_its_addresses():
+    job = new_job(recipes(), NOW)
+    body = json.loads(accepted(job, "http://localhost:8000/").model_dump_json())
+    assert body == {
+        "request_id": job.id,
+        "status": "queued",
+        "status_url": f"http://localhost:8000/v1/requests/{job.id}/status",
+        "result_url": f"http://localhost:8000/v1/requests/{job.id}/result",
+        "created_at": "2026-11-22T12:00:00Z",
+    }
+
+
+def test_a_job_s_life_in_answers():
+    job = new_job(recipes(prompts=[{"prompt": "a"}, {"prompt": "b"}]), NOW)
+    waiting = json.loads(status_of(job, 3).model_dump_json())
+    assert (
+        waiting["status"],
+        waiting["queue_position"],
+        waiting["progress"],
+        waiting["error"],
+    ) == ("in_queue", 3, None, None)
+    assert result_of(job, "http://x").outputs is None
+
+    job = claimed(job, "worker", NOW + timedelta(seconds=1), 30)
+    job = renewed(job, 1, JobProgress(image=1, images=2, step=5, steps=25, eta_s=4.0), NOW, 30)
+    running = json.loads(status_of(job, None).model_dump_json())
+    assert running["status"] == "in_progress"
+    assert running["progress"] == {
+        "image": 1,
+        "images": 2,
+        "step": 5,
+        "steps": 25,
+        "fraction": 0.6,
+        "eta_s": 4.0,
+    }
+
+    outputs = tuple(
+        Output(f"out/{job.id}_output_{i}.png", "png", 1024, 1024, 42 + i, "c" * 64, 9)
+        for i in range(2)
+    )
+    done = succeeded(job, 1, outputs, {"denoise": 2.5}, NOW + timedelta(seconds=4))
+    result = json.loads(result_of(done, "http://x").model_dump_json())
+    assert (result["status"], result["error"], result["finished_at"]) == (
+        "succeeded",
+        None,
+        "2026-11-22T12:00:04Z",
+    )
+    assert result["metadata"] == {
+        "model": "sd15",
+        "inference_time": 3.0,
+        "timings": {"denoise": 2.5},
+    }
+    assert result["outputs"]["videos"] == []
+    image = result["outputs"]["images"][1]
+    assert image.pop("recipe") == done.recipes[1].to_dict()
+    assert image == {
+        "format": "png", "width": 1024, "height": 1024, "file_path": f"out/{job.id}_output_1.png", "seed": 43,
+        "url": f"http://x/v1/requests/{job.id}/images/1", "sha256": "c" * 64,
+    }  # fmt: skip
+
+    broken = status_of(failed(job, 1, Failure("LORA_MISMATCH", "It does not fit."), NOW), None)
+    assert (broken.status, broken.error, broken.error_code) == (
+        Status.FAILED,
+        "It does not fit.",
+        "LORA_MISMATCH",
+    )
+
+
+def test_the_models_are_listed_as_documented():
+    assert [body.model_dump() for body in model_list().models] == [
+        {
+            "id": "sd15",
+            "base_model": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+            "resolution_divisor": 8,
+            "default_steps": 25,
+            "default_guidance_scale": 6.0,
+            "requires_control_image": False,
+            "is_video_model": False,
+            "default_num_frames": None,
+            "default_fps": None,
+        },
+        {
+            "id": "sdxl",
+            "base_model": "stabilityai/stable-diffusion-xl-base-1.0",
+            "resolution_divisor": 8,
+            "default_steps": 25,
+            "default_guidance_scale": 6.0,
+            "requires_control_image": False,
+            "is_video_model": False,
+            "default_num_frames": None,
+            "default_fps": None,
+        },
+    ]

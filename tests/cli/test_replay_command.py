@@ -1,0 +1,207 @@
+"""`fidelora replay`: an image is made again from what its file says, and proved to be the same or not."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+from tests.support import LORA, LORA_CONV, TINY_BASE
+
+from fidelora import AdapterRef, Engine, Recipe, read_record
+from fidelora.recipe import file_sha256
+
+RECIPE = Recipe(
+    prompt="a ball", base_model=str(TINY_BASE), width=64, height=72, steps=2, seed=9, sampler="euler_a",
+    adapters=(AdapterRef.from_file(LORA, 0.5), AdapterRef.from_file(LORA_CONV, -0.25)),
+)  # fmt: skip
+CPU = ("--device", "cpu")
+LORAS = ("--lora", str(LORA), "--lora", str(LORA_CONV))
+
+
+@pytest.fixture(scope="module")
+def made():
+    return Engine(device="cpu").generate(RECIPE)
+
+
+@pytest.fixture
+def image(made, tmp_path):
+    return made.save(tmp_path / "ball.png")
+
+
+def write(path, content):
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "quality"),
+    [
+        ("ball.png", None),
+        ("ball.jpg", None),
+        ("ball.jpg", 60),
+        ("ball.webp", None),
+        ("ball.webp", 50),
+    ],
+)
+def test_the_same_pixels_in_every_format(fidelora, made, tmp_path, name, quality):
+    image_format = {"png": "png", "jpg": "jpeg", "webp": "webp"}[name.partition(".")[2]]
+    image = write(tmp_path / name, made.encode(image_format, quality))
+    again = tmp_path / name.replace("ball", "ball_again")
+    code, out, err = fidelora("replay", str(image), "--compare", *LORAS, *CPU)
+    assert (code, out, err) == (0, f"{again}\nidentical: every pixel is the same\n", "")
+    assert np.array_equal(np.asarray(Image.open(again)), np.asarray(Image.open(image)))
+    assert Recipe.from_dict(read_record(again)["recipe"]) == RECIPE
+
+
+def test_loras_are_found_by_their_bytes_under_any_name(fidelora, image, tmp_path):
+    (tmp_path / "x" / "deep").mkdir(parents=True)
+    shutil.copyfile(LORA, tmp_path / "x" / "deep" / "renamed.safetensors")
+    shutil.copyfile(
+        LORA_CONV, tmp_path / "x" / LORA.name
+    )  # the name of one, the bytes of the other
+    code, out, _ = fidelora(
+        "replay",
+        str(image),
+        "--compare",
+        "--lora-dir",
+        str(tmp_path / "x"),
+        "--out",
+        "new/b.png",
+        *CPU,
+    )
+    assert (code, out.splitlines()[-1]) == (0, "identical: every pixel is the same")
+    assert (tmp_path / "new" / "b.png").is_file()
+
+
+def test_a_second_image_has_a_name_of_its_own(fidelora, image, tmp_path):
+    for name in ("ball_again.png", "ball_again_2.png"):
+        assert fidelora("replay", str(image), *LORAS, *CPU)[:2] == (0, f"{tmp_path / name}\n")
+
+
+def test_other_pixels_are_told_and_leave_with_1(fidelora, made, tmp_path):
+    pixels = made.pixels.copy()
+    pixels[0, 0] ^= 255
+    image = tmp_path / "ball.png"
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(
+        "fidelora",
+        json.dumps(made.record() | {"environment": {**made.environment, "device": "cuda"}}),
+    )
+    Image.fromarray(pixels).save(image, pnginfo=info)
+    code, out, _ = fidelora("replay", str(image), "--compare", *LORAS, *CPU)
+    assert code == 1
+    assert out.splitlines()[1].startswith(
+        "DIFFERENT: 99.97 % of pixels are the same, the largest difference is "
+    )
+    assert out.splitlines()[2:] == [f"  device was cuda, and is {made.environment['device']} here"]
+
+
+def test_a_resized_image_is_told(fidelora, made, tmp_path):
+    image = tmp_path / "ball.png"
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("fidelora", json.dumps(made.record()))
+    Image.fromarray(made.pixels).resize((32, 36)).save(image, pnginfo=info)
+    code, out, _ = fidelora("replay", str(image), "--compare", *LORAS, *CPU)
+    assert (code, out.splitlines()[1]) == (
+        1,
+        "DIFFERENT: the file is 32x36, and its recipe makes 64x72; it was resized.",
+    )
+
+
+def test_what_is_changed_is_said(fidelora, image, tmp_path):
+    base = shutil.copytree(TINY_BASE, tmp_path / "base")
+    code, out, err = fidelora(
+        "replay",
+        str(image),
+        "--compare",
+        "--json",
+        "--fidelity",
+        "fast",
+        "--base-model",
+        str(base),
+        *LORAS,
+        *CPU,
+    )
+    document = json.loads(out)
+    assert document["changes"] == {
+        "base_model": {"was": str(TINY_BASE), "now": str(base)}, "fidelity": {"was": "exact", "now": "fast"}
+    }  # fmt: skip
+    assert "warning: fidelity is 'fast' in place of 'exact'." in err
+    assert (document["source"], document["recipe"]["fidelity"], document["ignored"]) == (
+        "fidelora",
+        "fast",
+        [],
+    )
+    assert document["identical"] is (document["comparison"]["max_difference"] == 0)
+    assert code == (0 if document["identical"] else 1)
+
+
+def test_missing_loras_are_named_with_their_hashes(fidelora, image, tmp_path):
+    code, out, err = fidelora(
+        "replay", str(image), "--lora", str(LORA), "--lora-dir", str(tmp_path), *CPU
+    )
+    assert (code, out) == (2, "")
+    assert f"{LORA_CONV.stem} (sha256 {file_sha256(LORA_CONV)})" in err
+    assert file_sha256(LORA) not in err
+    assert "Give them by --lora FILE or --lora-dir DIR." in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none.png"], "cannot be read"),
+        (["notes.txt"], "not a PNG, JPEG or WebP"),
+        (["plain.png"], "carries neither a recipe"),
+        (["ball.png", "--lora-dir", "nowhere"], "There is no folder nowhere"),
+        (["ball.png", "--lora", "nowhere.safetensors"], "There is no adapter file"),
+        (["ball.png", "--out", "x.gif"], "ends in no image format"),
+        (["ball.png", "--base-model", "nowhere/at/all"], "nowhere"),
+    ],
+)
+def test_what_cannot_be_used_leaves_with_2(fidelora, image, tmp_path, arguments, message):
+    (tmp_path / "notes.txt").write_text("x")
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    given = () if "--lora" in arguments else LORAS
+    code, _, err = fidelora("replay", *arguments, *given, *CPU)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_another_programs_image_is_made_as_far_as_its_text_goes(fidelora, tmp_path):
+    text = (
+        f"a ball <lora:{LORA.stem}:0.5>\nNegative prompt: bad\n"
+        "Steps: 2, Sampler: Euler a, CFG scale: 4, Seed: 9, Size: 64x72, Model: tiny, Clip skip: 2, "
+        f'Lora hashes: "{LORA.stem}: 0123456789ab", Version: v1.10.1'
+    )
+    info, buffer = PngImagePlugin.PngInfo(), io.BytesIO()
+    info.add_text("parameters", text)
+    Image.new("RGB", (64, 72)).save(buffer, "PNG", pnginfo=info)
+    image = write(tmp_path / "theirs.png", buffer.getvalue())
+    code, _, err = fidelora(
+        "replay", str(image), "--lora-dir", str(LORA.parent), "--base-model", str(TINY_BASE), *CPU
+    )
+    assert code == 0
+    for sentence in (
+        "as far as they go",
+        "Clip skip '2' is not used",
+        "Model 'tiny' is not used",
+        "had the hash 0123456789ab",
+    ):
+        assert sentence in err
+    recipe = Recipe.from_dict(read_record(tmp_path / "theirs_again.png")["recipe"])
+    assert (recipe.prompt, recipe.negative_prompt, recipe.sampler, recipe.seed) == (
+        "a ball",
+        "bad",
+        "euler_a",
+        9,
+    )
+    assert [(ref.sha256, ref.multiplier) for ref in recipe.adapters] == [(file_sha256(LORA), 0.5)]
+
+    code, out, err = fidelora("replay", str(image), "--base-model", str(TINY_BASE), *CPU)
+    assert (code, out) == (2, "")
+    assert f"{LORA.stem} (sha256 0123456789ab)" in err

@@ -1,0 +1,198 @@
+"""Every sampler, against the pipelines that the trainer itself paints its previews with.
+
+The golden jobs show four samplers. Here the trainer's way is built from the same library that it uses: its configuration with
+`steps_offset` 0, handed to the pipeline's constructor (which rewrites it for Stable Diffusion 1.5, and leaves it for SDXL), prompts
+encoded one by one, one CPU generator. Our own loop has to give the same pixels, for every sampler and in half precision too.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, schedulers
+from tests.support import TINY_BASE, TINY_SDXL, read_json
+
+from fidelora import Engine, Recipe
+from fidelora.engine.model import BaseKey, BaseModel, load_base
+from fidelora.families import all_families, get_family
+from fidelora.families.clip import TextReader, last_state, penultimate_state
+from fidelora.families.sd.samplers import SCHEDULER_CONFIG
+
+CPU = torch.device("cpu")
+SAMPLERS = get_family("sd15").samplers
+SMALL = {
+    "sd15": Recipe(
+        prompt="a photo of a ball", negative_prompt="blurry", base_model=str(TINY_BASE), width=72, height=72, steps=6, seed=11,
+        guidance_scale=5.5,
+    ),
+    "sdxl": Recipe(
+        model="sdxl", prompt="a photo of a ball", negative_prompt="blurry", negative_prompt_2="ugly", base_model=str(TINY_SDXL),
+        width=72, height=64, steps=6, seed=11, guidance_scale=5.5,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(device="cpu")
+
+
+def test_every_family_is_compared():
+    assert SMALL.keys() == all_families().keys()
+
+
+def the_trainer_s_way(recipe: Recipe) -> Any:
+    """The image as the trainer's pipeline makes it of a base model without adapters."""
+    with patch("fidelora.engine.model.prepack"):  # of the modules, the pipeline gets diffusers' own
+        base = load_base(BaseKey.of(recipe), CPU)
+    base.merged.apply([])
+    sampler = SAMPLERS[recipe.sampler]
+    scheduler = getattr(schedulers, sampler.scheduler).from_config(
+        {**SCHEDULER_CONFIG, **sampler.options}
+    )
+    pipeline, texts = {"sd15": sd15, "sdxl": sdxl}[recipe.model](base, scheduler, recipe)
+    pipeline.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        image = pipeline(
+            **texts,
+            width=recipe.width,
+            height=recipe.height,
+            num_inference_steps=recipe.steps,
+            guidance_scale=recipe.guidance_scale,
+            guidance_rescale=recipe.guidance_rescale,
+            generator=torch.Generator("cpu").manual_seed(recipe.seed),
+        ).images[0]
+    return np.asarray(image)
+
+
+def sd15(base: BaseModel, scheduler: Any, recipe: Recipe) -> tuple[Any, dict[str, Any]]:
+    reader = base.conditioning.readers["text_encoder"]
+    pipeline = StableDiffusionPipeline(
+        base.vae,
+        reader.encoder,
+        reader.tokenizer,
+        base.unet,
+        scheduler,
+        None,
+        None,
+        requires_safety_checker=False,
+    )
+    with torch.no_grad():
+        positive, negative = (
+            last_state(reader.tokenizer, reader.encoder, text, CPU).embedding
+            for text in (recipe.prompt, recipe.negative_prompt)
+        )
+    return pipeline, {"prompt_embeds": positive, "negative_prompt_embeds": negative}
+
+
+def sdxl(base: BaseModel, scheduler: Any, recipe: Recipe) -> tuple[Any, dict[str, Any]]:
+    first, second = (base.conditioning.readers[name] for name in ("text_encoder", "text_encoder_2"))
+    vae = base.vae
+    if recipe.vae_dtype == "float16":
+        vae = vae.to(torch.float16)  # the pipeline itself makes it wider for decoding
+    pipeline = StableDiffusionXLPipeline(
+        vae,
+        first.encoder,
+        second.encoder,
+        first.tokenizer,
+        second.tokenizer,
+        base.unet,
+        scheduler,
+        add_watermarker=False,
+    )
+
+    def encode(*texts: str) -> tuple[torch.Tensor, torch.Tensor]:
+        def one(reader: TextReader, text: str) -> Any:
+            return penultimate_state(reader.tokenizer, reader.encoder, text, CPU)
+
+        with torch.no_grad():
+            read = [one(reader, text) for reader, text in zip((first, second), texts, strict=True)]
+        return torch.cat([text.embedding for text in read], dim=-1), read[1].pooled
+
+    second_negative = (
+        recipe.negative_prompt if recipe.negative_prompt_2 is None else recipe.negative_prompt_2
+    )
+    (text, pooled), (negative, negative_pooled) = (
+        encode(recipe.prompt, recipe.prompt),
+        encode(recipe.negative_prompt, second_negative),
+    )
+    return pipeline, {
+        "prompt_embeds": text,
+        "pooled_prompt_embeds": pooled,
+        "negative_prompt_embeds": negative,
+        "negative_pooled_prompt_embeds": negative_pooled,
+    }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("model", SMALL)
+def test_our_loop_gives_the_pixels_of_the_trainer_s_pipeline(engine, model, sampler, dtype):
+    recipe = replace(
+        SMALL[model], sampler=sampler, dtype=dtype, vae_dtype=dtype, text_encoder_dtype=dtype
+    )
+    assert np.array_equal(engine.generate(recipe).pixels, the_trainer_s_way(recipe))
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 1.5])
+@pytest.mark.parametrize("model", SMALL)
+def test_guidance_begins_above_one_as_in_the_pipeline(engine, model, guidance_scale):
+    recipe = replace(SMALL[model], steps=4, guidance_scale=guidance_scale)
+    assert np.array_equal(engine.generate(recipe).pixels, the_trainer_s_way(recipe))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model", SMALL)
+def test_guidance_is_rescaled_as_in_the_pipeline(engine, model, dtype):
+    recipe = replace(
+        SMALL[model], guidance_rescale=0.7, dtype=dtype, vae_dtype=dtype, text_encoder_dtype=dtype
+    )
+    rescaled = engine.generate(recipe).pixels
+    assert np.array_equal(rescaled, the_trainer_s_way(recipe))
+    assert not np.array_equal(
+        rescaled, engine.generate(replace(recipe, guidance_rescale=0.0)).pixels
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("force_upcast", [True, False])
+def test_a_narrow_vae_is_made_wider_where_its_configuration_says_so(
+    engine, tmp_path: Path, force_upcast: bool, dtype: str
+):
+    """In float16 the VAE of SDXL overflows; the pipeline decodes with its rounded weights in float32."""
+    import json
+
+    base = tmp_path / "base"
+    shutil.copytree(TINY_SDXL, base)
+    config = read_json(base / "vae" / "config.json") | {"force_upcast": force_upcast}
+    (base / "vae" / "config.json").write_text(json.dumps(config))
+    dtypes: Any = {"dtype": dtype, "text_encoder_dtype": dtype, "vae_dtype": "float16"}
+    recipe = replace(SMALL["sdxl"], base_model=str(base), **dtypes)
+    if force_upcast:
+        assert np.array_equal(engine.generate(recipe).pixels, the_trainer_s_way(recipe))
+    loaded = load_base(BaseKey.of(recipe), CPU).vae
+    assert loaded.dtype == (torch.float32 if force_upcast else torch.float16)
+    assert all(
+        torch.equal(weight, weight.half().to(weight.dtype)) for weight in loaded.parameters()
+    )
+
+
+def test_the_size_is_told_in_the_dtype_of_the_text(engine):
+    """In bfloat16 a size such as 520 is another number; the pipeline rounds it, so the image shows it."""
+    recipe = replace(
+        SMALL["sdxl"],
+        width=64,
+        height=520,
+        steps=2,
+        dtype="bfloat16",
+        vae_dtype="bfloat16",
+        text_encoder_dtype="bfloat16",
+    )
+    assert np.array_equal(engine.generate(recipe).pixels, the_trainer_s_way(recipe))

@@ -1,0 +1,550 @@
+"""The engine: same recipe, same pixels, whatever happened in between."""
+
+from __future__ import annotations
+
+import platform
+import random
+import threading
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.support import LOKR, LORA, LORA_CONV, TINY_BASE, change_weights, copy_base, save_adapter
+
+from fidelora import AdapterRef, Engine, Progress, Recipe
+from fidelora.accel.device import processor_name, read_processor_name
+from fidelora.engine.model import BaseKey, expected_bytes, load_base
+from fidelora.errors import (
+    AdapterChangedError,
+    AdapterMismatchError,
+    AdapterNotFoundError,
+    DeviceError,
+    EngineBusyError,
+    GenerationCancelled,
+    MemoryExhaustedError,
+    NumericsError,
+)
+from fidelora.families import get_family
+from fidelora.families.clip import last_state
+from fidelora.sampling.noise import legacy_randn
+
+SMALL: dict[str, Any] = {"base_model": str(TINY_BASE), "width": 64, "height": 64, "steps": 3}
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(device="cpu")
+
+
+def pixels(engine: Engine, recipe: Recipe) -> bytes:
+    return engine.generate(recipe).pixels.tobytes()
+
+
+def test_the_same_recipe_gives_the_same_pixels_in_any_order_among_others(engine):
+    lora, conv, lokr = (AdapterRef.from_file(path) for path in (LORA, LORA_CONV, LOKR))
+    recipes = [
+        Recipe(prompt="a red ball", **SMALL),
+        Recipe(prompt="a red ball", adapters=(lora,), **SMALL),
+        Recipe(prompt="a red ball", adapters=(lora, conv), adapter_mode="live", **SMALL),
+        Recipe(
+            prompt="a blue ball",
+            adapters=(replace(lokr, multiplier=-0.5), conv),
+            sampler="euler_a",
+            **SMALL,
+        ),
+        Recipe(
+            prompt="a red ball", adapters=(lokr,), adapter_mode="live", guidance_scale=1, **SMALL
+        ),
+        Recipe(
+            prompt="", adapters=(replace(lora, multiplier=0.0),), sampler="heun", seed=3, **SMALL
+        ),
+    ]
+    first = [pixels(engine, recipe) for recipe in recipes]
+    assert len(set(first)) == len(recipes)
+    order = list(range(len(recipes))) * 3
+    random.Random(1).shuffle(order)
+    for index in order:
+        assert pixels(engine, recipes[index]) == first[index]
+    alone = Engine(device="cpu")
+    assert [pixels(alone, recipe) for recipe in reversed(recipes)] == first[::-1]
+
+
+def test_multiplier_0_is_the_base_model_on_both_paths(engine):
+    base = Recipe(prompt="a ball", **SMALL)
+    off = (AdapterRef.from_file(LORA, 0.0),)
+    expected = pixels(engine, base)
+    assert pixels(engine, replace(base, adapters=off)) == expected
+    assert pixels(engine, replace(base, adapters=off, adapter_mode="live")) == expected
+
+
+@pytest.mark.parametrize("path", [LORA, LORA_CONV, LOKR], ids=lambda path: path.stem)
+def test_the_two_paths_differ_by_roundings_only(engine, path):
+    recipe = Recipe(prompt="a ball", adapters=(AdapterRef.from_file(path, 0.7),), **SMALL)
+    merged = engine.generate(recipe).pixels.astype(int)
+    live = engine.generate(replace(recipe, adapter_mode="live")).pixels.astype(int)
+    base = engine.generate(replace(recipe, adapters=())).pixels.astype(int)
+    assert np.abs(merged - live).max() <= 1
+    assert np.abs(merged - base).max() > 5
+
+
+@pytest.mark.parametrize("mode", ["merged", "live"])
+def test_several_adapters_add_up(engine, mode):
+    """Two halves of one adapter are the whole, but for roundings; so nothing overwrites anything on either path."""
+    for path in (LORA, LOKR):
+        whole, half = AdapterRef.from_file(path, 1.0), AdapterRef.from_file(path, 0.5)
+        recipe = Recipe(prompt="a ball", adapters=(whole,), adapter_mode=mode, **SMALL)
+        one = engine.generate(recipe).pixels.astype(int)
+        two = engine.generate(replace(recipe, adapters=(half, half))).pixels.astype(int)
+        assert np.abs(one - two).max() <= 1
+
+
+def test_live_lora_and_lokr_stack_like_merged_ones(engine):
+    refs = (AdapterRef.from_file(LORA, 0.5), AdapterRef.from_file(LOKR, 0.5))
+    recipe = Recipe(prompt="a ball", adapters=refs, **SMALL)
+    merged = engine.generate(recipe).pixels.astype(int)
+    live = engine.generate(replace(recipe, adapter_mode="live")).pixels.astype(int)
+    assert np.abs(merged - live).max() <= 1
+
+
+@pytest.mark.parametrize("sampler", get_family("sd15").samplers)
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_every_sampler_makes_an_image_and_counts_its_steps(engine, sampler, steps):
+    reports: list[Progress] = []
+    recipe = Recipe(prompt="a ball", sampler=sampler, **{**SMALL, "steps": steps})
+    image = engine.generate(recipe, reports.append)
+    assert image.pixels.shape == (64, 64, 3)
+    assert image.pixels.std() > 0
+    counted = [report.step for report in reports]
+    assert counted == sorted(counted)
+    assert set(counted) == set(range(1, steps + 1))
+    assert reports[-1].seconds_left == 0
+    assert pixels(engine, recipe) == image.pixels.tobytes()
+
+
+def test_the_largest_number_of_steps(engine):
+    assert engine.generate(Recipe(prompt="a ball", **{**SMALL, "steps": 150})).pixels.std() > 0
+
+
+def test_samplers_give_pictures_of_their_own(engine):
+    made = {
+        name: engine.generate(
+            Recipe(prompt="a ball", sampler=name, **{**SMALL, "steps": 6})
+        ).pixels.astype(int)
+        for name in get_family("sd15").samplers
+    }
+    # Ancestral Euler is DDPM in other variables: with the same draws they meet, up to rounding, which differs by processor.
+    assert np.abs(made["ddpm"] - made.pop("euler_a")).max() <= 1
+    assert len({image.tobytes() for image in made.values()}) == len(made)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 0.5, 1.0])
+def test_without_guidance_the_negative_prompt_has_no_part(engine, guidance):
+    recipe = Recipe(prompt="a ball", guidance_scale=guidance, **SMALL)
+    assert pixels(engine, recipe) == pixels(engine, replace(recipe, negative_prompt="blurry"))
+
+
+def test_with_guidance_the_negative_prompt_has_one(engine):
+    recipe = Recipe(prompt="a ball", guidance_scale=1.01, **SMALL)
+    assert pixels(engine, recipe) != pixels(
+        engine, replace(recipe, guidance_scale=5.0, negative_prompt="blurry")
+    )
+
+
+def test_v_prediction_is_another_picture(engine):
+    recipe = Recipe(prompt="a ball", **SMALL)
+    assert pixels(engine, recipe) != pixels(engine, replace(recipe, prediction="v_prediction"))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_near_and_its_noise_modes_differ(engine, dtype):
+    recipe = Recipe(
+        prompt="a ball",
+        dtype=dtype,
+        vae_dtype="float32",
+        text_encoder_dtype="float32",
+        sampler="euler_a",
+        **SMALL,
+    )
+    modern = engine.generate(recipe).pixels
+    wide = engine.generate(replace(recipe, dtype="float32")).pixels
+    assert np.abs(modern.astype(int) - wide.astype(int)).mean() < 10
+    assert modern.tobytes() != pixels(engine, replace(recipe, noise="legacy"))
+
+
+@pytest.mark.parametrize(("sampler", "draws_per_step"), [("euler_a", 1), ("ddim", 0)])
+def test_the_sampler_s_own_draws_are_legacy_too(engine, monkeypatch, sampler, draws_per_step):
+    drawn: list[torch.dtype] = []
+
+    def counted(shape, generator, dtype):
+        drawn.append(dtype)
+        return legacy_randn(shape, generator, dtype)
+
+    monkeypatch.setattr("fidelora.sampling.noise.legacy_randn", counted)
+    recipe = Recipe(prompt="a ball", dtype="bfloat16", noise="legacy", sampler=sampler, **SMALL)
+    engine.generate(recipe)
+    assert drawn == [torch.bfloat16] * (1 + draws_per_step * recipe.steps)
+
+
+def test_in_float32_the_noise_modes_are_one(engine):
+    recipe = Recipe(prompt="a ball", sampler="ddpm", **SMALL)
+    assert pixels(engine, recipe) == pixels(engine, replace(recipe, noise="legacy"))
+
+
+def test_what_does_not_fit_into_the_tokens_is_quoted(engine):
+    long = "ball " * 75 + "Über-Katze, at Night"
+    image = engine.generate(Recipe(prompt=long, negative_prompt="x " * 90, **SMALL))
+    assert image.warnings == (
+        f'The end of the negative prompt does not fit into 77 tokens and has no effect: "{" ".join(["x"] * 15)}".',
+        'The end of the prompt does not fit into 77 tokens and has no effect: "Über-Katze, at Night".',
+    )
+    assert image.pixels.tobytes() == pixels(
+        engine, Recipe(prompt="ball " * 75, negative_prompt="x " * 75, **SMALL)
+    )
+
+
+def test_a_prompt_that_just_fits_has_no_warning(engine):
+    assert engine.generate(Recipe(prompt="ball " * 75, **SMALL)).warnings == ()
+
+
+@pytest.mark.parametrize("mode", ["merged", "live"])
+def test_a_cancelled_generation_leaves_the_engine_as_it_was(engine, mode):
+    recipe = Recipe(
+        prompt="a ball", adapters=(AdapterRef.from_file(LORA),), adapter_mode=mode, **SMALL
+    )
+    base = replace(recipe, adapters=())
+    expected = pixels(engine, recipe), pixels(engine, base)
+    seen: list[int] = []
+
+    def cancel(progress: Progress) -> None:
+        seen.append(progress.step)
+        if progress.step == 2:
+            raise GenerationCancelled
+
+    with pytest.raises(GenerationCancelled):
+        engine.generate(recipe, cancel)
+    assert seen == [1, 2]
+    assert (pixels(engine, recipe), pixels(engine, base)) == expected
+
+
+def test_an_adapter_that_does_not_fit_leaves_the_engine_as_it_was(engine, tmp_path):
+    from tests.support import save_adapter
+
+    good = Recipe(prompt="a ball", adapters=(AdapterRef.from_file(LORA),), **SMALL)
+    expected = pixels(engine, good)
+    tensors = {
+        "lora_unet_none.lora_down.weight": torch.zeros(1, 4),
+        "lora_unet_none.lora_up.weight": torch.zeros(4, 1),
+    }
+    bad = AdapterRef.from_file(save_adapter(tmp_path / "bad.safetensors", tensors))
+    with pytest.raises(AdapterMismatchError):
+        engine.generate(replace(good, adapters=(*good.adapters, bad)))
+    assert pixels(engine, good) == expected
+
+
+def test_a_file_that_was_overwritten_is_not_taken_for_the_old_one(tmp_path):
+    engine = Engine(device="cpu")
+    path = tmp_path / "lora.safetensors"
+    path.write_bytes(LORA.read_bytes())
+    old = Recipe(prompt="a ball", adapters=(AdapterRef.from_file(path),), **SMALL)
+    before = pixels(engine, old)
+    path.write_bytes(LORA_CONV.read_bytes())
+    new = replace(old, adapters=(AdapterRef.from_file(path),))
+    assert pixels(engine, new) == pixels(
+        engine, replace(old, adapters=(AdapterRef.from_file(LORA_CONV),))
+    )
+    assert pixels(engine, old) == before  # still in memory under its hash
+    with pytest.raises(AdapterChangedError, match="has other bytes now"):
+        Engine(device="cpu").generate(old)
+
+
+def test_a_recipe_from_json_finds_its_adapter_in_the_library():
+    engine = Engine(device="cpu")
+    recipe = Recipe(prompt="a ball", adapters=(AdapterRef.from_file(LORA),), **SMALL)
+    read_back = Recipe.from_json(recipe.to_json())
+    with pytest.raises(AdapterNotFoundError, match=r"engine\.adapters\.add"):
+        engine.generate(read_back)
+    assert engine.adapters.add(LORA) == recipe.adapters[0]
+    assert pixels(engine, read_back) == pixels(engine, recipe)
+
+
+def test_adapters_that_do_not_fit_the_budget_are_read_again(tmp_path):
+    from fidelora.adapters.library import AdapterLibrary
+
+    library = AdapterLibrary(budget_bytes=1)
+    first, second = library.add(LORA), library.add(LORA_CONV)
+    one = library.get(first)
+    assert library.get(first) is one
+    assert library.get(second) is not one
+    assert library.get(first) is not one
+    assert library.get(first).sha256 == one.sha256
+
+
+def test_several_threads_wait_for_each_other(engine):
+    recipes = [
+        Recipe(prompt="a ball", adapters=(AdapterRef.from_file(path),), **SMALL)
+        for path in (LORA, LOKR)
+    ] * 3
+    expected = [pixels(engine, recipe) for recipe in recipes]
+    results: dict[int, bytes] = {}
+
+    def work(index: int) -> None:
+        results[index] = pixels(engine, recipes[index])
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(recipes))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [results[index] for index in range(len(recipes))] == expected
+
+
+def test_the_base_used_longest_ago_is_let_go(tmp_path):
+    other = str(copy_base(tmp_path))
+    engine = Engine(device="cpu")
+    first = Recipe(prompt="a ball", **SMALL)
+    second = replace(first, base_model=other)
+    assert pixels(engine, first) == pixels(engine, second)
+    assert [key.base_model for key in engine._bases] == [other]
+
+
+def test_bases_stay_as_long_as_they_fit_into_the_budget(tmp_path):
+    bases = [str(copy_base(tmp_path / name)) for name in "abc"]
+    recipes = [Recipe(prompt="a ball", **{**SMALL, "base_model": base}) for base in bases]
+    one = load_base(BaseKey.of(recipes[0]), torch.device("cpu")).size_bytes
+    assert expected_bytes(BaseKey.of(recipes[0])) == one
+    engine = Engine(device="cpu", base_budget_bytes=2 * one)
+    for recipe in (recipes[0], recipes[1], recipes[0], recipes[2]):
+        engine.load(recipe)
+    assert [key.base_model for key in engine._bases] == [bases[0], bases[2]]
+
+    small = Engine(device="cpu", base_budget_bytes=2 * one - 1)
+    for recipe in recipes[:2]:
+        small.load(recipe)
+    assert [key.base_model for key in small._bases] == [bases[1]]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "advice"),
+    [("float16", "use bfloat16 or float32"), ("float32", "look for an adapter")],
+)
+def test_nan_is_an_error_and_not_a_black_image(tmp_path, dtype, advice):
+    """Weights that are finite, and too large for what they are multiplied with."""
+    base = copy_base(tmp_path)
+    huge = 6e4 if dtype == "float16" else 1e38
+
+    def enlarge(tensors):
+        return {
+            name: torch.full_like(t.float(), huge) if name.startswith("decoder.conv_in") else t
+            for name, t in tensors.items()
+        }
+
+    change_weights(base / "vae" / "diffusion_pytorch_model.safetensors", enlarge)
+    with pytest.raises(NumericsError, match=f"NaN.*{advice}"):
+        Engine(device="cpu").generate(
+            Recipe(prompt="a ball", dtype=dtype, **{**SMALL, "base_model": str(base)})
+        )
+
+
+def test_a_base_that_was_overwritten_is_not_taken_for_the_old_one(tmp_path):
+    base = copy_base(tmp_path)
+    engine = Engine(device="cpu")
+    recipe = Recipe(prompt="a ball", **{**SMALL, "base_model": str(base)})
+    before = pixels(engine, recipe)
+    change_weights(
+        base / "unet" / "diffusion_pytorch_model.safetensors",
+        lambda tensors: tensors | {"conv_out.bias": tensors["conv_out.bias"] + 1},
+    )
+    assert pixels(engine, recipe) != before
+
+
+def test_an_autocast_around_the_caller_has_no_say(engine):
+    recipe = Recipe(prompt="a ball", **SMALL)
+    expected = pixels(engine, recipe)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert pixels(engine, recipe) == expected
+
+
+def test_an_image_from_inside_an_image_is_refused_and_does_not_hang(engine):
+    recipe = Recipe(prompt="a ball", **SMALL)
+    expected = pixels(engine, recipe)
+    with pytest.raises(EngineBusyError, match="from inside it"):
+        engine.generate(recipe, lambda _: engine.load(recipe))
+    assert pixels(engine, recipe) == expected
+
+
+def test_configurations_are_part_of_the_recipe():
+    recipe = Recipe(prompt="a ball", **SMALL)
+    assert replace(recipe, config="elsewhere").digest != recipe.digest
+
+
+def test_an_adapter_is_found_where_its_bytes_are(tmp_path):
+    from fidelora.adapters.library import AdapterLibrary
+
+    library = AdapterLibrary(budget_bytes=1)
+    known = library.add(LORA)
+    library.add(LORA_CONV)  # the first is out of memory now
+    for stale in (tmp_path / "gone.safetensors", LORA_CONV):
+        assert library.get(replace(known, path=stale)).sha256 == known.sha256
+        library.get(AdapterRef.from_file(LORA_CONV))
+
+
+def test_a_path_added_later_is_remembered_too(tmp_path):
+    from fidelora.adapters.library import AdapterLibrary
+
+    library = AdapterLibrary(budget_bytes=1)
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    for path in (first, second):
+        path.write_bytes(LORA.read_bytes())
+    library.add(first)
+    known = library.add(second)  # from memory, without a look at the file
+    first.unlink()
+    library.add(LORA_CONV)
+    assert library.get(AdapterRef(known.sha256)).sha256 == known.sha256
+
+
+def test_a_file_that_changed_is_said_to_have_changed_even_with_a_folder_of_hashes(tmp_path):
+    from fidelora.adapters.library import AdapterLibrary
+
+    path = tmp_path / "lora.safetensors"
+    path.write_bytes(LORA.read_bytes())
+    ref = AdapterRef.from_file(path)
+    path.write_bytes(LORA_CONV.read_bytes())
+    with pytest.raises(AdapterChangedError):
+        AdapterLibrary(folder=tmp_path / "none").get(ref)
+
+
+def test_running_out_of_memory_is_one_sentence(engine, monkeypatch):
+    def no_memory(*args, **kwargs):
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"
+        )
+
+    monkeypatch.setattr("fidelora.engine.engine.denoise", no_memory)
+    with pytest.raises(MemoryExhaustedError, match="smaller size"):
+        engine.generate(Recipe(prompt="a ball", **SMALL))
+
+
+def test_progress_and_time_of_each_part_are_told(engine):
+    image = engine.generate(Recipe(prompt="a ball", **SMALL))
+    assert list(image.seconds) == ["load", "adapters", "text", "denoise", "decode"]
+    assert {
+        "fidelora",
+        "torch",
+        "diffusers",
+        "transformers",
+        "device",
+        "cpu_capability",
+        "threads",
+    } == set(image.environment)
+    assert image.environment["device"] == f"cpu ({processor_name()})"
+
+
+@pytest.mark.parametrize(
+    ("information", "name"),
+    [
+        (
+            "vendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\nprocessor\t: 1\n",
+            "AMD EPYC (by AuthenticAMD, family 25, model 17)",
+        ),
+        ("processor\t: 0\nCPU implementer\t: 0x41\n", f"{platform.machine()} (more is not known)"),
+    ],
+)
+def test_a_processor_is_known_by_its_maker_too(information, name, tmp_path):
+    """Intel's and AMD's have other bits with the same instructions."""
+    (tmp_path / "cpuinfo").write_text(information)
+    assert read_processor_name(tmp_path / "cpuinfo") == name
+
+
+@pytest.mark.parametrize(
+    ("device", "offload", "message"),
+    [
+        ("cuda:99" if torch.cuda.is_available() else "cuda", "none", "CUDA"),
+        ("tpu", "none", "There is no device 'tpu'"),
+        ("meta", "none", "not supported"),
+        ("cpu", "model", "use offload none"),
+        ("cpu", "sequential", "use offload none"),
+        ("cpu", "some", "no way of offloading 'some'"),
+    ],
+)
+def test_a_device_that_is_not_there(device, offload, message):
+    with pytest.raises(DeviceError, match=message):
+        Engine(device=device, offload=offload)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("offload", ["none", "model", "sequential"])
+def test_cuda_gives_nearly_the_picture_of_the_cpu(engine, offload):
+    recipe = Recipe(prompt="a ball", adapters=(AdapterRef.from_file(LORA),), **SMALL)
+    on_cuda = Engine(device="cuda", offload=offload)
+    for mode in ("merged", "live"):
+        one = replace(recipe, adapter_mode=mode)
+        difference = np.abs(
+            on_cuda.generate(one).pixels.astype(int) - engine.generate(one).pixels.astype(int)
+        )
+        assert difference.mean() < 1
+    assert on_cuda.auto_dtype in ("bfloat16", "float16")
+
+
+def count_encodings(monkeypatch):
+    """The texts that are really encoded from now on."""
+    seen: list[str] = []
+
+    def counted(tokenizer, encoder, text, device):
+        seen.append(text)
+        return last_state(tokenizer, encoder, text, device)
+
+    monkeypatch.setattr("fidelora.families.sd.text.TextAlone.encode", staticmethod(counted))
+    return seen
+
+
+def test_a_text_is_encoded_once_for_each_state_of_its_encoder(monkeypatch, tmp_path):
+    seen = count_encodings(monkeypatch)
+    name = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    torch.manual_seed(1)
+    of_text = save_adapter(
+        tmp_path / "text.safetensors",
+        {
+            f"{name}.lora_down.weight": torch.randn(2, 32),
+            f"{name}.lora_up.weight": torch.randn(64, 2),
+        },
+    )
+    plain = Recipe(
+        prompt="a ball",
+        negative_prompt="bad",
+        base_model=str(TINY_BASE),
+        width=64,
+        height=64,
+        steps=2,
+    )
+    with_text = replace(plain, adapters=(AdapterRef.from_file(of_text),))
+    recipes = [
+        plain,
+        replace(plain, seed=1),
+        replace(plain, adapters=(AdapterRef.from_file(LORA),)),  # of the UNet alone
+        replace(plain, prompt="a box"),
+        with_text,
+        replace(with_text, seed=1),
+        replace(with_text, adapters=(AdapterRef.from_file(of_text, 0.5),)),
+        replace(with_text, adapter_mode="live"),
+        plain,
+    ]
+    engine = Engine(device="cpu")
+    pixels = [engine.generate(recipe).pixels for recipe in recipes]
+    assert seen == ["bad", "a ball", "a box"] + ["bad", "a ball"] * 3
+    for recipe, image in zip(recipes, pixels, strict=True):
+        assert np.array_equal(Engine(device="cpu").generate(recipe).pixels, image)
+    assert not np.array_equal(pixels[0], pixels[4])
+
+
+def test_only_so_many_texts_are_kept(monkeypatch):
+    seen = count_encodings(monkeypatch)
+    monkeypatch.setattr("fidelora.families.clip._KNOWN_TEXTS", 2)
+    engine = Engine(device="cpu")
+    base = Recipe(
+        prompt="", base_model=str(TINY_BASE), width=64, height=64, steps=1, guidance_scale=1.0
+    )
+    for prompt in ("one", "two", "one", "three", "one", "two"):
+        engine.generate(replace(base, prompt=prompt))
+    assert seen == ["one", "two", "three", "two"]

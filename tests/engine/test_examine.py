@@ -1,0 +1,154 @@
+"""What an adapter's weights say of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tests.support import LOKR, LORA, LORA_CONV, save_adapter
+from torch import Tensor
+
+from fidelora.engine.examine import Examination, examine_adapter
+from fidelora.errors import AdapterNotFoundError
+
+# Modules of Stable Diffusion 1.5 itself, with their [out, in].
+SELF = ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q", 320, 320)
+CROSS = ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k", 320, 768)
+TEXT = ("lora_te_text_model_encoder_layers_0_self_attn_q_proj", 768, 768)
+
+
+def lora(
+    *modules: tuple[str, int, int], alpha: float | None = 4.0, value: float = 0.1
+) -> dict[str, Tensor]:
+    tensors = {}
+    for name, out, into in modules:
+        tensors[f"{name}.lora_down.weight"] = torch.full((4, into), value)
+        tensors[f"{name}.lora_up.weight"] = torch.full((out, 4), value)
+        if alpha is not None:
+            tensors[f"{name}.alpha"] = torch.tensor(alpha)
+    return tensors
+
+
+@pytest.fixture
+def examined(tmp_path):
+    def run(tensors: dict[str, Tensor], **metadata: str) -> Examination:
+        return examine_adapter(save_adapter(tmp_path / "x.safetensors", tensors, **metadata))
+
+    return run
+
+
+def codes(found: Examination) -> list[tuple[str, bool]]:
+    return [(problem.code, problem.unusable) for problem in found.problems]
+
+
+@pytest.mark.parametrize("path", [LORA, LORA_CONV])
+def test_adapters_of_the_trainer_have_no_problem(path):
+    found = examine_adapter(path)
+    assert (found.problems, found.usable, found.model, found.matched) == (
+        (),
+        True,
+        "sd15",
+        found.summary.modules,
+    )
+    assert found.alphas == ((4.0,) if path is LORA else (4.0, 8.0))
+
+
+def test_the_alpha_of_whole_lokr_modules_is_a_note():
+    found = examine_adapter(LOKR)
+    assert (codes(found), found.usable, found.alphas) == (
+        [("infinite_alpha", False)],
+        True,
+        (1e10,),
+    )
+
+
+def test_an_adapter_of_the_real_model_fits_by_shape(examined):
+    found = examined(lora(SELF, CROSS, TEXT), ss_base_model_version="sd_1.5")
+    assert (found.problems, found.model, found.matched, found.same_shapes) == ((), "sd15", 3, 3)
+    assert (found.summary.ranks, found.alphas, found.summary.text_encoder) == ((4,), (4.0,), True)
+
+
+def test_what_was_not_learned(examined):
+    nothing = examined(
+        lora(SELF, CROSS)
+        | {f"{name}.lora_up.weight": torch.zeros(out, 4) for name, out, _ in (SELF, CROSS)}
+    )
+    assert (codes(nothing), nothing.usable) == ([("nothing_learned", False)], True)
+    partly = examined(lora(SELF, CROSS) | {f"{SELF[0]}.lora_down.weight": torch.zeros(4, 320)})
+    assert codes(partly) == [("partly_learned", False)]
+    assert partly.problems[0].message.startswith("1 of 2 modules change nothing")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_numbers_that_are_none(examined, number):
+    found = examined(lora(SELF) | {f"{SELF[0]}.lora_up.weight": torch.full((320, 4), number)})
+    assert codes(found) == [("not_finite", True)]
+    assert not found.usable
+
+
+def test_alphas(examined):
+    assert codes(examined(lora(SELF, alpha=float("inf")))) == [("infinite_alpha", True)]
+    assert codes(examined(lora(SELF, alpha=None))) == [("missing_alpha", False)]
+    mixed = examined(lora(SELF) | lora(CROSS, alpha=None))
+    assert mixed.problems[0].message.startswith("1 of 2 modules have no alpha")
+    peft = {
+        f"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_{part}.weight": torch.ones(
+            shape
+        )
+        for part, shape in (("A", (4, 320)), ("B", (320, 4)))
+    }
+    metadata = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 8})}
+    assert examined(peft, **metadata).problems == ()
+    assert codes(examined(peft)) == [("missing_alpha", False)]
+    assert codes(examined(peft, lora_adapter_metadata="{")) == [("unusable", True)]
+
+
+@pytest.mark.parametrize(
+    ("module", "metadata", "words"),
+    [
+        (
+            ("lora_te1_text_model_encoder_layers_0_self_attn_q_proj", 768, 768),
+            {},
+            "1 of 2 modules are not in Stable Diffusion 1.5",
+        ),
+        (("lora_te1_text_model_encoder_layers_0_self_attn_q_proj", 768, 768), {}, "those of SDXL"),
+        (("lora_unet_x", 8, 8), {"ss_base_model_version": "sdxl_1.0"}, "trained on sdxl_1.0"),
+        (("lora_unet_double_blocks_0_img_attn_qkv", 8, 8), {}, "those of FLUX"),
+    ],
+)
+def test_keys_of_another_architecture(examined, module, metadata, words):
+    found = examined(lora(SELF, module), **metadata)
+    assert codes(found) == [("other_architecture", True)]
+    assert words in found.problems[0].message
+
+
+def test_no_module_of_any_family(examined):
+    found = examined(lora(("transformer.single_transformer_blocks.0.attn.to_q", 8, 8)))
+    assert (codes(found), found.model) == ([("other_architecture", True)], "")
+    assert "not in any model family here; its names are those of FLUX" in found.problems[0].message
+
+
+def test_a_relative_of_the_model(examined):
+    wider = examined(lora(SELF, (CROSS[0], 320, 1024)))
+    assert codes(wider) == [("other_base", True)]
+    said = examined(lora(SELF), ss_base_model_version="sd_2.1")
+    assert (codes(said), said.usable) == ([("other_base", False)], True)
+
+
+def test_shapes_that_make_no_lora(examined):
+    found = examined(lora(SELF) | {f"{SELF[0]}.lora_up.weight": torch.ones(320, 5)})
+    assert codes(found) == [("unusable", True)]
+    assert "make no LoRA" in found.problems[0].message
+
+
+def test_files_that_are_no_adapters(tmp_path):
+    path = tmp_path / "page.safetensors"
+    path.write_text("<html>")
+    found = examine_adapter(path)
+    assert codes(found) == [("unusable", True)]
+    assert "web page" in found.problems[0].message
+    assert len(found.sha256) == 64
+    with pytest.raises(AdapterNotFoundError, match="no adapter file"):
+        examine_adapter(Path("nothing.safetensors"))

@@ -1,0 +1,542 @@
+"""Base models: from folders, single files and the hub's cache, and never with a weight too few or too many."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from tests.families.ldm import as_ldm_checkpoint, as_ldm_vae
+from tests.support import LORA, TINY_BASE, change_weights, copy_base, read_json, weights_of
+
+from fidelora import Recipe
+from fidelora.engine.model import BaseKey, BaseModel, load_base
+from fidelora.errors import (
+    BaseModelFilesError,
+    BaseModelNotFoundError,
+    BaseModelWeightsError,
+    NonFiniteWeightsError,
+    PickleRefusedError,
+    RecipeError,
+    WeightsFileError,
+)
+from fidelora.families import get_family
+
+TEXT_ENCODER = Path("text_encoder/model.safetensors")
+UNET = Path("unet/diffusion_pytorch_model.safetensors")
+VAE = Path("vae/diffusion_pytorch_model.safetensors")
+
+
+def load(base: Path | str, **fields: str) -> BaseModel:
+    recipe = Recipe(prompt="", base_model=str(base), **fields)  # type: ignore[arg-type]
+    loaded = load_base(BaseKey.of(recipe), torch.device("cpu"))
+    loaded.merged.apply([])
+    return loaded
+
+
+def all_weights(base: BaseModel) -> dict[str, torch.Tensor]:
+    return {
+        f"{part}.{name}": tensor
+        for part, module in base.parts.items()
+        for name, tensor in weights_of(module).items()
+    }
+
+
+def same(left: BaseModel, right: BaseModel) -> bool:
+    one, other = all_weights(left), all_weights(right)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_every_weight_is_the_file_s():
+    base = load(TINY_BASE)
+    stored = safetensors.torch.load_file(TINY_BASE / UNET)
+    assert {name: tuple(tensor.shape) for name, tensor in base.unet.state_dict().items()} == {
+        name: tuple(tensor.shape) for name, tensor in stored.items()
+    }
+    assert all(
+        torch.equal(tensor, stored[name].float()) for name, tensor in weights_of(base.unet).items()
+    )
+    assert not any(parameter.requires_grad for parameter in base.unet.parameters())
+    assert not base.unet.training
+
+
+def test_each_part_has_its_own_dtype():
+    base = load(TINY_BASE, dtype="bfloat16", vae_dtype="float32", text_encoder_dtype="float16")
+    expected = {"unet": torch.bfloat16, "vae": torch.float32, "text_encoder": torch.float16}
+    assert {name: next(part.parameters()).dtype for name, part in base.parts.items()} == expected
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        (TEXT_ENCODER, "text_model.encoder.layers.1.mlp.fc1.weight"),
+        (UNET, "mid_block.attentions.0.proj_in.weight"),
+        (VAE, "decoder.conv_out.bias"),
+    ],
+)
+def test_a_missing_weight_is_named_and_never_made_up(tmp_path, part, name):
+    base = copy_base(tmp_path)
+    change_weights(
+        base / part, lambda tensors: {key: value for key, value in tensors.items() if key != name}
+    )
+    with pytest.raises(
+        BaseModelWeightsError,
+        match=f"{part.parent} lacks 1 weights \\({name.removeprefix('text_model.')}\\)",
+    ):
+        load(base)
+
+
+def test_a_left_over_weight_is_named(tmp_path):
+    base = copy_base(tmp_path)
+    change_weights(base / UNET, lambda tensors: tensors | {"extra.weight": torch.zeros(2)})
+    with pytest.raises(
+        BaseModelWeightsError, match=r"unet has left over 1 weights \(extra\.weight\)"
+    ):
+        load(base)
+
+
+def test_a_weight_of_another_shape_is_named_with_both(tmp_path):
+    base = copy_base(tmp_path)
+    change_weights(base / UNET, lambda tensors: tensors | {"conv_in.bias": torch.zeros(3)})
+    with pytest.raises(BaseModelWeightsError, match=r"conv_in\.bias \[3\], not \[16\]"):
+        load(base)
+
+
+def test_a_text_encoder_under_names_nobody_knows_is_refused(tmp_path):
+    """The real case: transformers itself would fill all of it with random numbers and go on."""
+    base = copy_base(tmp_path)
+    change_weights(
+        base / TEXT_ENCODER,
+        lambda tensors: {f"transformer.{name}": tensor for name, tensor in tensors.items()},
+    )
+    with pytest.raises(
+        BaseModelWeightsError, match=r"lacks 52 weights .* has left over 52 weights"
+    ):
+        load(base)
+
+
+def test_a_text_encoder_with_and_without_the_old_level_is_the_same(tmp_path):
+    base = copy_base(tmp_path)
+    change_weights(
+        base / TEXT_ENCODER,
+        lambda tensors: {name.removeprefix("text_model."): t for name, t in tensors.items()},
+    )
+    assert same(load(base), load(TINY_BASE))
+
+
+def test_position_ids_of_old_files_are_checked_and_left_out(tmp_path):
+    base = copy_base(tmp_path)
+    key = "text_model.embeddings.position_ids"
+    change_weights(base / TEXT_ENCODER, lambda tensors: tensors | {key: torch.arange(77)[None]})
+    assert same(load(base), load(TINY_BASE))
+    change_weights(
+        base / TEXT_ENCODER, lambda tensors: tensors | {key: torch.zeros(1, 77, dtype=torch.int64)}
+    )
+    with pytest.raises(BaseModelWeightsError, match="position ids"):
+        load(base)
+
+
+def test_the_old_names_of_the_vae_s_attention_are_known(tmp_path):
+    """The files of Stable Diffusion 1.5 itself have them."""
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def rename(tensors):
+        renamed = {}
+        for name, tensor in tensors.items():
+            for new, before in old.items():
+                name = name.replace(f"attentions.0.{new}.", f"attentions.0.{before}.")
+            renamed[name] = tensor
+        return renamed
+
+    base = copy_base(tmp_path)
+    change_weights(base / VAE, rename)
+    assert any(".query." in name for name in safetensors.torch.load_file(base / VAE))
+    assert same(load(base), load(TINY_BASE))
+
+
+def test_shards_are_one_file(tmp_path):
+    base = copy_base(tmp_path)
+    tensors = safetensors.torch.load((base / UNET).read_bytes())
+    names = sorted(tensors)
+    for number, chosen in enumerate((names[:100], names[100:]), start=1):
+        shard = {name: tensors[name] for name in chosen}
+        safetensors.torch.save_file(
+            shard, base / f"unet/diffusion_pytorch_model-0000{number}-of-00002.safetensors"
+        )
+    (base / UNET).unlink()
+    assert same(load(base), load(TINY_BASE))
+    (base / "unet/diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(BaseModelFilesError, match="not one complete set"):
+        load(base)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["00001-of-00003", "00002-of-00002"],
+        ["00001-of-00002", "00003-of-00002"],
+        ["00002-of-00002"],
+    ],
+)
+def test_shards_of_different_exports_are_no_set(tmp_path, names):
+    base = copy_base(tmp_path)
+    tensors = safetensors.torch.load((base / UNET).read_bytes())
+    for number, name in enumerate(names):
+        chosen = {key: tensors[key] for key in sorted(tensors)[number :: len(names)]}
+        safetensors.torch.save_file(
+            chosen, base / f"unet/diffusion_pytorch_model-{name}.safetensors"
+        )
+    (base / UNET).unlink()
+    with pytest.raises(BaseModelFilesError, match="not one complete set"):
+        load(base)
+
+
+def test_a_weight_in_two_shards_is_refused(tmp_path):
+    base = copy_base(tmp_path)
+    tensors = safetensors.torch.load((base / UNET).read_bytes())
+    for number in (1, 2):
+        safetensors.torch.save_file(
+            tensors, base / f"unet/diffusion_pytorch_model-0000{number}-of-00002.safetensors"
+        )
+    (base / UNET).unlink()
+    with pytest.raises(BaseModelFilesError, match="weights that another shard has too"):
+        load(base)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_weights_are_not_taken_for_weights(tmp_path, dtype):
+    base = copy_base(tmp_path)
+    change_weights(
+        base / UNET,
+        lambda tensors: tensors | {"conv_in.weight": tensors["conv_in.weight"].to(dtype)},
+    )
+    with pytest.raises(
+        BaseModelWeightsError,
+        match=r"has quantised, which is not supported, 1 weights \(conv_in\.weight\)",
+    ):
+        load(base)
+
+
+def test_nan_in_the_base_is_named(tmp_path):
+    base = copy_base(tmp_path)
+    change_weights(
+        base / VAE,
+        lambda tensors: tensors | {"decoder.conv_out.bias": torch.full((3,), float("nan"))},
+    )
+    with pytest.raises(
+        NonFiniteWeightsError,
+        match=r"vae holds NaN or infinity in 1 weights \(decoder\.conv_out\.bias\)",
+    ):
+        load(base)
+
+
+def test_a_weight_under_both_spellings_is_refused(tmp_path):
+    base = copy_base(tmp_path)
+    name = "final_layer_norm.bias"
+    change_weights(base / TEXT_ENCODER, lambda tensors: tensors | {name: torch.zeros(32)})
+    with pytest.raises(BaseModelWeightsError, match=f"two weights that are both {name}"):
+        load(base)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("merges.txt", "#version: 0.2\n"),
+        ("vocab.json", "{}"),
+        ("vocab.json", "{"),
+        ("merges.txt", "\0"),
+    ],
+)
+def test_a_tokenizer_that_does_not_work_is_refused(tmp_path, name, content):
+    base = copy_base(tmp_path)
+    (base / "tokenizer" / name).write_text(content)
+    with pytest.raises(BaseModelFilesError, match="tokenizer"):
+        load(base)
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_attention_heads": 5}, {"hidden_size": "wide"}, {"max_position_embeddings": -1}]
+)
+def test_a_configuration_that_makes_no_model_is_one_sentence(tmp_path, change):
+    base = copy_base(tmp_path)
+    path = base / "text_encoder" / "config.json"
+    path.write_text(json.dumps(read_json(path) | change))
+    with pytest.raises(BaseModelFilesError, match="describes no CLIPTextModel") as raised:
+        load(base)
+    assert "\n" not in str(raised.value)
+
+
+def test_configurations_for_a_folder_that_has_its_own_are_refused(tmp_path):
+    with pytest.raises(RecipeError, match="configurations of its own"):
+        load(TINY_BASE, config=str(TINY_BASE))
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(as_ldm_checkpoint(TINY_BASE), path)
+    with pytest.raises(BaseModelNotFoundError, match="no folder with configurations"):
+        load(path, config=str(tmp_path / "none"))
+
+
+def test_the_variant_is_chosen_and_never_guessed(tmp_path):
+    base = copy_base(tmp_path)
+    for path in (TEXT_ENCODER, UNET, VAE):
+        (base / path).rename(base / path.with_suffix(".fp16.safetensors"))
+    assert same(load(base, variant="fp16"), load(TINY_BASE))
+    with pytest.raises(
+        BaseModelFilesError, match=r"there are: model\.fp16\.safetensors; choose another variant"
+    ):
+        load(base)
+
+
+def test_another_vae_from_a_folder_a_file_and_an_ldm_file(tmp_path):
+    base = copy_base(tmp_path)
+    change_weights(
+        base / VAE, lambda tensors: {name: tensor * 0.5 for name, tensor in tensors.items()}
+    )
+    expected = load(base)
+    ldm = tmp_path / "vae-ldm.safetensors"
+    safetensors.torch.save_file(as_ldm_vae(safetensors.torch.load_file(base / VAE)), ldm)
+    for vae in (base / "vae", base, base / VAE, ldm):
+        replaced = load(TINY_BASE, vae=str(vae))
+        assert same(replaced, expected), vae
+        assert not same(replaced, load(TINY_BASE))
+
+
+def test_a_checkpoint_in_one_file_is_the_folder_it_was_made_from(tmp_path):
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(as_ldm_checkpoint(TINY_BASE), path)
+    assert same(load(path, config=str(TINY_BASE)), load(TINY_BASE))
+
+
+def test_what_training_leaves_in_a_checkpoint_is_passed_over(tmp_path):
+    path = tmp_path / "model.safetensors"
+    left = {
+        "betas": torch.zeros(1000),
+        "denoiser.sigmas": torch.zeros(1000),
+        "model_ema.diffusion_modelout2bias": torch.zeros(4),
+        "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
+    }
+    safetensors.torch.save_file(as_ldm_checkpoint(TINY_BASE) | left, path)
+    assert same(load(path, config=str(TINY_BASE)), load(TINY_BASE))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.diffusion_model.input_blocks.0.0.extra",
+        "first_stage_model.decoder.extra.weight",
+        "control_model.x",
+        "foo",
+    ],
+)
+def test_a_weight_of_a_checkpoint_that_nothing_uses_is_named(tmp_path, key):
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(as_ldm_checkpoint(TINY_BASE) | {key: torch.zeros(2)}, path)
+    with pytest.raises(BaseModelWeightsError, match=key.replace(".", r"\.").removeprefix("model")):
+        load(path, config=str(TINY_BASE))
+
+
+def test_a_weight_that_a_checkpoint_lacks_is_named(tmp_path):
+    path = tmp_path / "model.safetensors"
+    checkpoint = as_ldm_checkpoint(TINY_BASE)
+    del checkpoint["cond_stage_model.transformer.text_model.encoder.layers.2.mlp.fc2.bias"]
+    safetensors.torch.save_file(checkpoint, path)
+    with pytest.raises(
+        BaseModelWeightsError,
+        match=r"text_encoder lacks 1 weights \(encoder\.layers\.2\.mlp\.fc2\.bias\)",
+    ):
+        load(path, config=str(TINY_BASE))
+
+
+def test_the_family_s_own_configurations_are_used_without_a_network(tmp_path):
+    """The tiny checkpoint is no Stable Diffusion 1.5 of full size, and is told so."""
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(as_ldm_checkpoint(TINY_BASE), path)
+    with pytest.raises(BaseModelWeightsError, match="weights that nothing in the model uses"):
+        load(path)
+
+
+def test_the_family_s_own_configurations_are_those_of_stable_diffusion_1_5():
+    """Sizes that are published for the model: 859,520,964 + 123,060,480 + 83,653,863 parameters."""
+    from accelerate import init_empty_weights
+
+    from fidelora.weights.strict import _construct, read_config
+
+    spec = get_family("sd15")
+    counts = {}
+    for component in spec.components:
+        with init_empty_weights():
+            module = _construct(
+                component, read_config(spec.layout / component.name / "config.json")
+            )
+        counts[component.name] = sum(parameter.numel() for parameter in module.parameters())
+    assert counts == {"unet": 859_520_964, "text_encoder": 123_060_480, "vae": 83_653_863}
+
+
+def test_the_family_s_tokenizer_is_that_of_the_golden_base():
+    for name in ("vocab.json", "merges.txt"):
+        assert (get_family("sd15").layout / "tokenizer" / name).read_bytes() == (
+            TINY_BASE / "tokenizer" / name
+        ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        (
+            "conditioner.embedders.1.model.ln_final.weight",
+            "a checkpoint of Stable Diffusion XL, not of .*: use it as model sdxl",
+        ),
+        ("conditioner.embedders.0.model.ln_final.weight", "the refiner of Stable Diffusion XL"),
+        ("cond_stage_model.model.ln_final.weight", "a Stable Diffusion 2 checkpoint"),
+        ("transformer.wte.weight", "its keys are of no known layout"),
+    ],
+)
+def test_a_checkpoint_of_another_kind_is_recognised(tmp_path, key, message):
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file({key: torch.zeros(2)}, path)
+    with pytest.raises(BaseModelFilesError, match=message):
+        load(path)
+
+
+def test_an_adapter_in_the_place_of_a_base_is_recognised():
+    with pytest.raises(BaseModelFilesError, match="it is an adapter"):
+        load(LORA)
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".bin", ".pt", ".pth"])
+def test_a_pickle_is_refused_by_its_name(tmp_path, suffix):
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(b"anything")
+    with pytest.raises(PickleRefusedError, match="can run code when it is opened"):
+        load(path)
+
+
+def test_a_folder_with_pickles_only_is_refused(tmp_path):
+    base = copy_base(tmp_path)
+    (base / UNET).rename(base / "unet/diffusion_pytorch_model.bin")
+    with pytest.raises(
+        BaseModelFilesError, match=r"unet has only diffusion_pytorch_model\.bin, a pickle"
+    ):
+        load(base)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF")
+    with pytest.raises(BaseModelFilesError, match="neither a diffusers folder nor"):
+        load(path)
+
+
+def test_a_truncated_part_is_refused(tmp_path):
+    base = copy_base(tmp_path)
+    content = (base / UNET).read_bytes()
+    (base / UNET).write_bytes(content[: len(content) // 2])
+    with pytest.raises(WeightsFileError, match="truncated"):
+        load(base)
+
+
+@pytest.mark.parametrize(
+    "missing",
+    ["unet/config.json", "tokenizer/vocab.json", "tokenizer/merges.txt", "vae", "tokenizer"],
+)
+def test_an_incomplete_folder_says_what_is_missing(tmp_path, missing):
+    base = copy_base(tmp_path)
+    path = base / missing
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(
+        BaseModelFilesError, match=f"{missing}|vae/config.json|tokenizer/vocab.json"
+    ):
+        load(base)
+
+
+def test_an_empty_folder_is_no_base(tmp_path):
+    with pytest.raises(BaseModelFilesError, match="is not a diffusers folder"):
+        load(tmp_path)
+
+
+def test_a_folder_of_another_family_is_recognised(tmp_path):
+    base = copy_base(tmp_path)
+    index = read_json(base / "model_index.json")
+    index |= {
+        "_class_name": "StableDiffusionXLPipeline",
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    }
+    (base / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        BaseModelFilesError,
+        match=r"a base of Stable Diffusion XL, not of Stable Diffusion 1\.5: use it as model sdxl",
+    ):
+        load(base)
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_configuration_that_is_none_is_an_error(tmp_path, content):
+    base = copy_base(tmp_path)
+    (base / "unet/config.json").write_text(content)
+    with pytest.raises(BaseModelFilesError, match=r"unet/config\.json"):
+        load(base)
+
+
+@pytest.mark.parametrize("place", ["nowhere/at/all", "x" * 300, "a\0b"])
+def test_a_place_that_is_none(place):
+    with pytest.raises(BaseModelNotFoundError, match="There is no base model at"):
+        load(place)
+
+
+def test_a_vae_that_is_not_there_is_called_a_vae():
+    with pytest.raises(BaseModelNotFoundError, match="There is no VAE at"):
+        load(TINY_BASE, vae="nowhere/at/all")
+
+
+def test_the_hub_s_cache_is_used_when_offline(tmp_path, monkeypatch):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--someone--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(TINY_BASE, repository / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    recipe = Recipe(prompt="", base_model="someone/tiny")
+    base = load_base(BaseKey.of(recipe), torch.device("cpu"), cache_dir=tmp_path)
+    base.merged.apply([])
+    assert same(base, load(TINY_BASE))
+
+
+@pytest.mark.parametrize("name", ["someone/absent", "someone/absent@v2"])
+def test_a_hub_id_that_is_not_in_the_cache_says_so_when_offline(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(BaseModelNotFoundError, match="someone/absent is not in the local cache"):
+        load_base(
+            BaseKey.of(Recipe(prompt="", base_model=name)), torch.device("cpu"), cache_dir=tmp_path
+        )
+
+
+@pytest.mark.parametrize("offload", ["model", "sequential"])
+def test_offloading_changes_no_bit_and_adapters_reach_the_weights(offload):
+    """Hooks that offload to the CPU from the CPU: what they do to the modules is the same as on a device."""
+    from fidelora.adapters.live import live_adapters
+    from fidelora.adapters.read import read_adapter
+
+    plain = load(TINY_BASE)
+    offloaded = load_base(plain.key, torch.device("cpu"), offload=offload)
+    assert len(offloaded.hooks) == (3 if offload == "model" else 0)
+    inputs = (torch.randn(2, 4, 8, 8), torch.tensor(7), torch.randn(2, 77, 32))
+    adapter = read_adapter(LORA)
+
+    def outputs(base: BaseModel, *, live: bool) -> torch.Tensor:
+        bound = [(base.targets.bind(adapter), 0.5)]
+        base.rest()
+        base.merged.apply([] if live else bound)
+        with torch.no_grad(), live_adapters(base.targets, bound if live else []):
+            output: torch.Tensor = base.unet(*inputs, return_dict=False)[0]
+        return output
+
+    for live in (False, True):
+        assert torch.equal(outputs(plain, live=live), outputs(offloaded, live=live))
+    assert torch.equal(
+        plain.vae.decode(torch.ones(1, 4, 8, 8), return_dict=False)[0],
+        offloaded.vae.decode(torch.ones(1, 4, 8, 8), return_dict=False)[0],
+    )
+    ids = torch.zeros(1, 77, dtype=torch.int64)
+    assert torch.equal(plain.parts["text_encoder"](ids)[0], offloaded.parts["text_encoder"](ids)[0])

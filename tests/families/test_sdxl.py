@@ -1,0 +1,653 @@
+"""What SDXL asks of the house: two text encoders, adapters of more kinds and names, checkpoints of another layout."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from tests.families.ldm import as_ldm_checkpoint, as_sdxl_checkpoint, ldm_unet_name
+from tests.support import (
+    LORA,
+    MINIATURE_LORA,
+    SDXL_DORA,
+    SDXL_LORA,
+    TINY_BASE,
+    TINY_SDXL,
+    change_weights,
+    read_json,
+    save_adapter,
+    weights_of,
+)
+from torch import Tensor, nn
+
+from fidelora import AdapterRef, Engine, Recipe
+from fidelora.adapters.deltas import DoraDelta
+from fidelora.adapters.read import read_adapter
+from fidelora.adapters.targets import Targets
+from fidelora.engine.examine import examine_adapter
+from fidelora.engine.model import BaseKey, BaseModel, expected_bytes, load_base, load_tokenizer
+from fidelora.errors import (
+    AdapterFormatError,
+    AdapterMismatchError,
+    BaseModelFilesError,
+    BaseModelWeightsError,
+)
+from fidelora.families import get_family
+from fidelora.families.sd.names import original_names
+from fidelora.weights.strict import empty_component, read_config
+
+CPU = torch.device("cpu")
+SPEC = get_family("sdxl")
+SMALL: dict[str, Any] = {
+    "model": "sdxl",
+    "base_model": str(TINY_SDXL),
+    "width": 64,
+    "height": 64,
+    "steps": 3,
+}
+SD15: dict[str, Any] = SMALL | {"model": "sd15", "base_model": str(TINY_BASE)}
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(device="cpu")
+
+
+def load(base: Path, **fields: Any) -> BaseModel:
+    loaded = load_base(
+        BaseKey.of(Recipe(prompt="", model="sdxl", base_model=str(base), **fields)),
+        torch.device("cpu"),
+    )
+    loaded.merged.apply([])
+    return loaded
+
+
+def same(left: BaseModel, right: BaseModel) -> bool:
+    one, other = (
+        {
+            f"{part}.{name}": tensor
+            for part, module in base.parts.items()
+            for name, tensor in weights_of(module).items()
+        }
+        for base in (left, right)
+    )
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# --- the model's own data ----------------------------------------------------------------------------------------------
+
+
+def full_size(name: str) -> nn.Module:
+    component = next(component for component in SPEC.components if component.name == name)
+    return empty_component(component, read_config(SPEC.layout / name / "config.json"))
+
+
+def test_the_family_s_own_configurations_are_those_of_sdxl():
+    """Sizes that are published for the model."""
+    counts = {
+        one.name: sum(weight.numel() for weight in full_size(one.name).parameters())
+        for one in SPEC.components
+    }
+    expected = {
+        "text_encoder": 123_060_480,
+        "text_encoder_2": 694_659_840,
+        "unet": 2_567_463_684,
+        "vae": 83_653_863,
+    }
+    assert counts == expected
+
+
+def test_the_second_tokenizer_pads_with_another_token():
+    first, second = (
+        load_tokenizer(SPEC.layout / part.tokenizer, 49408) for part in SPEC.text_encoders
+    )
+    assert (first.pad_token_id, second.pad_token_id) == (49407, 0)
+    for name in ("vocab.json", "merges.txt"):
+        assert (
+            len({(SPEC.layout / part.tokenizer / name).read_bytes() for part in SPEC.text_encoders})
+            == 1
+        )
+
+
+# --- base models -------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_in_one_file_is_the_folder_it_was_made_from(tmp_path):
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(as_sdxl_checkpoint(TINY_SDXL), path)
+    assert same(load(path, config=str(TINY_SDXL)), load(TINY_SDXL))
+    projection = (
+        load(path, config=str(TINY_SDXL))
+        .parts["text_encoder_2"]
+        .get_parameter("text_projection.weight")
+    )
+    assert projection.is_contiguous()  # a product with another layout may differ in its last bits
+
+
+def test_diffusers_reads_the_same_from_that_file(tmp_path):
+    """So the writer above is no invention of ours."""
+    from diffusers import StableDiffusionXLPipeline
+
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(as_sdxl_checkpoint(TINY_SDXL), path)
+    theirs = StableDiffusionXLPipeline.from_single_file(
+        str(path),
+        config=str(TINY_SDXL),
+        local_files_only=True,
+        torch_dtype=torch.float32,
+        add_watermarker=False,
+    )
+    ours = load(path, config=str(TINY_SDXL))
+    for part in ("unet", "vae", "text_encoder_2"):
+        left, right = weights_of(ours.parts[part]), getattr(theirs, part).state_dict()
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[name], right[name].float()) for name in left), part
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        (
+            "conditioner.embedders.1.model.transformer.resblocks.0.extra.weight",
+            "nothing in the model uses",
+        ),
+        ("conditioner.embedders.1.model.extra", "nothing in the model uses"),
+        ("conditioner.embedders.0.transformer.extra", "has left over"),
+        ("conditioner.embedders.2.x", "nothing in the model uses"),
+    ],
+)
+def test_a_weight_of_a_checkpoint_that_nothing_uses_is_named(tmp_path, key, words):
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(as_sdxl_checkpoint(TINY_SDXL) | {key: torch.zeros(2)}, path)
+    with pytest.raises(BaseModelWeightsError, match=words):
+        load(path, config=str(TINY_SDXL))
+
+
+@pytest.mark.parametrize("shape", [(), (2,), (2, 3)])
+def test_a_matrix_of_three_with_another_shape_is_an_error_of_ours(tmp_path, shape):
+    path = tmp_path / "model.safetensors"
+    key = "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight"
+    safetensors.torch.save_file(as_sdxl_checkpoint(TINY_SDXL) | {key: torch.zeros(shape)}, path)
+    with pytest.raises(BaseModelWeightsError):
+        load(path, config=str(TINY_SDXL))
+
+
+def test_a_base_of_the_other_family_names_its_model(tmp_path):
+    with pytest.raises(
+        BaseModelFilesError,
+        match=r"a base of Stable Diffusion 1\.5, not of Stable Diffusion XL: use it as model sd15",
+    ):
+        load(TINY_BASE)
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(as_ldm_checkpoint(TINY_BASE), path)
+    with pytest.raises(
+        BaseModelFilesError,
+        match=r"a checkpoint of Stable Diffusion 1\.5, not .*: use it as model sd15",
+    ):
+        load(path)
+
+
+def test_text_encoders_with_and_without_the_old_level_are_the_same(tmp_path):
+    """The projection stands beside that level, and never had it."""
+    base = tmp_path / "base"
+    shutil.copytree(TINY_SDXL, base)
+    for part in ("text_encoder", "text_encoder_2"):
+        change_weights(
+            base / part / "model.safetensors",
+            lambda tensors: {name.removeprefix("text_model."): t for name, t in tensors.items()},
+        )
+    assert same(load(base), load(TINY_SDXL))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_expected_size_covers_the_loaded_one(tmp_path, dtype):
+    """Also where the VAE is made wider than everything else."""
+    base = tmp_path / "base"
+    shutil.copytree(TINY_SDXL, base)
+    config = read_json(base / "vae" / "config.json") | {"force_upcast": True}
+    (base / "vae" / "config.json").write_text(json.dumps(config))
+    loaded = load(base, dtype=dtype)
+    assert loaded.size_bytes <= expected_bytes(loaded.key) < 1.3 * loaded.size_bytes
+    file = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(as_sdxl_checkpoint(TINY_SDXL), file)
+    in_one_file = load(file, dtype=dtype, config=str(base))
+    assert in_one_file.size_bytes <= expected_bytes(in_one_file.key) < 1.3 * in_one_file.size_bytes
+
+
+# --- adapters: names ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def targets() -> Targets:
+    return Targets(
+        SPEC, {part.name: full_size(part.name) for part in SPEC.components if part.adapter_prefixes}
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        # As kohya's trainer writes them.
+        ("lora_unet_input_blocks_1_0_in_layers_2", "unet.down_blocks.0.resnets.0.conv1"),
+        ("lora_unet_input_blocks_3_0_op", "unet.down_blocks.0.downsamplers.0.conv"),
+        ("lora_unet_input_blocks_4_1_proj_in", "unet.down_blocks.1.attentions.0.proj_in"),
+        (
+            "lora_unet_input_blocks_4_0_skip_connection",
+            "unet.down_blocks.1.resnets.0.conv_shortcut",
+        ),
+        (
+            "lora_unet_input_blocks_8_1_transformer_blocks_9_attn2_to_v",
+            "unet.down_blocks.2.attentions.1.transformer_blocks.9.attn2.to_v",
+        ),
+        (
+            "lora_unet_middle_block_1_transformer_blocks_3_ff_net_0_proj",
+            "unet.mid_block.attentions.0.transformer_blocks.3.ff.net.0.proj",
+        ),
+        ("lora_unet_middle_block_2_emb_layers_1", "unet.mid_block.resnets.1.time_emb_proj"),
+        ("lora_unet_output_blocks_2_1_proj_out", "unet.up_blocks.0.attentions.2.proj_out"),
+        ("lora_unet_output_blocks_2_2_conv", "unet.up_blocks.0.upsamplers.0.conv"),
+        ("lora_unet_output_blocks_8_0_out_layers_3", "unet.up_blocks.2.resnets.2.conv2"),
+        ("lora_unet_time_embed_0", "unet.time_embedding.linear_1"),
+        ("lora_unet_label_emb_0_2", "unet.add_embedding.linear_2"),
+        ("lora_unet_out_2", "unet.conv_out"),
+        # As AI Toolkit does, and PEFT.
+        ("lora_unet_down_blocks_1_attentions_0_proj_in", "unet.down_blocks.1.attentions.0.proj_in"),
+        ("unet.up_blocks.1.attentions.2.proj_in", "unet.up_blocks.1.attentions.2.proj_in"),
+        ("lora_te1_text_model_encoder_layers_0_mlp_fc1", "text_encoder.encoder.layers.0.mlp.fc1"),
+        ("lora_te1_encoder_layers_0_mlp_fc1", "text_encoder.encoder.layers.0.mlp.fc1"),
+        (
+            "lora_te2_text_model_encoder_layers_31_self_attn_q_proj",
+            "text_encoder_2.text_model.encoder.layers.31.self_attn.q_proj",
+        ),
+        (
+            "lora_te2_encoder_layers_31_self_attn_q_proj",
+            "text_encoder_2.text_model.encoder.layers.31.self_attn.q_proj",
+        ),
+        ("lora_te2_text_projection", "text_encoder_2.text_projection"),
+        (
+            "text_encoder_2.text_model.encoder.layers.3.mlp.fc2",
+            "text_encoder_2.text_model.encoder.layers.3.mlp.fc2",
+        ),
+    ],
+)
+def test_names_of_modules(targets, name, target):
+    found = targets.find(name)
+    assert found is not None
+    assert found.name == target
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["lora_te_text_model_encoder_layers_0_mlp_fc1", "lora_unet_input_blocks_9_0_op", "lora_te3_x"],
+)
+def test_names_that_mean_nothing(targets, name):
+    assert targets.find(name) is None
+
+
+def test_the_original_names_are_those_of_the_original_layout():
+    """Against the writer of checkpoints in the tests, which has a table of its own."""
+    unet = load(TINY_SDXL).unet
+    paths = [
+        path for path, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
+    ]
+    expected = {
+        path: ldm_unet_name(f"{path}.weight", plain_block=2).removesuffix(".weight")
+        for path in paths
+    }
+    names = original_names(dict(unet.named_modules()))
+    assert {path: names[path] for path in paths} == expected
+
+
+def test_an_adapter_under_original_names_makes_the_same_image(engine, tmp_path):
+    paths = original_names(dict(load(TINY_SDXL).unet.named_modules()))
+    flat = {path.replace(".", "_"): name.replace(".", "_") for path, name in paths.items()}
+
+    def renamed(key: str) -> str:
+        module, dot, part = key.removeprefix("lora_unet_").partition(".")
+        return f"lora_unet_{flat[module]}{dot}{part}"
+
+    tensors = safetensors.torch.load_file(SDXL_LORA)
+    other = save_adapter(
+        tmp_path / "kohya.safetensors", {renamed(key): tensor for key, tensor in tensors.items()}
+    )
+    ours, theirs = (engine.generate(painted(path)).pixels for path in (SDXL_LORA, other))
+    assert np.array_equal(ours, theirs)
+    assert not np.array_equal(ours, engine.generate(Recipe(prompt="a ball", **SMALL)).pixels)
+
+
+# --- adapters: what they do --------------------------------------------------------------------------------------------
+
+
+def painted(path: Path, **fields: Any) -> Recipe:
+    return Recipe(prompt="a ball", adapters=(AdapterRef.from_file(path),), **(SMALL | fields))
+
+
+def random_lora(*modules: tuple[str, int, int]) -> dict[str, Tensor]:
+    torch.manual_seed(3)
+    tensors = {}
+    for name, out, into in modules:
+        tensors[f"{name}.lora_down.weight"] = torch.randn(2, into)
+        tensors[f"{name}.lora_up.weight"] = torch.randn(out, 2)
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [
+        ("lora_te1_text_model_encoder_layers_0_mlp_fc1", 32),
+        ("lora_te2_text_model_encoder_layers_0_mlp_fc1", 48),
+    ],
+)
+def test_adapters_of_either_text_encoder_change_the_image_and_leave_no_trace(
+    engine, tmp_path, name, width
+):
+    path = save_adapter(tmp_path / "text.safetensors", random_lora((name, 64, width)))
+    plain = Recipe(prompt="a ball", **SMALL)
+    before, after = engine.generate(plain).pixels, engine.generate(painted(path)).pixels
+    assert not np.array_equal(before, after)
+    assert np.array_equal(before, engine.generate(plain).pixels)
+    assert np.array_equal(after, Engine(device="cpu").generate(painted(path)).pixels)
+
+
+def test_lokr_merged_and_live(engine, tmp_path):
+    torch.manual_seed(3)
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    path = save_adapter(
+        tmp_path / "lokr.safetensors",
+        {f"{name}.lokr_w1": torch.randn(4, 4), f"{name}.lokr_w2": torch.randn(8, 8)},
+    )
+    images = [
+        engine.generate(painted(path, adapter_mode=mode)).pixels.astype(int)
+        for mode in ("merged", "live")
+    ]
+    assert abs(images[0] - images[1]).max() <= 1
+    assert abs(images[0] - engine.generate(Recipe(prompt="a ball", **SMALL)).pixels).max() > 1
+
+
+@pytest.mark.parametrize(
+    ("path", "made_for", "used_with"),
+    [(LORA, "sd15", SMALL), (SDXL_LORA, "sdxl", SD15), (SDXL_DORA, "sdxl", SD15)],
+)
+def test_each_adapter_on_the_other_model_names_the_right_one(engine, path, made_for, used_with):
+    with pytest.raises(AdapterMismatchError) as raised:
+        engine.generate(painted(path, **used_with))
+    title, other = get_family(made_for).title, get_family(used_with["model"]).title
+    expected = f"{path.stem} is an adapter for {title}, and this base is one of {other}: use it with model {made_for}."
+    assert str(raised.value) == expected
+
+
+def test_what_fits_both_models_is_refused_by_what_its_file_says(engine, tmp_path):
+    """Both have this module, and here in one shape."""
+    module = ("lora_unet_conv_in", *load(TINY_SDXL).unet.conv_in.weight.shape[:2])
+    out, inside = module[1:]
+    tensors = {
+        f"{module[0]}.lora_down.weight": torch.ones(2, inside, 3, 3),
+        f"{module[0]}.lora_up.weight": torch.ones(out, 2, 1, 1),
+    }
+    silent = save_adapter(tmp_path / "a.safetensors", tensors)
+    engine.generate(painted(silent, **SMALL))
+    for_other = save_adapter(tmp_path / "b.safetensors", tensors, ss_base_model_version="sd_1.5")
+    with pytest.raises(AdapterMismatchError, match="use it with model sd15"):
+        engine.generate(painted(for_other, **SMALL))
+
+
+def test_a_vae_with_a_mean_of_its_own_is_refused(tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(TINY_SDXL, base)
+    config = read_json(base / "vae" / "config.json") | {"latents_mean": [0.0, 0.1, 0.2, 0.3]}
+    (base / "vae" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BaseModelFilesError, match="latents_mean"):
+        load(base)
+
+
+def test_the_vae_that_replaces_the_base_s_counts_in_the_budget(tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(TINY_SDXL, base)
+    (base / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    loaded = load(base, vae=str(TINY_SDXL / "vae"))
+    assert loaded.size_bytes <= expected_bytes(loaded.key) < 1.3 * loaded.size_bytes
+
+
+def test_the_other_model_is_named_without_metadata_too(engine, tmp_path):
+    text = save_adapter(
+        tmp_path / "a.safetensors",
+        random_lora(("lora_te2_text_model_encoder_layers_0_mlp_fc1", 64, 48)),
+    )
+    with pytest.raises(AdapterMismatchError, match="use it with model sdxl"):
+        engine.generate(painted(text, **SD15))
+    # A name that both have: the shapes decide, here those of the models of full size.
+    both = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
+    wide = save_adapter(tmp_path / "b.safetensors", random_lora((both, 640, 2048)))
+    with pytest.raises(AdapterMismatchError, match="use it with model sdxl"):
+        engine.generate(painted(wide, **SD15))
+
+
+def test_what_the_file_says_goes_before_its_names(engine):
+    """The miniature's modules are those of no base of full size."""
+    with pytest.raises(
+        AdapterMismatchError,
+        match=r"sks is an adapter for Stable Diffusion 1\.5, .*: use it with model sd15",
+    ):
+        engine.generate(painted(MINIATURE_LORA))
+
+
+def test_what_fits_neither_is_listed_as_ever(engine, tmp_path):
+    path = save_adapter(tmp_path / "a.safetensors", random_lora(("lora_unet_nowhere", 8, 8)))
+    with pytest.raises(
+        AdapterMismatchError, match=r"1 of 1 modules match nothing there: lora_unet_nowhere"
+    ):
+        engine.generate(painted(path))
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "notes"), [(SDXL_LORA, "lora", []), (SDXL_DORA, "dora", ["missing_alpha"])]
+)
+def test_the_trainer_s_adapters_are_examined(path, kind, notes):
+    found = examine_adapter(path)
+    assert (found.model, found.summary.kind, found.matched, found.usable) == (
+        "sdxl",
+        kind,
+        124,
+        True,
+    )
+    assert [problem.code for problem in found.problems] == notes
+    assert all(
+        "its alpha is in the job's configuration" in problem.message for problem in found.problems
+    )
+
+
+# --- DoRA --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_dora_runs_beside_the_model_whatever_the_mode(engine):
+    merged, live = (
+        engine.generate(painted(SDXL_DORA, adapter_mode=mode)).pixels for mode in ("merged", "live")
+    )
+    assert np.array_equal(merged, live)
+    assert not np.array_equal(merged, engine.generate(Recipe(prompt="a ball", **SMALL)).pixels)
+
+
+def test_a_dora_beside_a_merged_lora(engine):
+    both = tuple(AdapterRef.from_file(path) for path in (SDXL_LORA, SDXL_DORA))
+    one = Recipe(prompt="a ball", adapters=both, **SMALL)
+    with_both = engine.generate(one).pixels
+    assert np.array_equal(with_both, Engine(device="cpu").generate(one).pixels)
+    assert not np.array_equal(with_both, engine.generate(replace(one, adapters=both[:1])).pixels)
+
+
+@pytest.mark.parametrize("multiplier", [1.0, -0.5, 0.0])
+def test_the_formula_of_a_dora(multiplier):
+    torch.manual_seed(5)
+    down, up, magnitude, weight, bias, x = (
+        torch.randn(size) for size in ((3, 8), (5, 3), (5,), (5, 8), (5,), (4, 8))
+    )
+    module = nn.Linear(8, 5)
+    module.weight.data, module.bias.data = weight, bias
+    delta = DoraDelta(0.5, down, up, magnitude)
+    changed = weight + multiplier * up @ down
+    length = (changed**2).sum(dim=1).sqrt()
+    expected = (
+        x @ weight.T
+        + bias
+        + x @ down.T @ up.T * 0.5 * multiplier
+        + (magnitude / length - 1) * (x @ changed.T)
+    )
+    live = module(x) + delta.beside(module, x, multiplier) + delta.stretched(weight, x, multiplier)
+    torch.testing.assert_close(live, expected)
+    merged = nn.functional.linear(x, weight + delta.change_of(weight, multiplier), bias)
+    torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_alpha_of_a_dora_comes_from_the_recipe(engine):
+    adapter = read_adapter(SDXL_DORA)
+    assert {delta.scale for delta in adapter.deltas.values()} == {1.0}
+    assert {delta.scale for delta in adapter.with_alpha(4).deltas.values()} == {0.5}
+    plain = painted(SDXL_DORA)
+    given = {
+        alpha: replace(plain, adapters=(replace(plain.adapters[0], alpha=alpha),))
+        for alpha in (8.0, 4.0)
+    }
+    assert np.array_equal(engine.generate(given[8.0]).pixels, engine.generate(plain).pixels)
+    assert not np.array_equal(engine.generate(given[4.0]).pixels, engine.generate(plain).pixels)
+
+
+def test_no_other_kind_is_given_an_alpha(engine):
+    recipe = painted(SDXL_LORA)
+    with pytest.raises(AdapterFormatError, match="is no DoRA"):
+        engine.generate(replace(recipe, adapters=(replace(recipe.adapters[0], alpha=4.0),)))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"m.magnitude": torch.ones(3)},
+        {"m.magnitude": torch.ones(4, 1)},
+        {"m.lora_down.weight": torch.ones(2, 4, 3, 3), "m.lora_up.weight": torch.ones(4, 2, 1, 1)},
+    ],
+)
+def test_shapes_that_make_no_dora(tmp_path, wrong):
+    tensors = {
+        "m.lora_down.weight": torch.ones(2, 4),
+        "m.lora_up.weight": torch.ones(4, 2),
+        "m.magnitude": torch.ones(4),
+    }
+    with pytest.raises(AdapterFormatError, match="make no DoRA"):
+        read_adapter(save_adapter(tmp_path / "x.safetensors", tensors | wrong))
+
+
+# --- texts -------------------------------------------------------------------------------------------------------------
+
+
+def test_each_text_encoder_reads_its_own_negative_prompt(engine):
+    plain = Recipe(prompt="a ball", negative_prompt="ugly", **SMALL)
+    images = [
+        engine.generate(replace(plain, negative_prompt_2=text)).pixels
+        for text in (None, "", "ugly")
+    ]
+    assert np.array_equal(images[0], images[2])
+    assert not np.array_equal(images[0], images[1])
+    without_guidance = [
+        replace(plain, guidance_scale=1.0, negative_prompt_2=text) for text in (None, "")
+    ]
+    assert len({engine.generate(one).pixels.tobytes() for one in without_guidance}) == 1
+
+
+def test_the_end_of_each_text_that_does_not_fit_is_named_once(engine):
+    long = " ".join(["ball"] * 100)
+    image = engine.generate(
+        Recipe(prompt=long, negative_prompt="", negative_prompt_2=long, **SMALL)
+    )
+    assert [warning.split(" does")[0] for warning in image.warnings] == [
+        "The end of the second negative prompt",
+        "The end of the prompt",
+    ]
+
+
+@pytest.mark.parametrize(
+    "recipe", [Recipe(prompt="", **SMALL), Recipe(prompt="", **SD15)], ids=["sdxl", "sd15"]
+)
+def test_a_blank_condition_has_the_shapes_of_a_real_one(recipe):
+    base = load_base(BaseKey.of(recipe), CPU)
+    base.merged.apply([])
+    with torch.no_grad():
+        real, _ = base.conditioning.of(recipe, lambda _: (), CPU)
+    blank = base.conditioning.blank(2, CPU)
+    assert real.text.shape == blank.text.shape
+    assert {name: tensor.shape for name, tensor in real.added.items()} == {
+        name: one.shape for name, one in blank.added.items()
+    }
+
+
+def test_sizes_are_told_as_height_and_width():
+    base = load(TINY_SDXL)
+    with torch.no_grad():
+        condition, _ = base.conditioning.of(
+            Recipe(prompt="", **(SMALL | {"width": 96})), lambda _: (), CPU
+        )
+    assert condition.added["time_ids"].tolist() == [[64, 96, 0, 0, 64, 96]] * 2
+
+
+# --- fast --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", [None, SDXL_LORA, SDXL_DORA])
+def test_fast_is_nearly_exact_and_leaves_no_trace(engine, path):
+    exact = Recipe(prompt="a ball", adapters=(AdapterRef.from_file(path),) if path else (), **SMALL)
+    fast = replace(exact, fidelity="fast")
+    plain = replace(fast, adapters=())
+    wanted = engine.generate(exact).pixels.astype(int)
+    difference = abs(engine.generate(fast).pixels - wanted).mean()
+    assert difference < 2
+    if path:  # what it does is more than what fast loses
+        assert abs(engine.generate(plain).pixels - wanted).mean() > 3 * difference
+    assert np.array_equal(
+        engine.generate(plain).pixels, Engine(device="cpu").generate(plain).pixels
+    )
+
+
+def test_images_made_side_by_side_have_their_own_texts_and_noise(engine):
+    one = Recipe(prompt="a ball", negative_prompt="ugly", fidelity="fast", **SMALL)
+    recipes = [one, replace(one, prompt="a box", seed=7), replace(one, negative_prompt_2="")]
+    together = engine.generate_batch(recipes)
+    for recipe, image in zip(recipes, together, strict=True):
+        assert abs(image.pixels.astype(int) - engine.generate(recipe).pixels).mean() < 2
+    assert len({image.pixels.tobytes() for image in together}) == 3
+
+
+# --- two families in one engine ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fidelity", ["exact", "fast"])
+def test_the_models_take_turns_within_a_budget_for_one(fidelity):
+    """20 alternations: never two bases at a time, nothing of one that is gone stays, and the images are what they were."""
+    recipes = [painted(LORA, **SD15, fidelity=fidelity), painted(SDXL_LORA, fidelity=fidelity)]
+    alone = [Engine(device="cpu").generate(recipe).pixels for recipe in recipes]
+    largest = max(expected_bytes(BaseKey.of(recipe)) for recipe in recipes)
+    engine = Engine(device="cpu", base_budget_bytes=largest)
+    seen: list[weakref.ref[BaseModel]] = []
+    for turn in range(20):
+        assert np.array_equal(engine.generate(recipes[turn % 2]).pixels, alone[turn % 2])
+        (base,) = engine._bases.values()
+        assert base.size_bytes <= largest
+        seen.append(weakref.ref(base))
+        del base
+        assert [ref() is not None for ref in seen] == [False] * turn + [True]
+
+
+def test_a_budget_for_both_keeps_both():
+    recipes = [Recipe(prompt="", **SD15), Recipe(prompt="", **SMALL)]
+    engine = Engine(device="cpu", base_budget_bytes=2**30)
+    engine.generate(recipes[0])
+    first = next(iter(engine._bases.values()))
+    for recipe in recipes:
+        engine.generate(recipe)
+    assert len(engine._bases) == 2
+    assert first in engine._bases.values()

@@ -1,0 +1,406 @@
+"""What is read from images: our recipe, or what other programs wrote, as far as it goes."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import ExifTags, Image, PngImagePlugin
+
+from fidelora.errors import (
+    ImageRecordError,
+    PromptSyntaxError,
+    UnknownModelError,
+    UnknownSamplerError,
+)
+from fidelora.families import get_family
+from fidelora.images.a1111_prompt import NamedLora, lora_of, loras_in, marks_in
+from fidelora.images.a1111_samplers import name_of, sampler_names, sampler_of
+from fidelora.images.parameters import Parameters, parameters_text, read_parameters
+from fidelora.images.read import MAX_PARAMETERS_CHARACTERS, read_origin, recipe_of
+from fidelora.images.write import GeneratedImage
+from fidelora.recipe import AdapterRef, Recipe
+
+SD15 = get_family("sd15")
+ENVIRONMENT = {"fidelora": "1.2.3", "device": "cpu"}
+RECIPE = Recipe(
+    prompt='süß 🙂 "a ball"\nin two lines',
+    negative_prompt="blurry, bad",
+    width=64,
+    height=72,
+    sampler="k_dpmsolver++",
+    adapters=(AdapterRef("0123456789abcdef" * 4, 0.75, name="style"), AdapterRef("f" * 64, -2)),
+)
+FOREIGN = (
+    "masterpiece, a red ball <lora:style:0.8> on grass <lora:detail:-0.5>\nsecond line\n"
+    "Negative prompt: blurry,\nbad hands\n"
+    "Steps: 30, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 965400086, Size: 512x768, Model hash: 6ce0161689, "
+    'Model: v1-5-pruned, Clip skip: 2, Lora hashes: "style: 0123456789ab, detail: FFFFFFFFFFFF", Version: v1.10.1'
+)
+
+
+def ours(image_format="png", recipe=RECIPE) -> bytes:
+    return GeneratedImage(np.zeros((72, 64, 3), np.uint8), recipe, ENVIRONMENT).encode(image_format)
+
+
+def foreign(
+    text: str = FOREIGN, image_format: str = "PNG", order: str = "utf-16-be", **texts: str
+) -> bytes:
+    buffer = io.BytesIO()
+    image = Image.new("RGB", (64, 72))
+    if image_format == "PNG":
+        info = PngImagePlugin.PngInfo()
+        for key, value in ({"parameters": text} | texts).items():
+            info.add_itxt(key, value)
+        image.save(buffer, "PNG", pnginfo=info)
+    else:
+        exif = Image.Exif()
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + text.encode(
+            order
+        )
+        image.save(buffer, image_format, exif=exif)
+    return buffer.getvalue()
+
+
+def webp_with_exif(exif: bytes) -> bytes:
+    """A WebP whose EXIF is these bytes; Pillow reads them only when it is asked."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "WEBP", exif=exif)
+    return buffer.getvalue()
+
+
+def parameters_in(content: bytes) -> Parameters:
+    origin = read_origin(content)
+    assert origin.recipe is None
+    assert origin.parameters is not None
+    return origin.parameters
+
+
+# --- our own images ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
+def test_our_recipe_is_read_back_whole(image_format):
+    origin = read_origin(ours(image_format))
+    assert origin.recipe is not None
+    assert origin.recipe == RECIPE
+    assert [ref.name for ref in origin.recipe.adapters] == ["style", ""]
+    assert (origin.format, origin.width, origin.height) == (image_format, 64, 72)
+    assert origin.environment == ENVIRONMENT
+    assert origin.parameters is None
+
+
+def test_a_recipe_that_was_changed_afterwards_is_refused():
+    record = {"recipe": RECIPE.to_dict() | {"seed": 43}, "digest": RECIPE.digest}
+    with pytest.raises(
+        ImageRecordError, match=r"a\.png has a recipe that was changed after the image was made"
+    ):
+        read_origin(foreign(fidelora=json.dumps(record)), "a.png")
+
+
+@pytest.mark.parametrize("quality", [500, -1, 90, "90", True, 90.5])
+def test_a_quality_that_no_png_has_is_refused(quality):
+    record = {"recipe": RECIPE.to_dict(), "quality": quality}
+    with pytest.raises(ImageRecordError, match="which no such file can have"):
+        read_origin(foreign(fidelora=json.dumps(record)))
+
+
+def test_a_recipe_of_another_format_is_refused_though_there_are_parameters():
+    record = {"recipe": RECIPE.to_dict() | {"format": 99}}
+    with pytest.raises(
+        ImageRecordError, match=r"a recipe that cannot be used\. The recipe's format is not 1"
+    ):
+        read_origin(foreign(fidelora=json.dumps(record)))
+
+
+@pytest.mark.parametrize("environment", [None, [], "x", {"torch": 5}])
+def test_a_record_may_say_anything_of_its_environment(environment):
+    recipe, read = recipe_of({"recipe": RECIPE.to_dict(), "environment": environment})
+    assert recipe == RECIPE
+    assert read == ({"torch": "5"} if environment == {"torch": 5} else {})
+
+
+# --- images of other programs ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("image_format", "order"),
+    [("PNG", ""), ("JPEG", "utf-16-be"), ("WEBP", "utf-16-be"), ("JPEG", "utf-16-le")],
+)
+def test_parameters_are_read_as_far_as_they_go(image_format, order):
+    read = parameters_in(foreign(FOREIGN, image_format, order))
+    assert read.text == FOREIGN
+    assert read.prompt == "masterpiece, a red ball on grass\nsecond line"
+    assert read.negative_prompt == "blurry,\nbad hands"
+    assert read.loras == (
+        NamedLora("style", 0.8, "0123456789ab"),
+        NamedLora("detail", -0.5, "ffffffffffff"),
+    )
+    assert read.fields == {
+        "steps": 30, "sampler": "k_dpmsolver++", "guidance_scale": 7.0, "seed": 965400086, "width": 512, "height": 768
+    }  # fmt: skip
+    assert [(one.name, one.value) for one in read.ignored] == [
+        ("Model hash", "6ce0161689"), ("Model", "v1-5-pruned"), ("Clip skip", "2")
+    ]  # fmt: skip
+    recipe = read.recipe([AdapterRef("a" * 64), AdapterRef("b" * 64)], base_model="x")
+    assert (recipe.base_model, recipe.seed, recipe.sampler) == ("x", 965400086, "k_dpmsolver++")
+    assert [(ref.sha256[0], ref.multiplier) for ref in recipe.adapters] == [("a", 0.8), ("b", -0.5)]
+
+
+def test_text_behind_the_pixels_is_found():
+    content = foreign()
+    start = content.index(b"iTXt") - 4
+    length = int.from_bytes(content[start : start + 4], "big") + 12
+    chunk, end = content[start : start + length], content.index(b"IEND") - 4
+    moved = content[:start] + content[start + length : end] + chunk + content[end:]
+    assert parameters_in(moved).fields["steps"] == 30
+
+
+def test_what_the_text_does_not_say_is_left_to_the_model_but_the_size():
+    read = parameters_in(foreign("just a prompt"))
+    assert (read.prompt, dict(read.fields)) == ("just a prompt", {"width": 64, "height": 72})
+    assert read.recipe(()).steps == SD15.default_steps
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "reason"),
+    [
+        (
+            "Steps: 20, Sampler: DPM++ SDE Karras, Seed: 1",
+            "Sampler",
+            "There is no sampler 'DPM++ SDE Karras' here; the samplers are: Euler,",
+        ),
+        (
+            "Steps: 20, Sampler: Heun, Schedule type: Karras, Seed: 1",
+            "Sampler",
+            "has no scheduler 'Karras' here",
+        ),
+        ("Steps: many, Sampler: Euler, Seed: 1", "Steps", "not what this key has"),
+        ("Steps: 20, Sampler: Euler, Seed: -1", "Seed", "not what this key has"),
+        ("Steps: 20, Sampler: Euler, Size: 12", "Size", "not what this key has"),
+        (
+            "Steps: 20, Sampler: Euler, Seed: 1, Hires upscale: 2",
+            "Hires upscale",
+            "nothing of the kind",
+        ),
+        ("Steps: 20, Sampler: Euler, Seed: 1, ENSD: 31337", "ENSD", "nothing of the kind"),
+    ],
+)
+def test_what_cannot_be_used_is_named(line, name, reason):
+    (ignored,) = read_parameters(f"a ball\n{line}", SD15).ignored
+    assert ignored.name == name
+    assert reason in ignored.reason
+
+
+@pytest.mark.parametrize(
+    ("prompt", "value"),
+    [
+        ("a <hypernet:x:1>", "<hypernet:x:1>"),
+        ("a <lora:x:1:0.5>", "<lora:x:1:0.5>"),
+        ("a <lora:x:high>", "<lora:x:high>"),
+    ],
+)
+def test_a_tag_that_cannot_be_used_is_named(prompt, value):
+    read = read_parameters(f"{prompt}\nSteps: 20, Sampler: Euler, Seed: 1", SD15)
+    assert (read.prompt, read.loras) == ("a", ())
+    assert [one.value for one in read.ignored] == [value]
+
+
+def test_weighed_words_are_named_and_kept():
+    read = read_parameters(
+        "a (red:1.3) ball\nNegative prompt: [a|b]\nSteps: 20, Sampler: Euler, Seed: 1", SD15
+    )
+    assert read.prompt == "a (red:1.3) ball"
+    assert [one.name for one in read.ignored] == ["prompt", "negative prompt"]
+    assert "encoded as it is written" in read.ignored[0].reason
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"text", b"GIF89a", b"\x89PNG\r\n\x1a\n", webp_with_exif(b"II*\0")]
+)
+def test_what_is_no_image_is_refused(content):
+    with pytest.raises(
+        ImageRecordError, match=r"a\.png is not a PNG, JPEG or WebP image that can be read"
+    ):
+        read_origin(content, "a.png")
+
+
+def test_an_image_that_says_nothing_is_refused():
+    with pytest.raises(ImageRecordError, match="carries neither a recipe"):
+        read_origin(foreign(" "))
+
+
+def test_a_flood_of_text_is_refused():
+    with pytest.raises(ImageRecordError, match="parameters of 50,001 characters"):
+        read_origin(foreign("x" * (MAX_PARAMETERS_CHARACTERS + 1)))
+
+
+def test_a_model_that_is_not_known_is_refused():
+    with pytest.raises(UnknownModelError):
+        read_origin(ours(), model="sd99")
+
+
+@given(st.text(max_size=300))
+@settings(max_examples=300, deadline=None)
+def test_no_text_is_an_error(text):
+    read = read_parameters(text, SD15)
+    assert read.text == text
+
+
+WORDS = st.text(
+    st.characters(exclude_categories=["C", "Z"], exclude_characters="<>"), min_size=1, max_size=20
+)
+NAMES = st.text("abc_-. 0", min_size=1, max_size=10).filter(lambda name: name == name.strip())
+
+
+@given(
+    recipe=st.builds(
+        Recipe,
+        prompt=WORDS,
+        negative_prompt=st.just("") | WORDS,
+        steps=st.integers(1, 50),
+        seed=st.integers(0, 2**63 - 1),
+        guidance_scale=st.integers(0, 400).map(lambda number: number / 4),
+        sampler=st.sampled_from(sorted(SD15.samplers)),
+        width=st.integers(8, 512).map(lambda number: 8 * number),
+        fidelity=st.sampled_from(["exact", "fast"]),
+        adapters=st.lists(
+            st.builds(
+                AdapterRef,
+                st.text("0123456789abcdef", min_size=64, max_size=64),
+                st.integers(-8, 8).map(lambda n: n / 4),
+                NAMES,
+            ),
+            max_size=3,
+            unique_by=lambda ref: ref.name,
+        ).map(tuple),
+    )
+)
+@settings(deadline=None)
+def test_our_own_text_is_read_back_to_the_same_recipe(recipe):
+    """With the adapters' bytes and the base model, which the text does not have."""
+    read = read_parameters(parameters_text(recipe, ENVIRONMENT), SD15)
+    assert read.recipe(recipe.adapters) == recipe
+    assert [(lora.name, lora.hash) for lora in read.loras] == [
+        (ref.name, ref.sha256[:12]) for ref in recipe.adapters
+    ]
+    assert [one.name for one in read.ignored] == ["Model"]
+
+
+# --- A1111's names -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "rest", "loras"),
+    [
+        ("a cat", "a cat", ()),
+        ("a cat <lora:x>", "a cat", (NamedLora("x"),)),
+        ("<lora:x:0.5> a cat", "a cat", (NamedLora("x", 0.5),)),
+        (
+            "a <lora:a b-c.v1:-2><lyco:y:.5> cat",
+            "a cat",
+            (NamedLora("a b-c.v1", -2), NamedLora("y", 0.5)),
+        ),
+        ("a <lora:x:0.8:0.8>", "a", (NamedLora("x", 0.8),)),
+        ("a <lora:x:te=0.8:unet=0.8>", "a", (NamedLora("x", 0.8),)),
+        ("  a < b > c ", "  a < b > c ", ()),
+    ],
+)
+def test_tags_are_taken_out_of_prompts(prompt, rest, loras):
+    assert loras_in(prompt) == (rest, loras)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("<lora:x:1:0.5>", "two multipliers"),
+        ("<lora:x:unet=0.5>", "two multipliers"),
+        ("<lora:x:3>", "from -2 to 2"),
+        ("<lora:x:nan>", "from -2 to 2"),
+        ("<lora:x:>", "from -2 to 2"),
+        ("<lora: :1>", "has to be <lora:name:multiplier>"),
+        ("<lora:x:1:1:64>", "has to be <lora:name:multiplier>"),
+        ("<lora:x:1:lbw=ALL>", "has to be <lora:name:multiplier>"),
+        ("<hypernet:x:1>", "is no LoRA"),
+    ],
+)
+def test_a_tag_that_means_something_else_is_refused(prompt, message):
+    with pytest.raises(PromptSyntaxError, match=message):
+        loras_in(prompt)
+
+
+def test_a_multiplier_that_is_left_out_is_one():
+    assert lora_of("lora", "x") == NamedLora("x", 1.0)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a (b:1.2)",
+        "(a b :0.5)",
+        r"(ganyu \(genshin impact\):1.2)",
+        "((red) hair:1.3)",
+        "[a:b:0.5]",
+        "[a|b]",
+        "x AND y",
+        "x BREAK y",
+    ],
+)
+def test_notation_of_other_programs_is_noticed(prompt):
+    assert marks_in(prompt)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a (b)", "[trigger]", "at 1:2", r"\(b:1.2\)", "Andy breaks and", "(c) 2026", ""]
+)
+def test_plain_prompts_are_plain(prompt):
+    assert marks_in(prompt) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler", "ours"),
+    [
+        ("Euler a", "Automatic", "euler_a"),
+        ("euler A", "", "euler_a"),
+        ("Euler", "karras", "k_euler"),
+        ("DPM++ 2M Karras", "Automatic", "k_dpmsolver++"),
+        ("DPM++ 2M", "Uniform", "dpmsolver++"),
+        ("LMS Karras", "", "k_lms"),
+        ("ddpm", "Automatic", "ddpm"),
+        ("dpmsingle", "Automatic", "dpmsingle"),
+    ],
+)
+def test_names_of_samplers(name, scheduler, ours):
+    assert sampler_of(name, scheduler, SD15) == ours
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler", "field"),
+    [("UniPC", "", "sampler"), ("Euler a", "Karras", "scheduler"), ("Euler", "SGM", "scheduler")],
+)
+def test_a_sampler_that_is_not_there_is_refused(name, scheduler, field):
+    with pytest.raises(UnknownSamplerError) as caught:
+        sampler_of(name, scheduler, SD15)
+    assert caught.value.field == field
+
+
+def test_every_sampler_can_be_asked_for_and_has_a_name():
+    for sampler in SD15.samplers:
+        assert sampler_of(sampler, "Automatic", SD15) == sampler
+        assert sampler_of(*name_of(sampler), SD15) == sampler
+    names = sampler_names(SD15)
+    assert all(sampler_of(name, "", SD15) in (aliases or [name]) for name, aliases in names.items())
+    assert sorted({one for name, aliases in names.items() for one in aliases or [name]}) == sorted(
+        SD15.samplers
+    )
+
+
+def test_reading_needs_neither_torch_nor_numpy():
+    code = "import sys; from fidelora import read_origin; assert not {'torch', 'numpy'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)

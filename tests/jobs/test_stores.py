@@ -1,0 +1,715 @@
+"""What every store of jobs promises, for every store."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from fidelora import AdapterRef, Recipe
+from fidelora.errors import (
+    FideloraError,
+    IdempotencyConflictError,
+    JobError,
+    JobNotFoundError,
+    JobStoreError,
+    LeaseLostError,
+    QueueFullError,
+    RecipeError,
+)
+from fidelora.jobs.job import MAX_ATTEMPTS, Failure, Job, JobProgress, Output, Status, new_job
+from fidelora.jobs.memory import MemoryStore
+from fidelora.jobs.sql import SqlStore, wal_is_safe
+from fidelora.jobs.store import MAX_PASSED_OVER, JobStore, Submission
+
+NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
+LEASE_S = 30.0
+A, B = "a" * 64, "b" * 64
+OUTPUT = Output("out/x_output_0.png", "png", 512, 512, 42, "c" * 64, 1234)
+
+
+def later(seconds: float) -> datetime:
+    return NOW + timedelta(seconds=seconds)
+
+
+def job(*adapters: str, prompt: str = "a ball") -> Job:
+    return new_job(
+        (Recipe(prompt=prompt, adapters=tuple(AdapterRef(sha256) for sha256 in adapters)),), NOW
+    )
+
+
+POSTGRES_URL = os.environ.get("FIDELORA_TEST_POSTGRES_URL", "")
+"""Of an empty database, such as `postgresql+psycopg://user@localhost/test`; its tables are dropped again and again."""
+
+
+@pytest.fixture(params=["memory", "sqlite", *(["postgresql"] if POSTGRES_URL else [])])
+def store(request, tmp_path):
+    made: JobStore = MemoryStore()
+    if request.param == "sqlite":
+        made = SqlStore(f"sqlite:///{tmp_path}/jobs.sqlite")
+    elif request.param == "postgresql":
+        engine = sa.create_engine(POSTGRES_URL)
+        with engine.begin() as connection:
+            connection.exec_driver_sql("DROP TABLE IF EXISTS jobs, alembic_version")
+        engine.dispose()
+        made = SqlStore(POSTGRES_URL)
+    yield made
+    made.close()
+
+
+def running(store: JobStore, *adapters: str) -> Job:
+    store.add(job(*adapters))
+    claimed = store.claim("worker", NOW, LEASE_S)
+    assert claimed is not None
+    return claimed
+
+
+def test_a_job_is_there_as_it_was_given(store):
+    recipes = (
+        Recipe(prompt="süß 🎉", adapters=(AdapterRef(A, 0.5, name="sks"),), seed=2**63 - 1),
+        Recipe(prompt="", guidance_scale=0.1, sampler="lcm"),
+    )
+    added = store.add(new_job(recipes, NOW, image_format="webp"))
+    assert store.get(added.id) == added
+    assert store.get(added.id).recipes == recipes
+    assert (added.status, added.attempts, added.version) == (Status.IN_QUEUE, 0, 1)
+
+
+def test_a_job_that_is_not_there(store):
+    with pytest.raises(JobNotFoundError):
+        store.get("0" * 32)
+    with pytest.raises(JobNotFoundError):
+        store.cancel("0" * 32, NOW)
+    with pytest.raises(JobNotFoundError):
+        store.renew("0" * 32, 1, None, NOW, LEASE_S)
+    assert store.queue_position("0" * 32) is None
+
+
+def test_jobs_are_claimed_in_the_order_in_which_they_came(store):
+    added = [store.add(job()) for _ in range(4)]
+    assert [store.queue_position(each.id) for each in added] == [0, 1, 2, 3]
+    for place, expected in enumerate(added):
+        claimed = store.claim("worker", later(place), LEASE_S)
+        assert claimed is not None
+        assert claimed.id == expected.id
+        assert (claimed.status, claimed.epoch, claimed.attempts, claimed.worker) == (
+            Status.IN_PROGRESS,
+            1,
+            1,
+            "worker",
+        )
+        assert (claimed.started_at, claimed.lease_expires_at) == (
+            later(place),
+            later(place + LEASE_S),
+        )
+        assert store.get(claimed.id) == claimed
+        assert store.queue_position(claimed.id) is None
+    assert store.claim("worker", NOW, LEASE_S) is None
+
+
+def test_a_finished_job_has_its_images(store):
+    claimed = running(store)
+    done = store.succeed(claimed.id, claimed.epoch, [OUTPUT], {"denoise": 1.5}, later(2))
+    assert store.get(claimed.id) == done
+    assert (done.status, done.outputs, done.timings, done.finished_at) == (
+        Status.SUCCEEDED,
+        (OUTPUT,),
+        {"denoise": 1.5},
+        later(2),
+    )
+    assert (done.worker, done.lease_expires_at) == ("", None)
+
+
+def test_a_failed_job_says_why(store):
+    claimed = running(store)
+    failed = store.fail(
+        claimed.id, claimed.epoch, Failure("LORA_MISMATCH", "It does not fit."), later(2)
+    )
+    assert (store.get(claimed.id).status, failed.error) == (
+        Status.FAILED,
+        Failure("LORA_MISMATCH", "It does not fit."),
+    )
+
+
+def test_progress_renews_the_lease_and_is_kept_when_a_report_has_none(store):
+    claimed = running(store)
+    progress = JobProgress(image=1, images=2, step=5, steps=20, eta_s=7.5)
+    store.renew(claimed.id, 1, progress, later(10), LEASE_S)
+    renewed = store.renew(claimed.id, 1, None, later(20), LEASE_S)
+    assert (renewed.progress, renewed.lease_expires_at) == (progress, later(20 + LEASE_S))
+    assert renewed.progress is not None
+    assert renewed.progress.fraction == (1 + 5 / 20) / 2
+
+
+def test_a_queued_job_is_canceled_at_once(store):
+    added = store.add(job())
+    canceled = store.cancel(added.id, later(1))
+    assert (canceled.status, canceled.finished_at, canceled.started_at) == (
+        Status.CANCELED,
+        later(1),
+        None,
+    )
+    assert store.claim("worker", NOW, LEASE_S) is None
+
+
+def test_a_running_job_is_told_to_stop_and_stops(store):
+    claimed = running(store)
+    assert store.cancel(claimed.id, later(1)).status is Status.IN_PROGRESS
+    assert store.renew(claimed.id, 1, None, later(2), LEASE_S).cancel_requested
+    assert store.stop(claimed.id, 1, later(3)).status is Status.CANCELED
+
+
+def test_a_wish_to_cancel_may_come_too_late(store):
+    claimed = running(store)
+    store.cancel(claimed.id, later(1))
+    assert store.succeed(claimed.id, 1, [OUTPUT], {}, later(2)).status is Status.SUCCEEDED
+
+
+def test_cancelling_twice_or_after_the_end_changes_nothing(store):
+    claimed = running(store)
+    once = store.cancel(claimed.id, later(1))
+    assert store.cancel(claimed.id, later(2)) == once
+    done = store.stop(claimed.id, 1, later(3))
+    assert store.cancel(claimed.id, later(4)) == done
+
+
+def test_a_silent_worker_loses_the_job_and_its_result_does_not_count(store):
+    claimed = running(store)
+    assert store.abandon_expired(later(LEASE_S - 1)) == ()
+    (back,) = store.abandon_expired(later(LEASE_S))
+    assert (back.status, back.attempts, back.progress) == (Status.IN_QUEUE, 1, None)
+    again = store.claim("another", later(LEASE_S + 1), LEASE_S)
+    assert again is not None
+    assert (again.id, again.epoch, again.attempts, again.started_at) == (claimed.id, 2, 2, NOW)
+    for report in (
+        lambda: store.succeed(claimed.id, 1, [OUTPUT], {}, later(40)),
+        lambda: store.fail(claimed.id, 1, Failure("X", "x"), later(40)),
+        lambda: store.renew(claimed.id, 1, None, later(40), LEASE_S),
+        lambda: store.stop(claimed.id, 1, later(40)),
+        lambda: store.release(claimed.id, 1, later(40)),
+        lambda: store.abandon(claimed.id, 1, "it died", later(40)),
+    ):
+        with pytest.raises(LeaseLostError):
+            report()
+    assert store.get(claimed.id) == again
+    assert store.succeed(claimed.id, 2, [OUTPUT], {}, later(41)).status is Status.SUCCEEDED
+
+
+def test_after_three_attempts_a_job_has_failed_with_the_reason(store):
+    added = store.add(job())
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        claimed = store.claim("worker", NOW, LEASE_S)
+        assert claimed is not None
+        after = store.abandon(added.id, claimed.epoch, "the process was killed by signal 9", NOW)
+        assert after.status is (Status.FAILED if attempt == MAX_ATTEMPTS else Status.IN_QUEUE)
+    assert after.error == Failure(
+        "WORKER_LOST",
+        "Given up after 3 attempts; the last one ended because the process was killed by signal 9.",
+    )
+
+
+def test_a_job_that_is_given_back_has_not_used_an_attempt(store):
+    for _ in range(MAX_ATTEMPTS + 2):
+        claimed = store.claim("worker", NOW, LEASE_S) or running(store)
+        back = store.release(claimed.id, claimed.epoch, later(1))
+        assert (back.status, back.attempts) == (Status.IN_QUEUE, 0)
+
+
+@pytest.mark.parametrize("way", ["release", "abandon", "expire"])
+def test_a_job_that_should_stop_does_not_start_again(store, way):
+    claimed = running(store)
+    store.cancel(claimed.id, NOW)
+    if way == "release":
+        after = store.release(claimed.id, 1, later(1))
+    elif way == "abandon":
+        after = store.abandon(claimed.id, 1, "it died", later(1))
+    else:
+        (after,) = store.abandon_expired(later(LEASE_S))
+    assert after.status is Status.CANCELED
+
+
+def test_jobs_with_loaded_adapters_go_first_but_not_for_ever(store):
+    oldest = store.add(job(A))
+    warm = [store.add(job(B)) for _ in range(MAX_PASSED_OVER + 3)]
+    claimed = []
+    for _ in range(MAX_PASSED_OVER + 2):
+        next_job = store.claim("worker", NOW, LEASE_S, loaded=[B])
+        assert next_job is not None
+        claimed.append(next_job.id)
+    expected = [each.id for each in warm[:MAX_PASSED_OVER]] + [oldest.id, warm[MAX_PASSED_OVER].id]
+    assert claimed == expected
+
+
+def test_nobody_in_between_is_passed_over_too_often_either(store):
+    first, second = store.add(job(A)), store.add(job("d" * 64))
+    warm = [store.add(job(B)) for _ in range(MAX_PASSED_OVER)]
+    for each in warm:
+        claimed = store.claim("worker", NOW, LEASE_S, loaded=[B])
+        assert claimed is not None
+        assert claimed.id == each.id
+    assert store.get(second.id).passed_over == MAX_PASSED_OVER
+    store.add(job(B))
+    for expected in (first, second):
+        claimed = store.claim("worker", NOW, LEASE_S, loaded=[B])
+        assert claimed is not None
+        assert claimed.id == expected.id
+
+
+def test_a_job_is_warm_only_if_all_its_adapters_are_loaded(store):
+    oldest = store.add(job(A))
+    store.add(job(A, B))
+    store.add(job())
+    claimed = store.claim("worker", NOW, LEASE_S, loaded=[B])
+    assert claimed is not None
+    assert claimed.id == oldest.id
+
+
+def test_before_those_come_jobs_for_just_the_adapters_that_are_in_the_weights(store):
+    oldest = store.add(job(B))
+    both, one = store.add(job(A, B)), store.add(job(A))
+    store.add(job(B))
+
+    def claimed() -> str:
+        next_job = store.claim("worker", NOW, LEASE_S, loaded=[A, B], merged=[A])
+        assert next_job is not None
+        return str(next_job.id)
+
+    assert [claimed() for _ in range(3)] == [one.id, oldest.id, both.id]
+
+
+def test_the_adapters_in_the_weights_go_first_but_not_for_ever(store):
+    oldest = store.add(job(A))
+    merged = [store.add(job(B)) for _ in range(MAX_PASSED_OVER + 1)]
+    claimed = []
+    for _ in range(MAX_PASSED_OVER + 2):
+        next_job = store.claim("worker", NOW, LEASE_S, loaded=[A, B], merged=[B])
+        assert next_job is not None
+        claimed.append(next_job.id)
+    assert claimed == [each.id for each in merged[:-1]] + [oldest.id, merged[-1].id]
+
+
+def needs(sha256: str) -> Callable[[Job], bool]:
+    return lambda job: sha256 in job.adapters
+
+
+def test_only_what_is_wanted_is_given_and_the_oldest_of_that(store):
+    first, oldest, warm = (
+        store.add(job(A)),
+        store.add(job(B, prompt="the oldest")),
+        store.add(job(B)),
+    )
+    claimed = store.claim("worker", NOW, LEASE_S, wanted=needs(B))
+    assert claimed is not None
+    assert (claimed.id, claimed.status) == (oldest.id, Status.IN_PROGRESS)
+    assert [store.get(each.id).passed_over for each in (first, warm)] == [1, 0]
+
+
+def test_what_is_loaded_has_no_say_among_what_is_wanted(store):
+    first, wanted = store.add(job(A)), store.add(job(A, B))
+    store.add(job(B))
+    claimed = store.claim("worker", NOW, LEASE_S, loaded=[B], wanted=needs(B))
+    assert claimed is not None
+    assert claimed.id == wanted.id
+    assert store.get(first.id).passed_over == 1
+
+
+def test_if_nothing_is_wanted_nothing_happens(store):
+    assert store.claim("worker", NOW, LEASE_S, wanted=needs(B)) is None
+    added = [store.add(job(A)), store.add(job())]
+    assert store.claim("worker", NOW, LEASE_S, loaded=[A], wanted=needs(B)) is None
+    assert [store.get(each.id) for each in added] == added
+
+
+def test_nobody_is_passed_over_too_often_for_what_is_wanted(store):
+    first = store.add(job(A))
+    for _ in range(MAX_PASSED_OVER):
+        wanted = store.add(job(B))
+        claimed = store.claim("worker", NOW, LEASE_S, wanted=needs(B))
+        assert claimed is not None
+        assert claimed.id == wanted.id
+    store.add(job(B))
+    waiting = store.get(first.id)
+    assert waiting.passed_over == MAX_PASSED_OVER
+    assert store.claim("worker", NOW, LEASE_S, wanted=needs(B)) is None
+    assert store.get(first.id) == waiting
+    claimed = store.claim(
+        "worker", NOW, LEASE_S, wanted=needs(A)
+    )  # who waited so long may be given himself
+    assert claimed is not None
+    assert claimed.id == first.id
+
+
+def test_a_look_at_the_next_job_leaves_it_where_it_is(store):
+    assert store.peek() is None
+    added = [store.add(job(A)), store.add(job(B))]
+    for expected in added:
+        assert store.peek() == expected == store.get(expected.id)
+        store.claim("worker", NOW, LEASE_S)
+    assert store.peek() is None
+
+
+def test_the_same_submission_is_the_same_job(store):
+    submission = Submission("key", "1" * 64)
+    first = store.add(job(), submission=submission)
+    assert store.add(job(), submission=submission) == first
+    with pytest.raises(IdempotencyConflictError):
+        store.add(job(), submission=Submission("key", "2" * 64))
+    assert store.add(job(), submission=Submission("other", "1" * 64)).id != first.id
+    assert len(store.list().jobs) == 2
+
+
+def test_the_same_submission_is_the_same_job_even_when_the_queue_is_full_or_it_has_ended(store):
+    submission = Submission("key", "1" * 64)
+    first = store.add(job(), submission=submission, capacity=1)
+    assert store.add(job(), submission=submission, capacity=1) == first
+    ended = store.cancel(first.id, NOW)
+    assert store.add(job(), submission=submission, capacity=1) == ended
+
+
+def test_a_submission_is_found_again(store):
+    submission = Submission("key", "1" * 64)
+    assert store.submitted(submission) is None
+    added = store.add(job(), submission=submission)
+    assert store.submitted(submission) == added
+    with pytest.raises(IdempotencyConflictError):
+        store.submitted(Submission("key", "2" * 64))
+
+
+def test_jobs_are_counted_by_state(store):
+    for _ in range(3):
+        store.add(job())
+    store.claim("worker", NOW, LEASE_S)
+    assert [
+        store.count(status) for status in (Status.IN_QUEUE, Status.IN_PROGRESS, Status.FAILED)
+    ] == [2, 1, 0]
+
+
+def test_who_has_not_ended_needs_its_adapters(store):
+    first, second = running(store, A), running(store, A, B)
+    assert (store.needs_adapter(A), store.needs_adapter(B), store.needs_adapter("c" * 64)) == (
+        True,
+        True,
+        False,
+    )
+    store.stop(second.id, second.epoch, NOW)
+    assert (store.needs_adapter(A), store.needs_adapter(B)) == (True, False)
+    store.succeed(first.id, first.epoch, [OUTPUT], {}, NOW)
+    assert not store.needs_adapter(A)
+
+
+def test_a_full_queue_takes_no_more(store):
+    for _ in range(3):
+        store.add(job(), capacity=3)
+    with pytest.raises(QueueFullError):
+        store.add(job(), capacity=3)
+    store.claim("worker", NOW, LEASE_S)
+    store.add(job(), capacity=3)  # a running job has no place in the queue
+
+
+def test_lists_are_newest_first_in_pages(store):
+    added = [store.add(job(prompt=str(number))) for number in range(5)]
+    seen, cursor = [], None
+    for size in (2, 2, 1):
+        page = store.list(limit=2, cursor=cursor)
+        assert len(page.jobs) == size
+        seen += [each.id for each in page.jobs]
+        cursor = page.next_cursor
+        store.add(job(prompt="new ones do not shift the pages"))
+    assert cursor is None
+    assert seen == [each.id for each in reversed(added)]
+    with pytest.raises(JobError, match="begin again without it"):
+        store.list(cursor="nonsense")
+
+
+def test_lists_may_have_one_status_only(store):
+    claimed = running(store)
+    waiting = store.add(job())
+    assert [each.id for each in store.list(status=Status.IN_PROGRESS).jobs] == [claimed.id]
+    assert [each.id for each in store.list(status=Status.IN_QUEUE).jobs] == [waiting.id]
+    assert store.list(status=Status.FAILED).jobs == ()
+
+
+def test_old_jobs_are_removed_by_age_and_by_number(store):
+    ended = []
+    for number in range(5):
+        added = store.add(job(), submission=Submission(f"key{number}", "1" * 64))
+        ended.append(store.cancel(added.id, later(number)))
+    waiting = store.add(job())
+    assert [each.id for each in store.remove_finished(before=later(2), keep=100)] == [
+        ended[1].id,
+        ended[0].id,
+    ]
+    assert [each.id for each in store.remove_finished(before=NOW, keep=1)] == [
+        ended[3].id,
+        ended[2].id,
+    ]
+    assert {each.id for each in store.list().jobs} == {ended[4].id, waiting.id}
+    assert (
+        store.add(job(), submission=Submission("key0", "2" * 64)).status is Status.IN_QUEUE
+    )  # its key is free again
+
+
+def test_what_a_change_raises_leaves_the_job_as_it_is(store):
+    claimed = running(store)
+    with pytest.raises(LeaseLostError):
+        store.succeed(claimed.id, 7, [OUTPUT], {}, NOW)
+    assert store.get(claimed.id) == claimed
+
+
+def test_every_change_is_a_new_version(store):
+    added = store.add(job())
+    versions = [added.version]
+    claimed = store.claim("worker", NOW, LEASE_S)
+    assert claimed is not None
+    versions += [
+        claimed.version,
+        store.renew(added.id, 1, None, NOW, LEASE_S).version,
+        store.cancel(added.id, NOW).version,
+    ]
+    assert versions == [1, 2, 3, 4]
+
+
+def test_many_threads_get_every_job_once(store):
+    added = {store.add(job()).id for _ in range(40)}
+    got: list[str] = []
+
+    def work() -> None:
+        while (claimed := store.claim("worker", NOW, LEASE_S)) is not None:
+            got.append(claimed.id)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(got) == 40
+    assert set(got) == added
+
+
+def test_a_job_needs_a_recipe_and_an_aware_time():
+    with pytest.raises(RecipeError):
+        new_job((), NOW)
+    with pytest.raises(FideloraError, match="aware"):
+        new_job((Recipe(prompt=""),), datetime(2026, 1, 1))
+
+
+class SameLives(RuleBasedStateMachine):
+    """Any sequence of calls leaves the database with the same jobs, and the same answers, as the store in memory."""
+
+    @initialize()
+    def begin(self) -> None:
+        self.memory, self.database = MemoryStore(), SqlStore("sqlite:///:memory:")
+        self.ids: list[str] = []
+        self.clock = NOW
+
+    def both(self, call):
+        answers = []
+        for store in (self.memory, self.database):
+            try:
+                answers.append(call(store))
+            except JobError as error:
+                answers.append(type(error))
+        assert answers[0] == answers[1]
+        return answers[0]
+
+    @rule(
+        adapters=st.sets(st.sampled_from([A, B])),
+        key=st.sampled_from([None, "k1", "k2"]),
+        body=st.sampled_from("12"),
+    )
+    def add(self, adapters, key, body):
+        new = job(*sorted(adapters))
+        added = self.both(
+            lambda store: store.add(
+                new, submission=Submission(key, body * 64) if key else None, capacity=6
+            )
+        )
+        if isinstance(added, Job) and added.id not in self.ids:
+            self.ids.append(added.id)
+
+    @rule(
+        loaded=st.sets(st.sampled_from([A, B])),
+        merged=st.sets(st.sampled_from([A, B])),
+        wanted=st.sampled_from([None, needs(A), needs(B)]),
+    )
+    def claim(self, loaded, merged, wanted):
+        self.both(
+            lambda store: store.claim(
+                "worker", self.clock, LEASE_S, loaded, merged=merged, wanted=wanted
+            )
+        )
+
+    @rule(
+        which=st.integers(0, 30),
+        epoch=st.integers(0, 4),
+        what=st.sampled_from(["renew", "succeed", "fail", "stop", "release", "abandon", "cancel"]),
+    )
+    def report(self, which, epoch, what):
+        if not self.ids:
+            return
+        job_id = self.ids[which % len(self.ids)]
+        calls = {
+            "renew": lambda store: store.renew(
+                job_id, epoch, JobProgress(0, 1, epoch, 5), self.clock, LEASE_S
+            ),
+            "succeed": lambda store: store.succeed(
+                job_id, epoch, [OUTPUT], {"total": 1.0}, self.clock
+            ),
+            "fail": lambda store: store.fail(job_id, epoch, Failure("X", "x"), self.clock),
+            "stop": lambda store: store.stop(job_id, epoch, self.clock),
+            "release": lambda store: store.release(job_id, epoch, self.clock),
+            "abandon": lambda store: store.abandon(job_id, epoch, "it died", self.clock),
+            "cancel": lambda store: store.cancel(job_id, self.clock),
+        }
+        self.both(calls[what])
+
+    @rule(seconds=st.sampled_from([1, 20, 40]))
+    def time_passes(self, seconds):
+        self.clock += timedelta(seconds=seconds)
+        self.both(lambda store: sorted(each.id for each in store.abandon_expired(self.clock)))
+
+    @rule(keep=st.integers(0, 3))
+    def remove(self, keep):
+        self.both(lambda store: {each.id for each in store.remove_finished(before=NOW, keep=keep)})
+
+    @invariant()
+    def the_same_jobs(self):
+        if not hasattr(self, "ids"):
+            return
+        listed = self.both(lambda store: store.list(limit=1000).jobs)
+        for each in listed:
+            assert (
+                (each.lease_expires_at is not None)
+                == (each.status is Status.IN_PROGRESS)
+                == bool(each.worker)
+            )
+            assert (each.finished_at is not None) == each.status.final
+            assert 0 <= each.attempts <= MAX_ATTEMPTS
+            assert each.passed_over <= MAX_PASSED_OVER
+            self.both(lambda store, job_id=each.id: store.queue_position(job_id))
+        queued = [each for each in listed if each.status is Status.IN_QUEUE]
+        assert self.both(lambda store: store.peek()) == (queued[-1] if queued else None)
+
+    def teardown(self) -> None:
+        if hasattr(self, "database"):
+            self.database.close()
+
+
+TestSameLives = SameLives.TestCase
+TestSameLives.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+
+
+def test_jobs_outlive_the_store_that_took_them(tmp_path):
+    url = f"sqlite:///{tmp_path}/jobs.sqlite"
+    first = SqlStore(url)
+    claimed = running(first)
+    waiting = first.add(job(A), submission=Submission("key", "1" * 64))
+    first.close()
+    second = SqlStore(url)
+    assert second.get(claimed.id) == claimed
+    assert second.add(job(), submission=Submission("key", "1" * 64)) == waiting
+    second.close()
+
+
+def test_a_process_that_is_killed_while_it_writes_loses_nothing_that_it_was_told_is_safe(tmp_path):
+    """A real process and a real SIGKILL in the middle of a stream of writes."""
+    url = f"sqlite:///{tmp_path}/jobs.sqlite"
+    SqlStore(url).close()
+    writer = textwrap.dedent(f"""
+        from datetime import UTC, datetime
+        from fidelora import Recipe
+        from fidelora.jobs.job import new_job
+        from fidelora.jobs.sql import SqlStore
+        store = SqlStore({url!r})
+        while True:
+            job = store.add(new_job((Recipe(prompt="a ball"),), datetime.now(UTC)))
+            print(job.id, flush=True)
+            store.claim("doomed", datetime.now(UTC), 30.0)
+    """)
+    process = subprocess.Popen([sys.executable, "-c", writer], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    told = [process.stdout.readline().strip() for _ in range(25)]
+    os.kill(process.pid, signal.SIGKILL)
+    told += [line.strip() for line in process.stdout if len(line.strip()) == 32]
+    process.wait()
+    store = SqlStore(url)
+    kept = {each.id: each for each in store.list(limit=10_000).jobs}
+    assert set(told) <= kept.keys()
+    assert len(store.abandon_expired(datetime.now(UTC) + timedelta(hours=1))) == sum(
+        each.status is Status.IN_PROGRESS for each in kept.values()
+    )
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("version", "safe"),
+    [
+        ("3.6.23", False),
+        ("3.7.0", False),
+        ("3.40.1", False),
+        ("3.51.2", False),
+        ("3.51.3", True),
+        ("3.53.0", True),
+        ("4.0.0", True),
+    ],
+)
+def test_the_write_ahead_log_is_used_only_where_it_is_sound(version, safe):
+    assert wal_is_safe(version) is safe
+
+
+def test_every_commit_reaches_the_disk(tmp_path):
+    store = SqlStore(f"sqlite:///{tmp_path}/jobs.sqlite")
+    assert store.journal_mode == ("wal" if wal_is_safe(sqlite3.sqlite_version) else "delete")
+    with store._reading() as connection:
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar_one() == 2  # FULL
+    store.close()
+
+
+def test_a_database_that_cannot_be_used_is_one_sentence(tmp_path):
+    (tmp_path / "jobs.sqlite").write_bytes(
+        b"this is not a database, but a text of some length" * 50
+    )
+    with pytest.raises(JobStoreError, match="file is not a database"):
+        SqlStore(f"sqlite:///{tmp_path}/jobs.sqlite")
+    with pytest.raises(JobStoreError, match="cannot be used"):
+        SqlStore(f"sqlite:///{tmp_path}/no/such/folder/jobs.sqlite")
+
+
+def test_a_database_of_a_newer_version_is_left_alone(tmp_path):
+    path = Path(tmp_path) / "jobs.sqlite"
+    SqlStore(f"sqlite:///{path}").close()
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+    with pytest.raises(JobStoreError, match="of another version"):
+        SqlStore(f"sqlite:///{path}")
+
+
+def test_a_migration_that_fails_leaves_no_table_behind(tmp_path, monkeypatch):
+    """The tables and the record of their version are made in one transaction."""
+    from alembic import op
+
+    path = Path(tmp_path) / "jobs.sqlite"
+
+    def fails(*args, **kwargs):
+        raise OSError("the machine stops here")
+
+    monkeypatch.setattr(op, "create_index", fails)
+    with pytest.raises(JobStoreError):
+        SqlStore(f"sqlite:///{path}")
+    with sqlite3.connect(path) as connection:
+        assert connection.execute("SELECT name FROM sqlite_master").fetchall() == []
+    monkeypatch.undo()
+    SqlStore(f"sqlite:///{path}").close()

@@ -1,0 +1,174 @@
+"""Adapters by content: what is put there, found again, and let go."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from tests.support import LOKR, LORA, LORA_CONV
+
+from fidelora.adapters.library import AdapterLibrary
+from fidelora.errors import (
+    AdapterChangedError,
+    AdapterFormatError,
+    AdapterNotFoundError,
+    WeightsFileError,
+)
+from fidelora.loras.cache import AdapterCache
+from fidelora.recipe import file_sha256
+
+YEAR_S = 365 * 24 * 3600
+
+
+@pytest.fixture
+def cache(tmp_path) -> AdapterCache:
+    return AdapterCache(tmp_path / "cache", 10**9)
+
+
+@pytest.fixture
+def lora(tmp_path) -> Path:
+    return Path(shutil.copyfile(LORA, tmp_path / "lora.safetensors"))
+
+
+def test_what_was_kept_is_there_when_its_file_is_gone(cache, lora):
+    ref = cache.keep(lora, "my/lora.safetensors")
+    assert (ref.sha256, ref.name, ref.path) == (file_sha256(LORA), "lora", cache.path(ref.sha256))
+    lora.unlink()
+    assert AdapterLibrary(folder=cache.folder).get(ref).sha256 == ref.sha256
+    assert cache.find(ref.sha256) == ref
+
+
+def test_no_second_copy_is_made_where_links_are_possible(cache, lora):
+    ref = cache.keep(lora, "lora")
+    assert cache.path(ref.sha256).samefile(lora)
+
+
+def test_without_links_it_is_copied(cache, lora, monkeypatch):
+    def no_links(*_args):
+        raise OSError("another disk")
+
+    monkeypatch.setattr(os, "link", no_links)
+    ref = cache.keep(lora, "lora")
+    assert not cache.path(ref.sha256).samefile(lora)
+    assert file_sha256(cache.path(ref.sha256)) == ref.sha256
+
+
+def test_a_file_that_is_overwritten_in_place_is_noticed(cache, lora):
+    old = cache.keep(lora, "lora")
+    lora.write_bytes(
+        LORA_CONV.read_bytes()
+    )  # the same inode: the cache's name shows the new bytes too
+    assert cache.find(old.sha256) is None
+    with pytest.raises(AdapterChangedError):
+        AdapterLibrary(folder=cache.folder).get(old)
+    new = cache.keep(lora, "lora")
+    assert new.sha256 == file_sha256(LORA_CONV)
+    lora.write_bytes(LORA.read_bytes())
+    assert cache.keep(lora, "lora").sha256 == old.sha256
+    assert cache.find(old.sha256) is not None
+
+
+def test_two_writes_within_one_tick_of_the_clock_are_told_apart(cache, lora):
+    """Same size, same time: only the bytes differ."""
+    content = bytearray(LORA.read_bytes())
+    now = time.time_ns()
+    os.utime(lora, ns=(now, now))
+    first = cache.sha256_of(lora)
+    content[-1] ^= 1
+    lora.write_bytes(content)
+    os.utime(lora, ns=(now, now))
+    assert cache.sha256_of(lora) != first
+
+
+def test_a_hash_is_remembered_until_the_file_changes(cache, lora, monkeypatch):
+    old = time.time() - 60
+    os.utime(lora, (old, old))
+    first = cache.sha256_of(lora)
+    calls: list[Path] = []
+
+    def hash_and_note(path: Path) -> str:
+        calls.append(path)
+        return file_sha256(path)
+
+    monkeypatch.setattr("fidelora.loras.cache.file_sha256", hash_and_note)
+    assert cache.sha256_of(lora) == first
+    assert calls == []
+    lora.write_bytes(LOKR.read_bytes())
+    os.utime(lora, (old + 1, old + 1))
+    assert cache.sha256_of(lora) == file_sha256(LOKR)
+    assert calls == [lora]
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        (None, AdapterNotFoundError),
+        (b"<html>", WeightsFileError),
+        (b"\x02\0\0\0\0\0\0\0{}", AdapterFormatError),
+    ],
+)
+def test_what_is_no_adapter_is_not_kept(cache, tmp_path, content, error):
+    path = tmp_path / "x.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(error):
+        cache.keep(path, "x.safetensors")
+    with cache.temporary() as temporary:
+        temporary.write_bytes(content or b"")
+        with pytest.raises(WeightsFileError if content is None else error, match=r"y\.safetensors"):
+            cache.adopt(temporary, "0" * 64, "y.safetensors")
+    assert list(cache.folder.iterdir()) == []
+
+
+def test_left_overs_of_a_killed_server_are_removed(cache):
+    old, new = cache.folder / ".fidelora-1.part", cache.folder / ".fidelora-2.part"
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    AdapterCache(cache.folder, 10**9)
+    assert list(cache.folder.iterdir()) == [new]  # somebody may be at it
+
+
+def test_a_url_is_remembered_without_being_written_down(cache, lora):
+    url = "https://example.com/x.safetensors?token=secret"
+    ref = cache.keep(lora, "x")
+    assert cache.remembered_url(url) is None
+    cache.remember_url(url, '"v1"', ref.sha256)
+    assert cache.remembered_url(url) == ('"v1"', ref.sha256)
+    assert b"secret" not in b"".join(path.read_bytes() for path in cache.folder.glob("*.json"))
+    cache.path(ref.sha256).unlink()
+    assert cache.remembered_url(url) is None  # what the mark stands for is gone
+
+
+def downloads(cache: AdapterCache, *sources: Path) -> list[str]:
+    """As if these had come over the network, one a year after the other."""
+    hashes = []
+    for year, source in enumerate(sources):
+        with cache.temporary() as temporary:
+            shutil.copyfile(source, temporary)
+            hashes.append(cache.adopt(temporary, file_sha256(source), source.name).sha256)
+        then = time.time() - YEAR_S * (len(sources) - year)
+        os.utime(cache.path(hashes[-1]), (then, then))
+    return hashes
+
+
+def test_those_used_longest_ago_go_first(tmp_path):
+    cache = AdapterCache(tmp_path / "cache", LORA.stat().st_size + LOKR.stat().st_size)
+    oldest, middle, newest = downloads(cache, LORA, LORA_CONV, LOKR)
+    assert cache.find(oldest) is not None  # used now
+    assert cache.trim(lambda sha256: False) == [middle]
+    assert cache.find(oldest) is not None
+    assert cache.find(newest) is not None
+    assert cache.trim(lambda sha256: False) == []
+
+
+def test_what_a_job_needs_and_what_is_elsewhere_stays(tmp_path, lora):
+    cache = AdapterCache(tmp_path / "cache", 0)
+    needed, other = downloads(cache, LOKR, LORA_CONV)
+    linked = cache.keep(lora, "lora")
+    assert cache.trim(lambda sha256: sha256 == needed) == [other]
+    assert cache.find(needed) is not None
+    assert cache.find(linked.sha256) is not None

@@ -1,0 +1,151 @@
+"""Names of adapters from requests never lead out of the folder of adapters."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fidelora.errors import AdapterError, AdapterNotFoundError, AdapterPlaceError
+from fidelora.loras.folder import adapter_named_in_prompt, adapter_path, names_in_prompts
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "adapters" / "job").mkdir(parents=True)
+    (tmp_path / "adapters" / "job" / "sks.safetensors").write_bytes(b"x")
+    (tmp_path / "secret.safetensors").write_bytes(b"x")
+    (tmp_path / "adapters-of-others").mkdir()
+    (tmp_path / "adapters-of-others" / "x.safetensors").write_bytes(b"x")
+    return tmp_path / "adapters"
+
+
+def test_a_file_below_the_folder_is_found(root):
+    expected = root / "job" / "sks.safetensors"
+    for name in ("job/sks.safetensors", "./job//sks.safetensors", str(expected)):
+        assert adapter_path(root, name) == expected
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../secret.safetensors", "job/../../secret.safetensors", "job/../job/sks.safetensors", "/etc/passwd", "/etc/x.safetensors",
+        "", "\0.safetensors", "job", "job/sks", "job/sks.ckpt", ".", "/", "../adapters-of-others/x.safetensors",
+    ],
+)  # fmt: skip
+def test_names_that_lead_elsewhere_are_refused(root, name):
+    with pytest.raises(AdapterPlaceError):
+        adapter_path(root, name)
+
+
+def test_an_absolute_path_outside_is_refused_whether_or_not_it_is_there(root):
+    for place in (root.parent / "secret.safetensors", root.parent / "absent.safetensors"):
+        with pytest.raises(AdapterPlaceError, match="outside of the folder"):
+            adapter_path(root, str(place))
+
+
+def test_a_folder_whose_name_begins_alike_is_outside(root):
+    with pytest.raises(AdapterPlaceError, match="outside of the folder"):
+        adapter_path(root, str(root.parent / "adapters-of-others" / "x.safetensors"))
+
+
+def test_links_out_of_the_folder_are_refused_and_links_inside_are_followed(root):
+    (root / "out.safetensors").symlink_to(root.parent / "secret.safetensors")
+    (root / "elsewhere").symlink_to(root.parent, target_is_directory=True)
+    (root / "in.safetensors").symlink_to(root / "job" / "sks.safetensors")
+    for name in ("out.safetensors", "elsewhere/secret.safetensors"):
+        with pytest.raises(AdapterPlaceError, match="outside of the folder"):
+            adapter_path(root, name)
+    assert adapter_path(root, "in.safetensors") == root / "job" / "sks.safetensors"
+
+
+def test_a_root_that_is_a_link_itself_is_the_folder_it_leads_to(root, tmp_path):
+    (tmp_path / "link").symlink_to(root, target_is_directory=True)
+    assert (
+        adapter_path(tmp_path / "link", "job/sks.safetensors") == root / "job" / "sks.safetensors"
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "absent.safetensors",
+        "job/absent.safetensors",
+        "x" * 300 + ".safetensors",
+        "job.safetensors/a.safetensors",
+    ],
+)
+def test_a_file_that_is_not_there(root, name):
+    with pytest.raises(AdapterNotFoundError):
+        adapter_path(root, name)
+
+
+def test_a_folder_or_a_pipe_is_no_file(root):
+    (root / "folder.safetensors").mkdir()
+    os.mkfifo(root / "pipe.safetensors")
+    for name in ("folder.safetensors", "pipe.safetensors"):
+        with pytest.raises(AdapterNotFoundError):
+            adapter_path(root, name)
+
+
+@given(
+    parts=st.lists(
+        st.sampled_from(
+            [
+                "..",
+                ".",
+                "/",
+                "job",
+                "sks.safetensors",
+                "~",
+                "secret.safetensors",
+                "\\",
+                "adapters",
+                "x\0",
+            ]
+        ),
+        max_size=7,
+    )
+)
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_no_name_leads_out(root, parts):
+    try:
+        path = adapter_path(root, "/".join(parts))
+    except AdapterError:
+        return
+    assert path.is_relative_to(root.resolve())
+    assert path.is_file()
+
+
+def test_prompts_name_files_without_folder_and_ending(root):
+    (root / "other").mkdir()
+    (root / "other" / "style.SAFETENSORS").write_bytes(b"x")
+    assert names_in_prompts(root) == {
+        "sks": "job/sks.safetensors",
+        "style": "other/style.SAFETENSORS",
+    }
+    (root / "other" / "sks.safetensors").write_bytes(b"x")
+    names = names_in_prompts(root)
+    assert names == {
+        "job/sks": "job/sks.safetensors",
+        "other/sks": "other/sks.safetensors",
+        "style": "other/style.SAFETENSORS",
+    }
+    assert all(adapter_named_in_prompt(root, name) == path for name, path in names.items())
+    with pytest.raises(
+        AdapterPlaceError, match="several adapters 'sks': name one of job/sks, other/sks"
+    ):
+        adapter_named_in_prompt(root, "sks")
+
+
+@pytest.mark.parametrize(
+    "name", ["none", "", "../secret", "/etc/passwd", "job/../job/sks", "*", "sks.safetensors"]
+)
+def test_a_prompt_names_nothing_else(root, name):
+    with pytest.raises(AdapterNotFoundError):
+        adapter_named_in_prompt(root, name)

@@ -1,0 +1,130 @@
+"""A real Chromium that looks at a real server's page, and says what it should not have done."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from playwright.sync_api import Browser, ConsoleMessage, Dialog, Locator, Page, expect
+
+DEADLINE_MS = 60_000
+CHROMIUM = os.environ.get("CHROMIUM") or next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+HOSTILE = "<img src=x onerror=alert(1)>"
+
+expect.set_options(timeout=DEADLINE_MS)
+
+
+class Visitor:
+    """Somebody who uses the page.
+
+    Attributes:
+        trouble: errors in the console, requests to other hosts, dialogs, uncaught exceptions. Empty at the end of each test.
+    """
+
+    def __init__(self, browser: Browser, url: str, **context: Any) -> None:
+        self.url = url
+        self.trouble: list[str] = []
+        self._context = browser.new_context(viewport={"width": 1280, "height": 900}, **context)
+        self._context.set_default_timeout(DEADLINE_MS)
+        self.page: Page = self._context.new_page()
+        self.page.on("console", self._hear)
+        self.page.on("pageerror", lambda error: self.trouble.append(str(error)))
+        self.page.on("dialog", self._refuse)
+        self.page.on("request", lambda request: self._note(request.url))
+
+    def _hear(self, message: ConsoleMessage) -> None:
+        if message.type == "error":
+            self.trouble.append(message.text)
+
+    def _refuse(self, dialog: Dialog) -> None:
+        self.trouble.append(dialog.message)
+        dialog.dismiss()
+
+    def _note(self, url: str) -> None:
+        if not url.startswith((self.url + "/", "data:", "blob:" + self.url)):
+            self.trouble.append(f"a request to {url}")
+
+    def come(self) -> Visitor:
+        """Open the page, and wait until it can be used."""
+        self.page.goto(self.url)
+        expect(self["generate"]).to_be_visible()
+        return self
+
+    def close(self) -> None:
+        self._context.close()
+
+    def __getitem__(self, element: str) -> Locator:
+        """The part of the page with this id."""
+        return self.page.locator(f"#{element}")
+
+    def field(self, element: str) -> Locator:
+        """Where one types into it."""
+        return self[element].locator("input:not([type=range]), textarea").first
+
+    def choose(self, element: str, *typed: str) -> None:
+        """Find entries of a list by typing, and take them."""
+        box = self.field(element)
+        for text in typed:
+            box.click()
+            self[element].get_by_role("option").first.wait_for()
+            box.press("Control+a")
+            box.press_sequentially(text)  # the list listens to keys
+            self[element].locator("[role=option].active").filter(has_text=text).first.wait_for()
+            box.press("Enter")
+        box.press("Escape")
+
+    def ask(self, prompt: str, *, lora: str = "", **fields: object) -> None:
+        """Fill in the form for a small image, and ask for it."""
+        if lora:
+            self.choose("loras", lora)
+            expect(self["multiplier-0"]).to_be_visible()
+        self.field("prompt").fill(prompt)
+        for name, value in ({"width": 128, "height": 128, "steps": 4, "seed": 7} | fields).items():
+            self.field(name).fill(str(value))
+        self["generate"].click()
+
+    def images(self, count: int) -> list[Locator]:
+        """The images in the gallery, as soon as there are so many."""
+        shown = self["gallery"].locator("button img")
+        expect(shown).to_have_count(count)
+        return shown.all()
+
+    def done(self) -> None:
+        """Wait for the end of what was asked for."""
+        expect(self["progress"]).to_contain_text("Done in")
+
+    def file(self, image: Locator) -> bytes:
+        """The very bytes that the page shows."""
+        source = image.get_attribute("src")
+        assert source is not None
+        answer = self.page.request.get(source)
+        assert answer.ok
+        return answer.body()
+
+    def scrolls_sideways(self) -> bool:
+        return bool(self.page.evaluate("document.documentElement.scrollWidth > innerWidth"))
+
+
+def pixels(file: bytes) -> NDArray[np.uint8]:
+    with Image.open(io.BytesIO(file)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def copy_lora(source: Path, target: Path, **metadata: str) -> None:
+    """The same weights with other words in the header."""
+    import safetensors
+    import safetensors.torch
+
+    with safetensors.safe_open(source, "pt") as file:
+        said = dict(file.metadata() or {})
+    safetensors.torch.save_file(
+        safetensors.torch.load(source.read_bytes()), target, said | metadata
+    )

@@ -1,0 +1,167 @@
+"""The page's form without a browser: values into requests, recipes into values, and texts to copy."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fidelora.api import InferenceRequest, recipes_of
+from fidelora.errors import FideloraError, WrongUseError
+from fidelora.families import all_families
+from fidelora.recipe import MAX_SEED, AdapterRef, Recipe
+from fidelora.server.page.compare_tab import read_multipliers
+from fidelora.server.page.form import (
+    Form,
+    defaults,
+    differences,
+    form_of,
+    read_seed,
+    recipe_again,
+    request_of,
+)
+from fidelora.server.page.snippets import as_command, as_python, as_request
+
+NUMERICS: dict[str, Any] = {"base_model": "here", "dtype": "float32", "noise": "modern"}
+ADAPTERS = st.lists(
+    st.builds(
+        AdapterRef,
+        sha256=st.text("0123456789abcdef", min_size=64, max_size=64),
+        multiplier=st.floats(-2, 2),
+        name=st.text("ab<>&\"' ", max_size=9),
+    ),
+    min_size=1,
+    max_size=3,
+)
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+
+
+@st.composite
+def recipes(draw):
+    model = draw(st.sampled_from(sorted(all_families())))
+    return Recipe(
+        prompt=draw(TEXTS),
+        negative_prompt=draw(TEXTS),
+        model=model,
+        width=draw(st.integers(64, 4096)),
+        height=draw(st.integers(64, 4096)),
+        steps=draw(st.integers(1, 50)),
+        guidance_scale=draw(st.floats(0, 20)),
+        seed=draw(st.integers(0, MAX_SEED)),
+        sampler=draw(st.sampled_from(sorted(all_families()[model].samplers))),
+        adapters=tuple(draw(ADAPTERS)),
+        fidelity=draw(st.sampled_from(["exact", "fast"])),
+        **NUMERICS,
+    )
+
+
+def a_form(**given):
+    start = {
+        "loras": (("a.safetensors", 1.0),),
+        "trigger": "sks",
+        "prompt": "a [trigger]",
+        "negative": "",
+        "model": "sd15",
+    }
+    rest = {"seed": 7, "number": 1, "fidelity": "exact", "image_format": "png"}
+    return Form(**(start | defaults("sd15") | rest | given))
+
+
+@given(recipes())
+def test_a_recipe_in_the_form_makes_the_same_image(recipe):
+    form = form_of(
+        recipe, [f"{number}.safetensors" for number in range(len(recipe.adapters))], "png"
+    )
+    again = recipe_again(form, recipe.adapters, NUMERICS)
+    assert differences(recipe, again) == []
+    assert again.digest == recipe.digest
+
+
+@given(recipes())
+def test_what_is_copied_as_a_request_makes_the_same_image(recipe):
+    names = [f"{number}.safetensors" for number in range(len(recipe.adapters))]
+    request = InferenceRequest.model_validate_json(as_request(recipe, names, "webp"))
+    (again,) = recipes_of(request, recipe.adapters, NUMERICS, draw_seed=lambda: 0)
+    assert again.digest == recipe.digest
+    assert [lora.sha256 for lora in request.loras] == [
+        adapter.sha256 for adapter in recipe.adapters
+    ]
+
+
+@given(recipes())
+def test_what_is_copied_is_quoted(recipe):
+    names = [f"{number} $x'.safetensors" for number in range(len(recipe.adapters))]
+    words = shlex.split(as_command(recipe, names, "png"))
+    assert recipe.prompt in words
+    assert f"--negative={recipe.negative_prompt}" in words or not recipe.negative_prompt
+    multipliers = [
+        float(word.rpartition(":")[2])
+        for word in words
+        if word.startswith(tuple("0123456789")) and "$x'" in word
+    ]
+    assert multipliers == [adapter.multiplier for adapter in recipe.adapters]
+    compile(as_python(recipe, names, "png", "http://127.0.0.1:8000"), "copied", "exec")
+
+
+def test_a_prompt_that_looks_like_an_option_is_none():
+    recipe = Recipe(prompt="--help", adapters=(AdapterRef("a" * 64),))
+    assert shlex.split(as_command(recipe, ["a.safetensors"], "png"))[-2:] == ["--", "--help"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "field"),
+    [
+        ({"dtype": "bfloat16"}, "dtype"), ({"base_model": "there"}, "base_model"), ({"noise": "legacy"}, "noise"),
+        ({"vae": "other"}, "vae"), ({"prediction": "v_prediction"}, "prediction"), ({"adapter_mode": "live"}, "adapter_mode"),
+    ],
+)  # fmt: skip
+def test_what_this_server_cannot_do_as_it_was_is_named(changed, field):
+    recipe = replace(Recipe(prompt="a", adapters=(AdapterRef("a" * 64),), **NUMERICS), **changed)
+    found = differences(
+        recipe, recipe_again(form_of(recipe, ["a.safetensors"], "png"), recipe.adapters, NUMERICS)
+    )
+    assert [sentence.split()[0] for sentence in found] == [field]
+
+
+def test_several_images_count_the_seed_up_and_random_ones_are_drawn():
+    assert [item.seed for item in request_of(a_form(number=3)).prompts] == [7, 8, 9]
+    assert [item.seed for item in request_of(a_form(number=2, seed=None)).prompts] == [-1, -1]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"loras": ()}, {"loras": (("a.safetensors", 2.5),)}, {"number": 0}, {"number": 65}, {"width": 63}, {"steps": 151},
+        {"guidance": 21.0}, {"guidance": float("nan")}, {"fidelity": "<b>"}, {"image_format": "gif"},
+        {"seed": MAX_SEED, "number": 2}, {"model": "none"}, {"loras": (("", 1.0),)},
+    ],
+)  # fmt: skip
+def test_values_that_no_request_can_have_are_told(given):
+    with pytest.raises(FideloraError, match=r"\w"):
+        request_of(a_form(**given))
+
+
+def test_seeds_are_read_exactly():
+    assert read_seed(" 9223372036854775807 ") == MAX_SEED
+    assert read_seed("") is read_seed("-1") is None
+    for typed in ("9223372036854775808", "1" * 5000, "1.5", "-2", "१", "0x1", "one"):
+        with pytest.raises(WrongUseError, match="whole number"):
+            read_seed(typed)
+
+
+def test_multipliers_are_read():
+    assert read_multipliers("0, .5 ,1,,0.5") == [0, 0.5, 1]
+    for typed in ("", "a", "3", "nan", "1;2"):
+        with pytest.raises(WrongUseError, match="Multipliers"):
+            read_multipliers(typed)
+
+
+def test_the_request_is_json_for_people():
+    recipe = Recipe(prompt="é", adapters=(AdapterRef("a" * 64),))
+    assert "é" in as_request(recipe, ["a"], "png")
+    assert json.loads(as_request(recipe, ["a"], "png"))["output_format"] == "png"

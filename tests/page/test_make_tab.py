@@ -1,0 +1,315 @@
+"""The tabs *Make* and *Compare* in a real browser, on a server with the miniature."""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from playwright.sync_api import expect
+from tests.page.browser_support import HOSTILE, copy_lora, pixels
+from tests.server.serve_support import Server
+from tests.support import MINIATURE_LORA
+
+from fidelora.cli import main
+from fidelora.server.api_keys import ApiKeys
+
+GREEN = "a green [trigger] on a white background"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    data = tmp_path_factory.mktemp("page")
+    loras = data / "loras"
+    loras.mkdir()
+    shutil.copyfile(MINIATURE_LORA, loras / "sks.safetensors")
+    copy_lora(
+        MINIATURE_LORA,
+        loras / f"{HOSTILE}.safetensors",
+        ss_tag_frequency=json.dumps({"1": {HOSTILE + "trigger": 1}}),
+    )
+    started = Server(data, "fidelora:miniature", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+    started.ready()
+    yield started
+    started.close()
+
+
+def test_an_image_and_another_one_after_the_slider_was_moved(visitor):
+    visitor.ask(GREEN, lora="sks.safetensors")
+    first = visitor.file(visitor.images(1)[0])
+    assert visitor.field("trigger").input_value() == "sks"
+
+    visitor["multiplier-0"].locator("input[type=range]").fill("0.2")
+    visitor["generate"].click()
+    second = visitor.file(visitor.images(2)[0])
+
+    assert pixels(first).shape == pixels(second).shape == (128, 128, 3)
+    assert (pixels(first) != pixels(second)).any()
+    expect(visitor["gallery"]).to_contain_text("seed 7 · sks 0.2")
+    expect(visitor["recipe"]).to_contain_text('"multiplier": 0.2')
+
+
+def test_the_list_shows_trigger_rank_and_step_and_finds_them(visitor):
+    visitor.choose("loras", "step 1152")
+    expect(visitor["loras"]).to_contain_text("trigger")
+    expect(visitor["loras"]).to_contain_text("rank 8/16 · step 1152")
+
+
+def test_a_long_request_shows_a_preview_and_the_time_left_and_is_canceled(visitor, server):
+    visitor.ask(GREEN, lora="sks.safetensors", steps=150, width=512, height=512, number=4)
+    expect(visitor["progress"].locator("img.rough")).to_be_visible()
+    expect(visitor["progress"]).to_contain_text("left")
+    visitor["cancel"].click()
+    expect(visitor["progress"]).to_contain_text("Canceled.")
+    assert server.call("/v1/requests?limit=1")["requests"][0]["status"] == "canceled"
+    expect(visitor["cancel"]).to_be_disabled()
+
+
+def test_an_image_that_is_put_back_gives_the_same_pixels(visitor, server, tmp_path):
+    """With values that no slider stops at, and a seed that no number in a browser can be."""
+    prompt = {
+        "prompt": "a purple sks, *bold*",
+        "width": 136,
+        "height": 120,
+        "sample_steps": 5,
+        "guidance_scale": 6.123,
+        "seed": 2**63 - 1,
+    }
+    body = {"model": "sd15", "loras": [{"path": "sks.safetensors", "network_multiplier": 0.777}]}
+    made = server.wait(
+        server.call("/v1/inference", body | {"prompts": [prompt | {"sampler": "euler"}]})[
+            "request_id"
+        ],
+        "succeeded",
+    )
+    output = server.call(f"/v1/requests/{made['request_id']}/result")["outputs"]["images"][0]
+    original = Path(output["file_path"]).read_bytes()
+    (tmp_path / "original.png").write_bytes(original)
+
+    visitor["recipe-image"].locator("input[type=file]").set_input_files(tmp_path / "original.png")
+    expect(visitor["loaded"]).to_contain_text("the same recipe, and so the same image")
+    assert visitor.field("seed").input_value() == str(2**63 - 1)
+    visitor["generate"].click()
+    again = visitor.file(visitor.images(1)[0])
+
+    assert np.array_equal(pixels(again), pixels(original))
+    requests = server.call("/v1/requests?limit=1")["requests"]
+    recipe = server.call(f"/v1/requests/{requests[0]['request_id']}/result")["outputs"]["images"][
+        0
+    ]["recipe"]
+    assert recipe == output["recipe"]
+
+
+def test_an_image_of_a_lora_that_is_not_here_says_so(visitor, server, tmp_path):
+    visitor.ask(GREEN, lora="sks.safetensors")
+    file = visitor.file(visitor.images(1)[0])
+    with Image.open(io.BytesIO(file)) as image:
+        record = json.loads(image.info["fidelora"])
+        record["recipe"]["adapters"][0] |= {"sha256": "ab" * 32, "name": HOSTILE}
+        del record["digest"]
+        info = PngInfo()
+        info.add_itxt("fidelora", json.dumps(record))
+        image.save(tmp_path / "other.png", pnginfo=info)
+    visitor["recipe-image"].locator("input[type=file]").set_input_files(tmp_path / "other.png")
+    expect(visitor["loaded"]).to_contain_text(
+        f"The image needs LoRAs that are not on this server: {HOSTILE} (sha256 {'ab' * 32})"
+    )
+
+
+def test_what_is_copied_makes_the_same_image_again(visitor, server, tmp_path, monkeypatch):
+    visitor.ask('a green [trigger], it\'s "quoted" $HOME', lora="sks.safetensors", seed=11)
+    image = pixels(visitor.file(visitor.images(1)[0]))
+    texts = {}
+    for tab, element in (("Request", "request"), ("CLI", "command"), ("Python", "python")):
+        visitor.page.get_by_role("tab", name=tab, exact=True).click()
+        texts[element] = visitor[element].locator(".cm-content").inner_text()
+
+    made = server.wait(
+        server.call("/v1/inference", json.loads(texts["request"]))["request_id"], "succeeded"
+    )
+    path = server.call(f"/v1/requests/{made['request_id']}/result")["outputs"]["images"][0][
+        "file_path"
+    ]
+    assert np.array_equal(pixels(Path(path).read_bytes()), image)
+
+    monkeypatch.chdir(tmp_path)
+    exec(compile(texts["python"], "copied", "exec"), {})
+    assert np.array_equal(pixels(next((tmp_path / "pictures").iterdir()).read_bytes()), image)
+
+    shutil.copyfile(MINIATURE_LORA, tmp_path / "sks.safetensors")
+    monkeypatch.setattr(sys, "argv", shlex.split(texts["command"]))
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code
+    assert np.array_equal(pixels((tmp_path / "fidelora_11.png").read_bytes()), image)
+
+
+def test_with_the_keyboard_alone(visitor):
+    def tab_to(element: str) -> None:
+        for _ in range(60):
+            visitor.page.keyboard.press("Tab")
+            if visitor.page.evaluate(
+                f"document.querySelector('#{element}').contains(document.activeElement)"
+            ):
+                return
+        raise AssertionError(f"{element} is not reached")
+
+    press, write = visitor.page.keyboard.press, visitor.page.keyboard.type
+    tab_to("loras")
+    visitor["loras"].get_by_role("option").first.wait_for()
+    write("sks.saf")
+    expect(visitor["loras"].get_by_role("option")).to_have_count(1)
+    press("Enter")
+    press("Escape")
+    expect(visitor["multiplier-0"]).to_be_visible()
+    tab_to("multiplier-0")
+    tab_to("prompt")
+    write("a red star")
+    for element, value in (("steps", "3"), ("width", "128"), ("height", "128")):
+        tab_to(element)
+        press("Control+a")
+        write(value)
+    for _ in range(60):
+        press("Shift+Tab")
+        if visitor.page.evaluate("document.activeElement.id") == "generate":
+            break
+    press("Enter")
+    visitor.images(1)
+    expect(visitor["recipe"]).to_contain_text('"steps": 3')
+
+
+def test_hostile_names_and_texts_are_texts(visitor):
+    visitor.choose("loras", HOSTILE)
+    expect(visitor["multiplier-0"]).to_contain_text(f"Multiplier of {HOSTILE}.safetensors")
+    assert visitor.field("trigger").input_value() == HOSTILE + "trigger"
+    visitor.field("negative").fill(HOSTILE)
+    visitor.ask(f"{HOSTILE} {{{{value}}}} ${{alert(2)}} [trigger]")
+    visitor.done()
+    expect(visitor["gallery"]).to_contain_text(f"seed 7 · {HOSTILE} 1")
+    expect(visitor["recipe"]).to_contain_text(HOSTILE)
+    visitor.field("seed").fill(HOSTILE)
+    visitor["generate"].click()
+    expect(visitor["progress"]).to_contain_text(f"Seed: '{HOSTILE}' is no whole number")
+    visitor.field("seed").fill("7")
+    visitor["use"].click()
+    expect(visitor["loaded"]).to_contain_text("the same image")
+    visitor.page.get_by_role("tab", name="Compare").click()
+    expect(visitor["about-compare"]).to_contain_text(HOSTILE)
+    visitor.field("multipliers").fill(HOSTILE)
+    visitor["compare"].click()
+    expect(visitor["progress-compare"]).to_contain_text(f"Multipliers: '{HOSTILE}' is no list")
+    assert visitor.page.locator("img[src=x]").count() == 0
+
+
+def test_mistakes_are_told_and_nothing_is_asked_for(visitor, server):
+    before = len(server.call("/v1/requests")["requests"])
+    visitor["generate"].click()
+    expect(visitor["progress"].get_by_role("alert")).to_contain_text("Choose at least one LoRA")
+    visitor.ask(GREEN, lora="sks.safetensors", width=63)
+    expect(visitor["progress"].get_by_role("alert")).to_contain_text(
+        "Width: Input should be greater than or equal to 64, not 63."
+    )
+    visitor.field("width").fill("128")
+    for name, message in (
+        ("steps", "Steps is empty; give a number."),
+        ("number", "Images is empty; give a number."),
+    ):
+        before_it = visitor.field(name).input_value()
+        visitor.field(name).fill("")
+        visitor["generate"].click()
+        expect(visitor["progress"].get_by_role("alert")).to_contain_text(message)
+        visitor.field(name).fill(before_it)
+    assert len(server.call("/v1/requests")["requests"]) == before
+
+
+def test_a_reload_loses_neither_the_images_nor_the_request(visitor):
+    visitor.ask(GREEN, lora="sks.safetensors")
+    visitor.images(1)
+    visitor.ask(GREEN, steps=60, width=256, height=256)
+    expect(visitor["progress"].locator("img.rough")).to_be_visible()
+    visitor.come()
+    visitor.images(2)
+    visitor.done()
+    # What the page that is left says of its own broken connections.
+    visitor.trouble = [
+        one
+        for one in visitor.trouble
+        if "AbortError" not in one and "Connection errored out" not in one
+    ]
+
+
+def test_the_settings_of_a_chosen_image_are_used_again(visitor):
+    visitor.ask(GREEN, lora="sks.safetensors", seed=1)
+    visitor.images(1)
+    visitor.ask("a blue star", seed=2, steps=3)
+    visitor.images(2)[1].click()
+    expect(visitor["recipe"]).to_contain_text('"seed": 1')
+    visitor["use"].click()
+    expect(visitor["loaded"]).to_contain_text("the same image")
+    assert visitor.field("prompt").input_value() == GREEN.replace("[trigger]", "sks")
+    assert visitor.field("steps").input_value() == "4"
+
+
+def test_checkpoints_and_multipliers_on_one_sheet(visitor):
+    visitor.choose("loras", "sks.safetensors")
+    visitor.field("prompt").fill(GREEN)
+    for name in ("width", "height"):
+        visitor.field(name).fill("128")
+    visitor.field("steps").fill("3")
+    visitor.page.get_by_role("tab", name="Compare").click()
+    expect(visitor["about-compare"]).to_contain_text("128 x 128 · seed 42 · 3 steps")
+    visitor.field("multipliers").fill("0, 1")
+    visitor["compare"].click()
+    expect(visitor["progress-compare"]).to_contain_text("Done.")
+    sheet = pixels(visitor.file(visitor["sheet"].locator("img").first))
+    left, right = sheet[-250:, -2 * 262 : -262], sheet[-250:, -262:]
+    assert (left != right).any()
+    assert sheet.shape[1] > 2 * 256
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_at_the_width_of_a_phone_nothing_is_beside_the_screen(visit, scheme):
+    visitor = visit(color_scheme=scheme)
+    visitor.page.set_viewport_size({"width": 390, "height": 844})
+    visitor.come()
+    visitor.choose("loras", "sks.safetensors", HOSTILE)
+    visitor.ask("w" * 300, steps=1)
+    visitor.done()
+    colour = visitor.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (int(colour.partition("(")[2].partition(",")[0]) > 128) == (scheme == "light")
+    for tab in ("Make", "Match", "Compare"):
+        visitor.page.get_by_role("tab", name=tab).click()
+        expect(
+            visitor[{"Make": "generate", "Match": "verify", "Compare": "compare"}[tab]]
+        ).to_be_visible()
+        assert not visitor.scrolls_sideways(), tab
+
+
+def test_with_api_keys_the_page_asks_for_one(visit, server, tmp_path_factory):
+    keys = ApiKeys(_keys_file(server))
+    key = keys.add("a person")
+    visitor = visit()
+    try:
+        visitor.page.goto(server.url)
+        visitor.page.get_by_label("API key").fill("wrong")
+        visitor.page.keyboard.press("Enter")
+        expect(visitor.page.get_by_role("alert")).to_contain_text("This is no key of this server.")
+        assert "403" in visitor.trouble.pop()  # the browser notes the answer's status
+        visitor.page.get_by_label("API key").fill(key)
+        visitor.page.keyboard.press("Enter")
+        expect(visitor["generate"]).to_be_visible()
+        visitor.ask(GREEN, lora="sks.safetensors")
+        visitor.images(1)
+    finally:
+        keys.remove("a person")
+
+
+def _keys_file(server):
+    return Path(next(entry["data"] for entry in server.log if "data" in entry)) / "api_keys.json"

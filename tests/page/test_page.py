@@ -1,0 +1,349 @@
+"""The web page without a browser: who gets in, which of Gradio's routes there are, and what browsers are told."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+from starlette.testclient import TestClient
+from tests.server.http_support import MINIMAL, client_of, context_in
+
+from fidelora.server import app as server_app
+from fidelora.server.login import COOKIE
+from fidelora.server.page import mount
+from fidelora.server.page.html import text
+
+KEY_NEEDED = [
+    "/config",
+    "/theme.css",
+    "/static/img/logo.svg",
+    "/gradio_api/heartbeat/x",
+    "/reports/" + "a" * 32,
+    "/logout",
+]
+
+
+@pytest.fixture(scope="module")
+def context(tmp_path_factory):
+    return context_in(tmp_path_factory.mktemp("page"))
+
+
+@pytest.fixture(scope="module")
+def app(context):
+    return server_app.make_app(context, with_page=True)
+
+
+@pytest.fixture(scope="module")
+def served(app):
+    with TestClient(app, base_url="http://127.0.0.1:8000", follow_redirects=False) as client:
+        yield client
+
+
+@pytest.fixture
+def client(served):
+    served.cookies.clear()
+    return served
+
+
+@pytest.fixture
+def key(context):
+    yield context.keys.add("a person")
+    if "a person" in context.keys.names():
+        context.keys.remove("a person")
+
+
+class Places(HTMLParser):
+    """Everything that the tags of a page name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found += [value or "" for name, value in attrs if name in ("src", "href", "content")]
+
+
+def predict(client, data, **headers):
+    """Send an event as the page does, one that does not wait."""
+    body = {"data": data, "fn_index": 0, "session_hash": "s", "trigger_id": 1, "event_data": None}
+    return client.post("/gradio_api/run/predict", json=body, headers=headers)
+
+
+def test_the_page_is_at_the_root_and_names_no_other_host(client):
+    answer = client.get("/")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/html")
+    parser = Places()
+    parser.feed(answer.text)
+    assert parser.found
+    assert not [place for place in parser.found if "://" in place]
+    assert client.get("/theme.css").status_code == 200
+    assert "://" not in re.sub(r"http://www\.w3\.org\S*", "", client.get("/theme.css").text)
+
+
+def test_the_policy_lets_no_inline_script_run_but_its_own(client):
+    answer = client.get("/")
+    policy = dict(
+        part.strip().split(" ", 1) for part in answer.headers["content-security-policy"].split(";")
+    )
+    assert "unsafe" not in policy["script-src"]
+    assert policy["script-src"].count("'sha256-") >= 5
+    assert policy["default-src"] == policy["connect-src"] == "'self'"
+    assert policy["frame-ancestors"] == policy["object-src"] == "'none'"
+    assert len(answer.content) == int(answer.headers["content-length"])
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/gradio_api/info", "/gradio_api/openapi.json", "/gradio_api/call/generate", "/gradio_api/proxy=https://a.hf.space/x",
+        "/gradio_api/runs", "/monitoring", "/gradio_api/deep_link", "/svelte/x", "/gradio_api/vibe-code",
+        "/gradio_api/stream/x/y/z", "/nonsense", "/gradio_api/mcp/sse", "/gradio_api/run/other", "/robots.txt",
+    ],
+)  # fmt: skip
+def test_what_the_page_does_not_need_is_not_there(client, path):
+    for answer in (client.get(path), client.post(path, json={})):
+        assert answer.status_code == 404
+        assert answer.json()["detail"]["error"]["code"] == "NOT_FOUND"
+
+
+def test_no_file_of_the_machine_can_be_read(client, context):
+    (context.settings.outputs).mkdir(parents=True, exist_ok=True)
+    (context.settings.outputs / "secret.png").write_bytes(b"secret")
+    for path in (
+        "/etc/passwd",
+        str(context.settings.outputs / "secret.png"),
+        str(context.settings.data_dir / "jobs.sqlite"),
+        __file__,
+    ):
+        for spelling in (
+            path,
+            "/" + path,
+            path.replace("/", "%2f"),
+            f"{context.settings.data_dir}/page/files/../../..{path}",
+        ):
+            assert client.get(f"/gradio_api/file={spelling}").status_code in (403, 404)
+    for run_id in ("../../../etc", "%2e%2e", "a" * 31, "a" * 32):
+        assert client.get(f"/reports/{run_id}").status_code == 404
+
+
+def test_a_file_that_lies_on_a_host_is_not_fetched(client):
+    """Gradio would fetch what a form says is the file's place."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.5)
+        file = {
+            "path": f"http://127.0.0.1:{listener.getsockname()[1]}/x.png",
+            "meta": {"_type": "gradio.FileData"},
+        }
+        for data in ([file], [[{"a": file}]]):
+            assert predict(client, data).status_code == 400
+            body = {"data": data, "fn_index": 0, "session_hash": "s"}
+            assert client.post("/gradio_api/queue/join", json=body).status_code == 400
+        with pytest.raises(TimeoutError):
+            listener.accept()
+    assert (
+        client.post(
+            "/gradio_api/run/predict",
+            content=b"[" * 100_000,
+            headers={"Content-Type": "application/json"},
+        ).status_code
+        < 500
+    )
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["http://example.com/x.png", "https://example.com/x.svg", "http:%2f%2fexample.com/x", "%68ttp://example.com/x",
+     "//example.com/x", "HTTPS://example.com", "ftp://example.com/x", "file:///etc/passwd", "http%253a%252f%252fexample.com",
+     "http:example.com", "", "/http://example.com", "{files}/../http://example.com", "{files}x/y.png"],
+)  # fmt: skip
+def test_nothing_is_fetched_as_a_file(client, context, monkeypatch, place):
+    """Gradio would ask a host for it, and send it on as if it were this server's."""
+
+    def fail(*_, **__):
+        raise AssertionError("it is looked for")
+
+    monkeypatch.setattr("gradio.routes.secure_url_stream_response", fail)
+    monkeypatch.setattr("gradio.routes.file_fetch", fail)
+    for method in ("GET", "HEAD"):
+        answer = client.request(
+            method,
+            "/gradio_api/file=" + place.format(files=context.settings.data_dir / "page" / "files"),
+        )
+        assert answer.status_code == 404
+
+
+def test_what_was_uploaded_is_sent_and_can_do_nothing(client):
+    (path,) = client.post("/gradio_api/upload", files={"files": ("x.svg", b"<svg/>")}).json()
+    answer = client.get(f"/gradio_api/file={path}")
+    assert (answer.status_code, answer.content) == (200, b"<svg/>")
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+
+
+def test_other_sites_cannot_act_on_the_page(client):
+    assert (
+        predict(client, [], Origin="https://evil.example").json()["detail"]["error"]["code"]
+        == "OTHER_SITE"
+    )
+    assert predict(client, [], Origin="null").status_code == 400
+    assert predict(client, [], **{"Sec-Fetch-Site": "cross-site"}).status_code == 400
+    upload = client.post(
+        "/gradio_api/upload", files={"files": b"x"}, headers={"Origin": "http://127.0.0.1:8001"}
+    )
+    assert upload.json()["detail"]["error"]["code"] == "OTHER_SITE"
+    for headers in ({}, {"Origin": "http://127.0.0.1:8000"}, {"Sec-Fetch-Site": "same-origin"}):
+        assert (
+            client.post("/gradio_api/upload", files={"files": b"x"}, headers=headers).status_code
+            == 200
+        )
+
+
+def test_a_name_that_is_not_ours_gets_no_page(client):
+    answer = client.get("/", headers={"Host": "evil.example"})
+    assert answer.json()["detail"]["error"]["code"] == "HOST_NOT_ALLOWED"
+
+
+def test_uploads_have_the_limit_of_jobs(client, context):
+    size = context.settings.job_max_mb * 2**20 + 2**20 + 1
+    answer = client.post(
+        "/gradio_api/upload",
+        content=b"x",
+        headers={"Content-Length": str(size), "Content-Type": "multipart/form-data"},
+    )
+    assert answer.json()["detail"]["error"]["code"] == "BODY_TOO_LARGE"
+    answer = client.post("/gradio_api/queue/join", content=b"x" * (2**20 + 1))
+    assert answer.json()["detail"]["error"]["code"] == "BODY_TOO_LARGE"
+
+
+def test_with_keys_nothing_is_to_be_seen_without_one(client, key):
+    answer = client.get("/")
+    assert "API key" in answer.text
+    assert "gradio" not in answer.text
+    assert "script" not in answer.text.replace("description", "")
+    for path in KEY_NEEDED:
+        assert client.get(path).status_code == 401
+    for path in (
+        "/gradio_api/queue/join",
+        "/gradio_api/upload",
+        "/gradio_api/run/predict",
+        "/logout",
+    ):
+        assert client.post(path, json={}).status_code == 401
+    wrong = client.post("/login", data={"key": "fl_wrong"})
+    assert wrong.status_code == 403
+    assert COOKIE not in wrong.cookies
+    assert client.post("/login", content=b"key=" + b"x" * 500_000).status_code == 403
+
+
+def test_a_key_opens_the_page_and_the_cookie_opens_nothing_else(client, context, key):
+    answer = client.post("/login", data={"key": f" {key} "})
+    assert answer.status_code == 303
+    assert {"HttpOnly", "SameSite=strict"} <= set(answer.headers["set-cookie"].split("; "))
+    assert key not in answer.headers["set-cookie"]
+    assert "gradio" in client.get("/").text
+    assert "Leave" in client.get("/logout").text
+    for method, path in (("GET", "/v1/requests"), ("GET", "/v1/loras"), ("GET", "/metrics")):
+        assert client.request(method, path).status_code == 401
+    assert client.post("/v1/inference", json=MINIMAL).status_code == 401
+    assert client.get("/theme.css", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+
+
+def test_a_session_ends_with_leaving_and_with_its_key(client, context, key):
+    client.post("/login", data={"key": key})
+    before = client.cookies[COOKIE]
+    assert client.post("/logout").status_code == 303
+    client.cookies.set(COOKIE, before)
+    assert client.get("/theme.css").status_code == 401
+    client.cookies.clear()
+    other = context.keys.add("another")
+    try:
+        client.post("/login", data={"key": key})
+        assert client.get("/theme.css").status_code == 200
+        context.keys.remove("a person")
+        assert client.get("/theme.css").status_code == 401
+        context.keys.add("a person")  # another key of the same name
+        assert client.get("/theme.css").status_code == 401
+    finally:
+        context.keys.remove("another")
+    assert other
+
+
+def test_without_its_packages_the_root_says_how_to_get_the_page(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    context = context_in(tmp_path)
+    context.keys.add("somebody")
+    with TestClient(
+        server_app.make_app(context, with_page=True), base_url="http://127.0.0.1:8000"
+    ) as client:
+        assert "pip install 'fidelora[ui]'" in client.get("/").text
+        assert client.get("/theme.css").status_code == 401
+        assert client.get("/health").status_code == 200
+
+
+def test_the_page_can_be_switched_off(tmp_path):
+    context = context_in(tmp_path, page=False)
+    assert isinstance(mount.make_page(context, None), str)  # type: ignore[arg-type]
+    with client_of(context) as client:
+        assert "switched off" in client.get("/").text
+        assert client.get("/gradio_api/queue/data").status_code == 404
+
+
+def test_behind_a_proxy_the_page_knows_its_path(tmp_path):
+    context = context_in(tmp_path)
+    object.__setattr__(context, "base_url", "https://images.example.com/fidelora")
+    headers = {"Host": "images.example.com", "X-Forwarded-Proto": "https"}
+    with TestClient(
+        server_app.make_app(context, with_page=True), base_url="http://127.0.0.1:8000"
+    ) as client:
+        page = client.get("/", headers=headers).text
+        root = re.search(r'"root":("[^"]*")', page)
+        assert root
+        assert json.loads(root[1]) == "https://images.example.com/fidelora"
+        assert (
+            predict(
+                client, [], Origin="https://images.example.com", Host="127.0.0.1:8000"
+            ).status_code
+            != 400
+        )
+
+
+def test_the_page_loads_no_torch(tmp_path):
+    """Building it in a process of its own; it tells nobody."""
+    code = f"""
+import socket, sys
+def refuse(*_): raise AssertionError("a connection")
+socket.socket.connect = refuse
+from pathlib import Path
+from fidelora.jobs.memory import MemoryStore
+from fidelora.server.app import make_app, context_with_store
+from fidelora.settings import Settings
+assert "gradio" not in sys.modules
+make_app(context_with_store(MemoryStore(), Settings(data_dir=Path({str(tmp_path)!r})), {{}}, "http://127.0.0.1:1"), with_page=True)
+assert "gradio" in sys.modules
+print([name for name in ("torch", "diffusers", "transformers", "safetensors") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "<b>&amp;\"'",
+        "**a** _b_ [c](d) `e` $f$ #g",
+        "a\n\n# b",
+        "{{c}} ${d} ~x~ |y|",
+        "https://a.b c@d.e",
+    ],
+)
+def test_text_has_no_character_that_means_something(said):
+    import html
+
+    assert html.unescape(text(said)) == said
+    assert not set(re.sub(r"&#\d+;", "", text(said))) & set("<>\"'`*_~[]{}()$|\\#!:@\n")

@@ -1,0 +1,769 @@
+"""The recipe: complete, checked, and the same on every machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fidelora.errors import (
+    AdapterError,
+    AdapterNotFoundError,
+    RecipeError,
+    UnknownModelError,
+    UnknownSamplerError,
+    WeightsFileError,
+)
+from fidelora.families import get_family
+from fidelora.recipe import AdapterRef, Recipe, may_share_batch, replace_trigger
+
+SD15_BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+SAMPLERS = list(get_family("sd15").samplers)
+STYLE = AdapterRef("0123456789abcdef" * 4, 0.75, name="style")
+OTHER = AdapterRef("f" * 64, -2.0)
+
+FULL: dict[str, Any] = {
+    "prompt": "süß 🙂, [x]",
+    "negative_prompt": "blurry\n",
+    "model": "sd15",
+    "base_model": "models/base.safetensors",
+    "variant": "fp16",
+    "config": "elsewhere",
+    "vae": "own/vae@main",
+    "width": 640,
+    "height": 456,
+    "steps": 12,
+    "guidance_scale": 7.25,
+    "seed": 2**63 - 1,
+    "sampler": "k_dpmsolver++",
+    "prediction": "v_prediction",
+    "adapters": (STYLE, OTHER),
+    "adapter_mode": "live",
+    "noise": "legacy",
+    "dtype": "bfloat16",
+    "vae_dtype": "float32",
+    "text_encoder_dtype": "float16",
+    "fidelity": "exact",
+    "negative_prompt_2": None,
+    "guidance_rescale": 0.0,
+}
+"""Every field, none with its default but the last three: adapters are live in exact alone, and the others came later."""
+
+# What the digests were when format 1 was made. Files carry them, so they may only change together with `FORMAT`.
+DEFAULT_DIGEST = "fb2214fee74cf0b782f0979f0c447f9c5ceb5278ea1978ab6f5fe6871a665653"
+FULL_DIGEST = "dff7a402c35dccbd0254339b6486cfb74bccbb1ba0d93103824d55ad869dc841"
+
+PLAIN = Recipe(prompt="a red ball", adapters=(STYLE,)).to_dict()
+
+SOUND = (2).to_bytes(8, "little") + b"{}"
+"""The smallest sound .safetensors file: no tensors."""
+
+
+def plain_with(**changes):
+    return {**PLAIN, **changes}
+
+
+# --- completion --------------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_of_only_a_prompt_is_complete():
+    assert Recipe(prompt="a red ball") == Recipe(
+        prompt="a red ball",
+        negative_prompt="",
+        model="sd15",
+        base_model=SD15_BASE,
+        variant="",
+        vae="",
+        width=512,
+        height=512,
+        steps=25,
+        guidance_scale=6.0,
+        seed=42,
+        sampler="ddpm",
+        prediction="epsilon",
+        adapters=(),
+        adapter_mode="merged",
+        noise="modern",
+        dtype="float32",
+        vae_dtype="float32",
+        text_encoder_dtype="float32",
+        fidelity="exact",
+        negative_prompt_2=None,
+        guidance_rescale=0.0,
+    )
+
+
+def test_every_default_is_a_plain_value_of_its_type():
+    types = {name: type(value) for name, value in vars(Recipe(prompt="")).items()}
+    assert types == {name: type(value) for name, value in FULL.items()}
+
+
+def test_the_other_dtypes_follow_the_main_one():
+    recipe = Recipe(prompt="", dtype="bfloat16")
+    assert (recipe.vae_dtype, recipe.text_encoder_dtype) == ("bfloat16", "bfloat16")
+
+
+def test_a_dtype_of_its_own_is_kept():
+    recipe = Recipe(prompt="", dtype="bfloat16", vae_dtype="float32", text_encoder_dtype="float16")
+    assert (recipe.vae_dtype, recipe.text_encoder_dtype) == ("float32", "float16")
+
+
+def test_an_alias_of_the_base_model_means_the_same_image():
+    alias, own = (
+        Recipe(prompt="x", base_model=name)
+        for name in ("runwayml/stable-diffusion-v1-5", SD15_BASE)
+    )
+    assert alias.base_model == SD15_BASE
+    assert alias == own
+    assert alias.digest == own.digest == Recipe(prompt="x").digest
+
+
+@pytest.mark.parametrize(
+    ("asked", "floored"), [(64, 64), (71, 64), (72, 72), (519, 512), (4095, 4088), (4096, 4096)]
+)
+def test_sizes_are_floored_to_multiples_of_eight(asked, floored):
+    recipe = Recipe(prompt="", width=asked, height=asked)
+    assert (recipe.width, recipe.height) == (floored, floored)
+
+
+def test_width_and_height_are_not_mixed_up():
+    recipe = Recipe(prompt="", width=640, height=384)
+    assert (recipe.width, recipe.height) == (640, 384)
+
+
+def test_whole_numbers_become_floats_where_floats_are_meant():
+    recipe = Recipe(prompt="", guidance_scale=6, adapters=(AdapterRef("a" * 64, 1),))
+    assert isinstance(recipe.guidance_scale, float)
+    assert isinstance(recipe.adapters[0].multiplier, float)
+    assert (
+        recipe.digest
+        == Recipe(prompt="", guidance_scale=6.0, adapters=(AdapterRef("a" * 64, 1.0),)).digest
+    )
+
+
+def test_adapters_become_a_tuple():
+    adapters = [STYLE]
+    recipe = Recipe(prompt="", adapters=adapters)  # type: ignore[arg-type]
+    adapters.append(OTHER)
+    assert recipe.adapters == (STYLE,)
+
+
+def test_a_recipe_cannot_be_changed():
+    recipe = Recipe(prompt="")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.seed = 1  # type: ignore[misc]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        STYLE.multiplier = 1.0  # type: ignore[misc]
+
+
+def test_a_changed_copy_is_checked_too():
+    with pytest.raises(RecipeError, match="seed is -1"):
+        dataclasses.replace(Recipe(prompt=""), seed=-1)
+
+
+# --- ranges ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("width", 63, "width is 63; it has to be from 64 to 4096"),
+        ("width", 4097, "width is 4097; it has to be from 64 to 4096"),
+        ("height", 63, "height is 63; it has to be from 64 to 4096"),
+        ("height", 4097, "height is 4097; it has to be from 64 to 4096"),
+        ("steps", 0, "steps is 0; it has to be from 1 to 150"),
+        ("steps", 151, "steps is 151; it has to be from 1 to 150"),
+        ("seed", -1, f"seed is -1; it has to be from 0 to {2**63 - 1}"),
+        ("seed", 2**63, f"seed is {2**63}; it has to be from 0"),
+        ("guidance_scale", -1, r"guidance_scale is -1; it has to be from 0\.0 to 100\.0"),
+        ("guidance_scale", 100.5, r"guidance_scale is 100\.5"),
+        ("guidance_scale", math.nan, "guidance_scale is nan"),
+        ("guidance_scale", math.inf, "guidance_scale is inf"),
+        ("width", 512.0, r"width has to be a whole number, not 512\.0"),
+        ("height", "512", "height has to be a whole number, not '512'"),
+        ("steps", True, "steps has to be a whole number, not True"),
+        ("seed", True, "seed has to be a whole number, not True"),
+        ("seed", None, "seed has to be a whole number, not None"),
+        ("guidance_scale", True, "guidance_scale has to be a number, not True"),
+        ("guidance_scale", "6", "guidance_scale has to be a number, not '6'"),
+        ("prompt", None, "prompt has to be text, not NoneType"),
+        ("prompt", b"x", "prompt has to be text, not bytes"),
+        ("prompt", "x" * 10_001, "prompt has 10,001 characters; 10,000 are the most"),
+        ("prompt", "broken \ud800", "prompt has a lone surrogate"),
+        ("negative_prompt", 5, "negative_prompt has to be text, not int"),
+        ("base_model", 5, "base_model has to be text, not int"),
+        ("variant", None, "variant has to be text"),
+        ("vae", None, "vae has to be text"),
+        (
+            "prediction",
+            "sample",
+            "prediction is 'sample'; it has to be one of epsilon, v_prediction",
+        ),
+        ("adapter_mode", "fused", "adapter_mode is 'fused'; it has to be one of merged, live"),
+        ("noise", "old", "noise is 'old'; it has to be one of modern, legacy"),
+        ("dtype", "fp16", "dtype is 'fp16'; it has to be one of float32, bfloat16, float16"),
+        ("vae_dtype", "", "vae_dtype is ''; it has to be one of"),
+        ("text_encoder_dtype", None, "text_encoder_dtype is None; it has to be one of"),
+        ("adapters", ("lora.safetensors",), r"AdapterRef\.from_file\(path\)"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_its_field(name, value, message):
+    with pytest.raises(RecipeError, match=message) as raised:
+        Recipe(**{"prompt": "", name: value})
+    assert raised.value.field == name
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("width", 64),
+        ("height", 4096),
+        ("steps", 1),
+        ("steps", 150),
+        ("seed", 0),
+        ("seed", 2**63 - 1),
+        ("guidance_scale", 0),
+        ("guidance_scale", 100),
+        ("prompt", ""),
+        ("prompt", "x" * 10_000),
+    ],
+)
+def test_the_ends_of_the_ranges_are_accepted(name, value):
+    assert getattr(Recipe(**{"prompt": "", name: value}), name) == value
+
+
+@pytest.mark.parametrize("multiplier", [3, -2.1, math.nan, math.inf, -math.inf])
+def test_a_multiplier_out_of_range_is_refused(multiplier):
+    with pytest.raises(
+        RecipeError, match=rf"multiplier is {multiplier}; it has to be from -2\.0 to 2\.0"
+    ) as raised:
+        AdapterRef("a" * 64, multiplier)
+    assert raised.value.field == "multiplier"
+
+
+@pytest.mark.parametrize("multiplier", [True, "1", None])
+def test_a_multiplier_that_is_no_number_is_refused(multiplier):
+    with pytest.raises(RecipeError, match="multiplier has to be a number"):
+        AdapterRef("a" * 64, multiplier)
+
+
+@pytest.mark.parametrize("sha256", ["", "a" * 63, "a" * 65, "A" * 64, "g" * 64, "a" * 64 + "\n"])
+def test_a_sha256_that_is_none_is_refused(sha256):
+    with pytest.raises(RecipeError, match="64 hexadecimal digits in lower case") as raised:
+        AdapterRef(sha256)
+    assert raised.value.field == "adapters"
+
+
+def test_an_unknown_sampler_is_refused_with_those_there_are():
+    with pytest.raises(UnknownSamplerError, match="no sampler 'dpm' for sd15") as raised:
+        Recipe(prompt="", sampler="dpm")
+    assert raised.value.field == "sampler"
+    assert str(raised.value).endswith(f"the samplers are: {', '.join(SAMPLERS)}.")
+
+
+def test_an_unknown_model_is_refused_with_those_there_are():
+    with pytest.raises(
+        UnknownModelError, match="There is no model 'sd3'; the models are: sd15"
+    ) as raised:
+        Recipe(prompt="", model="sd3")
+    assert raised.value.field == "model"
+
+
+def test_lcm_does_at_most_fifty_steps():
+    assert Recipe(prompt="", sampler="lcm", steps=50).steps == 50
+    with pytest.raises(RecipeError, match="steps is 51; it has to be from 1 to 50") as raised:
+        Recipe(prompt="", sampler="lcm", steps=51)
+    assert raised.value.field == "steps"
+
+
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "lcm"])
+def test_all_other_samplers_do_up_to_150_steps(sampler):
+    assert Recipe(prompt="", sampler=sampler, steps=150).sampler == sampler
+
+
+# --- JSON --------------------------------------------------------------------------------------------------------------
+
+WORDS = st.text(max_size=20)
+DTYPES = st.sampled_from(["float32", "bfloat16", "float16"])
+ADAPTERS = st.builds(
+    AdapterRef,
+    st.text("0123456789abcdef", min_size=64, max_size=64),
+    st.floats(-2, 2) | st.integers(-2, 2),
+    name=WORDS,
+)
+RECIPES = st.builds(
+    Recipe,
+    prompt=WORDS,
+    negative_prompt=WORDS,
+    base_model=WORDS,
+    variant=WORDS,
+    vae=WORDS,
+    width=st.integers(64, 4096),
+    height=st.integers(64, 4096),
+    steps=st.integers(1, 50),
+    guidance_scale=st.floats(0, 100) | st.integers(0, 100),
+    seed=st.integers(0, 2**63 - 1),
+    sampler=st.sampled_from(SAMPLERS),
+    prediction=st.sampled_from(["epsilon", "v_prediction"]),
+    adapters=st.lists(ADAPTERS, max_size=3).map(tuple),
+    adapter_mode=st.sampled_from(["merged", "live"]),
+    noise=st.sampled_from(["modern", "legacy"]),
+    dtype=DTYPES,
+    vae_dtype=DTYPES,
+    text_encoder_dtype=DTYPES,
+).flatmap(
+    lambda recipe: st.sampled_from(
+        [recipe, dataclasses.replace(recipe, adapter_mode="merged", fidelity="fast")]
+    )
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(recipe=RECIPES)
+def test_any_recipe_comes_back_from_json(recipe):
+    again = Recipe.from_json(recipe.to_json())
+    assert again == recipe
+    assert again.digest == recipe.digest
+    assert [ref.name for ref in again.adapters] == [ref.name for ref in recipe.adapters]
+    assert "\n" not in recipe.to_json()
+
+
+@settings(max_examples=100, deadline=None)
+@given(recipe=RECIPES)
+def test_a_recipe_made_again_from_its_own_fields_is_the_same(recipe):
+    assert dataclasses.replace(recipe) == recipe
+
+
+def test_the_json_form_is_this_one():
+    assert json.loads(Recipe(**FULL).to_json()) == {
+        "format": 1,
+        **{
+            name: value
+            for name, value in FULL.items()
+            if name not in ("negative_prompt_2", "guidance_rescale")
+        },
+        "adapters": [
+            {"sha256": "0123456789abcdef" * 4, "multiplier": 0.75, "name": "style"},
+            {"sha256": "f" * 64, "multiplier": -2.0, "name": ""},
+        ],
+    }
+
+
+def test_where_the_adapter_lies_is_not_told(tmp_path):
+    path = tmp_path / "secret_place.safetensors"
+    path.write_bytes(SOUND)
+    text = Recipe(prompt="", adapters=(AdapterRef.from_file(path),)).to_json()
+    assert str(tmp_path) not in text
+    assert Recipe.from_json(text).adapters[0].path is None
+
+
+def test_text_that_is_no_json_is_refused():
+    with pytest.raises(RecipeError, match="The recipe is not JSON"):
+        Recipe.from_json("{prompt: x}")
+
+
+@pytest.mark.parametrize("text", ["[]", "5", "null", '"text"'])
+def test_json_that_is_no_object_is_refused(text):
+    with pytest.raises(RecipeError, match="A recipe is a JSON object"):
+        Recipe.from_json(text)
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None, True, 1.0, []])
+def test_another_format_is_refused(version):
+    with pytest.raises(RecipeError, match="format is not 1, the one that this version") as raised:
+        Recipe.from_dict(plain_with(format=version))
+    assert raised.value.field == "format"
+
+
+def test_a_recipe_without_format_is_refused():
+    with pytest.raises(RecipeError, match="format is not 1"):
+        Recipe.from_dict({name: value for name, value in PLAIN.items() if name != "format"})
+
+
+@pytest.mark.parametrize("name", [name for name in PLAIN if name not in ("format", "fidelity")])
+def test_a_missing_field_is_not_completed_by_a_guess(name):
+    with pytest.raises(RecipeError, match=f"The recipe lacks {name}") as raised:
+        Recipe.from_dict({key: value for key, value in PLAIN.items() if key != name})
+    assert raised.value.field == name
+
+
+def test_a_recipe_from_before_there_was_a_choice_means_exact():
+    recipe = Recipe.from_dict({key: value for key, value in PLAIN.items() if key != "fidelity"})
+    assert recipe == Recipe.from_dict(PLAIN)
+    assert recipe.fidelity == "exact"
+
+
+def test_fast_merges_adapters_and_says_so():
+    with pytest.raises(RecipeError, match="fast merges adapters") as raised:
+        Recipe(prompt="", fidelity="fast", adapter_mode="live")
+    assert raised.value.field == "adapter_mode"
+
+
+def test_an_unknown_field_is_refused():
+    with pytest.raises(RecipeError, match="unknown fields: clip_skip") as raised:
+        Recipe.from_dict(plain_with(clip_skip=2))
+    assert raised.value.field == "clip_skip"
+
+
+@pytest.mark.parametrize("prompt", [5, None, ["a"], {"text": "a"}])
+def test_a_prompt_that_is_no_text_is_refused(prompt):
+    with pytest.raises(RecipeError, match="prompt has to be text") as raised:
+        Recipe.from_dict(plain_with(prompt=prompt))
+    assert raised.value.field == "prompt"
+
+
+def test_a_value_out_of_range_is_refused_in_json_too():
+    with pytest.raises(RecipeError, match="steps is 151") as raised:
+        Recipe.from_dict(plain_with(steps=151))
+    assert raised.value.field == "steps"
+
+
+@pytest.mark.parametrize(
+    "adapters",
+    [
+        None,
+        5,
+        "text",
+        ["lora.safetensors"],
+        [5],
+        [{"multiplier": 1.0, "name": ""}],
+        [{"sha256": "a" * 64, "weight": 1}],
+    ],
+)
+def test_adapters_of_another_form_are_refused(adapters):
+    with pytest.raises(RecipeError, match="each has sha256, multiplier and name") as raised:
+        Recipe.from_dict(plain_with(adapters=adapters))
+    assert raised.value.field == "adapters"
+
+
+def test_the_dictionary_that_is_read_is_not_changed():
+    plain = json.loads(json.dumps(PLAIN))
+    Recipe.from_dict(plain)
+    assert plain == PLAIN
+
+
+# --- digest ------------------------------------------------------------------------------------------------------------
+
+OTHER_VALUES = {
+    "prompt": "a blue ball",
+    "negative_prompt": "blurry",
+    "base_model": "another/base",
+    "variant": "fp16",
+    "config": "elsewhere",
+    "vae": "another/vae",
+    "width": 520,
+    "height": 520,
+    "steps": 26,
+    "guidance_scale": 6.5,
+    "seed": 43,
+    "sampler": "ddim",
+    "prediction": "v_prediction",
+    "adapters": (OTHER,),
+    "adapter_mode": "live",
+    "noise": "legacy",
+    "dtype": "float16",
+    "vae_dtype": "float16",
+    "text_encoder_dtype": "float16",
+    "fidelity": "fast",
+    "guidance_rescale": 0.5,
+}
+
+
+def test_the_digest_of_the_defaults_is_as_ever():
+    assert Recipe(prompt="a red ball").digest == DEFAULT_DIGEST
+
+
+def test_the_digest_of_a_recipe_with_all_fields_is_as_ever():
+    assert Recipe(**FULL).digest == FULL_DIGEST
+
+
+def test_every_field_that_stands_alone_has_another_value_here():
+    assert set(OTHER_VALUES) == {field.name for field in dataclasses.fields(Recipe)} - {
+        "model",
+        "negative_prompt_2",
+    }
+
+
+def test_the_digest_depends_on_the_model_and_its_second_negative_prompt():
+    one = Recipe(prompt="a red ball", model="sdxl")
+    others = [
+        Recipe(prompt="a red ball", base_model=one.base_model, width=1024, height=1024),
+        replaced(one, "ugly"),
+    ]
+    assert len({recipe.digest for recipe in (one, *others)}) == 3
+    assert replaced(one, "") == one  # the same text as the first one: the same image
+    assert replaced(one, "").digest == one.digest
+
+
+def replaced(recipe: Recipe, negative_prompt_2: str | None) -> Recipe:
+    return dataclasses.replace(recipe, negative_prompt_2=negative_prompt_2)
+
+
+def test_a_second_negative_prompt_needs_a_second_text_encoder():
+    with pytest.raises(
+        RecipeError, match="sd15 has one text encoder; leave out negative_prompt_2"
+    ) as raised:
+        Recipe(prompt="", negative_prompt_2="ugly")
+    assert raised.value.field == "negative_prompt_2"
+
+
+def test_what_came_later_is_said_only_where_it_is_needed():
+    """Recipes of before can be read, and those that need nothing of it are what they were."""
+    assert not {"negative_prompt_2", "guidance_rescale"} & PLAIN.keys()
+    said = dataclasses.replace(
+        Recipe(prompt="", model="sdxl"), negative_prompt_2="ugly", guidance_rescale=0.7
+    )
+    assert (said.to_dict()["negative_prompt_2"], said.to_dict()["guidance_rescale"]) == (
+        "ugly",
+        0.7,
+    )
+    assert Recipe.from_json(said.to_json()) == said
+    dora = Recipe(prompt="", adapters=(dataclasses.replace(STYLE, alpha=4),))
+    assert dora.to_dict()["adapters"] == [
+        {"sha256": STYLE.sha256, "multiplier": 0.75, "name": "style", "alpha": 4.0}
+    ]
+    assert Recipe.from_json(dora.to_json()) == dora
+    assert dora.digest != Recipe(prompt="", adapters=(STYLE,)).digest
+
+
+@pytest.mark.parametrize("alpha", [-1, math.nan, math.inf, "8", True])
+def test_an_alpha_is_a_number(alpha):
+    with pytest.raises(RecipeError, match="alpha"):
+        AdapterRef("a" * 64, alpha=alpha)
+
+
+def test_an_alpha_of_0_means_the_rank_as_in_the_trainer():
+    assert AdapterRef("a" * 64, alpha=0).alpha is None
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, math.nan, "0.5"])
+def test_a_rescale_is_a_share(value):
+    with pytest.raises(RecipeError, match="guidance_rescale"):
+        Recipe(prompt="", guidance_rescale=value)
+
+
+@pytest.mark.parametrize(("name", "value"), OTHER_VALUES.items())
+def test_the_digest_depends_on_every_field(name, value):
+    before = Recipe(prompt="a red ball", vae_dtype="float32", text_encoder_dtype="float32")
+    after = dataclasses.replace(before, **{name: value})
+    assert after != before
+    assert after.digest != before.digest
+
+
+@pytest.mark.parametrize(
+    "adapters",
+    [
+        (),
+        (STYLE,),
+        (OTHER, STYLE),
+        (STYLE, OTHER, OTHER),
+        (dataclasses.replace(STYLE, multiplier=0.5), OTHER),
+    ],
+    ids=["none", "one", "other order", "one twice", "other multiplier"],
+)
+def test_the_digest_depends_on_the_adapters_their_order_and_strength(adapters):
+    assert (
+        Recipe(prompt="", adapters=adapters).digest
+        != Recipe(prompt="", adapters=(STYLE, OTHER)).digest
+    )
+
+
+def test_the_digest_does_not_depend_on_the_name_or_place_of_an_adapter(tmp_path):
+    path = tmp_path / "renamed.safetensors"
+    path.write_bytes(SOUND)
+    here = AdapterRef.from_file(path)
+    nameless = AdapterRef(here.sha256)
+    assert here.name != nameless.name
+    assert Recipe(prompt="", adapters=(here,)) == Recipe(prompt="", adapters=(nameless,))
+    assert (
+        Recipe(prompt="", adapters=(here,)).digest == Recipe(prompt="", adapters=(nameless,)).digest
+    )
+
+
+# --- adapters and trigger ----------------------------------------------------------------------------------------------
+
+
+def test_a_reference_from_a_file_has_its_hash_name_and_place(tmp_path):
+    path = tmp_path / "sub" / ".." / "my style.v2.safetensors"
+    (tmp_path / "sub").mkdir()
+    path.write_bytes(SOUND)
+    ref = AdapterRef.from_file(str(path), -0.5)
+    assert ref.sha256 == hashlib.sha256(SOUND).hexdigest()
+    assert ref.multiplier == -0.5
+    assert ref.name == "my style.v2"
+    assert ref.path == tmp_path / "my style.v2.safetensors"
+
+
+def test_a_reference_from_a_file_has_multiplier_one_if_none_is_given(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(SOUND)
+    assert AdapterRef.from_file(tmp_path / "a.safetensors").multiplier == 1.0
+
+
+def test_a_reference_to_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(
+        AdapterNotFoundError,
+        match=r"There is no adapter file .*nowhere\.safetensors; check the path",
+    ):
+        AdapterRef.from_file(tmp_path / "nowhere.safetensors")
+
+
+def test_a_reference_to_a_folder_is_refused(tmp_path):
+    with pytest.raises(AdapterError, match="is a folder, not an adapter file"):
+        AdapterRef.from_file(tmp_path)
+
+
+def test_a_reference_from_a_file_checks_the_multiplier(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(SOUND)
+    with pytest.raises(RecipeError, match="multiplier is 3"):
+        AdapterRef.from_file(tmp_path / "a.safetensors", 3)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "trigger", "expected"),
+    [
+        ("a [trigger] ball", "sks", "a sks ball"),
+        ("a [name] ball", "sks", "a sks ball"),
+        ("[name] and [trigger] and [trigger]", "sks", "sks and sks and sks"),
+        ("a ball", "sks", "a ball"),
+        ("a [trigger] and [name]", "", "a [trigger] and [name]"),
+        ("a [Trigger] ball", "sks", "a [Trigger] ball"),
+    ],
+)
+def test_the_trigger_word_goes_where_the_prompt_asks_for_it(prompt, trigger, expected):
+    assert replace_trigger(prompt, trigger) == expected
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"sha256": "a" * 64, "multiplier": 1.0, "name": "x", "path": "/etc/passwd"},
+        {"sha256": "a" * 64, "multiplier": 1.0},
+        {"sha256": "a" * 64, "multiplier": 1.0, "name": 5},
+        {"sha256": "a" * 64, "multiplier": 10**400, "name": "x"},
+        {"sha256": 7, "multiplier": 1.0, "name": "x"},
+        "a" * 64,
+    ],
+    ids=["path", "no name", "name", "multiplier", "sha256", "text"],
+)
+def test_an_adapter_from_outside_has_exactly_its_three_parts(adapter):
+    plain = Recipe(prompt="a ball").to_dict() | {"adapters": [adapter]}
+    with pytest.raises(RecipeError):
+        Recipe.from_dict(plain)
+
+
+def test_adapters_from_outside_are_a_list():
+    with pytest.raises(RecipeError, match="are a list"):
+        Recipe.from_dict(Recipe(prompt="a ball").to_dict() | {"adapters": {}})
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 200_000, '{"seed": ' + "1" * 5000 + "}"], ids=["deep", "long number"]
+)
+def test_json_that_breaks_its_reader_is_refused(text):
+    with pytest.raises(RecipeError, match="not JSON"):
+        Recipe.from_json(text)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"seed": 10**400}, {"guidance_scale": 10**400}, {"seed": 10**5000}, {"dtype": 10**5000}, {"sampler": []}, {"model": {}},
+     {"adapters": None}, {"width": [1]}],
+    ids=lambda values: next(iter(values)),
+)  # fmt: skip
+def test_values_of_any_kind_are_refused_in_a_sentence(values):
+    with pytest.raises(RecipeError) as raised:
+        Recipe(**{"prompt": "a ball"} | values)
+    assert len(str(raised.value)) < 300
+
+
+def test_minus_zero_is_zero():
+    assert (
+        Recipe(prompt="", guidance_scale=-0.0).digest
+        == Recipe(prompt="", guidance_scale=0.0).digest
+    )
+    refs = [AdapterRef("a" * 64, zero) for zero in (-0.0, 0.0)]
+    assert (
+        Recipe(prompt="", adapters=(refs[0],)).digest
+        == Recipe(prompt="", adapters=(refs[1],)).digest
+    )
+
+
+def test_a_list_of_adapters_is_taken_and_a_generator_is_not():
+    ref = AdapterRef("a" * 64)
+    assert Recipe(prompt="", adapters=[ref]).adapters == (ref,)  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="has to be a tuple"):
+        Recipe(prompt="", adapters=(each for each in [ref]))  # type: ignore[arg-type]
+
+
+def test_a_file_name_that_is_no_text_does_not_reach_the_recipe(tmp_path):
+    path = tmp_path / "caf\udce9.safetensors"
+    path.write_bytes(SOUND)
+    ref = AdapterRef.from_file(path)
+    assert ref.name == "caf?"
+    assert Recipe(prompt="", adapters=(ref,)).to_json().encode()
+
+
+def test_a_path_through_a_file_is_no_adapter(tmp_path):
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(AdapterNotFoundError, match="There is no adapter file"):
+        AdapterRef.from_file(tmp_path / "file" / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    "content", [b"<html>", b"", (60 * 2**20).to_bytes(8, "little") + b"{" * 600]
+)
+def test_a_file_s_header_is_checked_before_the_rest_is_read(tmp_path, content):
+    (tmp_path / "a.safetensors").write_bytes(content)
+    with pytest.raises(WeightsFileError):
+        AdapterRef.from_file(tmp_path / "a.safetensors")
+
+
+def test_what_is_no_file_is_not_read(tmp_path):
+    """A pipe, or a device that never ends, would be waited for without end."""
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    for place in (tmp_path / "pipe.safetensors", "/dev/zero", "a\0b"):
+        with pytest.raises(AdapterNotFoundError):
+            AdapterRef.from_file(place)
+
+
+def test_an_alias_with_a_revision_is_the_base_s_revision():
+    assert (
+        Recipe(prompt="", base_model="runwayml/stable-diffusion-v1-5@fp16").base_model
+        == "stable-diffusion-v1-5/stable-diffusion-v1-5@fp16"
+    )
+
+
+def test_a_path_given_as_text_is_a_path():
+    assert AdapterRef("a" * 64, path="x.safetensors").path == Path("x.safetensors")  # type: ignore[arg-type]
+
+
+# --- batches -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name, value in OTHER_VALUES.items() if value not in ("live", "fast")],
+)
+def test_fast_images_that_differ_in_prompts_and_seed_alone_may_share_a_batch(name, value):
+    one = Recipe(
+        prompt="a red ball", vae_dtype="float32", text_encoder_dtype="float32", fidelity="fast"
+    )
+    other = dataclasses.replace(one, **{name: value})
+    assert (
+        may_share_batch(one, other)
+        == may_share_batch(other, one)
+        == (name in ("prompt", "negative_prompt", "seed"))
+    )
+
+
+def test_exact_images_share_no_batch():
+    assert not may_share_batch(Recipe(prompt=""), Recipe(prompt=""))
+    assert not may_share_batch(Recipe(prompt=""), Recipe(prompt="", fidelity="fast"))

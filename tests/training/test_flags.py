@@ -1,0 +1,174 @@
+"""The flags of a sample prompt, read as AI Toolkit reads them."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fidelora.errors import JobFolderError
+from fidelora.training.flags import split_flags
+
+FIELDS = {"neg", "width", "height", "seed", "guidance_scale", "sample_steps", "network_multiplier"}
+
+
+@pytest.mark.parametrize(
+    ("flag", "expected"),
+    [
+        ("--n blurry, low quality", {"neg": "blurry, low quality"}),
+        ("--n", {"neg": ""}),
+        ("--w 640", {"width": 640}),
+        ("--h 384", {"height": 384}),
+        ("--d 7", {"seed": 7}),
+        ("--seed 7", {"seed": 7}),
+        ("--l 7.5", {"guidance_scale": 7.5}),
+        ("--cfg 7.5", {"guidance_scale": 7.5}),
+        ("--s 12", {"sample_steps": 12}),
+        ("--steps 12", {"sample_steps": 12}),
+        ("--m -0.5", {"network_multiplier": -0.5}),
+        ("--network_multiplier 0.5", {"network_multiplier": 0.5}),
+    ],
+)
+def test_every_flag_sets_its_field(flag, expected):
+    assert split_flags(f"a red ball {flag}") == ("a red ball", expected)
+
+
+def test_whole_numbers_stay_whole_and_others_become_floats():
+    _, found = split_flags("x --w 640 --h 640 --d 1 --s 5 --l 7 --m 1")
+    assert {name: type(value) for name, value in found.items()} == {
+        "width": int,
+        "height": int,
+        "seed": int,
+        "sample_steps": int,
+        "guidance_scale": float,
+        "network_multiplier": float,
+    }
+
+
+def test_several_flags_are_read_in_any_order():
+    assert split_flags("a ball --d 7 --n two words --w 64 --m 0.5") == (
+        "a ball",
+        {"seed": 7, "neg": "two words", "width": 64, "network_multiplier": 0.5},
+    )
+
+
+def test_the_later_flag_wins():
+    assert split_flags("x --w 640 --w 320")[1] == {"width": 320}
+
+
+def test_the_later_flag_wins_under_another_name_too():
+    assert split_flags("x --seed 1 --d 2")[1] == {"seed": 2}
+    assert split_flags("x --d 2 --seed 1")[1] == {"seed": 1}
+
+
+def test_the_text_is_split_even_inside_a_word():
+    """The trainer does not ask for a space before `--`."""
+    assert split_flags("a black--w 64") == ("a black", {"width": 64})
+    assert split_flags("black--white ball") == ("black", {})
+
+
+def test_three_dashes_are_two_and_one():
+    assert split_flags("a ---w 64") == ("a", {})
+
+
+def test_dashes_alone_are_no_flag():
+    assert split_flags("a - b -w 64") == ("a - b -w 64", {})
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        "--p2 more text",
+        "--a 1",
+        "--ref file.png",
+        "--frames 16",
+        "--W 640",
+        "--width 640",
+        "--",
+        "-- ",
+        "-- w 640",
+    ],
+)
+def test_an_unknown_flag_is_dropped_with_its_value(tail):
+    assert split_flags(f"a red ball {tail}") == ("a red ball", {})
+
+
+def test_the_rescale_is_read():
+    """SDXL's previews follow it; a family that has none drops it later."""
+    assert split_flags("x --gr 0.7") == ("x", {"guidance_rescale": 0.7})
+
+
+def test_what_stands_after_an_unknown_flag_is_still_read():
+    assert split_flags("a ball --unknown 5 --w 64 -- dropped --h 72") == (
+        "a ball",
+        {"width": 64, "height": 72},
+    )
+
+
+def test_the_prompt_and_the_values_are_stripped():
+    assert split_flags("  a red ball   --n   blurry   --w   64  ") == (
+        "a red ball",
+        {"neg": "blurry", "width": 64},
+    )
+
+
+def test_a_prompt_may_be_flags_alone():
+    assert split_flags("--w 64") == ("", {"width": 64})
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("w", "wide"),
+        ("h", ""),
+        ("d", "1.5"),
+        ("seed", "0x10"),
+        ("l", "six"),
+        ("cfg", "7,5"),
+        ("s", "12 steps"),
+        ("m", ""),
+    ],
+)
+def test_a_value_that_is_no_number_is_refused_by_flag_and_value(flag, value):
+    with pytest.raises(
+        JobFolderError, match=f"--{flag} whose value {value!r} is no number"
+    ) as raised:
+        split_flags(f"a red ball --{flag} {value}")
+    assert "'a red ball" in str(raised.value)
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text() | st.text(alphabet="-nwhdslcfgmtep 0123456789.\n\t"))
+def test_any_text_is_read_or_refused(text):
+    try:
+        prompt, found = split_flags(text)
+    except JobFolderError:
+        return
+    assert prompt == prompt.strip()
+    assert "--" not in prompt
+    assert set(found) <= FIELDS
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text().filter(lambda text: "--" not in text))
+def test_text_without_flags_comes_back_stripped(text):
+    assert split_flags(text) == (text.strip(), {})
+
+
+WORDS = st.text(alphabet="abc ,()üß🙂", max_size=10).map(str.strip)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    prompt=WORDS,
+    neg=WORDS,
+    width=st.integers(),
+    seed=st.integers(),
+    scale=st.floats(allow_nan=False),
+)
+def test_what_is_written_as_flags_is_read_again(prompt, neg, width, seed, scale):
+    text = f"{prompt} --n {neg} --w {width} --d {seed} --cfg {scale!r}"
+    assert split_flags(text) == (
+        prompt,
+        {"neg": neg, "width": width, "seed": seed, "guidance_scale": scale},
+    )

@@ -1,0 +1,229 @@
+"""Real worker processes, really killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support import TINY_BASE
+
+from fidelora import Recipe
+from fidelora.jobs.job import Job, Status, new_job
+from fidelora.jobs.sql import SqlStore
+from fidelora.workers.pool import WorkerPool
+from fidelora.workers.process import WorkerSetup
+from fidelora.workers.worker import AttemptReport
+
+SHORT = Recipe(prompt="a ball", base_model=str(TINY_BASE), width=64, height=64, steps=2)
+LONG = replace(SHORT, width=1024, height=1024, steps=150)
+DEADLINE_S = 120.0
+
+
+def until(condition: Callable[[], Any]) -> None:
+    """Wait for what another process does, at most until a deadline that only a failure reaches."""
+    pause, end = threading.Event(), time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        pause.wait(0.02)
+
+
+@pytest.fixture
+def store(tmp_path):
+    made = SqlStore(f"sqlite:///{tmp_path}/jobs.sqlite")
+    yield made
+    made.close()
+
+
+def setup_in(folder: Path, **given: Any) -> WorkerSetup:
+    return replace(
+        WorkerSetup(f"sqlite:///{folder}/jobs.sqlite", folder / "out", device="cpu", warm=SHORT),
+        **given,
+    )
+
+
+@pytest.fixture
+def pool(store, tmp_path):
+    (tmp_path / "out").mkdir()
+    made = WorkerPool(store, [setup_in(tmp_path)])
+    yield made
+    made.stop(0)
+
+
+def add(store: SqlStore, recipe: Recipe) -> Job:
+    return store.add(new_job((recipe,), datetime.now(UTC)))
+
+
+def test_a_process_that_is_killed_costs_an_attempt_and_not_the_job(pool, store, tmp_path):
+    pool.start()
+    until(lambda: pool.ready)
+    job = add(store, LONG)
+    until(lambda: store.get(job.id).progress is not None)
+    (first,) = pool.process_ids
+    os.kill(first, signal.SIGKILL)
+    until(lambda: pool.process_ids == [])
+    assert not pool.ready
+    (back,) = pool.watch()
+    assert (back.id, back.status, back.attempts) == (job.id, Status.IN_QUEUE, 1)
+
+    until(lambda: store.get(job.id).status is Status.IN_PROGRESS)  # another process has it
+    (second,) = pool.process_ids
+    assert second != first
+    assert store.get(job.id).attempts == 2
+    assert pool.watch() == []
+    store.cancel(job.id, datetime.now(UTC))
+    until(lambda: store.get(job.id).status is Status.CANCELED)
+
+    done = add(store, SHORT)
+    until(lambda: store.get(done.id).status.final)
+    assert store.get(done.id).status is Status.SUCCEEDED
+    assert Path(store.get(done.id).outputs[0].file_path).is_file()
+
+
+def test_a_process_that_hangs_is_killed_when_its_lease_runs_out(pool, store, tmp_path):
+    pool.start()
+    until(lambda: pool.ready)
+    job = add(store, LONG)
+    until(lambda: store.get(job.id).status is Status.IN_PROGRESS)
+    (first,) = pool.process_ids
+    with closing(
+        sqlite3.connect(tmp_path / "jobs.sqlite", timeout=DEADLINE_S, isolation_level=None)
+    ) as database:
+        database.execute(
+            "BEGIN IMMEDIATE"
+        )  # so that it does not stop in a transaction of its own, with the database locked
+        os.kill(first, signal.SIGSTOP)  # it makes no step, and cannot even be asked to leave
+        assert os.WIFSTOPPED(os.waitpid(first, os.WUNTRACED)[1])
+        database.execute("ROLLBACK")
+    (back,) = pool.watch(datetime.now(UTC) + timedelta(hours=1))
+    assert (back.id, back.status) == (job.id, Status.IN_QUEUE)
+    assert first not in pool.process_ids
+
+
+def test_a_pool_that_stops_gives_its_job_back_without_an_attempt(pool, store, tmp_path):
+    pool.start()
+    until(lambda: pool.ready)
+    job = add(store, LONG)
+    until(lambda: store.get(job.id).progress is not None)
+    pool.stop(0)
+    assert pool.process_ids == []
+    back = store.get(job.id)
+    assert (back.status, back.attempts) == (Status.IN_QUEUE, 0)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_pool_that_stops_lets_a_short_job_finish(pool, store):
+    pool.start()
+    until(lambda: pool.ready)
+    job = add(store, replace(SHORT, steps=40))
+    until(lambda: store.get(job.id).status is not Status.IN_QUEUE)
+    pool.stop(DEADLINE_S)
+    assert pool.process_ids == []
+    assert store.get(job.id).status is Status.SUCCEEDED
+
+
+def test_workers_report_what_an_attempt_was_like(store, tmp_path):
+    (tmp_path / "out").mkdir()
+    reports: list[AttemptReport] = []
+    pool = WorkerPool(store, [setup_in(tmp_path)], on_report=reports.append)
+    pool.start()
+    done = add(store, SHORT)
+    pool.wake()
+    failed = add(store, replace(SHORT, base_model="/nowhere"))
+    until(lambda: store.get(failed.id).status.final)
+    until(lambda: pool.watch() == [] and len(reports) == 2)
+    pool.stop(0)
+    first, second = reports
+    assert (first.job_id, first.status, first.code, first.images, first.steps) == (
+        done.id,
+        "succeeded",
+        "",
+        1,
+        2,
+    )
+    assert first.wait_s is not None
+    assert set(first.timings) >= {"load", "adapters", "text", "denoise", "decode"}
+    assert (second.job_id, second.status, second.code, second.images) == (
+        failed.id,
+        "failed",
+        "BASE_MODEL_NOT_FOUND",
+        0,
+    )
+
+
+def test_a_worker_that_cannot_start_says_why_and_is_tried_again_after_a_pause(store, tmp_path):
+    (tmp_path / "out").mkdir()
+    pool = WorkerPool(store, [setup_in(tmp_path, warm=replace(SHORT, base_model="/nowhere"))])
+    pool.start()
+    until(lambda: pool.watch() == [] and pool.trouble)
+    assert pool.trouble.startswith("There is no base model at /nowhere")
+    assert not pool.ready
+    until(lambda: pool.process_ids == [])
+    pool.watch()
+    assert pool.process_ids == []  # not at once
+    until(lambda: pool.watch() == [] and pool.restarts == 1)
+    pool.stop(0)
+
+
+def test_a_pool_takes_back_what_it_had_before_its_server_was_killed(store, tmp_path):
+    """And leaves alone what other pools have."""
+    mine, other = add(store, SHORT), add(store, SHORT)
+    store.claim("mine/0-1-x", datetime.now(UTC), 1000)
+    store.claim("other/0-1-x", datetime.now(UTC), 1000)
+    pool = WorkerPool(store, [], name="mine")
+    pool.start()
+    assert (store.get(mine.id).status, store.get(mine.id).attempts) == (Status.IN_QUEUE, 1)
+    assert store.get(other.id).status is Status.IN_PROGRESS
+
+
+def test_workers_leave_with_a_server_that_is_killed(store, tmp_path):
+    """And give their job back, without a loss."""
+    (tmp_path / "out").mkdir()
+    code = f"""
+        import threading
+        from tests.workers.test_pool import setup_in
+        from fidelora.jobs.sql import SqlStore
+        from fidelora.workers.pool import WorkerPool
+        from pathlib import Path
+
+        if __name__ == "__main__":
+            pool = WorkerPool(SqlStore("sqlite:///{tmp_path}/jobs.sqlite"), [setup_in(Path("{tmp_path}"))])
+            pool.start()
+            print(*pool.process_ids, flush=True)
+            threading.Event().wait()
+    """
+    script = tmp_path / "server.py"
+    script.write_text(textwrap.dedent(code))
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    server = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert server.stdout is not None
+    worker = int(server.stdout.readline())
+    job = add(store, LONG)
+    until(lambda: store.get(job.id).progress is not None)
+    server.kill()
+    server.wait()
+    until(lambda: store.get(job.id).status is Status.IN_QUEUE)
+    assert store.get(job.id).attempts == 0
+    until(lambda: not is_alive(worker))
+
+
+def is_alive(process_id: int) -> bool:
+    """Whether a process runs that is no child of ours."""
+    try:
+        return "Z" not in Path(f"/proc/{process_id}/stat").read_text().rsplit(")", 1)[1]
+    except FileNotFoundError:
+        return False
