@@ -15,7 +15,7 @@ from benchmarks.parties import answer_requests
 from torch.utils.flop_counter import FlopCounterMode
 
 from fidelora.accel.packed import packed_dtype
-from fidelora.weights.strict import empty_component, read_config
+from fidelora.weights.strict import empty_part, read_config
 
 SIDE = 2048
 _BYTES = 2**28
@@ -35,9 +35,9 @@ def measure() -> dict[str, float]:
 
 def step_flops(size: int) -> int:
     """Of one step with guidance at this size."""
-    unet = next(component for component in SPEC.components if component.name == "unet")
+    unet = next(component for component in SPEC.parts if component.name == "unet")
     config = read_config(SPEC.layout / "unet" / "config.json")
-    module = empty_component(unet, config)
+    module = empty_part(unet, config)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         latents, text = (
             torch.empty(2, 4, size // 8, size // 8),

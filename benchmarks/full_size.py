@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fidelora.families import Family, get_family
-from fidelora.weights.strict import empty_component, read_config
+from fidelora.families.clip_tokenizer import CLIP_TOKENIZER
+from fidelora.weights.strict import empty_part, read_config
 
 SPEC = get_family("sd15")
 RANK, CONV_RANK, SMALL_RANK = 32, 16, 8
@@ -61,9 +62,9 @@ def _base(
     if (target / "model_index.json").exists():
         return target
     generator = torch.Generator().manual_seed(1)
-    for component in spec.components:
+    for component in spec.parts:
         config = spec.layout / component.name / "config.json"
-        module = empty_component(component, read_config(config))
+        module = empty_part(component, read_config(config))
         weights = {
             name: _numbers(name, weight.shape, generator).to(dtype)
             for name, weight in module.named_parameters()
@@ -71,15 +72,13 @@ def _base(
         (target / component.name).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(config, target / component.name / "config.json")
         save_file(weights, target / component.name / f"{component.weights}.safetensors")
-    tokenizers = [component.tokenizer for component in spec.text_encoders]
+    tokenizers = [part.tokenizer.folder for part in spec.text_encoders if part.tokenizer]
     for name in tokenizers:
-        shutil.copytree(spec.layout / name, target / name, dirs_exist_ok=True)
+        shutil.copytree(CLIP_TOKENIZER, target / name, dirs_exist_ok=True)
     (target / "scheduler").mkdir(exist_ok=True)
-    scheduler = {"_class_name": "DDPMScheduler", **spec.scheduler_config}
+    scheduler = {"_class_name": "DDPMScheduler", **spec.samplers[spec.default_sampler].config}
     (target / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
-    index = {
-        component.name: [component.library, component.class_name] for component in spec.components
-    }
+    index = {component.name: [component.library, component.class_name] for component in spec.parts}
     whole = {
         "_class_name": pipeline,
         **index,
@@ -157,8 +156,8 @@ def _lora(target: Path, seed: int, marks: Sequence[str], rank: int, conv_rank: i
 @cache
 def _unet_shapes() -> dict[str, tuple[int, ...]]:
     """Of the weights of its linear and convolutional modules, by path."""
-    unet = next(component for component in SPEC.components if component.name == "unet")
-    module = empty_component(unet, read_config(SPEC.layout / "unet" / "config.json"))
+    unet = next(component for component in SPEC.parts if component.name == "unet")
+    module = empty_part(unet, read_config(SPEC.layout / "unet" / "config.json"))
     return {
         path: tuple(part.weight.shape)
         for path, part in module.named_modules()

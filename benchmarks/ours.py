@@ -23,7 +23,7 @@ from fidelora import AdapterRef, Engine, GeneratedImage, Recipe
 from fidelora.adapters.read import read_adapter
 from fidelora.adapters.targets import BoundAdapter
 from fidelora.cli.console import make_engine
-from fidelora.engine.model import BaseKey, BaseModel, load_base
+from fidelora.engine.model import LoadedModel, ModelKey, load_model
 from fidelora.jobs.job import new_job
 from fidelora.jobs.memory import MemoryStore
 from fidelora.training.compare import compare, similarity
@@ -230,7 +230,8 @@ class Switching:
 
     def __init__(self, fidelity: str, folder: str) -> None:
         recipe = Recipe(prompt="", base_model=folder, fidelity=fidelity)  # type: ignore[arg-type]  # the recipe checks it
-        self._base: BaseModel = load_base(BaseKey.of(recipe), torch.device("cpu"))
+        key = ModelKey.of(recipe)
+        self._base: LoadedModel = load_model(key, key.find_files(), torch.device("cpu"))
         self._base.merged.apply([])
         self._copies: dict[str, torch.Tensor] = {}
         self._bound: dict[str, BoundAdapter] = {}

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 import fidelora
+from fidelora import Recipe
 from fidelora.accel.device import processor_name
+from fidelora.accel.weight_protocols import ProvidesWeight
 from fidelora.adapters.deltas import Delta
 from fidelora.adapters.merge import merge_into
-from fidelora.adapters.targets import ProvidesWeight
+from fidelora.engine.model import LoadedModel, ModelKey, expected_bytes, load_model
+from fidelora.families.clip_tokenizer import CLIP_TOKENIZER
 
 DEMO_DATA = Path(fidelora.__file__).parent / "demo_data"
 TINY_BASE = DEMO_DATA / "tiny-sd15"
@@ -33,9 +36,32 @@ SAME_PROCESSOR = "AuthenticAMD" in processor_name() and torch.cpu._is_avx512_bf1
 """Whether this one is of the kind that made the goldens: products of matrices have other kernels on Intel's processors."""
 
 
+CPU = torch.device("cpu")
+
+
+def unwritten_model_of(recipe: Recipe) -> LoadedModel:
+    """The base model of a recipe on the CPU, before any adapters are merged."""
+    key = ModelKey.of(recipe)
+    return load_model(key, key.find_files(), CPU)
+
+
+def load_model_of(recipe: Recipe) -> LoadedModel:
+    """The base model of a recipe on the CPU, without adapters."""
+    model = unwritten_model_of(recipe)
+    model.merged.apply([])
+    return model
+
+
+def expected_bytes_of(recipe: Recipe) -> int:
+    key = ModelKey.of(recipe)
+    return expected_bytes(key, key.find_files())
+
+
 def copy_base(folder: Path) -> Path:
     """A copy of the tiny base that a test may damage."""
-    return Path(shutil.copytree(TINY_BASE, folder / "base"))
+    copy = Path(shutil.copytree(TINY_BASE, folder / "base"))
+    shutil.copytree(CLIP_TOKENIZER, copy / "tokenizer")
+    return copy
 
 
 def change_weights(path: Path, change: Any) -> None:
@@ -57,7 +83,7 @@ def save_adapter(path: Path, tensors: dict[str, Tensor], **metadata: str) -> Pat
 def weights_of(part: nn.Module) -> dict[str, Tensor]:
     """The state of a part of a loaded base, with the numbers of modules that keep their weight in a form of their own."""
     plain = {
-        f"{path}.weight": one.plain()
+        f"{path}.weight": one.plain_weight()
         for path, one in part.named_modules()
         if isinstance(one, ProvidesWeight)
     }

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 
 import pytest
+from tests.support import TINY_BASE
 
 import fidelora
-from fidelora import errors
-from fidelora.families import all_families, get_family, register
+from fidelora import Recipe, errors
+from fidelora.families import all_families, get_family, registry
 
 
 def test_the_public_names_are_these():
@@ -47,10 +49,45 @@ def test_every_error_is_in_one_tree_and_says_something_by_itself():
         assert str(error()).endswith(".")
 
 
-def test_a_model_id_is_registered_once():
-    with pytest.raises(ValueError, match="'sd15' is registered already"):
-        register(get_family("sd15"))
-    assert list(all_families()) == ["sd15", "sdxl"]
+class AnEntryPoint:
+    name = "another"
+
+    def __init__(self, found: object) -> None:
+        self._found = found
+
+    def load(self) -> object:
+        return self._found
+
+
+@pytest.fixture
+def another_package(monkeypatch):
+    """Installs a package that adds a family."""
+
+    def install(found: object) -> None:
+        monkeypatch.setattr(registry, "entry_points", lambda group: [AnEntryPoint(found)])
+        registry.all_families.cache_clear()
+
+    yield install
+    registry.all_families.cache_clear()
+
+
+def test_another_package_adds_a_family_by_an_entry_point(another_package):
+    another_package(replace(get_family("sd15"), id="sd15-of-others"))
+    assert list(all_families())[-1] == "sd15-of-others"
+    recipe = Recipe(prompt="a ball", model="sd15-of-others", base_model=str(TINY_BASE), width=64)
+    assert recipe.model == "sd15-of-others"
+
+
+def test_a_model_id_is_registered_once(another_package):
+    another_package(get_family("sd15"))
+    with pytest.raises(ValueError, match="have the id 'sd15'"):
+        all_families()
+
+
+def test_an_entry_point_that_is_not_a_family_is_refused(another_package):
+    another_package("sd15")
+    with pytest.raises(TypeError, match="another is a str, not a Family"):
+        all_families()
 
 
 def test_every_sampler_of_the_trainer_is_there():

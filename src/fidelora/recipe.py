@@ -37,6 +37,15 @@ FORMAT = 1
 """Version of the JSON form; it changes when a field changes its meaning."""
 
 
+_OPTIONAL: Mapping[str, Any] = {
+    "negative_prompt": "",
+    "negative_prompt_2": None,
+    "guidance_rescale": 0.0,
+    "prediction": "epsilon",
+    "noise": "modern",
+}
+"""Fields that only some families use (`Family.uses`), with the values that ask for nothing."""
+
 _SAID_IF_NEEDED: Mapping[str, Any] = {"negative_prompt_2": None, "guidance_rescale": 0.0}
 """Fields that came later and are left out of the JSON form at these values: recipes that do not need them stay as they were."""
 
@@ -238,11 +247,6 @@ class Recipe:
         _in_range("guidance_rescale", self.guidance_rescale, 0.0, 1.0)
         if self.negative_prompt_2 is not None:
             _is_text("negative_prompt_2", self.negative_prompt_2)
-            if len(spec.text_encoders) < 2:
-                raise RecipeError(
-                    f"{spec.id} has one text encoder; leave out negative_prompt_2.",
-                    field="negative_prompt_2",
-                )
         _in_range("seed", self.seed, 0, MAX_SEED, whole=True)
         if self.sampler not in spec.samplers:
             known = ", ".join(spec.samplers)
@@ -267,6 +271,9 @@ class Recipe:
             ("fidelity", Fidelity),
         ):
             _one_of(name, getattr(self, name), get_args(choices))
+        for name, default in _OPTIONAL.items():
+            if name not in spec.uses and getattr(self, name) != default:
+                raise RecipeError(f"{spec.title} does not use {name}; leave it out.", field=name)
         if self.fidelity == "fast" and self.adapter_mode == "live":
             raise RecipeError(
                 "fast merges adapters; adapter_mode live is a way of exact alone.",

@@ -21,14 +21,16 @@ from tests.support import (
     TINY_BASE,
     change_weights,
     copy_base,
+    load_model_of,
 )
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from fidelora import AdapterRef, Engine, Recipe
-from fidelora.accel import compiled as fast
+from fidelora.accel import compiled as fast_on_cuda
 from fidelora.accel import packed
-from fidelora.engine.model import BaseKey, load_base
+from fidelora.accel.fast_path import FastPath, fast_path
+from fidelora.engine import model as model_module
 from fidelora.errors import DeviceError, RecipeError
 from fidelora.families import get_family
 
@@ -113,7 +115,7 @@ def test_fast_lives_on_when_the_base_s_file_is_overwritten_in_place(tmp_path, mo
     engine = Engine(device="cpu")
     recipe = Recipe(prompt="a ball", fidelity="fast", **{**TINY, "base_model": str(base)})
     first = engine.generate(recipe).pixels
-    old = next(iter(engine._bases.values())).unet
+    old = next(iter(engine._models.values())).parts["unet"]
     before = {
         name: tensor.clone() for name, tensor in old.state_dict().items() if not tensor.is_meta
     }
@@ -134,8 +136,8 @@ def test_fast_takes_no_more_memory_than_its_precision_needs(engine):
     engine.generate(exact)
     engine.generate(replace(exact, fidelity="fast"))
     sizes = {
-        key.fidelity: base.unet
-        for key, base in engine._bases.items()
+        key.fidelity: base.parts["unet"]
+        for key, base in engine._models.items()
         if key.base_model == str(TINY_BASE)
     }
     count = {
@@ -177,7 +179,7 @@ def test_only_like_images_go_side_by_side(engine):
         [quick, replace(quick, adapters=(AdapterRef.from_file(LORA),))],
         [replace(quick, fidelity="exact")] * 2,
     ):
-        with pytest.raises(RecipeError, match="side by side"):
+        with pytest.raises(RecipeError, match="share a batch"):
             engine.generate_batch(recipes)
     assert np.array_equal(engine.generate_batch([quick])[0].pixels, engine.generate(quick).pixels)
 
@@ -213,11 +215,11 @@ def test_a_packed_module_does_what_it_was_made_from(module, dtype):
         ours = packed._packed(module, dtype)
         assert isinstance(ours, packed.PackedLinear | packed.PackedConv2d | packed.PackedPointwise)
         assert ours.weight.is_meta
-        ours.take(module.weight.to)
+        ours.set_weight(module.weight.to)
         torch.testing.assert_close(
             ours(inputs.to(dtype)).float(), module(inputs), atol=error, rtol=error
         )
-        ours.take(other.weight.to)
+        ours.set_weight(other.weight.to)
         torch.testing.assert_close(
             ours(inputs.to(dtype)).float(), other(inputs), atol=error, rtol=error
         )
@@ -246,7 +248,7 @@ def test_a_packed_gate_does_what_it_was_made_from(dtype, error):
     ours = packed.PackedGate(gate, dtype)
     with torch.no_grad():
         for _ in range(2):
-            ours.proj.take(gate.proj.weight.to)
+            ours.proj.set_weight(gate.proj.weight.to)
             torch.testing.assert_close(
                 ours(inputs.to(dtype)).float(), gate(inputs), atol=error, rtol=error
             )
@@ -254,10 +256,8 @@ def test_a_packed_gate_does_what_it_was_made_from(dtype, error):
 
 
 def test_the_packed_unet_has_gates_and_texts_of_its_own():
-    unet = load_base(
-        BaseKey.of(Recipe(prompt="", base_model=str(TINY_BASE), fidelity="fast")),
-        torch.device("cpu"),
-    ).unet
+    recipe = Recipe(prompt="", base_model=str(TINY_BASE), fidelity="fast")
+    unet: Any = load_model_of(recipe).parts["unet"]
     gates = [module for module in unet.modules() if isinstance(module, packed.PackedGate)]
     blocks = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock)]
     assert len(gates) == len(blocks) > 0
@@ -270,12 +270,12 @@ def test_a_packed_module_projects_a_text_once_and_again_with_another_weight():
     linear, text = nn.Linear(24, 32, bias=False), torch.randn(1, 7, 24)
     ours = packed.PackedCachedTextLinear(linear, torch.float32)
     with torch.no_grad():
-        ours.take(linear.weight.to)
+        ours.set_weight(linear.weight.to)
         first = ours(text)
         assert ours(text) is first
         assert ours(text.clone()) is not first
         linear.weight.neg_()
-        ours.take(linear.weight.to)
+        ours.set_weight(linear.weight.to)
         torch.testing.assert_close(ours(text), linear(text))
 
 
@@ -290,12 +290,17 @@ def test_attention_with_more_to_it_keeps_its_own_way():
 
 
 def test_which_device_has_which_way():
-    assert fast.way_on(torch.device("cpu"), "none") is fast.Way.PACKED
-    assert fast.way_on(torch.device("cuda", 0), "none") is fast.Way.COMPILED
+    family = get_family("sd15")
+    assert fast_path(family, torch.device("cpu"), "none") is FastPath.PACKED
+    assert fast_path(family, torch.device("cuda", 0), "none") is FastPath.COMPILED
     with pytest.raises(DeviceError, match="no fast path on mps"):
-        fast.way_on(torch.device("mps"), "none")
+        fast_path(family, torch.device("mps"), "none")
     with pytest.raises(DeviceError, match="use offload none"):
-        fast.way_on(torch.device("cuda", 0), "sequential")
+        fast_path(family, torch.device("cuda", 0), "sequential")
+    without = replace(family, accelerations=frozenset({"packed"}))
+    assert fast_path(without, torch.device("cpu"), "none") is FastPath.PACKED
+    with pytest.raises(DeviceError, match=r"not implemented for Stable Diffusion 1\.5; use"):
+        fast_path(without, torch.device("cuda", 0), "none")
 
 
 def test_a_torch_without_onednn_has_no_fast_path(monkeypatch):
@@ -307,8 +312,8 @@ def test_a_torch_without_onednn_has_no_fast_path(monkeypatch):
 def test_a_switch_of_adapters_compiles_nothing(monkeypatch):
     """The way of CUDA, on the CPU and with a compiler that counts."""
     counter = CompileCounter()
-    monkeypatch.setattr(fast, "_COMPILER", counter)
-    monkeypatch.setattr(fast, "way_on", lambda device, offload: fast.Way.COMPILED)
+    monkeypatch.setattr(fast_on_cuda, "_COMPILER", counter)
+    monkeypatch.setattr(model_module, "fast_path", lambda *_: FastPath.COMPILED)
     torch._dynamo.reset()
     engine = Engine(device="cpu")
     exact = Recipe(prompt="a ball", **TINY)

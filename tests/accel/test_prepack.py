@@ -6,11 +6,12 @@ import contextlib
 import gc
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from tests.support import LOKR, LORA_CONV, TINY_BASE, TINY_SDXL
+from tests.support import LOKR, LORA_CONV, TINY_BASE, TINY_SDXL, load_model_of
 from torch import Tensor, nn
 
 import fidelora.engine.model as base_module
@@ -19,14 +20,15 @@ from fidelora.accel import prepack as once
 from fidelora.accel.prepack import CachedTextLinear, PrepackedConv2d
 from fidelora.adapters.live import live_adapters
 from fidelora.adapters.read import read_adapter
-from fidelora.engine.model import BaseKey, BaseModel, load_base
+from fidelora.engine.model import LoadedModel
+from fidelora.families.protocols import Encoded, Guidance, Size
 
 CPU = torch.device("cpu")
 
 
 def laid_out(conv: nn.Conv2d) -> PrepackedConv2d:
     module = PrepackedConv2d(conv)
-    module.take(conv.weight.detach().to)
+    module.set_weight(conv.weight.detach().to)
     return module
 
 
@@ -52,7 +54,7 @@ SIZES = {
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 @torch.no_grad()
-def test_a_laid_out_convolution_has_the_bits_of_a_plain_one_at_every_size_and_with_every_weight(
+def test_a_prepacked_convolution_has_the_bits_of_a_plain_one_at_every_size_and_with_every_weight(
     name, threads, golden_threads
 ):
     torch.set_num_threads(threads)
@@ -67,12 +69,12 @@ def test_a_laid_out_convolution_has_the_bits_of_a_plain_one_at_every_size_and_wi
                 ).contiguous(memory_format=layout)
                 assert torch.equal(module(x), conv(x)), (batch, height, width, layout)
         conv.weight.copy_(torch.randn_like(conv.weight))
-        module.take(conv.weight.detach().to)
+        module.set_weight(conv.weight.detach().to)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16])
 @torch.no_grad()
-def test_it_is_laid_out_once_and_the_weight_it_was_made_of_is_let_go(stored):
+def test_it_is_prepacked_once_and_the_weight_it_was_made_of_is_let_go(stored):
     weight = torch.randn(64, 48, 3, 3).to(stored)
     written: list[weakref.ref[Tensor]] = []
 
@@ -82,11 +84,11 @@ def test_it_is_laid_out_once_and_the_weight_it_was_made_of_is_let_go(stored):
         return given
 
     module = PrepackedConv2d(nn.Conv2d(48, 64, 3, padding=1))
-    module.take(write)
-    layout = module._laid_out
+    module.set_weight(write)
+    layout = module._prepacked
     for _ in range(2):
         module(torch.randn(2, 48, 8, 8))
-    assert module._laid_out is layout
+    assert module._prepacked is layout
     (kept, *_), _ = layout.__getstate__()
     assert kept.untyped_storage().nbytes() == 0
     assert kept._base is None
@@ -103,14 +105,14 @@ def test_without_a_weight_it_does_not_compute():
     def fails(dtype: torch.dtype) -> Tensor:
         raise MemoryError
 
-    for leave in (lambda: None, module.release, lambda: module.take(fails)):
+    for leave in (lambda: None, module.release_weight, lambda: module.set_weight(fails)):
         with contextlib.suppress(MemoryError):
             leave()
         with pytest.raises(AssertionError, match="released"):
             module(x)
-        module.take(conv.weight.detach().to)
+        module.set_weight(conv.weight.detach().to)
         assert torch.equal(module(x), conv(x))
-        module.release()
+        module.release_weight()
 
 
 def test_a_base_model_that_nobody_has_any_more_is_gone_at_once():
@@ -120,7 +122,11 @@ def test_a_base_model_that_nobody_has_any_more_is_gone_at_once():
         base = load(TINY_BASE)
         base.merged.apply([(base.targets.bind(read_adapter(LORA_CONV)), 1.0)])
         convolution = weakref.ref(
-            next(module for module in base.unet.modules() if isinstance(module, PrepackedConv2d))
+            next(
+                module
+                for module in base.parts["unet"].modules()
+                if isinstance(module, PrepackedConv2d)
+            )
         )
         del base
         assert convolution() is None
@@ -134,12 +140,12 @@ def test_whoever_computes_with_the_weight_gets_it_and_it_stays_until_the_next_on
     module = laid_out(conv)
     x = torch.randn(2, 48, 8, 8)
     expected = module(x)
-    weight = module.plain()
+    weight = module.plain_weight()
     assert torch.equal(weight, conv.weight)
     assert torch.equal(module(x), expected)
-    assert module.plain() is weight
-    assert module._laid_out is None
-    module.take(conv.weight.detach().to)
+    assert module.plain_weight() is weight
+    assert module._prepacked is None
+    module.set_weight(conv.weight.detach().to)
     assert module._plain is None
     assert torch.equal(module(x), expected)
 
@@ -167,10 +173,8 @@ def test_a_text_is_projected_once_until_it_or_the_weight_is_another(monkeypatch)
     assert len(calls) == 3
 
 
-def load(folder: Any, **fields: Any) -> BaseModel:
-    base = load_base(BaseKey.of(Recipe(prompt="", base_model=str(folder), **fields)), CPU)
-    base.merged.apply([])
-    return base
+def load(folder: Any, **fields: Any) -> LoadedModel:
+    return load_model_of(Recipe(prompt="", base_model=str(folder), **fields))
 
 
 @pytest.mark.parametrize(
@@ -184,27 +188,30 @@ def test_a_unet_has_the_same_bits_with_adapters_merged_live_and_taken_out(
     ours = load(folder, **fields)
     monkeypatch.setattr(base_module, "prepack", lambda unet: None)
     plain = load(folder, **fields)
-    assert any(isinstance(module, PrepackedConv2d) for module in ours.unet.modules())
-    assert any(isinstance(module, CachedTextLinear) for module in ours.unet.modules())
+    assert any(isinstance(module, PrepackedConv2d) for module in ours.parts["unet"].modules())
+    assert any(isinstance(module, CachedTextLinear) for module in ours.parts["unet"].modules())
     assert not any(
-        isinstance(module, PrepackedConv2d | CachedTextLinear) for module in plain.unet.modules()
+        isinstance(module, PrepackedConv2d | CachedTextLinear)
+        for module in plain.parts["unet"].modules()
     )
     paths = (LORA_CONV, LOKR) if folder == TINY_BASE else ()
     for merged, live in [((), ()), (paths, ()), ((), paths), (paths[:1], paths[1:]), ((), ())]:
         for rows, size in [(2, 16), (1, 4), (1, 32), (2, 8)]:
             torch.manual_seed(rows)
-            latents = torch.randn(rows, 4, size, size, dtype=ours.unet.dtype)
-            condition = ours.conditioning.blank(rows, CPU).to(CPU, ours.unet.dtype)
-            condition = type(condition)(torch.randn_like(condition.text), condition.added)
+            dtype = ours.compute_dtype
+            latents = torch.randn(rows, 4, size, size, dtype=dtype)
+            blank = ours.text.blank(Size(64, 64), negative=False).positive
+            encoded = [
+                Encoded(replace(blank, text=torch.randn_like(blank.text))) for _ in range(rows)
+            ]
             results = []
             for base in (ours, plain):
                 base.merged.apply([(base.targets.bind(read_adapter(path)), 0.7) for path in merged])
                 with live_adapters(
                     base.targets, [(base.targets.bind(read_adapter(path)), 0.9) for path in live]
                 ):
-                    results.append(
-                        [base.predict(condition, latents, torch.tensor(t)) for t in (900, 20)]
-                    )
+                    denoise = base.denoiser.prepare(encoded, Guidance(1), Size(64, 64), dtype)
+                    results.append([denoise(latents, torch.tensor(t)) for t in (900, 20)])
             assert all(torch.equal(*pair) for pair in zip(*results, strict=True)), (
                 merged,
                 live,
@@ -214,19 +221,21 @@ def test_a_unet_has_the_same_bits_with_adapters_merged_live_and_taken_out(
 
 
 def test_what_is_not_plain_enough_stays_as_it_is():
-    assert once._gains(nn.Conv2d(8, 8, 3, padding=1))
-    assert not once._gains(nn.Conv2d(8, 8, 1))
-    assert not once._gains(nn.Conv2d(8, 8, 3, groups=2))
-    assert not once._gains(nn.Conv2d(8, 8, 3, padding="same"))
-    assert not once._gains(nn.Conv2d(8, 8, 3, padding_mode="reflect"))
-    assert not once._gains(nn.Conv2d(8, 8, 3, padding=1, dtype=torch.float16)), (
+    assert once._is_worth_prepacking(nn.Conv2d(8, 8, 3, padding=1))
+    assert not once._is_worth_prepacking(nn.Conv2d(8, 8, 1))
+    assert not once._is_worth_prepacking(nn.Conv2d(8, 8, 3, groups=2))
+    assert not once._is_worth_prepacking(nn.Conv2d(8, 8, 3, padding="same"))
+    assert not once._is_worth_prepacking(nn.Conv2d(8, 8, 3, padding_mode="reflect"))
+    assert not once._is_worth_prepacking(nn.Conv2d(8, 8, 3, padding=1, dtype=torch.float16)), (
         "oneDNN's float16 is not PyTorch's"
     )
 
 
 @pytest.mark.parametrize("processor", ["x86_64", "AMD64", "arm64"])
 @pytest.mark.parametrize("onednn", [True, False])
-def test_where_pytorch_does_not_ask_onednn_nothing_is_laid_out(processor, onednn, monkeypatch):
+def test_where_pytorch_does_not_ask_onednn_nothing_is_prepacked(processor, onednn, monkeypatch):
     monkeypatch.setattr("platform.machine", lambda: processor)
     with torch.backends.mkldnn.flags(enabled=onednn):
-        assert once._gains(nn.Conv2d(8, 8, 3, padding=1)) == (onednn and processor != "arm64")
+        assert once._is_worth_prepacking(nn.Conv2d(8, 8, 3, padding=1)) == (
+            onednn and processor != "arm64"
+        )

@@ -14,27 +14,29 @@ from tests.support import (
     TINY_BASE,
     change_weights,
     copy_base,
+    load_model_of,
     merged,
     save_adapter,
+    unwritten_model_of,
     weights_of,
 )
 
 from fidelora import Recipe
 from fidelora.accel.prepack import PrepackedConv2d
 from fidelora.adapters.read import read_adapter
-from fidelora.engine.model import BaseKey, BaseModel, load_base
+from fidelora.engine.model import LoadedModel
 from fidelora.errors import AdapterMismatchError
 
 
-def fresh_base(dtype: str = "float32", folder: Path = TINY_BASE) -> BaseModel:
+def fresh_base(dtype: str = "float32", folder: Path = TINY_BASE) -> LoadedModel:
     """A base model with its pristine weights."""
     recipe = Recipe(prompt="", base_model=str(folder), dtype=dtype)  # type: ignore[arg-type]
-    base = load_base(BaseKey.of(recipe), torch.device("cpu"))
+    base = load_model_of(recipe)
     base.merged.apply([])
     return base
 
 
-def bits(base: BaseModel) -> dict[str, torch.Tensor]:
+def bits(base: LoadedModel) -> dict[str, torch.Tensor]:
     """Every weight of every part, as integers: 0 and -0 count as different."""
     view = {4: torch.int32, 2: torch.int16}
     return {
@@ -86,8 +88,7 @@ def test_the_first_adapters_of_a_new_base_are_written_without_its_pristine_weigh
     monkeypatch.setattr(
         torch, "empty_like", lambda like, dtype: torch.full_like(like, torch.nan, dtype=dtype)
     )
-    recipe = Recipe(prompt="", base_model=str(TINY_BASE))
-    base = load_base(BaseKey.of(recipe), torch.device("cpu"))
+    base = unwritten_model_of(Recipe(prompt="", base_model=str(TINY_BASE)))
     assert all(
         target.weight.is_meta or target.weight.isnan().all()
         for target in base.targets.by_name.values()
@@ -196,7 +197,7 @@ def test_memory_of_all_weights_that_change_is_given_up_before_the_first_is_writt
     base = fresh_base()
     lora = base.targets.bind(read_adapter(LORA_CONV))
     done: list[tuple[str, PrepackedConv2d]] = []
-    for name in ("release", "take"):
+    for name in ("release_weight", "set_weight"):
         plain = getattr(PrepackedConv2d, name)
 
         def noted(self, *arguments, name=name, plain=plain):
@@ -210,8 +211,8 @@ def test_memory_of_all_weights_that_change_is_given_up_before_the_first_is_writt
     ]
     convolutions = [module for module in changed if isinstance(module, PrepackedConv2d)]
     assert len(convolutions) > 10
-    assert done[: len(convolutions)] == [("release", module) for module in convolutions]
-    assert [module for name, module in done if name == "take"] == convolutions
+    assert done[: len(convolutions)] == [("release_weight", module) for module in convolutions]
+    assert [module for name, module in done if name == "set_weight"] == convolutions
     done.clear()
     base.merged.apply([(lora, 1.0)])
     assert done == []
@@ -227,7 +228,7 @@ def test_an_adapter_that_does_not_fit_changes_nothing(tmp_path):
         "lora_unet_no_such_module.lora_up.weight": torch.zeros(16, 2),
     }
     with pytest.raises(
-        AdapterMismatchError, match="1 of 2 modules match nothing there: lora_unet_no_such_module"
+        AdapterMismatchError, match="1 of 2 modules match nothing in it: lora_unet_no_such_module"
     ):
         base.targets.bind(read_adapter(save_adapter(tmp_path / "a.safetensors", tensors)))
     assert same(bits(base), before)
@@ -289,7 +290,7 @@ def test_one_target_cannot_take_two_modules_of_one_file(tmp_path):
             f"{name}.lora_up.weight": torch.ones(64, 2),
         }
     with pytest.raises(
-        AdapterMismatchError, match="its target has another module of the file already"
+        AdapterMismatchError, match="another module of the file has the same target"
     ):
         fresh_base().targets.bind(read_adapter(save_adapter(tmp_path / "a.safetensors", tensors)))
 

@@ -17,13 +17,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, schedulers
-from tests.support import TINY_BASE, TINY_SDXL, read_json
+from tests.support import TINY_BASE, TINY_SDXL, load_model_of, read_json
 
 from fidelora import Engine, Recipe
-from fidelora.engine.model import BaseKey, BaseModel, load_base
+from fidelora.engine.model import LoadedModel
 from fidelora.families import all_families, get_family
-from fidelora.families.clip import TextReader, last_state, penultimate_state
-from fidelora.families.sd.samplers import SCHEDULER_CONFIG
+from fidelora.families.clip import ClipEncoder, last_state, penultimate_state
+from fidelora.families.sd.spec import _TRAINER_CONFIG
+from fidelora.families.sd.text import SDText
+from fidelora.families.spec import NoiseSampler
 
 CPU = torch.device("cpu")
 SAMPLERS = get_family("sd15").samplers
@@ -51,12 +53,13 @@ def test_every_family_is_compared():
 def the_trainer_s_way(recipe: Recipe) -> Any:
     """The image as the trainer's pipeline makes it of a base model without adapters."""
     with patch("fidelora.engine.model.prepack"):  # of the modules, the pipeline gets diffusers' own
-        base = load_base(BaseKey.of(recipe), CPU)
+        base = load_model_of(recipe)
     base.merged.apply([])
     sampler = SAMPLERS[recipe.sampler]
-    scheduler = getattr(schedulers, sampler.scheduler).from_config(
-        {**SCHEDULER_CONFIG, **sampler.options}
-    )
+    assert isinstance(sampler, NoiseSampler)
+    # The trainer's own configuration; the pipeline of SD 1.5 corrects `steps_offset` by itself.
+    offset = {"steps_offset": _TRAINER_CONFIG["steps_offset"]}
+    scheduler = getattr(schedulers, sampler.scheduler).from_config({**sampler.config, **offset})
     pipeline, texts = {"sd15": sd15, "sdxl": sdxl}[recipe.model](base, scheduler, recipe)
     pipeline.set_progress_bar_config(disable=True)
     with torch.no_grad():
@@ -72,13 +75,18 @@ def the_trainer_s_way(recipe: Recipe) -> Any:
     return np.asarray(image)
 
 
-def sd15(base: BaseModel, scheduler: Any, recipe: Recipe) -> tuple[Any, dict[str, Any]]:
-    reader = base.conditioning.readers["text_encoder"]
+def encoders_of(base: LoadedModel) -> dict[str, ClipEncoder]:
+    assert isinstance(base.text, SDText)
+    return base.text.encoders
+
+
+def sd15(base: LoadedModel, scheduler: Any, recipe: Recipe) -> tuple[Any, dict[str, Any]]:
+    reader = encoders_of(base)["text_encoder"]
     pipeline = StableDiffusionPipeline(
-        base.vae,
+        base.parts["vae"],
         reader.encoder,
         reader.tokenizer,
-        base.unet,
+        base.parts["unet"],
         scheduler,
         None,
         None,
@@ -86,15 +94,15 @@ def sd15(base: BaseModel, scheduler: Any, recipe: Recipe) -> tuple[Any, dict[str
     )
     with torch.no_grad():
         positive, negative = (
-            last_state(reader.tokenizer, reader.encoder, text, CPU).embedding
+            last_state(reader.tokenizer, reader.encoder, text, CPU).states
             for text in (recipe.prompt, recipe.negative_prompt)
         )
     return pipeline, {"prompt_embeds": positive, "negative_prompt_embeds": negative}
 
 
-def sdxl(base: BaseModel, scheduler: Any, recipe: Recipe) -> tuple[Any, dict[str, Any]]:
-    first, second = (base.conditioning.readers[name] for name in ("text_encoder", "text_encoder_2"))
-    vae = base.vae
+def sdxl(base: LoadedModel, scheduler: Any, recipe: Recipe) -> tuple[Any, dict[str, Any]]:
+    first, second = (encoders_of(base)[name] for name in ("text_encoder", "text_encoder_2"))
+    vae = base.parts["vae"]
     if recipe.vae_dtype == "float16":
         vae = vae.to(torch.float16)  # the pipeline itself makes it wider for decoding
     pipeline = StableDiffusionXLPipeline(
@@ -103,18 +111,18 @@ def sdxl(base: BaseModel, scheduler: Any, recipe: Recipe) -> tuple[Any, dict[str
         second.encoder,
         first.tokenizer,
         second.tokenizer,
-        base.unet,
+        base.parts["unet"],
         scheduler,
         add_watermarker=False,
     )
 
     def encode(*texts: str) -> tuple[torch.Tensor, torch.Tensor]:
-        def one(reader: TextReader, text: str) -> Any:
+        def one(reader: ClipEncoder, text: str) -> Any:
             return penultimate_state(reader.tokenizer, reader.encoder, text, CPU)
 
         with torch.no_grad():
             read = [one(reader, text) for reader, text in zip((first, second), texts, strict=True)]
-        return torch.cat([text.embedding for text in read], dim=-1), read[1].pooled
+        return torch.cat([text.states for text in read], dim=-1), read[1].pooled
 
     second_negative = (
         recipe.negative_prompt if recipe.negative_prompt_2 is None else recipe.negative_prompt_2
@@ -177,7 +185,7 @@ def test_a_narrow_vae_is_made_wider_where_its_configuration_says_so(
     recipe = replace(SMALL["sdxl"], base_model=str(base), **dtypes)
     if force_upcast:
         assert np.array_equal(engine.generate(recipe).pixels, the_trainer_s_way(recipe))
-    loaded = load_base(BaseKey.of(recipe), CPU).vae
+    loaded: Any = load_model_of(recipe).parts["vae"]
     assert loaded.dtype == (torch.float32 if force_upcast else torch.float16)
     assert all(
         torch.equal(weight, weight.half().to(weight.dtype)) for weight in loaded.parameters()

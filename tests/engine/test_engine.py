@@ -11,11 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.support import LOKR, LORA, LORA_CONV, TINY_BASE, change_weights, copy_base, save_adapter
+from tests.support import (
+    LOKR,
+    LORA,
+    LORA_CONV,
+    TINY_BASE,
+    change_weights,
+    copy_base,
+    expected_bytes_of,
+    load_model_of,
+    save_adapter,
+)
 
 from fidelora import AdapterRef, Engine, Progress, Recipe
 from fidelora.accel.device import processor_name, read_processor_name
-from fidelora.engine.model import BaseKey, expected_bytes, load_base
 from fidelora.errors import (
     AdapterChangedError,
     AdapterMismatchError,
@@ -196,8 +205,8 @@ def test_what_does_not_fit_into_the_tokens_is_quoted(engine):
     long = "ball " * 75 + "Über-Katze, at Night"
     image = engine.generate(Recipe(prompt=long, negative_prompt="x " * 90, **SMALL))
     assert image.warnings == (
-        f'The end of the negative prompt does not fit into 77 tokens and has no effect: "{" ".join(["x"] * 15)}".',
-        'The end of the prompt does not fit into 77 tokens and has no effect: "Über-Katze, at Night".',
+        f'The end of the negative prompt exceeds 77 tokens and has no effect: "{" ".join(["x"] * 15)}".',
+        'The end of the prompt exceeds 77 tokens and has no effect: "Über-Katze, at Night".',
     )
     assert image.pixels.tobytes() == pixels(
         engine, Recipe(prompt="ball " * 75, negative_prompt="x " * 75, **SMALL)
@@ -306,28 +315,28 @@ def test_the_base_used_longest_ago_is_let_go(tmp_path):
     first = Recipe(prompt="a ball", **SMALL)
     second = replace(first, base_model=other)
     assert pixels(engine, first) == pixels(engine, second)
-    assert [key.base_model for key in engine._bases] == [other]
+    assert [key.base_model for key in engine._models] == [other]
 
 
 def test_bases_stay_as_long_as_they_fit_into_the_budget(tmp_path):
     bases = [str(copy_base(tmp_path / name)) for name in "abc"]
     recipes = [Recipe(prompt="a ball", **{**SMALL, "base_model": base}) for base in bases]
-    one = load_base(BaseKey.of(recipes[0]), torch.device("cpu")).size_bytes
-    assert expected_bytes(BaseKey.of(recipes[0])) == one
+    one = load_model_of(recipes[0]).size_bytes
+    assert expected_bytes_of(recipes[0]) == one
     engine = Engine(device="cpu", base_budget_bytes=2 * one)
     for recipe in (recipes[0], recipes[1], recipes[0], recipes[2]):
         engine.load(recipe)
-    assert [key.base_model for key in engine._bases] == [bases[0], bases[2]]
+    assert [key.base_model for key in engine._models] == [bases[0], bases[2]]
 
     small = Engine(device="cpu", base_budget_bytes=2 * one - 1)
     for recipe in recipes[:2]:
         small.load(recipe)
-    assert [key.base_model for key in small._bases] == [bases[1]]
+    assert [key.base_model for key in small._models] == [bases[1]]
 
 
 @pytest.mark.parametrize(
     ("dtype", "advice"),
-    [("float16", "use bfloat16 or float32"), ("float32", "look for an adapter")],
+    [("float16", "use bfloat16 or float32"), ("float32", "an adapter or a setting")],
 )
 def test_nan_is_an_error_and_not_a_black_image(tmp_path, dtype, advice):
     """Weights that are finite, and too large for what they are multiplied with."""
@@ -421,7 +430,7 @@ def test_running_out_of_memory_is_one_sentence(engine, monkeypatch):
             "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"
         )
 
-    monkeypatch.setattr("fidelora.engine.engine.denoise", no_memory)
+    monkeypatch.setattr("fidelora.engine.engine.sample", no_memory)
     with pytest.raises(MemoryExhaustedError, match="smaller size"):
         engine.generate(Recipe(prompt="a ball", **SMALL))
 
@@ -465,7 +474,7 @@ def test_a_processor_is_known_by_its_maker_too(information, name, tmp_path):
         ("meta", "none", "not supported"),
         ("cpu", "model", "use offload none"),
         ("cpu", "sequential", "use offload none"),
-        ("cpu", "some", "no way of offloading 'some'"),
+        ("cpu", "some", "mode 'some' does not exist"),
     ],
 )
 def test_a_device_that_is_not_there(device, offload, message):
@@ -495,7 +504,7 @@ def count_encodings(monkeypatch):
         seen.append(text)
         return last_state(tokenizer, encoder, text, device)
 
-    monkeypatch.setattr("fidelora.families.sd.text.TextAlone.encode", staticmethod(counted))
+    monkeypatch.setattr("fidelora.families.sd.text.PlainText.encode_prompt", staticmethod(counted))
     return seen
 
 
@@ -540,7 +549,7 @@ def test_a_text_is_encoded_once_for_each_state_of_its_encoder(monkeypatch, tmp_p
 
 def test_only_so_many_texts_are_kept(monkeypatch):
     seen = count_encodings(monkeypatch)
-    monkeypatch.setattr("fidelora.families.clip._KNOWN_TEXTS", 2)
+    monkeypatch.setattr("fidelora.families.clip._MAX_CACHED_PROMPTS", 2)
     engine = Engine(device="cpu")
     base = Recipe(
         prompt="", base_model=str(TINY_BASE), width=64, height=64, steps=1, guidance_scale=1.0

@@ -5,15 +5,24 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
 from tests.families.ldm import as_ldm_checkpoint, as_ldm_vae
-from tests.support import LORA, TINY_BASE, change_weights, copy_base, read_json, weights_of
+from tests.support import (
+    LORA,
+    TINY_BASE,
+    change_weights,
+    copy_base,
+    load_model_of,
+    read_json,
+    weights_of,
+)
 
 from fidelora import Recipe
-from fidelora.engine.model import BaseKey, BaseModel, load_base
+from fidelora.engine.model import LoadedModel, ModelKey, load_model
 from fidelora.errors import (
     BaseModelFilesError,
     BaseModelNotFoundError,
@@ -24,20 +33,19 @@ from fidelora.errors import (
     WeightsFileError,
 )
 from fidelora.families import get_family
+from fidelora.families.sd.text import SDText
 
 TEXT_ENCODER = Path("text_encoder/model.safetensors")
 UNET = Path("unet/diffusion_pytorch_model.safetensors")
 VAE = Path("vae/diffusion_pytorch_model.safetensors")
 
 
-def load(base: Path | str, **fields: str) -> BaseModel:
+def load(base: Path | str, **fields: str) -> LoadedModel:
     recipe = Recipe(prompt="", base_model=str(base), **fields)  # type: ignore[arg-type]
-    loaded = load_base(BaseKey.of(recipe), torch.device("cpu"))
-    loaded.merged.apply([])
-    return loaded
+    return load_model_of(recipe)
 
 
-def all_weights(base: BaseModel) -> dict[str, torch.Tensor]:
+def all_weights(base: LoadedModel) -> dict[str, torch.Tensor]:
     return {
         f"{part}.{name}": tensor
         for part, module in base.parts.items()
@@ -45,7 +53,7 @@ def all_weights(base: BaseModel) -> dict[str, torch.Tensor]:
     }
 
 
-def same(left: BaseModel, right: BaseModel) -> bool:
+def same(left: LoadedModel, right: LoadedModel) -> bool:
     one, other = all_weights(left), all_weights(right)
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
@@ -53,14 +61,15 @@ def same(left: BaseModel, right: BaseModel) -> bool:
 def test_every_weight_is_the_file_s():
     base = load(TINY_BASE)
     stored = safetensors.torch.load_file(TINY_BASE / UNET)
-    assert {name: tuple(tensor.shape) for name, tensor in base.unet.state_dict().items()} == {
-        name: tuple(tensor.shape) for name, tensor in stored.items()
-    }
+    assert {
+        name: tuple(tensor.shape) for name, tensor in base.parts["unet"].state_dict().items()
+    } == {name: tuple(tensor.shape) for name, tensor in stored.items()}
     assert all(
-        torch.equal(tensor, stored[name].float()) for name, tensor in weights_of(base.unet).items()
+        torch.equal(tensor, stored[name].float())
+        for name, tensor in weights_of(base.parts["unet"]).items()
     )
-    assert not any(parameter.requires_grad for parameter in base.unet.parameters())
-    assert not base.unet.training
+    assert not any(parameter.requires_grad for parameter in base.parts["unet"].parameters())
+    assert not base.parts["unet"].training
 
 
 def test_each_part_has_its_own_dtype():
@@ -84,7 +93,7 @@ def test_a_missing_weight_is_named_and_never_made_up(tmp_path, part, name):
     )
     with pytest.raises(
         BaseModelWeightsError,
-        match=f"{part.parent} lacks 1 weights \\({name.removeprefix('text_model.')}\\)",
+        match=f"{part.parent}: 1 weights are missing \\({name.removeprefix('text_model.')}\\)",
     ):
         load(base)
 
@@ -93,7 +102,7 @@ def test_a_left_over_weight_is_named(tmp_path):
     base = copy_base(tmp_path)
     change_weights(base / UNET, lambda tensors: tensors | {"extra.weight": torch.zeros(2)})
     with pytest.raises(
-        BaseModelWeightsError, match=r"unet has left over 1 weights \(extra\.weight\)"
+        BaseModelWeightsError, match=r"unet: 1 weights are left over \(extra\.weight\)"
     ):
         load(base)
 
@@ -113,7 +122,7 @@ def test_a_text_encoder_under_names_nobody_knows_is_refused(tmp_path):
         lambda tensors: {f"transformer.{name}": tensor for name, tensor in tensors.items()},
     )
     with pytest.raises(
-        BaseModelWeightsError, match=r"lacks 52 weights .* has left over 52 weights"
+        BaseModelWeightsError, match=r"52 weights are missing .* 52 weights are left over"
     ):
         load(base)
 
@@ -202,7 +211,7 @@ def test_a_weight_in_two_shards_is_refused(tmp_path):
             tensors, base / f"unet/diffusion_pytorch_model-0000{number}-of-00002.safetensors"
         )
     (base / UNET).unlink()
-    with pytest.raises(BaseModelFilesError, match="weights that another shard has too"):
+    with pytest.raises(BaseModelFilesError, match="are in another shard too"):
         load(base)
 
 
@@ -215,7 +224,7 @@ def test_quantised_weights_are_not_taken_for_weights(tmp_path, dtype):
     )
     with pytest.raises(
         BaseModelWeightsError,
-        match=r"has quantised, which is not supported, 1 weights \(conv_in\.weight\)",
+        match=r"unet: 1 weights are quantised, which is not supported \(conv_in\.weight\)",
     ):
         load(base)
 
@@ -228,7 +237,7 @@ def test_nan_in_the_base_is_named(tmp_path):
     )
     with pytest.raises(
         NonFiniteWeightsError,
-        match=r"vae holds NaN or infinity in 1 weights \(decoder\.conv_out\.bias\)",
+        match=r"1 weights of the base model's vae are NaN or infinite \(decoder\.conv_out\.bias\)",
     ):
         load(base)
 
@@ -237,7 +246,7 @@ def test_a_weight_under_both_spellings_is_refused(tmp_path):
     base = copy_base(tmp_path)
     name = "final_layer_norm.bias"
     change_weights(base / TEXT_ENCODER, lambda tensors: tensors | {name: torch.zeros(32)})
-    with pytest.raises(BaseModelWeightsError, match=f"two weights that are both {name}"):
+    with pytest.raises(BaseModelWeightsError, match=f"text_encoder are both {name}"):
         load(base)
 
 
@@ -264,13 +273,13 @@ def test_a_configuration_that_makes_no_model_is_one_sentence(tmp_path, change):
     base = copy_base(tmp_path)
     path = base / "text_encoder" / "config.json"
     path.write_text(json.dumps(read_json(path) | change))
-    with pytest.raises(BaseModelFilesError, match="describes no CLIPTextModel") as raised:
+    with pytest.raises(BaseModelFilesError, match="does not describe a CLIPTextModel") as raised:
         load(base)
     assert "\n" not in str(raised.value)
 
 
 def test_configurations_for_a_folder_that_has_its_own_are_refused(tmp_path):
-    with pytest.raises(RecipeError, match="configurations of its own"):
+    with pytest.raises(RecipeError, match="its own configurations"):
         load(TINY_BASE, config=str(TINY_BASE))
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file(as_ldm_checkpoint(TINY_BASE), path)
@@ -284,7 +293,7 @@ def test_the_variant_is_chosen_and_never_guessed(tmp_path):
         (base / path).rename(base / path.with_suffix(".fp16.safetensors"))
     assert same(load(base, variant="fp16"), load(TINY_BASE))
     with pytest.raises(
-        BaseModelFilesError, match=r"there are: model\.fp16\.safetensors; choose another variant"
+        BaseModelFilesError, match=r"found: model\.fp16\.safetensors; another variant"
     ):
         load(base)
 
@@ -344,7 +353,7 @@ def test_a_weight_that_a_checkpoint_lacks_is_named(tmp_path):
     safetensors.torch.save_file(checkpoint, path)
     with pytest.raises(
         BaseModelWeightsError,
-        match=r"text_encoder lacks 1 weights \(encoder\.layers\.2\.mlp\.fc2\.bias\)",
+        match=r"text_encoder: 1 weights are missing \(encoder\.layers\.2\.mlp\.fc2\.bias\)",
     ):
         load(path, config=str(TINY_BASE))
 
@@ -353,7 +362,7 @@ def test_the_family_s_own_configurations_are_used_without_a_network(tmp_path):
     """The tiny checkpoint is no Stable Diffusion 1.5 of full size, and is told so."""
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file(as_ldm_checkpoint(TINY_BASE), path)
-    with pytest.raises(BaseModelWeightsError, match="weights that nothing in the model uses"):
+    with pytest.raises(BaseModelWeightsError, match="weights that the model does not use"):
         load(path)
 
 
@@ -365,20 +374,22 @@ def test_the_family_s_own_configurations_are_those_of_stable_diffusion_1_5():
 
     spec = get_family("sd15")
     counts = {}
-    for component in spec.components:
+    for part in spec.parts:
         with init_empty_weights():
-            module = _construct(
-                component, read_config(spec.layout / component.name / "config.json")
-            )
-        counts[component.name] = sum(parameter.numel() for parameter in module.parameters())
+            module = _construct(part, read_config(spec.layout / part.name / "config.json"))
+        counts[part.name] = sum(parameter.numel() for parameter in module.parameters())
     assert counts == {"unet": 859_520_964, "text_encoder": 123_060_480, "vae": 83_653_863}
 
 
-def test_the_family_s_tokenizer_is_that_of_the_golden_base():
-    for name in ("vocab.json", "merges.txt"):
-        assert (get_family("sd15").layout / "tokenizer" / name).read_bytes() == (
-            TINY_BASE / "tokenizer" / name
-        ).read_bytes()
+def test_a_folder_without_a_tokenizer_uses_the_bundled_one(tmp_path):
+    assert not (TINY_BASE / "tokenizer").exists()
+    own = load(copy_base(tmp_path)).text
+    bundled = load(TINY_BASE).text
+    assert isinstance(own, SDText)
+    assert isinstance(bundled, SDText)
+    prompt = "a naïve café, 3 (red) balls"
+    tokens = [text.encoders["text_encoder"].tokenizer(prompt).input_ids for text in (own, bundled)]
+    assert tokens[0] == tokens[1]
 
 
 @pytest.mark.parametrize(
@@ -390,7 +401,7 @@ def test_the_family_s_tokenizer_is_that_of_the_golden_base():
         ),
         ("conditioner.embedders.0.model.ln_final.weight", "the refiner of Stable Diffusion XL"),
         ("cond_stage_model.model.ln_final.weight", "a Stable Diffusion 2 checkpoint"),
-        ("transformer.wte.weight", "its keys are of no known layout"),
+        ("transformer.wte.weight", "its keys have no known layout"),
     ],
 )
 def test_a_checkpoint_of_another_kind_is_recognised(tmp_path, key, message):
@@ -439,7 +450,7 @@ def test_a_truncated_part_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "missing",
-    ["unet/config.json", "tokenizer/vocab.json", "tokenizer/merges.txt", "vae", "tokenizer"],
+    ["unet/config.json", "tokenizer/vocab.json", "tokenizer/merges.txt", "vae"],
 )
 def test_an_incomplete_folder_says_what_is_missing(tmp_path, missing):
     base = copy_base(tmp_path)
@@ -498,7 +509,8 @@ def test_the_hub_s_cache_is_used_when_offline(tmp_path, monkeypatch):
     shutil.copytree(TINY_BASE, repository / "snapshots" / commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     recipe = Recipe(prompt="", base_model="someone/tiny")
-    base = load_base(BaseKey.of(recipe), torch.device("cpu"), cache_dir=tmp_path)
+    key = ModelKey.of(recipe)
+    base = load_model(key, key.find_files(tmp_path), torch.device("cpu"))
     base.merged.apply([])
     assert same(base, load(TINY_BASE))
 
@@ -507,9 +519,7 @@ def test_the_hub_s_cache_is_used_when_offline(tmp_path, monkeypatch):
 def test_a_hub_id_that_is_not_in_the_cache_says_so_when_offline(tmp_path, monkeypatch, name):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(BaseModelNotFoundError, match="someone/absent is not in the local cache"):
-        load_base(
-            BaseKey.of(Recipe(prompt="", base_model=name)), torch.device("cpu"), cache_dir=tmp_path
-        )
+        ModelKey.of(Recipe(prompt="", base_model=name)).find_files(tmp_path)
 
 
 @pytest.mark.parametrize("offload", ["model", "sequential"])
@@ -519,24 +529,24 @@ def test_offloading_changes_no_bit_and_adapters_reach_the_weights(offload):
     from fidelora.adapters.read import read_adapter
 
     plain = load(TINY_BASE)
-    offloaded = load_base(plain.key, torch.device("cpu"), offload=offload)
+    key = ModelKey.of(Recipe(prompt="", base_model=str(TINY_BASE)))
+    offloaded = load_model(key, key.find_files(), torch.device("cpu"), offload=offload)
     assert len(offloaded.hooks) == (3 if offload == "model" else 0)
     inputs = (torch.randn(2, 4, 8, 8), torch.tensor(7), torch.randn(2, 77, 32))
     adapter = read_adapter(LORA)
 
-    def outputs(base: BaseModel, *, live: bool) -> torch.Tensor:
+    def outputs(base: LoadedModel, *, live: bool) -> torch.Tensor:
         bound = [(base.targets.bind(adapter), 0.5)]
         base.rest()
         base.merged.apply([] if live else bound)
         with torch.no_grad(), live_adapters(base.targets, bound if live else []):
-            output: torch.Tensor = base.unet(*inputs, return_dict=False)[0]
+            output: torch.Tensor = base.parts["unet"](*inputs, return_dict=False)[0]
         return output
 
     for live in (False, True):
         assert torch.equal(outputs(plain, live=live), outputs(offloaded, live=live))
-    assert torch.equal(
-        plain.vae.decode(torch.ones(1, 4, 8, 8), return_dict=False)[0],
-        offloaded.vae.decode(torch.ones(1, 4, 8, 8), return_dict=False)[0],
-    )
+    vaes: list[Any] = [plain.parts["vae"], offloaded.parts["vae"]]
+    one, other = (vae.decode(torch.ones(1, 4, 8, 8), return_dict=False)[0] for vae in vaes)
+    assert torch.equal(one, other)
     ids = torch.zeros(1, 77, dtype=torch.int64)
     assert torch.equal(plain.parts["text_encoder"](ids)[0], offloaded.parts["text_encoder"](ids)[0])

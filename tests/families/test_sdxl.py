@@ -22,6 +22,8 @@ from tests.support import (
     TINY_BASE,
     TINY_SDXL,
     change_weights,
+    expected_bytes_of,
+    load_model_of,
     read_json,
     save_adapter,
     weights_of,
@@ -33,7 +35,7 @@ from fidelora.adapters.deltas import DoraDelta
 from fidelora.adapters.read import read_adapter
 from fidelora.adapters.targets import Targets
 from fidelora.engine.examine import examine_adapter
-from fidelora.engine.model import BaseKey, BaseModel, expected_bytes, load_base, load_tokenizer
+from fidelora.engine.model import LoadedModel
 from fidelora.errors import (
     AdapterFormatError,
     AdapterMismatchError,
@@ -41,8 +43,10 @@ from fidelora.errors import (
     BaseModelWeightsError,
 )
 from fidelora.families import get_family
+from fidelora.families.clip import load_tokenizer
+from fidelora.families.protocols import Prompts, Size
 from fidelora.families.sd.names import original_names
-from fidelora.weights.strict import empty_component, read_config
+from fidelora.weights.strict import empty_part, read_config
 
 CPU = torch.device("cpu")
 SPEC = get_family("sdxl")
@@ -61,16 +65,15 @@ def engine() -> Engine:
     return Engine(device="cpu")
 
 
-def load(base: Path, **fields: Any) -> BaseModel:
-    loaded = load_base(
-        BaseKey.of(Recipe(prompt="", model="sdxl", base_model=str(base), **fields)),
-        torch.device("cpu"),
-    )
-    loaded.merged.apply([])
-    return loaded
+def sdxl_recipe(base: Path, **fields: Any) -> Recipe:
+    return Recipe(prompt="", model="sdxl", base_model=str(base), **fields)
 
 
-def same(left: BaseModel, right: BaseModel) -> bool:
+def load(base: Path, **fields: Any) -> LoadedModel:
+    return load_model_of(sdxl_recipe(base, **fields))
+
+
+def same(left: LoadedModel, right: LoadedModel) -> bool:
     one, other = (
         {
             f"{part}.{name}": tensor
@@ -86,15 +89,15 @@ def same(left: BaseModel, right: BaseModel) -> bool:
 
 
 def full_size(name: str) -> nn.Module:
-    component = next(component for component in SPEC.components if component.name == name)
-    return empty_component(component, read_config(SPEC.layout / name / "config.json"))
+    part = next(part for part in SPEC.parts if part.name == name)
+    return empty_part(part, read_config(SPEC.layout / name / "config.json"))
 
 
 def test_the_family_s_own_configurations_are_those_of_sdxl():
     """Sizes that are published for the model."""
     counts = {
         one.name: sum(weight.numel() for weight in full_size(one.name).parameters())
-        for one in SPEC.components
+        for one in SPEC.parts
     }
     expected = {
         "text_encoder": 123_060_480,
@@ -106,15 +109,11 @@ def test_the_family_s_own_configurations_are_those_of_sdxl():
 
 
 def test_the_second_tokenizer_pads_with_another_token():
-    first, second = (
-        load_tokenizer(SPEC.layout / part.tokenizer, 49408) for part in SPEC.text_encoders
-    )
+    specs = [part.tokenizer for part in SPEC.text_encoders]
+    first, second = (load_tokenizer(None, spec, 49408) for spec in specs if spec)
     assert (first.pad_token_id, second.pad_token_id) == (49407, 0)
-    for name in ("vocab.json", "merges.txt"):
-        assert (
-            len({(SPEC.layout / part.tokenizer / name).read_bytes() for part in SPEC.text_encoders})
-            == 1
-        )
+    padded = second("a", padding="max_length", max_length=5).input_ids
+    assert padded == [49406, 320, 49407, 0, 0]
 
 
 # --- base models -------------------------------------------------------------------------------------------------------
@@ -157,11 +156,11 @@ def test_diffusers_reads_the_same_from_that_file(tmp_path):
     [
         (
             "conditioner.embedders.1.model.transformer.resblocks.0.extra.weight",
-            "nothing in the model uses",
+            "the model does not use",
         ),
-        ("conditioner.embedders.1.model.extra", "nothing in the model uses"),
-        ("conditioner.embedders.0.transformer.extra", "has left over"),
-        ("conditioner.embedders.2.x", "nothing in the model uses"),
+        ("conditioner.embedders.1.model.extra", "the model does not use"),
+        ("conditioner.embedders.0.transformer.extra", "are left over"),
+        ("conditioner.embedders.2.x", "the model does not use"),
     ],
 )
 def test_a_weight_of_a_checkpoint_that_nothing_uses_is_named(tmp_path, key, words):
@@ -215,11 +214,19 @@ def test_the_expected_size_covers_the_loaded_one(tmp_path, dtype):
     config = read_json(base / "vae" / "config.json") | {"force_upcast": True}
     (base / "vae" / "config.json").write_text(json.dumps(config))
     loaded = load(base, dtype=dtype)
-    assert loaded.size_bytes <= expected_bytes(loaded.key) < 1.3 * loaded.size_bytes
+    assert (
+        loaded.size_bytes
+        <= expected_bytes_of(sdxl_recipe(base, dtype=dtype))
+        < 1.3 * loaded.size_bytes
+    )
     file = tmp_path / "model.safetensors"
     safetensors.torch.save_file(as_sdxl_checkpoint(TINY_SDXL), file)
     in_one_file = load(file, dtype=dtype, config=str(base))
-    assert in_one_file.size_bytes <= expected_bytes(in_one_file.key) < 1.3 * in_one_file.size_bytes
+    assert (
+        in_one_file.size_bytes
+        <= expected_bytes_of(sdxl_recipe(file, dtype=dtype, config=str(base)))
+        < 1.3 * in_one_file.size_bytes
+    )
 
 
 # --- adapters: names ---------------------------------------------------------------------------------------------------
@@ -228,7 +235,7 @@ def test_the_expected_size_covers_the_loaded_one(tmp_path, dtype):
 @pytest.fixture(scope="module")
 def targets() -> Targets:
     return Targets(
-        SPEC, {part.name: full_size(part.name) for part in SPEC.components if part.adapter_prefixes}
+        SPEC, {part.name: full_size(part.name) for part in SPEC.parts if part.adapter_prefixes}
     )
 
 
@@ -294,7 +301,7 @@ def test_names_that_mean_nothing(targets, name):
 
 def test_the_original_names_are_those_of_the_original_layout():
     """Against the writer of checkpoints in the tests, which has a table of its own."""
-    unet = load(TINY_SDXL).unet
+    unet = load(TINY_SDXL).parts["unet"]
     paths = [
         path for path, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
     ]
@@ -307,7 +314,7 @@ def test_the_original_names_are_those_of_the_original_layout():
 
 
 def test_an_adapter_under_original_names_makes_the_same_image(engine, tmp_path):
-    paths = original_names(dict(load(TINY_SDXL).unet.named_modules()))
+    paths = original_names(dict(load(TINY_SDXL).parts["unet"].named_modules()))
     flat = {path.replace(".", "_"): name.replace(".", "_") for path, name in paths.items()}
 
     def renamed(key: str) -> str:
@@ -386,7 +393,8 @@ def test_each_adapter_on_the_other_model_names_the_right_one(engine, path, made_
 
 def test_what_fits_both_models_is_refused_by_what_its_file_says(engine, tmp_path):
     """Both have this module, and here in one shape."""
-    module = ("lora_unet_conv_in", *load(TINY_SDXL).unet.conv_in.weight.shape[:2])
+    unet: Any = load(TINY_SDXL).parts["unet"]
+    module = ("lora_unet_conv_in", *unet.conv_in.weight.shape[:2])
     out, inside = module[1:]
     tensors = {
         f"{module[0]}.lora_down.weight": torch.ones(2, inside, 3, 3),
@@ -413,7 +421,8 @@ def test_the_vae_that_replaces_the_base_s_counts_in_the_budget(tmp_path):
     shutil.copytree(TINY_SDXL, base)
     (base / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     loaded = load(base, vae=str(TINY_SDXL / "vae"))
-    assert loaded.size_bytes <= expected_bytes(loaded.key) < 1.3 * loaded.size_bytes
+    expected = expected_bytes_of(sdxl_recipe(base, vae=str(TINY_SDXL / "vae")))
+    assert loaded.size_bytes <= expected < 1.3 * loaded.size_bytes
 
 
 def test_the_other_model_is_named_without_metadata_too(engine, tmp_path):
@@ -442,7 +451,7 @@ def test_what_the_file_says_goes_before_its_names(engine):
 def test_what_fits_neither_is_listed_as_ever(engine, tmp_path):
     path = save_adapter(tmp_path / "a.safetensors", random_lora(("lora_unet_nowhere", 8, 8)))
     with pytest.raises(
-        AdapterMismatchError, match=r"1 of 1 modules match nothing there: lora_unet_nowhere"
+        AdapterMismatchError, match=r"1 of 1 modules match nothing in it: lora_unet_nowhere"
     ):
         engine.generate(painted(path))
 
@@ -565,34 +574,36 @@ def test_the_end_of_each_text_that_does_not_fit_is_named_once(engine):
     image = engine.generate(
         Recipe(prompt=long, negative_prompt="", negative_prompt_2=long, **SMALL)
     )
-    assert [warning.split(" does")[0] for warning in image.warnings] == [
+    assert [warning.split(" exceeds")[0] for warning in image.warnings] == [
         "The end of the second negative prompt",
         "The end of the prompt",
     ]
+
+
+def no_adapters(part: str) -> tuple[()]:
+    return ()
 
 
 @pytest.mark.parametrize(
     "recipe", [Recipe(prompt="", **SMALL), Recipe(prompt="", **SD15)], ids=["sdxl", "sd15"]
 )
 def test_a_blank_condition_has_the_shapes_of_a_real_one(recipe):
-    base = load_base(BaseKey.of(recipe), CPU)
-    base.merged.apply([])
+    text, size = load_model_of(recipe).text, Size(64, 64)
     with torch.no_grad():
-        real, _ = base.conditioning.of(recipe, lambda _: (), CPU)
-    blank = base.conditioning.blank(2, CPU)
-    assert real.text.shape == blank.text.shape
-    assert {name: tensor.shape for name, tensor in real.added.items()} == {
-        name: one.shape for name, one in blank.added.items()
-    }
+        real = text.encode(Prompts("", ""), size, no_adapters)
+    blank = text.blank(size, negative=True)
+    for one, other in ((real.positive, blank.positive), (real.negative, blank.negative)):
+        assert one.text.shape == other.text.shape
+        shapes = [{name: row.shape for name, row in each.added.items()} for each in (one, other)]
+        assert shapes[0] == shapes[1]
+    assert text.blank(size, negative=False).negative is None
 
 
 def test_sizes_are_told_as_height_and_width():
-    base = load(TINY_SDXL)
     with torch.no_grad():
-        condition, _ = base.conditioning.of(
-            Recipe(prompt="", **(SMALL | {"width": 96})), lambda _: (), CPU
-        )
-    assert condition.added["time_ids"].tolist() == [[64, 96, 0, 0, 64, 96]] * 2
+        encoded = load(TINY_SDXL).text.encode(Prompts("", ""), Size(96, 64), no_adapters)
+    for row in (encoded.negative, encoded.positive):
+        assert row.added["time_ids"].tolist() == [[64, 96, 0, 0, 64, 96]]
 
 
 # --- fast --------------------------------------------------------------------------------------------------------------
@@ -630,12 +641,12 @@ def test_the_models_take_turns_within_a_budget_for_one(fidelity):
     """20 alternations: never two bases at a time, nothing of one that is gone stays, and the images are what they were."""
     recipes = [painted(LORA, **SD15, fidelity=fidelity), painted(SDXL_LORA, fidelity=fidelity)]
     alone = [Engine(device="cpu").generate(recipe).pixels for recipe in recipes]
-    largest = max(expected_bytes(BaseKey.of(recipe)) for recipe in recipes)
+    largest = max(expected_bytes_of(recipe) for recipe in recipes)
     engine = Engine(device="cpu", base_budget_bytes=largest)
-    seen: list[weakref.ref[BaseModel]] = []
+    seen: list[weakref.ref[LoadedModel]] = []
     for turn in range(20):
         assert np.array_equal(engine.generate(recipes[turn % 2]).pixels, alone[turn % 2])
-        (base,) = engine._bases.values()
+        (base,) = engine._models.values()
         assert base.size_bytes <= largest
         seen.append(weakref.ref(base))
         del base
@@ -646,8 +657,8 @@ def test_a_budget_for_both_keeps_both():
     recipes = [Recipe(prompt="", **SD15), Recipe(prompt="", **SMALL)]
     engine = Engine(device="cpu", base_budget_bytes=2**30)
     engine.generate(recipes[0])
-    first = next(iter(engine._bases.values()))
+    first = next(iter(engine._models.values()))
     for recipe in recipes:
         engine.generate(recipe)
-    assert len(engine._bases) == 2
-    assert first in engine._bases.values()
+    assert len(engine._models) == 2
+    assert first in engine._models.values()

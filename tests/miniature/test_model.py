@@ -19,7 +19,7 @@ import fidelora
 from fidelora import AdapterRef, Engine, Recipe
 from fidelora.errors import BaseModelNotFoundError
 from fidelora.families import get_family
-from fidelora.weights.locate import is_name, locate
+from fidelora.weights.locate import is_portable, locate
 
 FOLDER = Path(fidelora.__file__).parent / "miniature"
 BASE = Recipe(prompt="", base_model="fidelora:miniature", width=world.SIZE, height=world.SIZE)
@@ -33,13 +33,13 @@ def engine() -> Engine:
 def test_its_name_means_it_on_every_machine(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     spec = get_family("sd15")
-    assert locate("fidelora:miniature", spec.components) == FOLDER
-    assert is_name("fidelora:miniature")
-    assert is_name("owner/name")
-    assert not is_name(str(FOLDER))
-    assert not is_name("fidelora:maxiature")
+    assert locate("fidelora:miniature", spec.parts) == FOLDER
+    assert is_portable("fidelora:miniature")
+    assert is_portable("owner/name")
+    assert not is_portable(str(FOLDER))
+    assert not is_portable("fidelora:maxiature")
     with pytest.raises(BaseModelNotFoundError, match="fidelora:miniature"):
-        locate("fidelora:maxiature", spec.components)
+        locate("fidelora:maxiature", spec.parts)
 
 
 def test_it_has_the_layout_of_a_stable_diffusion_and_fits_into_20_megabytes():

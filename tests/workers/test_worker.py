@@ -319,7 +319,7 @@ def test_an_unexpected_error_costs_an_attempt_and_then_the_job(
     def broken(*args, **kwargs):
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr("fidelora.engine.engine.denoise", broken)
+    monkeypatch.setattr("fidelora.engine.engine.sample", broken)
     add(store, clock)
     for attempt in range(1, MAX_ATTEMPTS + 1):
         after = worker.run_next()
@@ -341,7 +341,7 @@ def test_a_process_that_is_told_to_stop_gives_the_job_back(
         raise SystemExit(0)
 
     job = add(store, clock)
-    monkeypatch.setattr("fidelora.engine.engine.denoise", told_to_stop)
+    monkeypatch.setattr("fidelora.engine.engine.sample", told_to_stop)
     with pytest.raises(SystemExit):
         worker.run_next()
     back = store.get(job.id)

@@ -46,7 +46,7 @@ def main() -> None:
     shutil.copy(work / ADAPTER.name, ADAPTER)
     _write_json(
         FOLDER / "scheduler" / "scheduler_config.json",
-        {"_class_name": "PNDMScheduler", **SPEC.scheduler_config},
+        {"_class_name": "PNDMScheduler", **SPEC.samplers["ddpm"].config},
     )
     _write_json(FOLDER / "model_index.json", _index())
     IMAGES.mkdir(exist_ok=True)

@@ -76,7 +76,7 @@ def main() -> None:
     rng = np.random.default_rng(SEED)
     scenes = _scenes(rng)
     latents = _latents(vae, scenes, rng)
-    scheduler = DDPMScheduler.from_config(dict(SPEC.scheduler_config))
+    scheduler = DDPMScheduler.from_config(dict(SPEC.samplers["ddpm"].config))
     kept = scheduler.alphas_cumprod
     snr = kept / (1 - kept)
     weights = snr.clamp(max=GAMMA) / snr

@@ -23,6 +23,7 @@ from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from fidelora.families import get_family
+from fidelora.families.clip_tokenizer import CLIP_TOKENIZER
 
 SPEC = get_family("sd15")
 LATENT = world.SIZE // 8
@@ -68,7 +69,7 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="a miniature to go on from, in place of nothing")
     options = common.options(parser)
     torch.manual_seed(SEED)
-    tokenizer = CLIPTokenizer.from_pretrained(SPEC.layout / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(CLIP_TOKENIZER)
     text_encoder = CLIPTextModel(CLIPTextConfig(**TEXT_CONFIG))
     unet = UNet2DConditionModel.from_config(UNET_CONFIG).to(memory_format=torch.channels_last)
     if options.start:
@@ -91,7 +92,7 @@ def main() -> None:
     if not options.start and not (options.work / "unet.pt").exists():
         learn_to_read(tokenizer, text_encoder, scenes)
     latents = _latents(options.work, vae, scenes)
-    scheduler = DDPMScheduler.from_config(dict(SPEC.scheduler_config))
+    scheduler = DDPMScheduler.from_config(dict(SPEC.samplers["ddpm"].config))
     kept = scheduler.alphas_cumprod
     snr = kept / (1 - kept)
     weights = snr.clamp(max=GAMMA) / snr
@@ -233,7 +234,7 @@ def evaluate(
     rng = np.random.default_rng(SEED + 1)
     generator = torch.Generator().manual_seed(SEED)
     captions = [world.caption(scene, rng) for scene in scenes]
-    scheduler = DDPMScheduler.from_config(dict(SPEC.scheduler_config))
+    scheduler = DDPMScheduler.from_config(dict(SPEC.samplers["ddpm"].config))
     scheduler.set_timesteps(25)
     with common.autocast():
         text = text_encoder(tokenize(tokenizer, [""] * count + captions))[0]
@@ -267,7 +268,7 @@ def evaluate(
 def _save(folder: Path, text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> None:
     text_encoder.half().save_pretrained(folder / "text_encoder")
     unet.to(memory_format=torch.contiguous_format).half().save_pretrained(folder / "unet")
-    shutil.copytree(SPEC.layout / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
+    shutil.copytree(CLIP_TOKENIZER, folder / "tokenizer", dirs_exist_ok=True)
     text_encoder.float()
     unet.float()
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fidelora.adapters import tensor_names as keys
-from fidelora.families import Family, all_families
+from fidelora.families import Family, NoiseSampler, all_families
 
 _ABOUT = """
 The families of models, as `fidelora models` and `GET /v1/models` list them, with what is used for whatever a recipe or a request
@@ -65,14 +65,17 @@ def _family(spec: Family) -> Iterator[str]:
     )
     kinds = ", ".join(_KIND_TITLES.get(kind, kind) for kind in dict.fromkeys(keys._KINDS.values()))
     yield f"* adapters: {kinds}, in `.safetensors` files whose modules begin with"
-    for component in spec.components:
-        if component.adapter_prefixes:
-            yield f"    * {', '.join(f'`{prefix}`' for prefix in component.adapter_prefixes)}: {component.name.replace('_', ' ')}"
+    for part in spec.parts:
+        if part.adapter_prefixes:
+            yield f"    * {', '.join(f'`{prefix}`' for prefix in part.adapter_prefixes)}: {part.name.replace('_', ' ')}"
     versions = ", ".join(f"`{version}`" for version in spec.adapter_base_versions)
     yield f"* such a file calls its base model (`ss_base_model_version`) {versions}"
-    yield f"* parts: {', '.join(f'{part.name} (`{part.class_name}` of {part.library})' for part in spec.components)}"
+    yield f"* parts: {', '.join(f'{part.name} (`{part.class_name}` of {part.library})' for part in spec.parts)}"
     yield from ["", "| sampler | computed by, of diffusers | at most |", "|---|---|---|"]
+    common = spec.samplers[spec.default_sampler].config
     for sampler in spec.samplers.values():
-        options = ", ".join(f"`{name}={value}`" for name, value in sampler.options.items())
-        yield f"| `{sampler.name}` | `{sampler.scheduler}`{f' with {options}' if options else ''} | {sampler.max_steps} steps |"
+        own = {name: value for name, value in sampler.config.items() if common.get(name) != value}
+        options = ", ".join(f"`{name}={value}`" for name, value in own.items())
+        scheduler = sampler.scheduler if isinstance(sampler, NoiseSampler) else "FlowSchedule"
+        yield f"| `{sampler.name}` | `{scheduler}`{f' with {options}' if options else ''} | {sampler.max_steps} steps |"
     yield ""

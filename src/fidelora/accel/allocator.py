@@ -1,4 +1,4 @@
-"""The memory of a process that does nothing but make images."""
+"""Memory settings for processes that only make images."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _NEVER, _AT_ONCE = 2**31 - 1, 64 * 2**20
 
 
 def keep_freed_memory() -> bool:
-    """Have the C library keep what is freed, for the next tensor, in place of giving it back to the system.
+    """Make the C library keep freed memory for the next tensor instead of returning it.
 
-    By default every large tensor is a mapping of its own: new, so that the system has to clear each of its pages, and given back
-    when the tensor is gone. A step of a model makes hundreds of them. The numbers in them are the same either way.
+    By default every large tensor is a new mapping: the system clears its pages, and takes them back
+    when the tensor is freed. A step of a model allocates hundreds of them. The numbers do not change.
 
-    A process keeps the most memory that it ever used, so this is for processes that make images and nothing else, before they
-    load a model.
+    The process keeps the most memory that it ever used, so this is for processes that only make
+    images, before they load a model.
 
     Returns:
-        whether it took effect; only the C library of GNU has it.
+        True if it took effect; only the GNU C library supports it.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -36,10 +36,10 @@ def keep_freed_memory() -> bool:
 
 @contextmanager
 def importing_for_good() -> Iterator[None]:
-    """Import large libraries in this block a fifth faster (0.8 of 4.3 s on the machine of docs/performance.md).
+    """Import large libraries in this block a fifth faster (0.8 of 4.3 s, see docs/performance.md).
 
-    Importing makes objects by the hundred thousand, and Python looks again and again whether some of them are garbage. Nearly all
-    stay as long as the process, so nothing looks at them now, nor later.
+    Importing creates objects by the hundred thousand, and Python repeatedly searches them for
+    garbage. Nearly all live as long as the process, so they are exempt from collection for good.
     """
     collected = gc.isenabled()
     gc.disable()

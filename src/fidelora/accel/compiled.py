@@ -1,62 +1,30 @@
-"""The fast path: what it is on which device, and what it is on CUDA.
+"""The fast path on CUDA: compiled blocks, in the memory layout that tensor cores read.
 
-On the CPU it is `packed.py`. On CUDA the UNet's transformer blocks are compiled, all of them once because they are alike, and the
-layout in memory is the one that tensor cores read. Adapters are written into the very tensors that the compiled code reads, so a
-switch compiles nothing.
+The denoiser's repeated blocks are alike, so they are compiled once. Adapters are merged into the
+tensors that the compiled code reads, so a switch of adapters compiles nothing.
 
-The path on CUDA was written with the documentation of PyTorch and diffusers, and tested on the CPU; no figure of it is known.
+Written from the documentation of PyTorch and diffusers and tested on the CPU; no figure was
+measured on a GPU.
 """
 
 from __future__ import annotations
 
-from enum import Enum
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-
-from fidelora.accel import Offload
-from fidelora.errors import DeviceError
-
-if TYPE_CHECKING:  # the server asks which devices have a fast path, and needs no models for that
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
 
 _COMPILER = "inductor"
 
 
-class Way(Enum):
-    """How `fast` is done."""
+def compile_parts(denoiser: nn.Module, others: Sequence[nn.Module]) -> None:
+    """Lay out all modules for tensor cores, and compile the denoiser's blocks on first use.
 
-    PACKED = "packed"
-    COMPILED = "compiled"
-
-
-def way_on(device: torch.device, offload: Offload) -> Way:
-    """The fast path on this device.
-
-    Raises:
-        DeviceError: there is none, or it cannot be had with offloading.
+    A block is compiled again for each new image size until the compiler treats sizes as variables;
+    `LoadedModel.warm_up` triggers this before a request's first step.
     """
-    if offload != "none":
-        raise DeviceError(
-            f"fast keeps the whole model on its device; use offload none, or exact with offload {offload}."
-        )
-    if device.type == "cpu":
-        if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-            raise DeviceError(
-                "This build of torch has no oneDNN, which fast on the CPU is made of; use exact."
-            )
-        return Way.PACKED
-    if device.type == "cuda":
-        return Way.COMPILED
-    raise DeviceError(f"There is no fast path on {device.type}; use exact.")
-
-
-def compile_parts(unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
-    """Lay both out for tensor cores and have the UNet's repeated blocks compiled when they are first used.
-
-    A block is compiled again for each new size of images, until the compiler takes sizes as variables; `BaseModel.warm` lets that
-    happen before a request's first step.
-    """
-    for model in (unet, vae):
-        model.to(memory_format=torch.channels_last)
-    unet.compile_repeated_blocks(fullgraph=True, backend=_COMPILER)
+    for module in (denoiser, *others):
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    compilable: Any = denoiser
+    compilable.compile_repeated_blocks(fullgraph=True, backend=_COMPILER)

@@ -1,4 +1,4 @@
-"""Which device and which precision this machine offers."""
+"""Devices of this machine, and the precision that each uses by default."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of this name: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`; `auto` takes the best there is.
+    """Return a device by name: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`; `auto` is the fastest.
 
     Raises:
         DeviceError: no such device here.
@@ -57,7 +57,9 @@ def resolve_device(name: str) -> torch.device:
 
 @cache
 def processor_name() -> str:
-    """The processor as the system calls it, with maker, family and model, which a virtual machine's name does not always tell.
+    """Return the processor's name with vendor, family and model.
+
+    The name that a virtual machine reports may lack these.
 
     The maker matters: with equal instructions, the library that multiplies matrices takes other kernels on Intel's than on AMD's.
     """
@@ -68,7 +70,7 @@ def processor_name() -> str:
 
 
 def read_processor_name(information: Path) -> str:
-    """What a file like Linux's `/proc/cpuinfo` says of the first processor."""
+    """Return the name of the first processor in a file like Linux's `/proc/cpuinfo`."""
     lines = information.read_text().split("\n\n", 1)[0].splitlines()
     fields = {
         name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)
@@ -78,17 +80,20 @@ def read_processor_name(information: Path) -> str:
 
 
 _DISTINGUISHING = {"by": "vendor_id", "family": "cpu family", "model": "model"}
-"""Words of ours, names of Linux on x86; on other processors there are none of them."""
+"""Field names of `/proc/cpuinfo` on x86 by the words in our records."""
 
 
 def instruction_set() -> str:
-    """Which of its kernels torch takes on this processor, such as `AVX512` or `AVX512, AMX`."""
+    """Return the instruction sets of torch's kernels, such as `AVX512` or `AVX512, AMX`."""
     tiles = ", AMX" if torch.cpu._is_amx_tile_supported() else ""
     return torch.backends.cpu.get_cpu_capability() + tiles
 
 
 def auto_dtype(device: torch.device) -> Dtype:
-    """The usual precision of a device: CUDA bfloat16 where the hardware has it, else float16; mps float16; CPU float32."""
+    """Return a device's default precision.
+
+    CUDA: bfloat16 if the hardware supports it, else float16; mps: float16; CPU: float32.
+    """
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
     return "float16" if device.type == "mps" else "float32"

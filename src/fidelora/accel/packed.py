@@ -1,32 +1,32 @@
-"""The fast path on the CPU: weights in the order in which the processor's matrix units read them, attention by matrix products.
+"""The fast path on the CPU: packed weights, and attention by matrix products.
 
-oneDNN multiplies fastest when a weight lies in memory block by block. PyTorch has it laid out so at each call; here it is done
-once, when a weight is loaded or an adapter changes it. Where the processor multiplies bfloat16 itself, weights and activations are
-bfloat16, which halves what has to be read and doubles what is computed at once. Neither keeps the bits of the exact path.
+oneDNN multiplies fastest when a weight lies in memory in blocks. PyTorch converts it at each call;
+here it is converted once, when it is loaded or an adapter changes it. On processors that multiply
+bfloat16 natively, weights and activations are bfloat16, which halves the memory traffic and doubles
+the arithmetic throughput. Neither keeps the bits of the exact path.
 
-A packed module is a linear or convolutional module whose `weight` has a shape and a dtype but no numbers; the numbers are what it
-was given to `take`.
+A packed module is a linear or convolutional module whose `weight` has a shape and a dtype but no
+numbers; these come from `set_weight`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from fidelora.accel.prepack import CachedTextProjection
+from fidelora.accel.weight_protocols import WriteWeight
 
 _SCORES_AT_ONCE = 4 * 2**20
-"""Of attention, what each row thinks of each key, for as many heads or rows as fit: 8 MB, which stay in the cache."""
+"""Attention scores computed at a time: 8 MB in bfloat16, small enough to stay in the CPU cache."""
 
 
 def packed_dtype() -> torch.dtype:
-    """The dtype of the fast path on this processor: bfloat16 where it multiplies that itself, else float32."""
+    """Return the dtype of the fast path: bfloat16 if the processor multiplies it, else float32."""
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
 
@@ -36,13 +36,13 @@ class _Packed(nn.Module):
 
     _packed: Tensor | None = None
 
-    def release(self) -> None:
-        """Forget the weight, until another one is taken."""
+    def release_weight(self) -> None:
+        """Drop the weight until the next `set_weight`."""
         self._packed = None
 
 
 class PackedLinear(_Packed, nn.Linear):
-    """A linear module like this one whose weight is packed."""
+    """A packed copy of a linear module."""
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__(
@@ -50,8 +50,8 @@ class PackedLinear(_Packed, nn.Linear):
         )
         self.register_parameter("bias", _own(linear.bias, dtype))
 
-    def take(self, write: Callable[[torch.dtype], Tensor]) -> None:
-        """Use the weight [out, in] that `write` gives, which is copied."""
+    def set_weight(self, write: WriteWeight) -> None:
+        """Use the weight [out, in] that `write` returns, which is copied."""
         self._packed = torch.ops.mkldnn._reorder_linear_weight(
             write(torch.float32).to(self.weight.dtype), None
         )
@@ -65,28 +65,28 @@ class PackedLinear(_Packed, nn.Linear):
 class PackedCachedTextLinear(CachedTextProjection, PackedLinear):
     """A packed linear module that projects each text once."""
 
-    _taken = 0
+    _version = 0
 
-    def take(self, write: Callable[[torch.dtype], Tensor]) -> None:
-        super().take(write)
-        self._taken += 1
+    def set_weight(self, write: WriteWeight) -> None:
+        super().set_weight(write)
+        self._version += 1
 
-    def _state_of_weight(self) -> int:
-        return self._taken
+    def _weight_version(self) -> int:
+        return self._version
 
 
 class PackedGatedLinear(PackedLinear):
-    """A packed linear module of twice as many outputs, half of them values, half of them gates: gives `values * gelu(gates)`.
+    """A packed linear module whose outputs are values and gates; returns `values * gelu(gates)`.
 
-    oneDNN does all but the product of matrices to its results while they are in registers.
+    oneDNN applies the gate to the product while it is in registers.
     """
 
     _packed_gates: Tensor | None = None
 
-    def release(self) -> None:
+    def release_weight(self) -> None:
         self._packed = self._packed_gates = None
 
-    def take(self, write: Callable[[torch.dtype], Tensor]) -> None:
+    def set_weight(self, write: WriteWeight) -> None:
         values, gates = write(torch.float32).to(self.weight.dtype).chunk(2)
         self._packed = torch.ops.mkldnn._reorder_linear_weight(values, None)
         self._packed_gates = torch.ops.mkldnn._reorder_linear_weight(gates, None)
@@ -103,7 +103,7 @@ class PackedGatedLinear(PackedLinear):
 
 
 class PackedGate(nn.Module):
-    """diffusers' `GEGLU`, whose linear module does it all."""
+    """diffusers' `GEGLU` on a `PackedGatedLinear`."""
 
     def __init__(self, gate: GEGLU, dtype: torch.dtype) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class PackedGate(nn.Module):
 
 
 class PackedConv2d(_Packed, nn.Conv2d):
-    """A convolution like this one whose weight is packed."""
+    """A packed copy of a convolution."""
 
     def __init__(self, conv: nn.Conv2d, dtype: torch.dtype) -> None:
         shape = (
@@ -129,28 +129,29 @@ class PackedConv2d(_Packed, nn.Conv2d):
         super().__init__(*shape, bias=False, device="meta", dtype=dtype)  # type: ignore[arg-type]  # tuples are pairs here
         self.register_parameter("bias", _own(conv.bias, dtype))
 
-    def take(self, write: Callable[[torch.dtype], Tensor]) -> None:
-        """Use the weight [out, in, height, width] that `write` gives, which is copied."""
+    def set_weight(self, write: WriteWeight) -> None:
+        """Use the weight [out, in, height, width] that `write` returns, which is copied."""
         plain = write(torch.float32).to_mkldnn(self.weight.dtype)
-        self._packed = torch._C._nn.mkldnn_reorder_conv2d_weight(plain, *self._place)
+        self._packed = torch._C._nn.mkldnn_reorder_conv2d_weight(plain, *self._geometry)
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(
             Tensor,
             torch.ops.mkldnn._convolution_pointwise(
-                x, self._packed, self.bias, *self._place, "none", [], ""
+                x, self._packed, self.bias, *self._geometry, "none", [], ""
             ),
         )
 
     @property
-    def _place(self) -> tuple[Any, Any, Any, int]:
+    def _geometry(self) -> tuple[Any, Any, Any, int]:
         return self.padding, self.stride, self.dilation, self.groups
 
 
 class PackedPointwise(_Packed, nn.Conv2d):
-    """A convolution like this one, of one pixel: a linear module over the channels of each pixel, which lie side by side here.
+    """A packed 1x1 convolution: a linear module over the channels of each pixel.
 
-    Packed as a convolution it would be laid out for another size of the image than the one that comes, and again at each call.
+    Packed as a convolution, its weight would be packed for one image size and converted at each
+    call for others.
     """
 
     def __init__(self, conv: nn.Conv2d, dtype: torch.dtype) -> None:
@@ -159,8 +160,8 @@ class PackedPointwise(_Packed, nn.Conv2d):
         )
         self.register_parameter("bias", _own(conv.bias, dtype))
 
-    def take(self, write: Callable[[torch.dtype], Tensor]) -> None:
-        """Use the weight [out, in, 1, 1] that `write` gives, which is copied."""
+    def set_weight(self, write: WriteWeight) -> None:
+        """Use the weight [out, in, 1, 1] that `write` returns, which is copied."""
         weight = write(torch.float32).flatten(1)
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.weight.dtype), None)
 
@@ -172,35 +173,33 @@ class PackedPointwise(_Packed, nn.Conv2d):
         return mixed.permute(0, 3, 1, 2)
 
 
-def pack(unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
-    """Pack the linear and convolutional modules of both, and let the UNet's attention be products of matrices.
+def pack(module: nn.Module, *, adapters_follow: bool) -> None:
+    """Pack the linear and convolutional modules of a part of the model.
 
-    The modules may hold tensors that are mapped from a file; nothing of that is kept. Those of the UNet get their weights later
-    (`take`), with the first adapters in them.
+    The modules may hold tensors that are mapped from a file; none of these is kept.
+
+    Args:
+        adapters_follow: True if weights that adapters change are set later (`set_weight`), with the
+            first adapters merged in.
     """
     dtype = packed_dtype()
-    for model in (unet, vae):
-        for parent in list(model.modules()):
-            for name, child in parent.named_children():
-                if isinstance(child, GEGLU) and child.proj.bias is not None:
-                    setattr(parent, name, PackedGate(child, dtype))
-                elif (
-                    isinstance(parent, Attention)
-                    and parent.is_cross_attention
-                    and name in ("to_k", "to_v")
-                ):
-                    setattr(parent, name, PackedCachedTextLinear(child, dtype))
-                elif (packed := _packed(child, dtype)) is not None:
-                    setattr(parent, name, packed)
-                    if model is vae:
-                        packed.take(child.weight.to)
-        for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.is_floating_point() and not tensor.is_meta:
-                tensor.data = tensor.to(dtype, copy=True)
-        model.eval().requires_grad_(False)
-    for module in unet.modules():
-        if isinstance(module, Attention) and _is_plain(module):
-            module.set_processor(BatchedAttention())
+    for parent in list(module.modules()):
+        cross_attention = isinstance(parent, Attention) and parent.is_cross_attention
+        for name, child in parent.named_children():
+            if isinstance(child, GEGLU) and child.proj.bias is not None:
+                setattr(parent, name, PackedGate(child, dtype))
+            elif cross_attention and name in ("to_k", "to_v"):
+                setattr(parent, name, PackedCachedTextLinear(cast(nn.Linear, child), dtype))
+            elif (packed := _packed(child, dtype)) is not None:
+                setattr(parent, name, packed)
+                if not adapters_follow:
+                    packed.set_weight(cast(nn.Linear, child).weight.to)
+        if adapters_follow and isinstance(parent, Attention) and _is_plain(parent):
+            parent.set_processor(BatchedAttention())
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_floating_point() and not tensor.is_meta:
+            tensor.data = tensor.to(dtype, copy=True)
+    module.eval().requires_grad_(False)
 
 
 def _packed(
@@ -216,7 +215,8 @@ def _packed(
         return None
     if module.kernel_size == (1, 1) and module.stride == (1, 1) and module.groups == 1:
         return PackedPointwise(module, dtype)
-    # The best layout for other numbers of channels depends on the size of the image, and the wrong one costs more than none.
+    # For other numbers of channels the best layout depends on the image size, and a wrong one
+    # costs more than none.
     return (
         PackedConv2d(module, dtype)
         if module.out_channels % 64 == 0 or module.out_channels < 64
@@ -229,7 +229,7 @@ def _own(bias: Tensor | None, dtype: torch.dtype) -> nn.Parameter | None:
 
 
 def _is_plain(attn: Attention) -> bool:
-    """Whether it is attention and nothing else, as in the transformers of Stable Diffusion."""
+    """True if it is attention without extras, as in the transformer blocks of Stable Diffusion."""
     extras = (
         attn.group_norm,
         attn.spatial_norm,
@@ -242,7 +242,7 @@ def _is_plain(attn: Attention) -> bool:
 
 
 class BatchedAttention:
-    """Plain attention by products of matrices, as a processor for diffusers' `Attention`."""
+    """Plain attention by matrix products, as a processor for diffusers' `Attention`."""
 
     def __call__(
         self,
@@ -252,7 +252,7 @@ class BatchedAttention:
         attention_mask: None = None,
         temb: None = None,
     ) -> Tensor:
-        assert attention_mask is None, "a UNet that is asked for whole images masks nothing"
+        assert attention_mask is None, "denoisers of whole images use no mask"
         text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         batch, rows, _ = hidden_states.shape
         query, key, value = attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text)
@@ -267,22 +267,23 @@ class BatchedAttention:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(query @ key^T / sqrt(size)) @ value of [heads, tokens, size], so many heads, or rows of one, at once as are fast."""
+    """Return softmax(query @ key^T / sqrt(size)) @ value of [heads, tokens, size].
+
+    Computes as many heads, or rows of one head, at a time as `_SCORES_AT_ONCE` allows.
+    """
     heads, rows, size = query.shape
     keys = key.shape[1]
     some_heads = max(1, _SCORES_AT_ONCE // (rows * keys))
     some_rows = rows if some_heads > 1 else max(1, min(rows, _SCORES_AT_ONCE // keys))
-    nothing = torch.empty(
-        (), dtype=query.dtype
-    )  # is multiplied by zero, which does not even read it
+    unused = torch.empty((), dtype=query.dtype)  # beta=0 does not read it
     result = torch.empty_like(query)
     for head in range(0, heads, some_heads):
         part = slice(head, head + some_heads)
         for start in range(0, rows, some_rows):
             queries = query[part, start : start + some_rows]
-            place = nothing.expand(*queries.shape[:2], keys)
+            bias = unused.expand(*queries.shape[:2], keys)
             scores = torch.baddbmm(
-                place, queries, key[part].transpose(1, 2), beta=0, alpha=size**-0.5
+                bias, queries, key[part].transpose(1, 2), beta=0, alpha=size**-0.5
             )
             result[part, start : start + some_rows] = torch.bmm(
                 torch.softmax(scores, -1), value[part]

@@ -13,8 +13,9 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
+from fidelora.accel.weight_protocols import AcceptsWeight
 from fidelora.adapters.deltas import Delta, DoraDelta
-from fidelora.adapters.targets import AcceptsWeight, BoundAdapter, Target, Targets
+from fidelora.adapters.targets import BoundAdapter, Target, Targets
 
 Applied = tuple[tuple[str, float], ...]
 """What one weight holds: (identity, multiplier) of each adapter that touches it, in order; empty for the pristine weight."""
@@ -93,12 +94,12 @@ class MergedAdapters:
         for name in stale:
             module = self._targets.by_name[name].module
             if isinstance(module, AcceptsWeight):
-                module.release()
+                module.release_weight()
 
     def _write(self, target: Target, deltas: Sequence[tuple[Delta, float]]) -> None:
         assert target.pristine is not None, "names and shapes alone cannot be merged into"
         if isinstance(target.module, AcceptsWeight):
-            target.module.take(partial(self._scratch.merged, target.pristine, deltas))
+            target.module.set_weight(partial(self._scratch.merged, target.pristine, deltas))
         else:
             merge_into(target.weight, target.pristine, deltas)
 

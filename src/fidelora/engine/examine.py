@@ -26,7 +26,7 @@ from fidelora.families import Family, all_families, get_family
 from fidelora.loras.describe import AdapterSummary, describe_adapter
 from fidelora.recipe import file_sha256
 from fidelora.safetensors_header import Header, read_file_header
-from fidelora.weights.strict import empty_component, read_config
+from fidelora.weights.strict import empty_part, read_config
 
 ProblemCode = Literal[
     "unusable", "not_finite", "other_architecture", "other_base", "nothing_learned", "partly_learned", "infinite_alpha",
@@ -246,13 +246,14 @@ def _family(adapter: Adapter) -> tuple[str, int, int]:
 
 @cache
 def _targets(model: str) -> Targets:
-    spec = get_family(model)
-    parts = {
-        part.name: empty_component(part, read_config(spec.layout / part.name / "config.json"))
-        for part in spec.components
+    """Return the targets of a family's usual base."""
+    family = get_family(model)
+    modules = {
+        part.name: empty_part(part, read_config(family.layout / part.name / "config.json"))
+        for part in family.parts
         if part.adapter_prefixes
     }
-    return Targets(spec, parts)
+    return Targets(family, modules)
 
 
 def _fit(

@@ -1,6 +1,9 @@
-"""The model families: pure data, one file each, found through the registry."""
+"""The model families, one package each: *spec, text, denoiser, latents*.
 
-from fidelora.families.registry import all_families, get_family, register
-from fidelora.families.spec import Component, Family, Sampler
+A `spec.py` is data and needs no torch; the other modules are loaded when a base model is.
+"""
 
-__all__ = ["Component", "Family", "Sampler", "all_families", "get_family", "register"]
+from fidelora.families.registry import all_families, get_family
+from fidelora.families.spec import Family, FlowSampler, NoiseSampler, Part, Sampler
+
+__all__ = ["Family", "FlowSampler", "NoiseSampler", "Part", "Sampler", "all_families", "get_family"]

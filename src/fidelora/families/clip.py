@@ -1,44 +1,52 @@
-"""Prompts into embeddings."""
+"""CLIP text encoders: tokenizer, encoder, and a cache of prompt embeddings."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-_KNOWN_TEXTS = 128
-"""Of a quarter of a megabyte each."""
+from fidelora.errors import BaseModelFilesError
+from fidelora.families.spec import Tokenizer
+
+_MAX_CACHED_PROMPTS = 128
+"""Number of prompt embeddings to keep per text encoder; each takes about 0.25 MB."""
+
+_TEST_PROMPT = "a photo of a cat"
+_TEST_TOKENS = [320, 1125, 539, 320, 2368]
+"""The tokens of `_TEST_PROMPT` in CLIP's vocabulary."""
 
 
 @dataclass(frozen=True)
-class EncodedText:
-    """A prompt as one text encoder sees it.
+class PromptEmbedding:
+    """A prompt as one text encoder encodes it.
 
     Attributes:
-        embedding: [1, 77, width].
-        cut: the end of the prompt that did not fit into the tokens and has no effect; empty if all of it fits.
-        pooled: [1, width], the projection of the whole text; None if the encoder has none.
+        states: hidden states [1, 77, width].
+        cut: the end of the prompt that exceeds 77 tokens and has no effect; empty if all fits.
+        pooled: projection of the whole prompt [1, width]; None if the encoder has none.
     """
 
-    embedding: Tensor
+    states: Tensor
     cut: str
     pooled: Tensor | None = None
 
 
-class TextReader:
-    """A text encoder with its tokenizer, and the prompts that it has encoded, those used longest ago dropped first.
+class ClipEncoder:
+    """A CLIP text encoder with its tokenizer and a cache of the last prompt embeddings.
 
-    The negative prompt of most images is the one before, and often so is the prompt. What is kept is what was computed, so an
-    image does not show where its text came from.
+    Most images share their negative prompt with the one before, and often the prompt. Cached
+    embeddings are the computed ones, so images do not depend on the cache.
 
     Args:
         device: where the encoder computes.
-        encode: how it is read: `last_state` or `penultimate_state`.
+        encode: `last_state` or `penultimate_state`.
     """
 
     def __init__(
@@ -46,72 +54,113 @@ class TextReader:
         tokenizer: CLIPTokenizer,
         encoder: Any,
         device: torch.device,
-        encode: Callable[..., EncodedText],
+        encode: Callable[..., PromptEmbedding],
     ) -> None:
         self.tokenizer = tokenizer
         self.encoder = encoder
         self._device = device
         self._encode = encode
-        self._known: OrderedDict[Hashable, EncodedText] = OrderedDict()
+        self._cache: OrderedDict[Hashable, PromptEmbedding] = OrderedDict()
 
     @property
     def length(self) -> int:
-        """Tokens of a text, markers and padding included."""
+        """Number of tokens of every prompt, padding included."""
         return int(self.encoder.config.max_position_embeddings)
 
-    def read(self, text: str, adapters: Hashable) -> EncodedText:
-        """The encoded `text`, computed if it is not known.
+    def embed(self, prompt: str, adapters: Hashable) -> PromptEmbedding:
+        """Return the embedding of `prompt`, computed unless it is in the cache.
 
         Args:
-            adapters: what tells the encoder with its adapters from the same with others.
+            adapters: a key that changes with the adapters applied to the encoder.
         """
-        key = (
-            text,
-            adapters,
-            torch.get_num_threads(),
-        )  # the last bits depend on the number of threads
-        if key not in self._known:
-            self._known[key] = self._encode(self.tokenizer, self.encoder, text, self._device)
-            if len(self._known) > _KNOWN_TEXTS:
-                self._known.popitem(last=False)
-        self._known.move_to_end(key)
-        return self._known[key]
+        # The last bits depend on the number of threads.
+        key = (prompt, adapters, torch.get_num_threads())
+        if key not in self._cache:
+            self._cache[key] = self._encode(self.tokenizer, self.encoder, prompt, self._device)
+            if len(self._cache) > _MAX_CACHED_PROMPTS:
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(key)
+        return self._cache[key]
 
 
 def last_state(
-    tokenizer: CLIPTokenizer, encoder: Any, text: str, device: torch.device
-) -> EncodedText:
-    """Encode one prompt to the encoder's last hidden state after its final norm.
+    tokenizer: CLIPTokenizer, encoder: Any, prompt: str, device: torch.device
+) -> PromptEmbedding:
+    """Encode one prompt to the encoder's last hidden states after its final norm.
 
-    Padded and truncated to 77 tokens, no clip skip, no weighting, no attention mask. Prompts are encoded one
-    at a time, as the trainer does it; a batch of two can differ in the last bit.
+    Padded and truncated to 77 tokens; no clip skip, no weighting, no attention mask. Prompts are
+    encoded one at a time, as in the trainer: a batch of two can differ in the last bit.
     """
-    ids, cut = _tokens(tokenizer, encoder, text)
-    return EncodedText(encoder(ids.to(device))[0], cut)
+    ids, cut = _tokens(tokenizer, encoder, prompt)
+    return PromptEmbedding(encoder(ids.to(device))[0], cut)
 
 
 def penultimate_state(
-    tokenizer: CLIPTokenizer, encoder: Any, text: str, device: torch.device
-) -> EncodedText:
-    """Encode one prompt as `last_state` does, but to the hidden state before the encoder's last layer, without the final norm."""
-    ids, cut = _tokens(tokenizer, encoder, text)
+    tokenizer: CLIPTokenizer, encoder: Any, prompt: str, device: torch.device
+) -> PromptEmbedding:
+    """Encode one prompt like `last_state`, to the hidden states before the last layer.
+
+    The final norm is not applied.
+    """
+    ids, cut = _tokens(tokenizer, encoder, prompt)
     output = encoder(ids.to(device), output_hidden_states=True)
-    return EncodedText(output.hidden_states[-2], cut, getattr(output, "text_embeds", None))
+    return PromptEmbedding(output.hidden_states[-2], cut, getattr(output, "text_embeds", None))
 
 
-def _tokens(tokenizer: CLIPTokenizer, encoder: Any, text: str) -> tuple[Tensor, str]:
-    """The text's tokens [1, 77], and its end that did not fit."""
+def load_tokenizer(folder: Path | None, spec: Tokenizer, vocabulary: int | None) -> CLIPTokenizer:
+    """Load CLIP's tokenizer and check that it works.
+
+    transformers accepts an empty vocabulary or missing merges without an error.
+
+    Args:
+        folder: the base model's own; None loads the bundled one.
+        vocabulary: the number of tokens that the text encoder has embeddings for.
+
+    Raises:
+        BaseModelFilesError: it is incomplete, or is not CLIP's.
+    """
+    options = dict(spec.options) if folder is None else {}
+    if folder is None:
+        assert spec.bundled is not None, "CLIP's tokenizer is bundled"
+        folder = spec.bundled
+    name = spec.folder
+    if not (folder / "tokenizer.json").is_file():
+        for file in ("vocab.json", "merges.txt"):
+            if not (folder / file).is_file():
+                raise BaseModelFilesError(
+                    f"The base model has no {name}/{file}; download it again."
+                )
+    try:
+        loaded = CLIPTokenizer.from_pretrained(folder, local_files_only=True, **options)
+        tokenizer = cast(CLIPTokenizer, loaded)
+        tokens = tokenizer(_TEST_PROMPT).input_ids[1:-1]
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BaseModelFilesError(
+            f"The base model's {name} cannot be read: {reason}. Download it again."
+        ) from error
+    if len(tokenizer) != vocabulary or tokens != _TEST_TOKENS:
+        raise BaseModelFilesError(
+            f"The base model's {name} does not belong to its text encoder: it has "
+            f"{len(tokenizer)} tokens instead of {vocabulary}, or tokenises {_TEST_PROMPT!r} "
+            "differently. Its files are damaged or belong to another model."
+        )
+    return tokenizer
+
+
+def _tokens(tokenizer: CLIPTokenizer, encoder: Any, prompt: str) -> tuple[Tensor, str]:
+    """Return the prompt's tokens [1, 77], and the end of the prompt that did not fit."""
     length = encoder.config.max_position_embeddings
     ids = tokenizer(
-        text, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     ).input_ids
-    return ids, _cut(tokenizer, text, length)
+    return ids, _cut(tokenizer, prompt, length)
 
 
-def _cut(tokenizer: CLIPTokenizer, text: str, length: int) -> str:
-    """What truncation to `length` tokens, the first and the last of them markers, takes off the end of `text`."""
-    offsets = tokenizer(text, return_offsets_mapping=True, verbose=False).offset_mapping
+def _cut(tokenizer: CLIPTokenizer, prompt: str, length: int) -> str:
+    """Return the end of `prompt` that truncation to `length` tokens, markers included, removes."""
+    offsets = tokenizer(prompt, return_offsets_mapping=True, verbose=False).offset_mapping
     if len(offsets) <= length:
         return ""
-    start, _ = offsets[length - 1]  # the first token whose place the end marker takes
-    return text[start:].strip()
+    start, _ = offsets[length - 1]  # the first token, whose place the end marker takes
+    return prompt[start:].strip()

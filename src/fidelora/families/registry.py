@@ -1,49 +1,57 @@
-"""The model families by id. A family is added with one file beside this one and one entry in `_FAMILIES`."""
+"""The model families by id.
+
+A family is a package beside this module and one entry in `_FAMILIES`. Other packages add one with
+an entry point of the group `fidelora.families` whose object is a `Family`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import entry_points
 from types import MappingProxyType
 
 from fidelora.errors import UnknownModelError
-from fidelora.families.sd.sd15 import SD15
-from fidelora.families.sd.sdxl import SDXL
+from fidelora.families.sd.spec import SD15, SDXL
 from fidelora.families.spec import Family
 
+ENTRY_POINTS = "fidelora.families"
+
 _FAMILIES = (SD15, SDXL)
-_by_id: dict[str, Family] = {}
 
 
-def register(spec: Family) -> None:
-    """Add a family.
+@cache
+def all_families() -> Mapping[str, Family]:
+    """Return all families by id: those of this package first, then those of entry points.
 
     Raises:
-        ValueError: its id is taken.
+        TypeError: an entry point is not a `Family`.
+        ValueError: two families have the same id.
     """
-    if spec.id in _by_id:
-        raise ValueError(f"the model id {spec.id!r} is registered already")
-    _by_id[spec.id] = spec
+    by_id: dict[str, Family] = {}
+    found = [
+        (f"{ENTRY_POINTS}: {one.name}", one.load()) for one in entry_points(group=ENTRY_POINTS)
+    ]
+    for origin, family in [*(("fidelora", one) for one in _FAMILIES), *found]:
+        if not isinstance(family, Family):
+            raise TypeError(f"The entry point {origin} is a {type(family).__name__}, not a Family.")
+        if family.id in by_id:
+            raise ValueError(
+                f"Two model families have the id {family.id!r}; the second is {origin}."
+            )
+        by_id[family.id] = family
+    return MappingProxyType(by_id)
 
 
-def get_family(model_id: str) -> Family:
-    """The family of this id.
+def get_family(model: str) -> Family:
+    """Return the family with this id.
 
     Raises:
         UnknownModelError: there is none.
     """
     try:
-        return _by_id[model_id]
+        return all_families()[model]
     except KeyError:
-        known = ", ".join(_by_id)
-        raise UnknownModelError(
-            f"There is no model {model_id!r}; the models are: {known}.", field="model"
-        ) from None
-
-
-def all_families() -> Mapping[str, Family]:
-    """All families by id, in the order of their registration."""
-    return MappingProxyType(_by_id)
-
-
-for _family in _FAMILIES:
-    register(_family)
+        known = ", ".join(all_families())
+        message = f"There is no model {model!r}; the models are: {known}."
+        raise UnknownModelError(message, field="model") from None

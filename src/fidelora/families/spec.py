@@ -1,71 +1,170 @@
-"""What the rest of Fidelora has to know of a model family, as data."""
+"""Model families as data: everything about a family that needs no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-LAYOUTS = Path(__file__).parent / "sd" / "layouts"
-"""One folder per family: the diffusers layout without weights (configurations and tokenizer), for single-file checkpoints."""
+DtypeField = Literal["dtype", "vae_dtype", "text_encoder_dtype"]
+Acceleration = Literal["prepacked", "packed", "compiled"]
+NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
-class Sampler:
-    """A sampler as the trainer names it.
+class NoiseSampler:
+    """A sampler on a noise schedule, computed by a scheduler of diffusers.
 
     Attributes:
         name: the name in training configurations, on the command line and in the API.
-        scheduler: the class in `diffusers.schedulers` that does the server_defaults.
-        options: what the scheduler's configuration has beside `Family.scheduler_config`.
-        max_steps: the largest number of steps that the scheduler can do.
+        scheduler: the class in `diffusers.schedulers`.
+        config: the scheduler's configuration.
+        max_steps: the largest number of steps that the scheduler supports.
     """
 
     name: str
     scheduler: str
-    options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    config: Mapping[str, Any]
     max_steps: int = 150
 
 
 @dataclass(frozen=True)
-class Component:
-    """A part of the base model that has weights.
+class FlowSampler:
+    """Euler steps along a flow, on sigmas from 1 to 0.
 
     Attributes:
-        name: the attribute and the subfolder in a diffusers folder (`unet`, `vae`, `text_encoder`).
-        library: the package that has the class, `diffusers` or `transformers`.
-        class_name: the class, named in the folder's `model_index.json` too.
-        weights: file name of the weights without its ending.
-        precision: the field of a recipe that says its dtype.
-        adapter_prefixes: how adapter files begin the names of this component's modules; empty if adapters never touch it.
-        optional_prefix: a prefix that module names may have or lack, by the version of the library that wrote the file.
-        tokenizer: the subfolder of the tokenizer that a text encoder reads with; empty for other parts.
-        checkpoint_prefix: how the names of its weights begin in a checkpoint of the original layout, one file for all.
-        original_names: whether adapter files may also call its modules as the original code did (`input_blocks_4_1_proj_in`).
+        name: as in `NoiseSampler`.
+        config: options of `sampling.schedules.FlowSchedule`: `shift` and others.
+        max_steps: as in `NoiseSampler`.
     """
 
     name: str
+    config: Mapping[str, Any]
+    max_steps: int = 150
+
+
+Sampler = NoiseSampler | FlowSampler
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """The tokenizer of a text encoder.
+
+    Attributes:
+        folder: its subfolder in a base model's folder.
+        bundled: the folder in this package that is used for single-file checkpoints, and for
+            folders without one; None if the family bundles none.
+        options: what `bundled` is loaded with in place of its own configuration.
+    """
+
+    folder: str
+    bundled: Path | None = None
+    options: Mapping[str, Any] = field(default_factory=lambda: NO_OPTIONS)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the base model that has weights.
+
+    Attributes:
+        name: the attribute of the pipeline and the subfolder in a diffusers folder.
+        role: what it does; every family has exactly one denoiser and one decoder.
+        library: the package that has the class, `diffusers` or `transformers`.
+        class_name: the class, as `model_index.json` names it.
+        weights: the file name of the weights without its suffix.
+        precision: the recipe field with its dtype.
+        adapter_prefixes: how adapter files begin the names of its modules; empty if adapters never
+            change it.
+        optional_prefix: a prefix that module names have or lack, depending on the library version
+            that wrote the file.
+        tokenizer: of a text encoder.
+        checkpoint_prefix: how the names of its weights begin in a single-file checkpoint of the
+            original layout.
+        other_names: maps module paths to the names that the original code gave them, where adapter
+            files use those too.
+        ignored_weights: suffixes of weights that files may hold and the part does not use.
+        config: configuration values in place of the file's, where the trainer's library behaved
+            differently from the installed one.
+        rounds_buffers: True if the trainer's `.to(dtype)` also rounded its buffers (rotary tables).
+    """
+
+    name: str
+    role: Literal["text_encoder", "denoiser", "decoder"]
     library: str
     class_name: str
     weights: str
-    precision: Literal["dtype", "vae_dtype", "text_encoder_dtype"]
-    checkpoint_prefix: str
+    precision: DtypeField
     adapter_prefixes: tuple[str, ...] = ()
     optional_prefix: str = ""
-    tokenizer: str = ""
-    original_names: bool = False
+    tokenizer: Tokenizer | None = None
+    checkpoint_prefix: str = ""
+    other_names: Callable[[Iterable[str]], Mapping[str, str]] | None = None
+    ignored_weights: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=lambda: NO_OPTIONS)
+    rounds_buffers: bool = False
+
+
+@dataclass(frozen=True)
+class WrongSchedule:
+    """A schedule that other programs use for this family by mistake; the doctor tries it.
+
+    Attributes:
+        cause: the doctor's name for it.
+        options: the sampler options that differ.
+        fix: what to do, in a sentence.
+    """
+
+    cause: str
+    options: Mapping[str, Any]
+    fix: str
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What AI Toolkit does when it samples this family during training.
+
+    Attributes:
+        archs: values of `model.arch` in its configurations; None if a configuration without one
+            means this family.
+        flags: keys of the `model` block by which older configurations name the family.
+        rescales_guidance: True if samples follow `guidance_rescale` of the sample block.
+        required: keys of the `model` block that must not be false, because nothing else is
+            supported.
+        wrong_schedules: schedules that other programs use by mistake.
+    """
+
+    archs: tuple[str | None, ...]
+    flags: tuple[str, ...] = ()
+    rescales_guidance: bool = False
+    required: tuple[str, ...] = ()
+    wrong_schedules: tuple[WrongSchedule, ...] = ()
 
 
 @dataclass(frozen=True)
 class Family:
-    """One model family. Sizes in pixels; `scheduler_config` is what every sampler of the family starts from."""
+    """One model family.
+
+    Attributes:
+        id: the name in recipes, on the command line and in the API.
+        base_model: the usual base, a hub id; `base_aliases` are other ids of the same weights.
+        resolution_divisor: pixels; sizes are floored to a multiple.
+        default_size: pixels, of either side.
+        uses: the optional recipe fields that mean something for this family.
+        parts: in the order of their work.
+        text, denoiser, latents: "module:class" of the implementations of `families.protocols`.
+        checkpoint: module that converts single-file checkpoints; empty if there is no such layout.
+        layout: folder with the configurations of the usual base's parts.
+        accelerations: what `accel` offers that this family supports.
+        samples: how AI Toolkit samples it.
+        adapter_base_versions: values of `ss_base_model_version` in adapter files of this family.
+        latent_preview: red, green and blue, -1..1, that one unit of each latent channel adds.
+    """
 
     id: str
     title: str
     base_model: str
-    base_aliases: tuple[str, ...]
     resolution_divisor: int
     default_size: int
     default_steps: int
@@ -73,35 +172,32 @@ class Family:
     default_seed: int
     default_sampler: str
     samplers: Mapping[str, Sampler]
-    scheduler_config: Mapping[str, Any]
-    components: tuple[Component, ...]
-    """In the order of their work."""
-    conditioning: str
-    """How prompts become what the UNet is given: a name in `engine.conditioning`."""
-    trainer_archs: tuple[str | None, ...]
-    """What the trainer's configurations call it in `model.arch`; None if it is what a job that says nothing trains."""
-    trainer_flags: tuple[str, ...]
-    """Older configurations name a family by a flag in their `model` block."""
-    guidance_rescale_in_previews: bool
-    """Whether the trainer's previews of this family follow the sample block's `guidance_rescale`."""
-    upcasts_vae: bool
-    """Whether a VAE in float16 whose configuration says `force_upcast` computes in float32, as the family's pipeline has it."""
+    uses: frozenset[str]
+    parts: tuple[Part, ...]
+    text: str
+    denoiser: str
+    latents: str
+    layout: Path
+    samples: Samples
     adapter_base_versions: tuple[str, ...]
-    """Values of `ss_base_model_version` in adapter files of this family."""
-    latent_colours: tuple[tuple[float, float, float], ...]
-    """Red, green and blue, -1..1, that one unit of each latent channel adds, roughly: for previews while an image is made."""
+    latent_preview: tuple[tuple[float, float, float], ...]
+    base_aliases: tuple[str, ...] = ()
+    checkpoint: str = ""
+    accelerations: frozenset[Acceleration] = field(default_factory=frozenset)
 
     @property
-    def text_encoders(self) -> tuple[Component, ...]:
-        """The parts that read prompts."""
-        return tuple(component for component in self.components if component.tokenizer)
+    def text_encoders(self) -> tuple[Part, ...]:
+        """The parts that encode prompts."""
+        return tuple(part for part in self.parts if part.role == "text_encoder")
 
-    @property
-    def layout(self) -> Path:
-        """The folder with this family's configurations and tokenizer."""
-        return LAYOUTS / self.id
+    def part(self, role: Literal["denoiser", "decoder"]) -> Part:
+        """Return the part with this role."""
+        return next(part for part in self.parts if part.role == role)
 
     def canonical_base(self, base_model: str) -> str:
-        """The base's own name if `base_model` is one of its aliases, with or without `@revision`, else `base_model` as it is."""
+        """Return `base_model`, or the usual base's own id if it is an alias of it.
+
+        An id may end in `@revision`, which is kept.
+        """
         name, at, revision = base_model.partition("@")
         return self.base_model + at + revision if name in self.base_aliases else base_model

@@ -10,13 +10,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-
-from fidelora.recipe import Noise
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -30,7 +28,7 @@ class NoiseSource:
             as torch <= 2.11 did, from fewer random bits and with every step of the formula rounded. In float32 they are one.
     """
 
-    def __init__(self, seeds: Sequence[int], noise: Noise) -> None:
+    def __init__(self, seeds: Sequence[int], noise: Literal["modern", "legacy"]) -> None:
         self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         self._legacy = noise == "legacy"
 

@@ -1,4 +1,4 @@
-"""The trainer's samplers, as the schedulers of diffusers with the configuration that previews were really made with."""
+"""Both kinds of schedules, behind the names that the sampling loop uses."""
 
 from __future__ import annotations
 
@@ -8,65 +8,129 @@ import logging
 import warnings
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
 from diffusers import schedulers
+from torch import Tensor
 
-from fidelora.families import get_family
-from fidelora.recipe import Recipe
 from fidelora.sampling.noise import NoiseSource
 
-# Schedulers log about every key of the shared configuration that their class does not use (the trainer passes it to all alike), and
-# about corrections that they make to it; both are part of what previews show, and nothing that a user could change.
+# The trainer passes one configuration to all schedulers, which log every key that their class does
+# not use and every correction that they make. Both are part of how samples are made.
 for _name in ("diffusers.configuration_utils", "diffusers.schedulers"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 
-def make_scheduler(
-    recipe: Recipe, device: torch.device, options: Mapping[str, Any] | None = None
-) -> Any:
-    """A scheduler at the beginning of the recipe's steps; a new one for each image, because they keep state between steps.
+class Schedule(Protocol):
+    """Where each step goes. Keeps state between steps, so each image needs a new one.
+
+    Attributes:
+        timesteps: one per evaluation of the denoiser, as the denoiser takes them.
+    """
+
+    timesteps: Tensor
+
+    def start(self, latents: Tensor) -> Tensor:
+        """Return the initial latents for standard normal noise."""
+
+    def scale(self, latents: Tensor, t: Tensor) -> Tensor:
+        """Return the latents as the denoiser takes them at `t`."""
+
+    def step(self, prediction: Tensor, t: Tensor, latents: Tensor) -> Tensor:
+        """Return the latents after the step that begins at `t`."""
+
+    def steps_done(self, evaluations: int) -> int:
+        """Return the number of finished steps after so many evaluations of the denoiser."""
+
+
+class NoiseSchedule:
+    """A schedule of noise levels, computed by a scheduler of diffusers.
 
     Args:
+        scheduler: the class in `diffusers.schedulers`.
+        config: the scheduler's configuration.
+        steps: the number of steps.
         device: where the latents are.
-        options: of the configuration, in place of the trainer's.
+        noise: the source of the random numbers that some samplers draw in their steps.
     """
-    changes = tuple(sorted((options or {}).items()))
-    return copy.deepcopy(
-        _prepared(recipe.model, recipe.sampler, recipe.prediction, changes, recipe.steps, device)
-    )
+
+    def __init__(
+        self,
+        scheduler: str,
+        config: Mapping[str, Any],
+        steps: int,
+        device: torch.device,
+        noise: NoiseSource,
+    ) -> None:
+        prepared = _prepared(scheduler, tuple(sorted(config.items())), steps, device)
+        self._scheduler: Any = copy.deepcopy(prepared)
+        self._steps = steps
+        self.timesteps: Tensor = self._scheduler.timesteps
+        draws = "generator" in inspect.signature(self._scheduler.step).parameters
+        self._draws = {"generator": noise.generators} if draws else {}
+
+    def start(self, latents: Tensor) -> Tensor:
+        return cast(Tensor, latents * self._scheduler.init_noise_sigma)
+
+    def scale(self, latents: Tensor, t: Tensor) -> Tensor:
+        return cast(Tensor, self._scheduler.scale_model_input(latents, t))
+
+    def step(self, prediction: Tensor, t: Tensor, latents: Tensor) -> Tensor:
+        step = self._scheduler.step
+        return cast(Tensor, step(prediction, t, latents, **self._draws, return_dict=False)[0])
+
+    def steps_done(self, evaluations: int) -> int:
+        # Samplers of second order evaluate twice a step, pndm once more than there are steps.
+        order: int = self._scheduler.order
+        return min(-(-evaluations // order), self._steps)
 
 
 @lru_cache(maxsize=64)
 def _prepared(
-    model: str,
-    sampler: str,
-    prediction: str,
-    options: tuple[tuple[str, Any], ...],
-    steps: int,
-    device: torch.device,
+    scheduler: str, config: tuple[tuple[str, Any], ...], steps: int, device: torch.device
 ) -> Any:
-    """A scheduler with its tables, which take some samplers (`dpm_2`) a fifth of a second to make."""
-    spec = get_family(model)
-    entry = spec.samplers[sampler]
-    config = {
-        **spec.scheduler_config,
-        **entry.options,
-        "prediction_type": prediction,
-        **dict(options),
-    }
+    """Return a scheduler with its tables, which take some samplers (`dpm_2`) 0.2 s to compute."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # `dpmsolver` is called deprecated
-        scheduler = getattr(schedulers, entry.scheduler).from_config(config)
-    scheduler.set_timesteps(steps, device=device)
-    return scheduler
+        warnings.simplefilter("ignore", FutureWarning)  # `dpmsolver` is deprecated
+        made = getattr(schedulers, scheduler).from_config(dict(config))
+    made.set_timesteps(steps, device=device)
+    return made
 
 
-def draws_of_step(scheduler: Any, noise: NoiseSource) -> dict[str, Any]:
-    """What `scheduler.step` has to be given to draw its noise; empty for a sampler that draws none."""
-    return (
-        {"generator": noise.generators}
-        if "generator" in inspect.signature(scheduler.step).parameters
-        else {}
-    )
+class FlowSchedule:
+    """Euler steps along a flow, on sigmas from 1 to 0, shifted towards noise.
+
+    Args:
+        config: `shift`, a factor.
+        steps: the number of steps.
+        tokens: the number of tokens of the image, on which dynamic shifts depend.
+        device: where the latents are.
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], steps: int, tokens: int, device: torch.device
+    ) -> None:
+        # In numpy's float32, as the trainer's schedulers compute them.
+        sigmas = np.linspace(1.0, 1 / steps, steps, dtype=np.float32)
+        shift = config["shift"]
+        shifted = shift * sigmas / (1 + (shift - 1) * sigmas)
+        last = torch.zeros(1)
+        self._sigmas = torch.cat([torch.from_numpy(shifted).float(), last]).to(device)
+        self.timesteps = self._sigmas[:-1] * 1000
+        self._index = 0
+
+    def start(self, latents: Tensor) -> Tensor:
+        return latents
+
+    def scale(self, latents: Tensor, t: Tensor) -> Tensor:
+        return latents
+
+    def step(self, prediction: Tensor, t: Tensor, latents: Tensor) -> Tensor:
+        here, there = self._sigmas[self._index], self._sigmas[self._index + 1]
+        self._index += 1
+        return (latents.float() + (there - here) * prediction).to(prediction.dtype)
+
+    def steps_done(self, evaluations: int) -> int:
+        return evaluations

@@ -16,7 +16,7 @@ import uvicorn
 from filelock import FileLock, Timeout
 
 from fidelora.atomic import make_folder, write_atomically
-from fidelora.errors import SettingsError
+from fidelora.errors import DeviceError, SettingsError
 from fidelora.families import all_families, get_family
 from fidelora.server.api_keys import ApiKeys
 from fidelora.server.app import keys_file, make_app, make_context
@@ -103,25 +103,29 @@ def _server_defaults(settings: Settings) -> dict[str, dict[str, Any]]:
         DeviceError: a device is not there, or has no fast path where that is the default.
         BaseModelError: the base model is a file or folder that is not there.
     """
-    from fidelora.accel import compiled as fast
     from fidelora.accel.device import auto_dtype, resolve_device
-    from fidelora.weights.locate import is_name, locate
+    from fidelora.accel.fast_path import fast_path
+    from fidelora.weights.locate import is_portable, locate
 
     devices = [resolve_device(name) for name in settings.devices]
     dtype = auto_dtype(devices[0]) if settings.dtype == "auto" else settings.dtype
-    if settings.fidelity == "fast":
-        for device in devices:
-            fast.way_on(device, settings.offload)
-    of_all = {
-        "dtype": dtype,
-        "vae_dtype": dtype,
-        "text_encoder_dtype": dtype,
-        "fidelity": settings.fidelity,
-    }
-    server_defaults: dict[str, dict[str, Any]] = {model: dict(of_all) for model in all_families()}
+    dtypes = dict.fromkeys(("dtype", "vae_dtype", "text_encoder_dtype"), dtype)
+    default_model = next(iter(settings.base_models or all_families()))
+    server_defaults: dict[str, dict[str, Any]] = {}
+    for model, family in all_families().items():
+        fidelity = settings.fidelity
+        if fidelity == "fast":
+            try:
+                for device in devices:
+                    fast_path(family, device, settings.offload)
+            except DeviceError:
+                if model == default_model:
+                    raise
+                fidelity = "exact"  # the family has no fast path
+        server_defaults[model] = {**dtypes, "fidelity": fidelity}
     for model, place in settings.base_models.items():
-        if not is_name(place):  # a path has to be absolute, for requests outlive this folder
-            place = str(locate(place, get_family(model).components).absolute())
+        if not is_portable(place):  # a path has to be absolute, for requests outlive this folder
+            place = str(locate(place, get_family(model).parts).absolute())
         server_defaults[model]["base_model"] = place
     return server_defaults
 

@@ -225,20 +225,8 @@ class _Unseen:
 
 
 def _offsets(recipe: Recipe) -> Iterator[Suspect]:
-    spec = get_family(recipe.model)
-    right = spec.scheduler_config["steps_offset"]
-    wrong = 1 - right
-    why = (
-        "the sampler was put into the pipeline after that was built"
-        if right
-        else "the sampler was that of the base model's own configuration"
-    )
-    yield Suspect(
-        "steps_offset", recipe,
-        f"The image was sampled with steps_offset {wrong}, as no preview of {spec.title} is: {why}. Set steps_offset to {right} in "
-        "the program that made it.",
-        {"steps_offset": wrong},
-    )  # fmt: skip
+    for wrong in get_family(recipe.model).samples.wrong_schedules:
+        yield Suspect(wrong.cause, recipe, wrong.fix, dict(wrong.options))
 
 
 def _applied(recipe: Recipe) -> Iterator[Suspect]:
@@ -363,7 +351,7 @@ def _samplers(recipe: Recipe) -> Iterator[Suspect]:
 def _guidance(recipe: Recipe) -> Iterator[Suspect]:
     fix = "The guidance scale was {value}: set guidance_scale to {value} (--cfg {value})."
     yield from _changed(recipe, "guidance", "guidance_scale", _GUIDANCE, fix)
-    if get_family(recipe.model).guidance_rescale_in_previews:
+    if get_family(recipe.model).samples.rescales_guidance:
         fix = (
             "The guidance was rescaled by {value} (0: not at all): set guidance_rescale to {value}."
         )

@@ -59,7 +59,7 @@ def plan_samples(
             prompt=values["prompt"],
             negative_prompt=values["neg"],
             # The flag --n changes what the first text encoder gets, and nothing changes what the second one does.
-            negative_prompt_2=job.samples[index].neg if len(spec.text_encoders) > 1 else None,
+            negative_prompt_2=job.samples[index].neg if "negative_prompt_2" in spec.uses else None,
             model=job.model,
             base_model=base_model or job.base_model,
             vae=job.vae,
@@ -67,9 +67,7 @@ def plan_samples(
             height=values["height"],
             steps=values["sample_steps"],
             guidance_scale=values["guidance_scale"],
-            guidance_rescale=values["guidance_rescale"]
-            if spec.guidance_rescale_in_previews
-            else 0.0,
+            guidance_rescale=values["guidance_rescale"] if spec.samples.rescales_guidance else 0.0,
             seed=values["seed"],
             sampler=job.sampler,
             prediction=job.prediction,

@@ -157,8 +157,8 @@ def _family(model: Mapping[str, Any]) -> str:
         (
             spec
             for spec in all_families().values()
-            if flags <= set(spec.trainer_flags)
-            and (arch in spec.trainer_archs or (arch is None and flags))
+            if flags <= set(spec.samples.flags)
+            and (arch in spec.samples.archs or (arch is None and flags))
         ),
         None,
     )
@@ -172,8 +172,8 @@ def _family(model: Mapping[str, Any]) -> str:
         raise JobFolderError(
             "The job paints its previews with a refiner (model.refiner_name_or_path), which is not supported."
         )
-    for name in ("use_text_encoder_1", "use_text_encoder_2"):
-        if len(spec.text_encoders) > 1 and not model.get(name, True):
+    for name in spec.samples.required:
+        if not model.get(name, True):
             raise JobFolderError(
                 f"The job leaves out one of two text encoders (model.{name}), which is not supported."
             )

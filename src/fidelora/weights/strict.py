@@ -1,7 +1,7 @@
-"""Weights into modules, strictly: every weight that a module has comes from the file, and every weight of the file has a place.
+"""Load weights strictly: the file has every weight of a module, and no weight is left over.
 
-diffusers and transformers fill what is missing with random numbers and go on with a line in the log. A text encoder whose file
-names its weights in another way then loads without an error, and every image is noise with a theme. That is impossible here.
+diffusers and transformers fill missing weights with random numbers and log a line. A text encoder
+whose file uses other names then loads without an error, and every image is noise with a theme.
 """
 
 from __future__ import annotations
@@ -26,116 +26,107 @@ from fidelora.errors import (
     WeightsFileError,
     some,
 )
-from fidelora.families import Component
+from fidelora.families.spec import Part
 from fidelora.safetensors_header import read_file_header
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# How diffusers named the VAE's attention before 0.15; the files of Stable Diffusion 1.5 still do.
+# diffusers' names of the VAE's attention before 0.15; the files of Stable Diffusion 1.5 have them.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 # Written by transformers before 4.31; a constant (0, 1, 2, ...), not a weight.
 _POSITION_IDS = "embeddings.position_ids"
 
 
-def build_component(
-    component: Component,
-    config: Mapping[str, Any],
-    weights: dict[str, Tensor],
-    dtype: torch.dtype | None,
+def build_part(
+    part: Part, config: Mapping[str, Any], weights: dict[str, Tensor], dtype: torch.dtype | None
 ) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The module that `config` describes, with exactly these weights in `dtype`, ready for inference on the CPU.
+    """Return the module that `config` describes, with exactly these weights, on the CPU.
 
-    Weights that adapters can change are places without numbers yet: `MergedAdapters` writes them, with the first adapters in them,
-    and copying what is overwritten at once would cost as much again.
+    Weights that adapters can change stay uninitialised: `MergedAdapters` writes them, with the first
+    adapters merged in. Copying what is overwritten at once would cost as much again.
 
     Args:
-        dtype: None puts the very tensors in that were given, for whoever makes something else of them at once.
+        dtype: None keeps the given tensors, for callers that convert them at once.
 
     Returns:
-        the module, and the weights as they were given, under the names that the module has for them.
+        the module in inference mode, and the weights as they were given, by the module's own names.
 
     Raises:
-        BaseModelFilesError: the configuration describes no such module.
-        BaseModelWeightsError: weights are missing, left over, of other shapes or quantised; the message names them.
-        NonFiniteWeightsError: there is NaN or infinity among them.
+        BaseModelFilesError: the configuration does not describe such a module.
+        BaseModelWeightsError: weights are missing, left over, misshapen or quantised.
+        NonFiniteWeightsError: some weights are NaN or infinite.
     """
-    module = empty_component(component, config)
-    weights = _rename(component, weights, module.state_dict().keys())
-    _check(component, weights, {name: tensor.shape for name, tensor in module.state_dict().items()})
+    module = empty_part(part, config)
+    expected = module.state_dict()
+    weights = _rename(part, weights, expected.keys())
+    for name, twin in _tied(module).items():
+        if name not in weights and twin in weights:
+            weights[name] = weights[twin]
+    _check(part, weights, {name: tensor.shape for name, tensor in expected.items()})
     broken = [name for name, tensor in weights.items() if not _is_finite(tensor)]
     if broken:
         raise NonFiniteWeightsError(
-            f"The base model's {component.name} holds NaN or infinity in {len(broken)} weights ({some(broken)}): it is damaged, or "
-            "its training diverged; use another one."
+            f"{len(broken)} weights of the base model's {part.name} are NaN or infinite "
+            f"({some(broken)}): the file is damaged, or its training diverged. Use another one."
         )
-    later = (
-        {f"{path}.weight" for path, _ in changeable(module)}
-        if component.adapter_prefixes
-        else set()
-    )
-    # Copies, even where the dtype is right already: what was read is mapped from the file, and would change with it.
-    own = (
-        weights
-        if dtype is None
-        else {
-            name: tensor.to(dtype, copy=True)
+    changed = changeable(module) if part.adapter_prefixes else ()
+    later = {f"{path}.weight" for path, _ in changed}
+    if dtype is None:
+        own = weights
+    else:
+        # Copies even in the right dtype: what was read is mapped from the file.
+        own = {
+            name: torch.empty_like(tensor, dtype=dtype)
+            if name in later
+            else tensor.to(dtype, copy=True)
             for name, tensor in weights.items()
-            if name not in later
         }
-    )
-    if dtype is not None:
-        own |= {name: torch.empty_like(weights[name], dtype=dtype) for name in later}
     module.load_state_dict(own, strict=True, assign=True)
+    if part.rounds_buffers and dtype is not None:
+        for buffer in module.buffers():
+            if buffer.is_floating_point():
+                buffer.data = buffer.to(dtype)
     return module.eval().requires_grad_(False), weights
 
 
-def changeable(component: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
-    """Path and module of everything in a part of a base model whose weight adapters can change."""
-    for path, module in component.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            yield path, module
+def changeable(module: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
+    """Yield path and module of everything in a part whose weight adapters can change."""
+    for path, child in module.named_modules():
+        if isinstance(child, nn.Linear | nn.Conv2d):
+            yield path, child
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether there is neither NaN nor infinity in it: both would be its least or greatest number. One pass, no memory."""
-    least, greatest = torch.aminmax(tensor)
-    return bool(torch.isfinite(least) and torch.isfinite(greatest))
-
-
-def empty_component(component: Component, config: Mapping[str, Any]) -> nn.Module:
-    """The module that `config` describes, its weights shapes without numbers.
+def empty_part(part: Part, config: Mapping[str, Any]) -> nn.Module:
+    """Return the module that `config` describes, with weights on the meta device.
 
     Raises:
-        BaseModelFilesError: the configuration describes no such module.
+        BaseModelFilesError: the configuration does not describe such a module.
     """
     with init_empty_weights(include_buffers=False):
-        return _construct(component, config)
+        return _construct(part, {**config, **part.config})
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A component's `config.json`.
+    """Read a part's `config.json`.
 
     Raises:
-        BaseModelFilesError: there is none, or it is not a JSON object.
+        BaseModelFilesError: it is missing, or not a JSON object.
     """
+    name = f"{path.parent.name}/{path.name}"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise BaseModelFilesError(
-            f"The base model has no {path.parent.name}/{path.name}; it is incomplete."
-        ) from None
+        raise BaseModelFilesError(f"The base model has no {name}; download it again.") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BaseModelFilesError(
-            f"The base model's {path.parent.name}/{path.name} cannot be read: {error}."
-        ) from error
+        raise BaseModelFilesError(f"The base model's {name} cannot be read: {error}.") from error
     if not isinstance(config, dict):
-        raise BaseModelFilesError(
-            f"The base model's {path.parent.name}/{path.name} is not a JSON object."
-        )
+        raise BaseModelFilesError(f"The base model's {name} is not a JSON object.")
     return config
 
 
 def read_weights(paths: Sequence[Path]) -> dict[str, Tensor]:
-    """All tensors of one file or of the shards of one file, on the CPU, possibly mapped from the files.
+    """Read all tensors of one file, or of the shards of one file, on the CPU.
+
+    The tensors may be mapped from the files.
 
     Raises:
         WeightsFileError: a file is not a sound .safetensors file.
@@ -150,83 +141,104 @@ def read_weights(paths: Sequence[Path]) -> dict[str, Tensor]:
             raise WeightsFileError(f"{path} cannot be read: {error}.") from error
         if repeated := sorted(weights.keys() & shard.keys()):
             raise BaseModelFilesError(
-                f"{path.name} has {len(repeated)} weights that another shard has too ({some(repeated)})."
+                f"{len(repeated)} weights of {path.name} are in another shard too "
+                f"({some(repeated)})."
             )
         weights |= shard
     return weights
 
 
-def _construct(component: Component, config: Mapping[str, Any]) -> nn.Module:
-    model_class = getattr(importlib.import_module(component.library), component.class_name)
+def _is_finite(tensor: Tensor) -> bool:
+    """Return True if no number is NaN or infinite, in one pass and without extra memory.
+
+    Either would be the minimum or the maximum.
+    """
+    least, greatest = torch.aminmax(tensor)
+    return bool(torch.isfinite(least) and torch.isfinite(greatest))
+
+
+def _construct(part: Part, config: Mapping[str, Any]) -> nn.Module:
+    model_class = getattr(importlib.import_module(part.library), part.class_name)
     try:
-        if component.library == "transformers":
+        if part.library == "transformers":
             module = model_class(model_class.config_class.from_dict(dict(config)))
         else:
-            module = model_class.from_config(
-                {key: value for key, value in config.items() if not key.startswith("_")}
-            )
+            own = {key: value for key, value in config.items() if not key.startswith("_")}
+            module = model_class.from_config(own)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise BaseModelFilesError(
-            f"{component.name}/config.json describes no {component.class_name}: {reason}."
+            f"{part.name}/config.json does not describe a {part.class_name}: {reason}."
         ) from error
     assert isinstance(module, nn.Module)
     return module
 
 
-def _rename(
-    component: Component, weights: Mapping[str, Tensor], expected: Any
-) -> dict[str, Tensor]:
-    """The weights under the names that the installed library uses."""
-    prefix = component.optional_prefix
+def _tied(module: nn.Module) -> dict[str, str]:
+    """Map each name of a shared parameter to the names of its twins; files store one of them."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {
+        name: twin for group in names.values() for name in group for twin in group if twin != name
+    }
+
+
+def _rename(part: Part, weights: Mapping[str, Tensor], expected: Any) -> dict[str, Tensor]:
+    """Return the weights under the names of the installed library."""
+    prefix = part.optional_prefix
     has_prefix = bool(prefix) and any(name.startswith(prefix) for name in expected)
     renamed: dict[str, Tensor] = {}
     for name, tensor in weights.items():
-        if component.library == "transformers" and name.endswith(_POSITION_IDS):
+        if part.ignored_weights and name.endswith(part.ignored_weights):
+            continue
+        if part.library == "transformers" and name.endswith(_POSITION_IDS):
             if not torch.equal(tensor.flatten().long(), torch.arange(tensor.numel())):
                 raise BaseModelWeightsError(
-                    f"{component.name} has position ids that are not 0, 1, 2, ...; it is damaged."
+                    f"The position ids of the base model's {part.name} are not 0, 1, 2, ...; "
+                    "the file is damaged. Download it again."
                 )
             continue
         if prefix:
-            bare = name.removeprefix(
-                prefix
-            )  # what stands beside the level, like a projection, never has it
+            # Weights beside that level, such as a projection, never have the prefix.
+            bare = name.removeprefix(prefix)
             name = prefix + bare if has_prefix and bare not in expected else bare
-        if component.library == "diffusers":
+        if part.library == "diffusers":
             name = re.sub(
-                r"(attentions\.\d+)\.(query|key|value|proj_attn)\.", lambda m: f"{m[1]}.{_OLD_ATTENTION[m[2]]}.", name
-            )  # fmt: skip
+                r"(attentions\.\d+)\.(query|key|value|proj_attn)\.",
+                lambda m: f"{m[1]}.{_OLD_ATTENTION[m[2]]}.",
+                name,
+            )
         if name in renamed:
             raise BaseModelWeightsError(
-                f"The base model's {component.name} has two weights that are both {name}: it is damaged."
+                f"Two weights of the base model's {part.name} are both {name}: the file is damaged. "
+                "Download it again."
             )
         renamed[name] = tensor
     return renamed
 
 
-def _check(
-    component: Component, weights: Mapping[str, Tensor], expected: Mapping[str, torch.Size]
-) -> None:
-    problems = [
-        ("lacks", sorted(expected.keys() - weights.keys())),
-        ("has left over", sorted(weights.keys() - expected.keys())),
-        (
-            "has in other shapes than its configuration says",
-            [
-                f"{name} {list(weights[name].shape)}, not {list(shape)}"
-                for name, shape in expected.items()
-                if name in weights and weights[name].shape != shape
-            ],
-        ),
-        (
-            "has quantised, which is not supported,",
-            sorted(name for name, tensor in weights.items() if tensor.dtype not in _FLOATS),
-        ),
+def _check(part: Part, weights: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> None:
+    missing = sorted(expected.keys() - weights.keys())
+    left_over = sorted(weights.keys() - expected.keys())
+    misshapen = [
+        f"{name} {list(weights[name].shape)}, not {list(shape)}"
+        for name, shape in expected.items()
+        if name in weights and weights[name].shape != shape
     ]
-    found = [f"{what} {len(names)} weights ({some(names)})" for what, names in problems if names]
+    quantised = sorted(name for name, tensor in weights.items() if tensor.dtype not in _FLOATS)
+    problems = [
+        (missing, "are missing"),
+        (left_over, "are left over"),
+        (misshapen, "have other shapes than its configuration says"),
+        (quantised, "are quantised, which is not supported"),
+    ]
+    found = [f"{len(names)} weights {what} ({some(names)})" for names, what in problems if names]
     if found:
-        raise BaseModelWeightsError(
-            f"The base model's {component.name} {', '.join(found)}: it is no {component.class_name} of this configuration, "
-            "or its file names its weights in a way that is not known."
+        advice = (
+            "Use an unquantised checkpoint."
+            if quantised
+            else f"Either this is not a {part.class_name} of this configuration, or its file names "
+            "its weights in an unknown way."
         )
+        raise BaseModelWeightsError(f"The base model's {part.name}: {'; '.join(found)}. {advice}")

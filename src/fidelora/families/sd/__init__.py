@@ -1,1 +1,1 @@
-"""Stable Diffusion 1.5 and SDXL."""
+"""Stable Diffusion 1.5 and SDXL: a UNet on a noise schedule, with CLIP text encoders."""

@@ -1,58 +1,80 @@
-"""From latents to pixels."""
+"""Latents of Stable Diffusion 1.5 and SDXL."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from fidelora.errors import NumericsError
+from fidelora.errors import BaseModelFilesError
+from fidelora.families.autoencoder import decode, rough_colours, unscale
+from fidelora.families.protocols import Size
+from fidelora.families.spec import Family
 
 
-def decode(vae: AutoencoderKL, latents: Tensor, *, upcast: bool = False) -> NDArray[np.uint8]:
-    """The image of `latents` [1, 4, h, w]: uint8 RGB [8h, 8w, 3].
-
-    Args:
-        upcast: whether the VAE was made wider than the dtype that was asked for; then its pipeline makes the latents wider first.
+class SDLatents:
+    """Implements `families.protocols.Latents` for [1, 4, height / 8, width / 8].
 
     Raises:
-        NumericsError: the model produced NaN.
+        BaseModelFilesError: the VAE scales its latents in a way that the family does not.
     """
-    # In the trainer's order: the division in the latents' dtype, [-1, 1] to [0, 1] in the VAE's, the rest in float32.
-    if upcast:
-        latents = latents.to(vae.dtype)
-    scaled = (latents / vae.config.scaling_factor).to(vae.dtype)
-    image = vae.decode(scaled, return_dict=False)[0]
-    image = (image * 0.5 + 0.5).clamp(0, 1)
-    values = image.cpu().permute(0, 2, 3, 1).float().numpy()[0]
-    if not np.isfinite(values).all():
-        narrow = torch.float16 in (latents.dtype, vae.dtype)
-        advice = (
-            "float16 overflows with some models: use bfloat16 or float32"
-            if narrow
-            else "look for an adapter or settings that break it"
-        )
-        raise NumericsError(f"The model produced NaN, so there is no image; {advice}.")
-    pixels: NDArray[np.uint8] = (values * 255).round().astype(np.uint8)
-    return pixels
+
+    def __init__(self, family: Family, denoiser: nn.Module, decoder: nn.Module) -> None:
+        self._vae: Any = decoder
+        config: Any = self._vae.config
+        for name in ("latents_mean", "latents_std", "shift_factor"):
+            if config.get(name):
+                raise BaseModelFilesError(
+                    f"The VAE's configuration sets {name}, which {family.title} does not support. "
+                    "Use another VAE."
+                )
+        self._channels: int = self._unet_channels(denoiser)
+        # The VAE halves the size after every block but the last.
+        self._scale = 2 ** (len(config.block_out_channels) - 1)
+        self._colours = family.latent_preview
+
+    @staticmethod
+    def _unet_channels(denoiser: Any) -> int:
+        return int(denoiser.config.in_channels)
+
+    def shape(self, size: Size) -> torch.Size:
+        """Return [1, 4, height / 8, width / 8]."""
+        rows, columns = size.height // self._scale, size.width // self._scale
+        return torch.Size((1, self._channels, rows, columns))
+
+    def tokens(self, size: Size) -> int:
+        """Return the number of latent pixels."""
+        return self.shape(size)[2:].numel()
+
+    def noise_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the recipe's dtype."""
+        return dtype
+
+    def decode(self, latents: Tensor, size: Size) -> NDArray[np.uint8]:
+        """Decode latents [1, 4, height / 8, width / 8]; they are divided in their own dtype."""
+        return decode(self._vae, unscale(latents, self._vae.config))
+
+    def preview(self, latents: Tensor, size: Size) -> NDArray[np.uint8]:
+        """Return a rough picture [height / 8, width / 8, 3]."""
+        return rough_colours(latents, self._colours)
 
 
-def rough_colours(latents: Tensor, colours: Sequence[Sequence[float]]) -> NDArray[np.uint8]:
-    """What unfinished `latents` [4, h, w] look like, without the VAE: uint8 RGB [h, w, 3]. For the eye only.
+class SDXLLatents(SDLatents):
+    """SDXL: a VAE in float16 whose configuration has `force_upcast` computes in float32.
 
-    Args:
-        colours: see `Family.latent_colours`.
+    Its weights stay rounded to float16, like those that the trainer's pipeline casts before it
+    decodes. The pipeline widens the latents before it divides them.
     """
-    values = latents.detach().float().cpu()
-    values = values / values.std().clamp(
-        min=1.0
-    )  # some samplers begin with noise of more than ten times the usual size
-    image = torch.einsum("chw,cr->hwr", values, torch.tensor(colours))
-    shown: NDArray[np.uint8] = (
-        ((image.clamp(-1, 1) + 1) * 127.5).nan_to_num(0).to(torch.uint8).numpy()
-    )
-    return shown
+
+    def __init__(self, family: Family, denoiser: nn.Module, decoder: nn.Module) -> None:
+        super().__init__(family, denoiser, decoder)
+        self._upcasts = self._vae.dtype == torch.float16 and self._vae.config.force_upcast
+        if self._upcasts:
+            self._vae.to(torch.float32)
+
+    def decode(self, latents: Tensor, size: Size) -> NDArray[np.uint8]:
+        """Decode latents [1, 4, height / 8, width / 8]."""
+        return super().decode(latents.to(self._vae.dtype) if self._upcasts else latents, size)

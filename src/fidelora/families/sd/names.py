@@ -1,7 +1,9 @@
-"""What the original code of Stable Diffusion calls the modules of a UNet.
+"""Names that the original code of Stable Diffusion gave the modules of a UNet.
 
-kohya's trainer, and what follows it, names SDXL adapters so: `lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q`.
-Source: https://github.com/Stability-AI/generative-models, `sgm/modules/diffusionmodules/openaimodel.py`, `UNetModel`.
+kohya's trainer, and tools that follow it, name SDXL adapters like this:
+`lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q`.
+Source: https://github.com/Stability-AI/generative-models,
+`sgm/modules/diffusionmodules/openaimodel.py`, `UNetModel`.
 """
 
 from __future__ import annotations
@@ -26,10 +28,10 @@ _RESNET = {
 
 
 def original_names(paths: Iterable[str]) -> dict[str, str]:
-    """For the paths of a UNet's modules, as diffusers has them, those of the original code, as far as it has one.
+    """Map diffusers' paths of a UNet's modules to those of the original code, where it has one.
 
-    Its blocks are counted through: each resnet with its attention is one, and so is each downsampler; an upsampler is the last part
-    of its block.
+    The original code numbers its blocks consecutively: each resnet with its attention is a block,
+    and so is each downsampler; an upsampler is the last part of its block.
     """
     paths = list(paths)
     of_first_block = [
@@ -61,5 +63,5 @@ def _original(path: str, layers: int, with_attention: set[str]) -> str:
 
 
 def _part(kind: str, rest: str) -> str:
-    """Within a block: the resnet is its first part and the attention its second."""
+    """Return the name within a block, whose parts are the resnet and the attention."""
     return f"1.{rest}" if kind == "attentions" else f"0.{_RESNET.get(rest, rest)}"

@@ -1,179 +1,164 @@
-"""What a UNet is told of an image besides its latents and the time: made from the recipe's texts, in the way of the model family.
-
-A family names its way in `Family.conditioning`; a new way is one class here and one entry in `_WAYS`.
-"""
+"""Conditioning of Stable Diffusion 1.5 and SDXL: prompts into what the UNet takes."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fidelora.accel.device import TORCH_DTYPES
-from fidelora.families import Family
-from fidelora.families.clip import EncodedText, TextReader, last_state, penultimate_state
-from fidelora.recipe import Recipe
-
-AdaptersOf = Callable[[str], Hashable]
-"""For a text encoder's name: what tells it with its adapters from the same encoder with others."""
+from fidelora.families.clip import (
+    ClipEncoder,
+    PromptEmbedding,
+    last_state,
+    load_tokenizer,
+    penultimate_state,
+)
+from fidelora.families.protocols import AdapterState, Encoded, Prompts, Size
+from fidelora.families.spec import Family
 
 
 @dataclass(frozen=True, eq=False)
-class Condition:
-    """What the UNet is told, with as many rows as there are latents.
+class Conditioning:
+    """Conditioning inputs of the UNet, one row per image.
 
     Attributes:
-        text: [batch, 77, width].
-        added: what else the family's UNet takes as `added_cond_kwargs`, each [batch, ...].
+        text: prompt embeddings [batch, 77, width].
+        added: `added_cond_kwargs` of the UNet, each [batch, ...]; empty for SD 1.5.
     """
 
     text: Tensor
     added: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Condition:
-        """The same on this device in this dtype."""
-        return self._each([self], lambda tensors: tensors[0].to(device, dtype))
+    def to(self, device: torch.device, dtype: torch.dtype) -> Conditioning:
+        """Return the same on this device in this dtype."""
+        return self._map([self], lambda tensors: tensors[0].to(device, dtype))
 
     @classmethod
-    def after_another(cls, conditions: Sequence[Condition]) -> Condition:
-        """All rows of the first, then all of the second, and so on."""
-        return cls._each(conditions, torch.cat)
+    def concatenate(cls, rows: Sequence[Conditioning]) -> Conditioning:
+        """Return all rows of the first, then all of the second, and so on."""
+        return cls._map(rows, torch.cat)
 
     @classmethod
-    def side_by_side(cls, conditions: Sequence[Condition]) -> Condition:
-        """The first rows of all, then the second rows of all, and so on."""
-        return cls._each(conditions, lambda tensors: torch.stack(tensors, dim=1).flatten(0, 1))
+    def _map(
+        cls, rows: Sequence[Conditioning], join: Callable[[list[Tensor]], Tensor]
+    ) -> Conditioning:
+        added = {name: join([one.added[name] for one in rows]) for name in rows[0].added}
+        return cls(join([one.text for one in rows]), added)
 
-    @classmethod
-    def _each(
-        cls, conditions: Sequence[Condition], join: Callable[[list[Tensor]], Tensor]
-    ) -> Condition:
-        added = {
-            name: join([one.added[name] for one in conditions]) for name in conditions[0].added
+
+class SDText(ABC):
+    """Common base of the two families; implements `families.protocols.Text`."""
+
+    encode_prompt: Callable[..., PromptEmbedding]
+
+    def __init__(
+        self, family: Family, parts: Mapping[str, nn.Module], tokenizers: Mapping[str, Path | None],
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self.encoders: dict[str, ClipEncoder] = {}
+        for part in family.text_encoders:
+            assert part.tokenizer is not None, "a text encoder has a tokenizer"
+            encoder: Any = parts[part.name]
+            vocabulary = encoder.config.vocab_size
+            tokenizer = load_tokenizer(tokenizers[part.name], part.tokenizer, vocabulary)
+            encode = type(self).encode_prompt
+            self.encoders[part.name] = ClipEncoder(tokenizer, encoder, device, encode)
+        self._unet_config: Any = parts[family.part("denoiser").name].config
+        self._device = device
+
+    def encode(self, prompts: Prompts, size: Size, adapters: AdapterState) -> Encoded:
+        """Encode the prompts of one image, the negative prompt first."""
+        negative, warnings_of_negative = (
+            (None, ())
+            if prompts.negative is None
+            else self._row(self._negative_texts(prompts), size, adapters)
+        )
+        texts = dict.fromkeys(self.encoders, ("prompt", prompts.prompt))
+        positive, warnings = self._row(texts, size, adapters)
+        both = tuple(dict.fromkeys((*warnings_of_negative, *warnings)))
+        return Encoded(positive, negative, both)
+
+    def blank(self, size: Size, *, negative: bool) -> Encoded:
+        """Return an encoding of zeros, float32."""
+        row = self._blank_row()
+        return Encoded(row, row if negative else None)
+
+    def _row(
+        self, texts: Mapping[str, tuple[str, str]], size: Size, adapters: AdapterState
+    ) -> tuple[Conditioning, tuple[str, ...]]:
+        """Encode one text per encoder; `texts` has its name in messages, and the text."""
+        embedded = {
+            name: self.encoders[name].embed(text, adapters(name))
+            for name, (_, text) in texts.items()
         }
-        return cls(join([one.text for one in conditions]), added)
+        warnings = _cut_warnings((texts[name][0], one.cut) for name, one in embedded.items())
+        return self._condition(embedded, size), tuple(warnings)
 
+    def _negative_texts(self, prompts: Prompts) -> dict[str, tuple[str, str]]:
+        assert prompts.negative is not None
+        return dict.fromkeys(self.encoders, ("negative prompt", prompts.negative))
 
-class Conditioning(ABC):
-    """A family's way from a recipe to a `Condition`.
-
-    Args:
-        readers: the base model's text encoders by name.
-        unet: what will be told; its configuration says the sizes.
-    """
-
-    encode: Callable[..., EncodedText]
-    """How the text encoders of this way are read."""
-
-    def __init__(self, readers: Mapping[str, TextReader], unet: nn.Module) -> None:
-        self.readers = readers
-        self._unet_config: Any = unet.config
-
-    def of(
-        self, recipe: Recipe, adapters: AdaptersOf, device: torch.device
-    ) -> tuple[Condition, tuple[str, ...]]:
-        """The condition of one image, and warnings of texts that do not fit.
-
-        Returns:
-            two rows, the negative prompt's first, or the prompt's alone without guidance; on `device` in the recipe's dtype.
-        """
-        texts = self._texts(recipe, negative=False)
-        halves = (
-            [texts] if recipe.guidance_scale <= 1 else [self._texts(recipe, negative=True), texts]
-        )
-        read = [
-            {
-                name: (what, self.readers[name].read(text, adapters(name)))
-                for name, (what, text) in half.items()
-            }
-            for half in halves
-        ]
-        rows = [
-            self._row(recipe, {name: encoded for name, (_, encoded) in half.items()})
-            for half in read
-        ]
-        condition = Condition.after_another(
-            [row.to(device, TORCH_DTYPES[recipe.dtype]) for row in rows]
-        )
-        return condition, tuple(dict.fromkeys(_too_long(read)))
-
-    def blank(self, rows: int, device: torch.device) -> Condition:
-        """A condition of the right shapes that says nothing, for trying out the UNet; float32."""
-        length = next(iter(self.readers.values())).length
-        return Condition(
-            torch.zeros(rows, length, self._unet_config.cross_attention_dim, device=device)
-        )
-
-    def _texts(self, recipe: Recipe, *, negative: bool) -> dict[str, tuple[str, str]]:
-        """For each text encoder what its text is called, and the text."""
-        text = (
-            ("negative prompt", recipe.negative_prompt) if negative else ("prompt", recipe.prompt)
-        )
-        return dict.fromkeys(self.readers, text)
+    def _blank_row(self) -> Conditioning:
+        length = next(iter(self.encoders.values())).length
+        width = self._unet_config.cross_attention_dim
+        return Conditioning(torch.zeros(1, length, width, device=self._device))
 
     @abstractmethod
-    def _row(self, recipe: Recipe, encoded: Mapping[str, EncodedText]) -> Condition:
-        """One row, from what each text encoder made of its text."""
+    def _condition(self, embedded: Mapping[str, PromptEmbedding], size: Size) -> Conditioning:
+        """Combine the embeddings of all text encoders into one row."""
 
 
-class TextAlone(Conditioning):
-    """Stable Diffusion 1.5: the last state of its one text encoder."""
+class PlainText(SDText):
+    """Stable Diffusion 1.5: the last hidden states of its one text encoder."""
 
-    encode = staticmethod(last_state)
+    encode_prompt = staticmethod(last_state)
 
-    def _row(self, recipe: Recipe, encoded: Mapping[str, EncodedText]) -> Condition:
-        (text,) = encoded.values()
-        return Condition(text.embedding)
+    def _condition(self, embedded: Mapping[str, PromptEmbedding], size: Size) -> Conditioning:
+        (text,) = embedded.values()
+        return Conditioning(text.states)
 
 
-class TextPooledAndSize(Conditioning):
-    """SDXL: the states before the last of both text encoders, the projection of the second one's whole text, and the image's size.
+class PooledText(SDText):
+    """SDXL: penultimate states of both text encoders, the second one's projection, size ids.
 
-    Original and target size are the image's own, and nothing is cropped, as in the trainer. Empty texts are encoded like any other.
+    Original and target size are the image's own and nothing is cropped, as in the trainer. Empty
+    prompts are encoded like others.
     """
 
-    encode = staticmethod(penultimate_state)
+    encode_prompt = staticmethod(penultimate_state)
 
-    def _texts(self, recipe: Recipe, *, negative: bool) -> dict[str, tuple[str, str]]:
-        texts = super()._texts(recipe, negative=negative)
-        if negative and recipe.negative_prompt_2 is not None:
-            texts["text_encoder_2"] = ("second negative prompt", recipe.negative_prompt_2)
+    def _negative_texts(self, prompts: Prompts) -> dict[str, tuple[str, str]]:
+        texts = super()._negative_texts(prompts)
+        if prompts.negative_2 is not None:
+            texts["text_encoder_2"] = ("second negative prompt", prompts.negative_2)
         return texts
 
-    def _row(self, recipe: Recipe, encoded: Mapping[str, EncodedText]) -> Condition:
-        first, second = encoded["text_encoder"], encoded["text_encoder_2"]
+    def _condition(self, embedded: Mapping[str, PromptEmbedding], size: Size) -> Conditioning:
+        first, second = embedded["text_encoder"], embedded["text_encoder_2"]
         assert second.pooled is not None, "the second encoder has a projection"
-        size = (recipe.height, recipe.width)
-        sizes = torch.tensor(
-            [[*size, 0, 0, *size]], device=second.embedding.device
-        )  # original size, corner of the crop, target size
-        text = torch.cat([first.embedding, second.embedding.to(first.embedding.dtype)], dim=-1)
-        return Condition(text, {"text_embeds": second.pooled, "time_ids": sizes})
+        height_width = (size.height, size.width)
+        # original size, corner of the crop, target size
+        ids = [[*height_width, 0, 0, *height_width]]
+        time_ids = torch.tensor(ids, device=second.states.device)
+        text = torch.cat([first.states, second.states.to(first.states.dtype)], dim=-1)
+        return Conditioning(text, {"text_embeds": second.pooled, "time_ids": time_ids})
 
-    def blank(self, rows: int, device: torch.device) -> Condition:
-        config, numbers = self._unet_config, 6
+    def _blank_row(self) -> Conditioning:
+        config, count = self._unet_config, 6
         pooled = (
-            config.projection_class_embeddings_input_dim - numbers * config.addition_time_embed_dim
+            config.projection_class_embeddings_input_dim - count * config.addition_time_embed_dim
         )
-        shapes = {"text_embeds": pooled, "time_ids": numbers}
-        added = {name: torch.zeros(rows, width, device=device) for name, width in shapes.items()}
-        return Condition(super().blank(rows, device).text, added)
+        shapes = {"text_embeds": pooled, "time_ids": count}
+        added = {name: torch.zeros(1, n, device=self._device) for name, n in shapes.items()}
+        return Conditioning(super()._blank_row().text, added)
 
 
-_WAYS: Mapping[str, type[Conditioning]] = {"text": TextAlone, "text_pooled_size": TextPooledAndSize}
-
-
-def conditioning_of(spec: Family) -> type[Conditioning]:
-    """The way of a family."""
-    return _WAYS[spec.conditioning]
-
-
-def _too_long(read: Sequence[Mapping[str, tuple[str, EncodedText]]]) -> Iterator[str]:
-    for half in read:
-        for what, encoded in half.values():
-            if encoded.cut:
-                yield f'The end of the {what} does not fit into 77 tokens and has no effect: "{encoded.cut}".'
+def _cut_warnings(texts: Iterator[tuple[str, str]]) -> Iterator[str]:
+    for name, cut in texts:
+        if cut:
+            yield f'The end of the {name} exceeds 77 tokens and has no effect: "{cut}".'

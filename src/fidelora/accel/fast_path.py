@@ -1,0 +1,49 @@
+"""Which fast path a device has, for a family that supports it."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import torch
+
+from fidelora.accel import Offload
+from fidelora.errors import DeviceError
+from fidelora.families.spec import Family
+
+
+class FastPath(Enum):
+    """Implementations of `fidelity="fast"`."""
+
+    PACKED = "packed"
+    COMPILED = "compiled"
+
+
+def fast_path(family: Family, device: torch.device, offload: Offload) -> FastPath:
+    """Return the fast path of this family on this device.
+
+    Raises:
+        DeviceError: there is none, or it does not work with offloading.
+    """
+    if offload != "none":
+        raise DeviceError(
+            "fast keeps the whole model on its device; use offload none, or exact with offload "
+            f"{offload}."
+        )
+    path = _of_device(device)
+    if path.value not in family.accelerations:
+        raise DeviceError(
+            f"fast on {device.type} is not implemented for {family.title}; use fidelity exact."
+        )
+    return path
+
+
+def _of_device(device: torch.device) -> FastPath:
+    if device.type == "cpu":
+        if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+            raise DeviceError(
+                "This build of torch has no oneDNN, which fast on the CPU needs; use exact."
+            )
+        return FastPath.PACKED
+    if device.type == "cuda":
+        return FastPath.COMPILED
+    raise DeviceError(f"There is no fast path on {device.type}; use exact.")

@@ -1,0 +1,58 @@
+"""Latents into pixels with diffusers' `AutoencoderKL`, and rough pictures without it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fidelora.errors import NumericsError
+
+
+def unscale(latents: Tensor, config: Any) -> Tensor:
+    """Undo the scaling of latents that the decoder's configuration describes, in their dtype."""
+    latents = latents / config.scaling_factor
+    shift = getattr(config, "shift_factor", None)
+    return latents + shift if shift else latents
+
+
+def decode(vae: Any, latents: Tensor) -> NDArray[np.uint8]:
+    """Decode unscaled `latents` [1, channels, h, w]: uint8 RGB [8h, 8w, 3].
+
+    The trainer's order: [-1, 1] to [0, 1] in the decoder's dtype, the rest in float32.
+
+    Raises:
+        NumericsError: the model produced NaN.
+    """
+    image = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+    image = (image * 0.5 + 0.5).clamp(0, 1)
+    values = image.cpu().permute(0, 2, 3, 1).float().numpy()[0]
+    if not np.isfinite(values).all():
+        narrow = torch.float16 in (latents.dtype, vae.dtype)
+        advice = (
+            "float16 overflows with some models: use bfloat16 or float32"
+            if narrow
+            else "an adapter or a setting breaks it"
+        )
+        raise NumericsError(f"The model produced NaN, so there is no image; {advice}.")
+    pixels: NDArray[np.uint8] = (values * 255).round().astype(np.uint8)
+    return pixels
+
+
+def rough_colours(latents: Tensor, colours: Sequence[Sequence[float]]) -> NDArray[np.uint8]:
+    """Return a rough picture of unfinished `latents` [channels, h, w]: uint8 RGB [h, w, 3].
+
+    Args:
+        colours: see `Family.latent_preview`.
+    """
+    values = latents.detach().float().cpu()
+    # Some samplers begin with noise of more than ten times the usual deviation.
+    values = values / values.std().clamp(min=1.0)
+    image = torch.einsum("chw,cr->hwr", values, torch.tensor(colours))
+    scaled = (image.clamp(-1, 1) + 1) * 127.5
+    picture: NDArray[np.uint8] = scaled.nan_to_num(0).to(torch.uint8).numpy()
+    return picture

@@ -1,0 +1,8 @@
+"""The one copy of CLIP's tokenizer in this package, which comes with the miniature base model.
+
+All text encoders of Stable Diffusion 1.5 and SDXL have this vocabulary.
+"""
+
+from pathlib import Path
+
+CLIP_TOKENIZER = Path(__file__).parents[1] / "miniature" / "tokenizer"

@@ -1,0 +1,53 @@
+"""The UNet of Stable Diffusion 1.5 and SDXL, with classifier-free guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fidelora.families.protocols import Encoded, Guidance, Size
+from fidelora.families.sd.text import Conditioning
+from fidelora.sampling.guidance import guide
+from fidelora.sampling.loop import Denoise
+
+
+class UNetDenoiser:
+    """Implements `families.protocols.Denoiser`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._unet: Any = module
+
+    def uses_negative(self, guidance: Guidance) -> bool:
+        """Return True if the guidance scale is above 1."""
+        return guidance.scale > 1
+
+    def prepare(
+        self, encoded: Sequence[Encoded], guidance: Guidance, size: Size, dtype: torch.dtype
+    ) -> Denoise:
+        """Return the guided prediction for latents [images, 4, height / 8, width / 8]."""
+        unet, guided = self._unet, self.uses_negative(guidance)
+        # All negative prompts, then all prompts.
+        rows = [*(one.negative for one in encoded if guided), *(one.positive for one in encoded)]
+        conditioning = Conditioning.concatenate([row.to(row.text.device, dtype) for row in rows])
+        # The same tensor at every step: on the CPU its projections are cached. Its dtype differs
+        # from the recipe's only in `fast`.
+        text = conditioning.text.to(unet.dtype)
+        # The UNet casts these itself: a size needs more than the 8 bits of bfloat16.
+        added = dict(conditioning.added) or None
+
+        def predict(latents: Tensor, t: Tensor) -> Tensor:
+            prediction = unet(
+                latents.to(unet.dtype), t, encoder_hidden_states=text, added_cond_kwargs=added,
+                return_dict=False,
+            )[0]  # fmt: skip
+            return cast(Tensor, prediction.to(latents.dtype))
+
+        def predict_guided(latents: Tensor, t: Tensor) -> Tensor:
+            # Both halves in one batch: two batches of one can differ from it in the last bit.
+            negative, positive = predict(torch.cat([latents] * 2), t).chunk(2)
+            return guide(negative, positive, guidance.scale, guidance.rescale)
+
+        return predict_guided if guided else predict

@@ -1,0 +1,214 @@
+"""Stable Diffusion 1.5 and SDXL, as AI Toolkit 0.12 samples them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from fidelora.families import latent_formats
+from fidelora.families.clip_tokenizer import CLIP_TOKENIZER
+from fidelora.families.sd.names import original_names
+from fidelora.families.spec import Family, NoiseSampler, Part, Samples, Tokenizer, WrongSchedule
+
+_LAYOUTS = Path(__file__).parent / "layouts"
+
+# The dictionary `sd_config` of the trainer's `toolkit/sampler.py`.
+_TRAINER_CONFIG = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "trained_betas": None,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "timestep_spacing": "leading",
+    "steps_offset": 0,
+    "clip_sample": False,
+    "sample_max_value": 1.0,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "interpolation_type": "linear",
+}
+
+_KARRAS = {"use_karras_sigmas": True}
+# Since diffusers 0.26 the first-order-in-noise variant refuses a last sigma of zero, its default, so
+# the trainer cannot use it with a current diffusers. `sigma_min` is what it did before that release.
+_DPM_SOLVER = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
+_DPM_SOLVER_PP = {"algorithm_type": "dpmsolver++"}
+
+
+def _samplers(steps_offset: int) -> Mapping[str, NoiseSampler]:
+    """Return the trainer's samplers by name."""
+    config: dict[str, Any] = {**_TRAINER_CONFIG, "steps_offset": steps_offset}
+
+    def sampler(name: str, scheduler: str, **options: Any) -> NoiseSampler:
+        # LCM is distilled for 50 steps: its scheduler picks its steps among those.
+        most = 50 if name == "lcm" else 150
+        return NoiseSampler(name, scheduler, MappingProxyType(config | options), most)
+
+    found = (
+        sampler("ddpm", "DDPMScheduler"),
+        sampler("ddim", "DDIMScheduler"),
+        sampler("pndm", "PNDMScheduler"),
+        sampler("lms", "LMSDiscreteScheduler"),
+        sampler("k_lms", "LMSDiscreteScheduler", **_KARRAS),
+        sampler("euler", "EulerDiscreteScheduler"),
+        sampler("k_euler", "EulerDiscreteScheduler", **_KARRAS),
+        sampler("euler_a", "EulerAncestralDiscreteScheduler"),
+        sampler("dpmsolver", "DPMSolverMultistepScheduler", **_DPM_SOLVER),
+        sampler("dpmsolver++", "DPMSolverMultistepScheduler", **_DPM_SOLVER_PP),
+        sampler("k_dpmsolver", "DPMSolverMultistepScheduler", **_DPM_SOLVER, **_KARRAS),
+        sampler("k_dpmsolver++", "DPMSolverMultistepScheduler", **_DPM_SOLVER_PP, **_KARRAS),
+        sampler("dpmsingle", "DPMSolverSinglestepScheduler"),
+        sampler("heun", "HeunDiscreteScheduler"),
+        sampler("dpm_2", "KDPM2DiscreteScheduler"),
+        sampler("dpm_2_a", "KDPM2AncestralDiscreteScheduler"),
+        sampler("lcm", "LCMScheduler"),
+    )
+    return MappingProxyType({one.name: one for one in found})
+
+
+_UNET = {
+    "name": "unet",
+    "role": "denoiser",
+    "library": "diffusers",
+    "class_name": "UNet2DConditionModel",
+    "weights": "diffusion_pytorch_model",
+    "precision": "dtype",
+    "checkpoint_prefix": "model.diffusion_model.",
+    "adapter_prefixes": ("lora_unet_", "lycoris_", "unet."),
+}
+_VAE = Part(
+    name="vae",
+    role="decoder",
+    library="diffusers",
+    class_name="AutoencoderKL",
+    weights="diffusion_pytorch_model",
+    precision="vae_dtype",
+    checkpoint_prefix="first_stage_model.",
+)
+
+
+def _text_encoder(
+    name: str, class_name: str, checkpoint_prefix: str, kohya_prefix: str, tokenizer: Tokenizer
+) -> Part:
+    return Part(
+        name=name,
+        role="text_encoder",
+        library="transformers",
+        class_name=class_name,
+        weights="model",
+        precision="text_encoder_dtype",
+        checkpoint_prefix=checkpoint_prefix,
+        adapter_prefixes=(kohya_prefix, f"{name}."),
+        # transformers 5.2x dropped the level `text_model` from the module names; files and adapters
+        # exist with and without it.
+        optional_prefix="text_model.",
+        tokenizer=tokenizer,
+    )
+
+
+_FIRST_TOKENIZER = Tokenizer("tokenizer", CLIP_TOKENIZER)
+# The second encoder of SDXL pads with another token.
+_SECOND_TOKENIZER = Tokenizer("tokenizer_2", CLIP_TOKENIZER, MappingProxyType({"pad_token": "!"}))
+_COMMON_USES = frozenset({"negative_prompt", "guidance_rescale", "prediction", "noise"})
+
+
+def _wrong_offset(title: str, right: int, reason: str) -> WrongSchedule:
+    wrong = 1 - right
+    return WrongSchedule(
+        "steps_offset",
+        MappingProxyType({"steps_offset": wrong}),
+        f"The image was sampled with steps_offset {wrong}, which no sample of {title} uses: {reason}."
+        f" Set steps_offset to {right} in the program that made it.",
+    )
+
+
+SD15 = Family(
+    id="sd15",
+    title="Stable Diffusion 1.5",
+    base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",
+    base_aliases=("runwayml/stable-diffusion-v1-5",),
+    resolution_divisor=8,
+    default_size=512,
+    default_steps=25,
+    default_guidance_scale=6.0,
+    default_seed=42,
+    default_sampler="ddpm",
+    # The trainer's configuration has `steps_offset: 0`, but the diffusers pipeline that it passes
+    # the sampler to rewrites that to 1 in its constructor, so every sample was made with 1.
+    # Measured on the golden runs: with 0, at least 30 % of the pixels differ.
+    samplers=_samplers(steps_offset=1),
+    uses=_COMMON_USES,
+    parts=(
+        _text_encoder(
+            "text_encoder", "CLIPTextModel", "cond_stage_model.transformer.", "lora_te_",
+            _FIRST_TOKENIZER,
+        ),
+        Part(**_UNET),  # type: ignore[arg-type]
+        _VAE,
+    ),
+    text="fidelora.families.sd.text:PlainText",
+    denoiser="fidelora.families.sd.denoiser:UNetDenoiser",
+    latents="fidelora.families.sd.latents:SDLatents",
+    checkpoint="fidelora.families.sd.checkpoint",
+    layout=_LAYOUTS / "sd15",
+    accelerations=frozenset({"prepacked", "packed", "compiled"}),
+    samples=Samples(
+        archs=(None, "sd", "sd1", "sd15"),
+        wrong_schedules=(
+            _wrong_offset(
+                "Stable Diffusion 1.5", 1, "the sampler was put into the pipeline after that was built"
+            ),
+        ),
+    ),
+    adapter_base_versions=("sd_1.5", "sd_v1"),
+    latent_preview=latent_formats.SD15,
+)  # fmt: skip
+
+SDXL = Family(
+    id="sdxl",
+    title="Stable Diffusion XL",
+    base_model="stabilityai/stable-diffusion-xl-base-1.0",
+    resolution_divisor=8,
+    default_size=1024,
+    default_steps=25,
+    default_guidance_scale=6.0,
+    default_seed=42,
+    default_sampler="ddpm",
+    # Unlike that of Stable Diffusion 1.5, the pipeline of SDXL leaves `steps_offset: 0` unchanged.
+    samplers=_samplers(steps_offset=0),
+    uses=_COMMON_USES | {"negative_prompt_2"},
+    parts=(
+        _text_encoder(
+            "text_encoder", "CLIPTextModel", "conditioner.embedders.0.transformer.", "lora_te1_",
+            _FIRST_TOKENIZER,
+        ),
+        _text_encoder(
+            "text_encoder_2", "CLIPTextModelWithProjection", "conditioner.embedders.1.model.",
+            "lora_te2_", _SECOND_TOKENIZER,
+        ),
+        Part(**_UNET, other_names=original_names),  # type: ignore[arg-type]
+        _VAE,
+    ),
+    text="fidelora.families.sd.text:PooledText",
+    denoiser="fidelora.families.sd.denoiser:UNetDenoiser",
+    latents="fidelora.families.sd.latents:SDXLLatents",
+    checkpoint="fidelora.families.sd.checkpoint",
+    layout=_LAYOUTS / "sdxl",
+    accelerations=frozenset({"prepacked", "packed", "compiled"}),
+    samples=Samples(
+        archs=("sdxl",),
+        flags=("is_xl",),
+        rescales_guidance=True,
+        required=("use_text_encoder_1", "use_text_encoder_2"),
+        wrong_schedules=(
+            _wrong_offset(
+                "Stable Diffusion XL", 0, "the sampler was that of the base model's own configuration"
+            ),
+        ),
+    ),
+    adapter_base_versions=("sdxl_1.0", "sdxl_base_v1-0"),
+    latent_preview=latent_formats.SDXL,
+)  # fmt: skip

@@ -1,0 +1,296 @@
+"""The files of a base model: found once, checked, and handed on."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fidelora.errors import BaseModelFilesError, BaseModelNotFoundError, RecipeError
+from fidelora.families import Family, Part, all_families
+from fidelora.safetensors_header import read_file_header
+from fidelora.weights.hashes import remembered_sha256
+from fidelora.weights.locate import locate, weight_file_patterns
+from fidelora.weights.strict import read_config, read_weights
+
+Stamp = tuple[tuple[str, int, int], ...]
+"""Name, size and time (ns) of files."""
+
+
+@dataclass(frozen=True)
+class BaseFiles:
+    """All files of one base model.
+
+    Attributes:
+        source: the diffusers folder or the single-file checkpoint.
+        configs: `config.json` of each part by name.
+        tokenizers: folders by the name of their text encoder; None stands for the bundled one.
+        weights: files by part; empty for parts that a checkpoint holds.
+        stamp: of all files when they were found; see `is_unchanged`.
+    """
+
+    family: Family
+    source: Path
+    configs: Mapping[str, Path]
+    tokenizers: Mapping[str, Path | None]
+    weights: Mapping[str, tuple[Path, ...]]
+    stamp: Stamp
+
+    @classmethod
+    def find(
+        cls,
+        family: Family,
+        base_model: str,
+        *,
+        variant: str = "",
+        config: str = "",
+        decoder: str = "",
+        cache_dir: Path | None = None,
+    ) -> BaseFiles:
+        """Find the files of a base model, downloading from the hub what is not there.
+
+        Args:
+            base_model: hub id, diffusers folder or single-file checkpoint.
+            variant: which weight files of a folder: empty or, for example, `fp16`.
+            config: folder with configurations for a checkpoint; empty for the family's own.
+            decoder: hub id, folder or file of a decoder in place of the base's own; may be empty.
+            cache_dir: the hub's cache, if it is not the usual one.
+
+        Raises:
+            BaseModelError, WeightsFileError: what is wrong with which file.
+            RecipeError: `config` was given for a folder.
+        """
+        source = locate(base_model, family.parts, variant=variant, cache_dir=cache_dir)
+        replaced = family.part("decoder").name if decoder else ""
+        if source.is_file():
+            layout = _layout(family, config, source)
+            weights: dict[str, tuple[Path, ...]] = {}
+        else:
+            if config:
+                raise RecipeError(
+                    f"{source} is a folder with its own configurations; leave out config.",
+                    field="config",
+                )
+            layout = source
+            _check_index(source, family)
+            own = [part for part in family.parts if part.name != replaced]
+            weights = {one.name: _weight_files(source / one.name, one, variant) for one in own}
+        configs = {part.name: layout / part.name / "config.json" for part in family.parts}
+        if decoder:
+            part = family.part("decoder")
+            folder, weights[replaced] = _decoder_files(decoder, part, variant, cache_dir)
+            if folder is not None:
+                configs[replaced] = folder / "config.json"
+        tokenizers = {one.name: _tokenizer(layout, one) for one in family.text_encoders}
+        folders = [path for path in tokenizers.values() if path is not None]
+        stamp = _stamp(source, *configs.values(), *folders, *sum(weights.values(), ()))
+        return cls(family, source, configs, tokenizers, weights, stamp)
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """True if the parts are in one file."""
+        return self.source.is_file()
+
+    def is_unchanged(self) -> bool:
+        """Return True if no file was overwritten, added or removed since they were found."""
+        folders = [path for path in self.tokenizers.values() if path is not None]
+        return self.stamp == _stamp(
+            self.source, *self.configs.values(), *folders, *sum(self.weights.values(), ())
+        )
+
+    def read(self) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Tensor]]]:
+        """Read configurations and weights by part; tensors may be mapped from the files.
+
+        Raises:
+            BaseModelError, WeightsFileError: what is wrong with which file.
+        """
+        configs = {name: read_config(path) for name, path in self.configs.items()}
+        weights: dict[str, dict[str, Tensor]] = {}
+        if self.is_checkpoint:
+            others = all_families().values()
+            layout = importlib.import_module(self.family.checkpoint)
+            found = read_weights([self.source])
+            weights = layout.split(found, configs, self.family, others, self.source.name)
+        weights |= {name: read_weights(paths) for name, paths in self.weights.items()}
+        decoder = self.family.part("decoder").name
+        if self.family.checkpoint:
+            layout = importlib.import_module(self.family.checkpoint)
+            weights[decoder] = layout.convert_decoder(weights[decoder], configs[decoder])
+        return configs, weights
+
+    def numbers(self) -> dict[str, int]:
+        """Return how many numbers the weights of each part have, from the headers of the files.
+
+        Raises:
+            WeightsFileError: a file is not sound.
+        """
+        counts = {part.name: 0 for part in self.family.parts}
+        for name, paths in self.weights.items():
+            for path in paths:
+                tensors = read_file_header(path).tensors.values()
+                counts[name] += sum(math.prod(tensor.shape) for tensor in tensors)
+        if self.is_checkpoint:
+            for key, tensor in read_file_header(self.source).tensors.items():
+                inside = [part for part in self.family.parts if part.name not in self.weights]
+                owner = next((one for one in inside if key.startswith(one.checkpoint_prefix)), None)
+                if owner is not None:
+                    counts[owner.name] += math.prod(tensor.shape)
+        return counts
+
+    @cached_property
+    def sha256(self) -> str:
+        """Sha256 of the weight files, in hex: of the file itself, if there is only one.
+
+        Of several files it is the sha256 of lines `part sha256`, in the order of parts and shards.
+        Files are hashed once and remembered by path, size and time.
+
+        Raises:
+            WeightsFileError: a file cannot be read.
+        """
+        files = [("", self.source)] if self.is_checkpoint else []
+        for part in self.family.parts:
+            files += [(part.name, path) for path in self.weights.get(part.name, ())]
+        hashes = [(name, remembered_sha256(path)) for name, path in files]
+        if len(hashes) == 1:
+            return hashes[0][1]
+        lines = "".join(f"{name} {sha256}\n" for name, sha256 in hashes)
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _stamp(*paths: Path) -> Stamp:
+    files: list[Path] = []
+    for path in dict.fromkeys(paths):
+        files += sorted(path.glob("*")) if path.is_dir() else [path]
+    stats = [(file, file.stat()) for file in files if file.is_file()]
+    return tuple((str(file), status.st_size, status.st_mtime_ns) for file, status in stats)
+
+
+def _layout(family: Family, config: str, checkpoint: Path) -> Path:
+    """Return the folder with the configurations for a single-file checkpoint."""
+    if not family.checkpoint:
+        raise BaseModelFilesError(
+            f"{checkpoint.name} is a single file, which is not supported for {family.title}. "
+            "Use a diffusers folder."
+        )
+    if not config:
+        return family.layout
+    folder = Path(config).expanduser()
+    if not folder.is_dir():
+        raise BaseModelNotFoundError(
+            f"There is no folder with configurations at {config}; check the path."
+        )
+    return folder
+
+
+def _tokenizer(layout: Path, part: Part) -> Path | None:
+    """Return the tokenizer's folder, or None for the bundled one."""
+    assert part.tokenizer is not None, "a text encoder has a tokenizer"
+    folder = layout / part.tokenizer.folder
+    if folder.is_dir():
+        return folder
+    if part.tokenizer.bundled is None:
+        raise BaseModelFilesError(
+            f"The base model has no folder {part.tokenizer.folder}; download it again."
+        )
+    return None
+
+
+def _check_index(folder: Path, family: Family) -> None:
+    """Refuse a folder whose `model_index.json` names another kind of model."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        missing = [part.name for part in family.parts if not (folder / part.name).is_dir()]
+        if missing:
+            raise BaseModelFilesError(
+                f"{folder} is not a diffusers folder: it has neither a model_index.json nor the "
+                f"folder {missing[0]}."
+            )
+        return
+    entries = read_config(index)
+    if (other := _family_of(entries)) not in (None, family):
+        assert other is not None
+        raise BaseModelFilesError(
+            f"{folder.name} is a base of {other.title}, not of {family.title}: "
+            f"use it as model {other.id}."
+        )
+    kind = entries.get("_class_name", "model of unknown kind")
+    for part in family.parts:
+        entry = entries.get(part.name)
+        class_name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+        if class_name != part.class_name:
+            raise BaseModelFilesError(
+                f"{folder.name} is a {kind} whose {part.name} is {class_name or 'absent'}; "
+                f"{family.title} has a {part.class_name}."
+            )
+    known = {part.name for part in family.parts}
+    if more := sorted(
+        name for name in entries if name.startswith("text_encoder") and name not in known
+    ):
+        raise BaseModelFilesError(
+            f"{folder.name} is a {kind} with {more[0]}, which {family.title} does not have."
+        )
+
+
+def _family_of(index: Mapping[str, Any]) -> Family | None:
+    """Return the family that has exactly the parts of a `model_index.json`, or None."""
+    for family in all_families().values():
+        wanted = {part.name: [part.library, part.class_name] for part in family.parts}
+        found = {
+            name: value
+            for name, value in index.items()
+            if name in wanted or name.startswith("text_encoder")
+        }
+        if found == wanted:
+            return family
+    return None
+
+
+def _weight_files(folder: Path, part: Part, variant: str) -> tuple[Path, ...]:
+    for pattern in weight_file_patterns(part, variant):
+        if found := sorted(folder.glob(pattern)):
+            _check_shards(found)
+            return tuple(found)
+    wanted = weight_file_patterns(part, variant)[0]
+    pickles = [one.name for suffix in (".bin", ".ckpt", ".pt") for one in folder.glob(f"*{suffix}")]
+    if pickles:
+        raise BaseModelFilesError(
+            f"The base model's {folder.name} has only {pickles[0]}, a pickle, which can run code "
+            f"when it is opened. Convert it to {wanted}."
+        )
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    hint = f" (found: {', '.join(others)}; another variant would use them)" if others else ""
+    raise BaseModelFilesError(f"The base model has no {folder.name}/{wanted}{hint}.")
+
+
+def _check_shards(paths: list[Path]) -> None:
+    """Refuse shards of which some are missing or left over from another export."""
+    matches = [re.search(r"-(\d+)-of-(\d+)\.", path.name) for path in paths]
+    numbers = [(int(match[1]), int(match[2])) for match in matches if match]
+    expected = [(number, len(paths)) for number in range(1, len(paths) + 1)]
+    if numbers and numbers != expected:
+        names = ", ".join(path.name for path in paths)
+        raise BaseModelFilesError(
+            f"The shards in {paths[0].parent.name} are not one complete set: {names}."
+        )
+
+
+def _decoder_files(
+    name: str, part: Part, variant: str, cache_dir: Path | None
+) -> tuple[Path | None, tuple[Path, ...]]:
+    """Return the folder of the decoder that replaces the base's own, and its weight files.
+
+    The folder is None for a single file, which has no configuration.
+    """
+    source = locate(name, [part], what="VAE", variant=variant, cache_dir=cache_dir)
+    if not source.is_dir():
+        return None, (source,)
+    folder = source if (source / "config.json").is_file() else source / part.name
+    return folder, _weight_files(folder, part, variant)
