@@ -1,4 +1,4 @@
-"""A real Chromium that looks at a real server's page, and says what it should not have done."""
+"""A Chromium on a server's page that records errors and requests to other hosts."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ expect.set_options(timeout=DEADLINE_MS)
 
 
 class Visitor:
-    """Somebody who uses the page.
+    """A browser session on the page.
 
     Attributes:
-        trouble: errors in the console, requests to other hosts, dialogs, uncaught exceptions. Empty at the end of each test.
+        trouble: console errors, uncaught exceptions, dialogs and requests to other hosts; must be
+            empty at the end of each test.
     """
 
     def __init__(self, browser: Browser, url: str, **context: Any) -> None:
@@ -35,25 +36,25 @@ class Visitor:
         self._context = browser.new_context(viewport={"width": 1280, "height": 900}, **context)
         self._context.set_default_timeout(DEADLINE_MS)
         self.page: Page = self._context.new_page()
-        self.page.on("console", self._hear)
+        self.page.on("console", self._on_console)
         self.page.on("pageerror", lambda error: self.trouble.append(str(error)))
-        self.page.on("dialog", self._refuse)
-        self.page.on("request", lambda request: self._note(request.url))
+        self.page.on("dialog", self._on_dialog)
+        self.page.on("request", lambda request: self._on_request(request.url))
 
-    def _hear(self, message: ConsoleMessage) -> None:
+    def _on_console(self, message: ConsoleMessage) -> None:
         if message.type == "error":
             self.trouble.append(message.text)
 
-    def _refuse(self, dialog: Dialog) -> None:
+    def _on_dialog(self, dialog: Dialog) -> None:
         self.trouble.append(dialog.message)
         dialog.dismiss()
 
-    def _note(self, url: str) -> None:
+    def _on_request(self, url: str) -> None:
         if not url.startswith((self.url + "/", "data:", "blob:" + self.url)):
             self.trouble.append(f"a request to {url}")
 
-    def come(self) -> Visitor:
-        """Open the page, and wait until it can be used."""
+    def open(self) -> Visitor:
+        """Open the page and wait until it is ready."""
         self.page.goto(self.url)
         expect(self["generate"]).to_be_visible()
         return self
@@ -62,27 +63,27 @@ class Visitor:
         self._context.close()
 
     def __getitem__(self, element: str) -> Locator:
-        """The part of the page with this id."""
+        """Return the element with this id."""
         return self.page.locator(f"#{element}")
 
     def field(self, element: str) -> Locator:
-        """Where one types into it."""
+        """Return the text input of an element."""
         return self[element].locator("input:not([type=range]), textarea").first
 
     def choose(self, element: str, *typed: str) -> None:
-        """Find entries of a list by typing, and take them."""
+        """Select entries of a drop-down list by typing."""
         box = self.field(element)
         for text in typed:
             box.click()
             self[element].get_by_role("option").first.wait_for()
             box.press("Control+a")
-            box.press_sequentially(text)  # the list listens to keys
+            box.press_sequentially(text)  # the list filters on key events
             self[element].locator("[role=option].active").filter(has_text=text).first.wait_for()
             box.press("Enter")
         box.press("Escape")
 
-    def ask(self, prompt: str, *, lora: str = "", **fields: object) -> None:
-        """Fill in the form for a small image, and ask for it."""
+    def generate(self, prompt: str, *, lora: str = "", **fields: object) -> None:
+        """Fill in the form for a small image and send it."""
         if lora:
             self.choose("loras", lora)
             expect(self["multiplier-0"]).to_be_visible()
@@ -92,22 +93,22 @@ class Visitor:
         self["generate"].click()
 
     def images(self, count: int) -> list[Locator]:
-        """The images in the gallery, as soon as there are so many."""
+        """Wait for this number of images in the gallery and return them."""
         shown = self["gallery"].locator("button img")
         expect(shown).to_have_count(count)
         return shown.all()
 
-    def done(self) -> None:
-        """Wait for the end of what was asked for."""
+    def wait_until_done(self) -> None:
+        """Wait until the job has succeeded."""
         expect(self["progress"]).to_contain_text("Done in")
 
     def file(self, image: Locator) -> bytes:
-        """The very bytes that the page shows."""
+        """Return the bytes of an image on the page."""
         source = image.get_attribute("src")
         assert source is not None
-        answer = self.page.request.get(source)
-        assert answer.ok
-        return answer.body()
+        response = self.page.request.get(source)
+        assert response.ok
+        return response.body()
 
     def scrolls_sideways(self) -> bool:
         return bool(self.page.evaluate("document.documentElement.scrollWidth > innerWidth"))
@@ -119,12 +120,10 @@ def pixels(file: bytes) -> NDArray[np.uint8]:
 
 
 def copy_lora(source: Path, target: Path, **metadata: str) -> None:
-    """The same weights with other words in the header."""
+    """Copy a LoRA with changed metadata."""
     import safetensors
     import safetensors.torch
 
     with safetensors.safe_open(source, "pt") as file:
-        said = dict(file.metadata() or {})
-    safetensors.torch.save_file(
-        safetensors.torch.load(source.read_bytes()), target, said | metadata
-    )
+        old = dict(file.metadata() or {})
+    safetensors.torch.save_file(safetensors.torch.load(source.read_bytes()), target, old | metadata)

@@ -1,4 +1,4 @@
-"""One browser and one server for each module; a page without trouble for each test."""
+"""One browser and server per module, one clean page per test."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.server.serve_support import Server
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if CHROMIUM is None:
         skip = pytest.mark.skip(
-            reason="there is no Chromium: apt-get install chromium, or set CHROMIUM to its path"
+            reason="no Chromium found: apt-get install chromium, or set CHROMIUM to its path"
         )
         for item in items:
             if "browser" in getattr(item, "fixturenames", ()):
@@ -22,9 +22,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Its library keeps an event loop running in this thread, in which no test of another module could run its own."""
+    """Closed after the module: Playwright's event loop blocks `asyncio.run` in this thread."""
     with sync_playwright() as playwright:
-        # Inside of containers its own sandbox cannot be set up, and it sees nothing here but our own page.
+        # Chromium's sandbox does not work in containers; it only opens the page under test.
         launched = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield launched
         launched.close()
@@ -32,14 +32,14 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def visit(browser: Browser, server: Server) -> Iterator[Callable[..., Visitor]]:
-    """Makes somebody who looks at the server's page; at the end nothing may have gone wrong in the browser."""
+    """Return a function that creates visitors; fails if a browser recorded any trouble."""
     visitors: list[Visitor] = []
 
-    def come(**context: object) -> Visitor:
+    def create(**context: object) -> Visitor:
         visitors.append(Visitor(browser, server.url, **context))
         return visitors[-1]
 
-    yield come
+    yield create
     trouble = [one for visitor in visitors for one in visitor.trouble]
     for visitor in visitors:
         visitor.close()
@@ -48,4 +48,4 @@ def visit(browser: Browser, server: Server) -> Iterator[Callable[..., Visitor]]:
 
 @pytest.fixture
 def visitor(visit: Callable[..., Visitor]) -> Visitor:
-    return visit().come()
+    return visit().open()

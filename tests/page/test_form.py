@@ -1,4 +1,4 @@
-"""The page's form without a browser: values into requests, recipes into values, and texts to copy."""
+"""The form's values as requests, recipes as values of the form, and snippets."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from fidelora.recipe import MAX_SEED, AdapterRef, Recipe
 from fidelora.server.page.compare_tab import read_multipliers
 from fidelora.server.page.form import (
     Form,
-    defaults,
+    build_request,
     differences,
-    form_of,
+    family_defaults,
+    first_recipe,
+    form_for_recipe,
     read_seed,
-    recipe_again,
-    request_of,
 )
 from fidelora.server.page.snippets import as_command, as_python, as_request
 
@@ -60,41 +60,61 @@ def recipes(draw):
     )
 
 
-def a_form(**given):
-    start = {
-        "loras": (("a.safetensors", 1.0),),
-        "trigger": "sks",
-        "prompt": "a [trigger]",
-        "negative": "",
-        "model": "sd15",
-    }
-    rest = {"seed": 7, "number": 1, "fidelity": "exact", "image_format": "png"}
-    return Form(**(start | defaults("sd15") | rest | given))
+def make_form(loras=(("a.safetensors", 1.0),), seed=7, images=1, **fields):
+    start = {"trigger_word": "sks", "prompt": "a [trigger]", "neg": "", "model": "sd15"}
+    rest = {"fidelity": "exact", "output_format": "png"}
+    return Form(loras, seed, images, start | family_defaults("sd15") | rest | fields)
 
 
 @given(recipes())
-def test_a_recipe_in_the_form_makes_the_same_image(recipe):
-    form = form_of(
+def test_a_recipe_loaded_into_the_form_makes_the_same_image(recipe):
+    form = form_for_recipe(
         recipe, [f"{number}.safetensors" for number in range(len(recipe.adapters))], "png"
     )
-    again = recipe_again(form, recipe.adapters, NUMERICS)
-    assert differences(recipe, again) == []
-    assert again.digest == recipe.digest
+    here = first_recipe(form, recipe.adapters, NUMERICS)
+    assert differences(recipe, here) == []
+    assert here.digest == recipe.digest
 
 
 @given(recipes())
-def test_what_is_copied_as_a_request_makes_the_same_image(recipe):
+def test_the_request_snippet_makes_the_same_image(recipe):
     names = [f"{number}.safetensors" for number in range(len(recipe.adapters))]
     request = InferenceRequest.model_validate_json(as_request(recipe, names, "webp"))
-    (again,) = recipes_of(request, recipe.adapters, NUMERICS, draw_seed=lambda: 0)
-    assert again.digest == recipe.digest
+    (here,) = recipes_of(request, recipe.adapters, NUMERICS, draw_seed=lambda: 0)
+    assert here.digest == recipe.digest
     assert [lora.sha256 for lora in request.loras] == [
         adapter.sha256 for adapter in recipe.adapters
     ]
 
 
+def test_snippets_contain_the_fields_that_the_form_lacks():
+    recipe = Recipe(
+        prompt="a",
+        negative_prompt_2="b",
+        guidance_rescale=0.7,
+        model="sdxl",
+        adapters=(AdapterRef("a" * 64, alpha=4.0),),
+        **NUMERICS,
+    )
+    request = InferenceRequest.model_validate_json(as_request(recipe, ["a.safetensors"], "png"))
+    (here,) = recipes_of(request, recipe.adapters, NUMERICS, draw_seed=lambda: 0)
+    assert here.digest == recipe.digest
+    words = shlex.split(as_command(recipe, ["a.safetensors"], "png"))
+    assert {"--negative-2=b", "--guidance-rescale=0.7"} <= set(words)
+    python = as_python(recipe, ["a.safetensors"], "png", "http://127.0.0.1:8000")
+    assert "neg_2='b'" in python
+    assert "guidance_rescale=0.7" in python
+    form = form_for_recipe(recipe, ["a.safetensors"], "png")
+    found = differences(recipe, first_recipe(form, recipe.adapters, NUMERICS))
+    assert [phrase.split()[0] for phrase in found] == [
+        "negative_prompt_2",
+        "guidance_rescale",
+        "adapters",
+    ]
+
+
 @given(recipes())
-def test_what_is_copied_is_quoted(recipe):
+def test_snippets_are_quoted(recipe):
     names = [f"{number} $x'.safetensors" for number in range(len(recipe.adapters))]
     words = shlex.split(as_command(recipe, names, "png"))
     assert recipe.prompt in words
@@ -108,7 +128,7 @@ def test_what_is_copied_is_quoted(recipe):
     compile(as_python(recipe, names, "png", "http://127.0.0.1:8000"), "copied", "exec")
 
 
-def test_a_prompt_that_looks_like_an_option_is_none():
+def test_a_prompt_that_looks_like_an_option_is_quoted():
     recipe = Recipe(prompt="--help", adapters=(AdapterRef("a" * 64),))
     assert shlex.split(as_command(recipe, ["a.safetensors"], "png"))[-2:] == ["--", "--help"]
 
@@ -116,37 +136,52 @@ def test_a_prompt_that_looks_like_an_option_is_none():
 @pytest.mark.parametrize(
     ("changed", "field"),
     [
-        ({"dtype": "bfloat16"}, "dtype"), ({"base_model": "there"}, "base_model"), ({"noise": "legacy"}, "noise"),
-        ({"vae": "other"}, "vae"), ({"prediction": "v_prediction"}, "prediction"), ({"adapter_mode": "live"}, "adapter_mode"),
+        ({"dtype": "bfloat16"}, "dtype"),
+        ({"base_model": "there"}, "base_model"),
+        ({"noise": "legacy"}, "noise"),
+        ({"vae": "other"}, "vae"),
+        ({"prediction": "v_prediction"}, "prediction"),
+        ({"adapter_mode": "live"}, "adapter_mode"),
     ],
-)  # fmt: skip
-def test_what_this_server_cannot_do_as_it_was_is_named(changed, field):
+)
+def test_fields_that_differ_on_this_server_are_named(changed, field):
     recipe = replace(Recipe(prompt="a", adapters=(AdapterRef("a" * 64),), **NUMERICS), **changed)
     found = differences(
-        recipe, recipe_again(form_of(recipe, ["a.safetensors"], "png"), recipe.adapters, NUMERICS)
+        recipe,
+        first_recipe(form_for_recipe(recipe, ["a.safetensors"], "png"), recipe.adapters, NUMERICS),
     )
     assert [sentence.split()[0] for sentence in found] == [field]
 
 
-def test_several_images_count_the_seed_up_and_random_ones_are_drawn():
-    assert [item.seed for item in request_of(a_form(number=3)).prompts] == [7, 8, 9]
-    assert [item.seed for item in request_of(a_form(number=2, seed=None)).prompts] == [-1, -1]
+def test_seeds_of_several_images_increase_or_are_drawn():
+    assert [item.seed for item in build_request(make_form(images=3)).prompts] == [7, 8, 9]
+    assert [item.seed for item in build_request(make_form(images=2, seed=None)).prompts] == [-1, -1]
 
 
 @pytest.mark.parametrize(
     "given",
     [
-        {"loras": ()}, {"loras": (("a.safetensors", 2.5),)}, {"number": 0}, {"number": 65}, {"width": 63}, {"steps": 151},
-        {"guidance": 21.0}, {"guidance": float("nan")}, {"fidelity": "<b>"}, {"image_format": "gif"},
-        {"seed": MAX_SEED, "number": 2}, {"model": "none"}, {"loras": (("", 1.0),)},
+        {"loras": ()},
+        {"loras": (("a.safetensors", 2.5),)},
+        {"images": 0},
+        {"images": 65},
+        {"width": 63},
+        {"sample_steps": 151},
+        {"guidance_scale": 21.0},
+        {"guidance_scale": float("nan")},
+        {"fidelity": "<b>"},
+        {"output_format": "gif"},
+        {"seed": MAX_SEED, "images": 2},
+        {"model": "none"},
+        {"loras": (("", 1.0),)},
     ],
-)  # fmt: skip
-def test_values_that_no_request_can_have_are_told(given):
+)
+def test_invalid_values_raise_a_message(given):
     with pytest.raises(FideloraError, match=r"\w"):
-        request_of(a_form(**given))
+        build_request(make_form(**given))
 
 
-def test_seeds_are_read_exactly():
+def test_seeds_are_parsed_exactly():
     assert read_seed(" 9223372036854775807 ") == MAX_SEED
     assert read_seed("") is read_seed("-1") is None
     for typed in ("9223372036854775808", "1" * 5000, "1.5", "-2", "१", "0x1", "one"):
@@ -154,14 +189,14 @@ def test_seeds_are_read_exactly():
             read_seed(typed)
 
 
-def test_multipliers_are_read():
+def test_multipliers_are_parsed():
     assert read_multipliers("0, .5 ,1,,0.5") == [0, 0.5, 1]
     for typed in ("", "a", "3", "nan", "1;2"):
         with pytest.raises(WrongUseError, match="Multipliers"):
             read_multipliers(typed)
 
 
-def test_the_request_is_json_for_people():
+def test_the_request_snippet_is_readable_json():
     recipe = Recipe(prompt="é", adapters=(AdapterRef("a" * 64),))
     assert "é" in as_request(recipe, ["a"], "png")
     assert json.loads(as_request(recipe, ["a"], "png"))["output_format"] == "png"

@@ -1,4 +1,4 @@
-"""The tabs *Make* and *Compare* in a real browser, on a server with the miniature."""
+"""The *Make* and *Compare* tabs in a browser, on a server with the miniature model."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def server(tmp_path_factory):
     started.close()
 
 
-def test_an_image_and_another_one_after_the_slider_was_moved(visitor):
-    visitor.ask(GREEN, lora="sks.safetensors")
+def test_moving_the_slider_changes_the_next_image(visitor):
+    visitor.generate(GREEN, lora="sks.safetensors")
     first = visitor.file(visitor.images(1)[0])
     assert visitor.field("trigger").input_value() == "sks"
 
@@ -56,15 +56,15 @@ def test_an_image_and_another_one_after_the_slider_was_moved(visitor):
     expect(visitor["recipe"]).to_contain_text('"multiplier": 0.2')
 
 
-def test_the_list_shows_trigger_rank_and_step_and_finds_them(visitor):
+def test_loras_are_listed_and_found_by_trigger_rank_and_step(visitor):
     visitor.choose("loras", "step 1152")
     expect(visitor["loras"]).to_contain_text("trigger")
     expect(visitor["loras"]).to_contain_text("rank 8/16 · step 1152")
 
 
-def test_a_long_request_shows_a_preview_and_the_time_left_and_is_canceled(visitor, server):
-    visitor.ask(GREEN, lora="sks.safetensors", steps=150, width=512, height=512, number=4)
-    expect(visitor["progress"].locator("img.rough")).to_be_visible()
+def test_a_long_job_shows_preview_and_time_left_and_can_be_canceled(visitor, server):
+    visitor.generate(GREEN, lora="sks.safetensors", steps=150, width=512, height=512, number=4)
+    expect(visitor["progress"].locator("img.preview")).to_be_visible()
     expect(visitor["progress"]).to_contain_text("left")
     visitor["cancel"].click()
     expect(visitor["progress"]).to_contain_text("Canceled.")
@@ -72,8 +72,8 @@ def test_a_long_request_shows_a_preview_and_the_time_left_and_is_canceled(visito
     expect(visitor["cancel"]).to_be_disabled()
 
 
-def test_an_image_that_is_put_back_gives_the_same_pixels(visitor, server, tmp_path):
-    """With values that no slider stops at, and a seed that no number in a browser can be."""
+def test_an_image_loaded_into_the_form_is_reproduced(visitor, server, tmp_path):
+    """Uses values between slider steps, and a seed above 2**53."""
     prompt = {
         "prompt": "a purple sks, *bold*",
         "width": 136,
@@ -94,7 +94,7 @@ def test_an_image_that_is_put_back_gives_the_same_pixels(visitor, server, tmp_pa
     (tmp_path / "original.png").write_bytes(original)
 
     visitor["recipe-image"].locator("input[type=file]").set_input_files(tmp_path / "original.png")
-    expect(visitor["loaded"]).to_contain_text("the same recipe, and so the same image")
+    expect(visitor["loaded"]).to_contain_text("this server makes the same image again")
     assert visitor.field("seed").input_value() == str(2**63 - 1)
     visitor["generate"].click()
     again = visitor.file(visitor.images(1)[0])
@@ -107,8 +107,8 @@ def test_an_image_that_is_put_back_gives_the_same_pixels(visitor, server, tmp_pa
     assert recipe == output["recipe"]
 
 
-def test_an_image_of_a_lora_that_is_not_here_says_so(visitor, server, tmp_path):
-    visitor.ask(GREEN, lora="sks.safetensors")
+def test_an_image_with_a_missing_lora_is_refused(visitor, server, tmp_path):
+    visitor.generate(GREEN, lora="sks.safetensors")
     file = visitor.file(visitor.images(1)[0])
     with Image.open(io.BytesIO(file)) as image:
         record = json.loads(image.info["fidelora"])
@@ -123,8 +123,8 @@ def test_an_image_of_a_lora_that_is_not_here_says_so(visitor, server, tmp_path):
     )
 
 
-def test_what_is_copied_makes_the_same_image_again(visitor, server, tmp_path, monkeypatch):
-    visitor.ask('a green [trigger], it\'s "quoted" $HOME', lora="sks.safetensors", seed=11)
+def test_snippets_reproduce_the_image(visitor, server, tmp_path, monkeypatch):
+    visitor.generate('a green [trigger], it\'s "quoted" $HOME', lora="sks.safetensors", seed=11)
     image = pixels(visitor.file(visitor.images(1)[0]))
     texts = {}
     for tab, element in (("Request", "request"), ("CLI", "command"), ("Python", "python")):
@@ -151,7 +151,7 @@ def test_what_is_copied_makes_the_same_image_again(visitor, server, tmp_path, mo
     assert np.array_equal(pixels((tmp_path / "fidelora_11.png").read_bytes()), image)
 
 
-def test_with_the_keyboard_alone(visitor):
+def test_the_form_can_be_used_with_the_keyboard_alone(visitor):
     def tab_to(element: str) -> None:
         for _ in range(60):
             visitor.page.keyboard.press("Tab")
@@ -159,7 +159,7 @@ def test_with_the_keyboard_alone(visitor):
                 f"document.querySelector('#{element}').contains(document.activeElement)"
             ):
                 return
-        raise AssertionError(f"{element} is not reached")
+        raise AssertionError(f"{element} was not reached")
 
     press, write = visitor.page.keyboard.press, visitor.page.keyboard.type
     tab_to("loras")
@@ -185,18 +185,18 @@ def test_with_the_keyboard_alone(visitor):
     expect(visitor["recipe"]).to_contain_text('"steps": 3')
 
 
-def test_hostile_names_and_texts_are_texts(visitor):
+def test_hostile_names_and_texts_are_escaped(visitor):
     visitor.choose("loras", HOSTILE)
     expect(visitor["multiplier-0"]).to_contain_text(f"Multiplier of {HOSTILE}.safetensors")
     assert visitor.field("trigger").input_value() == HOSTILE + "trigger"
     visitor.field("negative").fill(HOSTILE)
-    visitor.ask(f"{HOSTILE} {{{{value}}}} ${{alert(2)}} [trigger]")
-    visitor.done()
+    visitor.generate(f"{HOSTILE} {{{{value}}}} ${{alert(2)}} [trigger]")
+    visitor.wait_until_done()
     expect(visitor["gallery"]).to_contain_text(f"seed 7 · {HOSTILE} 1")
     expect(visitor["recipe"]).to_contain_text(HOSTILE)
     visitor.field("seed").fill(HOSTILE)
     visitor["generate"].click()
-    expect(visitor["progress"]).to_contain_text(f"Seed: '{HOSTILE}' is no whole number")
+    expect(visitor["progress"]).to_contain_text(f"Seed: '{HOSTILE}' is not a whole number")
     visitor.field("seed").fill("7")
     visitor["use"].click()
     expect(visitor["loaded"]).to_contain_text("the same image")
@@ -204,40 +204,40 @@ def test_hostile_names_and_texts_are_texts(visitor):
     expect(visitor["about-compare"]).to_contain_text(HOSTILE)
     visitor.field("multipliers").fill(HOSTILE)
     visitor["compare"].click()
-    expect(visitor["progress-compare"]).to_contain_text(f"Multipliers: '{HOSTILE}' is no list")
+    expect(visitor["progress-compare"]).to_contain_text(f"Multipliers: '{HOSTILE}' is not a list")
     assert visitor.page.locator("img[src=x]").count() == 0
 
 
-def test_mistakes_are_told_and_nothing_is_asked_for(visitor, server):
+def test_invalid_values_show_an_error_and_send_nothing(visitor, server):
     before = len(server.call("/v1/requests")["requests"])
     visitor["generate"].click()
     expect(visitor["progress"].get_by_role("alert")).to_contain_text("Choose at least one LoRA")
-    visitor.ask(GREEN, lora="sks.safetensors", width=63)
+    visitor.generate(GREEN, lora="sks.safetensors", width=63)
     expect(visitor["progress"].get_by_role("alert")).to_contain_text(
         "Width: Input should be greater than or equal to 64, not 63."
     )
     visitor.field("width").fill("128")
     for name, message in (
-        ("steps", "Steps is empty; give a number."),
-        ("number", "Images is empty; give a number."),
+        ("steps", "Steps is empty; enter a number."),
+        ("number", "Images is empty; enter a number."),
     ):
-        before_it = visitor.field(name).input_value()
+        original = visitor.field(name).input_value()
         visitor.field(name).fill("")
         visitor["generate"].click()
         expect(visitor["progress"].get_by_role("alert")).to_contain_text(message)
-        visitor.field(name).fill(before_it)
+        visitor.field(name).fill(original)
     assert len(server.call("/v1/requests")["requests"]) == before
 
 
-def test_a_reload_loses_neither_the_images_nor_the_request(visitor):
-    visitor.ask(GREEN, lora="sks.safetensors")
+def test_a_reload_keeps_the_images_and_the_running_job(visitor):
+    visitor.generate(GREEN, lora="sks.safetensors")
     visitor.images(1)
-    visitor.ask(GREEN, steps=60, width=256, height=256)
-    expect(visitor["progress"].locator("img.rough")).to_be_visible()
-    visitor.come()
+    visitor.generate(GREEN, steps=60, width=256, height=256)
+    expect(visitor["progress"].locator("img.preview")).to_be_visible()
+    visitor.open()
     visitor.images(2)
-    visitor.done()
-    # What the page that is left says of its own broken connections.
+    visitor.wait_until_done()
+    # Connections that the reload interrupted.
     visitor.trouble = [
         one
         for one in visitor.trouble
@@ -245,10 +245,10 @@ def test_a_reload_loses_neither_the_images_nor_the_request(visitor):
     ]
 
 
-def test_the_settings_of_a_chosen_image_are_used_again(visitor):
-    visitor.ask(GREEN, lora="sks.safetensors", seed=1)
+def test_the_settings_of_the_selected_image_are_reused(visitor):
+    visitor.generate(GREEN, lora="sks.safetensors", seed=1)
     visitor.images(1)
-    visitor.ask("a blue star", seed=2, steps=3)
+    visitor.generate("a blue star", seed=2, steps=3)
     visitor.images(2)[1].click()
     expect(visitor["recipe"]).to_contain_text('"seed": 1')
     visitor["use"].click()
@@ -257,7 +257,7 @@ def test_the_settings_of_a_chosen_image_are_used_again(visitor):
     assert visitor.field("steps").input_value() == "4"
 
 
-def test_checkpoints_and_multipliers_on_one_sheet(visitor):
+def test_compare_makes_a_sheet_of_checkpoints_and_multipliers(visitor):
     visitor.choose("loras", "sks.safetensors")
     visitor.field("prompt").fill(GREEN)
     for name in ("width", "height"):
@@ -275,13 +275,13 @@ def test_checkpoints_and_multipliers_on_one_sheet(visitor):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_at_the_width_of_a_phone_nothing_is_beside_the_screen(visit, scheme):
+def test_the_page_fits_the_width_of_a_phone(visit, scheme):
     visitor = visit(color_scheme=scheme)
     visitor.page.set_viewport_size({"width": 390, "height": 844})
-    visitor.come()
+    visitor.open()
     visitor.choose("loras", "sks.safetensors", HOSTILE)
-    visitor.ask("w" * 300, steps=1)
-    visitor.done()
+    visitor.generate("w" * 300, steps=1)
+    visitor.wait_until_done()
     colour = visitor.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (int(colour.partition("(")[2].partition(",")[0]) > 128) == (scheme == "light")
     for tab in ("Make", "Match", "Compare"):
@@ -294,21 +294,21 @@ def test_at_the_width_of_a_phone_nothing_is_beside_the_screen(visit, scheme):
 
 def test_with_api_keys_the_page_asks_for_one(visit, server, tmp_path_factory):
     keys = ApiKeys(_keys_file(server))
-    key = keys.add("a person")
+    key = keys.add("alice")
     visitor = visit()
     try:
         visitor.page.goto(server.url)
         visitor.page.get_by_label("API key").fill("wrong")
         visitor.page.keyboard.press("Enter")
         expect(visitor.page.get_by_role("alert")).to_contain_text("This is no key of this server.")
-        assert "403" in visitor.trouble.pop()  # the browser notes the answer's status
+        assert "403" in visitor.trouble.pop()  # the browser logs the response status
         visitor.page.get_by_label("API key").fill(key)
         visitor.page.keyboard.press("Enter")
         expect(visitor["generate"]).to_be_visible()
-        visitor.ask(GREEN, lora="sks.safetensors")
+        visitor.generate(GREEN, lora="sks.safetensors")
         visitor.images(1)
     finally:
-        keys.remove("a person")
+        keys.remove("alice")
 
 
 def _keys_file(server):

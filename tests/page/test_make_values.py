@@ -1,4 +1,4 @@
-"""What the tabs of the page do, without a browser: their handlers on a store in memory."""
+"""Event handlers of the tabs without a browser, on a store in memory."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from structlog.testing import capture_logs
 from tests.server.http_support import ByHand, context_in, now
 
 from fidelora.server.page import make_tab as make_module
-from fidelora.server.page.form import MAX_LORAS
+from fidelora.server.page.form import LABELS, MAX_LORAS, build_request
 from fidelora.server.page.lora_list import LoraList
-from fidelora.server.page.make_tab import Make
-from fidelora.server.page.match_tab import Match
+from fidelora.server.page.make_tab import MakeTab
+from fidelora.server.page.match_tab import MatchTab
 from fidelora.server.page.pictures import PageFiles, Pictures
 from fidelora.server.page.verifications import Verifier
 
 TRIGGERS = {"a": "aaa", "b": "bbb", "c": ""}
 
 
-class OwnLibrary(LoraList):
-    """LoRAs with these triggers."""
+class FakeLoraList(LoraList):
+    """LoRAs with the trigger words of `TRIGGERS`."""
 
-    def trigger(self, names: list[str]) -> str:
-        return next((TRIGGERS[name] for name in names if TRIGGERS[name]), "")
+    def trigger(self, paths: list[str]) -> str:
+        return next((TRIGGERS[path] for path in paths if TRIGGERS[path]), "")
 
 
 @pytest.fixture
@@ -36,64 +36,67 @@ def context(tmp_path):
 
 
 @pytest.fixture
-def place(tmp_path):
-    place = PageFiles(tmp_path / "page")
-    place.empty()
-    return place
+def page_files(tmp_path):
+    page_files = PageFiles(tmp_path / "page")
+    page_files.empty()
+    return page_files
 
 
 @pytest.fixture
-def make(context, place):
-    library = OwnLibrary(context)
+def make(context, page_files):
+    lora_list = FakeLoraList(context)
     with gr.Blocks():
-        return Make(context, Pictures(context, place, library), library)
+        return MakeTab(context, Pictures(context, page_files, lora_list), lora_list)
 
 
-@pytest.fixture
-def form(make):
-    """Values of the form that make a request."""
-    sliders = [1.0] * MAX_LORAS
-    return [
-        ["sks.safetensors"],
-        *sliders,
-        "sks",
-        "a ball",
-        "",
-        "sd15",
-        "ddpm",
-        4,
-        7,
-        64,
-        64,
-        "1",
-        1,
-        "exact",
-        "png",
-    ]
+FIELDS = {
+    "trigger_word": "sks",
+    "prompt": "a ball",
+    "neg": "",
+    "model": "sd15",
+    "sampler": "ddpm",
+    "sample_steps": 4,
+    "guidance_scale": 7,
+    "width": 64,
+    "height": 64,
+    "fidelity": "exact",
+    "output_format": "png",
+}
+
+
+def form_values(seed="1"):
+    """Values of the form's inputs that make a valid request."""
+    fields = [FIELDS[name] for name in LABELS]
+    return [["sks.safetensors"], *[1.0] * MAX_LORAS, seed, 1, *fields]
 
 
 def results(make, update):
-    """An update by component; without those that stay as they are."""
-    names = {
-        id(component): name
-        for name, component in vars(make).items()
-        if not isinstance(component, list)
-    }
-    return {
-        names[id(component)]: value
-        for component, value in zip(make._results, update, strict=True)
-        if value != gr.skip()
-    }
+    """Return an update by output name, without the outputs that keep their value."""
+    named = zip(make._outputs, update, strict=True)
+    return {name: value for name, value in named if value != gr.skip()}
 
 
-# --- the form ----------------------------------------------------------------------------------------------------------
+# --- the form ------------------------------------------------------------------------------
+
+
+def test_form_values_become_a_request(make):
+    request = build_request(make.form.read(form_values()))
+    item = request.prompts[0]
+    assert [(lora.path, lora.network_multiplier) for lora in request.loras] == [
+        ("sks.safetensors", 1.0)
+    ]
+    assert {
+        name: getattr(request if name in type(request).model_fields else item, name)
+        for name in FIELDS
+    } == FIELDS
+    assert item.seed == 1
 
 
 def changed(make, before, after, trigger, *multipliers):
-    """Names and multipliers, and the trigger word, after another choice of LoRAs."""
+    """Return paths and multipliers, and the trigger word, after a change of the LoRAs."""
     values = [*multipliers, *[1.0] * (MAX_LORAS - len(multipliers))]
-    known, *sliders, trigger = make._loras_changed(("sd15", before), after, trigger, *values)
-    assert known == ("sd15", after)
+    handled, *sliders, trigger = make.form.update_loras(("sd15", before), after, trigger, *values)
+    assert handled == ("sd15", after)
     shown = [slider for slider in sliders if slider["visible"]]
     return [
         (slider["label"].removeprefix("Multiplier of "), slider["value"]) for slider in shown
@@ -107,7 +110,7 @@ def test_a_multiplier_stays_with_its_lora(make):
     assert changed(make, ["a"], [], "", 0.5)[0] == []
 
 
-def test_a_trigger_word_that_nobody_wrote_goes_with_its_lora(make):
+def test_an_unedited_trigger_word_follows_its_lora(make):
     assert changed(make, ["a"], ["b"], "aaa")[1] == "bbb"
     assert changed(make, ["a"], ["c"], "aaa")[1] == ""
     assert changed(make, [], ["b"], "")[1] == "bbb"
@@ -115,12 +118,12 @@ def test_a_trigger_word_that_nobody_wrote_goes_with_its_lora(make):
     assert changed(make, ["a"], ["a", "b"], "aaa")[1] == "aaa"
 
 
-# --- images ------------------------------------------------------------------------------------------------------------
+# --- images -------------------------------------------------------------------------------
 
 
-def test_the_image_whose_recipe_is_shown_is_the_chosen_one(make, form, context, monkeypatch):
-    """A new image is shown in the place of the one that was chosen before it."""
-    monkeypatch.setattr(make_module, "_LOOK_EVERY_S", 0)
+def test_a_new_image_becomes_the_selected_one(make, context, monkeypatch):
+    """The snippets shown are those of the newest image, not of the image selected before."""
+    monkeypatch.setattr(make_module, "_POLL_S", 0)
     worker = ByHand(context)
 
     async def made(shown, values):
@@ -132,72 +135,70 @@ def test_the_image_whose_recipe_is_shown_is_the_chosen_one(make, form, context, 
         return updates[-1]
 
     async def run():
-        shown = (await made([], form))["shown"]
-        return await made(shown, [*form[:-4], "2", *form[-3:]])
+        shown = (await made([], form_values()))["shown"]
+        return await made(shown, form_values(seed="2"))
 
     last = asyncio.run(run())
     assert len(last["shown"]) == 2
-    assert '"seed": 2' in last["recipe_text"]
-    assert last["chosen"] == 0
+    assert '"seed": 2' in last["recipe"]
+    assert last["selected"] == 0
 
 
-def test_settings_of_an_image_that_is_not_there_are_not_used(make):
-    assert "Choose an image." in make._use([], 3)[0].replace("&#46;", ".")
+def test_settings_of_a_missing_image_are_refused(make):
+    assert "Choose an image." in make._use_settings([], 3)[0].replace("&#46;", ".")
 
 
-def test_an_image_that_is_larger_than_images_are_is_not_read(make, tmp_path):
+def test_an_image_above_the_size_limit_is_refused(make, tmp_path):
     with (tmp_path / "x.png").open("wb") as file:
         file.truncate(64 * 2**20 + 1)
-    assert "more than 67,108,864 bytes" in make._load_image(str(tmp_path / "x.png"))[0]
+    assert "at most 67,108,864 bytes" in make._load_image(str(tmp_path / "x.png"))[0]
 
 
-# --- reloading ---------------------------------------------------------------------------------------------------------
+# --- reloading ----------------------------------------------------------------------------
 
 
-def test_while_a_request_is_followed_after_a_reload_there_is_no_second(
-    make, form, context, monkeypatch
-):
-    monkeypatch.setattr(make_module, "_LOOK_EVERY_S", 0)
+def test_while_a_job_is_followed_after_a_reload_no_second_one_starts(make, context, monkeypatch):
+    monkeypatch.setattr(make_module, "_POLL_S", 0)
 
     async def run():
-        async with aclosing(make._generate("", [], *form)) as first:
+        async with aclosing(make._generate("", [], *form_values())) as first:
             job_id = results(make, await anext(first))["job"]
         async with aclosing(make._restore([[job_id, -1]])) as restored:
             begun = results(make, await anext(restored))
             assert begun["job"] == job_id
-            assert begun["go"]["interactive"] is False
-            async with aclosing(make._generate(job_id, [], *form)) as beside:
+            assert begun["generate"]["interactive"] is False
+            async with aclosing(make._generate(job_id, [], *form_values())) as beside:
                 refused = results(make, await anext(beside))
             assert list(refused) == ["progress"]
-            assert "has not ended" in refused["progress"]
+            assert "is still running" in refused["progress"]
             assert len(context.store.list().jobs) == 1
             context.store.cancel(job_id, now())
             *_, last = [results(make, update) async for update in restored]
-        assert last["go"]["interactive"] is True
+        assert last["generate"]["interactive"] is True
         assert last["job"] == ""
-        async with aclosing(make._generate(job_id, [], *form)) as second:
+        async with aclosing(make._generate(job_id, [], *form_values())) as second:
             assert results(make, await anext(second))["job"] not in ("", job_id)
 
     asyncio.run(run())
 
 
-def test_a_request_that_was_removed_does_not_keep_the_form_closed(make):
+def test_a_removed_job_does_not_keep_the_form_disabled(make):
     async def run():
         return [results(make, update) async for update in make._restore([["gone", -1]])]
 
     updates = asyncio.run(run())
-    assert updates[0]["go"]["interactive"] is False
-    assert updates[-1]["go"]["interactive"] is True
+    assert updates[0]["generate"]["interactive"] is False
+    assert updates[-1]["generate"]["interactive"] is True
     assert updates[-1]["job"] == ""
 
 
-# --- files -------------------------------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_removed_is_told_and_the_rest_is_removed(place, monkeypatch):
+def test_an_entry_that_cannot_be_removed_is_logged_and_skipped(page_files, monkeypatch):
     for name in ("a", "b"):
-        (place.files / name).mkdir()
-        os.utime(place.files / name, (0, 0))
+        (page_files.files / name).mkdir()
+        os.utime(page_files.files / name, (0, 0))
     whole = shutil.rmtree
 
     def rmtree(path, **given):
@@ -207,21 +208,21 @@ def test_what_cannot_be_removed_is_told_and_the_rest_is_removed(place, monkeypat
 
     monkeypatch.setattr(shutil, "rmtree", rmtree)
     with capture_logs() as logs:
-        place.clean()
-    assert [path.name for path in place.files.iterdir()] == ["a"]
+        page_files.clean()
+    assert [path.name for path in page_files.files.iterdir()] == ["a"]
     assert [entry["event"] for entry in logs] == ["page_file_not_removed"]
 
 
-def test_the_zip_is_removed_when_its_verification_has_ended(context, place):
+def test_the_zip_is_removed_after_its_verification(context, page_files):
     with gr.Blocks():
-        match = Match(context, place, Verifier("cpu", 60, {}))
-    archive = place.files / "x.zip"
+        match = MatchTab(context, page_files, Verifier("cpu", 60, {}))
+    archive = page_files.files / "x.zip"
     archive.write_bytes(b"no zip")
 
     async def run(step):
         return [update async for update in match._verify(None, str(archive), step, False)]
 
-    assert "is no step" in asyncio.run(run("x"))[-1][0]
+    assert "is not a step" in asyncio.run(run("x"))[-1][0]
     assert archive.exists()
     last = asyncio.run(run("last"))[-1]
     assert "cannot be unpacked" in last[0]

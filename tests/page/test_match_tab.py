@@ -1,4 +1,4 @@
-"""The tab *Match* in a real browser, on a server with the base model of the golden jobs."""
+"""The *Match* tab in a browser, on a server with the base model of the golden runs."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from tests.page.browser_support import HOSTILE
 from tests.server.serve_support import Server
 from tests.support import GOLDEN_JOBS, SAME_PROCESSOR, TINY_BASE
 
-MET = "Every pixel of every preview is the same."
-VERDICT = MET if SAME_PROCESSOR else re.compile(f"{MET}|rounding explains")
+IDENTICAL = "Every pixel of every sample is the same."
+VERDICT = IDENTICAL if SAME_PROCESSOR else re.compile(f"{IDENTICAL}|rounding explains")
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     data = tmp_path_factory.mktemp("match")
-    jobs = data / "jobs"
-    shutil.copytree(GOLDEN_JOBS / "lokr_full", jobs / "lokr_full")
-    hostile = shutil.copytree(GOLDEN_JOBS / "lokr_full", jobs / HOSTILE.replace("/", ""))
+    runs = data / "runs"
+    shutil.copytree(GOLDEN_JOBS / "lokr_full", runs / "lokr_full")
+    hostile = shutil.copytree(GOLDEN_JOBS / "lokr_full", runs / HOSTILE.replace("/", ""))
     config = hostile / "config.yaml"
     config.write_text(config.read_text().replace("[trigger]", HOSTILE).replace("a photo", HOSTILE))
-    broken = jobs / "broken"
+    broken = runs / "broken"
     broken.mkdir()
     (broken / "config.yaml").write_text(
-        f'config: {{name: "{HOSTILE}", process: [{{model: {{name_or_path: "{HOSTILE}", arch: "{HOSTILE}"}}}}]}}'
+        f'config: {{name: "{HOSTILE}", process: '
+        f'[{{model: {{name_or_path: "{HOSTILE}", arch: "{HOSTILE}"}}}}]}}'
     )
-    # As many threads as the goldens were made with: sums depend on it.
+    # The goldens were made with two threads; sums depend on their number.
     started = Server(
-        data, TINY_BASE, OMP_NUM_THREADS="2", HF_HUB_OFFLINE="1", FIDELORA_JOBS_PATH=str(jobs)
+        data, TINY_BASE, OMP_NUM_THREADS="2", HF_HUB_OFFLINE="1", FIDELORA_JOBS_PATH=str(runs)
     )
     yield started
     started.close()
@@ -43,8 +44,8 @@ def match(visitor):
     return visitor
 
 
-def test_a_golden_job_is_verified_and_wiped_over(match):
-    match.choose("job", "lokr_full")
+def test_a_golden_run_is_verified_and_its_report_shown(match):
+    match.choose("run", "lokr_full")
     match["verify"].click()
     expect(match["verdict"]).to_contain_text(VERDICT)
     report = match.page.frame_locator("iframe.report")
@@ -54,23 +55,23 @@ def test_a_golden_job_is_verified_and_wiped_over(match):
     wipe.focus()
     wipe.press("Home")
     expect(figure).to_have_attribute("style", "--at: 0%;")
-    assert "lokr_full: sampler ddpm" in match.field("said").input_value()
-    assert str(GOLDEN_JOBS.parent) not in match.field("said").input_value()
+    assert "lokr_full: sampler ddpm" in match.field("verify-output").input_value()
+    assert str(GOLDEN_JOBS.parent) not in match.field("verify-output").input_value()
 
 
-def test_a_job_comes_as_a_zip(match, tmp_path):
-    with zipfile.ZipFile(tmp_path / "job.zip", "w") as packed:
+def test_a_run_is_verified_from_a_zip(match, tmp_path):
+    with zipfile.ZipFile(tmp_path / "run.zip", "w") as packed:
         for file in (GOLDEN_JOBS / "lokr_full").rglob("*"):
             packed.write(file, f"output/lokr_full/{file.relative_to(GOLDEN_JOBS / 'lokr_full')}")
         packed.writestr("output/lokr_full/optimizer.pt", b"not needed")
-    match["job-zip"].locator("input[type=file]").set_input_files(tmp_path / "job.zip")
-    expect(match["job-zip"]).to_contain_text("job")
+    match["run-zip"].locator("input[type=file]").set_input_files(tmp_path / "run.zip")
+    expect(match["run-zip"]).to_contain_text("run")
     match["verify"].click()
     expect(match["verdict"]).to_contain_text(VERDICT)
 
 
-def test_verifying_is_canceled(match):
-    match.choose("job", "lokr_full")
+def test_a_verification_can_be_canceled(match):
+    match.choose("run", "lokr_full")
     match["verify"].click()
     expect(match["verdict"]).to_contain_text("Loading the base model.")
     match["cancel-verify"].click()
@@ -78,8 +79,8 @@ def test_verifying_is_canceled(match):
     expect(match["cancel-verify"]).to_be_disabled()
 
 
-def test_a_hostile_job_is_shown_as_text(match):
-    match.choose("job", "onerror")
+def test_a_hostile_run_is_shown_as_text(match):
+    match.choose("run", "onerror")
     match["verify"].click()
     expect(match["verdict"]).to_contain_text("mismatch", ignore_case=True)
     report = match.page.frame_locator("iframe.report")
@@ -87,12 +88,12 @@ def test_a_hostile_job_is_shown_as_text(match):
     assert report.locator("img[src=x]").count() == 0
 
 
-def test_a_folder_that_is_no_sound_job_is_told_as_text(match):
-    match.choose("job", "broken")
+def test_a_broken_run_shows_an_escaped_error(match):
+    match.choose("run", "broken")
     match["verify"].click()
     expect(match["verdict"].get_by_role("alert")).to_contain_text(HOSTILE)
     match.field("step").fill(HOSTILE)
-    match.choose("job", "lokr_full")
+    match.choose("run", "lokr_full")
     match["verify"].click()
-    expect(match["verdict"].get_by_role("alert")).to_contain_text(f"'{HOSTILE}' is no step")
+    expect(match["verdict"].get_by_role("alert")).to_contain_text(f"'{HOSTILE}' is not a step")
     assert match.page.locator("img[src=x]").count() == 0

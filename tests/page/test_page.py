@@ -1,4 +1,4 @@
-"""The web page without a browser: who gets in, which of Gradio's routes there are, and what browsers are told."""
+"""The page without a browser: login, routes, policies and escaping."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from tests.server.http_support import MINIMAL, client_of, context_in
 from fidelora.server import app as server_app
 from fidelora.server.login import COOKIE
 from fidelora.server.page import mount
-from fidelora.server.page.html import text
+from fidelora.server.page.html import escape
 
-KEY_NEEDED = [
+PROTECTED = [
     "/config",
     "/theme.css",
     "/static/img/logo.svg",
@@ -52,13 +52,13 @@ def client(served):
 
 @pytest.fixture
 def key(context):
-    yield context.keys.add("a person")
-    if "a person" in context.keys.names():
-        context.keys.remove("a person")
+    yield context.keys.add("alice")
+    if "alice" in context.keys.names():
+        context.keys.remove("alice")
 
 
-class Places(HTMLParser):
-    """Everything that the tags of a page name."""
+class Links(HTMLParser):
+    """Collects the `src`, `href` and `content` attributes of a document."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,50 +69,62 @@ class Places(HTMLParser):
 
 
 def predict(client, data, **headers):
-    """Send an event as the page does, one that does not wait."""
+    """Send an immediate event, as the page does."""
     body = {"data": data, "fn_index": 0, "session_hash": "s", "trigger_id": 1, "event_data": None}
     return client.post("/gradio_api/run/predict", json=body, headers=headers)
 
 
 def test_the_page_is_at_the_root_and_names_no_other_host(client):
-    answer = client.get("/")
-    assert answer.status_code == 200
-    assert answer.headers["content-type"].startswith("text/html")
-    parser = Places()
-    parser.feed(answer.text)
+    response = client.get("/")
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/html")
+    parser = Links()
+    parser.feed(response.text)
     assert parser.found
-    assert not [place for place in parser.found if "://" in place]
+    assert not [link for link in parser.found if "://" in link]
     assert client.get("/theme.css").status_code == 200
     assert "://" not in re.sub(r"http://www\.w3\.org\S*", "", client.get("/theme.css").text)
 
 
-def test_the_policy_lets_no_inline_script_run_but_its_own(client):
-    answer = client.get("/")
+def test_the_policy_allows_only_the_inline_scripts_of_the_page(client):
+    response = client.get("/")
     policy = dict(
-        part.strip().split(" ", 1) for part in answer.headers["content-security-policy"].split(";")
+        part.strip().split(" ", 1)
+        for part in response.headers["content-security-policy"].split(";")
     )
     assert "unsafe" not in policy["script-src"]
     assert policy["script-src"].count("'sha256-") >= 5
     assert policy["default-src"] == policy["connect-src"] == "'self'"
     assert policy["frame-ancestors"] == policy["object-src"] == "'none'"
-    assert len(answer.content) == int(answer.headers["content-length"])
+    assert len(response.content) == int(response.headers["content-length"])
 
 
 @pytest.mark.parametrize(
     "path",
     [
-        "/gradio_api/info", "/gradio_api/openapi.json", "/gradio_api/call/generate", "/gradio_api/proxy=https://a.hf.space/x",
-        "/gradio_api/runs", "/monitoring", "/gradio_api/deep_link", "/svelte/x", "/gradio_api/vibe-code",
-        "/gradio_api/stream/x/y/z", "/nonsense", "/gradio_api/mcp/sse", "/gradio_api/run/other", "/robots.txt",
+        "/gradio_api/info",
+        "/gradio_api/openapi.json",
+        "/gradio_api/call/generate",
+        "/gradio_api/proxy=https://a.hf.space/x",
+        "/gradio_api/runs",
+        "/monitoring",
+        "/gradio_api/deep_link",
+        "/svelte/x",
+        "/gradio_api/vibe-code",
+        "/gradio_api/stream/x/y/z",
+        "/nonsense",
+        "/gradio_api/mcp/sse",
+        "/gradio_api/run/other",
+        "/robots.txt",
     ],
-)  # fmt: skip
-def test_what_the_page_does_not_need_is_not_there(client, path):
-    for answer in (client.get(path), client.post(path, json={})):
-        assert answer.status_code == 404
-        assert answer.json()["detail"]["error"]["code"] == "NOT_FOUND"
+)
+def test_gradio_routes_that_the_page_does_not_need_return_404(client, path):
+    for response in (client.get(path), client.post(path, json={})):
+        assert response.status_code == 404
+        assert response.json()["detail"]["error"]["code"] == "NOT_FOUND"
 
 
-def test_no_file_of_the_machine_can_be_read(client, context):
+def test_no_file_outside_the_page_folder_can_be_read(client, context):
     (context.settings.outputs).mkdir(parents=True, exist_ok=True)
     (context.settings.outputs / "secret.png").write_bytes(b"secret")
     for path in (
@@ -132,8 +144,8 @@ def test_no_file_of_the_machine_can_be_read(client, context):
         assert client.get(f"/reports/{run_id}").status_code == 404
 
 
-def test_a_file_that_lies_on_a_host_is_not_fetched(client):
-    """Gradio would fetch what a form says is the file's place."""
+def test_an_event_with_a_file_url_is_refused(client):
+    """Gradio would fetch a file that an event names by URL."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(0.5)
         file = {
@@ -157,33 +169,46 @@ def test_a_file_that_lies_on_a_host_is_not_fetched(client):
 
 
 @pytest.mark.parametrize(
-    "place",
-    ["http://example.com/x.png", "https://example.com/x.svg", "http:%2f%2fexample.com/x", "%68ttp://example.com/x",
-     "//example.com/x", "HTTPS://example.com", "ftp://example.com/x", "file:///etc/passwd", "http%253a%252f%252fexample.com",
-     "http:example.com", "", "/http://example.com", "{files}/../http://example.com", "{files}x/y.png"],
-)  # fmt: skip
-def test_nothing_is_fetched_as_a_file(client, context, monkeypatch, place):
-    """Gradio would ask a host for it, and send it on as if it were this server's."""
+    "target",
+    [
+        "http://example.com/x.png",
+        "https://example.com/x.svg",
+        "http:%2f%2fexample.com/x",
+        "%68ttp://example.com/x",
+        "//example.com/x",
+        "HTTPS://example.com",
+        "ftp://example.com/x",
+        "file:///etc/passwd",
+        "http%253a%252f%252fexample.com",
+        "http:example.com",
+        "",
+        "/http://example.com",
+        "{files}/../http://example.com",
+        "{files}x/y.png",
+    ],
+)
+def test_the_file_route_fetches_nothing(client, context, monkeypatch, target):
+    """Gradio would fetch a URL and serve the response as its own."""
 
     def fail(*_, **__):
-        raise AssertionError("it is looked for")
+        raise AssertionError("a file was fetched")
 
     monkeypatch.setattr("gradio.routes.secure_url_stream_response", fail)
     monkeypatch.setattr("gradio.routes.file_fetch", fail)
     for method in ("GET", "HEAD"):
-        answer = client.request(
+        response = client.request(
             method,
-            "/gradio_api/file=" + place.format(files=context.settings.data_dir / "page" / "files"),
+            "/gradio_api/file=" + target.format(files=context.settings.data_dir / "page" / "files"),
         )
-        assert answer.status_code == 404
+        assert response.status_code == 404
 
 
-def test_what_was_uploaded_is_sent_and_can_do_nothing(client):
+def test_an_uploaded_file_is_served_without_permissions(client):
     (path,) = client.post("/gradio_api/upload", files={"files": ("x.svg", b"<svg/>")}).json()
-    answer = client.get(f"/gradio_api/file={path}")
-    assert (answer.status_code, answer.content) == (200, b"<svg/>")
-    assert answer.headers["x-content-type-options"] == "nosniff"
-    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    response = client.get(f"/gradio_api/file={path}")
+    assert (response.status_code, response.content) == (200, b"<svg/>")
+    assert response.headers["x-content-type-options"] == "nosniff"
+    assert "default-src 'none'" in response.headers["content-security-policy"]
 
 
 def test_other_sites_cannot_act_on_the_page(client):
@@ -204,29 +229,29 @@ def test_other_sites_cannot_act_on_the_page(client):
         )
 
 
-def test_a_name_that_is_not_ours_gets_no_page(client):
-    answer = client.get("/", headers={"Host": "evil.example"})
-    assert answer.json()["detail"]["error"]["code"] == "HOST_NOT_ALLOWED"
+def test_a_foreign_host_name_is_refused(client):
+    response = client.get("/", headers={"Host": "evil.example"})
+    assert response.json()["detail"]["error"]["code"] == "HOST_NOT_ALLOWED"
 
 
-def test_uploads_have_the_limit_of_jobs(client, context):
+def test_uploads_have_the_size_limit_of_training_runs(client, context):
     size = context.settings.job_max_mb * 2**20 + 2**20 + 1
-    answer = client.post(
+    response = client.post(
         "/gradio_api/upload",
         content=b"x",
         headers={"Content-Length": str(size), "Content-Type": "multipart/form-data"},
     )
-    assert answer.json()["detail"]["error"]["code"] == "BODY_TOO_LARGE"
-    answer = client.post("/gradio_api/queue/join", content=b"x" * (2**20 + 1))
-    assert answer.json()["detail"]["error"]["code"] == "BODY_TOO_LARGE"
+    assert response.json()["detail"]["error"]["code"] == "BODY_TOO_LARGE"
+    response = client.post("/gradio_api/queue/join", content=b"x" * (2**20 + 1))
+    assert response.json()["detail"]["error"]["code"] == "BODY_TOO_LARGE"
 
 
-def test_with_keys_nothing_is_to_be_seen_without_one(client, key):
-    answer = client.get("/")
-    assert "API key" in answer.text
-    assert "gradio" not in answer.text
-    assert "script" not in answer.text.replace("description", "")
-    for path in KEY_NEEDED:
+def test_with_api_keys_nothing_is_shown_without_one(client, key):
+    response = client.get("/")
+    assert "API key" in response.text
+    assert "gradio" not in response.text
+    assert "script" not in response.text.replace("description", "")
+    for path in PROTECTED:
         assert client.get(path).status_code == 401
     for path in (
         "/gradio_api/queue/join",
@@ -241,11 +266,11 @@ def test_with_keys_nothing_is_to_be_seen_without_one(client, key):
     assert client.post("/login", content=b"key=" + b"x" * 500_000).status_code == 403
 
 
-def test_a_key_opens_the_page_and_the_cookie_opens_nothing_else(client, context, key):
-    answer = client.post("/login", data={"key": f" {key} "})
-    assert answer.status_code == 303
-    assert {"HttpOnly", "SameSite=strict"} <= set(answer.headers["set-cookie"].split("; "))
-    assert key not in answer.headers["set-cookie"]
+def test_the_session_cookie_opens_the_page_but_not_the_api(client, context, key):
+    response = client.post("/login", data={"key": f" {key} "})
+    assert response.status_code == 303
+    assert {"HttpOnly", "SameSite=strict"} <= set(response.headers["set-cookie"].split("; "))
+    assert key not in response.headers["set-cookie"]
     assert "gradio" in client.get("/").text
     assert "Leave" in client.get("/logout").text
     for method, path in (("GET", "/v1/requests"), ("GET", "/v1/loras"), ("GET", "/metrics")):
@@ -254,30 +279,30 @@ def test_a_key_opens_the_page_and_the_cookie_opens_nothing_else(client, context,
     assert client.get("/theme.css", headers={"Authorization": f"Bearer {key}"}).status_code == 200
 
 
-def test_a_session_ends_with_leaving_and_with_its_key(client, context, key):
+def test_a_session_ends_at_logout_and_with_its_key(client, context, key):
     client.post("/login", data={"key": key})
     before = client.cookies[COOKIE]
     assert client.post("/logout").status_code == 303
     client.cookies.set(COOKIE, before)
     assert client.get("/theme.css").status_code == 401
     client.cookies.clear()
-    other = context.keys.add("another")
+    other = context.keys.add("bob")
     try:
         client.post("/login", data={"key": key})
         assert client.get("/theme.css").status_code == 200
-        context.keys.remove("a person")
+        context.keys.remove("alice")
         assert client.get("/theme.css").status_code == 401
-        context.keys.add("a person")  # another key of the same name
+        context.keys.add("alice")  # another key of the same name
         assert client.get("/theme.css").status_code == 401
     finally:
-        context.keys.remove("another")
+        context.keys.remove("bob")
     assert other
 
 
-def test_without_its_packages_the_root_says_how_to_get_the_page(tmp_path, monkeypatch):
+def test_without_gradio_the_root_explains_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     context = context_in(tmp_path)
-    context.keys.add("somebody")
+    context.keys.add("alice")
     with TestClient(
         server_app.make_app(context, with_page=True), base_url="http://127.0.0.1:8000"
     ) as client:
@@ -294,7 +319,7 @@ def test_the_page_can_be_switched_off(tmp_path):
         assert client.get("/gradio_api/queue/data").status_code == 404
 
 
-def test_behind_a_proxy_the_page_knows_its_path(tmp_path):
+def test_behind_a_proxy_the_page_uses_the_public_path(tmp_path):
     context = context_in(tmp_path)
     object.__setattr__(context, "base_url", "https://images.example.com/fidelora")
     headers = {"Host": "images.example.com", "X-Forwarded-Proto": "https"}
@@ -314,26 +339,29 @@ def test_behind_a_proxy_the_page_knows_its_path(tmp_path):
 
 
 def test_the_page_loads_no_torch(tmp_path):
-    """Building it in a process of its own; it tells nobody."""
+    """Builds the page in a process of its own, which must not open a connection."""
     code = f"""
 import socket, sys
-def refuse(*_): raise AssertionError("a connection")
+def refuse(*_): raise AssertionError("a connection was opened")
 socket.socket.connect = refuse
 from pathlib import Path
 from fidelora.jobs.memory import MemoryStore
 from fidelora.server.app import make_app, context_with_store
 from fidelora.settings import Settings
 assert "gradio" not in sys.modules
-make_app(context_with_store(MemoryStore(), Settings(data_dir=Path({str(tmp_path)!r})), {{}}, "http://127.0.0.1:1"), with_page=True)
+settings = Settings(data_dir=Path({str(tmp_path)!r}))
+context = context_with_store(MemoryStore(), settings, {{}}, "http://127.0.0.1:1")
+make_app(context, with_page=True)
 assert "gradio" in sys.modules
-print([name for name in ("torch", "diffusers", "transformers", "safetensors") if name in sys.modules])
+heavy = ("torch", "diffusers", "transformers", "safetensors")
+print([name for name in heavy if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize(
-    "said",
+    "value",
     [
         "<b>&amp;\"'",
         "**a** _b_ [c](d) `e` $f$ #g",
@@ -342,8 +370,8 @@ print([name for name in ("torch", "diffusers", "transformers", "safetensors") if
         "https://a.b c@d.e",
     ],
 )
-def test_text_has_no_character_that_means_something(said):
+def test_escaped_text_has_no_special_character(value):
     import html
 
-    assert html.unescape(text(said)) == said
-    assert not set(re.sub(r"&#\d+;", "", text(said))) & set("<>\"'`*_~[]{}()$|\\#!:@\n")
+    assert html.unescape(escape(value)) == value
+    assert not set(re.sub(r"&#\d+;", "", escape(value))) & set("<>\"'`*_~[]{}()$|\\#!:@\n")

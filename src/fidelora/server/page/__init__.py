@@ -1,1 +1,1 @@
-"""The web page at `/`. Only what `page.py` loads knows Gradio; the rest of the server works without it."""
+"""The web page at `/`. Only `blocks` and the tabs import Gradio; the server runs without it."""

@@ -1,4 +1,4 @@
-"""The page: its tabs, its look, and the Gradio application that serves them. The only module to load when the page is wanted."""
+"""The Gradio application of the page: tabs, style and mounting. Loaded only if the page is on."""
 
 from __future__ import annotations
 
@@ -13,39 +13,58 @@ from fidelora.server.page.pictures import PageFiles
 from fidelora.server.page.verifications import Verifier
 
 _CSS = """
-.gradio-container { width: 100% !important; max-width: 90rem !important; margin: 0 auto !important; padding: .75rem !important; }
+.gradio-container {
+  width: 100% !important; max-width: 90rem !important; margin: 0 auto !important;
+  padding: .75rem !important;
+}
 .four > .form { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); width: 100%; }
-@media (max-width: 640px) { .four > .form { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
+@media (max-width: 640px) {
+  .four > .form { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+}
 #gallery .grid-wrap { max-height: none; }
-#said textarea { font-family: var(--font-mono); font-size: .8rem; white-space: pre; overflow-x: auto; }
-#head { padding: 0 .25rem; } #head h1 { font-size: 1.15rem; margin: 0; } #head p { margin: 0; font-size: .85rem; }
+#verify-output textarea {
+  font-family: var(--font-mono); font-size: .8rem; white-space: pre; overflow-x: auto;
+}
+#head { padding: 0 .25rem; }
+#head h1 { font-size: 1.15rem; margin: 0; }
+#head p { margin: 0; font-size: .85rem; }
 #head .prose { display: flex; justify-content: space-between; align-items: baseline; }
 .help, .help p { font-size: .85rem; opacity: .85; }
-.said { display: flex; flex-wrap: wrap; gap: .3rem .8rem; align-items: center; overflow-wrap: anywhere; padding: .4rem 0; }
-.said progress + span { width: 100%; }
-.said progress { width: 100%; height: .5rem; appearance: none; border: 0; border-radius: 1rem; overflow: hidden;
-  background: var(--border-color-primary); }
-.said progress::-webkit-progress-bar { background: var(--border-color-primary); }
-.said progress::-webkit-progress-value { background: var(--color-accent); }
-.said progress::-moz-progress-bar { background: var(--color-accent); }
-.said.error { border-left: .25rem solid #d33; padding-left: .75rem; }
-.said.good { border-left: .25rem solid #2e9e5b; padding-left: .75rem; }
-.said strong { text-transform: capitalize; font-size: 1.1rem; }
-.said .rough { margin: 0; width: 16rem; max-width: 100%; image-rendering: pixelated; border-radius: .4rem; }
+.message {
+  display: flex; flex-wrap: wrap; gap: .3rem .8rem; align-items: center;
+  overflow-wrap: anywhere; padding: .4rem 0;
+}
+.message progress + span { width: 100%; }
+.message progress {
+  width: 100%; height: .5rem; appearance: none; border: 0; border-radius: 1rem; overflow: hidden;
+  background: var(--border-color-primary);
+}
+.message progress::-webkit-progress-bar { background: var(--border-color-primary); }
+.message progress::-webkit-progress-value { background: var(--color-accent); }
+.message progress::-moz-progress-bar { background: var(--color-accent); }
+.message.error { border-left: .25rem solid #d33; padding-left: .75rem; }
+.message.good { border-left: .25rem solid #2e9e5b; padding-left: .75rem; }
+.message strong { text-transform: capitalize; font-size: 1.1rem; }
+.message .preview {
+  margin: 0; width: 16rem; max-width: 100%; image-rendering: pixelated; border-radius: .4rem;
+}
 #gallery .caption-label { max-width: 100%; overflow: hidden; text-overflow: ellipsis; }
-iframe.report { width: 100%; height: 75vh; border: 1px solid var(--border-color-primary); border-radius: .4rem; }
+iframe.report {
+  width: 100%; height: 75vh; border: 1px solid var(--border-color-primary); border-radius: .4rem;
+}
 """
 
 
 def gradio_app(
     context: ServerContext, page_files: PageFiles, verifier: Verifier, root_path: str
 ) -> tuple[FastAPI, AbstractAsyncContextManager[Any]]:
-    """The application that serves the page, and what has to be entered while it does.
+    """Return the application that serves the page, and its lifespan context.
 
-    Gradio is loaded here and nowhere else; it is told first to send nothing anywhere, and where its files go.
+    This is the only place that imports Gradio first; the environment variables that switch off its
+    telemetry and set its folder have to come before.
 
     Args:
-        root_path: the path of the public address, empty if it has none.
+        root_path: path of the server's public URL, or an empty string.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = str(page_files.files)
@@ -76,22 +95,22 @@ def gradio_app(
 def _blocks(context: ServerContext, page_files: PageFiles, verifier: Verifier) -> Any:
     import gradio as gr
 
-    from fidelora.server.page.compare_tab import Compare
+    from fidelora.server.page.compare_tab import CompareTab
     from fidelora.server.page.lora_list import LoraList
-    from fidelora.server.page.make_tab import Make
-    from fidelora.server.page.match_tab import Match
+    from fidelora.server.page.make_tab import MakeTab
+    from fidelora.server.page.match_tab import MatchTab
     from fidelora.server.page.pictures import Pictures
 
-    library = LoraList(context)
+    lora_list = LoraList(context)
     with gr.Blocks(title="Fidelora", analytics_enabled=False, fill_width=True) as blocks:
-        leave = '<p><a href="./logout">Leave</a></p>' if context.keys.names() else ""
-        gr.Markdown(f"<h1>Fidelora</h1>{leave}", elem_id="head")
+        log_out = '<p><a href="./logout">Log out</a></p>' if context.keys.names() else ""
+        gr.Markdown(f"<h1>Fidelora</h1>{log_out}", elem_id="head")
         with gr.Tab("Make") as tab_make:
-            make = Make(context, Pictures(context, page_files, library), library)
+            make = MakeTab(context, Pictures(context, page_files, lora_list), lora_list)
         with gr.Tab("Match") as tab_match:
-            match = Match(context, page_files, verifier)
+            match = MatchTab(context, page_files, verifier)
         with gr.Tab("Compare") as tab_compare:
-            compare = Compare(context, page_files, library, make)
+            compare = CompareTab(context, page_files, lora_list, make.form)
         make.listen(blocks, tab_make)
         match.listen(tab_match)
         compare.listen(tab_compare)

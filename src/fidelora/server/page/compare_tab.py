@@ -1,4 +1,4 @@
-"""The tab *Compare*: several checkpoints at several multipliers, everything else alike, on one sheet."""
+"""The *Compare* tab: a sheet of checkpoints by multipliers with one prompt and seed."""
 
 from __future__ import annotations
 
@@ -22,49 +22,61 @@ from fidelora.jobs.job import Job, Status
 from fidelora.recipe import MAX_MULTIPLIER
 from fidelora.server.context import ServerContext
 from fidelora.server.outputs import content_of
-from fidelora.server.page.form import Form, request_of
-from fidelora.server.page.html import bar, notice, text
+from fidelora.server.page.events import IMMEDIATE, STREAMING
+from fidelora.server.page.form import Form, build_request
+from fidelora.server.page.html import escape, notice, progress_bar
 from fidelora.server.page.lora_list import LoraList
-from fidelora.server.page.make_tab import Make
+from fidelora.server.page.make_form import MakeForm
 from fidelora.server.page.pictures import PageFiles
-from fidelora.server.page.verifications import new_id
+from fidelora.server.page.verifications import random_id
 from fidelora.server.routes.inference import take
 from fidelora.training.grid import labelled_sheet
 
-MOST_IMAGES = 64
-_LOOK_EVERY_S = 0.3
+MAX_SHEET_IMAGES = 64
+_POLL_S = 0.3
 
 
-class Compare:
-    """The tab's components; built inside a `gr.Blocks`, and wired by `listen`. What it does not have itself is the form's."""
+class CompareTab:
+    """Components and event handlers of the tab; created inside a `gr.Blocks`.
+
+    Prompt and settings are read from the form of the *Make* tab.
+    """
 
     def __init__(
-        self, context: ServerContext, page_files: PageFiles, library: LoraList, make: Make
+        self,
+        context: ServerContext,
+        page_files: PageFiles,
+        lora_list: LoraList,
+        make_form: MakeForm,
     ) -> None:
         self._context = context
-        self._place = page_files
-        self._library = library
-        self._make = make
+        self._page_files = page_files
+        self._lora_list = lora_list
+        self._make_form = make_form
         gr.Markdown(
-            "Makes one image with each checkpoint at each multiplier. Prompt and settings are those of the tab *Make*.",
+            "Makes one image with each checkpoint at each multiplier. Prompt and settings are "
+            "those of the *Make* tab.",
             elem_classes="help",
         )
         with gr.Row(equal_height=False):
             with gr.Column(min_width=300, scale=2):
                 self.loras = gr.Dropdown(
-                    [], multiselect=True, label="Checkpoints", elem_id="checkpoints",
-                    info="LoRAs, such as the steps of one training. Each is a row.",
-                )  # fmt: skip
+                    [],
+                    multiselect=True,
+                    label="Checkpoints",
+                    elem_id="checkpoints",
+                    info="LoRAs, such as the checkpoints of one training run. Each is a row.",
+                )
             with gr.Column(min_width=300):
                 self.multipliers = gr.Textbox(
                     "0, 0.5, 0.8, 1",
                     label="Multipliers",
                     elem_id="multipliers",
-                    info="With commas. Each is a column.",
+                    info="Separated by commas. Each is a column.",
                 )
         self.about = gr.Markdown(latex_delimiters=[], elem_id="about-compare", elem_classes="help")
         with gr.Row():
-            self.go = gr.Button(
+            self.compare = gr.Button(
                 "Compare", variant="primary", elem_id="compare", scale=3, min_width=140
             )
             self.cancel = gr.Button(
@@ -77,41 +89,49 @@ class Compare:
             )
         self.progress = gr.Markdown(latex_delimiters=[], elem_id="progress-compare")
         self.sheet = gr.Image(
-            label="Sheet", show_label=False, interactive=False, visible=False, format="png", type="filepath", elem_id="sheet",
+            label="Sheet",
+            show_label=False,
+            interactive=False,
+            visible=False,
+            format="png",
+            type="filepath",
+            elem_id="sheet",
             buttons=["download", "fullscreen"],
-        )  # fmt: skip
+        )
         self.jobs = gr.State([])
 
     def listen(self, tab: gr.Tab) -> None:
-        """Connect what happens to what is done."""
-        quick: dict[str, Any] = {
-            "show_progress": "hidden",
-            "queue": False,
-            "api_visibility": "private",
-        }
+        """Connect the event handlers."""
+        inputs = self._make_form.inputs
         tab.select(
-            self._selected, [self.loras, *self._make.values], [self.loras, self.about], **quick
+            self._show_settings, [self.loras, *inputs], [self.loras, self.about], **IMMEDIATE
         )
         gr.on(
-            [self.go.click, self.multipliers.submit], self._compare, [self.loras, self.multipliers, *self._make.values],
+            [self.compare.click, self.multipliers.submit],
+            self._compare,
+            [self.loras, self.multipliers, *inputs],
             [self.progress, self.sheet, self.jobs, self.cancel],
-            show_progress="hidden", concurrency_limit=None, api_visibility="private",
-        )  # fmt: skip
-        self.cancel.click(self._cancel, self.jobs, self.cancel, **quick)
+            **STREAMING,
+        )
+        self.cancel.click(self._cancel, self.jobs, self.cancel, **IMMEDIATE)
 
-    def _selected(self, loras: list[str], *values: Any) -> list[Any]:
-        """Begin with what is chosen in *Make*, and say what is taken over from there."""
+    def _show_settings(self, loras: list[str], *values: Any) -> list[Any]:
+        """Describe the settings of the *Make* tab, and start with the LoRAs chosen there."""
+        choices = self._lora_list.choices()
         try:
-            form = self._make.form(values)
+            form = self._make_form.read(values)
         except FideloraError as error:
-            return [gr.update(choices=self._library.choices()), notice(error, "error")]
+            return [gr.update(choices=choices), notice(error, "error")]
+        fields = form.fields
         seed = "random, the same for all" if form.seed is None else form.seed
         about = (
-            f'<div class="said"><span>“{text(form.prompt)}” · {form.width} x {form.height} · seed {seed} · {form.steps} steps · '
-            f"guidance {form.guidance:g} · {text(form.sampler)} · {text(form.fidelity)}</span></div>"
+            f'<div class="message"><span>“{escape(fields["prompt"])}” · '
+            f"{fields['width']} x {fields['height']} · seed {seed} · "
+            f"{fields['sample_steps']} steps · guidance {fields['guidance_scale']:g} · "
+            f"{escape(fields['sampler'])} · {escape(fields['fidelity'])}</span></div>"
         )
-        chosen = loras or [name for name, _ in form.loras]
-        return [gr.update(choices=self._library.choices(), value=chosen), about]
+        chosen = loras or [path for path, _ in form.loras]
+        return [gr.update(choices=choices, value=chosen), about]
 
     def _cancel(self, jobs: list[str]) -> Any:
         for job_id in jobs:
@@ -124,66 +144,65 @@ class Compare:
         jobs: list[Job] = []
         try:
             columns = read_multipliers(multipliers)
-            forms = self._forms(loras or [], columns, self._make.form(values))
-            requests = [request_of(form) for form in forms]
+            forms = self._forms(loras or [], columns, self._make_form.read(values))
+            requests = [build_request(form) for form in forms]
             for request in requests:
-                jobs.append(await take(request, self._context))  # noqa: PERF401  # after a failure, those before are canceled
+                # No comprehension: if one is refused, the jobs before it are canceled.
+                jobs.append(await take(request, self._context))  # noqa: PERF401
         except FideloraError as error:
             self._cancel([job.id for job in jobs])
             yield [notice(error, "error"), gr.skip(), [], gr.update(interactive=False)]
             return
         yield [
-            bar(0, len(jobs), "Waiting."),
+            progress_bar(0, len(jobs), "Queued."),
             gr.skip(),
             [job.id for job in jobs],
             gr.update(interactive=True),
         ]
-        async for done in self._each(jobs):
-            yield [
-                bar(done, len(jobs), f"{done} of {len(jobs)} images made."),
-                gr.skip(),
-                gr.skip(),
-                gr.skip(),
-            ]
+        async for done in self._count_succeeded(jobs):
+            bar = progress_bar(done, len(jobs), f"{done} of {len(jobs)} images made.")
+            yield [bar, gr.skip(), gr.skip(), gr.skip()]
         jobs = [await run_in_threadpool(self._context.store.get, job.id) for job in jobs]
-        over = [[], gr.update(interactive=False)]
+        end = [[], gr.update(interactive=False)]
         failed = next((job for job in jobs if job.status is not Status.SUCCEEDED), None)
         if failed is not None:
             await run_in_threadpool(self._cancel, [job.id for job in jobs])
-            said = notice(failed.error.message, "error") if failed.error else notice("Canceled.")
-            yield [said, gr.skip(), *over]
+            message = notice(failed.error.message, "error") if failed.error else notice("Canceled.")
+            yield [message, gr.skip(), *end]
             return
         try:
             file = await run_in_threadpool(self._sheet, jobs, loras, columns)
         except FideloraError as error:
-            yield [notice(error, "error"), gr.skip(), *over]
+            yield [notice(error, "error"), gr.skip(), *end]
             return
-        yield [notice("Done.", "good"), gr.update(value=str(file), visible=True), *over]
+        yield [notice("Done.", "good"), gr.update(value=str(file), visible=True), *end]
 
     def _forms(self, loras: list[str], multipliers: Sequence[float], form: Form) -> list[Form]:
-        """The form of each image, row by row, so that a LoRA is loaded once; all with one seed."""
+        """Return a form per image, all with the same seed; row by row, to load each LoRA once."""
         if not loras:
             raise WrongUseError("Choose at least one checkpoint.")
-        if len(loras) * len(multipliers) > MOST_IMAGES:
+        if len(loras) * len(multipliers) > MAX_SHEET_IMAGES:
             raise WrongUseError(
-                f"{len(loras)} x {len(multipliers)} images are more than {MOST_IMAGES}; choose fewer."
+                f"{len(loras)} checkpoints x {len(multipliers)} multipliers are more than "
+                f"{MAX_SHEET_IMAGES} images; choose fewer."
             )
         seed = secrets.randbelow(2**32) if form.seed is None else form.seed
-        trigger = form.trigger or self._library.trigger(loras)
+        trigger = form.fields["trigger_word"] or self._lora_list.trigger(loras)
+        fields = {**form.fields, "trigger_word": trigger}
         return [
-            replace(form, loras=((lora, multiplier),), seed=seed, number=1, trigger=trigger)
+            replace(form, loras=((lora, multiplier),), seed=seed, images=1, fields=fields)
             for lora in loras
             for multiplier in multipliers
         ]
 
-    async def _each(self, jobs: Sequence[Job]) -> AsyncIterator[int]:
-        """How many have ended, whenever it is one more; ends early if one has not succeeded."""
+    async def _count_succeeded(self, jobs: Sequence[Job]) -> AsyncIterator[int]:
+        """Yield the number of succeeded jobs each time it grows; stop at the first other end."""
         for done, job in enumerate(jobs):
-            now = job
-            while not now.status.final:
-                await asyncio.sleep(_LOOK_EVERY_S)
-                now = await run_in_threadpool(self._context.store.get, job.id)
-            if now.status is not Status.SUCCEEDED:
+            current = job
+            while not current.status.final:
+                await asyncio.sleep(_POLL_S)
+                current = await run_in_threadpool(self._context.store.get, job.id)
+            if current.status is not Status.SUCCEEDED:
                 return
             yield done + 1
 
@@ -195,34 +214,34 @@ class Compare:
             with Image.open(io.BytesIO(content_of(job.outputs[0]))) as image:
                 images[divmod(number, len(multipliers))] = np.asarray(image.convert("RGB"))
         recipe = jobs[0].recipes[0]
-        rows = [(PurePosixPath(lora).stem, self._below(lora)) for lora in loras]
+        rows = [(PurePosixPath(lora).stem, self._step_label(lora)) for lora in loras]
         columns = [(f"multiplier {multiplier:g}", "") for multiplier in multipliers]
         title = f"{recipe.prompt} (seed {recipe.seed}, {recipe.sampler}, {recipe.steps} steps)"
         buffer = io.BytesIO()
         labelled_sheet(title, rows, columns, images).save(buffer, "PNG")
-        file = self._place.files / new_id() / "compare.png"
+        file = self._page_files.files / random_id() / "compare.png"
         make_folder(file.parent)
         write_atomically(file, buffer.getvalue())
         return file
 
-    def _below(self, lora: str) -> str:
-        summary = self._library.summary(lora)
+    def _step_label(self, lora: str) -> str:
+        summary = self._lora_list.summary(lora)
         return f"step {summary.step}" if summary and summary.step is not None else ""
 
 
-def read_multipliers(typed: str) -> list[float]:
-    """Numbers with commas, each once.
+def read_multipliers(text: str) -> list[float]:
+    """Parse numbers separated by commas, without duplicates.
 
     Raises:
-        WrongUseError: one is no number, or none that a LoRA can have.
+        WrongUseError: there is none, or one is not a number from -2 to 2.
     """
-    words = [word.strip() for word in typed.split(",") if word.strip()]
+    words = [word.strip() for word in text.split(",") if word.strip()]
     try:
         numbers = [float(word) for word in words]
     except ValueError:
         numbers = []
     if not numbers or not all(-MAX_MULTIPLIER <= number <= MAX_MULTIPLIER for number in numbers):
         raise WrongUseError(
-            f"Multipliers: {typed[:60]!r} is no list of numbers from -2 to 2, such as 0.5, 1."
+            f"Multipliers: {text[:60]!r} is not a list of numbers from -2 to 2, such as 0.5, 1."
         )
     return list(dict.fromkeys(numbers))

@@ -1,4 +1,7 @@
-"""What the page's form means: its values as a request, and a recipe as values of the form. Knows no Gradio."""
+"""The form's values as an API request, and a recipe as values of the form. Imports no Gradio.
+
+All fields have the names of `fidelora.api.InferenceRequest` and its prompts.
+"""
 
 from __future__ import annotations
 
@@ -8,160 +11,188 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fidelora.api import MAX_PROMPTS, InferenceRequest, check_request, recipes_of
+from fidelora.api import MAX_PROMPTS, InferenceRequest, PromptItem, check_request, recipes_of
 from fidelora.errors import WrongUseError
 from fidelora.families import get_family
 from fidelora.recipe import MAX_SEED, AdapterRef, Recipe
 
 MAX_LORAS = 8
-"""Sliders that the form has."""
+"""Number of multiplier sliders of the form."""
 
-_LABELS = {
-    "guidance_scale": "Guidance scale", "sample_steps": "Steps", "width": "Width", "height": "Height", "seed": "Seed",
-    "network_multiplier": "Multiplier", "sampler": "Sampler", "fidelity": "Fidelity", "output_format": "Format",
-}  # fmt: skip
+LABELS = {
+    "prompt": "Prompt",
+    "trigger_word": "Trigger word",
+    "neg": "Negative prompt",
+    "model": "Model",
+    "sampler": "Sampler",
+    "sample_steps": "Steps",
+    "guidance_scale": "Guidance",
+    "width": "Width",
+    "height": "Height",
+    "fidelity": "Fidelity",
+    "output_format": "Format",
+}
+"""Label of each request field that has one input in the form."""
+
+_ERROR_LABELS = LABELS | {"seed": "Seed", "network_multiplier": "Multiplier", "path": "LoRAs"}
 
 
 @dataclass(frozen=True)
 class Form:
-    """The values of the form.
+    """Values of the form.
 
     Attributes:
-        loras: name and multiplier of each, in order.
-        seed: of the first image, the others count up; None draws one for each.
-        number: how many images.
+        loras: path and multiplier of each LoRA, in order.
+        seed: seed of the first image, increased by one for each further image; None draws a seed
+            for each image.
+        images: number of images.
+        fields: the other request fields, by the keys of `LABELS`.
     """
 
     loras: tuple[tuple[str, float], ...]
-    trigger: str
-    prompt: str
-    negative: str
-    model: str
-    sampler: str
-    steps: int
-    guidance: float
-    width: int
-    height: int
     seed: int | None
-    number: int
-    fidelity: str
-    image_format: str
+    images: int
+    fields: Mapping[str, Any]
 
 
 def read_seed(text: str) -> int | None:
-    """A seed as people write it. Text, because browsers' numbers end at 2**53.
+    """Parse a seed; empty and `-1` return None. It is text because browsers round above 2**53.
 
     Raises:
-        WrongUseError: no whole number from -1 on, or too large.
+        WrongUseError: the text is not a whole number from 0 to `MAX_SEED`.
     """
     text = text.strip()
     if text in ("", "-1"):
         return None
     if not (text.isascii() and text.isdigit()) or int(text[:20]) > MAX_SEED:
         raise WrongUseError(
-            f"Seed: {text[:40]!r} is no whole number from 0 to {MAX_SEED}; leave it empty for a random one."
+            f"Seed: {text[:40]!r} is not a whole number from 0 to {MAX_SEED}; "
+            "leave it empty for a random one."
         )
     return int(text)
 
 
-def request_of(form: Form) -> InferenceRequest:
-    """The request that the form means, with the ranges that the HTTP API has.
+def api_range(field: str) -> tuple[float, float]:
+    """Return the smallest and largest value that the API accepts for a number of a prompt."""
+    schema = PromptItem.model_json_schema()["properties"][field]
+    number = next(one for one in schema.get("anyOf", [schema]) if "maximum" in one)
+    return number["minimum"], number["maximum"]
+
+
+def build_request(form: Form) -> InferenceRequest:
+    """Build the request for the form's values and validate it like the HTTP API.
 
     Raises:
-        WrongUseError: a value that no request can have, in a sentence for people.
+        WrongUseError: a value is missing or out of range; the message is shown to the user.
+        RequestError: the model does not exist or does not support a field.
     """
     if not form.loras:
         raise WrongUseError(
-            "Choose at least one LoRA; with multiplier 0 it leaves the base model as it is."
+            "Choose at least one LoRA. Multiplier 0 gives the base model's own image."
         )
-    if not 1 <= form.number <= MAX_PROMPTS:
-        raise WrongUseError(f"Images: {form.number} is not from 1 to {MAX_PROMPTS}.")
-    seeds = [-1 if form.seed is None else form.seed + index for index in range(form.number)]
-    prompt = {
-        "prompt": form.prompt,
-        "neg": form.negative,
-        "width": form.width,
-        "height": form.height,
-        "guidance_scale": form.guidance,
-        "sample_steps": form.steps,
-        "sampler": form.sampler,
-    }
-    body = {
-        "model": form.model,
-        "trigger_word": form.trigger or None,
-        "loras": [
-            {"path": name, "network_multiplier": multiplier} for name, multiplier in form.loras
-        ],
+    if not 1 <= form.images <= MAX_PROMPTS:
+        raise WrongUseError(f"Images: choose a number from 1 to {MAX_PROMPTS}, not {form.images}.")
+    seeds = [-1 if form.seed is None else form.seed + index for index in range(form.images)]
+    of_request = InferenceRequest.model_fields
+    prompt = {name: value for name, value in form.fields.items() if name not in of_request}
+    body = {name: value for name, value in form.fields.items() if name in of_request} | {
+        "loras": [{"path": path, "network_multiplier": number} for path, number in form.loras],
         "prompts": [prompt | {"seed": seed} for seed in seeds],
-        "output_format": form.image_format,
-        "fidelity": form.fidelity,
     }
     try:
         request = InferenceRequest.model_validate(body)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = str(first["loc"][-1])
-        raise WrongUseError(
-            f"{_LABELS.get(field, field)}: {first['msg']}, not {str(first['input'])[:60]}."
-        ) from None
+        label = _ERROR_LABELS.get(field, field)
+        raise WrongUseError(f"{label}: {first['msg']}, not {str(first['input'])[:60]}.") from None
     check_request(request)
     return request
 
 
-def defaults(model: str) -> dict[str, Any]:
-    """The form's values that a model brings along."""
+def family_defaults(model: str) -> dict[str, Any]:
+    """Return the request fields that a model family has defaults for."""
     spec = get_family(model)
     return {
         "sampler": spec.default_sampler,
-        "steps": spec.default_steps,
-        "guidance": spec.default_guidance_scale,
+        "sample_steps": spec.default_steps,
+        "guidance_scale": spec.default_guidance_scale,
         "width": spec.default_size,
         "height": spec.default_size,
     }
 
 
-def form_of(recipe: Recipe, names: Sequence[str], image_format: str) -> Form:
-    """The values that make a recipe's image again.
+def request_body(recipe: Recipe, paths: Sequence[str], image_format: str) -> dict[str, Any]:
+    """Return the body of `POST /v1/inference` that reproduces a recipe's image.
+
+    It pins each LoRA by its SHA-256. Base model, VAE and dtypes are the server's.
 
     Args:
-        names: what the server calls each of the recipe's adapters.
+        paths: request path of each of the recipe's adapters.
     """
-    multipliers = (adapter.multiplier for adapter in recipe.adapters)
+    loras = [
+        {"path": path, "network_multiplier": adapter.multiplier, "sha256": adapter.sha256}
+        | ({} if adapter.alpha is None else {"alpha": adapter.alpha})
+        for path, adapter in zip(paths, recipe.adapters, strict=True)
+    ]
+    prompt: dict[str, Any] = {
+        "prompt": recipe.prompt,
+        "neg": recipe.negative_prompt,
+        "width": recipe.width,
+        "height": recipe.height,
+        "guidance_scale": recipe.guidance_scale,
+        "sample_steps": recipe.steps,
+        "sampler": recipe.sampler,
+        "seed": recipe.seed,
+    }
+    if recipe.negative_prompt_2 is not None:
+        prompt["neg_2"] = recipe.negative_prompt_2
+    if recipe.guidance_rescale:
+        prompt["guidance_rescale"] = recipe.guidance_rescale
+    return {
+        "model": recipe.model,
+        "fidelity": recipe.fidelity,
+        "output_format": image_format,
+        "loras": loras,
+        "prompts": [prompt],
+    }
+
+
+def form_for_recipe(recipe: Recipe, paths: Sequence[str], image_format: str) -> Form:
+    """Return the form's values that reproduce a recipe's image, as far as the form has inputs.
+
+    Args:
+        paths: request path of each of the recipe's adapters.
+    """
+    body = request_body(recipe, paths, image_format)
+    values = body["prompts"][0] | body
+    values["trigger_word"] = ""  # the recipe's prompt already contains it
     return Form(
-        loras=tuple(zip(names, multipliers, strict=True)),
-        trigger="",  # it stands in the prompt already
-        prompt=recipe.prompt,
-        negative=recipe.negative_prompt,
-        model=recipe.model,
-        sampler=recipe.sampler,
-        steps=recipe.steps,
-        guidance=recipe.guidance_scale,
-        width=recipe.width,
-        height=recipe.height,
-        seed=recipe.seed,
-        number=1,
-        fidelity=recipe.fidelity,
-        image_format=image_format,
+        loras=tuple((lora["path"], lora["network_multiplier"]) for lora in body["loras"]),
+        seed=values["seed"],
+        images=1,
+        fields={name: values[name] for name in LABELS},
     )
 
 
-def recipe_again(
+def first_recipe(
     form: Form, adapters: Sequence[AdapterRef], server_defaults: Mapping[str, Any]
 ) -> Recipe:
-    """The recipe of the first image that the form would make on this server.
+    """Return the recipe of the first image that the form makes on this server.
 
     Raises:
-        WrongUseError: the form's values are none that a request can have.
+        FideloraError: as `build_request`.
     """
-    return recipes_of(request_of(form), adapters, server_defaults, draw_seed=lambda: 0)[0]
+    return recipes_of(build_request(form), adapters, server_defaults, draw_seed=lambda: 0)[0]
 
 
-def differences(recipe: Recipe, again: Recipe) -> list[str]:
-    """What defines the first image and would be otherwise in the second: one phrase for each; empty if they are the same image."""
-    if recipe.digest == again.digest:
+def differences(recipe: Recipe, here: Recipe) -> list[str]:
+    """Return a phrase per field in which this server's recipe differs; none for the same image."""
+    if recipe.digest == here.digest:
         return []
     return [
-        f"{entry.name} is {getattr(again, entry.name)} here and was {getattr(recipe, entry.name)}"
+        f"{entry.name} is {getattr(here, entry.name)} here "
+        f"but {getattr(recipe, entry.name)} in the image"
         for entry in fields(Recipe)
-        if getattr(recipe, entry.name) != getattr(again, entry.name)
+        if getattr(recipe, entry.name) != getattr(here, entry.name)
     ]

@@ -1,4 +1,4 @@
-"""The LoRAs that the page offers, as their files describe themselves."""
+"""The LoRAs that the page offers, described by their file headers."""
 
 from __future__ import annotations
 
@@ -13,64 +13,67 @@ from fidelora.recipe import AdapterRef
 from fidelora.server.context import ServerContext
 
 Choice = tuple[str, str]
-"""What is shown, and the name that requests have for it."""
+"""Label in the drop-down list, and the LoRA's path in requests."""
 
 
 @dataclass(frozen=True)
 class LoraList:
-    """The folder of LoRAs, read anew at each question."""
+    """The server's LoRA folder, read on every call."""
 
     context: ServerContext
 
     def choices(self) -> list[Choice]:
-        """Every LoRA that can be used, with trigger word, rank and step."""
+        """Return every usable LoRA, labelled with its trigger word, rank and step."""
         found = []
-        for name in adapter_names(self.context.settings.loras):
-            summary = self.summary(name)
+        for path in adapter_names(self.context.settings.loras):
+            summary = self.summary(path)
             if summary is not None and not summary.problems:
-                found.append((_label(name, summary), name))
+                found.append((_label(path, summary), path))
         return found
 
-    def summary(self, name: str) -> AdapterSummary | None:
-        """What the file says of itself; None if it is not there."""
+    def summary(self, path: str) -> AdapterSummary | None:
+        """Return the summary of a file's header, or None if there is no such file."""
         try:
-            path = adapter_path(self.context.settings.loras, name)
-            return _described(path, path.stat().st_mtime_ns)
+            file = adapter_path(self.context.settings.loras, path)
+            return _described(file, file.stat().st_mtime_ns)
         except (AdapterError, OSError):
             return None
 
-    def trigger(self, names: list[str]) -> str:
-        """The trigger word of the first that has one."""
-        summaries = map(self.summary, names)
+    def trigger(self, paths: list[str]) -> str:
+        """Return the trigger word of the first LoRA that has one, or an empty string."""
+        summaries = map(self.summary, paths)
         return next((summary.trigger for summary in summaries if summary and summary.trigger), "")
 
-    def keep(self, name: str) -> AdapterRef:
-        """The file by its content, which is in the cache then, as for a request.
+    def cached_ref(self, path: str) -> AdapterRef:
+        """Copy a LoRA into the adapter cache, as a request does, and return its reference.
 
         Raises:
-            AdapterError, WeightsFileError: it is not there, or cannot be read.
+            AdapterError, WeightsFileError: the file does not exist or cannot be read.
             OutputError: the cache cannot be written to.
         """
-        return self.context.cache.keep(adapter_path(self.context.settings.loras, name), name)
+        return self.context.cache.keep(adapter_path(self.context.settings.loras, path), path)
 
-    def name_of(self, adapter: AdapterRef) -> str | None:
-        """What requests call the file with these bytes; None if it is not here. Files of the same name are looked at first."""
+    def path_of(self, adapter: AdapterRef) -> str | None:
+        """Return the request path of the file with an adapter's SHA-256, or None.
+
+        Files with the adapter's name are hashed first.
+        """
         return adapter_with_hash(
             self.context.settings.loras, adapter.sha256, adapter.name, self.context.cache.sha256_of
         )
 
 
-@lru_cache(maxsize=10_000)
-def _described(path: Path, _changed: int) -> AdapterSummary:
-    return describe_adapter(path)
+@lru_cache(maxsize=10_000)  # keyed by modification time, too, so that a changed file is read again
+def _described(file: Path, _modified_ns: int) -> AdapterSummary:
+    return describe_adapter(file)
 
 
-def _label(name: str, summary: AdapterSummary) -> str:
-    said = [name]
+def _label(path: str, summary: AdapterSummary) -> str:
+    parts = [path]
     if summary.trigger:
-        said.append(f"trigger {summary.trigger}")
+        parts.append(f"trigger {summary.trigger}")
     if summary.ranks:
-        said.append(f"rank {'/'.join(map(str, summary.ranks))}")
+        parts.append(f"rank {'/'.join(map(str, summary.ranks))}")
     if summary.step is not None:
-        said.append(f"step {summary.step}")
-    return " · ".join(said)
+        parts.append(f"step {summary.step}")
+    return " · ".join(parts)

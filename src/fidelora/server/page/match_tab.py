@@ -1,9 +1,9 @@
-"""The tab *Match*: a training job's previews made again, with the verdict and the wipe view of `fidelora verify`."""
+"""The *Match* tab: verifies a training run as `fidelora verify` does, and shows the report."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,61 +12,73 @@ from starlette.concurrency import run_in_threadpool
 
 from fidelora.errors import FideloraError, JobFolderError
 from fidelora.server.context import ServerContext
-from fidelora.server.page.html import bar, notice, text
+from fidelora.server.page.events import IMMEDIATE, STREAMING
+from fidelora.server.page.html import escape, notice, progress_bar
 from fidelora.server.page.paths import REPORTS
 from fidelora.server.page.pictures import PageFiles
 from fidelora.server.page.verifications import (
+    CANCELED,
     Outcome,
     Verifier,
-    base_for,
-    new_id,
-    read_inside,
-    run_names,
-    run_path,
-    unpack,
+    find_run,
+    list_runs,
+    random_id,
+    read_contained_run,
+    server_base_model,
+    unpack_run,
 )
 
 _VERDICTS = {
-    "identical": ("good", "Every pixel of every preview is the same."),
-    "rounding": ("good", "No preview differs by more than rounding explains."),
-    "mismatch": ("error", "At least one preview came out different."),
+    "identical": ("good", "Every pixel of every sample is the same."),
+    "rounding": ("good", "No sample differs by more than rounding explains."),
+    "mismatch": ("error", "At least one sample came out different."),
 }
+_MAX_OUTPUT_LINES = 200
 
 
-class Match:
-    """The tab's components; built inside a `gr.Blocks`, and wired by `listen`."""
+class MatchTab:
+    """Components and event handlers of the tab; created inside a `gr.Blocks`."""
 
     def __init__(self, context: ServerContext, page_files: PageFiles, verifier: Verifier) -> None:
         self._context = context
-        self._place = page_files
+        self._page_files = page_files
         self._verifier = verifier
-        root, most = context.settings.jobs, context.settings.job_max_mb
+        root = context.settings.jobs
         gr.Markdown(
-            "Makes the previews of a finished training job again from its weights, with this server's base model, and says of each "
-            "whether it is the same picture. *Identical*: every pixel. *Rounding*: no more than the precision of the saved file "
-            "explains. *Mismatch*: something is different.",
+            "Makes the samples of a finished training run again, with its saved weights and this "
+            "server's base model, and compares them with the trainer's. *Identical*: every pixel "
+            "is the same. *Rounding*: the difference is within the precision of the saved file. "
+            "*Mismatch*: the images differ.",
             elem_classes="help",
         )
         with gr.Row(equal_height=False):
             with gr.Column(min_width=300):
                 self.folder = gr.Dropdown(
-                    [], label="Training job on this server", elem_id="job", interactive=root is not None,
-                    info="Type to search." if root else "None: whoever runs the server can name a folder with FIDELORA_JOBS_PATH.",
-                )  # fmt: skip
+                    [],
+                    label="Training run on this server",
+                    elem_id="run",
+                    interactive=root is not None,
+                    info="Type to search."
+                    if root
+                    else "No folder is configured; the operator of this server can set "
+                    "FIDELORA_JOBS_PATH.",
+                )
                 self.archive = gr.File(
-                    label=f"Or drop its zip, up to {most:,} MiB", file_types=[".zip"], height=150,
-                    elem_id="job-zip",
-                )  # fmt: skip
+                    label=f"Or drop its zip, up to {context.settings.job_max_mb:,} MiB",
+                    file_types=[".zip"],
+                    height=150,
+                    elem_id="run-zip",
+                )
             with gr.Column(min_width=300):
                 self.step = gr.Textbox(
-                    "last", label="Step", info="A number, last, or all.", elem_id="step"
+                    "last", label="Step", info="A number, last or all.", elem_id="step"
                 )
                 self.doctor = gr.Checkbox(
                     label="On a mismatch, find the setting that explains it (takes longer)",
                     elem_id="doctor",
                 )
                 with gr.Row():
-                    self.go = gr.Button(
+                    self.verify = gr.Button(
                         "Verify", variant="primary", elem_id="verify", scale=3, min_width=140
                     )
                     self.cancel = gr.Button(
@@ -79,134 +91,156 @@ class Match:
                     )
         self.verdict = gr.Markdown(latex_delimiters=[], elem_id="verdict")
         self.report = gr.Markdown(latex_delimiters=[], elem_id="report")
-        self.said = gr.Textbox(
-            label="What fidelora verify says", lines=6, max_lines=20, visible=False, elem_id="said"
+        self.output = gr.Textbox(
+            label="Output of fidelora verify",
+            lines=6,
+            max_lines=20,
+            visible=False,
+            elem_id="verify-output",
         )
-        self.run_id = gr.State("")
+        self.verification_id = gr.State("")
+        self._outputs = {
+            "verdict": self.verdict,
+            "report": self.report,
+            "output": self.output,
+            "verification_id": self.verification_id,
+            "cancel": self.cancel,
+            "archive": self.archive,
+        }
 
     def listen(self, tab: gr.Tab) -> None:
-        """Connect what happens to what is done."""
-        quick: dict[str, Any] = {
-            "show_progress": "hidden",
-            "queue": False,
-            "api_visibility": "private",
-        }
-        tab.select(self._list_jobs, None, self.folder, **quick)
+        """Connect the event handlers."""
+        tab.select(self._refresh_runs, None, self.folder, **IMMEDIATE)
         gr.on(
-            [self.go.click, self.step.submit], self._verify, [self.folder, self.archive, self.step, self.doctor],
-            [self.verdict, self.report, self.said, self.run_id, self.cancel, self.archive],
-            show_progress="hidden", concurrency_limit=None, api_visibility="private",
-        )  # fmt: skip
-        self.cancel.click(self._cancel, self.run_id, self.cancel, **quick)
+            [self.verify.click, self.step.submit],
+            self._verify,
+            [self.folder, self.archive, self.step, self.doctor],
+            list(self._outputs.values()),
+            **STREAMING,
+        )
+        self.cancel.click(self._cancel, self.verification_id, self.cancel, **IMMEDIATE)
 
-    def _list_jobs(self) -> Any:
-        return gr.update(choices=run_names(self._context.settings.jobs))
+    def _refresh_runs(self) -> Any:
+        return gr.update(choices=list_runs(self._context.settings.jobs))
 
-    def _cancel(self, run_id: str) -> Any:
-        if run_id:
-            self._verifier.cancel(run_id)
+    def _cancel(self, verification_id: str) -> Any:
+        if verification_id:
+            self._verifier.cancel(verification_id)
         return gr.update(interactive=False)
 
     async def _verify(
         self, folder: str | None, archive: str | None, step: str, doctor: bool
     ) -> AsyncIterator[list[Any]]:
         try:
-            step = _step(step)
+            step = _read_step(step)
         except JobFolderError as error:
-            yield _updates(verdict=notice(error, "error"))
+            yield self._updates(verdict=notice(error, "error"))
             return
-        run_id = new_id()
-        here = self._place.checks / run_id
-        done = {"cancel": gr.update(interactive=False), "run_id": ""}
-        yield _updates(
-            verdict=bar(0, 1, "Waiting for another one." if self._verifier.busy else "Reading the job."),
-            report="", said=gr.update(visible=False, value=""), run_id=run_id, cancel=gr.update(interactive=True),
-        )  # fmt: skip
+        verification_id = random_id()
+        workspace = self._page_files.verifications / verification_id
+        end = {"cancel": gr.update(interactive=False), "verification_id": "", "archive": None}
+        waiting = "Waiting for another verification to finish."
+        yield self._updates(
+            verdict=progress_bar(
+                0, 1, waiting if self._verifier.busy else "Reading the training run."
+            ),
+            report="",
+            output=gr.update(visible=False, value=""),
+            verification_id=verification_id,
+            cancel=gr.update(interactive=True),
+        )
         try:
-            job_folder, base_model, total = await run_in_threadpool(
-                self._job, folder, archive, here
+            run_folder, base_model, total = await run_in_threadpool(
+                self._read_run, folder, archive, workspace
             )
             lines: list[str] = []
             outcome = None
-            (here / "report").mkdir(parents=True)
-            async for one in self._verifier.run(
-                run_id, job_folder, base_model, here / "report", step=step, doctor=doctor
+            (workspace / "report").mkdir(parents=True)
+            async for line in self._verifier.run(
+                verification_id,
+                run_folder,
+                base_model,
+                workspace / "report",
+                step=step,
+                doctor=doctor,
             ):
-                if isinstance(one, Outcome):
-                    outcome = one
-                elif not one.startswith("Report: "):  # it is shown
-                    lines.append(one.replace(str(job_folder), job_folder.name))
-                    checked = sum(line[:7].strip().isdigit() for line in lines)
-                    said = f"{checked} previews made." if checked else "Loading the base model."
-                    yield _updates(
-                        verdict=bar(min(checked, total), total, said),
-                        said=gr.update(visible=True, value="\n".join(lines[-200:])),
+                if isinstance(line, Outcome):
+                    outcome = line
+                elif not line.startswith("Report: "):  # the page shows the report itself
+                    lines.append(line.replace(str(run_folder), run_folder.name))
+                    yield self._updates(
+                        verdict=_progress(lines, total),
+                        output=gr.update(visible=True, value="\n".join(lines[-_MAX_OUTPUT_LINES:])),
                     )
             assert outcome is not None
-            yield _updates(
+            yield self._updates(
                 verdict=_verdict(outcome, lines),
-                report=self._link(run_id, outcome),
-                archive=None,
-                **done,
+                report=_report_link(verification_id, outcome),
+                **end,
             )
         except FideloraError as error:
-            yield _updates(
-                verdict=notice(error, "" if str(error) == "Canceled." else "error"),
-                archive=None,
-                **done,
-            )
+            kind = "" if str(error) == CANCELED else "error"
+            yield self._updates(verdict=notice(error, kind), **end)
         finally:
-            shutil.rmtree(here / "job", ignore_errors=True)
+            shutil.rmtree(workspace / "run", ignore_errors=True)
             if archive:
                 Path(archive).unlink(missing_ok=True)
 
-    def _job(self, folder: str | None, archive: str | None, here: Path) -> tuple[Path, str, int]:
-        """The job's folder, the base model for it, and how many samples it has."""
+    def _read_run(
+        self, folder: str | None, archive: str | None, workspace: Path
+    ) -> tuple[Path, str, int]:
+        """Return the run's folder, its base model on this server, and its number of samples."""
+        settings = self._context.settings
         if archive:
-            path, _ = unpack(Path(archive), here / "job", self._context.settings.job_max_mb * 2**20)
+            max_bytes = settings.job_max_mb * 2**20
+            path, _ = unpack_run(Path(archive), workspace / "run", max_bytes)
         elif folder:
-            path = run_path(self._context.settings.jobs, folder)
+            path = find_run(settings.jobs, folder)
         else:
-            raise JobFolderError("Choose a training job, or drop its zip.")
-        job = read_inside(path, self._context)
-        return path, base_for(job, self._context), max(1, len(job.samples))
+            raise JobFolderError("Choose a training run, or drop its zip.")
+        run = read_contained_run(path, self._context)
+        return path, server_base_model(run, self._context), max(1, len(run.samples))
 
-    def _link(self, run_id: str, outcome: Outcome) -> str:
-        if outcome.report is None:
-            return ""
-        address = f".{REPORTS}{run_id}"
-        return f'<a class="report" href="{address}" target="_blank" rel="noopener">The report, in a tab of its own</a>'
-
-
-def _step(typed: str) -> str:
-    typed = typed.strip() or "last"
-    if typed in ("last", "all") or (typed.isascii() and typed.isdigit() and len(typed) < 10):
-        return typed
-    raise JobFolderError(f"{typed!r:.60} is no step; give a number, last or all.")
+    def _updates(self, **values: Any) -> list[Any]:
+        """Return an update of every output; those not named keep their value."""
+        assert values.keys() <= self._outputs.keys()
+        return [values.get(name, gr.skip()) for name in self._outputs]
 
 
-def _verdict(outcome: Outcome, lines: list[str]) -> str:
+def _read_step(text: str) -> str:
+    text = text.strip() or "last"
+    if text in ("last", "all") or (text.isascii() and text.isdigit() and len(text) < 10):
+        return text
+    raise JobFolderError(f"{text!r:.60} is not a step; enter a number, last or all.")
+
+
+def _progress(lines: Sequence[str], total: int) -> str:
+    """Return the progress bar; the output has a line per sample that begins with the step."""
+    done = sum(line[:7].strip().isdigit() for line in lines)
+    sentence = f"Samples compared: {done}." if done else "Loading the base model."
+    return progress_bar(min(done, total), total, sentence)
+
+
+def _verdict(outcome: Outcome, lines: Sequence[str]) -> str:
+    """Return the verdict from the output's last line of the form `VERDICT: sentence`."""
     lines = [line for line in lines if line]
-    found = next(
-        (line.partition(":")[0] for line in reversed(lines) if line.partition(":")[0] in _VERDICTS),
-        "",
+    words = (line.partition(":")[0] for line in reversed(lines))
+    verdict = next((word for word in words if word in _VERDICTS), "")
+    if not verdict or outcome.code not in (0, 1):
+        return notice(lines[-1] if lines else "fidelora verify ended without output.", "error")
+    kind, sentence = _VERDICTS[verdict]
+    doctor = next((line for line in lines if line.startswith("Doctor:")), "")
+    details = f"<br>{escape(doctor)}" if doctor else ""
+    return (
+        f'<div role="status" class="message {kind}"><strong>{escape(verdict)}</strong>'
+        f"<span>{escape(sentence)}{details}</span></div>"
     )
-    if found and outcome.code in (0, 1):
-        kind, sentence = _VERDICTS[found]
-        doctor = next((line for line in lines if line.startswith("Doctor:")), "")
-        more = f"<br>{text(doctor)}" if doctor else ""
-        return f'<div role="status" class="said {kind}"><strong>{text(found)}</strong><span>{text(sentence)}{more}</span></div>'
-    return notice(lines[-1] if lines else "fidelora verify ended without a word.", "error")
 
 
-def _updates(
-    verdict: Any = None,
-    report: Any = None,
-    said: Any = None,
-    run_id: Any = None,
-    cancel: Any = None,
-    archive: Any = gr.skip,
-) -> list[Any]:
-    """New values for the outputs of `_verify`; what is left out stays as it is."""
-    given = [gr.skip() if one is None else one for one in (verdict, report, said, run_id, cancel)]
-    return [*given, gr.skip() if archive is gr.skip else archive]
+def _report_link(verification_id: str, outcome: Outcome) -> str:
+    if outcome.report is None:
+        return ""
+    return (
+        f'<a class="report" href=".{REPORTS}{verification_id}" target="_blank" rel="noopener">'
+        "Open the report in a new tab</a>"
+    )

@@ -1,4 +1,7 @@
-"""The page among the server's routes: which paths it has, what browsers may do with it, and how it ends. Knows no Gradio."""
+"""The page as a route of the server: dispatch, content security policies and shutdown.
+
+Imports no Gradio.
+"""
 
 from __future__ import annotations
 
@@ -24,33 +27,39 @@ from fidelora.server.context import ServerContext
 from fidelora.server.login import LOGIN_PATH, LOGOUT_PATH, Login
 from fidelora.server.page.paths import EVENTS, FILES, GRADIO, REPORTS, STREAMS, is_page_path
 from fidelora.server.page.pictures import PageFiles
-from fidelora.server.page.verifications import Verifier, hub_variables
+from fidelora.server.page.verifications import Verifier, hub_environment
 
 log = structlog.get_logger(__name__)
 
 NO_PAGE = """This is the HTTP API of Fidelora; its description is at /docs.
-There is no web page: install its packages with  pip install 'fidelora[ui]'  and start the server again.
+The web page is not installed. Run  pip install 'fidelora[ui]'  and restart the server.
 """
 SWITCHED_OFF = """This is the HTTP API of Fidelora; its description is at /docs.
 The web page is switched off (FIDELORA_PAGE).
 """
 
-_CLEAN_EVERY_S = 600.0
-# No markup that a text could smuggle in can run: scripts are files of this server, or have one of the hashes.
-_POLICY = (
-    "default-src 'self'; script-src 'self' {hashes}; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
-    "font-src 'self' data:; connect-src 'self'; frame-src 'self'; worker-src 'self' blob:; object-src 'none'; base-uri 'self'; "
-    "form-action 'self'; frame-ancestors 'none'"
+_CLEAN_INTERVAL_S = 600.0
+# Injected markup cannot run scripts: they must be files of this server or match a hash.
+_PAGE_POLICY = (
+    "default-src 'self'; script-src 'self' {hashes}; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; frame-src 'self'; "
+    "worker-src 'self' blob:; object-src 'none'; base-uri 'self'; form-action 'self'; "
+    "frame-ancestors 'none'"
 )
-# A report has the names and prompts of a job that may be a stranger's: it is a page without an origin, and reaches nothing.
-_REPORT_POLICY = "sandbox allow-scripts; default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-# What Gradio sends is looked at by the page, and is no page itself, whatever somebody uploaded.
-_PART_POLICY = "default-src 'none'; frame-ancestors 'none'"
-_SCRIPTS = re.compile(rb"<script(?![^>]*\bsrc=)[^>]*>(.*?)</script>", re.DOTALL)
-_ABROAD = re.compile(rb"\s*<meta\s[^>]*(?:og:|twitter:)[^>]*>")
+# A report contains names and prompts of a training run that may be hostile. The sandbox gives it
+# an origin of its own, and it can load nothing.
+_REPORT_POLICY = (
+    "sandbox allow-scripts; default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline'"
+)
+# For Gradio's responses, uploaded files among them: they can do nothing if opened as a document.
+_GRADIO_POLICY = "default-src 'none'; frame-ancestors 'none'"
+_INLINE_SCRIPTS = re.compile(rb"<script(?![^>]*\bsrc=)[^>]*>(.*?)</script>", re.DOTALL)
+# Link previews in Gradio's head, which name images on other hosts.
+_SOCIAL_META = re.compile(rb"\s*<meta\s[^>]*(?:og:|twitter:)[^>]*>")
 
-# A link to a report becomes the report itself, which is a page of its own origin by the policy that it is sent with. And where the
-# page is narrow, what a button began is below what can be seen.
+# Shows a linked report in a sandboxed frame above the link. On narrow screens, scrolls to the
+# progress of the button that was clicked, which would be out of sight.
 _SCRIPT = b"""
 new MutationObserver(() => {
   for (const link of document.querySelectorAll("a.report:not([data-shown])")) {
@@ -63,22 +72,24 @@ new MutationObserver(() => {
     link.before(frame);
   }
 }).observe(document, { childList: true, subtree: true });
-const shows = { generate: "progress", verify: "verdict", compare: "progress-compare" };
+const progressOf = { generate: "progress", verify: "verdict", compare: "progress-compare" };
 document.addEventListener("click", (event) => {
-  const page_files = document.getElementById(shows[event.target.closest("button")?.id] ?? "");
-  if (page_files && page_files.getBoundingClientRect().top > innerHeight - 200) page_files.scrollIntoView({ block: "center" });
+  const id = progressOf[event.target.closest("button")?.id] ?? "";
+  const progress = document.getElementById(id);
+  if (progress && progress.getBoundingClientRect().top > innerHeight - 200)
+    progress.scrollIntoView({ block: "center" });
 });
 """
 
 
 class Page(BaseRoute):
-    """The page as a route: it takes the requests that are its own, and leaves all others.
+    """Route that handles the requests for the page and leaves all others to the API.
 
     Args:
-        start: makes the application behind the page, and what has to be entered while it serves.
+        start: creates the Gradio application and its lifespan context.
     """
 
-    path = "/ (page)"  # how the metrics call it
+    path = "/ (page)"  # label in the metrics
 
     def __init__(
         self,
@@ -91,14 +102,14 @@ class Page(BaseRoute):
         page_files.empty()
         self._context = context
         self._login = login
-        self._place = page_files
+        self._page_files = page_files
         self._verifier = verifier
         self._app, self._running = start()
         self._streams: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """While it serves."""
+        """Run the Gradio application; a context manager."""
         cleaning = asyncio.create_task(self._clean())
         async with self._running:
             yield
@@ -106,7 +117,7 @@ class Page(BaseRoute):
         await self.close()
 
     async def close(self) -> None:
-        """End the streams that lookers-on have open, and what is being verified."""
+        """End the open streams and the running verifications."""
         for stream in list(self._streams):
             stream.cancel()
         await self._verifier.close()
@@ -117,10 +128,10 @@ class Page(BaseRoute):
         return Match.NONE, {}
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope = dict(scope)  # the routes below leave their own names in it
+        scope = dict(scope)  # inner routes write to it
         path, method = scope["path"], scope["method"]
         if path.startswith(GRADIO):
-            send = _as_part(send)
+            send = _with_gradio_policy(send)
         if path == LOGIN_PATH:
             await Response(status_code=303, headers={"Location": "./"})(scope, receive, send)
         elif path == LOGOUT_PATH:
@@ -131,54 +142,58 @@ class Page(BaseRoute):
             await self._document(scope, receive, send)
         elif path.startswith(STREAMS):
             await self._stream(scope, receive, send)
-        elif path.startswith(FILES) and not self._is_ours(path.removeprefix(FILES)):
-            await PlainTextResponse("There is no such file.\n", 404)(scope, receive, send)
+        elif path.startswith(FILES) and not self._is_own_file(path.removeprefix(FILES)):
+            await PlainTextResponse("File not found.\n", 404)(scope, receive, send)
         elif path in EVENTS:
             await self._event(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
-    def _is_ours(self, file: str) -> bool:
-        """Whether it is a page_files in the page's own folder. Gradio would fetch an address, and send it on as its own."""
+    def _is_own_file(self, file: str) -> bool:
+        """Return True for a path in the page's own folder.
+
+        For a URL, Gradio would fetch it and serve the response as its own.
+        """
         path = Path(file)
-        roots = (self._place.files, self._place.files.resolve())  # Gradio names the latter
+        # Gradio names resolved paths.
+        roots = (self._page_files.files, self._page_files.files.resolve())
         return ".." not in path.parts and any(path.is_relative_to(root) for root in roots)
 
-    def _report(self, run_id: str) -> Response:
-        file = self._place.checks / run_id / "report" / "report.html"
-        if not re.fullmatch(r"[0-9a-f]{32}", run_id) or not file.is_file():
+    def _report(self, verification_id: str) -> Response:
+        file = self._page_files.verifications / verification_id / "report" / "report.html"
+        if not re.fullmatch(r"[0-9a-f]{32}", verification_id) or not file.is_file():
             return PlainTextResponse(
-                "This report is not here any more; verify the job again.\n", 404
+                "This report is no longer available; verify the training run again.\n", 404
             )
         return HTMLResponse(file.read_bytes(), headers={"Content-Security-Policy": _REPORT_POLICY})
 
     async def _document(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The page itself, without pictures of other hosts in its head, and with the policy that its scripts need."""
+        """Serve the HTML document without references to other hosts and with its policy."""
         scope["headers"] = [
             header for header in scope["headers"] if header[0] != b"accept-encoding"
         ]
         start: Message = {}
         body = b""
 
-        async def changed(message: Message) -> None:
+        async def rewrite(message: Message) -> None:
             nonlocal start, body
             if message["type"] == "http.response.start":
                 start = message
                 return
-            if (
-                message["type"] != "http.response.body"
-            ):  # extensions of some servers, and of test clients
+            if message["type"] != "http.response.body":  # extensions of servers and test clients
                 await send(message)
                 return
             body += message.get("body", b"")
             if message.get("more_body"):
                 return
-            body = _ABROAD.sub(b"", body).replace(
+            body = _SOCIAL_META.sub(b"", body).replace(
                 b"</head>", b"<script>" + _SCRIPT + b"</script></head>", 1
             )
-            hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in _SCRIPTS.findall(body))
+            hashes = " ".join(
+                f"'sha256-{_sha256(script)}'" for script in _INLINE_SCRIPTS.findall(body)
+            )
             headers = MutableHeaders(raw=start["headers"])
-            headers["Content-Security-Policy"] = _POLICY.format(hashes=hashes)
+            headers["Content-Security-Policy"] = _PAGE_POLICY.format(hashes=hashes)
             headers["Referrer-Policy"] = "same-origin"
             headers["Cache-Control"] = "no-store"
             if scope["method"] != "HEAD":
@@ -186,18 +201,18 @@ class Page(BaseRoute):
             await send(start)
             await send({"type": "http.response.body", "body": body})
 
-        await self._app(scope, receive, changed)
+        await self._app(scope, receive, rewrite)
 
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """An answer that lasts, and ends with the server at the latest."""
-        open_end = False
+        """Serve a long-lived response; it ends at the latest when the server stops."""
+        unfinished = False
 
-        async def noted(message: Message) -> None:
-            nonlocal open_end
-            open_end = message["type"] == "http.response.start" or bool(message.get("more_body"))
+        async def track(message: Message) -> None:
+            nonlocal unfinished
+            unfinished = message["type"] == "http.response.start" or bool(message.get("more_body"))
             await send(message)
 
-        task = asyncio.ensure_future(self._app(scope, receive, noted))
+        task = asyncio.ensure_future(self._app(scope, receive, track))
         self._streams.add(task)
         task.add_done_callback(self._streams.discard)
         try:
@@ -205,41 +220,43 @@ class Page(BaseRoute):
         except asyncio.CancelledError:
             if not self._context.stopping.is_set():
                 raise
-            if open_end:
+            if unfinished:
                 await send({"type": "http.response.body", "body": b""})
 
     async def _event(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """What a form sends. Where it has files, Gradio would fetch those that have an address on some other host."""
+        """Pass an event on to Gradio, unless it contains a URL as a file: Gradio would fetch it."""
         body = await Request(scope, receive).body()
         try:
             content = json.loads(body)
         except (ValueError, RecursionError):
             content = {}
-        if _has_address(content):
-            await PlainTextResponse("Files have to be uploaded.\n", 400)(scope, receive, send)
+        if _has_file_url(content):
+            await PlainTextResponse("Files must be uploaded, not given as URLs.\n", 400)(
+                scope, receive, send
+            )
             return
         sent = False
 
-        async def again() -> Message:
+        async def replay() -> Message:
             nonlocal sent
             if sent:
                 return await receive()
             sent = True
             return {"type": "http.request", "body": body}
 
-        await self._app(scope, again, send)
+        await self._app(scope, replay, send)
 
     async def _clean(self) -> None:
         while True:
-            await asyncio.sleep(_CLEAN_EVERY_S)
-            await asyncio.to_thread(self._place.clean)
+            await asyncio.sleep(_CLEAN_INTERVAL_S)
+            await asyncio.to_thread(self._page_files.clean)
 
 
 def make_page(context: ServerContext, login: Login) -> Page | str:
-    """The page, or what stands at `/` in its page_files.
+    """Return the page, or the text to serve at `/` instead of it.
 
     Raises:
-        OutputError: its folder cannot be made.
+        OutputError: the page's folder cannot be created.
     """
     if not context.settings.page:
         return SWITCHED_OFF
@@ -251,7 +268,9 @@ def make_page(context: ServerContext, login: Login) -> Page | str:
 
     settings = context.settings
     page_files = PageFiles(settings.data_dir.expanduser().absolute() / "page")
-    verifier = Verifier(settings.devices[0], settings.inference_timeout_s, hub_variables(settings))
+    verifier = Verifier(
+        settings.devices[0], settings.inference_timeout_s, hub_environment(settings)
+    )
     root_path = urlsplit(context.base_url).path.rstrip("/")
     return Page(
         context,
@@ -262,25 +281,25 @@ def make_page(context: ServerContext, login: Login) -> Page | str:
     )
 
 
-def _as_part(send: Send) -> Send:
-    """Answers that a browser does not open as a page that can do something."""
+def _with_gradio_policy(send: Send) -> Send:
+    """Add a policy that lets a response do nothing if a browser opens it as a document."""
 
-    async def marked(message: Message) -> None:
+    async def send_with_policy(message: Message) -> None:
         if message["type"] == "http.response.start":
-            MutableHeaders(scope=message)["Content-Security-Policy"] = _PART_POLICY
+            MutableHeaders(scope=message)["Content-Security-Policy"] = _GRADIO_POLICY
         await send(message)
 
-    return marked
+    return send_with_policy
 
 
-def _has_address(value: Any) -> bool:
-    """Whether there is a file somewhere in it that lies on a host."""
+def _has_file_url(value: Any) -> bool:
+    """Return True if any `path` in nested JSON is a URL."""
     if isinstance(value, dict):
         path = value.get("path")
         if isinstance(path, str) and "://" in path:
             return True
-        return any(map(_has_address, value.values()))
-    return isinstance(value, list) and any(map(_has_address, value))
+        return any(map(_has_file_url, value.values()))
+    return isinstance(value, list) and any(map(_has_file_url, value))
 
 
 def _sha256(content: bytes) -> str:

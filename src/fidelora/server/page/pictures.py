@@ -1,4 +1,4 @@
-"""Finished images as files that the page may show."""
+"""Files that the page may show: its own folder, and copies of finished images in it."""
 
 from __future__ import annotations
 
@@ -23,41 +23,44 @@ from fidelora.server.page.snippets import as_command, as_python, as_request
 
 log = structlog.get_logger(__name__)
 
-MOST_SHOWN = 60
-"""Images in a gallery; older ones are still in the server."""
+MAX_GALLERY_IMAGES = 60
+"""Number of images in a gallery; the server still stores older ones."""
 KEEP_S = 24 * 3600.0
 
 
 @dataclass(frozen=True)
 class PageFiles:
-    """The page's own folder: what browsers sent, what they are shown, and what is being verified. Emptied at each start."""
+    """The page's own folder: uploads, images on display and verifications.
+
+    The server empties it at every start.
+    """
 
     folder: Path
 
     @property
     def files(self) -> Path:
-        """What Gradio may read and send."""
+        """Folder that Gradio may read and serve."""
         return self.folder / "files"
 
     @property
-    def checks(self) -> Path:
-        """Training jobs that were uploaded, and reports."""
-        return self.folder / "checks"
+    def verifications(self) -> Path:
+        """Folder of uploaded training runs and of reports."""
+        return self.folder / "verifications"
 
     def empty(self) -> None:
-        """Begin with nothing.
+        """Remove everything and create the empty folders.
 
         Raises:
-            OutputError: it cannot be made.
+            OutputError: a folder cannot be created.
         """
         shutil.rmtree(self.folder, ignore_errors=True)
-        for folder in (self.files, self.checks):
+        for folder in (self.files, self.verifications):
             make_folder(folder)
 
     def clean(self, keep_s: float = KEEP_S) -> None:
-        """Remove what nobody changed for so long."""
+        """Remove entries that have not changed for `keep_s` seconds."""
         before = time.time() - keep_s
-        for entry in (*self.files.iterdir(), *self.checks.iterdir()):
+        for entry in (*self.files.iterdir(), *self.verifications.iterdir()):
             try:
                 if entry.stat().st_mtime >= before:
                     continue
@@ -65,67 +68,65 @@ class PageFiles:
                     shutil.rmtree(entry)
                 else:
                     entry.unlink()
-            except FileNotFoundError:  # somebody else was faster
+            except FileNotFoundError:  # removed in the meantime
                 continue
-            except (
-                OSError
-            ) as error:  # such as an upload into it at this moment; the next time will do
+            except OSError as error:  # such as an upload into it; the next call tries again
                 log.warning("page_file_not_removed", file=str(entry), reason=str(error))
 
 
-Shown = tuple[str, int]
-"""An image that a gallery shows: the request's id, and which of its images."""
+ImageId = tuple[str, int]
+"""An image in a gallery: the id of its job, and its index among the job's images."""
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """What is shown of requests that have succeeded."""
+    """Images of succeeded jobs, and the texts shown beside them."""
 
     context: ServerContext
     page_files: PageFiles
-    library: LoraList
+    lora_list: LoraList
 
-    def of(self, job: Job) -> list[Shown]:
-        """A job's images, the first one first."""
+    def of(self, job: Job) -> list[ImageId]:
+        """Return a job's images in order."""
         return [(job.id, index) for index in range(len(job.outputs))]
 
-    def gallery(self, shown: Sequence[Shown]) -> tuple[list[Shown], list[tuple[str, str]]]:
-        """Those of these images that are still there, and each one's file and caption."""
-        there, files = [], []
-        for job_id, index in shown[:MOST_SHOWN]:
+    def gallery(self, images: Sequence[ImageId]) -> tuple[list[ImageId], list[tuple[str, str]]]:
+        """Return those of the images that still exist, and the file and caption of each."""
+        found, files = [], []
+        for job_id, index in images[:MAX_GALLERY_IMAGES]:
             try:
                 job = self.context.store.get(job_id)
                 file = self._file(job, index)
             except (JobNotFoundError, ImageGoneError):
                 continue
-            there.append((job_id, index))
+            found.append((job_id, index))
             files.append((str(file), caption(job.recipes[index])))
-        return there, files
+        return found, files
 
-    def recipe(self, shown: Shown) -> tuple[Recipe, str]:
-        """An image's recipe and format.
+    def recipe(self, image: ImageId) -> tuple[Recipe, str]:
+        """Return an image's recipe and file format.
 
         Raises:
-            JobNotFoundError: its request was removed.
+            JobNotFoundError: its job was removed.
         """
-        job = self.context.store.get(shown[0])
-        return job.recipes[shown[1]], job.image_format
+        job = self.context.store.get(image[0])
+        return job.recipes[image[1]], job.image_format
 
-    def copies(self, recipe: Recipe, image_format: str) -> tuple[str, str, str, str]:
-        """The recipe as JSON, and the request, command and Python that make it again."""
-        names = [
-            self.library.name_of(adapter) or f"{adapter.name}.safetensors"
+    def snippets(self, recipe: Recipe, image_format: str) -> dict[str, str]:
+        """Return the recipe as JSON, and the request, command and Python code that reproduce it."""
+        paths = [
+            self.lora_list.path_of(adapter) or f"{adapter.name}.safetensors"
             for adapter in recipe.adapters
         ]
-        return (
-            json.dumps(recipe.to_dict(), indent=2, ensure_ascii=False),
-            as_request(recipe, names, image_format),
-            as_command(recipe, names, image_format),
-            as_python(recipe, names, image_format, self.context.base_url),
-        )
+        return {
+            "recipe": json.dumps(recipe.to_dict(), indent=2, ensure_ascii=False),
+            "request": as_request(recipe, paths, image_format),
+            "command": as_command(recipe, paths, image_format),
+            "python": as_python(recipe, paths, image_format, self.context.base_url),
+        }
 
     def _file(self, job: Job, index: int) -> Path:
-        """A copy where Gradio may read it: the folder of images stays closed to it."""
+        """Return a copy of an image that Gradio may read; it cannot read the output folder."""
         if index >= len(job.outputs):
             raise ImageGoneError
         output = job.outputs[index]

@@ -1,4 +1,4 @@
-"""An image's recipe as something to copy: the request, the command and the Python that make it again."""
+"""Snippets that reproduce an image: the request body, the shell command and the Python code."""
 
 from __future__ import annotations
 
@@ -6,35 +6,25 @@ import json
 import shlex
 from collections.abc import Sequence
 from decimal import Decimal
-from typing import Any
 
 from fidelora.recipe import Recipe
+from fidelora.server.page.form import request_body
 
 
-def as_request(recipe: Recipe, names: Sequence[str], image_format: str) -> str:
-    """The body of `POST /v1/inference`, which pins the bytes of each LoRA.
+def as_request(recipe: Recipe, paths: Sequence[str], image_format: str) -> str:
+    """Return the body of `POST /v1/inference` as indented JSON.
 
     Args:
-        names: what the server calls each of the recipe's adapters.
+        paths: request path of each of the recipe's adapters.
     """
-    body = {
-        "model": recipe.model,
-        "fidelity": recipe.fidelity,
-        "output_format": image_format,
-        "loras": [
-            {"path": name, "network_multiplier": adapter.multiplier, "sha256": adapter.sha256}
-            for name, adapter in zip(names, recipe.adapters, strict=True)
-        ],
-        "prompts": [{"prompt": recipe.prompt, "neg": recipe.negative_prompt, **_settings(recipe)}],
-    }
-    return json.dumps(body, indent=2, ensure_ascii=False)
+    return json.dumps(request_body(recipe, paths, image_format), indent=2, ensure_ascii=False)
 
 
-def as_command(recipe: Recipe, names: Sequence[str], image_format: str) -> str:
-    """The same with `fidelora generate`, for a POSIX shell; LoRAs are named from their folder."""
+def as_command(recipe: Recipe, paths: Sequence[str], image_format: str) -> str:
+    """Return the `fidelora generate` command for a POSIX shell, run in the LoRA folder."""
     words = ["fidelora", "generate", recipe.prompt]
-    for name, adapter in zip(names, recipe.adapters, strict=True):
-        words += ["--lora", f"{name}:{_decimal(adapter.multiplier)}"]
+    for path, adapter in zip(paths, recipe.adapters, strict=True):
+        words += ["--lora", f"{path}:{_decimal(adapter.multiplier)}"]
     options: dict[str, object] = {
         "--negative": recipe.negative_prompt,
         "--width": recipe.width,
@@ -58,6 +48,10 @@ def as_command(recipe: Recipe, names: Sequence[str], image_format: str) -> str:
         "--fidelity": recipe.fidelity,
     }
     words += [f"{option}={value}" for option, value in options.items() if value != ""]
+    if recipe.negative_prompt_2 is not None:
+        words.append(f"--negative-2={recipe.negative_prompt_2}")
+    if recipe.guidance_rescale:
+        words.append(f"--guidance-rescale={_decimal(recipe.guidance_rescale)}")
     if recipe.adapter_mode == "live":
         words.append("--live")
     if recipe.prompt.startswith("-"):
@@ -65,38 +59,29 @@ def as_command(recipe: Recipe, names: Sequence[str], image_format: str) -> str:
     return shlex.join(words)
 
 
-def as_python(recipe: Recipe, names: Sequence[str], image_format: str, url: str) -> str:
-    """The same through the client."""
+def as_python(recipe: Recipe, paths: Sequence[str], image_format: str, url: str) -> str:
+    """Return the code that sends the request with `fidelora.Client` and saves the image."""
+    body = request_body(recipe, paths, image_format)
+    fields = body["prompts"][0]
+    prompt = fields.pop("prompt")
+    fields |= {name: body[name] for name in ("model", "fidelity", "output_format")}
     loras = ", ".join(
-        f"({name!r}, {adapter.multiplier!r})" for name, adapter in zip(names, recipe.adapters, strict=True)
-    )  # fmt: skip
-    given = {"neg": recipe.negative_prompt, **_settings(recipe), "model": recipe.model}
-    given |= {"fidelity": recipe.fidelity, "output_format": image_format}
+        f"({lora['path']!r}, {lora['network_multiplier']!r})" for lora in body["loras"]
+    )
     lines = [
         "from fidelora import Client",
         "",
         f"with Client({url!r}) as client:",
         "    result = client.generate(",
-        f"        {recipe.prompt!r},",
+        f"        {prompt!r},",
         f"        [{loras}],",
-        *(f"        {name}={value!r}," for name, value in given.items()),
+        *(f"        {name}={value!r}," for name, value in fields.items()),
         "    )",
         '    client.save_images(result, "pictures")',
     ]
     return "\n".join(lines)
 
 
-def _settings(recipe: Recipe) -> dict[str, Any]:
-    return {
-        "width": recipe.width,
-        "height": recipe.height,
-        "guidance_scale": recipe.guidance_scale,
-        "sample_steps": recipe.steps,
-        "sampler": recipe.sampler,
-        "seed": recipe.seed,
-    }
-
-
 def _decimal(number: float) -> str:
-    """A number as the command line reads it back to the same bits, without an exponent."""
+    """Format a number without an exponent, so that the command line parses the same float."""
     return format(Decimal(repr(number)), "f").removesuffix(".0")

@@ -1,7 +1,8 @@
-"""Training jobs that the page verifies: where they may come from, and the process that does it. Knows no Gradio.
+"""Training runs that the page verifies: where they may come from, and the verifying process.
 
-A job comes from below one folder that whoever runs the server named, or as a zip from a browser. What a zip says of itself is not
-believed: only files of a job's kinds are unpacked, each byte is counted, and names only choose among places below one new folder.
+A run comes from below the folder FIDELORA_JOBS_PATH, or as a zip from a browser. The metadata of a
+zip is not trusted: only the file types of a run are unpacked, every byte is counted, and names only
+select paths below one new folder. Imports no Gradio.
 """
 
 from __future__ import annotations
@@ -27,72 +28,78 @@ from fidelora.server.context import ServerContext
 from fidelora.settings import Settings
 from fidelora.training.run_folder import MAX_CONFIG_BYTES, TrainingRun, read_run
 
-_CONFIGS = ("config.yaml", ".job_config.json")
-_KINDS = {".yaml", ".json", ".safetensors", ".png", ".jpg", ".jpeg", ".webp"}
-_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2)
-"""Ways of packing that need little memory to undo; LZMA takes up to 4 GiB if the file says so."""
-_MOST_FILES = 20_000
-_MOST_AT_ONCE = _MOST_FILES * 256
-"""Bytes that are read from a zip in one go; the only large ones are its list of files, with about 50 bytes and a name for each."""
-_UNPACKED_TIMES = 4
-"""Weights and images hardly get smaller in a zip; what grows by more is no training job."""
-_DEPTH = 4
-_MOST_SHOWN = 2000
-_NICENESS = 5
+CANCELED = "Canceled."
+"""Message of the error that ends a canceled verification."""
+
+_CONFIG_NAMES = ("config.yaml", ".job_config.json")
+_FILE_TYPES = {".yaml", ".json", ".safetensors", ".png", ".jpg", ".jpeg", ".webp"}
+_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2)
+"""Compression methods that need little memory; LZMA takes up to 4 GiB if the file asks for it."""
+_MAX_FILES = 20_000
+_MAX_READ_BYTES = _MAX_FILES * 256
+"""Largest single read from a zip. Only the central directory is read at once; it has about 50 bytes
+and a name per file."""
+_MAX_EXPANSION = 4
+"""Largest ratio of unpacked to packed bytes. Weights and images hardly compress; a zip that expands
+further is not a training run."""
+_MAX_DEPTH = 4
+_MAX_LISTED_RUNS = 2000
+_NICENESS = 5  # the same as the workers', so that the server answers first
 _STOP_S = 10.0
 
 
-def run_names(root: Path | None) -> list[str]:
-    """The training jobs below a folder, as `run_path` takes them, sorted."""
+def list_runs(root: Path | None) -> list[str]:
+    """Return the sorted names of the training runs below a folder, as `find_run` takes them."""
     if root is None or not root.is_dir():
         return []
     found: list[str] = []
     for folder, below, files in os.walk(root):
         name = Path(folder).relative_to(root)
-        if any(config in files for config in _CONFIGS):
+        if any(config in files for config in _CONFIG_NAMES):
             found.append(name.as_posix())
-        if len(name.parts) >= _DEPTH or len(found) >= _MOST_SHOWN:
+        if len(name.parts) >= _MAX_DEPTH or len(found) >= _MAX_LISTED_RUNS:
             below.clear()
     return sorted(name for name in found if name.encode("utf-8", "ignore").decode() == name)
 
 
-def run_path(root: Path | None, name: str) -> Path:
-    """The folder of a job below `root`, and nowhere else.
+def find_run(root: Path | None, name: str) -> Path:
+    """Return the folder of a training run; it is always below `root`.
 
     Raises:
-        SettingsError: no folder was named.
-        JobFolderError: it would be outside, or is not there.
+        SettingsError: the server has no folder of training runs.
+        JobFolderError: the folder does not exist or is outside of `root`.
     """
     if root is None:
         raise SettingsError(
-            "This server verifies uploaded jobs only; its operator can name a folder with FIDELORA_JOBS_PATH."
+            "This server verifies uploaded training runs only. "
+            "Set FIDELORA_JOBS_PATH on the server to choose from a folder."
         )
     inside = root.resolve()
     path = (inside / name).resolve() if "\0" not in name else inside.parent
     if not name or not path.is_relative_to(inside) or not path.is_dir():
         raise JobFolderError(
-            f"There is no training job {name!r:.200} in the folder of jobs; choose one of the list."
+            f"The training run {name!r:.200} is not on this server; choose one from the list."
         )
     return path
 
 
-def unpack(archive: Path, target: Path, max_bytes: int) -> tuple[Path, int]:
-    """Unpack what a training job needs out of a zip.
+def unpack_run(archive: Path, target: Path, max_bytes: int) -> tuple[Path, int]:
+    """Unpack the files of a zip that a verification needs.
 
     Args:
-        target: a new folder; it is removed again if anything is wrong.
-        max_bytes: of the zip; what it holds may be four times as large.
+        target: a new folder; it is removed again on any error.
+        max_bytes: size limit of the zip; the unpacked files may have four times as many.
 
     Returns:
-        the job's folder in it, and how many files were left out because verifying needs none of their kind.
+        the run's folder below `target`, and the number of files left out because of their type.
 
     Raises:
-        JobFolderError: it is no zip, holds no job, more than one, or too much.
+        JobFolderError: the zip is damaged or too large, or does not contain exactly one run.
     """
     make_folder(target)
     try:
-        with _SmallReads(archive) as file, zipfile.ZipFile(file) as packed:
-            left_out = _unpack(packed, target, max_bytes * _UNPACKED_TIMES)
+        with _LimitedReads(archive) as file, zipfile.ZipFile(file) as packed:
+            left_out = _unpack_files(packed, target, max_bytes * _MAX_EXPANSION)
     except JobFolderError:
         shutil.rmtree(target, ignore_errors=True)
         raise
@@ -109,113 +116,116 @@ def unpack(archive: Path, target: Path, max_bytes: int) -> tuple[Path, int]:
         raise JobFolderError(
             f"The zip cannot be unpacked: {str(error) or type(error).__name__:.200}."
         ) from error
-    jobs = run_names(target)
-    if len(jobs) != 1:
+    runs = list_runs(target)
+    if len(runs) != 1:
         shutil.rmtree(target, ignore_errors=True)
-        said = (
-            "no training job: none of its folders has a config.yaml"
-            if not jobs
-            else f"{len(jobs)} training jobs; pack one"
-        )
-        raise JobFolderError(f"The zip holds {said}.")
-    return target / jobs[0], left_out
+        if not runs:
+            raise JobFolderError(
+                "The zip contains no training run: none of its folders has a config.yaml."
+            )
+        raise JobFolderError(f"The zip contains {len(runs)} training runs; pack only one.")
+    return target / runs[0], left_out
 
 
-class _SmallReads(io.FileIO):
-    """A zip whose list of files is refused before it is read if it is too long: all of it becomes objects, however many."""
+class _LimitedReads(io.FileIO):
+    """A zip file that refuses a central directory that is too long.
+
+    `zipfile` reads the whole directory at once and creates an object per entry.
+    """
 
     def read(self, size: int | None = -1, /) -> bytes:
         left = os.fstat(self.fileno()).st_size - self.tell()
-        if min(left, left if size is None or size < 0 else size) > _MOST_AT_ONCE:
+        if min(left, left if size is None or size < 0 else size) > _MAX_READ_BYTES:
             raise JobFolderError(
-                f"The zip's list of files has more than {_MOST_AT_ONCE:,} bytes; {_MOST_FILES:,} files are the most."
+                f"The zip's list of files has more than {_MAX_READ_BYTES:,} bytes; "
+                f"at most {_MAX_FILES:,} files are allowed."
             )
         return super().read(size)
 
 
-def _unpack(packed: zipfile.ZipFile, target: Path, most_bytes: int) -> int:
+def _unpack_files(packed: zipfile.ZipFile, target: Path, max_bytes: int) -> int:
     entries = packed.infolist()
-    if len(entries) > _MOST_FILES:
-        raise JobFolderError(f"The zip holds {len(entries):,} files; {_MOST_FILES:,} are the most.")
+    if len(entries) > _MAX_FILES:
+        raise JobFolderError(
+            f"The zip contains {len(entries):,} files; at most {_MAX_FILES:,} are allowed."
+        )
     written = left_out = 0
     for entry in entries:
         if entry.is_dir():
             continue
-        name = PurePosixPath(entry.filename)
-        if (
-            name.is_absolute()
-            or ".." in name.parts
-            or "\\" in entry.filename
-            or ":" in entry.filename
-        ):
-            raise JobFolderError(
-                f"The zip has a file {entry.filename!r:.200}, whose place is outside of it."
-            )
-        if name.suffix.lower() not in _KINDS or "__MACOSX" in name.parts:
+        name, shown = PurePosixPath(entry.filename), f"{entry.filename!r:.200}"
+        if _leads_outside(entry.filename):
+            raise JobFolderError(f"The zip contains a path that leads outside of it: {shown}.")
+        if name.suffix.lower() not in _FILE_TYPES or "__MACOSX" in name.parts:
             left_out += 1
             continue
-        if entry.compress_type not in _METHODS:
+        if entry.compress_type not in _COMPRESSIONS:
             raise JobFolderError(
-                f"The zip's {entry.filename!r:.200} is packed by a method that is not read here; use Deflate."
+                f"The compression method of {shown} in the zip is not supported; use Deflate."
             )
         path = target / name
-        size, most = 0, MAX_CONFIG_BYTES if name.name in _CONFIGS else most_bytes
+        size, max_size = 0, MAX_CONFIG_BYTES if name.name in _CONFIG_NAMES else max_bytes
         make_folder(path.parent)
-        with (
-            packed.open(entry) as source,
-            path.open("xb") as file,
-        ):  # never over another entry; links become plain files
+        # Mode "x" never overwrites another entry. Symbolic links become plain files.
+        with packed.open(entry) as source, path.open("xb") as file:
             while part := source.read(2**20):
                 written += len(part)
                 size += len(part)
-                if size > most:
+                if size > max_size:
                     raise JobFolderError(
-                        f"The zip's {entry.filename!r:.200} has more than {most:,} bytes."
+                        f"The file {shown} in the zip has more than {max_size:,} bytes."
                     )
-                if written > most_bytes:
-                    raise JobFolderError(f"The zip holds more than {most_bytes:,} bytes.")
+                if written > max_bytes:
+                    raise JobFolderError(f"The zip contains more than {max_bytes:,} bytes.")
                 file.write(part)
     return left_out
 
 
-def read_inside(folder: Path, context: ServerContext) -> TrainingRun:
-    """A job none of whose files lies outside of its folder, wherever its configuration and its links point.
+def _leads_outside(filename: str) -> bool:
+    path = PurePosixPath(filename)
+    return path.is_absolute() or ".." in path.parts or "\\" in filename or ":" in filename
+
+
+def read_contained_run(folder: Path, context: ServerContext) -> TrainingRun:
+    """Read a training run and check that all its files, links followed, are inside its folder.
 
     Raises:
-        JobFolderError: one does, or it is no job, or it has a VAE of its own: a file of this machine or of the hub that the server
-            would load because a stranger names it.
+        JobFolderError: a file is outside, the folder is not a training run, or the run has its own
+            VAE: a local or hub file that the server would load because an upload names it.
     """
-    job = read_run(folder)
+    run = read_run(folder)
     inside = folder.resolve()
-    for path in (
-        *job.checkpoints.values(),
-        *job.images.values(),
-        *(folder / name for name in _CONFIGS),
-    ):
-        if not path.resolve().is_relative_to(inside):
-            raise JobFolderError(f"The job {job.name} names files outside of its folder.")
-    if job.vae and job.vae != base_for(job, context):
+    files = (
+        *run.checkpoints.values(),
+        *run.images.values(),
+        *(folder / name for name in _CONFIG_NAMES),
+    )
+    if not all(file.resolve().is_relative_to(inside) for file in files):
+        raise JobFolderError(f"The training run {run.name} names files outside of its folder.")
+    if run.vae and run.vae != server_base_model(run, context):
         raise JobFolderError(
-            f"The job {job.name} names a VAE of its own (model.vae_path), and the page loads only this server's models; "
-            "verify it with the command fidelora verify."
+            f"The training run {run.name} has its own VAE (model.vae_path), but the page loads "
+            "only this server's models. Verify it on the command line with fidelora verify."
         )
-    return job
+    return run
 
 
-def base_for(job: TrainingRun, context: ServerContext) -> str:
-    """The base model that this server has for the model that a job trained; what the job names could be any file here."""
+def server_base_model(run: TrainingRun, context: ServerContext) -> str:
+    """Return this server's base model for a run's model family.
+
+    The base model that the run names is ignored: it could be any file on this machine.
+    """
     return str(
-        context.server_defaults[job.model].get("base_model") or get_family(job.model).base_model
+        context.server_defaults[run.model].get("base_model") or get_family(run.model).base_model
     )
 
 
-def hub_variables(settings: Settings) -> dict[str, str]:
-    """What the hub's client in another process has to know of a server's settings."""
+def hub_environment(settings: Settings) -> dict[str, str]:
+    """Return environment variables that give the hub client of a child process these settings."""
     variables = {}
     if settings.model_cache_dir is not None:
-        variables["HF_HUB_CACHE"] = str(
-            settings.model_cache_dir.absolute()
-        )  # the process runs in another folder
+        # Absolute, because the process runs in another folder.
+        variables["HF_HUB_CACHE"] = str(settings.model_cache_dir.absolute())
     if settings.hf_token is not None:
         variables["HF_TOKEN"] = settings.hf_token.get_secret_value()
     return variables
@@ -223,54 +233,60 @@ def hub_variables(settings: Settings) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How `fidelora verify` ended: its exit code, and its report if it wrote one."""
+    """Exit code of `fidelora verify`, and its report if it wrote one."""
 
     code: int
     report: Path | None
 
 
 class Verifier:
-    """Runs `fidelora verify` as a process, one at a time.
+    """Runs `fidelora verify` as a child process, one at a time.
 
     Args:
-        device: that it computes on.
-        timeout_s: after which it is ended.
-        variables: of its environment, besides this process's own.
+        device: device of the computation.
+        timeout_s: seconds after which the process is stopped.
+        environment: variables added to those of this process.
     """
 
-    def __init__(self, device: str, timeout_s: float, variables: Mapping[str, str]) -> None:
+    def __init__(self, device: str, timeout_s: float, environment: Mapping[str, str]) -> None:
         self._device = device
         self._timeout_s = timeout_s
-        self._variables = dict(variables)
+        self._environment = dict(environment)
         self._turn = asyncio.Semaphore(1)
         self._running: dict[str, asyncio.subprocess.Process] = {}
         self._canceled: set[str] = set()
 
     @property
     def busy(self) -> bool:
-        """Whether another one has to wait."""
+        """True if a further verification has to wait."""
         return self._turn.locked()
 
     async def run(
-        self, run_id: str, folder: Path, base_model: str, out: Path, *, step: str, doctor: bool
+        self,
+        verification_id: str,
+        folder: Path,
+        base_model: str,
+        out: Path,
+        *,
+        step: str,
+        doctor: bool,
     ) -> AsyncIterator[str | Outcome]:
-        """Each line that it prints, and at the end the outcome. Whoever stops listening ends it.
+        """Yield each line of output, and at the end the outcome.
+
+        The process is stopped when the caller stops iterating.
 
         Args:
-            run_id: to cancel it by; it need not have begun.
-            out: a folder for the report.
+            verification_id: id for `cancel`, also before the process starts.
+            out: folder of the report.
 
         Raises:
-            JobFolderError: it was canceled, or took too long.
+            JobFolderError: the verification was canceled or took too long.
         """
-        command = [
-            sys.executable, "-P", "-m", "fidelora", "verify", str(folder), "--base-model", base_model, "--step", step,
-            "--device", self._device, "--report", str(out), *(["--doctor"] if doctor else []),
-        ]  # fmt: skip
+        command = [sys.executable, "-P", "-m", "fidelora", "verify", str(folder)]
+        command += ["--base-model", base_model, "--step", step, "--device", self._device]
+        command += ["--report", str(out), *(["--doctor"] if doctor else [])]
         async with self._turn:
-            if run_id in self._canceled:
-                self._canceled.discard(run_id)
-                raise JobFolderError("Canceled.")
+            self._raise_if_canceled(verification_id)
             process = await asyncio.create_subprocess_exec(
                 *command,
                 stdin=asyncio.subprocess.DEVNULL,
@@ -278,7 +294,7 @@ class Verifier:
                 stderr=asyncio.subprocess.STDOUT,
                 env={
                     **os.environ,
-                    **self._variables,
+                    **self._environment,
                     "NO_COLOR": "1",
                     "COLUMNS": "200",
                     "PYTHONUNBUFFERED": "1",
@@ -287,10 +303,8 @@ class Verifier:
                 start_new_session=True,
             )
             with contextlib.suppress(ProcessLookupError):
-                os.setpriority(
-                    os.PRIO_PROCESS, process.pid, _NICENESS
-                )  # as workers: answers do not wait for its turn
-            self._running[run_id] = process
+                os.setpriority(os.PRIO_PROCESS, process.pid, _NICENESS)
+            self._running[verification_id] = process
             try:
                 assert process.stdout is not None
                 async with asyncio.timeout(self._timeout_s):
@@ -299,31 +313,34 @@ class Verifier:
                     code = await process.wait()
             except TimeoutError:
                 raise JobFolderError(
-                    f"Verifying took longer than {self._timeout_s:g} seconds, and was ended."
+                    f"The verification exceeded {self._timeout_s:g} seconds and was stopped."
                 ) from None
             finally:
-                del self._running[run_id]
-                await _end(process)
-            if run_id in self._canceled:
-                self._canceled.discard(run_id)
-                raise JobFolderError("Canceled.")
+                del self._running[verification_id]
+                await _stop(process)
+            self._raise_if_canceled(verification_id)
         report = out / "report.html"
         yield Outcome(code, report if report.is_file() else None)
 
-    def cancel(self, run_id: str) -> None:
-        """End a run, or have it not begin."""
-        self._canceled.add(run_id)
-        if process := self._running.get(run_id):
+    def cancel(self, verification_id: str) -> None:
+        """Stop a verification, or keep it from starting."""
+        self._canceled.add(verification_id)
+        if process := self._running.get(verification_id):
             _signal(process, signal.SIGTERM)
 
     async def close(self) -> None:
-        """End all of them."""
+        """Stop all verifications."""
         for process in list(self._running.values()):
-            await _end(process)
+            await _stop(process)
+
+    def _raise_if_canceled(self, verification_id: str) -> None:
+        if verification_id in self._canceled:
+            self._canceled.discard(verification_id)
+            raise JobFolderError(CANCELED)
 
 
-def new_id() -> str:
-    """A name that nobody can guess."""
+def random_id() -> str:
+    """Return a random id that cannot be guessed: 32 hexadecimal digits."""
     return secrets.token_hex(16)
 
 
@@ -332,7 +349,7 @@ def _signal(process: asyncio.subprocess.Process, number: signal.Signals) -> None
         process.send_signal(number)
 
 
-async def _end(process: asyncio.subprocess.Process) -> None:
+async def _stop(process: asyncio.subprocess.Process) -> None:
     if process.returncode is not None:
         return
     _signal(process, signal.SIGTERM)

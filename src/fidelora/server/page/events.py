@@ -1,0 +1,19 @@
+"""Options of Gradio event listeners, shared by the tabs. Imports no Gradio."""
+
+from __future__ import annotations
+
+from typing import Any
+
+IMMEDIATE: dict[str, Any] = {
+    "show_progress": "hidden",
+    "queue": False,
+    "api_visibility": "private",
+}
+"""For handlers that return at once."""
+
+STREAMING: dict[str, Any] = {
+    "show_progress": "hidden",
+    "concurrency_limit": None,
+    "api_visibility": "private",
+}
+"""For handlers that yield updates until a job or a verification ends."""
