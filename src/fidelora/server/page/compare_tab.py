@@ -28,7 +28,7 @@ from fidelora.server.page.lora_list import LoraList
 from fidelora.server.page.make_tab import Make
 from fidelora.server.page.pictures import PageFiles
 from fidelora.server.page.verifications import new_id
-from fidelora.server.routes.inference import take
+from fidelora.server.submit import submit
 from fidelora.training.grid import labelled_sheet
 
 MOST_IMAGES = 64
@@ -127,7 +127,7 @@ class Compare:
             forms = self._forms(loras or [], columns, self._make.form(values))
             requests = [request_of(form) for form in forms]
             for request in requests:
-                jobs.append(await take(request, self._context))  # noqa: PERF401  # after a failure, those before are canceled
+                jobs.append(await submit(self._context, request))  # noqa: PERF401  # after a failure, those before are canceled
         except FideloraError as error:
             self._cancel([job.id for job in jobs])
             yield [notice(error, "error"), gr.skip(), [], gr.update(interactive=False)]

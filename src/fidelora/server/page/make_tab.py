@@ -31,8 +31,7 @@ from fidelora.server.page.form import (
 from fidelora.server.page.html import notice, progress_of
 from fidelora.server.page.lora_list import LoraList
 from fidelora.server.page.pictures import Pictures, Shown
-from fidelora.server.routes.inference import take
-from fidelora.server.submit import defaults_for
+from fidelora.server.submit import defaults_for, submit
 
 _LOOK_EVERY_S = 0.2
 _MAX_IMAGES = 16
@@ -384,7 +383,7 @@ class Make:
                     )
                 )
                 return
-            job = await take(request_of(form), self._context)
+            job = await submit(self._context, request_of(form))
         except FideloraError as error:
             yield self._updates(progress=notice(error, "error"))
             return
