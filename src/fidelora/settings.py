@@ -61,7 +61,10 @@ class Settings(BaseSettings):
     device: str = Field(
         "auto",
         validation_alias="DEVICE",
-        description="auto, cpu, cuda, cuda:N or mps; a comma-separated list starts a worker each.",
+        description=(
+            "auto, cpu, cuda, cuda:N or mps; "
+            "a comma-separated list starts one worker for each device."
+        ),
     )
     offload_mode: Offload | None = Field(
         None,

@@ -54,7 +54,9 @@ REQUEST_CODES = {
     "FIELD_NOT_SUPPORTED": "The field `details.field` is unknown or not supported by the model.",
     "MULTIPLIERS_DO_NOT_MATCH": "A prompt does not have one multiplier per LoRA.",
     "BASE_MODEL_DIFFERS": "The image was made with another base model; `details.differs` has both.",
-    "LORA_BYTES_MISSING": "The server lacks LoRAs of the image; see `details.missing`.",
+    "LORA_BYTES_MISSING": (
+        "The server lacks LoRAs of the image; `details.missing` has sha256 and name of each."
+    ),
     "HOST_NOT_ALLOWED": "A server without API keys accepts only hostnames of its own machine.",
     "OTHER_SITE": "A browser sent this call from a page of another site.",
 }

@@ -106,7 +106,7 @@ def progress(
         bool, Query(description="Omit the preview of the image in progress.")
     ] = False,
 ) -> A1111ProgressBody:
-    """Return the progress of the oldest `txt2img` request in progress with the same API key."""
+    """Return the progress of the oldest unfinished `txt2img` request with the same API key."""
     job = _current_job(context, owner)
     position = (
         context.store.queue_position(job.id) if job and job.status is Status.IN_QUEUE else None
