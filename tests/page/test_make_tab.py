@@ -300,8 +300,10 @@ def test_with_api_keys_the_page_asks_for_one(visit, server, tmp_path_factory):
         visitor.page.goto(server.url)
         visitor.page.get_by_label("API key").fill("wrong")
         visitor.page.keyboard.press("Enter")
-        expect(visitor.page.get_by_role("alert")).to_contain_text("This is no key of this server.")
-        assert "403" in visitor.trouble.pop()  # the browser logs the response status
+        expect(visitor.page.get_by_role("alert")).to_contain_text(
+            "This is not a key of this server."
+        )
+        assert "403" in visitor.trouble.pop()  # the browser notes the answer's status
         visitor.page.get_by_label("API key").fill(key)
         visitor.page.keyboard.press("Enter")
         expect(visitor["generate"]).to_be_visible()

@@ -1,4 +1,4 @@
-"""One real server, with the tiny base and a worker, for all tests that want real images and leave it as it is."""
+"""A real server with the tiny base, for all tests that need real images and do not change it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support import LORA, LORA_CONV
 
 @pytest.fixture(scope="session")
 def tiny_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """`fidelora serve` with the LoRAs `sks` and `people/conv`; its workers load while the first tests run."""
+    """Run `fidelora serve` with the LoRAs `sks` and `people/conv`; it loads in the background."""
     data = tmp_path_factory.mktemp("tiny-server")
     (data / "loras" / "people").mkdir(parents=True)
     shutil.copyfile(LORA, data / "loras" / "sks.safetensors")

@@ -1,4 +1,4 @@
-"""A server's application in this process, on a store in memory; its jobs are moved along by the tests themselves."""
+"""A server application in this process with an in-memory store; tests act as its worker."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import io
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,9 @@ from fidelora.server.app import context_with_store, make_app
 from fidelora.server.context import ServerContext
 from fidelora.settings import Settings
 
-NUMERICS = {
+DEADLINE_S = 60.0
+"""Seconds to wait for a response of the application; only a failure takes that long."""
+SERVER_DEFAULTS = {
     "base_model": "tiny",
     "dtype": "float32",
     "vae_dtype": "float32",
@@ -44,7 +46,7 @@ MINIMAL: dict[str, Any] = {
 
 
 def settings_for(folder: Path, **given: Any) -> Settings:
-    """Settings of a server whose data is in `folder`, with one LoRA there."""
+    """Settings of a server with its data in `folder` and one LoRA."""
     settings = Settings(data_dir=folder / "data", **given)
     settings.loras.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(LORA, settings.loras / "sks.safetensors")
@@ -55,15 +57,50 @@ def context_in(folder: Path, **given: Any) -> ServerContext:
     return context_with_store(
         MemoryStore(),
         settings_for(folder, **given),
-        dict.fromkeys(all_families(), NUMERICS),
+        dict.fromkeys(all_families(), SERVER_DEFAULTS),
         "http://127.0.0.1:8000",
     )
 
 
+class ClientWithDeadline(TestClient):
+    """A test client whose calls fail after `DEADLINE_S`; Starlette's own has no timeouts."""
+
+    def __init__(self, context: ServerContext, **given: Any) -> None:
+        super().__init__(
+            make_app(context),
+            base_url="http://127.0.0.1:8000",
+            raise_server_exceptions=False,
+            **given,
+        )
+        self._context = context
+
+    def request(self, *args: Any, **given: Any) -> Any:
+        return within_deadline(
+            lambda: super(ClientWithDeadline, self).request(*args, **given), self._context
+        )
+
+
 def client_of(context: ServerContext, **given: Any) -> TestClient:
-    return TestClient(
-        make_app(context), base_url="http://127.0.0.1:8000", raise_server_exceptions=False, **given
-    )
+    return ClientWithDeadline(context, **given)
+
+
+def within_deadline(call: Callable[[], Any], context: ServerContext) -> Any:
+    """Return the result of a call of the application; fail if it takes longer than `DEADLINE_S`."""
+    future = aside(call)
+    try:
+        return future.result(DEADLINE_S)
+    except TimeoutError:
+        if not future.done():
+            end_open_calls(context)
+            wait([future], DEADLINE_S)  # or the client could not be closed
+            raise AssertionError(f"no response within {DEADLINE_S:g} s") from None
+        raise
+
+
+def end_open_calls(context: ServerContext) -> None:
+    """Let every call that waits for a job end, so that the test can end, too."""
+    context.stopping.set()
+    context.store.abandon_expired(now() + timedelta(days=1))
 
 
 def now() -> datetime:
@@ -72,8 +109,11 @@ def now() -> datetime:
 
 @contextmanager
 def listening(context: ServerContext) -> Iterator[str]:
-    """The application behind a real socket; gives its URL."""
-    server = uvicorn.Server(uvicorn.Config(make_app(context), port=0, log_config=None))
+    """Serve the application on a real socket; yields its URL."""
+    config = uvicorn.Config(
+        make_app(context), port=0, log_config=None, timeout_graceful_shutdown=10
+    )
+    server = uvicorn.Server(config)
     started = threading.Event()
     original = server.startup
 
@@ -82,22 +122,23 @@ def listening(context: ServerContext) -> Iterator[str]:
         started.set()
 
     server.startup = startup  # type: ignore[method-assign]
-    thread = threading.Thread(target=server.run)
+    thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
         assert started.wait(20)
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
-        context.stopping.set()
+        end_open_calls(context)
         server.should_exit = True
-        thread.join()
+        thread.join(DEADLINE_S)
+    assert not thread.is_alive(), "the server did not stop"
 
 
 class ByHand:
-    """A worker that does what the test says."""
+    """A worker that a test controls step by step."""
 
     def __init__(self, context: ServerContext) -> None:
-        self._context = context
+        self.context = context
 
     def claim(self) -> Job:
         job = self.claim_one()
@@ -105,37 +146,41 @@ class ByHand:
         return job
 
     def claim_one(self) -> Job | None:
-        """The next job, if there is one."""
-        return self._context.store.claim("by hand", now(), 60)
+        """Claim the next job, if there is one."""
+        return self.context.store.claim("by hand", now(), 60)
 
     def step(self, job: Job, step: int, steps: int = 25, preview: str = "") -> Job:
-        return self._context.store.renew(
+        return self.context.store.renew(
             job.id, job.epoch, JobProgress(0, 1, step, steps, 1.5, preview), now(), 60
         )
 
     def succeed(self, job: Job, content: bytes = b"an image", image_format: str = "png") -> Job:
-        path = self._context.settings.data_dir / f"{job.id}_output_0.{image_format}"
+        path = self.context.settings.data_dir / f"{job.id}_output_0.{image_format}"
         path.write_bytes(content)
         output = Output(str(path), image_format, 512, 512, 42, file_sha256(path), len(content))
-        return self._context.store.succeed(
+        return self.context.store.succeed(
             job.id, job.epoch, [output] * len(job.recipes), {"denoise": 1.0}, now()
         )
 
     def fail(self, job: Job) -> Job:
-        return self._context.store.fail(
+        return self.context.store.fail(
             job.id, job.epoch, Failure("NUMERICS", "The model produced NaN."), now()
         )
 
 
 @contextmanager
 def at_work(worker: ByHand, content: bytes = b"an image") -> Iterator[None]:
-    """While the block runs, every job succeeds soon, on another thread."""
+    """While the block runs, let every job succeed soon, on another thread."""
     over = threading.Event()
 
     def work() -> None:
-        while not over.wait(0.002):
-            if (job := worker.claim_one()) is not None:
-                worker.succeed(job, content, job.image_format)
+        try:
+            while not over.wait(0.002):
+                if (job := worker.claim_one()) is not None:
+                    worker.succeed(job, content, job.image_format)
+        except BaseException:
+            end_open_calls(worker.context)  # or they would wait for this thread
+            raise
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
@@ -143,26 +188,32 @@ def at_work(worker: ByHand, content: bytes = b"an image") -> Iterator[None]:
         yield
     finally:
         over.set()
-        thread.join()
+        thread.join(DEADLINE_S)
 
 
 def aside(call: Callable[[], Any]) -> Future[Any]:
-    """A call on another thread, whose result or error is asked for later."""
-    executor = ThreadPoolExecutor(1)
-    future = executor.submit(call)
-    executor.shutdown(wait=False)
+    """Run a call on another thread; wait for it with `result(seconds)`."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:  # noqa: BLE001  # raised by `result`
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
     return future
 
 
 def only_job(context: ServerContext) -> Job:
-    """The one job that was submitted, once it is there."""
+    """Wait for the only job of the store, and return it."""
     (job,) = until(lambda: context.store.list().jobs, 20)
     assert isinstance(job, Job)
     return job
 
 
 def an_image(text: str = "a ball\nSteps: 2, Sampler: ddpm, Seed: 1, Size: 64x64") -> bytes:
-    """A small PNG with AUTOMATIC1111's parameters."""
+    """Return a small PNG with AUTOMATIC1111's parameters."""
     info, buffer = PngInfo(), io.BytesIO()
     info.add_itxt("parameters", text)
     Image.new("RGB", (8, 8)).save(buffer, "PNG", pnginfo=info)
@@ -170,6 +221,6 @@ def an_image(text: str = "a ball\nSteps: 2, Sampler: ddpm, Seed: 1, Size: 64x64"
 
 
 def pixels(content: bytes) -> NDArray[np.uint8]:
-    """Of an image file."""
+    """Return the pixels of an image file, `[height, width, 3]`."""
     with Image.open(io.BytesIO(content)) as image:
         return np.asarray(image.convert("RGB"))

@@ -1,4 +1,4 @@
-"""`fidelora serve` as a process of its own, and the little that is needed to talk to it."""
+"""`fidelora serve` as a separate process, and a small client for it."""
 
 from __future__ import annotations
 
@@ -19,26 +19,34 @@ from typing import Any
 from tests.support import TINY_BASE
 
 DEADLINE_S = 300.0
+"""Seconds to wait for a server's start or its images; only a failure takes that long."""
+ANSWER_DEADLINE_S = 60.0
+"""Seconds to wait for one HTTP response that does not depend on an image."""
+IMAGES_DEADLINE_S = 180.0
+"""Seconds to wait for one HTTP response that carries images, on a busy machine.
+
+Both are less than pytest's `faulthandler_timeout` even after `DEADLINE_S`, so that a test which
+hangs fails by itself."""
 
 
 def until(condition: Callable[[], Any], deadline_s: float = DEADLINE_S) -> Any:
-    """Wait for what another process does, at most until a deadline that only a failure reaches; returns what came true."""
+    """Wait until the condition returns a true value, and return that value."""
     pause, end = threading.Event(), time.monotonic() + deadline_s
     while not (value := condition()):
-        assert time.monotonic() < end, "it did not happen"
+        assert time.monotonic() < end, f"the condition was not met within {deadline_s:g} s"
         pause.wait(0.02)
     return value
 
 
 class Server:
-    """A server on a port of its own choice, its data in `data`.
+    """A server on a free port, with its data in `data`.
 
     Args:
         settings: environment variables.
     """
 
     def __init__(self, data: Path, base: Path | str = TINY_BASE, **settings: str) -> None:
-        # Without those of whoever runs the tests, and with threads that do not spin while they wait.
+        # Without the caller's own settings, and with threads that do not spin while they wait.
         environment = {
             name: value for name, value in os.environ.items() if not name.startswith("FIDELORA_")
         }
@@ -62,22 +70,34 @@ class Server:
             command, stderr=subprocess.PIPE, text=True, env=environment | settings, cwd=data
         )
         self.log: list[dict[str, Any]] = []
-        self._urls: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
-        self.url = self._urls.get(timeout=DEADLINE_S)
-        until(self._answers)
+        self._urls: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=self._read_log, daemon=True).start()
+        try:
+            url = self._urls.get(timeout=DEADLINE_S)
+            assert url is not None, f"the server ended before it listened: {self.log[-5:]}"
+            self.url = url
+            until(self._is_healthy)
+        except BaseException:
+            self.close()
+            raise
 
-    def call(self, path: str, body: Any = None, method: str | None = None) -> Any:
-        """The JSON that the server answers with."""
+    def call(
+        self,
+        path: str,
+        body: Any = None,
+        method: str | None = None,
+        deadline_s: float = IMAGES_DEADLINE_S,
+    ) -> Any:
+        """Return the JSON of the server's response."""
         content = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(
             self.url + path, content, {"Content-Type": "application/json"}, method=method
         )
-        with urllib.request.urlopen(request, timeout=DEADLINE_S) as answer:
+        with urllib.request.urlopen(request, timeout=deadline_s) as answer:
             return json.load(answer)
 
     def submit(self, **fields: Any) -> str:
-        """Ask for one small image; returns the request's id."""
+        """Request one small image; returns the request's id."""
         prompt = {"prompt": "a [trigger]", "width": 64, "height": 64, "sample_steps": 2} | fields
         body = {
             "model": "sd15",
@@ -88,32 +108,32 @@ class Server:
         return self.ask(body)
 
     def ask(self, body: dict[str, Any]) -> str:
-        """Ask for images; returns the request's id."""
-        return str(self.call("/v1/inference", body)["request_id"])
+        """Request images; returns the request's id."""
+        return str(self.call("/v1/inference", body, deadline_s=ANSWER_DEADLINE_S)["request_id"])
 
     def status(self, request_id: str) -> Any:
-        return self.call(f"/v1/requests/{request_id}/status")
+        return self.call(f"/v1/requests/{request_id}/status", deadline_s=ANSWER_DEADLINE_S)
 
     def wait(self, request_id: str, *states: str) -> Any:
         """Poll until the request is in one of these states."""
         return until(lambda: (found := self.status(request_id))["status"] in states and found)
 
     def ready(self) -> None:
-        """Wait until images are made."""
+        """Wait until a worker is ready."""
         until(self._is_ready)
 
     def terminate(self) -> int:
-        """SIGTERM; returns the exit code."""
+        """Send SIGTERM; returns the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(DEADLINE_S)
 
     def kill(self) -> None:
-        """SIGKILL, and nothing else."""
+        """Send SIGKILL, and nothing else."""
         self.process.kill()
         self.process.wait(DEADLINE_S)
 
     def close(self) -> None:
-        """End it in any case."""
+        """End the process if it still runs."""
         if self.process.poll() is None:
             self.process.terminate()
             try:
@@ -121,7 +141,7 @@ class Server:
             except subprocess.TimeoutExpired:
                 self.kill()
 
-    def _read(self) -> None:
+    def _read_log(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             try:
@@ -131,15 +151,17 @@ class Server:
             self.log.append(entry)
             if entry.get("event") == "listening":
                 self._urls.put(entry["url"])
+        self._urls.put(None)
 
-    def _answers(self) -> bool:
+    def _is_healthy(self) -> bool:
+        assert self.process.poll() is None, f"the server ended: {self.log[-5:]}"
         try:
-            return bool(self.call("/health") == {"status": "healthy"})
+            return bool(self.call("/health", deadline_s=ANSWER_DEADLINE_S) == {"status": "healthy"})
         except OSError:
             return False
 
     def _is_ready(self) -> bool:
         try:
-            return bool(self.call("/ready")["status"] == "ready")
+            return bool(self.call("/ready", deadline_s=ANSWER_DEADLINE_S)["status"] == "ready")
         except urllib.error.HTTPError:
             return False

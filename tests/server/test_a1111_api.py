@@ -1,4 +1,4 @@
-"""AUTOMATIC1111's API, used with the package `webuiapi`, and field by field."""
+"""AUTOMATIC1111's API, called by the package `webuiapi`, and field by field."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import httpx2
 import pytest
 import webuiapi
+from requests.adapters import HTTPAdapter
 from tests.server.http_support import (
     ByHand,
     an_image,
@@ -21,7 +22,7 @@ from tests.server.http_support import (
     only_job,
     pixels,
 )
-from tests.server.serve_support import Server, until
+from tests.server.serve_support import IMAGES_DEADLINE_S, Server, until
 from tests.support import LORA, LORA_CONV
 
 import fidelora
@@ -37,7 +38,7 @@ HOSTILE = "<script>alert(1)</script>"
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(submit, "LOOK_EVERY_S", 0.005)
+    monkeypatch.setattr(submit, "POLL_INTERVAL_S", 0.005)
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def worker(context) -> ByHand:
 
 @pytest.fixture
 def client(context):
-    """Of the application in this process, where somebody works."""
+    """A client of the application in this process."""
     return client_of(context)
 
 
@@ -62,19 +63,28 @@ def url(context):
         yield found
 
 
-def api_of(url: str) -> webuiapi.WebUIApi:
-    return webuiapi.WebUIApi(baseurl=f"{url}/sdapi/v1", sampler="Euler a", steps=2)
+class _Timeouts(HTTPAdapter):
+    """Gives calls of `webuiapi`, which sets no timeouts, a deadline."""
+
+    def send(self, *args: Any, **given: Any) -> Any:
+        return super().send(*args, **given | {"timeout": IMAGES_DEADLINE_S})
+
+
+def api_of(url: str, **given: Any) -> webuiapi.WebUIApi:
+    api = webuiapi.WebUIApi(baseurl=f"{url}/sdapi/v1", sampler="Euler a", steps=2, **given)
+    api.session.mount("http://", _Timeouts())
+    return api
 
 
 def recipes_for(client: Any, context: ServerContext, **fields: Any) -> Any:
-    """The recipes that a request becomes."""
+    """Return the recipes of the request's job."""
     with at_work(ByHand(context), an_image()):
         answer = client.post("/sdapi/v1/txt2img", json={"prompt": "a ball"} | fields)
     assert answer.status_code == 200, answer.text
     return context.store.list().jobs[0].recipes
 
 
-# --- with a client of the web UI, and real images ----------------------------------------------------------------------
+# --- with a client of the web UI, and real images -----------------------------------------------
 
 
 def test_the_client_of_the_web_ui_makes_images(tiny_server: Server):
@@ -137,11 +147,11 @@ def test_the_same_recipe_is_the_same_image_in_both_apis(tiny_server: Server):
     )
     assert tiny_server.wait(ours, "succeeded", "failed")["status"] == "succeeded"
     (output,) = tiny_server.call(f"/v1/requests/{ours}/result")["outputs"]["images"]
-    assert httpx2.get(output["url"]).content == content
+    assert httpx2.get(output["url"], timeout=60).content == content
     assert read_origin(content).recipe is not None
 
 
-def test_what_the_client_asks_about_a_server(tiny_server: Server):
+def test_queries_of_the_client(tiny_server: Server):
     api = api_of(tiny_server.url)
     assert api.util_get_model_names() == sorted(all_families())
     assert api.util_get_current_model() == "sd15"
@@ -165,7 +175,7 @@ def test_formats_of_samples(tiny_server: Server):
     assert read_origin(base64.b64decode(image)).format == "jpeg"
 
 
-# --- the fields --------------------------------------------------------------------------------------------------------
+# --- the fields ---------------------------------------------------------------------------------
 
 
 def test_defaults_are_those_of_the_web_ui(client, context):
@@ -211,9 +221,19 @@ def test_every_field_reaches_its_recipe(client, context):
     (context.settings.loras / "people").mkdir()
     shutil.copyfile(LORA_CONV, context.settings.loras / "people" / "a b.safetensors")
     recipes = recipes_for(
-        client, context, prompt="<lora:sks:0.5> a ball, <lora:a b:-1>grass", negative_prompt="bad", seed=9, steps=3, cfg_scale=25,
-        width=101, height=128, sampler_name="LMS", scheduler="Karras", n_iter=3,
-    )  # fmt: skip
+        client,
+        context,
+        prompt="<lora:sks:0.5> a ball, <lora:a b:-1>grass",
+        negative_prompt="bad",
+        seed=9,
+        steps=3,
+        cfg_scale=25,
+        width=101,
+        height=128,
+        sampler_name="LMS",
+        scheduler="Karras",
+        n_iter=3,
+    )
     assert [recipe.seed for recipe in recipes] == [9, 10, 11]
     first = recipes[0]
     assert (first.prompt, first.negative_prompt, first.steps, first.guidance_scale) == (
@@ -234,7 +254,7 @@ def test_every_field_reaches_its_recipe(client, context):
     ]
 
 
-def test_images_may_stay_where_they_are(client, context, worker):
+def test_images_can_be_left_out_of_the_response(client, context, worker):
     with at_work(worker, an_image()):
         answer = client.post(
             "/sdapi/v1/txt2img",
@@ -285,7 +305,7 @@ def test_images_may_stay_where_they_are(client, context, worker):
         },
     ],
 )
-def test_what_asks_for_nothing_is_taken(client, context, fields):
+def test_fields_without_effect_are_accepted(client, context, fields):
     assert len(recipes_for(client, context, **fields)) == 1
 
 
@@ -333,8 +353,8 @@ def test_what_asks_for_nothing_is_taken(client, context, fields):
         ({"prompt": "<lora:/etc/passwd:1>"}, "There is no adapter"),
     ],
 )
-def test_what_cannot_be_done_is_refused_by_name(client, context, fields, named):
-    context.stopping.set()  # or whatever is not refused would wait for its images
+def test_unsupported_fields_are_rejected_by_name(client, context, fields, named):
+    context.stopping.set()  # or a request that is accepted by mistake would wait for its images
     answer = client.post("/sdapi/v1/txt2img", json={"prompt": "a ball"} | fields)
     assert answer.status_code == 400
     body = answer.json()
@@ -357,7 +377,7 @@ def test_what_cannot_be_done_is_refused_by_name(client, context, fields, named):
         ({"seed": "x"}, "seed"),
     ],
 )
-def test_what_is_out_of_range_has_fastapis_shape_as_in_the_web_ui(client, fields, place):
+def test_values_out_of_range_have_fastapis_error_format(client, fields, place):
     answer = client.post("/sdapi/v1/txt2img", json={"prompt": "a ball"} | fields)
     assert answer.status_code == 422
     (entry,) = answer.json()["detail"]
@@ -366,7 +386,7 @@ def test_what_is_out_of_range_has_fastapis_shape_as_in_the_web_ui(client, fields
         assert "the samplers are: Euler, Euler a, LMS" in entry["msg"]
 
 
-def test_two_loras_of_one_name_are_told_apart_by_their_folders(client, context):
+def test_loras_of_one_name_are_named_with_their_folders(client, context):
     for folder in ("a", "b"):
         (context.settings.loras / folder).mkdir()
         shutil.copyfile(LORA, context.settings.loras / folder / "x.safetensors")
@@ -376,7 +396,7 @@ def test_two_loras_of_one_name_are_told_apart_by_their_folders(client, context):
     assert len(recipes_for(client, context, prompt="<lora:b/x:1>")[0].adapters) == 1
 
 
-def test_hostile_words_are_words(client, context, worker):
+def test_hostile_text_is_not_interpreted(client, context, worker):
     (context.settings.loras / f"{HOSTILE.replace('/', '')}.safetensors").write_bytes(
         LORA.read_bytes()
     )
@@ -389,15 +409,19 @@ def test_hostile_words_are_words(client, context, worker):
     assert json.loads(answer.json()["info"])["all_prompts"] == [HOSTILE]
 
 
-# --- settings ----------------------------------------------------------------------------------------------------------
+# --- settings -----------------------------------------------------------------------------------
 
 
-def test_settings_are_what_they_are(client):
+def test_settings_cannot_be_changed(client):
     options = client.get("/sdapi/v1/options").json()
     assert options == {
-        "sd_model_checkpoint": "sd15", "sd_vae": "Automatic", "samples_format": "png", "emphasis": "None",
-        "CLIP_stop_at_last_layers": 1, "eta_noise_seed_delta": 0,
-    }  # fmt: skip
+        "sd_model_checkpoint": "sd15",
+        "sd_vae": "Automatic",
+        "samples_format": "png",
+        "emphasis": "None",
+        "CLIP_stop_at_last_layers": 1,
+        "eta_noise_seed_delta": 0,
+    }
     assert client.post("/sdapi/v1/options", json=options).json() is None
     for change in (
         {"sd_model_checkpoint": "other"},
@@ -436,7 +460,7 @@ def test_lists(client):
     assert lora["metadata"]["ss_output_name"] == "lora_linear_f32"
 
 
-# --- waiting -----------------------------------------------------------------------------------------------------------
+# --- waiting ------------------------------------------------------------------------------------
 
 
 def test_progress_and_interrupt(url, context, worker):
@@ -444,7 +468,7 @@ def test_progress_and_interrupt(url, context, worker):
     body = {"model": "sd15", "loras": [{"path": "sks.safetensors"}], "prompts": [{"prompt": "x"}]}
     others = httpx2.post(f"{url}/v1/inference", json=body)
     waiting = aside(lambda: api.txt2img(prompt="a ball", steps=20, n_iter=1))
-    until(lambda: context.waited_for, 20)
+    until(lambda: context.a1111_jobs, 20)
     assert api.get_progress()["textinfo"] == "1 requests are before this one"
     foreign = worker.claim()
     assert foreign.id == others.json()["request_id"]
@@ -473,21 +497,21 @@ def test_progress_and_interrupt(url, context, worker):
     api.interrupt()
     assert api.get_progress()["state"]["interrupted"]
     assert not context.store.get(foreign.id).cancel_requested, (
-        "what came in another way is not this client's"
+        "requests of the other APIs are not interrupted"
     )
     context.store.stop(job.id, job.epoch, job.created_at)
     with pytest.raises(RuntimeError, match="REQUEST_CANCELED"):
         waiting.result(30)
-    assert context.waited_for == {}
+    assert context.a1111_jobs == {}
     assert api.get_progress()["state"]["job_count"] == 0
 
 
-def test_a_client_that_goes_away_cancels_its_job(url, context):
+def test_a_disconnected_client_cancels_its_job(url, context):
     with pytest.raises(httpx2.ReadTimeout):
         httpx2.post(f"{url}/sdapi/v1/txt2img", json={"prompt": "a ball"}, timeout=0.3)
     job = only_job(context)
     assert until(lambda: context.store.get(job.id).status is Status.CANCELED, 20)
-    assert until(lambda: not context.waited_for, 20) is True
+    assert until(lambda: not context.a1111_jobs, 20) is True
 
 
 def test_failures_and_a_full_queue(url, context, worker):
@@ -496,7 +520,7 @@ def test_failures_and_a_full_queue(url, context, worker):
     worker.fail(until(worker.claim_one, 20))
     with pytest.raises(RuntimeError, match="The model produced NaN"):
         waiting.result(30)
-    all_of_them = [aside(lambda: api.txt2img(prompt="a ball")) for _ in range(3)]
+    others = [aside(lambda: api.txt2img(prompt="a ball")) for _ in range(3)]
     until(lambda: context.store.count(Status.IN_QUEUE) == 3, 20)
     answer = httpx2.post(f"{url}/sdapi/v1/txt2img", json={"prompt": "a ball"})
     assert (answer.status_code, answer.json()["error"], answer.headers["retry-after"]) == (
@@ -505,7 +529,7 @@ def test_failures_and_a_full_queue(url, context, worker):
         "10",
     )
     with at_work(worker, an_image()):
-        assert [len(one.result(30).images) for one in all_of_them] == [1, 1, 1]
+        assert [len(one.result(30).images) for one in others] == [1, 1, 1]
 
 
 def test_keys(tmp_path):
@@ -541,14 +565,11 @@ def test_keys(tmp_path):
                 f"{url}/v1/requests", headers={"Authorization": f"Basic {basic}"}
             ).status_code
             == 401
-        ), "there alone"
+        ), "Basic authentication works on A1111's paths only"
 
-        mine, yours = (
-            webuiapi.WebUIApi(baseurl=f"{url}/sdapi/v1", username="any", password=keys[name])
-            for name in ("me", "you")
-        )
+        mine, yours = (api_of(url, username="any", password=keys[name]) for name in ("me", "you"))
         waiting = aside(lambda: mine.txt2img(prompt="a ball"))
-        job = until(lambda: context.waited_for and only_job(context), 20)
+        job = until(lambda: context.a1111_jobs and only_job(context), 20)
         yours.interrupt()
         assert context.store.get(job.id).status is Status.IN_QUEUE
         assert yours.get_progress()["state"]["job"] == ""
@@ -557,7 +578,7 @@ def test_keys(tmp_path):
             waiting.result(30)
 
 
-def test_what_is_not_there_has_the_shape_of_the_web_ui(client):
+def test_unknown_paths_have_the_web_uis_error_format(client):
     answer = client.post("/sdapi/v1/img2img", json={})
     assert (answer.status_code, set(answer.json())) == (404, {"error", "detail", "body", "errors"})
 

@@ -1,4 +1,4 @@
-"""The HTTP API, route by route: the documented contract, what is added to it, and what is refused."""
+"""The HTTP API, route by route: the documented contract, the additions to it, and the errors."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def with_prompt(**fields: Any) -> dict[str, Any]:
     return MINIMAL | {"prompts": [MINIMAL["prompts"][0] | fields]}
 
 
-# --- the documented contract -------------------------------------------------------------------------------------------
+# --- the documented contract --------------------------------------------------------------------
 
 
 def test_health_and_models(client):
@@ -63,10 +63,16 @@ def test_health_and_models(client):
     models = client.get("/v1/models").json()["models"]
     assert [model["id"] for model in models] == ["sd15", "sdxl"]
     assert models[0] == {
-        "id": "sd15", "base_model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "resolution_divisor": 8, "default_steps": 25,
-        "default_guidance_scale": 6.0, "requires_control_image": False, "is_video_model": False,
-        "default_num_frames": None, "default_fps": None,
-    }  # fmt: skip
+        "id": "sd15",
+        "base_model": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "resolution_divisor": 8,
+        "default_steps": 25,
+        "default_guidance_scale": 6.0,
+        "requires_control_image": False,
+        "is_video_model": False,
+        "default_num_frames": None,
+        "default_fps": None,
+    }
 
 
 def test_a_request_from_its_acceptance_to_its_image(client, worker, context):
@@ -139,7 +145,7 @@ def test_a_request_from_its_acceptance_to_its_image(client, worker, context):
     assert picture.headers["etag"] == f'"{image["sha256"]}"'
 
 
-def test_a_failure_is_told_in_words(client, worker):
+def test_a_failure_has_a_message(client, worker):
     request_id = submit(client)
     worker.fail(worker.claim())
     for part in ("status", "result"):
@@ -166,12 +172,12 @@ def test_a_failure_is_told_in_words(client, worker):
         (MINIMAL | {"loras": [{"path": "sks.safetensors", "sha256": "0" * 64}]}, "LORA_CHANGED"),
     ],
 )
-def test_what_cannot_be_done_is_400_with_its_code(client, context, body, code):
+def test_unsupported_requests_are_400_with_a_code(client, context, body, code):
     assert error(client.post("/v1/inference", json=body)) == (400, code)
     assert context.store.count(Status.IN_QUEUE) == 0
 
 
-def test_an_unknown_model_comes_with_those_there_are(client):
+def test_an_unknown_model_error_lists_the_models(client):
     answer = client.post("/v1/inference", json=MINIMAL | {"model": "flux"}).json()
     assert answer["detail"]["error"]["details"] == {"supported_models": ["sd15", "sdxl"]}
 
@@ -183,15 +189,20 @@ def test_an_unknown_model_comes_with_those_there_are(client):
         (MINIMAL | {"prompts": []}, ["body", "prompts"]),
         ({key: value for key, value in MINIMAL.items() if key != "loras"}, ["body", "loras"]),
         *((with_prompt(**{field: value}), ["body", "prompts", 0, field]) for field, value in [
-            ("width", 63), ("width", 4097), ("height", 63), ("height", 4097), ("guidance_scale", -0.1), ("guidance_scale", 20.1),
-            ("sample_steps", 0), ("sample_steps", 151), ("seed", -2), ("sampler", "dpm++"), ("prompt", "x" * 10_001),
-            ("neg", "x" * 10_001), ("prompt", "\ud800"), ("network_multiplier", 2.1),
+            ("width", 63), ("width", 4097), ("height", 63), ("height", 4097),
+            ("guidance_scale", -0.1), ("guidance_scale", 20.1),
+            ("sample_steps", 0), ("sample_steps", 151), ("seed", -2), ("sampler", "dpm++"),
+            ("prompt", "x" * 10_001), ("neg", "x" * 10_001), ("prompt", "\ud800"),
+            ("network_multiplier", 2.1),
         ]),
-        (MINIMAL | {"loras": [{"path": "a.safetensors", "network_multiplier": -2.1}]}, ["body", "loras", 0, "network_multiplier"]),
+        (
+            MINIMAL | {"loras": [{"path": "a.safetensors", "network_multiplier": -2.1}]},
+            ["body", "loras", 0, "network_multiplier"],
+        ),
         (MINIMAL | {"output_format": "gif"}, ["body", "output_format"]),
     ],
 )  # fmt: skip
-def test_a_field_out_of_its_range_is_422_and_named(client, context, body, place):
+def test_a_field_out_of_range_is_422_and_named(client, context, body, place):
     answer = client.post(
         "/v1/inference", content=json.dumps(body), headers={"content-type": "application/json"}
     )
@@ -200,7 +211,7 @@ def test_a_field_out_of_its_range_is_422_and_named(client, context, body, place)
     assert context.store.count(Status.IN_QUEUE) == 0
 
 
-def test_an_unknown_sampler_comes_with_those_there_are(client):
+def test_an_unknown_sampler_error_lists_the_samplers(client):
     (entry,) = client.post("/v1/inference", json=with_prompt(sampler="dpm++")).json()["detail"]
     assert "euler_a" in entry["msg"]
 
@@ -217,7 +228,7 @@ def test_an_unknown_sampler_comes_with_those_there_are(client):
         b"[" * 100_000,
     ],
 )
-def test_bodies_that_are_no_request_are_refused(client, content):
+def test_malformed_bodies_are_rejected(client, content):
     assert client.post(
         "/v1/inference", content=content, headers={"content-type": "application/json"}
     ).status_code in (400, 422)
@@ -241,7 +252,7 @@ def test_defaults_seeds_and_the_trigger_of_a_prompt(client, context):
     assert 0 <= third.seed < 2**32
 
 
-def test_the_noise_is_that_of_the_trainer_that_wrote_the_lora(client, context, tmp_path):
+def test_noise_matches_the_trainer_of_the_lora(client, context, tmp_path):
     from safetensors.numpy import load_file, save_file
 
     software = json.dumps({"name": "ai-toolkit", "version": "0.7.1"})
@@ -253,7 +264,7 @@ def test_the_noise_is_that_of_the_trainer_that_wrote_the_lora(client, context, t
     assert (old.noise, new.noise) == ("legacy", "modern")
 
 
-# --- what is added -----------------------------------------------------------------------------------------------------
+# --- additions ----------------------------------------------------------------------------------
 
 
 def test_requests_are_listed_newest_first_page_by_page(client, worker):
@@ -268,7 +279,7 @@ def test_requests_are_listed_newest_first_page_by_page(client, worker):
     assert third["next_cursor"] is None
     failed = client.get("/v1/requests", params={"status": "failed"}).json()["requests"]
     assert [entry["request_id"] for entry in failed] == ids[:1]
-    assert error(client.get("/v1/requests", params={"cursor": "nobody's"})) == (
+    assert error(client.get("/v1/requests", params={"cursor": "unknown"})) == (
         400,
         "CURSOR_NOT_KNOWN",
     )
@@ -284,7 +295,7 @@ def test_cancelling(client, worker):
     assert worker.step(job, 1).cancel_requested
     worker.succeed(worker.claim())
     assert client.delete(f"/v1/requests/{done}").json()["status"] == "succeeded"
-    assert error(client.delete("/v1/requests/nobody")) == (404, "REQUEST_NOT_FOUND")
+    assert error(client.delete("/v1/requests/unknown")) == (404, "REQUEST_NOT_FOUND")
 
 
 def test_a_request_under_the_same_key_is_the_same_request(client, context):
@@ -292,11 +303,10 @@ def test_a_request_under_the_same_key_is_the_same_request(client, context):
     random = with_prompt(seed=-1)
     first = submit(client, random, **key)
     assert submit(client, random, **key) == first
-    assert (
-        submit(client, random | {"hf_token": SECRET}, **key) == first
-    )  # who asks is no part of what is asked for
+    # The token is not part of the compared request.
+    assert submit(client, random | {"hf_token": SECRET}, **key) == first
     (context.settings.loras / "sks.safetensors").unlink()
-    assert submit(client, random, **key) == first  # what is accepted needs the file no more
+    assert submit(client, random, **key) == first  # found before any LoRA is read
     assert error(client.post("/v1/inference", json=with_prompt(seed=1), headers=key)) == (
         409,
         "IDEMPOTENCY_KEY_REUSED",
@@ -321,7 +331,7 @@ def test_a_hundred_duplicates_at_once_make_one_request(tmp_path):
         assert context.store.count(Status.IN_QUEUE) == 1
 
 
-def test_a_full_queue_says_when_to_come_again(tmp_path):
+def test_a_full_queue_sends_retry_after(tmp_path):
     with client_of(context_in(tmp_path, queue_size=2)) as client:
         submit(client)
         key = {"Idempotency-Key": "second"}
@@ -329,11 +339,11 @@ def test_a_full_queue_says_when_to_come_again(tmp_path):
         answer = client.post("/v1/inference", json=MINIMAL)
         assert error(answer) == (429, "QUEUE_FULL")
         assert int(answer.headers["retry-after"]) > 0
-        assert submit(client, **key) == second  # what is in the queue already is still found
+        assert submit(client, **key) == second  # a queued request is still found
 
 
 def events(lines: Any) -> list[tuple[int, dict[str, Any]]]:
-    """(id, data) of each event of a finished stream."""
+    """Return (id, data) of each event of a finished stream."""
     fields = [
         dict(line.split(": ", 1) for line in block.split("\n") if line[:1] != ":")
         for block in lines.strip().split("\n\n")
@@ -356,10 +366,10 @@ def test_events_end_with_the_request(client, worker):
         f"/v1/requests/{request_id}/events", headers={"Last-Event-ID": str(seen[0][0])}
     )
     assert events(again.text) == seen[-1:]
-    assert error(client.get("/v1/requests/nobody/events")) == (404, "REQUEST_NOT_FOUND")
+    assert error(client.get("/v1/requests/unknown/events")) == (404, "REQUEST_NOT_FOUND")
 
 
-def test_who_connects_again_is_not_told_what_it_knows(client, worker, context):
+def test_a_reconnecting_client_gets_only_new_events(client, worker, context):
     request_id = submit(client)
     job = worker.step(worker.claim(), 3)
     threading.Timer(0.3, lambda: worker.succeed(job)).start()
@@ -369,7 +379,7 @@ def test_who_connects_again_is_not_told_what_it_knows(client, worker, context):
     assert [data["status"] for _, data in events(answer.text)] == ["succeeded"]
 
 
-def test_events_carry_a_rough_picture_to_whoever_asks(client, worker):
+def test_events_carry_previews_on_request(client, worker):
     request_id = submit(client)
     job = worker.step(worker.claim(), 3, preview="cGljdHVyZQ==")
     threading.Timer(0.3, lambda: worker.succeed(job)).start()
@@ -387,7 +397,7 @@ def test_events_end_with_the_server(client, context):
     ] == ["in_queue"]
 
 
-def test_an_image_that_is_not_there(client, worker):
+def test_missing_images(client, worker):
     request_id = submit(client)
     assert error(client.get(f"/v1/requests/{request_id}/images/0")) == (404, "IMAGE_NOT_FOUND")
     done = worker.succeed(worker.claim())
@@ -413,19 +423,19 @@ def test_several_loras_and_a_multiplier_for_each_prompt(client, context):
     assert {first.adapter_mode, second.adapter_mode} == {"live"}
 
 
-# --- LoRAs as a resource -----------------------------------------------------------------------------------------------
+# --- LoRAs as a resource ------------------------------------------------------------------------
 
 
 def upload(client: TestClient, content: bytes, name: str = "new.safetensors") -> Any:
     return client.post("/v1/loras", files={"file": (name, content)})
 
 
-def test_loras_are_listed_with_what_their_headers_say(client, context):
+def test_loras_are_listed_with_their_header_data(client, context):
     (context.settings.loras / "more").mkdir()
     (context.settings.loras / "more" / "lokr.safetensors").write_bytes(LOKR.read_bytes())
     (context.settings.loras / "broken.safetensors").write_bytes(b"<html>")
     (context.settings.loras / "notes.txt").write_text("no adapter")
-    (context.settings.loras / "out.safetensors").symlink_to(LORA)  # leads out of the folder
+    (context.settings.loras / "out.safetensors").symlink_to(LORA)  # a link out of the folder
     listed = {entry["path"]: entry for entry in client.get("/v1/loras").json()["loras"]}
     assert set(listed) == {"sks.safetensors", "more/lokr.safetensors", "broken.safetensors"}
     sks = listed["sks.safetensors"]
@@ -486,7 +496,7 @@ def test_an_upload_is_used_and_deleted(client, context, worker):
         "x\0.safetensors",
     ],
 )
-def test_an_upload_goes_nowhere_else(client, context, name):
+def test_an_upload_stays_in_its_folder(client, context, name):
     answer = client.post(
         "/v1/loras", files={"file": ("a.safetensors", LORA.read_bytes())}, data={"name": name}
     )
@@ -500,7 +510,7 @@ def test_an_upload_goes_nowhere_else(client, context, name):
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"<html>", LORA.read_bytes()[:-1]])
-def test_an_upload_that_is_no_adapter_is_refused_and_leaves_nothing(client, context, content):
+def test_an_invalid_upload_is_rejected_and_leaves_no_file(client, context, content):
     answer = upload(client, content)
     assert error(answer) == (400, "LORA_INVALID")
     assert "new.safetensors" in answer.json()["detail"]["error"]["message"]
@@ -513,18 +523,26 @@ def test_files_that_were_not_uploaded_are_not_deleted(client, context):
     assert (context.settings.loras / "sks.safetensors").is_file()
 
 
-# --- where LoRAs come from ---------------------------------------------------------------------------------------------
+# --- sources of LoRAs ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "place",
     [
-        "../sks.safetensors", "a/../../sks.safetensors", "/etc/passwd", str(LORA), "out.safetensors", "sks.safetensors/",
+        "../sks.safetensors",
+        "a/../../sks.safetensors",
+        "/etc/passwd",
+        str(LORA),
+        "out.safetensors",
+        "sks.safetensors/",
         "sks.ckpt",
-        "\0.safetensors", "x" * 300 + ".safetensors", "hf:owner/name/../x.safetensors", "hf:nonsense",
+        "\0.safetensors",
+        "x" * 300 + ".safetensors",
+        "hf:owner/name/../x.safetensors",
+        "hf:nonsense",
     ],
-)  # fmt: skip
-def test_names_lead_to_the_folder_and_nowhere_else(client, context, place):
+)
+def test_lora_names_cannot_leave_the_folder(client, context, place):
     (context.settings.loras / "out.safetensors").symlink_to(LORA)
     assert error(client.post("/v1/inference", json=MINIMAL | {"loras": [{"path": place}]})) == (
         400,
@@ -551,15 +569,15 @@ def test_a_file_that_is_replaced_while_its_request_waits(client, context):
     path = context.settings.loras / "sks.safetensors"
     path.rename(path.with_suffix(".old"))
     path.write_bytes(LOKR.read_bytes())
-    assert context.cache.find(file_sha256(LORA)) is not None  # what was accepted can still be made
+    assert context.cache.find(file_sha256(LORA)) is not None  # the accepted request can still run
     (recipe,) = context.store.get(submit(client)).recipes
     assert recipe.adapters[0].sha256 == file_sha256(LOKR)
 
 
-# --- limits, keys, secrets ---------------------------------------------------------------------------------------------
+# --- limits, keys, secrets ----------------------------------------------------------------------
 
 
-def test_bodies_have_a_limit_whether_or_not_they_say_their_size(client):
+def test_bodies_have_a_limit_with_and_without_content_length(client):
     large = b" " * (2**20 + 1)
     headers = {"content-type": "application/json"}
     assert error(client.post("/v1/inference", content=large, headers=headers)) == (
@@ -569,7 +587,7 @@ def test_bodies_have_a_limit_whether_or_not_they_say_their_size(client):
     announced = client.post(
         "/v1/inference", content=b"{}", headers=headers | {"content-length": str(2**30)}
     )
-    assert error(announced) == (413, "BODY_TOO_LARGE")  # before any of it came
+    assert error(announced) == (413, "BODY_TOO_LARGE")  # before any of it was received
     pieces = (large[:100_000] for _ in range(20))
     assert error(client.post("/v1/inference", content=pieces, headers=headers)) == (
         413,
@@ -583,7 +601,7 @@ def test_uploads_have_a_limit_of_their_own(tmp_path):
         assert error(upload(client, bytes(3 * 2**20))) == (413, "BODY_TOO_LARGE")
 
 
-def test_with_a_key_everything_needs_one_but_the_probes(client, context):
+def test_with_a_key_all_but_the_probes_need_one(client, context):
     submit(client)
     key = context.keys.add("a client")
     assert key not in (context.settings.data_dir / "api_keys.json").read_text()
@@ -603,7 +621,7 @@ def test_with_a_key_everything_needs_one_but_the_probes(client, context):
     assert client.get("/v1/models").status_code == 200
 
 
-def test_keys_of_clients_are_apart(client, context):
+def test_idempotency_keys_are_scoped_to_api_keys(client, context):
     keys = [
         {"Authorization": f"Bearer {context.keys.add(name)}", "Idempotency-Key": "same"}
         for name in ("one", "two")
@@ -615,21 +633,21 @@ def test_keys_of_clients_are_apart(client, context):
 @pytest.mark.parametrize(
     "host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", ""]
 )
-def test_without_keys_only_names_of_this_machine_are_answered(client, host):
+def test_without_keys_other_hostnames_are_rejected(client, host):
     assert error(client.get("/v1/models", headers={"Host": host})) == (400, "HOST_NOT_ALLOWED")
 
 
 @pytest.mark.parametrize(
     "host", ["localhost", "localhost:1", "127.0.0.1:8000", "127.1.2.3", "[::1]:8000"]
 )
-def test_names_of_this_machine(client, host):
+def test_without_keys_names_of_this_machine_are_accepted(client, host):
     assert client.get("/v1/models", headers={"Host": host}).status_code == 200
 
 
 @pytest.mark.parametrize(
     "origin", ["https://evil.example", "http://127.0.0.1.evil.example", "null", "http://[", ""]
 )
-def test_without_keys_no_page_of_elsewhere_is_answered(client, origin):
+def test_without_keys_pages_of_other_sites_are_rejected(client, origin):
     assert error(client.post("/v1/loras", files={"file": b""}, headers={"Origin": origin})) == (
         400,
         "HOST_NOT_ALLOWED",
@@ -639,26 +657,34 @@ def test_without_keys_no_page_of_elsewhere_is_answered(client, origin):
 @pytest.mark.parametrize(
     "origin", ["http://localhost:3000", "http://127.0.0.1:8000", "http://[::1]:1"]
 )
-def test_pages_of_this_machine(client, origin):
+def test_without_keys_pages_of_this_machine_are_accepted(client, origin):
     assert client.get("/v1/models", headers={"Origin": origin}).status_code == 200
 
 
-def test_a_token_is_nowhere_afterwards(client, context, caplog, capsys):
+def test_a_token_is_not_stored_logged_or_returned(client, context, caplog, capsys):
     caplog.set_level("DEBUG")
     request_id = submit(client, MINIMAL | {"hf_token": SECRET})
-    texts = [
+    number = 4567891234
+    bodies = [
+        {"hf_token": SECRET},
+        {"hf_token": {"a": SECRET}},
+        {"hf_token": number},
+        MINIMAL | {"hf_token": SECRET, "model": "flux"},
+        MINIMAL | {"hf_token": SECRET, "loras": [{"path": "https://e.com/a?t=" + SECRET}]},
+    ]
+    texts = [client.post("/v1/inference", json=body).text for body in bodies]
+    texts = [text.replace(str(number), SECRET) for text in texts]
+    texts += [
         client.get(f"/v1/requests/{request_id}/status").text,
-        client.post("/v1/inference", json={"hf_token": SECRET}).text,
-        client.post("/v1/inference", json={"hf_token": {"a": SECRET}}).text,
-        client.post("/v1/inference", json={"hf_token": 4567891234}).text.replace("4567891234", SECRET),
-        client.post("/v1/inference", json=MINIMAL | {"hf_token": SECRET, "model": "flux"}).text,
-        client.post("/v1/inference", json=MINIMAL | {"hf_token": SECRET, "loras": [{"path": "https://e.com/a?t=" + SECRET}]}).text,
-        str(context.store.get(request_id)), caplog.text, "".join(capsys.readouterr()), client.get("/metrics").text,
-    ]  # fmt: skip
+        str(context.store.get(request_id)),
+        caplog.text,
+        "".join(capsys.readouterr()),
+        client.get("/metrics").text,
+    ]
     assert [text for text in texts if SECRET in text] == []
 
 
-def test_a_server_that_stops_takes_nothing_new_and_answers_the_rest(client, context):
+def test_a_stopping_server_rejects_new_requests_only(client, context):
     request_id = submit(client, **{"Idempotency-Key": "mine"})
     context.stopping.set()
     answer = client.post("/v1/inference", json=MINIMAL)
@@ -673,19 +699,19 @@ def test_a_server_that_stops_takes_nothing_new_and_answers_the_rest(client, cont
     assert client.get("/health").status_code == 200
 
 
-def test_a_store_that_cannot_be_used_is_503_and_a_fault_is_500(client, context, monkeypatch):
+def test_an_unavailable_store_is_503_and_a_bug_is_500(client, context, monkeypatch):
     def broken(*_args, **_kwargs):
         raise JobStoreError
 
     def faulty(*_args, **_kwargs):
-        raise ValueError("of ours")
+        raise ValueError("a bug")
 
     monkeypatch.setattr(context.store, "list", broken)
     assert error(client.get("/v1/requests")) == (503, "STORE_UNAVAILABLE")
     monkeypatch.setattr(context.store, "list", faulty)
     answer = client.get("/v1/requests")
     assert error(answer) == (500, "INTERNAL")
-    assert "of ours" not in answer.text
+    assert "a bug" not in answer.text
 
 
 def test_unknown_paths_and_methods(client):
@@ -703,14 +729,14 @@ def test_calls_have_an_id(client):
     assert made not in ("no\tid", "")
 
 
-# --- operations --------------------------------------------------------------------------------------------------------
+# --- operations ---------------------------------------------------------------------------------
 
 
 def test_metrics_count(client, context):
     from fidelora.workers.worker import AttemptReport
 
     submit(client)
-    client.get("/v1/requests/nobody/status")
+    client.get("/v1/requests/unknown/status")
     timings = {"load": 0.2, "adapters": 0.1, "denoise": 5.0, "decode": 0.1}
     context.metrics.attempt_ended(AttemptReport("a", "succeeded", "", 3.0, 2, 50, timings, 1, 2))
     context.metrics.attempt_ended(AttemptReport("b", "failed", "TIMEOUT", None, 0, 0, {}, 1, 0))
@@ -729,11 +755,11 @@ def test_metrics_count(client, context):
         float(lines['fidelora_adapter_cache_total{result="hit"}']),
         float(lines['fidelora_adapter_cache_total{result="miss"}']),
     ) == (2, 2)
-    key = 'fidelora_http_requests_total{method="GET",route="/v1/requests/{request_id}/status",status="404"}'
-    assert float(lines[key]) == 1
+    route = 'method="GET",route="/v1/requests/{request_id}/status",status="404"'
+    assert float(lines[f"fidelora_http_requests_total{{{route}}}"]) == 1
 
 
-def test_old_requests_go_with_their_images(tmp_path):
+def test_old_requests_are_removed_with_their_images(tmp_path):
     from datetime import timedelta
     from pathlib import Path
 

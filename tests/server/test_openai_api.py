@@ -1,4 +1,4 @@
-"""OpenAI's Images API, used with the package `openai` itself."""
+"""OpenAI's Images API, called by the package `openai`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.server.http_support import (
     only_job,
     pixels,
 )
-from tests.server.serve_support import Server, until
+from tests.server.serve_support import IMAGES_DEADLINE_S, Server, until
 from tests.support import LORA
 
 from fidelora.families import all_families
@@ -33,7 +33,7 @@ from fidelora.jobs.job import JobProgress, Status, new_job
 from fidelora.recipe import MAX_SEED, Recipe, file_sha256
 from fidelora.server import submit
 from fidelora.server.context import ServerContext
-from fidelora.server.routes.openai import _Partials
+from fidelora.server.routes.openai import _PreviewSelector
 
 LORAS = [{"path": "sks.safetensors", "network_multiplier": 0.8}]
 SMALL: dict[str, Any] = {"steps": 2, "loras": LORAS, "trigger_word": "sks"}
@@ -41,7 +41,7 @@ SMALL: dict[str, Any] = {"steps": 2, "loras": LORAS, "trigger_word": "sks"}
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(submit, "LOOK_EVERY_S", 0.005)
+    monkeypatch.setattr(submit, "POLL_INTERVAL_S", 0.005)
 
 
 @pytest.fixture
@@ -54,20 +54,25 @@ def worker(context) -> ByHand:
     return ByHand(context)
 
 
+def official_client(kind: Any, url: str, api_key: str = "none") -> Any:
+    """Return a client with a deadline; by default, it waits for 600 s."""
+    return kind(base_url=f"{url}/v1", api_key=api_key, max_retries=0, timeout=IMAGES_DEADLINE_S)
+
+
 @pytest.fixture
 def client(context):
-    """The official client of a server on a real socket, whose jobs the test moves along."""
+    """The official client of a server on a real socket; the test acts as its worker."""
     with (
         listening(context) as url,
-        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as made,
+        official_client(openai.OpenAI, url) as made,
     ):
         yield made
 
 
 @pytest.fixture
 def real(tiny_server: Server):
-    """The official client of a server that makes images."""
-    with openai.OpenAI(base_url=f"{tiny_server.url}/v1", api_key="none", max_retries=0) as made:
+    """The official client of a server that makes real images."""
+    with official_client(openai.OpenAI, tiny_server.url) as made:
         yield made
 
 
@@ -77,7 +82,7 @@ def preview(colour: str) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-# --- with real images --------------------------------------------------------------------------------------------------
+# --- with real images ---------------------------------------------------------------------------
 
 
 def test_the_same_recipe_is_the_same_image_in_both_apis(real, tiny_server):
@@ -101,7 +106,7 @@ def test_the_same_recipe_is_the_same_image_in_both_apis(real, tiny_server):
     ours = str(tiny_server.call("/v1/inference", body)["request_id"])
     assert tiny_server.wait(ours, "succeeded", "failed")["status"] == "succeeded"
     (output,) = tiny_server.call(f"/v1/requests/{ours}/result")["outputs"]["images"]
-    assert httpx2.get(output["url"]).content == content
+    assert httpx2.get(output["url"], timeout=60).content == content
     assert (
         tiny_server.call(f"/v1/requests/{made.request_id}/result")["outputs"]["images"][0]["recipe"]
         == output["recipe"]
@@ -117,7 +122,7 @@ def test_several_images_by_url_in_another_format(real):
         output_format="webp",
         extra_body=SMALL | {"seed": 5},
     )
-    contents = [httpx2.get(image.url).content for image in made.data]
+    contents = [httpx2.get(image.url, timeout=60).content for image in made.data]
     assert [read_origin(content).recipe.seed for content in contents] == [5, 6]  # type: ignore[union-attr]
     assert {read_origin(content).format for content in contents} == {"webp"}
     assert [image.b64_json for image in made.data] == [None, None]
@@ -135,10 +140,10 @@ def test_compression_is_the_quality_of_the_file(real):
         )
         return base64.b64decode(made.data[0].b64_json)
 
-    usual, coarse = content(), content(output_compression=10)
-    assert (read_origin(usual).quality, read_origin(coarse).quality) == (None, 10)
-    assert read_origin(usual).recipe == read_origin(coarse).recipe
-    with Image.open(io.BytesIO(usual)) as fine, Image.open(io.BytesIO(coarse)) as rough:
+    default, coarse = content(), content(output_compression=10)
+    assert (read_origin(default).quality, read_origin(coarse).quality) == (None, 10)
+    assert read_origin(default).recipe == read_origin(coarse).recipe
+    with Image.open(io.BytesIO(default)) as fine, Image.open(io.BytesIO(coarse)) as rough:
         assert sum(fine.quantization[0]) < sum(rough.quantization[0])  # type: ignore[attr-defined]
 
 
@@ -153,8 +158,12 @@ def test_without_a_lora_a_seed_or_a_size(real):
 
 
 def test_a_stream_ends_in_the_image(real):
-    asked: dict[str, Any] = {"prompt": "a ball", "size": "64x64", "extra_body": SMALL | {"seed": 7}}
-    with real.images.generate(stream=True, partial_images=1, **asked) as stream:
+    fields: dict[str, Any] = {
+        "prompt": "a ball",
+        "size": "64x64",
+        "extra_body": SMALL | {"seed": 7},
+    }
+    with real.images.generate(stream=True, partial_images=1, **fields) as stream:
         events = list(stream)
     done = events[-1]
     assert done.type == "image_generation.completed"
@@ -168,27 +177,41 @@ def test_a_stream_ends_in_the_image(real):
     assert read_origin(base64.b64decode(done.b64_json)).recipe.seed == 7  # type: ignore[union-attr]
 
 
-def test_asynchronous_clients_wait_too(tiny_server):
+def test_asynchronous_clients(tiny_server):
     async def make() -> Any:
-        async with openai.AsyncOpenAI(base_url=f"{tiny_server.url}/v1", api_key="none") as client:
+        async with official_client(openai.AsyncOpenAI, tiny_server.url) as client:
             return await client.images.generate(prompt="a ball", size="64x64", extra_body=SMALL)
 
     assert asyncio.run(make()).data[0].b64_json
 
 
-# --- the fields --------------------------------------------------------------------------------------------------------
+# --- the fields ---------------------------------------------------------------------------------
 
 
 def test_every_field_reaches_its_recipe(client, context, worker):
     with at_work(worker):
         client.images.generate(
-            model="sd15", prompt="[trigger]", n=2, size="256x512", output_format="jpeg", output_compression=80,
-            quality="standard", background="opaque", moderation="low", user="me",
+            model="sd15",
+            prompt="[trigger]",
+            n=2,
+            size="256x512",
+            output_format="jpeg",
+            output_compression=80,
+            quality="standard",
+            background="opaque",
+            moderation="low",
+            user="me",
             extra_body={
-                "loras": LORAS, "trigger_word": "sks", "negative_prompt": "bad", "seed": MAX_SEED - 1, "steps": 9,
-                "guidance_scale": 3.5, "sampler": "ddim", "fidelity": "fast",
+                "loras": LORAS,
+                "trigger_word": "sks",
+                "negative_prompt": "bad",
+                "seed": MAX_SEED - 1,
+                "steps": 9,
+                "guidance_scale": 3.5,
+                "sampler": "ddim",
+                "fidelity": "fast",
             },
-        )  # fmt: skip
+        )
     job = only_job(context)
     assert (job.image_format, job.image_quality) == ("jpeg", 80)
     assert [recipe.seed for recipe in job.recipes] == [MAX_SEED - 1, MAX_SEED]
@@ -236,7 +259,7 @@ def test_every_field_reaches_its_recipe(client, context, worker):
         ),
     ],
 )
-def test_what_cannot_be_used_is_refused_by_name(client, context, fields, param):
+def test_unsupported_fields_are_rejected_by_name(client, context, fields, param):
     with pytest.raises(openai.BadRequestError) as caught:
         client.images.generate(prompt="a ball", **fields)
     assert (caught.value.param, caught.value.type) == (param, "invalid_request_error")
@@ -261,7 +284,7 @@ def test_fields_that_contradict_each_other(client, fields, message):
         client.images.generate(prompt="a ball", **fields)
 
 
-# --- what goes wrong ---------------------------------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------
 
 
 def test_an_unknown_model(client):
@@ -273,7 +296,7 @@ def test_an_unknown_model(client):
 
 
 @pytest.mark.parametrize("path", ["../sks.safetensors", "/etc/passwd", "none.safetensors"])
-def test_a_lora_that_is_not_there(client, path):
+def test_a_missing_lora(client, path):
     with pytest.raises(openai.BadRequestError) as caught:
         client.images.generate(prompt="a ball", extra_body={"loras": [{"path": path}]})
     assert caught.value.code == "LORA_NOT_FOUND"
@@ -290,7 +313,7 @@ def test_a_full_queue(client, context):
         assert all(one.result(30).data for one in first)
 
 
-def test_a_failed_job_is_not_tried_again_by_the_client(client, context, worker):
+def test_the_client_does_not_retry_a_failed_job(client, context, worker):
     waiting = aside(lambda: client.with_options(max_retries=2).images.generate(prompt="a ball"))
     only_job(context)
     worker.fail(worker.claim())
@@ -300,7 +323,7 @@ def test_a_failed_job_is_not_tried_again_by_the_client(client, context, worker):
     assert len(context.store.list().jobs) == 1
 
 
-def test_a_job_that_somebody_cancels(client, context):
+def test_a_canceled_job(client, context):
     waiting = aside(lambda: client.with_options(max_retries=2).images.generate(prompt="a ball"))
     httpx2.delete(f"{client.base_url}requests/{only_job(context).id}")
     with pytest.raises(openai.ConflictError, match="was canceled"):
@@ -321,17 +344,17 @@ def test_keys(tmp_path):
     key = context.keys.add("me")
     with listening(context) as url:
         with pytest.raises(openai.AuthenticationError) as caught:
-            openai.OpenAI(base_url=f"{url}/v1", api_key="wrong").images.generate(prompt="a ball")
+            official_client(openai.OpenAI, url, "wrong").images.generate(prompt="a ball")
         assert (caught.value.code, caught.value.type) == (
             "invalid_api_key",
             "invalid_request_error",
         )
-        with openai.OpenAI(base_url=f"{url}/v1", api_key=key) as client, at_work(ByHand(context)):
+        with official_client(openai.OpenAI, url, key) as client, at_work(ByHand(context)):
             assert client.images.generate(prompt="a ball").data
             assert [model.id for model in client.models.list()] == list(all_families())
 
 
-def test_errors_have_openais_shape_on_its_paths_alone(tmp_path):
+def test_errors_have_openais_format_on_its_paths_only(tmp_path):
     context = context_in(tmp_path)
     client = client_of(context)
     for answer, status in (
@@ -366,12 +389,12 @@ def test_errors_have_openais_shape_on_its_paths_alone(tmp_path):
     )
 
 
-# --- waiting -----------------------------------------------------------------------------------------------------------
+# --- waiting ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("running", [False, True])
-def test_a_client_that_goes_away_cancels_its_job(client, context, worker, stream, running):
+def test_a_disconnected_client_cancels_its_job(client, context, worker, stream, running):
     with httpx2.Client() as other:
         body = {"prompt": "a ball", "stream": stream}
         call = other.build_request(
@@ -392,7 +415,7 @@ def test_a_client_that_goes_away_cancels_its_job(client, context, worker, stream
         assert until(lambda: context.store.get(job.id).status is Status.CANCELED, 20)
 
 
-def test_partial_images_come_in_order_and_no_more_than_were_asked_for(client, context, worker):
+def test_partial_images_are_in_order_and_limited(client, context, worker):
     with client.images.generate(
         prompt="a ball",
         n=2,
@@ -434,17 +457,17 @@ def test_partial_images_come_in_order_and_no_more_than_were_asked_for(client, co
 @pytest.mark.parametrize(("most", "sent"), [(0, []), (1, [6]), (3, [3, 6, 9])])
 def test_which_previews_are_sent(context, worker, most, sent):
     context.store.add(new_job((Recipe(prompt="a ball", steps=12),), now()))
-    job, partials, found = worker.claim(), _Partials(most), []
-    for step in range(1, 13):  # the last one is no less a preview, but the image itself comes next
+    job, selector, found = worker.claim(), _PreviewSelector(most), []
+    for step in range(1, 13):  # the preview of the last step is not sent: the image follows
         changed = worker.step(job, step, 12, preview(f"hsl({step}, 50%, 50%)"))
-        found += [step for _ in range(2) if partials.of(changed) is not None]
+        found += [step for _ in range(2) if selector.event(changed) is not None]
     assert found == sent
 
 
-def test_a_quiet_stream_gives_signs_of_life(client, context, worker, monkeypatch):
+def test_an_idle_stream_sends_keepalive_comments(client, context, worker, monkeypatch):
     from fidelora.server.routes import openai as routes
 
-    monkeypatch.setattr(routes, "_SIGN_OF_LIFE_S", 0.0)
+    monkeypatch.setattr(routes, "_KEEPALIVE_INTERVAL_S", 0.0)
     body = {"prompt": "a ball", "stream": True}
     with httpx2.stream("POST", f"{client.base_url}images/generations", json=body) as answer:
         lines = answer.iter_lines()
@@ -455,7 +478,7 @@ def test_a_quiet_stream_gives_signs_of_life(client, context, worker, monkeypatch
         assert "event: image_generation.completed" in list(lines)
 
 
-def test_a_server_that_stops_answers_whoever_waits(client, context):
+def test_a_stopping_server_answers_waiting_clients(client, context):
     waiting = aside(lambda: client.images.generate(prompt="a ball"))
     job = only_job(context)
     context.stopping.set()
@@ -465,10 +488,10 @@ def test_a_server_that_stops_answers_whoever_waits(client, context):
     assert context.store.get(job.id).status is Status.CANCELED
 
 
-# --- models ------------------------------------------------------------------------------------------------------------
+# --- models -------------------------------------------------------------------------------------
 
 
-def test_models_in_both_shapes(client):
+def test_models_in_both_formats(client):
     model, *others = client.models.list().data
     assert [other.id for other in others] == list(all_families())[1:]
     assert (model.id, model.object, model.owned_by, model.created) == (

@@ -1,4 +1,4 @@
-"""`POST /v1/replay`: an image, or what it says, becomes a request for the same image."""
+"""`POST /v1/replay`: an image, its recipe or its parameters become a request for the same image."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tests.server.http_support import ByHand, an_image, client_of, context_in, listening, pixels
-from tests.server.serve_support import Server
+from tests.server.serve_support import IMAGES_DEADLINE_S, Server
 from tests.support import LORA, LORA_CONV, TINY_BASE
 
 from fidelora import AsyncClient, Client
@@ -68,17 +68,24 @@ def error(answer: Any) -> tuple[int, str, Any]:
     return answer.status_code, content["code"], content["details"]
 
 
-# --- real images -------------------------------------------------------------------------------------------------------
+# --- real images --------------------------------------------------------------------------------
 
 
-def test_an_image_comes_back_with_the_very_same_bytes(tiny_server: Server, tmp_path):
-    """Also when its LoRAs have other names by now, and from all formats."""
+def test_a_replayed_file_is_identical(tiny_server: Server, tmp_path):
+    """For each image format; the LoRAs are named differently in the request and the recipe."""
     with Client(tiny_server.url) as client:
         for image_format in ("png", "jpeg", "webp"):
             made = client.generate(
-                "a ball", [("sks.safetensors", 0.7), ("people/conv.safetensors", -0.5)],
-                width=64, height=72, sample_steps=2, seed=5, sampler="euler_a", output_format=image_format,
-            )  # fmt: skip
+                "a ball",
+                [("sks.safetensors", 0.7), ("people/conv.safetensors", -0.5)],
+                width=64,
+                height=72,
+                sample_steps=2,
+                seed=5,
+                sampler="euler_a",
+                output_format=image_format,
+                timeout_s=300,
+            )
             (path,) = client.save_images(made, tmp_path)
             again = client.replay(path)
             assert (again.source, again.changes, again.ignored, again.warnings) == (
@@ -92,7 +99,7 @@ def test_an_image_comes_back_with_the_very_same_bytes(tiny_server: Server, tmp_p
             assert client.image(again.request_id, 0) == path.read_bytes()
 
 
-def test_what_openai_and_a1111_clients_made_comes_back_too(tiny_server: Server):
+def test_images_of_openai_and_a1111_clients_can_be_replayed(tiny_server: Server):
     extra = {
         "size": "64x64",
         "steps": 2,
@@ -103,6 +110,7 @@ def test_what_openai_and_a1111_clients_made_comes_back_too(tiny_server: Server):
     ours = httpx2.post(
         f"{tiny_server.url}/v1/images/generations",
         json={"prompt": "a ball", "response_format": "url"} | extra,
+        timeout=IMAGES_DEADLINE_S,
     ).json()
     theirs = tiny_server.call(
         "/sdapi/v1/txt2img",
@@ -119,14 +127,17 @@ def test_what_openai_and_a1111_clients_made_comes_back_too(tiny_server: Server):
         f"{tiny_server.url}/v1/requests/{json.loads(theirs['info'])['request_id']}/images/0",
     ]
     with Client(tiny_server.url) as client:
-        for content in (httpx2.get(url).content for url in urls):
+        for content in (httpx2.get(url, timeout=60).content for url in urls):
             again = client.replay(content)
             assert client.wait(again.request_id, timeout_s=300).status is Status.SUCCEEDED
             assert client.image(again.request_id, 0) == content
 
 
-def test_another_programs_image_gives_an_image(tiny_server: Server):
-    text = "a ball <lora:sks:0.5>\nSteps: 2, Sampler: Euler a, CFG scale: 4, Seed: 9, Size: 64x72, Clip skip: 2"
+def test_another_programs_image_can_be_replayed(tiny_server: Server):
+    text = (
+        "a ball <lora:sks:0.5>\n"
+        "Steps: 2, Sampler: Euler a, CFG scale: 4, Seed: 9, Size: 64x72, Clip skip: 2"
+    )
     with Client(tiny_server.url) as client:
         again = client.replay(an_image(text))
         assert (again.source, [one.name for one in again.ignored]) == ("a1111", ["Clip skip"])
@@ -138,7 +149,7 @@ def test_another_programs_image_gives_an_image(tiny_server: Server):
     assert (recipe.sampler, recipe.seed, recipe.base_model) == ("euler_a", 9, str(TINY_BASE))
 
 
-# --- what becomes of an image ------------------------------------------------------------------------------------------
+# --- jobs of Fidelora's images ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -152,12 +163,12 @@ def test_the_job_has_the_images_recipe_and_format(client, context, image_format,
     assert job.recipes == (RECIPE,)
     assert [ref.name for ref in job.recipes[0].adapters] == [LORA.stem]
     assert (job.image_format, job.image_quality) == (image_format, quality)
-    assert context.cache.path(SKS.sha256).is_file(), "for workers, who know no names"
+    assert context.cache.path(SKS.sha256).is_file(), "workers find adapters by hash only"
     assert body["recipe"] == RECIPE.to_dict()
     assert body["status_url"].endswith(f"/v1/requests/{job.id}/status")
 
 
-def test_a_recipe_will_do(client, context):
+def test_a_recipe_can_be_sent_instead_of_an_image(client, context):
     answer = client.post("/v1/replay", json={"recipe": RECIPE.to_dict(), "output_format": "webp"})
     job = context.store.get(answer.json()["request_id"])
     assert (job.recipes, job.image_format) == ((RECIPE,), "webp")
@@ -182,7 +193,7 @@ def test_everything_in_a_recipe_is_kept(client, context):
     assert context.store.get(answer.json()["request_id"]).recipes == (live,)
 
 
-def test_changes_are_told(client, context):
+def test_changes_are_listed(client, context):
     live = replace(RECIPE, adapter_mode="live", base_model="/home/me/base", variant="fp16")
     answer = send(client, image_of(live), fidelity="fast", base_model="server")
     assert answer.json()["changes"] == [
@@ -204,7 +215,7 @@ def test_changes_are_told(client, context):
     "change",
     [{"base_model": "other/base"}, {"variant": "fp16"}, {"vae": "other/vae"}, {"config": "/etc"}],
 )
-def test_another_base_model_is_refused_and_never_loaded(client, context, change):
+def test_another_base_model_is_rejected(client, context, change):
     status, code, details = error(send(client, image_of(replace(RECIPE, **change))))
     assert (status, code) == (400, "BASE_MODEL_DIFFERS")
     ((name, value),) = change.items()
@@ -214,7 +225,7 @@ def test_another_base_model_is_refused_and_never_loaded(client, context, change)
     assert context.store.list().jobs == ()
 
 
-def test_missing_bytes_are_named(client, context):
+def test_missing_adapters_are_named(client, context):
     gone = AdapterRef("ab" * 32, 1.0, name="gone")
     status, code, details = error(
         send(client, image_of(replace(RECIPE, adapters=(SKS, gone, AdapterRef("cd" * 32)))))
@@ -226,7 +237,7 @@ def test_missing_bytes_are_named(client, context):
     assert context.store.list().jobs == ()
 
 
-def test_bytes_are_found_under_another_name_and_in_the_cache(client, context):
+def test_adapters_are_found_by_content_and_in_the_cache(client, context):
     (context.settings.loras / "sks.safetensors").rename(
         context.settings.loras / "other.safetensors"
     )
@@ -236,17 +247,18 @@ def test_bytes_are_found_under_another_name_and_in_the_cache(client, context):
     shutil.copyfile(LORA_CONV, context.settings.loras / f"{LORA.stem}.safetensors")
     context.cache.path(SKS.sha256).unlink()
     assert error(send(client, image_of()))[1] == "LORA_BYTES_MISSING", (
-        "another file of the same name is no substitute"
+        "another file of the same name is not used"
     )
 
 
-# --- other programs' images --------------------------------------------------------------------------------------------
+# --- other programs' images ---------------------------------------------------------------------
 
 
-def test_parameters_are_used_as_far_as_they_go(client, context):
+def test_the_supported_parameters_are_used(client, context):
     text = (
         "a (red:1.2) ball <lora:sks:0.5>\nNegative prompt: bad\n"
-        'Steps: 20, Sampler: DPM++ SDE, CFG scale: 7, Seed: 1, Size: 64x72, Model: x, Lora hashes: "sks: ffffffffffff", Version: v1'
+        "Steps: 20, Sampler: DPM++ SDE, CFG scale: 7, Seed: 1, Size: 64x72, Model: x, "
+        'Lora hashes: "sks: ffffffffffff", Version: v1'
     )
     for answer in (
         send(client, an_image(text)),
@@ -257,7 +269,7 @@ def test_parameters_are_used_as_far_as_they_go(client, context):
         assert body["source"] == "a1111"
         assert [one["name"] for one in body["ignored"]] == ["Sampler", "Model", "prompt"]
         assert "There is no sampler 'DPM++ SDE' here" in body["ignored"][0]["reason"]
-        assert "sks had the hash ffffffffffff there" in body["warnings"][0]
+        assert "sks has the hash ffffffffffff in the image" in body["warnings"][0]
         (recipe,) = context.store.get(body["request_id"]).recipes
         assert (recipe.prompt, recipe.sampler, recipe.steps, recipe.base_model) == (
             "a (red:1.2) ball",
@@ -268,12 +280,16 @@ def test_parameters_are_used_as_far_as_they_go(client, context):
         assert recipe.adapters == (replace(SKS, multiplier=0.5),)
 
 
-def test_a_lora_that_a_text_names_has_to_be_here(client):
-    text = 'a ball <lora:none:1> <lora:../sks:1>\nSteps: 2, Sampler: Euler, Seed: 1, Lora hashes: "none: 0123456789ab"'
+def test_missing_loras_of_a_text_are_named(client):
+    text = (
+        "a ball <lora:none:1> <lora:../sks:1>\n"
+        'Steps: 2, Sampler: Euler, Seed: 1, Lora hashes: "none: 0123456789ab"'
+    )
     _, code, details = error(send(client, an_image(text)))
     assert (code, details["missing"]) == (
-        "LORA_BYTES_MISSING", [{"sha256": "0123456789ab", "name": "none"}, {"sha256": "", "name": "../sks"}]
-    )  # fmt: skip
+        "LORA_BYTES_MISSING",
+        [{"sha256": "0123456789ab", "name": "none"}, {"sha256": "", "name": "../sks"}],
+    )
 
 
 def test_a_value_out_of_range_is_an_error(client):
@@ -286,18 +302,18 @@ def test_a_value_out_of_range_is_an_error(client):
     )
 
 
-# --- what is refused ---------------------------------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"text", b"GIF89a", b"\x89PNG\r\n\x1a\n", image_of()[:300]]
 )
-def test_what_is_no_image_is_refused(client, content):
+def test_a_file_that_is_not_an_image_is_rejected(client, content):
     status, code, _ = error(send(client, content))
     assert (status, code) == (400, "IMAGE_WITHOUT_RECIPE")
 
 
-def test_an_image_whose_recipe_was_changed_is_refused(client):
+def test_an_image_with_an_altered_recipe_is_rejected(client):
     record = json.dumps({"recipe": RECIPE.to_dict() | {"seed": 1}, "digest": RECIPE.digest})
     info, buffer = PngInfo(), io.BytesIO()
     info.add_itxt("fidelora", record)
@@ -318,7 +334,7 @@ def test_an_image_whose_recipe_was_changed_is_refused(client):
         ([], ["body"]),
     ],
 )
-def test_bodies_that_cannot_be_used(client, body, place):
+def test_invalid_bodies(client, body, place):
     answer = client.post("/v1/replay", json=body)
     assert (answer.status_code, answer.json()["detail"][0]["loc"]) == (422, place)
 
@@ -346,13 +362,13 @@ def test_forms_and_bodies_of_other_kinds(client):
     assert (answer.status_code, answer.json()["detail"]["error"]["code"]) == (413, "BODY_TOO_LARGE")
 
 
-def test_a_crowd_of_loras_is_refused(client):
+def test_too_many_loras_are_rejected(client):
     answer = send(client, image_of(replace(RECIPE, adapters=(SKS,) * 65)))
     assert answer.status_code == 422
-    assert "65 LoRAs; 64 are the most" in answer.text
+    assert "65 LoRAs; at most 64 are allowed" in answer.text
 
 
-def test_a_full_queue_and_a_server_that_stops(client, context):
+def test_a_full_queue_and_a_stopping_server(client, context):
     for _ in range(2):
         send(client, image_of())
     assert error(send(client, image_of()))[:2] == (429, "QUEUE_FULL")
@@ -381,7 +397,7 @@ def test_an_idempotency_key_makes_one_request(client, context):
     assert len(context.store.list().jobs) == 1
 
 
-# --- the client --------------------------------------------------------------------------------------------------------
+# --- the client ---------------------------------------------------------------------------------
 
 
 def test_the_client_sends_files_bytes_and_recipes(context, tmp_path):

@@ -1,4 +1,4 @@
-"""Settings: the documented names, what goes before what, and what is refused."""
+"""Settings: the documented names, their precedence and their validation."""
 
 from __future__ import annotations
 
@@ -42,11 +42,20 @@ def test_defaults(tmp_path):
 
 def test_the_documented_names(monkeypatch):
     given = {
-        "HOST": "::1", "PORT": "9000", "BASE_URL": "https://x.example", "DEBUG": "true", "DEVICE": "cuda:0, cuda:1",
-        "OFFLOAD_MODE": "sequential", "WORKFLOWS_BASE_PATH": "/w", "OUTPUT_BASE_PATH": "/o", "MODEL_CACHE_DIR": "/m",
+        "HOST": "::1",
+        "PORT": "9000",
+        "BASE_URL": "https://x.example",
+        "DEBUG": "true",
+        "DEVICE": "cuda:0, cuda:1",
+        "OFFLOAD_MODE": "sequential",
+        "WORKFLOWS_BASE_PATH": "/w",
+        "OUTPUT_BASE_PATH": "/o",
+        "MODEL_CACHE_DIR": "/m",
         "HF_TOKEN": "hf_x",
-        "INFERENCE_TIMEOUT": "12", "LORA_DOWNLOAD_CACHE_DIR": "/l", "FIDELORA_LORA_HOSTS": " HuggingFace.co, *.hf.co,",
-    }  # fmt: skip
+        "INFERENCE_TIMEOUT": "12",
+        "LORA_DOWNLOAD_CACHE_DIR": "/l",
+        "FIDELORA_LORA_HOSTS": " HuggingFace.co, *.hf.co,",
+    }
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     settings = read_settings()
@@ -73,16 +82,14 @@ def test_the_documented_names(monkeypatch):
     assert "hf_x" not in repr(settings)
 
 
-def test_the_old_spelling_of_offloading(monkeypatch):
+def test_older_name_of_offload_mode(monkeypatch):
     monkeypatch.setenv("ENABLE_CPU_OFFLOAD", "true")
     assert read_settings().offload == "model"
     monkeypatch.setenv("OFFLOAD_MODE", "none")
     assert read_settings().offload == "none"
 
 
-def test_the_command_line_goes_before_the_environment_and_that_before_the_file(
-    monkeypatch, tmp_path
-):
+def test_precedence_of_command_line_environment_and_file(monkeypatch, tmp_path):
     (tmp_path / ".env").write_text("PORT=1\nHOST=file\nDEVICE=cpu\nSOMETHING_ELSE=1\n")
     monkeypatch.setenv("PORT", "2")
     monkeypatch.setenv("HOST", "environment")
@@ -101,15 +108,15 @@ def test_the_command_line_goes_before_the_environment_and_that_before_the_file(
         ("FIDELORA_LORA_HOSTS", "https://huggingface.co"),
     ],
 )
-def test_a_value_that_cannot_be_is_refused_by_name(monkeypatch, name, value):
+def test_an_invalid_value_is_rejected_by_name(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError, match=name):
         read_settings()
 
 
-def test_a_name_of_ours_that_is_no_setting_is_refused(monkeypatch):
+def test_an_unknown_name_with_the_prefix_is_rejected(monkeypatch):
     monkeypatch.setenv("FIDELORA_LORA_HOST", "x")
-    with pytest.raises(SettingsError, match="is FIDELORA_LORA_HOSTS meant"):
+    with pytest.raises(SettingsError, match=r"did you mean FIDELORA_LORA_HOSTS\?"):
         read_settings()
 
 
@@ -134,7 +141,7 @@ def test_each_model_has_a_base_of_its_own(monkeypatch, text, meant):
 def test_a_model_has_one_base(monkeypatch, text):
     monkeypatch.setenv("FIDELORA_BASE_MODEL", text)
     with pytest.raises(
-        SettingsError, match=r"FIDELORA_BASE_MODEL: .*a model has (no place|two places)"
+        SettingsError, match=r"FIDELORA_BASE_MODEL: .*a model has (no base|two bases)"
     ):
         read_settings()
 

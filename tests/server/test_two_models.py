@@ -1,4 +1,4 @@
-"""A server with both models: each has its own base, and they take turns in a worker's memory."""
+"""A server with both models: each has its own base, and they alternate in a worker's memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from tests.support import LORA, SDXL_LORA, TINY_BASE, TINY_SDXL
 
 ALTERNATIONS = 20
 LEVEL_BYTES = 64 * 2**20
-"""A base that was not let go would be 11 or 22 MiB, sixteen of them 260 MiB; what the allocator keeps moves by some MiB."""
+"""Largest allowed growth of memory, 64 MiB.
+
+Each base that is not freed would add 11 or 22 MiB, sixteen of them 260 MiB; the memory that the
+allocator keeps varies by some MiB."""
 
 
 @pytest.fixture
@@ -33,7 +36,7 @@ def request(model: str) -> dict[str, Any]:
 
 
 def worker_bytes(server: Server) -> int:
-    """Memory of the server's processes that no other shares, as Linux counts it; mapped files do not count."""
+    """Return the private dirty memory of the server's child processes, without mapped files."""
     pid = server.process.pid
     children = [
         child
@@ -50,9 +53,9 @@ def worker_bytes(server: Server) -> int:
 
 @pytest.mark.skipif(
     not Path("/proc/self/smaps_rollup").exists(),
-    reason="reads the memory of a process as Linux tells it",
+    reason="reads the memory of a process from Linux's /proc",
 )
-def test_the_models_take_turns_and_memory_stays_level(server: Server):
+def test_memory_stays_level_while_models_alternate(server: Server):
     server.ready()
     images: dict[str, set[str]] = {"sd15": set(), "sdxl": set()}
     before = 0
@@ -72,13 +75,11 @@ def test_the_models_take_turns_and_memory_stays_level(server: Server):
             before = worker_bytes(server)
     assert before > 0
     assert worker_bytes(server) - before < LEVEL_BYTES
-    assert [len(one) for one in images.values()] == [
-        1,
-        1,
-    ]  # the same request gives the same file each time
+    # The same request gives the same file each time.
+    assert [len(hashes) for hashes in images.values()] == [1, 1]
 
 
-def test_an_adapter_of_the_other_model_fails_with_a_sentence_that_names_it(server: Server):
+def test_an_adapter_of_the_other_model_fails_and_is_named(server: Server):
     for model, lora, right in (
         ("sdxl", "sks.safetensors", "sd15"),
         ("sd15", "xl.safetensors", "sdxl"),

@@ -1,1 +1,1 @@
-"""The HTTP server. `app.py` puts it together, `routes/` has the endpoints, `problems.py` turns errors into answers."""
+"""The HTTP server: `app.py` assembles it, `routes/` has the endpoints, `problems.py` the errors."""

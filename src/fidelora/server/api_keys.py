@@ -1,4 +1,4 @@
-"""API keys: made here, shown once, and kept as hashes."""
+"""API keys: created here, shown once, stored as hashes."""
 
 from __future__ import annotations
 
@@ -16,77 +16,77 @@ _PREFIX = "fl_"
 
 
 class ApiKeys:
-    """The keys of one server, in one file. A key that is added or removed counts at once, without a restart.
+    """The API keys of one server, stored in one file. Changes take effect without a restart.
 
     Args:
-        path: of the file; it need not exist.
+        path: path of the file, which need not exist.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = threading.Lock()
-        self._seen: tuple[int, int] | None = None
+        self._loaded_version: tuple[int, int] | None = None
         self._names: dict[str, str] = {}
 
     def names(self) -> list[str]:
-        """Whom keys were made for."""
+        """Return the names of the keys, sorted."""
         return sorted(self._read().values())
 
     def add(self, name: str) -> str:
-        """Make a key for `name`; this is the only time that it can be seen.
+        """Create a key with this name and return it; it cannot be read again later.
 
         Raises:
-            SettingsError: there is one for this name already, or the name is empty or not printable.
+            SettingsError: the name is taken, empty, too long or not printable.
         """
         if not name or not name.isprintable() or len(name) > 100:
-            raise SettingsError("The name of an API key has 1 to 100 printable characters.")
+            raise SettingsError("The name of an API key must have 1 to 100 printable characters.")
         names = self._read()
         if name in names.values():
             raise SettingsError(
-                f"There is an API key for {name} already; remove it first, or choose another name."
+                f"An API key named {name} exists already; remove it first, or choose another name."
             )
         key = _PREFIX + secrets.token_urlsafe(32)
         self._write(names | {hash_of(key): name})
         return key
 
     def remove(self, name: str) -> None:
-        """Let the key of `name` open nothing any more.
+        """Revoke the key with this name.
 
         Raises:
-            SettingsError: there is none.
+            SettingsError: there is no such key.
         """
         names = self._read()
         if name not in names.values():
             raise SettingsError(
-                f"There is no API key for {name}; `fidelora keys list` shows those there are."
+                f"There is no API key named {name}; `fidelora keys list` lists all keys."
             )
         self._write({key: other for key, other in names.items() if other != name})
 
     def owner(self, key: str) -> str | None:
-        """Whom this key was made for; None if it is none of ours."""
+        """Return the name of this key, or None if the key is unknown."""
         return self.owner_of(hash_of(key))
 
     def owner_of(self, sha256: str) -> str | None:
-        """Whom the key with this hash was made for; None if there is none."""
+        """Return the name of the key with this hash, or None if there is none."""
         return self._read().get(sha256)
 
     def _read(self) -> dict[str, str]:
-        """Hash -> name; read again only after the file changed."""
+        """Return hash -> name; the file is read again only after it changed."""
         with self._lock:
             try:
                 status = self._path.stat()
             except FileNotFoundError:
-                self._seen, self._names = None, {}
+                self._loaded_version, self._names = None, {}
                 return {}
-            if self._seen != (status.st_mtime_ns, status.st_ino):
+            if self._loaded_version != (status.st_mtime_ns, status.st_ino):
                 try:
                     content = json.loads(self._path.read_text())
                     self._names = {entry["sha256"]: entry["name"] for entry in content["keys"]}
                 except (ValueError, KeyError, TypeError) as error:
                     raise SettingsError(
-                        f"{self._path} is damaged: restore it, or remove it and make new keys."
+                        f"{self._path} is damaged; restore it, or remove it and create new keys."
                     ) from error
-                self._seen = (status.st_mtime_ns, status.st_ino)
+                self._loaded_version = (status.st_mtime_ns, status.st_ino)
             return dict(self._names)
 
     def _write(self, names: dict[str, str]) -> None:
@@ -98,5 +98,8 @@ class ApiKeys:
 
 
 def hash_of(key: str) -> str:
-    """What is kept of a key. Plain sha256 is enough: a key has 256 random bits, so there is nothing to guess."""
+    """Return the stored hash of a key.
+
+    Plain sha256 is enough: a key has 256 random bits, which cannot be guessed.
+    """
     return hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()

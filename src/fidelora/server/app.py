@@ -1,4 +1,4 @@
-"""The composition root: settings in, application out. Everything that a server is made of is chosen here."""
+"""The composition root: builds the request context and the application from the settings."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from fidelora.server.context import ServerContext
 from fidelora.server.login import Login
 from fidelora.server.logs import configure_logs
 from fidelora.server.metrics import Metrics
-from fidelora.server.middleware import AccessControl, BodyLimitMiddleware, RequestLog
+from fidelora.server.middleware import AccessControl, BodyLimitMiddleware, RequestLogMiddleware
 from fidelora.server.page.mount import SWITCHED_OFF, Page, make_page
 from fidelora.server.routes import a1111, inference, loras, openai, operations, replay, requests
 from fidelora.settings import Settings
@@ -44,12 +44,15 @@ from fidelora.workers.worker import WorkerLimits
 
 log = structlog.get_logger(__name__)
 
-_WATCH_EVERY_S = 0.5
-_CLEAN_EVERY_S = 60.0
+_WATCH_INTERVAL_S = 0.5
+"""Seconds between two checks for dead and hanging workers."""
+_CLEAN_INTERVAL_S = 60.0
+"""Seconds between two removals of old requests and adapters."""
 
-_DESCRIPTION = """Images from Stable Diffusion LoRAs, the same as the previews that AI Toolkit painted in training.
+_DESCRIPTION = """Images from Stable Diffusion LoRAs, identical to AI Toolkit's training samples.
 
-`POST /v1/inference` takes a request; its status, progress and images are under `/v1/requests/{request_id}`."""
+`POST /v1/inference` creates a request; its status, progress and images are at
+`/v1/requests/{request_id}`."""
 
 
 def make_context(
@@ -58,11 +61,11 @@ def make_context(
     base_url: str,
     server_id: str,
 ) -> ServerContext:
-    """The parts of a server as it is in production: a database, a cache and worker processes.
+    """Return the context of a production server, with a database, a cache and worker processes.
 
     Args:
-        server_defaults: recipe fields that the server decides, by model id.
-        server_id: the same after a restart; unfinished jobs are recognised by it.
+        server_defaults: recipe fields that the server sets, by model id.
+        server_id: stays the same after a restart; identifies the server's unfinished jobs.
 
     Raises:
         FideloraError: a folder or the database cannot be used.
@@ -71,7 +74,7 @@ def make_context(
         make_folder(folder)
         remove_stale_temporaries(folder)
     store = SqlStore(settings.database)
-    first = next(iter(settings.base_models or all_families()))
+    warm_model = next(iter(settings.base_models or all_families()))
     setup = partial(
         WorkerSetup,
         settings.database,
@@ -86,19 +89,19 @@ def make_context(
             timeout_s=settings.inference_timeout_s,
             batch_wait_s=settings.batch_wait_s,
         ),
-        warm=Recipe(prompt="", model=first, **server_defaults[first]),
+        warm=Recipe(prompt="", model=warm_model, **server_defaults[warm_model]),
         prepare=partial(configure_logs, settings.log_format, settings.debug),
     )
-    # The pool reports to the counters, and the counters ask the pool how many workers there are: one has to come first.
-    counters: list[Metrics] = []
+    # The pool reports to the metrics and the metrics read the pool, so one gets its reference late.
+    late_metrics: list[Metrics] = []
     pool = WorkerPool(
         store,
         [setup(device=device) for device in settings.devices],
         name=server_id,
-        on_report=lambda report: counters[0].attempt_ended(report),
+        on_report=lambda report: late_metrics[0].attempt_ended(report),
     )
-    counters.append(Metrics(store, pool))
-    return context_with_store(store, settings, server_defaults, base_url, counters[0], pool)
+    late_metrics.append(Metrics(store, pool))
+    return context_with_store(store, settings, server_defaults, base_url, late_metrics[0], pool)
 
 
 def context_with_store(
@@ -109,10 +112,10 @@ def context_with_store(
     metrics: Metrics | None = None,
     pool: WorkerPool | None = None,
 ) -> ServerContext:
-    """The parts of a server on this store; without a pool, others work on its jobs.
+    """Return a context on this store; without a pool, other processes work on its jobs.
 
     Raises:
-        OutputError: the cache of adapters cannot be written to.
+        OutputError: the adapter cache is not writable.
     """
     cache = AdapterCache(settings.adapters, _bytes(settings.lora_cache_gb) or 0)
     rules = DownloadRules(
@@ -125,7 +128,7 @@ def context_with_store(
         settings=settings,
         store=store,
         cache=cache,
-        sources=AdapterResolver(settings.loras, cache, rules, token),
+        resolver=AdapterResolver(settings.loras, cache, rules, token),
         keys=ApiKeys(keys_file(settings)),
         metrics=metrics or Metrics(store, pool),
         base_url=base_url,
@@ -135,21 +138,21 @@ def context_with_store(
 
 
 def keys_file(settings: Settings) -> Path:
-    """Where the hashes of the API keys are."""
+    """Return the path of the file with the hashes of the API keys."""
     return settings.data_dir.expanduser().absolute() / "api_keys.json"
 
 
 def make_app(context: ServerContext, *, with_page: bool = False) -> FastAPI:
-    """The application around these parts; they run while it does.
+    """Return the application; its lifespan starts and stops the workers.
 
     Args:
-        with_page: whether to look for the web page, and to serve it if its packages are there.
+        with_page: True to serve the web page, if it is enabled and its packages are installed.
     """
-    # Keys are checked before a body is read (gate.py); this only tells the OpenAPI document of them.
+    # Documentation only: the middleware checks keys, before a body is read.
     bearer = Security(
         HTTPBearer(
             auto_error=False,
-            description="A key that `fidelora keys add` made; needed once there is one.",
+            description="A key from `fidelora keys add`; required once one exists.",
         )
     )
     app = FastAPI(
@@ -167,7 +170,7 @@ def make_app(context: ServerContext, *, with_page: bool = False) -> FastAPI:
     basic = Security(
         HTTPBasic(
             auto_error=False,
-            description="For clients that know nothing else: the key is the password.",
+            description="For clients without bearer tokens: the key is the password.",
         )
     )
     app.include_router(a1111.router, dependencies=[bearer, basic])
@@ -189,7 +192,7 @@ def make_app(context: ServerContext, *, with_page: bool = False) -> FastAPI:
         base_url=context.base_url,
         login=login if isinstance(page, Page) else None,
     )
-    app.add_middleware(RequestLog, metrics=context.metrics)  # added last, it is the outermost
+    app.add_middleware(RequestLogMiddleware, metrics=context.metrics)  # the last is outermost
     return app
 
 
@@ -197,17 +200,21 @@ def make_app(context: ServerContext, *, with_page: bool = False) -> FastAPI:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     context: ServerContext = app.state.context
     running = [
-        asyncio.create_task(_every(_CLEAN_EVERY_S, partial(asyncio.to_thread, clean, context)))
+        asyncio.create_task(
+            _run_periodically(_CLEAN_INTERVAL_S, partial(asyncio.to_thread, clean, context))
+        )
     ]
     if context.pool is not None:
         await asyncio.to_thread(context.pool.start)
         running.append(
             asyncio.create_task(
-                _every(_WATCH_EVERY_S, partial(asyncio.to_thread, _watch, context, context.pool))
+                _run_periodically(
+                    _WATCH_INTERVAL_S, partial(asyncio.to_thread, _watch, context, context.pool)
+                )
             )
         )
     for task in running:
-        task.add_done_callback(_end_the_server_with)
+        task.add_done_callback(_stop_server_on_failure)
     page: Page | None = getattr(app.state, "page", None)
     async with page.running() if page is not None else nullcontext():
         yield
@@ -216,35 +223,36 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         task.cancel()
     await asyncio.gather(*running, return_exceptions=True)
     if context.pool is not None:
-        await asyncio.to_thread(
-            context.pool.stop, 0.0
-        )  # who told the server to stop has given them their time already
+        await asyncio.to_thread(context.pool.stop, 0.0)  # the grace period is over already
     await asyncio.to_thread(context.store.close)
 
 
-async def _every(seconds: float, action: Callable[[], Awaitable[None]]) -> None:
-    """Do something again and again. A database that cannot be used now may be usable later; anything else ends the server."""
+async def _run_periodically(seconds: float, action: Callable[[], Awaitable[None]]) -> None:
+    """Call `action` repeatedly. Job store errors may be temporary and are only logged."""
     while True:
         try:
             await action()
         except JobStoreError as error:
-            log.error("the store cannot be used, and is tried again", reason=str(error))
+            log.error("job store unavailable, retrying", reason=str(error))
         await asyncio.sleep(seconds)
 
 
-def _end_the_server_with(task: asyncio.Task[None]) -> None:
-    """A server that no longer watches its workers only looks alive; it ends, so that whoever keeps it running starts it anew."""
+def _stop_server_on_failure(task: asyncio.Task[None]) -> None:
+    """End the server if a background task failed, so that a supervisor can restart it.
+
+    A server that no longer watches its workers would only look alive.
+    """
     if not task.cancelled() and (error := task.exception()):
-        log.critical("the server cannot go on", exc_info=error)
+        log.critical("background task failed, stopping the server", exc_info=error)
         signal.raise_signal(signal.SIGTERM)
 
 
 def _watch(context: ServerContext, pool: WorkerPool) -> None:
     if context.stopping.is_set():
-        return  # processes that end now are meant to
+        return  # workers end on purpose now
     for job in pool.watch():
         log.warning(
-            "job taken back from its worker",
+            "job reclaimed from its worker",
             request_id=job.id,
             status=job.status.value,
             attempts=job.attempts,
@@ -254,15 +262,15 @@ def _watch(context: ServerContext, pool: WorkerPool) -> None:
 
 
 def clean(context: ServerContext) -> None:
-    """Remove requests that are old or too many, with their images, and adapters that nobody needs and that take too much space."""
+    """Remove requests over the age or count limit with their images, and trim the adapter cache."""
     before = datetime.now(UTC) - timedelta(days=context.settings.keep_days)
-    gone = context.store.remove_finished(before=before, keep=context.settings.keep_requests)
-    for output in (output for job in gone for output in job.outputs):
+    removed = context.store.remove_finished(before=before, keep=context.settings.keep_requests)
+    for output in (output for job in removed for output in job.outputs):
         Path(output.file_path).unlink(missing_ok=True)
-    if gone:
-        log.info("old requests removed", count=len(gone))
+    if removed:
+        log.info("old requests removed", count=len(removed))
     if trimmed := context.cache.trim(context.store.needs_adapter):
-        log.info("adapters removed from the cache", count=len(trimmed))
+        log.info("adapters removed from cache", count=len(trimmed))
 
 
 def _bytes(gigabytes: float | None) -> int | None:

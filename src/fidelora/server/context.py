@@ -1,4 +1,4 @@
-"""What endpoints work with, and how they get it."""
+"""The request context: everything that endpoints use, and the parameters that inject it."""
 
 from __future__ import annotations
 
@@ -21,46 +21,46 @@ from fidelora.workers.pool import WorkerPool
 
 @dataclass(frozen=True)
 class ServerContext:
-    """The parts of one server.
+    """The objects that one server consists of.
 
     Attributes:
-        base_url: where clients reach it.
-        server_defaults: by model id: the recipe fields that the server decides, such as `base_model` and the dtypes; for a model
-            that is not in it, none.
-        pool: the workers; None if others work on the store.
-        waited_for: of jobs that came by A1111's API and whose clients wait: by id, whose they are.
-        stopping: set as soon as the server is told to stop.
+        base_url: URL at which clients reach the server.
+        server_defaults: recipe fields that the server sets, such as `base_model` and the dtypes,
+            by model id. A model without an entry has none.
+        pool: the workers; None if other processes work on the store.
+        a1111_jobs: jobs of AUTOMATIC1111 clients that are waiting for an answer: job id -> owner.
+        stopping: set as soon as the server begins to stop.
     """
 
     settings: Settings
     store: JobStore
     cache: AdapterCache
-    sources: AdapterResolver
+    resolver: AdapterResolver
     keys: ApiKeys
     metrics: Metrics
     base_url: str
     server_defaults: Mapping[str, Mapping[str, Any]]
     pool: WorkerPool | None = None
-    waited_for: dict[str, str] = field(default_factory=dict)
+    a1111_jobs: dict[str, str] = field(default_factory=dict)
     stopping: threading.Event = field(default_factory=threading.Event)
 
     def refuse_if_stopping(self) -> None:
-        """Raise `ServerStoppingError` if no new request is taken."""
+        """Raise `ServerStoppingError` if the server accepts no new requests."""
         if self.stopping.is_set():
             raise ServerStoppingError
 
 
-async def _parts(request: Request) -> ServerContext:
+async def _context_of(request: Request) -> ServerContext:
     context = request.app.state.context
     assert isinstance(context, ServerContext)
     return context
 
 
-async def _owner(request: Request) -> str:
+async def _owner_of(request: Request) -> str:
     return str(request.scope.get("fidelora_owner", ""))
 
 
-ContextDep = Annotated[ServerContext, Depends(_parts)]
-"""Parameter of an endpoint: the parts of its server."""
-Owner = Annotated[str, Depends(_owner)]
-"""Parameter of an endpoint: whose API key the request came with; empty on a server without keys."""
+ContextDep = Annotated[ServerContext, Depends(_context_of)]
+"""Endpoint parameter: the server's context."""
+OwnerDep = Annotated[str, Depends(_owner_of)]
+"""Endpoint parameter: name of the API key of the request; empty on a server without keys."""

@@ -1,4 +1,4 @@
-"""Structured logs: one line for each event, JSON for machines or text for people, with the request's id."""
+"""Structured logs: one line per event, as JSON or text, with the request id."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from structlog.typing import Processor
 
 LogFormat = Literal["auto", "json", "text"]
 
-_SECRETS = ("token", "authorization", "api_key", "password")
+_SECRET_WORDS = ("token", "authorization", "api_key", "password")
+"""Log fields whose names contain one of these are masked."""
 
 
 def configure_logs(log_format: LogFormat = "auto", debug: bool = False) -> None:
-    """Send every log of this process, those of libraries too, through one formatter to stderr."""
+    """Send all logs of this process and its libraries through one formatter to stderr."""
     as_text = log_format == "text" or (log_format == "auto" and sys.stderr.isatty())
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -24,7 +25,7 @@ def configure_logs(log_format: LogFormat = "auto", debug: bool = False) -> None:
         structlog.stdlib.add_log_level,
         structlog.stdlib.ExtraAdder(),
         structlog.processors.TimeStamper(fmt="iso", utc=True),
-        _mask,
+        _mask_secrets,
     ]
     structlog.configure(
         processors=[
@@ -36,7 +37,7 @@ def configure_logs(log_format: LogFormat = "auto", debug: bool = False) -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
-    # Plain tracebacks: the others show local variables, and tokens with them.
+    # Plain tracebacks: rich ones show local variables, which may hold tokens.
     renderers: list[Processor] = [
         structlog.dev.ConsoleRenderer(
             colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
@@ -60,19 +61,18 @@ def configure_logs(log_format: LogFormat = "auto", debug: bool = False) -> None:
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         library = logging.getLogger(name)
         library.handlers, library.propagate = [], True
-    logging.getLogger(
-        "uvicorn.access"
-    ).disabled = True  # the server writes its own line, with the ids
+    logging.getLogger("uvicorn.access").disabled = True  # replaced by RequestLogMiddleware
     for name in ("httpx2", "httpcore2", "urllib3", "filelock", "alembic"):
-        logging.getLogger(name).setLevel(
-            logging.WARNING
-        )  # they log addresses, which may carry a token
+        # These log URLs, which may contain a token.
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def _mask(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """What is called a secret is not written down, whoever logs it."""
-    event.pop("color_message", None)  # uvicorn says things twice
+def _mask_secrets(
+    _logger: Any, _method: str, event: MutableMapping[str, Any]
+) -> MutableMapping[str, Any]:
+    """Mask the values of fields whose names suggest a secret."""
+    event.pop("color_message", None)  # uvicorn repeats the message there
     for name in event:
-        if any(secret in name.lower() for secret in _SECRETS):
+        if any(secret in name.lower() for secret in _SECRET_WORDS):
             event[name] = "***"
     return event

@@ -1,4 +1,4 @@
-"""What Prometheus hears. Every name begins with `fidelora_`; `docs/how-to/serve.md` explains them."""
+"""Prometheus metrics. Every name begins with `fidelora_`; see `docs/how-to/serve.md`."""
 
 from __future__ import annotations
 
@@ -20,39 +20,42 @@ from fidelora.workers.pool import WorkerPool
 from fidelora.workers.worker import AttemptReport
 
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
-"""Anything can be a method; not anything may become a series."""
-_WAITS_S = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
-_PARTS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-_HTTP_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
+"""Methods with a series of their own; all others, as clients can send any, are counted together."""
+# Upper bounds of the histogram buckets, in seconds.
+_QUEUE_BUCKETS_S = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
+_PHASE_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_HTTP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 
 
 class Metrics:
-    """Counters of one server.
+    """Metrics of one server.
 
     Args:
-        store, pool: asked for the length of the queue, and for the workers, whenever somebody reads the metrics.
+        store, pool: queried for the queue and the workers at each scrape.
     """
 
     def __init__(self, store: JobStore, pool: WorkerPool | None) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
         self._queue_wait = self._histogram(
-            "queue_wait_seconds", "From acceptance to the first attempt.", _WAITS_S
+            "queue_wait_seconds", "Time from acceptance to the first attempt.", _QUEUE_BUCKETS_S
         )
         self._load = self._histogram(
-            "load_seconds", "Base model and LoRAs into memory, for each attempt.", _PARTS_S
+            "load_seconds", "Time to load the base model and LoRAs, per attempt.", _PHASE_BUCKETS_S
         )
         self._switch = self._histogram(
-            "adapter_switch_seconds", "Putting LoRAs into the weights, for each attempt.", _PARTS_S
+            "adapter_switch_seconds", "Time to merge the LoRAs, per attempt.", _PHASE_BUCKETS_S
         )
         self._step = self._histogram(
-            "step_seconds", "One denoising step, averaged over a request.", _PARTS_S
+            "step_seconds", "Time of a denoising step, averaged over a request.", _PHASE_BUCKETS_S
         )
-        self._decode = self._histogram("decode_seconds", "Decoding, for each attempt.", _PARTS_S)
+        self._decode = self._histogram(
+            "decode_seconds", "Time to decode the latents, per attempt.", _PHASE_BUCKETS_S
+        )
         self._images = Counter("fidelora_images", "Finished images.", registry=self._registry)
         self._attempts = Counter(
             "fidelora_attempts",
-            "Attempts, by what the request was then.",
+            "Attempts, by resulting status of the request.",
             ["status"],
             registry=self._registry,
         )
@@ -60,22 +63,24 @@ class Metrics:
             "fidelora_failures", "Failed requests, by code.", ["code"], registry=self._registry
         )
         self._cache = Counter(
-            "fidelora_adapter_cache", "LoRAs that a request needed, by whether they were in memory.", ["result"],
+            "fidelora_adapter_cache",
+            "LoRAs needed by requests, by cache result.",
+            ["result"],
             registry=self._registry,
-        )  # fmt: skip
+        )
         self._http = Counter(
             "fidelora_http_requests",
-            "Answers.",
+            "HTTP responses.",
             ["method", "route", "status"],
             registry=self._registry,
         )
         self._http_time = self._histogram(
-            "http_request_seconds", "From a request's head to the end of its answer.", _HTTP_S
+            "http_request_seconds", "Time from request headers to end of response.", _HTTP_BUCKETS_S
         )
-        self._registry.register(_Now(store, pool))
+        self._registry.register(_CurrentStateCollector(store, pool))
 
     def attempt_ended(self, report: AttemptReport) -> None:
-        """Count an attempt."""
+        """Count an attempt that ended."""
         if report.wait_s is not None:
             self._queue_wait.observe(report.wait_s)
         for part, histogram in (
@@ -95,24 +100,24 @@ class Metrics:
         self._cache.labels("miss").inc(report.adapters_cold)
 
     def lost(self, code: str) -> None:
-        """Count a request that failed because its workers died."""
+        """Count a request that failed because its worker processes died."""
         self._failures.labels(code).inc()
 
     def answered(self, method: str, route: str, status: int, seconds: float) -> None:
-        """Count an answer; `route` is the path's pattern."""
+        """Count an HTTP response; `route` is the pattern of the path."""
         self._http.labels(method if method in _METHODS else "other", route, str(status)).inc()
         self._http_time.observe(seconds)
 
     def text(self) -> bytes:
-        """All of it, in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def _histogram(self, name: str, help_text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"fidelora_{name}", help_text, buckets=buckets, registry=self._registry)
 
 
-class _Now(Collector):
-    """What is counted at the moment when somebody asks."""
+class _CurrentStateCollector(Collector):
+    """Gauges that are computed at each scrape."""
 
     def __init__(self, store: JobStore, pool: WorkerPool | None) -> None:
         self._store = store
@@ -120,21 +125,19 @@ class _Now(Collector):
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         requests = GaugeMetricFamily(
-            "fidelora_requests", "Requests that have not ended, by state.", labels=["status"]
+            "fidelora_requests", "Unfinished requests, by status.", labels=["status"]
         )
         for status in (Status.IN_QUEUE, Status.IN_PROGRESS):
             requests.add_metric([status.value], self._store.count(status))
         yield requests
         if self._pool is not None:
             workers = len(self._pool.process_ids)
-            yield GaugeMetricFamily(
-                "fidelora_workers", "Worker processes that are alive.", value=workers
-            )
+            yield GaugeMetricFamily("fidelora_workers", "Live worker processes.", value=workers)
             yield GaugeMetricFamily(
                 "fidelora_worker_restarts",
-                "Worker processes that were replaced.",
+                "Replaced worker processes.",
                 value=self._pool.restarts,
             )
             yield GaugeMetricFamily(
-                "fidelora_ready", "1 if requests are worked on.", value=int(self._pool.ready)
+                "fidelora_ready", "1 if a worker is ready.", value=int(self._pool.ready)
             )

@@ -1,4 +1,4 @@
-"""What every request passes first: its id and its line in the log, the check of the host it names, and its API key."""
+"""Middleware: call ids and the access log, body limits, and access control by host and API key."""
 
 from __future__ import annotations
 
@@ -17,36 +17,37 @@ from fidelora.errors import ApiKeyError, BodyTooLargeError, FideloraError, Reque
 from fidelora.server.api_keys import ApiKeys
 from fidelora.server.login import LOGIN_PATH, Login
 from fidelora.server.metrics import Metrics
-from fidelora.server.page.paths import UPLOAD_PATH as JOB_PATH
+from fidelora.server.page.paths import UPLOAD_PATH as PAGE_UPLOAD_PATH
 from fidelora.server.page.paths import is_page_path
-from fidelora.server.problem_formats import A1111_PATHS, answer
+from fidelora.server.problem_formats import A1111_PATHS, problem_response
 from fidelora.server.problems import problem_of
 
 log = structlog.get_logger("fidelora.http")
 
-_OPEN = {"/health", "/ready", "/openapi.json", "/docs", "/docs/oauth2-redirect"}
-"""Paths that need no key: probes, and the description of the API."""
-_OFTEN = ("/metrics", "/assets/", "/static/")
-"""What is asked for so often that the log does not tell of it."""
-_ENTRANCES = {("GET", "/"), ("GET", LOGIN_PATH), ("POST", LOGIN_PATH)}
-"""Where somebody without a key is asked for one."""
+_PUBLIC_PATHS = {"/health", "/ready", "/openapi.json", "/docs", "/docs/oauth2-redirect"}
+"""Paths that need no API key: the probes and the API documentation."""
+_FREQUENT_PATHS = ("/metrics", "/assets/", "/static/")
+"""Prefixes of paths that are called so often that they are logged at debug level only."""
+_LOGIN_ROUTES = {("GET", "/"), ("GET", LOGIN_PATH), ("POST", LOGIN_PATH)}
+"""Routes at which browsers without a session get the login form."""
 MAX_BODY_BYTES = 2**20
+"""Largest body of a route without a limit of its own: 1 MiB."""
 MAX_IMAGE_BYTES = 64 * 2**20
-"""Of an image that is to be made again; the largest that is made here has 48 MiB of pixels."""
+"""Largest image file to replay, 64 MiB; the largest image made here has 48 MiB of pixels."""
 _LOOPBACK_NAMES = {"localhost", "127.0.0.1", "::1"}
 _CALL_ID = re.compile(r"[\w.-]{1,64}")
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server that listens on `host`."""
+    """Return True if a server that listens on `host` is reachable from this machine only."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host.lower() == "localhost"
 
 
-class RequestLog:
-    """Gives each call an id, and writes one line and one count when its answer is out."""
+class RequestLogMiddleware:
+    """Gives each call an id; logs and counts it when its response is sent."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -56,11 +57,11 @@ class RequestLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id", "")
-        call_id = given if _CALL_ID.fullmatch(given) else uuid.uuid4().hex[:16]
-        start, status = time.monotonic(), 500  # what is answered if nothing below answers
+        client_id = Headers(scope=scope).get("x-request-id", "")
+        call_id = client_id if _CALL_ID.fullmatch(client_id) else uuid.uuid4().hex[:16]
+        start, status = time.monotonic(), 500  # the status if the application sends none
 
-        async def noted(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -72,14 +73,14 @@ class RequestLog:
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(call_id=call_id)
         try:
-            await self._app(scope, receive, noted)
+            await self._app(scope, receive, send_with_headers)
         finally:
             seconds = time.monotonic() - start
             pattern = getattr(scope.get("route"), "path", "none")
             self._metrics.answered(scope["method"], pattern, status, seconds)
-            quiet = scope["path"] in _OPEN or scope["path"].startswith(_OFTEN)
+            quiet = scope["path"] in _PUBLIC_PATHS or scope["path"].startswith(_FREQUENT_PATHS)
             write = log.debug if quiet and status < 400 else log.info
-            about = (
+            job = (
                 {"request_id": scope["path_params"]["request_id"]}
                 if scope.get("path_params", {}).get("request_id")
                 else {}
@@ -90,34 +91,36 @@ class RequestLog:
                 path=scope["path"],
                 status=status,
                 ms=round(seconds * 1000, 1),
-                **about,
+                **job,
             )
 
 
 class BodyLimitMiddleware:
-    """Refuses bodies that are too large, those that do not say their size as soon as they are."""
+    """Rejects bodies that are too large, by their announced size or while they are received."""
 
     def __init__(self, app: ASGIApp, max_lora_bytes: int, max_job_bytes: int) -> None:
         self._app = app
-        self._larger = {
+        self._extra_bytes = {
             ("POST", "/v1/loras"): max_lora_bytes,
             ("POST", "/v1/replay"): MAX_IMAGE_BYTES,
-            ("POST", JOB_PATH): max_job_bytes,
+            ("POST", PAGE_UPLOAD_PATH): max_job_bytes,
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        # With room for the rest of a form.
-        limit = MAX_BODY_BYTES + self._larger.get((scope["method"], scope["path"]), 0)
+        # The upload limit is added to the base limit, which covers the other fields of a form.
+        limit = MAX_BODY_BYTES + self._extra_bytes.get((scope["method"], scope["path"]), 0)
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdigit() and int(announced) > limit:
-            await answer(problem_of(_too_large(limit)), scope["path"])(scope, receive, send)
+            await problem_response(problem_of(_too_large(limit)), scope["path"])(
+                scope, receive, send
+            )
             return
         received = 0
 
-        async def counted() -> Message:
+        async def receive_limited() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
@@ -125,21 +128,21 @@ class BodyLimitMiddleware:
                 raise _too_large(limit)
             return message
 
-        await self._app(scope, counted, send)
+        await self._app(scope, receive_limited, send)
 
 
 def _too_large(limit: int) -> BodyTooLargeError:
-    return BodyTooLargeError(f"The body is too large; {limit:,} bytes are allowed here.")
+    return BodyTooLargeError(f"The body is too large; at most {limit:,} bytes are allowed.")
 
 
 class AccessControl:
-    """Lets in who has a key. A server without keys is for this machine alone, and for pages that name it as such.
+    """Requires an API key; on a server without keys, a hostname and origin of this machine.
 
-    Without the second rule, a web page that somebody looks at here could have its own name lead to 127.0.0.1 (DNS rebinding) and
-    use the server as its own, or send forms to it, to which browsers add the page's origin.
+    The second rule blocks DNS rebinding (a hostile hostname that resolves to 127.0.0.1) and form
+    posts from pages of other sites, to which browsers add the `Origin` header.
 
     Args:
-        login: how people show a key to our own page; None if there is no page.
+        login: login of the web page; None if there is no page.
     """
 
     def __init__(
@@ -148,13 +151,12 @@ class AccessControl:
         self._app = app
         self._keys = keys
         self._hosts = _LOOPBACK_NAMES | {urlsplit(base_url).hostname or "localhost"}
-        self._authority = urlsplit(
-            base_url
-        ).netloc.lower()  # what browsers name where a proxy names something else
+        # Browsers send this as origin even if a proxy changes the Host header.
+        self._authority = urlsplit(base_url).netloc.lower()
         self._login = login
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not self._is_open(scope["path"]):
+        if scope["type"] == "http" and not self._is_public(scope["path"]):
             try:
                 scope["fidelora_owner"] = self._owner(
                     Headers(scope=scope), scope["path"], scope["method"]
@@ -163,49 +165,51 @@ class AccessControl:
                 if (
                     isinstance(error, ApiKeyError)
                     and self._login
-                    and (scope["method"], scope["path"]) in _ENTRANCES
+                    and (scope["method"], scope["path"]) in _LOGIN_ROUTES
                 ):
                     await self._login(scope, receive, send)
                     return
-                await answer(problem_of(error), scope["path"])(scope, receive, send)
+                await problem_response(problem_of(error), scope["path"])(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
-    def _is_open(self, path: str) -> bool:
-        return path in _OPEN or (
-            path == "/" and self._login is None
-        )  # where it says that there is no page
+    def _is_public(self, path: str) -> bool:
+        # Without a page, "/" is a text that says so.
+        return path in _PUBLIC_PATHS or (path == "/" and self._login is None)
 
     def _owner(self, headers: Headers, path: str, method: str) -> str:
-        of_page = self._login is not None and is_page_path(path)
-        if of_page and method == "POST":
+        is_page = self._login is not None and is_page_path(path)
+        if is_page and method == "POST":
             self._refuse_other_sites(headers)
         if self._keys.names():
-            scheme, _, given = headers.get("authorization", "").partition(" ")
-            key = given.strip() if scheme.lower() == "bearer" else ""
+            scheme, _, credentials = headers.get("authorization", "").partition(" ")
+            key = credentials.strip() if scheme.lower() == "bearer" else ""
             if scheme.lower() == "basic" and path.startswith(A1111_PATHS):
-                key = _password(given)
+                key = _password(credentials)
             owner = self._keys.owner(key) if key else None
-            if (
-                owner is None and of_page and self._login
-            ):  # nowhere else: other sites could send the cookie to the API
+            # The API accepts no cookie, because other sites could make a browser send it.
+            if owner is None and is_page and self._login:
                 owner = self._login.owner(headers)
             if owner is None:
                 raise ApiKeyError
             return owner
         origin = headers.get("origin")
-        for place in ("//" + headers.get("host", ""), *([] if origin is None else [origin])):
-            host = _host(place)
+        for url in ("//" + headers.get("host", ""), *([] if origin is None else [origin])):
+            host = _host(url)
             if host not in self._hosts and not is_loopback(host):
                 raise RequestError(
-                    f"This server has no API keys, and answers only to names and pages of this machine, not to {host!r:.100}; "
-                    "make a key with `fidelora keys add`, or set BASE_URL.",
+                    "A server without API keys accepts only hostnames and pages of its own "
+                    f"machine, not {host!r:.100}; create a key with `fidelora keys add`, "
+                    "or set BASE_URL.",
                     code="HOST_NOT_ALLOWED",
                 )
         return ""
 
     def _refuse_other_sites(self, headers: Headers) -> None:
-        """Browsers say which page a POST comes from, programs say nothing. Unlike an API's client, only our own page acts on it."""
+        """Reject a POST from a page of another site, for routes that only the own page may call.
+
+        Browsers send the origin of a POST; programs send neither header.
+        """
         origin = headers.get("origin")
         if origin is None and headers.get("sec-fetch-site", "same-origin") == "same-origin":
             return
@@ -213,20 +217,23 @@ class AccessControl:
         if authority and authority in (headers.get("host", "").lower(), self._authority):
             return
         raise RequestError(
-            "A page of another site sent this; use the server's own page.", code="OTHER_SITE"
+            "A page of another site sent this call; use the server's own page.", code="OTHER_SITE"
         )
 
 
-def _host(place: str) -> str:
+def _host(url: str) -> str:
     try:
-        return urlsplit(place).hostname or ""
+        return urlsplit(url).hostname or ""
     except ValueError:
         return ""
 
 
-def _password(given: str) -> str:
-    """Clients of A1111 know names and passwords only: the key is the password, and the name is not looked at."""
+def _password(credentials: str) -> str:
+    """Return the password of Basic credentials, which is the API key; the name is ignored.
+
+    A1111 clients support this kind of authentication only.
+    """
     try:
-        return base64.b64decode(given, validate=True).decode().partition(":")[2]
+        return base64.b64decode(credentials, validate=True).decode().partition(":")[2]
     except ValueError:
         return ""

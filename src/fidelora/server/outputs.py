@@ -1,4 +1,4 @@
-"""The files of finished images, and rough pictures of unfinished ones."""
+"""Files of finished images, and previews of images in progress."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fidelora.jobs.job import Output
 
 
 def content_of(output: Output) -> bytes:
-    """An image's file, exactly as it was made.
+    """Return the content of an image's file.
 
     Raises:
-        ImageGoneError: it is not there any more, or was changed.
+        ImageGoneError: the file was removed or changed.
     """
     try:
         content = Path(output.file_path).read_bytes()
@@ -29,12 +29,12 @@ def content_of(output: Output) -> bytes:
 
 
 def base64_of(output: Output) -> str:
-    """`content_of` in base64."""
+    """Return `content_of` in base64."""
     return base64.b64encode(content_of(output)).decode()
 
 
-def preview_as(preview: str, image_format: str) -> str:
-    """A preview, which is a small JPEG in base64, as a picture of another format, in base64, too."""
+def convert_preview(preview: str, image_format: str) -> str:
+    """Convert a preview, a small JPEG in base64, to another format, also in base64."""
     if image_format == "jpeg":
         return preview
     with Image.open(io.BytesIO(base64.b64decode(preview)), formats=("JPEG",)) as image:

@@ -1,4 +1,4 @@
-"""How errors are written down: in the shape of the documented API, and of the APIs of OpenAI and AUTOMATIC1111 on their paths."""
+"""Error bodies: the documented API's format, and OpenAI's and AUTOMATIC1111's on their paths."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from typing import Any
 from fastapi.responses import JSONResponse
 
 RETRY_AFTER_S = 10
+"""Value of the `Retry-After` header of 429 and 503 responses."""
 OPENAI_PATHS = ("/v1/images/", "/v1/models/")
 A1111_PATHS = ("/sdapi/",)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong, before it has a shape.
+    """An error response, independent of the format of its body.
 
     Attributes:
-        fields: which ones are wrong, as FastAPI describes them; empty if that is not what is wrong.
-        final: whether sending the same again is of no use although the status would let a client think so.
+        fields: the invalid fields in FastAPI's format; empty if no field is the cause.
+        final: True if a retry cannot succeed although the status suggests one.
     """
 
     status: int
@@ -30,8 +31,8 @@ class Problem:
     final: bool = False
 
 
-def answer(problem: Problem, path: str) -> JSONResponse:
-    """The answer to a call of `path`."""
+def problem_response(problem: Problem, path: str) -> JSONResponse:
+    """Return the response for a call of `path`."""
     headers = {"Retry-After": str(RETRY_AFTER_S)} if problem.status in (429, 503) else {}
     if problem.status == 401:
         headers["WWW-Authenticate"] = "Basic" if path.startswith(A1111_PATHS) else "Bearer"
@@ -41,7 +42,7 @@ def answer(problem: Problem, path: str) -> JSONResponse:
             400 if problem.fields else 404 if problem.code == "MODEL_NOT_FOUND" else problem.status
         )
         return JSONResponse(openai_error(problem), status, headers)
-    if problem.fields:  # in FastAPI's own shape, which A1111 has, too
+    if problem.fields:  # FastAPI's format, which A1111 uses too
         return JSONResponse({"detail": list(problem.fields)}, problem.status, headers)
     if path.startswith(A1111_PATHS):
         body = {
@@ -60,11 +61,11 @@ _OPENAI_CODES = {
     "MODEL_NOT_FOUND": "model_not_found",
     "QUEUE_FULL": "rate_limit_exceeded",
 }
-"""What OpenAI calls what we have other names for."""
+"""OpenAI's error codes, by this API's codes, where they differ."""
 
 
 def openai_error(problem: Problem) -> dict[str, Any]:
-    """The body of an error of OpenAI's API; the data of an event that ends a stream, too."""
+    """Return an error body of OpenAI's API, used for responses and for error events in streams."""
     kind = (
         "rate_limit_error"
         if problem.status == 429

@@ -1,4 +1,4 @@
-"""Errors into answers: the one place that knows which error has which status and code. `shapes.py` writes them down."""
+"""Maps each error to its HTTP status and code; `problem_formats.py` builds the bodies."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from starlette.exceptions import HTTPException
 from fidelora import errors
 from fidelora.api import ErrorBody
 from fidelora.errors import FideloraError, RequestError, RequestFailedError, RequestFieldError
-from fidelora.server.problem_formats import Problem, answer
+from fidelora.server.problem_formats import Problem, problem_response
 
 log = structlog.get_logger(__name__)
 
-# The first that fits counts: from the special to the general.
-_ANSWERS: Sequence[tuple[type[FideloraError], int, str]] = (
+# The first match counts, so subclasses come before their base classes.
+_STATUS_AND_CODE: Sequence[tuple[type[FideloraError], int, str]] = (
     (errors.JobNotFoundError, 404, "REQUEST_NOT_FOUND"),
     (errors.ImageNotFoundError, 404, "IMAGE_NOT_FOUND"),
     (errors.ImageGoneError, 410, "IMAGE_GONE"),
@@ -48,44 +48,49 @@ _ANSWERS: Sequence[tuple[type[FideloraError], int, str]] = (
 )
 
 REQUEST_CODES = {
-    "MODEL_NOT_FOUND": "There is no model of this id; `details.supported_models` lists those there are.",
+    "MODEL_NOT_FOUND": "There is no model with this id; `details.supported_models` lists all.",
     "LORA_FILE_REQUIRED": "The list of LoRAs is empty.",
-    "MOE_FORMAT_NOT_SUPPORTED": "The model has one transformer: a LoRA of it has no `transformer`.",
-    "FIELD_NOT_SUPPORTED": "The model cannot use this field, or nobody knows it; `details.field` names it.",
-    "MULTIPLIERS_DO_NOT_MATCH": "A prompt has another number of multipliers than there are LoRAs.",
-    "BASE_MODEL_DIFFERS": "The image was made with another base model than the server's; `details.differs` has both.",
-    "LORA_BYTES_MISSING": "LoRAs that the image was made with are not here; `details.missing` has sha256 and name of each.",
-    "HOST_NOT_ALLOWED": "A server without API keys answers only to names of its own machine.",
-    "OTHER_SITE": "A browser sent this from a page of another site.",
+    "MOE_FORMAT_NOT_SUPPORTED": "The model has one transformer; remove the LoRA's `transformer`.",
+    "FIELD_NOT_SUPPORTED": "The field `details.field` is unknown or not supported by the model.",
+    "MULTIPLIERS_DO_NOT_MATCH": "A prompt does not have one multiplier per LoRA.",
+    "BASE_MODEL_DIFFERS": "The image was made with another base model; `details.differs` has both.",
+    "LORA_BYTES_MISSING": (
+        "The server lacks LoRAs of the image; `details.missing` has sha256 and name of each."
+    ),
+    "HOST_NOT_ALLOWED": "A server without API keys accepts only hostnames of its own machine.",
+    "OTHER_SITE": "A browser sent this call from a page of another site.",
 }
-"""The codes of errors that carry their own; all of them are 400."""
+"""Codes of `RequestError`s, which carry their own code; the status is always 400."""
 
 _DESCRIPTIONS = {
-    400: "Cannot be done as it is written",
-    401: "No API key, or an unknown one",
+    400: "The request is not supported or not valid",
+    401: "API key missing or unknown",
     404: "Not found",
-    409: "Contradicts what is there",
+    409: "Conflicts with the current state",
     410: "Gone",
     413: "Body too large",
-    415: "A body of this type is not read",
+    415: "Content type not supported",
     429: "The queue is full",
-    503: "Not now",
+    503: "Temporarily unavailable",
 }
 
 _SECRET_FIELDS = {"hf_token"}
 
 
 def codes() -> dict[str, tuple[int, str]]:
-    """Every code that an error can have, with its status and what it means."""
-    own = {code: (400, meaning) for code, meaning in REQUEST_CODES.items()}
-    return own | {code: (status, str(kind())) for kind, status, code in reversed(_ANSWERS)}
+    """Return every error code with its status and meaning."""
+    request_codes = {code: (400, meaning) for code, meaning in REQUEST_CODES.items()}
+    return request_codes | {
+        code: (status, str(kind())) for kind, status, code in reversed(_STATUS_AND_CODE)
+    }
 
 
-def answers(*statuses: int, is_json: bool = True) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of a route that can answer with these errors, besides those that every route can have.
+def error_responses(*statuses: int, is_json: bool = True) -> dict[int | str, dict[str, Any]]:
+    """Return the `responses` of a route: these errors, and those that every route can have.
 
     Args:
-        is_json: whether the route's good answer is JSON; the framework believes that errors are of the same type.
+        is_json: False if the route's success response is not JSON. FastAPI would document errors
+            with the same media type, so the schema is spelled out then.
     """
     body: dict[str, Any] = {"model": ErrorBody}
     if not is_json:
@@ -99,7 +104,7 @@ def answers(*statuses: int, is_json: bool = True) -> dict[int | str, dict[str, A
 
 
 def problem_of(error: FideloraError) -> Problem:
-    """What a client hears of an error."""
+    """Return the error response for an error."""
     if isinstance(error, RequestFieldError):
         return _invalid([{"type": "value_error", "loc": ["body", *error.place], "msg": str(error)}])
     if isinstance(error, RequestError):
@@ -109,7 +114,7 @@ def problem_of(error: FideloraError) -> Problem:
     if isinstance(error, errors.AdaptersMissingError):
         missing = [{"sha256": sha256, "name": name} for sha256, name in error.missing]
         return Problem(400, "LORA_BYTES_MISSING", str(error), {"missing": missing})
-    for kind, status, code in _ANSWERS:
+    for kind, status, code in _STATUS_AND_CODE:
         if isinstance(error, kind):
             return Problem(status, code, str(error), final=status == 409)
     log.error("unexpected error", exc_info=error)
@@ -117,19 +122,18 @@ def problem_of(error: FideloraError) -> Problem:
 
 
 def install(app: FastAPI) -> None:
-    """Have the application answer every error in these ways."""
+    """Register the error handlers on the application."""
 
     @app.exception_handler(FideloraError)
-    async def _ours(request: Request, error: FideloraError) -> JSONResponse:
-        return answer(problem_of(error), request.url.path)
+    async def handle_fidelora_error(request: Request, error: FideloraError) -> JSONResponse:
+        return problem_response(problem_of(error), request.url.path)
 
     @app.exception_handler(HTTPException)
-    async def _http(request: Request, error: HTTPException) -> JSONResponse:
-        if isinstance(
-            error.__cause__, FideloraError
-        ):  # the framework wraps what is raised while it reads a body
-            return answer(problem_of(error.__cause__), request.url.path)
-        response = answer(
+    async def handle_http_exception(request: Request, error: HTTPException) -> JSONResponse:
+        # FastAPI wraps errors that are raised while it reads a body.
+        if isinstance(error.__cause__, FideloraError):
+            return problem_response(problem_of(error.__cause__), request.url.path)
+        response = problem_response(
             Problem(error.status_code, HTTPStatus(error.status_code).name, f"{error.detail}."),
             request.url.path,
         )
@@ -137,27 +141,31 @@ def install(app: FastAPI) -> None:
         return response
 
     @app.exception_handler(RequestValidationError)
-    async def _validation(request: Request, error: RequestValidationError) -> JSONResponse:
-        return answer(_invalid(error.errors()), request.url.path)
+    async def handle_validation_error(
+        request: Request, error: RequestValidationError
+    ) -> JSONResponse:
+        return problem_response(_invalid(error.errors()), request.url.path)
 
     @app.exception_handler(Exception)
-    async def _unexpected(request: Request, error: Exception) -> JSONResponse:
+    async def handle_unexpected_error(request: Request, error: Exception) -> JSONResponse:
         log.error("unexpected error", exc_info=error)
-        return answer(_UNEXPECTED, request.url.path)
+        return problem_response(_UNEXPECTED, request.url.path)
 
 
-_UNEXPECTED = Problem(500, "INTERNAL", "The server failed at this request; its log says why.")
+_UNEXPECTED = Problem(
+    500, "INTERNAL", "The server failed to handle this call; its log has the reason."
+)
 
 
 def _invalid(found: Sequence[Mapping[str, Any]]) -> Problem:
-    """Fields that are wrong. What was given is repeated only where it is one plain value, and no secret."""
+    """Return the problem for invalid fields. Plain values are repeated in it, except secrets."""
     fields = []
     for entry in found:
-        shown = {"type": entry["type"], "loc": list(entry["loc"]), "msg": entry["msg"]}
-        given = entry.get("input")
-        if _SECRET_FIELDS.isdisjoint(map(str, entry["loc"])) and _is_plain(given):
-            shown["input"] = given
-        fields.append(shown)
+        field = {"type": entry["type"], "loc": list(entry["loc"]), "msg": entry["msg"]}
+        value = entry.get("input")
+        if _SECRET_FIELDS.isdisjoint(map(str, entry["loc"])) and _is_plain(value):
+            field["input"] = value
+        fields.append(field)
     sentences = (
         f"{'.'.join(str(part) for part in entry['loc'] if part != 'body')}: {entry['msg']}"
         for entry in fields
@@ -166,7 +174,7 @@ def _invalid(found: Sequence[Mapping[str, Any]]) -> Problem:
 
 
 def _is_plain(value: object) -> bool:
-    """Whether it is one value that JSON and UTF-8 can write down."""
+    """Return True for a short scalar that JSON and UTF-8 can represent."""
     if isinstance(value, str):
         return len(value) <= 200 and value.encode("utf-8", "ignore").decode() == value
     return isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value))

@@ -1,4 +1,4 @@
-"""A server as a process: from its settings to its end by a signal."""
+"""The server process: start, signals and shutdown."""
 
 from __future__ import annotations
 
@@ -28,24 +28,28 @@ from fidelora.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-_LAST_ANSWERS_S = 5
+_CONNECTION_GRACE_S = 5
+"""Seconds for open connections to finish once the workers have stopped."""
 
 
 def serve(settings: Settings) -> None:
-    """Serve until SIGTERM or Ctrl-C: no new requests then, running ones finish within the grace or go back into the queue.
+    """Serve until SIGTERM or Ctrl-C.
+
+    The server then accepts no new requests. Running ones finish within the grace period or go
+    back into the queue.
 
     Raises:
-        FideloraError: the settings cannot be used on this machine.
+        FideloraError: the settings do not work on this machine.
     """
     configure_logs(settings.log_format, settings.debug)
     if not is_loopback(settings.host) and not ApiKeys(keys_file(settings)).names():
         raise SettingsError(
-            f"Others could reach {settings.host}, and there is no API key that they would need; make one with "
+            f"Other machines could reach {settings.host}, but there is no API key; create one with "
             "`fidelora keys add NAME`, or listen on 127.0.0.1."
         )
     data_dir = settings.data_dir.expanduser().absolute()
     make_folder(data_dir)
-    with _only_server(data_dir), _listen(settings) as listener:
+    with _lock_data_dir(data_dir), _listen(settings) as listener:
         host, port = (
             f"[{settings.host}]" if ":" in settings.host else settings.host,
             listener.getsockname()[1],
@@ -60,48 +64,50 @@ def serve(settings: Settings) -> None:
 async def _serve(context: ServerContext, listener: socket.socket) -> None:
     app = make_app(context, with_page=True)
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, timeout_graceful_shutdown=_LAST_ANSWERS_S
+        app, log_config=None, access_log=False, timeout_graceful_shutdown=_CONNECTION_GRACE_S
     )
-    server = _Server(config)
-    told = asyncio.Event()
+    server = _UvicornServer(config)
+    stop_requested = asyncio.Event()
 
-    def tell() -> None:
-        if told.is_set() and context.pool is not None:  # whoever asks twice does not want to wait
+    def request_stop() -> None:
+        if stop_requested.is_set() and context.pool is not None:  # a second signal: do not wait
             context.pool.hurry()
-        told.set()
+        stop_requested.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, tell)
+        asyncio.get_running_loop().add_signal_handler(number, request_stop)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
-    waiting = asyncio.create_task(told.wait())
+    waiting = asyncio.create_task(stop_requested.wait())
     await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
-    if told.is_set():
+    if stop_requested.is_set():
         log.info("stopping", grace_s=context.settings.stop_grace_s)
         context.stopping.set()
-        if context.pool is not None:  # status and results are still answered meanwhile
+        if context.pool is not None:  # the API still serves status and results meanwhile
             await asyncio.to_thread(context.pool.stop, context.settings.stop_grace_s)
         if isinstance(page := getattr(app.state, "page", None), Page):
-            await page.close()  # or those who look at it would be waited for
+            await page.close()  # or its open streams would delay the shutdown
         server.should_exit = True
     waiting.cancel()
     await serving
-    if not told.is_set():
-        raise SettingsError("The server could not start, or ended by itself; its log says why.")
+    if not stop_requested.is_set():
+        raise SettingsError(
+            "The server could not start or ended unexpectedly; its log has the reason."
+        )
 
 
-class _Server(uvicorn.Server):
+class _UvicornServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Ours are the signals: the workers have to be told before the connections are closed."""
+        """Leave the signals to `_serve`, which stops the workers before the connections."""
         yield
 
 
 def _server_defaults(settings: Settings) -> dict[str, dict[str, Any]]:
-    """The recipe fields that this server decides, by model.
+    """Return the recipe fields that this server sets, by model id.
 
     Raises:
-        DeviceError: a device is not there, or has no fast path where that is the default.
-        BaseModelError: the base model is a file or folder that is not there.
+        DeviceError: a device is missing, or does not support the default fidelity `fast`.
+        BaseModelError: the base model's file or folder is missing.
     """
     from fidelora.accel.device import auto_dtype, resolve_device
     from fidelora.accel.fast_path import fast_path
@@ -124,15 +130,18 @@ def _server_defaults(settings: Settings) -> dict[str, dict[str, Any]]:
                 fidelity = "exact"  # the family has no fast path
         server_defaults[model] = {**dtypes, "fidelity": fidelity}
     for model, place in settings.base_models.items():
-        if not is_portable(place):  # a path has to be absolute, for requests outlive this folder
+        if not is_portable(place):  # absolute: requests outlive the current directory
             place = str(locate(place, get_family(model).parts).absolute())
         server_defaults[model]["base_model"] = place
     return server_defaults
 
 
 @contextlib.contextmanager
-def _only_server(data_dir: Path) -> Iterator[None]:
-    """One server for each data folder; the system lets go of the lock when the process ends, in whatever way."""
+def _lock_data_dir(data_dir: Path) -> Iterator[None]:
+    """Hold the lock of a data folder, which one server may use at a time.
+
+    The operating system releases the lock when the process ends, even if it is killed.
+    """
     lock = FileLock(data_dir / "server.lock", blocking=False)
     try:
         lock.acquire()
@@ -149,20 +158,22 @@ def _only_server(data_dir: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _listen(settings: Settings) -> Iterator[socket.socket]:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    # The protocol has to be named, or asyncio leaves Nagle's algorithm on, and every answer waits 40 ms for an acknowledgement.
+    # asyncio disables Nagle's algorithm only if the protocol is given; with the algorithm, every
+    # response waits 40 ms for an acknowledgement.
     with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((settings.host, settings.port))
         except OSError as error:
             raise SettingsError(
-                f"Nothing can listen on {settings.host}, port {settings.port}: {error.strerror or error}; give another --port."
+                f"The server cannot listen on {settings.host}, port {settings.port}: "
+                f"{error.strerror or error}; choose another --port."
             ) from error
         yield listener
 
 
 def _server_id(data_dir: Path) -> str:
-    """The name of the server that has this data folder, in each of its lives."""
+    """Return the id of this data folder's server, which stays the same after a restart."""
     file = data_dir / "server_id"
     if not file.is_file():
         write_atomically(file, uuid.uuid4().hex[:12].encode())

@@ -1,11 +1,16 @@
-"""From a request to a job in the store, and for clients that wait in the same call, to the job's end."""
+"""Queue the jobs of requests, and wait for them where a client waits in the same call.
+
+A route checks its request, looks up an idempotency key, and then calls, in this order:
+`resolve_adapters`, `recipes_of` (or its counterpart) with `defaults_for`, and `enqueue`.
+`submit` does these three for an `InferenceRequest`.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -18,81 +23,106 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
 from fidelora.adapters.tensor_names import noise_of_file
-from fidelora.api import LoraItem
+from fidelora.api import InferenceRequest, LoraItem, recipes_of
 from fidelora.errors import RequestCanceledError, RequestFailedError, ServerStoppingError
 from fidelora.jobs.job import Job, Status, new_job
 from fidelora.jobs.store import Submission
 from fidelora.recipe import AdapterRef, Noise, Recipe
 from fidelora.server.context import ServerContext
 
-LOOK_EVERY_S = 0.2
-"""How often a store is asked for what is new."""
-
-Recipes = Callable[[Sequence[AdapterRef], Mapping[str, Any]], tuple[Recipe, ...]]
-"""Makes the recipes of a request from its adapters, in order, and the recipe fields that the server decides."""
+POLL_INTERVAL_S = 0.2
+"""Seconds between two reads of a job that a client waits for."""
 
 
 def utc_now() -> datetime:
-    """The time of what happens to a job."""
+    """Return the current time for the job store."""
     return datetime.now(UTC)
 
 
 def draw_seed() -> int:
-    """A seed for who leaves it to the server; it is told in the answer and in the image."""
+    """Return a random seed, for requests that leave the seed to the server."""
     return secrets.randbelow(2**32)
 
 
 async def submit(
     context: ServerContext,
-    model: str,
-    loras: Sequence[LoraItem],
-    recipes: Recipes,
+    request: InferenceRequest,
     *,
-    hub_token: str | None = None,
-    image_format: str = "png",
     image_quality: int | None = None,
     submission: Submission | None = None,
 ) -> Job:
-    """Find the LoRAs, and put a job for the recipes into the queue; it is on disk when this returns.
+    """Queue a job for a request that `check_request` has accepted.
+
+    Args:
+        image_quality: quality of JPEG and WebP files, from 0 to 100; None for the default.
+        submission: idempotency key and hash of the request.
 
     Raises:
-        ServerStoppingError, QueueFullError: it is not taken.
-        AdapterError, WeightsFileError: a LoRA cannot be found or used.
-        what `recipes` raises.
+        ServerStoppingError: the server accepts no new requests.
+        QueueFullError: the queue is full.
+        AdapterError, WeightsFileError: a LoRA was not found or cannot be used.
+        RequestFieldError: a value that the model does not support, such as an unknown sampler.
+    """
+    hub_token = request.hf_token.get_secret_value() if request.hf_token else None
+    adapters = await resolve_adapters(context, request.loras, hub_token)
+    recipes = await run_in_threadpool(build_recipes, context, request, adapters)
+    return await enqueue(context, recipes, request.output_format, image_quality, submission)
+
+
+async def resolve_adapters(
+    context: ServerContext, loras: Sequence[LoraItem], hub_token: str | None = None
+) -> list[AdapterRef]:
+    """Return the adapters of a request's LoRAs, in order, with their files in the cache.
+
+    Raises:
+        ServerStoppingError: the server accepts no new requests; nothing was fetched.
+        AdapterError, WeightsFileError: a LoRA was not found or cannot be used.
     """
     context.refuse_if_stopping()
-    adapters = [
-        await context.sources.resolve(lora.path, sha256=lora.sha256, hub_token=hub_token)
+    return [
+        await context.resolver.resolve(lora.path, sha256=lora.sha256, hub_token=hub_token)
         for lora in loras
     ]
 
-    def make() -> Job:
-        return enqueue(
-            context,
-            recipes(adapters, defaults_for(context, model, adapters)),
-            image_format,
-            image_quality,
-            submission,
-        )
 
-    job = await run_in_threadpool(make)
-    structlog.contextvars.bind_contextvars(request_id=job.id)  # in what is logged of this call
-    return job
+def build_recipes(
+    context: ServerContext, request: InferenceRequest, adapters: Sequence[AdapterRef]
+) -> tuple[Recipe, ...]:
+    """Return one recipe per prompt of the request.
+
+    Raises:
+        RequestFieldError: a value that the model does not support, such as an unknown sampler.
+    """
+    return recipes_of(
+        request,
+        adapters,
+        defaults_for(context, request.model, adapters),
+        draw_seed=draw_seed,
+    )
 
 
-def enqueue(
+async def enqueue(
     context: ServerContext,
     recipes: tuple[Recipe, ...],
     image_format: str = "png",
     image_quality: int | None = None,
     submission: Submission | None = None,
 ) -> Job:
-    """Put a job for these recipes into the queue, or find the one that the same submission made before.
+    """Store a job for these recipes, or return the job that the same submission made before.
+
+    The job is on disk when this returns. Its id is added to the log lines of the current call.
 
     Raises:
-        QueueFullError: it is not taken.
+        QueueFullError: the queue is full.
+        IdempotencyConflictError: the key was used for another request.
     """
     job = new_job(recipes, utc_now(), image_format=image_format, image_quality=image_quality)
+    stored = await run_in_threadpool(_store_and_wake_workers, context, job, submission)
+    structlog.contextvars.bind_contextvars(request_id=stored.id)
+    return stored
+
+
+def _store_and_wake_workers(context: ServerContext, job: Job, submission: Submission | None) -> Job:
     stored = context.store.add(job, submission=submission, capacity=context.settings.queue_size)
     if context.pool is not None:
         context.pool.wake()
@@ -100,7 +130,7 @@ def enqueue(
 
 
 def submission_of(owner: str, key: str, content: bytes) -> Submission:
-    """What a client asked for under an idempotency key. Keys of different clients are different keys."""
+    """Return the submission for an idempotency key; the key is scoped to the client's API key."""
     return Submission(_sha256(f"{owner}\0{key}".encode()), _sha256(content))
 
 
@@ -111,9 +141,10 @@ def _sha256(content: bytes) -> str:
 def defaults_for(
     context: ServerContext, model: str, adapters: Sequence[AdapterRef]
 ) -> dict[str, Any]:
-    """The recipe fields that the server decides for images with these adapters.
+    """Return the recipe fields that the server sets for images with these adapters.
 
-    As on the command line, the first adapter's file says which trainer, and so which noise, its previews were made with.
+    As on the command line, the first adapter's file determines the noise: it names the trainer
+    version, which determines the noise of the trainer's samples.
     """
     noise: Noise = _noise(context.cache.path(adapters[0].sha256)) if adapters else "modern"
     return {**context.server_defaults.get(model, {}), "noise": noise}
@@ -121,57 +152,58 @@ def defaults_for(
 
 @lru_cache(maxsize=1000)
 def _noise(path: Path) -> Noise:
-    """`noise_of_file` of a file in the cache, whose name is its content."""
+    """Return `noise_of_file(path)`, cached: files in the adapter cache are named by content."""
     return noise_of_file(path)
 
 
 @asynccontextmanager
-async def canceled_on_exit(job: Job, context: ServerContext) -> AsyncIterator[None]:
-    """Whoever leaves the block, for whatever reason, wants the job no longer; one that has ended stays as it is."""
+async def cancel_on_exit(job: Job, context: ServerContext) -> AsyncIterator[None]:
+    """Cancel the job when the block ends for any reason; a finished job is left unchanged."""
     try:
         yield
     finally:
-        with anyio.CancelScope(
-            shield=True
-        ):  # the client that went away has canceled everything else here
+        # The scope of a disconnected client is cancelled already, so this call needs a shield.
+        with anyio.CancelScope(shield=True):
             await run_in_threadpool(context.store.cancel, job.id, utc_now())
 
 
 async def job_updates(job: Job, context: ServerContext, request: Request) -> AsyncIterator[Job]:
-    """The job as it is now, again and again, the last time when it has ended.
+    """Yield the job now and at each poll, until it has ended.
 
     Raises:
-        RequestCanceledError: the client of `request` went away.
-        ServerStoppingError: the server is about to stop, and the job's turn did not come.
+        RequestCanceledError: the client of `request` disconnected.
+        ServerStoppingError: the server is stopping and the job is still queued.
     """
     yield job
     while not job.status.final:
         if context.stopping.is_set() and job.status is Status.IN_QUEUE:
             raise ServerStoppingError
         if await request.is_disconnected():
-            raise RequestCanceledError("The client went away before its images were made.")
-        await asyncio.sleep(LOOK_EVERY_S)
+            raise RequestCanceledError("The client disconnected before its images were made.")
+        await asyncio.sleep(POLL_INTERVAL_S)
         job = await run_in_threadpool(context.store.get, job.id)
         yield job
 
 
-async def finished(job: Job, context: ServerContext, request: Request) -> Job:
-    """The job once it has succeeded. If the client goes away, or the server stops before the job's turn, it is canceled.
+async def wait_until_succeeded(job: Job, context: ServerContext, request: Request) -> Job:
+    """Wait for the job and return it with its images.
+
+    The job is canceled if the client disconnects, or if the server stops while it is queued.
 
     Raises:
-        RequestFailedError, RequestCanceledError, ServerStoppingError: there are no images.
+        RequestFailedError, RequestCanceledError, ServerStoppingError: the job made no images.
     """
-    async with canceled_on_exit(job, context):
-        async for now in job_updates(job, context, request):
-            job = now
-    return succeeded(job)
+    async with cancel_on_exit(job, context):
+        async for update in job_updates(job, context, request):
+            job = update
+    return require_success(job)
 
 
-def succeeded(job: Job) -> Job:
-    """The job, if it has images.
+def require_success(job: Job) -> Job:
+    """Return the job if it has succeeded.
 
     Raises:
-        RequestFailedError, RequestCanceledError: it has none.
+        RequestFailedError, RequestCanceledError: it has not.
     """
     if job.error is not None:
         raise RequestFailedError(job.error.message, code=job.error.code)

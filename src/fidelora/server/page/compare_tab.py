@@ -29,7 +29,7 @@ from fidelora.server.page.lora_list import LoraList
 from fidelora.server.page.make_form import MakeForm
 from fidelora.server.page.pictures import PageFiles
 from fidelora.server.page.verifications import random_id
-from fidelora.server.routes.inference import take
+from fidelora.server.submit import submit
 from fidelora.training.grid import labelled_sheet
 
 MAX_SHEET_IMAGES = 64
@@ -148,7 +148,7 @@ class CompareTab:
             requests = [build_request(form) for form in forms]
             for request in requests:
                 # No comprehension: if one is refused, the jobs before it are canceled.
-                jobs.append(await take(request, self._context))  # noqa: PERF401
+                jobs.append(await submit(self._context, request))  # noqa: PERF401
         except FideloraError as error:
             self._cancel([job.id for job in jobs])
             yield [notice(error, "error"), gr.skip(), [], gr.update(interactive=False)]

@@ -30,8 +30,7 @@ from fidelora.server.page.lora_list import LoraList
 from fidelora.server.page.make_form import MAX_IMAGES, MakeForm
 from fidelora.server.page.make_results import SNIPPETS, MakeResults
 from fidelora.server.page.pictures import ImageId, Pictures
-from fidelora.server.routes.inference import take
-from fidelora.server.submit import defaults_for
+from fidelora.server.submit import defaults_for, submit
 
 _POLL_S = 0.2
 
@@ -112,7 +111,7 @@ class MakeTab:
                 raise WrongUseError(
                     f"Images: choose a number from 1 to {MAX_IMAGES}, not {form.images}."
                 )
-            job = await take(build_request(form), self._context)
+            job = await submit(self._context, build_request(form))
         except FideloraError as error:
             yield self._updates(progress=notice(error, "error"))
             return

@@ -1,1 +1,1 @@
-"""The endpoints, by resource."""
+"""HTTP endpoints, one module per resource."""

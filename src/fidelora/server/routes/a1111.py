@@ -1,8 +1,8 @@
-"""AUTOMATIC1111's API, for clients that speak it already."""
+"""AUTOMATIC1111's API, for existing clients of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -33,19 +33,27 @@ from fidelora.images.a1111_samplers import SCHEDULERS, sampler_names
 from fidelora.images.read import read_parameters_text
 from fidelora.jobs.job import Job, Status
 from fidelora.loras.folder import adapter_named_in_prompt, adapter_path, names_in_prompts
+from fidelora.recipe import AdapterRef, Recipe
 from fidelora.safetensors_header import read_file_header
-from fidelora.server.context import ContextDep, Owner, ServerContext
+from fidelora.server.context import ContextDep, OwnerDep, ServerContext
 from fidelora.server.outputs import base64_of, content_of
-from fidelora.server.submit import draw_seed, finished, submit, utc_now
+from fidelora.server.submit import (
+    defaults_for,
+    draw_seed,
+    enqueue,
+    resolve_adapters,
+    utc_now,
+    wait_until_succeeded,
+)
 
 _DESCRIPTIONS = {
-    400: "Cannot be done as it is written",
-    401: "No API key, or an unknown one; Basic authentication with the key as the password will do",
-    409: "Somebody interrupted it",
+    400: "The request is not supported or not valid",
+    401: "API key missing or unknown; Basic authentication with the key as the password works too",
+    409: "The request was interrupted",
     413: "Body too large",
     429: "The queue is full",
-    500: "It failed",
-    503: "Not now",
+    500: "The request failed",
+    503: "Temporarily unavailable",
 }
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": A1111ErrorBody, "description": description}
@@ -57,43 +65,49 @@ router = APIRouter(prefix="/sdapi/v1", tags=["a1111"], responses=_ERRORS)
 
 @router.post("/txt2img")
 async def txt2img(
-    body: Txt2ImgRequest, context: ContextDep, owner: Owner, request: Request
+    body: Txt2ImgRequest, context: ContextDep, owner: OwnerDep, request: Request
 ) -> Txt2ImgBody:
-    """Ask for images, and wait for them. A client that goes away cancels its request."""
-    meaning = plan_txt2img(body, _model(context), draw_seed())
+    """Request images and wait for them. A client that disconnects cancels its request."""
+    plan = plan_txt2img(body, _default_model(context), draw_seed())
     paths = [
         await run_in_threadpool(adapter_named_in_prompt, context.settings.loras, lora.name)
-        for lora in meaning.loras
+        for lora in plan.loras
     ]
     loras = [LoraItem.model_validate({"path": path}) for path in paths]
-    job = await submit(
-        context, meaning.model, loras, meaning.recipes, image_format=meaning.image_format
-    )
-    with _waited_for(job, context, owner):
-        job = await finished(job, context, request)
-    return await run_in_threadpool(_answer, meaning, job)
+    adapters = await resolve_adapters(context, loras)
+    recipes = await run_in_threadpool(_build_recipes, context, plan, adapters)
+    job = await enqueue(context, recipes, plan.image_format)
+    with _registered(job, context, owner):
+        job = await wait_until_succeeded(job, context, request)
+    return await run_in_threadpool(_txt2img_body, plan, job)
 
 
-def _answer(meaning: Txt2ImgPlan, job: Job) -> Txt2ImgBody:
+def _build_recipes(
+    context: ServerContext, plan: Txt2ImgPlan, adapters: Sequence[AdapterRef]
+) -> tuple[Recipe, ...]:
+    return plan.recipes(adapters, defaults_for(context, plan.model, adapters))
+
+
+def _txt2img_body(plan: Txt2ImgPlan, job: Job) -> Txt2ImgBody:
     infotexts = [read_parameters_text(content_of(output)) for output in job.outputs]
-    wanted = meaning.request.send_images is not False
+    send_images = plan.request.send_images is not False
     return Txt2ImgBody(
-        images=[base64_of(output) for output in job.outputs] if wanted else [],
-        parameters=meaning.request.model_dump(),
-        info=info_of(meaning, job, infotexts, f"Fidelora {fidelora.__version__}"),
+        images=[base64_of(output) for output in job.outputs] if send_images else [],
+        parameters=plan.request.model_dump(),
+        info=info_of(plan, job, infotexts, f"Fidelora {fidelora.__version__}"),
     )
 
 
 @router.get("/progress")
 def progress(
     context: ContextDep,
-    owner: Owner,
+    owner: OwnerDep,
     skip_current_image: Annotated[
-        bool, Query(description="Without the rough picture of what is being made.")
+        bool, Query(description="Omit the preview of the image in progress.")
     ] = False,
 ) -> A1111ProgressBody:
-    """How far the oldest request is that was made here with the same API key and is waited for."""
-    job = _oldest(context, owner)
+    """Return the progress of the oldest unfinished `txt2img` request with the same API key."""
+    job = _current_job(context, owner)
     position = (
         context.store.queue_position(job.id) if job and job.status is Status.IN_QUEUE else None
     )
@@ -101,41 +115,41 @@ def progress(
 
 
 @router.post("/interrupt")
-def interrupt(context: ContextDep, owner: Owner) -> dict[str, Any]:
-    """Cancel the request that `progress` tells of; whoever waits for it gets an error, and no unfinished image."""
-    if (job := _oldest(context, owner)) is not None:
+def interrupt(context: ContextDep, owner: OwnerDep) -> dict[str, Any]:
+    """Cancel the request that `progress` shows; its client gets an error and no image."""
+    if (job := _current_job(context, owner)) is not None:
         context.store.cancel(job.id, utc_now())
     return {}
 
 
 @router.get("/options")
 def options(context: ContextDep) -> dict[str, Any]:
-    """The settings that mean something here. None of them can be changed but for one request."""
-    return options_of(_model(context))
+    """Return the supported settings. They can be overridden per request only."""
+    return options_of(_default_model(context))
 
 
 @router.post("/options")
 def set_options(changes: Annotated[dict[str, Any], Body()], context: ContextDep) -> None:
-    """Take settings that are what they are anyway, and refuse all others by name."""
-    check_options(changes, _model(context))
+    """Accept settings that equal the current values, and reject all others by name."""
+    check_options(changes, _default_model(context))
 
 
 @router.get("/samplers")
 def samplers(context: ContextDep) -> list[SamplerBody]:
-    """The samplers that can be asked for."""
-    names = sampler_names(get_family(_model(context)))
+    """List the supported samplers."""
+    names = sampler_names(get_family(_default_model(context)))
     return [SamplerBody(name=name, aliases=aliases, options={}) for name, aliases in names.items()]
 
 
 @router.get("/schedulers")
 def schedulers() -> list[SchedulerBody]:
-    """The schedulers that some sampler can be asked for with."""
+    """List the schedulers that at least one sampler supports."""
     return [SchedulerBody(name=name.lower(), label=name) for name in SCHEDULERS]
 
 
 @router.get("/sd-models")
 def sd_models(context: ContextDep) -> list[SdModelBody]:
-    """The model families, the one that is used by default first."""
+    """List the model families; the first is the default."""
     return [
         SdModelBody(
             title=model,
@@ -148,50 +162,50 @@ def sd_models(context: ContextDep) -> list[SdModelBody]:
 
 @router.get("/loras")
 def a1111_loras(context: ContextDep) -> list[A1111LoraBody]:
-    """The LoRAs that prompts can name."""
+    """List the LoRAs that prompts can name."""
     return [
-        _lora(name, path, context)
+        _lora_body(name, path, context)
         for name, path in names_in_prompts(context.settings.loras).items()
     ]
 
 
 @router.post("/refresh-loras")
 def refresh_loras() -> None:
-    """Nothing has to be done: the folder is looked at for each request."""
+    """Do nothing: the server reads the folder at each request."""
 
 
-def _lora(name: str, path: str, context: ServerContext) -> A1111LoraBody:
+def _lora_body(name: str, path: str, context: ServerContext) -> A1111LoraBody:
     try:
         metadata = dict(read_file_header(adapter_path(context.settings.loras, path)).metadata)
     except WeightsFileError:
-        metadata = {}  # whoever asks for it will hear why
+        metadata = {}  # a request for this LoRA reports the error
     return A1111LoraBody(
         name=name, alias=metadata.get("ss_output_name") or name, path=path, metadata=metadata
     )
 
 
-def _model(context: ServerContext) -> str:
+def _default_model(context: ServerContext) -> str:
     return next(iter(context.server_defaults))
 
 
 @contextmanager
-def _waited_for(job: Job, context: ServerContext, owner: str) -> Iterator[None]:
-    """Let `progress` and `interrupt` know of the job, which are no concern of jobs that came in other ways."""
-    context.waited_for[job.id] = owner
+def _registered(job: Job, context: ServerContext, owner: str) -> Iterator[None]:
+    """Register the job for `progress` and `interrupt`, which ignore jobs of the other APIs."""
+    context.a1111_jobs[job.id] = owner
     try:
         yield
     finally:
-        del context.waited_for[job.id]
+        del context.a1111_jobs[job.id]
 
 
-def _oldest(context: ServerContext, owner: str) -> Job | None:
-    """The oldest job of this owner that is waited for, a running one before one in the queue."""
+def _current_job(context: ServerContext, owner: str) -> Job | None:
+    """Return the owner's oldest registered job, preferring a running one to a queued one."""
     jobs = []
-    for job_id, whose in list(context.waited_for.items()):
-        if whose == owner:
+    for job_id, job_owner in list(context.a1111_jobs.items()):
+        if job_owner == owner:
             try:
                 jobs.append(context.store.get(job_id))
             except JobNotFoundError:
-                continue  # it ended, and was removed at once
-    going = [job for job in jobs if not job.status.final]
-    return min(going, key=lambda job: job.status is Status.IN_QUEUE, default=None)
+                continue  # it ended and was removed in the meantime
+    unfinished = [job for job in jobs if not job.status.final]
+    return min(unfinished, key=lambda job: job.status is Status.IN_QUEUE, default=None)

@@ -13,35 +13,36 @@ from fidelora.errors import AdapterInUseError
 from fidelora.loras.describe import describe_adapter
 from fidelora.loras.folder import UPLOADS, adapter_names, adapter_path, add_upload, upload_path
 from fidelora.server.context import ContextDep, ServerContext
-from fidelora.server.problems import answers
+from fidelora.server.problems import error_responses
 
 router = APIRouter(prefix="/v1/loras", tags=["loras"])
 
 
-@router.get("", responses=answers())
+@router.get("", responses=error_responses())
 def list_loras(
     context: ContextDep,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
     cursor: Annotated[
         str | None,
-        Query(min_length=1, max_length=4096, description="`next_cursor` of the page before."),
+        Query(min_length=1, max_length=4096, description="`next_cursor` of the previous page."),
     ] = None,
 ) -> LoraList:
-    """The LoRA files that requests can name, by path."""
+    """List the LoRA files that requests can name, sorted by path."""
     names = adapter_names(context.settings.loras)
     start = bisect_right(names, cursor) if cursor is not None else 0
     page = names[start : start + limit]
-    more = start + limit < len(names)
+    has_more = start + limit < len(names)
     return LoraList(
-        loras=[_body(name, context) for name in page], next_cursor=page[-1] if more else None
+        loras=[_lora_body(name, context) for name in page],
+        next_cursor=page[-1] if has_more else None,
     )
 
 
 @router.post(
     "",
     status_code=201,
-    responses=answers(409, 503)
-    | {200: {"model": LoraBody, "description": "These bytes were there under this name"}},
+    responses=error_responses(409, 503)
+    | {200: {"model": LoraBody, "description": "The same file exists under this name already"}},
 )
 def upload_lora(
     context: ContextDep,
@@ -49,20 +50,22 @@ def upload_lora(
     file: Annotated[UploadFile, File(description="The .safetensors file.")],
     name: Annotated[
         str | None,
-        Form(max_length=200, description="What to call it; by default the file's own name."),
+        Form(
+            max_length=200, description="Name to store it under; by default the name of the file."
+        ),
     ] = None,
 ) -> LoraBody:
-    """Upload a LoRA; requests then name it by the `path` of the answer."""
+    """Upload a LoRA. Requests name it by the `path` of the response."""
     context.refuse_if_stopping()
     path, is_new = add_upload(context.settings.loras, file.file, name or file.filename or "")
     if not is_new:
         response.status_code = 200
-    return _body(path, context)
+    return _lora_body(path, context)
 
 
-@router.delete("/{name}", status_code=204, responses=answers(404, 409))
+@router.delete("/{name}", status_code=204, responses=error_responses(404, 409))
 def delete_lora(name: Annotated[str, Path(max_length=200)], context: ContextDep) -> None:
-    """Delete an uploaded LoRA. Files that came into the folder in another way are not deleted over HTTP."""
+    """Delete an uploaded LoRA. Other files in the folder cannot be deleted over HTTP."""
     path = upload_path(context.settings.loras, name.removeprefix(f"{UPLOADS}/"))
     sha256 = context.cache.sha256_of(path)
     if context.store.needs_adapter(sha256):
@@ -71,7 +74,7 @@ def delete_lora(name: Annotated[str, Path(max_length=200)], context: ContextDep)
     context.cache.path(sha256).unlink(missing_ok=True)
 
 
-def _body(name: str, context: ServerContext) -> LoraBody:
+def _lora_body(name: str, context: ServerContext) -> LoraBody:
     path = adapter_path(context.settings.loras, name)
     summary = describe_adapter(path)
     return LoraBody(

@@ -1,11 +1,10 @@
-"""OpenAI's Images API, for clients that speak it already."""
+"""OpenAI's Images API, for existing clients of it."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import AsyncIterator, Mapping
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -13,7 +12,7 @@ from fastapi.sse import format_sse_event
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from fidelora.api import OpenAIModel, check_request, recipes_of
+from fidelora.api import OpenAIModel, check_request
 from fidelora.api.openai import (
     FIELD_OF,
     ImageData,
@@ -29,31 +28,33 @@ from fidelora.errors import FideloraError, RequestError, RequestFieldError
 from fidelora.families import all_families
 from fidelora.jobs.job import Job, Status
 from fidelora.server.context import ContextDep, ServerContext
-from fidelora.server.outputs import base64_of, preview_as
+from fidelora.server.outputs import base64_of, convert_preview
 from fidelora.server.problem_formats import openai_error
 from fidelora.server.problems import problem_of
 from fidelora.server.submit import (
-    canceled_on_exit,
-    draw_seed,
-    finished,
+    cancel_on_exit,
     job_updates,
+    require_success,
     submit,
-    succeeded,
+    wait_until_succeeded,
 )
 
 router = APIRouter(tags=["openai"])
 
-_SIGN_OF_LIFE_S = 15.0
-"""Between comments in a stream in which nothing happens: what stands between may close it otherwise."""
+_KEEPALIVE_INTERVAL_S = 15.0
+"""Seconds after which an idle stream sends a comment, so that proxies do not close it."""
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": OpenAIErrorBody, "description": "Cannot be done as it is asked for"},
-    "5XX": {"model": OpenAIErrorBody, "description": "There are no images, or not now"},
+    "4XX": {"model": OpenAIErrorBody, "description": "The request is not supported or not valid"},
+    "5XX": {
+        "model": OpenAIErrorBody,
+        "description": "The request failed, or the server is unavailable",
+    },
 }
 
 
 @router.get("/v1/models/{model}", responses=_ERRORS)
 async def model(model: str) -> OpenAIModel:
-    """One model family, as OpenAI describes models."""
+    """Return one model family in OpenAI's format."""
     if model not in all_families():
         raise RequestError(
             f"There is no model {model!r:.100}.", code="MODEL_NOT_FOUND", details={"field": "model"}
@@ -67,32 +68,23 @@ async def model(model: str) -> OpenAIModel:
     responses=_ERRORS | {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
 )
 async def generate_images(body: ImagesRequest, context: ContextDep, request: Request) -> Response:
-    """Ask for images, and wait for them. A client that goes away cancels its request.
+    """Request images and wait for them. A client that disconnects cancels its request.
 
-    With `stream`, the answer is a stream of events `image_generation.partial_image` and `image_generation.completed`.
+    With `stream`, the response is a stream of `image_generation.partial_image` and
+    `image_generation.completed` events.
     """
-    asked = body.to_inference()
+    inference = body.to_inference()
     try:
-        check_request(asked, needs_lora=False)
-        job = await submit(
-            context,
-            asked.model,
-            asked.loras,
-            partial(recipes_of, asked, draw_seed=draw_seed),
-            hub_token=body.hf_token.get_secret_value() if body.hf_token else None,
-            image_format=body.format,
-            image_quality=body.output_compression,
-        )
-    except (
-        RequestFieldError
-    ) as error:  # it names a field of the request that this one was made into
-        *_, field = error.place
+        check_request(inference, needs_lora=False)
+        job = await submit(context, inference, image_quality=body.output_compression)
+    except RequestFieldError as error:
+        *_, field = error.place  # in `inference`; the client needs the field of its own request
         raise RequestFieldError(str(error), place=(FIELD_OF.get(str(field), field),)) from error
     if body.stream:
         return StreamingResponse(
             _stream(job, body.partial_images or 0, context, request), media_type="text/event-stream"
         )
-    job = await finished(job, context, request)
+    job = await wait_until_succeeded(job, context, request)
     urls = body.response_format == "url"
     answer = await run_in_threadpool(_images, job, context, urls)
     return JSONResponse(answer.model_dump(exclude_none=True))
@@ -123,20 +115,20 @@ def _images(job: Job, context: ServerContext, urls: bool) -> ImagesBody:
 async def _stream(
     job: Job, partial_images: int, context: ServerContext, request: Request
 ) -> AsyncIterator[bytes]:
-    """The job as events; what goes wrong once the answer has begun is the last of them."""
-    pictures, said = _Partials(partial_images), time.monotonic()
+    """Yield the job as server-sent events; an error after the start becomes the last event."""
+    previews, last_sent = _PreviewSelector(partial_images), time.monotonic()
     try:
-        async with canceled_on_exit(job, context):
-            async for now in job_updates(job, context, request):
-                job = now
-                if (event := pictures.of(job)) is not None:
+        async with cancel_on_exit(job, context):
+            async for update in job_updates(job, context, request):
+                job = update
+                if (event := previews.event(job)) is not None:
                     yield _sse(event.type, event.model_dump(exclude_none=True))
-                elif time.monotonic() - said < _SIGN_OF_LIFE_S:
+                elif time.monotonic() - last_sent < _KEEPALIVE_INTERVAL_S:
                     continue
                 else:
                     yield format_sse_event(comment="making images")
-                said = time.monotonic()
-        for output in succeeded(job).outputs:
+                last_sent = time.monotonic()
+        for output in require_success(job).outputs:
             content = await run_in_threadpool(base64_of, output)
             done = event_of(
                 "completed", job, content, usage=Usage(), seed=output.seed, sha256=output.sha256
@@ -146,34 +138,38 @@ async def _stream(
         yield _sse("error", openai_error(problem_of(error)))
 
 
-class _Partials:
-    """Which previews of a job are sent: for each image the first new one after each of `most` + 1 equal parts of its steps."""
+class _PreviewSelector:
+    """Selects the previews of a job to send, up to `limit` per image.
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    The steps of an image are divided into `limit` + 1 equal parts; the first new preview after
+    each part but the last is sent.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
         self._image = self._sent = 0
-        self._last = ""
+        self._last_preview = ""
 
-    def of(self, job: Job) -> ImageEvent | None:
-        """The event for the job as it is now, if one is due."""
+    def event(self, job: Job) -> ImageEvent | None:
+        """Return the event for the job's current preview, or None if none is due."""
         progress = job.progress
         if (
             progress is None
             or job.status is not Status.IN_PROGRESS
-            or progress.preview in ("", self._last)
+            or progress.preview in ("", self._last_preview)
         ):
             return None
         if progress.image != self._image:
             self._image, self._sent = progress.image, 0
-        if self._sent == self._most or progress.step * (self._most + 1) < progress.steps * (
+        if self._sent == self._limit or progress.step * (self._limit + 1) < progress.steps * (
             self._sent + 1
         ):
             return None
-        self._last = progress.preview
+        self._last_preview = progress.preview
         event = event_of(
             "partial_image",
             job,
-            preview_as(progress.preview, job.image_format),
+            convert_preview(progress.preview, job.image_format),
             partial_image_index=self._sent,
         )
         self._sent += 1

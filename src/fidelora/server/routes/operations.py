@@ -1,4 +1,4 @@
-"""For those who run the server: is it alive, is it ready, what does it do."""
+"""Endpoints for operators: liveness, readiness and metrics."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
 from fidelora.server.context import ContextDep
-from fidelora.server.problems import answers
+from fidelora.server.problems import error_responses
 
 router = APIRouter(tags=["operations"])
 
 
 class Health(BaseModel):
-    """The answer to `GET /health`."""
+    """Response of `GET /health`."""
 
     status: Literal["healthy"] = "healthy"
 
 
 class Readiness(BaseModel):
-    """The answer to `GET /ready`; `reason` says why a worker cannot start, if it cannot."""
+    """Response of `GET /ready`; `reason` is the error that keeps a worker from starting."""
 
     status: Literal["ready", "starting", "stopping"]
     reason: str = ""
@@ -29,15 +29,13 @@ class Readiness(BaseModel):
 
 @router.get("/health")
 async def health() -> Health:
-    """Whether the server is alive."""
+    """Return 200 while the server is alive."""
     return Health()
 
 
-@router.get(
-    "/ready", responses={503: {"model": Readiness, "description": "Not yet, or not any more"}}
-)
+@router.get("/ready", responses={503: {"model": Readiness, "description": "Starting or stopping"}})
 def ready(context: ContextDep, response: Response) -> Readiness:
-    """Whether requests are worked on: a worker has loaded the base model, and the server is not about to stop."""
+    """Return 200 while a worker with a loaded base model takes requests, and 503 otherwise."""
     if context.stopping.is_set():
         response.status_code = 503
         return Readiness(status="stopping")
@@ -50,9 +48,9 @@ def ready(context: ContextDep, response: Response) -> Readiness:
 @router.get(
     "/metrics",
     response_class=Response,
-    responses=answers(is_json=False)
+    responses=error_responses(is_json=False)
     | {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
 def metrics(context: ContextDep) -> Response:
-    """Counters for Prometheus."""
+    """Return the metrics in Prometheus' text format."""
     return Response(context.metrics.text(), media_type=CONTENT_TYPE_LATEST)

@@ -1,4 +1,4 @@
-"""Requests that were accepted: where they are, what they made, and how to stop them."""
+"""Accepted requests: their status, results, images and cancellation."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from fidelora.errors import ImageNotFoundError
 from fidelora.jobs.job import Job, Status
 from fidelora.server.context import ContextDep, ServerContext
 from fidelora.server.outputs import content_of
-from fidelora.server.problems import answers
-from fidelora.server.submit import LOOK_EVERY_S
+from fidelora.server.problems import error_responses
+from fidelora.server.submit import POLL_INTERVAL_S
 
 router = APIRouter(prefix="/v1/requests", tags=["requests"])
 
@@ -30,91 +30,96 @@ _IMAGES = {
 RequestId = Annotated[str, Path(min_length=1, max_length=64)]
 
 
-def _job(request_id: RequestId, context: ContextDep) -> Job:
+def _job_of(request_id: RequestId, context: ContextDep) -> Job:
     return context.store.get(request_id)
 
 
-JobDep = Annotated[Job, Depends(_job)]
+JobDep = Annotated[Job, Depends(_job_of)]
 
 
-@router.get("", responses=answers())
+@router.get("", responses=error_responses())
 def list_requests(
     context: ContextDep,
-    status: Annotated[Status | None, Query(description="Only those in this state.")] = None,
+    status: Annotated[Status | None, Query(description="Only requests with this status.")] = None,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
     cursor: Annotated[
         str | None,
-        Query(min_length=1, max_length=64, description="`next_cursor` of the page before."),
+        Query(min_length=1, max_length=64, description="`next_cursor` of the previous page."),
     ] = None,
 ) -> RequestList:
-    """Requests, newest first."""
+    """List requests, newest first."""
     page = context.store.list(status=status, limit=limit, cursor=cursor)
     return RequestList(
-        requests=[_status(job, context) for job in page.jobs], next_cursor=page.next_cursor
+        requests=[_status_body(job, context) for job in page.jobs], next_cursor=page.next_cursor
     )
 
 
-@router.get("/{request_id}/status", responses=answers(404))
+@router.get("/{request_id}/status", responses=error_responses(404))
 def request_status(job: JobDep, context: ContextDep) -> StatusBody:
-    """Where a request is: its state, its place in the queue, its progress."""
-    return _status(job, context)
+    """Return the status of a request with its queue position and progress."""
+    return _status_body(job, context)
 
 
-@router.get("/{request_id}/result", responses=answers(404))
+@router.get("/{request_id}/result", responses=error_responses(404))
 def request_result(job: JobDep, context: ContextDep) -> ResultBody:
-    """What a request made; `outputs` is null until it has succeeded."""
+    """Return the images of a request; `outputs` is null until it has succeeded."""
     return result_of(job, context.base_url)
 
 
 @router.get(
     "/{request_id}/events",
     response_class=EventSourceResponse,
-    responses=answers(404, is_json=False),
+    responses=error_responses(404, is_json=False),
 )
 async def request_events(
     job: JobDep,
     context: ContextDep,
     previews: Annotated[
-        bool, Query(description="Whether events carry a rough picture of what is being made.")
+        bool, Query(description="Add a preview of the image in progress to the events.")
     ] = False,
     last_event_id: Annotated[
         int | None,
-        Header(ge=0, le=2**63 - 1, description="As browsers send it when they connect again."),
+        Header(ge=0, le=2**63 - 1, description="Browsers send it when they reconnect."),
     ] = None,
 ) -> AsyncIterator[ServerSentEvent]:
-    """The status as server-sent events: one whenever something changed, the last one when the request has ended.
+    """Stream the status as server-sent events: one per change, the last when the request has ended.
 
-    An event's id counts the changes. Each event is the whole status, so whoever connects again with `Last-Event-ID` misses nothing.
+    The event id counts the changes. Each event is the complete status, so a client that
+    reconnects with `Last-Event-ID` misses nothing.
     """
-    seen: tuple[int, int | None] = (last_event_id or 0, None)
+    sent_version = last_event_id or 0
+    sent_position: int | None = None
     while True:
-        body = await run_in_threadpool(_status, job, context, previews)
+        body = await run_in_threadpool(_status_body, job, context, previews)
         if (
             job.status.final
-            or (job.version > seen[0])
-            or (body.queue_position not in (None, seen[1]))
+            or (job.version > sent_version)
+            or (body.queue_position not in (None, sent_position))
         ):
             yield ServerSentEvent(data=body, event="status", id=str(job.version))
-            seen = (job.version, body.queue_position)
+            sent_version, sent_position = job.version, body.queue_position
         if job.status.final or context.stopping.is_set():
             return
-        await asyncio.sleep(LOOK_EVERY_S)
+        await asyncio.sleep(POLL_INTERVAL_S)
         job = await run_in_threadpool(context.store.get, job.id)
 
 
-@router.delete("/{request_id}", responses=answers(404))
+@router.delete("/{request_id}", responses=error_responses(404))
 def cancel_request(request_id: RequestId, context: ContextDep) -> StatusBody:
-    """Stop a request: a waiting one at once, a running one after its current step. One that has ended stays as it is."""
-    return _status(context.store.cancel(request_id, datetime.now(UTC)), context)
+    """Cancel a request: a queued one at once, a running one after its current step.
+
+    A request that has ended is not changed.
+    """
+    return _status_body(context.store.cancel(request_id, datetime.now(UTC)), context)
 
 
 @router.get(
     "/{request_id}/images/{index}",
     response_class=Response,
-    responses=answers(404, 410, is_json=False) | {200: {"content": _IMAGES}},
+    responses=error_responses(404, 410, is_json=False) | {200: {"content": _IMAGES}},
 )
 def request_image(job: JobDep, index: Annotated[int, Path(ge=0, le=10_000)]) -> Response:
-    """An image's file, exactly as it was made."""
+    """Return the unmodified file of an image."""
     if index >= len(job.outputs):
         raise ImageNotFoundError
     output = job.outputs[index]
@@ -128,8 +133,7 @@ def request_image(job: JobDep, index: Annotated[int, Path(ge=0, le=10_000)]) -> 
     return Response(content, media_type=f"image/{output.format}", headers=headers)
 
 
-def _status(job: Job, context: ServerContext, with_preview: bool = False) -> StatusBody:
-    waits = job.status is Status.IN_QUEUE
-    return status_of(
-        job, context.store.queue_position(job.id) if waits else None, with_preview=with_preview
-    )
+def _status_body(job: Job, context: ServerContext, with_preview: bool = False) -> StatusBody:
+    queued = job.status is Status.IN_QUEUE
+    position = context.store.queue_position(job.id) if queued else None
+    return status_of(job, position, with_preview=with_preview)
