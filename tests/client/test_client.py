@@ -491,14 +491,14 @@ def test_leaving_the_iteration_closes_the_stream(monkeypatch):
             closed.append(True)
 
     transport = httpx2.MockTransport(lambda request: httpx2.Response(200, stream=Body()))
-    events = Client("http://x", transport=transport).events("r1")
+    events: Any = Client("http://x", transport=transport).events("r1")
     assert next(events).status is Status.IN_QUEUE
     assert closed == []
     events.close()
     assert closed == [True]
 
     async def run() -> None:
-        events = AsyncClient("http://x", transport=transport).events("r1")
+        events: Any = AsyncClient("http://x", transport=transport).events("r1")
         assert (await anext(events)).status is Status.IN_QUEUE
         await events.aclose()
         assert closed == [True, True]
