@@ -1,4 +1,4 @@
-"""The bodies of the HTTP API: what the documented API says, and what they mean here."""
+"""Tests of the HTTP API's bodies: ranges, conversion to recipes, and responses."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def recipes(adapters: tuple[AdapterRef, ...] = (A,), **changes: Any) -> tuple[Re
     return recipes_of(asked, adapters, BASE, draw_seed=lambda: 777)
 
 
-def test_what_a_request_leaves_out_is_as_documented():
+def test_omitted_fields_have_the_documented_defaults():
     (recipe,) = recipes()
     assert recipe == Recipe(
         prompt="a ball", base_model="base", width=1024, height=1024, steps=25, guidance_scale=6.0, seed=42, sampler="ddpm",
@@ -116,7 +116,7 @@ OF_SDXL = st.tuples(RECIPES, st.none() | st.text(max_size=10), st.none() | st.fl
     st.sampled_from(["exact", "fast"]),
     st.sampled_from([{}, {"fidelity": "exact"}, {"fidelity": "fast"}]),
 )
-def test_a_request_for_recipes_means_these_recipes(made, fidelity, server):
+def test_request_for_is_the_inverse_of_recipes_of(made, fidelity, server):
     made = [replace(recipe, fidelity=fidelity) for recipe in made]
     body = InferenceRequest.model_validate(
         json.loads(json.dumps(request_for(made, "sks.safetensors")))
@@ -130,7 +130,7 @@ def test_a_request_for_recipes_means_these_recipes(made, fidelity, server):
     )
 
 
-def test_what_one_text_encoder_cannot_use_is_refused_by_the_field():
+def test_neg_2_is_refused_for_models_with_one_text_encoder():
     with pytest.raises(RequestFieldError, match="sd15 has one text encoder") as raised:
         recipes(prompts=[{"prompt": "a", "neg_2": "ugly"}])
     assert raised.value.place == ("prompts", 0, "neg_2")
@@ -144,7 +144,7 @@ def test_what_one_text_encoder_cannot_use_is_refused_by_the_field():
     )
 
 
-def test_the_server_decides_the_fidelity_that_a_request_leaves_out():
+def test_the_server_sets_an_omitted_fidelity():
     asked = request()
     assert [
         recipe.fidelity
@@ -154,7 +154,7 @@ def test_the_server_decides_the_fidelity_that_a_request_leaves_out():
     assert [recipe.fidelity for recipe in recipes()] == ["exact"]
 
 
-def test_a_recipe_beyond_the_api_is_refused_by_the_field():
+def test_request_for_refuses_values_out_of_the_api_s_range():
     with pytest.raises(RequestFieldError, match=r"prompts.0.guidance_scale 30"):
         request_for([Recipe(prompt="a", guidance_scale=30, adapters=(A,))], "x")
 
@@ -169,7 +169,7 @@ def test_seeds_count_from_42_are_kept_and_are_drawn():
     assert [recipe.seed for recipe in recipes(prompts=asked)] == [42, 43, 0, 777]
 
 
-def test_the_request_s_trigger_word_is_for_prompts_without_their_own():
+def test_prompts_without_a_trigger_word_use_the_request_s():
     asked = [{"prompt": "[trigger]"}, {"prompt": "[trigger]", "trigger_word": "own"}]
     assert [recipe.prompt for recipe in recipes(prompts=asked, trigger_word="sks")] == [
         "sks",
@@ -188,7 +188,7 @@ def test_several_loras_keep_their_order_and_multipliers():
     assert recipe.adapter_mode == "merged"
 
 
-def test_prompts_with_multipliers_of_their_own_run_live_as_in_the_trainer():
+def test_different_multipliers_run_live_as_in_the_trainer():
     loras = [{"path": "x", "network_multiplier": 0.5}, {"path": "y"}]
     asked = [
         {"prompt": "a"},
@@ -264,7 +264,7 @@ def test_prompts_with_multipliers_of_their_own_run_live_as_in_the_trainer():
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_the_model_cannot_use_is_refused_by_name(changes, code, details):
+def test_unsupported_fields_are_refused_by_name(changes, code, details):
     with pytest.raises(RequestError) as raised:
         check_request(request(**changes))
     assert (raised.value.code, raised.value.details) == (code, details)
@@ -299,12 +299,12 @@ def test_a_value_out_of_range_is_refused(item):
     ],
     ids=str,
 )  # fmt: skip
-def test_a_request_of_another_form_is_refused(changes):
+def test_a_malformed_request_is_refused(changes):
     with pytest.raises(ValidationError):
         request(**changes)
 
 
-def test_the_token_is_shown_to_nobody():
+def test_the_token_is_not_in_repr_or_json():
     asked = request(hf_token="hf_secret")
     assert "hf_secret" not in repr(asked) + str(asked) + asked.model_dump_json()
     assert asked.hf_token is not None
@@ -316,7 +316,9 @@ def test_the_token_is_shown_to_nobody():
     multiplier=st.floats(-2, 2), prompt=st.text(st.characters(exclude_categories=["Cs"]), max_size=50),
 )  # fmt: skip
 @settings(max_examples=60, deadline=None)
-def test_every_request_in_range_is_a_recipe(width, seed, guidance, steps, multiplier, prompt):
+def test_every_request_in_range_converts_to_a_recipe(
+    width, seed, guidance, steps, multiplier, prompt
+):
     item = {
         "prompt": prompt,
         "width": width,
@@ -329,7 +331,7 @@ def test_every_request_in_range_is_a_recipe(width, seed, guidance, steps, multip
     assert Recipe.from_json(recipe.to_json()) == recipe
 
 
-def test_the_answer_to_a_request_has_its_addresses():
+def test_the_answer_to_a_request_has_its_urls():
     job = new_job(recipes(), NOW)
     body = json.loads(accepted(job, "http://localhost:8000/").model_dump_json())
     assert body == {
@@ -341,7 +343,7 @@ def test_the_answer_to_a_request_has_its_addresses():
     }
 
 
-def test_a_job_s_life_in_answers():
+def test_status_and_result_over_a_job_s_life_cycle():
     job = new_job(recipes(prompts=[{"prompt": "a"}, {"prompt": "b"}]), NOW)
     waiting = json.loads(status_of(job, 3).model_dump_json())
     assert (

@@ -1,4 +1,4 @@
-"""The client, against the real application and against servers that misbehave."""
+"""The clients against the real application and against servers with scripted answers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
 
 import httpx2
 import pytest
+from tests.deadline import deadline
 from tests.server.http_support import ByHand, context_in, listening, now
 from tests.support import LOKR
 
@@ -33,6 +35,12 @@ from fidelora.jobs.job import Status
 from fidelora.server.context import ServerContext
 
 KEY = "fl_secret"
+
+
+@pytest.fixture(autouse=True)
+def test_deadline() -> Iterator[None]:
+    with deadline(60):  # a few seconds are enough on an idle machine
+        yield
 
 
 @pytest.fixture
@@ -58,12 +66,14 @@ def client(url):
 
 
 @pytest.fixture(autouse=True)
-def no_pauses(monkeypatch):
+def fast_polls(monkeypatch):
     monkeypatch.setattr(calls, "POLL_S", 0.01)
 
 
 def in_background(action: Callable[[], Any]) -> None:
-    threading.Timer(0.2, action).start()
+    timer = threading.Timer(0.2, action)
+    timer.daemon = True
+    timer.start()
 
 
 def finish(worker: ByHand, context: ServerContext, content: bytes = b"an image") -> None:
@@ -72,10 +82,10 @@ def finish(worker: ByHand, context: ServerContext, content: bytes = b"an image")
     worker.succeed(job, content)
 
 
-# --- against the real application --------------------------------------------------------------------------------------
+# --- against the real application
 
 
-def test_from_a_prompt_to_its_file(client, context, worker, tmp_path):
+def test_generate_and_save_images(client, context, worker, tmp_path):
     in_background(lambda: finish(worker, context))
     seen: list[Any] = []
     result = client.generate(
@@ -104,7 +114,7 @@ def test_from_a_prompt_to_its_file(client, context, worker, tmp_path):
     assert recipe.adapters[0].multiplier == 0.8
 
 
-def test_several_prompts_and_loras_in_every_form(client, context):
+def test_submit_accepts_every_form_of_prompts_and_loras(client, context):
     (context.settings.loras / "b.safetensors").write_bytes(LOKR.read_bytes())
     accepted = client.submit(
         ["a", {"prompt": "b", "seed": 3, "sample_steps": 9}],
@@ -135,12 +145,12 @@ def test_several_prompts_and_loras_in_every_form(client, context):
         ({"seed": "x"}, "seed"),
     ],
 )
-def test_a_mistake_costs_no_call(fields, words):
+def test_wrong_arguments_are_refused_without_a_call(fields, words):
     with Client("http://127.0.0.1:1") as nowhere, pytest.raises(WrongUseError, match=words):
         nowhere.submit("a", "sks.safetensors", **fields)
 
 
-def test_what_the_server_refuses_is_an_error_with_its_code(client):
+def test_server_errors_are_raised_with_their_code(client):
     with pytest.raises(ApiError, match=r"none\.safetensors") as caught:
         client.submit("a", "none.safetensors")
     assert (caught.value.status, caught.value.code) == (400, "LORA_NOT_FOUND")
@@ -155,11 +165,11 @@ def test_what_the_server_refuses_is_an_error_with_its_code(client):
         lambda one: client.image(one, 0),
     ):
         with pytest.raises(ApiError) as caught:
-            call("nobody")
+            call("unknown")
         assert (caught.value.status, caught.value.code) == (404, "REQUEST_NOT_FOUND")
 
 
-def test_a_request_that_fails_or_is_canceled(client, worker, context):
+def test_failed_and_canceled_requests_raise(client, worker, context):
     in_background(lambda: worker.fail(worker.claim()))
     with pytest.raises(RequestFailedError, match="NaN") as failed:
         client.generate("a", "sks.safetensors")
@@ -179,7 +189,7 @@ def test_a_request_that_fails_or_is_canceled(client, worker, context):
         client.generate("a", "sks.safetensors")
 
 
-def test_who_waits_too_long_hears_how_far_it_is(client, worker, context):
+def test_timeout_error_contains_the_progress(client, worker, context):
     accepted = client.submit("a", "sks.safetensors")
     worker.step(worker.claim(), 5)
     with pytest.raises(ClientTimeoutError, match="it is in_progress, 20% done"):
@@ -190,7 +200,7 @@ def test_who_waits_too_long_hears_how_far_it_is(client, worker, context):
     assert context.store.get(accepted.request_id).cancel_requested
 
 
-def test_requests_and_loras_are_listed_over_all_pages(client, context, monkeypatch):
+def test_lists_cover_all_pages(client, context, monkeypatch):
     ids = [client.submit("a", "sks.safetensors").request_id for _ in range(3)]
     monkeypatch.setattr(
         context.store,
@@ -210,7 +220,7 @@ def test_requests_and_loras_are_listed_over_all_pages(client, context, monkeypat
     assert client.ready()
 
 
-def test_a_key_is_sent_and_never_shown(url, context):
+def test_api_key_is_sent_and_not_in_repr(url, context):
     key = context.keys.add("me")
     with Client(url) as without, pytest.raises(ApiError, match="API key") as caught:
         without.models()
@@ -220,7 +230,7 @@ def test_a_key_is_sent_and_never_shown(url, context):
         assert key not in repr(client) + repr(vars(client))
 
 
-def test_the_asynchronous_client_does_the_same(url, context, worker, tmp_path):
+def test_async_client_against_the_application(url, context, worker, tmp_path):
     async def run() -> None:
         async with AsyncClient(url) as client:
             in_background(lambda: finish(worker, context))
@@ -246,7 +256,7 @@ def test_the_asynchronous_client_does_the_same(url, context, worker, tmp_path):
 
 
 def test_both_clients_have_the_same_methods():
-    def faces(kind: type) -> dict[str, list[str]]:
+    def parameters_of(kind: type) -> dict[str, list[str]]:
         methods = {
             name: method
             for name, method in vars(kind).items()
@@ -257,10 +267,10 @@ def test_both_clients_have_the_same_methods():
             for name, method in methods.items()
         }
 
-    assert faces(Client) == faces(AsyncClient)
+    assert parameters_of(Client) == parameters_of(AsyncClient)
 
 
-# --- against servers that misbehave ------------------------------------------------------------------------------------
+# --- against servers with scripted answers
 
 STATUS = {
     "request_id": "r1",
@@ -280,9 +290,14 @@ IMAGE = {
     "sha256": hashlib.sha256(b"x").hexdigest(),
 }
 RESULT = {
-    "request_id": "r1", "status": "succeeded", "outputs": {"images": [IMAGE], "videos": []}, "error": None,
-    "created_at": "2026-11-22T12:00:00Z", "finished_at": None, "metadata": None,
-}  # fmt: skip
+    "request_id": "r1",
+    "status": "succeeded",
+    "outputs": {"images": [IMAGE], "videos": []},
+    "error": None,
+    "created_at": "2026-11-22T12:00:00Z",
+    "finished_at": None,
+    "metadata": None,
+}
 ACCEPTED = {
     "request_id": "r1",
     "status": "queued",
@@ -292,8 +307,8 @@ ACCEPTED = {
 }
 
 
-class Odd(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
-    """A server that answers from a script: for each path a list, the last of which stays."""
+class ScriptedTransport(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
+    """Transport with a list of answers for each path; the last answer of a list repeats."""
 
     def __init__(self, **script: list[Any]) -> None:
         self.script = {name: iter(answers) for name, answers in script.items()}
@@ -331,8 +346,8 @@ class Odd(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
             raise httpx2.ReadError("the connection broke")
 
 
-def odd(**script: list[Any]) -> tuple[Client, Odd]:
-    transport = Odd(**script)
+def scripted_client(**script: list[Any]) -> tuple[Client, ScriptedTransport]:
+    transport = ScriptedTransport(**script)
     return Client("http://x.example/prefix", api_key=KEY, transport=transport, retries=3), transport
 
 
@@ -356,8 +371,8 @@ def pauses(monkeypatch):
     return taken
 
 
-def test_a_busy_server_is_asked_again_under_the_same_key(pauses):
-    client, transport = odd(
+def test_retries_use_the_same_idempotency_key(pauses):
+    client, transport = scripted_client(
         inference=[
             error(429, "QUEUE_FULL", Retry_After="7"),
             httpx2.ConnectError("no"),
@@ -374,8 +389,8 @@ def test_a_busy_server_is_asked_again_under_the_same_key(pauses):
 @pytest.mark.parametrize(
     ("answers", "status"), [([error(503, "X")], 503), ([httpx2.ConnectError("no")], 0)]
 )
-def test_but_not_for_ever(pauses, answers, status):
-    client, transport = odd(inference=answers)
+def test_retries_are_limited_and_errors_hide_secrets(pauses, answers, status):
+    client, transport = scripted_client(inference=answers)
     with pytest.raises(ApiUnavailableError) as caught:
         client.submit("a", "b.safetensors", hf_token="hf_secret")
     assert caught.value.status == status
@@ -385,8 +400,8 @@ def test_but_not_for_ever(pauses, answers, status):
     assert json.loads(transport.requests[0].content)["hf_token"] == "hf_secret"
 
 
-def test_what_is_refused_is_not_sent_again(pauses):
-    client, transport = odd(inference=[error(400, "LORA_NOT_FOUND")])
+def test_refused_requests_are_not_retried(pauses):
+    client, transport = scripted_client(inference=[error(400, "LORA_NOT_FOUND")])
     with pytest.raises(ApiError) as caught:
         client.submit("a", "b.safetensors", idempotency_key="mine")
     assert caught.value.details == {"a": 1}
@@ -402,24 +417,24 @@ def test_what_is_refused_is_not_sent_again(pauses):
         httpx2.Response(400, json={"detail": {"error": 1}}),
     ],
 )
-def test_an_answer_that_says_nothing_is_an_error_all_the_same(pauses, answer):
-    client, _ = odd(status=[answer])
-    with pytest.raises(ApiError, match="nothing more"):
+def test_an_error_without_a_body_raises(pauses, answer):
+    client, _ = scripted_client(status=[answer])
+    with pytest.raises(ApiError, match="without an error body"):
         client.status("r1")
 
 
 @pytest.mark.parametrize(
     "answer", [httpx2.Response(200, text="<html>hello"), httpx2.Response(200, json={"a": 1})]
 )
-def test_an_answer_of_something_else_is_an_error(answer):
-    client, _ = odd(status=[answer])
-    with pytest.raises(ApiError, match="is the address right"):
+def test_a_response_of_another_api_raises(answer):
+    client, _ = scripted_client(status=[answer])
+    with pytest.raises(ApiError, match="check base_url"):
         client.status("r1")
 
 
-def test_a_stream_that_breaks_is_taken_up_where_it_broke(pauses):
+def test_a_broken_stream_is_resumed_after_the_last_event(pauses):
     running = STATUS | {"status": "in_progress"}
-    client, transport = odd(
+    client, transport = scripted_client(
         events=[
             event(1, STATUS) + event(4, running) + "data: {BREAK",
             httpx2.ConnectError("no"),
@@ -435,15 +450,15 @@ def test_a_stream_that_breaks_is_taken_up_where_it_broke(pauses):
 
 
 @pytest.mark.parametrize("answer", [httpx2.ConnectError("no"), "BREAK", ": ping\n\n"])
-def test_a_stream_that_never_comes_ends_the_wait(pauses, answer):
-    client, transport = odd(events=[answer])
+def test_a_stream_that_always_breaks_ends_the_wait(pauses, answer):
+    client, transport = scripted_client(events=[answer])
     with pytest.raises(ApiUnavailableError, match="GET /v1/requests/r1/events"):
         client.wait("r1")
     assert len(transport.requests) == 4
 
 
 def test_a_server_without_events_is_polled(pauses):
-    client, transport = odd(
+    client, transport = scripted_client(
         status=[STATUS, STATUS, STATUS | {"status": "in_progress"}, DONE], result=[RESULT]
     )
     seen: list[Any] = []
@@ -458,25 +473,95 @@ def test_a_server_without_events_is_polled(pauses):
     ]
 
 
+def test_leaving_the_iteration_closes_the_stream(monkeypatch):
+    closed: list[bool] = []
+    stream = event(1, STATUS) + event(2, DONE)
+
+    class Body(httpx2.SyncByteStream, httpx2.AsyncByteStream):
+        def __iter__(self) -> Iterator[bytes]:
+            yield stream.encode()
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            yield stream.encode()
+
+        def close(self) -> None:
+            closed.append(True)
+
+        async def aclose(self) -> None:
+            closed.append(True)
+
+    transport = httpx2.MockTransport(lambda request: httpx2.Response(200, stream=Body()))
+    events: Any = Client("http://x", transport=transport).events("r1")
+    assert next(events).status is Status.IN_QUEUE
+    assert closed == []
+    events.close()
+    assert closed == [True]
+
+    async def run() -> None:
+        events: Any = AsyncClient("http://x", transport=transport).events("r1")
+        assert (await anext(events)).status is Status.IN_QUEUE
+        await events.aclose()
+        assert closed == [True, True]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("error", [None, httpx2.ConnectError("no")])
+def test_upload_is_sent_once_and_closes_the_file(monkeypatch, pauses, error):
+    opened: list[IO[Any]] = []
+    original = Path.open
+
+    def recording_open(self: Path, *args: Any) -> IO[Any]:
+        opened.append(original(self, *args))
+        return opened[-1]
+
+    monkeypatch.setattr(Path, "open", recording_open)
+    client, transport = scripted_client(loras=[error])
+    with pytest.raises(ApiError, match="POST /v1/loras" if error else "without an error body"):
+        client.upload_lora(LOKR)
+    assert len(transport.requests) == 1
+    assert transport.requests[0].extensions["timeout"]["read"] is None
+    assert [file.closed for file in opened] == [True]
+
+
+def test_a_callback_s_timeout_error_cancels_but_other_errors_do_not(pauses):
+    client, transport = scripted_client(events=[event(1, STATUS)], r1=[STATUS])
+
+    def callback(error: Exception) -> Callable[[Any], None]:
+        def raise_error(status: Any) -> None:
+            raise error
+
+        return raise_error
+
+    with pytest.raises(ApiError, match="from the callback"):
+        client.wait("r1", on_progress=callback(ApiError("from the callback", status=404)))
+    assert [request.method for request in transport.requests] == ["GET"]
+    with pytest.raises(ClientTimeoutError, match="from the callback"):
+        client.wait(
+            "r1",
+            on_progress=callback(ClientTimeoutError("from the callback")),
+            cancel_on_timeout=True,
+        )
+    assert [request.method for request in transport.requests] == ["GET", "GET", "DELETE"]
+
+
 @pytest.mark.parametrize(
     ("image", "request_id", "content", "words"),
     [
         ({}, "r1", b"y", "damaged"),
-        ({"format": "../x"}, "r1", b"x", "format that is none"),
-        ({}, "../r1", b"x", "format that is none"),
+        ({"format": "../x"}, "r1", b"x", "format that is not valid"),
+        ({}, "../r1", b"x", "format that is not valid"),
     ],
 )
-def test_files_are_what_was_made_and_where_they_were_wanted(
-    tmp_path, image, request_id, content, words
-):
+def test_save_images_checks_content_and_names(tmp_path, image, request_id, content, words):
     body = RESULT | {"request_id": request_id, "outputs": {"images": [IMAGE | image], "videos": []}}
-    client, _ = odd(result=[body], **{"0": [httpx2.Response(200, content=content)]})
+    client, _ = scripted_client(result=[body], **{"0": [httpx2.Response(200, content=content)]})
     with pytest.raises(OutputError, match=words):
         client.save_images(client.result("r1"), tmp_path / "out")
     assert list(tmp_path.rglob("*.*")) == []
 
 
-def test_the_asynchronous_client_and_servers_that_misbehave(monkeypatch):
+def test_async_client_retries_polls_and_resumes(monkeypatch):
     taken: list[float] = []
 
     async def sleep(seconds: float) -> None:
@@ -485,7 +570,7 @@ def test_the_asynchronous_client_and_servers_that_misbehave(monkeypatch):
     monkeypatch.setattr("fidelora.client.aio.asyncio.sleep", sleep)
 
     async def run() -> None:
-        polled = Odd(
+        polled = ScriptedTransport(
             inference=[error(429, "QUEUE_FULL", Retry_After="7"), ACCEPTED],
             status=[STATUS, DONE],
             result=[RESULT],
@@ -494,16 +579,17 @@ def test_the_asynchronous_client_and_servers_that_misbehave(monkeypatch):
             assert (await client.generate("a", "b.safetensors")).request_id == "r1"
         assert taken == [7, 0.01]
         async with AsyncClient(
-            "http://x", transport=Odd(events=[httpx2.ConnectError("no")])
+            "http://x", transport=ScriptedTransport(events=[httpx2.ConnectError("no")])
         ) as client:
             with pytest.raises(ApiUnavailableError):
                 await client.wait("r1")
         async with AsyncClient(
-            "http://x", transport=Odd(events=[event(1, STATUS), event(2, DONE)], result=[RESULT])
+            "http://x",
+            transport=ScriptedTransport(events=[event(1, STATUS), event(2, DONE)], result=[RESULT]),
         ) as client:
             assert (await client.wait("r1")).status is Status.SUCCEEDED
         async with AsyncClient(
-            "http://x", transport=Odd(ready=[httpx2.ConnectError("no")])
+            "http://x", transport=ScriptedTransport(ready=[httpx2.ConnectError("no")])
         ) as client:
             assert not await client.ready()
 
@@ -512,25 +598,21 @@ def test_the_asynchronous_client_and_servers_that_misbehave(monkeypatch):
 
 def printed(code: str) -> str:
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=50
     ).stdout.strip()
 
 
-def test_the_client_needs_no_torch():
-    heavy = "('torch', 'numpy', 'fastapi', 'sqlalchemy')"
-    assert (
-        printed(
-            f"import sys, fidelora; fidelora.Client; print([name for name in {heavy} if name in sys.modules])"
-        )
-        == "[]"
-    )
+def test_the_client_does_not_import_torch():
+    heavy = {"torch", "numpy", "fastapi", "sqlalchemy"}
+    code = f"import sys, fidelora; fidelora.Client; print({heavy} & sys.modules.keys())"
+    assert printed(code) == "set()"
 
 
-def test_a_server_needs_no_torch_until_it_starts():
+def test_the_server_imports_torch_only_when_it_starts():
     assert printed("import sys, fidelora.server.run; print('torch' in sys.modules)") == "False"
 
 
-def test_without_its_packages_the_client_says_what_to_install():
+def test_import_error_names_the_extra_to_install():
     code = """
 import sys
 sys.modules["httpx2"] = None

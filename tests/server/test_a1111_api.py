@@ -324,10 +324,10 @@ def test_fields_without_effect_are_accepted(client, context, fields):
         ({"infotext": "a"}, "infotext cannot be"),
         ({"eta": 0.5, "sampler_name": "Euler a"}, "eta is 1 for Euler a, and cannot be 0.5"),
         ({"eta": 1.0, "sampler_name": "DDIM"}, "eta is 0 for DDIM"),
-        ({"init_images": []}, "init_images is no field that is known here"),
+        ({"init_images": []}, "init_images is not a field of txt2img"),
         (
             {"override_settings": {"CLIP_stop_at_last_layers": 2}},
-            "CLIP_stop_at_last_layers cannot be 2: here it is 1",
+            "CLIP_stop_at_last_layers cannot be 2: it is always 1",
         ),
         (
             {"override_settings": {"sd_model_checkpoint": "other"}},
@@ -339,14 +339,14 @@ def test_fields_without_effect_are_accepted(client, context, fields):
         ),
         (
             {"override_settings": {"face_restoration": 1}},
-            "override_settings.face_restoration cannot be 1: the settings are",
+            "override_settings.face_restoration cannot be 1: the supported settings are",
         ),
         ({"prompt": "a (b:1.2)"}, "weighs words"),
         ({"negative_prompt": "[a:b:0.5]"}, "changes words while the image is made"),
         ({"prompt": "<lora:sks:1:0.5>"}, "two multipliers"),
         ({"prompt": "<lora:sks:3>"}, "from -2 to 2"),
         ({"prompt": "<hypernet:x:1>"}, "is no LoRA"),
-        ({"prompt": "<lora:sks:1>" * 65}, "names 65 LoRAs; 64 are the most"),
+        ({"prompt": "<lora:sks:1>" * 65}, "names 65 LoRAs; the maximum is 64"),
         ({"prompt": "<lora:none:1>"}, "There is no adapter 'none'"),
         ({"prompt": "<lora:../sks:1>"}, "There is no adapter '../sks'"),
         ({"prompt": "<lora:../../../etc/passwd:1>"}, "There is no adapter"),
@@ -469,7 +469,7 @@ def test_progress_and_interrupt(url, context, worker):
     others = httpx2.post(f"{url}/v1/inference", json=body)
     waiting = aside(lambda: api.txt2img(prompt="a ball", steps=20, n_iter=1))
     until(lambda: context.a1111_jobs, 20)
-    assert api.get_progress()["textinfo"] == "1 requests are before this one"
+    assert api.get_progress()["textinfo"] == "1 requests are ahead of this one"
     foreign = worker.claim()
     assert foreign.id == others.json()["request_id"]
     job = worker.claim()

@@ -269,14 +269,17 @@ def test_unsupported_fields_are_rejected_by_name(client, context, fields, param)
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"size": "32x512"}, "size: both sides are from 64 to 4096"),
-        ({"output_compression": 50}, "output_compression: png has none"),
+        ({"size": "32x512"}, "size: width and height have to be from 64 to 4096"),
+        ({"output_compression": 50}, "output_compression: not supported for png"),
         (
             {"n": 2, "extra_body": {"seed": MAX_SEED}},
-            "seed: the last image would have a seed beyond",
+            "seed: the last image's would exceed",
         ),
-        ({"partial_images": 2}, "partial_images: there are some in a stream only"),
-        ({"stream": True, "response_format": "url"}, "response_format: a stream has b64_json only"),
+        ({"partial_images": 2}, "partial_images: supported only in a stream"),
+        (
+            {"stream": True, "response_format": "url"},
+            "response_format: a stream supports only b64_json",
+        ),
     ],
 )
 def test_fields_that_contradict_each_other(client, fields, message):

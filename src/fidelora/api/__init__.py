@@ -1,7 +1,8 @@
-"""The HTTP API's bodies, and what they mean: requests into recipes, jobs into answers. Shared by server and client; needs no torch.
+"""Bodies of the HTTP API and their conversion: requests to recipes, jobs to responses.
 
-The contract is that of the documented `ai-toolkit-inference` API: same fields, ranges and codes. What is added is additive. Nothing
-is ignored: a field that the model cannot use, and a field that nobody knows, is an error that names it.
+Shared by server and client; imports no torch. The contract is that of the documented
+`ai-toolkit-inference` API: same fields, ranges and codes, with optional additions. No field is
+ignored: an unknown field, or one that the model does not support, is an error that names it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""The bodies of AUTOMATIC1111's API, and what they mean here.
+"""Bodies of AUTOMATIC1111's API, and their conversion to recipes.
 
-https://github.com/AUTOMATIC1111/stable-diffusion-webui/wiki/API. Its clients send all fields of their settings, wanted or not. So
-each is known here, and what cannot be done has to have the value that asks for nothing; anything else is refused by name.
+https://github.com/AUTOMATIC1111/stable-diffusion-webui/wiki/API. Its clients send every field of
+their settings, used or not. So all fields are declared, and those that are not supported have to
+have a neutral value; other values are refused by the field's name.
 """
 
 from __future__ import annotations
@@ -36,16 +37,17 @@ from fidelora.recipe import (
     Recipe,
 )
 
-_LITERAL = "None"
-"""The value of A1111's setting `emphasis` that means: brackets in prompts are characters, as they are in training."""
+_NO_EMPHASIS = "None"
+"""Value of A1111's setting `emphasis` that treats brackets in prompts as text, as in training."""
 FORMATS = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp"}
-"""What its setting `samples_format` calls our formats."""
+"""Image formats by the names of A1111's setting `samples_format`."""
 
 
 class Txt2ImgRequest(RequestBody):
-    """The body of `POST /sdapi/v1/txt2img`, with A1111's defaults. A prompt names LoRAs by `<lora:name:multiplier>`.
+    """The body of `POST /sdapi/v1/txt2img`, with A1111's defaults.
 
-    The fields from `enable_hr` on are there because clients send them; each has to have a value that asks for nothing.
+    Prompts select LoRAs by `<lora:name:multiplier>`. The fields from `enable_hr` on are not
+    supported; clients send them, and each has to have a neutral value.
     """
 
     prompt: str | None = Field("", max_length=MAX_PROMPT_CHARACTERS)
@@ -54,7 +56,7 @@ class Txt2ImgRequest(RequestBody):
         -1,
         ge=-1,
         le=MAX_SEED,
-        description="Of the first image; the others count up. -1 is a random one.",
+        description="Seed of the first image; each further image adds 1. -1 for a random seed.",
     )
     steps: int | None = Field(50, ge=1, le=MAX_STEPS)
     cfg_scale: float | None = Field(7.0, ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)
@@ -62,22 +64,22 @@ class Txt2ImgRequest(RequestBody):
     height: int | None = Field(512, ge=MIN_SIZE, le=MAX_SIZE)
     sampler_name: str | None = None
     sampler_index: str | None = Field(
-        "Euler", description="The older name of sampler_name, which goes before it."
+        "Euler", description="The older name of sampler_name, which has precedence."
     )
     scheduler: str | None = None
     batch_size: int | None = Field(1, ge=1, le=MAX_PROMPTS)
     n_iter: int | None = Field(1, ge=1, le=MAX_PROMPTS)
     send_images: bool | None = True
     save_images: bool | None = Field(
-        False, description="The server keeps images for a time in any case."
+        False, description="Has no effect: the server always keeps images for some time."
     )
     do_not_save_samples: bool | None = False
     do_not_save_grid: bool | None = False
     override_settings: dict[str, Any] | None = Field(
-        None, description="sd_model_checkpoint, samples_format, emphasis."
+        None, description="Supported: sd_model_checkpoint, samples_format, emphasis."
     )
     override_settings_restore_afterwards: bool | None = True
-    eta: float | None = Field(None, description="Only the sampler's own.")
+    eta: float | None = Field(None, description="Only the sampler's default is supported.")
 
     enable_hr: bool | None = False
     denoising_strength: float | None = None
@@ -118,11 +120,11 @@ class Txt2ImgRequest(RequestBody):
 
     @property
     def images(self) -> int:
-        """How many are asked for."""
+        """Number of requested images."""
         return (self.batch_size or 1) * (self.n_iter or 1)
 
 
-_ASKS_FOR_NOTHING: Mapping[str, tuple[object, ...]] = {
+_NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
     "enable_hr": (False,),
     "subseed_strength": (0,),
     "seed_resize_from_h": (-1, 0),
@@ -144,45 +146,52 @@ _ASKS_FOR_NOTHING: Mapping[str, tuple[object, ...]] = {
     "force_task_id": (),
     "infotext": ("",),
 }
-"""By field, the values besides null that change nothing. What is not here means something only together with one of these
-(`hr_scale` with `enable_hr`, `subseed` with `subseed_strength`, ...), or is honoured."""
+"""Values by field that change nothing, besides null. A field that is missing here is supported, or
+has an effect only together with one of these: `hr_scale` with `enable_hr`, `subseed` with
+`subseed_strength`, ..."""
 _ETA = {"euler_a": 1.0, "dpm_2_a": 1.0, "ddim": 0.0}
-"""What `eta` is here, for the samplers that have one."""
+"""Fixed `eta` of the samplers that have one."""
 
 
 def options_of(model: str) -> dict[str, Any]:
-    """The settings of A1111 that mean something here, as they are."""
+    """Return the supported settings of A1111 with their fixed values."""
     return {
         "sd_model_checkpoint": model,
         "sd_vae": "Automatic",
         "samples_format": "png",
-        "emphasis": _LITERAL,
+        "emphasis": _NO_EMPHASIS,
         "CLIP_stop_at_last_layers": 1,
         "eta_noise_seed_delta": 0,
     }
 
 
 def check_options(changes: Mapping[str, Any], model: str, *, for_one_request: bool = False) -> None:
-    """See that each of these settings is what it is anyway, or can be chosen for one request.
+    """Check that each setting has its fixed value, or can be set for one request.
 
     Raises:
-        RequestError: one is not, and the message names it.
+        RequestError: a setting cannot be changed; the message names it.
     """
     for name, value in changes.items():
-        place = f"override_settings.{name}" if for_one_request else name
-        if name in (now := options_of(model)) and value == now[name]:
+        field_path = f"override_settings.{name}" if for_one_request else name
+        if name in (fixed := options_of(model)) and value == fixed[name]:
             continue
         if for_one_request and name == "sd_model_checkpoint" and value in all_families():
             continue
         if for_one_request and name == "samples_format" and value in FORMATS:
             continue
-        known = f"here it is {now[name]!r}" if name in now else f"the settings are {', '.join(now)}"
-        raise _unsupported(place, f"cannot be {_shown(value)}: {known}")
+        if name in fixed:
+            raise _unsupported(
+                field_path, f"cannot be {_shown(value)}: it is always {fixed[name]!r}"
+            )
+        settings = ", ".join(fixed)
+        raise _unsupported(
+            field_path, f"cannot be {_shown(value)}: the supported settings are {settings}"
+        )
 
 
 @dataclass(frozen=True)
 class Txt2ImgPlan:
-    """What a request asks for, once all of it is known to be possible. `seed` is that of the first image."""
+    """A txt2img request whose fields were checked. `seed` is the seed of the first image."""
 
     model: str
     prompt: str
@@ -196,16 +205,16 @@ class Txt2ImgPlan:
     def recipes(
         self, adapters: Sequence[AdapterRef], base: Mapping[str, Any]
     ) -> tuple[Recipe, ...]:
-        """One recipe for each image, with seeds that count up, as A1111 counts.
+        """Return one recipe for each image; seeds count up as in A1111.
 
         Args:
-            adapters: what each of the LoRAs is, in order.
-            base: the recipe fields that the server decides.
+            adapters: the adapters of the LoRAs, in order.
+            base: the recipe fields that the server sets.
 
         Raises:
-            RequestFieldError: a value that only the model's data can refuse.
+            RequestFieldError: the model does not support a value.
         """
-        asked = self.request
+        request = self.request
         refs = tuple(
             AdapterRef(ref.sha256, lora.multiplier, ref.name, ref.path)
             for ref, lora in zip(adapters, self.loras, strict=True)
@@ -215,50 +224,49 @@ class Txt2ImgPlan:
                 prompt=self.prompt,
                 negative_prompt=self.negative_prompt,
                 model=self.model,
-                width=_given(asked, "width"),
-                height=_given(asked, "height"),
-                steps=_given(asked, "steps"),
-                guidance_scale=_given(asked, "cfg_scale"),
+                width=_value_or_default(request, "width"),
+                height=_value_or_default(request, "height"),
+                steps=_value_or_default(request, "steps"),
+                guidance_scale=_value_or_default(request, "cfg_scale"),
                 seed=self.seed,
                 sampler=self.sampler,
                 adapters=refs,
                 **base,
             )
-            return tuple(replace(first, seed=first.seed + index) for index in range(asked.images))
+            return tuple(replace(first, seed=first.seed + index) for index in range(request.images))
         except RecipeError as error:
             raise RequestFieldError(
-                str(error), place=(_FIELD_OF.get(error.field, error.field),)
+                str(error), place=(_REQUEST_FIELDS.get(error.field, error.field),)
             ) from error
 
 
-_FIELD_OF = {"guidance_scale": "cfg_scale", "sampler": "sampler_name"}
-"""What a field of a recipe is called here, where the names differ."""
+_REQUEST_FIELDS = {"guidance_scale": "cfg_scale", "sampler": "sampler_name"}
+"""Names of recipe fields in this API, where they differ."""
 
 
 def plan_txt2img(request: Txt2ImgRequest, model: str, random_seed: int) -> Txt2ImgPlan:
-    """What the request means.
+    """Check a request and resolve its settings, LoRAs, sampler and seed.
 
     Args:
-        model: that is used if the request chooses none.
-        random_seed: if it leaves that to the server.
+        model: the model of requests that do not choose one.
+        random_seed: the seed of requests that do not set one.
 
     Raises:
-        RequestError, RequestFieldError, PromptSyntaxError: something in it cannot be done here; the message names it.
+        RequestError, RequestFieldError, PromptSyntaxError: a field or a part of the prompt is not
+            supported; the message names it.
     """
     if request.model_extra:
         raise _unsupported(
-            next(iter(request.model_extra)), "is no field that is known here; leave it out"
+            next(iter(request.model_extra)), "is not a field of txt2img; leave it out"
         )
-    for name, values in _ASKS_FOR_NOTHING.items():
+    for name, values in _NEUTRAL_VALUES.items():
         value = getattr(request, name)
         if value is not None and value not in values:
-            neutral = " or ".join(json.dumps(one) for one in (None, *values))
-            raise _unsupported(
-                name, f"cannot be {_shown(value)} here; leave it out, or send {neutral}"
-            )
+            neutral = " or ".join(json.dumps(each) for each in (None, *values))
+            raise _unsupported(name, f"cannot be {_shown(value)}; leave it out, or send {neutral}")
     if request.images > MAX_PROMPTS:
         raise RequestFieldError(
-            f"batch_size times n_iter is {request.images}; {MAX_PROMPTS} is the most.",
+            f"batch_size times n_iter is {request.images}; the maximum is {MAX_PROMPTS}.",
             place=("n_iter",),
         )
     settings = request.override_settings or {}
@@ -272,7 +280,7 @@ def plan_txt2img(request: Txt2ImgRequest, model: str, random_seed: int) -> Txt2I
         sampler = sampler_of(name, scheduler, all_families()[model])
     except UnknownSamplerError as error:
         raise RequestFieldError(
-            str(error), place=(_FIELD_OF.get(error.field, error.field),)
+            str(error), place=(_REQUEST_FIELDS.get(error.field, error.field),)
         ) from error
     if request.eta is not None and request.eta != _ETA.get(sampler, request.eta):
         raise _unsupported(
@@ -280,17 +288,20 @@ def plan_txt2img(request: Txt2ImgRequest, model: str, random_seed: int) -> Txt2I
         )
     prompt, loras = loras_in(request.prompt or "")
     if len(loras) > MAX_LORAS:
-        raise PromptSyntaxError(f"The prompt names {len(loras)} LoRAs; {MAX_LORAS} are the most.")
+        raise PromptSyntaxError(f"The prompt names {len(loras)} LoRAs; the maximum is {MAX_LORAS}.")
     negative = request.negative_prompt or ""
-    if settings.get("emphasis") != _LITERAL and (mark := marks_in(prompt) or marks_in(negative)):
+    if settings.get("emphasis") != _NO_EMPHASIS and (
+        mark := marks_in(prompt) or marks_in(negative)
+    ):
         raise PromptSyntaxError(
-            f"{mark}, and prompts are encoded here as they are written. Take it out, or send "
-            'override_settings {"emphasis": "None"} to have it encoded as it is.'
+            f"{mark}, and emphasis in prompts is not supported. Remove it, or send "
+            'override_settings {"emphasis": "None"} to encode it as plain text.'
         )
     seed = random_seed if request.seed is None or request.seed == -1 else request.seed
     if seed + request.images - 1 > MAX_SEED:
         raise RequestFieldError(
-            f"The last image would have a seed beyond {MAX_SEED}.", place=("seed",)
+            f"The last image's seed would exceed {MAX_SEED}; choose a smaller seed.",
+            place=("seed",),
         )
     return Txt2ImgPlan(
         model=model,
@@ -305,20 +316,20 @@ def plan_txt2img(request: Txt2ImgRequest, model: str, random_seed: int) -> Txt2I
 
 
 class Txt2ImgBody(BaseModel):
-    """The answer to `POST /sdapi/v1/txt2img`: images in base64, the request as it was understood, and JSON about the images."""
+    """The answer to `POST /sdapi/v1/txt2img`: base64 images, the request, and JSON text."""
 
     images: list[str]
     parameters: dict[str, Any]
     info: str
 
 
-def info_of(meaning: Txt2ImgPlan, job: Job, infotexts: Sequence[str], version: str) -> str:
-    """What A1111 says of the images, as the JSON text that it writes."""
-    asked, first = meaning.request, job.recipes[0]
+def info_of(plan: Txt2ImgPlan, job: Job, infotexts: Sequence[str], version: str) -> str:
+    """Return A1111's description of the images, as JSON text."""
+    request, first = plan.request, job.recipes[0]
     seeds = [recipe.seed for recipe in job.recipes]
     info = {
-        "prompt": asked.prompt or "",
-        "all_prompts": [asked.prompt or ""] * len(seeds),
+        "prompt": request.prompt or "",
+        "all_prompts": [request.prompt or ""] * len(seeds),
         "negative_prompt": first.negative_prompt,
         "all_negative_prompts": [first.negative_prompt] * len(seeds),
         "seed": seeds[0],
@@ -328,13 +339,13 @@ def info_of(meaning: Txt2ImgPlan, job: Job, infotexts: Sequence[str], version: s
         "subseed_strength": 0,
         "width": first.width,
         "height": first.height,
-        "sampler_name": asked.sampler_name or asked.sampler_index or "Euler",
+        "sampler_name": request.sampler_name or request.sampler_index or "Euler",
         "cfg_scale": first.guidance_scale,
         "steps": first.steps,
-        "batch_size": asked.batch_size or 1,
+        "batch_size": request.batch_size or 1,
         "restore_faces": False,
         "face_restoration_model": None,
-        "sd_model_name": meaning.model,
+        "sd_model_name": plan.model,
         "sd_model_hash": None,
         "sd_vae_name": None,
         "sd_vae_hash": None,
@@ -355,7 +366,7 @@ def info_of(meaning: Txt2ImgPlan, job: Job, infotexts: Sequence[str], version: s
 
 
 class A1111ErrorBody(BaseModel):
-    """The body of errors of these paths but 422, which has FastAPI's own shape, as A1111's has."""
+    """The body of errors of A1111's paths except 422, which has FastAPI's shape, as in A1111."""
 
     error: str
     detail: str
@@ -364,7 +375,7 @@ class A1111ErrorBody(BaseModel):
 
 
 class SamplerBody(BaseModel):
-    """One entry of `GET /sdapi/v1/samplers`; an alias is the name of this server's sampler."""
+    """One entry of `GET /sdapi/v1/samplers`; its alias is the sampler's name in this server."""
 
     name: str
     aliases: list[str]
@@ -382,7 +393,10 @@ class SchedulerBody(BaseModel):
 
 
 class SdModelBody(BaseModel):
-    """One entry of `GET /sdapi/v1/sd-models`: a model family, which `override_settings` can choose by its title."""
+    """One entry of `GET /sdapi/v1/sd-models`: a model family.
+
+    `override_settings` selects it by its title.
+    """
 
     title: str
     model_name: str
@@ -393,7 +407,7 @@ class SdModelBody(BaseModel):
 
 
 class A1111LoraBody(BaseModel):
-    """One entry of `GET /sdapi/v1/loras`; `name` is what prompts call it."""
+    """One entry of `GET /sdapi/v1/loras`; prompts refer to it by `name`."""
 
     name: str
     alias: str
@@ -402,7 +416,7 @@ class A1111LoraBody(BaseModel):
 
 
 class StateBody(BaseModel):
-    """What A1111 would do at this moment."""
+    """Current activity, in A1111's terms."""
 
     skipped: bool = False
     interrupted: bool = False
@@ -416,7 +430,10 @@ class StateBody(BaseModel):
 
 
 class A1111ProgressBody(BaseModel):
-    """The answer to `GET /sdapi/v1/progress`: of the oldest request that was made with the same API key and is waited for."""
+    """The answer to `GET /sdapi/v1/progress`.
+
+    It describes the oldest request that has the same API key and whose client still waits.
+    """
 
     progress: float
     eta_relative: float
@@ -428,7 +445,7 @@ class A1111ProgressBody(BaseModel):
 def progress_of(
     job: Job | None, queue_position: int | None, *, with_image: bool
 ) -> A1111ProgressBody:
-    """How far a job is; without one there is nothing to do."""
+    """Return the progress of a job, or that of an idle server."""
     if job is None:
         return A1111ProgressBody(progress=0, eta_relative=0, state=StateBody())
     progress = job.progress
@@ -447,12 +464,11 @@ def progress_of(
         eta_relative=(progress.eta_s or 0) if progress else 0,
         state=state,
         current_image=(progress.preview or None) if progress and with_image else None,
-        textinfo=f"{queue_position} requests are before this one" if waits else None,
+        textinfo=f"{queue_position} requests are ahead of this one" if waits else None,
     )
 
 
-def _given(request: Txt2ImgRequest, name: str) -> Any:
-    """A field's value, or its default if it is null."""
+def _value_or_default(request: Txt2ImgRequest, name: str) -> Any:
     value = getattr(request, name)
     return Txt2ImgRequest.model_fields[name].default if value is None else value
 

@@ -1,7 +1,8 @@
-"""The bodies of OpenAI's Images API, as the package `openai` sends and reads them, and what they mean here.
+"""Bodies of OpenAI's Images API, as the package `openai` sends and reads them.
 
-https://platform.openai.com/docs/api-reference/images. What an image is made of (LoRAs, seed, steps, ...) comes beside OpenAI's own
-fields, by `extra_body`. A field that has no meaning here is refused, or taken with the value alone that asks for nothing.
+https://platform.openai.com/docs/api-reference/images. Fields that OpenAI does not have (LoRAs,
+seed, steps, ...) are sent by `extra_body`. Fields that are not supported are refused, or accepted
+only with the value that changes nothing.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from fidelora.families import all_families
 from fidelora.jobs.job import Job
 from fidelora.recipe import MAX_PROMPT_CHARACTERS, MAX_SEED, MAX_SIZE, MIN_SIZE, Fidelity
 
-MAX_IMAGES = 10
+MAX_IMAGES = 10  # images per request, as in OpenAI's API
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 
 
 class ImagesRequest(RequestBody):
     """The body of `POST /v1/images/generations`.
 
-    `quality`, `background` and `moderation` are taken with the values alone that change nothing; `user` and `safety_identifier`
-    say who asks, and nothing about the image.
+    `quality`, `background` and `moderation` are accepted only with the values that change nothing.
+    `user` and `safety_identifier` identify the user and do not affect the image.
     """
 
     prompt: str = Field(max_length=MAX_PROMPT_CHARACTERS)
@@ -43,16 +44,16 @@ class ImagesRequest(RequestBody):
     size: str | None = Field(
         None,
         pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$",
-        description="WIDTHxHEIGHT, or auto: the model's own.",
+        description="WIDTHxHEIGHT, or auto for the model's default.",
     )
     output_format: ImageFormat | None = None
     output_compression: int | None = Field(
-        None, ge=0, le=100, description="The quality of JPEG and WebP files."
+        None, ge=0, le=100, description="Quality of JPEG and WebP files."
     )
     response_format: Literal["b64_json", "url"] | None = None
     stream: bool | None = None
     partial_images: int | None = Field(
-        None, ge=0, le=3, description="Rough pictures of each image, in a stream."
+        None, ge=0, le=3, description="Number of previews of each image, in a stream."
     )
     quality: Literal["auto", "standard"] | None = None
     background: Literal["auto", "opaque"] | None = None
@@ -64,7 +65,7 @@ class ImagesRequest(RequestBody):
     trigger_word: str | None = None
     negative_prompt: str | None = None
     seed: int | None = Field(
-        None, ge=-1, le=MAX_SEED, description="Of the first image; by default a random one."
+        None, ge=-1, le=MAX_SEED, description="Seed of the first image; by default random."
     )
     steps: int | None = Field(None, ge=1, le=150)
     guidance_scale: float | None = Field(None, ge=0, le=20, allow_inf_nan=False)
@@ -73,38 +74,42 @@ class ImagesRequest(RequestBody):
     hf_token: SecretStr | None = None
 
     @model_validator(mode="after")
-    def _fit_together(self) -> Self:
+    def _check_combinations(self) -> Self:
         if self.size not in (None, "auto") and not all(
             MIN_SIZE <= side <= MAX_SIZE for side in _sides(self.size)
         ):
-            raise ValueError(f"size: both sides are from {MIN_SIZE} to {MAX_SIZE} pixels")
+            raise ValueError(
+                f"size: width and height have to be from {MIN_SIZE} to {MAX_SIZE} pixels"
+            )
         if self.output_compression is not None and self.format == "png":
             raise ValueError(
-                "output_compression: png has none; ask for the output_format jpeg or webp"
+                "output_compression: not supported for png; set output_format to jpeg or webp"
             )
         if self.partial_images and not self.stream:
-            raise ValueError("partial_images: there are some in a stream only; set stream to true")
+            raise ValueError("partial_images: supported only in a stream; set stream to true")
         if self.seed is not None and self.seed + (self.n or 1) - 1 > MAX_SEED:
-            raise ValueError(f"seed: the last image would have a seed beyond {MAX_SEED}")
+            raise ValueError(
+                f"seed: the last image's would exceed {MAX_SEED}; choose a smaller one"
+            )
         if self.stream and self.response_format == "url":
-            raise ValueError("response_format: a stream has b64_json only")
+            raise ValueError("response_format: a stream supports only b64_json")
         return self
 
     @property
     def format(self) -> ImageFormat:
-        """Of the files."""
+        """Format of the files."""
         return self.output_format or "png"
 
     def to_inference(self) -> InferenceRequest:
-        """The same request in the documented API: a seed of -1 is one that the server draws, for each image.
+        """Convert to the documented API, where the seed -1 lets the server draw one per image.
 
         Raises:
-            RequestError: there is no such model, or a field is unknown.
+            RequestError: the model does not exist, or a field is unknown.
         """
         if self.model_extra:
             name = next(iter(self.model_extra))
             raise RequestError(
-                f"{name} means nothing here; leave it out.",
+                f"{name} is not supported; leave it out.",
                 code="FIELD_NOT_SUPPORTED",
                 details={"field": name},
             )
@@ -143,11 +148,11 @@ class ImagesRequest(RequestBody):
 
 
 class ImageData(BaseModel):
-    """One image: in base64 or by its URL, which needs the same API key as every call."""
+    """One image: in base64, or its URL, which requires the API key as every call does."""
 
     b64_json: str | None = None
     url: str | None = None
-    # OpenAI does not say these.
+    # Additions to OpenAI's API.
     seed: int
     sha256: str
 
@@ -160,19 +165,19 @@ class ImagesBody(BaseModel):
     background: Literal["opaque"] = "opaque"
     output_format: ImageFormat
     size: str
-    # OpenAI does not say this: the request of the documented API that it was, whose result has the recipes.
+    # Addition to OpenAI's API: id of the request in the documented API; its result has the recipes.
     request_id: str
 
 
 class TokensByKind(BaseModel):
-    """No tokens are counted here."""
+    """Token counts, which are always 0."""
 
     image_tokens: int = 0
     text_tokens: int = 0
 
 
 class Usage(BaseModel):
-    """No tokens are counted here."""
+    """Token counts, which are always 0."""
 
     input_tokens: int = 0
     input_tokens_details: TokensByKind = Field(default_factory=TokensByKind)
@@ -181,7 +186,7 @@ class Usage(BaseModel):
 
 
 class ImageEvent(BaseModel):
-    """One event of a stream: a rough picture, whose size is its own, or a finished image."""
+    """One event of a stream: a preview, which has its own size, or a finished image."""
 
     type: Literal["image_generation.partial_image", "image_generation.completed"]
     b64_json: str
@@ -191,17 +196,17 @@ class ImageEvent(BaseModel):
     quality: Literal["auto"] = "auto"
     size: str
     partial_image_index: int | None = Field(
-        None, description="Of a rough picture, from 0 for each image."
+        None, description="Index of a preview, from 0 for each image."
     )
-    usage: Usage | None = Field(None, description="Of a finished image.")
-    # OpenAI does not say these.
+    usage: Usage | None = Field(None, description="Only for a finished image.")
+    # Additions to OpenAI's API.
     request_id: str
     seed: int | None = None
     sha256: str | None = None
 
 
 class OpenAIErrorDetail(BaseModel):
-    """What went wrong, as OpenAI says it; `code` is one of ours where OpenAI has none."""
+    """An error in OpenAI's shape; `code` is one of this API if OpenAI has none."""
 
     message: str
     type: str
@@ -210,25 +215,25 @@ class OpenAIErrorDetail(BaseModel):
 
 
 class OpenAIErrorBody(BaseModel):
-    """The body of errors of these paths."""
+    """The body of errors of OpenAI's paths."""
 
     error: OpenAIErrorDetail
 
 
 FIELD_OF = {"sample_steps": "steps", "neg": "negative_prompt"}
-"""What a field of a prompt item is called here, where the names differ."""
+"""Names of prompt item fields in this API, where they differ."""
 
 
 def size_of(job: Job) -> str:
-    """WIDTHxHEIGHT of a job's images, which all have the same size."""
+    """Return WIDTHxHEIGHT of a job's images, which all have the same size."""
     return f"{job.recipes[0].width}x{job.recipes[0].height}"
 
 
 def event_of(
     kind: Literal["partial_image", "completed"], job: Job, b64_json: str, **fields: Any
 ) -> ImageEvent:
-    """An event of a stream, with what all of them have."""
-    assert job.started_at is not None, "there is nothing to see before that"
+    """Return an event of a stream, with the fields that all events have."""
+    assert job.started_at is not None, "events are sent only for jobs that have started"
     moment = job.finished_at or job.started_at
     return ImageEvent(
         type=f"image_generation.{kind}",  # type: ignore[arg-type]

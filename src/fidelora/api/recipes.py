@@ -1,4 +1,4 @@
-"""What requests mean: from a body to complete recipes, and from recipes back to a body."""
+"""Conversion of request bodies to complete recipes, and of recipes to a request body."""
 
 from __future__ import annotations
 
@@ -13,22 +13,24 @@ from fidelora.families import Family, all_families, get_family
 from fidelora.recipe import AdapterRef, Recipe, replace_trigger
 
 DEFAULT_SIZE = 1024
-"""Pixels of a side that a request leaves out: the documented API's, not the model's own."""
+"""Width and height in pixels if a request omits them: the default of the documented API, which
+differs from the model's own."""
 
-_OF_OTHER_MODELS = ("fps", "resolution", "ctrl_img", "ctrl_img_1", "ctrl_img_2", "ctrl_img_3")
+# Fields of the documented API that only models of other kinds (video, image editing) support.
+_UNSUPPORTED_FIELDS = ("fps", "resolution", "ctrl_img", "ctrl_img_1", "ctrl_img_2", "ctrl_img_3")
 
-_FIELD_OF = {"steps": "sample_steps", "negative_prompt": "neg", "negative_prompt_2": "neg_2"}
-"""What a field of a recipe is called in a prompt item, where the names differ."""
+_ITEM_FIELDS = {"steps": "sample_steps", "negative_prompt": "neg", "negative_prompt_2": "neg_2"}
+"""Names of recipe fields in a prompt item, where they differ."""
 
 
 def check_request(request: InferenceRequest, *, needs_lora: bool = True) -> Family:
-    """See that the model is known and can use every field of the request.
+    """Check that the model exists and supports every field of the request; return its family.
 
     Args:
-        needs_lora: whether there has to be one, as in the documented API.
+        needs_lora: True if at least one LoRA is required, as in the documented API.
 
     Raises:
-        RequestError: with the code of the API and what a client needs to mend it.
+        RequestError: the request is not supported; has the code and the details of the API.
     """
     try:
         spec = get_family(request.model)
@@ -40,24 +42,22 @@ def check_request(request: InferenceRequest, *, needs_lora: bool = True) -> Fami
     if needs_lora and not request.loras:
         raise RequestError("At least one LoRA is required.", code="LORA_FILE_REQUIRED")
     if any(lora.transformer for lora in request.loras):
-        message = f"{spec.id} has one transformer: a LoRA of it has no `transformer`."
+        message = f"{spec.id} has one denoiser; leave out `transformer` of its LoRAs."
         raise RequestError(
             message, code="MOE_FORMAT_NOT_SUPPORTED", details={"field": "transformer"}
         )
-    for place, field in _unusable_fields(request):
-        message = f"{place}{field} means nothing to {spec.id}; leave it out."
-        raise RequestError(
-            message, code="FIELD_NOT_SUPPORTED", details={"field": f"{place}{field}"}
-        )
+    for field_path in _unsupported_fields(request):
+        message = f"{spec.id} does not support {field_path}; leave it out."
+        raise RequestError(message, code="FIELD_NOT_SUPPORTED", details={"field": field_path})
     for index, item in enumerate(request.prompts):
-        if isinstance(item.network_multiplier, list) and len(item.network_multiplier) != len(
-            request.loras
-        ):
-            message = f"prompts[{index}].network_multiplier has {len(item.network_multiplier)} numbers for {len(request.loras)} LoRAs."
+        multipliers, loras = item.network_multiplier, request.loras
+        if isinstance(multipliers, list) and len(multipliers) != len(loras):
+            field_path = f"prompts[{index}].network_multiplier"
             raise RequestError(
-                message,
+                f"{field_path} has {len(multipliers)} numbers for {len(loras)} LoRAs; "
+                "give one for each.",
                 code="MULTIPLIERS_DO_NOT_MATCH",
-                details={"field": f"prompts[{index}].network_multiplier"},
+                details={"field": field_path},
             )
     return spec
 
@@ -68,20 +68,21 @@ def recipes_of(
     base: Mapping[str, Any],
     draw_seed: Callable[[], int],
 ) -> tuple[Recipe, ...]:
-    """One complete recipe for each prompt.
+    """Return one complete recipe for each prompt.
 
     Args:
-        request: one that `check_request` has passed.
-        adapters: what each of its LoRAs is, in order; their own multipliers are not used.
-        base: the recipe fields that the server decides: `base_model`, dtypes, `noise`, ..., and `fidelity` if the request does not.
+        request: a request that passed `check_request`.
+        adapters: the adapters of its LoRAs, in order; their multipliers are not used.
+        base: the recipe fields that the server sets: `base_model`, dtypes, `noise`, ..., and the
+            `fidelity` of requests that omit it.
         draw_seed: called for each prompt whose seed is -1.
 
     Raises:
-        RequestFieldError: a value that only the model's data can refuse, such as an unknown sampler.
+        RequestFieldError: the model does not support a value, such as an unknown sampler.
     """
     multipliers = [_multipliers(request, item) for item in request.prompts]
     base = {**base, "fidelity": request.fidelity or base.get("fidelity", "exact")}
-    # As the trainer does it: one set of multipliers for all images is merged into the weights, several run beside them.
+    # Like the trainer: adapters are merged if all images have the same multipliers, else live.
     mode = "merged" if base["fidelity"] == "fast" or len(set(multipliers)) == 1 else "live"
     recipes = []
     for index, item in enumerate(request.prompts):
@@ -116,23 +117,26 @@ def recipes_of(
                 **base,
             )
         except RecipeError as error:
-            place = ("prompts", index, _FIELD_OF.get(error.field, error.field))
+            place = ("prompts", index, _ITEM_FIELDS.get(error.field, error.field))
             raise RequestFieldError(str(error), place=place) from error
         recipes.append(recipe)
     return tuple(recipes)
 
 
 def request_for(recipes: Sequence[Recipe], lora_path: str) -> dict[str, Any]:
-    """The body of the request that makes these images, each with the same one adapter, which the server knows as `lora_path`.
+    """Return the request body for these recipes, which all use the same single adapter.
 
-    What the server decides (base model, precision, VAE) is not in it.
+    It does not contain the fields that the server sets (base model, precision, VAE).
+
+    Args:
+        lora_path: path of the adapter on the server.
 
     Raises:
-        RequestFieldError: a value that the API does not take, such as a guidance scale beyond 20.
+        RequestFieldError: a value is out of the API's range, such as a guidance scale above 20.
     """
-    same = {(adapter.sha256, adapter.alpha) for recipe in recipes for adapter in recipe.adapters}
-    assert len(same) == 1, "one adapter, and the same in every recipe"
-    ((sha256, alpha),) = same
+    adapters = {(ref.sha256, ref.alpha) for recipe in recipes for ref in recipe.adapters}
+    assert len(adapters) == 1, "one adapter, and the same in every recipe"
+    ((sha256, alpha),) = adapters
     body = {
         "model": recipes[0].model,
         "fidelity": recipes[0].fidelity,
@@ -164,16 +168,16 @@ def request_for(recipes: Sequence[Recipe], lora_path: str) -> dict[str, Any]:
         InferenceRequest.model_validate(body)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
+        field_path = ".".join(map(str, first["loc"]))
         raise RequestFieldError(
-            f"The HTTP API does not take {place} {first['input']!r}: {first['msg']}.",
+            f"The HTTP API does not accept {field_path} {first['input']!r}: {first['msg']}.",
             place=first["loc"],
         ) from None
     return body
 
 
 def _multipliers(request: InferenceRequest, item: PromptItem) -> tuple[float, ...]:
-    """For each LoRA: the prompt's own multiplier, else the LoRA's, else 1."""
+    """Return the multiplier of each LoRA: the prompt's, else the LoRA's, else 1."""
     own = item.network_multiplier
     if isinstance(own, list):
         return tuple(own)
@@ -187,14 +191,14 @@ def _multipliers(request: InferenceRequest, item: PromptItem) -> tuple[float, ..
     )
 
 
-def _unusable_fields(request: InferenceRequest) -> Iterator[tuple[str, str]]:
-    """Where in the request, and which field: unknown ones, and those of other models."""
-    yield from (("", name) for name in request.model_extra or {})
+def _unsupported_fields(request: InferenceRequest) -> Iterator[str]:
+    """Yield the paths of unknown fields, and of fields that only other models support."""
+    yield from request.model_extra or {}
     for index, lora in enumerate(request.loras):
-        yield from ((f"loras[{index}].", name) for name in lora.model_extra or {})
+        yield from (f"loras[{index}].{name}" for name in lora.model_extra or {})
     for index, item in enumerate(request.prompts):
-        place = f"prompts[{index}]."
-        yield from ((place, name) for name in item.model_extra or {})
-        yield from ((place, name) for name in _OF_OTHER_MODELS if getattr(item, name) is not None)
+        names = [*(item.model_extra or {})]
+        names += [name for name in _UNSUPPORTED_FIELDS if getattr(item, name) is not None]
         if item.num_frames not in (None, 1):
-            yield place, "num_frames"
+            names.append("num_frames")
+        yield from (f"prompts[{index}].{name}" for name in names)

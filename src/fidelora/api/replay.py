@@ -1,4 +1,4 @@
-"""The bodies of `POST /v1/replay`: an image, or what it says of its making, and what the server makes of that."""
+"""Bodies of `POST /v1/replay`: an image or its recipe, and the queued request."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from fidelora.recipe import Fidelity
 
 
 class ReplayChoices(RequestBody):
-    """What shall be otherwise than it was; left out, nothing is."""
+    """Changes to the recipe; omitted fields change nothing."""
 
     output_format: ImageFormat | None = Field(
-        None, description="By default that of the image, or png."
+        None, description="By default the format of the image, or png."
     )
     fidelity: Fidelity | None = None
     base_model: Literal["server"] | None = Field(
         None,
-        description="`server`: take the server's base model, whatever the image was made with.",
+        description="`server`: use the server's base model, even if the image used another one.",
     )
 
 
 class ReplayRequest(ReplayChoices):
-    """The JSON body of `POST /v1/replay`: a recipe as images have it, or the text that AUTOMATIC1111 puts into images."""
+    """The JSON body of `POST /v1/replay`: a recipe, or the parameters text of AUTOMATIC1111."""
 
     recipe: dict[str, Any] | None = None
     parameters: str | None = Field(None, min_length=1, max_length=50_000)
 
     @model_validator(mode="after")
-    def _has_one(self) -> Self:
+    def _require_one_source(self) -> Self:
         if (self.recipe is None) == (self.parameters is None):
             raise ValueError(
-                "give either a recipe or parameters; an image is sent as multipart/form-data"
+                "give either a recipe or parameters; send an image as multipart/form-data"
             )
         return self
 
 
 class IgnoredBody(BaseModel):
-    """Something that the image says of its making and that had no part in making it again."""
+    """A parameter of the image that the replay does not use."""
 
     name: str
     value: str
@@ -50,7 +50,7 @@ class IgnoredBody(BaseModel):
 
 
 class ChangeBody(BaseModel):
-    """A field of the recipe that is otherwise than the image says, because the request wants it so."""
+    """A field of the recipe that the request changed."""
 
     name: str
     was: Any
@@ -58,10 +58,11 @@ class ChangeBody(BaseModel):
 
 
 class ReplayAccepted(Accepted):
-    """The answer to `POST /v1/replay`: a request as all others.
+    """The answer to `POST /v1/replay`: a queued request.
 
-    `source` is `fidelora` if the image had a whole recipe, and the same pixels can be expected where nothing was changed; it is
-    `a1111` if another program's text was read as far as it goes.
+    `source` is `fidelora` if the image had a complete recipe; without changes, the pixels will be
+    the same. It is `a1111` if the recipe was read from another program's parameters text, as far
+    as it is supported.
     """
 
     source: Literal["fidelora", "a1111"]
@@ -80,7 +81,7 @@ def replay_accepted(
     ignored: tuple[Ignored, ...] = (),
     warnings: tuple[str, ...] = (),
 ) -> ReplayAccepted:
-    """The answer to a replay that is stored."""
+    """Return the answer to a queued replay."""
     return ReplayAccepted(
         **accepted(job, base_url).model_dump(),
         source=source,

@@ -1,4 +1,4 @@
-"""What clients ask for: the bodies of requests, with the ranges of the documented API."""
+"""Request bodies, with the ranges of the documented API."""
 
 from __future__ import annotations
 
@@ -8,40 +8,44 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from fidelora.recipe import MAX_ALPHA, Fidelity
 
-MAX_PROMPTS = 64
+MAX_PROMPTS = 64  # images per request
 MAX_LORAS = 64
-"""Of requests in the APIs that are not the documented one, which knows no limit but a body's size."""
+"""LoRAs per request of the OpenAI and AUTOMATIC1111 APIs, and per replayed image. The documented
+API has no limit but the size of the body."""
 
 Multiplier = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 ImageFormat = Literal["png", "jpeg", "webp"]
 
 
 class RequestBody(BaseModel):
-    """A body whose unknown fields are kept, so that they can be named in an error of our own shape and not be dropped."""
+    """Body that keeps unknown fields, so that an error can name them."""
 
     model_config = ConfigDict(extra="allow", json_schema_extra={"additionalProperties": False})
 
 
 class LoraItem(RequestBody):
-    """One adapter of a request: a file under `WORKFLOWS_BASE_PATH`, a URL, or `hf:owner/name/file.safetensors`."""
+    """One adapter of a request.
+
+    `path` is a file under `WORKFLOWS_BASE_PATH`, a URL, or `hf:owner/name/file.safetensors`.
+    """
 
     path: str = Field(min_length=1, max_length=2048)
     network_multiplier: Multiplier | None = None
     transformer: Literal["low", "high"] | None = None
     sha256: str | None = Field(
-        None, pattern=r"^[0-9a-f]{64}$", description="What the file's bytes have to be."
+        None, pattern=r"^[0-9a-f]{64}$", description="Expected sha256 of the file."
     )
     alpha: float | None = Field(
         None,
         ge=0,
         le=MAX_ALPHA,
         allow_inf_nan=False,
-        description="Of a DoRA, whose file has none; by default its rank.",
+        description="Alpha of a DoRA, whose file does not contain it; by default its rank.",
     )
 
 
 class PromptItem(RequestBody):
-    """One image of a request. What is left out has the model's default, sizes 1024."""
+    """One image of a request. Omitted fields have the model's defaults; sizes are 1024."""
 
     prompt: str
     trigger_word: str | None = None
@@ -51,7 +55,8 @@ class PromptItem(RequestBody):
     sample_steps: int | None = Field(None, ge=1, le=150)
     neg: str | None = None
     neg_2: str | None = Field(
-        None, description="For the second text encoder of models with two; by default as neg."
+        None,
+        description="Negative prompt of the second text encoder, if there is one; by default neg.",
     )
     guidance_rescale: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     seed: int | None = Field(None, ge=-1, le=2**63 - 1)
@@ -77,5 +82,6 @@ class InferenceRequest(RequestBody):
     output_format: ImageFormat = "png"
     fidelity: Fidelity | None = Field(
         None,
-        description="exact: to the bit as in training; fast: nearly so. By default what the server is set to.",
+        description="exact: bit-identical to training; fast: nearly identical. "
+        "By default the server's setting.",
     )

@@ -1,4 +1,4 @@
-"""What the server answers: jobs, models and LoRAs into bodies, and the one shape of errors."""
+"""Response bodies: jobs, models, LoRAs and errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Accepted(BaseModel):
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong: a code for programs, a sentence for people, and what the code needs to be acted upon."""
+    """An error: a code for programs, a message for users, and details that depend on the code."""
 
     code: str
     message: str
@@ -30,19 +30,19 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorEnvelope(BaseModel):
-    """Around the error, as in the documented API."""
+    """Envelope of an error, as in the documented API."""
 
     error: ErrorDetail
 
 
 class ErrorBody(BaseModel):
-    """The body of every error but 422, which has FastAPI's own shape."""
+    """The body of every error except 422, which has FastAPI's default shape."""
 
     detail: ErrorEnvelope
 
 
 class ProgressBody(BaseModel):
-    """How far a job is; `image` counts from 0, `fraction` is of the whole job."""
+    """Progress of a job; `image` counts from 0, `fraction` refers to the whole job."""
 
     image: int
     images: int
@@ -61,18 +61,18 @@ class StatusBody(BaseModel):
     started_at: datetime | None
     finished_at: datetime | None
     error: str | None
-    # Other servers of the documented API do not say these.
+    # Additions to the documented API; other servers omit them.
     error_code: str | None = None
     progress: ProgressBody | None = None
     queue_position: int | None = None
     preview: str | None = Field(
         None,
-        description="A rough picture, a small JPEG in base64; in events only, and if asked for.",
+        description="Preview, a small JPEG in base64; only in events that were requested with it.",
     )
 
 
 class RequestList(BaseModel):
-    """The answer to `GET /v1/requests`: newest first; `next_cursor` asks for the rest, and is null on the last page."""
+    """The answer to `GET /v1/requests`: newest first; `next_cursor` is null on the last page."""
 
     requests: list[StatusBody]
     next_cursor: str | None
@@ -86,21 +86,21 @@ class ImageBody(BaseModel):
     height: int
     file_path: str
     seed: int
-    # Other servers of the documented API do not say these.
+    # Additions to the documented API; other servers omit them.
     url: str = ""
     sha256: str = ""
     recipe: dict[str, Any] = Field(default_factory=dict)
 
 
 class OutputsBody(BaseModel):
-    """What a job made."""
+    """Outputs of a job."""
 
     images: list[ImageBody]
     videos: list[dict[str, Any]]
 
 
 class MetadataBody(BaseModel):
-    """How a job was made: `inference_time` in seconds from its start to its end, `timings` in seconds by part."""
+    """Timing of a job: seconds from start to end (`inference_time`), and by phase (`timings`)."""
 
     model: str
     inference_time: float
@@ -120,7 +120,10 @@ class ResultBody(BaseModel):
 
 
 class LoraBody(BaseModel):
-    """One adapter file under `WORKFLOWS_BASE_PATH`, as its header describes it; `path` is what requests call it."""
+    """One adapter file under `WORKFLOWS_BASE_PATH`; requests refer to it by `path`.
+
+    The other fields are read from the file's header.
+    """
 
     path: str
     sha256: str
@@ -140,7 +143,7 @@ class LoraBody(BaseModel):
 
 
 class LoraList(BaseModel):
-    """The answer to `GET /v1/loras`: by path; `next_cursor` asks for the rest, and is null on the last page."""
+    """The answer to `GET /v1/loras`: sorted by path; `next_cursor` is null on the last page."""
 
     loras: list[LoraBody]
     next_cursor: str | None
@@ -161,7 +164,7 @@ class ModelBody(BaseModel):
 
 
 class OpenAIModel(BaseModel):
-    """One model family as clients of OpenAI's API read it; when it was made is not known here."""
+    """One model family in the shape of OpenAI's API; `created` is not known and always 0."""
 
     id: str
     object: Literal["model"] = "model"
@@ -170,16 +173,16 @@ class OpenAIModel(BaseModel):
 
 
 class ModelList(BaseModel):
-    """The answer to `GET /v1/models`: the same families twice, as in the documented API and as in OpenAI's."""
+    """The answer to `GET /v1/models`: the families in the documented and in OpenAI's shape."""
 
     models: list[ModelBody]
-    # Other servers of the documented API do not say these.
+    # Additions to the documented API; other servers omit them.
     object: Literal["list"] = "list"
     data: list[OpenAIModel] = Field(default_factory=list)
 
 
 def accepted(job: Job, base_url: str) -> Accepted:
-    """The answer to a request that is stored."""
+    """Return the answer to a queued request."""
     url = f"{base_url.rstrip('/')}/v1/requests/{job.id}"
     return Accepted(
         request_id=job.id,
@@ -190,9 +193,9 @@ def accepted(job: Job, base_url: str) -> Accepted:
 
 
 def status_of(job: Job, queue_position: int | None, *, with_preview: bool = False) -> StatusBody:
-    """Where a job is."""
+    """Return the status of a job."""
     progress = job.progress
-    shown = (
+    progress_fields = (
         {name: value for name, value in vars(progress).items() if name != "preview"}
         if progress
         else {}
@@ -205,14 +208,14 @@ def status_of(job: Job, queue_position: int | None, *, with_preview: bool = Fals
         finished_at=job.finished_at,
         error=job.error.message if job.error else None,
         error_code=job.error.code if job.error else None,
-        progress=ProgressBody(fraction=progress.fraction, **shown) if progress else None,
+        progress=ProgressBody(fraction=progress.fraction, **progress_fields) if progress else None,
         queue_position=queue_position,
         preview=(progress.preview or None) if with_preview and progress else None,
     )
 
 
 def result_of(job: Job, base_url: str) -> ResultBody:
-    """What a job made, if it is done."""
+    """Return the result of a job; outputs and metadata are null unless it succeeded."""
     outputs = metadata = None
     if job.status is Status.SUCCEEDED:
         assert job.started_at is not None
@@ -248,7 +251,7 @@ def result_of(job: Job, base_url: str) -> ResultBody:
 
 
 def model_list() -> ModelList:
-    """Every model family, for `GET /v1/models`."""
+    """Return every model family, for `GET /v1/models`."""
     return ModelList(
         models=_model_bodies(), data=[OpenAIModel(id=model) for model in all_families()]
     )

@@ -1,6 +1,7 @@
-"""The client of the HTTP API: `Client` and, with the same methods as coroutines, `AsyncClient`. Needs no torch.
+"""Clients of the HTTP API: `Client` and, with coroutines for methods, `AsyncClient`. No torch.
 
-`calls.py` says what is sent and how answers are read, `sync.py` and `aio.py` only send and wait.
+`calls.py` builds requests and reads responses, `flows.py` orders them into operations, and
+`sync.py` and `aio.py` only send and sleep.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ try:
     from fidelora.client.sync import Client
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        f"The client needs {error.name}; install it with: pip install 'fidelora[client]'",
+        f"The client needs {error.name}. Install it with: pip install 'fidelora[client]'",
         name=error.name,
     ) from error
 

@@ -1,4 +1,4 @@
-"""What a client sends, and what it makes of the answers: everything but the sending."""
+"""The calls of the client, and how it reads the answers; no I/O over the network."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import httpx2
 from pydantic import BaseModel, ValidationError
@@ -30,59 +30,82 @@ from fidelora.jobs.job import Status
 from fidelora.recipe import Recipe
 
 Lora = str | tuple[str, float] | LoraItem | Mapping[str, Any]
-"""A path, a path with its multiplier, or all of an item's fields."""
+"""A path, a (path, multiplier) tuple, or all fields of a `LoraItem`."""
 Prompt = str | PromptItem | Mapping[str, Any]
-"""A text, or all of an item's fields."""
+"""A prompt's text, or all fields of a `PromptItem`."""
 Body = TypeVar("Body", bound=BaseModel)
 
 POLL_S = 0.5
-"""How often a server without events is asked."""
-QUIET_S = 45.0
-"""How long a stream of events may be silent; ours sends a sign of life every 15 seconds."""
-_LONGEST_PAUSE_S = 60.0
+"""Seconds between two polls of a server that has no event stream."""
+MAX_SILENCE_S = 45.0
+"""Read timeout of event streams in seconds: three times the interval of the server's pings."""
+_MAX_PAUSE_S = 60.0  # longest wait before a retry, also when Retry-After asks for more
 _SAFE_ID = re.compile(r"[\w-]{1,64}")
 _SUFFIXES = {"png": ".png", "jpeg": ".jpg", "jpg": ".jpg", "webp": ".webp"}
 
 
 @dataclass(frozen=True)
 class Call:
-    """One HTTP request; `repeatable` if sending it twice does nothing twice."""
+    """One HTTP request.
+
+    Attributes:
+        repeatable: True if sending it twice has the same effect as sending it once.
+        stream: True if the body of a successful response is read line by line.
+        timeout_s: in place of the client's timeout; None for no timeout.
+    """
 
     method: str
     path: str
     json: Any = None
-    files: Mapping[str, tuple[str, bytes]] | None = None
+    files: Mapping[str, tuple[str, bytes | BinaryIO]] | None = None
     form: Mapping[str, str] | None = None
     params: Mapping[str, Any] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
     repeatable: bool = True
+    stream: bool = False
+    timeout_s: Any = httpx2.USE_CLIENT_DEFAULT
+
+    def build(self, http: httpx2.Client | httpx2.AsyncClient) -> httpx2.Request:
+        """Return the request, with the defaults of an HTTP client."""
+        return http.build_request(
+            self.method,
+            self.path,
+            json=self.json,
+            files=self.files,
+            data=self.form,
+            params=dict(self.params),
+            headers=dict(self.headers),
+            timeout=self.timeout_s,
+        )
 
 
-def submission(request: InferenceRequest, key: str | None) -> Call:
-    """POST /v1/inference; its key makes it safe to send again after a connection broke."""
+def inference_call(request: InferenceRequest, key: str | None) -> Call:
+    """Build POST /v1/inference. The idempotency key makes it safe to repeat."""
     body = request.model_dump(mode="json", exclude_none=True)
     if request.hf_token is not None:
         body["hf_token"] = request.hf_token.get_secret_value()
     return Call("POST", "/v1/inference", body, headers={"Idempotency-Key": key or uuid.uuid4().hex})
 
 
-def replaying(
+def replay_call(
     image: Path | bytes | Recipe, choices: Mapping[str, str | None], key: str | None
 ) -> Call:
-    """POST /v1/replay; its key makes it safe to send again after a connection broke.
+    """Build POST /v1/replay. The idempotency key makes it safe to repeat.
 
     Raises:
-        ImageRecordError: there is no such file.
+        ImageRecordError: the file cannot be read.
     """
     given = {name: value for name, value in choices.items() if value is not None}
     headers = {"Idempotency-Key": key or uuid.uuid4().hex}
     if isinstance(image, Recipe):
         return Call("POST", "/v1/replay", {"recipe": image.to_dict()} | given, headers=headers)
-    name, content = ("image", image) if isinstance(image, bytes) else (image.name, _content(image))
+    name, content = (
+        ("image", image) if isinstance(image, bytes) else (image.name, _read_file(image))
+    )
     return Call("POST", "/v1/replay", files={"image": (name, content)}, form=given, headers=headers)
 
 
-def _content(path: Path) -> bytes:
+def _read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
@@ -95,56 +118,56 @@ def make_request(
     fields: Mapping[str, Any],
     shared: Mapping[str, Any],
 ) -> InferenceRequest:
-    """The body that ergonomic arguments mean.
+    """Build the body of POST /v1/inference from the arguments of `Client.submit`.
 
     Args:
-        fields: of the request.
-        shared: of every prompt that does not have them itself.
+        fields: fields of the request itself.
+        shared: fields of every prompt that does not set them.
 
     Raises:
-        WrongUseError: a field is unknown or out of its range.
+        WrongUseError: a field is unknown or out of range.
     """
-    several_prompts = (
-        [prompts] if isinstance(prompts, str | PromptItem | Mapping) else list(prompts)
-    )
-    several_loras = [loras] if isinstance(loras, str | tuple | LoraItem | Mapping) else list(loras)
+    if isinstance(prompts, str | PromptItem | Mapping):
+        prompts = [prompts]
+    if isinstance(loras, str | tuple | LoraItem | Mapping):
+        loras = [loras]
     try:
         request = InferenceRequest(
-            prompts=[PromptItem(**(dict(shared) | _prompt(prompt))) for prompt in several_prompts],
-            loras=[LoraItem(**_lora(lora)) for lora in several_loras],
+            prompts=[PromptItem(**(dict(shared) | _prompt_fields(each))) for each in prompts],
+            loras=[LoraItem(**_lora_fields(lora)) for lora in loras],
             **fields,
         )
     except ValidationError as error:
-        raise WrongUseError(
-            _sentence(error.errors(include_url=False, include_input=False))
-        ) from error
+        problems = error.errors(include_url=False, include_input=False)
+        raise WrongUseError(_validation_message(problems)) from error
     unknown = [
         *(request.model_extra or {}),
         *(name for item in request.prompts for name in item.model_extra or {}),
     ]
     if unknown:
-        raise WrongUseError(f"A request has no field {unknown[0]!r}.")
+        raise WrongUseError(f"{unknown[0]!r} is not a field of requests; leave it out.")
     return request
 
 
 def read(response: httpx2.Response, kind: type[Body]) -> Body:
-    """The body of an answer.
+    """Parse the body of a response.
 
     Raises:
-        ApiError: it is an error, or nothing that this API answers.
+        ApiError: the response is an error, or its body is not of this API.
     """
     raise_for(response)
     try:
         return kind.model_validate_json(response.content)
     except ValidationError as error:
+        path = response.request.url.path
         raise ApiError(
-            f"The server's answer to {response.request.url.path} is none of this API; is the address right?",
+            f"{path} returned something that is not this API; check base_url.",
             status=response.status_code,
         ) from error
 
 
 def raise_for(response: httpx2.Response) -> None:
-    """Raise `ApiError` with what the server says, if it says that something is wrong."""
+    """Raise `ApiError` with the server's message if the response is an error."""
     if response.is_success:
         return
     status = response.status_code
@@ -153,7 +176,10 @@ def raise_for(response: httpx2.Response) -> None:
         detail = json.loads(response.content)["detail"]
         if isinstance(detail, list):
             raise ApiError(
-                _sentence(detail), status=status, code="VALIDATION", details={"errors": detail}
+                _validation_message(detail),
+                status=status,
+                code="VALIDATION",
+                details={"errors": detail},
             )
         error = detail["error"]
         raise kind(
@@ -163,65 +189,69 @@ def raise_for(response: httpx2.Response) -> None:
             details=dict(error["details"]),
         )
     except (ValueError, TypeError, KeyError) as unreadable:
-        message = f"The server answers {status} {response.reason_phrase} to {response.request.url.path}, and nothing more."
-        raise kind(message, status=status) from unreadable
+        raise kind(
+            f"{response.request.url.path} returned {status} {response.reason_phrase} without an "
+            "error body; check base_url and the server's log.",
+            status=status,
+        ) from unreadable
 
 
 def pause_before_retry(
-    call: Call, tried: int, retries: int, response: httpx2.Response | None
+    call: Call, attempts: int, retries: int, response: httpx2.Response | None
 ) -> float | None:
-    """Seconds to wait before a call is sent again; None if it is not.
+    """Return the seconds to wait before the next attempt, or None if there is none.
 
     Args:
-        tried: how often it was sent.
-        response: what came; None if the connection broke.
+        attempts: number of times that the call was sent.
+        response: the last response; None if the connection broke.
     """
     if (
         not call.repeatable
-        or tried > retries
+        or attempts > retries
         or (response is not None and response.status_code not in (429, 503))
     ):
         return None
-    wanted = response.headers.get("retry-after", "") if response is not None else ""
-    return min(float(wanted) if wanted.isdigit() else 0.5 * 2 ** (tried - 1), _LONGEST_PAUSE_S)
+    retry_after = response.headers.get("retry-after", "") if response is not None else ""
+    backoff_s = float(retry_after) if retry_after.isdigit() else 0.5 * 2 ** (attempts - 1)
+    return min(backoff_s, _MAX_PAUSE_S)
 
 
 def pause_before_stream(
-    request_id: str, broken: int, retries: int, cause: httpx2.TransportError | None
+    call: Call, failures: int, retries: int, cause: httpx2.TransportError | None
 ) -> float:
-    """Seconds to wait before a stream of events that broke is asked for again.
+    """Return the seconds to wait before an event stream is resumed.
 
     Raises:
-        ApiUnavailableError: it broke too often without anything new.
+        ApiUnavailableError: the stream broke more than `retries` times without a new event.
     """
-    call = Call("GET", f"/v1/requests/{request_id}/events")
-    pause = pause_before_retry(call, broken, retries, None)
-    if pause is None:
-        raise unreachable(
-            call, cause or httpx2.ReadError("the stream of events ended before the request did")
-        ) from cause
-    return pause
+    pause_s = pause_before_retry(call, failures, retries, None)
+    if pause_s is None:
+        ended = httpx2.ReadError("the stream of events ended before the request did")
+        raise unreachable(call, cause or ended) from cause
+    return pause_s
 
 
 def unreachable(call: Call, error: httpx2.TransportError) -> ApiUnavailableError:
-    """What a broken connection is to the caller."""
-    return ApiUnavailableError(
-        f"The server did not answer {call.method} {call.path}: {str(error) or type(error).__name__}."
-    )
+    """Return the error to raise for a broken connection."""
+    reason = str(error) or type(error).__name__
+    return ApiUnavailableError(f"The server did not answer {call.method} {call.path}: {reason}.")
 
 
 class EventReader:
-    """Lines of a stream of server-sent events into statuses: https://html.spec.whatwg.org/multipage/server-sent-events.html."""
+    """Parser of server-sent events that hold statuses.
+
+    https://html.spec.whatwg.org/multipage/server-sent-events.html
+    """
 
     def __init__(self) -> None:
         self.last_id = ""
         self._data: list[str] = []
 
     def feed(self, line: str) -> StatusBody | None:
-        """Take one line; gives the event that it ends, if it ends one.
+        """Parse one line; return the status if the line completes an event.
 
         Raises:
-            ApiError: the event is none of this API.
+            ApiError: the event is not a status of this API.
         """
         name, _, value = line.partition(":")
         value = value.removeprefix(" ")
@@ -235,40 +265,44 @@ class EventReader:
         try:
             return StatusBody.model_validate_json(text)
         except ValidationError as error:
-            raise ApiError("The server sent an event that is none of this API.") from error
+            raise ApiError(
+                "The server sent an event that is not a status of this API; check base_url."
+            ) from error
 
 
-def stream_of(
-    request_id: str, reader: EventReader, previews: bool
-) -> tuple[str, dict[str, str], dict[str, str]]:
-    """Path, parameters and headers of the stream of events, from where the reader is."""
-    headers = {"Accept": "text/event-stream"} | (
-        {"Last-Event-ID": reader.last_id} if reader.last_id else {}
+def events_call(request_id: str, last_id: str, previews: bool, timeout_s: float) -> Call:
+    """Build the call that opens the event stream, after the event `last_id` if there was one."""
+    return Call(
+        "GET",
+        f"/v1/requests/{request_id}/events",
+        params={"previews": "true"} if previews else {},
+        headers={"Accept": "text/event-stream"} | ({"Last-Event-ID": last_id} if last_id else {}),
+        stream=True,
+        timeout_s=timeout_s,
     )
-    return f"/v1/requests/{request_id}/events", {"previews": "true"} if previews else {}, headers
 
 
 def has_no_events(error: ApiError) -> bool:
-    """Whether a server does not know the stream of events: it has only what the documentation asks for."""
+    """True if the server lacks the event stream, which is not part of the documented API."""
     return error.status in (404, 405, 501) and error.code != "REQUEST_NOT_FOUND"
 
 
-def late(request_id: str, timeout_s: float, status: StatusBody | None) -> ClientTimeoutError:
-    """The error of who waited long enough."""
-    where = "nothing was heard of it"
+def timed_out(request_id: str, timeout_s: float, status: StatusBody | None) -> ClientTimeoutError:
+    """Return the error to raise when a wait exceeds its timeout."""
+    state = "no status was received"
     if status is not None:
         progress = f", {status.progress.fraction:.0%} done" if status.progress else ""
-        where = f"it is {status.status.value}{progress}"
+        state = f"it is {status.status.value}{progress}"
     return ClientTimeoutError(
-        f"Request {request_id} was not done after {timeout_s:g} seconds: {where}."
+        f"Request {request_id} was not done after {timeout_s:g} seconds: {state}."
     )
 
 
 def succeeded(result: ResultBody, status: StatusBody | None) -> ResultBody:
-    """The result of a request that has to have succeeded.
+    """Return the result if the request succeeded.
 
     Raises:
-        RequestFailedError, RequestCanceledError: it has not.
+        RequestFailedError, RequestCanceledError: it did not.
     """
     if result.status is Status.CANCELED:
         raise RequestCanceledError(f"Request {result.request_id} was canceled.")
@@ -281,33 +315,35 @@ def succeeded(result: ResultBody, status: StatusBody | None) -> ResultBody:
 
 
 def images_of(result: ResultBody) -> Sequence[ImageBody]:
-    """The images of a result.
+    """Return the images of a result.
 
     Raises:
-        WrongUseError: it has none.
+        WrongUseError: the request did not succeed.
     """
     if result.outputs is None:
         raise WrongUseError(
-            f"Request {result.request_id} is {result.status.value}: it has no images."
+            f"Request {result.request_id} is {result.status.value} and has no images."
         )
     return result.outputs.images
 
 
 def save_image(folder: Path, result: ResultBody, index: int, content: bytes) -> Path:
-    """Write an image's file, once its bytes are seen to be the ones that were made.
+    """Write an image's file after its sha256 was checked.
 
     Raises:
-        OutputError: they are not, or cannot be written.
+        OutputError: the content has another sha256, or cannot be written.
     """
     image = images_of(result)[index]
     if image.sha256 and hashlib.sha256(content).hexdigest() != image.sha256:
         raise OutputError(
-            f"Image {index} of request {result.request_id} arrived damaged; nothing was written."
+            f"Image {index} of request {result.request_id} arrived damaged and was not written; "
+            "download it again."
         )
-    # Names are made here: what another machine says is no path on this one.
+    # The file name is built from checked parts, so a server cannot choose the path.
     if not _SAFE_ID.fullmatch(result.request_id) or image.format not in _SUFFIXES:
         raise OutputError(
-            f"Image {index} has a request id or format that is none: {result.request_id[:80]!r}, {image.format[:20]!r}."
+            f"Image {index} was not written: the server sent a request id or format that is not "
+            f"valid ({result.request_id[:80]!r}, {image.format[:20]!r})."
         )
     make_folder(folder)
     path = folder / f"{result.request_id}_output_{index}{_SUFFIXES[image.format]}"
@@ -315,13 +351,13 @@ def save_image(folder: Path, result: ResultBody, index: int, content: bytes) -> 
     return path
 
 
-def _prompt(prompt: Prompt) -> dict[str, Any]:
+def _prompt_fields(prompt: Prompt) -> dict[str, Any]:
     if isinstance(prompt, str):
         return {"prompt": prompt}
     return prompt.model_dump(exclude_unset=True) if isinstance(prompt, PromptItem) else dict(prompt)
 
 
-def _lora(lora: Lora) -> dict[str, Any]:
+def _lora_fields(lora: Lora) -> dict[str, Any]:
     if isinstance(lora, str):
         return {"path": lora}
     if isinstance(lora, tuple):
@@ -330,10 +366,10 @@ def _lora(lora: Lora) -> dict[str, Any]:
     return lora.model_dump(exclude_unset=True) if isinstance(lora, LoraItem) else dict(lora)
 
 
-def _sentence(errors: Iterable[Mapping[str, Any]]) -> str:
-    """What FastAPI says of wrong fields, in one line: `prompts.0.width: Input should be ...`."""
+def _validation_message(errors: Iterable[Mapping[str, Any]]) -> str:
+    """Join validation errors into one line: `prompts.0.width: Input should be ...`."""
     parts = []
     for error in errors:
-        place = ".".join(str(part) for part in error.get("loc", ()) if part != "body")
-        parts.append(f"{place}: {error.get('msg', 'is wrong')}")
+        field_path = ".".join(str(part) for part in error.get("loc", ()) if part != "body")
+        parts.append(f"{field_path}: {error.get('msg', 'is not valid')}")
     return "; ".join(parts).rstrip(".") + "."

@@ -1,4 +1,4 @@
-"""The client that waits."""
+"""The blocking client."""
 
 from __future__ import annotations
 
@@ -10,38 +10,31 @@ from typing import Any, Self
 
 import httpx2
 
-from fidelora.api import (
-    Accepted,
-    InferenceRequest,
-    LoraBody,
-    LoraList,
-    ModelBody,
-    ModelList,
-    RequestList,
-    ResultBody,
-    StatusBody,
-)
+from fidelora.api import Accepted, InferenceRequest, LoraBody, ModelBody, ResultBody, StatusBody
 from fidelora.api.replay import ReplayAccepted
-from fidelora.client import calls
+from fidelora.client import flows
 from fidelora.client.calls import Call, Lora, Prompt
-from fidelora.errors import ApiError, ClientTimeoutError
+from fidelora.client.flows import Answer, Flow, Flows, Result, Run, Step
 from fidelora.jobs.job import Status
 from fidelora.recipe import Recipe
 
 
 class Client:
-    """A server of the documented HTTP API, ours or another.
+    """Client of the documented HTTP API, for Fidelora's server and others.
 
         with Client("http://127.0.0.1:8000") as client:
-            result = client.generate("[trigger] on grass", "sks.safetensors", trigger_word="sks", seed=7)
+            result = client.generate(
+                "[trigger] on grass", "sks.safetensors", trigger_word="sks", seed=7
+            )
             client.save_images(result, "pictures")
 
     Args:
-        base_url: where the server is; behind a proxy with the path that leads to it.
-        api_key: one that `fidelora keys add` made, if the server has any.
-        timeout_s: for the answer to one call; not for making images.
-        retries: how often a call is sent again if the connection breaks or the server has no time; nothing is done twice by that.
-        transport: another way to the server; for tests.
+        base_url: address of the server, with the path prefix if it is behind a proxy.
+        api_key: a key made by `fidelora keys add`, if the server requires keys.
+        timeout_s: seconds to wait for the answer to one call; generation may take longer.
+        retries: number of times that a call is sent again if the connection breaks or the server
+            is busy. Idempotency keys ensure that a retry has no effect twice.
+        transport: another `httpx2` transport, for tests.
     """
 
     def __init__(
@@ -57,7 +50,7 @@ class Client:
         self._http = httpx2.Client(
             base_url=base_url.rstrip("/"), headers=headers, timeout=timeout_s, transport=transport
         )
-        self._retries = retries
+        self._flows = Flows(retries)
 
     def __enter__(self) -> Self:
         return self
@@ -87,29 +80,29 @@ class Client:
         idempotency_key: str | None = None,
         **each: Any,
     ) -> Accepted:
-        """Ask for images; they are made while nobody waits.
+        """Queue a request for images and return without waiting for them.
 
         Args:
-            prompts: one image each; or a whole request, to which nothing else is added.
-            loras: in order; a path, (path, multiplier), or all fields.
-            fidelity: `exact` or `fast`; by default what the server is set to.
-            idempotency_key: under the same key the same request is made once only.
-            each: fields for every prompt that does not have them: `width`, `height`, `seed`, `neg`, `sampler`, `sample_steps`, ...
+            prompts: one prompt per image, or a whole request; then the other fields are not used.
+            loras: the LoRAs in order, each a path, a (path, multiplier) tuple, or all its fields.
+            fidelity: `exact` or `fast`; by default the server's setting.
+            idempotency_key: repeating a request under the same key returns the first one.
+            each: fields for every prompt that does not set them: `width`, `height`, `seed`, `neg`,
+                `sampler`, `sample_steps`, ...
 
         Raises:
-            WrongUseError: a field is unknown or out of its range.
-            ApiError: the server refuses it, with its code; `ApiUnavailableError` if it may take it later.
+            WrongUseError: a field is unknown or out of range.
+            ApiError: the server refused the request, with its code; `ApiUnavailableError` if it
+                may accept the request later.
         """
-        if not isinstance(prompts, InferenceRequest):
-            fields = {
-                "model": model,
-                "trigger_word": trigger_word,
-                "output_format": output_format,
-                "fidelity": fidelity,
-                "hf_token": hf_token,
-            }
-            prompts = calls.make_request(prompts, loras, fields, each)
-        return calls.read(self._call(calls.submission(prompts, idempotency_key)), Accepted)
+        fields = {
+            "model": model,
+            "trigger_word": trigger_word,
+            "output_format": output_format,
+            "fidelity": fidelity,
+            "hf_token": hf_token,
+        }
+        return self._run(self._flows.submit(prompts, loras, fields, each, idempotency_key))
 
     def generate(
         self,
@@ -120,15 +113,16 @@ class Client:
         on_progress: Callable[[StatusBody], None] | None = None,
         **fields: Any,
     ) -> ResultBody:
-        """`submit`, and `wait` for the images.
+        """Submit a request and wait for its images. A request that times out is canceled.
+
+        Takes the arguments of `submit`, and `timeout_s` and `on_progress` of `wait`.
 
         Raises:
-            RequestFailedError, RequestCanceledError: there are none.
-            FideloraError: as `submit` and `wait`.
+            RequestFailedError, RequestCanceledError: the request ended without images.
+            FideloraError: as for `submit` and `wait`.
         """
         accepted = self.submit(prompts, loras, **fields)
-        status = self._last_status(accepted.request_id, timeout_s, on_progress, True)
-        return calls.succeeded(self.result(accepted.request_id), status)
+        return self._run(self._flows.wait_for_success(accepted.request_id, timeout_s, on_progress))
 
     def replay(
         self,
@@ -139,24 +133,24 @@ class Client:
         output_format: str | None = None,
         idempotency_key: str | None = None,
     ) -> ReplayAccepted:
-        """Have an image made again from what its file says; `wait` for it as for others.
+        """Queue a request that makes an image again from its embedded recipe.
+
+        `wait` waits for it as for every request.
 
         Args:
-            image: a file, its bytes, or a recipe.
-            fidelity: `exact` or `fast`, in place of the recipe's.
-            base_model: `server` takes the server's base model, whatever the image was made with.
-            output_format: by default that of the image.
-            idempotency_key: under the same key the same image is made once only.
+            image: an image's path, its bytes, or a recipe.
+            fidelity: `exact` or `fast`, instead of the recipe's.
+            base_model: `server` for the server's base model, even if the image used another one.
+            output_format: by default the format of the image.
+            idempotency_key: repeating a request under the same key returns the first one.
 
         Raises:
-            ApiError: `LORA_BYTES_MISSING`, `BASE_MODEL_DIFFERS` or `IMAGE_WITHOUT_RECIPE` say why it cannot be.
+            ApiError: the image cannot be replayed: `LORA_BYTES_MISSING`, `BASE_MODEL_DIFFERS` or
+                `IMAGE_WITHOUT_RECIPE`.
             ImageRecordError: the file cannot be read.
         """
         choices = {"fidelity": fidelity, "base_model": base_model, "output_format": output_format}
-        call = calls.replaying(
-            Path(image) if isinstance(image, str) else image, choices, idempotency_key
-        )
-        return calls.read(self._call(call), ReplayAccepted)
+        return self._run(self._flows.replay(image, choices, idempotency_key))
 
     def wait(
         self,
@@ -166,210 +160,127 @@ class Client:
         on_progress: Callable[[StatusBody], None] | None = None,
         cancel_on_timeout: bool = False,
     ) -> ResultBody:
-        """Wait until a request has ended, in whatever way.
+        """Wait until a request succeeded, failed or was canceled.
 
         Args:
-            on_progress: called with every status that is new.
+            on_progress: called with each new status.
+            cancel_on_timeout: True to cancel the request after `timeout_s`.
 
         Raises:
-            ClientTimeoutError: it took longer than `timeout_s`; it goes on at the server unless `cancel_on_timeout`.
+            ClientTimeoutError: the request took longer than `timeout_s`. The server continues it
+                unless `cancel_on_timeout` is set.
         """
-        self._last_status(request_id, timeout_s, on_progress, cancel_on_timeout)
-        return self.result(request_id)
+        return self._run(self._flows.wait(request_id, timeout_s, on_progress, cancel_on_timeout))
 
     def events(
         self, request_id: str, *, timeout_s: float | None = None, previews: bool = False
     ) -> Iterator[StatusBody]:
-        """Every status that is new, until the request has ended. A server without events is asked again and again.
+        """Yield each new status until the request has ended. Polls servers without an event stream.
 
         Args:
-            previews: whether statuses carry a rough picture (`preview`, a JPEG in base64), where the server has that.
+            previews: True to include previews (`preview`, a JPEG in base64) if the server has them.
 
         Raises:
-            ClientTimeoutError: it took longer than `timeout_s`.
+            ClientTimeoutError: the request took longer than `timeout_s`.
         """
-        deadline = time.monotonic() + timeout_s if timeout_s is not None else None
-        status: StatusBody | None = None
-        reader, broken, streams = calls.EventReader(), 0, True
-        while status is None or not status.status.final:
-            left = (
-                calls.QUIET_S
-                if deadline is None
-                else min(calls.QUIET_S, deadline - time.monotonic())
-            )
-            if timeout_s is not None and left <= 0:
-                raise calls.late(request_id, timeout_s, status)
-            if not streams:
-                if (new := self.status(request_id)) != status:
-                    status = new
-                    yield status
-                if not status.status.final:
-                    time.sleep(min(calls.POLL_S, left))
-                continue
-            cause: httpx2.TransportError | None = None
-            try:
-                for new in self._stream(request_id, reader, left, deadline, previews):
-                    status, broken = new, 0
-                    yield status
-                    if status.status.final:
-                        return
-            except ApiError as error:
-                if not calls.has_no_events(error):
-                    raise
-                streams = False
-                continue
-            except httpx2.TransportError as error:
-                cause = error
-            if deadline is not None and time.monotonic() >= deadline:
-                continue
-            broken += (
-                1  # or ended by a server that stops; either way it is asked again for what is new
-            )
-            time.sleep(calls.pause_before_stream(request_id, broken, self._retries, cause))
+        return self._iterate(Run(self._flows.events(request_id, timeout_s, previews)))
 
     def status(self, request_id: str) -> StatusBody:
-        """Where a request is."""
-        return calls.read(self._call(Call("GET", f"/v1/requests/{request_id}/status")), StatusBody)
+        """Return the current status of a request."""
+        return self._run(self._flows.status(request_id))
 
     def result(self, request_id: str) -> ResultBody:
-        """What a request made, if it is done."""
-        return calls.read(self._call(Call("GET", f"/v1/requests/{request_id}/result")), ResultBody)
+        """Return the result of a request; it has images once the request succeeded."""
+        return self._run(self._flows.result(request_id))
 
     def cancel(self, request_id: str) -> StatusBody:
-        """Stop a request: a waiting one at once, a running one after its step."""
-        return calls.read(self._call(Call("DELETE", f"/v1/requests/{request_id}")), StatusBody)
+        """Cancel a request: at once if it is queued, after the current step if it is running."""
+        return self._run(self._flows.cancel(request_id))
 
     def requests(self, *, status: Status | None = None) -> Iterator[StatusBody]:
-        """All requests, newest first."""
-        cursor = None
-        while True:
-            params = {"status": status.value if status else None, "cursor": cursor, "limit": 200}
-            given = {name: value for name, value in params.items() if value is not None}
-            page = calls.read(self._call(Call("GET", "/v1/requests", params=given)), RequestList)
-            yield from page.requests
-            if (cursor := page.next_cursor) is None:
-                return
+        """Yield all requests, newest first; with `status`, only those that have it."""
+        return self._iterate(Run(self._flows.requests(status)))
 
     def image(self, request_id: str, index: int) -> bytes:
-        """An image's file."""
-        response = self._call(Call("GET", f"/v1/requests/{request_id}/images/{index}"))
-        calls.raise_for(response)
-        return response.content
+        """Return the file of an image; `index` counts from 0."""
+        return self._run(self._flows.image(request_id, index))
 
     def save_images(self, result: ResultBody, folder: str | Path) -> list[Path]:
-        """Write all images of a result into a folder, each one whole or not at all.
+        """Write all images of a result into a folder; each file is written atomically.
 
         Raises:
             WrongUseError: the result has no images.
-            OutputError: one arrived damaged, or cannot be written.
+            OutputError: an image arrived damaged, or cannot be written.
         """
-        count = len(calls.images_of(result))
-        return [
-            calls.save_image(Path(folder), result, index, self.image(result.request_id, index))
-            for index in range(count)
-        ]
+        return self._run(self._flows.save_images(result, Path(folder)))
 
     def models(self) -> list[ModelBody]:
-        """The model families of the server."""
-        return calls.read(self._call(Call("GET", "/v1/models")), ModelList).models
+        """Return the model families of the server."""
+        return self._run(self._flows.models())
 
     def loras(self) -> Iterator[LoraBody]:
-        """The LoRAs that requests can name, by path."""
-        cursor = None
-        while True:
-            params = {"limit": 200} | ({"cursor": cursor} if cursor is not None else {})
-            page = calls.read(self._call(Call("GET", "/v1/loras", params=params)), LoraList)
-            yield from page.loras
-            if (cursor := page.next_cursor) is None:
-                return
+        """Yield the LoRAs that requests can use, sorted by path."""
+        return self._iterate(Run(self._flows.loras()))
 
     def upload_lora(self, path: str | Path, name: str | None = None) -> LoraBody:
-        """Give the server a LoRA; requests name it by the `path` of the answer."""
-        path = Path(path)
-        with path.open("rb") as file:
-            try:
-                response = self._http.post(
-                    "/v1/loras", files={"file": (name or path.name, file)}, timeout=None
-                )
-            except httpx2.TransportError as error:
-                raise calls.unreachable(Call("POST", "/v1/loras"), error) from error
-        return calls.read(response, LoraBody)
+        """Upload a LoRA; requests refer to it by the `path` of the answer."""
+        return self._run(self._flows.upload_lora(Path(path), name))
 
     def delete_lora(self, name: str) -> None:
-        """Delete a LoRA that was uploaded."""
-        calls.raise_for(
-            self._call(
-                Call("DELETE", f"/v1/loras/{name.removeprefix('uploads/')}", repeatable=False)
-            )
-        )
+        """Delete an uploaded LoRA."""
+        self._run(self._flows.delete_lora(name))
 
     def ready(self) -> bool:
-        """Whether the server can be reached and makes images now."""
-        try:
-            return self._http.get("/ready").is_success
-        except httpx2.TransportError:
-            return False
+        """True if the server can be reached and has loaded the base model."""
+        return self._run(self._flows.ready())
 
-    def _last_status(
-        self,
-        request_id: str,
-        timeout_s: float | None,
-        on_progress: Callable[[StatusBody], None] | None,
-        cancel_on_timeout: bool,
-    ) -> StatusBody | None:
-        status = None
-        try:
-            for status in self.events(request_id, timeout_s=timeout_s):
-                if on_progress is not None:
-                    on_progress(status)
-        except ClientTimeoutError:
-            if cancel_on_timeout:
-                self.cancel(request_id)
-            raise
-        return status
+    def _run(self, flow: Flow[Result]) -> Result:
+        run = Run(flow)
+        for _ in self._iterate(run):
+            pass
+        return run.result
 
-    def _stream(
-        self,
-        request_id: str,
-        reader: calls.EventReader,
-        quiet_s: float,
-        deadline: float | None,
-        previews: bool,
-    ) -> Iterator[StatusBody]:
-        path, params, headers = calls.stream_of(request_id, reader, previews)
-        with self._http.stream(
-            "GET", path, params=params, headers=headers, timeout=quiet_s
-        ) as response:
+    def _iterate(self, run: Run[Any]) -> Iterator[Any]:
+        connection, answer = _Connection(self._http), None
+        try:
+            while (step := run.advance(answer)) is not None:
+                if isinstance(step, flows.Item):
+                    yield step.value
+                    answer = None
+                else:
+                    answer = connection.perform(step)
+        finally:
+            connection.perform(flows.CloseStream())
+            run.close()
+
+
+class _Connection:
+    """Performs the steps of one flow."""
+
+    def __init__(self, http: httpx2.Client) -> None:
+        self._http = http
+        self._stream: httpx2.Response | None = None
+        self._lines: Iterator[str] = iter(())
+
+    def perform(self, step: Step) -> Answer:
+        try:
+            match step:
+                case Call():
+                    return self._send(step)
+                case flows.ReadLine():
+                    return next(self._lines, None)
+                case flows.CloseStream() if self._stream is not None:
+                    self._stream.close()
+                case flows.Pause():
+                    time.sleep(step.seconds)
+        except httpx2.TransportError as error:
+            return error
+        return None
+
+    def _send(self, call: Call) -> httpx2.Response:
+        response = self._http.send(call.build(self._http), stream=call.stream)
+        if call.stream:
+            self._stream, self._lines = response, response.iter_lines()
             if not response.is_success:
                 response.read()
-                calls.raise_for(response)
-            for line in response.iter_lines():
-                if (status := reader.feed(line)) is not None:
-                    yield status
-                if deadline is not None and time.monotonic() > deadline:
-                    return
-
-    def _call(self, call: Call) -> httpx2.Response:
-        tried = 0
-        while True:
-            tried += 1
-            response, broken = None, None
-            try:
-                response = self._http.request(
-                    call.method,
-                    call.path,
-                    json=call.json,
-                    files=call.files,
-                    data=call.form,
-                    params=dict(call.params),
-                    headers=dict(call.headers),
-                )
-            except httpx2.TransportError as error:
-                broken = error
-            pause = calls.pause_before_retry(call, tried, self._retries, response)
-            if pause is None:
-                if broken is not None:
-                    raise calls.unreachable(call, broken) from broken
-                assert response is not None
-                return response
-            time.sleep(pause)
+        return response

@@ -1,1 +1,1 @@
-"""Jobs that last: what a job is (`job.py`), what a store of jobs promises (`store.py`), and the stores."""
+"""Durable jobs: the life cycle (`job.py`), the store interface (`store.py`) and the stores."""

@@ -1,4 +1,4 @@
-"""Jobs as plain data and back, for stores that write them down."""
+"""Conversion between jobs and JSON-ready data, for stores that serialize them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 from fidelora.jobs.job import Failure, Job, JobProgress, Output, Status
 from fidelora.recipe import Recipe
 
-_MOMENTS = ("created_at", "started_at", "finished_at", "lease_expires_at")
+_TIME_FIELDS = ("created_at", "started_at", "finished_at", "lease_expires_at")
 
 
 def job_to_dict(job: Job) -> dict[str, Any]:
-    """The whole job as JSON-ready data; `job_from_dict` takes it back."""
+    """Return the whole job as JSON-ready data; the inverse of `job_from_dict`."""
     plain = {entry.name: getattr(job, entry.name) for entry in fields(job)}
-    for name in _MOMENTS:
-        moment = plain[name]
-        plain[name] = moment.isoformat() if moment else None
+    for name in _TIME_FIELDS:
+        time = plain[name]
+        plain[name] = time.isoformat() if time else None
     return plain | {
         "recipes": [recipe.to_dict() for recipe in job.recipes],
         "status": job.status.value,
@@ -30,15 +30,15 @@ def job_to_dict(job: Job) -> dict[str, Any]:
 
 
 def job_from_dict(plain: Mapping[str, Any]) -> Job:
-    """The job that `job_to_dict` wrote.
+    """Return the job that `job_to_dict` converted.
 
     Raises:
-        RecipeError: a recipe in it is of a format that this version does not read.
+        RecipeError: a recipe has a format that this version does not support.
     """
-    moments = {
-        name: datetime.fromisoformat(plain[name]) if plain[name] else None for name in _MOMENTS
+    times = {
+        name: datetime.fromisoformat(plain[name]) if plain[name] else None for name in _TIME_FIELDS
     }
-    created_at = moments.pop("created_at")
+    created_at = times.pop("created_at")
     assert created_at is not None
     job = Job(
         id=plain["id"],
@@ -47,11 +47,9 @@ def job_from_dict(plain: Mapping[str, Any]) -> Job:
     )
     return replace(
         job,
-        **moments,  # type: ignore[arg-type]
+        **times,  # type: ignore[arg-type]
         image_format=plain["image_format"],
-        image_quality=plain.get(
-            "image_quality"
-        ),  # jobs that were stored before there was a choice have none
+        image_quality=plain.get("image_quality"),  # absent in jobs stored by older versions
         status=Status(plain["status"]),
         attempts=plain["attempts"],
         epoch=plain["epoch"],

@@ -1,14 +1,15 @@
-"""A job: some images to make, and everything that can happen to it.
+"""Jobs and their transitions.
 
-A job is frozen. Each thing that can happen is a function from a job to the next one, so every store does exactly the same, and
-the whole life cycle can be read, and tested, without a database:
+A job is frozen, and each transition is a function from a job to the next one. So every store
+behaves the same, and the life cycle can be read and tested without a database:
 
     in_queue -> in_progress -> succeeded | failed | canceled
-    in_queue <- in_progress    the worker died, or the server stops: another try
+    in_queue <- in_progress    the worker died, or the server stops: retry
     in_queue -> canceled
 
-Workers may be slow, partitioned or dead, so a claim is a lease with an epoch. Every report carries the epoch of its claim, and a
-report of any epoch but the current one is refused: a worker that was given up for dead cannot change a job that another has.
+Workers may be slow, partitioned or dead, so a claim is a lease with an epoch. Every report carries
+the epoch of its claim, and a report with any other than the current epoch is refused: a worker
+that lost its lease cannot change a job that another worker has claimed.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from enum import StrEnum
 from fidelora.errors import FideloraError, LeaseLostError, RecipeError
 from fidelora.recipe import Recipe
 
-MAX_ATTEMPTS = 3
-SILENT = "its worker was silent until its lease ran out"
+MAX_ATTEMPTS = 3  # claims after which a job whose worker died has failed
+SILENT = "its worker sent no heartbeat until the lease expired"  # a reason for `abandoned`
 
 
 class Status(StrEnum):
-    """Where a job is in its life; the values are those of the HTTP API."""
+    """State of a job; the values are those of the HTTP API."""
 
     IN_QUEUE = "in_queue"
     IN_PROGRESS = "in_progress"
@@ -37,15 +38,22 @@ class Status(StrEnum):
 
     @property
     def final(self) -> bool:
-        """Whether nothing can happen any more."""
+        """True if no transition leads out of this state."""
         return self in (Status.SUCCEEDED, Status.FAILED, Status.CANCELED)
 
 
 @dataclass(frozen=True)
 class JobProgress:
-    """How far a job is: `step` of `steps` of image `image` (from 0) of `images`; `eta_s` seconds are left, if that is known.
+    """Progress of a job.
 
-    `preview` is a rough picture of that image, a small JPEG in base64; empty if there is none, and once the job has ended.
+    Attributes:
+        image: index of the current image, from 0.
+        images: number of images of the job.
+        step: number of finished steps of the current image.
+        steps: number of steps of the current image.
+        eta_s: estimated seconds until the job ends; None if unknown.
+        preview: preview of the current image, a small JPEG in base64; empty if there is none, and
+            after the job has ended.
     """
 
     image: int
@@ -57,13 +65,13 @@ class JobProgress:
 
     @property
     def fraction(self) -> float:
-        """Of the whole job, 0..1, all images counted alike."""
+        """Finished fraction of the job, 0..1; all images have the same weight."""
         return (self.image + self.step / self.steps) / self.images
 
 
 @dataclass(frozen=True)
 class Output:
-    """A finished image's file."""
+    """File of a finished image."""
 
     file_path: str
     format: str
@@ -76,7 +84,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a job failed: a code for programs and a sentence for people."""
+    """Reason why a job failed: a code for programs and a message for users."""
 
     code: str
     message: str
@@ -87,16 +95,17 @@ class Job:
     """One request for images.
 
     Attributes:
-        recipes: one per image, complete; adapters are known by their sha256.
-        image_format: of the files.
-        image_quality: 0..100, of JPEG and WebP files; None is JPEG's 95 and WebP without loss.
-        attempts: how often a worker began it.
-        epoch: number of the current claim, or of the last one.
-        worker: who has the current claim; empty if nobody has.
-        lease_expires_at: when the claim ends if its worker does not report; None if nobody has one.
-        cancel_requested: somebody wants it to stop; its worker will be told at its next report.
-        passed_over: how often a later job was preferred, because its adapters were loaded already or it could share a batch.
-        version: counts every change; the number of an event.
+        recipes: one complete recipe per image; adapters are identified by sha256.
+        image_format: format of the files.
+        image_quality: 0..100, for JPEG and WebP files; None for JPEG at 95 and lossless WebP.
+        attempts: number of claims, without those that were released.
+        epoch: number of the current or last claim.
+        worker: name of the worker that holds the claim; empty without a claim.
+        lease_expires_at: end of the claim unless its worker renews it; None without a claim.
+        cancel_requested: True if the job shall stop; its worker stops it at the next heartbeat.
+        passed_over: number of times that a later job was claimed first, because its adapters were
+            loaded or it could share a batch.
+        version: number of the last change; also the id of its event.
     """
 
     id: str
@@ -132,14 +141,14 @@ def new_job(
     image_format: str = "png",
     image_quality: int | None = None,
 ) -> Job:
-    """A job for these images, in the queue.
+    """Return a queued job for these images.
 
     Raises:
-        RecipeError: there is not one recipe.
+        RecipeError: there are no recipes.
     """
     if not recipes:
         raise RecipeError("A job needs at least one recipe.", field="prompts")
-    _aware(now)
+    _require_aware(now)
     return Job(
         id=uuid.uuid4().hex,
         created_at=now,
@@ -150,7 +159,7 @@ def new_job(
 
 
 def claimed(job: Job, worker: str, now: datetime, lease_s: float) -> Job:
-    """A worker takes the job out of the queue, under a new epoch."""
+    """Claim a queued job for a worker, under a new epoch."""
     assert job.status is Status.IN_QUEUE, "stores offer only queued jobs"
     return _changed(
         job,
@@ -167,12 +176,12 @@ def claimed(job: Job, worker: str, now: datetime, lease_s: float) -> Job:
 def renewed(
     job: Job, epoch: int, progress: JobProgress | None, now: datetime, lease_s: float
 ) -> Job:
-    """The worker is alive and this far.
+    """Extend the lease after a heartbeat, and store its progress if it has any.
 
     Raises:
         LeaseLostError: the claim is no longer the current one.
     """
-    _hold(job, epoch)
+    _require_claim(job, epoch)
     return _changed(
         job, progress=progress or job.progress, lease_expires_at=now + timedelta(seconds=lease_s)
     )
@@ -181,54 +190,58 @@ def renewed(
 def succeeded(
     job: Job, epoch: int, outputs: tuple[Output, ...], timings: Mapping[str, float], now: datetime
 ) -> Job:
-    """The images are made and their files are in place. A wish to cancel came too late then.
+    """End the job with its images, whose files exist; a pending cancel request has no effect.
 
     Raises:
         LeaseLostError: the claim is no longer the current one; the files are not the job's.
     """
-    _hold(job, epoch)
+    _require_claim(job, epoch)
     return _ended(job, Status.SUCCEEDED, now, outputs=outputs, timings=timings)
 
 
 def failed(job: Job, epoch: int, error: Failure, now: datetime) -> Job:
-    """It cannot be done, and another try would not help.
+    """End the job with an error that a retry would not fix.
 
     Raises:
         LeaseLostError: the claim is no longer the current one.
     """
-    _hold(job, epoch)
+    _require_claim(job, epoch)
     return _ended(job, Status.FAILED, now, error=error)
 
 
 def stopped(job: Job, epoch: int, now: datetime) -> Job:
-    """The worker did what a wish to cancel asked for.
+    """End the job as canceled, after its worker stopped.
 
     Raises:
         LeaseLostError: the claim is no longer the current one.
     """
-    _hold(job, epoch)
+    _require_claim(job, epoch)
     return _ended(job, Status.CANCELED, now)
 
 
 def released(job: Job, epoch: int, now: datetime) -> Job:
-    """The worker gives the job back because the server stops; the attempt does not count.
+    """Return the job to the queue because the server stops; the attempt does not count.
+
+    A job with a cancel request ends as canceled.
 
     Raises:
         LeaseLostError: the claim is no longer the current one.
     """
-    _hold(job, epoch)
+    _require_claim(job, epoch)
     if job.cancel_requested:
         return _ended(job, Status.CANCELED, now)
     return _back_in_queue(replace(job, attempts=job.attempts - 1))
 
 
 def abandoned(job: Job, epoch: int, reason: str, now: datetime) -> Job:
-    """The worker is dead or silent: another try, unless there were `MAX_ATTEMPTS` or somebody wants the job to stop.
+    """Return the job to the queue after its worker died or its lease expired.
+
+    It fails after `MAX_ATTEMPTS`, and ends as canceled if there is a cancel request.
 
     Raises:
         LeaseLostError: the claim is no longer the current one.
     """
-    _hold(job, epoch)
+    _require_claim(job, epoch)
     if job.cancel_requested:
         return _ended(job, Status.CANCELED, now)
     if job.attempts >= MAX_ATTEMPTS:
@@ -238,9 +251,10 @@ def abandoned(job: Job, epoch: int, reason: str, now: datetime) -> Job:
 
 
 def cancel_asked(job: Job, now: datetime) -> Job:
-    """Somebody wants the job to stop: a queued one is canceled at once, a running one at its worker's next report.
+    """Request that the job stops.
 
-    A job that has ended stays as it is.
+    A queued job is canceled at once, a running one at its worker's next heartbeat. A job that has
+    ended does not change.
     """
     if job.status.final or job.cancel_requested:
         return job
@@ -250,14 +264,15 @@ def cancel_asked(job: Job, now: datetime) -> Job:
 
 
 def passed(job: Job) -> Job:
-    """A later job was preferred."""
+    """Count that a later job was claimed first."""
     return _changed(job, passed_over=job.passed_over + 1)
 
 
-def _hold(job: Job, epoch: int) -> None:
+def _require_claim(job: Job, epoch: int) -> None:
     if job.status is not Status.IN_PROGRESS or job.epoch != epoch:
         raise LeaseLostError(
-            f"The claim {epoch} on job {job.id} is over: the job is {job.status}, its claim is {job.epoch}."
+            f"Claim {epoch} on job {job.id} has ended: "
+            f"the job is {job.status}, its latest claim is {job.epoch}."
         )
 
 
@@ -282,6 +297,6 @@ def _changed(job: Job, **fields: object) -> Job:
     return replace(job, version=job.version + 1, **fields)  # type: ignore[arg-type]
 
 
-def _aware(moment: datetime) -> None:
-    if moment.tzinfo is None:
-        raise FideloraError("Times of jobs are aware UTC datetimes.")
+def _require_aware(time: datetime) -> None:
+    if time.tzinfo is None:
+        raise FideloraError("A job's time has no time zone; pass an aware UTC datetime.")

@@ -1,4 +1,4 @@
-"""A store in memory: for tests of whoever uses stores, and for servers that may forget. It ships with the package on purpose."""
+"""Job store in memory, for tests and for servers that need not keep jobs over a restart."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fidelora.jobs.store import JobPage, StoreByTransition, Submission, choose
 
 
 class MemoryStore(StoreByTransition):
-    """Jobs in a dictionary, in the order in which they came. Implements `JobStore`."""
+    """Jobs in a dictionary, in order of arrival. Implements `JobStore`."""
 
     def __init__(self) -> None:
         self._jobs: dict[str, Job] = {}
@@ -24,8 +24,8 @@ class MemoryStore(StoreByTransition):
         self, job: Job, *, submission: Submission | None = None, capacity: int | None = None
     ) -> Job:
         with self._lock:
-            if submission and (before := self._submitted(submission)):
-                return before
+            if submission and (existing := self._submitted(submission)):
+                return existing
             if capacity is not None and len(self._queue()) >= capacity:
                 raise QueueFullError
             self._jobs[job.id] = job
@@ -85,12 +85,12 @@ class MemoryStore(StoreByTransition):
     ) -> Job | None:
         with self._lock:
             queue = self._queue()
-            place = choose(queue, loaded, merged=merged, wanted=wanted)
-            if place is None:
+            index = choose(queue, loaded, merged=merged, wanted=wanted)
+            if index is None:
                 return None
-            for before in queue[:place]:
-                self._jobs[before.id] = life.passed(before)
-            return self._put(life.claimed(queue[place], worker, now, lease_s))
+            for skipped in queue[:index]:
+                self._put(life.passed(skipped))
+            return self._put(life.claimed(queue[index], worker, now, lease_s))
 
     def abandon_expired(self, now: datetime) -> tuple[Job, ...]:
         with self._lock:
@@ -106,23 +106,23 @@ class MemoryStore(StoreByTransition):
     def remove_finished(self, *, before: datetime, keep: int) -> tuple[Job, ...]:
         with self._lock:
             ended = [
-                (job.finished_at, came, job)
-                for came, job in enumerate(self._jobs.values())
+                (job.finished_at, arrival, job)
+                for arrival, job in enumerate(self._jobs.values())
                 if job.finished_at
             ]
             newest_first = sorted(ended, key=lambda entry: entry[:2], reverse=True)
-            gone = [
+            removed = [
                 job
-                for place, (at, _, job) in enumerate(newest_first)
-                if place >= keep or at < before
+                for index, (finished_at, _, job) in enumerate(newest_first)
+                if index >= keep or finished_at < before
             ]
-            for job in gone:
+            for job in removed:
                 del self._jobs[job.id]
-            ids = {job.id for job in gone}
+            ids = {job.id for job in removed}
             self._submissions = {
                 key: value for key, value in self._submissions.items() if value[0] not in ids
             }
-            return tuple(gone)
+            return tuple(removed)
 
     def close(self) -> None:
         pass

@@ -1,8 +1,9 @@
-"""Jobs in a database: SQLite by default, PostgreSQL by its URL. The only module that knows SQLAlchemy.
+"""Job store in a database: SQLite by default, PostgreSQL by its URL.
 
-Each row has the whole job as a JSON document, and beside it the few columns that queries need. A change reads the row, applies a
-function of `job.py` and writes the row back only if its version is still the one that was read; otherwise it starts again. That
-needs no lock that a dead process could hold, and is the same on every database.
+The only module that imports SQLAlchemy. Each row holds the whole job as a JSON document, and the
+few columns that queries need. A change reads the row, applies a function of `job.py` and writes
+the row back only if its version is still the one that was read; otherwise it starts again
+(optimistic locking). So a dead process cannot hold a lock, and every database behaves the same.
 """
 
 from __future__ import annotations
@@ -35,9 +36,8 @@ from fidelora.jobs.job import Job, Status
 from fidelora.jobs.store import JobPage, StoreByTransition, Submission, choose
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
-_CLAIM_WINDOW = 100
-"""How many jobs, from the oldest, a claim looks at for one whose adapters are loaded, or that is wanted."""
-_BUSY_TIMEOUT_S = 30.0
+_CLAIM_WINDOW = 100  # oldest queued jobs that a claim reads; bounds its cost in long queues
+_BUSY_TIMEOUT_S = 30.0  # longest wait for another process that writes to the same SQLite file
 _FINAL = [status.value for status in Status if status.final]
 
 _jobs = sa.table(
@@ -58,14 +58,17 @@ _jobs = sa.table(
 )
 
 
-class _Outrun(Exception):
-    """Somebody else changed the row between our reading and our writing it."""
+class _VersionConflictError(Exception):
+    """Another thread or process changed the row between reading and writing it."""
 
 
 class SqlStore(StoreByTransition):
-    """Jobs in the database at `url`, such as `sqlite:////var/lib/fidelora/jobs.sqlite`. Implements `JobStore`.
+    """Jobs in a database. Implements `JobStore`.
 
-    The tables are made, or brought up to date, in one transaction at the start.
+    The tables are created or migrated in one transaction at the start.
+
+    Args:
+        url: address of the database, such as `sqlite:////var/lib/fidelora/jobs.sqlite`.
 
     Raises:
         JobStoreError: the database cannot be opened, or was written by a newer version.
@@ -74,21 +77,19 @@ class SqlStore(StoreByTransition):
     def __init__(self, url: str) -> None:
         try:
             self._engine = sa.create_engine(url, **_engine_options(url))
-            self._one_writer: AbstractContextManager[object] = nullcontext()
+            self._write_lock: AbstractContextManager[object] = nullcontext()
             if self._engine.dialect.name == "sqlite":
-                self._one_writer = threading.Lock()
+                self._write_lock = threading.Lock()
                 _configure_sqlite(self._engine)
             with self._engine.begin() as connection:
                 _migrate(connection)
         except (sa.exc.SQLAlchemyError, OSError) as error:
-            shown = (
-                sa.make_url(url).render_as_string(hide_password=True)
-                if "://" in url
-                else "that was given"
-            )
+            shown_url = ""
+            if "://" in url:
+                shown_url = " " + sa.make_url(url).render_as_string(hide_password=True)
             reason = str(error).splitlines()[0]
             raise JobStoreError(
-                f"The database of jobs {shown} cannot be used: {reason}."
+                f"The database of jobs{shown_url} cannot be used: {reason}."
             ) from error
 
     @property
@@ -103,9 +104,9 @@ class SqlStore(StoreByTransition):
         self, job: Job, *, submission: Submission | None = None, capacity: int | None = None
     ) -> Job:
         with self._writing() as connection:
-            if submission and (before := self._submitted(connection, submission)):
-                return before
-            if capacity is not None and self._queued(connection) >= capacity:
+            if submission and (existing := self._submitted(connection, submission)):
+                return existing
+            if capacity is not None and self._count_queued(connection) >= capacity:
                 raise QueueFullError
             row = _row(job) | {
                 "idempotency_key": submission and submission.key,
@@ -115,8 +116,8 @@ class SqlStore(StoreByTransition):
                 with connection.begin_nested():
                     connection.execute(sa.insert(_jobs).values(row))
             except sa.exc.IntegrityError:
-                if submission and (before := self._submitted(connection, submission)):
-                    return before  # the same request came in twice at the same moment
+                if submission and (existing := self._submitted(connection, submission)):
+                    return existing  # the same request arrived twice at the same time
                 raise
         return job
 
@@ -136,12 +137,12 @@ class SqlStore(StoreByTransition):
             query = query.where(_jobs.c.status == status.value)
         with self._reading() as connection:
             if cursor is not None:
-                before = connection.execute(
+                last_seq = connection.execute(
                     sa.select(_jobs.c.seq).where(_jobs.c.id == cursor)
                 ).scalar()
-                if before is None:
+                if last_seq is None:
                     raise CursorError
-                query = query.where(_jobs.c.seq < before)
+                query = query.where(_jobs.c.seq < last_seq)
             found = [_job(document) for document in connection.execute(query).scalars()]
         return JobPage(tuple(found[:limit]), found[limit - 1].id if len(found) > limit else None)
 
@@ -152,7 +153,7 @@ class SqlStore(StoreByTransition):
             ).one_or_none()
             if row is None or row.status != Status.IN_QUEUE.value:
                 return None
-            return self._queued(connection, _jobs.c.seq < row.seq)
+            return self._count_queued(connection, _jobs.c.seq < row.seq)
 
     def count(self, status: Status) -> int:
         query = sa.select(sa.func.count()).select_from(_jobs).where(_jobs.c.status == status.value)
@@ -160,7 +161,8 @@ class SqlStore(StoreByTransition):
             return int(connection.execute(query).scalar_one())
 
     def needs_adapter(self, sha256: str) -> bool:
-        # Nobody can write a hash that is another adapter's into a document by chance; a prompt that quotes one only keeps a file.
+        # A document contains a sha256 only if it needs the adapter, or if a prompt quotes the hash;
+        # the second case is harmless, because it only keeps a file.
         mentions = _jobs.c.document.contains(sha256, autoescape=True)
         query = sa.select(_jobs.c.seq).where(_jobs.c.status.not_in(_FINAL), mentions).limit(1)
         with self._reading() as connection:
@@ -184,15 +186,14 @@ class SqlStore(StoreByTransition):
             try:
                 with self._writing() as connection:
                     queue = self._queue(connection, _CLAIM_WINDOW)
-                    place = choose(queue, loaded, merged=merged, wanted=wanted)
-                    if place is None:
+                    index = choose(queue, loaded, merged=merged, wanted=wanted)
+                    if index is None:
                         return None
-                    for before in queue[:place]:
-                        self._put(connection, before, life.passed(before))
-                    return self._put(
-                        connection, queue[place], life.claimed(queue[place], worker, now, lease_s)
-                    )
-            except _Outrun:
+                    for skipped in queue[:index]:
+                        self._put(connection, skipped, life.passed(skipped))
+                    job = queue[index]
+                    return self._put(connection, job, life.claimed(job, worker, now, lease_s))
+            except _VersionConflictError:
                 continue
 
     def change(self, job_id: str, change: Callable[[Job], Job]) -> Job:
@@ -201,7 +202,7 @@ class SqlStore(StoreByTransition):
                 with self._writing() as connection:
                     job = self._get(connection, job_id)
                     return self._put(connection, job, change(job))
-            except _Outrun:
+            except _VersionConflictError:
                 continue
 
     def abandon_expired(self, now: datetime) -> tuple[Job, ...]:
@@ -223,22 +224,23 @@ class SqlStore(StoreByTransition):
             rows = connection.execute(
                 ended.order_by(_jobs.c.finished_at_s.desc(), _jobs.c.seq.desc())
             ).all()
-            gone = [
+            removed = [
                 row
-                for place, row in enumerate(rows)
-                if place >= keep or row.finished_at_s < before.timestamp()
+                for index, row in enumerate(rows)
+                if index >= keep or row.finished_at_s < before.timestamp()
             ]
-            for row in gone:
+            for row in removed:
                 connection.execute(sa.delete(_jobs).where(_jobs.c.seq == row.seq))
-        return tuple(_job(row.document) for row in gone)
+        return tuple(_job(row.document) for row in removed)
 
     def close(self) -> None:
         self._engine.dispose()
 
     @contextmanager
     def _writing(self) -> Iterator[sa.Connection]:
-        # SQLite lets one write at a time, and whoever waits in it sleeps for ever longer turns; waiting here is fair and short.
-        with _database_errors(), self._one_writer, self._engine.begin() as connection:
+        # SQLite allows one writer at a time and waits for it with growing sleeps; waiting for this
+        # lock is fair and shorter.
+        with _database_errors(), self._write_lock, self._engine.begin() as connection:
             yield connection
 
     @contextmanager
@@ -249,13 +251,13 @@ class SqlStore(StoreByTransition):
         ):
             yield connection
 
-    def _queue(self, connection: sa.Connection, most: int) -> Sequence[Job]:
+    def _queue(self, connection: sa.Connection, limit: int) -> Sequence[Job]:
         query = (
             sa.select(_jobs.c.document)
             .where(_jobs.c.status == Status.IN_QUEUE.value)
             .order_by(_jobs.c.seq)
         )
-        return [_job(document) for document in connection.execute(query.limit(most)).scalars()]
+        return [_job(document) for document in connection.execute(query.limit(limit)).scalars()]
 
     def _submitted(self, connection: sa.Connection, submission: Submission) -> Job | None:
         query = sa.select(_jobs.c.document, _jobs.c.body_sha256).where(
@@ -268,7 +270,7 @@ class SqlStore(StoreByTransition):
             raise IdempotencyConflictError
         return _job(row.document)
 
-    def _queued(self, connection: sa.Connection, *conditions: sa.ColumnElement[bool]) -> int:
+    def _count_queued(self, connection: sa.Connection, *conditions: sa.ColumnElement[bool]) -> int:
         query = (
             sa.select(sa.func.count())
             .select_from(_jobs)
@@ -290,15 +292,15 @@ class SqlStore(StoreByTransition):
                 _jobs.c.id == before.id, _jobs.c.version == before.version
             )
             if connection.execute(update.values(_row(after))).rowcount != 1:
-                raise _Outrun
+                raise _VersionConflictError
         return after
 
 
 def wal_is_safe(version: str) -> bool:
-    """Whether this release of SQLite is free of the fault by which a reset of the write-ahead log can corrupt the database.
+    """True if this SQLite release lacks the bug that corrupts databases when the WAL is reset.
 
-    It came with WAL itself in 3.7.0 and was mended in 3.51.3. Older series with the repair are not told apart from those without:
-    the rollback journal that is used then is slower and just as safe.
+    The bug exists since WAL was introduced in 3.7.0 and was fixed in 3.51.3. Backports to older
+    series are not recognised; the rollback journal that is used then is slower and just as safe.
     """
     return tuple(int(number) for number in re.findall(r"\d+", version)[:3]) >= (3, 51, 3)
 
@@ -309,14 +311,13 @@ def _database_errors() -> Iterator[None]:
         yield
     except sa.exc.DBAPIError as error:
         raise JobStoreError(
-            f"The database of jobs cannot be used now: {str(error.orig).splitlines()[0]}."
+            f"The database of jobs cannot be used at the moment: {str(error.orig).splitlines()[0]}."
         ) from error
 
 
 def _abandoned_if_expired(job: Job, now: datetime) -> Job:
-    expired = (
-        job.lease_expires_at is not None and job.lease_expires_at <= now
-    )  # or it was renewed in the meantime
+    # The lease may have been renewed after the query.
+    expired = job.lease_expires_at is not None and job.lease_expires_at <= now
     return life.abandoned(job, job.epoch, life.SILENT, now) if expired else job
 
 
@@ -344,14 +345,16 @@ def _engine_options(url: str) -> dict[str, Any]:
 
 
 def _configure_sqlite(engine: sa.Engine) -> None:
-    """Every commit reaches the disk, and who will write says so at the beginning, so that two such cannot wait for each other."""
+    """Sync every commit to disk, and take the write lock when a writing transaction begins.
+
+    Two transactions that took it only at their first write could deadlock.
+    """
     journal = "WAL" if wal_is_safe(sqlite3.sqlite_version) else "DELETE"
 
     @sa.event.listens_for(engine, "connect")
     def on_connect(connection: Any, _record: Any) -> None:
-        connection.isolation_level = (
-            None  # sqlite3's own transactions would end before table changes
-        )
+        # None: sqlite3's implicit transactions would be committed before table changes.
+        connection.isolation_level = None
         connection.execute(f"PRAGMA journal_mode = {journal}")
         connection.execute("PRAGMA synchronous = FULL")
 
@@ -362,7 +365,7 @@ def _configure_sqlite(engine: sa.Engine) -> None:
 
 
 def _migrate(connection: sa.Connection) -> None:
-    """Bring the tables up to date; the changes and their record are in the caller's one transaction."""
+    """Migrate the tables and record their version, both in the caller's transaction."""
     config = Config()
     config.set_main_option("script_location", str(_MIGRATIONS))
     config.attributes["connection"] = connection
@@ -370,5 +373,6 @@ def _migrate(connection: sa.Connection) -> None:
         command.upgrade(config, "head")
     except CommandError as error:
         raise JobStoreError(
-            f"The database of jobs is of another version of Fidelora: {error}."
+            f"The database of jobs was written by another version of Fidelora: {error}. "
+            "Use that version, or another database."
         ) from error

@@ -1,4 +1,4 @@
-"""What a store of jobs promises. Every store passes the same tests (`tests/jobs/test_stores.py`)."""
+"""Interface of job stores. All stores pass the same tests (`tests/jobs/test_stores.py`)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from fidelora.jobs import job as life
 from fidelora.jobs.job import Failure, Job, JobProgress, Output, Status
 
 MAX_PASSED_OVER = 8
-"""How often a job may be passed over for one whose adapters are loaded already, or that can share a batch with another."""
+"""Number of times that later jobs may be claimed before a job, because their adapters are loaded
+or they can share a batch. Bounds the wait of jobs with rare adapters."""
 
 
 @dataclass(frozen=True)
 class Submission:
-    """The key under which a client may repeat a request, and the sha256 of what it asked for."""
+    """Idempotency key of a request, and the sha256 of its body."""
 
     key: str
     body_sha256: str
@@ -26,31 +27,34 @@ class Submission:
 
 @dataclass(frozen=True)
 class JobPage:
-    """Some jobs, newest first; `next_cursor` asks for the next page, and is None on the last."""
+    """Jobs, newest first, and the cursor of the next page; None on the last page."""
 
     jobs: tuple[Job, ...]
     next_cursor: str | None
 
 
 class JobStore(Protocol):
-    """Jobs that are safe once a method has returned. All times are aware and UTC; all methods may be called from any thread."""
+    """Store whose changes are durable once a method has returned.
+
+    All times are aware UTC datetimes. All methods are thread-safe.
+    """
 
     def add(
         self, job: Job, *, submission: Submission | None = None, capacity: int | None = None
     ) -> Job:
-        """Put a new job into the queue, or return the one that the same submission made before.
+        """Add a new job to the queue, or return the job that the same submission added before.
 
         Args:
-            capacity: how many jobs the queue may hold with this one.
+            capacity: maximum length of the queue, including this job.
 
         Raises:
             IdempotencyConflictError: the key was used for another body.
-            QueueFullError: the queue has no place left.
+            QueueFullError: the queue is at its capacity.
         """
         ...
 
     def submitted(self, submission: Submission) -> Job | None:
-        """The job that this submission made before, if it did.
+        """Return the job that this submission added before, or None.
 
         Raises:
             IdempotencyConflictError: the key was used for another body.
@@ -58,37 +62,37 @@ class JobStore(Protocol):
         ...
 
     def get(self, job_id: str) -> Job:
-        """The job as it is now.
+        """Return the current state of a job.
 
         Raises:
-            JobNotFoundError: there is none.
+            JobNotFoundError: the job does not exist.
         """
         ...
 
     def list(
         self, *, status: Status | None = None, limit: int = 50, cursor: str | None = None
     ) -> JobPage:
-        """Jobs, newest first.
+        """Return one page of jobs, newest first.
 
         Raises:
-            CursorError: the cursor is not one of this store's.
+            CursorError: the cursor was not returned by this store, or its job was removed.
         """
         ...
 
     def queue_position(self, job_id: str) -> int | None:
-        """How many queued jobs came before this one; None if it is not in the queue."""
+        """Return the number of queued jobs before this one; None if it is not in the queue."""
         ...
 
     def count(self, status: Status) -> int:
-        """How many jobs are in this state."""
+        """Return the number of jobs with this status."""
         ...
 
     def needs_adapter(self, sha256: str) -> bool:
-        """Whether a job that has not ended needs the adapter of this hash."""
+        """True if a job that has not ended needs the adapter with this sha256."""
         ...
 
     def peek(self) -> Job | None:
-        """The oldest job in the queue, which stays there; None if the queue is empty."""
+        """Return the oldest queued job without claiming it; None if the queue is empty."""
         ...
 
     def claim(
@@ -101,25 +105,34 @@ class JobStore(Protocol):
         merged: Collection[str] = (),
         wanted: Callable[[Job], bool] | None = None,
     ) -> Job | None:
-        """Give a worker the next job, or None if there is none for it.
+        """Claim the next job for a worker, or return None. Two workers never claim the same job.
 
-        The next job is the oldest, but one whose adapters are all among the `loaded` (by sha256) goes first, and before that one
-        that needs just the adapters that are `merged` into the model; unless the oldest was passed over `MAX_PASSED_OVER` times
-        already. Two workers never get the same job.
+        Order of preference:
+
+        1. the oldest job, once it was passed over `MAX_PASSED_OVER` times;
+        2. a job that needs exactly the merged adapters;
+        3. a job whose adapters are all loaded;
+        4. the oldest job.
+
+        If a job before the preferred one was passed over `MAX_PASSED_OVER` times, it is claimed
+        instead.
 
         Args:
-            wanted: whether the worker can use a job; then it gets the oldest of these, whatever is loaded, and nothing if one
-                that came before it was passed over `MAX_PASSED_OVER` times. It must not call the store.
+            loaded: sha256 of the adapters in the worker's memory.
+            merged: sha256 of the adapters that are merged into its model.
+            wanted: returns True for jobs that the worker can use. The oldest of these is claimed,
+                regardless of loaded adapters, unless a job before it was passed over
+                `MAX_PASSED_OVER` times. Must not call the store.
         """
         ...
 
     def renew(
         self, job_id: str, epoch: int, progress: JobProgress | None, now: datetime, lease_s: float
     ) -> Job:
-        """The worker lives and is this far; the job that comes back may say `cancel_requested`.
+        """Extend the lease (heartbeat); the worker has to stop if the job has `cancel_requested`.
 
         Raises:
-            LeaseLostError: the claim is over.
+            LeaseLostError: the claim has ended.
         """
         ...
 
@@ -131,75 +144,78 @@ class JobStore(Protocol):
         timings: Mapping[str, float],
         now: datetime,
     ) -> Job:
-        """The images are made and their files durable.
+        """End the job with its images, whose files have to be durable.
 
         Raises:
-            LeaseLostError: the claim is over, and the result does not count.
+            LeaseLostError: the claim has ended; the result is discarded.
         """
         ...
 
     def fail(self, job_id: str, epoch: int, error: Failure, now: datetime) -> Job:
-        """The job cannot be done.
+        """End the job with an error that a retry would not fix.
 
         Raises:
-            LeaseLostError: the claim is over.
+            LeaseLostError: the claim has ended.
         """
         ...
 
     def stop(self, job_id: str, epoch: int, now: datetime) -> Job:
-        """The worker stopped because somebody asked.
+        """End the job as canceled, after its worker stopped.
 
         Raises:
-            LeaseLostError: the claim is over.
+            LeaseLostError: the claim has ended.
         """
         ...
 
     def release(self, job_id: str, epoch: int, now: datetime) -> Job:
-        """The worker gives the job back unharmed.
+        """Return the job to the queue; the attempt does not count.
 
         Raises:
-            LeaseLostError: the claim is over.
+            LeaseLostError: the claim has ended.
         """
         ...
 
     def abandon(self, job_id: str, epoch: int, reason: str, now: datetime) -> Job:
-        """The worker that had this claim is known to be dead.
+        """Return the job of a dead worker to the queue, or end it as failed after the last attempt.
 
         Raises:
-            LeaseLostError: the claim is over.
+            LeaseLostError: the claim has ended.
         """
         ...
 
     def abandon_expired(self, now: datetime) -> tuple[Job, ...]:
-        """Take back every job whose lease has run out; returns those jobs as they are now."""
+        """Abandon every job whose lease has expired, and return these jobs."""
         ...
 
     def cancel(self, job_id: str, now: datetime) -> Job:
-        """Ask for a job to stop; see `job.cancel_asked`.
+        """Request that a job stops; see `job.cancel_asked`.
 
         Raises:
-            JobNotFoundError: there is none.
+            JobNotFoundError: the job does not exist.
         """
         ...
 
     def remove_finished(self, *, before: datetime, keep: int) -> tuple[Job, ...]:
-        """Remove finished jobs that ended before a time, and all but the newest `keep`; returns those that are gone."""
+        """Remove ended jobs: those older than `before`, and all but the newest `keep`.
+
+        Returns the removed jobs.
+        """
         ...
 
     def close(self) -> None:
-        """Let go of files and connections."""
+        """Close files and connections."""
         ...
 
 
 class StoreByTransition(ABC):
-    """The methods of `JobStore` that change one job, for stores that can apply a function of `job.py` to it atomically."""
+    """Methods of `JobStore` that change one job, built on an atomic `change`."""
 
     @abstractmethod
     def change(self, job_id: str, change: Callable[[Job], Job]) -> Job:
-        """Replace the job by what `change` makes of it, and return that; what `change` raises leaves the job as it is.
+        """Replace the job by `change(job)` and return it. If `change` raises, the job is kept.
 
         Raises:
-            JobNotFoundError: there is none.
+            JobNotFoundError: the job does not exist.
         """
 
     def renew(
@@ -242,14 +258,14 @@ def choose(
     merged: Collection[str] = (),
     wanted: Callable[[Job], bool] | None = None,
 ) -> int | None:
-    """Which job of a queue, oldest first, a worker with these adapters takes: its place, or None if there is none for it.
+    """Return the index of the job that `JobStore.claim` takes from a queue (oldest first), or None.
 
-    A job that needs no adapter fits every worker, but is not preferred to one that came before it.
+    A job without adapters fits every worker, but is not preferred to a job before it.
     """
     if wanted is not None:
-        for place, job in enumerate(queue):
+        for index, job in enumerate(queue):
             if wanted(job):
-                return place
+                return index
             if job.passed_over >= MAX_PASSED_OVER:
                 return None
         return None
@@ -257,11 +273,9 @@ def choose(
         return None
     if queue[0].passed_over >= MAX_PASSED_OVER:
         return 0
-    warm, here = frozenset(loaded), frozenset(merged)
-    as_it_is = (place for place, job in enumerate(queue) if job.adapters and job.adapters == here)
-    in_memory = (place for place, job in enumerate(queue) if job.adapters and job.adapters <= warm)
-    place = next(chain(as_it_is, in_memory), 0)
-    # Whoever stands before the chosen one is passed over; nobody may be so more often than the limit.
-    return next(
-        (before for before in range(place) if queue[before].passed_over >= MAX_PASSED_OVER), place
-    )
+    loaded, merged = frozenset(loaded), frozenset(merged)
+    needs_merged = (i for i, job in enumerate(queue) if job.adapters and job.adapters == merged)
+    needs_loaded = (i for i, job in enumerate(queue) if job.adapters and job.adapters <= loaded)
+    preferred = next(chain(needs_merged, needs_loaded), 0)
+    # Every job before the preferred one would be passed over once more, also those in between.
+    return next((i for i in range(preferred) if queue[i].passed_over >= MAX_PASSED_OVER), preferred)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import math
 import warnings
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Protocol, cast
 
-import numpy as np
 import torch
 from diffusers import schedulers
 from torch import Tensor
@@ -100,25 +100,38 @@ def _prepared(
 
 
 class FlowSchedule:
-    """Euler steps along a flow, on sigmas from 1 to 0, shifted towards noise.
+    """Euler steps along a flow, from noise (sigma 1) to data (sigma 0).
+
+    Same order of operations and dtypes as `FlowMatchEulerDiscreteScheduler` of diffusers: the shift
+    in numpy's float32, everything after it in torch's float32.
 
     Args:
-        config: `shift`, a factor.
+        config: `shift`, a factor, or `dynamic_shift`, see `_shift_for`.
         steps: the number of steps.
-        tokens: the number of tokens of the image, on which dynamic shifts depend.
+        tokens: the number of tokens of the image, on which a dynamic shift depends.
         device: where the latents are.
+
+    Raises:
+        ValueError: `config` has an unknown option.
     """
 
     def __init__(
         self, config: Mapping[str, Any], steps: int, tokens: int, device: torch.device
     ) -> None:
-        # In numpy's float32, as the trainer's schedulers compute them.
-        sigmas = np.linspace(1.0, 1 / steps, steps, dtype=np.float32)
-        shift = config["shift"]
-        shifted = shift * sigmas / (1 + (shift - 1) * sigmas)
-        last = torch.zeros(1)
-        self._sigmas = torch.cat([torch.from_numpy(shifted).float(), last]).to(device)
-        self.timesteps = self._sigmas[:-1] * 1000
+        if unknown := config.keys() - {"shift", "dynamic_shift"}:
+            raise ValueError(f"FlowSchedule has no options {sorted(unknown)}.")
+        # 1 to 1 / steps: every step has the same length before the shift. In torch's float32, as
+        # the pipelines compute them; numpy's linspace differs in the last bit.
+        sigmas = torch.linspace(1.0, 1 / steps, steps).numpy()
+        if "dynamic_shift" in config:
+            factor = math.exp(_shift_for(tokens, config["dynamic_shift"]))
+            shifted = factor / (factor + (1 / sigmas - 1) ** 1.0)
+        else:
+            shift = config["shift"]
+            shifted = shift * sigmas / (1 + (shift - 1) * sigmas)
+        steps_sigmas = torch.from_numpy(shifted).to(dtype=torch.float32, device=device)
+        self.timesteps = steps_sigmas * 1000
+        self._sigmas = torch.cat([steps_sigmas, torch.zeros(1, device=device)])
         self._index = 0
 
     def start(self, latents: Tensor) -> Tensor:
@@ -128,9 +141,22 @@ class FlowSchedule:
         return latents
 
     def step(self, prediction: Tensor, t: Tensor, latents: Tensor) -> Tensor:
-        here, there = self._sigmas[self._index], self._sigmas[self._index + 1]
+        sigma, sigma_next = self._sigmas[self._index], self._sigmas[self._index + 1]
         self._index += 1
-        return (latents.float() + (there - here) * prediction).to(prediction.dtype)
+        moved = latents.to(torch.float32) + (sigma_next - sigma) * prediction
+        return moved.to(prediction.dtype)
 
     def steps_done(self, evaluations: int) -> int:
         return evaluations
+
+
+def _shift_for(tokens: int, line: tuple[float, float, float, float]) -> float:
+    """Return the exponential shift of an image with so many tokens.
+
+    Args:
+        line: two points, (tokens, shift, tokens, shift), of a straight line. FLUX.1's is
+            (256, 0.5, 4096, 1.15).
+    """
+    few, low, many, high = line
+    slope = (high - low) / (many - few)
+    return tokens * slope + (low - slope * few)

@@ -1,1 +1,1 @@
-"""The tables of the SQL store, version by version (Alembic)."""
+"""Alembic migrations of the SQL store."""

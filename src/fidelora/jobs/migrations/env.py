@@ -1,4 +1,4 @@
-"""Alembic's entry: run the migrations on the connection, and in the transaction, that the store hands over."""
+"""Alembic's entry point: run the migrations in the transaction of the store's connection."""
 
 from alembic import context
 

@@ -1,4 +1,4 @@
-"""The table of jobs."""
+"""Create the table of jobs."""
 
 import sqlalchemy as sa
 from alembic import op

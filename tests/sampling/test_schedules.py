@@ -1,0 +1,51 @@
+"""Schedules: the same sigmas and steps as diffusers' schedulers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from fidelora.sampling.schedules import FlowSchedule
+
+CPU = torch.device("cpu")
+
+
+def theirs(steps: int, *, mu: float | None = None, shift: float = 1.0):
+    """diffusers' scheduler with the sigmas that pipelines pass."""
+    options = {"use_dynamic_shifting": True} if mu is not None else {"shift": shift}
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(
+        {"num_train_timesteps": 1000, "time_shift_type": "exponential", **options}
+    )
+    sigmas = torch.linspace(1.0, 1 / steps, steps).numpy()
+    scheduler.set_timesteps(sigmas=sigmas, mu=mu)
+    return scheduler
+
+
+@pytest.mark.parametrize("steps", [1, 2, 9, 30])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_static_shift_has_the_bits_of_diffusers(steps, shift):
+    ours, other = FlowSchedule({"shift": shift}, steps, 64, CPU), theirs(steps, shift=shift)
+    assert torch.equal(ours.timesteps, other.timesteps)
+    torch.manual_seed(1)
+    mine = yours = torch.randn(1, 16, 8, 8)
+    for t in ours.timesteps:
+        prediction = torch.randn(1, 16, 8, 8)
+        mine = ours.step(prediction, t, ours.scale(mine, t))
+        yours = other.step(prediction, t, yours, return_dict=False)[0]
+        assert torch.equal(mine, yours)
+    assert ours.steps_done(steps) == steps
+
+
+@pytest.mark.parametrize("tokens", [64, 256, 1024, 4096])
+def test_a_dynamic_shift_grows_with_the_tokens(tokens):
+    line = (256, 0.5, 4096, 1.15)
+    mu = 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
+    ours = FlowSchedule({"dynamic_shift": line}, 7, tokens, CPU)
+    torch.testing.assert_close(ours.timesteps, theirs(7, mu=mu).timesteps)
+    assert not torch.equal(ours.timesteps, FlowSchedule({"shift": 1.0}, 7, tokens, CPU).timesteps)
+
+
+def test_an_unknown_option_is_refused():
+    with pytest.raises(ValueError, match="steps_offset"):
+        FlowSchedule({"shift": 3.0, "steps_offset": 1}, 4, 64, CPU)
