@@ -25,7 +25,7 @@ from fidelora.jobs.job import Job, Status, new_job
 from fidelora.jobs.sql import SqlStore
 from fidelora.workers.pool import WorkerPool
 from fidelora.workers.process import WorkerSetup
-from fidelora.workers.worker import AttemptReport
+from fidelora.workers.attempt import AttemptReport
 
 SHORT = Recipe(prompt="a ball", base_model=str(TINY_BASE), width=64, height=64, steps=2)
 LONG = replace(SHORT, width=1024, height=1024, steps=150)
@@ -206,7 +206,7 @@ def test_workers_leave_with_a_server_that_is_killed(store, tmp_path):
     """
     script = tmp_path / "server.py"
     script.write_text(textwrap.dedent(code))
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     server = subprocess.Popen(
         [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment
     )

@@ -37,7 +37,8 @@ from fidelora.jobs.memory import MemoryStore
 from fidelora.jobs.store import MAX_PASSED_OVER
 from fidelora.recipe import may_share_batch
 from fidelora.workers.attempt import ImageFiles
-from fidelora.workers.worker import AttemptReport, Worker, WorkerLimits, error_code
+from fidelora.workers.attempt import AttemptReport, WorkerLimits
+from fidelora.workers.worker import Worker, error_code
 
 RECIPE = Recipe(prompt="a ball", base_model=str(TINY_BASE), width=64, height=64, steps=4)
 FAST = replace(RECIPE, fidelity="fast")
@@ -114,7 +115,7 @@ def add(store: Recorder, clock: Clock, *recipes: Recipe, image_format: str = "pn
 
 def written(worker: Worker) -> None:
     """Wait until every image that was handed over so far is on the disk."""
-    worker._writer.submit(lambda: None).result(DEADLINE_S)
+    worker._write_thread.submit(lambda: None).result(DEADLINE_S)
 
 
 def test_without_jobs_there_is_nothing_to_do(worker):
@@ -1124,7 +1125,7 @@ def test_a_file_that_cannot_be_written_is_the_failure_of_its_job_alone(many, mon
 
 def read_ahead(worker: Worker) -> None:
     """Wait until everything is read that was to be read ahead so far."""
-    worker._reader.submit(lambda: None).result(DEADLINE_S)
+    worker._prefetch_thread.submit(lambda: None).result(DEADLINE_S)
 
 
 def test_the_adapters_of_the_next_job_are_read_while_this_one_runs(many):
@@ -1188,7 +1189,7 @@ def test_a_fault_while_an_adapter_is_read_ahead_is_logged_and_costs_nothing(
     many.engine.before_step = lambda batch, step: read_ahead(worker)
     worker.run_next()
     assert many.status(first) == [Status.SUCCEEDED]
-    assert "could not be read ahead" in caplog.text
+    assert "prefetching the adapter" in caplog.text
     many.engine.before_step = lambda batch, step: None
     assert worker.run_next().status is Status.SUCCEEDED
 

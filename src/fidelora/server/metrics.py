@@ -16,8 +16,8 @@ from prometheus_client.registry import Collector
 
 from fidelora.jobs.job import Status
 from fidelora.jobs.store import JobStore
+from fidelora.workers.attempt import AttemptReport
 from fidelora.workers.pool import WorkerPool
-from fidelora.workers.worker import AttemptReport
 
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 """Anything can be a method; not anything may become a series."""
