@@ -272,7 +272,7 @@ def test_prefetching_stops_when_the_job_ends(harness, monkeypatch):
     assert read == refs[:1]
 
 
-def test_a_process_that_is_exits_gives_the_job_back(worker, store, clock, monkeypatch, tmp_path):
+def test_a_process_that_exits_releases_its_job(worker, store, clock, monkeypatch, tmp_path):
     def exits(*args, **kwargs):
         raise SystemExit(0)
 
@@ -284,7 +284,7 @@ def test_a_process_that_is_exits_gives_the_job_back(worker, store, clock, monkey
     assert (back.status, back.attempts) == (Status.IN_QUEUE, 0)
 
 
-def test_a_process_that_is_exits_gives_every_job_of_a_batch_back(harness):
+def test_a_process_that_exits_releases_every_job_of_a_batch(harness):
     jobs = [harness.add("a b"), harness.add("c"), harness.add("d")]
 
     def exits(batch: int, step: int) -> None:
@@ -305,7 +305,7 @@ def test_a_process_that_is_exits_gives_every_job_of_a_batch_back(harness):
     assert harness.files() == []
 
 
-def test_a_process_that_is_exits_among_files_removes_those_of_jobs_that_did_not_succeed(
+def test_a_process_that_exits_while_writing_removes_unfinished_files(
     harness,
 ):
     jobs = [harness.add("a"), harness.add("b")]
@@ -327,7 +327,7 @@ def test_a_process_that_is_exits_among_files_removes_those_of_jobs_that_did_not_
     assert [report.job_id for report in harness.reports] == [jobs[0].id]
 
 
-def test_a_process_that_is_exits_while_it_waits_gives_its_jobs_back(harness):
+def test_a_process_that_exits_while_a_batch_waits_releases_its_jobs(harness):
     harness.limits = replace(harness.limits, batch_wait_s=100)
     jobs = [harness.add("a"), harness.add("b")]
 
