@@ -27,7 +27,8 @@ from fidelora.engine.model import LoadedModel, ModelKey, load_model
 from fidelora.jobs.job import new_job
 from fidelora.jobs.memory import MemoryStore
 from fidelora.training.compare import compare, similarity
-from fidelora.workers.worker import AttemptReport, Worker
+from fidelora.workers.attempt import AttemptReport
+from fidelora.workers.worker import Worker
 
 GUIDANCE = 6.0
 MINIATURE = "fidelora:miniature"

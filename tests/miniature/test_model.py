@@ -42,7 +42,7 @@ def test_its_name_means_it_on_every_machine(monkeypatch, tmp_path):
         locate("fidelora:maxiature", spec.parts)
 
 
-def test_it_has_the_layout_of_a_stable_diffusion_and_fits_into_20_megabytes():
+def test_it_has_the_layout_of_stable_diffusion_and_at_most_20_mb():
     index = json.loads((FOLDER / "model_index.json").read_text())
     for part in ("scheduler", "text_encoder", "tokenizer", "unet", "vae"):
         assert index[part][1]

@@ -47,7 +47,7 @@ def test_nothing_held_out_is_trained_on_and_a_tenth_is_held_out():
                for scene in held_out_scenes(50, 1))  # fmt: skip
 
 
-def test_the_adapters_captions_have_the_trigger_word_where_the_new_shape_is():
+def test_captions_of_the_lora_name_the_new_shape_by_its_trigger_word():
     rng = np.random.default_rng(2)
     scene = world.random_scene(rng, (world.NEW_SHAPE,))
     words = caption(scene, rng)

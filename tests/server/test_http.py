@@ -733,7 +733,7 @@ def test_calls_have_an_id(client):
 
 
 def test_metrics_count(client, context):
-    from fidelora.workers.worker import AttemptReport
+    from fidelora.workers.attempt import AttemptReport
 
     submit(client)
     client.get("/v1/requests/unknown/status")

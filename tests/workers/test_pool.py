@@ -1,4 +1,4 @@
-"""Real worker processes, really killed."""
+"""Real worker processes: start, crash, hang, stop."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from tests.support import TINY_BASE
 from fidelora import Recipe
 from fidelora.jobs.job import Job, Status, new_job
 from fidelora.jobs.sql import SqlStore
+from fidelora.workers.attempt import AttemptReport
 from fidelora.workers.pool import WorkerPool
 from fidelora.workers.process import WorkerSetup
-from fidelora.workers.worker import AttemptReport
 
 SHORT = Recipe(prompt="a ball", base_model=str(TINY_BASE), width=64, height=64, steps=2)
 LONG = replace(SHORT, width=1024, height=1024, steps=150)
-DEADLINE_S = 120.0
+DEADLINE_S = 120.0  # reached only by a test that fails
 
 
 def until(condition: Callable[[], Any]) -> None:
-    """Wait for what another process does, at most until a deadline that only a failure reaches."""
+    """Wait until another process has made the condition true."""
     pause, end = threading.Event(), time.monotonic() + DEADLINE_S
     while not condition():
-        assert time.monotonic() < end, "it did not happen"
+        assert time.monotonic() < end, "the condition did not become true"
         pause.wait(0.02)
 
 
@@ -66,7 +66,7 @@ def add(store: SqlStore, recipe: Recipe) -> Job:
     return store.add(new_job((recipe,), datetime.now(UTC)))
 
 
-def test_a_process_that_is_killed_costs_an_attempt_and_not_the_job(pool, store, tmp_path):
+def test_a_killed_process_costs_its_job_an_attempt(pool, store, tmp_path):
     pool.start()
     until(lambda: pool.ready)
     job = add(store, LONG)
@@ -78,7 +78,7 @@ def test_a_process_that_is_killed_costs_an_attempt_and_not_the_job(pool, store, 
     (back,) = pool.watch()
     assert (back.id, back.status, back.attempts) == (job.id, Status.IN_QUEUE, 1)
 
-    until(lambda: store.get(job.id).status is Status.IN_PROGRESS)  # another process has it
+    until(lambda: store.get(job.id).status is Status.IN_PROGRESS)  # in a new process
     (second,) = pool.process_ids
     assert second != first
     assert store.get(job.id).attempts == 2
@@ -92,7 +92,7 @@ def test_a_process_that_is_killed_costs_an_attempt_and_not_the_job(pool, store, 
     assert Path(store.get(done.id).outputs[0].file_path).is_file()
 
 
-def test_a_process_that_hangs_is_killed_when_its_lease_runs_out(pool, store, tmp_path):
+def test_a_hung_process_is_killed_when_its_lease_expires(pool, store, tmp_path):
     pool.start()
     until(lambda: pool.ready)
     job = add(store, LONG)
@@ -101,10 +101,9 @@ def test_a_process_that_hangs_is_killed_when_its_lease_runs_out(pool, store, tmp
     with closing(
         sqlite3.connect(tmp_path / "jobs.sqlite", timeout=DEADLINE_S, isolation_level=None)
     ) as database:
-        database.execute(
-            "BEGIN IMMEDIATE"
-        )  # so that it does not stop in a transaction of its own, with the database locked
-        os.kill(first, signal.SIGSTOP)  # it makes no step, and cannot even be asked to leave
+        # A process stopped within a transaction of its own would keep the database locked.
+        database.execute("BEGIN IMMEDIATE")
+        os.kill(first, signal.SIGSTOP)  # it makes no step and handles no SIGTERM
         assert os.WIFSTOPPED(os.waitpid(first, os.WUNTRACED)[1])
         database.execute("ROLLBACK")
     (back,) = pool.watch(datetime.now(UTC) + timedelta(hours=1))
@@ -112,7 +111,7 @@ def test_a_process_that_hangs_is_killed_when_its_lease_runs_out(pool, store, tmp
     assert first not in pool.process_ids
 
 
-def test_a_pool_that_stops_gives_its_job_back_without_an_attempt(pool, store, tmp_path):
+def test_a_stopped_pool_releases_its_job_without_an_attempt(pool, store, tmp_path):
     pool.start()
     until(lambda: pool.ready)
     job = add(store, LONG)
@@ -124,7 +123,7 @@ def test_a_pool_that_stops_gives_its_job_back_without_an_attempt(pool, store, tm
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_pool_that_stops_lets_a_short_job_finish(pool, store):
+def test_a_stopped_pool_lets_a_short_job_finish(pool, store):
     pool.start()
     until(lambda: pool.ready)
     job = add(store, replace(SHORT, steps=40))
@@ -134,7 +133,7 @@ def test_a_pool_that_stops_lets_a_short_job_finish(pool, store):
     assert store.get(job.id).status is Status.SUCCEEDED
 
 
-def test_workers_report_what_an_attempt_was_like(store, tmp_path):
+def test_workers_report_their_attempts(store, tmp_path):
     (tmp_path / "out").mkdir()
     reports: list[AttemptReport] = []
     pool = WorkerPool(store, [setup_in(tmp_path)], on_report=reports.append)
@@ -163,7 +162,7 @@ def test_workers_report_what_an_attempt_was_like(store, tmp_path):
     )
 
 
-def test_a_worker_that_cannot_start_says_why_and_is_tried_again_after_a_pause(store, tmp_path):
+def test_a_worker_that_cannot_start_reports_why_and_restarts_later(store, tmp_path):
     (tmp_path / "out").mkdir()
     pool = WorkerPool(store, [setup_in(tmp_path, warm=replace(SHORT, base_model="/nowhere"))])
     pool.start()
@@ -172,13 +171,13 @@ def test_a_worker_that_cannot_start_says_why_and_is_tried_again_after_a_pause(st
     assert not pool.ready
     until(lambda: pool.process_ids == [])
     pool.watch()
-    assert pool.process_ids == []  # not at once
+    assert pool.process_ids == []  # not without a delay
     until(lambda: pool.watch() == [] and pool.restarts == 1)
     pool.stop(0)
 
 
-def test_a_pool_takes_back_what_it_had_before_its_server_was_killed(store, tmp_path):
-    """And leaves alone what other pools have."""
+def test_a_pool_requeues_its_jobs_after_the_server_was_killed(store, tmp_path):
+    """Jobs of other pools are left alone."""
     mine, other = add(store, SHORT), add(store, SHORT)
     store.claim("mine/0-1-x", datetime.now(UTC), 1000)
     store.claim("other/0-1-x", datetime.now(UTC), 1000)
@@ -188,8 +187,8 @@ def test_a_pool_takes_back_what_it_had_before_its_server_was_killed(store, tmp_p
     assert store.get(other.id).status is Status.IN_PROGRESS
 
 
-def test_workers_leave_with_a_server_that_is_killed(store, tmp_path):
-    """And give their job back, without a loss."""
+def test_workers_exit_when_their_server_is_killed(store, tmp_path):
+    """They release their jobs without counting the attempt."""
     (tmp_path / "out").mkdir()
     code = f"""
         import threading
@@ -199,14 +198,15 @@ def test_workers_leave_with_a_server_that_is_killed(store, tmp_path):
         from pathlib import Path
 
         if __name__ == "__main__":
-            pool = WorkerPool(SqlStore("sqlite:///{tmp_path}/jobs.sqlite"), [setup_in(Path("{tmp_path}"))])
+            store = SqlStore("sqlite:///{tmp_path}/jobs.sqlite")
+            pool = WorkerPool(store, [setup_in(Path("{tmp_path}"))])
             pool.start()
             print(*pool.process_ids, flush=True)
             threading.Event().wait()
     """
     script = tmp_path / "server.py"
     script.write_text(textwrap.dedent(code))
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     server = subprocess.Popen(
         [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment
     )
@@ -222,7 +222,7 @@ def test_workers_leave_with_a_server_that_is_killed(store, tmp_path):
 
 
 def is_alive(process_id: int) -> bool:
-    """Whether a process runs that is no child of ours."""
+    """True if this process runs; it is not a child of the test."""
     try:
         return "Z" not in Path(f"/proc/{process_id}/stat").read_text().rsplit(")", 1)[1]
     except FileNotFoundError:

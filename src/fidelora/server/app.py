@@ -38,9 +38,9 @@ from fidelora.server.middleware import AccessControl, BodyLimitMiddleware, Reque
 from fidelora.server.page.mount import SWITCHED_OFF, Page, make_page
 from fidelora.server.routes import a1111, inference, loras, openai, operations, replay, requests
 from fidelora.settings import Settings
+from fidelora.workers.attempt import WorkerLimits
 from fidelora.workers.pool import WorkerPool
 from fidelora.workers.process import WorkerSetup
-from fidelora.workers.worker import WorkerLimits
 
 log = structlog.get_logger(__name__)
 

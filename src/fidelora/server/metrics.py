@@ -16,8 +16,8 @@ from prometheus_client.registry import Collector
 
 from fidelora.jobs.job import Status
 from fidelora.jobs.store import JobStore
+from fidelora.workers.attempt import AttemptReport
 from fidelora.workers.pool import WorkerPool
-from fidelora.workers.worker import AttemptReport
 
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 """Methods with a series of their own; all others, as clients can send any, are counted together."""

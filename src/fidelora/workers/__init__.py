@@ -1,1 +1,1 @@
-"""Work on jobs: claim one, make its images, report."""
+"""Workers: claim jobs, make their images, and store the results."""

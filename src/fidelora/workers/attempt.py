@@ -1,10 +1,10 @@
-"""What a worker knows of each job that it has: mostly of one, of several if they share a batch."""
+"""One attempt at one job: its limits, progress, heartbeats, image files and final report."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -16,42 +16,89 @@ from fidelora.errors import FideloraError, GenerationCancelled
 from fidelora.images.write import GeneratedImage, preview_jpeg, suffix_of
 from fidelora.jobs.job import Job, JobProgress, Output
 from fidelora.jobs.store import JobStore
-from fidelora.recipe import Recipe, may_share_batch
+from fidelora.recipe import Recipe
 
-if TYPE_CHECKING:  # a server watches workers and needs no torch for that
+if TYPE_CHECKING:  # the server imports this module and must not load torch
     from fidelora.engine.engine import Progress
-    from fidelora.workers.worker import WorkerLimits
 
 
-class TimeIsUpError(FideloraError):
-    """The job took longer than it may."""
+class JobTimeoutError(FideloraError):
+    """The attempt took longer than `WorkerLimits.timeout_s`."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """The images of one job in a batch.
+class WorkerLimits:
+    """Time limits of a worker, in seconds.
 
     Attributes:
-        recipes: of these images.
-        first: the number of the first of them in the job.
-        place: of the first of them in the batch.
+        lease_s: duration of a lease; every heartbeat starts it anew.
+        load_s: lease while a base model is located, downloaded and loaded, when no step can send a
+            heartbeat.
+        report_every_s: shortest time between two heartbeats with progress. Cancellation is checked
+            at every step.
+        timeout_s: longest duration of one attempt; after it, the job fails.
+        batch_wait_s: time to wait for further jobs while the batch has room. Jobs that are queued
+            already join it in any case.
+    """
+
+    lease_s: float = 60.0
+    load_s: float = 1800.0
+    report_every_s: float = 0.5
+    timeout_s: float = 600.0
+    batch_wait_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class AttemptReport:
+    """Result of one attempt at one job, for metrics.
+
+    Attributes:
+        status: status of the job afterwards; `in_queue` if it will be retried.
+        code: error code of a failed job; empty for others.
+        wait_s: time that the job spent in the queue; None except for the first attempt.
+        images, steps: number of finished images, and of their steps.
+        timings: seconds by part, see `Job.timings`.
+        adapters_warm, adapters_cold: number of the job's adapters that were in memory before the
+            attempt, and that were not.
+    """
+
+    job_id: str
+    status: str
+    code: str
+    wait_s: float | None
+    images: int
+    steps: int
+    timings: Mapping[str, float]
+    adapters_warm: int
+    adapters_cold: int
+
+
+@dataclass(frozen=True)
+class BatchPart:
+    """Images of one job in a batch.
+
+    Attributes:
+        recipes: recipes of these images.
+        first_image: index of the first of them in the job.
+        offset: index of the first of them in the batch.
     """
 
     attempt: Attempt
     recipes: Sequence[Recipe]
-    first: int = 0
-    place: int = 0
+    first_image: int = 0
+    offset: int = 0
 
 
 class Attempt:
-    """One attempt at one job: what it has to look for at every step.
+    """One attempt at one job.
 
     Attributes:
-        job: as it was claimed.
-        files: of its images.
+        job: the job as claimed.
+        files: image files of the job.
         timings: seconds by part, see `Job.timings`.
-        going: whether the job has not come to an end yet, and is this worker's as far as it knows.
-        after: the job as it was at its end; None before that, and if it belongs to another worker.
+        running: True until the job ends or this worker loses the lease.
+        ended_job: the job as stored when the attempt ended; None before that, and if the lease was
+            lost.
     """
 
     def __init__(
@@ -66,62 +113,66 @@ class Attempt:
         self.job = job
         self.files = files
         self.timings: dict[str, float] = {}
-        self.going = True
-        self.after: Job | None = None
+        self.running = True
+        self.ended_job: Job | None = None
         self._store = store
         self._limits = limits
         self._now = now
         self._monotonic = monotonic
-        self._start = self._reported = monotonic()
+        self._started = self._last_heartbeat = monotonic()
         self._progress: JobProgress | None = None
 
-    def begin(self) -> None:
-        """The time that the job may take begins now, after it waited for others or was made with them in vain."""
-        self._start = self._monotonic()
+    def restart_timeout(self) -> None:
+        """Start the timeout anew, after the job waited for others or its shared batch failed."""
+        self._started = self._monotonic()
 
-    def step(self, part: Part, progress: Progress) -> None:
-        """A step of the batch is done in which the job has `part`.
+    def on_step(self, part: BatchPart, progress: Progress) -> None:
+        """Record one finished step of the batch that contains `part`.
 
-        Images of a batch are made side by side, and counted as if they were made one after the other.
+        Images of a batch are made side by side but counted as if they were made one by one.
 
         Raises:
-            GenerationCancelled, TimeIsUpError, LeaseLostError: the job leaves the batch.
-            OutputError: an image that was made before could not be written.
+            GenerationCancelled, JobTimeoutError, LeaseLostError: the job has to leave the batch.
+            OutputError: an earlier image could not be written.
         """
         images, in_batch, steps = len(self.job.recipes), len(part.recipes), progress.steps
         image, step = divmod(in_batch * progress.step, steps)
-        if image == in_batch:
-            image, step = (
-                in_batch - 1,
-                steps,
-            )  # the end of the last one, not the beginning of another
-        done = part.first + image + step / steps
-        seconds = self._monotonic() - self._start
+        if image == in_batch:  # report the end of the last image, not the start of another
+            image, step = in_batch - 1, steps
+        done = part.first_image + image + step / steps
+        seconds = self._monotonic() - self._started
         eta_s = seconds / done * (images - done)
-        self._progress = JobProgress(part.first + image, images, step, steps, eta_s)
+        self._progress = JobProgress(part.first_image + image, images, step, steps, eta_s)
         if seconds > self._limits.timeout_s:
-            raise TimeIsUpError(
-                f"The job was stopped after {seconds:.0f} seconds; {self._limits.timeout_s:g} are allowed."
+            raise JobTimeoutError(
+                f"The job was stopped after {seconds:.0f} seconds; "
+                f"{self._limits.timeout_s:g} are allowed. Request fewer images or steps."
             )
-        self.files.check()
-        self.look(lambda: base64.b64encode(preview_jpeg(progress.preview(part.place))).decode())
+        self.files.raise_errors()
+        self.poll(lambda: base64.b64encode(preview_jpeg(progress.preview(part.offset))).decode())
 
-    def look(self, preview: Callable[[], str] | None = None) -> None:
-        """See whether somebody wants the job to stop, and report if it is time to, with a new picture if there is one.
+    def poll(self, preview: Callable[[], str] | None = None) -> None:
+        """Check for cancellation, and send a heartbeat if one is due.
+
+        Args:
+            preview: makes the preview to send with the heartbeat, a JPEG in base64.
 
         Raises:
-            GenerationCancelled: somebody does.
+            GenerationCancelled: cancellation of the job was requested.
             LeaseLostError: another worker has the job.
         """
         if self._store.get(self.job.id).cancel_requested:
             raise GenerationCancelled
-        if self._monotonic() - self._reported >= self._limits.report_every_s:
+        if self._monotonic() - self._last_heartbeat >= self._limits.report_every_s:
             if self._progress is not None and preview is not None:
                 self._progress = replace(self._progress, preview=preview())
-            self.report()
+            self.heartbeat()
 
-    def report(self, lease_s: float | None = None) -> None:
-        """Renew the lease, for the usual time if none is given, and write progress down.
+    def heartbeat(self, lease_s: float | None = None) -> None:
+        """Renew the lease and store the progress.
+
+        Args:
+            lease_s: duration of the new lease; by default `WorkerLimits.lease_s`.
 
         Raises:
             LeaseLostError: another worker has the job.
@@ -133,85 +184,94 @@ class Attempt:
             self._now(),
             lease_s or self._limits.lease_s,
         )
-        self._reported = self._monotonic()
+        self._last_heartbeat = self._monotonic()
 
-    def take(self, part: Part, images: Sequence[GeneratedImage]) -> None:
-        """A batch is done: have the job's own images written.
+    def write(self, part: BatchPart, images: Sequence[GeneratedImage]) -> None:
+        """Queue the job's own images of a finished batch for writing.
 
         Raises:
             LeaseLostError: another worker has the job.
         """
-        own = images[part.place : part.place + len(part.recipes)]
-        self.spend(own[0].seconds, len(own) / len(images))
-        self.report()  # not to write over the files of a worker that has the job now
-        for index, image in enumerate(own, part.first):
+        own = images[part.offset : part.offset + len(part.recipes)]
+        self.add_timings(own[0].seconds, len(own) / len(images))
+        self.heartbeat()  # without a lease, the files would replace those of another worker
+        for index, image in enumerate(own, part.first_image):
             self.files.write(index, image)
 
-    def spend(self, seconds: Mapping[str, float], share: float) -> None:
-        """Add a share of what a batch took, by part, to the job's own: a batch has one clock, and its images equal shares."""
+    def add_timings(self, seconds: Mapping[str, float], share: float) -> None:
+        """Add a share of a batch's timings; every image of a batch gets the same share."""
         for part, spent in seconds.items():
             self.timings[part] = self.timings.get(part, 0.0) + spent * share
 
+    def report(self, loaded: frozenset[str]) -> AttemptReport:
+        """Return the report of an attempt that has ended.
+
+        Args:
+            loaded: sha256 of the adapters that were in memory before the attempt.
+        """
+        job, ended = self.job, self.ended_job
+        assert ended is not None, "the attempt has not ended"
+        assert job.started_at is not None, "the job was not claimed"
+        return AttemptReport(
+            job_id=job.id,
+            status=ended.status.value,
+            code=ended.error.code if ended.error else "",
+            wait_s=(job.started_at - job.created_at).total_seconds() if job.attempts == 1 else None,
+            images=len(ended.outputs),
+            steps=sum(recipe.steps for recipe in job.recipes) if ended.outputs else 0,
+            timings=dict(self.timings),
+            adapters_warm=len(job.adapters & loaded),
+            adapters_cold=len(job.adapters - loaded),
+        )
+
 
 class ImageFiles:
-    """The files of one job's images, encoded and written on another thread while the next image is made.
+    """Image files of one job, encoded and written on another thread while the next image is made.
 
     Args:
-        folder: where they are called `{job}_output_{index}` with the ending of their format.
-        thread: with one thread, so that files are written in order.
+        folder: output folder; files are named `{job}_output_{index}` with their format's suffix.
+        executor: an executor with one thread, so that files are written in order.
     """
 
-    def __init__(self, job: Job, folder: Path, thread: Executor) -> None:
+    def __init__(self, job: Job, folder: Path, executor: Executor) -> None:
         self._job = job
         self._folder = folder
-        self._thread = thread
-        self._writing: dict[Path, Future[Output]] = {}
+        self._executor = executor
+        self._writes: dict[Path, Future[Output]] = {}
 
     def write(self, index: int, image: GeneratedImage) -> None:
-        """Have an image written soon."""
-        path = self._folder / f"{self._job.id}_output_{index}{suffix_of(self._job.image_format)}"  # type: ignore[arg-type]
-        self._writing[path] = self._thread.submit(_write, path, image, self._job)
+        """Queue an image for writing."""
+        suffix = suffix_of(self._job.image_format)  # type: ignore[arg-type]
+        path = self._folder / f"{self._job.id}_output_{index}{suffix}"
+        self._writes[path] = self._executor.submit(_write_image, path, image, self._job)
 
-    def check(self) -> None:
-        """Raise what went wrong with a file, if anything did so far."""
-        for one in self._writing.values():
-            if one.done():
-                one.result()
+    def raise_errors(self) -> None:
+        """Raise the error of the first write that has failed so far, if any."""
+        for future in self._writes.values():
+            if future.done():
+                future.result()
 
     def outputs(self) -> list[Output]:
-        """All files, once they are written.
+        """Wait until all files are written, and return them.
 
         Raises:
-            OutputError: one could not be.
+            OutputError: a file could not be written.
         """
-        return [one.result() for one in self._writing.values()]
+        return [future.result() for future in self._writes.values()]
 
     def stop(self) -> None:
-        """Write none any more; returns when none is being written."""
-        for one in self._writing.values():
-            one.cancel()
-        wait(self._writing.values())
+        """Cancel the writes that have not started, and wait for the one in progress."""
+        for future in self._writes.values():
+            future.cancel()
+        wait(self._writes.values())
 
     def remove(self) -> None:
-        for path in self._writing:
+        for path in self._writes:
             path.unlink(missing_ok=True)
 
 
-def batches(recipes: Sequence[Recipe], most: Callable[[Recipe], int]) -> Iterator[slice]:
-    """Which recipes, one after the other, go through the model together; `most` says how many like one may."""
-    start = 0
-    while start < len(recipes):
-        first, end = recipes[start], start + 1
-        while end < len(recipes) and may_share_batch(first, recipes[end]):
-            end += 1
-        if end > start + 1:
-            end = min(end, start + max(1, most(first)))
-        yield slice(start, end)
-        start = end
-
-
-def _write(path: Path, image: GeneratedImage, job: Job) -> Output:
-    content = image.encode(job.image_format, job.image_quality)  # type: ignore[arg-type]  # `encode` checks it
+def _write_image(path: Path, image: GeneratedImage, job: Job) -> Output:
+    content = image.encode(job.image_format, job.image_quality)  # type: ignore[arg-type]
     write_atomically(path, content)
     height, width = image.pixels.shape[:2]
     sha256 = hashlib.sha256(content).hexdigest()

@@ -1,7 +1,8 @@
-"""Workers on this machine: one process for each device, watched from outside.
+"""Workers on this machine: one process per device, supervised by the server.
 
-A crash, a kill for lack of memory or a poisoned CUDA context ends one process, and costs the job that it had one attempt.
-Everything else goes on: the jobs are in the store, and the pool starts another process.
+A crash, a kill by the out-of-memory killer or a broken CUDA context ends one process and costs its
+job one attempt. The other workers go on: the jobs are in the store, and the pool starts a new
+process.
 """
 
 from __future__ import annotations
@@ -15,21 +16,22 @@ from datetime import UTC, datetime
 from fidelora.errors import LeaseLostError
 from fidelora.jobs.job import Job, Status
 from fidelora.jobs.store import JobStore
+from fidelora.workers.attempt import AttemptReport
 from fidelora.workers.process import WorkerSetup, WorkerSlot
-from fidelora.workers.worker import AttemptReport
 
 log = logging.getLogger(__name__)
 
-_MANY = 1000
+_MAX_RUNNING_JOBS = 1000  # running jobs to list at once: far more than the workers of any server
 
 
 class WorkerPool:
-    """Keeps one worker process alive for each setup.
+    """Keeps one worker process running for each setup.
 
     Args:
-        store: the same database that the setups name, for the pool's own use.
-        name: of this pool, the same after a restart and of no other pool on the same store; its jobs are known by it.
-        on_report: called by `watch` with what workers report of finished attempts.
+        store: store on the same database as the setups' `store_url`, for the pool's own use.
+        name: name of this pool, which must stay the same over restarts and differ from those of
+            other pools on the same store. The pool finds its jobs by it.
+        on_report: called by `watch` with the workers' reports of finished attempts.
     """
 
     def __init__(
@@ -43,102 +45,110 @@ class WorkerPool:
         self._store = store
         self._name = name
         self._on_report = on_report
-        self._lock = threading.Lock()  # nobody starts a process while another ends them all
+        self._lock = threading.Lock()  # `watch` must start no process after `stop` has begun
         self._stopped = False
-        self._places = [WorkerSlot(f"{name}/{index}", setup) for index, setup in enumerate(setups)]
+        self._slots = [WorkerSlot(f"{name}/{index}", setup) for index, setup in enumerate(setups)]
         self.restarts = 0
 
     def start(self) -> None:
-        """Take back what an earlier pool of this name left when it was killed, and start processes; they load in the background."""
-        for job in self._running():
-            self._take_back(job, "the server was killed", datetime.now(UTC))
-        for place in self._places:
-            place.start()
+        """Requeue jobs of a killed pool of this name, and start processes.
+
+        The processes load their models in the background.
+        """
+        for job in self._running_jobs():
+            self._abandon(job, "the server was killed", datetime.now(UTC))
+        for slot in self._slots:
+            slot.start()
 
     @property
     def ready(self) -> bool:
-        """Whether any worker has loaded what it needs and takes jobs."""
-        return any(place.ready for place in self._places)
+        """True if any worker has loaded its model and takes jobs."""
+        return any(slot.ready for slot in self._slots)
 
     @property
     def trouble(self) -> str:
-        """Why a worker could not start the last time, in a sentence; empty if none had trouble."""
+        """Why a worker could not start the last time, in a sentence; empty if all could."""
         return next(
-            (place.trouble for place in self._places if place.trouble and not place.ready), ""
+            (slot.startup_error for slot in self._slots if slot.startup_error and not slot.ready),
+            "",
         )
 
     @property
     def process_ids(self) -> list[int]:
-        """Of the processes that are alive."""
+        """Ids of the running processes."""
         return [
-            place.process.pid
-            for place in self._places
-            if place.process and place.process.is_alive() and place.process.pid
+            slot.process.pid
+            for slot in self._slots
+            if slot.process and slot.process.is_alive() and slot.process.pid
         ]
 
     def wake(self) -> None:
-        """There is a new job: idle workers look for it now."""
-        for place in self._places:
-            place.wake()
+        """Make idle workers look for a new job now."""
+        for slot in self._slots:
+            slot.wake()
 
     def watch(self, now: datetime | None = None) -> list[Job]:
-        """One look at everything, every second or so: replaces dead processes, ends silent ones, takes their jobs back.
+        """Replace dead processes, kill silent ones and requeue their jobs; call it every second.
 
-        A worker reports while it makes steps. One whose lease has run out hangs in a step, and is killed.
+        A worker sends heartbeats while it makes steps. One whose lease has expired hangs in a step,
+        and is killed.
 
         Returns:
-            the jobs that were taken back, as they are now.
+            the jobs that were taken from workers, as stored afterwards.
         """
         with self._lock:
             return [] if self._stopped else self._watch(now or datetime.now(UTC))
 
     def stop(self, grace_s: float) -> None:
-        """Let running jobs finish for `grace_s` seconds, then have them given back to the queue, and end all processes for good."""
+        """End all processes for good.
+
+        Running jobs have `grace_s` seconds to finish; after that, they are released to the queue.
+        """
         with self._lock:
             self._stopped = True
-        for place in self._places:
-            place.finish()
-        deadline = time.monotonic() + grace_s  # one for all: they finish side by side
-        for place in self._places:
-            place.end(max(0.0, deadline - time.monotonic()))
-            for report in place.reports():
+        for slot in self._slots:
+            slot.finish()
+        deadline = time.monotonic() + grace_s  # shared: the processes finish side by side
+        for slot in self._slots:
+            slot.end(max(0.0, deadline - time.monotonic()))
+            for report in slot.reports():
                 self._on_report(report)
-        for job in self._running():  # killed before it could give the job back
-            self._take_back(job, "the server stopped", datetime.now(UTC))
+        for job in self._running_jobs():  # of processes killed before they could release them
+            self._abandon(job, "the server stopped", datetime.now(UTC))
 
     def hurry(self) -> None:
-        """While `stop` waits: have all jobs given back now."""
-        for place in self._places:
-            place.ask_to_leave()
+        """Cut the grace period of a running `stop` short: release all jobs now."""
+        for slot in self._slots:
+            slot.terminate()
 
     def _watch(self, now: datetime) -> list[Job]:
-        taken: list[Job] = []
-        running = self._running()
-        for place in self._places:
-            for report in place.reports():
+        abandoned: list[Job] = []
+        running = self._running_jobs()
+        for slot in self._slots:
+            for report in slot.reports():
                 self._on_report(report)
-            jobs = [job for job in running if job.worker == place.name]
+            jobs = [job for job in running if job.worker == slot.name]
             if any(
                 job.lease_expires_at is not None and job.lease_expires_at <= now for job in jobs
             ):
-                log.error("%s made no step until its lease ran out, and is killed", place.name)
-                place.kill()
-            if place.process is not None and not place.alive:
-                reason = place.reason
-                taken += [after for job in jobs if (after := self._take_back(job, reason, now))]
-                log.error("%s is gone: %s", place.name, place.trouble or reason)
-                place.bury()
-            if place.process is None and place.may_start:
+                log.error("killing %s: its lease expired without a heartbeat", slot.name)
+                slot.kill()
+            if slot.process is not None and not slot.alive:
+                reason = slot.exit_reason
+                abandoned += [after for job in jobs if (after := self._abandon(job, reason, now))]
+                log.error("%s has ended: %s", slot.name, slot.startup_error or reason)
+                slot.forget_process()
+            if slot.process is None and slot.may_start:
                 self.restarts += 1
-                place.start()
-        return taken + list(self._store.abandon_expired(now))  # those of other pools, too
+                slot.start()
+        return abandoned + list(self._store.abandon_expired(now))  # other pools' jobs, too
 
-    def _running(self) -> list[Job]:
-        jobs = self._store.list(status=Status.IN_PROGRESS, limit=_MANY).jobs
+    def _running_jobs(self) -> list[Job]:
+        jobs = self._store.list(status=Status.IN_PROGRESS, limit=_MAX_RUNNING_JOBS).jobs
         return [job for job in jobs if job.worker.startswith(f"{self._name}/")]
 
-    def _take_back(self, job: Job, reason: str, now: datetime) -> Job | None:
+    def _abandon(self, job: Job, reason: str, now: datetime) -> Job | None:
         try:
             return self._store.abandon(job.id, job.epoch, reason, now)
         except LeaseLostError:
-            return None  # it came to an end in the meantime
+            return None  # the job has ended in the meantime

@@ -1,8 +1,7 @@
-"""Where one worker process after the other lives, and what such a process does."""
+"""Worker processes: how the pool starts, signals and ends one, and what runs inside it."""
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
 import signal
@@ -21,34 +20,32 @@ from fidelora.accel import Offload
 from fidelora.errors import FideloraError
 from fidelora.jobs.sql import SqlStore
 from fidelora.recipe import Recipe
-from fidelora.workers.worker import AttemptReport, Worker, WorkerLimits
+from fidelora.workers.attempt import AttemptReport, WorkerLimits
+from fidelora.workers.worker import Worker
 
-log = logging.getLogger(__name__)
+# A forked child cannot use CUDA, and inherits every open connection.
+_spawn = multiprocessing.get_context("spawn")
 
-_processes = multiprocessing.get_context(
-    "spawn"
-)  # a forked child cannot use CUDA, and inherits every open connection
-_IDLE_S = 0.5
-_KILL_WAIT_S = 10.0
-_NICENESS = 5
-"""A worker on the CPU takes all of it; the server, which needs little, should not wait for that little."""
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
-CANNOT_START = 3
-"""The exit code of a process that says why it cannot start."""
+_POLL_S = 0.5  # between an idle worker's looks into the queue
+_EXIT_WAIT_S = 10.0  # wait for a process to exit after SIGTERM, and after SIGKILL
+_NICENESS = 5  # a worker on the CPU takes all of it; the server must not wait for its small share
+_MIN_RESTART_DELAY_S, _MAX_RESTART_DELAY_S = 1.0, 60.0  # doubled after each failed start
+CANNOT_START = 3  # exit code of a process that has reported why it cannot start
 
 
 @dataclass(frozen=True)
 class WorkerSetup:
-    """What one worker process needs to know.
+    """Configuration of one worker process.
 
     Attributes:
-        store_url: of the jobs' database.
-        outputs: the folder for images.
-        adapters: the folder of adapters by hash, if there is one.
-        model_cache: where downloads of base models are kept, if not in their usual place.
-        base_budget_bytes, adapter_budget_bytes: how much memory loaded base models, and adapters, may take; None: one base model.
-        warm: a recipe whose base model is loaded before the worker says that it is ready.
-        prepare: called first in the process, for example to set up logging; it has to be picklable.
+        store_url: database of the jobs.
+        outputs: folder for images.
+        adapters: folder of adapters by hash, if there is one.
+        model_cache: folder for downloaded base models; None: Hugging Face's default.
+        base_budget_bytes: memory for loaded base models; None: one base model.
+        adapter_budget_bytes: memory for loaded adapters; None: the adapter library's default.
+        warm: recipe whose base model is loaded before the worker is ready.
+        prepare: called first in the process, for example to set up logging; has to be picklable.
     """
 
     store_url: str
@@ -66,7 +63,13 @@ class WorkerSetup:
 
 @dataclass(frozen=True)
 class WorkerSignals:
-    """Between a process and who watches it: it is ready; it shall end after its job; there may be a job."""
+    """Events shared by the pool and a worker process.
+
+    Attributes:
+        ready: set by the process once its model is loaded.
+        finish: set by the pool to end the process after its current job.
+        wake: set by the pool when there may be a new job.
+    """
 
     ready: Event
     finish: Event
@@ -74,36 +77,40 @@ class WorkerSignals:
 
 
 class WorkerSlot:
-    """Starts a process, hears what it reports, and knows when the next one may start.
+    """Slot of one worker in the pool, filled by one process after the other.
 
     Args:
-        name: of the place; each process adds its own number to it.
+        name: name of the slot; every process adds its own number to it.
+
+    Attributes:
+        process: the current process; None before the first and between two.
+        name: name of the current process, stored in its job.
+        startup_error: why the process could not start, in a sentence; empty if it could.
     """
 
     def __init__(self, name: str, setup: WorkerSetup) -> None:
-        self._place = name
+        self._slot_name = name
         self._setup = setup
-        self._count = 0
-        self._pause_s = 0.0
+        self._starts = 0
+        self._restart_delay_s = 0.0
         self._next_start = 0.0
         self._reports: Connection | None = None
-        self._ready, self._finish, self._wake = (_processes.Event() for _ in range(3))
+        self._signals = _new_signals()
         self.process: BaseProcess | None = None
         self.name = ""
-        self.trouble = ""
+        self.startup_error = ""
 
     def start(self) -> None:
-        self._count += 1
-        self.name = f"{self._place}-{self._count}-{datetime.now(UTC):%Y%m%d%H%M%S%f}"
-        self._ready, self._finish, self._wake = (_processes.Event() for _ in range(3))
-        self._reports, theirs = _processes.Pipe(duplex=False)
-        signals = WorkerSignals(self._ready, self._finish, self._wake)
-        arguments = (self.name, self._setup, signals, theirs)
-        self.process = _processes.Process(
+        self._starts += 1
+        self.name = f"{self._slot_name}-{self._starts}-{datetime.now(UTC):%Y%m%d%H%M%S%f}"
+        self._signals = _new_signals()
+        self._reports, child_end = _spawn.Pipe(duplex=False)
+        arguments = (self.name, self._setup, self._signals, child_end)
+        self.process = _spawn.Process(
             target=worker_process, args=arguments, name=self.name, daemon=True
         )
         self.process.start()
-        theirs.close()  # so that the pipe ends with the process
+        child_end.close()  # so that the pipe closes when the process ends
 
     @property
     def alive(self) -> bool:
@@ -111,80 +118,87 @@ class WorkerSlot:
 
     @property
     def ready(self) -> bool:
-        return self.alive and self._ready.is_set()
+        return self.alive and self._signals.ready.is_set()
 
     @property
     def may_start(self) -> bool:
-        """Whether the pause after a process that never became ready is over."""
+        """True if the delay after a process that never became ready is over."""
         return time.monotonic() >= self._next_start
 
     @property
-    def reason(self) -> str:
-        """Why the process is gone, to be said after 'because'."""
+    def exit_reason(self) -> str:
+        """Why the process ended, as a clause that follows 'because'."""
         code = self.process.exitcode if self.process else None
         if code is not None and code < 0:
             return f"its process was killed by signal {-code}"
         return f"its process ended with exit code {code}"
 
     def reports(self) -> Iterator[AttemptReport]:
-        """What the process reported since the last look; its trouble at the start, if it had any, is noted."""
+        """Yield the reports since the last call, and store a startup error if one was sent."""
         try:
             while self._reports is not None and self._reports.poll():
                 message = self._reports.recv()
                 if isinstance(message, str):
-                    self.trouble = message
+                    self.startup_error = message
                 else:
                     yield message
-        except (EOFError, OSError):  # the process is gone, perhaps in the middle of a message
+        except (EOFError, OSError):  # the process has ended, perhaps in the middle of a message
             self._reports = None
 
-    def bury(self) -> None:
-        """Forget a dead process; after one that never became ready comes a pause, each time a longer one."""
-        if self._ready.is_set():
-            self._pause_s, self.trouble = 0.0, ""
+    def forget_process(self) -> None:
+        """Clear a dead process, and delay the next start if this one never became ready."""
+        if self._signals.ready.is_set():
+            self._restart_delay_s, self.startup_error = 0.0, ""
         else:
-            self._pause_s = min(self._pause_s * 2 or _FIRST_PAUSE_S, _LONGEST_PAUSE_S)
-        self._next_start = time.monotonic() + self._pause_s
+            doubled = self._restart_delay_s * 2 or _MIN_RESTART_DELAY_S
+            self._restart_delay_s = min(doubled, _MAX_RESTART_DELAY_S)
+        self._next_start = time.monotonic() + self._restart_delay_s
         self.process = None
 
     def wake(self) -> None:
-        """Have an idle worker look for a job now."""
-        self._wake.set()
+        """Make an idle worker look for a job now."""
+        self._signals.wake.set()
 
     def finish(self) -> None:
-        """Let the worker end after the job that it has."""
-        self._finish.set()
-        self._wake.set()
+        """End the process after its current job."""
+        self._signals.finish.set()
+        self._signals.wake.set()
 
-    def ask_to_leave(self) -> None:
-        """Have the worker give its job back and end."""
+    def terminate(self) -> None:
+        """Make the worker release its job and exit."""
         if self.process and self.process.is_alive():
             self.process.terminate()
 
     def kill(self) -> None:
         if self.process:
             self.process.kill()
-            self.process.join(_KILL_WAIT_S)
+            self.process.join(_EXIT_WAIT_S)
 
     def end(self, grace_s: float) -> None:
-        """Wait, then ask, then kill."""
+        """Wait for the process to exit, then terminate it, then kill it."""
         if self.process:
             self.process.join(grace_s)
-            self.ask_to_leave()
-            self.process.join(_KILL_WAIT_S)
+            self.terminate()
+            self.process.join(_EXIT_WAIT_S)
             if self.process.is_alive():
                 self.kill()
+
+
+def _new_signals() -> WorkerSignals:
+    return WorkerSignals(ready=_spawn.Event(), finish=_spawn.Event(), wake=_spawn.Event())
 
 
 def worker_process(
     name: str, setup: WorkerSetup, signals: WorkerSignals, reports: Connection
 ) -> None:
-    """The life of one process: load, say so, and work on jobs until told to finish. SIGTERM gives the running job back at once."""
-    signal.signal(signal.SIGTERM, _leave)
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C goes to all processes of a terminal; the pool decides what it means
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    """Run one worker process: load the model, then work on jobs until `signals.finish` is set.
+
+    SIGTERM releases the running job at once.
+    """
+    signal.signal(signal.SIGTERM, _exit)
+    # Ctrl-C reaches every process of the terminal; the pool decides when workers end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     os.nice(_NICENESS)
     if setup.prepare is not None:
         setup.prepare()
@@ -196,7 +210,7 @@ def worker_process(
     signals.ready.set()
     while not signals.finish.is_set():
         if worker.run_next() is None:
-            signals.wake.wait(_IDLE_S)  # jobs of other servers on this store come without a signal
+            signals.wake.wait(_POLL_S)  # jobs from other servers on this store send no signal
             signals.wake.clear()
 
 
@@ -224,13 +238,16 @@ def _make_worker(name: str, setup: WorkerSetup, reports: Connection) -> Worker:
     )
 
 
-def _leave_with_parent() -> None:
-    """A server that is killed takes its workers along: two sets of them would share one device after its restart."""
+def _exit_with_parent() -> None:
+    """End this process when the server is killed.
+
+    Otherwise the old workers and those of a restarted server would share one device.
+    """
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _leave(_signal: int, _frame: FrameType | None) -> None:
+def _exit(_signal: int, _frame: FrameType | None) -> None:
     raise SystemExit(0)

@@ -1,17 +1,15 @@
-"""One worker: takes jobs from a store, one at a time or several that share a batch, and makes their images with one engine."""
+"""One worker: claims jobs from a store, alone or to share a batch, and makes their images."""
 
 from __future__ import annotations
 
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,75 +17,32 @@ from fidelora.errors import FideloraError, GenerationCancelled, JobStoreError, L
 from fidelora.jobs.job import Failure, Job, Status
 from fidelora.jobs.store import JobStore
 from fidelora.recipe import AdapterRef, Recipe, may_share_batch
-from fidelora.workers.attempt import Attempt, ImageFiles, Part, TimeIsUpError, batches
+from fidelora.workers.attempt import (
+    Attempt,
+    AttemptReport,
+    ImageFiles,
+    JobTimeoutError,
+    WorkerLimits,
+)
+from fidelora.workers.batch import Batch, BatchEndedEarly, parts_in_turn, parts_side_by_side
 
-if TYPE_CHECKING:  # a server watches workers and needs no torch for that
-    from fidelora.engine.engine import Engine, Progress
+if TYPE_CHECKING:  # the server imports this module and must not load torch
+    from fidelora.engine.engine import Engine
 
 log = logging.getLogger(__name__)
 
-_LOOK_AGAIN_S = 0.05
-"""How often a worker that waits for company looks for it."""
-
-
-class _NobodyLeft(GenerationCancelled):
-    """Every job of the batch has come to its end before the batch did."""
-
-
-@dataclass(frozen=True)
-class WorkerLimits:
-    """Times of a worker, in seconds.
-
-    Attributes:
-        lease_s: how long a claim lasts without a report.
-        load_s: how long a base model may take to be found, downloaded and loaded, when no step can report.
-        report_every_s: how often progress is written down at most; wishes to cancel are looked for at every step.
-        timeout_s: how long one attempt at a job may take; then the work stops and the job has failed.
-        batch_wait_s: how long a job whose batch has room waits for others that can share it; those that are queued already come
-            along in any case.
-    """
-
-    lease_s: float = 60.0
-    load_s: float = 1800.0
-    report_every_s: float = 0.5
-    timeout_s: float = 600.0
-    batch_wait_s: float = 0.0
-
-
-@dataclass(frozen=True)
-class AttemptReport:
-    """What one attempt at a job was like, for whoever counts.
-
-    Attributes:
-        job_id: of the job.
-        status: of the job afterwards; `in_queue` if there will be another attempt.
-        code: why it failed; empty if it did not.
-        wait_s: how long the job was in the queue, if this was its first attempt.
-        images, steps: that were finished.
-        timings: seconds by part, see `Job.timings`.
-        adapters_warm, adapters_cold: how many of its adapters were in memory already, and how many were not.
-    """
-
-    job_id: str
-    status: str
-    code: str
-    wait_s: float | None
-    images: int
-    steps: int
-    timings: Mapping[str, float]
-    adapters_warm: int
-    adapters_cold: int
+_CLAIM_INTERVAL_S = 0.05  # between claims while a batch waits for jobs; short against a step
 
 
 class Worker:
-    """Makes the images of one job after the other, and of several at once if they can share a batch.
+    """Makes the images of one job after the other, or of several that can share a batch.
 
     Args:
-        name: told in the job while it runs.
-        outputs: the folder for images, which are called `{job}_output_{index}` with the ending of their format.
+        name: stored in a job while this worker has it.
+        outputs: folder for images, named `{job}_output_{index}` with their format's suffix.
         on_end: called after each attempt.
-        now, monotonic: the clocks; tests have their own.
-        wait: lets this many seconds pass.
+        now, monotonic: clocks, replaced in tests.
+        wait: sleeps for the given seconds.
     """
 
     def __init__(
@@ -112,108 +67,102 @@ class Worker:
         self._now = now
         self._monotonic = monotonic
         self._wait = wait
-        self._writer = ThreadPoolExecutor(1, "writes-images")
-        self._reader = ThreadPoolExecutor(1, "reads-adapters")
-        self._reading: list[Future[None]] = []
+        self._write_thread = ThreadPoolExecutor(1, "writes-images")
+        self._prefetch_thread = ThreadPoolExecutor(1, "reads-adapters")
+        self._prefetches: list[Future[None]] = []
 
     def run_next(self) -> Job | None:
-        """Take the next job, and others that can share its batch, and bring each to an end; None if there is none.
+        """Claim the next job, and others that can share its batch, and bring each to an end.
 
-        Whatever goes wrong with a job becomes its failure, and the worker is fit for the next one. What is no error of ours
-        (a fault in the code, a broken device) costs the job an attempt. Files of a job that did not succeed are removed.
+        Every error of a job becomes its failure, and the worker can take the next job. An error
+        that is not a `FideloraError` (a bug, a broken device) costs the job an attempt. Files of a
+        job that did not succeed are removed.
 
         Returns:
-            the first of these jobs as it is afterwards; it may belong to another worker by then.
+            the first of these jobs as stored afterwards, when another worker may have it already;
+            None if the queue is empty.
         """
         loaded = self._engine.adapters.loaded()
         job = self._store.claim(
-            self._name, self._now(), self._lease_s, loaded, merged=self._engine.merged()
+            self._name, self._now(), self._claim_lease_s, loaded, merged=self._engine.merged()
         )
         if job is None:
             return None
         attempts = [self._begin(job)]
         try:
-            with self._engine.adapters.pinned(
-                _adapters(job)
-            ):  # whoever shares its batch needs the same ones
-                with self._blaming(attempts[:1]):
-                    self._find_company(attempts)
+            with self._engine.adapters.pinned(_adapters(job)):  # all jobs of a batch use the same
+                with self._ending_on_error(attempts[0]):
+                    self._claim_for_batch(attempts)
                 if len(attempts) > 1:
-                    self._make(attempts, attempts)
-                for attempt in attempts:
-                    if attempt.going:
-                        attempt.begin()
-                        self._make([attempt], attempts)
+                    self._make(attempts)
+                for index, attempt in enumerate(attempts):
+                    if attempt.running:
+                        attempt.restart_timeout()
+                        self._make([attempt], others=attempts[index + 1 :])
         except Exception:
-            raise  # of the store: nothing can be said about the jobs, and their leases will run out
-        except (
-            BaseException
-        ):  # the process is told to stop: somebody else may have the jobs, and no attempt is lost
+            raise  # from the store, which cannot record results now; the leases will expire
+        except BaseException:  # the process was asked to stop: release the jobs without a loss
             for attempt in attempts:
-                self._give_back(attempt)
+                self._release(attempt)
             raise
         finally:
-            self._stop_reading_ahead()
+            self._cancel_prefetches()
             for attempt in attempts:
-                if attempt.after is not None:
-                    self._on_end(_report(attempt, loaded))
-        return attempts[0].after or self._store.get(job.id)
+                if attempt.ended_job is not None:
+                    self._on_end(attempt.report(loaded))
+        return attempts[0].ended_job or self._store.get(job.id)
 
     @property
-    def _lease_s(self) -> float:
-        """Of a new claim, which may have to last while the worker waits for company."""
+    def _claim_lease_s(self) -> float:
+        """Lease of a new claim, which may have to last while the batch waits for jobs."""
         return self._limits.lease_s + self._limits.batch_wait_s
 
     def _begin(self, job: Job) -> Attempt:
         log.info("job begins, attempt %d", job.attempts, extra={"request_id": job.id})
-        files = ImageFiles(job, self._outputs, self._writer)
+        files = ImageFiles(job, self._outputs, self._write_thread)
         return Attempt(job, files, self._store, self._limits, self._now, self._monotonic)
 
-    def _find_company(self, attempts: list[Attempt]) -> None:
-        """Claim jobs whose images can go through the model together with those of the first, as long as there is room."""
+    def _claim_for_batch(self, attempts: list[Attempt]) -> None:
+        """Claim jobs that can share the first job's batch, as long as the batch has room."""
         first = attempts[0].job
         recipe = first.recipes[0]
-        # A job that was tried before may be one that ends the process: it shall not cost others an attempt.
-        if first.attempts > 1 or not _may_share_batch(recipe, first):
+        # A retried job may be one that crashes the process; it must not cost others an attempt.
+        if first.attempts > 1 or not _all_may_share_batch(recipe, first):
             return
         room = self._engine.max_batch(recipe) - len(first.recipes)
-        latest = self._monotonic() + self._limits.batch_wait_s
+        deadline = self._monotonic() + self._limits.batch_wait_s
         while room > 0:
             job = self._store.claim(
-                self._name, self._now(), self._lease_s, wanted=partial(_fits, recipe, room)
+                self._name, self._now(), self._claim_lease_s, wanted=partial(_fits, recipe, room)
             )
             if job is not None:
                 attempts.append(self._begin(job))
                 room -= len(job.recipes)
-            elif (left_s := latest - self._monotonic()) > 0:
-                self._wait(min(left_s, _LOOK_AGAIN_S))
+            elif (left_s := deadline - self._monotonic()) > 0:
+                self._wait(min(left_s, _CLAIM_INTERVAL_S))
             else:
                 return
 
-    def _make(self, making: Sequence[Attempt], attempts: Sequence[Attempt]) -> None:
-        """Make the images of these jobs and bring each to its end; several that fail together do not end.
+    def _make(self, attempts: Sequence[Attempt], others: Sequence[Attempt] = ()) -> None:
+        """Make the images of these jobs and bring each to its end.
+
+        If several jobs share a batch and it fails, the cause may be any of them. They then keep
+        running, and the caller makes each one by itself.
 
         Args:
-            attempts: at all jobs that the worker has; those that wait keep their claims meanwhile.
-        """
-        with self._blaming(making):
-            for parts in self._batches(making):
-                self._make_batch(parts, attempts)
-            for attempt in making:
-                if attempt.going:
-                    with self._blaming([attempt]):
-                        self._succeed(attempt)
-
-    @contextmanager
-    def _blaming(self, attempts: Sequence[Attempt]) -> Iterator[None]:
-        """Whatever goes wrong in the block ends the one job that is to blame; it is not known which of several that would be.
+            others: claimed jobs that wait; their leases are renewed meanwhile.
 
         Raises:
-            JobStoreError: what happened cannot be written down.
+            JobStoreError: a result could not be stored.
         """
         try:
-            yield
-        except _NobodyLeft:
+            for batch in self._batches(attempts, others):
+                self._make_batch(batch)
+            for attempt in attempts:
+                if attempt.running:
+                    with self._ending_on_error(attempt):
+                        self._succeed(attempt)
+        except BatchEndedEarly:
             return
         except JobStoreError:
             raise
@@ -222,105 +171,88 @@ class Worker:
                 self._end(attempts[0], error)
             else:
                 log.warning(
-                    "a batch of %d jobs failed: %s; each is made by itself now",
+                    "a batch of %d jobs failed: %s; making each job by itself",
                     len(attempts),
                     error,
                     exc_info=error,
                 )
 
-    def _batches(self, making: Sequence[Attempt]) -> Iterator[Sequence[Part]]:
-        """What goes through the model together: several jobs at once, or the images of one in turns."""
-        if len(making) == 1:
-            (attempt,) = making
-            for images in batches(attempt.job.recipes, self._engine.max_batch):
-                yield [Part(attempt, attempt.job.recipes[images], images.start)]
+    def _batches(self, attempts: Sequence[Attempt], others: Sequence[Attempt]) -> Iterator[Batch]:
+        """Yield several jobs as one batch, or one job in as many batches as its images need."""
+        if len(attempts) == 1:
+            for parts in parts_in_turn(attempts[0], self._engine.max_batch):
+                yield Batch(parts, others, self._ending_on_error)
         else:
-            places = accumulate((len(attempt.job.recipes) for attempt in making), initial=0)
-            yield [
-                Part(attempt, attempt.job.recipes, place=place)
-                for attempt, place in zip(making, places, strict=False)
-            ]
+            yield Batch(parts_side_by_side(attempts), others, self._ending_on_error)
 
-    def _make_batch(self, parts: Sequence[Part], attempts: Sequence[Attempt]) -> None:
-        """Make the images of one batch, and have them written.
+    def _make_batch(self, batch: Batch) -> None:
+        """Make the images of one batch and queue them for writing.
 
         Raises:
-            _NobodyLeft: none of the jobs wants them any more.
+            BatchEndedEarly: all jobs of the batch have ended.
         """
-        part_of = {part.attempt: part for part in parts}
-        recipes = [recipe for part in parts for recipe in part.recipes]
-
-        def each(what: Callable[[Attempt], None]) -> None:
-            for attempt in attempts:
-                if attempt.going:
-                    with self._blaming([attempt]):  # and the others go on
-                        what(attempt)
-            if not any(attempt.going for attempt in part_of):
-                raise _NobodyLeft
-
-        def step_is_done(progress: Progress) -> None:
-            each(
-                lambda attempt: (
-                    attempt.step(part_of[attempt], progress)
-                    if attempt in part_of
-                    else attempt.look()
-                )
-            )
-
-        def take(attempt: Attempt) -> None:
-            if attempt in part_of:
-                attempt.take(part_of[attempt], images)
-
-        each(lambda attempt: attempt.report(self._limits.load_s))
+        recipes = batch.recipes
+        batch.heartbeat(self._limits.load_s)
         start = self._monotonic()
         self._engine.load(recipes[0])
-        load_s = self._monotonic() - start
-        for part in parts:
-            part.attempt.spend({"load": load_s}, len(part.recipes) / len(recipes))
-        each(Attempt.report)
-        self._read_ahead()
+        batch.add_timings({"load": self._monotonic() - start})
+        batch.heartbeat()
+        self._prefetch_for_next_job()
         if len(recipes) == 1:
-            images = [self._engine.generate(recipes[0], step_is_done)]
+            images = [self._engine.generate(recipes[0], batch.on_step)]
         else:
-            images = self._engine.generate_batch(recipes, step_is_done)
-        each(take)
+            images = self._engine.generate_batch(recipes, batch.on_step)
+        batch.write(images)
+
+    @contextmanager
+    def _ending_on_error(self, attempt: Attempt) -> Iterator[None]:
+        """End the job with the error of the block, if there is one.
+
+        Raises:
+            JobStoreError: the end could not be stored.
+        """
+        try:
+            yield
+        except JobStoreError:
+            raise
+        except Exception as error:  # noqa: BLE001  # stored as the end of the job
+            self._end(attempt, error)
 
     def _succeed(self, attempt: Attempt) -> None:
         job = attempt.job
         outputs = attempt.files.outputs()
-        self._has_ended(
-            attempt, self._store.succeed(job.id, job.epoch, outputs, attempt.timings, self._now())
-        )
+        ended = self._store.succeed(job.id, job.epoch, outputs, attempt.timings, self._now())
+        self._record_end(attempt, ended)
 
     def _end(self, attempt: Attempt, error: Exception) -> None:
-        """Bring a job to the end that this error means.
+        """Store the end of a job that has this error, and remove its files.
 
         Raises:
-            JobStoreError: it cannot be written down.
+            JobStoreError: it could not be stored.
         """
         job = attempt.job
         attempt.files.stop()
         try:
             if isinstance(error, LeaseLostError):
                 raise error
-            after = self._say(job, error)
+            ended = self._store_error(job, error)
         except LeaseLostError:
             log.warning("the job belongs to another worker now", extra={"request_id": job.id})
-            attempt.going = False
+            attempt.running = False
             return
-        # Only now, when the store has said that the job was still ours: another worker's files have the same names.
+        # Only after the store has confirmed the lease: another worker's files have the same names.
         attempt.files.remove()
-        self._has_ended(attempt, after)
+        self._record_end(attempt, ended)
 
-    def _say(self, job: Job, error: Exception) -> Job:
+    def _store_error(self, job: Job, error: Exception) -> Job:
+        """Cancel the job, fail it with a `FideloraError`, or abandon the attempt."""
         if isinstance(error, GenerationCancelled):
             return self._store.stop(job.id, job.epoch, self._now())
         if isinstance(error, FideloraError):
-            return self._store.fail(
-                job.id, job.epoch, Failure(error_code(error), str(error)), self._now()
-            )
+            failure = Failure(error_code(error), str(error))
+            return self._store.fail(job.id, job.epoch, failure, self._now())
         log.error(
-            "attempt %d came to an unexpected end",
+            "attempt %d ended with an unexpected error",
             job.attempts,
             extra={"request_id": job.id},
             exc_info=error,
@@ -328,75 +260,65 @@ class Worker:
         reason = f"of an unexpected {type(error).__name__}: {error}"
         return self._store.abandon(job.id, job.epoch, reason, self._now())
 
-    def _has_ended(self, attempt: Attempt, after: Job) -> None:
-        attempt.going, attempt.after = False, after
-        about = {"request_id": after.id}
-        if after.status is Status.FAILED and after.error:
-            log.warning("job failed: %s: %s", after.error.code, after.error.message, extra=about)
+    def _record_end(self, attempt: Attempt, ended: Job) -> None:
+        attempt.running, attempt.ended_job = False, ended
+        extra = {"request_id": ended.id}
+        if ended.status is Status.FAILED and ended.error:
+            log.warning("job failed: %s: %s", ended.error.code, ended.error.message, extra=extra)
         else:
-            log.info("job ends: %s", after.status, extra=about)
+            log.info("job ends: %s", ended.status, extra=extra)
 
-    def _give_back(self, attempt: Attempt) -> None:
-        """Release a job, unless it has come to an end."""
+    def _release(self, attempt: Attempt) -> None:
+        """Return a job to the queue without counting the attempt, unless the job has ended."""
         attempt.files.stop()
         try:
             self._store.release(attempt.job.id, attempt.job.epoch, self._now())
         except (LeaseLostError, JobStoreError):
-            return  # it has, or is another worker's; or its lease will run out
+            return  # it has ended or belongs to another worker; otherwise its lease will expire
         attempt.files.remove()
 
-    def _read_ahead(self) -> None:
-        """Have the adapters of the next job read while this one runs."""
-        self._stop_reading_ahead()
+    def _prefetch_for_next_job(self) -> None:
+        """Read the adapters of the next job on another thread while this one runs."""
+        self._cancel_prefetches()
         job = self._store.peek()
         if job is not None:
-            self._reading = [self._reader.submit(self._prefetch, ref) for ref in _adapters(job)]
+            self._prefetches = [
+                self._prefetch_thread.submit(self._prefetch, ref) for ref in _adapters(job)
+            ]
 
-    def _stop_reading_ahead(self) -> None:
-        for one in self._reading:
-            one.cancel()
+    def _cancel_prefetches(self) -> None:
+        for future in self._prefetches:
+            future.cancel()
 
     def _prefetch(self, ref: AdapterRef) -> None:
         try:
             self._engine.adapters.prefetch(ref)
-        except Exception:  # nobody waits for it; whoever needs the adapter will read it himself
-            log.exception("the adapter %s could not be read ahead", ref.sha256)
+        except Exception:  # the job that needs the adapter reads it again and reports the error
+            log.exception("prefetching the adapter %s failed", ref.sha256)
 
 
 def _adapters(job: Job) -> Sequence[AdapterRef]:
-    """Every adapter of a job once."""
+    """Return the adapters of all images of a job, without duplicates."""
     return list({ref.sha256: ref for recipe in job.recipes for ref in recipe.adapters}.values())
 
 
-def _may_share_batch(recipe: Recipe, job: Job) -> bool:
+def _all_may_share_batch(recipe: Recipe, job: Job) -> bool:
     return all(may_share_batch(recipe, other) for other in job.recipes)
 
 
 def _fits(recipe: Recipe, room: int, job: Job) -> bool:
-    """Whether a job that was not tried before can share a batch with `recipe` that has so much room left."""
-    return job.attempts == 0 and len(job.recipes) <= room and _may_share_batch(recipe, job)
+    """True if a queued job can join a batch of `recipe` that has room for `room` more images.
+
+    A retried job does not fit: it may be one that crashes the process.
+    """
+    return job.attempts == 0 and len(job.recipes) <= room and _all_may_share_batch(recipe, job)
 
 
 def error_code(error: FideloraError) -> str:
-    """The code of an error for programs: `AdapterMismatchError` is `ADAPTER_MISMATCH`, a job out of time `TIMEOUT`."""
-    if isinstance(error, TimeIsUpError):
+    """Return an error's code: `ADAPTER_MISMATCH` for `AdapterMismatchError`, `TIMEOUT` for a job
+    that exceeded its time limit.
+    """
+    if isinstance(error, JobTimeoutError):
         return "TIMEOUT"
     words = re.findall(r"[A-Z][a-z0-9]*", type(error).__name__.removesuffix("Error"))
     return "_".join(words).upper()
-
-
-def _report(attempt: Attempt, loaded: frozenset[str]) -> AttemptReport:
-    job, after = attempt.job, attempt.after
-    assert after is not None, "it has ended"
-    assert job.started_at is not None, "it was claimed"
-    return AttemptReport(
-        job_id=job.id,
-        status=after.status.value,
-        code=after.error.code if after.error else "",
-        wait_s=(job.started_at - job.created_at).total_seconds() if job.attempts == 1 else None,
-        images=len(after.outputs),
-        steps=sum(recipe.steps for recipe in job.recipes) if after.outputs else 0,
-        timings=dict(attempt.timings),
-        adapters_warm=len(job.adapters & loaded),
-        adapters_cold=len(job.adapters - loaded),
-    )

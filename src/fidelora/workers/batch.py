@@ -1,0 +1,118 @@
+"""One pass through the denoiser: images of one job, or of several jobs side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from fidelora.errors import GenerationCancelled
+from fidelora.images.write import GeneratedImage
+from fidelora.recipe import Recipe, may_share_batch
+from fidelora.workers.attempt import Attempt, BatchPart
+
+if TYPE_CHECKING:  # the server imports this module and must not load torch
+    from fidelora.engine.engine import Progress
+
+
+class BatchEndedEarly(GenerationCancelled):
+    """Every job of the batch has ended before its images were finished."""
+
+
+class Batch:
+    """Images that go through the denoiser together, and the jobs that wait meanwhile.
+
+    An error that concerns one job ends that job; the batch goes on for the other jobs. Each method
+    except `add_timings` raises `BatchEndedEarly` once all jobs of the batch have ended.
+
+    Args:
+        parts: images of the batch by job, in the batch's order.
+        others: further jobs that the worker has claimed; only their leases are renewed.
+        ending_on_error: context manager that ends the given job with the error of its block.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[BatchPart],
+        others: Sequence[Attempt],
+        ending_on_error: Callable[[Attempt], AbstractContextManager[None]],
+    ) -> None:
+        self.recipes = [recipe for part in parts for recipe in part.recipes]
+        self._parts = parts
+        self._others = others
+        self._ending_on_error = ending_on_error
+
+    def heartbeat(self, lease_s: float | None = None) -> None:
+        """Renew the leases of all jobs, by default for the worker's usual time."""
+        for attempt in [*(part.attempt for part in self._parts), *self._others]:
+            if attempt.running:
+                with self._ending_on_error(attempt):
+                    attempt.heartbeat(lease_s)
+        self._raise_if_ended()
+
+    def on_step(self, progress: Progress) -> None:
+        """Record a step for the jobs of the batch, and poll the store for the other jobs."""
+        for part in self._running_parts():
+            with self._ending_on_error(part.attempt):
+                part.attempt.on_step(part, progress)
+        for attempt in self._others:
+            if attempt.running:
+                with self._ending_on_error(attempt):
+                    attempt.poll()
+        self._raise_if_ended()
+
+    def write(self, images: Sequence[GeneratedImage]) -> None:
+        """Queue the finished images for writing, each to the files of its job."""
+        for part in self._running_parts():
+            with self._ending_on_error(part.attempt):
+                part.attempt.write(part, images)
+        self._raise_if_ended()
+
+    def add_timings(self, seconds: Mapping[str, float]) -> None:
+        """Add time that the whole batch took to each job's timings, by its share of the images."""
+        for part in self._parts:
+            part.attempt.add_timings(seconds, len(part.recipes) / len(self.recipes))
+
+    def _running_parts(self) -> Iterator[BatchPart]:
+        return (part for part in self._parts if part.attempt.running)
+
+    def _raise_if_ended(self) -> None:
+        if not any(part.attempt.running for part in self._parts):
+            raise BatchEndedEarly
+
+
+def parts_in_turn(
+    attempt: Attempt, max_batch: Callable[[Recipe], int]
+) -> Iterator[Sequence[BatchPart]]:
+    """Yield the images of one job batch by batch; see `batch_slices`."""
+    recipes = attempt.job.recipes
+    for images in batch_slices(recipes, max_batch):
+        yield [BatchPart(attempt, recipes[images], first_image=images.start)]
+
+
+def parts_side_by_side(attempts: Sequence[Attempt]) -> Sequence[BatchPart]:
+    """Return all images of several jobs as one batch."""
+    offsets = accumulate((len(attempt.job.recipes) for attempt in attempts), initial=0)
+    return [
+        BatchPart(attempt, attempt.job.recipes, offset=offset)
+        for attempt, offset in zip(attempts, offsets, strict=False)
+    ]
+
+
+def batch_slices(recipes: Sequence[Recipe], max_batch: Callable[[Recipe], int]) -> Iterator[slice]:
+    """Yield the slices of `recipes` that go through the denoiser together.
+
+    Args:
+        max_batch: returns the largest batch of recipes like the given one. It is called only where
+            neighbouring recipes may share a batch.
+    """
+    start = 0
+    while start < len(recipes):
+        first, end = recipes[start], start + 1
+        while end < len(recipes) and may_share_batch(first, recipes[end]):
+            end += 1
+        if end > start + 1:
+            end = min(end, start + max(1, max_batch(first)))
+        yield slice(start, end)
+        start = end
