@@ -1,8 +1,9 @@
-"""How much does one changed setting change a preview? `python benchmarks/differences.py`
+"""Measure how much one changed setting changes a sample: `python benchmarks/differences.py`.
 
-Makes the previews of golden float32 jobs again, once as the trainer did and then with one thing as other programs have it, and
-compares each with the trainer's own file. Prints a Markdown table: over all previews, the smallest and largest share of pixels that
-stayed the same, the largest difference of a channel, and the mean difference in levels of 255.
+Reproduces the samples of golden float32 training runs, first with the trainer's settings and then
+with one setting as in other programs, and compares each with the trainer's file. Prints a Markdown
+table with, over all samples, the smallest and largest percentage of identical pixels, the largest
+difference of a channel, and the mean difference in levels of 255.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ JOBS = [DEMO_DATA / "lora_linear_f32", GOLDEN_JOBS / "lokr_full", GOLDEN_JOBS / 
 
 @dataclass(frozen=True)
 class Change:
-    """One thing done as another program does it."""
+    """One setting as another program has it."""
 
     name: str
     recipe: Callable[[TrainingRun, PlannedSample], Recipe]

@@ -1,4 +1,4 @@
-"""How far are images of `fast` from those of `exact`? PSNR and largest difference on the miniature, which draws what it is told."""
+"""Difference between `fast` and `exact`, with the miniature: PSNR and largest difference."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def measure(settings: Settings) -> Findings:
 
 
 def prompts(number: int, with_adapter: bool) -> list[str]:
-    """Different ones; with the adapter every other asks for what it teaches."""
+    """Return different prompts; with the adapter, every other one contains the trigger word."""
     pairs = [
         (one, other)
         for shift in range(1, len(_COLOURS))

@@ -1,7 +1,8 @@
-"""A step and a whole image: diffusers with a PEFT adapter against `exact` and `fast`, in turns between live processes.
+"""Time of a step and of an image: diffusers with a PEFT adapter, compared with `exact` and `fast`.
 
-An image of 25 steps takes minutes at 512x512, so each round makes images of few steps, looks at the time of their parts, and
-composes: text + 25 x step + decode + encode. One whole image is made, to see that the sum holds.
+An image of 25 steps takes minutes at 512x512. So each round makes images of few steps, measures
+their parts, and adds them up: text + 25 x step + decode + encode. One whole image is made to check
+the sum. The processes stay alive and take turns.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ WHOLE_STEPS = 25
 STEPS, BATCH = 2, 4
 
 Rounds = dict[str, list[dict[str, float]]]
-"""What each party said, round by round."""
+"""Results of each party, round by round."""
 
 
 def measure(settings: Settings) -> Findings:
@@ -39,16 +40,14 @@ def measure(settings: Settings) -> Findings:
         for size, budget_s in budgets_s.items():
             measured: Rounds = {}
             peer.ask("adapter", path=lora)
-            if size == min(budgets_s):  # the first image has costs of its own
+            if size == min(budgets_s):  # the first image includes one-time costs
                 peer.ask("image", prompt="warm up", seed=0, size=size, steps=1)
                 for ours in (exact, fast):
                     ours.ask("image", prompt="warm up", seed=0, adapter=lora, size=size, steps=1)
             batch = min(BATCH, fast.ask("max_batch", size=size))
             for number in rounds(budget_s, least=1 if settings.quick else 2, most=6):
                 asked = _questions(peer, exact, fast, floors, lora, number, size, batch)
-                for name, ask in (
-                    asked if number % 2 == 0 else reversed(asked)
-                ):  # nobody always comes first
+                for name, ask in asked if number % 2 == 0 else reversed(asked):  # rotate the order
                     measured.setdefault(name, []).append(ask())
             found.raw[f"{size}"] = measured
             _disk(found, size, measured)
@@ -78,7 +77,7 @@ def _questions(
     size: int,
     batch: int,
 ) -> list[tuple[str, Callable[[], dict[str, float]]]]:
-    """What is asked in one round, by name."""
+    """Return the requests of one round, by name."""
     prompt = f"a photo of a thing, number {number}"
     common: dict[str, Any] = {"size": size, "steps": STEPS, "seed": number}
 
@@ -103,7 +102,7 @@ def _questions(
 
 
 def whole(parts: Mapping[str, float], steps: int = WHOLE_STEPS) -> float:
-    """Seconds of an image of so many steps, composed."""
+    """Return the seconds of an image with this number of steps, as the sum of its parts."""
     return parts["text"] + steps * parts["step"] + parts["decode"] + parts["encode"]
 
 
@@ -144,7 +143,7 @@ def _rows(found: Findings, size: int, measured: Rounds, batch: int) -> None:
 
 
 def _share_of_floor(found: Findings, size: int, measured: Rounds, floors: Party) -> None:
-    """How much of what a matrix product reaches a step reaches."""
+    """Return the rate of a step as a fraction of the rate of a matrix product."""
     flops, fast = floors.ask("step_flops", size=size), floors.ask("fast_dtype")
     medians = {
         name: statistics.median(one[name] for one in measured["floors"])
@@ -210,7 +209,7 @@ def _whole_image(found: Findings, settings: Settings, fast: Party, lora: str, si
 def _sdcpp(
     found: Findings, settings: Settings, ours: Mapping[str, Party], lora: str, size: int
 ) -> None:
-    """Images of one step: a party that takes long and is there for orientation."""
+    """Measure images of one step, for slow parties that are included for orientation."""
     if not sdcpp.is_installed(settings.sdcpp):
         found.notes.append(
             "stable-diffusion.cpp: not installed. `pip install stable-diffusion-cpp-python` builds it; "

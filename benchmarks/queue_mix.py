@@ -1,8 +1,9 @@
-"""A mixed queue: 200 jobs of one image each, with 50 adapters of which few are wanted often (Zipf, s = 1). How many images an hour?
+"""Images per hour of a mixed queue: 200 jobs of one image with 50 adapters (Zipf, s = 1).
 
-The peer takes them in the order of their coming and changes its adapter (`load_lora_weights`) when the next job needs another one.
-Ours go through a store and the worker, which chooses what it does next, and in `fast` makes images of several jobs side by side.
-200 images take hours here, so small ones are made until time is up; what 200 at 256x256 would take is composed.
+The baseline processes jobs in order of arrival and loads another adapter (`load_lora_weights`) when
+the next job needs it. Fidelora's jobs go through a store and a worker, which chooses the next job
+and, in `fast`, batches several jobs. 200 images of normal size take hours, so small ones are made
+until the time is up. The time of 200 images at 256x256 is composed from the parts.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ SIZE, STEPS = 128, 2
 
 
 def measure(settings: Settings, before: Mapping[str, Findings]) -> Findings:
-    """Args: before: what other parts found; what is composed needs the figures of images."""
+    """Args:
+    before: findings of other parts; the composed figures use those of `images`."""
     base = str(full_size.base(settings.folder))
     paths = [
         str(full_size.small_adapter(settings.folder, number)) for number in range(ADAPTERS + 1)
@@ -55,7 +57,7 @@ def measure(settings: Settings, before: Mapping[str, Findings]) -> Findings:
             )
             for way, party in ways.items():
                 jobs[way] += party.ask("next_jobs")
-        size = SIZE if settings.quick else 256  # of which the other part has figures
+        size = SIZE if settings.quick else 256  # a size that `images` has measured
         request = {
             "adapters": [paths[number] for number in wanted],
             "size": size,
@@ -80,14 +82,14 @@ def measure(settings: Settings, before: Mapping[str, Findings]) -> Findings:
 
 
 def order() -> list[int]:
-    """Which adapter each job wants."""
+    """Return the adapter of each job."""
     return random.Random(1).choices(
         range(ADAPTERS), [1 / (place + 1) for place in range(ADAPTERS)], k=JOBS
     )
 
 
 def _changes(adapters: Sequence[Any]) -> int:
-    """How often it has to be changed, the first time included."""
+    """Return the number of switches, including the first."""
     return 1 + sum(bool(one != other) for one, other in pairwise(adapters))
 
 
@@ -108,7 +110,7 @@ def _composed(
     changes: Mapping[str, int],
     before: Mapping[str, Findings],
 ) -> None:
-    """The whole queue with 25 steps: changes of adapters as measured here, images as composed by the other part."""
+    """Compose the time of the queue with 25 steps from measured switches and images."""
     changing = {
         way: statistics.median([job["adapters"] for job in done if job["changed"]])
         for way, done in jobs.items()
@@ -130,7 +132,7 @@ def _composed(
     around = statistics.median(whole(one, 0) for one in measured["peer"])
     seconds["peer"] += JOBS * (around + WHOLE_STEPS * bare)
     seconds["exact"] += JOBS * image["exact"]
-    # Of a batch one and four images were measured; what is between them lies on a line.
+    # Batches of one and four images were measured; interpolate linearly.
     alone, side_by_side = image["fast"], 4 * image.get("batch", image["fast"])
     seconds["fast"] += sum(
         alone + (one["images"] - 1) / 3 * (side_by_side - alone) for one in batches["fast"]

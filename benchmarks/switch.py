@@ -1,7 +1,7 @@
-"""What does it cost to switch adapters, and does memory grow? Ours, merged into the weights, against three ways of diffusers.
+"""Time and memory of switching adapters: ours, merged, compared with three ways of diffusers.
 
-Two adapters that each change nearly every weight of the UNet. Ours is also held against copying the same weights once: the least
-that any way of writing them can take.
+Two adapters each change nearly every weight of the UNet. Ours is also compared with a plain copy of
+the same weights, which is the lower bound for any way of writing them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def measure(settings: Settings) -> Findings:
         ways = {"exact": exact, "fast": fast}
         for number in rounds(0.0 if settings.quick else 70.0, least=3, most=8):
             for name, figures in _of_peer(peer, large, fuse=number < 3).items():
-                if number > 0:  # the first round touches memory for the first time
+                if number > 0:  # the first round touches new memory
                     theirs[name].append(figures)
             for way, party in ways.items():
                 party.ask("touch", path=large[0])
@@ -62,7 +62,7 @@ def measure(settings: Settings) -> Findings:
 
 
 def _of_peer(peer: Party, paths: list[str], *, fuse: bool) -> dict[str, float]:
-    """Seconds of the ways in which diffusers can change the adapter; of the longest one only if that is asked for."""
+    """Return the seconds of diffusers' ways to switch; the slowest one is optional."""
     peer.ask("adapter", path=paths[0])
     seconds = {
         "load": peer.ask("adapter", path=paths[1])["seconds"],
