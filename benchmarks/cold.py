@@ -46,12 +46,13 @@ def measure(settings: Any) -> Any:
     found = Findings(raw=dict(seconds))
     for way in ("exact", "fast"):
         found.faster(
-            f"cold start to the first step done at {size}, with an adapter: {way}",
+            f"cold start to the end of the first step at {size}, with an adapter: {way}",
             seconds["peer"],
             seconds[way],
         )
     found.notes.append(
-        "Cold start: a whole new process with all imports, files in the page cache; ours with the engine of the command line."
+        "Cold start: a new process with all imports, files in the page cache; ours with the "
+        "engine of the command line."
     )
     return found
 

@@ -81,7 +81,7 @@ def saved_as(dtype: torch.dtype, folder: Path) -> Callable[[TrainingRun, Planned
 def changes(folder: Path) -> Iterator[Change]:
     yield Change("nothing", changed())
     yield Change("one thread in place of two", changed(), threads=1)
-    yield Change("LoRA beside the weights (live), not merged", changed(adapter_mode="live"))
+    yield Change("LoRA live instead of merged", changed(adapter_mode="live"))
     yield Change("LoRA saved in fp16", saved_as(torch.float16, folder))
     yield Change("LoRA saved in bf16", saved_as(torch.bfloat16, folder))
     yield Change("`steps_offset` 0", changed(), {"steps_offset": 0})
@@ -108,7 +108,8 @@ def threads(number: int) -> Iterator[None]:
 def main() -> None:
     engine = Engine(device="cpu")
     print(
-        "| changed | identical pixels, % | largest difference | mean difference |\n|---|---|---|---|"
+        "| changed | identical pixels, % | largest difference | mean difference |\n"
+        "|---|---|---|---|"
     )
     with tempfile.TemporaryDirectory() as folder:
         for change in changes(Path(folder)):
@@ -127,7 +128,8 @@ def main() -> None:
             )
             mean = sum(one.mean_difference for one in found) / len(found)
             print(
-                f"| {change.name} | {span} | {max(one.max_difference for one in found)} | {mean:.3f} |",
+                f"| {change.name} | {span} "
+                f"| {max(one.max_difference for one in found)} | {mean:.3f} |",
                 flush=True,
             )
 

@@ -36,13 +36,14 @@ def measure(settings: Settings) -> Findings:
             name = f"{sampler}, {'with' if adapter else 'no'} adapter"
             found.raw[name] = said
             psnr = [math.inf if one["psnr"] is None else one["psnr"] for one in said]
-            figures = (
-                f"PSNR {min(psnr):.1f} dB at worst, {statistics.median(psnr):.1f} in the middle"
-            )
+            figures = f"PSNR {min(psnr):.1f} dB minimum, {statistics.median(psnr):.1f} median"
             levels = f"{max(one['levels'] for one in said)} of 255 levels at most"
-            found.rows.append(Row(f"fast beside exact: {name}", "exact", figures, levels, images))
+            found.rows.append(
+                Row(f"fast compared with exact: {name}", "exact", figures, levels, images)
+            )
     found.notes.append(
-        f"Fast beside exact: the miniature, {SIZE}x{SIZE}, {STEPS} steps, guidance 6, seeds 0 to {images - 1}."
+        f"Fast compared with exact: the miniature, {SIZE}x{SIZE}, {STEPS} steps, guidance 6, "
+        f"seeds 0 to {images - 1}."
     )
     return found
 

@@ -57,12 +57,14 @@ def measure(settings: Settings) -> Findings:
         _whole_image(found, settings, fast, lora, min(budgets_s))
         _sdcpp(found, settings, {"exact": exact, "fast": fast}, lora, min(budgets_s))
     found.notes += [
-        "Peer, if nothing else is said: diffusers' StableDiffusionPipeline in float32, an adapter by PEFT (`load_lora_weights`, "
-        "not fused), nothing tuned. Both: a base of full size with random weights, an adapter of rank 32 (convolutions 16), "
+        "Peer, unless noted otherwise: diffusers' StableDiffusionPipeline in float32, an adapter "
+        "by PEFT (`load_lora_weights`, not fused), not tuned. Both: a full-size base model with "
+        "random weights, an adapter of rank 32 (convolutions 16), "
         "guidance 6, sampler ddpm.",
-        f"A step is (end of the last step - end of the text) / steps, of images of {STEPS} steps. An image "
-        f"of {WHOLE_STEPS} steps is composed in each round: text + {WHOLE_STEPS} x step + decode + PNG. Prompts are new each "
-        "time; the negative prompt is always the same, and is encoded anew by the peer and remembered by ours.",
+        "The time of a step is (end of the last step - end of text encoding) / steps, of images of "
+        f"{STEPS} steps. An image of {WHOLE_STEPS} steps is a sum in each round: text + "
+        f"{WHOLE_STEPS} x step + decode + PNG. Prompts are new each time. The negative prompt is "
+        "always the same; the peer encodes it each time, ours caches it.",
     ]
     return found
 
@@ -110,7 +112,8 @@ def _disk(found: Findings, size: int, measured: Rounds) -> None:
     waits = {name: sum(int(one.get("disk", 0)) for one in said) for name, said in measured.items()}
     if any(waits.values()):
         found.notes.append(
-            f"At {size} parties waited for the disk, so that figures are too large; for so many pages: {waits}."
+            f"At {size} parties waited for the disk, so the figures are too large. "
+            f"Pages read: {waits}."
         )
 
 
@@ -121,7 +124,7 @@ def _rows(found: Findings, size: int, measured: Rounds, batch: int) -> None:
     for way in ("exact", "fast"):
         found.faster(f"step at {size}, adapter: {way}", steps["peer"], steps[way])
         found.faster(
-            f"step at {size}: {way} with an adapter, peer with none",
+            f"step at {size}: {way} with an adapter, peer without",
             steps["peer without adapter"],
             steps[way],
         )
@@ -137,9 +140,7 @@ def _rows(found: Findings, size: int, measured: Rounds, batch: int) -> None:
             images["batch"],
         )
     else:
-        found.notes.append(
-            f"At {size} the engine makes the images of a request one after the other (`max_batch` is 1)."
-        )
+        found.notes.append(f"At {size} the engine does not batch images (`max_batch` is 1).")
 
 
 def _share_of_floor(found: Findings, size: int, measured: Rounds, floors: Party) -> None:
@@ -158,14 +159,14 @@ def _share_of_floor(found: Findings, size: int, measured: Rounds, floors: Party)
         )
         found.rows.append(
             Row(
-                f"step at {size}: {way} beside a product of matrices in {dtype}",
+                f"step at {size}: {way}, compared with a matrix product in {dtype}",
                 *figures,
                 len(measured[way]),
             )
         )
     found.notes.append(
-        f"A step at {size} is {flops / 1e9:.0f} GFLOP. The floor is `torch.mm` of 2048x2048, the median of the rounds' best; "
-        f"memory was copied at {shown(medians['copy'])} GB/s."
+        f"A step at {size} is {flops / 1e9:.0f} GFLOP. The floor is `torch.mm` of 2048x2048, the "
+        f"median of the rounds' best; the copy rate of memory was {shown(medians['copy'])} GB/s."
     )
 
 
@@ -175,13 +176,13 @@ def _memory(found: Findings, size: int, parties: Mapping[str, Party]) -> None:
     for way in ("exact", "fast"):
         peer, ours = peaks["peer"], peaks[way]
         figures = [
-            f"{one['peak'] / 1e9:.2f} GB ({one['own'] / 1e9:.2f} not of files)"
+            f"{one['peak'] / 1e9:.2f} GB ({one['own'] / 1e9:.2f} without mapped files)"
             for one in (peer, ours)
         ]
         ratio = f"{peer['peak'] / ours['peak']:.2f} x"
         found.rows.append(
             Row(
-                f"most memory ever resident, images at {size}: {way}",
+                f"peak resident memory, images at {size}: {way}",
                 figures[0],
                 figures[1],
                 ratio,
@@ -201,8 +202,8 @@ def _whole_image(found: Findings, settings: Settings, fast: Party, lora: str, si
     )
     found.raw["whole image"] = {"size": size, "steps": steps, "composed": composed, "real": parts}
     found.notes.append(
-        f"One whole image, fast, {size}, {steps} steps: {parts['total']:.2f} s; composed: {composed:.2f} s "
-        f"({composed / parts['total']:.2f} of it)."
+        f"One whole image, fast, {size}, {steps} steps: {parts['total']:.2f} s; composed: "
+        f"{composed:.2f} s ({composed / parts['total']:.2f} of it)."
     )
 
 
@@ -212,8 +213,8 @@ def _sdcpp(
     """Measure images of one step, for slow parties that are included for orientation."""
     if not sdcpp.is_installed(settings.sdcpp):
         found.notes.append(
-            "stable-diffusion.cpp: not installed. `pip install stable-diffusion-cpp-python` builds it; "
-            "`--sdcpp PYTHON` names the interpreter that has it."
+            "stable-diffusion.cpp: not installed. `pip install stable-diffusion-cpp-python` "
+            "builds it; `--sdcpp PYTHON` selects the interpreter."
         )
         return
     measured: Rounds = {"theirs": [], **{way: [] for way in ours}}
@@ -231,7 +232,7 @@ def _sdcpp(
                 measured[way].append(party.ask("image", adapter=lora, **request))
     found.raw["stable-diffusion.cpp"] = measured
     for way in ours:
-        peer = "peer stable-diffusion.cpp (float32) with none"
+        peer = "peer stable-diffusion.cpp (float32) without"
         for what, figure in (
             (f"step at {size}", _step),
             (f"image at {size}, {WHOLE_STEPS} steps", whole),
@@ -239,7 +240,8 @@ def _sdcpp(
             theirs_s, ours_s = ([figure(one) for one in measured[name]] for name in ("theirs", way))
             found.faster(f"{what}: {way} with an adapter, {peer}", theirs_s, ours_s)
     found.notes.append(
-        "stable-diffusion.cpp: images of one step; its sampler is euler_a, and its convolutions are float16."
+        "stable-diffusion.cpp: images of one step; its sampler is euler_a, and its convolutions "
+        "are float16."
     )
 
 

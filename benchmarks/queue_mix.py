@@ -72,11 +72,14 @@ def measure(settings: Settings, before: Mapping[str, Findings]) -> Findings:
     _measured(found, jobs)
     _composed(found, size, jobs, batches, changes, before)
     found.notes.append(
-        f"Mixed queue: {JOBS} jobs of one image, {ADAPTERS} adapters of rank 8 for attention alone; all jobs are in the queue "
-        f"at the beginning. In the whole queue the adapter changes {changes['peer']} times first come, first served (peer), "
-        f"{changes['exact']} times with the worker's order in exact and {changes['fast']} in fast, which makes its images in "
-        f"{len(batches['fast'])} batches of at most {max(one['images'] for one in batches['fast'])} (counted with the real store "
-        f"and worker, and an engine that makes blank images). At the measured {SIZE}x{SIZE} a batch takes up to {side_by_side}."
+        f"Mixed queue: {JOBS} jobs of one image, {ADAPTERS} adapters of rank 8 for attention only; "
+        "all jobs are queued at the beginning. In the whole queue the adapter is switched "
+        f"{changes['peer']} times first come, first served (peer), {changes['exact']} times in the "
+        f"worker's order in exact and {changes['fast']} in fast, which makes its images in "
+        f"{len(batches['fast'])} batches of at most "
+        f"{max(one['images'] for one in batches['fast'])} (counted with the real store and worker, "
+        f"and an engine that makes blank images). At the measured {SIZE}x{SIZE} a batch has up to "
+        f"{side_by_side} images."
     )
     return found
 
@@ -98,7 +101,10 @@ def _measured(found: Findings, jobs: Mapping[str, Sequence[Mapping[str, float]]]
         way: 3600 * len(done) / sum(job["seconds"] for job in done) for way, done in jobs.items()
     }
     for way in ("exact", "fast"):
-        what = f"mixed queue, measured: its first {len(jobs[way])} jobs, {SIZE}x{SIZE}, {STEPS} steps, {way}"
+        what = (
+            f"mixed queue, measured: its first {len(jobs[way])} jobs, {SIZE}x{SIZE}, "
+            f"{STEPS} steps, {way}"
+        )
         _rate_row(found, what, rates["peer"], rates[way], len(jobs["peer"]))
 
 
@@ -119,7 +125,7 @@ def _composed(
     measured = before["images"].raw.get(str(size)) if "images" in before else None
     if measured is None:
         found.notes.append(
-            f"The whole queue at {size} is not composed: that needs the part `images` in the same run."
+            f"The whole queue at {size} is not composed: run the part `images` in the same run."
         )
         return
     image = {
@@ -141,10 +147,11 @@ def _composed(
         what = f"mixed queue, composed: all {JOBS} jobs, {size}x{size}, {WHOLE_STEPS} steps, {way}"
         _rate_row(found, what, 3600 * JOBS / seconds["peer"], 3600 * JOBS / seconds[way], 1)
     found.notes.append(
-        "Composed: changes of adapters x their seconds as measured in this part "
-        f"({', '.join(f'{way} {each:.2f} s' for way, each in changing.items())}) + images of 25 steps as composed above; the "
-        "peer's steps are those without any adapter, which favours it, as small adapters slow it less; batches of two and three "
-        "lie on a line between one and four images."
+        "Composed: adapter switches x their seconds as measured in this part "
+        f"({', '.join(f'{way} {each:.2f} s' for way, each in changing.items())}) + images of 25 "
+        "steps as composed above. The peer's steps are those without an adapter, which favours it, "
+        "because small adapters slow it down less. Batches of two and three are interpolated "
+        "linearly between one and four images."
     )
 
 

@@ -100,7 +100,7 @@ def environment() -> dict[str, Any]:
 
 def markdown(parts: Mapping[str, Findings], environment: Mapping[str, Any]) -> str:
     """Return the whole report as Markdown."""
-    lines = ["| what | peer | Fidelora | compared | rounds |", "|---|---|---|---|---|"]
+    lines = ["| what | peer | Fidelora | ratio | rounds |", "|---|---|---|---|---|"]
     for findings in parts.values():
         lines += [
             f"| {row.what} | {row.peer} | {row.ours} | {row.ratio} | {row.rounds} |"

@@ -47,9 +47,14 @@ def peer(folder: Path) -> Callable[[int, int], Painted]:
 
         generator = torch.Generator().manual_seed(1)
         pipe(
-            "a photo", width=size, height=size, num_inference_steps=steps, guidance_scale=GUIDANCE, generator=generator,
+            "a photo",
+            width=size,
+            height=size,
+            num_inference_steps=steps,
+            guidance_scale=GUIDANCE,
+            generator=generator,
             callback_on_step_end=note,
-        )  # fmt: skip
+        )
         return done, time.perf_counter() - done[-1]
 
     return paint
@@ -65,9 +70,17 @@ def ours(folder: Path, fidelity: str) -> Callable[[int, int], Painted]:
     def paint(size: int, steps: int) -> Painted:
         done: list[float] = []
         recipe = Recipe(
-            prompt="a photo", model="sdxl", base_model=str(folder), width=size, height=size, steps=steps, dtype="bfloat16", seed=1,
-            guidance_scale=GUIDANCE, fidelity=fidelity,  # type: ignore[arg-type]  # checked by the recipe
-        )  # fmt: skip
+            prompt="a photo",
+            model="sdxl",
+            base_model=str(folder),
+            width=size,
+            height=size,
+            steps=steps,
+            dtype="bfloat16",
+            seed=1,
+            guidance_scale=GUIDANCE,
+            fidelity=fidelity,  # type: ignore[arg-type]  # checked by the recipe
+        )
         image = engine.generate(recipe, lambda _: done.append(time.perf_counter()))
         return done, image.seconds["decode"]
 
@@ -140,13 +153,14 @@ def main() -> None:
         f"image, {WHOLE_STEPS} steps (composed)",
         "load, and an image of one step",
     )
-    print(f"| {' | '.join(columns)} | most memory |\n|---|---|---|---|---|")
+    print(f"| {' | '.join(columns)} | peak memory |\n|---|---|---|---|---|")
     for party, one in medians.items():
         whole = WHOLE_STEPS * one["step"] + one["decode"]
         beside = {name: medians["peer"][name] / one[name] for name in ("step", "first")}
         of_peer = WHOLE_STEPS * medians["peer"]["step"] + medians["peer"]["decode"]
         print(
-            f"| {party} | {one['step']:.2f} s ({beside['step']:.2f} x) | {whole:.0f} s ({of_peer / whole:.2f} x) "
+            f"| {party} | {one['step']:.2f} s ({beside['step']:.2f} x) "
+            f"| {whole:.0f} s ({of_peer / whole:.2f} x) "
             f"| {one['first']:.1f} s ({beside['first']:.2f} x) | {one['peak'] / 1e9:.1f} GB |"
         )
 

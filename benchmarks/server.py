@@ -85,12 +85,15 @@ def measure(settings: Settings) -> Findings:
     whole = statistics.median(engines) * 1000
     figures = (
         f"{whole:.1f} ms in the engine",
-        f"{middle:.1f} ms besides (p99 {most:.1f})",
+        f"{middle:.1f} ms in addition (p99 {most:.1f})",
         f"{middle / whole:.0%} on top",
     )
-    found.rows.append(Row("server: a job of the tiny base, 64x64, 4 steps", *figures, len(own)))
+    found.rows.append(
+        Row("server: a job of the tiny base model, 64x64, 4 steps", *figures, len(own))
+    )
     found.notes.append(
-        "Server: from the POST to the first status that says succeeded, less the seconds that the engine measured."
+        "Server: from the POST to the first `succeeded` status, minus the seconds that the engine "
+        "measured."
     )
     return found
 
@@ -148,7 +151,7 @@ def _submit(client: httpx2.Client, server: Server, data: Path, queue: int, submi
     waiting = client.post("/v1/inference", json=BODY).json()["request_id"]
     start = time.perf_counter()
     assert client.delete(f"/v1/requests/{waiting}").json()["status"] == "canceled"
-    _print("cancel a waiting job", [time.perf_counter() - start])
+    _print("cancel a queued job", [time.perf_counter() - start])
     client.delete(f"/v1/requests/{busy}")
     store.close()
 
@@ -164,7 +167,8 @@ def _cancel_running(client: httpx2.Client, server: Server) -> None:
     seconds = time.perf_counter() - start
     step_s = progress["eta_s"] / (progress["steps"] - progress["step"])
     print(
-        f"{'cancel a running job':44} {seconds * 1000:8.1f} ms = {seconds / step_s:.1f} steps of {step_s * 1000:.0f} ms"
+        f"{'cancel a running job':44} {seconds * 1000:8.1f} ms = "
+        f"{seconds / step_s:.1f} steps of {step_s * 1000:.0f} ms"
     )
 
 
@@ -182,7 +186,7 @@ def _requeue(client: httpx2.Client, server: Server) -> None:
     for worker in found.stdout.split():
         os.kill(int(worker), signal.SIGKILL)
     until(lambda: server.status(request_id)["status"] == "in_queue")
-    _print("killed worker until its job is queued again", [time.perf_counter() - start])
+    _print("from the kill of a worker to its job being queued", [time.perf_counter() - start])
     client.delete(f"/v1/requests/{request_id}")
     server.ready()
 

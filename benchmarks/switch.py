@@ -52,11 +52,14 @@ def measure(settings: Settings) -> Findings:
         f"{way} {one['seconds'] / one['count']:.3f} s" for way, one in grown.items()
     )
     found.notes += [
-        f"A switch changes {weights['exact']['weights']} weights with {weights['exact']['numbers'] / 1e6:.0f} million numbers. "
-        f"Weights that live in the process: {live}.",
-        "Growth: memory that is not of files, after all switches minus after ten; every hundredth to an adapter that changes "
-        f"nearly everything, the others between two for the keys and values of cross-attention ({seconds} each).",
-        "With `set_adapters` diffusers keeps all adapters in memory beside the weights, and each step costs more (rows of steps).",
+        f"A switch changes {weights['exact']['weights']} weights with "
+        f"{weights['exact']['numbers'] / 1e6:.0f} million elements. "
+        f"Weights in the process: {live}.",
+        "Growth: memory without mapped files, after all switches minus after ten. Every hundredth "
+        "switch is to an adapter that changes nearly everything, the others are between two for "
+        f"the keys and values of cross-attention ({seconds} each).",
+        "With `set_adapters` diffusers keeps all adapters in memory beside the weights, and each "
+        "step takes longer (see the rows of steps).",
     ]
     return found
 
@@ -89,7 +92,7 @@ def _rows(
             figures = (f"{copy:.3f} s", f"{seconds:.3f} s", f"{seconds / copy:.2f} times the floor")
             found.rows.append(
                 Row(
-                    f"{turn}, {way}, beside a copy of the same weights in float32",
+                    f"{turn}, {way}, compared with a copy of the same weights in float32",
                     *figures,
                     len(turns[turn]),
                 )
