@@ -1,4 +1,4 @@
-# Each target does all its own set-up: a virtual environment in .venv with the locked versions of constraints.txt.
+# Each target first creates .venv, a virtual environment with the versions of constraints.txt.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,12 +9,14 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/fidelora demo
 
-# Two processes (TEST_PROCESSES=0: one, and prints appear); threads that wait without spinning, as the processes share the cores.
+# Runs in two processes; TEST_PROCESSES=0 uses one and shows prints. OMP_WAIT_POLICY=passive: waiting
+# threads do not spin, because the processes share the cores.
 TEST_PROCESSES ?= 2
 test: $(READY)
 	OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(TEST_PROCESSES) --dist worksteal --durations 25
 
-# Against diffusers with PEFT, which is installed for this alone; BENCH="--only switch" or BENCH=--quick for less than 20 minutes.
+# Compares with diffusers and PEFT (installed only for this) and takes about 20 minutes.
+# BENCH="--only switch" or BENCH=--quick takes less.
 bench: $(READY)
 	$(BIN)/pip install --quiet -c constraints.txt --group bench
 	$(BIN)/python -m benchmarks.run $(BENCH)
@@ -27,14 +29,15 @@ check: $(READY)
 	$(BIN)/python -m tools.reference --check
 	$(MAKE) --no-print-directory docs
 
-# Strictly: a link or an anchor that leads nowhere, or a page that is in no menu, ends it. Not with -q, which drops the warnings.
+# --strict: broken links, broken anchors and pages missing from the menu are errors. Do not add -q, which
+# drops the warnings that --strict counts.
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 docs-serve: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --livereload --dev-addr 127.0.0.1:8001
 
-# The pages, and the tables of docs/cli.md, that are made from the code.
+# Generates docs/reference, docs/models/index.md and the tables of docs/cli.md from the code.
 reference: $(READY)
 	$(BIN)/python -m tools.reference
 

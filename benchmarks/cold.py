@@ -1,8 +1,9 @@
-"""How long is it from the start of a process to the first finished step of an image with an adapter? Files are in the page cache.
+"""Time from process start to the first finished step of an image with an adapter.
 
     python -m benchmarks.cold peer|exact|fast FOLDER ADAPTER SIZE
 
-is such a process; it says when the step is done, and is measured from outside.
+runs one such process, which prints a line when the step is finished; the caller measures the time.
+Files are in the page cache.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ PROMPT, STEPS, GUIDANCE = "a photo of a cat", 25, 6.0
 
 
 def measure(settings: Any) -> Any:
-    """`Findings` of this part; what it needs is imported here, because the processes import this module, too."""
+    """Return the `Findings` of this part.
+
+    Imports are local because the measured processes import this module, too.
+    """
     import torch
     from benchmarks import full_size
     from benchmarks.report import Findings, Settings
@@ -42,18 +46,19 @@ def measure(settings: Any) -> Any:
     found = Findings(raw=dict(seconds))
     for way in ("exact", "fast"):
         found.faster(
-            f"cold start to the first step done at {size}, with an adapter: {way}",
+            f"cold start to the end of the first step at {size}, with an adapter: {way}",
             seconds["peer"],
             seconds[way],
         )
     found.notes.append(
-        "Cold start: a whole new process with all imports, files in the page cache; ours with the engine of the command line."
+        "Cold start: a new process with all imports, files in the page cache; ours with the "
+        "engine of the command line."
     )
     return found
 
 
 def _start(*arguments: str) -> float:
-    """Seconds until a new process says that its first step is done."""
+    """Return the seconds until a new process reports its first step."""
     start = time.perf_counter()
     command = [sys.executable, "-m", "benchmarks.cold", *arguments]
     process = subprocess.Popen(
@@ -101,7 +106,7 @@ def _peer(folder: str, adapter: str, size: int) -> None:
 
 
 def _ours(fidelity: Literal["exact", "fast"], folder: str, adapter: str, size: int) -> None:
-    import fidelora.cli  # noqa: F401  # the command line with all its commands, as `fidelora generate` imports it
+    import fidelora.cli  # noqa: F401  # all commands, as `fidelora generate` imports them
     from fidelora import AdapterRef, Recipe
     from fidelora.cli.console import make_engine
 

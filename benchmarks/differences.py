@@ -1,8 +1,9 @@
-"""How much does one changed setting change a preview? `python benchmarks/differences.py`
+"""Measure how much one changed setting changes a sample: `python benchmarks/differences.py`.
 
-Makes the previews of golden float32 jobs again, once as the trainer did and then with one thing as other programs have it, and
-compares each with the trainer's own file. Prints a Markdown table: over all previews, the smallest and largest share of pixels that
-stayed the same, the largest difference of a channel, and the mean difference in levels of 255.
+Reproduces the samples of golden float32 training runs, first with the trainer's settings and then
+with one setting as in other programs, and compares each with the trainer's file. Prints a Markdown
+table with, over all samples, the smallest and largest percentage of identical pixels, the largest
+difference of a channel, and the mean difference in levels of 255.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ JOBS = [DEMO_DATA / "lora_linear_f32", GOLDEN_JOBS / "lokr_full", GOLDEN_JOBS / 
 
 @dataclass(frozen=True)
 class Change:
-    """One thing done as another program does it."""
+    """One setting as another program has it."""
 
     name: str
     recipe: Callable[[TrainingRun, PlannedSample], Recipe]
@@ -80,7 +81,7 @@ def saved_as(dtype: torch.dtype, folder: Path) -> Callable[[TrainingRun, Planned
 def changes(folder: Path) -> Iterator[Change]:
     yield Change("nothing", changed())
     yield Change("one thread in place of two", changed(), threads=1)
-    yield Change("LoRA beside the weights (live), not merged", changed(adapter_mode="live"))
+    yield Change("LoRA live instead of merged", changed(adapter_mode="live"))
     yield Change("LoRA saved in fp16", saved_as(torch.float16, folder))
     yield Change("LoRA saved in bf16", saved_as(torch.bfloat16, folder))
     yield Change("`steps_offset` 0", changed(), {"steps_offset": 0})
@@ -107,7 +108,8 @@ def threads(number: int) -> Iterator[None]:
 def main() -> None:
     engine = Engine(device="cpu")
     print(
-        "| changed | identical pixels, % | largest difference | mean difference |\n|---|---|---|---|"
+        "| changed | identical pixels, % | largest difference | mean difference |\n"
+        "|---|---|---|---|"
     )
     with tempfile.TemporaryDirectory() as folder:
         for change in changes(Path(folder)):
@@ -126,7 +128,8 @@ def main() -> None:
             )
             mean = sum(one.mean_difference for one in found) / len(found)
             print(
-                f"| {change.name} | {span} | {max(one.max_difference for one in found)} | {mean:.3f} |",
+                f"| {change.name} | {span} "
+                f"| {max(one.max_difference for one in found)} | {mean:.3f} |",
                 flush=True,
             )
 

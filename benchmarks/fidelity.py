@@ -1,4 +1,4 @@
-"""How far are images of `fast` from those of `exact`? PSNR and largest difference on the miniature, which draws what it is told."""
+"""Difference between `fast` and `exact`, with the miniature: PSNR and largest difference."""
 
 from __future__ import annotations
 
@@ -36,19 +36,20 @@ def measure(settings: Settings) -> Findings:
             name = f"{sampler}, {'with' if adapter else 'no'} adapter"
             found.raw[name] = said
             psnr = [math.inf if one["psnr"] is None else one["psnr"] for one in said]
-            figures = (
-                f"PSNR {min(psnr):.1f} dB at worst, {statistics.median(psnr):.1f} in the middle"
-            )
+            figures = f"PSNR {min(psnr):.1f} dB minimum, {statistics.median(psnr):.1f} median"
             levels = f"{max(one['levels'] for one in said)} of 255 levels at most"
-            found.rows.append(Row(f"fast beside exact: {name}", "exact", figures, levels, images))
+            found.rows.append(
+                Row(f"fast compared with exact: {name}", "exact", figures, levels, images)
+            )
     found.notes.append(
-        f"Fast beside exact: the miniature, {SIZE}x{SIZE}, {STEPS} steps, guidance 6, seeds 0 to {images - 1}."
+        f"Fast compared with exact: the miniature, {SIZE}x{SIZE}, {STEPS} steps, guidance 6, "
+        f"seeds 0 to {images - 1}."
     )
     return found
 
 
 def prompts(number: int, with_adapter: bool) -> list[str]:
-    """Different ones; with the adapter every other asks for what it teaches."""
+    """Return different prompts; with the adapter, every other one contains the trigger word."""
     pairs = [
         (one, other)
         for shift in range(1, len(_COLOURS))

@@ -1,6 +1,7 @@
-"""What this machine can do at all, as a party: copying memory and multiplying matrices, both by PyTorch and with all its threads.
+"""Limits of the machine: rates of copying memory and of matrix products in PyTorch, all threads.
 
-Also counts what a step computes: its floating-point operations, of products and convolutions alone, and nothing of them run.
+Also counts the floating-point operations of a step (matrix products and convolutions only), without
+running it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ _BYTES = 2**28
 
 
 def measure() -> dict[str, float]:
-    """GB/s of a copy (what is read counts once, what is written not), and GFLOP/s of matrix products of 2048 by 2048."""
+    """Return the copy rate in GB/s and the rate of 2048x2048 matrix products in GFLOP/s.
+
+    A copied byte counts once, not as one read and one written.
+    """
     source = torch.ones(_BYTES // 4)
     target = torch.ones_like(source)
     found = {"copy": _BYTES / _best(lambda: target.copy_(source)) / 1e9}
@@ -34,7 +38,7 @@ def measure() -> dict[str, float]:
 
 
 def step_flops(size: int) -> int:
-    """Of one step with guidance at this size."""
+    """Return the floating-point operations of one step with guidance at this size."""
     unet = next(component for component in SPEC.parts if component.name == "unet")
     config = read_config(SPEC.layout / "unet" / "config.json")
     module = empty_part(unet, config)
@@ -48,7 +52,7 @@ def step_flops(size: int) -> int:
 
 
 def fast_dtype() -> str:
-    """What the fast path computes in here."""
+    """Return the dtype of the `fast` mode on this machine."""
     return str(packed_dtype()).removeprefix("torch.")
 
 
@@ -56,7 +60,7 @@ def _best(run: Callable[[], object]) -> float:
     seconds = []
     for _ in range(
         4
-    ):  # the first one warms up; of the others the best: a floor is not made slower by what else runs
+    ):  # the first one warms up; the best of the others is least affected by other processes
         start = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - start)

@@ -1,9 +1,9 @@
-"""A Stable Diffusion 1.5 of full size with random weights, and adapters for it: what benchmarks measure with.
+"""Full-size Stable Diffusion 1.5 with random weights, and adapters for it, for the benchmarks.
 
     python benchmarks/full_size.py FOLDER
 
-writes them once (4.3 GB), in the layout of diffusers. The numbers are small enough that activations stay finite; what is painted
-means nothing, but costs what a trained model costs.
+writes them once (4.3 GB), in the diffusers layout. The weights are small enough that activations
+stay finite. The images are noise, but take the same time as those of a trained model.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from fidelora.weights.strict import empty_part, read_config
 
 SPEC = get_family("sd15")
 RANK, CONV_RANK, SMALL_RANK = 32, 16, 8
-"""Of the adapters: the trainer's default shape, and that of the small ones."""
+"""Ranks of the adapters: the trainer's default shape, and that of the small adapters."""
 
 
 def default_folder() -> Path:
-    """Where the files are kept between runs."""
+    """Return the folder that keeps the files between runs."""
     return (
         Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fidelora" / "benchmarks"
     )
 
 
 def base(folder: Path) -> Path:
-    """The base model, float32, in the layout of diffusers; written if it is not there."""
+    """Return the float32 base model in the diffusers layout; write it if it does not exist."""
     return _base(
         folder / "sd15", SPEC, torch.float32, "StableDiffusionPipeline", safety_checker=[None, None]
     )
 
 
 def sdxl_base(folder: Path) -> Path:
-    """An SDXL, bfloat16 (6.9 GB), in the layout of diffusers; written if it is not there."""
+    """Return a bfloat16 SDXL (6.9 GB) in the diffusers layout; write it if it does not exist."""
     return _base(
         folder / "sdxl",
         get_family("sdxl"),
@@ -58,7 +58,7 @@ def sdxl_base(folder: Path) -> Path:
 def _base(
     target: Path, spec: Family, dtype: torch.dtype, pipeline: str, **nothing: list[None]
 ) -> Path:
-    """A base of this family; `nothing` are parts that its pipeline knows and that are not needed."""
+    """Write a base model of this family; `nothing` are optional components of its pipeline."""
     if (target / "model_index.json").exists():
         return target
     generator = torch.Generator().manual_seed(1)
@@ -89,12 +89,15 @@ def _base(
     } | ({"requires_safety_checker": False} if "safety_checker" in nothing else {})
     (target / "model_index.json").write_text(
         json.dumps(whole)
-    )  # last: it says that the rest is whole
+    )  # written last: it marks the model as complete
     return target
 
 
 def adapter(folder: Path, number: int = 0) -> Path:
-    """A LoRA for every linear and convolutional weight that the trainer trains by default (rank 32, convolutions 16)."""
+    """Write a LoRA for every linear and convolutional weight that the trainer trains by default.
+
+    Its ranks are 32, and 16 for convolutions.
+    """
     return _lora(
         folder / f"lora_{number}.safetensors",
         100 + number,
@@ -105,7 +108,7 @@ def adapter(folder: Path, number: int = 0) -> Path:
 
 
 def small_adapter(folder: Path, number: int) -> Path:
-    """A LoRA of rank 8 for the attention of the UNet alone, as most trainers make them."""
+    """Write a LoRA of rank 8 for the attention of the UNet only, as most trainers do."""
     return _lora(
         folder / "small" / f"lora_{number}.safetensors",
         1000 + number,
@@ -116,13 +119,16 @@ def small_adapter(folder: Path, number: int) -> Path:
 
 
 def tiny_adapter(folder: Path, number: int) -> Path:
-    """A LoRA of rank 8 for what the UNet's cross-attention makes of the text: a fiftieth of its numbers."""
+    """Write a LoRA of rank 8 for the keys and values of the UNet's cross-attention.
+
+    It changes a fiftieth of the UNet's weights.
+    """
     target = folder / "tiny" / f"lora_{number}.safetensors"
     return _lora(target, 2000 + number, (".attn2.to_k", ".attn2.to_v"), SMALL_RANK, SMALL_RANK)
 
 
 def _lora(target: Path, seed: int, marks: Sequence[str], rank: int, conv_rank: int) -> Path:
-    """A LoRA for the modules of the UNet with any of `marks` in their path; written if it is not there."""
+    """Write a LoRA for the UNet modules with any of `marks` in their path, if it does not exist."""
     if target.exists():
         return target
     generator = torch.Generator().manual_seed(seed)
@@ -155,7 +161,7 @@ def _lora(target: Path, seed: int, marks: Sequence[str], rank: int, conv_rank: i
 
 @cache
 def _unet_shapes() -> dict[str, tuple[int, ...]]:
-    """Of the weights of its linear and convolutional modules, by path."""
+    """Return the weights' shapes of all linear and convolutional modules, by path."""
     unet = next(component for component in SPEC.parts if component.name == "unet")
     module = empty_part(unet, read_config(SPEC.layout / "unet" / "config.json"))
     return {
@@ -166,7 +172,10 @@ def _unet_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def with_older_names(folder: Path) -> Path:
-    """The base with the text encoder's names as transformers wrote them before its release 5, which stable-diffusion.cpp wants."""
+    """Return a copy of the base model with the text encoder's tensor names of transformers < 5.
+
+    stable-diffusion.cpp requires these names.
+    """
     source, target = base(folder), folder / "sd15-older-names"
     weights = target / "text_encoder" / "model.safetensors"
     if not weights.exists():
@@ -188,7 +197,10 @@ def with_older_names(folder: Path) -> Path:
 
 
 def _numbers(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Norms start as the identity, biases at zero, and the rest keeps the size of what goes through it."""
+    """Return initial values: ones for norms, zeros for biases, otherwise random.
+
+    The random values preserve the variance of activations.
+    """
     if len(shape) == 1:
         return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
     if "embedding" in name and "time" not in name:

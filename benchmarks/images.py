@@ -1,7 +1,8 @@
-"""A step and a whole image: diffusers with a PEFT adapter against `exact` and `fast`, in turns between live processes.
+"""Time of a step and of an image: diffusers with a PEFT adapter, compared with `exact` and `fast`.
 
-An image of 25 steps takes minutes at 512x512, so each round makes images of few steps, looks at the time of their parts, and
-composes: text + 25 x step + decode + encode. One whole image is made, to see that the sum holds.
+An image of 25 steps takes minutes at 512x512. So each round makes images of few steps, measures
+their parts, and adds them up: text + 25 x step + decode + encode. One whole image is made to check
+the sum. The processes stay alive and take turns.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ WHOLE_STEPS = 25
 STEPS, BATCH = 2, 4
 
 Rounds = dict[str, list[dict[str, float]]]
-"""What each party said, round by round."""
+"""Results of each party, round by round."""
 
 
 def measure(settings: Settings) -> Findings:
@@ -39,16 +40,14 @@ def measure(settings: Settings) -> Findings:
         for size, budget_s in budgets_s.items():
             measured: Rounds = {}
             peer.ask("adapter", path=lora)
-            if size == min(budgets_s):  # the first image has costs of its own
+            if size == min(budgets_s):  # the first image includes one-time costs
                 peer.ask("image", prompt="warm up", seed=0, size=size, steps=1)
                 for ours in (exact, fast):
                     ours.ask("image", prompt="warm up", seed=0, adapter=lora, size=size, steps=1)
             batch = min(BATCH, fast.ask("max_batch", size=size))
             for number in rounds(budget_s, least=1 if settings.quick else 2, most=6):
                 asked = _questions(peer, exact, fast, floors, lora, number, size, batch)
-                for name, ask in (
-                    asked if number % 2 == 0 else reversed(asked)
-                ):  # nobody always comes first
+                for name, ask in asked if number % 2 == 0 else reversed(asked):  # rotate the order
                     measured.setdefault(name, []).append(ask())
             found.raw[f"{size}"] = measured
             _disk(found, size, measured)
@@ -58,12 +57,14 @@ def measure(settings: Settings) -> Findings:
         _whole_image(found, settings, fast, lora, min(budgets_s))
         _sdcpp(found, settings, {"exact": exact, "fast": fast}, lora, min(budgets_s))
     found.notes += [
-        "Peer, if nothing else is said: diffusers' StableDiffusionPipeline in float32, an adapter by PEFT (`load_lora_weights`, "
-        "not fused), nothing tuned. Both: a base of full size with random weights, an adapter of rank 32 (convolutions 16), "
+        "Peer, unless noted otherwise: diffusers' StableDiffusionPipeline in float32, an adapter "
+        "by PEFT (`load_lora_weights`, not fused), not tuned. Both: a full-size base model with "
+        "random weights, an adapter of rank 32 (convolutions 16), "
         "guidance 6, sampler ddpm.",
-        f"A step is (end of the last step - end of the text) / steps, of images of {STEPS} steps. An image "
-        f"of {WHOLE_STEPS} steps is composed in each round: text + {WHOLE_STEPS} x step + decode + PNG. Prompts are new each "
-        "time; the negative prompt is always the same, and is encoded anew by the peer and remembered by ours.",
+        "The time of a step is (end of the last step - end of text encoding) / steps, of images of "
+        f"{STEPS} steps. An image of {WHOLE_STEPS} steps is a sum in each round: text + "
+        f"{WHOLE_STEPS} x step + decode + PNG. Prompts are new each time. The negative prompt is "
+        "always the same; the peer encodes it each time, ours caches it.",
     ]
     return found
 
@@ -78,7 +79,7 @@ def _questions(
     size: int,
     batch: int,
 ) -> list[tuple[str, Callable[[], dict[str, float]]]]:
-    """What is asked in one round, by name."""
+    """Return the requests of one round, by name."""
     prompt = f"a photo of a thing, number {number}"
     common: dict[str, Any] = {"size": size, "steps": STEPS, "seed": number}
 
@@ -103,7 +104,7 @@ def _questions(
 
 
 def whole(parts: Mapping[str, float], steps: int = WHOLE_STEPS) -> float:
-    """Seconds of an image of so many steps, composed."""
+    """Return the seconds of an image with this number of steps, as the sum of its parts."""
     return parts["text"] + steps * parts["step"] + parts["decode"] + parts["encode"]
 
 
@@ -111,7 +112,8 @@ def _disk(found: Findings, size: int, measured: Rounds) -> None:
     waits = {name: sum(int(one.get("disk", 0)) for one in said) for name, said in measured.items()}
     if any(waits.values()):
         found.notes.append(
-            f"At {size} parties waited for the disk, so that figures are too large; for so many pages: {waits}."
+            f"At {size} parties waited for the disk, so the figures are too large. "
+            f"Pages read: {waits}."
         )
 
 
@@ -122,7 +124,7 @@ def _rows(found: Findings, size: int, measured: Rounds, batch: int) -> None:
     for way in ("exact", "fast"):
         found.faster(f"step at {size}, adapter: {way}", steps["peer"], steps[way])
         found.faster(
-            f"step at {size}: {way} with an adapter, peer with none",
+            f"step at {size}: {way} with an adapter, peer without",
             steps["peer without adapter"],
             steps[way],
         )
@@ -138,13 +140,11 @@ def _rows(found: Findings, size: int, measured: Rounds, batch: int) -> None:
             images["batch"],
         )
     else:
-        found.notes.append(
-            f"At {size} the engine makes the images of a request one after the other (`max_batch` is 1)."
-        )
+        found.notes.append(f"At {size} the engine does not batch images (`max_batch` is 1).")
 
 
 def _share_of_floor(found: Findings, size: int, measured: Rounds, floors: Party) -> None:
-    """How much of what a matrix product reaches a step reaches."""
+    """Return the rate of a step as a fraction of the rate of a matrix product."""
     flops, fast = floors.ask("step_flops", size=size), floors.ask("fast_dtype")
     medians = {
         name: statistics.median(one[name] for one in measured["floors"])
@@ -159,14 +159,14 @@ def _share_of_floor(found: Findings, size: int, measured: Rounds, floors: Party)
         )
         found.rows.append(
             Row(
-                f"step at {size}: {way} beside a product of matrices in {dtype}",
+                f"step at {size}: {way}, compared with a matrix product in {dtype}",
                 *figures,
                 len(measured[way]),
             )
         )
     found.notes.append(
-        f"A step at {size} is {flops / 1e9:.0f} GFLOP. The floor is `torch.mm` of 2048x2048, the median of the rounds' best; "
-        f"memory was copied at {shown(medians['copy'])} GB/s."
+        f"A step at {size} is {flops / 1e9:.0f} GFLOP. The floor is `torch.mm` of 2048x2048, the "
+        f"median of the rounds' best; the copy rate of memory was {shown(medians['copy'])} GB/s."
     )
 
 
@@ -176,13 +176,13 @@ def _memory(found: Findings, size: int, parties: Mapping[str, Party]) -> None:
     for way in ("exact", "fast"):
         peer, ours = peaks["peer"], peaks[way]
         figures = [
-            f"{one['peak'] / 1e9:.2f} GB ({one['own'] / 1e9:.2f} not of files)"
+            f"{one['peak'] / 1e9:.2f} GB ({one['own'] / 1e9:.2f} without mapped files)"
             for one in (peer, ours)
         ]
         ratio = f"{peer['peak'] / ours['peak']:.2f} x"
         found.rows.append(
             Row(
-                f"most memory ever resident, images at {size}: {way}",
+                f"peak resident memory, images at {size}: {way}",
                 figures[0],
                 figures[1],
                 ratio,
@@ -202,19 +202,19 @@ def _whole_image(found: Findings, settings: Settings, fast: Party, lora: str, si
     )
     found.raw["whole image"] = {"size": size, "steps": steps, "composed": composed, "real": parts}
     found.notes.append(
-        f"One whole image, fast, {size}, {steps} steps: {parts['total']:.2f} s; composed: {composed:.2f} s "
-        f"({composed / parts['total']:.2f} of it)."
+        f"One whole image, fast, {size}, {steps} steps: {parts['total']:.2f} s; composed: "
+        f"{composed:.2f} s ({composed / parts['total']:.2f} of it)."
     )
 
 
 def _sdcpp(
     found: Findings, settings: Settings, ours: Mapping[str, Party], lora: str, size: int
 ) -> None:
-    """Images of one step: a party that takes long and is there for orientation."""
+    """Measure images of one step, for slow parties that are included for orientation."""
     if not sdcpp.is_installed(settings.sdcpp):
         found.notes.append(
-            "stable-diffusion.cpp: not installed. `pip install stable-diffusion-cpp-python` builds it; "
-            "`--sdcpp PYTHON` names the interpreter that has it."
+            "stable-diffusion.cpp: not installed. `pip install stable-diffusion-cpp-python` "
+            "builds it; `--sdcpp PYTHON` selects the interpreter."
         )
         return
     measured: Rounds = {"theirs": [], **{way: [] for way in ours}}
@@ -232,7 +232,7 @@ def _sdcpp(
                 measured[way].append(party.ask("image", adapter=lora, **request))
     found.raw["stable-diffusion.cpp"] = measured
     for way in ours:
-        peer = "peer stable-diffusion.cpp (float32) with none"
+        peer = "peer stable-diffusion.cpp (float32) without"
         for what, figure in (
             (f"step at {size}", _step),
             (f"image at {size}, {WHOLE_STEPS} steps", whole),
@@ -240,7 +240,8 @@ def _sdcpp(
             theirs_s, ours_s = ([figure(one) for one in measured[name]] for name in ("theirs", way))
             found.faster(f"{what}: {way} with an adapter, {peer}", theirs_s, ours_s)
     found.notes.append(
-        "stable-diffusion.cpp: images of one step; its sampler is euler_a, and its convolutions are float16."
+        "stable-diffusion.cpp: images of one step; its sampler is euler_a, and its convolutions "
+        "are float16."
     )
 
 

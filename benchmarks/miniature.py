@@ -1,8 +1,9 @@
-"""Does the miniature draw what it is told? `python benchmarks/miniature.py [--prompts 200]`
+"""Test whether the miniature follows prompts: `python benchmarks/miniature.py [--prompts 200]`.
 
-A judge that is code (geometry and colours, nothing trained) looks at images that the engine makes of prompts that nothing was
-trained on. Prints one JSON object: the round trip of the VAE, the shares of prompts with the right shape, colour and background at
-guidance 6 and 1, the same with the adapter, how often the adapter's new shape appears, and seconds for one image.
+A judge without learned parts (geometry and colours only) examines images that the engine makes
+from held-out prompts. Prints one JSON object: PSNR of the VAE round trip, percentages of prompts
+with the right shape, colour and background at guidance 6 and 1 and with the adapter, the percentage
+of pictures with the adapter's new shape, and seconds per image.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def round_trip() -> float:
-    """PSNR of encoding and decoding, in dB."""
+    """Return the PSNR of encoding and decoding, in dB."""
     rng = np.random.default_rng(SEED)
     images = np.stack([world.draw(world.random_scene(rng), rng) for _ in range(64)])
     return train_vae.psnr(AutoencoderKL.from_pretrained(FOLDER / "vae").float(), images)

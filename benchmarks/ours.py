@@ -1,8 +1,8 @@
-"""Fidelora as a party: the engine of the command line, in a process that keeps freed memory as that does.
+"""Fidelora as a party: the engine, in a process that keeps freed memory as the commands do.
 
     python -m benchmarks.ours exact|fast FOLDER
 
-FOLDER is the base model. The engine makes images; `turn` and `switches` change adapters with nothing around them.
+FOLDER is the base model. The engine makes images; `turn` and `switches` only switch adapters.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MINIATURE = "fidelora:miniature"
 
 
 class Ours:
-    """One engine, and what one way of computing is asked for."""
+    """One engine with one fidelity, and the requests that it answers."""
 
     def __init__(self, fidelity: str, folder: str) -> None:
         self._settings: dict[str, Any] = {
@@ -50,7 +50,7 @@ class Ours:
     def image(
         self, prompt: str, size: int, steps: int, seed: int, adapter: str
     ) -> dict[str, float]:
-        """Seconds of the parts of one image; `step` is one of its steps."""
+        """Return the seconds of each part of one image; `step` is one of its steps."""
         return self._time(
             [self._recipe(prompt, size, steps, seed, adapter)],
             lambda made: [self._engine.generate(made[0])],
@@ -59,7 +59,7 @@ class Ours:
     def batch(
         self, prompts: list[str], size: int, steps: int, seed: int, adapter: str
     ) -> dict[str, float]:
-        """The same of images that are made side by side, divided by their number."""
+        """Return the seconds per image of one batch, by part."""
         recipes = [
             self._recipe(prompt, size, steps, seed + place, adapter)
             for place, prompt in enumerate(prompts)
@@ -67,17 +67,20 @@ class Ours:
         return self._time(recipes, self._engine.generate_batch)
 
     def max_batch(self, size: int) -> int:
-        """How many images of this size the engine makes side by side."""
+        """Return the largest batch of the engine for images of this size."""
         return self._engine.max_batch(Recipe(prompt="", width=size, height=size, **self._settings))
 
     def memory(self) -> dict[str, int]:
-        """As `parties.memory`."""
+        """See `parties.memory`."""
         return memory()
 
     def compare(
         self, sampler: str, adapter: str | None, prompts: list[str], size: int, steps: int
     ) -> list[dict[str, Any]]:
-        """How far fast images of the miniature are from the exact ones: PSNR in dB (None: all equal) and the largest difference."""
+        """Compare `fast` and `exact` images of the miniature.
+
+        Return the PSNR in dB (None if all are equal) and the largest difference.
+        """
         found = []
         for seed, prompt in enumerate(prompts):
             adapters = (self._ref(adapter),) if adapter else ()
@@ -107,7 +110,7 @@ class Ours:
         return found
 
     def queue(self, adapters: list[str], size: int, steps: int) -> None:
-        """Put a job with one image for each of these adapters into a queue, for `next_jobs`."""
+        """Queue one job with one image for each of these adapters, for `next_jobs`."""
         self._queue = Queue(
             self._engine,
             [
@@ -117,11 +120,14 @@ class Ours:
         )
 
     def next_jobs(self) -> list[dict[str, float]]:
-        """Do what the worker does next: an equal share of its seconds for each job, and those that went into adapters."""
+        """Run the worker's next batch.
+
+        Return an equal share of its seconds for each job, and the seconds spent on adapters.
+        """
         return self._queue.next_jobs()
 
     def batches(self, adapters: list[str], size: int, steps: int) -> list[dict[str, Any]]:
-        """The adapter and the number of images of every batch, in the worker's order, that the whole queue is made in."""
+        """Return adapter and size of every batch, in the order of the worker."""
         engine = BlankEngine()
         queue = Queue(
             engine, [self._recipe("a thing", size, steps, n, a) for n, a in enumerate(adapters)]
@@ -175,7 +181,7 @@ class Queue:
         self._adapters: frozenset[str] = frozenset()
 
     def next_jobs(self) -> list[dict[str, float]]:
-        """See `Ours.next_jobs`; empty when all are done."""
+        """See `Ours.next_jobs`; empty when the queue is empty."""
         self._ended.clear()
         start = time.perf_counter()
         self._worker.run_next()
@@ -185,7 +191,7 @@ class Queue:
             assert report.status == "succeeded", report
             adapters = self._store.get(report.job_id).adapters
             spent = sum(report.timings.get(part, 0.0) for part in ("load", "adapters"))
-            # A change is the whole batch's; each of its jobs was charged a share.
+            # The switch belongs to the whole batch; each job has an equal share of it.
             whole = spent * len(self._ended)
             found.append(
                 {
@@ -199,7 +205,7 @@ class Queue:
 
 
 class BlankEngine(Engine):
-    """Makes blank images, and remembers which; all else is as it is."""
+    """Engine stub that returns blank images and records which were requested."""
 
     def __init__(self) -> None:
         super().__init__(device="cpu")
@@ -227,7 +233,7 @@ class BlankEngine(Engine):
 
 
 class Switching:
-    """A base model whose adapters are changed, and two adapters that each change nearly every weight of its UNet."""
+    """A base model, and two adapters that each change nearly every weight of its UNet."""
 
     def __init__(self, fidelity: str, folder: str) -> None:
         recipe = Recipe(prompt="", base_model=folder, fidelity=fidelity)  # type: ignore[arg-type]  # the recipe checks it
@@ -238,14 +244,14 @@ class Switching:
         self._bound: dict[str, BoundAdapter] = {}
 
     def touch(self, path: str) -> None:
-        """Read the base's numbers of the weights that an adapter changes, which may have left the system's cache."""
+        """Read the base model's file, so that it is in the page cache."""
         for name in self._bind(path).deltas:
             pristine = self._base.targets.by_name[name].pristine
             assert pristine is not None
             pristine.sum()
 
     def turn(self, what: str, paths: list[str]) -> dict[str, float]:
-        """Seconds of one change; each of them expects the one before it in `switch.TURNS`."""
+        """Return the seconds of one switch; each requires the previous one in `switch.TURNS`."""
         first, second = map(self._bind, paths)
         start = time.perf_counter()
         match what:
@@ -264,10 +270,12 @@ class Switching:
     def switches(
         self, count: int, budget_s: float, large: list[str], tiny: list[str]
     ) -> dict[str, float]:
-        """Change the adapter so often, to one of the large ones every hundredth time, or until time is up.
+        """Switch the adapter `count` times, or until `budget_s` is used up.
+
+        Every hundredth switch is to one of the large adapters.
 
         Returns:
-            how often it was, the seconds, and by how many bytes the process grew after the first ten.
+            number of switches, seconds, and growth of the process in bytes after the first ten.
         """
         start, own = time.perf_counter(), 0
         for number in range(count):
@@ -287,7 +295,7 @@ class Switching:
         }
 
     def weights(self, path: str) -> dict[str, int]:
-        """How many weights and numbers an adapter changes, and the bytes of all weights that the process holds."""
+        """Return how many weights and elements an adapter changes, and the bytes of all weights."""
         touched = [self._base.targets.by_name[name].weight for name in self._bind(path).deltas]
         return {
             "weights": len(touched),
@@ -313,7 +321,7 @@ def main() -> None:
     switching: Switching | None = None
 
     def only_adapters(method: str) -> Callable[..., Any]:
-        """For parts that change adapters and make no image; the engine has loaded nothing then."""
+        """Prepare the parts that switch adapters without making images; nothing is loaded yet."""
 
         def answer(**arguments: Any) -> Any:
             nonlocal switching

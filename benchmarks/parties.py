@@ -1,8 +1,9 @@
-"""Processes that are measured against each other: each loads its model once and then answers requests, in turns with the others.
+"""Processes under comparison: each loads its model once and then answers requests, taking turns.
 
-A request is one line of JSON on a party's standard input, `{"do": "image", "size": 256}`, and so is the answer. A party that
-waits sleeps: OpenMP's threads spin for some milliseconds and then wait in the kernel. Needs nothing but Python, because parties may
-live in environments of their own.
+A request is one line of JSON on the standard input of a party, `{"do": "image", "size": 256}`, and
+so is the response. A waiting party uses no CPU: OpenMP threads spin for some milliseconds and then
+wait in the kernel. This module needs only the standard library, because parties may run in other
+environments.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _TUNING = (
 
 
 def plain_environment() -> dict[str, str]:
-    """The environment without what whoever runs the benchmark has tuned: every party has the defaults."""
+    """Return the environment without tuning variables, so that every party has the defaults."""
     return {name: value for name, value in os.environ.items() if not name.startswith(_TUNING)}
 
 
@@ -57,14 +58,14 @@ class Party:
         )
 
     def ask(self, do: str, **arguments: Any) -> Any:
-        """What the party answers; what it raises becomes an error here, with its traceback."""
+        """Return the response of the party; raise its exception here, with its traceback."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
             self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # it is gone, which the lines below report
+            pass  # the process has died; reported below
         answer = self._process.stdout.readline()
         if not answer:
             self._errors.seek(0)
@@ -90,7 +91,7 @@ class Party:
 
 
 def answer_requests(handlers: Mapping[str, Callable[..., Any]]) -> None:
-    """The other side: answer until nobody asks any more. Libraries may print; it goes to stderr."""
+    """Serve requests until standard input is closed. Output of libraries goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
@@ -100,19 +101,22 @@ def answer_requests(handlers: Mapping[str, Callable[..., Any]]) -> None:
 
 
 def memory() -> dict[str, int]:
-    """Bytes of this process: the most that was ever resident, and what is its own now, without the pages of files."""
+    """Return the peak resident bytes and the current private bytes, without mapped files."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     names = {"peak": "VmHWM", "own": "RssAnon"}
     return {what: int(fields[name].split()[0]) * 1024 for what, name in names.items()}
 
 
 def disk_reads() -> int:
-    """How often this process had to wait for a page of a file that was not in the system's cache."""
+    """Return the number of major page faults of this process (pages read from disk)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
 
 
 def warm(files: Iterable[Path]) -> None:
-    """Bring files into the system's cache, which some systems empty of what nobody has used for a minute."""
+    """Read files into the page cache.
+
+    Some systems evict pages that were not used for a minute.
+    """
     for path in files:
         with path.open("rb", buffering=0) as file:
             while file.read(2**24):
@@ -120,7 +124,10 @@ def warm(files: Iterable[Path]) -> None:
 
 
 def rounds(budget_s: float, *, least: int, most: int) -> Iterator[int]:
-    """Numbers of rounds: at least and at most so many, and none that would exceed the budget if it took as long as the longest."""
+    """Yield round numbers, at least and at most this many.
+
+    Stop earlier if a round as long as the longest one would exceed the budget.
+    """
     start, longest = time.perf_counter(), 0.0
     for number in range(most):
         begin = time.perf_counter()

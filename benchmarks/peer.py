@@ -1,6 +1,7 @@
-"""The reference way, as a party: diffusers' own pipeline with an adapter by PEFT, in float32 and with nothing tuned.
+"""The baseline as a party: diffusers' pipeline with a PEFT adapter, in float32, not tuned.
 
-The adapter is loaded, not fused: that is what `load_lora_weights` does, and what lets a server change it.
+The adapter is loaded with `load_lora_weights` and not fused, because a server has to be able to
+switch it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ GUIDANCE = 6.0
 
 
 class Peer:
-    """One pipeline, and the adapter that it has now."""
+    """One pipeline with its current adapter."""
 
     def __init__(self, folder: str) -> None:
         self._pipe = load_pipeline(folder)
@@ -35,7 +36,7 @@ class Peer:
         self._pipe.encode_prompt = encode_and_look
 
     def adapter(self, path: str | None) -> dict[str, float]:
-        """Have this adapter and no other; seconds, zero if nothing changes."""
+        """Load this adapter instead of the current one; return seconds, 0 if unchanged."""
         start = time.perf_counter()
         if path != self._adapter:
             if self._adapter is not None:
@@ -48,7 +49,7 @@ class Peer:
     def image(
         self, prompt: str, size: int, steps: int, seed: int, latents_only: bool = False
     ) -> dict[str, float]:
-        """Seconds of the parts of one image; `step` is one of its steps."""
+        """Return the seconds of each part of one image; `step` is one of its steps."""
         step_done = 0.0
 
         def note(_pipe: Any, _step: int, _t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -85,13 +86,16 @@ class Peer:
         }
 
     def _touch(self) -> None:
-        """Read every weight: they are mapped from files, and the system may have dropped some while other parties were measured."""
+        """Read every weight into the page cache.
+
+        Weights are mapped from files, and the system may have evicted pages meanwhile.
+        """
         for part in (self._pipe.text_encoder, self._pipe.unet, self._pipe.vae):
             for weight in part.parameters():
                 weight.detach().sum()
 
     def fuse(self, path: str) -> dict[str, float]:
-        """Seconds to load an adapter, to add it to the weights, and to undo both."""
+        """Return the seconds to load an adapter, to fuse it, and to undo both."""
         self.adapter(None)
         start = time.perf_counter()
         self._pipe.load_lora_weights(path)
@@ -103,7 +107,7 @@ class Peer:
         return {"load": loaded - start, "fuse": fused - loaded, "undo": time.perf_counter() - fused}
 
     def choose(self, paths: list[str]) -> dict[str, float]:
-        """Seconds to choose another one of adapters that are all kept beside the weights."""
+        """Return the seconds to switch between adapters that are all loaded (`set_adapters`)."""
         self.adapter(None)
         for number, path in enumerate(paths):
             self._pipe.load_lora_weights(path, adapter_name=f"adapter_{number}")
@@ -116,7 +120,7 @@ class Peer:
 
 
 def load_pipeline(folder: str) -> Any:
-    """The pipeline as the folder says it, which is with the trainer's sampler."""
+    """Return the pipeline of the folder, which has the trainer's sampler."""
     pipe = StableDiffusionPipeline.from_pretrained(
         folder, torch_dtype=torch.float32, safety_checker=None
     )

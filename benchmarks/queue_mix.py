@@ -1,8 +1,9 @@
-"""A mixed queue: 200 jobs of one image each, with 50 adapters of which few are wanted often (Zipf, s = 1). How many images an hour?
+"""Images per hour of a mixed queue: 200 jobs of one image with 50 adapters (Zipf, s = 1).
 
-The peer takes them in the order of their coming and changes its adapter (`load_lora_weights`) when the next job needs another one.
-Ours go through a store and the worker, which chooses what it does next, and in `fast` makes images of several jobs side by side.
-200 images take hours here, so small ones are made until time is up; what 200 at 256x256 would take is composed.
+The baseline processes jobs in order of arrival and loads another adapter (`load_lora_weights`) when
+the next job needs it. Fidelora's jobs go through a store and a worker, which chooses the next job
+and, in `fast`, batches several jobs. 200 images of normal size take hours, so small ones are made
+until the time is up. The time of 200 images at 256x256 is composed from the parts.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ SIZE, STEPS = 128, 2
 
 
 def measure(settings: Settings, before: Mapping[str, Findings]) -> Findings:
-    """Args: before: what other parts found; what is composed needs the figures of images."""
+    """Args:
+    before: findings of other parts; the composed figures use those of `images`."""
     base = str(full_size.base(settings.folder))
     paths = [
         str(full_size.small_adapter(settings.folder, number)) for number in range(ADAPTERS + 1)
@@ -55,7 +57,7 @@ def measure(settings: Settings, before: Mapping[str, Findings]) -> Findings:
             )
             for way, party in ways.items():
                 jobs[way] += party.ask("next_jobs")
-        size = SIZE if settings.quick else 256  # of which the other part has figures
+        size = SIZE if settings.quick else 256  # a size that `images` has measured
         request = {
             "adapters": [paths[number] for number in wanted],
             "size": size,
@@ -70,24 +72,27 @@ def measure(settings: Settings, before: Mapping[str, Findings]) -> Findings:
     _measured(found, jobs)
     _composed(found, size, jobs, batches, changes, before)
     found.notes.append(
-        f"Mixed queue: {JOBS} jobs of one image, {ADAPTERS} adapters of rank 8 for attention alone; all jobs are in the queue "
-        f"at the beginning. In the whole queue the adapter changes {changes['peer']} times first come, first served (peer), "
-        f"{changes['exact']} times with the worker's order in exact and {changes['fast']} in fast, which makes its images in "
-        f"{len(batches['fast'])} batches of at most {max(one['images'] for one in batches['fast'])} (counted with the real store "
-        f"and worker, and an engine that makes blank images). At the measured {SIZE}x{SIZE} a batch takes up to {side_by_side}."
+        f"Mixed queue: {JOBS} jobs of one image, {ADAPTERS} adapters of rank 8 for attention only; "
+        "all jobs are queued at the beginning. In the whole queue the adapter is switched "
+        f"{changes['peer']} times first come, first served (peer), {changes['exact']} times in the "
+        f"worker's order in exact and {changes['fast']} in fast, which makes its images in "
+        f"{len(batches['fast'])} batches of at most "
+        f"{max(one['images'] for one in batches['fast'])} (counted with the real store and worker, "
+        f"and an engine that makes blank images). At the measured {SIZE}x{SIZE} a batch has up to "
+        f"{side_by_side} images."
     )
     return found
 
 
 def order() -> list[int]:
-    """Which adapter each job wants."""
+    """Return the adapter of each job."""
     return random.Random(1).choices(
         range(ADAPTERS), [1 / (place + 1) for place in range(ADAPTERS)], k=JOBS
     )
 
 
 def _changes(adapters: Sequence[Any]) -> int:
-    """How often it has to be changed, the first time included."""
+    """Return the number of switches, including the first."""
     return 1 + sum(bool(one != other) for one, other in pairwise(adapters))
 
 
@@ -96,7 +101,10 @@ def _measured(found: Findings, jobs: Mapping[str, Sequence[Mapping[str, float]]]
         way: 3600 * len(done) / sum(job["seconds"] for job in done) for way, done in jobs.items()
     }
     for way in ("exact", "fast"):
-        what = f"mixed queue, measured: its first {len(jobs[way])} jobs, {SIZE}x{SIZE}, {STEPS} steps, {way}"
+        what = (
+            f"mixed queue, measured: its first {len(jobs[way])} jobs, {SIZE}x{SIZE}, "
+            f"{STEPS} steps, {way}"
+        )
         _rate_row(found, what, rates["peer"], rates[way], len(jobs["peer"]))
 
 
@@ -108,7 +116,7 @@ def _composed(
     changes: Mapping[str, int],
     before: Mapping[str, Findings],
 ) -> None:
-    """The whole queue with 25 steps: changes of adapters as measured here, images as composed by the other part."""
+    """Compose the time of the queue with 25 steps from measured switches and images."""
     changing = {
         way: statistics.median([job["adapters"] for job in done if job["changed"]])
         for way, done in jobs.items()
@@ -117,7 +125,7 @@ def _composed(
     measured = before["images"].raw.get(str(size)) if "images" in before else None
     if measured is None:
         found.notes.append(
-            f"The whole queue at {size} is not composed: that needs the part `images` in the same run."
+            f"The whole queue at {size} is not composed: run the part `images` in the same run."
         )
         return
     image = {
@@ -130,7 +138,7 @@ def _composed(
     around = statistics.median(whole(one, 0) for one in measured["peer"])
     seconds["peer"] += JOBS * (around + WHOLE_STEPS * bare)
     seconds["exact"] += JOBS * image["exact"]
-    # Of a batch one and four images were measured; what is between them lies on a line.
+    # Batches of one and four images were measured; interpolate linearly.
     alone, side_by_side = image["fast"], 4 * image.get("batch", image["fast"])
     seconds["fast"] += sum(
         alone + (one["images"] - 1) / 3 * (side_by_side - alone) for one in batches["fast"]
@@ -139,10 +147,11 @@ def _composed(
         what = f"mixed queue, composed: all {JOBS} jobs, {size}x{size}, {WHOLE_STEPS} steps, {way}"
         _rate_row(found, what, 3600 * JOBS / seconds["peer"], 3600 * JOBS / seconds[way], 1)
     found.notes.append(
-        "Composed: changes of adapters x their seconds as measured in this part "
-        f"({', '.join(f'{way} {each:.2f} s' for way, each in changing.items())}) + images of 25 steps as composed above; the "
-        "peer's steps are those without any adapter, which favours it, as small adapters slow it less; batches of two and three "
-        "lie on a line between one and four images."
+        "Composed: adapter switches x their seconds as measured in this part "
+        f"({', '.join(f'{way} {each:.2f} s' for way, each in changing.items())}) + images of 25 "
+        "steps as composed above. The peer's steps are those without an adapter, which favours it, "
+        "because small adapters slow it down less. Batches of two and three are interpolated "
+        "linearly between one and four images."
     )
 
 

@@ -1,4 +1,4 @@
-"""What the parts of the benchmark find, as one Markdown table and as JSON."""
+"""Findings of the benchmark's parts, as one Markdown table and as JSON."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _VERSIONS = ("fidelora", "torch", "diffusers", "transformers", "peft", "accelera
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is measured, and with what.
+    """Settings of a run.
 
     Attributes:
-        folder: where models are kept between runs.
-        quick: few rounds of small images, to see that everything works; the figures mean little.
+        folder: keeps models between runs.
+        quick: few rounds of small images, to check that everything works; not for quoting.
         sdcpp: an interpreter that may have stable-diffusion.cpp.
     """
 
@@ -32,7 +32,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: what was measured, the peer's figure, ours, how they compare, and how often it was measured."""
+    """One row: what was measured, baseline, ours, ratio, and number of measurements."""
 
     what: str
     peer: str
@@ -43,10 +43,10 @@ class Row:
 
 @dataclass
 class Findings:
-    """What one part found.
+    """Results of one part.
 
     Attributes:
-        notes: sentences about what is measured and what is composed.
+        notes: sentences on what is measured and what is composed.
         raw: all figures behind the rows, for the JSON.
     """
 
@@ -57,7 +57,7 @@ class Findings:
     def faster(
         self, what: str, peer: Sequence[float], ours: Sequence[float], unit: str = "s"
     ) -> None:
-        """A row of seconds: how many times less ours are, by medians, with the span over rounds."""
+        """Add a row of seconds with the speedup of the medians and its range over rounds."""
         ratio = f"{statistics.median(peer) / statistics.median(ours):.2f} x"
         if len(peer) == len(ours) > 1:
             each = [a / b for a, b in zip(peer, ours, strict=True)]
@@ -70,12 +70,12 @@ class Findings:
 
 
 def shown(value: float) -> str:
-    """Three digits that count."""
+    """Format with three significant digits."""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def environment() -> dict[str, Any]:
-    """What else has a part in the figures."""
+    """Return versions and hardware that affect the figures."""
     import torch
 
     from fidelora.accel.device import instruction_set, processor_name
@@ -99,8 +99,8 @@ def environment() -> dict[str, Any]:
 
 
 def markdown(parts: Mapping[str, Findings], environment: Mapping[str, Any]) -> str:
-    """The whole report."""
-    lines = ["| what | peer | Fidelora | compared | rounds |", "|---|---|---|---|---|"]
+    """Return the whole report as Markdown."""
+    lines = ["| what | peer | Fidelora | ratio | rounds |", "|---|---|---|---|---|"]
     for findings in parts.values():
         lines += [
             f"| {row.what} | {row.peer} | {row.ours} | {row.ratio} | {row.rounds} |"
@@ -114,7 +114,7 @@ def markdown(parts: Mapping[str, Findings], environment: Mapping[str, Any]) -> s
 def write(
     parts: Mapping[str, Findings], environment: Mapping[str, Any], folder: Path
 ) -> list[Path]:
-    """Write the report as Markdown and as JSON; returns the files."""
+    """Write the report as Markdown and as JSON; return the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     plain = {
         "environment": environment,

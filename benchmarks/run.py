@@ -1,9 +1,11 @@
-"""`make bench`: Fidelora against the reference way, all in one run, as one Markdown table.
+"""`make bench`: compare Fidelora with diffusers and PEFT in one run; prints one Markdown table.
 
-    python -m benchmarks.run [--only PART ...] [--quick] [--folder FOLDER] [--out FOLDER] [--sdcpp PYTHON]
+    python -m benchmarks.run [--only PART ...] [--quick] [--folder FOLDER] [--out FOLDER]
+                             [--sdcpp PYTHON]
 
-Every figure is held against a peer that was measured in the same run, in turns with ours where processes allow it; medians. Needs
-peft (`pip install --group bench`), two cores, 20 GB of memory, 9 GB of disk for the models at the first time, and about 20 minutes.
+Every figure is a median, compared with a baseline measured in the same run, in turns if possible.
+Needs peft (`pip install --group bench`), two cores, 20 GB of memory, about 20 minutes, and 9 GB of
+disk for the models in the first run.
 """
 
 from __future__ import annotations
@@ -32,24 +34,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", choices=parts, nargs="+", help="these parts alone")
+    parser.add_argument("--only", choices=parts, nargs="+", help="run only these parts")
     parser.add_argument(
-        "--quick", action="store_true", help="few rounds of small images, to see that all works"
+        "--quick",
+        action="store_true",
+        help="few rounds of small images, to check that everything works",
     )
     parser.add_argument(
         "--folder",
         type=Path,
         default=full_size.default_folder(),
-        help="where models are kept between runs",
+        help="folder that keeps models between runs",
     )
     parser.add_argument(
-        "--out", type=Path, default=ROOT / "bench-results", help="where the report goes"
+        "--out", type=Path, default=ROOT / "bench-results", help="folder of the report"
     )
     parser.add_argument(
         "--sdcpp",
         default=sys.executable,
         metavar="PYTHON",
-        help="that has stable-diffusion-cpp-python",
+        help="interpreter with stable-diffusion-cpp-python",
     )
     options = parser.parse_args()
     settings = Settings(options.folder, options.quick, options.sdcpp)

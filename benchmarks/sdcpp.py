@@ -1,8 +1,9 @@
-"""stable-diffusion.cpp as a party, through `stable-diffusion-cpp-python`, which need not be in the environment of the others.
+"""stable-diffusion.cpp as a party, through `stable-diffusion-cpp-python`.
 
     python -m benchmarks.sdcpp FOLDER
 
-It reads a folder in the layout of diffusers, with the names of `full_size.with_older_names`. Convolutions are float16 in any case.
+The package may be in another environment than the other parties. It reads a folder in the diffusers
+layout with the names of `full_size.with_older_names`. Its convolutions are always float16.
 """
 
 from __future__ import annotations
@@ -20,26 +21,26 @@ GUIDANCE = 6.0
 
 
 def is_installed(python: str) -> bool:
-    """Whether this interpreter can import it."""
+    """True if this interpreter can import it."""
     command = [python, "-c", "import stable_diffusion_cpp"]
     return subprocess.run(command, capture_output=True, cwd=ROOT, check=False).returncode == 0
 
 
 def main() -> None:
-    from stable_diffusion_cpp import StableDiffusion  # type: ignore[import-not-found]  # it need not be installed
+    from stable_diffusion_cpp import StableDiffusion  # type: ignore[import-not-found]  # optional
 
     model = StableDiffusion(
         model_path=sys.argv[1], wtype="f32", n_threads=os.cpu_count(), verbose=False
     )
 
     def image(prompt: str, size: int, steps: int, seed: int) -> dict[str, float]:
-        """Seconds of the parts of one image; `step` is one of its steps."""
+        """Return the seconds of each part of one image; `step` is one of its steps."""
         marks: list[float] = []
 
         def note(step: int, _steps: int, _seconds: float) -> None:
             if step >= len(
                 marks
-            ):  # before the first step, and after each; then other work may report, too
+            ):  # called before the first step and after each step, and later by other stages
                 marks.append(time.perf_counter())
 
         start = time.perf_counter()

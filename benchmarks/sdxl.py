@@ -1,9 +1,10 @@
-"""SDXL of full size on the CPU, in bfloat16: diffusers' own pipeline against `exact` and `fast`, none with an adapter.
+"""Full-size SDXL on the CPU in bfloat16: diffusers' pipeline, `exact` and `fast`, without adapter.
 
     python -m benchmarks.sdxl [--folder FOLDER] [--size 512]
 
-Apart from `make bench`: the model takes 7 GB of disk, and each party as much memory, so they are measured one after the other,
-each in a process of its own, twice: in this order and in the opposite one. Prints one table.
+Not part of `make bench`, because the model takes 7 GB of disk, and each party as much memory. The
+parties are measured in sequence, each in its own process, twice: in this order and reversed. Prints
+one table.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ STEPS, WHOLE_STEPS, GUIDANCE = 2, 25, 6.0
 PARTIES = ("peer", "exact", "fast")
 
 Painted = tuple[list[float], float]
-"""When steps were done, by `perf_counter`, and seconds of decoding."""
+"""Finish times of steps (`perf_counter`), and seconds of decoding."""
 
 
 def peer(folder: Path) -> Callable[[int, int], Painted]:
-    """The pipeline of diffusers, nothing tuned."""
+    """The pipeline of diffusers, not tuned."""
     from diffusers import StableDiffusionXLPipeline
 
     pipe = StableDiffusionXLPipeline.from_pretrained(
@@ -46,16 +47,21 @@ def peer(folder: Path) -> Callable[[int, int], Painted]:
 
         generator = torch.Generator().manual_seed(1)
         pipe(
-            "a photo", width=size, height=size, num_inference_steps=steps, guidance_scale=GUIDANCE, generator=generator,
+            "a photo",
+            width=size,
+            height=size,
+            num_inference_steps=steps,
+            guidance_scale=GUIDANCE,
+            generator=generator,
             callback_on_step_end=note,
-        )  # fmt: skip
+        )
         return done, time.perf_counter() - done[-1]
 
     return paint
 
 
 def ours(folder: Path, fidelity: str) -> Callable[[int, int], Painted]:
-    """The engine in this process, as a command sets it up."""
+    """The engine in this process, set up as in a command."""
     from fidelora.cli.console import make_engine
     from fidelora.recipe import Recipe
 
@@ -64,9 +70,17 @@ def ours(folder: Path, fidelity: str) -> Callable[[int, int], Painted]:
     def paint(size: int, steps: int) -> Painted:
         done: list[float] = []
         recipe = Recipe(
-            prompt="a photo", model="sdxl", base_model=str(folder), width=size, height=size, steps=steps, dtype="bfloat16", seed=1,
-            guidance_scale=GUIDANCE, fidelity=fidelity,  # type: ignore[arg-type]  # the recipe checks it
-        )  # fmt: skip
+            prompt="a photo",
+            model="sdxl",
+            base_model=str(folder),
+            width=size,
+            height=size,
+            steps=steps,
+            dtype="bfloat16",
+            seed=1,
+            guidance_scale=GUIDANCE,
+            fidelity=fidelity,  # type: ignore[arg-type]  # checked by the recipe
+        )
         image = engine.generate(recipe, lambda _: done.append(time.perf_counter()))
         return done, image.seconds["decode"]
 
@@ -74,7 +88,10 @@ def ours(folder: Path, fidelity: str) -> Callable[[int, int], Painted]:
 
 
 def measure(party: str, folder: Path, size: int) -> dict[str, float]:
-    """Seconds of a step and of decoding, and bytes resident at most, in this process; the first step warms up."""
+    """Return the seconds of a step and of decoding, and the peak resident bytes.
+
+    The first step is a warm-up.
+    """
     import resource
 
     start = time.perf_counter()
@@ -99,11 +116,11 @@ def main() -> None:
         "--folder",
         type=Path,
         default=full_size.default_folder(),
-        help="where models are kept between runs",
+        help="folder that keeps models between runs",
     )
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--party", choices=PARTIES, help=argparse.SUPPRESS)
-    parser.add_argument("--once", action="store_true", help="each party once")
+    parser.add_argument("--once", action="store_true", help="measure each party only once")
     options = parser.parse_args()
     base = full_size.sdxl_base(options.folder)
     if options.party:
@@ -136,13 +153,14 @@ def main() -> None:
         f"image, {WHOLE_STEPS} steps (composed)",
         "load, and an image of one step",
     )
-    print(f"| {' | '.join(columns)} | most memory |\n|---|---|---|---|---|")
+    print(f"| {' | '.join(columns)} | peak memory |\n|---|---|---|---|---|")
     for party, one in medians.items():
         whole = WHOLE_STEPS * one["step"] + one["decode"]
         beside = {name: medians["peer"][name] / one[name] for name in ("step", "first")}
         of_peer = WHOLE_STEPS * medians["peer"]["step"] + medians["peer"]["decode"]
         print(
-            f"| {party} | {one['step']:.2f} s ({beside['step']:.2f} x) | {whole:.0f} s ({of_peer / whole:.2f} x) "
+            f"| {party} | {one['step']:.2f} s ({beside['step']:.2f} x) "
+            f"| {whole:.0f} s ({of_peer / whole:.2f} x) "
             f"| {one['first']:.1f} s ({beside['first']:.2f} x) | {one['peak'] / 1e9:.1f} GB |"
         )
 

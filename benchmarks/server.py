@@ -1,13 +1,13 @@
-"""What the server itself costs: submitting with a long queue, and the time of a job that is not its image's.
+"""Overhead of the server: submission with a long queue, and job time beyond that of the image.
 
     python benchmarks/server.py [--jobs 30] [--submits 500] [--queue 10000]
 
-Starts `fidelora serve` with the tiny base of the demonstration, on this machine's disk and CPU. Prints:
+Starts `fidelora serve` with the tiny base model of the demo on this machine. Prints:
 
-* submit: time of one POST /v1/inference, one after the other and from four clients at once, with a long queue;
-* overhead: from the POST to the first status that says succeeded, minus the seconds that the engine measured for the image;
-* requeue: from the kill (SIGKILL) of a worker in the middle of an image until its job is in the queue again;
-* cancel: of a waiting job, and of a running one in steps.
+* submit: time of a POST /v1/inference with a long queue, in sequence and from four clients at once
+* overhead: from the POST to the first `succeeded` status, minus the engine's seconds for the image
+* requeue: from the kill (SIGKILL) of a worker during an image until its job is queued again
+* cancel: time for a queued job, and number of steps for a running one
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def measure(settings: Settings) -> Findings:
-    """The overhead alone, for `benchmarks.run`, beside what the engine takes for the same images."""
+    """Measure the overhead, for `benchmarks.run`, and the engine's seconds."""
     with (
         tempfile.TemporaryDirectory() as folder,
         _server(Path(folder)) as server,
@@ -85,12 +85,15 @@ def measure(settings: Settings) -> Findings:
     whole = statistics.median(engines) * 1000
     figures = (
         f"{whole:.1f} ms in the engine",
-        f"{middle:.1f} ms besides (p99 {most:.1f})",
+        f"{middle:.1f} ms in addition (p99 {most:.1f})",
         f"{middle / whole:.0%} on top",
     )
-    found.rows.append(Row("server: a job of the tiny base, 64x64, 4 steps", *figures, len(own)))
+    found.rows.append(
+        Row("server: a job of the tiny base model, 64x64, 4 steps", *figures, len(own))
+    )
     found.notes.append(
-        "Server: from the POST to the first status that says succeeded, less the seconds that the engine measured."
+        "Server: from the POST to the first `succeeded` status, minus the seconds that the engine "
+        "measured."
     )
     return found
 
@@ -108,7 +111,7 @@ def _server(data: Path, **settings: str) -> Iterator[Server]:
 
 
 def _jobs(client: httpx2.Client, jobs: int) -> list[tuple[float, float]]:
-    """Seconds from the POST to the first status that says succeeded, and those that the engine measured, of each job."""
+    """Return for each job the seconds until `succeeded`, and the seconds measured by the engine."""
     seconds = []
     for _ in range(jobs + 3):
         start = time.perf_counter()
@@ -121,11 +124,11 @@ def _jobs(client: httpx2.Client, jobs: int) -> list[tuple[float, float]]:
         wall = time.perf_counter() - start
         timings = client.get(f"/v1/requests/{request_id}/result").json()["metadata"]["timings"]
         seconds.append((wall, sum(timings.values())))
-    return seconds[3:]  # the first ones warm up
+    return seconds[3:]  # warm-up
 
 
 def _submit(client: httpx2.Client, server: Server, data: Path, queue: int, submits: int) -> None:
-    # A job that takes long keeps the worker busy, so that the queue stays as it is.
+    # A long job keeps the worker busy, so that the length of the queue is constant.
     long = {
         **BODY,
         "prompts": [{"prompt": "x", "width": 1024, "height": 1024, "sample_steps": 150}],
@@ -148,7 +151,7 @@ def _submit(client: httpx2.Client, server: Server, data: Path, queue: int, submi
     waiting = client.post("/v1/inference", json=BODY).json()["request_id"]
     start = time.perf_counter()
     assert client.delete(f"/v1/requests/{waiting}").json()["status"] == "canceled"
-    _print("cancel a waiting job", [time.perf_counter() - start])
+    _print("cancel a queued job", [time.perf_counter() - start])
     client.delete(f"/v1/requests/{busy}")
     store.close()
 
@@ -164,7 +167,8 @@ def _cancel_running(client: httpx2.Client, server: Server) -> None:
     seconds = time.perf_counter() - start
     step_s = progress["eta_s"] / (progress["steps"] - progress["step"])
     print(
-        f"{'cancel a running job':44} {seconds * 1000:8.1f} ms = {seconds / step_s:.1f} steps of {step_s * 1000:.0f} ms"
+        f"{'cancel a running job':44} {seconds * 1000:8.1f} ms = "
+        f"{seconds / step_s:.1f} steps of {step_s * 1000:.0f} ms"
     )
 
 
@@ -182,7 +186,7 @@ def _requeue(client: httpx2.Client, server: Server) -> None:
     for worker in found.stdout.split():
         os.kill(int(worker), signal.SIGKILL)
     until(lambda: server.status(request_id)["status"] == "in_queue")
-    _print("killed worker until its job is queued again", [time.perf_counter() - start])
+    _print("from the kill of a worker to its job being queued", [time.perf_counter() - start])
     client.delete(f"/v1/requests/{request_id}")
     server.ready()
 

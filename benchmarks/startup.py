@@ -1,6 +1,6 @@
-"""How long does it take to start? `python benchmarks/startup.py`
+"""Start-up time of each command: `python benchmarks/startup.py`.
 
-Runs each command in turns as a whole process and prints medians, beside that of a Python that does nothing.
+Runs each command as a process, in turns, and prints medians and the ratio to an idle Python.
 """
 
 from __future__ import annotations

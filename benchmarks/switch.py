@@ -1,7 +1,7 @@
-"""What does it cost to switch adapters, and does memory grow? Ours, merged into the weights, against three ways of diffusers.
+"""Time and memory of switching adapters: ours, merged, compared with three ways of diffusers.
 
-Two adapters that each change nearly every weight of the UNet. Ours is also held against copying the same weights once: the least
-that any way of writing them can take.
+Two adapters each change nearly every weight of the UNet. Ours is also compared with a plain copy of
+the same weights, which is the lower bound for any way of writing them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def measure(settings: Settings) -> Findings:
         ways = {"exact": exact, "fast": fast}
         for number in rounds(0.0 if settings.quick else 70.0, least=3, most=8):
             for name, figures in _of_peer(peer, large, fuse=number < 3).items():
-                if number > 0:  # the first round touches memory for the first time
+                if number > 0:  # the first round touches new memory
                     theirs[name].append(figures)
             for way, party in ways.items():
                 party.ask("touch", path=large[0])
@@ -52,17 +52,20 @@ def measure(settings: Settings) -> Findings:
         f"{way} {one['seconds'] / one['count']:.3f} s" for way, one in grown.items()
     )
     found.notes += [
-        f"A switch changes {weights['exact']['weights']} weights with {weights['exact']['numbers'] / 1e6:.0f} million numbers. "
-        f"Weights that live in the process: {live}.",
-        "Growth: memory that is not of files, after all switches minus after ten; every hundredth to an adapter that changes "
-        f"nearly everything, the others between two for the keys and values of cross-attention ({seconds} each).",
-        "With `set_adapters` diffusers keeps all adapters in memory beside the weights, and each step costs more (rows of steps).",
+        f"A switch changes {weights['exact']['weights']} weights with "
+        f"{weights['exact']['numbers'] / 1e6:.0f} million elements. "
+        f"Weights in the process: {live}.",
+        "Growth: memory without mapped files, after all switches minus after ten. Every hundredth "
+        "switch is to an adapter that changes nearly everything, the others are between two for "
+        f"the keys and values of cross-attention ({seconds} each).",
+        "With `set_adapters` diffusers keeps all adapters in memory beside the weights, and each "
+        "step takes longer (see the rows of steps).",
     ]
     return found
 
 
 def _of_peer(peer: Party, paths: list[str], *, fuse: bool) -> dict[str, float]:
-    """Seconds of the ways in which diffusers can change the adapter; of the longest one only if that is asked for."""
+    """Return the seconds of diffusers' ways to switch; the slowest one is optional."""
     peer.ask("adapter", path=paths[0])
     seconds = {
         "load": peer.ask("adapter", path=paths[1])["seconds"],
@@ -89,7 +92,7 @@ def _rows(
             figures = (f"{copy:.3f} s", f"{seconds:.3f} s", f"{seconds / copy:.2f} times the floor")
             found.rows.append(
                 Row(
-                    f"{turn}, {way}, beside a copy of the same weights in float32",
+                    f"{turn}, {way}, compared with a copy of the same weights in float32",
                     *figures,
                     len(turns[turn]),
                 )

@@ -1,4 +1,4 @@
-"""What the training scripts share: options, a loop that can be cut and resumed, and pixels to tensors and back."""
+"""Shared by the training scripts: options, a resumable loop, pixels to tensors and back."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from torch import Tensor, nn
 
 _SAVE_EVERY_S = 60.0
 _WARM_UP = 0.02
-"""Of the time, with a growing learning rate."""
+"""Fraction of the time in which the learning rate rises."""
 _LAST_RATE = 0.01
 _AVERAGE = 0.999
 _LONGEST_STEP_S = 120.0
-"""What is longer is a machine that slept, which does not count as training."""
+"""Longer steps are not counted as training time: the machine was suspended."""
 
 
 def parser(doc: str | None, minutes: float) -> argparse.ArgumentParser:
-    """`--work` (where everything is kept between runs) and `--minutes` (of training in all, over all runs)."""
+    """Return the parser of `--work` and `--minutes`.
+
+    The work folder keeps everything between runs; the minutes are those of all runs together.
+    """
     made = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     made.add_argument("--work", type=Path, required=True)
     made.add_argument("--minutes", type=float, default=minutes)
@@ -30,17 +33,20 @@ def parser(doc: str | None, minutes: float) -> argparse.ArgumentParser:
 
 
 def options(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """What was given; the folder is made if it is not there."""
+    """Return the parsed options; create the work folder if it does not exist."""
     found = parser.parse_args()
     found.work.mkdir(parents=True, exist_ok=True)
     return found
 
 
 class Run:
-    """A training run under a budget of minutes: AdamW, cosine learning rate over the budget, averaged weights, saved every minute.
+    """A training run with a budget of minutes.
+
+    It uses AdamW with a cosine learning rate over the budget, averages weights, and saves every
+    minute.
 
     Args:
-        module: what is trained; it has the averaged weights after the last step.
+        module: the module to train; it has the averaged weights after the last step.
     """
 
     def __init__(
@@ -64,7 +70,7 @@ class Run:
         self._last = self._saved = time.monotonic()
 
     def goes_on(self) -> bool:
-        """Whether there is time left; puts the averaged weights in place when there is not."""
+        """True if there is time left; otherwise load the averaged weights into the module."""
         now = time.monotonic()
         self.seconds += min(now - self._last, _LONGEST_STEP_S)
         self._last = now
@@ -77,11 +83,11 @@ class Run:
 
     @property
     def part(self) -> float:
-        """Of the time that is used, 0..1."""
+        """Fraction of the time budget used so far, 0..1."""
         return min(float(self.seconds / self._budget_s), 1.0)
 
     def learn(self, loss: Tensor) -> None:
-        """One step of the optimizer."""
+        """Run one optimizer step."""
         cosine = _LAST_RATE + (1 - _LAST_RATE) * 0.5 * (1 + math.cos(math.pi * self.part))
         for group in self._optimizer.param_groups:
             group["lr"] = self._rate * min(1.0, self.part / _WARM_UP + 0.01) * cosine
@@ -102,7 +108,7 @@ class Run:
             self._save()
 
     def averaged(self) -> dict[str, Tensor]:
-        """The averaged weights as they are now."""
+        """Return the current averaged weights."""
         return self._average
 
     def _report(self) -> None:
@@ -111,7 +117,8 @@ class Run:
         with self._log.open("a") as file:
             file.write(f"{self.step},{self.seconds:.0f},{mean:.6f}\n")
         print(
-            f"step {self.step}, {self.seconds / 60:.1f} of {self._budget_s / 60:g} minutes, loss {mean:.5f}",
+            f"step {self.step}, {self.seconds / 60:.1f} of {self._budget_s / 60:g} minutes, "
+            f"loss {mean:.5f}",
             flush=True,
         )
 
@@ -135,17 +142,17 @@ class Run:
 
 
 def autocast() -> torch.autocast:
-    """bfloat16 where the processor has it; where it would be emulated, that costs fifty times what it saves."""
+    """Return bfloat16 if the processor supports it; emulation costs fifty times what it saves."""
     return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
 
 
 def to_tensor(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
-    """[n, h, w, 3] levels to [n, 3, h, w], -1..1."""
+    """Convert levels `[n, h, w, 3]` to `[n, 3, h, w]` in -1..1."""
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))).float() / 127.5 - 1
 
 
 def to_pixels(images: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """[n, 3, h, w], -1..1, to [n, h, w, 3] levels."""
+    """Convert `[n, 3, h, w]` in -1..1 to levels `[n, h, w, 3]`."""
     levels: np.ndarray[Any, np.dtype[np.uint8]] = (
         ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     )

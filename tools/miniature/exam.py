@@ -1,4 +1,4 @@
-"""What the judge says of many pictures: for the benchmark, and for the short version of it among the tests."""
+"""Judge many pictures: for the benchmark, and for its short version in the tests."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fidelora import Engine, Recipe
 def scores(
     engine: Engine, scenes: Sequence[world.Scene], base: Recipe, seed: int
 ) -> dict[str, float]:
-    """Shares of the scenes of which the picture has the right shapes, colours and background.
+    """Return the fractions of pictures with the right shapes, colours and background.
 
     Args:
-        base: everything but prompt and seed; image n has the seed n.
-        seed: for the wording of the prompts.
+        base: recipe without prompt and seed; image n has the seed n.
+        seed: seed for the wording of the prompts.
     """
     rng = np.random.default_rng(seed)
     found = []
@@ -32,7 +32,7 @@ def scores(
 
 
 def new_things(count: int, seed: int) -> list[world.Scene]:
-    """Held-out scenes with one thing: of the shape that only the adapter knows."""
+    """Return held-out scenes with one shape, the one that only the adapter has learned."""
     rng = np.random.default_rng(seed)
     scenes: list[world.Scene] = []
     while len(scenes) < count:

@@ -1,7 +1,8 @@
-"""What is in a picture of the miniature's world: by geometry and colour alone, nothing here was trained.
+"""Recognise scenes in pictures of the miniature by geometry and colour, without learned parts.
 
-The background is the colour of the border. What differs from it are things, one for each connected region. A thing's colour is the
-median of its inside, named by the nearest of the world's colours; its shape is that of the world's drawings that covers it best.
+The background is the colour of the border. Each connected region of another colour is a thing. Its
+colour is the median of its inside, matched to the nearest colour of the world; its shape is that of
+the reference drawing with the largest overlap.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from tools.miniature import world
 
 _BORDER = 4
 _APART = 20.0
-"""In CIELAB: two colours further apart than this are different to any eye."""
+"""Distance in CIELAB above which two colours are clearly different to the eye."""
 _SMALLEST = 80
 """Pixels of the smallest region that counts as a thing."""
 _INSIDE = 5.5
-"""Pixels from the edge to where no outline reaches."""
+"""Distance from the edge in pixels beyond which no outline extends."""
 _GRID = 40
 
 Mask = NDArray[np.bool_]
@@ -30,7 +31,7 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Seen:
-    """A thing that was found, with the middle of its region."""
+    """A recognised thing, with the centre of its region."""
 
     shape: str
     colour: str
@@ -40,7 +41,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Score:
-    """What of a scene is in the picture; with two things, both have to be right and in their order."""
+    """Properties that the picture has right; if there are two things, both in the right order."""
 
     shape: bool
     colour: bool
@@ -48,10 +49,10 @@ class Score:
 
 
 def score(pixels: NDArray[np.uint8], scene: world.Scene) -> Score:
-    """Hold the picture against the scene that it should show."""
+    """Compare the picture with the scene that it should show."""
     background, things = look(pixels)
     wanted = scene.things
-    # The largest as many as there should be; a speck beside them costs nothing, a thing that is missing everything.
+    # Keep the largest ones, as many as expected: an extra speck is ignored, a missing thing is not.
     things = sorted(
         things[: len(wanted)],
         key=lambda thing: thing.y if scene.arrangement == "above" else thing.x,
@@ -66,7 +67,7 @@ def score(pixels: NDArray[np.uint8], scene: world.Scene) -> Score:
 
 
 def look(pixels: NDArray[np.uint8]) -> tuple[str, list[Seen]]:
-    """The background's colour, and the things from the largest to the smallest."""
+    """Return the background colour, and the things from the largest to the smallest."""
     lab = to_lab(pixels)
     edge = np.ones(lab.shape[:2], bool)
     edge[_BORDER:-_BORDER, _BORDER:-_BORDER] = False
@@ -84,7 +85,10 @@ def look(pixels: NDArray[np.uint8]) -> tuple[str, list[Seen]]:
 
 
 def to_lab(pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """SRGB levels to CIELAB under D65: https://www.w3.org/TR/css-color-4/#color-conversion-code."""
+    """Convert sRGB levels to CIELAB under D65.
+
+    Source: https://www.w3.org/TR/css-color-4/#color-conversion-code.
+    """
     linear = pixels.astype(np.float64) / 255
     linear = np.where(linear <= 0.04045, linear / 12.92, ((linear + 0.055) / 1.055) ** 2.4)
     to_xyz = np.array(
@@ -99,7 +103,7 @@ def to_lab(pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
 
 
 def _inside(lab: NDArray[np.float64], mask: Mask) -> NDArray[np.float64]:
-    """The median colour of a region, away from its edge as far as it is thick enough."""
+    """Return the median colour of a region, as far from its edge as its thickness allows."""
     depth = ndimage.distance_transform_edt(mask)
     middle: NDArray[np.float64] = np.median(
         lab[depth >= min(_INSIDE, float(depth.max()) * 0.8)], axis=0
@@ -133,7 +137,7 @@ def _agreement(a: Mask, b: Mask) -> float:
 
 @cache
 def _templates() -> dict[str, Sequence[Mask]]:
-    """Each shape as it is, and as it is with an outline, for each size."""
+    """Return reference drawings of each shape, plain and outlined, for each size."""
     radii = [radius for low, high in world.RADII.values() for radius in (low, high)]
     x, y = world.grid(world.SIZE / 2, world.SIZE / 2)
     return {
@@ -147,7 +151,7 @@ def _templates() -> dict[str, Sequence[Mask]]:
 
 
 def _normalised(mask: Mask) -> Mask:
-    """The region in the middle of a small grid, its longer side filling it, its proportions kept."""
+    """Crop the region and scale it to a small grid, keeping its proportions."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     crop = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     side = max(crop.shape)

@@ -1,7 +1,7 @@
-"""Step 4: `python -m tools.miniature.package --work DIR` puts what was trained where it belongs.
+"""Step 4, packaging: `python -m tools.miniature.package --work DIR`.
 
-The folder of the package gets the layout of any other Stable Diffusion 1.5, and the pictures of the model card are made: the first
-samples of a seed, none of them picked, and the curves of the losses.
+Writes the trained weights in the layout of a Stable Diffusion 1.5 into the package, and makes the
+pictures of the model card: the first samples of a seed, without selection, and the loss curves.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SEED = 5
 COLUMNS, ROWS, GAP = 8, 4, 6
 TEXT, LINES = 11, 4
 CURVES = {"vae": "#3060c0", "unet-start": "#d09080", "unet": "#c04030", "lora": "#309050"}
-"""Logs in the work folder. The second, if it is there, is of what the UNet was started from (`--start`)."""
+"""Logs in the work folder. The second exists if the UNet was trained from a start (`--start`)."""
 WIDTH, HEIGHT, MARGIN = 720, 240, 40
 
 
@@ -54,9 +54,8 @@ def main() -> None:
     write_atomically(IMAGES / "miniature-losses.svg", _losses(work).encode())
     for file in [*sorted(FOLDER.rglob("*.safetensors")), ADAPTER]:
         count = sum(tensor.numel() for tensor in load_file(file).values())
-        print(
-            f"| `{file.relative_to(FOLDER.parent)}` | {count:,} | `{hashlib.sha256(file.read_bytes()).hexdigest()}` |"
-        )
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        print(f"| `{file.relative_to(FOLDER.parent)}` | {count:,} | `{digest}` |")
     total = sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file())
     print(f"{total / 1e6:.1f} MB without the adapter")
 
@@ -109,9 +108,10 @@ def _samples() -> Image.Image:
 
 
 def _losses(work: Path) -> str:
-    """An SVG: each loss over the part of its run, on a scale of its own, logarithmic."""
+    """Return an SVG with each loss over its run, on separate logarithmic scales."""
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" font-family="sans-serif" font-size="12">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" '
+        'font-family="sans-serif" font-size="12">',
         '<rect width="100%" height="100%" fill="white"/>',
     ]
     there = {name: colour for name, colour in CURVES.items() if (work / f"{name}.csv").exists()}
@@ -128,13 +128,17 @@ def _losses(work: Path) -> str:
             f"{MARGIN + x:.1f},{HEIGHT - MARGIN - y:.1f}" for x, y in zip(across, up, strict=True)
         )
         first, last = rows[0][2], rows[-1][2]
-        title = f"{name}: {rows[-1][0]} steps, {rows[-1][1] / 60:.0f} minutes, {first:.3g} to {last:.3g}"
+        title = (
+            f"{name}: {rows[-1][0]} steps, {rows[-1][1] / 60:.0f} minutes, "
+            f"{first:.3g} to {last:.3g}"
+        )
         lines.append(f'<text x="{MARGIN}" y="{18 + 16 * number}" fill="{colour}">{title}</text>')
         lines.append(
             f'<polyline fill="none" stroke="{colour}" stroke-width="1.2" points="{points}"/>'
         )
     lines.append(
-        f'<text x="{WIDTH - MARGIN}" y="{HEIGHT - 12}" text-anchor="end">part of the run</text></svg>'
+        f'<text x="{WIDTH - MARGIN}" y="{HEIGHT - 12}" text-anchor="end">part of the run</text>'
+        "</svg>"
     )
     return "\n".join(lines) + "\n"
 

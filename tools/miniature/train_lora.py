@@ -1,7 +1,9 @@
-"""Step 3: the adapter. `python -m tools.miniature.train_lora --work DIR --minutes 15`; run it again to go on.
+"""Step 3, the adapter: `python -m tools.miniature.train_lora --work DIR --minutes 15`.
 
-Teaches the trigger word a shape that the base has never seen, and is written as the trainer writes a LoRA: kohya keys, an alpha for
-each module, its metadata. Half of what it sees are the base's own scenes, so that everything else stays as it was.
+Teaches the trigger word a shape that is not in the base model's training data. The file has the
+format of the trainer's LoRAs: kohya's tensor names, an alpha for each module, and metadata. Half of
+the training data are the base model's own scenes, so that everything else stays the same. Run it
+again to resume.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ RANK, CONV_RANK = 16, 8
 
 
 class Lora(nn.Module):
-    """What runs beside one module: `up(down(x))`, alpha = rank, so that the scale is 1."""
+    """LoRA branch beside one module: `up(down(x))`, with alpha = rank, so that the scale is 1."""
 
     lora_down: nn.Linear | nn.Conv2d
     lora_up: nn.Linear | nn.Conv2d
@@ -50,7 +52,7 @@ class Lora(nn.Module):
         nn.init.zeros_(self.lora_up.weight)
 
     def beside(self, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """A forward hook."""
+        """Add the branch to the module's output (a forward hook)."""
         result: Tensor = output + self.lora_up(self.lora_down(inputs[0]))
         return result
 
@@ -104,7 +106,7 @@ def main() -> None:
 
 
 def _scenes(rng: np.random.Generator) -> list[world.Scene]:
-    """Old and new shapes in turn; none of the held-out part."""
+    """Return scenes with old and new shapes in turn, none of them held out."""
     scenes: list[world.Scene] = []
     while len(scenes) < SCENES:
         scene = world.random_scene(rng, (world.NEW_SHAPE,) if len(scenes) % 2 else world.SHAPES)
@@ -114,7 +116,7 @@ def _scenes(rng: np.random.Generator) -> list[world.Scene]:
 
 
 def caption(scene: world.Scene, rng: np.random.Generator) -> str:
-    """The scene in words, the new shape called by the trigger word."""
+    """Return a caption in which the trigger word stands for the new shape."""
     things = tuple(
         replace(thing, shape=TRIGGER if thing.shape == world.NEW_SHAPE else thing.shape)
         for thing in scene.things

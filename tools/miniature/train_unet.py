@@ -1,9 +1,10 @@
-"""Step 2: text encoder and UNet. `python -m tools.miniature.train_unet --work DIR --minutes 60`; run it again to go on.
+"""Step 2, text encoder and UNet: `python -m tools.miniature.train_unet --work DIR --minutes 60`.
 
-The text encoder first learns to read: to tell what is in a scene from its caption. That costs minutes, and saves a UNet that is led
-by noise. Then both are trained together on latents that are computed once. One caption in ten is left empty, which is what guidance
-leads away from. The loss is weighted by min-SNR-5 (https://arxiv.org/abs/2303.09556), so that steps with little noise do not take
-all the capacity.
+The text encoder is trained alone first, to predict the properties of a scene from its caption. That
+takes minutes, and the UNet then does not start with meaningless conditioning. Then both are trained
+together, on latents that are computed once. One caption in ten is empty, for guidance. The loss is
+weighted by min-SNR-5 (https://arxiv.org/abs/2303.09556), so that steps with little noise do not
+take all the capacity. Run it again to resume.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ UNET_CONFIG: dict[str, Any] = {
     "in_channels": 4,
     "out_channels": 4,
     "layers_per_block": 1,
-    # The finest level does without attention and is the narrowest: it costs most of the time, and what it sees is edges.
+    # The finest level takes most of the time and mainly handles edges, so it is narrow and has
+    # no attention.
     "block_out_channels": [48, 96, 112],
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
@@ -66,7 +68,7 @@ TEXT_CONFIG: dict[str, Any] = {
 
 def main() -> None:
     parser = common.parser(__doc__, minutes=60)
-    parser.add_argument("--start", type=Path, help="a miniature to go on from, in place of nothing")
+    parser.add_argument("--start", type=Path, help="a trained miniature to start from")
     options = common.options(parser)
     torch.manual_seed(SEED)
     tokenizer = CLIPTokenizer.from_pretrained(CLIP_TOKENIZER)
@@ -130,7 +132,7 @@ def main() -> None:
 def learn_to_read(
     tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, scenes: list[world.Scene]
 ) -> None:
-    """Train the text encoder so that the mean of its output tells every property of the captioned scene."""
+    """Train the text encoder to predict every property of the scene from its mean output."""
     facts = [_facts(scene) for scene in scenes]
     answers = [sorted({one[question] for one in facts}) for question in range(len(facts[0]))]
     heads = nn.ModuleList(
@@ -162,7 +164,7 @@ def learn_to_read(
 
 
 def _facts(scene: world.Scene) -> tuple[str, ...]:
-    """The properties of a scene, "" for what it does not have."""
+    """Return the properties of a scene, "" for those that it does not have."""
     first = scene.things[0]
     second = scene.things[1] if len(scene.things) == 2 else world.Thing("", "")
     things = (first.shape, first.colour, first.size, first.place, second.shape, second.colour)
@@ -170,7 +172,7 @@ def _facts(scene: world.Scene) -> tuple[str, ...]:
 
 
 def _scenes() -> list[world.Scene]:
-    """All that are trained on: none of the held-out part."""
+    """Return the training scenes, none of them held out."""
     rng = np.random.default_rng(SEED)
     scenes: list[world.Scene] = []
     while len(scenes) < SCENES:
@@ -181,7 +183,7 @@ def _scenes() -> list[world.Scene]:
 
 
 def held_out_scenes(count: int, seed: int) -> list[world.Scene]:
-    """Scenes that nothing was trained on."""
+    """Return held-out scenes."""
     rng = np.random.default_rng(seed)
     scenes: list[world.Scene] = []
     while len(scenes) < count:
@@ -213,7 +215,7 @@ def _latents(
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    """[n, 77] ids, as the pipeline makes them."""
+    """Return token ids `[n, 77]`, as the pipeline makes them."""
     ids: Tensor = tokenizer(
         captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
     ).input_ids
@@ -229,7 +231,7 @@ def evaluate(
     sheet: Path,
     count: int = 64,
 ) -> dict[str, float]:
-    """Shares of held-out prompts with the right shape, colour and background, at 25 DDPM steps and guidance 6."""
+    """Return fractions of held-out prompts drawn right, with 25 DDPM steps and guidance 6."""
     scenes = held_out_scenes(count, SEED + 1)
     rng = np.random.default_rng(SEED + 1)
     generator = torch.Generator().manual_seed(SEED)

@@ -1,7 +1,8 @@
-"""Step 1: the VAE. `python -m tools.miniature.train_vae --work DIR --minutes 30`; run it again to go on where it stopped.
+"""Step 1, the VAE: `python -m tools.miniature.train_vae --work DIR --minutes 30`.
 
-Trained on crops first, because it is convolutional and these cost a fraction of whole images. At the end its latents are made to
-have mean 0 and the deviation that Stable Diffusion's scaling factor expects, by changing the two 1x1 convolutions around them.
+Trains on crops first, because the VAE is convolutional and crops take a fraction of the time. At
+the end, the two 1x1 convolutions around the latents are changed so that the latents have mean 0 and
+the deviation that Stable Diffusion's scaling factor expects. Run it again to resume.
 """
 
 from __future__ import annotations
@@ -27,22 +28,25 @@ CONFIG: dict[str, Any] = {
     "up_block_types": ["UpDecoderBlock2D"] * 4,
     "block_out_channels": [16, 32, 64, 64],
     "layers_per_block": 1,
-    # Few groups: in one of two channels, which are brought to mean 0 and deviation 1, nothing is left of a flat colour but a sign.
+    # Few groups: normalising a group of two channels leaves only the sign of a flat colour.
     "norm_num_groups": 2,
     "act_fn": "silu",
     "scaling_factor": 0.18215,
-    # Attention over a crop says nothing of attention over a whole image; the other parts see a neighbourhood only.
+    # No attention: it does not transfer from crops to whole images, unlike convolutions.
     "mid_block_add_attention": False,
 }
 SEED = 1
 IMAGES = 12_000
 CROPS = {0.5: 32, 0.75: 64, 1.0: world.SIZE}
-"""Pixels of a side, until which part of the time. Small ones teach most for their cost; whole images come last, because the
-statistics of group normalisation are those of the whole picture."""
+"""Side of the crops in pixels, by the fraction of the time until which it is used.
+
+Small crops are the most efficient. Whole images come last, because group normalisation uses the
+statistics of the whole picture.
+"""
 PIXELS = 16 * 32 * 32
-"""Of a batch."""
+"""Pixels of a batch."""
 LEARNING_RATE = 5e-4
-"""At 2e-3 the loss after 240 steps is three times as high."""
+"""With 2e-3, the loss after 240 steps is three times as high."""
 KL_WEIGHT = 1e-6
 
 
@@ -50,7 +54,8 @@ def main() -> None:
     options = common.options(common.parser(__doc__, minutes=30))
     torch.manual_seed(SEED)
     vae = AutoencoderKL.from_config(CONFIG).to(memory_format=torch.channels_last)
-    # A spread of 0.05 at first: with the usual 1 the decoder hears little but noise for the first thousand steps.
+    # Initial deviation 0.05: with the usual 1, the decoder's input is mostly noise for the first
+    # thousand steps.
     with torch.no_grad():
         vae.quant_conv.weight[4:] = 0
         vae.quant_conv.bias[4:] = -6
@@ -83,7 +88,7 @@ def main() -> None:
 
 
 def _images(work: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Drawn once and mapped from a file after that."""
+    """Return the drawings, which are made once and then mapped from a file."""
     path = work / "vae-images.npy"
     if not path.exists():
         rng = np.random.default_rng(SEED)
@@ -104,7 +109,7 @@ def _crops(
     crops = []
     for index in rng.integers(0, len(images), PIXELS // side**2):
         corners = rng.integers(0, world.SIZE - side + 1, (2, 2))
-        # The livelier of two: most crops show little but background, which is soon learned.
+        # Take the more varied of two crops: most show only background, which is learned quickly.
         crop = max(
             (images[index, top : top + side, left : left + side] for top, left in corners),
             key=lambda one: float(one.std()),
@@ -115,7 +120,7 @@ def _crops(
 
 @torch.no_grad()
 def psnr(vae: AutoencoderKL, images: np.ndarray[Any, np.dtype[np.uint8]]) -> float:
-    """Of the round trip, in dB, over all pixels."""
+    """Return the PSNR of the round trip over all pixels, in dB."""
     errors = []
     for start in range(0, len(images), 16):
         batch = common.to_tensor(images[start : start + 16])

@@ -1,7 +1,8 @@
 """The miniature's world: simple scenes, drawn from a seed, with captions in plain English.
 
-A scene has one or two shapes on a plain background. Shapes are drawn from signed distances, so that edges are smooth at any size.
-Everything is a function of a `numpy.random.Generator`: the same seed gives the same scenes, captions and pixels.
+A scene has one or two shapes on a plain background. Shapes are drawn from signed distances, so that
+edges are smooth at any size. Everything is a function of a `numpy.random.Generator`: the same seed
+gives the same scenes, captions and pixels.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
 
 SIZE = 128
-"""Pixels of a side."""
+"""Side of a picture in pixels."""
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 40, 40),
@@ -34,17 +35,17 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "cross", "ring")
 NEW_SHAPE = "moon"
-"""What the base never sees: the adapter's trigger word stands for it."""
+"""The shape that only the adapter learns; its trigger word stands for it."""
 
 STYLES = ("flat", "outlined", "pixelated")
 RADII = {"small": (17, 20), "": (26, 31), "large": (39, 44)}
 PLACES = {"": (64, 64), "left": (36, 64), "right": (92, 64), "top": (64, 36), "bottom": (64, 92)}
 ARRANGEMENTS = ("beside", "above")
 _PIXEL = 4
-"""Of the pixelated style, in pixels."""
+"""Block size of the pixelated style, in pixels."""
 _OUTLINE = 4.0
 _HELD_OUT = 10
-"""One in so many combinations of shape, colour and background is never trained on."""
+"""One in this many combinations of shape, colour and background is held out."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,10 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption describes. Of two things the first is left of, or above, the second, and none has a place of its own."""
+    """Content of a caption.
+
+    With two things, the first is left of or above the second, and neither has a `place`.
+    """
 
     things: tuple[Thing, ...]
     background: str
@@ -68,17 +72,17 @@ class Scene:
 
     @property
     def is_held_out(self) -> bool:
-        """Whether it is of the part of the caption space that training never sees."""
+        """True if the scene is in the held-out part of the caption space."""
         return any(is_held_out(thing.shape, thing.colour, self.background) for thing in self.things)
 
 
 def is_held_out(shape: str, colour: str, background: str) -> bool:
-    """A tenth of the combinations, by their hash."""
+    """True for a tenth of the combinations, selected by hash."""
     return hashlib.sha256(f"{shape} {colour} {background}".encode()).digest()[0] % _HELD_OUT == 0
 
 
 def random_scene(rng: np.random.Generator, shapes: Sequence[str] = SHAPES) -> Scene:
-    """Any scene, held out or not."""
+    """Return a random scene, held out or not."""
     colours = list(COLOURS)
     background = _choice(rng, colours)
     others = [colour for colour in colours if colour != background]
@@ -94,7 +98,7 @@ def random_scene(rng: np.random.Generator, shapes: Sequence[str] = SHAPES) -> Sc
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """The scene in words, in one of many phrasings."""
+    """Return a caption of the scene, in one of many phrasings."""
     if len(scene.things) == 2:
         first, second = (_article(f"{thing.colour} {thing.shape}") for thing in scene.things)
         joint = {
@@ -144,7 +148,10 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def draw(scene: Scene, rng: np.random.Generator) -> Pixels:
-    """The scene's picture, uint8 RGB [128, 128, 3], with a little chance in colours, places and sizes."""
+    """Return the scene's picture, uint8 RGB `[128, 128, 3]`.
+
+    Colours, positions and sizes vary slightly at random.
+    """
     canvas = np.empty((SIZE, SIZE, 3), np.float32)
     canvas[:] = _tint(scene.background, rng)
     for thing, (x, y, radius) in zip(scene.things, _layout(scene, rng), strict=True):
@@ -164,7 +171,7 @@ def draw(scene: Scene, rng: np.random.Generator) -> Pixels:
 
 
 def _layout(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float, float]]:
-    """x, y and radius of each thing, in pixels."""
+    """Return x, y and radius of each thing, in pixels."""
 
     def near(place: tuple[int, int]) -> tuple[float, float]:
         return place[0] + rng.uniform(-4, 4), place[1] + rng.uniform(-4, 4)
@@ -187,7 +194,7 @@ def _paint(canvas: Floats, distance: Floats, colour: Floats) -> None:
 
 
 def grid(x: float, y: float) -> tuple[Floats, Floats]:
-    """Coordinates of every pixel's middle around (x, y), x to the right and y down."""
+    """Return coordinates of all pixel centres relative to (x, y), x to the right and y down."""
     along = np.arange(SIZE, dtype=np.float32) + np.float32(0.5)
     return np.broadcast_to(along - np.float32(x), (SIZE, SIZE)), np.broadcast_to(
         along[:, None] - np.float32(y), (SIZE, SIZE)
@@ -195,7 +202,10 @@ def grid(x: float, y: float) -> tuple[Floats, Floats]:
 
 
 def _polygon(points: Sequence[tuple[float, float]]) -> Callable[[Floats, Floats, float], Floats]:
-    """Signed distance to a polygon in units of the radius. Method: https://iquilezles.org/articles/distfunctions2d/."""
+    """Return the signed distance to a polygon, in units of the radius.
+
+    Method: https://iquilezles.org/articles/distfunctions2d/.
+    """
 
     def distance(x: Floats, y: Floats, radius: float) -> Floats:
         corners = [(px * radius, py * radius) for px, py in points]
@@ -215,7 +225,7 @@ def _polygon(points: Sequence[tuple[float, float]]) -> Callable[[Floats, Floats,
 
 
 def _ngon(count: int, inner: float = 1.0) -> list[tuple[float, float]]:
-    """Corners on the unit circle from the top, with corners between them at `inner` if that is less than 1."""
+    """Return corners on the unit circle from the top, with `inner` corners between them if < 1."""
     number = count * 2 if inner < 1 else count
     turns = [2 * np.pi * index / number for index in range(number)]
     radii = [inner if inner < 1 and index % 2 else 1.0 for index in range(number)]
@@ -226,7 +236,7 @@ def _ngon(count: int, inner: float = 1.0) -> list[tuple[float, float]]:
 
 
 def _heart() -> list[tuple[float, float]]:
-    """The curve x = 16 sin^3 t, y = 13 cos t - 5 cos 2t - 2 cos 3t - cos 4t, as a polygon."""
+    """Return the curve x = 16 sin^3 t, y = 13 cos t - 5 cos 2t - 2 cos 3t - cos 4t as a polygon."""
     t = np.linspace(0, 2 * np.pi, 40, endpoint=False)
     x = 16 * np.sin(t) ** 3
     y = -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)) - 2.5
@@ -234,8 +244,10 @@ def _heart() -> list[tuple[float, float]]:
 
 
 _A, _B = 0.34, 1.0
-_CROSS = [(-_A, -_B), (_A, -_B), (_A, -_A), (_B, -_A), (_B, _A), (_A, _A), (_A, _B), (-_A, _B), (-_A, _A), (-_B, _A), (-_B, -_A),
-          (-_A, -_A)]  # fmt: skip
+_CROSS = [
+    (-_A, -_B), (_A, -_B), (_A, -_A), (_B, -_A), (_B, _A), (_A, _A),
+    (_A, _B), (-_A, _B), (-_A, _A), (-_B, _A), (-_B, -_A), (-_A, -_A),
+]  # fmt: skip
 
 
 def _circle(x: Floats, y: Floats, radius: float) -> Floats:
@@ -264,7 +276,10 @@ SIGNED_DISTANCES: dict[str, Callable[[Floats, Floats, float], Floats]] = {
     "ring": _ring,
     NEW_SHAPE: _moon,
 }
-"""Of each shape: distance to its edge in pixels, negative inside, from coordinates around its middle and its radius."""
+"""Signed distance functions of the shapes, in pixels, negative inside.
+
+Arguments: coordinates relative to the centre, and the radius.
+"""
 
 
 def _choice(

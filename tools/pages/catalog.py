@@ -1,4 +1,4 @@
-"""docs/models/index.md: every model family, from the data in `fidelora.families`."""
+"""Generate docs/models/index.md: every model family, from the data in `fidelora.families`."""
 
 from __future__ import annotations
 
@@ -9,25 +9,28 @@ from fidelora.adapters import tensor_names as keys
 from fidelora.families import Family, NoiseSampler, all_families
 
 _ABOUT = """
-The families of models, as `fidelora models` and `GET /v1/models` list them, with what is used for whatever a recipe or a request
-leaves out. (Over HTTP the size is 1024x1024 if it is left out, as that API documents.)
+The model families, as listed by `fidelora models` and `GET /v1/models`, with the defaults for
+fields that a recipe or request leaves out. (Over HTTP the default size is 1024x1024, as the
+documented API specifies.)
 """.strip()
 _ABOUT_BASES = """
-A base model of a family is a hub id, a folder in the layout of diffusers or one `.safetensors` checkpoint. One comes along:
-[`fidelora:miniature`](miniature.md), a Stable Diffusion 1.5 of 19 MB, for tests and first steps.
+A base model is a hub id, a diffusers folder or one `.safetensors` checkpoint. One is part of the
+package: [`fidelora:miniature`](miniature.md), a Stable Diffusion 1.5 of 19 MB for tests and first
+steps.
 """.strip()
 
 _KIND_TITLES = {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa", "dora": "DoRA"}
 
 
 def catalog_page(made: str, folder: Path) -> str:
-    """Every family with its defaults, its parts, its samplers and what its adapters look like.
+    """Return the catalog of families with their defaults, components, samplers and adapters.
 
     Args:
-        folder: where each family has a page of its own, named by its id.
+        made: note that the page is generated.
+        folder: contains a page for each family, named by its id.
 
     Raises:
-        ValueError: one has none.
+        ValueError: a family has no page.
     """
     lines = ["# Models", "", made, "", _ABOUT, ""]
     lines += [
@@ -37,11 +40,12 @@ def catalog_page(made: str, folder: Path) -> str:
     for spec in all_families().values():
         if not (folder / f"{spec.id}.md").is_file():
             raise ValueError(
-                f"docs/models/{spec.id}.md is missing: a family has a page that says what its previews are"
+                f"docs/models/{spec.id}.md is missing: every family needs a page about its samples"
             )
         lines.append(
-            f"| `{spec.id}` | [{spec.title}]({spec.id}.md) | `{spec.base_model}` | {spec.default_size} | {spec.default_steps} "
-            f"| {spec.default_guidance_scale:g} | `{spec.default_sampler}` |"
+            f"| `{spec.id}` | [{spec.title}]({spec.id}.md) | `{spec.base_model}` "
+            f"| {spec.default_size} | {spec.default_steps} | {spec.default_guidance_scale:g} "
+            f"| `{spec.default_sampler}` |"
         )
     lines += ["", _ABOUT_BASES, ""]
     for spec in all_families().values():
@@ -56,26 +60,32 @@ def _family(spec: Family) -> Iterator[str]:
         else ""
     )
     yield from [f"## {spec.title}", ""]
-    yield f"* id `{spec.id}`; [what its previews are, and how near we come]({spec.id}.md)"
+    yield f"* id `{spec.id}`; [how its samples are made and reproduced]({spec.id}.md)"
     yield f"* base model: `{spec.base_model}`{also}"
-    yield f"* size: {spec.default_size}x{spec.default_size}; width and height are floored to multiples of {spec.resolution_divisor}"
     yield (
-        f"* {spec.default_steps} steps, guidance {spec.default_guidance_scale:g}, seed {spec.default_seed}, sampler "
-        f"`{spec.default_sampler}`"
+        f"* size: {spec.default_size}x{spec.default_size}; width and height are rounded down to "
+        f"multiples of {spec.resolution_divisor}"
+    )
+    yield (
+        f"* {spec.default_steps} steps, guidance {spec.default_guidance_scale:g}, "
+        f"seed {spec.default_seed}, sampler `{spec.default_sampler}`"
     )
     kinds = ", ".join(_KIND_TITLES.get(kind, kind) for kind in dict.fromkeys(keys._KINDS.values()))
-    yield f"* adapters: {kinds}, in `.safetensors` files whose modules begin with"
-    for part in spec.parts:
-        if part.adapter_prefixes:
-            yield f"    * {', '.join(f'`{prefix}`' for prefix in part.adapter_prefixes)}: {part.name.replace('_', ' ')}"
+    yield f"* adapters: {kinds}, in `.safetensors` files with these prefixes of tensor names:"
+    for component in spec.parts:
+        if component.adapter_prefixes:
+            prefixes = ", ".join(f"`{prefix}`" for prefix in component.adapter_prefixes)
+            yield f"    * {prefixes}: {component.name.replace('_', ' ')}"
     versions = ", ".join(f"`{version}`" for version in spec.adapter_base_versions)
-    yield f"* such a file calls its base model (`ss_base_model_version`) {versions}"
-    yield f"* parts: {', '.join(f'{part.name} (`{part.class_name}` of {part.library})' for part in spec.parts)}"
-    yield from ["", "| sampler | computed by, of diffusers | at most |", "|---|---|---|"]
+    yield f"* base model in the adapter's metadata (`ss_base_model_version`): {versions}"
+    parts = (f"{part.name} (`{part.class_name}` of {part.library})" for part in spec.parts)
+    yield f"* components: {', '.join(parts)}"
+    yield from ["", "| sampler | scheduler of diffusers | maximum |", "|---|---|---|"]
     common = spec.samplers[spec.default_sampler].config
     for sampler in spec.samplers.values():
         own = {name: value for name, value in sampler.config.items() if common.get(name) != value}
         options = ", ".join(f"`{name}={value}`" for name, value in own.items())
-        scheduler = sampler.scheduler if isinstance(sampler, NoiseSampler) else "FlowSchedule"
-        yield f"| `{sampler.name}` | `{scheduler}`{f' with {options}' if options else ''} | {sampler.max_steps} steps |"
+        computed_by = sampler.scheduler if isinstance(sampler, NoiseSampler) else "FlowSchedule"
+        scheduler = f"`{computed_by}`{f' with {options}' if options else ''}"
+        yield f"| `{sampler.name}` | {scheduler} | {sampler.max_steps} steps |"
     yield ""

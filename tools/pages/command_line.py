@@ -1,4 +1,4 @@
-"""The tables of docs/cli.md: what each command takes, from the command line's own declarations; the prose around them stays."""
+"""Generate the option tables in docs/cli.md from the commands; the other text is not changed."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ _TABLE = re.compile(
 
 
 def with_tables(text: str) -> str:
-    """The page with its tables as the code has them.
+    """Return the page with its tables generated anew.
 
     Raises:
-        ValueError: a command has no table, or a table no command.
+        ValueError: a command has no table, or a table has no command.
     """
     there_are = dict(commands())
     named = [match["command"] for match in _TABLE.finditer(text)]
     if sorted(named) != sorted(there_are):
         different = sorted(set(named) ^ set(there_are)) or "twice the same"
         raise ValueError(
-            f"docs/cli.md needs one '<!-- options of COMMAND -->' for each command; see to {different}"
+            "docs/cli.md needs one '<!-- options of COMMAND -->' for each command; "
+            f"check {different}"
         )
     return _TABLE.sub(
         lambda match: "\n".join(_table(match["command"], there_are[match["command"]])), text
@@ -35,12 +36,12 @@ def with_tables(text: str) -> str:
 
 
 def commands() -> Iterator[tuple[str, Any]]:
-    """Every command that can be run, by the words after `fidelora`."""
+    """Yield every command that can be run, by the words after `fidelora`."""
     yield from _commands("", typer.main.get_command(app))
 
 
 def options(command: Any) -> set[str]:
-    """All that may be written with a dash after a command."""
+    """Return the names of all options of a command."""
     return {
         "--help",
         *(name for parameter in command.params for name in parameter.opts if name.startswith("-")),

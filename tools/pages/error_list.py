@@ -1,4 +1,4 @@
-"""docs/reference/errors.md: every error with its exit code and its answer over HTTP."""
+"""Generate docs/reference/errors.md: every error with its exit code and HTTP response."""
 
 from __future__ import annotations
 
@@ -14,23 +14,25 @@ from fidelora.errors import FideloraError, WrongUseError
 from fidelora.server import problems
 
 _ABOUT = """
-Every error that Fidelora raises on purpose is a class in `fidelora.errors`, under `FideloraError`. What is said here is its default
-message; most are raised with a sentence that names the file, the field or the value. What to do about each is in
-[Troubleshooting](../troubleshooting.md).
+Every error that Fidelora raises on purpose is a class in `fidelora.errors`, derived from
+`FideloraError`. The table has the default messages; most errors are raised with a message that
+names the file, the field or the value. [Troubleshooting](../troubleshooting.md) says what to do
+about each.
 
-* *Exit code*: of the command line. 2 means that the request itself has to change (the class is a `WrongUseError`), 1 that something
-  else is not what it has to be. [Some commands](../cli.md) give 1 a meaning of its own.
-* *HTTP*: the answer of the server where it refuses a call with this error. Errors without one end no call; if one ever does, the
-  answer is 500 `INTERNAL`, and the log has the rest.
+* *Exit code*: of the command line. 2 means that the input has to change (the class is a
+  `WrongUseError`), 1 any other failure. [Some commands](../cli.md) use 1 in a different way.
+* *HTTP*: the response of the server if it refuses a call with this error. Errors without one do not
+  normally reach a client; if one does, the response is 500 `INTERNAL`, and the log has the details.
 
-A request whose images could not be made has failed, and its `error_code` is the error's name: `ADAPTER_MISMATCH` is
-`AdapterMismatchError`. Two codes are of no class: `TIMEOUT` (longer than `INFERENCE_TIMEOUT`) and `WORKER_LOST` (all attempts
-ended with the worker's process).
+If the images of a request could not be made, the request has failed, and its `error_code` is
+derived from the error's name: `ADAPTER_MISMATCH` is `AdapterMismatchError`. Two codes have no
+class: `TIMEOUT` (an attempt took longer than `INFERENCE_TIMEOUT`) and `WORKER_LOST` (the worker
+process died in every attempt).
 """.strip()
 
 
 def errors_page(made: str) -> str:
-    """Every error in the order of the tree."""
+    """Return the page, with the errors in the order of the module."""
     lines = [
         "# Errors",
         "",
@@ -38,7 +40,7 @@ def errors_page(made: str) -> str:
         "",
         _ABOUT,
         "",
-        "| error | says | exit code | HTTP | under |",
+        "| error | default message | exit code | HTTP | base class |",
         "|---|---|---|---|---|",
     ]
     server = _raising_server()
@@ -54,7 +56,7 @@ def errors_page(made: str) -> str:
 
 
 def all_errors() -> Iterator[type[FideloraError]]:
-    """Every class below the root, in the order of the file."""
+    """Yield every subclass of `FideloraError`, in the order of the module."""
     for value in vars(errors).values():
         if (
             inspect.isclass(value)
@@ -65,7 +67,7 @@ def all_errors() -> Iterator[type[FideloraError]]:
 
 
 def _answer(kind: type[FideloraError], server: TestClient) -> str:
-    with capture_logs():  # of an error that no call ends with, the server writes a line
+    with capture_logs():  # an error without a response is logged
         answer = server.get(f"/{kind.__name__}")
     if answer.status_code == 500:
         return ""
@@ -78,7 +80,7 @@ def _answer(kind: type[FideloraError], server: TestClient) -> str:
 
 
 def _raising_server() -> TestClient:
-    """A server that answers each path with the error of that name, as ours would."""
+    """Return a client of a server that raises, for each path, the error of that name."""
     app = FastAPI()
     problems.install(app)
 

@@ -1,4 +1,7 @@
-"""docs/reference/python.md: what `fidelora` exports, from signatures and docstrings, without importing any of it."""
+"""Generate docs/reference/python.md from the exported signatures and docstrings.
+
+Griffe reads the source files; nothing is imported.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,12 @@ import griffe
 from griffe import Docstring, DocstringSection, DocstringSectionKind, Object
 
 _ABOUT = """
-What `fidelora` exports. Names that begin with an underscore, and whatever is in other modules, may change with any version. All
-errors are in [`fidelora.errors`](errors.md), and the bodies that the clients return are those of the [HTTP API](http.md#bodies).
+This page describes the names that `fidelora` exports. Names that begin with an underscore, and
+other modules, may change with any version. All errors are in [`fidelora.errors`](errors.md). The
+objects that the clients return are the bodies of the [HTTP API](http.md#bodies).
 
-`import fidelora` loads nothing; a name's module is loaded when the name is used. `Client` and `AsyncClient` need
-`pip install 'fidelora[client]'`.
+`import fidelora` loads no submodules; each is loaded when one of its names is used. `Client` and
+`AsyncClient` need `pip install 'fidelora[client]'`.
 """.strip()
 _TITLES = {
     DocstringSectionKind.parameters: "Arguments",
@@ -28,14 +32,14 @@ _TITLES = {
 
 
 class _Strict(logging.Handler):
-    """A docstring that cannot be read ends the run; griffe alone would leave that part out with a warning."""
+    """Turn griffe's warnings about docstrings that it cannot parse into errors."""
 
     def emit(self, record: logging.LogRecord) -> None:
         raise ValueError(record.getMessage())
 
 
 def python_page(made: str) -> str:
-    """Every public name with its signature, what it takes, what it has and what it raises."""
+    """Return the page: each public name with signature, arguments, attributes and errors."""
     logging.getLogger("griffe").addHandler(_Strict(logging.WARNING))
     package = cast(griffe.Module, griffe.load("fidelora", docstring_parser="google"))
     assert package.exports is not None
@@ -70,7 +74,7 @@ def _entry(thing: Object, name: str) -> Iterator[str]:
 
 
 def _signature(thing: Object, name: str) -> list[str]:
-    """How it is called, one argument a line where one line is not enough."""
+    """Return the signature, with one argument per line if it is too long for one line."""
     if isinstance(thing, griffe.Attribute):
         return [f"{name}: {thing.annotation}"]
     assert isinstance(thing, griffe.Function | griffe.Class)
@@ -100,7 +104,7 @@ def _parameter(parameter: griffe.Parameter) -> str:
         else ""
     )
     default = "" if parameter.default is None or stars else f" = {parameter.default}"
-    # `FROM_MODEL` is a private mark for what the model's data fills in.
+    # `FROM_MODEL` is a private sentinel: the default comes from the model family.
     return f"{stars}{parameter.name}: {parameter.annotation}{default.replace('FROM_MODEL', '...')}"
 
 
@@ -114,13 +118,14 @@ def _text(docstring: Docstring | None) -> list[str]:
             lines += [f"{_TITLES[section.kind]}:", "", *_items(section), ""]
         else:
             raise ValueError(
-                f"{docstring.parent}: a section of the kind {section.kind.value} has no place here"
+                f"{docstring.parent}: docstring sections of kind {section.kind.value} "
+                "are not supported"
             )
     return lines
 
 
 def _fenced(text: str) -> Iterator[str]:
-    """The text with its indented examples as blocks of Python."""
+    """Yield the text with its indented examples as Python code blocks."""
     for paragraph in re.split(r"\n\n(?=\S|    )", text):
         if paragraph.startswith("    "):
             yield from ["```python", *textwrap.dedent(paragraph).splitlines(), "```", ""]
