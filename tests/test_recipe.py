@@ -699,7 +699,7 @@ def test_minus_zero_is_zero():
 def test_a_list_of_adapters_is_taken_and_a_generator_is_not():
     ref = AdapterRef("a" * 64)
     assert Recipe(prompt="", adapters=[ref]).adapters == (ref,)  # type: ignore[arg-type]
-    with pytest.raises(RecipeError, match="has to be a tuple"):
+    with pytest.raises(RecipeError, match="must be a tuple"):
         Recipe(prompt="", adapters=(each for each in [ref]))  # type: ignore[arg-type]
 
 

@@ -1,8 +1,8 @@
 """The recipe: everything that defines an image, and nothing else.
 
-Where the image is computed (device, offload), where the adapter's file lies and what the output file is called are not in it.
-A recipe is complete from the moment it exists: what the caller leaves out is filled in from the model once, here, and nothing
-below ever asks whether a field was given.
+It does not contain the device, offloading, the path of an adapter file or the name of the output
+file. A recipe is complete from the moment it exists: fields that the caller leaves out are filled
+in from the model family here, so no other code checks whether a field was given.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ _OPTIONAL: Mapping[str, Any] = {
 }
 """Fields that only some families use (`Family.uses`), with the values that ask for nothing."""
 
-_SAID_IF_NEEDED: Mapping[str, Any] = {"negative_prompt_2": None, "guidance_rescale": 0.0}
-"""Fields that came later and are left out of the JSON form at these values: recipes that do not need them stay as they were."""
+_OMITTED_DEFAULTS: Mapping[str, Any] = {"negative_prompt_2": None, "guidance_rescale": 0.0}
+"""Later fields, left out of the JSON form at these values so that older digests stay valid."""
 
 
 class _FromModel:
-    """The default of a field that the model's data fills in."""
+    """Default of a field that is filled in from the model family."""
 
     def __repr__(self) -> str:
         return "the model's default"
@@ -61,9 +61,9 @@ FROM_MODEL: Any = _FromModel()
 
 
 def replace_trigger(prompt: str, trigger: str) -> str:
-    """Put `trigger` where `prompt` says `[trigger]` or `[name]`, as the trainer does; an empty trigger leaves both as they are.
+    """Replace `[trigger]` and `[name]` in `prompt` by `trigger`, as the trainer does.
 
-    The word is never added to a prompt that does not ask for it.
+    An empty trigger replaces nothing. A prompt without the placeholders stays as it is.
     """
     return prompt.replace("[name]", trigger).replace("[trigger]", trigger) if trigger else prompt
 
@@ -83,14 +83,14 @@ def file_sha256(path: Path) -> str:
 
 @dataclass(frozen=True)
 class AdapterRef:
-    """One adapter (LoRA, LoKr, ...) in a recipe: which bytes, and how strongly.
+    """An adapter (LoRA, LoKr, ...) in a recipe: its bytes and its strength.
 
     Attributes:
-        sha256: of the whole file, in hex. An adapter is known by its bytes, never by its path.
-        multiplier: -2..2; 0 leaves the base model as it is.
-        alpha: of a DoRA, whose file has none: its scale is alpha / rank; None if nobody knows it, and then the scale is 1.
-        name: what people call it; not part of the identity.
-        path: where the bytes were last seen; not part of the identity and not written to JSON.
+        sha256: of the whole file, in hex. Adapters are identified by their bytes, not their path.
+        multiplier: -2..2; 0 disables the adapter.
+        alpha: of a DoRA, whose file has none: its scale is alpha / rank. None: the scale is 1.
+        name: for people; not part of the identity.
+        path: where the file was last seen; not part of the identity and not in the JSON form.
     """
 
     sha256: str
@@ -134,43 +134,46 @@ class AdapterRef:
         if not path.is_file():  # nor a device or a pipe, which may never end
             raise AdapterNotFoundError(f"There is no adapter file {path}; check the path.")
         read_file_header(path)
-        name = path.stem.encode(
-            "utf-8", "replace"
-        ).decode()  # a file name need not be text; what goes into images has to be
+        name = path.stem.encode("utf-8", "replace").decode()  # file names may be any bytes
         return cls(file_sha256(path), multiplier, name=name, path=path.resolve())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything that defines one image. Equal recipes have the same digest and define the same image.
+    """Everything that defines one image. Equal recipes define the same image.
 
     Attributes:
-        prompt: the text as it is encoded, `[trigger]` already replaced.
-        negative_prompt: the text that guidance leads away from; unused at `guidance_scale` <= 1.
-        negative_prompt_2: what the second text encoder of models with two gets in its place; None for the same. The trainer's
-            previews differ there: a flag `--n` changes the first one alone.
+        prompt: the text to encode, with `[trigger]` already replaced.
+        negative_prompt: the text that guidance leads away from; unused without guidance.
+        negative_prompt_2: the negative prompt of the second text encoder, for families with two;
+            None for the same. The trainer's samples differ here: a flag `--n` changes the first one
+            only.
         model: id of the model family.
-        base_model: hub id (`owner/name`, `owner/name@revision`), diffusers folder or single .safetensors file.
-        variant: which files of a diffusers folder: empty for the plain ones, `fp16` for `*.fp16.safetensors`.
-        config: folder in the diffusers layout whose configurations and tokenizer a single-file checkpoint is read with; empty for
-            the model family's own.
-        vae: hub id, folder or file of a VAE to use in place of the base's own; empty for its own.
-        width, height: pixels, 64..4096, floored to the model's divisor.
+        base_model: hub id (`owner/name`, `owner/name@revision`), diffusers folder or single
+            .safetensors file.
+        variant: which files of a diffusers folder: empty for the plain ones, `fp16` for
+            `*.fp16.safetensors`.
+        config: folder in the diffusers layout with the configurations for a single-file checkpoint;
+            empty for the family's own.
+        vae: hub id, folder or file of a VAE in place of the base's own; empty for its own.
+        width, height: pixels, 64..4096, rounded down to a multiple of the family's divisor.
         steps: 1..150 (some samplers: fewer).
-        guidance_scale: 0..100; at <= 1 there is no guidance and the negative prompt is not encoded.
-        guidance_rescale: 0..1; how far a guided prediction is brought back to the spread of the prompt's own, against overexposure.
+        guidance_scale: 0..100; at <= 1 there is no guidance.
+        guidance_rescale: 0..1; how far a guided prediction is brought back to the standard
+            deviation of the prompt's own, against overexposure.
         seed: 0..2**63-1.
-        sampler: one of the model's samplers.
-        prediction: what the UNet was trained to predict.
+        sampler: one of the family's samplers.
+        prediction: what the denoiser was trained to predict.
         adapters: applied in this order.
-        adapter_mode: `merged` into the weights, or `live` beside them; the trainer does the first when all samples of a job
-            share one multiplier and the second when they do not. The two differ by roundings.
-        noise: how half-precision noise is drawn on the CPU, `modern` as torch >= 2.12 does or `legacy` as torch <= 2.11 did;
-            no difference in float32.
-        dtype: of the UNet and the latents.
-        vae_dtype, text_encoder_dtype: of those; by default the same as `dtype`.
-        fidelity: `exact` computes as the trainer did, to the bit; `fast` in the way that is fastest on the device, with adapters
-            merged, and UNet and VAE in a precision of its own. Noise, sampler, latents and text are those of `exact`.
+        adapter_mode: `merged` into the weights, or `live` beside them. The trainer merges if all
+            samples of a training run share one multiplier. The two differ by roundings.
+        noise: how half-precision noise is drawn on the CPU: `modern` as torch >= 2.12 does,
+            `legacy` as torch <= 2.11 did. They are equal in float32.
+        dtype: of the denoiser and the latents.
+        vae_dtype, text_encoder_dtype: by default `dtype`.
+        fidelity: `exact` computes as the trainer did, to the bit. `fast` computes in the fastest
+            way on the device: adapters are merged, denoiser and decoder have a precision of their own;
+            noise, sampler, latents and text are those of `exact`.
 
     Raises:
         RecipeError: a field is out of its range.
@@ -276,27 +279,27 @@ class Recipe:
                 raise RecipeError(f"{spec.title} does not use {name}; leave it out.", field=name)
         if self.fidelity == "fast" and self.adapter_mode == "live":
             raise RecipeError(
-                "fast merges adapters; adapter_mode live is a way of exact alone.",
+                "fast merges adapters; use adapter_mode merged, or fidelity exact.",
                 field="adapter_mode",
             )
         if not isinstance(self.adapters, list | tuple) or not all(
             isinstance(ref, AdapterRef) for ref in self.adapters
         ):
             raise RecipeError(
-                "adapters has to be a tuple of AdapterRef; AdapterRef.from_file(path) makes one.",
+                "adapters must be a tuple of AdapterRef; AdapterRef.from_file(path) makes one.",
                 field="adapters",
             )
 
     def to_json(self) -> str:
-        """The whole recipe as JSON, on one line."""
+        """Return the whole recipe as JSON on one line."""
         return json.dumps(self.to_dict(), ensure_ascii=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """The whole recipe as plain data; `from_dict` takes it back."""
+        """Return the whole recipe as plain data; `from_dict` reads it."""
         plain: dict[str, Any] = {"format": FORMAT}
         for entry in fields(self):
             plain[entry.name] = getattr(self, entry.name)
-        for name, default in _SAID_IF_NEEDED.items():
+        for name, default in _OMITTED_DEFAULTS.items():
             if plain[name] == default:
                 del plain[name]
         plain["adapters"] = [
@@ -308,7 +311,7 @@ class Recipe:
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
-        """The recipe that `to_json` wrote.
+        """Read a recipe that `to_json` wrote.
 
         Raises:
             RecipeError: not JSON, a field is missing, unknown or out of range.
@@ -321,7 +324,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Recipe:
-        """The recipe that `to_dict` wrote; strict, because a recipe that is read back must not be completed by guesses.
+        """Read a recipe that `to_dict` wrote. Missing fields are errors, not filled in.
 
         Raises:
             RecipeError: a field is missing, unknown or out of range.
@@ -330,7 +333,7 @@ class Recipe:
             raise RecipeError("A recipe is a JSON object.")
         values = {
             "fidelity": "exact",
-            **_SAID_IF_NEEDED,
+            **_OMITTED_DEFAULTS,
             **plain,
         }  # recipes that were written before there was a choice mean exact
         version = values.pop("format", None)
@@ -364,7 +367,7 @@ class Recipe:
 
     @property
     def digest(self) -> str:
-        """Sha256 in hex of what defines the image: equal for equal recipes, on any machine and in any version of this format."""
+        """Sha256 in hex of what defines the image; equal for equal recipes on any machine."""
         plain = self.to_dict()
         for adapter in plain["adapters"]:
             del adapter["name"]
@@ -375,7 +378,7 @@ class Recipe:
 
 
 def may_share_batch(first: Recipe, second: Recipe) -> bool:
-    """Whether both images may go through the model side by side: in `fast`, if all is equal but prompts and seed.
+    """Return True if both images can be made in one batch: `fast`, equal except prompts and seed.
 
     Never in `exact`: the last bits of an image depend on the size of the batch.
     """
@@ -394,7 +397,7 @@ def _is_text(name: str, value: object) -> None:
         )
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise RecipeError(
-            f"{name} has a lone surrogate, which is no character of any text; write it again.",
+            f"{name} has a lone surrogate, which is not a character; write it again.",
             field=name,
         )
 
@@ -414,7 +417,7 @@ def _in_range(name: str, value: object, least: float, most: float, *, whole: boo
 
 
 def _shown(value: object) -> str:
-    """A value in a message: short, and never an error of its own (Python prints no integers of thousands of digits)."""
+    """Return a short text for a value; Python refuses to print integers of thousands of digits."""
     if isinstance(value, int) and abs(value) > 10**40:
         return "a number of more than 40 digits"
     text = (

@@ -75,7 +75,7 @@ def test_what_is_fast_cannot_be_live(fidelora):
     code, _, err = fidelora("generate", "a ball", "--fidelity", "fast", "--live", *SMALL)
     assert (code, err) == (
         2,
-        "error: fast merges adapters; adapter_mode live is a way of exact alone.\n",
+        "error: fast merges adapters; use adapter_mode merged, or fidelity exact.\n",
     )
 
 
