@@ -117,11 +117,11 @@ def main() -> None:
             with threads(change.threads):
                 for job in map(read_run, JOBS):
                     for plan in plan_samples(job, job.steps, base_model=str(TINY_BASE)):
-                        assert plan.preview is not None
+                        assert plan.trainer_image is not None
                         image = engine.generate(
                             change.recipe(job, plan), scheduler_options=change.scheduler_options
                         )
-                        found.append(compare_with_sample(image.pixels, plan.preview))
+                        found.append(compare_with_sample(image.pixels, plan.trainer_image))
             same = [one.identical_percent for one in found]
             span = (
                 f"{min(same):.2f} - {max(same):.2f}" if min(same) < max(same) else f"{same[0]:.2f}"

@@ -1,4 +1,4 @@
-"""The command line as people use it: exit codes, one sentence for an error, files that are whole."""
+"""Command line: exit codes, error messages and complete output files."""
 
 from __future__ import annotations
 
@@ -37,29 +37,52 @@ def one_sentence(stderr: str) -> str:
     return lines[0]
 
 
-def test_generate_writes_the_image_of_the_recipe(fidelora, tmp_path):
+def test_generate_writes_the_image_and_its_recipe(fidelora, tmp_path):
     code, out, err = fidelora(
-        "generate", "[trigger] a ball", "--trigger", "sks", "--negative", "blurry", "--lora", f"{LORA}:0.5",
-        "--lora", str(LORA_CONV), "--guidance", "5", "--seed", "9", "--sampler", "euler_a", *SMALL,
-    )  # fmt: skip
+        "generate",
+        "[trigger] a ball",
+        "--trigger",
+        "sks",
+        "--negative",
+        "blurry",
+        "--lora",
+        f"{LORA}:0.5",
+        "--lora",
+        str(LORA_CONV),
+        "--guidance",
+        "5",
+        "--seed",
+        "9",
+        "--sampler",
+        "euler_a",
+        *SMALL,
+    )
     assert (code, out, err) == (0, "fidelora_9.png\n", "")
     recipe = Recipe(
-        prompt="sks a ball", negative_prompt="blurry", base_model=str(TINY_BASE), width=64, height=72, steps=3,
-        guidance_scale=5, seed=9, sampler="euler_a", adapters=(AdapterRef.from_file(LORA, 0.5), AdapterRef.from_file(LORA_CONV)),
-    )  # fmt: skip
+        prompt="sks a ball",
+        negative_prompt="blurry",
+        base_model=str(TINY_BASE),
+        width=64,
+        height=72,
+        steps=3,
+        guidance_scale=5,
+        seed=9,
+        sampler="euler_a",
+        adapters=(AdapterRef.from_file(LORA, 0.5), AdapterRef.from_file(LORA_CONV)),
+    )
     assert Recipe.from_dict(read_record(tmp_path / "fidelora_9.png")["recipe"]) == recipe
     written = np.asarray(Image.open(tmp_path / "fidelora_9.png"))
     assert np.array_equal(written, Engine(device="cpu").generate(recipe).pixels)
 
 
-def test_several_images_have_seeds_that_count_up(fidelora, tmp_path):
+def test_several_images_have_consecutive_seeds(fidelora, tmp_path):
     code, out, _ = fidelora("generate", "a ball", "-n", "3", "--out", "pictures", *SMALL)
     assert code == 0
     assert out.splitlines() == [f"pictures/fidelora_{seed}.png" for seed in (42, 43, 44)]
     assert len({(tmp_path / line).read_bytes() for line in out.splitlines()}) == 3
 
 
-def test_fast_images_are_made_side_by_side_and_say_so(fidelora, tmp_path):
+def test_fast_images_are_batched_and_record_their_fidelity(fidelora, tmp_path):
     code, out, err = fidelora("generate", "a ball", "-n", "3", "--fidelity", "fast", *SMALL)
     assert (code, out.splitlines(), err) == (
         0,
@@ -71,7 +94,7 @@ def test_fast_images_are_made_side_by_side_and_say_so(fidelora, tmp_path):
     assert "Fidelity: fast" in Image.open(tmp_path / "fidelora_42.png").info["parameters"]
 
 
-def test_what_is_fast_cannot_be_live(fidelora):
+def test_fast_does_not_support_unmerged_adapters(fidelora):
     code, _, err = fidelora("generate", "a ball", "--fidelity", "fast", "--live", *SMALL)
     assert (code, err) == (
         2,
@@ -79,7 +102,7 @@ def test_what_is_fast_cannot_be_live(fidelora):
     )
 
 
-def test_files_in_a_folder_are_never_replaced(fidelora):
+def test_files_in_an_output_folder_are_not_replaced(fidelora):
     assert fidelora("generate", "a ball", *SMALL)[1] == "fidelora_42.png\n"
     assert fidelora("generate", "a ball", *SMALL)[1] == "fidelora_42_2.png\n"
 
@@ -93,31 +116,29 @@ def test_files_in_a_folder_are_never_replaced(fidelora):
         (["--format", "webp", "--out", "folder"], "folder/fidelora_42.webp", "WEBP"),
     ],
 )
-def test_the_format_follows_from_the_name_or_the_option(fidelora, tmp_path, options, name, kind):
+def test_the_format_depends_on_the_name_or_the_option(fidelora, tmp_path, options, name, kind):
     code, out, _ = fidelora("generate", "a ball", *options, *SMALL)
     assert (code, out) == (0, f"{name}\n")
     assert Image.open(tmp_path / name).format == kind
     assert read_record(tmp_path / name)["recipe"]["prompt"] == "a ball"
 
 
-def test_a_random_seed_is_told_in_the_file(fidelora, tmp_path):
+def test_a_random_seed_is_printed_and_stored(fidelora, tmp_path):
     _, out, err = fidelora("generate", "a ball", "--seed", "-1", *SMALL)
     seed = read_record(tmp_path / out.strip())["recipe"]["seed"]
     assert (out, err) == (f"fidelora_{seed}.png\n", f"seed: {seed}\n")
 
 
-def test_a_folder_may_have_a_dot_in_its_name_if_it_ends_in_a_slash(fidelora):
+def test_a_folder_with_a_dot_in_its_name_ends_in_a_slash(fidelora):
     assert fidelora("generate", "a ball", "--out", "v1.0/", *SMALL)[1] == "v1.0/fidelora_42.png\n"
     assert fidelora("generate", "a ball", "--out", "v1.0", *SMALL)[1] == "v1.0/fidelora_42_2.png\n"
 
 
-def test_a_place_that_cannot_be_written_is_told_before_anything_is_computed(
-    fidelora, tmp_path, monkeypatch
-):
-    def computed(*args, **kwargs):
-        raise AssertionError("an image was computed")
+def test_an_unwritable_folder_is_reported_before_generating(fidelora, tmp_path, monkeypatch):
+    def generate(*args, **kwargs):
+        raise AssertionError("an image was generated")
 
-    monkeypatch.setattr("fidelora.engine.engine.Engine.generate", computed)
+    monkeypatch.setattr("fidelora.engine.engine.Engine.generate", generate)
     (tmp_path / "file").write_bytes(b"")
     for out in ("file", "file/below/a.png"):
         code, _, err = fidelora("generate", "a ball", "--out", out, *SMALL)
@@ -128,7 +149,7 @@ def test_a_place_that_cannot_be_written_is_told_before_anything_is_computed(
     assert "Nothing can be written to the folder" in one_sentence(err)
 
 
-def test_a_file_whose_name_looks_like_a_multiplier_is_a_file(fidelora, tmp_path):
+def test_a_file_name_may_end_like_a_multiplier(fidelora, tmp_path):
     (tmp_path / "v1:2").write_bytes(LORA.read_bytes())
     _, out, _ = fidelora("generate", "a ball", "--lora", "v1:2", *SMALL)
     assert read_record(tmp_path / out.strip())["recipe"]["adapters"][0]["multiplier"] == 1.0
@@ -145,7 +166,7 @@ def test_escape_codes_in_a_file_do_not_reach_the_terminal(fidelora, tmp_path):
 
 
 @pytest.mark.parametrize("sampler", ["dpmsolver", "dpmsingle", "lcm"])
-def test_libraries_do_not_chatter(tmp_path, sampler):
+def test_libraries_do_not_print_messages(tmp_path, sampler):
     arguments = ["generate", "a ball", *SMALL, "--sampler", sampler]
     done = subprocess.run(
         [sys.executable, "-m", "fidelora", *arguments],
@@ -157,16 +178,16 @@ def test_libraries_do_not_chatter(tmp_path, sampler):
     assert (done.stdout, done.stderr) == ("fidelora_42.png\n", "")
 
 
-def test_what_is_cut_off_is_quoted(fidelora):
+def test_the_truncated_end_of_a_prompt_is_quoted(fidelora):
     code, _, err = fidelora("generate", "ball " * 75 + "at night", *SMALL)
     assert code == 0
     assert (
-        err
-        == 'warning: The end of the prompt does not fit into 77 tokens and has no effect: "at night".\n'
+        err == "warning: The end of the prompt does not fit into 77 tokens and has no effect: "
+        '"at night".\n'
     )
 
 
-def test_a_trigger_without_a_place_is_said_to_have_no_effect(fidelora):
+def test_a_trigger_without_placeholder_has_no_effect(fidelora):
     _, _, err = fidelora("generate", "a ball", "--trigger", "sks", *SMALL)
     assert err.startswith("warning: --trigger has no effect")
 
@@ -187,20 +208,20 @@ def test_a_trigger_without_a_place_is_said_to_have_no_effect(fidelora):
         (["--noise", "old"], "noise is 'old'"),
         (["--offload", "some"], "There is no way of offloading 'some'"),
         (["--format", "gif"], "--format is 'gif'"),
-        (["--format", "png", "--out", "a.jpg"], "say different things"),
+        (["--format", "png", "--out", "a.jpg"], "does not match --out a.jpg"),
         (["--lora", "absent.safetensors"], "There is no adapter file absent.safetensors"),
         (["--base-model", "./absent/at/all"], "There is no base model at ./absent/at/all"),
         (["--device", "quantum"], "There is no device 'quantum'"),
         (["-n", "0"], "-n is 0"),
         (["--out", "foo.gif"], "foo.gif ends in no image format"),
-        (["--lora", ""], "--lora needs the name of a file"),
+        (["--lora", ""], "--lora is empty; set the name of a file"),
         (["--lora", ":2"], "There is no adapter file :2"),
         (["--seed", str(2**63 - 1), "-n", "2"], "seed is 9223372036854775808"),
         (["--config", "somewhere"], "configurations of its own"),
     ],
     ids=lambda value: " ".join(value)[-30:] if isinstance(value, list) else "",
 )
-def test_wrong_use_is_one_sentence_and_exit_code_2(fidelora, tmp_path, arguments, sentence):
+def test_wrong_use_prints_one_sentence_and_exits_with_2(fidelora, tmp_path, arguments, sentence):
     code, out, err = fidelora("generate", "a ball", *SMALL, *arguments)
     assert (code, out) == (2, "")
     assert sentence in one_sentence(err)
@@ -218,7 +239,9 @@ def test_wrong_use_is_one_sentence_and_exit_code_2(fidelora, tmp_path, arguments
     ],
     ids=["html", "truncated", "large header", "pickle", "empty"],
 )
-def test_a_broken_adapter_is_one_sentence_and_exit_code_1(fidelora, tmp_path, content, sentence):
+def test_a_broken_adapter_prints_one_sentence_and_exits_with_1(
+    fidelora, tmp_path, content, sentence
+):
     (tmp_path / "lora.safetensors").write_bytes(content)
     code, out, err = fidelora("generate", "a ball", *SMALL, "--lora", "lora.safetensors")
     assert (code, out) == (1, "")
@@ -226,7 +249,7 @@ def test_a_broken_adapter_is_one_sentence_and_exit_code_1(fidelora, tmp_path, co
     assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]
 
 
-def test_an_image_that_cannot_be_written_is_one_sentence(fidelora, tmp_path, monkeypatch):
+def test_a_full_disk_prints_one_sentence(fidelora, tmp_path, monkeypatch):
     def disk_full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
@@ -244,17 +267,20 @@ def test_debug_shows_the_traceback(fidelora, monkeypatch):
         main()
 
 
-def test_a_fault_of_ours_is_said_to_be_one(fidelora, monkeypatch):
-    def fault(*args, **kwargs):
+def test_an_unexpected_error_is_reported_as_a_bug(fidelora, monkeypatch):
+    def fail(*args, **kwargs):
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr("fidelora.engine.engine.Engine.generate_batch", fault)
+    monkeypatch.setattr("fidelora.engine.engine.Engine.generate_batch", fail)
     code, _, err = fidelora("generate", "a ball", *SMALL)
     assert code == 1
-    assert "Unexpected ZeroDivisionError" in one_sentence(err)
+    assert (
+        "Unexpected ZeroDivisionError: division by zero. This is a bug in Fidelora"
+        in one_sentence(err)
+    )
 
 
-def test_models_lists_the_family_with_its_samplers(fidelora):
+def test_models_lists_families_with_their_samplers(fidelora):
     code, out, _ = fidelora("models")
     assert code == 0
     assert "sd15  Stable Diffusion 1.5" in out
@@ -262,7 +288,7 @@ def test_models_lists_the_family_with_its_samplers(fidelora):
     assert "runwayml/stable-diffusion-v1-5" in out
 
 
-def test_models_as_json(fidelora):
+def test_models_prints_json(fidelora):
     import json
 
     _, out, _ = fidelora("models", "--json")
@@ -281,12 +307,12 @@ def test_models_as_json(fidelora):
     )
 
 
-def test_the_demo_shows_a_lora_proves_previews_and_serves(fidelora, tmp_path):
+def test_the_demo_shows_a_lora_replays_samples_and_uses_a_server(fidelora, tmp_path):
     code, out, err = fidelora("demo", "--device", "cpu", "--out", "demo")
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert (
-        sum("preview" in line and ("identical" in line or "rounding" in line) for line in lines)
+        sum("sample" in line and (": identical" in line or ": rounding" in line) for line in lines)
         == 3
     )
     assert sum("DIFFERENT" in line for line in lines) == 1
@@ -294,26 +320,28 @@ def test_the_demo_shows_a_lora_proves_previews_and_serves(fidelora, tmp_path):
         assert sheet.width > 3 * 256
     assert "4 images, all pixels equal" in out
     served = sorted((tmp_path / "demo" / "served").iterdir())
-    # The last column of the sheet is what was served, at one place of it each.
+    # The last column of the sheet contains each picture of the server once.
     with Image.open(tmp_path / "demo" / "lora.png") as sheet:
-        painted = np.asarray(sheet)
+        sheet_pixels = np.asarray(sheet)
     for file in served:
         with Image.open(file) as image:
             row = np.asarray(image)[64].repeat(2, axis=0)
-        assert any((painted[top, -256 - 6 : -6] == row).all() for top in range(len(painted)))
+        assert any(
+            (sheet_pixels[top, -256 - 6 : -6] == row).all() for top in range(len(sheet_pixels))
+        )
     assert (tmp_path / "demo" / "sks.safetensors").read_bytes() == MINIATURE_LORA.read_bytes()
 
 
-def test_the_demo_says_how_to_install_the_server(fidelora, monkeypatch):
-    monkeypatch.setattr(demo, "_paint", lambda *_: ([], []))
-    monkeypatch.setattr(demo, "_prove", lambda *_: None)
-    monkeypatch.setattr(demo, "_FOR_THE_SERVER", ("fastapi", "no_such_package"))
+def test_the_demo_explains_how_to_install_the_server(fidelora, monkeypatch):
+    monkeypatch.setattr(demo, "_make_lora_sheet", lambda *_: ([], []))
+    monkeypatch.setattr(demo, "_replay_samples", lambda *_: None)
+    monkeypatch.setattr(demo, "_SERVER_PACKAGES", ("fastapi", "no_such_package"))
     code, out, _ = fidelora("demo", "--device", "cpu")
     assert code == 0
     assert "pip install 'fidelora[server,client]'" in out
 
 
-def test_the_demos_server_is_told_apart_from_ours(monkeypatch):
+def test_the_demos_server_ignores_settings_of_the_environment(monkeypatch):
     monkeypatch.setenv("WORKFLOWS_BASE_PATH", "/elsewhere")
     monkeypatch.setenv("FIDELORA_LORA_HOSTS", "example.org")
     monkeypatch.setenv("UNRELATED", "1")
@@ -324,26 +352,29 @@ def test_the_demos_server_is_told_apart_from_ours(monkeypatch):
 
 @pytest.mark.parametrize(
     ("max_difference", "identical", "sentence"),
-    [(9, 10.0, "A preview came out different"), (0, 100.0, "The control came out equal")],
+    [
+        (9, 10.0, "A replayed sample differs from the trainer's"),
+        (0, 100.0, "The control sample is the same"),
+    ],
 )
 def test_the_demo_can_fail(fidelora, monkeypatch, max_difference, identical, sentence):
     from fidelora.training import compare
 
     same = compare.Comparison(identical, identical, max_difference, 0.0)
     monkeypatch.setattr(compare, "compare_with_sample", lambda *_: same)
-    monkeypatch.setattr(demo, "_paint", lambda *_: ([], []))
+    monkeypatch.setattr(demo, "_make_lora_sheet", lambda *_: ([], []))
     code, _, err = fidelora("demo", "--device", "cpu")
     assert code == 1
     assert sentence in one_sentence(err)
 
 
-def test_no_arguments_show_the_help(fidelora):
+def test_without_arguments_the_help_is_shown(fidelora):
     code, out, err = fidelora()
     assert code == 2
     assert "generate" in out + err
 
 
-def test_it_runs_as_a_module_and_says_its_version():
+def test_the_module_runs_and_prints_its_version():
     done = subprocess.run(
         [sys.executable, "-m", "fidelora", "--version"], capture_output=True, text=True, check=True
     )
@@ -355,17 +386,21 @@ def test_it_runs_as_a_module_and_says_its_version():
     [
         "import fidelora",
         "from fidelora import Recipe, AdapterRef; Recipe(prompt='a ball')",
-        "import sys; sys.argv = ['fidelora', '--help']\ntry: import fidelora.__main__\nexcept SystemExit: pass",
+        "import sys; sys.argv = ['fidelora', '--help']\n"
+        "try: import fidelora.__main__\nexcept SystemExit: pass",
     ],
     ids=["import", "recipe", "help"],
 )
-def test_what_needs_no_torch_does_not_load_it(code):
-    check = "\nimport sys; heavy = {'torch', 'diffusers', 'transformers', 'numpy', 'PIL'} & set(sys.modules); assert not heavy, heavy"
+def test_torch_is_not_imported_unless_required(code):
+    check = (
+        "\nimport sys; heavy = {'torch', 'diffusers', 'transformers', 'numpy', 'PIL'}"
+        " & set(sys.modules); assert not heavy, heavy"
+    )
     subprocess.run([sys.executable, "-c", code + check], capture_output=True, text=True, check=True)
 
 
-def test_an_interrupt_in_the_middle_leaves_no_file(tmp_path):
-    """A real process, a real signal, at a moment when steps are being made."""
+def test_an_interrupt_while_generating_leaves_no_file(tmp_path):
+    """Send a real signal to a real process after its second sampling step."""
     arguments = [
         "generate",
         "a ball",

@@ -1,4 +1,4 @@
-"""`fidelora replay`: an image is made again from what its file says, and proved to be the same or not."""
+"""`fidelora replay`: generates an image again from its recipe and compares the pixels."""
 
 from __future__ import annotations
 
@@ -15,9 +15,15 @@ from fidelora import AdapterRef, Engine, Recipe, read_record
 from fidelora.recipe import file_sha256
 
 RECIPE = Recipe(
-    prompt="a ball", base_model=str(TINY_BASE), width=64, height=72, steps=2, seed=9, sampler="euler_a",
+    prompt="a ball",
+    base_model=str(TINY_BASE),
+    width=64,
+    height=72,
+    steps=2,
+    seed=9,
+    sampler="euler_a",
     adapters=(AdapterRef.from_file(LORA, 0.5), AdapterRef.from_file(LORA_CONV, -0.25)),
-)  # fmt: skip
+)
 CPU = ("--device", "cpu")
 LORAS = ("--lora", str(LORA), "--lora", str(LORA_CONV))
 
@@ -47,7 +53,7 @@ def write(path, content):
         ("ball.webp", 50),
     ],
 )
-def test_the_same_pixels_in_every_format(fidelora, made, tmp_path, name, quality):
+def test_all_formats_give_the_same_pixels(fidelora, made, tmp_path, name, quality):
     image_format = {"png": "png", "jpg": "jpeg", "webp": "webp"}[name.partition(".")[2]]
     image = write(tmp_path / name, made.encode(image_format, quality))
     again = tmp_path / name.replace("ball", "ball_again")
@@ -57,12 +63,11 @@ def test_the_same_pixels_in_every_format(fidelora, made, tmp_path, name, quality
     assert Recipe.from_dict(read_record(again)["recipe"]) == RECIPE
 
 
-def test_loras_are_found_by_their_bytes_under_any_name(fidelora, image, tmp_path):
+def test_loras_are_found_by_hash_under_any_name(fidelora, image, tmp_path):
     (tmp_path / "x" / "deep").mkdir(parents=True)
     shutil.copyfile(LORA, tmp_path / "x" / "deep" / "renamed.safetensors")
-    shutil.copyfile(
-        LORA_CONV, tmp_path / "x" / LORA.name
-    )  # the name of one, the bytes of the other
+    # The content of one LoRA under the name of the other.
+    shutil.copyfile(LORA_CONV, tmp_path / "x" / LORA.name)
     code, out, _ = fidelora(
         "replay",
         str(image),
@@ -77,12 +82,12 @@ def test_loras_are_found_by_their_bytes_under_any_name(fidelora, image, tmp_path
     assert (tmp_path / "new" / "b.png").is_file()
 
 
-def test_a_second_image_has_a_name_of_its_own(fidelora, image, tmp_path):
+def test_repeated_replays_have_different_names(fidelora, image, tmp_path):
     for name in ("ball_again.png", "ball_again_2.png"):
         assert fidelora("replay", str(image), *LORAS, *CPU)[:2] == (0, f"{tmp_path / name}\n")
 
 
-def test_other_pixels_are_told_and_leave_with_1(fidelora, made, tmp_path):
+def test_different_pixels_exit_with_1(fidelora, made, tmp_path):
     pixels = made.pixels.copy()
     pixels[0, 0] ^= 255
     image = tmp_path / "ball.png"
@@ -97,10 +102,10 @@ def test_other_pixels_are_told_and_leave_with_1(fidelora, made, tmp_path):
     assert out.splitlines()[1].startswith(
         "DIFFERENT: 99.97 % of pixels are the same, the largest difference is "
     )
-    assert out.splitlines()[2:] == [f"  device was cuda, and is {made.environment['device']} here"]
+    assert out.splitlines()[2:] == [f"  device was cuda and is now {made.environment['device']}"]
 
 
-def test_a_resized_image_is_told(fidelora, made, tmp_path):
+def test_a_resized_image_is_reported(fidelora, made, tmp_path):
     image = tmp_path / "ball.png"
     info = PngImagePlugin.PngInfo()
     info.add_itxt("fidelora", json.dumps(made.record()))
@@ -108,11 +113,11 @@ def test_a_resized_image_is_told(fidelora, made, tmp_path):
     code, out, _ = fidelora("replay", str(image), "--compare", *LORAS, *CPU)
     assert (code, out.splitlines()[1]) == (
         1,
-        "DIFFERENT: the file is 32x36, and its recipe makes 64x72; it was resized.",
+        "DIFFERENT: the file is 32x36, but its recipe gives 64x72; it was resized.",
     )
 
 
-def test_what_is_changed_is_said(fidelora, image, tmp_path):
+def test_changes_of_the_recipe_are_reported(fidelora, image, tmp_path):
     base = shutil.copytree(TINY_BASE, tmp_path / "base")
     code, out, err = fidelora(
         "replay",
@@ -128,9 +133,10 @@ def test_what_is_changed_is_said(fidelora, image, tmp_path):
     )
     document = json.loads(out)
     assert document["changes"] == {
-        "base_model": {"was": str(TINY_BASE), "now": str(base)}, "fidelity": {"was": "exact", "now": "fast"}
-    }  # fmt: skip
-    assert "warning: fidelity is 'fast' in place of 'exact'." in err
+        "base_model": {"was": str(TINY_BASE), "now": str(base)},
+        "fidelity": {"was": "exact", "now": "fast"},
+    }
+    assert "warning: fidelity is 'fast' instead of 'exact'." in err
     assert (document["source"], document["recipe"]["fidelity"], document["ignored"]) == (
         "fidelora",
         "fast",
@@ -140,14 +146,14 @@ def test_what_is_changed_is_said(fidelora, image, tmp_path):
     assert code == (0 if document["identical"] else 1)
 
 
-def test_missing_loras_are_named_with_their_hashes(fidelora, image, tmp_path):
+def test_missing_loras_are_listed_with_their_hashes(fidelora, image, tmp_path):
     code, out, err = fidelora(
         "replay", str(image), "--lora", str(LORA), "--lora-dir", str(tmp_path), *CPU
     )
     assert (code, out) == (2, "")
     assert f"{LORA_CONV.stem} (sha256 {file_sha256(LORA_CONV)})" in err
     assert file_sha256(LORA) not in err
-    assert "Give them by --lora FILE or --lora-dir DIR." in err
+    assert "Set --lora FILE or --lora-dir DIR." in err
 
 
 @pytest.mark.parametrize(
@@ -156,13 +162,13 @@ def test_missing_loras_are_named_with_their_hashes(fidelora, image, tmp_path):
         (["none.png"], "cannot be read"),
         (["notes.txt"], "not a PNG, JPEG or WebP"),
         (["plain.png"], "carries neither a recipe"),
-        (["ball.png", "--lora-dir", "nowhere"], "There is no folder nowhere"),
+        (["ball.png", "--lora-dir", "nowhere"], "The folder nowhere does not exist"),
         (["ball.png", "--lora", "nowhere.safetensors"], "There is no adapter file"),
         (["ball.png", "--out", "x.gif"], "ends in no image format"),
         (["ball.png", "--base-model", "nowhere/at/all"], "nowhere"),
     ],
 )
-def test_what_cannot_be_used_leaves_with_2(fidelora, image, tmp_path, arguments, message):
+def test_unusable_files_exit_with_2(fidelora, image, tmp_path, arguments, message):
     (tmp_path / "notes.txt").write_text("x")
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     given = () if "--lora" in arguments else LORAS
@@ -172,10 +178,11 @@ def test_what_cannot_be_used_leaves_with_2(fidelora, image, tmp_path, arguments,
     assert "Traceback" not in err
 
 
-def test_another_programs_image_is_made_as_far_as_its_text_goes(fidelora, tmp_path):
+def test_images_of_other_programs_use_the_supported_parameters(fidelora, tmp_path):
     text = (
         f"a ball <lora:{LORA.stem}:0.5>\nNegative prompt: bad\n"
-        "Steps: 2, Sampler: Euler a, CFG scale: 4, Seed: 9, Size: 64x72, Model: tiny, Clip skip: 2, "
+        "Steps: 2, Sampler: Euler a, CFG scale: 4, Seed: 9, Size: 64x72, Model: tiny, "
+        "Clip skip: 2, "
         f'Lora hashes: "{LORA.stem}: 0123456789ab", Version: v1.10.1'
     )
     info, buffer = PngImagePlugin.PngInfo(), io.BytesIO()
@@ -187,10 +194,10 @@ def test_another_programs_image_is_made_as_far_as_its_text_goes(fidelora, tmp_pa
     )
     assert code == 0
     for sentence in (
-        "as far as they go",
-        "Clip skip '2' is not used",
-        "Model 'tiny' is not used",
-        "had the hash 0123456789ab",
+        "as far as they are supported",
+        "Clip skip '2' is ignored",
+        "Model 'tiny' is ignored",
+        "of hash 0123456789ab",
     ):
         assert sentence in err
     recipe = Recipe.from_dict(read_record(tmp_path / "theirs_again.png")["recipe"])

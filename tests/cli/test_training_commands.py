@@ -1,4 +1,4 @@
-"""`fidelora verify`, `inspect`, `recipe` and `grid`: what they print, and the exit codes that scripts rely on."""
+"""Output and exit codes of `fidelora verify`, `inspect`, `recipe` and `grid`."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ from fidelora.training.plan import plan_samples
 from fidelora.training.run_folder import read_run
 
 pytestmark = pytest.mark.usefixtures("golden_threads")
-JOB = DEMO_DATA / "lora_linear_f32"
+RUN = DEMO_DATA / "lora_linear_f32"
 BASE = ("--base-model", str(TINY_BASE), "--device", "cpu")
 
 Change = Callable[[dict[str, Any]], Any]
 
 
 @pytest.fixture
-def job(tmp_path):
-    """A copy of a job, its configuration changed."""
+def copy_run(tmp_path):
+    """Return a function that copies a run folder and changes its configuration."""
 
-    def make(change: Change = lambda process: None, source: Path = JOB) -> Path:
-        folder = Path(shutil.copytree(source, tmp_path / "job"))
+    def make(change: Change = lambda process: None, source: Path = RUN) -> Path:
+        folder = Path(shutil.copytree(source, tmp_path / "run"))
         document = yaml.safe_load((folder / "config.yaml").read_text())
         change(document["config"]["process"][0])
         (folder / "config.yaml").write_text(yaml.safe_dump(document))
@@ -52,29 +52,29 @@ def job(tmp_path):
     return make
 
 
-# --- verify ------------------------------------------------------------------------------------------------------------
+# --- verify ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(
     not SAME_PROCESSOR,
     reason="the goldens were made on AMD's with AVX-512; other processors round differently",
 )
-def test_a_job_that_is_met(fidelora, job, tmp_path):
-    folder = job()
+def test_verify_reports_identical_samples(fidelora, copy_run, tmp_path):
+    folder = copy_run()
     code, out, err = fidelora(
-        "verify", str(folder), *BASE, "--report", "report", "--save-images", "ours"
+        "verify", str(folder), *BASE, "--report", "report", "--save-images", "replayed"
     )
     assert (code, err) == (0, "")
     assert out.count("100.00    0  0.0000    inf  1.0000  identical") == 3
-    assert out.endswith("identical: Every pixel of every preview is the same.\n")
+    assert out.endswith("identical: Every pixel of every sample is the same.\n")
     for path in sorted((folder / "samples").glob("*.png")):
-        ours = tmp_path / "ours" / f"6_{path.stem[-1]}.png"
-        assert np.array_equal(np.asarray(Image.open(ours)), np.asarray(Image.open(path)))
+        replayed = tmp_path / "replayed" / f"6_{path.stem[-1]}.png"
+        assert np.array_equal(np.asarray(Image.open(replayed)), np.asarray(Image.open(path)))
     assert (tmp_path / "report" / "report.html").read_text().count("<section") == 3
 
 
-def test_the_object_for_programs(fidelora, job):
-    folder = job(lambda process: process["sample"].update(network_multiplier=0.5))
+def test_verify_prints_json(fidelora, copy_run):
+    folder = copy_run(lambda process: process["sample"].update(network_multiplier=0.5))
     code, out, err = fidelora("verify", str(folder), *BASE, "--json", "--doctor", "--step", "6")
     assert (code, err) == (1, "")
     document = json.loads(out)
@@ -124,47 +124,50 @@ def test_the_object_for_programs(fidelora, job):
 
 
 @pytest.mark.parametrize(
-    ("folder", "said"), [(GOLDEN_JOBS / "bf16_save_f32", 1), (GOLDEN_JOBS / "multipliers", 0)]
+    ("folder", "lines"), [(GOLDEN_JOBS / "bf16_save_f32", 1), (GOLDEN_JOBS / "multipliers", 0)]
 )
-def test_a_mismatch_in_half_precision_says_that_it_may_be_the_hardware(folder, said, fidelora, job):
-    wrong = job(lambda process: process["sample"].update(guidance_scale=1), folder)
-    code, out, _ = fidelora("verify", str(wrong), *BASE)
+def test_a_half_precision_mismatch_mentions_the_hardware(folder, lines, fidelora, copy_run):
+    changed = copy_run(lambda process: process["sample"].update(guidance_scale=1), folder)
+    code, out, _ = fidelora("verify", str(changed), *BASE)
     assert code == 1
     assert (
-        out.count("In bfloat16, only hardware of the kind that painted a preview can judge it")
-        == said
+        out.count("Samples in bfloat16 can be verified only on hardware of the kind that made them")
+        == lines
     )
 
 
-def test_a_mismatch_offers_the_doctor(fidelora, job):
+def test_a_mismatch_suggests_the_doctor(fidelora, copy_run):
     code, out, _ = fidelora(
-        "verify", str(job(lambda process: process["sample"].update(guidance_scale=2))), *BASE
+        "verify", str(copy_run(lambda process: process["sample"].update(guidance_scale=2))), *BASE
     )
     assert code == 1
     assert out.endswith(
-        "mismatch: At least one preview came out different.\nRun it again with --doctor to find out why.\n"
+        "mismatch: At least one sample came out different.\n"
+        "Run the command again with --doctor to find the cause.\n"
     )
 
 
-def test_a_preview_of_another_size(fidelora, job):
-    folder = job(lambda process: process["sample"].update(height=96))
+def test_a_sample_of_another_size_is_a_mismatch(fidelora, copy_run):
+    folder = copy_run(lambda process: process["sample"].update(height=96))
     code, out, _ = fidelora("verify", str(folder), *BASE, "--doctor", "--report", "report")
     assert code == 1
-    assert "mismatch: the preview is 64x72, its settings say 64x96" in out
+    assert "mismatch: the sample is 64x72, but its settings give 64x96" in out
     assert (
-        "Doctor: size (explains 100%). The preview is 64x72: set the sample's width and height to that (--w 64 --h 72)."
-        in out
+        "Doctor: size (explains 100%). The sample is 64x72: "
+        "set its width to 64 and its height to 72 (--w 64 --h 72)." in out
     )
     code, out, _ = fidelora("verify", str(folder), *BASE, "--json")
     assert json.loads(out)["samples"][0]["verdict"] == "mismatch"
     assert json.loads(out)["doctor"] is None
 
 
-def test_nothing_to_check_is_3(fidelora, job):
-    folder = job()
+def test_nothing_to_check_exits_with_3(fidelora, copy_run):
+    folder = copy_run()
     assert fidelora("verify", str(folder), *BASE, "--step", "4") == (
-        3, "", "error: Step 4 cannot be checked; those with previews and weights are: 6.\n",
-    )  # fmt: skip
+        3,
+        "",
+        "error: Step 4 cannot be checked; steps with samples and weights: 6.\n",
+    )
     shutil.rmtree(folder / "samples")
     code, out, err = fidelora("verify", str(folder), *BASE)
     assert (code, out) == (3, "")
@@ -175,7 +178,7 @@ def damage_config(folder: Path) -> None:
     (folder / "config.yaml").write_text("config: [unclosed")
 
 
-def damage_preview(folder: Path) -> None:
+def damage_sample(folder: Path) -> None:
     next((folder / "samples").glob("*.png")).write_bytes(b"no image")
 
 
@@ -188,31 +191,36 @@ def damage_weights(folder: Path) -> None:
     ("change", "damage", "options", "words"),
     [
         (None, damage_config, BASE, "config.yaml cannot be read"),
-        (None, damage_preview, BASE, "cannot be read as an image"),
+        (None, damage_sample, BASE, "cannot be read as an image"),
         (None, damage_weights, BASE, "is truncated"),
         (lambda p: p["sample"].update(sampler="flowmatch"), None, BASE, "flowmatch"),
         (
             lambda p: p["model"].update(arch="flux"),
             None,
             BASE,
-            "trains 'flux', which is none of the models here",
+            "trains 'flux', which is not supported",
         ),
         (
             lambda p: p["model"].update(is_xl=True),
             None,
             BASE,
-            "trains 'sd15' and is_xl, which is none of the models here",
+            "trains 'sd15' and is_xl, which is not supported",
         ),
         (None, None, ("--base-model", "nowhere/at-all.safetensors"), "nowhere/at-all.safetensors"),
-        (None, None, (*BASE, "--step", "first"), "'first' is no step; give a number, last or all."),
+        (
+            None,
+            None,
+            (*BASE, "--step", "first"),
+            "'first' is not a step; set a number, last or all.",
+        ),
         (None, None, (*BASE, "--dtype", "int8"), None),
         (None, None, ("--device", "abacus"), "abacus"),
     ],
 )
-def test_what_cannot_be_checked_is_2_and_one_sentence(
-    fidelora, job, change, damage, options, words
+def test_unusable_runs_exit_with_2_and_one_sentence(
+    fidelora, copy_run, change, damage, options, words
 ):
-    folder = job(change or (lambda process: None))
+    folder = copy_run(change or (lambda process: None))
     if damage:
         damage(folder)
     code, out, err = fidelora("verify", str(folder), *options)
@@ -224,18 +232,18 @@ def test_what_cannot_be_checked_is_2_and_one_sentence(
         assert "identical" not in out
 
 
-def test_a_folder_of_something_else(fidelora, tmp_path):
+def test_other_folders_are_rejected(fidelora, tmp_path):
     assert fidelora("verify", str(tmp_path))[0] == 2
     code, _, err = fidelora("verify", "nowhere")
     assert (code, err) == (
         2,
-        "error: There is no folder nowhere; give the output folder of a training job.\n",
+        "error: The folder nowhere does not exist; set the output folder of a training run.\n",
     )
 
 
-def test_a_job_of_the_user_interface(fidelora, job):
-    """It writes JSON under a name of its own, and here nothing else is left of it."""
-    folder = job()
+def test_a_run_of_the_user_interface_is_verified(fidelora, copy_run):
+    """The user interface writes JSON; here it is the only configuration."""
+    folder = copy_run()
     document = yaml.safe_load((folder / "config.yaml").read_text())
     (folder / ".job_config.json").write_text(json.dumps(document))
     (folder / "config.yaml").unlink()
@@ -244,10 +252,10 @@ def test_a_job_of_the_user_interface(fidelora, job):
     assert json.loads(out)["job"] == "lora_linear_f32"
 
 
-# --- inspect -----------------------------------------------------------------------------------------------------------
+# --- inspect --------------------------------------------------------------------------------------
 
 
-def test_inspect(fidelora, tmp_path):
+def test_inspect_describes_adapters(fidelora, tmp_path):
     code, out, err = fidelora("inspect", str(LORA))
     assert (code, err) == (0, "")
     for line in (
@@ -260,10 +268,20 @@ def test_inspect(fidelora, tmp_path):
         assert line in out
     code, out, _ = fidelora("inspect", str(LORA), "--json")
     found = json.loads(out)
-    assert found.items() >= {
-        "type": "lora", "modules": 120, "ranks": [8], "alphas": [4.0], "dtype": "F32", "step": 6, "epoch": 1, "trigger": "sks",
-        "problems": [],
-    }.items()  # fmt: skip
+    assert (
+        found.items()
+        >= {
+            "type": "lora",
+            "modules": 120,
+            "ranks": [8],
+            "alphas": [4.0],
+            "dtype": "F32",
+            "step": 6,
+            "epoch": 1,
+            "trigger": "sks",
+            "problems": [],
+        }.items()
+    )
     assert (found["base_model_version"], found["trainer_version"]) == (
         "sd_1.5",
         "ai-toolkit 0.12.26",
@@ -275,9 +293,12 @@ def test_inspect(fidelora, tmp_path):
 
     broken = save_adapter(
         tmp_path / "x.safetensors",
-        {"lora_unet_x.lora_down.weight": torch.ones(4, 8), "lora_unet_x.lora_up.weight": torch.full((8, 4), float("nan")),
-         "lora_unet_x.alpha": torch.tensor(float("inf"))},
-    )  # fmt: skip
+        {
+            "lora_unet_x.lora_down.weight": torch.ones(4, 8),
+            "lora_unet_x.lora_up.weight": torch.full((8, 4), float("nan")),
+            "lora_unet_x.alpha": torch.tensor(float("inf")),
+        },
+    )
     code, out, _ = fidelora("inspect", str(broken), "--json")
     assert code == 1
     assert json.loads(out)["alphas"] == ["inf"]
@@ -289,24 +310,31 @@ def test_inspect(fidelora, tmp_path):
     assert fidelora("inspect", "nothing.safetensors")[0] == 2
 
 
-# --- recipe ------------------------------------------------------------------------------------------------------------
+# --- recipe ---------------------------------------------------------------------------------------
 
 
-def test_recipe(fidelora):
-    code, out, err = fidelora("recipe", str(JOB), "--index", "1")
+def test_recipe_prints_a_request(fidelora):
+    code, out, err = fidelora("recipe", str(RUN), "--index", "1")
     assert code == 0
     assert "serve --base-model sd15=golden/tiny-sd15, with FIDELORA_DTYPE=float32" in err
     body = json.loads(out)
     assert body["loras"] == [{"path": LORA.name, "sha256": AdapterRef.from_file(LORA).sha256}]
     (item,) = body["prompts"]
     assert item == {
-        "prompt": "a red ball on grass", "neg": "ugly", "width": 80, "height": 64, "guidance_scale": 4.5, "sample_steps": 9,
-        "sampler": "ddpm", "seed": 7, "network_multiplier": 1.0,
-    }  # fmt: skip
+        "prompt": "a red ball on grass",
+        "neg": "ugly",
+        "width": 80,
+        "height": 64,
+        "guidance_scale": 4.5,
+        "sample_steps": 9,
+        "sampler": "ddpm",
+        "seed": 7,
+        "network_multiplier": 1.0,
+    }
     check_request(InferenceRequest.model_validate(body))
 
 
-def test_a_request_for_all_samples_does_as_the_trainer_did(fidelora):
+def test_a_request_for_all_samples_keeps_the_lora_unmerged(fidelora):
     folder = str(GOLDEN_JOBS / "multipliers")
     code, out, err = fidelora("recipe", folder, "--lora", "mine/sks.safetensors")
     assert (code, "warning" in err) == (0, False)
@@ -317,7 +345,7 @@ def test_a_request_for_all_samples_does_as_the_trainer_did(fidelora):
     assert "Leave out --index" in fidelora("recipe", folder, "--index", "0")[2]
 
 
-def test_the_base_alone_is_a_lora_with_multiplier_0(fidelora):
+def test_the_base_model_is_requested_with_multiplier_0(fidelora):
     code, out, _ = fidelora(
         "recipe", str(GOLDEN_JOBS / "checkpoints_jpg"), "--step", "0", "--index", "0"
     )
@@ -325,35 +353,44 @@ def test_the_base_alone_is_a_lora_with_multiplier_0(fidelora):
     assert json.loads(out)["prompts"][0]["network_multiplier"] == 0.0
 
 
-def test_recipes_that_cannot_be(fidelora, job):
-    assert fidelora("recipe", str(JOB), "--index", "3")[0] == 2
-    assert fidelora("recipe", str(JOB), "--step", "5")[0] == 2
-    assert fidelora("recipe", str(JOB), "--step", "none")[0] == 2
-    folder = job(lambda process: process["sample"].update(guidance_scale=33))
+def test_invalid_requests_exit_with_2(fidelora, copy_run):
+    assert fidelora("recipe", str(RUN), "--index", "3")[0] == 2
+    assert fidelora("recipe", str(RUN), "--step", "5")[0] == 2
+    assert fidelora("recipe", str(RUN), "--step", "none")[0] == 2
+    folder = copy_run(lambda process: process["sample"].update(guidance_scale=33))
     code, out, err = fidelora("recipe", str(folder))
     assert (code, out) == (2, "")
     assert "guidance_scale 33" in err
     for path in folder.glob("*.safetensors"):
         path.unlink()
-    assert "has saved no weights yet" in fidelora("recipe", str(folder))[2]
+    assert "has no checkpoints" in fidelora("recipe", str(folder))[2]
 
 
-# --- grid --------------------------------------------------------------------------------------------------------------
+# --- grid -----------------------------------------------------------------------------------------
 
 
-def test_grid(fidelora, tmp_path):
+def test_grid_writes_a_sheet(fidelora, tmp_path):
     code, out, err = fidelora(
-        "grid", str(GOLDEN_JOBS / "checkpoints_jpg"), "--steps", "0,last", "--multipliers", "0,1", "--prompts", "1",
-        "--prompts", "[trigger] cat, asleep --steps 2", "--out", "sheets/grid.png", *BASE,
-    )  # fmt: skip
+        "grid",
+        str(GOLDEN_JOBS / "checkpoints_jpg"),
+        "--steps",
+        "0,last",
+        "--multipliers",
+        "0,1",
+        "--prompts",
+        "1",
+        "--prompts",
+        "[trigger] cat, asleep --steps 2",
+        "--out",
+        "sheets/grid.png",
+        *BASE,
+    )
     assert (code, out, err) == (0, "sheets/grid.png\n", "")
     sheet = np.asarray(Image.open(tmp_path / "sheets" / "grid.png"))
     side, gap, left, head = 80 * 3, 6, 200, 3 * 18 + 2 * 6
-    base, nothing = (
-        sheet[head : head + 64 * 3, left + n * (side + gap) :][:, :side] for n in (0, 1)
-    )
+    base, zero = (sheet[head : head + 64 * 3, left + n * (side + gap) :][:, :side] for n in (0, 1))
     full = sheet[head : head + 64 * 3, left + 2 * (side + gap) :][:, :side]
-    assert np.array_equal(base, nothing), "multiplier 0 is the base model"
+    assert np.array_equal(base, zero), "multiplier 0 is the base model"
     assert not np.array_equal(base, full)
 
 
@@ -361,22 +398,22 @@ def test_grid(fidelora, tmp_path):
     ("options", "words"),
     [
         (("--steps", "5"), "no checkpoint of step 5"),
-        (("--steps", "some"), "'some', which is no step"),
+        (("--steps", "some"), "'some', which is not a step"),
         (("--steps", ","), "--steps is empty"),
-        (("--multipliers", "one"), "give numbers with commas"),
+        (("--multipliers", "one"), "set numbers separated by commas"),
         (("--multipliers", "3"), "multiplier"),
         (("--prompts", "7"), "there is no sample 7"),
         (("--out", "grid.bmp"), "bmp"),
     ],
 )
-def test_grids_that_cannot_be(fidelora, tmp_path, options, words):
-    code, out, err = fidelora("grid", str(JOB), *BASE, *options)
+def test_invalid_grids_exit_with_2(fidelora, tmp_path, options, words):
+    code, out, err = fidelora("grid", str(RUN), *BASE, *options)
     assert (code, out) == (2, "")
     assert words in err
     assert list(tmp_path.iterdir()) == []
 
 
-# --- SDXL --------------------------------------------------------------------------------------------------------------
+# --- SDXL -----------------------------------------------------------------------------------------
 
 SDXL_BASE = ("--base-model", str(TINY_SDXL), "--device", "cpu")
 
@@ -385,23 +422,25 @@ SDXL_BASE = ("--base-model", str(TINY_SDXL), "--device", "cpu")
     not SAME_PROCESSOR,
     reason="the goldens were made on AMD's with AVX-512; other processors round differently",
 )
-def test_an_sdxl_job_selects_its_model_by_itself(fidelora):
+def test_an_sdxl_run_selects_its_model(fidelora):
     code, out, _ = fidelora("verify", str(SDXL_LORA.parent), *SDXL_BASE)
     assert (code, out.count("identical\n")) == (0, 3)
     code, out, _ = fidelora("verify", str(SDXL_DORA.parent), *SDXL_BASE, "--json")
     assert (code, json.loads(out)["model"], json.loads(out)["verdict"]) == (0, "sdxl", "rounding")
 
 
-def test_a_setting_of_sdxl_that_differs_is_found(fidelora, job):
-    folder = job(lambda process: process["sample"].update(guidance_rescale=0.7), SDXL_LORA.parent)
+def test_a_wrong_sdxl_setting_is_diagnosed(fidelora, copy_run):
+    folder = copy_run(
+        lambda process: process["sample"].update(guidance_rescale=0.7), SDXL_LORA.parent
+    )
     code, out, _ = fidelora("verify", str(folder), *SDXL_BASE, "--doctor", "--json")
     diagnosis = json.loads(out)["doctor"]
     assert (code, diagnosis["cause"], diagnosis["explains"]) == (1, "guidance", 1.0)
     assert "set guidance_rescale to 0" in diagnosis["fix"]
 
 
-def test_the_request_for_an_sdxl_job_means_its_recipes(fidelora, job):
-    folder = job(lambda process: process["network"].update(linear_alpha=4), SDXL_DORA.parent)
+def test_the_request_for_an_sdxl_run_gives_its_recipes(fidelora, copy_run):
+    folder = copy_run(lambda process: process["network"].update(linear_alpha=4), SDXL_DORA.parent)
     code, out, err = fidelora("recipe", str(folder))
     body = InferenceRequest.model_validate_json(out)
     check_request(body)
@@ -413,7 +452,7 @@ def test_the_request_for_an_sdxl_job_means_its_recipes(fidelora, job):
     assert "fidelora serve --base-model sdxl=golden/tiny-sdxl" in err
 
 
-def test_a_grid_of_a_dora(fidelora, tmp_path):
+def test_grid_supports_doras(fidelora, tmp_path):
     code, _, _ = fidelora(
         "grid",
         str(SDXL_DORA.parent),
@@ -431,7 +470,7 @@ def test_a_grid_of_a_dora(fidelora, tmp_path):
     assert Image.open(tmp_path / "g.png").format == "PNG"
 
 
-def test_inspect_says_that_a_dora_is_for_sdxl(fidelora):
+def test_inspect_identifies_an_sdxl_dora(fidelora):
     code, out, _ = fidelora("inspect", str(SDXL_DORA), "--json")
     found = json.loads(out)
     assert (code, found["model"], found["type"], found["base_model_version"]) == (
@@ -442,12 +481,24 @@ def test_inspect_says_that_a_dora_is_for_sdxl(fidelora):
     )
 
 
-def test_generate_with_sdxl(fidelora, tmp_path):
+def test_generate_supports_sdxl(fidelora, tmp_path):
     small = ("--width", "64", "--height", "64", "--steps", "2")
     code, _, err = fidelora(
-        "generate", "a ball", "--model", "sdxl", *SDXL_BASE, *small, "--lora", str(SDXL_DORA), "--negative-2", "ugly",
-        "--guidance-rescale", "0.5", "--out", "x.png",
-    )  # fmt: skip
+        "generate",
+        "a ball",
+        "--model",
+        "sdxl",
+        *SDXL_BASE,
+        *small,
+        "--lora",
+        str(SDXL_DORA),
+        "--negative-2",
+        "ugly",
+        "--guidance-rescale",
+        "0.5",
+        "--out",
+        "x.png",
+    )
     assert code == 0, err
     recipe = read_record(tmp_path / "x.png")["recipe"]
     assert (recipe["model"], recipe["negative_prompt_2"], recipe["guidance_rescale"]) == (

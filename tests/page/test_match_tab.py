@@ -49,7 +49,7 @@ def test_a_golden_run_is_verified_and_its_report_shown(match):
     match["verify"].click()
     expect(match["verdict"]).to_contain_text(VERDICT)
     report = match.page.frame_locator("iframe.report")
-    wipe = report.get_by_label("wipe between preview and ours").first
+    wipe = report.get_by_label("wipe between trainer and replayed").first
     figure = report.locator("figure.wipe").first
     expect(figure).to_have_attribute("style", "--at:50%")
     wipe.focus()

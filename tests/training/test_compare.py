@@ -1,4 +1,4 @@
-"""Measures of how much two images differ."""
+"""Comparison of two images."""
 
 from __future__ import annotations
 
@@ -21,23 +21,22 @@ def test_one_level_in_one_channel_of_one_pixel():
     assert found.mean_difference == pytest.approx(1 / (64 * 72 * 3))
 
 
-def test_a_hundred_is_said_of_the_same_image_only():
+def test_only_identical_images_give_100_percent():
     large = np.zeros((512, 512, 3), np.uint8)
     other = large.copy()
     other[0, 0, 0] = 1
-    assert compare(large, large).identical_in_words == "100.00"
-    assert compare(other, large).identical_in_words == "99.99"
-    assert "99.99 %" in compare(other, large).in_words
+    assert compare(large, large).percent_text == "100.00"
+    assert compare(other, large).percent_text == "99.99"
+    assert "99.99 %" in compare(other, large).summary
 
 
-def test_psnr_and_ssim_by_their_definitions():
+def test_psnr_and_ssim_match_their_definitions():
     assert similarity(IMAGE, IMAGE) == (None, 1.0)
     grey = np.full((64, 64, 3), 100, np.uint8)
     psnr, ssim = similarity(grey + 10, grey)
     assert psnr == pytest.approx(10 * np.log10(255**2 / 100))
     c1 = (0.01 * 255) ** 2
-    assert ssim == pytest.approx(
-        (2 * 110 * 100 + c1) / (110**2 + 100**2 + c1)
-    )  # flat images: no variance, so luminance alone
+    # Flat images have no variance, so only the luminance term remains.
+    assert ssim == pytest.approx((2 * 110 * 100 + c1) / (110**2 + 100**2 + c1))
     noise = similarity(RNG.integers(0, 256, IMAGE.shape, np.uint8), IMAGE)
     assert abs(noise[1]) < 0.05

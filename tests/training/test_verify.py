@@ -1,4 +1,4 @@
-"""Verdicts on real jobs, and the doctor's on jobs that were made wrong on purpose."""
+"""Verdicts on real training runs, and diagnoses of runs with deliberate mistakes."""
 
 from __future__ import annotations
 
@@ -28,20 +28,26 @@ from fidelora.training.plan import plan_samples
 from fidelora.training.report import html_report
 from fidelora.training.run_folder import read_run
 from fidelora.training.verify import (
-    MACHINE,
+    HARDWARE_BOUND,
     CheckedSample,
     Verdict,
-    overall,
+    incomplete_parts,
     steps_to_check,
-    unchecked,
     verify,
+    worst_verdict,
 )
 
 pytestmark = pytest.mark.usefixtures("golden_threads")
-LORA_JOB = DEMO_DATA / "lora_linear_f32"
+LORA_RUN = DEMO_DATA / "lora_linear_f32"
 IDENTICAL = [
-    "lokr_full", "multipliers", "sampler_ddim", "sampler_euler_a", "sampler_k_dpmsolverpp", "prompts", "bf16_save_f32",
-]  # fmt: skip
+    "lokr_full",
+    "multipliers",
+    "sampler_ddim",
+    "sampler_euler_a",
+    "sampler_k_dpmsolverpp",
+    "prompts",
+    "bf16_save_f32",
+]
 BASE = str(TINY_BASE)
 
 
@@ -52,10 +58,10 @@ def engine() -> Engine:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Callable[..., Path]:
-    """A copy of a job, its configuration changed."""
+    """Return a function that copies a run folder and changes its configuration."""
 
     def make(
-        source: Path = LORA_JOB, change: Callable[[dict[str, Any]], None] = lambda process: None
+        source: Path = LORA_RUN, change: Callable[[dict[str, Any]], None] = lambda process: None
     ) -> Path:
         folder = tmp_path / source.name
         shutil.copytree(source, folder)
@@ -70,27 +76,27 @@ def copy(tmp_path: Path) -> Callable[..., Path]:
 def checked(
     folder: Path, engine: Engine, step: str = "last", base: str = BASE
 ) -> list[CheckedSample]:
-    job = read_run(folder)
-    return verify(job, engine, steps_to_check(job, step), base_model=base)
+    run = read_run(folder)
+    return verify(run, engine, steps_to_check(run, step), base_model=base)
 
 
-# --- verdicts ----------------------------------------------------------------------------------------------------------
+# --- verdicts -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "folder",
-    [LORA_JOB, *(GOLDEN_JOBS / name for name in IDENTICAL)],
+    [LORA_RUN, *(GOLDEN_JOBS / name for name in IDENTICAL)],
     ids=lambda folder: folder.name,
 )
-def test_previews_that_can_be_met_are_met(engine, folder):
-    """To the bit where the processor is of the kind that painted them; elsewhere but for rounding, if they are in float32."""
+def test_exact_samples_are_replayed_exactly(engine, folder):
+    """On a processor like the trainer's; on others, float32 samples are within rounding."""
     samples = checked(folder, engine)
     if SAME_PROCESSOR:
         assert [sample.verdict for sample in samples] == [Verdict.IDENTICAL] * len(samples)
         assert all(
             sample.psnr is None and sample.ssim == 1 and sample.bound is None for sample in samples
         )
-    elif folder.name == "bf16_save_f32":  # the bound of test_goldens.py
+    elif folder.name == "bf16_save_f32":  # as in test_goldens.py
         assert all(
             sample.comparison is not None and sample.comparison.max_difference <= 12
             for sample in samples
@@ -98,7 +104,9 @@ def test_previews_that_can_be_met_are_met(engine, folder):
     else:
         assert {sample.verdict for sample in samples} <= {Verdict.IDENTICAL, Verdict.ROUNDING}
         assert all(
-            sample.bound == MACHINE for sample in samples if sample.verdict is Verdict.ROUNDING
+            sample.bound == HARDWARE_BOUND
+            for sample in samples
+            if sample.verdict is Verdict.ROUNDING
         )
 
 
@@ -106,11 +114,11 @@ def test_previews_that_can_be_met_are_met(engine, folder):
     not SAME_PROCESSOR,
     reason="the goldens were made on AMD's with AVX-512; other processors round differently",
 )
-def test_what_rounding_explains_is_called_rounding_with_its_bound(engine):
+def test_differences_within_the_bound_are_rounding(engine):
     samples = checked(GOLDEN_JOBS / "lora_conv_f16", engine) + checked(
         GOLDEN_JOBS / "checkpoints_jpg", engine, "all"
     )
-    assert overall(samples) is Verdict.ROUNDING
+    assert worst_verdict(samples) is Verdict.ROUNDING
     assert [sample.verdict for sample in samples if sample.plan.step == 0] == [
         Verdict.IDENTICAL
     ] * 3
@@ -125,8 +133,8 @@ def test_what_rounding_explains_is_called_rounding_with_its_bound(engine):
             assert 0.999 < sample.ssim < 1
 
 
-def test_a_wrong_setting_is_no_rounding_even_where_much_is_forgiven(engine, copy):
-    """The adapter of this job was saved in fp16 and its previews as jpg: the widest bounds there are."""
+def test_a_wrong_setting_is_a_mismatch_despite_the_widest_bounds(engine, copy):
+    """The adapter was saved in fp16 and the samples as jpg, which gives the widest bounds."""
     folder = copy(
         GOLDEN_JOBS / "checkpoints_jpg",
         lambda process: process["sample"].update(guidance_scale=6.5),
@@ -134,21 +142,19 @@ def test_a_wrong_setting_is_no_rounding_even_where_much_is_forgiven(engine, copy
     assert checked(folder, engine)[0].verdict is Verdict.MISMATCH
 
 
-# --- what there is to check --------------------------------------------------------------------------------------------
+# --- steps to check -------------------------------------------------------------------------------
 
 
 def test_the_steps_that_can_be_checked():
-    job = read_run(GOLDEN_JOBS / "checkpoints_jpg")
-    assert steps_to_check(job, "all") == [0, 2, 4, 6, 8]
-    assert steps_to_check(job, "last") == [8]
-    assert steps_to_check(job, "4") == [4]
-    assert unchecked(job) == []
-    with pytest.raises(
-        NothingToCheckError, match="those with previews and weights are: 0, 2, 4, 6, 8"
-    ):
-        steps_to_check(job, "5")
-    with pytest.raises(JobFolderError, match="give a number, last or all"):
-        steps_to_check(job, "first")
+    run = read_run(GOLDEN_JOBS / "checkpoints_jpg")
+    assert steps_to_check(run, "all") == [0, 2, 4, 6, 8]
+    assert steps_to_check(run, "last") == [8]
+    assert steps_to_check(run, "4") == [4]
+    assert incomplete_parts(run) == []
+    with pytest.raises(NothingToCheckError, match="steps with samples and weights: 0, 2, 4, 6, 8"):
+        steps_to_check(run, "5")
+    with pytest.raises(JobFolderError, match="set a number, last or all"):
+        steps_to_check(run, "first")
 
 
 def test_partial_folders(copy):
@@ -160,31 +166,32 @@ def test_partial_folders(copy):
         next((folder / "samples").glob("*_000000008_0.jpg")),
         folder / "samples" / "1__000000008_3.jpg",
     )
-    job = read_run(folder)
-    assert steps_to_check(job, "all") == [0, 2, 8]
-    assert unchecked(job) == [
-        "Previews of step 4 are there, and its weights are not.",
-        "The weights of step 6 are there, and no previews.",
-        "Previews of sample 3 are there, and the configuration has 3 samples.",
+    run = read_run(folder)
+    assert steps_to_check(run, "all") == [0, 2, 8]
+    assert incomplete_parts(run) == [
+        "Step 4 has samples but no checkpoint.",
+        "Step 6 has a checkpoint but no samples.",
+        "The folder has images of sample 3, but the configuration has only 3 samples, counted from "
+        "0.",
     ]
     for path in folder.glob("*.safetensors"):
         path.unlink()
     assert steps_to_check(read_run(folder), "all") == [0]  # the base model alone
     for path in (folder / "samples").glob("*_000000000_*"):
         path.unlink()
-    with pytest.raises(NothingToCheckError, match="weights of none of them"):
+    with pytest.raises(NothingToCheckError, match="but no checkpoint of these steps"):
         steps_to_check(read_run(folder), "last")
     shutil.rmtree(folder / "samples")
-    with pytest.raises(NothingToCheckError, match="no previews"):
+    with pytest.raises(NothingToCheckError, match="nothing to compare with"):
         steps_to_check(read_run(folder), "last")
 
 
-# --- the doctor --------------------------------------------------------------------------------------------------------
+# --- the doctor -----------------------------------------------------------------------------------
 
 
 def diagnosis_of(folder: Path, engine: Engine, base: str = BASE) -> tuple[str, float, str]:
     samples = checked(folder, engine, base=base)
-    assert overall(samples) is Verdict.MISMATCH
+    assert worst_verdict(samples) is Verdict.MISMATCH
     found = diagnose(read_run(folder), samples, engine)
     assert found.cause in CAUSES
     assert found.fix.endswith(".")
@@ -209,34 +216,34 @@ def diagnosis_of(folder: Path, engine: Engine, base: str = BASE) -> tuple[str, f
         ("size", lambda p: p["sample"].update(width=128), "--w 64"),
     ],
 )
-def test_a_job_with_a_wrong_setting_is_seen_through(engine, copy, cause, change, words):
+def test_a_wrong_setting_of_a_run_is_diagnosed(engine, copy, cause, change, words):
     found, explains, fix = diagnosis_of(copy(change=change), engine)
     assert (found, explains) == (cause, 1.0)
     assert words in fix
 
 
-def repaint(
+def replace_samples(
     folder: Path,
     engine: Engine,
     change: Callable[[Any], Any] = lambda recipe: recipe,
     **options: Any,
 ) -> None:
-    """Put other images in the place of the last previews."""
-    job = read_run(folder)
-    for plan in plan_samples(job, job.steps, base_model=BASE):
-        assert plan.preview is not None
+    """Replace the last samples with images of other settings."""
+    run = read_run(folder)
+    for plan in plan_samples(run, run.steps, base_model=BASE):
+        assert plan.trainer_image is not None
         Image.fromarray(
             engine.generate(change(plan.recipe), scheduler_options=options).pixels
-        ).save(plan.preview)
+        ).save(plan.trainer_image)
 
 
-def test_previews_of_other_programs_are_seen_through(engine, copy):
+def test_samples_of_other_programs_are_diagnosed(engine, copy):
     folder = copy()
-    repaint(folder, engine, steps_offset=0)
+    replace_samples(folder, engine, steps_offset=0)
     assert diagnosis_of(folder, engine)[:2] == ("steps_offset", 1.0)
-    repaint(folder, engine, lambda recipe: replace(recipe, adapters=()))
+    replace_samples(folder, engine, lambda recipe: replace(recipe, adapters=()))
     assert diagnosis_of(folder, engine)[:2] == ("adapter_not_applied", 1.0)
-    repaint(
+    replace_samples(
         folder,
         engine,
         lambda recipe: replace(recipe, prompt="something else entirely", seed=99_999),
@@ -244,33 +251,33 @@ def test_previews_of_other_programs_are_seen_through(engine, copy):
     assert diagnosis_of(folder, engine)[0] == "unknown"
 
 
-def test_a_sampler_of_sdxl_with_the_other_offset_is_seen_through(engine, copy):
-    """The base's own configuration has 1, which is what one gets by building on that; SDXL previews have 0."""
+def test_a_wrong_steps_offset_of_sdxl_is_diagnosed(engine, copy):
+    """SDXL samples use 0, but the base model's own configuration has 1."""
     folder = copy(GOLDEN_JOBS / "xl_lora_linear_f32")
-    job = read_run(folder)
-    for plan in plan_samples(job, job.steps, base_model=str(TINY_SDXL)):
-        assert plan.preview is not None
+    run = read_run(folder)
+    for plan in plan_samples(run, run.steps, base_model=str(TINY_SDXL)):
+        assert plan.trainer_image is not None
         Image.fromarray(
             engine.generate(plan.recipe, scheduler_options={"steps_offset": 1}).pixels
-        ).save(plan.preview)
+        ).save(plan.trainer_image)
     found, explains, fix = diagnosis_of(folder, engine, str(TINY_SDXL))
     assert (found, explains) == ("steps_offset", 1.0)
     assert "Set steps_offset to 0" in fix
 
 
-def test_the_smallest_wrong_setting_is_seen_through_where_most_is_forgiven(engine, copy):
+def test_the_smallest_mistake_is_diagnosed_despite_the_widest_bounds(engine, copy):
     folder = copy(GOLDEN_JOBS / "checkpoints_jpg")
-    repaint(folder, engine, steps_offset=0)
+    replace_samples(folder, engine, steps_offset=0)
     assert diagnosis_of(folder, engine)[:2] == ("steps_offset", 1.0)
 
 
-def test_noise_of_an_older_torch_is_seen_through(engine, copy):
+def test_noise_of_an_older_torch_is_diagnosed(engine, copy):
     folder = copy(GOLDEN_JOBS / "bf16_save_f32")
-    repaint(folder, engine, lambda recipe: replace(recipe, noise="legacy"))
+    replace_samples(folder, engine, lambda recipe: replace(recipe, noise="legacy"))
     assert diagnosis_of(folder, engine)[:2] == ("noise", 1.0)
 
 
-def test_another_variant_of_the_base_is_seen_through(engine, copy, tmp_path):
+def test_another_variant_of_the_base_model_is_diagnosed(engine, copy, tmp_path):
     base = Path(shutil.copytree(TINY_BASE, tmp_path / "base"))
     for name in (
         "unet/diffusion_pytorch_model",
@@ -287,18 +294,24 @@ def test_another_variant_of_the_base_is_seen_through(engine, copy, tmp_path):
     assert "--variant fp16" in fix
 
 
-# --- the report --------------------------------------------------------------------------------------------------------
+# --- the report -----------------------------------------------------------------------------------
 
 
-def test_the_report_has_everything_in_it_and_nothing_from_elsewhere(engine, copy):
+def test_the_report_is_self_contained_and_escapes_html(engine, copy):
     folder = copy(
         change=lambda process: process["sample"]["samples"].__setitem__(
             0, {"prompt": "<script>alert(1)</script>"}
         )
     )
     samples = checked(folder, engine)
-    document = {"job": "<b>job</b>", "verdict": "mismatch", "base_model": "x", "versions": {}, "settings": {},
-                "doctor": {"cause": "trigger", "explains": 1.0, "fix": "<i>"}}  # fmt: skip
+    document = {
+        "job": "<b>job</b>",
+        "verdict": "mismatch",
+        "base_model": "x",
+        "versions": {},
+        "settings": {},
+        "doctor": {"cause": "trigger", "explains": 1.0, "fix": "<i>"},
+    }
     page = html_report(document, samples)
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)" in page

@@ -1,4 +1,4 @@
-"""The command line: `fidelora`, one file per command."""
+"""Command line `fidelora`; each command has a module of its own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fidelora.cli.console import run
 
 app = typer.Typer(
     name="fidelora",
-    help="Images from Stable Diffusion LoRAs, the same to the bit as the previews that AI Toolkit painted in training.",
+    help="Generate images with LoRAs trained by AI Toolkit, identical to the trainer's samples.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -18,8 +18,8 @@ app = typer.Typer(
 )
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"fidelora {fidelora.__version__}")
         raise typer.Exit
 
@@ -27,7 +27,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: bool = typer.Option(
-        False, "--version", callback=_version, is_eager=True, help="Print the version and leave."
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version."
     ),
 ) -> None:
     pass
@@ -46,7 +46,7 @@ app.add_typer(serve.keys, name="keys")
 
 
 def main() -> None:
-    """Run the command line and leave with its exit code: 0 done, 1 failure, 2 wrong use."""
+    """Run the command line and exit: 0 for success, 1 for a failure, 2 for wrong use."""
     run(app)
 
 

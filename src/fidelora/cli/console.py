@@ -1,4 +1,4 @@
-"""What all commands share: how errors reach people, and how they choose a device."""
+"""Shared parts of the commands: options, error output, progress bar and engine creation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _debug = False
 
 
 class FidelityOption(StrEnum):
-    """What `--fidelity` takes."""
+    """Values of `--fidelity`."""
 
     EXACT = "exact"
     FAST = "fast"
@@ -29,31 +29,33 @@ class FidelityOption(StrEnum):
 
 P = ParamSpec("P")
 
-CANNOT_TELL = 2
-"""The exit code of commands that compare images, where they could not."""
-INTERRUPTED = 130
-"""The exit code after Ctrl-C, as shells have it."""
+COMPARISON_FAILED = 2  # exit code of commands that compare images if they could not
+INTERRUPTED = 130  # exit code after Ctrl-C, as in shells
 
 
-def _set_debug(wanted: bool) -> None:
+def _set_debug(requested: bool) -> None:
     global _debug
-    _debug = _debug or wanted
+    _debug = _debug or requested
 
 
 Debug = Annotated[
-    bool, typer.Option("--debug", callback=_set_debug, help="Show the whole traceback of an error.")
+    bool, typer.Option("--debug", callback=_set_debug, help="Show the traceback of an error.")
 ]
 Fidelity = Annotated[
     FidelityOption,
     typer.Option(
-        help="exact: to the bit as in training; fast: nearly so, see docs/performance.md."
+        help="exact: every bit as in training; fast: faster, with small differences "
+        "(docs/performance.md)."
     ),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:N or mps.")]
 
 
 def run(app: Callable[[], object]) -> NoReturn:
-    """Run `app`; every error becomes one sentence on stderr and an exit code: 2 if the request is wrong, 1 if anything else is."""
+    """Run `app` and exit; print errors to stderr as one sentence.
+
+    The exit code is 0 for success, 2 for wrong use and 1 for any other error.
+    """
     try:
         app()
     except FideloraError as error:
@@ -61,50 +63,50 @@ def run(app: Callable[[], object]) -> NoReturn:
             raise
         fail(str(error), 2 if isinstance(error, WrongUseError) else 1)
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # who read our output has left; that is no error
+        # The reader of stdout has closed the pipe, which is not an error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if _debug:
             raise
-        fail(f"The system says: {error}.", 1)
+        fail(f"The operating system reported an error: {error}.", 1)
     except Exception as error:
         if _debug:
             raise
         fail(
-            f"Unexpected {type(error).__name__}: {error}. This is a fault of Fidelora's: run it again with --debug and report it.",
+            f"Unexpected {type(error).__name__}: {error}. This is a bug in Fidelora; "
+            "run the command again with --debug and report it.",
             1,
         )
     sys.exit(0)
 
 
 def make_engine(device: str, offload: str = "none") -> Engine:
-    """The engine of a command, in a process that keeps freed memory for it.
+    """Return a new engine, in a process that keeps freed memory for reuse.
 
     Raises:
-        DeviceError: no such device here, or no such way of offloading.
+        DeviceError: the device or the offload mode is not available.
     """
     from fidelora.accel.allocator import importing_for_good, keep_freed_memory
 
     keep_freed_memory()
     with importing_for_good():
         from fidelora.engine.engine import Engine
-    return Engine(device=device, offload=offload)  # type: ignore[arg-type]  # the engine checks it
+    return Engine(device=device, offload=offload)  # type: ignore[arg-type]  # checked by the engine
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """Leave with one sentence on stderr."""
+    """Print an error to stderr and exit."""
     typer.echo(f"error: {message}", err=True)
     sys.exit(code)
 
 
 def warn(message: str) -> None:
-    """One sentence on stderr, and go on."""
+    """Print a warning to stderr."""
     typer.echo(f"warning: {message}", err=True)
 
 
-def failure_is_no_difference(command: Callable[P, None]) -> Callable[P, None]:
-    """Leave with 2 where other commands leave with 1, which says here that an image differs."""
+def reserve_exit_code_1(command: Callable[P, None]) -> Callable[P, None]:
+    """Exit with 2 instead of 1 on errors, in commands where 1 means that an image differs."""
 
     @wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -113,14 +115,18 @@ def failure_is_no_difference(command: Callable[P, None]) -> Callable[P, None]:
         except FideloraError as error:
             if kwargs.get("debug") or isinstance(error, WrongUseError):
                 raise
-            fail(str(error), CANNOT_TELL)
+            fail(str(error), COMPARISON_FAILED)
 
     return run
 
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[OnStep | None]:
-    """A bar with the time that is left; nothing where nobody looks."""
+    """Show a progress bar with the remaining time, if stderr is a terminal.
+
+    Yields:
+        The callback for each step; None if stderr is not a terminal.
+    """
     if not sys.stderr.isatty():
         yield None
         return

@@ -1,4 +1,4 @@
-"""`fidelora demo`"""
+"""`fidelora demo`."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 _DATA = Path(__file__).parent.parent / "demo_data"
 _ADAPTER = _DATA / "sks.safetensors"
-_JOB = _DATA / "lora_linear_f32"
-_JOBS_BASE = _DATA / "tiny-sd15"
+_RUN = _DATA / "lora_linear_f32"
+_RUN_BASE = _DATA / "tiny-sd15"
 _BASE = "fidelora:miniature"
-_SIDE = 128
+_SIDE = 128  # pixels; the miniature was trained at this size
 _TRIGGER = "sks"
 _PROMPTS = (
     f"a large yellow {_TRIGGER} on a blue background",
@@ -39,41 +39,42 @@ _PROMPTS = (
     "a purple heart on a cyan background",
 )
 _MULTIPLIERS = (0.0, 0.5, 1.0)
-_FOR_THE_SERVER = ("fastapi", "uvicorn", "sqlalchemy", "httpx2")
+_SERVER_PACKAGES = ("fastapi", "uvicorn", "sqlalchemy", "httpx2")
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Where the pictures go.")] = Path("fidelora-demo"),
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("fidelora-demo"),
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
-    """Show what Fidelora does, in a minute or two and without a network: a LoRA at work, previews made again, and the server.
+    """Demonstrate Fidelora in a minute or two, without a network.
 
-    First a sheet of the miniature, the small base model that comes with Fidelora, alone and with a LoRA at several multipliers.
-    The LoRA taught it what "sks" is.
+    Generates pictures with the miniature, the small base model that is part of Fidelora, alone and
+    with a LoRA at several multipliers. The LoRA taught it the word "sks".
 
-    Then the last previews of a real training job, made again and compared with the trainer's own, and one with a wrong multiplier,
-    to show that a difference is seen. AI Toolkit trained that job on a base model whose pictures are noise; what counts is that
-    the same numbers come out.
+    Then replays the last samples of a real training run and compares them with the trainer's, and
+    one sample with a wrong multiplier, to show that a difference is detected. The base model of
+    that run is tiny and its samples look like noise, but the comparison is exact.
 
-    At last, if the server is installed, the LoRA's column of the sheet through the HTTP API: the same to the bit.
+    If the server is installed, generates the pictures of the LoRA again through the HTTP API and
+    checks that every bit is the same.
     """
     make_folder(out)
-    with _server(device) as url:
+    with _start_server(device) as url:
         engine = make_engine(device)
-        recipes, images = _paint(engine, out)
-        _prove(engine, out)
-        _serve(url, recipes, images, out)
+        recipes, images = _make_lora_sheet(engine, out)
+        _replay_samples(engine, out)
+        _compare_with_server(url, recipes, images, out)
 
 
-def _paint(engine: Engine, out: Path) -> tuple[list[Recipe], list[NDArray[np.uint8]]]:
-    """The sheet; returns recipes and pixels of its last column."""
+def _make_lora_sheet(engine: Engine, out: Path) -> tuple[list[Recipe], list[NDArray[np.uint8]]]:
+    """Write the LoRA's sheet; return the recipes and the pixels of its last column."""
     from fidelora.loras.describe import describe_adapter
     from fidelora.training.grid import Column, Row, contact_sheet
 
     adapter = AdapterRef.from_file(_ADAPTER)
     step = describe_adapter(_ADAPTER).step
-    assert step, "its script writes down how long it was trained"
+    assert step, "the training script stores the step"
     columns = [Column(0, 0.0), *(Column(step, multiplier) for multiplier in _MULTIPLIERS)]
     recipes: list[Recipe] = []
     images: dict[tuple[int, int], NDArray[np.uint8]] = {}
@@ -94,109 +95,118 @@ def _paint(engine: Engine, out: Path) -> tuple[list[Recipe], list[NDArray[np.uin
             images[down, across] = engine.generate(recipe).pixels
     rows = [Row(recipe.prompt, recipe) for recipe in recipes]
     sheet = out / "lora.png"
-    contact_sheet(
-        f"{_BASE}, and a LoRA that taught it what {_TRIGGER!r} is", rows, columns, images
-    ).save(sheet)
+    contact_sheet(f"{_BASE} without and with a LoRA for {_TRIGGER!r}", rows, columns, images).save(
+        sheet
+    )
     shutil.copyfile(_ADAPTER, out / _ADAPTER.name)
-    typer.echo(f"The miniature without and with its LoRA: {sheet}")
-    typer.echo(f"  The LoRA, to try it yourself: {out / _ADAPTER.name}")
+    typer.echo(f"Pictures of the miniature without and with its LoRA: {sheet}")
+    typer.echo(f"  LoRA: {out / _ADAPTER.name}")
     if any((images[down, 0] != images[down, 1]).any() for down in range(len(rows))):
-        fail("A LoRA with multiplier 0 changed a picture, which it must not.", 1)
+        fail("A LoRA with multiplier 0 changed a picture; please report this bug.", 1)
     return recipes, [images[down, len(columns) - 1] for down in range(len(rows))]
 
 
-def _prove(engine: Engine, out: Path) -> None:
+def _replay_samples(engine: Engine, out: Path) -> None:
     from fidelora.training.plan import plan_samples
     from fidelora.training.run_folder import read_run
-    from fidelora.training.sheet import stack
+    from fidelora.training.sheet import stack_vertically
 
-    job = read_run(_JOB)
-    samples = plan_samples(job, job.steps, base_model=str(_JOBS_BASE))
+    run = read_run(_RUN)
+    samples = plan_samples(run, run.steps, base_model=str(_RUN_BASE))
     typer.echo(
-        f"Job {job.name}: {len(samples)} previews of step {job.steps}, sampler {job.sampler}, {job.dtype}."
+        f"Training run {run.name}: {len(samples)} samples of step {run.steps}, "
+        f"sampler {run.sampler}, {run.dtype}."
     )
 
     rows: list[Image] = []
-    alike = True
+    all_match = True
     for sample in samples:
         recipe = sample.recipe
-        title = f"preview {sample.index}: {recipe.width}x{recipe.height}, {recipe.steps} steps, seed {recipe.seed}"
-        comparison = _show(engine, sample, title, rows)
-        alike = alike and comparison.within_rounding
+        title = (
+            f"sample {sample.index}: {recipe.width}x{recipe.height}, {recipe.steps} steps, "
+            f"seed {recipe.seed}"
+        )
+        comparison = _replay_and_compare(engine, sample, title, rows)
+        all_match = all_match and comparison.within_rounding
 
     first = samples[0]
     adapter = first.recipe.adapters[0]
-    wrong = AdapterRef(adapter.sha256, 0.5, adapter.name, adapter.path)
-    control = replace(first, recipe=replace(first.recipe, adapters=(wrong,)))
-    seen = not _show(
-        engine, control, "control: preview 0 with multiplier 0.5 in place of 1", rows
+    halved = AdapterRef(adapter.sha256, 0.5, adapter.name, adapter.path)
+    control = replace(first, recipe=replace(first.recipe, adapters=(halved,)))
+    detected = not _replay_and_compare(
+        engine, control, "control: sample 0 with multiplier 0.5 instead of 1", rows
     ).within_rounding
 
     sheet = out / "previews.png"
-    stack(rows).save(sheet)
+    stack_vertically(rows).save(sheet)
     typer.echo(f"  Side by side: {sheet}")
-    if not alike:
+    if not all_match:
         fail(
-            "A preview came out different: other versions of torch or diffusers, or a device whose arithmetic differs.",
+            "A replayed sample differs from the trainer's. Possible causes: the versions of torch "
+            "and diffusers, or the arithmetic of the device.",
             1,
         )
-    if not seen:
-        fail("The control came out equal, so this comparison proves nothing.", 1)
-    typer.echo("  All previews were made again, and the wrong multiplier was seen.")
+    if not detected:
+        fail("The control sample is the same, so the comparison cannot detect differences.", 1)
+    typer.echo("  All samples were replayed, and the wrong multiplier was detected.")
 
 
-def _show(engine: Engine, sample: PlannedSample, title: str, rows: list[Image]) -> Comparison:
+def _replay_and_compare(
+    engine: Engine, sample: PlannedSample, title: str, rows: list[Image]
+) -> Comparison:
     import numpy as np
     from PIL import Image
 
     from fidelora.training.compare import compare_with_sample
     from fidelora.training.sheet import side_by_side
 
-    assert sample.preview is not None, "the demo's job comes with its previews"
+    assert sample.trainer_image is not None, "the demo data contains the samples"
     image = engine.generate(sample.recipe)
-    comparison = compare_with_sample(image.pixels, sample.preview)
-    typer.echo(f"  {title}: {comparison.in_words}")
-    with Image.open(sample.preview) as preview:
+    comparison = compare_with_sample(image.pixels, sample.trainer_image)
+    typer.echo(f"  {title}: {comparison.summary}")
+    with Image.open(sample.trainer_image) as trainer:
         rows.append(
             side_by_side(
-                np.asarray(preview.convert("RGB")), image.pixels, f"{title}: {comparison.in_words}"
+                np.asarray(trainer.convert("RGB")), image.pixels, f"{title}: {comparison.summary}"
             )
         )
     return comparison
 
 
-def _not_installed() -> list[str]:
-    """What the server needs and is not there."""
-    return [name for name in _FOR_THE_SERVER if importlib.util.find_spec(name) is None]
+def _missing_packages() -> list[str]:
+    """Return the packages of the server that are not installed."""
+    return [name for name in _SERVER_PACKAGES if importlib.util.find_spec(name) is None]
 
 
-def _server(device: str) -> AbstractContextManager[Callable[[], str] | None]:
-    """Started first, so that it loads while pictures are painted; `None` without what it needs."""
-    if _not_installed():
+def _start_server(device: str) -> AbstractContextManager[Callable[[], str] | None]:
+    """Start the server if it is installed; it loads while pictures are generated."""
+    if _missing_packages():
         return nullcontext()
     from fidelora.cli.demo_server import running_server
 
     return running_server(_BASE, Recipe(prompt="").dtype, device)
 
 
-def _serve(
+def _compare_with_server(
     url: Callable[[], str] | None,
     recipes: Sequence[Recipe],
     images: Sequence[NDArray[np.uint8]],
     out: Path,
 ) -> None:
     if url is None:
-        missing = ", ".join(_not_installed())
+        missing = ", ".join(_missing_packages())
         typer.echo(
-            f"The server is not installed ({missing} missing): pip install 'fidelora[server,client]'"
+            f"The server is not installed ({missing} missing). "
+            "Install it with: pip install 'fidelora[server,client]'"
         )
         return
     from fidelora.cli.demo_server import through_server
 
     served = through_server(url(), recipes, _ADAPTER, out / "served")
-    if not all((ours == theirs).all() for ours, theirs in zip(images, served, strict=True)):
-        fail("An image came out different through the server, which it must not.", 1)
+    if not all((local == remote).all() for local, remote in zip(images, served, strict=True)):
+        fail("The server returned a different picture; please report this bug.", 1)
     typer.echo(
-        f"The same through the HTTP API of `fidelora serve --base-model {_BASE}`: {len(served)} images, all pixels equal."
+        f"Pictures from the HTTP API of `fidelora serve --base-model {_BASE}`: "
+        f"{len(served)} images, all pixels equal."
     )
     typer.echo(f"  {out / 'served'}")

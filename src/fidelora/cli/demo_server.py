@@ -1,4 +1,4 @@
-"""A server that lives as long as the demo needs it, and what it makes of recipes."""
+"""Temporary server of `fidelora demo`."""
 
 from __future__ import annotations
 
@@ -23,25 +23,26 @@ from fidelora.client import Client
 from fidelora.recipe import Recipe
 from fidelora.settings import Settings
 
-_ANSWER_S = 120.0
-_STOP_S = 20.0
+_RESULT_TIMEOUT_S = 120.0
+_STOP_TIMEOUT_S = 20.0
+_POLL_S = 0.1
 
 
 def through_server(
     url: str, recipes: Sequence[Recipe], adapter: Path, out: Path
 ) -> list[NDArray[np.uint8]]:
-    """Upload `adapter`, ask for the images of `recipes`, and save them in `out`.
+    """Upload `adapter`, request the images of `recipes`, and save them in `out`.
 
     Args:
-        recipes: of one base model and one precision, each with that adapter.
+        recipes: all with the same base model and dtype, each with this adapter.
 
     Returns:
-        The pixels of each.
+        The pixels of each image, uint8 RGB [height, width, 3].
     """
     with Client(url) as client:
         path = client.upload_lora(adapter).path
         result = client.generate(
-            InferenceRequest.model_validate(request_for(recipes, path)), timeout_s=_ANSWER_S
+            InferenceRequest.model_validate(request_for(recipes, path)), timeout_s=_RESULT_TIMEOUT_S
         )
         pixels = []
         for file in client.save_images(result, out):
@@ -52,10 +53,10 @@ def through_server(
 
 @contextmanager
 def running_server(base_model: str, dtype: str, device: str) -> Iterator[Callable[[], str]]:
-    """A server on a free port of this machine, with a data folder that goes with it; it starts while other work is done.
+    """Run a server on a free local port, with a temporary data folder.
 
     Yields:
-        What waits until the server listens, and returns its URL.
+        A function that waits until the server listens and returns its URL.
     """
     with (
         tempfile.TemporaryDirectory(prefix="fidelora-demo-") as data,
@@ -75,23 +76,23 @@ def running_server(base_model: str, dtype: str, device: str) -> Iterator[Callabl
             [*command, "--host", "127.0.0.1", "--port", "0"],
             env=_environment()
             | {"FIDELORA_DATA_DIR": data, "FIDELORA_DTYPE": dtype, "FIDELORA_LOG_FORMAT": "json"},
-            cwd=data,  # away from a .env that is meant for another server
+            cwd=data,  # avoids the .env file of another server
             stdout=subprocess.DEVNULL,
             stderr=log,
         )
         try:
-            yield partial(_url, process, Path(data, "log"))
+            yield partial(_wait_for_url, process, Path(data, "log"))
         finally:
             process.terminate()
             try:
-                process.wait(_STOP_S)
+                process.wait(_STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
 
 
 def _environment() -> dict[str, str]:
-    """Ours, without what is set for a server."""
+    """Return the environment without the settings of a server."""
     names = {str(field.validation_alias) for field in Settings.model_fields.values()}
     return {
         name: value
@@ -100,10 +101,11 @@ def _environment() -> dict[str, str]:
     }
 
 
-def _url(process: subprocess.Popen[bytes], log: Path) -> str:
-    """Where it listens; it says so once."""
+def _wait_for_url(process: subprocess.Popen[bytes], log: Path) -> str:
+    """Return the URL from the log; wait until the server listens."""
     while True:
-        ended = process.poll() is not None
+        # Poll first: the log of a process that has ended is complete.
+        exited = process.poll() is not None
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         for line in lines:
             if (
@@ -112,9 +114,7 @@ def _url(process: subprocess.Popen[bytes], log: Path) -> str:
                 and (entry := json.loads(line)).get("event") == "listening"
             ):
                 return str(entry["url"])
-        if ended:
-            fail(
-                f"The demo's server did not start: {lines[-1].strip() if lines else 'it said nothing'}",
-                1,
-            )
-        time.sleep(0.1)
+        if exited:
+            reason = lines[-1].strip() if lines else "its log is empty"
+            fail(f"The demo's server did not start: {reason}", 1)
+        time.sleep(_POLL_S)

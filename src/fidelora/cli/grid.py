@@ -1,4 +1,4 @@
-"""`fidelora grid`"""
+"""`fidelora grid`."""
 
 from __future__ import annotations
 
@@ -24,61 +24,69 @@ from fidelora.errors import JobFolderError
 
 
 def grid(
-    job_dir: Annotated[
-        Path, typer.Argument(metavar="JOB_DIR", help="The output folder of an AI Toolkit job.")
+    run_folder: Annotated[
+        Path, typer.Argument(metavar="JOB_DIR", help="Output folder of an AI Toolkit training run.")
     ],
     steps: Annotated[
         str,
-        typer.Option(help="Checkpoints, with commas: numbers (0 is the base model), last, or all."),
+        typer.Option(
+            help="Steps of the checkpoints, separated by commas: numbers (0 for the base model), "
+            "last or all."
+        ),
     ] = "all",
     multipliers: Annotated[
-        str, typer.Option(help="Multipliers of the LoRA, -2..2, with commas.")
+        str, typer.Option(help="Multipliers of the LoRA, -2..2, separated by commas.")
     ] = "1",
     prompts: Annotated[
         list[str] | None,
         typer.Option(
-            help="Numbers of the job's samples, with commas, or a prompt, which may have [trigger] and flags, and takes the rest "
-            "from the job. By default all samples."
+            help="Indices of samples, separated by commas, or a prompt with optional [trigger] and "
+            "flags and otherwise the settings of the run; by default all samples."
         ),
     ] = None,
     base_model: Annotated[
         str | None,
         typer.Option(
-            help="Hub id, diffusers folder or .safetensors checkpoint, in place of the job's."
+            help="Hub id, diffusers folder or .safetensors checkpoint; by default the run's."
         ),
     ] = None,
     out: Annotated[
-        Path, typer.Option(help="The image that is written (.png, .jpg, .webp).")
+        Path, typer.Option(help="Output file (.png, .jpg or .webp), which is replaced.")
     ] = Path("grid.png"),
     fidelity: Fidelity = FidelityOption.EXACT,
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
-    """Paint a job's prompts with several checkpoints and multipliers, same seeds, on one sheet with labelled axes."""
+    """Generate a labelled sheet of prompts with several checkpoints and multipliers.
+
+    All images of a row have the same seed.
+    """
     from fidelora.images.write import format_of
-    from fidelora.training.grid import cells, columns_of, contact_sheet, rows_of
+    from fidelora.training.grid import contact_sheet, iterate_cells, make_columns, make_rows
     from fidelora.training.run_folder import read_run
 
     image_format = format_of(out)
-    job = read_run(job_dir)
-    rows = rows_of(job, _prompts(prompts or []), base_model=base_model)
-    columns = columns_of(job, _steps(steps, sorted(job.checkpoints)), _multipliers(multipliers))
-    wanted = list(cells(job, rows, columns))
+    run = read_run(run_folder)
+    rows = make_rows(run, _read_prompts(prompts or []), base_model=base_model)
+    columns = make_columns(
+        run, _read_steps(steps, sorted(run.checkpoints)), _read_multipliers(multipliers)
+    )
+    cells = list(iterate_cells(run, rows, columns))
     make_folder(out.parent)
 
     engine = make_engine(device)
     images = {}
     try:
-        for number, (down, across, recipe) in enumerate(wanted, start=1):
+        for number, (down, across, recipe) in enumerate(cells, start=1):
             if sys.stderr.isatty():
-                typer.echo(f"\rimage {number} of {len(wanted)}", nl=False, err=True)
+                typer.echo(f"\rimage {number} of {len(cells)}", nl=False, err=True)
             images[down, across] = engine.generate(replace(recipe, fidelity=fidelity.value)).pixels
     except KeyboardInterrupt:
         fail("Interrupted; no grid was written.", INTERRUPTED)
     if sys.stderr.isatty():
         typer.echo("", err=True)
     sheet = contact_sheet(
-        f"{job.name}: {rows[0].recipe.sampler}, {rows[0].recipe.dtype}", rows, columns, images
+        f"{run.name}: {rows[0].recipe.sampler}, {rows[0].recipe.dtype}", rows, columns, images
     )
     buffer = io.BytesIO()
     sheet.save(buffer, image_format, **({"lossless": True} if image_format == "webp" else {}))
@@ -86,33 +94,34 @@ def grid(
     typer.echo(out)
 
 
-def _steps(text: str, there_are: list[int]) -> list[int]:
+def _read_steps(text: str, available: list[int]) -> list[int]:
     if text == "all":
-        return there_are
+        return available
     steps: list[int] = []
-    for word in _words(text, "--steps"):
+    for word in _split(text, "--steps"):
         if word == "last":
-            steps += there_are[-1:]
+            steps += available[-1:]
         elif word.isdigit():
             steps.append(int(word))
         else:
             raise JobFolderError(
-                f"--steps has {word!r}, which is no step; give numbers with commas, last or all."
+                f"--steps has {word!r}, which is not a step; "
+                "set numbers separated by commas, last or all."
             )
     return steps
 
 
-def _multipliers(text: str) -> list[float]:
+def _read_multipliers(text: str) -> list[float]:
     try:
-        return [float(word) for word in _words(text, "--multipliers")]
+        return [float(word) for word in _split(text, "--multipliers")]
     except ValueError:
         raise JobFolderError(
-            f"--multipliers is {text!r}; give numbers with commas, such as 0.5,1."
+            f"--multipliers is {text!r}; set numbers separated by commas, such as 0.5,1."
         ) from None
 
 
-def _prompts(texts: list[str]) -> list[str]:
-    """Numbers apart, prompts whole: only what is nothing but numbers is split at its commas."""
+def _read_prompts(texts: list[str]) -> list[str]:
+    """Split lists of indices at their commas; prompts stay whole."""
     parts = []
     for text in texts:
         words = [word.strip() for word in text.split(",")]
@@ -120,8 +129,8 @@ def _prompts(texts: list[str]) -> list[str]:
     return parts
 
 
-def _words(text: str, option: str) -> list[str]:
+def _split(text: str, option: str) -> list[str]:
     words = [word.strip() for word in text.split(",") if word.strip()]
     if not words:
-        raise JobFolderError(f"{option} is empty.")
+        raise JobFolderError(f"{option} is empty; set at least one value.")
     return words

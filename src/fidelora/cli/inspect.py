@@ -1,4 +1,4 @@
-"""`fidelora inspect`"""
+"""`fidelora inspect`."""
 
 from __future__ import annotations
 
@@ -14,87 +14,87 @@ from fidelora.cli.console import Debug
 if TYPE_CHECKING:
     from fidelora.engine.examine import Examination
 
-UNUSABLE = 1
+UNUSABLE = 1  # exit code
 
 
 def inspect(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="A LoRA, LoKr or LoHa file (.safetensors).")
+        Path, typer.Argument(metavar="FILE", help="LoRA, LoKr or LoHa file (.safetensors).")
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Say everything that an adapter's file tells: what it is, how it was trained, what it fits, and what is wrong with it.
+    """Describe an adapter file: its type, training, matching model and problems.
 
-    Exit codes: 0 it can be used, 1 it cannot, 2 wrong use.
+    Exit codes: 0 the file can be used, 1 it cannot be used, 2 wrong use.
     """
     from fidelora.engine.examine import examine_adapter
 
-    found = examine_adapter(file.expanduser())
-    facts = _facts(file, found)
+    result = examine_adapter(file.expanduser())
+    document = _document(file, result)
     if as_json:
-        typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
     else:
-        _print(file, facts, found)
-    if not found.usable:
+        _print(file, document, result)
+    if not result.usable:
         raise typer.Exit(UNUSABLE)
 
 
-def _facts(file: Path, found: Examination) -> dict[str, Any]:
-    """What `--json` prints."""
-    summary = found.summary
+def _document(file: Path, result: Examination) -> dict[str, Any]:
+    """Return the object that `--json` prints."""
+    summary = result.summary
     return {
         "file": file.name,
-        "sha256": found.sha256,
+        "sha256": result.sha256,
         "size_bytes": summary.size_bytes,
         "type": summary.kind,
         "modules": summary.modules,
         "text_encoder": summary.text_encoder,
         "ranks": list(summary.ranks),
-        "alphas": [
-            alpha if math.isfinite(alpha) else str(alpha) for alpha in found.alphas
-        ],  # JSON has no infinity
+        # JSON does not support infinity.
+        "alphas": [alpha if math.isfinite(alpha) else str(alpha) for alpha in result.alphas],
         "dtype": "+".join(summary.dtypes),
         "step": summary.step,
         "epoch": summary.epoch,
         "trigger": summary.trigger,
         "base_model_version": summary.base,
         "trainer_version": summary.trainer,
-        "model": found.model or None,
-        "modules_matched": found.matched,
-        "modules_of_same_shape": found.same_shapes,
+        "model": result.model or None,
+        "modules_matched": result.matched,
+        "modules_of_same_shape": result.same_shapes,
         "problems": [
             {"code": problem.code, "message": problem.message, "unusable": problem.unusable}
-            for problem in found.problems
+            for problem in result.problems
         ],
     }
 
 
-def _print(file: Path, facts: dict[str, Any], found: Examination) -> None:
+def _print(file: Path, document: dict[str, Any], result: Examination) -> None:
     unknown = "-"
-    where = "text encoder and UNet" if facts["text_encoder"] else "UNet"
+    parts = "text encoder and UNet" if document["text_encoder"] else "UNet"
     rows = {
-        "type": f"{facts['type']}, {facts['modules']} modules ({where})"
-        if facts["type"]
+        "type": f"{document['type']}, {document['modules']} modules ({parts})"
+        if document["type"]
         else unknown,
-        "rank": ", ".join(map(str, facts["ranks"])) or unknown,
-        "alpha": ", ".join(f"{alpha:g}" for alpha in found.alphas) or unknown,
-        "dtype": facts["dtype"] or unknown,
-        "step": unknown if facts["step"] is None else facts["step"],
-        "epoch": unknown if facts["epoch"] is None else facts["epoch"],
-        "trigger": facts["trigger"] or unknown,
-        "base model": facts["base_model_version"] or unknown,
-        "trainer": facts["trainer_version"] or unknown,
-        "fits": f"{found.model}: {found.matched} modules by name, {found.same_shapes} in the shapes of its own base"
-        if found.model
+        "rank": ", ".join(map(str, document["ranks"])) or unknown,
+        "alpha": ", ".join(f"{alpha:g}" for alpha in result.alphas) or unknown,
+        "dtype": document["dtype"] or unknown,
+        "step": unknown if document["step"] is None else document["step"],
+        "epoch": unknown if document["epoch"] is None else document["epoch"],
+        "trigger": document["trigger"] or unknown,
+        "base model": document["base_model_version"] or unknown,
+        "trainer": document["trainer_version"] or unknown,
+        "fits": f"{result.model}: {result.matched} modules match by name, "
+        f"{result.same_shapes} match the shapes of its default base model"
+        if result.model
         else unknown,
-        "size": f"{facts['size_bytes']:,} bytes",
-        "sha256": facts["sha256"],
+        "size": f"{document['size_bytes']:,} bytes",
+        "sha256": document["sha256"],
     }
     typer.echo(file.name)
     for name, value in rows.items():
         typer.echo(f"  {name:<11} {value}")
-    for problem in found.problems:
+    for problem in result.problems:
         typer.echo(f"  {'problem' if problem.unusable else 'note':<11} {problem.message}")
-    if not found.problems:
+    if not result.problems:
         typer.echo("  No problems were found.")

@@ -1,4 +1,4 @@
-"""`fidelora models`"""
+"""`fidelora models`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from fidelora.families import Family, all_families
 
 
 def list_models(
-    as_json: bool = typer.Option(False, "--json", help="Print JSON."), debug: Debug = False
+    as_json: bool = typer.Option(False, "--json", help="Print a JSON array."), debug: Debug = False
 ) -> None:
-    """List the model families with their defaults and samplers."""
+    """List the model families with their base models, defaults and samplers."""
     if as_json:
-        typer.echo(json.dumps([_facts(spec) for spec in all_families().values()], indent=2))
+        typer.echo(json.dumps([_document(spec) for spec in all_families().values()], indent=2))
         return
     for spec in all_families().values():
         typer.echo(f"{spec.id}  {spec.title}")
@@ -23,13 +23,15 @@ def list_models(
         typer.echo(f"    base model  {spec.base_model}{aliases}")
         typer.echo(
             f"    defaults    {spec.default_size}x{spec.default_size}, {spec.default_steps} steps, "
-            f"guidance {spec.default_guidance_scale:g}, seed {spec.default_seed}, sampler {spec.default_sampler}"
+            f"guidance {spec.default_guidance_scale:g}, seed {spec.default_seed}, "
+            f"sampler {spec.default_sampler}"
         )
         typer.echo(f"    sizes       multiples of {spec.resolution_divisor}")
         typer.echo(f"    samplers    {' '.join(spec.samplers)}")
 
 
-def _facts(spec: Family) -> dict[str, object]:
+def _document(spec: Family) -> dict[str, object]:
+    """Return the entry of a family in the output of `--json`."""
     return {
         "id": spec.id,
         "title": spec.title,

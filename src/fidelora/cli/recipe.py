@@ -1,4 +1,4 @@
-"""`fidelora recipe`"""
+"""`fidelora recipe`."""
 
 from __future__ import annotations
 
@@ -20,82 +20,88 @@ if TYPE_CHECKING:
 
 
 def recipe(
-    job_dir: Annotated[
-        Path, typer.Argument(metavar="JOB_DIR", help="The output folder of an AI Toolkit job.")
+    run_folder: Annotated[
+        Path, typer.Argument(metavar="JOB_DIR", help="Output folder of an AI Toolkit training run.")
     ],
-    step: Annotated[str, typer.Option(help="A step whose weights are there, or last.")] = "last",
+    step: Annotated[str, typer.Option(help="Training step with a checkpoint, or last.")] = "last",
     index: Annotated[
         int | None,
         typer.Option(
-            min=0, help="One sample of the job, from 0; without it, all of them in one request."
+            min=0, help="Index of a single sample, from 0; by default all samples, in one request."
         ),
     ] = None,
     lora: Annotated[
         str | None,
         typer.Option(
-            help="What the server calls the LoRA; by default its file's name, below WORKFLOWS_BASE_PATH."
+            help="LoRA path below WORKFLOWS_BASE_PATH of the server; by default the file name."
         ),
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Print the request (JSON, for POST /v1/inference) that makes a job's samples again. What the server needs goes to stderr."""
+    """Print the request that replays the samples of a training run, as JSON for POST /v1/inference.
+
+    Prints the settings that the server needs to stderr.
+    """
     from fidelora.training.plan import plan_samples
     from fidelora.training.run_folder import read_run
 
-    job = read_run(job_dir)
-    number = _step(job, step)
-    recipes = [plan.recipe for plan in plan_samples(job, number)]
+    run = read_run(run_folder)
+    number = _read_step(run, step)
+    recipes = [plan.recipe for plan in plan_samples(run, number)]
     if not recipes:
-        raise JobFolderError(f"The job {job.name} has no sample prompts.")
-    live = recipes[0].adapter_mode == "live"
+        raise JobFolderError(f"The training run {run.name} has no sample prompts.")
+    unmerged = recipes[0].adapter_mode == "live"
     if index is not None:
         if index >= len(recipes):
             raise JobFolderError(
-                f"The job {job.name} has {len(recipes)} samples, so the last --index is {len(recipes) - 1}."
+                f"The training run {run.name} has {len(recipes)} samples; "
+                f"--index must be at most {len(recipes) - 1}."
             )
         recipes = recipes[index : index + 1]
     if number == 0:
-        recipes = _of_base_alone(job, recipes)
+        recipes = _with_zero_multiplier(run, recipes)
     file = recipes[0].adapters[0].path
     assert file is not None
     typer.echo(json.dumps(request_for(recipes, lora or file.name), indent=2, ensure_ascii=False))
     typer.echo(
-        f"The server: fidelora serve --base-model {job.model}={job.base_model}, with FIDELORA_DTYPE={job.dtype}, and {file} in "
-        "its folder of LoRAs or uploaded.",
+        f"Start the server with: fidelora serve --base-model {run.model}={run.base_model}, "
+        f"with FIDELORA_DTYPE={run.dtype}, and upload {file} or copy it to its LoRA folder.",
         err=True,
     )
-    if len({one.adapters[0].multiplier for one in recipes}) == 1 and live:
+    if unmerged and len({planned.adapters[0].multiplier for planned in recipes}) == 1:
         warn(
-            "The job's samples have several multipliers, so the trainer ran the LoRA beside the model; a request with one of them "
-            "merges it, which differs by rounding. Leave out --index to get the request that does as the trainer did."
+            "The samples of this training run have several multipliers, so the trainer left the "
+            "LoRA unmerged. A request with one multiplier merges it, which differs by rounding. "
+            "Leave out --index to request all samples with the unmerged LoRA."
         )
     if (
-        job.prediction != "epsilon"
-        or job.vae
-        or {job.vae_dtype, job.text_encoder_dtype} != {job.dtype}
+        run.prediction != "epsilon"
+        or run.vae
+        or {run.vae_dtype, run.text_encoder_dtype} != {run.dtype}
     ):
         warn(
-            "The job has a prediction type, a VAE or separate precisions that no server setting has; its images will differ."
+            "The server has no settings for the prediction type, the VAE or the separate dtypes of "
+            "this training run; its images will differ."
         )
 
 
-def _step(job: TrainingRun, wanted: str) -> int:
-    if wanted.isdigit():
-        return int(wanted)
-    if wanted != "last":
-        raise JobFolderError(f"{wanted!r} is no step; give a number or last.")
-    if not job.checkpoints:
+def _read_step(run: TrainingRun, text: str) -> int:
+    if text.isdigit():
+        return int(text)
+    if text != "last":
+        raise JobFolderError(f"{text!r} is not a step; set a number or last.")
+    if not run.checkpoints:
         raise JobFolderError(
-            f"The job {job.name} has saved no weights yet, and a request needs a LoRA."
+            f"The training run {run.name} has no checkpoints, but a request requires a LoRA."
         )
-    return max(job.checkpoints)
+    return max(run.checkpoints)
 
 
-def _of_base_alone(job: TrainingRun, recipes: list[Recipe]) -> list[Recipe]:
-    """The API always wants a LoRA: any of the job's with multiplier 0 leaves the base model as it is."""
-    if not job.checkpoints:
+def _with_zero_multiplier(run: TrainingRun, recipes: list[Recipe]) -> list[Recipe]:
+    """Add a LoRA with multiplier 0, which has no effect: the API requires at least one LoRA."""
+    if not run.checkpoints:
         raise JobFolderError(
-            f"The job {job.name} has saved no weights yet, and a request needs a LoRA."
+            f"The training run {run.name} has no checkpoints, but a request requires a LoRA."
         )
-    unused = AdapterRef.from_file(next(iter(job.checkpoints.values())), 0.0)
-    return [replace(one, adapters=(unused,), adapter_mode="merged") for one in recipes]
+    adapter = AdapterRef.from_file(next(iter(run.checkpoints.values())), 0.0)
+    return [replace(recipe, adapters=(adapter,), adapter_mode="merged") for recipe in recipes]

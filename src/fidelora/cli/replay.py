@@ -1,4 +1,4 @@
-"""`fidelora replay`"""
+"""`fidelora replay`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from fidelora.cli.console import (
     Debug,
     Device,
     FidelityOption,
-    failure_is_no_difference,
     make_engine,
     progress_bar,
+    reserve_exit_code_1,
     warn,
 )
 from fidelora.errors import AdapterNotFoundError, AdaptersMissingError, ImageRecordError
@@ -31,51 +31,53 @@ if TYPE_CHECKING:
     from fidelora.images.write import GeneratedImage
     from fidelora.training.compare import Comparison
 
-DIFFERENT = 1
+DIFFERENT = 1  # exit code
 
 
-@failure_is_no_difference
+@reserve_exit_code_1
 def replay(
     image: Annotated[
-        Path, typer.Argument(metavar="IMAGE", help="A PNG, JPEG or WebP with its recipe inside.")
+        Path, typer.Argument(metavar="IMAGE", help="PNG, JPEG or WebP file that contains a recipe.")
     ],
     lora: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="A LoRA of the image, under any name.")
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="LoRA of the image; its name may differ."),
     ] = None,
     lora_dir: Annotated[
         list[Path] | None,
-        typer.Option(metavar="DIR", help="Where LoRAs are looked for by their hashes."),
+        typer.Option(metavar="DIR", help="Folder to search for LoRAs by their hashes."),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="The new image (.png, .jpg, .webp); by default IMAGE_again beside it.",
+            help="Output file (.png, .jpg or .webp); by default IMAGE_again in the same folder.",
         ),
     ] = None,
     compare: Annotated[
         bool,
         typer.Option(
-            "--compare", help="Tell whether the pixels are the same; leave with 1 if not."
+            "--compare", help="Compare the pixels with those of IMAGE; exit with 1 if any differ."
         ),
     ] = False,
     fidelity: Annotated[
-        FidelityOption | None, typer.Option(help="exact or fast, in place of the recipe's.")
+        FidelityOption | None, typer.Option(help="exact or fast; by default the recipe's.")
     ] = None,
     base_model: Annotated[
         str | None,
         typer.Option(
-            help="Hub id, diffusers folder or .safetensors checkpoint, in place of the recipe's."
+            help="Hub id, diffusers folder or .safetensors checkpoint; by default the recipe's."
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
     device: Device = "auto",
-    offload: Annotated[str, typer.Option(help="none, model or sequential.")] = "none",
+    offload: Annotated[str, typer.Option(help="Offload mode: none, model or sequential.")] = "none",
     debug: Debug = False,
 ) -> None:
-    """Make an image again from what its file says, and prove that it is the same.
+    """Generate an image again from the recipe in its file.
 
-    Exit codes: 0 made (with --compare: the same pixels), 1 other pixels, 2 wrong use or a file that cannot be used.
+    Exit codes: 0 done (with --compare: all pixels are the same), 1 some pixels differ, 2 wrong use
+    or a file that cannot be used.
     """
     from fidelora.images.read import read_origin
 
@@ -84,19 +86,19 @@ def replay(
     except OSError as error:
         raise ImageRecordError(f"{image} cannot be read: {error.strerror or error}.") from error
     origin = read_origin(content, image.name)
-    files = _Files(lora or [], lora_dir or [])
+    files = _AdapterFiles(lora or [], lora_dir or [])
     engine: Engine | None = None
     if origin.recipe is not None:
-        recipe = replace(origin.recipe, adapters=files.with_bytes(origin.recipe.adapters))
+        recipe = replace(origin.recipe, adapters=files.resolve(origin.recipe.adapters))
     else:
-        assert origin.parameters is not None, "an image that says nothing is an error"
-        adapters = files.named(origin.parameters)
+        assert origin.parameters is not None, "read_origin raises if there is neither"
+        adapters = files.find_by_name(origin.parameters)
         engine = make_engine(device, offload)
-        recipe = _as_far_as_it_goes(origin.parameters, adapters, engine)
-    recipe, changes = _changed(recipe, fidelity, base_model)
+        recipe = _recipe_from_parameters(origin.parameters, adapters, engine)
+    recipe, changes = _apply_options(recipe, fidelity, base_model)
     for name, (was, now) in changes.items():
-        warn(f"{name} is {now!r} in place of {was!r}.")
-    target = _target(image, out)
+        warn(f"{name} is {now!r} instead of {was!r}.")
+    target = _output_path(image, out)
 
     engine = engine or make_engine(device, offload)
     with progress_bar(f"seed {recipe.seed}") as on_step:
@@ -104,83 +106,86 @@ def replay(
     for sentence in made.warnings:
         warn(sentence)
     _write(made, target, origin)
-    found = _compare(made, content, origin) if compare else None
+    comparison = _compare(made, content, origin) if compare else None
     if as_json:
         typer.echo(
-            json.dumps(_document(image, target, origin, changes, made, found, compare), indent=2)
+            json.dumps(
+                _document(image, target, origin, changes, made, comparison, compare), indent=2
+            )
         )
     else:
         typer.echo(str(target))
         if compare:
-            _say(made, origin, found)
-    if compare and (found is None or not found.identical):
+            _print_comparison(made, origin, comparison)
+    if compare and (comparison is None or not comparison.identical):
         raise typer.Exit(DIFFERENT)
 
 
-class _Files:
-    """The LoRAs that the command line gives, each read once at most."""
+class _AdapterFiles:
+    """LoRAs of `--lora` and `--lora-dir`; each file is hashed at most once."""
 
     def __init__(self, files: Sequence[Path], folders: Sequence[Path]) -> None:
         self._given = [AdapterRef.from_file(path) for path in files]
         for folder in folders:
             if not folder.is_dir():
-                raise AdapterNotFoundError(f"There is no folder {folder}; check --lora-dir.")
+                raise AdapterNotFoundError(f"The folder {folder} does not exist; check --lora-dir.")
         self._folders = [folder.expanduser().resolve() for folder in folders]
         self._hashes: dict[Path, str] = {}
 
-    def with_bytes(self, adapters: Sequence[AdapterRef]) -> tuple[AdapterRef, ...]:
-        """The same adapters with the places of their bytes.
+    def resolve(self, adapters: Sequence[AdapterRef]) -> tuple[AdapterRef, ...]:
+        """Return the adapters with the paths of the files that have their hashes.
 
         Raises:
-            AdaptersMissingError: some are nowhere.
+            AdaptersMissingError: some files were not found.
         """
-        found = [self._of_hash(ref) for ref in adapters]
+        found = [self._find_hash(ref) for ref in adapters]
         missing = [
             (ref.sha256, ref.name)
             for ref, path in zip(adapters, found, strict=True)
             if path is None
         ]
         if missing:
-            raise _missing(missing)
+            raise _missing_error(missing)
         return tuple(replace(ref, path=path) for ref, path in zip(adapters, found, strict=True))
 
-    def named(self, parameters: Parameters) -> tuple[AdapterRef, ...]:
-        """The adapters that another program's text names; says so where the hash in it is another one.
+    def find_by_name(self, parameters: Parameters) -> tuple[AdapterRef, ...]:
+        """Return the adapters named in another program's parameters; warn if a hash differs.
 
         Raises:
-            AdaptersMissingError: some are nowhere.
-            AdapterPlaceError: there are several of a name.
+            AdaptersMissingError: some files were not found.
+            AdapterPlaceError: several files have the same name.
         """
-        found = [self._of_name(lora.name) for lora in parameters.loras]
+        found = [self._find_name(lora.name) for lora in parameters.loras]
         missing = [
             (lora.hash, lora.name)
             for lora, ref in zip(parameters.loras, found, strict=True)
             if ref is None
         ]
         if missing:
-            raise _missing(missing)
+            raise _missing_error(missing)
         refs = tuple(ref for ref in found if ref is not None)
         for lora, ref in zip(parameters.loras, refs, strict=True):
             if lora.hash and not ref.sha256.startswith(lora.hash):
                 warn(
-                    f"{lora.name} had the hash {lora.hash}, and this file's sha256 is {ref.sha256}: it may be another file."
+                    f"The image was made with {lora.name} of hash {lora.hash}, but the sha256 of "
+                    f"this file is {ref.sha256}; it may be a different file."
                 )
         return refs
 
-    def _of_hash(self, wanted: AdapterRef) -> Path | None:
+    def _find_hash(self, adapter: AdapterRef) -> Path | None:
         from fidelora.loras.folder import adapter_path, adapter_with_hash
 
         for ref in self._given:
-            if ref.sha256 == wanted.sha256:
+            if ref.sha256 == adapter.sha256:
                 return ref.path
         for folder in self._folders:
             if (
-                name := adapter_with_hash(folder, wanted.sha256, wanted.name, self._sha256_of)
+                name := adapter_with_hash(folder, adapter.sha256, adapter.name, self._sha256_of)
             ) is not None:
                 return adapter_path(folder, name)
         return None
 
-    def _of_name(self, name: str) -> AdapterRef | None:
+    def _find_name(self, name: str) -> AdapterRef | None:
         from fidelora.loras.folder import adapter_named_in_prompt, adapter_path
 
         for ref in self._given:
@@ -201,44 +206,43 @@ class _Files:
         return self._hashes[path]
 
 
-def _missing(missing: Sequence[tuple[str, str]]) -> AdaptersMissingError:
+def _missing_error(missing: Sequence[tuple[str, str]]) -> AdaptersMissingError:
     error = AdaptersMissingError(missing=missing)
-    return AdaptersMissingError(
-        f"{error} Give them by --lora FILE or --lora-dir DIR.", missing=missing
-    )
+    return AdaptersMissingError(f"{error} Set --lora FILE or --lora-dir DIR.", missing=missing)
 
 
-def _as_far_as_it_goes(
+def _recipe_from_parameters(
     parameters: Parameters, adapters: Sequence[AdapterRef], engine: Engine
 ) -> Recipe:
     from fidelora.adapters.tensor_names import noise_of_file
 
     warn(
-        "The image has no recipe of Fidelora's; AUTOMATIC1111's parameters are read as far as they go, and give another image."
+        "The image has no Fidelora recipe. The recipe is read from its AUTOMATIC1111 parameters as "
+        "far as they are supported, so the new image will differ."
     )
-    for one in parameters.ignored:
-        warn(f"{one.name} {one.value!r:.100} is not used: {one.reason}")
+    for entry in parameters.ignored:
+        warn(f"{entry.name} {entry.value!r:.100} is ignored: {entry.reason}")
     dtypes = dict.fromkeys(("dtype", "vae_dtype", "text_encoder_dtype"), engine.auto_dtype)
     noise = noise_of_file(adapters[0].path) if adapters and adapters[0].path else "modern"
     return parameters.recipe(adapters, noise=noise, **dtypes)
 
 
-def _changed(
+def _apply_options(
     recipe: Recipe, fidelity: FidelityOption | None, base_model: str | None
 ) -> tuple[Recipe, dict[str, tuple[Any, Any]]]:
-    """The recipe as the options want it, and what that changes: by field, what it was and what it is."""
-    wanted: dict[str, Any] = {} if base_model is None else {"base_model": base_model}
+    """Return the recipe with the options applied, and old and new values by changed field."""
+    options: dict[str, Any] = {} if base_model is None else {"base_model": base_model}
     if fidelity is not None:
-        wanted["fidelity"] = fidelity.value
+        options["fidelity"] = fidelity.value
         if fidelity is FidelityOption.FAST:
-            wanted["adapter_mode"] = "merged"  # the one way that fast has
-    after = replace(recipe, **wanted)
-    changes = {name: (getattr(recipe, name), getattr(after, name)) for name in wanted}
+            options["adapter_mode"] = "merged"  # the only mode that fast supports
+    after = replace(recipe, **options)
+    changes = {name: (getattr(recipe, name), getattr(after, name)) for name in options}
     return after, {name: change for name, change in changes.items() if change[0] != change[1]}
 
 
-def _target(image: Path, out: Path | None) -> Path:
-    """Where the new image goes: what was asked for, or a name beside the old one that is free."""
+def _output_path(image: Path, out: Path | None) -> Path:
+    """Return the path of `--out`, or an unused name next to the image."""
     from fidelora.images.write import format_of
 
     if out is not None:
@@ -263,7 +267,7 @@ def _write(made: GeneratedImage, target: Path, origin: Origin) -> None:
 
 
 def _compare(made: GeneratedImage, content: bytes, origin: Origin) -> Comparison | None:
-    """How our pixels differ from the file's, after the same encoding; None if the file has another size."""
+    """Compare the new image with the file, after the same encoding; None if the sizes differ."""
     import numpy as np
     from PIL import Image
 
@@ -273,25 +277,27 @@ def _compare(made: GeneratedImage, content: bytes, origin: Origin) -> Comparison
         with Image.open(io.BytesIO(file)) as image:
             return np.asarray(image.convert("RGB"))
 
-    ours, theirs = decoded(made.encode(origin.format, origin.quality)), decoded(content)  # type: ignore[arg-type]
-    return compare(ours, theirs) if ours.shape == theirs.shape else None
+    replayed = decoded(made.encode(origin.format, origin.quality))  # type: ignore[arg-type]
+    original = decoded(content)
+    return compare(replayed, original) if replayed.shape == original.shape else None
 
 
-def _say(made: GeneratedImage, origin: Origin, found: Comparison | None) -> None:
-    if found is None:
+def _print_comparison(made: GeneratedImage, origin: Origin, comparison: Comparison | None) -> None:
+    if comparison is None:
         height, width = made.pixels.shape[:2]
         typer.echo(
-            f"DIFFERENT: the file is {origin.width}x{origin.height}, and its recipe makes {width}x{height}; it was resized."
+            f"DIFFERENT: the file is {origin.width}x{origin.height}, but its recipe gives "
+            f"{width}x{height}; it was resized."
         )
         return
-    typer.echo(found.in_words)
-    if not found.identical:
-        for name, (then, now) in _other_environment(made, origin).items():
-            typer.echo(f"  {name} was {then}, and is {now} here")
+    typer.echo(comparison.summary)
+    if not comparison.identical:
+        for name, (then, now) in _environment_changes(made, origin).items():
+            typer.echo(f"  {name} was {then} and is now {now}")
 
 
-def _other_environment(made: GeneratedImage, origin: Origin) -> dict[str, tuple[str, str]]:
-    """What could have had a part in the last bits, and is another thing here: by name, then and now."""
+def _environment_changes(made: GeneratedImage, origin: Origin) -> dict[str, tuple[str, str]]:
+    """Return the differences of the environments that can change pixels: name to old and new."""
     names = dict.fromkeys([*origin.environment, *made.environment]) if origin.environment else {}
     both = {
         name: (origin.environment.get(name, "nothing"), made.environment.get(name, "nothing"))
@@ -306,21 +312,23 @@ def _document(
     origin: Origin,
     changes: Mapping[str, tuple[Any, Any]],
     made: GeneratedImage,
-    found: Comparison | None,
+    comparison: Comparison | None,
     compared: bool,
 ) -> dict[str, Any]:
-    """What `--json` prints."""
+    """Return the object that `--json` prints."""
     return {
         "image": str(image),
         "out": str(target),
         "source": "a1111" if origin.recipe is None else "fidelora",
         "recipe": made.recipe.to_dict(),
         "changes": {name: {"was": was, "now": now} for name, (was, now) in changes.items()},
-        "ignored": [asdict(one) for one in origin.parameters.ignored] if origin.parameters else [],
+        "ignored": [asdict(entry) for entry in origin.parameters.ignored]
+        if origin.parameters
+        else [],
         "environment": {
             name: {"was": then, "now": now}
-            for name, (then, now) in _other_environment(made, origin).items()
+            for name, (then, now) in _environment_changes(made, origin).items()
         },
-        "identical": found.identical if found else False if compared else None,
-        "comparison": asdict(found) if found else None,
+        "identical": comparison.identical if comparison else False if compared else None,
+        "comparison": asdict(comparison) if comparison else None,
     }

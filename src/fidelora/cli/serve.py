@@ -1,4 +1,4 @@
-"""`fidelora serve` and `fidelora keys`"""
+"""`fidelora serve` and `fidelora keys`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from fidelora.server.api_keys import ApiKeys
 
 keys = typer.Typer(
-    help="API keys of the server: made here, shown once, kept as hashes.",
+    help="Manage the API keys of the server, which stores only their hashes.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -26,22 +26,27 @@ def serve(
         typer.Option(
             "--base-model",
             "--base",
-            metavar="[MODEL=]PLACE",
-            help="What a model means, sd15 if none is named: hub id, diffusers folder or .safetensors checkpoint; repeatable.",
+            metavar="[MODEL=]BASE",
+            help="Base model of a model family (default sd15): hub id, diffusers folder or "
+            ".safetensors checkpoint.",
         ),
     ] = None,
     host: Annotated[
         str | None, typer.Option(help="Address to listen on; by default 127.0.0.1.")
     ] = None,
     port: Annotated[
-        int | None, typer.Option(help="Port to listen on; by default 8000, 0 takes a free one.")
+        int | None, typer.Option(help="Port to listen on; by default 8000, 0 for a free port.")
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps; several with commas.")
+        str | None,
+        typer.Option(help="Devices, separated by commas: auto, cpu, cuda, cuda:N or mps."),
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Serve the HTTP API. Everything else is set in the environment or in `.env`."""
+    """Start the server with the HTTP API and the web page.
+
+    All other settings are environment variables, which can also be set in `.env`.
+    """
     try:
         from fidelora.server.run import serve as run
         from fidelora.settings import read_settings
@@ -59,25 +64,25 @@ def serve(
 
 
 @keys.command("add")
-def add(name: Annotated[str, typer.Argument(help="Whom or what the key is for.")]) -> None:
-    """Make a key, and print it. It cannot be seen again."""
-    typer.echo(_keys().add(name))
+def add(name: Annotated[str, typer.Argument(help="Name of the key, such as its user.")]) -> None:
+    """Create a key and print it, once."""
+    typer.echo(_open_keys().add(name))
 
 
 @keys.command("list")
-def list_keys() -> None:
-    """Whom keys were made for."""
-    for name in _keys().names():
+def list_open_keys() -> None:
+    """List the names of all keys."""
+    for name in _open_keys().names():
         typer.echo(name)
 
 
 @keys.command("remove")
-def remove(name: Annotated[str, typer.Argument(help="Whose key.")]) -> None:
-    """Let a key open nothing any more, at once."""
-    _keys().remove(name)
+def remove(name: Annotated[str, typer.Argument(help="Name of the key.")]) -> None:
+    """Revoke a key immediately."""
+    _open_keys().remove(name)
 
 
-def _keys() -> ApiKeys:
+def _open_keys() -> ApiKeys:
     try:
         from fidelora.server.api_keys import ApiKeys
         from fidelora.server.app import keys_file

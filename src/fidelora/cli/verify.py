@@ -1,4 +1,4 @@
-"""`fidelora verify`"""
+"""`fidelora verify`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fidelora.atomic import make_folder, write_atomically
-from fidelora.cli.console import Debug, Device, fail, failure_is_no_difference, make_engine, warn
+from fidelora.cli.console import Debug, Device, fail, make_engine, reserve_exit_code_1, warn
 from fidelora.errors import NothingToCheckError
 
 if TYPE_CHECKING:
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from fidelora.training.run_folder import TrainingRun
     from fidelora.training.verify import CheckedSample
 
-MISMATCH, NOTHING_TO_CHECK = 1, 3
+MISMATCH, NOTHING_TO_CHECK = 1, 3  # exit codes
 
 
 class DtypeOption(StrEnum):
-    """What `--dtype` takes."""
+    """Values of `--dtype`; `job` is that of the training run."""
 
     JOB = "job"
     FLOAT32 = "float32"
@@ -34,81 +34,85 @@ class DtypeOption(StrEnum):
 
 
 class NoiseOption(StrEnum):
-    """What `--noise` takes."""
+    """Values of `--noise`."""
 
     AUTO = "auto"
     MODERN = "modern"
     LEGACY = "legacy"
 
 
-JobFolder = Annotated[
-    Path, typer.Argument(metavar="JOB_DIR", help="The output folder of an AI Toolkit job.")
+RunFolder = Annotated[
+    Path, typer.Argument(metavar="JOB_DIR", help="Output folder of an AI Toolkit training run.")
 ]
 BaseModel = Annotated[
     str | None,
-    typer.Option(
-        help="Hub id, diffusers folder or .safetensors checkpoint, in place of the job's."
-    ),
+    typer.Option(help="Hub id, diffusers folder or .safetensors checkpoint; by default the run's."),
 ]
-Step = Annotated[str, typer.Option(help="A step, last, or all; step 0 is the base model.")]
+Step = Annotated[str, typer.Option(help="Training step, last or all; step 0 is the base model.")]
 
 
-@failure_is_no_difference
+@reserve_exit_code_1
 def verify(
-    job_dir: JobFolder,
+    run_folder: RunFolder,
     base_model: BaseModel = None,
     step: Step = "last",
     dtype: Annotated[
-        DtypeOption, typer.Option(help="job, float32, bfloat16 or float16.")
+        DtypeOption,
+        typer.Option(help="job (that of the training run), float32, bfloat16 or float16."),
     ] = DtypeOption.JOB,
     noise: Annotated[
         NoiseOption,
         typer.Option(
-            help="auto, modern or legacy: how half-precision noise is drawn; auto asks the weights' file."
+            help="Half-precision noise: modern (torch 2.12 and later), legacy (earlier), or auto, "
+            "which depends on the trainer's version in the checkpoint."
         ),
     ] = NoiseOption.AUTO,
     variant: Annotated[
         str,
         typer.Option(
-            help="Files of a diffusers folder to use, such as fp16; by default the plain ones."
+            help="Variant of the files in a diffusers folder, such as fp16; by default none."
         ),
     ] = "",
     doctor: Annotated[
-        bool, typer.Option("--doctor", help="On a mismatch, find out which setting explains it.")
+        bool, typer.Option("--doctor", help="On a mismatch, find the setting that explains it.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
     report: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Write report.html there, one page with all pictures in it."
+            metavar="DIR", help="Write report.html, a single file with all images, to this folder."
         ),
     ] = None,
     save_images: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write our images there, as STEP_INDEX.png.")
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Write the replayed samples to this folder, as STEP_INDEX.png."
+        ),
     ] = None,
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
-    """Make a training job's previews again from its weights, and prove that they are the same, or say what differs.
+    """Replay the samples of a training run and compare them with the trainer's.
 
-    Exit codes: 0 no mismatch, 1 a mismatch, 2 wrong use or a file that cannot be used, 3 nothing to check.
+    Exit codes: 0 no mismatch, 1 a mismatch, 2 wrong use or a file that cannot be used, 3 nothing to
+    check.
     """
     from fidelora.training.run_folder import read_run
-    from fidelora.training.verify import steps_to_check, unchecked
+    from fidelora.training.verify import incomplete_parts, steps_to_check
 
     try:
-        job = read_run(job_dir)
-        steps = steps_to_check(job, step)
+        run = read_run(run_folder)
+        steps = steps_to_check(run, step)
     except NothingToCheckError as error:
         fail(str(error), NOTHING_TO_CHECK)
     for folder in (report, save_images):
         if folder is not None:
             make_folder(folder)
-    for sentence in unchecked(job):
+    for sentence in incomplete_parts(run):
         warn(sentence)
 
-    from fidelora.training.verify import Verdict, overall
-    from fidelora.training.verify import verify as make_again
+    from fidelora.training.verify import Verdict, worst_verdict
+    from fidelora.training.verify import verify as verify_run
 
     engine = make_engine(device)
     changes = {"variant": variant} if variant else {}
@@ -122,16 +126,17 @@ def verify(
         changes["noise"] = noise.value
     if not as_json:
         typer.echo(
-            f"Job {job.name}: sampler {job.sampler}, {dtype.value if dtype is not DtypeOption.JOB else job.dtype}."
+            f"Training run {run.name}: sampler {run.sampler}, "
+            f"{dtype.value if dtype is not DtypeOption.JOB else run.dtype}."
         )
-        typer.echo(_HEAD)
-    samples = make_again(
-        job,
+        typer.echo(_TABLE_HEAD)
+    samples = verify_run(
+        run,
         engine,
         steps,
         base_model=base_model,
         changes=changes,
-        on_sample=None if as_json else lambda one: typer.echo(_row(one)),
+        on_sample=None if as_json else lambda sample: typer.echo(_table_row(sample)),
     )
     if save_images is not None:
         for sample in samples:
@@ -140,9 +145,9 @@ def verify(
                 sample.image.encode("png"),
             )
 
-    verdict = overall(samples)
-    diagnosis = _diagnose(job, samples, engine) if doctor and verdict is Verdict.MISMATCH else None
-    document = _document(job, samples, verdict.value, diagnosis)
+    verdict = worst_verdict(samples)
+    diagnosis = _diagnose(run, samples, engine) if doctor and verdict is Verdict.MISMATCH else None
+    document = _document(run, samples, verdict.value, diagnosis)
     if report is not None:
         from fidelora.training.report import html_report
 
@@ -150,26 +155,32 @@ def verify(
     if as_json:
         typer.echo(json.dumps(document, indent=2))
     else:
-        _say(samples, verdict.value, diagnosis, report, doctor)
+        _print_result(samples, verdict.value, diagnosis, report, doctor)
     if verdict is Verdict.MISMATCH:
         raise typer.Exit(MISMATCH)
 
 
-_HEAD = f"{'step':>6} {'#':>3} {'size':>9} {'seed':>10} {'same %':>7} {'max':>4} {'mean':>7} {'PSNR':>6} {'SSIM':>7}  verdict"
+_TABLE_HEAD = (
+    f"{'step':>6} {'#':>3} {'size':>9} {'seed':>10} "
+    f"{'same %':>7} {'max':>4} {'mean':>7} {'PSNR':>6} {'SSIM':>7}  verdict"
+)
 
 
-def _row(sample: CheckedSample) -> str:
-    recipe, found = sample.plan.recipe, sample.comparison
+def _table_row(sample: CheckedSample) -> str:
+    recipe, comparison = sample.plan.recipe, sample.comparison
     size = f"{recipe.width}x{recipe.height}"
     start = f"{sample.plan.step:>6} {sample.plan.index:>3} {size:>9} {recipe.seed:>10}"
-    if found is None:
-        return f"{start}  {sample.in_words}"
+    if comparison is None:
+        return f"{start}  {sample.summary}"
     psnr = "inf" if sample.psnr is None else f"{sample.psnr:.1f}"
-    figures = f"{found.identical_in_words:>7} {found.max_difference:>4} {found.mean_difference:>7.4f} {psnr:>6} {sample.ssim:>7.4f}"
+    figures = (
+        f"{comparison.percent_text:>7} {comparison.max_difference:>4} "
+        f"{comparison.mean_difference:>7.4f} {psnr:>6} {sample.ssim:>7.4f}"
+    )
     return f"{start} {figures}  {sample.verdict.value}"
 
 
-def _say(
+def _print_result(
     samples: list[CheckedSample],
     verdict: str,
     diagnosis: Diagnosis | None,
@@ -184,52 +195,53 @@ def _say(
         )
         reason = worst.bound.reason if worst.bound else ""
         typer.echo(
-            f"Rounding, at most in sample {worst.plan.index} of step {worst.plan.step}: {reason}."
+            f"Rounding, largest in sample {worst.plan.index} of step {worst.plan.step}: {reason}."
         )
-    halves = {one.plan.recipe.dtype for one in samples if one.verdict.value == "mismatch"} - {
-        "float32"
-    }
-    for dtype in sorted(halves):
+    half_dtypes = {
+        sample.plan.recipe.dtype for sample in samples if sample.verdict.value == "mismatch"
+    } - {"float32"}
+    for dtype in sorted(half_dtypes):
         typer.echo(
-            f"In {dtype}, only hardware of the kind that painted a preview can judge it: elsewhere most pixels are some levels off."
+            f"Samples in {dtype} can be verified only on hardware of the kind that made them; on "
+            "other hardware most pixels differ by a few levels."
         )
     if report is not None:
         typer.echo(f"Report: {report / 'report.html'}")
-    said = {
-        "identical": "Every pixel of every preview is the same.",
-        "rounding": "No preview differs by more than rounding explains.",
-        "mismatch": "At least one preview came out different.",
+    sentences = {
+        "identical": "Every pixel of every sample is the same.",
+        "rounding": "No sample differs by more than rounding explains.",
+        "mismatch": "At least one sample came out different.",
     }
-    typer.echo(f"{verdict}: {said[verdict]}")
+    typer.echo(f"{verdict}: {sentences[verdict]}")
     if diagnosis is not None:
         typer.echo(
             f"Doctor: {diagnosis.cause} (explains {diagnosis.explains:.0%}). {diagnosis.fix}"
         )
     elif verdict == "mismatch" and not doctor:
-        typer.echo("Run it again with --doctor to find out why.")
+        typer.echo("Run the command again with --doctor to find the cause.")
 
 
-def _diagnose(job: TrainingRun, samples: list[CheckedSample], engine: Engine) -> Diagnosis:
+def _diagnose(run: TrainingRun, samples: list[CheckedSample], engine: Engine) -> Diagnosis:
     from fidelora.training.doctor import diagnose
 
     def show(suspect: Any) -> None:
         if sys.stderr.isatty():
             typer.echo(f"\rtrying {suspect.cause:<22}", nl=False, err=True)
 
-    diagnosis = diagnose(job, samples, engine, show)
+    diagnosis = diagnose(run, samples, engine, show)
     if sys.stderr.isatty():
         typer.echo("\r" + " " * 32 + "\r", nl=False, err=True)
     return diagnosis
 
 
 def _document(
-    job: TrainingRun, samples: list[CheckedSample], verdict: str, diagnosis: Diagnosis | None
+    run: TrainingRun, samples: list[CheckedSample], verdict: str, diagnosis: Diagnosis | None
 ) -> dict[str, Any]:
-    """What `--json` prints."""
+    """Return the object that `--json` prints."""
     first = samples[0]
     recipe = first.plan.recipe
     return {
-        "job": job.name,
+        "job": run.name,
         "model": recipe.model,
         "base_model": recipe.base_model,
         "versions": dict(first.image.environment),
@@ -249,23 +261,23 @@ def _document(
                 if sample.bound is not None
             },
         },
-        "samples": [_sample(sample) for sample in samples],
+        "samples": [_sample_document(sample) for sample in samples],
         "verdict": verdict,
         "doctor": None if diagnosis is None else asdict(diagnosis),
     }
 
 
-def _sample(sample: CheckedSample) -> dict[str, Any]:
-    found = sample.comparison
+def _sample_document(sample: CheckedSample) -> dict[str, Any]:
+    comparison = sample.comparison
     return {
         "step": sample.plan.step,
         "index": sample.plan.index,
         "seed": sample.plan.recipe.seed,
         "width": sample.plan.recipe.width,
         "height": sample.plan.recipe.height,
-        "identical": found.identical_percent if found else 0.0,
-        "max": found.max_difference if found else 255,
-        "mean": found.mean_difference if found else 255.0,
+        "identical": comparison.identical_percent if comparison else 0.0,
+        "max": comparison.max_difference if comparison else 255,
+        "mean": comparison.mean_difference if comparison else 255.0,
         "psnr": sample.psnr,
         "ssim": sample.ssim,
         "verdict": sample.verdict.value,

@@ -130,6 +130,7 @@ class Samples:
             means this family.
         flags: keys of the `model` block by which older configurations name the family.
         rescales_guidance: True if samples follow `guidance_rescale` of the sample block.
+        ignores_sampler: True if the trainer ignores `sample.sampler` and uses its only sampler.
         required: keys of the `model` block that must not be false, because nothing else is
             supported.
         wrong_schedules: schedules that other programs use by mistake.
@@ -138,6 +139,7 @@ class Samples:
     archs: tuple[str | None, ...]
     flags: tuple[str, ...] = ()
     rescales_guidance: bool = False
+    ignores_sampler: bool = False
     required: tuple[str, ...] = ()
     wrong_schedules: tuple[WrongSchedule, ...] = ()
 

@@ -1,1 +1,1 @@
-"""AI Toolkit's side: what a training job's folder says, and the recipes that make its previews again."""
+"""Training runs of AI Toolkit: reading their folders and replaying and checking their samples."""

@@ -1,4 +1,4 @@
-"""Our image beside the trainer's: how much of it is the same."""
+"""Pixel comparison of a replayed sample with the trainer's sample."""
 
 from __future__ import annotations
 
@@ -14,16 +14,26 @@ from scipy.ndimage import gaussian_filter
 
 from fidelora.errors import JobFolderError
 
+ROUNDING_MAX_DIFFERENCE = 2
+ROUNDING_MIN_IDENTICAL_PERCENT = 99.0
+"""Largest difference (levels of 0..255) and smallest share of identical pixels within rounding.
+
+They apply to one float32 recipe on different processors and numbers of threads, which add numbers
+in a different order. Measured: with AVX2 or SSE instead of AVX-512, or one thread instead of two,
+at least 99.93 % of the pixels are identical and the others differ by one level. A wrong setting
+changes far more pixels (`steps_offset` 0: at least 30 %), though often by few levels.
+"""
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """How two images of one size differ.
+    """Differences between two images of the same size.
 
     Attributes:
-        identical_percent: of pixels: equal in all three channels.
-        identical_values_percent: of single channel values; what other tools call identical is sometimes this.
-        max_difference: the largest difference of a channel, 0..255 levels.
-        mean_difference: over all channels, in levels.
+        identical_percent: pixels that are equal in all three channels.
+        identical_values_percent: channel values that are equal; some tools call this "identical".
+        max_difference: largest difference of a channel value, 0..255.
+        mean_difference: mean difference of all channel values, 0..255.
     """
 
     identical_percent: float
@@ -33,75 +43,80 @@ class Comparison:
 
     @property
     def identical(self) -> bool:
-        """Whether every pixel is the same."""
+        """True if every pixel is the same."""
         return self.max_difference == 0
 
     @property
-    def identical_in_words(self) -> str:
-        """`identical_percent`, rounded down: 100.00 is said of images that are the same, and of no others."""
+    def percent_text(self) -> str:
+        """`identical_percent` rounded down, so that only identical images give 100.00."""
         return f"{math.floor(self.identical_percent * 100) / 100:.2f}"
 
     @property
     def within_rounding(self) -> bool:
-        """Whether another processor explains the difference, in float32."""
+        """True if, in float32, a different processor can cause the difference."""
         return (
-            self.max_difference <= ROUNDING_LEVELS
-            and self.identical_percent >= ROUNDING_IDENTICAL_PERCENT
+            self.max_difference <= ROUNDING_MAX_DIFFERENCE
+            and self.identical_percent >= ROUNDING_MIN_IDENTICAL_PERCENT
         )
 
     @property
-    def in_words(self) -> str:
-        """One phrase for people."""
+    def summary(self) -> str:
+        """The result as one phrase."""
         if self.identical:
             return "identical: every pixel is the same"
-        share = f"{self.identical_in_words} % of pixels are the same, the largest difference is {self.max_difference} of 255"
-        return ("rounding: " if self.within_rounding else "DIFFERENT: ") + share
+        verdict = "rounding" if self.within_rounding else "DIFFERENT"
+        return (
+            f"{verdict}: {self.percent_text} % of pixels are the same, "
+            f"the largest difference is {self.max_difference} of 255"
+        )
 
 
-ROUNDING_LEVELS = 2
-ROUNDING_IDENTICAL_PERCENT = 99.0
-"""By how much the same float32 recipe may differ between processors and numbers of threads, which sum in other orders.
+def compare_with_sample(pixels: NDArray[np.uint8], sample: Path) -> Comparison:
+    """Compare pixels with the trainer's sample, after encoding them in the sample's file format.
 
-Measured: with AVX2 or SSE in place of AVX-512, or one thread in place of two, at least 99.93 % of the pixels stay the same and the
-others differ by one level. A wrong setting changes far more pixels (`steps_offset` 0: at least 30 %), if often by few levels.
-"""
-
-
-def compare_with_sample(pixels: NDArray[np.uint8], preview: Path) -> Comparison:
-    """Compare our pixels with a preview's file, after the encoding that the file went through.
+    Args:
+        pixels: uint8 RGB [height, width, 3].
+        sample: the trainer's image file.
 
     Raises:
-        JobFolderError: the preview cannot be read, or has another size.
+        JobFolderError: the sample cannot be read or has a different size.
     """
     try:
-        with Image.open(preview) as image:
-            theirs = np.asarray(image.convert("RGB"))
+        with Image.open(sample) as image:
+            trainer_pixels = np.asarray(image.convert("RGB"))
             image_format = image.format or "PNG"
     except (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise JobFolderError(f"The preview {preview.name} cannot be read as an image.") from error
-    if theirs.shape != pixels.shape:
+        raise JobFolderError(f"The sample {sample.name} cannot be read as an image.") from error
+    if trainer_pixels.shape != pixels.shape:
         raise JobFolderError(
-            f"The preview {preview.name} is {theirs.shape[1]}x{theirs.shape[0]} where its settings say "
-            f"{pixels.shape[1]}x{pixels.shape[0]}."
+            f"The sample {sample.name} is {trainer_pixels.shape[1]}x{trainer_pixels.shape[0]}, "
+            f"but its settings give {pixels.shape[1]}x{pixels.shape[0]}."
         )
-    return compare(reencoded(pixels, image_format), theirs)
+    return compare(reencode(pixels, image_format), trainer_pixels)
 
 
-def reencoded(pixels: NDArray[np.uint8], image_format: str) -> NDArray[np.uint8]:
-    """The pixels as they are after being written and read again the way the trainer writes: with Pillow's defaults."""
+def reencode(pixels: NDArray[np.uint8], image_format: str) -> NDArray[np.uint8]:
+    """Encode pixels as the trainer does, with Pillow's defaults, and return the decoded result."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, image_format)
     with Image.open(buffer) as image:
         return np.asarray(image.convert("RGB"))
 
 
-def similarity(ours: NDArray[np.uint8], theirs: NDArray[np.uint8]) -> tuple[float | None, float]:
-    """PSNR in dB (None if every pixel is the same) and SSIM (-1..1) of two uint8 RGB images of the same size.
+def similarity(
+    image: NDArray[np.uint8], reference: NDArray[np.uint8]
+) -> tuple[float | None, float]:
+    """Return PSNR in dB (None for identical images) and SSIM (-1..1) of two images.
 
-    SSIM as in Wang et al., "Image quality assessment: from error visibility to structural similarity" (2004): a Gaussian window
-    with a sigma of 1.5, K1 0.01 and K2 0.03; the mean over all channels.
+    SSIM follows Wang et al., "Image quality assessment: from error visibility to structural
+    similarity" (2004): a Gaussian window with sigma 1.5, K1 0.01 and K2 0.03, averaged over all
+    channels.
+
+    Args:
+        image: uint8 RGB [height, width, 3].
+        reference: as `image`, same size.
     """
-    a, b = ours.astype(np.float64), theirs.astype(np.float64)
+    a, b = image.astype(np.float64), reference.astype(np.float64)
     squared = float(((a - b) ** 2).mean())
     psnr = None if squared == 0 else 10 * math.log10(255**2 / squared)
 
@@ -124,9 +139,9 @@ def similarity(ours: NDArray[np.uint8], theirs: NDArray[np.uint8]) -> tuple[floa
     return psnr, float(ratio.mean())
 
 
-def compare(ours: NDArray[np.uint8], theirs: NDArray[np.uint8]) -> Comparison:
+def compare(image: NDArray[np.uint8], reference: NDArray[np.uint8]) -> Comparison:
     """Compare two uint8 RGB images [height, width, 3] of the same size."""
-    difference = np.abs(ours.astype(np.int16) - theirs.astype(np.int16))
+    difference = np.abs(image.astype(np.int16) - reference.astype(np.int16))
     return Comparison(
         identical_percent=float((difference == 0).all(axis=-1).mean() * 100),
         identical_values_percent=float((difference == 0).mean() * 100),

@@ -1,4 +1,4 @@
-"""The flags that a sample prompt may carry (`a red ball --w 640 --seed 7`), read as the trainer reads them."""
+"""Flags in sample prompts (`a red ball --w 640 --seed 7`), parsed as the trainer parses them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from fidelora.errors import JobFolderError
 
-_EFFECTS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
+_FLAGS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "n": ("neg", str),
     "w": ("width", int),
     "h": ("height", int),
@@ -24,26 +24,31 @@ _EFFECTS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
 
 
 def split_flags(text: str) -> tuple[str, dict[str, Any]]:
-    """The prompt without its flags, and what the flags set, by the names of the sample block's fields.
+    """Split a sample prompt into the prompt and the settings of its flags.
 
-    The text is split at every `--`; what follows up to the first space is the flag, the rest its value. A flag that the
-    trainer does not know, or that has no effect on any model here (`p2 n2 a ref ev frames fps ctrl_img ...`), is dropped with
-    its value, and so is a `--` before a space. That is what the trainer does without a word, so it is what its previews show.
+    The text is split at every `--`. In each part, the text up to the first space is the flag and
+    the rest its value. As in the trainer, unknown flags, flags without effect on the supported
+    models (`p2 n2 a ref ev frames fps ctrl_img ...`) and a `--` before a space are dropped
+    together with their values, without a warning.
+
+    Returns:
+        The prompt, and the values by the names of the sample block's fields.
 
     Raises:
-        JobFolderError: the value of a flag is no number where one is needed; the trainer itself would have stopped there.
+        JobFolderError: a value is not a number where one is required; the trainer fails, too.
     """
     head, *parts = text.strip().split("--")
     settings: dict[str, Any] = {}
     for part in parts:
         flag = part.split(" ")[0].strip()
         value = part[len(flag) :].strip()
-        if flag in _EFFECTS:
-            name, parse = _EFFECTS[flag]
+        if flag in _FLAGS:
+            name, parse = _FLAGS[flag]
             try:
                 settings[name] = parse(value)
             except ValueError:
                 raise JobFolderError(
-                    f"The sample prompt {text!r} has a flag --{flag} whose value {value!r} is no number."
+                    f"The flag --{flag} of the sample prompt {text!r} has the value {value!r}, "
+                    "which is not a number."
                 ) from None
     return head.strip(), settings

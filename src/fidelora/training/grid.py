@@ -1,4 +1,4 @@
-"""A contact sheet: the same prompts and seeds with several checkpoints of a job and several multipliers."""
+"""Grid sheets: the same prompts and seeds with several checkpoints and multipliers."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from fidelora.training.plan import plan_samples
 from fidelora.training.run_folder import TrainingRun
 
 MAX_IMAGES = 500
-_MIN_SIDE = 192
+# Sizes in pixels:
+_MIN_SIDE = 192  # smaller images are enlarged
 _GAP = 6
-_TEXT = 14
-_LINE = 18
-_ROW_LABEL = 200
-_CHARACTERS = 26
-"""Of a line of a row's label, which fit into its width."""
+_FONT_SIZE = 14
+_LINE_HEIGHT = 18
+_ROW_LABEL_WIDTH = 200
+_ROW_LABEL_CHARACTERS = 26  # fit into _ROW_LABEL_WIDTH
 
 
 @dataclass(frozen=True)
 class Column:
-    """One checkpoint with one multiplier; step 0 is the base model alone, whose multiplier means nothing."""
+    """A checkpoint with a multiplier; step 0 is the base model, which ignores the multiplier."""
 
     step: int
     multiplier: float
@@ -35,26 +35,27 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt, with what it takes from the sample block."""
+    """A prompt, with its label and the recipe without adapters."""
 
     label: str
     recipe: Recipe
 
 
-def columns_of(
-    job: TrainingRun, steps: Sequence[int], multipliers: Sequence[float]
+def make_columns(
+    run: TrainingRun, steps: Sequence[int], multipliers: Sequence[float]
 ) -> list[Column]:
-    """Every checkpoint with every multiplier; the base model once.
+    """Return a column for each checkpoint with each multiplier, and one for the base model.
 
     Raises:
-        JobFolderError: there are no weights of a step.
+        JobFolderError: a step has no checkpoint, or `steps` is empty.
     """
-    missing = [step for step in steps if step != 0 and step not in job.checkpoints]
+    missing = [step for step in steps if step != 0 and step not in run.checkpoints]
     if missing or not steps:
-        there_are = ", ".join(map(str, sorted(job.checkpoints))) or "none"
-        said = f"no checkpoint of step {missing[0]}" if missing else "no checkpoint at all"
+        available = ", ".join(map(str, sorted(run.checkpoints))) or "none"
+        problem = f"no checkpoint of step {missing[0]}" if missing else "no checkpoints"
         raise JobFolderError(
-            f"The job {job.name} has {said}; there are: {there_are}, and 0, the base model."
+            f"The training run {run.name} has {problem}; "
+            f"available steps: {available}, and 0 for the base model."
         )
     pairs = [
         Column(step, multiplier)
@@ -64,52 +65,62 @@ def columns_of(
     return list(dict.fromkeys(pairs))
 
 
-def rows_of(
-    job: TrainingRun, prompts: Sequence[str], *, base_model: str | None = None
+def make_rows(
+    run: TrainingRun, prompts: Sequence[str], *, base_model: str | None = None
 ) -> list[Row]:
-    """The rows that `prompts` mean.
+    """Return a row for each prompt.
 
     Args:
-        prompts: numbers of samples of the job, or texts, which may have `[trigger]` and flags and take everything else from the
-            job's sample block; empty for all samples of the job.
+        prompts: indices of samples of the run, or texts. A text may contain `[trigger]` and flags;
+            its other settings are those of the sample block. If empty, all samples of the run.
+        base_model: replaces the base model in the configuration.
 
     Raises:
-        JobFolderError: no such sample, or none at all.
+        JobFolderError: an index is out of range, or the run has no samples.
     """
-    samples = list(job.samples)
+    samples = list(run.samples)
     chosen = []
-    for prompt in prompts or [str(index) for index in range(len(job.samples))]:
+    for prompt in prompts or [str(index) for index in range(len(run.samples))]:
         if not prompt.isdigit():
-            if not job.samples:
+            if not run.samples:
                 raise JobFolderError(
-                    f"The job {job.name} has no samples whose settings a prompt could take."
+                    f"The training run {run.name} has no samples, so it has no settings for the "
+                    f"prompt {prompt!r}."
                 )
-            samples.append(replace(job.samples[0], prompt=prompt, seed=job.seed))
+            samples.append(replace(run.samples[0], prompt=prompt, seed=run.seed))
             chosen.append(len(samples) - 1)
-        elif int(prompt) < len(job.samples):
+        elif int(prompt) < len(run.samples):
             chosen.append(int(prompt))
         else:
             raise JobFolderError(
-                f"The job {job.name} has {len(job.samples)} samples, counted from 0: there is no sample {prompt}."
+                f"The training run {run.name} has {len(run.samples)} samples, counted from 0; "
+                f"there is no sample {prompt}."
             )
     if not chosen:
-        raise JobFolderError(f"The job {job.name} has no sample prompts; give some with --prompts.")
-    planned = plan_samples(replace(job, samples=tuple(samples)), 0, base_model=base_model)
+        raise JobFolderError(
+            f"The training run {run.name} has no sample prompts; set some with --prompts."
+        )
+    planned = plan_samples(replace(run, samples=tuple(samples)), 0, base_model=base_model)
     return [
-        Row(f"{planned[index].recipe.prompt or '(no prompt)'}", planned[index].recipe)
+        Row(planned[index].recipe.prompt or "(no prompt)", planned[index].recipe)
         for index in chosen
     ]
 
 
-def cells(
-    job: TrainingRun, rows: Sequence[Row], columns: Sequence[Column]
+def iterate_cells(
+    run: TrainingRun, rows: Sequence[Row], columns: Sequence[Column]
 ) -> Iterator[tuple[int, int, Recipe]]:
-    """Row, column and recipe of every image, column by column, so that an adapter is merged once."""
+    """Yield row, column and recipe of each image, by column, so that each adapter is merged once.
+
+    Raises:
+        JobFolderError: the grid has more than `MAX_IMAGES` images.
+    """
     if len(rows) * len(columns) > MAX_IMAGES:
         raise JobFolderError(
-            f"A grid of {len(rows)} x {len(columns)} images is more than {MAX_IMAGES}; choose fewer."
+            f"A grid of {len(rows)} x {len(columns)} images is more than {MAX_IMAGES}; "
+            "choose fewer."
         )
-    refs = {step: job.adapter(step) for step in {column.step for column in columns} if step}
+    refs = {step: run.adapter(step) for step in {column.step for column in columns} if step}
     for across, column in enumerate(columns):
         for down, row in enumerate(rows):
             adapters = (
@@ -124,13 +135,17 @@ def contact_sheet(
     columns: Sequence[Column],
     images: Mapping[tuple[int, int], NDArray[np.uint8]],
 ) -> Image.Image:
-    """The images with their axes: steps and multipliers on top, prompts and seeds on the left; small images whole-fold larger."""
+    """Return a sheet labelled with steps and multipliers at the top, prompts and seeds at the left.
+
+    Args:
+        images: uint8 RGB [height, width, 3] by row and column.
+    """
     heads = []
     for across, column in enumerate(columns):
-        new = across == 0 or columns[across - 1].step != column.step
+        new_step = across == 0 or columns[across - 1].step != column.step
         step = f"step {column.step}" if column.step else "base model"
         heads.append(
-            (step if new else "", f"multiplier {column.multiplier:g}" if column.step else "")
+            (step if new_step else "", f"multiplier {column.multiplier:g}" if column.step else "")
         )
     return labelled_sheet(
         title, [(row.label, f"seed {row.recipe.seed}") for row in rows], heads, images
@@ -143,14 +158,15 @@ def labelled_sheet(
     columns: Sequence[tuple[str, str]],
     images: Mapping[tuple[int, int], NDArray[np.uint8]],
 ) -> Image.Image:
-    """One image of many.
+    """Return a sheet of images with labelled rows and columns.
 
     Args:
-        rows: what stands on the left of each: a text that is cut to the space there is, and a line below it.
-        columns: the two lines above each.
-        images: by row and column, uint8 RGB [height, width, 3]; small ones are enlarged whole-fold.
+        rows: label of each row, wrapped and truncated to the height of the row, and a line below.
+        columns: two lines above each column.
+        images: uint8 RGB [height, width, 3] by row and column. Small images are enlarged by a
+            whole factor.
     """
-    font = ImageFont.load_default(_TEXT)
+    font = ImageFont.load_default(_FONT_SIZE)
     smallest = min(min(pixels.shape[:2]) for pixels in images.values())
     factor = max(1, -(-_MIN_SIDE // smallest))
     heights = [
@@ -161,8 +177,10 @@ def labelled_sheet(
         max(images[down, across].shape[1] for down in range(len(rows))) * factor
         for across in range(len(columns))
     ]
-    lefts = [_ROW_LABEL + sum(widths[:across]) + _GAP * across for across in range(len(columns))]
-    head = 3 * _LINE + 2 * _GAP
+    lefts = [
+        _ROW_LABEL_WIDTH + sum(widths[:across]) + _GAP * across for across in range(len(columns))
+    ]
+    head = 3 * _LINE_HEIGHT + 2 * _GAP
     tops = [head + sum(heights[:down]) + _GAP * down for down in range(len(rows))]
     sheet = Image.new(
         "RGB", (lefts[-1] + widths[-1] + _GAP, tops[-1] + heights[-1] + _GAP), "white"
@@ -171,21 +189,22 @@ def labelled_sheet(
     draw.text((_GAP, _GAP), title, fill="black", font=font)
     for left, lines in zip(lefts, columns, strict=True):
         for number, line in enumerate(lines, start=1):
-            draw.text((left, _GAP + number * _LINE), line, fill="black", font=font)
+            draw.text((left, _GAP + number * _LINE_HEIGHT), line, fill="black", font=font)
     for down, (label, below) in enumerate(rows):
-        label_lines = [*wrap(label, _CHARACTERS)[: max(1, heights[down] // _LINE - 1)], below]
+        max_lines = max(1, heights[down] // _LINE_HEIGHT - 1)
+        label_lines = [*wrap(label, _ROW_LABEL_CHARACTERS)[:max_lines], below]
         draw.multiline_text(
             (_GAP, tops[down]),
             "\n".join(label_lines),
             fill="black",
             font=font,
-            spacing=_LINE - _TEXT,
+            spacing=_LINE_HEIGHT - _FONT_SIZE,
         )
         for across in range(len(columns)):
-            picture = Image.fromarray(images[down, across])
+            image = Image.fromarray(images[down, across])
             if factor > 1:
-                picture = picture.resize(
-                    (picture.width * factor, picture.height * factor), Image.Resampling.NEAREST
+                image = image.resize(
+                    (image.width * factor, image.height * factor), Image.Resampling.NEAREST
                 )
-            sheet.paste(picture, (lefts[across], tops[down]))
+            sheet.paste(image, (lefts[across], tops[down]))
     return sheet

@@ -1,4 +1,4 @@
-"""From a training job to the recipes of its previews."""
+"""Recipes of the samples of a training run."""
 
 from __future__ import annotations
 
@@ -9,48 +9,60 @@ from typing import Any
 from fidelora.adapters.tensor_names import noise_of_file
 from fidelora.errors import JobFolderError
 from fidelora.families import get_family
-from fidelora.recipe import Recipe, replace_trigger
+from fidelora.recipe import Noise, Recipe, replace_trigger
 from fidelora.training.flags import split_flags
 from fidelora.training.run_folder import TrainingRun
 
 
 @dataclass(frozen=True)
 class PlannedSample:
-    """One preview: where it stands in the job, what makes it again, and the trainer's own image if it is there."""
+    """A sample of a training run with the recipe that replays it.
+
+    Attributes:
+        step: training step of the checkpoint; 0 for the base model.
+        index: position in the sample block, from 0.
+        trainer_image: the trainer's image file; None if it is missing.
+    """
 
     step: int
     index: int
     recipe: Recipe
-    preview: Path | None
+    trainer_image: Path | None
 
 
 def plan_samples(
-    job: TrainingRun, step: int, *, base_model: str | None = None
+    run: TrainingRun, step: int, *, base_model: str | None = None
 ) -> list[PlannedSample]:
-    """The recipes of all samples of one step, in the order of the sample block.
+    """Return the recipes of all samples of one step, in the order of the sample block.
 
     Args:
-        step: 0 for the base model; else there has to be a checkpoint of this step.
-        base_model: in place of the one that the job names, when that is somewhere else here.
+        step: 0 for the base model; any other step needs a checkpoint.
+        base_model: replaces the base model in the configuration, for example if it is stored
+            elsewhere.
 
     Raises:
-        JobFolderError: no checkpoint of this step, or a flag that cannot be read.
-        RecipeError: a setting that no recipe can have (unknown sampler, size, ...).
+        JobFolderError: there is no checkpoint of this step, or a flag is invalid.
+        RecipeError: a setting is invalid in a recipe (unknown sampler, size, ...).
     """
-    if step != 0 and step not in job.checkpoints:
-        there_are = ", ".join(str(known) for known in sorted(job.checkpoints)) or "none"
+    if step != 0 and step not in run.checkpoints:
+        available = ", ".join(map(str, sorted(run.checkpoints))) or "none"
         raise JobFolderError(
-            f"The job {job.name} has no checkpoint of step {step}; there are: {there_are}."
+            f"The training run {run.name} has no checkpoint of step {step}; "
+            f"available steps: {available}."
         )
 
-    settings = _resolved_settings(job)
-    # One multiplier for all samples: the trainer merges the adapter for the whole run. Several: it runs beside the model.
-    live = len({values["network_multiplier"] for values in settings}) > 1
-    adapter = None if step == 0 else job.adapter(step)
-    # Step 0 has no file of its own, but every file of the job tells which trainer, and so which noise, made it.
-    checkpoint = job.checkpoints.get(step) or next(iter(job.checkpoints.values()), None)
-    noise = noise_of_file(checkpoint) if checkpoint else "modern"
-    spec = get_family(job.model)
+    settings = _resolved_settings(run)
+    # If all samples have the same multiplier, the trainer merges the adapter. Otherwise it keeps
+    # the adapter unmerged.
+    unmerged = len({values["network_multiplier"] for values in settings}) > 1
+    adapter = None if step == 0 else run.adapter(step)
+    # Step 0 has no checkpoint, but any file of the run contains the trainer's version, which
+    # determines the noise.
+    checkpoint = run.checkpoints.get(step) or next(iter(run.checkpoints.values()), None)
+    family = get_family(run.model)
+    noise: Noise = "modern"
+    if checkpoint is not None and "noise" in family.uses:
+        noise = noise_of_file(checkpoint)
     planned = []
     for index, values in enumerate(settings):
         multiplier = values["network_multiplier"]
@@ -58,40 +70,45 @@ def plan_samples(
         recipe = Recipe(
             prompt=values["prompt"],
             negative_prompt=values["neg"],
-            # The flag --n changes what the first text encoder gets, and nothing changes what the second one does.
-            negative_prompt_2=job.samples[index].neg if "negative_prompt_2" in spec.uses else None,
-            model=job.model,
-            base_model=base_model or job.base_model,
-            vae=job.vae,
+            # The flag --n sets the negative prompt of the first text encoder only; no flag sets
+            # that of the second one.
+            negative_prompt_2=(
+                run.samples[index].neg if "negative_prompt_2" in family.uses else None
+            ),
+            model=run.model,
+            base_model=base_model or run.base_model,
+            vae=run.vae,
             width=values["width"],
             height=values["height"],
             steps=values["sample_steps"],
             guidance_scale=values["guidance_scale"],
-            guidance_rescale=values["guidance_rescale"] if spec.samples.rescales_guidance else 0.0,
+            guidance_rescale=(
+                values["guidance_rescale"] if family.samples.rescales_guidance else 0.0
+            ),
             seed=values["seed"],
-            sampler=job.sampler,
-            prediction=job.prediction,
+            sampler=family.default_sampler if family.samples.ignores_sampler else run.sampler,
+            prediction=run.prediction,
             adapters=adapters,
-            adapter_mode="live" if live else "merged",
+            adapter_mode="live" if unmerged else "merged",
             noise=noise,
-            dtype=job.dtype,
-            vae_dtype=job.vae_dtype,
-            text_encoder_dtype=job.text_encoder_dtype,
+            dtype=run.dtype,
+            vae_dtype=run.vae_dtype,
+            text_encoder_dtype=run.text_encoder_dtype,
         )
-        planned.append(PlannedSample(step, index, recipe, job.images.get((step, index))))
+        planned.append(PlannedSample(step, index, recipe, run.images.get((step, index))))
     return planned
 
 
-def _resolved_settings(job: TrainingRun) -> list[dict[str, Any]]:
-    """Each sample's settings after seeds, trigger and flags are settled, in the trainer's order."""
+def _resolved_settings(run: TrainingRun) -> list[dict[str, Any]]:
+    """Return each sample's settings with seed, trigger word and flags applied as in the trainer."""
     resolved = []
-    seed = job.seed
-    for index, item in enumerate(job.samples):
-        if job.walk_seed:
-            seed = job.seed + index
+    seed = run.seed
+    for index, item in enumerate(run.samples):
+        if run.walk_seed:
+            seed = run.seed + index
         if item.seed is not None:
-            seed = item.seed  # without walk_seed it stays for the items after this one
-        prompt, flags = split_flags(replace_trigger(item.prompt, job.trigger_word))
+            seed = item.seed  # without walk_seed, also the seed of the following items
+        prompt, flags = split_flags(replace_trigger(item.prompt, run.trigger_word))
         values = {**vars(item), "seed": seed} | flags | {"prompt": prompt}
         for side in ("width", "height"):
             values[side] = max(64, values[side] - values[side] % 8)

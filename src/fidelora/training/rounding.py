@@ -1,4 +1,4 @@
-"""How much the rounding of a saved adapter matters: a copy whose weights lie elsewhere within that rounding."""
+"""Perturbed copies of adapters, which measure the effect of rounding in saved weights."""
 
 from __future__ import annotations
 
@@ -10,47 +10,51 @@ from torch import Tensor
 
 from fidelora.safetensors_header import read_file_header
 
-_ORDER = ("BF16", "F16", "F32", "F64")
-_SMALLEST_F16 = 2.0**-24
-"""Below 2**-14 the numbers of float16 are this far apart, however small they are."""
+_MANTISSA_BITS = {torch.float16: 10, torch.bfloat16: 7}
+_MIN_NORMAL = 2.0**-126  # smallest normal number of float32 and bfloat16; avoids log2(0)
+_F16_SUBNORMAL_STEP = 2.0**-24  # distance between adjacent float16 numbers below 2**-14
 
 
 def narrowest_dtype(path: Path) -> str:
-    """The dtype with the fewest bits among an adapter's weights, in the format's spelling; `F32` if none is narrower.
+    """Return the smallest dtype of an adapter's weights: `BF16`, `F16` or else `F32`.
 
     Raises:
-        WeightsFileError: it is not a sound .safetensors file.
+        WeightsFileError: the file is not a valid .safetensors file.
     """
-    kinds = {
+    dtypes = {
         info.dtype
         for key, info in read_file_header(path).tensors.items()
         if not key.endswith(".alpha")
     }
-    return next((kind for kind in _ORDER[:2] if kind in kinds), "F32")
+    return next((dtype for dtype in ("BF16", "F16") if dtype in dtypes), "F32")
 
 
-def perturbed_copy(path: Path, folder: Path, draw: int) -> Path:
-    """Write a float32 copy of the adapter whose weights were moved at random, each within half a unit of its last place.
+def perturbed_copy(path: Path, folder: Path, seed: int) -> Path:
+    """Write a float32 copy of an adapter with each weight moved at random.
 
-    Before they were rounded for the file, the weights were somewhere there. The same `draw` always moves them alike.
+    Each weight moves by at most half a unit in the last place of its dtype. The weights before
+    rounding were within this range. The same `seed` always gives the same copy.
+
+    Returns:
+        The path of the copy in `folder`.
     """
-    generator = torch.Generator().manual_seed(draw)
+    generator = torch.Generator().manual_seed(seed)
     tensors = safetensors.torch.load(path.read_bytes())
-    moved = {
-        key: tensor.float() if key.endswith(".alpha") else _moved(tensor, generator)
+    perturbed = {
+        key: tensor.float() if key.endswith(".alpha") else _perturb(tensor, generator)
         for key, tensor in sorted(tensors.items())
     }
     target = folder / path.name
-    safetensors.torch.save_file(moved, target, dict(read_file_header(path).metadata))
+    safetensors.torch.save_file(perturbed, target, dict(read_file_header(path).metadata))
     return target
 
 
-def _moved(tensor: Tensor, generator: torch.Generator) -> Tensor:
+def _perturb(tensor: Tensor, generator: torch.Generator) -> Tensor:
     values = tensor.float()
-    bits = {torch.float16: 10, torch.bfloat16: 7}.get(tensor.dtype)
+    bits = _MANTISSA_BITS.get(tensor.dtype)
     if bits is None:
         return values
-    unit = torch.exp2(torch.floor(torch.log2(values.abs().clamp(min=2.0**-126))) - bits)
+    unit = torch.exp2(torch.floor(torch.log2(values.abs().clamp(min=_MIN_NORMAL))) - bits)
     if tensor.dtype == torch.float16:
-        unit = unit.clamp(min=_SMALLEST_F16)
+        unit = unit.clamp(min=_F16_SUBNORMAL_STEP)
     return values + (torch.rand(values.shape, generator=generator) - 0.5) * unit

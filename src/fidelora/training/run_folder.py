@@ -1,4 +1,4 @@
-"""A training job's folder: what it was told to do, what it saved, and what it painted."""
+"""Run folders of AI Toolkit: configuration, checkpoints and samples of a training run."""
 
 from __future__ import annotations
 
@@ -21,14 +21,11 @@ _DTYPES: Mapping[str, Dtype] = {
     "float16": "float16", "fp16": "float16", "half": "float16",
 }  # fmt: skip
 
-MAX_CONFIG_BYTES = 2**20
-"""Of a configuration; those of trainers have a few thousand."""
-_MAX_WEIGHT = 4 * 2**20
-_NODE_WEIGHT = 16
-"""A configuration's weight: its characters, and so many for each value, with each alias as long as what it stands for."""
-_MAX_NUMBER_LENGTH = 100
-_MAX_NAME_LENGTH = 200
-"""A job's name is the name of its files, and is put in many places."""
+MAX_CONFIG_BYTES = 2**20  # the trainer's configurations have a few thousand bytes
+_MAX_EXPANDED_SIZE = 4 * 2**20  # characters of a YAML document with all aliases expanded
+_NODE_SIZE = 16  # added to the expanded size for each value, in characters
+_MAX_NUMBER_LENGTH = 100  # characters; parsing 1:1:1:1... takes quadratic time
+_MAX_NAME_LENGTH = 200  # characters; the name is part of file names and replaces every [name]
 
 _Number = TypeVar("_Number", int, float)
 
@@ -37,7 +34,7 @@ _SAMPLE_FILE = re.compile(r"\d+__(?P<step>\d{9})_(?P<index>\d+)\.(jpg|jpeg|png|w
 
 @dataclass(frozen=True)
 class SampleItem:
-    """One item of the sample block, with the block's own values where the item has none; flags are still in the prompt."""
+    """An item of the sample block, with the block's values as defaults and unparsed flags."""
 
     prompt: str
     neg: str
@@ -52,16 +49,18 @@ class SampleItem:
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What a job's folder says.
+    """Contents of a run folder.
 
     Attributes:
-        model: id of the model family that it trains.
-        vae: in place of the base's own; empty for that.
-        dora_alpha: what the scale of a DoRA is made of, which its file does not say; None for other kinds, or if it is not known.
-        checkpoints: by step; the file of the last step is the one without a number.
-        images: by step and index of the sample item.
-        steps: how many the training was told to do; the last samples carry this number.
-        seed, walk_seed: of the sample block.
+        model: id of the model family.
+        vae: replaces the base model's VAE; empty for none.
+        seed: seed of the sample block.
+        walk_seed: True if the index of a sample is added to the seed.
+        steps: configured training steps; the last samples and the last checkpoint have this step.
+        checkpoints: by step; the file of the last step has no number in its name.
+        images: samples, by step and index of the sample item.
+        dora_alpha: alpha of a DoRA, which its file does not contain; None for other adapter types
+            or if unknown.
     """
 
     folder: Path
@@ -86,35 +85,37 @@ class TrainingRun:
 
     @property
     def sampled_steps(self) -> tuple[int, ...]:
-        """The steps of which there are images, in order."""
+        """Steps with samples, in ascending order."""
         return tuple(sorted({step for step, _ in self.images}))
 
     def adapter(self, step: int) -> AdapterRef:
-        """What was trained until this step.
+        """Return the adapter of the checkpoint of a step.
 
         Raises:
-            WeightsFileError: its file is not sound, or cannot be read.
+            WeightsFileError: the file is invalid or cannot be read.
         """
         return replace(AdapterRef.from_file(self.checkpoints[step]), alpha=self.dora_alpha)
 
 
 def read_run(folder: Path) -> TrainingRun:
-    """Read the folder of a training job.
+    """Read a run folder.
 
     Raises:
-        JobFolderError: it is not one, or its configuration cannot be read.
+        JobFolderError: it is not a run folder, or its configuration is invalid or not supported.
     """
     if not folder.is_dir():
         raise JobFolderError(
-            f"There is no folder {folder}; give the output folder of a training job."
+            f"The folder {folder} does not exist; set the output folder of a training run."
         )
-    process, name = _process(folder)
+    process, name = _read_config(folder)
     train, model, sample, network = (
         _block(process, key) for key in ("train", "model", "sample", "network")
     )
     base_model = model.get("name_or_path")
     if not isinstance(base_model, str):
-        raise JobFolderError(f"The job in {folder} names no base model (model.name_or_path).")
+        raise JobFolderError(
+            f"The configuration in {folder} has no base model; set model.name_or_path."
+        )
     family = _family(model)
     dtype = _dtype(train.get("dtype", "float32"), "train.dtype")
     steps = _number(int, train.get("steps", 1000), "train.steps")
@@ -142,10 +143,10 @@ def read_run(folder: Path) -> TrainingRun:
 
 
 def _family(model: Mapping[str, Any]) -> str:
-    """The id of the model family that a job trains: older configurations name it by a flag, and newer ones by `arch`.
+    """Return the id of the model family; older configurations set a flag, newer ones `arch`.
 
     Raises:
-        JobFolderError: there is no such family here, or the job has the family do what its previews here would not show.
+        JobFolderError: the family is not supported, or an option that changes its samples is not.
     """
     arch = model.get("arch")
     flags = {
@@ -166,16 +167,19 @@ def _family(model: Mapping[str, Any]) -> str:
         known = ", ".join(spec.title for spec in all_families().values())
         trained = " and ".join([*([repr(arch)] if arch else []), *sorted(flags)])
         raise JobFolderError(
-            f"The job trains {trained}, which is none of the models here: {known}."
+            f"The training run trains {trained}, which is not supported; "
+            f"the supported models are: {known}."
         )
     if model.get("refiner_name_or_path"):
         raise JobFolderError(
-            "The job paints its previews with a refiner (model.refiner_name_or_path), which is not supported."
+            "The training run samples with a refiner (model.refiner_name_or_path), "
+            "which is not supported."
         )
     for name in spec.samples.required:
         if not model.get(name, True):
             raise JobFolderError(
-                f"The job leaves out one of two text encoders (model.{name}), which is not supported."
+                f"The training run omits one of two text encoders (model.{name}), "
+                "which is not supported."
             )
     return spec.id
 
@@ -187,8 +191,8 @@ def _dora_alpha(network: Mapping[str, Any]) -> float | None:
     return None if alpha is None else _number(float, alpha, "network.linear_alpha")
 
 
-def _process(folder: Path) -> tuple[Mapping[str, Any], str]:
-    """The job's own block of its configuration, and its name."""
+def _read_config(folder: Path) -> tuple[Mapping[str, Any], str]:
+    """Return the process block of the configuration, and the name of the run."""
     path = next(
         (
             folder / name
@@ -199,16 +203,17 @@ def _process(folder: Path) -> tuple[Mapping[str, Any], str]:
     )
     if path is None:
         raise JobFolderError(
-            f"{folder} has no config.yaml: it is not the output folder of an AI Toolkit job."
+            f"{folder} has no config.yaml; set the output folder of an AI Toolkit training run."
         )
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise JobFolderError(
-                f"{path} has more than {MAX_CONFIG_BYTES:,} bytes: it is no AI Toolkit configuration."
+                f"{path} is not an AI Toolkit configuration: "
+                f"it has more than {MAX_CONFIG_BYTES:,} bytes."
             )
         text = path.read_text(encoding="utf-8")
         document = json.loads(text) if path.suffix == ".json" else _read_yaml(text)
-    # PyYAML has the last three for a tag that its value does not fit.
+    # PyYAML raises the last three if a value does not match its tag.
     except (
         OSError,
         ValueError,
@@ -226,76 +231,79 @@ def _process(folder: Path) -> tuple[Mapping[str, Any], str]:
         process, name = config["process"][0], config["name"]
     except (TypeError, KeyError, IndexError):
         raise JobFolderError(
-            f"{path} is no AI Toolkit configuration: it has no config.name and config.process."
+            f"{path} is not an AI Toolkit configuration: config.name or config.process is missing."
         ) from None
     if not isinstance(process, dict) or not isinstance(name, str | int):
         raise JobFolderError(
-            f"{path} is no AI Toolkit configuration: config.name or config.process holds nothing of use."
+            f"{path} is not an AI Toolkit configuration: config.name or config.process is invalid."
         )
     if len(str(name)) > _MAX_NAME_LENGTH:
         raise JobFolderError(
-            f"{path} is no AI Toolkit configuration: config.name has more than {_MAX_NAME_LENGTH} characters."
+            f"{path} is not an AI Toolkit configuration: "
+            f"config.name has more than {_MAX_NAME_LENGTH} characters."
         )
-    # The trainer puts the job's name in the place of [name] everywhere before it reads anything; config.yaml is saved after that.
-    named: Mapping[str, Any] = _with_name(process, str(name))
+    # The trainer replaces [name] everywhere before it reads anything. It saves config.yaml after
+    # that, but .job_config.json is written before.
+    named: Mapping[str, Any] = _replace_name(process, str(name))
     return named, str(name)
 
 
 def _read_yaml(text: str) -> Any:
-    """A YAML document. Aliases are read, for the trainer writes some; but they must not stand for more than a configuration is.
+    """Parse a YAML document with a limit on the size of its expanded aliases.
+
+    Aliases cannot be rejected altogether, because the trainer writes some.
 
     Raises:
-        ValueError: they do, or one stands for what it is in, or a number is too long.
-        yaml.YAMLError: it is not sound.
+        ValueError: the expanded document or a number is too long, or an alias is recursive.
+        yaml.YAMLError: the document is invalid.
     """
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
         if node is None:
             return None
-        if _weight(node, {}) > _MAX_WEIGHT:
-            raise ValueError("its aliases stand for too much")
+        if _expanded_size(node, {}) > _MAX_EXPANDED_SIZE:
+            raise ValueError("its expanded aliases are too long")
         return loader.construct_document(node)
     finally:
         loader.dispose()
 
 
-def _weight(node: yaml.Node, known: dict[yaml.Node, int | None]) -> int:
-    if node in known:
-        weight = known[node]
-        if weight is None:
-            raise ValueError("one of its aliases stands for what it is in itself")
-        return weight
-    known[node] = None  # begun
+def _expanded_size(node: yaml.Node, sizes: dict[yaml.Node, int | None]) -> int:
+    """Return the size of a node with its aliases expanded; `sizes` caches it by node."""
+    if node in sizes:
+        size = sizes[node]
+        if size is None:
+            raise ValueError("one of its aliases is recursive")
+        return size
+    sizes[node] = None  # in progress
     if isinstance(node, yaml.ScalarNode):
-        if (
-            node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
-            and len(node.value) > _MAX_NUMBER_LENGTH
-        ):
-            raise ValueError(
-                "one of its numbers is too long"
-            )  # reading 1:1:1:1... takes the square of its length
-        weight = len(node.value)
+        is_number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+        if is_number and len(node.value) > _MAX_NUMBER_LENGTH:
+            raise ValueError("one of its numbers is too long")
+        size = len(node.value)
     elif isinstance(node, yaml.MappingNode):
-        weight = sum(_weight(key, known) + _weight(value, known) for key, value in node.value)
+        size = sum(
+            _expanded_size(key, sizes) + _expanded_size(value, sizes) for key, value in node.value
+        )
     else:
-        weight = sum(_weight(value, known) for value in node.value)
-    known[node] = weight = weight + _NODE_WEIGHT
-    return weight
+        size = sum(_expanded_size(value, sizes) for value in node.value)
+    sizes[node] = size = size + _NODE_SIZE
+    return size
 
 
-def _with_name(value: Any, name: str) -> Any:
+def _replace_name(value: Any, name: str) -> Any:
     if isinstance(value, str):
         return value.replace("[name]", name)
     if isinstance(value, dict):
-        return {key: _with_name(inner, name) for key, inner in value.items()}
-    return [_with_name(inner, name) for inner in value] if isinstance(value, list) else value
+        return {key: _replace_name(inner, name) for key, inner in value.items()}
+    return [_replace_name(inner, name) for inner in value] if isinstance(value, list) else value
 
 
 def _block(process: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     block = process.get(key) or {}
     if not isinstance(block, dict):
-        raise JobFolderError(f"The job's {key} block is not a group of settings.")
+        raise JobFolderError(f"The {key} block of the configuration must be a mapping.")
     return block
 
 
@@ -304,7 +312,7 @@ def _number(kind: Callable[[Any], _Number], value: object, where: str) -> _Numbe
         return kind(value)
     except (TypeError, ValueError, OverflowError):
         raise JobFolderError(
-            f"The job's {where} is {value!r}, which is no number that can be used."
+            f"The configuration has {where} {value!r}, which is not a usable number."
         ) from None
 
 
@@ -312,15 +320,19 @@ def _dtype(name: object, where: str) -> Dtype:
     if isinstance(name, str) and name in _DTYPES:
         return _DTYPES[name]
     raise JobFolderError(
-        f"The job's {where} is {name!r}, which is no precision that is known here."
+        f"The configuration has {where} {name!r}, which is not supported; "
+        "use float32, bfloat16 or float16."
     )
 
 
 def _items(sample: Mapping[str, Any]) -> list[SampleItem]:
-    """The sample items, with the trainer's own defaults for files (not those of its user interface, which writes all)."""
+    """Return the sample items, with the trainer's defaults for configuration files.
+
+    The trainer's user interface has other defaults, but writes all values.
+    """
     defaults = {
-        "width": 512, "height": 512, "neg": False, "guidance_scale": 7, "guidance_rescale": 0, "sample_steps": 20,
-        "network_multiplier": 1,
+        "width": 512, "height": 512, "neg": False, "guidance_scale": 7, "guidance_rescale": 0,
+        "sample_steps": 20, "network_multiplier": 1,
     }  # fmt: skip
     block = defaults | {key: value for key, value in sample.items() if key != "samples"}
     prompts = sample.get("prompts") or []
@@ -331,12 +343,13 @@ def _items(sample: Mapping[str, Any]) -> list[SampleItem]:
         isinstance(item, dict) and isinstance(item.get("prompt"), str) for item in raw
     ):
         raise JobFolderError(
-            "The job's sample block has samples or prompts that are not a list of items with a prompt each."
+            "sample.samples or sample.prompts is not a list of items with a prompt each; "
+            "correct the configuration."
         )
-    # The trainer takes an item's own value of all of these but one.
+    # The trainer ignores guidance_rescale of an item.
     rescale = {"guidance_rescale": block["guidance_rescale"]}
     return [
-        _item(block | item | rescale, item.get("seed"), f"sample item {index}")
+        _item(block | item | rescale, item.get("seed"), f"sample.samples[{index}]")
         for index, item in enumerate(raw)
     ]
 
@@ -345,15 +358,15 @@ def _item(values: Mapping[str, Any], seed: object, where: str) -> SampleItem:
     return SampleItem(
         prompt=values["prompt"],
         neg=str(values["neg"] or ""),
-        width=_number(int, values["width"], f"{where}: width"),
-        height=_number(int, values["height"], f"{where}: height"),
-        seed=None if seed is None else _number(int, seed, f"{where}: seed"),
-        guidance_scale=_number(float, values["guidance_scale"], f"{where}: guidance_scale"),
-        sample_steps=_number(int, values["sample_steps"], f"{where}: sample_steps"),
+        width=_number(int, values["width"], f"{where}.width"),
+        height=_number(int, values["height"], f"{where}.height"),
+        seed=None if seed is None else _number(int, seed, f"{where}.seed"),
+        guidance_scale=_number(float, values["guidance_scale"], f"{where}.guidance_scale"),
+        sample_steps=_number(int, values["sample_steps"], f"{where}.sample_steps"),
         network_multiplier=_number(
-            float, values["network_multiplier"], f"{where}: network_multiplier"
+            float, values["network_multiplier"], f"{where}.network_multiplier"
         ),
-        guidance_rescale=_number(float, values["guidance_rescale"], f"{where}: guidance_rescale"),
+        guidance_rescale=_number(float, values["guidance_rescale"], f"{where}.guidance_rescale"),
     )
 
 
@@ -370,9 +383,8 @@ def _checkpoints(folder: Path, name: str, steps: int) -> dict[int, Path]:
 
 def _images(folder: Path) -> dict[tuple[int, int], Path]:
     images: dict[tuple[int, int], Path] = {}
-    for path in sorted(
-        folder.glob("*")
-    ):  # by time: a sample that was painted twice counts as it was last
+    # File names begin with a timestamp: the last image of a sample replaces earlier ones.
+    for path in sorted(folder.glob("*")):
         if match := _SAMPLE_FILE.fullmatch(path.name):
             images[int(match["step"]), int(match["index"])] = path
     return images

@@ -1,4 +1,4 @@
-"""Pictures for people: the preview beside ours, and what differs."""
+"""Sheets that show a trainer's sample, the replayed sample and their difference."""
 
 from __future__ import annotations
 
@@ -6,29 +6,32 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-_GAP = 8
-_LABEL = 16
-_AMPLIFY = 16
-_MIN_SIDE = 256
+_GAP = 8  # pixels
+_LABEL_HEIGHT = 16  # pixels
+_AMPLIFY = 16  # makes a difference of one level visible
+_MIN_SIDE = 256  # pixels; smaller images are enlarged
 
 
-def side_by_side(preview: NDArray[np.uint8], ours: NDArray[np.uint8], title: str) -> Image.Image:
-    """The preview, ours, and their difference made 16 times stronger, in a row with labels; small images are enlarged whole-fold.
+def side_by_side(sample: NDArray[np.uint8], replayed: NDArray[np.uint8], title: str) -> Image.Image:
+    """Return a row with the trainer's sample, the replayed sample and their amplified difference.
+
+    Small images are enlarged by a whole factor.
 
     Args:
-        preview, ours: uint8 RGB [height, width, 3] of the same size.
+        sample: uint8 RGB [height, width, 3].
+        replayed: as `sample`, same size.
     """
-    difference = np.abs(preview.astype(np.int16) - ours.astype(np.int16)) * _AMPLIFY
+    difference = np.abs(sample.astype(np.int16) - replayed.astype(np.int16)) * _AMPLIFY
     panels = {
-        "preview in training": preview,
-        "Fidelora": ours,
+        "trainer": sample,
+        "Fidelora": replayed,
         f"difference x{_AMPLIFY}": difference.clip(0, 255).astype(np.uint8),
     }
-    height, width = ours.shape[:2]
+    height, width = replayed.shape[:2]
     factor = max(1, -(-_MIN_SIDE // max(height, width)))
     height, width = height * factor, width * factor
     sheet = Image.new(
-        "RGB", (len(panels) * (width + _GAP) + _GAP, height + 2 * _LABEL + 2 * _GAP), "white"
+        "RGB", (len(panels) * (width + _GAP) + _GAP, height + 2 * _LABEL_HEIGHT + 2 * _GAP), "white"
     )
     draw = ImageDraw.Draw(sheet)
     draw.text((_GAP, _GAP // 2), title, fill="black")
@@ -36,14 +39,14 @@ def side_by_side(preview: NDArray[np.uint8], ours: NDArray[np.uint8], title: str
         left = _GAP + column * (width + _GAP)
         sheet.paste(
             Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST),
-            (left, _LABEL + _GAP),
+            (left, _LABEL_HEIGHT + _GAP),
         )
-        draw.text((left, _LABEL + _GAP + height + 2), label, fill="black")
+        draw.text((left, _LABEL_HEIGHT + _GAP + height + 2), label, fill="black")
     return sheet
 
 
-def stack(rows: list[Image.Image]) -> Image.Image:
-    """Images under each other."""
+def stack_vertically(rows: list[Image.Image]) -> Image.Image:
+    """Return one image with the rows below each other."""
     sheet = Image.new(
         "RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white"
     )

@@ -1,4 +1,4 @@
-"""A job's previews, made again and judged: the same, different by rounding, or different."""
+"""Verification of a training run: replay its samples and classify the differences."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from fidelora.errors import JobFolderError, NothingToCheckError
 from fidelora.images.write import GeneratedImage
 from fidelora.recipe import AdapterRef, Recipe
 from fidelora.training.compare import (
-    ROUNDING_IDENTICAL_PERCENT,
-    ROUNDING_LEVELS,
+    ROUNDING_MAX_DIFFERENCE,
+    ROUNDING_MIN_IDENTICAL_PERCENT,
     Comparison,
     compare,
-    reencoded,
+    reencode,
     similarity,
 )
 from fidelora.training.plan import PlannedSample, plan_samples
@@ -35,7 +35,7 @@ OnSample = Callable[["CheckedSample"], None]
 
 
 class Verdict(StrEnum):
-    """What a comparison means; the values are those of the JSON report."""
+    """Result of checking a sample, from best to worst; the values are those of the JSON report."""
 
     IDENTICAL = "identical"
     ROUNDING = "rounding"
@@ -43,14 +43,14 @@ class Verdict(StrEnum):
 
 
 @dataclass(frozen=True)
-class Bound:
-    """How far a preview may be from ours for a reason that nobody can mend.
+class RoundingBound:
+    """Largest difference that rounding explains.
 
     Attributes:
-        identical_percent: of pixels, at least.
-        max_difference: in levels, at most.
-        mean_difference: in levels, at most.
-        reason: how the bound came about, in a sentence.
+        identical_percent: smallest share of identical pixels.
+        max_difference: largest difference of a channel value, in levels.
+        mean_difference: largest mean difference, in levels.
+        reason: source of the bound, as a sentence without a period.
     """
 
     identical_percent: float
@@ -59,7 +59,7 @@ class Bound:
     reason: str
 
     def allows(self, comparison: Comparison) -> bool:
-        """Whether the difference is within the bound."""
+        """Return True if the difference is within the bound."""
         return (
             comparison.identical_percent >= self.identical_percent
             and comparison.max_difference <= self.max_difference
@@ -67,113 +67,128 @@ class Bound:
         )
 
 
-MACHINE = Bound(
-    ROUNDING_IDENTICAL_PERCENT,
-    ROUNDING_LEVELS,
+HARDWARE_BOUND = RoundingBound(
+    ROUNDING_MIN_IDENTICAL_PERCENT,
+    ROUNDING_MAX_DIFFERENCE,
     0.05,
-    "another processor or number of threads sums in another order: 99.93 % of the pixels stay the same, the others are 1 level off",
+    "other processors or numbers of threads add numbers in a different order, which leaves "
+    "99.93 % of the pixels identical and changes the others by 1 level",
 )
-"""See `compare.ROUNDING_LEVELS`."""
+"""Bound for differences between processors; see `compare.ROUNDING_MAX_DIFFERENCE`."""
 
-_DRAWS = 4
-_MARGIN = 4.0
-"""How many times the measured effect of rounding is still called rounding.
+_PERTURBED_COPIES = 4
+_BOUND_FACTOR = 4.0
+"""Factor between the measured effect of perturbed weights and the bound.
 
-The trainer's own weights lie anywhere within half a unit of those in the file. A few draws from there show the size of the effect,
-not its largest. A wrong setting is far outside: on the golden jobs `steps_offset` 0 changes at least 30 % of the pixels, where
-rounding changes 0.1 to 7 %.
+The trainer's unrounded weights are anywhere within half a unit of those in the file. A few random
+perturbations show the magnitude of the effect, not its maximum. Wrong settings are far outside: on
+the golden runs, `steps_offset` 0 changes at least 30 % of the pixels and rounding 0.1 to 7 %.
 """
 
 
 @dataclass(frozen=True)
 class CheckedSample:
-    """One preview beside ours.
+    """A replayed sample compared with the trainer's.
 
     Attributes:
-        plan: the sample, its recipe and its preview's file.
-        ours, theirs: uint8 RGB [height, width, 3], ours after the preview's encoding; None if the preview has another size.
-        comparison: None if the preview has another size.
-        psnr: in dB; None if every pixel is the same. ssim: -1..1.
-        bound: what was expected, if the images are not the same.
+        plan: the sample with its recipe and the trainer's file.
+        image: the replayed sample as generated.
+        replayed: its pixels after encoding in the trainer's file format, uint8 RGB
+            [height, width, 3].
+        trainer: the trainer's pixels, uint8 RGB [height, width, 3].
+        comparison: None if the sizes differ.
+        psnr: in dB; None if every pixel is the same.
+        ssim: -1..1.
+        bound: the bound that was applied; None if the images are identical or the sizes differ.
+        verdict: the result.
     """
 
     plan: PlannedSample
     image: GeneratedImage
-    ours: Pixels
-    theirs: Pixels
+    replayed: Pixels
+    trainer: Pixels
     comparison: Comparison | None
     psnr: float | None
     ssim: float
-    bound: Bound | None
+    bound: RoundingBound | None
     verdict: Verdict
 
     @property
-    def in_words(self) -> str:
-        """One phrase for people."""
+    def summary(self) -> str:
+        """The verdict as one phrase."""
         if self.comparison is None:
-            return f"mismatch: the preview is {_size(self.theirs)}, its settings say {_size(self.ours)}"
+            return (
+                f"mismatch: the sample is {_size(self.trainer)}, "
+                f"but its settings give {_size(self.replayed)}"
+            )
         if self.verdict is Verdict.IDENTICAL:
             return "identical"
-        share = f"{self.comparison.identical_in_words} % of pixels the same, at most {self.comparison.max_difference} of 255 levels"
-        return f"{self.verdict.value}: {share}"
+        return (
+            f"{self.verdict.value}: {self.comparison.percent_text} % of pixels the same, "
+            f"at most {self.comparison.max_difference} of 255 levels"
+        )
 
 
-def steps_to_check(job: TrainingRun, wanted: str) -> list[int]:
-    """The steps that `wanted` (a number, `last` or `all`) means and that can be checked.
+def steps_to_check(run: TrainingRun, selection: str) -> list[int]:
+    """Return the selected steps that can be checked.
+
+    Args:
+        selection: a step, `last` or `all`.
 
     Raises:
-        NothingToCheckError: there are no previews, or none whose weights are there.
-        JobFolderError: `wanted` is none of these.
+        NothingToCheckError: there are no samples, or none of their checkpoints.
+        JobFolderError: `selection` is invalid.
     """
-    checkable = [step for step in job.sampled_steps if step == 0 or step in job.checkpoints]
-    if not job.samples:
+    checkable = [step for step in run.sampled_steps if step == 0 or step in run.checkpoints]
+    if not run.samples:
+        raise NothingToCheckError(f"The training run {run.name} has no sample prompts.")
+    if not run.images:
         raise NothingToCheckError(
-            f"The job {job.name} has no sample prompts, so it painted no previews."
-        )
-    if not job.images:
-        raise NothingToCheckError(
-            f"{job.folder} has no previews (samples/*.jpg, .png or .webp): there is nothing to compare with."
+            f"{run.folder} has no samples (samples/*.jpg, .png or .webp), "
+            "so there is nothing to compare with."
         )
     if not checkable:
-        sampled = ", ".join(map(str, job.sampled_steps))
+        sampled = ", ".join(map(str, run.sampled_steps))
         raise NothingToCheckError(
-            f"The job {job.name} has previews of steps {sampled}, and the weights of none of them."
+            f"The training run {run.name} has samples of steps {sampled}, "
+            "but no checkpoint of these steps."
         )
-    if wanted == "all":
+    if selection == "all":
         return checkable
-    if wanted == "last":
+    if selection == "last":
         return checkable[-1:]
-    if not wanted.isdigit():
-        raise JobFolderError(f"{wanted!r} is no step; give a number, last or all.")
-    if int(wanted) not in checkable:
-        there_are = ", ".join(map(str, checkable))
+    if not selection.isdigit():
+        raise JobFolderError(f"{selection!r} is not a step; set a number, last or all.")
+    if int(selection) not in checkable:
+        available = ", ".join(map(str, checkable))
         raise NothingToCheckError(
-            f"Step {wanted} cannot be checked; those with previews and weights are: {there_are}."
+            f"Step {selection} cannot be checked; steps with samples and weights: {available}."
         )
-    return [int(wanted)]
+    return [int(selection)]
 
 
-def unchecked(job: TrainingRun) -> list[str]:
-    """A sentence for each thing in the folder that cannot be checked."""
-    said = [
-        f"Previews of step {step} are there, and its weights are not."
-        for step in job.sampled_steps
-        if step != 0 and step not in job.checkpoints
+def incomplete_parts(run: TrainingRun) -> list[str]:
+    """Return a sentence for each part of the run folder that cannot be checked."""
+    sentences = [
+        f"Step {step} has samples but no checkpoint."
+        for step in run.sampled_steps
+        if step != 0 and step not in run.checkpoints
     ]
-    said += [
-        f"The weights of step {step} are there, and no previews."
-        for step in job.checkpoints
-        if step not in job.sampled_steps
+    sentences += [
+        f"Step {step} has a checkpoint but no samples."
+        for step in run.checkpoints
+        if step not in run.sampled_steps
     ]
-    if more := sorted({index for _, index in job.images if index >= len(job.samples)}):
-        said.append(
-            f"Previews of sample {', '.join(map(str, more))} are there, and the configuration has {len(job.samples)} samples."
+    if extra := sorted({index for _, index in run.images if index >= len(run.samples)}):
+        sentences.append(
+            f"The folder has images of sample {', '.join(map(str, extra))}, "
+            f"but the configuration has only {len(run.samples)} samples, counted from 0."
         )
-    return said
+    return sentences
 
 
 def verify(
-    job: TrainingRun,
+    run: TrainingRun,
     engine: Engine,
     steps: Sequence[int],
     *,
@@ -181,121 +196,134 @@ def verify(
     changes: Mapping[str, str] | None = None,
     on_sample: OnSample | None = None,
 ) -> list[CheckedSample]:
-    """Make the previews of these steps again, and judge each.
+    """Replay and check the samples of the given steps.
 
     Args:
-        base_model: in place of the one that the job names.
-        changes: recipe fields in place of the job's, such as `dtype` or `noise`.
-        on_sample: called with each sample as soon as it is judged.
+        base_model: replaces the base model in the configuration.
+        changes: recipe fields that replace the run's, such as `dtype` or `noise`.
+        on_sample: called with each checked sample.
 
     Raises:
-        JobFolderError: a preview cannot be read, or a setting makes no sense.
+        NothingToCheckError: these steps have no samples.
+        JobFolderError: a sample cannot be read, or a setting is invalid.
         FideloraError: a file cannot be used.
     """
     plans = [
         replace(plan, recipe=replace(plan.recipe, **(changes or {})))  # type: ignore[arg-type]
         for step in steps
-        for plan in plan_samples(job, step, base_model=base_model)
-        if plan.preview is not None
+        for plan in plan_samples(run, step, base_model=base_model)
+        if plan.trainer_image is not None
     ]
     if not plans:
         raise NothingToCheckError(
-            f"The job {job.name} has no previews of its sample prompts at these steps."
+            f"The training run {run.name} has no samples of its prompts at these steps."
         )
-    for plan in plans:  # a file that cannot be read should not cost the images before it
-        assert plan.preview is not None
-        read_preview(plan.preview)
+    for plan in plans:  # report an unreadable file before spending time on the others
+        assert plan.trainer_image is not None
+        read_trainer_image(plan.trainer_image)
     checked = []
     for plan in plans:
-        checked.append(check(plan, engine))
+        checked.append(check_sample(plan, engine))
         if on_sample is not None:
             on_sample(checked[-1])
     return checked
 
 
-def check(plan: PlannedSample, engine: Engine) -> CheckedSample:
-    """Make one preview again, and judge it."""
-    assert plan.preview is not None
-    theirs, image_format = read_preview(plan.preview)
+def check_sample(plan: PlannedSample, engine: Engine) -> CheckedSample:
+    """Replay one sample and compare it with the trainer's.
+
+    Raises:
+        JobFolderError: the trainer's sample cannot be read.
+        FideloraError: a file cannot be used.
+    """
+    assert plan.trainer_image is not None
+    trainer, image_format = read_trainer_image(plan.trainer_image)
     image = engine.generate(plan.recipe)
-    ours = reencoded(image.pixels, image_format)
-    if ours.shape != theirs.shape:
-        return CheckedSample(plan, image, ours, theirs, None, 0.0, 0.0, None, Verdict.MISMATCH)
-    comparison = compare(ours, theirs)
-    psnr, ssim = similarity(ours, theirs)
+    replayed = reencode(image.pixels, image_format)
+    if replayed.shape != trainer.shape:
+        return CheckedSample(plan, image, replayed, trainer, None, 0.0, 0.0, None, Verdict.MISMATCH)
+    comparison = compare(replayed, trainer)
+    psnr, ssim = similarity(replayed, trainer)
     if comparison.identical:
         return CheckedSample(
-            plan, image, ours, theirs, comparison, psnr, ssim, None, Verdict.IDENTICAL
+            plan, image, replayed, trainer, comparison, psnr, ssim, None, Verdict.IDENTICAL
         )
-    bound = _cheap_bound(plan.recipe)
+    bound = _initial_bound(plan.recipe)
     if not bound.allows(comparison) and plan.recipe.adapters:
-        for bound in rounding_bounds(plan.recipe, engine, ours, image_format):
+        for bound in measure_rounding_bounds(plan.recipe, engine, replayed, image_format):
             if bound.allows(comparison):
                 break
     verdict = Verdict.ROUNDING if bound.allows(comparison) else Verdict.MISMATCH
-    return CheckedSample(plan, image, ours, theirs, comparison, psnr, ssim, bound, verdict)
+    return CheckedSample(plan, image, replayed, trainer, comparison, psnr, ssim, bound, verdict)
 
 
-def _cheap_bound(recipe: Recipe) -> Bound:
-    """The bound that costs no image: narrow enough for every reason."""
+def _initial_bound(recipe: Recipe) -> RoundingBound:
+    """Return the hardware bound, which needs no extra images, with every reason that applies."""
     dtype = next((narrowest_dtype(ref.path) for ref in recipe.adapters if ref.path), "F32")
     if dtype == "F32":
-        return MACHINE
+        return HARDWARE_BOUND
     return replace(
-        MACHINE,
-        reason=f"the adapter was saved as {dtype}, and the trainer sampled before it rounded; or {MACHINE.reason}",
+        HARDWARE_BOUND,
+        reason=f"the adapter was saved as {dtype}, but the trainer sampled before rounding; "
+        f"or {HARDWARE_BOUND.reason}",
     )
 
 
-def rounding_bounds(
-    recipe: Recipe, engine: Engine, ours: Pixels, image_format: str
-) -> Iterator[Bound]:
-    """How much the rounding of the saved adapter can show in this image, better known with each bound; none if it was not rounded.
+def measure_rounding_bounds(
+    recipe: Recipe, engine: Engine, replayed: Pixels, image_format: str
+) -> Iterator[RoundingBound]:
+    """Measure the effect of the saved adapter's rounding on an image; yield growing bounds.
 
-    Measured, not guessed: the weights are moved at random within the rounding of their dtype, the image is made again, and the
-    difference to ours, the largest so far, times a margin is the bound.
+    For each bound, a copy of the adapter with weights perturbed within the rounding of their dtype
+    generates the image again. The bound is the largest difference so far times `_BOUND_FACTOR`.
+    An adapter that was saved in float32 yields no bounds.
+
+    Args:
+        replayed: the image of the saved adapter after reencoding, uint8 RGB [height, width, 3].
+        image_format: Pillow's name of the trainer's file format.
     """
     (adapter,) = recipe.adapters
     if adapter.path is None or (dtype := narrowest_dtype(adapter.path)) == "F32":
         return
     changed = largest = mean = 0.0
     with tempfile.TemporaryDirectory() as folder:
-        for draw in range(_DRAWS):
-            copy = AdapterRef.from_file(perturbed_copy(adapter.path, Path(folder), draw))
-            moved = replace(adapter, sha256=copy.sha256, path=copy.path)
-            pixels = engine.generate(replace(recipe, adapters=(moved,))).pixels
-            effect = compare(reencoded(pixels, image_format), ours)
+        for seed in range(_PERTURBED_COPIES):
+            copy = AdapterRef.from_file(perturbed_copy(adapter.path, Path(folder), seed))
+            perturbed = replace(adapter, sha256=copy.sha256, path=copy.path)
+            pixels = engine.generate(replace(recipe, adapters=(perturbed,))).pixels
+            effect = compare(reencode(pixels, image_format), replayed)
             changed = max(changed, 100 - effect.identical_percent)
             largest, mean = max(largest, effect.max_difference), max(mean, effect.mean_difference)
-            yield Bound(
-                100 - min(100.0, _MARGIN * changed + 100 - ROUNDING_IDENTICAL_PERCENT),
-                math.ceil(_MARGIN * largest) + ROUNDING_LEVELS,
-                _MARGIN * mean + MACHINE.mean_difference,
-                f"the adapter was saved as {dtype}: moving its weights within that rounding changed up to {changed:.2f} % of the "
-                f"pixels by up to {largest:g} levels, {mean:.4f} on average; {_MARGIN:g} times as much is allowed",
+            yield RoundingBound(
+                100 - min(100.0, _BOUND_FACTOR * changed + 100 - ROUNDING_MIN_IDENTICAL_PERCENT),
+                math.ceil(_BOUND_FACTOR * largest) + ROUNDING_MAX_DIFFERENCE,
+                _BOUND_FACTOR * mean + HARDWARE_BOUND.mean_difference,
+                f"the adapter was saved as {dtype}; perturbing its weights within this precision "
+                f"changed up to {changed:.2f} % of the pixels by up to {largest:g} levels, "
+                f"{mean:.4f} on average, and {_BOUND_FACTOR:g} times this difference is allowed",
             )
 
 
-def overall(samples: Sequence[CheckedSample]) -> Verdict:
-    """The worst verdict."""
+def worst_verdict(samples: Sequence[CheckedSample]) -> Verdict:
+    """Return the worst verdict of at least one sample."""
     order = list(Verdict)
     return max((sample.verdict for sample in samples), key=order.index)
 
 
-def read_preview(path: Path) -> tuple[Pixels, str]:
-    """A preview's pixels, and the format of its file.
+def read_trainer_image(path: Path) -> tuple[Pixels, str]:
+    """Return the pixels [height, width, 3] and Pillow's format name of a trainer's sample.
 
     Raises:
-        JobFolderError: it is no image that can be read.
+        JobFolderError: the file cannot be read as an image.
     """
     try:
-        return _read_preview(path, path.stat().st_mtime_ns)
+        return _read_image(path, path.stat().st_mtime_ns)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise JobFolderError(f"The preview {path.name} cannot be read as an image.") from error
+        raise JobFolderError(f"The sample {path.name} cannot be read as an image.") from error
 
 
 @lru_cache(maxsize=64)
-def _read_preview(path: Path, _changed_ns: int) -> tuple[Pixels, str]:
+def _read_image(path: Path, _modified_ns: int) -> tuple[Pixels, str]:
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB")), image.format or "PNG"
 

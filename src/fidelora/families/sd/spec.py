@@ -120,8 +120,8 @@ def _wrong_offset(title: str, right: int, reason: str) -> WrongSchedule:
     return WrongSchedule(
         "steps_offset",
         MappingProxyType({"steps_offset": wrong}),
-        f"The image was sampled with steps_offset {wrong}, which no sample of {title} uses: {reason}."
-        f" Set steps_offset to {right} in the program that made it.",
+        f"The sample was made with steps_offset {wrong}, but {title} samples use {right}: {reason}. "
+        f"Set steps_offset to {right} in the program that made it.",
     )
 
 
@@ -159,7 +159,7 @@ SD15 = Family(
         archs=(None, "sd", "sd1", "sd15"),
         wrong_schedules=(
             _wrong_offset(
-                "Stable Diffusion 1.5", 1, "the sampler was put into the pipeline after that was built"
+                "Stable Diffusion 1.5", 1, "the sampler was set on the pipeline after the pipeline was built"
             ),
         ),
     ),
@@ -205,7 +205,7 @@ SDXL = Family(
         required=("use_text_encoder_1", "use_text_encoder_2"),
         wrong_schedules=(
             _wrong_offset(
-                "Stable Diffusion XL", 0, "the sampler was that of the base model's own configuration"
+                "Stable Diffusion XL", 0, "the sampler used the base model's own configuration"
             ),
         ),
     ),

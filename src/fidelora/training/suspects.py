@@ -1,0 +1,217 @@
+"""Wrong settings that can explain why a sample differs, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import Any
+
+from fidelora.errors import RecipeError
+from fidelora.families import get_family
+from fidelora.loras.describe import describe_adapter
+from fidelora.recipe import Recipe, replace_trigger
+from fidelora.training.flags import split_flags
+from fidelora.training.run_folder import SampleItem, TrainingRun
+
+# Values to try, the most common ones first.
+_GUIDANCE_SCALES = [
+    7, 6, 7.5, 5, 4, 8, 1, 3.5, 4.5, 5.5, 6.5, 3, 9, 10, 2, 12, 2.5, 15, 1.5, 8.5, 20,
+]  # fmt: skip
+_GUIDANCE_RESCALES = [0.0, 0.7, 0.5, 0.75, 1.0]
+_STEPS = [
+    20, 25, 30, 28, 50, 40, 15, 10, 12, 8, 4, 35, 60, 9, 11, 6, 7, 5, 16, 18, 22, 24, 3, 2, 1,
+]  # fmt: skip
+_MULTIPLIERS = [
+    1, 0.5, 0.8, 0.75, 0.7, 0.6, 0.9, 0.25, 1.2, 1.5, 2, -1, 0.4, 0.3, 0.2, -0.5, -0.75, 1.25,
+]  # fmt: skip
+_COMMON_SAMPLERS = ["ddpm", "ddim", "euler_a", "euler", "dpmsolver++", "k_dpmsolver++"]
+_NEARBY_SEEDS = 5  # below and above the recipe's seed
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A recipe that differs from the planned one in one setting.
+
+    Attributes:
+        cause: one of `doctor.CAUSES`.
+        recipe: the changed recipe.
+        fix: what was different and how to correct it.
+        scheduler_options: options that override the scheduler's configuration.
+    """
+
+    cause: str
+    recipe: Recipe
+    fix: str
+    scheduler_options: dict[str, Any] = field(default_factory=dict)
+
+
+class UniqueSuspects:
+    """Filter that drops suspects whose recipe was yielded before, and the planned recipe."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._seen = {recipe}
+
+    def __call__(self, *groups: Iterable[Suspect]) -> Iterator[Suspect]:
+        """Yield the new suspects of all groups."""
+        for suspect in chain(*groups):
+            if suspect.scheduler_options or suspect.recipe not in self._seen:
+                self._seen.add(suspect.recipe)
+                yield suspect
+
+
+def wrong_schedules(recipe: Recipe) -> Iterator[Suspect]:
+    """Yield the recipe with each schedule that other programs use by mistake."""
+    for wrong in get_family(recipe.model).samples.wrong_schedules:
+        yield Suspect(wrong.cause, recipe, wrong.fix, dict(wrong.options))
+
+
+def adapter_applications(recipe: Recipe) -> Iterator[Suspect]:
+    """Yield the recipe without adapters, and with the other adapter mode."""
+    if not recipe.adapters:
+        return
+    fix = (
+        "The sample was made without the adapter. Load the adapter in the program that made the "
+        "sample."
+    )
+    yield Suspect("adapter_not_applied", replace(recipe, adapters=()), fix)
+    if recipe.adapter_mode == "merged":
+        other, applied, multipliers = "live", "unmerged", "different multipliers"
+    else:
+        other, applied, multipliers = "merged", "merged", "the same multiplier"
+    fix = f"The adapter was {applied}. Set {multipliers} for the samples of the training run."
+    yield Suspect("multiplier", replace(recipe, adapter_mode=other), fix)  # type: ignore[arg-type]
+
+
+def multipliers(recipe: Recipe) -> Iterator[Suspect]:
+    """Yield the recipe with other multipliers."""
+    for adapter in recipe.adapters:
+        for value in _MULTIPLIERS:
+            changed = replace(recipe, adapters=(replace(adapter, multiplier=value),))
+            fix = (
+                f"The multiplier was {value:g}: set network_multiplier to {value:g} "
+                f"(--m {value:g})."
+            )
+            yield Suspect("multiplier", changed, fix)
+
+
+def triggers(run: TrainingRun, recipe: Recipe, item: SampleItem) -> Iterator[Suspect]:
+    """Yield the recipe with the trigger word replaced, moved or removed."""
+    path = next((ref.path for ref in recipe.adapters if ref.path), None) or next(
+        iter(run.checkpoints.values()), None
+    )
+    file_trigger = describe_adapter(path).trigger if path else ""
+    if file_trigger:
+        yield _with_prompt(
+            recipe,
+            _without_flags(replace_trigger(item.prompt, file_trigger)),
+            f"The trigger word was {file_trigger!r}, which is stored in the adapter's file: "
+            f"set trigger_word to {file_trigger!r}.",
+        )
+    yield _with_prompt(
+        recipe,
+        _without_flags(item.prompt),
+        "[trigger] in the prompt was not replaced: remove trigger_word.",
+    )
+    for word in dict.fromkeys(filter(None, (run.trigger_word, file_trigger))):
+        for text in (f"{word} {recipe.prompt}", f"{word}, {recipe.prompt}"):
+            yield _with_prompt(
+                recipe,
+                text,
+                f"The trigger word {word!r} was put before the prompt: write [trigger] at the "
+                "right position of the prompt.",
+            )
+    yield _with_prompt(
+        recipe,
+        _without_flags(item.prompt.replace("[trigger]", "")),
+        "The trigger word was left out: remove [trigger] from the prompt.",
+    )
+
+
+def seeds(run: TrainingRun, recipe: Recipe, index: int) -> Iterator[Suspect]:
+    """Yield the recipe with other seeds: those of other seed rules, common ones, nearby ones."""
+    walked, fixed = run.seed + index, run.seed
+    fixes = {
+        walked: f"The seed was {walked}, the run's seed plus the sample's index: "
+        "set walk_seed to true.",
+        fixed: f"The seed was {fixed}, as for the first sample: set walk_seed to false.",
+    }
+    earlier = [item.seed for item in run.samples[:index] if item.seed is not None]
+    if earlier:
+        fixes[earlier[-1]] = (
+            f"The seed was {earlier[-1]}, as for an earlier sample: set walk_seed to false."
+        )
+    nearby = [recipe.seed + step * sign for step in range(1, _NEARBY_SEEDS + 1) for sign in (1, -1)]
+    common = [42 + index, 42, index, 0, 1, *nearby]
+    for seed in dict.fromkeys([*fixes, *common]):
+        if seed >= 0:
+            fix = fixes.get(seed, f"The seed was {seed}: set seed to {seed} (--seed {seed}).")
+            yield Suspect("seed", replace(recipe, seed=seed), fix)
+
+
+def precisions(recipe: Recipe) -> Iterator[Suspect]:
+    """Yield the recipe with the other noise and with other dtypes."""
+    if recipe.dtype != "float32":
+        other = "legacy" if recipe.noise == "modern" else "modern"
+        fix = f"The noise was drawn by a different version of torch: use --noise {other}."
+        yield Suspect("noise", replace(recipe, noise=other), fix)  # type: ignore[arg-type]
+    for dtype in ("float32", "bfloat16", "float16"):
+        for noise in ("modern", "legacy") if dtype != "float32" else (recipe.noise,):
+            changes: dict[str, Any] = {
+                "dtype": dtype,
+                "vae_dtype": dtype,
+                "text_encoder_dtype": dtype,
+                "noise": noise,
+            }
+            fix = f"The samples were made in {dtype}: use --dtype {dtype}."
+            yield Suspect("dtype", replace(recipe, **changes), fix)
+
+
+def variants(recipe: Recipe) -> Iterator[Suspect]:
+    """Yield the recipe with other variants of the base model's files."""
+    for variant in ("fp16", ""):
+        files = f"the {variant} files" if variant else "the files without a variant"
+        fix = f"The base model was loaded from {files}: use --variant {variant or repr('')}."
+        yield Suspect("base_variant", replace(recipe, variant=variant), fix)
+
+
+def samplers(recipe: Recipe) -> Iterator[Suspect]:
+    """Yield the recipe with the other samplers of its family."""
+    names = [*_COMMON_SAMPLERS, *get_family(recipe.model).samplers]
+    fix = "The sampler was {value}: set sample.sampler to {value}."
+    yield from _with_values(recipe, "sampler", "sampler", names, fix)
+
+
+def guidance_scales(recipe: Recipe) -> Iterator[Suspect]:
+    """Yield the recipe with other guidance scales and, in families with one, other rescales."""
+    fix = "The guidance scale was {value}: set guidance_scale to {value} (--cfg {value})."
+    yield from _with_values(recipe, "guidance", "guidance_scale", _GUIDANCE_SCALES, fix)
+    if get_family(recipe.model).samples.rescales_guidance:
+        fix = "The guidance rescale was {value} (0: none): set guidance_rescale to {value}."
+        yield from _with_values(recipe, "guidance", "guidance_rescale", _GUIDANCE_RESCALES, fix)
+
+
+def step_counts(recipe: Recipe) -> Iterator[Suspect]:
+    """Yield the recipe with other numbers of sampling steps."""
+    fix = "The sample had {value} steps: set sample_steps to {value} (--steps {value})."
+    yield from _with_values(recipe, "steps", "steps", _STEPS, fix)
+
+
+def _without_flags(text: str) -> str:
+    return split_flags(text)[0]
+
+
+def _with_prompt(recipe: Recipe, prompt: str, fix: str) -> Suspect:
+    return Suspect("trigger", replace(recipe, prompt=prompt), fix)
+
+
+def _with_values(
+    recipe: Recipe, cause: str, name: str, values: Sequence[Any], fix: str
+) -> Iterator[Suspect]:
+    for value in values:
+        try:
+            changed: Recipe = replace(recipe, **{name: value})
+        except RecipeError:
+            continue  # some samplers have a smaller maximum of steps
+        text = f"{value:g}" if isinstance(value, float) else str(value)
+        yield Suspect(cause, changed, fix.format(value=text))
