@@ -131,7 +131,7 @@ def test_request_for_is_the_inverse_of_recipes_of(made, fidelity, server):
 
 
 def test_neg_2_is_refused_for_models_with_one_text_encoder():
-    with pytest.raises(RequestFieldError, match="sd15 has one text encoder") as raised:
+    with pytest.raises(RequestFieldError, match="does not use negative_prompt_2") as raised:
         recipes(prompts=[{"prompt": "a", "neg_2": "ugly"}])
     assert raised.value.place == ("prompts", 0, "neg_2")
     (recipe,) = recipes(
