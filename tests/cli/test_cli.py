@@ -281,6 +281,7 @@ def test_models_as_json(fidelora):
     )
 
 
+@pytest.mark.timeout(600)
 def test_the_demo_shows_a_lora_proves_previews_and_serves(fidelora, tmp_path):
     code, out, err = fidelora("demo", "--device", "cpu", "--out", "demo")
     assert (code, err) == (0, "")

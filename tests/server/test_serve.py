@@ -25,6 +25,8 @@ from fidelora.client import Client
 from fidelora.images.read import read_record
 from fidelora.jobs.sql import SqlStore
 
+pytestmark = pytest.mark.timeout(600)  # the longest takes almost two minutes
+
 KILLS = int(os.environ.get("FIDELORA_TEST_KILLS", "5"))
 """How often the server is killed while it works; each takes seconds, so the suite does it a few times, and 20 on demand."""
 

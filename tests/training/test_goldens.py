@@ -24,7 +24,10 @@ from fidelora.training.compare import Comparison, compare_with_sample
 from fidelora.training.plan import plan_samples
 from fidelora.training.run_folder import read_run
 
-pytestmark = pytest.mark.usefixtures("golden_threads")
+pytestmark = [
+    pytest.mark.usefixtures("golden_threads"),
+    pytest.mark.timeout(600),  # samples whole training runs
+]
 BF16_JOB = "bf16_save_f32"
 BF16_OTHER_PROCESSOR_LEVELS = 12
 """Measured: up to 8, with 11-24 % of the pixels the same; bfloat16 has 8 bits, so another order of sums shows at once."""

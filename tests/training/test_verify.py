@@ -37,7 +37,10 @@ from fidelora.training.verify import (
     verify,
 )
 
-pytestmark = pytest.mark.usefixtures("golden_threads")
+pytestmark = [
+    pytest.mark.usefixtures("golden_threads"),
+    pytest.mark.timeout(600),  # the longest takes 90 seconds
+]
 LORA_JOB = DEMO_DATA / "lora_linear_f32"
 IDENTICAL = [
     "lokr_full", "multipliers", "sampler_ddim", "sampler_euler_a", "sampler_k_dpmsolverpp", "prompts", "bf16_save_f32",
