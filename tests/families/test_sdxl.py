@@ -634,6 +634,7 @@ def test_images_made_side_by_side_have_their_own_texts_and_noise(engine):
 # --- two families in one engine ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("fidelity", ["exact", "fast"])
 def test_the_models_take_turns_within_a_budget_for_one(fidelity):
     """20 alternations: never two bases at a time, nothing of one that is gone stays, and the images are what they were."""

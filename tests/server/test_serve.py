@@ -25,6 +25,8 @@ from fidelora.client import Client
 from fidelora.images.read import read_record
 from fidelora.jobs.sql import SqlStore
 
+pytestmark = pytest.mark.timeout(600)  # the longest takes almost two minutes
+
 KILLS = int(os.environ.get("FIDELORA_TEST_KILLS", "5"))
 """Times to kill the working server: each takes seconds, so 5 by default and 20 on demand."""
 
