@@ -142,7 +142,7 @@ class Engine:
         The next `generate` of this recipe then starts at once.
 
         Raises:
-            BaseModelError, AdapterError, WeightsFileError: what is wrong with which file.
+            BaseModelError, AdapterError, WeightsFileError: a file is missing, damaged or unsuitable.
             DeviceError: the recipe is `fast`, which this device or family does not support.
         """
         with self._computing():

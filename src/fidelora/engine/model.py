@@ -50,7 +50,7 @@ class ModelKey(NamedTuple):
         """Find the files of the base model.
 
         Raises:
-            BaseModelError, WeightsFileError: what is wrong with which file.
+            BaseModelError, WeightsFileError: a file is missing, damaged or unsuitable.
         """
         return BaseFiles.find(
             get_family(self.model),
@@ -142,7 +142,7 @@ def load_model(
             work.
 
     Raises:
-        BaseModelError, WeightsFileError: what is wrong with which file.
+        BaseModelError, WeightsFileError: a file is missing, damaged or unsuitable.
         DeviceError: `fast` is not available on this device, or not with offloading.
     """
     family = files.family
