@@ -2,7 +2,8 @@
 
 * PyTorch computes convolutions with oneDNN, which multiplies weights in a blocked memory layout.
   PyTorch converts the weight to that layout at each call; at 256x256 that takes a sixth of the time
-  of all convolutions. Here it is converted only when it changes; layout and arithmetic are the same.
+  of all convolutions. Here it is converted only when it changes, with the same layout and
+  arithmetic.
 * The keys and values that cross-attention computes from the prompt embeddings are the same at every
   step, so they are cached.
 """
@@ -99,8 +100,8 @@ class PrepackedConv2d(nn.Conv2d):
         """Use the weight [out, in, height, width] that `write` returns."""
         self.release_weight()
         dtype = self.weight.dtype
-        # The prepacked weight keeps a reference to its source tensor. So `source` is a separate tensor
-        # object that is emptied below; a view would keep the whole storage alive.
+        # The prepacked weight keeps a reference to its source. So `source` is a tensor of its own
+        # that is emptied below; a view would keep the whole storage alive.
         source = torch.empty(0, dtype=dtype).set_(write(dtype))  # type: ignore[call-overload]
         geometry = (self.stride, self.padding, self.dilation, self.groups)
         self._prepacked = torch.ops.mkldnn_prepacked.conv2d_prepack(

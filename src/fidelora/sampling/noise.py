@@ -80,8 +80,8 @@ def legacy_randn(shape: Sequence[int], generator: torch.Generator, dtype: torch.
 
     These versions computed Box-Muller in the half type itself (ATen `normal_fill`), in blocks of 16
     uniform numbers: 8 radii, then 8 angles. If the count is not a multiple of 16, the last 16
-    numbers are drawn again. A uniform number has as many random bits as the type's significand (8 in
-    bfloat16, 11 in float16). There are so few values that the formula is computed as a table.
+    numbers are drawn again. A uniform number has as many random bits as the type's significand (8
+    in bfloat16, 11 in float16). There are so few values that the formula is computed as a table.
     Checked against torch 2.9.1 on the CPU: equal in every bit.
 
     Args:

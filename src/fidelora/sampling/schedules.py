@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fidelora.sampling.noise import NoiseSource
 
-# The trainer passes one configuration to all schedulers. They log every key that they do not use and
-# every correction that they make; both are expected here.
+# The trainer passes one configuration to all schedulers. They log every key that they do not use
+# and every correction that they make; both are expected here.
 for _name in ("diffusers.configuration_utils", "diffusers.schedulers"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
@@ -82,7 +82,7 @@ class NoiseSchedule:
         return cast(Tensor, step(prediction, t, latents, **self._draws, return_dict=False)[0])
 
     def steps_done(self, evaluations: int) -> int:
-        # Second-order samplers evaluate the denoiser twice per step; pndm evaluates it steps + 1 times.
+        # Second-order samplers need two evaluations per step; pndm needs steps + 1 in all.
         order: int = self._scheduler.order
         return min(-(-evaluations // order), self._steps)
 
@@ -120,8 +120,8 @@ class FlowSchedule:
     ) -> None:
         if unknown := config.keys() - {"shift", "dynamic_shift"}:
             raise ValueError(f"FlowSchedule has no options {sorted(unknown)}.")
-        # From 1 to 1 / steps in equal steps, before the shift. Computed in torch's float32 like in the
-        # pipelines, because numpy's linspace differs in the last bit.
+        # From 1 to 1 / steps in equal steps, before the shift. Computed in torch's float32 as in
+        # the pipelines, because numpy's linspace differs in the last bit.
         sigmas = torch.linspace(1.0, 1 / steps, steps).numpy()
         if "dynamic_shift" in config:
             factor = math.exp(_shift_for(tokens, config["dynamic_shift"]))

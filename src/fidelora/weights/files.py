@@ -61,7 +61,7 @@ class BaseFiles:
             base_model: hub id, diffusers folder or single-file checkpoint.
             variant: variant of a folder's weight files, such as `fp16`; may be empty.
             config: folder with configurations for a checkpoint; empty: those of the family.
-            decoder: hub id, folder or file of a decoder that replaces the base model's; may be empty.
+            decoder: hub id, folder or file of a decoder to use instead of the base's; may be empty.
             cache_dir: the hub's cache; None for the default.
 
         Raises:
@@ -149,8 +149,8 @@ class BaseFiles:
     def sha256(self) -> str:
         """Sha256 of the weights in hex.
 
-        For a single file, it is the sha256 of the file. For several files, it is the sha256 of lines
-        `part sha256`, in the order of parts and shards. Hashes of files are cached.
+        For a single file, it is the sha256 of the file. For several files, it is the sha256 of
+        lines `part sha256`, in the order of parts and shards. Hashes of files are cached.
 
         Raises:
             WeightsFileError: a file cannot be read.

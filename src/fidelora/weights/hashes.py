@@ -20,7 +20,7 @@ _MAX_ENTRIES = 1000  # in the cache file; the oldest are dropped
 def remembered_sha256(path: Path) -> str:
     """Return the sha256 of a file, from the user's cache if the file has not changed since.
 
-    The cache is `fidelora/hashes.json` in `XDG_CACHE_HOME` (`~/.cache`). It can be deleted at any time.
+    The cache is `fidelora/hashes.json` in `XDG_CACHE_HOME` (`~/.cache`). It can be deleted safely.
 
     Raises:
         WeightsFileError: the file cannot be read.

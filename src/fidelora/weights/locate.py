@@ -45,7 +45,7 @@ def locate(
         what: what error messages call the object.
 
     Raises:
-        BaseModelNotFoundError: there is no such file or folder, and no repository that can be reached.
+        BaseModelNotFoundError: there is no such file or folder, and no reachable repository.
         PickleRefusedError: the file is a `.ckpt`, a `.bin` or another pickle.
         BaseModelFilesError: the file is of another kind.
     """

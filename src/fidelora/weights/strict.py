@@ -41,8 +41,8 @@ def build_part(
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """Return the module that `config` describes, with exactly these weights, on the CPU.
 
-    Weights that adapters can change stay uninitialised. `MergedAdapters` writes them, with the first
-    adapters merged in; copying them before that would be wasted time.
+    Weights that adapters can change stay uninitialised. `MergedAdapters` writes them, with the
+    first adapters merged in; copying them before that would be wasted time.
 
     Args:
         dtype: None keeps the given tensors, for callers that convert them afterwards.

@@ -32,8 +32,8 @@ _TRAINER_CONFIG = {
 }
 
 _KARRAS = {"use_karras_sigmas": True}
-# Since diffusers 0.26 the first-order-in-noise variant refuses a last sigma of zero, its default, so
-# the trainer cannot use it with a current diffusers. `sigma_min` is what it did before that release.
+# Since diffusers 0.26, this algorithm does not accept a last sigma of zero, its default, so the
+# trainer cannot use it with a current diffusers. `sigma_min` is its behaviour before that release.
 _DPM_SOLVER = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
 _DPM_SOLVER_PP = {"algorithm_type": "dpmsolver++"}
 
@@ -43,7 +43,7 @@ def _samplers(steps_offset: int) -> Mapping[str, NoiseSampler]:
     config: dict[str, Any] = {**_TRAINER_CONFIG, "steps_offset": steps_offset}
 
     def sampler(name: str, scheduler: str, **options: Any) -> NoiseSampler:
-        # LCM is distilled for 50 steps: its scheduler picks its steps among those.
+        # LCM is distilled for 50 steps; its scheduler selects from these.
         most = 50 if name == "lcm" else 150
         return NoiseSampler(name, scheduler, MappingProxyType(config | options), most)
 
@@ -120,8 +120,8 @@ def _wrong_offset(title: str, right: int, reason: str) -> WrongSchedule:
     return WrongSchedule(
         "steps_offset",
         MappingProxyType({"steps_offset": wrong}),
-        f"The image was sampled with steps_offset {wrong}, which no sample of {title} uses: {reason}."
-        f" Set steps_offset to {right} in the program that made it.",
+        f"The image was sampled with steps_offset {wrong}, which no sample of {title} uses: "
+        f"{reason}. Set steps_offset to {right} in the program that made it.",
     )
 
 
@@ -136,8 +136,8 @@ SD15 = Family(
     default_guidance_scale=6.0,
     default_seed=42,
     default_sampler="ddpm",
-    # The trainer's configuration has `steps_offset: 0`, but the diffusers pipeline that it passes
-    # the sampler to rewrites that to 1 in its constructor, so every sample was made with 1.
+    # The trainer's configuration has `steps_offset: 0`, but the constructor of its diffusers
+    # pipeline changes that to 1, so every sample was made with 1.
     # Measured on the golden runs: with 0, at least 30 % of the pixels differ.
     samplers=_samplers(steps_offset=1),
     uses=_COMMON_USES,
@@ -159,7 +159,8 @@ SD15 = Family(
         archs=(None, "sd", "sd1", "sd15"),
         wrong_schedules=(
             _wrong_offset(
-                "Stable Diffusion 1.5", 1, "the sampler was put into the pipeline after that was built"
+                "Stable Diffusion 1.5", 1,
+                "the sampler was put into the pipeline after that was built",
             ),
         ),
     ),
@@ -205,7 +206,8 @@ SDXL = Family(
         required=("use_text_encoder_1", "use_text_encoder_2"),
         wrong_schedules=(
             _wrong_offset(
-                "Stable Diffusion XL", 0, "the sampler was that of the base model's own configuration"
+                "Stable Diffusion XL", 0,
+                "the sampler was that of the base model's own configuration",
             ),
         ),
     ),
