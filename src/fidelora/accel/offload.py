@@ -15,7 +15,7 @@ from fidelora.accel import Offload
 def place_parts(
     parts: Iterable[nn.Module], device: torch.device, offload: Offload
 ) -> list[UserCpuOffloadHook]:
-    """Put parts, which are in the order of use, on `device` or under offloading hooks.
+    """Put parts, given in the order of use, on `device`, or add offloading hooks to them.
 
     With `sequential`, the hooks read the parts' original parameters. Adapters that are merged into
     these later therefore take effect.

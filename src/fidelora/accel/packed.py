@@ -3,7 +3,7 @@
 oneDNN multiplies fastest with weights in a blocked memory layout. PyTorch converts a weight at each
 call; this module converts it once, when it is loaded or an adapter changes it. On processors that
 multiply bfloat16 natively, weights and activations are bfloat16, which halves the memory traffic
-and doubles the arithmetic throughput. Results of both differ from the exact path in the last bits.
+and doubles the arithmetic throughput. Neither is bit-identical to the exact path.
 
 Packed modules replace linear and convolutional modules. Their `weight` has a shape and a dtype but
 no data; `set_weight` supplies the data.

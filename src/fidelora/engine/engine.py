@@ -83,7 +83,7 @@ and leaves the engine usable."""
 
 
 class Engine:
-    """Makes images on one device and keeps loaded models for the next ones.
+    """Makes images on one device, and keeps loaded models in memory for later images.
 
     Thread-safe: concurrent calls run one after another, because each needs the device and the
     weights for itself.
@@ -243,7 +243,7 @@ class Engine:
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
-        """Set up the state for computing; it is always the same, as compiled code requires."""
+        """Take the lock and set torch's modes, always in the same way: compiled code needs it."""
         with self._alone(), torch.no_grad(), self._own_precision(), _memory_errors():
             yield
 

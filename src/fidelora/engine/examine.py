@@ -140,8 +140,8 @@ def _numbers(
     if broken:
         yield Problem(
             "not_finite",
-            f"{len(broken)} tensors have NaN or infinite values ({some(broken)}): training diverged "
-            "or the file is damaged. Use an earlier checkpoint.",
+            f"{len(broken)} tensors have NaN or infinite values ({some(broken)}): training "
+            "diverged or the file is damaged. Use an earlier checkpoint.",
             True,
         )
     idle = [
@@ -297,8 +297,8 @@ def _fit(
     spec = get_family(model)
     if 0 < same_shapes < matched:
         message = (
-            f"{matched - same_shapes} of {matched} modules have other shapes than in {spec.title}. "
-            "The adapter was trained on a variant (for example, Stable Diffusion 2 has wider prompt "
+            f"{matched - same_shapes} of {matched} modules have other shapes than in "
+            f"{spec.title}. The adapter was trained on a variant (for example, Stable Diffusion 2 has wider prompt "
             "embeddings) and fits only that."
         )
         yield Problem("other_base", message, True)

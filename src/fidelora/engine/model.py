@@ -138,8 +138,8 @@ def load_model(
     Args:
         files: as `key.find_files()` returned them.
         device: device on which it computes.
-        offload: keeps on the device: `none` all parts, `model` the part in use, `sequential` the
-            layer in use.
+        offload: content of the device's memory. `none`: all parts; `model`: the part in use;
+            `sequential`: the layer in use.
 
     Raises:
         BaseModelError, WeightsFileError: a file is missing, damaged or unsuitable.

@@ -14,7 +14,7 @@ from fidelora.errors import NumericsError
 
 
 def unscale(latents: Tensor, config: Any) -> Tensor:
-    """Undo the scaling of latents that the decoder's configuration describes, in their dtype."""
+    """Undo the scaling that the decoder's configuration defines, in the dtype of `latents`."""
     latents = latents / config.scaling_factor
     shift = getattr(config, "shift_factor", None)
     return latents + shift if shift else latents

@@ -24,7 +24,7 @@ class Size(NamedTuple):
 
 
 class Guidance(NamedTuple):
-    """Classifier-free guidance: its scale, and how far a guided prediction is rescaled (0..1)."""
+    """Classifier-free guidance: its scale, and the strength of its rescaling (0..1)."""
 
     scale: float
     rescale: float = 0.0

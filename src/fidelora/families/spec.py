@@ -149,7 +149,7 @@ class Family:
     Attributes:
         id: the name in recipes, on the command line and in the API.
         base_model: hub id of the default base; `base_aliases` are other ids of the same weights.
-        resolution_divisor: sizes are rounded down to a multiple of so many pixels.
+        resolution_divisor: in pixels; width and height are rounded down to a multiple of it.
         default_size: width and height in pixels.
         uses: the optional recipe fields that have an effect for this family.
         parts: parts in the order of use.

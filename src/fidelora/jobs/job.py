@@ -8,8 +8,8 @@ behave the same, and the life cycle can be tested without a database:
     in_queue -> canceled
 
 Workers may be slow, partitioned or dead, so a claim is a lease with an epoch. Every report carries
-the epoch of its claim, and a report with an outdated epoch is refused: a worker that
-lost its lease cannot change a job that another worker has claimed.
+the epoch of its claim, and a report with an outdated epoch is refused: a worker that lost its
+lease cannot change a job that another worker has claimed.
 """
 
 from __future__ import annotations

@@ -151,7 +151,7 @@ def read_weights(paths: Sequence[Path]) -> dict[str, Tensor]:
 def _is_finite(tensor: Tensor) -> bool:
     """True if no value is NaN or infinite, found in one pass and without extra memory.
 
-    Such a value would be returned as the minimum or the maximum.
+    `aminmax` returns such a value as the minimum or the maximum.
     """
     least, greatest = torch.aminmax(tensor)
     return bool(torch.isfinite(least) and torch.isfinite(greatest))
