@@ -385,7 +385,10 @@ def test_each_adapter_on_the_other_model_names_the_right_one(engine, path, made_
     with pytest.raises(AdapterMismatchError) as raised:
         engine.generate(painted(path, **used_with))
     title, other = get_family(made_for).title, get_family(used_with["model"]).title
-    expected = f"{path.stem} is an adapter for {title}, and this base is one of {other}: use it with model {made_for}."
+    expected = (
+        f"{path.stem} is an adapter for {title}, but the base model is of family {other}. "
+        f"Use the adapter with model {made_for}."
+    )
     assert str(raised.value) == expected
 
 
@@ -441,7 +444,7 @@ def test_what_the_file_says_goes_before_its_names(engine):
     """The miniature's modules are those of no base of full size."""
     with pytest.raises(
         AdapterMismatchError,
-        match=r"sks is an adapter for Stable Diffusion 1\.5, .*: use it with model sd15",
+        match=r"sks is an adapter for Stable Diffusion 1\.5, .* Use the adapter with model sd15",
     ):
         engine.generate(painted(MINIATURE_LORA))
 
