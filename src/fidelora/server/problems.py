@@ -86,11 +86,11 @@ def codes() -> dict[str, tuple[int, str]]:
 
 
 def error_responses(*statuses: int, is_json: bool = True) -> dict[int | str, dict[str, Any]]:
-    """Return the `responses` of a route: these errors, and those that every route can have.
+    """Return the `responses` argument of a route: these statuses and those common to all routes.
 
     Args:
-        is_json: False if the route's success response is not JSON. FastAPI would document errors
-            with the same media type, so the schema is spelled out then.
+        is_json: False if the route's success response is not JSON. The media type of errors is
+            then given explicitly, because FastAPI would document them with that of the success.
     """
     body: dict[str, Any] = {"model": ErrorBody}
     if not is_json:
@@ -158,7 +158,7 @@ _UNEXPECTED = Problem(
 
 
 def _invalid(found: Sequence[Mapping[str, Any]]) -> Problem:
-    """Return the problem for invalid fields. Plain values are repeated in it, except secrets."""
+    """Return the problem for invalid fields, with their values if short and not secret."""
     fields = []
     for entry in found:
         field = {"type": entry["type"], "loc": list(entry["loc"]), "msg": entry["msg"]}
