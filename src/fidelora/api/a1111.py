@@ -366,7 +366,7 @@ def info_of(plan: Txt2ImgPlan, job: Job, infotexts: Sequence[str], version: str)
 
 
 class A1111ErrorBody(BaseModel):
-    """The body of errors of A1111's paths except 422, which has FastAPI's shape, as in A1111."""
+    """Error body of A1111's paths, except for 422, which has FastAPI's shape as in A1111."""
 
     error: str
     detail: str

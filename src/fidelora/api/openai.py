@@ -215,7 +215,7 @@ class OpenAIErrorDetail(BaseModel):
 
 
 class OpenAIErrorBody(BaseModel):
-    """The body of errors of OpenAI's paths."""
+    """Error body of OpenAI's paths."""
 
     error: OpenAIErrorDetail
 

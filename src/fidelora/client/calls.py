@@ -234,7 +234,10 @@ def pause_before_stream(
 def unreachable(call: Call, error: httpx2.TransportError) -> ApiUnavailableError:
     """Return the error to raise for a broken connection."""
     reason = str(error) or type(error).__name__
-    return ApiUnavailableError(f"The server did not answer {call.method} {call.path}: {reason}.")
+    return ApiUnavailableError(
+        f"The server did not answer {call.method} {call.path}: {reason}; "
+        "check base_url and that the server is running."
+    )
 
 
 class EventReader:
@@ -302,7 +305,7 @@ def succeeded(result: ResultBody, status: StatusBody | None) -> ResultBody:
     """Return the result if the request succeeded.
 
     Raises:
-        RequestFailedError, RequestCanceledError: it did not.
+        RequestFailedError, RequestCanceledError: the request failed or was canceled.
     """
     if result.status is Status.CANCELED:
         raise RequestCanceledError(f"Request {result.request_id} was canceled.")

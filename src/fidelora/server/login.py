@@ -69,7 +69,7 @@ class Login:
     def leave(self, method: str, headers: Headers) -> Response:
         """End the session on POST. On GET, which other sites can trigger, return a form for it."""
         if method != "POST":
-            return _page("logout", "<button autofocus>Leave</button>")
+            return _page("logout", "<button autofocus>Log out</button>")
         token = cookie_parser(headers.get("cookie", "")).get(COOKIE, "")
         with self._lock:
             self._sessions.pop(hash_of(token), None)

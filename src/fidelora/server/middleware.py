@@ -136,7 +136,7 @@ def _too_large(limit: int) -> BodyTooLargeError:
 
 
 class AccessControl:
-    """Requires an API key, or without any keys, a hostname and origin of the server's machine.
+    """Requires an API key; a server without keys accepts only hostnames and origins of its machine.
 
     The second rule blocks DNS rebinding (a hostile hostname that resolves to 127.0.0.1) and form
     posts from pages of other sites, to which browsers add the `Origin` header.

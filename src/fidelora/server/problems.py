@@ -53,7 +53,7 @@ REQUEST_CODES = {
     "MOE_FORMAT_NOT_SUPPORTED": "The model has one transformer; remove the LoRA's `transformer`.",
     "FIELD_NOT_SUPPORTED": "The field `details.field` is unknown or not supported by the model.",
     "MULTIPLIERS_DO_NOT_MATCH": "A prompt does not have one multiplier per LoRA.",
-    "BASE_MODEL_DIFFERS": "The image was made with another base model; `details.differs` has both.",
+    "BASE_MODEL_DIFFERS": "The image has another base model; `details.differs` has the values.",
     "LORA_BYTES_MISSING": (
         "The server lacks LoRAs of the image; `details.missing` has sha256 and name of each."
     ),
@@ -158,7 +158,7 @@ _UNEXPECTED = Problem(
 
 
 def _invalid(found: Sequence[Mapping[str, Any]]) -> Problem:
-    """Return the problem for invalid fields, with their values if short and not secret."""
+    """Return the problem for invalid fields; short values that are not secret are included."""
     fields = []
     for entry in found:
         field = {"type": entry["type"], "loc": list(entry["loc"]), "msg": entry["msg"]}

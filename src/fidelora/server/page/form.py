@@ -75,7 +75,7 @@ def read_seed(text: str) -> int | None:
 
 
 def api_range(field: str) -> tuple[float, float]:
-    """Return the smallest and largest value that the API accepts for a number of a prompt."""
+    """Return the smallest and largest value that the API accepts for a numeric prompt field."""
     schema = PromptItem.model_json_schema()["properties"][field]
     number = next(one for one in schema.get("anyOf", [schema]) if "maximum" in one)
     return number["minimum"], number["maximum"]

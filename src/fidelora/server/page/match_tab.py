@@ -31,7 +31,7 @@ from fidelora.server.page.verifications import (
 _VERDICTS = {
     "identical": ("good", "Every pixel of every sample is the same."),
     "rounding": ("good", "No sample differs by more than rounding explains."),
-    "mismatch": ("error", "At least one sample came out different."),
+    "mismatch": ("error", "At least one sample is different."),
 }
 _MAX_OUTPUT_LINES = 200
 

@@ -72,7 +72,7 @@ class PageFiles:
             except FileNotFoundError:  # removed in the meantime
                 continue
             except OSError as error:  # such as during an upload; the next call retries
-                log.warning("page_file_not_removed", file=str(entry), reason=str(error))
+                log.warning("page file not removed", file=str(entry), reason=str(error))
 
 
 ImageId = tuple[str, int]

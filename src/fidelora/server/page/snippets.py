@@ -21,7 +21,7 @@ def as_request(recipe: Recipe, paths: Sequence[str], image_format: str) -> str:
 
 
 def as_command(recipe: Recipe, paths: Sequence[str], image_format: str) -> str:
-    """Return the `fidelora generate` command for a POSIX shell whose directory has the LoRAs."""
+    """Return the `fidelora generate` command for a POSIX shell, to be run in the LoRA folder."""
     words = ["fidelora", "generate", recipe.prompt]
     for path, adapter in zip(paths, recipe.adapters, strict=True):
         words += ["--lora", f"{path}:{_decimal(adapter.multiplier)}"]

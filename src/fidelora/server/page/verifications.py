@@ -187,11 +187,11 @@ def _leads_outside(filename: str) -> bool:
 
 
 def read_contained_run(folder: Path, context: ServerContext) -> TrainingRun:
-    """Read a training run and check that all its files are inside its folder, even behind links.
+    """Read a training run and check that all its files, with links resolved, are in its folder.
 
     Raises:
         JobFolderError: a file is outside, the folder is not a training run, or the run has its own
-            VAE. Otherwise an upload could make the server load any local or hub file.
+            VAE, which could be any local or hub file.
     """
     run = read_run(folder)
     inside = folder.resolve()

@@ -50,7 +50,9 @@ def upload_lora(
     file: Annotated[UploadFile, File(description="The .safetensors file.")],
     name: Annotated[
         str | None,
-        Form(max_length=200, description="Name of the stored file; by default the uploaded one's."),
+        Form(
+            max_length=200, description="Name of the stored file; by default the file's own name."
+        ),
     ] = None,
 ) -> LoraBody:
     """Upload a LoRA. Requests refer to it by the `path` in the response."""
