@@ -1,0 +1,44 @@
+"""What a new family may rely on: families are independent, and nothing else names their parts."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import fidelora
+from fidelora.families import all_families
+
+SOURCE = Path(fidelora.__file__).parent
+FAMILIES = {path.parent.name: path.parent for path in (SOURCE / "families").glob("*/spec.py")}
+# Words that are keys of files or of an API, not parts of a model.
+ALLOWED = {
+    ("images/a1111_prompt.py", "unet"),  # `<lora:name:te=1:unet=1>`
+    ("loras/describe.py", "text_encoder"),  # prefixes of tensor names in LoRA files
+    ("cli/inspect.py", "text_encoder"),  # a key of its JSON
+    ("engine/model.py", "text_encoder"),  # a role
+    ("weights/files.py", "text_encoder"),  # how model_index.json begins the names of encoders
+}
+
+
+def test_no_family_imports_another():
+    for name, folder in FAMILIES.items():
+        others = {f"fidelora.families.{other}" for other in FAMILIES if other != name}
+        for path in folder.rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                module = node.module if isinstance(node, ast.ImportFrom) else None
+                assert not any((module or "").startswith(other) for other in others), path
+
+
+def test_nothing_outside_the_families_names_their_parts():
+    parts = {part.name for family in all_families().values() for part in family.parts} - {"vae"}
+    found = set()
+    for path in SOURCE.rglob("*.py"):
+        name = path.relative_to(SOURCE).as_posix()
+        if name.startswith("families/"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and node.value in parts:
+                found.add((name, node.value))
+            if isinstance(node, ast.Attribute) and node.attr in parts and node.attr != "text_encoder":
+                found.add((name, node.attr))
+    assert found <= ALLOWED
