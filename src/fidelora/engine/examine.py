@@ -298,8 +298,8 @@ def _fit(
     if 0 < same_shapes < matched:
         message = (
             f"{matched - same_shapes} of {matched} modules have other shapes than in "
-            f"{spec.title}. The adapter was trained on a variant (for example, Stable Diffusion 2 has wider prompt "
-            "embeddings) and fits only that."
+            f"{spec.title}. The adapter was trained on a variant (for example, "
+            "Stable Diffusion 2 has wider prompt embeddings) and fits only that."
         )
         yield Problem("other_base", message, True)
     elif summary.base and summary.base not in spec.adapter_base_versions:

@@ -52,7 +52,7 @@ class NoiseSchedule:
         scheduler: the class in `diffusers.schedulers`.
         config: the scheduler's configuration.
         steps: the number of steps.
-        device: where the latents are.
+        device: device of the latents.
         noise: the source of the random numbers that some samplers draw in their steps.
     """
 
@@ -109,7 +109,7 @@ class FlowSchedule:
         config: `shift`, a factor, or `dynamic_shift`, see `_shift_for`.
         steps: the number of steps.
         tokens: the number of tokens of the image, on which a dynamic shift depends.
-        device: where the latents are.
+        device: device of the latents.
 
     Raises:
         ValueError: `config` has an unknown option.

@@ -247,7 +247,7 @@ class Worker:
         self._record_end(attempt, ended)
 
     def _store_error(self, job: Job, error: Exception) -> Job:
-        """Cancel the job, fail it with a `FideloraError`, or abandon the attempt."""
+        """Store a job as canceled or failed, or abandon the attempt after an unexpected error."""
         if isinstance(error, GenerationCancelled):
             return self._store.stop(job.id, job.epoch, self._now())
         if isinstance(error, FideloraError):
@@ -309,7 +309,7 @@ def _all_may_share_batch(recipe: Recipe, job: Job) -> bool:
 
 
 def _fits(recipe: Recipe, room: int, job: Job) -> bool:
-    """True if a queued job can join a batch of `recipe` that has room for `room` more images.
+    """True if a queued job can join a batch with `recipe` and room for `room` more images.
 
     A retried job does not fit: it may be one that crashes the process.
     """

@@ -66,5 +66,5 @@ def _original(path: str, layers: int, with_attention: set[str]) -> str:
 
 
 def _part(kind: str, rest: str) -> str:
-    """Return the name within a block, whose parts are the resnet and the attention."""
+    """Return the name within a block: part 0 is the resnet, part 1 the attention."""
     return f"1.{rest}" if kind == "attentions" else f"0.{_RESNET.get(rest, rest)}"

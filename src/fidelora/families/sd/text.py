@@ -40,7 +40,7 @@ class Conditioning:
 
     @classmethod
     def concatenate(cls, rows: Sequence[Conditioning]) -> Conditioning:
-        """Return all rows of the first, then all of the second, and so on."""
+        """Return one conditioning with the rows of all given ones, in this order."""
         return cls._map(rows, torch.cat)
 
     @classmethod
