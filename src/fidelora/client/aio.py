@@ -120,7 +120,7 @@ class AsyncClient:
         on_progress: Callable[[StatusBody], None] | None = None,
         cancel_on_timeout: bool = False,
     ) -> ResultBody:
-        """Wait until a request succeeded, failed or was canceled. See `Client.wait`."""
+        """Wait until a request has succeeded, failed or been canceled. See `Client.wait`."""
         return await self._run(
             self._flows.wait(request_id, timeout_s, on_progress, cancel_on_timeout)
         )

@@ -160,7 +160,7 @@ class Client:
         on_progress: Callable[[StatusBody], None] | None = None,
         cancel_on_timeout: bool = False,
     ) -> ResultBody:
-        """Wait until a request succeeded, failed or was canceled.
+        """Wait until a request has succeeded, failed or been canceled.
 
         Args:
             on_progress: called with each new status.

@@ -53,7 +53,7 @@ REQUEST_CODES = {
     "MOE_FORMAT_NOT_SUPPORTED": "The model has one transformer; remove the LoRA's `transformer`.",
     "FIELD_NOT_SUPPORTED": "The field `details.field` is unknown or not supported by the model.",
     "MULTIPLIERS_DO_NOT_MATCH": "A prompt does not have one multiplier per LoRA.",
-    "BASE_MODEL_DIFFERS": "The image has another base model; `details.differs` has the values.",
+    "BASE_MODEL_DIFFERS": "The image was made with another base model; see `details.differs`.",
     "LORA_BYTES_MISSING": (
         "The server lacks LoRAs of the image; `details.missing` has sha256 and name of each."
     ),
