@@ -15,7 +15,6 @@ from typing import IO, Any
 
 import httpx2
 import pytest
-from tests.deadline import deadline
 from tests.server.http_support import ByHand, context_in, listening, now
 from tests.support import LOKR
 
@@ -35,12 +34,6 @@ from fidelora.jobs.job import Status
 from fidelora.server.context import ServerContext
 
 KEY = "fl_secret"
-
-
-@pytest.fixture(autouse=True)
-def test_deadline() -> Iterator[None]:
-    with deadline(60):  # a few seconds are enough on an idle machine
-        yield
 
 
 @pytest.fixture

@@ -39,6 +39,10 @@ def test_nothing_outside_the_families_names_their_parts():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and node.value in parts:
                 found.add((name, node.value))
-            if isinstance(node, ast.Attribute) and node.attr in parts and node.attr != "text_encoder":
+            if (
+                isinstance(node, ast.Attribute)
+                and node.attr in parts
+                and node.attr != "text_encoder"
+            ):
                 found.add((name, node.attr))
     assert found <= ALLOWED

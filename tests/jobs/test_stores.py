@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -18,7 +18,6 @@ import sqlalchemy as sa
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from tests.deadline import deadline
 
 from fidelora import AdapterRef, Recipe
 from fidelora.errors import (
@@ -56,12 +55,6 @@ POSTGRES_URL = os.environ.get("FIDELORA_TEST_POSTGRES_URL", "")
 """URL of a test database, such as `postgresql+psycopg://user@localhost/test`.
 
 Its tables are dropped before each test."""
-
-
-@pytest.fixture(autouse=True)
-def test_deadline() -> Iterator[None]:
-    with deadline(120):  # the longest test takes a few seconds on an idle machine
-        yield
 
 
 @pytest.fixture(params=["memory", "sqlite", *(["postgresql"] if POSTGRES_URL else [])])
