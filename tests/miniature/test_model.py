@@ -19,6 +19,7 @@ import fidelora
 from fidelora import AdapterRef, Engine, Recipe
 from fidelora.errors import BaseModelNotFoundError
 from fidelora.families import get_family
+from fidelora.safetensors_header import read_file_header
 from fidelora.weights.locate import is_portable, locate
 
 pytestmark = pytest.mark.timeout(600)  # draws dozens of images
@@ -80,3 +81,9 @@ def test_the_adapter_teaches_the_trigger_word_a_new_shape(engine):
         ]
         == 0
     )
+
+
+def test_all_releases_of_transformers_read_the_text_encoder():
+    """Releases that keep the level `text_model` load random weights under names without it."""
+    header = read_file_header(FOLDER / "text_encoder" / "model.safetensors")
+    assert all(name.startswith("text_model.") for name in header.tensors)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file, save_file
 from tools.miniature import world
 from tools.miniature.train_unet import SPEC, held_out_scenes
 
@@ -43,6 +43,7 @@ def main() -> None:
     if FOLDER.exists():
         shutil.rmtree(FOLDER)
     shutil.copytree(work / "miniature", FOLDER)
+    _add_text_model_level(FOLDER / "text_encoder" / "model.safetensors")
     shutil.copy(work / ADAPTER.name, ADAPTER)
     _write_json(
         FOLDER / "scheduler" / "scheduler_config.json",
@@ -73,6 +74,17 @@ def _index() -> dict[str, Any]:
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
+
+
+def _add_text_model_level(path: Path) -> None:
+    """Add the prefix `text_model.` to the names of a text encoder's weights.
+
+    transformers 5.2x drops it, and earlier releases, 5.5.3 among them, then load random weights
+    without an error. Current ones read both.
+    """
+    weights = load(path.read_bytes())
+    named = {f"text_model.{name.removeprefix('text_model.')}": w for name, w in weights.items()}
+    save_file(named, path, {"format": "pt"})
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
