@@ -55,9 +55,13 @@ FULL: dict[str, Any] = {
     "negative_prompt_2": None,
     "guidance_rescale": 0.0,
 }
-"""Every field, none with its default but the last three: adapters are live in exact alone, and the others came later."""
+"""Every field, none with its default except the last three.
 
-# What the digests were when format 1 was made. Files carry them, so they may only change together with `FORMAT`.
+Live adapters need `fidelity` "exact", and the other two were added later.
+"""
+
+# Digests recorded when format 1 was made. Files contain them, so they may only change together with
+# `FORMAT`.
 DEFAULT_DIGEST = "fb2214fee74cf0b782f0979f0c447f9c5ceb5278ea1978ab6f5fe6871a665653"
 FULL_DIGEST = "dff7a402c35dccbd0254339b6486cfb74bccbb1ba0d93103824d55ad869dc841"
 
@@ -71,7 +75,7 @@ def plain_with(**changes):
     return {**PLAIN, **changes}
 
 
-# --- completion --------------------------------------------------------------------------------------------------------
+# --- completion ---------------------------------------------------------------------------------
 
 
 def test_a_recipe_of_only_a_prompt_is_complete():
@@ -169,7 +173,7 @@ def test_a_changed_copy_is_checked_too():
         dataclasses.replace(Recipe(prompt=""), seed=-1)
 
 
-# --- ranges ------------------------------------------------------------------------------------------------------------
+# --- ranges -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -289,7 +293,7 @@ def test_all_other_samplers_do_up_to_150_steps(sampler):
     assert Recipe(prompt="", sampler=sampler, steps=150).sampler == sampler
 
 
-# --- JSON --------------------------------------------------------------------------------------------------------------
+# --- JSON ---------------------------------------------------------------------------------------
 
 WORDS = st.text(max_size=20)
 DTYPES = st.sampled_from(["float32", "bfloat16", "float16"])
@@ -450,7 +454,7 @@ def test_the_dictionary_that_is_read_is_not_changed():
     assert plain == PLAIN
 
 
-# --- digest ------------------------------------------------------------------------------------------------------------
+# --- digest -------------------------------------------------------------------------------------
 
 OTHER_VALUES = {
     "prompt": "a blue ball",
@@ -588,7 +592,7 @@ def test_the_digest_does_not_depend_on_the_name_or_place_of_an_adapter(tmp_path)
     )
 
 
-# --- adapters and trigger ----------------------------------------------------------------------------------------------
+# --- adapters and trigger -----------------------------------------------------------------------
 
 
 def test_a_reference_from_a_file_has_its_hash_name_and_place(tmp_path):
@@ -674,8 +678,8 @@ def test_json_that_breaks_its_reader_is_refused(text):
 
 @pytest.mark.parametrize(
     "values",
-    [{"seed": 10**400}, {"guidance_scale": 10**400}, {"seed": 10**5000}, {"dtype": 10**5000}, {"sampler": []}, {"model": {}},
-     {"adapters": None}, {"width": [1]}],
+    [{"seed": 10**400}, {"guidance_scale": 10**400}, {"seed": 10**5000}, {"dtype": 10**5000},
+     {"sampler": []}, {"model": {}}, {"adapters": None}, {"width": [1]}],
     ids=lambda values: next(iter(values)),
 )  # fmt: skip
 def test_values_of_any_kind_are_refused_in_a_sentence(values):
@@ -745,7 +749,7 @@ def test_a_path_given_as_text_is_a_path():
     assert AdapterRef("a" * 64, path="x.safetensors").path == Path("x.safetensors")  # type: ignore[arg-type]
 
 
-# --- batches -----------------------------------------------------------------------------------------------------------
+# --- batches ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

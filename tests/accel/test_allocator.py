@@ -26,7 +26,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library of GNU")
 def test_freed_memory_is_used_again_without_the_system():
-    """Counted in pages that the system had to provide for ten tensors of 64 MiB, 16,384 pages each; the first may be new."""
+    """Count page faults for ten tensors of 64 MiB, 16,384 pages each; the first may be new."""
     faults = {
         keep: int(
             subprocess.run(

@@ -53,7 +53,7 @@ def psnr(one, other) -> float:
     return 10 * math.log10(255**2 / max(error, 1e-9))
 
 
-# --- images ------------------------------------------------------------------------------------------------------------
+# --- images -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sampler", sorted(get_family("sd15").samplers))
@@ -64,7 +64,8 @@ def test_fast_is_nearly_exact_with_every_sampler(engine, sampler, strength):
         prompt="a red sks on a blue background", sampler=sampler, adapters=adapters, **DRAWING
     )
     slow, quick = engine.generate(exact), engine.generate(replace(exact, fidelity="fast"))
-    # Its steps are large where the model is least sure, so that the least difference grows; the others forget it.
+    # dpm_2_a takes large steps where the model is least certain, which amplify small differences;
+    # the other samplers damp them.
     assert psnr(slow, quick) > (15 if sampler == "dpm_2_a" else 30)
     assert "fast" not in slow.environment
     assert (
@@ -83,8 +84,9 @@ def test_an_adapter_does_to_fast_what_it_does_to_exact(engine, path):
     change = replace(plain, adapters=(AdapterRef.from_file(path, 0.8),))
     before, after = (engine.generate(one).pixels.astype(float) for one in (plain, change))
     quick_before, quick_after = (
-        engine.generate(replace(one, fidelity="fast")).pixels.astype(float) for one in (plain, change)
-    )  # fmt: skip
+        engine.generate(replace(one, fidelity="fast")).pixels.astype(float)
+        for one in (plain, change)
+    )
     assert np.abs(after - before).mean() > 5
     assert np.corrcoef((after - before).ravel(), (quick_after - quick_before).ravel())[0, 1] > 0.98
 
@@ -106,7 +108,7 @@ def test_adapters_leave_no_trace(engine):
 
 
 def test_fast_lives_on_when_the_base_s_file_is_overwritten_in_place(tmp_path, monkeypatch):
-    """Nothing of what is packed is mapped from the file, even if nothing has to be cast; the new file is loaded."""
+    """Packed weights are not mapped from the file, even without a cast; the new file is loaded."""
     base = copy_base(tmp_path)
     path = base / "unet" / "diffusion_pytorch_model.safetensors"
     change_weights(path, lambda tensors: {name: tensor.float() for name, tensor in tensors.items()})
@@ -146,7 +148,7 @@ def test_fast_takes_no_more_memory_than_its_precision_needs(engine):
     assert count["fast"] == count["exact"] * packed.packed_dtype().itemsize // 4
 
 
-# --- side by side ------------------------------------------------------------------------------------------------------
+# --- side by side -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("guidance", [1.0, 6.0])
@@ -191,7 +193,7 @@ def test_exact_is_made_one_by_one_and_fast_by_its_size(engine):
     assert engine.max_batch(replace(small, width=2048, height=2048)) == 1
 
 
-# --- modules -----------------------------------------------------------------------------------------------------------
+# --- modules ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -286,7 +288,7 @@ def test_attention_with_more_to_it_keeps_its_own_way():
     assert not packed._is_plain(Attention(32, heads=4, dim_head=8, rescale_output_factor=2.0))
 
 
-# --- devices -----------------------------------------------------------------------------------------------------------
+# --- devices ------------------------------------------------------------------------------------
 
 
 def test_which_device_has_which_way():

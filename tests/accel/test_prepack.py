@@ -1,4 +1,4 @@
-"""What the exact path does once: the same bits as doing it each time, and done again when it has to be."""
+"""Work that the exact path does once: same bits as every time, and repeated when necessary."""
 
 from __future__ import annotations
 

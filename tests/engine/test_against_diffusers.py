@@ -1,8 +1,10 @@
 """Every sampler, against the pipelines that the trainer itself paints its previews with.
 
-The golden jobs show four samplers. Here the trainer's way is built from the same library that it uses: its configuration with
-`steps_offset` 0, handed to the pipeline's constructor (which rewrites it for Stable Diffusion 1.5, and leaves it for SDXL), prompts
-encoded one by one, one CPU generator. Our own loop has to give the same pixels, for every sampler and in half precision too.
+The golden jobs cover four samplers. These tests rebuild the trainer's procedure from the library
+that it uses: its scheduler configuration with `steps_offset` 0, passed to the pipeline's
+constructor (which rewrites it for Stable Diffusion 1.5 and keeps it for SDXL), prompts encoded one
+by one, and one CPU generator. Our own loop has to return the same pixels for every sampler, in half
+precision too.
 """
 
 from __future__ import annotations
@@ -31,11 +33,12 @@ CPU = torch.device("cpu")
 SAMPLERS = get_family("sd15").samplers
 SMALL = {
     "sd15": Recipe(
-        prompt="a photo of a ball", negative_prompt="blurry", base_model=str(TINY_BASE), width=72, height=72, steps=6, seed=11,
-        guidance_scale=5.5,
+        prompt="a photo of a ball", negative_prompt="blurry", base_model=str(TINY_BASE),
+        width=72, height=72, steps=6, seed=11, guidance_scale=5.5,
     ),
     "sdxl": Recipe(
-        model="sdxl", prompt="a photo of a ball", negative_prompt="blurry", negative_prompt_2="ugly", base_model=str(TINY_SDXL),
+        model="sdxl", prompt="a photo of a ball", negative_prompt="blurry",
+        negative_prompt_2="ugly", base_model=str(TINY_SDXL),
         width=72, height=64, steps=6, seed=11, guidance_scale=5.5,
     ),
 }  # fmt: skip
@@ -174,7 +177,7 @@ def test_guidance_is_rescaled_as_in_the_pipeline(engine, model, dtype):
 def test_a_narrow_vae_is_made_wider_where_its_configuration_says_so(
     engine, tmp_path: Path, force_upcast: bool, dtype: str
 ):
-    """In float16 the VAE of SDXL overflows; the pipeline decodes with its rounded weights in float32."""
+    """SDXL's VAE overflows in float16; the pipeline decodes in float32 with the rounded weights."""
     import json
 
     base = tmp_path / "base"
@@ -193,7 +196,7 @@ def test_a_narrow_vae_is_made_wider_where_its_configuration_says_so(
 
 
 def test_the_size_is_told_in_the_dtype_of_the_text(engine):
-    """In bfloat16 a size such as 520 is another number; the pipeline rounds it, so the image shows it."""
+    """The pipeline rounds the size to the text's dtype; bfloat16 changes 520, and so the image."""
     recipe = replace(
         SMALL["sdxl"],
         width=64,

@@ -100,7 +100,7 @@ def test_the_two_paths_differ_by_roundings_only(engine, path):
 
 @pytest.mark.parametrize("mode", ["merged", "live"])
 def test_several_adapters_add_up(engine, mode):
-    """Two halves of one adapter are the whole, but for roundings; so nothing overwrites anything on either path."""
+    """Two halves of an adapter equal the whole up to rounding; no adapter overwrites another."""
     for path in (LORA, LOKR):
         whole, half = AdapterRef.from_file(path, 1.0), AdapterRef.from_file(path, 0.5)
         recipe = Recipe(prompt="a ball", adapters=(whole,), adapter_mode=mode, **SMALL)
@@ -143,7 +143,8 @@ def test_samplers_give_pictures_of_their_own(engine):
         ).pixels.astype(int)
         for name in get_family("sd15").samplers
     }
-    # Ancestral Euler is DDPM in other variables: with the same draws they meet, up to rounding, which differs by processor.
+    # Ancestral Euler is DDPM in other variables: with the same draws both agree up to rounding,
+    # which depends on the processor.
     assert np.abs(made["ddpm"] - made.pop("euler_a")).max() <= 1
     assert len({image.tobytes() for image in made.values()}) == len(made)
 
@@ -205,7 +206,8 @@ def test_what_does_not_fit_into_the_tokens_is_quoted(engine):
     long = "ball " * 75 + "Über-Katze, at Night"
     image = engine.generate(Recipe(prompt=long, negative_prompt="x " * 90, **SMALL))
     assert image.warnings == (
-        f'The end of the negative prompt exceeds 77 tokens and has no effect: "{" ".join(["x"] * 15)}".',
+        "The end of the negative prompt exceeds 77 tokens and has no effect: "
+        f'"{" ".join(["x"] * 15)}".',
         'The end of the prompt exceeds 77 tokens and has no effect: "Über-Katze, at Night".',
     )
     assert image.pixels.tobytes() == pixels(
@@ -454,7 +456,8 @@ def test_progress_and_time_of_each_part_are_told(engine):
     ("information", "name"),
     [
         (
-            "vendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\nprocessor\t: 1\n",
+            "vendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\n"
+            "model name\t: AMD EPYC\n\nprocessor\t: 1\n",
             "AMD EPYC (by AuthenticAMD, family 25, model 17)",
         ),
         ("processor\t: 0\nCPU implementer\t: 0x41\n", f"{platform.machine()} (more is not known)"),

@@ -93,10 +93,9 @@ def test_alphas(examined):
     assert codes(examined(lora(SELF, alpha=None))) == [("missing_alpha", False)]
     mixed = examined(lora(SELF) | lora(CROSS, alpha=None))
     assert mixed.problems[0].message.startswith("1 of 2 modules have no alpha")
+    module = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     peft = {
-        f"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_{part}.weight": torch.ones(
-            shape
-        )
+        f"{module}.lora_{part}.weight": torch.ones(shape)
         for part, shape in (("A", (4, 320)), ("B", (320, 4)))
     }
     metadata = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 8})}

@@ -1,4 +1,4 @@
-"""Base models: from folders, single files and the hub's cache, and never with a weight too few or too many."""
+"""Base models from folders, single files and the hub's cache, without missing or extra weights."""
 
 from __future__ import annotations
 
@@ -524,7 +524,7 @@ def test_a_hub_id_that_is_not_in_the_cache_says_so_when_offline(tmp_path, monkey
 
 @pytest.mark.parametrize("offload", ["model", "sequential"])
 def test_offloading_changes_no_bit_and_adapters_reach_the_weights(offload):
-    """Hooks that offload to the CPU from the CPU: what they do to the modules is the same as on a device."""
+    """Offload from the CPU to the CPU: the hooks treat the modules as they do on a device."""
     from fidelora.adapters.live import live_adapters
     from fidelora.adapters.read import read_adapter
 

@@ -1,6 +1,7 @@
-"""A diffusers folder as a checkpoint in the layout of the original code: the names of that layout, written down once more.
+"""Conversion of a diffusers folder to a checkpoint in the layout of the original code.
 
-Independent of the library that reads it: https://github.com/CompVis/stable-diffusion, `configs/stable-diffusion/v1-inference.yaml`.
+The names are written down here again, independently of the library that reads them. Source:
+https://github.com/CompVis/stable-diffusion, `configs/stable-diffusion/v1-inference.yaml`.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ _VAE_ATTENTION = {
 
 
 def as_ldm_checkpoint(folder: Path) -> dict[str, Tensor]:
-    """All weights of a diffusers folder with one layer per block, under the names of one checkpoint."""
+    """Return all weights of a diffusers folder with one layer per block, under checkpoint names."""
     unet = safetensors.torch.load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     text = safetensors.torch.load_file(folder / "text_encoder" / "model.safetensors")
     vae = safetensors.torch.load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
@@ -64,7 +65,10 @@ def as_ldm_checkpoint(folder: Path) -> dict[str, Tensor]:
 
 
 def as_sdxl_checkpoint(folder: Path) -> dict[str, Tensor]:
-    """The same of an SDXL folder: https://github.com/Stability-AI/generative-models, `configs/inference/sd_xl_base.yaml`."""
+    """Return the same for an SDXL folder.
+
+    Source: https://github.com/Stability-AI/generative-models, `configs/inference/sd_xl_base.yaml`.
+    """
     unet = safetensors.torch.load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     first = safetensors.torch.load_file(folder / "text_encoder" / "model.safetensors")
     second = safetensors.torch.load_file(folder / "text_encoder_2" / "model.safetensors")
@@ -87,7 +91,10 @@ def as_sdxl_checkpoint(folder: Path) -> dict[str, Tensor]:
 
 
 def as_open_clip(text: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A text encoder with a projection under the names of OpenCLIP, its query, key and value in one matrix."""
+    """Return a text encoder with a projection under OpenCLIP's names.
+
+    Query, key and value are one matrix there.
+    """
     text = {_without_level(name): tensor for name, tensor in text.items()}
     converted = {
         "text_projection": text.pop("text_projection.weight").t().contiguous(),
@@ -113,7 +120,10 @@ def _without_level(name: str) -> str:
 
 
 def as_ldm_vae(vae: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a VAE of four blocks under LDM's names; its attention is made of 1x1 convolutions there."""
+    """Return the weights of a VAE of four blocks under LDM's names.
+
+    Its attention consists of 1x1 convolutions there.
+    """
     converted = {}
     for name, tensor in vae.items():
         is_matrix = ".attentions." in name and name.endswith("weight") and "group_norm" not in name
@@ -122,19 +132,24 @@ def as_ldm_vae(vae: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def ldm_unet_name(name: str, plain_block: int = 0) -> str:
-    """Of a UNet with one layer per block; `plain_block` is the one on the way up that has no attention."""
+    """Return the LDM name of a weight of a UNet with one layer per block.
+
+    `plain_block` is the index of the up block without attention.
+    """
     for diffusers, ldm in _UNET_TOP.items():
         if name.startswith(diffusers + "."):
             return ldm + name.removeprefix(diffusers)
     if match := re.fullmatch(r"down_blocks\.(\d)\.(resnets|attentions)\.0\.(.*)", name):
-        return f"input_blocks.{1 + 2 * int(match[1])}.{0 if match[2] == 'resnets' else 1}.{_inner(match[2], match[3])}"
+        position = 0 if match[2] == "resnets" else 1
+        return f"input_blocks.{1 + 2 * int(match[1])}.{position}.{_inner(match[2], match[3])}"
     if match := re.fullmatch(r"down_blocks\.(\d)\.downsamplers\.0\.conv\.(.*)", name):
         return f"input_blocks.{2 + 2 * int(match[1])}.0.op.{match[2]}"
     if match := re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d)\.(.*)", name):
         position = 1 if match[1] == "attentions" else 2 * int(match[2])
         return f"middle_block.{position}.{_inner(match[1], match[3])}"
     if match := re.fullmatch(r"up_blocks\.(\d)\.(resnets|attentions)\.(\d)\.(.*)", name):
-        return f"output_blocks.{2 * int(match[1]) + int(match[3])}.{0 if match[2] == 'resnets' else 1}.{_inner(match[2], match[4])}"
+        block, position = 2 * int(match[1]) + int(match[3]), 0 if match[2] == "resnets" else 1
+        return f"output_blocks.{block}.{position}.{_inner(match[2], match[4])}"
     match = re.fullmatch(r"up_blocks\.(\d)\.upsamplers\.0\.conv\.(.*)", name)
     assert match, name
     block = int(match[1])

@@ -1,4 +1,4 @@
-"""What SDXL asks of the house: two text encoders, adapters of more kinds and names, checkpoints of another layout."""
+"""SDXL: two text encoders, adapters of more kinds and names, checkpoints of another layout."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def same(left: LoadedModel, right: LoadedModel) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-# --- the model's own data ----------------------------------------------------------------------------------------------
+# --- the model's own data -----------------------------------------------------------------------
 
 
 def full_size(name: str) -> nn.Module:
@@ -116,7 +116,7 @@ def test_the_second_tokenizer_pads_with_another_token():
     assert padded == [49406, 320, 49407, 0, 0]
 
 
-# --- base models -------------------------------------------------------------------------------------------------------
+# --- base models --------------------------------------------------------------------------------
 
 
 def test_a_checkpoint_in_one_file_is_the_folder_it_was_made_from(tmp_path):
@@ -229,7 +229,7 @@ def test_the_expected_size_covers_the_loaded_one(tmp_path, dtype):
     )
 
 
-# --- adapters: names ---------------------------------------------------------------------------------------------------
+# --- adapters: names ----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -330,7 +330,7 @@ def test_an_adapter_under_original_names_makes_the_same_image(engine, tmp_path):
     assert not np.array_equal(ours, engine.generate(Recipe(prompt="a ball", **SMALL)).pixels)
 
 
-# --- adapters: what they do --------------------------------------------------------------------------------------------
+# --- adapters: what they do ---------------------------------------------------------------------
 
 
 def painted(path: Path, **fields: Any) -> Recipe:
@@ -474,7 +474,7 @@ def test_the_trainer_s_adapters_are_examined(path, kind, notes):
     )
 
 
-# --- DoRA --------------------------------------------------------------------------------------------------------------
+# --- DoRA ---------------------------------------------------------------------------------------
 
 
 def test_a_dora_runs_beside_the_model_whatever_the_mode(engine):
@@ -553,7 +553,7 @@ def test_shapes_that_make_no_dora(tmp_path, wrong):
         read_adapter(save_adapter(tmp_path / "x.safetensors", tensors | wrong))
 
 
-# --- texts -------------------------------------------------------------------------------------------------------------
+# --- texts --------------------------------------------------------------------------------------
 
 
 def test_each_text_encoder_reads_its_own_negative_prompt(engine):
@@ -607,7 +607,7 @@ def test_sizes_are_told_as_height_and_width():
         assert row.added["time_ids"].tolist() == [[64, 96, 0, 0, 64, 96]]
 
 
-# --- fast --------------------------------------------------------------------------------------------------------------
+# --- fast ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", [None, SDXL_LORA, SDXL_DORA])
@@ -634,13 +634,13 @@ def test_images_made_side_by_side_have_their_own_texts_and_noise(engine):
     assert len({image.pixels.tobytes() for image in together}) == 3
 
 
-# --- two families in one engine ----------------------------------------------------------------------------------------
+# --- two families in one engine -----------------------------------------------------------------
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("fidelity", ["exact", "fast"])
 def test_the_models_take_turns_within_a_budget_for_one(fidelity):
-    """20 alternations: never two bases at a time, nothing of one that is gone stays, and the images are what they were."""
+    """Alternate 20 times: one base at a time, evicted bases are freed, and the images are equal."""
     recipes = [painted(LORA, **SD15, fidelity=fidelity), painted(SDXL_LORA, fidelity=fidelity)]
     alone = [Engine(device="cpu").generate(recipe).pixels for recipe in recipes]
     largest = max(expected_bytes_of(recipe) for recipe in recipes)

@@ -162,7 +162,7 @@ def test_a_version_that_is_here_is_not_fetched_again(site, target):
     refusal(site, target, "https://files.example/a")  # nobody asked whether anything had changed
 
 
-# --- which URLs --------------------------------------------------------------------------------------------------------
+# --- which URLs ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,8 @@ def test_a_version_that_is_here_is_not_fetched_again(site, target):
         "http://files.example/a", "ftp://files.example/a", "file:///etc/passwd", "https:///a", "https://",
         "https://user@files.example/a", "https://user:secret@files.example/a", "https://files.example:8443/a",
         "https://files.example:x/a", "https://other.example/a?secret", "https://files.example.evil.example/a",
-        "https://evilfiles.example/a", "https://cdn.example/a", "https://evilcdn.example/a", "https://[::1/a", "https://\udcff/a",
+        "https://evilfiles.example/a", "https://cdn.example/a", "https://evilcdn.example/a", "https://[::1/a",
+        "https://\udcff/a",
     ],
 )  # fmt: skip
 def test_urls_that_are_not_used(site, target, url):
@@ -189,8 +190,9 @@ def test_spellings_of_hosts_that_are_listed(site, target, host):
 
 @pytest.mark.parametrize(
     "literal",
-    ["127.0.0.1", "127.1", "2130706433", "0x7f.1", "017700000001", "0177.0.0.1", "[::1]", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]",
-     "0.0.0.0", "10.0.0.1", "169.254.169.254", "[fe80::1]", "[fd00::1]", "[64:ff9b::7f00:1]", "localhost"],
+    ["127.0.0.1", "127.1", "2130706433", "0x7f.1", "017700000001", "0177.0.0.1", "[::1]",
+     "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "0.0.0.0", "10.0.0.1", "169.254.169.254", "[fe80::1]",
+     "[fd00::1]", "[64:ff9b::7f00:1]", "localhost"],
 )  # fmt: skip
 def test_addresses_in_place_of_names(site, target, literal):
     """Not listed, they are refused for that; listed by mistake, for what they are."""
@@ -215,13 +217,14 @@ def test_no_hosts_no_urls(site, target):
     assert "FIDELORA_LORA_HOSTS" in str(error)
 
 
-# --- which addresses ---------------------------------------------------------------------------------------------------
+# --- which addresses ----------------------------------------------------------------------------
 
 INSIDE = [
-    "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "255.255.255.255", "224.0.0.1",
-    "198.18.0.1", "168.63.129.16", "192.0.0.192", "::1", "::", "fe80::1", "fe80::1%eth0", "fc00::1", "fd00:ec2::254", "ff02::1",
-    "::ffff:10.0.0.1", "::ffff:169.254.169.254", "2002:7f00:1::", "2002:a00:1::", "64:ff9b::a9fe:a9fe", "2001:0:7f00:1::",
-    "::127.0.0.1", "2001:db8::1",
+    "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0",
+    "255.255.255.255", "224.0.0.1", "198.18.0.1", "168.63.129.16", "192.0.0.192", "::1", "::",
+    "fe80::1", "fe80::1%eth0", "fc00::1", "fd00:ec2::254", "ff02::1", "::ffff:10.0.0.1",
+    "::ffff:169.254.169.254", "2002:7f00:1::", "2002:a00:1::", "64:ff9b::a9fe:a9fe",
+    "2001:0:7f00:1::", "::127.0.0.1", "2001:db8::1",
 ]  # fmt: skip
 
 
@@ -267,7 +270,7 @@ def test_an_inner_address_in_a_wrapping_is_not_public(ip):
 
 
 def test_the_address_that_was_checked_is_the_one_that_is_used(site, target):
-    """A name that means something else the second time (rebinding): it is asked for once per connection."""
+    """Each connection resolves the name once, so DNS rebinding cannot replace the address."""
     site.answers["/a"] = answer(CONTENT)
     site.addresses = [["127.0.0.1"], ["10.0.0.1"]]
     assert fetch(site, target, "https://files.example/a") is not None
@@ -281,7 +284,7 @@ def test_a_certificate_is_for_the_name_and_not_for_the_address(site, target):
     assert site.heads == []
 
 
-# --- redirects ---------------------------------------------------------------------------------------------------------
+# --- redirects ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
@@ -300,7 +303,8 @@ def test_a_redirect_may_be_relative(site, target):
 
 @pytest.mark.parametrize(
     "place",
-    ["http://files.example/b", "https://other.example/b", "https://127.0.0.1/b", "file:///etc/passwd", "//other.example/b",
+    ["http://files.example/b", "https://other.example/b", "https://127.0.0.1/b",
+     "file:///etc/passwd", "//other.example/b",
      "https://u:p@files.example/b", "https://files.example:1/b", ""],
 )  # fmt: skip
 def test_redirects_are_judged_like_the_first_url(site, target, place):
@@ -358,13 +362,14 @@ def test_other_hosts_may_call_their_folders_blob(site, target):
     assert fetch(site, target, "https://files.example/o/n/blob/a") is not None
 
 
-# --- what comes --------------------------------------------------------------------------------------------------------
+# --- what comes ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("status", "kind", "words"),
-    [(401, AdapterDownloadError, "hf_token"), (403, AdapterDownloadError, "hf_token"), (404, AdapterNotFoundError, "no file"),
-     (410, AdapterNotFoundError, "no file"), (500, AdapterDownloadError, "500"), (204, AdapterDownloadError, "204")],
+    [(401, AdapterDownloadError, "hf_token"), (403, AdapterDownloadError, "hf_token"),
+     (404, AdapterNotFoundError, "no file"), (410, AdapterNotFoundError, "no file"),
+     (500, AdapterDownloadError, "500"), (204, AdapterDownloadError, "204")],
 )  # fmt: skip
 def test_answers_that_are_no_file(site, target, status, kind, words):
     site.answers["/a?secret=1"] = answer(b"", status=status, length=-1 if status == 204 else None)
@@ -401,9 +406,9 @@ def test_a_file_without_end_is_ended(site, target):
             writer.write(bytes(100_000))
             sent += 100_000
             await writer.drain()
-            await asyncio.sleep(
-                0
-            )  # else a client that has left is never heard of: what is written goes nowhere, and nothing waits
+            # Yield to the event loop: writes to a closed connection are discarded and drain() does
+            # not wait, so without this the client's disconnect is never detected.
+            await asyncio.sleep(0)
 
     site.answers["/a"] = endless
     assert "too large" in str(refusal(site, target, "https://files.example/a"))

@@ -32,8 +32,9 @@ def test_a_file_below_the_folder_is_found(root):
 @pytest.mark.parametrize(
     "name",
     [
-        "../secret.safetensors", "job/../../secret.safetensors", "job/../job/sks.safetensors", "/etc/passwd", "/etc/x.safetensors",
-        "", "\0.safetensors", "job", "job/sks", "job/sks.ckpt", ".", "/", "../adapters-of-others/x.safetensors",
+        "../secret.safetensors", "job/../../secret.safetensors", "job/../job/sks.safetensors",
+        "/etc/passwd", "/etc/x.safetensors", "", "\0.safetensors", "job", "job/sks", "job/sks.ckpt",
+        ".", "/", "../adapters-of-others/x.safetensors",
     ],
 )  # fmt: skip
 def test_names_that_lead_elsewhere_are_refused(root, name):

@@ -10,8 +10,8 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from fidelora.sampling.noise import NoiseSource, legacy_randn
 
-# sha256 of the bytes of two consecutive `torch.randn(shape, generator=seed 42, dtype=dtype)`, recorded with torch 2.9.1.
-# 100 numbers are no multiple of 16: there the last 16 are drawn twice.
+# sha256 of the bytes of two consecutive `torch.randn(shape, generator=seed 42, dtype=dtype)`,
+# recorded with torch 2.9.1. 100 is not a multiple of 16, so the last 16 numbers are drawn twice.
 TORCH_2_9_1 = {
     ("bfloat16", (1, 4, 64, 64)): "d239522ce345d5c2",
     ("bfloat16", (1, 4, 9, 8)): "e130480073baa1cb",
@@ -37,7 +37,7 @@ def test_legacy_noise_is_that_of_torch_2_9_1(dtype, shape):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_modern_half_precision_noise_is_float32_noise_rounded(dtype):
-    """What makes torch >= 2.12 modern; if a later torch draws in another way, this is where it shows."""
+    """Noise is modern from torch 2.12 on; this fails if a later torch draws in another way."""
     expected = NoiseSource([7], "modern").initial((1, 4, 64, 64), torch.float32).to(dtype)
     assert torch.equal(NoiseSource([7], "modern").initial((1, 4, 64, 64), dtype), expected)
 
