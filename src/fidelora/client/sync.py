@@ -23,9 +23,7 @@ class Client:
     """Client of the documented HTTP API, for Fidelora's server and others.
 
         with Client("http://127.0.0.1:8000") as client:
-            result = client.generate(
-                "[trigger] on grass", "sks.safetensors", trigger_word="sks", seed=7
-            )
+            result = client.generate("a [trigger]", "sks.safetensors", trigger_word="sks", seed=7)
             client.save_images(result, "pictures")
 
     Args:
