@@ -1,11 +1,11 @@
-"""Fixtures that tests of several folders use."""
+"""Environment of all tests, and fixtures used in several folders."""
 
 from __future__ import annotations
 
 import os
 
-# The suite runs in two processes, and small models are no faster with more threads than one. Set before torch is loaded, and for
-# the processes that tests start: pictures that are compared have to be made with the same number of threads.
+# The suite runs in two processes, and small models are not faster with several threads. Set before
+# torch is loaded, and for child processes: compared images need the same number of threads.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ import torch
 
 @pytest.fixture
 def golden_threads() -> Iterator[None]:
-    """As many threads as the goldens were made with: sums depend on it."""
+    """Use as many threads as the goldens were made with: the order of sums depends on it."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield

@@ -1,4 +1,4 @@
-"""What several test files share: where the golden data is, and small bases and adapters made from it."""
+"""Shared by several test files: paths of golden data, and small base models and adapters."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ SDXL_LORA = GOLDEN_JOBS / "xl_lora_linear_f32" / "xl_lora_linear_f32.safetensors
 SDXL_DORA = GOLDEN_JOBS / "xl_dora" / "xl_dora.safetensors"
 LOKR = GOLDEN_JOBS / "lokr_full" / "lokr_full.safetensors"
 
+# True on a processor like the one that made the goldens: Intel processors use other matrix kernels.
 SAME_PROCESSOR = "AuthenticAMD" in processor_name() and torch.cpu._is_avx512_bf16_supported()
-"""Whether this one is of the kind that made the goldens: products of matrices have other kernels on Intel's processors."""
 
 
 CPU = torch.device("cpu")
@@ -60,22 +60,21 @@ def expected_bytes_of(recipe: Recipe) -> int:
 
 
 def copy_base(folder: Path) -> Path:
-    """A copy of the tiny base that a test may damage."""
+    """Return a copy of the tiny base model that a test may damage."""
     copy = Path(shutil.copytree(TINY_BASE, folder / "base"))
     shutil.copytree(CLIP_TOKENIZER, copy / "tokenizer")
     return copy
 
 
 def change_weights(path: Path, change: Any) -> None:
-    """Rewrite a .safetensors file with what `change` makes of its dictionary of tensors."""
-    tensors = safetensors.torch.load(
-        path.read_bytes()
-    )  # not mapped: the file is about to be replaced
+    """Rewrite a .safetensors file with the result of `change(tensors)`."""
+    # Not memory-mapped, because the file is replaced.
+    tensors = safetensors.torch.load(path.read_bytes())
     safetensors.torch.save_file(change(tensors), path)
 
 
 def save_adapter(path: Path, tensors: dict[str, Tensor], **metadata: str) -> Path:
-    """Write an adapter file."""
+    """Write an adapter file and return its path."""
     safetensors.torch.save_file(
         {key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata or None
     )
@@ -83,7 +82,7 @@ def save_adapter(path: Path, tensors: dict[str, Tensor], **metadata: str) -> Pat
 
 
 def weights_of(part: nn.Module) -> dict[str, Tensor]:
-    """The state of a part of a loaded base, with the numbers of modules that keep their weight in a form of their own."""
+    """Return the state of a part of a base model, with packed weights as plain tensors."""
     plain = {
         f"{path}.weight": one.plain_weight()
         for path, one in part.named_modules()
@@ -97,7 +96,7 @@ def read_json(path: Path) -> Any:
 
 
 def merged(delta: Delta, weight: Tensor, multiplier: float) -> Tensor:
-    """The float32 `weight` with one delta merged into a copy of it."""
+    """Return a float32 copy of `weight` with one delta merged into it."""
     result = torch.empty_like(weight, dtype=torch.float32)
     merge_into(result, weight, [(delta, multiplier)])
     return result

@@ -752,7 +752,7 @@ def test_a_path_given_as_text_is_a_path():
     ("name", "value"),
     [(name, value) for name, value in OTHER_VALUES.items() if value not in ("live", "fast")],
 )
-def test_fast_images_that_differ_in_prompts_and_seed_alone_may_share_a_batch(name, value):
+def test_fast_images_that_differ_in_prompts_and_seed_may_share_a_batch(name, value):
     one = Recipe(
         prompt="a red ball", vae_dtype="float32", text_encoder_dtype="float32", fidelity="fast"
     )

@@ -127,7 +127,7 @@ def test_the_order_of_the_header_need_not_be_that_of_the_tensors(read):
     assert list(read(file_of({"b": later, "a": TWO_BYTES}, bytes(4))).tensors) == ["b", "a"]
 
 
-def test_reading_begins_at_the_start_wherever_the_file_stands_and_ends_behind_the_header(tmp_path):
+def test_reading_begins_at_the_start_and_ends_behind_the_header(tmp_path):
     path = tmp_path / "lora.safetensors"
     path.write_bytes(file_of({"a": TWO_BYTES}, b"xy"))
     with path.open("rb") as file:

@@ -265,7 +265,7 @@ def test_the_packed_unet_has_gates_and_texts_of_its_own():
     assert not any(isinstance(block.attn1.to_k, packed.PackedCachedTextLinear) for block in blocks)
 
 
-def test_a_packed_module_projects_a_text_once_and_again_with_another_weight():
+def test_a_packed_module_projects_a_text_once_for_each_weight():
     torch.manual_seed(1)
     linear, text = nn.Linear(24, 32, bias=False), torch.randn(1, 7, 24)
     ours = packed.PackedCachedTextLinear(linear, torch.float32)

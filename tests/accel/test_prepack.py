@@ -54,9 +54,7 @@ SIZES = {
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 @torch.no_grad()
-def test_a_prepacked_convolution_has_the_bits_of_a_plain_one_at_every_size_and_with_every_weight(
-    name, threads, golden_threads
-):
+def test_a_prepacked_convolution_has_the_bits_of_a_plain_one(name, threads, golden_threads):
     torch.set_num_threads(threads)
     torch.manual_seed(1)
     conv = CONVOLUTIONS[name]()
@@ -135,7 +133,7 @@ def test_a_base_model_that_nobody_has_any_more_is_gone_at_once():
 
 
 @torch.no_grad()
-def test_whoever_computes_with_the_weight_gets_it_and_it_stays_until_the_next_one():
+def test_the_plain_weight_stays_until_the_next_one_is_set():
     conv = nn.Conv2d(48, 64, 3, padding=1)
     module = laid_out(conv)
     x = torch.randn(2, 48, 8, 8)

@@ -171,7 +171,7 @@ def test_a_fault_that_is_no_files_own_is_not_kept_quiet(refs, reads):
         AdapterLibrary().prefetch(refs[0])
 
 
-def test_reading_ahead_pushes_out_what_was_used_longest_ago_and_nothing_pinned(refs):
+def test_prefetching_drops_the_least_recently_used_but_nothing_pinned(refs):
     library = AdapterLibrary(3 * SIZE)
     for ref in refs[:3]:
         library.get(ref)

@@ -81,7 +81,7 @@ def test_a_thousand_random_switches_leave_no_trace(dtype):
     assert same(bits(base), pristine)
 
 
-def test_the_first_adapters_of_a_new_base_are_written_without_its_pristine_weights_before(
+def test_the_first_adapters_are_merged_without_writing_pristine_weights(
     monkeypatch,
 ):
     """What loading leaves in the weights does not matter: here it is NaN, in place of whatever was in memory."""
@@ -191,7 +191,7 @@ def test_a_write_that_is_cut_short_is_repaired_by_the_next_one(path, monkeypatch
     assert same(bits(base), pristine)
 
 
-def test_memory_of_all_weights_that_change_is_given_up_before_the_first_is_written_in_the_same_order(
+def test_all_changed_weights_are_released_before_the_first_is_written(
     monkeypatch,
 ):
     base = fresh_base()
@@ -297,9 +297,7 @@ def test_one_target_cannot_take_two_modules_of_one_file(tmp_path):
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_comes_back_from_a_file_of_another_precision_is_what_was_loaded(
-    tmp_path, stored, dtype
-):
+def test_weights_restored_from_another_precision_are_the_loaded_ones(tmp_path, stored, dtype):
     """Pristine weights are read from the file again: cast as loading casts them, not more and not less."""
     folder = copy_base(tmp_path)
     change_weights(

@@ -307,6 +307,7 @@ def test_models_prints_json(fidelora):
     )
 
 
+@pytest.mark.timeout(600)
 def test_the_demo_shows_a_lora_replays_samples_and_uses_a_server(fidelora, tmp_path):
     code, out, err = fidelora("demo", "--device", "cpu", "--out", "demo")
     assert (code, err) == (0, "")

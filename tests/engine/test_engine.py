@@ -413,7 +413,7 @@ def test_a_path_added_later_is_remembered_too(tmp_path):
     assert library.get(AdapterRef(known.sha256)).sha256 == known.sha256
 
 
-def test_a_file_that_changed_is_said_to_have_changed_even_with_a_folder_of_hashes(tmp_path):
+def test_a_changed_file_is_reported_even_with_a_folder_of_hashes(tmp_path):
     from fidelora.adapters.library import AdapterLibrary
 
     path = tmp_path / "lora.safetensors"

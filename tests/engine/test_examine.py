@@ -1,4 +1,4 @@
-"""What an adapter's weights say of it."""
+"""Examination of adapter files: problems found in names, shapes, alphas and values."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_what_was_not_learned(examined):
     assert (codes(nothing), nothing.usable) == ([("nothing_learned", False)], True)
     partly = examined(lora(SELF, CROSS) | {f"{SELF[0]}.lora_down.weight": torch.zeros(4, 320)})
     assert codes(partly) == [("partly_learned", False)]
-    assert partly.problems[0].message.startswith("1 of 2 modules change nothing")
+    assert partly.problems[0].message.startswith("1 of 2 modules have no effect")
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
@@ -127,7 +127,10 @@ def test_keys_of_another_architecture(examined, module, metadata, words):
 def test_no_module_of_any_family(examined):
     found = examined(lora(("transformer.single_transformer_blocks.0.attn.to_q", 8, 8)))
     assert (codes(found), found.model) == ([("other_architecture", True)], "")
-    assert "not in any model family here; its names are those of FLUX" in found.problems[0].message
+    assert (
+        "not in any supported model family; its module names are those of FLUX"
+        in found.problems[0].message
+    )
 
 
 def test_a_relative_of_the_model(examined):

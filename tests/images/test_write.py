@@ -319,9 +319,7 @@ def full_disk(*_, **__):
 
 @pytest.mark.parametrize("call", ["fsync", "replace", "fdopen"])
 @pytest.mark.parametrize("older", [None, b"older"])
-def test_a_write_that_fails_leaves_nothing_behind_and_the_older_file_intact(
-    tmp_path, monkeypatch, call, older
-):
+def test_a_failed_write_leaves_nothing_and_keeps_the_older_file(tmp_path, monkeypatch, call, older):
     path = tmp_path / "a.png"
     if older is not None:
         path.write_bytes(older)

@@ -272,7 +272,7 @@ def test_the_session_cookie_opens_the_page_but_not_the_api(client, context, key)
     assert {"HttpOnly", "SameSite=strict"} <= set(response.headers["set-cookie"].split("; "))
     assert key not in response.headers["set-cookie"]
     assert "gradio" in client.get("/").text
-    assert "Leave" in client.get("/logout").text
+    assert "Log out" in client.get("/logout").text
     for method, path in (("GET", "/v1/requests"), ("GET", "/v1/loras"), ("GET", "/metrics")):
         assert client.request(method, path).status_code == 401
     assert client.post("/v1/inference", json=MINIMAL).status_code == 401

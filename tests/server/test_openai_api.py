@@ -273,7 +273,7 @@ def test_unsupported_fields_are_rejected_by_name(client, context, fields, param)
         ({"output_compression": 50}, "output_compression: not supported for png"),
         (
             {"n": 2, "extra_body": {"seed": MAX_SEED}},
-            "seed: the last image's would exceed",
+            "seed: the last image's seed would exceed",
         ),
         ({"partial_images": 2}, "partial_images: supported only in a stream"),
         (

@@ -25,6 +25,8 @@ from fidelora.client import Client
 from fidelora.images.read import read_record
 from fidelora.jobs.sql import SqlStore
 
+pytestmark = pytest.mark.timeout(600)  # the longest takes almost two minutes
+
 KILLS = int(os.environ.get("FIDELORA_TEST_KILLS", "5"))
 """Times to kill the working server: each takes seconds, so 5 by default and 20 on demand."""
 
@@ -285,7 +287,7 @@ def refused(data: Path, *options: str, **settings: str) -> tuple[int, str]:
     [
         (["--host", "0.0.0.0"], {}, "no API key"),
         (["--base-model", "/nowhere"], {}, "no base model at /nowhere"),
-        (["--device", "cuda:7"], {}, "cuda:7 was asked for"),
+        (["--device", "cuda:7"], {}, "cuda:7 was requested"),
         ([], {"INFERENCE_TIMEOUT": "0"}, "INFERENCE_TIMEOUT"),
         ([], {"FIDELORA_LORA_HOST": "x"}, "did you mean FIDELORA_LORA_HOSTS?"),
         ([], {"FIDELORA_STORE_URL": "sqlite:////nowhere/at/all.sqlite"}, "cannot be used"),

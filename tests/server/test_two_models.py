@@ -11,6 +11,8 @@ import pytest
 from tests.server.serve_support import Server
 from tests.support import LORA, SDXL_LORA, TINY_BASE, TINY_SDXL
 
+pytestmark = pytest.mark.timeout(600)  # the longest takes more than two minutes
+
 ALTERNATIONS = 20
 LEVEL_BYTES = 64 * 2**20
 """Largest allowed growth of memory, 64 MiB.

@@ -25,7 +25,10 @@ from fidelora.training.compare import Comparison, compare_with_sample
 from fidelora.training.plan import plan_samples
 from fidelora.training.run_folder import read_run
 
-pytestmark = pytest.mark.usefixtures("golden_threads")
+pytestmark = [
+    pytest.mark.usefixtures("golden_threads"),
+    pytest.mark.timeout(600),
+]
 BF16_RUN = "bf16_save_f32"
 BF16_OTHER_PROCESSOR_LEVELS = 12
 """Largest difference of bfloat16 samples on other processors.

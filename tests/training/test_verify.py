@@ -37,7 +37,10 @@ from fidelora.training.verify import (
     worst_verdict,
 )
 
-pytestmark = pytest.mark.usefixtures("golden_threads")
+pytestmark = [
+    pytest.mark.usefixtures("golden_threads"),
+    pytest.mark.timeout(600),
+]
 LORA_RUN = DEMO_DATA / "lora_linear_f32"
 IDENTICAL = [
     "lokr_full",

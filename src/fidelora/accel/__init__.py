@@ -3,4 +3,5 @@
 from typing import Literal
 
 Offload = Literal["none", "model", "sequential"]
-"""How device memory is saved: not at all, one model part on the device at a time, one layer at a time."""
+"""Modes of saving device memory: none; one model part on the device at a time (`model`); one layer
+at a time (`sequential`)."""

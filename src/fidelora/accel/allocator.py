@@ -10,20 +10,21 @@ from contextlib import contextmanager
 
 # From glibc's malloc.h; see mallopt(3).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
-_NEVER, _AT_ONCE = 2**31 - 1, 64 * 2**20
+_NEVER = 2**31 - 1  # bytes; the largest value: no mapping per tensor, and no trimming
+_AT_ONCE = 64 * 2**20  # bytes; extra memory each time the heap grows
 
 
 def keep_freed_memory() -> bool:
     """Make the C library keep freed memory for the next tensor instead of returning it.
 
-    By default every large tensor is a new mapping: the system clears its pages, and takes them back
-    when the tensor is freed. A step of a model allocates hundreds of them. The numbers do not change.
+    By default, every large tensor is a new mapping: the kernel clears its pages, and reclaims them
+    when the tensor is freed. One step of a model allocates hundreds. Results do not change.
 
-    The process keeps the most memory that it ever used, so this is for processes that only make
+    The memory of the process never shrinks, so call this only in processes that do nothing but make
     images, before they load a model.
 
     Returns:
-        True if it took effect; only the GNU C library supports it.
+        True if the settings took effect; only the GNU C library supports them.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -38,8 +39,9 @@ def keep_freed_memory() -> bool:
 def importing_for_good() -> Iterator[None]:
     """Import large libraries in this block a fifth faster (0.8 of 4.3 s, see docs/performance.md).
 
-    Importing creates objects by the hundred thousand, and Python repeatedly searches them for
-    garbage. Nearly all live as long as the process, so they are exempt from collection for good.
+    Imports create several hundred thousand objects, which Python's garbage collector scans again
+    and again. Nearly all live as long as the process, so they are permanently excluded from
+    collection.
     """
     collected = gc.isenabled()
     gc.disable()

@@ -1,10 +1,10 @@
-"""The fast path on CUDA: compiled blocks, in the memory layout that tensor cores read.
+"""The fast path on CUDA: compiled blocks, in the memory layout of tensor cores.
 
 The denoiser's repeated blocks are alike, so they are compiled once. Adapters are merged into the
-tensors that the compiled code reads, so a switch of adapters compiles nothing.
+tensors that the compiled code reads, so changing adapters does not recompile.
 
-Written from the documentation of PyTorch and diffusers and tested on the CPU; no figure was
-measured on a GPU.
+Based on the documentation of PyTorch and diffusers. Tested on the CPU only; its speed on a GPU has
+not been measured.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Devices of this machine, and the precision that each uses by default."""
+"""Devices of this machine and their default precision."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return a device by name: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`; `auto` is the fastest.
+    """Return a device by name: `auto` (the fastest), `cpu`, `cuda`, `cuda:N` or `mps`.
 
     Raises:
-        DeviceError: no such device here.
+        DeviceError: this machine does not have the device.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -37,16 +37,19 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise DeviceError(
-                f"{name} was asked for, but this machine or this build of torch has no CUDA; use --device cpu."
+                f"{name} was requested, but this machine or this build of torch has no CUDA; "
+                "use --device cpu."
             )
         if (device.index or 0) >= torch.cuda.device_count():
             raise DeviceError(
-                f"{name} was asked for, but there are only {torch.cuda.device_count()} CUDA devices."
+                f"{name} was requested, but this machine has only {torch.cuda.device_count()} CUDA "
+                "devices; use a lower number."
             )
         return torch.device("cuda", device.index or 0)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise DeviceError(
-            "mps was asked for, but this machine or this build of torch has no Metal device; use --device cpu."
+            "mps was requested, but this machine or this build of torch has no Metal device; "
+            "use --device cpu."
         )
     if device.type not in ("cpu", "mps"):
         raise DeviceError(
@@ -59,9 +62,8 @@ def resolve_device(name: str) -> torch.device:
 def processor_name() -> str:
     """Return the processor's name with vendor, family and model.
 
-    The name that a virtual machine reports may lack these.
-
-    The maker matters: with equal instructions, the library that multiplies matrices takes other kernels on Intel's than on AMD's.
+    Virtual machines may report a name that lacks these. The vendor matters: even with the same
+    instruction set, the matrix library uses other kernels on Intel's processors than on AMD's.
     """
     linux = Path("/proc/cpuinfo")
     return (
@@ -76,15 +78,16 @@ def read_processor_name(information: Path) -> str:
         name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)
     }
     known = [f"{words} {fields[name]}" for words, name in _DISTINGUISHING.items() if name in fields]
-    return f"{fields.get('model name', platform.machine())} ({', '.join(known) or 'more is not known'})"
+    details = ", ".join(known) or "more is not known"
+    return f"{fields.get('model name', platform.machine())} ({details})"
 
 
 _DISTINGUISHING = {"by": "vendor_id", "family": "cpu family", "model": "model"}
-"""Field names of `/proc/cpuinfo` on x86 by the words in our records."""
+"""Maps the words in image records to the field names of `/proc/cpuinfo` on x86."""
 
 
 def instruction_set() -> str:
-    """Return the instruction sets of torch's kernels, such as `AVX512` or `AVX512, AMX`."""
+    """Return the instruction sets that torch's kernels use, such as `AVX512` or `AVX512, AMX`."""
     tiles = ", AMX" if torch.cpu._is_amx_tile_supported() else ""
     return torch.backends.cpu.get_cpu_capability() + tiles
 

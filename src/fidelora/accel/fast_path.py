@@ -1,4 +1,4 @@
-"""Which fast path a device has, for a family that supports it."""
+"""Selection of the fast path for a model family and a device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def fast_path(family: Family, device: torch.device, offload: Offload) -> FastPat
     """Return the fast path of this family on this device.
 
     Raises:
-        DeviceError: there is none, or it does not work with offloading.
+        DeviceError: the device or the family has no fast path, or offloading is on.
     """
     if offload != "none":
         raise DeviceError(

@@ -1,4 +1,4 @@
-"""Put the parts of a model on their device, or under hooks that move them there when they work."""
+"""Placement of model parts: on their device, or under hooks that move them there when called."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fidelora.accel import Offload
 def place_parts(
     parts: Iterable[nn.Module], device: torch.device, offload: Offload
 ) -> list[UserCpuOffloadHook]:
-    """Put parts, in the order of their work, on `device`, or under offloading hooks.
+    """Put parts, given in the order of use, on `device`, or add offloading hooks to them.
 
-    `sequential` keeps the numbers in the parameters that the parts had before, so weights that
-    adapters are merged into take effect.
+    With `sequential`, the hooks read the parts' original parameters. Adapters that are merged into
+    these later therefore take effect.
 
     Returns:
-        the hooks that move a part back to the CPU.
+        hooks that move the parts back to the CPU (`model` only).
     """
     hooks: list[UserCpuOffloadHook] = []
     for part in parts:

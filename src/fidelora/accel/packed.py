@@ -1,12 +1,12 @@
 """The fast path on the CPU: packed weights, and attention by matrix products.
 
-oneDNN multiplies fastest when a weight lies in memory in blocks. PyTorch converts it at each call;
-here it is converted once, when it is loaded or an adapter changes it. On processors that multiply
-bfloat16 natively, weights and activations are bfloat16, which halves the memory traffic and doubles
-the arithmetic throughput. Neither keeps the bits of the exact path.
+oneDNN multiplies fastest with weights in a blocked memory layout. PyTorch converts a weight at each
+call; this module converts it once, when it is loaded or an adapter changes it. On processors that
+multiply bfloat16 natively, weights and activations are bfloat16, which halves the memory traffic
+and doubles the arithmetic throughput. Neither is bit-identical to the exact path.
 
-A packed module is a linear or convolutional module whose `weight` has a shape and a dtype but no
-numbers; these come from `set_weight`.
+Packed modules replace linear and convolutional modules. Their `weight` has a shape and a dtype but
+no data; `set_weight` supplies the data.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class PackedLinear(_Packed, nn.Linear):
 
 
 class PackedCachedTextLinear(CachedTextProjection, PackedLinear):
-    """A packed linear module that projects each text once."""
+    """A packed linear module that projects each prompt once."""
 
     _version = 0
 
@@ -150,8 +150,8 @@ class PackedConv2d(_Packed, nn.Conv2d):
 class PackedPointwise(_Packed, nn.Conv2d):
     """A packed 1x1 convolution: a linear module over the channels of each pixel.
 
-    Packed as a convolution, its weight would be packed for one image size and converted at each
-    call for others.
+    As a convolution, its weight would be packed for one image size and converted at each call for
+    all others.
     """
 
     def __init__(self, conv: nn.Conv2d, dtype: torch.dtype) -> None:
@@ -176,7 +176,7 @@ class PackedPointwise(_Packed, nn.Conv2d):
 def pack(module: nn.Module, *, adapters_follow: bool) -> None:
     """Pack the linear and convolutional modules of a part of the model.
 
-    The modules may hold tensors that are mapped from a file; none of these is kept.
+    Tensors of the modules may be mapped from a file; all of them are replaced by copies.
 
     Args:
         adapters_follow: True if weights that adapters change are set later (`set_weight`), with the
@@ -215,8 +215,8 @@ def _packed(
         return None
     if module.kernel_size == (1, 1) and module.stride == (1, 1) and module.groups == 1:
         return PackedPointwise(module, dtype)
-    # For other numbers of channels the best layout depends on the image size, and a wrong one
-    # costs more than none.
+    # For other numbers of channels, the best layout depends on the image size; a wrong layout is
+    # slower than an unpacked weight.
     return (
         PackedConv2d(module, dtype)
         if module.out_channels % 64 == 0 or module.out_channels < 64
@@ -252,7 +252,7 @@ class BatchedAttention:
         attention_mask: None = None,
         temb: None = None,
     ) -> Tensor:
-        assert attention_mask is None, "denoisers of whole images use no mask"
+        assert attention_mask is None, "attention masks are not supported"
         text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         batch, rows, _ = hidden_states.shape
         query, key, value = attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text)

@@ -1,10 +1,11 @@
-"""Work that the exact path does once, where diffusers does it at every step, with the same bits.
+"""Work that the exact path does once instead of at every step, with bit-identical results.
 
 * PyTorch computes convolutions with oneDNN, which multiplies weights in a blocked memory layout.
   PyTorch converts the weight to that layout at each call; at 256x256 that takes a sixth of the time
-  of all convolutions. Here it is converted when it changes: the same product of the same numbers in
-  the same layout.
-* The keys and values that cross-attention computes from the text are the same at every step.
+  of all convolutions. Here it is converted only when it changes, with the same layout and
+  arithmetic.
+* The keys and values that cross-attention computes from the prompt embeddings are the same at every
+  step, so they are cached.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fidelora.accel.weight_protocols import WriteWeight
 
 
 def prepack(denoiser: nn.Module) -> None:
-    """Prepack convolutions and cache text projections, in a denoiser on the CPU.
+    """Prepack convolutions and cache text projections of a denoiser on the CPU.
 
     Convolutions get their weights later (`set_weight`), with the first adapters merged in.
     """
@@ -56,15 +57,15 @@ def _is_worth_prepacking(conv: nn.Conv2d) -> bool:
 def _usual_input(conv: nn.Conv2d) -> list[int]:
     """Return the input shape that a weight is prepacked for.
 
-    Where another layout suits an input better, oneDNN converts the weight at each call.
+    For inputs that need another layout, oneDNN converts the weight at each call.
     """
     return [2, conv.in_channels, 32, 32]
 
 
 def _uses_onednn(conv: nn.Conv2d, x: Tensor, weight: Tensor) -> bool:
-    """True if PyTorch convolves `x` with oneDNN; small single images it convolves itself.
+    """True if PyTorch uses oneDNN for `x`; it uses its own code for small single images.
 
-    Only the shapes and dtypes of the tensors matter.
+    Only shapes and dtypes of the tensors are used.
     """
     geometry = (conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups)
     backend: str = torch._C._select_conv_backend(x, weight, conv.bias, *geometry, None).name
@@ -72,12 +73,12 @@ def _uses_onednn(conv: nn.Conv2d, x: Tensor, weight: Tensor) -> bool:
 
 
 class PrepackedConv2d(nn.Conv2d):
-    """A convolution on the CPU whose weight is kept in oneDNN's layout; without gradients.
+    """A convolution on the CPU whose weight is kept in oneDNN's layout; for inference only.
 
-    Its `weight` has a shape but no numbers; these come from `set_weight`. Small single images are
-    computed by PyTorch with a plain copy of the weight, and so is everything that asks for
-    `plain_weight`. The plain copy replaces the prepacked weight until the next `set_weight`: keeping
-    both would double the memory, and writing the copy for each image costs more than it saves.
+    Its `weight` has a shape but no data; `set_weight` supplies the data. Small single images, and
+    callers of `plain_weight`, need a plain copy of the weight. That copy replaces the prepacked
+    weight until the next `set_weight`: keeping both would double the memory, and writing the copy
+    for each image costs more than it saves.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -99,8 +100,8 @@ class PrepackedConv2d(nn.Conv2d):
         """Use the weight [out, in, height, width] that `write` returns."""
         self.release_weight()
         dtype = self.weight.dtype
-        # The prepacked weight keeps the handle of its source alive. So the source gets a handle of
-        # its own that is emptied below; a view would keep the whole storage.
+        # The prepacked weight keeps a reference to its source. So `source` is a tensor of its own
+        # that is emptied below; a view would keep the whole storage alive.
         source = torch.empty(0, dtype=dtype).set_(write(dtype))  # type: ignore[call-overload]
         geometry = (self.stride, self.padding, self.dilation, self.groups)
         self._prepacked = torch.ops.mkldnn_prepacked.conv2d_prepack(
@@ -110,7 +111,7 @@ class PrepackedConv2d(nn.Conv2d):
         self._write = write
 
     def plain_weight(self) -> Tensor:
-        """Return the weight in use, which stays plain until the next `set_weight`."""
+        """Return the weight in use, and keep it unpacked until the next `set_weight`."""
         if self._plain is None:
             assert self._write is not None, "the weight was released and not set again"
             # A copy: a mapped file may be aligned differently, which changes the order of sums.
@@ -127,9 +128,10 @@ class PrepackedConv2d(nn.Conv2d):
 
 
 class CachedTextProjection(nn.Module):
-    """Caches the last result of a linear module that gets the same text many times in a row.
+    """Caches the last result of a linear module whose input is the same at many consecutive calls.
 
-    A text is identified by its tensor, which must not be changed: each image has its own.
+    Inputs are compared by identity, so an input tensor must not be changed in place. Each image has
+    tensors of its own.
     """
 
     _cached: tuple[Tensor, int, Tensor] | None = None
@@ -146,7 +148,7 @@ class CachedTextProjection(nn.Module):
 
 
 class CachedTextLinear(CachedTextProjection, nn.Linear):
-    """A linear module with the given one's parameters that projects each text once."""
+    """A linear module that shares `linear`'s parameters and projects each prompt once."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")

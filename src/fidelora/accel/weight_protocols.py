@@ -1,4 +1,4 @@
-"""Modules that keep their weight in a form of their own, for the code that merges adapters."""
+"""Protocols for merging adapters into modules that store their weight in a special form."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ WriteWeight = Callable[[torch.dtype], Tensor]
 
 @runtime_checkable
 class AcceptsWeight(Protocol):
-    """A module whose `weight` has a shape and a dtype but no numbers."""
+    """A module whose `weight` has a shape and a dtype but no data."""
 
     def release_weight(self) -> None:
-        """Drop the weight, to free memory for those written next."""
+        """Drop the weight, to free memory for the weights that are set next."""
 
     def set_weight(self, write: WriteWeight) -> None:
-        """Use the weight that `write` returns, now and possibly again later."""
+        """Use the weight that `write` returns; `write` may be called again later."""
 
 
 @runtime_checkable
 class ProvidesWeight(Protocol):
-    """A module whose `weight` has no numbers, and that can return them."""
+    """A module whose `weight` has no data, and that can return the weight in plain form."""
 
     def plain_weight(self) -> Tensor:
         """Return the weight in use, which must not be changed."""

@@ -1,8 +1,8 @@
 """Bodies of AUTOMATIC1111's API, and their conversion to recipes.
 
-https://github.com/AUTOMATIC1111/stable-diffusion-webui/wiki/API. Its clients send every field of
-their settings, used or not. So all fields are declared, and those that are not supported have to
-have a neutral value; other values are refused by the field's name.
+https://github.com/AUTOMATIC1111/stable-diffusion-webui/wiki/API. Its clients send every field, used
+or not, so all fields are declared. An unsupported field must have a neutral value; any other value
+is an error that names the field.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ FORMATS = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp"}
 
 
 class Txt2ImgRequest(RequestBody):
-    """The body of `POST /sdapi/v1/txt2img`, with A1111's defaults.
+    """Body of `POST /sdapi/v1/txt2img`, with A1111's defaults.
 
     Prompts select LoRAs by `<lora:name:multiplier>`. The fields from `enable_hr` on are not
-    supported; clients send them, and each has to have a neutral value.
+    supported, and must have neutral values; they are declared because clients send them.
     """
 
     prompt: str | None = Field("", max_length=MAX_PROMPT_CHARACTERS)
@@ -64,7 +64,7 @@ class Txt2ImgRequest(RequestBody):
     height: int | None = Field(512, ge=MIN_SIZE, le=MAX_SIZE)
     sampler_name: str | None = None
     sampler_index: str | None = Field(
-        "Euler", description="The older name of sampler_name, which has precedence."
+        "Euler", description="Older name of sampler_name; ignored if sampler_name is set."
     )
     scheduler: str | None = None
     batch_size: int | None = Field(1, ge=1, le=MAX_PROMPTS)
@@ -146,9 +146,9 @@ _NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
     "force_task_id": (),
     "infotext": ("",),
 }
-"""Values by field that change nothing, besides null. A field that is missing here is supported, or
-has an effect only together with one of these: `hr_scale` with `enable_hr`, `subseed` with
-`subseed_strength`, ..."""
+"""Values of unsupported fields that have no effect, besides null. Fields that are not listed are
+supported, or have an effect only together with a listed one: `hr_scale` with `enable_hr`, `subseed`
+with `subseed_strength`, ..."""
 _ETA = {"euler_a": 1.0, "dpm_2_a": 1.0, "ddim": 0.0}
 """Fixed `eta` of the samplers that have one."""
 
@@ -205,7 +205,7 @@ class Txt2ImgPlan:
     def recipes(
         self, adapters: Sequence[AdapterRef], base: Mapping[str, Any]
     ) -> tuple[Recipe, ...]:
-        """Return one recipe for each image; seeds count up as in A1111.
+        """Return one recipe for each image; the seed increases by 1 per image, as in A1111.
 
         Args:
             adapters: the adapters of the LoRAs, in order.
@@ -316,7 +316,7 @@ def plan_txt2img(request: Txt2ImgRequest, model: str, random_seed: int) -> Txt2I
 
 
 class Txt2ImgBody(BaseModel):
-    """The answer to `POST /sdapi/v1/txt2img`: base64 images, the request, and JSON text."""
+    """Response of `POST /sdapi/v1/txt2img`: images in base64, the request, and `info` as JSON."""
 
     images: list[str]
     parameters: dict[str, Any]
@@ -366,7 +366,7 @@ def info_of(plan: Txt2ImgPlan, job: Job, infotexts: Sequence[str], version: str)
 
 
 class A1111ErrorBody(BaseModel):
-    """The body of errors of A1111's paths except 422, which has FastAPI's shape, as in A1111."""
+    """Error body of A1111's paths, except for 422, which has FastAPI's shape as in A1111."""
 
     error: str
     detail: str
@@ -430,9 +430,9 @@ class StateBody(BaseModel):
 
 
 class A1111ProgressBody(BaseModel):
-    """The answer to `GET /sdapi/v1/progress`.
+    """Response of `GET /sdapi/v1/progress`.
 
-    It describes the oldest request that has the same API key and whose client still waits.
+    It describes the oldest request with the same API key whose client is still waiting.
     """
 
     progress: float

@@ -1,8 +1,8 @@
 """Bodies of OpenAI's Images API, as the package `openai` sends and reads them.
 
-https://platform.openai.com/docs/api-reference/images. Fields that OpenAI does not have (LoRAs,
-seed, steps, ...) are sent by `extra_body`. Fields that are not supported are refused, or accepted
-only with the value that changes nothing.
+https://platform.openai.com/docs/api-reference/images. Clients send fields that OpenAI does not have
+(LoRAs, seed, steps, ...) in `extra_body`. Unsupported fields are rejected, or accepted only with
+the value that has no effect.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 
 
 class ImagesRequest(RequestBody):
-    """The body of `POST /v1/images/generations`.
+    """Body of `POST /v1/images/generations`.
 
-    `quality`, `background` and `moderation` are accepted only with the values that change nothing.
+    `quality`, `background` and `moderation` are accepted only with values that have no effect.
     `user` and `safety_identifier` identify the user and do not affect the image.
     """
 
@@ -89,7 +89,7 @@ class ImagesRequest(RequestBody):
             raise ValueError("partial_images: supported only in a stream; set stream to true")
         if self.seed is not None and self.seed + (self.n or 1) - 1 > MAX_SEED:
             raise ValueError(
-                f"seed: the last image's would exceed {MAX_SEED}; choose a smaller one"
+                f"seed: the last image's seed would exceed {MAX_SEED}; choose a smaller one"
             )
         if self.stream and self.response_format == "url":
             raise ValueError("response_format: a stream supports only b64_json")
@@ -158,7 +158,7 @@ class ImageData(BaseModel):
 
 
 class ImagesBody(BaseModel):
-    """The answer to `POST /v1/images/generations`."""
+    """Response of `POST /v1/images/generations`."""
 
     created: int
     data: list[ImageData]
@@ -206,7 +206,7 @@ class ImageEvent(BaseModel):
 
 
 class OpenAIErrorDetail(BaseModel):
-    """An error in OpenAI's shape; `code` is one of this API if OpenAI has none."""
+    """An error in OpenAI's shape; `code` is this API's if OpenAI has no equivalent."""
 
     message: str
     type: str
@@ -215,7 +215,7 @@ class OpenAIErrorDetail(BaseModel):
 
 
 class OpenAIErrorBody(BaseModel):
-    """The body of errors of OpenAI's paths."""
+    """Error body of OpenAI's paths."""
 
     error: OpenAIErrorDetail
 

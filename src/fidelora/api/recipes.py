@@ -30,7 +30,7 @@ def check_request(request: InferenceRequest, *, needs_lora: bool = True) -> Fami
         needs_lora: True if at least one LoRA is required, as in the documented API.
 
     Raises:
-        RequestError: the request is not supported; has the code and the details of the API.
+        RequestError: the request is not supported; the error has the API's code and details.
     """
     try:
         spec = get_family(request.model)

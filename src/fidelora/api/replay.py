@@ -17,7 +17,7 @@ class ReplayChoices(RequestBody):
     """Changes to the recipe; omitted fields change nothing."""
 
     output_format: ImageFormat | None = Field(
-        None, description="By default the format of the image, or png."
+        None, description="By default the image's format; png if no image is sent."
     )
     fidelity: Fidelity | None = None
     base_model: Literal["server"] | None = Field(
@@ -27,7 +27,7 @@ class ReplayChoices(RequestBody):
 
 
 class ReplayRequest(ReplayChoices):
-    """The JSON body of `POST /v1/replay`: a recipe, or the parameters text of AUTOMATIC1111."""
+    """JSON body of `POST /v1/replay`: a recipe, or the parameters text of AUTOMATIC1111."""
 
     recipe: dict[str, Any] | None = None
     parameters: str | None = Field(None, min_length=1, max_length=50_000)
@@ -58,11 +58,11 @@ class ChangeBody(BaseModel):
 
 
 class ReplayAccepted(Accepted):
-    """The answer to `POST /v1/replay`: a queued request.
+    """Response of `POST /v1/replay`: a queued request.
 
-    `source` is `fidelora` if the image had a complete recipe; without changes, the pixels will be
-    the same. It is `a1111` if the recipe was read from another program's parameters text, as far
-    as it is supported.
+    `source` is `fidelora` if the request has a complete recipe; if `changes` is empty, the pixels
+    will be the same. It is `a1111` if the recipe was built from the supported part of another
+    program's parameters text.
     """
 
     source: Literal["fidelora", "a1111"]
@@ -81,7 +81,7 @@ def replay_accepted(
     ignored: tuple[Ignored, ...] = (),
     warnings: tuple[str, ...] = (),
 ) -> ReplayAccepted:
-    """Return the answer to a queued replay."""
+    """Return the response for a queued replay."""
     return ReplayAccepted(
         **accepted(job, base_url).model_dump(),
         source=source,

@@ -45,7 +45,7 @@ class LoraItem(RequestBody):
 
 
 class PromptItem(RequestBody):
-    """One image of a request. Omitted fields have the model's defaults; sizes are 1024."""
+    """One image of a request. Sizes default to 1024, other fields to the model's defaults."""
 
     prompt: str
     trigger_word: str | None = None
@@ -72,7 +72,7 @@ class PromptItem(RequestBody):
 
 
 class InferenceRequest(RequestBody):
-    """The body of `POST /v1/inference`."""
+    """Body of `POST /v1/inference`."""
 
     model: str
     loras: list[LoraItem]

@@ -12,7 +12,7 @@ from fidelora.jobs.job import Job, Status
 
 
 class Accepted(BaseModel):
-    """The answer to `POST /v1/inference`."""
+    """Response of `POST /v1/inference`."""
 
     request_id: str
     status: Literal["queued"] = "queued"
@@ -36,7 +36,7 @@ class ErrorEnvelope(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """The body of every error except 422, which has FastAPI's default shape."""
+    """Body of every error except 422, which has FastAPI's default shape."""
 
     detail: ErrorEnvelope
 
@@ -53,7 +53,7 @@ class ProgressBody(BaseModel):
 
 
 class StatusBody(BaseModel):
-    """The answer to `GET /v1/requests/{id}/status`."""
+    """Response of `GET /v1/requests/{id}/status`."""
 
     request_id: str
     status: Status
@@ -67,12 +67,12 @@ class StatusBody(BaseModel):
     queue_position: int | None = None
     preview: str | None = Field(
         None,
-        description="Preview, a small JPEG in base64; only in events that were requested with it.",
+        description="Preview, a small JPEG in base64; only in events requested with `previews`.",
     )
 
 
 class RequestList(BaseModel):
-    """The answer to `GET /v1/requests`: newest first; `next_cursor` is null on the last page."""
+    """Response of `GET /v1/requests`: newest first; `next_cursor` is null on the last page."""
 
     requests: list[StatusBody]
     next_cursor: str | None
@@ -108,7 +108,7 @@ class MetadataBody(BaseModel):
 
 
 class ResultBody(BaseModel):
-    """The answer to `GET /v1/requests/{id}/result`."""
+    """Response of `GET /v1/requests/{id}/result`."""
 
     request_id: str
     status: Status
@@ -143,7 +143,7 @@ class LoraBody(BaseModel):
 
 
 class LoraList(BaseModel):
-    """The answer to `GET /v1/loras`: sorted by path; `next_cursor` is null on the last page."""
+    """Response of `GET /v1/loras`: sorted by path; `next_cursor` is null on the last page."""
 
     loras: list[LoraBody]
     next_cursor: str | None
@@ -173,7 +173,7 @@ class OpenAIModel(BaseModel):
 
 
 class ModelList(BaseModel):
-    """The answer to `GET /v1/models`: the families in the documented and in OpenAI's shape."""
+    """Response of `GET /v1/models`: the families in the documented and in OpenAI's shape."""
 
     models: list[ModelBody]
     # Additions to the documented API; other servers omit them.
@@ -182,7 +182,7 @@ class ModelList(BaseModel):
 
 
 def accepted(job: Job, base_url: str) -> Accepted:
-    """Return the answer to a queued request."""
+    """Return the response for a queued request."""
     url = f"{base_url.rstrip('/')}/v1/requests/{job.id}"
     return Accepted(
         request_id=job.id,

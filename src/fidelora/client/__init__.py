@@ -1,7 +1,7 @@
-"""Clients of the HTTP API: `Client` and, with coroutines for methods, `AsyncClient`. No torch.
+"""Clients of the HTTP API: the blocking `Client` and `AsyncClient` for asyncio. Imports no torch.
 
-`calls.py` builds requests and reads responses, `flows.py` orders them into operations, and
-`sync.py` and `aio.py` only send and sleep.
+`calls.py` builds requests and parses responses, `flows.py` combines them into operations, and
+`sync.py` and `aio.py` perform the I/O.
 """
 
 from __future__ import annotations

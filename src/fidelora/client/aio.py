@@ -164,7 +164,7 @@ class AsyncClient:
         return self._iterate(Run(self._flows.loras()))
 
     async def upload_lora(self, path: str | Path, name: str | None = None) -> LoraBody:
-        """Upload a LoRA; requests refer to it by the `path` of the answer."""
+        """Upload a LoRA; requests refer to it by the returned `path`."""
         return await self._run(self._flows.upload_lora(Path(path), name))
 
     async def delete_lora(self, name: str) -> None:

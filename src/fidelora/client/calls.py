@@ -1,4 +1,4 @@
-"""The calls of the client, and how it reads the answers; no I/O over the network."""
+"""HTTP calls of the client and parsing of their responses, without network I/O."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Call:
     Attributes:
         repeatable: True if sending it twice has the same effect as sending it once.
         stream: True if the body of a successful response is read line by line.
-        timeout_s: in place of the client's timeout; None for no timeout.
+        timeout_s: seconds that replace the client's timeout; None for no timeout.
     """
 
     method: str
@@ -66,7 +66,7 @@ class Call:
     timeout_s: Any = httpx2.USE_CLIENT_DEFAULT
 
     def build(self, http: httpx2.Client | httpx2.AsyncClient) -> httpx2.Request:
-        """Return the request, with the defaults of an HTTP client."""
+        """Build the request with the defaults of an HTTP client."""
         return http.build_request(
             self.method,
             self.path,
@@ -199,7 +199,7 @@ def raise_for(response: httpx2.Response) -> None:
 def pause_before_retry(
     call: Call, attempts: int, retries: int, response: httpx2.Response | None
 ) -> float | None:
-    """Return the seconds to wait before the next attempt, or None if there is none.
+    """Return the seconds to wait before the next attempt; None if the call must not be retried.
 
     Args:
         attempts: number of times that the call was sent.
@@ -234,7 +234,10 @@ def pause_before_stream(
 def unreachable(call: Call, error: httpx2.TransportError) -> ApiUnavailableError:
     """Return the error to raise for a broken connection."""
     reason = str(error) or type(error).__name__
-    return ApiUnavailableError(f"The server did not answer {call.method} {call.path}: {reason}.")
+    return ApiUnavailableError(
+        f"The server did not answer {call.method} {call.path}: {reason}; "
+        "check base_url and that the server is running."
+    )
 
 
 class EventReader:
@@ -271,7 +274,7 @@ class EventReader:
 
 
 def events_call(request_id: str, last_id: str, previews: bool, timeout_s: float) -> Call:
-    """Build the call that opens the event stream, after the event `last_id` if there was one."""
+    """Build the call that opens the event stream, resuming after `last_id` if it is not empty."""
     return Call(
         "GET",
         f"/v1/requests/{request_id}/events",
@@ -302,7 +305,7 @@ def succeeded(result: ResultBody, status: StatusBody | None) -> ResultBody:
     """Return the result if the request succeeded.
 
     Raises:
-        RequestFailedError, RequestCanceledError: it did not.
+        RequestFailedError, RequestCanceledError: the request failed or was canceled.
     """
     if result.status is Status.CANCELED:
         raise RequestCanceledError(f"Request {result.request_id} was canceled.")
@@ -328,7 +331,7 @@ def images_of(result: ResultBody) -> Sequence[ImageBody]:
 
 
 def save_image(folder: Path, result: ResultBody, index: int, content: bytes) -> Path:
-    """Write an image's file after its sha256 was checked.
+    """Check an image's sha256 and write its file.
 
     Raises:
         OutputError: the content has another sha256, or cannot be written.

@@ -1,14 +1,14 @@
 """Operations of both clients as generators without network I/O, like `httpx2.Auth.auth_flow`.
 
 A flow yields steps. The client performs each step, sends its answer back into the flow, and
-returns what the flow returns. Broken connections are answers too: they are sent, not thrown.
+returns the flow's result. A broken connection is sent into the flow as an answer, not thrown.
 
     step         answer
     Call         the `Response`, read unless `Call.stream`; a `TransportError` if it failed
     ReadLine     the next line of the open stream; None at its end, or a `TransportError`
     CloseStream  None, or a `TransportError`
     Pause        None
-    Item         None; the value goes to the caller of the client, who iterates over the flow
+    Item         None; the client yields the value to its caller
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class CloseStream:
 
 @dataclass(frozen=True)
 class Item:
-    """Hand a value to the caller, between two steps."""
+    """Yield a value to the client's caller."""
 
     value: Any
 
@@ -82,7 +82,7 @@ class Run(Generic[Result]):
         self._flow = flow
 
     def advance(self, answer: Answer) -> Step | None:
-        """Return the step after the one that has this answer; None at the end. Begins with None."""
+        """Send the last step's answer, at first None, and return the next step; None at the end."""
         try:
             return self._flow.send(answer)
         except StopIteration as end:
@@ -90,7 +90,7 @@ class Run(Generic[Result]):
             return None
 
     def close(self) -> None:
-        """End the flow early; it releases the files that it has open."""
+        """End the flow early and close its open files."""
         self._flow.close()
 
 
@@ -161,7 +161,7 @@ class Flows:
         calls.raise_for((yield from self._send(Call("DELETE", path, repeatable=False))))
 
     def ready(self) -> Flow[bool]:
-        answer = yield Call("GET", "/ready")  # not retried: a failure is an answer, too
+        answer = yield Call("GET", "/ready")  # not retried: a failure means not ready
         return isinstance(answer, httpx2.Response) and answer.is_success
 
     def wait_for_success(
@@ -225,7 +225,7 @@ class Flows:
                 continue
             if deadline is not None and time.monotonic() >= deadline:
                 continue
-            # A stream that a stopping server ended counts as broken: both are resumed.
+            # A stream that ended early, as when the server stops, is resumed like a broken one.
             failures += 1
             cause = answer if isinstance(answer, httpx2.TransportError) else None
             yield Pause(calls.pause_before_stream(call, failures, self._retries, cause))

@@ -31,9 +31,9 @@ class Client:
     Args:
         base_url: address of the server, with the path prefix if it is behind a proxy.
         api_key: a key made by `fidelora keys add`, if the server requires keys.
-        timeout_s: seconds to wait for the answer to one call; generation may take longer.
+        timeout_s: seconds to wait for the response to one call; generation may take longer.
         retries: number of times that a call is sent again if the connection breaks or the server
-            is busy. Idempotency keys ensure that a retry has no effect twice.
+            is busy. Idempotency keys ensure that a retry does not queue a second request.
         transport: another `httpx2` transport, for tests.
     """
 
@@ -83,17 +83,17 @@ class Client:
         """Queue a request for images and return without waiting for them.
 
         Args:
-            prompts: one prompt per image, or a whole request; then the other fields are not used.
+            prompts: one prompt per image; or a complete request, which replaces the other fields.
             loras: the LoRAs in order, each a path, a (path, multiplier) tuple, or all its fields.
             fidelity: `exact` or `fast`; by default the server's setting.
-            idempotency_key: repeating a request under the same key returns the first one.
+            idempotency_key: a repeated call with the same key returns the same request.
             each: fields for every prompt that does not set them: `width`, `height`, `seed`, `neg`,
                 `sampler`, `sample_steps`, ...
 
         Raises:
             WrongUseError: a field is unknown or out of range.
-            ApiError: the server refused the request, with its code; `ApiUnavailableError` if it
-                may accept the request later.
+            ApiError: the server rejected the request; the error has the server's code.
+            ApiUnavailableError: the server cannot be reached, or may accept the request later.
         """
         fields = {
             "model": model,
@@ -135,14 +135,14 @@ class Client:
     ) -> ReplayAccepted:
         """Queue a request that makes an image again from its embedded recipe.
 
-        `wait` waits for it as for every request.
+        Pass its `request_id` to `wait`.
 
         Args:
             image: an image's path, its bytes, or a recipe.
             fidelity: `exact` or `fast`, instead of the recipe's.
             base_model: `server` for the server's base model, even if the image used another one.
             output_format: by default the format of the image.
-            idempotency_key: repeating a request under the same key returns the first one.
+            idempotency_key: a repeated call with the same key returns the same request.
 
         Raises:
             ApiError: the image cannot be replayed: `LORA_BYTES_MISSING`, `BASE_MODEL_DIFFERS` or
@@ -223,7 +223,7 @@ class Client:
         return self._iterate(Run(self._flows.loras()))
 
     def upload_lora(self, path: str | Path, name: str | None = None) -> LoraBody:
-        """Upload a LoRA; requests refer to it by the `path` of the answer."""
+        """Upload a LoRA; requests refer to it by the returned `path`."""
         return self._run(self._flows.upload_lora(Path(path), name))
 
     def delete_lora(self, name: str) -> None:

@@ -1,1 +1,1 @@
-"""The engine: one recipe in, one image out. `engine.py` is the way in, `denoise.py` the algorithm."""
+"""The engine, which makes images from recipes; `engine.py` is its entry point."""

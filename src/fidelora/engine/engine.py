@@ -1,4 +1,4 @@
-"""The engine: recipes in, images out."""
+"""The engine, which makes images from recipes."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ from fidelora.sampling.schedules import FlowSchedule, NoiseSchedule, Schedule
 from fidelora.weights.files import BaseFiles
 
 _BATCH_PIXELS = {"cpu": 4 * 256 * 256, "cuda": 4 * 512 * 512}
-"""Pixels of all images in a batch. On the CPU a batch saves 5 % per image (docs/performance.md); the
-value for CUDA is an estimate."""
+"""Maximum number of pixels of all images in a batch. On the CPU, a batch saves 5 % per image
+(docs/performance.md); the value for CUDA is an estimate."""
 
 Bound = list[tuple[BoundAdapter, float]]
 """Adapters bound to a base model, with their multipliers."""
@@ -59,10 +59,10 @@ Bound = list[tuple[BoundAdapter, float]]
 
 @dataclass(frozen=True)
 class Progress:
-    """The progress of an image: `step` of `steps` are done, `seconds` after the first began.
+    """Progress of an image: `step` of `steps` steps are done, `seconds` after the first began.
 
     Attributes:
-        preview: returns a rough picture, uint8 RGB [height / 8, width / 8, 3]. `preview(index)`
+        preview: returns a preview, uint8 RGB [height / 8, width / 8, 3]. `preview(index)`
             selects an image of a batch, by default the first. Only valid inside `on_step`.
     """
 
@@ -73,7 +73,7 @@ class Progress:
 
     @property
     def seconds_left(self) -> float:
-        """Estimated from the average duration of the finished steps."""
+        """Estimate from the average duration of the finished steps."""
         return self.seconds / self.step * (self.steps - self.step)
 
 
@@ -83,20 +83,22 @@ and leaves the engine usable."""
 
 
 class Engine:
-    """Makes images on one device and keeps loaded models for the next ones.
+    """Makes images on one device, and keeps loaded models in memory for later images.
 
-    Calls from several threads wait for each other: an image needs the device and the weights alone.
+    Thread-safe: concurrent calls run one after another, because each needs the device and the
+    weights for itself.
 
     Args:
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         offload: `none`; `model` or `sequential` save device memory and cost time.
-        cache_dir: where downloads from the hub are kept, if not in the usual place.
-        base_budget_bytes: memory for the weights of loaded base models together; the least recently
-            used go first. The one in use stays even if it is larger. None: one base model at a time.
+        cache_dir: folder for downloads from the hub; None for the default.
+        base_budget_bytes: total memory for the weights of loaded base models. The least recently
+            used are dropped first; the one in use stays even if it is larger. None: one base model
+            at a time.
         adapters: an adapter library to share; by default a new one.
 
     Raises:
-        DeviceError: there is no such device.
+        DeviceError: the device does not exist, or does not support this offload mode.
     """
 
     def __init__(
@@ -137,12 +139,12 @@ class Engine:
         return latest.merged.adapters if latest else frozenset()
 
     def load(self, recipe: Recipe) -> None:
-        """Load the base model and the adapters of `recipe`, and compile what needs compiling.
+        """Load the base model and adapters of `recipe`, and compile the model if its path does so.
 
-        The next `generate` of this recipe then starts at once.
+        The next `generate` of this recipe then starts without delay.
 
         Raises:
-            BaseModelError, AdapterError, WeightsFileError: what is wrong with which file.
+            BaseModelError, AdapterError, WeightsFileError: a file is missing or unsuitable.
             DeviceError: the recipe is `fast`, which this device or family does not support.
         """
         with self._computing():
@@ -152,7 +154,7 @@ class Engine:
                     model.warm_up(images, *_shape_settings(recipe))
 
     def max_batch(self, recipe: Recipe) -> int:
-        """Return how many images like this one are best made in one batch; 1 in `exact`."""
+        """Return the best batch size for images like this one; 1 in `exact`."""
         if recipe.fidelity == "exact":
             return 1
         return max(1, _BATCH_PIXELS.get(self.device.type, 0) // (recipe.width * recipe.height))
@@ -166,20 +168,20 @@ class Engine:
     ) -> GeneratedImage:
         """Make the image that `recipe` defines.
 
-        The same recipe gives the same pixels, whatever was made before.
+        The same recipe gives the same pixels, regardless of earlier images.
 
         Args:
             scheduler_options: replace values of the sampler's configuration, such as
                 `steps_offset`, to find out how another program made an image. Neither the recipe
-                nor the image's record contain them.
+                nor the image's record contains them.
 
         Raises:
-            BaseModelError, AdapterError, WeightsFileError: what is wrong with which file; nothing
-                has changed then.
+            BaseModelError, AdapterError, WeightsFileError: a file is missing or unsuitable; no
+                weights have changed.
             DeviceError: the recipe is `fast`, which this device or family does not support.
             NumericsError: the model produced NaN.
             MemoryExhaustedError: the device has too little memory.
-            BaseException: from `on_step`.
+            BaseException: raised by `on_step`.
         """
         return self._generate([recipe], on_step, scheduler_options or {})[0]
 
@@ -241,13 +243,13 @@ class Engine:
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
-        """Enter the one state in which the engine uses weights; compiled code depends on it."""
+        """Take the lock and set torch's modes, always in the same way: compiled code needs it."""
         with self._alone(), torch.no_grad(), self._own_precision(), _memory_errors():
             yield
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Serialise calls. A call from inside a call would wait for itself, so it is refused."""
+        """Serialise calls. A nested call would deadlock, so it raises `EngineBusyError`."""
         if self._owner == threading.get_ident():
             raise EngineBusyError
         with self._lock:
@@ -259,7 +261,7 @@ class Engine:
 
     @contextmanager
     def _own_precision(self) -> Iterator[None]:
-        """Disable an autocast of the caller: the recipe defines the dtypes."""
+        """Disable the caller's autocast, because the recipe defines the dtypes."""
         with torch.autocast("cpu", enabled=False), torch.autocast(self.device.type, enabled=False):
             yield
 
@@ -301,8 +303,7 @@ class Engine:
 
     @contextmanager
     def _with_adapters(self, model: LoadedModel, recipe: Recipe, bound: Bound) -> Iterator[None]:
-        # The trainer runs a DoRA live whatever the multipliers are; merged, it would differ in the
-        # last bits.
+        # The trainer always runs a DoRA unmerged; a merged one would differ in the last bits.
         live = [
             (one, multiplier)
             for one, multiplier in bound
@@ -313,7 +314,7 @@ class Engine:
             yield
 
     def _environment(self, model: LoadedModel) -> dict[str, str]:
-        """Return what can change the last bits of an image without being in its recipe."""
+        """Return the facts outside the recipe that can change the last bits of an image."""
         name = processor_name()
         if self.device.type == "cuda":
             name = torch.cuda.get_device_name(self.device)
@@ -383,14 +384,14 @@ def _step_reporter(
 
 @cache
 def _versions() -> dict[str, str]:
-    """Return the versions of the libraries that compute; looking them up takes a millisecond."""
+    """Return the versions of the libraries that affect images. Cached: this takes 1 ms."""
     others = {name: version(name) for name in ("diffusers", "transformers")}
     return {"fidelora": fidelora.__version__, "torch": torch.__version__, **others}
 
 
 @contextmanager
 def _memory_errors() -> Iterator[None]:
-    """Translate torch's errors for exhausted memory: a class on devices, a message on the CPU."""
+    """Translate torch's memory errors: a class on devices, a plain RuntimeError on the CPU."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -402,7 +403,7 @@ def _memory_errors() -> Iterator[None]:
 
 
 class _Clock:
-    """Seconds between laps."""
+    """Records the seconds between laps."""
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}

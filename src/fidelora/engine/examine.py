@@ -1,4 +1,4 @@
-"""Everything that an adapter's file tells, its weights included: what it is, what it fits, and what is wrong with it."""
+"""Examine an adapter file, including its weights: its kind, the bases it fits, its problems."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from fidelora.safetensors_header import Header, read_file_header
 from fidelora.weights.strict import empty_part, read_config
 
 ProblemCode = Literal[
-    "unusable", "not_finite", "other_architecture", "other_base", "nothing_learned", "partly_learned", "infinite_alpha",
-    "missing_alpha",
+    "unusable", "not_finite", "other_architecture", "other_base", "nothing_learned",
+    "partly_learned", "infinite_alpha", "missing_alpha",
 ]  # fmt: skip
 
 _FAMILIES = {
@@ -39,19 +39,19 @@ _FAMILIES = {
     "Stable Diffusion 3": ("joint_blocks", "transformer_blocks_0_ff_context"),
     "Wan": ("self_attn_q", "self_attn.q"),
 }
-"""How the module names of other families' adapters can be told; only to say what a file probably is."""
+"""Parts of module names by model family, used only to suggest what an unusable file is for."""
 
 
 _NO_ALPHA = 1e10
-"""What the trainer stores as the alpha of LoKr modules with whole factors; in float16 it becomes infinite."""
+"""Alpha that the trainer stores for LoKr modules with whole factors; infinite in float16."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something about an adapter that its user should know.
+    """A problem or a note about an adapter.
 
     Attributes:
-        unusable: whether the file cannot be used because of it; else it is a note.
+        unusable: True if the file cannot be used; False for a note.
     """
 
     code: ProblemCode
@@ -61,13 +61,15 @@ class Problem:
 
 @dataclass(frozen=True)
 class Examination:
-    """What was found.
+    """Result of examining an adapter.
 
     Attributes:
-        summary: what the header says.
-        alphas: the different alphas of its modules, ascending; may have infinity.
-        model: the id of the family that has the most of its modules by name; empty if none has any.
-        matched: how many modules that family has. same_shapes: how many of these in the shapes of the family's own base.
+        summary: contents of the header.
+        alphas: distinct alphas of the modules, ascending; may contain infinity.
+        model: id of the family that has the most of the adapter's modules, compared by name; empty
+            if no family has any.
+        matched: number of modules that this family has.
+        same_shapes: number of these modules that also fit the shapes of the family's default base.
     """
 
     sha256: str
@@ -80,16 +82,16 @@ class Examination:
 
     @property
     def usable(self) -> bool:
-        """Whether it can be used with a base of its family."""
+        """True if the adapter can be used with a base model of its family."""
         return not any(problem.unusable for problem in self.problems)
 
 
 def examine_adapter(path: Path) -> Examination:
-    """Read the whole file at `path`; whatever is wrong with it becomes one of its problems.
+    """Read the whole file at `path`, and return its contents and problems.
 
     Raises:
-        AdapterNotFoundError: there is no such file.
-        WeightsFileError: it cannot be read at all.
+        AdapterNotFoundError: the file does not exist.
+        WeightsFileError: the file cannot be read at all.
     """
     if not path.is_file():
         raise AdapterNotFoundError(f"There is no adapter file {path}; check the path.")
@@ -111,7 +113,7 @@ def examine_adapter(path: Path) -> Examination:
     if not any(problem.unusable for problem in problems):
         try:
             adapter = read_adapter(path)
-        except (AdapterError, WeightsFileError) as error:  # factors whose shapes do not go together
+        except (AdapterError, WeightsFileError) as error:  # mismatched shapes of factors
             problems = (*problems, Problem("unusable", str(error), True))
         else:
             model, matched, same_shapes = _family(adapter)
@@ -123,13 +125,13 @@ def examine_adapter(path: Path) -> Examination:
 
 def _tensors(path: Path) -> dict[str, Tensor]:
     with safe_open(path, framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no dictionary, though it looks like one
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
 
 
 def _numbers(
     modules: Mapping[str, Mapping[str, str]], tensors: Mapping[str, Tensor]
 ) -> Iterator[Problem]:
-    """NaN, and modules that change nothing: a product with a factor of zeros is zero."""
+    """Yield problems of values: NaN, and modules without effect because a factor is zero."""
     factors = {
         module: [key for part, key in parts.items() if part != "alpha"]
         for module, parts in modules.items()
@@ -138,20 +140,23 @@ def _numbers(
     if broken:
         yield Problem(
             "not_finite",
-            f"NaN or infinity in {len(broken)} tensors ({some(broken)}): training diverged or the file is damaged; "
-            "use an earlier checkpoint.",
+            f"{len(broken)} tensors have NaN or infinite values ({some(broken)}): training "
+            "diverged or the file is damaged. Use an earlier checkpoint.",
             True,
         )
     idle = [
         module for module, keys in factors.items() if not all(tensors[key].any() for key in keys)
     ]
     if len(idle) == len(modules):
-        message = "Nothing was learned: every module has a factor of zeros, so images are those of the base model."
+        message = (
+            "Nothing was learned: every module has a factor of zeros, so images are the same as "
+            "without the adapter."
+        )
         yield Problem("nothing_learned", message, False)
     elif idle:
         yield Problem(
             "partly_learned",
-            f"{len(idle)} of {len(modules)} modules change nothing ({some(idle)}).",
+            f"{len(idle)} of {len(modules)} modules have no effect ({some(idle)}).",
             False,
         )
 
@@ -167,7 +172,7 @@ def _alphas(
     ]:
         yield Problem(
             "infinite_alpha",
-            f"The alpha of {len(harmful)} modules is no finite number ({some(harmful)}).",
+            f"The alpha of {len(harmful)} modules is not a finite number ({some(harmful)}).",
             True,
         )
     if harmless := [
@@ -175,8 +180,9 @@ def _alphas(
     ]:
         yield Problem(
             "infinite_alpha",
-            f"The alpha of {len(harmless)} whole LoKr modules is {alphas[harmless[0]]:g}, as the trainer writes it: it has no "
-            "meaning there and is not used here; a program that uses it makes noise.",
+            f"The alpha of {len(harmless)} LoKr modules with whole factors is "
+            f"{alphas[harmless[0]]:g}, as written by the trainer. It has no meaning and is ignored "
+            "here; programs that use it produce noise.",
             False,
         )
     try:
@@ -186,18 +192,24 @@ def _alphas(
         return
     missing = [module for module in modules if module not in alphas and module not in whole]
     if missing and for_all is None:
-        message = f"{len(missing)} of {len(modules)} modules have no alpha ({some(missing)}): it is taken to be their rank."
+        message = (
+            f"{len(missing)} of {len(modules)} modules have no alpha ({some(missing)}); their rank "
+            "is used instead."
+        )
         if all("magnitude" in modules[module] for module in missing):
-            message = "A DoRA has no alpha in its file: its alpha is in the job's configuration, and taken to be the rank elsewhere."
+            message = (
+                "A DoRA file has no alpha: the alpha is in the configuration of the training run. "
+                "Without that configuration, the rank is used."
+            )
         yield Problem("missing_alpha", message, False)
 
 
 def say_where_it_belongs(
     adapter: Adapter, spec: Family, error: AdapterMismatchError
 ) -> AdapterMismatchError:
-    """That it does not fit a base of this family; in better words than `error` if its file or its modules say for which it is."""
+    """Return an error that names the adapter's family if its modules identify it, else `error`."""
     if adapter.metadata.get("ss_base_model_version"):
-        return error  # `refuse_other_family` knows better than names do
+        return error  # metadata is more reliable; see `refuse_other_family`
     model, matched, _ = _family(adapter)
     return (
         _belongs_to(adapter, get_family(model), spec)
@@ -207,10 +219,10 @@ def say_where_it_belongs(
 
 
 def refuse_other_family(adapter: Adapter, spec: Family) -> None:
-    """Refuse an adapter whose file says that it is for another family that is known here, even if all its modules would fit.
+    """Raise if the adapter's metadata names another supported family, even if its modules fit.
 
     Raises:
-        AdapterMismatchError: it says so.
+        AdapterMismatchError: the metadata names another family.
     """
     made_for = adapter.metadata.get("ss_base_model_version", "")
     other = next(
@@ -222,12 +234,13 @@ def refuse_other_family(adapter: Adapter, spec: Family) -> None:
 
 def _belongs_to(adapter: Adapter, other: Family, spec: Family) -> AdapterMismatchError:
     return AdapterMismatchError(
-        f"{adapter.name} is an adapter for {other.title}, and this base is one of {spec.title}: use it with model {other.id}."
+        f"{adapter.name} is an adapter for {other.title}, but the base model is of family "
+        f"{spec.title}. Use the adapter with model {other.id}."
     )
 
 
 def _family(adapter: Adapter) -> tuple[str, int, int]:
-    """The model family that has the most of the adapter's modules, how many, and how many of these in its own shapes."""
+    """Return `model`, `matched` and `same_shapes` of `Examination`."""
     best = ("", 0, 0)
     for model in all_families():
         targets = _targets(model)
@@ -246,7 +259,7 @@ def _family(adapter: Adapter) -> tuple[str, int, int]:
 
 @cache
 def _targets(model: str) -> Targets:
-    """Return the targets of a family's usual base."""
+    """Return the targets of a family's default base."""
     family = get_family(model)
     modules = {
         part.name: empty_part(part, read_config(family.layout / part.name / "config.json"))
@@ -259,7 +272,7 @@ def _targets(model: str) -> Targets:
 def _fit(
     adapter: Adapter, summary: AdapterSummary, model: str, matched: int, same_shapes: int
 ) -> Iterator[Problem]:
-    """Whether it is for a family that is known here, and for a base like that family's own."""
+    """Yield a problem if the adapter fits no supported family, or not its default base."""
     total = len(adapter.deltas)
     if matched < total:
         probably = next(
@@ -271,10 +284,10 @@ def _fit(
             "",
         )
         if summary.base and not (model and summary.base in get_family(model).adapter_base_versions):
-            made_for = f"; its file says that it was trained on {summary.base}"
+            made_for = f"; its metadata says that it was trained on {summary.base}"
         else:
-            made_for = f"; its names are those of {probably}" if probably else ""
-        where = f"in {get_family(model).title}" if model else "in any model family here"
+            made_for = f"; its module names are those of {probably}" if probably else ""
+        where = f"in {get_family(model).title}" if model else "in any supported model family"
         yield Problem(
             "other_architecture",
             f"{total - matched} of {total} modules are not {where}{made_for}.",
@@ -284,13 +297,14 @@ def _fit(
     spec = get_family(model)
     if 0 < same_shapes < matched:
         message = (
-            f"{matched - same_shapes} of {matched} modules have other shapes than those of {spec.title}: it was trained on a "
-            "relative of it (the text of Stable Diffusion 2 is wider) and fits only that one."
+            f"{matched - same_shapes} of {matched} modules have other shapes than in "
+            f"{spec.title}. The adapter was trained on a variant (for example, Stable Diffusion 2 has wider prompt "
+            "embeddings) and fits only that."
         )
         yield Problem("other_base", message, True)
     elif summary.base and summary.base not in spec.adapter_base_versions:
         yield Problem(
             "other_base",
-            f"Its file says that it was trained on {summary.base}, which is no {spec.title}.",
+            f"Its metadata says that it was trained on {summary.base}, which is not {spec.title}.",
             False,
         )

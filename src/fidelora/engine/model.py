@@ -50,7 +50,7 @@ class ModelKey(NamedTuple):
         """Find the files of the base model.
 
         Raises:
-            BaseModelError, WeightsFileError: what is wrong with which file.
+            BaseModelError, WeightsFileError: a file is missing, damaged or unsuitable.
         """
         return BaseFiles.find(
             get_family(self.model),
@@ -67,11 +67,11 @@ class LoadedModel:
     """A loaded base model.
 
     Attributes:
-        files: where it was loaded from.
-        device: where its parts compute.
-        parts: by name, each in the dtype of its key. In `fast`, denoiser and decoder have the form
-            of the fast path. On the CPU some modules of the denoiser keep their weight in a form of
-            their own (`AcceptsWeight`).
+        files: files of the base model.
+        device: device on which its parts compute.
+        parts: parts by name, each in the dtype of the model's key. In `fast`, the denoiser and the
+            decoder are packed or compiled. On the CPU, some modules of the denoiser store their
+            weight in a special form (`AcceptsWeight`).
         text, denoiser, latents: the family's implementation.
         targets: the weights that adapters can change.
         merged: the adapters that are merged into those weights.
@@ -97,7 +97,7 @@ class LoadedModel:
 
     @property
     def size_bytes(self) -> int:
-        """Size of its weights."""
+        """Size of its weights in bytes."""
         return sum(weight.nbytes for part in self.parts.values() for weight in part.parameters())
 
     @property
@@ -107,7 +107,7 @@ class LoadedModel:
         return cast(torch.dtype, module.dtype)
 
     def warm_up(self, images: int, guidance: Guidance, size: Size, dtype: torch.dtype) -> None:
-        """Compile what so many images of this size need, if the model is compiled."""
+        """Compile the denoiser for a batch of `images` of this size, if its path is compiled."""
         negative = self.denoiser.uses_negative(guidance)
         key = (images, negative, size)
         if self.fast_path is FastPath.COMPILED and key not in self._warm:
@@ -119,7 +119,7 @@ class LoadedModel:
             self._warm.add(key)
 
     def rest(self) -> None:
-        """Move offloaded parts back to the CPU, so that adapters are merged in one place."""
+        """Move offloaded parts back to the CPU, where adapters are merged."""
         for hook in self.hooks:
             hook.offload()
 
@@ -137,12 +137,12 @@ def load_model(
 
     Args:
         files: as `key.find_files()` returned them.
-        device: where it computes.
-        offload: `none` keeps all parts there, `model` the part at work, `sequential` the layer at
-            work.
+        device: device on which it computes.
+        offload: content of the device's memory. `none`: all parts; `model`: the part in use;
+            `sequential`: the layer in use.
 
     Raises:
-        BaseModelError, WeightsFileError: what is wrong with which file.
+        BaseModelError, WeightsFileError: a file is missing, damaged or unsuitable.
         DeviceError: `fast` is not available on this device, or not with offloading.
     """
     family = files.family
@@ -153,7 +153,7 @@ def load_model(
     pristine = {}
     for part in family.parts:
         packed = path is FastPath.PACKED and part.role != "text_encoder"
-        dtype = None if packed else dtypes[part.name]  # packed from the file's own tensors
+        dtype = None if packed else dtypes[part.name]  # `pack` reads the file's tensors
         parts[part.name], pristine[part.name] = build_part(
             part, configs[part.name], weights.pop(part.name), dtype
         )
@@ -167,13 +167,13 @@ def load_model(
         text=_implementation(family.text)(family, parts, files.tokenizers, device),
         denoiser=_implementation(family.denoiser)(denoiser),
         latents=_implementation(family.latents)(family, denoiser, decoder),
-        # Before offloading replaces parameters by placeholders.
+        # Must be created before offloading replaces parameters by placeholders.
         targets=(targets := Targets(family, parts, pristine)),
         merged=MergedAdapters(targets),
         hooks=[],
         fast_path=path,
     )
-    if not in_place:  # parameters without numbers cannot be moved
+    if not in_place:  # parameters without data cannot be moved
         model.hooks += place_parts(parts.values(), device, offload)
     if path is FastPath.COMPILED:
         compile_parts(denoiser, [decoder])
@@ -184,7 +184,7 @@ def expected_bytes(key: ModelKey, files: BaseFiles) -> int:
     """Return the most memory that the weights of a base model will take, in bytes.
 
     Raises:
-        WeightsFileError: a file is not sound.
+        WeightsFileError: a file is damaged.
     """
     counts = files.numbers()
     total = 0
@@ -209,7 +209,7 @@ def _accelerate_on_cpu(
         pack(denoiser, adapters_follow=True)
         pack(decoder, adapters_follow=False)
         return True
-    # Not where a compiler would have to follow it.
+    # Not for compiled models: the compiler would have to trace these modules.
     if path is None and device.type == "cpu" and offload == "none":
         if "prepacked" in family.accelerations:
             prepack(denoiser)

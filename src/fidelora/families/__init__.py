@@ -1,6 +1,7 @@
-"""The model families, one package each: *spec, text, denoiser, latents*.
+"""Model families. Each is a package with the modules `spec`, `text`, `denoiser` and `latents`.
 
-A `spec.py` is data and needs no torch; the other modules are loaded when a base model is.
+`spec.py` is data and does not import torch. The other modules are imported when a base model
+is loaded.
 """
 
 from fidelora.families.registry import all_families, get_family

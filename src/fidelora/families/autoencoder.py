@@ -1,4 +1,4 @@
-"""Latents into pixels with diffusers' `AutoencoderKL`, and rough pictures without it."""
+"""Convert latents to pixels with diffusers' `AutoencoderKL`, or to previews without it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fidelora.errors import NumericsError
 
 
 def unscale(latents: Tensor, config: Any) -> Tensor:
-    """Undo the scaling of latents that the decoder's configuration describes, in their dtype."""
+    """Undo the scaling that the decoder's configuration defines, in the dtype of `latents`."""
     latents = latents / config.scaling_factor
     shift = getattr(config, "shift_factor", None)
     return latents + shift if shift else latents
@@ -23,7 +23,7 @@ def unscale(latents: Tensor, config: Any) -> Tensor:
 def decode(vae: Any, latents: Tensor) -> NDArray[np.uint8]:
     """Decode unscaled `latents` [1, channels, h, w]: uint8 RGB [8h, 8w, 3].
 
-    The trainer's order: [-1, 1] to [0, 1] in the decoder's dtype, the rest in float32.
+    As in the trainer, [-1, 1] becomes [0, 1] in the decoder's dtype; the rest is float32.
 
     Raises:
         NumericsError: the model produced NaN.
@@ -50,7 +50,7 @@ def rough_colours(latents: Tensor, colours: Sequence[Sequence[float]]) -> NDArra
         colours: see `Family.latent_preview`.
     """
     values = latents.detach().float().cpu()
-    # Some samplers begin with noise of more than ten times the usual deviation.
+    # Some samplers begin with noise whose standard deviation is above ten.
     values = values / values.std().clamp(min=1.0)
     image = torch.einsum("chw,cr->hwr", values, torch.tensor(colours))
     scaled = (image.clamp(-1, 1) + 1) * 127.5

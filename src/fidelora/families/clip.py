@@ -25,7 +25,7 @@ _TEST_TOKENS = [320, 1125, 539, 320, 2368]
 
 @dataclass(frozen=True)
 class PromptEmbedding:
-    """A prompt as one text encoder encodes it.
+    """Embedding of a prompt by one text encoder.
 
     Attributes:
         states: hidden states [1, 77, width].
@@ -41,8 +41,8 @@ class PromptEmbedding:
 class ClipEncoder:
     """A CLIP text encoder with its tokenizer and a cache of the last prompt embeddings.
 
-    Most images share their negative prompt with the one before, and often the prompt. Cached
-    embeddings are the computed ones, so images do not depend on the cache.
+    Consecutive images usually have the same negative prompt, and often the same prompt. The cache
+    does not change images: it returns the same embeddings that would be computed.
 
     Args:
         device: where the encoder computes.
@@ -73,7 +73,7 @@ class ClipEncoder:
         Args:
             adapters: a key that changes with the adapters applied to the encoder.
         """
-        # The last bits depend on the number of threads.
+        # The last bits of an embedding depend on the number of threads.
         key = (prompt, adapters, torch.get_num_threads())
         if key not in self._cache:
             self._cache[key] = self._encode(self.tokenizer, self.encoder, prompt, self._device)
@@ -117,7 +117,7 @@ def load_tokenizer(folder: Path | None, spec: Tokenizer, vocabulary: int | None)
         vocabulary: the number of tokens that the text encoder has embeddings for.
 
     Raises:
-        BaseModelFilesError: it is incomplete, or is not CLIP's.
+        BaseModelFilesError: the tokenizer is incomplete, or is not CLIP's.
     """
     options = dict(spec.options) if folder is None else {}
     if folder is None:
@@ -162,5 +162,5 @@ def _cut(tokenizer: CLIPTokenizer, prompt: str, length: int) -> str:
     offsets = tokenizer(prompt, return_offsets_mapping=True, verbose=False).offset_mapping
     if len(offsets) <= length:
         return ""
-    start, _ = offsets[length - 1]  # the first token, whose place the end marker takes
+    start, _ = offsets[length - 1]  # the first token that the end marker replaces
     return prompt[start:].strip()

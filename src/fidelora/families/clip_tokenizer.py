@@ -1,4 +1,4 @@
-"""The one copy of CLIP's tokenizer in this package, which comes with the miniature base model.
+"""CLIP's tokenizer as bundled with this package, in the miniature base model.
 
 All text encoders of Stable Diffusion 1.5 and SDXL have this vocabulary.
 """

@@ -1,6 +1,6 @@
 """Linear fits from latents to colours, for rough pictures without the decoder.
 
-One row per latent channel: red, green and blue, -1..1, that one unit of the channel adds.
+One row per latent channel: the red, green and blue (-1..1) that one unit of it adds.
 """
 
 Colours = tuple[tuple[float, float, float], ...]

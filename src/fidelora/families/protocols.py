@@ -1,4 +1,4 @@
-"""What the engine asks of a model family: three classes, found through `Family`."""
+"""Interface of model families: three protocols, whose implementations `Family` names."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Size(NamedTuple):
 
 
 class Guidance(NamedTuple):
-    """Classifier-free guidance: its scale, and how far a guided prediction is rescaled (0..1)."""
+    """Classifier-free guidance: its scale, and the strength of its rescaling (0..1)."""
 
     scale: float
     rescale: float = 0.0
@@ -36,7 +36,7 @@ class Prompts:
 
     Attributes:
         negative: None if the denoiser evaluates no negative prompt.
-        negative_2: what the second text encoder gets in its place; None for the same.
+        negative_2: negative prompt of the second text encoder; None for the same.
     """
 
     prompt: str
@@ -49,8 +49,9 @@ class Encoded:
     """The prompts of one image, encoded.
 
     Attributes:
-        positive, negative: in a form of the family; `negative` is None without one.
-        warnings: sentences for the user, such as the end of a prompt that was cut off.
+        positive, negative: conditioning in the family's own form; `negative` is None without a
+            negative prompt.
+        warnings: sentences for the user, for example that the end of a prompt was cut off.
     """
 
     positive: Any
@@ -63,7 +64,7 @@ AdapterState = Callable[[str], Hashable]
 
 
 class Text(Protocol):
-    """Encodes prompts. Made once per base model."""
+    """Encodes prompts. Created once per base model."""
 
     def __init__(
         self, family: Family, parts: Mapping[str, nn.Module], tokenizers: Mapping[str, Path | None],
@@ -74,29 +75,29 @@ class Text(Protocol):
         """Encode the prompts of one image."""
 
     def blank(self, size: Size, *, negative: bool) -> Encoded:
-        """Return an encoding of the right shapes, to try out the denoiser."""
+        """Return a placeholder of the right shapes, for warming up the denoiser."""
 
 
 class Denoiser(Protocol):
-    """Predicts, guidance included. Made once per base model."""
+    """Denoiser with guidance. Created once per base model."""
 
     def __init__(self, module: nn.Module) -> None: ...
 
     def uses_negative(self, guidance: Guidance) -> bool:
-        """Return True if it evaluates a negative prompt at this guidance."""
+        """True if the denoiser evaluates a negative prompt at this guidance."""
 
     def prepare(
         self, encoded: Sequence[Encoded], guidance: Guidance, size: Size, dtype: torch.dtype
     ) -> Denoise:
-        """Return the function that the sampling loop calls, for these images side by side.
+        """Return the function that the sampling loop calls for a batch of these images.
 
         Args:
-            dtype: of the recipe; conditioning is rounded to it.
+            dtype: the recipe's dtype; conditioning is rounded to it.
         """
 
 
 class Latents(Protocol):
-    """Shapes of latents, and the way from latents to pixels. Made once per base model."""
+    """Shapes of latents, and conversion to pixels. Created once per base model."""
 
     def __init__(self, family: Family, denoiser: nn.Module, decoder: nn.Module) -> None: ...
 
@@ -104,10 +105,10 @@ class Latents(Protocol):
         """Return the shape of one image's latents, [1, ...]."""
 
     def tokens(self, size: Size) -> int:
-        """Return the number of tokens that the denoiser sees, on which some schedules depend."""
+        """Return the denoiser's number of tokens, on which some schedules depend."""
 
     def noise_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Return the dtype in which the initial noise is drawn, for a recipe of `dtype`."""
+        """Return the dtype of the initial noise for a recipe of `dtype`."""
 
     def decode(self, latents: Tensor, size: Size) -> NDArray[np.uint8]:
         """Return the image of latents [1, ...]: uint8 RGB [height, width, 3].
@@ -117,4 +118,4 @@ class Latents(Protocol):
         """
 
     def preview(self, latents: Tensor, size: Size) -> NDArray[np.uint8]:
-        """Return a rough picture of unfinished latents [...] without the decoder: uint8 RGB."""
+        """Return a preview of unfinished latents [...] without the decoder: uint8 RGB."""

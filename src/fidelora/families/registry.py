@@ -1,7 +1,7 @@
 """The model families by id.
 
-A family is a package beside this module and one entry in `_FAMILIES`. Other packages add one with
-an entry point of the group `fidelora.families` whose object is a `Family`.
+A family of this project is a package beside this module and an entry in `_FAMILIES`. Other projects
+add a family by an entry point of the group `fidelora.families` that refers to a `Family`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def get_family(model: str) -> Family:
     """Return the family with this id.
 
     Raises:
-        UnknownModelError: there is none.
+        UnknownModelError: there is no family with this id.
     """
     try:
         return all_families()[model]

@@ -1,4 +1,4 @@
-"""Model families as data: everything about a family that needs no torch."""
+"""Model families as data. Does not import torch."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Tokenizer:
         folder: its subfolder in a base model's folder.
         bundled: the folder in this package that is used for single-file checkpoints, and for
             folders without one; None if the family bundles none.
-        options: what `bundled` is loaded with in place of its own configuration.
+        options: values that replace those in the configuration of `bundled`.
     """
 
     folder: str
@@ -69,23 +69,23 @@ class Part:
     """A part of the base model that has weights.
 
     Attributes:
-        name: the attribute of the pipeline and the subfolder in a diffusers folder.
-        role: what it does; every family has exactly one denoiser and one decoder.
+        name: its name in diffusers' pipeline, and its subfolder in a diffusers folder.
+        role: every family has exactly one denoiser and one decoder.
         library: the package that has the class, `diffusers` or `transformers`.
-        class_name: the class, as `model_index.json` names it.
+        class_name: name of the class, as in `model_index.json`.
         weights: the file name of the weights without its suffix.
         precision: the recipe field with its dtype.
-        adapter_prefixes: how adapter files begin the names of its modules; empty if adapters never
+        adapter_prefixes: prefixes of its module names in adapter files; empty if adapters never
             change it.
         optional_prefix: a prefix that module names have or lack, depending on the library version
             that wrote the file.
-        tokenizer: of a text encoder.
-        checkpoint_prefix: how the names of its weights begin in a single-file checkpoint of the
-            original layout.
-        other_names: maps module paths to the names that the original code gave them, where adapter
-            files use those too.
-        ignored_weights: suffixes of weights that files may hold and the part does not use.
-        config: configuration values in place of the file's, where the trainer's library behaved
+        tokenizer: tokenizer of a text encoder; None for other parts.
+        checkpoint_prefix: prefix of its weight names in a single-file checkpoint of the original
+            layout.
+        other_names: maps module paths to the names in the original code, if adapter files use
+            these, too.
+        ignored_weights: suffixes of weights that files may contain but the part does not use.
+        config: values that replace those of the file, because the trainer's library behaved
             differently from the installed one.
         rounds_buffers: True if the trainer's `.to(dtype)` also rounded its buffers (rotary tables).
     """
@@ -108,12 +108,12 @@ class Part:
 
 @dataclass(frozen=True)
 class WrongSchedule:
-    """A schedule that other programs use for this family by mistake; the doctor tries it.
+    """Schedule that other programs use for this family by mistake; the doctor tries it.
 
     Attributes:
-        cause: the doctor's name for it.
+        cause: name of this cause in the doctor's report.
         options: the sampler options that differ.
-        fix: what to do, in a sentence.
+        fix: a sentence that tells the user what to do.
     """
 
     cause: str
@@ -123,7 +123,7 @@ class WrongSchedule:
 
 @dataclass(frozen=True)
 class Samples:
-    """What AI Toolkit does when it samples this family during training.
+    """AI Toolkit's way of sampling this family during training.
 
     Attributes:
         archs: values of `model.arch` in its configurations; None if a configuration without one
@@ -150,15 +150,15 @@ class Family:
 
     Attributes:
         id: the name in recipes, on the command line and in the API.
-        base_model: the usual base, a hub id; `base_aliases` are other ids of the same weights.
-        resolution_divisor: pixels; sizes are floored to a multiple.
-        default_size: pixels, of either side.
-        uses: the optional recipe fields that mean something for this family.
-        parts: in the order of their work.
+        base_model: hub id of the default base; `base_aliases` are other ids of the same weights.
+        resolution_divisor: in pixels; width and height are rounded down to a multiple of it.
+        default_size: width and height in pixels.
+        uses: the optional recipe fields that have an effect for this family.
+        parts: parts in the order of use.
         text, denoiser, latents: "module:class" of the implementations of `families.protocols`.
         checkpoint: module that converts single-file checkpoints; empty if there is no such layout.
-        layout: folder with the configurations of the usual base's parts.
-        accelerations: what `accel` offers that this family supports.
+        layout: folder with the configurations of the default base's parts.
+        accelerations: optimisations of `accel` that this family supports.
         samples: how AI Toolkit samples it.
         adapter_base_versions: values of `ss_base_model_version` in adapter files of this family.
         latent_preview: red, green and blue, -1..1, that one unit of each latent channel adds.
@@ -197,7 +197,7 @@ class Family:
         return next(part for part in self.parts if part.role == role)
 
     def canonical_base(self, base_model: str) -> str:
-        """Return `base_model`, or the usual base's own id if it is an alias of it.
+        """Return `base_model`, or the default base's id if `base_model` is an alias of it.
 
         An id may end in `@revision`, which is kept.
         """

@@ -1,15 +1,15 @@
 """Jobs and their transitions.
 
-A job is frozen, and each transition is a function from a job to the next one. So every store
-behaves the same, and the life cycle can be read and tested without a database:
+A job is frozen, and each transition is a function that returns the changed job. So all stores
+behave the same, and the life cycle can be tested without a database:
 
     in_queue -> in_progress -> succeeded | failed | canceled
     in_queue <- in_progress    the worker died, or the server stops: retry
     in_queue -> canceled
 
 Workers may be slow, partitioned or dead, so a claim is a lease with an epoch. Every report carries
-the epoch of its claim, and a report with any other than the current epoch is refused: a worker
-that lost its lease cannot change a job that another worker has claimed.
+the epoch of its claim, and a report with an outdated epoch is refused: a worker that lost its
+lease cannot change a job that another worker has claimed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from enum import StrEnum
 from fidelora.errors import FideloraError, LeaseLostError, RecipeError
 from fidelora.recipe import Recipe
 
-MAX_ATTEMPTS = 3  # claims after which a job whose worker died has failed
+MAX_ATTEMPTS = 3  # after so many claims, a job whose worker died fails
 SILENT = "its worker sent no heartbeat until the lease expired"  # a reason for `abandoned`
 
 

@@ -1,4 +1,4 @@
-"""Job store in memory, for tests and for servers that need not keep jobs over a restart."""
+"""Job store in memory, for tests and for servers that need not keep jobs across restarts."""
 
 from __future__ import annotations
 

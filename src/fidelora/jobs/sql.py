@@ -238,8 +238,8 @@ class SqlStore(StoreByTransition):
 
     @contextmanager
     def _writing(self) -> Iterator[sa.Connection]:
-        # SQLite allows one writer at a time and waits for it with growing sleeps; waiting for this
-        # lock is fair and shorter.
+        # SQLite allows one writer at a time; others wait in sleeps of growing length. Waiting for
+        # this lock is fair and shorter.
         with _database_errors(), self._write_lock, self._engine.begin() as connection:
             yield connection
 
@@ -353,7 +353,7 @@ def _configure_sqlite(engine: sa.Engine) -> None:
 
     @sa.event.listens_for(engine, "connect")
     def on_connect(connection: Any, _record: Any) -> None:
-        # None: sqlite3's implicit transactions would be committed before table changes.
+        # None disables sqlite3's implicit transactions, which it commits before table changes.
         connection.isolation_level = None
         connection.execute(f"PRAGMA journal_mode = {journal}")
         connection.execute("PRAGMA synchronous = FULL")

@@ -11,7 +11,8 @@ def guide(negative: Tensor, positive: Tensor, scale: float, rescale: float = 0.0
     Args:
         negative, positive: predictions [images, ...] for the negative prompts and the prompts.
         scale: guidance scale; 1 would return `positive`.
-        rescale: 0..1; how far the result is brought back to the standard deviation of `positive`.
+        rescale: 0..1; share by which the result is scaled back to the standard deviation of
+            `positive`.
     """
     guided = negative + scale * (positive - negative)
     return _rescaled(guided, positive, rescale) if rescale > 0 else guided
@@ -23,6 +24,6 @@ def _rescaled(guided: Tensor, positive: Tensor, share: float) -> Tensor:
     Source: Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed" (2023),
     section 3.4.
     """
-    each = list(range(1, guided.dim()))  # per image: a batch does not share its deviation
+    each = list(range(1, guided.dim()))  # per image, not over the whole batch
     deviation = positive.std(dim=each, keepdim=True) / guided.std(dim=each, keepdim=True)
     return share * (guided * deviation) + (1 - share) * guided

@@ -10,7 +10,7 @@ from fidelora.sampling.noise import NoiseSource
 from fidelora.sampling.schedules import Schedule
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
-"""Predicts from latents and a timestep, guidance included; the result is shaped like the latents."""
+"""Maps latents and a timestep to the guided prediction, which has the shape of the latents."""
 
 
 def sample(
@@ -24,9 +24,9 @@ def sample(
 
     Args:
         denoise: the family's denoiser with conditioning and guidance.
-        schedule: at the beginning of its steps.
+        schedule: a new schedule, at its first step.
         latents: the initial noise [images, ...], the first draw from `noise`.
-        noise: the source of all other random numbers: each step's own draws.
+        noise: source of the random numbers that the sampler draws in its steps.
         on_step: called after each evaluation of the denoiser with the number of finished steps and
             the latents, which it must not change; may raise to cancel.
 

@@ -1,4 +1,4 @@
-"""Both kinds of schedules, behind the names that the sampling loop uses."""
+"""Noise and flow schedules, with the interface that the sampling loop uses."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from torch import Tensor
 
 from fidelora.sampling.noise import NoiseSource
 
-# The trainer passes one configuration to all schedulers, which log every key that their class does
-# not use and every correction that they make. Both are part of how samples are made.
+# The trainer passes one configuration to all schedulers. They log every key that they do not use
+# and every correction that they make; both are expected here.
 for _name in ("diffusers.configuration_utils", "diffusers.schedulers"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 class Schedule(Protocol):
-    """Where each step goes. Keeps state between steps, so each image needs a new one.
+    """Timesteps and update rule of a sampler. Has state, so each image needs a new one.
 
     Attributes:
-        timesteps: one per evaluation of the denoiser, as the denoiser takes them.
+        timesteps: one per evaluation of the denoiser, in the denoiser's scale.
     """
 
     timesteps: Tensor
@@ -36,13 +36,13 @@ class Schedule(Protocol):
         """Return the initial latents for standard normal noise."""
 
     def scale(self, latents: Tensor, t: Tensor) -> Tensor:
-        """Return the latents as the denoiser takes them at `t`."""
+        """Return the latents scaled for the denoiser's input at `t`."""
 
     def step(self, prediction: Tensor, t: Tensor, latents: Tensor) -> Tensor:
         """Return the latents after the step that begins at `t`."""
 
     def steps_done(self, evaluations: int) -> int:
-        """Return the number of finished steps after so many evaluations of the denoiser."""
+        """Return the number of finished steps after this many evaluations of the denoiser."""
 
 
 class NoiseSchedule:
@@ -82,7 +82,7 @@ class NoiseSchedule:
         return cast(Tensor, step(prediction, t, latents, **self._draws, return_dict=False)[0])
 
     def steps_done(self, evaluations: int) -> int:
-        # Samplers of second order evaluate twice a step, pndm once more than there are steps.
+        # Second-order samplers need two evaluations per step; pndm needs steps + 1 in all.
         order: int = self._scheduler.order
         return min(-(-evaluations // order), self._steps)
 
@@ -91,7 +91,7 @@ class NoiseSchedule:
 def _prepared(
     scheduler: str, config: tuple[tuple[str, Any], ...], steps: int, device: torch.device
 ) -> Any:
-    """Return a scheduler with its tables, which take some samplers (`dpm_2`) 0.2 s to compute."""
+    """Return a scheduler with its tables. Cached: for `dpm_2`, computing them takes 0.2 s."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # `dpmsolver` is deprecated
         made = getattr(schedulers, scheduler).from_config(dict(config))
@@ -120,8 +120,8 @@ class FlowSchedule:
     ) -> None:
         if unknown := config.keys() - {"shift", "dynamic_shift"}:
             raise ValueError(f"FlowSchedule has no options {sorted(unknown)}.")
-        # 1 to 1 / steps: every step has the same length before the shift. In torch's float32, as
-        # the pipelines compute them; numpy's linspace differs in the last bit.
+        # From 1 to 1 / steps in equal steps, before the shift. Computed in torch's float32 as in
+        # the pipelines, because numpy's linspace differs in the last bit.
         sigmas = torch.linspace(1.0, 1 / steps, steps).numpy()
         if "dynamic_shift" in config:
             factor = math.exp(_shift_for(tokens, config["dynamic_shift"]))
@@ -151,7 +151,7 @@ class FlowSchedule:
 
 
 def _shift_for(tokens: int, line: tuple[float, float, float, float]) -> float:
-    """Return the exponential shift of an image with so many tokens.
+    """Return the exponential shift of an image with this many tokens.
 
     Args:
         line: two points, (tokens, shift, tokens, shift), of a straight line. FLUX.1's is

@@ -71,7 +71,7 @@ class ApiKeys:
         return self._read().get(sha256)
 
     def _read(self) -> dict[str, str]:
-        """Return hash -> name; the file is read again only after it changed."""
+        """Return the names of the keys by hash; the file is read again only if it has changed."""
         with self._lock:
             try:
                 status = self._path.stat()

@@ -65,7 +65,7 @@ def make_context(
 
     Args:
         server_defaults: recipe fields that the server sets, by model id.
-        server_id: stays the same after a restart; identifies the server's unfinished jobs.
+        server_id: id that survives restarts; identifies the server's unfinished jobs.
 
     Raises:
         FideloraError: a folder or the database cannot be used.
@@ -92,7 +92,7 @@ def make_context(
         warm=Recipe(prompt="", model=warm_model, **server_defaults[warm_model]),
         prepare=partial(configure_logs, settings.log_format, settings.debug),
     )
-    # The pool reports to the metrics and the metrics read the pool, so one gets its reference late.
+    # The pool and the metrics refer to each other, so the pool looks the metrics up at each report.
     late_metrics: list[Metrics] = []
     pool = WorkerPool(
         store,
@@ -112,7 +112,7 @@ def context_with_store(
     metrics: Metrics | None = None,
     pool: WorkerPool | None = None,
 ) -> ServerContext:
-    """Return a context on this store; without a pool, other processes work on its jobs.
+    """Return a context that uses this store; without a pool, other processes run its jobs.
 
     Raises:
         OutputError: the adapter cache is not writable.
@@ -148,11 +148,11 @@ def make_app(context: ServerContext, *, with_page: bool = False) -> FastAPI:
     Args:
         with_page: True to serve the web page, if it is enabled and its packages are installed.
     """
-    # Documentation only: the middleware checks keys, before a body is read.
+    # The security schemes only document the API; the middleware checks keys before a body is read.
     bearer = Security(
         HTTPBearer(
             auto_error=False,
-            description="A key from `fidelora keys add`; required once one exists.",
+            description="A key from `fidelora keys add`; required if the server has any keys.",
         )
     )
     app = FastAPI(
@@ -192,7 +192,7 @@ def make_app(context: ServerContext, *, with_page: bool = False) -> FastAPI:
         base_url=context.base_url,
         login=login if isinstance(page, Page) else None,
     )
-    app.add_middleware(RequestLogMiddleware, metrics=context.metrics)  # the last is outermost
+    app.add_middleware(RequestLogMiddleware, metrics=context.metrics)  # added last: outermost
     return app
 
 
@@ -240,7 +240,7 @@ async def _run_periodically(seconds: float, action: Callable[[], Awaitable[None]
 def _stop_server_on_failure(task: asyncio.Task[None]) -> None:
     """End the server if a background task failed, so that a supervisor can restart it.
 
-    A server that no longer watches its workers would only look alive.
+    Otherwise the server would appear healthy although it no longer watches its workers.
     """
     if not task.cancelled() and (error := task.exception()):
         log.critical("background task failed, stopping the server", exc_info=error)
@@ -249,7 +249,7 @@ def _stop_server_on_failure(task: asyncio.Task[None]) -> None:
 
 def _watch(context: ServerContext, pool: WorkerPool) -> None:
     if context.stopping.is_set():
-        return  # workers end on purpose now
+        return  # the workers are being stopped on purpose
     for job in pool.watch():
         log.warning(
             "job reclaimed from its worker",

@@ -21,14 +21,14 @@ from fidelora.workers.pool import WorkerPool
 
 @dataclass(frozen=True)
 class ServerContext:
-    """The objects that one server consists of.
+    """Settings, stores and services of one server.
 
     Attributes:
         base_url: URL at which clients reach the server.
         server_defaults: recipe fields that the server sets, such as `base_model` and the dtypes,
             by model id. A model without an entry has none.
-        pool: the workers; None if other processes work on the store.
-        a1111_jobs: jobs of AUTOMATIC1111 clients that are waiting for an answer: job id -> owner.
+        pool: the workers; None if other processes run the jobs.
+        a1111_jobs: owners by job id, for jobs whose AUTOMATIC1111 clients wait for a response.
         stopping: set as soon as the server begins to stop.
     """
 

@@ -1,4 +1,4 @@
-"""Login for browsers: a form takes an API key, and a session cookie replaces it afterwards."""
+"""Browser login: a form exchanges an API key for a session cookie."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SESSION_S = 7 * 24 * 3600.0
 _MAX_SESSIONS = 10_000
 """Number of sessions to keep; the oldest are dropped first."""
 _MAX_FORM_BYTES = 10_000
-"""Bytes of a login form to read; a form with a key has fewer than 100."""
+"""Largest number of bytes to read of a login form; a form with a key has fewer than 100."""
 _CONTENT_SECURITY_POLICY = (
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; form-action 'self'; "
     "frame-ancestors 'none'; base-uri 'none'"
@@ -30,7 +30,7 @@ _CONTENT_SECURITY_POLICY = (
 
 
 class Login:
-    """Sessions of browsers that logged in with a key, and the login form. Held in memory only.
+    """The login form, and the sessions of logged-in browsers, which are kept in memory only.
 
     Args:
         keys: the server's keys; a session ends when its key is removed.
@@ -67,9 +67,9 @@ class Login:
         await response(scope, receive, send)
 
     def leave(self, method: str, headers: Headers) -> Response:
-        """End the session on POST; on GET, which other sites can cause, show a form instead."""
+        """End the session on POST. On GET, which other sites can trigger, return a form for it."""
         if method != "POST":
-            return _page("logout", "<button autofocus>Leave</button>")
+            return _page("logout", "<button autofocus>Log out</button>")
         token = cookie_parser(headers.get("cookie", "")).get(COOKIE, "")
         with self._lock:
             self._sessions.pop(hash_of(token), None)

@@ -20,7 +20,7 @@ from fidelora.workers.attempt import AttemptReport
 from fidelora.workers.pool import WorkerPool
 
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
-"""Methods with a series of their own; all others, as clients can send any, are counted together."""
+"""Methods counted separately. Clients can send any method, so all others share one label."""
 # Upper bounds of the histogram buckets, in seconds.
 _QUEUE_BUCKETS_S = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
 _PHASE_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)

@@ -33,7 +33,7 @@ _LOGIN_ROUTES = {("GET", "/"), ("GET", LOGIN_PATH), ("POST", LOGIN_PATH)}
 MAX_BODY_BYTES = 2**20
 """Largest body of a route without a limit of its own: 1 MiB."""
 MAX_IMAGE_BYTES = 64 * 2**20
-"""Largest image file to replay, 64 MiB; the largest image made here has 48 MiB of pixels."""
+"""Largest image file to replay: 64 MiB. The server's largest images have 48 MiB of pixels."""
 _LOOPBACK_NAMES = {"localhost", "127.0.0.1", "::1"}
 _CALL_ID = re.compile(r"[\w.-]{1,64}")
 
@@ -59,7 +59,7 @@ class RequestLogMiddleware:
             return
         client_id = Headers(scope=scope).get("x-request-id", "")
         call_id = client_id if _CALL_ID.fullmatch(client_id) else uuid.uuid4().hex[:16]
-        start, status = time.monotonic(), 500  # the status if the application sends none
+        start, status = time.monotonic(), 500  # status if the application sends no response
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -136,7 +136,7 @@ def _too_large(limit: int) -> BodyTooLargeError:
 
 
 class AccessControl:
-    """Requires an API key; on a server without keys, a hostname and origin of this machine.
+    """Requires an API key; a server without keys accepts only hostnames and origins of its machine.
 
     The second rule blocks DNS rebinding (a hostile hostname that resolves to 127.0.0.1) and form
     posts from pages of other sites, to which browsers add the `Origin` header.
@@ -174,7 +174,7 @@ class AccessControl:
         await self._app(scope, receive, send)
 
     def _is_public(self, path: str) -> bool:
-        # Without a page, "/" is a text that says so.
+        # Without the page, "/" returns only a notice.
         return path in _PUBLIC_PATHS or (path == "/" and self._login is None)
 
     def _owner(self, headers: Headers, path: str, method: str) -> str:
@@ -187,7 +187,7 @@ class AccessControl:
             if scheme.lower() == "basic" and path.startswith(A1111_PATHS):
                 key = _password(credentials)
             owner = self._keys.owner(key) if key else None
-            # The API accepts no cookie, because other sites could make a browser send it.
+            # The API does not accept cookies, because other sites could make a browser send them.
             if owner is None and is_page and self._login:
                 owner = self._login.owner(headers)
             if owner is None:
@@ -206,9 +206,9 @@ class AccessControl:
         return ""
 
     def _refuse_other_sites(self, headers: Headers) -> None:
-        """Reject a POST from a page of another site, for routes that only the own page may call.
+        """Reject a POST from another site, on routes that only the server's page may call.
 
-        Browsers send the origin of a POST; programs send neither header.
+        Browsers send `Origin` or `Sec-Fetch-Site` with a POST; other programs send neither.
         """
         origin = headers.get("origin")
         if origin is None and headers.get("sec-fetch-site", "same-origin") == "same-origin":
@@ -229,9 +229,9 @@ def _host(url: str) -> str:
 
 
 def _password(credentials: str) -> str:
-    """Return the password of Basic credentials, which is the API key; the name is ignored.
+    """Return the password of Basic credentials, which is the API key; the user name is ignored.
 
-    A1111 clients support this kind of authentication only.
+    A1111 clients do not support bearer tokens.
     """
     try:
         return base64.b64decode(credentials, validate=True).decode().partition(":")[2]

@@ -1,4 +1,4 @@
-"""Error bodies: the documented API's format, and OpenAI's and AUTOMATIC1111's on their paths."""
+"""Error bodies in the format of the documented API, OpenAI or AUTOMATIC1111, by path."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Problem:
     """An error response, independent of the format of its body.
 
     Attributes:
-        fields: the invalid fields in FastAPI's format; empty if no field is the cause.
+        fields: the invalid fields in FastAPI's format; empty for all other errors.
         final: True if a retry cannot succeed although the status suggests one.
     """
 

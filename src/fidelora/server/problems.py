@@ -53,7 +53,7 @@ REQUEST_CODES = {
     "MOE_FORMAT_NOT_SUPPORTED": "The model has one transformer; remove the LoRA's `transformer`.",
     "FIELD_NOT_SUPPORTED": "The field `details.field` is unknown or not supported by the model.",
     "MULTIPLIERS_DO_NOT_MATCH": "A prompt does not have one multiplier per LoRA.",
-    "BASE_MODEL_DIFFERS": "The image was made with another base model; `details.differs` has both.",
+    "BASE_MODEL_DIFFERS": "The image has another base model; `details.differs` has the values.",
     "LORA_BYTES_MISSING": (
         "The server lacks LoRAs of the image; `details.missing` has sha256 and name of each."
     ),
@@ -86,11 +86,11 @@ def codes() -> dict[str, tuple[int, str]]:
 
 
 def error_responses(*statuses: int, is_json: bool = True) -> dict[int | str, dict[str, Any]]:
-    """Return the `responses` of a route: these errors, and those that every route can have.
+    """Return the `responses` argument of a route: these statuses and those common to all routes.
 
     Args:
-        is_json: False if the route's success response is not JSON. FastAPI would document errors
-            with the same media type, so the schema is spelled out then.
+        is_json: False if the route's success response is not JSON. The media type of errors is
+            then given explicitly, because FastAPI would document them with that of the success.
     """
     body: dict[str, Any] = {"model": ErrorBody}
     if not is_json:
@@ -158,7 +158,7 @@ _UNEXPECTED = Problem(
 
 
 def _invalid(found: Sequence[Mapping[str, Any]]) -> Problem:
-    """Return the problem for invalid fields. Plain values are repeated in it, except secrets."""
+    """Return the problem for invalid fields; short values that are not secret are included."""
     fields = []
     for entry in found:
         field = {"type": entry["type"], "loc": list(entry["loc"]), "msg": entry["msg"]}

@@ -35,8 +35,8 @@ _CONNECTION_GRACE_S = 5
 def serve(settings: Settings) -> None:
     """Serve until SIGTERM or Ctrl-C.
 
-    The server then accepts no new requests. Running ones finish within the grace period or go
-    back into the queue.
+    After the signal, the server rejects new requests. Running ones finish within the grace period
+    or return to the queue.
 
     Raises:
         FideloraError: the settings do not work on this machine.
@@ -85,7 +85,7 @@ async def _serve(context: ServerContext, listener: socket.socket) -> None:
         if context.pool is not None:  # the API still serves status and results meanwhile
             await asyncio.to_thread(context.pool.stop, context.settings.stop_grace_s)
         if isinstance(page := getattr(app.state, "page", None), Page):
-            await page.close()  # or its open streams would delay the shutdown
+            await page.close()  # its open streams would delay the shutdown
         server.should_exit = True
     waiting.cancel()
     await serving
@@ -129,16 +129,17 @@ def _server_defaults(settings: Settings) -> dict[str, dict[str, Any]]:
                     raise
                 fidelity = "exact"  # the family has no fast path
         server_defaults[model] = {**dtypes, "fidelity": fidelity}
-    for model, place in settings.base_models.items():
-        if not is_portable(place):  # absolute: requests outlive the current directory
-            place = str(locate(place, get_family(model).parts).absolute())
-        server_defaults[model]["base_model"] = place
+    for model, base_model in settings.base_models.items():
+        if not is_portable(base_model):
+            # Absolute, because a restarted server may run queued jobs from another directory.
+            base_model = str(locate(base_model, get_family(model).parts).absolute())
+        server_defaults[model]["base_model"] = base_model
     return server_defaults
 
 
 @contextlib.contextmanager
 def _lock_data_dir(data_dir: Path) -> Iterator[None]:
-    """Hold the lock of a data folder, which one server may use at a time.
+    """Lock a data folder while the context is open, so that only one server uses it.
 
     The operating system releases the lock when the process ends, even if it is killed.
     """

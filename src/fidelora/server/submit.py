@@ -1,8 +1,8 @@
-"""Queue the jobs of requests, and wait for them where a client waits in the same call.
+"""Queue jobs for requests, and wait for them in routes that respond with images.
 
-A route checks its request, looks up an idempotency key, and then calls, in this order:
-`resolve_adapters`, `recipes_of` (or its counterpart) with `defaults_for`, and `enqueue`.
-`submit` does these three for an `InferenceRequest`.
+A route checks its request and looks up an idempotency key. Then it resolves the LoRAs with
+`resolve_adapters`, builds recipes with the fields of `defaults_for`, and queues a job with
+`enqueue`. `submit` does these three for an `InferenceRequest`.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ async def submit(
 async def resolve_adapters(
     context: ServerContext, loras: Sequence[LoraItem], hub_token: str | None = None
 ) -> list[AdapterRef]:
-    """Return the adapters of a request's LoRAs, in order, with their files in the cache.
+    """Load a request's LoRAs into the adapter cache and return references to them, in order.
 
     Raises:
         ServerStoppingError: the server accepts no new requests; nothing was fetched.
@@ -108,7 +108,7 @@ async def enqueue(
     image_quality: int | None = None,
     submission: Submission | None = None,
 ) -> Job:
-    """Store a job for these recipes, or return the job that the same submission made before.
+    """Store and return a job for these recipes, or return the earlier job of the same submission.
 
     The job is on disk when this returns. Its id is added to the log lines of the current call.
 
@@ -143,8 +143,7 @@ def defaults_for(
 ) -> dict[str, Any]:
     """Return the recipe fields that the server sets for images with these adapters.
 
-    As on the command line, the first adapter's file determines the noise: it names the trainer
-    version, which determines the noise of the trainer's samples.
+    As on the command line, the noise follows from the trainer version in the first adapter's file.
     """
     noise: Noise = _noise(context.cache.path(adapters[0].sha256)) if adapters else "modern"
     return {**context.server_defaults.get(model, {}), "noise": noise}
@@ -162,7 +161,7 @@ async def cancel_on_exit(job: Job, context: ServerContext) -> AsyncIterator[None
     try:
         yield
     finally:
-        # The scope of a disconnected client is cancelled already, so this call needs a shield.
+        # The task of a disconnected client is already cancelled, so this call needs a shield.
         with anyio.CancelScope(shield=True):
             await run_in_threadpool(context.store.cancel, job.id, utc_now())
 
@@ -191,7 +190,8 @@ async def wait_until_succeeded(job: Job, context: ServerContext, request: Reques
     The job is canceled if the client disconnects, or if the server stops while it is queued.
 
     Raises:
-        RequestFailedError, RequestCanceledError, ServerStoppingError: the job made no images.
+        RequestFailedError, RequestCanceledError: the job failed or was canceled.
+        ServerStoppingError: the server is stopping and the job is still queued.
     """
     async with cancel_on_exit(job, context):
         async for update in job_updates(job, context, request):
@@ -203,7 +203,7 @@ def require_success(job: Job) -> Job:
     """Return the job if it has succeeded.
 
     Raises:
-        RequestFailedError, RequestCanceledError: it has not.
+        RequestFailedError, RequestCanceledError: the job failed or was canceled.
     """
     if job.error is not None:
         raise RequestFailedError(job.error.message, code=job.error.code)

@@ -1,1 +1,1 @@
-"""The files of a base model: found, checked, and loaded strictly."""
+"""Find, check and strictly load the files of a base model."""

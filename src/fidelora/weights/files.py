@@ -1,4 +1,4 @@
-"""The files of a base model: found once, checked, and handed on."""
+"""Find, check and read the files of a base model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fidelora.weights.locate import locate, weight_file_patterns
 from fidelora.weights.strict import read_config, read_weights
 
 Stamp = tuple[tuple[str, int, int], ...]
-"""Name, size and time (ns) of files."""
+"""Path, size in bytes and modification time in ns of each file."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class BaseFiles:
     Attributes:
         source: the diffusers folder or the single-file checkpoint.
         configs: `config.json` of each part by name.
-        tokenizers: folders by the name of their text encoder; None stands for the bundled one.
-        weights: files by part; empty for parts that a checkpoint holds.
-        stamp: of all files when they were found; see `is_unchanged`.
+        tokenizers: folder by text encoder; None for the bundled tokenizer.
+        weights: files by part, without the parts that a single-file checkpoint contains.
+        stamp: stamp of all files when they were found; see `is_unchanged`.
     """
 
     family: Family
@@ -55,17 +55,17 @@ class BaseFiles:
         decoder: str = "",
         cache_dir: Path | None = None,
     ) -> BaseFiles:
-        """Find the files of a base model, downloading from the hub what is not there.
+        """Find the files of a base model, and download missing ones from the hub.
 
         Args:
             base_model: hub id, diffusers folder or single-file checkpoint.
-            variant: which weight files of a folder: empty or, for example, `fp16`.
-            config: folder with configurations for a checkpoint; empty for the family's own.
-            decoder: hub id, folder or file of a decoder in place of the base's own; may be empty.
-            cache_dir: the hub's cache, if it is not the usual one.
+            variant: variant of a folder's weight files, such as `fp16`; may be empty.
+            config: folder with configurations for a checkpoint; empty: those of the family.
+            decoder: hub id, folder or file of a decoder to use instead of the base's; may be empty.
+            cache_dir: the hub's cache; None for the default.
 
         Raises:
-            BaseModelError, WeightsFileError: what is wrong with which file.
+            BaseModelError, WeightsFileError: a file is missing, damaged or unsuitable.
             RecipeError: `config` was given for a folder.
         """
         source = locate(base_model, family.parts, variant=variant, cache_dir=cache_dir)
@@ -100,7 +100,7 @@ class BaseFiles:
         return self.source.is_file()
 
     def is_unchanged(self) -> bool:
-        """Return True if no file was overwritten, added or removed since they were found."""
+        """True if no file was overwritten, added or removed since the files were found."""
         folders = [path for path in self.tokenizers.values() if path is not None]
         return self.stamp == _stamp(
             self.source, *self.configs.values(), *folders, *sum(self.weights.values(), ())
@@ -110,7 +110,7 @@ class BaseFiles:
         """Read configurations and weights by part; tensors may be mapped from the files.
 
         Raises:
-            BaseModelError, WeightsFileError: what is wrong with which file.
+            BaseModelError, WeightsFileError: a file is missing, damaged or unsuitable.
         """
         configs = {name: read_config(path) for name, path in self.configs.items()}
         weights: dict[str, dict[str, Tensor]] = {}
@@ -127,10 +127,10 @@ class BaseFiles:
         return configs, weights
 
     def numbers(self) -> dict[str, int]:
-        """Return how many numbers the weights of each part have, from the headers of the files.
+        """Return the number of weight elements of each part, from the headers of the files.
 
         Raises:
-            WeightsFileError: a file is not sound.
+            WeightsFileError: a file is damaged.
         """
         counts = {part.name: 0 for part in self.family.parts}
         for name, paths in self.weights.items():
@@ -147,10 +147,10 @@ class BaseFiles:
 
     @cached_property
     def sha256(self) -> str:
-        """Sha256 of the weight files, in hex: of the file itself, if there is only one.
+        """Sha256 of the weights in hex.
 
-        Of several files it is the sha256 of lines `part sha256`, in the order of parts and shards.
-        Files are hashed once and remembered by path, size and time.
+        For a single file, it is the sha256 of the file. For several files, it is the sha256 of
+        lines `part sha256`, in the order of parts and shards. Hashes of files are cached.
 
         Raises:
             WeightsFileError: a file cannot be read.
@@ -204,7 +204,7 @@ def _tokenizer(layout: Path, part: Part) -> Path | None:
 
 
 def _check_index(folder: Path, family: Family) -> None:
-    """Refuse a folder whose `model_index.json` names another kind of model."""
+    """Raise if the folder's `model_index.json` describes another kind of model."""
     index = folder / "model_index.json"
     if not index.is_file():
         missing = [part.name for part in family.parts if not (folder / part.name).is_dir()]
@@ -271,7 +271,7 @@ def _weight_files(folder: Path, part: Part, variant: str) -> tuple[Path, ...]:
 
 
 def _check_shards(paths: list[Path]) -> None:
-    """Refuse shards of which some are missing or left over from another export."""
+    """Raise if shards are missing, or left over from another export."""
     matches = [re.search(r"-(\d+)-of-(\d+)\.", path.name) for path in paths]
     numbers = [(int(match[1]), int(match[2])) for match in matches if match]
     expected = [(number, len(paths)) for number in range(1, len(paths) + 1)]
@@ -285,9 +285,9 @@ def _check_shards(paths: list[Path]) -> None:
 def _decoder_files(
     name: str, part: Part, variant: str, cache_dir: Path | None
 ) -> tuple[Path | None, tuple[Path, ...]]:
-    """Return the folder of the decoder that replaces the base's own, and its weight files.
+    """Return the folder and the weight files of a decoder that replaces the base model's.
 
-    The folder is None for a single file, which has no configuration.
+    The folder is None for a single file, which has no configuration of its own.
     """
     source = locate(name, [part], what="VAE", variant=variant, cache_dir=cache_dir)
     if not source.is_dir():

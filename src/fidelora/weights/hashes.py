@@ -1,4 +1,4 @@
-"""Hashes of large files, computed once and remembered by path, size and time."""
+"""Hashes of large files, cached by path, size and modification time."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from fidelora.errors import OutputError
 from fidelora.recipe import file_sha256
 
 _SETTLED_S = 2.0
-"""A file that changed more recently is hashed again: two writes within one tick look alike."""
-_MAX_ENTRIES = 1000
+"""Age in seconds from which a file's hash is cached: two writes within one clock tick of the file
+system have the same time."""
+_MAX_ENTRIES = 1000  # in the cache file; the oldest are dropped
 
 
 def remembered_sha256(path: Path) -> str:
     """Return the sha256 of a file, from the user's cache if the file has not changed since.
 
-    The cache is `fidelora/hashes.json` in `XDG_CACHE_HOME` (`~/.cache`). Losing it costs time only.
+    The cache is `fidelora/hashes.json` in `XDG_CACHE_HOME` (`~/.cache`). It can be deleted safely.
 
     Raises:
         WeightsFileError: the file cannot be read.

@@ -22,7 +22,7 @@ from fidelora.families.spec import Part
 from fidelora.safetensors_header import refuse_pickle
 
 _BUNDLED = {"fidelora:miniature": Path(__file__).parents[1] / "miniature"}
-"""Base models in this package, by names that mean them on every machine."""
+"""Base models in this package, by names that are the same on every machine."""
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
@@ -34,20 +34,20 @@ def locate(
     variant: str = "",
     cache_dir: Path | None = None,
 ) -> Path:
-    """Return the local folder or file that `name` means.
+    """Return the local folder or file that `name` refers to.
 
-    A hub id is downloaded unless it is in the cache: only configurations, tokenizers and the
+    A repository that is not in the cache is downloaded, but only its configurations, tokenizers and
     .safetensors files of one variant. `HF_TOKEN`, `HF_HOME` and `HF_HUB_OFFLINE` work as usual.
 
     Args:
         name: a path, a hub id, or the name of a bundled base model.
         parts: the parts that are needed.
-        what: what messages call it.
+        what: what error messages call the object.
 
     Raises:
-        BaseModelNotFoundError: neither a file, nor a folder, nor a repository that can be reached.
-        PickleRefusedError: a `.ckpt`, `.bin` or another pickle.
-        BaseModelFilesError: a file of another kind.
+        BaseModelNotFoundError: there is no such file or folder, and no reachable repository.
+        PickleRefusedError: the file is a `.ckpt`, a `.bin` or another pickle.
+        BaseModelFilesError: the file is of another kind.
     """
     path = _path(name)
     if is_local(name):
@@ -68,23 +68,20 @@ def locate(
 
 
 def is_portable(name: str) -> bool:
-    """Return True if `name` means the same on every machine: a hub id or a bundled base model."""
+    """True if `name` is a hub id or a bundled model, which are the same on every machine."""
     return name in _BUNDLED or (not is_local(name) and _HUB_ID.fullmatch(name) is not None)
 
 
 def is_local(name: str) -> bool:
-    """Return True if there is a file or folder at `name`, or it names a bundled base model."""
+    """True if `name` is an existing file or folder, or a bundled base model."""
     try:
         return _path(name).exists()
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError):  # not a valid file name
         return False
 
 
 def weight_file_patterns(part: Part, variant: str) -> list[str]:
-    """Return file names, with wildcards, that a part's weights may have.
-
-    They are in one file, or in shards with an index.
-    """
+    """Return glob patterns for a part's weights: for a single file, and for shards."""
     name, shard = part.weights, "[0-9]*-of-[0-9][0-9][0-9][0-9][0-9]"
     if not variant:
         return [f"{name}.safetensors", f"{name}-{shard}.safetensors"]
@@ -108,7 +105,7 @@ def _patterns(parts: Sequence[Part], variant: str) -> list[str]:
     for part in parts:
         patterns.append(f"{part.name}/config.json")
         patterns += [f"{part.name}/{pattern}" for pattern in weight_file_patterns(part, variant)]
-    if len(parts) == 1:  # a repository of one part may have it at its root
+    if len(parts) == 1:  # a repository with only one part may have it at its root
         patterns += ["config.json", *weight_file_patterns(parts[0], variant)]
     return patterns
 

@@ -1,7 +1,7 @@
-"""Load weights strictly: the file has every weight of a module, and no weight is left over.
+"""Load weights strictly: a file must contain exactly the weights of the module.
 
-diffusers and transformers fill missing weights with random numbers and log a line. A text encoder
-whose file uses other names then loads without an error, and every image is noise with a theme.
+diffusers and transformers replace missing weights by random numbers and only log it. A text encoder
+whose file uses other names would load without an error, and images would be little more than noise.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fidelora.families.spec import Part
 from fidelora.safetensors_header import read_file_header
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# diffusers' names of the VAE's attention before 0.15; the files of Stable Diffusion 1.5 have them.
+# Names of the VAE's attention in diffusers before 0.15, as in the files of Stable Diffusion 1.5.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 # Written by transformers before 4.31; a constant (0, 1, 2, ...), not a weight.
 _POSITION_IDS = "embeddings.position_ids"
@@ -41,14 +41,14 @@ def build_part(
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """Return the module that `config` describes, with exactly these weights, on the CPU.
 
-    Weights that adapters can change stay uninitialised: `MergedAdapters` writes them, with the first
-    adapters merged in. Copying what is overwritten at once would cost as much again.
+    Weights that adapters can change stay uninitialised. `MergedAdapters` writes them, with the
+    first adapters merged in; copying them before that would be wasted time.
 
     Args:
-        dtype: None keeps the given tensors, for callers that convert them at once.
+        dtype: None keeps the given tensors, for callers that convert them afterwards.
 
     Returns:
-        the module in inference mode, and the weights as they were given, by the module's own names.
+        the module in inference mode, and the given weights under the module's own names.
 
     Raises:
         BaseModelFilesError: the configuration does not describe such a module.
@@ -73,7 +73,7 @@ def build_part(
     if dtype is None:
         own = weights
     else:
-        # Copies even in the right dtype: what was read is mapped from the file.
+        # Copy even if the dtype is right: the tensors that were read may be mapped from the file.
         own = {
             name: torch.empty_like(tensor, dtype=dtype)
             if name in later
@@ -89,7 +89,7 @@ def build_part(
 
 
 def changeable(module: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
-    """Yield path and module of everything in a part whose weight adapters can change."""
+    """Yield the path and the module of each layer whose weight adapters can change."""
     for path, child in module.named_modules():
         if isinstance(child, nn.Linear | nn.Conv2d):
             yield path, child
@@ -129,8 +129,8 @@ def read_weights(paths: Sequence[Path]) -> dict[str, Tensor]:
     The tensors may be mapped from the files.
 
     Raises:
-        WeightsFileError: a file is not a sound .safetensors file.
-        BaseModelFilesError: two shards have the same weight.
+        WeightsFileError: a file is not a valid .safetensors file.
+        BaseModelFilesError: two shards contain the same weight.
     """
     weights: dict[str, Tensor] = {}
     for path in paths:
@@ -149,9 +149,9 @@ def read_weights(paths: Sequence[Path]) -> dict[str, Tensor]:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Return True if no number is NaN or infinite, in one pass and without extra memory.
+    """True if no value is NaN or infinite, found in one pass and without extra memory.
 
-    Either would be the minimum or the maximum.
+    `aminmax` returns such a value as the minimum or the maximum.
     """
     least, greatest = torch.aminmax(tensor)
     return bool(torch.isfinite(least) and torch.isfinite(greatest))
@@ -175,7 +175,7 @@ def _construct(part: Part, config: Mapping[str, Any]) -> nn.Module:
 
 
 def _tied(module: nn.Module) -> dict[str, str]:
-    """Map each name of a shared parameter to the names of its twins; files store one of them."""
+    """Map each name of a shared parameter to its other name; files store only one of them."""
     names: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -200,7 +200,7 @@ def _rename(part: Part, weights: Mapping[str, Tensor], expected: Any) -> dict[st
                 )
             continue
         if prefix:
-            # Weights beside that level, such as a projection, never have the prefix.
+            # Weights outside that level, such as a projection, never have the prefix.
             bare = name.removeprefix(prefix)
             name = prefix + bare if has_prefix and bare not in expected else bare
         if part.library == "diffusers":
@@ -211,8 +211,8 @@ def _rename(part: Part, weights: Mapping[str, Tensor], expected: Any) -> dict[st
             )
         if name in renamed:
             raise BaseModelWeightsError(
-                f"Two weights of the base model's {part.name} are both {name}: the file is damaged. "
-                "Download it again."
+                f"Two weights of the base model's {part.name} are both {name}: the file is "
+                "damaged. Download it again."
             )
         renamed[name] = tensor
     return renamed
@@ -230,7 +230,7 @@ def _check(part: Part, weights: Mapping[str, Tensor], expected: Mapping[str, tor
     problems = [
         (missing, "are missing"),
         (left_over, "are left over"),
-        (misshapen, "have other shapes than its configuration says"),
+        (misshapen, "have other shapes than in its configuration"),
         (quantised, "are quantised, which is not supported"),
     ]
     found = [f"{len(names)} weights {what} ({some(names)})" for names, what in problems if names]
@@ -238,7 +238,7 @@ def _check(part: Part, weights: Mapping[str, Tensor], expected: Mapping[str, tor
         advice = (
             "Use an unquantised checkpoint."
             if quantised
-            else f"Either this is not a {part.class_name} of this configuration, or its file names "
-            "its weights in an unknown way."
+            else f"Either this is not a {part.class_name} of this configuration, or the file uses "
+            "unknown names of weights."
         )
         raise BaseModelWeightsError(f"The base model's {part.name}: {'; '.join(found)}. {advice}")

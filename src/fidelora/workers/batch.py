@@ -44,7 +44,7 @@ class Batch:
         self._ending_on_error = ending_on_error
 
     def heartbeat(self, lease_s: float | None = None) -> None:
-        """Renew the leases of all jobs, by default for the worker's usual time."""
+        """Renew the leases of all jobs, by default for `WorkerLimits.lease_s`."""
         for attempt in [*(part.attempt for part in self._parts), *self._others]:
             if attempt.running:
                 with self._ending_on_error(attempt):
@@ -104,7 +104,7 @@ def batch_slices(recipes: Sequence[Recipe], max_batch: Callable[[Recipe], int]) 
     """Yield the slices of `recipes` that go through the denoiser together.
 
     Args:
-        max_batch: returns the largest batch of recipes like the given one. It is called only where
+        max_batch: returns the maximum batch size for recipes like the given one. Called only where
             neighbouring recipes may share a batch.
     """
     start = 0

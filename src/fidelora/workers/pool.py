@@ -29,8 +29,8 @@ class WorkerPool:
 
     Args:
         store: store on the same database as the setups' `store_url`, for the pool's own use.
-        name: name of this pool, which must stay the same over restarts and differ from those of
-            other pools on the same store. The pool finds its jobs by it.
+        name: name of this pool, by which it finds its jobs. It must stay the same across restarts
+            and differ from the names of other pools on the same store.
         on_report: called by `watch` with the workers' reports of finished attempts.
     """
 
@@ -45,7 +45,7 @@ class WorkerPool:
         self._store = store
         self._name = name
         self._on_report = on_report
-        self._lock = threading.Lock()  # `watch` must start no process after `stop` has begun
+        self._lock = threading.Lock()  # `watch` must not start processes after `stop` began
         self._stopped = False
         self._slots = [WorkerSlot(f"{name}/{index}", setup) for index, setup in enumerate(setups)]
         self.restarts = 0
@@ -67,7 +67,7 @@ class WorkerPool:
 
     @property
     def trouble(self) -> str:
-        """Why a worker could not start the last time, in a sentence; empty if all could."""
+        """Error of a worker that could not start, as a sentence; empty if all could."""
         return next(
             (slot.startup_error for slot in self._slots if slot.startup_error and not slot.ready),
             "",
@@ -90,8 +90,8 @@ class WorkerPool:
     def watch(self, now: datetime | None = None) -> list[Job]:
         """Replace dead processes, kill silent ones and requeue their jobs; call it every second.
 
-        A worker sends heartbeats while it makes steps. One whose lease has expired hangs in a step,
-        and is killed.
+        A worker sends heartbeats after its steps. If its lease has expired, it hangs in a step and
+        is killed.
 
         Returns:
             the jobs that were taken from workers, as stored afterwards.

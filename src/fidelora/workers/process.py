@@ -26,9 +26,9 @@ from fidelora.workers.worker import Worker
 # A forked child cannot use CUDA, and inherits every open connection.
 _spawn = multiprocessing.get_context("spawn")
 
-_POLL_S = 0.5  # between an idle worker's looks into the queue
+_POLL_S = 0.5  # time between two polls of an idle worker
 _EXIT_WAIT_S = 10.0  # wait for a process to exit after SIGTERM, and after SIGKILL
-_NICENESS = 5  # a worker on the CPU takes all of it; the server must not wait for its small share
+_NICENESS = 5  # a worker uses the whole CPU; the server must still respond promptly
 _MIN_RESTART_DELAY_S, _MAX_RESTART_DELAY_S = 1.0, 60.0  # doubled after each failed start
 CANNOT_START = 3  # exit code of a process that has reported why it cannot start
 
@@ -80,7 +80,7 @@ class WorkerSlot:
     """Slot of one worker in the pool, filled by one process after the other.
 
     Args:
-        name: name of the slot; every process adds its own number to it.
+        name: name of the slot; the name of each process is this name with a number.
 
     Attributes:
         process: the current process; None before the first and between two.
@@ -127,7 +127,7 @@ class WorkerSlot:
 
     @property
     def exit_reason(self) -> str:
-        """Why the process ended, as a clause that follows 'because'."""
+        """Reason of the process's end, as a clause that follows 'because'."""
         code = self.process.exitcode if self.process else None
         if code is not None and code < 0:
             return f"its process was killed by signal {-code}"

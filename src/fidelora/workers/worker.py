@@ -1,4 +1,4 @@
-"""One worker: claims jobs from a store, alone or to share a batch, and makes their images."""
+"""A worker claims jobs, one at a time or several for one batch, and makes their images."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ if TYPE_CHECKING:  # the server imports this module and must not load torch
 
 log = logging.getLogger(__name__)
 
-_CLAIM_INTERVAL_S = 0.05  # between claims while a batch waits for jobs; short against a step
+_CLAIM_INTERVAL_S = 0.05  # time between claims while a batch waits for jobs; a step takes longer
 
 
 class Worker:
-    """Makes the images of one job after the other, or of several that can share a batch.
+    """Makes the images of one job at a time, or of several jobs that can share a batch.
 
     Args:
         name: stored in a job while this worker has it.
@@ -72,14 +72,14 @@ class Worker:
         self._prefetches: list[Future[None]] = []
 
     def run_next(self) -> Job | None:
-        """Claim the next job, and others that can share its batch, and bring each to an end.
+        """Claim the next job and others that can share its batch, make them, and store the results.
 
         Every error of a job becomes its failure, and the worker can take the next job. An error
         that is not a `FideloraError` (a bug, a broken device) costs the job an attempt. Files of a
         job that did not succeed are removed.
 
         Returns:
-            the first of these jobs as stored afterwards, when another worker may have it already;
+            the first of these jobs as stored afterwards, possibly claimed by another worker again;
             None if the queue is empty.
         """
         loaded = self._engine.adapters.loaded()
@@ -101,7 +101,9 @@ class Worker:
                         self._make([attempt], others=attempts[index + 1 :])
         except Exception:
             raise  # from the store, which cannot record results now; the leases will expire
-        except BaseException:  # the process was asked to stop: release the jobs without a loss
+        except (
+            BaseException
+        ):  # the process is stopping: release the jobs, so this attempt does not count
             for attempt in attempts:
                 self._release(attempt)
             raise
@@ -114,7 +116,7 @@ class Worker:
 
     @property
     def _claim_lease_s(self) -> float:
-        """Lease of a new claim, which may have to last while the batch waits for jobs."""
+        """Lease of a new claim in seconds; includes the time that a batch waits for jobs."""
         return self._limits.lease_s + self._limits.batch_wait_s
 
     def _begin(self, job: Job) -> Attempt:
@@ -126,7 +128,7 @@ class Worker:
         """Claim jobs that can share the first job's batch, as long as the batch has room."""
         first = attempts[0].job
         recipe = first.recipes[0]
-        # A retried job may be one that crashes the process; it must not cost others an attempt.
+        # A retried job may crash the process, which would cost the others an attempt.
         if first.attempts > 1 or not _all_may_share_batch(recipe, first):
             return
         room = self._engine.max_batch(recipe) - len(first.recipes)

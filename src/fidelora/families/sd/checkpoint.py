@@ -20,8 +20,8 @@ _ADAPTER_MARKS = (".lora_", "lokr_", "hada_")
 _STABLE_DIFFUSION_2 = "cond_stage_model.model."
 _SDXL_REFINER = "conditioner.embedders.0.model."
 
-# Left over from training. `model_ema.` is the average of the weights; the trainer, like every loader
-# of this layout, uses the weights themselves.
+# Left over from training. `model_ema.` is an average of the weights; the trainer and all loaders of
+# this layout use the weights themselves.
 _IGNORED_PREFIXES = ("model_ema.", "first_stage_model.loss.")
 # The temperature of CLIP's contrastive loss.
 _LOGIT_SCALE = re.compile(
@@ -42,17 +42,17 @@ def split(
     others: Iterable[Family],
     name: str,
 ) -> dict[str, dict[str, Tensor]]:
-    """Return the checkpoint's weights by part, under diffusers' names; every key is accounted for.
+    """Return the checkpoint's weights by part, under diffusers' names. No key is dropped silently.
 
     Args:
         weights: all tensors of the file.
         configs: configurations of the parts, which the conversion of names needs.
-        others: families whose checkpoints are recognised to name the right model.
+        others: families whose checkpoints are recognised, so that the error names the right model.
         name: the file's name in messages.
 
     Raises:
         BaseModelFilesError: the file has another layout, or a model of another family.
-        BaseModelWeightsError: keys that no part has a place for.
+        BaseModelWeightsError: the file has weights that no part uses.
     """
     _refuse_other_layouts(weights, family, others, name)
     groups: dict[str, dict[str, Tensor]] = {part.name: {} for part in family.parts}
@@ -82,7 +82,7 @@ def split(
 def convert_decoder(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the weights of a VAE under diffusers' names.
 
-    They may have LDM's names, with or without the prefix of a checkpoint, or diffusers' already.
+    The given names are those of LDM, with or without a checkpoint's prefix, or of diffusers.
     """
     if not any(name.endswith("decoder.mid.attn_1.q.weight") for name in weights):
         return dict(weights)
@@ -101,7 +101,7 @@ def _converted(
     else:
         bare = {key.removeprefix(part.checkpoint_prefix): tensor for key, tensor in group.items()}
         if not any(key.startswith("transformer.resblocks.") for key in bare):
-            # transformers' names; left-over keys are found when the module is built.
+            # transformers' names; `build_part` reports left-over keys.
             return bare, []
         return _from_open_clip(bare, part.checkpoint_prefix)
     if len(converted) == len(group):
@@ -127,8 +127,8 @@ def _from_open_clip(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Return OpenCLIP's text encoder under transformers' names, and the keys without such a name.
 
-    OpenCLIP has one matrix for query, key and value, in this order, and multiplies with the
-    projection from the other side.
+    OpenCLIP stores query, key and value in one matrix, in this order, and stores its projection
+    transposed.
     Source: https://github.com/mlfoundations/open_clip, `src/open_clip/transformer.py`,
     `TextTransformer`.
     """

@@ -29,13 +29,13 @@ class UNetDenoiser:
     ) -> Denoise:
         """Return the guided prediction for latents [images, 4, height / 8, width / 8]."""
         unet, guided = self._unet, self.uses_negative(guidance)
-        # All negative prompts, then all prompts.
+        # All negative prompts first, then all prompts.
         rows = [*(one.negative for one in encoded if guided), *(one.positive for one in encoded)]
         conditioning = Conditioning.concatenate([row.to(row.text.device, dtype) for row in rows])
         # The same tensor at every step: on the CPU its projections are cached. Its dtype differs
         # from the recipe's only in `fast`.
         text = conditioning.text.to(unet.dtype)
-        # The UNet casts these itself: a size needs more than the 8 bits of bfloat16.
+        # The UNet casts these itself: bfloat16 has too few bits (8) for a size in pixels.
         added = dict(conditioning.added) or None
 
         def predict(latents: Tensor, t: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class UNetDenoiser:
             return cast(Tensor, prediction.to(latents.dtype))
 
         def predict_guided(latents: Tensor, t: Tensor) -> Tensor:
-            # Both halves in one batch: two batches of one can differ from it in the last bit.
+            # Both in one batch, as separate batches can differ in the last bit.
             negative, positive = predict(torch.cat([latents] * 2), t).chunk(2)
             return guide(negative, positive, guidance.scale, guidance.rescale)
 

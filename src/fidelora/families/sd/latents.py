@@ -19,7 +19,7 @@ class SDLatents:
     """Implements `families.protocols.Latents` for [1, 4, height / 8, width / 8].
 
     Raises:
-        BaseModelFilesError: the VAE scales its latents in a way that the family does not.
+        BaseModelFilesError: the VAE's configuration scales latents in an unsupported way.
     """
 
     def __init__(self, family: Family, denoiser: nn.Module, decoder: nn.Module) -> None:
@@ -32,7 +32,7 @@ class SDLatents:
                     "Use another VAE."
                 )
         self._channels: int = self._unet_channels(denoiser)
-        # The VAE halves the size after every block but the last.
+        # The VAE halves the size after every block except the last.
         self._scale = 2 ** (len(config.block_out_channels) - 1)
         self._colours = family.latent_preview
 
@@ -54,19 +54,19 @@ class SDLatents:
         return dtype
 
     def decode(self, latents: Tensor, size: Size) -> NDArray[np.uint8]:
-        """Decode latents [1, 4, height / 8, width / 8]; they are divided in their own dtype."""
+        """Decode latents [1, 4, height / 8, width / 8], unscaled in their own dtype."""
         return decode(self._vae, unscale(latents, self._vae.config))
 
     def preview(self, latents: Tensor, size: Size) -> NDArray[np.uint8]:
-        """Return a rough picture [height / 8, width / 8, 3]."""
+        """Return a preview [height / 8, width / 8, 3], uint8 RGB."""
         return rough_colours(latents, self._colours)
 
 
 class SDXLLatents(SDLatents):
-    """SDXL: a VAE in float16 whose configuration has `force_upcast` computes in float32.
+    """Latents of SDXL. A float16 VAE with `force_upcast` in its configuration computes in float32.
 
-    Its weights stay rounded to float16, like those that the trainer's pipeline casts before it
-    decodes. The pipeline widens the latents before it divides them.
+    Its weights stay rounded to float16, because the trainer's pipeline upcasts a VAE that it has
+    loaded in float16. Like that pipeline, this class casts latents before it undoes their scaling.
     """
 
     def __init__(self, family: Family, denoiser: nn.Module, decoder: nn.Module) -> None:

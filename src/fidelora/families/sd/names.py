@@ -28,7 +28,7 @@ _RESNET = {
 
 
 def original_names(paths: Iterable[str]) -> dict[str, str]:
-    """Map diffusers' paths of a UNet's modules to those of the original code, where it has one.
+    """Map diffusers' module paths of a UNet to the original code's paths, where one exists.
 
     The original code numbers its blocks consecutively: each resnet with its attention is a block,
     and so is each downsampler; an upsampler is the last part of its block.
@@ -49,16 +49,19 @@ def _original(path: str, layers: int, with_attention: set[str]) -> str:
     if path in _TOP:
         return _TOP[path]
     if found := re.fullmatch(r"down_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.(.+)", path):
-        return f"input_blocks.{1 + int(found[1]) * (layers + 1) + int(found[3])}.{_part(found[2], found[4])}"
+        block = 1 + int(found[1]) * (layers + 1) + int(found[3])
+        return f"input_blocks.{block}.{_part(found[2], found[4])}"
     if found := re.fullmatch(r"down_blocks\.(\d+)\.downsamplers\.0\.conv", path):
         return f"input_blocks.{(1 + int(found[1])) * (layers + 1)}.0.op"
     if found := re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", path):
         place = 1 if found[1] == "attentions" else 2 * int(found[2])
         return f"middle_block.{place}.{_part(found[1], found[3]).partition('.')[2]}"
     if found := re.fullmatch(r"up_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.(.+)", path):
-        return f"output_blocks.{int(found[1]) * (layers + 1) + int(found[3])}.{_part(found[2], found[4])}"
+        block = int(found[1]) * (layers + 1) + int(found[3])
+        return f"output_blocks.{block}.{_part(found[2], found[4])}"
     if found := re.fullmatch(r"up_blocks\.(\d+)\.upsamplers\.0\.conv", path):
-        return f"output_blocks.{int(found[1]) * (layers + 1) + layers}.{2 if found[1] in with_attention else 1}.conv"
+        block = int(found[1]) * (layers + 1) + layers
+        return f"output_blocks.{block}.{2 if found[1] in with_attention else 1}.conv"
     return ""
 
 

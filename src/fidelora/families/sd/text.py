@@ -1,4 +1,4 @@
-"""Conditioning of Stable Diffusion 1.5 and SDXL: prompts into what the UNet takes."""
+"""Conditioning of Stable Diffusion 1.5 and SDXL: from prompts to inputs of the UNet."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Conditioning:
     added: Mapping[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Conditioning:
-        """Return the same on this device in this dtype."""
+        """Return the conditioning on this device, in this dtype."""
         return self._map([self], lambda tensors: tensors[0].to(device, dtype))
 
     @classmethod
@@ -52,7 +52,7 @@ class Conditioning:
 
 
 class SDText(ABC):
-    """Common base of the two families; implements `families.protocols.Text`."""
+    """Base class for both families; implements `families.protocols.Text`."""
 
     encode_prompt: Callable[..., PromptEmbedding]
 
@@ -91,7 +91,7 @@ class SDText(ABC):
     def _row(
         self, texts: Mapping[str, tuple[str, str]], size: Size, adapters: AdapterState
     ) -> tuple[Conditioning, tuple[str, ...]]:
-        """Encode one text per encoder; `texts` has its name in messages, and the text."""
+        """Encode one text per encoder; `texts` maps encoders to (name in messages, text)."""
         embedded = {
             name: self.encoders[name].embed(text, adapters(name))
             for name, (_, text) in texts.items()
@@ -124,10 +124,10 @@ class PlainText(SDText):
 
 
 class PooledText(SDText):
-    """SDXL: penultimate states of both text encoders, the second one's projection, size ids.
+    """SDXL: penultimate states of both text encoders, pooled embedding of the second, size ids.
 
-    Original and target size are the image's own and nothing is cropped, as in the trainer. Empty
-    prompts are encoded like others.
+    As in the trainer, original and target size are the image's size, and the crop starts at 0, 0.
+    Empty prompts are encoded like others.
     """
 
     encode_prompt = staticmethod(penultimate_state)

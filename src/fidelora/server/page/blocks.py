@@ -1,4 +1,4 @@
-"""The Gradio application of the page: tabs, style and mounting. Loaded only if the page is on."""
+"""The Gradio application of the page: tabs, CSS and mounting. Imported only if the page is on."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def gradio_app(
 ) -> tuple[FastAPI, AbstractAsyncContextManager[Any]]:
     """Return the application that serves the page, and its lifespan context.
 
-    This is the only place that imports Gradio first; the environment variables that switch off its
-    telemetry and set its folder have to come before.
+    Gradio must be imported here first: the environment variables that disable its telemetry and
+    set its folder take effect at import.
 
     Args:
         root_path: path of the server's public URL, or an empty string.

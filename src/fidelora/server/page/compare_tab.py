@@ -1,4 +1,4 @@
-"""The *Compare* tab: a sheet of checkpoints by multipliers with one prompt and seed."""
+"""The *Compare* tab: a grid of checkpoints and multipliers with one prompt and seed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from fidelora.server.submit import submit
 from fidelora.training.grid import labelled_sheet
 
 MAX_SHEET_IMAGES = 64
-_POLL_S = 0.3
+_POLL_S = 0.3  # seconds between two reads of a job
 
 
 class CompareTab:
@@ -116,7 +116,7 @@ class CompareTab:
         self.cancel.click(self._cancel, self.jobs, self.cancel, **IMMEDIATE)
 
     def _show_settings(self, loras: list[str], *values: Any) -> list[Any]:
-        """Describe the settings of the *Make* tab, and start with the LoRAs chosen there."""
+        """Describe the settings of the *Make* tab, and preselect the LoRAs chosen there."""
         choices = self._lora_list.choices()
         try:
             form = self._make_form.read(values)
@@ -147,7 +147,7 @@ class CompareTab:
             forms = self._forms(loras or [], columns, self._make_form.read(values))
             requests = [build_request(form) for form in forms]
             for request in requests:
-                # No comprehension: if one is refused, the jobs before it are canceled.
+                # Not a comprehension: if a request is rejected, the jobs before it are canceled.
                 jobs.append(await submit(self._context, request))  # noqa: PERF401
         except FideloraError as error:
             self._cancel([job.id for job in jobs])
@@ -178,7 +178,7 @@ class CompareTab:
         yield [notice("Done.", "good"), gr.update(value=str(file), visible=True), *end]
 
     def _forms(self, loras: list[str], multipliers: Sequence[float], form: Form) -> list[Form]:
-        """Return a form per image, all with the same seed; row by row, to load each LoRA once."""
+        """Return a form per image, all with the same seed, by row so that each LoRA loads once."""
         if not loras:
             raise WrongUseError("Choose at least one checkpoint.")
         if len(loras) * len(multipliers) > MAX_SHEET_IMAGES:
@@ -196,7 +196,7 @@ class CompareTab:
         ]
 
     async def _count_succeeded(self, jobs: Sequence[Job]) -> AsyncIterator[int]:
-        """Yield the number of succeeded jobs each time it grows; stop at the first other end."""
+        """Yield the number of succeeded jobs each time it grows; stop if a job does not succeed."""
         for done, job in enumerate(jobs):
             current = job
             while not current.status.final:
@@ -230,10 +230,10 @@ class CompareTab:
 
 
 def read_multipliers(text: str) -> list[float]:
-    """Parse numbers separated by commas, without duplicates.
+    """Parse numbers separated by commas, and drop duplicates.
 
     Raises:
-        WrongUseError: there is none, or one is not a number from -2 to 2.
+        WrongUseError: the text is empty, or an entry is not a number from -2 to 2.
     """
     words = [word.strip() for word in text.split(",") if word.strip()]
     try:

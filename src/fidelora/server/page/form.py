@@ -1,6 +1,6 @@
-"""The form's values as an API request, and a recipe as values of the form. Imports no Gradio.
+"""Conversion of form values to an API request, and of a recipe to form values. Imports no Gradio.
 
-All fields have the names of `fidelora.api.InferenceRequest` and its prompts.
+Fields are named as in `fidelora.api.InferenceRequest` and its prompts.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ class Form:
 
 
 def read_seed(text: str) -> int | None:
-    """Parse a seed; empty and `-1` return None. It is text because browsers round above 2**53.
+    """Parse a seed; return None for an empty text and for `-1`.
+
+    Seeds are entered as text, because browsers round numbers above 2**53.
 
     Raises:
         WrongUseError: the text is not a whole number from 0 to `MAX_SEED`.
@@ -73,7 +75,7 @@ def read_seed(text: str) -> int | None:
 
 
 def api_range(field: str) -> tuple[float, float]:
-    """Return the smallest and largest value that the API accepts for a number of a prompt."""
+    """Return the smallest and largest value that the API accepts for a numeric prompt field."""
     schema = PromptItem.model_json_schema()["properties"][field]
     number = next(one for one in schema.get("anyOf", [schema]) if "maximum" in one)
     return number["minimum"], number["maximum"]
@@ -111,7 +113,7 @@ def build_request(form: Form) -> InferenceRequest:
 
 
 def family_defaults(model: str) -> dict[str, Any]:
-    """Return the request fields that a model family has defaults for."""
+    """Return a model family's default values, by request field."""
     spec = get_family(model)
     return {
         "sampler": spec.default_sampler,
@@ -125,7 +127,7 @@ def family_defaults(model: str) -> dict[str, Any]:
 def request_body(recipe: Recipe, paths: Sequence[str], image_format: str) -> dict[str, Any]:
     """Return the body of `POST /v1/inference` that reproduces a recipe's image.
 
-    It pins each LoRA by its SHA-256. Base model, VAE and dtypes are the server's.
+    It pins each LoRA by its SHA-256. Base model, VAE and dtypes are left to the server.
 
     Args:
         paths: request path of each of the recipe's adapters.
@@ -159,7 +161,7 @@ def request_body(recipe: Recipe, paths: Sequence[str], image_format: str) -> dic
 
 
 def form_for_recipe(recipe: Recipe, paths: Sequence[str], image_format: str) -> Form:
-    """Return the form's values that reproduce a recipe's image, as far as the form has inputs.
+    """Return the form values that reproduce a recipe's image, as far as the form supports it.
 
     Args:
         paths: request path of each of the recipe's adapters.
@@ -187,7 +189,7 @@ def first_recipe(
 
 
 def differences(recipe: Recipe, here: Recipe) -> list[str]:
-    """Return a phrase per field in which this server's recipe differs; none for the same image."""
+    """Describe each field in which this server's recipe differs; empty if the image is the same."""
     if recipe.digest == here.digest:
         return []
     return [

@@ -1,4 +1,4 @@
-"""HTML fragments of the page, with all outside text escaped. Imports no Gradio."""
+"""HTML fragments of the page, with all untrusted text escaped. Imports no Gradio."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from fidelora.jobs.job import Job, Status
 from fidelora.recipe import Recipe
 
 _SPECIAL = "&<>\"'" + "\n\r\t`*_~[]{}()$|\\#!:@"
-"""Characters with a meaning in HTML, or in Markdown and its extensions."""
+"""Characters with a special meaning in HTML, or in Markdown and its extensions."""
 
 
 def escape(value: object) -> str:
-    """Return text that contains no markup, in HTML or in the Markdown around it."""
+    """Escape text so that it is plain text in HTML and in Markdown."""
     return "".join(
         f"&#{ord(character)};" if character in _SPECIAL else character for character in str(value)
     )

@@ -23,13 +23,13 @@ from fidelora.server.page.form import (
 from fidelora.server.page.lora_list import LoraList
 
 MAX_IMAGES = 16
-"""Number of images per click; the HTTP API allows more."""
+"""Largest number of images per click; the HTTP API allows more."""
 
 Handled = tuple[str, list[str]]
-"""Model and LoRA paths that the dependent inputs show at present.
+"""Model and LoRA paths to which the dependent inputs were last updated.
 
-A drop-down list reports an input event also when the keyboard focus only passes over it; comparing
-with these values tells whether the choice has changed.
+Drop-down lists also emit input events when they only gain and lose focus, so the handlers compare
+the choice with these values.
 """
 
 

@@ -20,7 +20,7 @@ class MakeResults:
         job: id of the job that the page follows; empty if there is none.
         shown: `ImageId`s of the images in the gallery.
         selected: index of the selected image in `shown`.
-        remembered: `shown`, preceded by the followed job with index -1; stored in the browser.
+        remembered: entries stored in the browser: the followed job with index -1, then `shown`.
     """
 
     def __init__(self) -> None:

@@ -32,7 +32,7 @@ from fidelora.server.page.make_results import SNIPPETS, MakeResults
 from fidelora.server.page.pictures import ImageId, Pictures
 from fidelora.server.submit import defaults_for, submit
 
-_POLL_S = 0.2
+_POLL_S = 0.2  # seconds between two reads of the followed job
 
 
 class MakeTab:
@@ -65,7 +65,7 @@ class MakeTab:
         """Connect the event handlers."""
         form, results, outputs = self.form, self.results, list(self._outputs.values())
         form.listen()
-        # Not on focus: entries that arrive while the user chooses would undo the choice.
+        # Not on focus: an update of the list while the user chooses would undo the choice.
         gr.on([page.load, tab.select], self._refresh_loras, None, form.loras, **IMMEDIATE)
         page.load(self._restore, results.remembered, outputs, **STREAMING)
         gr.on(
@@ -119,7 +119,7 @@ class MakeTab:
             yield update
 
     async def _restore(self, remembered: list[Any]) -> AsyncIterator[list[Any]]:
-        """Show the images of the page before a reload again, and follow its running job."""
+        """Restore the images that were shown before a reload, and follow the running job."""
         entries = [
             (str(entry[0]), int(entry[1]))
             for entry in remembered or []
@@ -128,7 +128,7 @@ class MakeTab:
         running = [job_id for job_id, index in entries if index < 0]
         if not running:
             yield self._updates()  # a handler that yields nothing would clear its outputs
-        else:  # no second job meanwhile: each would overwrite the other's images
+        else:  # allow no second job, which would overwrite this one's images
             yield self._updates(job=running[0], generate=gr.update(interactive=False))
         shown, files = await run_in_threadpool(
             self._pictures.gallery, [image for image in entries if image[1] >= 0]
@@ -218,7 +218,7 @@ class MakeTab:
             return self.form.message("")
         path = Path(file)
         try:
-            # The upload limit is that of a training run's zip, which is larger.
+            # The page's upload limit is higher, because it also covers zips of training runs.
             if path.stat().st_size > MAX_IMAGE_BYTES:
                 raise ImageRecordError(
                     f"{path.name} is too large: at most {MAX_IMAGE_BYTES:,} bytes are supported."
@@ -233,7 +233,7 @@ class MakeTab:
             return self.form.message(notice(error, "error"))
 
     def _show_recipe(self, recipe: Recipe, image_format: str) -> list[Any]:
-        """Return the updates that put a recipe into the form, and say if it can be reproduced."""
+        """Return the updates that load a recipe into the form, with a message on the result."""
         found = [(adapter, self._lora_list.path_of(adapter)) for adapter in recipe.adapters]
         paths = [path for _, path in found if path is not None]
         if len(paths) < len(found):

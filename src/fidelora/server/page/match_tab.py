@@ -31,7 +31,7 @@ from fidelora.server.page.verifications import (
 _VERDICTS = {
     "identical": ("good", "Every pixel of every sample is the same."),
     "rounding": ("good", "No sample differs by more than rounding explains."),
-    "mismatch": ("error", "At least one sample came out different."),
+    "mismatch": ("error", "At least one sample is different."),
 }
 _MAX_OUTPUT_LINES = 200
 
@@ -215,7 +215,7 @@ def _read_step(text: str) -> str:
 
 
 def _progress(lines: Sequence[str], total: int) -> str:
-    """Return the progress bar; the output has a line per sample that begins with the step."""
+    """Return the progress bar. The output has a line per sample, which begins with its step."""
     done = sum(line[:7].strip().isdigit() for line in lines)
     sentence = f"Samples compared: {done}." if done else "Loading the base model."
     return progress_bar(min(done, total), total, sentence)

@@ -39,7 +39,7 @@ The web page is switched off (FIDELORA_PAGE).
 """
 
 _CLEAN_INTERVAL_S = 600.0
-# Injected markup cannot run scripts: they must be files of this server or match a hash.
+# Scripts must be files of this server or match a hash, so that injected markup cannot run any.
 _PAGE_POLICY = (
     "default-src 'self'; script-src 'self' {hashes}; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; frame-src 'self'; "
@@ -47,19 +47,19 @@ _PAGE_POLICY = (
     "frame-ancestors 'none'"
 )
 # A report contains names and prompts of a training run that may be hostile. The sandbox gives it
-# an origin of its own, and it can load nothing.
+# a separate origin, and the other directives block all loading.
 _REPORT_POLICY = (
     "sandbox allow-scripts; default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
     "script-src 'unsafe-inline'"
 )
-# For Gradio's responses, uploaded files among them: they can do nothing if opened as a document.
+# Gradio's responses include uploaded files: opened as a document, they can load and run nothing.
 _GRADIO_POLICY = "default-src 'none'; frame-ancestors 'none'"
 _INLINE_SCRIPTS = re.compile(rb"<script(?![^>]*\bsrc=)[^>]*>(.*?)</script>", re.DOTALL)
-# Link previews in Gradio's head, which name images on other hosts.
+# Link preview tags in Gradio's <head>, which refer to images on other hosts.
 _SOCIAL_META = re.compile(rb"\s*<meta\s[^>]*(?:og:|twitter:)[^>]*>")
 
-# Shows a linked report in a sandboxed frame above the link. On narrow screens, scrolls to the
-# progress of the button that was clicked, which would be out of sight.
+# Shows a linked report in a sandboxed frame above the link. After a click on a button, scrolls to
+# its progress bar if that is out of sight, as on narrow screens.
 _SCRIPT = b"""
 new MutationObserver(() => {
   for (const link of document.querySelectorAll("a.report:not([data-shown])")) {
@@ -109,7 +109,7 @@ class Page(BaseRoute):
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Run the Gradio application; a context manager."""
+        """Run the Gradio application while the context is open."""
         cleaning = asyncio.create_task(self._clean())
         async with self._running:
             yield
@@ -128,7 +128,7 @@ class Page(BaseRoute):
         return Match.NONE, {}
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope = dict(scope)  # inner routes write to it
+        scope = dict(scope)  # a copy, because inner routes write to it
         path, method = scope["path"], scope["method"]
         if path.startswith(GRADIO):
             send = _with_gradio_policy(send)
@@ -152,10 +152,10 @@ class Page(BaseRoute):
     def _is_own_file(self, file: str) -> bool:
         """Return True for a path in the page's own folder.
 
-        For a URL, Gradio would fetch it and serve the response as its own.
+        Gradio would fetch a URL and serve the response as its own.
         """
         path = Path(file)
-        # Gradio names resolved paths.
+        # Gradio's URLs contain resolved paths.
         roots = (self._page_files.files, self._page_files.files.resolve())
         return ".." not in path.parts and any(path.is_relative_to(root) for root in roots)
 
@@ -168,7 +168,7 @@ class Page(BaseRoute):
         return HTMLResponse(file.read_bytes(), headers={"Content-Security-Policy": _REPORT_POLICY})
 
     async def _document(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve the HTML document without references to other hosts and with its policy."""
+        """Serve the HTML document with a security policy and without references to other hosts."""
         scope["headers"] = [
             header for header in scope["headers"] if header[0] != b"accept-encoding"
         ]
@@ -224,7 +224,7 @@ class Page(BaseRoute):
                 await send({"type": "http.response.body", "body": b""})
 
     async def _event(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass an event on to Gradio, unless it contains a URL as a file: Gradio would fetch it."""
+        """Forward an event to Gradio; reject files given as URLs, which Gradio would fetch."""
         body = await Request(scope, receive).body()
         try:
             content = json.loads(body)
@@ -282,7 +282,7 @@ def make_page(context: ServerContext, login: Login) -> Page | str:
 
 
 def _with_gradio_policy(send: Send) -> Send:
-    """Add a policy that lets a response do nothing if a browser opens it as a document."""
+    """Add `_GRADIO_POLICY` to the response."""
 
     async def send_with_policy(message: Message) -> None:
         if message["type"] == "http.response.start":

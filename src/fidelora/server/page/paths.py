@@ -1,6 +1,6 @@
 """URL paths of the page.
 
-Gradio adds many more routes (proxies, its own API, run histories), which the server answers with
+Gradio adds many more routes (proxies, its own API, run histories), for which the server returns
 404.
 """
 

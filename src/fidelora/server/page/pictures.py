@@ -24,8 +24,9 @@ from fidelora.server.page.snippets import as_command, as_python, as_request
 log = structlog.get_logger(__name__)
 
 MAX_GALLERY_IMAGES = 60
-"""Number of images in a gallery; the server still stores older ones."""
+"""Largest number of images in a gallery; the server still stores older ones."""
 KEEP_S = 24 * 3600.0
+"""Seconds to keep unchanged files of the page: one day."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ class PageFiles:
                     entry.unlink()
             except FileNotFoundError:  # removed in the meantime
                 continue
-            except OSError as error:  # such as an upload into it; the next call tries again
-                log.warning("page_file_not_removed", file=str(entry), reason=str(error))
+            except OSError as error:  # such as during an upload; the next call retries
+                log.warning("page file not removed", file=str(entry), reason=str(error))
 
 
 ImageId = tuple[str, int]
@@ -91,7 +92,7 @@ class Pictures:
         return [(job.id, index) for index in range(len(job.outputs))]
 
     def gallery(self, images: Sequence[ImageId]) -> tuple[list[ImageId], list[tuple[str, str]]]:
-        """Return those of the images that still exist, and the file and caption of each."""
+        """Return the images that still exist, and the file and caption of each."""
         found, files = [], []
         for job_id, index in images[:MAX_GALLERY_IMAGES]:
             try:

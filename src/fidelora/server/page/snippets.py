@@ -21,7 +21,7 @@ def as_request(recipe: Recipe, paths: Sequence[str], image_format: str) -> str:
 
 
 def as_command(recipe: Recipe, paths: Sequence[str], image_format: str) -> str:
-    """Return the `fidelora generate` command for a POSIX shell, run in the LoRA folder."""
+    """Return the `fidelora generate` command for a POSIX shell, to be run in the LoRA folder."""
     words = ["fidelora", "generate", recipe.prompt]
     for path, adapter in zip(paths, recipe.adapters, strict=True):
         words += ["--lora", f"{path}:{_decimal(adapter.multiplier)}"]
@@ -60,7 +60,7 @@ def as_command(recipe: Recipe, paths: Sequence[str], image_format: str) -> str:
 
 
 def as_python(recipe: Recipe, paths: Sequence[str], image_format: str, url: str) -> str:
-    """Return the code that sends the request with `fidelora.Client` and saves the image."""
+    """Return Python code that sends the request with `fidelora.Client` and saves the image."""
     body = request_body(recipe, paths, image_format)
     fields = body["prompts"][0]
     prompt = fields.pop("prompt")

@@ -1,8 +1,8 @@
-"""Training runs that the page verifies: where they may come from, and the verifying process.
+"""Verification of training runs: finding and unpacking them, and running `fidelora verify`.
 
-A run comes from below the folder FIDELORA_JOBS_PATH, or as a zip from a browser. The metadata of a
-zip is not trusted: only the file types of a run are unpacked, every byte is counted, and names only
-select paths below one new folder. Imports no Gradio.
+A run is a folder below FIDELORA_JOBS_PATH or an uploaded zip. The metadata of a zip is not trusted:
+only the file types of a run are unpacked, the unpacked bytes are counted, and all paths are below
+one new folder. Imports no Gradio.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ CANCELED = "Canceled."
 _CONFIG_NAMES = ("config.yaml", ".job_config.json")
 _FILE_TYPES = {".yaml", ".json", ".safetensors", ".png", ".jpg", ".jpeg", ".webp"}
 _COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2)
-"""Compression methods that need little memory; LZMA takes up to 4 GiB if the file asks for it."""
+"""Compression methods that need little memory; a file can make LZMA use up to 4 GiB."""
 _MAX_FILES = 20_000
 _MAX_READ_BYTES = _MAX_FILES * 256
-"""Largest single read from a zip. Only the central directory is read at once; it has about 50 bytes
-and a name per file."""
+"""Largest single read from a zip, in bytes. Only the central directory is read at once; it has
+about 50 bytes and a name per file."""
 _MAX_EXPANSION = 4
 """Largest ratio of unpacked to packed bytes. Weights and images hardly compress; a zip that expands
 further is not a training run."""
-_MAX_DEPTH = 4
+_MAX_DEPTH = 4  # folder levels to search for runs
 _MAX_LISTED_RUNS = 2000
-_NICENESS = 5  # the same as the workers', so that the server answers first
-_STOP_S = 10.0
+_NICENESS = 5  # as for the workers, so that the server stays responsive
+_STOP_S = 10.0  # seconds from SIGTERM to SIGKILL
 
 
 def list_runs(root: Path | None) -> list[str]:
-    """Return the sorted names of the training runs below a folder, as `find_run` takes them."""
+    """Return the sorted names of the training runs below a folder, for use with `find_run`."""
     if root is None or not root.is_dir():
         return []
     found: list[str] = []
@@ -88,7 +88,7 @@ def unpack_run(archive: Path, target: Path, max_bytes: int) -> tuple[Path, int]:
 
     Args:
         target: a new folder; it is removed again on any error.
-        max_bytes: size limit of the zip; the unpacked files may have four times as many.
+        max_bytes: size limit of the zip; the unpacked files may be four times as large.
 
     Returns:
         the run's folder below `target`, and the number of files left out because of their type.
@@ -128,7 +128,7 @@ def unpack_run(archive: Path, target: Path, max_bytes: int) -> tuple[Path, int]:
 
 
 class _LimitedReads(io.FileIO):
-    """A zip file that refuses a central directory that is too long.
+    """File that refuses to read too much at once, such as a huge central directory of a zip.
 
     `zipfile` reads the whole directory at once and creates an object per entry.
     """
@@ -187,11 +187,11 @@ def _leads_outside(filename: str) -> bool:
 
 
 def read_contained_run(folder: Path, context: ServerContext) -> TrainingRun:
-    """Read a training run and check that all its files, links followed, are inside its folder.
+    """Read a training run and check that all its files, with links resolved, are in its folder.
 
     Raises:
         JobFolderError: a file is outside, the folder is not a training run, or the run has its own
-            VAE: a local or hub file that the server would load because an upload names it.
+            VAE, which could be any local or hub file.
     """
     run = read_run(folder)
     inside = folder.resolve()
@@ -221,7 +221,7 @@ def server_base_model(run: TrainingRun, context: ServerContext) -> str:
 
 
 def hub_environment(settings: Settings) -> dict[str, str]:
-    """Return environment variables that give the hub client of a child process these settings."""
+    """Return the environment variables that pass these settings to a child's hub client."""
     variables = {}
     if settings.model_cache_dir is not None:
         # Absolute, because the process runs in another folder.
@@ -276,7 +276,7 @@ class Verifier:
         The process is stopped when the caller stops iterating.
 
         Args:
-            verification_id: id for `cancel`, also before the process starts.
+            verification_id: id for `cancel`, which also works before the process starts.
             out: folder of the report.
 
         Raises:
@@ -323,7 +323,7 @@ class Verifier:
         yield Outcome(code, report if report.is_file() else None)
 
     def cancel(self, verification_id: str) -> None:
-        """Stop a verification, or keep it from starting."""
+        """Stop a verification, or prevent it from starting."""
         self._canceled.add(verification_id)
         if process := self._running.get(verification_id):
             _signal(process, signal.SIGTERM)

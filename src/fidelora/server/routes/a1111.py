@@ -1,4 +1,4 @@
-"""AUTOMATIC1111's API, for existing clients of it."""
+"""Endpoints of AUTOMATIC1111's API, for its existing clients."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def interrupt(context: ContextDep, owner: OwnerDep) -> dict[str, Any]:
 
 @router.get("/options")
 def options(context: ContextDep) -> dict[str, Any]:
-    """Return the supported settings. They can be overridden per request only."""
+    """Return the supported settings. They can be changed only per request."""
     return options_of(_default_model(context))
 
 
@@ -206,6 +206,6 @@ def _current_job(context: ServerContext, owner: str) -> Job | None:
             try:
                 jobs.append(context.store.get(job_id))
             except JobNotFoundError:
-                continue  # it ended and was removed in the meantime
+                continue  # removed in the meantime
     unfinished = [job for job in jobs if not job.status.final]
     return min(unfinished, key=lambda job: job.status is Status.IN_QUEUE, default=None)

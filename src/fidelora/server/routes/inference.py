@@ -60,5 +60,5 @@ async def inference(
 
 
 def _submission(body: InferenceRequest, owner: str, key: str) -> Submission:
-    """Return the submission of a request; another `hf_token` does not make it another request."""
+    """Return the submission of a request; its hash does not cover `hf_token`."""
     return submission_of(owner, key, body.model_dump_json(exclude={"hf_token"}).encode())

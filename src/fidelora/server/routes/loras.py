@@ -27,7 +27,7 @@ def list_loras(
         Query(min_length=1, max_length=4096, description="`next_cursor` of the previous page."),
     ] = None,
 ) -> LoraList:
-    """List the LoRA files that requests can name, sorted by path."""
+    """List the LoRA files that requests can use, sorted by path."""
     names = adapter_names(context.settings.loras)
     start = bisect_right(names, cursor) if cursor is not None else 0
     page = names[start : start + limit]
@@ -51,11 +51,11 @@ def upload_lora(
     name: Annotated[
         str | None,
         Form(
-            max_length=200, description="Name to store it under; by default the name of the file."
+            max_length=200, description="Name of the stored file; by default the file's own name."
         ),
     ] = None,
 ) -> LoraBody:
-    """Upload a LoRA. Requests name it by the `path` of the response."""
+    """Upload a LoRA. Requests refer to it by the `path` in the response."""
     context.refuse_if_stopping()
     path, is_new = add_upload(context.settings.loras, file.file, name or file.filename or "")
     if not is_new:

@@ -1,4 +1,4 @@
-"""OpenAI's Images API, for existing clients of it."""
+"""Endpoints of OpenAI's Images API, for its existing clients."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ async def generate_images(body: ImagesRequest, context: ContextDep, request: Req
         check_request(inference, needs_lora=False)
         job = await submit(context, inference, image_quality=body.output_compression)
     except RequestFieldError as error:
-        *_, field = error.place  # in `inference`; the client needs the field of its own request
+        *_, field = error.place  # a field of `inference`; reported by its name in this API
         raise RequestFieldError(str(error), place=(FIELD_OF.get(str(field), field),)) from error
     if body.stream:
         return StreamingResponse(
@@ -115,7 +115,7 @@ def _images(job: Job, context: ServerContext, urls: bool) -> ImagesBody:
 async def _stream(
     job: Job, partial_images: int, context: ServerContext, request: Request
 ) -> AsyncIterator[bytes]:
-    """Yield the job as server-sent events; an error after the start becomes the last event."""
+    """Yield the server-sent events of a job; an error becomes the last event."""
     previews, last_sent = _PreviewSelector(partial_images), time.monotonic()
     try:
         async with cancel_on_exit(job, context):
@@ -141,8 +141,8 @@ async def _stream(
 class _PreviewSelector:
     """Selects the previews of a job to send, up to `limit` per image.
 
-    The steps of an image are divided into `limit` + 1 equal parts; the first new preview after
-    each part but the last is sent.
+    It divides the steps of an image into `limit` + 1 equal parts, and selects the first new preview
+    after the end of each part except the last.
     """
 
     def __init__(self, limit: int) -> None:

@@ -21,7 +21,7 @@ class Health(BaseModel):
 
 
 class Readiness(BaseModel):
-    """Response of `GET /ready`; `reason` is the error that keeps a worker from starting."""
+    """Response of `GET /ready`; `reason` is the error that prevents a worker from starting."""
 
     status: Literal["ready", "starting", "stopping"]
     reason: str = ""

@@ -69,7 +69,7 @@ Choices = TypeVar("Choices", bound=ReplayChoices)
 
 @dataclass(frozen=True)
 class _Plan:
-    """The recipe to make, and how it differs from what the image carries."""
+    """The recipe of the replay, and its differences from the recipe or parameters received."""
 
     recipe: Recipe
     source: Literal["fidelora", "a1111"]
@@ -100,7 +100,7 @@ async def replay(
     if origin.recipe is not None:
         plan = await run_in_threadpool(_plan_from_recipe, origin.recipe, choices, context)
     else:
-        assert origin.parameters is not None, "read_origin raises for an image without both"
+        assert origin.parameters is not None, "read_origin raises for an image that has neither"
         plan = await _plan_from_parameters(origin.parameters, choices, context)
     image_format = choices.output_format or origin.format
     quality = origin.quality if image_format == origin.format else None
@@ -181,7 +181,7 @@ def _validate(kind: type[Choices], content: Mapping[str, Any] | bytes) -> Choice
 
 
 def _origin_from_json(body: ReplayRequest, model: str) -> Origin:
-    """Return the recipe or the parameters of a JSON body, as `read_origin` returns an image's."""
+    """Return the recipe or parameters of a JSON body in the form that `read_origin` returns."""
     if body.recipe is not None:
         try:
             return Origin("png", 0, 0, recipe=Recipe.from_dict(body.recipe))
@@ -209,7 +209,7 @@ def _plan_from_recipe(recipe: Recipe, choices: ReplayChoices, context: ServerCon
         name, values = next(iter(differs.items()))
         raise RequestError(
             f"The image was made with the {name} {values['recipe']!r:.200}, but this server uses "
-            f"{values['server']!r:.200}. Send it to a server with the same one, or send "
+            f"{values['server']!r:.200}. Use a server with the same base model, or send "
             "base_model=server to accept an image that may differ.",
             code="BASE_MODEL_DIFFERS",
             details={"differs": differs},

@@ -79,7 +79,11 @@ async def request_events(
     ] = False,
     last_event_id: Annotated[
         int | None,
-        Header(ge=0, le=2**63 - 1, description="Browsers send it when they reconnect."),
+        Header(
+            ge=0,
+            le=2**63 - 1,
+            description="Id of the last received event; browsers send it when they reconnect.",
+        ),
     ] = None,
 ) -> AsyncIterator[ServerSentEvent]:
     """Stream the status as server-sent events: one per change, the last when the request has ended.
