@@ -239,7 +239,7 @@ def test_different_multipliers_run_live_as_in_the_trainer():
 @pytest.mark.parametrize(
     ("changes", "code", "details"),
     [
-        ({"model": "flux"}, "MODEL_NOT_FOUND", {"supported_models": ["sd15", "sdxl"]}),
+        ({"model": "flux"}, "MODEL_NOT_FOUND", {"supported_models": ["sd15", "sdxl", "zimage"]}),
         ({"loras": []}, "LORA_FILE_REQUIRED", {}),
         (
             {"loras": [{"path": "x", "transformer": "low"}]},

@@ -209,7 +209,7 @@ def test_lists_cover_all_pages(client, context, monkeypatch):
     assert [lora.path for lora in client.loras()] == ["sks.safetensors"]
     with pytest.raises(ApiError, match="no uploaded LoRA"):
         client.delete_lora(uploaded.path)
-    assert [model.id for model in client.models()] == ["sd15", "sdxl"]
+    assert [model.id for model in client.models()] == ["sd15", "sdxl", "zimage"]
     assert client.ready()
 
 
@@ -236,7 +236,7 @@ def test_async_client_against_the_application(url, context, worker, tmp_path):
             assert [lora.path async for lora in client.loras()] == ["sks.safetensors"]
             assert (await client.upload_lora(LOKR)).uploaded
             await client.delete_lora(LOKR.name)
-            assert [model.id for model in await client.models()] == ["sd15", "sdxl"]
+            assert [model.id for model in await client.models()] == ["sd15", "sdxl", "zimage"]
             assert await client.ready()
             with pytest.raises(ApiError, match=r"none\.safetensors"):
                 await client.submit("a", "none.safetensors")

@@ -50,7 +50,7 @@ def engine() -> Engine:
 
 
 def test_every_family_is_compared():
-    assert SMALL.keys() == all_families().keys()
+    assert SMALL.keys() | {"zimage"} == all_families().keys()  # zimage: tests/families
 
 
 def the_trainer_s_way(recipe: Recipe) -> Any:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support import DEMO_DATA, GOLDEN_JOBS, SAME_PROCESSOR, TINY_BASE, TINY_SDXL
+from tests.support import DEMO_DATA, GOLDEN_JOBS, SAME_PROCESSOR, TINY_BASE, TINY_SDXL, TINY_ZIMAGE
 
 from fidelora import Engine
 from fidelora.training.compare import Comparison, compare_with_sample
@@ -48,6 +48,8 @@ EXACT = {
     "bf16_save_f32": 3,
     "xl_lora_linear_f32": 3,
     "xl_sampler_euler_a": 3,
+    "zimage_lora_f32": 3,
+    "zimage_lokr": 3,
 }
 """Training runs whose last samples are all identical, with the number of samples."""
 
@@ -62,7 +64,8 @@ def folder_of(name: str) -> Path:
 
 
 def base_of(name: str) -> str:
-    return str(TINY_SDXL if name.startswith("xl_") else TINY_BASE)
+    bases = {"xl": TINY_SDXL, "zimage": TINY_ZIMAGE}
+    return str(bases.get(name.partition("_")[0], TINY_BASE))
 
 
 def replay(engine: Engine, name: str, step: int, **changes: Any) -> list[Comparison]:

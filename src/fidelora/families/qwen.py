@@ -1,0 +1,102 @@
+"""Qwen3 as a text encoder: chat template, tokens, hidden states.
+
+Z-Image and FLUX.2-klein read their prompts with it. They differ in the template's `enable_thinking`
+and in which hidden states they use, so those choices belong to their own `text.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from fidelora.errors import BaseModelFilesError
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A prompt in the chat template, padded and truncated to a fixed length.
+
+    Attributes:
+        ids: int64 [1, length].
+        mask: bool [1, length]; True for real tokens, False for padding.
+        cut: end of the prompt that was truncated and has no effect; empty if all of it fits.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    cut: str
+
+
+def load_tokenizer(folder: Path | None) -> Any:
+    """Load the tokenizer in `folder` and check that it has a chat template.
+
+    Raises:
+        BaseModelFilesError: it is missing, cannot be read, or has no chat template.
+    """
+    if folder is None:
+        raise BaseModelFilesError("The base model has no tokenizer; download it again.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BaseModelFilesError(
+            f"The base model's {folder.name} cannot be read: {reason}. Download it again."
+        ) from error
+    if not tokenizer.is_fast or not tokenizer.chat_template:
+        raise BaseModelFilesError(
+            f"The base model's {folder.name} has no chat template; download it again."
+        )
+    return tokenizer
+
+
+def tokenize(tokenizer: Any, prompt: str, *, enable_thinking: bool, length: int) -> Tokens:
+    """Return the tokens of `prompt` as the only user message of a conversation.
+
+    Args:
+        tokenizer: a fast tokenizer with a chat template.
+        enable_thinking: if False, the template ends with an empty think block.
+        length: number of tokens, template and padding included. Longer texts lose their end: first
+            the template's closing markers, then the end of the prompt.
+    """
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}],
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=enable_thinking,
+    )
+    encoded = tokenizer(
+        text, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    )
+    cut = _truncated(tokenizer, text, prompt.strip(), length)
+    return Tokens(encoded.input_ids, encoded.attention_mask.bool(), cut)
+
+
+def hidden_states(encoder: nn.Module, tokens: Tokens, device: torch.device) -> tuple[Tensor, ...]:
+    """Return the encoder's hidden states, each [1, length, width].
+
+    The first is the embedding, the last one has the final norm; those between have no norm. The
+    padding takes part in the computation: without it the last bits would differ.
+    """
+    output = encoder(
+        input_ids=tokens.ids.to(device),
+        attention_mask=tokens.mask.to(device),
+        output_hidden_states=True,
+        use_cache=False,
+    )
+    states: tuple[Tensor, ...] = output.hidden_states
+    return states
+
+
+def _truncated(tokenizer: Any, text: str, prompt: str, length: int) -> str:
+    """Return the part of `prompt`, as it stands in `text`, that lies behind the last token."""
+    offsets = tokenizer(text, return_offsets_mapping=True, verbose=False).offset_mapping
+    if len(offsets) <= length:
+        return ""
+    end = text.rindex(prompt) + len(prompt)
+    first_lost, _ = offsets[length]
+    return str(text[first_lost:end]).strip()

@@ -1,0 +1,76 @@
+"""Z-Image, as AI Toolkit 0.12.26 samples it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import MappingProxyType
+
+from fidelora.families.spec import Family, FlowSampler, Part, Samples, Tokenizer
+
+# Linear fit of FLUX.1's VAE, which Z-Image uses. Source: `Flux.latent_rgb_factors` in
+# https://github.com/comfyanonymous/ComfyUI, comfy/latent_formats.py
+_COLOURS = (
+    (-0.0346, 0.0244, 0.0681), (0.0034, 0.0210, 0.0687), (0.0275, -0.0668, -0.0433),
+    (-0.0174, 0.0160, 0.0617), (0.0859, 0.0721, 0.0329), (0.0004, 0.0383, 0.0115),
+    (0.0405, 0.0861, 0.0915), (-0.0236, -0.0185, -0.0259), (-0.0245, 0.0250, 0.1180),
+    (0.1008, 0.0755, -0.0421), (-0.0515, 0.0201, 0.0011), (0.0428, -0.0012, -0.0036),
+    (0.0817, 0.0765, 0.0749), (-0.1264, -0.0522, -0.1103), (-0.0280, -0.0881, -0.0499),
+    (-0.1262, -0.0982, -0.0778),
+)  # fmt: skip
+
+ZIMAGE = Family(
+    id="zimage",
+    title="Z-Image",
+    base_model="Tongyi-MAI/Z-Image",
+    resolution_divisor=16,
+    default_size=1024,
+    default_steps=30,
+    default_guidance_scale=4.0,
+    default_seed=42,
+    default_sampler="flowmatch",
+    # A static shift: the trainer's own configuration, whatever the base's scheduler file says.
+    samplers=MappingProxyType(
+        {"flowmatch": FlowSampler("flowmatch", MappingProxyType({"shift": 3.0}))}
+    ),
+    uses=frozenset({"negative_prompt"}),
+    parts=(
+        Part(
+            name="text_encoder",
+            role="text_encoder",
+            library="transformers",
+            class_name="Qwen3Model",
+            weights="model",
+            precision="text_encoder_dtype",
+            optional_prefix="model.",
+            tokenizer=Tokenizer("tokenizer"),
+            ignored_weights=("lm_head.weight",),  # of the language model; the states suffice
+            # The trainer moves it with `.to(device, dtype)`, which rounds the rotary tables. In
+            # bfloat16, 12 % of the pixels agree without this, 100 % with it.
+            rounds_buffers=True,
+        ),
+        Part(
+            name="transformer",
+            role="denoiser",
+            library="diffusers",
+            class_name="ZImageTransformer2DModel",
+            weights="diffusion_pytorch_model",
+            precision="dtype",
+            adapter_prefixes=("diffusion_model.", "transformer."),
+        ),
+        Part(
+            name="vae",
+            role="decoder",
+            library="diffusers",
+            class_name="AutoencoderKL",
+            weights="diffusion_pytorch_model",
+            precision="vae_dtype",
+        ),
+    ),
+    text="fidelora.families.zimage.text:ZImageText",
+    denoiser="fidelora.families.zimage.denoiser:ZImageDenoiser",
+    latents="fidelora.families.zimage.latents:ZImageLatents",
+    layout=Path(__file__).parent / "layout",
+    samples=Samples(archs=("zimage",), ignores_sampler=True),
+    adapter_base_versions=("zimage",),
+    latent_preview=_COLOURS,
+)
