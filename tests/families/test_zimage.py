@@ -117,7 +117,7 @@ def test_a_blank_encoding_fits_the_denoiser():
 
 def test_the_adapter_is_recognised(engine):
     found = examine_adapter(ZIMAGE_LORA)
-    assert (found.model, found.usable) == ("zimage", False)  # the tiny base's shapes
+    assert (found.model, found.usable) == ("zimage", True)
     with pytest.raises(AdapterMismatchError):
         engine.generate(replace(SMALL, adapters=(AdapterRef.from_file(LORA),)))
 
