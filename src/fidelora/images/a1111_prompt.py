@@ -1,4 +1,4 @@
-"""Prompts as AUTOMATIC1111 reads them: `<lora:name:multiplier>` names an adapter, and brackets weigh words."""
+"""Prompts in AUTOMATIC1111's syntax: `<lora:name:multiplier>` and weighted brackets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MARKS = (
 
 @dataclass(frozen=True)
 class NamedLora:
-    """An adapter as a prompt mentions it.
+    """An adapter that a prompt names.
 
     Attributes:
         name: as it is written, of a file without its ending.
@@ -36,7 +36,7 @@ class NamedLora:
 
 
 def loras_in(prompt: str) -> tuple[str, tuple[NamedLora, ...]]:
-    """The prompt without its tags, and the LoRAs that these name, in order.
+    """Return the prompt without its tags, and the LoRAs that they name, in order.
 
     Raises:
         PromptSyntaxError: a tag means something that cannot be done here.
@@ -46,7 +46,9 @@ def loras_in(prompt: str) -> tuple[str, tuple[NamedLora, ...]]:
 
 
 def tags_in(prompt: str) -> tuple[str, list[tuple[str, str]]]:
-    """The prompt without its tags and the blanks before them, and what they say: network and arguments, for `lora_of`."""
+    """Return the prompt without its tags and the blanks before them, and each tag's network and
+    arguments, for `lora_of`.
+    """
     tags, rest, end = [], "", 0
     for match in _TAG.finditer(prompt):
         rest += prompt[end : match.start()].rstrip()
@@ -57,7 +59,8 @@ def tags_in(prompt: str) -> tuple[str, list[tuple[str, str]]]:
 
 
 def lora_of(network: str, arguments: str) -> NamedLora:
-    """What one tag `<network:arguments>` means: `name`, `name:multiplier`, or `name:of text encoder:of UNet` with equal numbers.
+    """Parse one tag `<network:arguments>`: `name`, `name:multiplier`, or `name:text encoder:UNet`
+    with two equal multipliers.
 
     Raises:
         PromptSyntaxError: it is no LoRA, or its multipliers cannot be used.
@@ -90,7 +93,8 @@ def lora_of(network: str, arguments: str) -> NamedLora:
 
 
 def marks_in(prompt: str) -> str:
-    """What in the prompt A1111 would not encode as it is written, as a phrase for people; empty if there is nothing of the kind.
+    """Describe the first syntax in the prompt that A1111 would not encode literally; empty if there
+    is none.
 
     Brackets alone, which weigh by a tenth there, are not looked for: they are punctuation, too.
     """
@@ -103,7 +107,9 @@ def marks_in(prompt: str) -> str:
 
 
 def _weighed(prompt: str) -> str:
-    """The first brackets with a weight; other brackets, escaped or not, may stand inside. Empty if there are none."""
+    """Return the first brackets with a weight, which may contain other brackets; empty if there are
+    none.
+    """
     opened: list[int] = []
     for token in _BRACKET.finditer(prompt):
         if token[0] == "(":

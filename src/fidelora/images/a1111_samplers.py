@@ -1,4 +1,4 @@
-"""AUTOMATIC1111's names of samplers and schedulers, and which of ours they are."""
+"""AUTOMATIC1111's names of samplers and schedulers, mapped to ours."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ _TABLE: Mapping[str, Mapping[str, str]] = {
 
 
 def sampler_names(spec: Family) -> dict[str, list[str]]:
-    """What a client can ask this model for: A1111's names with ours as aliases, then those of ours that have no other name."""
+    """Return the names that clients can request for this model: A1111's with ours as aliases, then
+    our other names.
+    """
     names = {
         theirs: sorted(set(ours.values()))
         for theirs, ours in _TABLE.items()
@@ -40,7 +42,7 @@ def sampler_names(spec: Family) -> dict[str, list[str]]:
 
 
 def sampler_of(name: str, scheduler: str, spec: Family) -> str:
-    """Our sampler for A1111's `name` with this scheduler, or for a name of ours.
+    """Return our sampler for A1111's `name` and scheduler, or for one of our names.
 
     Before there were schedulers, the name said `LMS Karras`; both ways are understood, in any case.
 
@@ -73,7 +75,7 @@ def sampler_of(name: str, scheduler: str, spec: Family) -> str:
 
 
 def name_of(sampler: str) -> tuple[str, str]:
-    """What A1111 calls a sampler of ours and its scheduler; our own name where it has none."""
+    """Return A1111's sampler and scheduler name of our sampler; our own name if it has none."""
     for theirs, by_schedule in _TABLE.items():
         for schedule, ours in by_schedule.items():
             if ours == sampler:

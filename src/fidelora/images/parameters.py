@@ -1,4 +1,4 @@
-"""The text that AUTOMATIC1111's web UI puts into images, and everything after it reads: written, and read as far as it goes.
+"""The parameters text that AUTOMATIC1111's web UI writes into images, and most other programs read.
 
 Prompt, `Negative prompt:` line, and a line of `Key: value` pairs, in which values with commas, colons or quotes are JSON strings.
 """
@@ -35,7 +35,7 @@ _SAYS_NOTHING = {
 
 @dataclass(frozen=True)
 class Ignored:
-    """Something that an image says of its making and that has no part in making it again, and why not."""
+    """A setting in an image's parameters that cannot be reproduced, and why."""
 
     name: str
     value: str
@@ -44,7 +44,7 @@ class Ignored:
 
 @dataclass(frozen=True)
 class Parameters:
-    """What a text of parameters says, as far as it was understood.
+    """An image's parameters text, as far as it was understood.
 
     Attributes:
         text: the whole text.
@@ -62,7 +62,7 @@ class Parameters:
     ignored: tuple[Ignored, ...] = ()
 
     def recipe(self, adapters: Sequence[AdapterRef], **others: Any) -> Recipe:
-        """The recipe that this means, with these adapters for its LoRAs, in order.
+        """Return the recipe for this text, with these adapters for its LoRAs, in order.
 
         Args:
             others: fields of the recipe that the text does not say, such as `base_model`; they go before what it says.
@@ -79,7 +79,7 @@ class Parameters:
 
 
 def parameters_text(recipe: Recipe, environment: Mapping[str, str]) -> str:
-    """The recipe in this form. Its names of samplers are ours."""
+    """Return the recipe as a parameters text, with our names of samplers."""
     loras = "".join(
         f" <lora:{ref.name or ref.sha256[:12]}:{ref.multiplier:g}>" for ref in recipe.adapters
     )
@@ -107,7 +107,7 @@ def parameters_text(recipe: Recipe, environment: Mapping[str, str]) -> str:
 
 
 def read_parameters(text: str, spec: Family) -> Parameters:
-    """Whatever the text says and this model can use; never an error, for nobody promised that the text is of this form.
+    """Read the settings that this model can use. Never raises, because the text may have any form.
 
     Args:
         spec: of the model that the image is to be made with.
@@ -207,7 +207,7 @@ _REASONS = {
 
 
 def _with_hashes(loras: Sequence[NamedLora], hashes: str) -> tuple[NamedLora, ...]:
-    """`name: hash, name: hash`, as it stands in the pair `Lora hashes`, given to the LoRAs of these names."""
+    """Return the LoRAs with the hashes from the value of `Lora hashes` (`name: hash, name: hash`)."""
     pairs = (pair.rpartition(":") for pair in hashes.split(","))
     known = {
         name.strip(): digits.strip()

@@ -1,4 +1,4 @@
-"""What an image's file says of how it was made. No pixel is looked at, and neither numpy nor torch is needed."""
+"""Read how an image was made from its file, without decoding pixels and without numpy or torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _FORMATS = ("PNG", "JPEG", "WEBP")
 
 @dataclass(frozen=True)
 class Origin:
-    """How an image was made, as far as its file tells: either completely, or what another program wrote.
+    """How an image was made: its recipe, or what another program wrote.
 
     Attributes:
         format: png, jpeg or webp.
@@ -52,7 +52,7 @@ class Origin:
 
 
 def read_origin(content: bytes, name: str = "The image", *, model: str = "sd15") -> Origin:
-    """What the PNG, JPEG or WebP file `content` says of its origin: our recipe, else the parameters of another program.
+    """Read the origin of a PNG, JPEG or WebP file: our recipe, else another program's parameters.
 
     Args:
         name: what messages call the image.
@@ -96,7 +96,7 @@ def read_origin(content: bytes, name: str = "The image", *, model: str = "sd15")
 
 
 def read_parameters_text(content: bytes) -> str:
-    """AUTOMATIC1111's text as it stands in an image; empty if there is none.
+    """Return AUTOMATIC1111's text in an image; empty if there is none.
 
     Raises:
         ImageRecordError: not an image.
@@ -106,7 +106,7 @@ def read_parameters_text(content: bytes) -> str:
 
 
 def recipe_of(record: Mapping[str, Any], name: str = "The image") -> tuple[Recipe, dict[str, str]]:
-    """Recipe and environment of a record as images have it: `{"recipe": ..., "digest": ..., "environment": ...}`.
+    """Return recipe and environment of an image's record.
 
     Raises:
         ImageRecordError: the recipe is of no format that is read here, or not the one that the digest belongs to.
@@ -125,7 +125,8 @@ def recipe_of(record: Mapping[str, Any], name: str = "The image") -> tuple[Recip
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
-    """What an image of Fidelora's says of its origin: `{"recipe": ..., "digest": ..., "environment": ...}`.
+    """Read the record in an image of Fidelora's: `{"recipe": ..., "digest": ..., "environment":
+    ...}`.
 
     Raises:
         ImageRecordError: not an image, or it says nothing.
@@ -154,7 +155,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
 
 @contextmanager
 def _opened(content: bytes, name: str) -> Iterator[Image.Image]:
-    """The image; whatever Pillow finds wrong with it in the block is one error."""
+    """Yield the image; errors of Pillow in the block become one error."""
     try:
         with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
             yield image
@@ -188,7 +189,10 @@ def _texts(image: Image.Image) -> tuple[str | bytes, str]:
 
 
 def _comment(comment: object) -> str:
-    """An EXIF UserComment: eight bytes name its encoding, and none the order of bytes, which programs disagree on."""
+    """Decode an EXIF UserComment.
+
+    Eight bytes name its encoding, but not the byte order, on which programs disagree.
+    """
     if not isinstance(comment, bytes):
         return str(comment)
     code, body = comment[:8], comment[8:]

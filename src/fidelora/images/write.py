@@ -34,7 +34,7 @@ _MAX_JPEG_EXIF_BYTES = 65_533
 
 @dataclass(frozen=True, eq=False)
 class GeneratedImage:
-    """One image and how it came to be.
+    """One image and how it was made.
 
     Attributes:
         pixels: uint8 RGB [height, width, 3].
@@ -51,11 +51,13 @@ class GeneratedImage:
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     def to_pil(self) -> Image.Image:
-        """The pixels as a Pillow image."""
+        """Return the pixels as a Pillow image."""
         return Image.fromarray(self.pixels)
 
     def record(self, quality: int | None = None) -> dict[str, Any]:
-        """What the file says of its origin, as plain data; with the quality that it is written in, if it is not the usual one."""
+        """Return the record in the image's file as plain data, with the quality if it is not the
+        default.
+        """
         record = {
             "recipe": self.recipe.to_dict(),
             "digest": self.recipe.digest,
@@ -64,7 +66,7 @@ class GeneratedImage:
         return record if quality is None else record | {"quality": quality}
 
     def encode(self, image_format: ImageFormat = "png", quality: int | None = None) -> bytes:
-        """The file's bytes.
+        """Return the file's bytes.
 
         Args:
             quality: 0..100, of JPEG and WebP. By default WebP keeps every pixel, as PNG always does, and JPEG has quality 95.
@@ -122,7 +124,7 @@ class GeneratedImage:
 
 
 def format_of(path: Path) -> ImageFormat:
-    """The image format that a file name means.
+    """Return the image format for a file name.
 
     Raises:
         ImageFormatError: none that is supported.
@@ -136,17 +138,17 @@ def format_of(path: Path) -> ImageFormat:
 
 
 def suffix_of(image_format: ImageFormat) -> str:
-    """The usual ending of a file of this format."""
+    """Return the usual suffix of a file of this format."""
     return ".jpg" if image_format == "jpeg" else f".{image_format}"
 
 
 def is_image_format(name: str) -> bool:
-    """Whether `name` is one of the formats that images are written in."""
+    """True if images can be written in the format `name`."""
     return name in get_args(ImageFormat)
 
 
 def preview_jpeg(pixels: NDArray[np.uint8]) -> bytes:
-    """A small JPEG of a rough picture, at most `MAX_PREVIEW` pixels a side: some kilobytes, to be sent often."""
+    """Return a small JPEG of a rough picture, at most `MAX_PREVIEW` pixels a side: a few kilobytes."""
     image = Image.fromarray(pixels)
     image.thumbnail((MAX_PREVIEW, MAX_PREVIEW))
     buffer = io.BytesIO()

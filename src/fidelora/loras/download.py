@@ -1,4 +1,5 @@
-"""LoRA files from URLs that strangers give: https only, from hosts that the operator lists, from no address inside, within limits.
+"""Downloads of LoRA files from URLs in requests: https only, from listed hosts and public
+addresses, within limits.
 
 The address is checked where the connection is made, and the connection is made to the very address that was checked. So neither a
 redirect, nor a name that means another address the second time it is asked for (DNS rebinding), leads past the check.
@@ -41,7 +42,7 @@ Resolve = Callable[[str, int], Awaitable[list[str]]]
 
 @dataclass(frozen=True)
 class DownloadRules:
-    """What may be fetched.
+    """Limits of downloads.
 
     Attributes:
         hosts: in lower case; `*.example.com` allows every host below example.com. Redirects may lead to these only, too.
@@ -58,7 +59,7 @@ class DownloadRules:
 
 @dataclass(frozen=True)
 class Downloaded:
-    """What was fetched; `etag` is the server's mark for this version of the file, if it gave one."""
+    """A finished download; `etag` is the server's version mark, or empty."""
 
     sha256: str
     size_bytes: int
@@ -71,7 +72,7 @@ async def _resolve(host: str, port: int) -> list[str]:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address, and any that is wrapped in it, belongs to the public internet."""
+    """True if an IP address, and any address embedded in it, is on the public internet."""
     ip = ipaddress.ip_address(address.split("%")[0])
     inner: list[ipaddress.IPv4Address | None] = []
     if isinstance(ip, ipaddress.IPv6Address):
@@ -91,7 +92,7 @@ def is_public(address: str) -> bool:
 
 @dataclass(frozen=True)
 class Network:
-    """How downloads reach other machines. Only tests have one of their own: it is no setting."""
+    """How downloads open connections. Only tests replace it."""
 
     resolve: Resolve = _resolve
     is_allowed: Callable[[str], bool] = is_public
@@ -108,7 +109,7 @@ async def download(
     etag: str | None = None,
     network: Network | None = None,
 ) -> Downloaded | None:
-    """Fetch `url` into the new file `target`, or nothing at all.
+    """Fetch `url` into the new file `target`, completely or not at all.
 
     Args:
         token: for the Hugging Face hub; sent to that host only.
@@ -145,7 +146,10 @@ class _Download:
         self._etag = etag
 
     async def run(self, url: str, target: Path) -> Downloaded | None:
-        """Follow the URL to its file. Proxies that the environment names are not used: behind one, nothing could be checked."""
+        """Follow the URL to its file.
+
+        Proxies from the environment are ignored: addresses behind one could not be checked.
+        """
         backend = _CheckedConnections(self._network)
         async with httpcore2.AsyncConnectionPool(
             ssl_context=self._network.ssl_context, network_backend=backend
@@ -169,7 +173,7 @@ class _Download:
         )
 
     def _checked(self, url: str) -> SplitResult:
-        """The URL, if it may be used."""
+        """Return the URL if it is allowed."""
         if not self._rules.hosts:
             raise AdapterUrlRefusedError(
                 "This server takes no LoRAs from URLs; its operator can allow hosts with FIDELORA_LORA_HOSTS."
@@ -221,7 +225,7 @@ class _Download:
     async def _take(
         self, response: httpcore2.Response, place: SplitResult, target: Path
     ) -> Downloaded | None:
-        """Judge the answer by its head, and write its body down."""
+        """Check the response's headers and write its body to the file."""
         shown = _shown(place.geturl())
         if response.status == 304 and self._etag:
             return None
@@ -281,7 +285,7 @@ class _Download:
 
 
 class _CheckedConnections(httpcore2.AsyncNetworkBackend):
-    """Connects to public addresses only, and to the very one that it looked at."""
+    """Connects only to public addresses, and to the very address that was checked."""
 
     def __init__(self, network: Network) -> None:
         self._network = network
@@ -320,7 +324,7 @@ class _CheckedConnections(httpcore2.AsyncNetworkBackend):
 
 
 def _hub_file(place: SplitResult) -> SplitResult:
-    """A link of the hub's pages (`/blob/`) becomes that of the file itself (`/resolve/`)."""
+    """Return the link to a file for a link to its page on the hub (`/blob/` becomes `/resolve/`)."""
     parts = place.path.split("/")  # "", owner, name, blob, revision, ...
     if place.hostname not in _HUB_SITES or len(parts) < 4:
         return place
@@ -345,7 +349,7 @@ def _header(response: httpcore2.Response, name: bytes) -> str:
 
 
 def _shown(url: str) -> str:
-    """A URL for messages: without its query, which may carry a secret."""
+    """Return a URL for messages, without its query, which may be secret."""
     place = urlsplit(url)
     return f"{place.scheme}://{place.hostname or ''}{place.path}"[:300]
 

@@ -1,4 +1,4 @@
-"""The folder that requests name adapters from, and what clients may put into it."""
+"""The folder of adapters that requests name, and uploads into it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _UPLOAD_NAME = re.compile(r"[\w][\w .()+-]{0,150}\.safetensors")
 
 
 def adapter_path(root: Path, name: str) -> Path:
-    """The adapter file that `name` means under `root`, and nowhere else.
+    """Return the adapter file `name` under `root`, refusing everything outside.
 
     Names come from requests. A name with `..`, an absolute path that is not under `root`, and a symbolic link that leads out of it
     are refused alike, with words that say nothing of what is outside.
@@ -71,7 +71,10 @@ def adapter_path(root: Path, name: str) -> Path:
 
 
 def adapter_names(root: Path) -> list[str]:
-    """The names of all adapter files under `root`, as requests give them, sorted. Links are followed to files, not to folders."""
+    """Return the names of all adapter files under `root`, sorted, in the form that requests use.
+
+    Links to files are followed, links to folders are not.
+    """
     found = []
     for folder, _, files in os.walk(root):
         for file in files:
@@ -82,7 +85,9 @@ def adapter_names(root: Path) -> list[str]:
 
 
 def names_in_prompts(root: Path) -> dict[str, str]:
-    """What prompts call each adapter file: its name without folder and ending, or with the folder where that names several.
+    """Map the names that prompts use to those that requests use.
+
+    A prompt's name has no folder and no suffix, unless several files share it.
 
     Returns:
         by that name, what requests call the file.
@@ -98,7 +103,9 @@ def names_in_prompts(root: Path) -> dict[str, str]:
 
 
 def adapter_named_in_prompt(root: Path, name: str) -> str:
-    """The adapter file that a prompt calls `name`, as requests name it. Only what is listed is found: nothing outside of `root`.
+    """Return the adapter file that a prompt calls `name`, in the form that requests use.
+
+    Only files under `root` are found.
 
     Raises:
         AdapterNotFoundError: there is none.
@@ -121,7 +128,8 @@ def adapter_named_in_prompt(root: Path, name: str) -> str:
 def adapter_with_hash(
     root: Path, sha256: str, name: str, sha256_of: Callable[[Path], str]
 ) -> str | None:
-    """The adapter file with these bytes, as requests name it, wherever it is below `root`; None if there is none.
+    """Return the adapter file with this sha256 under `root`, in the form that requests use, or
+    None.
 
     Args:
         name: what it was called; files of this name are looked at first, because every other one costs a reading.
@@ -136,7 +144,7 @@ def adapter_with_hash(
 
 
 def add_upload(root: Path, file: BinaryIO, name: str) -> tuple[str, bool]:
-    """Keep the bytes of `file` under `root` as an upload of this name.
+    """Store the bytes of `file` under `root` as an upload of this name.
 
     Returns:
         what requests call it, and whether it is new; it is not if the same bytes were there under this name.
@@ -173,7 +181,7 @@ def add_upload(root: Path, file: BinaryIO, name: str) -> tuple[str, bool]:
 
 
 def upload_path(root: Path, name: str) -> Path:
-    """The file of an upload.
+    """Return the file of an upload.
 
     Raises:
         UploadNotFoundError: there is none of this name.
@@ -204,5 +212,5 @@ def _is_inside(root: Path, name: str) -> bool:
 
 
 def _is_text(name: str) -> bool:
-    """Whether JSON can carry it: a file's name can be any bytes."""
+    """True if JSON can hold the name; file names may be any bytes."""
     return name.encode("utf-8", "ignore").decode() == name

@@ -1,4 +1,4 @@
-"""From what a request calls an adapter to its bytes in the cache: a name under one folder, a URL, or a file on the hub."""
+"""Resolve the adapters that requests name into the cache: a path, a URL, or a file on the hub."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _DOWNLOADS_AT_ONCE = 4
 
 
 class AdapterResolver:
-    """Finds the adapters that requests name.
+    """Resolves the adapters that requests name.
 
     Args:
         root: the folder that names are below of.
@@ -45,7 +45,7 @@ class AdapterResolver:
     async def resolve(
         self, place: str, *, sha256: str | None = None, hub_token: str | None = None
     ) -> AdapterRef:
-        """The adapter that `place` means, its bytes in the cache.
+        """Return the adapter at `place`, with its bytes in the cache.
 
         Args:
             place: a path below the root, `https://...`, or `hf:owner/name/file.safetensors`, optionally with `@revision`.
@@ -73,7 +73,9 @@ class AdapterResolver:
         return ref
 
     def by_hash(self, sha256: str, name: str) -> AdapterRef | None:
-        """The adapter of these bytes, if it is in the cache or below the root; its bytes are in the cache then.
+        """Return the adapter with this sha256 from the cache or the root, or None.
+
+        Its bytes are in the cache afterwards.
 
         Args:
             name: what it was called; files of this name are looked at first.
@@ -144,7 +146,9 @@ class AdapterResolver:
 
 
 def _name(place: str) -> str:
-    """What messages and records call an adapter: without the query of a URL, which may be a secret."""
+    """Return the adapter's name for messages and records, without a URL's query, which may be
+    secret.
+    """
     return (
         place.split("?")[0].split("#")[0].rsplit("/", 1)[-1]
         if _URL.match(place) or place.startswith("hf:")
@@ -201,7 +205,7 @@ def _hub_file(
 
 
 def _hub_file_on_disk(repo: str, file: str, revision: str | None) -> Path:
-    """What an earlier download left, where HF_HUB_OFFLINE forbids another one."""
+    """Return the file of an earlier download, for when HF_HUB_OFFLINE forbids another."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
