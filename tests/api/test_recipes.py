@@ -476,4 +476,15 @@ def test_the_models_are_listed_as_documented():
             "default_num_frames": None,
             "default_fps": None,
         },
+        {
+            "id": "zimage",
+            "base_model": "Tongyi-MAI/Z-Image",
+            "resolution_divisor": 16,
+            "default_steps": 30,
+            "default_guidance_scale": 4.0,
+            "requires_control_image": False,
+            "is_video_model": False,
+            "default_num_frames": None,
+            "default_fps": None,
+        },
     ]
