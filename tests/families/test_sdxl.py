@@ -404,7 +404,7 @@ def test_what_fits_both_models_is_refused_by_what_its_file_says(engine, tmp_path
     silent = save_adapter(tmp_path / "a.safetensors", tensors)
     engine.generate(painted(silent, **SMALL))
     for_other = save_adapter(tmp_path / "b.safetensors", tensors, ss_base_model_version="sd_1.5")
-    with pytest.raises(AdapterMismatchError, match="use it with model sd15"):
+    with pytest.raises(AdapterMismatchError, match="Use the adapter with model sd15"):
         engine.generate(painted(for_other, **SMALL))
 
 
@@ -431,12 +431,12 @@ def test_the_other_model_is_named_without_metadata_too(engine, tmp_path):
         tmp_path / "a.safetensors",
         random_lora(("lora_te2_text_model_encoder_layers_0_mlp_fc1", 64, 48)),
     )
-    with pytest.raises(AdapterMismatchError, match="use it with model sdxl"):
+    with pytest.raises(AdapterMismatchError, match="Use the adapter with model sdxl"):
         engine.generate(painted(text, **SD15))
     # A name that both have: the shapes decide, here those of the models of full size.
     both = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
     wide = save_adapter(tmp_path / "b.safetensors", random_lora((both, 640, 2048)))
-    with pytest.raises(AdapterMismatchError, match="use it with model sdxl"):
+    with pytest.raises(AdapterMismatchError, match="Use the adapter with model sdxl"):
         engine.generate(painted(wide, **SD15))
 
 
@@ -470,7 +470,8 @@ def test_the_trainer_s_adapters_are_examined(path, kind, notes):
     )
     assert [problem.code for problem in found.problems] == notes
     assert all(
-        "its alpha is in the job's configuration" in problem.message for problem in found.problems
+        "the alpha is in the configuration of the training run" in problem.message
+        for problem in found.problems
     )
 
 
