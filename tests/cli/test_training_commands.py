@@ -515,4 +515,4 @@ def test_generate_supports_sdxl(fidelora, tmp_path):
     code, _, err = fidelora(
         "generate", "a ball", "--model", "sdxl", *SDXL_BASE, *small, "--lora", str(LORA)
     )
-    assert (code, "use it with model sd15." in err) == (1, True)
+    assert (code, "Use the adapter with model sd15." in err) == (1, True)

@@ -89,4 +89,4 @@ def test_an_adapter_of_the_other_model_fails_and_is_named(server: Server):
         request_id = server.ask(request(model) | {"loras": [{"path": lora}]})
         status = server.wait(request_id, "succeeded", "failed")
         assert (status["status"], status["error_code"]) == ("failed", "ADAPTER_MISMATCH")
-        assert f"use it with model {right}." in status["error"]
+        assert f"Use the adapter with model {right}." in status["error"]
