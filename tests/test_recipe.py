@@ -512,9 +512,7 @@ def replaced(recipe: Recipe, negative_prompt_2: str | None) -> Recipe:
 
 
 def test_a_second_negative_prompt_needs_a_second_text_encoder():
-    with pytest.raises(
-        RecipeError, match="Stable Diffusion 1.5 does not use negative_prompt_2; leave it out"
-    ) as raised:
+    with pytest.raises(RecipeError, match="does not use negative_prompt_2; leave it out") as raised:
         Recipe(prompt="", negative_prompt_2="ugly")
     assert raised.value.field == "negative_prompt_2"
 
