@@ -9,19 +9,24 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
+from safetensors.torch import load_file
 from tests.support import (
     LORA,
     TINY_ZIMAGE,
     ZIMAGE_LORA,
     expected_bytes_of,
     load_model_of,
+    save_adapter,
 )
 from transformers import AutoTokenizer
 
 from fidelora import AdapterRef, Engine, Recipe
+from fidelora.adapters.tensor_names import noise_of_file
+from fidelora.cli.generate import _resolve_noise
 from fidelora.engine.examine import examine_adapter
 from fidelora.errors import AdapterMismatchError, BaseModelFilesError, DeviceError, RecipeError
 from fidelora.families.protocols import Guidance, Prompts, Size
+from fidelora.training.suspects import precisions
 
 CPU = torch.device("cpu")
 SMALL = Recipe(
@@ -144,3 +149,19 @@ def test_fast_and_single_files_are_not_implemented(engine, tmp_path):
 def test_the_expected_size_covers_the_loaded_one():
     size = load_model_of(SMALL).size_bytes
     assert size <= expected_bytes_of(SMALL) < 1.3 * size
+
+
+def test_an_old_trainer_s_adapter_asks_for_no_noise_of_its_own(tmp_path):
+    """Its noise is always float32, so `auto` must not choose `legacy`, which is refused."""
+    old = {"software": '{"name": "ai-toolkit", "version": "0.10.25"}'}
+    file = save_adapter(tmp_path / "a.safetensors", load_file(ZIMAGE_LORA), **old)
+    assert noise_of_file(file) == "legacy"
+    adapters = (AdapterRef.from_file(file),)
+    assert _resolve_noise("auto", adapters, "zimage") == "modern"
+    assert _resolve_noise("auto", adapters, "sd15") == "legacy"
+
+
+def test_the_doctor_s_suspects_are_recipes_of_the_family():
+    for recipe in (SMALL, replace(SMALL, dtype="bfloat16")):
+        assert {one.recipe.noise for one in precisions(recipe)} == {"modern"}
+        assert len(list(precisions(recipe))) == 3

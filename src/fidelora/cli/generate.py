@@ -25,6 +25,7 @@ from fidelora.cli.console import (
     warn,
 )
 from fidelora.errors import RecipeError
+from fidelora.families import get_family
 from fidelora.recipe import AdapterRef, Noise, Recipe, replace_trigger
 
 _MAX_IMAGES = 1000
@@ -194,7 +195,7 @@ def generate(
         "dtype": main_dtype,
         "vae_dtype": vae_dtype or main_dtype,
         "text_encoder_dtype": text_encoder_dtype or main_dtype,
-        "noise": _resolve_noise(noise, adapters),
+        "noise": _resolve_noise(noise, adapters, model),
     }
     recipes = [replace(recipe, **device_settings) for recipe in recipes]
     target = _parse_out(out, image_format)
@@ -286,10 +287,12 @@ def _adapter(text: str) -> AdapterRef:
     return AdapterRef.from_file(match["name"], float(match["multiplier"]))
 
 
-def _resolve_noise(noise: str, adapters: tuple[AdapterRef, ...]) -> Noise:
+def _resolve_noise(noise: str, adapters: tuple[AdapterRef, ...], model: str) -> Noise:
     """Return the noise; `auto` depends on the trainer's version in the first adapter's file."""
     from fidelora.adapters.tensor_names import noise_of_file
 
     if noise != "auto":
         return noise  # type: ignore[return-value]  # checked by the recipe
+    if "noise" not in get_family(model).uses:
+        return "modern"
     return noise_of_file(adapters[0].path) if adapters and adapters[0].path else "modern"

@@ -32,14 +32,12 @@ class Tokens:
     cut: str
 
 
-def load_tokenizer(folder: Path | None) -> Any:
+def load_tokenizer(folder: Path) -> Any:
     """Load the tokenizer in `folder` and check that it has a chat template.
 
     Raises:
-        BaseModelFilesError: it is missing, cannot be read, or has no chat template.
+        BaseModelFilesError: it cannot be read, or has no chat template.
     """
-    if folder is None:
-        raise BaseModelFilesError("The base model has no tokenizer; download it again.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:

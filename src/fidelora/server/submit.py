@@ -25,6 +25,7 @@ from starlette.requests import Request
 from fidelora.adapters.tensor_names import noise_of_file
 from fidelora.api import InferenceRequest, LoraItem, recipes_of
 from fidelora.errors import RequestCanceledError, RequestFailedError, ServerStoppingError
+from fidelora.families import get_family
 from fidelora.jobs.job import Job, Status, new_job
 from fidelora.jobs.store import Submission
 from fidelora.recipe import AdapterRef, Noise, Recipe
@@ -145,7 +146,9 @@ def defaults_for(
 
     As on the command line, the noise follows from the trainer version in the first adapter's file.
     """
-    noise: Noise = _noise(context.cache.path(adapters[0].sha256)) if adapters else "modern"
+    noise: Noise = "modern"
+    if adapters and "noise" in get_family(model).uses:
+        noise = _noise(context.cache.path(adapters[0].sha256))
     return {**context.server_defaults.get(model, {}), "noise": noise}
 
 

@@ -150,13 +150,15 @@ def seeds(run: TrainingRun, recipe: Recipe, index: int) -> Iterator[Suspect]:
 
 
 def precisions(recipe: Recipe) -> Iterator[Suspect]:
-    """Yield the recipe with the other noise and with other dtypes."""
-    if recipe.dtype != "float32":
+    """Yield the recipe with the other noise, in families that use it, and with other dtypes."""
+    uses_noise = "noise" in get_family(recipe.model).uses
+    if recipe.dtype != "float32" and uses_noise:
         other = "legacy" if recipe.noise == "modern" else "modern"
         fix = f"The noise was drawn by a different version of torch: use --noise {other}."
         yield Suspect("noise", replace(recipe, noise=other), fix)  # type: ignore[arg-type]
     for dtype in ("float32", "bfloat16", "float16"):
-        for noise in ("modern", "legacy") if dtype != "float32" else (recipe.noise,):
+        both = dtype != "float32" and uses_noise
+        for noise in ("modern", "legacy") if both else (recipe.noise,):
             changes: dict[str, Any] = {
                 "dtype": dtype,
                 "vae_dtype": dtype,

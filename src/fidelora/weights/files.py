@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ from torch import Tensor
 from fidelora.errors import BaseModelFilesError, BaseModelNotFoundError, RecipeError
 from fidelora.families import Family, Part, all_families
 from fidelora.safetensors_header import read_file_header
-from fidelora.weights.hashes import remembered_sha256
 from fidelora.weights.locate import locate, weight_file_patterns
 from fidelora.weights.strict import read_config, read_weights
 
@@ -144,25 +141,6 @@ class BaseFiles:
                 if owner is not None:
                     counts[owner.name] += math.prod(tensor.shape)
         return counts
-
-    @cached_property
-    def sha256(self) -> str:
-        """Sha256 of the weights in hex.
-
-        For a single file, it is the sha256 of the file. For several files, it is the sha256 of
-        lines `part sha256`, in the order of parts and shards. Hashes of files are cached.
-
-        Raises:
-            WeightsFileError: a file cannot be read.
-        """
-        files = [("", self.source)] if self.is_checkpoint else []
-        for part in self.family.parts:
-            files += [(part.name, path) for path in self.weights.get(part.name, ())]
-        hashes = [(name, remembered_sha256(path)) for name, path in files]
-        if len(hashes) == 1:
-            return hashes[0][1]
-        lines = "".join(f"{name} {sha256}\n" for name, sha256 in hashes)
-        return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _stamp(*paths: Path) -> Stamp:

@@ -27,7 +27,9 @@ class ZImageText:
     ) -> None:  # fmt: skip
         (part,) = family.text_encoders
         self._encoder: Any = parts[part.name]
-        self._tokenizer = qwen.load_tokenizer(tokenizers[part.name])
+        folder = tokenizers[part.name]
+        assert folder is not None, "no tokenizer is bundled"
+        self._tokenizer = qwen.load_tokenizer(folder)
         self._device = device
         self._cache: OrderedDict[tuple[str, int], tuple[Tensor, str]] = OrderedDict()
 
