@@ -182,8 +182,7 @@ def test_the_truncated_end_of_a_prompt_is_quoted(fidelora):
     code, _, err = fidelora("generate", "ball " * 75 + "at night", *SMALL)
     assert code == 0
     assert (
-        err == "warning: The end of the prompt does not fit into 77 tokens and has no effect: "
-        '"at night".\n'
+        err == 'warning: The end of the prompt exceeds 77 tokens and has no effect: "at night".\n'
     )
 
 
@@ -206,7 +205,7 @@ def test_a_trigger_without_placeholder_has_no_effect(fidelora):
         (["--model", "sd16"], "There is no model 'sd16'"),
         (["--dtype", "int8"], "dtype is 'int8'"),
         (["--noise", "old"], "noise is 'old'"),
-        (["--offload", "some"], "There is no way of offloading 'some'"),
+        (["--offload", "some"], "The offload mode 'some' does not exist"),
         (["--format", "gif"], "--format is 'gif'"),
         (["--format", "png", "--out", "a.jpg"], "does not match --out a.jpg"),
         (["--lora", "absent.safetensors"], "There is no adapter file absent.safetensors"),
@@ -217,7 +216,7 @@ def test_a_trigger_without_placeholder_has_no_effect(fidelora):
         (["--lora", ""], "--lora is empty; set the name of a file"),
         (["--lora", ":2"], "There is no adapter file :2"),
         (["--seed", str(2**63 - 1), "-n", "2"], "seed is 9223372036854775808"),
-        (["--config", "somewhere"], "configurations of its own"),
+        (["--config", "somewhere"], "with its own configurations"),
     ],
     ids=lambda value: " ".join(value)[-30:] if isinstance(value, list) else "",
 )
@@ -292,8 +291,9 @@ def test_models_prints_json(fidelora):
     import json
 
     _, out, _ = fidelora("models", "--json")
-    model, other = json.loads(out)
-    assert (other["id"], other["default_size"], other["base_aliases"]) == ("sdxl", 1024, [])
+    model, *others = json.loads(out)
+    found = [(one["id"], one["default_size"], one["base_aliases"]) for one in others]
+    assert found == [("sdxl", 1024, []), ("zimage", 1024, [])]
     assert (
         model["id"],
         model["resolution_divisor"],
@@ -417,13 +417,13 @@ def test_an_interrupt_while_generating_leaves_no_file(tmp_path):
     ]
     start = (
         "import sys, os, signal, fidelora.engine.engine as e, fidelora.cli as c\n"
-        "original = e.denoise\n"
-        "def denoise(*args, on_step, **kwargs):\n"
+        "original = e.sample\n"
+        "def sample(denoise, schedule, latents, noise, on_step):\n"
         "    def step(number, latents):\n"
         "        on_step(number, latents)\n"
         "        if number == 2: os.kill(os.getpid(), signal.SIGINT)\n"
-        "    return original(*args, on_step=step, **kwargs)\n"
-        f"e.denoise = denoise; sys.argv = ['fidelora', *{arguments!r}]; c.main()\n"
+        "    return original(denoise, schedule, latents, noise, step)\n"
+        f"e.sample = sample; sys.argv = ['fidelora', *{arguments!r}]; c.main()\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", start], capture_output=True, text=True, cwd=tmp_path, check=False

@@ -306,7 +306,9 @@ def test_inspect_describes_adapters(fidelora, tmp_path):
         "not_finite",
         "infinite_alpha",
     }
-    assert "problem     NaN or infinity" in fidelora("inspect", str(broken))[1]
+    assert (
+        "problem     1 tensors have NaN or infinite values" in fidelora("inspect", str(broken))[1]
+    )
     assert fidelora("inspect", "nothing.safetensors")[0] == 2
 
 
