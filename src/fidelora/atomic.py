@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Atomic writing of files: a file is either complete or absent."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 from fidelora.errors import OutputError
 
 _PREFIX, _SUFFIX = ".fidelora-", ".part"
-_LEFT_OVER_S = 24 * 3600.0
+_STALE_S = 24 * 3600.0  # no write takes that long
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder for output, with its parents, and see that files can be written there.
+    """Make a folder for output, with its parents, and check that files can be written there.
 
     Raises:
-        OutputError: they cannot.
+        OutputError: the folder cannot be made, or is not writable.
     """
     probe = folder / temporary_name()
     try:
@@ -25,32 +25,34 @@ def make_folder(folder: Path) -> None:
         os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         probe.unlink()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise OutputError(
-            f"Nothing can be written to the folder {folder}: {_reason(error)}."
-        ) from error
+        raise OutputError(f"The folder {folder} is not writable: {_reason(error)}.") from error
 
 
 def remove_stale_temporaries(folder: Path) -> None:
-    """Remove what processes that were killed left half written, if it is old enough that nobody can be at it still."""
+    """Remove the unfinished files of killed processes.
+
+    Only files older than a day are removed, because another process may still write a newer one.
+    """
     for path in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
-        if time.time() - path.stat().st_mtime > _LEFT_OVER_S:
+        if time.time() - path.stat().st_mtime > _STALE_S:
             path.unlink(missing_ok=True)
 
 
 def temporary_name() -> str:
-    """A name for a file that is not finished; `remove_stale_temporaries` knows it."""
+    """Return a name for an unfinished file, which `remove_stale_temporaries` recognises."""
     return f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` to `path` so that no reader, and no crash, ever sees a part of it.
+    """Write `content` to `path` so that neither a reader nor a crash finds a part of it.
 
     Raises:
-        OutputError: it cannot be written (no such folder, no permission, disk full); nothing is left behind then.
+        OutputError: it cannot be written (no such folder, no permission, disk full); no unfinished
+            file is left behind.
     """
     temporary = path.parent / temporary_name()
     try:
-        # Not `tempfile`: its files are for their owner alone, and this one is to be as any other that the user makes.
+        # Not `tempfile`: its files are private to their owner; this one gets the usual permissions.
         with os.fdopen(
             os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666), "wb"
         ) as file:
@@ -61,7 +63,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         _remove(temporary)
         raise OutputError(
-            f"{path} could not be written: {_reason(error)}. Nothing was left there."
+            f"{path} could not be written: {_reason(error)}. No unfinished file was left."
         ) from error
     except BaseException:  # an interrupt
         _remove(temporary)
@@ -78,7 +80,7 @@ def _remove(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
     except (OSError, ValueError):
-        return  # where it could not be made, it cannot be removed; the caller has the reason
+        return  # a file that could not be made cannot be removed; the caller has the reason
 
 
 def _reason(error: OSError | ValueError) -> str:
@@ -86,7 +88,7 @@ def _reason(error: OSError | ValueError) -> str:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the new name itself durable, where folders can be opened for that (not on Windows)."""
+    """Make the new name durable, where folders can be opened for that (not on Windows)."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:

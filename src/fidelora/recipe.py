@@ -15,9 +15,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from fidelora.errors import AdapterNotFoundError, RecipeError, UnknownSamplerError, WeightsFileError
+from fidelora.adapter_file import AdapterFile
+from fidelora.errors import RecipeError, UnknownSamplerError, WeightsFileError
 from fidelora.families import Family, get_family
-from fidelora.safetensors_header import read_file_header
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Noise = Literal["modern", "legacy"]
@@ -69,10 +69,10 @@ def replace_trigger(prompt: str, trigger: str) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """The sha256 of a file's bytes, in hex.
+    """Return the sha256 of a file in hex.
 
     Raises:
-        WeightsFileError: it cannot be read.
+        WeightsFileError: the file cannot be read.
     """
     try:
         with path.open("rb") as file:
@@ -91,6 +91,7 @@ class AdapterRef:
         alpha: of a DoRA, whose file has none: its scale is alpha / rank. None: the scale is 1.
         name: for people; not part of the identity.
         path: where the file was last seen; not part of the identity and not in the JSON form.
+        file: the open file that `from_file` hashed; not part of the identity and not in the JSON form.
     """
 
     sha256: str
@@ -98,6 +99,7 @@ class AdapterRef:
     name: str = field(default="", compare=False)
     path: Path | None = field(default=None, compare=False, repr=False)
     alpha: float | None = None
+    file: AdapterFile | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.sha256, str) or not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
@@ -119,7 +121,10 @@ class AdapterRef:
 
     @classmethod
     def from_file(cls, path: str | Path, multiplier: float = 1.0) -> AdapterRef:
-        """Refer to the file at `path` as it is now. Its header is checked before the rest is read.
+        """Return a reference to the file at `path` as it is now.
+
+        The header is checked before the rest is read. The file is opened and hashed once; its
+        content is kept for the engine if it is not too large (`MAX_KEPT_BYTES`).
 
         Raises:
             AdapterNotFoundError: there is no such file.
@@ -127,15 +132,10 @@ class AdapterRef:
             RecipeError: the multiplier is out of range.
         """
         path = Path(path).expanduser()
-        if path.is_dir():
-            raise AdapterNotFoundError(
-                f"{path} is a folder, not an adapter file; name the .safetensors file in it."
-            )
-        if not path.is_file():  # nor a device or a pipe, which may never end
-            raise AdapterNotFoundError(f"There is no adapter file {path}; check the path.")
-        read_file_header(path)
-        name = path.stem.encode("utf-8", "replace").decode()  # file names may be any bytes
-        return cls(file_sha256(path), multiplier, name=name, path=path.resolve())
+        file = AdapterFile.open(path, keep="within_budget")
+        # A file name need not be valid text; the name that is written into images has to be.
+        name = path.stem.encode("utf-8", "replace").decode()
+        return cls(file.sha256, multiplier, name=name, path=file.path, file=file)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,9 @@
-"""What a `.safetensors` file says of itself, checked before a byte of its tensors is read.
+"""Header of a `.safetensors` file, read and checked before any tensor. Needs no torch.
 
-Format: https://github.com/huggingface/safetensors#format. The file begins with the header's length (8 bytes, little endian),
-then that many bytes of JSON, then the tensors without gaps. Everything that the header claims is compared with the file's size
-first, so that a truncated download, a web page or a pickle is recognised for what it is, in one sentence, without torch.
+Format: https://github.com/huggingface/safetensors#format. The file begins with the header's length
+(8 bytes, little endian), then that many bytes of JSON, then the tensors without gaps. Everything
+that the header claims is compared with the file's size first, so that truncated downloads, web
+pages and pickles are recognised and each gets an error message of its own.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ DTYPE_BYTES: Mapping[str, int] = {
 }  # fmt: skip
 
 MAX_HEADER_BYTES = 32 * 2**20
-"""An adapter's header is some 100 KB, that of a whole SDXL checkpoint some 300 KB; metadata can add a few MB to either."""
+"""Limit of the header's length. An adapter has about 100 KB, a whole SDXL checkpoint about 300 KB;
+metadata can add a few MB to either."""
 MAX_TENSORS = 100_000
 
 _PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle"}
@@ -37,7 +39,7 @@ _HTML_STARTS = (b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor as the header describes it; `dtype` in the format's own spelling (`F16`, `BF16`, `F32`, ...)."""
+    """One tensor in the header; `dtype` in the format's spelling (`F16`, `BF16`, `F32`, ...)."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -45,7 +47,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """The checked header: every tensor lies inside the file, none overlaps another and no byte is left over."""
+    """A checked header: the tensors fill the rest of the file without gaps or overlaps."""
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
@@ -53,10 +55,14 @@ class Header:
 
 
 def refuse_pickle(path: Path) -> None:
-    """Raise `PickleRefusedError` if `path` is named as pickles are; what is inside, `read_header` looks at."""
+    """Raise `PickleRefusedError` if the suffix of `path` is one of a pickle.
+
+    `read_header` recognises pickles by their content.
+    """
     if path.suffix.lower() in _PICKLE_SUFFIXES:
         raise PickleRefusedError(
-            f"{path.name} is a Python pickle, which can run code when it is opened; convert it to .safetensors and use that."
+            f"{path.name} is a Python pickle, which can run code when it is opened; "
+            "convert it to .safetensors and use that."
         )
 
 
@@ -65,11 +71,20 @@ def read_header(file: BinaryIO, name: str) -> Header:
 
     Args:
         file: opened for binary reading, at any position.
-        name: what messages call the file.
+        name: name of the file in error messages.
 
     Raises:
-        WeightsFileError: the file is not what its name claims; the message says what it is instead, or what is wrong.
+        WeightsFileError: the file is not a sound .safetensors file; the message says what is wrong.
         PickleRefusedError: it is a pickle under another name.
+    """
+    return read_header_bytes(file, name)[0]
+
+
+def read_header_bytes(file: BinaryIO, name: str) -> tuple[Header, bytes]:
+    """Do the same as `read_header`, and return the bytes that were read, length included.
+
+    Raises:
+        WeightsFileError: see `read_header`.
     """
     file_bytes = os.fstat(file.fileno()).st_size
     file.seek(0)
@@ -79,21 +94,21 @@ def read_header(file: BinaryIO, name: str) -> Header:
     (header_bytes,) = struct.unpack("<Q", start[:8])
     if header_bytes > MAX_HEADER_BYTES:
         raise WeightsFileError(
-            f"{name} claims a header of {header_bytes:,} bytes, more than the {MAX_HEADER_BYTES:,} that any sound file needs: "
-            "it is damaged or not a .safetensors file; download or export it again."
+            f"{name} claims a header of {header_bytes:,} bytes; at most {MAX_HEADER_BYTES:,} are "
+            "accepted. It is damaged or not a .safetensors file; download or export it again."
         )
     if 8 + header_bytes > file_bytes:
         raise WeightsFileError(
             f"{name} ends inside its own header: it is truncated; download or copy it again."
         )
     file.seek(8)
-    return _check(
-        _parse(file.read(header_bytes), name), name, file_bytes - 8 - header_bytes, file_bytes
-    )
+    raw = file.read(header_bytes)
+    header = _check(_parse(raw, name), name, file_bytes - 8 - header_bytes, file_bytes)
+    return header, start[:8] + raw
 
 
 def read_file_header(path: Path) -> Header:
-    """`read_header` of the file at `path`."""
+    """Return the checked header of the file at `path`; see `read_header`."""
     refuse_pickle(path)
     try:
         with path.open("rb") as file:
@@ -106,20 +121,23 @@ def _refuse_other_formats(start: bytes, name: str, file_bytes: int) -> None:
     text = start.lstrip().lower()
     if text.startswith(_HTML_STARTS):
         raise WeightsFileError(
-            f"{name} is a web page (HTML), not weights: what was saved is a page about the file; use its direct download link."
+            f"{name} is a web page (HTML), not weights; use the direct download link of the file."
         )
     if text.startswith(b"version https://git-lfs"):
         raise WeightsFileError(
-            f"{name} is a Git LFS pointer, not the weights themselves; run `git lfs pull` where it came from."
+            f"{name} is a Git LFS pointer, not the weights themselves; "
+            "run `git lfs pull` where it came from."
         )
-    # A header of 640 bytes begins like a pickle of protocol 2, but its ninth byte is the brace of the JSON.
+    # A header of 640 bytes begins like a pickle of protocol 2, but its ninth byte is a brace.
     if start.startswith(_PICKLE_STARTS) and start[8:9] != b"{":
         raise PickleRefusedError(
-            f"{name} is a Python pickle or zip archive under the name of a .safetensors file; convert it and use the result."
+            f"{name} is a Python pickle or zip archive under the name of a .safetensors file; "
+            "convert it and use the result."
         )
     if file_bytes < 8:
         raise WeightsFileError(
-            f"{name} has {file_bytes} bytes, too few for a .safetensors file; download or export it again."
+            f"{name} has {file_bytes} bytes, too few for a .safetensors file; "
+            "download or export it again."
         )
 
 
@@ -128,13 +146,14 @@ def _parse(raw: bytes, name: str) -> dict[str, Any]:
         repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
         if repeated:
             raise WeightsFileError(
-                f"{name} names {', '.join(repeated[:3])} twice in its header: it is damaged; export it again."
+                f"{name} names {', '.join(repeated[:3])} twice in its header: it is damaged; "
+                "export it again."
             )
         return dict(pairs)
 
     try:
         if not raw.startswith(b"{"):
-            raise ValueError("the format says that the header begins with a brace")
+            raise ValueError("the format requires that the header begins with a brace")
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=without_repeats)
     except (ValueError, RecursionError) as error:
         raise WeightsFileError(
@@ -154,7 +173,7 @@ def _check(header: dict[str, Any], name: str, body_bytes: int, file_bytes: int) 
         )
     if len(header) > MAX_TENSORS:
         raise WeightsFileError(
-            f"{name} claims {len(header):,} tensors, more than the {MAX_TENSORS:,} that are accepted."
+            f"{name} claims {len(header):,} tensors; at most {MAX_TENSORS:,} are accepted."
         )
 
     tensors: dict[str, TensorInfo] = {}
@@ -167,16 +186,19 @@ def _check(header: dict[str, Any], name: str, body_bytes: int, file_bytes: int) 
     for begin, end, key in sorted(spans):
         if begin != position:
             raise WeightsFileError(
-                f"{name} has tensors that overlap or leave gaps at {key}: it is damaged; export it again."
+                f"{name} has tensors that overlap or leave gaps at {key}: it is damaged; "
+                "export it again."
             )
         position = end
     if position > body_bytes:
         raise WeightsFileError(
-            f"{name} is truncated: its tensors need {position:,} bytes and {body_bytes:,} are there; download or copy it again."
+            f"{name} is truncated: its tensors need {position:,} bytes and it has {body_bytes:,}; "
+            "download or copy it again."
         )
     if position < body_bytes:
         raise WeightsFileError(
-            f"{name} has {body_bytes - position:,} bytes after its last tensor: it is damaged; export it again."
+            f"{name} has {body_bytes - position:,} bytes after its last tensor: it is damaged; "
+            "export it again."
         )
     return Header(tensors, metadata, file_bytes)
 
@@ -187,11 +209,13 @@ def _tensor(key: str, entry: object, name: str) -> tuple[TensorInfo, int, int]:
             pass
         case _:
             raise WeightsFileError(
-                f"{name} describes the tensor {key} in an unknown way: it is damaged; export it again."
+                f"{name} has a malformed entry for the tensor {key}: it is damaged; "
+                "export it again."
             )
     if dtype not in DTYPE_BYTES:
         raise WeightsFileError(
-            f"{name} stores {key} as {dtype}, a type that is not known here; export it as F16, BF16 or F32."
+            f"{name} stores {key} as {dtype}, which is not supported; "
+            "export it as F16, BF16 or F32."
         )
     if not all(type(number) is int for number in (*shape, begin, end)) or min(shape, default=0) < 0:
         raise WeightsFileError(
@@ -199,6 +223,7 @@ def _tensor(key: str, entry: object, name: str) -> tuple[TensorInfo, int, int]:
         )
     if not 0 <= begin <= end or end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
         raise WeightsFileError(
-            f"{name} gives {key} a place in the file that does not fit its shape: it is damaged; export it again."
+            f"{name} gives {key} a position in the file that does not fit its shape: "
+            "it is damaged; export it again."
         )
     return TensorInfo(dtype, tuple(shape)), begin, end

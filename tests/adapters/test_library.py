@@ -14,9 +14,10 @@ import torch
 from tests.support import save_adapter
 
 from fidelora import AdapterRef
+from fidelora.adapter_file import AdapterFile
 from fidelora.adapters import library as module
 from fidelora.adapters.library import AdapterLibrary
-from fidelora.adapters.read import Adapter, read_adapter
+from fidelora.adapters.read import Adapter, open_adapter
 from fidelora.errors import AdapterChangedError, AdapterNotFoundError, WeightsFileError
 
 NUMBERS = 2 * 64 * 64
@@ -27,31 +28,33 @@ DEADLINE_S = 60.0
 
 
 class Reads:
-    """Stands for `read_adapter`: counts, and does what it is told before a file is read."""
+    """Replacement of `open_adapter` that counts calls and runs `before` first."""
 
     def __init__(self) -> None:
         self.of: list[str] = []
         self.before: Callable[[str], Any] = lambda name: None
 
-    def __call__(self, path: Path) -> Adapter:
+    def __call__(self, path: Path) -> AdapterFile:
         self.of.append(path.stem)
         self.before(path.stem)
-        return read_adapter(path)
+        return open_adapter(path)
 
 
 @pytest.fixture
 def reads(monkeypatch):
     made = Reads()
-    monkeypatch.setattr(module, "read_adapter", made)
+    monkeypatch.setattr(module, "open_adapter", made)
     return made
 
 
 @pytest.fixture
 def refs(tmp_path):
-    return [
-        AdapterRef.from_file(adapter_file(tmp_path, name, index))
-        for index, name in enumerate("abcd")
-    ]
+    return [reference(adapter_file(tmp_path, name, index)) for index, name in enumerate("abcd")]
+
+
+def reference(path: Path) -> AdapterRef:
+    """A reference without the content of its file, as another process receives it."""
+    return replace(AdapterRef.from_file(path), file=None)
 
 
 def adapter_file(folder: Path, name: str, number: int, dtype: torch.dtype = torch.float32) -> Path:
@@ -185,7 +188,7 @@ def test_prefetching_drops_the_least_recently_used_but_nothing_pinned(refs):
 def test_what_does_not_fit_beside_the_pinned_ones_is_not_read(tmp_path, refs, reads, dtype, room):
     """Files of half precision are twice as large in memory."""
     library = AdapterLibrary(2 * SIZE + room)
-    wanted = AdapterRef.from_file(adapter_file(tmp_path, "wanted", 1, dtype))
+    wanted = reference(adapter_file(tmp_path, "wanted", 1, dtype))
     library.get(refs[0])
     with library.pinned(refs[:1]):
         library.prefetch(wanted)
@@ -239,7 +242,7 @@ def test_nobody_waits_while_another_adapter_is_read(refs, reads):
 def test_threads_that_want_the_same_adapter_read_it_once(refs, reads, monkeypatch, first):
     library = AdapterLibrary()
     turns, all_want_it = threading.Semaphore(0), threading.Event()
-    turn = library._turn
+    turn = library._read_lock
 
     def counted(sha256: str) -> threading.Lock:
         try:
@@ -250,7 +253,7 @@ def test_threads_that_want_the_same_adapter_read_it_once(refs, reads, monkeypatc
     def slow(name: str) -> None:
         assert all_want_it.wait(DEADLINE_S)
 
-    monkeypatch.setattr(library, "_turn", counted)
+    monkeypatch.setattr(library, "_read_lock", counted)
     reads.before = slow
     readers = [Started(partial(getattr(library, first), refs[0]))]
     readers += [Started(partial(library.get, refs[0])) for _ in range(7)]
@@ -295,4 +298,4 @@ def test_locks_of_adapters_that_nobody_reads_are_gone(refs):
     library = AdapterLibrary()
     for ref in refs:
         library.get(ref)
-    assert len(library._turns) == 0
+    assert len(library._read_locks) == 0

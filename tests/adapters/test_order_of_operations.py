@@ -60,13 +60,13 @@ def test_a_merged_convolution_has_the_bits_of_a_convolution_either_way(monkeypat
 
 def test_a_product_of_matrices_with_other_bits_is_seen_and_not_used(monkeypatch):
     down, up, weight = torch.randn(4, 40, 3, 3), torch.randn(72, 4, 1, 1), torch.randn(72, 40, 3, 3)
-    deltas._rows_give_the_same.cache_clear()
+    deltas._row_products_match.cache_clear()
     convolved = deltas._convolved
     monkeypatch.setattr(
         deltas, "_convolved", lambda up, down: convolved(up, down).nextafter(torch.tensor(9.0))
     )
     result = merged(LoraDelta(1.0, down, up), weight, 1.0)
-    deltas._rows_give_the_same.cache_clear()
+    deltas._row_products_match.cache_clear()
     assert torch.equal(result, weight + deltas._convolved(up, down))
     assert differ(result, weight + convolved(up, down))
 
@@ -83,7 +83,7 @@ def test_a_live_lora_is_scaled_first_and_multiplied_second_in_float32():
     run = functional.linear(functional.linear(x.float(), down), up)
     expected = (run * SCALE) * MULTIPLIER
     assert differ(expected, (run * MULTIPLIER) * SCALE)
-    result = LoraDelta(SCALE, down, up).beside(module, x, MULTIPLIER)
+    result = LoraDelta(SCALE, down, up).low_rank_output(module, x, MULTIPLIER)
     assert result.dtype == torch.float32
     assert torch.equal(result, expected)
 

@@ -668,7 +668,7 @@ def test_a_lora_beside_a_convolution_adds_what_the_merged_one_does(options):
         plain = module.double()(x.double())
         module.weight.copy_(merged(delta, module.weight.float(), 0.75).double())
         difference = module(x.double()) - plain
-        beside = delta.beside(module.float(), x, 0.75)
+        beside = delta.low_rank_output(module.float(), x, 0.75)
     assert beside.dtype == torch.float32
     torch.testing.assert_close(beside, difference.float(), rtol=1e-4, atol=1e-4)
 
@@ -677,15 +677,15 @@ def test_a_lora_beside_a_linear_module_adds_what_the_merged_one_does():
     delta, x, weight = lora_delta(LINEAR), numbers(2, 7, 15, seed=5), numbers(*LINEAR)
     expected = functional.linear(x.double(), merged(delta, weight, 0.75).double() - weight.double())
     torch.testing.assert_close(
-        delta.beside(nn.Linear(15, 12), x, 0.75), expected.float(), rtol=1e-4, atol=1e-4
+        delta.low_rank_output(nn.Linear(15, 12), x, 0.75), expected.float(), rtol=1e-4, atol=1e-4
     )
 
 
 def test_a_lora_beside_a_module_of_half_precision_runs_in_float32():
     delta, x = lora_delta(LINEAR), numbers(2, 15, seed=5).bfloat16()
-    beside = delta.beside(nn.Linear(15, 12).bfloat16(), x, 1.0)
+    beside = delta.low_rank_output(nn.Linear(15, 12).bfloat16(), x, 1.0)
     assert beside.dtype == torch.float32
-    assert torch.equal(beside, delta.beside(nn.Linear(15, 12), x.float(), 1.0))
+    assert torch.equal(beside, delta.low_rank_output(nn.Linear(15, 12), x.float(), 1.0))
 
 
 @SHAPES

@@ -511,9 +511,9 @@ def test_the_formula_of_a_dora(multiplier):
         + x @ down.T @ up.T * 0.5 * multiplier
         + (magnitude / length - 1) * (x @ changed.T)
     )
-    live = module(x) + delta.beside(module, x, multiplier) + delta.stretched(weight, x, multiplier)
+    live = delta.beside(module, x, module(x), multiplier, lambda: weight)
     torch.testing.assert_close(live, expected)
-    merged = nn.functional.linear(x, weight + delta.change_of(weight, multiplier), bias)
+    merged = nn.functional.linear(x, weight + delta.change(weight, multiplier), bias)
     torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -532,7 +532,7 @@ def test_the_alpha_of_a_dora_comes_from_the_recipe(engine):
 
 def test_no_other_kind_is_given_an_alpha(engine):
     recipe = painted(SDXL_LORA)
-    with pytest.raises(AdapterFormatError, match="is no DoRA"):
+    with pytest.raises(AdapterFormatError, match="is not a DoRA"):
         engine.generate(replace(recipe, adapters=(replace(recipe.adapters[0], alpha=4.0),)))
 
 

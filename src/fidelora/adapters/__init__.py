@@ -1,1 +1,1 @@
-"""Adapters (LoRA, LoKr, LoHa): reading their files strictly, and putting them on a base model by either of two paths."""
+"""Adapters (LoRA, DoRA, LoKr, LoHa): strict reading of their files, and their merged and live path."""

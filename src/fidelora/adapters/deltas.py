@@ -1,20 +1,23 @@
-"""What one adapter does to one weight, in the trainer's own order of operations.
+"""Changes that adapters make to single weights, in the trainer's order of operations.
 
-The order matters: floating-point sums and products are not associative, and the images are compared to the bit. Two paths
-exist in the trainer, and each kind of delta has both:
+The order matters: floating-point sums and products are not associative, and images are compared to
+the bit. The trainer has two paths, and each kind of delta has both:
 
-* merged: `change` is added to the weight itself, in float32, before the image is made (`merge.py`);
-* live: the LoRA runs beside the module (`beside`), or the changed weight is made anew at each call (`live_weight`).
+* merged: `change` is added to the weight in float32 before the image is made (`merge.py`);
+* live (`live.py`): the delta adds to the module's output (`beside`), or the weight is changed anew
+  at each call (`live_weight`); `runs_beside` tells which.
 
-All tensors of a delta are float32 on the CPU, whatever the file stores: the trainer's own are float32 while it samples.
+All tensors of a delta are float32 on the CPU, whatever dtype the file has, because the trainer's
+are float32 while it samples.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,78 +28,130 @@ Module = nn.Linear | nn.Conv2d
 
 @dataclass(frozen=True, eq=False)
 class Delta(ABC):
-    """The change that an adapter makes to one weight.
+    """Change of one weight.
 
     Attributes:
-        scale: alpha / rank; what the delta is multiplied with beside the user's multiplier.
+        scale: alpha / rank, applied besides the user's multiplier.
+        runs_beside: True if the live path is `beside`, False if it is `live_weight`.
+        is_dora: True for a DoRA. The trainer never merges it, and its file has no alpha.
     """
 
     scale: float
+    runs_beside: ClassVar[bool]
+    is_dora: ClassVar[bool] = False
 
     @abstractmethod
     def shape_for(self, weight_shape: torch.Size) -> tuple[int, ...]:
-        """The shape of the weight that this delta can change; equal to `weight_shape` if it fits that one."""
+        """Return the shape of the weights that this delta fits; `weight_shape` if it fits that."""
 
     @abstractmethod
-    def change(self, weight_shape: torch.Size, multiplier: float, device: torch.device) -> Tensor:
-        """What merging adds to a weight of this shape: a new float32 tensor on `device`, `scale` and `multiplier` applied."""
+    def change(self, weight: Tensor, multiplier: float) -> Tensor:
+        """Return the tensor that merging adds to `weight`, with `scale` and `multiplier` applied.
+
+        Args:
+            weight: float32 [out, in] or [out, in, kh, kw], without any adapter.
+
+        Returns:
+            a new float32 tensor in the shape and on the device of `weight`.
+        """
 
     def can_change_rows(self, rows: int, device: torch.device) -> bool:
-        """Whether `change_rows` of so many rows at a time has the bits of `change`."""
+        """Return True if `change_rows`, `rows` at a time, gives the bits of `change`."""
         return False
 
     def change_rows(self, rows: slice, multiplier: float, device: torch.device) -> Tensor:
-        """These rows of `change`."""
-        raise AssertionError("ask `can_change_rows` first")
+        """Return these rows of `change`; only if `can_change_rows`."""
+        raise AssertionError("check `can_change_rows` first")
+
+    def beside(
+        self,
+        module: Module,
+        x: Tensor,
+        out: Tensor,
+        multiplier: float,
+        weight: Callable[[], Tensor],
+    ) -> Tensor:
+        """Return `out` with the effect of this delta added; only if `runs_beside`.
+
+        Args:
+            x: input of `module`, on the device of the delta.
+            out: output of `module`, with the deltas before this one.
+            weight: returns the current weight of `module`.
+        """
+        raise AssertionError("check `runs_beside` first")
+
+    def live_weight(self, weight: Tensor, multiplier: float) -> Tensor:
+        """Return `weight` with this delta added, in the dtype of the weight; unless `runs_beside`.
+
+        The merged path adds in float32 instead.
+        """
+        raise AssertionError("check `runs_beside` first")
+
+    def with_alpha(self, alpha: float) -> Self:
+        """Return the same delta with this alpha if it is a DoRA; files of other kinds have theirs."""
+        return self
 
     @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
-        """All tensors that the delta keeps."""
+        """Return all tensors that the delta holds."""
 
     @abstractmethod
     def to(self, device: torch.device) -> Self:
-        """The same delta with its tensors on `device`."""
+        """Return the same delta with its tensors on `device`."""
 
 
 @dataclass(frozen=True, eq=False)
 class LoraDelta(Delta):
-    """`up @ down`. Linear: down [rank, in], up [out, rank]; conv: down [rank, in, kh, kw], up [out, rank, 1, 1]."""
+    """`up @ down`.
+
+    Linear: down [rank, in], up [out, rank]; conv: down [rank, in, kh, kw], up [out, rank, 1, 1].
+    """
 
     down: Tensor
     up: Tensor
+    runs_beside: ClassVar[bool] = True
 
     def shape_for(self, weight_shape: torch.Size) -> tuple[int, ...]:
         return (self.up.shape[0], *self.down.shape[1:])
 
-    def change(self, weight_shape: torch.Size, multiplier: float, device: torch.device) -> Tensor:
-        up, down = self.up.to(device), self.down.to(device)
-        # As the trainer does it: whole matrices (a part of a product may be summed in another order), or a convolution.
+    def change(self, weight: Tensor, multiplier: float) -> Tensor:
+        up, down = self.up.to(weight.device), self.down.to(weight.device)
+        # The trainer multiplies whole matrices (a part of a product may be summed in another
+        # order), and convolves kernels larger than 1 x 1.
         is_matrix = down.shape[2:].numel() == 1
-        same = is_matrix or self.can_change_rows(len(up), device)
-        return self._times(_matrix_product(up, down) if same else _convolved(up, down), multiplier)
+        if is_matrix or self.can_change_rows(len(up), weight.device):
+            return self._scaled(_matrix_product(up, down), multiplier)
+        return self._scaled(_convolved(up, down), multiplier)
 
     def can_change_rows(self, rows: int, device: torch.device) -> bool:
-        return device.type == "cpu" and _rows_give_the_same(
+        return device.type == "cpu" and _row_products_match(
             self.up.shape, self.down.shape, rows, torch.get_num_threads()
         )
 
     def change_rows(self, rows: slice, multiplier: float, device: torch.device) -> Tensor:
-        return self._times(
-            _matrix_product(self.up[rows].to(device), self.down.to(device)), multiplier
-        )
+        product = _matrix_product(self.up[rows].to(device), self.down.to(device))
+        return self._scaled(product, multiplier)
 
-    def _times(self, product: Tensor, multiplier: float) -> Tensor:
-        """The trainer's order: multiplier first, then scale. Where one of them is 1 it changes nothing, and is left out."""
+    def _scaled(self, product: Tensor, multiplier: float) -> Tensor:
+        """Multiply in place and in the trainer's order; factors of 1 are left out."""
         for factor in (multiplier, self.scale):
             if factor != 1:
                 product.mul_(factor)
         return product
 
-    def beside(self, module: Module, x: Tensor, multiplier: float) -> Tensor:
-        """What runs beside `module`: `up(down(x)) * scale * multiplier`, in float32.
+    def beside(
+        self,
+        module: Module,
+        x: Tensor,
+        out: Tensor,
+        multiplier: float,
+        weight: Callable[[], Tensor],
+    ) -> Tensor:
+        # The trainer's order: float32 up to the multiplier, one cast to the dtype of `out`, the sum.
+        return out + self.low_rank_output(module, x, multiplier).to(out.dtype)
 
-        `x` is the module's own input, on the delta's device.
-        """
+    def low_rank_output(self, module: Module, x: Tensor, multiplier: float) -> Tensor:
+        """Return `up(down(x)) * scale * multiplier` in float32, in the shape of the output."""
         up, down = self.up, self.down
         x = x.to(down.dtype)
         if isinstance(module, nn.Conv2d):
@@ -115,23 +170,18 @@ class LoraDelta(Delta):
 
 @dataclass(frozen=True, eq=False)
 class DoraDelta(LoraDelta):
-    """`up @ down` and a length for each row of the changed weight: `magnitude` [out]. Linear modules only.
+    """`up @ down`, and the length of each row of the changed weight: `magnitude` [out].
 
-    The trainer runs it beside the module always, even where all samples share one multiplier: `up(down(x)) * scale * m`, as of any
-    LoRA, and `stretched`. The scale has no part in the latter (`toolkit/models/DoRA.py` of AI Toolkit 0.12).
+    For linear modules only. The trainer always runs it beside the module, even where all samples
+    share one multiplier: `up(down(x)) * scale * multiplier`, like any LoRA, plus `rescaled_output`,
+    which does not use the scale (`toolkit/models/DoRA.py` of AI Toolkit 0.12).
     """
 
     magnitude: Tensor
+    is_dora: ClassVar[bool] = True
 
-    def stretched(self, weight: Tensor, x: Tensor, multiplier: float) -> Tensor:
-        """`(magnitude / |V| - 1) * V x` with V = W + m * up @ down and |V| the length of each row; in float32, without the bias."""
-        changed = weight.to(self.up.dtype) + (self.up @ self.down) * multiplier
-        stretch = (self.magnitude / torch.linalg.norm(changed, dim=1) - 1).view(1, -1)
-        result: Tensor = stretch * functional.linear(x.to(changed.dtype), changed)
-        return result
-
-    def change_of(self, weight: Tensor, multiplier: float) -> Tensor:
-        """The change of the float32 `weight` that does the same as running beside it; for `fast`, as the trainer never merges."""
+    def change(self, weight: Tensor, multiplier: float) -> Tensor:
+        # Equivalent to running beside the module, to be merged by `fast`; the trainer never does.
         product = (self.up.to(weight.device) @ self.down.to(weight.device)) * multiplier
         changed = weight + product
         stretch = (
@@ -142,6 +192,34 @@ class DoraDelta(LoraDelta):
 
     def can_change_rows(self, rows: int, device: torch.device) -> bool:
         return False
+
+    def beside(
+        self,
+        module: Module,
+        x: Tensor,
+        out: Tensor,
+        multiplier: float,
+        weight: Callable[[], Tensor],
+    ) -> Tensor:
+        low_rank = self.low_rank_output(module, x, multiplier).to(out.dtype)
+        rescaled = self.rescaled_output(weight(), x, multiplier).to(out.dtype)
+        return out + (low_rank + rescaled)
+
+    def with_alpha(self, alpha: float) -> Self:
+        return replace(self, scale=scale_of(alpha, self.down.shape[0]))
+
+    def rescaled_output(self, weight: Tensor, x: Tensor, multiplier: float) -> Tensor:
+        """Return `(magnitude / |V| - 1) * V x` in float32, without the bias.
+
+        V is `weight + multiplier * up @ down`, and |V| the length of each of its rows.
+
+        Args:
+            weight: current weight of the module, [out, in].
+        """
+        changed = weight.to(self.up.dtype) + (self.up @ self.down) * multiplier
+        stretch = (self.magnitude / torch.linalg.norm(changed, dim=1) - 1).view(1, -1)
+        result: Tensor = stretch * functional.linear(x.to(changed.dtype), changed)
+        return result
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.down, self.up, self.magnitude)
@@ -155,19 +233,21 @@ class DoraDelta(LoraDelta):
         )
 
 
+@dataclass(frozen=True, eq=False)
 class WeightDelta(Delta):
-    """A delta that exists only as a whole weight, so that its live path makes that weight anew at each call."""
+    """A delta that exists only as a whole weight."""
+
+    runs_beside: ClassVar[bool] = False
 
     @abstractmethod
     def full(self, weight_shape: torch.Size, device: torch.device) -> Tensor:
-        """The whole delta times `scale`, float32, in the weight's shape."""
+        """Return the whole delta times `scale`, float32, in the weight's shape."""
 
-    def change(self, weight_shape: torch.Size, multiplier: float, device: torch.device) -> Tensor:
+    def change(self, weight: Tensor, multiplier: float) -> Tensor:
         # The trainer's order: scale first (in `full`), then the multiplier.
-        return self.full(weight_shape, device).mul_(multiplier)
+        return self.full(weight.shape, weight.device).mul_(multiplier)
 
     def live_weight(self, weight: Tensor, multiplier: float) -> Tensor:
-        """`weight` with the delta added in the dtype of the weight, where the merged path does it in float32."""
         return weight + self.full(weight.shape, weight.device).to(weight.dtype) * multiplier
 
 
@@ -175,7 +255,8 @@ class WeightDelta(Delta):
 class LokrDelta(WeightDelta):
     """A Kronecker product, `kron(w1, w2)`, each factor stored whole or as a product of two.
 
-    `w1` [a, b] or (w1_a [a, rank], w1_b [rank, b]); `w2` [c, d] or [c, d, kh, kw] or (w2_a [c, rank], w2_b [rank, d * kh * kw]).
+    `w1` [a, b] or (w1_a [a, rank], w1_b [rank, b]);
+    `w2` [c, d] or [c, d, kh, kw] or (w2_a [c, rank], w2_b [rank, d * kh * kw]).
     """
 
     w1: tuple[Tensor, ...]
@@ -204,7 +285,10 @@ class LokrDelta(WeightDelta):
 
 @dataclass(frozen=True, eq=False)
 class LohaDelta(WeightDelta):
-    """A Hadamard product, `(w1_a @ w1_b) * (w2_a @ w2_b)`; the trainer writes none, so its order here is LyCORIS' own."""
+    """A Hadamard product, `(w1_a @ w1_b) * (w2_a @ w2_b)`.
+
+    The trainer writes no LoHa, so the order of operations is that of LyCORIS.
+    """
 
     w1: tuple[Tensor, ...]
     w2: tuple[Tensor, ...]
@@ -227,29 +311,37 @@ class LohaDelta(WeightDelta):
         )
 
 
+def scale_of(alpha: float | None, rank: int) -> float:
+    """Return alpha / rank; no alpha, or one of 0, means alpha = rank (as in the trainer)."""
+    return alpha / rank if alpha else 1.0
+
+
 def _convolved(up: Tensor, down: Tensor) -> Tensor:
-    """The trainer's product of convolutions larger than a pixel: [out, in, kh, kw], with strides of its own."""
+    """Return the trainer's product of kernels larger than 1 x 1, [out, in, kh, kw].
+
+    It has the strides of a permuted tensor.
+    """
     return functional.conv2d(down.permute(1, 0, 2, 3), up).permute(1, 0, 2, 3)
 
 
 def _matrix_product(up: Tensor, down: Tensor) -> Tensor:
-    """`up @ down` over all but the first dimension of `down`, in the shape of a weight."""
+    """Return `up @ down` over all but the first dimension of `down`, in the shape of a weight."""
     return (up.flatten(1) @ down.flatten(1)).view(len(up), *down.shape[1:])
 
 
 @cache
-def _rows_give_the_same(
+def _row_products_match(
     up_shape: torch.Size, down_shape: torch.Size, rows: int, threads: int
 ) -> bool:
-    """Whether products of matrices, `rows` rows at a time, have the bits of the trainer's product, on this processor and for these
-    shapes.
+    """Return True if matrix products of `rows` rows at a time have the bits of the trainer's product.
 
-    It is the same sum, of as many terms as the rank. A part of the result stays in the cache until it is added to the weight, and
-    even as a whole it lies in memory like the weight, as a convolution's does not. But the order of the sum is the library's to
-    choose, so it is tried, once, before it is trusted.
+    Both are sums of as many terms as the rank. Rows are faster, because a part of the result stays
+    in the CPU cache until it is added to the weight; and even the product of all rows has the
+    memory layout of the weight, which a convolution's result has not. But the library chooses the
+    order of the sums, so this tries it once per shape on this processor.
 
     Args:
-        threads: how many there are; the order may depend on it, so the answer is for this number.
+        threads: number of threads; the order of the sums may depend on it.
     """
     generator = torch.Generator().manual_seed(threads)
     up, down = (torch.randn(shape, generator=generator) for shape in (up_shape, down_shape))
@@ -270,6 +362,6 @@ def _product_shape(factors: tuple[Tensor, ...]) -> tuple[int, ...]:
 
 
 def _unflatten(matrix_shape: tuple[int, ...], weight_shape: torch.Size) -> tuple[int, ...]:
-    """The weight's shape if a matrix [out, in * kh * kw] holds as many numbers for each output, else the matrix's own."""
+    """Return `weight_shape` if it flattens to [out, in * kh * kw] = `matrix_shape`, else that."""
     fits = matrix_shape[0] == weight_shape[0] and matrix_shape[1] == weight_shape[1:].numel()
     return tuple(weight_shape) if fits else matrix_shape

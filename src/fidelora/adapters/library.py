@@ -1,4 +1,4 @@
-"""Adapters by the sha256 of their bytes: read once, kept in memory up to a budget, read again when they are needed again."""
+"""In-memory cache of adapters by sha256, limited by a budget."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from weakref import WeakValueDictionary
 
-from fidelora.adapters.read import Adapter, read_adapter
-from fidelora.errors import AdapterChangedError, AdapterNotFoundError, FideloraError
-from fidelora.recipe import AdapterRef, file_sha256
-from fidelora.safetensors_header import read_file_header
+from fidelora.adapter_file import AdapterFile, changed_error
+from fidelora.adapters.read import Adapter, open_adapter, read_adapter
+from fidelora.errors import AdapterError, AdapterNotFoundError, FideloraError, WeightsFileError
+from fidelora.recipe import AdapterRef
+from fidelora.safetensors_header import Header, read_file_header
 
 DEFAULT_BUDGET_BYTES = 2 * 2**30
 _FLOAT32_BYTES = 4
 
 
 class AdapterLibrary:
-    """Finds the adapter that a recipe means. May be used from several threads, which wait for each other only for one adapter.
+    """Loads the adapters of recipes. Thread-safe; threads block each other only for one adapter.
 
     Args:
-        budget_bytes: how much memory parsed adapters may keep; those in use (the one used last, and those that are pinned) are kept
-            even if they alone are larger. What is merged into convolutions on the CPU stays besides, until the next is merged.
-        folder: where files are called `{sha256}.safetensors`, for recipes whose adapters have no path.
+        budget_bytes: memory for parsed adapters. Those in use (the last one, and pinned ones) are
+            kept even if they are larger. Convolution weights merged on the CPU are not counted.
+        folder: folder of files named `{sha256}.safetensors`, for recipes whose adapters have no
+            path.
     """
 
     def __init__(
@@ -34,16 +36,16 @@ class AdapterLibrary:
         self._budget_bytes = budget_bytes
         self._folder = folder
         self._paths: dict[str, Path] = {}
-        self._loaded: dict[str, Adapter] = {}  # the one used last comes last
+        self._loaded: dict[str, Adapter] = {}  # in order of use, the last used at the end
         self._pins: Counter[str] = Counter()
-        self._turns: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
-        self._lock = threading.Lock()  # of all of these; nobody has it while a file is read
+        self._read_locks: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
+        self._lock = threading.Lock()  # guards all of these; never held while a file is read
 
     def add(self, path: str | Path, multiplier: float = 1.0) -> AdapterRef:
-        """Read the file at `path` and remember it by its bytes, so that recipes that name only the hash find it.
+        """Load the file at `path` and remember its path, for recipes that have only the sha256.
 
         Raises:
-            AdapterError, WeightsFileError: as `read_adapter`.
+            AdapterError, WeightsFileError: see `read_adapter`.
         """
         ref = AdapterRef.from_file(path, multiplier)
         self.get(ref)
@@ -53,39 +55,43 @@ class AdapterLibrary:
         return ref
 
     def get(self, ref: AdapterRef) -> Adapter:
-        """The adapter that `ref` means: from memory, or from a file that still has the same bytes.
+        """Return the adapter with the sha256 of `ref`, from memory or from a file.
+
+        The bytes that `ref.file` keeps are used first, then files whose hash is the same.
 
         Raises:
-            AdapterNotFoundError: no file with these bytes is known.
+            AdapterNotFoundError: no file is known for the sha256.
             AdapterChangedError: the file has other bytes now.
-            AdapterError, WeightsFileError: as `read_adapter`.
+            AdapterError, WeightsFileError: see `read_adapter`.
         """
-        with self._turn(ref.sha256):
+        with self._read_lock(ref.sha256):
             adapter = self._from_memory(ref.sha256)
             if adapter is None:
                 adapter = self._read(ref)
                 with self._lock:
                     self._keep(adapter)
-            return adapter
+        if ref.file is not None:
+            ref.file.drop_content()
+        return adapter
 
     def prefetch(self, ref: AdapterRef) -> None:
-        """Read the adapter now, unless it is in memory or would not fit there beside those that are pinned."""
+        """Load the adapter unless it is in memory already or does not fit beside pinned ones."""
         try:
-            with self._turn(ref.sha256):
+            with self._read_lock(ref.sha256):
                 if self._from_memory(ref.sha256) is not None or not self._fits(
-                    _bytes_in_memory(self._places(ref)[0])
+                    _bytes_in_memory(self._header(ref))
                 ):
                     return
                 adapter = self._read(ref)
-                if self._fits(adapter.size_bytes):  # more may be pinned by now
+                if self._fits(adapter.size_bytes):  # others may have been pinned meanwhile
                     with self._lock:
                         self._keep(adapter)
         except FideloraError:
-            return  # nobody needs the adapter yet; `get` says what is wrong with it to whoever does, if it is still so then
+            return  # `get` raises it once the adapter is needed
 
     @contextmanager
     def pinned(self, refs: Iterable[AdapterRef]) -> Iterator[None]:
-        """Let none of these adapters go until the block ends, whether they are in memory already or come there meanwhile."""
+        """Do not evict these adapters until the block ends; they need not be loaded yet."""
         pins = Counter(ref.sha256 for ref in refs)
         with self._lock:
             self._pins += pins
@@ -97,14 +103,14 @@ class AdapterLibrary:
                 self._make_room()
 
     def loaded(self) -> frozenset[str]:
-        """Sha256 of every adapter that is in memory."""
+        """Return the sha256 of every adapter in memory."""
         with self._lock:
             return frozenset(self._loaded)
 
-    def _turn(self, sha256: str) -> threading.Lock:
-        """The lock of whoever reads this adapter; it is gone when nobody wants it any more."""
+    def _read_lock(self, sha256: str) -> threading.Lock:
+        """Return the lock for reading this adapter; it is collected when no thread uses it."""
         with self._lock:
-            return self._turns.setdefault(sha256, threading.Lock())
+            return self._read_locks.setdefault(sha256, threading.Lock())
 
     def _from_memory(self, sha256: str) -> Adapter | None:
         with self._lock:
@@ -114,55 +120,69 @@ class AdapterLibrary:
             return adapter
 
     def _fits(self, size_bytes: int) -> bool:
-        """Whether so much fits beside the adapters that are pinned."""
+        """Return True if `size_bytes` fit into the budget beside the pinned adapters."""
         with self._lock:
             kept_bytes = sum(
                 kept.size_bytes for sha256, kept in self._loaded.items() if sha256 in self._pins
             )
         return kept_bytes + size_bytes <= self._budget_bytes
 
-    def _places(self, ref: AdapterRef) -> list[Path]:
-        """Files where these bytes were seen, or the first place where they were if there is no file any more.
+    def _paths_of(self, ref: AdapterRef) -> list[Path]:
+        """Return the known paths of these bytes that exist, or the first one if none exists.
 
         Raises:
-            AdapterNotFoundError: they were never seen.
+            AdapterNotFoundError: no path is known.
         """
         stored = self._folder / f"{ref.sha256}.safetensors" if self._folder else None
         with self._lock:
-            places = [
+            paths = [
                 path for path in (ref.path, self._paths.get(ref.sha256), stored) if path is not None
             ]
-        if not places:
+        if not paths:
             raise AdapterNotFoundError(
-                f"No file is known for the adapter {ref.name or 'without a name'} with sha256 {ref.sha256[:12]}...; "
-                "add it to the engine's library with `engine.adapters.add(path)`."
+                f"No file is known for the adapter {ref.name or 'without a name'} with sha256 "
+                f"{ref.sha256[:12]}...; add it with `engine.adapters.add(path)`."
             )
-        return [path for path in places if path.is_file()] or places[:1]
+        return [path for path in paths if path.is_file()] or paths[:1]
+
+    def _header(self, ref: AdapterRef) -> Header:
+        kept = _kept_file(ref)
+        return kept.header if kept else read_file_header(self._paths_of(ref)[0])
 
     def _read(self, ref: AdapterRef) -> Adapter:
-        """From any of the places where these bytes were seen."""
-        places = self._places(ref)
-        # A file of other bytes, or none at all, is left to the lines below, which say what is wrong with it.
-        path = next(
-            (path for path in places if path.is_file() and file_sha256(path) == ref.sha256),
-            places[0],
-        )
-        adapter = read_adapter(path)
-        if adapter.sha256 != ref.sha256:
-            raise AdapterChangedError(
-                f"{path.name} has other bytes now (sha256 {adapter.sha256[:12]}...) than the recipe means "
-                f"({ref.sha256[:12]}...); make a new recipe from the file, or put the old file back."
-            )
+        file = _kept_file(ref) or self._open(ref)
+        adapter = read_adapter(file)
         with self._lock:
-            self._paths[adapter.sha256] = path
+            self._paths[adapter.sha256] = file.path
         return adapter
+
+    def _open(self, ref: AdapterRef) -> AdapterFile:
+        """Open the first of the known paths that has the bytes of `ref`.
+
+        Raises:
+            AdapterError, WeightsFileError: none has; the error is that of the first path.
+        """
+        errors: list[FideloraError] = []
+        for path in self._paths_of(ref):
+            try:
+                file = open_adapter(path)
+            except (AdapterError, WeightsFileError) as error:
+                errors.append(error)
+                continue
+            if file.sha256 == ref.sha256:
+                return file
+            errors.append(changed_error(path.name, file.sha256, ref.sha256))
+        raise errors[0]
 
     def _keep(self, adapter: Adapter) -> None:
         self._loaded[adapter.sha256] = adapter
         self._make_room()
 
     def _make_room(self) -> None:
-        """Let adapters go until the rest fits into the budget, those used longest ago first; never those in use."""
+        """Evict the least recently used adapters until the rest fits into the budget.
+
+        The last one and pinned ones stay.
+        """
         sizes = {sha256: adapter.size_bytes for sha256, adapter in self._loaded.items()}
         kept_bytes = sum(sizes.values())
         for sha256 in list(sizes)[:-1]:
@@ -171,8 +191,12 @@ class AdapterLibrary:
                 del self._loaded[sha256]
 
 
-def _bytes_in_memory(path: Path) -> int:
-    """How large the adapter at `path` will be in memory, where all numbers are float32; from the file's header alone."""
-    return _FLOAT32_BYTES * sum(
-        math.prod(tensor.shape) for tensor in read_file_header(path).tensors.values()
-    )
+def _kept_file(ref: AdapterRef) -> AdapterFile | None:
+    """Return `ref.file` if it keeps the content of the sha256 of `ref`."""
+    file = ref.file
+    return file if file and file.sha256 == ref.sha256 and file.keeps_content else None
+
+
+def _bytes_in_memory(header: Header) -> int:
+    """Return the size of the adapter in memory, where all tensors are float32."""
+    return _FLOAT32_BYTES * sum(math.prod(tensor.shape) for tensor in header.tensors.values())

@@ -1,8 +1,7 @@
-"""An adapter's file as tensors: header first (`keys.py`), then the body, then finite values and shapes that fit together."""
+"""Reading of adapter files: the header (`tensor_names.py`), finite values, matching shapes."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,15 +11,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fidelora.adapters.deltas import Delta, DoraDelta, LohaDelta, LokrDelta, LoraDelta
+from fidelora.adapter_file import AdapterFile
+from fidelora.adapters.deltas import Delta, DoraDelta, LohaDelta, LokrDelta, LoraDelta, scale_of
 from fidelora.adapters.tensor_names import kind_of, modules_of, peft_alpha
-from fidelora.errors import (
-    AdapterFormatError,
-    AdapterNotFoundError,
-    NonFiniteWeightsError,
-    WeightsFileError,
-)
-from fidelora.safetensors_header import read_header, refuse_pickle
+from fidelora.errors import AdapterFormatError, NonFiniteWeightsError, WeightsFileError
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,11 +22,11 @@ class Adapter:
     """An adapter in memory.
 
     Attributes:
-        sha256: of the file's bytes, in hex.
-        name: what messages call it.
-        deltas: by the module's name as the file spells it, in the order of the file's keys.
-        metadata: the file's own text fields.
-        alpha: what its DoRA modules, whose files have none, were given; None if nobody said.
+        sha256: of the file, in hex.
+        name: file name without suffix, for error messages.
+        deltas: by module name as the file spells it, in the order of the file's keys.
+        metadata: text fields of the file.
+        alpha: given by the recipe for DoRA modules, whose files have none; None if not given.
     """
 
     sha256: str
@@ -42,71 +36,79 @@ class Adapter:
     alpha: float | None = None
 
     def with_alpha(self, alpha: float) -> Adapter:
-        """The same adapter, its DoRA modules scaled by `alpha` / rank.
+        """Return the same adapter with its DoRA modules scaled by `alpha` / rank.
 
         Raises:
-            AdapterFormatError: it has none; every other kind has its alpha in the file.
+            AdapterFormatError: it has none; files of every other kind contain their alpha.
         """
-        if not any(isinstance(delta, DoraDelta) for delta in self.deltas.values()):
+        if not any(delta.is_dora for delta in self.deltas.values()):
             raise AdapterFormatError(
-                f"{self.name} is no DoRA: its alpha is in its file, and no other can be given."
+                f"{self.name} is not a DoRA: its alpha is in its file; leave out alpha."
             )
-        deltas = {
-            module: replace(delta, scale=_scale(alpha, delta.down.shape[0]))
-            if isinstance(delta, DoraDelta)
-            else delta
-            for module, delta in self.deltas.items()
-        }
+        deltas = {module: delta.with_alpha(alpha) for module, delta in self.deltas.items()}
         return replace(self, deltas=deltas, alpha=alpha)
 
     @property
     def size_bytes(self) -> int:
-        """Of the tensors in memory."""
+        """Size of the tensors in memory."""
         return sum(tensor.nbytes for delta in self.deltas.values() for tensor in delta.tensors())
 
 
-def read_adapter(path: Path) -> Adapter:
-    """Read the adapter at `path`; the hash and the tensors come from one and the same read of the file.
+def open_adapter(path: Path) -> AdapterFile:
+    """Open the adapter at `path`; its body is read only if every key of the header is valid.
 
     Raises:
-        AdapterNotFoundError: no file there.
-        WeightsFileError: not a sound .safetensors file (a web page, truncated, damaged, too large a header, ...).
-        PickleRefusedError: a pickle.
-        AdapterFormatError: sound, but not an adapter of a kind that can be applied.
+        AdapterNotFoundError: there is no such file.
+        WeightsFileError: not a sound .safetensors file (web page, truncated, damaged, ...).
+        PickleRefusedError: it is a pickle.
+        AdapterFormatError: sound, but not an adapter of a supported kind.
+    """
+    return AdapterFile.open(path, check=lambda header: modules_of(header, path.name))
+
+
+def read_adapter(source: Path | AdapterFile) -> Adapter:
+    """Read an adapter; its hash and its tensors come from one read of the file.
+
+    Raises:
+        AdapterNotFoundError, WeightsFileError, PickleRefusedError, AdapterFormatError: see
+            `open_adapter`.
+        AdapterChangedError: the content of `source` is not kept any more, and its file has changed.
         NonFiniteWeightsError: NaN or infinity among its weights.
     """
-    if path.is_dir():
-        raise AdapterNotFoundError(
-            f"{path} is a folder, not an adapter file; name the .safetensors file in it."
-        )
-    try:
-        with path.open("rb") as file:
-            refuse_pickle(path)
-            header = read_header(file, path.name)
-            modules = modules_of(
-                header, path.name
-            )  # the body is read only if every key makes sense
-            file.seek(0)
-            content = file.read()
-    except FileNotFoundError:
-        raise AdapterNotFoundError(f"There is no adapter file {path}; check the path.") from None
-    except OSError as error:
-        raise WeightsFileError(f"{path} cannot be read: {error.strerror or error}.") from error
+    file = source if isinstance(source, AdapterFile) else open_adapter(source)
+    return adapter_of(file, stored_tensors(file))
 
+
+def stored_tensors(file: AdapterFile) -> dict[str, Tensor]:
+    """Return all tensors by key, in the dtype of the file; takes the file's content.
+
+    Raises:
+        AdapterChangedError, WeightsFileError: the content is not kept, and cannot be read again.
+    """
     try:
-        tensors = safetensors.torch.load(content)
-    except SafetensorError as error:  # the file changed between the two reads
-        raise WeightsFileError(f"{path.name} is not a sound .safetensors file: {error}.") from error
+        return safetensors.torch.load(file.take_content())
+    except SafetensorError as error:
+        raise WeightsFileError(f"{file.name} is not a sound .safetensors file: {error}.") from error
+
+
+def adapter_of(file: AdapterFile, tensors: Mapping[str, Tensor]) -> Adapter:
+    """Return the adapter in `file`, whose `stored_tensors` are `tensors`.
+
+    Raises:
+        AdapterFormatError: it is not an adapter of a supported kind.
+        NonFiniteWeightsError: NaN or infinity among its weights.
+    """
+    modules = modules_of(file.header, file.name)
     tensors = {key: tensor.to(torch.float32) for key, tensor in tensors.items()}
-    _check_finite(tensors, modules, path.name)
-    default_alpha = peft_alpha(header.metadata, path.name)
+    _check_finite(tensors, modules, file.name)
+    default_alpha = peft_alpha(file.header.metadata, file.name)
     deltas = {
         module: _delta(
-            {part: tensors[key] for part, key in parts.items()}, default_alpha, module, path.name
+            {part: tensors[key] for part, key in parts.items()}, default_alpha, module, file.name
         )
         for module, parts in modules.items()
     }
-    return Adapter(hashlib.sha256(content).hexdigest(), path.stem, deltas, header.metadata)
+    return Adapter(file.sha256, Path(file.name).stem, deltas, file.header.metadata)
 
 
 def _check_finite(
@@ -114,13 +116,13 @@ def _check_finite(
 ) -> None:
     for parts in modules.values():
         for part, key in parts.items():
-            # The trainer stores an alpha of 1e10, infinite in fp16, in whole LoKr modules, where it has no meaning.
+            # In whole LoKr modules the trainer stores an unused alpha of 1e10: infinite in fp16.
             if part == "alpha" and {"lokr_w1", "lokr_w2"} <= parts.keys():
                 continue
             if not torch.isfinite(tensors[key]).all():
                 raise NonFiniteWeightsError(
-                    f"{name} holds NaN or infinity in {key}: training diverged there or the file is damaged; "
-                    "use an earlier checkpoint."
+                    f"{name} has NaN or infinity in {key}: training diverged or the file is "
+                    "damaged; use an earlier checkpoint."
                 )
 
 
@@ -148,29 +150,25 @@ def _delta(
             or up.shape[1:] != (down.shape[0], *[1] * (up.dim() - 2))
         ):
             raise AdapterFormatError(
-                f"{name} has shapes at {module} that make no LoRA: down {list(down.shape)}, up {list(up.shape)}."
+                f"{name} has shapes at {module} that are not those of a LoRA: "
+                f"down {list(down.shape)}, up {list(up.shape)}."
             )
         if kind == "lora":
-            return LoraDelta(_scale(alpha, down.shape[0]), down, up)
+            return LoraDelta(scale_of(alpha, down.shape[0]), down, up)
         if down.dim() != 2 or tensors["magnitude"].shape != (up.shape[0],):
             raise AdapterFormatError(
-                f"{name} has shapes at {module} that make no DoRA: that is for linear modules, with a magnitude for each output."
+                f"{name} has shapes at {module} that are not those of a DoRA: it is supported for "
+                "linear modules, with one magnitude per output."
             )
-        return DoraDelta(_scale(alpha, down.shape[0]), down, up, tensors["magnitude"])
+        return DoraDelta(scale_of(alpha, down.shape[0]), down, up, tensors["magnitude"])
     if kind == "loha":
         (w1_a, w1_b), (w2_a, w2_b) = factors("hada_w1"), factors("hada_w2")
-        return LohaDelta(_scale(alpha, w1_b.shape[0]), (w1_a, w1_b), (w2_a, w2_b))
+        return LohaDelta(scale_of(alpha, w1_b.shape[0]), (w1_a, w1_b), (w2_a, w2_b))
     w1, w2 = factors("lokr_w1"), factors("lokr_w2")
     if w1[0].dim() != 2 or w2[0].dim() not in (2, 4):
-        raise AdapterFormatError(f"{name} has shapes at {module} that make no LoKr.")
+        raise AdapterFormatError(f"{name} has shapes at {module} that are not those of a LoKr.")
     if len(w1) == len(w2) == 1:
-        return LokrDelta(
-            1.0, w1, w2
-        )  # both whole: the trainer's scale is 1 and the stored alpha has no meaning
+        # Both factors are whole: the trainer's scale is 1, and the stored alpha is unused.
+        return LokrDelta(1.0, w1, w2)
     rank = w2[1].shape[0] if len(w2) == 2 else w1[1].shape[0]
-    return LokrDelta(_scale(alpha, rank), w1, w2)
-
-
-def _scale(alpha: float | None, rank: int) -> float:
-    """Alpha / rank; no alpha, or one of 0, means alpha = rank (as in the trainer)."""
-    return alpha / rank if alpha else 1.0
+    return LokrDelta(scale_of(alpha, rank), w1, w2)

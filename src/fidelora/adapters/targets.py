@@ -9,7 +9,7 @@ from functools import cached_property
 from torch import Tensor, nn
 
 from fidelora.accel.weight_protocols import ProvidesWeight
-from fidelora.adapters.deltas import Delta, DoraDelta, Module
+from fidelora.adapters.deltas import Delta, Module
 from fidelora.adapters.read import Adapter
 from fidelora.errors import AdapterMismatchError, some
 from fidelora.families import Family, Part
@@ -66,7 +66,7 @@ class BoundAdapter:
     @cached_property
     def is_dora(self) -> bool:
         """True if it is a DoRA, which the trainer never merges."""
-        return any(isinstance(delta, DoraDelta) for delta in self.deltas.values())
+        return any(delta.is_dora for delta in self.deltas.values())
 
 
 class Targets:
@@ -120,7 +120,7 @@ class Targets:
                 unmatched.append(module)
             elif delta.shape_for(target.weight.shape) != tuple(target.weight.shape):
                 has, needs = list(delta.shape_for(target.weight.shape)), list(target.weight.shape)
-                misshapen.append(f"{module} is made for {has} where the base model has {needs}")
+                misshapen.append(f"{module} has the shape {has}, the base model's is {needs}")
             elif target.name in deltas:
                 unmatched.append(f"{module} (another module of the file has the same target)")
             else:

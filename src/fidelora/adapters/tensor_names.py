@@ -1,13 +1,14 @@
-"""What the keys of an adapter's file mean, strictly: every key has a meaning here, or the file is refused with the reason.
+"""Strict parsing of the keys of adapter files: a file with an unknown key is refused.
 
-Keys are `<module>.<part>`. Which module of the base model `<module>` is, `targets.py` finds out; the parts tell the kind:
+Keys are `<module>.<part>`. `targets.py` finds the base model's module; the parts define the kind:
 
-* LoRA: `lora_down.weight`, `lora_up.weight`, `alpha` (AI Toolkit, kohya), or `lora_A.weight`, `lora_B.weight` (PEFT);
+* LoRA: `lora_down.weight`, `lora_up.weight`, `alpha` (AI Toolkit, kohya), or `lora_A.weight`,
+  `lora_B.weight` (PEFT);
 * LoKr: `lokr_w1` or `lokr_w1_a` `lokr_w1_b`, `lokr_w2` or `lokr_w2_a` `lokr_w2_b`, `alpha`;
 * LoHa: `hada_w1_a` `hada_w1_b` `hada_w2_a` `hada_w2_b`, `alpha` (LyCORIS);
 * DoRA: `lora_down.weight`, `lora_up.weight`, `magnitude` (AI Toolkit, which writes no alpha then).
 
-All of this is in the file's header: no tensor is read, and torch is not needed.
+Only the header is used, and no torch.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from fidelora.errors import AdapterFormatError, NonFiniteWeightsError, some
-from fidelora.recipe import Noise
+from fidelora.recipe import AdapterRef, Noise
 from fidelora.safetensors_header import Header, read_file_header
 
 MAX_ADAPTER_BYTES = 4 * 2**30
@@ -33,19 +34,23 @@ _PARTS = {
     "lokr_w1": "lokr_w1", "lokr_w1_a": "lokr_w1_a", "lokr_w1_b": "lokr_w1_b",
     "lokr_w2": "lokr_w2", "lokr_w2_a": "lokr_w2_a", "lokr_w2_b": "lokr_w2_b",
     "magnitude": "magnitude",
-    "hada_w1_a": "hada_w1_a", "hada_w1_b": "hada_w1_b", "hada_w2_a": "hada_w2_a", "hada_w2_b": "hada_w2_b",
+    "hada_w1_a": "hada_w1_a", "hada_w1_b": "hada_w1_b",
+    "hada_w2_a": "hada_w2_a", "hada_w2_b": "hada_w2_b",
 }  # fmt: skip
 
+_DORA = "which is not supported; only that of AI Toolkit (magnitude) is"
+_TUCKER = "uses the Tucker decomposition ({}), which is not supported; export it without"
 _REFUSED_PARTS = {
-    "dora_scale": "is a DoRA in the form of kohya and LyCORIS, which is not supported; that of AI Toolkit (magnitude) is",
-    "lora_magnitude_vector": "is a DoRA in the form of PEFT, which is not supported; that of AI Toolkit (magnitude) is",
-    "lora_mid.weight": "uses the Tucker decomposition (lora_mid), which is not supported; export it without",
-    "lokr_t2": "uses the Tucker decomposition (lokr_t2), which is not supported; export it without",
-    "hada_t1": "uses the Tucker decomposition (hada_t1), which is not supported; export it without",
-    "hada_t2": "uses the Tucker decomposition (hada_t2), which is not supported; export it without",
-    "diff": "stores whole weight differences (diff), which is not supported; extract a LoRA from it",
-    "diff_b": "stores whole bias differences (diff_b), which is not supported; extract a LoRA from it",
+    "dora_scale": f"is a DoRA in the format of kohya and LyCORIS, {_DORA}",
+    "lora_magnitude_vector": f"is a DoRA in the format of PEFT, {_DORA}",
+    "lora_mid.weight": _TUCKER.format("lora_mid"),
+    "lokr_t2": _TUCKER.format("lokr_t2"),
+    "hada_t1": _TUCKER.format("hada_t1"),
+    "hada_t2": _TUCKER.format("hada_t2"),
+    "diff": "stores weight differences (diff), which is not supported; extract a LoRA from it",
+    "diff_b": "stores bias differences (diff_b), which is not supported; extract a LoRA from it",
 }
+"""Suffixes of known formats that are not supported, and the error message."""
 
 _KINDS = {
     frozenset({"down", "up"}): "lora",
@@ -59,22 +64,25 @@ _KINDS = {
 
 
 def modules_of(header: Header, name: str) -> dict[str, dict[str, str]]:
-    """Module -> part -> key, with every key placed and every module complete.
+    """Return module -> part -> key; every key is assigned and every module is complete.
+
+    Args:
+        name: name of the file in error messages.
 
     Raises:
-        AdapterFormatError: sound, but not an adapter of a kind that can be applied; `name` is what the message calls the file.
+        AdapterFormatError: the file is not an adapter of a supported kind.
     """
     _check_header(header, name)
     return _group(header, name)
 
 
 def kind_of(parts: Iterable[str]) -> str:
-    """`lora`, `dora`, `lokr` or `loha`: what a module with these parts is."""
+    """Return the kind of a module with these parts: `lora`, `dora`, `lokr` or `loha`."""
     return _KINDS[frozenset(parts) - {"alpha"}]
 
 
 def trainer_version(metadata: Mapping[str, str]) -> tuple[int, ...] | None:
-    """The version of AI Toolkit that wrote a file, from its `software` metadata; None if another program or none is named."""
+    """Return the version of AI Toolkit in the `software` metadata; None if another program wrote it."""
     try:
         software = json.loads(metadata.get("software", "null"))
         if software["name"] != "ai-toolkit":
@@ -85,13 +93,16 @@ def trainer_version(metadata: Mapping[str, str]) -> tuple[int, ...] | None:
 
 
 def noise_of_trainer(metadata: Mapping[str, str]) -> Noise:
-    """How previews beside this file drew their half-precision noise: trainers before 0.11.2 came with torch <= 2.11."""
+    """Return how the trainer of this file drew half-precision noise for its samples.
+
+    Trainers before 0.11.2 came with torch <= 2.11.
+    """
     version = trainer_version(metadata)
     return "legacy" if version is not None and version < (0, 11, 2) else "modern"
 
 
 def noise_of_file(path: Path) -> Noise:
-    """`noise_of_trainer` of an adapter's file.
+    """Return `noise_of_trainer` for an adapter file.
 
     Raises:
         WeightsFileError: it is not a sound .safetensors file.
@@ -99,18 +110,29 @@ def noise_of_file(path: Path) -> Noise:
     return noise_of_trainer(read_file_header(path).metadata)
 
 
+def noise_of_adapter(ref: AdapterRef) -> Noise:
+    """Return `noise_of_trainer` for an adapter, without opening its file again if `ref` has it.
+
+    Without file and path it is `modern`.
+
+    Raises:
+        WeightsFileError: its file is not a sound .safetensors file.
+    """
+    if ref.file is not None and ref.file.sha256 == ref.sha256:
+        return noise_of_trainer(ref.file.header.metadata)
+    return noise_of_file(ref.path) if ref.path else "modern"
+
+
 def _check_header(header: Header, name: str) -> None:
     if header.file_bytes > MAX_ADAPTER_BYTES:
         raise AdapterFormatError(
-            f"{name} has {header.file_bytes:,} bytes: it is a whole model rather than an adapter."
+            f"{name} has {header.file_bytes:,} bytes: it is a whole model, not an adapter."
         )
     if not header.tensors:
-        raise AdapterFormatError(
-            f"{name} holds no tensors at all: nothing was saved in it; export it again."
-        )
+        raise AdapterFormatError(f"{name} has no tensors; export it again.")
     if "emb_params" in header.tensors:
         raise AdapterFormatError(
-            f"{name} is a textual-inversion embedding, not a LoRA; embeddings are not supported yet."
+            f"{name} is a textual-inversion embedding, not a LoRA; embeddings are not supported."
         )
     for key, info in header.tensors.items():
         if info.dtype not in _FLOATS and not key.endswith(".alpha"):
@@ -119,25 +141,25 @@ def _check_header(header: Header, name: str) -> None:
             )
         if 0 in info.shape or (key.endswith(".alpha") and math.prod(info.shape) != 1):
             raise AdapterFormatError(
-                f"{name} gives {key} the shape {list(info.shape)}, which means nothing for it."
+                f"{name} gives {key} the shape {list(info.shape)}, which is not valid for it."
             )
 
 
 def _group(header: Header, name: str) -> dict[str, dict[str, str]]:
-    """Module -> part -> key, with every key placed and every module complete."""
     modules: dict[str, dict[str, str]] = defaultdict(dict)
     unknown: list[str] = []
     for key in header.tensors:
-        if refused := _ending(key, _REFUSED_PARTS):
+        if refused := _suffix(key, _REFUSED_PARTS):
             raise AdapterFormatError(f"{name} {_REFUSED_PARTS[refused]} ({key}).")
-        ending = _ending(key, _PARTS)
-        if ending is None:
+        suffix = _suffix(key, _PARTS)
+        if suffix is None:
             unknown.append(key)
             continue
-        module, part = key.removesuffix("." + ending), _PARTS[ending]
+        module, part = key.removesuffix("." + suffix), _PARTS[suffix]
         if part in modules[module]:
             raise AdapterFormatError(
-                f"{name} gives {module} two tensors for the same part ({modules[module][part]} and {key})."
+                f"{name} gives {module} two tensors for the same part: "
+                f"{modules[module][part]} and {key}."
             )
         modules[module][part] = key
 
@@ -149,7 +171,7 @@ def _group(header: Header, name: str) -> dict[str, dict[str, str]]:
         what = (
             "is a whole model, not an adapter"
             if looks_whole
-            else "has keys that no adapter format here knows"
+            else "has keys of no supported adapter format"
         )
         raise AdapterFormatError(f"{name} {what}: {some(unknown)}.")
     for module, parts in modules.items():
@@ -160,12 +182,19 @@ def _group(header: Header, name: str) -> dict[str, dict[str, str]]:
     return dict(modules)
 
 
-def _ending(key: str, endings: Iterable[str]) -> str | None:
-    return next((ending for ending in endings if key.endswith("." + ending)), None)
+def _suffix(key: str, suffixes: Iterable[str]) -> str | None:
+    return next((suffix for suffix in suffixes if key.endswith("." + suffix)), None)
 
 
 def peft_alpha(metadata: Mapping[str, str], name: str) -> float | None:
-    """The alpha that PEFT keeps for all modules in the metadata, where kohya keeps one beside each module; None: as the rank."""
+    """Return the alpha of all modules in PEFT's metadata; None if there is none (alpha = rank).
+
+    kohya stores one alpha per module instead.
+
+    Raises:
+        AdapterFormatError: the metadata cannot be read, or describes an unsupported variant.
+        NonFiniteWeightsError: the alpha is not finite.
+    """
     if "lora_adapter_metadata" not in metadata:
         return None
     try:
@@ -183,18 +212,18 @@ def peft_alpha(metadata: Mapping[str, str], name: str) -> float | None:
         alphas = {float(value) for key, value in config.items() if key.endswith("lora_alpha")}
     except (AttributeError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise AdapterFormatError(
-            f"{name} has lora_adapter_metadata that cannot be read: export it again."
+            f"{name} has lora_adapter_metadata that cannot be read; export it again."
         ) from error
     if variants:
         raise AdapterFormatError(
-            f"{name} says {variants[0]} in its PEFT metadata: that kind of LoRA is not supported."
+            f"{name} has {variants[0]} in its PEFT metadata; that kind of LoRA is not supported."
         )
     if not all(map(math.isfinite, alphas)):
         raise NonFiniteWeightsError(
-            f"{name} has an alpha that is no finite number in its PEFT metadata; export it again."
+            f"{name} has an alpha in its PEFT metadata that is not finite; export it again."
         )
     if patterns or len(alphas) > 1:
         raise AdapterFormatError(
-            f"{name} has different alphas for different modules in its PEFT metadata; that is not supported."
+            f"{name} has several alphas in its PEFT metadata, which is not supported."
         )
     return alphas.pop() if alphas else None

@@ -289,10 +289,10 @@ def _adapter(text: str) -> AdapterRef:
 
 def _resolve_noise(noise: str, adapters: tuple[AdapterRef, ...], model: str) -> Noise:
     """Return the noise; `auto` depends on the trainer's version in the first adapter's file."""
-    from fidelora.adapters.tensor_names import noise_of_file
+    from fidelora.adapters.tensor_names import noise_of_adapter
 
     if noise != "auto":
         return noise  # type: ignore[return-value]  # checked by the recipe
     if "noise" not in get_family(model).uses:
         return "modern"
-    return noise_of_file(adapters[0].path) if adapters and adapters[0].path else "modern"
+    return noise_of_adapter(adapters[0]) if adapters else "modern"

@@ -214,7 +214,7 @@ def _missing_error(missing: Sequence[tuple[str, str]]) -> AdaptersMissingError:
 def _recipe_from_parameters(
     parameters: Parameters, adapters: Sequence[AdapterRef], engine: Engine
 ) -> Recipe:
-    from fidelora.adapters.tensor_names import noise_of_file
+    from fidelora.adapters.tensor_names import noise_of_adapter
 
     warn(
         "The image has no Fidelora recipe. The recipe is read from its AUTOMATIC1111 parameters as "
@@ -223,7 +223,7 @@ def _recipe_from_parameters(
     for entry in parameters.ignored:
         warn(f"{entry.name} {entry.value!r:.100} is ignored: {entry.reason}")
     dtypes = dict.fromkeys(("dtype", "vae_dtype", "text_encoder_dtype"), engine.auto_dtype)
-    noise = noise_of_file(adapters[0].path) if adapters and adapters[0].path else "modern"
+    noise = noise_of_adapter(adapters[0]) if adapters else "modern"
     return parameters.recipe(adapters, noise=noise, **dtypes)
 
 

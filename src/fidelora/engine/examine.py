@@ -9,23 +9,22 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from safetensors import safe_open
 from torch import Tensor
 
-from fidelora.adapters.read import Adapter, read_adapter
+from fidelora.adapter_file import AdapterFile
+from fidelora.adapters.read import Adapter, adapter_of, stored_tensors
 from fidelora.adapters.targets import Targets
 from fidelora.adapters.tensor_names import modules_of, peft_alpha
 from fidelora.errors import (
     AdapterError,
     AdapterMismatchError,
-    AdapterNotFoundError,
     WeightsFileError,
     some,
 )
 from fidelora.families import Family, all_families, get_family
-from fidelora.loras.describe import AdapterSummary, describe_adapter
+from fidelora.loras.describe import AdapterSummary, describe_adapter, describe_header
 from fidelora.recipe import file_sha256
-from fidelora.safetensors_header import Header, read_file_header
+from fidelora.safetensors_header import Header
 from fidelora.weights.strict import empty_part, read_config
 
 ProblemCode = Literal[
@@ -93,15 +92,15 @@ def examine_adapter(path: Path) -> Examination:
         AdapterNotFoundError: the file does not exist.
         WeightsFileError: the file cannot be read at all.
     """
-    if not path.is_file():
-        raise AdapterNotFoundError(f"There is no adapter file {path}; check the path.")
-    sha256, summary = file_sha256(path), describe_adapter(path)
+    try:
+        file = AdapterFile.open(path, keep="within_budget")
+    except WeightsFileError:  # it has a hash, too, if it can be read
+        return _unusable(file_sha256(path), describe_adapter(path))
+    header, summary = file.header, describe_header(file.header, path.name)
     if summary.problems:
-        problems = tuple(Problem("unusable", problem, True) for problem in summary.problems)
-        return Examination(sha256, summary, (), "", 0, 0, problems)
-    header = read_file_header(path)
+        return _unusable(file.sha256, summary)
     modules = modules_of(header, path.name)
-    tensors = _tensors(path)
+    tensors = stored_tensors(file)
     alphas = {
         module: float(tensors[parts["alpha"]])
         for module, parts in modules.items()
@@ -112,20 +111,21 @@ def examine_adapter(path: Path) -> Examination:
     matched = same_shapes = 0
     if not any(problem.unusable for problem in problems):
         try:
-            adapter = read_adapter(path)
-        except (AdapterError, WeightsFileError) as error:  # mismatched shapes of factors
+            adapter = adapter_of(file, tensors)
+        except (AdapterError, WeightsFileError) as error:  # factors whose shapes do not match
             problems = (*problems, Problem("unusable", str(error), True))
         else:
             model, matched, same_shapes = _family(adapter)
             problems = (*problems, *_fit(adapter, summary, model, matched, same_shapes))
+    different_alphas = tuple(sorted(set(alphas.values())))
     return Examination(
-        sha256, summary, tuple(sorted(set(alphas.values()))), model, matched, same_shapes, problems
+        file.sha256, summary, different_alphas, model, matched, same_shapes, problems
     )
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
+def _unusable(sha256: str, summary: AdapterSummary) -> Examination:
+    problems = tuple(Problem("unusable", problem, True) for problem in summary.problems)
+    return Examination(sha256, summary, (), "", 0, 0, problems)
 
 
 def _numbers(

@@ -1,1 +1,1 @@
-"""LoRA files on disk: the folder that requests name them from, downloads, and the cache by content. Needs no torch."""
+"""LoRA files on disk: the folder of LoRAs, downloads, and the cache by sha256. Needs no torch."""

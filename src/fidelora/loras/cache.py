@@ -1,6 +1,7 @@
-"""Adapters by content: one folder with `{sha256}.safetensors`, where workers find the bytes that a job was accepted with.
+"""Content-addressed cache of adapter files: a folder of `{sha256}.safetensors` for the workers.
 
-A job keeps the hashes of its adapters and no paths, so a file may be renamed, replaced or deleted while the job waits.
+A job stores the hashes of its adapters and no paths, so that a LoRA may be renamed, replaced or
+deleted while the job waits.
 """
 
 from __future__ import annotations
@@ -14,28 +15,32 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path, PurePosixPath
 
+from fidelora.adapter_file import AdapterFile, file_version
 from fidelora.adapters.tensor_names import modules_of
 from fidelora.atomic import make_folder, remove_stale_temporaries, temporary_name, write_atomically
 from fidelora.errors import AdapterNotFoundError, OutputError
 from fidelora.recipe import AdapterRef, file_sha256
-from fidelora.safetensors_header import read_file_header, read_header
+from fidelora.safetensors_header import read_header
 
-_REMEMBERED = 10_000
+_MAX_HASHES = 10_000  # each entry takes a few hundred bytes
 _SETTLED_S = 2.0
-"""A file that changed more recently than this is hashed again: two writes within one tick of the clock look the same."""
+"""Hashes of files that changed more recently are not remembered: two writes within one tick of the
+clock cannot be told apart."""
 
 
 class AdapterCache:
-    """The folder of adapters by content. May be used from several threads.
+    """Folder of adapter files named by their sha256. Thread-safe.
 
     Args:
-        folder: made if it is not there.
-        budget_bytes: how much of the disk adapters may take that are nowhere else, such as downloads; see `trim`.
+        folder: created if it does not exist.
+        budget_bytes: disk space for adapters that have no other name, such as downloads; see
+            `trim`.
 
     Raises:
-        OutputError: nothing can be written to the folder.
+        OutputError: the folder is not writable.
     """
 
     def __init__(self, folder: Path, budget_bytes: int) -> None:
@@ -47,71 +52,70 @@ class AdapterCache:
         remove_stale_temporaries(folder)
 
     def path(self, sha256: str) -> Path:
-        """Where the adapter of this hash is, if it is here."""
+        """Return the path for this hash; the file need not exist."""
         return self.folder / f"{sha256}.safetensors"
 
     def find(self, sha256: str) -> AdapterRef | None:
-        """The adapter of this hash, if it is here and its bytes are still those."""
+        """Return the adapter with this hash, or None if it is missing or its file has changed."""
         path = self.path(sha256)
         if not path.is_file() or self.sha256_of(path) != sha256:
             return None
-        self._was_used(path)
+        self._touch(path)
         return AdapterRef(sha256, path=path)
 
     def sha256_of(self, path: Path) -> str:
-        """The hash of a file's bytes; remembered until the file changes.
+        """Return the sha256 of a file, remembered until the file changes.
 
         Raises:
             WeightsFileError: it cannot be read.
         """
         try:
-            status = path.stat()
+            version = file_version(path.stat())
         except OSError:
-            return file_sha256(path)  # which says what is wrong
-        key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-        with self._lock:
-            if key in self._hashes:
-                self._hashes.move_to_end(key)
-                return self._hashes[key]
+            return file_sha256(path)  # raises the error
+        if (known := self._remembered_hash(version)) is not None:
+            return known
         sha256 = file_sha256(path)
-        if time.time() - status.st_mtime > _SETTLED_S:
-            with self._lock:
-                self._hashes[key] = sha256
-                while len(self._hashes) > _REMEMBERED:
-                    self._hashes.popitem(last=False)
+        self._remember_hash(version, sha256)
         return sha256
 
     def keep(self, path: Path, name: str) -> AdapterRef:
-        """Put the file at `path` here under its hash, without a second copy where the disk allows it.
+        """Add the file at `path` under its hash, as a hard link where the disk allows it.
+
+        A file that is not in the cache is opened once for its header and its hash.
 
         Raises:
             AdapterNotFoundError: there is no such file.
-            WeightsFileError, AdapterFormatError: it is no adapter, as far as its header tells.
-            OutputError: it could not be put here.
+            WeightsFileError, AdapterFormatError: according to its header it is not an adapter.
+            OutputError: it could not be added.
         """
         if not path.is_file():
             raise AdapterNotFoundError(f"There is no adapter file {name}; check the name.")
-        if ref := self.find(self.sha256_of(path)):  # it was looked at when it came
-            return AdapterRef(ref.sha256, name=PurePosixPath(name).stem, path=ref.path)
-        modules_of(read_file_header(path), path.name)
-        return self._add(path, name)
+        known = self._remembered_hash(file_version(path.stat()))
+        if known is None or not self.find(known):
+            file = AdapterFile.open(path, check=partial(modules_of, name=path.name), keep="never")
+            self._remember_hash(file.version, file.sha256)
+            known = file.sha256
+            if not self.find(known):
+                return self._add(path, name, file)
+        return AdapterRef(known, name=PurePosixPath(name).stem, path=self.path(known))
 
     def adopt(self, temporary: Path, sha256: str, name: str) -> AdapterRef:
-        """Take over a finished download: its header is checked, and it gets its name by content.
+        """Check the header of a finished download and move it to the path of its hash.
 
         Raises:
-            WeightsFileError, AdapterFormatError: it is no adapter, as far as its header tells.
+            WeightsFileError, AdapterFormatError: according to its header it is not an adapter.
         """
         with temporary.open("rb") as file:
             modules_of(read_header(file, name), name)
         target = self.path(sha256)
         temporary.replace(target)
-        self._was_used(target)
+        self._touch(target)
         return AdapterRef(sha256, name=PurePosixPath(name).stem, path=target)
 
     @contextmanager
     def temporary(self) -> Iterator[Path]:
-        """A path in this folder for a file that is not finished; what is left there afterwards is removed."""
+        """Provide a path in this folder for an unfinished file, and remove what is left there."""
         path = self.folder / temporary_name()
         try:
             yield path
@@ -119,7 +123,7 @@ class AdapterCache:
             path.unlink(missing_ok=True)
 
     def remembered_url(self, url: str) -> tuple[str, str] | None:
-        """Version mark (ETag) and hash of what this URL gave before, if that is still here."""
+        """Return ETag and hash of the last download from this URL, if it is still in the cache."""
         try:
             known = json.loads(self._url_file(url).read_text())
             etag, sha256 = str(known["etag"]), str(known["sha256"])
@@ -128,55 +132,73 @@ class AdapterCache:
         return (etag, sha256) if self.find(sha256) else None
 
     def remember_url(self, url: str, etag: str, sha256: str) -> None:
-        """Note what a URL gave; the URL itself, which may carry a secret, is not written down."""
+        """Store the result of a download; the URL is not written, because it may have a secret."""
         write_atomically(self._url_file(url), json.dumps({"etag": etag, "sha256": sha256}).encode())
 
     def trim(self, in_use: Callable[[str], bool]) -> list[str]:
-        """Remove adapters that are nowhere else, those used longest ago first, until the rest fits into the budget.
+        """Remove the least recently used adapters until the rest fits into the budget.
+
+        Files with another hard link are neither counted nor removed, because this frees no space.
 
         Args:
-            in_use: whether a job that has not ended needs the adapter of a hash; such a one stays.
+            in_use: returns True if a job that has not ended needs the adapter with this hash; it
+                is not removed.
 
         Returns:
-            the hashes that are gone.
+            hashes of the removed adapters.
         """
         own = []
         for path in self.folder.glob("*.safetensors"):
             status = path.stat()
-            if (
-                status.st_nlink == 1
-            ):  # another name of the same bytes means that removing this one frees nothing
+            if status.st_nlink == 1:
                 own.append((status.st_mtime_ns, status.st_size, path))
-        total, gone = sum(size for _, size, _ in own), []
+        total, removed = sum(size for _, size, _ in own), []
         for _, size, path in sorted(own):
             if total <= self._budget_bytes:
                 break
             if not in_use(path.stem):
                 path.unlink(missing_ok=True)
-                gone.append(path.stem)
+                removed.append(path.stem)
                 total -= size
-        return gone
+        return removed
 
-    def _add(self, path: Path, name: str) -> AdapterRef:
-        """The file under its hash: as a second name, or copied; hashed again, for it may have changed in the meantime."""
+    def _remembered_hash(self, version: tuple[int, ...]) -> str | None:
+        with self._lock:
+            if version in self._hashes:
+                self._hashes.move_to_end(version)
+            return self._hashes.get(version)
+
+    def _remember_hash(self, version: tuple[int, ...], sha256: str) -> None:
+        modified_s = version[-1] / 1e9
+        if time.time() - modified_s > _SETTLED_S:
+            with self._lock:
+                self._hashes[version] = sha256
+                while len(self._hashes) > _MAX_HASHES:
+                    self._hashes.popitem(last=False)
+
+    def _add(self, path: Path, name: str, file: AdapterFile) -> AdapterRef:
+        """Link or copy the file to the path of its hash.
+
+        It is hashed again if it was copied, or if it changed after `file` was opened.
+        """
         with self.temporary() as temporary:
             try:
                 try:
                     os.link(path, temporary)
                 except OSError:  # another disk, or one without links
                     shutil.copyfile(path, temporary)
-                sha256 = self.sha256_of(temporary)
+                is_same = file_version(temporary.stat()) == file.version
+                sha256 = file.sha256 if is_same else self.sha256_of(temporary)
                 temporary.replace(self.path(sha256))
             except OSError as error:
                 raise OutputError(
-                    f"{name} could not be put into the cache of adapters: {error.strerror or error}."
+                    f"{name} could not be added to the cache of adapters: {error.strerror or error}."
                 ) from error
         return AdapterRef(sha256, name=PurePosixPath(name).stem, path=self.path(sha256))
 
-    def _was_used(self, path: Path) -> None:
-        if (
-            path.stat().st_nlink == 1
-        ):  # else it is somebody's file, whose time is not ours to change
+    def _touch(self, path: Path) -> None:
+        """Set the time of last use, unless the file is a link to one outside of the cache."""
+        if path.stat().st_nlink == 1:
             os.utime(path)
 
     def _url_file(self, url: str) -> Path:

@@ -1,4 +1,7 @@
-"""What an adapter's header says of it: kind, ranks, trigger, step. No weights are read, so hundreds are quick to list."""
+"""Summaries of adapter files: kind, ranks, trigger, step.
+
+Only headers are read, so that hundreds of files are listed quickly.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +21,21 @@ _MAX_TRIGGER = 200
 
 @dataclass(frozen=True)
 class AdapterSummary:
-    """An adapter as its header describes it.
+    """Summary of an adapter's header.
 
     Attributes:
-        kind: `lora`, `dora`, `lokr`, `loha`, several of them joined by `+`, or empty if the file is no adapter.
-        modules: how many modules of the base model it changes.
-        ranks: the different ranks, ascending; empty where a kind has none (whole LoKr factors).
+        kind: `lora`, `dora`, `lokr`, `loha`, several of them joined by `+`; empty if the file is
+            not an adapter.
+        modules: number of modules of the base model that it changes.
+        ranks: different ranks, ascending; empty for kinds without (whole LoKr factors).
         dtypes: of the tensors, in the format's spelling (`F16`, `BF16`, `F32`).
-        text_encoder: whether it changes the text encoder too.
-        trigger: the trigger word that the trainer wrote down; empty if none.
-        step, epoch: of the training, if the trainer wrote them down.
-        base: the base model's version as the trainer wrote it (`sd_1.5`); empty if it did not.
-        trainer: the program and its version that wrote the file; empty if it did not say.
-        problems: one sentence for each reason why the file cannot be used; empty if none is known without reading its weights.
+        text_encoder: True if it changes the text encoder, too.
+        trigger: trigger word in the trainer's metadata; empty if none.
+        step, epoch: of the training, if they are in the metadata.
+        base: version of the base model in the metadata (`sd_1.5`); empty if none.
+        trainer: name and version of the program that wrote the file; empty if not in the metadata.
+        problems: a sentence for each reason why the file cannot be used, as far as its header
+            shows.
     """
 
     kind: str
@@ -48,7 +53,7 @@ class AdapterSummary:
 
 
 def describe_adapter(path: Path) -> AdapterSummary:
-    """Read the header of the file at `path`; whatever is wrong with it becomes one of its problems."""
+    """Read the header of the file at `path`; errors become problems of the summary."""
     try:
         header = read_file_header(path)
     except WeightsFileError as error:
@@ -56,8 +61,13 @@ def describe_adapter(path: Path) -> AdapterSummary:
         return AdapterSummary(
             "", 0, (), (), False, size_bytes, "", None, None, "", "", (str(error),)
         )
+    return describe_header(header, path.name)
+
+
+def describe_header(header: Header, name: str) -> AdapterSummary:
+    """Return the summary of a sound header; `name` is the name of the file in problems."""
     try:
-        modules, problems = modules_of(header, path.name), ()
+        modules, problems = modules_of(header, name), ()
     except AdapterError as error:
         modules, problems = {}, (str(error),)  # type: ignore[assignment]
     metadata = header.metadata
@@ -87,7 +97,7 @@ def describe_adapter(path: Path) -> AdapterSummary:
 
 
 def _rank(parts: Mapping[str, str], header: Header) -> int | None:
-    """The dimension in the middle of a module's factors."""
+    """Return the inner dimension of a module's factors; None if it has whole factors."""
     for part in ("down", "lokr_w2_b", "lokr_w1_b", "hada_w1_b"):
         if part in parts and header.tensors[parts[part]].shape:
             return header.tensors[parts[part]].shape[0]
@@ -95,7 +105,7 @@ def _rank(parts: Mapping[str, str], header: Header) -> int | None:
 
 
 def _json(metadata: Mapping[str, str], field: str) -> dict[str, Any]:
-    """A metadata field that should be a JSON object; an empty one if it is anything else."""
+    """Return a metadata field that contains a JSON object; an empty one if it does not."""
     try:
         value = json.loads(metadata.get(field, "{}"))
     except (ValueError, RecursionError):
@@ -104,15 +114,15 @@ def _json(metadata: Mapping[str, str], field: str) -> dict[str, Any]:
 
 
 def _training(metadata: Mapping[str, str]) -> tuple[int | None, int | None]:
-    """Step and epoch from AI Toolkit's `training_info`, else from kohya's fields."""
+    """Return step and epoch from AI Toolkit's `training_info`, else from kohya's fields."""
     info = _json(metadata, "training_info") or {
         "step": metadata.get("ss_steps"),
         "epoch": metadata.get("ss_epoch"),
     }
-    return _whole(info.get("step")), _whole(info.get("epoch"))
+    return _whole_number(info.get("step")), _whole_number(info.get("epoch"))
 
 
-def _whole(value: object) -> int | None:
+def _whole_number(value: object) -> int | None:
     if isinstance(value, bool):
         return None
     if isinstance(value, int):
@@ -125,7 +135,7 @@ def _whole(value: object) -> int | None:
 
 
 def _trigger(metadata: Mapping[str, str]) -> str:
-    """AI Toolkit writes the trigger word as if it were a tag that each image has."""
+    """Return the trigger word; AI Toolkit writes it as the only tag of all images."""
     if word := metadata.get("ss_trigger_word") or metadata.get("trigger_word"):
         return word[:_MAX_TRIGGER]
     tags = _json(metadata, "ss_tag_frequency")

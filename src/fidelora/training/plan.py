@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fidelora.adapters.tensor_names import noise_of_file
+from fidelora.adapters.tensor_names import noise_of_adapter, noise_of_file
 from fidelora.errors import JobFolderError
 from fidelora.families import get_family
 from fidelora.recipe import Noise, Recipe, replace_trigger
@@ -61,7 +61,9 @@ def plan_samples(
     checkpoint = run.checkpoints.get(step) or next(iter(run.checkpoints.values()), None)
     family = get_family(run.model)
     noise: Noise = "modern"
-    if checkpoint is not None and "noise" in family.uses:
+    if "noise" in family.uses and adapter is not None:
+        noise = noise_of_adapter(adapter)
+    elif "noise" in family.uses and checkpoint is not None:
         noise = noise_of_file(checkpoint)
     planned = []
     for index, values in enumerate(settings):
