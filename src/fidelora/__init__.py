@@ -2,10 +2,11 @@
 
     from fidelora import AdapterRef, Engine, Recipe
 
-    recipe = Recipe(prompt="a photo of sks", adapters=(AdapterRef.from_file("sks.safetensors", 0.8),), seed=7)
+    sks = AdapterRef.from_file("sks.safetensors", 0.8)
+    recipe = Recipe(prompt="a photo of sks", adapters=(sks,), seed=7)
     Engine().generate(recipe).save("sks.png")
 
-Names are loaded when they are first used, so that `import fidelora` costs nothing and needs no torch.
+Names are imported on first use, so that `import fidelora` is fast and does not import torch.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Every error that Fidelora raises on purpose, in one tree.
+"""All errors that Fidelora raises on purpose, in one tree.
 
-The docstring of a class is its default message. Nothing here knows HTTP, exit codes or logging: each edge (command line,
-server) translates the tree once. Errors under `WrongUseError` mean that the request itself has to change; all others mean that
-something outside the request (a file, a device, a disk) is not what it has to be.
+The docstring of a class is its default message. This module does not depend on HTTP, exit codes or
+logging: the command line and the server each translate the tree in one place. `WrongUseError` and
+its subclasses mean that the request has to change; all others mean that something outside the
+request (a file, a device, a disk) is missing, invalid or failing.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ from collections.abc import Mapping, Sequence
 
 
 def some(names: Sequence[str], most: int = 3) -> str:
-    """The first names of a list, for a message: `a, b, c and 12 more`."""
+    """Return the first names of a list for a message: `a, b, c and 12 more`."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
 
 
 class FideloraError(Exception):
-    """Fidelora could not do what was asked."""
+    """The operation failed."""
 
     def __init__(self, message: str | None = None) -> None:
         text = message or " ".join((type(self).__doc__ or "").split())
-        # Names from files go into messages, and messages go to terminals: nothing unprintable passes.
+        # Messages contain names from files and go to terminals: escape unprintable characters.
         super().__init__(
             "".join(
                 character if character.isprintable() else repr(character)[1:-1]
@@ -31,14 +32,14 @@ class FideloraError(Exception):
 
 
 class WrongUseError(FideloraError):
-    """The request cannot be carried out as it is written; change it and try again."""
+    """The request is invalid; change it and try again."""
 
 
-# --- recipes -----------------------------------------------------------------------------------------------------------
+# --- recipes --------------------------------------------------------------------------------------
 
 
 class RecipeError(WrongUseError):
-    """A field of the recipe is missing or out of its range."""
+    """A field of the recipe is missing or out of range."""
 
     def __init__(self, message: str | None = None, *, field: str = "") -> None:
         super().__init__(message)
@@ -46,29 +47,29 @@ class RecipeError(WrongUseError):
 
 
 class UnknownModelError(RecipeError):
-    """There is no model of this id; `fidelora models` lists those there are."""
+    """There is no model with this id; `fidelora models` lists all models."""
 
 
 class UnknownSamplerError(RecipeError):
-    """There is no sampler of this name for this model; `fidelora models` lists those there are."""
+    """The model has no sampler of this name; `fidelora models` lists the samplers of each model."""
 
 
-# --- files of weights --------------------------------------------------------------------------------------------------
+# --- weights files --------------------------------------------------------------------------------
 
 
 class WeightsFileError(FideloraError):
-    """The file is not a sound .safetensors file."""
+    """The file is not a valid .safetensors file."""
 
 
 class PickleRefusedError(WeightsFileError):
-    """The file is a Python pickle, which can run code when it is opened; convert it to .safetensors and use that."""
+    """The file is a Python pickle, which can run code when opened; convert it to .safetensors."""
 
 
 class NonFiniteWeightsError(WeightsFileError):
-    """The file holds NaN or infinite weights, so every image made with it would be broken; use another checkpoint."""
+    """The file has NaN or infinite weights, which break every image; use another checkpoint."""
 
 
-# --- adapters ----------------------------------------------------------------------------------------------------------
+# --- adapters -------------------------------------------------------------------------------------
 
 
 class AdapterError(FideloraError):
@@ -76,29 +77,30 @@ class AdapterError(FideloraError):
 
 
 class AdapterNotFoundError(AdapterError, WrongUseError):
-    """There is no adapter file at this place; check the path."""
+    """There is no adapter file at this path; check the path."""
 
 
 class AdapterPlaceError(AdapterError, WrongUseError):
-    """The name of the adapter leads out of the folder of adapters, or to no adapter file."""
+    """The adapter's name is invalid: give the path of a .safetensors file in the adapter folder."""
 
 
 class AdapterFormatError(AdapterError):
-    """The file is a sound .safetensors file but not an adapter of a kind that can be applied."""
+    """The file is a valid .safetensors file, but not an adapter of a supported kind."""
 
 
 class AdapterMismatchError(AdapterError):
-    """The adapter does not fit the base model: some of its keys or shapes match nothing there."""
+    """The adapter does not fit the base model: some of its keys or shapes do not match."""
 
 
 class AdapterChangedError(AdapterError):
-    """The adapter's file has other bytes now than when the recipe was made; make a new recipe from the file."""
+    """The adapter's file has changed since the recipe was made; make a new recipe from the file."""
 
 
 class AdaptersMissingError(AdapterError, WrongUseError):
-    """Adapters that the image was made with are not here."""
+    """Adapters that the image was made with are not available."""
 
-    # `missing`: sha256 and name of each; a hash may be the beginning of one, or empty, if the image has no more.
+    # `missing`: sha256 and name of each. A hash is shortened or empty if the image does not
+    # contain all of it.
     def __init__(
         self, message: str | None = None, *, missing: Sequence[tuple[str, str]] = ()
     ) -> None:
@@ -113,32 +115,34 @@ class AdaptersMissingError(AdapterError, WrongUseError):
         super().__init__(
             message
             or (
-                f"Adapters that the image was made with are not here: {named}." if missing else None
+                f"Adapters that the image was made with are not available: {named}."
+                if missing
+                else None
             )
         )
 
 
 class AdapterUrlRefusedError(AdapterError, WrongUseError):
-    """The URL of the adapter may not be used here."""
+    """The adapter's URL is not allowed on this server."""
 
 
 class AdapterDownloadError(AdapterError):
-    """The adapter could not be fetched from its URL."""
+    """The adapter could not be downloaded from its URL."""
 
 
 class AdapterExistsError(AdapterError, WrongUseError):
-    """There is another adapter of this name already; delete it first, or choose another name."""
+    """Another adapter has this name; delete it first, or choose another name."""
 
 
 class UploadNotFoundError(AdapterError, WrongUseError):
-    """There is no uploaded LoRA of this name; files that were put there in other ways are not deleted over HTTP."""
+    """There is no uploaded LoRA of this name; only uploaded files can be deleted over HTTP."""
 
 
 class AdapterInUseError(AdapterError, WrongUseError):
-    """A request that has not ended needs this adapter; cancel it, or wait until it is done."""
+    """A request that has not ended needs this adapter; cancel the request or wait until it ends."""
 
 
-# --- base models -------------------------------------------------------------------------------------------------------
+# --- base models ----------------------------------------------------------------------------------
 
 
 class BaseModelError(FideloraError):
@@ -146,34 +150,37 @@ class BaseModelError(FideloraError):
 
 
 class BaseModelNotFoundError(BaseModelError, WrongUseError):
-    """There is no base model at this place; check the path or the hub id."""
+    """There is no base model at this location; check the path or the hub id."""
 
 
 class BaseModelFilesError(BaseModelError):
-    """The base model's files are incomplete or not of the kind that was asked for."""
+    """The base model's files are incomplete or of the wrong kind."""
 
 
 class BaseModelWeightsError(BaseModelError):
-    """The base model's weights do not fit its configuration, and filling gaps with random numbers is not an option."""
+    """The base model's weights do not fit its configuration; missing weights are never made up."""
 
 
-# --- running -----------------------------------------------------------------------------------------------------------
+# --- running --------------------------------------------------------------------------------------
 
 
 class DeviceError(WrongUseError):
-    """The device or precision that was asked for is not available on this machine."""
+    """The requested device or precision is not available on this machine."""
 
 
 class GenerationCancelled(FideloraError):
-    """The generation was cancelled before it was done."""
+    """The generation was cancelled before it was complete."""
 
 
 class MemoryExhaustedError(FideloraError):
-    """The device ran out of memory; use a smaller size, a narrower dtype (bfloat16), or offloading (model, then sequential)."""
+    """The device ran out of memory.
+
+    Use a smaller size, a narrower dtype (bfloat16), or offloading (model, then sequential).
+    """
 
 
 class EngineBusyError(WrongUseError):
-    """The engine is making an image, and was asked for another one from inside it (from `on_step`); ask after it."""
+    """The engine was called from `on_step`, while it makes an image; call it after that image."""
 
 
 class NumericsError(FideloraError):
@@ -185,33 +192,33 @@ class OutputError(FideloraError):
 
 
 class ImageFormatError(OutputError, WrongUseError):
-    """The name ends in no image format that is written here; use .png, .jpg or .webp."""
+    """The file name's suffix is not a supported image format; use .png, .jpg or .webp."""
 
 
 class ImageRecordError(FideloraError):
-    """The image carries no recipe of Fidelora's."""
+    """The image does not contain a Fidelora recipe."""
 
 
-# --- training jobs -----------------------------------------------------------------------------------------------------
+# --- training runs --------------------------------------------------------------------------------
 
 
 class JobFolderError(WrongUseError):
-    """The folder is not an AI Toolkit training job that can be read."""
+    """The folder is not a readable AI Toolkit training run."""
 
 
 class NothingToCheckError(JobFolderError):
-    """The job has no previews whose weights are there, so there is nothing to check."""
+    """The training run has no samples whose weights exist, so there is nothing to check."""
 
 
-# --- requests ----------------------------------------------------------------------------------------------------------
+# --- requests -------------------------------------------------------------------------------------
 
 
 class PromptSyntaxError(WrongUseError):
-    """The prompt says something in AUTOMATIC1111's notation that cannot be done here."""
+    """The prompt uses AUTOMATIC1111 syntax that is not supported."""
 
 
 class RequestError(WrongUseError):
-    """The request asks for something that cannot be done."""
+    """The request cannot be carried out."""
 
     def __init__(
         self,
@@ -226,18 +233,18 @@ class RequestError(WrongUseError):
 
 
 class RequestFieldError(RequestError):
-    """A field of the request has a value that the model does not know."""
+    """A field of the request has a value that the model does not support."""
 
     def __init__(self, message: str | None = None, *, place: tuple[str | int, ...] = ()) -> None:
         super().__init__(message)
         self.place = place
 
 
-# --- the server --------------------------------------------------------------------------------------------------------
+# --- the server -----------------------------------------------------------------------------------
 
 
 class SettingsError(WrongUseError):
-    """A setting has a value that it cannot have."""
+    """A setting has an invalid value."""
 
 
 class BodyTooLargeError(WrongUseError):
@@ -245,28 +252,32 @@ class BodyTooLargeError(WrongUseError):
 
 
 class ServerStoppingError(FideloraError):
-    """The server is about to stop and takes no more requests; send it again in a moment."""
+    """The server is stopping and accepts no more requests; send the request again in a moment."""
 
 
 class ApiKeyError(WrongUseError):
-    """The API key is missing or not known here; send `Authorization: Bearer` with a key that `fidelora keys add` made."""
+    """The API key is missing or invalid.
+
+    Send `Authorization: Bearer` with a key from `fidelora keys add`.
+    """
 
 
 class ImageNotFoundError(WrongUseError):
-    """The request has no such image; it has those that its result lists, once it has succeeded."""
+    """The request has no such image; its result lists its images once it has succeeded."""
 
 
 class ImageGoneError(FideloraError):
     """The file of this image was removed or changed on the server's disk."""
 
 
-# --- the client --------------------------------------------------------------------------------------------------------
+# --- the client -----------------------------------------------------------------------------------
 
 
 class ApiError(FideloraError):
-    """The server answered with an error."""
+    """The server returned an error."""
 
-    # `status` of HTTP, 0 if there was no answer; `code` for programs, such as LORA_NOT_FOUND, empty if the answer had none.
+    # `status`: HTTP status, 0 if there was no response. `code`: error code for programs, such as
+    # LORA_NOT_FOUND; empty if the response had none.
     def __init__(
         self,
         message: str | None = None,
@@ -282,43 +293,43 @@ class ApiError(FideloraError):
 
 
 class ApiUnavailableError(ApiError):
-    """The server cannot be reached, or has no time: the same request may succeed later."""
+    """The server cannot be reached or is overloaded; the same request may succeed later."""
 
 
 class ClientTimeoutError(FideloraError):
-    """The request was not done in time; it goes on at the server."""
+    """The request did not end in time; it continues on the server."""
 
 
 class RequestFailedError(FideloraError):
-    """The request failed at the server."""
+    """The request failed on the server."""
 
-    # `code` is for programs, such as TIMEOUT; empty if the server has none.
+    # `code`: error code for programs, such as TIMEOUT; empty if the server returned none.
     def __init__(self, message: str | None = None, *, code: str = "") -> None:
         super().__init__(message)
         self.code = code
 
 
 class RequestCanceledError(FideloraError):
-    """The request was canceled before it was done."""
+    """The request was canceled before it was complete."""
 
 
-# --- jobs --------------------------------------------------------------------------------------------------------------
+# --- jobs -----------------------------------------------------------------------------------------
 
 
 class JobError(FideloraError):
-    """The job cannot be changed in this way."""
+    """The job does not allow this change."""
 
 
 class JobNotFoundError(JobError, WrongUseError):
-    """There is no request (job) of this id; it may have been removed after its time."""
+    """There is no request (job) with this id; it may have expired."""
 
 
 class LeaseLostError(JobError):
-    """Another worker has the job now, or it has ended; what this one reports does not count any more."""
+    """Another worker has claimed the job, or it has ended; this worker's report was ignored."""
 
 
 class CursorError(JobError, WrongUseError):
-    """The cursor is none of this list's; begin again without it."""
+    """The cursor does not belong to this list; begin again without it."""
 
 
 class QueueFullError(JobError):
@@ -326,8 +337,8 @@ class QueueFullError(JobError):
 
 
 class IdempotencyConflictError(JobError, WrongUseError):
-    """Another request was made under this idempotency key; use a new key for a new request."""
+    """Another request used this idempotency key; use a new key for a new request."""
 
 
 class JobStoreError(JobError):
-    """The store of jobs cannot be used."""
+    """The job store cannot be used."""

@@ -1,4 +1,4 @@
-"""Names of adapters from requests never lead out of the folder of adapters."""
+"""Names of adapters from requests never lead out of the adapter folder."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def test_names_that_lead_elsewhere_are_refused(root, name):
 
 def test_an_absolute_path_outside_is_refused_whether_or_not_it_is_there(root):
     for place in (root.parent / "secret.safetensors", root.parent / "absent.safetensors"):
-        with pytest.raises(AdapterPlaceError, match="outside of the folder"):
+        with pytest.raises(AdapterPlaceError, match="outside of the adapter folder"):
             adapter_path(root, str(place))
 
 
 def test_a_folder_whose_name_begins_alike_is_outside(root):
-    with pytest.raises(AdapterPlaceError, match="outside of the folder"):
+    with pytest.raises(AdapterPlaceError, match="outside of the adapter folder"):
         adapter_path(root, str(root.parent / "adapters-of-others" / "x.safetensors"))
 
 
@@ -58,7 +58,7 @@ def test_links_out_of_the_folder_are_refused_and_links_inside_are_followed(root)
     (root / "elsewhere").symlink_to(root.parent, target_is_directory=True)
     (root / "in.safetensors").symlink_to(root / "job" / "sks.safetensors")
     for name in ("out.safetensors", "elsewhere/secret.safetensors"):
-        with pytest.raises(AdapterPlaceError, match="outside of the folder"):
+        with pytest.raises(AdapterPlaceError, match="outside of the adapter folder"):
             adapter_path(root, name)
     assert adapter_path(root, "in.safetensors") == root / "job" / "sks.safetensors"
 

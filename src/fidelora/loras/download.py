@@ -1,8 +1,9 @@
-"""Downloads of LoRA files from URLs in requests: https only, from listed hosts and public
-addresses, within limits.
+"""Download LoRA files from untrusted URLs.
 
-The address is checked where the connection is made, and the connection is made to the very address that was checked. So neither a
-redirect, nor a name that means another address the second time it is asked for (DNS rebinding), leads past the check.
+Only https is allowed, only hosts that the operator lists, only public addresses, and only within
+limits of size and time. The address is checked when a connection is opened, and the connection is
+made to the checked address. A redirect, or a name that resolves to another address the second time
+(DNS rebinding), therefore cannot bypass the check.
 """
 
 from __future__ import annotations
@@ -32,10 +33,14 @@ _HTML_STARTS = (b"<!doctype", b"<html")
 _REDIRECTS = (301, 302, 303, 307, 308)
 _REFUSED_RANGES = [ipaddress.ip_network(text) for text in IPAddressRanges.recommended_latest]
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
-"""All that is assigned of IPv6: https://www.iana.org/assignments/ipv6-address-space."""
+"""All of IPv6 that is assigned: https://www.iana.org/assignments/ipv6-address-space."""
 _ERRORS = (
-    httpcore2.NetworkError, httpcore2.TimeoutException, httpcore2.ProtocolError, httpcore2.UnsupportedProtocol, OSError,
-)  # fmt: skip
+    httpcore2.NetworkError,
+    httpcore2.TimeoutException,
+    httpcore2.ProtocolError,
+    httpcore2.UnsupportedProtocol,
+    OSError,
+)
 
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 
@@ -45,10 +50,12 @@ class DownloadRules:
     """Limits of downloads.
 
     Attributes:
-        hosts: in lower case; `*.example.com` allows every host below example.com. Redirects may lead to these only, too.
-        max_bytes: of one file.
-        timeout_s: for all of it: names, connections, redirects, headers, body.
-        max_redirects: that one download may follow.
+        hosts: allowed hosts in lower case, also for redirects; `*.example.com` allows every
+            subdomain of example.com.
+        max_bytes: maximum size of a file.
+        timeout_s: time limit of a whole download: name lookups, connections, redirects, headers
+            and body.
+        max_redirects: maximum number of redirects of a download.
     """
 
     hosts: frozenset[str] = frozenset()
@@ -59,7 +66,7 @@ class DownloadRules:
 
 @dataclass(frozen=True)
 class Downloaded:
-    """A finished download; `etag` is the server's version mark, or empty."""
+    """A downloaded file; `etag` is None if the server sent none."""
 
     sha256: str
     size_bytes: int
@@ -72,7 +79,7 @@ async def _resolve(host: str, port: int) -> list[str]:
 
 
 def is_public(address: str) -> bool:
-    """True if an IP address, and any address embedded in it, is on the public internet."""
+    """True if an IP address, and each IPv4 address embedded in it, is on the public internet."""
     ip = ipaddress.ip_address(address.split("%")[0])
     inner: list[ipaddress.IPv4Address | None] = []
     if isinstance(ip, ipaddress.IPv6Address):
@@ -92,7 +99,7 @@ def is_public(address: str) -> bool:
 
 @dataclass(frozen=True)
 class Network:
-    """How downloads open connections. Only tests replace it."""
+    """Network access of downloads. Only tests replace it; it is not a setting."""
 
     resolve: Resolve = _resolve
     is_allowed: Callable[[str], bool] = is_public
@@ -109,19 +116,19 @@ async def download(
     etag: str | None = None,
     network: Network | None = None,
 ) -> Downloaded | None:
-    """Fetch `url` into the new file `target`, completely or not at all.
+    """Download `url` into the new file `target`; if that fails, no file is left.
 
     Args:
-        token: for the Hugging Face hub; sent to that host only.
-        etag: the mark of the version that is here already.
+        token: token for the Hugging Face hub; sent to that host only.
+        etag: ETag of the version that is stored already.
 
     Returns:
-        what was fetched, or None if the server has the version that is here.
+        The downloaded file, or None if the version with this `etag` is still current.
 
     Raises:
-        AdapterUrlRefusedError: the URL, or one that it leads to, may not be used.
+        AdapterUrlRefusedError: the URL, or one that it redirects to, is not allowed.
         AdapterNotFoundError: the server has no such file.
-        AdapterDownloadError: it could not be fetched, is too large, or is a web page.
+        AdapterDownloadError: the download failed, or the file is too large or a web page.
     """
     try:
         async with asyncio.timeout(rules.timeout_s):
@@ -129,7 +136,8 @@ async def download(
     except TimeoutError:
         target.unlink(missing_ok=True)
         raise AdapterDownloadError(
-            f"{_shown(url)} did not arrive within {rules.timeout_s:g} seconds; put the file into the folder of LoRAs instead."
+            f"{_shown(url)} did not arrive within {rules.timeout_s:g} seconds; "
+            "put the file into the LoRA folder instead."
         ) from None
     except BaseException:
         target.unlink(missing_ok=True)
@@ -146,9 +154,10 @@ class _Download:
         self._etag = etag
 
     async def run(self, url: str, target: Path) -> Downloaded | None:
-        """Follow the URL to its file.
+        """Follow redirects and download the file.
 
-        Proxies from the environment are ignored: addresses behind one could not be checked.
+        Proxies from the environment are not used, because addresses behind a proxy cannot be
+        checked.
         """
         backend = _CheckedConnections(self._network)
         async with httpcore2.AsyncConnectionPool(
@@ -165,41 +174,44 @@ class _Download:
                         onward = _header(response, b"location")
                 except _ERRORS as error:
                     raise AdapterDownloadError(
-                        f"{_shown(place.geturl())} could not be fetched: {_reason(error)}."
+                        f"{_shown(place.geturl())} could not be downloaded: {_reason(error)}."
                     ) from error
                 place = self._checked(urljoin(place.geturl(), onward))
         raise AdapterDownloadError(
-            f"{_shown(url)} leads from one place to the next without end; give the link of the file itself."
+            f"{_shown(url)} has more than {self._rules.max_redirects} redirects; "
+            "use the direct download link of the file."
         )
 
     def _checked(self, url: str) -> SplitResult:
-        """Return the URL if it is allowed."""
+        """Return the parsed URL, or raise AdapterUrlRefusedError if it is not allowed."""
         if not self._rules.hosts:
             raise AdapterUrlRefusedError(
-                "This server takes no LoRAs from URLs; its operator can allow hosts with FIDELORA_LORA_HOSTS."
+                "This server does not download LoRAs from URLs; "
+                "its operator can allow hosts with FIDELORA_LORA_HOSTS."
             )
         try:
             place = urlsplit(url)
             host, port = (place.hostname or "").rstrip(".").encode("idna").decode(), place.port
         except (ValueError, UnicodeError):
             raise AdapterUrlRefusedError(
-                f"{url[:100]!r} is no URL; give one like https://host/path/file.safetensors."
+                f"{url[:100]!r} is not a URL; use the form https://host/path/file.safetensors."
             ) from None
         if place.scheme != "https":
             raise AdapterUrlRefusedError(
-                f"{_shown(url)} is not https; LoRAs are fetched over https only."
+                f"{_shown(url)} is not https; LoRAs are downloaded over https only."
             )
         if place.username is not None or place.password is not None:
             raise AdapterUrlRefusedError(
-                "A URL with a user name or password in it is not used; for the hub, send hf_token."
+                "URLs with a user name or password are not supported; for the hub, send hf_token."
             )
         if port not in (None, 443):
             raise AdapterUrlRefusedError(
-                f"{_shown(url)} names the port {port}; only the usual one is allowed."
+                f"{_shown(url)} has the port {port}; only port 443 is allowed."
             )
         if not any(_matches(host, pattern) for pattern in self._rules.hosts):
             raise AdapterUrlRefusedError(
-                f"This server takes no LoRAs from {host[:100]!r}; its operator can allow it with FIDELORA_LORA_HOSTS."
+                f"This server does not download LoRAs from {host[:100]!r}; "
+                "its operator can allow the host with FIDELORA_LORA_HOSTS."
             )
         return SplitResult(
             "https", f"[{host}]" if ":" in host else host, place.path or "/", place.query, ""
@@ -209,10 +221,8 @@ class _Download:
         headers = [
             (b"Host", place.netloc.encode()),
             (b"User-Agent", b"fidelora"),
-            (
-                b"Accept-Encoding",
-                b"identity",
-            ),  # what is packed can grow without end when it is unpacked
+            # Compressed content could grow without limit when it is decompressed.
+            (b"Accept-Encoding", b"identity"),
         ]
         if self._token and place.hostname == HUB:
             headers.append(
@@ -225,7 +235,7 @@ class _Download:
     async def _take(
         self, response: httpcore2.Response, place: SplitResult, target: Path
     ) -> Downloaded | None:
-        """Check the response's headers and write its body to the file."""
+        """Check the status and headers of the response, and write its body to `target`."""
         shown = _shown(place.geturl())
         if response.status == 304 and self._etag:
             return None
@@ -235,15 +245,15 @@ class _Download:
             )
         if response.status in (404, 410):
             raise AdapterNotFoundError(
-                f"There is no file at {shown} ({response.status}); check the link."
+                f"There is no file at {shown} ({response.status}); check the URL."
             )
         if response.status != 200:
             raise AdapterDownloadError(
-                f"{shown} could not be fetched: its server answers {response.status}."
+                f"{shown} could not be downloaded: the server returned {response.status}."
             )
         if _header(response, b"content-encoding") not in ("", "identity"):
             raise AdapterDownloadError(
-                f"{shown} arrives packed, though it was asked for as it is; it is not used."
+                f"{shown} has a content encoding, which is not supported; use another server."
             )
         if _header(response, b"content-type").lower().startswith("text/html"):
             raise _web_page(shown)
@@ -280,12 +290,12 @@ class _Download:
 
     def _too_large(self, shown: str) -> AdapterDownloadError:
         return AdapterDownloadError(
-            f"{shown} is too large: a LoRA may have {self._rules.max_bytes:,} bytes here."
+            f"{shown} is too large; the limit is {self._rules.max_bytes:,} bytes."
         )
 
 
 class _CheckedConnections(httpcore2.AsyncNetworkBackend):
-    """Connects only to public addresses, and to the very address that was checked."""
+    """Network backend that connects to public addresses only: exactly to those it has checked."""
 
     def __init__(self, network: Network) -> None:
         self._network = network
@@ -301,14 +311,15 @@ class _CheckedConnections(httpcore2.AsyncNetworkBackend):
     ) -> httpcore2.AsyncNetworkStream:
         try:
             addresses = await self._network.resolve(host, port)
-        except OSError as error:  # `UnicodeError` cannot be: the name is plain by now
+        except OSError as error:  # no `UnicodeError`: the name is ASCII by now
             raise AdapterDownloadError(
-                f"There is no host {host[:100]!r}; check the link."
+                f"There is no host {host[:100]!r}; check the URL."
             ) from error
-        # One address inside among many is reason enough: which one is taken is chance.
+        # A single private address among several is enough to refuse the host.
         if not addresses or not all(self._network.is_allowed(address) for address in addresses):
             raise AdapterUrlRefusedError(
-                f"{host[:100]!r} is not a host of the public internet; LoRAs are fetched from there only."
+                f"{host[:100]!r} is not on the public internet; "
+                "LoRAs are downloaded from public hosts only."
             )
         return await self._inner.connect_tcp(
             addresses[0], self._network.port, timeout, local_address, socket_options
@@ -317,20 +328,20 @@ class _CheckedConnections(httpcore2.AsyncNetworkBackend):
     async def connect_unix_socket(
         self, *_args: Any, **_options: Any
     ) -> httpcore2.AsyncNetworkStream:
-        raise AdapterUrlRefusedError("LoRAs are not fetched from sockets of this machine.")
+        raise AdapterUrlRefusedError("LoRAs are not downloaded from Unix sockets.")
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
 
 
 def _hub_file(place: SplitResult) -> SplitResult:
-    """Return the link to a file for a link to its page on the hub (`/blob/` becomes `/resolve/`)."""
+    """Return the download URL (`/resolve/`) for the hub page of a file (`/blob/`)."""
     parts = place.path.split("/")  # "", owner, name, blob, revision, ...
     if place.hostname not in _HUB_SITES or len(parts) < 4:
         return place
     if parts[3] == "tree":
         raise AdapterUrlRefusedError(
-            f"{_shown(place.geturl())} is the page of a folder; give the link of the file in it."
+            f"{_shown(place.geturl())} is the page of a folder; use the URL of a file in it."
         )
     if parts[3] == "blob":
         parts[3] = "resolve"
@@ -349,14 +360,14 @@ def _header(response: httpcore2.Response, name: bytes) -> str:
 
 
 def _shown(url: str) -> str:
-    """Return a URL for messages, without its query, which may be secret."""
+    """Return a URL for messages, without its query, which may contain a secret."""
     place = urlsplit(url)
     return f"{place.scheme}://{place.hostname or ''}{place.path}"[:300]
 
 
 def _web_page(shown: str) -> AdapterDownloadError:
     return AdapterDownloadError(
-        f"{shown} is a web page (HTML) and no LoRA; give the link that downloads the file itself."
+        f"{shown} is a web page (HTML), not a LoRA; use the direct download link of the file."
     )
 
 

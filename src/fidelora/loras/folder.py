@@ -1,4 +1,4 @@
-"""The folder of adapters that requests name, and uploads into it."""
+"""The adapter folder: names of adapters in requests and prompts, and uploads."""
 
 from __future__ import annotations
 
@@ -24,54 +24,55 @@ from fidelora.recipe import file_sha256
 from fidelora.safetensors_header import read_header
 
 UPLOADS = "uploads"
-"""The part of the folder that clients write to and delete from; everything else belongs to whoever runs the server."""
+"""Subfolder that clients may write to and delete from; all else is managed by the operator."""
 
 _SUFFIX = ".safetensors"
 _UPLOAD_NAME = re.compile(r"[\w][\w .()+-]{0,150}\.safetensors")
 
 
 def adapter_path(root: Path, name: str) -> Path:
-    """Return the adapter file `name` under `root`, refusing everything outside.
+    """Return the adapter file `name`, which must be inside `root`.
 
-    Names come from requests. A name with `..`, an absolute path that is not under `root`, and a symbolic link that leads out of it
-    are refused alike, with words that say nothing of what is outside.
+    Names come from requests. A name with `..`, an absolute path outside `root` and a symbolic link
+    out of it are all refused, with messages that reveal nothing about files outside.
 
     Args:
-        root: the folder of all adapters.
-        name: a path relative to `root`, or an absolute one under it.
+        root: adapter folder.
+        name: path relative to `root`, or absolute path inside it.
 
     Returns:
-        the file itself, all links followed.
+        The path of the file with all links resolved.
 
     Raises:
-        AdapterPlaceError: it would be outside of `root`, or is no .safetensors file.
-        AdapterNotFoundError: it would be inside, and is not there.
+        AdapterPlaceError: the path is outside `root`, or not a .safetensors file.
+        AdapterNotFoundError: the path is inside `root`, but there is no such file.
     """
     if not name or "\0" in name or ".." in Path(name).parts:
         raise AdapterPlaceError(
-            f"{name!r} is no name of an adapter: give its path below the folder of adapters, without '..'."
+            f"{name!r} is not a valid adapter name; "
+            "use a path relative to the adapter folder, without '..'."
         )
     if not name.lower().endswith(".safetensors"):
         raise AdapterPlaceError(
-            f"{name!r} is no .safetensors file; give the full name of the file."
+            f"{name!r} is not a .safetensors file; use the full name of the file."
         )
     inside = root.resolve()
-    path = (inside / name).resolve()  # an absolute name stands for itself here
+    path = (inside / name).resolve()  # `/` keeps an absolute name as it is
     if not path.is_relative_to(inside):
-        raise AdapterPlaceError(f"{name!r} is outside of the folder of adapters.")
+        raise AdapterPlaceError(f"{name!r} is outside of the adapter folder; use a path inside it.")
     try:
         found = path.is_file()
-    except OSError:  # a name that no file can have
+    except OSError:  # the name is not valid for a file, for example too long
         found = False
     if not found:
         raise AdapterNotFoundError(
-            f"There is no adapter {name!r} in the folder of adapters; check its name."
+            f"There is no adapter {name!r} in the adapter folder; check its name."
         )
     return path
 
 
 def adapter_names(root: Path) -> list[str]:
-    """Return the names of all adapter files under `root`, sorted, in the form that requests use.
+    """Return the sorted names of all adapter files under `root`, in the form used by requests.
 
     Links to files are followed, links to folders are not.
     """
@@ -85,12 +86,10 @@ def adapter_names(root: Path) -> list[str]:
 
 
 def names_in_prompts(root: Path) -> dict[str, str]:
-    """Map the names that prompts use to those that requests use.
+    """Map the name of each adapter file in prompts to its name in requests.
 
-    A prompt's name has no folder and no suffix, unless several files share it.
-
-    Returns:
-        by that name, what requests call the file.
+    In prompts, a file is named without folder and suffix; with its folder if several files would
+    have the same name.
     """
     names = adapter_names(root)
     files = Counter(PurePosixPath(name).stem for name in names)
@@ -103,12 +102,12 @@ def names_in_prompts(root: Path) -> dict[str, str]:
 
 
 def adapter_named_in_prompt(root: Path, name: str) -> str:
-    """Return the adapter file that a prompt calls `name`, in the form that requests use.
+    """Return the request name of the adapter file that a prompt calls `name`.
 
-    Only files under `root` are found.
+    Only names from `adapter_names` are returned, so nothing outside `root` is found.
 
     Raises:
-        AdapterNotFoundError: there is none.
+        AdapterNotFoundError: there is no such file.
         AdapterPlaceError: there are several.
     """
     names = adapter_names(root)
@@ -116,11 +115,12 @@ def adapter_named_in_prompt(root: Path, name: str) -> str:
     found = exact or [path for path in names if PurePosixPath(path).stem == name]
     if not found:
         raise AdapterNotFoundError(
-            f"There is no adapter {name!r:.100} in the folder of adapters; check its name."
+            f"There is no adapter {name!r:.100} in the adapter folder; check its name."
         )
     if len(found) > 1:
         raise AdapterPlaceError(
-            f"There are several adapters {name!r}: name one of {some([one[: -len(_SUFFIX)] for one in found])}."
+            f"There are several adapters {name!r}: name one of "
+            f"{some([one[: -len(_SUFFIX)] for one in found])}."
         )
     return found[0]
 
@@ -128,15 +128,12 @@ def adapter_named_in_prompt(root: Path, name: str) -> str:
 def adapter_with_hash(
     root: Path, sha256: str, name: str, sha256_of: Callable[[Path], str]
 ) -> str | None:
-    """Return the adapter file with this sha256 under `root`, in the form that requests use, or
-    None.
+    """Return the request name of the adapter file with this hash, or None if there is none.
 
     Args:
-        name: what it was called; files of this name are looked at first, because every other one costs a reading.
-        sha256_of: gives the hash of a file.
-
-    Raises:
-        what `sha256_of` raises.
+        name: former name of the file; files of this name are checked first, because hashing a file
+            means reading it.
+        sha256_of: returns the hash of a file; its errors are not caught.
     """
     names = adapter_names(root)
     names.sort(key=lambda path: PurePosixPath(path).stem != name)
@@ -144,16 +141,17 @@ def adapter_with_hash(
 
 
 def add_upload(root: Path, file: BinaryIO, name: str) -> tuple[str, bool]:
-    """Store the bytes of `file` under `root` as an upload of this name.
+    """Store the contents of `file` under `root` as an upload with this name.
 
     Returns:
-        what requests call it, and whether it is new; it is not if the same bytes were there under this name.
+        The name for requests, and True if the file is new; False if an upload with this name and
+        the same contents exists.
 
     Raises:
-        AdapterPlaceError: the name is none that an upload can have.
-        AdapterExistsError: other bytes have this name.
-        WeightsFileError, AdapterFormatError: it is no adapter, as far as its header tells.
-        OutputError: it could not be written.
+        AdapterPlaceError: the name is not valid for an upload.
+        AdapterExistsError: an upload with this name has other contents.
+        WeightsFileError, AdapterFormatError: according to its header, the file is not an adapter.
+        OutputError: the file could not be written.
     """
     target = _upload(root, name)
     make_folder(target.parent)
@@ -166,11 +164,11 @@ def add_upload(root: Path, file: BinaryIO, name: str) -> tuple[str, bool]:
                 os.fsync(copy.fileno())
             with temporary.open("rb") as written:
                 modules_of(read_header(written, name), name)
-            os.link(temporary, target)  # unlike a rename, it never replaces what is there
+            os.link(temporary, target)  # unlike a rename, this never replaces a file
         except FileExistsError:
             if file_sha256(temporary) != file_sha256(target):
                 raise AdapterExistsError(
-                    f"There is another LoRA called {name}; delete it first, or choose another name."
+                    f"Another LoRA is called {name}; delete it first, or choose another name."
                 ) from None
             return f"{UPLOADS}/{name}", False
         except OSError as error:
@@ -184,7 +182,7 @@ def upload_path(root: Path, name: str) -> Path:
     """Return the file of an upload.
 
     Raises:
-        UploadNotFoundError: there is none of this name.
+        UploadNotFoundError: there is no upload with this name.
     """
     try:
         path = _upload(root, name)
@@ -198,7 +196,8 @@ def upload_path(root: Path, name: str) -> Path:
 def _upload(root: Path, name: str) -> Path:
     if not _UPLOAD_NAME.fullmatch(name):
         raise AdapterPlaceError(
-            f"{name!r} is no name for an upload: use up to 150 letters, digits, spaces and . _ - + ( ), and end it in {_SUFFIX}."
+            f"{name!r} is not a valid name for an upload: use up to 150 letters, digits, spaces "
+            f"and . _ - + ( ), followed by {_SUFFIX}."
         )
     return root / UPLOADS / name
 
@@ -212,5 +211,5 @@ def _is_inside(root: Path, name: str) -> bool:
 
 
 def _is_text(name: str) -> bool:
-    """True if JSON can hold the name; file names may be any bytes."""
+    """True if JSON can represent the name; file names can be arbitrary bytes."""
     return name.encode("utf-8", "ignore").decode() == name

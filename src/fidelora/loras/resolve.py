@@ -1,4 +1,4 @@
-"""Resolve the adapters that requests name into the cache: a path, a URL, or a file on the hub."""
+"""Resolve adapters of requests (names in the adapter folder, URLs, hub files) to cached files."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _DOWNLOADS_AT_ONCE = 4
 
 
 class AdapterResolver:
-    """Resolves the adapters that requests name.
+    """Find the adapters of requests and put them into the cache.
 
     Args:
-        root: the folder that names are below of.
-        cache: where the bytes are kept, by content.
-        rules: for everything that comes over the network.
-        hub_token: for the hub, if a request brings none.
+        root: adapter folder, which names are relative to.
+        cache: cache of adapter files by hash.
+        rules: limits of downloads.
+        hub_token: token for the hub, used if the request has none.
     """
 
     def __init__(
@@ -45,17 +45,20 @@ class AdapterResolver:
     async def resolve(
         self, place: str, *, sha256: str | None = None, hub_token: str | None = None
     ) -> AdapterRef:
-        """Return the adapter at `place`, with its bytes in the cache.
+        """Return the adapter at `place`, after putting its file into the cache.
 
         Args:
-            place: a path below the root, `https://...`, or `hf:owner/name/file.safetensors`, optionally with `@revision`.
-            sha256: what the bytes have to be; if the cache has them, nothing is fetched.
+            place: path relative to the root, `https://...`, or `hf:owner/name/file.safetensors`,
+                optionally with `@revision`.
+            sha256: expected hash; nothing is downloaded if the cache has a file with this hash.
+            hub_token: token for the hub; by default that of the resolver.
 
         Raises:
-            AdapterNotFoundError, AdapterPlaceError: no such file.
-            AdapterUrlRefusedError, AdapterDownloadError: it may not, or could not, be fetched.
-            AdapterChangedError: it has other bytes than `sha256` says.
-            WeightsFileError, AdapterFormatError: it is no adapter, as far as its header tells.
+            AdapterNotFoundError, AdapterPlaceError: there is no such file.
+            AdapterUrlRefusedError: downloading it is not allowed.
+            AdapterDownloadError: the download failed.
+            AdapterChangedError: the file's hash is not `sha256`.
+            WeightsFileError, AdapterFormatError: according to its header, it is not an adapter.
         """
         remote = place.startswith("hf:") or _URL.match(place)
         if remote and sha256 and (ref := await asyncio.to_thread(self._cache.find, sha256)):
@@ -68,20 +71,22 @@ class AdapterResolver:
             ref = await asyncio.to_thread(self._from_root, place)
         if sha256 and ref.sha256 != sha256:
             raise AdapterChangedError(
-                f"{_name(place)} has the sha256 {ref.sha256}, not {sha256} as the request says; ask for the bytes that are there."
+                f"{_name(place)} has the sha256 {ref.sha256}, not {sha256} as in the request; "
+                "change the hash in the request, or restore the file."
             )
         return ref
 
     def by_hash(self, sha256: str, name: str) -> AdapterRef | None:
-        """Return the adapter with this sha256 from the cache or the root, or None.
-
-        Its bytes are in the cache afterwards.
+        """Return the adapter with this hash, after putting its file into the cache.
 
         Args:
-            name: what it was called; files of this name are looked at first.
+            name: former name of the file; files of this name are checked first.
+
+        Returns:
+            None if neither the cache nor the adapter folder has such a file.
 
         Raises:
-            OutputError: it could not be put into the cache.
+            OutputError: the file could not be put into the cache.
         """
         if (ref := self._cache.find(sha256)) is not None:
             return ref
@@ -99,9 +104,7 @@ class AdapterResolver:
                     url, temporary, self._rules, token=token, etag=before[0] if before else None
                 )
                 if got is None:
-                    assert before is not None, (
-                        "only who sends a version mark hears that nothing has changed"
-                    )
+                    assert before is not None, "a server returns 304 only to a request with an ETag"
                     return AdapterRef(
                         before[1],
                         name=PurePosixPath(_name(url)).stem,
@@ -116,19 +119,21 @@ class AdapterResolver:
         match = _HUB_FILE.fullmatch(place)
         if match is None or ".." in match["file"].split("/"):
             raise AdapterPlaceError(
-                f"{place!r} is no file on the hub; write hf:owner/name/file.safetensors."
+                f"{place!r} is not a file on the hub; use hf:owner/name/file.safetensors."
             )
         if not match["file"].lower().endswith(".safetensors"):
             raise AdapterPlaceError(
-                f"{place!r} is no .safetensors file; give the full name of the file."
+                f"{place!r} is not a .safetensors file; use the full name of the file."
             )
         if HUB not in self._rules.hosts:
             raise AdapterUrlRefusedError(
-                f"This server takes no LoRAs from the hub; its operator can allow it by putting {HUB} into FIDELORA_LORA_HOSTS."
+                "This server does not download LoRAs from the hub; "
+                f"its operator can allow it by adding {HUB} to FIDELORA_LORA_HOSTS."
             )
         async with self._downloads:
             try:
-                # The thread may outlive the deadline by the hub client's own time limits; the request does not.
+                # The request ends at this deadline. The thread may run on until the hub client's
+                # own timeouts.
                 async with asyncio.timeout(self._rules.timeout_s):
                     fetched = await asyncio.to_thread(
                         _hub_file,
@@ -140,15 +145,14 @@ class AdapterResolver:
                     )
             except TimeoutError:
                 raise AdapterDownloadError(
-                    f"{place} did not arrive within {self._rules.timeout_s:g} seconds; try again, or put the file into the folder."
+                    f"{place} did not arrive within {self._rules.timeout_s:g} seconds; "
+                    "try again, or put the file into the adapter folder."
                 ) from None
         return await asyncio.to_thread(self._cache.keep, fetched, _name(place))
 
 
 def _name(place: str) -> str:
-    """Return the adapter's name for messages and records, without a URL's query, which may be
-    secret.
-    """
+    """Return the adapter's name for messages and records, without a URL's query (may be secret)."""
     return (
         place.split("?")[0].split("#")[0].rsplit("/", 1)[-1]
         if _URL.match(place) or place.startswith("hf:")
@@ -176,7 +180,7 @@ def _hub_file(
         size = get_hf_file_metadata(hf_hub_url(repo, file, revision=revision), token=token).size
         if size is not None and size > max_bytes:
             raise AdapterDownloadError(
-                f"{what} has {size:,} bytes; {max_bytes:,} are allowed here."
+                f"{what} is too large ({size:,} bytes); the limit is {max_bytes:,} bytes."
             )
         return Path(hf_hub_download(repo, file, revision=revision, token=token))
     except OfflineModeIsEnabled:
@@ -196,7 +200,7 @@ def _hub_file(
         HFValidationError,
     ) as error:
         raise AdapterNotFoundError(
-            f"There is no {what} on the hub, or it is private: check it, or send hf_token."
+            f"There is no {what} on the hub, or it is private; check the name, or send hf_token."
         ) from error
     except (HfHubHTTPError, OSError) as error:
         raise AdapterDownloadError(
@@ -205,7 +209,7 @@ def _hub_file(
 
 
 def _hub_file_on_disk(repo: str, file: str, revision: str | None) -> Path:
-    """Return the file of an earlier download, for when HF_HUB_OFFLINE forbids another."""
+    """Return the file of an earlier download; used if HF_HUB_OFFLINE forbids downloads."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -213,5 +217,5 @@ def _hub_file_on_disk(repo: str, file: str, revision: str | None) -> Path:
         return Path(hf_hub_download(repo, file, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError as error:
         raise AdapterNotFoundError(
-            f"hf:{repo}/{file} was not downloaded before, and HF_HUB_OFFLINE is set."
+            f"hf:{repo}/{file} was not downloaded before, and HF_HUB_OFFLINE is set; unset it."
         ) from error
