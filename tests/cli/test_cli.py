@@ -212,7 +212,7 @@ def test_a_trigger_without_placeholder_has_no_effect(fidelora):
         (["--base-model", "./absent/at/all"], "There is no base model at ./absent/at/all"),
         (["--device", "quantum"], "There is no device 'quantum'"),
         (["-n", "0"], "-n is 0"),
-        (["--out", "foo.gif"], "foo.gif ends in no image format"),
+        (["--out", "foo.gif"], "The suffix of foo.gif is not supported for images"),
         (["--lora", ""], "--lora is empty; set the name of a file"),
         (["--lora", ":2"], "There is no adapter file :2"),
         (["--seed", str(2**63 - 1), "-n", "2"], "seed is 9223372036854775808"),

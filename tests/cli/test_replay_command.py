@@ -161,10 +161,10 @@ def test_missing_loras_are_listed_with_their_hashes(fidelora, image, tmp_path):
     [
         (["none.png"], "cannot be read"),
         (["notes.txt"], "not a PNG, JPEG or WebP"),
-        (["plain.png"], "carries neither a recipe"),
+        (["plain.png"], "has neither a Fidelora recipe"),
         (["ball.png", "--lora-dir", "nowhere"], "The folder nowhere does not exist"),
         (["ball.png", "--lora", "nowhere.safetensors"], "There is no adapter file"),
-        (["ball.png", "--out", "x.gif"], "ends in no image format"),
+        (["ball.png", "--out", "x.gif"], "is not supported for images"),
         (["ball.png", "--base-model", "nowhere/at/all"], "nowhere"),
     ],
 )

@@ -107,7 +107,7 @@ def test_a_recipe_that_was_changed_afterwards_is_refused():
 @pytest.mark.parametrize("quality", [500, -1, 90, "90", True, 90.5])
 def test_a_quality_that_no_png_has_is_refused(quality):
     record = {"recipe": RECIPE.to_dict(), "quality": quality}
-    with pytest.raises(ImageRecordError, match="which no such file can have"):
+    with pytest.raises(ImageRecordError, match="not valid for its format"):
         read_origin(foreign(fidelora=json.dumps(record)))
 
 
@@ -181,15 +181,15 @@ def test_what_the_text_does_not_say_is_left_to_the_model_but_the_size():
             "Sampler",
             "has no scheduler 'Karras' here",
         ),
-        ("Steps: many, Sampler: Euler, Seed: 1", "Steps", "not what this key has"),
-        ("Steps: 20, Sampler: Euler, Seed: -1", "Seed", "not what this key has"),
-        ("Steps: 20, Sampler: Euler, Size: 12", "Size", "not what this key has"),
+        ("Steps: many, Sampler: Euler, Seed: 1", "Steps", "not valid for this key"),
+        ("Steps: 20, Sampler: Euler, Seed: -1", "Seed", "not valid for this key"),
+        ("Steps: 20, Sampler: Euler, Size: 12", "Size", "not valid for this key"),
         (
             "Steps: 20, Sampler: Euler, Seed: 1, Hires upscale: 2",
             "Hires upscale",
-            "nothing of the kind",
+            "is not supported",
         ),
-        ("Steps: 20, Sampler: Euler, Seed: 1, ENSD: 31337", "ENSD", "nothing of the kind"),
+        ("Steps: 20, Sampler: Euler, Seed: 1, ENSD: 31337", "ENSD", "is not supported"),
     ],
 )
 def test_what_cannot_be_used_is_named(line, name, reason):
@@ -218,7 +218,7 @@ def test_weighed_words_are_named_and_kept():
     )
     assert read.prompt == "a (red:1.3) ball"
     assert [one.name for one in read.ignored] == ["prompt", "negative prompt"]
-    assert "encoded as it is written" in read.ignored[0].reason
+    assert "encodes prompts as they are written" in read.ignored[0].reason
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_what_is_no_image_is_refused(content):
 
 
 def test_an_image_that_says_nothing_is_refused():
-    with pytest.raises(ImageRecordError, match="carries neither a recipe"):
+    with pytest.raises(ImageRecordError, match="has neither a Fidelora recipe"):
         read_origin(foreign(" "))
 
 
@@ -324,10 +324,10 @@ def test_tags_are_taken_out_of_prompts(prompt, rest, loras):
         ("<lora:x:3>", "from -2 to 2"),
         ("<lora:x:nan>", "from -2 to 2"),
         ("<lora:x:>", "from -2 to 2"),
-        ("<lora: :1>", "has to be <lora:name:multiplier>"),
-        ("<lora:x:1:1:64>", "has to be <lora:name:multiplier>"),
-        ("<lora:x:1:lbw=ALL>", "has to be <lora:name:multiplier>"),
-        ("<hypernet:x:1>", "is no LoRA"),
+        ("<lora: :1>", "must be <lora:name:multiplier>"),
+        ("<lora:x:1:1:64>", "must be <lora:name:multiplier>"),
+        ("<lora:x:1:lbw=ALL>", "must be <lora:name:multiplier>"),
+        ("<hypernet:x:1>", "is not a LoRA"),
     ],
 )
 def test_a_tag_that_means_something_else_is_refused(prompt, message):

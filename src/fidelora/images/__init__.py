@@ -1,1 +1,1 @@
-"""Image files with the recipe inside: written and read."""
+"""Write and read image files that contain their recipe."""

@@ -1,4 +1,4 @@
-"""Prompts in AUTOMATIC1111's syntax: `<lora:name:multiplier>` and weighted brackets."""
+"""AUTOMATIC1111's prompt syntax: `<lora:name:multiplier>` tags, and brackets that weight words."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ from fidelora.errors import PromptSyntaxError
 from fidelora.recipe import MAX_MULTIPLIER
 
 _TAG = re.compile(r"<(?P<network>\w+):(?P<arguments>[^<>]+)>")
-"""What A1111 takes for a tag of any extra network."""
+"""Tag of any extra network in A1111."""
 _LORA = {"lora", "lyco"}
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")
 _BRACKET = re.compile(r"\\.|\(|:\s*[+-]?[\d.]+\s*\)|\)", re.DOTALL)
-"""What A1111's parser looks for: an escaped character, a bracket that opens, and one that closes, with a weight or without."""
+"""Tokens of A1111's parser: escaped character, opening bracket, closing bracket with or without a
+weight."""
 _MARKS = (
     (re.compile(r"(?<!\\)\[[^\[\]:|]*[:|][^\[\]]*\]"), "changes words while the image is made"),
-    (re.compile(r"\b(AND|BREAK)\b"), "puts several prompts together"),
+    (re.compile(r"\b(AND|BREAK)\b"), "combines several prompts"),
 )
 
 
 @dataclass(frozen=True)
 class NamedLora:
-    """An adapter that a prompt names.
+    """An adapter named in a prompt.
 
     Attributes:
-        name: as it is written, of a file without its ending.
+        name: file name without suffix, as written in the prompt.
         multiplier: -2..2.
-        hash: the first digits of its hash as image parameters have it; empty if they do not.
+        hash: first digits of its hash in the image parameters; empty if they have none.
     """
 
     name: str
@@ -36,18 +37,19 @@ class NamedLora:
 
 
 def loras_in(prompt: str) -> tuple[str, tuple[NamedLora, ...]]:
-    """Return the prompt without its tags, and the LoRAs that they name, in order.
+    """Return the prompt without its tags, and the LoRAs that the tags name, in order.
 
     Raises:
-        PromptSyntaxError: a tag means something that cannot be done here.
+        PromptSyntaxError: a tag is not supported.
     """
     rest, tags = tags_in(prompt)
     return rest, tuple(lora_of(network, arguments) for network, arguments in tags)
 
 
 def tags_in(prompt: str) -> tuple[str, list[tuple[str, str]]]:
-    """Return the prompt without its tags and the blanks before them, and each tag's network and
-    arguments, for `lora_of`.
+    """Return the prompt without its tags and the spaces before them, and the tags.
+
+    Each tag is a pair of network and arguments, the parameters of `lora_of`.
     """
     tags, rest, end = [], "", 0
     for match in _TAG.finditer(prompt):
@@ -59,16 +61,20 @@ def tags_in(prompt: str) -> tuple[str, list[tuple[str, str]]]:
 
 
 def lora_of(network: str, arguments: str) -> NamedLora:
-    """Parse one tag `<network:arguments>`: `name`, `name:multiplier`, or `name:text encoder:UNet`
-    with two equal multipliers.
+    """Return the LoRA of a tag `<network:arguments>`.
+
+    Args:
+        network: kind of extra network; `lora` and `lyco` are supported.
+        arguments: `name`, `name:multiplier`, or `name:multiplier:multiplier` with equal multipliers
+            for text encoder and UNet.
 
     Raises:
-        PromptSyntaxError: it is no LoRA, or its multipliers cannot be used.
+        PromptSyntaxError: the tag is not a LoRA, or its multipliers are not supported.
     """
     tag = f"<{network}:{arguments}>"
     if network not in _LORA:
         raise PromptSyntaxError(
-            f"{tag} is no LoRA, and nothing else can be named in a prompt here; take it out."
+            f"{tag} is not a LoRA. Other networks are not supported in prompts; remove the tag."
         )
     name, *rest = arguments.split(":")
     multipliers: dict[str, str] = {}
@@ -77,29 +83,29 @@ def lora_of(network: str, arguments: str) -> NamedLora:
         multipliers[key if equals else place] = value if equals else part
     if not name.strip() or len(rest) > 3 or not multipliers.keys() <= {"te", "unet"}:
         raise PromptSyntaxError(
-            f"{tag} has to be <lora:name:multiplier>; nothing else can be said of a LoRA here."
+            f"{tag} must be <lora:name:multiplier>; other arguments are not supported."
         )
     for value in multipliers.values():
         if not _NUMBER.fullmatch(value.strip()) or abs(float(value)) > MAX_MULTIPLIER:
             raise PromptSyntaxError(
-                f"{tag}: a multiplier is a number from -{MAX_MULTIPLIER:g} to {MAX_MULTIPLIER:g}."
+                f"{tag}: a multiplier must be from -{MAX_MULTIPLIER:g} to {MAX_MULTIPLIER:g}."
             )
     of_text = float(multipliers.get("te", "1"))
     if "unet" in multipliers and float(multipliers["unet"]) != of_text:
         raise PromptSyntaxError(
-            f"{tag} has two multipliers; here a LoRA has one, for text encoder and UNet alike."
+            f"{tag} has two multipliers; use the same one for text encoder and UNet."
         )
     return NamedLora(name.strip(), of_text)
 
 
 def marks_in(prompt: str) -> str:
-    """Describe the first syntax in the prompt that A1111 would not encode literally; empty if there
-    is none.
+    """Return a phrase about the first A1111 syntax in the prompt, or an empty string.
 
-    Brackets alone, which weigh by a tenth there, are not looked for: they are punctuation, too.
+    Brackets without a weight are ignored although they change weights by 10 % in A1111, because
+    they are punctuation, too.
     """
     if weighed := _weighed(prompt):
-        return f"{weighed!r:.80} weighs words"
+        return f"{weighed!r:.80} changes word weights"
     for pattern, what in _MARKS:
         if match := pattern.search(prompt):
             return f"{match[0]!r:.80} {what}"
@@ -107,9 +113,7 @@ def marks_in(prompt: str) -> str:
 
 
 def _weighed(prompt: str) -> str:
-    """Return the first brackets with a weight, which may contain other brackets; empty if there are
-    none.
-    """
+    """Return the first brackets with a weight, which may contain others, or an empty string."""
     opened: list[int] = []
     for token in _BRACKET.finditer(prompt):
         if token[0] == "(":

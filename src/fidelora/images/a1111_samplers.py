@@ -1,4 +1,4 @@
-"""AUTOMATIC1111's names of samplers and schedulers, mapped to ours."""
+"""Map AUTOMATIC1111's sampler and scheduler names to Fidelora's samplers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from fidelora.families import Family
 AUTOMATIC, UNIFORM, KARRAS = "Automatic", "Uniform", "Karras"
 SCHEDULERS = (AUTOMATIC, UNIFORM, KARRAS)
 
-# By sampler and scheduler, the name that is ours. Only algorithms that are the same stand here: `DPM++ 2S a` is ancestral where
-# `dpmsingle` is not, and the SDE samplers draw Brownian noise that we have no like of. For `DPM++ 2M`, Automatic is Karras there,
-# too; for `DPM2` and `DPM2 a` it also is, and here they have the one schedule that they have.
+# Fidelora's name by A1111's sampler and scheduler. Only identical algorithms are listed:
+# `DPM++ 2S a` is ancestral but `dpmsingle` is not, and the SDE samplers draw Brownian noise, which
+# is not supported. In A1111, Automatic means Karras for `DPM++ 2M`, as here. It also does for
+# `DPM2` and `DPM2 a`, which have only one schedule here.
 _TABLE: Mapping[str, Mapping[str, str]] = {
     "Euler": {AUTOMATIC: "euler", UNIFORM: "euler", KARRAS: "k_euler"},
     "Euler a": {AUTOMATIC: "euler_a", UNIFORM: "euler_a"},
@@ -29,8 +30,10 @@ _TABLE: Mapping[str, Mapping[str, str]] = {
 
 
 def sampler_names(spec: Family) -> dict[str, list[str]]:
-    """Return the names that clients can request for this model: A1111's with ours as aliases, then
-    our other names.
+    """Return the sampler names of a model, with their aliases.
+
+    A1111's names come first, with Fidelora's as aliases, then Fidelora's samplers that A1111 does
+    not have.
     """
     names = {
         theirs: sorted(set(ours.values()))
@@ -42,12 +45,14 @@ def sampler_names(spec: Family) -> dict[str, list[str]]:
 
 
 def sampler_of(name: str, scheduler: str, spec: Family) -> str:
-    """Return our sampler for A1111's `name` and scheduler, or for one of our names.
+    """Return Fidelora's sampler for A1111's `name` and scheduler, or for a name of Fidelora's.
 
-    Before there were schedulers, the name said `LMS Karras`; both ways are understood, in any case.
+    Older versions of A1111 had the scheduler in the name (`LMS Karras`). Both forms are supported;
+    upper and lower case are equal.
 
     Raises:
-        UnknownSamplerError: there is none for this model that is the same algorithm; the message names those there are.
+        UnknownSamplerError: the model has no sampler with the same algorithm; the message lists the
+            available ones.
     """
     wanted, schedule = name.strip(), scheduler.strip() or AUTOMATIC
     if schedule.lower() == AUTOMATIC.lower() and wanted.lower().endswith(" karras"):
@@ -75,7 +80,7 @@ def sampler_of(name: str, scheduler: str, spec: Family) -> str:
 
 
 def name_of(sampler: str) -> tuple[str, str]:
-    """Return A1111's sampler and scheduler name of our sampler; our own name if it has none."""
+    """Return A1111's names of a sampler and its scheduler, or the same name if A1111 has none."""
     for theirs, by_schedule in _TABLE.items():
         for schedule, ours in by_schedule.items():
             if ours == sampler:

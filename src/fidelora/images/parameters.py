@@ -1,6 +1,7 @@
-"""The parameters text that AUTOMATIC1111's web UI writes into images, and most other programs read.
+"""Write and read the generation parameters that AUTOMATIC1111's web UI stores in images as text.
 
-Prompt, `Negative prompt:` line, and a line of `Key: value` pairs, in which values with commas, colons or quotes are JSON strings.
+The text has the prompt, a `Negative prompt:` line, and a line of `Key: value` pairs, in which
+values with commas, colons or quotes are JSON strings. Many other programs read it, too.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fidelora.recipe import AdapterRef, Recipe
 _NEGATIVE = "Negative prompt:"
 _PAIR = re.compile(r'(?P<key>\w[\w \-/]{0,60}):\s*(?P<value>"(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 _FEWEST_PAIRS = 3
-"""A last line with fewer pairs belongs to the prompt; the web UI counts in the same way."""
+"""A last line with fewer pairs belongs to the prompt, as in the web UI."""
 _SAYS_NOTHING = {
     "Version": None,
     "Clip skip": "1",
@@ -30,12 +31,12 @@ _SAYS_NOTHING = {
     "Batch size": None,
     "Batch pos": None,
 }
-"""Keys that leave an image as it is (all of them, or with this value), or are read together with others."""
+"""Keys that do not change the image (with any value, or with this one), or are read with others."""
 
 
 @dataclass(frozen=True)
 class Ignored:
-    """A setting in an image's parameters that cannot be reproduced, and why."""
+    """A parameter of an image that is not used for making it again, and the reason."""
 
     name: str
     value: str
@@ -44,14 +45,15 @@ class Ignored:
 
 @dataclass(frozen=True)
 class Parameters:
-    """An image's parameters text, as far as it was understood.
+    """Parsed generation parameters.
 
     Attributes:
         text: the whole text.
-        prompt: without the tags that name LoRAs.
-        loras: as the tags name them, with the hashes that the text has for them.
-        fields: of a recipe: `steps`, `sampler`, `guidance_scale`, `seed`, `width`, `height`, `fidelity`; those that the text has.
-        ignored: everything else that would have had a part in the image.
+        prompt: prompt without LoRA tags.
+        loras: LoRAs of the tags, with the hashes from the text.
+        fields: recipe fields that the text has, of `steps`, `sampler`, `guidance_scale`, `seed`,
+            `width`, `height` and `fidelity`.
+        ignored: all other parameters that affected the image.
     """
 
     text: str
@@ -62,13 +64,15 @@ class Parameters:
     ignored: tuple[Ignored, ...] = ()
 
     def recipe(self, adapters: Sequence[AdapterRef], **others: Any) -> Recipe:
-        """Return the recipe for this text, with these adapters for its LoRAs, in order.
+        """Return the recipe with these parameters.
 
         Args:
-            others: fields of the recipe that the text does not say, such as `base_model`; they go before what it says.
+            adapters: adapters of `loras`, in the same order.
+            others: recipe fields that the text does not have, such as `base_model`; they override
+                those of the text.
 
         Raises:
-            RecipeError: a value is out of the range that images can have here.
+            RecipeError: a value is out of range.
         """
         refs = tuple(
             replace(ref, multiplier=lora.multiplier)
@@ -79,7 +83,7 @@ class Parameters:
 
 
 def parameters_text(recipe: Recipe, environment: Mapping[str, str]) -> str:
-    """Return the recipe as a parameters text, with our names of samplers."""
+    """Return the parameters text of a recipe, with Fidelora's sampler name."""
     loras = "".join(
         f" <lora:{ref.name or ref.sha256[:12]}:{ref.multiplier:g}>" for ref in recipe.adapters
     )
@@ -107,10 +111,11 @@ def parameters_text(recipe: Recipe, environment: Mapping[str, str]) -> str:
 
 
 def read_parameters(text: str, spec: Family) -> Parameters:
-    """Read the settings that this model can use. Never raises, because the text may have any form.
+    """Parse the parameters that this model supports; no text is an error, whatever its form.
 
     Args:
-        spec: of the model that the image is to be made with.
+        text: text from an image; any program may have written it.
+        spec: model family that will make the image.
     """
     *lines, last = text.strip().split("\n")
     if len(_PAIR.findall(last)) < _FEWEST_PAIRS:
@@ -133,14 +138,14 @@ def read_parameters(text: str, spec: Family) -> Parameters:
             loras.append(lora_of(network, arguments))
         except PromptSyntaxError as error:
             ignored.append(Ignored("prompt", f"<{network}:{arguments}>", str(error)))
-    if not pairs.get("Version", "").startswith("Fidelora"):  # whose prompts are as they are written
+    if not pairs.get("Version", "").startswith("Fidelora"):  # Fidelora has no prompt syntax
         for name, words in (("prompt", prompt), ("negative prompt", negative)):
             if mark := marks_in(words):
                 ignored.append(
                     Ignored(
                         name,
                         words[:80],
-                        f"{mark} there; here every prompt is encoded as it is written.",
+                        f"{mark} in A1111; Fidelora encodes prompts as they are written.",
                     )
                 )
     return Parameters(
@@ -163,10 +168,10 @@ def _fields(pairs: Mapping[str, str], spec: Family) -> tuple[dict[str, Any], lis
             except UnknownSamplerError as error:
                 ignored.append(Ignored(key, value, str(error)))
             except ValueError:
-                ignored.append(Ignored(key, value, "It is not what this key has."))
+                ignored.append(Ignored(key, value, "The value is not valid for this key."))
         elif key not in _SAYS_NOTHING or _SAYS_NOTHING[key] not in (None, value):
             ignored.append(
-                Ignored(key, value, _REASONS.get(key, "There is nothing of the kind here."))
+                Ignored(key, value, _REASONS.get(key, "The parameter is not supported."))
             )
     return fields, ignored
 
@@ -201,13 +206,13 @@ _READ: Mapping[str, Callable[[str, Mapping[str, str], Family], dict[str, Any]]] 
     "Fidelity": _fidelity,
 }
 _REASONS = {
-    "Model": "The base model is not looked for by its name; another one gives another image.",
-    "Model hash": "The base model is not looked for by its hash; another one gives another image.",
+    "Model": "The base model is not selected by name; another one makes another image.",
+    "Model hash": "The base model is not selected by hash; another one makes another image.",
 }
 
 
 def _with_hashes(loras: Sequence[NamedLora], hashes: str) -> tuple[NamedLora, ...]:
-    """Return the LoRAs with the hashes from the value of `Lora hashes` (`name: hash, name: hash`)."""
+    """Add the hashes of the value of `Lora hashes` (`name: hash, name: hash`) to the LoRAs."""
     pairs = (pair.rpartition(":") for pair in hashes.split(","))
     known = {
         name.strip(): digits.strip()

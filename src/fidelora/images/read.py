@@ -1,4 +1,4 @@
-"""Read how an image was made from its file, without decoding pixels and without numpy or torch."""
+"""Read how an image was made from its file, without using its pixels, numpy or torch."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ from fidelora.images.parameters import Parameters, read_parameters
 from fidelora.recipe import Recipe
 
 RECORD_KEY = "fidelora"
-"""The PNG text field with our JSON; in JPEG and WebP it is the EXIF field ImageDescription."""
+"""PNG text field with Fidelora's JSON; in JPEG and WebP it is the EXIF field ImageDescription."""
 PARAMETERS_KEY = "parameters"
-"""The PNG text field that AUTOMATIC1111 and everything after it reads; in JPEG and WebP it is the EXIF field UserComment."""
+"""PNG text field of AUTOMATIC1111; in JPEG and WebP it is the EXIF field UserComment."""
 
 MAX_DECODED_PIXELS = 2**25
-"""A PNG whose texts stand behind its pixels is decoded to be read, but none that is larger than any image made here."""
+"""Largest PNG that is decoded to read text fields after its pixels; no image made by Fidelora is
+larger."""
 MAX_PARAMETERS_CHARACTERS = 50_000
 _FORMATS = ("PNG", "JPEG", "WEBP")
 
 
 @dataclass(frozen=True)
 class Origin:
-    """How an image was made: its recipe, or what another program wrote.
+    """Origin of an image: Fidelora's recipe or the parameters of another program.
 
     Attributes:
         format: png, jpeg or webp.
-        width, height: of the image, in pixels.
-        recipe: complete, if the image was made here; its adapters are known by their sha256, and have no paths.
-        environment: what else could have had a part in its last bits; empty if the recipe is None.
-        quality: 0..100, that the image was written in, if it was not the usual one.
-        parameters: what was understood of AUTOMATIC1111's text, and what was not; None if there is a recipe.
+        width, height: size of the image in pixels.
+        recipe: complete recipe if Fidelora made the image; its adapters have a sha256 but no path.
+        environment: versions and device, which can affect the last bits; empty without a recipe.
+        quality: quality of the file, 0..100; None for the default.
+        parameters: parsed parameters in AUTOMATIC1111's form; None if there is a recipe.
     """
 
     format: str
@@ -52,14 +53,15 @@ class Origin:
 
 
 def read_origin(content: bytes, name: str = "The image", *, model: str = "sd15") -> Origin:
-    """Read the origin of a PNG, JPEG or WebP file: our recipe, else another program's parameters.
+    """Read Fidelora's recipe from an image, or else the parameters of another program.
 
     Args:
-        name: what messages call the image.
-        model: id of the model family that another program's parameters are read for.
+        content: contents of a PNG, JPEG or WebP file.
+        name: name of the image for messages.
+        model: id of the model family that another program's parameters are parsed for.
 
     Raises:
-        ImageRecordError: not an image, or it says nothing that is understood, or what it says is contradictory.
+        ImageRecordError: not an image, or its metadata are missing, not supported or inconsistent.
         UnknownModelError: there is no such model.
     """
     spec = get_family(model)
@@ -78,25 +80,27 @@ def read_origin(content: bytes, name: str = "The image", *, model: str = "sd15")
             type(quality) is not int or not 0 <= quality <= 100 or about["format"] == "png"
         ):
             raise ImageRecordError(
-                f"{name} says that it was written in quality {quality!r}, which no such file can have."
+                f"{name} has a record with the quality {quality!r}, "
+                "which is not valid for its format."
             )
         return Origin(**about, recipe=recipe, environment=environment, quality=quality)
     if len(parameters) > MAX_PARAMETERS_CHARACTERS:
         raise ImageRecordError(
-            f"{name} has parameters of {len(parameters):,} characters; {MAX_PARAMETERS_CHARACTERS:,} are read."
+            f"{name} has parameters of {len(parameters):,} characters; "
+            f"the limit is {MAX_PARAMETERS_CHARACTERS:,}."
         )
     if parameters.strip():
         read = read_parameters(parameters, spec)
-        size = {"width": about["width"], "height": about["height"]}  # where the text has none
+        size = {"width": about["width"], "height": about["height"]}  # if the text has none
         return Origin(**about, parameters=replace(read, fields={**size, **read.fields}))
     raise ImageRecordError(
-        f"{name} carries neither a recipe of Fidelora's nor parameters in AUTOMATIC1111's form: another program made it, or they "
-        "were stripped."
+        f"{name} has neither a Fidelora recipe nor parameters in AUTOMATIC1111's form: "
+        "another program made it, or its metadata were removed."
     )
 
 
 def read_parameters_text(content: bytes) -> str:
-    """Return AUTOMATIC1111's text in an image; empty if there is none.
+    """Return the text in AUTOMATIC1111's form from an image; empty if there is none.
 
     Raises:
         ImageRecordError: not an image.
@@ -108,8 +112,12 @@ def read_parameters_text(content: bytes) -> str:
 def recipe_of(record: Mapping[str, Any], name: str = "The image") -> tuple[Recipe, dict[str, str]]:
     """Return recipe and environment of an image's record.
 
+    Args:
+        record: `{"recipe": ..., "digest": ..., "environment": ...}`.
+        name: name of the image for messages.
+
     Raises:
-        ImageRecordError: the recipe is of no format that is read here, or not the one that the digest belongs to.
+        ImageRecordError: the recipe's format is not supported, or its digest does not match.
     """
     try:
         recipe = Recipe.from_dict(record["recipe"])
@@ -117,7 +125,8 @@ def recipe_of(record: Mapping[str, Any], name: str = "The image") -> tuple[Recip
         raise ImageRecordError(f"{name} has a recipe that cannot be used. {error}") from error
     if record.get("digest") not in (None, recipe.digest):
         raise ImageRecordError(
-            f"{name} has a recipe that was changed after the image was made: its digest is another one."
+            f"{name} has a recipe that was changed after the image was made: "
+            "its digest does not match."
         )
     environment = record.get("environment")
     shown = environment.items() if isinstance(environment, Mapping) else ()
@@ -125,11 +134,10 @@ def recipe_of(record: Mapping[str, Any], name: str = "The image") -> tuple[Recip
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
-    """Read the record in an image of Fidelora's: `{"recipe": ..., "digest": ..., "environment":
-    ...}`.
+    """Return Fidelora's record in an image: `{"recipe": ..., "digest": ..., "environment": ...}`.
 
     Raises:
-        ImageRecordError: not an image, or it says nothing.
+        ImageRecordError: not an image, or it has no record.
     """
     path = Path(path)
     try:
@@ -148,14 +156,15 @@ def read_record(path: str | Path) -> dict[str, Any]:
         raise ImageRecordError(f"{path.name} is not an image that can be read.") from error
     if record is None:
         raise ImageRecordError(
-            f"{path.name} carries no recipe of Fidelora's: it comes from another program, or was stripped."
+            f"{path.name} has no Fidelora recipe: "
+            "another program made it, or its metadata were removed."
         )
     return record
 
 
 @contextmanager
 def _opened(content: bytes, name: str) -> Iterator[Image.Image]:
-    """Yield the image; errors of Pillow in the block become one error."""
+    """Open the image; all of Pillow's errors in the block become ImageRecordError."""
     try:
         with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
             yield image
@@ -173,7 +182,7 @@ def _opened(content: bytes, name: str) -> Iterator[Image.Image]:
 
 
 def _texts(image: Image.Image) -> tuple[str | bytes, str]:
-    """Our record and AUTOMATIC1111's text as they stand in the file; empty where there is none."""
+    """Return Fidelora's record and AUTOMATIC1111's text from the file; empty if missing."""
     if image.format == "PNG":
         texts = image.info
         if (
@@ -191,13 +200,13 @@ def _texts(image: Image.Image) -> tuple[str | bytes, str]:
 def _comment(comment: object) -> str:
     """Decode an EXIF UserComment.
 
-    Eight bytes name its encoding, but not the byte order, on which programs disagree.
+    Its first eight bytes name the encoding but not the byte order, which differs between programs.
     """
     if not isinstance(comment, bytes):
         return str(comment)
     code, body = comment[:8], comment[8:]
     if code == b"UNICODE\0":
-        # Every text of parameters is mostly of ASCII letters, whose upper byte is zero.
+        # Parameters are mostly ASCII characters, whose upper byte is zero.
         big = body[0::2].count(0) >= body[1::2].count(0)
         return body.decode("utf-16-be" if big else "utf-16-le", "replace")
     return (body if code == b"ASCII\0\0\0" else comment).decode("utf-8", "replace").strip("\0")

@@ -1,4 +1,4 @@
-"""A finished image, and its file: PNG, JPEG or WebP with the recipe inside."""
+"""Generated images, and their PNG, JPEG or WebP files, which contain the recipe."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ _SUFFIXES: Mapping[str, ImageFormat] = {
 }
 
 JPEG_QUALITY = 95
-MAX_PREVIEW = 128
-_MAX_JPEG_EXIF_BYTES = 65_533
+MAX_PREVIEW = 128  # longest side of a preview in pixels; keeps it at a few kilobytes
+_MAX_JPEG_EXIF_BYTES = 65_533  # a JPEG segment has at most 65,535 bytes, two of them its length
 
 
 @dataclass(frozen=True, eq=False)
 class GeneratedImage:
-    """One image and how it was made.
+    """An image and how it was made.
 
     Attributes:
         pixels: uint8 RGB [height, width, 3].
-        recipe: what defines it.
-        environment: what else could have had a part in its last bits: versions and the device.
-        warnings: sentences for people, such as the end of a prompt that did not fit.
-        seconds: how long each part of the work took, by name.
+        recipe: recipe of the image.
+        environment: versions and device, which can affect the last bits.
+        warnings: sentences for the user, for example that the end of a prompt was cut off.
+        seconds: duration of each stage by name.
     """
 
     pixels: NDArray[np.uint8]
@@ -55,9 +55,7 @@ class GeneratedImage:
         return Image.fromarray(self.pixels)
 
     def record(self, quality: int | None = None) -> dict[str, Any]:
-        """Return the record in the image's file as plain data, with the quality if it is not the
-        default.
-        """
+        """Return the record stored in the file, with its `quality` if that is not the default."""
         record = {
             "recipe": self.recipe.to_dict(),
             "digest": self.recipe.digest,
@@ -66,22 +64,25 @@ class GeneratedImage:
         return record if quality is None else record | {"quality": quality}
 
     def encode(self, image_format: ImageFormat = "png", quality: int | None = None) -> bytes:
-        """Return the file's bytes.
+        """Return the contents of the image file.
 
         Args:
-            quality: 0..100, of JPEG and WebP. By default WebP keeps every pixel, as PNG always does, and JPEG has quality 95.
+            image_format: png, jpeg or webp.
+            quality: 0..100, for JPEG and WebP only. By default, WebP is lossless, as PNG always is,
+                and JPEG has quality 95.
 
         Raises:
-            ImageFormatError: there is no such format, or PNG was to have a quality.
+            ImageFormatError: the format is not supported, or does not support this quality.
             OutputError: the recipe is too long for a JPEG (64 KB).
         """
         if not is_image_format(image_format):
             raise ImageFormatError(
-                f"{image_format!r} is no image format that is written here; use png, jpeg or webp."
+                f"{image_format!r} is not a supported image format; use png, jpeg or webp."
             )
         if quality is not None and (image_format == "png" or not 0 <= quality <= 100):
             raise ImageFormatError(
-                f"The quality {quality} is for no {image_format}: JPEG and WebP have one, from 0 to 100."
+                f"The quality {quality} is not valid for {image_format}: "
+                "only JPEG and WebP have one, from 0 to 100."
             )
         image = self.to_pil()
         buffer = io.BytesIO()
@@ -106,10 +107,10 @@ class GeneratedImage:
         return buffer.getvalue()
 
     def save(self, path: str | Path) -> Path:
-        """Write the image to `path`, whole or not at all; its suffix tells the format.
+        """Write the image to `path` atomically, in the format of its suffix.
 
         Raises:
-            OutputError: unknown suffix, or it cannot be written.
+            OutputError: the suffix is not supported, or the file cannot be written.
         """
         path = Path(path)
         write_atomically(path, self.encode(format_of(path)))
@@ -124,31 +125,35 @@ class GeneratedImage:
 
 
 def format_of(path: Path) -> ImageFormat:
-    """Return the image format for a file name.
+    """Return the image format of a file name's suffix.
 
     Raises:
-        ImageFormatError: none that is supported.
+        ImageFormatError: the suffix is not supported.
     """
     try:
         return _SUFFIXES[path.suffix.lower()]
     except KeyError:
         raise ImageFormatError(
-            f"{path.name} ends in no image format that is written here; use .png, .jpg or .webp."
+            f"The suffix of {path.name} is not supported for images; use .png, .jpg or .webp."
         ) from None
 
 
 def suffix_of(image_format: ImageFormat) -> str:
-    """Return the usual suffix of a file of this format."""
+    """Return the usual suffix of files in this format."""
     return ".jpg" if image_format == "jpeg" else f".{image_format}"
 
 
 def is_image_format(name: str) -> bool:
-    """True if images can be written in the format `name`."""
+    """True if `name` is a supported image format."""
     return name in get_args(ImageFormat)
 
 
 def preview_jpeg(pixels: NDArray[np.uint8]) -> bytes:
-    """Return a small JPEG of a rough picture, at most `MAX_PREVIEW` pixels a side: a few kilobytes."""
+    """Return a preview as a JPEG of at most `MAX_PREVIEW` pixels a side: a few kilobytes.
+
+    Args:
+        pixels: uint8 RGB [height, width, 3].
+    """
     image = Image.fromarray(pixels)
     image.thumbnail((MAX_PREVIEW, MAX_PREVIEW))
     buffer = io.BytesIO()
