@@ -158,7 +158,10 @@ class BaseModelFilesError(BaseModelError):
 
 
 class BaseModelWeightsError(BaseModelError):
-    """The base model's weights do not fit its configuration; missing weights are never made up."""
+    """The base model's weights do not fit its configuration.
+
+    Missing weights are never filled with random numbers; use a complete checkpoint.
+    """
 
 
 # --- running --------------------------------------------------------------------------------------
