@@ -16,7 +16,8 @@ from benchmarks.parties import answer_requests
 from torch.utils.flop_counter import FlopCounterMode
 
 from fidelora.accel.packed import packed_dtype
-from fidelora.weights.strict import empty_part, read_config
+from fidelora.weights.files import read_config
+from fidelora.weights.strict import empty_part
 
 SIDE = 2048
 _BYTES = 2**28

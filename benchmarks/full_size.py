@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from fidelora.families import Family, get_family
 from fidelora.families.clip_tokenizer import CLIP_TOKENIZER
-from fidelora.weights.strict import empty_part, read_config
+from fidelora.weights.files import read_config
+from fidelora.weights.strict import empty_part
 
 SPEC = get_family("sd15")
 RANK, CONV_RANK, SMALL_RANK = 32, 16, 8

@@ -153,6 +153,10 @@ class BaseModelNotFoundError(BaseModelError, WrongUseError):
     """There is no base model at this location; check the path or the hub id."""
 
 
+class BaseModelChangedError(BaseModelError):
+    """The base model has other weights than the recipe says; use the base model of the image."""
+
+
 class BaseModelFilesError(BaseModelError):
     """The base model's files are incomplete or of the wrong kind."""
 

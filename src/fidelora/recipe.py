@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fidelora.adapter_file import AdapterFile
+from fidelora.checks import in_range, is_text, one_of, shown
 from fidelora.errors import RecipeError, UnknownSamplerError, WeightsFileError
 from fidelora.families import Family, get_family
 
@@ -31,10 +32,10 @@ MAX_GUIDANCE = 100.0
 MAX_MULTIPLIER = 2.0
 MAX_ALPHA = 1e6
 MAX_SEED = 2**63 - 1
-MAX_PROMPT_CHARACTERS = 10_000
 
-FORMAT = 1
-"""Version of the JSON form; it changes when a field changes its meaning."""
+FORMAT = 2
+"""Version of the JSON form; it changes when a field changes its meaning. Format 1 had no
+`base_sha256`, and contained the paths of local files."""
 
 
 _OPTIONAL: Mapping[str, Any] = {
@@ -48,6 +49,21 @@ _OPTIONAL: Mapping[str, Any] = {
 
 _OMITTED_DEFAULTS: Mapping[str, Any] = {"negative_prompt_2": None, "guidance_rescale": 0.0}
 """Later fields, left out of the JSON form at these values so that older digests stay valid."""
+
+
+LOCATIONS: tuple[str, ...] = ("base_model", "variant", "config", "vae")
+"""Fields that locate the files of the base model. Apart from `variant`, they may be paths of this
+machine; the JSON form contains short names instead."""
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
+
+def short_name(location: str) -> str:
+    """Return the last component of a path; hub ids and names of bundled models stay as they are."""
+    if _HUB_ID.fullmatch(location) and not location.startswith("."):
+        return location
+    return re.split(r"[/\\]", location.rstrip("/\\"))[-1]
 
 
 class _FromModel:
@@ -102,14 +118,14 @@ class AdapterRef:
     file: AdapterFile | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.sha256, str) or not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
+        if not isinstance(self.sha256, str) or not _SHA256.fullmatch(self.sha256):
             raise RecipeError(
                 "An adapter's sha256 has 64 hexadecimal digits in lower case.", field="adapters"
             )
-        _is_text("name", self.name)
-        _in_range("multiplier", self.multiplier, -MAX_MULTIPLIER, MAX_MULTIPLIER)
+        is_text("name", self.name)
+        in_range("multiplier", self.multiplier, -MAX_MULTIPLIER, MAX_MULTIPLIER)
         if self.alpha is not None:
-            _in_range("alpha", self.alpha, 0.0, MAX_ALPHA)
+            in_range("alpha", self.alpha, 0.0, MAX_ALPHA)
             object.__setattr__(
                 self, "alpha", float(self.alpha) or None
             )  # 0 means the rank, as in the trainer
@@ -138,9 +154,12 @@ class AdapterRef:
         return cls(file.sha256, multiplier, name=name, path=file.path, file=file)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Recipe:
     """Everything that defines one image. Equal recipes define the same image.
+
+    The base model is identified by the content of its weight files, `base_sha256`, as soon as that
+    is known. `base_model`, `variant`, `config` and `vae` then only say where to look for the files.
 
     Attributes:
         prompt: the text to encode, with `[trigger]` already replaced.
@@ -150,7 +169,10 @@ class Recipe:
             only.
         model: id of the model family.
         base_model: hub id (`owner/name`, `owner/name@revision`), diffusers folder or single
-            .safetensors file.
+            .safetensors file. In the JSON form, a path is shortened to its last component, and so
+            are those of `config` and `vae`.
+        base_sha256: identifies the base model by content (`weights.content.base_sha256`); empty
+            until the engine has loaded it. The engine refuses another base model.
         variant: which files of a diffusers folder: empty for the plain ones, `fp16` for
             `*.fp16.safetensors`.
         config: folder in the diffusers layout with the configurations for a single-file checkpoint;
@@ -184,6 +206,7 @@ class Recipe:
     negative_prompt_2: str | None = None
     model: str = "sd15"
     base_model: str = FROM_MODEL
+    base_sha256: str = ""
     variant: str = ""
     config: str = ""
     vae: str = ""
@@ -204,7 +227,7 @@ class Recipe:
     fidelity: Fidelity = "exact"
 
     def __post_init__(self) -> None:
-        _is_text("model", self.model)
+        is_text("model", self.model)
         spec = get_family(self.model)
         self._fill_in(
             base_model=spec.base_model,
@@ -234,30 +257,26 @@ class Recipe:
                 object.__setattr__(self, name, value)
 
     def _check(self, spec: Family) -> None:
-        for name in (
-            "prompt",
-            "negative_prompt",
-            "base_model",
-            "variant",
-            "config",
-            "vae",
-            "sampler",
-        ):
-            _is_text(name, getattr(self, name))
-        _in_range("width", self.width, MIN_SIZE, MAX_SIZE, whole=True)
-        _in_range("height", self.height, MIN_SIZE, MAX_SIZE, whole=True)
-        _in_range("guidance_scale", self.guidance_scale, 0.0, MAX_GUIDANCE)
-        _in_range("guidance_rescale", self.guidance_rescale, 0.0, 1.0)
+        for name in ("prompt", "negative_prompt", *LOCATIONS, "base_sha256", "sampler"):
+            is_text(name, getattr(self, name))
+        if self.base_sha256 and not _SHA256.fullmatch(self.base_sha256):
+            raise RecipeError(
+                "base_sha256 has 64 hexadecimal digits in lower case.", field="base_sha256"
+            )
+        in_range("width", self.width, MIN_SIZE, MAX_SIZE, whole=True)
+        in_range("height", self.height, MIN_SIZE, MAX_SIZE, whole=True)
+        in_range("guidance_scale", self.guidance_scale, 0.0, MAX_GUIDANCE)
+        in_range("guidance_rescale", self.guidance_rescale, 0.0, 1.0)
         if self.negative_prompt_2 is not None:
-            _is_text("negative_prompt_2", self.negative_prompt_2)
-        _in_range("seed", self.seed, 0, MAX_SEED, whole=True)
+            is_text("negative_prompt_2", self.negative_prompt_2)
+        in_range("seed", self.seed, 0, MAX_SEED, whole=True)
         if self.sampler not in spec.samplers:
             known = ", ".join(spec.samplers)
             raise UnknownSamplerError(
                 f"There is no sampler {self.sampler!r} for {spec.id}; the samplers are: {known}.",
                 field="sampler",
             )
-        _in_range(
+        in_range(
             "steps",
             self.steps,
             1,
@@ -273,7 +292,7 @@ class Recipe:
             ("text_encoder_dtype", Dtype),
             ("fidelity", Fidelity),
         ):
-            _one_of(name, getattr(self, name), get_args(choices))
+            one_of(name, getattr(self, name), get_args(choices))
         for name, default in _OPTIONAL.items():
             if name not in spec.uses and getattr(self, name) != default:
                 raise RecipeError(f"{spec.title} does not use {name}; leave it out.", field=name)
@@ -291,14 +310,21 @@ class Recipe:
             )
 
     def to_json(self) -> str:
-        """Return the whole recipe as JSON on one line."""
+        """Return the whole recipe as JSON on one line, without paths of this machine."""
         return json.dumps(self.to_dict(), ensure_ascii=False)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the whole recipe as plain data; `from_dict` reads it."""
+    def to_dict(self, *, paths: bool = False) -> dict[str, Any]:
+        """Return the whole recipe as plain data; `from_dict` reads it.
+
+        Args:
+            paths: keep the full paths of `base_model`, `config` and `vae`, for stores of this
+                machine. By default they are shortened, because recipes are shown to other people.
+        """
         plain: dict[str, Any] = {"format": FORMAT}
         for entry in fields(self):
             plain[entry.name] = getattr(self, entry.name)
+        if not paths:
+            plain |= {name: short_name(plain[name]) for name in LOCATIONS}
         for name, default in _OMITTED_DEFAULTS.items():
             if plain[name] == default:
                 del plain[name]
@@ -311,7 +337,7 @@ class Recipe:
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
-        """Read a recipe that `to_json` wrote.
+        """Read a recipe that `to_json` wrote, in this version or an older one.
 
         Raises:
             RecipeError: not JSON, a field is missing, unknown or out of range.
@@ -324,24 +350,26 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Recipe:
-        """Read a recipe that `to_dict` wrote. Missing fields are errors, not filled in.
+        """Read a recipe that `to_dict` wrote, in this version or an older one.
+
+        Missing fields are errors, not filled in.
 
         Raises:
             RecipeError: a field is missing, unknown or out of range.
         """
         if not isinstance(plain, Mapping):
             raise RecipeError("A recipe is a JSON object.")
-        values = {
-            "fidelity": "exact",
-            **_OMITTED_DEFAULTS,
-            **plain,
-        }  # recipes that were written before there was a choice mean exact
+        # Recipes that were written before there was a choice mean exact.
+        values = {"fidelity": "exact", **_OMITTED_DEFAULTS, **plain}
         version = values.pop("format", None)
-        if type(version) is not int or version != FORMAT:
+        if type(version) is not int or not 1 <= version <= FORMAT:
             raise RecipeError(
-                f"The recipe's format is not {FORMAT}, the one that this version of Fidelora reads.",
+                f"This version of Fidelora reads recipes of the formats 1 to {FORMAT}, "
+                f"but the recipe's format is {shown(version)}.",
                 field="format",
             )
+        if version == 1:
+            values.setdefault("base_sha256", "")
         known = {entry.name for entry in fields(cls)}
         if missing := sorted(known - values.keys()):
             raise RecipeError(f"The recipe lacks {', '.join(missing)}.", field=missing[0])
@@ -367,14 +395,35 @@ class Recipe:
 
     @property
     def digest(self) -> str:
-        """Sha256 in hex of what defines the image; equal for equal recipes on any machine."""
-        plain = self.to_dict()
+        """Sha256 in hex of what defines the image; equal for equal recipes on any machine.
+
+        Without `base_sha256`, it contains the location of the base model instead, as in format 1.
+        """
+        canonical = json.dumps(
+            self._identity(), sort_keys=True, separators=(",", ":"), ensure_ascii=True
+        )
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def _identity(self) -> dict[str, Any]:
+        """Return what defines the image, as plain data."""
+        plain = self.to_dict(paths=True)
         for adapter in plain["adapters"]:
             del adapter["name"]
         if self.fidelity == "exact":
             del plain["fidelity"]  # the same image had the same digest before there was a choice
-        canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        if self.base_sha256:
+            for name in LOCATIONS:
+                del plain[name]
+        else:
+            del plain["base_sha256"]
+            plain["format"] = 1
+        return plain
 
 
 def may_share_batch(first: Recipe, second: Recipe) -> bool:
@@ -385,51 +434,3 @@ def may_share_batch(first: Recipe, second: Recipe) -> bool:
     own = ("prompt", "negative_prompt", "negative_prompt_2", "seed")
     alike = replace(second, **{name: getattr(first, name) for name in own})
     return first.fidelity == "fast" and alike == first
-
-
-def _is_text(name: str, value: object) -> None:
-    if not isinstance(value, str):
-        raise RecipeError(f"{name} has to be text, not {type(value).__name__}.", field=name)
-    if len(value) > MAX_PROMPT_CHARACTERS:
-        raise RecipeError(
-            f"{name} has {len(value):,} characters; {MAX_PROMPT_CHARACTERS:,} are the most.",
-            field=name,
-        )
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise RecipeError(
-            f"{name} has a lone surrogate, which is not a character; write it again.",
-            field=name,
-        )
-
-
-def _in_range(name: str, value: object, least: float, most: float, *, whole: bool = False) -> None:
-    kind: type | tuple[type, ...] = int if whole else (int, float)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise RecipeError(
-            f"{name} has to be a {'whole ' if whole else ''}number, not {_shown(value)}.",
-            field=name,
-        )
-    assert isinstance(value, int | float)
-    if not least <= value <= most:  # NaN is not, either
-        raise RecipeError(
-            f"{name} is {_shown(value)}; it has to be from {least} to {most}.", field=name
-        )
-
-
-def _shown(value: object) -> str:
-    """Return a short text for a value; Python refuses to print integers of thousands of digits."""
-    if isinstance(value, int) and abs(value) > 10**40:
-        return "a number of more than 40 digits"
-    text = (
-        repr(value)
-        if isinstance(value, str | int | float | bool) or value is None
-        else f"a {type(value).__name__}"
-    )
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise RecipeError(
-            f"{name} is {_shown(value)}; it has to be one of {', '.join(choices)}.", field=name
-        )

@@ -117,7 +117,7 @@ def test_fast_lives_on_when_the_base_s_file_is_overwritten_in_place(tmp_path, mo
     engine = Engine(device="cpu")
     recipe = Recipe(prompt="a ball", fidelity="fast", **{**TINY, "base_model": str(base)})
     first = engine.generate(recipe).pixels
-    old = next(iter(engine._models.values())).parts["unet"]
+    old = next(iter(engine._models.models.values())).parts["unet"]
     before = {
         name: tensor.clone() for name, tensor in old.state_dict().items() if not tensor.is_meta
     }
@@ -139,7 +139,7 @@ def test_fast_takes_no_more_memory_than_its_precision_needs(engine):
     engine.generate(replace(exact, fidelity="fast"))
     sizes = {
         key.fidelity: base.parts["unet"]
-        for key, base in engine._models.items()
+        for key, base in engine._models.models.items()
         if key.base_model == str(TINY_BASE)
     }
     count = {

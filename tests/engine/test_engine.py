@@ -317,7 +317,7 @@ def test_the_base_used_longest_ago_is_let_go(tmp_path):
     first = Recipe(prompt="a ball", **SMALL)
     second = replace(first, base_model=other)
     assert pixels(engine, first) == pixels(engine, second)
-    assert [key.base_model for key in engine._models] == [other]
+    assert [key.base_model for key in engine._models.models] == [other]
 
 
 def test_bases_stay_as_long_as_they_fit_into_the_budget(tmp_path):
@@ -328,12 +328,12 @@ def test_bases_stay_as_long_as_they_fit_into_the_budget(tmp_path):
     engine = Engine(device="cpu", base_budget_bytes=2 * one)
     for recipe in (recipes[0], recipes[1], recipes[0], recipes[2]):
         engine.load(recipe)
-    assert [key.base_model for key in engine._models] == [bases[0], bases[2]]
+    assert [key.base_model for key in engine._models.models] == [bases[0], bases[2]]
 
     small = Engine(device="cpu", base_budget_bytes=2 * one - 1)
     for recipe in recipes[:2]:
         small.load(recipe)
-    assert [key.base_model for key in small._models] == [bases[1]]
+    assert [key.base_model for key in small._models.models] == [bases[1]]
 
 
 @pytest.mark.parametrize(

@@ -370,7 +370,8 @@ def test_the_family_s_own_configurations_are_those_of_stable_diffusion_1_5():
     """Sizes that are published for the model: 859,520,964 + 123,060,480 + 83,653,863 parameters."""
     from accelerate import init_empty_weights
 
-    from fidelora.weights.strict import _construct, read_config
+    from fidelora.weights.files import read_config
+    from fidelora.weights.strict import _construct
 
     spec = get_family("sd15")
     counts = {}

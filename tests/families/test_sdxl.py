@@ -46,7 +46,8 @@ from fidelora.families import get_family
 from fidelora.families.clip import load_tokenizer
 from fidelora.families.protocols import Prompts, Size
 from fidelora.families.sd.names import original_names
-from fidelora.weights.strict import empty_part, read_config
+from fidelora.weights.files import read_config
+from fidelora.weights.strict import empty_part
 
 CPU = torch.device("cpu")
 SPEC = get_family("sdxl")
@@ -649,7 +650,7 @@ def test_the_models_take_turns_within_a_budget_for_one(fidelity):
     seen: list[weakref.ref[LoadedModel]] = []
     for turn in range(20):
         assert np.array_equal(engine.generate(recipes[turn % 2]).pixels, alone[turn % 2])
-        (base,) = engine._models.values()
+        (base,) = engine._models.models.values()
         assert base.size_bytes <= largest
         seen.append(weakref.ref(base))
         del base
@@ -660,8 +661,8 @@ def test_a_budget_for_both_keeps_both():
     recipes = [Recipe(prompt="", **SD15), Recipe(prompt="", **SMALL)]
     engine = Engine(device="cpu", base_budget_bytes=2**30)
     engine.generate(recipes[0])
-    first = next(iter(engine._models.values()))
+    first = next(iter(engine._models.models.values()))
     for recipe in recipes:
         engine.generate(recipe)
-    assert len(engine._models) == 2
-    assert first in engine._models.values()
+    assert len(engine._models.models) == 2
+    assert first in engine._models.models.values()

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from fidelora.api.requests import MAX_LORAS, MAX_PROMPTS, RequestBody
+from fidelora.checks import MAX_PROMPT_CHARACTERS
 from fidelora.errors import (
     PromptSyntaxError,
     RecipeError,
@@ -28,7 +29,6 @@ from fidelora.images.a1111_samplers import AUTOMATIC, sampler_of
 from fidelora.jobs.job import Job, Status
 from fidelora.recipe import (
     MAX_GUIDANCE,
-    MAX_PROMPT_CHARACTERS,
     MAX_SEED,
     MAX_SIZE,
     MAX_STEPS,

@@ -20,10 +20,11 @@ from fidelora.api.requests import (
     PromptItem,
     RequestBody,
 )
+from fidelora.checks import MAX_PROMPT_CHARACTERS
 from fidelora.errors import RequestError
 from fidelora.families import all_families
 from fidelora.jobs.job import Job
-from fidelora.recipe import MAX_PROMPT_CHARACTERS, MAX_SEED, MAX_SIZE, MIN_SIZE, Fidelity
+from fidelora.recipe import MAX_SEED, MAX_SIZE, MIN_SIZE, Fidelity
 
 MAX_IMAGES = 10  # images per request, as in OpenAI's API
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")

@@ -96,13 +96,15 @@ def replay(
         engine = make_engine(device, offload)
         recipe = _recipe_from_parameters(origin.parameters, adapters, engine)
     recipe, changes = _apply_options(recipe, fidelity, base_model)
-    for name, (was, now) in changes.items():
-        warn(f"{name} is {now!r} instead of {was!r}.")
+    _warn_of(changes)
     target = _output_path(image, out)
 
     engine = engine or make_engine(device, offload)
     with progress_bar(f"seed {recipe.seed}") as on_step:
         made = engine.generate(recipe, on_step)
+    base_changes = _base_changes(origin.recipe, made.recipe)
+    _warn_of(base_changes)
+    changes |= base_changes
     for sentence in made.warnings:
         warn(sentence)
     _write(made, target, origin)
@@ -230,15 +232,37 @@ def _recipe_from_parameters(
 def _apply_options(
     recipe: Recipe, fidelity: FidelityOption | None, base_model: str | None
 ) -> tuple[Recipe, dict[str, tuple[Any, Any]]]:
-    """Return the recipe with the options applied, and old and new values by changed field."""
-    options: dict[str, Any] = {} if base_model is None else {"base_model": base_model}
+    """Return the recipe with the options applied, and old and new values by changed field.
+
+    A location is no change if the recipe has the hash of its base model: `_base_changes` compares
+    the content after the base model was loaded.
+    """
+    options: dict[str, Any] = {}
     if fidelity is not None:
         options["fidelity"] = fidelity.value
         if fidelity is FidelityOption.FAST:
             options["adapter_mode"] = "merged"  # the only mode that fast supports
-    after = replace(recipe, **options)
-    changes = {name: (getattr(recipe, name), getattr(after, name)) for name in options}
-    return after, {name: change for name, change in changes.items() if change[0] != change[1]}
+    reported = dict(options)
+    if base_model is not None:
+        options |= {"base_model": base_model, "base_sha256": ""}
+        if not recipe.base_sha256:
+            reported["base_model"] = base_model
+    changes = {name: (getattr(recipe, name), value) for name, value in reported.items()}
+    return replace(recipe, **options), {
+        name: change for name, change in changes.items() if change[0] != change[1]
+    }
+
+
+def _base_changes(recipe: Recipe | None, made: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Return old and new `base_sha256` if the image's recipe has another one."""
+    if recipe is None or recipe.base_sha256 in ("", made.base_sha256):
+        return {}
+    return {"base_sha256": (recipe.base_sha256, made.base_sha256)}
+
+
+def _warn_of(changes: Mapping[str, tuple[Any, Any]]) -> None:
+    for name, (was, now) in changes.items():
+        warn(f"{name} is {now!r} instead of {was!r}.")
 
 
 def _output_path(image: Path, out: Path | None) -> Path:

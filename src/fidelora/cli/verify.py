@@ -14,6 +14,7 @@ import typer
 from fidelora.atomic import make_folder, write_atomically
 from fidelora.cli.console import Debug, Device, fail, make_engine, reserve_exit_code_1, warn
 from fidelora.errors import NothingToCheckError
+from fidelora.recipe import short_name
 
 if TYPE_CHECKING:
     from fidelora.engine.engine import Engine
@@ -243,7 +244,8 @@ def _document(
     return {
         "job": run.name,
         "model": recipe.model,
-        "base_model": recipe.base_model,
+        "base_model": short_name(recipe.base_model),
+        "base_sha256": first.image.recipe.base_sha256,
         "versions": dict(first.image.environment),
         "settings": {
             "steps": sorted({sample.plan.step for sample in samples}),

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +30,8 @@ from fidelora.adapters.library import AdapterLibrary
 from fidelora.adapters.live import live_adapters
 from fidelora.adapters.targets import BoundAdapter
 from fidelora.engine.examine import refuse_other_family, say_where_it_belongs
-from fidelora.engine.model import LoadedModel, ModelKey, expected_bytes, load_model
+from fidelora.engine.loaded import LoadedModels
+from fidelora.engine.model import LoadedModel
 from fidelora.errors import (
     AdapterMismatchError,
     DeviceError,
@@ -47,7 +46,7 @@ from fidelora.recipe import Dtype, Recipe, may_share_batch
 from fidelora.sampling.loop import sample
 from fidelora.sampling.noise import NoiseSource
 from fidelora.sampling.schedules import FlowSchedule, NoiseSchedule, Schedule
-from fidelora.weights.files import BaseFiles
+from fidelora.weights.content import ContentHashes
 
 _BATCH_PIXELS = {"cpu": 4 * 256 * 256, "cuda": 4 * 512 * 512}
 """Maximum number of pixels of all images in a batch. On the CPU, a batch saves 5 % per image
@@ -96,6 +95,7 @@ class Engine:
             used are dropped first; the one in use stays even if it is larger. None: one base model
             at a time.
         adapters: an adapter library to share; by default a new one.
+        hashes: content hashes of base models; by default those in the user's cache folder.
 
     Raises:
         DeviceError: the device does not exist, or does not support this offload mode.
@@ -109,6 +109,7 @@ class Engine:
         cache_dir: str | Path | None = None,
         base_budget_bytes: int | None = None,
         adapters: AdapterLibrary | None = None,
+        hashes: ContentHashes | None = None,
     ) -> None:
         self.device = resolve_device(device)
         if offload not in get_args(Offload):
@@ -121,10 +122,13 @@ class Engine:
                 "On the CPU itself use offload none."
             )
         self.adapters = adapters or AdapterLibrary()
-        self._offload: Offload = offload
-        self._cache_dir = Path(cache_dir) if cache_dir else None
-        self._base_budget_bytes = base_budget_bytes or 0
-        self._models: OrderedDict[ModelKey, LoadedModel] = OrderedDict()
+        self._models = LoadedModels(
+            self.device,
+            offload,
+            cache_dir=Path(cache_dir) if cache_dir else None,
+            budget_bytes=base_budget_bytes or 0,
+            hashes=hashes or ContentHashes(),
+        )
         self._lock = threading.Lock()
         self._owner: int | None = None
 
@@ -135,7 +139,7 @@ class Engine:
 
     def merged(self) -> frozenset[str]:
         """Return the sha256 of each adapter merged into the base model that was used last."""
-        latest = next(reversed(list(self._models.values())), None)
+        latest = self._models.latest
         return latest.merged.adapters if latest else frozenset()
 
     def load(self, recipe: Recipe) -> None:
@@ -148,7 +152,7 @@ class Engine:
             DeviceError: the recipe is `fast`, which this device or family does not support.
         """
         with self._computing():
-            model = self._model(recipe)
+            model = self._models.get(recipe)
             with self._with_adapters(model, recipe, self._bind(model, recipe)):
                 for images in {1, self.max_batch(recipe)}:
                     model.warm_up(images, *_shape_settings(recipe))
@@ -168,6 +172,8 @@ class Engine:
     ) -> GeneratedImage:
         """Make the image that `recipe` defines.
 
+        The recipe of the image also has the `base_sha256` of the base model.
+
         The same recipe gives the same pixels, regardless of earlier images.
 
         Args:
@@ -176,8 +182,8 @@ class Engine:
                 nor the image's record contains them.
 
         Raises:
-            BaseModelError, AdapterError, WeightsFileError: a file is missing or unsuitable; no
-                weights have changed.
+            BaseModelError, AdapterError, WeightsFileError: a file is missing or unsuitable, or the
+                base model is not the one with the recipe's `base_sha256`; no weights have changed.
             DeviceError: the recipe is `fast`, which this device or family does not support.
             NumericsError: the model produced NaN.
             MemoryExhaustedError: the device has too little memory.
@@ -210,7 +216,7 @@ class Engine:
         guidance, size, dtype = _shape_settings(common)
         with self._computing():
             clock = _Clock()
-            model = self._model(common)
+            model = self._models.get(common)
             bound = self._bind(model, common)
             clock.lap("load")
             try:
@@ -237,7 +243,13 @@ class Engine:
                 model.rest()
         environment = self._environment(model)
         return [
-            GeneratedImage(pixels, recipe, environment, one.warnings, clock.laps)
+            GeneratedImage(
+                pixels,
+                replace(recipe, base_sha256=model.sha256),
+                environment,
+                one.warnings,
+                clock.laps,
+            )
             for pixels, recipe, one in zip(images, recipes, encoded, strict=True)
         ]
 
@@ -264,28 +276,6 @@ class Engine:
         """Disable the caller's autocast, because the recipe defines the dtypes."""
         with torch.autocast("cpu", enabled=False), torch.autocast(self.device.type, enabled=False):
             yield
-
-    def _model(self, recipe: Recipe) -> LoadedModel:
-        """Return the base model of `recipe`, loaded again if its files were overwritten."""
-        key = ModelKey.of(recipe)
-        model = self._models.get(key)
-        if model is None or not model.files.is_unchanged():
-            self._models.pop(key, None)
-            files = key.find_files(self._cache_dir)
-            self._make_room(key, files)
-            gc.collect()  # offloading hooks form reference cycles that keep freed models alive
-            model = self._models[key] = load_model(key, files, self.device, offload=self._offload)
-        self._models.move_to_end(key)
-        return model
-
-    def _make_room(self, key: ModelKey, files: BaseFiles) -> None:
-        """Drop base models before another is loaded, so that the budget holds while it loads."""
-        needed = expected_bytes(key, files) if self._models and self._base_budget_bytes else 0
-        while self._models:
-            used = sum(model.size_bytes for model in self._models.values())
-            if used + needed <= self._base_budget_bytes:
-                return
-            self._models.popitem(last=False)
 
     def _bind(self, model: LoadedModel, recipe: Recipe) -> Bound:
         """Check all adapters of the recipe against the base model before any weight changes."""

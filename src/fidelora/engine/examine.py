@@ -25,7 +25,8 @@ from fidelora.families import Family, all_families, get_family
 from fidelora.loras.describe import AdapterSummary, describe_adapter, describe_header
 from fidelora.recipe import file_sha256
 from fidelora.safetensors_header import Header
-from fidelora.weights.strict import empty_part, read_config
+from fidelora.weights.files import read_config
+from fidelora.weights.strict import empty_part
 
 ProblemCode = Literal[
     "unusable", "not_finite", "other_architecture", "other_base", "nothing_learned",

@@ -76,6 +76,7 @@ class LoadedModel:
         targets: the weights that adapters can change.
         merged: the adapters that are merged into those weights.
         fast_path: None in `exact`.
+        sha256: identifies the base model by content (`weights.content`); empty until `LoadedModels` sets it.
     """
 
     files: BaseFiles
@@ -88,6 +89,7 @@ class LoadedModel:
     merged: MergedAdapters
     hooks: list[UserCpuOffloadHook]
     fast_path: FastPath | None = None
+    sha256: str = ""
     _warm: set[tuple[object, ...]] = field(default_factory=set)
 
     @property

@@ -20,7 +20,7 @@ def job_to_dict(job: Job) -> dict[str, Any]:
         time = plain[name]
         plain[name] = time.isoformat() if time else None
     return plain | {
-        "recipes": [recipe.to_dict() for recipe in job.recipes],
+        "recipes": [recipe.to_dict(paths=True) for recipe in job.recipes],
         "status": job.status.value,
         "progress": asdict(job.progress) if job.progress else None,
         "outputs": [asdict(output) for output in job.outputs],

@@ -30,6 +30,7 @@ from fidelora.loras.resolve import AdapterResolver
 from fidelora.recipe import Recipe
 from fidelora.server import problems
 from fidelora.server.api_keys import ApiKeys
+from fidelora.server.base_models import BaseModels
 from fidelora.server.context import ServerContext
 from fidelora.server.login import Login
 from fidelora.server.logs import configure_logs
@@ -133,6 +134,7 @@ def context_with_store(
         metrics=metrics or Metrics(store, pool),
         base_url=base_url,
         server_defaults=server_defaults,
+        base_models=BaseModels(server_defaults),
         pool=pool,
     )
 

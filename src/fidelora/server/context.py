@@ -14,6 +14,7 @@ from fidelora.jobs.store import JobStore
 from fidelora.loras.cache import AdapterCache
 from fidelora.loras.resolve import AdapterResolver
 from fidelora.server.api_keys import ApiKeys
+from fidelora.server.base_models import BaseModels
 from fidelora.server.metrics import Metrics
 from fidelora.settings import Settings
 from fidelora.workers.pool import WorkerPool
@@ -27,6 +28,7 @@ class ServerContext:
         base_url: URL at which clients reach the server.
         server_defaults: recipe fields that the server sets, such as `base_model` and the dtypes,
             by model id. A model without an entry has none.
+        base_models: content hashes of the base models in `server_defaults`.
         pool: the workers; None if other processes run the jobs.
         a1111_jobs: owners by job id, for jobs whose AUTOMATIC1111 clients wait for a response.
         stopping: set as soon as the server begins to stop.
@@ -40,6 +42,7 @@ class ServerContext:
     metrics: Metrics
     base_url: str
     server_defaults: Mapping[str, Mapping[str, Any]]
+    base_models: BaseModels
     pool: WorkerPool | None = None
     a1111_jobs: dict[str, str] = field(default_factory=dict)
     stopping: threading.Event = field(default_factory=threading.Event)

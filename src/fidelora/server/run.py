@@ -56,6 +56,8 @@ def serve(settings: Settings) -> None:
         )
         base_url = settings.base_url.rstrip("/") or f"http://{host}:{port}"
         context = make_context(settings, _server_defaults(settings), base_url, _server_id(data_dir))
+        for model in settings.base_models:  # takes seconds for files that were never hashed
+            log.info("base model", model=model, sha256=context.base_models.sha256(model))
         log.info("listening", url=f"http://{host}:{port}", base_url=base_url, data=str(data_dir))
         asyncio.run(_serve(context, listener))
         log.info("stopped")

@@ -149,7 +149,11 @@ def defaults_for(
     noise: Noise = "modern"
     if adapters and "noise" in get_family(model).uses:
         noise = _noise(context.cache.path(adapters[0].sha256))
-    return {**context.server_defaults.get(model, {}), "noise": noise}
+    return {
+        **context.server_defaults.get(model, {}),
+        "base_sha256": context.base_models.sha256(model),
+        "noise": noise,
+    }
 
 
 @lru_cache(maxsize=1000)

@@ -36,7 +36,7 @@ def html_report(document: Mapping[str, Any], samples: Sequence[CheckedSample]) -
         if doctor
         else ""
     )
-    facts = {key: document[key] for key in ("base_model", "versions", "settings")}
+    facts = {key: document[key] for key in ("base_model", "base_sha256", "versions", "settings")}
     return _PAGE.format(
         title=_escape(f"{document['job']}: {document['verdict']}"),
         run=_escape(document["job"]),

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from fidelora.errors import BaseModelFilesError, BaseModelNotFoundError, RecipeError
 from fidelora.families import Family, Part, all_families
 from fidelora.safetensors_header import read_file_header
 from fidelora.weights.locate import locate, weight_file_patterns
-from fidelora.weights.strict import read_config, read_weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Stamp = tuple[tuple[str, int, int], ...]
 """Path, size in bytes and modification time in ns of each file."""
@@ -31,6 +32,8 @@ class BaseFiles:
         configs: `config.json` of each part by name.
         tokenizers: folder by text encoder; None for the bundled tokenizer.
         weights: files by part, without the parts that a single-file checkpoint contains.
+        given_configs: the configurations that replace the family's own for a single-file
+            checkpoint, by part; they are not in the file, but images depend on them.
         stamp: stamp of all files when they were found; see `is_unchanged`.
     """
 
@@ -39,6 +42,7 @@ class BaseFiles:
     configs: Mapping[str, Path]
     tokenizers: Mapping[str, Path | None]
     weights: Mapping[str, tuple[Path, ...]]
+    given_configs: Mapping[str, Path]
     stamp: Stamp
 
     @classmethod
@@ -81,6 +85,7 @@ class BaseFiles:
             own = [part for part in family.parts if part.name != replaced]
             weights = {one.name: _weight_files(source / one.name, one, variant) for one in own}
         configs = {part.name: layout / part.name / "config.json" for part in family.parts}
+        given = dict(configs) if config else {}
         if decoder:
             part = family.part("decoder")
             folder, weights[replaced] = _decoder_files(decoder, part, variant, cache_dir)
@@ -89,7 +94,7 @@ class BaseFiles:
         tokenizers = {one.name: _tokenizer(layout, one) for one in family.text_encoders}
         folders = [path for path in tokenizers.values() if path is not None]
         stamp = _stamp(source, *configs.values(), *folders, *sum(weights.values(), ()))
-        return cls(family, source, configs, tokenizers, weights, stamp)
+        return cls(family, source, configs, tokenizers, weights, given, stamp)
 
     @property
     def is_checkpoint(self) -> bool:
@@ -109,6 +114,8 @@ class BaseFiles:
         Raises:
             BaseModelError, WeightsFileError: a file is missing, damaged or unsuitable.
         """
+        from fidelora.weights.strict import read_weights  # loads torch
+
         configs = {name: read_config(path) for name, path in self.configs.items()}
         weights: dict[str, dict[str, Tensor]] = {}
         if self.is_checkpoint:
@@ -141,6 +148,24 @@ class BaseFiles:
                 if owner is not None:
                     counts[owner.name] += math.prod(tensor.shape)
         return counts
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a part's `config.json`.
+
+    Raises:
+        BaseModelFilesError: it is missing, or not a JSON object.
+    """
+    name = f"{path.parent.name}/{path.name}"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BaseModelFilesError(f"The base model has no {name}; download it again.") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BaseModelFilesError(f"The base model's {name} cannot be read: {error}.") from error
+    if not isinstance(config, dict):
+        raise BaseModelFilesError(f"The base model's {name} is not a JSON object.")
+    return config
 
 
 def _stamp(*paths: Path) -> Stamp:

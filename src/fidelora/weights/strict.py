@@ -7,7 +7,6 @@ whose file uses other names would load without an error, and images would be lit
 from __future__ import annotations
 
 import importlib
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -103,24 +102,6 @@ def empty_part(part: Part, config: Mapping[str, Any]) -> nn.Module:
     """
     with init_empty_weights(include_buffers=False):
         return _construct(part, {**config, **part.config})
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Read a part's `config.json`.
-
-    Raises:
-        BaseModelFilesError: it is missing, or not a JSON object.
-    """
-    name = f"{path.parent.name}/{path.name}"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BaseModelFilesError(f"The base model has no {name}; download it again.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BaseModelFilesError(f"The base model's {name} cannot be read: {error}.") from error
-    if not isinstance(config, dict):
-        raise BaseModelFilesError(f"The base model's {name} is not a JSON object.")
-    return config
 
 
 def read_weights(paths: Sequence[Path]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from fidelora.api import MAX_PROMPTS, InferenceRequest, PromptItem, check_request, recipes_of
 from fidelora.errors import WrongUseError
 from fidelora.families import get_family
-from fidelora.recipe import MAX_SEED, AdapterRef, Recipe
+from fidelora.recipe import LOCATIONS, MAX_SEED, AdapterRef, Recipe, short_name
 
 MAX_LORAS = 8
 """Number of multiplier sliders of the form."""
@@ -190,11 +190,18 @@ def first_recipe(
 
 def differences(recipe: Recipe, here: Recipe) -> list[str]:
     """Describe each field in which this server's recipe differs; empty if the image is the same."""
-    if recipe.digest == here.digest:
-        return []
+    names = [entry.name for entry in fields(Recipe)]
+    # Without a hash on both sides, the short names are compared here, and the content by a worker.
+    known = bool(recipe.base_sha256 and here.base_sha256)
+    unused = LOCATIONS if known else ("base_sha256",)
+    values = [(name, _shown(here, name), _shown(recipe, name)) for name in names]
     return [
-        f"{entry.name} is {getattr(here, entry.name)} here "
-        f"but {getattr(recipe, entry.name)} in the image"
-        for entry in fields(Recipe)
-        if getattr(recipe, entry.name) != getattr(here, entry.name)
+        f"{name} is {ours} here but {theirs} in the image"
+        for name, ours, theirs in values
+        if name not in unused and ours != theirs
     ]
+
+
+def _shown(recipe: Recipe, name: str) -> Any:
+    value = getattr(recipe, name)
+    return short_name(value) if name in LOCATIONS else value

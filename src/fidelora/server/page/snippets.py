@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 from decimal import Decimal
 
-from fidelora.recipe import Recipe
+from fidelora.recipe import Recipe, short_name
 from fidelora.server.page.form import request_body
 
 
@@ -21,7 +21,10 @@ def as_request(recipe: Recipe, paths: Sequence[str], image_format: str) -> str:
 
 
 def as_command(recipe: Recipe, paths: Sequence[str], image_format: str) -> str:
-    """Return the `fidelora generate` command for a POSIX shell, to be run in the LoRA folder."""
+    """Return the `fidelora generate` command for a POSIX shell, to be run in the LoRA folder.
+
+    Paths of the base model and the VAE are shortened to names, because strangers may see them.
+    """
     words = ["fidelora", "generate", recipe.prompt]
     for path, adapter in zip(paths, recipe.adapters, strict=True):
         words += ["--lora", f"{path}:{_decimal(adapter.multiplier)}"]
@@ -35,10 +38,10 @@ def as_command(recipe: Recipe, paths: Sequence[str], image_format: str) -> str:
         "--seed": recipe.seed,
         "--format": image_format,
         "--model": recipe.model,
-        "--base-model": recipe.base_model,
+        "--base-model": short_name(recipe.base_model),
         "--variant": recipe.variant,
-        "--vae": recipe.vae,
-        "--config": recipe.config,
+        "--vae": short_name(recipe.vae),
+        "--config": short_name(recipe.config),
         "--dtype": recipe.dtype,
         "--vae-dtype": recipe.vae_dtype if recipe.vae_dtype != recipe.dtype else "",
         "--text-encoder-dtype": recipe.text_encoder_dtype

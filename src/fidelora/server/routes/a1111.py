@@ -33,7 +33,7 @@ from fidelora.images.a1111_samplers import SCHEDULERS, sampler_names
 from fidelora.images.read import read_parameters_text
 from fidelora.jobs.job import Job, Status
 from fidelora.loras.folder import adapter_named_in_prompt, adapter_path, names_in_prompts
-from fidelora.recipe import AdapterRef, Recipe
+from fidelora.recipe import AdapterRef, Recipe, short_name
 from fidelora.safetensors_header import read_file_header
 from fidelora.server.context import ContextDep, OwnerDep, ServerContext
 from fidelora.server.outputs import base64_of, content_of
@@ -154,7 +154,9 @@ def sd_models(context: ContextDep) -> list[SdModelBody]:
         SdModelBody(
             title=model,
             model_name=model,
-            filename=str(server_defaults.get("base_model") or get_family(model).base_model),
+            filename=short_name(
+                str(server_defaults.get("base_model") or get_family(model).base_model)
+            ),
         )
         for model, server_defaults in context.server_defaults.items()
     ]

@@ -33,7 +33,7 @@ from fidelora.families import get_family
 from fidelora.images.parameters import Ignored, Parameters, read_parameters
 from fidelora.images.read import Origin, read_origin
 from fidelora.loras.folder import adapter_named_in_prompt
-from fidelora.recipe import AdapterRef, Recipe
+from fidelora.recipe import LOCATIONS, AdapterRef, Recipe, short_name
 from fidelora.server.context import ContextDep, OwnerDep, ServerContext
 from fidelora.server.middleware import MAX_BODY_BYTES
 from fidelora.server.problems import error_responses
@@ -41,10 +41,6 @@ from fidelora.server.routes.inference import IdempotencyKey
 from fidelora.server.submit import defaults_for, enqueue, submission_of
 
 router = APIRouter(prefix="/v1", tags=["inference"])
-
-_BASE_FIELDS = ("base_model", "variant", "config", "vae")
-"""Recipe fields that name the base model. The server sets them: an uploaded recipe must not choose
-what this machine loads."""
 
 _CHOICES = ReplayChoices.model_json_schema()
 _FORM = {
@@ -199,31 +195,79 @@ def _plan_from_recipe(recipe: Recipe, choices: ReplayChoices, context: ServerCon
         AdaptersMissingError: the server does not have all adapter files.
         RequestError: the server has another base model, and the request does not accept it.
     """
-    local = Recipe(prompt="", model=recipe.model, **context.server_defaults.get(recipe.model, {}))
-    differs = {
-        name: {"recipe": getattr(recipe, name), "server": getattr(local, name)}
-        for name in _BASE_FIELDS
-        if getattr(recipe, name) != getattr(local, name)
-    }
-    if differs and choices.base_model != "server":
-        name, values = next(iter(differs.items()))
-        raise RequestError(
-            f"The image was made with the {name} {values['recipe']!r:.200}, but this server uses "
-            f"{values['server']!r:.200}. Use a server with the same base model, or send "
-            "base_model=server to accept an image that may differ.",
-            code="BASE_MODEL_DIFFERS",
-            details={"differs": differs},
-        )
-    overrides: dict[str, Any] = {name: getattr(local, name) for name in differs}
-    if choices.fidelity not in (None, recipe.fidelity):
-        overrides["fidelity"] = choices.fidelity
-        if choices.fidelity == "fast" and recipe.adapter_mode == "live":
-            overrides["adapter_mode"] = "merged"
-    changes = tuple(
-        ChangeBody(name=name, was=getattr(recipe, name), now=now) for name, now in overrides.items()
+    defaults = context.server_defaults.get(recipe.model, {})
+    local = Recipe(
+        prompt="",
+        model=recipe.model,
+        base_sha256=context.base_models.sha256(recipe.model),
+        **defaults,
     )
+    differs = _base_differences(recipe, local)
+    if differs and choices.base_model != "server":
+        raise RequestError(
+            f"The image was made with {_base(recipe)}, but this server uses {_base(local)}. "
+            "Use a server with the same base model, or send base_model=server to accept an image "
+            "that may differ.",
+            code="BASE_MODEL_DIFFERS",
+            details={
+                "differs": {
+                    name: {"recipe": was, "server": now} for name, (was, now) in differs.items()
+                }
+            },
+        )
+    changes = [ChangeBody(name=name, was=was, now=now) for name, (was, now) in differs.items()]
+    # The server sets the base model: an uploaded recipe must not choose what this machine loads.
+    overrides: dict[str, Any] = {name: getattr(local, name) for name in LOCATIONS}
+    if differs:
+        overrides["base_sha256"] = local.base_sha256
+    chosen: dict[str, Any] = {}
+    if choices.fidelity not in (None, recipe.fidelity):
+        chosen["fidelity"] = choices.fidelity
+        if choices.fidelity == "fast" and recipe.adapter_mode == "live":
+            chosen["adapter_mode"] = "merged"
+    changes += [
+        ChangeBody(name=name, was=getattr(recipe, name), now=now) for name, now in chosen.items()
+    ]
     adapters = _locate_adapters(recipe.adapters, context)
-    return _Plan(replace(recipe, adapters=adapters, **overrides), "fidelora", changes)
+    return _Plan(
+        replace(recipe, adapters=adapters, **overrides, **chosen), "fidelora", tuple(changes)
+    )
+
+
+def _base_differences(recipe: Recipe, local: Recipe) -> dict[str, tuple[str, str]]:
+    """Return the fields in which two recipes name different base models, with both values.
+
+    The content decides if it is known on both sides. If only the recipe has it, the short names are
+    compared, and the worker compares the content. Recipes of format 1 have full paths and no hash.
+    """
+    if recipe.base_sha256 and local.base_sha256:
+        if recipe.base_sha256 == local.base_sha256:
+            return {}
+        names: tuple[str, ...] = ("base_sha256", *LOCATIONS)
+    else:
+        names = LOCATIONS
+    values = {name: (getattr(recipe, name), getattr(local, name)) for name in names}
+    shown = {
+        name: (short_name(was), short_name(now)) if name in LOCATIONS else (was, now)
+        for name, (was, now) in values.items()
+    }
+    compared = shown if recipe.base_sha256 else values
+    return {name: shown[name] for name in names if compared[name][0] != compared[name][1]}
+
+
+def _base(recipe: Recipe) -> str:
+    """Return a short description of a recipe's base model for messages."""
+    name = short_name(recipe.base_model)
+    details = [
+        f"{field} {short_name(value)!r:.200}"
+        for field in LOCATIONS[1:]
+        if (value := getattr(recipe, field))
+    ]
+    if recipe.base_sha256:
+        details.append(f"sha256 {recipe.base_sha256[:12]}")
+    elif name != recipe.base_model:
+        details.append("of unknown content")
+    return f"the base model {name!r:.200}" + (f" ({', '.join(details)})" if details else "")
 
 
 def _locate_adapters(

@@ -1,0 +1,58 @@
+"""Checks of recipe fields; each raises RecipeError with one sentence that names the field."""
+
+from __future__ import annotations
+
+from fidelora.errors import RecipeError
+
+MAX_PROMPT_CHARACTERS = 10_000
+
+
+def is_text(name: str, value: object) -> None:
+    """Check that `value` is text that every store and file format can represent."""
+    if not isinstance(value, str):
+        raise RecipeError(f"{name} has to be text, not {type(value).__name__}.", field=name)
+    if len(value) > MAX_PROMPT_CHARACTERS:
+        raise RecipeError(
+            f"{name} has {len(value):,} characters; {MAX_PROMPT_CHARACTERS:,} are the most.",
+            field=name,
+        )
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise RecipeError(
+            f"{name} has a lone surrogate, which is not a character; write it again.",
+            field=name,
+        )
+
+
+def in_range(name: str, value: object, least: float, most: float, *, whole: bool = False) -> None:
+    """Check that `value` is a number (with `whole`, an integer) from `least` to `most`."""
+    kind: type | tuple[type, ...] = int if whole else (int, float)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise RecipeError(
+            f"{name} has to be a {'whole ' if whole else ''}number, not {shown(value)}.",
+            field=name,
+        )
+    assert isinstance(value, int | float)
+    if not least <= value <= most:  # NaN is not, either
+        raise RecipeError(
+            f"{name} is {shown(value)}; it has to be from {least} to {most}.", field=name
+        )
+
+
+def shown(value: object) -> str:
+    """Return a short text for a value; Python refuses to print integers of thousands of digits."""
+    if isinstance(value, int) and abs(value) > 10**40:
+        return "a number of more than 40 digits"
+    text = (
+        repr(value)
+        if isinstance(value, str | int | float | bool) or value is None
+        else f"a {type(value).__name__}"
+    )
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Check that `value` is one of `choices`."""
+    if value not in choices:
+        raise RecipeError(
+            f"{name} is {shown(value)}; it has to be one of {', '.join(choices)}.", field=name
+        )

@@ -1,0 +1,62 @@
+"""The base models that the server is set to use, identified by their content."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from fidelora.errors import BaseModelError, WeightsFileError
+from fidelora.families import get_family
+from fidelora.recipe import Recipe
+from fidelora.weights.content import ContentHashes
+from fidelora.weights.files import BaseFiles
+from fidelora.weights.locate import is_local
+
+
+class BaseModels:
+    """Content hashes of the server's base models; safe to use from several threads.
+
+    A recipe gets the hash when its request is accepted, so a job that waits in the queue cannot be
+    made with another base model that was put at the same path in the meantime.
+
+    Args:
+        server_defaults: recipe fields that the server sets, by model id.
+        hashes: content hashes; by default those in the user's cache folder.
+    """
+
+    def __init__(
+        self,
+        server_defaults: Mapping[str, Mapping[str, Any]],
+        hashes: ContentHashes | None = None,
+    ) -> None:
+        self._server_defaults = server_defaults
+        self._hashes = hashes or ContentHashes()
+        self._found: dict[str, tuple[BaseFiles, str]] = {}
+        self._lock = threading.Lock()
+
+    def sha256(self, model: str) -> str:
+        """Return the hash of the base model for a model id; reads its files if they are new.
+
+        It is empty for a base model on the hub, whose files only the workers look for, and for one
+        whose files are missing or damaged; the workers report the reason.
+        """
+        recipe = Recipe(prompt="", model=model, **self._server_defaults.get(model, {}))
+        if not is_local(recipe.base_model):
+            return ""
+        with self._lock:
+            found = self._found.get(model)
+            if found is None or not found[0].is_unchanged():
+                try:
+                    files = BaseFiles.find(
+                        get_family(model),
+                        recipe.base_model,
+                        variant=recipe.variant,
+                        config=recipe.config,
+                        decoder=recipe.vae,
+                    )
+                    found = files, self._hashes.sha256_of(files)
+                except (BaseModelError, WeightsFileError):
+                    return ""
+                self._found[model] = found
+            return found[1]

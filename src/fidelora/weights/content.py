@@ -1,0 +1,162 @@
+"""Identify a base model by the content of its weight files.
+
+Hashing gigabytes takes seconds, so hashes are remembered by path, size and modification time in
+`hashes.json` in the user's cache folder. That file also remembers where each base model was last
+seen, so that an image's recipe finds its base model without containing a path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fidelora.atomic import write_atomically
+from fidelora.errors import OutputError
+from fidelora.recipe import LOCATIONS, file_sha256
+from fidelora.weights.files import BaseFiles
+
+_SETTLED_NS = 2_000_000_000
+"""A file that changed less than 2 s ago may change again within the resolution of its time."""
+
+Location = dict[str, str]
+"""The recipe fields `LOCATIONS` by name."""
+
+
+class ContentHashes:
+    """The content hashes of base models, shared by all processes of the user.
+
+    A damaged or unwritable file costs time, not correctness: hashes are computed again.
+
+    Args:
+        path: the file; by default `fidelora/hashes.json` in the user's cache folder
+            (https://specifications.freedesktop.org/basedir-spec/).
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = path or _default_path()
+        self._lock = threading.Lock()
+
+    def known(self, files: BaseFiles) -> str | None:
+        """Return `sha256_of(files)` if that needs no file to be read, else None."""
+        remembered = self._read()["files"]
+        hashes = [_lookup(remembered, path) for _, path in contents(files)]
+        return None if None in hashes else _combine(files, [str(one) for one in hashes])
+
+    def sha256_of(self, files: BaseFiles) -> str:
+        """Return the sha256 in hex that identifies a base model.
+
+        A single-file checkpoint has the sha256 of the file, as model sites publish it. In other
+        cases (a folder, another VAE, other configurations), it is the sha256 of one line
+        `NAME SHA256` for each of `contents(files)`.
+
+        Raises:
+            WeightsFileError: a file cannot be read.
+        """
+        remembered = self._read()["files"]
+        hashes, new = [], {}
+        for _, path in contents(files):
+            known = _lookup(remembered, path)
+            if known is None:
+                before = _stamp_of(path)
+                known = file_sha256(path)
+                settled = before is not None and time.time_ns() - before[1] > _SETTLED_NS
+                if before is not None and settled and before == _stamp_of(path):
+                    new[str(path.absolute())] = [*before, known]
+            hashes.append(known)
+        if new:
+            self._remember("files", new)
+        return _combine(files, hashes)
+
+    def remember_location(self, sha256: str, location: Location) -> None:
+        """Remember where the base model with this hash was found."""
+        absolute = {
+            name: str(Path(value).absolute()) if value and Path(value).exists() else value
+            for name, value in location.items()
+        }
+        if self._read()["bases"].get(sha256) != absolute:
+            self._remember("bases", {sha256: absolute})
+
+    def location(self, sha256: str) -> Location | None:
+        """Return where the base model with this hash was last found, or None."""
+        found = self._read()["bases"].get(sha256)
+        if not isinstance(found, dict) or found.keys() != set(LOCATIONS):
+            return None
+        return {name: str(value) for name, value in found.items()}
+
+    def _remember(self, section: str, entries: Mapping[str, Any]) -> None:
+        with self._lock:
+            document = self._read()
+            files = document["files"]
+            document["files"] = {name: files[name] for name in files if Path(name).exists()}
+            document[section] |= entries
+            if self._path is not None:
+                with contextlib.suppress(OSError, OutputError):
+                    self._path.parent.mkdir(parents=True, exist_ok=True)
+                    write_atomically(self._path, json.dumps(document, indent=1).encode())
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        document: Any = None
+        if self._path is not None:
+            with contextlib.suppress(OSError, ValueError):
+                document = json.loads(self._path.read_bytes())
+        if not isinstance(document, dict):
+            document = {}
+        sections = {name: document.get(name) for name in ("files", "bases")}
+        return {
+            name: section if isinstance(section, dict) else {} for name, section in sections.items()
+        }
+
+
+def contents(files: BaseFiles) -> list[tuple[str, Path]]:
+    """Return name and path of each file whose content identifies a base model, in order.
+
+    These are the weight files and, for a single-file checkpoint, the configurations that were given
+    with it. The configurations of a diffusers folder do not count, because programs rewrite them.
+    """
+    checkpoint = [("checkpoint", files.source)] if files.is_checkpoint else []
+    parts = [part.name for part in files.family.parts]
+    weights = [(name, path) for name in parts for path in files.weights.get(name, ())]
+    configs = [(f"{name}/config.json", path) for name, path in files.given_configs.items()]
+    return [*checkpoint, *weights, *configs]
+
+
+def _combine(files: BaseFiles, hashes: list[str]) -> str:
+    names = [name for name, _ in contents(files)]
+    if names == ["checkpoint"]:
+        return hashes[0]
+    lines = [f"{name} {sha256}\n" for name, sha256 in zip(names, hashes, strict=True)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _lookup(remembered: Mapping[str, Any], path: Path) -> str | None:
+    """Return the remembered sha256 of a file, if the file is unchanged."""
+    entry = remembered.get(str(path.absolute()))
+    stamp = _stamp_of(path)
+    if not isinstance(entry, list) or len(entry) != 3 or stamp is None:
+        return None
+    return str(entry[2]) if tuple(entry[:2]) == stamp else None
+
+
+def _stamp_of(path: Path) -> tuple[int, int] | None:
+    """Return size in bytes and modification time in ns; None if there is no such file."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def _default_path() -> Path | None:
+    """Return the default file; None for a user without a home folder."""
+    try:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        return None
+    return Path(cache) / "fidelora" / "hashes.json"
