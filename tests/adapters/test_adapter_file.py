@@ -31,7 +31,7 @@ SMALL: dict[str, Any] = {"base_model": str(TINY_BASE), "width": 64, "height": 64
 
 
 class Log:
-    """Names of opened files and number of hashed bytes, while it is active."""
+    """Names of files opened for reading, and number of hashed bytes, while it is active."""
 
     def __init__(self) -> None:
         self.active = False
@@ -39,8 +39,11 @@ class Log:
         self.hashed_bytes = 0
 
     def audit(self, event: str, args: tuple[Any, ...]) -> None:
-        if self.active and event == "open" and str(args[0]).endswith(".safetensors"):
+        if self.active and event == "open" and not str(args[1]).startswith(("w", "a", "x")):
             self.opened.append(Path(str(args[0])).name)
+
+    def clear(self) -> None:
+        self.opened, self.hashed_bytes = [], 0
 
     def opens_of(self, path: Path) -> int:
         return self.opened.count(path.name)
@@ -75,7 +78,8 @@ def log(monkeypatch) -> Iterator[Log]:
 
     monkeypatch.setattr(hashlib, "sha256", CountingSha256)
     monkeypatch.setattr(hashlib, "file_digest", counting_file_digest)
-    LOG.opened, LOG.hashed_bytes, LOG.active = [], 0, True
+    LOG.clear()
+    LOG.active = True
     yield LOG
     LOG.active = False
 
@@ -142,7 +146,7 @@ def test_the_cache_opens_a_new_file_once(log, lora, tmp_path):
 
 def test_a_worker_opens_a_file_of_the_cache_once(log, lora, tmp_path):
     ref = AdapterRef(AdapterCache(tmp_path / "cache", 10**9).keep(lora, "a").sha256)
-    LOG.opened, LOG.hashed_bytes = [], 0
+    log.clear()
     AdapterLibrary(folder=tmp_path / "cache").get(ref)
     assert (log.opened, log.hashed_bytes) == (
         [f"{ref.sha256}.safetensors"],
@@ -153,6 +157,7 @@ def test_a_worker_opens_a_file_of_the_cache_once(log, lora, tmp_path):
 def test_all_samples_of_a_step_open_its_checkpoint_once(log, tmp_path):
     run = read_run(Path(shutil.copytree(GOLDEN_JOBS / "prompts", tmp_path / "prompts")))
     step = max(run.checkpoints)
+    log.clear()
     samples = plan_samples(run, step, base_model=str(TINY_BASE))
     assert len(samples) > 1
     library = AdapterLibrary()

@@ -1,4 +1,4 @@
-"""Adapters in memory: what stays there, what is read ahead, and several threads."""
+"""The cache of adapters in memory: eviction, prefetching, several threads."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from fidelora.errors import AdapterChangedError, AdapterNotFoundError, WeightsFi
 
 NUMBERS = 2 * 64 * 64
 SIZE = 4 * NUMBERS
-"""Of each adapter here, in memory."""
+"""Size of each adapter of this module in memory."""
 DEADLINE_S = 60.0
-"""That only a failure reaches."""
+"""Reached only by failures."""
 
 
 class Reads:
@@ -67,12 +67,12 @@ def adapter_file(folder: Path, name: str, number: int, dtype: torch.dtype = torc
 
 
 def names(library: AdapterLibrary, refs: list[AdapterRef]) -> str:
-    """Of those that are in memory."""
+    """Return the names of the adapters in memory, joined."""
     return "".join(ref.name for ref in refs if ref.sha256 in library.loaded())
 
 
 class Started:
-    """A call on a thread of its own."""
+    """A call in a thread of its own."""
 
     def __init__(self, call: Callable[[], Any]) -> None:
         self._result: list[Any] = []
@@ -186,7 +186,7 @@ def test_prefetching_drops_the_least_recently_used_but_nothing_pinned(refs):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("room", [0, -1])
 def test_what_does_not_fit_beside_the_pinned_ones_is_not_read(tmp_path, refs, reads, dtype, room):
-    """Files of half precision are twice as large in memory."""
+    """Half-precision files take twice their size in memory."""
     library = AdapterLibrary(2 * SIZE + room)
     wanted = reference(adapter_file(tmp_path, "wanted", 1, dtype))
     library.get(refs[0])
@@ -208,7 +208,7 @@ def test_what_does_not_fit_any_more_when_it_was_read_is_not_kept(refs, reads):
 
 
 def test_an_adapter_read_ahead_is_the_next_to_stay(refs):
-    """One that is in memory already counts as used: it is needed next."""
+    """Prefetching counts as use, because the adapter is needed next."""
     library = AdapterLibrary(2 * SIZE)
     for ref in refs[:2]:
         library.get(ref)
@@ -266,7 +266,7 @@ def test_threads_that_want_the_same_adapter_read_it_once(refs, reads, monkeypatc
 
 
 def test_who_waited_for_a_reader_that_failed_tries_it_himself(tmp_path, refs, reads):
-    """His reference may know another place of the same bytes."""
+    """Its reference may have another path with the same bytes."""
     library = AdapterLibrary()
     reading, waiting = threading.Event(), threading.Event()
     elsewhere = replace(refs[0], path=tmp_path / "elsewhere.safetensors")

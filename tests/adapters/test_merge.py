@@ -1,4 +1,4 @@
-"""Adapters into the weights and out again, to the bit."""
+"""Merging of adapters and their removal are exact to the bit."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_thousand_random_switches_leave_no_trace(dtype):
 def test_the_first_adapters_are_merged_without_writing_pristine_weights(
     monkeypatch,
 ):
-    """What loading leaves in the weights does not matter: here it is NaN, in place of whatever was in memory."""
+    """Weights are uninitialised after loading; here they are filled with NaN."""
     monkeypatch.setattr(
         torch, "empty_like", lambda like, dtype: torch.full_like(like, torch.nan, dtype=dtype)
     )
@@ -241,7 +241,7 @@ def test_a_shape_that_does_not_fit_is_named_with_both_shapes(tmp_path):
     }
     with pytest.raises(
         AdapterMismatchError,
-        match=r"made for \[16, 9, 3, 3\] where the base model has \[16, 4, 3, 3\]",
+        match=r"has the shape \[16, 9, 3, 3\], the base model's is \[16, 4, 3, 3\]",
     ):
         fresh_base().targets.bind(read_adapter(save_adapter(tmp_path / "a.safetensors", tensors)))
 
@@ -321,7 +321,7 @@ def test_weights_restored_from_another_precision_are_the_loaded_ones(tmp_path, s
     not Path("/proc/self/maps").exists(), reason="what is mapped can be read on Linux"
 )
 def test_pristine_weights_cost_no_memory_of_the_process():
-    """They are the file's own pages, and no copy is kept of a weight that was merged into."""
+    """Pristine weights are pages of the file; no copy of a merged weight is kept."""
     base = fresh_base()
     lora = base.targets.bind(read_adapter(LORA))
     kept = {name: target.pristine for name, target in base.targets.by_name.items()}

@@ -1,7 +1,8 @@
-"""The order of operations, to the bit, with numbers that no order leaves alone.
+"""The order of operations, to the bit, with numbers for which it matters.
 
-The golden jobs have scales and multipliers that are powers of two or nearly so, where every order gives the same bits. Each test
-here first shows that another order gives other bits, so that it can fail.
+The golden jobs have scales and multipliers that are powers of two or nearly so, where every order
+gives the same bits. Each test here first shows that another order gives other bits, so that it can
+fail.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def test_a_merged_convolution_is_its_own_convolution():
 @pytest.mark.parametrize("same", [True, False], ids=["as matrices", "as a convolution"])
 @pytest.mark.parametrize("rank", [1, 4, 5, 16, 33])
 def test_a_merged_convolution_has_the_bits_of_a_convolution_either_way(monkeypatch, rank, same):
-    """The product of matrices is only used where it was seen to give the same; here, where it is used, and where it is not."""
+    """Matrix products are used only if they were tried and gave the same bits; here both cases."""
     down, up, weight = (
         torch.randn(rank, 40, 3, 3),
         torch.randn(72, rank, 1, 1),
@@ -54,7 +55,7 @@ def test_a_merged_convolution_has_the_bits_of_a_convolution_either_way(monkeypat
     )
     expected = weight + functional.conv2d(down.permute(1, 0, 2, 3), up).permute(1, 0, 2, 3)
     if not same:
-        monkeypatch.setattr(deltas, "_rows_give_the_same", lambda *shapes: False)
+        monkeypatch.setattr(deltas, "_row_products_match", lambda *shapes: False)
     assert torch.equal(merged(LoraDelta(1.0, down, up), weight, 1.0), expected)
 
 

@@ -143,10 +143,10 @@ def test_an_unwritable_folder_is_reported_before_generating(fidelora, tmp_path, 
     for out in ("file", "file/below/a.png"):
         code, _, err = fidelora("generate", "a ball", "--out", out, *SMALL)
         assert code == 1
-        assert "Nothing can be written to the folder" in one_sentence(err)
+        assert "is not writable" in one_sentence(err)
     code, _, err = fidelora("demo", "--device", "cpu", "--out", "file")
     assert code == 1
-    assert "Nothing can be written to the folder" in one_sentence(err)
+    assert "is not writable" in one_sentence(err)
 
 
 def test_a_file_name_may_end_like_a_multiplier(fidelora, tmp_path):

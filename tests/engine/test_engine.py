@@ -380,7 +380,7 @@ def test_an_autocast_around_the_caller_has_no_say(engine):
 def test_an_image_from_inside_an_image_is_refused_and_does_not_hang(engine):
     recipe = Recipe(prompt="a ball", **SMALL)
     expected = pixels(engine, recipe)
-    with pytest.raises(EngineBusyError, match="from inside it"):
+    with pytest.raises(EngineBusyError, match="from inside `on_step`"):
         engine.generate(recipe, lambda _: engine.load(recipe))
     assert pixels(engine, recipe) == expected
 

@@ -142,7 +142,7 @@ def test_a_relative_of_the_model(examined):
 def test_shapes_that_make_no_lora(examined):
     found = examined(lora(SELF) | {f"{SELF[0]}.lora_up.weight": torch.ones(320, 5)})
     assert codes(found) == [("unusable", True)]
-    assert "make no LoRA" in found.problems[0].message
+    assert "are not those of a LoRA" in found.problems[0].message
 
 
 def test_files_that_are_no_adapters(tmp_path):

@@ -551,7 +551,7 @@ def test_shapes_that_make_no_dora(tmp_path, wrong):
         "m.lora_up.weight": torch.ones(4, 2),
         "m.magnitude": torch.ones(4),
     }
-    with pytest.raises(AdapterFormatError, match="make no DoRA"):
+    with pytest.raises(AdapterFormatError, match="are not those of a DoRA"):
         read_adapter(save_adapter(tmp_path / "x.safetensors", tensors | wrong))
 
 

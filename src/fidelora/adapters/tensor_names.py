@@ -82,7 +82,7 @@ def kind_of(parts: Iterable[str]) -> str:
 
 
 def trainer_version(metadata: Mapping[str, str]) -> tuple[int, ...] | None:
-    """Return the version of AI Toolkit in the `software` metadata; None if another program wrote it."""
+    """Return the version of AI Toolkit in the `software` metadata; None for other programs."""
     try:
         software = json.loads(metadata.get("software", "null"))
         if software["name"] != "ai-toolkit":
