@@ -23,7 +23,7 @@ from fidelora.errors import (
     WeightsFileError,
 )
 from fidelora.families import get_family
-from fidelora.recipe import AdapterRef, Recipe, may_share_batch, replace_trigger
+from fidelora.recipe import AdapterRef, Recipe, may_share_batch, replace_trigger, short_name
 
 SD15_BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SAMPLERS = list(get_family("sd15").samplers)
@@ -35,6 +35,7 @@ FULL: dict[str, Any] = {
     "negative_prompt": "blurry\n",
     "model": "sd15",
     "base_model": "models/base.safetensors",
+    "base_sha256": "",
     "variant": "fp16",
     "config": "elsewhere",
     "vae": "own/vae@main",
@@ -55,13 +56,13 @@ FULL: dict[str, Any] = {
     "negative_prompt_2": None,
     "guidance_rescale": 0.0,
 }
-"""Every field, none with its default except the last three.
+"""Every field, none with its default except `base_sha256` and the last three.
 
-Live adapters need `fidelity` "exact", and the other two were added later.
+Live adapters need `fidelity` "exact", and the other three were added later.
 """
 
-# Digests recorded when format 1 was made. Files contain them, so they may only change together with
-# `FORMAT`.
+# Digests recorded when format 1 was made, which had no `base_sha256`. Files contain them, so they
+# must never change.
 DEFAULT_DIGEST = "fb2214fee74cf0b782f0979f0c447f9c5ceb5278ea1978ab6f5fe6871a665653"
 FULL_DIGEST = "dff7a402c35dccbd0254339b6486cfb74bccbb1ba0d93103824d55ad869dc841"
 
@@ -84,6 +85,7 @@ def test_a_recipe_of_only_a_prompt_is_complete():
         negative_prompt="",
         model="sd15",
         base_model=SD15_BASE,
+        base_sha256="",
         variant="",
         vae="",
         width=512,
@@ -308,6 +310,7 @@ RECIPES = st.builds(
     prompt=WORDS,
     negative_prompt=WORDS,
     base_model=WORDS,
+    base_sha256=st.sampled_from(["", "0123456789abcdef" * 4]),
     variant=WORDS,
     vae=WORDS,
     width=st.integers(64, 4096),
@@ -334,8 +337,14 @@ RECIPES = st.builds(
 @given(recipe=RECIPES)
 def test_any_recipe_comes_back_from_json(recipe):
     again = Recipe.from_json(recipe.to_json())
-    assert again == recipe
-    assert again.digest == recipe.digest
+    stored = Recipe.from_dict(json.loads(json.dumps(recipe.to_dict(paths=True))))
+    assert stored == recipe
+    assert stored.digest == recipe.digest
+    assert stored.base_model == recipe.base_model
+    if recipe.base_sha256:
+        assert again == recipe
+        assert again.digest == recipe.digest
+    assert again.to_json() == recipe.to_json()
     assert [ref.name for ref in again.adapters] == [ref.name for ref in recipe.adapters]
     assert "\n" not in recipe.to_json()
 
@@ -348,12 +357,13 @@ def test_a_recipe_made_again_from_its_own_fields_is_the_same(recipe):
 
 def test_the_json_form_is_this_one():
     assert json.loads(Recipe(**FULL).to_json()) == {
-        "format": 1,
+        "format": 2,
         **{
             name: value
             for name, value in FULL.items()
             if name not in ("negative_prompt_2", "guidance_rescale")
         },
+        "base_model": "base.safetensors",
         "adapters": [
             {"sha256": "0123456789abcdef" * 4, "multiplier": 0.75, "name": "style"},
             {"sha256": "f" * 64, "multiplier": -2.0, "name": ""},
@@ -380,15 +390,15 @@ def test_json_that_is_no_object_is_refused(text):
         Recipe.from_json(text)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None, True, 1.0, []])
+@pytest.mark.parametrize("version", [0, 3, "1", None, True, 1.0, []])
 def test_another_format_is_refused(version):
-    with pytest.raises(RecipeError, match="format is not 1, the one that this version") as raised:
+    with pytest.raises(RecipeError, match="reads recipes of the formats 1 to 2") as raised:
         Recipe.from_dict(plain_with(format=version))
     assert raised.value.field == "format"
 
 
 def test_a_recipe_without_format_is_refused():
-    with pytest.raises(RecipeError, match="format is not 1"):
+    with pytest.raises(RecipeError, match="reads recipes of the formats 1 to 2"):
         Recipe.from_dict({name: value for name, value in PLAIN.items() if name != "format"})
 
 
@@ -454,12 +464,99 @@ def test_the_dictionary_that_is_read_is_not_changed():
     assert plain == PLAIN
 
 
+# --- the base model -----------------------------------------------------------------------------
+
+FORMAT_1 = {
+    "format": 1,
+    "prompt": "a red ball",
+    "negative_prompt": "",
+    "model": "sd15",
+    "base_model": "/home/me/base",
+    "variant": "",
+    "config": "",
+    "vae": "",
+    "width": 512,
+    "height": 512,
+    "steps": 25,
+    "guidance_scale": 6.0,
+    "seed": 42,
+    "sampler": "ddpm",
+    "prediction": "epsilon",
+    "adapters": [],
+    "adapter_mode": "merged",
+    "noise": "modern",
+    "dtype": "float32",
+    "vae_dtype": "float32",
+    "text_encoder_dtype": "float32",
+    "fidelity": "exact",
+}
+"""A recipe in an image of an older version, which contained the path of the base model."""
+
+
+def test_a_recipe_of_format_1_has_its_digest_and_no_hash():
+    recipe = Recipe.from_dict(FORMAT_1)
+    plain = {name: value for name, value in FORMAT_1.items() if name != "fidelity"}
+    canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    assert recipe.digest == hashlib.sha256(canonical.encode()).hexdigest()
+    assert (recipe.base_model, recipe.base_sha256) == ("/home/me/base", "")
+
+
+@pytest.mark.parametrize(
+    ("location", "name"),
+    [
+        ("", ""),
+        ("/home/me/bases/tiny-sd15", "tiny-sd15"),
+        ("/home/me/bases/tiny-sd15/", "tiny-sd15"),
+        ("~/base.safetensors", "base.safetensors"),
+        ("bases/base.SafeTensors", "base.SafeTensors"),
+        ("./bases/mine", "mine"),
+        ("a/b/c", "c"),
+        ("C:\\bases\\mine", "mine"),
+        ("owner/name", "owner/name"),
+        ("owner/name@refs/pr/1", "owner/name@refs/pr/1"),
+        ("fidelora:miniature", "fidelora:miniature"),
+    ],
+)
+def test_a_location_is_shortened_to_its_name(location, name):
+    assert short_name(location) == name
+
+
+def test_no_path_of_this_machine_is_told():
+    paths: dict[str, Any] = {
+        "base_model": "/home/me/base",
+        "vae": "/home/me/v.safetensors",
+        "config": "/home/me/c",
+    }
+    recipe = Recipe(prompt="", base_sha256="ab" * 32, **paths)
+    assert "/home" not in recipe.to_json()
+    assert "/home" not in repr(Recipe.from_json(recipe.to_json()))
+
+
+@pytest.mark.parametrize("name", ["base_model", "variant", "config", "vae"])
+def test_a_base_model_of_known_content_may_lie_anywhere(name):
+    here = Recipe(prompt="", base_sha256="ab" * 32)
+    change: dict[str, Any] = {name: "elsewhere"}
+    there = dataclasses.replace(here, **change)
+    assert there == here
+    assert there.digest == here.digest
+    assert hash(there) == hash(here)
+    assert dataclasses.replace(there, base_sha256="cd" * 32) != there
+
+
+@pytest.mark.parametrize("value", ["ab", "AB" * 32, 5, None, "ab" * 33])
+def test_a_hash_of_a_base_model_is_a_sha256(value):
+    with pytest.raises(RecipeError, match="base_sha256") as raised:
+        Recipe(prompt="", base_sha256=value)
+    assert raised.value.field == "base_sha256"
+
+
 # --- digest -------------------------------------------------------------------------------------
 
 OTHER_VALUES = {
     "prompt": "a blue ball",
     "negative_prompt": "blurry",
     "base_model": "another/base",
+    "base_sha256": "ab" * 32,
     "variant": "fp16",
     "config": "elsewhere",
     "vae": "another/vae",

@@ -61,7 +61,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 def short_name(location: str) -> str:
     """Return the last component of a path; hub ids and names of bundled models stay as they are."""
-    if _HUB_ID.fullmatch(location) and not location.startswith("."):
+    is_file = location.lower().endswith(".safetensors")
+    if _HUB_ID.fullmatch(location) and not location.startswith(".") and not is_file:
         return location
     return re.split(r"[/\\]", location.rstrip("/\\"))[-1]
 

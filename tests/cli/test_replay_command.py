@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
-from tests.support import LORA, LORA_CONV, TINY_BASE
+from tests.support import LORA, LORA_CONV, TINY_BASE, change_weights, copy_base
 
 from fidelora import AdapterRef, Engine, Recipe, read_record
 from fidelora.recipe import file_sha256
@@ -132,10 +132,7 @@ def test_changes_of_the_recipe_are_reported(fidelora, image, tmp_path):
         *CPU,
     )
     document = json.loads(out)
-    assert document["changes"] == {
-        "base_model": {"was": str(TINY_BASE), "now": str(base)},
-        "fidelity": {"was": "exact", "now": "fast"},
-    }
+    assert document["changes"] == {"fidelity": {"was": "exact", "now": "fast"}}, "same content"
     assert "warning: fidelity is 'fast' instead of 'exact'." in err
     assert (document["source"], document["recipe"]["fidelity"], document["ignored"]) == (
         "fidelora",
@@ -144,6 +141,45 @@ def test_changes_of_the_recipe_are_reported(fidelora, image, tmp_path):
     )
     assert document["identical"] is (document["comparison"]["max_difference"] == 0)
     assert code == (0 if document["identical"] else 1)
+
+
+def test_the_base_model_is_found_by_its_content(fidelora, made, tmp_path, monkeypatch):
+    """An image has no path; the base model may have moved if it was used there."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    image = made.save(tmp_path / "ball.png")
+    record = read_record(image)
+    assert record["recipe"]["base_model"] == TINY_BASE.name
+    assert str(TINY_BASE.parent) not in json.dumps(record)
+    arguments = ("replay", str(image), "--compare", *LORAS, *CPU)
+    code, _, err = fidelora(*arguments)
+    assert code == 2
+    assert f"sha256 {record['recipe']['base_sha256'][:12]} and was not used on" in err
+    moved = copy_base(tmp_path)
+    code, _, err = fidelora(*arguments, "--base-model", str(moved))
+    assert (code, "instead of" in err) == (0, False)
+    code, out, _ = fidelora(*arguments)
+    assert (code, "identical" in out.lower()) == (0, True)
+
+
+def test_another_base_model_is_used_only_on_request(fidelora, made, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    image = made.save(tmp_path / "ball.png")
+    other = copy_base(tmp_path)
+    change_weights(
+        other / "unet" / "diffusion_pytorch_model.safetensors",
+        lambda tensors: {name: tensor * 1.1 for name, tensor in tensors.items()},
+    )
+    monkeypatch.chdir(tmp_path)
+    other.rename(tmp_path / TINY_BASE.name)
+    arguments = ("replay", str(image), *LORAS, *CPU)
+    code, _, err = fidelora(*arguments)
+    assert code == 2
+    assert "but the one found here has sha256" in err
+    code, out, err = fidelora(*arguments, "--base-model", TINY_BASE.name, "--json")
+    assert code == 0
+    change = json.loads(out)["changes"]["base_sha256"]
+    assert change["was"] == made.recipe.base_sha256 != change["now"]
+    assert "warning: base_sha256 is" in err
 
 
 def test_missing_loras_are_listed_with_their_hashes(fidelora, image, tmp_path):

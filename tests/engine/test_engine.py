@@ -29,6 +29,7 @@ from fidelora.errors import (
     AdapterChangedError,
     AdapterMismatchError,
     AdapterNotFoundError,
+    BaseModelChangedError,
     DeviceError,
     EngineBusyError,
     GenerationCancelled,
@@ -334,6 +335,33 @@ def test_bases_stay_as_long_as_they_fit_into_the_budget(tmp_path):
     for recipe in recipes[:2]:
         small.load(recipe)
     assert [key.base_model for key in small._models.models] == [bases[1]]
+
+
+def test_an_image_names_its_base_model_by_content(tmp_path):
+    engine = Engine(device="cpu")
+    first = engine.generate(Recipe(prompt="a ball", **SMALL)).recipe
+    copy = replace(first, base_model=str(copy_base(tmp_path)), base_sha256="")
+    assert engine.generate(copy).recipe == first
+    assert engine.generate(first).recipe == first
+    with pytest.raises(
+        BaseModelChangedError, match=f"sha256 abababababab, but .*{first.base_sha256[:12]}"
+    ):
+        engine.generate(replace(first, base_sha256="ab" * 32))
+
+
+def test_an_overwritten_base_is_not_used_for_a_recipe_of_the_old_one(tmp_path):
+    base = copy_base(tmp_path)
+    engine = Engine(device="cpu")
+    old = engine.generate(Recipe(prompt="a ball", **{**SMALL, "base_model": str(base)})).recipe
+    change_weights(
+        base / "vae" / "diffusion_pytorch_model.safetensors",
+        lambda tensors: {name: tensor * 1.1 for name, tensor in tensors.items()},
+    )
+    with pytest.raises(BaseModelChangedError):
+        engine.generate(old)
+    new = engine.generate(replace(old, base_sha256="")).recipe
+    assert new.base_sha256 not in ("", old.base_sha256)
+    assert engine.generate(new).recipe == new
 
 
 @pytest.mark.parametrize(

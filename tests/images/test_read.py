@@ -32,6 +32,7 @@ ENVIRONMENT = {"fidelora": "1.2.3", "device": "cpu"}
 RECIPE = Recipe(
     prompt='süß 🙂 "a ball"\nin two lines',
     negative_prompt="blurry, bad",
+    base_sha256="0123456789abcdef" * 4,
     width=64,
     height=72,
     sampler="k_dpmsolver++",

@@ -14,19 +14,35 @@ import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from tests.server.http_support import ByHand, an_image, client_of, context_in, listening, pixels
+from tests.server.http_support import (
+    MINIMAL,
+    SERVER_DEFAULTS,
+    ByHand,
+    an_image,
+    client_of,
+    context_in,
+    listening,
+    pixels,
+    settings_for,
+)
 from tests.server.serve_support import IMAGES_DEADLINE_S, Server
 from tests.support import LORA, LORA_CONV, TINY_BASE
 
 from fidelora import AsyncClient, Client
 from fidelora.errors import ApiError, ImageRecordError
+from fidelora.families import get_family
 from fidelora.images.read import read_origin
 from fidelora.images.write import GeneratedImage
 from fidelora.jobs.job import Status
+from fidelora.jobs.memory import MemoryStore
 from fidelora.recipe import AdapterRef, Recipe
+from fidelora.server.app import context_with_store
 from fidelora.server.context import ServerContext
+from fidelora.weights.content import ContentHashes
+from fidelora.weights.files import BaseFiles
 
 SKS = AdapterRef.from_file(LORA, 0.5)
+TINY_SHA256 = ContentHashes().sha256_of(BaseFiles.find(get_family("sd15"), str(TINY_BASE)))
 RECIPE = Recipe(
     prompt="a <b>ball</b>",
     base_model="tiny",
@@ -146,7 +162,7 @@ def test_another_programs_image_can_be_replayed(tiny_server: Server):
     assert pixels(content).shape == (72, 64, 3)
     recipe = read_origin(content).recipe
     assert recipe is not None
-    assert (recipe.sampler, recipe.seed, recipe.base_model) == ("euler_a", 9, str(TINY_BASE))
+    assert (recipe.sampler, recipe.seed, recipe.base_model) == ("euler_a", 9, TINY_BASE.name)
 
 
 # --- jobs of Fidelora's images ------------------------------------------------------------------
@@ -197,7 +213,7 @@ def test_changes_are_listed(client, context):
     live = replace(RECIPE, adapter_mode="live", base_model="/home/me/base", variant="fp16")
     answer = send(client, image_of(live), fidelity="fast", base_model="server")
     assert answer.json()["changes"] == [
-        {"name": "base_model", "was": "/home/me/base", "now": "tiny"},
+        {"name": "base_model", "was": "base", "now": "tiny"},
         {"name": "variant", "was": "fp16", "now": ""},
         {"name": "fidelity", "was": "exact", "now": "fast"},
         {"name": "adapter_mode", "was": "live", "now": "merged"},
@@ -213,7 +229,7 @@ def test_changes_are_listed(client, context):
 
 @pytest.mark.parametrize(
     "change",
-    [{"base_model": "other/base"}, {"variant": "fp16"}, {"vae": "other/vae"}, {"config": "/etc"}],
+    [{"base_model": "other/base"}, {"variant": "fp16"}, {"vae": "other/vae"}, {"config": "etc"}],
 )
 def test_another_base_model_is_rejected(client, context, change):
     status, code, details = error(send(client, image_of(replace(RECIPE, **change))))
@@ -223,6 +239,61 @@ def test_another_base_model_is_rejected(client, context, change):
         "differs": {name: {"recipe": value, "server": "tiny" if name == "base_model" else ""}}
     }
     assert context.store.list().jobs == ()
+
+
+@pytest.fixture
+def local_client(tmp_path):
+    """A client of a server whose base model is a folder."""
+    defaults = SERVER_DEFAULTS | {"base_model": str(TINY_BASE)}
+    context = context_with_store(
+        MemoryStore(), settings_for(tmp_path), {"sd15": defaults}, "http://127.0.0.1:8000"
+    )
+    with client_of(context) as client:
+        yield client, context
+
+
+def test_a_job_has_the_hash_of_the_base_model_and_shows_no_path(local_client):
+    client, context = local_client
+    accepted = client.post("/v1/inference", json=MINIMAL).json()
+    (recipe,) = context.store.get(accepted["request_id"]).recipes
+    assert (recipe.base_model, recipe.base_sha256) == (str(TINY_BASE), TINY_SHA256)
+    (model,) = client.get("/sdapi/v1/sd-models").json()
+    assert model["filename"] == TINY_BASE.name
+
+
+def test_the_same_base_model_at_another_place_is_no_difference(local_client):
+    client, context = local_client
+    moved = replace(RECIPE, base_model="/mnt/x", base_sha256=TINY_SHA256)
+    body = send(client, image_of(moved)).json()
+    assert body["changes"] == []
+    assert str(TINY_BASE) not in json.dumps(body)
+    (recipe,) = context.store.get(body["request_id"]).recipes
+    assert (recipe.base_model, recipe.digest) == (str(TINY_BASE), moved.digest)
+
+
+def test_another_base_model_of_the_same_name_is_rejected(local_client):
+    client, context = local_client
+    other = replace(RECIPE, base_model=f"/mnt/{TINY_BASE.name}", base_sha256="ab" * 32)
+    answer = send(client, image_of(other))
+    assert error(answer)[1:] == (
+        "BASE_MODEL_DIFFERS",
+        {"differs": {"base_sha256": {"recipe": "ab" * 32, "server": TINY_SHA256}}},
+    )
+    assert "sha256 abababababab" in answer.json()["detail"]["error"]["message"]
+    assert str(TINY_BASE) not in answer.text
+    accepted = send(client, image_of(other), base_model="server").json()
+    assert accepted["changes"] == [
+        {"name": "base_sha256", "was": "ab" * 32, "now": TINY_SHA256},
+    ]
+    (recipe,) = context.store.get(accepted["request_id"]).recipes
+    assert recipe.base_sha256 == TINY_SHA256
+
+
+def test_a_worker_compares_a_base_model_that_only_the_image_identifies(client, context):
+    """The server does not know the content of a base model on the hub."""
+    body = send(client, image_of(replace(RECIPE, base_sha256=TINY_SHA256))).json()
+    (recipe,) = context.store.get(body["request_id"]).recipes
+    assert (recipe.base_model, recipe.base_sha256) == ("tiny", TINY_SHA256)
 
 
 def test_missing_adapters_are_named(client, context):

@@ -12,6 +12,7 @@ import pytest
 from tests.support import TINY_BASE, copy_base
 
 from fidelora.families import get_family
+from fidelora.recipe import LOCATIONS, file_sha256
 from fidelora.weights import content
 from fidelora.weights.content import ContentHashes
 from fidelora.weights.files import BaseFiles
@@ -25,7 +26,7 @@ WEIGHTS = [
 
 
 @pytest.fixture
-def path(tmp_path) -> Path:
+def path(tmp_path: Path) -> Path:
     return tmp_path / "cache" / "hashes.json"
 
 
@@ -33,13 +34,13 @@ def path(tmp_path) -> Path:
 def hashed(monkeypatch) -> list[Path]:
     """The files that were read to hash them."""
     files: list[Path] = []
-    original = content.file_sha256
+    original = file_sha256
 
-    def file_sha256(file: Path) -> str:
+    def counting(file: Path) -> str:
         files.append(file)
         return original(file)
 
-    monkeypatch.setattr(content, "file_sha256", file_sha256)
+    monkeypatch.setattr(content, "file_sha256", counting)
     return files
 
 
@@ -155,7 +156,7 @@ def test_hashes_of_removed_files_are_forgotten(path, tmp_path):
     hashes.sha256_of(BaseFiles.find(SD15, str(copy)))
     assert len(json.loads(path.read_bytes())["files"]) == 3
     shutil.rmtree(copy)
-    hashes.remember_location("ab" * 32, dict.fromkeys(content.LOCATIONS, ""))
+    hashes.remember_location("ab" * 32, dict.fromkeys(LOCATIONS, ""))
     assert json.loads(path.read_bytes())["files"] == {}
 
 
