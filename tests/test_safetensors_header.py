@@ -276,7 +276,7 @@ def test_a_header_that_is_no_object_is_refused(read, raw):
 
 def test_a_tensor_that_is_named_twice_is_refused(read):
     entry = json.dumps(TWO_BYTES)
-    with pytest.raises(WeightsFileError, match=r"names unet\.a twice in its header"):
+    with pytest.raises(WeightsFileError, match=r"has unet\.a twice in its header"):
         read(file_of(f'{{"unet.a": {entry}, "unet.a": {entry}}}'.encode(), b"xx"))
 
 
@@ -327,7 +327,9 @@ def test_an_unknown_dtype_is_refused_by_its_name(read, dtype):
 
 @pytest.mark.parametrize("shape", [[-1], [-1, -1], [1.0], ["1"], [None], [[1]], [True]])
 def test_a_shape_that_is_no_shape_is_refused(read, shape):
-    with pytest.raises(WeightsFileError, match=r"gives unet\.a the shape \[.*\]: it is damaged"):
+    with pytest.raises(
+        WeightsFileError, match=r"has unet\.a with the invalid shape \[.*\]: it is damaged"
+    ):
         read(file_of({"unet.a": {**TWO_BYTES, "shape": shape}}, b"xx"))
 
 
@@ -337,7 +339,7 @@ def test_a_shape_that_is_no_shape_is_refused(read, shape):
 )
 def test_a_place_that_does_not_fit_the_shape_is_refused(read, shape, at):
     with pytest.raises(
-        WeightsFileError, match=r"gives unet\.a a place in the file that does not fit its shape"
+        WeightsFileError, match=r"has unet\.a with data offsets that do not match its shape"
     ):
         read(file_of({"unet.a": {"dtype": "F16", "shape": shape, "data_offsets": at}}, b"xx"))
 

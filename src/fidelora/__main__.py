@@ -1,4 +1,4 @@
-"""`python -m fidelora` is the command line."""
+"""Entry point of `python -m fidelora`, which runs the command line."""
 
 from fidelora.cli import main
 

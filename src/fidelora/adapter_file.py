@@ -1,6 +1,6 @@
-"""Adapter files that are opened and hashed once: header, sha256 and tensors from the same bytes.
+"""Adapter files that are opened and hashed only once.
 
-Needs no torch.
+Header, sha256 and tensors therefore come from the same bytes. Does not import torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fidelora.safetensors_header import Header, read_header_bytes, refuse_pickle
 
 MAX_KEPT_BYTES = 2**30
 """Limit of the memory for the contents of all files opened with `keep="within_budget"`: enough for
-several usual LoRAs. Larger files are read a second time when their tensors are needed."""
+several LoRAs of usual size. Files that exceed it are read again when their tensors are needed."""
 
 _CHUNK_BYTES = 2**20
 
@@ -28,10 +28,10 @@ Keep = Literal["always", "within_budget", "never"]
 class AdapterFile:
     """An adapter file as it was when it was opened.
 
-    The header is parsed from the bytes that are hashed, and `take_content` returns those bytes. A
-    file that is replaced or overwritten later is harmless while its content is kept, and detected
-    by its hash when it has to be read again. Pickled or copied, it becomes None: the bytes stay in
-    the process that read them.
+    The header is parsed from the bytes that are hashed, and `take_content` returns those bytes. If
+    the file is replaced or overwritten later, this has no effect while the content is kept;
+    afterwards, the change is detected by the hash when the file is read again. Pickling or copying
+    an `AdapterFile` gives None, because the bytes stay in the process that read them.
 
     Attributes:
         path: absolute path with links resolved.
@@ -69,19 +69,19 @@ class AdapterFile:
 
         Args:
             check: called with the header before the rest of the file is read; may raise.
-            keep: keep the content in memory for `take_content`. `within_budget` keeps it if the
-                contents that were kept in this way take less than `MAX_KEPT_BYTES` together.
+            keep: when to keep the content in memory for `take_content`. `within_budget` keeps it if
+                all contents kept with this value take at most `MAX_KEPT_BYTES` together.
 
         Raises:
             AdapterNotFoundError: there is no such file.
-            WeightsFileError: it is not a sound .safetensors file, or cannot be read.
+            WeightsFileError: it is not a valid .safetensors file, or cannot be read.
             PickleRefusedError: it is a pickle.
         """
         if path.is_dir():
             raise AdapterNotFoundError(
-                f"{path} is a folder, not an adapter file; name the .safetensors file in it."
+                f"{path} is a folder, not an adapter file; give the path of a .safetensors file."
             )
-        if not path.is_file():  # excludes devices and pipes, whose reading may never end
+        if not path.is_file():  # excludes devices and pipes: reading one may never end
             raise AdapterNotFoundError(f"There is no adapter file {path}; check the path.")
         refuse_pickle(path)
         try:
@@ -115,12 +115,12 @@ class AdapterFile:
         return self._content is not None
 
     def take_content(self) -> bytes:
-        """Return the bytes that were hashed, and stop keeping them.
+        """Return the bytes that were hashed, and do not keep them any longer.
 
-        If they are not kept any more, the file is opened and hashed again.
+        If they are not kept when this is called, the file is opened and hashed again.
 
         Raises:
-            AdapterChangedError: the file has other bytes now.
+            AdapterChangedError: the file's content has changed.
             AdapterNotFoundError, WeightsFileError: see `open`.
         """
         content, self._content = self._content, None
@@ -132,7 +132,7 @@ class AdapterFile:
         return content
 
     def drop_content(self) -> None:
-        """Stop keeping the content, for example because the tensors are in memory already."""
+        """Free the memory of the content, for example because the tensors are already loaded."""
         self._content = None
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
@@ -150,8 +150,8 @@ def file_version(status: os.stat_result) -> tuple[int, int, int, int]:
 def changed_error(name: str, found: str, expected: str) -> AdapterChangedError:
     """Return the error for a file whose sha256 is not the one of the recipe."""
     return AdapterChangedError(
-        f"{name} has other bytes now (sha256 {found[:12]}...) than the recipe refers to "
-        f"({expected[:12]}...); make a new recipe from the file, or restore the old file."
+        f"{name} has changed: its sha256 is {found[:12]}..., but the recipe refers to "
+        f"{expected[:12]}...; make a new recipe from the file, or restore the old file."
     )
 
 
@@ -174,7 +174,7 @@ def _whole(file: BinaryIO, header: Header, header_bytes: bytes, name: str) -> by
 
 
 def _hash_rest(file: BinaryIO, header: Header, header_bytes: bytes, name: str) -> str:
-    """Return the sha256 of the header and of what follows it; `file` is behind the header."""
+    """Return the sha256 of the whole file; the position of `file` is just after the header."""
     digest, size_bytes = hashlib.sha256(header_bytes), len(header_bytes)
     while chunk := file.read(_CHUNK_BYTES):
         digest.update(chunk)
@@ -185,4 +185,6 @@ def _hash_rest(file: BinaryIO, header: Header, header_bytes: bytes, name: str) -
 
 
 def _changed_while_read(name: str) -> WeightsFileError:
-    return WeightsFileError(f"{name} changed while it was read; try again once it is complete.")
+    return WeightsFileError(
+        f"{name} changed while it was read; try again when the file is complete."
+    )

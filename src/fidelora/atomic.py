@@ -10,14 +10,14 @@ from pathlib import Path
 from fidelora.errors import OutputError
 
 _PREFIX, _SUFFIX = ".fidelora-", ".part"
-_STALE_S = 24 * 3600.0  # no write takes that long
+_STALE_S = 24 * 3600.0  # seconds; no write takes that long
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder for output, with its parents, and check that files can be written there.
+    """Create an output folder and its parents, and check that files can be written there.
 
     Raises:
-        OutputError: the folder cannot be made, or is not writable.
+        OutputError: the folder cannot be created, or is not writable.
     """
     probe = folder / temporary_name()
     try:
@@ -39,20 +39,20 @@ def remove_stale_temporaries(folder: Path) -> None:
 
 
 def temporary_name() -> str:
-    """Return a name for an unfinished file, which `remove_stale_temporaries` recognises."""
+    """Return a name for an unfinished file that `remove_stale_temporaries` recognises."""
     return f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` to `path` so that neither a reader nor a crash finds a part of it.
+    """Write `content` to `path` so that the file is never incomplete, even after a crash.
 
     Raises:
-        OutputError: it cannot be written (no such folder, no permission, disk full); no unfinished
-            file is left behind.
+        OutputError: the file cannot be written (no such folder, no permission, disk full); no
+            unfinished file is left behind.
     """
     temporary = path.parent / temporary_name()
     try:
-        # Not `tempfile`: its files are private to their owner; this one gets the usual permissions.
+        # `tempfile` would restrict the file to its owner; this file gets the usual permissions.
         with os.fdopen(
             os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666), "wb"
         ) as file:
@@ -72,7 +72,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         _sync_folder(path.parent)
     except OSError as error:
         raise OutputError(
-            f"{path} was written, but its folder could not be made durable: {_reason(error)}."
+            f"{path} was written, but its folder could not be synced to disk: {_reason(error)}."
         ) from error
 
 
@@ -80,7 +80,7 @@ def _remove(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
     except (OSError, ValueError):
-        return  # a file that could not be made cannot be removed; the caller has the reason
+        return  # the caller raises the error of the write
 
 
 def _reason(error: OSError | ValueError) -> str:
@@ -88,7 +88,7 @@ def _reason(error: OSError | ValueError) -> str:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the new name durable, where folders can be opened for that (not on Windows)."""
+    """Sync a folder to disk, so that a new file name survives a crash; not done on Windows."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:

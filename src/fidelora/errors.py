@@ -1,8 +1,8 @@
-"""All errors that Fidelora raises on purpose, in one tree.
+"""All errors that Fidelora raises on purpose, in one class hierarchy.
 
 The docstring of a class is its default message. This module does not depend on HTTP, exit codes or
-logging: the command line and the server each translate the tree in one place. `WrongUseError` and
-its subclasses mean that the request has to change; all others mean that something outside the
+logging: the command line and the server each translate errors in one place. `WrongUseError` and its
+subclasses mean that the request has to change; all other errors mean that something outside the
 request (a file, a device, a disk) is missing, invalid or failing.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 
 def some(names: Sequence[str], most: int = 3) -> str:
-    """Return the first names of a list for a message: `a, b, c and 12 more`."""
+    """Return the first `most` names of a list for a message: `a, b, c and 12 more`."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
 
@@ -51,7 +51,7 @@ class UnknownModelError(RecipeError):
 
 
 class UnknownSamplerError(RecipeError):
-    """The model has no sampler of this name; `fidelora models` lists the samplers of each model."""
+    """The model has no sampler with this name; `fidelora models` lists each model's samplers."""
 
 
 # --- weights files --------------------------------------------------------------------------------
@@ -99,8 +99,8 @@ class AdapterChangedError(AdapterError):
 class AdaptersMissingError(AdapterError, WrongUseError):
     """Adapters that the image was made with are not available."""
 
-    # `missing`: sha256 and name of each. A hash is shortened or empty if the image does not
-    # contain all of it.
+    # `missing`: sha256 and name of each missing adapter. A hash is shortened or empty if the image
+    # does not contain all of it.
     def __init__(
         self, message: str | None = None, *, missing: Sequence[tuple[str, str]] = ()
     ) -> None:
@@ -135,7 +135,7 @@ class AdapterExistsError(AdapterError, WrongUseError):
 
 
 class UploadNotFoundError(AdapterError, WrongUseError):
-    """There is no uploaded LoRA of this name; only uploaded files can be deleted over HTTP."""
+    """There is no uploaded LoRA with this name; only uploaded files can be deleted over HTTP."""
 
 
 class AdapterInUseError(AdapterError, WrongUseError):
@@ -187,7 +187,7 @@ class MemoryExhaustedError(FideloraError):
 
 
 class EngineBusyError(WrongUseError):
-    """The engine was called from `on_step`, while it makes an image; call it after that image."""
+    """The engine was called from `on_step`; call it after the image is finished."""
 
 
 class NumericsError(FideloraError):
@@ -270,7 +270,7 @@ class ApiKeyError(WrongUseError):
 
 
 class ImageNotFoundError(WrongUseError):
-    """The request has no such image; its result lists its images once it has succeeded."""
+    """The request has no such image; the result of a successful request lists its images."""
 
 
 class ImageGoneError(FideloraError):

@@ -1,9 +1,9 @@
-"""Header of a `.safetensors` file, read and checked before any tensor. Needs no torch.
+"""Header of a `.safetensors` file, read and checked before any tensor. Does not import torch.
 
-Format: https://github.com/huggingface/safetensors#format. The file begins with the header's length
-(8 bytes, little endian), then that many bytes of JSON, then the tensors without gaps. Everything
-that the header claims is compared with the file's size first, so that truncated downloads, web
-pages and pickles are recognised and each gets an error message of its own.
+Format: https://github.com/huggingface/safetensors#format. The file contains the header's length
+(8 bytes, little endian), then the header (JSON), then the tensors without gaps. All lengths and
+offsets in the header are first compared with the file's size, so that truncated downloads, web
+pages and pickles are recognised, and each has its own error message.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ DTYPE_BYTES: Mapping[str, int] = {
 }  # fmt: skip
 
 MAX_HEADER_BYTES = 32 * 2**20
-"""Limit of the header's length. An adapter has about 100 KB, a whole SDXL checkpoint about 300 KB;
-metadata can add a few MB to either."""
+"""Limit of the header's length. The header of an adapter has about 100 KB, that of a whole SDXL
+checkpoint about 300 KB; metadata can add a few MB."""
 MAX_TENSORS = 100_000
 
 _PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle"}
@@ -39,7 +39,7 @@ _HTML_STARTS = (b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor in the header; `dtype` in the format's spelling (`F16`, `BF16`, `F32`, ...)."""
+    """One tensor in the header; `dtype` is spelled as in the file (`F16`, `BF16`, `F32`, ...)."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -47,7 +47,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """A checked header: the tensors fill the rest of the file without gaps or overlaps."""
+    """A checked header, whose tensors fill the rest of the file without gaps or overlaps."""
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
@@ -55,9 +55,9 @@ class Header:
 
 
 def refuse_pickle(path: Path) -> None:
-    """Raise `PickleRefusedError` if the suffix of `path` is one of a pickle.
+    """Raise `PickleRefusedError` if files with the suffix of `path` are usually pickles.
 
-    `read_header` recognises pickles by their content.
+    `read_header` recognises pickles with other suffixes by their content.
     """
     if path.suffix.lower() in _PICKLE_SUFFIXES:
         raise PickleRefusedError(
@@ -67,21 +67,23 @@ def refuse_pickle(path: Path) -> None:
 
 
 def read_header(file: BinaryIO, name: str) -> Header:
-    """Read and check the header of an open file; leaves the position behind the header.
+    """Read and check the header of an open file; leave the file position after the header.
 
     Args:
         file: opened for binary reading, at any position.
         name: name of the file in error messages.
 
     Raises:
-        WeightsFileError: the file is not a sound .safetensors file; the message says what is wrong.
+        WeightsFileError: the file is not a valid .safetensors file; the message gives the reason.
         PickleRefusedError: it is a pickle under another name.
     """
     return read_header_bytes(file, name)[0]
 
 
 def read_header_bytes(file: BinaryIO, name: str) -> tuple[Header, bytes]:
-    """Do the same as `read_header`, and return the bytes that were read, length included.
+    """Read and check the header like `read_header`, and also return the bytes that were read.
+
+    The bytes include the length of the header.
 
     Raises:
         WeightsFileError: see `read_header`.
@@ -126,7 +128,7 @@ def _refuse_other_formats(start: bytes, name: str, file_bytes: int) -> None:
     if text.startswith(b"version https://git-lfs"):
         raise WeightsFileError(
             f"{name} is a Git LFS pointer, not the weights themselves; "
-            "run `git lfs pull` where it came from."
+            "run `git lfs pull` in the repository of the file."
         )
     # A header of 640 bytes begins like a pickle of protocol 2, but its ninth byte is a brace.
     if start.startswith(_PICKLE_STARTS) and start[8:9] != b"{":
@@ -146,14 +148,14 @@ def _parse(raw: bytes, name: str) -> dict[str, Any]:
         repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
         if repeated:
             raise WeightsFileError(
-                f"{name} names {', '.join(repeated[:3])} twice in its header: it is damaged; "
+                f"{name} has {', '.join(repeated[:3])} twice in its header: it is damaged; "
                 "export it again."
             )
         return dict(pairs)
 
     try:
         if not raw.startswith(b"{"):
-            raise ValueError("the format requires that the header begins with a brace")
+            raise ValueError("the header must begin with a brace")
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=without_repeats)
     except (ValueError, RecursionError) as error:
         raise WeightsFileError(
@@ -219,11 +221,11 @@ def _tensor(key: str, entry: object, name: str) -> tuple[TensorInfo, int, int]:
         )
     if not all(type(number) is int for number in (*shape, begin, end)) or min(shape, default=0) < 0:
         raise WeightsFileError(
-            f"{name} gives {key} the shape {shape}: it is damaged; export it again."
+            f"{name} has {key} with the invalid shape {shape}: it is damaged; export it again."
         )
     if not 0 <= begin <= end or end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
         raise WeightsFileError(
-            f"{name} gives {key} a position in the file that does not fit its shape: "
+            f"{name} has {key} with data offsets that do not match its shape: "
             "it is damaged; export it again."
         )
     return TensorInfo(dtype, tuple(shape)), begin, end

@@ -228,7 +228,7 @@ def test_an_adapter_that_does_not_fit_changes_nothing(tmp_path):
         "lora_unet_no_such_module.lora_up.weight": torch.zeros(16, 2),
     }
     with pytest.raises(
-        AdapterMismatchError, match="1 of 2 modules match nothing in it: lora_unet_no_such_module"
+        AdapterMismatchError, match="1 of 2 modules do not exist in it: lora_unet_no_such_module"
     ):
         base.targets.bind(read_adapter(save_adapter(tmp_path / "a.safetensors", tensors)))
     assert same(bits(base), before)

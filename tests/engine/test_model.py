@@ -102,7 +102,7 @@ def test_a_left_over_weight_is_named(tmp_path):
     base = copy_base(tmp_path)
     change_weights(base / UNET, lambda tensors: tensors | {"extra.weight": torch.zeros(2)})
     with pytest.raises(
-        BaseModelWeightsError, match=r"unet: 1 weights are left over \(extra\.weight\)"
+        BaseModelWeightsError, match=r"unet: 1 weights are unknown \(extra\.weight\)"
     ):
         load(base)
 
@@ -122,7 +122,7 @@ def test_a_text_encoder_under_names_nobody_knows_is_refused(tmp_path):
         lambda tensors: {f"transformer.{name}": tensor for name, tensor in tensors.items()},
     )
     with pytest.raises(
-        BaseModelWeightsError, match=r"52 weights are missing .* 52 weights are left over"
+        BaseModelWeightsError, match=r"52 weights are missing .* 52 weights are unknown"
     ):
         load(base)
 
@@ -401,8 +401,8 @@ def test_a_folder_without_a_tokenizer_uses_the_bundled_one(tmp_path):
             "a checkpoint of Stable Diffusion XL, not of .*: use it as model sdxl",
         ),
         ("conditioner.embedders.0.model.ln_final.weight", "the refiner of Stable Diffusion XL"),
-        ("cond_stage_model.model.ln_final.weight", "a Stable Diffusion 2 checkpoint"),
-        ("transformer.wte.weight", "its keys have no known layout"),
+        ("cond_stage_model.model.ln_final.weight", "a checkpoint of Stable Diffusion 2"),
+        ("transformer.wte.weight", "the layout of its keys is unknown"),
     ],
 )
 def test_a_checkpoint_of_another_kind_is_recognised(tmp_path, key, message):

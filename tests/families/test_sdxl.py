@@ -160,7 +160,7 @@ def test_diffusers_reads_the_same_from_that_file(tmp_path):
             "the model does not use",
         ),
         ("conditioner.embedders.1.model.extra", "the model does not use"),
-        ("conditioner.embedders.0.transformer.extra", "are left over"),
+        ("conditioner.embedders.0.transformer.extra", "are unknown"),
         ("conditioner.embedders.2.x", "the model does not use"),
     ],
 )
@@ -453,7 +453,7 @@ def test_what_the_file_says_goes_before_its_names(engine):
 def test_what_fits_neither_is_listed_as_ever(engine, tmp_path):
     path = save_adapter(tmp_path / "a.safetensors", random_lora(("lora_unet_nowhere", 8, 8)))
     with pytest.raises(
-        AdapterMismatchError, match=r"1 of 1 modules match nothing in it: lora_unet_nowhere"
+        AdapterMismatchError, match=r"1 of 1 modules do not exist in it: lora_unet_nowhere"
     ):
         engine.generate(painted(path))
 

@@ -375,7 +375,9 @@ def test_a_folder_that_cannot_be_made_durable_is_told(tmp_path, monkeypatch):
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", fails_for_folders)
-    with pytest.raises(OutputError, match="was written, but its folder could not be made durable"):
+    with pytest.raises(
+        OutputError, match="was written, but its folder could not be synced to disk"
+    ):
         write_atomically(tmp_path / "a.png", b"content")
     assert (tmp_path / "a.png").read_bytes() == b"content"
 

@@ -139,7 +139,7 @@ def test_prompts_name_files_without_folder_and_ending(root):
     }
     assert all(adapter_named_in_prompt(root, name) == path for name, path in names.items())
     with pytest.raises(
-        AdapterPlaceError, match="several adapters 'sks': name one of job/sks, other/sks"
+        AdapterPlaceError, match="several adapters 'sks'; use one of the names job/sks, other/sks"
     ):
         adapter_named_in_prompt(root, "sks")
 

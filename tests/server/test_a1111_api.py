@@ -342,7 +342,7 @@ def test_fields_without_effect_are_accepted(client, context, fields):
             "override_settings.face_restoration cannot be 1: the supported settings are",
         ),
         ({"prompt": "a (b:1.2)"}, "changes word weights"),
-        ({"negative_prompt": "[a:b:0.5]"}, "changes words while the image is made"),
+        ({"negative_prompt": "[a:b:0.5]"}, "switches words during sampling"),
         ({"prompt": "<lora:sks:1:0.5>"}, "two multipliers"),
         ({"prompt": "<lora:sks:3>"}, "from -2 to 2"),
         ({"prompt": "<hypernet:x:1>"}, "is not a LoRA"),
@@ -391,7 +391,9 @@ def test_loras_of_one_name_are_named_with_their_folders(client, context):
         (context.settings.loras / folder).mkdir()
         shutil.copyfile(LORA, context.settings.loras / folder / "x.safetensors")
     answer = client.post("/sdapi/v1/txt2img", json={"prompt": "<lora:x:1>"})
-    assert "There are several adapters 'x': name one of a/x, b/x" in answer.json()["detail"]
+    assert (
+        "There are several adapters 'x'; use one of the names a/x, b/x" in answer.json()["detail"]
+    )
     assert [lora["name"] for lora in client.get("/sdapi/v1/loras").json()] == ["a/x", "b/x", "sks"]
     assert len(recipes_for(client, context, prompt="<lora:b/x:1>")[0].adapters) == 1
 

@@ -1,7 +1,7 @@
-"""Devices, and faster ways to compute. A model family opts in to each of them."""
+"""Devices, offloading and optimisations. A model family lists the optimisations it supports."""
 
 from typing import Literal
 
 Offload = Literal["none", "model", "sequential"]
-"""Modes of saving device memory: none; one model part on the device at a time (`model`); one layer
-at a time (`sequential`)."""
+"""Offloading modes: `none` keeps all model parts on the device, `model` moves one part at a time
+there, `sequential` one layer at a time. The latter two save device memory and cost time."""

@@ -1,7 +1,7 @@
-"""The fast path on CUDA: compiled blocks, in the memory layout of tensor cores.
+"""The fast path on CUDA: compiled blocks, and the channels-last memory layout for tensor cores.
 
-The denoiser's repeated blocks are alike, so they are compiled once. Adapters are merged into the
-tensors that the compiled code reads, so changing adapters does not recompile.
+The denoiser's repeated blocks have the same structure, so they are compiled only once. Adapters are
+merged into the tensors that the compiled code reads, so changing adapters needs no recompilation.
 
 Based on the documentation of PyTorch and diffusers. Tested on the CPU only; its speed on a GPU has
 not been measured.
@@ -19,7 +19,7 @@ _COMPILER = "inductor"
 
 
 def compile_parts(denoiser: nn.Module, others: Sequence[nn.Module]) -> None:
-    """Lay out all modules for tensor cores, and compile the denoiser's blocks on first use.
+    """Convert all modules to channels-last, and compile the denoiser's blocks on their first use.
 
     A block is compiled again for each new image size until the compiler treats sizes as variables;
     `LoadedModel.warm_up` triggers this before a request's first step.

@@ -62,8 +62,8 @@ def resolve_device(name: str) -> torch.device:
 def processor_name() -> str:
     """Return the processor's name with vendor, family and model.
 
-    Virtual machines may report a name that lacks these. The vendor matters: even with the same
-    instruction set, the matrix library uses other kernels on Intel's processors than on AMD's.
+    On virtual machines, the name alone may not identify the processor. The vendor matters: even for
+    the same instruction set, the matrix library uses different kernels on Intel and AMD processors.
     """
     linux = Path("/proc/cpuinfo")
     return (
@@ -78,12 +78,12 @@ def read_processor_name(information: Path) -> str:
         name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)
     }
     known = [f"{words} {fields[name]}" for words, name in _DISTINGUISHING.items() if name in fields]
-    details = ", ".join(known) or "more is not known"
+    details = ", ".join(known) or "details unknown"
     return f"{fields.get('model name', platform.machine())} ({details})"
 
 
 _DISTINGUISHING = {"by": "vendor_id", "family": "cpu family", "model": "model"}
-"""Maps the words in image records to the field names of `/proc/cpuinfo` on x86."""
+"""Labels in image records, and the fields of `/proc/cpuinfo` on x86 that they stand for."""
 
 
 def instruction_set() -> str:

@@ -26,13 +26,14 @@ def fast_path(family: Family, device: torch.device, offload: Offload) -> FastPat
     """
     if offload != "none":
         raise DeviceError(
-            "fast keeps the whole model on its device; use offload none, or exact with offload "
-            f"{offload}."
+            "Fidelity fast keeps the whole model on the device and does not support offloading; "
+            f"use offload none, or fidelity exact with offload {offload}."
         )
     path = _of_device(device)
     if path.value not in family.accelerations:
         raise DeviceError(
-            f"fast on {device.type} is not implemented for {family.title}; use fidelity exact."
+            f"Fidelity fast on {device.type} is not implemented for {family.title}; "
+            "use fidelity exact."
         )
     return path
 
@@ -41,9 +42,10 @@ def _of_device(device: torch.device) -> FastPath:
     if device.type == "cpu":
         if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
             raise DeviceError(
-                "This build of torch has no oneDNN, which fast on the CPU needs; use exact."
+                "This build of torch has no oneDNN, which fidelity fast needs on the CPU; "
+                "use fidelity exact."
             )
         return FastPath.PACKED
     if device.type == "cuda":
         return FastPath.COMPILED
-    raise DeviceError(f"There is no fast path on {device.type}; use exact.")
+    raise DeviceError(f"Fidelity fast is not supported on {device.type}; use fidelity exact.")

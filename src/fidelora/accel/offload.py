@@ -1,4 +1,4 @@
-"""Placement of model parts: on their device, or under hooks that move them there when called."""
+"""Placement of model parts: on their device, or with hooks that move them there when called."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from fidelora.accel import Offload
 def place_parts(
     parts: Iterable[nn.Module], device: torch.device, offload: Offload
 ) -> list[UserCpuOffloadHook]:
-    """Put parts, given in the order of use, on `device`, or add offloading hooks to them.
+    """Move parts to `device`, or add offloading hooks to them.
 
     With `sequential`, the hooks read the parts' original parameters. Adapters that are merged into
-    these later therefore take effect.
+    these parameters later therefore take effect.
+
+    Args:
+        parts: parts in the order of use.
 
     Returns:
-        hooks that move the parts back to the CPU (`model` only).
+        hooks that move the parts back to the CPU; empty unless `offload` is `model`.
     """
     hooks: list[UserCpuOffloadHook] = []
     for part in parts:

@@ -1,9 +1,10 @@
-"""The fast path on the CPU: packed weights, and attention by matrix products.
+"""The fast path on the CPU: packed weights, and attention with batched matrix products.
 
-oneDNN multiplies fastest with weights in a blocked memory layout. PyTorch converts a weight at each
-call; this module converts it once, when it is loaded or an adapter changes it. On processors that
-multiply bfloat16 natively, weights and activations are bfloat16, which halves the memory traffic
-and doubles the arithmetic throughput. Neither is bit-identical to the exact path.
+oneDNN multiplies fastest with weights in a blocked memory layout. PyTorch converts a weight to that
+layout at each call; packed modules convert it only when it is loaded or changed by an adapter. On
+processors that multiply bfloat16 natively, weights and activations are bfloat16, which halves the
+memory traffic and doubles the arithmetic throughput. Images are not bit-identical to those of the
+exact path.
 
 Packed modules replace linear and convolutional modules. Their `weight` has a shape and a dtype but
 no data; `set_weight` supplies the data.
@@ -51,7 +52,7 @@ class PackedLinear(_Packed, nn.Linear):
         self.register_parameter("bias", _own(linear.bias, dtype))
 
     def set_weight(self, write: WriteWeight) -> None:
-        """Use the weight [out, in] that `write` returns, which is copied."""
+        """Set the weight to a packed copy of the tensor [out, in] that `write` returns."""
         self._packed = torch.ops.mkldnn._reorder_linear_weight(
             write(torch.float32).to(self.weight.dtype), None
         )
@@ -63,7 +64,7 @@ class PackedLinear(_Packed, nn.Linear):
 
 
 class PackedCachedTextLinear(CachedTextProjection, PackedLinear):
-    """A packed linear module that projects each prompt once."""
+    """A packed linear module that caches its result for the last prompt."""
 
     _version = 0
 
@@ -76,9 +77,10 @@ class PackedCachedTextLinear(CachedTextProjection, PackedLinear):
 
 
 class PackedGatedLinear(PackedLinear):
-    """A packed linear module whose outputs are values and gates; returns `values * gelu(gates)`.
+    """A packed linear module with a GELU gate; returns `values * gelu(gates)`.
 
-    oneDNN applies the gate to the product while it is in registers.
+    The first half of the linear outputs are the values, the second half are the gates. oneDNN
+    multiplies the values by the gates while the values are still in registers.
     """
 
     _packed_gates: Tensor | None = None
@@ -103,7 +105,7 @@ class PackedGatedLinear(PackedLinear):
 
 
 class PackedGate(nn.Module):
-    """diffusers' `GEGLU` on a `PackedGatedLinear`."""
+    """Replacement for diffusers' `GEGLU` that uses a `PackedGatedLinear`."""
 
     def __init__(self, gate: GEGLU, dtype: torch.dtype) -> None:
         super().__init__()
@@ -126,11 +128,12 @@ class PackedConv2d(_Packed, nn.Conv2d):
             conv.dilation,
             conv.groups,
         )
-        super().__init__(*shape, bias=False, device="meta", dtype=dtype)  # type: ignore[arg-type]  # tuples are pairs here
+        # The tuples in `shape` are pairs.
+        super().__init__(*shape, bias=False, device="meta", dtype=dtype)  # type: ignore[arg-type]
         self.register_parameter("bias", _own(conv.bias, dtype))
 
     def set_weight(self, write: WriteWeight) -> None:
-        """Use the weight [out, in, height, width] that `write` returns, which is copied."""
+        """Set the weight to a packed copy of the tensor [out, in, kh, kw] that `write` returns."""
         plain = write(torch.float32).to_mkldnn(self.weight.dtype)
         self._packed = torch._C._nn.mkldnn_reorder_conv2d_weight(plain, *self._geometry)
 
@@ -150,8 +153,8 @@ class PackedConv2d(_Packed, nn.Conv2d):
 class PackedPointwise(_Packed, nn.Conv2d):
     """A packed 1x1 convolution: a linear module over the channels of each pixel.
 
-    As a convolution, its weight would be packed for one image size and converted at each call for
-    all others.
+    oneDNN would pack the weight of a convolution for one image size, and convert it at each call
+    with any other size.
     """
 
     def __init__(self, conv: nn.Conv2d, dtype: torch.dtype) -> None:
@@ -161,7 +164,7 @@ class PackedPointwise(_Packed, nn.Conv2d):
         self.register_parameter("bias", _own(conv.bias, dtype))
 
     def set_weight(self, write: WriteWeight) -> None:
-        """Use the weight [out, in, 1, 1] that `write` returns, which is copied."""
+        """Set the weight to a packed copy of the tensor [out, in, 1, 1] that `write` returns."""
         weight = write(torch.float32).flatten(1)
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.weight.dtype), None)
 
@@ -176,11 +179,11 @@ class PackedPointwise(_Packed, nn.Conv2d):
 def pack(module: nn.Module, *, adapters_follow: bool) -> None:
     """Pack the linear and convolutional modules of a part of the model.
 
-    Tensors of the modules may be mapped from a file; all of them are replaced by copies.
+    The tensors of `module` may be mapped from a file; all of them are replaced by copies.
 
     Args:
-        adapters_follow: True if weights that adapters change are set later (`set_weight`), with the
-            first adapters merged in.
+        adapters_follow: True if the packed weights are set later (`set_weight`), with the first
+            adapters merged in; False to pack the current weights now.
     """
     dtype = packed_dtype()
     for parent in list(module.modules()):
@@ -229,7 +232,10 @@ def _own(bias: Tensor | None, dtype: torch.dtype) -> nn.Parameter | None:
 
 
 def _is_plain(attn: Attention) -> bool:
-    """True if it is attention without extras, as in the transformer blocks of Stable Diffusion."""
+    """True if `attn` has no norms, residual connection or rescaling.
+
+    This is the case in the transformer blocks of Stable Diffusion.
+    """
     extras = (
         attn.group_norm,
         attn.spatial_norm,
@@ -242,7 +248,7 @@ def _is_plain(attn: Attention) -> bool:
 
 
 class BatchedAttention:
-    """Plain attention by matrix products, as a processor for diffusers' `Attention`."""
+    """Processor for diffusers' `Attention` that uses batched matrix products."""
 
     def __call__(
         self,
@@ -267,9 +273,9 @@ class BatchedAttention:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Return softmax(query @ key^T / sqrt(size)) @ value of [heads, tokens, size].
+    """Return softmax(query @ key^T / sqrt(size)) @ value; all tensors are [heads, tokens, size].
 
-    Computes as many heads, or rows of one head, at a time as `_SCORES_AT_ONCE` allows.
+    As many heads, or rows of one head, are computed at a time as `_SCORES_AT_ONCE` allows.
     """
     heads, rows, size = query.shape
     keys = key.shape[1]

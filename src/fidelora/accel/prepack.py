@@ -1,9 +1,9 @@
 """Work that the exact path does once instead of at every step, with bit-identical results.
 
 * PyTorch computes convolutions with oneDNN, which multiplies weights in a blocked memory layout.
-  PyTorch converts the weight to that layout at each call; at 256x256 that takes a sixth of the time
-  of all convolutions. Here it is converted only when it changes, with the same layout and
-  arithmetic.
+  PyTorch converts the weight to that layout at each call; at 256x256 pixels, the conversions take a
+  sixth of the time of all convolutions. Here a weight is converted only when it changes, with the
+  same layout and arithmetic.
 * The keys and values that cross-attention computes from the prompt embeddings are the same at every
   step, so they are cached.
 """
@@ -37,9 +37,10 @@ def prepack(denoiser: nn.Module) -> None:
 
 
 def _is_worth_prepacking(conv: nn.Conv2d) -> bool:
-    """True if PyTorch computes it with oneDNN after an expensive conversion of the layout.
+    """True if PyTorch computes `conv` with oneDNN and converts its weight at each call.
 
-    Measured on x86 only. oneDNN's float16 differs from PyTorch's.
+    Always False on processors other than x86, which were not measured, and in float16, where the
+    results of oneDNN differ from those of PyTorch.
     """
     if conv.kernel_size == (1, 1) or conv.groups != 1:
         return False
@@ -55,17 +56,18 @@ def _is_worth_prepacking(conv: nn.Conv2d) -> bool:
 
 
 def _usual_input(conv: nn.Conv2d) -> list[int]:
-    """Return the input shape that a weight is prepacked for.
+    """Return the shape of inputs that the weight of `conv` is prepacked for.
 
-    For inputs that need another layout, oneDNN converts the weight at each call.
+    For inputs of other shapes that need another layout, oneDNN converts the weight at each call.
     """
     return [2, conv.in_channels, 32, 32]
 
 
 def _uses_onednn(conv: nn.Conv2d, x: Tensor, weight: Tensor) -> bool:
-    """True if PyTorch uses oneDNN for `x`; it uses its own code for small single images.
+    """True if PyTorch computes `conv` of `x` with oneDNN.
 
-    Only shapes and dtypes of the tensors are used.
+    PyTorch computes small single images with its own code. Only the shapes and dtypes of `x` and
+    `weight` matter, not their values.
     """
     geometry = (conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups)
     backend: str = torch._C._select_conv_backend(x, weight, conv.bias, *geometry, None).name
@@ -77,14 +79,15 @@ class PrepackedConv2d(nn.Conv2d):
 
     Its `weight` has a shape but no data; `set_weight` supplies the data. Small single images, and
     callers of `plain_weight`, need a plain copy of the weight. That copy replaces the prepacked
-    weight until the next `set_weight`: keeping both would double the memory, and writing the copy
-    for each image costs more than it saves.
+    weight until the next `set_weight`: keeping both would double the memory, and making the copy
+    again for each image would take more time than prepacking saves.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
         shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
         options: Any = {"dilation": conv.dilation, "device": "meta", "dtype": conv.weight.dtype}
-        super().__init__(*shape, bias=False, **options)  # type: ignore[arg-type]  # tuples are pairs
+        # The tuples in `shape` are pairs.
+        super().__init__(*shape, bias=False, **options)  # type: ignore[arg-type]
         self.register_parameter("bias", cast(nn.Parameter | None, conv.bias))
         self.requires_grad_(False)
         self._shape_only = torch.empty((), dtype=conv.weight.dtype).expand(conv.weight.shape)
@@ -100,8 +103,8 @@ class PrepackedConv2d(nn.Conv2d):
         """Use the weight [out, in, height, width] that `write` returns."""
         self.release_weight()
         dtype = self.weight.dtype
-        # The prepacked weight keeps a reference to its source. So `source` is a tensor of its own
-        # that is emptied below; a view would keep the whole storage alive.
+        # The prepacked weight keeps a reference to its source. `source` is therefore a separate
+        # tensor that is emptied below; a view would keep the whole storage alive.
         source = torch.empty(0, dtype=dtype).set_(write(dtype))  # type: ignore[call-overload]
         geometry = (self.stride, self.padding, self.dilation, self.groups)
         self._prepacked = torch.ops.mkldnn_prepacked.conv2d_prepack(
@@ -114,7 +117,7 @@ class PrepackedConv2d(nn.Conv2d):
         """Return the weight in use, and keep it unpacked until the next `set_weight`."""
         if self._plain is None:
             assert self._write is not None, "the weight was released and not set again"
-            # A copy: a mapped file may be aligned differently, which changes the order of sums.
+            # Copy, because the alignment of a mapped file may differ and change the order of sums.
             self._plain, self._prepacked = self._write(self.weight.dtype).clone(), None
         return self._plain
 
@@ -130,8 +133,8 @@ class PrepackedConv2d(nn.Conv2d):
 class CachedTextProjection(nn.Module):
     """Caches the last result of a linear module whose input is the same at many consecutive calls.
 
-    Inputs are compared by identity, so an input tensor must not be changed in place. Each image has
-    tensors of its own.
+    Inputs are compared by identity, so an input tensor must not be changed in place. Every image
+    therefore has its own input tensors.
     """
 
     _cached: tuple[Tensor, int, Tensor] | None = None
@@ -148,7 +151,7 @@ class CachedTextProjection(nn.Module):
 
 
 class CachedTextLinear(CachedTextProjection, nn.Linear):
-    """A linear module that shares `linear`'s parameters and projects each prompt once."""
+    """A linear module with `linear`'s parameters that caches its result for the last prompt."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")

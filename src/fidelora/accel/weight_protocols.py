@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 WriteWeight = Callable[[torch.dtype], Tensor]
-"""Returns a weight in the requested dtype; it may be mapped from a file and must not be changed."""
+"""Function that returns a weight in the requested dtype. The tensor may be mapped from a file and
+must not be changed."""
 
 
 @runtime_checkable
@@ -25,7 +26,7 @@ class AcceptsWeight(Protocol):
 
 @runtime_checkable
 class ProvidesWeight(Protocol):
-    """A module whose `weight` has no data, and that can return the weight in plain form."""
+    """A module whose `weight` has no data, but which can return the weight as a plain tensor."""
 
     def plain_weight(self) -> Tensor:
         """Return the weight in use, which must not be changed."""

@@ -1,14 +1,14 @@
-"""Changes that adapters make to single weights, in the trainer's order of operations.
+"""Changes that adapters make to individual weights, in the trainer's order of operations.
 
-The order matters: floating-point sums and products are not associative, and images are compared to
-the bit. The trainer has two paths, and each kind of delta has both:
+The order matters: floating-point sums and products are not associative, and images must match bit
+for bit. The trainer has two paths, and each kind of delta supports both:
 
-* merged: `change` is added to the weight in float32 before the image is made (`merge.py`);
-* live (`live.py`): the delta adds to the module's output (`beside`), or the weight is changed anew
-  at each call (`live_weight`); `runs_beside` tells which.
+* merged (`merge.py`): `change` is added to the weight in float32 before the image is made;
+* live (`live.py`): the delta is added to the module's output (`beside`), or a changed weight is
+  computed at each call (`live_weight`). `runs_beside` is True for the first way.
 
-All tensors of a delta are float32 on the CPU, whatever dtype the file has, because the trainer's
-are float32 while it samples.
+All tensors of a delta are read as float32 to the CPU, whatever the dtype of the file, because the
+trainer samples with float32 adapters.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Delta(ABC):
     """Change of one weight.
 
     Attributes:
-        scale: alpha / rank, applied besides the user's multiplier.
+        scale: alpha / rank, applied in addition to the user's multiplier.
         runs_beside: True if the live path is `beside`, False if it is `live_weight`.
-        is_dora: True for a DoRA. The trainer never merges it, and its file has no alpha.
+        is_dora: True for a DoRA. The trainer never merges a DoRA, and DoRA files have no alpha.
     """
 
     scale: float
@@ -42,7 +42,7 @@ class Delta(ABC):
 
     @abstractmethod
     def shape_for(self, weight_shape: torch.Size) -> tuple[int, ...]:
-        """Return the shape of the weights that this delta fits; `weight_shape` if it fits that."""
+        """Return the weight shape that this delta fits; `weight_shape` itself if the delta fits."""
 
     @abstractmethod
     def change(self, weight: Tensor, multiplier: float) -> Tensor:
@@ -56,11 +56,11 @@ class Delta(ABC):
         """
 
     def can_change_rows(self, rows: int, device: torch.device) -> bool:
-        """Return True if `change_rows`, `rows` at a time, gives the bits of `change`."""
+        """Return True if `change_rows`, with `rows` rows per call, gives the bits of `change`."""
         return False
 
     def change_rows(self, rows: slice, multiplier: float, device: torch.device) -> Tensor:
-        """Return these rows of `change`; only if `can_change_rows`."""
+        """Return these rows of `change`. Call it only if `can_change_rows` returns True."""
         raise AssertionError("check `can_change_rows` first")
 
     def beside(
@@ -71,24 +71,27 @@ class Delta(ABC):
         multiplier: float,
         weight: Callable[[], Tensor],
     ) -> Tensor:
-        """Return `out` with the effect of this delta added; only if `runs_beside`.
+        """Return `out` with the effect of this delta added. Call it only if `runs_beside` is True.
 
         Args:
             x: input of `module`, on the device of the delta.
-            out: output of `module`, with the deltas before this one.
+            out: output of `module`, including the effects of earlier deltas.
             weight: returns the current weight of `module`.
         """
         raise AssertionError("check `runs_beside` first")
 
     def live_weight(self, weight: Tensor, multiplier: float) -> Tensor:
-        """Return `weight` with this delta added, in the dtype of the weight; unless `runs_beside`.
+        """Return `weight` with this delta added. Call it only if `runs_beside` is False.
 
-        The merged path adds in float32 instead.
+        The sum is computed in the dtype of `weight`; the merged path computes it in float32.
         """
         raise AssertionError("check `runs_beside` first")
 
     def with_alpha(self, alpha: float) -> Self:
-        """Return the same delta with this alpha if it is a DoRA; other files have their own."""
+        """Return a copy with this alpha if this is a DoRA, else the same delta.
+
+        Files of other kinds contain their alpha.
+        """
         return self
 
     @abstractmethod
@@ -116,8 +119,8 @@ class LoraDelta(Delta):
 
     def change(self, weight: Tensor, multiplier: float) -> Tensor:
         up, down = self.up.to(weight.device), self.down.to(weight.device)
-        # The trainer multiplies whole matrices (a part of a product may be summed in another
-        # order), and convolves kernels larger than 1 x 1.
+        # As in the trainer, matrices are multiplied whole, because parts of a product may be summed
+        # in another order, and kernels larger than 1 x 1 are convolved.
         is_matrix = down.shape[2:].numel() == 1
         if is_matrix or self.can_change_rows(len(up), weight.device):
             return self._scaled(_matrix_product(up, down), multiplier)
@@ -133,7 +136,7 @@ class LoraDelta(Delta):
         return self._scaled(product, multiplier)
 
     def _scaled(self, product: Tensor, multiplier: float) -> Tensor:
-        """Multiply in place and in the trainer's order; factors of 1 are left out."""
+        """Multiply `product` in place by multiplier and scale, in the trainer's order; skip 1."""
         for factor in (multiplier, self.scale):
             if factor != 1:
                 product.mul_(factor)
@@ -147,7 +150,7 @@ class LoraDelta(Delta):
         multiplier: float,
         weight: Callable[[], Tensor],
     ) -> Tensor:
-        # The trainer's order: float32 up to the multiplier, one cast to `out.dtype`, the sum.
+        # The trainer's order: scale and multiply in float32, cast to the dtype of `out`, then add.
         return out + self.low_rank_output(module, x, multiplier).to(out.dtype)
 
     def low_rank_output(self, module: Module, x: Tensor, multiplier: float) -> Tensor:
@@ -170,18 +173,18 @@ class LoraDelta(Delta):
 
 @dataclass(frozen=True, eq=False)
 class DoraDelta(LoraDelta):
-    """`up @ down`, and the length of each row of the changed weight: `magnitude` [out].
+    """`up @ down`, and `magnitude` [out], the norm of each row of the changed weight.
 
-    For linear modules only. The trainer always runs it beside the module, even where all samples
-    share one multiplier: `up(down(x)) * scale * multiplier`, like any LoRA, plus `rescaled_output`,
-    which does not use the scale (`toolkit/models/DoRA.py` of AI Toolkit 0.12).
+    Only linear modules are supported. The trainer always runs a DoRA beside the module, even if all
+    samples share one multiplier. It adds `up(down(x)) * scale * multiplier`, as for any LoRA, and
+    `rescaled_output`, which does not use the scale (`toolkit/models/DoRA.py` of AI Toolkit 0.12).
     """
 
     magnitude: Tensor
     is_dora: ClassVar[bool] = True
 
     def change(self, weight: Tensor, multiplier: float) -> Tensor:
-        # Equivalent to running beside the module, to be merged by `fast`; the trainer never does.
+        # Equal to `beside` except for rounding. Only `fast` merges a DoRA; the trainer never does.
         product = (self.up.to(weight.device) @ self.down.to(weight.device)) * multiplier
         changed = weight + product
         stretch = (
@@ -211,7 +214,7 @@ class DoraDelta(LoraDelta):
     def rescaled_output(self, weight: Tensor, x: Tensor, multiplier: float) -> Tensor:
         """Return `(magnitude / |V| - 1) * V x` in float32, without the bias.
 
-        V is `weight + multiplier * up @ down`, and |V| the length of each of its rows.
+        V is `weight + multiplier * up @ down`, and |V| is the norm of each row of V.
 
         Args:
             weight: current weight of the module, [out, in].
@@ -235,7 +238,7 @@ class DoraDelta(LoraDelta):
 
 @dataclass(frozen=True, eq=False)
 class WeightDelta(Delta):
-    """A delta that exists only as a whole weight."""
+    """Base class of deltas that are computed as a whole weight and never run beside the module."""
 
     runs_beside: ClassVar[bool] = False
 
@@ -312,14 +315,14 @@ class LohaDelta(WeightDelta):
 
 
 def scale_of(alpha: float | None, rank: int) -> float:
-    """Return alpha / rank; no alpha, or one of 0, means alpha = rank (as in the trainer)."""
+    """Return alpha / rank; as in the trainer, an alpha that is missing or 0 means alpha = rank."""
     return alpha / rank if alpha else 1.0
 
 
 def _convolved(up: Tensor, down: Tensor) -> Tensor:
-    """Return the trainer's product of kernels larger than 1 x 1, [out, in, kh, kw].
+    """Return `up @ down` for kernels larger than 1 x 1 as the trainer computes it.
 
-    It has the strides of a permuted tensor.
+    The result [out, in, kh, kw] is not contiguous: it has the strides of a permuted tensor.
     """
     return functional.conv2d(down.permute(1, 0, 2, 3), up).permute(1, 0, 2, 3)
 
@@ -333,12 +336,13 @@ def _matrix_product(up: Tensor, down: Tensor) -> Tensor:
 def _row_products_match(
     up_shape: torch.Size, down_shape: torch.Size, rows: int, threads: int
 ) -> bool:
-    """Return True if products of `rows` rows at a time have the bits of the trainer's product.
+    """Return True if products of `rows` rows at a time have the same bits as the trainer's product.
 
-    Both are sums of as many terms as the rank. Rows are faster, because a part of the result stays
-    in the CPU cache until it is added to the weight; and even the product of all rows has the
-    memory layout of the weight, which a convolution's result has not. But the library chooses the
-    order of the sums, so this tries it once per shape on this processor.
+    Every value is a sum with as many terms as the rank, but the matrix library chooses the order of
+    the terms. This function therefore compares products of random factors, once per shape on this
+    processor. Products of a few rows are faster, because the result stays in the CPU cache until it
+    is added to the weight. Even one product of all rows is faster than a convolution, whose result
+    does not have the memory layout of the weight.
 
     Args:
         threads: number of threads; the order of the sums may depend on it.
@@ -362,6 +366,6 @@ def _product_shape(factors: tuple[Tensor, ...]) -> tuple[int, ...]:
 
 
 def _unflatten(matrix_shape: tuple[int, ...], weight_shape: torch.Size) -> tuple[int, ...]:
-    """Return `weight_shape` if it flattens to [out, in * kh * kw] = `matrix_shape`, else that."""
+    """Return `weight_shape` if [out, in * kh * kw] is `matrix_shape`, else `matrix_shape`."""
     fits = matrix_shape[0] == weight_shape[0] and matrix_shape[1] == weight_shape[1:].numel()
     return tuple(weight_shape) if fits else matrix_shape

@@ -21,11 +21,14 @@ _FLOAT32_BYTES = 4
 
 
 class AdapterLibrary:
-    """Loads the adapters of recipes. Thread-safe; threads block each other only for one adapter.
+    """Loads the adapters of recipes. Thread-safe.
+
+    Threads wait for each other only if they need the same adapter.
 
     Args:
-        budget_bytes: memory for parsed adapters. Those in use (the last one, and pinned ones) are
-            kept even if they are larger. Convolution weights merged on the CPU are not counted.
+        budget_bytes: memory for parsed adapters. The most recently used adapter and pinned adapters
+            are kept even if they exceed the budget. Tensors of evicted adapters that prepacked
+            convolutions still refer to are not counted.
         folder: folder of files named `{sha256}.safetensors`, for recipes whose adapters have no
             path.
     """
@@ -36,10 +39,10 @@ class AdapterLibrary:
         self._budget_bytes = budget_bytes
         self._folder = folder
         self._paths: dict[str, Path] = {}
-        self._loaded: dict[str, Adapter] = {}  # in order of use, the last used at the end
+        self._loaded: dict[str, Adapter] = {}  # least recently used first
         self._pins: Counter[str] = Counter()
         self._read_locks: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
-        self._lock = threading.Lock()  # guards all of these; never held while a file is read
+        self._lock = threading.Lock()  # guards the fields above; never held while reading a file
 
     def add(self, path: str | Path, multiplier: float = 1.0) -> AdapterRef:
         """Load the file at `path` and remember its path, for recipes that have only the sha256.
@@ -57,11 +60,11 @@ class AdapterLibrary:
     def get(self, ref: AdapterRef) -> Adapter:
         """Return the adapter with the sha256 of `ref`, from memory or from a file.
 
-        The bytes that `ref.file` keeps are used first, then files whose hash is the same.
+        The content that `ref.file` keeps in memory is used first, then files with the same hash.
 
         Raises:
             AdapterNotFoundError: no file is known for the sha256.
-            AdapterChangedError: the file has other bytes now.
+            AdapterChangedError: the file's content has changed.
             AdapterError, WeightsFileError: see `read_adapter`.
         """
         with self._read_lock(ref.sha256):
@@ -75,7 +78,10 @@ class AdapterLibrary:
         return adapter
 
     def prefetch(self, ref: AdapterRef) -> None:
-        """Load the adapter unless it is in memory already or does not fit beside pinned ones."""
+        """Load the adapter unless it is in memory already or exceeds the budget.
+
+        Pinned adapters count towards the budget. Errors are not raised.
+        """
         try:
             with self._read_lock(ref.sha256):
                 if self._from_memory(ref.sha256) is not None or not self._fits(
@@ -87,7 +93,7 @@ class AdapterLibrary:
                     with self._lock:
                         self._keep(adapter)
         except FideloraError:
-            return  # `get` raises it once the adapter is needed
+            return  # `get` raises the same error when the adapter is needed
 
     @contextmanager
     def pinned(self, refs: Iterable[AdapterRef]) -> Iterator[None]:
@@ -108,7 +114,7 @@ class AdapterLibrary:
             return frozenset(self._loaded)
 
     def _read_lock(self, sha256: str) -> threading.Lock:
-        """Return the lock for reading this adapter; it is collected when no thread uses it."""
+        """Return the lock for reading this adapter; it is garbage-collected when no longer used."""
         with self._lock:
             return self._read_locks.setdefault(sha256, threading.Lock())
 
@@ -128,7 +134,9 @@ class AdapterLibrary:
         return kept_bytes + size_bytes <= self._budget_bytes
 
     def _paths_of(self, ref: AdapterRef) -> list[Path]:
-        """Return the known paths of these bytes that exist, or the first one if none exists.
+        """Return the existing files among the paths known for this hash.
+
+        If none of the files exists, only the first path is returned.
 
         Raises:
             AdapterNotFoundError: no path is known.
@@ -157,10 +165,10 @@ class AdapterLibrary:
         return adapter
 
     def _open(self, ref: AdapterRef) -> AdapterFile:
-        """Open the first of the known paths that has the bytes of `ref`.
+        """Open the first known file that has the sha256 of `ref`.
 
         Raises:
-            AdapterError, WeightsFileError: none has; the error is that of the first path.
+            AdapterError, WeightsFileError: no file has it; the error is that of the first path.
         """
         errors: list[FideloraError] = []
         for path in self._paths_of(ref):
@@ -181,7 +189,7 @@ class AdapterLibrary:
     def _make_room(self) -> None:
         """Evict the least recently used adapters until the rest fits into the budget.
 
-        The last one and pinned ones stay.
+        The most recently used adapter and pinned adapters are never evicted.
         """
         sizes = {sha256: adapter.size_bytes for sha256, adapter in self._loaded.items()}
         kept_bytes = sum(sizes.values())
@@ -192,7 +200,7 @@ class AdapterLibrary:
 
 
 def _kept_file(ref: AdapterRef) -> AdapterFile | None:
-    """Return `ref.file` if it keeps the content of the sha256 of `ref`."""
+    """Return `ref.file` if it has the sha256 of `ref` and keeps its content, else None."""
     file = ref.file
     return file if file and file.sha256 == ref.sha256 and file.keeps_content else None
 

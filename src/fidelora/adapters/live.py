@@ -1,4 +1,4 @@
-"""Live path: adapters run beside the base model's modules, whose weights stay as they are."""
+"""Live path: adapters run beside the base model's modules, whose weights are not changed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 def live_adapters(
     targets: Targets, adapters: Sequence[tuple[BoundAdapter, float]], device: torch.device = CPU
 ) -> Iterator[None]:
-    """Run the base model with these adapters until the block ends. Multiplier 0 skips an adapter.
+    """Apply adapters to the base model until the block ends; multiplier 0 skips an adapter.
 
     On each module, deltas that change its weight (LoKr, LoHa) are applied first, then those that
     run beside it (LoRA, DoRA); within each group the order is that of `adapters`.
@@ -42,7 +42,7 @@ def live_adapters(
 
 
 class _Hook:
-    """Forward hook that replaces a module's output by the output with its adapters."""
+    """Forward hook that returns a module's output with the adapters applied."""
 
     def __init__(self, target: Target, deltas: Sequence[tuple[Delta, float]]) -> None:
         self._target = target

@@ -1,8 +1,9 @@
-"""Merged path: adapters added into the base model's weights, and removed without rounding errors.
+"""Merged path: adapters are added to the base model's weights, and removed without rounding errors.
 
-Every change of a weight starts from the base model's file, which stays mapped: this takes no memory
-of the process, and no disk access while the file is in the system's cache. Subtracting what was
-added would leave rounding errors behind (the trainer does that, so its late samples drift).
+Whenever a weight changes, it is computed again from the base model's file. The file stays mapped,
+which needs no memory of the process, and no disk access while the file is in the page cache.
+Subtracting the old adapters instead would leave rounding errors. (The trainer subtracts, so its
+late samples drift.)
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ from fidelora.adapters.deltas import Delta
 from fidelora.adapters.targets import BoundAdapter, Target, Targets
 
 Applied = tuple[tuple[str, float], ...]
-"""(identity, multiplier) of each adapter merged into one weight, in order; empty if pristine."""
+"""(identity, multiplier) of each adapter merged into one weight, in order; empty for none."""
 
 _PART_BYTES = 8 * 2**20
-"""Size in float32 of the part of a weight that is merged at a time: small enough to stay in the CPU
-cache together with what is added to it."""
+"""Size in float32 of the rows of a weight that are merged at a time: small enough to stay in the
+CPU cache together with the changes that are added to them."""
 _ROW_MULTIPLE = 16
-"""Parts have a multiple of this many rows; products of parts that begin at other rows are more
-often summed in another order."""
+"""The number of rows merged at a time is a multiple of this. Products that begin at other rows of
+the factor more often differ from the whole product in the order of their sums."""
 
 _UNKNOWN: Applied = (("not written, or partly", 0.0),)
+"""State of a weight that is not written, or only in part; `apply` always writes it."""
 
 
 class MergedAdapters:
@@ -87,13 +89,14 @@ class MergedAdapters:
         return len(stale)
 
     def _mark_unknown(self, stale: Sequence[str]) -> None:
-        """Mark weights as unknown before they are written, so that `apply` writes them again if it
-        is interrupted or runs out of memory.
+        """Mark weights as unknown before they are written.
 
-        Modules with packed weights release their memory, all of them before the first one is
-        written and in the order of writing, so that it becomes one free block that is filled again
-        from its beginning. The C library does not reuse the gap of a single weight for one of the
-        same size, because it asks for more, to align it.
+        If `apply` is interrupted or runs out of memory, its next call then writes them again.
+
+        Modules with packed weights release their memory here: all of them before the first weight
+        is written, in the order of writing. The memory then becomes one free block, which is filled
+        again from its beginning. A gap of only one weight would not be reused for a weight of the
+        same size, because the allocation is a little larger to allow for alignment.
         """
         if stale:
             self._adapters = frozenset()
@@ -112,10 +115,10 @@ class MergedAdapters:
 
 
 class _Scratch:
-    """Buffer for the merged weight of one module with packed weights at a time.
+    """Reusable buffer for the merged weight of one packed module at a time.
 
-    It is allocated once and kept: freeing it would leave a gap between the packed weights. It must
-    not refer to modules, because they hold a reference to it.
+    The buffer is allocated once and kept, because freeing it would leave a gap between the packed
+    weights. This class must not refer to modules: they refer to it, so that would form a cycle.
     """
 
     def __init__(self, targets: Targets) -> None:
@@ -134,7 +137,10 @@ class _Scratch:
     def merged(
         self, pristine: Tensor, deltas: Sequence[tuple[Delta, float]], dtype: torch.dtype
     ) -> Tensor:
-        """Return the merged weight, valid until the next call; may be `pristine` itself."""
+        """Return the merged weight in `dtype`: `pristine` itself or the buffer.
+
+        The result is valid until the next call.
+        """
         if not deltas and pristine.dtype == dtype:
             return pristine
         weight = self._bytes[: pristine.numel() * dtype.itemsize].view(dtype).view(pristine.shape)
@@ -148,7 +154,8 @@ def merge_into(weight: Tensor, pristine: Tensor, deltas: Sequence[tuple[Delta, f
 
     Args:
         weight: [out, in] or [out, in, kh, kw], in the dtype in which the base model was loaded.
-        pristine: the same weight in the file's dtype; it is cast first, as in loading.
+        pristine: the same weight in the file's dtype; it is first cast to the dtype of `weight`, as
+            when the model is loaded.
     """
     if not deltas:
         weight.copy_(pristine)
@@ -169,15 +176,15 @@ def merge_into(weight: Tensor, pristine: Tensor, deltas: Sequence[tuple[Delta, f
 
 
 def _as_loaded(pristine: Tensor, weight: Tensor) -> Tensor:
-    """Return `pristine` rounded to the dtype of `weight`, in float32 on its device."""
+    """Return `pristine` rounded to the dtype of `weight`, as float32 on the device of `weight`."""
     return pristine.to(weight.device, weight.dtype).to(torch.float32)
 
 
 def _add(weight: Tensor, loaded: Tensor, changes: Sequence[Tensor]) -> None:
-    """Overwrite `weight` with `loaded` and the changes, added in order."""
+    """Overwrite `weight` with the sum of `loaded` and the changes, added in order."""
     merged = loaded
     for number, change in enumerate(changes, start=1):
-        # The last sum of a float32 weight is written in place; a copy would cost as much again.
+        # For a float32 weight, the last sum is written directly to it, which saves a copy.
         is_last = number == len(changes) and weight.dtype == torch.float32
         merged = torch.add(merged, change, out=weight if is_last else change)
     if merged is not weight:

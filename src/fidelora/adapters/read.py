@@ -1,4 +1,4 @@
-"""Reading of adapter files: the header (`tensor_names.py`), finite values, matching shapes."""
+"""Reading of adapter files, with checks of the header (`tensor_names.py`), values and shapes."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ class Adapter:
     Attributes:
         sha256: of the file, in hex.
         name: file name without suffix, for error messages.
-        deltas: by module name as the file spells it, in the order of the file's keys.
+        deltas: delta by module name as spelled in the file, in the order of the file's keys.
         metadata: text fields of the file.
-        alpha: given by the recipe for DoRA modules, whose files have none; None if not given.
+        alpha: alpha of DoRA modules from the recipe, because their files have none; None if the
+            recipe has none, either.
     """
 
     sha256: str
@@ -39,7 +40,7 @@ class Adapter:
         """Return the same adapter with its DoRA modules scaled by `alpha` / rank.
 
         Raises:
-            AdapterFormatError: it has none; files of every other kind contain their alpha.
+            AdapterFormatError: it has no DoRA modules; files of other kinds contain their alpha.
         """
         if not any(delta.is_dora for delta in self.deltas.values()):
             raise AdapterFormatError(
@@ -59,9 +60,9 @@ def open_adapter(path: Path) -> AdapterFile:
 
     Raises:
         AdapterNotFoundError: there is no such file.
-        WeightsFileError: not a sound .safetensors file (web page, truncated, damaged, ...).
+        WeightsFileError: not a valid .safetensors file (web page, truncated, damaged, ...).
         PickleRefusedError: it is a pickle.
-        AdapterFormatError: sound, but not an adapter of a supported kind.
+        AdapterFormatError: a valid file, but not an adapter of a supported kind.
     """
     return AdapterFile.open(path, check=lambda header: modules_of(header, path.name))
 
@@ -72,31 +73,36 @@ def read_adapter(source: Path | AdapterFile) -> Adapter:
     Raises:
         AdapterNotFoundError, WeightsFileError, PickleRefusedError, AdapterFormatError: see
             `open_adapter`.
-        AdapterChangedError: the content of `source` is not kept any more, and its file has changed.
-        NonFiniteWeightsError: NaN or infinity among its weights.
+        AdapterChangedError: the content of `source` is no longer kept, and its file has changed.
+        NonFiniteWeightsError: some weights are NaN or infinite.
     """
     file = source if isinstance(source, AdapterFile) else open_adapter(source)
     return adapter_of(file, stored_tensors(file))
 
 
 def stored_tensors(file: AdapterFile) -> dict[str, Tensor]:
-    """Return all tensors by key, in the dtype of the file; takes the file's content.
+    """Return all tensors by key, in the dtypes of the file.
+
+    `file` does not keep its content afterwards (`AdapterFile.take_content`).
 
     Raises:
-        AdapterChangedError, WeightsFileError: the content is not kept, and cannot be read again.
+        AdapterChangedError, WeightsFileError: the content is not kept and cannot be read again.
     """
     try:
         return safetensors.torch.load(file.take_content())
     except SafetensorError as error:
-        raise WeightsFileError(f"{file.name} is not a sound .safetensors file: {error}.") from error
+        raise WeightsFileError(f"{file.name} is not a valid .safetensors file: {error}.") from error
 
 
 def adapter_of(file: AdapterFile, tensors: Mapping[str, Tensor]) -> Adapter:
-    """Return the adapter in `file`, whose `stored_tensors` are `tensors`.
+    """Return the adapter that `file` contains.
+
+    Args:
+        tensors: result of `stored_tensors(file)`.
 
     Raises:
-        AdapterFormatError: it is not an adapter of a supported kind.
-        NonFiniteWeightsError: NaN or infinity among its weights.
+        AdapterFormatError: `file` is not an adapter of a supported kind.
+        NonFiniteWeightsError: some weights are NaN or infinite.
     """
     modules = modules_of(file.header, file.name)
     tensors = {key: tensor.to(torch.float32) for key, tensor in tensors.items()}
@@ -116,7 +122,8 @@ def _check_finite(
 ) -> None:
     for parts in modules.values():
         for part, key in parts.items():
-            # In whole LoKr modules the trainer stores an unused alpha of 1e10: infinite in fp16.
+            # For LoKr modules with whole factors, the trainer stores an unused alpha of 1e10, which
+            # is infinite in float16.
             if part == "alpha" and {"lokr_w1", "lokr_w2"} <= parts.keys():
                 continue
             if not torch.isfinite(tensors[key]).all():
@@ -139,7 +146,9 @@ def _delta(
         if len(whole) == 2 and (
             whole[0].dim() != 2 or whole[1].dim() != 2 or whole[0].shape[1] != whole[1].shape[0]
         ):
-            raise AdapterFormatError(f"{name} has factors at {module} that cannot be multiplied.")
+            raise AdapterFormatError(
+                f"{name} has factors of {module} that cannot be multiplied; export it again."
+            )
         return whole
 
     if kind in ("lora", "dora"):
@@ -150,15 +159,15 @@ def _delta(
             or up.shape[1:] != (down.shape[0], *[1] * (up.dim() - 2))
         ):
             raise AdapterFormatError(
-                f"{name} has shapes at {module} that are not those of a LoRA: "
+                f"{name} has shapes of {module} that are not valid for a LoRA: "
                 f"down {list(down.shape)}, up {list(up.shape)}."
             )
         if kind == "lora":
             return LoraDelta(scale_of(alpha, down.shape[0]), down, up)
         if down.dim() != 2 or tensors["magnitude"].shape != (up.shape[0],):
             raise AdapterFormatError(
-                f"{name} has shapes at {module} that are not those of a DoRA: it is supported for "
-                "linear modules, with one magnitude per output."
+                f"{name} has shapes of {module} that are not valid for a DoRA, which is supported "
+                "for linear modules only, with one magnitude per output."
             )
         return DoraDelta(scale_of(alpha, down.shape[0]), down, up, tensors["magnitude"])
     if kind == "loha":
@@ -166,7 +175,7 @@ def _delta(
         return LohaDelta(scale_of(alpha, w1_b.shape[0]), (w1_a, w1_b), (w2_a, w2_b))
     w1, w2 = factors("lokr_w1"), factors("lokr_w2")
     if w1[0].dim() != 2 or w2[0].dim() not in (2, 4):
-        raise AdapterFormatError(f"{name} has shapes at {module} that are not those of a LoKr.")
+        raise AdapterFormatError(f"{name} has shapes of {module} that are not valid for a LoKr.")
     if len(w1) == len(w2) == 1:
         # Both factors are whole: the trainer's scale is 1, and the stored alpha is unused.
         return LokrDelta(1.0, w1, w2)

@@ -1,4 +1,4 @@
-"""The weights of a base model that adapters can change, and how adapters find them."""
+"""Weights of a base model that adapters can change, and the lookup by names in adapter files."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from fidelora.weights.strict import changeable
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """One linear or convolutional module.
+    """One linear or convolutional module whose weight adapters can change.
 
     Attributes:
         name: part and path, such as `unet.conv_in`.
-        weight, bias: its parameters before offloading replaced them by placeholders. The weight of
-            a module that `AcceptsWeight` has no numbers.
-        pristine: the weight as the base model's file has it, mapped from there and in the file's
-            dtype; None for targets that only have names and shapes.
+        weight, bias: parameters of the module before offloading replaced them by placeholders. The
+            weight of a module that implements `AcceptsWeight` has no data.
+        pristine: the weight in the base model's file, mapped from the file and in its dtype; None
+            for targets that only have names and shapes.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Target:
     pristine: Tensor | None = None
 
     def numbers(self) -> Tensor:
-        """Return the weight in use, with the adapters that are merged into it."""
+        """Return the weight in use, including merged adapters."""
         module = self.module
         return module.plain_weight() if isinstance(module, ProvidesWeight) else self.weight
 
@@ -45,7 +45,7 @@ class BoundAdapter:
     """An adapter whose modules were all found in one base model.
 
     Attributes:
-        deltas: by the name of the target.
+        deltas: delta by name of its target.
         alpha: see `Adapter.alpha`.
     """
 
@@ -55,17 +55,17 @@ class BoundAdapter:
 
     @property
     def identity(self) -> str:
-        """A key for the bytes of its file and the alpha that the recipe gives it."""
+        """Key that identifies the adapter's file and the alpha from the recipe."""
         return self.sha256 if self.alpha is None else f"{self.sha256}, alpha {self.alpha!r}"
 
     @cached_property
     def components(self) -> frozenset[str]:
-        """Names of the parts of the base model that it changes."""
+        """Names of the parts of the base model that the adapter changes."""
         return frozenset(name.partition(".")[0] for name in self.deltas)
 
     @cached_property
     def is_dora(self) -> bool:
-        """True if it is a DoRA, which the trainer never merges."""
+        """True if the adapter is a DoRA, which the trainer never merges."""
         return any(delta.is_dora for delta in self.deltas.values())
 
 
@@ -79,7 +79,7 @@ class Targets:
 
     Args:
         modules: the parts of the base model by name.
-        pristine: for each part its weights by name, as the file has them; needed to merge.
+        pristine: weights of each part by name, as stored in the file; required for merging.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Targets:
         """Find the target of every module of `adapter`.
 
         Raises:
-            AdapterMismatchError: a module matches no target, or one of another shape.
+            AdapterMismatchError: a module matches no target, or its shape is not its target's.
         """
         unmatched: list[str] = []
         misshapen: list[str] = []
@@ -120,7 +120,7 @@ class Targets:
                 unmatched.append(module)
             elif delta.shape_for(target.weight.shape) != tuple(target.weight.shape):
                 has, needs = list(delta.shape_for(target.weight.shape)), list(target.weight.shape)
-                misshapen.append(f"{module} has the shape {has}, the base model's is {needs}")
+                misshapen.append(f"{module} has the shape {has} instead of {needs}")
             elif target.name in deltas:
                 unmatched.append(f"{module} (another module of the file has the same target)")
             else:
@@ -147,11 +147,11 @@ class Targets:
         total = len(adapter.deltas)
         if unmatched:
             sentences.append(
-                f"{len(unmatched)} of {total} modules match nothing in it: {some(unmatched)}"
+                f"{len(unmatched)} of {total} modules do not exist in it: {some(unmatched)}"
             )
         if misshapen:
             sentences.append(
-                f"{len(misshapen)} of {total} modules have other shapes: {some(misshapen)}"
+                f"{len(misshapen)} of {total} modules have the wrong shape: {some(misshapen)}"
             )
         return "; ".join(sentences) + ". Use it with the base model that it was trained on."
 

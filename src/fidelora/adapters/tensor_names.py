@@ -6,9 +6,10 @@ Keys are `<module>.<part>`. `targets.py` finds the base model's module; the part
   `lora_B.weight` (PEFT);
 * LoKr: `lokr_w1` or `lokr_w1_a` `lokr_w1_b`, `lokr_w2` or `lokr_w2_a` `lokr_w2_b`, `alpha`;
 * LoHa: `hada_w1_a` `hada_w1_b` `hada_w2_a` `hada_w2_b`, `alpha` (LyCORIS);
-* DoRA: `lora_down.weight`, `lora_up.weight`, `magnitude` (AI Toolkit, which writes no alpha then).
+* DoRA: `lora_down.weight`, `lora_up.weight`, `magnitude` (AI Toolkit, which stores no alpha of a
+  DoRA).
 
-Only the header is used, and no torch.
+This module uses only the header of a file, and does not import torch.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ _PARTS = {
     "hada_w2_a": "hada_w2_a", "hada_w2_b": "hada_w2_b",
 }  # fmt: skip
 
-_DORA = "which is not supported; only that of AI Toolkit (magnitude) is"
-_TUCKER = "uses the Tucker decomposition ({}), which is not supported; export it without"
+_DORA = "which is not supported; use a DoRA in the format of AI Toolkit (magnitude)"
+_TUCKER = "uses the Tucker decomposition ({}), which is not supported; export the LoRA without it"
 _REFUSED_PARTS = {
     "dora_scale": f"is a DoRA in the format of kohya and LyCORIS, {_DORA}",
     "lora_magnitude_vector": f"is a DoRA in the format of PEFT, {_DORA}",
@@ -50,7 +51,7 @@ _REFUSED_PARTS = {
     "diff": "stores weight differences (diff), which is not supported; extract a LoRA from it",
     "diff_b": "stores bias differences (diff_b), which is not supported; extract a LoRA from it",
 }
-"""Suffixes of known formats that are not supported, and the error message."""
+"""Key suffixes of known formats that are not supported, and the end of the error message."""
 
 _KINDS = {
     frozenset({"down", "up"}): "lora",
@@ -64,7 +65,9 @@ _KINDS = {
 
 
 def modules_of(header: Header, name: str) -> dict[str, dict[str, str]]:
-    """Return module -> part -> key; every key is assigned and every module is complete.
+    """Return the keys by module and part: `{module: {part: key}}`.
+
+    Every key of the file is assigned to a part, and every module is complete.
 
     Args:
         name: name of the file in error messages.
@@ -93,9 +96,9 @@ def trainer_version(metadata: Mapping[str, str]) -> tuple[int, ...] | None:
 
 
 def noise_of_trainer(metadata: Mapping[str, str]) -> Noise:
-    """Return how the trainer of this file drew half-precision noise for its samples.
+    """Return the kind of half-precision noise that the trainer of this file drew for its samples.
 
-    Trainers before 0.11.2 came with torch <= 2.11.
+    AI Toolkit before 0.11.2 came with torch <= 2.11, which draws `legacy` noise.
     """
     version = trainer_version(metadata)
     return "legacy" if version is not None and version < (0, 11, 2) else "modern"
@@ -105,18 +108,18 @@ def noise_of_file(path: Path) -> Noise:
     """Return `noise_of_trainer` for an adapter file.
 
     Raises:
-        WeightsFileError: it is not a sound .safetensors file.
+        WeightsFileError: the file is not a valid .safetensors file.
     """
     return noise_of_trainer(read_file_header(path).metadata)
 
 
 def noise_of_adapter(ref: AdapterRef) -> Noise:
-    """Return `noise_of_trainer` for an adapter, without opening its file again if `ref` has it.
+    """Return `noise_of_trainer` for an adapter; `modern` if `ref` has neither a file nor a path.
 
-    Without file and path it is `modern`.
+    The file is not opened again if `ref.file` is set.
 
     Raises:
-        WeightsFileError: its file is not a sound .safetensors file.
+        WeightsFileError: the adapter's file is not a valid .safetensors file.
     """
     if ref.file is not None and ref.file.sha256 == ref.sha256:
         return noise_of_trainer(ref.file.header.metadata)
@@ -141,7 +144,8 @@ def _check_header(header: Header, name: str) -> None:
             )
         if 0 in info.shape or (key.endswith(".alpha") and math.prod(info.shape) != 1):
             raise AdapterFormatError(
-                f"{name} gives {key} the shape {list(info.shape)}, which is not valid for it."
+                f"{name} has the tensor {key} with the shape {list(info.shape)}, which is not "
+                "valid; export it again."
             )
 
 
@@ -158,8 +162,8 @@ def _group(header: Header, name: str) -> dict[str, dict[str, str]]:
         module, part = key.removesuffix("." + suffix), _PARTS[suffix]
         if part in modules[module]:
             raise AdapterFormatError(
-                f"{name} gives {module} two tensors for the same part: "
-                f"{modules[module][part]} and {key}."
+                f"{name} has two tensors for the same part of {module}: "
+                f"{modules[module][part]} and {key}; export it again."
             )
         modules[module][part] = key
 
@@ -171,13 +175,13 @@ def _group(header: Header, name: str) -> dict[str, dict[str, str]]:
         what = (
             "is a whole model, not an adapter"
             if looks_whole
-            else "has keys of no supported adapter format"
+            else "has keys that no supported adapter format uses"
         )
         raise AdapterFormatError(f"{name} {what}: {some(unknown)}.")
     for module, parts in modules.items():
         if frozenset(parts) - {"alpha"} not in _KINDS:
             raise AdapterFormatError(
-                f"{name} is incomplete at {module}: it has only {some(sorted(parts.values()))}."
+                f"{name} is incomplete: {module} has only {some(sorted(parts.values()))}."
             )
     return dict(modules)
 
@@ -187,9 +191,9 @@ def _suffix(key: str, suffixes: Iterable[str]) -> str | None:
 
 
 def peft_alpha(metadata: Mapping[str, str], name: str) -> float | None:
-    """Return the alpha of all modules in PEFT's metadata; None if there is none (alpha = rank).
+    """Return the alpha in PEFT's metadata, which applies to all modules; None if there is none.
 
-    kohya stores one alpha per module instead.
+    None means alpha = rank. kohya stores one alpha per module instead.
 
     Raises:
         AdapterFormatError: the metadata cannot be read, or describes an unsupported variant.

@@ -23,7 +23,7 @@ class AsyncClient:
     """Client of the documented HTTP API for asyncio programs.
 
         async with AsyncClient("http://127.0.0.1:8000") as client:
-            result = await client.generate("a [trigger]", "sks.safetensors", trigger_word="sks", seed=7)
+            result = await client.generate("a [trigger]", "sks.safetensors", trigger_word="sks")
             await client.save_images(result, "pictures")
 
     The arguments are those of `Client`.

@@ -1,4 +1,4 @@
-"""Examine an adapter file, including its weights: its kind, the bases it fits, its problems."""
+"""Examine an adapter file, including its weights: kind, matching base models, problems."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _FAMILIES = {
     "Stable Diffusion 3": ("joint_blocks", "transformer_blocks_0_ff_context"),
     "Wan": ("self_attn_q", "self_attn.q"),
 }
-"""Parts of module names by model family, used only to suggest what an unusable file is for."""
+"""Parts of module names by model family, used only to suggest the model of an unusable file."""
 
 
 _NO_ALPHA = 1e10
@@ -66,9 +66,9 @@ class Examination:
     Attributes:
         summary: contents of the header.
         alphas: distinct alphas of the modules, ascending; may contain infinity.
-        model: id of the family that has the most of the adapter's modules, compared by name; empty
-            if no family has any.
-        matched: number of modules that this family has.
+        model: id of the family with the largest number of the adapter's modules, compared by name;
+            empty if no family has any of them.
+        matched: number of modules that exist in this family.
         same_shapes: number of these modules that also fit the shapes of the family's default base.
     """
 
@@ -95,7 +95,7 @@ def examine_adapter(path: Path) -> Examination:
     """
     try:
         file = AdapterFile.open(path, keep="within_budget")
-    except WeightsFileError:  # it has a hash, too, if it can be read
+    except WeightsFileError:  # a damaged file still has a hash if it can be read
         return _unusable(file_sha256(path), describe_adapter(path))
     header, summary = file.header, describe_header(file.header, path.name)
     if summary.problems:
@@ -132,7 +132,7 @@ def _unusable(sha256: str, summary: AdapterSummary) -> Examination:
 def _numbers(
     modules: Mapping[str, Mapping[str, str]], tensors: Mapping[str, Tensor]
 ) -> Iterator[Problem]:
-    """Yield problems of values: NaN, and modules without effect because a factor is zero."""
+    """Yield problems of the values: NaN, and factors of zeros, which give a module no effect."""
     factors = {
         module: [key for part, key in parts.items() if part != "alpha"]
         for module, parts in modules.items()
@@ -300,7 +300,7 @@ def _fit(
         message = (
             f"{matched - same_shapes} of {matched} modules have other shapes than in "
             f"{spec.title}. The adapter was trained on a variant (for example, "
-            "Stable Diffusion 2 has wider prompt embeddings) and fits only that."
+            "Stable Diffusion 2 has wider prompt embeddings) and fits only that variant."
         )
         yield Problem("other_base", message, True)
     elif summary.base and summary.base not in spec.adapter_base_versions:

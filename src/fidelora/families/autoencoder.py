@@ -21,9 +21,10 @@ def unscale(latents: Tensor, config: Any) -> Tensor:
 
 
 def decode(vae: Any, latents: Tensor) -> NDArray[np.uint8]:
-    """Decode unscaled `latents` [1, channels, h, w]: uint8 RGB [8h, 8w, 3].
+    """Decode unscaled `latents` [1, channels, h, w] to uint8 RGB [8h, 8w, 3].
 
-    As in the trainer, [-1, 1] becomes [0, 1] in the decoder's dtype; the rest is float32.
+    As in the trainer, values are mapped from [-1, 1] to [0, 1] in the decoder's dtype; later steps
+    are computed in float32.
 
     Raises:
         NumericsError: the model produced NaN.
@@ -36,7 +37,7 @@ def decode(vae: Any, latents: Tensor) -> NDArray[np.uint8]:
         advice = (
             "float16 overflows with some models: use bfloat16 or float32"
             if narrow
-            else "an adapter or a setting breaks it"
+            else "try it without adapters, and with default settings"
         )
         raise NumericsError(f"The model produced NaN, so there is no image; {advice}.")
     pixels: NDArray[np.uint8] = (values * 255).round().astype(np.uint8)
@@ -44,13 +45,13 @@ def decode(vae: Any, latents: Tensor) -> NDArray[np.uint8]:
 
 
 def rough_colours(latents: Tensor, colours: Sequence[Sequence[float]]) -> NDArray[np.uint8]:
-    """Return a rough picture of unfinished `latents` [channels, h, w]: uint8 RGB [h, w, 3].
+    """Return a preview of unfinished `latents` [channels, h, w] as uint8 RGB [h, w, 3].
 
     Args:
         colours: see `Family.latent_preview`.
     """
     values = latents.detach().float().cpu()
-    # Some samplers begin with noise whose standard deviation is above ten.
+    # Scale down: some samplers begin with noise whose standard deviation is above 10.
     values = values / values.std().clamp(min=1.0)
     image = torch.einsum("chw,cr->hwr", values, torch.tensor(colours))
     scaled = (image.clamp(-1, 1) + 1) * 127.5

@@ -39,13 +39,13 @@ class PromptEmbedding:
 
 
 class ClipEncoder:
-    """A CLIP text encoder with its tokenizer and a cache of the last prompt embeddings.
+    """A CLIP text encoder with its tokenizer and a cache of recent prompt embeddings.
 
     Consecutive images usually have the same negative prompt, and often the same prompt. The cache
-    does not change images: it returns the same embeddings that would be computed.
+    does not change images: cached embeddings equal newly computed ones in every bit.
 
     Args:
-        device: where the encoder computes.
+        device: device of the encoder.
         encode: `last_state` or `penultimate_state`.
     """
 
@@ -88,8 +88,9 @@ def last_state(
 ) -> PromptEmbedding:
     """Encode one prompt to the encoder's last hidden states after its final norm.
 
-    Padded and truncated to 77 tokens; no clip skip, no weighting, no attention mask. Prompts are
-    encoded one at a time, as in the trainer: a batch of two can differ in the last bit.
+    The prompt is padded or truncated to 77 tokens. Clip skip, word weights and attention masks are
+    not used. Prompts are encoded one at a time, as in the trainer: a batch of two can differ in the
+    last bit.
     """
     ids, cut = _tokens(tokenizer, encoder, prompt)
     return PromptEmbedding(encoder(ids.to(device))[0], cut)
@@ -113,7 +114,7 @@ def load_tokenizer(folder: Path | None, spec: Tokenizer, vocabulary: int | None)
     transformers accepts an empty vocabulary or missing merges without an error.
 
     Args:
-        folder: the base model's own; None loads the bundled one.
+        folder: tokenizer folder of the base model; None loads the bundled tokenizer.
         vocabulary: the number of tokens that the text encoder has embeddings for.
 
     Raises:
@@ -143,7 +144,7 @@ def load_tokenizer(folder: Path | None, spec: Tokenizer, vocabulary: int | None)
         raise BaseModelFilesError(
             f"The base model's {name} does not belong to its text encoder: it has "
             f"{len(tokenizer)} tokens instead of {vocabulary}, or tokenises {_TEST_PROMPT!r} "
-            "differently. Its files are damaged or belong to another model."
+            "differently. The files are damaged or belong to another model; download them again."
         )
     return tokenizer
 
@@ -158,9 +159,13 @@ def _tokens(tokenizer: CLIPTokenizer, encoder: Any, prompt: str) -> tuple[Tensor
 
 
 def _cut(tokenizer: CLIPTokenizer, prompt: str, length: int) -> str:
-    """Return the end of `prompt` that truncation to `length` tokens, markers included, removes."""
+    """Return the end of `prompt` that truncation removes.
+
+    Args:
+        length: number of tokens that remain, including the start and end tokens.
+    """
     offsets = tokenizer(prompt, return_offsets_mapping=True, verbose=False).offset_mapping
     if len(offsets) <= length:
         return ""
-    start, _ = offsets[length - 1]  # the first token that the end marker replaces
+    start, _ = offsets[length - 1]  # the first removed token; the end token takes its position
     return prompt[start:].strip()

@@ -1,4 +1,4 @@
-"""CLIP's tokenizer as bundled with this package, in the miniature base model.
+"""CLIP's tokenizer, which this package contains as a part of the miniature base model.
 
 All text encoders of Stable Diffusion 1.5 and SDXL have this vocabulary.
 """

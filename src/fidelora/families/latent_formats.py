@@ -1,6 +1,7 @@
-"""Linear fits from latents to colours, for rough pictures without the decoder.
+"""Linear fits from latents to colours, for previews without the decoder.
 
-One row per latent channel: the red, green and blue (-1..1) that one unit of it adds.
+Each row belongs to one latent channel: the red, green and blue (-1..1) that one unit of the channel
+adds.
 """
 
 Colours = tuple[tuple[float, float, float], ...]

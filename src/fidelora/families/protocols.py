@@ -1,4 +1,4 @@
-"""Interface of model families: three protocols, whose implementations `Family` names."""
+"""Interface of model families: three protocols. A `Family` names its implementations of them."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Guidance(NamedTuple):
 
 @dataclass(frozen=True)
 class Prompts:
-    """The texts of one image.
+    """The prompts of one image.
 
     Attributes:
-        negative: None if the denoiser evaluates no negative prompt.
-        negative_2: negative prompt of the second text encoder; None for the same.
+        negative: negative prompt; None if the denoiser does not evaluate one.
+        negative_2: negative prompt of the second text encoder; None to use `negative`.
     """
 
     prompt: str
@@ -46,10 +46,10 @@ class Prompts:
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """The prompts of one image, encoded.
+    """Encoded prompts of one image.
 
     Attributes:
-        positive, negative: conditioning in the family's own form; `negative` is None without a
+        positive, negative: conditioning in the family's own form; `negative` is None if there is no
             negative prompt.
         warnings: sentences for the user, for example that the end of a prompt was cut off.
     """
@@ -75,7 +75,7 @@ class Text(Protocol):
         """Encode the prompts of one image."""
 
     def blank(self, size: Size, *, negative: bool) -> Encoded:
-        """Return a placeholder of the right shapes, for warming up the denoiser."""
+        """Return conditioning of zeros, for warming up the denoiser."""
 
 
 class Denoiser(Protocol):
@@ -111,11 +111,11 @@ class Latents(Protocol):
         """Return the dtype of the initial noise for a recipe of `dtype`."""
 
     def decode(self, latents: Tensor, size: Size) -> NDArray[np.uint8]:
-        """Return the image of latents [1, ...]: uint8 RGB [height, width, 3].
+        """Decode latents [1, ...] to an image, uint8 RGB [height, width, 3].
 
         Raises:
             NumericsError: the model produced NaN.
         """
 
     def preview(self, latents: Tensor, size: Size) -> NDArray[np.uint8]:
-        """Return a preview of unfinished latents [...] without the decoder: uint8 RGB."""
+        """Return a preview of unfinished latents [...] as uint8 RGB, without using the decoder."""

@@ -1,7 +1,7 @@
 """Qwen3 as a text encoder: chat template, tokens, hidden states.
 
-Z-Image and FLUX.2-klein read their prompts with it. They differ in the template's `enable_thinking`
-and in which hidden states they use, so those choices belong to their own `text.py`.
+Z-Image and FLUX.2-klein use it. They differ in the template's `enable_thinking` and in the hidden
+states that they use, so each family makes these choices in its own `text.py`.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def tokenize(tokenizer: Any, prompt: str, *, enable_thinking: bool, length: int)
 def hidden_states(encoder: nn.Module, tokens: Tokens, device: torch.device) -> tuple[Tensor, ...]:
     """Return the encoder's hidden states, each [1, length, width].
 
-    The first is the embedding, the last one has the final norm; those between have no norm. The
-    padding takes part in the computation: without it the last bits would differ.
+    The first are the token embeddings, and only the last are normalised (by the final norm).
+    Padding is encoded, too, because the last bits would differ without it.
     """
     output = encoder(
         input_ids=tokens.ids.to(device),
@@ -91,7 +91,7 @@ def hidden_states(encoder: nn.Module, tokens: Tokens, device: torch.device) -> t
 
 
 def _truncated(tokenizer: Any, text: str, prompt: str, length: int) -> str:
-    """Return the part of `prompt`, as it stands in `text`, that lies behind the last token."""
+    """Return the end of `prompt` that is lost when `text`, which contains it, is truncated."""
     offsets = tokenizer(text, return_offsets_mapping=True, verbose=False).offset_mapping
     if len(offsets) <= length:
         return ""

@@ -1,7 +1,7 @@
-"""The model families by id.
+"""Registry of model families.
 
 A family of this project is a package beside this module and an entry in `_FAMILIES`. Other projects
-add a family by an entry point of the group `fidelora.families` that refers to a `Family`.
+add a family with an entry point in the group `fidelora.families` that refers to a `Family`.
 """
 
 from __future__ import annotations

@@ -54,8 +54,8 @@ class Tokenizer:
 
     Attributes:
         folder: its subfolder in a base model's folder.
-        bundled: the folder in this package that is used for single-file checkpoints, and for
-            folders without one; None if the family bundles none.
+        bundled: folder in this package for single-file checkpoints, and for base models without a
+            tokenizer; None if the family bundles no tokenizer.
         options: values that replace those in the configuration of `bundled`.
     """
 
@@ -77,13 +77,13 @@ class Part:
         precision: the recipe field with its dtype.
         adapter_prefixes: prefixes of its module names in adapter files; empty if adapters never
             change it.
-        optional_prefix: a prefix that module names have or lack, depending on the library version
-            that wrote the file.
+        optional_prefix: prefix that module names have or do not have, depending on the version of
+            the library that wrote the file.
         tokenizer: tokenizer of a text encoder; None for other parts.
         checkpoint_prefix: prefix of its weight names in a single-file checkpoint of the original
             layout.
-        other_names: maps module paths to the names in the original code, if adapter files use
-            these, too.
+        other_names: maps module paths to the names in the original code; None if adapter files do
+            not use these names.
         ignored_weights: suffixes of weights that files may contain but the part does not use.
         config: values that replace those of the file, because the trainer's library behaved
             differently from the installed one.
@@ -126,13 +126,12 @@ class Samples:
     """AI Toolkit's way of sampling this family during training.
 
     Attributes:
-        archs: values of `model.arch` in its configurations; None if a configuration without one
-            means this family.
+        archs: values of `model.arch` in configurations of this family; None stands for a
+            configuration without `model.arch`.
         flags: keys of the `model` block by which older configurations name the family.
-        rescales_guidance: True if samples follow `guidance_rescale` of the sample block.
+        rescales_guidance: True if the trainer applies `guidance_rescale` of the sample block.
         ignores_sampler: True if the trainer ignores `sample.sampler` and uses its only sampler.
-        required: keys of the `model` block that must not be false, because nothing else is
-            supported.
+        required: keys of the `model` block for which false is not supported.
         wrong_schedules: schedules that other programs use by mistake.
     """
 
@@ -156,10 +155,10 @@ class Family:
         uses: the optional recipe fields that have an effect for this family.
         parts: parts in the order of use.
         text, denoiser, latents: "module:class" of the implementations of `families.protocols`.
-        checkpoint: module that converts single-file checkpoints; empty if there is no such layout.
+        checkpoint: module that converts single-file checkpoints; empty if they are not supported.
         layout: folder with the configurations of the default base's parts.
         accelerations: optimisations of `accel` that this family supports.
-        samples: how AI Toolkit samples it.
+        samples: AI Toolkit's way of sampling this family.
         adapter_base_versions: values of `ss_base_model_version` in adapter files of this family.
         latent_preview: red, green and blue, -1..1, that one unit of each latent channel adds.
     """

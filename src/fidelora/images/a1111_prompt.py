@@ -9,14 +9,14 @@ from fidelora.errors import PromptSyntaxError
 from fidelora.recipe import MAX_MULTIPLIER
 
 _TAG = re.compile(r"<(?P<network>\w+):(?P<arguments>[^<>]+)>")
-"""Tag of any extra network in A1111."""
+"""Tag of an extra network of any kind in A1111."""
 _LORA = {"lora", "lyco"}
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")
 _BRACKET = re.compile(r"\\.|\(|:\s*[+-]?[\d.]+\s*\)|\)", re.DOTALL)
 """Tokens of A1111's parser: escaped character, opening bracket, closing bracket with or without a
 weight."""
 _MARKS = (
-    (re.compile(r"(?<!\\)\[[^\[\]:|]*[:|][^\[\]]*\]"), "changes words while the image is made"),
+    (re.compile(r"(?<!\\)\[[^\[\]:|]*[:|][^\[\]]*\]"), "switches words during sampling"),
     (re.compile(r"\b(AND|BREAK)\b"), "combines several prompts"),
 )
 
@@ -37,7 +37,7 @@ class NamedLora:
 
 
 def loras_in(prompt: str) -> tuple[str, tuple[NamedLora, ...]]:
-    """Return the prompt without its tags, and the LoRAs that the tags name, in order.
+    """Return the prompt without its tags, and the LoRAs named by the tags, in order.
 
     Raises:
         PromptSyntaxError: a tag is not supported.
@@ -47,9 +47,9 @@ def loras_in(prompt: str) -> tuple[str, tuple[NamedLora, ...]]:
 
 
 def tags_in(prompt: str) -> tuple[str, list[tuple[str, str]]]:
-    """Return the prompt without its tags and the spaces before them, and the tags.
+    """Return a prompt from which tags and the spaces before them are removed, and the tags.
 
-    Each tag is a pair of network and arguments, the parameters of `lora_of`.
+    Each tag is a pair of network and arguments, as `lora_of` expects them.
     """
     tags, rest, end = [], "", 0
     for match in _TAG.finditer(prompt):
@@ -99,10 +99,10 @@ def lora_of(network: str, arguments: str) -> NamedLora:
 
 
 def marks_in(prompt: str) -> str:
-    """Return a phrase about the first A1111 syntax in the prompt, or an empty string.
+    """Return a phrase that describes the first A1111 syntax in the prompt, or an empty string.
 
     Brackets without a weight are ignored although they change weights by 10 % in A1111, because
-    they are punctuation, too.
+    they are also used as punctuation.
     """
     if weighed := _weighed(prompt):
         return f"{weighed!r:.80} changes word weights"
@@ -113,7 +113,7 @@ def marks_in(prompt: str) -> str:
 
 
 def _weighed(prompt: str) -> str:
-    """Return the first brackets with a weight, which may contain others, or an empty string."""
+    """Return the first pair of brackets with a weight and its contents, or an empty string."""
     opened: list[int] = []
     for token in _BRACKET.finditer(prompt):
         if token[0] == "(":

@@ -10,10 +10,10 @@ from fidelora.families import Family
 AUTOMATIC, UNIFORM, KARRAS = "Automatic", "Uniform", "Karras"
 SCHEDULERS = (AUTOMATIC, UNIFORM, KARRAS)
 
-# Fidelora's name by A1111's sampler and scheduler. Only identical algorithms are listed:
+# Maps A1111's sampler and scheduler to Fidelora's sampler. Only identical algorithms are listed:
 # `DPM++ 2S a` is ancestral but `dpmsingle` is not, and the SDE samplers draw Brownian noise, which
-# is not supported. In A1111, Automatic means Karras for `DPM++ 2M`, as here. It also does for
-# `DPM2` and `DPM2 a`, which have only one schedule here.
+# is not supported. In A1111, Automatic means Karras for `DPM++ 2M`, and so it does here. It also
+# means Karras for A1111's `DPM2` and `DPM2 a`, but these have only one schedule here.
 _TABLE: Mapping[str, Mapping[str, str]] = {
     "Euler": {AUTOMATIC: "euler", UNIFORM: "euler", KARRAS: "k_euler"},
     "Euler a": {AUTOMATIC: "euler_a", UNIFORM: "euler_a"},
@@ -47,8 +47,8 @@ def sampler_names(spec: Family) -> dict[str, list[str]]:
 def sampler_of(name: str, scheduler: str, spec: Family) -> str:
     """Return Fidelora's sampler for A1111's `name` and scheduler, or for a name of Fidelora's.
 
-    Older versions of A1111 had the scheduler in the name (`LMS Karras`). Both forms are supported;
-    upper and lower case are equal.
+    Older versions of A1111 had the scheduler in the name (`LMS Karras`). Both forms are supported.
+    A1111's names are not case-sensitive.
 
     Raises:
         UnknownSamplerError: the model has no sampler with the same algorithm; the message lists the

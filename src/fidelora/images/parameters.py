@@ -1,7 +1,7 @@
 """Write and read the generation parameters that AUTOMATIC1111's web UI stores in images as text.
 
-The text has the prompt, a `Negative prompt:` line, and a line of `Key: value` pairs, in which
-values with commas, colons or quotes are JSON strings. Many other programs read it, too.
+The text contains the prompt, a `Negative prompt:` line, and a line of `Key: value` pairs, in which
+values with commas, colons or quotes are JSON strings. Many other programs also read this format.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ _SAYS_NOTHING = {
     "Batch size": None,
     "Batch pos": None,
 }
-"""Keys that do not change the image (with any value, or with this one), or are read with others."""
+"""Keys that need no note, with any value (None) or only with the given value: they do not change
+the image, or are read together with another key."""
 
 
 @dataclass(frozen=True)
 class Ignored:
-    """A parameter of an image that is not used for making it again, and the reason."""
+    """A parameter of an image that is ignored when the image is made again, and the reason."""
 
     name: str
     value: str
@@ -51,7 +52,7 @@ class Parameters:
         text: the whole text.
         prompt: prompt without LoRA tags.
         loras: LoRAs of the tags, with the hashes from the text.
-        fields: recipe fields that the text has, of `steps`, `sampler`, `guidance_scale`, `seed`,
+        fields: recipe fields in the text: any of `steps`, `sampler`, `guidance_scale`, `seed`,
             `width`, `height` and `fidelity`.
         ignored: all other parameters that affected the image.
     """
@@ -68,8 +69,7 @@ class Parameters:
 
         Args:
             adapters: adapters of `loras`, in the same order.
-            others: recipe fields that the text does not have, such as `base_model`; they override
-                those of the text.
+            others: additional recipe fields, such as `base_model`; they override those of the text.
 
         Raises:
             RecipeError: a value is out of range.
@@ -111,10 +111,10 @@ def parameters_text(recipe: Recipe, environment: Mapping[str, str]) -> str:
 
 
 def read_parameters(text: str, spec: Family) -> Parameters:
-    """Parse the parameters that this model supports; no text is an error, whatever its form.
+    """Parse the parameters that this model supports. Accepts any text, and raises no errors.
 
     Args:
-        text: text from an image; any program may have written it.
+        text: text from an image, written by any program.
         spec: model family that will make the image.
     """
     *lines, last = text.strip().split("\n")
@@ -206,13 +206,13 @@ _READ: Mapping[str, Callable[[str, Mapping[str, str], Family], dict[str, Any]]] 
     "Fidelity": _fidelity,
 }
 _REASONS = {
-    "Model": "The base model is not selected by name; another one makes another image.",
-    "Model hash": "The base model is not selected by hash; another one makes another image.",
+    "Model": "The base model is not selected by this name; a different one changes the image.",
+    "Model hash": "The base model is not selected by this hash; a different one changes the image.",
 }
 
 
 def _with_hashes(loras: Sequence[NamedLora], hashes: str) -> tuple[NamedLora, ...]:
-    """Add the hashes of the value of `Lora hashes` (`name: hash, name: hash`) to the LoRAs."""
+    """Add the hashes in the value of `Lora hashes` (`name: hash, name: hash`) to the LoRAs."""
     pairs = (pair.rpartition(":") for pair in hashes.split(","))
     known = {
         name.strip(): digits.strip()

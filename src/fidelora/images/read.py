@@ -1,4 +1,4 @@
-"""Read how an image was made from its file, without using its pixels, numpy or torch."""
+"""Read the recipe or the parameters that an image file contains. Does not import numpy or torch."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ PARAMETERS_KEY = "parameters"
 """PNG text field of AUTOMATIC1111; in JPEG and WebP it is the EXIF field UserComment."""
 
 MAX_DECODED_PIXELS = 2**25
-"""Largest PNG that is decoded to read text fields after its pixels; no image made by Fidelora is
-larger."""
+"""Maximum size of a PNG that is decoded to read text fields stored after the pixels; images made by
+Fidelora are never larger."""
 MAX_PARAMETERS_CHARACTERS = 50_000
 _FORMATS = ("PNG", "JPEG", "WEBP")
 
@@ -53,7 +53,7 @@ class Origin:
 
 
 def read_origin(content: bytes, name: str = "The image", *, model: str = "sd15") -> Origin:
-    """Read Fidelora's recipe from an image, or else the parameters of another program.
+    """Read Fidelora's recipe from an image; if it has none, the parameters of another program.
 
     Args:
         content: contents of a PNG, JPEG or WebP file.
@@ -100,7 +100,7 @@ def read_origin(content: bytes, name: str = "The image", *, model: str = "sd15")
 
 
 def read_parameters_text(content: bytes) -> str:
-    """Return the text in AUTOMATIC1111's form from an image; empty if there is none.
+    """Return the parameters text in AUTOMATIC1111's form from an image; empty if there is none.
 
     Raises:
         ImageRecordError: not an image.
@@ -164,7 +164,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
 
 @contextmanager
 def _opened(content: bytes, name: str) -> Iterator[Image.Image]:
-    """Open the image; all of Pillow's errors in the block become ImageRecordError."""
+    """Open the image; convert all errors that Pillow raises in the block to ImageRecordError."""
     try:
         with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
             yield image

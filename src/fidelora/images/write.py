@@ -1,4 +1,4 @@
-"""Generated images, and their PNG, JPEG or WebP files, which contain the recipe."""
+"""Generated images, and encoding as PNG, JPEG or WebP files that contain the recipe."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class GeneratedImage:
         return Image.fromarray(self.pixels)
 
     def record(self, quality: int | None = None) -> dict[str, Any]:
-        """Return the record stored in the file, with its `quality` if that is not the default."""
+        """Return the record stored in the file; contains `quality` if that is not the default."""
         record = {
             "recipe": self.recipe.to_dict(),
             "digest": self.recipe.digest,

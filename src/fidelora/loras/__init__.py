@@ -1,1 +1,1 @@
-"""LoRA files on disk: the folder of LoRAs, downloads, and the cache by sha256. Needs no torch."""
+"""LoRA files on disk: LoRA folder, downloads, and cache by sha256. Does not import torch."""

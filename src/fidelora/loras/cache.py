@@ -1,7 +1,7 @@
 """Content-addressed cache of adapter files: a folder of `{sha256}.safetensors` for the workers.
 
-A job stores the hashes of its adapters and no paths, so that a LoRA may be renamed, replaced or
-deleted while the job waits.
+A job stores the hashes of its adapters instead of their paths, so that a LoRA may be renamed,
+replaced or deleted while the job waits.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from fidelora.safetensors_header import read_header
 
 _MAX_HASHES = 10_000  # each entry takes a few hundred bytes
 _SETTLED_S = 2.0
-"""Hashes of files that changed more recently are not remembered: two writes within one tick of the
-clock cannot be told apart."""
+"""Seconds since the last change of a file before its hash is cached: two writes within one tick of
+the clock have the same time, so the second one could be missed."""
 
 
 class AdapterCache:
@@ -36,7 +36,7 @@ class AdapterCache:
 
     Args:
         folder: created if it does not exist.
-        budget_bytes: disk space for adapters that have no other name, such as downloads; see
+        budget_bytes: disk space for adapters without another hard link, such as downloads; see
             `trim`.
 
     Raises:
@@ -64,10 +64,10 @@ class AdapterCache:
         return AdapterRef(sha256, path=path)
 
     def sha256_of(self, path: Path) -> str:
-        """Return the sha256 of a file, remembered until the file changes.
+        """Return the sha256 of a file, cached until the file changes.
 
         Raises:
-            WeightsFileError: it cannot be read.
+            WeightsFileError: the file cannot be read.
         """
         try:
             version = file_version(path.stat())
@@ -86,7 +86,7 @@ class AdapterCache:
 
         Raises:
             AdapterNotFoundError: there is no such file.
-            WeightsFileError, AdapterFormatError: according to its header it is not an adapter.
+            WeightsFileError, AdapterFormatError: according to its header, it is not an adapter.
             OutputError: it could not be added.
         """
         if not path.is_file():
@@ -104,7 +104,7 @@ class AdapterCache:
         """Check the header of a finished download and move it to the path of its hash.
 
         Raises:
-            WeightsFileError, AdapterFormatError: according to its header it is not an adapter.
+            WeightsFileError, AdapterFormatError: according to its header, it is not an adapter.
         """
         with temporary.open("rb") as file:
             modules_of(read_header(file, name), name)
@@ -115,7 +115,7 @@ class AdapterCache:
 
     @contextmanager
     def temporary(self) -> Iterator[Path]:
-        """Provide a path in this folder for an unfinished file, and remove what is left there."""
+        """Provide a path in this folder for an unfinished file; remove the file if it is left."""
         path = self.folder / temporary_name()
         try:
             yield path
@@ -132,17 +132,18 @@ class AdapterCache:
         return (etag, sha256) if self.find(sha256) else None
 
     def remember_url(self, url: str, etag: str, sha256: str) -> None:
-        """Store the result of a download; the URL is not written, because it may have a secret."""
+        """Store the result of a download. Only a hash of the URL is kept, as URLs may be secret."""
         write_atomically(self._url_file(url), json.dumps({"etag": etag, "sha256": sha256}).encode())
 
     def trim(self, in_use: Callable[[str], bool]) -> list[str]:
         """Remove the least recently used adapters until the rest fits into the budget.
 
-        Files with another hard link are neither counted nor removed, because this frees no space.
+        Files with another hard link are neither counted nor removed, because removing them would
+        free no space.
 
         Args:
-            in_use: returns True if a job that has not ended needs the adapter with this hash; it
-                is not removed.
+            in_use: returns True if a job that has not ended needs the adapter with this hash. Such
+                adapters are not removed.
 
         Returns:
             hashes of the removed adapters.
@@ -179,7 +180,7 @@ class AdapterCache:
     def _add(self, path: Path, name: str, file: AdapterFile) -> AdapterRef:
         """Link or copy the file to the path of its hash.
 
-        It is hashed again if it was copied, or if it changed after `file` was opened.
+        The result is hashed again if it is a copy, or if the file changed after `file` was opened.
         """
         with self.temporary() as temporary:
             try:
@@ -192,12 +193,12 @@ class AdapterCache:
                 temporary.replace(self.path(sha256))
             except OSError as error:
                 raise OutputError(
-                    f"{name} could not be added to the LoRA cache: {error.strerror or error}."
+                    f"{name} could not be added to the adapter cache: {error.strerror or error}."
                 ) from error
         return AdapterRef(sha256, name=PurePosixPath(name).stem, path=self.path(sha256))
 
     def _touch(self, path: Path) -> None:
-        """Set the time of last use, unless the file is a link to one outside of the cache."""
+        """Set the time of last use, unless the file has another hard link outside of the cache."""
         if path.stat().st_nlink == 1:
             os.utime(path)
 

@@ -1,6 +1,6 @@
 """Summaries of adapter files: kind, ranks, trigger, step.
 
-Only headers are read, so that hundreds of files are listed quickly.
+Only headers are read, so that hundreds of files can be listed quickly.
 """
 
 from __future__ import annotations
@@ -26,16 +26,15 @@ class AdapterSummary:
     Attributes:
         kind: `lora`, `dora`, `lokr`, `loha`, several of them joined by `+`; empty if the file is
             not an adapter.
-        modules: number of modules of the base model that it changes.
-        ranks: different ranks, ascending; empty for kinds without (whole LoKr factors).
-        dtypes: of the tensors, in the format's spelling (`F16`, `BF16`, `F32`).
-        text_encoder: True if it changes the text encoder, too.
+        modules: number of modules of the base model that the adapter changes.
+        ranks: distinct ranks, ascending; empty if no module has a rank (LoKr with whole factors).
+        dtypes: dtypes of the tensors, spelled as in the file (`F16`, `BF16`, `F32`).
+        text_encoder: True if the adapter also changes the text encoder.
         trigger: trigger word in the trainer's metadata; empty if none.
-        step, epoch: of the training, if they are in the metadata.
+        step, epoch: training step and epoch in the metadata; None if not in the metadata.
         base: version of the base model in the metadata (`sd_1.5`); empty if none.
         trainer: name and version of the program that wrote the file; empty if not in the metadata.
-        problems: a sentence for each reason why the file cannot be used, as far as its header
-            shows.
+        problems: a sentence for each reason in the header why the file cannot be used.
     """
 
     kind: str
@@ -65,7 +64,7 @@ def describe_adapter(path: Path) -> AdapterSummary:
 
 
 def describe_header(header: Header, name: str) -> AdapterSummary:
-    """Return the summary of a sound header; `name` is the name of the file in problems."""
+    """Return the summary of a valid header; `name` is the name of the file in problems."""
     try:
         modules, problems = modules_of(header, name), ()
     except AdapterError as error:
@@ -105,7 +104,7 @@ def _rank(parts: Mapping[str, str], header: Header) -> int | None:
 
 
 def _json(metadata: Mapping[str, str], field: str) -> dict[str, Any]:
-    """Return a metadata field that contains a JSON object; an empty one if it does not."""
+    """Return the JSON object in a metadata field; an empty dict if the field has no JSON object."""
     try:
         value = json.loads(metadata.get(field, "{}"))
     except (ValueError, RecursionError):
@@ -135,7 +134,7 @@ def _whole_number(value: object) -> int | None:
 
 
 def _trigger(metadata: Mapping[str, str]) -> str:
-    """Return the trigger word; AI Toolkit writes it as the only tag of all images."""
+    """Return the trigger word; AI Toolkit stores it as the only tag of all training images."""
     if word := metadata.get("ss_trigger_word") or metadata.get("trigger_word"):
         return word[:_MAX_TRIGGER]
     tags = _json(metadata, "ss_tag_frequency")

@@ -1,9 +1,9 @@
 """Download LoRA files from untrusted URLs.
 
-Only https is allowed, only hosts that the operator lists, only public addresses, and only within
-limits of size and time. The address is checked when a connection is opened, and the connection is
-made to the checked address. A redirect, or a name that resolves to another address the second time
-(DNS rebinding), therefore cannot bypass the check.
+Only https, hosts listed by the operator, and public addresses are allowed, within limits of size
+and time. The address is checked when a connection is opened, and the connection is made to the
+checked address. A redirect, or a name that resolves to another address the second time (DNS
+rebinding), therefore cannot bypass the check.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _HTML_STARTS = (b"<!doctype", b"<html")
 _REDIRECTS = (301, 302, 303, 307, 308)
 _REFUSED_RANGES = [ipaddress.ip_network(text) for text in IPAddressRanges.recommended_latest]
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
-"""All of IPv6 that is assigned: https://www.iana.org/assignments/ipv6-address-space."""
+"""Only IPv6 range assigned for public use: https://www.iana.org/assignments/ipv6-address-space."""
 _ERRORS = (
     httpcore2.NetworkError,
     httpcore2.TimeoutException,
@@ -136,7 +136,7 @@ async def download(
     except TimeoutError:
         target.unlink(missing_ok=True)
         raise AdapterDownloadError(
-            f"{_shown(url)} did not arrive within {rules.timeout_s:g} seconds; "
+            f"{_shown(url)} was not downloaded within {rules.timeout_s:g} seconds; "
             "put the file into the LoRA folder instead."
         ) from None
     except BaseException:
@@ -295,7 +295,7 @@ class _Download:
 
 
 class _CheckedConnections(httpcore2.AsyncNetworkBackend):
-    """Network backend that connects to public addresses only: exactly to those it has checked."""
+    """Network backend that checks addresses itself, and connects only to public ones."""
 
     def __init__(self, network: Network) -> None:
         self._network = network
@@ -335,7 +335,10 @@ class _CheckedConnections(httpcore2.AsyncNetworkBackend):
 
 
 def _hub_file(place: SplitResult) -> SplitResult:
-    """Return the download URL (`/resolve/`) for the hub page of a file (`/blob/`)."""
+    """Return the download URL (`/resolve/`) for the hub page of a file (`/blob/`).
+
+    Other URLs are returned unchanged.
+    """
     parts = place.path.split("/")  # "", owner, name, blob, revision, ...
     if place.hostname not in _HUB_SITES or len(parts) < 4:
         return place

@@ -24,7 +24,7 @@ from fidelora.recipe import file_sha256
 from fidelora.safetensors_header import read_header
 
 UPLOADS = "uploads"
-"""Subfolder that clients may write to and delete from; all else is managed by the operator."""
+"""Subfolder that clients may write to and delete from; the operator manages all other files."""
 
 _SUFFIX = ".safetensors"
 _UPLOAD_NAME = re.compile(r"[\w][\w .()+-]{0,150}\.safetensors")
@@ -33,8 +33,8 @@ _UPLOAD_NAME = re.compile(r"[\w][\w .()+-]{0,150}\.safetensors")
 def adapter_path(root: Path, name: str) -> Path:
     """Return the adapter file `name`, which must be inside `root`.
 
-    Names come from requests. A name with `..`, an absolute path outside `root` and a symbolic link
-    out of it are all refused, with messages that reveal nothing about files outside.
+    Names come from requests. Names with `..`, absolute paths outside `root` and symbolic links that
+    lead out of `root` are refused, with messages that reveal nothing about files outside.
 
     Args:
         root: adapter folder.
@@ -88,8 +88,8 @@ def adapter_names(root: Path) -> list[str]:
 def names_in_prompts(root: Path) -> dict[str, str]:
     """Map the name of each adapter file in prompts to its name in requests.
 
-    In prompts, a file is named without folder and suffix; with its folder if several files would
-    have the same name.
+    In prompts, a file is named without folder and suffix. If several files would have the same name
+    in this way, they are named with their folders.
     """
     names = adapter_names(root)
     files = Counter(PurePosixPath(name).stem for name in names)
@@ -119,7 +119,7 @@ def adapter_named_in_prompt(root: Path, name: str) -> str:
         )
     if len(found) > 1:
         raise AdapterPlaceError(
-            f"There are several adapters {name!r}: name one of "
+            f"There are several adapters {name!r}; use one of the names "
             f"{some([one[: -len(_SUFFIX)] for one in found])}."
         )
     return found[0]

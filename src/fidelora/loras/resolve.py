@@ -27,7 +27,7 @@ class AdapterResolver:
     """Find the adapters of requests and put them into the cache.
 
     Args:
-        root: adapter folder, which names are relative to.
+        root: adapter folder; names in requests are relative to it.
         cache: cache of adapter files by hash.
         rules: limits of downloads.
         hub_token: token for the hub, used if the request has none.
@@ -55,7 +55,7 @@ class AdapterResolver:
 
         Raises:
             AdapterNotFoundError, AdapterPlaceError: there is no such file.
-            AdapterUrlRefusedError: downloading it is not allowed.
+            AdapterUrlRefusedError: downloads from this place are not allowed.
             AdapterDownloadError: the download failed.
             AdapterChangedError: the file's hash is not `sha256`.
             WeightsFileError, AdapterFormatError: according to its header, it is not an adapter.
@@ -132,8 +132,8 @@ class AdapterResolver:
             )
         async with self._downloads:
             try:
-                # The request ends at this deadline. The thread may run on until the hub client's
-                # own timeouts.
+                # The request fails at this deadline, but its thread may continue until the hub
+                # client's own timeouts.
                 async with asyncio.timeout(self._rules.timeout_s):
                     fetched = await asyncio.to_thread(
                         _hub_file,
@@ -145,14 +145,17 @@ class AdapterResolver:
                     )
             except TimeoutError:
                 raise AdapterDownloadError(
-                    f"{place} did not arrive within {self._rules.timeout_s:g} seconds; "
+                    f"{place} was not downloaded within {self._rules.timeout_s:g} seconds; "
                     "try again, or put the file into the adapter folder."
                 ) from None
         return await asyncio.to_thread(self._cache.keep, fetched, _name(place))
 
 
 def _name(place: str) -> str:
-    """Return the adapter's name for messages and records, without a URL's query (may be secret)."""
+    """Return the adapter's name for messages and records.
+
+    The query of a URL is removed, because it may contain a secret.
+    """
     return (
         place.split("?")[0].split("#")[0].rsplit("/", 1)[-1]
         if _URL.match(place) or place.startswith("hf:")
@@ -217,5 +220,6 @@ def _hub_file_on_disk(repo: str, file: str, revision: str | None) -> Path:
         return Path(hf_hub_download(repo, file, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError as error:
         raise AdapterNotFoundError(
-            f"hf:{repo}/{file} was not downloaded before, and HF_HUB_OFFLINE is set; unset it."
+            f"hf:{repo}/{file} is not in the local cache, and HF_HUB_OFFLINE is set; unset "
+            "HF_HUB_OFFLINE to download the file."
         ) from error

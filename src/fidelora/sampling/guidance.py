@@ -11,7 +11,7 @@ def guide(negative: Tensor, positive: Tensor, scale: float, rescale: float = 0.0
     Args:
         negative, positive: predictions [images, ...] for the negative prompts and the prompts.
         scale: guidance scale; 1 would return `positive`.
-        rescale: 0..1; share by which the result is scaled back to the standard deviation of
+        rescale: 0..1; weight of a copy of the result that is scaled to the standard deviation of
             `positive`.
     """
     guided = negative + scale * (positive - negative)
@@ -19,11 +19,12 @@ def guide(negative: Tensor, positive: Tensor, scale: float, rescale: float = 0.0
 
 
 def _rescaled(guided: Tensor, positive: Tensor, share: float) -> Tensor:
-    """Undo a share of the overexposure that guidance causes, in diffusers' order of operations.
+    """Blend `guided` with a copy that is scaled to the standard deviation of `positive`.
 
+    This reduces the overexposure that guidance causes. The order of operations is diffusers'.
     Source: Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed" (2023),
     section 3.4.
     """
-    each = list(range(1, guided.dim()))  # per image, not over the whole batch
+    each = list(range(1, guided.dim()))  # separately for each image of the batch
     deviation = positive.std(dim=each, keepdim=True) / guided.std(dim=each, keepdim=True)
     return share * (guided * deviation) + (1 - share) * guided

@@ -20,7 +20,7 @@ def sample(
     noise: NoiseSource,
     on_step: Callable[[int, Tensor], None],
 ) -> Tensor:
-    """Sample latents.
+    """Run all steps of a schedule on the initial noise.
 
     Args:
         denoise: the family's denoiser with conditioning and guidance.
@@ -31,7 +31,7 @@ def sample(
             the latents, which it must not change; may raise to cancel.
 
     Returns:
-        latents shaped like the initial ones.
+        the denoised latents, in the shape of the initial noise.
     """
     latents = schedule.start(latents)
     for evaluation, t in enumerate(schedule.timesteps, start=1):

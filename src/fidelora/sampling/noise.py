@@ -24,9 +24,10 @@ class NoiseSource:
 
     Args:
         seeds: one seed per image.
-        noise: `modern` draws like the installed torch (>= 2.12: float32 normals, rounded). `legacy`
-            draws half precision like torch <= 2.11: from fewer random bits, and with every step of
-            the formula rounded. In float32 both give the same numbers.
+        noise: `modern` draws like the installed torch (>= 2.12), which draws float32 normal numbers
+            and rounds them. `legacy` draws half precision like torch <= 2.11, which used fewer
+            random bits and rounded every step of the formula. In float32, both give the same
+            numbers.
     """
 
     def __init__(self, seeds: Sequence[int], noise: Literal["modern", "legacy"]) -> None:
@@ -49,7 +50,7 @@ class NoiseSource:
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
-        """Make `torch.randn`, which samplers call in their steps, draw as `noise` specifies."""
+        """Make `torch.randn`, which samplers call in their steps, draw this kind of noise."""
         if self._legacy:
             with _LegacyRandn():
                 yield
@@ -78,14 +79,15 @@ class _LegacyRandn(TorchFunctionMode):
 def legacy_randn(shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     """Return the normal numbers that `torch.randn` of torch <= 2.11 draws in half precision.
 
-    These versions computed Box-Muller in the half type itself (ATen `normal_fill`), in blocks of 16
-    uniform numbers: 8 radii, then 8 angles. If the count is not a multiple of 16, the last 16
-    numbers are drawn again. A uniform number has as many random bits as the type's significand (8
-    in bfloat16, 11 in float16). There are so few values that the formula is computed as a table.
-    Checked against torch 2.9.1 on the CPU: equal in every bit.
+    These versions computed Box-Muller in the half-precision dtype itself (ATen `normal_fill`), in
+    blocks of 16 uniform numbers: 8 radii, then 8 angles. If the count is not a multiple of 16, the
+    last 16 numbers are drawn again. A uniform number has as many random bits as the significand of
+    the dtype (8 in bfloat16, 11 in float16). The few possible values are looked up in a table.
+    The result equals that of torch 2.9.1 on the CPU in every bit.
 
     Args:
-        shape: at least 16 numbers. torch drew smaller tensors in another way; no image needs them.
+        shape: at least 16 numbers. Smaller tensors, which no image needs, were drawn in another
+            way.
     """
     count = math.prod(shape)
     assert count >= 16, "the latents of the smallest image (64x64 pixels) have 256 numbers"
@@ -105,7 +107,7 @@ def _uniform(count: int, generator: torch.Generator, dtype: torch.dtype) -> Tens
 
 
 def _levels(dtype: torch.dtype) -> int:
-    """Return the number of different uniform values of a half type."""
+    """Return the number of different uniform values in a half-precision dtype."""
     return 2**8 if dtype == torch.bfloat16 else 2**11
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fidelora.sampling.noise import NoiseSource
 
-# The trainer passes one configuration to all schedulers. They log every key that they do not use
-# and every correction that they make; both are expected here.
+# The trainer passes one configuration to all schedulers. Schedulers warn about every key that they
+# do not use and every correction that they make; these warnings are expected and suppressed.
 for _name in ("diffusers.configuration_utils", "diffusers.schedulers"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
@@ -82,7 +82,7 @@ class NoiseSchedule:
         return cast(Tensor, step(prediction, t, latents, **self._draws, return_dict=False)[0])
 
     def steps_done(self, evaluations: int) -> int:
-        # Second-order samplers need two evaluations per step; pndm needs steps + 1 in all.
+        # Second-order samplers need two evaluations per step; pndm needs steps + 1 evaluations.
         order: int = self._scheduler.order
         return min(-(-evaluations // order), self._steps)
 
@@ -91,7 +91,7 @@ class NoiseSchedule:
 def _prepared(
     scheduler: str, config: tuple[tuple[str, Any], ...], steps: int, device: torch.device
 ) -> Any:
-    """Return a scheduler with its tables. Cached: for `dpm_2`, computing them takes 0.2 s."""
+    """Return a scheduler with its tables. Cached, because `dpm_2` takes 0.2 s to compute them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # `dpmsolver` is deprecated
         made = getattr(schedulers, scheduler).from_config(dict(config))
@@ -102,13 +102,13 @@ def _prepared(
 class FlowSchedule:
     """Euler steps along a flow, from noise (sigma 1) to data (sigma 0).
 
-    Same order of operations and dtypes as `FlowMatchEulerDiscreteScheduler` of diffusers: the shift
-    in numpy's float32, everything after it in torch's float32.
+    The order of operations and the dtypes are those of `FlowMatchEulerDiscreteScheduler` of
+    diffusers: the shift is computed in numpy's float32, everything after it in torch's float32.
 
     Args:
-        config: `shift`, a factor, or `dynamic_shift`, see `_shift_for`.
+        config: either `shift`, a factor, or `dynamic_shift`, the line of `_shift_for`.
         steps: the number of steps.
-        tokens: the number of tokens of the image, on which a dynamic shift depends.
+        tokens: the number of tokens of the image, which a dynamic shift depends on.
         device: device of the latents.
 
     Raises:
@@ -120,8 +120,8 @@ class FlowSchedule:
     ) -> None:
         if unknown := config.keys() - {"shift", "dynamic_shift"}:
             raise ValueError(f"FlowSchedule has no options {sorted(unknown)}.")
-        # From 1 to 1 / steps in equal steps, before the shift. Computed in torch's float32 as in
-        # the pipelines, because numpy's linspace differs in the last bit.
+        # Sigmas before the shift, evenly spaced from 1 to 1 / steps. Computed with torch as in the
+        # pipelines, because numpy's linspace differs in the last bit.
         sigmas = torch.linspace(1.0, 1 / steps, steps).numpy()
         if "dynamic_shift" in config:
             factor = math.exp(_shift_for(tokens, config["dynamic_shift"]))
@@ -151,10 +151,11 @@ class FlowSchedule:
 
 
 def _shift_for(tokens: int, line: tuple[float, float, float, float]) -> float:
-    """Return the exponential shift of an image with this many tokens.
+    """Return the natural logarithm of the shift factor of an image (`mu` in diffusers).
 
     Args:
-        line: two points, (tokens, shift, tokens, shift), of a straight line. FLUX.1's is
+        tokens: number of tokens of the image.
+        line: two points of a straight line: (tokens, result, tokens, result). For FLUX.1, it is
             (256, 0.5, 4096, 1.15).
     """
     few, low, many, high = line

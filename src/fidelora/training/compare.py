@@ -16,11 +16,12 @@ from fidelora.errors import JobFolderError
 
 ROUNDING_MAX_DIFFERENCE = 2
 ROUNDING_MIN_IDENTICAL_PERCENT = 99.0
-"""Largest difference (levels of 0..255) and smallest share of identical pixels within rounding.
+"""Limits of a difference that rounding can cause: largest difference (levels of 0..255) and
+smallest share of identical pixels.
 
-They apply to one float32 recipe on different processors and numbers of threads, which add numbers
-in a different order. Measured: with AVX2 or SSE instead of AVX-512, or one thread instead of two,
-at least 99.93 % of the pixels are identical and the others differ by one level. A wrong setting
+They apply to the same float32 recipe with different processors or numbers of threads, which change
+the order of sums. Measured: with AVX2 or SSE instead of AVX-512, or one thread instead of two, at
+least 99.93 % of the pixels are identical and the others differ by one level. A wrong setting
 changes far more pixels (`steps_offset` 0: at least 30 %), though often by few levels.
 """
 
@@ -30,8 +31,9 @@ class Comparison:
     """Differences between two images of the same size.
 
     Attributes:
-        identical_percent: pixels that are equal in all three channels.
-        identical_values_percent: channel values that are equal; some tools call this "identical".
+        identical_percent: share of pixels that are equal in all three channels.
+        identical_values_percent: share of channel values that are equal; some tools call this
+            "identical".
         max_difference: largest difference of a channel value, 0..255.
         mean_difference: mean difference of all channel values, 0..255.
     """

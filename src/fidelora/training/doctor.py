@@ -28,18 +28,21 @@ _MIN_EXPLAINED = 0.5
 """Share of the mean difference that a suspect must explain to be reported."""
 
 _SCREENING_STEPS = 6
-"""Sampling steps for ranking many values before the full attempts.
+"""Sampling steps for ranking many values before the attempts with all steps.
 
-Even an unfinished image is closer to the sample with the right value than with a wrong one.
+Even with these few steps, the right value gives an image closer to the sample than a wrong value.
 """
 
 _SCREENED_SUSPECTS = 16
-"""Suspects that are tried in full after the ranking; the right value ranked among the first."""
+"""Suspects that are tried with all steps after the ranking.
+
+In the measured cases, the right value was among the first.
+"""
 
 _UNKNOWN_FIX = (
     "None of the usual causes explains the difference. Check that the samples, the weights and the "
-    "base model belong to this training run, and that the hardware is of the kind that made the "
-    "samples."
+    "base model belong to this training run, and that the samples were made on the same kind of "
+    "hardware."
 )
 
 
@@ -49,8 +52,8 @@ class Diagnosis:
 
     Attributes:
         cause: one of `CAUSES`.
-        explains: share of the mean difference that the cause explains, 0..1; 1 if the images are
-            then identical or within rounding.
+        explains: share of the mean difference that the cause explains, 0..1; 1 if correcting it
+            makes the images identical or equal within rounding.
         fix: what was different and how to correct it.
     """
 
@@ -69,8 +72,8 @@ def diagnose(
 
     The search uses the mismatched sample that is fastest to generate. It tries suspects in this
     order: settings with one or two alternatives; settings with many values, ranked at few steps;
-    numbers of steps. An identical image ends the search. An image within rounding ends it after
-    the remaining suspects of the same cause, which may be closer.
+    numbers of steps. An identical image ends the search. After an image within rounding, only the
+    remaining suspects of the same cause are tried, because one of them may be closer.
 
     Args:
         samples: checked samples, at least one of them a mismatch.
@@ -145,7 +148,7 @@ class _Search:
             self._identical = comparison.identical
 
     def rank(self, candidates: Iterable[Suspect]) -> list[Suspect]:
-        """Return the candidates whose unfinished images are closest to the sample, best first."""
+        """Return the candidates whose images at few steps are closest to the sample, best first."""
         steps = self._sample.plan.recipe.steps
         if self._within_bound or self._identical or steps <= 2 * _SCREENING_STEPS:
             return list(candidates)

@@ -32,7 +32,7 @@ def split_flags(text: str) -> tuple[str, dict[str, Any]]:
     together with their values, without a warning.
 
     Returns:
-        The prompt, and the values by the names of the sample block's fields.
+        The prompt, and the values of the flags by name of the field in the sample block.
 
     Raises:
         JobFolderError: a value is not a number where one is required; the trainer fails, too.

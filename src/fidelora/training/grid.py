@@ -72,7 +72,7 @@ def make_rows(
 
     Args:
         prompts: indices of samples of the run, or texts. A text may contain `[trigger]` and flags;
-            its other settings are those of the sample block. If empty, all samples of the run.
+            its other settings are those of the sample block. An empty list selects all samples.
         base_model: replaces the base model in the configuration.
 
     Raises:
@@ -110,7 +110,9 @@ def make_rows(
 def iterate_cells(
     run: TrainingRun, rows: Sequence[Row], columns: Sequence[Column]
 ) -> Iterator[tuple[int, int, Recipe]]:
-    """Yield row, column and recipe of each image, by column, so that each adapter is merged once.
+    """Yield row, column and recipe of each image.
+
+    The order is column by column, so that each adapter is merged only once.
 
     Raises:
         JobFolderError: the grid has more than `MAX_IMAGES` images.
@@ -161,8 +163,9 @@ def labelled_sheet(
     """Return a sheet of images with labelled rows and columns.
 
     Args:
-        rows: label of each row, wrapped and truncated to the height of the row, and a line below.
-        columns: two lines above each column.
+        rows: label of each row, wrapped and truncated to the height of the row, and one more line
+            below the label.
+        columns: two lines of text above each column.
         images: uint8 RGB [height, width, 3] by row and column. Small images are enlarged by a
             whole factor.
     """

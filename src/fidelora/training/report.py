@@ -24,7 +24,7 @@ def html_report(document: Mapping[str, Any], samples: Sequence[CheckedSample]) -
     Args:
         document: the object that `fidelora verify --json` prints; the page shows its settings and
             versions.
-        samples: in the order of the page.
+        samples: samples in the order in which the page shows them.
     """
     parts = []
     for step in dict.fromkeys(sample.plan.step for sample in samples):

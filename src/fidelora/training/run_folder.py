@@ -23,7 +23,7 @@ _DTYPES: Mapping[str, Dtype] = {
 
 MAX_CONFIG_BYTES = 2**20  # the trainer's configurations have a few thousand bytes
 _MAX_EXPANDED_SIZE = 4 * 2**20  # characters of a YAML document with all aliases expanded
-_NODE_SIZE = 16  # added to the expanded size for each value, in characters
+_NODE_SIZE = 16  # characters that each value adds to the expanded size, besides its text
 _MAX_NUMBER_LENGTH = 100  # characters; parsing 1:1:1:1... takes quadratic time
 _MAX_NAME_LENGTH = 200  # characters; the name is part of file names and replaces every [name]
 
@@ -34,7 +34,10 @@ _SAMPLE_FILE = re.compile(r"\d+__(?P<step>\d{9})_(?P<index>\d+)\.(jpg|jpeg|png|w
 
 @dataclass(frozen=True)
 class SampleItem:
-    """An item of the sample block, with the block's values as defaults and unparsed flags."""
+    """An item of the sample block, with the block's values as defaults.
+
+    Flags in the prompt are not parsed here.
+    """
 
     prompt: str
     neg: str
@@ -213,7 +216,7 @@ def _read_config(folder: Path) -> tuple[Mapping[str, Any], str]:
             )
         text = path.read_text(encoding="utf-8")
         document = json.loads(text) if path.suffix == ".json" else _read_yaml(text)
-    # PyYAML raises the last three if a value does not match its tag.
+    # PyYAML raises the last three types if a value does not match its tag.
     except (
         OSError,
         ValueError,

@@ -47,7 +47,7 @@ class Suspect:
 
 
 class UniqueSuspects:
-    """Filter that drops suspects whose recipe was yielded before, and the planned recipe."""
+    """Filter that drops suspects with the planned recipe or with a recipe yielded before."""
 
     def __init__(self, recipe: Recipe) -> None:
         self._seen = {recipe}
@@ -150,7 +150,7 @@ def seeds(run: TrainingRun, recipe: Recipe, index: int) -> Iterator[Suspect]:
 
 
 def precisions(recipe: Recipe) -> Iterator[Suspect]:
-    """Yield the recipe with the other noise, in families that use it, and with other dtypes."""
+    """Yield the recipe with other dtypes, and with the other `noise` if the family uses it."""
     uses_noise = "noise" in get_family(recipe.model).uses
     if recipe.dtype != "float32" and uses_noise:
         other = "legacy" if recipe.noise == "modern" else "modern"
@@ -185,7 +185,7 @@ def samplers(recipe: Recipe) -> Iterator[Suspect]:
 
 
 def guidance_scales(recipe: Recipe) -> Iterator[Suspect]:
-    """Yield the recipe with other guidance scales and, in families with one, other rescales."""
+    """Yield the recipe with other guidance scales, and other guidance rescales if supported."""
     fix = "The guidance scale was {value}: set guidance_scale to {value} (--cfg {value})."
     yield from _with_values(recipe, "guidance", "guidance_scale", _GUIDANCE_SCALES, fix)
     if get_family(recipe.model).samples.rescales_guidance:

@@ -81,8 +81,8 @@ _BOUND_FACTOR = 4.0
 """Factor between the measured effect of perturbed weights and the bound.
 
 The trainer's unrounded weights are anywhere within half a unit of those in the file. A few random
-perturbations show the magnitude of the effect, not its maximum. Wrong settings are far outside: on
-the golden runs, `steps_offset` 0 changes at least 30 % of the pixels and rounding 0.1 to 7 %.
+perturbations show the magnitude of the effect, not its maximum. Wrong settings exceed the bound by
+far: on the golden runs, `steps_offset` 0 changes at least 30 % of the pixels, rounding 0.1 to 7 %.
 """
 
 
@@ -136,7 +136,7 @@ def steps_to_check(run: TrainingRun, selection: str) -> list[int]:
         selection: a step, `last` or `all`.
 
     Raises:
-        NothingToCheckError: there are no samples, or none of their checkpoints.
+        NothingToCheckError: there are no samples, or their checkpoints do not exist.
         JobFolderError: `selection` is invalid.
     """
     checkable = [step for step in run.sampled_steps if step == 0 or step in run.checkpoints]
@@ -258,7 +258,7 @@ def check_sample(plan: PlannedSample, engine: Engine) -> CheckedSample:
 
 
 def _initial_bound(recipe: Recipe) -> RoundingBound:
-    """Return the hardware bound, which needs no extra images, with every reason that applies."""
+    """Return the hardware bound, with every reason that applies; this needs no extra images."""
     dtype = next((narrowest_dtype(ref.path) for ref in recipe.adapters if ref.path), "F32")
     if dtype == "F32":
         return HARDWARE_BOUND
@@ -274,12 +274,12 @@ def measure_rounding_bounds(
 ) -> Iterator[RoundingBound]:
     """Measure the effect of the saved adapter's rounding on an image; yield growing bounds.
 
-    For each bound, a copy of the adapter with weights perturbed within the rounding of their dtype
-    generates the image again. The bound is the largest difference so far times `_BOUND_FACTOR`.
-    An adapter that was saved in float32 yields no bounds.
+    For each bound, the image is generated again with a copy of the adapter whose weights are
+    perturbed within the rounding of their dtype. The bound is the largest difference so far times
+    `_BOUND_FACTOR`. No bounds are yielded for an adapter that was saved in float32.
 
     Args:
-        replayed: the image of the saved adapter after reencoding, uint8 RGB [height, width, 3].
+        replayed: the image with the saved adapter after reencoding, uint8 RGB [height, width, 3].
         image_format: Pillow's name of the trainer's file format.
     """
     (adapter,) = recipe.adapters

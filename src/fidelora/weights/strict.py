@@ -31,7 +31,7 @@ from fidelora.safetensors_header import read_file_header
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Names of the VAE's attention in diffusers before 0.15, as in the files of Stable Diffusion 1.5.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-# Written by transformers before 4.31; a constant (0, 1, 2, ...), not a weight.
+# Key written by transformers before 4.31; its value is a constant (0, 1, 2, ...), not a weight.
 _POSITION_IDS = "embeddings.position_ids"
 
 
@@ -44,7 +44,8 @@ def build_part(
     first adapters merged in; copying them before that would be wasted time.
 
     Args:
-        dtype: None keeps the given tensors, for callers that convert them afterwards.
+        dtype: dtype of the module; None keeps the given tensors, for callers that convert them
+            afterwards.
 
     Returns:
         the module in inference mode, and the given weights under the module's own names.
@@ -130,9 +131,9 @@ def read_weights(paths: Sequence[Path]) -> dict[str, Tensor]:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """True if no value is NaN or infinite, found in one pass and without extra memory.
+    """True if no value is NaN or infinite; computed in one pass and without extra memory.
 
-    `aminmax` returns such a value as the minimum or the maximum.
+    If there is such a value, `aminmax` returns it as the minimum or the maximum.
     """
     least, greatest = torch.aminmax(tensor)
     return bool(torch.isfinite(least) and torch.isfinite(greatest))
@@ -156,7 +157,7 @@ def _construct(part: Part, config: Mapping[str, Any]) -> nn.Module:
 
 
 def _tied(module: nn.Module) -> dict[str, str]:
-    """Map each name of a shared parameter to its other name; files store only one of them."""
+    """Map each name of a shared parameter to its other name; a file may store only one of them."""
     names: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -181,7 +182,7 @@ def _rename(part: Part, weights: Mapping[str, Tensor], expected: Any) -> dict[st
                 )
             continue
         if prefix:
-            # Weights outside that level, such as a projection, never have the prefix.
+            # Weights outside the prefixed module, such as a projection, never have the prefix.
             bare = name.removeprefix(prefix)
             name = prefix + bare if has_prefix and bare not in expected else bare
         if part.library == "diffusers":
@@ -210,8 +211,8 @@ def _check(part: Part, weights: Mapping[str, Tensor], expected: Mapping[str, tor
     quantised = sorted(name for name, tensor in weights.items() if tensor.dtype not in _FLOATS)
     problems = [
         (missing, "are missing"),
-        (left_over, "are left over"),
-        (misshapen, "have other shapes than in its configuration"),
+        (left_over, "are unknown"),
+        (misshapen, "have other shapes than the configuration requires"),
         (quantised, "are quantised, which is not supported"),
     ]
     found = [f"{len(names)} weights {what} ({some(names)})" for names, what in problems if names]
@@ -219,7 +220,7 @@ def _check(part: Part, weights: Mapping[str, Tensor], expected: Mapping[str, tor
         advice = (
             "Use an unquantised checkpoint."
             if quantised
-            else f"Either this is not a {part.class_name} of this configuration, or the file uses "
-            "unknown names of weights."
+            else f"The file belongs to another model or configuration than this {part.class_name}, "
+            "or its names of weights are unknown. Use another file."
         )
         raise BaseModelWeightsError(f"The base model's {part.name}: {'; '.join(found)}. {advice}")

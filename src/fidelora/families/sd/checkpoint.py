@@ -20,10 +20,10 @@ _ADAPTER_MARKS = (".lora_", "lokr_", "hada_")
 _STABLE_DIFFUSION_2 = "cond_stage_model.model."
 _SDXL_REFINER = "conditioner.embedders.0.model."
 
-# Left over from training. `model_ema.` is an average of the weights; the trainer and all loaders of
-# this layout use the weights themselves.
+# Keys left over from training. `model_ema.` is a moving average of the weights; the trainer and all
+# loaders of this layout use the weights themselves.
 _IGNORED_PREFIXES = ("model_ema.", "first_stage_model.loss.")
-# The temperature of CLIP's contrastive loss.
+# Temperature of CLIP's contrastive loss, which is used in training only.
 _LOGIT_SCALE = re.compile(
     r"(cond_stage_model|conditioner\.embedders\.\d)\.(transformer\.|model\.)?logit_scale"
 )
@@ -48,10 +48,10 @@ def split(
         weights: all tensors of the file.
         configs: configurations of the parts, which the conversion of names needs.
         others: families whose checkpoints are recognised, so that the error names the right model.
-        name: the file's name in messages.
+        name: name of the file for messages.
 
     Raises:
-        BaseModelFilesError: the file has another layout, or a model of another family.
+        BaseModelFilesError: the file has another layout, or belongs to another family.
         BaseModelWeightsError: the file has weights that no part uses.
     """
     _refuse_other_layouts(weights, family, others, name)
@@ -82,7 +82,7 @@ def split(
 def convert_decoder(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the weights of a VAE under diffusers' names.
 
-    The given names are those of LDM, with or without a checkpoint's prefix, or of diffusers.
+    Names of LDM, with or without a checkpoint's prefix, are converted; diffusers' names are kept.
     """
     if not any(name.endswith("decoder.mid.attn_1.q.weight") for name in weights):
         return dict(weights)
@@ -106,7 +106,8 @@ def _converted(
         return _from_open_clip(bare, part.checkpoint_prefix)
     if len(converted) == len(group):
         return converted, []
-    kept = {tensor.data_ptr() for tensor in converted.values()}  # some are views of other shapes
+    # Compare addresses, because some converted tensors are views in another shape.
+    kept = {tensor.data_ptr() for tensor in converted.values()}
     return converted, [key for key, tensor in group.items() if tensor.data_ptr() not in kept]
 
 
@@ -158,11 +159,11 @@ def _refuse_other_layouts(
 
     if has(_STABLE_DIFFUSION_2):
         raise BaseModelFilesError(
-            f"{name} is a Stable Diffusion 2 checkpoint, not one of {family.title}."
+            f"{name} is a checkpoint of Stable Diffusion 2, which is not supported."
         )
     if has(_SDXL_REFINER):
         raise BaseModelFilesError(
-            f"{name} is the refiner of Stable Diffusion XL, which makes no images of its own."
+            f"{name} is the refiner of Stable Diffusion XL, which is not supported; use the base."
         )
     for other in others:
         prefixes = [
@@ -177,6 +178,6 @@ def _refuse_other_layouts(
         hint = (
             "it is an adapter (give it as a LoRA)"
             if any(mark in key for key in weights for mark in _ADAPTER_MARKS)
-            else "its keys have no known layout"
+            else "the layout of its keys is unknown"
         )
-        raise BaseModelFilesError(f"{name} is not a checkpoint with a whole model in it: {hint}.")
+        raise BaseModelFilesError(f"{name} is not a checkpoint of a whole model: {hint}.")

@@ -32,10 +32,11 @@ class UNetDenoiser:
         # All negative prompts first, then all prompts.
         rows = [*(one.negative for one in encoded if guided), *(one.positive for one in encoded)]
         conditioning = Conditioning.concatenate([row.to(row.text.device, dtype) for row in rows])
-        # The same tensor at every step: on the CPU its projections are cached. Its dtype differs
-        # from the recipe's only in `fast`.
+        # `text` is the same tensor at every step, so that its projections can be cached on the CPU.
+        # Its dtype differs from the recipe's only in `fast`.
         text = conditioning.text.to(unet.dtype)
-        # The UNet casts these itself: bfloat16 has too few bits (8) for a size in pixels.
+        # Not cast to the UNet's dtype here: the UNet does it, after it has embedded the size in
+        # pixels, which needs more bits than bfloat16 has (8).
         added = dict(conditioning.added) or None
 
         def predict(latents: Tensor, t: Tensor) -> Tensor:
@@ -46,7 +47,7 @@ class UNetDenoiser:
             return cast(Tensor, prediction.to(latents.dtype))
 
         def predict_guided(latents: Tensor, t: Tensor) -> Tensor:
-            # Both in one batch, as separate batches can differ in the last bit.
+            # Computed in one batch, because separate batches can differ in the last bit.
             negative, positive = predict(torch.cat([latents] * 2), t).chunk(2)
             return guide(negative, positive, guidance.scale, guidance.rescale)
 

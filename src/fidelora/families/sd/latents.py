@@ -16,7 +16,7 @@ from fidelora.families.spec import Family
 
 
 class SDLatents:
-    """Implements `families.protocols.Latents` for [1, 4, height / 8, width / 8].
+    """Implements `families.protocols.Latents` for latents [1, 4, height / 8, width / 8].
 
     Raises:
         BaseModelFilesError: the VAE's configuration scales latents in an unsupported way.
@@ -54,7 +54,7 @@ class SDLatents:
         return dtype
 
     def decode(self, latents: Tensor, size: Size) -> NDArray[np.uint8]:
-        """Decode latents [1, 4, height / 8, width / 8], unscaled in their own dtype."""
+        """Decode latents [1, 4, height / 8, width / 8]; undo their scaling in their own dtype."""
         return decode(self._vae, unscale(latents, self._vae.config))
 
     def preview(self, latents: Tensor, size: Size) -> NDArray[np.uint8]:
@@ -65,8 +65,9 @@ class SDLatents:
 class SDXLLatents(SDLatents):
     """Latents of SDXL. A float16 VAE with `force_upcast` in its configuration computes in float32.
 
-    Its weights stay rounded to float16, because the trainer's pipeline upcasts a VAE that it has
-    loaded in float16. Like that pipeline, this class casts latents before it undoes their scaling.
+    The weights of such a VAE stay rounded to float16, because the trainer's pipeline loads them in
+    float16 and then upcasts them. As in that pipeline, latents are cast before their scaling is
+    undone.
     """
 
     def __init__(self, family: Family, denoiser: nn.Module, decoder: nn.Module) -> None:

@@ -1,6 +1,6 @@
-"""Names that the original code of Stable Diffusion gave the modules of a UNet.
+"""Names of the UNet's modules in the original code of Stable Diffusion.
 
-kohya's trainer, and tools that follow it, name SDXL adapters like this:
+kohya's trainer and compatible tools use these names in SDXL adapters, for example
 `lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q`.
 Source: https://github.com/Stability-AI/generative-models,
 `sgm/modules/diffusionmodules/openaimodel.py`, `UNetModel`.
@@ -66,5 +66,5 @@ def _original(path: str, layers: int, with_attention: set[str]) -> str:
 
 
 def _part(kind: str, rest: str) -> str:
-    """Return the name within a block: part 0 is the resnet, part 1 the attention."""
+    """Return the name within a block, where the resnet has the index 0 and the attention 1."""
     return f"1.{rest}" if kind == "attentions" else f"0.{_RESNET.get(rest, rest)}"

@@ -32,8 +32,9 @@ _TRAINER_CONFIG = {
 }
 
 _KARRAS = {"use_karras_sigmas": True}
-# Since diffusers 0.26 the first-order-in-noise variant refuses a last sigma of zero, its default, so
-# the trainer cannot use it with a current diffusers. `sigma_min` is what it did before that release.
+# Since diffusers 0.26, `dpmsolver` raises an error for a final sigma of zero, which is the default.
+# The trainer can therefore not use it with a current diffusers. `sigma_min` restores the behaviour
+# before that release.
 _DPM_SOLVER = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
 _DPM_SOLVER_PP = {"algorithm_type": "dpmsolver++"}
 
@@ -43,7 +44,7 @@ def _samplers(steps_offset: int) -> Mapping[str, NoiseSampler]:
     config: dict[str, Any] = {**_TRAINER_CONFIG, "steps_offset": steps_offset}
 
     def sampler(name: str, scheduler: str, **options: Any) -> NoiseSampler:
-        # LCM is distilled for 50 steps: its scheduler picks its steps among those.
+        # LCM was distilled with 50 timesteps, and its scheduler selects from these.
         most = 50 if name == "lcm" else 150
         return NoiseSampler(name, scheduler, MappingProxyType(config | options), most)
 
@@ -102,26 +103,26 @@ def _text_encoder(
         precision="text_encoder_dtype",
         checkpoint_prefix=checkpoint_prefix,
         adapter_prefixes=(kohya_prefix, f"{name}."),
-        # transformers 5.2x dropped the level `text_model` from the module names; files and adapters
-        # exist with and without it.
+        # transformers 5.2x removed `text_model.` from the module names; files and adapters exist
+        # with and without it.
         optional_prefix="text_model.",
         tokenizer=tokenizer,
     )
 
 
 _FIRST_TOKENIZER = Tokenizer("tokenizer", CLIP_TOKENIZER)
-# The second encoder of SDXL pads with another token.
+# The second text encoder of SDXL uses a different padding token.
 _SECOND_TOKENIZER = Tokenizer("tokenizer_2", CLIP_TOKENIZER, MappingProxyType({"pad_token": "!"}))
 _COMMON_USES = frozenset({"negative_prompt", "guidance_rescale", "prediction", "noise"})
 
 
-def _wrong_offset(title: str, right: int, reason: str) -> WrongSchedule:
+def _wrong_offset(right: int, reason: str) -> WrongSchedule:
     wrong = 1 - right
     return WrongSchedule(
         "steps_offset",
         MappingProxyType({"steps_offset": wrong}),
-        f"The sample was made with steps_offset {wrong}, but {title} samples use {right}: {reason}. "
-        f"Set steps_offset to {right} in the program that made it.",
+        f"The sample was made with steps_offset {wrong} instead of {right}, for example because "
+        f"{reason}. Set steps_offset to {right} in the program that made the sample.",
     )
 
 
@@ -159,7 +160,7 @@ SD15 = Family(
         archs=(None, "sd", "sd1", "sd15"),
         wrong_schedules=(
             _wrong_offset(
-                "Stable Diffusion 1.5", 1, "the sampler was set on the pipeline after the pipeline was built"
+                1, "the program replaced the pipeline's scheduler after it created the pipeline"
             ),
         ),
     ),
@@ -205,7 +206,7 @@ SDXL = Family(
         required=("use_text_encoder_1", "use_text_encoder_2"),
         wrong_schedules=(
             _wrong_offset(
-                "Stable Diffusion XL", 0, "the sampler used the base model's own configuration"
+                0, "the program used the scheduler configuration of the base model"
             ),
         ),
     ),

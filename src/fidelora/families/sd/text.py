@@ -1,4 +1,4 @@
-"""Conditioning of Stable Diffusion 1.5 and SDXL: from prompts to inputs of the UNet."""
+"""Conversion of prompts to conditioning inputs of the UNet, for Stable Diffusion 1.5 and SDXL."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Conditioning:
 
     @classmethod
     def concatenate(cls, rows: Sequence[Conditioning]) -> Conditioning:
-        """Return one conditioning with the rows of all given ones, in this order."""
+        """Return one conditioning with all rows, in this order."""
         return cls._map(rows, torch.cat)
 
     @classmethod
@@ -84,7 +84,7 @@ class SDText(ABC):
         return Encoded(positive, negative, both)
 
     def blank(self, size: Size, *, negative: bool) -> Encoded:
-        """Return an encoding of zeros, float32."""
+        """Return conditioning of float32 zeros."""
         row = self._blank_row()
         return Encoded(row, row if negative else None)
 
@@ -114,7 +114,7 @@ class SDText(ABC):
 
 
 class PlainText(SDText):
-    """Stable Diffusion 1.5: the last hidden states of its one text encoder."""
+    """Stable Diffusion 1.5: the last hidden states of its only text encoder."""
 
     encode_prompt = staticmethod(last_state)
 
@@ -127,7 +127,7 @@ class PooledText(SDText):
     """SDXL: penultimate states of both text encoders, pooled embedding of the second, size ids.
 
     As in the trainer, original and target size are the image's size, and the crop starts at 0, 0.
-    Empty prompts are encoded like others.
+    Empty prompts are encoded like all others, not replaced by zeros.
     """
 
     encode_prompt = staticmethod(penultimate_state)

@@ -1,4 +1,4 @@
-"""The transformer of Z-Image, with guidance from the positive side."""
+"""The transformer of Z-Image, with guidance that is added to the positive prediction."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fidelora.sampling.loop import Denoise
 class ZImageDenoiser:
     """Implements `families.protocols.Denoiser`.
 
-    The trainer's guidance scale g means `positive + (g - 1) * (positive - negative)` since its
-    release 0.10.21.
+    Since release 0.10.21, a guidance scale g means `positive + (g - 1) * (positive - negative)` in
+    the trainer.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -31,8 +31,8 @@ class ZImageDenoiser:
     ) -> Denoise:
         """Return the prediction for float32 latents [images, 16, height / 8, width / 8].
 
-        Positive and negative prompts go through the transformer in one batch, positive first. It
-        pads texts of different lengths, so two single calls would differ in the last bits. All
+        The transformer evaluates positive and negative prompts in one batch, positive first. It
+        pads texts of different lengths, so separate calls would differ in the last bits. All
         arithmetic outside the transformer is in float32.
         """
         transformer, guided = self._transformer, self.uses_negative(guidance)
@@ -54,6 +54,7 @@ class ZImageDenoiser:
                 outputs = [
                     positive + weight * (positive - negative) for positive, negative in pairs
                 ]
-            return -torch.stack(outputs).squeeze(2)  # the transformer points from noise to data
+            # Negated: the transformer predicts the direction from noise to data.
+            return -torch.stack(outputs).squeeze(2)
 
         return denoise

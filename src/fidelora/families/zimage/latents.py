@@ -17,7 +17,7 @@ _TOKEN_PIXELS = 16  # side of a token: 8 pixels per latent, 2 latents per patch
 
 
 class ZImageLatents:
-    """Implements `families.protocols.Latents` for [1, 16, height / 8, width / 8]."""
+    """Implements `families.protocols.Latents` for latents [1, 16, height / 8, width / 8]."""
 
     def __init__(self, family: Family, denoiser: nn.Module, decoder: nn.Module) -> None:
         self._vae: Any = decoder
@@ -35,13 +35,17 @@ class ZImageLatents:
         return (size.height // _TOKEN_PIXELS) * (size.width // _TOKEN_PIXELS)
 
     def noise_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Return float32: noise and latents have it whatever the transformer's dtype."""
+        """Return float32, the dtype of noise and latents for every dtype of the transformer."""
         return torch.float32
 
     def decode(self, latents: Tensor, size: Size) -> NDArray[np.uint8]:
-        """Decode latents; unlike Stable Diffusion's, they are cast before they are unscaled."""
+        """Decode latents [1, 16, height / 8, width / 8].
+
+        They are cast to the decoder's dtype before their scaling is undone; in Stable Diffusion
+        1.5, the order is the opposite.
+        """
         return decode(self._vae, unscale(latents.to(self._vae.dtype), self._vae.config))
 
     def preview(self, latents: Tensor, size: Size) -> NDArray[np.uint8]:
-        """Return a rough picture [height / 8, width / 8, 3]."""
+        """Return a preview [height / 8, width / 8, 3], uint8 RGB."""
         return rough_colours(latents, self._colours)

@@ -28,7 +28,7 @@ ZIMAGE = Family(
     default_guidance_scale=4.0,
     default_seed=42,
     default_sampler="flowmatch",
-    # A static shift: the trainer's own configuration, whatever the base's scheduler file says.
+    # A static shift from the trainer's own configuration; the base's scheduler file is not used.
     samplers=MappingProxyType(
         {"flowmatch": FlowSampler("flowmatch", MappingProxyType({"shift": 3.0}))}
     ),
@@ -43,9 +43,9 @@ ZIMAGE = Family(
             precision="text_encoder_dtype",
             optional_prefix="model.",
             tokenizer=Tokenizer("tokenizer"),
-            ignored_weights=("lm_head.weight",),  # of the language model; the states suffice
-            # The trainer moves it with `.to(device, dtype)`, which rounds the rotary tables. In
-            # bfloat16, 12 % of the pixels agree without this, 100 % with it.
+            ignored_weights=("lm_head.weight",),  # not needed for hidden states
+            # The trainer calls `.to(device, dtype)`, which rounds the rotary tables. In bfloat16,
+            # 12 % of the pixels agree without this rounding, 100 % with it.
             rounds_buffers=True,
         ),
         Part(

@@ -1,4 +1,4 @@
-"""Prompt embeddings of Z-Image: the last but one hidden states of Qwen3."""
+"""Prompt embeddings of Z-Image: the penultimate hidden states of Qwen3."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ZImageText:
         self._cache: OrderedDict[tuple[str, int], tuple[Tensor, str]] = OrderedDict()
 
     def encode(self, prompts: Prompts, size: Size, adapters: AdapterState) -> Encoded:
-        """Encode prompt and negative prompt, one at a time."""
+        """Encode the negative prompt and the prompt, one at a time."""
         warnings = []
         states: list[Tensor | None] = []
         for name, text in (("negative prompt", prompts.negative), ("prompt", prompts.prompt)):
@@ -50,12 +50,12 @@ class ZImageText:
         return Encoded(states[1], states[0], tuple(warnings))
 
     def blank(self, size: Size, *, negative: bool) -> Encoded:
-        """Return an encoding of zeros, float32."""
+        """Return conditioning of float32 zeros."""
         row = torch.zeros(1, self._encoder.config.hidden_size, device=self._device)
         return Encoded(row, row if negative else None)
 
     def _embed(self, text: str) -> tuple[Tensor, str]:
-        """Return the states of the text's real tokens, and its end that was cut off.
+        """Return the hidden states of the real tokens, and the end of the text that was cut off.
 
         The encoder runs on all 512 tokens, padding included; the padding is dropped afterwards.
         """
