@@ -126,7 +126,8 @@ class PackedConv2d(_Packed, nn.Conv2d):
             conv.dilation,
             conv.groups,
         )
-        super().__init__(*shape, bias=False, device="meta", dtype=dtype)  # type: ignore[arg-type]  # tuples are pairs here
+        # `shape` has pairs, but their type is a tuple of any length.
+        super().__init__(*shape, bias=False, device="meta", dtype=dtype)  # type: ignore[arg-type]
         self.register_parameter("bias", _own(conv.bias, dtype))
 
     def set_weight(self, write: WriteWeight) -> None:

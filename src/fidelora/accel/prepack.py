@@ -84,7 +84,8 @@ class PrepackedConv2d(nn.Conv2d):
     def __init__(self, conv: nn.Conv2d) -> None:
         shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
         options: Any = {"dilation": conv.dilation, "device": "meta", "dtype": conv.weight.dtype}
-        super().__init__(*shape, bias=False, **options)  # type: ignore[arg-type]  # tuples are pairs
+        # `shape` has pairs, but their type is a tuple of any length.
+        super().__init__(*shape, bias=False, **options)  # type: ignore[arg-type]
         self.register_parameter("bias", cast(nn.Parameter | None, conv.bias))
         self.requires_grad_(False)
         self._shape_only = torch.empty((), dtype=conv.weight.dtype).expand(conv.weight.shape)

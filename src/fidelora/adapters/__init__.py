@@ -1,1 +1,1 @@
-"""Adapters (LoRA, DoRA, LoKr, LoHa): strict reading of their files, and their merged and live path."""
+"""Adapters (LoRA, DoRA, LoKr, LoHa): strict file reading, and the merged and the live path."""

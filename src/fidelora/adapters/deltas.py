@@ -88,7 +88,7 @@ class Delta(ABC):
         raise AssertionError("check `runs_beside` first")
 
     def with_alpha(self, alpha: float) -> Self:
-        """Return the same delta with this alpha if it is a DoRA; files of other kinds have theirs."""
+        """Return the delta, with this alpha if it is a DoRA; other files contain the alpha."""
         return self
 
     @abstractmethod
@@ -147,7 +147,7 @@ class LoraDelta(Delta):
         multiplier: float,
         weight: Callable[[], Tensor],
     ) -> Tensor:
-        # The trainer's order: float32 up to the multiplier, one cast to the dtype of `out`, the sum.
+        # The trainer's order: float32 up to the multiplier, one cast to the dtype of `out`, sum.
         return out + self.low_rank_output(module, x, multiplier).to(out.dtype)
 
     def low_rank_output(self, module: Module, x: Tensor, multiplier: float) -> Tensor:
@@ -333,7 +333,7 @@ def _matrix_product(up: Tensor, down: Tensor) -> Tensor:
 def _row_products_match(
     up_shape: torch.Size, down_shape: torch.Size, rows: int, threads: int
 ) -> bool:
-    """Return True if matrix products of `rows` rows at a time have the bits of the trainer's product.
+    """Return True if products of `rows` rows at a time are bit-identical to the trainer's product.
 
     Both are sums of as many terms as the rank. Rows are faster, because a part of the result stays
     in the CPU cache until it is added to the weight; and even the product of all rows has the

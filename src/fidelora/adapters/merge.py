@@ -18,14 +18,14 @@ from fidelora.adapters.deltas import Delta
 from fidelora.adapters.targets import BoundAdapter, Target, Targets
 
 Applied = tuple[tuple[str, float], ...]
-"""(identity, multiplier) of each adapter merged into one weight, in order; empty if it is pristine."""
+"""(identity, multiplier) of each adapter merged into one weight, in order; empty if pristine."""
 
 _PART_BYTES = 8 * 2**20
 """Size in float32 of the part of a weight that is merged at a time: small enough to stay in the CPU
 cache together with what is added to it."""
 _ROW_MULTIPLE = 16
-"""Parts have a multiple of this many rows; products of parts that begin at other rows are more often
-summed in another order."""
+"""Parts have a multiple of this many rows; products of parts that begin at other rows are more
+often summed in another order."""
 
 _UNKNOWN: Applied = (("not written, or partly", 0.0),)
 
@@ -51,8 +51,8 @@ class MergedAdapters:
     def apply(self, adapters: Sequence[tuple[BoundAdapter, float]]) -> int:
         """Merge exactly these adapters, in this order, writing only the weights that change.
 
-        As in the trainer, each weight is computed in float32: the deltas are added in order, and the
-        sum is cast once to the weight's dtype. Adapters with multiplier 0 are skipped.
+        As in the trainer, each weight is computed in float32: the deltas are added in order, and
+        the sum is cast once to the weight's dtype. Adapters with multiplier 0 are skipped.
 
         Returns:
             number of weights that were written.
@@ -134,7 +134,10 @@ class _Scratch:
     def merged(
         self, pristine: Tensor, deltas: Sequence[tuple[Delta, float]], dtype: torch.dtype
     ) -> Tensor:
-        """Return the merged weight in `dtype`; valid until the next call, may be `pristine` itself."""
+        """Return the merged weight in `dtype`.
+
+        It is valid until the next call, and may be `pristine` itself.
+        """
         if not deltas and pristine.dtype == dtype:
             return pristine
         weight = self._bytes[: pristine.numel() * dtype.itemsize].view(dtype).view(pristine.shape)

@@ -82,7 +82,7 @@ def kind_of(parts: Iterable[str]) -> str:
 
 
 def trainer_version(metadata: Mapping[str, str]) -> tuple[int, ...] | None:
-    """Return the version of AI Toolkit in the `software` metadata; None if another program wrote it."""
+    """Return AI Toolkit's version in the `software` metadata; None if another program wrote it."""
     try:
         software = json.loads(metadata.get("software", "null"))
         if software["name"] != "ai-toolkit":

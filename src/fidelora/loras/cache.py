@@ -192,7 +192,8 @@ class AdapterCache:
                 temporary.replace(self.path(sha256))
             except OSError as error:
                 raise OutputError(
-                    f"{name} could not be added to the cache of adapters: {error.strerror or error}."
+                    f"{name} could not be added to the cache of adapters: "
+                    f"{error.strerror or error}."
                 ) from error
         return AdapterRef(sha256, name=PurePosixPath(name).stem, path=self.path(sha256))
 

@@ -32,8 +32,8 @@ _TRAINER_CONFIG = {
 }
 
 _KARRAS = {"use_karras_sigmas": True}
-# Since diffusers 0.26 the first-order-in-noise variant refuses a last sigma of zero, its default, so
-# the trainer cannot use it with a current diffusers. `sigma_min` is what it did before that release.
+# Since diffusers 0.26, the first-order-in-noise variant rejects a last sigma of zero, its default,
+# so the trainer cannot use it with a current diffusers. `sigma_min` is the earlier behaviour.
 _DPM_SOLVER = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
 _DPM_SOLVER_PP = {"algorithm_type": "dpmsolver++"}
 
@@ -120,8 +120,8 @@ def _wrong_offset(title: str, right: int, reason: str) -> WrongSchedule:
     return WrongSchedule(
         "steps_offset",
         MappingProxyType({"steps_offset": wrong}),
-        f"The sample was made with steps_offset {wrong}, but {title} samples use {right}: {reason}. "
-        f"Set steps_offset to {right} in the program that made it.",
+        f"The sample was made with steps_offset {wrong}, but {title} samples use {right}: "
+        f"{reason}. Set steps_offset to {right} in the program that made it.",
     )
 
 
@@ -159,7 +159,9 @@ SD15 = Family(
         archs=(None, "sd", "sd1", "sd15"),
         wrong_schedules=(
             _wrong_offset(
-                "Stable Diffusion 1.5", 1, "the sampler was set on the pipeline after the pipeline was built"
+                "Stable Diffusion 1.5",
+                1,
+                "the sampler was set on the pipeline after the pipeline was built",
             ),
         ),
     ),
