@@ -36,7 +36,7 @@ class ErrorEnvelope(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """Body of every error except 422, which has FastAPI's default shape."""
+    """Body of every error response except 422, which has FastAPI's default shape."""
 
     detail: ErrorEnvelope
 

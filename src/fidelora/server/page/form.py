@@ -189,7 +189,7 @@ def first_recipe(
 
 
 def differences(recipe: Recipe, here: Recipe) -> list[str]:
-    """Describe each field in which this server's recipe differs; empty if the image is the same."""
+    """Describe each field that differs in this server's recipe; none if the image is the same."""
     if recipe.digest == here.digest:
         return []
     return [
