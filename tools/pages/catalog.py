@@ -14,9 +14,9 @@ fields that a recipe or request leaves out. (Over HTTP the default size is 1024x
 documented API specifies.)
 """.strip()
 _ABOUT_BASES = """
-A base model is a hub id, a diffusers folder or one `.safetensors` checkpoint. One is part of the
-package: [`fidelora:miniature`](miniature.md), a Stable Diffusion 1.5 of 19 MB for tests and first
-steps.
+A base model is a hub id, a diffusers folder or one `.safetensors` checkpoint. One base model is
+part of the package: [`fidelora:miniature`](miniature.md), a Stable Diffusion 1.5 model of 19 MB for
+tests and first steps.
 """.strip()
 
 _KIND_TITLES = {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa", "dora": "DoRA"}
