@@ -1,6 +1,6 @@
 """Server settings, from the environment and a `.env` file.
 
-Settings without the prefix FIDELORA_ have the names of the documented `ai-toolkit-inference` API.
+Settings without the prefix FIDELORA_ have the same names as those of `ai-toolkit-inference`.
 """
 
 from __future__ import annotations

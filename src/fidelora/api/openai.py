@@ -101,7 +101,7 @@ class ImagesRequest(RequestBody):
         return self.output_format or "png"
 
     def to_inference(self) -> InferenceRequest:
-        """Convert to the documented API, where seed -1 means a random seed for each image.
+        """Convert to a `POST /v1/inference` body, where seed -1 means a random seed per image.
 
         Raises:
             RequestError: the model does not exist, or a field is unknown.
@@ -165,7 +165,7 @@ class ImagesBody(BaseModel):
     background: Literal["opaque"] = "opaque"
     output_format: ImageFormat
     size: str
-    # Addition to OpenAI's API: id of the request in the documented API; its result has the recipes.
+    # Addition to OpenAI's API: id of the request for `/v1/requests`; its result has the recipes.
     request_id: str
 
 

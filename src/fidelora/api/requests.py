@@ -1,4 +1,4 @@
-"""Request bodies, with the ranges of the documented API."""
+"""Request bodies, with the ranges of the `ai-toolkit-inference` API."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fidelora.recipe import MAX_ALPHA, Fidelity
 MAX_PROMPTS = 64  # images per request
 MAX_LORAS = 64
 """LoRAs per request of the OpenAI and AUTOMATIC1111 APIs, and per replayed image. In the
-documented API, only the size of the body limits their number."""
+`ai-toolkit-inference` API, only the size of the body limits their number."""
 
 Multiplier = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 ImageFormat = Literal["png", "jpeg", "webp"]

@@ -20,7 +20,7 @@ from fidelora.recipe import Recipe
 
 
 class AsyncClient:
-    """Client of the documented HTTP API for asyncio programs.
+    """Client of the HTTP API of `ai-toolkit-inference`, for asyncio programs.
 
         async with AsyncClient("http://127.0.0.1:8000") as client:
             result = await client.generate("a [trigger]", "sks.safetensors", trigger_word="sks")

@@ -20,7 +20,7 @@ from fidelora.recipe import Recipe
 
 
 class Client:
-    """Client of the documented HTTP API, for Fidelora's server and others.
+    """Client of the HTTP API of `ai-toolkit-inference`, for Fidelora's server and others.
 
         with Client("http://127.0.0.1:8000") as client:
             result = client.generate("a [trigger]", "sks.safetensors", trigger_word="sks", seed=7)
