@@ -51,8 +51,8 @@ def measure(settings: Any) -> Any:
             seconds[way],
         )
     found.notes.append(
-        "Cold start: a new process with all imports, files in the page cache; ours with the "
-        "engine of the command line."
+        "Cold start: a new process with all imports, files in the page cache. Fidelora's engine is "
+        "set up as by the command line."
     )
     return found
 

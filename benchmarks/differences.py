@@ -35,7 +35,7 @@ JOBS = [DEMO_DATA / "lora_linear_f32", GOLDEN_JOBS / "lokr_full", GOLDEN_JOBS / 
 
 @dataclass(frozen=True)
 class Change:
-    """One setting as another program has it."""
+    """One setting with the value that another program uses."""
 
     name: str
     recipe: Callable[[TrainingRun, PlannedSample], Recipe]

@@ -26,7 +26,7 @@ _BYTES = 2**28
 def measure() -> dict[str, float]:
     """Return the copy rate in GB/s and the rate of 2048x2048 matrix products in GFLOP/s.
 
-    A copied byte counts once, not as one read and one written.
+    A copied byte counts once, although it is read and written.
     """
     source = torch.ones(_BYTES // 4)
     target = torch.ones_like(source)
@@ -58,10 +58,9 @@ def fast_dtype() -> str:
 
 
 def _best(run: Callable[[], object]) -> float:
+    # The first run is a warm-up. The best of the others is least affected by other processes.
     seconds = []
-    for _ in range(
-        4
-    ):  # the first one warms up; the best of the others is least affected by other processes
+    for _ in range(4):
         start = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - start)

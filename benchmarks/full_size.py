@@ -46,7 +46,7 @@ def base(folder: Path) -> Path:
 
 
 def sdxl_base(folder: Path) -> Path:
-    """Return a bfloat16 SDXL (6.9 GB) in the diffusers layout; write it if it does not exist."""
+    """Return a bfloat16 SDXL model (6.9 GB) in the diffusers layout; write it if it is missing."""
     return _base(
         folder / "sdxl",
         get_family("sdxl"),
@@ -59,7 +59,11 @@ def sdxl_base(folder: Path) -> Path:
 def _base(
     target: Path, spec: Family, dtype: torch.dtype, pipeline: str, **nothing: list[None]
 ) -> Path:
-    """Write a base model of this family; `nothing` are optional components of its pipeline."""
+    """Write a base model of this family, if it does not exist, and return its folder.
+
+    Args:
+        nothing: optional components of the pipeline that the model does not have.
+    """
     if (target / "model_index.json").exists():
         return target
     generator = torch.Generator().manual_seed(1)
@@ -88,9 +92,8 @@ def _base(
         "feature_extractor": [None, None],
         **nothing,
     } | ({"requires_safety_checker": False} if "safety_checker" in nothing else {})
-    (target / "model_index.json").write_text(
-        json.dumps(whole)
-    )  # written last: it marks the model as complete
+    # Written last, because this file marks the model as complete.
+    (target / "model_index.json").write_text(json.dumps(whole))
     return target
 
 

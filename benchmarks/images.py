@@ -1,8 +1,8 @@
 """Time of a step and of an image: diffusers with a PEFT adapter, compared with `exact` and `fast`.
 
-An image of 25 steps takes minutes at 512x512. So each round makes images of few steps, measures
-their parts, and adds them up: text + 25 x step + decode + encode. One whole image is made to check
-the sum. The processes stay alive and take turns.
+An image of 25 steps takes minutes at 512x512. Therefore each round makes images of few steps and
+measures their parts. The time of an image is the sum text + 25 x step + decode + encode. One whole
+image is made to check the sum. The processes stay alive and take turns.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def measure(settings: Settings) -> Findings:
             batch = min(BATCH, fast.ask("max_batch", size=size))
             for number in rounds(budget_s, least=1 if settings.quick else 2, most=6):
                 asked = _questions(peer, exact, fast, floors, lora, number, size, batch)
-                for name, ask in asked if number % 2 == 0 else reversed(asked):  # rotate the order
+                for name, ask in asked if number % 2 == 0 else reversed(asked):  # alternate
                     measured.setdefault(name, []).append(ask())
             found.raw[f"{size}"] = measured
             _disk(found, size, measured)
@@ -58,13 +58,13 @@ def measure(settings: Settings) -> Findings:
         _sdcpp(found, settings, {"exact": exact, "fast": fast}, lora, min(budgets_s))
     found.notes += [
         "Peer, unless noted otherwise: diffusers' StableDiffusionPipeline in float32, an adapter "
-        "by PEFT (`load_lora_weights`, not fused), not tuned. Both: a full-size base model with "
-        "random weights, an adapter of rank 32 (convolutions 16), "
+        "by PEFT (`load_lora_weights`, not fused), not tuned. Peer and Fidelora use a full-size "
+        "base model with random weights, an adapter of rank 32 (convolutions 16), "
         "guidance 6, sampler ddpm.",
         "The time of a step is (end of the last step - end of text encoding) / steps, of images of "
         f"{STEPS} steps. An image of {WHOLE_STEPS} steps is a sum in each round: text + "
-        f"{WHOLE_STEPS} x step + decode + PNG. Prompts are new each time. The negative prompt is "
-        "always the same; the peer encodes it each time, ours caches it.",
+        f"{WHOLE_STEPS} x step + decode + PNG. Each image has a new prompt. The negative prompt is "
+        "always the same; the peer encodes it for each image, Fidelora caches it.",
     ]
     return found
 
@@ -144,7 +144,7 @@ def _rows(found: Findings, size: int, measured: Rounds, batch: int) -> None:
 
 
 def _share_of_floor(found: Findings, size: int, measured: Rounds, floors: Party) -> None:
-    """Return the rate of a step as a fraction of the rate of a matrix product."""
+    """Add rows that compare the rate of a step with the rate of a matrix product."""
     flops, fast = floors.ask("step_flops", size=size), floors.ask("fast_dtype")
     medians = {
         name: statistics.median(one[name] for one in measured["floors"])
@@ -203,14 +203,14 @@ def _whole_image(found: Findings, settings: Settings, fast: Party, lora: str, si
     found.raw["whole image"] = {"size": size, "steps": steps, "composed": composed, "real": parts}
     found.notes.append(
         f"One whole image, fast, {size}, {steps} steps: {parts['total']:.2f} s; composed: "
-        f"{composed:.2f} s ({composed / parts['total']:.2f} of it)."
+        f"{composed:.2f} s ({composed / parts['total']:.2f} x the measured time)."
     )
 
 
 def _sdcpp(
     found: Findings, settings: Settings, ours: Mapping[str, Party], lora: str, size: int
 ) -> None:
-    """Measure images of one step, for slow parties that are included for orientation."""
+    """Measure images of one step of stable-diffusion.cpp, which is too slow for whole images."""
     if not sdcpp.is_installed(settings.sdcpp):
         found.notes.append(
             "stable-diffusion.cpp: not installed. `pip install stable-diffusion-cpp-python` "

@@ -1,6 +1,6 @@
 """Test whether the miniature follows prompts: `python benchmarks/miniature.py [--prompts 200]`.
 
-A judge without learned parts (geometry and colours only) examines images that the engine makes
+A judge that uses geometry and colours, not a learned model, examines images that the engine makes
 from held-out prompts. Prints one JSON object: PSNR of the VAE round trip, percentages of prompts
 with the right shape, colour and background at guidance 6 and 1 and with the adapter, the percentage
 of pictures with the adapter's new shape, and seconds per image.

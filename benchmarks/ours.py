@@ -1,4 +1,4 @@
-"""Fidelora as a party: the engine, in a process that keeps freed memory as the commands do.
+"""Fidelora as a party (see `parties.py`): an engine that is set up as by the command line.
 
     python -m benchmarks.ours exact|fast FOLDER
 
@@ -35,7 +35,7 @@ MINIATURE = "fidelora:miniature"
 
 
 class Ours:
-    """One engine with one fidelity, and the requests that it answers."""
+    """One engine with one fidelity; the methods are the requests that it can answer."""
 
     def __init__(self, fidelity: str, folder: str) -> None:
         self._settings: dict[str, Any] = {
@@ -127,7 +127,7 @@ class Ours:
         return self._queue.next_jobs()
 
     def batches(self, adapters: list[str], size: int, steps: int) -> list[dict[str, Any]]:
-        """Return adapter and size of every batch, in the order of the worker."""
+        """Return the adapter and the size of each batch, in the order that the worker chooses."""
         engine = BlankEngine()
         queue = Queue(
             engine, [self._recipe("a thing", size, steps, n, a) for n, a in enumerate(adapters)]
@@ -236,7 +236,11 @@ class Switching:
     """A base model, and two adapters that each change nearly every weight of its UNet."""
 
     def __init__(self, fidelity: str, folder: str) -> None:
-        recipe = Recipe(prompt="", base_model=folder, fidelity=fidelity)  # type: ignore[arg-type]  # the recipe checks it
+        recipe = Recipe(
+            prompt="",
+            base_model=folder,
+            fidelity=fidelity,  # type: ignore[arg-type]  # checked by the recipe
+        )
         key = ModelKey.of(recipe)
         self._base: LoadedModel = load_model(key, key.find_files(), torch.device("cpu"))
         self._base.merged.apply([])
@@ -295,7 +299,7 @@ class Switching:
         }
 
     def weights(self, path: str) -> dict[str, int]:
-        """Return how many weights and elements an adapter changes, and the bytes of all weights."""
+        """Return the number of weights and elements that an adapter changes, and all bytes."""
         touched = [self._base.targets.by_name[name].weight for name in self._bind(path).deltas]
         return {
             "weights": len(touched),
@@ -321,7 +325,7 @@ def main() -> None:
     switching: Switching | None = None
 
     def only_adapters(method: str) -> Callable[..., Any]:
-        """Prepare the parts that switch adapters without making images; nothing is loaded yet."""
+        """Return a handler that calls a method of `Switching`, which the first call creates."""
 
         def answer(**arguments: Any) -> Any:
             nonlocal switching

@@ -1,9 +1,9 @@
-"""Processes under comparison: each loads its model once and then answers requests, taking turns.
+"""Parties: the processes under comparison, which load a model once and answer requests in turns.
 
 A request is one line of JSON on the standard input of a party, `{"do": "image", "size": 256}`, and
-so is the response. A waiting party uses no CPU: OpenMP threads spin for some milliseconds and then
-wait in the kernel. This module needs only the standard library, because parties may run in other
-environments.
+a response is one line on its standard output. A waiting party uses no CPU: OpenMP threads spin for
+some milliseconds and then wait in the kernel. This module needs only the standard library, because
+parties may run in other environments.
 """
 
 from __future__ import annotations
@@ -58,7 +58,11 @@ class Party:
         )
 
     def ask(self, do: str, **arguments: Any) -> Any:
-        """Return the response of the party; raise its exception here, with its traceback."""
+        """Send a request and return the response.
+
+        Raises:
+            RuntimeError: the party failed; the message ends with its traceback.
+        """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
@@ -124,9 +128,10 @@ def warm(files: Iterable[Path]) -> None:
 
 
 def rounds(budget_s: float, *, least: int, most: int) -> Iterator[int]:
-    """Yield round numbers, at least and at most this many.
+    """Yield the numbers of at least `least` and at most `most` rounds.
 
-    Stop earlier if a round as long as the longest one would exceed the budget.
+    After `least` rounds, stop when another round, as long as the longest one, would exceed the
+    budget.
     """
     start, longest = time.perf_counter(), 0.0
     for number in range(most):

@@ -2,8 +2,8 @@
 
 The baseline processes jobs in order of arrival and loads another adapter (`load_lora_weights`) when
 the next job needs it. Fidelora's jobs go through a store and a worker, which chooses the next job
-and, in `fast`, batches several jobs. 200 images of normal size take hours, so small ones are made
-until the time is up. The time of 200 images at 256x256 is composed from the parts.
+and, in `fast`, batches several jobs. 200 images of normal size take hours, so only small images are
+made, within a time limit. The time of 200 images at 256x256 is computed from measured parts.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ SIZE, STEPS = 128, 2
 
 
 def measure(settings: Settings, before: Mapping[str, Findings]) -> Findings:
-    """Args:
-    before: findings of other parts; the composed figures use those of `images`."""
+    """Return the findings of this part.
+
+    Args:
+        before: findings of the earlier parts; the composed figures use those of `images`.
+    """
     base = str(full_size.base(settings.folder))
     paths = [
         str(full_size.small_adapter(settings.folder, number)) for number in range(ADAPTERS + 1)
@@ -73,9 +76,9 @@ def measure(settings: Settings, before: Mapping[str, Findings]) -> Findings:
     _composed(found, size, jobs, batches, changes, before)
     found.notes.append(
         f"Mixed queue: {JOBS} jobs of one image, {ADAPTERS} adapters of rank 8 for attention only; "
-        "all jobs are queued at the beginning. In the whole queue the adapter is switched "
-        f"{changes['peer']} times first come, first served (peer), {changes['exact']} times in the "
-        f"worker's order in exact and {changes['fast']} in fast, which makes its images in "
+        "all jobs are queued at the beginning. In the whole queue, the adapter is switched "
+        f"{changes['peer']} times in order of arrival (peer), {changes['exact']} times in the "
+        f"worker's order in exact and {changes['fast']} times in fast, which makes its images in "
         f"{len(batches['fast'])} batches of at most "
         f"{max(one['images'] for one in batches['fast'])} (counted with the real store and worker, "
         f"and an engine that makes blank images). At the measured {SIZE}x{SIZE} a batch has up to "
@@ -116,7 +119,7 @@ def _composed(
     changes: Mapping[str, int],
     before: Mapping[str, Findings],
 ) -> None:
-    """Compose the time of the queue with 25 steps from measured switches and images."""
+    """Compute the time of the queue with 25 steps from measured switches and images."""
     changing = {
         way: statistics.median([job["adapters"] for job in done if job["changed"]])
         for way, done in jobs.items()
@@ -125,7 +128,7 @@ def _composed(
     measured = before["images"].raw.get(str(size)) if "images" in before else None
     if measured is None:
         found.notes.append(
-            f"The whole queue at {size} is not composed: run the part `images` in the same run."
+            f"The whole queue at {size} is not computed: run the part `images` in the same run."
         )
         return
     image = {
@@ -147,11 +150,11 @@ def _composed(
         what = f"mixed queue, composed: all {JOBS} jobs, {size}x{size}, {WHOLE_STEPS} steps, {way}"
         _rate_row(found, what, 3600 * JOBS / seconds["peer"], 3600 * JOBS / seconds[way], 1)
     found.notes.append(
-        "Composed: adapter switches x their seconds as measured in this part "
+        "Composed: number of adapter switches x seconds of a switch, measured in this part "
         f"({', '.join(f'{way} {each:.2f} s' for way, each in changing.items())}) + images of 25 "
-        "steps as composed above. The peer's steps are those without an adapter, which favours it, "
-        "because small adapters slow it down less. Batches of two and three are interpolated "
-        "linearly between one and four images."
+        "steps as composed above. The peer's steps are those without an adapter, which favours the "
+        "peer: small adapters slow it down less. Batches of two and "
+        "three images are interpolated linearly between one and four images."
     )
 
 

@@ -21,7 +21,8 @@ class Settings:
 
     Attributes:
         folder: keeps models between runs.
-        quick: few rounds of small images, to check that everything works; not for quoting.
+        quick: few rounds of small images, to check that everything works. The figures are not
+            meaningful.
         sdcpp: an interpreter that may have stable-diffusion.cpp.
     """
 
@@ -32,7 +33,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Row:
-    """One row: what was measured, baseline, ours, ratio, and number of measurements."""
+    """One row of the table: measured quantity, baseline, Fidelora, ratio, number of rounds."""
 
     what: str
     peer: str
@@ -57,7 +58,7 @@ class Findings:
     def faster(
         self, what: str, peer: Sequence[float], ours: Sequence[float], unit: str = "s"
     ) -> None:
-        """Add a row of seconds with the speedup of the medians and its range over rounds."""
+        """Add a row with two median times, their ratio, and the range of the ratio over rounds."""
         ratio = f"{statistics.median(peer) / statistics.median(ours):.2f} x"
         if len(peer) == len(ours) > 1:
             each = [a / b for a, b in zip(peer, ours, strict=True)]

@@ -3,7 +3,7 @@
     python -m benchmarks.run [--only PART ...] [--quick] [--folder FOLDER] [--out FOLDER]
                              [--sdcpp PYTHON]
 
-Every figure is a median, compared with a baseline measured in the same run, in turns if possible.
+Every figure is a median, compared with a baseline from the same run, alternately if possible.
 Needs peft (`pip install --group bench`), two cores, 20 GB of memory, about 20 minutes, and 9 GB of
 disk for the models in the first run.
 """

@@ -2,8 +2,9 @@
 
     python -m benchmarks.sdcpp FOLDER
 
-The package may be in another environment than the other parties. It reads a folder in the diffusers
-layout with the names of `full_size.with_older_names`. Its convolutions are always float16.
+The package may be installed in a different environment from the other parties. It reads a folder in
+the diffusers layout with the names of `full_size.with_older_names`. Its convolutions are always
+float16.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ GUIDANCE = 6.0
 
 
 def is_installed(python: str) -> bool:
-    """True if this interpreter can import it."""
+    """True if this interpreter can import stable-diffusion.cpp."""
     command = [python, "-c", "import stable_diffusion_cpp"]
     return subprocess.run(command, capture_output=True, cwd=ROOT, check=False).returncode == 0
 
@@ -38,9 +39,8 @@ def main() -> None:
         marks: list[float] = []
 
         def note(step: int, _steps: int, _seconds: float) -> None:
-            if step >= len(
-                marks
-            ):  # called before the first step and after each step, and later by other stages
+            # Called before the first step, after each step, and again by the later stages.
+            if step >= len(marks):
                 marks.append(time.perf_counter())
 
         start = time.perf_counter()

@@ -1,10 +1,10 @@
-"""Full-size SDXL on the CPU in bfloat16: diffusers' pipeline, `exact` and `fast`, without adapter.
+"""Full-size SDXL on the CPU in bfloat16: diffusers, `exact` and `fast`, without an adapter.
 
     python -m benchmarks.sdxl [--folder FOLDER] [--size 512]
 
-Not part of `make bench`, because the model takes 7 GB of disk, and each party as much memory. The
-parties are measured in sequence, each in its own process, twice: in this order and reversed. Prints
-one table.
+This is not part of `make bench`, because the model needs 7 GB of disk, and each party as much
+memory. The parties run one after the other, each in its own process, in this order and then in
+reverse order. Prints one table.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Painted = tuple[list[float], float]
 
 
 def peer(folder: Path) -> Callable[[int, int], Painted]:
-    """The pipeline of diffusers, not tuned."""
+    """Return a function that makes an image with diffusers' pipeline, not tuned."""
     from diffusers import StableDiffusionXLPipeline
 
     pipe = StableDiffusionXLPipeline.from_pretrained(
@@ -61,7 +61,7 @@ def peer(folder: Path) -> Callable[[int, int], Painted]:
 
 
 def ours(folder: Path, fidelity: str) -> Callable[[int, int], Painted]:
-    """The engine in this process, set up as in a command."""
+    """Return a function that makes an image with an engine, set up as by the command line."""
     from fidelora.cli.console import make_engine
     from fidelora.recipe import Recipe
 

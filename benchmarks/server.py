@@ -1,4 +1,4 @@
-"""Overhead of the server: submission with a long queue, and job time beyond that of the image.
+"""Overhead of the server: submission with a long queue, and time of a job besides its image.
 
     python benchmarks/server.py [--jobs 30] [--submits 500] [--queue 10000]
 
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def measure(settings: Settings) -> Findings:
-    """Measure the overhead, for `benchmarks.run`, and the engine's seconds."""
+    """Return the findings of this part: the overhead of a job, and the engine's seconds."""
     with (
         tempfile.TemporaryDirectory() as folder,
         _server(Path(folder)) as server,

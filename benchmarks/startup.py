@@ -1,6 +1,7 @@
 """Start-up time of each command: `python benchmarks/startup.py`.
 
-Runs each command as a process, in turns, and prints medians and the ratio to an idle Python.
+Runs the commands as processes, one after the other in each round. Prints medians and their ratios
+to a Python process that does nothing.
 """
 
 from __future__ import annotations

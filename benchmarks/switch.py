@@ -1,7 +1,7 @@
-"""Time and memory of switching adapters: ours, merged, compared with three ways of diffusers.
+"""Time and memory of switching adapters: Fidelora's merge, and three methods of diffusers.
 
-Two adapters each change nearly every weight of the UNet. Ours is also compared with a plain copy of
-the same weights, which is the lower bound for any way of writing them.
+Two adapters each change nearly every weight of the UNet. The merge is also compared with a plain
+copy of the same weights, which is the lower bound for any method that writes them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def measure(settings: Settings) -> Findings:
         ways = {"exact": exact, "fast": fast}
         for number in rounds(0.0 if settings.quick else 70.0, least=3, most=8):
             for name, figures in _of_peer(peer, large, fuse=number < 3).items():
-                if number > 0:  # the first round touches new memory
+                if number > 0:  # the first round also allocates memory
                     theirs[name].append(figures)
             for way, party in ways.items():
                 party.ask("touch", path=large[0])
@@ -55,17 +55,18 @@ def measure(settings: Settings) -> Findings:
         f"A switch changes {weights['exact']['weights']} weights with "
         f"{weights['exact']['numbers'] / 1e6:.0f} million elements. "
         f"Weights in the process: {live}.",
-        "Growth: memory without mapped files, after all switches minus after ten. Every hundredth "
-        "switch is to an adapter that changes nearly everything, the others are between two for "
-        f"the keys and values of cross-attention ({seconds} each).",
-        "With `set_adapters` diffusers keeps all adapters in memory beside the weights, and each "
-        "step takes longer (see the rows of steps).",
+        "Growth: memory without mapped files after all switches, minus that after ten switches. "
+        "Every hundredth switch merges an adapter that changes nearly all weights. The others "
+        "alternate between two adapters for the keys and values of cross-attention "
+        f"({seconds} each).",
+        "With `set_adapters`, diffusers keeps all adapters in memory in addition to the weights, "
+        "and each step takes longer (see the rows of steps).",
     ]
     return found
 
 
 def _of_peer(peer: Party, paths: list[str], *, fuse: bool) -> dict[str, float]:
-    """Return the seconds of diffusers' ways to switch; the slowest one is optional."""
+    """Return the seconds of diffusers' methods to switch; `fuse` adds the slowest one."""
     peer.ask("adapter", path=paths[0])
     seconds = {
         "load": peer.ask("adapter", path=paths[1])["seconds"],

@@ -108,7 +108,8 @@ class AdapterRef:
         alpha: of a DoRA, whose file has none: its scale is alpha / rank. None: the scale is 1.
         name: for people; not part of the identity.
         path: where the file was last seen; not part of the identity and not in the JSON form.
-        file: the open file that `from_file` hashed; not part of the identity and not in the JSON form.
+        file: the open file that `from_file` hashed; not part of the identity and not in the JSON
+            form.
     """
 
     sha256: str
@@ -195,8 +196,8 @@ class Recipe:
         dtype: of the denoiser and the latents.
         vae_dtype, text_encoder_dtype: by default `dtype`.
         fidelity: `exact` computes as the trainer did, to the bit. `fast` computes in the fastest
-            way on the device: adapters are merged, denoiser and decoder have a precision of their own;
-            noise, sampler, latents and text are those of `exact`.
+            way on the device: adapters are merged, denoiser and decoder have a precision of their
+            own; noise, sampler, latents and text are those of `exact`.
 
     Raises:
         RecipeError: a field is out of its range.

@@ -1,6 +1,6 @@
 """Server settings, from the environment and a `.env` file.
 
-The settings without the prefix FIDELORA_ are those of the documented API.
+Settings without the prefix FIDELORA_ have the same names as those of `ai-toolkit-inference`.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Settings(BaseSettings):
     offload_mode: Offload | None = Field(
         None,
         validation_alias="OFFLOAD_MODE",
-        description="none, model or sequential: less device memory at the cost of speed.",
+        description="none, model or sequential; offloading saves device memory but is slower.",
     )
     enable_cpu_offload: bool = Field(
         False,
@@ -89,12 +89,12 @@ class Settings(BaseSettings):
     model_cache_dir: Path | None = Field(
         None,
         validation_alias="MODEL_CACHE_DIR",
-        description="Cache folder for downloaded base models; by default the hub's own cache.",
+        description="Cache folder for downloaded base models; by default Hugging Face's own.",
     )
     hf_token: SecretStr | None = Field(
         None,
         validation_alias="HF_TOKEN",
-        description="Access token for gated and private files on the hub.",
+        description="Access token for gated and private files on the Hugging Face Hub.",
     )
     inference_timeout_s: float = Field(
         3600,
@@ -120,15 +120,15 @@ class Settings(BaseSettings):
         validation_alias="FIDELORA_BASE_MODEL",
         description=(
             "Base models: hub id, diffusers folder or .safetensors checkpoint; by default each "
-            "model's own. A base without a model name is for sd15; a comma-separated list of "
-            "`MODEL=BASE` sets any: `sd15=/bases/a,sdxl=/bases/b.safetensors`. "
+            "model's own. A base without a model name is for sd15. A comma-separated list of "
+            "`MODEL=BASE` sets several: `sd15=/bases/a,sdxl=/bases/b.safetensors`. "
             "The first one is loaded when the server starts."
         ),
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         validation_alias="FIDELORA_DTYPE",
-        description="Data type of the models; auto is the usual one of the device.",
+        description="Data type of the models; auto selects the usual one for the device.",
     )
     fidelity: Literal["exact", "fast"] = Field(
         "exact",
@@ -222,8 +222,8 @@ class Settings(BaseSettings):
         None,
         validation_alias="FIDELORA_JOBS_PATH",
         description=(
-            "Folder with training runs that the web page may verify, "
-            "for every client with a key; none by default."
+            "Folder with training runs that the web page may verify; none by default. "
+            "Every client with an API key has access to it."
         ),
     )
     job_max_mb: int = Field(

@@ -131,7 +131,7 @@ def test_a_half_precision_mismatch_mentions_the_hardware(folder, lines, fidelora
     code, out, _ = fidelora("verify", str(changed), *BASE)
     assert code == 1
     assert (
-        out.count("Samples in bfloat16 can be verified only on hardware of the kind that made them")
+        out.count("Samples in bfloat16 can be verified only on the kind of hardware that generated")
         == lines
     )
 
@@ -142,7 +142,7 @@ def test_a_mismatch_suggests_the_doctor(fidelora, copy_run):
     )
     assert code == 1
     assert out.endswith(
-        "mismatch: At least one sample came out different.\n"
+        "mismatch: At least one sample is different.\n"
         "Run the command again with --doctor to find the cause.\n"
     )
 

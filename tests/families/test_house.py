@@ -14,7 +14,7 @@ FAMILIES = {path.parent.name: path.parent for path in (SOURCE / "families").glob
 ALLOWED = {
     ("images/a1111_prompt.py", "unet"),  # `<lora:name:te=1:unet=1>`
     ("loras/describe.py", "text_encoder"),  # prefixes of tensor names in LoRA files
-    ("api/recipes.py", "transformer"),  # a field of the documented API
+    ("api/recipes.py", "transformer"),  # a field of the API
     ("cli/inspect.py", "text_encoder"),  # a key of its JSON
     ("engine/model.py", "text_encoder"),  # a role
     ("weights/files.py", "text_encoder"),  # how model_index.json begins the names of encoders

@@ -1,4 +1,4 @@
-"""Shared by the training scripts: options, a resumable loop, pixels to tensors and back."""
+"""Parts shared by the training scripts: options, a resumable training loop, pixel conversion."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ _SAVE_EVERY_S = 60.0
 _WARM_UP = 0.02
 """Fraction of the time in which the learning rate rises."""
 _LAST_RATE = 0.01
+"""Learning rate at the end, as a fraction of the initial one."""
 _AVERAGE = 0.999
+"""Decay of the moving average of the weights, per step."""
 _LONGEST_STEP_S = 120.0
-"""Longer steps are not counted as training time: the machine was suspended."""
+"""Longest step in seconds that counts as training time; the rest of a longer step is ignored,
+because the machine was suspended."""
 
 
 def parser(doc: str | None, minutes: float) -> argparse.ArgumentParser:
-    """Return the parser of `--work` and `--minutes`.
+    """Return a parser with the options `--work` and `--minutes`.
 
-    The work folder keeps everything between runs; the minutes are those of all runs together.
+    The work folder keeps all files between runs. The minutes are the total of all runs.
     """
     made = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     made.add_argument("--work", type=Path, required=True)
@@ -70,7 +73,7 @@ class Run:
         self._last = self._saved = time.monotonic()
 
     def goes_on(self) -> bool:
-        """True if there is time left; otherwise load the averaged weights into the module."""
+        """True if time is left. Otherwise, save and load the averaged weights into the module."""
         now = time.monotonic()
         self.seconds += min(now - self._last, _LONGEST_STEP_S)
         self._last = now
@@ -142,7 +145,10 @@ class Run:
 
 
 def autocast() -> torch.autocast:
-    """Return bfloat16 if the processor supports it; emulation costs fifty times what it saves."""
+    """Return an autocast to bfloat16, disabled on processors that have to emulate it.
+
+    Emulation takes fifty times the time that bfloat16 saves.
+    """
     return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
 
 

@@ -1,4 +1,4 @@
-"""Judge many pictures: for the benchmark, and for its short version in the tests."""
+"""Score many pictures, for the benchmark and for its short version in the tests."""
 
 from __future__ import annotations
 

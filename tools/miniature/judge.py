@@ -1,4 +1,4 @@
-"""Recognise scenes in pictures of the miniature by geometry and colour, without learned parts.
+"""Recognise scenes in pictures of the miniature by geometry and colour, without a learned model.
 
 The background is the colour of the border. Each connected region of another colour is a thing. Its
 colour is the median of its inside, matched to the nearest colour of the world; its shape is that of
@@ -41,7 +41,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Score:
-    """Properties that the picture has right; if there are two things, both in the right order."""
+    """Properties that are right in the picture; with two things, for both, in the right order."""
 
     shape: bool
     colour: bool

@@ -1,6 +1,6 @@
 """Step 4, packaging: `python -m tools.miniature.package --work DIR`.
 
-Writes the trained weights in the layout of a Stable Diffusion 1.5 into the package, and makes the
+Writes the trained weights into the package, in the layout of Stable Diffusion 1.5. Makes the
 pictures of the model card: the first samples of a seed, without selection, and the loss curves.
 """
 
@@ -32,7 +32,8 @@ SEED = 5
 COLUMNS, ROWS, GAP = 8, 4, 6
 TEXT, LINES = 11, 4
 CURVES = {"vae": "#3060c0", "unet-start": "#d09080", "unet": "#c04030", "lora": "#309050"}
-"""Logs in the work folder. The second exists if the UNet was trained from a start (`--start`)."""
+"""Names of the loss logs in the work folder, and colours of the curves. `unet-start` exists only if
+the training of the UNet began with a trained miniature (`--start`)."""
 WIDTH, HEIGHT, MARGIN = 720, 240, 40
 
 
@@ -79,8 +80,8 @@ def _index() -> dict[str, Any]:
 def _add_text_model_level(path: Path) -> None:
     """Add the prefix `text_model.` to the names of a text encoder's weights.
 
-    transformers 5.2x drops it, and earlier releases, 5.5.3 among them, then load random weights
-    without an error. Current ones read both.
+    transformers 5.2x omits the prefix when it saves. Earlier releases, 5.5.3 among them, then load
+    random weights without an error. Current releases read both forms.
     """
     weights = load(path.read_bytes())
     named = {f"text_model.{name.removeprefix('text_model.')}": w for name, w in weights.items()}

@@ -47,7 +47,12 @@ class Lora(nn.Module):
         else:
             form = {"stride": module.stride, "padding": module.padding, "bias": False}
             size: Any = module.kernel_size
-            self.lora_down = nn.Conv2d(module.in_channels, CONV_RANK, size, **form)  # type: ignore[arg-type]
+            self.lora_down = nn.Conv2d(
+                module.in_channels,
+                CONV_RANK,
+                size,
+                **form,  # type: ignore[arg-type]
+            )
             self.lora_up = nn.Conv2d(CONV_RANK, module.out_channels, 1, bias=False)
         nn.init.zeros_(self.lora_up.weight)
 
@@ -106,7 +111,7 @@ def main() -> None:
 
 
 def _scenes(rng: np.random.Generator) -> list[world.Scene]:
-    """Return scenes with old and new shapes in turn, none of them held out."""
+    """Return scenes that alternate between known shapes and the new one, none of them held out."""
     scenes: list[world.Scene] = []
     while len(scenes) < SCENES:
         scene = world.random_scene(rng, (world.NEW_SHAPE,) if len(scenes) % 2 else world.SHAPES)

@@ -1,7 +1,7 @@
 """Step 2, text encoder and UNet: `python -m tools.miniature.train_unet --work DIR --minutes 60`.
 
 The text encoder is trained alone first, to predict the properties of a scene from its caption. That
-takes minutes, and the UNet then does not start with meaningless conditioning. Then both are trained
+takes minutes, and gives the UNet meaningful conditioning from the start. Then both are trained
 together, on latents that are computed once. One caption in ten is empty, for guidance. The loss is
 weighted by min-SNR-5 (https://arxiv.org/abs/2303.09556), so that steps with little noise do not
 take all the capacity. Run it again to resume.
@@ -164,7 +164,7 @@ def learn_to_read(
 
 
 def _facts(scene: world.Scene) -> tuple[str, ...]:
-    """Return the properties of a scene, "" for those that it does not have."""
+    """Return the properties of a scene; "" for properties that the scene does not have."""
     first = scene.things[0]
     second = scene.things[1] if len(scene.things) == 2 else world.Thing("", "")
     things = (first.shape, first.colour, first.size, first.place, second.shape, second.colour)
@@ -231,7 +231,7 @@ def evaluate(
     sheet: Path,
     count: int = 64,
 ) -> dict[str, float]:
-    """Return fractions of held-out prompts drawn right, with 25 DDPM steps and guidance 6."""
+    """Return the fractions of held-out prompts with right pictures: 25 DDPM steps, guidance 6."""
     scenes = held_out_scenes(count, SEED + 1)
     rng = np.random.default_rng(SEED + 1)
     generator = torch.Generator().manual_seed(SEED)

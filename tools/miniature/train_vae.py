@@ -38,7 +38,7 @@ CONFIG: dict[str, Any] = {
 SEED = 1
 IMAGES = 12_000
 CROPS = {0.5: 32, 0.75: 64, 1.0: world.SIZE}
-"""Side of the crops in pixels, by the fraction of the time until which it is used.
+"""Side of the crops in pixels, by the fraction of the training time at which its use ends.
 
 Small crops are the most efficient. Whole images come last, because group normalisation uses the
 statistics of the whole picture.
@@ -54,8 +54,8 @@ def main() -> None:
     options = common.options(common.parser(__doc__, minutes=30))
     torch.manual_seed(SEED)
     vae = AutoencoderKL.from_config(CONFIG).to(memory_format=torch.channels_last)
-    # Initial deviation 0.05: with the usual 1, the decoder's input is mostly noise for the first
-    # thousand steps.
+    # The encoder starts with a standard deviation of 0.05. With the usual 1, the decoder's input
+    # is mostly noise for the first thousand steps.
     with torch.no_grad():
         vae.quant_conv.weight[4:] = 0
         vae.quant_conv.bias[4:] = -6

@@ -35,7 +35,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "cross", "ring")
 NEW_SHAPE = "moon"
-"""The shape that only the adapter learns; its trigger word stands for it."""
+"""Shape that only the adapter learns. Captions name it by the adapter's trigger word."""
 
 STYLES = ("flat", "outlined", "pixelated")
 RADII = {"small": (17, 20), "": (26, 31), "large": (39, 44)}
@@ -225,7 +225,10 @@ def _polygon(points: Sequence[tuple[float, float]]) -> Callable[[Floats, Floats,
 
 
 def _ngon(count: int, inner: float = 1.0) -> list[tuple[float, float]]:
-    """Return corners on the unit circle from the top, with `inner` corners between them if < 1."""
+    """Return the corners of a regular polygon on the unit circle, beginning at the top.
+
+    If `inner` is less than 1, return a star instead, whose inner corners have this radius.
+    """
     number = count * 2 if inner < 1 else count
     turns = [2 * np.pi * index / number for index in range(number)]
     radii = [inner if inner < 1 and index % 2 else 1.0 for index in range(number)]

@@ -10,13 +10,13 @@ from fidelora.families import Family, NoiseSampler, all_families
 
 _ABOUT = """
 The model families, as listed by `fidelora models` and `GET /v1/models`, with the defaults for
-fields that a recipe or request leaves out. (Over HTTP the default size is 1024x1024, as the
-documented API specifies.)
+fields that a recipe or request leaves out. (Over HTTP the default size is 1024x1024, as in the API
+of `ai-toolkit-inference`.)
 """.strip()
 _ABOUT_BASES = """
-A base model is a hub id, a diffusers folder or one `.safetensors` checkpoint. One is part of the
-package: [`fidelora:miniature`](miniature.md), a Stable Diffusion 1.5 of 19 MB for tests and first
-steps.
+A base model is a hub id, a diffusers folder or one `.safetensors` checkpoint. One base model is
+part of the package: [`fidelora:miniature`](miniature.md), a Stable Diffusion 1.5 model of 19 MB for
+tests and first steps.
 """.strip()
 
 _KIND_TITLES = {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa", "dora": "DoRA"}

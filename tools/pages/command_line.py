@@ -17,7 +17,7 @@ _TABLE = re.compile(
 
 
 def with_tables(text: str) -> str:
-    """Return the page with its tables generated anew.
+    """Return the page with newly generated tables.
 
     Raises:
         ValueError: a command has no table, or a table has no command.
@@ -25,7 +25,7 @@ def with_tables(text: str) -> str:
     there_are = dict(commands())
     named = [match["command"] for match in _TABLE.finditer(text)]
     if sorted(named) != sorted(there_are):
-        different = sorted(set(named) ^ set(there_are)) or "twice the same"
+        different = sorted(set(named) ^ set(there_are)) or "that no command has two tables"
         raise ValueError(
             "docs/cli.md needs one '<!-- options of COMMAND -->' for each command; "
             f"check {different}"

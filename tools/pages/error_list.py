@@ -16,13 +16,14 @@ from fidelora.server import problems
 _ABOUT = """
 Every error that Fidelora raises on purpose is a class in `fidelora.errors`, derived from
 `FideloraError`. The table has the default messages; most errors are raised with a message that
-names the file, the field or the value. [Troubleshooting](../troubleshooting.md) says what to do
-about each.
+names the file, the field or the value. [Troubleshooting](../troubleshooting.md) describes what to
+do about each error.
 
 * *Exit code*: of the command line. 2 means that the input has to change (the class is a
   `WrongUseError`), 1 any other failure. [Some commands](../cli.md) use 1 in a different way.
-* *HTTP*: the response of the server if it refuses a call with this error. Errors without one do not
-  normally reach a client; if one does, the response is 500 `INTERNAL`, and the log has the details.
+* *HTTP*: status and code of the response if the server rejects a call with this error. An error
+  without them does not normally reach a client. If it does, the response is 500 `INTERNAL`, and the
+  log has the details.
 
 If the images of a request could not be made, the request has failed, and its `error_code` is
 derived from the error's name: `ADAPTER_MISMATCH` is `AdapterMismatchError`. Two codes have no
@@ -80,7 +81,7 @@ def _answer(kind: type[FideloraError], server: TestClient) -> str:
 
 
 def _raising_server() -> TestClient:
-    """Return a client of a server that raises, for each path, the error of that name."""
+    """Return a client of a server that raises the error whose name is the path."""
     app = FastAPI()
     problems.install(app)
 

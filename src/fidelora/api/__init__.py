@@ -1,8 +1,9 @@
 """Bodies of the HTTP API and their conversion: requests to recipes, jobs to responses.
 
-Shared by server and client; imports no torch. The contract is that of the documented
-`ai-toolkit-inference` API: same fields, ranges and codes, with optional additions. Unknown fields
-and fields that the model does not support are errors, which name the field.
+Shared by server and client; imports no torch. The API is compatible with that of
+https://github.com/runcomfy-com/ai-toolkit-inference: same fields, ranges and codes, with optional
+additions. Unknown fields and fields that the model does not support are errors, which name the
+field.
 """
 
 from __future__ import annotations

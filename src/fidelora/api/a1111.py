@@ -1,7 +1,7 @@
 """Bodies of AUTOMATIC1111's API, and their conversion to recipes.
 
-https://github.com/AUTOMATIC1111/stable-diffusion-webui/wiki/API. Its clients send every field, used
-or not, so all fields are declared. An unsupported field must have a neutral value; any other value
+https://github.com/AUTOMATIC1111/stable-diffusion-webui/wiki/API. Clients send every field, used or
+not, so all fields are declared. An unsupported field must have a neutral value; any other value
 is an error that names the field.
 """
 

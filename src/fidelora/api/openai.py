@@ -1,4 +1,4 @@
-"""Bodies of OpenAI's Images API, as the package `openai` sends and reads them.
+"""Bodies of OpenAI's Images API, compatible with the Python package `openai`.
 
 https://platform.openai.com/docs/api-reference/images. Clients send fields that OpenAI does not have
 (LoRAs, seed, steps, ...) in `extra_body`. Unsupported fields are rejected, or accepted only with
@@ -102,7 +102,7 @@ class ImagesRequest(RequestBody):
         return self.output_format or "png"
 
     def to_inference(self) -> InferenceRequest:
-        """Convert to the documented API, where the seed -1 lets the server draw one per image.
+        """Convert to a `POST /v1/inference` body, where seed -1 means a random seed per image.
 
         Raises:
             RequestError: the model does not exist, or a field is unknown.
@@ -149,7 +149,7 @@ class ImagesRequest(RequestBody):
 
 
 class ImageData(BaseModel):
-    """One image: in base64, or its URL, which requires the API key as every call does."""
+    """One image, in base64 or as a URL; the URL requires the API key, like every call."""
 
     b64_json: str | None = None
     url: str | None = None
@@ -166,7 +166,7 @@ class ImagesBody(BaseModel):
     background: Literal["opaque"] = "opaque"
     output_format: ImageFormat
     size: str
-    # Addition to OpenAI's API: id of the request in the documented API; its result has the recipes.
+    # Addition to OpenAI's API: id of the request for `/v1/requests`; its result has the recipes.
     request_id: str
 
 

@@ -13,10 +13,10 @@ from fidelora.families import Family, all_families, get_family
 from fidelora.recipe import AdapterRef, Recipe, replace_trigger
 
 DEFAULT_SIZE = 1024
-"""Width and height in pixels if a request omits them: the default of the documented API, which
-differs from the model's own."""
+"""Width and height in pixels if a request omits them: the default of the `ai-toolkit-inference`
+API, which differs from the model's own."""
 
-# Fields of the documented API that only models of other kinds (video, image editing) support.
+# Fields of the API that only models of other kinds (video, image editing) support.
 _UNSUPPORTED_FIELDS = ("fps", "resolution", "ctrl_img", "ctrl_img_1", "ctrl_img_2", "ctrl_img_3")
 
 _ITEM_FIELDS = {"steps": "sample_steps", "negative_prompt": "neg", "negative_prompt_2": "neg_2"}
@@ -27,7 +27,7 @@ def check_request(request: InferenceRequest, *, needs_lora: bool = True) -> Fami
     """Check that the model exists and supports every field of the request; return its family.
 
     Args:
-        needs_lora: True if at least one LoRA is required, as in the documented API.
+        needs_lora: True if at least one LoRA is required, as in the `ai-toolkit-inference` API.
 
     Raises:
         RequestError: the request is not supported; the error has the API's code and details.

@@ -60,9 +60,9 @@ class ChangeBody(BaseModel):
 class ReplayAccepted(Accepted):
     """Response of `POST /v1/replay`: a queued request.
 
-    `source` is `fidelora` if the request has a complete recipe; if `changes` is empty, the pixels
-    will be the same. It is `a1111` if the recipe was built from the supported part of another
-    program's parameters text.
+    `source` is `fidelora` if the request has a complete recipe; the new image then has the same
+    pixels if `changes` is empty. `source` is `a1111` if the recipe was built from the supported
+    part of another program's parameters text.
     """
 
     source: Literal["fidelora", "a1111"]

@@ -1,4 +1,4 @@
-"""Request bodies, with the ranges of the documented API."""
+"""Request bodies, with the ranges of the `ai-toolkit-inference` API."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from fidelora.recipe import MAX_ALPHA, Fidelity
 
 MAX_PROMPTS = 64  # images per request
 MAX_LORAS = 64
-"""LoRAs per request of the OpenAI and AUTOMATIC1111 APIs, and per replayed image. The documented
-API has no limit but the size of the body."""
+"""LoRAs per request of the OpenAI and AUTOMATIC1111 APIs, and per replayed image. In the
+`ai-toolkit-inference` API, only the size of the body limits their number."""
 
 Multiplier = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 ImageFormat = Literal["png", "jpeg", "webp"]
@@ -40,7 +40,7 @@ class LoraItem(RequestBody):
         ge=0,
         le=MAX_ALPHA,
         allow_inf_nan=False,
-        description="Alpha of a DoRA, whose file does not contain it; by default its rank.",
+        description="Alpha of a DoRA, as DoRA files do not store it; by default the rank.",
     )
 
 

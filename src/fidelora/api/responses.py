@@ -30,13 +30,13 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorEnvelope(BaseModel):
-    """Envelope of an error, as in the documented API."""
+    """Envelope of an error, as in the `ai-toolkit-inference` API."""
 
     error: ErrorDetail
 
 
 class ErrorBody(BaseModel):
-    """Body of every error except 422, which has FastAPI's default shape."""
+    """Body of every error response except 422, which has FastAPI's default shape."""
 
     detail: ErrorEnvelope
 
@@ -61,7 +61,7 @@ class StatusBody(BaseModel):
     started_at: datetime | None
     finished_at: datetime | None
     error: str | None
-    # Additions to the documented API; other servers omit them.
+    # Additions to the `ai-toolkit-inference` API; other servers omit them.
     error_code: str | None = None
     progress: ProgressBody | None = None
     queue_position: int | None = None
@@ -86,7 +86,7 @@ class ImageBody(BaseModel):
     height: int
     file_path: str
     seed: int
-    # Additions to the documented API; other servers omit them.
+    # Additions to the `ai-toolkit-inference` API; other servers omit them.
     url: str = ""
     sha256: str = ""
     recipe: dict[str, Any] = Field(default_factory=dict)
@@ -173,10 +173,10 @@ class OpenAIModel(BaseModel):
 
 
 class ModelList(BaseModel):
-    """Response of `GET /v1/models`: the families in the documented and in OpenAI's shape."""
+    """Response of `GET /v1/models`: `models` as in `ai-toolkit-inference`, `data` as in OpenAI."""
 
     models: list[ModelBody]
-    # Additions to the documented API; other servers omit them.
+    # Additions to the `ai-toolkit-inference` API; other servers omit them.
     object: Literal["list"] = "list"
     data: list[OpenAIModel] = Field(default_factory=list)
 

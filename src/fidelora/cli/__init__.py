@@ -1,4 +1,4 @@
-"""Command line `fidelora`; each command has a module of its own."""
+"""Command line `fidelora`; each command has its own module."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class FidelityOption(StrEnum):
 
 P = ParamSpec("P")
 
-COMPARISON_FAILED = 2  # exit code of commands that compare images if they could not
+COMPARISON_FAILED = 2  # exit code of commands that compare images, if no comparison was possible
 INTERRUPTED = 130  # exit code after Ctrl-C, as in shells
 
 
@@ -44,7 +44,7 @@ Debug = Annotated[
 Fidelity = Annotated[
     FidelityOption,
     typer.Option(
-        help="exact: every bit as in training; fast: faster, with small differences "
+        help="exact: bit-identical to training; fast: faster, with small differences "
         "(docs/performance.md)."
     ),
 ]
@@ -81,7 +81,7 @@ def run(app: Callable[[], object]) -> NoReturn:
 
 
 def make_engine(device: str, offload: str = "none") -> Engine:
-    """Return a new engine, in a process that keeps freed memory for reuse.
+    """Make this process keep freed memory for reuse, and return a new engine.
 
     Raises:
         DeviceError: the device or the offload mode is not available.

@@ -50,11 +50,11 @@ def demo(
     """Demonstrate Fidelora in a minute or two, without a network.
 
     Generates pictures with the miniature, the small base model that is part of Fidelora, alone and
-    with a LoRA at several multipliers. The LoRA taught it the word "sks".
+    with a LoRA at several multipliers. The LoRA teaches the model the word "sks".
 
-    Then replays the last samples of a real training run and compares them with the trainer's, and
-    one sample with a wrong multiplier, to show that a difference is detected. The base model of
-    that run is tiny and its samples look like noise, but the comparison is exact.
+    Then replays the last samples of a real training run and compares them with the trainer's. One
+    sample is also replayed with a wrong multiplier, to show that a difference is detected. The base
+    model of that run is tiny and its samples look like noise, but the comparison is exact.
 
     If the server is installed, generates the pictures of the LoRA again through the HTTP API and
     checks that every bit is the same.

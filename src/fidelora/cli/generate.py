@@ -39,8 +39,8 @@ def generate(
         list[str] | None,
         typer.Option(
             metavar="FILE[:MULT]",
-            help="LoRA file with its multiplier, -2..2, by default 1; applied in order. If a file "
-            "has the whole name, its multiplier is 1.",
+            help="LoRA file and its multiplier, -2..2, by default 1. LoRAs are applied in order. "
+            "If there is a file with the whole name FILE:MULT, it is used with multiplier 1.",
         ),
     ] = None,
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
@@ -89,15 +89,16 @@ def generate(
     out: Annotated[
         str,
         typer.Option(
-            help="Output folder, where no file is replaced, or output file (.png, .jpg or .webp), "
-            "which is replaced. End a folder in / if its name has a dot."
+            help="Output folder, in which no file is replaced, or output file (.png, .jpg or "
+            ".webp), which is replaced. If the name of a folder has a dot, add / at the end."
         ),
     ] = ".",
     image_format: Annotated[
         str | None,
         typer.Option(
             "--format",
-            help="png, jpeg (quality 95) or webp (lossless); by default as --out, or png.",
+            help="png, jpeg (quality 95) or webp (lossless); by default the suffix of --out, or "
+            "png.",
         ),
     ] = None,
     model: Annotated[
@@ -147,19 +148,21 @@ def generate(
     live: Annotated[
         bool,
         typer.Option(
-            "--live", help="Keep adapters unmerged, as the trainer does with several multipliers."
+            "--live",
+            help="Keep adapters unmerged, as the trainer does if its samples have different "
+            "multipliers.",
         ),
     ] = False,
     noise: Annotated[
         str,
         typer.Option(
             help="Half-precision noise: modern (torch 2.12 and later), legacy (earlier), or auto, "
-            "which depends on the trainer's version in the LoRA."
+            "which depends on the trainer version in the LoRA's metadata."
         ),
     ] = "auto",
     debug: Debug = False,
 ) -> None:
-    """Generate images with LoRAs and write them with their recipes inside."""
+    """Generate images with LoRAs and write files that contain the recipes."""
     adapters = tuple(_adapter(text) for text in lora or ())
     if not 1 <= number <= _MAX_IMAGES:
         raise RecipeError(f"-n is {number}; it must be from 1 to {_MAX_IMAGES}.", field="number")
@@ -288,7 +291,7 @@ def _adapter(text: str) -> AdapterRef:
 
 
 def _resolve_noise(noise: str, adapters: tuple[AdapterRef, ...], model: str) -> Noise:
-    """Return the noise; `auto` depends on the trainer's version in the first adapter's file."""
+    """Return the noise mode; `auto` depends on the trainer version in the first adapter's file."""
     from fidelora.adapters.tensor_names import noise_of_adapter
 
     if noise != "auto":

@@ -40,8 +40,9 @@ def grid(
     prompts: Annotated[
         list[str] | None,
         typer.Option(
-            help="Indices of samples, separated by commas, or a prompt with optional [trigger] and "
-            "flags and otherwise the settings of the run; by default all samples."
+            help="Indices of samples, separated by commas, or a prompt, which may contain "
+            "[trigger] and flags and otherwise uses the settings of the run; by default all "
+            "samples."
         ),
     ] = None,
     base_model: Annotated[

@@ -33,14 +33,15 @@ def recipe(
     lora: Annotated[
         str | None,
         typer.Option(
-            help="LoRA path below WORKFLOWS_BASE_PATH of the server; by default the file name."
+            help="Path of the LoRA below the server's WORKFLOWS_BASE_PATH; by default its file "
+            "name."
         ),
     ] = None,
     debug: Debug = False,
 ) -> None:
     """Print the request that replays the samples of a training run, as JSON for POST /v1/inference.
 
-    Prints the settings that the server needs to stderr.
+    The settings that the server needs are printed to stderr.
     """
     from fidelora.training.plan import plan_samples
     from fidelora.training.run_folder import read_run
@@ -65,13 +66,13 @@ def recipe(
     typer.echo(json.dumps(request_for(recipes, lora or file.name), indent=2, ensure_ascii=False))
     typer.echo(
         f"Start the server with: fidelora serve --base-model {run.model}={run.base_model}, "
-        f"with FIDELORA_DTYPE={run.dtype}, and upload {file} or copy it to its LoRA folder.",
+        f"with FIDELORA_DTYPE={run.dtype}. Upload {file} or copy it to the server's LoRA folder.",
         err=True,
     )
     if unmerged and len({planned.adapters[0].multiplier for planned in recipes}) == 1:
         warn(
             "The samples of this training run have several multipliers, so the trainer left the "
-            "LoRA unmerged. A request with one multiplier merges it, which differs by rounding. "
+            "LoRA unmerged. A request with one multiplier merges it, which rounds differently. "
             "Leave out --index to request all samples with the unmerged LoRA."
         )
     if (

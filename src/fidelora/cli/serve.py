@@ -64,8 +64,8 @@ def serve(
 
 
 @keys.command("add")
-def add(name: Annotated[str, typer.Argument(help="Name of the key, such as its user.")]) -> None:
-    """Create a key and print it, once."""
+def add(name: Annotated[str, typer.Argument(help="Name of the key, such as its user's.")]) -> None:
+    """Create a key and print it. It cannot be shown again."""
     typer.echo(_open_keys().add(name))
 
 

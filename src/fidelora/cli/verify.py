@@ -26,7 +26,7 @@ MISMATCH, NOTHING_TO_CHECK = 1, 3  # exit codes
 
 
 class DtypeOption(StrEnum):
-    """Values of `--dtype`; `job` is that of the training run."""
+    """Values of `--dtype`; `job` stands for the dtype of the training run."""
 
     JOB = "job"
     FLOAT32 = "float32"
@@ -59,13 +59,13 @@ def verify(
     step: Step = "last",
     dtype: Annotated[
         DtypeOption,
-        typer.Option(help="job (that of the training run), float32, bfloat16 or float16."),
+        typer.Option(help="job (the dtype of the training run), float32, bfloat16 or float16."),
     ] = DtypeOption.JOB,
     noise: Annotated[
         NoiseOption,
         typer.Option(
             help="Half-precision noise: modern (torch 2.12 and later), legacy (earlier), or auto, "
-            "which depends on the trainer's version in the checkpoint."
+            "which depends on the trainer version in the checkpoint's metadata."
         ),
     ] = NoiseOption.AUTO,
     variant: Annotated[
@@ -203,15 +203,15 @@ def _print_result(
     } - {"float32"}
     for dtype in sorted(half_dtypes):
         typer.echo(
-            f"Samples in {dtype} can be verified only on hardware of the kind that made them; on "
-            "other hardware most pixels differ by a few levels."
+            f"Samples in {dtype} can be verified only on the kind of hardware that generated them; "
+            "on other hardware most pixels differ by a few levels."
         )
     if report is not None:
         typer.echo(f"Report: {report / 'report.html'}")
     sentences = {
         "identical": "Every pixel of every sample is the same.",
         "rounding": "No sample differs by more than rounding explains.",
-        "mismatch": "At least one sample came out different.",
+        "mismatch": "At least one sample is different.",
     }
     typer.echo(f"{verdict}: {sentences[verdict]}")
     if diagnosis is not None:

@@ -20,7 +20,7 @@ from fidelora.recipe import Recipe
 
 
 class AsyncClient:
-    """Client of the documented HTTP API for asyncio programs.
+    """Client of the HTTP API of `ai-toolkit-inference`, for asyncio programs.
 
         async with AsyncClient("http://127.0.0.1:8000") as client:
             result = await client.generate("a [trigger]", "sks.safetensors", trigger_word="sks")
@@ -146,7 +146,7 @@ class AsyncClient:
         return self._iterate(Run(self._flows.requests(status)))
 
     async def image(self, request_id: str, index: int) -> bytes:
-        """Return the file of an image; `index` counts from 0."""
+        """Return the bytes of an image file; `index` counts from 0."""
         return await self._run(self._flows.image(request_id, index))
 
     async def save_images(self, result: ResultBody, folder: str | Path) -> list[Path]:

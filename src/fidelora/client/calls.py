@@ -153,7 +153,7 @@ def read(response: httpx2.Response, kind: type[Body]) -> Body:
     """Parse the body of a response.
 
     Raises:
-        ApiError: the response is an error, or its body is not of this API.
+        ApiError: the response is an error, or its body does not belong to this API.
     """
     raise_for(response)
     try:
@@ -241,7 +241,7 @@ def unreachable(call: Call, error: httpx2.TransportError) -> ApiUnavailableError
 
 
 class EventReader:
-    """Parser of server-sent events that hold statuses.
+    """Parser for server-sent events that contain the status of a request.
 
     https://html.spec.whatwg.org/multipage/server-sent-events.html
     """
@@ -286,7 +286,7 @@ def events_call(request_id: str, last_id: str, previews: bool, timeout_s: float)
 
 
 def has_no_events(error: ApiError) -> bool:
-    """True if the server lacks the event stream, which is not part of the documented API."""
+    """True if the server has no event stream, which is an addition of Fidelora to the API."""
     return error.status in (404, 405, 501) and error.code != "REQUEST_NOT_FOUND"
 
 
@@ -297,7 +297,7 @@ def timed_out(request_id: str, timeout_s: float, status: StatusBody | None) -> C
         progress = f", {status.progress.fraction:.0%} done" if status.progress else ""
         state = f"it is {status.status.value}{progress}"
     return ClientTimeoutError(
-        f"Request {request_id} was not done after {timeout_s:g} seconds: {state}."
+        f"Request {request_id} had not ended after {timeout_s:g} seconds: {state}."
     )
 
 
@@ -334,13 +334,13 @@ def save_image(folder: Path, result: ResultBody, index: int, content: bytes) -> 
     """Check an image's sha256 and write its file.
 
     Raises:
-        OutputError: the content has another sha256, or cannot be written.
+        OutputError: the content does not have the expected sha256, or cannot be written.
     """
     image = images_of(result)[index]
     if image.sha256 and hashlib.sha256(content).hexdigest() != image.sha256:
         raise OutputError(
-            f"Image {index} of request {result.request_id} arrived damaged and was not written; "
-            "download it again."
+            f"Image {index} of request {result.request_id} was damaged in transfer and was not "
+            "written; download it again."
         )
     # The file name is built from checked parts, so a server cannot choose the path.
     if not _SAFE_ID.fullmatch(result.request_id) or image.format not in _SUFFIXES:

@@ -82,7 +82,10 @@ class Run(Generic[Result]):
         self._flow = flow
 
     def advance(self, answer: Answer) -> Step | None:
-        """Send the last step's answer, at first None, and return the next step; None at the end."""
+        """Send the answer to the last step, and return the next step; None at the end.
+
+        The first answer is None.
+        """
         try:
             return self._flow.send(answer)
         except StopIteration as end:
@@ -225,7 +228,8 @@ class Flows:
                 continue
             if deadline is not None and time.monotonic() >= deadline:
                 continue
-            # A stream that ended early, as when the server stops, is resumed like a broken one.
+            # The server may end the stream early, for example when it stops. Resume it then, as
+            # after a broken connection.
             failures += 1
             cause = answer if isinstance(answer, httpx2.TransportError) else None
             yield Pause(calls.pause_before_stream(call, failures, self._retries, cause))

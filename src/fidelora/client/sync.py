@@ -20,7 +20,7 @@ from fidelora.recipe import Recipe
 
 
 class Client:
-    """Client of the documented HTTP API, for Fidelora's server and others.
+    """Client of the HTTP API of `ai-toolkit-inference`, for Fidelora's server and others.
 
         with Client("http://127.0.0.1:8000") as client:
             result = client.generate("a [trigger]", "sks.safetensors", trigger_word="sks", seed=7)
@@ -91,7 +91,7 @@ class Client:
         Raises:
             WrongUseError: a field is unknown or out of range.
             ApiError: the server rejected the request; the error has the server's code.
-            ApiUnavailableError: the server cannot be reached, or may accept the request later.
+            ApiUnavailableError: the server cannot be reached, or is too busy to accept the request.
         """
         fields = {
             "model": model,
@@ -200,7 +200,7 @@ class Client:
         return self._iterate(Run(self._flows.requests(status)))
 
     def image(self, request_id: str, index: int) -> bytes:
-        """Return the file of an image; `index` counts from 0."""
+        """Return the bytes of an image file; `index` counts from 0."""
         return self._run(self._flows.image(request_id, index))
 
     def save_images(self, result: ResultBody, folder: str | Path) -> list[Path]:
@@ -208,7 +208,7 @@ class Client:
 
         Raises:
             WrongUseError: the result has no images.
-            OutputError: an image arrived damaged, or cannot be written.
+            OutputError: a downloaded image is damaged, or a file cannot be written.
         """
         return self._run(self._flows.save_images(result, Path(folder)))
 

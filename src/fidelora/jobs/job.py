@@ -1,7 +1,7 @@
 """Jobs and their transitions.
 
-A job is frozen, and each transition is a function that returns the changed job. So all stores
-behave the same, and the life cycle can be tested without a database:
+A job is frozen, and each transition is a function that returns the changed job. Therefore all
+stores behave the same, and the life cycle can be tested without a database:
 
     in_queue -> in_progress -> succeeded | failed | canceled
     in_queue <- in_progress    the worker died, or the server stops: retry
@@ -23,7 +23,7 @@ from enum import StrEnum
 from fidelora.errors import FideloraError, LeaseLostError, RecipeError
 from fidelora.recipe import Recipe
 
-MAX_ATTEMPTS = 3  # after so many claims, a job whose worker died fails
+MAX_ATTEMPTS = 3  # claims of a job whose workers die, before it fails
 SILENT = "its worker sent no heartbeat until the lease expired"  # a reason for `abandoned`
 
 
@@ -98,11 +98,11 @@ class Job:
         recipes: one complete recipe per image; adapters are identified by sha256.
         image_format: format of the files.
         image_quality: 0..100, for JPEG and WebP files; None for JPEG at 95 and lossless WebP.
-        attempts: number of claims, without those that were released.
+        attempts: number of claims, not counting released ones.
         epoch: number of the current or last claim.
         worker: name of the worker that holds the claim; empty without a claim.
         lease_expires_at: end of the claim unless its worker renews it; None without a claim.
-        cancel_requested: True if the job shall stop; its worker stops it at the next heartbeat.
+        cancel_requested: True if the job has to stop; its worker stops it after the current step.
         passed_over: number of times that a later job was claimed first, because its adapters were
             loaded or it could share a batch.
         version: number of the last change; also the id of its event.
@@ -176,7 +176,7 @@ def claimed(job: Job, worker: str, now: datetime, lease_s: float) -> Job:
 def renewed(
     job: Job, epoch: int, progress: JobProgress | None, now: datetime, lease_s: float
 ) -> Job:
-    """Extend the lease after a heartbeat, and store its progress if it has any.
+    """Extend the lease after a heartbeat, and store the progress if one was sent.
 
     Raises:
         LeaseLostError: the claim is no longer the current one.
@@ -193,7 +193,7 @@ def succeeded(
     """End the job with its images, whose files exist; a pending cancel request has no effect.
 
     Raises:
-        LeaseLostError: the claim is no longer the current one; the files are not the job's.
+        LeaseLostError: the claim is no longer the current one, so the files are not used.
     """
     _require_claim(job, epoch)
     return _ended(job, Status.SUCCEEDED, now, outputs=outputs, timings=timings)
@@ -236,7 +236,7 @@ def released(job: Job, epoch: int, now: datetime) -> Job:
 def abandoned(job: Job, epoch: int, reason: str, now: datetime) -> Job:
     """Return the job to the queue after its worker died or its lease expired.
 
-    It fails after `MAX_ATTEMPTS`, and ends as canceled if there is a cancel request.
+    A job with a cancel request ends as canceled. A job that had `MAX_ATTEMPTS` fails.
 
     Raises:
         LeaseLostError: the claim is no longer the current one.
@@ -253,7 +253,7 @@ def abandoned(job: Job, epoch: int, reason: str, now: datetime) -> Job:
 def cancel_asked(job: Job, now: datetime) -> Job:
     """Request that the job stops.
 
-    A queued job is canceled at once, a running one at its worker's next heartbeat. A job that has
+    A queued job is canceled at once, a running one after its worker's current step. A job that has
     ended does not change.
     """
     if job.status.final or job.cancel_requested:

@@ -1,4 +1,4 @@
-"""Job store in memory, for tests and for servers that need not keep jobs across restarts."""
+"""Job store in memory, for tests and for servers that do not keep jobs across restarts."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""Job store in a database: SQLite by default, PostgreSQL by its URL.
+"""Job store in a database: SQLite by default, or any other by its URL, such as PostgreSQL.
 
-The only module that imports SQLAlchemy. Each row holds the whole job as a JSON document, and the
-few columns that queries need. A change reads the row, applies a function of `job.py` and writes
-the row back only if its version is still the one that was read; otherwise it starts again
-(optimistic locking). So a dead process cannot hold a lock, and every database behaves the same.
+This is the only module that imports SQLAlchemy. Each row holds the whole job as a JSON document,
+plus the few columns that queries need. A change reads the row, applies a function of `job.py` and
+writes the row back only if its version is still the one that was read; otherwise it is repeated
+(optimistic locking). Therefore a dead process cannot hold a lock, and all databases behave the
+same.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from fidelora.jobs.job import Job, Status
 from fidelora.jobs.store import JobPage, StoreByTransition, Submission, choose
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
-_CLAIM_WINDOW = 100  # oldest queued jobs that a claim reads; bounds its cost in long queues
+_CLAIM_WINDOW = 100  # number of oldest jobs that a claim reads; bounds its cost in long queues
 _BUSY_TIMEOUT_S = 30.0  # longest wait for another process that writes to the same SQLite file
 _FINAL = [status.value for status in Status if status.final]
 
@@ -88,9 +89,7 @@ class SqlStore(StoreByTransition):
             if "://" in url:
                 shown_url = " " + sa.make_url(url).render_as_string(hide_password=True)
             reason = str(error).splitlines()[0]
-            raise JobStoreError(
-                f"The database of jobs{shown_url} cannot be used: {reason}."
-            ) from error
+            raise JobStoreError(f"The job database{shown_url} cannot be used: {reason}.") from error
 
     @property
     def journal_mode(self) -> str:
@@ -161,8 +160,8 @@ class SqlStore(StoreByTransition):
             return int(connection.execute(query).scalar_one())
 
     def needs_adapter(self, sha256: str) -> bool:
-        # A document contains a sha256 only if it needs the adapter, or if a prompt quotes the hash;
-        # the second case is harmless, because it only keeps a file.
+        # A document contains the sha256 if the job needs the adapter, or if a prompt quotes the
+        # hash. The second case is harmless: a file is kept longer than necessary.
         mentions = _jobs.c.document.contains(sha256, autoescape=True)
         query = sa.select(_jobs.c.seq).where(_jobs.c.status.not_in(_FINAL), mentions).limit(1)
         with self._reading() as connection:
@@ -238,8 +237,8 @@ class SqlStore(StoreByTransition):
 
     @contextmanager
     def _writing(self) -> Iterator[sa.Connection]:
-        # SQLite allows one writer at a time; others wait in sleeps of growing length. Waiting for
-        # this lock is fair and shorter.
+        # SQLite allows one writer at a time and makes others sleep with a growing backoff. Threads
+        # of this process wait for a lock instead, which is faster and fairer.
         with _database_errors(), self._write_lock, self._engine.begin() as connection:
             yield connection
 
@@ -297,10 +296,11 @@ class SqlStore(StoreByTransition):
 
 
 def wal_is_safe(version: str) -> bool:
-    """True if this SQLite release lacks the bug that corrupts databases when the WAL is reset.
+    """True if this SQLite release is free of the bug that corrupts databases on a WAL reset.
 
-    The bug exists since WAL was introduced in 3.7.0 and was fixed in 3.51.3. Backports to older
-    series are not recognised; the rollback journal that is used then is slower and just as safe.
+    The bug was introduced with the WAL in 3.7.0 and fixed in 3.51.3. Backports of the fix to older
+    series are not recognised; with those releases, the store uses the rollback journal, which is
+    slower but just as safe.
     """
     return tuple(int(number) for number in re.findall(r"\d+", version)[:3]) >= (3, 51, 3)
 
@@ -311,7 +311,7 @@ def _database_errors() -> Iterator[None]:
         yield
     except sa.exc.DBAPIError as error:
         raise JobStoreError(
-            f"The database of jobs cannot be used at the moment: {str(error.orig).splitlines()[0]}."
+            f"The job database cannot be used at the moment: {str(error.orig).splitlines()[0]}."
         ) from error
 
 
@@ -347,13 +347,13 @@ def _engine_options(url: str) -> dict[str, Any]:
 def _configure_sqlite(engine: sa.Engine) -> None:
     """Sync every commit to disk, and take the write lock when a writing transaction begins.
 
-    Two transactions that took it only at their first write could deadlock.
+    If two transactions took the write lock only at their first write, they could deadlock.
     """
     journal = "WAL" if wal_is_safe(sqlite3.sqlite_version) else "DELETE"
 
     @sa.event.listens_for(engine, "connect")
     def on_connect(connection: Any, _record: Any) -> None:
-        # None disables sqlite3's implicit transactions, which it commits before table changes.
+        # None disables the implicit transactions of `sqlite3`, which table changes would commit.
         connection.isolation_level = None
         connection.execute(f"PRAGMA journal_mode = {journal}")
         connection.execute("PRAGMA synchronous = FULL")
@@ -373,6 +373,6 @@ def _migrate(connection: sa.Connection) -> None:
         command.upgrade(config, "head")
     except CommandError as error:
         raise JobStoreError(
-            f"The database of jobs was written by another version of Fidelora: {error}. "
+            f"The job database was written by another version of Fidelora: {error}. "
             "Use that version, or another database."
         ) from error

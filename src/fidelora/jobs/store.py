@@ -129,7 +129,7 @@ class JobStore(Protocol):
     def renew(
         self, job_id: str, epoch: int, progress: JobProgress | None, now: datetime, lease_s: float
     ) -> Job:
-        """Extend the lease (heartbeat); the worker has to stop if the job has `cancel_requested`.
+        """Extend the lease (heartbeat). The worker has to stop if the job has `cancel_requested`.
 
         Raises:
             LeaseLostError: the claim has ended.
@@ -144,7 +144,7 @@ class JobStore(Protocol):
         timings: Mapping[str, float],
         now: datetime,
     ) -> Job:
-        """End the job with its images, whose files have to be durable.
+        """End the job with its images. The image files must already be synced to disk.
 
         Raises:
             LeaseLostError: the claim has ended; the result is discarded.
@@ -260,7 +260,7 @@ def choose(
 ) -> int | None:
     """Return the index of the job that `JobStore.claim` takes from a queue (oldest first), or None.
 
-    A job without adapters fits every worker, but is not preferred to a job before it.
+    A job without adapters suits every worker, but is not preferred to older jobs.
     """
     if wanted is not None:
         for index, job in enumerate(queue):
@@ -277,5 +277,5 @@ def choose(
     needs_merged = (i for i, job in enumerate(queue) if job.adapters and job.adapters == merged)
     needs_loaded = (i for i, job in enumerate(queue) if job.adapters and job.adapters <= loaded)
     preferred = next(chain(needs_merged, needs_loaded), 0)
-    # Every job before the preferred one would be passed over once more, also those in between.
+    # A claim passes over all jobs before the claimed one, so a job at the limit is claimed first.
     return next((i for i in range(preferred) if queue[i].passed_over >= MAX_PASSED_OVER), preferred)

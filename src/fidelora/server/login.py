@@ -22,7 +22,7 @@ _SESSION_S = 7 * 24 * 3600.0
 _MAX_SESSIONS = 10_000
 """Number of sessions to keep; the oldest are dropped first."""
 _MAX_FORM_BYTES = 10_000
-"""Largest number of bytes to read of a login form; a form with a key has fewer than 100."""
+"""Maximum number of bytes to read from a login form; one with a key has fewer than 100."""
 _CONTENT_SECURITY_POLICY = (
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; form-action 'self'; "
     "frame-ancestors 'none'; base-uri 'none'"
@@ -67,7 +67,7 @@ class Login:
         await response(scope, receive, send)
 
     def leave(self, method: str, headers: Headers) -> Response:
-        """End the session on POST. On GET, which other sites can trigger, return a form for it."""
+        """End the session on POST. On GET, which other sites can trigger, return a logout form."""
         if method != "POST":
             return _page("logout", "<button autofocus>Log out</button>")
         token = cookie_parser(headers.get("cookie", "")).get(COOKIE, "")

@@ -63,7 +63,7 @@ def configure_logs(log_format: LogFormat = "auto", debug: bool = False) -> None:
         library.handlers, library.propagate = [], True
     logging.getLogger("uvicorn.access").disabled = True  # replaced by RequestLogMiddleware
     for name in ("httpx2", "httpcore2", "urllib3", "filelock", "alembic"):
-        # These log URLs, which may contain a token.
+        # These libraries log URLs, which may contain a token.
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

@@ -31,7 +31,7 @@ _FREQUENT_PATHS = ("/metrics", "/assets/", "/static/")
 _LOGIN_ROUTES = {("GET", "/"), ("GET", LOGIN_PATH), ("POST", LOGIN_PATH)}
 """Routes at which browsers without a session get the login form."""
 MAX_BODY_BYTES = 2**20
-"""Largest body of a route without a limit of its own: 1 MiB."""
+"""Largest body of routes that do not have their own limit: 1 MiB."""
 MAX_IMAGE_BYTES = 64 * 2**20
 """Largest image file to replay: 64 MiB. The server's largest images have 48 MiB of pixels."""
 _LOOPBACK_NAMES = {"localhost", "127.0.0.1", "::1"}
@@ -47,7 +47,7 @@ def is_loopback(host: str) -> bool:
 
 
 class RequestLogMiddleware:
-    """Gives each call an id; logs and counts it when its response is sent."""
+    """Gives each call an id, and logs and counts the call when its response has been sent."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -96,7 +96,7 @@ class RequestLogMiddleware:
 
 
 class BodyLimitMiddleware:
-    """Rejects bodies that are too large, by their announced size or while they are received."""
+    """Rejects bodies that are too large, by their Content-Length or while they are received."""
 
     def __init__(self, app: ASGIApp, max_lora_bytes: int, max_job_bytes: int) -> None:
         self._app = app

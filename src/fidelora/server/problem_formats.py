@@ -1,4 +1,4 @@
-"""Error bodies in the format of the documented API, OpenAI or AUTOMATIC1111, by path."""
+"""Error bodies in the format of `ai-toolkit-inference`, OpenAI or AUTOMATIC1111, by path."""
 
 from __future__ import annotations
 

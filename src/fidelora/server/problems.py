@@ -1,4 +1,4 @@
-"""Maps each error to its HTTP status and code; `problem_formats.py` builds the bodies."""
+"""Mapping of errors to HTTP statuses and codes; `problem_formats.py` builds the bodies."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ REQUEST_CODES = {
     "MULTIPLIERS_DO_NOT_MATCH": "A prompt does not have one multiplier per LoRA.",
     "BASE_MODEL_DIFFERS": "The image was made with another base model; see `details.differs`.",
     "LORA_BYTES_MISSING": (
-        "The server lacks LoRAs of the image; `details.missing` has sha256 and name of each."
+        "The server lacks LoRAs of the image; `details.missing` has the sha256 and name of each."
     ),
     "HOST_NOT_ALLOWED": "A server without API keys accepts only hostnames of its own machine.",
     "OTHER_SITE": "A browser sent this call from a page of another site.",
@@ -90,7 +90,7 @@ def error_responses(*statuses: int, is_json: bool = True) -> dict[int | str, dic
 
     Args:
         is_json: False if the route's success response is not JSON. The media type of errors is
-            then given explicitly, because FastAPI would document them with that of the success.
+            then given explicitly, because FastAPI would document the success response's type.
     """
     body: dict[str, Any] = {"model": ErrorBody}
     if not is_json:

@@ -31,14 +31,14 @@ class WorkerLimits:
     """Time limits of a worker, in seconds.
 
     Attributes:
-        lease_s: duration of a lease; every heartbeat starts it anew.
-        load_s: lease while a base model is located, downloaded and loaded, when no step can send a
-            heartbeat.
+        lease_s: duration of a lease, from the last heartbeat.
+        load_s: duration of the lease while a base model is located, downloaded and loaded. No
+            heartbeats are sent during that time.
         report_every_s: shortest time between two heartbeats with progress. Cancellation is checked
             at every step.
         timeout_s: longest duration of one attempt; after it, the job fails.
-        batch_wait_s: time to wait for further jobs while the batch has room. Jobs that are queued
-            already join it in any case.
+        batch_wait_s: time to wait for further jobs while the batch has room. Jobs that are already
+            queued join the batch without a wait.
     """
 
     lease_s: float = 60.0
@@ -55,11 +55,11 @@ class AttemptReport:
     Attributes:
         status: status of the job afterwards; `in_queue` if it will be retried.
         code: error code of a failed job; empty for others.
-        wait_s: time that the job spent in the queue; None except for the first attempt.
+        wait_s: seconds that the job spent in the queue before its first attempt; None for retries.
         images, steps: number of finished images, and of their steps.
-        timings: seconds by part, see `Job.timings`.
-        adapters_warm, adapters_cold: number of the job's adapters that were in memory before the
-            attempt, and that were not.
+        timings: seconds by phase, see `Job.timings`.
+        adapters_warm: number of the job's adapters that were in memory before the attempt.
+        adapters_cold: number of the job's adapters that were not in memory before the attempt.
     """
 
     job_id: str
@@ -95,10 +95,10 @@ class Attempt:
     Attributes:
         job: the job as claimed.
         files: image files of the job.
-        timings: seconds by part, see `Job.timings`.
+        timings: seconds by phase, see `Job.timings`.
         running: True until the job ends or this worker loses the lease.
-        ended_job: the job as stored when the attempt ended; None before that, and if the lease was
-            lost.
+        ended_job: the job as stored when the attempt ended; None while it runs, and if the lease
+            was lost.
     """
 
     def __init__(
@@ -123,13 +123,14 @@ class Attempt:
         self._progress: JobProgress | None = None
 
     def restart_timeout(self) -> None:
-        """Start the timeout anew, after the job waited for others or its shared batch failed."""
+        """Restart the timeout, after the job waited for other jobs or its shared batch failed."""
         self._started = self._monotonic()
 
     def on_step(self, part: BatchPart, progress: Progress) -> None:
         """Record one finished step of the batch that contains `part`.
 
-        Images of a batch are made side by side but counted as if they were made one by one.
+        The images of a batch are denoised together, but the progress counts them as if they were
+        made one after the other.
 
         Raises:
             GenerationCancelled, JobTimeoutError, LeaseLostError: the job has to leave the batch.
@@ -187,7 +188,7 @@ class Attempt:
         self._last_heartbeat = self._monotonic()
 
     def write(self, part: BatchPart, images: Sequence[GeneratedImage]) -> None:
-        """Queue the job's own images of a finished batch for writing.
+        """Queue this job's images from a finished batch for writing.
 
         Raises:
             LeaseLostError: another worker has the job.

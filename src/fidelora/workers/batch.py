@@ -1,4 +1,4 @@
-"""One pass through the denoiser: images of one job, or of several jobs side by side."""
+"""A batch of images that are denoised together, from one job or several."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:  # the server imports this module and must not load torch
 
 
 class BatchEndedEarly(GenerationCancelled):
-    """Every job of the batch has ended before its images were finished."""
+    """All jobs of the batch ended before its images were finished."""
 
 
 class Batch:
-    """Images that go through the denoiser together, and the jobs that wait meanwhile.
+    """Images that are denoised together, and the jobs that wait meanwhile.
 
-    An error that concerns one job ends that job; the batch goes on for the other jobs. Each method
-    except `add_timings` raises `BatchEndedEarly` once all jobs of the batch have ended.
+    An error that concerns one job ends that job; the batch continues for the other jobs. Each
+    method except `add_timings` raises `BatchEndedEarly` once all jobs of the batch have ended.
 
     Args:
         parts: images of the batch by job, in the batch's order.
         others: further jobs that the worker has claimed; only their leases are renewed.
-        ending_on_error: context manager that ends the given job with the error of its block.
+        ending_on_error: context manager that ends the given job if its block raises an error.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Batch:
         self._raise_if_ended()
 
     def add_timings(self, seconds: Mapping[str, float]) -> None:
-        """Add time that the whole batch took to each job's timings, by its share of the images."""
+        """Divide time spent on the whole batch among its jobs, by their number of images."""
         for part in self._parts:
             part.attempt.add_timings(seconds, len(part.recipes) / len(self.recipes))
 
@@ -101,7 +101,7 @@ def parts_side_by_side(attempts: Sequence[Attempt]) -> Sequence[BatchPart]:
 
 
 def batch_slices(recipes: Sequence[Recipe], max_batch: Callable[[Recipe], int]) -> Iterator[slice]:
-    """Yield the slices of `recipes` that go through the denoiser together.
+    """Yield the slices of `recipes` that are denoised together.
 
     Args:
         max_batch: returns the maximum batch size for recipes like the given one. Called only where

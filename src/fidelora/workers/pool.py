@@ -1,8 +1,7 @@
 """Workers on this machine: one process per device, supervised by the server.
 
-A crash, a kill by the out-of-memory killer or a broken CUDA context ends one process and costs its
-job one attempt. The other workers go on: the jobs are in the store, and the pool starts a new
-process.
+A crash, the out-of-memory killer or a broken CUDA context ends one process, and its job is retried.
+The other workers continue, because the jobs are in the store and the pool starts a new process.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from fidelora.workers.process import WorkerSetup, WorkerSlot
 
 log = logging.getLogger(__name__)
 
-_MAX_RUNNING_JOBS = 1000  # running jobs to list at once: far more than the workers of any server
+_MAX_RUNNING_JOBS = 1000  # running jobs to list; far more than one server has workers
 
 
 class WorkerPool:
@@ -29,8 +28,8 @@ class WorkerPool:
 
     Args:
         store: store on the same database as the setups' `store_url`, for the pool's own use.
-        name: name of this pool, by which it finds its jobs. It must stay the same across restarts
-            and differ from the names of other pools on the same store.
+        name: name of this pool, which marks its jobs in the store. It must stay the same across
+            restarts and differ from the names of other pools on the same store.
         on_report: called by `watch` with the workers' reports of finished attempts.
     """
 
@@ -51,7 +50,7 @@ class WorkerPool:
         self.restarts = 0
 
     def start(self) -> None:
-        """Requeue jobs of a killed pool of this name, and start processes.
+        """Requeue jobs that a killed server left under this pool's name, and start the processes.
 
         The processes load their models in the background.
         """
@@ -67,7 +66,7 @@ class WorkerPool:
 
     @property
     def trouble(self) -> str:
-        """Error of a worker that could not start, as a sentence; empty if all could."""
+        """Error message of a worker that failed to start; empty if none failed."""
         return next(
             (slot.startup_error for slot in self._slots if slot.startup_error and not slot.ready),
             "",
@@ -88,10 +87,10 @@ class WorkerPool:
             slot.wake()
 
     def watch(self, now: datetime | None = None) -> list[Job]:
-        """Replace dead processes, kill silent ones and requeue their jobs; call it every second.
+        """Replace dead processes, kill hung ones and requeue their jobs.
 
-        A worker sends heartbeats after its steps. If its lease has expired, it hangs in a step and
-        is killed.
+        Call this method at least every second. A worker sends heartbeats after its steps, so a
+        worker whose lease has expired is stuck in a step, and is killed.
 
         Returns:
             the jobs that were taken from workers, as stored afterwards.
@@ -100,20 +99,21 @@ class WorkerPool:
             return [] if self._stopped else self._watch(now or datetime.now(UTC))
 
     def stop(self, grace_s: float) -> None:
-        """End all processes for good.
+        """End all processes; `watch` does not replace them.
 
-        Running jobs have `grace_s` seconds to finish; after that, they are released to the queue.
+        Running jobs have `grace_s` seconds to finish; after that, they are returned to the queue.
         """
         with self._lock:
             self._stopped = True
         for slot in self._slots:
             slot.finish()
-        deadline = time.monotonic() + grace_s  # shared: the processes finish side by side
+        deadline = time.monotonic() + grace_s  # shared, because the processes finish in parallel
         for slot in self._slots:
             slot.end(max(0.0, deadline - time.monotonic()))
             for report in slot.reports():
                 self._on_report(report)
-        for job in self._running_jobs():  # of processes killed before they could release them
+        # Jobs of processes that were killed before they could release them.
+        for job in self._running_jobs():
             self._abandon(job, "the server stopped", datetime.now(UTC))
 
     def hurry(self) -> None:
@@ -141,7 +141,7 @@ class WorkerPool:
             if slot.process is None and slot.may_start:
                 self.restarts += 1
                 slot.start()
-        return abandoned + list(self._store.abandon_expired(now))  # other pools' jobs, too
+        return abandoned + list(self._store.abandon_expired(now))  # including other pools' jobs
 
     def _running_jobs(self) -> list[Job]:
         jobs = self._store.list(status=Status.IN_PROGRESS, limit=_MAX_RUNNING_JOBS).jobs

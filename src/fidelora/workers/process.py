@@ -1,4 +1,4 @@
-"""Worker processes: how the pool starts, signals and ends one, and what runs inside it."""
+"""Worker processes: start, signals and end, and the function that runs inside the process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fidelora.recipe import Recipe
 from fidelora.workers.attempt import AttemptReport, WorkerLimits
 from fidelora.workers.worker import Worker
 
-# A forked child cannot use CUDA, and inherits every open connection.
+# Not fork: a forked child cannot use CUDA, and inherits every open connection.
 _spawn = multiprocessing.get_context("spawn")
 
 _POLL_S = 0.5  # time between two polls of an idle worker
@@ -40,10 +40,10 @@ class WorkerSetup:
     Attributes:
         store_url: database of the jobs.
         outputs: folder for images.
-        adapters: folder of adapters by hash, if there is one.
-        model_cache: folder for downloaded base models; None: Hugging Face's default.
-        base_budget_bytes: memory for loaded base models; None: one base model.
-        adapter_budget_bytes: memory for loaded adapters; None: the adapter library's default.
+        adapters: folder with adapter files named by hash; None for no folder.
+        model_cache: folder for downloaded base models; None for Hugging Face's default.
+        base_budget_bytes: memory for loaded base models; None for one base model.
+        adapter_budget_bytes: memory for loaded adapters; None for the adapter library's default.
         warm: recipe whose base model is loaded before the worker is ready.
         prepare: called first in the process, for example to set up logging; has to be picklable.
     """
@@ -77,15 +77,15 @@ class WorkerSignals:
 
 
 class WorkerSlot:
-    """Slot of one worker in the pool, filled by one process after the other.
+    """One worker of the pool. It has one process at a time, which is replaced when it ends.
 
     Args:
-        name: name of the slot; the name of each process is this name with a number.
+        name: name of the slot; process names consist of this name, a number and the start time.
 
     Attributes:
-        process: the current process; None before the first and between two.
+        process: the current process; None before the first start and until a restart.
         name: name of the current process, stored in its job.
-        startup_error: why the process could not start, in a sentence; empty if it could.
+        startup_error: error message of a process that failed to start; empty if it started.
     """
 
     def __init__(self, name: str, setup: WorkerSetup) -> None:
@@ -122,12 +122,12 @@ class WorkerSlot:
 
     @property
     def may_start(self) -> bool:
-        """True if the delay after a process that never became ready is over."""
+        """True unless a start failed a short time ago and the restart delay is not over."""
         return time.monotonic() >= self._next_start
 
     @property
     def exit_reason(self) -> str:
-        """Reason of the process's end, as a clause that follows 'because'."""
+        """Reason why the process ended, worded as a clause after 'because'."""
         code = self.process.exitcode if self.process else None
         if code is not None and code < 0:
             return f"its process was killed by signal {-code}"
@@ -146,7 +146,7 @@ class WorkerSlot:
             self._reports = None
 
     def forget_process(self) -> None:
-        """Clear a dead process, and delay the next start if this one never became ready."""
+        """Clear a dead process, and delay the next start if the process never became ready."""
         if self._signals.ready.is_set():
             self._restart_delay_s, self.startup_error = 0.0, ""
         else:
@@ -193,10 +193,10 @@ def worker_process(
 ) -> None:
     """Run one worker process: load the model, then work on jobs until `signals.finish` is set.
 
-    SIGTERM releases the running job at once.
+    On SIGTERM, the process releases its job at once and exits.
     """
     signal.signal(signal.SIGTERM, _exit)
-    # Ctrl-C reaches every process of the terminal; the pool decides when workers end.
+    # Ctrl-C signals every process of the terminal, but only the pool may end workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     os.nice(_NICENESS)
@@ -210,7 +210,8 @@ def worker_process(
     signals.ready.set()
     while not signals.finish.is_set():
         if worker.run_next() is None:
-            signals.wake.wait(_POLL_S)  # jobs from other servers on this store send no signal
+            # Poll as well: another server that adds a job to this store sends no signal.
+            signals.wake.wait(_POLL_S)
             signals.wake.clear()
 
 

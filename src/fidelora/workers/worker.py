@@ -1,4 +1,4 @@
-"""A worker claims jobs, one at a time or several for one batch, and makes their images."""
+"""Worker: claims one job, or several jobs for one batch, and makes their images."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Worker:
     """Makes the images of one job at a time, or of several jobs that can share a batch.
 
     Args:
-        name: stored in a job while this worker has it.
+        name: name of the worker, stored in its current job.
         outputs: folder for images, named `{job}_output_{index}` with their format's suffix.
         on_end: called after each attempt.
         now, monotonic: clocks, replaced in tests.
@@ -72,15 +72,15 @@ class Worker:
         self._prefetches: list[Future[None]] = []
 
     def run_next(self) -> Job | None:
-        """Claim the next job and others that can share its batch, make them, and store the results.
+        """Claim the next job and others that can share its batch, run them and store the results.
 
-        Every error of a job becomes its failure, and the worker can take the next job. An error
-        that is not a `FideloraError` (a bug, a broken device) costs the job an attempt. Files of a
-        job that did not succeed are removed.
+        A `FideloraError` is stored as the failure of its job. After any other error (a bug, a
+        broken device), the job is retried until it has no attempts left. In both cases, the worker
+        can claim the next job. Files of a job that did not succeed are removed.
 
         Returns:
-            the first of these jobs as stored afterwards, possibly claimed by another worker again;
-            None if the queue is empty.
+            the first of these jobs as stored afterwards, when another worker may already have
+            claimed it again; None if the queue is empty.
         """
         loaded = self._engine.adapters.loaded()
         job = self._store.claim(
@@ -90,7 +90,7 @@ class Worker:
             return None
         attempts = [self._begin(job)]
         try:
-            with self._engine.adapters.pinned(_adapters(job)):  # all jobs of a batch use the same
+            with self._engine.adapters.pinned(_adapters(job)):  # the same for the whole batch
                 with self._ending_on_error(attempts[0]):
                     self._claim_for_batch(attempts)
                 if len(attempts) > 1:
@@ -100,10 +100,9 @@ class Worker:
                         attempt.restart_timeout()
                         self._make([attempt], others=attempts[index + 1 :])
         except Exception:
-            raise  # from the store, which cannot record results now; the leases will expire
-        except (
-            BaseException
-        ):  # the process is stopping: release the jobs, so this attempt does not count
+            raise  # the store cannot record results at the moment; the leases will expire
+        except BaseException:
+            # The process is stopping. Release the jobs, so that this attempt does not count.
             for attempt in attempts:
                 self._release(attempt)
             raise
@@ -146,13 +145,13 @@ class Worker:
                 return
 
     def _make(self, attempts: Sequence[Attempt], others: Sequence[Attempt] = ()) -> None:
-        """Make the images of these jobs and bring each to its end.
+        """Make the images of these jobs and store the result of each job.
 
-        If several jobs share a batch and it fails, the cause may be any of them. They then keep
-        running, and the caller makes each one by itself.
+        If a batch of several jobs fails, any of them may be the cause. The jobs then keep running,
+        and the caller has to run each one separately.
 
         Args:
-            others: claimed jobs that wait; their leases are renewed meanwhile.
+            others: claimed jobs that wait meanwhile; their leases are renewed.
 
         Raises:
             JobStoreError: a result could not be stored.
@@ -173,7 +172,7 @@ class Worker:
                 self._end(attempts[0], error)
             else:
                 log.warning(
-                    "a batch of %d jobs failed: %s; making each job by itself",
+                    "a batch of %d jobs failed: %s; running each job separately",
                     len(attempts),
                     error,
                     exc_info=error,
@@ -208,10 +207,10 @@ class Worker:
 
     @contextmanager
     def _ending_on_error(self, attempt: Attempt) -> Iterator[None]:
-        """End the job with the error of the block, if there is one.
+        """End the job if the block raises an error.
 
         Raises:
-            JobStoreError: the end could not be stored.
+            JobStoreError: the end of the job could not be stored.
         """
         try:
             yield
@@ -227,10 +226,10 @@ class Worker:
         self._record_end(attempt, ended)
 
     def _end(self, attempt: Attempt, error: Exception) -> None:
-        """Store the end of a job that has this error, and remove its files.
+        """End a job with this error, and remove its files.
 
         Raises:
-            JobStoreError: it could not be stored.
+            JobStoreError: the end of the job could not be stored.
         """
         job = attempt.job
         attempt.files.stop()
@@ -242,7 +241,8 @@ class Worker:
             log.warning("the job belongs to another worker now", extra={"request_id": job.id})
             attempt.running = False
             return
-        # Only after the store has confirmed the lease: another worker's files have the same names.
+        # Files of another worker have the same names, so remove them only after the store has
+        # confirmed the lease.
         attempt.files.remove()
         self._record_end(attempt, ended)
 
@@ -276,11 +276,11 @@ class Worker:
         try:
             self._store.release(attempt.job.id, attempt.job.epoch, self._now())
         except (LeaseLostError, JobStoreError):
-            return  # it has ended or belongs to another worker; otherwise its lease will expire
+            return  # the job has ended or has another worker; otherwise its lease will expire
         attempt.files.remove()
 
     def _prefetch_for_next_job(self) -> None:
-        """Read the adapters of the next job on another thread while this one runs."""
+        """Read the adapters of the next job on another thread while the current job runs."""
         self._cancel_prefetches()
         job = self._store.peek()
         if job is not None:

@@ -60,8 +60,8 @@ def gradio_app(
 ) -> tuple[FastAPI, AbstractAsyncContextManager[Any]]:
     """Return the application that serves the page, and its lifespan context.
 
-    Gradio must be imported here first: the environment variables that disable its telemetry and
-    set its folder take effect at import.
+    Gradio must not be imported before this call: only at its import does it read the environment
+    variables that disable its telemetry and set its folder.
 
     Args:
         root_path: path of the server's public URL, or an empty string.

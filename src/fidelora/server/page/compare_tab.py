@@ -147,7 +147,7 @@ class CompareTab:
             forms = self._forms(loras or [], columns, self._make_form.read(values))
             requests = [build_request(form) for form in forms]
             for request in requests:
-                # Not a comprehension: if a request is rejected, the jobs before it are canceled.
+                # A comprehension would lose the jobs to cancel if a later request is rejected.
                 jobs.append(await submit(self._context, request))  # noqa: PERF401
         except FideloraError as error:
             self._cancel([job.id for job in jobs])
@@ -178,7 +178,10 @@ class CompareTab:
         yield [notice("Done.", "good"), gr.update(value=str(file), visible=True), *end]
 
     def _forms(self, loras: list[str], multipliers: Sequence[float], form: Form) -> list[Form]:
-        """Return a form per image, all with the same seed, by row so that each LoRA loads once."""
+        """Return one form per image, all with the same seed.
+
+        The forms are ordered by row, so that each LoRA is loaded only once.
+        """
         if not loras:
             raise WrongUseError("Choose at least one checkpoint.")
         if len(loras) * len(multipliers) > MAX_SHEET_IMAGES:

@@ -9,11 +9,11 @@ IMMEDIATE: dict[str, Any] = {
     "queue": False,
     "api_visibility": "private",
 }
-"""For handlers that return at once."""
+"""Options for handlers that return immediately."""
 
 STREAMING: dict[str, Any] = {
     "show_progress": "hidden",
     "concurrency_limit": None,
     "api_visibility": "private",
 }
-"""For handlers that yield updates until a job or a verification ends."""
+"""Options for handlers that yield updates until a job or a verification ends."""

@@ -26,7 +26,7 @@ MAX_IMAGES = 16
 """Largest number of images per click; the HTTP API allows more."""
 
 Handled = tuple[str, list[str]]
-"""Model and LoRA paths to which the dependent inputs were last updated.
+"""Model and LoRA paths for which the dependent inputs were last updated.
 
 Drop-down lists also emit input events when they only gain and lose focus, so the handlers compare
 the choice with these values.

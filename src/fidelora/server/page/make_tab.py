@@ -128,7 +128,7 @@ class MakeTab:
         running = [job_id for job_id, index in entries if index < 0]
         if not running:
             yield self._updates()  # a handler that yields nothing would clear its outputs
-        else:  # allow no second job, which would overwrite this one's images
+        else:  # a second job would overwrite this job's images, so disable the button
             yield self._updates(job=running[0], generate=gr.update(interactive=False))
         shown, files = await run_in_threadpool(
             self._pictures.gallery, [image for image in entries if image[1] >= 0]
@@ -233,7 +233,7 @@ class MakeTab:
             return self.form.message(notice(error, "error"))
 
     def _show_recipe(self, recipe: Recipe, image_format: str) -> list[Any]:
-        """Return the updates that load a recipe into the form, with a message on the result."""
+        """Return the updates that load a recipe into the form, and a message about the result."""
         found = [(adapter, self._lora_list.path_of(adapter)) for adapter in recipe.adapters]
         paths = [path for _, path in found if path is not None]
         if len(paths) < len(found):

@@ -52,14 +52,15 @@ _REPORT_POLICY = (
     "sandbox allow-scripts; default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
     "script-src 'unsafe-inline'"
 )
-# Gradio's responses include uploaded files: opened as a document, they can load and run nothing.
+# Gradio's responses include uploaded files. This policy keeps a file that is opened as a document
+# from loading or running anything.
 _GRADIO_POLICY = "default-src 'none'; frame-ancestors 'none'"
 _INLINE_SCRIPTS = re.compile(rb"<script(?![^>]*\bsrc=)[^>]*>(.*?)</script>", re.DOTALL)
 # Link preview tags in Gradio's <head>, which refer to images on other hosts.
 _SOCIAL_META = re.compile(rb"\s*<meta\s[^>]*(?:og:|twitter:)[^>]*>")
 
-# Shows a linked report in a sandboxed frame above the link. After a click on a button, scrolls to
-# its progress bar if that is out of sight, as on narrow screens.
+# Script of the page. It shows a linked report in a sandboxed frame above the link. After a click on
+# a button, it scrolls to the button's progress bar if this is not visible, as on narrow screens.
 _SCRIPT = b"""
 new MutationObserver(() => {
   for (const link of document.querySelectorAll("a.report:not([data-shown])")) {
@@ -152,7 +153,7 @@ class Page(BaseRoute):
     def _is_own_file(self, file: str) -> bool:
         """Return True for a path in the page's own folder.
 
-        Gradio would fetch a URL and serve the response as its own.
+        Without this check, Gradio would fetch a URL given as a path and serve the response.
         """
         path = Path(file)
         # Gradio's URLs contain resolved paths.
@@ -204,7 +205,7 @@ class Page(BaseRoute):
         await self._app(scope, receive, rewrite)
 
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve a long-lived response; it ends at the latest when the server stops."""
+        """Serve a long-lived response, and end it if it is still open when the server stops."""
         unfinished = False
 
         async def track(message: Message) -> None:

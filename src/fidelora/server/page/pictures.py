@@ -1,4 +1,4 @@
-"""Files that the page may show: its own folder, and copies of finished images in it."""
+"""Folder of files that the page may show, and copies of finished images in this folder."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class PageFiles:
                     entry.unlink()
             except FileNotFoundError:  # removed in the meantime
                 continue
-            except OSError as error:  # such as during an upload; the next call retries
+            except OSError as error:  # for example during an upload; the next call retries
                 log.warning("page file not removed", file=str(entry), reason=str(error))
 
 

@@ -37,8 +37,8 @@ _COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2)
 """Compression methods that need little memory; a file can make LZMA use up to 4 GiB."""
 _MAX_FILES = 20_000
 _MAX_READ_BYTES = _MAX_FILES * 256
-"""Largest single read from a zip, in bytes. Only the central directory is read at once; it has
-about 50 bytes and a name per file."""
+"""Largest single read from a zip, in bytes. Only the central directory is read in one call; it
+has about 50 bytes and a name per file."""
 _MAX_EXPANSION = 4
 """Largest ratio of unpacked to packed bytes. Weights and images hardly compress; a zip that expands
 further is not a training run."""
@@ -128,9 +128,9 @@ def unpack_run(archive: Path, target: Path, max_bytes: int) -> tuple[Path, int]:
 
 
 class _LimitedReads(io.FileIO):
-    """File that refuses to read too much at once, such as a huge central directory of a zip.
+    """File that limits the size of a single read, such as that of a zip's central directory.
 
-    `zipfile` reads the whole directory at once and creates an object per entry.
+    `zipfile` reads the whole directory in one call and creates an object per entry.
     """
 
     def read(self, size: int | None = -1, /) -> bytes:
@@ -221,7 +221,7 @@ def server_base_model(run: TrainingRun, context: ServerContext) -> str:
 
 
 def hub_environment(settings: Settings) -> dict[str, str]:
-    """Return the environment variables that pass these settings to a child's hub client."""
+    """Return the environment variables that configure `huggingface_hub` in a child process."""
     variables = {}
     if settings.model_cache_dir is not None:
         # Absolute, because the process runs in another folder.
@@ -276,7 +276,7 @@ class Verifier:
         The process is stopped when the caller stops iterating.
 
         Args:
-            verification_id: id for `cancel`, which also works before the process starts.
+            verification_id: id for `cancel`, which can be called before the process starts.
             out: folder of the report.
 
         Raises:
