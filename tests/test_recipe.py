@@ -722,7 +722,7 @@ def test_a_path_below_a_file_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "content", [b"<html>", b"", (60 * 2**20).to_bytes(8, "little") + b"{" * 600]
 )
-def test_a_file_s_header_is_checked_before_the_rest_is_read(tmp_path, content):
+def test_the_header_is_checked_before_the_rest_is_read(tmp_path, content):
     (tmp_path / "a.safetensors").write_bytes(content)
     with pytest.raises(WeightsFileError):
         AdapterRef.from_file(tmp_path / "a.safetensors")

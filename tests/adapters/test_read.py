@@ -89,7 +89,7 @@ def read(tmp_path):
         (torch.float64, "F64"),
     ],
 )
-def test_a_lora_of_any_float_type_becomes_float32_without_other_changes(read, dtype, stored):
+def test_a_lora_of_any_float_type_becomes_float32(read, dtype, stored):
     tensors = {name: tensor.to(dtype) for name, tensor in lora().items()}
     adapter = read(tensors)
     delta = adapter.deltas["unet.a"]
@@ -262,7 +262,7 @@ def test_a_folder_is_refused(tmp_path):
         read_adapter(tmp_path)
 
 
-def test_a_pickle_is_refused_by_its_name(tmp_path):
+def test_a_file_with_a_pickle_extension_is_refused(tmp_path):
     path = tmp_path / "style.pt"
     save_file(lora(), path)
     with pytest.raises(PickleRefusedError, match=r"style\.pt is a Python pickle"):

@@ -53,7 +53,7 @@ def test_every_family_is_compared():
     assert SMALL.keys() | {"zimage"} == all_families().keys()  # zimage: tests/families
 
 
-def the_trainer_s_way(recipe: Recipe) -> Any:
+def pipeline_pixels(recipe: Recipe) -> Any:
     """Return the image that the trainer's pipeline makes, without adapters."""
     with patch("fidelora.engine.model.prepack"):  # of the modules, the pipeline gets diffusers' own
         base = load_model_of(recipe)
@@ -149,14 +149,14 @@ def test_the_engine_gives_the_pixels_of_the_trainers_pipeline(engine, model, sam
     recipe = replace(
         SMALL[model], sampler=sampler, dtype=dtype, vae_dtype=dtype, text_encoder_dtype=dtype
     )
-    assert np.array_equal(engine.generate(recipe).pixels, the_trainer_s_way(recipe))
+    assert np.array_equal(engine.generate(recipe).pixels, pipeline_pixels(recipe))
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 1.5])
 @pytest.mark.parametrize("model", SMALL)
 def test_guidance_begins_above_one_as_in_the_pipeline(engine, model, guidance_scale):
     recipe = replace(SMALL[model], steps=4, guidance_scale=guidance_scale)
-    assert np.array_equal(engine.generate(recipe).pixels, the_trainer_s_way(recipe))
+    assert np.array_equal(engine.generate(recipe).pixels, pipeline_pixels(recipe))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -166,7 +166,7 @@ def test_guidance_is_rescaled_as_in_the_pipeline(engine, model, dtype):
         SMALL[model], guidance_rescale=0.7, dtype=dtype, vae_dtype=dtype, text_encoder_dtype=dtype
     )
     rescaled = engine.generate(recipe).pixels
-    assert np.array_equal(rescaled, the_trainer_s_way(recipe))
+    assert np.array_equal(rescaled, pipeline_pixels(recipe))
     assert not np.array_equal(
         rescaled, engine.generate(replace(recipe, guidance_rescale=0.0)).pixels
     )
@@ -187,7 +187,7 @@ def test_force_upcast_decodes_a_float16_vae_in_float32(
     dtypes: Any = {"dtype": dtype, "text_encoder_dtype": dtype, "vae_dtype": "float16"}
     recipe = replace(SMALL["sdxl"], base_model=str(base), **dtypes)
     if force_upcast:
-        assert np.array_equal(engine.generate(recipe).pixels, the_trainer_s_way(recipe))
+        assert np.array_equal(engine.generate(recipe).pixels, pipeline_pixels(recipe))
     loaded: Any = load_model_of(recipe).parts["vae"]
     assert loaded.dtype == (torch.float32 if force_upcast else torch.float16)
     assert all(
@@ -206,4 +206,4 @@ def test_the_size_conditioning_has_the_dtype_of_the_text(engine):
         vae_dtype="bfloat16",
         text_encoder_dtype="bfloat16",
     )
-    assert np.array_equal(engine.generate(recipe).pixels, the_trainer_s_way(recipe))
+    assert np.array_equal(engine.generate(recipe).pixels, pipeline_pixels(recipe))

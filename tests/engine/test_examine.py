@@ -55,7 +55,7 @@ def test_adapters_of_the_trainer_have_no_problem(path):
     assert found.alphas == ((4.0,) if path is LORA else (4.0, 8.0))
 
 
-def test_the_alpha_of_whole_lokr_modules_is_a_note():
+def test_the_alpha_of_lokr_with_full_matrices_is_only_a_note():
     found = examine_adapter(LOKR)
     assert (codes(found), found.usable, found.alphas) == (
         [("infinite_alpha", False)],

@@ -501,7 +501,7 @@ def test_the_error_for_a_missing_vae_mentions_the_vae():
         load(TINY_BASE, vae="nowhere/at/all")
 
 
-def test_the_hub_s_cache_is_used_when_offline(tmp_path, monkeypatch):
+def test_the_hub_cache_is_used_when_offline(tmp_path, monkeypatch):
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "models--someone--tiny"
     (repository / "refs").mkdir(parents=True)

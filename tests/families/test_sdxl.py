@@ -325,7 +325,7 @@ def test_an_adapter_with_original_names_makes_the_same_image(engine, tmp_path):
     other = save_adapter(
         tmp_path / "kohya.safetensors", {renamed(key): tensor for key, tensor in tensors.items()}
     )
-    ours, theirs = (engine.generate(painted(path)).pixels for path in (SDXL_LORA, other))
+    ours, theirs = (engine.generate(recipe_with(path)).pixels for path in (SDXL_LORA, other))
     assert np.array_equal(ours, theirs)
     assert not np.array_equal(ours, engine.generate(Recipe(prompt="a ball", **SMALL)).pixels)
 
@@ -333,7 +333,7 @@ def test_an_adapter_with_original_names_makes_the_same_image(engine, tmp_path):
 # --- adapters: what they do ---------------------------------------------------------------------
 
 
-def painted(path: Path, **fields: Any) -> Recipe:
+def recipe_with(path: Path, **fields: Any) -> Recipe:
     return Recipe(prompt="a ball", adapters=(AdapterRef.from_file(path),), **(SMALL | fields))
 
 
@@ -356,10 +356,10 @@ def random_lora(*modules: tuple[str, int, int]) -> dict[str, Tensor]:
 def test_adapters_of_either_text_encoder_leave_no_trace(engine, tmp_path, name, width):
     path = save_adapter(tmp_path / "text.safetensors", random_lora((name, 64, width)))
     plain = Recipe(prompt="a ball", **SMALL)
-    before, after = engine.generate(plain).pixels, engine.generate(painted(path)).pixels
+    before, after = engine.generate(plain).pixels, engine.generate(recipe_with(path)).pixels
     assert not np.array_equal(before, after)
     assert np.array_equal(before, engine.generate(plain).pixels)
-    assert np.array_equal(after, Engine(device="cpu").generate(painted(path)).pixels)
+    assert np.array_equal(after, Engine(device="cpu").generate(recipe_with(path)).pixels)
 
 
 def test_a_lokr_works_merged_and_live(engine, tmp_path):
@@ -370,7 +370,7 @@ def test_a_lokr_works_merged_and_live(engine, tmp_path):
         {f"{name}.lokr_w1": torch.randn(4, 4), f"{name}.lokr_w2": torch.randn(8, 8)},
     )
     images = [
-        engine.generate(painted(path, adapter_mode=mode)).pixels.astype(int)
+        engine.generate(recipe_with(path, adapter_mode=mode)).pixels.astype(int)
         for mode in ("merged", "live")
     ]
     assert abs(images[0] - images[1]).max() <= 1
@@ -383,7 +383,7 @@ def test_a_lokr_works_merged_and_live(engine, tmp_path):
 )
 def test_an_adapter_of_the_other_model_names_the_right_model(engine, path, made_for, used_with):
     with pytest.raises(AdapterMismatchError) as raised:
-        engine.generate(painted(path, **used_with))
+        engine.generate(recipe_with(path, **used_with))
     title, other = get_family(made_for).title, get_family(used_with["model"]).title
     expected = (
         f"{path.stem} is an adapter for {title}, but the base model is of family {other}. "
@@ -402,10 +402,10 @@ def test_an_adapter_that_fits_both_models_is_checked_by_metadata(engine, tmp_pat
         f"{module[0]}.lora_up.weight": torch.ones(out, 2, 1, 1),
     }
     silent = save_adapter(tmp_path / "a.safetensors", tensors)
-    engine.generate(painted(silent, **SMALL))
+    engine.generate(recipe_with(silent, **SMALL))
     for_other = save_adapter(tmp_path / "b.safetensors", tensors, ss_base_model_version="sd_1.5")
     with pytest.raises(AdapterMismatchError, match="Use the adapter with model sd15"):
-        engine.generate(painted(for_other, **SMALL))
+        engine.generate(recipe_with(for_other, **SMALL))
 
 
 def test_a_vae_with_latents_mean_is_refused(tmp_path):
@@ -432,12 +432,12 @@ def test_the_right_model_is_named_without_metadata(engine, tmp_path):
         random_lora(("lora_te2_text_model_encoder_layers_0_mlp_fc1", 64, 48)),
     )
     with pytest.raises(AdapterMismatchError, match="Use the adapter with model sdxl"):
-        engine.generate(painted(text, **SD15))
+        engine.generate(recipe_with(text, **SD15))
     # A name that both have: the shapes decide, here those of the models of full size.
     both = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
     wide = save_adapter(tmp_path / "b.safetensors", random_lora((both, 640, 2048)))
     with pytest.raises(AdapterMismatchError, match="Use the adapter with model sdxl"):
-        engine.generate(painted(wide, **SD15))
+        engine.generate(recipe_with(wide, **SD15))
 
 
 def test_metadata_takes_precedence_over_module_names(engine):
@@ -446,7 +446,7 @@ def test_metadata_takes_precedence_over_module_names(engine):
         AdapterMismatchError,
         match=r"sks is an adapter for Stable Diffusion 1\.5, .* Use the adapter with model sd15",
     ):
-        engine.generate(painted(MINIATURE_LORA))
+        engine.generate(recipe_with(MINIATURE_LORA))
 
 
 def test_modules_that_fit_neither_model_are_listed(engine, tmp_path):
@@ -454,13 +454,13 @@ def test_modules_that_fit_neither_model_are_listed(engine, tmp_path):
     with pytest.raises(
         AdapterMismatchError, match=r"1 of 1 modules match nothing in it: lora_unet_nowhere"
     ):
-        engine.generate(painted(path))
+        engine.generate(recipe_with(path))
 
 
 @pytest.mark.parametrize(
     ("path", "kind", "notes"), [(SDXL_LORA, "lora", []), (SDXL_DORA, "dora", ["missing_alpha"])]
 )
-def test_the_trainer_s_adapters_are_examined(path, kind, notes):
+def test_adapters_of_the_trainer_are_examined(path, kind, notes):
     found = examine_adapter(path)
     assert (found.model, found.summary.kind, found.matched, found.usable) == (
         "sdxl",
@@ -480,7 +480,8 @@ def test_the_trainer_s_adapters_are_examined(path, kind, notes):
 
 def test_a_dora_is_always_live(engine):
     merged, live = (
-        engine.generate(painted(SDXL_DORA, adapter_mode=mode)).pixels for mode in ("merged", "live")
+        engine.generate(recipe_with(SDXL_DORA, adapter_mode=mode)).pixels
+        for mode in ("merged", "live")
     )
     assert np.array_equal(merged, live)
     assert not np.array_equal(merged, engine.generate(Recipe(prompt="a ball", **SMALL)).pixels)
@@ -521,7 +522,7 @@ def test_the_alpha_of_a_dora_comes_from_the_recipe(engine):
     adapter = read_adapter(SDXL_DORA)
     assert {delta.scale for delta in adapter.deltas.values()} == {1.0}
     assert {delta.scale for delta in adapter.with_alpha(4).deltas.values()} == {0.5}
-    plain = painted(SDXL_DORA)
+    plain = recipe_with(SDXL_DORA)
     given = {
         alpha: replace(plain, adapters=(replace(plain.adapters[0], alpha=alpha),))
         for alpha in (8.0, 4.0)
@@ -531,7 +532,7 @@ def test_the_alpha_of_a_dora_comes_from_the_recipe(engine):
 
 
 def test_an_alpha_for_another_kind_of_adapter_is_refused(engine):
-    recipe = painted(SDXL_LORA)
+    recipe = recipe_with(SDXL_LORA)
     with pytest.raises(AdapterFormatError, match="is not a DoRA"):
         engine.generate(replace(recipe, adapters=(replace(recipe.adapters[0], alpha=4.0),)))
 
@@ -642,7 +643,10 @@ def test_images_of_a_batch_have_their_own_texts_and_noise(engine):
 @pytest.mark.parametrize("fidelity", ["exact", "fast"])
 def test_models_alternate_within_a_budget_for_one(fidelity):
     """Alternate 20 times: one base at a time, evicted bases are freed, and the images are equal."""
-    recipes = [painted(LORA, **SD15, fidelity=fidelity), painted(SDXL_LORA, fidelity=fidelity)]
+    recipes = [
+        recipe_with(LORA, **SD15, fidelity=fidelity),
+        recipe_with(SDXL_LORA, fidelity=fidelity),
+    ]
     alone = [Engine(device="cpu").generate(recipe).pixels for recipe in recipes]
     largest = max(expected_bytes_of(recipe) for recipe in recipes)
     engine = Engine(device="cpu", base_budget_bytes=largest)

@@ -161,7 +161,7 @@ def test_an_old_trainers_adapter_does_not_select_legacy_noise(tmp_path):
     assert _resolve_noise("auto", adapters, "sd15") == "legacy"
 
 
-def test_the_doctor_s_suspects_are_recipes_of_the_family():
+def test_the_doctors_suspects_are_recipes_of_the_family():
     for recipe in (SMALL, replace(SMALL, dtype="bfloat16")):
         assert {one.recipe.noise for one in precisions(recipe)} == {"modern"}
         assert len(list(precisions(recipe))) == 3

@@ -163,7 +163,7 @@ def test_parameters_contain_only_fields_that_the_recipe_sets():
     )
 
 
-def test_a_value_that_would_break_the_line_of_pairs_is_quoted():
+def test_a_value_with_separators_is_quoted():
     text = parameters_text(Recipe(prompt="", base_model='my, "own": base'), ENVIRONMENT)
     assert r'Model: "my, \"own\": base", Version' in text
 
@@ -270,7 +270,7 @@ def test_an_unknown_suffix_is_refused_and_nothing_is_written(tmp_path, name):
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
-def test_the_usual_suffix_of_a_format_means_that_format(tmp_path, image_format):
+def test_the_suffix_of_a_format_selects_that_format(tmp_path, image_format):
     assert format_of(tmp_path / f"a{suffix_of(image_format)}") == image_format
     assert is_image_format(image_format)
 
