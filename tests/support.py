@@ -42,13 +42,13 @@ CPU = torch.device("cpu")
 
 
 def unwritten_model_of(recipe: Recipe) -> LoadedModel:
-    """The base model of a recipe on the CPU, before any adapters are merged."""
+    """Return the base model of a recipe on the CPU, before any adapters are merged."""
     key = ModelKey.of(recipe)
     return load_model(key, key.find_files(), CPU)
 
 
 def load_model_of(recipe: Recipe) -> LoadedModel:
-    """The base model of a recipe on the CPU, without adapters."""
+    """Return the base model of a recipe on the CPU, without adapters."""
     model = unwritten_model_of(recipe)
     model.merged.apply([])
     return model

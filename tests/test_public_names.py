@@ -1,4 +1,4 @@
-"""What other people's code may rely on."""
+"""The public interface: names, errors, and model families from other packages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fidelora import Recipe, errors
 from fidelora.families import all_families, get_family, registry
 
 
-def test_the_public_names_are_these():
+def test_the_public_names_are_complete():
     assert sorted(fidelora.__all__) == [
         "AdapterRef",
         "AsyncClient",
@@ -32,12 +32,12 @@ def test_the_public_names_are_these():
     assert all(getattr(fidelora, name) is not None for name in fidelora.__all__)
 
 
-def test_a_name_that_is_not_there():
+def test_an_unknown_name_raises_an_attribute_error():
     with pytest.raises(AttributeError, match="has no attribute 'Pipeline'"):
         _ = fidelora.Pipeline
 
 
-def test_every_error_is_in_one_tree_and_says_something_by_itself():
+def test_every_error_is_in_one_tree_and_has_a_default_message():
     classes = [
         value
         for value in vars(errors).values()
@@ -61,7 +61,7 @@ class AnEntryPoint:
 
 @pytest.fixture
 def another_package(monkeypatch):
-    """Installs a package that adds a family."""
+    """Return a function that installs a package that adds a family."""
 
     def install(found: object) -> None:
         monkeypatch.setattr(registry, "entry_points", lambda group: [AnEntryPoint(found)])
@@ -78,7 +78,7 @@ def test_another_package_adds_a_family_by_an_entry_point(another_package):
     assert recipe.model == "sd15-of-others"
 
 
-def test_a_model_id_is_registered_once(another_package):
+def test_a_model_id_cannot_be_registered_twice(another_package):
     another_package(get_family("sd15"))
     with pytest.raises(ValueError, match="have the id 'sd15'"):
         all_families()
@@ -90,7 +90,7 @@ def test_an_entry_point_that_is_not_a_family_is_refused(another_package):
         all_families()
 
 
-def test_every_sampler_of_the_trainer_is_there():
+def test_every_sampler_of_the_trainer_exists():
     assert " ".join(get_family("sd15").samplers) == (
         "ddpm ddim pndm lms k_lms euler k_euler euler_a dpmsolver dpmsolver++ k_dpmsolver "
         "k_dpmsolver++ dpmsingle heun dpm_2 dpm_2_a lcm"

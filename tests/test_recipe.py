@@ -79,7 +79,7 @@ def plain_with(**changes):
 # --- completion ---------------------------------------------------------------------------------
 
 
-def test_a_recipe_of_only_a_prompt_is_complete():
+def test_a_recipe_with_only_a_prompt_is_complete():
     assert Recipe(prompt="a red ball") == Recipe(
         prompt="a red ball",
         negative_prompt="",
@@ -117,12 +117,12 @@ def test_the_other_dtypes_follow_the_main_one():
     assert (recipe.vae_dtype, recipe.text_encoder_dtype) == ("bfloat16", "bfloat16")
 
 
-def test_a_dtype_of_its_own_is_kept():
+def test_an_explicit_dtype_is_kept():
     recipe = Recipe(prompt="", dtype="bfloat16", vae_dtype="float32", text_encoder_dtype="float16")
     assert (recipe.vae_dtype, recipe.text_encoder_dtype) == ("float32", "float16")
 
 
-def test_an_alias_of_the_base_model_means_the_same_image():
+def test_an_alias_of_the_base_model_gives_an_equal_recipe():
     alias, own = (
         Recipe(prompt="x", base_model=name)
         for name in ("runwayml/stable-diffusion-v1-5", SD15_BASE)
@@ -140,12 +140,12 @@ def test_sizes_are_floored_to_multiples_of_eight(asked, floored):
     assert (recipe.width, recipe.height) == (floored, floored)
 
 
-def test_width_and_height_are_not_mixed_up():
+def test_width_and_height_are_not_swapped():
     recipe = Recipe(prompt="", width=640, height=384)
     assert (recipe.width, recipe.height) == (640, 384)
 
 
-def test_whole_numbers_become_floats_where_floats_are_meant():
+def test_integers_become_floats_in_float_fields():
     recipe = Recipe(prompt="", guidance_scale=6, adapters=(AdapterRef("a" * 64, 1),))
     assert isinstance(recipe.guidance_scale, float)
     assert isinstance(recipe.adapters[0].multiplier, float)
@@ -170,7 +170,7 @@ def test_a_recipe_cannot_be_changed():
         STYLE.multiplier = 1.0  # type: ignore[misc]
 
 
-def test_a_changed_copy_is_checked_too():
+def test_a_copy_made_by_replace_is_checked():
     with pytest.raises(RecipeError, match="seed is -1"):
         dataclasses.replace(Recipe(prompt=""), seed=-1)
 
@@ -221,7 +221,7 @@ def test_a_changed_copy_is_checked_too():
         ("adapters", ("lora.safetensors",), r"AdapterRef\.from_file\(path\)"),
     ],
 )
-def test_a_value_out_of_range_is_refused_by_its_field(name, value, message):
+def test_the_error_for_a_value_out_of_range_names_the_field(name, value, message):
     with pytest.raises(RecipeError, match=message) as raised:
         Recipe(**{"prompt": "", name: value})
     assert raised.value.field == name
@@ -242,7 +242,7 @@ def test_a_value_out_of_range_is_refused_by_its_field(name, value, message):
         ("prompt", "x" * 10_000),
     ],
 )
-def test_the_ends_of_the_ranges_are_accepted(name, value):
+def test_the_limits_of_the_ranges_are_accepted(name, value):
     assert getattr(Recipe(**{"prompt": "", name: value}), name) == value
 
 
@@ -256,26 +256,26 @@ def test_a_multiplier_out_of_range_is_refused(multiplier):
 
 
 @pytest.mark.parametrize("multiplier", [True, "1", None])
-def test_a_multiplier_that_is_no_number_is_refused(multiplier):
+def test_a_multiplier_that_is_not_a_number_is_refused(multiplier):
     with pytest.raises(RecipeError, match="multiplier has to be a number"):
         AdapterRef("a" * 64, multiplier)
 
 
 @pytest.mark.parametrize("sha256", ["", "a" * 63, "a" * 65, "A" * 64, "g" * 64, "a" * 64 + "\n"])
-def test_a_sha256_that_is_none_is_refused(sha256):
+def test_an_invalid_sha256_is_refused(sha256):
     with pytest.raises(RecipeError, match="64 hexadecimal digits in lower case") as raised:
         AdapterRef(sha256)
     assert raised.value.field == "adapters"
 
 
-def test_an_unknown_sampler_is_refused_with_those_there_are():
+def test_the_error_for_an_unknown_sampler_lists_the_samplers():
     with pytest.raises(UnknownSamplerError, match="no sampler 'dpm' for sd15") as raised:
         Recipe(prompt="", sampler="dpm")
     assert raised.value.field == "sampler"
     assert str(raised.value).endswith(f"the samplers are: {', '.join(SAMPLERS)}.")
 
 
-def test_an_unknown_model_is_refused_with_those_there_are():
+def test_the_error_for_an_unknown_model_lists_the_models():
     with pytest.raises(
         UnknownModelError, match="There is no model 'sd3'; the models are: sd15"
     ) as raised:
@@ -283,7 +283,7 @@ def test_an_unknown_model_is_refused_with_those_there_are():
     assert raised.value.field == "model"
 
 
-def test_lcm_does_at_most_fifty_steps():
+def test_lcm_has_at_most_50_steps():
     assert Recipe(prompt="", sampler="lcm", steps=50).steps == 50
     with pytest.raises(RecipeError, match="steps is 51; it has to be from 1 to 50") as raised:
         Recipe(prompt="", sampler="lcm", steps=51)
@@ -291,7 +291,7 @@ def test_lcm_does_at_most_fifty_steps():
 
 
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "lcm"])
-def test_all_other_samplers_do_up_to_150_steps(sampler):
+def test_other_samplers_have_at_most_150_steps(sampler):
     assert Recipe(prompt="", sampler=sampler, steps=150).sampler == sampler
 
 
@@ -335,7 +335,7 @@ RECIPES = st.builds(
 
 @settings(max_examples=100, deadline=None)
 @given(recipe=RECIPES)
-def test_any_recipe_comes_back_from_json(recipe):
+def test_any_recipe_survives_a_round_trip_through_json(recipe):
     again = Recipe.from_json(recipe.to_json())
     stored = Recipe.from_dict(json.loads(json.dumps(recipe.to_dict(paths=True))))
     assert stored == recipe
@@ -351,11 +351,11 @@ def test_any_recipe_comes_back_from_json(recipe):
 
 @settings(max_examples=100, deadline=None)
 @given(recipe=RECIPES)
-def test_a_recipe_made_again_from_its_own_fields_is_the_same(recipe):
+def test_a_recipe_made_from_its_own_fields_is_equal(recipe):
     assert dataclasses.replace(recipe) == recipe
 
 
-def test_the_json_form_is_this_one():
+def test_the_json_form_is_stable():
     assert json.loads(Recipe(**FULL).to_json()) == {
         "format": 2,
         **{
@@ -371,7 +371,7 @@ def test_the_json_form_is_this_one():
     }
 
 
-def test_where_the_adapter_lies_is_not_told(tmp_path):
+def test_json_does_not_contain_the_adapters_path(tmp_path):
     path = tmp_path / "secret_place.safetensors"
     path.write_bytes(SOUND)
     text = Recipe(prompt="", adapters=(AdapterRef.from_file(path),)).to_json()
@@ -379,13 +379,13 @@ def test_where_the_adapter_lies_is_not_told(tmp_path):
     assert Recipe.from_json(text).adapters[0].path is None
 
 
-def test_text_that_is_no_json_is_refused():
+def test_invalid_json_is_refused():
     with pytest.raises(RecipeError, match="The recipe is not JSON"):
         Recipe.from_json("{prompt: x}")
 
 
 @pytest.mark.parametrize("text", ["[]", "5", "null", '"text"'])
-def test_json_that_is_no_object_is_refused(text):
+def test_json_that_is_not_an_object_is_refused(text):
     with pytest.raises(RecipeError, match="A recipe is a JSON object"):
         Recipe.from_json(text)
 
@@ -403,19 +403,19 @@ def test_a_recipe_without_format_is_refused():
 
 
 @pytest.mark.parametrize("name", [name for name in PLAIN if name not in ("format", "fidelity")])
-def test_a_missing_field_is_not_completed_by_a_guess(name):
+def test_a_missing_field_is_refused(name):
     with pytest.raises(RecipeError, match=f"The recipe lacks {name}") as raised:
         Recipe.from_dict({key: value for key, value in PLAIN.items() if key != name})
     assert raised.value.field == name
 
 
-def test_a_recipe_from_before_there_was_a_choice_means_exact():
+def test_an_old_recipe_without_fidelity_is_exact():
     recipe = Recipe.from_dict({key: value for key, value in PLAIN.items() if key != "fidelity"})
     assert recipe == Recipe.from_dict(PLAIN)
     assert recipe.fidelity == "exact"
 
 
-def test_fast_merges_adapters_and_says_so():
+def test_fast_requires_merged_adapters():
     with pytest.raises(RecipeError, match="fast merges adapters") as raised:
         Recipe(prompt="", fidelity="fast", adapter_mode="live")
     assert raised.value.field == "adapter_mode"
@@ -428,7 +428,7 @@ def test_an_unknown_field_is_refused():
 
 
 @pytest.mark.parametrize("prompt", [5, None, ["a"], {"text": "a"}])
-def test_a_prompt_that_is_no_text_is_refused(prompt):
+def test_a_prompt_that_is_not_text_is_refused(prompt):
     with pytest.raises(RecipeError, match="prompt has to be text") as raised:
         Recipe.from_dict(plain_with(prompt=prompt))
     assert raised.value.field == "prompt"
@@ -458,7 +458,7 @@ def test_adapters_of_another_form_are_refused(adapters):
     assert raised.value.field == "adapters"
 
 
-def test_the_dictionary_that_is_read_is_not_changed():
+def test_from_dict_does_not_modify_its_argument():
     plain = json.loads(json.dumps(PLAIN))
     Recipe.from_dict(plain)
     assert plain == PLAIN
@@ -578,15 +578,15 @@ OTHER_VALUES = {
 }
 
 
-def test_the_digest_of_the_defaults_is_as_ever():
+def test_the_digest_of_the_defaults_is_stable():
     assert Recipe(prompt="a red ball").digest == DEFAULT_DIGEST
 
 
-def test_the_digest_of_a_recipe_with_all_fields_is_as_ever():
+def test_the_digest_of_a_recipe_with_all_fields_is_stable():
     assert Recipe(**FULL).digest == FULL_DIGEST
 
 
-def test_every_field_that_stands_alone_has_another_value_here():
+def test_every_independent_field_is_covered_here():
     assert set(OTHER_VALUES) == {field.name for field in dataclasses.fields(Recipe)} - {
         "model",
         "negative_prompt_2",
@@ -614,8 +614,8 @@ def test_a_second_negative_prompt_needs_a_second_text_encoder():
     assert raised.value.field == "negative_prompt_2"
 
 
-def test_what_came_later_is_said_only_where_it_is_needed():
-    """Recipes of before can be read, and those that need nothing of it are what they were."""
+def test_newer_fields_are_written_only_if_they_are_used():
+    """Old recipes can be read, and recipes that do not use newer fields keep their JSON form."""
     assert not {"negative_prompt_2", "guidance_rescale"} & PLAIN.keys()
     said = dataclasses.replace(
         Recipe(prompt="", model="sdxl"), negative_prompt_2="ugly", guidance_rescale=0.7
@@ -644,7 +644,7 @@ def test_an_alpha_of_0_means_the_rank_as_in_the_trainer():
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, math.nan, "0.5"])
-def test_a_rescale_is_a_share(value):
+def test_guidance_rescale_is_between_0_and_1(value):
     with pytest.raises(RecipeError, match="guidance_rescale"):
         Recipe(prompt="", guidance_rescale=value)
 
@@ -675,7 +675,7 @@ def test_the_digest_depends_on_the_adapters_their_order_and_strength(adapters):
     )
 
 
-def test_the_digest_does_not_depend_on_the_name_or_place_of_an_adapter(tmp_path):
+def test_the_digest_does_not_depend_on_an_adapters_name_or_path(tmp_path):
     path = tmp_path / "renamed.safetensors"
     path.write_bytes(SOUND)
     here = AdapterRef.from_file(path)
@@ -690,7 +690,7 @@ def test_the_digest_does_not_depend_on_the_name_or_place_of_an_adapter(tmp_path)
 # --- adapters and trigger -----------------------------------------------------------------------
 
 
-def test_a_reference_from_a_file_has_its_hash_name_and_place(tmp_path):
+def test_a_reference_from_a_file_has_its_hash_name_and_path(tmp_path):
     path = tmp_path / "sub" / ".." / "my style.v2.safetensors"
     (tmp_path / "sub").mkdir()
     path.write_bytes(SOUND)
@@ -736,7 +736,7 @@ def test_a_reference_from_a_file_checks_the_multiplier(tmp_path):
         ("a [Trigger] ball", "sks", "a [Trigger] ball"),
     ],
 )
-def test_the_trigger_word_goes_where_the_prompt_asks_for_it(prompt, trigger, expected):
+def test_the_trigger_word_replaces_its_placeholder(prompt, trigger, expected):
     assert replace_trigger(prompt, trigger) == expected
 
 
@@ -752,13 +752,13 @@ def test_the_trigger_word_goes_where_the_prompt_asks_for_it(prompt, trigger, exp
     ],
     ids=["path", "no name", "name", "multiplier", "sha256", "text"],
 )
-def test_an_adapter_from_outside_has_exactly_its_three_parts(adapter):
+def test_an_adapter_in_json_has_exactly_three_fields(adapter):
     plain = Recipe(prompt="a ball").to_dict() | {"adapters": [adapter]}
     with pytest.raises(RecipeError):
         Recipe.from_dict(plain)
 
 
-def test_adapters_from_outside_are_a_list():
+def test_adapters_in_json_are_a_list():
     with pytest.raises(RecipeError, match="are a list"):
         Recipe.from_dict(Recipe(prompt="a ball").to_dict() | {"adapters": {}})
 
@@ -766,7 +766,7 @@ def test_adapters_from_outside_are_a_list():
 @pytest.mark.parametrize(
     "text", ["[" * 200_000, '{"seed": ' + "1" * 5000 + "}"], ids=["deep", "long number"]
 )
-def test_json_that_breaks_its_reader_is_refused(text):
+def test_json_that_breaks_the_parser_is_refused(text):
     with pytest.raises(RecipeError, match="not JSON"):
         Recipe.from_json(text)
 
@@ -777,7 +777,7 @@ def test_json_that_breaks_its_reader_is_refused(text):
      {"sampler": []}, {"model": {}}, {"adapters": None}, {"width": [1]}],
     ids=lambda values: next(iter(values)),
 )  # fmt: skip
-def test_values_of_any_kind_are_refused_in_a_sentence(values):
+def test_values_of_any_type_are_refused_with_a_typed_error(values):
     with pytest.raises(RecipeError) as raised:
         Recipe(**{"prompt": "a ball"} | values)
     assert len(str(raised.value)) < 300
@@ -795,14 +795,14 @@ def test_minus_zero_is_zero():
     )
 
 
-def test_a_list_of_adapters_is_taken_and_a_generator_is_not():
+def test_a_list_of_adapters_is_accepted_and_a_generator_is_not():
     ref = AdapterRef("a" * 64)
     assert Recipe(prompt="", adapters=[ref]).adapters == (ref,)  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match="must be a tuple"):
         Recipe(prompt="", adapters=(each for each in [ref]))  # type: ignore[arg-type]
 
 
-def test_a_file_name_that_is_no_text_does_not_reach_the_recipe(tmp_path):
+def test_undecodable_characters_of_a_file_name_are_replaced(tmp_path):
     path = tmp_path / "caf\udce9.safetensors"
     path.write_bytes(SOUND)
     ref = AdapterRef.from_file(path)
@@ -810,7 +810,7 @@ def test_a_file_name_that_is_no_text_does_not_reach_the_recipe(tmp_path):
     assert Recipe(prompt="", adapters=(ref,)).to_json().encode()
 
 
-def test_a_path_through_a_file_is_no_adapter(tmp_path):
+def test_a_path_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_bytes(b"x")
     with pytest.raises(AdapterNotFoundError, match="There is no adapter file"):
         AdapterRef.from_file(tmp_path / "file" / "x.safetensors")
@@ -819,28 +819,28 @@ def test_a_path_through_a_file_is_no_adapter(tmp_path):
 @pytest.mark.parametrize(
     "content", [b"<html>", b"", (60 * 2**20).to_bytes(8, "little") + b"{" * 600]
 )
-def test_a_file_s_header_is_checked_before_the_rest_is_read(tmp_path, content):
+def test_the_header_is_checked_before_the_rest_is_read(tmp_path, content):
     (tmp_path / "a.safetensors").write_bytes(content)
     with pytest.raises(WeightsFileError):
         AdapterRef.from_file(tmp_path / "a.safetensors")
 
 
-def test_what_is_no_file_is_not_read(tmp_path):
-    """A pipe, or a device that never ends, would be waited for without end."""
+def test_pipes_and_devices_are_not_read(tmp_path):
+    """Reading a pipe or an endless device would never return."""
     os.mkfifo(tmp_path / "pipe.safetensors")
     for place in (tmp_path / "pipe.safetensors", "/dev/zero", "a\0b"):
         with pytest.raises(AdapterNotFoundError):
             AdapterRef.from_file(place)
 
 
-def test_an_alias_with_a_revision_is_the_base_s_revision():
+def test_an_alias_with_a_revision_keeps_the_revision():
     assert (
         Recipe(prompt="", base_model="runwayml/stable-diffusion-v1-5@fp16").base_model
         == "stable-diffusion-v1-5/stable-diffusion-v1-5@fp16"
     )
 
 
-def test_a_path_given_as_text_is_a_path():
+def test_a_path_given_as_text_becomes_a_path():
     assert AdapterRef("a" * 64, path="x.safetensors").path == Path("x.safetensors")  # type: ignore[arg-type]
 
 
@@ -851,7 +851,7 @@ def test_a_path_given_as_text_is_a_path():
     ("name", "value"),
     [(name, value) for name, value in OTHER_VALUES.items() if value not in ("live", "fast")],
 )
-def test_fast_images_that_differ_in_prompts_and_seed_may_share_a_batch(name, value):
+def test_fast_images_with_other_prompts_and_seeds_can_share_a_batch(name, value):
     one = Recipe(
         prompt="a red ball", vae_dtype="float32", text_encoder_dtype="float32", fidelity="fast"
     )
@@ -863,6 +863,6 @@ def test_fast_images_that_differ_in_prompts_and_seed_may_share_a_batch(name, val
     )
 
 
-def test_exact_images_share_no_batch():
+def test_exact_images_do_not_share_a_batch():
     assert not may_share_batch(Recipe(prompt=""), Recipe(prompt=""))
     assert not may_share_batch(Recipe(prompt=""), Recipe(prompt="", fidelity="fast"))

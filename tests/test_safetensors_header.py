@@ -1,4 +1,4 @@
-"""What is checked of a `.safetensors` file before a byte of its tensors is read."""
+"""Checks of a `.safetensors` file before any tensor is read."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TWO_BYTES = {"dtype": "F16", "shape": [1], "data_offsets": [0, 2]}
 
 
 def file_of(header: object, body: bytes = b"") -> bytes:
-    """A file with this header (as it is if it is bytes, else as JSON) and this body."""
+    """Return a file with this header (bytes as they are, anything else as JSON) and body."""
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(raw)) + raw + body
 
@@ -45,7 +45,7 @@ def zip_archive() -> bytes:
 
 @pytest.fixture
 def read(tmp_path):
-    """Reads bytes as the file `lora.safetensors`."""
+    """Return a function that reads bytes as the file `lora.safetensors`."""
 
     def read_bytes(content: bytes):
         path = tmp_path / "lora.safetensors"
@@ -57,14 +57,14 @@ def read(tmp_path):
 
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory):
-    """One file that every example of a property writes anew."""
+    """A file that every example of a property test overwrites."""
     return tmp_path_factory.mktemp("property") / "lora.safetensors"
 
 
-# --- sound files -------------------------------------------------------------------------------------------------------
+# --- valid files -------------------------------------------------------------------------------------------------------
 
 
-def test_a_sound_file_gives_its_tensors_metadata_and_size(tmp_path):
+def test_a_valid_file_gives_its_tensors_metadata_and_size(tmp_path):
     path = tmp_path / "lora.safetensors"
     tensors = {
         "half": torch.ones(2, 3, dtype=torch.float16),
@@ -92,7 +92,7 @@ def test_a_file_without_metadata_has_empty_metadata(read):
     assert read(file_of({"a": TWO_BYTES}, b"xx")).metadata == {}
 
 
-def test_a_file_without_tensors_is_sound(read):
+def test_a_file_without_tensors_is_valid(read):
     assert read(file_of({})).tensors == {}
 
 
@@ -114,7 +114,7 @@ def test_every_dtype_has_its_size(read, dtype, size):
         read(file_of(header, bytes(6 * size - 1)))
 
 
-def test_a_header_of_640_bytes_is_not_taken_for_a_pickle(read):
+def test_a_header_of_640_bytes_is_not_mistaken_for_a_pickle(read):
     """640 is 0x0280, so the file begins like a pickle of protocol 2."""
     header = json.dumps({"a": TWO_BYTES}).encode().ljust(640)
     content = file_of(header, b"xx")
@@ -122,12 +122,12 @@ def test_a_header_of_640_bytes_is_not_taken_for_a_pickle(read):
     assert read(content).tensors == {"a": TensorInfo("F16", (1,))}
 
 
-def test_the_order_of_the_header_need_not_be_that_of_the_tensors(read):
+def test_the_header_can_list_tensors_in_any_order(read):
     later = {"dtype": "F16", "shape": [1], "data_offsets": [2, 4]}
     assert list(read(file_of({"b": later, "a": TWO_BYTES}, bytes(4))).tensors) == ["b", "a"]
 
 
-def test_reading_begins_at_the_start_and_ends_behind_the_header(tmp_path):
+def test_reading_starts_at_0_and_ends_after_the_header(tmp_path):
     path = tmp_path / "lora.safetensors"
     path.write_bytes(file_of({"a": TWO_BYTES}, b"xy"))
     with path.open("rb") as file:
@@ -164,19 +164,19 @@ def test_a_git_lfs_pointer_is_recognised(read):
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_a_pickle_under_the_name_of_safetensors_is_refused(read, protocol):
+def test_a_pickle_named_safetensors_is_refused(read, protocol):
     with pytest.raises(
         PickleRefusedError, match="is a Python pickle or zip archive under the name"
     ):
         read(pickle.dumps({"state": list(range(50))}, protocol=protocol))
 
 
-def test_a_zip_archive_under_the_name_of_safetensors_is_refused(read):
+def test_a_zip_archive_named_safetensors_is_refused(read):
     with pytest.raises(PickleRefusedError, match="zip archive"):
         read(zip_archive())
 
 
-def test_a_torch_checkpoint_under_the_name_of_safetensors_is_refused(tmp_path):
+def test_a_torch_checkpoint_named_safetensors_is_refused(tmp_path):
     path = tmp_path / "lora.safetensors"
     torch.save({"a": torch.ones(3)}, path)
     with pytest.raises(PickleRefusedError, match="convert it"):
@@ -184,7 +184,7 @@ def test_a_torch_checkpoint_under_the_name_of_safetensors_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".bin", ".pt", ".pth", ".pkl", ".CKPT"])
-def test_a_name_that_pickles_have_is_refused_whatever_is_inside(tmp_path, suffix):
+def test_a_pickle_extension_is_refused_whatever_the_content(tmp_path, suffix):
     path = tmp_path / f"lora{suffix}"
     path.write_bytes(SOUND)
     with pytest.raises(
@@ -223,7 +223,7 @@ def test_a_claimed_header_of_60_mb_is_refused(read):
         read(struct.pack("<Q", 60_000_000) + b"{}")
 
 
-def test_a_header_of_60_mb_that_is_really_there_is_refused(tmp_path):
+def test_an_actual_header_of_60_mb_is_refused(tmp_path):
     path = tmp_path / "lora.safetensors"
     with path.open("wb") as file:
         file.write(struct.pack("<Q", 60_000_000) + b"{}")
@@ -232,14 +232,14 @@ def test_a_header_of_60_mb_that_is_really_there_is_refused(tmp_path):
         read_file_header(path)
 
 
-def test_the_largest_header_that_is_accepted_is_read(read):
+def test_a_header_of_the_maximum_size_is_read(read):
     raw = b"{}".ljust(MAX_HEADER_BYTES)
     assert read(file_of(raw)).tensors == {}
     with pytest.raises(WeightsFileError, match=f"more than the {MAX_HEADER_BYTES:,}"):
         read(file_of(raw + b" "))
 
 
-def test_a_header_length_of_the_largest_number_is_refused(read):
+def test_the_largest_possible_header_length_is_refused(read):
     with pytest.raises(
         WeightsFileError, match="claims a header of 18,446,744,073,709,551,615 bytes"
     ):
@@ -251,7 +251,7 @@ def test_a_header_longer_than_the_file_is_refused(read):
         read(struct.pack("<Q", 100) + b"{}")
 
 
-def test_a_header_that_lacks_its_last_byte_is_refused(read):
+def test_a_header_without_its_last_byte_is_refused(read):
     with pytest.raises(WeightsFileError, match="ends inside its own header"):
         read(file_of({"a": TWO_BYTES})[:-1])
 
@@ -261,7 +261,7 @@ def test_a_header_that_lacks_its_last_byte_is_refused(read):
     [b"", b"{", b"nonsense", b"{'a': 1}", b'{"a": \xff\xfe}', b'{"\x80": 1}', b"[" * 100_000],
     ids=["empty", "brace", "word", "python", "not UTF-8", "key not UTF-8", "deeply nested"],
 )
-def test_a_header_that_is_no_json_is_refused(read, raw):
+def test_a_header_that_is_not_json_is_refused(read, raw):
     with pytest.raises(
         WeightsFileError, match=r"is not a \.safetensors file: its header is not a JSON object"
     ):
@@ -269,18 +269,18 @@ def test_a_header_that_is_no_json_is_refused(read, raw):
 
 
 @pytest.mark.parametrize("raw", [b"[]", b"5", b'"text"', b"null"])
-def test_a_header_that_is_no_object_is_refused(read, raw):
+def test_a_header_that_is_not_an_object_is_refused(read, raw):
     with pytest.raises(WeightsFileError, match="its header is not a JSON object"):
         read(file_of(raw))
 
 
-def test_a_tensor_that_is_named_twice_is_refused(read):
+def test_a_duplicate_tensor_name_is_refused(read):
     entry = json.dumps(TWO_BYTES)
     with pytest.raises(WeightsFileError, match=r"has unet\.a twice in its header"):
         read(file_of(f'{{"unet.a": {entry}, "unet.a": {entry}}}'.encode(), b"xx"))
 
 
-def test_a_field_of_a_tensor_that_is_given_twice_is_refused(read):
+def test_a_duplicate_field_of_a_tensor_is_refused(read):
     with pytest.raises(WeightsFileError, match="names dtype twice"):
         read(
             file_of(
@@ -318,7 +318,7 @@ def test_bytes_after_the_last_tensor_are_refused(read):
 
 
 @pytest.mark.parametrize("dtype", ["F4", "float16", "f16", "C64", ""])
-def test_an_unknown_dtype_is_refused_by_its_name(read, dtype):
+def test_the_error_for_an_unknown_dtype_names_it(read, dtype):
     with pytest.raises(
         WeightsFileError, match=f"stores unet.a as {dtype}, a type that is not known here"
     ):
@@ -326,10 +326,8 @@ def test_an_unknown_dtype_is_refused_by_its_name(read, dtype):
 
 
 @pytest.mark.parametrize("shape", [[-1], [-1, -1], [1.0], ["1"], [None], [[1]], [True]])
-def test_a_shape_that_is_no_shape_is_refused(read, shape):
-    with pytest.raises(
-        WeightsFileError, match=r"has unet\.a with the invalid shape \[.*\]: it is damaged"
-    ):
+def test_an_invalid_shape_is_refused(read, shape):
+    with pytest.raises(WeightsFileError, match=r"has unet\.a with the invalid shape \[.*\]: it is damaged"):
         read(file_of({"unet.a": {**TWO_BYTES, "shape": shape}}, b"xx"))
 
 
@@ -337,7 +335,7 @@ def test_a_shape_that_is_no_shape_is_refused(read, shape):
     ("shape", "at"),
     [([2], [0, 2]), ([1], [2, 0]), ([1], [-2, 0]), ([0], [0, 2]), ([2**62, 4], [0, 2])],
 )
-def test_a_place_that_does_not_fit_the_shape_is_refused(read, shape, at):
+def test_offsets_that_do_not_match_the_shape_are_refused(read, shape, at):
     with pytest.raises(
         WeightsFileError, match=r"has unet\.a with data offsets that do not match its shape"
     ):
@@ -362,7 +360,7 @@ def test_a_place_that_does_not_fit_the_shape_is_refused(read, shape, at):
         {**TWO_BYTES, "data_offsets": "02"},
     ],
 )
-def test_a_tensor_that_is_described_in_another_way_is_refused(read, entry):
+def test_an_invalid_tensor_entry_is_refused(read, entry):
     with pytest.raises(WeightsFileError, match=r"describes the tensor unet\.a in an unknown way"):
         read(file_of({"unet.a": entry}, b"xx"))
 
@@ -375,7 +373,7 @@ def test_metadata_that_is_not_text_is_refused(read, metadata):
         read(file_of({"__metadata__": metadata, "a": TWO_BYTES}, b"xx"))
 
 
-def test_more_tensors_than_any_model_has_are_refused(read):
+def test_the_number_of_tensors_is_limited(read):
     entries = b",".join(b'"%d":0' % number for number in range(MAX_TENSORS + 1))
     with pytest.raises(
         WeightsFileError, match=f"claims {MAX_TENSORS + 1:,} tensors, more than the {MAX_TENSORS:,}"
@@ -416,7 +414,7 @@ ANY_BYTES = st.one_of(
 
 
 def header_or_refusal(path, content):
-    """The header of `content`, or None if it is refused; any other error passes through and fails the test."""
+    """Return the header of `content`, or None if it is refused; other errors fail the test."""
     path.write_bytes(content)
     try:
         return read_file_header(path)
@@ -426,14 +424,14 @@ def header_or_refusal(path, content):
 
 @settings(max_examples=80, deadline=None)
 @given(content=ANY_BYTES)
-def test_whatever_the_bytes_are_they_are_read_or_refused(scratch, content):
+def test_arbitrary_bytes_are_read_or_refused(scratch, content):
     header = header_or_refusal(scratch, content)
     assert header is None or header.file_bytes == len(content)
 
 
 @settings(max_examples=60, deadline=None)
 @given(bits=st.lists(st.integers(0, len(SOUND) * 8 - 1), min_size=1, max_size=4, unique=True))
-def test_a_sound_file_with_flipped_bits_is_read_or_refused(scratch, bits):
+def test_a_valid_file_with_flipped_bits_is_read_or_refused(scratch, bits):
     damaged = bytearray(SOUND)
     for bit in bits:
         damaged[bit // 8] ^= 1 << bit % 8
@@ -442,7 +440,7 @@ def test_a_sound_file_with_flipped_bits_is_read_or_refused(scratch, bits):
 
 @settings(max_examples=60, deadline=None)
 @given(length=st.integers(0, len(SOUND) - 1))
-def test_a_sound_file_that_is_cut_anywhere_is_refused(scratch, length):
+def test_a_valid_file_that_is_truncated_anywhere_is_refused(scratch, length):
     assert header_or_refusal(scratch, SOUND[:length]) is None
 
 
@@ -459,7 +457,7 @@ def test_a_sound_file_that_is_cut_anywhere_is_refused(scratch, length):
     metadata=st.none()
     | st.dictionaries(st.text(max_size=5), st.text(max_size=5), min_size=1, max_size=3),
 )
-def test_whatever_safetensors_writes_is_read(scratch, shapes, metadata):
+def test_every_file_that_safetensors_writes_is_read(scratch, shapes, metadata):
     tensors = {
         name: torch.zeros(shape, dtype=getattr(torch, dtype))
         for name, (dtype, shape) in shapes.items()
@@ -472,18 +470,18 @@ def test_whatever_safetensors_writes_is_read(scratch, shapes, metadata):
     assert header.metadata == (metadata or {})
 
 
-def test_many_keys_with_one_repeated_are_told_at_once(read):
-    """Counting each key by itself took minutes here."""
+def test_a_duplicate_among_many_keys_is_found_quickly(read):
+    """Counting each key separately took minutes."""
     entries = ",".join(f'"k{number}":0' for number in range(40_000))
     with pytest.raises(WeightsFileError, match="names k7 twice"):
         read(file_of(f'{{{entries},"k7":0}}'.encode()))
 
 
-def test_a_header_may_not_begin_with_a_space(read):
+def test_a_header_that_begins_with_a_space_is_refused(read):
     with pytest.raises(WeightsFileError, match="not a JSON object"):
         read(file_of(b" {}"))
 
 
-def test_offsets_are_numbers(read):
+def test_offsets_must_be_integers(read):
     with pytest.raises(WeightsFileError, match="damaged"):
         read(file_of(b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[false,true]}}', b"x"))

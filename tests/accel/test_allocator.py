@@ -1,4 +1,4 @@
-"""The C library keeps freed memory in processes that are ours."""
+"""Memory settings of processes that only make images: freed memory is kept for reuse."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library of GNU")
-def test_freed_memory_is_used_again_without_the_system():
-    """Count page faults for ten tensors of 64 MiB, 16,384 pages each; the first may be new."""
+def test_freed_memory_is_reused_without_page_faults():
+    """Count page faults for ten tensors of 64 MiB (16,384 pages each); the first may have new pages."""
     faults = {
         keep: int(
             subprocess.run(
@@ -42,7 +42,7 @@ def test_freed_memory_is_used_again_without_the_system():
     assert faults[False] > 9 * 16384
 
 
-def test_imports_are_not_searched_for_garbage_then_nor_later():
+def test_imported_objects_are_excluded_from_garbage_collection():
     from fidelora.accel.allocator import importing_for_good
 
     frozen = gc.get_freeze_count()

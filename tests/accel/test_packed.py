@@ -1,4 +1,4 @@
-"""The fast path: nearly the image of the exact one, and as safe to use."""
+"""The fast path: images close to those of `exact`, and adapters that leave no trace."""
 
 from __future__ import annotations
 
@@ -73,13 +73,13 @@ def test_fast_is_nearly_exact_with_every_sampler(engine, sampler, strength):
     )
 
 
-def test_fast_goes_without_guidance_too(engine):
+def test_fast_is_nearly_exact_without_guidance(engine):
     exact = Recipe(prompt="a red star", guidance_scale=1.0, **DRAWING)
     assert psnr(engine.generate(exact), engine.generate(replace(exact, fidelity="fast"))) > 35
 
 
 @pytest.mark.parametrize("path", [LORA, LORA_CONV, LOKR], ids=lambda path: path.stem)
-def test_an_adapter_does_to_fast_what_it_does_to_exact(engine, path):
+def test_an_adapter_changes_fast_and_exact_images_alike(engine, path):
     plain = Recipe(prompt="a ball", **TINY)
     change = replace(plain, adapters=(AdapterRef.from_file(path, 0.8),))
     before, after = (engine.generate(one).pixels.astype(float) for one in (plain, change))
@@ -107,7 +107,7 @@ def test_adapters_leave_no_trace(engine):
     assert not np.array_equal(first[0], first[1])
 
 
-def test_fast_lives_on_when_the_base_s_file_is_overwritten_in_place(tmp_path, monkeypatch):
+def test_fast_survives_an_overwritten_base_model_file(tmp_path, monkeypatch):
     """Packed weights are not mapped from the file, even without a cast; the new file is loaded."""
     base = copy_base(tmp_path)
     path = base / "unet" / "diffusion_pytorch_model.safetensors"
@@ -133,7 +133,7 @@ def test_fast_lives_on_when_the_base_s_file_is_overwritten_in_place(tmp_path, mo
     assert np.array_equal(second, Engine(device="cpu").generate(recipe).pixels)
 
 
-def test_fast_takes_no_more_memory_than_its_precision_needs(engine):
+def test_fast_needs_only_the_memory_of_its_precision(engine):
     exact = Recipe(prompt="a ball", **TINY)
     engine.generate(exact)
     engine.generate(replace(exact, fidelity="fast"))
@@ -153,7 +153,7 @@ def test_fast_takes_no_more_memory_than_its_precision_needs(engine):
 
 @pytest.mark.parametrize("guidance", [1.0, 6.0])
 @pytest.mark.parametrize("sampler", ["euler_a", "dpmsolver++", "heun"])
-def test_images_side_by_side_are_those_that_each_is_alone(engine, sampler, guidance):
+def test_images_of_a_batch_equal_images_made_alone(engine, sampler, guidance):
     base = Recipe(prompt="", fidelity="fast", sampler=sampler, guidance_scale=guidance, **DRAWING)
     recipes = [
         replace(base, prompt="a red star", seed=3),
@@ -173,7 +173,7 @@ def test_images_side_by_side_are_those_that_each_is_alone(engine, sampler, guida
     assert psnr(together[0], together[2]) < 30
 
 
-def test_only_like_images_go_side_by_side(engine):
+def test_only_images_with_equal_settings_share_a_batch(engine):
     quick = Recipe(prompt="a ball", fidelity="fast", **TINY)
     for recipes in (
         [],
@@ -186,7 +186,7 @@ def test_only_like_images_go_side_by_side(engine):
     assert np.array_equal(engine.generate_batch([quick])[0].pixels, engine.generate(quick).pixels)
 
 
-def test_exact_is_made_one_by_one_and_fast_by_its_size(engine):
+def test_max_batch_is_1_for_exact_and_depends_on_size_for_fast(engine):
     small = Recipe(prompt="", fidelity="fast", width=256, height=256)
     assert engine.max_batch(replace(small, fidelity="exact")) == 1
     assert engine.max_batch(small) > 1
@@ -207,7 +207,7 @@ def test_exact_is_made_one_by_one_and_fast_by_its_size(engine):
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_packed_module_does_what_it_was_made_from(module, dtype):
+def test_a_packed_module_computes_what_its_original_does(module, dtype):
     torch.manual_seed(1)
     inputs = torch.randn(2, 6, 48) if isinstance(module, nn.Linear) else torch.randn(2, 48, 10, 6)
     error = 1e-4 if dtype == torch.float32 else 0.05
@@ -228,8 +228,8 @@ def test_a_packed_module_does_what_it_was_made_from(module, dtype):
 
 
 @pytest.mark.parametrize("at_once", [7, 50, 3 * 20 * 20, 10**6])
-def test_attention_by_products_is_attention(at_once, monkeypatch):
-    """Some rows of one head at once, one head, three heads of eight, all."""
+def test_attention_by_matrix_products_equals_attention(at_once, monkeypatch):
+    """Computed at a time: some rows of one head, one head, three of eight heads, or all."""
     monkeypatch.setattr(packed, "_SCORES_AT_ONCE", at_once)
     torch.manual_seed(1)
     attention = Attention(32, cross_attention_dim=24, heads=4, dim_head=8).eval()
@@ -244,7 +244,7 @@ def test_attention_by_products_is_attention(at_once, monkeypatch):
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
-def test_a_packed_gate_does_what_it_was_made_from(dtype, error):
+def test_a_packed_gate_computes_what_its_original_does(dtype, error):
     torch.manual_seed(1)
     gate, inputs = GEGLU(48, 80), torch.randn(2, 6, 48)
     ours = packed.PackedGate(gate, dtype)
@@ -257,7 +257,7 @@ def test_a_packed_gate_does_what_it_was_made_from(dtype, error):
             gate.proj.weight.copy_(gate.proj.weight.flip(0))
 
 
-def test_the_packed_unet_has_gates_and_texts_of_its_own():
+def test_a_packed_unet_has_packed_gates_and_cached_text_layers():
     recipe = Recipe(prompt="", base_model=str(TINY_BASE), fidelity="fast")
     unet: Any = load_model_of(recipe).parts["unet"]
     gates = [module for module in unet.modules() if isinstance(module, packed.PackedGate)]
@@ -267,7 +267,7 @@ def test_the_packed_unet_has_gates_and_texts_of_its_own():
     assert not any(isinstance(block.attn1.to_k, packed.PackedCachedTextLinear) for block in blocks)
 
 
-def test_a_packed_module_projects_a_text_once_for_each_weight():
+def test_a_text_is_projected_once_for_each_weight():
     torch.manual_seed(1)
     linear, text = nn.Linear(24, 32, bias=False), torch.randn(1, 7, 24)
     ours = packed.PackedCachedTextLinear(linear, torch.float32)
@@ -281,7 +281,7 @@ def test_a_packed_module_projects_a_text_once_for_each_weight():
         torch.testing.assert_close(ours(text), linear(text))
 
 
-def test_attention_with_more_to_it_keeps_its_own_way():
+def test_attention_with_other_options_is_not_replaced():
     assert packed._is_plain(Attention(32, heads=4, dim_head=8))
     assert not packed._is_plain(Attention(32, heads=4, dim_head=8, norm_num_groups=4))
     assert not packed._is_plain(Attention(32, heads=4, dim_head=8, residual_connection=True))
@@ -291,7 +291,7 @@ def test_attention_with_more_to_it_keeps_its_own_way():
 # --- devices ------------------------------------------------------------------------------------
 
 
-def test_which_device_has_which_way():
+def test_the_fast_path_depends_on_the_device():
     family = get_family("sd15")
     assert fast_path(family, torch.device("cpu"), "none") is FastPath.PACKED
     assert fast_path(family, torch.device("cuda", 0), "none") is FastPath.COMPILED
@@ -311,8 +311,8 @@ def test_a_torch_without_onednn_has_no_fast_path(monkeypatch):
         Engine(device="cpu").generate(Recipe(prompt="a ball", fidelity="fast", **TINY))
 
 
-def test_a_switch_of_adapters_compiles_nothing(monkeypatch):
-    """The way of CUDA, on the CPU and with a compiler that counts."""
+def test_switching_adapters_does_not_recompile(monkeypatch):
+    """Run the CUDA path on the CPU, with a compiler that counts compilations."""
     counter = CompileCounter()
     monkeypatch.setattr(fast_on_cuda, "_COMPILER", counter)
     monkeypatch.setattr(model_module, "fast_path", lambda *_: FastPath.COMPILED)
@@ -338,7 +338,7 @@ def test_a_switch_of_adapters_compiles_nothing(monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_compiles_to_nearly_the_picture_of_the_cpu(engine):
+def test_compiled_cuda_images_are_close_to_cpu_images(engine):
     recipe = Recipe(prompt="a red sks", adapters=(AdapterRef.from_file(MINIATURE_LORA),), **DRAWING)
     assert (
         psnr(

@@ -72,7 +72,7 @@ def test_a_prepacked_convolution_has_the_bits_of_a_plain_one(name, threads, gold
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16])
 @torch.no_grad()
-def test_it_is_prepacked_once_and_the_weight_it_was_made_of_is_let_go(stored):
+def test_a_weight_is_prepacked_once_and_its_plain_form_freed(stored):
     weight = torch.randn(64, 48, 3, 3).to(stored)
     written: list[weakref.ref[Tensor]] = []
 
@@ -96,7 +96,7 @@ def test_it_is_prepacked_once_and_the_weight_it_was_made_of_is_let_go(stored):
 
 
 @torch.no_grad()
-def test_without_a_weight_it_does_not_compute():
+def test_a_convolution_without_weight_raises():
     conv = nn.Conv2d(48, 64, 3, padding=1)
     module, x = PrepackedConv2d(conv), torch.randn(2, 48, 8, 8)
 
@@ -113,7 +113,7 @@ def test_without_a_weight_it_does_not_compute():
         module.release_weight()
 
 
-def test_a_base_model_that_nobody_has_any_more_is_gone_at_once():
+def test_an_unused_base_model_is_freed_immediately():
     gc.collect()
     gc.disable()
     try:
@@ -149,7 +149,7 @@ def test_the_plain_weight_stays_until_the_next_one_is_set():
 
 
 @torch.no_grad()
-def test_a_text_is_projected_once_until_it_or_the_weight_is_another(monkeypatch):
+def test_a_text_is_projected_again_only_if_it_or_the_weight_changes(monkeypatch):
     linear = nn.Linear(24, 32, bias=False).requires_grad_(False)
     module, plain = CachedTextLinear(linear), nn.Linear.forward
     calls: list[torch.Tensor] = []
@@ -180,9 +180,7 @@ def load(folder: Any, **fields: Any) -> LoadedModel:
     [(TINY_BASE, {}), (TINY_SDXL, {"model": "sdxl"}), (TINY_BASE, {"dtype": "bfloat16"})],
 )
 @torch.no_grad()
-def test_a_unet_has_the_same_bits_with_adapters_merged_live_and_taken_out(
-    folder, fields, monkeypatch
-):
+def test_a_prepacked_unet_has_the_bits_of_a_plain_one_with_adapters(folder, fields, monkeypatch):
     ours = load(folder, **fields)
     monkeypatch.setattr(base_module, "prepack", lambda unet: None)
     plain = load(folder, **fields)
@@ -218,7 +216,7 @@ def test_a_unet_has_the_same_bits_with_adapters_merged_live_and_taken_out(
             )
 
 
-def test_what_is_not_plain_enough_stays_as_it_is():
+def test_unsupported_convolutions_are_not_prepacked():
     assert once._is_worth_prepacking(nn.Conv2d(8, 8, 3, padding=1))
     assert not once._is_worth_prepacking(nn.Conv2d(8, 8, 1))
     assert not once._is_worth_prepacking(nn.Conv2d(8, 8, 3, groups=2))
@@ -231,7 +229,7 @@ def test_what_is_not_plain_enough_stays_as_it_is():
 
 @pytest.mark.parametrize("processor", ["x86_64", "AMD64", "arm64"])
 @pytest.mark.parametrize("onednn", [True, False])
-def test_where_pytorch_does_not_ask_onednn_nothing_is_prepacked(processor, onednn, monkeypatch):
+def test_nothing_is_prepacked_where_pytorch_does_not_use_onednn(processor, onednn, monkeypatch):
     monkeypatch.setattr("platform.machine", lambda: processor)
     with torch.backends.mkldnn.flags(enabled=onednn):
         assert once._is_worth_prepacking(nn.Conv2d(8, 8, 3, padding=1)) == (

@@ -86,7 +86,7 @@ def log(monkeypatch) -> Iterator[Log]:
 
 @pytest.fixture
 def lora(tmp_path) -> Path:
-    """A file whose name no other file has."""
+    """A LoRA file with a unique name."""
     return Path(shutil.copyfile(LORA, tmp_path / "a_lora.safetensors"))
 
 
@@ -128,7 +128,7 @@ def test_the_command_line_opens_and_hashes_a_file_once(log, lora, monkeypatch, t
 
 
 @pytest.mark.parametrize("source", [LORA, LOKR, SDXL_DORA])
-def test_an_examination_opens_and_hashes_a_file_once(log, tmp_path, source):
+def test_examining_a_file_opens_and_hashes_it_once(log, tmp_path, source):
     path = Path(shutil.copyfile(source, tmp_path / "examined.safetensors"))
     assert examine_adapter(path).usable
     assert (log.opens_of(path), log.hashed_bytes // path.stat().st_size) == (1, 1)
@@ -175,7 +175,7 @@ def test_the_kept_bytes_are_those_that_were_hashed(lora, other_bytes):
         AdapterLibrary().get(ref)  # the content was taken
 
 
-def test_a_file_that_is_gone_is_read_from_the_kept_bytes(lora):
+def test_a_removed_file_is_read_from_the_kept_bytes(lora):
     ref = AdapterRef.from_file(lora)
     lora.unlink()
     assert AdapterLibrary().get(ref).sha256 == ref.sha256
@@ -183,7 +183,7 @@ def test_a_file_that_is_gone_is_read_from_the_kept_bytes(lora):
         AdapterLibrary().get(ref)
 
 
-def test_content_that_was_taken_is_read_and_checked_again(lora, other_bytes):
+def test_taken_content_is_read_and_checked_again(lora, other_bytes):
     file = AdapterFile.open(lora)
     first = file.take_content()
     assert not file.keeps_content

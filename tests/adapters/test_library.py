@@ -1,4 +1,4 @@
-"""The cache of adapters in memory: eviction, prefetching, several threads."""
+"""In-memory cache of adapters: eviction, pins, prefetching and threads."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ def adapter_file(folder: Path, name: str, number: int, dtype: torch.dtype = torc
 
 
 def names(library: AdapterLibrary, refs: list[AdapterRef]) -> str:
-    """Return the names of the adapters in memory, joined."""
+    """Return the names of the adapters that are in memory."""
     return "".join(ref.name for ref in refs if ref.sha256 in library.loaded())
 
 
 class Started:
-    """A call in a thread of its own."""
+    """A call that runs on a separate thread."""
 
     def __init__(self, call: Callable[[], Any]) -> None:
         self._result: list[Any] = []
@@ -85,19 +85,19 @@ class Started:
         return self._result[0]
 
 
-def test_the_size_of_the_adapters_here_is_known(refs):
+def test_adapters_report_their_size(refs):
     library = AdapterLibrary()
     assert [library.get(ref).size_bytes for ref in refs] == [SIZE] * 4
 
 
-def test_those_used_longest_ago_go_first(refs):
+def test_the_least_recently_used_adapter_is_evicted_first(refs):
     library = AdapterLibrary(2 * SIZE)
     for index in (0, 1, 0, 2):
         library.get(refs[index])
     assert names(library, refs) == "ac"
 
 
-def test_a_pinned_adapter_stays_and_another_one_goes(refs):
+def test_a_pinned_adapter_is_not_evicted(refs):
     library = AdapterLibrary(2 * SIZE)
     library.get(refs[0])
     with library.pinned(refs[:1]):
@@ -108,7 +108,7 @@ def test_a_pinned_adapter_stays_and_another_one_goes(refs):
     assert names(library, refs) == "bd"
 
 
-def test_what_is_pinned_need_not_be_in_memory_yet(refs):
+def test_an_adapter_can_be_pinned_before_it_is_loaded(refs):
     library = AdapterLibrary(SIZE)
     with library.pinned(refs[:2]):
         for ref in refs[:3]:
@@ -139,7 +139,7 @@ def test_pins_end_with_the_block_even_if_it_fails(refs):
     assert names(library, refs) == "b"
 
 
-def test_what_was_read_ahead_is_not_read_again(refs, reads):
+def test_a_prefetched_adapter_is_not_read_again(refs, reads):
     library = AdapterLibrary()
     library.prefetch(refs[0])
     library.prefetch(refs[0])
@@ -147,7 +147,7 @@ def test_what_was_read_ahead_is_not_read_again(refs, reads):
     assert reads.of == ["a"]
 
 
-def test_what_is_wrong_with_a_file_is_said_by_who_needs_it_and_not_before(tmp_path, refs):
+def test_a_failed_prefetch_raises_only_when_the_adapter_is_needed(tmp_path, refs):
     library = AdapterLibrary()
     Path(tmp_path / "a.safetensors").write_text("<html>")
     adapter_file(tmp_path, "b", 77)
@@ -165,7 +165,7 @@ def test_what_is_wrong_with_a_file_is_said_by_who_needs_it_and_not_before(tmp_pa
     assert library.get(refs[0]).sha256 == refs[0].sha256  # it was mended, and nobody remembers
 
 
-def test_a_fault_that_is_no_files_own_is_not_kept_quiet(refs, reads):
+def test_prefetch_raises_errors_that_are_not_about_the_file(refs, reads):
     def no_memory(name: str) -> None:
         raise MemoryError
 
@@ -185,8 +185,10 @@ def test_prefetching_drops_the_least_recently_used_but_nothing_pinned(refs):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("room", [0, -1])
-def test_what_does_not_fit_beside_the_pinned_ones_is_not_read(tmp_path, refs, reads, dtype, room):
-    """Half-precision files take twice their size in memory."""
+def test_prefetch_skips_what_does_not_fit_beside_pinned_adapters(
+    tmp_path, refs, reads, dtype, room
+):
+    """Adapters saved in half precision take twice the file's size in memory."""
     library = AdapterLibrary(2 * SIZE + room)
     wanted = reference(adapter_file(tmp_path, "wanted", 1, dtype))
     library.get(refs[0])
@@ -196,7 +198,7 @@ def test_what_does_not_fit_beside_the_pinned_ones_is_not_read(tmp_path, refs, re
     assert len(library.loaded()) == len(reads.of)
 
 
-def test_what_does_not_fit_any_more_when_it_was_read_is_not_kept(refs, reads):
+def test_an_adapter_that_no_longer_fits_after_reading_is_not_kept(refs, reads):
     library = AdapterLibrary(2 * SIZE)
     for ref in refs[:2]:
         library.get(ref)
@@ -207,8 +209,8 @@ def test_what_does_not_fit_any_more_when_it_was_read_is_not_kept(refs, reads):
     assert names(library, refs) == "ab"
 
 
-def test_an_adapter_read_ahead_is_the_next_to_stay(refs):
-    """Prefetching counts as use, because the adapter is needed next."""
+def test_prefetching_counts_as_use(refs):
+    """Prefetching an adapter that is in memory counts as use, because it is needed next."""
     library = AdapterLibrary(2 * SIZE)
     for ref in refs[:2]:
         library.get(ref)
@@ -217,7 +219,7 @@ def test_an_adapter_read_ahead_is_the_next_to_stay(refs):
     assert names(library, refs) == "ac"
 
 
-def test_nobody_waits_while_another_adapter_is_read(refs, reads):
+def test_reading_an_adapter_does_not_block_other_adapters(refs, reads):
     library = AdapterLibrary()
     library.get(refs[0])
     reading, go = threading.Event(), threading.Event()
@@ -239,7 +241,7 @@ def test_nobody_waits_while_another_adapter_is_read(refs, reads):
 
 
 @pytest.mark.parametrize("first", ["get", "prefetch"])
-def test_threads_that_want_the_same_adapter_read_it_once(refs, reads, monkeypatch, first):
+def test_concurrent_calls_for_one_adapter_read_it_once(refs, reads, monkeypatch, first):
     library = AdapterLibrary()
     turns, all_want_it = threading.Semaphore(0), threading.Event()
     turn = library._read_lock
@@ -265,8 +267,8 @@ def test_threads_that_want_the_same_adapter_read_it_once(refs, reads, monkeypatc
     assert reads.of == ["a"]
 
 
-def test_who_waited_for_a_reader_that_failed_tries_it_himself(tmp_path, refs, reads):
-    """Its reference may have another path with the same bytes."""
+def test_a_thread_retries_after_the_reader_it_waited_for_failed(tmp_path, refs, reads):
+    """Its reference may have another path of the same bytes."""
     library = AdapterLibrary()
     reading, waiting = threading.Event(), threading.Event()
     elsewhere = replace(refs[0], path=tmp_path / "elsewhere.safetensors")
@@ -294,7 +296,7 @@ def test_who_waited_for_a_reader_that_failed_tries_it_himself(tmp_path, refs, re
     assert other.result().sha256 == refs[0].sha256
 
 
-def test_locks_of_adapters_that_nobody_reads_are_gone(refs):
+def test_unused_read_locks_are_removed(refs):
     library = AdapterLibrary()
     for ref in refs:
         library.get(ref)

@@ -1,4 +1,4 @@
-"""Merging of adapters and their removal are exact to the bit."""
+"""Adapters are merged into the weights and removed again, bit for bit."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fidelora.errors import AdapterMismatchError
 
 
 def fresh_base(dtype: str = "float32", folder: Path = TINY_BASE) -> LoadedModel:
-    """A base model with its pristine weights."""
+    """A base model with its original weights."""
     recipe = Recipe(prompt="", base_model=str(folder), dtype=dtype)  # type: ignore[arg-type]
     base = load_model_of(recipe)
     base.merged.apply([])
@@ -37,7 +37,7 @@ def fresh_base(dtype: str = "float32", folder: Path = TINY_BASE) -> LoadedModel:
 
 
 def bits(base: LoadedModel) -> dict[str, torch.Tensor]:
-    """Every weight of every part, as integers: 0 and -0 count as different."""
+    """Return every weight of every part as integers, so that 0 and -0 are different."""
     view = {4: torch.int32, 2: torch.int16}
     return {
         f"{part}.{name}": weight.detach().clone().view(view[weight.element_size()])
@@ -84,7 +84,7 @@ def test_a_thousand_random_switches_leave_no_trace(dtype):
 def test_the_first_adapters_are_merged_without_writing_pristine_weights(
     monkeypatch,
 ):
-    """Weights are uninitialised after loading; here they are filled with NaN."""
+    """The values of uninitialised weights do not matter; this test fills them with NaN."""
     monkeypatch.setattr(
         torch, "empty_like", lambda like, dtype: torch.full_like(like, torch.nan, dtype=dtype)
     )
@@ -101,7 +101,7 @@ def test_the_first_adapters_are_merged_without_writing_pristine_weights(
     assert same(bits(base), bits(expected))
 
 
-def test_only_what_differs_is_written():
+def test_only_weights_that_differ_are_written():
     base = fresh_base()
     lora, conv = (base.targets.bind(read_adapter(path)) for path in (LORA, LORA_CONV))
     assert base.merged.apply([(lora, 1.0)]) == len(lora.deltas)
@@ -122,7 +122,7 @@ def test_the_order_of_adapters_is_kept():
     assert not same(one_way, bits(base))
 
 
-def test_an_adapter_may_be_applied_twice():
+def test_an_adapter_can_be_applied_twice():
     base = fresh_base()
     lora = base.targets.bind(read_adapter(LORA))
     base.merged.apply([(lora, 0.5), (lora, 0.5)])
@@ -134,7 +134,7 @@ def test_an_adapter_may_be_applied_twice():
 
 
 def test_a_merge_in_bfloat16_is_rounded_once():
-    """float32 sums, then one cast: not the bfloat16 weight plus a bfloat16 delta."""
+    """The sum is computed in float32 and cast once, instead of adding in bfloat16."""
     base = fresh_base("bfloat16")
     lora = base.targets.bind(read_adapter(LORA))
     name, delta = next(iter(lora.deltas.items()))
@@ -164,7 +164,7 @@ def test_several_adapters_in_bfloat16_are_rounded_once_at_the_end():
 
 
 @pytest.mark.parametrize("path", [LORA, LORA_CONV], ids=lambda path: path.stem)
-def test_a_write_that_is_cut_short_is_repaired_by_the_next_one(path, monkeypatch):
+def test_an_interrupted_merge_is_repaired_by_the_next_one(path, monkeypatch):
     base = fresh_base()
     pristine = bits(base)
     lora = base.targets.bind(read_adapter(path))
@@ -282,7 +282,7 @@ def test_text_encoder_modules_are_found_by_every_spelling(tmp_path, name):
     assert changed == ["text_encoder.encoder.layers.0.mlp.fc1.weight"]
 
 
-def test_one_target_cannot_take_two_modules_of_one_file(tmp_path):
+def test_two_modules_of_one_file_for_the_same_weight_are_refused(tmp_path):
     tensors: dict[str, torch.Tensor] = {}
     for name in ("lora_te_text_model_encoder_layers_0_mlp_fc1", "lora_te_encoder_layers_0_mlp_fc1"):
         tensors |= {
@@ -297,8 +297,8 @@ def test_one_target_cannot_take_two_modules_of_one_file(tmp_path):
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_weights_restored_from_another_precision_are_the_loaded_ones(tmp_path, stored, dtype):
-    """Pristine weights are read from the file again: cast as loading casts them, not more and not less."""
+def test_weights_restored_in_another_precision_equal_loaded_ones(tmp_path, stored, dtype):
+    """Original weights are read from the file again and cast exactly as when loading."""
     folder = copy_base(tmp_path)
     change_weights(
         folder / "unet" / "diffusion_pytorch_model.safetensors",
@@ -320,8 +320,8 @@ def test_weights_restored_from_another_precision_are_the_loaded_ones(tmp_path, s
 @pytest.mark.skipif(
     not Path("/proc/self/maps").exists(), reason="what is mapped can be read on Linux"
 )
-def test_pristine_weights_cost_no_memory_of_the_process():
-    """Pristine weights are pages of the file; no copy of a merged weight is kept."""
+def test_original_weights_use_no_private_memory():
+    """They are mapped from the file, and no copy of a changed weight is kept."""
     base = fresh_base()
     lora = base.targets.bind(read_adapter(LORA))
     kept = {name: target.pristine for name, target in base.targets.by_name.items()}

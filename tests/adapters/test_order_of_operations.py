@@ -1,8 +1,8 @@
-"""The order of operations, to the bit, with numbers for which it matters.
+"""The order of operations, with numbers for which every order gives other bits.
 
-The golden jobs have scales and multipliers that are powers of two or nearly so, where every order
-gives the same bits. Each test here first shows that another order gives other bits, so that it can
-fail.
+The golden training runs have scales and multipliers that are nearly powers of two, for which every
+order gives the same bits. Each test here first shows that another order gives other bits, so that
+the test is able to fail.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def test_a_merged_lora_is_multiplied_first_and_scaled_second():
     assert torch.equal(merged(LoraDelta(SCALE, down, up), weight, MULTIPLIER), expected)
 
 
-def test_a_merged_convolution_is_its_own_convolution():
+def test_a_convolution_delta_is_computed_by_convolution():
     weight, down, up = torch.randn(12, 8, 3, 3), torch.randn(5, 8, 3, 3), torch.randn(12, 5, 1, 1)
     product = functional.conv2d(down.permute(1, 0, 2, 3), up).permute(1, 0, 2, 3)
     expected = weight + (MULTIPLIER * product) * SCALE
@@ -46,8 +46,8 @@ def test_a_merged_convolution_is_its_own_convolution():
 
 @pytest.mark.parametrize("same", [True, False], ids=["as matrices", "as a convolution"])
 @pytest.mark.parametrize("rank", [1, 4, 5, 16, 33])
-def test_a_merged_convolution_has_the_bits_of_a_convolution_either_way(monkeypatch, rank, same):
-    """Matrix products are used only if they were tried and gave the same bits; here both cases."""
+def test_a_merged_convolution_has_the_same_bits_with_both_methods(monkeypatch, rank, same):
+    """The product of matrices is only used where it was seen to give the same; here, where it is used, and where it is not."""
     down, up, weight = (
         torch.randn(rank, 40, 3, 3),
         torch.randn(72, rank, 1, 1),
@@ -59,7 +59,7 @@ def test_a_merged_convolution_has_the_bits_of_a_convolution_either_way(monkeypat
     assert torch.equal(merged(LoraDelta(1.0, down, up), weight, 1.0), expected)
 
 
-def test_a_product_of_matrices_with_other_bits_is_seen_and_not_used(monkeypatch):
+def test_a_matrix_product_with_other_bits_is_detected_and_not_used(monkeypatch):
     down, up, weight = torch.randn(4, 40, 3, 3), torch.randn(72, 4, 1, 1), torch.randn(72, 40, 3, 3)
     deltas._row_products_match.cache_clear()
     convolved = deltas._convolved
@@ -72,7 +72,7 @@ def test_a_product_of_matrices_with_other_bits_is_seen_and_not_used(monkeypatch)
     assert differ(result, weight + convolved(up, down))
 
 
-def test_a_merged_convolution_of_one_pixel_is_a_product_of_matrices():
+def test_a_merged_1x1_convolution_is_a_matrix_product():
     weight, down, up = torch.randn(48, 32, 1, 1), torch.randn(7, 32, 1, 1), torch.randn(48, 7, 1, 1)
     expected = weight + (MULTIPLIER * (up[:, :, 0, 0] @ down[:, :, 0, 0]))[:, :, None, None] * SCALE
     assert torch.equal(merged(LoraDelta(SCALE, down, up), weight, MULTIPLIER), expected)

@@ -1,4 +1,4 @@
-"""Adapter files, and the change that each adapter makes to a weight."""
+"""Reading of adapter files, and the change that each adapter makes to a weight."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from fidelora.errors import (
 
 
 def numbers(*shape, seed=0):
-    """Random float32 numbers, the same ones at each call."""
+    """Return random float32 numbers, the same ones at each call."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def lora(rank=4, inputs=6, outputs=8, kernel=(), module="unet.a", alpha: float | None = 2.0):
-    """The tensors of a LoRA of one module, with kohya's names."""
+    """Return the tensors of a LoRA of one module, with kohya's names."""
     tensors = {
         f"{module}.lora_down.weight": numbers(rank, inputs, *kernel, seed=1),
         f"{module}.lora_up.weight": numbers(outputs, rank, *[1] * len(kernel), seed=2),
@@ -44,7 +44,7 @@ def lora(rank=4, inputs=6, outputs=8, kernel=(), module="unet.a", alpha: float |
 
 
 def lokr(first, second, alpha: float | None = 2.0):
-    """The tensors of a LoKr of the module `a`; a factor is `(shape,)` if whole, else two shapes."""
+    """Return the tensors of a LoKr of module `a`; a factor has two shapes if it is decomposed."""
     tensors: dict[str, torch.Tensor] = {}
     for stem, shapes in (("lokr_w1", first), ("lokr_w2", second)):
         names = [stem] if len(shapes) == 1 else [f"{stem}_a", f"{stem}_b"]
@@ -67,7 +67,7 @@ def loha(rank=4, inputs=6, outputs=8, alpha: float | None = 2.0):
 
 @pytest.fixture
 def read(tmp_path):
-    """Writes tensors to `style.safetensors` and reads that as an adapter."""
+    """Return a function that writes tensors to `style.safetensors` and reads it as an adapter."""
 
     def write_and_read(tensors, metadata=None):
         path = tmp_path / "style.safetensors"
@@ -89,7 +89,7 @@ def read(tmp_path):
         (torch.float64, "F64"),
     ],
 )
-def test_a_lora_of_any_float_type_becomes_float32_without_other_changes(read, dtype, stored):
+def test_a_lora_of_any_float_type_becomes_float32(read, dtype, stored):
     tensors = {name: tensor.to(dtype) for name, tensor in lora().items()}
     adapter = read(tensors)
     delta = adapter.deltas["unet.a"]
@@ -111,7 +111,7 @@ def test_a_lora_of_a_convolution_is_read(read, kernel):
 @pytest.mark.parametrize(
     ("alpha", "scale"), [(None, 1.0), (0.0, 1.0), (4.0, 1.0), (2.0, 0.5), (8.0, 2.0), (-2.0, -0.5)]
 )
-def test_the_scale_of_a_lora_is_alpha_by_rank(read, alpha, scale):
+def test_the_scale_of_a_lora_is_alpha_divided_by_rank(read, alpha, scale):
     assert read(lora(rank=4, alpha=alpha)).deltas["unet.a"].scale == scale
 
 
@@ -123,7 +123,7 @@ def test_the_scale_of_a_lora_is_alpha_by_rank(read, alpha, scale):
         torch.tensor(2.0, dtype=torch.bfloat16),
     ],
 )
-def test_alpha_may_be_stored_in_several_ways(read, alpha):
+def test_alpha_is_read_in_several_forms(read, alpha):
     assert read({**lora(alpha=None), "unet.a.alpha": alpha}).deltas["unet.a"].scale == 0.5
 
 
@@ -156,7 +156,7 @@ def test_alpha_comes_from_the_metadata_of_peft_if_the_modules_have_none(read, co
     assert adapter.deltas["unet.a"].scale == scale
 
 
-def test_alpha_of_a_module_beats_that_of_the_metadata(read):
+def test_alpha_of_a_module_takes_precedence_over_the_metadata(read):
     adapter = read(lora(rank=4, alpha=2.0), {"lora_adapter_metadata": '{"unet.lora_alpha": 16}'})
     assert adapter.deltas["unet.a"].scale == 0.5
 
@@ -178,7 +178,7 @@ def test_several_alphas_in_the_metadata_of_peft_are_refused(read, config):
     "text",
     ["", "{", "[1]", "5", '{"lora_alpha": "four"}', '{"lora_alpha": null}', '{"lora_alpha": [4]}'],
 )
-def test_metadata_of_peft_that_cannot_be_read_is_refused(read, text):
+def test_invalid_peft_metadata_is_refused(read, text):
     with pytest.raises(AdapterFormatError, match="lora_adapter_metadata that cannot be read"):
         read(lora(alpha=None), {"lora_adapter_metadata": text})
 
@@ -194,7 +194,7 @@ WHOLE_2, SPLIT_2 = ((4, 5),), ((4, 2), (2, 5))
     [(WHOLE_1, SPLIT_2, 1.5), (SPLIT_1, WHOLE_2, 0.75), (((3, 2), (2, 6)), SPLIT_2, 1.5)],
     ids=["second split", "first split", "both split"],
 )
-def test_the_scale_of_a_split_lokr_is_alpha_by_rank(read, first, second, scale):
+def test_the_scale_of_a_factored_lokr_is_alpha_divided_by_rank(read, first, second, scale):
     delta = read(lokr(first, second, alpha=3.0)).deltas["a"]
     assert isinstance(delta, LokrDelta)
     assert tuple(tuple(factor.shape) for factor in delta.w1) == first
@@ -203,8 +203,8 @@ def test_the_scale_of_a_split_lokr_is_alpha_by_rank(read, first, second, scale):
 
 
 @pytest.mark.parametrize("alpha", [None, 0.0, 2.0, 1e10, math.inf, math.nan])
-def test_alpha_has_no_meaning_in_a_whole_lokr(read, alpha):
-    """The trainer stores 1e10 there, which is infinite in float16."""
+def test_alpha_is_ignored_in_a_lokr_with_full_matrices(read, alpha):
+    """The trainer stores an alpha of 1e10 in such modules, which is infinite in float16."""
     delta = read(lokr(WHOLE_1, WHOLE_2, alpha)).deltas["a"]
     assert isinstance(delta, LokrDelta)
     assert delta.scale == 1.0
@@ -212,7 +212,7 @@ def test_alpha_has_no_meaning_in_a_whole_lokr(read, alpha):
     assert torch.equal(delta.w2[0], numbers(4, 5, seed=len("lokr_w2")))
 
 
-def test_an_infinite_alpha_of_a_split_lokr_is_refused(read):
+def test_an_infinite_alpha_of_a_factored_lokr_is_refused(read):
     with pytest.raises(NonFiniteWeightsError, match=r"NaN or infinity in a\.alpha"):
         read(lokr(WHOLE_1, SPLIT_2, math.inf))
 
@@ -233,7 +233,7 @@ def test_a_loha_is_read(read, alpha, scale):
 # --- the whole file ------------------------------------------------------------------------------
 
 
-def test_an_adapter_knows_its_bytes_name_modules_metadata_and_size(tmp_path):
+def test_an_adapter_has_hash_name_modules_metadata_and_size(tmp_path):
     path = tmp_path / "my style.v2.safetensors"
     save_file(
         lora(module="b") | loha() | lora(module="unet.a.b", alpha=None),
@@ -260,7 +260,7 @@ def test_a_folder_is_refused(tmp_path):
         read_adapter(tmp_path)
 
 
-def test_a_pickle_is_refused_by_its_name(tmp_path):
+def test_a_file_with_a_pickle_extension_is_refused(tmp_path):
     path = tmp_path / "style.pt"
     save_file(lora(), path)
     with pytest.raises(PickleRefusedError, match=r"style\.pt is a Python pickle"):
@@ -303,7 +303,7 @@ def test_an_adapter_of_an_unsupported_kind_is_refused_with_its_reason(read, key,
     assert f"({key})" in str(raised.value)
 
 
-def test_an_embedding_is_refused_as_one(read):
+def test_the_error_for_an_embedding_names_its_kind(read):
     with pytest.raises(AdapterFormatError, match="is a textual-inversion embedding, not a LoRA"):
         read({"emb_params": torch.ones(4, 768)})
 
@@ -316,7 +316,7 @@ def test_an_embedding_is_refused_as_one(read):
         "down_blocks.0.resnets.0.conv1.weight",
     ],
 )
-def test_a_whole_model_is_refused_as_one(read, key):
+def test_the_error_for_a_full_model_names_its_kind(read, key):
     with pytest.raises(AdapterFormatError, match="is a whole model, not an adapter"):
         read({key: torch.ones(2, 2)})
 
@@ -370,7 +370,7 @@ def test_two_tensors_for_the_same_part_are_refused(read):
     ("dtype", "stored"),
     [(torch.int8, "I8"), (torch.int64, "I64"), (torch.float8_e4m3fn, "F8_E4M3")],
 )
-def test_weights_that_are_no_floats_are_refused(read, dtype, stored):
+def test_weights_of_unsupported_dtypes_are_refused(read, dtype, stored):
     with pytest.raises(
         AdapterFormatError,
         match=rf"stores unet\.a\.lora_up\.weight as {stored}; only F16, BF16, F32 and F64",
@@ -378,7 +378,7 @@ def test_weights_that_are_no_floats_are_refused(read, dtype, stored):
         read({**lora(), "unet.a.lora_up.weight": torch.ones(8, 4).to(dtype)})
 
 
-def test_a_tensor_without_any_numbers_is_refused(read):
+def test_an_empty_tensor_is_refused(read):
     with pytest.raises(
         AdapterFormatError, match=r"the tensor unet\.a\.lora_down\.weight with the shape \[0, 6\]"
     ):
@@ -388,7 +388,7 @@ def test_a_tensor_without_any_numbers_is_refused(read):
 
 
 @pytest.mark.parametrize("shape", [(2,), (0,), (1, 2)])
-def test_an_alpha_that_is_no_single_number_is_refused(read, shape):
+def test_an_alpha_that_is_not_a_single_number_is_refused(read, shape):
     with pytest.raises(AdapterFormatError, match=r"the tensor unet\.a\.alpha with the shape"):
         read({**lora(), "unet.a.alpha": torch.ones(shape)})
 
@@ -405,7 +405,7 @@ def test_an_alpha_that_is_no_single_number_is_refused(read, shape):
         ((4,), (8,)),
     ],
 )
-def test_shapes_that_make_no_lora_are_refused(read, down, up):
+def test_invalid_lora_shapes_are_refused(read, down, up):
     with pytest.raises(AdapterFormatError) as raised:
         read({"unet.a.lora_down.weight": torch.ones(down), "unet.a.lora_up.weight": torch.ones(up)})
     assert (
@@ -433,7 +433,7 @@ def test_factors_that_cannot_be_multiplied_are_refused(read, tensors):
 @pytest.mark.parametrize(
     ("first", "second"), [(((2, 3, 1, 1),), WHOLE_2), (WHOLE_1, ((4, 5, 3),)), (((2,),), WHOLE_2)]
 )
-def test_shapes_that_make_no_lokr_are_refused(read, first, second):
+def test_invalid_lokr_shapes_are_refused(read, first, second):
     with pytest.raises(AdapterFormatError, match="has shapes of a that are not valid for a LoKr"):
         read(lokr(first, second))
 
@@ -442,7 +442,7 @@ def test_shapes_that_make_no_lokr_are_refused(read, first, second):
 @pytest.mark.parametrize(
     "key", ["unet.a.lora_down.weight", "unet.a.lora_up.weight", "unet.a.alpha"]
 )
-def test_nan_and_infinity_are_refused_by_their_key(read, key, value):
+def test_the_error_for_nan_or_infinity_names_the_key(read, key, value):
     tensors = lora()
     tensors[key].view(-1)[-1] = value
     with pytest.raises(
@@ -452,14 +452,14 @@ def test_nan_and_infinity_are_refused_by_their_key(read, key, value):
     assert f"infinity in {key}:" in str(raised.value)
 
 
-def test_a_number_that_float32_cannot_hold_is_refused(read):
+def test_a_number_out_of_the_range_of_float32_is_refused(read):
     tensors = {name: tensor.double() for name, tensor in lora().items()}
     tensors["unet.a.lora_up.weight"][0, 0] = 1e300
     with pytest.raises(NonFiniteWeightsError, match=r"unet\.a\.lora_up\.weight"):
         read(tensors)
 
 
-def test_a_weight_of_a_whole_lokr_has_to_be_finite(read):
+def test_weights_of_a_lokr_with_full_matrices_must_be_finite(read):
     tensors = lokr(WHOLE_1, WHOLE_2, math.inf)
     tensors["a.lokr_w2"][0, 0] = math.inf
     with pytest.raises(NonFiniteWeightsError, match=r"a\.lokr_w2"):
@@ -533,13 +533,13 @@ def test_any_mixture_of_parts_is_read_or_refused(tmp_path_factory, tensors):
         ("", None, "modern"),
     ],
 )
-def test_the_trainer_and_its_noise_are_told_by_the_software_field(software, version, noise):
+def test_trainer_and_noise_are_read_from_the_software_field(software, version, noise):
     metadata = {"software": software, "name": "style"}
     assert trainer_version(metadata) == version
     assert noise_of_trainer(metadata) == noise
 
 
-def test_without_a_software_field_no_trainer_is_known():
+def test_without_a_software_field_the_trainer_is_unknown():
     assert trainer_version({}) is None
     assert noise_of_trainer({}) == "modern"
 
@@ -577,14 +577,14 @@ def loha_delta(shape, scale=0.5):
     return LohaDelta(scale, first, second)
 
 
-def test_the_merged_lora_of_a_linear_weight_is_right():
+def test_a_merged_lora_of_a_linear_weight_matches_its_formula():
     delta, weight = lora_delta(LINEAR), numbers(*LINEAR)
     expected = weight.double() + 0.75 * 0.5 * (delta.up.double() @ delta.down.double())
     torch.testing.assert_close(merged(delta, weight, 0.75), expected.float(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [CONV_1, CONV_3], ids=["conv 1x1", "conv 3x3"])
-def test_the_merged_lora_of_a_convolution_is_right(shape):
+def test_a_merged_lora_of_a_convolution_matches_its_formula(shape):
     delta, weight = lora_delta(shape), numbers(*shape)
     product = torch.einsum("or,rihw->oihw", delta.up.double()[:, :, 0, 0], delta.down.double())
     expected = weight.double() + 0.75 * 0.5 * product
@@ -592,7 +592,7 @@ def test_the_merged_lora_of_a_convolution_is_right(shape):
 
 
 def whole(factors):
-    """A factor in float64, as one matrix."""
+    """Return a factor in float64, as one matrix."""
     return factors[0].double() if len(factors) == 1 else factors[0].double() @ factors[1].double()
 
 
@@ -610,7 +610,7 @@ def test_the_merged_lokr_is_the_kronecker_product(shape, first, second):
 
 
 @SHAPES
-def test_the_merged_loha_is_the_product_number_by_number(shape):
+def test_the_merged_loha_is_the_elementwise_product(shape):
     delta, weight = loha_delta(shape), numbers(*shape)
     expected = weight.double() + 0.75 * 0.5 * (whole(delta.w1) * whole(delta.w2)).reshape(shape)
     torch.testing.assert_close(merged(delta, weight, 0.75), expected.float(), rtol=1e-5, atol=1e-5)
@@ -618,7 +618,7 @@ def test_the_merged_loha_is_the_product_number_by_number(shape):
 
 @SHAPES
 @pytest.mark.parametrize("make", [lora_delta, lokr_delta, loha_delta])
-def test_merging_leaves_the_weight_and_the_delta_as_they_are(make, shape):
+def test_merging_does_not_modify_its_inputs(make, shape):
     delta, weight = make(shape), numbers(*shape)
     kept = [tensor.clone() for tensor in delta.tensors()]
     result = merged(delta, weight, 1.0)
@@ -634,7 +634,7 @@ def test_a_multiplier_of_zero_changes_nothing(make, shape):
 
 
 @pytest.mark.parametrize("make", [lokr_delta, loha_delta])
-def test_a_live_weight_of_float32_is_the_merged_one(make):
+def test_a_live_float32_weight_equals_the_merged_one(make):
     weight = numbers(*CONV_3)
     assert torch.equal(make(CONV_3).live_weight(weight, 0.75), merged(make(CONV_3), weight, 0.75))
 
@@ -658,7 +658,7 @@ CONVOLUTIONS = [
 
 
 @pytest.mark.parametrize("options", CONVOLUTIONS, ids=["1x1", "padded", "strided", "uneven"])
-def test_a_lora_beside_a_convolution_adds_what_the_merged_one_does(options):
+def test_a_live_lora_of_a_convolution_equals_the_merged_one(options):
     module = nn.Conv2d(15, 12, **options)
     delta, x = lora_delta(tuple(module.weight.shape)), numbers(2, 15, 9, 10, seed=5)
     with torch.no_grad():
@@ -670,7 +670,7 @@ def test_a_lora_beside_a_convolution_adds_what_the_merged_one_does(options):
     torch.testing.assert_close(beside, difference.float(), rtol=1e-4, atol=1e-4)
 
 
-def test_a_lora_beside_a_linear_module_adds_what_the_merged_one_does():
+def test_a_live_lora_of_a_linear_module_equals_the_merged_one():
     delta, x, weight = lora_delta(LINEAR), numbers(2, 7, 15, seed=5), numbers(*LINEAR)
     expected = functional.linear(x.double(), merged(delta, weight, 0.75).double() - weight.double())
     torch.testing.assert_close(
@@ -678,7 +678,7 @@ def test_a_lora_beside_a_linear_module_adds_what_the_merged_one_does():
     )
 
 
-def test_a_lora_beside_a_module_of_half_precision_runs_in_float32():
+def test_a_live_lora_of_a_half_precision_module_runs_in_float32():
     delta, x = lora_delta(LINEAR), numbers(2, 15, seed=5).bfloat16()
     beside = delta.low_rank_output(nn.Linear(15, 12).bfloat16(), x, 1.0)
     assert beside.dtype == torch.float32
@@ -687,29 +687,29 @@ def test_a_lora_beside_a_module_of_half_precision_runs_in_float32():
 
 @SHAPES
 @pytest.mark.parametrize("make", [lora_delta, lokr_delta, loha_delta])
-def test_a_delta_says_the_shape_that_it_fits(make, shape):
+def test_a_delta_reports_the_weight_shape_that_it_fits(make, shape):
     assert make(shape).shape_for(torch.Size(shape)) == shape
 
 
 @SHAPES
-def test_a_split_lokr_says_the_shape_that_it_fits(shape):
+def test_a_factored_lokr_reports_the_weight_shape_that_it_fits(shape):
     assert lokr_delta(shape, second="split").shape_for(torch.Size(shape)) == shape
 
 
 @SHAPES
 @pytest.mark.parametrize("make", [lora_delta, lokr_delta, loha_delta])
 @pytest.mark.parametrize("change", [(1, 0), (0, 1)], ids=["outputs", "inputs"])
-def test_a_delta_says_another_shape_where_it_does_not_fit(make, shape, change):
+def test_a_delta_reports_another_shape_if_it_does_not_fit(make, shape, change):
     other = (shape[0] + change[0], shape[1] + change[1], *shape[2:])
     assert make(shape).shape_for(torch.Size(other)) != other
 
 
 @pytest.mark.parametrize("shape", [CONV_1, CONV_3])
-def test_a_lora_of_a_linear_weight_fits_no_convolution(shape):
+def test_a_lora_of_a_linear_weight_does_not_fit_a_convolution(shape):
     assert lora_delta(LINEAR).shape_for(torch.Size(shape)) == LINEAR
 
 
-def test_a_loha_whose_halves_differ_fits_nothing_that_its_first_half_fits():
+def test_a_loha_with_halves_of_different_shapes_does_not_fit():
     delta = LohaDelta(1.0, loha_delta(CONV_3).w1, loha_delta(CONV_1).w2)
     assert delta.shape_for(torch.Size(CONV_3)) != CONV_3
 
@@ -733,9 +733,7 @@ def test_a_loha_whose_halves_differ_fits_nothing_that_its_first_half_fits():
     ],
     ids=["NaN", "long", "rslora", "dora", "deep"],
 )
-def test_peft_metadata_that_changes_or_breaks_the_strength_is_refused(
-    tmp_path, config, error, message
-):
+def test_peft_metadata_with_unsupported_scaling_is_refused(tmp_path, config, error, message):
     tensors = {
         "unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3),
         "unet.conv_in.lora_B.weight": torch.ones(16, 2, 1, 1),
@@ -749,6 +747,6 @@ def test_peft_metadata_that_changes_or_breaks_the_strength_is_refused(
 @pytest.mark.parametrize(
     "software", ['{"name": "ai-toolkit", "version": "dev"}', "[" * 100_000, "1" * 5000]
 )
-def test_a_version_that_is_none_does_not_make_noise_legacy(software):
+def test_an_invalid_version_does_not_select_legacy_noise(software):
     assert trainer_version({"software": software}) is None
     assert noise_of_trainer({"software": software}) == "modern"

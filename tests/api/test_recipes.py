@@ -180,12 +180,12 @@ def test_the_server_sets_an_omitted_fidelity():
     assert [recipe.fidelity for recipe in recipes()] == ["exact"]
 
 
-def test_request_for_refuses_values_out_of_the_api_s_range():
+def test_request_for_refuses_values_out_of_the_range_of_the_api():
     with pytest.raises(RequestFieldError, match=r"prompts.0.guidance_scale 30"):
         request_for([Recipe(prompt="a", guidance_scale=30, adapters=(A,))], "x")
 
 
-def test_seeds_count_from_42_are_kept_and_are_drawn():
+def test_default_given_and_random_seeds():
     asked = [
         {"prompt": "a"},
         {"prompt": "b"},
@@ -195,7 +195,7 @@ def test_seeds_count_from_42_are_kept_and_are_drawn():
     assert [recipe.seed for recipe in recipes(prompts=asked)] == [42, 43, 0, 777]
 
 
-def test_prompts_without_a_trigger_word_use_the_request_s():
+def test_prompts_without_a_trigger_word_use_that_of_the_request():
     asked = [{"prompt": "[trigger]"}, {"prompt": "[trigger]", "trigger_word": "own"}]
     assert [recipe.prompt for recipe in recipes(prompts=asked, trigger_word="sks")] == [
         "sks",
@@ -391,7 +391,7 @@ def test_the_answer_to_a_request_has_its_urls():
     }
 
 
-def test_status_and_result_over_a_job_s_life_cycle():
+def test_status_and_result_over_the_life_cycle_of_a_job():
     job = new_job(recipes(prompts=[{"prompt": "a"}, {"prompt": "b"}]), NOW)
     waiting = json.loads(status_of(job, 3).model_dump_json())
     assert (

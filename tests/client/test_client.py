@@ -517,7 +517,7 @@ def test_upload_is_sent_once_and_closes_the_file(monkeypatch, pauses, error):
     assert [file.closed for file in opened] == [True]
 
 
-def test_a_callback_s_timeout_error_cancels_but_other_errors_do_not(pauses):
+def test_a_timeout_error_of_a_callback_cancels_but_others_do_not(pauses):
     client, transport = scripted_client(events=[event(1, STATUS)], r1=[STATUS])
 
     def callback(error: Exception) -> Callable[[Any], None]:

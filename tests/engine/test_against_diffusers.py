@@ -1,9 +1,9 @@
-"""Every sampler, against the pipelines that the trainer itself paints its previews with.
+"""Every sampler, compared with the diffusers pipelines that the trainer samples with.
 
-The golden jobs cover four samplers. These tests rebuild the trainer's procedure from the library
-that it uses: its scheduler configuration with `steps_offset` 0, passed to the pipeline's
+The golden training runs cover four samplers. These tests rebuild the trainer's procedure from the
+library that it uses: its scheduler configuration with `steps_offset` 0, passed to the pipeline's
 constructor (which rewrites it for Stable Diffusion 1.5 and keeps it for SDXL), prompts encoded one
-by one, and one CPU generator. Our own loop has to return the same pixels for every sampler, in half
+by one, and one CPU generator. The engine has to return the same pixels for every sampler, in half
 precision too.
 """
 
@@ -53,8 +53,8 @@ def test_every_family_is_compared():
     assert SMALL.keys() | {"zimage"} == all_families().keys()  # zimage: tests/families
 
 
-def the_trainer_s_way(recipe: Recipe) -> Any:
-    """The image as the trainer's pipeline makes it of a base model without adapters."""
+def pipeline_pixels(recipe: Recipe) -> Any:
+    """Return the image that the trainer's pipeline makes, without adapters."""
     with patch("fidelora.engine.model.prepack"):  # of the modules, the pipeline gets diffusers' own
         base = load_model_of(recipe)
     base.merged.apply([])
@@ -145,18 +145,18 @@ def sdxl(base: LoadedModel, scheduler: Any, recipe: Recipe) -> tuple[Any, dict[s
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("model", SMALL)
-def test_our_loop_gives_the_pixels_of_the_trainer_s_pipeline(engine, model, sampler, dtype):
+def test_the_engine_gives_the_pixels_of_the_trainers_pipeline(engine, model, sampler, dtype):
     recipe = replace(
         SMALL[model], sampler=sampler, dtype=dtype, vae_dtype=dtype, text_encoder_dtype=dtype
     )
-    assert np.array_equal(engine.generate(recipe).pixels, the_trainer_s_way(recipe))
+    assert np.array_equal(engine.generate(recipe).pixels, pipeline_pixels(recipe))
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 1.5])
 @pytest.mark.parametrize("model", SMALL)
 def test_guidance_begins_above_one_as_in_the_pipeline(engine, model, guidance_scale):
     recipe = replace(SMALL[model], steps=4, guidance_scale=guidance_scale)
-    assert np.array_equal(engine.generate(recipe).pixels, the_trainer_s_way(recipe))
+    assert np.array_equal(engine.generate(recipe).pixels, pipeline_pixels(recipe))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -166,7 +166,7 @@ def test_guidance_is_rescaled_as_in_the_pipeline(engine, model, dtype):
         SMALL[model], guidance_rescale=0.7, dtype=dtype, vae_dtype=dtype, text_encoder_dtype=dtype
     )
     rescaled = engine.generate(recipe).pixels
-    assert np.array_equal(rescaled, the_trainer_s_way(recipe))
+    assert np.array_equal(rescaled, pipeline_pixels(recipe))
     assert not np.array_equal(
         rescaled, engine.generate(replace(recipe, guidance_rescale=0.0)).pixels
     )
@@ -174,7 +174,7 @@ def test_guidance_is_rescaled_as_in_the_pipeline(engine, model, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("force_upcast", [True, False])
-def test_a_narrow_vae_is_made_wider_where_its_configuration_says_so(
+def test_force_upcast_decodes_a_float16_vae_in_float32(
     engine, tmp_path: Path, force_upcast: bool, dtype: str
 ):
     """SDXL's VAE overflows in float16; the pipeline decodes in float32 with the rounded weights."""
@@ -187,7 +187,7 @@ def test_a_narrow_vae_is_made_wider_where_its_configuration_says_so(
     dtypes: Any = {"dtype": dtype, "text_encoder_dtype": dtype, "vae_dtype": "float16"}
     recipe = replace(SMALL["sdxl"], base_model=str(base), **dtypes)
     if force_upcast:
-        assert np.array_equal(engine.generate(recipe).pixels, the_trainer_s_way(recipe))
+        assert np.array_equal(engine.generate(recipe).pixels, pipeline_pixels(recipe))
     loaded: Any = load_model_of(recipe).parts["vae"]
     assert loaded.dtype == (torch.float32 if force_upcast else torch.float16)
     assert all(
@@ -195,8 +195,8 @@ def test_a_narrow_vae_is_made_wider_where_its_configuration_says_so(
     )
 
 
-def test_the_size_is_told_in_the_dtype_of_the_text(engine):
-    """The pipeline rounds the size to the text's dtype; bfloat16 changes 520, and so the image."""
+def test_the_size_conditioning_has_the_dtype_of_the_text(engine):
+    """The pipeline rounds the size to the text's dtype; in bfloat16, 520 becomes another number."""
     recipe = replace(
         SMALL["sdxl"],
         width=64,
@@ -206,4 +206,4 @@ def test_the_size_is_told_in_the_dtype_of_the_text(engine):
         vae_dtype="bfloat16",
         text_encoder_dtype="bfloat16",
     )
-    assert np.array_equal(engine.generate(recipe).pixels, the_trainer_s_way(recipe))
+    assert np.array_equal(engine.generate(recipe).pixels, pipeline_pixels(recipe))

@@ -52,7 +52,7 @@ def pixels(engine: Engine, recipe: Recipe) -> bytes:
     return engine.generate(recipe).pixels.tobytes()
 
 
-def test_the_same_recipe_gives_the_same_pixels_in_any_order_among_others(engine):
+def test_a_recipe_gives_the_same_pixels_in_any_order_of_recipes(engine):
     lora, conv, lokr = (AdapterRef.from_file(path) for path in (LORA, LORA_CONV, LOKR))
     recipes = [
         Recipe(prompt="a red ball", **SMALL),
@@ -81,7 +81,7 @@ def test_the_same_recipe_gives_the_same_pixels_in_any_order_among_others(engine)
     assert [pixels(alone, recipe) for recipe in reversed(recipes)] == first[::-1]
 
 
-def test_multiplier_0_is_the_base_model_on_both_paths(engine):
+def test_multiplier_0_equals_the_base_model_merged_and_live(engine):
     base = Recipe(prompt="a ball", **SMALL)
     off = (AdapterRef.from_file(LORA, 0.0),)
     expected = pixels(engine, base)
@@ -90,7 +90,7 @@ def test_multiplier_0_is_the_base_model_on_both_paths(engine):
 
 
 @pytest.mark.parametrize("path", [LORA, LORA_CONV, LOKR], ids=lambda path: path.stem)
-def test_the_two_paths_differ_by_roundings_only(engine, path):
+def test_merged_and_live_images_differ_only_by_rounding(engine, path):
     recipe = Recipe(prompt="a ball", adapters=(AdapterRef.from_file(path, 0.7),), **SMALL)
     merged = engine.generate(recipe).pixels.astype(int)
     live = engine.generate(replace(recipe, adapter_mode="live")).pixels.astype(int)
@@ -110,7 +110,7 @@ def test_several_adapters_add_up(engine, mode):
         assert np.abs(one - two).max() <= 1
 
 
-def test_live_lora_and_lokr_stack_like_merged_ones(engine):
+def test_live_lora_and_lokr_add_up_like_merged_ones(engine):
     refs = (AdapterRef.from_file(LORA, 0.5), AdapterRef.from_file(LOKR, 0.5))
     recipe = Recipe(prompt="a ball", adapters=refs, **SMALL)
     merged = engine.generate(recipe).pixels.astype(int)
@@ -133,11 +133,11 @@ def test_every_sampler_makes_an_image_and_counts_its_steps(engine, sampler, step
     assert pixels(engine, recipe) == image.pixels.tobytes()
 
 
-def test_the_largest_number_of_steps(engine):
+def test_the_maximum_number_of_steps_works(engine):
     assert engine.generate(Recipe(prompt="a ball", **{**SMALL, "steps": 150})).pixels.std() > 0
 
 
-def test_samplers_give_pictures_of_their_own(engine):
+def test_samplers_give_different_pictures(engine):
     made = {
         name: engine.generate(
             Recipe(prompt="a ball", sampler=name, **{**SMALL, "steps": 6})
@@ -151,25 +151,25 @@ def test_samplers_give_pictures_of_their_own(engine):
 
 
 @pytest.mark.parametrize("guidance", [0.0, 0.5, 1.0])
-def test_without_guidance_the_negative_prompt_has_no_part(engine, guidance):
+def test_without_guidance_the_negative_prompt_has_no_effect(engine, guidance):
     recipe = Recipe(prompt="a ball", guidance_scale=guidance, **SMALL)
     assert pixels(engine, recipe) == pixels(engine, replace(recipe, negative_prompt="blurry"))
 
 
-def test_with_guidance_the_negative_prompt_has_one(engine):
+def test_with_guidance_the_negative_prompt_has_an_effect(engine):
     recipe = Recipe(prompt="a ball", guidance_scale=1.01, **SMALL)
     assert pixels(engine, recipe) != pixels(
         engine, replace(recipe, guidance_scale=5.0, negative_prompt="blurry")
     )
 
 
-def test_v_prediction_is_another_picture(engine):
+def test_v_prediction_gives_a_different_picture(engine):
     recipe = Recipe(prompt="a ball", **SMALL)
     assert pixels(engine, recipe) != pixels(engine, replace(recipe, prediction="v_prediction"))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_is_near_and_its_noise_modes_differ(engine, dtype):
+def test_half_precision_is_close_and_its_noise_modes_differ(engine, dtype):
     recipe = Recipe(
         prompt="a ball",
         dtype=dtype,
@@ -185,7 +185,9 @@ def test_half_precision_is_near_and_its_noise_modes_differ(engine, dtype):
 
 
 @pytest.mark.parametrize(("sampler", "draws_per_step"), [("euler_a", 1), ("ddim", 0)])
-def test_the_sampler_s_own_draws_are_legacy_too(engine, monkeypatch, sampler, draws_per_step):
+def test_legacy_noise_applies_to_the_samplers_draws_too(
+    engine, monkeypatch, sampler, draws_per_step
+):
     drawn: list[torch.dtype] = []
 
     def counted(shape, generator, dtype):
@@ -198,12 +200,12 @@ def test_the_sampler_s_own_draws_are_legacy_too(engine, monkeypatch, sampler, dr
     assert drawn == [torch.bfloat16] * (1 + draws_per_step * recipe.steps)
 
 
-def test_in_float32_the_noise_modes_are_one(engine):
+def test_in_float32_both_noise_modes_are_equal(engine):
     recipe = Recipe(prompt="a ball", sampler="ddpm", **SMALL)
     assert pixels(engine, recipe) == pixels(engine, replace(recipe, noise="legacy"))
 
 
-def test_what_does_not_fit_into_the_tokens_is_quoted(engine):
+def test_the_truncated_end_of_a_prompt_is_quoted(engine):
     long = "ball " * 75 + "Über-Katze, at Night"
     image = engine.generate(Recipe(prompt=long, negative_prompt="x " * 90, **SMALL))
     assert image.warnings == (
@@ -216,12 +218,12 @@ def test_what_does_not_fit_into_the_tokens_is_quoted(engine):
     )
 
 
-def test_a_prompt_that_just_fits_has_no_warning(engine):
+def test_a_prompt_of_maximum_length_has_no_warning(engine):
     assert engine.generate(Recipe(prompt="ball " * 75, **SMALL)).warnings == ()
 
 
 @pytest.mark.parametrize("mode", ["merged", "live"])
-def test_a_cancelled_generation_leaves_the_engine_as_it_was(engine, mode):
+def test_a_cancelled_generation_does_not_affect_later_images(engine, mode):
     recipe = Recipe(
         prompt="a ball", adapters=(AdapterRef.from_file(LORA),), adapter_mode=mode, **SMALL
     )
@@ -240,7 +242,7 @@ def test_a_cancelled_generation_leaves_the_engine_as_it_was(engine, mode):
     assert (pixels(engine, recipe), pixels(engine, base)) == expected
 
 
-def test_an_adapter_that_does_not_fit_leaves_the_engine_as_it_was(engine, tmp_path):
+def test_a_mismatched_adapter_does_not_affect_later_images(engine, tmp_path):
     from tests.support import save_adapter
 
     good = Recipe(prompt="a ball", adapters=(AdapterRef.from_file(LORA),), **SMALL)
@@ -255,7 +257,7 @@ def test_an_adapter_that_does_not_fit_leaves_the_engine_as_it_was(engine, tmp_pa
     assert pixels(engine, good) == expected
 
 
-def test_a_file_that_was_overwritten_is_not_taken_for_the_old_one(tmp_path):
+def test_an_overwritten_adapter_file_is_detected(tmp_path):
     engine = Engine(device="cpu")
     path = tmp_path / "lora.safetensors"
     path.write_bytes(LORA.read_bytes())
@@ -281,7 +283,7 @@ def test_a_recipe_from_json_finds_its_adapter_in_the_library():
     assert pixels(engine, read_back) == pixels(engine, recipe)
 
 
-def test_adapters_that_do_not_fit_the_budget_are_read_again(tmp_path):
+def test_adapters_beyond_the_budget_are_read_again(tmp_path):
     from fidelora.adapters.library import AdapterLibrary
 
     library = AdapterLibrary(budget_bytes=1)
@@ -293,7 +295,7 @@ def test_adapters_that_do_not_fit_the_budget_are_read_again(tmp_path):
     assert library.get(first).sha256 == one.sha256
 
 
-def test_several_threads_wait_for_each_other(engine):
+def test_calls_from_several_threads_run_one_at_a_time(engine):
     recipes = [
         Recipe(prompt="a ball", adapters=(AdapterRef.from_file(path),), **SMALL)
         for path in (LORA, LOKR)
@@ -312,7 +314,7 @@ def test_several_threads_wait_for_each_other(engine):
     assert [results[index] for index in range(len(recipes))] == expected
 
 
-def test_the_base_used_longest_ago_is_let_go(tmp_path):
+def test_the_least_recently_used_base_model_is_evicted(tmp_path):
     other = str(copy_base(tmp_path))
     engine = Engine(device="cpu")
     first = Recipe(prompt="a ball", **SMALL)
@@ -321,7 +323,7 @@ def test_the_base_used_longest_ago_is_let_go(tmp_path):
     assert [key.base_model for key in engine._models.models] == [other]
 
 
-def test_bases_stay_as_long_as_they_fit_into_the_budget(tmp_path):
+def test_base_models_stay_loaded_within_the_budget(tmp_path):
     bases = [str(copy_base(tmp_path / name)) for name in "abc"]
     recipes = [Recipe(prompt="a ball", **{**SMALL, "base_model": base}) for base in bases]
     one = load_model_of(recipes[0]).size_bytes
@@ -369,7 +371,7 @@ def test_an_overwritten_base_is_not_used_for_a_recipe_of_the_old_one(tmp_path):
     [("float16", "use bfloat16 or float32"), ("float32", "try it without adapters")],
 )
 def test_nan_is_an_error_and_not_a_black_image(tmp_path, dtype, advice):
-    """Weights that are finite, and too large for what they are multiplied with."""
+    """The weights are finite, but their products overflow."""
     base = copy_base(tmp_path)
     huge = 6e4 if dtype == "float16" else 1e38
 
@@ -386,7 +388,7 @@ def test_nan_is_an_error_and_not_a_black_image(tmp_path, dtype, advice):
         )
 
 
-def test_a_base_that_was_overwritten_is_not_taken_for_the_old_one(tmp_path):
+def test_an_overwritten_base_model_is_loaded_again(tmp_path):
     base = copy_base(tmp_path)
     engine = Engine(device="cpu")
     recipe = Recipe(prompt="a ball", **{**SMALL, "base_model": str(base)})
@@ -398,14 +400,14 @@ def test_a_base_that_was_overwritten_is_not_taken_for_the_old_one(tmp_path):
     assert pixels(engine, recipe) != before
 
 
-def test_an_autocast_around_the_caller_has_no_say(engine):
+def test_the_callers_autocast_has_no_effect(engine):
     recipe = Recipe(prompt="a ball", **SMALL)
     expected = pixels(engine, recipe)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert pixels(engine, recipe) == expected
 
 
-def test_an_image_from_inside_an_image_is_refused_and_does_not_hang(engine):
+def test_generating_inside_on_step_is_refused(engine):
     recipe = Recipe(prompt="a ball", **SMALL)
     expected = pixels(engine, recipe)
     with pytest.raises(EngineBusyError, match="from inside `on_step`"):
@@ -413,12 +415,12 @@ def test_an_image_from_inside_an_image_is_refused_and_does_not_hang(engine):
     assert pixels(engine, recipe) == expected
 
 
-def test_configurations_are_part_of_the_recipe():
+def test_the_configuration_folder_is_part_of_the_recipe():
     recipe = Recipe(prompt="a ball", **SMALL)
     assert replace(recipe, config="elsewhere").digest != recipe.digest
 
 
-def test_an_adapter_is_found_where_its_bytes_are(tmp_path):
+def test_an_adapter_is_found_by_its_hash(tmp_path):
     from fidelora.adapters.library import AdapterLibrary
 
     library = AdapterLibrary(budget_bytes=1)
@@ -429,7 +431,7 @@ def test_an_adapter_is_found_where_its_bytes_are(tmp_path):
         library.get(AdapterRef.from_file(LORA_CONV))
 
 
-def test_a_path_added_later_is_remembered_too(tmp_path):
+def test_a_path_given_later_is_remembered(tmp_path):
     from fidelora.adapters.library import AdapterLibrary
 
     library = AdapterLibrary(budget_bytes=1)
@@ -454,7 +456,7 @@ def test_a_changed_file_is_reported_even_with_a_folder_of_hashes(tmp_path):
         AdapterLibrary(folder=tmp_path / "none").get(ref)
 
 
-def test_running_out_of_memory_is_one_sentence(engine, monkeypatch):
+def test_running_out_of_memory_raises_a_typed_error(engine, monkeypatch):
     def no_memory(*args, **kwargs):
         raise RuntimeError(
             "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"
@@ -465,7 +467,7 @@ def test_running_out_of_memory_is_one_sentence(engine, monkeypatch):
         engine.generate(Recipe(prompt="a ball", **SMALL))
 
 
-def test_progress_and_time_of_each_part_are_told(engine):
+def test_progress_and_timings_are_reported(engine):
     image = engine.generate(Recipe(prompt="a ball", **SMALL))
     assert list(image.seconds) == ["load", "adapters", "text", "denoise", "decode"]
     assert {
@@ -491,8 +493,8 @@ def test_progress_and_time_of_each_part_are_told(engine):
         ("processor\t: 0\nCPU implementer\t: 0x41\n", f"{platform.machine()} (details unknown)"),
     ],
 )
-def test_a_processor_is_known_by_its_maker_too(information, name, tmp_path):
-    """Intel's and AMD's have other bits with the same instructions."""
+def test_the_environment_includes_the_processors_maker(information, name, tmp_path):
+    """Intel and AMD processors give different bits with the same instructions."""
     (tmp_path / "cpuinfo").write_text(information)
     assert read_processor_name(tmp_path / "cpuinfo") == name
 
@@ -508,14 +510,14 @@ def test_a_processor_is_known_by_its_maker_too(information, name, tmp_path):
         ("cpu", "some", "mode 'some' does not exist"),
     ],
 )
-def test_a_device_that_is_not_there(device, offload, message):
+def test_a_missing_device_is_refused(device, offload, message):
     with pytest.raises(DeviceError, match=message):
         Engine(device=device, offload=offload)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("offload", ["none", "model", "sequential"])
-def test_cuda_gives_nearly_the_picture_of_the_cpu(engine, offload):
+def test_cuda_images_are_close_to_cpu_images(engine, offload):
     recipe = Recipe(prompt="a ball", adapters=(AdapterRef.from_file(LORA),), **SMALL)
     on_cuda = Engine(device="cuda", offload=offload)
     for mode in ("merged", "live"):
@@ -528,7 +530,7 @@ def test_cuda_gives_nearly_the_picture_of_the_cpu(engine, offload):
 
 
 def count_encodings(monkeypatch):
-    """The texts that are really encoded from now on."""
+    """Return a list that collects the texts that are actually encoded from now on."""
     seen: list[str] = []
 
     def counted(tokenizer, encoder, text, device):
@@ -539,7 +541,7 @@ def count_encodings(monkeypatch):
     return seen
 
 
-def test_a_text_is_encoded_once_for_each_state_of_its_encoder(monkeypatch, tmp_path):
+def test_a_text_is_encoded_once_for_each_state_of_the_encoder(monkeypatch, tmp_path):
     seen = count_encodings(monkeypatch)
     name = "lora_te_text_model_encoder_layers_0_mlp_fc1"
     torch.manual_seed(1)
@@ -578,7 +580,7 @@ def test_a_text_is_encoded_once_for_each_state_of_its_encoder(monkeypatch, tmp_p
     assert not np.array_equal(pixels[0], pixels[4])
 
 
-def test_only_so_many_texts_are_kept(monkeypatch):
+def test_the_number_of_cached_texts_is_limited(monkeypatch):
     seen = count_encodings(monkeypatch)
     monkeypatch.setattr("fidelora.families.clip._MAX_CACHED_PROMPTS", 2)
     engine = Engine(device="cpu")

@@ -55,7 +55,7 @@ def test_adapters_of_the_trainer_have_no_problem(path):
     assert found.alphas == ((4.0,) if path is LORA else (4.0, 8.0))
 
 
-def test_the_alpha_of_whole_lokr_modules_is_a_note():
+def test_the_alpha_of_lokr_with_full_matrices_is_only_a_note():
     found = examine_adapter(LOKR)
     assert (codes(found), found.usable, found.alphas) == (
         [("infinite_alpha", False)],
@@ -70,7 +70,7 @@ def test_an_adapter_of_the_real_model_fits_by_shape(examined):
     assert (found.summary.ranks, found.alphas, found.summary.text_encoder) == ((4,), (4.0,), True)
 
 
-def test_what_was_not_learned(examined):
+def test_modules_without_effect_are_reported(examined):
     nothing = examined(
         lora(SELF, CROSS)
         | {f"{name}.lora_up.weight": torch.zeros(out, 4) for name, out, _ in (SELF, CROSS)}
@@ -82,13 +82,13 @@ def test_what_was_not_learned(examined):
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_numbers_that_are_none(examined, number):
+def test_nan_and_infinity_are_reported(examined, number):
     found = examined(lora(SELF) | {f"{SELF[0]}.lora_up.weight": torch.full((320, 4), number)})
     assert codes(found) == [("not_finite", True)]
     assert not found.usable
 
 
-def test_alphas(examined):
+def test_missing_and_infinite_alphas_are_reported(examined):
     assert codes(examined(lora(SELF, alpha=float("inf")))) == [("infinite_alpha", True)]
     assert codes(examined(lora(SELF, alpha=None))) == [("missing_alpha", False)]
     mixed = examined(lora(SELF) | lora(CROSS, alpha=None))
@@ -117,13 +117,13 @@ def test_alphas(examined):
         (("lora_unet_double_blocks_0_img_attn_qkv", 8, 8), {}, "those of FLUX"),
     ],
 )
-def test_keys_of_another_architecture(examined, module, metadata, words):
+def test_keys_of_another_architecture_are_reported(examined, module, metadata, words):
     found = examined(lora(SELF, module), **metadata)
     assert codes(found) == [("other_architecture", True)]
     assert words in found.problems[0].message
 
 
-def test_no_module_of_any_family(examined):
+def test_keys_of_no_family_are_reported(examined):
     found = examined(lora(("transformer.single_transformer_blocks.0.attn.to_q", 8, 8)))
     assert (codes(found), found.model) == ([("other_architecture", True)], "")
     assert (
@@ -132,20 +132,20 @@ def test_no_module_of_any_family(examined):
     )
 
 
-def test_a_relative_of_the_model(examined):
+def test_an_adapter_for_a_related_model_is_reported(examined):
     wider = examined(lora(SELF, (CROSS[0], 320, 1024)))
     assert codes(wider) == [("other_base", True)]
     said = examined(lora(SELF), ss_base_model_version="sd_2.1")
     assert (codes(said), said.usable) == ([("other_base", False)], True)
 
 
-def test_shapes_that_make_no_lora(examined):
+def test_invalid_lora_shapes_are_reported(examined):
     found = examined(lora(SELF) | {f"{SELF[0]}.lora_up.weight": torch.ones(320, 5)})
     assert codes(found) == [("unusable", True)]
     assert "are not those of a LoRA" in found.problems[0].message
 
 
-def test_files_that_are_no_adapters(tmp_path):
+def test_files_that_are_not_adapters_are_reported(tmp_path):
     path = tmp_path / "page.safetensors"
     path.write_text("<html>")
     found = examine_adapter(path)

@@ -58,7 +58,7 @@ def same(left: LoadedModel, right: LoadedModel) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_every_weight_is_the_file_s():
+def test_every_weight_has_the_values_of_the_file():
     base = load(TINY_BASE)
     stored = safetensors.torch.load_file(TINY_BASE / UNET)
     assert {
@@ -86,7 +86,7 @@ def test_each_part_has_its_own_dtype():
         (VAE, "decoder.conv_out.bias"),
     ],
 )
-def test_a_missing_weight_is_named_and_never_made_up(tmp_path, part, name):
+def test_a_missing_weight_is_an_error_that_names_it(tmp_path, part, name):
     base = copy_base(tmp_path)
     change_weights(
         base / part, lambda tensors: {key: value for key, value in tensors.items() if key != name}
@@ -98,7 +98,7 @@ def test_a_missing_weight_is_named_and_never_made_up(tmp_path, part, name):
         load(base)
 
 
-def test_a_left_over_weight_is_named(tmp_path):
+def test_an_unexpected_weight_is_named(tmp_path):
     base = copy_base(tmp_path)
     change_weights(base / UNET, lambda tensors: tensors | {"extra.weight": torch.zeros(2)})
     with pytest.raises(
@@ -107,15 +107,15 @@ def test_a_left_over_weight_is_named(tmp_path):
         load(base)
 
 
-def test_a_weight_of_another_shape_is_named_with_both(tmp_path):
+def test_a_weight_of_another_shape_is_named_with_both_shapes(tmp_path):
     base = copy_base(tmp_path)
     change_weights(base / UNET, lambda tensors: tensors | {"conv_in.bias": torch.zeros(3)})
     with pytest.raises(BaseModelWeightsError, match=r"conv_in\.bias \[3\], not \[16\]"):
         load(base)
 
 
-def test_a_text_encoder_under_names_nobody_knows_is_refused(tmp_path):
-    """The real case: transformers itself would fill all of it with random numbers and go on."""
+def test_a_text_encoder_with_unknown_names_is_refused(tmp_path):
+    """transformers itself would initialise all of these weights at random and continue."""
     base = copy_base(tmp_path)
     change_weights(
         base / TEXT_ENCODER,
@@ -127,7 +127,7 @@ def test_a_text_encoder_under_names_nobody_knows_is_refused(tmp_path):
         load(base)
 
 
-def test_a_text_encoder_with_and_without_the_old_level_is_the_same(tmp_path):
+def test_text_encoder_names_with_and_without_text_model_are_equal(tmp_path):
     base = copy_base(tmp_path)
     change_weights(
         base / TEXT_ENCODER,
@@ -136,7 +136,7 @@ def test_a_text_encoder_with_and_without_the_old_level_is_the_same(tmp_path):
     assert same(load(base), load(TINY_BASE))
 
 
-def test_position_ids_of_old_files_are_checked_and_left_out(tmp_path):
+def test_position_ids_of_old_files_are_checked_and_skipped(tmp_path):
     base = copy_base(tmp_path)
     key = "text_model.embeddings.position_ids"
     change_weights(base / TEXT_ENCODER, lambda tensors: tensors | {key: torch.arange(77)[None]})
@@ -148,8 +148,8 @@ def test_position_ids_of_old_files_are_checked_and_left_out(tmp_path):
         load(base)
 
 
-def test_the_old_names_of_the_vae_s_attention_are_known(tmp_path):
-    """The files of Stable Diffusion 1.5 itself have them."""
+def test_the_old_names_of_the_vaes_attention_are_supported(tmp_path):
+    """The published files of Stable Diffusion 1.5 use these names."""
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
     def rename(tensors):
@@ -166,7 +166,7 @@ def test_the_old_names_of_the_vae_s_attention_are_known(tmp_path):
     assert same(load(base), load(TINY_BASE))
 
 
-def test_shards_are_one_file(tmp_path):
+def test_a_sharded_model_equals_a_single_file(tmp_path):
     base = copy_base(tmp_path)
     tensors = safetensors.torch.load((base / UNET).read_bytes())
     names = sorted(tensors)
@@ -190,7 +190,7 @@ def test_shards_are_one_file(tmp_path):
         ["00002-of-00002"],
     ],
 )
-def test_shards_of_different_exports_are_no_set(tmp_path, names):
+def test_shards_of_different_exports_are_refused(tmp_path, names):
     base = copy_base(tmp_path)
     tensors = safetensors.torch.load((base / UNET).read_bytes())
     for number, name in enumerate(names):
@@ -216,7 +216,7 @@ def test_a_weight_in_two_shards_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-def test_quantised_weights_are_not_taken_for_weights(tmp_path, dtype):
+def test_quantised_weights_are_refused(tmp_path, dtype):
     base = copy_base(tmp_path)
     change_weights(
         base / UNET,
@@ -259,7 +259,7 @@ def test_a_weight_under_both_spellings_is_refused(tmp_path):
         ("merges.txt", "\0"),
     ],
 )
-def test_a_tokenizer_that_does_not_work_is_refused(tmp_path, name, content):
+def test_a_broken_tokenizer_is_refused(tmp_path, name, content):
     base = copy_base(tmp_path)
     (base / "tokenizer" / name).write_text(content)
     with pytest.raises(BaseModelFilesError, match="tokenizer"):
@@ -269,7 +269,7 @@ def test_a_tokenizer_that_does_not_work_is_refused(tmp_path, name, content):
 @pytest.mark.parametrize(
     "change", [{"num_attention_heads": 5}, {"hidden_size": "wide"}, {"max_position_embeddings": -1}]
 )
-def test_a_configuration_that_makes_no_model_is_one_sentence(tmp_path, change):
+def test_an_invalid_model_configuration_raises_a_typed_error(tmp_path, change):
     base = copy_base(tmp_path)
     path = base / "text_encoder" / "config.json"
     path.write_text(json.dumps(read_json(path) | change))
@@ -278,7 +278,7 @@ def test_a_configuration_that_makes_no_model_is_one_sentence(tmp_path, change):
     assert "\n" not in str(raised.value)
 
 
-def test_configurations_for_a_folder_that_has_its_own_are_refused(tmp_path):
+def test_config_for_a_folder_with_its_own_configuration_is_refused(tmp_path):
     with pytest.raises(RecipeError, match="its own configurations"):
         load(TINY_BASE, config=str(TINY_BASE))
     path = tmp_path / "model.safetensors"
@@ -298,7 +298,7 @@ def test_the_variant_is_chosen_and_never_guessed(tmp_path):
         load(base)
 
 
-def test_another_vae_from_a_folder_a_file_and_an_ldm_file(tmp_path):
+def test_a_vae_is_loaded_from_a_folder_a_file_and_an_ldm_file(tmp_path):
     base = copy_base(tmp_path)
     change_weights(
         base / VAE, lambda tensors: {name: tensor * 0.5 for name, tensor in tensors.items()}
@@ -312,13 +312,13 @@ def test_another_vae_from_a_folder_a_file_and_an_ldm_file(tmp_path):
         assert not same(replaced, load(TINY_BASE))
 
 
-def test_a_checkpoint_in_one_file_is_the_folder_it_was_made_from(tmp_path):
+def test_a_single_file_checkpoint_equals_its_folder(tmp_path):
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file(as_ldm_checkpoint(TINY_BASE), path)
     assert same(load(path, config=str(TINY_BASE)), load(TINY_BASE))
 
 
-def test_what_training_leaves_in_a_checkpoint_is_passed_over(tmp_path):
+def test_training_state_in_a_checkpoint_is_ignored(tmp_path):
     path = tmp_path / "model.safetensors"
     left = {
         "betas": torch.zeros(1000),
@@ -339,14 +339,14 @@ def test_what_training_leaves_in_a_checkpoint_is_passed_over(tmp_path):
         "foo",
     ],
 )
-def test_a_weight_of_a_checkpoint_that_nothing_uses_is_named(tmp_path, key):
+def test_an_unused_weight_of_a_checkpoint_is_named(tmp_path, key):
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file(as_ldm_checkpoint(TINY_BASE) | {key: torch.zeros(2)}, path)
     with pytest.raises(BaseModelWeightsError, match=key.replace(".", r"\.").removeprefix("model")):
         load(path, config=str(TINY_BASE))
 
 
-def test_a_weight_that_a_checkpoint_lacks_is_named(tmp_path):
+def test_a_weight_missing_from_a_checkpoint_is_named(tmp_path):
     path = tmp_path / "model.safetensors"
     checkpoint = as_ldm_checkpoint(TINY_BASE)
     del checkpoint["cond_stage_model.transformer.text_model.encoder.layers.2.mlp.fc2.bias"]
@@ -358,16 +358,16 @@ def test_a_weight_that_a_checkpoint_lacks_is_named(tmp_path):
         load(path, config=str(TINY_BASE))
 
 
-def test_the_family_s_own_configurations_are_used_without_a_network(tmp_path):
-    """The tiny checkpoint is no Stable Diffusion 1.5 of full size, and is told so."""
+def test_bundled_configurations_are_used_without_a_network(tmp_path):
+    """The tiny checkpoint does not have the sizes of Stable Diffusion 1.5, so it is refused."""
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file(as_ldm_checkpoint(TINY_BASE), path)
     with pytest.raises(BaseModelWeightsError, match="weights that the model does not use"):
         load(path)
 
 
-def test_the_family_s_own_configurations_are_those_of_stable_diffusion_1_5():
-    """Sizes that are published for the model: 859,520,964 + 123,060,480 + 83,653,863 parameters."""
+def test_bundled_configurations_are_those_of_stable_diffusion_1_5():
+    """Published parameter counts: 859,520,964 + 123,060,480 + 83,653,863."""
     from accelerate import init_empty_weights
 
     from fidelora.weights.files import read_config
@@ -412,20 +412,20 @@ def test_a_checkpoint_of_another_kind_is_recognised(tmp_path, key, message):
         load(path)
 
 
-def test_an_adapter_in_the_place_of_a_base_is_recognised():
+def test_an_adapter_given_as_base_model_is_recognised():
     with pytest.raises(BaseModelFilesError, match="it is an adapter"):
         load(LORA)
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".bin", ".pt", ".pth"])
-def test_a_pickle_is_refused_by_its_name(tmp_path, suffix):
+def test_a_file_with_a_pickle_extension_is_refused(tmp_path, suffix):
     path = tmp_path / f"model{suffix}"
     path.write_bytes(b"anything")
     with pytest.raises(PickleRefusedError, match="can run code when it is opened"):
         load(path)
 
 
-def test_a_folder_with_pickles_only_is_refused(tmp_path):
+def test_a_folder_with_only_pickles_is_refused(tmp_path):
     base = copy_base(tmp_path)
     (base / UNET).rename(base / "unet/diffusion_pytorch_model.bin")
     with pytest.raises(
@@ -453,7 +453,7 @@ def test_a_truncated_part_is_refused(tmp_path):
     "missing",
     ["unet/config.json", "tokenizer/vocab.json", "tokenizer/merges.txt", "vae"],
 )
-def test_an_incomplete_folder_says_what_is_missing(tmp_path, missing):
+def test_the_error_for_an_incomplete_folder_names_what_is_missing(tmp_path, missing):
     base = copy_base(tmp_path)
     path = base / missing
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -463,7 +463,7 @@ def test_an_incomplete_folder_says_what_is_missing(tmp_path, missing):
         load(base)
 
 
-def test_an_empty_folder_is_no_base(tmp_path):
+def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(BaseModelFilesError, match="is not a diffusers folder"):
         load(tmp_path)
 
@@ -484,7 +484,7 @@ def test_a_folder_of_another_family_is_recognised(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["{", "[]"])
-def test_a_configuration_that_is_none_is_an_error(tmp_path, content):
+def test_an_invalid_configuration_file_is_an_error(tmp_path, content):
     base = copy_base(tmp_path)
     (base / "unet/config.json").write_text(content)
     with pytest.raises(BaseModelFilesError, match=r"unet/config\.json"):
@@ -492,17 +492,17 @@ def test_a_configuration_that_is_none_is_an_error(tmp_path, content):
 
 
 @pytest.mark.parametrize("place", ["nowhere/at/all", "x" * 300, "a\0b"])
-def test_a_place_that_is_none(place):
+def test_a_path_that_does_not_exist_is_refused(place):
     with pytest.raises(BaseModelNotFoundError, match="There is no base model at"):
         load(place)
 
 
-def test_a_vae_that_is_not_there_is_called_a_vae():
+def test_the_error_for_a_missing_vae_mentions_the_vae():
     with pytest.raises(BaseModelNotFoundError, match="There is no VAE at"):
         load(TINY_BASE, vae="nowhere/at/all")
 
 
-def test_the_hub_s_cache_is_used_when_offline(tmp_path, monkeypatch):
+def test_the_hub_cache_is_used_when_offline(tmp_path, monkeypatch):
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "models--someone--tiny"
     (repository / "refs").mkdir(parents=True)
@@ -517,14 +517,14 @@ def test_the_hub_s_cache_is_used_when_offline(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["someone/absent", "someone/absent@v2"])
-def test_a_hub_id_that_is_not_in_the_cache_says_so_when_offline(tmp_path, monkeypatch, name):
+def test_offline_the_error_says_that_a_hub_id_is_not_cached(tmp_path, monkeypatch, name):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(BaseModelNotFoundError, match="someone/absent is not in the local cache"):
         ModelKey.of(Recipe(prompt="", base_model=name)).find_files(tmp_path)
 
 
 @pytest.mark.parametrize("offload", ["model", "sequential"])
-def test_offloading_changes_no_bit_and_adapters_reach_the_weights(offload):
+def test_offloading_preserves_every_bit_and_supports_adapters(offload):
     """Offload from the CPU to the CPU: the hooks treat the modules as they do on a device."""
     from fidelora.adapters.live import live_adapters
     from fidelora.adapters.read import read_adapter

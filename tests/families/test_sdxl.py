@@ -94,8 +94,8 @@ def full_size(name: str) -> nn.Module:
     return empty_part(part, read_config(SPEC.layout / name / "config.json"))
 
 
-def test_the_family_s_own_configurations_are_those_of_sdxl():
-    """Sizes that are published for the model."""
+def test_bundled_configurations_are_those_of_sdxl():
+    """Compare with the published parameter counts of the model."""
     counts = {
         one.name: sum(weight.numel() for weight in full_size(one.name).parameters())
         for one in SPEC.parts
@@ -120,7 +120,7 @@ def test_the_second_tokenizer_pads_with_another_token():
 # --- base models --------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_in_one_file_is_the_folder_it_was_made_from(tmp_path):
+def test_a_single_file_checkpoint_equals_its_folder(tmp_path):
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file(as_sdxl_checkpoint(TINY_SDXL), path)
     assert same(load(path, config=str(TINY_SDXL)), load(TINY_SDXL))
@@ -132,8 +132,8 @@ def test_a_checkpoint_in_one_file_is_the_folder_it_was_made_from(tmp_path):
     assert projection.is_contiguous()  # a product with another layout may differ in its last bits
 
 
-def test_diffusers_reads_the_same_from_that_file(tmp_path):
-    """So the writer above is no invention of ours."""
+def test_diffusers_reads_the_same_weights_from_the_checkpoint(tmp_path):
+    """Confirms that the checkpoint writer of the tests uses the real layout."""
     from diffusers import StableDiffusionXLPipeline
 
     path = tmp_path / "model.safetensors"
@@ -164,7 +164,7 @@ def test_diffusers_reads_the_same_from_that_file(tmp_path):
         ("conditioner.embedders.2.x", "the model does not use"),
     ],
 )
-def test_a_weight_of_a_checkpoint_that_nothing_uses_is_named(tmp_path, key, words):
+def test_an_unused_weight_of_a_checkpoint_is_named(tmp_path, key, words):
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file(as_sdxl_checkpoint(TINY_SDXL) | {key: torch.zeros(2)}, path)
     with pytest.raises(BaseModelWeightsError, match=words):
@@ -172,7 +172,7 @@ def test_a_weight_of_a_checkpoint_that_nothing_uses_is_named(tmp_path, key, word
 
 
 @pytest.mark.parametrize("shape", [(), (2,), (2, 3)])
-def test_a_matrix_of_three_with_another_shape_is_an_error_of_ours(tmp_path, shape):
+def test_a_fused_qkv_matrix_of_another_shape_is_a_typed_error(tmp_path, shape):
     path = tmp_path / "model.safetensors"
     key = "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight"
     safetensors.torch.save_file(as_sdxl_checkpoint(TINY_SDXL) | {key: torch.zeros(shape)}, path)
@@ -180,7 +180,7 @@ def test_a_matrix_of_three_with_another_shape_is_an_error_of_ours(tmp_path, shap
         load(path, config=str(TINY_SDXL))
 
 
-def test_a_base_of_the_other_family_names_its_model(tmp_path):
+def test_a_base_model_of_the_other_family_is_recognised(tmp_path):
     with pytest.raises(
         BaseModelFilesError,
         match=r"a base of Stable Diffusion 1\.5, not of Stable Diffusion XL: use it as model sd15",
@@ -195,8 +195,8 @@ def test_a_base_of_the_other_family_names_its_model(tmp_path):
         load(path)
 
 
-def test_text_encoders_with_and_without_the_old_level_are_the_same(tmp_path):
-    """The projection stands beside that level, and never had it."""
+def test_text_encoder_names_with_and_without_text_model_are_equal(tmp_path):
+    """The projection is outside `text_model`, so its name is the same in both."""
     base = tmp_path / "base"
     shutil.copytree(TINY_SDXL, base)
     for part in ("text_encoder", "text_encoder_2"):
@@ -208,8 +208,8 @@ def test_text_encoders_with_and_without_the_old_level_are_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_the_expected_size_covers_the_loaded_one(tmp_path, dtype):
-    """Also where the VAE is made wider than everything else."""
+def test_the_estimated_memory_covers_the_loaded_model(tmp_path, dtype):
+    """Also if the VAE is converted to a wider dtype than the other parts."""
     base = tmp_path / "base"
     shutil.copytree(TINY_SDXL, base)
     config = read_json(base / "vae" / "config.json") | {"force_upcast": True}
@@ -286,7 +286,7 @@ def targets() -> Targets:
         ),
     ],
 )
-def test_names_of_modules(targets, name, target):
+def test_module_names_are_mapped_to_parts_of_the_model(targets, name, target):
     found = targets.find(name)
     assert found is not None
     assert found.name == target
@@ -296,12 +296,12 @@ def test_names_of_modules(targets, name, target):
     "name",
     ["lora_te_text_model_encoder_layers_0_mlp_fc1", "lora_unet_input_blocks_9_0_op", "lora_te3_x"],
 )
-def test_names_that_mean_nothing(targets, name):
+def test_unknown_module_names_are_not_mapped(targets, name):
     assert targets.find(name) is None
 
 
-def test_the_original_names_are_those_of_the_original_layout():
-    """Against the writer of checkpoints in the tests, which has a table of its own."""
+def test_original_module_names_match_the_original_layout():
+    """Compare with the checkpoint writer of the tests, which has its own table of names."""
     unet = load(TINY_SDXL).parts["unet"]
     paths = [
         path for path, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
@@ -314,7 +314,7 @@ def test_the_original_names_are_those_of_the_original_layout():
     assert {path: names[path] for path in paths} == expected
 
 
-def test_an_adapter_under_original_names_makes_the_same_image(engine, tmp_path):
+def test_an_adapter_with_original_names_makes_the_same_image(engine, tmp_path):
     paths = original_names(dict(load(TINY_SDXL).parts["unet"].named_modules()))
     flat = {path.replace(".", "_"): name.replace(".", "_") for path, name in paths.items()}
 
@@ -326,7 +326,7 @@ def test_an_adapter_under_original_names_makes_the_same_image(engine, tmp_path):
     other = save_adapter(
         tmp_path / "kohya.safetensors", {renamed(key): tensor for key, tensor in tensors.items()}
     )
-    ours, theirs = (engine.generate(painted(path)).pixels for path in (SDXL_LORA, other))
+    ours, theirs = (engine.generate(recipe_with(path)).pixels for path in (SDXL_LORA, other))
     assert np.array_equal(ours, theirs)
     assert not np.array_equal(ours, engine.generate(Recipe(prompt="a ball", **SMALL)).pixels)
 
@@ -334,7 +334,7 @@ def test_an_adapter_under_original_names_makes_the_same_image(engine, tmp_path):
 # --- adapters: what they do ---------------------------------------------------------------------
 
 
-def painted(path: Path, **fields: Any) -> Recipe:
+def recipe_with(path: Path, **fields: Any) -> Recipe:
     return Recipe(prompt="a ball", adapters=(AdapterRef.from_file(path),), **(SMALL | fields))
 
 
@@ -357,13 +357,13 @@ def random_lora(*modules: tuple[str, int, int]) -> dict[str, Tensor]:
 def test_adapters_of_either_text_encoder_leave_no_trace(engine, tmp_path, name, width):
     path = save_adapter(tmp_path / "text.safetensors", random_lora((name, 64, width)))
     plain = Recipe(prompt="a ball", **SMALL)
-    before, after = engine.generate(plain).pixels, engine.generate(painted(path)).pixels
+    before, after = engine.generate(plain).pixels, engine.generate(recipe_with(path)).pixels
     assert not np.array_equal(before, after)
     assert np.array_equal(before, engine.generate(plain).pixels)
-    assert np.array_equal(after, Engine(device="cpu").generate(painted(path)).pixels)
+    assert np.array_equal(after, Engine(device="cpu").generate(recipe_with(path)).pixels)
 
 
-def test_lokr_merged_and_live(engine, tmp_path):
+def test_a_lokr_works_merged_and_live(engine, tmp_path):
     torch.manual_seed(3)
     name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
     path = save_adapter(
@@ -371,7 +371,7 @@ def test_lokr_merged_and_live(engine, tmp_path):
         {f"{name}.lokr_w1": torch.randn(4, 4), f"{name}.lokr_w2": torch.randn(8, 8)},
     )
     images = [
-        engine.generate(painted(path, adapter_mode=mode)).pixels.astype(int)
+        engine.generate(recipe_with(path, adapter_mode=mode)).pixels.astype(int)
         for mode in ("merged", "live")
     ]
     assert abs(images[0] - images[1]).max() <= 1
@@ -382,9 +382,9 @@ def test_lokr_merged_and_live(engine, tmp_path):
     ("path", "made_for", "used_with"),
     [(LORA, "sd15", SMALL), (SDXL_LORA, "sdxl", SD15), (SDXL_DORA, "sdxl", SD15)],
 )
-def test_each_adapter_on_the_other_model_names_the_right_one(engine, path, made_for, used_with):
+def test_an_adapter_of_the_other_model_names_the_right_model(engine, path, made_for, used_with):
     with pytest.raises(AdapterMismatchError) as raised:
-        engine.generate(painted(path, **used_with))
+        engine.generate(recipe_with(path, **used_with))
     title, other = get_family(made_for).title, get_family(used_with["model"]).title
     expected = (
         f"{path.stem} is an adapter for {title}, but the base model is of family {other}. "
@@ -393,8 +393,8 @@ def test_each_adapter_on_the_other_model_names_the_right_one(engine, path, made_
     assert str(raised.value) == expected
 
 
-def test_what_fits_both_models_is_refused_by_what_its_file_says(engine, tmp_path):
-    """Both have this module, and here in one shape."""
+def test_an_adapter_that_fits_both_models_is_checked_by_metadata(engine, tmp_path):
+    """Both models have this module, here with the same shape."""
     unet: Any = load(TINY_SDXL).parts["unet"]
     module = ("lora_unet_conv_in", *unet.conv_in.weight.shape[:2])
     out, inside = module[1:]
@@ -403,13 +403,13 @@ def test_what_fits_both_models_is_refused_by_what_its_file_says(engine, tmp_path
         f"{module[0]}.lora_up.weight": torch.ones(out, 2, 1, 1),
     }
     silent = save_adapter(tmp_path / "a.safetensors", tensors)
-    engine.generate(painted(silent, **SMALL))
+    engine.generate(recipe_with(silent, **SMALL))
     for_other = save_adapter(tmp_path / "b.safetensors", tensors, ss_base_model_version="sd_1.5")
     with pytest.raises(AdapterMismatchError, match="Use the adapter with model sd15"):
-        engine.generate(painted(for_other, **SMALL))
+        engine.generate(recipe_with(for_other, **SMALL))
 
 
-def test_a_vae_with_a_mean_of_its_own_is_refused(tmp_path):
+def test_a_vae_with_latents_mean_is_refused(tmp_path):
     base = tmp_path / "base"
     shutil.copytree(TINY_SDXL, base)
     config = read_json(base / "vae" / "config.json") | {"latents_mean": [0.0, 0.1, 0.2, 0.3]}
@@ -418,7 +418,7 @@ def test_a_vae_with_a_mean_of_its_own_is_refused(tmp_path):
         load(base)
 
 
-def test_the_vae_that_replaces_the_base_s_counts_in_the_budget(tmp_path):
+def test_a_replacement_vae_counts_towards_the_budget(tmp_path):
     base = tmp_path / "base"
     shutil.copytree(TINY_SDXL, base)
     (base / "vae" / "diffusion_pytorch_model.safetensors").unlink()
@@ -427,41 +427,41 @@ def test_the_vae_that_replaces_the_base_s_counts_in_the_budget(tmp_path):
     assert loaded.size_bytes <= expected < 1.3 * loaded.size_bytes
 
 
-def test_the_other_model_is_named_without_metadata_too(engine, tmp_path):
+def test_the_right_model_is_named_without_metadata(engine, tmp_path):
     text = save_adapter(
         tmp_path / "a.safetensors",
         random_lora(("lora_te2_text_model_encoder_layers_0_mlp_fc1", 64, 48)),
     )
     with pytest.raises(AdapterMismatchError, match="Use the adapter with model sdxl"):
-        engine.generate(painted(text, **SD15))
+        engine.generate(recipe_with(text, **SD15))
     # A name that both have: the shapes decide, here those of the models of full size.
     both = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
     wide = save_adapter(tmp_path / "b.safetensors", random_lora((both, 640, 2048)))
     with pytest.raises(AdapterMismatchError, match="Use the adapter with model sdxl"):
-        engine.generate(painted(wide, **SD15))
+        engine.generate(recipe_with(wide, **SD15))
 
 
-def test_what_the_file_says_goes_before_its_names(engine):
-    """The miniature's modules are those of no base of full size."""
+def test_metadata_takes_precedence_over_module_names(engine):
+    """The miniature's modules do not match any full-size base model."""
     with pytest.raises(
         AdapterMismatchError,
         match=r"sks is an adapter for Stable Diffusion 1\.5, .* Use the adapter with model sd15",
     ):
-        engine.generate(painted(MINIATURE_LORA))
+        engine.generate(recipe_with(MINIATURE_LORA))
 
 
-def test_what_fits_neither_is_listed_as_ever(engine, tmp_path):
+def test_modules_that_fit_neither_model_are_listed(engine, tmp_path):
     path = save_adapter(tmp_path / "a.safetensors", random_lora(("lora_unet_nowhere", 8, 8)))
     with pytest.raises(
         AdapterMismatchError, match=r"1 of 1 modules do not exist in it: lora_unet_nowhere"
     ):
-        engine.generate(painted(path))
+        engine.generate(recipe_with(path))
 
 
 @pytest.mark.parametrize(
     ("path", "kind", "notes"), [(SDXL_LORA, "lora", []), (SDXL_DORA, "dora", ["missing_alpha"])]
 )
-def test_the_trainer_s_adapters_are_examined(path, kind, notes):
+def test_adapters_of_the_trainer_are_examined(path, kind, notes):
     found = examine_adapter(path)
     assert (found.model, found.summary.kind, found.matched, found.usable) == (
         "sdxl",
@@ -479,15 +479,16 @@ def test_the_trainer_s_adapters_are_examined(path, kind, notes):
 # --- DoRA ---------------------------------------------------------------------------------------
 
 
-def test_a_dora_runs_beside_the_model_whatever_the_mode(engine):
+def test_a_dora_is_always_live(engine):
     merged, live = (
-        engine.generate(painted(SDXL_DORA, adapter_mode=mode)).pixels for mode in ("merged", "live")
+        engine.generate(recipe_with(SDXL_DORA, adapter_mode=mode)).pixels
+        for mode in ("merged", "live")
     )
     assert np.array_equal(merged, live)
     assert not np.array_equal(merged, engine.generate(Recipe(prompt="a ball", **SMALL)).pixels)
 
 
-def test_a_dora_beside_a_merged_lora(engine):
+def test_a_dora_works_with_a_merged_lora(engine):
     both = tuple(AdapterRef.from_file(path) for path in (SDXL_LORA, SDXL_DORA))
     one = Recipe(prompt="a ball", adapters=both, **SMALL)
     with_both = engine.generate(one).pixels
@@ -496,7 +497,7 @@ def test_a_dora_beside_a_merged_lora(engine):
 
 
 @pytest.mark.parametrize("multiplier", [1.0, -0.5, 0.0])
-def test_the_formula_of_a_dora(multiplier):
+def test_a_dora_matches_its_formula(multiplier):
     torch.manual_seed(5)
     down, up, magnitude, weight, bias, x = (
         torch.randn(size) for size in ((3, 8), (5, 3), (5,), (5, 8), (5,), (4, 8))
@@ -522,7 +523,7 @@ def test_the_alpha_of_a_dora_comes_from_the_recipe(engine):
     adapter = read_adapter(SDXL_DORA)
     assert {delta.scale for delta in adapter.deltas.values()} == {1.0}
     assert {delta.scale for delta in adapter.with_alpha(4).deltas.values()} == {0.5}
-    plain = painted(SDXL_DORA)
+    plain = recipe_with(SDXL_DORA)
     given = {
         alpha: replace(plain, adapters=(replace(plain.adapters[0], alpha=alpha),))
         for alpha in (8.0, 4.0)
@@ -531,8 +532,8 @@ def test_the_alpha_of_a_dora_comes_from_the_recipe(engine):
     assert not np.array_equal(engine.generate(given[4.0]).pixels, engine.generate(plain).pixels)
 
 
-def test_no_other_kind_is_given_an_alpha(engine):
-    recipe = painted(SDXL_LORA)
+def test_an_alpha_for_another_kind_of_adapter_is_refused(engine):
+    recipe = recipe_with(SDXL_LORA)
     with pytest.raises(AdapterFormatError, match="is not a DoRA"):
         engine.generate(replace(recipe, adapters=(replace(recipe.adapters[0], alpha=4.0),)))
 
@@ -545,7 +546,7 @@ def test_no_other_kind_is_given_an_alpha(engine):
         {"m.lora_down.weight": torch.ones(2, 4, 3, 3), "m.lora_up.weight": torch.ones(4, 2, 1, 1)},
     ],
 )
-def test_shapes_that_make_no_dora(tmp_path, wrong):
+def test_invalid_dora_shapes_are_refused(tmp_path, wrong):
     tensors = {
         "m.lora_down.weight": torch.ones(2, 4),
         "m.lora_up.weight": torch.ones(4, 2),
@@ -558,7 +559,7 @@ def test_shapes_that_make_no_dora(tmp_path, wrong):
 # --- texts --------------------------------------------------------------------------------------
 
 
-def test_each_text_encoder_reads_its_own_negative_prompt(engine):
+def test_each_text_encoder_encodes_its_own_negative_prompt(engine):
     plain = Recipe(prompt="a ball", negative_prompt="ugly", **SMALL)
     images = [
         engine.generate(replace(plain, negative_prompt_2=text)).pixels
@@ -572,7 +573,7 @@ def test_each_text_encoder_reads_its_own_negative_prompt(engine):
     assert len({engine.generate(one).pixels.tobytes() for one in without_guidance}) == 1
 
 
-def test_the_end_of_each_text_that_does_not_fit_is_named_once(engine):
+def test_the_truncated_end_of_each_text_is_quoted_once(engine):
     long = " ".join(["ball"] * 100)
     image = engine.generate(
         Recipe(prompt=long, negative_prompt="", negative_prompt_2=long, **SMALL)
@@ -590,7 +591,7 @@ def no_adapters(part: str) -> tuple[()]:
 @pytest.mark.parametrize(
     "recipe", [Recipe(prompt="", **SMALL), Recipe(prompt="", **SD15)], ids=["sdxl", "sd15"]
 )
-def test_a_blank_condition_has_the_shapes_of_a_real_one(recipe):
+def test_blank_conditioning_has_the_shapes_of_real_conditioning(recipe):
     text, size = load_model_of(recipe).text, Size(64, 64)
     with torch.no_grad():
         real = text.encode(Prompts("", ""), size, no_adapters)
@@ -602,7 +603,7 @@ def test_a_blank_condition_has_the_shapes_of_a_real_one(recipe):
     assert text.blank(size, negative=False).negative is None
 
 
-def test_sizes_are_told_as_height_and_width():
+def test_size_conditioning_has_the_order_height_width():
     with torch.no_grad():
         encoded = load(TINY_SDXL).text.encode(Prompts("", ""), Size(96, 64), no_adapters)
     for row in (encoded.negative, encoded.positive):
@@ -627,7 +628,7 @@ def test_fast_is_nearly_exact_and_leaves_no_trace(engine, path):
     )
 
 
-def test_images_made_side_by_side_have_their_own_texts_and_noise(engine):
+def test_images_of_a_batch_have_their_own_texts_and_noise(engine):
     one = Recipe(prompt="a ball", negative_prompt="ugly", fidelity="fast", **SMALL)
     recipes = [one, replace(one, prompt="a box", seed=7), replace(one, negative_prompt_2="")]
     together = engine.generate_batch(recipes)
@@ -641,9 +642,12 @@ def test_images_made_side_by_side_have_their_own_texts_and_noise(engine):
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("fidelity", ["exact", "fast"])
-def test_the_models_take_turns_within_a_budget_for_one(fidelity):
+def test_models_alternate_within_a_budget_for_one(fidelity):
     """Alternate 20 times: one base at a time, evicted bases are freed, and the images are equal."""
-    recipes = [painted(LORA, **SD15, fidelity=fidelity), painted(SDXL_LORA, fidelity=fidelity)]
+    recipes = [
+        recipe_with(LORA, **SD15, fidelity=fidelity),
+        recipe_with(SDXL_LORA, fidelity=fidelity),
+    ]
     alone = [Engine(device="cpu").generate(recipe).pixels for recipe in recipes]
     largest = max(expected_bytes_of(recipe) for recipe in recipes)
     engine = Engine(device="cpu", base_budget_bytes=largest)
@@ -657,7 +661,7 @@ def test_the_models_take_turns_within_a_budget_for_one(fidelity):
         assert [ref() is not None for ref in seen] == [False] * turn + [True]
 
 
-def test_a_budget_for_both_keeps_both():
+def test_a_budget_for_both_models_keeps_both_loaded():
     recipes = [Recipe(prompt="", **SD15), Recipe(prompt="", **SMALL)]
     engine = Engine(device="cpu", base_budget_bytes=2**30)
     engine.generate(recipes[0])

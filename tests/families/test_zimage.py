@@ -1,4 +1,4 @@
-"""Z-Image: what no other family has. Its golden training runs are in tests/training."""
+"""Z-Image: behavior that no other family has. Its golden training runs are in tests/training."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def engine() -> Engine:
 
 
 def of_diffusers(recipe: Recipe) -> Any:
-    """The image as diffusers' pipeline makes it, with the trainer's schedule and guidance."""
+    """Return the image of diffusers' pipeline, with the trainer's schedule and guidance."""
     model = load_model_of(recipe)
     parts: Any = model.parts
     pipeline = ZImagePipeline(
@@ -68,12 +68,12 @@ def of_diffusers(recipe: Recipe) -> Any:
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.5])
-def test_an_image_has_the_pixels_of_diffusers(engine, guidance):
+def test_an_image_has_the_pixels_of_the_diffusers_pipeline(engine, guidance):
     recipe = replace(SMALL, guidance_scale=guidance)
     assert np.array_equal(engine.generate(recipe).pixels, of_diffusers(recipe))
 
 
-def test_the_negative_prompt_acts_with_guidance_only(engine):
+def test_the_negative_prompt_has_an_effect_only_with_guidance(engine):
     other = replace(SMALL, negative_prompt="ugly")
     assert not np.array_equal(engine.generate(SMALL).pixels, engine.generate(other).pixels)
     plain = [replace(one, guidance_scale=1.0) for one in (SMALL, other)]
@@ -84,14 +84,14 @@ def test_sizes_are_multiples_of_16(engine):
     assert engine.generate(replace(SMALL, width=101, height=75)).pixels.shape == (64, 96, 3)
 
 
-def test_the_end_of_a_long_prompt_is_quoted(engine):
+def test_the_truncated_end_of_a_prompt_is_quoted(engine):
     image = engine.generate(replace(SMALL, prompt="ball " * 600 + "at night", steps=1))
     (warning,) = image.warnings
     assert warning.startswith("The end of the prompt exceeds 512 tokens")
     assert warning.endswith('at night".')
 
 
-def test_a_lora_leaves_no_trace_and_acts_live_as_merged(engine):
+def test_a_lora_leaves_no_trace_and_is_equal_merged_and_live(engine):
     pristine = engine.generate(SMALL).pixels
     merged = replace(SMALL, adapters=(AdapterRef.from_file(ZIMAGE_LORA),))
     first = engine.generate(merged).pixels.astype(int)
@@ -109,7 +109,7 @@ def test_previews_and_sizes_of_latents():
     assert latents.preview(torch.randn(16, 8, 12), size).shape == (8, 12, 3)
 
 
-def test_a_blank_encoding_fits_the_denoiser():
+def test_the_denoiser_accepts_blank_conditioning():
     model = load_model_of(SMALL)
     size, guidance = Size(64, 64), Guidance(3.0)
     blank = model.text.blank(size, negative=True)
@@ -132,7 +132,7 @@ def test_the_adapter_is_recognised(engine):
     [("guidance_rescale", 0.7), ("prediction", "v_prediction"), ("noise", "legacy"),
      ("negative_prompt_2", "x")],
 )  # fmt: skip
-def test_fields_without_meaning_are_refused(field, value):
+def test_fields_that_the_family_does_not_use_are_refused(field, value):
     with pytest.raises(RecipeError, match=f"Z-Image does not use {field}"):
         replace(SMALL, **{field: value})
 
@@ -146,12 +146,12 @@ def test_fast_and_single_files_are_not_implemented(engine, tmp_path):
         engine.generate(replace(SMALL, base_model=str(file)))
 
 
-def test_the_expected_size_covers_the_loaded_one():
+def test_the_estimated_memory_covers_the_loaded_model():
     size = load_model_of(SMALL).size_bytes
     assert size <= expected_bytes_of(SMALL) < 1.3 * size
 
 
-def test_an_old_trainer_s_adapter_asks_for_no_noise_of_its_own(tmp_path):
+def test_an_old_trainers_adapter_does_not_select_legacy_noise(tmp_path):
     """Its noise is always float32, so `auto` must not choose `legacy`, which is refused."""
     old = {"software": '{"name": "ai-toolkit", "version": "0.10.25"}'}
     file = save_adapter(tmp_path / "a.safetensors", load_file(ZIMAGE_LORA), **old)
@@ -161,7 +161,7 @@ def test_an_old_trainer_s_adapter_asks_for_no_noise_of_its_own(tmp_path):
     assert _resolve_noise("auto", adapters, "sd15") == "legacy"
 
 
-def test_the_doctor_s_suspects_are_recipes_of_the_family():
+def test_the_doctors_suspects_are_recipes_of_the_family():
     for recipe in (SMALL, replace(SMALL, dtype="bfloat16")):
         assert {one.recipe.noise for one in precisions(recipe)} == {"modern"}
         assert len(list(precisions(recipe))) == 3

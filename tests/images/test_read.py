@@ -1,4 +1,4 @@
-"""What is read from images: our recipe, or what other programs wrote, as far as it goes."""
+"""Reading of images: Fidelora's recipe, or the supported parameters of other programs."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def foreign(
 
 
 def webp_with_exif(exif: bytes) -> bytes:
-    """A WebP whose EXIF is these bytes; Pillow reads them only when it is asked."""
+    """Return a WebP with these bytes as EXIF, which Pillow parses only on request."""
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, "WEBP", exif=exif)
     return buffer.getvalue()
@@ -87,7 +87,7 @@ def parameters_in(content: bytes) -> Parameters:
 
 
 @pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
-def test_our_recipe_is_read_back_whole(image_format):
+def test_a_recipe_is_read_back_completely(image_format):
     origin = read_origin(ours(image_format))
     assert origin.recipe is not None
     assert origin.recipe == RECIPE
@@ -97,7 +97,7 @@ def test_our_recipe_is_read_back_whole(image_format):
     assert origin.parameters is None
 
 
-def test_a_recipe_that_was_changed_afterwards_is_refused():
+def test_a_recipe_with_a_wrong_digest_is_refused():
     record = {"recipe": RECIPE.to_dict() | {"seed": 43}, "digest": RECIPE.digest}
     with pytest.raises(
         ImageRecordError, match=r"a\.png has a recipe that was changed after the image was made"
@@ -106,13 +106,13 @@ def test_a_recipe_that_was_changed_afterwards_is_refused():
 
 
 @pytest.mark.parametrize("quality", [500, -1, 90, "90", True, 90.5])
-def test_a_quality_that_no_png_has_is_refused(quality):
+def test_a_quality_in_a_png_is_refused(quality):
     record = {"recipe": RECIPE.to_dict(), "quality": quality}
     with pytest.raises(ImageRecordError, match="not valid for its format"):
         read_origin(foreign(fidelora=json.dumps(record)))
 
 
-def test_a_recipe_of_another_format_is_refused_though_there_are_parameters():
+def test_an_unsupported_recipe_format_is_refused_despite_parameters():
     record = {"recipe": RECIPE.to_dict() | {"format": 99}}
     with pytest.raises(
         ImageRecordError, match=r"a recipe that cannot be used\. The recipe's format is not 1"
@@ -121,7 +121,7 @@ def test_a_recipe_of_another_format_is_refused_though_there_are_parameters():
 
 
 @pytest.mark.parametrize("environment", [None, [], "x", {"torch": 5}])
-def test_a_record_may_say_anything_of_its_environment(environment):
+def test_any_environment_in_a_record_is_accepted(environment):
     recipe, read = recipe_of({"recipe": RECIPE.to_dict(), "environment": environment})
     assert recipe == RECIPE
     assert read == ({"torch": "5"} if environment == {"torch": 5} else {})
@@ -134,7 +134,7 @@ def test_a_record_may_say_anything_of_its_environment(environment):
     ("image_format", "order"),
     [("PNG", ""), ("JPEG", "utf-16-be"), ("WEBP", "utf-16-be"), ("JPEG", "utf-16-le")],
 )
-def test_parameters_are_read_as_far_as_they_go(image_format, order):
+def test_supported_parameters_are_read(image_format, order):
     read = parameters_in(foreign(FOREIGN, image_format, order))
     assert read.text == FOREIGN
     assert read.prompt == "masterpiece, a red ball on grass\nsecond line"
@@ -154,7 +154,7 @@ def test_parameters_are_read_as_far_as_they_go(image_format, order):
     assert [(ref.sha256[0], ref.multiplier) for ref in recipe.adapters] == [("a", 0.8), ("b", -0.5)]
 
 
-def test_text_behind_the_pixels_is_found():
+def test_text_chunks_after_the_pixels_are_found():
     content = foreign()
     start = content.index(b"iTXt") - 4
     length = int.from_bytes(content[start : start + 4], "big") + 12
@@ -163,7 +163,7 @@ def test_text_behind_the_pixels_is_found():
     assert parameters_in(moved).fields["steps"] == 30
 
 
-def test_what_the_text_does_not_say_is_left_to_the_model_but_the_size():
+def test_missing_parameters_except_the_size_use_the_models_defaults():
     read = parameters_in(foreign("just a prompt"))
     assert (read.prompt, dict(read.fields)) == ("just a prompt", {"width": 64, "height": 72})
     assert read.recipe(()).steps == SD15.default_steps
@@ -193,7 +193,7 @@ def test_what_the_text_does_not_say_is_left_to_the_model_but_the_size():
         ("Steps: 20, Sampler: Euler, Seed: 1, ENSD: 31337", "ENSD", "is not supported"),
     ],
 )
-def test_what_cannot_be_used_is_named(line, name, reason):
+def test_unused_parameters_are_listed(line, name, reason):
     (ignored,) = read_parameters(f"a ball\n{line}", SD15).ignored
     assert ignored.name == name
     assert reason in ignored.reason
@@ -207,13 +207,13 @@ def test_what_cannot_be_used_is_named(line, name, reason):
         ("a <lora:x:high>", "<lora:x:high>"),
     ],
 )
-def test_a_tag_that_cannot_be_used_is_named(prompt, value):
+def test_unusable_lora_tags_are_listed(prompt, value):
     read = read_parameters(f"{prompt}\nSteps: 20, Sampler: Euler, Seed: 1", SD15)
     assert (read.prompt, read.loras) == ("a", ())
     assert [one.value for one in read.ignored] == [value]
 
 
-def test_weighed_words_are_named_and_kept():
+def test_weighted_words_are_listed_and_stay_in_the_prompt():
     read = read_parameters(
         "a (red:1.3) ball\nNegative prompt: [a|b]\nSteps: 20, Sampler: Euler, Seed: 1", SD15
     )
@@ -225,31 +225,31 @@ def test_weighed_words_are_named_and_kept():
 @pytest.mark.parametrize(
     "content", [b"", b"text", b"GIF89a", b"\x89PNG\r\n\x1a\n", webp_with_exif(b"II*\0")]
 )
-def test_what_is_no_image_is_refused(content):
+def test_a_file_that_is_not_an_image_is_refused(content):
     with pytest.raises(
         ImageRecordError, match=r"a\.png is not a PNG, JPEG or WebP image that can be read"
     ):
         read_origin(content, "a.png")
 
 
-def test_an_image_that_says_nothing_is_refused():
+def test_an_image_without_recipe_or_parameters_is_refused():
     with pytest.raises(ImageRecordError, match="has neither a Fidelora recipe"):
         read_origin(foreign(" "))
 
 
-def test_a_flood_of_text_is_refused():
+def test_too_much_text_is_refused():
     with pytest.raises(ImageRecordError, match="parameters of 50,001 characters"):
         read_origin(foreign("x" * (MAX_PARAMETERS_CHARACTERS + 1)))
 
 
-def test_a_model_that_is_not_known_is_refused():
+def test_an_unknown_model_is_refused():
     with pytest.raises(UnknownModelError):
         read_origin(ours(), model="sd99")
 
 
 @given(st.text(max_size=300))
 @settings(max_examples=300, deadline=None)
-def test_no_text_is_an_error(text):
+def test_arbitrary_text_raises_no_unexpected_error(text):
     read = read_parameters(text, SD15)
     assert read.text == text
 
@@ -284,8 +284,8 @@ NAMES = st.text("abc_-. 0", min_size=1, max_size=10).filter(lambda name: name ==
     )
 )
 @settings(deadline=None)
-def test_our_own_text_is_read_back_to_the_same_recipe(recipe):
-    """With the adapters' bytes and the base model, which the text does not have."""
+def test_written_parameters_are_read_back_as_the_same_recipe(recipe):
+    """The test adds the adapters' hashes and the base model, which the text does not contain."""
     read = read_parameters(parameters_text(recipe, ENVIRONMENT), SD15)
     assert read.recipe(recipe.adapters) == recipe
     assert [(lora.name, lora.hash) for lora in read.loras] == [
@@ -313,7 +313,7 @@ def test_our_own_text_is_read_back_to_the_same_recipe(recipe):
         ("  a < b > c ", "  a < b > c ", ()),
     ],
 )
-def test_tags_are_taken_out_of_prompts(prompt, rest, loras):
+def test_lora_tags_are_removed_from_prompts(prompt, rest, loras):
     assert loras_in(prompt) == (rest, loras)
 
 
@@ -331,12 +331,12 @@ def test_tags_are_taken_out_of_prompts(prompt, rest, loras):
         ("<hypernet:x:1>", "is not a LoRA"),
     ],
 )
-def test_a_tag_that_means_something_else_is_refused(prompt, message):
+def test_unsupported_tags_are_refused(prompt, message):
     with pytest.raises(PromptSyntaxError, match=message):
         loras_in(prompt)
 
 
-def test_a_multiplier_that_is_left_out_is_one():
+def test_the_default_multiplier_of_a_tag_is_1():
     assert lora_of("lora", "x") == NamedLora("x", 1.0)
 
 
@@ -353,14 +353,14 @@ def test_a_multiplier_that_is_left_out_is_one():
         "x BREAK y",
     ],
 )
-def test_notation_of_other_programs_is_noticed(prompt):
+def test_prompt_weighting_syntax_is_detected(prompt):
     assert marks_in(prompt)
 
 
 @pytest.mark.parametrize(
     "prompt", ["a (b)", "[trigger]", "at 1:2", r"\(b:1.2\)", "Andy breaks and", "(c) 2026", ""]
 )
-def test_plain_prompts_are_plain(prompt):
+def test_plain_prompts_have_no_weighting_syntax(prompt):
     assert marks_in(prompt) == ""
 
 
@@ -377,7 +377,7 @@ def test_plain_prompts_are_plain(prompt):
         ("dpmsingle", "Automatic", "dpmsingle"),
     ],
 )
-def test_names_of_samplers(name, scheduler, ours):
+def test_sampler_names_are_mapped(name, scheduler, ours):
     assert sampler_of(name, scheduler, SD15) == ours
 
 
@@ -385,13 +385,13 @@ def test_names_of_samplers(name, scheduler, ours):
     ("name", "scheduler", "field"),
     [("UniPC", "", "sampler"), ("Euler a", "Karras", "scheduler"), ("Euler", "SGM", "scheduler")],
 )
-def test_a_sampler_that_is_not_there_is_refused(name, scheduler, field):
+def test_an_unsupported_sampler_is_refused(name, scheduler, field):
     with pytest.raises(UnknownSamplerError) as caught:
         sampler_of(name, scheduler, SD15)
     assert caught.value.field == field
 
 
-def test_every_sampler_can_be_asked_for_and_has_a_name():
+def test_every_sampler_has_a_name_that_maps_back_to_it():
     for sampler in SD15.samplers:
         assert sampler_of(sampler, "Automatic", SD15) == sampler
         assert sampler_of(*name_of(sampler), SD15) == sampler

@@ -1,4 +1,4 @@
-"""Image files: the pixels, the recipe inside, and that a file is whole or not there."""
+"""Image files: their pixels, the recipe inside, and atomic writing."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ PARAMETERS = (
 
 
 def image_of(recipe=RECIPE):
-    """An image of noise, which no lossy format keeps."""
+    """Return an image of noise, which lossy formats change."""
     pixels = np.random.default_rng(0).integers(0, 256, (72, 64, 3), dtype=np.uint8)
     return GeneratedImage(pixels, recipe, ENVIRONMENT)
 
@@ -62,7 +62,7 @@ def opened(content):
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
-def test_the_recipe_in_a_file_is_the_whole_recipe(tmp_path, image_format):
+def test_the_recipe_in_a_file_is_complete(tmp_path, image_format):
     path = tmp_path / "image"
     path.write_bytes(image_of().encode(image_format))
     record = read_record(path)
@@ -73,7 +73,7 @@ def test_the_recipe_in_a_file_is_the_whole_recipe(tmp_path, image_format):
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
-def test_the_file_is_of_the_format_that_was_asked_for(image_format):
+def test_the_file_has_the_requested_format(image_format):
     with opened(image_of().encode(image_format)) as image:
         assert image.format == image_format.upper()
         assert (image.mode, image.size) == ("RGB", (64, 72))
@@ -86,15 +86,15 @@ def test_png_and_webp_keep_every_pixel(image_format):
         assert np.array_equal(np.asarray(again), image.pixels)
 
 
-def test_jpeg_keeps_the_pixels_nearly():
-    """Of a smooth image: noise is what JPEG is bad at."""
+def test_jpeg_nearly_keeps_the_pixels():
+    """Uses a smooth image, because JPEG changes noise a lot."""
     ramp = np.linspace(0, 255, 64 * 72, dtype=np.uint8).reshape(72, 64, 1).repeat(3, axis=2)
     with opened(GeneratedImage(ramp, RECIPE, ENVIRONMENT).encode("jpeg")) as again:
         assert np.abs(np.asarray(again).astype(int) - ramp).max() <= 4
 
 
 @pytest.mark.parametrize("image_format", ["jpeg", "webp"])
-def test_a_quality_is_kept_with_the_recipe(tmp_path, image_format):
+def test_the_quality_is_stored_with_the_recipe(tmp_path, image_format):
     usual, coarse = image_of().encode(image_format), image_of().encode(image_format, 10)
     assert len(coarse) < len(usual)
     (tmp_path / "image").write_bytes(coarse)
@@ -105,7 +105,7 @@ def test_a_quality_is_kept_with_the_recipe(tmp_path, image_format):
 
 
 @pytest.mark.parametrize(("image_format", "quality"), [("png", 90), ("jpeg", -1), ("webp", 101)])
-def test_a_quality_that_cannot_be(image_format, quality):
+def test_an_invalid_quality_is_refused(image_format, quality):
     with pytest.raises(OutputError, match="JPEG and WebP have one, from 0 to 100"):
         image_of().encode(image_format, quality)
 
@@ -119,11 +119,11 @@ def test_the_same_image_gives_the_same_bytes(image_format):
     assert image_of().encode(image_format) == image_of().encode(image_format)
 
 
-def test_pillow_gets_the_same_pixels():
+def test_conversion_to_pillow_keeps_the_pixels():
     assert np.array_equal(np.asarray(image_of().to_pil()), image_of().pixels)
 
 
-def test_a_recipe_too_long_for_a_jpeg_is_refused_there_and_only_there(tmp_path):
+def test_a_recipe_too_long_for_jpeg_is_refused_only_for_jpeg(tmp_path):
     long = image_of(Recipe(prompt="🙂" * 6_000, negative_prompt="x" * 6_000, width=64, height=72))
     with pytest.raises(
         OutputError, match=r"too long to be kept in a JPEG \(64 KB\); choose png or webp"
@@ -134,7 +134,7 @@ def test_a_recipe_too_long_for_a_jpeg_is_refused_there_and_only_there(tmp_path):
         assert Recipe.from_dict(read_record(long.save(path))["recipe"]) == long.recipe
 
 
-def test_prompts_of_the_greatest_length_in_latin_letters_fit_into_a_jpeg(tmp_path):
+def test_latin_prompts_of_maximum_length_fit_into_a_jpeg(tmp_path):
     long = image_of(Recipe(prompt="x" * 10_000, negative_prompt="y" * 10_000, width=64, height=72))
     assert Recipe.from_dict(read_record(long.save(tmp_path / "image.jpg"))["recipe"]) == long.recipe
 
@@ -142,28 +142,28 @@ def test_prompts_of_the_greatest_length_in_latin_letters_fit_into_a_jpeg(tmp_pat
 # --- the text that other programs read ---------------------------------------------------------------------------------
 
 
-def test_png_has_the_parameters_in_the_form_of_automatic1111():
+def test_png_contains_parameters_in_automatic1111_format():
     with opened(image_of().encode("png")) as image:
         assert isinstance(image, PngImagePlugin.PngImageFile)
         assert image.text["parameters"] == PARAMETERS
 
 
 @pytest.mark.parametrize("image_format", ["jpeg", "webp"])
-def test_jpeg_and_webp_have_the_parameters_as_user_comment(image_format):
+def test_jpeg_and_webp_contain_parameters_as_user_comment(image_format):
     with opened(image_of().encode(image_format)) as image:
         comment = image.getexif().get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
     assert comment.startswith(b"UNICODE\0")
     assert comment.removeprefix(b"UNICODE\0").decode("utf-16-be") == PARAMETERS
 
 
-def test_what_a_recipe_does_not_have_is_not_in_the_parameters():
+def test_parameters_contain_only_fields_that_the_recipe_sets():
     assert parameters_text(Recipe(prompt="a red ball"), ENVIRONMENT) == (
         "a red ball\n"
         "Steps: 25, Sampler: ddpm, CFG scale: 6, Seed: 42, Size: 512x512, Model: stable-diffusion-v1-5, Version: Fidelora 1.2.3"
     )
 
 
-def test_a_value_that_would_break_the_line_of_pairs_is_quoted():
+def test_a_value_with_separators_is_quoted():
     text = parameters_text(Recipe(prompt="", base_model='my, "own": base'), ENVIRONMENT)
     assert r'Model: "my, \"own\": base", Version' in text
 
@@ -183,7 +183,7 @@ def test_an_image_of_another_program_is_refused(tmp_path, image_format):
 
 
 @pytest.mark.parametrize("text", ["", "text", "[1]", "5", "null", "{}", '{"prompt": "x"}'])
-def test_a_png_whose_field_is_no_record_is_refused(tmp_path, text):
+def test_a_png_with_an_invalid_record_is_refused(tmp_path, text):
     path = tmp_path / "foreign.png"
     info = PngImagePlugin.PngInfo()
     info.add_text("fidelora", text)
@@ -193,7 +193,7 @@ def test_a_png_whose_field_is_no_record_is_refused(tmp_path, text):
 
 
 @pytest.mark.parametrize("description", ["a holiday", '{"a": 1}', b"\xff\xfe", "ü"])
-def test_a_jpeg_with_a_description_of_its_own_is_refused(tmp_path, description):
+def test_a_jpeg_with_another_image_description_is_refused(tmp_path, description):
     path = tmp_path / "foreign.jpg"
     exif = Image.Exif()
     exif[ExifTags.Base.ImageDescription] = description
@@ -203,14 +203,14 @@ def test_a_jpeg_with_a_description_of_its_own_is_refused(tmp_path, description):
 
 
 @pytest.mark.parametrize("content", [b"", b"just text", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"])
-def test_a_file_that_is_no_image_is_refused(tmp_path, content):
+def test_a_file_that_is_not_an_image_is_refused(tmp_path, content):
     path = tmp_path / "notes.png"
     path.write_bytes(content)
     with pytest.raises(ImageRecordError, match=r"notes\.png is not an image that can be read"):
         read_record(path)
 
 
-def test_a_folder_is_no_image(tmp_path):
+def test_a_folder_is_refused(tmp_path):
     with pytest.raises(ImageRecordError, match="is not an image that can be read"):
         read_record(tmp_path)
 
@@ -228,7 +228,7 @@ def test_a_missing_image_is_refused(tmp_path):
         read_record(tmp_path / "nowhere.png")
 
 
-def test_an_image_that_another_program_wrote_anew_has_lost_its_recipe(tmp_path):
+def test_an_image_resaved_by_another_program_has_no_recipe(tmp_path):
     path = image_of().save(tmp_path / "image.png")
     with Image.open(path) as image:
         stripped = image.copy()
@@ -252,7 +252,7 @@ def test_an_image_that_another_program_wrote_anew_has_lost_its_recipe(tmp_path):
         ("a.jpg.png", "PNG"),
     ],
 )
-def test_the_suffix_tells_the_format(tmp_path, name, image_format):
+def test_the_suffix_selects_the_format(tmp_path, name, image_format):
     path = image_of().save(str(tmp_path / name))
     assert path == tmp_path / name
     with Image.open(path) as image:
@@ -270,13 +270,13 @@ def test_an_unknown_suffix_is_refused_and_nothing_is_written(tmp_path, name):
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
-def test_the_usual_suffix_of_a_format_means_that_format(tmp_path, image_format):
+def test_the_suffix_of_a_format_selects_that_format(tmp_path, image_format):
     assert format_of(tmp_path / f"a{suffix_of(image_format)}") == image_format
     assert is_image_format(image_format)
 
 
 @pytest.mark.parametrize("name", ["jpg", "PNG", ".png", ""])
-def test_other_names_are_no_formats(name):
+def test_unknown_format_names_are_refused(name):
     assert not is_image_format(name)
 
 
@@ -289,7 +289,7 @@ def test_saving_replaces_an_older_file_and_leaves_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
-def test_a_file_has_the_permissions_that_the_umask_asks_for(tmp_path, mask, mode):
+def test_file_permissions_follow_the_umask(tmp_path, mask, mode):
     before = os.umask(mask)
     try:
         write_atomically(tmp_path / "a", b"x")
@@ -298,7 +298,7 @@ def test_a_file_has_the_permissions_that_the_umask_asks_for(tmp_path, mask, mode
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == mode
 
 
-def test_a_missing_folder_is_told_and_not_made(tmp_path):
+def test_a_missing_folder_is_an_error_and_not_created(tmp_path):
     with pytest.raises(
         OutputError, match=r"nowhere/a\.png could not be written: No such file or directory"
     ):
@@ -306,7 +306,7 @@ def test_a_missing_folder_is_told_and_not_made(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_in_the_place_of_the_file_is_told_and_stays(tmp_path):
+def test_a_folder_at_the_files_path_is_an_error_and_kept(tmp_path):
     (tmp_path / "a.png").mkdir()
     with pytest.raises(OutputError, match=r"a\.png could not be written: Is a directory"):
         image_of().save(tmp_path / "a.png")
@@ -334,8 +334,8 @@ def test_a_failed_write_leaves_nothing_and_keeps_the_older_file(tmp_path, monkey
     )
 
 
-def test_the_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
-    """Else a crash could leave an empty file under the final name."""
+def test_the_file_is_synced_to_disk_before_it_is_renamed(tmp_path, monkeypatch):
+    """Otherwise a crash could leave an empty file under the final name."""
     path, calls = tmp_path / "a.png", []
 
     def watched(name):
@@ -361,12 +361,12 @@ def test_a_recipe_too_long_for_a_jpeg_leaves_the_older_file_intact(tmp_path):
     assert path.read_bytes() == b"older"
 
 
-def test_the_record_is_plain_data():
+def test_the_record_is_json_ready_data():
     assert json.loads(json.dumps(image_of().record())) == image_of().record()
 
 
-def test_a_folder_that_cannot_be_made_durable_is_told(tmp_path, monkeypatch):
-    """The file is there then: the message must not say that it is not."""
+def test_a_failed_sync_of_the_folder_is_reported(tmp_path, monkeypatch):
+    """The file has been written, so the message must not deny it."""
     real = os.fsync
 
     def fails_for_folders(descriptor):
@@ -382,19 +382,19 @@ def test_a_folder_that_cannot_be_made_durable_is_told(tmp_path, monkeypatch):
     assert (tmp_path / "a.png").read_bytes() == b"content"
 
 
-def test_a_name_as_long_as_names_may_be_is_written(tmp_path):
+def test_a_file_name_of_maximum_length_is_written(tmp_path):
     path = tmp_path / ("x" * 251 + ".png")
     write_atomically(path, b"content")
     assert path.read_bytes() == b"content"
 
 
-def test_a_nul_in_the_name_is_an_output_error(tmp_path):
+def test_a_nul_in_the_file_name_is_an_output_error(tmp_path):
     with pytest.raises(OutputError, match="could not be written"):
         write_atomically(tmp_path / "a\0.png", b"content")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_format_that_is_not_written_is_refused(tmp_path):
+def test_an_unsupported_format_is_refused(tmp_path):
     image = GeneratedImage(np.zeros((8, 8, 3), np.uint8), Recipe(prompt=""), {"fidelora": "0"})
     with pytest.raises(OutputError, match="is not a supported image format"):
         image.encode("gif")  # type: ignore[arg-type]
@@ -418,7 +418,7 @@ def test_an_interrupt_while_writing_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_for_output_is_made_and_tried(tmp_path):
+def test_the_output_folder_is_created_and_tested(tmp_path):
     make_folder(tmp_path / "a" / "b")
     assert list((tmp_path / "a" / "b").iterdir()) == []
     (tmp_path / "file").write_bytes(b"")

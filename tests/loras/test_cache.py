@@ -1,4 +1,4 @@
-"""Adapters by content: what is put there, found again, and let go."""
+"""The cache of adapter files by sha256: adding, finding and removing files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def lora(tmp_path) -> Path:
     return Path(shutil.copyfile(LORA, tmp_path / "lora.safetensors"))
 
 
-def test_what_was_kept_is_there_when_its_file_is_gone(cache, lora):
+def test_a_cached_adapter_outlives_its_file(cache, lora):
     ref = cache.keep(lora, "my/lora.safetensors")
     assert (ref.sha256, ref.name, ref.path) == (file_sha256(LORA), "lora", cache.path(ref.sha256))
     lora.unlink()
@@ -46,7 +46,7 @@ def test_no_second_copy_is_made_where_links_are_possible(cache, lora):
     assert cache.path(ref.sha256).samefile(lora)
 
 
-def test_without_links_it_is_copied(cache, lora, monkeypatch):
+def test_without_hard_links_the_file_is_copied(cache, lora, monkeypatch):
     def no_links(*_args):
         raise OSError("another disk")
 
@@ -56,7 +56,7 @@ def test_without_links_it_is_copied(cache, lora, monkeypatch):
     assert file_sha256(cache.path(ref.sha256)) == ref.sha256
 
 
-def test_a_file_that_is_overwritten_in_place_is_noticed(cache, lora):
+def test_a_file_overwritten_in_place_is_detected(cache, lora):
     old = cache.keep(lora, "lora")
     lora.write_bytes(
         LORA_CONV.read_bytes()
@@ -71,8 +71,8 @@ def test_a_file_that_is_overwritten_in_place_is_noticed(cache, lora):
     assert cache.find(old.sha256) is not None
 
 
-def test_two_writes_within_one_tick_of_the_clock_are_told_apart(cache, lora):
-    """Same size, same time: only the bytes differ."""
+def test_two_writes_within_one_tick_of_the_clock_are_distinguished(cache, lora):
+    """Size and modification time are equal; only the bytes differ."""
     content = bytearray(LORA.read_bytes())
     now = time.time_ns()
     os.utime(lora, ns=(now, now))
@@ -110,7 +110,7 @@ def test_a_hash_is_remembered_until_the_file_changes(cache, lora, monkeypatch):
         (b"\x02\0\0\0\0\0\0\0{}", AdapterFormatError),
     ],
 )
-def test_what_is_no_adapter_is_not_kept(cache, tmp_path, content, error):
+def test_a_file_that_is_not_an_adapter_is_not_cached(cache, tmp_path, content, error):
     path = tmp_path / "x.safetensors"
     if content is not None:
         path.write_bytes(content)
@@ -123,7 +123,7 @@ def test_what_is_no_adapter_is_not_kept(cache, tmp_path, content, error):
     assert list(cache.folder.iterdir()) == []
 
 
-def test_left_overs_of_a_killed_server_are_removed(cache):
+def test_leftover_files_of_a_killed_server_are_removed(cache):
     old, new = cache.folder / ".fidelora-1.part", cache.folder / ".fidelora-2.part"
     for path in (old, new):
         path.write_bytes(b"half")
@@ -132,7 +132,7 @@ def test_left_overs_of_a_killed_server_are_removed(cache):
     assert list(cache.folder.iterdir()) == [new]  # somebody may be at it
 
 
-def test_a_url_is_remembered_without_being_written_down(cache, lora):
+def test_a_url_is_remembered_but_not_stored_as_text(cache, lora):
     url = "https://example.com/x.safetensors?token=secret"
     ref = cache.keep(lora, "x")
     assert cache.remembered_url(url) is None
@@ -144,7 +144,7 @@ def test_a_url_is_remembered_without_being_written_down(cache, lora):
 
 
 def downloads(cache: AdapterCache, *sources: Path) -> list[str]:
-    """As if these had come over the network, one a year after the other."""
+    """Cache these files as downloads whose times of use are a year apart."""
     hashes = []
     for year, source in enumerate(sources):
         with cache.temporary() as temporary:
@@ -155,7 +155,7 @@ def downloads(cache: AdapterCache, *sources: Path) -> list[str]:
     return hashes
 
 
-def test_those_used_longest_ago_go_first(tmp_path):
+def test_the_least_recently_used_adapters_are_removed_first(tmp_path):
     cache = AdapterCache(tmp_path / "cache", LORA.stat().st_size + LOKR.stat().st_size)
     oldest, middle, newest = downloads(cache, LORA, LORA_CONV, LOKR)
     assert cache.find(oldest) is not None  # used now
@@ -165,7 +165,7 @@ def test_those_used_longest_ago_go_first(tmp_path):
     assert cache.trim(lambda sha256: False) == []
 
 
-def test_what_a_job_needs_and_what_is_elsewhere_stays(tmp_path, lora):
+def test_adapters_needed_by_jobs_or_stored_elsewhere_are_kept(tmp_path, lora):
     cache = AdapterCache(tmp_path / "cache", 0)
     needed, other = downloads(cache, LOKR, LORA_CONV)
     linked = cache.keep(lora, "lora")

@@ -1,4 +1,4 @@
-"""What an adapter's header says of it."""
+"""Descriptions of adapter files, read from their headers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def adapter(path, module="lora_unet_x", dtype="float32", **metadata: str):
     return describe_adapter(path)
 
 
-def test_files_of_the_trainer():
+def test_the_trainers_files_are_described():
     lora = describe_adapter(LORA)
     assert (lora.kind, lora.modules, lora.ranks, lora.dtypes, lora.text_encoder) == (
         "lora",
@@ -45,7 +45,7 @@ def test_files_of_the_trainer():
     assert describe_adapter(GOLDEN_JOBS / "prompts" / "prompts.safetensors").trigger == "p3rs0n"
 
 
-def test_files_of_other_programs(tmp_path):
+def test_files_of_other_programs_are_described(tmp_path):
     path = tmp_path / "x.safetensors"
     bare = adapter(path, dtype="float16")
     assert (bare.trigger, bare.step, bare.epoch, bare.base, bare.trainer, bare.dtypes) == (
@@ -75,7 +75,7 @@ def test_files_of_other_programs(tmp_path):
         ("ss_steps", "9" * 5000), ("ss_tag_frequency", '{"a": 1}'), ("software", "null"), ("training_info", "[" * 100_000),
     ],
 )  # fmt: skip
-def test_metadata_that_says_nothing_says_nothing(tmp_path, field, value):
+def test_invalid_metadata_is_ignored(tmp_path, field, value):
     found = adapter(tmp_path / "x.safetensors", **{field: value})
     assert (found.step, found.epoch, found.trigger, found.trainer, found.problems) == (
         None,
@@ -95,7 +95,7 @@ def test_metadata_that_says_nothing_says_nothing(tmp_path, field, value):
         (LORA.read_bytes()[:-4], "truncated"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_its_problem(tmp_path, content, words):
+def test_an_invalid_file_has_a_problem(tmp_path, content, words):
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
     found = describe_adapter(path)
@@ -104,7 +104,7 @@ def test_what_is_wrong_with_a_file_is_its_problem(tmp_path, content, words):
     assert words in problem
 
 
-def test_a_file_that_is_not_there_is_a_problem(tmp_path):
+def test_a_missing_file_has_a_problem(tmp_path):
     (problem,) = describe_adapter(tmp_path / "none.safetensors").problems
     assert "cannot be read" in problem
 
@@ -117,5 +117,5 @@ def test_a_file_that_is_not_there_is_a_problem(tmp_path):
         st.text(),
     )
 )
-def test_no_metadata_breaks_it(tmp_path_factory, metadata):
+def test_any_metadata_is_accepted(tmp_path_factory, metadata):
     adapter(tmp_path_factory.mktemp("a") / "x.safetensors", **metadata)

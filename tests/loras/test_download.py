@@ -1,4 +1,4 @@
-"""Downloads from URLs that strangers give: where they may lead, and how much they may take."""
+"""Downloads from untrusted URLs: allowed hosts and addresses, and limits of size and time."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ Handler = Callable[[bytes, asyncio.StreamWriter], Awaitable[None]]
 
 
 class Site:
-    """A TLS server on 127.0.0.1 that is every host that the tests name.
+    """A TLS server on 127.0.0.1, to which every hostname of the tests resolves.
 
     Attributes:
-        heads: of the requests that came, in order.
-        answers: by path; a path that is not there is 404.
-        lookups: the names that were resolved.
-        addresses: what each lookup finds, one after the other; afterwards always 127.0.0.1.
+        heads: request heads in order of arrival.
+        answers: responses by path; other paths return 404.
+        lookups: hostnames that were resolved.
+        addresses: results of the first lookups, in order; later lookups return 127.0.0.1.
     """
 
     def __init__(self, authority: trustme.CA) -> None:
@@ -139,7 +139,7 @@ def refusal(
     return caught.value
 
 
-def test_a_file_arrives_as_it_is(site, target):
+def test_a_downloaded_file_has_the_same_bytes(site, target):
     site.answers["/a.safetensors?x=1"] = answer(CONTENT, 'ETag: "v1"')
     got = fetch(site, target, "https://files.example/a.safetensors?x=1#part")
     assert got == Downloaded(hashlib.sha256(CONTENT).hexdigest(), len(CONTENT), '"v1"')
@@ -147,14 +147,14 @@ def test_a_file_arrives_as_it_is(site, target):
     assert b"Host: files.example" in site.heads[0]
 
 
-def test_a_file_without_a_length_arrives_too(site, target):
+def test_a_file_without_content_length_is_downloaded(site, target):
     site.answers["/a"] = answer(CONTENT, length=-1)
     got = fetch(site, target, "https://files.example/a")
     assert got is not None
     assert got.size_bytes == len(CONTENT)
 
 
-def test_a_version_that_is_here_is_not_fetched_again(site, target):
+def test_an_unchanged_file_is_not_downloaded_again(site, target):
     site.answers["/a"] = answer(b"", status=304, length=-1)
     assert fetch(site, target, "https://files.example/a", etag='"v1"') is None
     assert b'If-None-Match: "v1"' in site.heads[0]
@@ -175,7 +175,7 @@ def test_a_version_that_is_here_is_not_fetched_again(site, target):
         "https://\udcff/a",
     ],
 )  # fmt: skip
-def test_urls_that_are_not_used(site, target, url):
+def test_urls_that_are_not_allowed_are_refused(site, target, url):
     assert isinstance(refusal(site, target, url), AdapterUrlRefusedError)
     assert site.lookups == []
 
@@ -183,7 +183,7 @@ def test_urls_that_are_not_used(site, target, url):
 @pytest.mark.parametrize(
     "host", ["FILES.example", "files.example.", "files.example:443", "x.cdn.example"]
 )
-def test_spellings_of_hosts_that_are_listed(site, target, host):
+def test_other_spellings_of_listed_hosts_are_accepted(site, target, host):
     site.answers["/a"] = answer(CONTENT)
     assert fetch(site, target, f"https://{host}/a") is not None
 
@@ -194,8 +194,8 @@ def test_spellings_of_hosts_that_are_listed(site, target, host):
      "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "0.0.0.0", "10.0.0.1", "169.254.169.254", "[fe80::1]",
      "[fd00::1]", "[64:ff9b::7f00:1]", "localhost"],
 )  # fmt: skip
-def test_addresses_in_place_of_names(site, target, literal):
-    """Not listed, they are refused for that; listed by mistake, for what they are."""
+def test_ip_addresses_instead_of_hostnames_are_refused(site, target, literal):
+    """They are refused whether the host is not listed or is listed by mistake."""
     url = f"https://{literal}/a"
     assert isinstance(refusal(site, target, url), AdapterUrlRefusedError)
 
@@ -212,7 +212,7 @@ def test_addresses_in_place_of_names(site, target, literal):
     )
 
 
-def test_no_hosts_no_urls(site, target):
+def test_without_listed_hosts_all_urls_are_refused(site, target):
     error = refusal(site, target, "https://files.example/a", DownloadRules())
     assert "FIDELORA_LORA_HOSTS" in str(error)
 
@@ -229,7 +229,7 @@ INSIDE = [
 
 
 @pytest.mark.parametrize("address", INSIDE)
-def test_names_that_lead_inside(site, target, address):
+def test_hostnames_with_private_addresses_are_refused(site, target, address):
     site.answers["/a"] = answer(CONTENT)
     site.addresses = [[address]]
     assert isinstance(refusal(site, target, "https://files.example/a"), AdapterUrlRefusedError)
@@ -238,7 +238,7 @@ def test_names_that_lead_inside(site, target, address):
     assert site.heads == []
 
 
-def test_a_name_that_leads_nowhere(site, target):
+def test_a_hostname_that_does_not_resolve_is_an_error(site, target):
     site.addresses = [[]]
     refusal(site, target, "https://files.example/a")
 
@@ -246,19 +246,19 @@ def test_a_name_that_leads_nowhere(site, target):
 @pytest.mark.parametrize(
     "address", ["93.184.215.14", "8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8"]
 )
-def test_the_public_internet(address):
+def test_public_addresses_are_accepted(address):
     assert is_public(address)
 
 
 @given(st.ip_addresses())
-def test_nothing_that_is_not_global_is_public(ip):
+def test_addresses_that_are_not_global_are_not_public(ip):
     mapped = getattr(ip, "ipv4_mapped", None)
     if not (mapped or ip).is_global:
         assert not is_public(str(ip))
 
 
 @given(st.ip_addresses(v=4).filter(lambda ip: not ip.is_global))
-def test_an_inner_address_in_a_wrapping_is_not_public(ip):
+def test_an_embedded_private_address_is_not_public(ip):
     number = int(ip)
     for wrapped in (
         0xFFFF << 32 | number,
@@ -269,7 +269,7 @@ def test_an_inner_address_in_a_wrapping_is_not_public(ip):
         assert not is_public(str(ipaddress.IPv6Address(wrapped)))
 
 
-def test_the_address_that_was_checked_is_the_one_that_is_used(site, target):
+def test_the_connection_uses_the_address_that_was_checked(site, target):
     """Each connection resolves the name once, so DNS rebinding cannot replace the address."""
     site.answers["/a"] = answer(CONTENT)
     site.addresses = [["127.0.0.1"], ["10.0.0.1"]]
@@ -277,7 +277,7 @@ def test_the_address_that_was_checked_is_the_one_that_is_used(site, target):
     assert site.lookups == ["files.example"]
 
 
-def test_a_certificate_is_for_the_name_and_not_for_the_address(site, target):
+def test_the_certificate_is_verified_for_the_hostname(site, target):
     site.answers["/a"] = answer(CONTENT)
     rules = replace(RULES, hosts=frozenset({"*.example"}))
     assert isinstance(refusal(site, target, "https://other.example/a", rules), AdapterDownloadError)
@@ -288,14 +288,14 @@ def test_a_certificate_is_for_the_name_and_not_for_the_address(site, target):
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_a_redirect_to_another_host_that_is_listed(site, target, status):
+def test_a_redirect_to_another_listed_host_is_followed(site, target, status):
     site.answers["/a"] = redirect("https://x.cdn.example/b", status)
     site.answers["/b"] = answer(CONTENT)
     assert fetch(site, target, "https://files.example/a") is not None
     assert target.read_bytes() == CONTENT
 
 
-def test_a_redirect_may_be_relative(site, target):
+def test_a_relative_redirect_is_followed(site, target):
     site.answers["/a/b"] = redirect("../c")
     site.answers["/c"] = answer(CONTENT)
     assert fetch(site, target, "https://files.example/a/b") is not None
@@ -307,27 +307,27 @@ def test_a_redirect_may_be_relative(site, target):
      "file:///etc/passwd", "//other.example/b",
      "https://u:p@files.example/b", "https://files.example:1/b", ""],
 )  # fmt: skip
-def test_redirects_are_judged_like_the_first_url(site, target, place):
+def test_redirects_are_checked_like_the_first_url(site, target, place):
     site.answers["/a"] = redirect(place)
     site.answers["/b"] = answer(CONTENT)
     refusal(site, target, "https://files.example/a")
     assert all(b"GET /b" not in head for head in site.heads)
 
 
-def test_a_redirect_to_an_address_inside(site, target):
+def test_a_redirect_to_a_private_address_is_refused(site, target):
     site.answers["/a"] = redirect("https://x.cdn.example/b")
     site.addresses = [["127.0.0.1"], ["169.254.169.254"]]
     assert isinstance(refusal(site, target, "https://files.example/a"), AdapterUrlRefusedError)
     assert len(site.heads) == 1
 
 
-def test_redirects_end(site, target):
+def test_the_number_of_redirects_is_limited(site, target):
     site.answers["/a"] = redirect("/a")
     assert "redirects" in str(refusal(site, target, "https://files.example/a"))
     assert len(site.heads) == RULES.max_redirects + 1
 
 
-def test_the_token_goes_to_the_hub_and_nowhere_else(site, target):
+def test_the_token_is_sent_only_to_the_hub(site, target):
     site.answers["/o/n/resolve/main/a.safetensors"] = redirect("https://x.cdn.example/b")
     site.answers["/b"] = answer(CONTENT)
     fetch(site, target, "https://huggingface.co/o/n/blob/main/a.safetensors", token=TOKEN)
@@ -348,16 +348,16 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(site, target):
         ),
     ],
 )
-def test_links_of_the_hub(site, target, path, asked):
+def test_hub_links_become_download_links(site, target, path, asked):
     site.answers[asked] = answer(CONTENT)
     assert fetch(site, target, f"https://huggingface.co{path}") is not None
 
 
-def test_the_page_of_a_folder_is_no_file(site, target):
+def test_a_hub_folder_page_is_refused(site, target):
     assert "folder" in str(refusal(site, target, "https://huggingface.co/o/n/tree/main"))
 
 
-def test_other_hosts_may_call_their_folders_blob(site, target):
+def test_blob_in_urls_of_other_hosts_is_not_changed(site, target):
     site.answers["/o/n/blob/a"] = answer(CONTENT)
     assert fetch(site, target, "https://files.example/o/n/blob/a") is not None
 
@@ -371,7 +371,7 @@ def test_other_hosts_may_call_their_folders_blob(site, target):
      (404, AdapterNotFoundError, "no file"), (410, AdapterNotFoundError, "no file"),
      (500, AdapterDownloadError, "500"), (204, AdapterDownloadError, "204")],
 )  # fmt: skip
-def test_answers_that_are_no_file(site, target, status, kind, words):
+def test_responses_that_are_not_a_file_are_refused(site, target, status, kind, words):
     site.answers["/a?secret=1"] = answer(b"", status=status, length=-1 if status == 204 else None)
     error = refusal(site, target, "https://files.example/a?secret=1", token=TOKEN)
     assert isinstance(error, kind)
@@ -386,17 +386,17 @@ def test_answers_that_are_no_file(site, target, status, kind, words):
         answer(b"<HTML>"),
     ],
 )
-def test_a_web_page_is_no_lora(site, target, given):
+def test_a_web_page_is_refused(site, target, given):
     site.answers["/a"] = given
     assert "web page" in str(refusal(site, target, "https://files.example/a"))
 
 
-def test_a_file_that_is_too_large_is_not_begun(site, target):
+def test_a_file_that_is_too_large_is_not_downloaded(site, target):
     site.answers["/a"] = answer(b"", length=RULES.max_bytes + 1)
     assert "too large" in str(refusal(site, target, "https://files.example/a"))
 
 
-def test_a_file_without_end_is_ended(site, target):
+def test_an_endless_file_is_aborted(site, target):
     sent = 0
 
     async def endless(_head: bytes, writer: asyncio.StreamWriter) -> None:
@@ -415,12 +415,12 @@ def test_a_file_without_end_is_ended(site, target):
     assert sent < 10 * RULES.max_bytes
 
 
-def test_a_file_that_is_cut_off_is_not_taken_for_whole(site, target):
+def test_a_truncated_download_is_refused(site, target):
     site.answers["/a"] = answer(CONTENT, length=len(CONTENT) + 1)
     assert isinstance(refusal(site, target, "https://files.example/a"), AdapterDownloadError)
 
 
-def test_what_is_packed_is_not_unpacked(site, target):
+def test_compressed_responses_are_refused(site, target):
     site.answers["/a"] = answer(b"\x1f\x8b", "Content-Encoding: gzip")
     assert "content encoding" in str(refusal(site, target, "https://files.example/a"))
     assert b"Accept-Encoding: identity" in site.heads[0]
@@ -429,8 +429,8 @@ def test_what_is_packed_is_not_unpacked(site, target):
 @pytest.mark.parametrize(
     "start", [b"", b"HTTP/1.1 200 X\r\n", b"HTTP/1.1 200 X\r\nContent-Length: 100\r\n\r\n"]
 )
-def test_a_server_that_drips_holds_nobody(site, target, start):
-    """Each byte in time, the whole never."""
+def test_a_slow_server_is_limited_by_the_total_timeout(site, target, start):
+    """Every byte arrives in time, but the whole file never does."""
 
     async def drip(_head: bytes, writer: asyncio.StreamWriter) -> None:
         writer.write(start)
@@ -444,7 +444,7 @@ def test_a_server_that_drips_holds_nobody(site, target, start):
     assert "within 0.5 seconds" in str(error)
 
 
-def test_a_name_server_that_does_not_answer_holds_nobody(site, target):
+def test_a_name_server_without_response_is_limited_by_the_timeout(site, target):
     async def never(_host: str, _port: int) -> list[str]:
         await asyncio.Event().wait()
         return []
@@ -455,7 +455,7 @@ def test_a_name_server_that_does_not_answer_holds_nobody(site, target):
     )
 
 
-def test_who_leaves_leaves_nothing(site, target):
+def test_a_canceled_download_leaves_no_file(site, target):
     async def run() -> None:
         came = asyncio.Event()
 
@@ -481,7 +481,7 @@ def test_who_leaves_leaves_nothing(site, target):
     asyncio.run(run())
 
 
-def test_proxies_of_the_environment_are_not_used(site, target, monkeypatch):
+def test_proxies_in_the_environment_are_not_used(site, target, monkeypatch):
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
     site.answers["/a"] = answer(CONTENT)

@@ -37,18 +37,18 @@ def test_a_file_below_the_folder_is_found(root):
         ".", "/", "../adapters-of-others/x.safetensors",
     ],
 )  # fmt: skip
-def test_names_that_lead_elsewhere_are_refused(root, name):
+def test_names_outside_the_folder_are_refused(root, name):
     with pytest.raises(AdapterPlaceError):
         adapter_path(root, name)
 
 
-def test_an_absolute_path_outside_is_refused_whether_or_not_it_is_there(root):
+def test_an_absolute_path_outside_is_refused_even_if_missing(root):
     for place in (root.parent / "secret.safetensors", root.parent / "absent.safetensors"):
         with pytest.raises(AdapterPlaceError, match="outside of the adapter folder"):
             adapter_path(root, str(place))
 
 
-def test_a_folder_whose_name_begins_alike_is_outside(root):
+def test_a_folder_whose_name_has_the_same_prefix_is_outside(root):
     with pytest.raises(AdapterPlaceError, match="outside of the adapter folder"):
         adapter_path(root, str(root.parent / "adapters-of-others" / "x.safetensors"))
 
@@ -63,7 +63,7 @@ def test_links_out_of_the_folder_are_refused_and_links_inside_are_followed(root)
     assert adapter_path(root, "in.safetensors") == root / "job" / "sks.safetensors"
 
 
-def test_a_root_that_is_a_link_itself_is_the_folder_it_leads_to(root, tmp_path):
+def test_the_adapter_folder_can_be_a_link(root, tmp_path):
     (tmp_path / "link").symlink_to(root, target_is_directory=True)
     assert (
         adapter_path(tmp_path / "link", "job/sks.safetensors") == root / "job" / "sks.safetensors"
@@ -79,12 +79,12 @@ def test_a_root_that_is_a_link_itself_is_the_folder_it_leads_to(root, tmp_path):
         "job.safetensors/a.safetensors",
     ],
 )
-def test_a_file_that_is_not_there(root, name):
+def test_a_missing_file_is_an_error(root, name):
     with pytest.raises(AdapterNotFoundError):
         adapter_path(root, name)
 
 
-def test_a_folder_or_a_pipe_is_no_file(root):
+def test_folders_and_pipes_are_refused(root):
     (root / "folder.safetensors").mkdir()
     os.mkfifo(root / "pipe.safetensors")
     for name in ("folder.safetensors", "pipe.safetensors"):
@@ -114,7 +114,7 @@ def test_a_folder_or_a_pipe_is_no_file(root):
 @settings(
     max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_no_name_leads_out(root, parts):
+def test_no_name_leads_out_of_the_folder(root, parts):
     try:
         path = adapter_path(root, "/".join(parts))
     except AdapterError:
@@ -123,7 +123,7 @@ def test_no_name_leads_out(root, parts):
     assert path.is_file()
 
 
-def test_prompts_name_files_without_folder_and_ending(root):
+def test_prompts_name_files_without_folder_and_extension(root):
     (root / "other").mkdir()
     (root / "other" / "style.SAFETENSORS").write_bytes(b"x")
     assert names_in_prompts(root) == {
@@ -147,6 +147,6 @@ def test_prompts_name_files_without_folder_and_ending(root):
 @pytest.mark.parametrize(
     "name", ["none", "", "../secret", "/etc/passwd", "job/../job/sks", "*", "sks.safetensors"]
 )
-def test_a_prompt_names_nothing_else(root, name):
+def test_other_names_in_prompts_are_refused(root, name):
     with pytest.raises(AdapterNotFoundError):
         adapter_named_in_prompt(root, name)

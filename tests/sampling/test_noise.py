@@ -29,20 +29,20 @@ def digest(*tensors: torch.Tensor) -> str:
 
 
 @pytest.mark.parametrize(("dtype", "shape"), TORCH_2_9_1)
-def test_legacy_noise_is_that_of_torch_2_9_1(dtype, shape):
+def test_legacy_noise_equals_that_of_torch_2_9_1(dtype, shape):
     generator = torch.Generator().manual_seed(42)
     draws = [legacy_randn(shape, generator, getattr(torch, dtype)) for _ in range(2)]
     assert digest(*draws) == TORCH_2_9_1[dtype, shape]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_modern_half_precision_noise_is_float32_noise_rounded(dtype):
+def test_modern_half_precision_noise_is_rounded_float32_noise(dtype):
     """Noise is modern from torch 2.12 on; this fails if a later torch draws in another way."""
     expected = NoiseSource([7], "modern").initial((1, 4, 64, 64), torch.float32).to(dtype)
     assert torch.equal(NoiseSource([7], "modern").initial((1, 4, 64, 64), dtype), expected)
 
 
-def test_in_float32_both_kinds_are_one():
+def test_in_float32_both_kinds_of_noise_are_equal():
     legacy, modern = (
         NoiseSource([7], noise).initial((1, 4, 9, 9), torch.float32)
         for noise in ("legacy", "modern")
@@ -84,7 +84,7 @@ def test_legacy_noise_is_standard_normal():
 
 
 @pytest.mark.parametrize(("noise", "dtype"), [("modern", torch.float32), ("legacy", torch.float16)])
-def test_images_side_by_side_have_the_noise_that_each_has_alone(noise, dtype):
+def test_images_of_a_batch_have_the_noise_of_images_made_alone(noise, dtype):
     together = NoiseSource([7, 8], noise)
     first = together.initial((1, 4, 8, 8), dtype)
     with together.drawing():

@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 
 def theirs(steps: int, *, mu: float | None = None, shift: float = 1.0):
-    """diffusers' scheduler with the sigmas that pipelines pass."""
+    """Return diffusers' scheduler with the sigmas that pipelines pass."""
     options = {"use_dynamic_shifting": True} if mu is not None else {"shift": shift}
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(
         {"num_train_timesteps": 1000, "time_shift_type": "exponential", **options}

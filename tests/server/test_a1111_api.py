@@ -436,7 +436,7 @@ def test_settings_cannot_be_changed(client):
     assert client.post("/sdapi/v1/refresh-loras").json() is None
 
 
-def test_lists(client):
+def test_lists_of_models_samplers_and_loras(client):
     samplers = client.get("/sdapi/v1/samplers").json()
     assert {
         "name": "DPM++ 2M",
@@ -534,7 +534,7 @@ def test_failures_and_a_full_queue(url, context, worker):
         assert [len(one.result(30).images) for one in others] == [1, 1, 1]
 
 
-def test_keys(tmp_path):
+def test_api_keys(tmp_path):
     context = context_in(tmp_path)
     keys = {name: context.keys.add(name) for name in ("me", "you")}
     with listening(context) as url:

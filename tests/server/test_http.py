@@ -298,7 +298,7 @@ def test_cancelling(client, worker):
     assert error(client.delete("/v1/requests/unknown")) == (404, "REQUEST_NOT_FOUND")
 
 
-def test_a_request_under_the_same_key_is_the_same_request(client, context):
+def test_an_idempotency_key_returns_the_same_request(client, context):
     key = {"Idempotency-Key": "mine"}
     random = with_prompt(seed=-1)
     first = submit(client, random, **key)

@@ -342,7 +342,7 @@ def test_a_failure_in_a_stream_is_an_error_there(client, context, worker):
             list(stream)
 
 
-def test_keys(tmp_path):
+def test_api_keys(tmp_path):
     context = context_in(tmp_path)
     key = context.keys.add("me")
     with listening(context) as url:

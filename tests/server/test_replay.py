@@ -447,7 +447,7 @@ def test_a_full_queue_and_a_stopping_server(client, context):
     assert error(send(client, image_of()))[:2] == (503, "SERVER_STOPPING")
 
 
-def test_keys(tmp_path):
+def test_api_keys(tmp_path):
     context = context_in(tmp_path)
     key = context.keys.add("me")
     client = client_of(context)

@@ -189,7 +189,7 @@ def first_recipe(
 
 
 def differences(recipe: Recipe, here: Recipe) -> list[str]:
-    """Describe each field in which this server's recipe differs; empty if the image is the same."""
+    """Describe each field that differs in this server's recipe; none if the image is the same."""
     names = [entry.name for entry in fields(Recipe)]
     # Without a hash on both sides, the short names are compared here, and the content by a worker.
     known = bool(recipe.base_sha256 and here.base_sha256)

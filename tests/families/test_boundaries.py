@@ -1,4 +1,4 @@
-"""What a new family may rely on: families are independent, and nothing else names their parts."""
+"""Model families are independent of each other, and other code does not name their parts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_no_family_imports_another():
                 assert not any((module or "").startswith(other) for other in others), path
 
 
-def test_nothing_outside_the_families_names_their_parts():
+def test_code_outside_families_does_not_name_their_parts():
     parts = {part.name for family in all_families().values() for part in family.parts} - {"vae"}
     found = set()
     for path in SOURCE.rglob("*.py"):
