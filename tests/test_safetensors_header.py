@@ -327,7 +327,9 @@ def test_the_error_for_an_unknown_dtype_names_it(read, dtype):
 
 @pytest.mark.parametrize("shape", [[-1], [-1, -1], [1.0], ["1"], [None], [[1]], [True]])
 def test_an_invalid_shape_is_refused(read, shape):
-    with pytest.raises(WeightsFileError, match=r"has unet\.a with the invalid shape \[.*\]: it is damaged"):
+    with pytest.raises(
+        WeightsFileError, match=r"has unet\.a with the invalid shape \[.*\]: it is damaged"
+    ):
         read(file_of({"unet.a": {**TWO_BYTES, "shape": shape}}, b"xx"))
 
 
