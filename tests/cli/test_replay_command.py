@@ -60,7 +60,7 @@ def test_all_formats_give_the_same_pixels(fidelora, made, tmp_path, name, qualit
     code, out, err = fidelora("replay", str(image), "--compare", *LORAS, *CPU)
     assert (code, out, err) == (0, f"{again}\nidentical: every pixel is the same\n", "")
     assert np.array_equal(np.asarray(Image.open(again)), np.asarray(Image.open(image)))
-    assert Recipe.from_dict(read_record(again)["recipe"]) == RECIPE
+    assert Recipe.from_dict(read_record(again)["recipe"]) == made.recipe
 
 
 def test_loras_are_found_by_hash_under_any_name(fidelora, image, tmp_path):

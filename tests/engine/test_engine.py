@@ -276,7 +276,7 @@ def test_an_overwritten_adapter_file_is_detected(tmp_path):
 def test_a_recipe_from_json_finds_its_adapter_in_the_library():
     engine = Engine(device="cpu")
     recipe = Recipe(prompt="a ball", adapters=(AdapterRef.from_file(LORA),), **SMALL)
-    read_back = Recipe.from_json(recipe.to_json())
+    read_back = Recipe.from_dict(recipe.to_dict(paths=True))
     with pytest.raises(AdapterNotFoundError, match=r"engine\.adapters\.add"):
         engine.generate(read_back)
     assert engine.adapters.add(LORA) == recipe.adapters[0]

@@ -115,7 +115,7 @@ def test_a_quality_in_a_png_is_refused(quality):
 def test_an_unsupported_recipe_format_is_refused_despite_parameters():
     record = {"recipe": RECIPE.to_dict() | {"format": 99}}
     with pytest.raises(
-        ImageRecordError, match=r"a recipe that cannot be used\. The recipe's format is not 1"
+        ImageRecordError, match=r"a recipe that cannot be used\. This version of Fidelora reads"
     ):
         read_origin(foreign(fidelora=json.dumps(record)))
 

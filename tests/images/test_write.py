@@ -32,6 +32,7 @@ RECIPE = Recipe(
     prompt='süß 🙂 "a ball"\nin two lines',
     negative_prompt="blurry, bad",
     base_model="models/my base.safetensors",
+    base_sha256="ab" * 32,
     width=64,
     height=72,
     steps=12,
