@@ -410,7 +410,7 @@ def test_the_callers_autocast_has_no_effect(engine):
 def test_generating_inside_on_step_is_refused(engine):
     recipe = Recipe(prompt="a ball", **SMALL)
     expected = pixels(engine, recipe)
-    with pytest.raises(EngineBusyError, match="from inside `on_step`"):
+    with pytest.raises(EngineBusyError, match="was called from `on_step`"):
         engine.generate(recipe, lambda _: engine.load(recipe))
     assert pixels(engine, recipe) == expected
 
