@@ -317,7 +317,7 @@ def test_the_demo_shows_a_lora_replays_samples_and_uses_a_server(fidelora, tmp_p
         == 3
     )
     assert sum("DIFFERENT" in line for line in lines) == 1
-    with Image.open(tmp_path / "demo" / "previews.png") as sheet:
+    with Image.open(tmp_path / "demo" / "samples.png") as sheet:
         assert sheet.width > 3 * 256
     assert "4 images, all pixels equal" in out
     served = sorted((tmp_path / "demo" / "served").iterdir())

@@ -137,7 +137,7 @@ def _replay_samples(engine: Engine, out: Path) -> None:
         engine, control, "control: sample 0 with multiplier 0.5 instead of 1", rows
     ).within_rounding
 
-    sheet = out / "previews.png"
+    sheet = out / "samples.png"
     stack_vertically(rows).save(sheet)
     typer.echo(f"  Side by side: {sheet}")
     if not all_match:
