@@ -241,7 +241,7 @@ def test_a_shape_that_does_not_fit_is_named_with_both_shapes(tmp_path):
     }
     with pytest.raises(
         AdapterMismatchError,
-        match=r"has the shape \[16, 9, 3, 3\], the base model's is \[16, 4, 3, 3\]",
+        match=r"has the shape \[16, 9, 3, 3\] instead of \[16, 4, 3, 3\]",
     ):
         fresh_base().targets.bind(read_adapter(save_adapter(tmp_path / "a.safetensors", tensors)))
 

@@ -142,7 +142,7 @@ def test_an_adapter_for_a_related_model_is_reported(examined):
 def test_invalid_lora_shapes_are_reported(examined):
     found = examined(lora(SELF) | {f"{SELF[0]}.lora_up.weight": torch.ones(320, 5)})
     assert codes(found) == [("unusable", True)]
-    assert "are not those of a LoRA" in found.problems[0].message
+    assert "are not valid for a LoRA" in found.problems[0].message
 
 
 def test_files_that_are_not_adapters_are_reported(tmp_path):

@@ -552,7 +552,7 @@ def test_invalid_dora_shapes_are_refused(tmp_path, wrong):
         "m.lora_up.weight": torch.ones(4, 2),
         "m.magnitude": torch.ones(4),
     }
-    with pytest.raises(AdapterFormatError, match="are not those of a DoRA"):
+    with pytest.raises(AdapterFormatError, match="are not valid for a DoRA"):
         read_adapter(save_adapter(tmp_path / "x.safetensors", tensors | wrong))
 
 

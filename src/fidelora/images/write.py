@@ -56,9 +56,11 @@ class GeneratedImage:
 
     def record(self, quality: int | None = None) -> dict[str, Any]:
         """Return the record stored in the file; contains `quality` if that is not the default."""
+        plain = self.recipe.to_dict()
         record = {
-            "recipe": self.recipe.to_dict(),
-            "digest": self.recipe.digest,
+            "recipe": plain,
+            # Without a hash of the base model, the digest depends on its name, which is shortened.
+            "digest": Recipe.from_dict(plain).digest,
             "environment": dict(self.environment),
         }
         return record if quality is None else record | {"quality": quality}
