@@ -181,43 +181,43 @@ def test_a_copy_made_by_replace_is_checked():
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("width", 63, "width is 63; it has to be from 64 to 4096"),
-        ("width", 4097, "width is 4097; it has to be from 64 to 4096"),
-        ("height", 63, "height is 63; it has to be from 64 to 4096"),
-        ("height", 4097, "height is 4097; it has to be from 64 to 4096"),
-        ("steps", 0, "steps is 0; it has to be from 1 to 150"),
-        ("steps", 151, "steps is 151; it has to be from 1 to 150"),
-        ("seed", -1, f"seed is -1; it has to be from 0 to {2**63 - 1}"),
-        ("seed", 2**63, f"seed is {2**63}; it has to be from 0"),
-        ("guidance_scale", -1, r"guidance_scale is -1; it has to be from 0\.0 to 100\.0"),
+        ("width", 63, "width is 63; it must be from 64 to 4096"),
+        ("width", 4097, "width is 4097; it must be from 64 to 4096"),
+        ("height", 63, "height is 63; it must be from 64 to 4096"),
+        ("height", 4097, "height is 4097; it must be from 64 to 4096"),
+        ("steps", 0, "steps is 0; it must be from 1 to 150"),
+        ("steps", 151, "steps is 151; it must be from 1 to 150"),
+        ("seed", -1, f"seed is -1; it must be from 0 to {2**63 - 1}"),
+        ("seed", 2**63, f"seed is {2**63}; it must be from 0"),
+        ("guidance_scale", -1, r"guidance_scale is -1; it must be from 0\.0 to 100\.0"),
         ("guidance_scale", 100.5, r"guidance_scale is 100\.5"),
         ("guidance_scale", math.nan, "guidance_scale is nan"),
         ("guidance_scale", math.inf, "guidance_scale is inf"),
-        ("width", 512.0, r"width has to be a whole number, not 512\.0"),
-        ("height", "512", "height has to be a whole number, not '512'"),
-        ("steps", True, "steps has to be a whole number, not True"),
-        ("seed", True, "seed has to be a whole number, not True"),
-        ("seed", None, "seed has to be a whole number, not None"),
-        ("guidance_scale", True, "guidance_scale has to be a number, not True"),
-        ("guidance_scale", "6", "guidance_scale has to be a number, not '6'"),
-        ("prompt", None, "prompt has to be text, not NoneType"),
-        ("prompt", b"x", "prompt has to be text, not bytes"),
-        ("prompt", "x" * 10_001, "prompt has 10,001 characters; 10,000 are the most"),
-        ("prompt", "broken \ud800", "prompt has a lone surrogate"),
-        ("negative_prompt", 5, "negative_prompt has to be text, not int"),
-        ("base_model", 5, "base_model has to be text, not int"),
-        ("variant", None, "variant has to be text"),
-        ("vae", None, "vae has to be text"),
+        ("width", 512.0, r"width must be a whole number, not 512\.0"),
+        ("height", "512", "height must be a whole number, not '512'"),
+        ("steps", True, "steps must be a whole number, not True"),
+        ("seed", True, "seed must be a whole number, not True"),
+        ("seed", None, "seed must be a whole number, not None"),
+        ("guidance_scale", True, "guidance_scale must be a number, not True"),
+        ("guidance_scale", "6", "guidance_scale must be a number, not '6'"),
+        ("prompt", None, "prompt must be text, not NoneType"),
+        ("prompt", b"x", "prompt must be text, not bytes"),
+        ("prompt", "x" * 10_001, "prompt has 10,001 characters; the maximum is 10,000"),
+        ("prompt", "broken \ud800", "prompt contains a lone surrogate"),
+        ("negative_prompt", 5, "negative_prompt must be text, not int"),
+        ("base_model", 5, "base_model must be text, not int"),
+        ("variant", None, "variant must be text"),
+        ("vae", None, "vae must be text"),
         (
             "prediction",
             "sample",
-            "prediction is 'sample'; it has to be one of epsilon, v_prediction",
+            "prediction is 'sample'; it must be one of epsilon, v_prediction",
         ),
-        ("adapter_mode", "fused", "adapter_mode is 'fused'; it has to be one of merged, live"),
-        ("noise", "old", "noise is 'old'; it has to be one of modern, legacy"),
-        ("dtype", "fp16", "dtype is 'fp16'; it has to be one of float32, bfloat16, float16"),
-        ("vae_dtype", "", "vae_dtype is ''; it has to be one of"),
-        ("text_encoder_dtype", None, "text_encoder_dtype is None; it has to be one of"),
+        ("adapter_mode", "fused", "adapter_mode is 'fused'; it must be one of merged, live"),
+        ("noise", "old", "noise is 'old'; it must be one of modern, legacy"),
+        ("dtype", "fp16", "dtype is 'fp16'; it must be one of float32, bfloat16, float16"),
+        ("vae_dtype", "", "vae_dtype is ''; it must be one of"),
+        ("text_encoder_dtype", None, "text_encoder_dtype is None; it must be one of"),
         ("adapters", ("lora.safetensors",), r"AdapterRef\.from_file\(path\)"),
     ],
 )
@@ -249,7 +249,7 @@ def test_the_limits_of_the_ranges_are_accepted(name, value):
 @pytest.mark.parametrize("multiplier", [3, -2.1, math.nan, math.inf, -math.inf])
 def test_a_multiplier_out_of_range_is_refused(multiplier):
     with pytest.raises(
-        RecipeError, match=rf"multiplier is {multiplier}; it has to be from -2\.0 to 2\.0"
+        RecipeError, match=rf"multiplier is {multiplier}; it must be from -2\.0 to 2\.0"
     ) as raised:
         AdapterRef("a" * 64, multiplier)
     assert raised.value.field == "multiplier"
@@ -257,7 +257,7 @@ def test_a_multiplier_out_of_range_is_refused(multiplier):
 
 @pytest.mark.parametrize("multiplier", [True, "1", None])
 def test_a_multiplier_that_is_not_a_number_is_refused(multiplier):
-    with pytest.raises(RecipeError, match="multiplier has to be a number"):
+    with pytest.raises(RecipeError, match="multiplier must be a number"):
         AdapterRef("a" * 64, multiplier)
 
 
@@ -285,7 +285,7 @@ def test_the_error_for_an_unknown_model_lists_the_models():
 
 def test_lcm_has_at_most_50_steps():
     assert Recipe(prompt="", sampler="lcm", steps=50).steps == 50
-    with pytest.raises(RecipeError, match="steps is 51; it has to be from 1 to 50") as raised:
+    with pytest.raises(RecipeError, match="steps is 51; it must be from 1 to 50") as raised:
         Recipe(prompt="", sampler="lcm", steps=51)
     assert raised.value.field == "steps"
 
@@ -386,7 +386,7 @@ def test_invalid_json_is_refused():
 
 @pytest.mark.parametrize("text", ["[]", "5", "null", '"text"'])
 def test_json_that_is_not_an_object_is_refused(text):
-    with pytest.raises(RecipeError, match="A recipe is a JSON object"):
+    with pytest.raises(RecipeError, match="A recipe must be a JSON object"):
         Recipe.from_json(text)
 
 
@@ -416,7 +416,7 @@ def test_an_old_recipe_without_fidelity_is_exact():
 
 
 def test_fast_requires_merged_adapters():
-    with pytest.raises(RecipeError, match="fast merges adapters") as raised:
+    with pytest.raises(RecipeError, match="Fidelity fast always merges adapters") as raised:
         Recipe(prompt="", fidelity="fast", adapter_mode="live")
     assert raised.value.field == "adapter_mode"
 
@@ -429,7 +429,7 @@ def test_an_unknown_field_is_refused():
 
 @pytest.mark.parametrize("prompt", [5, None, ["a"], {"text": "a"}])
 def test_a_prompt_that_is_not_text_is_refused(prompt):
-    with pytest.raises(RecipeError, match="prompt has to be text") as raised:
+    with pytest.raises(RecipeError, match="prompt must be text") as raised:
         Recipe.from_dict(plain_with(prompt=prompt))
     assert raised.value.field == "prompt"
 
@@ -841,7 +841,8 @@ def test_an_alias_with_a_revision_keeps_the_revision():
 
 
 def test_a_path_given_as_text_becomes_a_path():
-    assert AdapterRef("a" * 64, path="x.safetensors").path == Path("x.safetensors")  # type: ignore[arg-type]
+    adapter = AdapterRef("a" * 64, path="x.safetensors")  # type: ignore[arg-type]
+    assert adapter.path == Path("x.safetensors")
 
 
 # --- batches ------------------------------------------------------------------------------------

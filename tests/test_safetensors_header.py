@@ -61,7 +61,7 @@ def scratch(tmp_path_factory):
     return tmp_path_factory.mktemp("property") / "lora.safetensors"
 
 
-# --- valid files -------------------------------------------------------------------------------------------------------
+# --- valid files ----------------------------------------------------------------------------------
 
 
 def test_a_valid_file_gives_its_tensors_metadata_and_size(tmp_path):
@@ -136,7 +136,7 @@ def test_reading_starts_at_0_and_ends_after_the_header(tmp_path):
         assert file.read() == b"xy"
 
 
-# --- files that are something else -------------------------------------------------------------------------------------
+# --- files that are something else ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_a_folder_is_refused(tmp_path):
         read_file_header(tmp_path)
 
 
-# --- damaged files -----------------------------------------------------------------------------------------------------
+# --- damaged files --------------------------------------------------------------------------------
 
 
 def test_an_empty_file_is_refused(read):
@@ -383,7 +383,7 @@ def test_the_number_of_tensors_is_limited(read):
         read(file_of(b"{" + entries + b"}"))
 
 
-# --- properties --------------------------------------------------------------------------------------------------------
+# --- properties -----------------------------------------------------------------------------------
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),

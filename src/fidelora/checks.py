@@ -10,15 +10,15 @@ MAX_PROMPT_CHARACTERS = 10_000
 def is_text(name: str, value: object) -> None:
     """Check that `value` is text that every store and file format can represent."""
     if not isinstance(value, str):
-        raise RecipeError(f"{name} has to be text, not {type(value).__name__}.", field=name)
+        raise RecipeError(f"{name} must be text, not {type(value).__name__}.", field=name)
     if len(value) > MAX_PROMPT_CHARACTERS:
         raise RecipeError(
-            f"{name} has {len(value):,} characters; {MAX_PROMPT_CHARACTERS:,} are the most.",
+            f"{name} has {len(value):,} characters; the maximum is {MAX_PROMPT_CHARACTERS:,}.",
             field=name,
         )
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise RecipeError(
-            f"{name} has a lone surrogate, which is not a character; write it again.",
+            f"{name} contains a lone surrogate, which is not valid text; remove it.",
             field=name,
         )
 
@@ -28,18 +28,21 @@ def in_range(name: str, value: object, least: float, most: float, *, whole: bool
     kind: type | tuple[type, ...] = int if whole else (int, float)
     if not isinstance(value, kind) or isinstance(value, bool):
         raise RecipeError(
-            f"{name} has to be a {'whole ' if whole else ''}number, not {shown(value)}.",
+            f"{name} must be a {'whole ' if whole else ''}number, not {shown(value)}.",
             field=name,
         )
     assert isinstance(value, int | float)
-    if not least <= value <= most:  # NaN is not, either
+    if not least <= value <= most:  # also True for NaN
         raise RecipeError(
-            f"{name} is {shown(value)}; it has to be from {least} to {most}.", field=name
+            f"{name} is {shown(value)}; it must be from {least} to {most}.", field=name
         )
 
 
 def shown(value: object) -> str:
-    """Return a short text for a value; Python refuses to print integers of thousands of digits."""
+    """Return a short text for a value in messages.
+
+    Very long integers are described, because Python cannot print thousands of digits.
+    """
     if isinstance(value, int) and abs(value) > 10**40:
         return "a number of more than 40 digits"
     text = (
@@ -54,5 +57,5 @@ def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Check that `value` is one of `choices`."""
     if value not in choices:
         raise RecipeError(
-            f"{name} is {shown(value)}; it has to be one of {', '.join(choices)}.", field=name
+            f"{name} is {shown(value)}; it must be one of {', '.join(choices)}.", field=name
         )

@@ -1,8 +1,8 @@
 """The recipe: everything that defines an image, and nothing else.
 
-It does not contain the device, offloading, the path of an adapter file or the name of the output
-file. A recipe is complete from the moment it exists: fields that the caller leaves out are filled
-in from the model family here, so no other code checks whether a field was given.
+It does not contain the device, the offload mode, paths of adapter files or the name of the output
+file. A recipe is complete as soon as it is created: the constructor fills in the fields that the
+caller leaves out from the model family, so other code does not check whether a field was given.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ MAX_ALPHA = 1e6
 MAX_SEED = 2**63 - 1
 
 FORMAT = 2
-"""Version of the JSON form; it changes when a field changes its meaning. Format 1 had no
-`base_sha256`, and contained the paths of local files."""
+"""Version of the JSON form, increased when the meaning of a field changes. Format 1 had no
+`base_sha256` and contained the paths of local files."""
 
 
 _OPTIONAL: Mapping[str, Any] = {
@@ -45,22 +45,24 @@ _OPTIONAL: Mapping[str, Any] = {
     "prediction": "epsilon",
     "noise": "modern",
 }
-"""Fields that only some families use (`Family.uses`), with the values that ask for nothing."""
+"""Default values of fields that only some families use (`Family.uses`). The other families reject
+any other value."""
 
 _OMITTED_DEFAULTS: Mapping[str, Any] = {"negative_prompt_2": None, "guidance_rescale": 0.0}
-"""Later fields, left out of the JSON form at these values so that older digests stay valid."""
+"""Default values of fields that older recipes do not contain. The JSON form omits a field that has
+its default value, so that the digests of older recipes stay valid."""
 
 
 LOCATIONS: tuple[str, ...] = ("base_model", "variant", "config", "vae")
-"""Fields that locate the files of the base model. Apart from `variant`, they may be paths of this
-machine; the JSON form contains short names instead."""
+"""Fields that locate the files of the base model. All except `variant` may be local paths, which
+the JSON form shortens (`short_name`)."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 def short_name(location: str) -> str:
-    """Return the last component of a path; hub ids and names of bundled models stay as they are."""
+    """Return the last component of a path, or a hub id or name of a bundled model unchanged."""
     is_file = location.lower().endswith(".safetensors")
     if _HUB_ID.fullmatch(location) and not location.startswith(".") and not is_file:
         return location
@@ -80,7 +82,7 @@ FROM_MODEL: Any = _FromModel()
 def replace_trigger(prompt: str, trigger: str) -> str:
     """Replace `[trigger]` and `[name]` in `prompt` by `trigger`, as the trainer does.
 
-    An empty trigger replaces nothing. A prompt without the placeholders stays as it is.
+    The prompt is returned unchanged if `trigger` is empty or the prompt has no placeholder.
     """
     return prompt.replace("[name]", trigger).replace("[trigger]", trigger) if trigger else prompt
 
@@ -100,16 +102,16 @@ def file_sha256(path: Path) -> str:
 
 @dataclass(frozen=True)
 class AdapterRef:
-    """An adapter (LoRA, LoKr, ...) in a recipe: its bytes and its strength.
+    """Reference to an adapter (LoRA, LoKr, ...) in a recipe, with its multiplier.
 
     Attributes:
-        sha256: of the whole file, in hex. Adapters are identified by their bytes, not their path.
-        multiplier: -2..2; 0 disables the adapter.
-        alpha: of a DoRA, whose file has none: its scale is alpha / rank. None: the scale is 1.
-        name: for people; not part of the identity.
-        path: where the file was last seen; not part of the identity and not in the JSON form.
-        file: the open file that `from_file` hashed; not part of the identity and not in the JSON
-            form.
+        sha256: hash of the file in hex. It identifies the adapter; the path does not.
+        multiplier: strength of the adapter, -2..2; 0 disables the adapter.
+        alpha: alpha of a DoRA, which its file does not contain; the scale is alpha / rank. None
+            sets the scale to 1.
+        name: name that is shown to users; not part of the identity.
+        path: last known path of the file; not part of the identity and not in the JSON form.
+        file: open file that `from_file` hashed; not part of the identity and not in the JSON form.
     """
 
     sha256: str
@@ -122,36 +124,34 @@ class AdapterRef:
     def __post_init__(self) -> None:
         if not isinstance(self.sha256, str) or not _SHA256.fullmatch(self.sha256):
             raise RecipeError(
-                "An adapter's sha256 has 64 hexadecimal digits in lower case.", field="adapters"
+                "An adapter's sha256 must be 64 hexadecimal digits in lower case.", field="adapters"
             )
         is_text("name", self.name)
         in_range("multiplier", self.multiplier, -MAX_MULTIPLIER, MAX_MULTIPLIER)
         if self.alpha is not None:
             in_range("alpha", self.alpha, 0.0, MAX_ALPHA)
-            object.__setattr__(
-                self, "alpha", float(self.alpha) or None
-            )  # 0 means the rank, as in the trainer
+            # Alpha 0 means that alpha equals the rank, as in the trainer.
+            object.__setattr__(self, "alpha", float(self.alpha) or None)
         if self.path is not None:
             object.__setattr__(self, "path", Path(self.path))
-        object.__setattr__(
-            self, "multiplier", float(self.multiplier) + 0.0
-        )  # no -0.0: it equals 0.0 and prints otherwise
+        # `+ 0.0` turns -0.0 into 0.0. The two are equal, but their JSON forms differ.
+        object.__setattr__(self, "multiplier", float(self.multiplier) + 0.0)
 
     @classmethod
     def from_file(cls, path: str | Path, multiplier: float = 1.0) -> AdapterRef:
-        """Return a reference to the file at `path` as it is now.
+        """Return a reference to the current content of the file at `path`.
 
-        The header is checked before the rest is read. The file is opened and hashed once; its
-        content is kept for the engine if it is not too large (`MAX_KEPT_BYTES`).
+        The header is checked before the rest is read. The file is opened and hashed once. Its
+        content stays in memory for the engine if it fits in the budget (`MAX_KEPT_BYTES`).
 
         Raises:
-            AdapterNotFoundError: there is no such file.
-            WeightsFileError: it is not a sound .safetensors file, or cannot be read.
+            AdapterNotFoundError: the file does not exist.
+            WeightsFileError: the file is not a valid .safetensors file, or cannot be read.
             RecipeError: the multiplier is out of range.
         """
         path = Path(path).expanduser()
         file = AdapterFile.open(path, keep="within_budget")
-        # A file name need not be valid text; the name that is written into images has to be.
+        # The name is written into images and must be valid text. A file name may be invalid.
         name = path.stem.encode("utf-8", "replace").decode()
         return cls(file.sha256, multiplier, name=name, path=file.path, file=file)
 
@@ -160,47 +160,50 @@ class AdapterRef:
 class Recipe:
     """Everything that defines one image. Equal recipes define the same image.
 
-    The base model is identified by the content of its weight files, `base_sha256`, as soon as that
-    is known. `base_model`, `variant`, `config` and `vae` then only say where to look for the files.
+    `base_sha256` identifies the base model by the content of its weight files. If it is set,
+    `base_model`, `variant`, `config` and `vae` serve only to locate the files.
 
     Attributes:
-        prompt: the text to encode, with `[trigger]` already replaced.
-        negative_prompt: the text that guidance leads away from; unused without guidance.
-        negative_prompt_2: the negative prompt of the second text encoder, for families with two;
-            None for the same. The trainer's samples differ here: a flag `--n` changes the first one
-            only.
+        prompt: text to encode, with `[trigger]` already replaced.
+        negative_prompt: text that guidance steers away from; unused without guidance.
+        negative_prompt_2: negative prompt of the second text encoder, for families with two; None
+            uses `negative_prompt`. The two differ in the trainer's samples if the flag `--n` is
+            set, which changes only the first one.
         model: id of the model family.
         base_model: hub id (`owner/name`, `owner/name@revision`), diffusers folder or single
-            .safetensors file. In the JSON form, a path is shortened to its last component, and so
-            are those of `config` and `vae`.
-        base_sha256: identifies the base model by content (`weights.content.base_sha256`); empty
-            until the engine has loaded it. The engine refuses another base model.
-        variant: which files of a diffusers folder: empty for the plain ones, `fp16` for
-            `*.fp16.safetensors`.
+            .safetensors file. The JSON form shortens paths in this field, `config` and `vae` to
+            their last component.
+        base_sha256: content hash of the base model (`ContentHashes.sha256_of`); may be empty. The
+            engine adds it to the recipe of the finished image. If the hash is given, the engine
+            rejects a base model with another hash.
+        variant: variant of the weight files in a diffusers folder: `fp16` for
+            `*.fp16.safetensors`, empty for files without a variant.
         config: folder in the diffusers layout with the configurations for a single-file checkpoint;
-            empty for the family's own.
-        vae: hub id, folder or file of a VAE in place of the base's own; empty for its own.
+            empty for those of the family.
+        vae: hub id, folder or file of a VAE that replaces the base model's; empty for no
+            replacement.
         width, height: pixels, 64..4096, rounded down to a multiple of the family's divisor.
-        steps: 1..150 (some samplers: fewer).
-        guidance_scale: 0..100; at <= 1 there is no guidance.
-        guidance_rescale: 0..1; how far a guided prediction is brought back to the standard
-            deviation of the prompt's own, against overexposure.
+        steps: 1..150; some samplers have a lower maximum.
+        guidance_scale: 0..100; values up to 1 disable guidance.
+        guidance_rescale: 0..1; share of the guided prediction that is rescaled to the standard
+            deviation of the prediction for the prompt, to avoid overexposure.
         seed: 0..2**63-1.
         sampler: one of the family's samplers.
-        prediction: what the denoiser was trained to predict.
-        adapters: applied in this order.
-        adapter_mode: `merged` into the weights, or `live` beside them. The trainer merges if all
-            samples of a training run share one multiplier. The two differ by roundings.
-        noise: how half-precision noise is drawn on the CPU: `modern` as torch >= 2.12 does,
-            `legacy` as torch <= 2.11 did. They are equal in float32.
-        dtype: of the denoiser and the latents.
-        vae_dtype, text_encoder_dtype: by default `dtype`.
-        fidelity: `exact` computes as the trainer did, to the bit. `fast` computes in the fastest
-            way on the device: adapters are merged, denoiser and decoder have a precision of their
-            own; noise, sampler, latents and text are those of `exact`.
+        prediction: quantity that the denoiser was trained to predict.
+        adapters: adapters, in the order in which they are applied.
+        adapter_mode: `merged` adds the adapters to the weights; `live` computes them beside the
+            unchanged weights. The trainer merges if all samples of a training run share one
+            multiplier. The results of the two modes differ by rounding errors.
+        noise: algorithm that draws half-precision noise on the CPU: `modern` is that of
+            torch >= 2.12, `legacy` that of torch <= 2.11. In float32, both give the same noise.
+        dtype: dtype of the denoiser and the latents.
+        vae_dtype, text_encoder_dtype: dtypes of the VAE and the text encoders; by default `dtype`.
+        fidelity: `exact` reproduces the trainer's images bit for bit. `fast` computes in the
+            fastest way on the device: adapters are merged, and the denoiser and decoder may use
+            another precision. The noise, sampler, latents and text encoding are as in `exact`.
 
     Raises:
-        RecipeError: a field is out of its range.
+        RecipeError: a field is out of range or not supported by the model family.
     """
 
     prompt: str
@@ -247,7 +250,8 @@ class Recipe:
             size = getattr(self, name)
             object.__setattr__(self, name, size - size % spec.resolution_divisor)
         for name in ("guidance_scale", "guidance_rescale"):
-            object.__setattr__(self, name, float(getattr(self, name)) + 0.0)  # no -0.0
+            # `+ 0.0` turns -0.0 into 0.0, as in `AdapterRef`.
+            object.__setattr__(self, name, float(getattr(self, name)) + 0.0)
         if self.negative_prompt_2 == self.negative_prompt:
             object.__setattr__(self, "negative_prompt_2", None)
         object.__setattr__(self, "base_model", spec.canonical_base(self.base_model))
@@ -263,7 +267,7 @@ class Recipe:
             is_text(name, getattr(self, name))
         if self.base_sha256 and not _SHA256.fullmatch(self.base_sha256):
             raise RecipeError(
-                "base_sha256 has 64 hexadecimal digits in lower case.", field="base_sha256"
+                "base_sha256 must be 64 hexadecimal digits in lower case.", field="base_sha256"
             )
         in_range("width", self.width, MIN_SIZE, MAX_SIZE, whole=True)
         in_range("height", self.height, MIN_SIZE, MAX_SIZE, whole=True)
@@ -300,27 +304,29 @@ class Recipe:
                 raise RecipeError(f"{spec.title} does not use {name}; leave it out.", field=name)
         if self.fidelity == "fast" and self.adapter_mode == "live":
             raise RecipeError(
-                "fast merges adapters; use adapter_mode merged, or fidelity exact.",
+                "Fidelity fast always merges adapters; use adapter_mode merged, or fidelity exact.",
                 field="adapter_mode",
             )
         if not isinstance(self.adapters, list | tuple) or not all(
             isinstance(ref, AdapterRef) for ref in self.adapters
         ):
             raise RecipeError(
-                "adapters must be a tuple of AdapterRef; AdapterRef.from_file(path) makes one.",
+                "adapters must be a tuple of AdapterRef; create each with "
+                "AdapterRef.from_file(path).",
                 field="adapters",
             )
 
     def to_json(self) -> str:
-        """Return the whole recipe as JSON on one line, without paths of this machine."""
+        """Return the whole recipe as JSON on one line, with short names instead of paths."""
         return json.dumps(self.to_dict(), ensure_ascii=False)
 
     def to_dict(self, *, paths: bool = False) -> dict[str, Any]:
-        """Return the whole recipe as plain data; `from_dict` reads it.
+        """Return the whole recipe as JSON-ready data, which `from_dict` reads.
 
         Args:
-            paths: keep the full paths of `base_model`, `config` and `vae`, for stores of this
-                machine. By default they are shortened, because recipes are shown to other people.
+            paths: True keeps the full paths in `base_model`, `config` and `vae`, for stores on
+                this machine. By default paths are shortened, because recipes are shared with
+                images.
         """
         plain: dict[str, Any] = {"format": FORMAT}
         for entry in fields(self):
@@ -342,7 +348,7 @@ class Recipe:
         """Read a recipe that `to_json` wrote, in this version or an older one.
 
         Raises:
-            RecipeError: not JSON, a field is missing, unknown or out of range.
+            RecipeError: the text is not JSON, or a field is missing, unknown or out of range.
         """
         try:
             plain = json.loads(text)
@@ -354,14 +360,14 @@ class Recipe:
     def from_dict(cls, plain: Mapping[str, Any]) -> Recipe:
         """Read a recipe that `to_dict` wrote, in this version or an older one.
 
-        Missing fields are errors, not filled in.
+        Missing fields are errors, except for fields that older versions did not write.
 
         Raises:
             RecipeError: a field is missing, unknown or out of range.
         """
         if not isinstance(plain, Mapping):
-            raise RecipeError("A recipe is a JSON object.")
-        # Recipes that were written before there was a choice mean exact.
+            raise RecipeError("A recipe must be a JSON object.")
+        # Recipes written before `fidelity` existed are exact.
         values = {"fidelity": "exact", **_OMITTED_DEFAULTS, **plain}
         version = values.pop("format", None)
         if type(version) is not int or not 1 <= version <= FORMAT:
@@ -380,16 +386,13 @@ class Recipe:
                 f"The recipe has unknown fields: {', '.join(unknown)}.", field=unknown[0]
             )
         adapters = values["adapters"]
-        parts = {
-            "sha256",
-            "multiplier",
-            "name",
-        }  # and no path: a recipe from elsewhere must not name files of this machine
+        # A path is not allowed: a received recipe must not refer to files on this machine.
+        parts = {"sha256", "multiplier", "name"}
         if not isinstance(adapters, list) or not all(
             isinstance(ref, Mapping) and ref.keys() - {"alpha"} == parts for ref in adapters
         ):
             raise RecipeError(
-                "The adapters of a recipe are a list, and each has sha256, multiplier and name.",
+                "adapters must be a list of objects with sha256, multiplier and name.",
                 field="adapters",
             )
         values["adapters"] = tuple(AdapterRef(**ref) for ref in adapters)
@@ -397,9 +400,10 @@ class Recipe:
 
     @property
     def digest(self) -> str:
-        """Sha256 in hex of what defines the image; equal for equal recipes on any machine.
+        """Sha256 in hex of the fields that define the image.
 
-        Without `base_sha256`, it contains the location of the base model instead, as in format 1.
+        Equal recipes have the same digest on every machine. If `base_sha256` is empty, the location
+        of the base model is hashed instead, as in format 1.
         """
         canonical = json.dumps(
             self._identity(), sort_keys=True, separators=(",", ":"), ensure_ascii=True
@@ -413,12 +417,12 @@ class Recipe:
         return hash(self.digest)
 
     def _identity(self) -> dict[str, Any]:
-        """Return what defines the image, as plain data."""
+        """Return the fields that define the image as JSON-ready data."""
         plain = self.to_dict(paths=True)
         for adapter in plain["adapters"]:
             del adapter["name"]
         if self.fidelity == "exact":
-            del plain["fidelity"]  # the same image had the same digest before there was a choice
+            del plain["fidelity"]  # keeps the digests of recipes from before `fidelity` existed
         if self.base_sha256:
             for name in LOCATIONS:
                 del plain[name]
@@ -429,9 +433,9 @@ class Recipe:
 
 
 def may_share_batch(first: Recipe, second: Recipe) -> bool:
-    """Return True if both images can be made in one batch: `fast`, equal except prompts and seed.
+    """Return True if both recipes are `fast` and differ only in prompts and seed.
 
-    Never in `exact`: the last bits of an image depend on the size of the batch.
+    Images in `exact` never share a batch, because their last bits depend on the batch size.
     """
     own = ("prompt", "negative_prompt", "negative_prompt_2", "seed")
     alike = replace(second, **{name: getattr(first, name) for name in own})

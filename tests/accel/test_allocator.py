@@ -26,7 +26,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library of GNU")
 def test_freed_memory_is_reused_without_page_faults():
-    """Count page faults for ten tensors of 64 MiB (16,384 pages each); the first may have new pages."""
+    """Count page faults for ten tensors of 64 MiB (16,384 pages each).
+
+    The first tensor may have new pages.
+    """
     faults = {
         keep: int(
             subprocess.run(

@@ -47,7 +47,7 @@ def test_a_convolution_delta_is_computed_by_convolution():
 @pytest.mark.parametrize("same", [True, False], ids=["as matrices", "as a convolution"])
 @pytest.mark.parametrize("rank", [1, 4, 5, 16, 33])
 def test_a_merged_convolution_has_the_same_bits_with_both_methods(monkeypatch, rank, same):
-    """The product of matrices is only used where it was seen to give the same; here, where it is used, and where it is not."""
+    """The matrix product is used only where it was found to give the same bits; test both cases."""
     down, up, weight = (
         torch.randn(rank, 40, 3, 3),
         torch.randn(72, rank, 1, 1),

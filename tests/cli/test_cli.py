@@ -98,7 +98,8 @@ def test_fast_does_not_support_unmerged_adapters(fidelora):
     code, _, err = fidelora("generate", "a ball", "--fidelity", "fast", "--live", *SMALL)
     assert (code, err) == (
         2,
-        "error: fast merges adapters; use adapter_mode merged, or fidelity exact.\n",
+        "error: Fidelity fast always merges adapters; use adapter_mode merged, "
+        "or fidelity exact.\n",
     )
 
 
@@ -194,8 +195,8 @@ def test_a_trigger_without_placeholder_has_no_effect(fidelora):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--width", "63"], "width is 63; it has to be from 64 to 4096"),
-        (["--lora", f"{LORA}:3"], "multiplier is 3.0; it has to be from -2.0 to 2.0"),
+        (["--width", "63"], "width is 63; it must be from 64 to 4096"),
+        (["--lora", f"{LORA}:3"], "multiplier is 3.0; it must be from -2.0 to 2.0"),
         (
             ["--sampler", "euler_b"],
             "There is no sampler 'euler_b' for sd15; the samplers are: ddpm",

@@ -113,7 +113,7 @@ def test_a_resized_image_is_reported(fidelora, made, tmp_path):
     code, out, _ = fidelora("replay", str(image), "--compare", *LORAS, *CPU)
     assert (code, out.splitlines()[1]) == (
         1,
-        "DIFFERENT: the file is 32x36, but its recipe gives 64x72; it was resized.",
+        "DIFFERENT: the file is 32x36, but its recipe gives 64x72; the file was resized.",
     )
 
 
@@ -233,7 +233,7 @@ def test_images_of_other_programs_use_the_supported_parameters(fidelora, tmp_pat
         "as far as they are supported",
         "Clip skip '2' is ignored",
         "Model 'tiny' is ignored",
-        "of hash 0123456789ab",
+        "has the hash 0123456789ab",
     ):
         assert sentence in err
     recipe = Recipe.from_dict(read_record(tmp_path / "theirs_again.png")["recipe"])

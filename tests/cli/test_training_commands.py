@@ -511,8 +511,8 @@ def test_generate_supports_sdxl(fidelora, tmp_path):
     code, _, err = fidelora("generate", "a ball", *SDXL_BASE, *small)
     assert (
         code,
-        "is a base of Stable Diffusion XL, not of Stable Diffusion 1.5: use it as model sdxl."
-        in err,
+        "is a base model of Stable Diffusion XL, not of Stable Diffusion 1.5; "
+        "use it with model sdxl." in err,
     ) == (1, True)
     code, _, err = fidelora(
         "generate", "a ball", "--model", "sdxl", *SDXL_BASE, *small, "--lora", str(LORA)

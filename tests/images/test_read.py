@@ -41,8 +41,9 @@ RECIPE = Recipe(
 FOREIGN = (
     "masterpiece, a red ball <lora:style:0.8> on grass <lora:detail:-0.5>\nsecond line\n"
     "Negative prompt: blurry,\nbad hands\n"
-    "Steps: 30, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 965400086, Size: 512x768, Model hash: 6ce0161689, "
-    'Model: v1-5-pruned, Clip skip: 2, Lora hashes: "style: 0123456789ab, detail: FFFFFFFFFFFF", Version: v1.10.1'
+    "Steps: 30, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 965400086, "
+    "Size: 512x768, Model hash: 6ce0161689, Model: v1-5-pruned, Clip skip: 2, "
+    'Lora hashes: "style: 0123456789ab, detail: FFFFFFFFFFFF", Version: v1.10.1'
 )
 
 
@@ -83,7 +84,7 @@ def parameters_in(content: bytes) -> Parameters:
     return origin.parameters
 
 
-# --- our own images ----------------------------------------------------------------------------------------------------
+# --- our own images -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
@@ -127,7 +128,7 @@ def test_any_environment_in_a_record_is_accepted(environment):
     assert read == ({"torch": "5"} if environment == {"torch": 5} else {})
 
 
-# --- images of other programs ------------------------------------------------------------------------------------------
+# --- images of other programs ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,8 @@ def test_supported_parameters_are_read(image_format, order):
         NamedLora("detail", -0.5, "ffffffffffff"),
     )
     assert read.fields == {
-        "steps": 30, "sampler": "k_dpmsolver++", "guidance_scale": 7.0, "seed": 965400086, "width": 512, "height": 768
+        "steps": 30, "sampler": "k_dpmsolver++", "guidance_scale": 7.0, "seed": 965400086,
+        "width": 512, "height": 768
     }  # fmt: skip
     assert [(one.name, one.value) for one in read.ignored] == [
         ("Model hash", "6ce0161689"), ("Model", "v1-5-pruned"), ("Clip skip", "2")
@@ -294,7 +296,7 @@ def test_written_parameters_are_read_back_as_the_same_recipe(recipe):
     assert [one.name for one in read.ignored] == ["Model"]
 
 
-# --- A1111's names -----------------------------------------------------------------------------------------------------
+# --- A1111's names --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -403,5 +405,8 @@ def test_every_sampler_has_a_name_that_maps_back_to_it():
 
 
 def test_reading_needs_neither_torch_nor_numpy():
-    code = "import sys; from fidelora import read_origin; assert not {'torch', 'numpy'} & sys.modules.keys()"
+    code = (
+        "import sys; from fidelora import read_origin; "
+        "assert not {'torch', 'numpy'} & sys.modules.keys()"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -44,7 +44,8 @@ RECIPE = Recipe(
 PARAMETERS = (
     'süß 🙂 "a ball"\nin two lines <lora:style:0.75> <lora:ffffffffffff:-2>\n'
     "Negative prompt: blurry, bad\n"
-    "Steps: 12, Sampler: k_dpmsolver++, CFG scale: 7.25, Seed: 9223372036854775807, Size: 64x72, Model: my base.safetensors, "
+    "Steps: 12, Sampler: k_dpmsolver++, CFG scale: 7.25, Seed: 9223372036854775807, Size: 64x72, "
+    "Model: my base.safetensors, "
     'Lora hashes: "style: 0123456789ab, ffffffffffff: ffffffffffff", Version: Fidelora 1.2.3'
 )
 
@@ -59,7 +60,7 @@ def opened(content):
     return Image.open(io.BytesIO(content))
 
 
-# --- encoding ----------------------------------------------------------------------------------------------------------
+# --- encoding -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
@@ -140,7 +141,7 @@ def test_latin_prompts_of_maximum_length_fit_into_a_jpeg(tmp_path):
     assert Recipe.from_dict(read_record(long.save(tmp_path / "image.jpg"))["recipe"]) == long.recipe
 
 
-# --- the text that other programs read ---------------------------------------------------------------------------------
+# --- the text that other programs read ------------------------------------------------------------
 
 
 def test_png_contains_parameters_in_automatic1111_format():
@@ -160,7 +161,8 @@ def test_jpeg_and_webp_contain_parameters_as_user_comment(image_format):
 def test_parameters_contain_only_fields_that_the_recipe_sets():
     assert parameters_text(Recipe(prompt="a red ball"), ENVIRONMENT) == (
         "a red ball\n"
-        "Steps: 25, Sampler: ddpm, CFG scale: 6, Seed: 42, Size: 512x512, Model: stable-diffusion-v1-5, Version: Fidelora 1.2.3"
+        "Steps: 25, Sampler: ddpm, CFG scale: 6, Seed: 42, Size: 512x512, "
+        "Model: stable-diffusion-v1-5, Version: Fidelora 1.2.3"
     )
 
 
@@ -169,7 +171,7 @@ def test_a_value_with_separators_is_quoted():
     assert r'Model: "my, \"own\": base", Version' in text
 
 
-# --- reading -----------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP", "GIF"])
@@ -239,7 +241,7 @@ def test_an_image_resaved_by_another_program_has_no_recipe(tmp_path):
         read_record(path)
 
 
-# --- saving ------------------------------------------------------------------------------------------------------------
+# --- saving ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

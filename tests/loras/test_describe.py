@@ -71,8 +71,10 @@ def test_files_of_other_programs_are_described(tmp_path):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("training_info", "[]"), ("training_info", "{"), ("training_info", '{"step": "x", "epoch": true}'), ("ss_steps", "1e5"),
-        ("ss_steps", "9" * 5000), ("ss_tag_frequency", '{"a": 1}'), ("software", "null"), ("training_info", "[" * 100_000),
+        ("training_info", "[]"), ("training_info", "{"),
+        ("training_info", '{"step": "x", "epoch": true}'), ("ss_steps", "1e5"),
+        ("ss_steps", "9" * 5000), ("ss_tag_frequency", '{"a": 1}'), ("software", "null"),
+        ("training_info", "[" * 100_000),
     ],
 )  # fmt: skip
 def test_invalid_metadata_is_ignored(tmp_path, field, value):

@@ -168,11 +168,12 @@ def test_an_unchanged_file_is_not_downloaded_again(site, target):
 @pytest.mark.parametrize(
     "url",
     [
-        "http://files.example/a", "ftp://files.example/a", "file:///etc/passwd", "https:///a", "https://",
-        "https://user@files.example/a", "https://user:secret@files.example/a", "https://files.example:8443/a",
-        "https://files.example:x/a", "https://other.example/a?secret", "https://files.example.evil.example/a",
-        "https://evilfiles.example/a", "https://cdn.example/a", "https://evilcdn.example/a", "https://[::1/a",
-        "https://\udcff/a",
+        "http://files.example/a", "ftp://files.example/a", "file:///etc/passwd", "https:///a",
+        "https://", "https://user@files.example/a", "https://user:secret@files.example/a",
+        "https://files.example:8443/a", "https://files.example:x/a",
+        "https://other.example/a?secret", "https://files.example.evil.example/a",
+        "https://evilfiles.example/a", "https://cdn.example/a", "https://evilcdn.example/a",
+        "https://[::1/a", "https://\udcff/a",
     ],
 )  # fmt: skip
 def test_urls_that_are_not_allowed_are_refused(site, target, url):

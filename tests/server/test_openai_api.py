@@ -123,8 +123,9 @@ def test_several_images_by_url_in_another_format(real):
         extra_body=SMALL | {"seed": 5},
     )
     contents = [httpx2.get(image.url, timeout=60).content for image in made.data]
-    assert [read_origin(content).recipe.seed for content in contents] == [5, 6]  # type: ignore[union-attr]
-    assert {read_origin(content).format for content in contents} == {"webp"}
+    origins = [read_origin(content) for content in contents]
+    assert [origin.recipe.seed for origin in origins] == [5, 6]  # type: ignore[union-attr]
+    assert {origin.format for origin in origins} == {"webp"}
     assert [image.b64_json for image in made.data] == [None, None]
     assert not np.array_equal(pixels(contents[0]), pixels(contents[1]))
 

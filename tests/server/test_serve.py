@@ -285,7 +285,7 @@ def refused(data: Path, *options: str, **settings: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("options", "settings", "words"),
     [
-        (["--host", "0.0.0.0"], {}, "no API key"),
+        (["--host", "0.0.0.0"], {}, "the server needs an API key"),
         (["--base-model", "/nowhere"], {}, "no base model at /nowhere"),
         (["--device", "cuda:7"], {}, "cuda:7 was requested"),
         ([], {"INFERENCE_TIMEOUT": "0"}, "INFERENCE_TIMEOUT"),

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from fidelora.images.write import GeneratedImage
     from fidelora.training.compare import Comparison
 
-DIFFERENT = 1  # exit code
+DIFFERENT = 1  # exit code of --compare if pixels differ
 
 
 @reserve_exit_code_1
@@ -41,7 +41,9 @@ def replay(
     ],
     lora: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="LoRA of the image; its name may differ."),
+        typer.Option(
+            metavar="FILE", help="LoRA that the image was made with, under any file name."
+        ),
     ] = None,
     lora_dir: Annotated[
         list[Path] | None,
@@ -91,7 +93,7 @@ def replay(
     if origin.recipe is not None:
         recipe = replace(origin.recipe, adapters=files.resolve(origin.recipe.adapters))
     else:
-        assert origin.parameters is not None, "read_origin raises if there is neither"
+        assert origin.parameters is not None, "read_origin raises for an image that has neither"
         adapters = files.find_by_name(origin.parameters)
         engine = make_engine(device, offload)
         recipe = _recipe_from_parameters(origin.parameters, adapters, engine)
@@ -124,7 +126,7 @@ def replay(
 
 
 class _AdapterFiles:
-    """LoRAs of `--lora` and `--lora-dir`; each file is hashed at most once."""
+    """LoRA files given with `--lora` and `--lora-dir`; each file is hashed at most once."""
 
     def __init__(self, files: Sequence[Path], folders: Sequence[Path]) -> None:
         self._given = [AdapterRef.from_file(path) for path in files]
@@ -135,7 +137,7 @@ class _AdapterFiles:
         self._hashes: dict[Path, str] = {}
 
     def resolve(self, adapters: Sequence[AdapterRef]) -> tuple[AdapterRef, ...]:
-        """Return the adapters with the paths of the files that have their hashes.
+        """Return the adapters, each with the path of the file that has its hash.
 
         Raises:
             AdaptersMissingError: some files were not found.
@@ -169,8 +171,8 @@ class _AdapterFiles:
         for lora, ref in zip(parameters.loras, refs, strict=True):
             if lora.hash and not ref.sha256.startswith(lora.hash):
                 warn(
-                    f"The image was made with {lora.name} of hash {lora.hash}, but the sha256 of "
-                    f"this file is {ref.sha256}; it may be a different file."
+                    f"The LoRA {lora.name} has the hash {lora.hash} in the image, but the sha256 "
+                    f"of {ref.path} is {ref.sha256}. The file may be a different LoRA."
                 )
         return refs
 
@@ -234,8 +236,8 @@ def _apply_options(
 ) -> tuple[Recipe, dict[str, tuple[Any, Any]]]:
     """Return the recipe with the options applied, and old and new values by changed field.
 
-    A location is no change if the recipe has the hash of its base model: `_base_changes` compares
-    the content after the base model was loaded.
+    If the recipe has the hash of its base model, a new location is not reported as a change.
+    `_base_changes` then compares the hashes after the base model was loaded.
     """
     options: dict[str, Any] = {}
     if fidelity is not None:
@@ -254,7 +256,7 @@ def _apply_options(
 
 
 def _base_changes(recipe: Recipe | None, made: Recipe) -> dict[str, tuple[Any, Any]]:
-    """Return old and new `base_sha256` if the image's recipe has another one."""
+    """Return the old and new `base_sha256` if the new image has another base model."""
     if recipe is None or recipe.base_sha256 in ("", made.base_sha256):
         return {}
     return {"base_sha256": (recipe.base_sha256, made.base_sha256)}
@@ -311,7 +313,7 @@ def _print_comparison(made: GeneratedImage, origin: Origin, comparison: Comparis
         height, width = made.pixels.shape[:2]
         typer.echo(
             f"DIFFERENT: the file is {origin.width}x{origin.height}, but its recipe gives "
-            f"{width}x{height}; it was resized."
+            f"{width}x{height}; the file was resized."
         )
         return
     typer.echo(comparison.summary)
@@ -321,10 +323,14 @@ def _print_comparison(made: GeneratedImage, origin: Origin, comparison: Comparis
 
 
 def _environment_changes(made: GeneratedImage, origin: Origin) -> dict[str, tuple[str, str]]:
-    """Return the differences of the environments that can change pixels: name to old and new."""
+    """Return the old and new value of each entry in which the two environments differ, by name.
+
+    These differences can change pixels.
+    """
     names = dict.fromkeys([*origin.environment, *made.environment]) if origin.environment else {}
+    unknown = "not recorded"
     both = {
-        name: (origin.environment.get(name, "nothing"), made.environment.get(name, "nothing"))
+        name: (origin.environment.get(name, unknown), made.environment.get(name, unknown))
         for name in names
     }
     return {name: values for name, values in both.items() if values[0] != values[1]}

@@ -58,11 +58,15 @@ Bound = list[tuple[BoundAdapter, float]]
 
 @dataclass(frozen=True)
 class Progress:
-    """Progress of an image: `step` of `steps` steps are done, `seconds` after the first began.
+    """Progress of an image or a batch.
 
     Attributes:
-        preview: returns a preview, uint8 RGB [height / 8, width / 8, 3]. `preview(index)`
-            selects an image of a batch, by default the first. Only valid inside `on_step`.
+        step: number of finished steps.
+        steps: number of all steps.
+        seconds: seconds since the first step began.
+        preview: function that returns a preview, uint8 RGB [height / 8, width / 8, 3].
+            `preview(index)` selects an image of a batch; the default is the first. It may only be
+            called inside `on_step`.
     """
 
     step: int
@@ -72,29 +76,29 @@ class Progress:
 
     @property
     def seconds_left(self) -> float:
-        """Estimate from the average duration of the finished steps."""
+        """Estimated time for the remaining steps, from the average of the finished ones."""
         return self.seconds / self.step * (self.steps - self.step)
 
 
 OnStep = Callable[[Progress], None]
-"""Called after every step. An exception, by convention `GenerationCancelled`, ends the generation
-and leaves the engine usable."""
+"""Callback that runs after every step. If it raises an exception, by convention
+`GenerationCancelled`, the generation ends and the engine stays usable."""
 
 
 class Engine:
     """Makes images on one device, and keeps loaded models in memory for later images.
 
-    Thread-safe: concurrent calls run one after another, because each needs the device and the
-    weights for itself.
+    Thread-safe: concurrent calls run one after another, because each needs exclusive use of the
+    device and the weights.
 
     Args:
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
-        offload: `none`; `model` or `sequential` save device memory and cost time.
+        offload: `none`, `model` or `sequential`; the last two save device memory but take longer.
         cache_dir: folder for downloads from the hub; None for the default.
-        base_budget_bytes: total memory for the weights of loaded base models. The least recently
-            used are dropped first; the one in use stays even if it is larger. None: one base model
-            at a time.
-        adapters: an adapter library to share; by default a new one.
+        base_budget_bytes: maximum memory for the weights of all loaded base models. The least
+            recently used base model is dropped first. The one in use stays loaded even if it
+            exceeds the budget. None keeps one base model at a time.
+        adapters: adapter library, which several engines can share; by default a new one.
         hashes: content hashes of base models; by default those in the user's cache folder.
 
     Raises:
@@ -118,8 +122,8 @@ class Engine:
             )
         if offload != "none" and self.device.type == "cpu":
             raise DeviceError(
-                "Offloading moves parts of the model between the CPU and another device. "
-                "On the CPU itself use offload none."
+                "Offloading moves parts of the model between the CPU and another device, so it is "
+                "not supported on the CPU itself. Use offload none."
             )
         self.adapters = adapters or AdapterLibrary()
         self._models = LoadedModels(
@@ -134,7 +138,7 @@ class Engine:
 
     @property
     def auto_dtype(self) -> Dtype:
-        """The default precision of this engine's device; a recipe never contains `auto`."""
+        """Default dtype for recipes on this engine's device; recipes do not support `auto`."""
         return auto_dtype(self.device)
 
     def merged(self) -> frozenset[str]:
@@ -143,9 +147,9 @@ class Engine:
         return latest.merged.adapters if latest else frozenset()
 
     def load(self, recipe: Recipe) -> None:
-        """Load the base model and adapters of `recipe`, and compile the model if its path does so.
+        """Load the base model and adapters of `recipe`, so that `generate` starts without delay.
 
-        The next `generate` of this recipe then starts without delay.
+        On a device whose fast path is compiled, a `fast` recipe also compiles the model.
 
         Raises:
             BaseModelError, AdapterError, WeightsFileError: a file is missing or unsuitable.
@@ -158,7 +162,7 @@ class Engine:
                     model.warm_up(images, *_shape_settings(recipe))
 
     def max_batch(self, recipe: Recipe) -> int:
-        """Return the best batch size for images like this one; 1 in `exact`."""
+        """Return the recommended batch size for images of this size; always 1 in `exact`."""
         if recipe.fidelity == "exact":
             return 1
         return max(1, _BATCH_PIXELS.get(self.device.type, 0) // (recipe.width * recipe.height))
@@ -172,22 +176,21 @@ class Engine:
     ) -> GeneratedImage:
         """Make the image that `recipe` defines.
 
-        The recipe of the image also has the `base_sha256` of the base model.
-
-        The same recipe gives the same pixels, regardless of earlier images.
+        The same recipe gives the same pixels, regardless of earlier images. The recipe in the
+        result also contains the `base_sha256` of the base model.
 
         Args:
-            scheduler_options: replace values of the sampler's configuration, such as
-                `steps_offset`, to find out how another program made an image. Neither the recipe
-                nor the image's record contains them.
+            scheduler_options: values that replace those of the sampler's configuration, such as
+                `steps_offset`, to find out how another program made an image. They are not stored
+                in the recipe or the image's record.
 
         Raises:
             BaseModelError, AdapterError, WeightsFileError: a file is missing or unsuitable, or the
-                base model is not the one with the recipe's `base_sha256`; no weights have changed.
+                base model does not have the recipe's `base_sha256`. No weights have changed.
             DeviceError: the recipe is `fast`, which this device or family does not support.
             NumericsError: the model produced NaN.
             MemoryExhaustedError: the device has too little memory.
-            BaseException: raised by `on_step`.
+            BaseException: any exception that `on_step` raises.
         """
         return self._generate([recipe], on_step, scheduler_options or {})[0]
 
@@ -196,7 +199,7 @@ class Engine:
     ) -> list[GeneratedImage]:
         """Make several `fast` images that differ in prompts and seed only, or a single image.
 
-        Each has the noise of its own seed; its last bits may depend on the batch.
+        Each image has the noise of its own seed. Its last bits may depend on the batch.
 
         Raises:
             RecipeError: the recipes cannot share a batch (`may_share_batch`).
@@ -204,15 +207,15 @@ class Engine:
         """
         if not recipes or not all(may_share_batch(recipes[0], other) for other in recipes[1:]):
             raise RecipeError(
-                "Images share a batch only if all are fast and differ in nothing but prompts and "
-                "seed. Make these one by one."
+                "Images can share a batch only if all are fast and differ only in prompts and "
+                "seed. Generate these images one by one."
             )
         return self._generate(recipes, on_step, {})
 
     def _generate(
         self, recipes: Sequence[Recipe], on_step: OnStep | None, options: Mapping[str, Any]
     ) -> list[GeneratedImage]:
-        common = recipes[0]  # except for prompts and seeds
+        common = recipes[0]  # the recipes differ only in prompts and seed
         guidance, size, dtype = _shape_settings(common)
         with self._computing():
             clock = _Clock()
@@ -255,7 +258,7 @@ class Engine:
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
-        """Take the lock and set torch's modes, always in the same way: compiled code needs it."""
+        """Take the lock and set torch's modes, which must always be the same for compiled code."""
         with self._alone(), torch.no_grad(), self._own_precision(), _memory_errors():
             yield
 
@@ -374,14 +377,17 @@ def _step_reporter(
 
 @cache
 def _versions() -> dict[str, str]:
-    """Return the versions of the libraries that affect images. Cached: this takes 1 ms."""
+    """Return the versions of the libraries that affect images, cached because it takes 1 ms."""
     others = {name: version(name) for name in ("diffusers", "transformers")}
     return {"fidelora": fidelora.__version__, "torch": torch.__version__, **others}
 
 
 @contextmanager
 def _memory_errors() -> Iterator[None]:
-    """Translate torch's memory errors: a class on devices, a plain RuntimeError on the CPU."""
+    """Convert torch's out-of-memory errors to `MemoryExhaustedError`.
+
+    Torch raises `OutOfMemoryError` on accelerators, but a plain `RuntimeError` on the CPU.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -393,7 +399,7 @@ def _memory_errors() -> Iterator[None]:
 
 
 class _Clock:
-    """Records the seconds between laps."""
+    """Stopwatch whose `lap` records the seconds since the previous lap."""
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""The base models in memory, within a budget, each known by its content."""
+"""The base models in memory, limited by a memory budget and identified by their content."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class LoadedModels:
     """Loads the base models of recipes, and keeps them in memory for later recipes.
 
     Args:
-        device: device on which they compute.
+        device: device on which the models compute.
         offload: as in `load_model`.
         cache_dir: folder for downloads from the hub; None for the default.
-        budget_bytes: total memory for weights. The least recently used models are dropped first;
-            the one in use stays even if it is larger.
+        budget_bytes: maximum memory for the weights of all models. The least recently used model
+            is dropped first. The one in use stays loaded even if it exceeds the budget.
         hashes: content hashes of base models.
     """
 
@@ -43,7 +43,7 @@ class LoadedModels:
         self._cache_dir = cache_dir
         self._budget_bytes = budget_bytes
         self._hashes = hashes
-        self.models: OrderedDict[ModelKey, LoadedModel] = OrderedDict()  # the latest is the last
+        self.models: OrderedDict[ModelKey, LoadedModel] = OrderedDict()  # last used at the end
 
     @property
     def latest(self) -> LoadedModel | None:
@@ -51,7 +51,7 @@ class LoadedModels:
         return next(reversed(list(self.models.values())), None)
 
     def get(self, recipe: Recipe) -> LoadedModel:
-        """Return the base model of `recipe`, loaded again if its files were overwritten.
+        """Return the base model of `recipe`; load it if it is not loaded or its files changed.
 
         Raises:
             BaseModelError, WeightsFileError: a file is missing, damaged or unsuitable.
@@ -74,10 +74,10 @@ class LoadedModels:
         return model
 
     def _find(self, key: ModelKey, sha256: str) -> tuple[ModelKey, BaseFiles]:
-        """Return the files of a base model, and the key with their location.
+        """Return the key with the location of a base model's files, and the files.
 
-        A recipe from an image has the short name of its base model. If there is no such file or
-        folder, the location where a base model of this content was last used is tried.
+        A recipe from an image contains only the short name of its base model. If this name cannot
+        be found, the location where a base model with the hash `sha256` was last used is tried.
         """
         try:
             return key, key.find_files(self._cache_dir)
@@ -94,7 +94,8 @@ class LoadedModels:
             return key, key.find_files(self._cache_dir)
 
     def _load(self, key: ModelKey, files: BaseFiles) -> LoadedModel:
-        # Hashing waits for the disk, and takes seconds the first time that a file is seen.
+        # Hashed in a thread while the model loads: hashing new files takes seconds, mostly to
+        # wait for the disk.
         with ThreadPoolExecutor(1, "fidelora-hash") as thread:
             sha256 = thread.submit(self._hashes.sha256_of, files)
             model = load_model(key, files, self._device, offload=self._offload)
@@ -104,7 +105,7 @@ class LoadedModels:
         return model
 
     def _make_room(self, key: ModelKey, files: BaseFiles) -> None:
-        """Drop base models before another is loaded, so that the budget holds while it loads."""
+        """Drop base models before loading another, to stay within the budget while it loads."""
         needed = expected_bytes(key, files) if self.models and self._budget_bytes else 0
         while self.models:
             used = sum(model.size_bytes for model in self.models.values())

@@ -68,15 +68,18 @@ class LoadedModel:
 
     Attributes:
         files: files of the base model.
-        device: device on which its parts compute.
+        device: device on which the parts compute.
         parts: parts by name, each in the dtype of the model's key. In `fast`, the denoiser and the
             decoder are packed or compiled. On the CPU, some modules of the denoiser store their
             weight in a special form (`AcceptsWeight`).
-        text, denoiser, latents: the family's implementation.
+        text, denoiser, latents: the family's implementations of the protocols `Text`, `Denoiser`
+            and `Latents`.
         targets: the weights that adapters can change.
         merged: the adapters that are merged into those weights.
-        fast_path: None in `exact`.
-        sha256: identifies the base model by content (`weights.content`); empty until `LoadedModels` sets it.
+        hooks: hooks that offload the parts with offload mode `model`.
+        fast_path: implementation that computes `fast`; None in `exact`.
+        sha256: content hash of the base model (`ContentHashes.sha256_of`); empty until
+            `LoadedModels` sets it.
     """
 
     files: BaseFiles
@@ -99,7 +102,7 @@ class LoadedModel:
 
     @property
     def size_bytes(self) -> int:
-        """Size of its weights in bytes."""
+        """Size of all weights in bytes."""
         return sum(weight.nbytes for part in self.parts.values() for weight in part.parameters())
 
     @property
@@ -109,7 +112,7 @@ class LoadedModel:
         return cast(torch.dtype, module.dtype)
 
     def warm_up(self, images: int, guidance: Guidance, size: Size, dtype: torch.dtype) -> None:
-        """Compile the denoiser for a batch of `images` of this size, if its path is compiled."""
+        """Compile the denoiser for batches of `images` images; do nothing if not `COMPILED`."""
         negative = self.denoiser.uses_negative(guidance)
         key = (images, negative, size)
         if self.fast_path is FastPath.COMPILED and key not in self._warm:
@@ -138,14 +141,14 @@ def load_model(
     Weights that adapters can change are uninitialised until `merged.apply` writes them.
 
     Args:
-        files: as `key.find_files()` returned them.
-        device: device on which it computes.
-        offload: content of the device's memory. `none`: all parts; `model`: the part in use;
-            `sequential`: the layer in use.
+        files: result of `key.find_files()`.
+        device: device on which the model computes.
+        offload: `none` keeps all parts in the device's memory, `model` only the part in use,
+            `sequential` only the layer in use.
 
     Raises:
         BaseModelError, WeightsFileError: a file is missing, damaged or unsuitable.
-        DeviceError: `fast` is not available on this device, or not with offloading.
+        DeviceError: `fast` is not supported on this device, or not with this offload mode.
     """
     family = files.family
     path = fast_path(family, device, offload) if key.fidelity == "fast" else None
@@ -183,7 +186,7 @@ def load_model(
 
 
 def expected_bytes(key: ModelKey, files: BaseFiles) -> int:
-    """Return the most memory that the weights of a base model will take, in bytes.
+    """Return the maximum memory, in bytes, that the weights of a base model will take.
 
     Raises:
         WeightsFileError: a file is damaged.
@@ -206,12 +209,12 @@ def _accelerate_on_cpu(
     device: torch.device,
     offload: Offload,
 ) -> bool:
-    """Pack or prepack modules on the CPU; return True if parts must not be moved afterwards."""
+    """Pack or prepack modules on the CPU; return True if the parts must stay where they are."""
     if path is FastPath.PACKED:
         pack(denoiser, adapters_follow=True)
         pack(decoder, adapters_follow=False)
         return True
-    # Not for compiled models: the compiler would have to trace these modules.
+    # Compiled models are not prepacked, because the compiler would have to trace these modules.
     if path is None and device.type == "cpu" and offload == "none":
         if "prepacked" in family.accelerations:
             prepack(denoiser)

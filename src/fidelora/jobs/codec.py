@@ -30,7 +30,7 @@ def job_to_dict(job: Job) -> dict[str, Any]:
 
 
 def job_from_dict(plain: Mapping[str, Any]) -> Job:
-    """Return the job that `job_to_dict` converted.
+    """Return the job for data that `job_to_dict` returned.
 
     Raises:
         RecipeError: a recipe has a format that this version does not support.

@@ -1,4 +1,4 @@
-"""The base models that the server is set to use, identified by their content."""
+"""Base models that the server is configured to use, identified by their content."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from fidelora.weights.locate import is_local
 class BaseModels:
     """Content hashes of the server's base models; safe to use from several threads.
 
-    A recipe gets the hash when its request is accepted, so a job that waits in the queue cannot be
-    made with another base model that was put at the same path in the meantime.
+    The hash is added to a recipe when its request is accepted. If the base model at the same path
+    is replaced while the job is queued, the job cannot use the new one.
 
     Args:
         server_defaults: recipe fields that the server sets, by model id.
@@ -36,10 +36,10 @@ class BaseModels:
         self._lock = threading.Lock()
 
     def sha256(self, model: str) -> str:
-        """Return the hash of the base model for a model id; reads its files if they are new.
+        """Return the content hash of the base model for a model id; hash its files if they are new.
 
-        It is empty for a base model on the hub, whose files only the workers look for, and for one
-        whose files are missing or damaged; the workers report the reason.
+        The hash is empty for a base model on the hub, because only workers access the hub. It is
+        also empty if files are missing or damaged; the workers report the reason.
         """
         recipe = Recipe(prompt="", model=model, **self._server_defaults.get(model, {}))
         if not is_local(recipe.base_model):

@@ -1,4 +1,7 @@
-"""The request context: everything that endpoints use, and the parameters that inject it."""
+"""Context of the server: settings, stores and services that endpoints use.
+
+Endpoints receive it as a parameter of type `ContextDep`.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +30,11 @@ class ServerContext:
     Attributes:
         base_url: URL at which clients reach the server.
         server_defaults: recipe fields that the server sets, such as `base_model` and the dtypes,
-            by model id. A model without an entry has none.
+            by model id. For a model without an entry, the server sets no fields.
         base_models: content hashes of the base models in `server_defaults`.
-        pool: the workers; None if other processes run the jobs.
-        a1111_jobs: owners by job id, for jobs whose AUTOMATIC1111 clients wait for a response.
-        stopping: set as soon as the server begins to stop.
+        pool: workers of this server; None if other processes run the jobs.
+        a1111_jobs: owner of each job that an AUTOMATIC1111 client is waiting for, by job id.
+        stopping: event that is set as soon as the server begins to stop.
     """
 
     settings: Settings
@@ -64,6 +67,7 @@ async def _owner_of(request: Request) -> str:
 
 
 ContextDep = Annotated[ServerContext, Depends(_context_of)]
-"""Endpoint parameter: the server's context."""
+"""Type of the endpoint parameter that receives the server's context."""
 OwnerDep = Annotated[str, Depends(_owner_of)]
-"""Endpoint parameter: name of the API key of the request; empty on a server without keys."""
+"""Type of the endpoint parameter that receives the name of the request's API key, which is empty
+on a server without keys."""

@@ -29,23 +29,23 @@ from fidelora.settings import Settings
 log = structlog.get_logger(__name__)
 
 _CONNECTION_GRACE_S = 5
-"""Seconds for open connections to finish once the workers have stopped."""
+"""Seconds that open connections have to finish after the workers have stopped."""
 
 
 def serve(settings: Settings) -> None:
     """Serve until SIGTERM or Ctrl-C.
 
-    After the signal, the server rejects new requests. Running ones finish within the grace period
-    or return to the queue.
+    After the signal, the server rejects new requests. Running requests finish within the grace
+    period or return to the queue.
 
     Raises:
-        FideloraError: the settings do not work on this machine.
+        FideloraError: the server cannot start with these settings on this machine.
     """
     configure_logs(settings.log_format, settings.debug)
     if not is_loopback(settings.host) and not ApiKeys(keys_file(settings)).names():
         raise SettingsError(
-            f"Other machines could reach {settings.host}, but there is no API key; create one with "
-            "`fidelora keys add NAME`, or listen on 127.0.0.1."
+            f"Other machines can reach the address {settings.host}, so the server needs an API "
+            "key; create one with `fidelora keys add NAME`, or listen on 127.0.0.1."
         )
     data_dir = settings.data_dir.expanduser().absolute()
     make_folder(data_dir)
@@ -93,7 +93,7 @@ async def _serve(context: ServerContext, listener: socket.socket) -> None:
     await serving
     if not stop_requested.is_set():
         raise SettingsError(
-            "The server could not start or ended unexpectedly; its log has the reason."
+            "The server could not start or ended unexpectedly; see the log for the reason."
         )
 
 
@@ -133,7 +133,8 @@ def _server_defaults(settings: Settings) -> dict[str, dict[str, Any]]:
         server_defaults[model] = {**dtypes, "fidelity": fidelity}
     for model, base_model in settings.base_models.items():
         if not is_portable(base_model):
-            # Absolute, because a restarted server may run queued jobs from another directory.
+            # The path is absolute, because the server may be restarted in another directory while
+            # jobs are queued.
             base_model = str(locate(base_model, get_family(model).parts).absolute())
         server_defaults[model]["base_model"] = base_model
     return server_defaults
@@ -161,8 +162,8 @@ def _lock_data_dir(data_dir: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _listen(settings: Settings) -> Iterator[socket.socket]:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    # asyncio disables Nagle's algorithm only if the protocol is given; with the algorithm, every
-    # response waits 40 ms for an acknowledgement.
+    # IPPROTO_TCP is required: without it, asyncio does not disable Nagle's algorithm, which delays
+    # every response by 40 ms (it waits for an acknowledgement).
     with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -176,7 +177,7 @@ def _listen(settings: Settings) -> Iterator[socket.socket]:
 
 
 def _server_id(data_dir: Path) -> str:
-    """Return the id of this data folder's server, which stays the same after a restart."""
+    """Return the server's id, which is stored in the data folder and survives restarts."""
     file = data_dir / "server_id"
     if not file.is_file():
         write_atomically(file, uuid.uuid4().hex[:12].encode())

@@ -2,7 +2,7 @@
 
 A route checks its request and looks up an idempotency key. Then it resolves the LoRAs with
 `resolve_adapters`, builds recipes with the fields of `defaults_for`, and queues a job with
-`enqueue`. `submit` does these three for an `InferenceRequest`.
+`enqueue`. For an `InferenceRequest`, `submit` resolves, builds and queues in one call.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from fidelora.recipe import AdapterRef, Noise, Recipe
 from fidelora.server.context import ServerContext
 
 POLL_INTERVAL_S = 0.2
-"""Seconds between two reads of a job that a client waits for."""
+"""Seconds between two reads of a job while a client waits for it."""
 
 
 def utc_now() -> datetime:
-    """Return the current time for the job store."""
+    """Return the current time in UTC, the time zone of the job store."""
     return datetime.now(UTC)
 
 
@@ -52,7 +52,7 @@ async def submit(
     image_quality: int | None = None,
     submission: Submission | None = None,
 ) -> Job:
-    """Queue a job for a request that `check_request` has accepted.
+    """Queue a job for a request that has passed `check_request`.
 
     Args:
         image_quality: quality of JPEG and WebP files, from 0 to 100; None for the default.
@@ -62,7 +62,7 @@ async def submit(
         ServerStoppingError: the server accepts no new requests.
         QueueFullError: the queue is full.
         AdapterError, WeightsFileError: a LoRA was not found or cannot be used.
-        RequestFieldError: a value that the model does not support, such as an unknown sampler.
+        RequestFieldError: the model does not support a value of the request, such as the sampler.
     """
     hub_token = request.hf_token.get_secret_value() if request.hf_token else None
     adapters = await resolve_adapters(context, request.loras, hub_token)
@@ -92,7 +92,7 @@ def build_recipes(
     """Return one recipe per prompt of the request.
 
     Raises:
-        RequestFieldError: a value that the model does not support, such as an unknown sampler.
+        RequestFieldError: the model does not support a value of the request, such as the sampler.
     """
     return recipes_of(
         request,
@@ -111,11 +111,12 @@ async def enqueue(
 ) -> Job:
     """Store and return a job for these recipes, or return the earlier job of the same submission.
 
-    The job is on disk when this returns. Its id is added to the log lines of the current call.
+    The job is stored on disk before this function returns. Its id is added to the log lines of the
+    current HTTP request.
 
     Raises:
         QueueFullError: the queue is full.
-        IdempotencyConflictError: the key was used for another request.
+        IdempotencyConflictError: the idempotency key was used for another request.
     """
     job = new_job(recipes, utc_now(), image_format=image_format, image_quality=image_quality)
     stored = await run_in_threadpool(_store_and_wake_workers, context, job, submission)
@@ -131,7 +132,13 @@ def _store_and_wake_workers(context: ServerContext, job: Job, submission: Submis
 
 
 def submission_of(owner: str, key: str, content: bytes) -> Submission:
-    """Return the submission for an idempotency key; the key is scoped to the client's API key."""
+    """Return the submission for an idempotency key, which is scoped to an API key.
+
+    Args:
+        owner: name of the client's API key.
+        key: idempotency key.
+        content: content of the request.
+    """
     return Submission(_sha256(f"{owner}\0{key}".encode()), _sha256(content))
 
 
@@ -144,7 +151,7 @@ def defaults_for(
 ) -> dict[str, Any]:
     """Return the recipe fields that the server sets for images with these adapters.
 
-    As on the command line, the noise follows from the trainer version in the first adapter's file.
+    As on the command line, the trainer version in the first adapter's file determines `noise`.
     """
     noise: Noise = "modern"
     if adapters and "noise" in get_family(model).uses:
@@ -158,23 +165,23 @@ def defaults_for(
 
 @lru_cache(maxsize=1000)
 def _noise(path: Path) -> Noise:
-    """Return `noise_of_file(path)`, cached: files in the adapter cache are named by content."""
+    """Return `noise_of_file(path)`, cached because files in the adapter cache never change."""
     return noise_of_file(path)
 
 
 @asynccontextmanager
 async def cancel_on_exit(job: Job, context: ServerContext) -> AsyncIterator[None]:
-    """Cancel the job when the block ends for any reason; a finished job is left unchanged."""
+    """Cancel the job when the block ends for any reason; a finished job stays unchanged."""
     try:
         yield
     finally:
-        # The task of a disconnected client is already cancelled, so this call needs a shield.
+        # The shield lets this call run although the task of a disconnected client is cancelled.
         with anyio.CancelScope(shield=True):
             await run_in_threadpool(context.store.cancel, job.id, utc_now())
 
 
 async def job_updates(job: Job, context: ServerContext, request: Request) -> AsyncIterator[Job]:
-    """Yield the job now and at each poll, until it has ended.
+    """Yield the job immediately and after each poll, until the job has ended.
 
     Raises:
         RequestCanceledError: the client of `request` disconnected.
@@ -192,9 +199,9 @@ async def job_updates(job: Job, context: ServerContext, request: Request) -> Asy
 
 
 async def wait_until_succeeded(job: Job, context: ServerContext, request: Request) -> Job:
-    """Wait for the job and return it with its images.
+    """Wait until the job has succeeded and return it with its images.
 
-    The job is canceled if the client disconnects, or if the server stops while it is queued.
+    The job is canceled if the client disconnects, or if the server stops while the job is queued.
 
     Raises:
         RequestFailedError, RequestCanceledError: the job failed or was canceled.

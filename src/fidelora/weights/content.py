@@ -1,8 +1,8 @@
 """Identify a base model by the content of its weight files.
 
-Hashing gigabytes takes seconds, so hashes are remembered by path, size and modification time in
-`hashes.json` in the user's cache folder. That file also remembers where each base model was last
-seen, so that an image's recipe finds its base model without containing a path.
+Hashing gigabytes takes seconds, so hashes are cached by path, size and modification time in
+`hashes.json` in the user's cache folder. That file also stores where each base model was last
+found, so that the base model of an image can be located although its recipe contains no path.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ from fidelora.recipe import LOCATIONS, file_sha256
 from fidelora.weights.files import BaseFiles
 
 _SETTLED_NS = 2_000_000_000
-"""A file that changed less than 2 s ago may change again within the resolution of its time."""
+"""Minimum age of a file, in nanoseconds, before its hash is cached. A file that changed less than
+2 s ago may change again and keep its modification time, whose resolution is limited."""
 
 Location = dict[str, str]
-"""The recipe fields `LOCATIONS` by name."""
+"""Values of the recipe fields `LOCATIONS`, by field name."""
 
 
 class ContentHashes:
-    """The content hashes of base models, shared by all processes of the user.
+    """Cache of the content hashes of base models, shared by all processes of the user.
 
-    A damaged or unwritable file costs time, not correctness: hashes are computed again.
+    If the cache file is damaged or cannot be written, the hashes are computed again.
 
     Args:
-        path: the file; by default `fidelora/hashes.json` in the user's cache folder
+        path: the cache file; by default `fidelora/hashes.json` in the user's cache folder
             (https://specifications.freedesktop.org/basedir-spec/).
     """
 
@@ -44,7 +45,7 @@ class ContentHashes:
         self._lock = threading.Lock()
 
     def known(self, files: BaseFiles) -> str | None:
-        """Return `sha256_of(files)` if that needs no file to be read, else None."""
+        """Return `sha256_of(files)` if all hashes that it needs are cached, else None."""
         remembered = self._read()["files"]
         hashes = [_lookup(remembered, path) for _, path in contents(files)]
         return None if None in hashes else _combine(files, [str(one) for one in hashes])
@@ -52,9 +53,9 @@ class ContentHashes:
     def sha256_of(self, files: BaseFiles) -> str:
         """Return the sha256 in hex that identifies a base model.
 
-        A single-file checkpoint has the sha256 of the file, as model sites publish it. In other
-        cases (a folder, another VAE, other configurations), it is the sha256 of one line
-        `NAME SHA256` for each of `contents(files)`.
+        For a single-file checkpoint, it is the sha256 of the file, which model sites publish. In
+        other cases (a folder, another VAE, given configurations), it is the sha256 of a text with
+        one line `NAME SHA256` for each of `contents(files)`.
 
         Raises:
             WeightsFileError: a file cannot be read.
@@ -75,7 +76,7 @@ class ContentHashes:
         return _combine(files, hashes)
 
     def remember_location(self, sha256: str, location: Location) -> None:
-        """Remember where the base model with this hash was found."""
+        """Store the location where the base model with this hash was found."""
         absolute = {
             name: str(Path(value).absolute()) if value and Path(value).exists() else value
             for name, value in location.items()
@@ -84,7 +85,7 @@ class ContentHashes:
             self._remember("bases", {sha256: absolute})
 
     def location(self, sha256: str) -> Location | None:
-        """Return where the base model with this hash was last found, or None."""
+        """Return the location where the base model with this hash was last found, or None."""
         found = self._read()["bases"].get(sha256)
         if not isinstance(found, dict) or found.keys() != set(LOCATIONS):
             return None
@@ -117,8 +118,9 @@ class ContentHashes:
 def contents(files: BaseFiles) -> list[tuple[str, Path]]:
     """Return name and path of each file whose content identifies a base model, in order.
 
-    These are the weight files and, for a single-file checkpoint, the configurations that were given
-    with it. The configurations of a diffusers folder do not count, because programs rewrite them.
+    These are the weight files and, for a single-file checkpoint, the configurations that the caller
+    gave. The configurations of a diffusers folder are not included, because other programs rewrite
+    them.
     """
     checkpoint = [("checkpoint", files.source)] if files.is_checkpoint else []
     parts = [part.name for part in files.family.parts]
@@ -136,7 +138,7 @@ def _combine(files: BaseFiles, hashes: list[str]) -> str:
 
 
 def _lookup(remembered: Mapping[str, Any], path: Path) -> str | None:
-    """Return the remembered sha256 of a file, if the file is unchanged."""
+    """Return the cached sha256 of a file; None if there is none or the file has changed."""
     entry = remembered.get(str(path.absolute()))
     stamp = _stamp_of(path)
     if not isinstance(entry, list) or len(entry) != 3 or stamp is None:
@@ -145,7 +147,7 @@ def _lookup(remembered: Mapping[str, Any], path: Path) -> str | None:
 
 
 def _stamp_of(path: Path) -> tuple[int, int] | None:
-    """Return size in bytes and modification time in ns; None if there is no such file."""
+    """Return size in bytes and modification time in ns; None if the file cannot be accessed."""
     try:
         status = path.stat()
     except OSError:
@@ -154,7 +156,7 @@ def _stamp_of(path: Path) -> tuple[int, int] | None:
 
 
 def _default_path() -> Path | None:
-    """Return the default file; None for a user without a home folder."""
+    """Return the default path of the cache file; None for a user without a home folder."""
     try:
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     except RuntimeError:

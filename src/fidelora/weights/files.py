@@ -29,12 +29,12 @@ class BaseFiles:
 
     Attributes:
         source: the diffusers folder or the single-file checkpoint.
-        configs: `config.json` of each part by name.
-        tokenizers: folder by text encoder; None for the bundled tokenizer.
-        weights: files by part, without the parts that a single-file checkpoint contains.
-        given_configs: the configurations that replace the family's own for a single-file
-            checkpoint, by part; they are not in the file, but images depend on them.
-        stamp: stamp of all files when they were found; see `is_unchanged`.
+        configs: path of each part's `config.json`, by part.
+        tokenizers: tokenizer folder of each text encoder, by part; None for the bundled tokenizer.
+        weights: weight files by part. Parts inside a single-file checkpoint have no entry.
+        given_configs: configurations that the caller gave for a single-file checkpoint, by part.
+            The checkpoint does not contain them, but images depend on them.
+        stamp: stamp of all files at the time of `find`; see `is_unchanged`.
     """
 
     family: Family
@@ -61,8 +61,10 @@ class BaseFiles:
         Args:
             base_model: hub id, diffusers folder or single-file checkpoint.
             variant: variant of a folder's weight files, such as `fp16`; may be empty.
-            config: folder with configurations for a checkpoint; empty: those of the family.
-            decoder: hub id, folder or file of a decoder to use instead of the base's; may be empty.
+            config: folder with configurations for a single-file checkpoint; empty for those of the
+                family.
+            decoder: hub id, folder or file of a decoder that replaces the base model's; may be
+                empty.
             cache_dir: the hub's cache; None for the default.
 
         Raises:
@@ -98,7 +100,7 @@ class BaseFiles:
 
     @property
     def is_checkpoint(self) -> bool:
-        """True if the parts are in one file."""
+        """True if `source` is a single-file checkpoint."""
         return self.source.is_file()
 
     def is_unchanged(self) -> bool:
@@ -109,7 +111,7 @@ class BaseFiles:
         )
 
     def read(self) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Tensor]]]:
-        """Read configurations and weights by part; tensors may be mapped from the files.
+        """Return configurations and weights by part; tensors may be memory-mapped from the files.
 
         Raises:
             BaseModelError, WeightsFileError: a file is missing, damaged or unsuitable.
@@ -131,7 +133,7 @@ class BaseFiles:
         return configs, weights
 
     def numbers(self) -> dict[str, int]:
-        """Return the number of weight elements of each part, from the headers of the files.
+        """Return the number of weight elements of each part, read from the file headers.
 
         Raises:
             WeightsFileError: a file is damaged.
@@ -154,7 +156,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read a part's `config.json`.
 
     Raises:
-        BaseModelFilesError: it is missing, or not a JSON object.
+        BaseModelFilesError: the file is missing, cannot be read or is not a JSON object.
     """
     name = f"{path.parent.name}/{path.name}"
     try:
@@ -188,7 +190,8 @@ def _layout(family: Family, config: str, checkpoint: Path) -> Path:
     folder = Path(config).expanduser()
     if not folder.is_dir():
         raise BaseModelNotFoundError(
-            f"There is no folder with configurations at {config}; check the path."
+            f"The configuration folder {config} does not exist. Set config to a folder in the "
+            f"diffusers layout, or leave it out to use the configurations of {family.title}."
         )
     return folder
 
@@ -221,8 +224,8 @@ def _check_index(folder: Path, family: Family) -> None:
     if (other := _family_of(entries)) not in (None, family):
         assert other is not None
         raise BaseModelFilesError(
-            f"{folder.name} is a base of {other.title}, not of {family.title}: "
-            f"use it as model {other.id}."
+            f"{folder.name} is a base model of {other.title}, not of {family.title}; "
+            f"use it with model {other.id}."
         )
     kind = entries.get("_class_name", "model of unknown kind")
     for part in family.parts:
@@ -231,7 +234,7 @@ def _check_index(folder: Path, family: Family) -> None:
         if class_name != part.class_name:
             raise BaseModelFilesError(
                 f"{folder.name} is a {kind} whose {part.name} is {class_name or 'absent'}; "
-                f"{family.title} has a {part.class_name}."
+                f"{family.title} needs a {part.class_name}."
             )
     known = {part.name for part in family.parts}
     if more := sorted(
@@ -243,7 +246,7 @@ def _check_index(folder: Path, family: Family) -> None:
 
 
 def _family_of(index: Mapping[str, Any]) -> Family | None:
-    """Return the family that has exactly the parts of a `model_index.json`, or None."""
+    """Return the family whose parts are exactly those of a `model_index.json`, or None."""
     for family in all_families().values():
         wanted = {part.name: [part.library, part.class_name] for part in family.parts}
         found = {
@@ -269,12 +272,12 @@ def _weight_files(folder: Path, part: Part, variant: str) -> tuple[Path, ...]:
             f"when it is opened. Convert it to {wanted}."
         )
     others = sorted(path.name for path in folder.glob("*.safetensors"))
-    hint = f" (found: {', '.join(others)}; another variant would use them)" if others else ""
+    hint = f" (found: {', '.join(others)}; change the variant to use them)" if others else ""
     raise BaseModelFilesError(f"The base model has no {folder.name}/{wanted}{hint}.")
 
 
 def _check_shards(paths: list[Path]) -> None:
-    """Raise if shards are missing, or left over from another export."""
+    """Raise if shards are missing, or if the folder also has shards of another export."""
     matches = [re.search(r"-(\d+)-of-(\d+)\.", path.name) for path in paths]
     numbers = [(int(match[1]), int(match[2])) for match in matches if match]
     expected = [(number, len(paths)) for number in range(1, len(paths) + 1)]

@@ -22,7 +22,7 @@ from fidelora.families.spec import Part
 from fidelora.safetensors_header import refuse_pickle
 
 _BUNDLED = {"fidelora:miniature": Path(__file__).parents[1] / "miniature"}
-"""Base models in this package, by names that are the same on every machine."""
+"""Folders of the base models in this package, by name. The names are valid on every machine."""
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
@@ -36,18 +36,20 @@ def locate(
 ) -> Path:
     """Return the local folder or file that `name` refers to.
 
-    A repository that is not in the cache is downloaded, but only its configurations, tokenizers and
-    .safetensors files of one variant. `HF_TOKEN`, `HF_HOME` and `HF_HUB_OFFLINE` work as usual.
+    From a repository that is not in the cache, only the configurations, the tokenizers and the
+    .safetensors files of one variant are downloaded. The environment variables `HF_TOKEN`,
+    `HF_HOME` and `HF_HUB_OFFLINE` apply.
 
     Args:
         name: a path, a hub id, or the name of a bundled base model.
         parts: the parts that are needed.
-        what: what error messages call the object.
+        what: name of the object in error messages.
 
     Raises:
-        BaseModelNotFoundError: there is no such file or folder, and no reachable repository.
+        BaseModelNotFoundError: the file or folder does not exist, or the repository cannot be
+            reached.
         PickleRefusedError: the file is a `.ckpt`, a `.bin` or another pickle.
-        BaseModelFilesError: the file is of another kind.
+        BaseModelFilesError: the file is neither a .safetensors file nor a pickle.
     """
     path = _path(name)
     if is_local(name):
@@ -81,7 +83,7 @@ def is_local(name: str) -> bool:
 
 
 def weight_file_patterns(part: Part, variant: str) -> list[str]:
-    """Return glob patterns for a part's weights: for a single file, and for shards."""
+    """Return glob patterns for a part's weights: first for a single file, then for shards."""
     name, shard = part.weights, "[0-9]*-of-[0-9][0-9][0-9][0-9][0-9]"
     if not variant:
         return [f"{name}.safetensors", f"{name}-{shard}.safetensors"]
@@ -117,22 +119,22 @@ def _snapshot(repo: str, revision: str | None, patterns: list[str], cache_dir: P
         )
     except GatedRepoError as error:
         raise BaseModelNotFoundError(
-            f"{repo} is gated: accept its licence on the hub and set HF_TOKEN to a token of that "
-            "account."
+            f"{repo} is gated. Accept its licence on the hub, and set HF_TOKEN to a token of the "
+            "account that accepted it."
         ) from error
     except RevisionNotFoundError as error:
         raise BaseModelNotFoundError(f"{repo} has no revision {revision!r} on the hub.") from error
     except RepositoryNotFoundError as error:
         raise BaseModelNotFoundError(
-            f"There is no {repo} on this machine or on the hub, or it is private: check the name, "
-            "and set HF_TOKEN if it is private."
+            f"{repo} was not found on this machine or on the hub. Check the name, and set HF_TOKEN "
+            "if the repository is private."
         ) from error
     except LocalEntryNotFoundError as error:
         raise BaseModelNotFoundError(
-            f"{repo} is not in the local cache and the hub cannot be reached: connect once to "
-            "download it, unset HF_HUB_OFFLINE, or give a local folder or file."
+            f"{repo} is not in the local cache, and the hub cannot be reached. Connect to the "
+            "internet to download it, unset HF_HUB_OFFLINE, or give a local folder or file."
         ) from error
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
         raise BaseModelNotFoundError(
-            f"{repo} could not be fetched from the hub: {error}."
+            f"{repo} could not be downloaded from the hub: {error}."
         ) from error

@@ -1,6 +1,7 @@
-"""Conversion of form values to an API request, and of a recipe to form values. Imports no Gradio.
+"""Conversion of form values to an API request, and of a recipe to form values.
 
-Fields are named as in `fidelora.api.InferenceRequest` and its prompts.
+Fields are named as in `fidelora.api.InferenceRequest` and its prompts. This module does not import
+Gradio.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from fidelora.families import get_family
 from fidelora.recipe import LOCATIONS, MAX_SEED, AdapterRef, Recipe, short_name
 
 MAX_LORAS = 8
-"""Number of multiplier sliders of the form."""
+"""Number of multiplier sliders in the form."""
 
 LABELS = {
     "prompt": "Prompt",
@@ -32,7 +33,7 @@ LABELS = {
     "fidelity": "Fidelity",
     "output_format": "Format",
 }
-"""Label of each request field that has one input in the form."""
+"""Labels of the request fields that have their own input in the form."""
 
 _ERROR_LABELS = LABELS | {"seed": "Seed", "network_multiplier": "Multiplier", "path": "LoRAs"}
 
@@ -46,7 +47,7 @@ class Form:
         seed: seed of the first image, increased by one for each further image; None draws a seed
             for each image.
         images: number of images.
-        fields: the other request fields, by the keys of `LABELS`.
+        fields: values of the request fields in `LABELS`, by field name.
     """
 
     loras: tuple[tuple[str, float], ...]
@@ -69,7 +70,7 @@ def read_seed(text: str) -> int | None:
     if not (text.isascii() and text.isdigit()) or int(text[:20]) > MAX_SEED:
         raise WrongUseError(
             f"Seed: {text[:40]!r} is not a whole number from 0 to {MAX_SEED}; "
-            "leave it empty for a random one."
+            "leave the field empty for a random seed."
         )
     return int(text)
 
@@ -82,7 +83,7 @@ def api_range(field: str) -> tuple[float, float]:
 
 
 def build_request(form: Form) -> InferenceRequest:
-    """Build the request for the form's values and validate it like the HTTP API.
+    """Build the request for the form's values, and validate it as the HTTP API does.
 
     Raises:
         WrongUseError: a value is missing or out of range; the message is shown to the user.
@@ -127,10 +128,11 @@ def family_defaults(model: str) -> dict[str, Any]:
 def request_body(recipe: Recipe, paths: Sequence[str], image_format: str) -> dict[str, Any]:
     """Return the body of `POST /v1/inference` that reproduces a recipe's image.
 
-    It pins each LoRA by its SHA-256. Base model, VAE and dtypes are left to the server.
+    It contains the sha256 of each LoRA, so the server rejects other files. It does not contain the
+    base model, VAE and dtypes, which the server sets.
 
     Args:
-        paths: request path of each of the recipe's adapters.
+        paths: path of each of the recipe's adapters in API requests.
     """
     loras = [
         {"path": path, "network_multiplier": adapter.multiplier, "sha256": adapter.sha256}
@@ -161,10 +163,10 @@ def request_body(recipe: Recipe, paths: Sequence[str], image_format: str) -> dic
 
 
 def form_for_recipe(recipe: Recipe, paths: Sequence[str], image_format: str) -> Form:
-    """Return the form values that reproduce a recipe's image, as far as the form supports it.
+    """Return the form values that reproduce a recipe's image, as far as the form supports them.
 
     Args:
-        paths: request path of each of the recipe's adapters.
+        paths: path of each of the recipe's adapters in API requests.
     """
     body = request_body(recipe, paths, image_format)
     values = body["prompts"][0] | body
@@ -183,15 +185,20 @@ def first_recipe(
     """Return the recipe of the first image that the form makes on this server.
 
     Raises:
-        FideloraError: as `build_request`.
+        FideloraError: as in `build_request`.
     """
     return recipes_of(build_request(form), adapters, server_defaults, draw_seed=lambda: 0)[0]
 
 
 def differences(recipe: Recipe, here: Recipe) -> list[str]:
-    """Describe each field that differs in this server's recipe; none if the image is the same."""
+    """Describe each field in which two recipes differ; empty if they define the same image.
+
+    Args:
+        recipe: recipe of an image.
+        here: recipe that this server would use.
+    """
     names = [entry.name for entry in fields(Recipe)]
-    # Without a hash on both sides, the short names are compared here, and the content by a worker.
+    # Unless both have a hash, the short names are compared here, and a worker compares the hash.
     known = bool(recipe.base_sha256 and here.base_sha256)
     unused = LOCATIONS if known else ("base_sha256",)
     values = [(name, _shown(here, name), _shown(recipe, name)) for name in names]

@@ -1,4 +1,4 @@
-"""Snippets that reproduce an image: the request body, the shell command and the Python code."""
+"""Snippets that reproduce an image: a request body, a shell command and Python code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def as_request(recipe: Recipe, paths: Sequence[str], image_format: str) -> str:
     """Return the body of `POST /v1/inference` as indented JSON.
 
     Args:
-        paths: request path of each of the recipe's adapters.
+        paths: path of each of the recipe's adapters in API requests.
     """
     return json.dumps(request_body(recipe, paths, image_format), indent=2, ensure_ascii=False)
 
@@ -23,7 +23,8 @@ def as_request(recipe: Recipe, paths: Sequence[str], image_format: str) -> str:
 def as_command(recipe: Recipe, paths: Sequence[str], image_format: str) -> str:
     """Return the `fidelora generate` command for a POSIX shell, to be run in the LoRA folder.
 
-    Paths of the base model and the VAE are shortened to names, because strangers may see them.
+    Paths of the base model, the VAE and the configurations are shortened to names, because other
+    people may see the command.
     """
     words = ["fidelora", "generate", recipe.prompt]
     for path, adapter in zip(paths, recipe.adapters, strict=True):
@@ -86,5 +87,5 @@ def as_python(recipe: Recipe, paths: Sequence[str], image_format: str, url: str)
 
 
 def _decimal(number: float) -> str:
-    """Format a number without an exponent, so that the command line parses the same float."""
+    """Format a number without an exponent, such that the command line reads the same float."""
     return format(Decimal(repr(number)), "f").removesuffix(".0")

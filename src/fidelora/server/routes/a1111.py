@@ -67,7 +67,7 @@ router = APIRouter(prefix="/sdapi/v1", tags=["a1111"], responses=_ERRORS)
 async def txt2img(
     body: Txt2ImgRequest, context: ContextDep, owner: OwnerDep, request: Request
 ) -> Txt2ImgBody:
-    """Request images and wait for them. A client that disconnects cancels its request."""
+    """Generate images and return them. If the client disconnects, its request is canceled."""
     plan = plan_txt2img(body, _default_model(context), draw_seed())
     paths = [
         await run_in_threadpool(adapter_named_in_prompt, context.settings.loras, lora.name)
@@ -116,7 +116,7 @@ def progress(
 
 @router.post("/interrupt")
 def interrupt(context: ContextDep, owner: OwnerDep) -> dict[str, Any]:
-    """Cancel the request that `progress` shows; its client gets an error and no image."""
+    """Cancel the request that `progress` reports; its client receives an error and no image."""
     if (job := _current_job(context, owner)) is not None:
         context.store.cancel(job.id, utc_now())
     return {}
@@ -124,13 +124,13 @@ def interrupt(context: ContextDep, owner: OwnerDep) -> dict[str, Any]:
 
 @router.get("/options")
 def options(context: ContextDep) -> dict[str, Any]:
-    """Return the supported settings. They can be changed only per request."""
+    """Return the supported settings. They can only be changed in individual requests."""
     return options_of(_default_model(context))
 
 
 @router.post("/options")
 def set_options(changes: Annotated[dict[str, Any], Body()], context: ContextDep) -> None:
-    """Accept settings that equal the current values, and reject all others by name."""
+    """Accept settings that equal the current values; any other is an error that names it."""
     check_options(changes, _default_model(context))
 
 
@@ -173,7 +173,7 @@ def a1111_loras(context: ContextDep) -> list[A1111LoraBody]:
 
 @router.post("/refresh-loras")
 def refresh_loras() -> None:
-    """Do nothing: the server reads the folder at each request."""
+    """Do nothing, because the server reads the LoRA folder at each request."""
 
 
 def _lora_body(name: str, path: str, context: ServerContext) -> A1111LoraBody:

@@ -65,7 +65,7 @@ Choices = TypeVar("Choices", bound=ReplayChoices)
 
 @dataclass(frozen=True)
 class _Plan:
-    """The recipe of the replay, and its differences from the recipe or parameters received."""
+    """The recipe of the replay, and its differences from the received recipe or parameters."""
 
     recipe: Recipe
     source: Literal["fidelora", "a1111"]
@@ -82,8 +82,8 @@ async def replay(
 ) -> ReplayAccepted:
     """Make an image again from its file (`multipart/form-data`) or recipe (`application/json`).
 
-    An image made by Fidelora carries its complete recipe. The server needs the same base model and
-    LoRA files with the same content. For images of other programs, the supported part of
+    Images made by Fidelora contain their complete recipe. The server must have the same base model
+    and LoRA files with the same content. For images made by other programs, the supported part of
     AUTOMATIC1111's parameters is used; the response lists the rest in `ignored`.
     """
     context.refuse_if_stopping()
@@ -133,7 +133,7 @@ async def _read_request(
             image = form.get("image")
             if not isinstance(image, UploadFile):
                 raise RequestFieldError(
-                    "The form field image is not a file; send the image as a file.",
+                    "The form field `image` is not a file; send the image as a file.",
                     place=("image",),
                 )
             fields = {name: value for name, value in form.multi_items() if name != "image"}
@@ -193,7 +193,7 @@ def _plan_from_recipe(recipe: Recipe, choices: ReplayChoices, context: ServerCon
 
     Raises:
         AdaptersMissingError: the server does not have all adapter files.
-        RequestError: the server has another base model, and the request does not accept it.
+        RequestError: the server has another base model, which the request does not accept.
     """
     defaults = context.server_defaults.get(recipe.model, {})
     local = Recipe(
@@ -216,7 +216,7 @@ def _plan_from_recipe(recipe: Recipe, choices: ReplayChoices, context: ServerCon
             },
         )
     changes = [ChangeBody(name=name, was=was, now=now) for name, (was, now) in differs.items()]
-    # The server sets the base model: an uploaded recipe must not choose what this machine loads.
+    # The server sets the base model, because an uploaded recipe must not choose files to load.
     overrides: dict[str, Any] = {name: getattr(local, name) for name in LOCATIONS}
     if differs:
         overrides["base_sha256"] = local.base_sha256
@@ -237,8 +237,9 @@ def _plan_from_recipe(recipe: Recipe, choices: ReplayChoices, context: ServerCon
 def _base_differences(recipe: Recipe, local: Recipe) -> dict[str, tuple[str, str]]:
     """Return the fields in which two recipes name different base models, with both values.
 
-    The content decides if it is known on both sides. If only the recipe has it, the short names are
-    compared, and the worker compares the content. Recipes of format 1 have full paths and no hash.
+    If both have a hash, equal hashes mean the same base model. If only `recipe` has one, the short
+    names are compared here, and the worker compares the hash. Recipes of format 1 have no hash but
+    full paths, which are compared.
     """
     if recipe.base_sha256 and local.base_sha256:
         if recipe.base_sha256 == local.base_sha256:
@@ -266,7 +267,7 @@ def _base(recipe: Recipe) -> str:
     if recipe.base_sha256:
         details.append(f"sha256 {recipe.base_sha256[:12]}")
     elif name != recipe.base_model:
-        details.append("of unknown content")
+        details.append("content hash unknown")
     return f"the base model {name!r:.200}" + (f" ({', '.join(details)})" if details else "")
 
 
@@ -289,7 +290,7 @@ def _locate_adapters(
 async def _plan_from_parameters(
     parameters: Parameters, choices: ReplayChoices, context: ServerContext
 ) -> _Plan:
-    """Return the plan for another program's parameters text.
+    """Return the plan for the parameters text of another program.
 
     Raises:
         AdaptersMissingError: the text names LoRAs that the server does not have.
@@ -310,7 +311,7 @@ async def _plan_from_parameters(
             warnings.append(
                 f"The LoRA {lora.name} has the hash {lora.hash} in the image, but the server's "
                 f"file has the sha256 {ref.sha256[:12]}. "
-                "It may be another file or another kind of hash."
+                "The files may differ, or the image may contain another kind of hash."
             )
     if missing:
         raise AdaptersMissingError(missing=missing)
