@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,10 @@ def test_generate_writes_the_image_and_its_recipe(fidelora, tmp_path):
         sampler="euler_a",
         adapters=(AdapterRef.from_file(LORA, 0.5), AdapterRef.from_file(LORA_CONV)),
     )
-    assert Recipe.from_dict(read_record(tmp_path / "fidelora_9.png")["recipe"]) == recipe
+    made = Recipe.from_dict(read_record(tmp_path / "fidelora_9.png")["recipe"])
+    assert made.base_model == TINY_BASE.name
+    assert len(made.base_sha256) == 64
+    assert made == replace(recipe, base_sha256=made.base_sha256)
     written = np.asarray(Image.open(tmp_path / "fidelora_9.png"))
     assert np.array_equal(written, Engine(device="cpu").generate(recipe).pixels)
 
@@ -256,7 +260,7 @@ def test_a_full_disk_prints_one_sentence(fidelora, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", disk_full)
     code, out, err = fidelora("generate", "a ball", *SMALL)
     assert (code, out) == (1, "")
-    assert "No space left on device. Nothing was left there." in one_sentence(err)
+    assert "No space left on device. No unfinished file was left." in one_sentence(err)
     assert list(tmp_path.iterdir()) == []
 
 
