@@ -70,7 +70,7 @@ def test_memory_stays_level_while_models_alternate(server: Server):
         (image,) = result["outputs"]["images"]
         assert (image["recipe"]["model"], image["recipe"]["base_model"]) == (
             model,
-            str({"sd15": TINY_BASE, "sdxl": TINY_SDXL}[model]),
+            {"sd15": TINY_BASE, "sdxl": TINY_SDXL}[model].name,
         )
         images[model].add(image["sha256"])
         if turn == 3:
