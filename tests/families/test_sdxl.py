@@ -638,16 +638,15 @@ def test_images_made_side_by_side_have_their_own_texts_and_noise(engine):
 # --- two families in one engine -----------------------------------------------------------------
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("fidelity", ["exact", "fast"])
 def test_the_models_take_turns_within_a_budget_for_one(fidelity):
-    """Alternate 20 times: one base at a time, evicted bases are freed, and the images are equal."""
+    """Alternate 6 times: one base at a time, evicted bases are freed, and the images are equal."""
     recipes = [painted(LORA, **SD15, fidelity=fidelity), painted(SDXL_LORA, fidelity=fidelity)]
     alone = [Engine(device="cpu").generate(recipe).pixels for recipe in recipes]
     largest = max(expected_bytes_of(recipe) for recipe in recipes)
     engine = Engine(device="cpu", base_budget_bytes=largest)
     seen: list[weakref.ref[LoadedModel]] = []
-    for turn in range(20):
+    for turn in range(6):
         assert np.array_equal(engine.generate(recipes[turn % 2]).pixels, alone[turn % 2])
         (base,) = engine._models.values()
         assert base.size_bytes <= largest
