@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 
 # The suite runs in two processes, and small models are not faster with several threads. Set before
 # torch is loaded, and for child processes: compared images need the same number of threads.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+
+from fidelora.cli import console, main
+
+Run = Callable[..., tuple[int, str, str]]
 
 
 def pytest_collection_finish() -> None:
@@ -28,3 +33,19 @@ def golden_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def fidelora(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Return a function that runs a command in this process: exit code, stdout and stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(console, "_debug", False)
+        monkeypatch.setattr(sys, "argv", ["fidelora", *arguments])
+        with pytest.raises(SystemExit) as exit_info:
+            main()
+        code = exit_info.value.code
+        captured = capsys.readouterr()
+        return int(code or 0), captured.out, captured.err
+
+    return run
