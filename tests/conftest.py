@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 import tempfile
 
 # The suite runs in two processes, and small models are not faster with several threads. Set before
@@ -12,10 +14,20 @@ os.environ["OMP_NUM_THREADS"] = "1"
 _CACHE = tempfile.TemporaryDirectory(prefix="fidelora-tests-")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+
+from fidelora.cli import console, main
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def pytest_collection_finish() -> None:
+    """Exclude all that was imported from garbage collection, which every loaded model starts."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
@@ -25,3 +37,19 @@ def golden_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def fidelora(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Return a function that runs a command in this process: exit code, stdout and stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(console, "_debug", False)
+        monkeypatch.setattr(sys, "argv", ["fidelora", *arguments])
+        with pytest.raises(SystemExit) as exit_info:
+            main()
+        code = exit_info.value.code
+        captured = capsys.readouterr()
+        return int(code or 0), captured.out, captured.err
+
+    return run

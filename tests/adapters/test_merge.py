@@ -27,6 +27,9 @@ from fidelora.adapters.read import read_adapter
 from fidelora.engine.model import LoadedModel
 from fidelora.errors import AdapterMismatchError
 
+SWITCHES = 200
+"""Random switches in a row: each of the eight sets of three adapters is applied many times."""
+
 
 def fresh_base(dtype: str = "float32", folder: Path = TINY_BASE) -> LoadedModel:
     """A base model with its original weights."""
@@ -53,15 +56,18 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_thousand_random_switches_leave_no_trace(dtype):
+def test_random_switches_leave_no_trace(dtype):
     base = fresh_base(dtype)
     pristine = bits(base)
     bound = [base.targets.bind(read_adapter(path)) for path in (LORA, LORA_CONV, LOKR)]
     generator = random.Random(20261122)
     multipliers = [-2.0, -0.75, 0.0, 0.5, 1.0, 2.0]
-    for _ in range(1000):
+    for number in range(1, SWITCHES + 1):
         chosen = generator.sample(bound, generator.randint(0, 3))
         base.merged.apply([(adapter, generator.choice(multipliers)) for adapter in chosen])
+        if number % 20 == 0:  # a later switch could write over a trace
+            base.merged.apply([])
+            assert same(bits(base), pristine)
 
     last = [(bound[2], 0.5), (bound[0], -0.75), (bound[1], 1.0)]
     base.merged.apply(last)

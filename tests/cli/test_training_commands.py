@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tests.support import (
     save_adapter,
 )
 
+from fidelora import Engine
 from fidelora.api import InferenceRequest, check_request, recipes_of
 from fidelora.images.read import read_record
 from fidelora.recipe import AdapterRef
@@ -432,9 +434,16 @@ def test_an_sdxl_run_selects_its_model(fidelora):
 
 
 def test_a_wrong_sdxl_setting_is_diagnosed(fidelora, copy_run):
-    folder = copy_run(
-        lambda process: process["sample"].update(guidance_rescale=0.7), SDXL_LORA.parent
-    )
+    def change(process: dict[str, Any]) -> None:
+        # One sample of few steps: the doctor makes almost a hundred images of it.
+        sample = {"prompt": "[trigger] a photo of a ball"}
+        process["sample"].update(samples=[sample], sample_steps=2, guidance_rescale=0.7)
+
+    folder = copy_run(change, SDXL_LORA.parent)
+    (plan,) = plan_samples(read_run(folder), 6, base_model=str(TINY_SDXL))
+    assert plan.trainer_image is not None
+    right = Engine(device="cpu").generate(replace(plan.recipe, guidance_rescale=0.0))
+    Image.fromarray(right.pixels).save(plan.trainer_image)
     code, out, _ = fidelora("verify", str(folder), *SDXL_BASE, "--doctor", "--json")
     diagnosis = json.loads(out)["doctor"]
     assert (code, diagnosis["cause"], diagnosis["explains"]) == (1, "guidance", 1.0)

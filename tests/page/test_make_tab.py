@@ -35,7 +35,13 @@ def server(tmp_path_factory):
         loras / f"{HOSTILE}.safetensors",
         ss_tag_frequency=json.dumps({"1": {HOSTILE + "trigger": 1}}),
     )
-    started = Server(data, "fidelora:miniature", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+    started = Server(
+        data,
+        "fidelora:miniature",
+        FIDELORA_PAGE="true",
+        OMP_NUM_THREADS="1",
+        HF_HUB_OFFLINE="1",
+    )
     started.ready()
     yield started
     started.close()

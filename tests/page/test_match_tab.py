@@ -32,7 +32,12 @@ def server(tmp_path_factory):
     )
     # The goldens were made with two threads; sums depend on their number.
     started = Server(
-        data, TINY_BASE, OMP_NUM_THREADS="2", HF_HUB_OFFLINE="1", FIDELORA_JOBS_PATH=str(runs)
+        data,
+        TINY_BASE,
+        FIDELORA_PAGE="true",
+        OMP_NUM_THREADS="2",
+        HF_HUB_OFFLINE="1",
+        FIDELORA_JOBS_PATH=str(runs),
     )
     yield started
     started.close()

@@ -1,4 +1,4 @@
-"""A real server with the tiny base, for all tests that need real images and do not change it."""
+"""A real server with the tiny base, for all tests that need real images and leave it as it was."""
 
 from __future__ import annotations
 

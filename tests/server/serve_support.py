@@ -42,7 +42,11 @@ class Server:
     """A server on a free port, with its data in `data`.
 
     Args:
-        settings: environment variables.
+        settings: environment variables. The page is switched off unless `FIDELORA_PAGE` is given,
+            because its packages take seconds to load.
+
+    Attributes:
+        data: the data folder.
     """
 
     def __init__(self, data: Path, base: Path | str = TINY_BASE, **settings: str) -> None:
@@ -55,6 +59,7 @@ class Server:
             "DEVICE": "cpu",
             "OMP_WAIT_POLICY": "passive",
             "FIDELORA_LOG_FORMAT": "json",
+            "FIDELORA_PAGE": "false",
         }
         command = [
             sys.executable,
@@ -69,6 +74,7 @@ class Server:
         self.process = subprocess.Popen(
             command, stderr=subprocess.PIPE, text=True, env=environment | settings, cwd=data
         )
+        self.data = data
         self.log: list[dict[str, Any]] = []
         self._urls: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read_log, daemon=True).start()

@@ -25,7 +25,7 @@ from fidelora.client import Client
 from fidelora.images.read import read_record
 from fidelora.jobs.sql import SqlStore
 
-pytestmark = pytest.mark.timeout(600)  # the longest takes almost two minutes
+pytestmark = pytest.mark.timeout(600)  # waits up to `DEADLINE_S` at each step
 
 KILLS = int(os.environ.get("FIDELORA_TEST_KILLS", "5"))
 """Times to kill the working server: each takes seconds, so 5 by default and 20 on demand."""
@@ -56,17 +56,18 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def test_documented_request_makes_the_command_lines_image(start, data):
-    server = start(BASE_URL="http://localhost:8000")
+    # With the page, as by default: it must not keep the server from stopping.
+    server = start(BASE_URL="http://localhost:8000", FIDELORA_PAGE="true")
     body = {
         "model": "sd15",
         "trigger_word": "sks",
         "loras": [{"path": "sks.safetensors", "network_multiplier": 1.0}],
-        # The documented request leaves the steps to the default; at this size, 2 take long enough.
+        # The documented request has the default size and steps, which take much longer.
         "prompts": [
             {
                 "prompt": "a photo of [trigger]",
-                "width": 1024,
-                "height": 1024,
+                "width": 320,
+                "height": 256,
                 "seed": 42,
                 "sample_steps": 2,
             }
@@ -92,8 +93,8 @@ def test_documented_request_makes_the_command_lines_image(start, data):
     ) == (
         str(file),
         "png",
-        1024,
-        1024,
+        320,
+        256,
         42,
     )
     assert file.stat().st_mode & 0o044, "other users may read it, like any file"
@@ -103,7 +104,7 @@ def test_documented_request_makes_the_command_lines_image(start, data):
     command = [
         sys.executable, "-m", "fidelora", "generate", "a photo of [trigger]", "--trigger", "sks",
         "--lora", str(data / "loras" / "sks.safetensors"),
-        "--width", "1024", "--height", "1024", "--steps", "2",
+        "--width", "320", "--height", "256", "--steps", "2",
         "--base-model", str(TINY_BASE), "--device", "cpu", "--out", str(out),
     ]  # fmt: skip
     environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
@@ -141,8 +142,8 @@ def test_bundled_base_model_draws_the_prompts(start, data):
     assert sum(one.shape and one.colour and one.background for one in right) >= 4, right
 
 
-def test_a_running_request_is_canceled_soon(start):
-    server = start()
+def test_a_running_request_is_canceled_soon(tiny_server):
+    server = tiny_server
     request_id = server.submit(width=512, height=512, sample_steps=150)
     before = until(lambda: (found := server.status(request_id))["progress"] and found)
     server.call(f"/v1/requests/{request_id}", method="DELETE")
@@ -199,7 +200,7 @@ def test_a_second_signal_ends_the_grace_period(start, data):
 def test_a_stopping_server_serves_status_and_rejects_requests(start):
     server = start(FIDELORA_STOP_GRACE="100")
     server.ready()
-    request_id = server.submit(width=512, height=512, sample_steps=20)
+    request_id = server.submit(width=512, height=512, sample_steps=150)
     until(lambda: server.status(request_id)["progress"])
     server.process.send_signal(signal.SIGTERM)
 
@@ -214,11 +215,12 @@ def test_a_stopping_server_serves_status_and_rejects_requests(start):
     assert server.status(request_id)["status"] == "in_progress"
     with pytest.raises(urllib.error.HTTPError, match="503"):
         server.call("/ready")
-    assert server.process.wait(120) == 0
+    server.call(f"/v1/requests/{request_id}", method="DELETE")  # or it would run for a minute
+    assert server.process.wait(90) == 0
 
 
-def test_a_worker_that_is_killed_costs_an_attempt(start):
-    server = start()
+def test_a_worker_that_is_killed_costs_an_attempt(tiny_server):
+    server = tiny_server
     request_id = server.submit(width=512, height=512, sample_steps=60)
     until(lambda: server.status(request_id)["progress"])
     children = subprocess.run(
@@ -269,12 +271,13 @@ def test_no_accepted_request_is_lost_when_the_server_is_killed(start, data):
         assert image["sha256"] == sha256
 
 
-def refused(data: Path, *options: str, **settings: str) -> tuple[int, str]:
-    environment = (
-        os.environ
-        | {"FIDELORA_DATA_DIR": str(data), "DEVICE": "cpu", "OMP_WAIT_POLICY": "passive"}
-        | settings
-    )
+def refused(data: Path, *options: str) -> tuple[int, str]:
+    """Run a server that cannot start; returns its exit code and the last line on stderr."""
+    environment = os.environ | {
+        "FIDELORA_DATA_DIR": str(data),
+        "DEVICE": "cpu",
+        "OMP_WAIT_POLICY": "passive",
+    }
     command = [sys.executable, "-m", "fidelora", "serve", "--port", "0", *options]
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment, cwd=data, timeout=60
@@ -293,22 +296,27 @@ def refused(data: Path, *options: str, **settings: str) -> tuple[int, str]:
         ([], {"FIDELORA_STORE_URL": "sqlite:////nowhere/at/all.sqlite"}, "cannot be used"),
     ],
 )
-def test_unusable_settings_end_the_start_with_an_error(data, options, settings, words):
+def test_unusable_settings_end_the_start_with_an_error(
+    fidelora, data, monkeypatch, options, settings, words
+):
+    monkeypatch.setattr("fidelora.server.run.configure_logs", lambda *_: None)  # changes all logs
+    monkeypatch.chdir(data)
+    for name, value in ({"FIDELORA_DATA_DIR": str(data), "DEVICE": "cpu"} | settings).items():
+        monkeypatch.setenv(name, value)
     if "--base-model" not in options:
         options = [*options, "--base-model", str(TINY_BASE)]
-    code, last = refused(data, *options, **settings)
+    code, _, err = fidelora("serve", "--port", "0", *options)
+    last = err.strip().splitlines()[-1]
     assert code in (1, 2)
     assert last.startswith("error: ")
     assert words in last
 
 
-def test_one_server_for_each_data_folder(start, data):
-    server = start()
-    code, last = refused(data, "--base-model", str(TINY_BASE))
+def test_one_server_for_each_data_folder(tiny_server, data):
+    code, last = refused(tiny_server.data, "--base-model", str(TINY_BASE))
     assert (code, "Another server uses the data folder" in last) == (2, True)
-    port = server.url.rsplit(":", 1)[1]
-    (data / "other").mkdir()
-    code, last = refused(data / "other", "--base-model", str(TINY_BASE), "--port", port)
+    port = tiny_server.url.rsplit(":", 1)[1]
+    code, last = refused(data, "--base-model", str(TINY_BASE), "--port", port)
     assert (code, "cannot listen on" in last) == (2, True)
 
 

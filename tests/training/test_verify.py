@@ -192,6 +192,11 @@ def test_partial_folders(copy):
 # --- the doctor -----------------------------------------------------------------------------------
 
 
+def one_short_sample(process: dict[str, Any]) -> None:
+    """Leave one sample of few steps: the doctor makes up to a hundred images of it."""
+    process["sample"].update(samples=[{"prompt": "[trigger] a photo of a ball"}], sample_steps=3)
+
+
 def diagnosis_of(folder: Path, engine: Engine, base: str = BASE) -> tuple[str, float, str]:
     samples = checked(folder, engine, base=base)
     assert worst_verdict(samples) is Verdict.MISMATCH
@@ -205,8 +210,7 @@ def diagnosis_of(folder: Path, engine: Engine, base: str = BASE) -> tuple[str, f
     ("cause", "change", "words"),
     [
         ("sampler", lambda p: p["sample"].update(sampler="ddim"), "sample.sampler to ddpm"),
-        ("guidance", lambda p: p["sample"].update(guidance_scale=9), "guidance_scale to 6"),
-        ("steps", lambda p: p["sample"].update(sample_steps=19), "sample_steps to 25"),
+        ("steps", lambda p: p["sample"].update(sample_steps=3), "sample_steps to 25"),
         ("seed", lambda p: p["sample"].update(seed=44), "seed was 42"),
         ("trigger", lambda p: p.update(trigger_word=None), "'sks'"),
         ("trigger", lambda p: p.update(trigger_word="wrong"), "'sks'"),
@@ -240,8 +244,16 @@ def replace_samples(
         ).save(plan.trainer_image)
 
 
+def test_a_wrong_guidance_scale_is_diagnosed(engine, copy):
+    folder = copy(change=one_short_sample)
+    replace_samples(folder, engine, lambda recipe: replace(recipe, guidance_scale=9))
+    found, explains, fix = diagnosis_of(folder, engine)
+    assert (found, explains) == ("guidance", 1.0)
+    assert "guidance_scale to 9" in fix
+
+
 def test_samples_of_other_programs_are_diagnosed(engine, copy):
-    folder = copy()
+    folder = copy(change=one_short_sample)
     replace_samples(folder, engine, steps_offset=0)
     assert diagnosis_of(folder, engine)[:2] == ("steps_offset", 1.0)
     replace_samples(folder, engine, lambda recipe: replace(recipe, adapters=()))

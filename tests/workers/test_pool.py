@@ -30,7 +30,8 @@ from fidelora.workers.process import WorkerSetup
 pytestmark = pytest.mark.timeout(600)  # waits up to DEADLINE_S at each step
 
 SHORT = Recipe(prompt="a ball", base_model=str(TINY_BASE), width=64, height=64, steps=2)
-LONG = replace(SHORT, width=1024, height=1024, steps=150)
+LONG = replace(SHORT, width=512, height=512, steps=150)
+"""An image that takes far longer than any test waits for its first step."""
 DEADLINE_S = 120.0  # reached only by a test that fails
 
 

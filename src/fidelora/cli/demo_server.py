@@ -75,7 +75,12 @@ def running_server(base_model: str, dtype: str, device: str) -> Iterator[Callabl
         process = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", "0"],
             env=_environment()
-            | {"FIDELORA_DATA_DIR": data, "FIDELORA_DTYPE": dtype, "FIDELORA_LOG_FORMAT": "json"},
+            | {
+                "FIDELORA_DATA_DIR": data,
+                "FIDELORA_DTYPE": dtype,
+                "FIDELORA_LOG_FORMAT": "json",
+                "FIDELORA_PAGE": "false",  # the demo uses only the API, and the page loads slowly
+            },
             cwd=data,  # avoids the .env file of another server
             stdout=subprocess.DEVNULL,
             stderr=log,
