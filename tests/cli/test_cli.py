@@ -181,7 +181,8 @@ def printed(tmp_path_factory) -> dict[str, tuple[str, str]]:
 import sys
 from fidelora.cli import main
 for sampler in {SAMPLERS_WITH_MESSAGES}:
-    sys.argv = ["fidelora", "generate", "a ball", *{SMALL}, "--sampler", sampler, "--out", f"{{sampler}}.png"]
+    out = ["--sampler", sampler, "--out", f"{{sampler}}.png"]
+    sys.argv = ["fidelora", "generate", "a ball", *{SMALL}, *out]
     try:
         main()
     except SystemExit as end:
