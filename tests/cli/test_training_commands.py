@@ -84,6 +84,7 @@ def test_verify_prints_json(fidelora, copy_run):
         "job",
         "model",
         "base_model",
+        "base_sha256",
         "versions",
         "settings",
         "samples",
@@ -92,9 +93,10 @@ def test_verify_prints_json(fidelora, copy_run):
     ]
     assert (document["job"], document["base_model"], document["verdict"]) == (
         "lora_linear_f32",
-        str(TINY_BASE),
+        TINY_BASE.name,
         "mismatch",
     )
+    assert len(document["base_sha256"]) == 64
     first = document["samples"][0]
     assert list(first) == [
         "step",
