@@ -453,7 +453,7 @@ def test_a_value_out_of_range_is_refused_in_json_too():
     ],
 )
 def test_adapters_of_another_form_are_refused(adapters):
-    with pytest.raises(RecipeError, match="each has sha256, multiplier and name") as raised:
+    with pytest.raises(RecipeError, match="with sha256, multiplier and name") as raised:
         Recipe.from_dict(plain_with(adapters=adapters))
     assert raised.value.field == "adapters"
 
@@ -759,7 +759,7 @@ def test_an_adapter_in_json_has_exactly_three_fields(adapter):
 
 
 def test_adapters_in_json_are_a_list():
-    with pytest.raises(RecipeError, match="are a list"):
+    with pytest.raises(RecipeError, match="must be a list"):
         Recipe.from_dict(Recipe(prompt="a ball").to_dict() | {"adapters": {}})
 
 

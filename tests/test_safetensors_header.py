@@ -235,7 +235,7 @@ def test_an_actual_header_of_60_mb_is_refused(tmp_path):
 def test_a_header_of_the_maximum_size_is_read(read):
     raw = b"{}".ljust(MAX_HEADER_BYTES)
     assert read(file_of(raw)).tensors == {}
-    with pytest.raises(WeightsFileError, match=f"more than the {MAX_HEADER_BYTES:,}"):
+    with pytest.raises(WeightsFileError, match=f"at most {MAX_HEADER_BYTES:,} are accepted"):
         read(file_of(raw + b" "))
 
 
@@ -281,7 +281,7 @@ def test_a_duplicate_tensor_name_is_refused(read):
 
 
 def test_a_duplicate_field_of_a_tensor_is_refused(read):
-    with pytest.raises(WeightsFileError, match="names dtype twice"):
+    with pytest.raises(WeightsFileError, match="has dtype twice"):
         read(
             file_of(
                 b'{"a": {"dtype": "F32", "dtype": "F16", "shape": [1], "data_offsets": [0, 2]}}',
@@ -307,7 +307,7 @@ def test_tensors_that_overlap_or_leave_gaps_are_refused(read, first, second, bod
 def test_a_truncated_file_is_refused_with_both_sizes(read):
     header = {"a": {"dtype": "F32", "shape": [1000], "data_offsets": [0, 4000]}}
     with pytest.raises(
-        WeightsFileError, match=r"is truncated: its tensors need 4,000 bytes and 3,999 are there"
+        WeightsFileError, match=r"is truncated: its tensors need 4,000 bytes and it has 3,999"
     ):
         read(file_of(header, bytes(3999)))
 
@@ -319,9 +319,7 @@ def test_bytes_after_the_last_tensor_are_refused(read):
 
 @pytest.mark.parametrize("dtype", ["F4", "float16", "f16", "C64", ""])
 def test_the_error_for_an_unknown_dtype_names_it(read, dtype):
-    with pytest.raises(
-        WeightsFileError, match=f"stores unet.a as {dtype}, a type that is not known here"
-    ):
+    with pytest.raises(WeightsFileError, match=f"stores unet.a as {dtype}, which is not supported"):
         read(file_of({"unet.a": {**TWO_BYTES, "dtype": dtype}}, b"xx"))
 
 
@@ -363,7 +361,7 @@ def test_offsets_that_do_not_match_the_shape_are_refused(read, shape, at):
     ],
 )
 def test_an_invalid_tensor_entry_is_refused(read, entry):
-    with pytest.raises(WeightsFileError, match=r"describes the tensor unet\.a in an unknown way"):
+    with pytest.raises(WeightsFileError, match=r"has a malformed entry for the tensor unet\.a"):
         read(file_of({"unet.a": entry}, b"xx"))
 
 
@@ -378,7 +376,7 @@ def test_metadata_that_is_not_text_is_refused(read, metadata):
 def test_the_number_of_tensors_is_limited(read):
     entries = b",".join(b'"%d":0' % number for number in range(MAX_TENSORS + 1))
     with pytest.raises(
-        WeightsFileError, match=f"claims {MAX_TENSORS + 1:,} tensors, more than the {MAX_TENSORS:,}"
+        WeightsFileError, match=f"claims {MAX_TENSORS + 1:,} tensors; at most {MAX_TENSORS:,} are"
     ):
         read(file_of(b"{" + entries + b"}"))
 
@@ -475,7 +473,7 @@ def test_every_file_that_safetensors_writes_is_read(scratch, shapes, metadata):
 def test_a_duplicate_among_many_keys_is_found_quickly(read):
     """Counting each key separately took minutes."""
     entries = ",".join(f'"k{number}":0' for number in range(40_000))
-    with pytest.raises(WeightsFileError, match="names k7 twice"):
+    with pytest.raises(WeightsFileError, match="has k7 twice"):
         read(file_of(f'{{{entries},"k7":0}}'.encode()))
 
 

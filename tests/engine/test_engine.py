@@ -505,8 +505,8 @@ def test_the_environment_includes_the_processors_maker(information, name, tmp_pa
         ("cuda:99" if torch.cuda.is_available() else "cuda", "none", "CUDA"),
         ("tpu", "none", "There is no device 'tpu'"),
         ("meta", "none", "not supported"),
-        ("cpu", "model", "use offload none"),
-        ("cpu", "sequential", "use offload none"),
+        ("cpu", "model", "Use offload none"),
+        ("cpu", "sequential", "Use offload none"),
         ("cpu", "some", "mode 'some' does not exist"),
     ],
 )

@@ -293,7 +293,7 @@ def test_the_variant_is_chosen_and_never_guessed(tmp_path):
         (base / path).rename(base / path.with_suffix(".fp16.safetensors"))
     assert same(load(base, variant="fp16"), load(TINY_BASE))
     with pytest.raises(
-        BaseModelFilesError, match=r"found: model\.fp16\.safetensors; another variant"
+        BaseModelFilesError, match=r"found: model\.fp16\.safetensors; change the variant"
     ):
         load(base)
 
@@ -478,7 +478,7 @@ def test_a_folder_of_another_family_is_recognised(tmp_path):
     (base / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(
         BaseModelFilesError,
-        match=r"a base of Stable Diffusion XL, not of Stable Diffusion 1\.5: use it as model sdxl",
+        match=r"a base model of Stable Diffusion XL, not of Stable Diffusion 1\.5; use it with model sdxl",
     ):
         load(base)
 

@@ -402,7 +402,7 @@ def test_a_disconnected_client_cancels_its_job(client, context, worker, stream, 
     with httpx2.Client() as other:
         body = {"prompt": "a ball", "stream": stream}
         call = other.build_request(
-            "POST", f"{client.base_url}images/generations", json=body, timeout=0.3
+            "POST", f"{client.base_url}images/generations", json=body, timeout=2 if running else 0.3
         )
         sent = aside(lambda: other.send(call, stream=stream))
         job = only_job(context)

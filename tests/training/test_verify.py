@@ -323,6 +323,7 @@ def test_the_report_is_self_contained_and_escapes_html(engine, copy):
         "job": "<b>job</b>",
         "verdict": "mismatch",
         "base_model": "x",
+        "base_sha256": "",
         "versions": {},
         "settings": {},
         "doctor": {"cause": "trigger", "explains": 1.0, "fix": "<i>"},

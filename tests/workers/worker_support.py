@@ -15,14 +15,24 @@ from tests.support import TINY_BASE
 from fidelora import Recipe
 from fidelora.adapters.library import AdapterLibrary
 from fidelora.engine.engine import OnStep, Progress
+from fidelora.families import get_family
 from fidelora.images.write import GeneratedImage
 from fidelora.jobs.job import Job, JobProgress, Status, new_job
 from fidelora.jobs.memory import MemoryStore
 from fidelora.recipe import may_share_batch
+from fidelora.weights.content import ContentHashes
+from fidelora.weights.files import BaseFiles
 from fidelora.workers.attempt import AttemptReport, WorkerLimits
 from fidelora.workers.worker import Worker
 
-RECIPE = Recipe(prompt="a ball", base_model=str(TINY_BASE), width=64, height=64, steps=4)
+RECIPE = Recipe(
+    prompt="a ball",
+    base_model=str(TINY_BASE),
+    base_sha256=ContentHashes().sha256_of(BaseFiles.find(get_family("sd15"), str(TINY_BASE))),
+    width=64,
+    height=64,
+    steps=4,
+)
 FAST = replace(RECIPE, fidelity="fast")
 DEADLINE_S = 60.0  # reached only by a test that fails
 
