@@ -478,7 +478,7 @@ def test_a_folder_of_another_family_is_recognised(tmp_path):
     (base / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(
         BaseModelFilesError,
-        match=r"a base model of Stable Diffusion XL, not of Stable Diffusion 1\.5; use it with model sdxl",
+        match=r"a base model of Stable Diffusion XL, not of .*; use it with model sdxl",
     ):
         load(base)
 
