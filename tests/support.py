@@ -98,5 +98,5 @@ def read_json(path: Path) -> Any:
 def merged(delta: Delta, weight: Tensor, multiplier: float) -> Tensor:
     """Return a float32 copy of `weight` with one delta merged into it."""
     result = torch.empty_like(weight, dtype=torch.float32)
-    merge_into(result, weight, [(delta, multiplier)])
+    merge_into(result, weight, [[(delta, multiplier)]])
     return result

@@ -55,10 +55,11 @@ FULL: dict[str, Any] = {
     "fidelity": "exact",
     "negative_prompt_2": None,
     "guidance_rescale": 0.0,
+    "history": (),
 }
-"""Every field, none with its default except `base_sha256` and the last three.
+"""Every field, none with its default except `base_sha256` and the last four.
 
-Live adapters need `fidelity` "exact", and the other three were added later.
+Live adapters need `fidelity` "exact", and the others were added later.
 """
 
 # Digests recorded when format 1 was made, which had no `base_sha256`. Files contain them, so they
@@ -246,10 +247,10 @@ def test_the_limits_of_the_ranges_are_accepted(name, value):
     assert getattr(Recipe(**{"prompt": "", name: value}), name) == value
 
 
-@pytest.mark.parametrize("multiplier", [3, -2.1, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("multiplier", [6, -5.1, math.nan, math.inf, -math.inf])
 def test_a_multiplier_out_of_range_is_refused(multiplier):
     with pytest.raises(
-        RecipeError, match=rf"multiplier is {multiplier}; it must be from -2\.0 to 2\.0"
+        RecipeError, match=rf"multiplier is {multiplier}; it must be from -5\.0 to 5\.0"
     ) as raised:
         AdapterRef("a" * 64, multiplier)
     assert raised.value.field == "multiplier"
@@ -361,7 +362,7 @@ def test_the_json_form_is_stable():
         **{
             name: value
             for name, value in FULL.items()
-            if name not in ("negative_prompt_2", "guidance_rescale")
+            if name not in ("negative_prompt_2", "guidance_rescale", "history")
         },
         "base_model": "base.safetensors",
         "adapters": [
@@ -552,6 +553,9 @@ def test_a_hash_of_a_base_model_is_a_sha256(value):
 
 # --- digest -------------------------------------------------------------------------------------
 
+EXACT_ONLY = ("adapter_mode", "history", "fidelity")
+"""Fields whose other value is not possible in `fast`, and `fidelity` itself."""
+
 OTHER_VALUES = {
     "prompt": "a blue ball",
     "negative_prompt": "blurry",
@@ -569,6 +573,7 @@ OTHER_VALUES = {
     "prediction": "v_prediction",
     "adapters": (OTHER,),
     "adapter_mode": "live",
+    "history": (OTHER,),
     "noise": "legacy",
     "dtype": "float16",
     "vae_dtype": "float16",
@@ -721,8 +726,8 @@ def test_a_reference_to_a_folder_is_refused(tmp_path):
 
 def test_a_reference_from_a_file_checks_the_multiplier(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(SOUND)
-    with pytest.raises(RecipeError, match="multiplier is 3"):
-        AdapterRef.from_file(tmp_path / "a.safetensors", 3)
+    with pytest.raises(RecipeError, match="multiplier is 6"):
+        AdapterRef.from_file(tmp_path / "a.safetensors", 6)
 
 
 @pytest.mark.parametrize(
@@ -850,7 +855,7 @@ def test_a_path_given_as_text_becomes_a_path():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [(name, value) for name, value in OTHER_VALUES.items() if value not in ("live", "fast")],
+    [(name, value) for name, value in OTHER_VALUES.items() if name not in EXACT_ONLY],
 )
 def test_fast_images_with_other_prompts_and_seeds_can_share_a_batch(name, value):
     one = Recipe(

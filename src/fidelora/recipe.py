@@ -29,7 +29,7 @@ Fidelity = Literal["exact", "fast"]
 MIN_SIZE, MAX_SIZE = 64, 4096
 MAX_STEPS = 150
 MAX_GUIDANCE = 100.0
-MAX_MULTIPLIER = 2.0
+MAX_MULTIPLIER = 5.0  # the trainer samples concept sliders at -5 to 5
 MAX_ALPHA = 1e6
 MAX_SEED = 2**63 - 1
 
@@ -37,6 +37,8 @@ FORMAT = 2
 """Version of the JSON form, increased when the meaning of a field changes. Format 1 had no
 `base_sha256` and contained the paths of local files."""
 
+
+_ADAPTER_FIELDS = frozenset({"adapters", "history"})
 
 _OPTIONAL: Mapping[str, Any] = {
     "negative_prompt": "",
@@ -48,7 +50,11 @@ _OPTIONAL: Mapping[str, Any] = {
 """Default values of fields that only some families use (`Family.uses`). The other families reject
 any other value."""
 
-_OMITTED_DEFAULTS: Mapping[str, Any] = {"negative_prompt_2": None, "guidance_rescale": 0.0}
+_OMITTED_DEFAULTS: Mapping[str, Any] = {
+    "negative_prompt_2": None,
+    "guidance_rescale": 0.0,
+    "history": (),
+}
 """Default values of fields that older recipes do not contain. The JSON form omits a field that has
 its default value, so that the digests of older recipes stay valid."""
 
@@ -106,7 +112,7 @@ class AdapterRef:
 
     Attributes:
         sha256: hash of the file in hex. It identifies the adapter; the path does not.
-        multiplier: strength of the adapter, -2..2; 0 disables the adapter.
+        multiplier: strength of the adapter, -5..5; 0 disables the adapter.
         alpha: alpha of a DoRA, which its file does not contain; the scale is alpha / rank. None
             sets the scale to 1.
         name: name that is shown to users; not part of the identity.
@@ -194,6 +200,9 @@ class Recipe:
         adapter_mode: `merged` adds the adapters to the weights; `live` computes them beside the
             unchanged weights. The trainer merges if all samples of a training run share one
             multiplier. The results of the two modes differ by rounding errors.
+        history: adapters that the trainer merged into the base model and subtracted again for
+            earlier rounds of samples, in order. Each time, the rounded weights change a little.
+            Only for merged adapters in `exact`.
         noise: algorithm that draws half-precision noise on the CPU: `modern` is that of
             torch >= 2.12, `legacy` that of torch <= 2.11. In float32, both give the same noise.
         dtype: dtype of the denoiser and the latents.
@@ -225,6 +234,7 @@ class Recipe:
     prediction: Prediction = "epsilon"
     adapters: tuple[AdapterRef, ...] = ()
     adapter_mode: AdapterMode = "merged"
+    history: tuple[AdapterRef, ...] = ()
     noise: Noise = "modern"
     dtype: Dtype = "float32"
     vae_dtype: Dtype = FROM_MODEL
@@ -255,7 +265,8 @@ class Recipe:
         if self.negative_prompt_2 == self.negative_prompt:
             object.__setattr__(self, "negative_prompt_2", None)
         object.__setattr__(self, "base_model", spec.canonical_base(self.base_model))
-        object.__setattr__(self, "adapters", tuple(self.adapters))
+        for name in _ADAPTER_FIELDS:
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def _fill_in(self, **defaults: object) -> None:
         for name, value in defaults.items():
@@ -307,14 +318,25 @@ class Recipe:
                 "Fidelity fast always merges adapters; use adapter_mode merged, or fidelity exact.",
                 field="adapter_mode",
             )
-        if not isinstance(self.adapters, list | tuple) or not all(
-            isinstance(ref, AdapterRef) for ref in self.adapters
-        ):
+        for name in _ADAPTER_FIELDS:
+            refs = getattr(self, name)
+            if isinstance(refs, list | tuple) and all(isinstance(ref, AdapterRef) for ref in refs):
+                continue
             raise RecipeError(
-                "adapters must be a tuple of AdapterRef; create each with "
+                f"{name} must be a tuple of AdapterRef; create each with "
                 "AdapterRef.from_file(path).",
-                field="adapters",
+                field=name,
             )
+        if self.history and (self.fidelity, self.adapter_mode) != ("exact", "merged"):
+            raise RecipeError(
+                "history needs fidelity exact and adapter_mode merged; leave history out.",
+                field="history",
+            )
+
+    @property
+    def files(self) -> tuple[AdapterRef, ...]:
+        """All adapters whose files are needed, including those of `history`."""
+        return (*self.history, *self.adapters)
 
     def to_json(self) -> str:
         """Return the whole recipe as JSON on one line, with short names instead of paths."""
@@ -336,11 +358,12 @@ class Recipe:
         for name, default in _OMITTED_DEFAULTS.items():
             if plain[name] == default:
                 del plain[name]
-        plain["adapters"] = [
-            {"sha256": ref.sha256, "multiplier": ref.multiplier, "name": ref.name}
-            | ({} if ref.alpha is None else {"alpha": ref.alpha})
-            for ref in self.adapters
-        ]
+        for field_name in _ADAPTER_FIELDS & plain.keys():
+            plain[field_name] = [
+                {"sha256": ref.sha256, "multiplier": ref.multiplier, "name": ref.name}
+                | ({} if ref.alpha is None else {"alpha": ref.alpha})
+                for ref in plain[field_name]
+            ]
         return plain
 
     @classmethod
@@ -385,17 +408,8 @@ class Recipe:
             raise RecipeError(
                 f"The recipe has unknown fields: {', '.join(unknown)}.", field=unknown[0]
             )
-        adapters = values["adapters"]
-        # A path is not allowed: a received recipe must not refer to files on this machine.
-        parts = {"sha256", "multiplier", "name"}
-        if not isinstance(adapters, list) or not all(
-            isinstance(ref, Mapping) and ref.keys() - {"alpha"} == parts for ref in adapters
-        ):
-            raise RecipeError(
-                "adapters must be a list of objects with sha256, multiplier and name.",
-                field="adapters",
-            )
-        values["adapters"] = tuple(AdapterRef(**ref) for ref in adapters)
+        for name in _ADAPTER_FIELDS & plain.keys():
+            values[name] = _read_refs(name, values[name])
         return cls(**values)
 
     @property
@@ -419,8 +433,9 @@ class Recipe:
     def _identity(self) -> dict[str, Any]:
         """Return the fields that define the image as JSON-ready data."""
         plain = self.to_dict(paths=True)
-        for adapter in plain["adapters"]:
-            del adapter["name"]
+        for name in _ADAPTER_FIELDS & plain.keys():
+            for adapter in plain[name]:
+                del adapter["name"]
         if self.fidelity == "exact":
             del plain["fidelity"]  # keeps the digests of recipes from before `fidelity` existed
         if self.base_sha256:
@@ -430,6 +445,18 @@ class Recipe:
             del plain["base_sha256"]
             plain["format"] = 1
         return plain
+
+
+def _read_refs(name: str, plain: object) -> tuple[AdapterRef, ...]:
+    # A path is not allowed: a received recipe must not refer to files on this machine.
+    parts = {"sha256", "multiplier", "name"}
+    if not isinstance(plain, list) or not all(
+        isinstance(ref, Mapping) and ref.keys() - {"alpha"} == parts for ref in plain
+    ):
+        raise RecipeError(
+            f"{name} must be a list of objects with sha256, multiplier and name.", field=name
+        )
+    return tuple(AdapterRef(**ref) for ref in plain)
 
 
 def may_share_batch(first: Recipe, second: Recipe) -> bool:

@@ -5,7 +5,7 @@ for bit. The trainer has two paths, and each kind of delta supports both:
 
 * merged (`merge.py`): `change` is added to the weight in float32 before the image is made;
 * live (`live.py`): the delta is added to the module's output (`beside`), or a changed weight is
-  computed at each call (`live_weight`). `runs_beside` is True for the first way.
+  computed at each call (`live_weight`). `runs_beside` returns True for the first way.
 
 All tensors of a delta are read as float32 to the CPU, whatever the dtype of the file, because the
 trainer samples with float32 adapters.
@@ -32,12 +32,10 @@ class Delta(ABC):
 
     Attributes:
         scale: alpha / rank, applied in addition to the user's multiplier.
-        runs_beside: True if the live path is `beside`, False if it is `live_weight`.
         is_dora: True for a DoRA. The trainer never merges a DoRA, and DoRA files have no alpha.
     """
 
     scale: float
-    runs_beside: ClassVar[bool]
     is_dora: ClassVar[bool] = False
 
     @abstractmethod
@@ -63,6 +61,10 @@ class Delta(ABC):
         """Return these rows of `change`. Call it only if `can_change_rows` returns True."""
         raise AssertionError("check `can_change_rows` first")
 
+    @abstractmethod
+    def runs_beside(self, module: Module) -> bool:
+        """Return True if the live path is `beside` on this module, False if `live_weight`."""
+
     def beside(
         self,
         module: Module,
@@ -71,7 +73,7 @@ class Delta(ABC):
         multiplier: float,
         weight: Callable[[], Tensor],
     ) -> Tensor:
-        """Return `out` with the effect of this delta added. Call it only if `runs_beside` is True.
+        """Return `out` with the effect of this delta added. Call it if `runs_beside` is True.
 
         Args:
             x: input of `module`, on the device of the delta.
@@ -81,7 +83,7 @@ class Delta(ABC):
         raise AssertionError("check `runs_beside` first")
 
     def live_weight(self, weight: Tensor, multiplier: float) -> Tensor:
-        """Return `weight` with this delta added. Call it only if `runs_beside` is False.
+        """Return `weight` with this delta added. Call it if `runs_beside` is False.
 
         The sum is computed in the dtype of `weight`; the merged path computes it in float32.
         """
@@ -112,7 +114,9 @@ class LoraDelta(Delta):
 
     down: Tensor
     up: Tensor
-    runs_beside: ClassVar[bool] = True
+
+    def runs_beside(self, module: Module) -> bool:
+        return True
 
     def shape_for(self, weight_shape: torch.Size) -> tuple[int, ...]:
         return (self.up.shape[0], *self.down.shape[1:])
@@ -238,9 +242,10 @@ class DoraDelta(LoraDelta):
 
 @dataclass(frozen=True, eq=False)
 class WeightDelta(Delta):
-    """Base class of deltas that are computed as a whole weight and never run beside the module."""
+    """Base class of deltas that are computed as a whole weight."""
 
-    runs_beside: ClassVar[bool] = False
+    def runs_beside(self, module: Module) -> bool:
+        return False
 
     @abstractmethod
     def full(self, weight_shape: torch.Size, device: torch.device) -> Tensor:
@@ -260,10 +265,38 @@ class LokrDelta(WeightDelta):
 
     `w1` [a, b] or (w1_a [a, rank], w1_b [rank, b]);
     `w2` [c, d] or [c, d, kh, kw] or (w2_a [c, rank], w2_b [rank, d * kh * kw]).
+
+    Attributes:
+        is_factorised: True to apply the factors one after the other on linear layers in the live
+            path, as AI Toolkit does since 0.10.25 (`toolkit/models/lokr.py`); False to compute a
+            changed weight, as it did before. The results differ by rounding errors.
     """
 
     w1: tuple[Tensor, ...]
     w2: tuple[Tensor, ...]
+    is_factorised: bool = False
+
+    def runs_beside(self, module: Module) -> bool:
+        return self.is_factorised and isinstance(module, nn.Linear)
+
+    def beside(
+        self,
+        module: Module,
+        x: Tensor,
+        out: Tensor,
+        multiplier: float,
+        weight: Callable[[], Tensor],
+    ) -> Tensor:
+        # The trainer's order: factors and multiplier are cast to the dtype of the output. A w1 of
+        # two factors is multiplied before that, in float32; a w2 of two factors is applied in turn.
+        dtype = out.dtype
+        w1 = _product(self.w1, x.device).to(dtype)
+        w2, *low_rank = (factor.to(x.device, dtype) for factor in self.w2)
+        blocks = x.to(dtype).reshape(*x.shape[:-1], w1.shape[1], -1)  # [..., b, d]
+        for factor in (*low_rank, w2):
+            blocks = torch.einsum("...bd,cd->...bc", blocks, factor)
+        delta = torch.einsum("...bc,ab->...ac", blocks, w1 * self.scale).flatten(-2)
+        return out + delta * torch.tensor(multiplier, dtype=dtype)
 
     def shape_for(self, weight_shape: torch.Size) -> tuple[int, ...]:
         w1, w2 = _product_shape(self.w1), _product_shape(self.w2)

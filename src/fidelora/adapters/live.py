@@ -22,8 +22,8 @@ def live_adapters(
 ) -> Iterator[None]:
     """Apply adapters to the base model until the block ends; multiplier 0 skips an adapter.
 
-    On each module, deltas that change its weight (LoKr, LoHa) are applied first, then those that
-    run beside it (LoRA, DoRA); within each group the order is that of `adapters`.
+    On each module, deltas that change its weight (LoHa, LoKr) are applied first, then those that
+    run beside it (LoRA, DoRA, factorised LoKr); within each group the order is that of `adapters`.
 
     Args:
         device: device of the base model.
@@ -45,9 +45,9 @@ class _Hook:
     """Forward hook that returns a module's output with the adapters applied."""
 
     def __init__(self, target: Target, deltas: Sequence[tuple[Delta, float]]) -> None:
-        self._target = target
-        self._in_weight = [(delta, m) for delta, m in deltas if not delta.runs_beside]
-        self._beside = [(delta, m) for delta, m in deltas if delta.runs_beside]
+        self._target, module = target, target.module
+        self._in_weight = [(delta, m) for delta, m in deltas if not delta.runs_beside(module)]
+        self._beside = [(delta, m) for delta, m in deltas if delta.runs_beside(module)]
 
     def __call__(self, module: Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         (x,) = inputs

@@ -2,8 +2,10 @@
 
 Whenever a weight changes, it is computed again from the base model's file. The file stays mapped,
 which needs no memory of the process, and no disk access while the file is in the page cache.
-Subtracting the old adapters instead would leave rounding errors. (The trainer subtracts, so its
-late samples drift.)
+Subtracting the old adapters instead would leave rounding errors.
+
+The trainer does subtract, so its base model drifts with each round of samples. `apply` computes the
+drifted weights if it gets the adapters of these rounds (`history`).
 """
 
 from __future__ import annotations
@@ -18,8 +20,11 @@ from fidelora.accel.weight_protocols import AcceptsWeight
 from fidelora.adapters.deltas import Delta
 from fidelora.adapters.targets import BoundAdapter, Target, Targets
 
-Applied = tuple[tuple[str, float], ...]
-"""(identity, multiplier) of each adapter merged into one weight, in order; empty for none."""
+Group = Sequence[tuple[Delta, float]]
+"""Deltas with multipliers, which are summed in float32 before one cast to the weight's dtype."""
+
+Applied = tuple[tuple[tuple[str, float], ...], ...]
+"""(identity, multiplier) of each adapter merged into one weight, by group, in order."""
 
 _PART_BYTES = 8 * 2**20
 """Size in float32 of the rows of a weight that are merged at a time: small enough to stay in the
@@ -28,7 +33,7 @@ _ROW_MULTIPLE = 16
 """The number of rows merged at a time is a multiple of this. Products that begin at other rows of
 the factor more often differ from the whole product in the order of their sums."""
 
-_UNKNOWN: Applied = (("not written, or partly", 0.0),)
+_UNKNOWN: Applied = ((("not written, or partly", 0.0),),)
 """State of a weight that is not written, or only in part; `apply` always writes it."""
 
 
@@ -50,26 +55,42 @@ class MergedAdapters:
         return self._adapters
 
     @torch.no_grad()
-    def apply(self, adapters: Sequence[tuple[BoundAdapter, float]]) -> int:
+    def apply(
+        self,
+        adapters: Sequence[tuple[BoundAdapter, float]],
+        history: Sequence[tuple[BoundAdapter, float]] = (),
+    ) -> int:
         """Merge exactly these adapters in this order, writing only weights that change.
 
         As in the trainer, each weight is computed in float32: the deltas are added in order, and
         the sum is cast once to the weight's dtype. Adapters with multiplier 0 are skipped.
 
+        Args:
+            history: adapters that were merged and subtracted before, one after the other. As in the
+                trainer, the adapter is merged with its multiplier and subtracted with the absolute
+                value of the multiplier, and each result is cast to the weight's dtype.
+
         Returns:
             number of weights that were written.
         """
-        wanted: dict[str, list[tuple[BoundAdapter, float]]] = {}
-        for bound, multiplier in adapters:
-            if multiplier != 0:
-                for name in bound.deltas:
-                    wanted.setdefault(name, []).append((bound, multiplier))
+        groups = [[(bound, m)] for bound, size in history for m in (size, -abs(size))]
+        wanted: dict[str, list[list[tuple[BoundAdapter, float]]]] = {}
+        for group in (*groups, adapters):
+            by_name: dict[str, list[tuple[BoundAdapter, float]]] = {}
+            for bound, multiplier in group:
+                if multiplier != 0:
+                    for name in bound.deltas:
+                        by_name.setdefault(name, []).append((bound, multiplier))
+            for name, merged in by_name.items():
+                wanted.setdefault(name, []).append(merged)
 
         assert wanted.keys() <= self._targets.by_name.keys(), (
             "the adapter was bound to another model"
         )
-        plans = {
-            name: tuple((bound.identity, m) for bound, m in wanted.get(name, []))
+        plans: dict[str, Applied] = {
+            name: tuple(
+                tuple((bound.identity, m) for bound, m in group) for group in wanted.get(name, [])
+            )
             for name in self._targets.by_name
         }
         stale = [name for name, plan in plans.items() if self._applied.get(name, ()) != plan]
@@ -77,7 +98,7 @@ class MergedAdapters:
         for name in stale:
             self._write(
                 self._targets.by_name[name],
-                [(bound.deltas[name], m) for bound, m in wanted.get(name, [])],
+                [[(bound.deltas[name], m) for bound, m in group] for group in wanted.get(name, [])],
             )
             if plans[name]:
                 self._applied[name] = plans[name]
@@ -106,12 +127,12 @@ class MergedAdapters:
             if isinstance(module, AcceptsWeight):
                 module.release_weight()
 
-    def _write(self, target: Target, deltas: Sequence[tuple[Delta, float]]) -> None:
+    def _write(self, target: Target, groups: Sequence[Group]) -> None:
         assert target.pristine is not None, "these targets have only names and shapes"
         if isinstance(target.module, AcceptsWeight):
-            target.module.set_weight(partial(self._scratch.merged, target.pristine, deltas))
+            target.module.set_weight(partial(self._scratch.merged, target.pristine, groups))
         else:
-            merge_into(target.weight, target.pristine, deltas)
+            merge_into(target.weight, target.pristine, groups)
 
 
 class _Scratch:
@@ -134,45 +155,48 @@ class _Scratch:
         return torch.empty(self._max_numel * torch.float32.itemsize, dtype=torch.uint8)
 
     @torch.no_grad()
-    def merged(
-        self, pristine: Tensor, deltas: Sequence[tuple[Delta, float]], dtype: torch.dtype
-    ) -> Tensor:
+    def merged(self, pristine: Tensor, groups: Sequence[Group], dtype: torch.dtype) -> Tensor:
         """Return the merged weight in `dtype`: `pristine` itself or the buffer.
 
         The result is valid until the next call.
         """
-        if not deltas and pristine.dtype == dtype:
+        if not groups and pristine.dtype == dtype:
             return pristine
         weight = self._bytes[: pristine.numel() * dtype.itemsize].view(dtype).view(pristine.shape)
-        merge_into(weight, pristine, deltas)
+        merge_into(weight, pristine, groups)
         return weight
 
 
 @torch.no_grad()
-def merge_into(weight: Tensor, pristine: Tensor, deltas: Sequence[tuple[Delta, float]]) -> None:
+def merge_into(weight: Tensor, pristine: Tensor, groups: Sequence[Group]) -> None:
     """Overwrite `weight` with `pristine` plus each delta at its multiplier, in order.
+
+    The sum is cast to the dtype of `weight` after each group.
 
     Args:
         weight: [out, in] or [out, in, kh, kw], in the dtype in which the base model was loaded.
         pristine: the same weight in the file's dtype; it is first cast to the dtype of `weight`, as
             when the model is loaded.
     """
-    if not deltas:
+    if not groups:
         weight.copy_(pristine)
         return
     rows = max(1, _PART_BYTES // (4 * pristine[0].numel()) // _ROW_MULTIPLE) * _ROW_MULTIPLE
     if rows < len(weight) and all(
-        delta.can_change_rows(rows, weight.device) for delta, _ in deltas
+        delta.can_change_rows(rows, weight.device) for group in groups for delta, _ in group
     ):
         for part in (slice(start, start + rows) for start in range(0, len(weight), rows)):
-            _add(
-                weight[part],
-                _as_loaded(pristine[part], weight),
-                [delta.change_rows(part, m, weight.device) for delta, m in deltas],
-            )
+            source = pristine[part]
+            for group in groups:
+                changes = [delta.change_rows(part, m, weight.device) for delta, m in group]
+                _add(weight[part], _as_loaded(source, weight), changes)
+                source = weight[part]
     else:
-        loaded = _as_loaded(pristine, weight)
-        _add(weight, loaded, [delta.change(loaded, m) for delta, m in deltas])
+        source = pristine
+        for group in groups:
+            loaded = _as_loaded(source, weight)
+            _add(weight, loaded, [delta.change(loaded, m) for delta, m in group])
+            source = weight
 
 
 def _as_loaded(pristine: Tensor, weight: Tensor) -> Tensor:

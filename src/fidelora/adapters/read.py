@@ -13,8 +13,11 @@ from torch import Tensor
 
 from fidelora.adapter_file import AdapterFile
 from fidelora.adapters.deltas import Delta, DoraDelta, LohaDelta, LokrDelta, LoraDelta, scale_of
-from fidelora.adapters.tensor_names import kind_of, modules_of, peft_alpha
+from fidelora.adapters.tensor_names import kind_of, modules_of, peft_alpha, trainer_version
 from fidelora.errors import AdapterFormatError, NonFiniteWeightsError, WeightsFileError
+
+_FACTORISED_SINCE = (0, 10, 25)
+"""First version of AI Toolkit with a factorised live path of LoKr (`LokrDelta.is_factorised`)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +117,12 @@ def adapter_of(file: AdapterFile, tensors: Mapping[str, Tensor]) -> Adapter:
         )
         for module, parts in modules.items()
     }
+    version = trainer_version(file.header.metadata)
+    if version is not None and version >= _FACTORISED_SINCE:
+        deltas = {
+            module: replace(delta, is_factorised=True) if isinstance(delta, LokrDelta) else delta
+            for module, delta in deltas.items()
+        }
     return Adapter(file.sha256, Path(file.name).stem, deltas, file.header.metadata)
 
 

@@ -42,7 +42,7 @@ from fidelora.errors import (
 from fidelora.families import FlowSampler, get_family
 from fidelora.families.protocols import Encoded, Guidance, Prompts, Size
 from fidelora.images.write import GeneratedImage
-from fidelora.recipe import Dtype, Recipe, may_share_batch
+from fidelora.recipe import AdapterRef, Dtype, Recipe, may_share_batch
 from fidelora.sampling.loop import sample
 from fidelora.sampling.noise import NoiseSource
 from fidelora.sampling.schedules import FlowSchedule, NoiseSchedule, Schedule
@@ -52,8 +52,16 @@ _BATCH_PIXELS = {"cpu": 4 * 256 * 256, "cuda": 4 * 512 * 512}
 """Maximum number of pixels of all images in a batch. On the CPU, a batch saves 5 % per image
 (docs/performance.md); the value for CUDA is an estimate."""
 
-Bound = list[tuple[BoundAdapter, float]]
+Pairs = list[tuple[BoundAdapter, float]]
 """Adapters bound to a base model, with their multipliers."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The adapters of a recipe, bound to a base model."""
+
+    adapters: Pairs
+    history: Pairs
 
 
 @dataclass(frozen=True)
@@ -173,6 +181,7 @@ class Engine:
         on_step: OnStep | None = None,
         *,
         scheduler_options: Mapping[str, Any] | None = None,
+        jitter: int | None = None,
     ) -> GeneratedImage:
         """Make the image that `recipe` defines.
 
@@ -183,6 +192,8 @@ class Engine:
             scheduler_options: values that replace those of the sampler's configuration, such as
                 `steps_offset`, to find out how another program made an image. They are not stored
                 in the recipe or the image's record.
+            jitter: seed of a random change of half-precision initial latents by half a unit in the
+                last place, to find out how far rounding errors change the image.
 
         Raises:
             BaseModelError, AdapterError, WeightsFileError: a file is missing or unsuitable, or the
@@ -192,7 +203,7 @@ class Engine:
             MemoryExhaustedError: the device has too little memory.
             BaseException: any exception that `on_step` raises.
         """
-        return self._generate([recipe], on_step, scheduler_options or {})[0]
+        return self._generate([recipe], on_step, scheduler_options or {}, jitter)[0]
 
     def generate_batch(
         self, recipes: Sequence[Recipe], on_step: OnStep | None = None
@@ -210,10 +221,14 @@ class Engine:
                 "Images can share a batch only if all are fast and differ only in prompts and "
                 "seed. Generate these images one by one."
             )
-        return self._generate(recipes, on_step, {})
+        return self._generate(recipes, on_step, {}, None)
 
     def _generate(
-        self, recipes: Sequence[Recipe], on_step: OnStep | None, options: Mapping[str, Any]
+        self,
+        recipes: Sequence[Recipe],
+        on_step: OnStep | None,
+        options: Mapping[str, Any],
+        jitter: int | None,
     ) -> list[GeneratedImage]:
         common = recipes[0]  # the recipes differ only in prompts and seed
         guidance, size, dtype = _shape_settings(common)
@@ -231,6 +246,8 @@ class Engine:
                     latents = noise.initial(
                         model.latents.shape(size), model.latents.noise_dtype(dtype)
                     )
+                    if jitter is not None and latents.dtype != torch.float32:
+                        latents = noise.jittered(latents, jitter)
                     latents = sample(
                         model.denoiser.prepare(encoded, guidance, size, dtype),
                         _schedule(common, model, noise, options),
@@ -282,8 +299,11 @@ class Engine:
 
     def _bind(self, model: LoadedModel, recipe: Recipe) -> Bound:
         """Check all adapters of the recipe against the base model before any weight changes."""
+        return Bound(self._bind_all(model, recipe.adapters), self._bind_all(model, recipe.history))
+
+    def _bind_all(self, model: LoadedModel, refs: Sequence[AdapterRef]) -> Pairs:
         bound = []
-        for ref in recipe.adapters:
+        for ref in refs:
             adapter = self.adapters.get(ref)
             if ref.alpha is not None:
                 adapter = adapter.with_alpha(ref.alpha)
@@ -299,10 +319,11 @@ class Engine:
         # The trainer always runs a DoRA unmerged; a merged one would differ in the last bits.
         live = [
             (one, multiplier)
-            for one, multiplier in bound
+            for one, multiplier in bound.adapters
             if recipe.adapter_mode == "live" or (one.is_dora and recipe.fidelity == "exact")
         ]
-        model.merged.apply([pair for pair in bound if pair not in live])
+        merged = [pair for pair in bound.adapters if pair not in live]
+        model.merged.apply(merged, [pair for pair in bound.history if not pair[0].is_dora])
         with live_adapters(model.targets, live, self.device):
             yield
 
@@ -333,8 +354,9 @@ def _encode(model: LoadedModel, recipe: Recipe, bound: Bound) -> Encoded:
 
     def adapters(part: str) -> Hashable:
         return tuple(
-            (one.identity, multiplier, recipe.adapter_mode)
-            for one, multiplier in bound
+            (one.identity, multiplier, mode)
+            for pairs, mode in ((bound.history, "history"), (bound.adapters, recipe.adapter_mode))
+            for one, multiplier in pairs
             if part in one.components
         )
 

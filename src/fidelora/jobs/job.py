@@ -131,7 +131,7 @@ class Job:
     @property
     def adapters(self) -> frozenset[str]:
         """Sha256 of every adapter that the job needs."""
-        return frozenset(ref.sha256 for recipe in self.recipes for ref in recipe.adapters)
+        return frozenset(ref.sha256 for recipe in self.recipes for ref in recipe.files)
 
 
 def new_job(

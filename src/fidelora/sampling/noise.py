@@ -48,6 +48,18 @@ class NoiseSource:
                 ]
             )
 
+    @staticmethod
+    def jittered(latents: Tensor, seed: int) -> Tensor:
+        """Return half-precision `latents` changed at random by about half a unit in the last place.
+
+        All later rounding errors are then different ones of the same size, as on a processor that
+        rounds in another way.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        random = torch.rand(latents.shape, generator=generator) - 0.5
+        factor = 1 + random * torch.finfo(latents.dtype).eps
+        return (latents.float() * factor).to(latents.dtype)
+
     @contextmanager
     def drawing(self) -> Iterator[None]:
         """Make `torch.randn`, which samplers call in their steps, draw this kind of noise."""

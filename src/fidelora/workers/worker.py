@@ -301,7 +301,7 @@ class Worker:
 
 def _adapters(job: Job) -> Sequence[AdapterRef]:
     """Return the adapters of all images of a job, without duplicates."""
-    return list({ref.sha256: ref for recipe in job.recipes for ref in recipe.adapters}.values())
+    return list({ref.sha256: ref for recipe in job.recipes for ref in recipe.files}.values())
 
 
 def _all_may_share_batch(recipe: Recipe, job: Job) -> bool:
