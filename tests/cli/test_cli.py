@@ -224,7 +224,7 @@ def test_a_trigger_without_placeholder_has_no_effect(fidelora):
     ("arguments", "sentence"),
     [
         (["--width", "63"], "width is 63; it must be from 64 to 4096"),
-        (["--lora", f"{LORA}:3"], "multiplier is 3.0; it must be from -2.0 to 2.0"),
+        (["--lora", f"{LORA}:6"], "multiplier is 6.0; it must be from -5.0 to 5.0"),
         (
             ["--sampler", "euler_b"],
             "There is no sampler 'euler_b' for sd15; the samplers are: ddpm",

@@ -324,9 +324,9 @@ def test_lora_tags_are_removed_from_prompts(prompt, rest, loras):
     [
         ("<lora:x:1:0.5>", "two multipliers"),
         ("<lora:x:unet=0.5>", "two multipliers"),
-        ("<lora:x:3>", "from -2 to 2"),
-        ("<lora:x:nan>", "from -2 to 2"),
-        ("<lora:x:>", "from -2 to 2"),
+        ("<lora:x:5.1>", "from -5 to 5"),
+        ("<lora:x:nan>", "from -5 to 5"),
+        ("<lora:x:>", "from -5 to 5"),
         ("<lora: :1>", "must be <lora:name:multiplier>"),
         ("<lora:x:1:1:64>", "must be <lora:name:multiplier>"),
         ("<lora:x:1:lbw=ALL>", "must be <lora:name:multiplier>"),

@@ -218,13 +218,34 @@ def test_a_run_cannot_name_files_outside_its_folder(tmp_path):
     config = (run / "config.yaml").read_text()
     assert "name: lokr_full" in config
     (run / "config.yaml").write_text(config.replace("name: lokr_full", "name: ../secret"))
-    with pytest.raises(JobFolderError, match="outside of its folder"):
-        read_contained_run(run, CONTEXT)
+    assert read_contained_run(run, CONTEXT).checkpoints == {}
     (run / "config.yaml").write_text(config)
     weights = run / "lokr_full.safetensors"
     weights.unlink()
     weights.symlink_to(secret)
     with pytest.raises(JobFolderError, match="outside of its folder"):
+        read_contained_run(run, CONTEXT)
+
+
+def test_first_samples_cannot_be_outside_of_the_folder(tmp_path):
+    run = Path(shutil.copytree(RUN, tmp_path / "run"))
+    config = (run / "config.yaml").read_text()
+    block = "    first_sample:\n      samples: [{prompt: a}]\n    model:\n"
+    (run / "config.yaml").write_text(config.replace("    model:\n", block))
+    read_contained_run(run, CONTEXT)
+    image = run / "samples" / "1__000000000_0.png"
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    image.symlink_to(tmp_path / "secret.png")
+    with pytest.raises(JobFolderError, match="outside of its folder"):
+        read_contained_run(run, CONTEXT)
+
+
+def test_a_full_fine_tune_is_refused(tmp_path):
+    run = Path(shutil.copytree(RUN, tmp_path / "run"))
+    config = (run / "config.yaml").read_text()
+    assert "    network:\n" in config
+    (run / "config.yaml").write_text(config.replace("    network:\n", "    unused:\n"))
+    with pytest.raises(JobFolderError, match="are base models"):
         read_contained_run(run, CONTEXT)
 
 

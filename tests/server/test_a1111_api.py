@@ -344,7 +344,7 @@ def test_fields_without_effect_are_accepted(client, context, fields):
         ({"prompt": "a (b:1.2)"}, "changes word weights"),
         ({"negative_prompt": "[a:b:0.5]"}, "switches words during sampling"),
         ({"prompt": "<lora:sks:1:0.5>"}, "two multipliers"),
-        ({"prompt": "<lora:sks:3>"}, "from -2 to 2"),
+        ({"prompt": "<lora:sks:6>"}, "from -5 to 5"),
         ({"prompt": "<hypernet:x:1>"}, "is not a LoRA"),
         ({"prompt": "<lora:sks:1>" * 65}, "names 65 LoRAs; the maximum is 64"),
         ({"prompt": "<lora:none:1>"}, "There is no adapter 'none'"),

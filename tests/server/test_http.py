@@ -193,10 +193,10 @@ def test_an_unknown_model_error_lists_the_models(client):
             ("guidance_scale", -0.1), ("guidance_scale", 20.1),
             ("sample_steps", 0), ("sample_steps", 151), ("seed", -2), ("sampler", "dpm++"),
             ("prompt", "x" * 10_001), ("neg", "x" * 10_001), ("prompt", "\ud800"),
-            ("network_multiplier", 2.1),
+            ("network_multiplier", 5.1),
         ]),
         (
-            MINIMAL | {"loras": [{"path": "a.safetensors", "network_multiplier": -2.1}]},
+            MINIMAL | {"loras": [{"path": "a.safetensors", "network_multiplier": -5.1}]},
             ["body", "loras", 0, "network_multiplier"],
         ),
         (MINIMAL | {"output_format": "gif"}, ["body", "output_format"]),

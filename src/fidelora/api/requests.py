@@ -1,4 +1,4 @@
-"""Request bodies, with the ranges of the `ai-toolkit-inference` API."""
+"""Request bodies, with the ranges of the `ai-toolkit-inference` API, but larger multipliers."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
-from fidelora.recipe import MAX_ALPHA, Fidelity
+from fidelora.recipe import MAX_ALPHA, MAX_MULTIPLIER, Fidelity
 
 MAX_PROMPTS = 64  # images per request
 MAX_LORAS = 64
 """LoRAs per request of the OpenAI and AUTOMATIC1111 APIs, and per replayed image. In the
 `ai-toolkit-inference` API, only the size of the body limits their number."""
 
-Multiplier = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+Multiplier = Annotated[float, Field(ge=-MAX_MULTIPLIER, le=MAX_MULTIPLIER, allow_inf_nan=False)]
 ImageFormat = Literal["png", "jpeg", "webp"]
 
 

@@ -75,11 +75,12 @@ def _make_lora_sheet(engine: Engine, out: Path) -> tuple[list[Recipe], list[NDAr
     adapter = AdapterRef.from_file(_ADAPTER)
     step = describe_adapter(_ADAPTER).step
     assert step, "the training script stores the step"
-    columns = [Column(0, 0.0), *(Column(step, multiplier) for multiplier in _MULTIPLIERS)]
+    columns = [Column(0, None), *(Column(step, multiplier) for multiplier in _MULTIPLIERS)]
     recipes: list[Recipe] = []
     images: dict[tuple[int, int], NDArray[np.uint8]] = {}
     for across, column in enumerate(columns):
-        adapters = (replace(adapter, multiplier=column.multiplier),) if column.step else ()
+        multiplier = column.multiplier
+        adapters = () if multiplier is None else (replace(adapter, multiplier=multiplier),)
         recipes = [
             Recipe(
                 prompt=prompt,

@@ -39,7 +39,7 @@ def generate(
         list[str] | None,
         typer.Option(
             metavar="FILE[:MULT]",
-            help="LoRA file and its multiplier, -2..2, by default 1. LoRAs are applied in order. "
+            help="LoRA file and its multiplier, -5..5, by default 1. LoRAs are applied in order. "
             "If there is a file with the whole name FILE:MULT, it is used with multiplier 1.",
         ),
     ] = None,

@@ -19,6 +19,7 @@ from fidelora.cli.console import (
     FidelityOption,
     fail,
     make_engine,
+    warn,
 )
 from fidelora.errors import JobFolderError
 
@@ -35,7 +36,7 @@ def grid(
         ),
     ] = "all",
     multipliers: Annotated[
-        str, typer.Option(help="Multipliers of the LoRA, -2..2, separated by commas.")
+        str, typer.Option(help="Multipliers of the LoRA, -5..5, separated by commas.")
     ] = "1",
     prompts: Annotated[
         list[str] | None,
@@ -64,10 +65,13 @@ def grid(
     """
     from fidelora.images.write import format_of
     from fidelora.training.grid import contact_sheet, iterate_cells, make_columns, make_rows
+    from fidelora.training.notes import notes_on
     from fidelora.training.run_folder import read_run
 
     image_format = format_of(out)
     run = read_run(run_folder)
+    for sentence in notes_on(run):
+        warn(sentence)
     rows = make_rows(run, _read_prompts(prompts or []), base_model=base_model)
     columns = make_columns(
         run, _read_steps(steps, sorted(run.checkpoints)), _read_multipliers(multipliers)

@@ -43,12 +43,22 @@ def recipe(
 
     The settings that the server needs are printed to stderr.
     """
-    from fidelora.training.plan import plan_samples
+    from fidelora.training.notes import notes_on
+    from fidelora.training.plan import RANDOM_SEED, plan_samples
     from fidelora.training.run_folder import read_run
 
     run = read_run(run_folder)
+    if run.full_models:
+        raise JobFolderError(
+            f"The checkpoints of the training run {run.name} are base models, but a request "
+            "requires a LoRA. Use fidelora verify, or fidelora generate with --base-model and the "
+            "path of a checkpoint."
+        )
+    for sentence in notes_on(run):
+        warn(sentence)
     number = _read_step(run, step)
-    recipes = [plan.recipe for plan in plan_samples(run, number)]
+    plans = plan_samples(run, number)
+    recipes = [plan.recipe for plan in plans]
     if not recipes:
         raise JobFolderError(f"The training run {run.name} has no sample prompts.")
     unmerged = recipes[0].adapter_mode == "live"
@@ -58,12 +68,16 @@ def recipe(
                 f"The training run {run.name} has {len(recipes)} samples; "
                 f"--index must be at most {len(recipes) - 1}."
             )
-        recipes = recipes[index : index + 1]
+        plans, recipes = plans[index : index + 1], recipes[index : index + 1]
     if number == 0:
         recipes = _with_zero_multiplier(run, recipes)
     file = recipes[0].adapters[0].path
     assert file is not None
-    typer.echo(json.dumps(request_for(recipes, lora or file.name), indent=2, ensure_ascii=False))
+    request = request_for(recipes, lora or file.name)
+    for plan, prompt in zip(plans, request["prompts"], strict=True):
+        if plan.has_random_seed:
+            prompt["seed"] = RANDOM_SEED
+    typer.echo(json.dumps(request, indent=2, ensure_ascii=False))
     typer.echo(
         f"Start the server with: fidelora serve --base-model {run.model}={run.base_model}, "
         f"with FIDELORA_DTYPE={run.dtype}. Upload {file} or copy it to the server's LoRA folder.",

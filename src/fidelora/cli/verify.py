@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+import time
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -19,10 +21,16 @@ from fidelora.recipe import short_name
 if TYPE_CHECKING:
     from fidelora.engine.engine import Engine
     from fidelora.training.doctor import Diagnosis
+    from fidelora.training.judge import Evidence, OnImage
     from fidelora.training.run_folder import TrainingRun
     from fidelora.training.verify import CheckedSample
 
-MISMATCH, NOTHING_TO_CHECK = 1, 3  # exit codes
+MISMATCH, NOTHING_TO_CHECK, UNDECIDED = 1, 3, 4  # exit codes
+
+FP32_HINT = (
+    "To make this proof exact, save LoRAs of future runs in float32: in the trainer's web UI, set "
+    "Save > Data Type to FP32 (save.dtype: float32)."
+)
 
 
 class DtypeOption(StrEnum):
@@ -95,11 +103,12 @@ def verify(
 ) -> None:
     """Replay the samples of a training run and compare them with the trainer's.
 
-    Exit codes: 0 no mismatch, 1 a mismatch, 2 wrong use or a file that cannot be used, 3 nothing to
-    check.
+    Exit codes: 0 the samples are identical or consistent with the settings, 1 a mismatch, 2 wrong
+    use or a file that cannot be used, 3 nothing to check, 4 undecided: too much information was
+    lost.
     """
     from fidelora.training.run_folder import read_run
-    from fidelora.training.verify import incomplete_parts, steps_to_check
+    from fidelora.training.selection import incomplete_parts, steps_to_check
 
     try:
         run = read_run(run_folder)
@@ -112,8 +121,9 @@ def verify(
     for sentence in incomplete_parts(run):
         warn(sentence)
 
-    from fidelora.training.verify import Verdict, worst_verdict
+    from fidelora.training.judge import Verdict
     from fidelora.training.verify import verify as verify_run
+    from fidelora.training.verify import worst_verdict
 
     engine = make_engine(device)
     changes = {"variant": variant} if variant else {}
@@ -138,11 +148,12 @@ def verify(
         base_model=base_model,
         changes=changes,
         on_sample=None if as_json else lambda sample: typer.echo(_table_row(sample)),
+        on_image=_progress(),
     )
     if save_images is not None:
         for sample in samples:
             write_atomically(
-                save_images / f"{sample.plan.step}_{sample.plan.index}.png",
+                save_images / f"{sample.plan.round}_{sample.plan.index}.png",
                 sample.image.encode("png"),
             )
 
@@ -157,8 +168,28 @@ def verify(
         typer.echo(json.dumps(document, indent=2))
     else:
         _print_result(samples, verdict.value, diagnosis, report, doctor)
-    if verdict is Verdict.MISMATCH:
-        raise typer.Exit(MISMATCH)
+    if verdict in (Verdict.MISMATCH, Verdict.UNDECIDED):
+        raise typer.Exit(MISMATCH if verdict is Verdict.MISMATCH else UNDECIDED)
+
+
+def _progress() -> OnImage | None:
+    """Return a callback that shows the progress of a judgement, if stderr is a terminal."""
+    if not sys.stderr.isatty():
+        return None
+    start = 0.0
+
+    def show(done: int, total: int) -> None:
+        nonlocal start
+        now = time.monotonic()
+        if done == 1:
+            start = now
+        left = (
+            f", about {(now - start) / (done - 1) * (total - done):.0f} s left" if done > 1 else ""
+        )
+        line = f"comparing with images of lost information: {done} of {total}{left}"
+        typer.echo(f"\r{line:<78}" if done < total else "\r" + " " * 78 + "\r", nl=False, err=True)
+
+    return show
 
 
 _TABLE_HEAD = (
@@ -170,7 +201,7 @@ _TABLE_HEAD = (
 def _table_row(sample: CheckedSample) -> str:
     recipe, comparison = sample.plan.recipe, sample.comparison
     size = f"{recipe.width}x{recipe.height}"
-    start = f"{sample.plan.step:>6} {sample.plan.index:>3} {size:>9} {recipe.seed:>10}"
+    start = f"{sample.plan.round:>6} {sample.plan.index:>3} {size:>9} {recipe.seed:>10}"
     if comparison is None:
         return f"{start}  {sample.summary}"
     psnr = "inf" if sample.psnr is None else f"{sample.psnr:.1f}"
@@ -188,29 +219,22 @@ def _print_result(
     report: Path | None,
     doctor: bool,
 ) -> None:
-    rounded = [sample for sample in samples if sample.bound and sample.verdict.value == "rounding"]
-    if rounded:
-        worst = min(
-            rounded,
-            key=lambda sample: sample.comparison.identical_percent if sample.comparison else 0,
-        )
-        reason = worst.bound.reason if worst.bound else ""
-        typer.echo(
-            f"Rounding, largest in sample {worst.plan.index} of step {worst.plan.step}: {reason}."
-        )
-    half_dtypes = {
-        sample.plan.recipe.dtype for sample in samples if sample.verdict.value == "mismatch"
-    } - {"float32"}
-    for dtype in sorted(half_dtypes):
-        typer.echo(
-            f"Samples in {dtype} can be verified only on the kind of hardware that generated them; "
-            "on other hardware most pixels differ by a few levels."
-        )
+    for reason in dict.fromkeys(sample.reason for sample in samples if sample.reason):
+        typer.echo(reason)
+    lost_digits = any(
+        "saved as" in clause
+        for sample in samples
+        if sample.evidence is not None
+        for clause in sample.evidence.lost
+    )
+    if lost_digits:
+        typer.echo(FP32_HINT)
     if report is not None:
         typer.echo(f"Report: {report / 'report.html'}")
     sentences = {
         "identical": "Every pixel of every sample is the same.",
-        "rounding": "No sample differs by more than rounding explains.",
+        "rounding": "The samples are consistent with these settings.",
+        "undecided": "Too much information was lost to tell whether these settings are right.",
         "mismatch": "At least one sample is different.",
     }
     typer.echo(f"{verdict}: {sentences[verdict]}")
@@ -239,10 +263,13 @@ def _document(
     run: TrainingRun, samples: list[CheckedSample], verdict: str, diagnosis: Diagnosis | None
 ) -> dict[str, Any]:
     """Return the object that `--json` prints."""
+    from fidelora.training.selection import incomplete_parts
+
     first = samples[0]
     recipe = first.plan.recipe
     return {
         "job": run.name,
+        "warnings": incomplete_parts(run),
         "model": recipe.model,
         "base_model": short_name(recipe.base_model),
         "base_sha256": first.image.recipe.base_sha256,
@@ -257,11 +284,16 @@ def _document(
             "noise": recipe.noise,
             "variant": recipe.variant,
             "adapter_mode": recipe.adapter_mode,
-            "bounds": {
-                f"{sample.plan.step}_{sample.plan.index}": asdict(sample.bound)
-                for sample in samples
-                if sample.bound is not None
-            },
+        },
+        "evidence": {
+            sample.plan.round: _evidence_document(sample.evidence)
+            for sample in samples
+            if sample.evidence is not None
+        },
+        "histories": {
+            sample.plan.round: asdict(sample.plan.history)
+            for sample in samples
+            if sample.plan.history.summary
         },
         "samples": [_sample_document(sample) for sample in samples],
         "verdict": verdict,
@@ -269,10 +301,31 @@ def _document(
     }
 
 
+def _evidence_document(evidence: Evidence) -> dict[str, Any]:
+    """Return the judgement of a step; see docs/cli.md for the fields."""
+    return {
+        "lost": list(evidence.lost),
+        "ratio": evidence.size.ratio,
+        "p_value": evidence.size.p_value,
+        "changes": [
+            {
+                "cause": one.change.cause,
+                "amount": one.test.amount,
+                "p_value": one.test.p_value,
+                "tried": one.change.size,
+                "detectable": None if math.isinf(one.test.detectable) else one.detectable,
+            }
+            for one in evidence.tried
+        ],
+        "found": evidence.found.change.cause if evidence.found else None,
+    }
+
+
 def _sample_document(sample: CheckedSample) -> dict[str, Any]:
     comparison = sample.comparison
     return {
         "step": sample.plan.step,
+        "round": sample.plan.round,
         "index": sample.plan.index,
         "seed": sample.plan.recipe.seed,
         "width": sample.plan.recipe.width,

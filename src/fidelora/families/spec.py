@@ -131,7 +131,6 @@ class Samples:
         flags: keys of the `model` block by which older configurations name the family.
         rescales_guidance: True if the trainer applies `guidance_rescale` of the sample block.
         ignores_sampler: True if the trainer ignores `sample.sampler` and uses its only sampler.
-        required: keys of the `model` block for which false is not supported.
         wrong_schedules: schedules that other programs use by mistake.
     """
 
@@ -139,7 +138,6 @@ class Samples:
     flags: tuple[str, ...] = ()
     rescales_guidance: bool = False
     ignores_sampler: bool = False
-    required: tuple[str, ...] = ()
     wrong_schedules: tuple[WrongSchedule, ...] = ()
 
 

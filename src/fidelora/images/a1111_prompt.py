@@ -27,7 +27,7 @@ class NamedLora:
 
     Attributes:
         name: file name without suffix, as written in the prompt.
-        multiplier: -2..2.
+        multiplier: -5..5.
         hash: first digits of its hash in the image parameters; empty if they have none.
     """
 

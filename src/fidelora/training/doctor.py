@@ -10,22 +10,24 @@ from fidelora.engine.engine import Engine
 from fidelora.errors import BaseModelError, NumericsError
 from fidelora.training import suspects
 from fidelora.training.compare import Comparison, compare, reencode
+from fidelora.training.judge import Verdict
 from fidelora.training.run_folder import TrainingRun
 from fidelora.training.suspects import Suspect, UniqueSuspects
-from fidelora.training.verify import (
-    HARDWARE_BOUND,
-    CheckedSample,
-    Verdict,
-    read_trainer_image,
-)
+from fidelora.training.verify import CheckedSample, read_trainer_image
 
 CAUSES = (
     "steps_offset", "noise", "dtype", "sampler", "steps", "guidance", "seed", "trigger",
-    "multiplier", "adapter_not_applied", "base_variant", "size", "unknown",
+    "multiplier", "adapter_not_applied", "base_variant", "negative_prompt", "size", "unknown",
 )  # fmt: skip
 
 _MIN_EXPLAINED = 0.5
 """Share of the mean difference that a suspect must explain to be reported."""
+
+_MAX_NOISE = 1.3
+"""Largest mean difference that lost information explains, relative to that of the draws.
+
+Single samples with right settings had up to 1.67 times the mean difference of the draws.
+"""
 
 _SCREENING_STEPS = 6
 """Sampling steps for ranking many values before the attempts with all steps.
@@ -88,7 +90,12 @@ def diagnose(
             f"(--w {width} --h {height})."
         )
         return Diagnosis("size", 1.0, fix)
+    evidence = mismatched[0].evidence
+    if evidence is not None and evidence.found is not None:
+        return Diagnosis(evidence.found.change.cause, 1.0, evidence.found.fix)
     sample = min(mismatched, key=lambda checked: checked.plan.recipe.steps * checked.trainer.size)
+    if sample.plan.is_first_round and run.first_round is not None:
+        run = run.first_round
     recipe, item = sample.plan.recipe, run.samples[sample.plan.index]
     search = _Search(sample, engine, on_try)
     unique = UniqueSuspects(recipe)
@@ -125,16 +132,17 @@ class _Search:
         self._engine = engine
         self._on_try = on_try
         self._mean_before = sample.comparison.mean_difference
-        self._bound = sample.bound or HARDWARE_BOUND
+        evidence = sample.evidence
+        self._noise = evidence.noise[sample.plan.index] if evidence is not None else 0.0
         self._image_format = read_trainer_image(sample.plan.trainer_image)[1]
-        self._within_bound = False
+        self._within_noise = False
         self._identical = False
         self._best: Diagnosis | None = None
 
     def attempt(self, suspect: Suspect) -> None:
         """Try a suspect, unless the search has ended or another cause is within rounding."""
         if self._identical or (
-            self._within_bound and self._best is not None and suspect.cause != self._best.cause
+            self._within_noise and self._best is not None and suspect.cause != self._best.cause
         ):
             return
         comparison = self._compare(suspect)
@@ -144,13 +152,15 @@ class _Search:
         threshold = max(_MIN_EXPLAINED, self._best.explains if self._best else 0)
         if comparison.identical or explains > threshold:
             self._best = Diagnosis(suspect.cause, round(explains, 4), suspect.fix)
-            self._within_bound = self._bound.allows(comparison)
+            self._within_noise = (
+                comparison.within_rounding or comparison.mean_difference <= _MAX_NOISE * self._noise
+            )
             self._identical = comparison.identical
 
     def rank(self, candidates: Iterable[Suspect]) -> list[Suspect]:
         """Return the candidates whose images at few steps are closest to the sample, best first."""
         steps = self._sample.plan.recipe.steps
-        if self._within_bound or self._identical or steps <= 2 * _SCREENING_STEPS:
+        if self._within_noise or self._identical or steps <= 2 * _SCREENING_STEPS:
             return list(candidates)
         distances: list[tuple[float, int, Suspect]] = []
         for suspect in candidates:
@@ -165,7 +175,7 @@ class _Search:
         """Return the best explanation so far."""
         if self._best is None:
             return Diagnosis("unknown", 0.0, _UNKNOWN_FIX)
-        if self._identical or self._within_bound:
+        if self._identical or self._within_noise:
             return replace(self._best, explains=1.0)
         return replace(
             self._best, fix=f"{self._best.fix} This explains most of the difference, not all."

@@ -27,10 +27,10 @@ _ROW_LABEL_CHARACTERS = 26  # fit into _ROW_LABEL_WIDTH
 
 @dataclass(frozen=True)
 class Column:
-    """A checkpoint with a multiplier; step 0 is the base model, which ignores the multiplier."""
+    """A checkpoint with a multiplier; None if the checkpoint is a base model, as at step 0."""
 
     step: int
-    multiplier: float
+    multiplier: float | None
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,11 @@ class Row:
 def make_columns(
     run: TrainingRun, steps: Sequence[int], multipliers: Sequence[float]
 ) -> list[Column]:
-    """Return a column for each checkpoint with each multiplier, and one for the base model.
+    """Return a column for each checkpoint with each multiplier, and one for each base model.
 
     Raises:
-        JobFolderError: a step has no checkpoint, or `steps` is empty.
+        JobFolderError: a step has no checkpoint, `steps` is empty, or the checkpoints are base
+            models and `multipliers` is not only 1.
     """
     missing = [step for step in steps if step != 0 and step not in run.checkpoints]
     if missing or not steps:
@@ -57,10 +58,15 @@ def make_columns(
             f"The training run {run.name} has {problem}; "
             f"available steps: {available}, and 0 for the base model."
         )
+    if run.full_models and set(multipliers) != {1}:
+        raise JobFolderError(
+            f"The checkpoints of the training run {run.name} are base models, which have no "
+            "multiplier; leave the multipliers out."
+        )
     pairs = [
         Column(step, multiplier)
         for step in steps
-        for multiplier in (multipliers if step else [0.0])
+        for multiplier in (multipliers if step and not run.full_models else [None])
     ]
     return list(dict.fromkeys(pairs))
 
@@ -122,13 +128,19 @@ def iterate_cells(
             f"A grid of {len(rows)} x {len(columns)} images is more than {MAX_IMAGES}; "
             "choose fewer."
         )
-    refs = {step: run.adapter(step) for step in {column.step for column in columns} if step}
+    refs = {
+        step: run.adapter(step)
+        for step in {column.step for column in columns if column.multiplier is not None}
+    }
     for across, column in enumerate(columns):
         for down, row in enumerate(rows):
-            adapters = (
-                (replace(refs[column.step], multiplier=column.multiplier),) if column.step else ()
-            )
-            yield down, across, replace(row.recipe, adapters=adapters, adapter_mode="merged")
+            recipe = replace(row.recipe, adapter_mode="merged")
+            if column.multiplier is not None:
+                adapter = replace(refs[column.step], multiplier=column.multiplier)
+                recipe = replace(recipe, adapters=(adapter,))
+            elif column.step:
+                recipe = replace(recipe, base_model=str(run.checkpoints[column.step]), vae="")
+            yield down, across, recipe
 
 
 def contact_sheet(
@@ -146,9 +158,8 @@ def contact_sheet(
     for across, column in enumerate(columns):
         new_step = across == 0 or columns[across - 1].step != column.step
         step = f"step {column.step}" if column.step else "base model"
-        heads.append(
-            (step if new_step else "", f"multiplier {column.multiplier:g}" if column.step else "")
-        )
+        multiplier = "" if column.multiplier is None else f"multiplier {column.multiplier:g}"
+        heads.append((step if new_step else "", multiplier))
     return labelled_sheet(
         title, [(row.label, f"seed {row.recipe.seed}") for row in rows], heads, images
     )

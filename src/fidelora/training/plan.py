@@ -6,12 +6,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fidelora.adapters.tensor_names import noise_of_adapter, noise_of_file
+from fidelora.adapters.tensor_names import noise_of_adapter, noise_of_trainer
 from fidelora.errors import JobFolderError
 from fidelora.families import get_family
-from fidelora.recipe import Noise, Recipe, replace_trigger
+from fidelora.recipe import MAX_SEED, Noise, Recipe, replace_trigger
 from fidelora.training.flags import split_flags
-from fidelora.training.run_folder import TrainingRun
+from fidelora.training.history import NO_HISTORY, History, full_history, refs_of
+from fidelora.training.run_folder import TrainingRun, checkpoint_metadata
+
+RANDOM_SEED = -1
+"""Seed of a sample for which the trainer draws a seed that it does not save."""
 
 
 @dataclass(frozen=True)
@@ -21,24 +25,43 @@ class PlannedSample:
     Attributes:
         step: training step of the checkpoint; 0 for the base model.
         index: position in the sample block, from 0.
-        trainer_image: the trainer's image file; None if it is missing.
+        trainer_image: the trainer's image file; None if it is missing, or if the trainer drew its
+            seed at random, so that it cannot be replayed.
+        history: earlier rounds of samples that the recipe contains.
+        has_random_seed: True if the trainer drew the seed at random; the recipe has seed 0.
+        is_first_round: True for a sample of the `first_sample` block.
     """
 
     step: int
     index: int
     recipe: Recipe
     trainer_image: Path | None
+    history: History = NO_HISTORY
+    has_random_seed: bool = False
+    is_first_round: bool = False
+
+    @property
+    def round(self) -> str:
+        """Name of the round of samples: the step, or `first` for the `first_sample` block."""
+        return "first" if self.is_first_round else str(self.step)
 
 
 def plan_samples(
-    run: TrainingRun, step: int, *, base_model: str | None = None
+    run: TrainingRun,
+    step: int,
+    *,
+    base_model: str | None = None,
+    history: History | None = None,
 ) -> list[PlannedSample]:
     """Return the recipes of all samples of one step, in the order of the sample block.
+
+    Those of the `first_sample` block are the samples of step 0 of `run.first_round`.
 
     Args:
         step: 0 for the base model; any other step needs a checkpoint.
         base_model: replaces the base model in the configuration, for example if it is stored
-            elsewhere.
+            elsewhere. Checkpoints that are base models are not replaced.
+        history: earlier rounds of samples; by default all rounds since step 0.
 
     Raises:
         JobFolderError: there is no checkpoint of this step, or a flag is invalid.
@@ -52,10 +75,18 @@ def plan_samples(
         )
 
     settings = _resolved_settings(run)
+    is_full_model = run.full_models and step != 0
     # If all samples have the same multiplier, the trainer merges the adapter. Otherwise it keeps
     # the adapter unmerged.
-    unmerged = len({values["network_multiplier"] for values in settings}) > 1
-    adapter = None if step == 0 else run.adapter(step)
+    multipliers = {values["network_multiplier"] for values in settings}
+    unmerged = not is_full_model and (run.stays_live or len(multipliers) > 1)
+    has_adapter = step != 0 and not is_full_model
+    if not has_adapter or unmerged or run.network_type == "dora":  # the trainer merges no DoRA
+        history = NO_HISTORY
+    elif history is None:
+        history = full_history(run, step)
+    earlier = refs_of(run, history, *multipliers) if history.rounds else ()
+    adapter = run.adapter(step) if has_adapter else None
     # Step 0 has no checkpoint, but any file of the run contains the trainer's version, which
     # determines the noise.
     checkpoint = run.checkpoints.get(step) or next(iter(run.checkpoints.values()), None)
@@ -64,7 +95,7 @@ def plan_samples(
     if "noise" in family.uses and adapter is not None:
         noise = noise_of_adapter(adapter)
     elif "noise" in family.uses and checkpoint is not None:
-        noise = noise_of_file(checkpoint)
+        noise = noise_of_trainer(checkpoint_metadata(checkpoint))
     planned = []
     for index, values in enumerate(settings):
         multiplier = values["network_multiplier"]
@@ -72,14 +103,12 @@ def plan_samples(
         recipe = Recipe(
             prompt=values["prompt"],
             negative_prompt=values["neg"],
-            # The flag --n sets the negative prompt of the first text encoder only; no flag sets
-            # that of the second one.
-            negative_prompt_2=(
-                run.samples[index].neg if "negative_prompt_2" in family.uses else None
-            ),
+            negative_prompt_2=values["neg_2"] if "negative_prompt_2" in family.uses else None,
             model=run.model,
-            base_model=base_model or run.base_model,
-            vae=run.vae,
+            base_model=(
+                str(run.checkpoints[step]) if is_full_model else base_model or run.base_model
+            ),
+            vae="" if is_full_model else run.vae,  # a full model contains its VAE
             width=values["width"],
             height=values["height"],
             steps=values["sample_steps"],
@@ -92,13 +121,28 @@ def plan_samples(
             prediction=run.prediction,
             adapters=adapters,
             adapter_mode="live" if unmerged else "merged",
+            history=earlier,
             noise=noise,
             dtype=run.dtype,
             vae_dtype=run.vae_dtype,
             text_encoder_dtype=run.text_encoder_dtype,
         )
-        planned.append(PlannedSample(step, index, recipe, run.images.get((step, index))))
+        is_random = values["has_random_seed"]
+        image = None if is_random else run.images.get((step, index))
+        planned.append(
+            PlannedSample(step, index, recipe, image, history, is_random, run.is_first_round)
+        )
     return planned
+
+
+def random_samples(run: TrainingRun) -> list[int]:
+    """Return the indices of the samples whose seed the trainer drew at random.
+
+    Raises:
+        JobFolderError: a flag is invalid.
+    """
+    settings = _resolved_settings(run)
+    return [index for index, values in enumerate(settings) if values["has_random_seed"]]
 
 
 def _resolved_settings(run: TrainingRun) -> list[dict[str, Any]]:
@@ -112,7 +156,25 @@ def _resolved_settings(run: TrainingRun) -> list[dict[str, Any]]:
             seed = item.seed  # without walk_seed, also the seed of the following items
         prompt, flags = split_flags(replace_trigger(item.prompt, run.trigger_word))
         values = {**vars(item), "seed": seed} | flags | {"prompt": prompt}
+        # The trainer draws a random seed before it parses the flags: --seed -1 is a seed.
+        values["has_random_seed"] = "seed" not in flags and seed == RANDOM_SEED
+        values["seed"] = 0 if values["has_random_seed"] else _usable_seed(values["seed"])
+        # The flag --n sets the negative prompt of the first text encoder only, and no flag sets
+        # that of the second one, unless the trainer encodes all prompts once before training.
+        values["neg_2"] = None if run.encodes_prompts_once else item.neg
         for side in ("width", "height"):
             values[side] = max(64, values[side] - values[side] % 8)
         resolved.append(values)
+    if run.is_first_round and run.encoded_block is not None:
+        for values, encoded in zip(resolved, _resolved_settings(run.encoded_block), strict=False):
+            values.update({key: encoded[key] for key in ("prompt", "neg", "neg_2")})
     return resolved
+
+
+def _usable_seed(seed: int) -> int:
+    """Return a seed that a recipe accepts and that gives the same numbers.
+
+    torch accepts -2**63 to 2**64 - 1, but its generator on the CPU uses only the lowest 32 bits.
+    """
+    is_recipe_seed = 0 <= seed <= MAX_SEED
+    return seed % 2**32 if not is_recipe_seed and -(2**63) <= seed < 2**64 else seed

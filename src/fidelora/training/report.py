@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fidelora.training.verify import CheckedSample, Pixels, Verdict
+from fidelora.training.judge import Pixels
+from fidelora.training.verify import CheckedSample
 
 AMPLIFY = 16  # makes a difference of one level visible
 _MIN_SIDE = 384  # pixels; smaller images are enlarged
@@ -27,9 +28,9 @@ def html_report(document: Mapping[str, Any], samples: Sequence[CheckedSample]) -
         samples: samples in the order in which the page shows them.
     """
     parts = []
-    for step in dict.fromkeys(sample.plan.step for sample in samples):
-        parts.append(f"<h2>Step {step}</h2>")
-        parts += [_section(sample) for sample in samples if sample.plan.step == step]
+    for name in dict.fromkeys(sample.plan.round for sample in samples):
+        parts.append("<h2>First samples</h2>" if name == "first" else f"<h2>Step {name}</h2>")
+        parts += [_section(sample) for sample in samples if sample.plan.round == name]
     doctor = document["doctor"]
     diagnosis = (
         f"<p class=doctor><b>Doctor: {_escape(doctor['cause'])}</b> {_escape(doctor['fix'])}</p>"
@@ -69,15 +70,12 @@ def _section(sample: CheckedSample) -> str:
             "oninput=\"this.parentNode.style.setProperty('--at', this.value + '%')\">"
             "<figcaption>replayed | trainer</figcaption></figure>"
         )
-    bound = ""
-    if sample.bound:
-        label = "Explained by rounding" if sample.verdict is Verdict.ROUNDING else "Beyond rounding"
-        bound = f"<p class=bound>{label}: {_escape(sample.bound.reason)}.</p>"
+    reason = f"<p class=reason>{_escape(sample.reason)}</p>" if sample.reason else ""
     return (
         f'<section id="s{sample.plan.step}_{sample.plan.index}" class={sample.verdict.value}>'
         f"<h3>Sample {sample.plan.index}: {_escape(sample.summary)}</h3>"
         f"<p>{_escape(settings)}</p><p class=prompt>{_escape(recipe.prompt)}</p>"
-        f"<div class=row>{''.join(figures)}</div>{bound}</section>"
+        f"<div class=row>{''.join(figures)}</div>{reason}</section>"
     )
 
 
@@ -121,7 +119,7 @@ img {{ display: block; max-width: 100%; height: auto; image-rendering: pixelated
 .wipe div {{ position: relative; }}
 .wipe .top {{ position: absolute; inset: 0; clip-path: inset(0 calc(100% - var(--at)) 0 0); }}
 .wipe input {{ width: 100%; margin: .3rem 0 0; }}
-figcaption, .bound {{ font-size: .85rem; opacity: .8; }} pre {{ overflow: auto; }}
+figcaption, .reason {{ font-size: .85rem; opacity: .8; }} pre {{ overflow: auto; }}
 </style></head><body>
 <h1>{run}: {verdict}</h1>
 {doctor}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import safetensors.torch
@@ -38,15 +39,34 @@ def perturbed_copy(path: Path, folder: Path, seed: int) -> Path:
     Returns:
         The path of the copy in `folder`.
     """
+    return _changed_copy(path, folder, seed, _perturb)
+
+
+def scaled_copy(path: Path, folder: Path, seed: int) -> Path:
+    """Write a float32 copy of an adapter with each tensor scaled at random by 0.9 to 1.1.
+
+    Returns:
+        The path of the copy in `folder`.
+    """
+    return _changed_copy(path, folder, seed, _scale)
+
+
+def _changed_copy(
+    path: Path, folder: Path, seed: int, change: Callable[[Tensor, torch.Generator], Tensor]
+) -> Path:
     generator = torch.Generator().manual_seed(seed)
     tensors = safetensors.torch.load(path.read_bytes())
-    perturbed = {
-        key: tensor.float() if key.endswith(".alpha") else _perturb(tensor, generator)
+    changed = {
+        key: tensor.float() if key.endswith(".alpha") else change(tensor, generator)
         for key, tensor in sorted(tensors.items())
     }
     target = folder / path.name
-    safetensors.torch.save_file(perturbed, target, dict(read_file_header(path).metadata))
+    safetensors.torch.save_file(changed, target, dict(read_file_header(path).metadata))
     return target
+
+
+def _scale(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    return tensor.float() * (0.9 + 0.2 * torch.rand((), generator=generator))
 
 
 def _perturb(tensor: Tensor, generator: torch.Generator) -> Tensor:

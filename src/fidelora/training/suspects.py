@@ -97,9 +97,9 @@ def multipliers(recipe: Recipe) -> Iterator[Suspect]:
 
 def triggers(run: TrainingRun, recipe: Recipe, item: SampleItem) -> Iterator[Suspect]:
     """Yield the recipe with the trigger word replaced, moved or removed."""
-    path = next((ref.path for ref in recipe.adapters if ref.path), None) or next(
-        iter(run.checkpoints.values()), None
-    )
+    path = next((ref.path for ref in recipe.adapters if ref.path), None)
+    if path is None and not run.full_models:
+        path = next(iter(run.checkpoints.values()), None)
     file_trigger = describe_adapter(path).trigger if path else ""
     if file_trigger:
         yield _with_prompt(

@@ -203,7 +203,6 @@ SDXL = Family(
         archs=("sdxl",),
         flags=("is_xl",),
         rescales_guidance=True,
-        required=("use_text_encoder_1", "use_text_encoder_2"),
         wrong_schedules=(
             _wrong_offset(
                 0, "the program used the scheduler configuration of the base model"

@@ -236,7 +236,7 @@ def read_multipliers(text: str) -> list[float]:
     """Parse numbers separated by commas, and drop duplicates.
 
     Raises:
-        WrongUseError: the text is empty, or an entry is not a number from -2 to 2.
+        WrongUseError: the text is empty, or an entry is not a number from -5 to 5.
     """
     words = [word.strip() for word in text.split(",") if word.strip()]
     try:
@@ -245,6 +245,7 @@ def read_multipliers(text: str) -> list[float]:
         numbers = []
     if not numbers or not all(-MAX_MULTIPLIER <= number <= MAX_MULTIPLIER for number in numbers):
         raise WrongUseError(
-            f"Multipliers: {text[:60]!r} is not a list of numbers from -2 to 2, such as 0.5, 1."
+            f"Multipliers: {text[:60]!r} is not a list of numbers from -{MAX_MULTIPLIER:g} to "
+            f"{MAX_MULTIPLIER:g}, such as 0.5, 1."
         )
     return list(dict.fromkeys(numbers))

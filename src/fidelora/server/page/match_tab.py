@@ -30,7 +30,11 @@ from fidelora.server.page.verifications import (
 
 _VERDICTS = {
     "identical": ("good", "Every pixel of every sample is the same."),
-    "rounding": ("good", "No sample differs by more than rounding explains."),
+    "rounding": ("good", "The samples are consistent with these settings."),
+    "undecided": (
+        "error",
+        "Too much information was lost to tell whether these settings are right.",
+    ),
     "mismatch": ("error", "At least one sample is different."),
 }
 _MAX_OUTPUT_LINES = 200
@@ -226,7 +230,7 @@ def _verdict(outcome: Outcome, lines: Sequence[str]) -> str:
     lines = [line for line in lines if line]
     words = (line.partition(":")[0] for line in reversed(lines))
     verdict = next((word for word in words if word in _VERDICTS), "")
-    if not verdict or outcome.code not in (0, 1):
+    if not verdict or outcome.code not in (0, 1, 4):
         return notice(lines[-1] if lines else "fidelora verify ended without output.", "error")
     kind, sentence = _VERDICTS[verdict]
     doctor = next((line for line in lines if line.startswith("Doctor:")), "")

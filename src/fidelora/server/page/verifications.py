@@ -26,12 +26,12 @@ from fidelora.errors import JobFolderError, SettingsError
 from fidelora.families import get_family
 from fidelora.server.context import ServerContext
 from fidelora.settings import Settings
-from fidelora.training.run_folder import MAX_CONFIG_BYTES, TrainingRun, read_run
+from fidelora.training.config_file import CONFIG_NAMES, MAX_CONFIG_BYTES
+from fidelora.training.run_folder import TrainingRun, read_run
 
 CANCELED = "Canceled."
 """Message of the error that ends a canceled verification."""
 
-_CONFIG_NAMES = ("config.yaml", ".job_config.json")
 _FILE_TYPES = {".yaml", ".json", ".safetensors", ".png", ".jpg", ".jpeg", ".webp"}
 _COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2)
 """Compression methods that need little memory; a file can make LZMA use up to 4 GiB."""
@@ -55,7 +55,7 @@ def list_runs(root: Path | None) -> list[str]:
     found: list[str] = []
     for folder, below, files in os.walk(root):
         name = Path(folder).relative_to(root)
-        if any(config in files for config in _CONFIG_NAMES):
+        if any(config in files for config in CONFIG_NAMES):
             found.append(name.as_posix())
         if len(name.parts) >= _MAX_DEPTH or len(found) >= _MAX_LISTED_RUNS:
             below.clear()
@@ -164,7 +164,7 @@ def _unpack_files(packed: zipfile.ZipFile, target: Path, max_bytes: int) -> int:
                 f"The compression method of {shown} in the zip is not supported; use Deflate."
             )
         path = target / name
-        size, max_size = 0, MAX_CONFIG_BYTES if name.name in _CONFIG_NAMES else max_bytes
+        size, max_size = 0, MAX_CONFIG_BYTES if name.name in CONFIG_NAMES else max_bytes
         make_folder(path.parent)
         # Mode "x" never overwrites another entry. Symbolic links become plain files.
         with packed.open(entry) as source, path.open("xb") as file:
@@ -190,18 +190,24 @@ def read_contained_run(folder: Path, context: ServerContext) -> TrainingRun:
     """Read a training run and check that all its files, with links resolved, are in its folder.
 
     Raises:
-        JobFolderError: a file is outside, the folder is not a training run, or the run has its own
-            VAE, which could be any local or hub file.
+        JobFolderError: a file is outside, the folder is not a training run, the run has its own
+            VAE, which could be any local or hub file, or its checkpoints are base models.
     """
     run = read_run(folder)
     inside = folder.resolve()
     files = (
         *run.checkpoints.values(),
         *run.images.values(),
-        *(folder / name for name in _CONFIG_NAMES),
+        *(run.first_round.images.values() if run.first_round else ()),
+        *(folder / name for name in CONFIG_NAMES),
     )
     if not all(file.resolve().is_relative_to(inside) for file in files):
         raise JobFolderError(f"The training run {run.name} names files outside of its folder.")
+    if run.full_models:
+        raise JobFolderError(
+            f"The checkpoints of the training run {run.name} are base models, but the page loads "
+            "only this server's models. Verify it on the command line with fidelora verify."
+        )
     if run.vae and run.vae != server_base_model(run, context):
         raise JobFolderError(
             f"The training run {run.name} has its own VAE (model.vae_path), but the page loads "

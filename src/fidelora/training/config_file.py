@@ -1,0 +1,221 @@
+"""Configuration file of a training run: reading it safely, and choosing its training process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fidelora.errors import JobFolderError
+
+CONFIG_NAMES = ("config.yaml", ".job_config.json")
+"""File names of the configuration, the preferred one first."""
+
+MAX_CONFIG_BYTES = 2**20  # the trainer's configurations have a few thousand bytes
+_MAX_EXPANDED_SIZE = 4 * 2**20  # characters of a YAML document with all aliases expanded
+_NODE_SIZE = 16  # characters that each value adds to the expanded size, besides its text
+_MAX_NUMBER_LENGTH = 100  # characters; parsing 1:1:1:1... takes quadratic time
+_MAX_NAME_LENGTH = 200  # characters; the name is part of file names and replaces every [name]
+
+_TRAINER_BLOCKS = (("model", "sample", "train"), ("model", "sample"), ("model",))
+"""Blocks of a training process, the most specific set first; generators have no `train` block."""
+
+# PyYAML raises the last three types if a value does not match its tag.
+_READ_ERRORS = (
+    OSError,
+    ValueError,
+    yaml.YAMLError,
+    RecursionError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The configuration of a training run.
+
+    Attributes:
+        process: the training process, with `[name]` replaced everywhere.
+        name: name of the run.
+        notes: sentences about the choice of the process; empty if there was no choice.
+    """
+
+    process: Mapping[str, Any]
+    name: str
+    notes: tuple[str, ...] = ()
+
+
+def read_config(folder: Path) -> RunConfig:
+    """Read the configuration in a run folder.
+
+    Raises:
+        JobFolderError: there is no configuration, it cannot be read, or it has no training process.
+    """
+    path = next((folder / name for name in CONFIG_NAMES if (folder / name).is_file()), None)
+    if path is None:
+        raise JobFolderError(
+            f"{folder} has no config.yaml; set the output folder of an AI Toolkit training run."
+        )
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise JobFolderError(
+                f"{path} is not an AI Toolkit configuration: "
+                f"it has more than {MAX_CONFIG_BYTES:,} bytes."
+            )
+        document = _read_document(path)
+    except _READ_ERRORS as error:
+        raise JobFolderError(f"{path} cannot be read: {_reason(error, path)}.") from error
+    try:
+        config = document["config"]
+        processes, name = config["process"], config["name"]
+        first = processes[0]
+    except (TypeError, KeyError, IndexError):
+        raise JobFolderError(
+            f"{path} is not an AI Toolkit configuration: config.name or config.process is missing."
+        ) from None
+    if not isinstance(name, str | int) or not isinstance(processes, list):
+        raise JobFolderError(
+            f"{path} is not an AI Toolkit configuration: config.name or config.process is invalid."
+        )
+    if len(str(name)) > _MAX_NAME_LENGTH:
+        raise JobFolderError(
+            f"{path} is not an AI Toolkit configuration: "
+            f"config.name has more than {_MAX_NAME_LENGTH} characters."
+        )
+    process, notes = (first, ()) if len(processes) == 1 else _training_process(path, processes)
+    if not isinstance(process, dict):
+        raise JobFolderError(
+            f"{path} is not an AI Toolkit configuration: config.name or config.process is invalid."
+        )
+    # The trainer replaces [name] everywhere before it reads anything. It saves config.yaml after
+    # that, but .job_config.json is written before.
+    named: Mapping[str, Any] = _replace_name(process, str(name))
+    return RunConfig(named, str(name), notes)
+
+
+def read_yaml(text: str) -> Any:
+    """Parse a YAML document with a limit on the size of its expanded aliases.
+
+    Aliases cannot be rejected altogether, because the trainer writes some.
+
+    Raises:
+        ValueError: the expanded document or a number is too long, or an alias is recursive.
+        yaml.YAMLError: the document is invalid.
+    """
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _expanded_size(node, {}) > _MAX_EXPANDED_SIZE:
+            raise ValueError("its expanded aliases are too long")
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def read_small_yaml(path: Path) -> Any:
+    """Return the content of a YAML file; None if it is missing, too large or invalid."""
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            return None
+        return read_yaml(path.read_text(encoding="utf-8-sig"))
+    except _READ_ERRORS:
+        return None
+
+
+def _read_document(path: Path) -> Any:
+    text = path.read_bytes().decode("utf-8-sig")
+    return json.loads(text) if path.suffix == ".json" else read_yaml(text)
+
+
+def _reason(error: Exception, path: Path) -> str:
+    """Return why a file cannot be read, with the line where that is known."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
+        mark = error.problem_mark
+        return f"{error.problem} (line {mark.line + 1}, column {mark.column + 1})"
+    if isinstance(error, yaml.reader.ReaderError):
+        before = path.read_bytes().decode("utf-8-sig")[: error.position]
+        line = before.count("\n") + 1
+        return f"{str(error).splitlines()[0]} (line {line})"
+    if isinstance(error, UnicodeDecodeError):
+        line = error.object[: error.start].count(b"\n") + 1
+        return f"it is not UTF-8 text (line {line})"
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _training_process(path: Path, processes: list[Any]) -> tuple[Any, tuple[str, ...]]:
+    """Return the training process of a configuration with several processes, and notes on it.
+
+    All processes of a configuration use the same output folder. If several of them train, the last
+    one wrote the newest files.
+
+    Raises:
+        JobFolderError: no process trains a model.
+    """
+    trainers: list[int] = []
+    for blocks in _TRAINER_BLOCKS:
+        trainers = [
+            index
+            for index, process in enumerate(processes)
+            if isinstance(process, dict) and all(process.get(block) for block in blocks)
+        ]
+        if trainers:
+            break
+    if not trainers:
+        kinds = ", ".join(f"process {_title(processes, index)}" for index in range(len(processes)))
+        raise JobFolderError(
+            f"{path} has no process with a model and a sample block, as training runs have "
+            f"({kinds}); set the output folder of a training run."
+        )
+    if len(trainers) == 1:
+        return processes[trainers[0]], ()
+    listed = ", ".join(_title(processes, index) for index in trainers)
+    note = (
+        f"The configuration has {len(trainers)} training processes: {listed}. "
+        f"The settings of the last one, process {trainers[-1] + 1}, are used for all samples."
+    )
+    return processes[trainers[-1]], (note,)
+
+
+def _title(processes: list[Any], index: int) -> str:
+    process = processes[index]
+    kind = process.get("type") if isinstance(process, dict) else None
+    return f"{index + 1} (type {kind})" if isinstance(kind, str) else f"{index + 1}"
+
+
+def _expanded_size(node: yaml.Node, sizes: dict[yaml.Node, int | None]) -> int:
+    """Return the size of a node with its aliases expanded; `sizes` caches it by node."""
+    if node in sizes:
+        size = sizes[node]
+        if size is None:
+            raise ValueError("one of its aliases is recursive")
+        return size
+    sizes[node] = None  # in progress
+    if isinstance(node, yaml.ScalarNode):
+        is_number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+        if is_number and len(node.value) > _MAX_NUMBER_LENGTH:
+            raise ValueError("one of its numbers is too long")
+        size = len(node.value)
+    elif isinstance(node, yaml.MappingNode):
+        size = sum(
+            _expanded_size(key, sizes) + _expanded_size(value, sizes) for key, value in node.value
+        )
+    else:
+        size = sum(_expanded_size(value, sizes) for value in node.value)
+    sizes[node] = size = size + _NODE_SIZE
+    return size
+
+
+def _replace_name(value: Any, name: str) -> Any:
+    if isinstance(value, str):
+        return value.replace("[name]", name)
+    if isinstance(value, dict):
+        return {key: _replace_name(inner, name) for key, inner in value.items()}
+    return [_replace_name(inner, name) for inner in value] if isinstance(value, list) else value

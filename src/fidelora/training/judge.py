@@ -1,0 +1,286 @@
+"""Judgement of the samples of one step: identical, rounding, undecided or mismatch.
+
+Samples that are not identical are compared with draws (`draws.py`) by the tests of
+`consistency.py`. The probability of calling right settings a mismatch is at most `FALSE_ALARMS` per
+step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fidelora.engine.engine import Engine
+from fidelora.errors import RecipeError
+from fidelora.families import get_family
+from fidelora.recipe import MAX_MULTIPLIER, Recipe
+from fidelora.training.compare import (
+    ROUNDING_MAX_DIFFERENCE,
+    ROUNDING_MIN_IDENTICAL_PERCENT,
+    reencode,
+)
+from fidelora.training.consistency import (
+    Differences,
+    DirectionTest,
+    Field,
+    SizeTest,
+    direction_test,
+    size_test,
+)
+from fidelora.training.draws import Draws, lost_information
+from fidelora.training.plan import PlannedSample
+from fidelora.training.run_folder import TrainingRun
+
+Pixels = NDArray[np.uint8]
+OnImage = Callable[[int, int], None]
+"""Called after each image of the judgement with the number of finished images and of all images."""
+
+FALSE_ALARMS = 0.01
+"""Probability of calling samples with right settings a mismatch, at most."""
+_SIZE_LIMIT = 0.6 * FALSE_ALARMS
+_DIRECTIONS_LIMIT = 0.4 * FALSE_ALARMS
+
+DRAWS = 8
+_CHANGED_SAMPLES = 2
+"""Samples with which changed settings are tried; each costs one image per setting."""
+
+_MIN_AMOUNT = 0.1
+"""Smallest share of a tried change that counts, whatever its p value.
+
+The draws do not reproduce everything, and an error of a few percent must not become a mismatch.
+"""
+
+_MAX_DETECTABLE = 2.0
+"""If a change of twice the tried size would not be detected, the step is undecided."""
+
+
+class Verdict(StrEnum):
+    """Result of checking a sample, from best to worst; the values are those of the JSON report."""
+
+    IDENTICAL = "identical"
+    ROUNDING = "rounding"
+    UNDECIDED = "undecided"
+    MISMATCH = "mismatch"
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that is changed on trial.
+
+    Attributes:
+        cause: the setting, one of `doctor.CAUSES`.
+        size: the change in the unit of the setting; None for a change without a size.
+        recipe: the recipe with the change.
+        fix: how to correct the setting if the samples have the change; `{value}` stands for the
+            estimated value.
+        value: the setting's value in the configuration, for changes with a size.
+        scheduler_options: see `Engine.generate`.
+    """
+
+    cause: str
+    size: float | None
+    recipe: Recipe
+    fix: str
+    value: float = 0.0
+    scheduler_options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TriedChange:
+    """A change that was tried on the samples of a step, and the result of its test."""
+
+    change: Change
+    test: DirectionTest
+
+    @property
+    def detectable(self) -> float | None:
+        """Smallest change of the setting that would have been detected; None without a size."""
+        return None if self.change.size is None else self.test.detectable * abs(self.change.size)
+
+    @property
+    def fix(self) -> str:
+        """How to correct the setting, with its estimated value."""
+        estimate = self.change.value + self.test.amount * (self.change.size or 0)
+        return self.change.fix.format(value=f"{estimate:.3g}")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Why the samples of a step have their verdict.
+
+    Attributes:
+        verdict: verdict of the samples that are not identical.
+        lost: information that was lost, as clauses.
+        noise: mean difference of the draws in levels, by index of the sample.
+        size: result of comparing the sizes of the differences.
+        tried: changed settings that were tried; empty if the sizes already show a mismatch.
+        found: the changed setting that the samples contain.
+    """
+
+    verdict: Verdict
+    lost: tuple[str, ...]
+    noise: dict[int, float]
+    size: SizeTest
+    tried: tuple[TriedChange, ...] = ()
+    found: TriedChange | None = None
+
+    @property
+    def reason(self) -> str:
+        """The evidence as sentences."""
+        size = (
+            f"The samples differ {self.size.ratio:.2f} times as much as images with random values "
+            f"in place of the lost information (p = {self.size.p_value:.2g})"
+        )
+        if self.found is not None:
+            change = f"{self.found.test.amount:.2f} times the effect of a changed setting"
+            return f"{size}, and contain {change} (p = {self.found.test.p_value:.1g})."
+        return f"{size}. {self._power}".strip()
+
+    @property
+    def _power(self) -> str:
+        seen: list[str] = []
+        unseen: list[str] = []
+        for one in self.tried:
+            name = one.change.cause.replace("_", " ")
+            if one.change.cause == "dtype":
+                continue  # its effect is rounding, like that of the draws
+            if one.detectable is None:
+                (seen if one.test.detectable < 1 else unseen).append(f"another {name}")
+            elif one.test.detectable <= _MAX_DETECTABLE:
+                seen.append(f"{name} by {one.detectable:.2g}")
+            else:
+                unseen.append(f"{name} by {_MAX_DETECTABLE * abs(one.change.size or 0):g}")
+        sentences = []
+        if seen:
+            sentences.append(f"These changes would have been detected: {', '.join(seen)}.")
+        if unseen:
+            sentences.append(f"These would not have been detected: {', '.join(unseen)}.")
+        return " ".join(sentences)
+
+
+def judge(
+    run: TrainingRun,
+    engine: Engine,
+    plans: Sequence[PlannedSample],
+    replayed: Sequence[Pixels],
+    trainer: Sequence[Pixels],
+    formats: Sequence[str],
+    on_image: OnImage | None = None,
+) -> Evidence | None:
+    """Judge the samples of one step, which are not all identical.
+
+    Args:
+        replayed: our images after encoding in the trainer's format, one per plan.
+        trainer: the trainer's images in the same sizes.
+        formats: Pillow's names of the trainer's file formats.
+
+    Returns:
+        None if no information was lost, so that any difference is a mismatch.
+    """
+    lost = tuple(dict.fromkeys(clause for plan in plans for clause in lost_information(plan)))
+    if not lost:
+        return None
+    changes = [list(changed_settings(run, plan)) for plan in plans[:_CHANGED_SAMPLES]]
+    total = DRAWS * len(plans) + sum(map(len, changes))
+    done = 0
+
+    def made(sample: int, recipe: Recipe, **options: Any) -> Field:
+        nonlocal done
+        pixels = reencode(engine.generate(recipe, **options).pixels, formats[sample])
+        done += 1
+        if on_image is not None:
+            on_image(done, total)
+        return _difference(pixels, replayed[sample])
+
+    draws: list[list[Field]] = [[] for _ in plans]
+    with Draws.of(run, engine) as maker:
+        for number in range(DRAWS):  # one change of the weights for all samples
+            for sample, plan in enumerate(plans):
+                draws[sample].append(made(sample, maker.recipe(plan, number), jitter=number))
+    samples = [
+        Differences(_difference(pixels, center), tuple(fields))
+        for pixels, center, fields in zip(trainer, replayed, draws, strict=True)
+    ]
+    noise = {
+        plan.index: float(np.mean([np.abs(one).mean() for one in sample.draws]))
+        for plan, sample in zip(plans, samples, strict=True)
+    }
+    size = size_test(samples)
+    if size.p_value < _SIZE_LIMIT:
+        return Evidence(Verdict.MISMATCH, lost, noise, size)
+    tried = []
+    limit = _DIRECTIONS_LIMIT / max(1, min(map(len, changes)))
+    for same in zip(*changes, strict=False):  # the same change of each sample
+        effects = [
+            made(sample, one.recipe, scheduler_options=one.scheduler_options)
+            for sample, one in enumerate(same)
+        ]
+        test = direction_test(samples[: len(same)], effects, limit)
+        if all(map(_reproduces, effects, samples)):
+            test = replace(test, amount=1.0, p_value=0.0)
+        tried.append(TriedChange(same[0], test))
+    found = [
+        one for one in tried if one.test.p_value < limit and abs(one.test.amount) >= _MIN_AMOUNT
+    ]
+    if found:
+        best = min(found, key=lambda one: one.test.p_value)
+        return Evidence(Verdict.MISMATCH, lost, noise, size, tuple(tried), best)
+    blind = any(one.test.detectable > _MAX_DETECTABLE for one in tried if one.change.size)
+    verdict = Verdict.UNDECIDED if blind else Verdict.ROUNDING
+    return Evidence(verdict, lost, noise, size, tuple(tried))
+
+
+def changed_settings(run: TrainingRun, plan: PlannedSample) -> Iterator[Change]:
+    """Yield small changes of the settings, which the tests should detect."""
+    recipe, item = plan.recipe, run.samples[plan.index]
+    family = get_family(recipe.model)
+    if recipe.guidance_scale > 1:
+        scale = recipe.guidance_scale
+        fix = "The guidance scale was about {value}: correct guidance_scale (--cfg)."
+        changed = replace(recipe, guidance_scale=scale + 0.5)
+        yield Change("guidance", 0.5, changed, fix, scale)
+    fix = "The sample had about {value} steps: correct sample_steps (--steps)."
+    for more in (1, -1):  # some samplers have a maximum number of steps
+        try:
+            changed = replace(recipe, steps=recipe.steps + more)
+        except RecipeError:
+            continue
+        yield Change("steps", more, changed, fix, recipe.steps)
+        break
+    if recipe.dtype != "float32":
+        whole = replace(recipe, dtype="float32", vae_dtype="float32", text_encoder_dtype="float32")
+        fix = "The samples were made in float32: use --dtype float32."
+        yield Change("dtype", None, whole, fix)
+    if recipe.adapters:
+        multiplier = recipe.adapters[0].multiplier
+        size = 0.1 if multiplier + 0.1 <= MAX_MULTIPLIER else -0.1
+        refs = (replace(recipe.adapters[0], multiplier=multiplier + size), *recipe.adapters[1:])
+        fix = "The multiplier was about {value}: correct network_multiplier (--m)."
+        yield Change("multiplier", size, replace(recipe, adapters=refs), fix, multiplier)
+    for wrong in family.samples.wrong_schedules:
+        yield Change(wrong.cause, None, recipe, wrong.fix, scheduler_options=dict(wrong.options))
+    if recipe.negative_prompt:
+        fix = "The sample was made without its negative prompt: remove neg."
+        changed = replace(recipe, negative_prompt="", negative_prompt_2=None)
+        yield Change("negative_prompt", None, changed, fix)
+    if run.trigger_word and "[trigger]" in item.prompt:
+        fix = "[trigger] in the prompt was not replaced: remove trigger_word."
+        prompt = recipe.prompt.replace(run.trigger_word, "[trigger]")
+        yield Change("trigger", None, replace(recipe, prompt=prompt), fix)
+
+
+def _reproduces(effect: Field, sample: Differences) -> bool:
+    """Return True if the changed setting gives the trainer's image, except for float32 rounding."""
+    rest = np.abs(sample.trainer - effect)
+    same = float((rest == 0).all(axis=-1).mean() * 100)
+    return float(rest.max()) <= ROUNDING_MAX_DIFFERENCE and same >= ROUNDING_MIN_IDENTICAL_PERCENT
+
+
+def _difference(pixels: Pixels, center: Pixels) -> Field:
+    difference: Field = pixels.astype(np.float32) - center.astype(np.float32)
+    return difference

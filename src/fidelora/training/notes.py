@@ -1,0 +1,51 @@
+"""Parts of a training run that can be checked, and sentences about those that cannot."""
+
+from __future__ import annotations
+
+from fidelora.training.plan import random_samples
+from fidelora.training.run_folder import TrainingRun
+
+
+def notes_on(run: TrainingRun) -> list[str]:
+    """Return a sentence for each setting of a run that its replay does not reproduce.
+
+    Raises:
+        JobFolderError: a flag in a prompt is invalid.
+    """
+    notes = list(run.notes)
+    for one, block in ((run, "sample"), (run.first_round, "first_sample")):
+        if one is not None and (random := random_samples(one)):
+            notes.append(
+                f"Sample {', '.join(map(str, random))} of the {block} block has a random seed "
+                "(seed -1), which the trainer does not save, so it cannot be replayed."
+            )
+    return notes
+
+
+def first_round_to_check(run: TrainingRun) -> TrainingRun | None:
+    """Return the first round of samples if it has images that can be replayed."""
+    first = run.first_round
+    return first if first is not None and _has_images(first) else None
+
+
+def checkable_steps(run: TrainingRun) -> list[int]:
+    """Return the steps with weights and with at least one sample that can be replayed."""
+    steps = {step for step in run.sampled_steps if step == 0 or step in run.checkpoints}
+    checkable = {step for step in steps if _has_images(run, step)}
+    if first_round_to_check(run) is not None:
+        checkable.add(0)
+    return sorted(checkable)
+
+
+def has_only_random_seeds(run: TrainingRun) -> bool:
+    """Return True if no sample of the run can be replayed because all seeds are random."""
+    is_random = len(random_samples(run)) == len(run.samples)
+    return is_random and (run.first_round is None or has_only_random_seeds(run.first_round))
+
+
+def _has_images(run: TrainingRun, step: int | None = None) -> bool:
+    """Return True if a sample with a known seed has an image, of one step or of any."""
+    random = set(random_samples(run))
+    return any(
+        index not in random for at_step, index in run.images if step is None or at_step == step
+    )
