@@ -40,14 +40,13 @@ class History:
             else ""
         )
         replayed = (
-            f"{len(self.rounds)} earlier rounds of samples were replayed "
-            f"(steps {', '.join(map(str, self.rounds))}). "
+            f"Earlier rounds of samples were replayed (steps {', '.join(map(str, self.rounds))}). "
             if self.rounds
             else ""
         )
         lost = (
-            f"The rounds of the steps {', '.join(map(str, self.missing))} cannot be replayed, "
-            "because their checkpoints are missing. "
+            "Some earlier rounds cannot be replayed, because their checkpoints are missing "
+            f"(steps {', '.join(map(str, self.missing))}). "
             if self.missing
             else ""
         )

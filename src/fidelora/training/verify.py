@@ -81,7 +81,7 @@ class CheckedSample:
         """Why a sample that is not identical has its verdict, as sentences; may be empty."""
         history = self.plan.history.summary
         if self.evidence is not None:
-            lost = " and ".join(self.evidence.lost)
+            lost = "; ".join(self.evidence.lost)
             return f"{lost[0].upper()}{lost[1:]}. {history} {self.evidence.reason}".strip()
         return PROCESSOR_REASON if self.verdict is Verdict.ROUNDING else history
 
