@@ -255,7 +255,7 @@ def test_every_field_reaches_its_recipe(client, context, worker):
             "loras[0].strength",
         ),
         (
-            {"extra_body": {"loras": [{"path": "sks.safetensors", "network_multiplier": 3}]}},
+            {"extra_body": {"loras": [{"path": "sks.safetensors", "network_multiplier": 6}]}},
             "loras.0.network_multiplier",
         ),
     ],

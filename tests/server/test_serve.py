@@ -148,11 +148,13 @@ def test_a_running_request_is_canceled_soon(tiny_server):
     before = until(lambda: (found := server.status(request_id))["progress"] and found)
     server.call(f"/v1/requests/{request_id}", method="DELETE")
     after = server.wait(request_id, "canceled")
-    ended = [
-        entry
-        for entry in server.log
-        if entry.get("request_id") == request_id and "job ends" in entry["event"]
-    ]
+    ended = until(  # the log is read in a thread
+        lambda: [
+            entry
+            for entry in server.log
+            if entry.get("request_id") == request_id and "job ends" in entry["event"]
+        ]
+    )
     assert ended[0]["event"] == "job ends: canceled"
     # The reported step can be half a second old, so the request was at this step or later.
     assert after["progress"]["step"] <= before["progress"]["step"] + 10
