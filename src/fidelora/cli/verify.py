@@ -219,15 +219,12 @@ def _print_result(
     report: Path | None,
     doctor: bool,
 ) -> None:
+    from fidelora.training.draws import saved_dtype
+
     for reason in dict.fromkeys(sample.reason for sample in samples if sample.reason):
         typer.echo(reason)
-    lost_digits = any(
-        "saved as" in clause
-        for sample in samples
-        if sample.evidence is not None
-        for clause in sample.evidence.lost
-    )
-    if lost_digits:
+    judged = [sample.plan.recipe for sample in samples if sample.evidence is not None]
+    if any(map(saved_dtype, judged)):
         typer.echo(FP32_HINT)
     if report is not None:
         typer.echo(f"Report: {report / 'report.html'}")

@@ -43,8 +43,7 @@ In the measured cases, the right value was among the first.
 
 _UNKNOWN_FIX = (
     "None of the usual causes explains the difference. Check that the samples, the weights and the "
-    "base model belong to this training run, and that the samples were made on the same kind of "
-    "hardware."
+    "base model belong to this training run."
 )
 
 

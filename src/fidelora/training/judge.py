@@ -33,6 +33,7 @@ from fidelora.training.consistency import (
     size_test,
 )
 from fidelora.training.draws import Draws, lost_information
+from fidelora.training.flags import split_flags
 from fidelora.training.plan import PlannedSample
 from fidelora.training.run_folder import TrainingRun
 
@@ -214,16 +215,18 @@ def judge(
     if size.p_value < _SIZE_LIMIT:
         return Evidence(Verdict.MISMATCH, lost, noise, size)
     tried = []
-    limit = _DIRECTIONS_LIMIT / max(1, min(map(len, changes)))
-    for same in zip(*changes, strict=False):  # the same change of each sample
+    by_cause = grouped_by_cause(changes)
+    limit = _DIRECTIONS_LIMIT / max(1, len(by_cause))
+    for same in by_cause.values():
         effects = [
-            made(sample, one.recipe, scheduler_options=one.scheduler_options)
-            for sample, one in enumerate(same)
+            made(index, one.recipe, scheduler_options=one.scheduler_options)
+            for index, one in same.items()
         ]
-        test = direction_test(samples[: len(same)], effects, limit)
-        if all(map(_reproduces, effects, samples)):
+        changed = [samples[index] for index in same]
+        test = direction_test(changed, effects, limit)
+        if all(map(_reproduces, effects, changed)):
             test = replace(test, amount=1.0, p_value=0.0)
-        tried.append(TriedChange(same[0], test))
+        tried.append(TriedChange(next(iter(same.values())), test))
     found = [
         one for one in tried if one.test.p_value < limit and abs(one.test.amount) >= _MIN_AMOUNT
     ]
@@ -270,8 +273,20 @@ def changed_settings(run: TrainingRun, plan: PlannedSample) -> Iterator[Change]:
         yield Change("negative_prompt", None, changed, fix)
     if run.trigger_word and "[trigger]" in item.prompt:
         fix = "[trigger] in the prompt was not replaced: remove trigger_word."
-        prompt = recipe.prompt.replace(run.trigger_word, "[trigger]")
+        prompt = split_flags(item.prompt)[0]  # not `replace`: the word may be part of others
         yield Change("trigger", None, replace(recipe, prompt=prompt), fix)
+
+
+def grouped_by_cause(changes: Sequence[Sequence[Change]]) -> dict[str, dict[int, Change]]:
+    """Return the changes by cause and by index of the sample.
+
+    Not every sample has every change: some have no guidance, and some no trigger word.
+    """
+    grouped: dict[str, dict[int, Change]] = {}
+    for index, of_sample in enumerate(changes):
+        for change in of_sample:
+            grouped.setdefault(change.cause, {})[index] = change
+    return grouped
 
 
 def _reproduces(effect: Field, sample: Differences) -> bool:

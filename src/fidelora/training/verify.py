@@ -20,6 +20,7 @@ from fidelora.errors import JobFolderError, NothingToCheckError
 from fidelora.images.write import GeneratedImage
 from fidelora.recipe import Recipe
 from fidelora.training.compare import Comparison, compare, reencode, similarity
+from fidelora.training.draws import saved_dtype
 from fidelora.training.history import History, resumed_histories
 from fidelora.training.judge import Evidence, OnImage, Pixels, Verdict, judge
 from fidelora.training.notes import first_round_to_check
@@ -210,8 +211,13 @@ def _judged(
 
 
 def _may_be_resumed(samples: Sequence[CheckedSample]) -> bool:
-    """Return True if another history could make the samples identical."""
+    """Return True if another history could make the samples identical.
+
+    It cannot if the adapters were saved in half precision.
+    """
     first = samples[0].plan
+    if saved_dtype(first.recipe):
+        return False
     has_history = bool(first.history.rounds or first.history.missing)
     identical = all(sample.verdict is Verdict.IDENTICAL for sample in samples)
     return has_history and not identical and all(one.comparison for one in samples)
