@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 
 from fidelora.adapter_file import AdapterFile
 from fidelora.checks import in_range, is_text, one_of, shown
+from fidelora.embedding_file import embedding_word
 from fidelora.errors import RecipeError, UnknownSamplerError, WeightsFileError
 from fidelora.families import Family, get_family
 
@@ -118,6 +119,8 @@ class AdapterRef:
         name: name that is shown to users; not part of the identity.
         path: last known path of the file; not part of the identity and not in the JSON form.
         file: open file that `from_file` hashed; not part of the identity and not in the JSON form.
+        word: word that stands for an embedding in prompts; None for adapters of other kinds. The
+            multiplier of an embedding is always 1.
     """
 
     sha256: str
@@ -126,6 +129,7 @@ class AdapterRef:
     path: Path | None = field(default=None, compare=False, repr=False)
     alpha: float | None = None
     file: AdapterFile | None = field(default=None, compare=False, repr=False)
+    word: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.sha256, str) or not _SHA256.fullmatch(self.sha256):
@@ -140,6 +144,16 @@ class AdapterRef:
             object.__setattr__(self, "alpha", float(self.alpha) or None)
         if self.path is not None:
             object.__setattr__(self, "path", Path(self.path))
+        if self.word is not None:
+            is_text("word", self.word)
+            if not self.word.strip():
+                raise RecipeError("The word of an embedding is empty.", field="adapters")
+            if self.multiplier != 1:
+                raise RecipeError(
+                    f"{self.word} is an embedding, which has no strength; set its multiplier to 1 "
+                    f"instead of {self.multiplier:g}, or leave the embedding out.",
+                    field="adapters",
+                )
         # `+ 0.0` turns -0.0 into 0.0. The two are equal, but their JSON forms differ.
         object.__setattr__(self, "multiplier", float(self.multiplier) + 0.0)
 
@@ -159,7 +173,8 @@ class AdapterRef:
         file = AdapterFile.open(path, keep="within_budget")
         # The name is written into images and must be valid text. A file name may be invalid.
         name = path.stem.encode("utf-8", "replace").decode()
-        return cls(file.sha256, multiplier, name=name, path=file.path, file=file)
+        word = embedding_word(file.header, path.name)
+        return cls(file.sha256, multiplier, name=name, path=file.path, file=file, word=word)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -327,10 +342,27 @@ class Recipe:
                 "AdapterRef.from_file(path).",
                 field=name,
             )
+        self._check_embeddings(spec)
         if self.history and (self.fidelity, self.adapter_mode) != ("exact", "merged"):
             raise RecipeError(
                 "history needs fidelity exact and adapter_mode merged; leave history out.",
                 field="history",
+            )
+
+    def _check_embeddings(self, spec: Family) -> None:
+        words = [ref.word.lower() for ref in self.files if ref.word is not None]
+        if words and not spec.supports_embeddings:
+            raise RecipeError(
+                f"{spec.title} does not support embeddings; leave out {words[0]}.", field="adapters"
+            )
+        if any(ref.word is not None for ref in self.history):
+            raise RecipeError(
+                "history has an embedding, but an embedding changes no weights; leave it out.",
+                field="history",
+            )
+        if twice := next((word for word in words if words.count(word) > 1), None):
+            raise RecipeError(
+                f"Two embeddings have the word {twice}; leave one of them out.", field="adapters"
             )
 
     @property
@@ -362,6 +394,7 @@ class Recipe:
             plain[field_name] = [
                 {"sha256": ref.sha256, "multiplier": ref.multiplier, "name": ref.name}
                 | ({} if ref.alpha is None else {"alpha": ref.alpha})
+                | ({} if ref.word is None else {"word": ref.word})
                 for ref in plain[field_name]
             ]
         return plain
@@ -451,7 +484,7 @@ def _read_refs(name: str, plain: object) -> tuple[AdapterRef, ...]:
     # A path is not allowed: a received recipe must not refer to files on this machine.
     parts = {"sha256", "multiplier", "name"}
     if not isinstance(plain, list) or not all(
-        isinstance(ref, Mapping) and ref.keys() - {"alpha"} == parts for ref in plain
+        isinstance(ref, Mapping) and ref.keys() - {"alpha", "word"} == parts for ref in plain
     ):
         raise RecipeError(
             f"{name} must be a list of objects with sha256, multiplier and name.", field=name

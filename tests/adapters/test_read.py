@@ -303,11 +303,6 @@ def test_an_adapter_of_an_unsupported_kind_is_refused_with_its_reason(read, key,
     assert f"({key})" in str(raised.value)
 
 
-def test_the_error_for_an_embedding_names_its_kind(read):
-    with pytest.raises(AdapterFormatError, match="is a textual-inversion embedding, not a LoRA"):
-        read({"emb_params": torch.ones(4, 768)})
-
-
 @pytest.mark.parametrize(
     "key",
     [

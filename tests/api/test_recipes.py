@@ -145,7 +145,7 @@ OF_SDXL = st.tuples(RECIPES, st.none() | st.text(max_size=10), st.none() | st.fl
 def test_request_for_is_the_inverse_of_recipes_of(made, fidelity, server):
     made = [replace(recipe, fidelity=fidelity) for recipe in made]
     body = InferenceRequest.model_validate(
-        json.loads(json.dumps(request_for(made, "sks.safetensors")))
+        json.loads(json.dumps(request_for(made, ["sks.safetensors"])))
     )
     check_request(body)
     mode = (
@@ -182,7 +182,7 @@ def test_the_server_sets_an_omitted_fidelity():
 
 def test_request_for_refuses_values_out_of_the_range_of_the_api():
     with pytest.raises(RequestFieldError, match=r"prompts.0.guidance_scale 30"):
-        request_for([Recipe(prompt="a", guidance_scale=30, adapters=(A,))], "x")
+        request_for([Recipe(prompt="a", guidance_scale=30, adapters=(A,))], ["x"])
 
 
 def test_default_given_and_random_seeds():

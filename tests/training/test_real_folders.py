@@ -268,6 +268,7 @@ def test_rounds_with_only_samples_or_weights_are_named(folder):
 @pytest.mark.parametrize("blocks", [{"embedding": {"trigger": "x"}}, {"adapter": {"train": True}}])
 def test_a_lora_beside_other_weights_has_another_name(folder, blocks):
     add(folder, "style_LoRA.safetensors", "style_LoRA_000000003.safetensors", "style.safetensors")
+    add(folder, "x.safetensors", "x_000000003.safetensors")
     run = run_of(folder, **blocks)
     assert {step: path.name for step, path in run.checkpoints.items()} == {
         3: "style_LoRA_000000003.safetensors",
@@ -451,7 +452,6 @@ def test_recipe_explains_that_a_fine_tune_has_no_lora(folder, fidelora):
         ({"network": {"pretrained_lora_path": "x"}}, "network.pretrained_lora_path"),
         ({"network": {"type": "lorm"}}, "network.type"),
         ({"adapter": {"type": "ip"}}, "adapter"),
-        ({"embedding": {"trigger": "x"}}, "embedding"),
         ({"decorator": {}}, "decorator"),
     ],
 )

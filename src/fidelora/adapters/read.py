@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from fidelora.adapter_file import AdapterFile
 from fidelora.adapters.deltas import Delta, DoraDelta, LohaDelta, LokrDelta, LoraDelta, scale_of
 from fidelora.adapters.tensor_names import kind_of, modules_of, peft_alpha, trainer_version
+from fidelora.embedding_file import EMBEDDING_KEYS
 from fidelora.errors import AdapterFormatError, NonFiniteWeightsError, WeightsFileError
 
 _FACTORISED_SINCE = (0, 10, 25)
@@ -31,6 +32,8 @@ class Adapter:
         metadata: text fields of the file.
         alpha: alpha of DoRA modules from the recipe, because their files have none; None if the
             recipe has none, either.
+        embedding: vectors [tokens, width] by key of the file (`emb_params`, ...); empty for a file
+            without an embedding.
     """
 
     sha256: str
@@ -38,6 +41,12 @@ class Adapter:
     deltas: Mapping[str, Delta]
     metadata: Mapping[str, str]
     alpha: float | None = None
+    embedding: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def is_embedding(self) -> bool:
+        """True if the file contains only an embedding."""
+        return bool(self.embedding) and not self.deltas
 
     def with_alpha(self, alpha: float) -> Adapter:
         """Return the same adapter with its DoRA modules scaled by `alpha` / rank.
@@ -55,7 +64,8 @@ class Adapter:
     @property
     def size_bytes(self) -> int:
         """Size of the tensors in memory."""
-        return sum(tensor.nbytes for delta in self.deltas.values() for tensor in delta.tensors())
+        tensors = [tensor for delta in self.deltas.values() for tensor in delta.tensors()]
+        return sum(tensor.nbytes for tensor in (*tensors, *self.embedding.values()))
 
 
 def open_adapter(path: Path) -> AdapterFile:
@@ -109,7 +119,11 @@ def adapter_of(file: AdapterFile, tensors: Mapping[str, Tensor]) -> Adapter:
     """
     modules = modules_of(file.header, file.name)
     tensors = {key: tensor.to(torch.float32) for key, tensor in tensors.items()}
-    _check_finite(tensors, modules, file.name)
+    embedding = {
+        key: tensors[key].reshape(-1, tensors[key].shape[-1])
+        for key in sorted(tensors.keys() & EMBEDDING_KEYS)
+    }
+    _check_finite(tensors, {**modules, "embedding": {key: key for key in embedding}}, file.name)
     default_alpha = peft_alpha(file.header.metadata, file.name)
     deltas = {
         module: _delta(
@@ -123,7 +137,9 @@ def adapter_of(file: AdapterFile, tensors: Mapping[str, Tensor]) -> Adapter:
             module: replace(delta, is_factorised=True) if isinstance(delta, LokrDelta) else delta
             for module, delta in deltas.items()
         }
-    return Adapter(file.sha256, Path(file.name).stem, deltas, file.header.metadata)
+    return Adapter(
+        file.sha256, Path(file.name).stem, deltas, file.header.metadata, embedding=embedding
+    )
 
 
 def _check_finite(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -47,21 +48,27 @@ class BoundAdapter:
     Attributes:
         deltas: delta by name of its target.
         alpha: see `Adapter.alpha`.
+        word: word of an embedding; None for adapters of other kinds.
+        vectors: vectors of an embedding, float32 [tokens, width] by text encoder.
     """
 
     sha256: str
     deltas: Mapping[str, Delta]
     alpha: float | None = None
+    word: str | None = None
+    vectors: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def identity(self) -> str:
-        """Key that identifies the adapter's file and the alpha from the recipe."""
+        """Key that identifies the adapter's file and the alpha or word from the recipe."""
+        if self.word is not None:
+            return f"{self.sha256}, word {self.word!r}"
         return self.sha256 if self.alpha is None else f"{self.sha256}, alpha {self.alpha!r}"
 
     @cached_property
     def components(self) -> frozenset[str]:
         """Names of the parts of the base model that the adapter changes."""
-        return frozenset(name.partition(".")[0] for name in self.deltas)
+        return frozenset((*(name.partition(".")[0] for name in self.deltas), *self.vectors))
 
     @cached_property
     def is_dora(self) -> bool:
@@ -91,6 +98,12 @@ class Targets:
         self._family = family
         self.by_name: dict[str, Target] = {}
         self._names_by_flat: dict[str, str] = {}
+        self._tables: dict[str, tuple[str, int]] = {}  # part and width by key of embeddings
+        for part in family.text_encoders:
+            if part.embedding_key:
+                encoder: Any = modules[part.name]
+                width = encoder.get_input_embeddings().embedding_dim
+                self._tables[part.embedding_key] = (part.name, width)
         for part in family.parts:
             if not part.adapter_prefixes:
                 continue
@@ -128,6 +141,33 @@ class Targets:
         if unmatched or misshapen:
             raise AdapterMismatchError(self._explain(adapter, unmatched, misshapen))
         return BoundAdapter(adapter.sha256, deltas, adapter.alpha)
+
+    def bind_embedding(self, adapter: Adapter, word: str) -> BoundAdapter:
+        """Find the text encoder of every tensor of an embedding.
+
+        Args:
+            word: word that stands for the embedding in prompts.
+
+        Raises:
+            AdapterMismatchError: the embedding is for other text encoders, or of another width.
+        """
+        matched, same_widths = self.match_embedding(adapter)
+        if not matched or not same_widths:
+            has = [f"{key} of width {one.shape[1]}" for key, one in adapter.embedding.items()]
+            needs = [f"{key} of width {width}" for key, (_, width) in self._tables.items()]
+            raise AdapterMismatchError(
+                f"{adapter.name} is an embedding with {' and '.join(has)}, but this "
+                f"{self._family.title} base model needs {' and '.join(needs) or 'none'}. Use it "
+                "with the base model that it was trained on."
+            )
+        vectors = {self._tables[key][0]: one for key, one in adapter.embedding.items()}
+        return BoundAdapter(adapter.sha256, {}, word=word, vectors=vectors)
+
+    def match_embedding(self, adapter: Adapter) -> tuple[bool, bool]:
+        """Return True if an embedding has this family's tensors, and True if their widths fit."""
+        widths = {key: vectors.shape[1] for key, vectors in adapter.embedding.items()}
+        own = {key: width for key, (_, width) in self._tables.items()}
+        return widths.keys() == own.keys(), widths == own
 
     def find(self, module: str) -> Target | None:
         """Return the target that an adapter file calls `module`, or None."""

@@ -9,6 +9,9 @@ Keys are `<module>.<part>`. `targets.py` finds the base model's module; the part
 * DoRA: `lora_down.weight`, `lora_up.weight`, `magnitude` (AI Toolkit, which stores no alpha of a
   DoRA).
 
+The tensors of a textual-inversion embedding (`embedding_file.py`) have whole names instead. A file
+contains an embedding, modules, or both.
+
 This module uses only the header of a file, and does not import torch.
 """
 
@@ -21,6 +24,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from fidelora.embedding_file import EMBEDDING_KEYS, MAX_TOKENS, token_count, tokens_of
 from fidelora.errors import AdapterFormatError, NonFiniteWeightsError, some
 from fidelora.recipe import AdapterRef, Noise
 from fidelora.safetensors_header import Header, read_file_header
@@ -65,9 +69,10 @@ _KINDS = {
 
 
 def modules_of(header: Header, name: str) -> dict[str, dict[str, str]]:
-    """Return the keys by module and part: `{module: {part: key}}`.
+    """Return the keys by module and part: `{module: {part: key}}`; empty for an embedding.
 
-    Every key of the file is assigned to a part, and every module is complete.
+    Every key of the file is assigned to a part, and every module is complete. The keys of an
+    embedding belong to no module.
 
     Args:
         name: name of the file in error messages.
@@ -82,6 +87,28 @@ def modules_of(header: Header, name: str) -> dict[str, dict[str, str]]:
 def kind_of(parts: Iterable[str]) -> str:
     """Return the kind of a module with these parts: `lora`, `dora`, `lokr` or `loha`."""
     return _KINDS[frozenset(parts) - {"alpha"}]
+
+
+def trigger_text(adapters: Iterable[AdapterRef], trigger: str) -> str:
+    """Return the text that replaces `[trigger]` in prompts of images with these adapters.
+
+    As in the trainer, it is all tokens of an embedding: `sks sks_1 sks_2`. That of the first
+    embedding is returned if `trigger` is empty. A trigger that is not the word of an embedding is
+    returned unchanged.
+
+    Raises:
+        WeightsFileError: the embedding's file is not a valid .safetensors file.
+    """
+    for ref in adapters:
+        if ref.word is not None and trigger in ("", ref.word):
+            if ref.file is not None and ref.file.sha256 == ref.sha256:
+                header = ref.file.header
+            elif ref.path is not None:
+                header = read_file_header(ref.path)
+            else:
+                return ref.word
+            return " ".join(tokens_of(ref.word, token_count(header)))
+    return trigger
 
 
 def trainer_version(metadata: Mapping[str, str]) -> tuple[int, ...] | None:
@@ -133,10 +160,6 @@ def _check_header(header: Header, name: str) -> None:
         )
     if not header.tensors:
         raise AdapterFormatError(f"{name} has no tensors; export it again.")
-    if "emb_params" in header.tensors:
-        raise AdapterFormatError(
-            f"{name} is a textual-inversion embedding, not a LoRA; embeddings are not supported."
-        )
     for key, info in header.tensors.items():
         if info.dtype not in _FLOATS and not key.endswith(".alpha"):
             raise AdapterFormatError(
@@ -148,11 +171,42 @@ def _check_header(header: Header, name: str) -> None:
                 "valid; export it again."
             )
 
+    _check_embedding(header, name)
+
+
+def _check_embedding(header: Header, name: str) -> None:
+    found = {key: info.shape for key, info in header.tensors.items() if key in EMBEDDING_KEYS}
+    if any(not 1 <= len(shape) <= 2 for shape in found.values()):
+        raise AdapterFormatError(
+            f"{name} has an embedding of the shape {list(next(iter(found.values())))}; the shape "
+            "must be [tokens, width]."
+        )
+    counts = {shape[0] if len(shape) == 2 else 1 for shape in found.values()}
+    if len(counts) > 1 or max(counts, default=0) > MAX_TOKENS:
+        raise AdapterFormatError(
+            f"{name} has an embedding of {' and '.join(map(str, sorted(counts)))} tokens; an "
+            f"embedding has the same number for all text encoders, at most {MAX_TOKENS}."
+        )
+    bundled = next((key for key in header.tensors if key.startswith("bundle_emb.")), None)
+    if bundled is not None:
+        raise AdapterFormatError(
+            f"{name} contains an embedding in the format of kohya ({bundled}), which is not "
+            "supported; save the embedding as a file of its own, with the tensor emb_params."
+        )
+    key, info = next(iter(header.tensors.items()))
+    if len(header.tensors) == 1 and "." not in key and not found and 1 <= len(info.shape) <= 2:
+        raise AdapterFormatError(
+            f"{name} is an embedding in the format of diffusers (its only tensor is {key}), which "
+            "is not supported; rename the tensor to emb_params."
+        )
+
 
 def _group(header: Header, name: str) -> dict[str, dict[str, str]]:
     modules: dict[str, dict[str, str]] = defaultdict(dict)
     unknown: list[str] = []
     for key in header.tensors:
+        if key in EMBEDDING_KEYS:
+            continue
         if refused := _suffix(key, _REFUSED_PARTS):
             raise AdapterFormatError(f"{name} {_REFUSED_PARTS[refused]} ({key}).")
         suffix = _suffix(key, _PARTS)

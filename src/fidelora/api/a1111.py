@@ -216,7 +216,7 @@ class Txt2ImgPlan:
         """
         request = self.request
         refs = tuple(
-            AdapterRef(ref.sha256, lora.multiplier, ref.name, ref.path)
+            replace(ref, multiplier=lora.multiplier)
             for ref, lora in zip(adapters, self.loras, strict=True)
         )
         try:

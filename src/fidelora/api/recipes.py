@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
 
+from fidelora.adapters.tensor_names import trigger_text
 from fidelora.api.requests import InferenceRequest, PromptItem
 from fidelora.errors import RecipeError, RequestError, RequestFieldError, UnknownModelError
 from fidelora.families import Family, all_families, get_family
@@ -100,14 +102,15 @@ def recipes_of(
         try:
             recipe = Recipe(
                 prompt=replace_trigger(
-                    item.prompt, (item.trigger_word or request.trigger_word) or ""
+                    item.prompt,
+                    trigger_text(adapters, (item.trigger_word or request.trigger_word) or ""),
                 ),
                 negative_prompt=item.neg or "",
                 model=request.model,
                 width=item.width or DEFAULT_SIZE,
                 height=item.height or DEFAULT_SIZE,
                 adapters=tuple(
-                    AdapterRef(ref.sha256, multiplier, ref.name, ref.path, lora.alpha)
+                    replace(ref, multiplier=multiplier, alpha=lora.alpha)
                     for ref, lora, multiplier in zip(
                         adapters, request.loras, multipliers[index], strict=True
                     )
@@ -123,25 +126,26 @@ def recipes_of(
     return tuple(recipes)
 
 
-def request_for(recipes: Sequence[Recipe], lora_path: str) -> dict[str, Any]:
-    """Return the request body for these recipes, which all use the same single adapter.
+def request_for(recipes: Sequence[Recipe], lora_paths: Sequence[str]) -> dict[str, Any]:
+    """Return the request body for these recipes, which all use the same adapters.
 
     It does not contain the fields that the server sets (base model, precision, VAE).
 
     Args:
-        lora_path: path of the adapter on the server.
+        lora_paths: paths of the adapters on the server, in order.
 
     Raises:
         RequestFieldError: a value is out of the API's range, such as a guidance scale above 20.
     """
-    adapters = {(ref.sha256, ref.alpha) for recipe in recipes for ref in recipe.adapters}
-    assert len(adapters) == 1, "one adapter, and the same in every recipe"
-    ((sha256, alpha),) = adapters
+    different = {tuple((ref.sha256, ref.alpha) for ref in recipe.adapters) for recipe in recipes}
+    assert len(different) == 1, "the same adapters in every recipe"
+    (adapters,) = different
     body = {
         "model": recipes[0].model,
         "fidelity": recipes[0].fidelity,
         "loras": [
-            {"path": lora_path, "sha256": sha256} | ({} if alpha is None else {"alpha": alpha})
+            {"path": path, "sha256": sha256} | ({} if alpha is None else {"alpha": alpha})
+            for path, (sha256, alpha) in zip(lora_paths, adapters, strict=True)
         ],
         "prompts": [
             {
@@ -153,7 +157,11 @@ def request_for(recipes: Sequence[Recipe], lora_path: str) -> dict[str, Any]:
                 "sample_steps": recipe.steps,
                 "sampler": recipe.sampler,
                 "seed": recipe.seed,
-                "network_multiplier": recipe.adapters[0].multiplier,
+                "network_multiplier": (
+                    recipe.adapters[0].multiplier
+                    if len(adapters) == 1
+                    else [ref.multiplier for ref in recipe.adapters]
+                ),
             }
             | ({} if recipe.negative_prompt_2 is None else {"neg_2": recipe.negative_prompt_2})
             | (

@@ -42,7 +42,8 @@ def through_server(
     with Client(url) as client:
         path = client.upload_lora(adapter).path
         result = client.generate(
-            InferenceRequest.model_validate(request_for(recipes, path)), timeout_s=_RESULT_TIMEOUT_S
+            InferenceRequest.model_validate(request_for(recipes, [path])),
+            timeout_s=_RESULT_TIMEOUT_S,
         )
         pixels = []
         for file in client.save_images(result, out):

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fidelora.adapters.tensor_names import trigger_text
 from fidelora.atomic import make_folder
 from fidelora.cli.console import (
     INTERRUPTED,
@@ -39,7 +40,8 @@ def generate(
         list[str] | None,
         typer.Option(
             metavar="FILE[:MULT]",
-            help="LoRA file and its multiplier, -5..5, by default 1. LoRAs are applied in order. "
+            help="LoRA or embedding file and its multiplier, -5..5, by default 1. LoRAs are "
+            "applied in order. "
             "If there is a file with the whole name FILE:MULT, it is used with multiplier 1.",
         ),
     ] = None,
@@ -53,7 +55,11 @@ def generate(
         ),
     ] = None,
     trigger: Annotated[
-        str, typer.Option(help="Trigger word, which replaces [trigger] in the prompt.")
+        str,
+        typer.Option(
+            help="Trigger word, which replaces [trigger] in the prompt; by default all tokens of "
+            "the first embedding."
+        ),
     ] = "",
     width: Annotated[
         int | None, typer.Option(help="Width in pixels, 64..4096, rounded down to a multiple of 8.")
@@ -177,7 +183,7 @@ def generate(
     }  # fmt: skip
     # Check everything that does not need torch first, because loading torch takes seconds.
     recipe = Recipe(
-        prompt=replace_trigger(prompt, trigger),
+        prompt=replace_trigger(prompt, trigger_text(adapters, trigger)),
         negative_prompt=negative,
         negative_prompt_2=negative_2,
         guidance_rescale=guidance_rescale,

@@ -19,7 +19,7 @@ UNUSABLE = 1  # exit code
 
 def inspect(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="LoRA, LoKr or LoHa file (.safetensors).")
+        Path, typer.Argument(metavar="FILE", help="LoRA, LoKr, LoHa or embedding file.")
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
     debug: Debug = False,
@@ -49,6 +49,7 @@ def _document(file: Path, result: Examination) -> dict[str, Any]:
         "size_bytes": summary.size_bytes,
         "type": summary.kind,
         "modules": summary.modules,
+        "tokens": summary.tokens,
         "text_encoder": summary.text_encoder,
         "ranks": list(summary.ranks),
         # JSON does not support infinity.
@@ -71,11 +72,9 @@ def _document(file: Path, result: Examination) -> dict[str, Any]:
 
 def _print(file: Path, document: dict[str, Any], result: Examination) -> None:
     unknown = "-"
-    parts = "text encoder and UNet" if document["text_encoder"] else "UNet"
+    things = "modules" if document["modules"] else "tensors"
     rows = {
-        "type": f"{document['type']}, {document['modules']} modules ({parts})"
-        if document["type"]
-        else unknown,
+        "type": _contents(document) or unknown,
         "rank": ", ".join(map(str, document["ranks"])) or unknown,
         "alpha": ", ".join(f"{alpha:g}" for alpha in result.alphas) or unknown,
         "dtype": document["dtype"] or unknown,
@@ -84,7 +83,7 @@ def _print(file: Path, document: dict[str, Any], result: Examination) -> None:
         "trigger": document["trigger"] or unknown,
         "base model": document["base_model_version"] or unknown,
         "trainer": document["trainer_version"] or unknown,
-        "fits": f"{result.model}: {result.matched} modules match by name, "
+        "fits": f"{result.model}: {result.matched} {things} match by name, "
         f"{result.same_shapes} match the shapes of its default base model"
         if result.model
         else unknown,
@@ -98,3 +97,16 @@ def _print(file: Path, document: dict[str, Any], result: Examination) -> None:
         typer.echo(f"  {'problem' if problem.unusable else 'note':<11} {problem.message}")
     if not result.problems:
         typer.echo("  No problems were found.")
+
+
+def _contents(document: dict[str, Any]) -> str:
+    """Return the kinds, modules and tokens as one phrase; empty if the file is not an adapter."""
+    if not document["type"]:
+        return ""
+    parts = "text encoder and UNet" if document["text_encoder"] else "UNet"
+    phrases = [document["type"]]
+    if document["modules"]:
+        phrases.append(f"{document['modules']} modules ({parts})")
+    if document["tokens"]:
+        phrases.append(f"{document['tokens']} tokens")
+    return ", ".join(phrases)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -71,16 +71,19 @@ def recipe(
         plans, recipes = plans[index : index + 1], recipes[index : index + 1]
     if number == 0:
         recipes = _with_zero_multiplier(run, recipes)
-    file = recipes[0].adapters[0].path
-    assert file is not None
-    request = request_for(recipes, lora or file.name)
+    files = [ref.path for ref in recipes[0].adapters if ref.path is not None]
+    # The file of an embedding is expected beside that of the LoRA.
+    first = PurePosixPath(lora or files[0].name)
+    paths = [str(first), *(str(first.with_name(file.name)) for file in files[1:])]
+    request = request_for(recipes, paths)
     for plan, prompt in zip(plans, request["prompts"], strict=True):
         if plan.has_random_seed:
             prompt["seed"] = RANDOM_SEED
     typer.echo(json.dumps(request, indent=2, ensure_ascii=False))
     typer.echo(
         f"Start the server with: fidelora serve --base-model {run.model}={run.base_model}, "
-        f"with FIDELORA_DTYPE={run.dtype}. Upload {file} or copy it to the server's LoRA folder.",
+        f"with FIDELORA_DTYPE={run.dtype}. Upload {' and '.join(map(str, files))} or copy "
+        f"{'it' if len(files) == 1 else 'them'} to the server's LoRA folder.",
         err=True,
     )
     if unmerged and len({planned.adapters[0].multiplier for planned in recipes}) == 1:
@@ -117,6 +120,11 @@ def _with_zero_multiplier(run: TrainingRun, recipes: list[Recipe]) -> list[Recip
     if not run.checkpoints:
         raise JobFolderError(
             f"The training run {run.name} has no checkpoints, but a request requires a LoRA."
+        )
+    if run.embedding is not None:
+        raise JobFolderError(
+            f"Step 0 of the training run {run.name} has the initial embedding, which the trainer "
+            "does not save, so there is no request for it. Choose another step."
         )
     adapter = AdapterRef.from_file(next(iter(run.checkpoints.values())), 0.0)
     return [replace(recipe, adapters=(adapter,), adapter_mode="merged") for recipe in recipes]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
@@ -28,11 +28,13 @@ from fidelora.accel.device import (
 )
 from fidelora.adapters.library import AdapterLibrary
 from fidelora.adapters.live import live_adapters
+from fidelora.adapters.read import Adapter
 from fidelora.adapters.targets import BoundAdapter
 from fidelora.engine.examine import refuse_other_family, say_where_it_belongs
 from fidelora.engine.loaded import LoadedModels
 from fidelora.engine.model import LoadedModel
 from fidelora.errors import (
+    AdapterFormatError,
     AdapterMismatchError,
     DeviceError,
     EngineBusyError,
@@ -40,7 +42,14 @@ from fidelora.errors import (
     RecipeError,
 )
 from fidelora.families import FlowSampler, get_family
-from fidelora.families.protocols import Encoded, Guidance, Prompts, Size
+from fidelora.families.protocols import (
+    Embedding,
+    Encoded,
+    ExtendableText,
+    Guidance,
+    Prompts,
+    Size,
+)
 from fidelora.images.write import GeneratedImage
 from fidelora.recipe import AdapterRef, Dtype, Recipe, may_share_batch
 from fidelora.sampling.loop import sample
@@ -58,10 +67,15 @@ Pairs = list[tuple[BoundAdapter, float]]
 
 @dataclass(frozen=True)
 class Bound:
-    """The adapters of a recipe, bound to a base model."""
+    """The adapters of a recipe, bound to a base model.
+
+    Attributes:
+        warnings: sentences for the user about these adapters.
+    """
 
     adapters: Pairs
     history: Pairs
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -169,6 +183,29 @@ class Engine:
                 for images in {1, self.max_batch(recipe)}:
                     model.warm_up(images, *_shape_settings(recipe))
 
+    def initial_embedding(self, recipe: Recipe, words: str, tokens: int) -> dict[str, Tensor]:
+        """Return the embedding with which the trainer starts, from the base model of `recipe`.
+
+        Args:
+            words: `init_words` of the training run.
+            tokens: number of tokens of the embedding.
+
+        Returns:
+            vectors [tokens, width] by their key in embedding files.
+
+        Raises:
+            RecipeError: the model family does not support embeddings.
+            BaseModelError, WeightsFileError: a file is missing or unsuitable.
+        """
+        family = get_family(recipe.model)
+        if not family.supports_embeddings:
+            raise RecipeError(f"{family.title} does not support embeddings.", field="model")
+        keys = {part.name: part.embedding_key for part in family.text_encoders}
+        with self._computing():
+            text = cast(ExtendableText, self._models.get(recipe).text)
+            vectors = text.initial_vectors(words, tokens)
+        return {keys[part]: one for part, one in vectors.items()}
+
     def max_batch(self, recipe: Recipe) -> int:
         """Return the recommended batch size for images of this size; always 1 in `exact`."""
         if recipe.fidelity == "exact":
@@ -240,7 +277,8 @@ class Engine:
             try:
                 with self._with_adapters(model, common, bound):
                     clock.lap("adapters")
-                    encoded = [_encode(model, recipe, bound) for recipe in recipes]
+                    with _with_embeddings(model, bound):
+                        encoded = [_encode(model, recipe, bound) for recipe in recipes]
                     clock.lap("text")
                     noise = NoiseSource([recipe.seed for recipe in recipes], common.noise)
                     latents = noise.initial(
@@ -299,20 +337,34 @@ class Engine:
 
     def _bind(self, model: LoadedModel, recipe: Recipe) -> Bound:
         """Check all adapters of the recipe against the base model before any weight changes."""
-        return Bound(self._bind_all(model, recipe.adapters), self._bind_all(model, recipe.history))
+        adapters, warnings = self._bind_all(model, recipe.adapters)
+        return Bound(adapters, self._bind_all(model, recipe.history)[0], tuple(warnings))
 
-    def _bind_all(self, model: LoadedModel, refs: Sequence[AdapterRef]) -> Pairs:
-        bound = []
+    def _bind_all(self, model: LoadedModel, refs: Sequence[AdapterRef]) -> tuple[Pairs, list[str]]:
+        """Return the bound adapters, and warnings."""
+        bound: Pairs = []
+        warnings = []
         for ref in refs:
             adapter = self.adapters.get(ref)
             if ref.alpha is not None:
                 adapter = adapter.with_alpha(ref.alpha)
             refuse_other_family(adapter, model.family)
+            _check_word(adapter, ref)
+            if adapter.embedding and adapter.deltas and not any(other.word for other in refs):
+                warnings.append(
+                    f"{adapter.name} also contains an embedding, but not its word, so the "
+                    "embedding is not used; add the embedding's own file."
+                )
             try:
-                bound.append((model.targets.bind(adapter), ref.multiplier))
+                one = (
+                    model.targets.bind(adapter)
+                    if ref.word is None
+                    else model.targets.bind_embedding(adapter, ref.word)
+                )
+                bound.append((one, ref.multiplier))
             except AdapterMismatchError as error:
                 raise say_where_it_belongs(adapter, model.family, error) from error
-        return bound
+        return bound, warnings
 
     @contextmanager
     def _with_adapters(self, model: LoadedModel, recipe: Recipe, bound: Bound) -> Iterator[None]:
@@ -349,6 +401,35 @@ def _shape_settings(recipe: Recipe) -> tuple[Guidance, Size, torch.dtype]:
     return guidance, Size(recipe.width, recipe.height), TORCH_DTYPES[recipe.dtype]
 
 
+def _check_word(adapter: Adapter, ref: AdapterRef) -> None:
+    """Raise if a recipe has no word for an embedding, or a word for another adapter.
+
+    Raises:
+        AdapterFormatError: see above.
+    """
+    if adapter.is_embedding and ref.word is None:
+        raise AdapterFormatError(
+            f"{adapter.name} is an embedding, but the recipe does not contain its word; create "
+            "the reference with AdapterRef.from_file(path)."
+        )
+    if ref.word is not None and not adapter.is_embedding:
+        raise AdapterFormatError(
+            f"{adapter.name} is not an embedding, but the recipe has the word {ref.word!r} for it; "
+            "leave the word out."
+        )
+
+
+def _with_embeddings(model: LoadedModel, bound: Bound) -> AbstractContextManager[None]:
+    """Return a context in which the base model's text encoders have the recipe's embeddings."""
+    embeddings = [
+        Embedding(one.word, one.vectors) for one, _ in bound.adapters if one.word is not None
+    ]
+    if not embeddings:
+        return nullcontext()
+    # The recipe refuses embeddings if the family does not support them.
+    return cast(ExtendableText, model.text).extended(embeddings)
+
+
 def _encode(model: LoadedModel, recipe: Recipe, bound: Bound) -> Encoded:
     """Encode the prompts of one image."""
 
@@ -363,7 +444,8 @@ def _encode(model: LoadedModel, recipe: Recipe, bound: Bound) -> Encoded:
     guidance, size, _ = _shape_settings(recipe)
     negative = recipe.negative_prompt if model.denoiser.uses_negative(guidance) else None
     prompts = Prompts(recipe.prompt, negative, recipe.negative_prompt_2)
-    return model.text.encode(prompts, size, adapters)
+    encoded = model.text.encode(prompts, size, adapters)
+    return replace(encoded, warnings=(*bound.warnings, *encoded.warnings))
 
 
 def _schedule(

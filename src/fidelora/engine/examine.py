@@ -15,6 +15,7 @@ from fidelora.adapter_file import AdapterFile
 from fidelora.adapters.read import Adapter, adapter_of, stored_tensors
 from fidelora.adapters.targets import Targets
 from fidelora.adapters.tensor_names import modules_of, peft_alpha
+from fidelora.embedding_file import EMBEDDING_KEYS
 from fidelora.errors import (
     AdapterError,
     AdapterMismatchError,
@@ -68,7 +69,7 @@ class Examination:
         alphas: distinct alphas of the modules, ascending; may contain infinity.
         model: id of the family with the largest number of the adapter's modules, compared by name;
             empty if no family has any of them.
-        matched: number of modules that exist in this family.
+        matched: number of modules that exist in this family; for an embedding, number of tensors.
         same_shapes: number of these modules that also fit the shapes of the family's default base.
     """
 
@@ -136,7 +137,7 @@ def _numbers(
     factors = {
         module: [key for part, key in parts.items() if part != "alpha"]
         for module, parts in modules.items()
-    }
+    } | {key: [key] for key in tensors.keys() & EMBEDDING_KEYS if not modules}
     broken = [key for keys in factors.values() for key in keys if not tensors[key].isfinite().all()]
     if broken:
         yield Problem(
@@ -148,13 +149,13 @@ def _numbers(
     idle = [
         module for module, keys in factors.items() if not all(tensors[key].any() for key in keys)
     ]
-    if len(idle) == len(modules):
+    if len(idle) == len(factors) and modules:
         message = (
             "Nothing was learned: every module has a factor of zeros, so images are the same as "
             "without the adapter."
         )
         yield Problem("nothing_learned", message, False)
-    elif idle:
+    elif idle and modules:
         yield Problem(
             "partly_learned",
             f"{len(idle)} of {len(modules)} modules have no effect ({some(idle)}).",
@@ -214,7 +215,7 @@ def say_where_it_belongs(
     model, matched, _ = _family(adapter)
     return (
         _belongs_to(adapter, get_family(model), spec)
-        if matched == len(adapter.deltas) and model != spec.id
+        if model and matched == _size(adapter) and model != spec.id
         else error
     )
 
@@ -245,6 +246,11 @@ def _family(adapter: Adapter) -> tuple[str, int, int]:
     best = ("", 0, 0)
     for model in all_families():
         targets = _targets(model)
+        if adapter.is_embedding:
+            matches, fits = targets.match_embedding(adapter)
+            size = _size(adapter)
+            best = max(best, (model, matches * size, fits * size), key=lambda one: one[1:])
+            continue
         found = [
             (delta, target)
             for module, delta in adapter.deltas.items()
@@ -256,6 +262,11 @@ def _family(adapter: Adapter) -> tuple[str, int, int]:
         )
         best = max(best, (model, len(found), same), key=lambda one: one[1:])
     return best
+
+
+def _size(adapter: Adapter) -> int:
+    """Return the number of modules of an adapter, or of tensors of an embedding."""
+    return len(adapter.embedding if adapter.is_embedding else adapter.deltas)
 
 
 @cache
@@ -274,7 +285,10 @@ def _fit(
     adapter: Adapter, summary: AdapterSummary, model: str, matched: int, same_shapes: int
 ) -> Iterator[Problem]:
     """Yield a problem if the adapter fits no supported family, or not its default base."""
-    total = len(adapter.deltas)
+    total = _size(adapter)
+    if adapter.is_embedding:
+        yield from _fit_embedding(adapter, model, matched, same_shapes)
+        return
     if matched < total:
         probably = next(
             (
@@ -307,5 +321,25 @@ def _fit(
         yield Problem(
             "other_base",
             f"Its metadata says that it was trained on {summary.base}, which is not {spec.title}.",
+            False,
+        )
+
+
+def _fit_embedding(
+    adapter: Adapter, model: str, matched: int, same_shapes: int
+) -> Iterator[Problem]:
+    widths = " and ".join(str(vectors.shape[1]) for vectors in adapter.embedding.values())
+    if not matched:
+        yield Problem(
+            "other_architecture",
+            f"It is an embedding for other text encoders ({', '.join(adapter.embedding)}) than "
+            "those of the supported model families.",
+            True,
+        )
+    elif not same_shapes:
+        yield Problem(
+            "other_base",
+            f"Its vectors have {widths} numbers each, unlike those of {get_family(model).title}. "
+            "The embedding fits only the base model that it was trained on.",
             False,
         )

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from fidelora.errors import BaseModelFilesError
+from fidelora.embedding_file import tokens_of
+from fidelora.errors import AdapterMismatchError, BaseModelFilesError
 from fidelora.families.spec import Tokenizer
 
 _MAX_CACHED_PROMPTS = 128
 """Number of prompt embeddings to keep per text encoder; each takes about 0.25 MB."""
+
+_MAX_EXTENDED_TOKENIZERS = 4
+"""Number of tokenizers with the tokens of embeddings to keep; copying one takes 0.3 s."""
 
 _TEST_PROMPT = "a photo of a cat"
 _TEST_TOKENS = [320, 1125, 539, 320, 2368]
@@ -61,6 +67,7 @@ class ClipEncoder:
         self._device = device
         self._encode = encode
         self._cache: OrderedDict[Hashable, PromptEmbedding] = OrderedDict()
+        self._extended: OrderedDict[Hashable, CLIPTokenizer] = OrderedDict()
 
     @property
     def length(self) -> int:
@@ -71,7 +78,8 @@ class ClipEncoder:
         """Return the embedding of `prompt`, computed unless it is in the cache.
 
         Args:
-            adapters: a key that changes with the adapters applied to the encoder.
+            adapters: a key that changes with the adapters applied to the encoder, embeddings
+                included.
         """
         # The last bits of an embedding depend on the number of threads.
         key = (prompt, adapters, torch.get_num_threads())
@@ -81,6 +89,80 @@ class ClipEncoder:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(key)
         return self._cache[key]
+
+    @contextmanager
+    def extended(self, embeddings: Sequence[tuple[str, Tensor]]) -> Iterator[None]:
+        """Add the tokens of embeddings to the vocabulary until the block ends.
+
+        The trainer enlarges the table of token embeddings. Here, hooks replace rows of the table's
+        output instead, which gives the same bits and leaves the table unchanged.
+
+        Args:
+            embeddings: word and vectors [tokens, width] of each embedding, in order.
+
+        Raises:
+            AdapterMismatchError: a token exists already.
+        """
+        plain = self.tokenizer
+        added = tuple((word, len(vectors)) for word, vectors in embeddings)
+        if added not in self._extended:
+            self._extended[added] = _extended_tokenizer(plain, added)
+            if len(self._extended) > _MAX_EXTENDED_TOKENIZERS:
+                self._extended.popitem(last=False)
+        self._extended.move_to_end(added)
+        tokenizer = self._extended[added]
+        names = [token for word, count in added for token in tokens_of(word, count)]
+        ids = cast("list[int]", tokenizer.convert_tokens_to_ids(names))
+        vectors = torch.cat([vectors for _, vectors in embeddings])
+        hooks = _TableHooks(dict(zip(ids, vectors, strict=True)))
+        table = self.encoder.get_input_embeddings()
+        handles = [
+            table.register_forward_pre_hook(hooks.before),
+            table.register_forward_hook(hooks.after),
+        ]
+        self.tokenizer = tokenizer
+        try:
+            yield
+        finally:
+            self.tokenizer = plain
+            for handle in handles:
+                handle.remove()
+
+    def initial_vectors(self, words: str, tokens: int) -> Tensor:
+        """Return the vectors from which the trainer starts an embedding, [tokens, width].
+
+        They are those of the tokens of `words`, truncated, or padded with the token `*`. This is
+        not the token of the text `*`, which is the end of a word (`*</w>`).
+        """
+        padding = cast(int, self.tokenizer.convert_tokens_to_ids("*"))
+        ids = [*self.tokenizer(words).input_ids[1:-1], *[padding] * tokens]
+        table = self.encoder.get_input_embeddings()
+        vectors: Tensor = table(torch.tensor(ids[:tokens], device=self._device))
+        return vectors.cpu()
+
+
+class _TableHooks:
+    """Hooks on a table of token embeddings that replace the rows of some tokens.
+
+    Args:
+        rows: row [width] by token.
+    """
+
+    def __init__(self, rows: Mapping[int, Tensor]) -> None:
+        self._rows = rows
+        self._ids = torch.empty(0)
+
+    def before(self, table: nn.Embedding, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        """Replace new tokens, which the table does not have, by token 0."""
+        (self._ids,) = inputs
+        return (self._ids.where(self._ids < table.num_embeddings, 0),)
+
+    def after(self, table: nn.Embedding, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Return the output [batch, tokens, width] with the rows of the new tokens."""
+        output, ids = output.clone(), self._ids.to(output.device)
+        for token, row in self._rows.items():
+            output[ids == token] = row.to(output)
+        return output
 
 
 def last_state(
@@ -147,6 +229,24 @@ def load_tokenizer(folder: Path | None, spec: Tokenizer, vocabulary: int | None)
             "differently. The files are damaged or belong to another model; download them again."
         )
     return tokenizer
+
+
+def _extended_tokenizer(
+    tokenizer: CLIPTokenizer, added: Sequence[tuple[str, int]]
+) -> CLIPTokenizer:
+    """Return a copy of a tokenizer with the tokens of embeddings, given as word and number.
+
+    Raises:
+        AdapterMismatchError: a token exists already.
+    """
+    extended = copy.deepcopy(tokenizer)
+    for word, count in added:
+        if extended.add_tokens(tokens_of(word, count)) != count:
+            raise AdapterMismatchError(
+                f"The embedding {word} cannot be used, because another embedding or the base "
+                "model's tokenizer already has a token of the same name."
+            )
+    return extended
 
 
 def _tokens(tokenizer: CLIPTokenizer, encoder: Any, prompt: str) -> tuple[Tensor, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -76,6 +77,41 @@ class Text(Protocol):
 
     def blank(self, size: Size, *, negative: bool) -> Encoded:
         """Return conditioning of zeros, for warming up the denoiser."""
+
+
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """A textual-inversion embedding.
+
+    Attributes:
+        word: name of its first token; the others are `word_1`, `word_2`, ...
+        vectors: float32 [tokens, width] by text encoder.
+    """
+
+    word: str
+    vectors: Mapping[str, Tensor]
+
+
+class ExtendableText(Text, Protocol):
+    """Text of a family that supports embeddings (`Part.embedding_key`)."""
+
+    def extended(self, embeddings: Sequence[Embedding]) -> AbstractContextManager[None]:
+        """Add the tokens of embeddings, in order, until the block ends.
+
+        Raises:
+            AdapterMismatchError: a token exists already.
+        """
+
+    def initial_vectors(self, words: str, tokens: int) -> Mapping[str, Tensor]:
+        """Return the vectors from which the trainer starts an embedding, by text encoder.
+
+        Args:
+            words: `init_words` of the training run.
+            tokens: number of tokens of the embedding.
+
+        Returns:
+            [tokens, width] in the dtype of the text encoder.
+        """
 
 
 class Denoiser(Protocol):

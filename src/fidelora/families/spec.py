@@ -87,6 +87,8 @@ class Part:
         ignored_weights: suffixes of weights that files may contain but the part does not use.
         config: values that replace those of the file, because the trainer's library behaved
             differently from the installed one.
+        embedding_key: name of its tensor in the files of textual-inversion embeddings; empty if the
+            family does not support them.
         rounds_buffers: True if the trainer's `.to(dtype)` also rounded its buffers (rotary tables).
     """
 
@@ -104,6 +106,7 @@ class Part:
     ignored_weights: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=lambda: NO_OPTIONS)
     rounds_buffers: bool = False
+    embedding_key: str = ""
 
 
 @dataclass(frozen=True)
@@ -188,6 +191,11 @@ class Family:
     def text_encoders(self) -> tuple[Part, ...]:
         """The parts that encode prompts."""
         return tuple(part for part in self.parts if part.role == "text_encoder")
+
+    @property
+    def supports_embeddings(self) -> bool:
+        """True if the family's `text` implements `families.protocols.ExtendableText`."""
+        return any(part.embedding_key for part in self.parts)
 
     def part(self, role: Literal["denoiser", "decoder"]) -> Part:
         """Return the part with this role."""

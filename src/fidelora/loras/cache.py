@@ -21,9 +21,10 @@ from pathlib import Path, PurePosixPath
 from fidelora.adapter_file import AdapterFile, file_version
 from fidelora.adapters.tensor_names import modules_of
 from fidelora.atomic import make_folder, remove_stale_temporaries, temporary_name, write_atomically
+from fidelora.embedding_file import embedding_word
 from fidelora.errors import AdapterNotFoundError, OutputError
 from fidelora.recipe import AdapterRef, file_sha256
-from fidelora.safetensors_header import read_header
+from fidelora.safetensors_header import read_file_header, read_header
 
 _MAX_HASHES = 10_000  # each entry takes a few hundred bytes
 _SETTLED_S = 2.0
@@ -63,6 +64,20 @@ class AdapterCache:
         self._touch(path)
         return AdapterRef(sha256, path=path)
 
+    def ref(self, sha256: str, name: str) -> AdapterRef:
+        """Return a reference to an adapter in the cache.
+
+        Args:
+            name: name of the adapter's file; an embedding without a word in its metadata is used by
+                this name in prompts.
+
+        Raises:
+            WeightsFileError: the file cannot be read.
+        """
+        path = self.path(sha256)
+        word = embedding_word(read_file_header(path), name)
+        return AdapterRef(sha256, name=PurePosixPath(name).stem, path=path, word=word)
+
     def sha256_of(self, path: Path) -> str:
         """Return the sha256 of a file, cached until the file changes.
 
@@ -98,7 +113,7 @@ class AdapterCache:
             known = file.sha256
             if not self.find(known):
                 return self._add(path, name, file)
-        return AdapterRef(known, name=PurePosixPath(name).stem, path=self.path(known))
+        return self.ref(known, name)
 
     def adopt(self, temporary: Path, sha256: str, name: str) -> AdapterRef:
         """Check the header of a finished download and move it to the path of its hash.
@@ -111,7 +126,7 @@ class AdapterCache:
         target = self.path(sha256)
         temporary.replace(target)
         self._touch(target)
-        return AdapterRef(sha256, name=PurePosixPath(name).stem, path=target)
+        return self.ref(sha256, name)
 
     @contextmanager
     def temporary(self) -> Iterator[Path]:
@@ -195,7 +210,7 @@ class AdapterCache:
                 raise OutputError(
                     f"{name} could not be added to the adapter cache: {error.strerror or error}."
                 ) from error
-        return AdapterRef(sha256, name=PurePosixPath(name).stem, path=self.path(sha256))
+        return self.ref(sha256, name)
 
     def _touch(self, path: Path) -> None:
         """Set the time of last use, unless the file has another hard link outside of the cache."""

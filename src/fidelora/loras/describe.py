@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fidelora.adapters.tensor_names import kind_of, modules_of
+from fidelora.embedding_file import EMBEDDING_KEYS, embedding_word, token_count
 from fidelora.errors import AdapterError, WeightsFileError
 from fidelora.safetensors_header import Header, read_file_header
 
@@ -24,17 +25,18 @@ class AdapterSummary:
     """Summary of an adapter's header.
 
     Attributes:
-        kind: `lora`, `dora`, `lokr`, `loha`, several of them joined by `+`; empty if the file is
-            not an adapter.
+        kind: `lora`, `dora`, `lokr`, `loha`, `embedding`, several of them joined by `+`; empty if
+            the file is not an adapter.
         modules: number of modules of the base model that the adapter changes.
         ranks: distinct ranks, ascending; empty if no module has a rank (LoKr with whole factors).
         dtypes: dtypes of the tensors, spelled as in the file (`F16`, `BF16`, `F32`).
         text_encoder: True if the adapter also changes the text encoder.
-        trigger: trigger word in the trainer's metadata; empty if none.
+        trigger: trigger word in the trainer's metadata, or the word of an embedding; empty if none.
         step, epoch: training step and epoch in the metadata; None if not in the metadata.
         base: version of the base model in the metadata (`sd_1.5`); empty if none.
         trainer: name and version of the program that wrote the file; empty if not in the metadata.
         problems: a sentence for each reason in the header why the file cannot be used.
+        tokens: number of tokens of an embedding; 0 for a file without an embedding.
     """
 
     kind: str
@@ -49,6 +51,7 @@ class AdapterSummary:
     base: str
     trainer: str
     problems: tuple[str, ...]
+    tokens: int = 0
 
 
 def describe_adapter(path: Path) -> AdapterSummary:
@@ -71,27 +74,29 @@ def describe_header(header: Header, name: str) -> AdapterSummary:
         modules, problems = {}, (str(error),)  # type: ignore[assignment]
     metadata = header.metadata
     step, epoch = _training(metadata)
+    kinds = {kind_of(parts) for parts in modules.values()}
+    keys = [key for parts in modules.values() for key in parts.values()]
+    if not problems and (found := header.tensors.keys() & EMBEDDING_KEYS):
+        kinds.add("embedding")
+        keys += found
     return AdapterSummary(
-        kind="+".join(sorted({kind_of(parts) for parts in modules.values()})),
+        kind="+".join(sorted(kinds)),
         modules=len(modules),
         ranks=tuple(
             sorted(
                 {rank for parts in modules.values() if (rank := _rank(parts, header)) is not None}
             )
         ),
-        dtypes=tuple(
-            sorted(
-                {header.tensors[key].dtype for parts in modules.values() for key in parts.values()}
-            )
-        ),
+        dtypes=tuple(sorted({header.tensors[key].dtype for key in keys})),
         text_encoder=any(module.startswith(_TEXT_ENCODER) for module in modules),
         size_bytes=header.file_bytes,
-        trigger=_trigger(metadata),
+        trigger=(embedding_word(header, name) if not problems else None) or _trigger(metadata),
         step=step,
         epoch=epoch,
         base=metadata.get("ss_base_model_version", ""),
         trainer=_software(metadata),
         problems=problems,
+        tokens=0 if problems else token_count(header),
     )
 
 
@@ -113,9 +118,12 @@ def _json(metadata: Mapping[str, str], field: str) -> dict[str, Any]:
 
 
 def _training(metadata: Mapping[str, str]) -> tuple[int | None, int | None]:
-    """Return step and epoch from AI Toolkit's `training_info`, else from kohya's fields."""
+    """Return step and epoch from AI Toolkit's `training_info`, else from kohya's fields.
+
+    The trainer stores the step of an embedding in a field of its own.
+    """
     info = _json(metadata, "training_info") or {
-        "step": metadata.get("ss_steps"),
+        "step": metadata.get("ss_steps", metadata.get("step")),
         "epoch": metadata.get("ss_epoch"),
     }
     return _whole_number(info.get("step")), _whole_number(info.get("epoch"))

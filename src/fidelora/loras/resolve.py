@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from fidelora.errors import (
     AdapterChangedError,
@@ -62,7 +62,7 @@ class AdapterResolver:
         """
         remote = place.startswith("hf:") or _URL.match(place)
         if remote and sha256 and (ref := await asyncio.to_thread(self._cache.find, sha256)):
-            return AdapterRef(ref.sha256, name=PurePosixPath(_name(place)).stem, path=ref.path)
+            return await asyncio.to_thread(self._cache.ref, ref.sha256, _name(place))
         if place.startswith("hf:"):
             ref = await self._from_hub(place, hub_token or self._hub_token)
         elif remote:
@@ -105,11 +105,7 @@ class AdapterResolver:
                 )
                 if got is None:
                     assert before is not None, "a server returns 304 only to a request with an ETag"
-                    return AdapterRef(
-                        before[1],
-                        name=PurePosixPath(_name(url)).stem,
-                        path=self._cache.path(before[1]),
-                    )
+                    return await asyncio.to_thread(self._cache.ref, before[1], _name(url))
                 ref = await asyncio.to_thread(self._cache.adopt, temporary, got.sha256, _name(url))
             if got.etag:
                 await asyncio.to_thread(self._cache.remember_url, url, got.etag, got.sha256)

@@ -1,16 +1,17 @@
-"""Configuration file of a training run: reading it safely, and choosing its training process."""
+"""Configuration file of a training run: reading it safely, its training process, and values."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from fidelora.errors import JobFolderError
+from fidelora.recipe import Dtype
 
 CONFIG_NAMES = ("config.yaml", ".job_config.json")
 """File names of the configuration, the preferred one first."""
@@ -19,7 +20,7 @@ MAX_CONFIG_BYTES = 2**20  # the trainer's configurations have a few thousand byt
 _MAX_EXPANDED_SIZE = 4 * 2**20  # characters of a YAML document with all aliases expanded
 _NODE_SIZE = 16  # characters that each value adds to the expanded size, besides its text
 _MAX_NUMBER_LENGTH = 100  # characters; parsing 1:1:1:1... takes quadratic time
-_MAX_NAME_LENGTH = 200  # characters; the name is part of file names and replaces every [name]
+MAX_NAME_LENGTH = 200  # characters; the name is part of file names and replaces every [name]
 
 _TRAINER_BLOCKS = (("model", "sample", "train"), ("model", "sample"), ("model",))
 """Blocks of a training process, the most specific set first; generators have no `train` block."""
@@ -34,6 +35,15 @@ _READ_ERRORS = (
     AttributeError,
     LookupError,
 )
+
+
+_DTYPES: Mapping[str, Dtype] = {
+    "float32": "float32", "float": "float32", "fp32": "float32", "single": "float32",
+    "bfloat16": "bfloat16", "bf16": "bfloat16",
+    "float16": "float16", "fp16": "float16", "half": "float16",
+}  # fmt: skip
+
+_Number = TypeVar("_Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -83,10 +93,10 @@ def read_config(folder: Path) -> RunConfig:
         raise JobFolderError(
             f"{path} is not an AI Toolkit configuration: config.name or config.process is invalid."
         )
-    if len(str(name)) > _MAX_NAME_LENGTH:
+    if len(str(name)) > MAX_NAME_LENGTH:
         raise JobFolderError(
             f"{path} is not an AI Toolkit configuration: "
-            f"config.name has more than {_MAX_NAME_LENGTH} characters."
+            f"config.name has more than {MAX_NAME_LENGTH} characters."
         )
     process, notes = (first, ()) if len(processes) == 1 else _training_process(path, processes)
     if not isinstance(process, dict):
@@ -219,3 +229,49 @@ def _replace_name(value: Any, name: str) -> Any:
     if isinstance(value, dict):
         return {key: _replace_name(inner, name) for key, inner in value.items()}
     return [_replace_name(inner, name) for inner in value] if isinstance(value, list) else value
+
+
+def block_of(process: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """Return a block of the process; empty if it is missing.
+
+    Raises:
+        JobFolderError: it is not a mapping.
+    """
+    block = process.get(key) or {}
+    if not isinstance(block, dict):
+        raise JobFolderError(f"The {key} block of the configuration must be a mapping.")
+    return block
+
+
+def number_of(kind: Callable[[Any], _Number], value: object, where: str) -> _Number:
+    """Convert a value to a number.
+
+    Args:
+        where: the setting, for the error message.
+
+    Raises:
+        JobFolderError: the value is not a number.
+    """
+    try:
+        return kind(value)
+    except (TypeError, ValueError, OverflowError):
+        raise JobFolderError(
+            f"The configuration has {where} {value!r}, which is not a usable number."
+        ) from None
+
+
+def dtype_of(name: object, where: str) -> Dtype:
+    """Return the dtype that the trainer's name means.
+
+    Args:
+        where: the setting, for the error message.
+
+    Raises:
+        JobFolderError: there is no such dtype.
+    """
+    if isinstance(name, str) and name in _DTYPES:
+        return _DTYPES[name]
+    raise JobFolderError(
+        f"The configuration has {where} {name!r}, which is not supported; "
+        "use float32, bfloat16 or float16."
+    )

@@ -77,12 +77,13 @@ class Draws:
         return replace(plan.recipe, adapters=adapters, history=tuple(history))
 
     def _perturbed(self, ref: AdapterRef, number: int) -> AdapterRef:
-        if ref.path is None or narrowest_dtype(ref.path) == "F32":
+        if ref.path is None or ref.word is not None or narrowest_dtype(ref.path) == "F32":
             return ref
         return self._copied("perturbed", ref, number)
 
     def _stand_in(self, plan: PlannedSample, step: int, number: int) -> AdapterRef:
         """Return an adapter in place of the missing one of `step`."""
+        # Only merged adapters change the base model, so the first adapter is not an embedding.
         nearest = min(self._run.checkpoints, key=lambda other: (abs(other - step), other))
         ref = replace(
             AdapterRef.from_file(self._run.checkpoints[nearest]),
@@ -104,6 +105,7 @@ class Draws:
 
 def saved_dtype(recipe: Recipe) -> str:
     """Return the half-precision dtype in which an adapter was saved; empty if none was."""
-    refs = (ref for ref in recipe.files if ref.path)
+    # An embedding is saved in the dtype in which the trainer sampled, so its file is exact.
+    refs = (ref for ref in recipe.files if ref.path and ref.word is None)
     dtypes = (narrowest_dtype(ref.path) for ref in refs if ref.path)
     return next((dtype for dtype in dtypes if dtype != "F32"), "")

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fidelora.errors import JobFolderError
 from fidelora.recipe import Recipe
-from fidelora.training.plan import plan_samples
+from fidelora.training.plan import plan_samples, with_multiplier
 from fidelora.training.run_folder import TrainingRun
 
 MAX_IMAGES = 500
@@ -62,6 +62,11 @@ def make_columns(
         raise JobFolderError(
             f"The checkpoints of the training run {run.name} are base models, which have no "
             "multiplier; leave the multipliers out."
+        )
+    if not run.has_network and set(multipliers) != {1}:
+        raise JobFolderError(
+            f"The training run {run.name} trains an embedding, which has no strength; set the "
+            "multiplier to 1."
         )
     pairs = [
         Column(step, multiplier)
@@ -129,15 +134,15 @@ def iterate_cells(
             "choose fewer."
         )
     refs = {
-        step: run.adapter(step)
+        step: run.adapters(step)
         for step in {column.step for column in columns if column.multiplier is not None}
     }
     for across, column in enumerate(columns):
         for down, row in enumerate(rows):
             recipe = replace(row.recipe, adapter_mode="merged")
             if column.multiplier is not None:
-                adapter = replace(refs[column.step], multiplier=column.multiplier)
-                recipe = replace(recipe, adapters=(adapter,))
+                adapters = with_multiplier(refs[column.step], column.multiplier)
+                recipe = replace(recipe, adapters=adapters)
             elif column.step:
                 recipe = replace(recipe, base_model=str(run.checkpoints[column.step]), vae="")
             yield down, across, recipe

@@ -34,7 +34,7 @@ from fidelora.training.consistency import (
 )
 from fidelora.training.draws import Draws, lost_information
 from fidelora.training.flags import split_flags
-from fidelora.training.plan import PlannedSample
+from fidelora.training.plan import PlannedSample, with_multiplier
 from fidelora.training.run_folder import TrainingRun
 
 Pixels = NDArray[np.uint8]
@@ -259,10 +259,10 @@ def changed_settings(run: TrainingRun, plan: PlannedSample) -> Iterator[Change]:
         whole = replace(recipe, dtype="float32", vae_dtype="float32", text_encoder_dtype="float32")
         fix = "The samples were made in float32: use --dtype float32."
         yield Change("dtype", None, whole, fix)
-    if recipe.adapters:
+    if recipe.adapters and recipe.adapters[0].word is None:  # an embedding has no multiplier
         multiplier = recipe.adapters[0].multiplier
         size = 0.1 if multiplier + 0.1 <= MAX_MULTIPLIER else -0.1
-        refs = (replace(recipe.adapters[0], multiplier=multiplier + size), *recipe.adapters[1:])
+        refs = with_multiplier(recipe.adapters, multiplier + size)
         fix = "The multiplier was about {value}: correct network_multiplier (--m)."
         yield Change("multiplier", size, replace(recipe, adapters=refs), fix, multiplier)
     for wrong in family.samples.wrong_schedules:
@@ -271,7 +271,7 @@ def changed_settings(run: TrainingRun, plan: PlannedSample) -> Iterator[Change]:
         fix = "The sample was made without its negative prompt: remove neg."
         changed = replace(recipe, negative_prompt="", negative_prompt_2=None)
         yield Change("negative_prompt", None, changed, fix)
-    if run.trigger_word and "[trigger]" in item.prompt:
+    if run.trigger_text and "[trigger]" in item.prompt:
         fix = "[trigger] in the prompt was not replaced: remove trigger_word."
         prompt = split_flags(item.prompt)[0]  # not `replace`: the word may be part of others
         yield Change("trigger", None, replace(recipe, prompt=prompt), fix)

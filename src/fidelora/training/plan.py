@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 from fidelora.adapters.tensor_names import noise_of_adapter, noise_of_trainer
 from fidelora.errors import JobFolderError
 from fidelora.families import get_family
-from fidelora.recipe import MAX_SEED, Noise, Recipe, replace_trigger
+from fidelora.recipe import MAX_SEED, AdapterRef, Noise, Recipe, replace_trigger
 from fidelora.training.flags import split_flags
 from fidelora.training.history import NO_HISTORY, History, full_history, refs_of
-from fidelora.training.run_folder import TrainingRun, checkpoint_metadata
+from fidelora.training.run_files import checkpoint_metadata
+from fidelora.training.run_folder import TrainingRun
 
 RANDOM_SEED = -1
 """Seed of a sample for which the trainer draws a seed that it does not save."""
@@ -79,27 +81,26 @@ def plan_samples(
     # If all samples have the same multiplier, the trainer merges the adapter. Otherwise it keeps
     # the adapter unmerged.
     multipliers = {values["network_multiplier"] for values in settings}
-    unmerged = not is_full_model and (run.stays_live or len(multipliers) > 1)
-    has_adapter = step != 0 and not is_full_model
-    if not has_adapter or unmerged or run.network_type == "dora":  # the trainer merges no DoRA
+    has_network = run.has_network and not is_full_model
+    unmerged = has_network and (run.stays_live or len(multipliers) > 1)
+    merges = has_network and not unmerged and run.network_type != "dora"
+    if step == 0 or not merges:
         history = NO_HISTORY
     elif history is None:
         history = full_history(run, step)
     earlier = refs_of(run, history, *multipliers) if history.rounds else ()
-    adapter = run.adapter(step) if has_adapter else None
+    adapters = () if is_full_model else run.adapters(step)
     # Step 0 has no checkpoint, but any file of the run contains the trainer's version, which
     # determines the noise.
     checkpoint = run.checkpoints.get(step) or next(iter(run.checkpoints.values()), None)
     family = get_family(run.model)
     noise: Noise = "modern"
-    if "noise" in family.uses and adapter is not None:
-        noise = noise_of_adapter(adapter)
+    if "noise" in family.uses and adapters:
+        noise = noise_of_adapter(adapters[0])
     elif "noise" in family.uses and checkpoint is not None:
         noise = noise_of_trainer(checkpoint_metadata(checkpoint))
     planned = []
     for index, values in enumerate(settings):
-        multiplier = values["network_multiplier"]
-        adapters = (replace(adapter, multiplier=multiplier),) if adapter else ()
         recipe = Recipe(
             prompt=values["prompt"],
             negative_prompt=values["neg"],
@@ -119,7 +120,7 @@ def plan_samples(
             seed=values["seed"],
             sampler=family.default_sampler if family.samples.ignores_sampler else run.sampler,
             prediction=run.prediction,
-            adapters=adapters,
+            adapters=with_multiplier(adapters, values["network_multiplier"]),
             adapter_mode="live" if unmerged else "merged",
             history=earlier,
             noise=noise,
@@ -133,6 +134,13 @@ def plan_samples(
             PlannedSample(step, index, recipe, image, history, is_random, run.is_first_round)
         )
     return planned
+
+
+def with_multiplier(adapters: Sequence[AdapterRef], multiplier: float) -> tuple[AdapterRef, ...]:
+    """Return the adapters with this multiplier, which the trainer does not apply to embeddings."""
+    return tuple(
+        ref if ref.word is not None else replace(ref, multiplier=multiplier) for ref in adapters
+    )
 
 
 def random_samples(run: TrainingRun) -> list[int]:
@@ -154,7 +162,7 @@ def _resolved_settings(run: TrainingRun) -> list[dict[str, Any]]:
             seed = run.seed + index
         if item.seed is not None:
             seed = item.seed  # without walk_seed, also the seed of the following items
-        prompt, flags = split_flags(replace_trigger(item.prompt, run.trigger_word))
+        prompt, flags = split_flags(replace_trigger(item.prompt, run.trigger_text))
         values = {**vars(item), "seed": seed} | flags | {"prompt": prompt}
         # The trainer draws a random seed before it parses the flags: --seed -1 is a seed.
         values["has_random_seed"] = "seed" not in flags and seed == RANDOM_SEED

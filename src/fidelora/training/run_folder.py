@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from fidelora.errors import JobFolderError, WeightsFileError
+from fidelora.errors import JobFolderError
 from fidelora.families import all_families
 from fidelora.recipe import AdapterRef, Dtype, Prediction
-from fidelora.safetensors_header import read_file_header
-from fidelora.training.config_file import read_config, read_small_yaml
-from fidelora.training.unused_settings import unused_settings
-
-_DTYPES: Mapping[str, Dtype] = {
-    "float32": "float32", "float": "float32", "fp32": "float32", "single": "float32",
-    "bfloat16": "bfloat16", "bf16": "bfloat16",
-    "float16": "float16", "fp16": "float16", "half": "float16",
-}  # fmt: skip
-
-_Number = TypeVar("_Number", int, float)
-
-_SAMPLE_FILE = re.compile(
-    r"(?P<time>\d+)__(?P<step>\d{9})_(?P<index>\d+)\.(jpg|jpeg|png|webp)", re.IGNORECASE
+from fidelora.training.config_file import block_of, dtype_of, number_of, read_config
+from fidelora.training.embedding_block import TrainedEmbedding, read_embedding
+from fidelora.training.run_files import (
+    find_checkpoints,
+    folders_without_weights,
+    image_rounds,
+    latest_images,
 )
+from fidelora.training.unused_settings import unused_settings
 
 
 @dataclass(frozen=True)
@@ -57,7 +49,9 @@ class TrainingRun:
         seed: seed of the sample block.
         walk_seed: True if the index of a sample is added to the seed.
         steps: configured training steps.
-        checkpoints: by step; the file or folder of the last step has no number in its name.
+        checkpoints: by step; the file or folder of the last step has no number in its name. They
+            are the files of the embedding if the run trains nothing else. If it trains a LoRA and
+            an embedding, they are the LoRA's files of steps that have both.
         images: samples, by step and index of the sample item; without those of `first_round`.
         sample_every: steps between two rounds of samples; 0 for none.
         stays_live: True if the trainer never merges the adapter, as the base model is quantised
@@ -77,6 +71,7 @@ class TrainingRun:
         encoded_block: the run with the sample block whose encoded prompts the first round uses;
             None if it uses its own prompts.
         notes: sentences about parts of the run that are not replayed.
+        embedding: the embedding that the run trains; None if it trains none.
     """
 
     folder: Path
@@ -107,6 +102,17 @@ class TrainingRun:
     is_first_round: bool = False
     encoded_block: TrainingRun | None = None
     notes: tuple[str, ...] = ()
+    embedding: TrainedEmbedding | None = None
+
+    @property
+    def trigger_text(self) -> str:
+        """Text that replaces `[trigger]`: all tokens of the embedding, else the trigger word."""
+        return self.trigger_word if self.embedding is None else self.embedding.text
+
+    @property
+    def has_network(self) -> bool:
+        """True if the run trains an adapter that changes weights, not only an embedding."""
+        return self.embedding is None or self.embedding.has_lora
 
     @property
     def sampled_steps(self) -> tuple[int, ...]:
@@ -125,7 +131,25 @@ class TrainingRun:
             raise JobFolderError(
                 f"The training run {self.name} has no adapter: its checkpoints are base models."
             )
-        return replace(AdapterRef.from_file(self.checkpoints[step]), alpha=self.dora_alpha)
+        ref = AdapterRef.from_file(self.checkpoints[step])
+        if self.embedding is not None and not self.embedding.has_lora:
+            return replace(ref, word=self.embedding.word)
+        return replace(ref, alpha=self.dora_alpha)
+
+    def adapters(self, step: int) -> tuple[AdapterRef, ...]:
+        """Return the adapters of a step: that of its checkpoint and its embedding, if they exist.
+
+        Raises:
+            JobFolderError: the checkpoints are whole base models.
+            WeightsFileError: a file is invalid or cannot be read.
+        """
+        refs = []
+        if self.has_network and step in self.checkpoints:
+            refs.append(self.adapter(step))
+        if self.embedding is not None and step in self.embedding.files:
+            ref = AdapterRef.from_file(self.embedding.files[step])
+            refs.append(replace(ref, word=self.embedding.word))
+        return tuple(refs)
 
 
 def read_run(folder: Path) -> TrainingRun:
@@ -141,7 +165,7 @@ def read_run(folder: Path) -> TrainingRun:
     config = read_config(folder)
     process, name = config.process, config.name
     train, model, sample, network = (
-        _block(process, key) for key in ("train", "model", "sample", "network")
+        block_of(process, key) for key in ("train", "model", "sample", "network")
     )
     base_model = model.get("name_or_path")
     if not isinstance(base_model, str):
@@ -149,14 +173,19 @@ def read_run(folder: Path) -> TrainingRun:
             f"The configuration in {folder} has no base model; set model.name_or_path."
         )
     family = _family(model)
-    dtype = _dtype(train.get("dtype", "float32"), "train.dtype")
-    steps = _number(int, train.get("steps", 1000), "train.steps")
+    dtype = dtype_of(train.get("dtype", "float32"), "train.dtype")
+    steps = number_of(int, train.get("steps", 1000), "train.steps")
     full_models = _saves_full_models(process, train)
-    checkpoints: dict[int, Path] = {}
-    if _names_lora(process):
-        checkpoints = _checkpoints(folder, f"{name}_LoRA", steps)
+    embedding = read_embedding(process, folder, steps)
+    checkpoints: Mapping[int, Path] = {}
+    if embedding is not None and not embedding.has_lora:
+        checkpoints = embedding.files
+    elif _names_lora(process):
+        checkpoints = find_checkpoints(folder, f"{name}_LoRA", steps)
     if not checkpoints:
-        checkpoints = _checkpoints(folder, name, steps, full_models=full_models)
+        checkpoints = find_checkpoints(folder, name, steps, full_models=full_models)
+    if embedding is not None:
+        checkpoints = {step: path for step, path in checkpoints.items() if step in embedding.files}
     offloading = model.get("layer_offloading", model.get("auto_memory"))  # the trainer's order
     run = TrainingRun(
         folder=folder,
@@ -165,8 +194,8 @@ def read_run(folder: Path) -> TrainingRun:
         model=family,
         base_model=base_model,
         dtype=dtype,
-        vae_dtype=_dtype(model.get("vae_dtype", dtype), "model.vae_dtype"),
-        text_encoder_dtype=_dtype(model.get("te_dtype", dtype), "model.te_dtype"),
+        vae_dtype=dtype_of(model.get("vae_dtype", dtype), "model.vae_dtype"),
+        text_encoder_dtype=dtype_of(model.get("te_dtype", dtype), "model.te_dtype"),
         prediction="v_prediction" if model.get("is_v_pred") else "epsilon",
         vae=str(model.get("vae_path") or ""),
         **_sample_settings(sample, "sample"),
@@ -181,14 +210,15 @@ def read_run(folder: Path) -> TrainingRun:
         notes=(
             *config.notes,
             *unused_settings(process, family),
-            *(_folders_without_weights(folder, name) if full_models else ()),
+            *(folders_without_weights(folder, name) if full_models else ()),
         ),
+        embedding=embedding,
     )
-    rounds = _rounds(folder / "samples")
+    rounds = image_rounds(folder / "samples")
     if process.get("first_sample") is None:
-        return replace(run, images=_latest(rounds))
+        return replace(run, images=latest_images(rounds))
     return _with_first_round(
-        run, rounds, _block(process, "first_sample"), bool(train.get("skip_first_sample"))
+        run, rounds, block_of(process, "first_sample"), bool(train.get("skip_first_sample"))
     )
 
 
@@ -217,23 +247,23 @@ def _with_first_round(
     first = replace(
         run,
         **_sample_settings(block, "first_sample"),
-        images=_latest({0: first_rounds}),
+        images=latest_images({0: first_rounds}),
         is_first_round=True,
         encoded_block=run if run.encodes_prompts_once else None,
     )
-    return replace(run, images=_latest(ordinary), first_round=first)
+    return replace(run, images=latest_images(ordinary), first_round=first)
 
 
 def _sample_settings(block: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return the fields of `TrainingRun` that a block of sample settings defines."""
     return {
         "sampler": str(block.get("sampler", "ddpm")),
-        "seed": _number(int, block.get("seed", 0), f"{name}.seed"),
+        "seed": number_of(int, block.get("seed", 0), f"{name}.seed"),
         "walk_seed": bool(block.get("walk_seed", False)),
         "image_format": str(block.get("format", "jpg")),
         "samples": tuple(_items(block, name)),
         "sample_every": max(
-            0, _number(int, block.get("sample_every") or 0, f"{name}.sample_every")
+            0, number_of(int, block.get("sample_every") or 0, f"{name}.sample_every")
         ),
     }
 
@@ -310,32 +340,7 @@ def _dora_alpha(network: Mapping[str, Any]) -> float | None:
     if str(network.get("type", "")).lower() != "dora":
         return None
     alpha = network.get("linear_alpha", network.get("alpha", 1.0))  # the trainer's own default
-    return None if alpha is None else _number(float, alpha, "network.linear_alpha")
-
-
-def _block(process: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    block = process.get(key) or {}
-    if not isinstance(block, dict):
-        raise JobFolderError(f"The {key} block of the configuration must be a mapping.")
-    return block
-
-
-def _number(kind: Callable[[Any], _Number], value: object, where: str) -> _Number:
-    try:
-        return kind(value)
-    except (TypeError, ValueError, OverflowError):
-        raise JobFolderError(
-            f"The configuration has {where} {value!r}, which is not a usable number."
-        ) from None
-
-
-def _dtype(name: object, where: str) -> Dtype:
-    if isinstance(name, str) and name in _DTYPES:
-        return _DTYPES[name]
-    raise JobFolderError(
-        f"The configuration has {where} {name!r}, which is not supported; "
-        "use float32, bfloat16 or float16."
-    )
+    return None if alpha is None else number_of(float, alpha, "network.linear_alpha")
 
 
 def _items(sample: Mapping[str, Any], name: str) -> list[SampleItem]:
@@ -374,117 +379,13 @@ def _item(values: Mapping[str, Any], seed: object, where: str) -> SampleItem:
     return SampleItem(
         prompt=values["prompt"],
         neg=str(values["neg"] or ""),
-        width=_number(int, values["width"], f"{where}.width"),
-        height=_number(int, values["height"], f"{where}.height"),
-        seed=None if seed is None else _number(int, seed, f"{where}.seed"),
-        guidance_scale=_number(float, values["guidance_scale"], f"{where}.guidance_scale"),
-        sample_steps=_number(int, values["sample_steps"], f"{where}.sample_steps"),
-        network_multiplier=_number(
+        width=number_of(int, values["width"], f"{where}.width"),
+        height=number_of(int, values["height"], f"{where}.height"),
+        seed=None if seed is None else number_of(int, seed, f"{where}.seed"),
+        guidance_scale=number_of(float, values["guidance_scale"], f"{where}.guidance_scale"),
+        sample_steps=number_of(int, values["sample_steps"], f"{where}.sample_steps"),
+        network_multiplier=number_of(
             float, values["network_multiplier"], f"{where}.network_multiplier"
         ),
-        guidance_rescale=_number(float, values["guidance_rescale"], f"{where}.guidance_rescale"),
+        guidance_rescale=number_of(float, values["guidance_rescale"], f"{where}.guidance_rescale"),
     )
-
-
-def _checkpoints(
-    folder: Path, name: str, steps: int, *, full_models: bool = False
-) -> dict[int, Path]:
-    """Return the checkpoints by step.
-
-    The last one has no number in its name. Its metadata has the step, which differs from the
-    configured steps if these were raised to continue the run later.
-
-    Args:
-        name: start of the file names.
-        full_models: True to include diffusers folders.
-    """
-    names = re.compile(re.escape(name) + r"(_(?P<step>\d{9}))?(?P<suffix>\.safetensors)?", re.I)
-    found, final = {}, None
-    for path in sorted(folder.glob("*")):
-        match = names.fullmatch(path.name)
-        if match is None or not path.name.startswith(name):  # upper case only in the suffix
-            continue
-        if not (path.is_file() if match["suffix"] else full_models and _is_full_model(path)):
-            continue
-        if match["step"]:
-            found[int(match["step"])] = path
-        else:
-            final = path
-    if final is not None:
-        found[_saved_step(final, steps)] = final
-    return found
-
-
-def _is_full_model(path: Path) -> bool:
-    """Return True for a diffusers folder with weights."""
-    return _is_diffusers_folder(path) and any(path.glob("*/*.safetensors"))
-
-
-def _is_diffusers_folder(path: Path) -> bool:
-    return any((path / name).is_file() for name in ("aitk_meta.yaml", "model_index.json"))
-
-
-def _folders_without_weights(folder: Path, name: str) -> list[str]:
-    return [
-        f"{path.name} is the folder of a saved model, but it has no .safetensors files."
-        for path in sorted(folder.glob("*"))
-        if path.name.startswith(name) and _is_diffusers_folder(path) and not _is_full_model(path)
-    ]
-
-
-def _saved_step(path: Path, default: int) -> int:
-    """Return the step in the metadata of a checkpoint; `default` if there is none."""
-    try:
-        step = json.loads(checkpoint_metadata(path)["training_info"])["step"]
-    except (KeyError, TypeError, ValueError, RecursionError, WeightsFileError):
-        return default
-    return step if type(step) is int and step >= 0 else default
-
-
-def checkpoint_metadata(path: Path) -> Mapping[str, str]:
-    """Return the trainer's metadata of a checkpoint, with each value as JSON or plain text.
-
-    Raises:
-        WeightsFileError: the file is not a valid .safetensors file.
-    """
-    if path.is_file():
-        return read_file_header(path).metadata
-    document = read_small_yaml(path / "aitk_meta.yaml")
-    if not isinstance(document, dict):
-        return {}
-    return {
-        str(key): value if isinstance(value, str) else json.dumps(value, default=str)
-        for key, value in document.items()
-    }
-
-
-def _rounds(folder: Path) -> dict[int, list[dict[int, Path]]]:
-    """Return the rounds of images of each step, in order of time, each by index.
-
-    A round begins where the index does not increase.
-    """
-    rounds: dict[int, list[dict[int, Path]]] = {}
-    found = ((path, _SAMPLE_FILE.fullmatch(path.name)) for path in folder.glob("*"))
-    matches = [(path, match) for path, match in found if match]
-    for path, match in sorted(matches, key=_time_and_index):
-        of_step = rounds.setdefault(int(match["step"]), [])
-        index = int(match["index"])
-        if not of_step or index <= max(of_step[-1]):
-            of_step.append({})
-        of_step[-1][index] = path
-    return rounds
-
-
-def _time_and_index(found: tuple[Path, re.Match[str]]) -> tuple[int, int, str]:
-    path, match = found
-    return int(match["time"]), int(match["index"]), path.name
-
-
-def _latest(rounds: Mapping[int, list[dict[int, Path]]]) -> dict[tuple[int, int], Path]:
-    """Return the last image of each step and index."""
-    return {
-        (step, index): path
-        for step, of_step in rounds.items()
-        for one in of_step
-        for index, path in one.items()
-    }

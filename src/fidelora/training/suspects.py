@@ -12,6 +12,7 @@ from fidelora.families import get_family
 from fidelora.loras.describe import describe_adapter
 from fidelora.recipe import Recipe, replace_trigger
 from fidelora.training.flags import split_flags
+from fidelora.training.plan import with_multiplier
 from fidelora.training.run_folder import SampleItem, TrainingRun
 
 # Values to try, the most common ones first.
@@ -75,6 +76,8 @@ def adapter_applications(recipe: Recipe) -> Iterator[Suspect]:
         "sample."
     )
     yield Suspect("adapter_not_applied", replace(recipe, adapters=()), fix)
+    if all(adapter.word is not None for adapter in recipe.adapters):
+        return  # an embedding is neither merged nor live
     if recipe.adapter_mode == "merged":
         other, applied, multipliers = "live", "unmerged", "different multipliers"
     else:
@@ -85,9 +88,9 @@ def adapter_applications(recipe: Recipe) -> Iterator[Suspect]:
 
 def multipliers(recipe: Recipe) -> Iterator[Suspect]:
     """Yield the recipe with other multipliers."""
-    for adapter in recipe.adapters:
+    if any(adapter.word is None for adapter in recipe.adapters):  # others have no multiplier
         for value in _MULTIPLIERS:
-            changed = replace(recipe, adapters=(replace(adapter, multiplier=value),))
+            changed = replace(recipe, adapters=with_multiplier(recipe.adapters, value))
             fix = (
                 f"The multiplier was {value:g}: set network_multiplier to {value:g} "
                 f"(--m {value:g})."

@@ -66,11 +66,6 @@ _SETTINGS = (
         "does not",
         lambda block: block is not None,
     ),
-    _Setting(
-        ("embedding",),
-        "the trainer samples with the trained embedding, and the replay does not",
-        lambda block: block is not None,
-    ),
     _Setting(("decorator",), _NEEDS_FLUX, lambda block: block is not None),
 )
 """Settings of AI Toolkit 0.12.26 with an effect on Stable Diffusion 1.5 and SDXL.

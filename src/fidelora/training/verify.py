@@ -6,6 +6,9 @@ bound for the rounding of float32 on other processors, otherwise by the tests of
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -22,6 +25,7 @@ from fidelora.recipe import Recipe
 from fidelora.training.compare import Comparison, compare, reencode, similarity
 from fidelora.training.draws import saved_dtype
 from fidelora.training.history import History, resumed_histories
+from fidelora.training.initial_embedding import with_initial_embedding
 from fidelora.training.judge import Evidence, OnImage, Pixels, Verdict, judge
 from fidelora.training.notes import first_round_to_check
 from fidelora.training.plan import PlannedSample, plan_samples
@@ -120,6 +124,10 @@ def verify(
             if plan.trainer_image is not None
         ]
 
+    if 0 in steps and run.embedding is not None:
+        folder = Path(tempfile.mkdtemp(prefix="fidelora-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)  # the doctor uses the file, too
+        run = with_initial_embedding(run, engine, folder, base_model=base_model, changes=changes)
     checked: list[CheckedSample] = []
     first_round = first_round_to_check(run)
     if first_round is not None and 0 in steps:

@@ -92,7 +92,12 @@ _VAE = Part(
 
 
 def _text_encoder(
-    name: str, class_name: str, checkpoint_prefix: str, kohya_prefix: str, tokenizer: Tokenizer
+    name: str,
+    class_name: str,
+    checkpoint_prefix: str,
+    kohya_prefix: str,
+    tokenizer: Tokenizer,
+    embedding_key: str,
 ) -> Part:
     return Part(
         name=name,
@@ -107,6 +112,7 @@ def _text_encoder(
         # with and without it.
         optional_prefix="text_model.",
         tokenizer=tokenizer,
+        embedding_key=embedding_key,
     )
 
 
@@ -145,7 +151,7 @@ SD15 = Family(
     parts=(
         _text_encoder(
             "text_encoder", "CLIPTextModel", "cond_stage_model.transformer.", "lora_te_",
-            _FIRST_TOKENIZER,
+            _FIRST_TOKENIZER, "emb_params",
         ),
         Part(**_UNET),  # type: ignore[arg-type]
         _VAE,
@@ -184,11 +190,11 @@ SDXL = Family(
     parts=(
         _text_encoder(
             "text_encoder", "CLIPTextModel", "conditioner.embedders.0.transformer.", "lora_te1_",
-            _FIRST_TOKENIZER,
+            _FIRST_TOKENIZER, "clip_l",
         ),
         _text_encoder(
             "text_encoder_2", "CLIPTextModelWithProjection", "conditioner.embedders.1.model.",
-            "lora_te2_", _SECOND_TOKENIZER,
+            "lora_te2_", _SECOND_TOKENIZER, "clip_g",
         ),
         Part(**_UNET, other_names=original_names),  # type: ignore[arg-type]
         _VAE,

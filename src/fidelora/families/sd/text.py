@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from fidelora.families.clip import (
     load_tokenizer,
     penultimate_state,
 )
-from fidelora.families.protocols import AdapterState, Encoded, Prompts, Size
+from fidelora.families.protocols import AdapterState, Embedding, Encoded, Prompts, Size
 from fidelora.families.spec import Family
 
 
@@ -52,7 +53,7 @@ class Conditioning:
 
 
 class SDText(ABC):
-    """Base class for both families; implements `families.protocols.Text`."""
+    """Base class for both families; implements `families.protocols.ExtendableText`."""
 
     encode_prompt: Callable[..., PromptEmbedding]
 
@@ -87,6 +88,21 @@ class SDText(ABC):
         """Return conditioning of float32 zeros."""
         row = self._blank_row()
         return Encoded(row, row if negative else None)
+
+    @contextmanager
+    def extended(self, embeddings: Sequence[Embedding]) -> Iterator[None]:
+        """Add the tokens of embeddings to all text encoders until the block ends."""
+        with ExitStack() as stack:
+            for name, encoder in self.encoders.items():
+                added = [(one.word, one.vectors[name]) for one in embeddings]
+                stack.enter_context(encoder.extended(added))
+            yield
+
+    def initial_vectors(self, words: str, tokens: int) -> dict[str, Tensor]:
+        """Return the vectors from which the trainer starts an embedding, by text encoder."""
+        return {
+            name: encoder.initial_vectors(words, tokens) for name, encoder in self.encoders.items()
+        }
 
     def _row(
         self, texts: Mapping[str, tuple[str, str]], size: Size, adapters: AdapterState

@@ -1,0 +1,61 @@
+"""Textual-inversion embeddings in adapter files: tensors, word and tokens. Does not import torch.
+
+AI Toolkit and AUTOMATIC1111 store one tensor per text encoder: `emb_params` if the model has one,
+`clip_l` and `clip_g` if it has two. Each has the shape [tokens, width], or [width] for one token.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import PurePath
+
+from fidelora.safetensors_header import Header
+
+EMBEDDING_KEYS = frozenset({"emb_params", "clip_l", "clip_g"})
+MAX_TOKENS = 75
+"""Maximum number of tokens of an embedding: those of a prompt without its start and end."""
+
+_MAX_WORD_LENGTH = 200
+
+
+def is_embedding(header: Header) -> bool:
+    """Return True if the file contains only an embedding.
+
+    The LoRA of a training run with an embedding also contains a copy of the embedding.
+    """
+    return bool(header.tensors) and header.tensors.keys() <= EMBEDDING_KEYS
+
+
+def embedding_word(header: Header, name: str) -> str | None:
+    """Return the word that stands for an embedding in prompts; None if it is not an embedding.
+
+    The trainer stores the word in the metadata. Files of other programs are named after it.
+
+    Args:
+        name: name of the file.
+    """
+    if not is_embedding(header):
+        return None
+    return _stored_word(header.metadata) or PurePath(name).stem.encode("utf-8", "replace").decode()
+
+
+def token_count(header: Header) -> int:
+    """Return the number of tokens of the embedding in a file; 0 if it has none."""
+    shapes = [info.shape for key, info in header.tensors.items() if key in EMBEDDING_KEYS]
+    return max((shape[0] if len(shape) > 1 else 1 for shape in shapes), default=0)
+
+
+def tokens_of(word: str, count: int) -> list[str]:
+    """Return the names of an embedding's tokens, as in the trainer: `word word_1 word_2`."""
+    return [word, *(f"{word}_{number}" for number in range(1, count))]
+
+
+def _stored_word(metadata: Mapping[str, str]) -> str:
+    text = metadata.get("name", "")
+    try:
+        word = json.loads(text)
+    except (ValueError, RecursionError):
+        word = text  # not encoded as JSON
+    is_valid = isinstance(word, str) and word.strip() and len(word) <= _MAX_WORD_LENGTH
+    return word.encode("utf-8", "ignore").decode() if is_valid else ""
