@@ -6,6 +6,7 @@ import contextlib
 import gc
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -192,28 +193,25 @@ def test_a_prepacked_unet_has_the_bits_of_a_plain_one_with_adapters(folder, fiel
     )
     paths = (LORA_CONV, LOKR) if folder == TINY_BASE else ()
     for merged, live in [((), ()), (paths, ()), ((), paths), (paths[:1], paths[1:]), ((), ())]:
-        for rows, size in [(2, 16), (1, 4), (1, 32), (2, 8)]:
-            torch.manual_seed(rows)
-            dtype = ours.compute_dtype
-            latents = torch.randn(rows, 4, size, size, dtype=dtype)
-            blank = ours.text.blank(Size(64, 64), negative=False).positive
-            encoded = [
-                Encoded(replace(blank, text=torch.randn_like(blank.text))) for _ in range(rows)
-            ]
-            results = []
+        with ExitStack() as hooks:
             for base in (ours, plain):
                 base.merged.apply([(base.targets.bind(read_adapter(path)), 0.7) for path in merged])
-                with live_adapters(
-                    base.targets, [(base.targets.bind(read_adapter(path)), 0.9) for path in live]
-                ):
+                applied = [(base.targets.bind(read_adapter(path)), 0.9) for path in live]
+                hooks.enter_context(live_adapters(base.targets, applied))
+            for rows, size in [(2, 16), (1, 4), (1, 32), (2, 8)]:
+                torch.manual_seed(rows)
+                dtype = ours.compute_dtype
+                latents = torch.randn(rows, 4, size, size, dtype=dtype)
+                blank = ours.text.blank(Size(64, 64), negative=False).positive
+                encoded = [
+                    Encoded(replace(blank, text=torch.randn_like(blank.text))) for _ in range(rows)
+                ]
+                results = []
+                for base in (ours, plain):
                     denoise = base.denoiser.prepare(encoded, Guidance(1), Size(64, 64), dtype)
                     results.append([denoise(latents, torch.tensor(t)) for t in (900, 20)])
-            assert all(torch.equal(*pair) for pair in zip(*results, strict=True)), (
-                merged,
-                live,
-                rows,
-                size,
-            )
+                same = all(torch.equal(*pair) for pair in zip(*results, strict=True))
+                assert same, (merged, live, rows, size)
 
 
 def test_unsupported_convolutions_are_not_prepacked():

@@ -27,7 +27,7 @@ from fidelora.adapters.read import read_adapter
 from fidelora.engine.model import LoadedModel
 from fidelora.errors import AdapterMismatchError
 
-SWITCHES = 200
+SWITCHES = 100
 """Random switches in a row: each of the eight sets of three adapters is applied many times."""
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,7 +23,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, schedu
 from tests.support import TINY_BASE, TINY_SDXL, load_model_of, read_json
 
 from fidelora import Engine, Recipe
-from fidelora.engine.model import LoadedModel
+from fidelora.engine.model import LoadedModel, ModelKey, load_model
 from fidelora.families import all_families, get_family
 from fidelora.families.clip import ClipEncoder, last_state, penultimate_state
 from fidelora.families.sd.spec import _TRAINER_CONFIG
@@ -46,18 +47,28 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return Engine(device="cpu")
+    return Engine(device="cpu", base_budget_bytes=2**30)  # the tests alternate between four bases
 
 
 def test_every_family_is_compared():
     assert SMALL.keys() | {"zimage"} == all_families().keys()  # zimage: tests/families
 
 
+@lru_cache(maxsize=4)
+def base_of(key: ModelKey) -> LoadedModel:
+    """Load a base model with diffusers' own modules.
+
+    Only float16 VAEs are changed later; each belongs to the base of one test.
+    """
+    with patch("fidelora.engine.model.prepack"):
+        base = load_model(key, key.find_files(), CPU)
+    base.merged.apply([])
+    return base
+
+
 def pipeline_pixels(recipe: Recipe) -> Any:
     """Return the image that the trainer's pipeline makes, without adapters."""
-    with patch("fidelora.engine.model.prepack"):  # of the modules, the pipeline gets diffusers' own
-        base = load_model_of(recipe)
-    base.merged.apply([])
+    base = base_of(ModelKey.of(recipe))
     sampler = SAMPLERS[recipe.sampler]
     assert isinstance(sampler, NoiseSampler)
     # The trainer's own configuration; the pipeline of SD 1.5 corrects `steps_offset` by itself.

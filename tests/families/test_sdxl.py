@@ -63,7 +63,7 @@ SD15: dict[str, Any] = SMALL | {"model": "sd15", "base_model": str(TINY_BASE)}
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return Engine(device="cpu")
+    return Engine(device="cpu", base_budget_bytes=2**30)  # the tests alternate between bases
 
 
 def sdxl_recipe(base: Path, **fields: Any) -> Recipe:

@@ -27,7 +27,7 @@ from fidelora.jobs.sql import SqlStore
 
 pytestmark = pytest.mark.timeout(600)  # waits up to `DEADLINE_S` at each step
 
-KILLS = int(os.environ.get("FIDELORA_TEST_KILLS", "5"))
+KILLS = int(os.environ.get("FIDELORA_TEST_KILLS", "3"))
 """Times to kill the working server: each takes seconds, so 5 by default and 20 on demand."""
 
 

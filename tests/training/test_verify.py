@@ -39,11 +39,6 @@ LORA_RUN = DEMO_DATA / "lora_linear_f32"
 IDENTICAL = [
     "lokr_full",
     "multipliers",
-    "sampler_ddim",
-    "sampler_euler_a",
-    "sampler_k_dpmsolverpp",
-    "prompts",
-    "bf16_save_f32",
 ]
 BASE = str(TINY_BASE)
 
@@ -86,17 +81,15 @@ def checked(
     ids=lambda folder: folder.name,
 )
 def test_exact_samples_are_replayed_exactly(engine, folder):
-    """On a processor like the trainer's; on others, float32 samples are within rounding."""
+    """On a processor like the trainer's; on others, float32 samples are within rounding.
+
+    The pixels of all golden runs are compared in test_goldens.py.
+    """
     samples = checked(folder, engine)
     if SAME_PROCESSOR:
         assert [sample.verdict for sample in samples] == [Verdict.IDENTICAL] * len(samples)
         assert all(
             sample.psnr is None and sample.ssim == 1 and sample.evidence is None
-            for sample in samples
-        )
-    elif folder.name == "bf16_save_f32":  # as in test_goldens.py
-        assert all(
-            sample.comparison is not None and sample.comparison.max_difference <= 12
             for sample in samples
         )
     else:
@@ -184,6 +177,12 @@ def one_short_sample(process: dict[str, Any]) -> None:
     process["sample"].update(samples=[{"prompt": "[trigger] a photo of a ball"}], sample_steps=3)
 
 
+def bfloat16_and_one_sample(process: dict[str, Any]) -> None:
+    """Set another precision; the verdict makes eight images of each sample."""
+    process["train"].update(dtype="bf16")
+    del process["sample"]["samples"][1:]
+
+
 def diagnosis_of(folder: Path, engine: Engine, base: str = BASE) -> tuple[str, float, str]:
     samples = checked(folder, engine, base=base)
     assert worst_verdict(samples) is Verdict.MISMATCH
@@ -206,7 +205,7 @@ def diagnosis_of(folder: Path, engine: Engine, base: str = BASE) -> tuple[str, f
             lambda p: p["sample"].update(network_multiplier=0.6),
             "network_multiplier to 1",
         ),
-        ("dtype", lambda p: p["train"].update(dtype="bf16"), "float32"),
+        ("dtype", bfloat16_and_one_sample, "float32"),
         ("size", lambda p: p["sample"].update(width=128), "--w 64"),
     ],
 )
@@ -274,7 +273,7 @@ def test_the_smallest_mistake_is_diagnosed_despite_lost_digits(engine, copy):
 
 
 def test_noise_of_an_older_torch_is_diagnosed(engine, copy):
-    folder = copy(GOLDEN_JOBS / "bf16_save_f32")
+    folder = copy(GOLDEN_JOBS / "bf16_save_f32", one_short_sample)
     replace_samples(folder, engine, lambda recipe: replace(recipe, noise="legacy"))
     assert diagnosis_of(folder, engine)[:2] == ("noise", 1.0)
 

@@ -12,12 +12,14 @@ from fidelora.training import suspects
 from fidelora.training.compare import Comparison, compare, reencode
 from fidelora.training.judge import Verdict
 from fidelora.training.run_folder import TrainingRun
+from fidelora.training.run_suspects import run_suspects
 from fidelora.training.suspects import Suspect, UniqueSuspects
 from fidelora.training.verify import CheckedSample, read_trainer_image
 
 CAUSES = (
     "steps_offset", "noise", "dtype", "sampler", "steps", "guidance", "seed", "trigger",
-    "multiplier", "adapter_not_applied", "base_variant", "negative_prompt", "size", "unknown",
+    "multiplier", "adapter_not_applied", "base_variant", "negative_prompt", "size", "history",
+    "quantized", "first_sample", "embedding", "unload_text_encoder", "unknown",
 )  # fmt: skip
 
 _MIN_EXPLAINED = 0.5
@@ -93,6 +95,7 @@ def diagnose(
     if evidence is not None and evidence.found is not None:
         return Diagnosis(evidence.found.change.cause, 1.0, evidence.found.fix)
     sample = min(mismatched, key=lambda checked: checked.plan.recipe.steps * checked.trainer.size)
+    of_run = run_suspects(run, sample.plan)
     if sample.plan.is_first_round and run.first_round is not None:
         run = run.first_round
     recipe, item = sample.plan.recipe, run.samples[sample.plan.index]
@@ -100,7 +103,8 @@ def diagnose(
     unique = UniqueSuspects(recipe)
     for suspect in unique(
         suspects.wrong_schedules(recipe),
-        suspects.adapter_applications(recipe),
+        suspects.missing_adapters(recipe),
+        of_run,
         suspects.triggers(run, recipe, item),
         suspects.precisions(recipe),
         suspects.variants(recipe),

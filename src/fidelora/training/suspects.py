@@ -67,8 +67,8 @@ def wrong_schedules(recipe: Recipe) -> Iterator[Suspect]:
         yield Suspect(wrong.cause, recipe, wrong.fix, dict(wrong.options))
 
 
-def adapter_applications(recipe: Recipe) -> Iterator[Suspect]:
-    """Yield the recipe without adapters, and with the other adapter mode."""
+def missing_adapters(recipe: Recipe) -> Iterator[Suspect]:
+    """Yield the recipe without adapters."""
     if not recipe.adapters:
         return
     fix = (
@@ -76,14 +76,6 @@ def adapter_applications(recipe: Recipe) -> Iterator[Suspect]:
         "sample."
     )
     yield Suspect("adapter_not_applied", replace(recipe, adapters=()), fix)
-    if all(adapter.word is not None for adapter in recipe.adapters):
-        return  # an embedding is neither merged nor live
-    if recipe.adapter_mode == "merged":
-        other, applied, multipliers = "live", "unmerged", "different multipliers"
-    else:
-        other, applied, multipliers = "merged", "merged", "the same multiplier"
-    fix = f"The adapter was {applied}. Set {multipliers} for the samples of the training run."
-    yield Suspect("multiplier", replace(recipe, adapter_mode=other), fix)  # type: ignore[arg-type]
 
 
 def multipliers(recipe: Recipe) -> Iterator[Suspect]:

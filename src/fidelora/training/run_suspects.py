@@ -1,0 +1,145 @@
+"""Suspects of the doctor that depend on how a training run was carried out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+
+from fidelora.errors import FideloraError
+from fidelora.recipe import AdapterRef, Recipe
+from fidelora.training.flags import split_flags
+from fidelora.training.history import refs_of, resumed_histories
+from fidelora.training.plan import PlannedSample, plan_samples
+from fidelora.training.run_folder import TrainingRun
+from fidelora.training.suspects import Suspect
+
+_MAX_RESUMES = 3
+_MAX_EMBEDDINGS = 3
+
+
+def run_suspects(run: TrainingRun, plan: PlannedSample) -> Iterator[Suspect]:
+    """Yield the recipe of a sample as it would be if the run had been carried out differently.
+
+    Args:
+        run: the training run; its `first_round` contains the samples of the first round.
+    """
+    yield from _rounds(run, plan)
+    yield from _encoding(run, plan)
+    yield from _applications(run, plan.recipe)
+    yield from _histories(run, plan)
+    yield from _embeddings(run, plan)
+
+
+def _rounds(run: TrainingRun, plan: PlannedSample) -> Iterator[Suspect]:
+    """Yield the settings of the other round at step 0: that of `sample`, or of `first_sample`."""
+    if plan.step != 0 or run.first_round is None:
+        return
+    other, name = (run, "sample") if plan.is_first_round else (run.first_round, "first_sample")
+    # A round of two can lack this sample, or have a setting that no recipe accepts.
+    for planned in _planned(other, 0, plan.index):
+        fix = (
+            f"The sample was made with the settings of the {name} block. Set train."
+            "skip_first_sample as it was, and restore images that were removed: they show which "
+            "round is which."
+        )
+        yield Suspect("first_sample", _with_base_of(plan.recipe, planned.recipe), fix)
+
+
+def _encoding(run: TrainingRun, plan: PlannedSample) -> Iterator[Suspect]:
+    """Yield the prompts as they are with and without text encoders that are unloaded."""
+    once = not run.encodes_prompts_once
+    block = replace(run, encodes_prompts_once=once)
+    if plan.is_first_round and run.first_round is not None:
+        encoded = block if once else None
+        block = replace(run.first_round, encodes_prompts_once=once, encoded_block=encoded)
+    for planned in _planned(block, 0, plan.index):
+        changed = replace(
+            plan.recipe,
+            prompt=planned.recipe.prompt,
+            negative_prompt=planned.recipe.negative_prompt,
+            negative_prompt_2=planned.recipe.negative_prompt_2,
+        )
+        how, value = (
+            ("once, before training", "true") if once else ("again for each sample", "false")
+        )
+        fix = f"The prompts were encoded {how}: set train.unload_text_encoder to {value}."
+        yield Suspect("unload_text_encoder", changed, fix)
+
+
+def _applications(run: TrainingRun, recipe: Recipe) -> Iterator[Suspect]:
+    """Yield the other adapter mode, which depends on whether the base model is quantised."""
+    if all(ref.word is not None for ref in recipe.adapters):
+        return
+    if recipe.adapter_mode == "merged":
+        fix = (
+            "The adapter was unmerged, as with a quantised or offloaded base model: set "
+            "model.quantize to true. Or the samples had several multipliers."
+        )
+        yield Suspect("quantized", replace(recipe, adapter_mode="live", history=()), fix)
+    elif run.stays_live:
+        fix = (
+            "The adapter was merged, as with a base model that is neither quantised nor "
+            "offloaded: set model.quantize and model.layer_offloading to false."
+        )
+        yield Suspect("quantized", replace(recipe, adapter_mode="merged"), fix)
+    else:
+        fix = "The adapter was merged. Set the same multiplier for the samples of the training run."
+        yield Suspect("multiplier", replace(recipe, adapter_mode="merged"), fix)
+
+
+def _histories(run: TrainingRun, plan: PlannedSample) -> Iterator[Suspect]:
+    """Yield the histories of resumed runs, those with the fewest earlier rounds first."""
+    recipe = plan.recipe
+    if not plan.history.rounds and not plan.history.missing:
+        return
+    multiplier = next(ref.multiplier for ref in recipe.adapters if ref.word is None)
+    for history in islice(resumed_histories(run, plan.step), _MAX_RESUMES):
+        if history.missing:
+            return  # all longer histories lack these rounds, too
+        fix = (
+            f"The run was resumed after step {history.resumed_after}, so that earlier rounds of "
+            "samples did not change its base model. The configuration is right."
+        )
+        changed = replace(recipe, history=refs_of(run, history, multiplier))
+        yield Suspect("history", changed, fix)
+
+
+def _embeddings(run: TrainingRun, plan: PlannedSample) -> Iterator[Suspect]:
+    """Yield the sample without its embedding, with one token of it, and with those of others."""
+    recipe = plan.recipe
+    embedding = run.embedding
+    others = tuple(ref for ref in recipe.adapters if ref.word is None)
+    if embedding is None or len(others) == len(recipe.adapters):
+        return
+    fix = "The sample was made without the trained embedding. Load it where the sample was made."
+    yield Suspect("embedding", replace(recipe, adapters=others), fix)
+    prompt = split_flags(run.samples[plan.index].prompt.replace("[trigger]", embedding.word))[0]
+    fix = (
+        f"Only the first token of the embedding was used: replace the trigger by all of them, "
+        f"{embedding.text!r}."
+    )
+    yield Suspect("embedding", replace(recipe, prompt=prompt), fix)
+    nearest = sorted(embedding.files, key=lambda step: abs(step - plan.step))
+    for step in nearest[: _MAX_EMBEDDINGS + 1]:
+        if step != plan.step:
+            ref = replace(AdapterRef.from_file(embedding.files[step]), word=embedding.word)
+            fix = f"The sample was made with the embedding of step {step}: use that file."
+            yield Suspect("embedding", replace(recipe, adapters=(*others, ref)), fix)
+
+
+def _planned(run: TrainingRun, step: int, index: int) -> list[PlannedSample]:
+    """Return the planned sample; empty if the run has none, or if it cannot be planned."""
+    try:
+        return plan_samples(run, step)[index : index + 1]
+    except FideloraError:
+        return []
+
+
+def _with_base_of(planned: Recipe, other: Recipe) -> Recipe:
+    """Return `other` with the base model and precision of `planned`, which a user can change."""
+    kept = (
+        "base_model", "variant", "vae", "dtype", "vae_dtype", "text_encoder_dtype", "noise",
+        "adapters",
+    )  # fmt: skip
+    return replace(other, **{name: getattr(planned, name) for name in kept})
