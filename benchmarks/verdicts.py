@@ -1,6 +1,6 @@
 """Calibration of `fidelora verify`: false alarms, and mistakes that are detected.
 
-    python -m benchmarks.verdicts [--runs 20] [--samples 4] [--size 64] [--steps 12]
+    python -m benchmarks.verdicts [--runs 20] [--first 0] [--only MISTAKE] [--samples 4] ...
 
 Simulates training runs with the miniature as the trainer's web UI sets them up: sampled with
 float32 weights in bfloat16, saved in bfloat16. Each simulated run has a LoRA of its own. The images
@@ -64,16 +64,20 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--first", type=int, default=0, help="number of the first run")
+    parser.add_argument("--only", action="append", help="a mistake; repeatable")
     options = parser.parse_args()
     engine = Engine(device="cpu")
-    called: dict[str, Counter[str]] = {name: Counter() for name in [*MISTAKES, "steps_offset 0"]}
-    for number in range(options.runs):
+    names = options.only or [*MISTAKES, "steps_offset 0"]
+    called: dict[str, Counter[str]] = {name: Counter() for name in names}
+    for number in range(options.first, options.first + options.runs):
         with tempfile.TemporaryDirectory() as folder:
             run = simulated_run(Path(folder), engine, number, options)
-            for name, mistake in MISTAKES.items():
+            for name in names:
+                if name == "steps_offset 0":
+                    sample(run, engine, {"steps_offset": 0})
+                mistake = MISTAKES.get(name, MISTAKES["none"])
                 called[name][verdict_of(run, engine, mistake)] += 1
-            sample(run, engine, {"steps_offset": 0})
-            called["steps_offset 0"][verdict_of(run, engine, MISTAKES["none"])] += 1
         print(json.dumps({name: dict(counts) for name, counts in called.items()}), flush=True)
     for name, counts in called.items():
         print(f"{name:<28} {counts['mismatch']:>4} of {options.runs} called a mismatch")

@@ -120,12 +120,17 @@ def reserve_exit_code_1(command: Callable[P, None]) -> Callable[P, None]:
     return run
 
 
+ShowProgress = Callable[[str, int, int], None]
+"""Shows a title and how many of all parts of the work are done."""
+
+
 @contextmanager
-def progress_bar(title: str) -> Iterator[OnStep | None]:
+def progress_display() -> Iterator[ShowProgress | None]:
     """Show a progress bar with the remaining time, if stderr is a terminal.
 
     Yields:
-        The callback for each step; None if stderr is not a terminal.
+        The callback for each part of the work; None if stderr is not a terminal. Another title
+        starts the bar again.
     """
     if not sys.stderr.isatty():
         yield None
@@ -140,10 +145,36 @@ def progress_bar(title: str) -> Iterator[OnStep | None]:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=None)
+    # Lines on stdout go through the bar, which else overwrites them. A file gets them directly.
+    console = Console(stderr=True)
+    with Bar(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
+        task = bar.add_task("", total=None)
+        last = ""
+
+        def show(title: str, done: int, total: int) -> None:
+            nonlocal last
+            if title != last:
+                bar.reset(task, description=title, total=total)
+                last = title
+            bar.update(task, completed=done, total=total)
+
+        yield show
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[OnStep | None]:
+    """Show a progress bar for the steps of images, if stderr is a terminal.
+
+    Yields:
+        The callback for each step; None if stderr is not a terminal.
+    """
+    with progress_display() as show:
+        if show is None:
+            yield None
+            return
 
         def on_step(progress: Progress) -> None:
-            bar.update(task, completed=progress.step, total=progress.steps)
+            show(title, progress.step, progress.steps)
 
+        show(title, 0, 1)
         yield on_step

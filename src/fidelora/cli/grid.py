@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +18,7 @@ from fidelora.cli.console import (
     FidelityOption,
     fail,
     make_engine,
+    progress_display,
     warn,
 )
 from fidelora.errors import JobFolderError
@@ -82,14 +82,14 @@ def grid(
     engine = make_engine(device)
     images = {}
     try:
-        for number, (down, across, recipe) in enumerate(cells, start=1):
-            if sys.stderr.isatty():
-                typer.echo(f"\rimage {number} of {len(cells)}", nl=False, err=True)
-            images[down, across] = engine.generate(replace(recipe, fidelity=fidelity.value)).pixels
+        with progress_display() as show:
+            for number, (down, across, recipe) in enumerate(cells):
+                if show is not None:
+                    show("images", number, len(cells))
+                image = engine.generate(replace(recipe, fidelity=fidelity.value))
+                images[down, across] = image.pixels
     except KeyboardInterrupt:
         fail("Interrupted; no grid was written.", INTERRUPTED)
-    if sys.stderr.isatty():
-        typer.echo("", err=True)
     sheet = contact_sheet(
         f"{run.name}: {rows[0].recipe.sampler}, {rows[0].recipe.dtype}", rows, columns, images
     )

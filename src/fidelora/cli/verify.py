@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
-import time
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -14,14 +12,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fidelora.atomic import make_folder, write_atomically
-from fidelora.cli.console import Debug, Device, fail, make_engine, reserve_exit_code_1, warn
+from fidelora.cli.console import (
+    Debug,
+    Device,
+    fail,
+    make_engine,
+    progress_display,
+    reserve_exit_code_1,
+    warn,
+)
 from fidelora.errors import NothingToCheckError
 from fidelora.recipe import short_name
 
 if TYPE_CHECKING:
     from fidelora.engine.engine import Engine
     from fidelora.training.doctor import Diagnosis
-    from fidelora.training.judge import Evidence, OnImage
+    from fidelora.training.judge import Evidence
     from fidelora.training.run_folder import TrainingRun
     from fidelora.training.verify import CheckedSample
 
@@ -141,15 +147,16 @@ def verify(
             f"{dtype.value if dtype is not DtypeOption.JOB else run.dtype}."
         )
         typer.echo(_TABLE_HEAD)
-    samples = verify_run(
-        run,
-        engine,
-        steps,
-        base_model=base_model,
-        changes=changes,
-        on_sample=None if as_json else lambda sample: typer.echo(_table_row(sample)),
-        on_image=_progress(),
-    )
+    with progress_display() as show:
+        samples = verify_run(
+            run,
+            engine,
+            steps,
+            base_model=base_model,
+            changes=changes,
+            on_sample=None if as_json else lambda sample: typer.echo(_table_row(sample)),
+            on_progress=show,
+        )
     if save_images is not None:
         for sample in samples:
             write_atomically(
@@ -170,26 +177,6 @@ def verify(
         _print_result(samples, verdict.value, diagnosis, report, doctor)
     if verdict in (Verdict.MISMATCH, Verdict.UNDECIDED):
         raise typer.Exit(MISMATCH if verdict is Verdict.MISMATCH else UNDECIDED)
-
-
-def _progress() -> OnImage | None:
-    """Return a callback that shows the progress of a judgement, if stderr is a terminal."""
-    if not sys.stderr.isatty():
-        return None
-    start = 0.0
-
-    def show(done: int, total: int) -> None:
-        nonlocal start
-        now = time.monotonic()
-        if done == 1:
-            start = now
-        left = (
-            f", about {(now - start) / (done - 1) * (total - done):.0f} s left" if done > 1 else ""
-        )
-        line = f"comparing with images of lost information: {done} of {total}{left}"
-        typer.echo(f"\r{line:<78}" if done < total else "\r" + " " * 78 + "\r", nl=False, err=True)
-
-    return show
 
 
 _TABLE_HEAD = (
@@ -246,14 +233,8 @@ def _print_result(
 def _diagnose(run: TrainingRun, samples: list[CheckedSample], engine: Engine) -> Diagnosis:
     from fidelora.training.doctor import diagnose
 
-    def show(suspect: Any) -> None:
-        if sys.stderr.isatty():
-            typer.echo(f"\rtrying {suspect.cause:<22}", nl=False, err=True)
-
-    diagnosis = diagnose(run, samples, engine, show)
-    if sys.stderr.isatty():
-        typer.echo("\r" + " " * 32 + "\r", nl=False, err=True)
-    return diagnosis
+    with progress_display() as show:
+        return diagnose(run, samples, engine, show)
 
 
 def _document(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from fidelora.engine.engine import Engine
@@ -14,7 +14,7 @@ from fidelora.training.judge import Verdict
 from fidelora.training.run_folder import TrainingRun
 from fidelora.training.run_suspects import run_suspects
 from fidelora.training.suspects import Suspect, UniqueSuspects
-from fidelora.training.verify import CheckedSample, read_trainer_image
+from fidelora.training.verify import CheckedSample, OnProgress, read_trainer_image
 
 CAUSES = (
     "steps_offset", "noise", "dtype", "sampler", "steps", "guidance", "seed", "trigger",
@@ -69,7 +69,7 @@ def diagnose(
     run: TrainingRun,
     samples: Sequence[CheckedSample],
     engine: Engine,
-    on_try: Callable[[Suspect], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Diagnosis:
     """Find the setting that explains why samples differ.
 
@@ -80,7 +80,8 @@ def diagnose(
 
     Args:
         samples: checked samples, at least one of them a mismatch.
-        on_try: called before each attempt.
+        on_progress: called before each attempt, with the kind of work, the number of earlier
+            attempts, and the largest number that can be necessary.
     """
     mismatched = [sample for sample in samples if sample.verdict is Verdict.MISMATCH]
     wrong_size = next((sample for sample in mismatched if sample.comparison is None), None)
@@ -99,26 +100,33 @@ def diagnose(
     if sample.plan.is_first_round and run.first_round is not None:
         run = run.first_round
     recipe, item = sample.plan.recipe, run.samples[sample.plan.index]
-    search = _Search(sample, engine, on_try)
     unique = UniqueSuspects(recipe)
-    for suspect in unique(
-        suspects.wrong_schedules(recipe),
-        suspects.missing_adapters(recipe),
-        of_run,
-        suspects.triggers(run, recipe, item),
-        suspects.precisions(recipe),
-        suspects.variants(recipe),
-    ):
-        search.attempt(suspect)
-    many_values = unique(
-        suspects.multipliers(recipe),
-        suspects.seeds(run, recipe, sample.plan.index),
-        suspects.samplers(recipe),
-        suspects.guidance_scales(recipe),
+    few_values = list(
+        unique(
+            suspects.wrong_schedules(recipe),
+            suspects.missing_adapters(recipe),
+            of_run,
+            suspects.triggers(run, recipe, item),
+            suspects.precisions(recipe),
+            suspects.variants(recipe),
+        )
     )
+    many_values = list(
+        unique(
+            suspects.multipliers(recipe),
+            suspects.seeds(run, recipe, sample.plan.index),
+            suspects.samplers(recipe),
+            suspects.guidance_scales(recipe),
+        )
+    )
+    step_counts = list(unique(suspects.step_counts(recipe)))
+    most = len(few_values) + len(many_values) + _SCREENED_SUSPECTS + len(step_counts)
+    search = _Search(sample, engine, most, on_progress)
+    for suspect in few_values:
+        search.attempt(suspect)
     for suspect in search.rank(many_values):
         search.attempt(suspect)
-    for suspect in unique(suspects.step_counts(recipe)):
+    for suspect in step_counts:
         search.attempt(suspect)
     return search.result()
 
@@ -127,13 +135,19 @@ class _Search:
     """State of the search on one sample."""
 
     def __init__(
-        self, sample: CheckedSample, engine: Engine, on_try: Callable[[Suspect], None] | None
+        self,
+        sample: CheckedSample,
+        engine: Engine,
+        most_attempts: int,
+        on_progress: OnProgress | None,
     ) -> None:
         assert sample.comparison is not None
         assert sample.plan.trainer_image is not None
         self._sample = sample
         self._engine = engine
-        self._on_try = on_try
+        self._most_attempts = most_attempts
+        self._attempts = 0
+        self._on_progress = on_progress
         self._mean_before = sample.comparison.mean_difference
         evidence = sample.evidence
         self._noise = evidence.noise[sample.plan.index] if evidence is not None else 0.0
@@ -185,8 +199,9 @@ class _Search:
         )
 
     def _compare(self, suspect: Suspect) -> Comparison | None:
-        if self._on_try is not None:
-            self._on_try(suspect)
+        if self._on_progress is not None:
+            self._on_progress("searching the cause", self._attempts, self._most_attempts)
+        self._attempts += 1
         try:
             image = self._engine.generate(
                 suspect.recipe, scheduler_options=suspect.scheduler_options

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,13 @@ from fidelora.training.compare import Comparison, compare, reencode, similarity
 from fidelora.training.draws import saved_dtype
 from fidelora.training.history import History, resumed_histories
 from fidelora.training.initial_embedding import with_initial_embedding
-from fidelora.training.judge import Evidence, OnImage, Pixels, Verdict, judge
+from fidelora.training.judge import Evidence, Pixels, Verdict, judge
 from fidelora.training.notes import first_round_to_check
 from fidelora.training.plan import PlannedSample, plan_samples
 from fidelora.training.run_folder import TrainingRun
 
 OnSample = Callable[["CheckedSample"], None]
+OnProgress = Callable[[str, int, int], None]
 
 PROCESSOR_REASON = (
     "Other processors or numbers of threads add numbers in a different order, which leaves 99.93 % "
@@ -99,7 +100,7 @@ def verify(
     base_model: str | None = None,
     changes: Mapping[str, str] | None = None,
     on_sample: OnSample | None = None,
-    on_image: OnImage | None = None,
+    on_progress: OnProgress | None = None,
 ) -> list[CheckedSample]:
     """Replay and check the samples of the given steps.
 
@@ -107,8 +108,8 @@ def verify(
         base_model: replaces the base model in the configuration.
         changes: recipe fields that replace the run's, such as `dtype` or `noise`.
         on_sample: called with each checked sample, after the samples of a step are judged.
-        on_image: called after each image of a judgement, with the number of finished images and of
-            all images of the step.
+        on_progress: called after each image, with the kind of work, the number of finished images
+            and that of all images.
 
     Raises:
         NothingToCheckError: these steps have no samples.
@@ -138,7 +139,7 @@ def verify(
             base_model=base_model,
             changes=changes,
             on_sample=on_sample,
-            on_image=on_image,
+            on_progress=on_progress,
         )
     by_step = {step: plans for step in steps if (plans := planned(step))}
     if not by_step and not checked:
@@ -149,11 +150,18 @@ def verify(
         for plan in plans:
             assert plan.trainer_image is not None
             read_trainer_image(plan.trainer_image)
+    total = sum(map(len, by_step.values()))
+    done = 0
     for step, plans in by_step.items():
-        samples = [check_sample(plan, engine) for plan in plans]
+        samples = []
+        for plan in plans:
+            samples.append(check_sample(plan, engine))
+            done += 1
+            if on_progress is not None:
+                on_progress("replaying", done, total)
         if _may_be_resumed(samples):
             samples = _with_resumed_history(run, step, samples, planned, engine)
-        samples = _judged(run, engine, samples, on_image)
+        samples = _judged(run, engine, samples, on_progress)
         checked += samples
         for sample in samples if on_sample is not None else ():
             assert on_sample is not None
@@ -193,12 +201,18 @@ MAX_ROUNDING_MEAN = 0.05
 
 
 def _judged(
-    run: TrainingRun, engine: Engine, samples: list[CheckedSample], on_image: OnImage | None
+    run: TrainingRun,
+    engine: Engine,
+    samples: list[CheckedSample],
+    on_progress: OnProgress | None,
 ) -> list[CheckedSample]:
     """Return the samples of a step with the verdict of their common judgement."""
     comparable = [sample for sample in samples if sample.comparison is not None]
     if all(sample.verdict is not Verdict.MISMATCH for sample in comparable):
         return samples
+    on_image = None
+    if on_progress is not None:
+        on_image = partial(on_progress, f"judging step {samples[0].plan.round}")
     evidence = judge(
         run,
         engine,
