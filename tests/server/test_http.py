@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 from tests.server.http_support import MINIMAL, ByHand, client_of, context_in, now
-from tests.support import LOKR, LORA
+from tests.support import GOLDEN_JOBS, LOKR, LORA
 
 from fidelora.errors import JobStoreError
 from fidelora.jobs.job import Status
@@ -455,6 +455,18 @@ def test_loras_are_listed_with_their_header_data(client, context):
     rest = client.get("/v1/loras", params={"limit": 2, "cursor": page["next_cursor"]}).json()
     assert [entry["path"] for entry in page["loras"] + rest["loras"]] == sorted(listed)
     assert rest["next_cursor"] is None
+
+
+def test_an_embedding_is_listed_and_used(client, context):
+    content = (GOLDEN_JOBS / "embed" / "zrkk.safetensors").read_bytes()
+    listed = upload(client, content, "zrkk.safetensors").json()
+    assert (listed["type"], listed["tokens"], listed["modules"]) == ("embedding", 4, 0)
+    assert (listed["trigger"], listed["step"]) == ("zrkk", 12)
+    request_id = submit(client, MINIMAL | {"loras": [{"path": "uploads/zrkk.safetensors"}]})
+    (ref,) = context.store.get(request_id).recipes[0].adapters
+    assert (ref.word, ref.multiplier) == ("zrkk", 1)
+    half = [{"path": "uploads/zrkk.safetensors", "multiplier": 0.5}]
+    assert client.post("/v1/inference", json=MINIMAL | {"loras": half}).status_code == 400
 
 
 def test_an_upload_is_used_and_deleted(client, context, worker):

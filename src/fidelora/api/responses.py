@@ -130,6 +130,7 @@ class LoraBody(BaseModel):
     type: str
     ranks: list[int]
     modules: int
+    tokens: int
     dtypes: list[str]
     text_encoder: bool
     size_bytes: int

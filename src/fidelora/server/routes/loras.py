@@ -83,6 +83,7 @@ def _lora_body(name: str, context: ServerContext) -> LoraBody:
         type=summary.kind,
         ranks=list(summary.ranks),
         modules=summary.modules,
+        tokens=summary.tokens,
         dtypes=list(summary.dtypes),
         text_encoder=summary.text_encoder,
         size_bytes=summary.size_bytes,
