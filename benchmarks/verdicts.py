@@ -1,20 +1,26 @@
 """Calibration of `fidelora verify`: false alarms, and mistakes that are detected.
 
-    python -m benchmarks.verdicts [--runs 20] [--first 0] [--only MISTAKE] [--samples 4] ...
+    python -m benchmarks.verdicts [--runs 40] [--first 0] [--samples 4] [--size 64] [--steps 12]
 
 Simulates training runs with the miniature as the trainer's web UI sets them up: sampled with
-float32 weights in bfloat16, saved in bfloat16. Each simulated run has a LoRA of its own. The images
-of one run serve for all mistakes: a mistake is a change of the configuration after sampling.
+float32 weights in bfloat16 on another processor, saved in bfloat16, as jpg. Each simulated run has
+a LoRA of its own.
+
+* False alarms: the samples of a run and the draws of its judgement are made in the same way, so
+  each takes its turn as the samples that are judged with the others as draws.
+* Detected mistakes: the samples are made with another setting than the configuration's. They are
+  judged with the draws and changed settings of the right samples, because those depend only on the
+  configuration.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +30,12 @@ import yaml
 from PIL import Image
 
 from fidelora import Engine
-from fidelora.training.judge import Verdict
-from fidelora.training.plan import plan_samples
+from fidelora.recipe import AdapterRef, Recipe
+from fidelora.training.compare import reencode
+from fidelora.training.consistency import Differences
+from fidelora.training.judge import Experiment, Pixels
+from fidelora.training.plan import PlannedSample, plan_samples
 from fidelora.training.run_folder import read_run
-from fidelora.training.verify import verify
 
 BASE = "fidelora:miniature"
 LORA = Path(__file__).parents[1] / "src" / "fidelora" / "demo_data" / "sks.safetensors"
@@ -37,54 +45,101 @@ PROMPTS = [
     "a green circle on a white background",
     "a black [trigger] on an orange background",
 ]
+LOST = ("simulated",)
 
-MISTAKES: dict[str, Callable[[dict[str, Any]], object]] = {
-    "none": lambda process: None,
-    "guidance + 0.5": lambda process: process["sample"].update(guidance_scale=6.5),
-    "guidance - 0.5": lambda process: process["sample"].update(guidance_scale=5.5),
-    "one step more": lambda process: process["sample"].update(
-        sample_steps=process["sample"]["sample_steps"] + 1
+
+def _with_multiplier(recipe: Recipe, multiplier: float) -> Recipe:
+    return replace(recipe, adapters=(replace(recipe.adapters[0], multiplier=multiplier),))
+
+
+MISTAKES: dict[str, Callable[[Recipe], Recipe]] = {
+    "none": lambda recipe: recipe,
+    "guidance + 0.5": lambda recipe: replace(recipe, guidance_scale=recipe.guidance_scale + 0.5),
+    "guidance - 0.5": lambda recipe: replace(recipe, guidance_scale=recipe.guidance_scale - 0.5),
+    "one step more": lambda recipe: replace(recipe, steps=recipe.steps + 1),
+    "one step less": lambda recipe: replace(recipe, steps=recipe.steps - 1),
+    "multiplier + 0.1": lambda recipe: _with_multiplier(recipe, 1.1),
+    "multiplier - 0.1": lambda recipe: _with_multiplier(recipe, 0.9),
+    "another sampler": lambda recipe: replace(recipe, sampler="ddim"),
+    "another seed": lambda recipe: replace(recipe, seed=recipe.seed + 1000),
+    "no negative prompt": lambda recipe: replace(recipe, negative_prompt=""),
+    "literal [trigger]": lambda recipe: replace(
+        recipe, prompt=recipe.prompt.replace("sks", "[trigger]")
     ),
-    "one step less": lambda process: process["sample"].update(
-        sample_steps=process["sample"]["sample_steps"] - 1
-    ),
-    "multiplier + 0.1": lambda process: process["sample"].update(network_multiplier=1.1),
-    "multiplier - 0.1": lambda process: process["sample"].update(network_multiplier=0.9),
-    "another sampler": lambda process: process["sample"].update(sampler="ddim"),
-    "another seed": lambda process: process["sample"].update(seed=43),
-    "negative prompt forgotten": lambda process: process["sample"].update(neg=""),
-    "trigger literal": lambda process: process.update(trigger_word=None),
+    "steps_offset 0": lambda recipe: recipe,
 }
 
 
 def main() -> None:
-    """Print the share of runs that are called a mismatch, for each mistake."""
+    """Print the false alarms, and the share of mistakes that are called a mismatch."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--runs", type=int, default=40)
+    parser.add_argument("--first", type=int, default=0, help="number of the first run")
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--first", type=int, default=0, help="number of the first run")
-    parser.add_argument("--only", action="append", help="a mistake; repeatable")
     options = parser.parse_args()
     engine = Engine(device="cpu")
-    names = options.only or [*MISTAKES, "steps_offset 0"]
-    called: dict[str, Counter[str]] = {name: Counter() for name in names}
+    counts: dict[str, Counter[str]] = {name: Counter() for name in [*MISTAKES, "each in turn"]}
     for number in range(options.first, options.first + options.runs):
         with tempfile.TemporaryDirectory() as folder:
-            run = simulated_run(Path(folder), engine, number, options)
-            for name in names:
-                if name == "steps_offset 0":
-                    sample(run, engine, {"steps_offset": 0})
-                mistake = MISTAKES.get(name, MISTAKES["none"])
-                called[name][verdict_of(run, engine, mistake)] += 1
-        print(json.dumps({name: dict(counts) for name, counts in called.items()}), flush=True)
-    for name, counts in called.items():
-        print(f"{name:<28} {counts['mismatch']:>4} of {options.runs} called a mismatch")
+            for name, verdicts in verdicts_of(Path(folder), engine, number, options).items():
+                counts[name].update(verdicts)
+        print(json.dumps({name: dict(count) for name, count in counts.items()}), flush=True)
 
 
-def simulated_run(folder: Path, engine: Engine, number: int, options: argparse.Namespace) -> Path:
-    """Write a run whose samples were made before its weights were rounded to bfloat16."""
+def verdicts_of(
+    folder: Path, engine: Engine, number: int, options: argparse.Namespace
+) -> dict[str, list[str]]:
+    """Return the verdicts of a simulated run by mistake; `each in turn` has right settings."""
+    exact = simulated_run(folder, number, options)
+    run = read_run(folder)
+    plans = plan_samples(run, 100)
+    formats = ["JPEG"] * len(plans)
+    replayed = [encoded(engine.generate(plan.recipe).pixels) for plan in plans]
+    experiment = Experiment(run, engine, plans, replayed, formats)
+    verdicts: dict[str, list[str]] = {}
+    genuine: list[Differences] = []
+    for name, mistake in MISTAKES.items():
+        scheduler_options = {"steps_offset": 0} if name == "steps_offset 0" else {}
+        made = trainer_samples(engine, plans, exact, mistake, scheduler_options)
+        samples = experiment.differences(made)
+        genuine = genuine or samples
+        verdicts[name] = [experiment.conclude(samples, LOST).verdict.value]
+    in_turn = []
+    for turn in range(len(genuine[0].draws)):
+        samples = []
+        for sample in genuine:
+            draws = list(sample.draws)
+            judged, draws[turn] = draws[turn], sample.trainer
+            samples.append(Differences(judged, tuple(draws)))
+        in_turn.append(experiment.conclude(samples, LOST).verdict.value)
+    return verdicts | {"each in turn": in_turn}
+
+
+def trainer_samples(
+    engine: Engine,
+    plans: list[PlannedSample],
+    exact: AdapterRef,
+    mistake: Callable[[Recipe], Recipe],
+    scheduler_options: dict[str, Any],
+) -> list[Pixels]:
+    """Make samples with weights that are not rounded yet, and with other rounding errors."""
+    made = []
+    for plan in plans:
+        recipe = mistake(replace(plan.recipe, adapters=(exact,)))
+        image = engine.generate(recipe, scheduler_options=scheduler_options, jitter=1000)
+        made.append(encoded(image.pixels))
+    return made
+
+
+def encoded(pixels: Pixels) -> Pixels:
+    """Return the pixels as the trainer's jpg file contains them."""
+    return reencode(pixels, "JPEG")
+
+
+def simulated_run(folder: Path, number: int, options: argparse.Namespace) -> AdapterRef:
+    """Write a run with weights in bfloat16; return a reference to its exact weights."""
     generator = torch.Generator().manual_seed(number)
     tensors = safetensors.torch.load_file(LORA)
     moved = {
@@ -117,48 +172,15 @@ def simulated_run(folder: Path, engine: Engine, number: int, options: argparse.N
     (folder / "config.yaml").write_text(yaml.safe_dump(document))
     for index in range(options.samples):
         Image.new("RGB", (8, 8)).save(folder / "samples" / f"1__000000100_{index}.jpg")
-    path = folder / "simulated.safetensors"
     metadata = {"software": json.dumps({"name": "ai-toolkit", "version": "0.12.26"})}
-    safetensors.torch.save_file(moved, path, metadata)
-    sample(folder, engine, {})
     saved = {
         key: tensor if key.endswith(".alpha") else tensor.to(torch.bfloat16)
         for key, tensor in moved.items()
     }
-    exact = folder / "exact"
-    exact.mkdir()
-    shutil.move(path, exact / path.name)
-    safetensors.torch.save_file(saved, path, metadata)
-    return folder
-
-
-def sample(folder: Path, engine: Engine, scheduler_options: dict[str, Any]) -> None:
-    """Make the samples with the exact weights, as the trainer does."""
-    exact = folder / "exact" / "simulated.safetensors"
-    saved = folder / "simulated.safetensors"
-    kept = saved.read_bytes()
-    if exact.is_file():
-        shutil.copyfile(exact, saved)
-    for plan in plan_samples(read_run(folder), 100):
-        assert plan.trainer_image is not None
-        made = engine.generate(plan.recipe, scheduler_options=scheduler_options, jitter=1000)
-        Image.fromarray(made.pixels).save(plan.trainer_image)
-    saved.write_bytes(kept)
-
-
-def verdict_of(folder: Path, engine: Engine, mistake: Callable[[dict[str, Any]], object]) -> str:
-    """Return the verdict with a mistake in the configuration."""
-    path = folder / "config.yaml"
-    original = path.read_text()
-    document = yaml.safe_load(original)
-    mistake(document["config"]["process"][0])
-    path.write_text(yaml.safe_dump(document))
-    try:
-        samples = verify(read_run(folder), engine, [100])
-    finally:
-        path.write_text(original)
-    worst = max((one.verdict for one in samples), key=list(Verdict).index)
-    return worst.value
+    safetensors.torch.save_file(saved, folder / "simulated.safetensors", metadata)
+    exact = folder / "exact.safetensors"
+    safetensors.torch.save_file(moved, exact, metadata)
+    return AdapterRef.from_file(exact)
 
 
 if __name__ == "__main__":

@@ -186,56 +186,100 @@ def judge(
     lost = tuple(dict.fromkeys(clause for plan in plans for clause in lost_information(plan)))
     if not lost:
         return None
-    changes = [list(changed_settings(run, plan)) for plan in plans[:_CHANGED_SAMPLES]]
-    total = DRAWS * len(plans) + sum(map(len, changes))
-    done = 0
+    experiment = Experiment(run, engine, plans, replayed, formats, on_image)
+    return experiment.conclude(experiment.differences(trainer), lost)
 
-    def made(sample: int, recipe: Recipe, **options: Any) -> Field:
-        nonlocal done
-        pixels = reencode(engine.generate(recipe, **options).pixels, formats[sample])
-        done += 1
-        if on_image is not None:
-            on_image(done, total)
-        return _difference(pixels, replayed[sample])
 
-    draws: list[list[Field]] = [[] for _ in plans]
-    with Draws.of(run, engine) as maker:
-        for number in range(DRAWS):  # one change of the weights for all samples
-            for sample, plan in enumerate(plans):
-                draws[sample].append(made(sample, maker.recipe(plan, number), jitter=number))
-    samples = [
-        Differences(_difference(pixels, center), tuple(fields))
-        for pixels, center, fields in zip(trainer, replayed, draws, strict=True)
-    ]
-    noise = {
-        plan.index: float(np.mean([np.abs(one).mean() for one in sample.draws]))
-        for plan, sample in zip(plans, samples, strict=True)
-    }
-    size = size_test(samples)
-    if size.p_value < _SIZE_LIMIT:
-        return Evidence(Verdict.MISMATCH, lost, noise, size)
-    tried = []
-    by_cause = grouped_by_cause(changes)
-    limit = _DIRECTIONS_LIMIT / max(1, len(by_cause))
-    for same in by_cause.values():
-        effects = [
-            made(index, one.recipe, scheduler_options=one.scheduler_options)
-            for index, one in same.items()
+class Experiment:
+    """Images with which the samples of one step are compared: draws, and changed settings.
+
+    Attributes:
+        draws: differences of the draws from our images, by sample and by number of the draw.
+    """
+
+    def __init__(
+        self,
+        run: TrainingRun,
+        engine: Engine,
+        plans: Sequence[PlannedSample],
+        replayed: Sequence[Pixels],
+        formats: Sequence[str],
+        on_image: OnImage | None = None,
+    ) -> None:
+        """Make the draws; the arguments are those of `judge`."""
+        self._engine = engine
+        self._plans = plans
+        self._replayed = replayed
+        self._formats = formats
+        self._on_image = on_image
+        changes = [list(changed_settings(run, plan)) for plan in plans[:_CHANGED_SAMPLES]]
+        self._changes = grouped_by_cause(changes)
+        self._total = DRAWS * len(plans) + sum(map(len, changes))
+        self._done = 0
+        self._effects: dict[tuple[str, int], Field] = {}
+        self.draws: list[list[Field]] = [[] for _ in plans]
+        with Draws.of(run, engine) as maker:
+            for number in range(DRAWS):  # one change of the weights for all samples
+                for sample, plan in enumerate(plans):
+                    recipe = maker.recipe(plan, number)
+                    self.draws[sample].append(self._made(sample, recipe, jitter=number))
+
+    def differences(self, trainer: Sequence[Pixels]) -> list[Differences]:
+        """Return the differences of these samples and of the draws from our images."""
+        return [
+            Differences(_difference(pixels, center), tuple(fields))
+            for pixels, center, fields in zip(trainer, self._replayed, self.draws, strict=True)
         ]
-        changed = [samples[index] for index in same]
-        test = direction_test(changed, effects, limit)
-        if all(map(_reproduces, effects, changed)):
-            test = replace(test, amount=1.0, p_value=0.0)
-        tried.append(TriedChange(next(iter(same.values())), test))
-    found = [
-        one for one in tried if one.test.p_value < limit and abs(one.test.amount) >= _MIN_AMOUNT
-    ]
-    if found:
-        best = min(found, key=lambda one: one.test.p_value)
-        return Evidence(Verdict.MISMATCH, lost, noise, size, tuple(tried), best)
-    blind = any(one.test.detectable > _MAX_DETECTABLE for one in tried if one.change.size)
-    verdict = Verdict.UNDECIDED if blind else Verdict.ROUNDING
-    return Evidence(verdict, lost, noise, size, tuple(tried))
+
+    def conclude(self, samples: Sequence[Differences], lost: tuple[str, ...]) -> Evidence:
+        """Judge samples by their differences.
+
+        Images of changed settings are made if the sizes of the differences show no mismatch.
+
+        Args:
+            lost: information that was lost, as clauses.
+        """
+        noise = {
+            plan.index: float(np.mean([np.abs(one).mean() for one in sample.draws]))
+            for plan, sample in zip(self._plans, samples, strict=True)
+        }
+        size = size_test(samples)
+        if size.p_value < _SIZE_LIMIT:
+            return Evidence(Verdict.MISMATCH, lost, noise, size)
+        tried = []
+        limit = _DIRECTIONS_LIMIT / max(1, len(self._changes))
+        for same in self._changes.values():
+            effects = [self._effect(index, change) for index, change in same.items()]
+            changed = [samples[index] for index in same]
+            test = direction_test(changed, effects, limit)
+            if all(map(_reproduces, effects, changed)):
+                test = replace(test, amount=1.0, p_value=0.0)
+            tried.append(TriedChange(next(iter(same.values())), test))
+        found = [
+            one for one in tried if one.test.p_value < limit and abs(one.test.amount) >= _MIN_AMOUNT
+        ]
+        if found:
+            best = min(found, key=lambda one: one.test.p_value)
+            return Evidence(Verdict.MISMATCH, lost, noise, size, tuple(tried), best)
+        blind = any(one.test.detectable > _MAX_DETECTABLE for one in tried if one.change.size)
+        verdict = Verdict.UNDECIDED if blind else Verdict.ROUNDING
+        return Evidence(verdict, lost, noise, size, tuple(tried))
+
+    def _effect(self, sample: int, change: Change) -> Field:
+        """Return what a changed setting does to our image of a sample."""
+        key = (change.cause, sample)
+        if key not in self._effects:
+            options = change.scheduler_options
+            self._effects[key] = self._made(sample, change.recipe, scheduler_options=options)
+        return self._effects[key]
+
+    def _made(self, sample: int, recipe: Recipe, **options: Any) -> Field:
+        pixels = self._engine.generate(recipe, **options).pixels
+        self._done += 1
+        if self._on_image is not None:
+            self._on_image(self._done, self._total)
+        encoded = reencode(pixels, self._formats[sample])
+        return _difference(encoded, self._replayed[sample])
 
 
 def changed_settings(run: TrainingRun, plan: PlannedSample) -> Iterator[Change]:
