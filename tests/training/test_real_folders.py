@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from fidelora.training.grid import Column, iterate_cells, make_columns, make_row
 from fidelora.training.judge import Verdict
 from fidelora.training.notes import checkable_steps, notes_on
 from fidelora.training.plan import PlannedSample, plan_samples
+from fidelora.training.rounding import perturbed_model
 from fidelora.training.run_folder import TrainingRun, read_run
 from fidelora.training.selection import incomplete_parts, steps_to_check
 from fidelora.training.verify import verify
@@ -358,6 +360,21 @@ def test_each_checkpoint_of_a_fine_tune_is_a_base_model(folder, engine):
     samples = verify(run, engine, steps_to_check(run, "all"), base_model=BASE)
     assert [sample.plan.step for sample in samples] == [0, 0, 3, 3, 5, 5]
     assert {sample.verdict for sample in samples} == {Verdict.IDENTICAL}
+
+
+def test_a_fine_tune_saved_in_half_precision_is_judged(folder, engine, tmp_path):
+    """The trainer sampled in float32; the tiny base model is stored in float16."""
+    saved = fine_tune(folder, "style")
+    run = run_of(folder, network=None, **sampled(sample_steps=4))
+    exact_folder = tmp_path / "exact"
+    exact_folder.mkdir()
+    exact = perturbed_model(saved, exact_folder, 99)
+    for plan in plan_samples(run, 5):
+        exact_plan = replace(plan, recipe=replace(plan.recipe, base_model=str(exact)))
+        add_image(folder, exact_plan, engine, plan.index)
+    samples = verify(read_run(folder), engine, [5])
+    assert {sample.verdict for sample in samples} == {Verdict.ROUNDING}
+    assert "he model was saved as F16" in samples[0].reason
 
 
 def test_a_fine_tune_has_its_own_vae_and_no_history(folder):

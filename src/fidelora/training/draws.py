@@ -2,8 +2,9 @@
 
 Three kinds of information can be lost:
 
-* digits of the weights, if the adapter was saved in half precision: each weight is drawn from the
-  range of numbers that are rounded to the saved one;
+* digits of the weights, if the adapter was saved in half precision, or a full model that was
+  sampled in float32: each weight is drawn from the range of numbers that are rounded to the saved
+  one;
 * checkpoints of earlier rounds of samples: the nearest checkpoint takes their place, with each
   tensor scaled at random by up to 10 %. The drift of the base model is a sum of rounding errors,
   which other numbers of about the same size replace by other rounding errors;
@@ -15,6 +16,7 @@ Three kinds of information can be lost:
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +26,12 @@ from pathlib import Path
 from fidelora.engine.engine import Engine
 from fidelora.recipe import AdapterRef, Recipe
 from fidelora.training.plan import PlannedSample
-from fidelora.training.rounding import narrowest_dtype, perturbed_copy, scaled_copy
+from fidelora.training.rounding import (
+    narrowest_dtype,
+    perturbed_copy,
+    perturbed_model,
+    scaled_copy,
+)
 from fidelora.training.run_folder import TrainingRun
 
 
@@ -33,6 +40,8 @@ def lost_information(plan: PlannedSample) -> tuple[str, ...]:
     lost = []
     if dtype := saved_dtype(plan.recipe):
         lost.append(f"the adapter was saved as {dtype}, but the trainer sampled before rounding")
+    if dtype := _saved_model_dtype(plan):
+        lost.append(f"the model was saved as {dtype}, but the trainer sampled in float32")
     if plan.history.missing:
         steps = ", ".join(map(str, plan.history.missing))
         lost.append(
@@ -56,6 +65,8 @@ class Draws:
         self._engine = engine
         self._folder = folder
         self._copies: dict[tuple[str, str, int], AdapterRef] = {}
+        self._model: Path | None = None
+        self._model_folder: Path | None = None
 
     @classmethod
     @contextmanager
@@ -74,7 +85,26 @@ class Draws:
                 history.append(self._perturbed(known[step], number))
             else:
                 history.append(self._stand_in(plan, step, number))
-        return replace(plan.recipe, adapters=adapters, history=tuple(history))
+        base_model = self._base_model(plan, number)
+        return replace(
+            plan.recipe, adapters=adapters, history=tuple(history), base_model=base_model
+        )
+
+    def _base_model(self, plan: PlannedSample, number: int) -> str:
+        """Return the base model; a full model that lost digits is perturbed.
+
+        Only one copy is kept, because it can have several gigabytes.
+        """
+        if not _saved_model_dtype(plan):
+            return plan.recipe.base_model
+        folder = self._folder / f"model-{number}"
+        if self._model_folder != folder:
+            if self._model_folder is not None:
+                shutil.rmtree(self._model_folder)
+            folder.mkdir()
+            self._model_folder = folder
+            self._model = perturbed_model(Path(plan.recipe.base_model), folder, number)
+        return str(self._model)
 
     def _perturbed(self, ref: AdapterRef, number: int) -> AdapterRef:
         if ref.path is None or ref.word is not None or narrowest_dtype(ref.path) == "F32":
@@ -101,6 +131,14 @@ class Draws:
             self._copies[key] = AdapterRef.from_file(make(ref.path, folder, number))
         copy = self._copies[key]
         return replace(ref, sha256=copy.sha256, path=copy.path, file=copy.file)
+
+
+def _saved_model_dtype(plan: PlannedSample) -> str:
+    """Return the half-precision dtype of a full model that was sampled in float32, else ""."""
+    if not plan.is_full_model or plan.recipe.dtype != "float32":
+        return ""
+    dtype = narrowest_dtype(Path(plan.recipe.base_model))
+    return "" if dtype == "F32" else dtype
 
 
 def saved_dtype(recipe: Recipe) -> str:

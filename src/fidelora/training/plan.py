@@ -32,6 +32,7 @@ class PlannedSample:
         history: earlier rounds of samples that the recipe contains.
         has_random_seed: True if the trainer drew the seed at random; the recipe has seed 0.
         is_first_round: True for a sample of the `first_sample` block.
+        is_full_model: True if the base model is the checkpoint of this step.
     """
 
     step: int
@@ -41,6 +42,7 @@ class PlannedSample:
     history: History = NO_HISTORY
     has_random_seed: bool = False
     is_first_round: bool = False
+    is_full_model: bool = False
 
     @property
     def round(self) -> str:
@@ -131,7 +133,9 @@ def plan_samples(
         is_random = values["has_random_seed"]
         image = None if is_random else run.images.get((step, index))
         planned.append(
-            PlannedSample(step, index, recipe, image, history, is_random, run.is_first_round)
+            PlannedSample(
+                step, index, recipe, image, history, is_random, run.is_first_round, is_full_model
+            )
         )
     return planned
 

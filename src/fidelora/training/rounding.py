@@ -1,7 +1,8 @@
-"""Perturbed copies of adapters, which measure the effect of rounding in saved weights."""
+"""Perturbed copies of weights, which measure the effect of rounding in saved files."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,14 +18,18 @@ _F16_SUBNORMAL_STEP = 2.0**-24  # distance between adjacent float16 numbers belo
 
 
 def narrowest_dtype(path: Path) -> str:
-    """Return the smallest dtype of an adapter's weights: `BF16`, `F16` or else `F32`.
+    """Return the smallest dtype of an adapter's or model's weights: `BF16`, `F16` or else `F32`.
+
+    Args:
+        path: .safetensors file, or diffusers folder.
 
     Raises:
-        WeightsFileError: the file is not a valid .safetensors file.
+        WeightsFileError: a file is not a valid .safetensors file.
     """
     dtypes = {
         info.dtype
-        for key, info in read_file_header(path).tensors.items()
+        for file in ([path] if path.is_file() else path.glob("*/*.safetensors"))
+        for key, info in read_file_header(file).tensors.items()
         if not key.endswith(".alpha")
     }
     return next((dtype for dtype in ("BF16", "F16") if dtype in dtypes), "F32")
@@ -40,6 +45,25 @@ def perturbed_copy(path: Path, folder: Path, seed: int) -> Path:
         The path of the copy in `folder`.
     """
     return _changed_copy(path, folder, seed, _perturb)
+
+
+def perturbed_model(path: Path, folder: Path, seed: int) -> Path:
+    """Write a float32 copy of a whole model with each weight moved as in `perturbed_copy`.
+
+    Args:
+        path: .safetensors file, or diffusers folder.
+        folder: folder for the copy, with room for it.
+
+    Returns:
+        The path of the copy in `folder`.
+    """
+    if path.is_file():
+        return perturbed_copy(path, folder, seed)
+    target = folder / path.name
+    shutil.copytree(path, target, ignore=shutil.ignore_patterns("*.safetensors"))
+    for file in sorted(path.glob("*/*.safetensors")):
+        perturbed_copy(file, target / file.parent.name, seed)
+    return target
 
 
 def scaled_copy(path: Path, folder: Path, seed: int) -> Path:
