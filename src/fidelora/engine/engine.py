@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
@@ -27,15 +27,10 @@ from fidelora.accel.device import (
     resolve_device,
 )
 from fidelora.adapters.library import AdapterLibrary
-from fidelora.adapters.live import live_adapters
-from fidelora.adapters.read import Adapter
-from fidelora.adapters.targets import BoundAdapter
-from fidelora.engine.examine import refuse_other_family, say_where_it_belongs
+from fidelora.engine.binding import Bound, bind, with_adapters, with_embeddings
 from fidelora.engine.loaded import LoadedModels
 from fidelora.engine.model import LoadedModel
 from fidelora.errors import (
-    AdapterFormatError,
-    AdapterMismatchError,
     DeviceError,
     EngineBusyError,
     MemoryExhaustedError,
@@ -43,7 +38,6 @@ from fidelora.errors import (
 )
 from fidelora.families import FlowSampler, get_family
 from fidelora.families.protocols import (
-    Embedding,
     Encoded,
     ExtendableText,
     Guidance,
@@ -51,7 +45,7 @@ from fidelora.families.protocols import (
     Size,
 )
 from fidelora.images.write import GeneratedImage
-from fidelora.recipe import AdapterRef, Dtype, Recipe, may_share_batch
+from fidelora.recipe import Dtype, Recipe, may_share_batch
 from fidelora.sampling.loop import sample
 from fidelora.sampling.noise import NoiseSource
 from fidelora.sampling.schedules import FlowSchedule, NoiseSchedule, Schedule
@@ -60,22 +54,6 @@ from fidelora.weights.content import ContentHashes
 _BATCH_PIXELS = {"cpu": 4 * 256 * 256, "cuda": 4 * 512 * 512}
 """Maximum number of pixels of all images in a batch. On the CPU, a batch saves 5 % per image
 (docs/performance.md); the value for CUDA is an estimate."""
-
-Pairs = list[tuple[BoundAdapter, float]]
-"""Adapters bound to a base model, with their multipliers."""
-
-
-@dataclass(frozen=True)
-class Bound:
-    """The adapters of a recipe, bound to a base model.
-
-    Attributes:
-        warnings: sentences for the user about these adapters.
-    """
-
-    adapters: Pairs
-    history: Pairs
-    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -179,7 +157,7 @@ class Engine:
         """
         with self._computing():
             model = self._models.get(recipe)
-            with self._with_adapters(model, recipe, self._bind(model, recipe)):
+            with with_adapters(model, recipe, bind(model, recipe, self.adapters)):
                 for images in {1, self.max_batch(recipe)}:
                     model.warm_up(images, *_shape_settings(recipe))
 
@@ -272,12 +250,12 @@ class Engine:
         with self._computing():
             clock = _Clock()
             model = self._models.get(common)
-            bound = self._bind(model, common)
+            bound = bind(model, common, self.adapters)
             clock.lap("load")
             try:
-                with self._with_adapters(model, common, bound):
+                with with_adapters(model, common, bound):
                     clock.lap("adapters")
-                    with _with_embeddings(model, bound):
+                    with with_embeddings(model, bound):
                         encoded = [_encode(model, recipe, bound) for recipe in recipes]
                     clock.lap("text")
                     noise = NoiseSource([recipe.seed for recipe in recipes], common.noise)
@@ -335,50 +313,6 @@ class Engine:
         with torch.autocast("cpu", enabled=False), torch.autocast(self.device.type, enabled=False):
             yield
 
-    def _bind(self, model: LoadedModel, recipe: Recipe) -> Bound:
-        """Check all adapters of the recipe against the base model before any weight changes."""
-        adapters, warnings = self._bind_all(model, recipe.adapters)
-        return Bound(adapters, self._bind_all(model, recipe.history)[0], tuple(warnings))
-
-    def _bind_all(self, model: LoadedModel, refs: Sequence[AdapterRef]) -> tuple[Pairs, list[str]]:
-        """Return the bound adapters, and warnings."""
-        bound: Pairs = []
-        warnings = []
-        for ref in refs:
-            adapter = self.adapters.get(ref)
-            if ref.alpha is not None:
-                adapter = adapter.with_alpha(ref.alpha)
-            refuse_other_family(adapter, model.family)
-            _check_word(adapter, ref)
-            if adapter.embedding and adapter.deltas and not any(other.word for other in refs):
-                warnings.append(
-                    f"{adapter.name} also contains an embedding, but not its word, so the "
-                    "embedding is not used; add the embedding's own file."
-                )
-            try:
-                one = (
-                    model.targets.bind(adapter)
-                    if ref.word is None
-                    else model.targets.bind_embedding(adapter, ref.word)
-                )
-                bound.append((one, ref.multiplier))
-            except AdapterMismatchError as error:
-                raise say_where_it_belongs(adapter, model.family, error) from error
-        return bound, warnings
-
-    @contextmanager
-    def _with_adapters(self, model: LoadedModel, recipe: Recipe, bound: Bound) -> Iterator[None]:
-        # The trainer always runs a DoRA unmerged; a merged one would differ in the last bits.
-        live = [
-            (one, multiplier)
-            for one, multiplier in bound.adapters
-            if recipe.adapter_mode == "live" or (one.is_dora and recipe.fidelity == "exact")
-        ]
-        merged = [pair for pair in bound.adapters if pair not in live]
-        model.merged.apply(merged, [pair for pair in bound.history if not pair[0].is_dora])
-        with live_adapters(model.targets, live, self.device):
-            yield
-
     def _environment(self, model: LoadedModel) -> dict[str, str]:
         """Return the facts outside the recipe that can change the last bits of an image."""
         name = processor_name()
@@ -399,35 +333,6 @@ class Engine:
 def _shape_settings(recipe: Recipe) -> tuple[Guidance, Size, torch.dtype]:
     guidance = Guidance(recipe.guidance_scale, recipe.guidance_rescale)
     return guidance, Size(recipe.width, recipe.height), TORCH_DTYPES[recipe.dtype]
-
-
-def _check_word(adapter: Adapter, ref: AdapterRef) -> None:
-    """Raise if a recipe has no word for an embedding, or a word for another adapter.
-
-    Raises:
-        AdapterFormatError: see above.
-    """
-    if adapter.is_embedding and ref.word is None:
-        raise AdapterFormatError(
-            f"{adapter.name} is an embedding, but the recipe does not contain its word; create "
-            "the reference with AdapterRef.from_file(path)."
-        )
-    if ref.word is not None and not adapter.is_embedding:
-        raise AdapterFormatError(
-            f"{adapter.name} is not an embedding, but the recipe has the word {ref.word!r} for it; "
-            "leave the word out."
-        )
-
-
-def _with_embeddings(model: LoadedModel, bound: Bound) -> AbstractContextManager[None]:
-    """Return a context in which the base model's text encoders have the recipe's embeddings."""
-    embeddings = [
-        Embedding(one.word, one.vectors) for one, _ in bound.adapters if one.word is not None
-    ]
-    if not embeddings:
-        return nullcontext()
-    # The recipe refuses embeddings if the family does not support them.
-    return cast(ExtendableText, model.text).extended(embeddings)
 
 
 def _encode(model: LoadedModel, recipe: Recipe, bound: Bound) -> Encoded:

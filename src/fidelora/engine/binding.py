@@ -1,0 +1,117 @@
+"""Adapters of a recipe, bound to a loaded base model and applied to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import cast
+
+from fidelora.adapters.library import AdapterLibrary
+from fidelora.adapters.live import live_adapters
+from fidelora.adapters.read import Adapter
+from fidelora.adapters.targets import BoundAdapter
+from fidelora.engine.examine import refuse_other_family, say_where_it_belongs
+from fidelora.engine.model import LoadedModel
+from fidelora.errors import AdapterFormatError, AdapterMismatchError
+from fidelora.families.protocols import Embedding, ExtendableText
+from fidelora.recipe import AdapterRef, Recipe
+
+Pairs = list[tuple[BoundAdapter, float]]
+"""Adapters bound to a base model, with their multipliers."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The adapters of a recipe, bound to a base model.
+
+    Attributes:
+        warnings: sentences for the user about these adapters.
+    """
+
+    adapters: Pairs
+    history: Pairs
+    warnings: tuple[str, ...] = ()
+
+
+def bind(model: LoadedModel, recipe: Recipe, library: AdapterLibrary) -> Bound:
+    """Check all adapters of the recipe against the base model before any weight changes.
+
+    Raises:
+        AdapterError, WeightsFileError: an adapter cannot be used, or does not fit.
+    """
+    adapters, warnings = _bind_all(model, library, recipe.adapters)
+    return Bound(adapters, _bind_all(model, library, recipe.history)[0], tuple(warnings))
+
+
+def _bind_all(
+    model: LoadedModel, library: AdapterLibrary, refs: Sequence[AdapterRef]
+) -> tuple[Pairs, list[str]]:
+    """Return the bound adapters, and warnings."""
+    bound: Pairs = []
+    warnings = []
+    for ref in refs:
+        adapter = library.get(ref)
+        if ref.alpha is not None:
+            adapter = adapter.with_alpha(ref.alpha)
+        refuse_other_family(adapter, model.family)
+        _check_word(adapter, ref)
+        if adapter.embedding and adapter.deltas and not any(other.word for other in refs):
+            warnings.append(
+                f"{adapter.name} also contains an embedding, but not its word, so the "
+                "embedding is not used; add the embedding's own file."
+            )
+        try:
+            one = (
+                model.targets.bind(adapter)
+                if ref.word is None
+                else model.targets.bind_embedding(adapter, ref.word)
+            )
+            bound.append((one, ref.multiplier))
+        except AdapterMismatchError as error:
+            raise say_where_it_belongs(adapter, model.family, error) from error
+    return bound, warnings
+
+
+@contextmanager
+def with_adapters(model: LoadedModel, recipe: Recipe, bound: Bound) -> Iterator[None]:
+    """Apply the adapters and the history of a recipe; live adapters are removed at the end."""
+    # The trainer always runs a DoRA unmerged; a merged one would differ in the last bits.
+    live = [
+        (one, multiplier)
+        for one, multiplier in bound.adapters
+        if recipe.adapter_mode == "live" or (one.is_dora and recipe.fidelity == "exact")
+    ]
+    merged = [pair for pair in bound.adapters if pair not in live]
+    model.merged.apply(merged, [pair for pair in bound.history if not pair[0].is_dora])
+    with live_adapters(model.targets, live, model.device):
+        yield
+
+
+def with_embeddings(model: LoadedModel, bound: Bound) -> AbstractContextManager[None]:
+    """Return a context in which the base model's text encoders have the recipe's embeddings."""
+    embeddings = [
+        Embedding(one.word, one.vectors) for one, _ in bound.adapters if one.word is not None
+    ]
+    if not embeddings:
+        return nullcontext()
+    # The recipe refuses embeddings if the family does not support them.
+    return cast(ExtendableText, model.text).extended(embeddings)
+
+
+def _check_word(adapter: Adapter, ref: AdapterRef) -> None:
+    """Raise if a recipe has no word for an embedding, or a word for another adapter.
+
+    Raises:
+        AdapterFormatError: see above.
+    """
+    if adapter.is_embedding and ref.word is None:
+        raise AdapterFormatError(
+            f"{adapter.name} is an embedding, but the recipe does not contain its word; create "
+            "the reference with AdapterRef.from_file(path)."
+        )
+    if ref.word is not None and not adapter.is_embedding:
+        raise AdapterFormatError(
+            f"{adapter.name} is not an embedding, but the recipe has the word {ref.word!r} for it; "
+            "leave the word out."
+        )
