@@ -105,7 +105,9 @@ class Settings(BaseSettings):
     lora_cache_dir: Path | None = Field(
         None,
         validation_alias="LORA_DOWNLOAD_CACHE_DIR",
-        description="Cache of LoRAs by content; by default `adapters` in the data folder.",
+        description=(
+            "Cache folder for LoRAs, named by sha256; by default `adapters` in the data folder."
+        ),
     )
 
     data_dir: Path = Field(
@@ -318,7 +320,7 @@ class Settings(BaseSettings):
 
     @property
     def adapters(self) -> Path:
-        """Cache folder of LoRAs by content."""
+        """Cache folder for LoRAs, whose files are named by their sha256."""
         return (self.lora_cache_dir or self.data_dir / "adapters").expanduser().absolute()
 
     @property

@@ -386,7 +386,7 @@ def test_the_demos_server_ignores_settings_of_the_environment(monkeypatch):
     ("max_difference", "identical", "sentence"),
     [
         (9, 10.0, "A replayed sample differs from the trainer's"),
-        (0, 100.0, "The control sample is the same"),
+        (0, 100.0, "The control sample matches the trainer's"),
     ],
 )
 def test_the_demo_can_fail(fidelora, monkeypatch, max_difference, identical, sentence):

@@ -313,7 +313,8 @@ def test_inspect_describes_adapters(fidelora, tmp_path):
 def test_recipe_prints_a_request(fidelora):
     code, out, err = fidelora("recipe", str(RUN), "--index", "1")
     assert code == 0
-    assert "serve --base-model sd15=golden/tiny-sd15, with FIDELORA_DTYPE=float32" in err
+    assert "serve --base-model sd15=golden/tiny-sd15` and the" in err
+    assert "FIDELORA_DTYPE=float32" in err
     body = json.loads(out)
     assert body["loras"] == [{"path": LORA.name, "sha256": AdapterRef.from_file(LORA).sha256}]
     (item,) = body["prompts"]

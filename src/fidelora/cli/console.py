@@ -121,7 +121,7 @@ def reserve_exit_code_1(command: Callable[P, None]) -> Callable[P, None]:
 
 
 ShowProgress = Callable[[str, int, int], None]
-"""Shows a title and how many of all parts of the work are done."""
+"""Callback that shows a title, the number of finished parts of the work and the number of all."""
 
 
 @contextmanager
@@ -129,8 +129,8 @@ def progress_display() -> Iterator[ShowProgress | None]:
     """Show a progress bar with the remaining time, if stderr is a terminal.
 
     Yields:
-        The callback for each part of the work; None if stderr is not a terminal. Another title
-        starts the bar again.
+        The callback for each part of the work; None if stderr is not a terminal. A call with a new
+        title restarts the bar.
     """
     if not sys.stderr.isatty():
         yield None
@@ -145,7 +145,8 @@ def progress_display() -> Iterator[ShowProgress | None]:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    # Lines on stdout go through the bar, which else overwrites them. A file gets them directly.
+    # On a terminal, lines on stdout go through the bar, which would otherwise overwrite them.
+    # A stdout that is not a terminal is left as it is.
     console = Console(stderr=True)
     with Bar(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
         task = bar.add_task("", total=None)

@@ -57,7 +57,7 @@ def demo(
     model of that run is tiny and its samples look like noise, but the comparison is exact.
 
     If the server is installed, generates the pictures of the LoRA again through the HTTP API and
-    checks that every bit is the same.
+    checks that every pixel is the same.
     """
     make_folder(out)
     with _start_server(device) as url:
@@ -148,7 +148,11 @@ def _replay_samples(engine: Engine, out: Path) -> None:
             1,
         )
     if not detected:
-        fail("The control sample is the same, so the comparison cannot detect differences.", 1)
+        fail(
+            "The control sample matches the trainer's despite its wrong multiplier, so the "
+            "comparison cannot detect differences.",
+            1,
+        )
     typer.echo("  All samples were replayed, and the wrong multiplier was detected.")
 
 

@@ -50,8 +50,8 @@ def generate(
         str | None,
         typer.Option(
             "--negative-2",
-            help="Negative prompt of the second text encoder, in models with two; by default as "
-            "--negative.",
+            help="Negative prompt of the second text encoder, in models with two; by default the "
+            "same as --negative.",
         ),
     ] = None,
     trigger: Annotated[
@@ -64,7 +64,7 @@ def generate(
     width: Annotated[
         int | None, typer.Option(help="Width in pixels, 64..4096, rounded down to a multiple of 8.")
     ] = None,
-    height: Annotated[int | None, typer.Option(help="Height in pixels, as --width.")] = None,
+    height: Annotated[int | None, typer.Option(help="Height in pixels, like --width.")] = None,
     steps: Annotated[
         int | None,
         typer.Option(
@@ -77,7 +77,7 @@ def generate(
     ] = None,
     guidance_rescale: Annotated[
         float,
-        typer.Option(help="Guidance rescale, 0..1; reduces the overexposure of high guidance."),
+        typer.Option(help="Guidance rescale, 0..1; reduces overexposure at high guidance."),
     ] = 0.0,
     seed: Annotated[
         int | None,
@@ -137,10 +137,10 @@ def generate(
         str, typer.Option(help="auto (depends on the device), float32, bfloat16 or float16.")
     ] = "auto",
     vae_dtype: Annotated[
-        str | None, typer.Option(help="Dtype of the VAE; by default as --dtype.")
+        str | None, typer.Option(help="Dtype of the VAE; by default that of --dtype.")
     ] = None,
     text_encoder_dtype: Annotated[
-        str | None, typer.Option(help="Dtype of the text encoder; by default as --dtype.")
+        str | None, typer.Option(help="Dtype of the text encoder; by default that of --dtype.")
     ] = None,
     fidelity: Fidelity = FidelityOption.EXACT,
     device: Device = "auto",
@@ -237,7 +237,7 @@ def _title(first: int, count: int, number: int, seed: int) -> str:
 
 
 def _print_paths(writes: list[Future[Path]]) -> int:
-    """Print the paths of written images and return their number; raises the errors of writing."""
+    """Print the paths of written images and return their number; raise errors of failed writes."""
     for write in writes:
         typer.echo(write.result())
     return len(writes)

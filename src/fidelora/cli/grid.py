@@ -41,8 +41,8 @@ def grid(
     prompts: Annotated[
         list[str] | None,
         typer.Option(
-            help="Indices of samples, separated by commas, or a prompt, which may contain "
-            "[trigger] and flags and otherwise uses the settings of the run; by default all "
+            help="Indices of samples, separated by commas, or a prompt with optional [trigger] and "
+            "flags; the settings that its flags do not change are those of the run. By default all "
             "samples."
         ),
     ] = None,

@@ -81,9 +81,9 @@ def recipe(
             prompt["seed"] = RANDOM_SEED
     typer.echo(json.dumps(request, indent=2, ensure_ascii=False))
     typer.echo(
-        f"Start the server with: fidelora serve --base-model {run.model}={run.base_model}, "
-        f"with FIDELORA_DTYPE={run.dtype}. Upload {' and '.join(map(str, files))} or copy "
-        f"{'it' if len(files) == 1 else 'them'} to the server's LoRA folder.",
+        f"Start the server with `fidelora serve --base-model {run.model}={run.base_model}` and the "
+        f"environment variable FIDELORA_DTYPE={run.dtype}. Upload {' and '.join(map(str, files))} "
+        f"or copy {'it' if len(files) == 1 else 'them'} to the server's LoRA folder.",
         err=True,
     )
     if unmerged and len({planned.adapters[0].multiplier for planned in recipes}) == 1:
@@ -124,7 +124,7 @@ def _with_zero_multiplier(run: TrainingRun, recipes: list[Recipe]) -> list[Recip
     if run.embedding is not None:
         raise JobFolderError(
             f"Step 0 of the training run {run.name} has the initial embedding, which the trainer "
-            "does not save, so there is no request for it. Choose another step."
+            "does not save, so no request can reproduce it. Choose another step."
         )
     adapter = AdapterRef.from_file(next(iter(run.checkpoints.values())), 0.0)
     return [replace(recipe, adapters=(adapter,), adapter_mode="merged") for recipe in recipes]

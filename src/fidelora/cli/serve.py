@@ -64,7 +64,7 @@ def serve(
 
 
 @keys.command("add")
-def add(name: Annotated[str, typer.Argument(help="Name of the key, such as its user's.")]) -> None:
+def add(name: Annotated[str, typer.Argument(help="Name of the key, such as a user name.")]) -> None:
     """Create a key and print it. It cannot be shown again."""
     typer.echo(_open_keys().add(name))
 

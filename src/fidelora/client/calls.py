@@ -39,7 +39,7 @@ POLL_S = 0.5
 """Seconds between two polls of a server that has no event stream."""
 MAX_SILENCE_S = 45.0
 """Read timeout of event streams in seconds: three times the interval of the server's pings."""
-_MAX_PAUSE_S = 60.0  # longest wait before a retry, also when Retry-After asks for more
+_MAX_PAUSE_S = 60.0  # longest wait before a retry, even if Retry-After is longer
 _SAFE_ID = re.compile(r"[\w-]{1,64}")
 _SUFFIXES = {"png": ".png", "jpeg": ".jpg", "jpg": ".jpg", "webp": ".webp"}
 

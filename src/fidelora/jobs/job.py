@@ -23,7 +23,7 @@ from enum import StrEnum
 from fidelora.errors import FideloraError, LeaseLostError, RecipeError
 from fidelora.recipe import Recipe
 
-MAX_ATTEMPTS = 3  # claims of a job whose workers die, before it fails
+MAX_ATTEMPTS = 3  # a job fails after this many attempts without a result
 SILENT = "its worker sent no heartbeat until the lease expired"  # a reason for `abandoned`
 
 
@@ -236,7 +236,8 @@ def released(job: Job, epoch: int, now: datetime) -> Job:
 def abandoned(job: Job, epoch: int, reason: str, now: datetime) -> Job:
     """Return the job to the queue after its worker died or its lease expired.
 
-    A job with a cancel request ends as canceled. A job that had `MAX_ATTEMPTS` fails.
+    A job with a cancel request ends as canceled. A job that has used all its
+    `MAX_ATTEMPTS` attempts fails.
 
     Raises:
         LeaseLostError: the claim is no longer the current one.
@@ -264,7 +265,7 @@ def cancel_asked(job: Job, now: datetime) -> Job:
 
 
 def passed(job: Job) -> Job:
-    """Count that a later job was claimed first."""
+    """Increase the count of later jobs that were claimed first."""
     return _changed(job, passed_over=job.passed_over + 1)
 
 

@@ -2,9 +2,9 @@
 
 This is the only module that imports SQLAlchemy. Each row holds the whole job as a JSON document,
 plus the few columns that queries need. A change reads the row, applies a function of `job.py` and
-writes the row back only if its version is still the one that was read; otherwise it is repeated
-(optimistic locking). Therefore a dead process cannot hold a lock, and all databases behave the
-same.
+writes the row back only if its version is still the one that was read; otherwise the change is
+repeated (optimistic locking). Therefore a dead process cannot hold a lock, and all databases behave
+the same.
 """
 
 from __future__ import annotations
@@ -353,7 +353,7 @@ def _configure_sqlite(engine: sa.Engine) -> None:
 
     @sa.event.listens_for(engine, "connect")
     def on_connect(connection: Any, _record: Any) -> None:
-        # None disables the implicit transactions of `sqlite3`, which table changes would commit.
+        # None disables the implicit transactions of `sqlite3`, which DDL statements would commit.
         connection.isolation_level = None
         connection.execute(f"PRAGMA journal_mode = {journal}")
         connection.execute("PRAGMA synchronous = FULL")

@@ -136,10 +136,10 @@ def _too_large(limit: int) -> BodyTooLargeError:
 
 
 class AccessControl:
-    """Requires an API key; a server without keys accepts only hostnames and origins of its machine.
+    """Requires an API key; without keys, requires that `Host` and `Origin` name this server.
 
     The second rule blocks DNS rebinding (a hostile hostname that resolves to 127.0.0.1) and form
-    posts from pages of other sites, to which browsers add the `Origin` header.
+    posts from pages of other sites, which browsers send with an `Origin` header.
 
     Args:
         login: login of the web page; None if there is no page.
@@ -198,7 +198,7 @@ class AccessControl:
             host = _host(url)
             if host not in self._hosts and not is_loopback(host):
                 raise RequestError(
-                    "A server without API keys accepts only hostnames and pages of its own "
+                    "A server without API keys accepts only calls to and from hostnames of its own "
                     f"machine, not {host!r:.100}; create a key with `fidelora keys add`, "
                     "or set BASE_URL.",
                     code="HOST_NOT_ALLOWED",

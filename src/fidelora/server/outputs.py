@@ -29,7 +29,7 @@ def content_of(output: Output) -> bytes:
 
 
 def base64_of(output: Output) -> str:
-    """Return the content of an image's file in base64; raises as `content_of`."""
+    """Return the content of an image's file in base64; raise the errors of `content_of`."""
     return base64.b64encode(content_of(output)).decode()
 
 

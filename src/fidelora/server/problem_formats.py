@@ -20,7 +20,7 @@ class Problem:
 
     Attributes:
         fields: the invalid fields in FastAPI's format; empty for all other errors.
-        final: True if a retry cannot succeed although the status suggests one.
+        final: True if a retry cannot succeed, although the status code suggests a retry.
     """
 
     status: int

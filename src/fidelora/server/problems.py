@@ -51,7 +51,7 @@ REQUEST_CODES = {
     "MODEL_NOT_FOUND": "There is no model with this id; `details.supported_models` lists all.",
     "LORA_FILE_REQUIRED": "The list of LoRAs is empty.",
     "MOE_FORMAT_NOT_SUPPORTED": "The model has one transformer; remove the LoRA's `transformer`.",
-    "FIELD_NOT_SUPPORTED": "The field `details.field` is unknown or not supported by the model.",
+    "FIELD_NOT_SUPPORTED": "The field in `details.field` is unknown or not supported by the model.",
     "MULTIPLIERS_DO_NOT_MATCH": "A prompt does not have one multiplier per LoRA.",
     "BASE_MODEL_DIFFERS": "The image was made with another base model; see `details.differs`.",
     "LORA_BYTES_MISSING": (

@@ -100,7 +100,7 @@ async def _serve(context: ServerContext, listener: socket.socket) -> None:
 class _UvicornServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leave the signals to `_serve`, which stops the workers before the connections."""
+        """Leave the signals to `_serve`, which stops the workers before it closes connections."""
         yield
 
 
@@ -108,7 +108,8 @@ def _server_defaults(settings: Settings) -> dict[str, dict[str, Any]]:
     """Return the recipe fields that this server sets, by model id.
 
     Raises:
-        DeviceError: a device is missing, or does not support the default fidelity `fast`.
+        DeviceError: a device is missing, or FIDELORA_FIDELITY is `fast` and a device does not
+            support it.
         BaseModelError: the base model's file or folder is missing.
     """
     from fidelora.accel.device import auto_dtype, resolve_device

@@ -20,7 +20,7 @@ from fidelora.workers.process import WorkerSetup, WorkerSlot
 
 log = logging.getLogger(__name__)
 
-_MAX_RUNNING_JOBS = 1000  # running jobs to list; far more than one server has workers
+_MAX_RUNNING_JOBS = 1000  # limit for listing running jobs; a server has far fewer workers
 
 
 class WorkerPool:

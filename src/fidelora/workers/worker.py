@@ -79,8 +79,8 @@ class Worker:
         can claim the next job. Files of a job that did not succeed are removed.
 
         Returns:
-            the first of these jobs as stored afterwards, when another worker may already have
-            claimed it again; None if the queue is empty.
+            the first of these jobs as it is stored afterwards (another worker may already have
+            claimed it again); None if the queue is empty.
         """
         loaded = self._engine.adapters.loaded()
         job = self._store.claim(
@@ -241,8 +241,8 @@ class Worker:
             log.warning("the job belongs to another worker now", extra={"request_id": job.id})
             attempt.running = False
             return
-        # Files of another worker have the same names, so remove them only after the store has
-        # confirmed the lease.
+        # If another worker has the job by now, its files have the same names. So remove the files
+        # only after the store has confirmed the lease.
         attempt.files.remove()
         self._record_end(attempt, ended)
 
@@ -317,8 +317,10 @@ def _fits(recipe: Recipe, room: int, job: Job) -> bool:
 
 
 def error_code(error: FideloraError) -> str:
-    """Return an error's code: `ADAPTER_MISMATCH` for `AdapterMismatchError`, `TIMEOUT` for a job
-    that exceeded its time limit.
+    """Return the code of an error, which is derived from its class name.
+
+    For example, `AdapterMismatchError` has the code `ADAPTER_MISMATCH`. A job that exceeded its
+    time limit has the code `TIMEOUT`.
     """
     if isinstance(error, JobTimeoutError):
         return "TIMEOUT"

@@ -28,7 +28,7 @@ MAX_IMAGES = 16
 Handled = tuple[str, list[str]]
 """Model and LoRA paths for which the dependent inputs were last updated.
 
-Drop-down lists also emit input events when they only gain and lose focus, so the handlers compare
+Drop-down lists emit input events even if they merely gain or lose focus, so the handlers compare
 the choice with these values.
 """
 

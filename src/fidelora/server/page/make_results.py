@@ -20,7 +20,8 @@ class MakeResults:
         job: id of the job that the page follows; empty if there is none.
         shown: `ImageId`s of the images in the gallery.
         selected: index of the selected image in `shown`.
-        remembered: entries stored in the browser: the followed job with index -1, then `shown`.
+        remembered: entries stored in the browser: `(job id, -1)` for the followed job, then the
+            entries of `shown`.
     """
 
     def __init__(self) -> None:

@@ -87,5 +87,5 @@ def as_python(recipe: Recipe, paths: Sequence[str], image_format: str, url: str)
 
 
 def _decimal(number: float) -> str:
-    """Format a number without an exponent, such that the command line reads the same float."""
+    """Format a number without an exponent, so that the command line parses the same float."""
     return format(Decimal(repr(number)), "f").removesuffix(".0")

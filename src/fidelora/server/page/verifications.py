@@ -37,8 +37,8 @@ _COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2)
 """Compression methods that need little memory; a file can make LZMA use up to 4 GiB."""
 _MAX_FILES = 20_000
 _MAX_READ_BYTES = _MAX_FILES * 256
-"""Largest single read from a zip, in bytes. Only the central directory is read in one call; it
-has about 50 bytes and a name per file."""
+"""Largest single read from a zip, in bytes. Only the central directory is read in one call; its
+entry for a file takes about 50 bytes plus the file's name."""
 _MAX_EXPANSION = 4
 """Largest ratio of unpacked to packed bytes. Weights and images hardly compress; a zip that expands
 further is not a training run."""
@@ -202,7 +202,7 @@ def read_contained_run(folder: Path, context: ServerContext) -> TrainingRun:
         *(folder / name for name in CONFIG_NAMES),
     )
     if not all(file.resolve().is_relative_to(inside) for file in files):
-        raise JobFolderError(f"The training run {run.name} names files outside of its folder.")
+        raise JobFolderError(f"The training run {run.name} uses files outside of its folder.")
     if run.full_models:
         raise JobFolderError(
             f"The checkpoints of the training run {run.name} are base models, but the page loads "

@@ -130,7 +130,7 @@ def options(context: ContextDep) -> dict[str, Any]:
 
 @router.post("/options")
 def set_options(changes: Annotated[dict[str, Any], Body()], context: ContextDep) -> None:
-    """Accept settings that equal the current values; any other is an error that names it."""
+    """Accept settings that equal the current values; reject others with an error that names one."""
     check_options(changes, _default_model(context))
 
 

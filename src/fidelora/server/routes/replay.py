@@ -238,8 +238,8 @@ def _base_differences(recipe: Recipe, local: Recipe) -> dict[str, tuple[str, str
     """Return the fields in which two recipes name different base models, with both values.
 
     If both have a hash, equal hashes mean the same base model. If only `recipe` has one, the short
-    names are compared here, and the worker compares the hash. Recipes of format 1 have no hash but
-    full paths, which are compared.
+    names are compared here, and the worker compares the hash. Recipes of format 1 contain full
+    paths instead of a hash, so the paths are compared.
     """
     if recipe.base_sha256 and local.base_sha256:
         if recipe.base_sha256 == local.base_sha256:
