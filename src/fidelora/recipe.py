@@ -1,8 +1,8 @@
 """The recipe: everything that defines an image, and nothing else.
 
 It does not contain the device, the offload mode, paths of adapter files or the name of the output
-file. A recipe is complete as soon as it is created: the constructor fills in the fields that the
-caller leaves out from the model family, so other code does not check whether a field was given.
+file. A recipe is complete as soon as it is created: for fields that the caller leaves out, the
+constructor uses the defaults of the model family, so other code need not check for missing fields.
 """
 
 from __future__ import annotations

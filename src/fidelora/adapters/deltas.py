@@ -123,8 +123,8 @@ class LoraDelta(Delta):
 
     def change(self, weight: Tensor, multiplier: float) -> Tensor:
         up, down = self.up.to(weight.device), self.down.to(weight.device)
-        # As in the trainer, matrices are multiplied whole, because parts of a product may be summed
-        # in another order, and kernels larger than 1 x 1 are convolved.
+        # As in the trainer, matrices are multiplied in one call, because products of some rows may
+        # be summed in another order. Kernels larger than 1 x 1 are convolved.
         is_matrix = down.shape[2:].numel() == 1
         if is_matrix or self.can_change_rows(len(up), weight.device):
             return self._scaled(_matrix_product(up, down), multiplier)
@@ -140,7 +140,7 @@ class LoraDelta(Delta):
         return self._scaled(product, multiplier)
 
     def _scaled(self, product: Tensor, multiplier: float) -> Tensor:
-        """Multiply `product` in place by multiplier and scale, in the trainer's order; skip 1."""
+        """Multiply `product` in place by multiplier, then scale, as the trainer does."""
         for factor in (multiplier, self.scale):
             if factor != 1:
                 product.mul_(factor)
@@ -287,8 +287,9 @@ class LokrDelta(WeightDelta):
         multiplier: float,
         weight: Callable[[], Tensor],
     ) -> Tensor:
-        # The trainer's order: factors and multiplier are cast to the dtype of the output. A w1 of
-        # two factors is multiplied before that, in float32; a w2 of two factors is applied in turn.
+        # The trainer's order: factors and multiplier are cast to the dtype of the output. If w1 has
+        # two factors, their product is computed in float32 before the cast. If w2 has two factors,
+        # they are applied one after the other.
         dtype = out.dtype
         w1 = _product(self.w1, x.device).to(dtype)
         w2, *low_rank = (factor.to(x.device, dtype) for factor in self.w2)

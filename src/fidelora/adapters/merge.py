@@ -30,8 +30,8 @@ _PART_BYTES = 8 * 2**20
 """Size in float32 of the rows of a weight that are merged at a time: small enough to stay in the
 CPU cache together with the changes that are added to them."""
 _ROW_MULTIPLE = 16
-"""The number of rows merged at a time is a multiple of this. Products that begin at other rows of
-the factor more often differ from the whole product in the order of their sums."""
+"""The number of rows merged at a time is a multiple of this. If a part began at another row, its
+product would more often be summed in a different order than in the product of all rows."""
 
 _UNKNOWN: Applied = ((("not written, or partly", 0.0),),)
 """State of a weight that is not written, or only in part; `apply` always writes it."""

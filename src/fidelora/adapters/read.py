@@ -30,8 +30,8 @@ class Adapter:
         name: file name without suffix, for error messages.
         deltas: delta by module name as spelled in the file, in the order of the file's keys.
         metadata: text fields of the file.
-        alpha: alpha of DoRA modules from the recipe, because their files have none; None if the
-            recipe has none, either.
+        alpha: alpha of DoRA modules, which comes from the recipe because DoRA files do not store
+            it; None if the recipe does not set it.
         embedding: vectors [tokens, width] by key of the file (`emb_params`, ...); empty for a file
             without an embedding.
     """

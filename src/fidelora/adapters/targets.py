@@ -114,7 +114,7 @@ class Targets:
                 for spelling in filter(None, (path, others.get(path))):
                     flat = _flatten(part, spelling)
                     other = self._names_by_flat.setdefault(flat, name)
-                    assert other == name, f"{name} and {other} have one flattened name"
+                    assert other == name, f"{name} and {other} have the same flattened name"
                 kept = pristine[part.name][f"{path}.weight"] if pristine else None
                 self.by_name[name] = Target(name, module, module.weight, module.bias, kept)
 
@@ -122,7 +122,7 @@ class Targets:
         """Find the target of every module of `adapter`.
 
         Raises:
-            AdapterMismatchError: a module matches no target, or its shape is not its target's.
+            AdapterMismatchError: a module matches no target, or does not have the target's shape.
         """
         unmatched: list[str] = []
         misshapen: list[str] = []
@@ -164,7 +164,7 @@ class Targets:
         return BoundAdapter(adapter.sha256, {}, word=word, vectors=vectors)
 
     def match_embedding(self, adapter: Adapter) -> tuple[bool, bool]:
-        """Return True if an embedding has this family's tensors, and True if their widths fit."""
+        """Return whether an embedding has this family's keys, and whether the widths also match."""
         widths = {key: vectors.shape[1] for key, vectors in adapter.embedding.items()}
         own = {key: width for key, (_, width) in self._tables.items()}
         return widths.keys() == own.keys(), widths == own

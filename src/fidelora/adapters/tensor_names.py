@@ -9,8 +9,8 @@ Keys are `<module>.<part>`. `targets.py` finds the base model's module; the part
 * DoRA: `lora_down.weight`, `lora_up.weight`, `magnitude` (AI Toolkit, which stores no alpha of a
   DoRA).
 
-The tensors of a textual-inversion embedding (`embedding_file.py`) have whole names instead. A file
-contains an embedding, modules, or both.
+The tensors of a textual-inversion embedding have fixed keys without a module (`embedding_file.py`).
+A file contains an embedding, modules, or both.
 
 This module uses only the header of a file, and does not import torch.
 """
@@ -92,9 +92,9 @@ def kind_of(parts: Iterable[str]) -> str:
 def trigger_text(adapters: Iterable[AdapterRef], trigger: str) -> str:
     """Return the text that replaces `[trigger]` in prompts of images with these adapters.
 
-    As in the trainer, it is all tokens of an embedding: `sks sks_1 sks_2`. That of the first
-    embedding is returned if `trigger` is empty. A trigger that is not the word of an embedding is
-    returned unchanged.
+    If `trigger` is the word of an embedding, the text consists of all tokens of that embedding, as
+    in the trainer: `sks sks_1 sks_2`. If `trigger` is empty, the first embedding is used. Any other
+    trigger is returned unchanged.
 
     Raises:
         WeightsFileError: the embedding's file is not a valid .safetensors file.

@@ -212,7 +212,8 @@ class Engine:
 
         Raises:
             BaseModelError, AdapterError, WeightsFileError: a file is missing or unsuitable, or the
-                base model does not have the recipe's `base_sha256`. No weights have changed.
+                base model does not have the recipe's `base_sha256`. These errors are raised before
+                any adapter is merged.
             DeviceError: the recipe is `fast`, which this device or family does not support.
             NumericsError: the model produced NaN.
             MemoryExhaustedError: the device has too little memory.

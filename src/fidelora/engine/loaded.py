@@ -94,8 +94,8 @@ class LoadedModels:
             return key, key.find_files(self._cache_dir)
 
     def _load(self, key: ModelKey, files: BaseFiles) -> LoadedModel:
-        # Hashed in a thread while the model loads: hashing new files takes seconds, mostly to
-        # wait for the disk.
+        # Hashed in a thread while the model loads, because hashing new files takes seconds, mostly
+        # waiting for the disk.
         with ThreadPoolExecutor(1, "fidelora-hash") as thread:
             sha256 = thread.submit(self._hashes.sha256_of, files)
             model = load_model(key, files, self._device, offload=self._offload)

@@ -22,7 +22,7 @@ _MAX_CACHED_PROMPTS = 128
 """Number of prompt embeddings to keep per text encoder; each takes about 0.25 MB."""
 
 _MAX_EXTENDED_TOKENIZERS = 4
-"""Number of tokenizers with the tokens of embeddings to keep; copying one takes 0.3 s."""
+"""Number of tokenizers, extended by embeddings, to keep; copying a tokenizer takes 0.3 s."""
 
 _TEST_PROMPT = "a photo of a cat"
 _TEST_TOKENS = [320, 1125, 539, 320, 2368]
@@ -131,8 +131,9 @@ class ClipEncoder:
     def initial_vectors(self, words: str, tokens: int) -> Tensor:
         """Return the vectors from which the trainer starts an embedding, [tokens, width].
 
-        They are those of the tokens of `words`, truncated, or padded with the token `*`. This is
-        not the token of the text `*`, which is the end of a word (`*</w>`).
+        They are the vectors of the tokens of `words`, truncated or padded to `tokens` tokens. The
+        padding is the token `*`, not the token that the text `*` is encoded to (`*</w>`, which
+        marks the end of a word).
         """
         padding = cast(int, self.tokenizer.convert_tokens_to_ids("*"))
         ids = [*self.tokenizer(words).input_ids[1:-1], *[padding] * tokens]

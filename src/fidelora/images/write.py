@@ -59,7 +59,8 @@ class GeneratedImage:
         plain = self.recipe.to_dict()
         record = {
             "recipe": plain,
-            # Without a hash of the base model, the digest depends on its name, which is shortened.
+            # Computed from `plain`: without a hash of the base model, the digest depends on the
+            # base model's name, of which the file contains only the short form.
             "digest": Recipe.from_dict(plain).digest,
             "environment": dict(self.environment),
         }

@@ -130,7 +130,7 @@ class AdapterCache:
 
     @contextmanager
     def temporary(self) -> Iterator[Path]:
-        """Provide a path in this folder for an unfinished file; remove the file if it is left."""
+        """Yield a path in this folder for an unfinished file; delete the file if not moved."""
         path = self.folder / temporary_name()
         try:
             yield path

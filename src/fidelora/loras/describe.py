@@ -35,7 +35,7 @@ class AdapterSummary:
         step, epoch: training step and epoch in the metadata; None if not in the metadata.
         base: version of the base model in the metadata (`sd_1.5`); empty if none.
         trainer: name and version of the program that wrote the file; empty if not in the metadata.
-        problems: a sentence for each reason in the header why the file cannot be used.
+        problems: reasons why the file cannot be used, as far as the header shows them; sentences.
         tokens: number of tokens of an embedding; 0 for a file without an embedding.
     """
 

@@ -52,8 +52,8 @@ class NoiseSource:
     def jittered(latents: Tensor, seed: int) -> Tensor:
         """Return half-precision `latents` changed at random by about half a unit in the last place.
 
-        All later rounding errors are then different ones of the same size, as on a processor that
-        rounds in another way.
+        This changes all later rounding errors but not their typical size, as would a processor that
+        rounds differently.
         """
         generator = torch.Generator().manual_seed(seed)
         random = torch.rand(latents.shape, generator=generator) - 0.5

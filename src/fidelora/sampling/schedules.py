@@ -106,7 +106,8 @@ class FlowSchedule:
     diffusers: the shift is computed in numpy's float32, everything after it in torch's float32.
 
     Args:
-        config: either `shift`, a factor, or `dynamic_shift`, the line of `_shift_for`.
+        config: either `shift` (the shift factor) or `dynamic_shift` (the argument `line` of
+            `_shift_for`).
         steps: the number of steps.
         tokens: the number of tokens of the image, which a dynamic shift depends on.
         device: device of the latents.

@@ -2,11 +2,11 @@
 
 A sample cannot be reproduced exactly if information is lost: the adapter was saved in half
 precision, checkpoints of earlier rounds are missing, or another kind of processor rounded half
-precision in another way. The lost information can be replaced by random values. Each choice of them
-gives one more image with the same settings, a *draw*. If the settings are right, the trainer's
-sample T is one more draw: with C, our image of the saved values, T - C and the draws' differences
-D_k - C are exchangeable. Wrong settings make T - C larger, or give it a component in a direction
-that a changed setting explains.
+precision in another way. The lost information can be replaced by random values. Each set of random
+values gives an image with the same settings, called a *draw*. Let C be the replayed image, which
+uses the saved values, T the trainer's sample and D_k the draws. If the settings are right, T is
+like one more draw: the differences T - C and D_k - C are exchangeable. If a setting is wrong, T - C
+is larger, or has a component in the direction in which changing that setting moves the image.
 
 The tests compare one number of T with those of K draws. The difference of the number from the mean
 of the draws, divided by its standard error, follows Student's t distribution with K - 1 degrees of
@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 from scipy.stats import t as student
 
 Field = NDArray[np.float32]
-"""Difference of an image from our image of the saved values, in levels, [height, width, 3]."""
+"""Difference of an image from the replayed image (C above), in levels, [height, width, 3]."""
 
 _MODEL_ERROR = 0.08
-"""Standard error of the logarithm of a size, for what the draws do not reproduce.
+"""Additional standard error of the logarithm of a size, because the draws are only a model.
 
 For right settings, the mean size of a run's differences was 0.93 to 1.12 times that of the draws.
 """
@@ -38,11 +38,11 @@ _MIN_SIZE = 1e-4  # levels; avoids the logarithm of zero for images that do not 
 
 @dataclass(frozen=True)
 class Differences:
-    """Differences of one sample from our image of the saved values.
+    """Differences of one sample and of its draws from the replayed image.
 
     Attributes:
-        trainer: that of the trainer's sample.
-        draws: those of the draws, in the same order for all samples of a step: draw k of each
+        trainer: difference of the trainer's sample.
+        draws: differences of the draws, in the same order for all samples of a step: draw k of each
             sample has the same random values in place of the lost information.
     """
 
@@ -55,8 +55,8 @@ class SizeTest:
     """Result of comparing the size of the trainer's differences with that of the draws.
 
     Attributes:
-        ratio: mean size relative to the draws, the geometric mean over the samples; about 1 for
-            right settings.
+        ratio: size of the trainer's differences divided by the size of the draws' differences,
+            averaged over the samples (geometric mean); about 1 for right settings.
         p_value: probability of a ratio at least as large with right settings. It covers both the
             mean over all samples and the largest single one.
     """
@@ -73,7 +73,7 @@ class DirectionTest:
         amount: the part of the change that the trainer's samples contain: about 0 for right
             settings, 1 if the samples were made with the changed setting.
         p_value: probability of an amount at least as far from 0 with right settings.
-        detectable: smallest amount with a p value below the limit that was asked for.
+        detectable: smallest amount whose p value would be below the limit of the test.
     """
 
     amount: float
@@ -88,8 +88,8 @@ def size_test(samples: Sequence[Differences]) -> SizeTest:
     count = draws.shape[1]
     deviations = draws - draws.mean(axis=1, keepdims=True)
     excess = trainer - draws.mean(axis=1)
-    # The mean over the samples: draws of one k share their random values, so they are averaged
-    # before the spread is estimated.
+    # Test of the mean over the samples. Draw k of all samples uses the same random values, so the
+    # deviations of draw k are averaged over the samples before the spread is estimated.
     spread = float(deviations.mean(axis=0).std(ddof=1))
     error = math.sqrt(spread**2 * (1 + 1 / count) + _MODEL_ERROR**2)
     p_mean = float(student.sf(excess.mean() / error, count - 1))
@@ -111,7 +111,7 @@ def direction_test(
     factors which determine signal/noise discrimination in pulsed-carrier systems", 1943).
 
     Args:
-        changes: what the changed setting does to our image of each sample.
+        changes: for each sample, difference that the changed setting makes to the replayed image.
         limit: p value below which an amount counts as detected.
     """
     weights = [1 / _variance(sample.draws) for sample in samples]

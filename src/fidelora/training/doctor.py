@@ -40,7 +40,7 @@ Even with these few steps, the right value gives an image closer to the sample t
 _SCREENED_SUSPECTS = 16
 """Suspects that are tried with all steps after the ranking.
 
-In the measured cases, the right value was among the first.
+In the measured cases, the right value was among the best-ranked ones.
 """
 
 _UNKNOWN_FIX = (
@@ -75,13 +75,14 @@ def diagnose(
 
     The search uses the mismatched sample that is fastest to generate. It tries suspects in this
     order: settings with one or two alternatives; settings with many values, ranked at few steps;
-    numbers of steps. An identical image ends the search. After an image within rounding, only the
-    remaining suspects of the same cause are tried, because one of them may be closer.
+    numbers of steps. An identical image ends the search. If an image differs only by rounding or as
+    much as lost information explains, only the remaining suspects of the same cause are tried,
+    because one of them may be closer.
 
     Args:
         samples: checked samples, at least one of them a mismatch.
-        on_progress: called before each attempt, with the kind of work, the number of earlier
-            attempts, and the largest number that can be necessary.
+        on_progress: called before each attempt with the kind of work, the number of finished
+            attempts, and the maximum number of attempts.
     """
     mismatched = [sample for sample in samples if sample.verdict is Verdict.MISMATCH]
     wrong_size = next((sample for sample in mismatched if sample.comparison is None), None)
@@ -157,7 +158,7 @@ class _Search:
         self._best: Diagnosis | None = None
 
     def attempt(self, suspect: Suspect) -> None:
-        """Try a suspect, unless the search has ended or another cause is within rounding."""
+        """Try a suspect, unless the search has ended or another cause explains the difference."""
         if self._identical or (
             self._within_noise and self._best is not None and suspect.cause != self._best.cause
         ):

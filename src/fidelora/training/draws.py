@@ -5,13 +5,14 @@ Three kinds of information can be lost:
 * digits of the weights, if the adapter was saved in half precision, or a full model that was
   sampled in float32: each weight is drawn from the range of numbers that are rounded to the saved
   one;
-* checkpoints of earlier rounds of samples: the nearest checkpoint takes their place, with each
-  tensor scaled at random by up to 10 %. The drift of the base model is a sum of rounding errors,
-  which other numbers of about the same size replace by other rounding errors;
+* checkpoints of earlier rounds of samples: each is replaced by the nearest checkpoint, with each
+  tensor scaled at random by up to 10 %. The drift of the base model is a sum of rounding errors, so
+  weights of about the same size cause a different drift of about the same size;
 * the rounding of half precision on the trainer's processor: the initial latents are changed by
-  less than one unit in the last place, which replaces all later rounding errors by others.
-  Measured on Intel Cascade Lake for ten samples that AMD Zen 4 made in bfloat16: mean differences
-  of 0.20 to 1.35 levels, and 0.80 to 1.27 times these for such draws (the mean of four).
+  less than one unit in the last place, which replaces all later rounding errors by others. Measured
+  on Intel Cascade Lake for ten samples that AMD Zen 4 made in bfloat16: the samples had mean
+  differences of 0.20 to 1.35 levels. Those of such draws (the mean of four) were 0.80 to 1.27 times
+  as large.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def read_embedding(process: Mapping[str, Any], folder: Path, steps: int) -> Trai
     Args:
         process: the training process of the configuration.
         folder: the run folder.
-        steps: step of the file without a number in its name, unless its metadata has another one.
+        steps: step of the file without a number in its name, unless its metadata contains a step.
 
     Raises:
         JobFolderError: the block is invalid, or the embedding is saved as a pickle.

@@ -27,7 +27,7 @@ _ROW_LABEL_CHARACTERS = 26  # fit into _ROW_LABEL_WIDTH
 
 @dataclass(frozen=True)
 class Column:
-    """A checkpoint with a multiplier; None if the checkpoint is a base model, as at step 0."""
+    """A checkpoint with a multiplier; `multiplier` is None for base models, such as step 0."""
 
     step: int
     multiplier: float | None
@@ -47,8 +47,8 @@ def make_columns(
     """Return a column for each checkpoint with each multiplier, and one for each base model.
 
     Raises:
-        JobFolderError: a step has no checkpoint, `steps` is empty, or the checkpoints are base
-            models and `multipliers` is not only 1.
+        JobFolderError: a step has no checkpoint, `steps` is empty, or `multipliers` contains values
+            other than 1 although the checkpoints are base models or embeddings.
     """
     missing = [step for step in steps if step != 0 and step not in run.checkpoints]
     if missing or not steps:

@@ -22,9 +22,10 @@ class History:
 
     Attributes:
         rounds: steps of the rounds whose adapters are known, in order.
-        missing: steps of rounds without a checkpoint, which the trainer has pruned.
-        resumed_after: step of the last round before the run was resumed, if it was; the base model
-            has not drifted then. None if it was not resumed.
+        missing: steps of rounds whose checkpoints no longer exist, because the trainer deletes old
+            checkpoints.
+        resumed_after: step of the last round before the run was resumed, which reloads the base
+            model without drift; None if the run was not resumed.
     """
 
     rounds: tuple[int, ...] = ()
@@ -35,7 +36,7 @@ class History:
     def summary(self) -> str:
         """The history as one sentence; empty without earlier rounds."""
         since = (
-            f"The run was resumed after step {self.resumed_after}, which its folder does not say. "
+            f"The run was resumed after step {self.resumed_after}, which its folder does not show. "
             if self.resumed_after is not None
             else ""
         )

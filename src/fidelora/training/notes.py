@@ -44,7 +44,7 @@ def has_only_random_seeds(run: TrainingRun) -> bool:
 
 
 def _has_images(run: TrainingRun, step: int | None = None) -> bool:
-    """Return True if a sample with a known seed has an image, of one step or of any."""
+    """Return True if a sample with a known seed has an image at `step`, or at any step if None."""
     random = set(random_samples(run))
     return any(
         index not in random for at_step, index in run.images if step is None or at_step == step

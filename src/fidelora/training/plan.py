@@ -59,7 +59,7 @@ def plan_samples(
 ) -> list[PlannedSample]:
     """Return the recipes of all samples of one step, in the order of the sample block.
 
-    Those of the `first_sample` block are the samples of step 0 of `run.first_round`.
+    For the samples of the `first_sample` block, pass `run.first_round` and step 0.
 
     Args:
         step: 0 for the base model; any other step needs a checkpoint.
@@ -168,7 +168,8 @@ def _resolved_settings(run: TrainingRun) -> list[dict[str, Any]]:
             seed = item.seed  # without walk_seed, also the seed of the following items
         prompt, flags = split_flags(replace_trigger(item.prompt, run.trigger_text))
         values = {**vars(item), "seed": seed} | flags | {"prompt": prompt}
-        # The trainer draws a random seed before it parses the flags: --seed -1 is a seed.
+        # The trainer replaces a random seed (-1) before it parses the flags, so the flag --seed -1
+        # sets the fixed seed -1.
         values["has_random_seed"] = "seed" not in flags and seed == RANDOM_SEED
         values["seed"] = 0 if values["has_random_seed"] else _usable_seed(values["seed"])
         # The flag --n sets the negative prompt of the first text encoder only, and no flag sets

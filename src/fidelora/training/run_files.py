@@ -21,8 +21,8 @@ def find_checkpoints(
 ) -> dict[int, Path]:
     """Return the checkpoints by step.
 
-    The last one has no number in its name. Its metadata has the step, which differs from the
-    configured steps if these were raised to continue the run later.
+    The last checkpoint has no number in its name, but its metadata contains its step. That step is
+    not the configured number of steps if the number was increased later to continue the run.
 
     Args:
         name: start of the file names.
@@ -32,7 +32,7 @@ def find_checkpoints(
     found, final = {}, None
     for path in sorted(folder.glob("*")):
         match = names.fullmatch(path.name)
-        if match is None or not path.name.startswith(name):  # upper case only in the suffix
+        if match is None or not path.name.startswith(name):  # only the suffix may vary in case
             continue
         if not (path.is_file() if match["suffix"] else full_models and is_full_model(path)):
             continue

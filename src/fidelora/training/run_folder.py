@@ -54,9 +54,9 @@ class TrainingRun:
             an embedding, they are the LoRA's files of steps that have both.
         images: samples, by step and index of the sample item; without those of `first_round`.
         sample_every: steps between two rounds of samples; 0 for none.
-        stays_live: True if the trainer never merges the adapter, as the base model is quantised
-            or its layers are offloaded. (The UNet of SD 1.5 and SDXL is then not quantised, but the
-            adapter stays live all the same.)
+        stays_live: True if the trainer never merges the adapter, because the configuration
+            quantises the base model or offloads its layers. (The trainer never quantises the UNet
+            of SD 1.5 and SDXL, but even then it does not merge the adapter.)
         network_type: type of the adapter in the configuration, such as `lora`, in lower case.
         dora_alpha: alpha of a DoRA, which its file does not contain; None for other adapter types
             or if unknown.
@@ -234,7 +234,7 @@ def _with_first_round(
     step in the file names. If it was started several times, the last two rounds belong together.
 
     Args:
-        rounds: images by step, as from `_rounds`.
+        rounds: images by step, as from `image_rounds`.
         block: the `first_sample` block.
         skips_ordinary: True if the trainer makes no ordinary samples of step 0.
     """
@@ -275,7 +275,7 @@ def _trains_adapter(process: Mapping[str, Any]) -> bool:
 
 
 def _saves_full_models(process: Mapping[str, Any], train: Mapping[str, Any]) -> bool:
-    """Return True if the trainer saves whole base models: without network, or with a merged one."""
+    """Return True if the trainer saves whole base models: no adapter, or a merged one."""
     if process.get("network") is not None:
         return bool(train.get("merge_network_on_save"))
     others = (process.get(key) is not None for key in ("embedding", "decorator"))
@@ -283,7 +283,7 @@ def _saves_full_models(process: Mapping[str, Any], train: Mapping[str, Any]) -> 
 
 
 def _names_lora(process: Mapping[str, Any]) -> bool:
-    """Return True if the trainer adds `_LoRA` to file names, as it also saves other weights."""
+    """Return True if the trainer adds `_LoRA` to file names because it also saves other weights."""
     saves_others = process.get("embedding") is not None or _trains_adapter(process)
     return process.get("network") is not None and saves_others
 
@@ -346,7 +346,8 @@ def _dora_alpha(network: Mapping[str, Any]) -> float | None:
 def _items(sample: Mapping[str, Any], name: str) -> list[SampleItem]:
     """Return the items of a block of samples, with the trainer's defaults.
 
-    The trainer's user interface has other defaults, but writes all values.
+    The defaults of the trainer's user interface differ, but do not matter here, because it writes
+    all values to the configuration.
 
     Args:
         name: name of the block in error messages.

@@ -36,18 +36,18 @@ def _rounds(run: TrainingRun, plan: PlannedSample) -> Iterator[Suspect]:
     if plan.step != 0 or run.first_round is None:
         return
     other, name = (run, "sample") if plan.is_first_round else (run.first_round, "first_sample")
-    # A round of two can lack this sample, or have a setting that no recipe accepts.
+    # Empty if the other round lacks this sample, or has a setting that no recipe accepts.
     for planned in _planned(other, 0, plan.index):
         fix = (
             f"The sample was made with the settings of the {name} block. Set train."
-            "skip_first_sample as it was, and restore images that were removed: they show which "
-            "round is which."
+            "skip_first_sample to its value during training, and restore images that were removed: "
+            "without them, the two rounds of step 0 cannot be told apart."
         )
         yield Suspect("first_sample", _with_base_of(plan.recipe, planned.recipe), fix)
 
 
 def _encoding(run: TrainingRun, plan: PlannedSample) -> Iterator[Suspect]:
-    """Yield the prompts as they are with and without text encoders that are unloaded."""
+    """Yield the prompts that are encoded if `unload_text_encoder` has the opposite value."""
     once = not run.encodes_prompts_once
     block = replace(run, encodes_prompts_once=once)
     if plan.is_first_round and run.first_round is not None:
@@ -106,7 +106,7 @@ def _histories(run: TrainingRun, plan: PlannedSample) -> Iterator[Suspect]:
 
 
 def _embeddings(run: TrainingRun, plan: PlannedSample) -> Iterator[Suspect]:
-    """Yield the sample without its embedding, with one token of it, and with those of others."""
+    """Yield the sample without its embedding, with its first token, or with other steps' files."""
     recipe = plan.recipe
     embedding = run.embedding
     others = tuple(ref for ref in recipe.adapters if ref.word is None)
@@ -129,7 +129,7 @@ def _embeddings(run: TrainingRun, plan: PlannedSample) -> Iterator[Suspect]:
 
 
 def _planned(run: TrainingRun, step: int, index: int) -> list[PlannedSample]:
-    """Return the planned sample; empty if the run has none, or if it cannot be planned."""
+    """Return a list with the planned sample; empty if there is none or it cannot be planned."""
     try:
         return plan_samples(run, step)[index : index + 1]
     except FideloraError:

@@ -1,7 +1,8 @@
 """Verification of a training run: replay its samples and classify the differences.
 
-An identical sample proves the settings. The other samples of a step are judged together: by a fixed
-bound for the rounding of float32 on other processors, otherwise by the tests of `judge.py`.
+An identical sample proves that its settings are right. A sample that differs by less than a fixed
+bound is explained by float32 rounding on another processor. If a sample differs more, all samples
+of its step that are not identical are judged together by the tests of `judge.py`.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class CheckedSample:
         psnr: in dB; None if every pixel is the same.
         ssim: -1..1.
         verdict: the result.
-        evidence: why the sample has its verdict; None if that needs no test.
+        evidence: result of the tests of `judge.py`; None if the verdict does not depend on them.
     """
 
     plan: PlannedSample
@@ -278,7 +279,7 @@ def _format(sample: CheckedSample) -> str:
 
 
 def worst_verdict(samples: Sequence[CheckedSample]) -> Verdict:
-    """Return the worst verdict of at least one sample."""
+    """Return the worst verdict of `samples`, which must not be empty."""
     order = list(Verdict)
     return max((sample.verdict for sample in samples), key=order.index)
 

@@ -40,8 +40,8 @@ def build_part(
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """Return the module that `config` describes, with exactly these weights, on the CPU.
 
-    Weights that adapters can change stay uninitialised. `MergedAdapters` writes them, with the
-    first adapters merged in; copying them before that would be wasted time.
+    If `dtype` is given, weights that adapters can change stay uninitialised. `MergedAdapters`
+    writes them later, with the first adapters merged in, so copying them here would waste time.
 
     Args:
         dtype: dtype of the module; None keeps the given tensors, for callers that convert them
@@ -221,6 +221,6 @@ def _check(part: Part, weights: Mapping[str, Tensor], expected: Mapping[str, tor
             "Use an unquantised checkpoint."
             if quantised
             else f"The file belongs to another model or configuration than this {part.class_name}, "
-            "or its names of weights are unknown. Use another file."
+            "or its weight names are unknown. Use another file."
         )
         raise BaseModelWeightsError(f"The base model's {part.name}: {'; '.join(found)}. {advice}")

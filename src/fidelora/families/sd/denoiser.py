@@ -27,7 +27,10 @@ class UNetDenoiser:
     def prepare(
         self, encoded: Sequence[Encoded], guidance: Guidance, size: Size, dtype: torch.dtype
     ) -> Denoise:
-        """Return the guided prediction for latents [images, 4, height / 8, width / 8]."""
+        """Return a function that computes the guided prediction.
+
+        It takes latents [images, 4, height / 8, width / 8] and a timestep.
+        """
         unet, guided = self._unet, self.uses_negative(guidance)
         # All negative prompts first, then all prompts.
         rows = [*(one.negative for one in encoded if guided), *(one.positive for one in encoded)]

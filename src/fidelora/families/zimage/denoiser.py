@@ -29,7 +29,9 @@ class ZImageDenoiser:
     def prepare(
         self, encoded: Sequence[Encoded], guidance: Guidance, size: Size, dtype: torch.dtype
     ) -> Denoise:
-        """Return the prediction for float32 latents [images, 16, height / 8, width / 8].
+        """Return a function that computes the guided prediction.
+
+        It takes float32 latents [images, 16, height / 8, width / 8] and a timestep.
 
         The transformer evaluates positive and negative prompts in one batch, positive first. It
         pads texts of different lengths, so separate calls would differ in the last bits. All
