@@ -39,7 +39,7 @@ from fidelora.training.run_folder import TrainingRun
 
 Pixels = NDArray[np.uint8]
 OnImage = Callable[[int, int], None]
-"""Called after each image of the judgement with the number of finished images and of all images."""
+"""Called after each image of a judgement with the number of finished images and the total."""
 
 FALSE_ALARMS = 0.005
 """Probability of calling samples with right settings a mismatch, according to the tests.
@@ -52,10 +52,10 @@ _DIRECTIONS_LIMIT = 0.4 * FALSE_ALARMS
 
 DRAWS = 8
 _CHANGED_SAMPLES = 2
-"""Samples with which changed settings are tried; each costs one image per setting."""
+"""Number of samples on which changed settings are tried; each needs one image per setting."""
 
 _MIN_AMOUNT = 0.1
-"""Smallest share of a tried change that counts, whatever its p value.
+"""Smallest amount of a tried change (see `DirectionTest`) that counts, whatever its p value.
 
 The draws do not reproduce everything, and an error of a few percent must not become a mismatch.
 """
@@ -81,8 +81,8 @@ class Change:
         cause: the setting, one of `doctor.CAUSES`.
         size: the change in the unit of the setting; None for a change without a size.
         recipe: the recipe with the change.
-        fix: how to correct the setting if the samples have the change; `{value}` stands for the
-            estimated value.
+        fix: how to correct the setting if the samples were made with this change; `{value}` stands
+            for the estimated value.
         value: the setting's value in the configuration, for changes with a size.
         scheduler_options: see `Engine.generate`.
     """
@@ -124,7 +124,7 @@ class Evidence:
         noise: mean difference of the draws in levels, by index of the sample.
         size: result of comparing the sizes of the differences.
         tried: changed settings that were tried; empty if the sizes already show a mismatch.
-        found: the changed setting that the samples contain.
+        found: the change with which the samples were probably made; None if none was detected.
     """
 
     verdict: Verdict
@@ -177,11 +177,12 @@ def judge(
     formats: Sequence[str],
     on_image: OnImage | None = None,
 ) -> Evidence | None:
-    """Judge the samples of one step, which are not all identical.
+    """Judge the samples of one step, at least one of which differs from the replayed image.
 
     Args:
-        replayed: our images after encoding in the trainer's format, one per plan.
-        trainer: the trainer's images in the same sizes.
+        replayed: pixels of the replayed images after encoding in the trainer's format, one per
+            plan.
+        trainer: pixels of the trainer's images, of the same sizes.
         formats: Pillow's names of the trainer's file formats.
 
     Returns:
@@ -321,7 +322,8 @@ def changed_settings(run: TrainingRun, plan: PlannedSample) -> Iterator[Change]:
         yield Change("negative_prompt", None, changed, fix)
     if run.trigger_text and "[trigger]" in item.prompt:
         fix = "[trigger] in the prompt was not replaced: remove trigger_word."
-        prompt = split_flags(item.prompt)[0]  # not `replace`: the word may be part of others
+        # Parse the original prompt again: in the recipe, the trigger may also occur in other words.
+        prompt = split_flags(item.prompt)[0]
         yield Change("trigger", None, replace(recipe, prompt=prompt), fix)
 
 
