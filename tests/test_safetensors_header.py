@@ -366,11 +366,15 @@ def test_an_invalid_tensor_entry_is_refused(read, entry):
 
 
 @pytest.mark.parametrize(
-    "metadata", [{"step": 5}, {"a": None}, {"a": {"b": "c"}}, [], "text", None]
+    "metadata", [{"step": 5}, {"a": None}, {"a": {"b": "c"}}, [], "text", 0, False]
 )
 def test_metadata_that_is_not_text_is_refused(read, metadata):
     with pytest.raises(WeightsFileError, match="has metadata that is not text"):
         read(file_of({"__metadata__": metadata, "a": TWO_BYTES}, b"xx"))
+
+
+def test_metadata_that_is_null_is_empty(read):
+    assert read(file_of({"__metadata__": None, "a": TWO_BYTES}, b"xx")).metadata == {}
 
 
 def test_the_number_of_tensors_is_limited(read):

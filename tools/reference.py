@@ -39,7 +39,8 @@ OpenAPI document is at `/openapi.json`, and an interactive page at `/docs`.
 """.strip()
 _ABOUT_SETTINGS = """
 Settings are environment variables, or lines in `.env` in the folder where the server is started.
-Options of `fidelora serve` override both. An unknown name that begins with `FIDELORA_` is an error.
+Options of `fidelora serve` override both. An unknown name that begins with `FIDELORA_` has no
+effect; `fidelora serve` warns of it.
 """.strip()
 
 

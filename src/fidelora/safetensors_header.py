@@ -166,7 +166,9 @@ def _parse(raw: bytes, name: str) -> dict[str, Any]:
 
 
 def _check(header: dict[str, Any], name: str, body_bytes: int, file_bytes: int) -> Header:
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    if metadata is None:  # some programs write null, which the safetensors library accepts
+        metadata = {}
     if not isinstance(metadata, dict) or not all(
         isinstance(value, str) for value in metadata.values()
     ):

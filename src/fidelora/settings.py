@@ -252,6 +252,14 @@ class Settings(BaseSettings):
         validation_alias="FIDELORA_STOP_GRACE",
         description="Seconds that running requests have to finish when the server stops.",
     )
+    model_aliases: str = Field(
+        "",
+        validation_alias="FIDELORA_MODEL_ALIASES",
+        description=(
+            "Models by names that clients of OpenAI's API cannot change: a comma-separated list "
+            "of `NAME=MODEL`, such as `dall-e-3=sd15,gpt-image-1=sdxl`."
+        ),
+    )
     log_format: Literal["auto", "json", "text"] = Field(
         "auto",
         validation_alias="FIDELORA_LOG_FORMAT",
@@ -287,6 +295,21 @@ class Settings(BaseSettings):
         if len({model for model, _ in bases}) < len(bases):
             raise ValueError("a model has two bases; name each model once")
         return value
+
+    @field_validator("model_aliases")
+    @classmethod
+    def _check_model_aliases(cls, value: str) -> str:
+        for name, model in _parse_model_aliases(value):
+            if not name or model not in all_families():
+                raise ValueError(
+                    f"{name}={model} is not NAME=MODEL; the models are {', '.join(all_families())}"
+                )
+        return value
+
+    @property
+    def aliases_of_models(self) -> dict[str, str]:
+        """The models in `model_aliases`, by the other name."""
+        return dict(_parse_model_aliases(self.model_aliases))
 
     @property
     def base_models(self) -> dict[str, str]:
@@ -332,6 +355,11 @@ class Settings(BaseSettings):
         )
 
 
+def _parse_model_aliases(text: str) -> list[tuple[str, str]]:
+    pairs = (one.partition("=") for one in text.split(",") if one.strip())
+    return [(name.strip(), model.strip()) for name, _, model in pairs]
+
+
 def _parse_base_models(text: str) -> list[tuple[str, str]]:
     """Return (model id, base) pairs.
 
@@ -345,6 +373,21 @@ def _parse_base_models(text: str) -> list[tuple[str, str]]:
     ]
 
 
+def unknown_settings() -> list[str]:
+    """Return a sentence for each environment variable that looks like a setting, but is none.
+
+    Kubernetes sets such variables by itself, for a service with the name fidelora.
+    """
+    names = {str(field.validation_alias) for field in Settings.model_fields.values()}
+    sentences = []
+    for name in sorted(os.environ):
+        if name.startswith(_PREFIX) and name not in names:
+            near = get_close_matches(name, names, 1, cutoff=0.85)
+            hint = f"; did you mean {near[0]}?" if near else "."
+            sentences.append(f"{name} is not a setting of Fidelora and has no effect{hint}")
+    return sentences
+
+
 def read_settings(**overrides: Any) -> Settings:
     """Return the settings from the environment and `.env`.
 
@@ -352,16 +395,8 @@ def read_settings(**overrides: Any) -> Settings:
         overrides: values by field name, which take precedence over both unless they are None.
 
     Raises:
-        SettingsError: a value is not valid, or a variable that begins with FIDELORA_ is unknown.
+        SettingsError: a value is not valid.
     """
-    names = {str(field.validation_alias) for field in Settings.model_fields.values()}
-    for name in os.environ:
-        if name.startswith(_PREFIX) and name not in names:
-            near = get_close_matches(name, names, 1)
-            raise SettingsError(
-                f"{name} is not a setting of Fidelora; "
-                + (f"did you mean {near[0]}?" if near else "remove it.")
-            )
     try:
         return Settings(**{name: value for name, value in overrides.items() if value is not None})
     except ValidationError as error:

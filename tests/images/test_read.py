@@ -377,6 +377,17 @@ def test_plain_prompts_have_no_weighting_syntax(prompt):
         ("LMS Karras", "", "k_lms"),
         ("ddpm", "Automatic", "ddpm"),
         ("dpmsingle", "Automatic", "dpmsingle"),
+        ("DPM++ 2M Karras", "Karras", "k_dpmsolver++"),
+        ("DPM++ 2M Karras", "Uniform", "k_dpmsolver++"),  # the name has precedence, as in A1111
+        ("Euler Karras", "karras", "k_euler"),
+        ("k_euler", "", "euler"),  # A1111's alias, not the trainer's name
+        ("k_euler", "Karras", "k_euler"),
+        ("k_euler_ancestral", "", "euler_a"),
+        ("k_lms", "", "lms"),
+        ("k_lms_ka", "Automatic", "k_lms"),
+        ("k_dpmpp_2m", "", "dpmsolver++"),
+        ("K_DPMPP_2M_KA", "", "k_dpmsolver++"),
+        ("k_dpmsolver++", "", "k_dpmsolver++"),
     ],
 )
 def test_sampler_names_are_mapped(name, scheduler, ours):
@@ -395,13 +406,60 @@ def test_an_unsupported_sampler_is_refused(name, scheduler, field):
 
 def test_every_sampler_has_a_name_that_maps_back_to_it():
     for sampler in SD15.samplers:
-        assert sampler_of(sampler, "Automatic", SD15) == sampler
+        assert sampler_of(sampler, "Automatic", SD15, prefers_own=True) == sampler
         assert sampler_of(*name_of(sampler), SD15) == sampler
     names = sampler_names(SD15)
-    assert all(sampler_of(name, "", SD15) in (aliases or [name]) for name, aliases in names.items())
-    assert sorted({one for name, aliases in names.items() for one in aliases or [name]}) == sorted(
-        SD15.samplers
+    accepted = {sampler_of(one, "", SD15) for name in names for one in (name, *names[name])}
+    assert {"euler", "ddpm", "k_dpmsolver++", "dpmsingle"} <= accepted
+    listed = {one for name, aliases in names.items() for one in (name, *aliases)}
+    assert set(SD15.samplers) - {"euler", "lms"} <= listed | {"k_euler", "k_lms"}
+
+
+SETTINGS = "Steps: 1, Sampler: Euler a, CFG scale: 1, Seed: 5, Size: 64x64, Version: v1.6.0"
+
+
+def test_lines_after_the_settings_are_not_part_of_the_prompt():
+    read = read_parameters(f"a\nNegative prompt: b\n{SETTINGS}\nTemplate: x, __y__\n", SD15)
+    assert (read.prompt, read.negative_prompt, read.fields["steps"]) == ("a", "b", 1)
+    assert [(one.name, one.value) for one in read.ignored] == [("Template", "x, __y__")]
+
+
+def test_loras_without_a_tag_are_named():
+    hashes = 'Lora hashes: "one: 0123456789ab, two: ffff0123"'
+    objects = 'Hashes: {"model": "abcdef0123", "lora:three": "0123abcd"}'
+    resources = (
+        'Civitai resources: [{"type":"lora","weight":0.4,"modelVersionId":7}], Civitai metadata: {}'
     )
+    read = read_parameters(f"a <lora:one:1>\n{SETTINGS}, {hashes}, {objects}, {resources}", SD15)
+    assert read.loras == (NamedLora("one", 1.0, "0123456789ab"),)
+    assert [one.name for one in read.ignored] == ["Civitai resources", "Lora hashes", "Lora hashes"]
+    assert ["7" in one.value or one.value for one in read.ignored] == [
+        True, "two: ffff0123", "three: 0123abcd"
+    ]  # fmt: skip
+    assert all("is not applied" in one.reason for one in read.ignored)
+
+
+@pytest.mark.parametrize("value", ["{", "[1, 2", '{"a": }', "[" * 100_000])
+def test_values_that_look_like_json_are_text(value):
+    assert read_parameters(f"a\n{SETTINGS}, Hashes: {value}", SD15).fields["steps"] == 1
+
+
+@pytest.mark.parametrize("prompt", ["((a))", "[bad], b", "x (y) z"])
+def test_brackets_without_a_weight_are_named(prompt):
+    (ignored,) = read_parameters(f"{prompt}\n{SETTINGS}", SD15).ignored
+    assert "changes word weights in A1111" in ignored.reason
+
+
+@pytest.mark.parametrize("setting", ["", ", Emphasis: None"])
+def test_escaped_brackets_are_text(setting):
+    read = read_parameters(rf"a \(b\) \[c\] \\{chr(10)}{SETTINGS}{setting}", SD15)
+    assert read.prompt == (r"a \(b\) \[c\] \\" if setting else "a (b) [c] \\")
+    assert [one for one in read.ignored if one.name == "prompt"] == []
+
+
+def test_a_seed_that_is_too_large_is_named():
+    (ignored,) = read_parameters(SETTINGS.replace("Seed: 5", f"Seed: {2**64 - 1}"), SD15).ignored
+    assert ignored.name == "Seed"
 
 
 def test_reading_needs_neither_torch_nor_numpy():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.support import LORA
 
 from fidelora.errors import AdapterError, AdapterNotFoundError, AdapterPlaceError
 from fidelora.loras.folder import adapter_named_in_prompt, adapter_path, names_in_prompts
@@ -142,6 +144,24 @@ def test_prompts_name_files_without_folder_and_extension(root):
         AdapterPlaceError, match="several adapters 'sks'; use one of the names job/sks, other/sks"
     ):
         adapter_named_in_prompt(root, "sks")
+
+
+def test_prompts_name_renamed_files_by_their_alias(root):
+    """The web UI writes the alias into prompts, and people rename files."""
+    for name in ("renamed", "copy"):
+        shutil.copyfile(LORA, root / f"{name}.safetensors")
+    with pytest.raises(AdapterPlaceError, match="use one of the names copy, renamed"):
+        adapter_named_in_prompt(root, "lora_linear_f32")
+    (root / "copy.safetensors").unlink()
+    assert adapter_named_in_prompt(root, "lora_linear_f32") == "renamed.safetensors"
+    shutil.copyfile(LORA, root / "lora_linear_f32.safetensors")  # a file's name has precedence
+    assert adapter_named_in_prompt(root, "lora_linear_f32") == "lora_linear_f32.safetensors"
+
+
+def test_prompts_name_files_with_characters_of_tags(root):
+    (root / "a<b:c>.safetensors").write_bytes(b"x")
+    assert names_in_prompts(root)["a_b_c_"] == "a<b:c>.safetensors"
+    assert adapter_named_in_prompt(root, "a_b_c_") == "a<b:c>.safetensors"
 
 
 @pytest.mark.parametrize(

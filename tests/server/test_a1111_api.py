@@ -290,6 +290,17 @@ def test_images_can_be_left_out_of_the_response(client, context, worker):
         {"eta": 0.3, "sampler_name": "Euler"},
         {"s_churn": 0, "s_tmin": 0, "s_tmax": 0, "s_noise": 1},
         {"script_name": None, "script_args": [], "alwayson_scripts": {}},
+        {"styles": [""], "clip_skip": 1, "unknown": None, "other": [], "another": False},
+        {  # the bodies of SillyTavern and of Forge's clients
+            "url": "http://localhost:7860",
+            "auth": "user:secret",
+            "clip_skip": 1,
+            "hr_additional_modules": ["Use same choices"],
+            "distilled_cfg_scale": 3.5,
+            "hr_cfg": 1,
+            "save_image": True,
+            "firstpass_image": "",
+        },
         {
             "override_settings": {
                 "sd_model_checkpoint": "sd15",
@@ -324,7 +335,9 @@ def test_fields_without_effect_are_accepted(client, context, fields):
         ({"infotext": "a"}, "infotext cannot be"),
         ({"eta": 0.5, "sampler_name": "Euler a"}, "eta is 1 for Euler a, and cannot be 0.5"),
         ({"eta": 1.0, "sampler_name": "DDIM"}, "eta is 0 for DDIM"),
-        ({"init_images": []}, "init_images is not a field of txt2img"),
+        ({"init_images": ["x"]}, "init_images is not a field of txt2img"),
+        ({"clip_skip": 2}, "clip_skip cannot be 2; leave it out, or send 0 or 1"),
+        ({"styles": ["", "anime"]}, 'styles cannot be ["", "anime"]'),
         (
             {"override_settings": {"CLIP_stop_at_last_layers": 2}},
             "CLIP_stop_at_last_layers cannot be 2: it is always 1",
@@ -402,9 +415,9 @@ def test_hostile_text_is_not_interpreted(client, context, worker):
     (context.settings.loras / f"{HOSTILE.replace('/', '')}.safetensors").write_bytes(
         LORA.read_bytes()
     )
-    assert HOSTILE.replace("/", "") in [
-        lora["name"] for lora in client.get("/sdapi/v1/loras").json()
-    ]
+    listed = {lora["path"]: lora["name"] for lora in client.get("/sdapi/v1/loras").json()}
+    name = listed[f"{HOSTILE.replace('/', '')}.safetensors"]
+    assert not set("<>:") & set(name)  # they have a meaning in tags
     with at_work(worker, an_image(HOSTILE)):
         answer = client.post("/sdapi/v1/txt2img", json={"prompt": HOSTILE})
     assert answer.headers["content-type"] == "application/json"
@@ -440,7 +453,7 @@ def test_lists_of_models_samplers_and_loras(client):
     samplers = client.get("/sdapi/v1/samplers").json()
     assert {
         "name": "DPM++ 2M",
-        "aliases": ["dpmsolver++", "k_dpmsolver++"],
+        "aliases": ["dpmsolver++", "k_dpmpp_2m", "k_dpmpp_2m_ka", "k_dpmsolver++"],
         "options": {},
     } in samplers
     first, *others = client.get("/sdapi/v1/sd-models").json()
@@ -460,6 +473,41 @@ def test_lists_of_models_samplers_and_loras(client):
         "sks.safetensors",
     )
     assert lora["metadata"]["ss_output_name"] == "lora_linear_f32"
+
+
+def test_lists_without_entries_and_refreshes_answer(client):
+    for path in ("latent-upscale-modes", "sd-vae", "sd-modules", "hypernetworks", "script-info"):
+        assert client.get(f"/sdapi/v1/{path}").json() == []
+    (upscaler,) = client.get("/sdapi/v1/upscalers").json()
+    assert upscaler["name"] == "None"
+    assert client.get("/sdapi/v1/embeddings").json() == {"loaded": {}, "skipped": {}}
+    assert client.get("/sdapi/v1/scripts").json() == {"txt2img": [], "img2img": []}
+    assert client.get("/sdapi/v1/cmd-flags").json() == {}
+    for path in ("refresh-checkpoints", "refresh-vae", "refresh-embeddings", "skip"):
+        assert client.post(f"/sdapi/v1/{path}").json() is None
+
+
+@pytest.mark.parametrize("prefix", ["", "data:image/png;base64,"])
+def test_png_info_returns_the_parameters_of_an_image(client, prefix):
+    encoded = base64.b64encode(an_image()).decode()
+    answer = client.post("/sdapi/v1/png-info", json={"image": prefix + encoded}).json()
+    assert answer["info"].startswith("a ball")
+    assert answer["items"] == {"parameters": answer["info"]}
+    assert client.post("/sdapi/v1/png-info", json={"image": "nonsense"}).status_code == 422
+
+
+def test_escaped_brackets_are_brackets(client, context):
+    prompts = {"prompt": r"sks \(cartoon\) \\", "negative_prompt": r"\[x\]"}
+    (recipe,) = recipes_for(client, context, **prompts)
+    assert (recipe.prompt, recipe.negative_prompt) == ("sks (cartoon) \\", "[x]")
+    (recipe,) = recipes_for(client, context, **prompts, override_settings={"emphasis": "None"})
+    assert (recipe.prompt, recipe.negative_prompt) == tuple(prompts.values())
+
+
+def test_clients_without_a_key_send_empty_credentials(client):
+    for value in ("Basic ", "Basic", "Basic Og==", "Bearer "):
+        answer = client.get("/sdapi/v1/options", headers={"Authorization": value})
+        assert answer.status_code == 200, value
 
 
 # --- waiting ------------------------------------------------------------------------------------
@@ -561,6 +609,12 @@ def test_api_keys(tmp_path):
                 ).status_code
                 == 200
             )
+        for user in ("größe".encode("latin-1"), "größe".encode()):
+            basic = "Basic " + base64.b64encode(user + f":{keys['me']}".encode()).decode()
+            answer = httpx2.get(f"{url}/sdapi/v1/options", headers={"Authorization": basic})
+            assert answer.status_code == 200
+        empty = httpx2.get(f"{url}/sdapi/v1/options", headers={"Authorization": "Basic"})
+        assert empty.status_code == 401
         basic = base64.b64encode(f"me:{keys['me']}".encode()).decode()
         assert (
             httpx2.get(

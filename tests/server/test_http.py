@@ -60,6 +60,7 @@ def with_prompt(**fields: Any) -> dict[str, Any]:
 
 def test_health_and_models(client):
     assert client.get("/health").json() == {"status": "healthy"}
+    assert [client.head(path).status_code for path in ("/health", "/ready")] == [200, 200]
     models = client.get("/v1/models").json()["models"]
     assert [model["id"] for model in models] == ["sd15", "sdxl", "zimage"]
     assert models[0] == {
@@ -647,6 +648,12 @@ def test_idempotency_keys_are_scoped_to_api_keys(client, context):
 )
 def test_without_keys_other_hostnames_are_rejected(client, host):
     assert error(client.get("/v1/models", headers={"Host": host})) == (400, "HOST_NOT_ALLOWED")
+
+
+def test_the_name_of_this_machine_in_a_container_is_explained(client):
+    answer = client.get("/v1/models", headers={"Host": "host.docker.internal:8000"})
+    assert error(answer) == (400, "HOST_NOT_ALLOWED")
+    assert "Programs in a container reach this machine by that name" in answer.text
 
 
 @pytest.mark.parametrize(

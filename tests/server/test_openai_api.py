@@ -46,7 +46,8 @@ def no_pauses(monkeypatch):
 
 @pytest.fixture
 def context(tmp_path) -> ServerContext:
-    return context_in(tmp_path, queue_size=2)
+    aliases = "dall-e-3=sd15, gpt-image-1 = sdxl"
+    return context_in(tmp_path, queue_size=2, model_aliases=aliases)
 
 
 @pytest.fixture
@@ -198,7 +199,8 @@ def test_every_field_reaches_its_recipe(client, context, worker):
             size="256x512",
             output_format="jpeg",
             output_compression=80,
-            quality="standard",
+            quality="hd",
+            style="natural",
             background="opaque",
             moderation="low",
             user="me",
@@ -238,8 +240,8 @@ def test_every_field_reaches_its_recipe(client, context, worker):
         ({"n": 11}, "n"),
         ({"n": 0}, "n"),
         ({"size": "huge"}, "size"),
-        ({"quality": "hd"}, "quality"),
-        ({"style": "vivid"}, "style"),
+        ({"quality": "best"}, "quality"),
+        ({"style": "loud"}, "style"),
         ({"background": "transparent"}, "background"),
         ({"output_format": "gif"}, "output_format"),
         ({"frame_count": 3}, "frame_count"),
@@ -286,6 +288,13 @@ def test_unsupported_fields_are_rejected_by_name(client, context, fields, param)
 def test_fields_that_contradict_each_other(client, fields, message):
     with pytest.raises(openai.BadRequestError, match=message):
         client.images.generate(prompt="a ball", **fields)
+
+
+def test_a_model_has_the_names_that_clients_cannot_change(client, context, worker):
+    with at_work(worker):
+        client.images.generate(model="dall-e-3", prompt="a ball", style="vivid")
+    assert only_job(context).recipes[0].model == "sd15"
+    assert context.settings.aliases_of_models["gpt-image-1"] == "sdxl"
 
 
 # --- errors -------------------------------------------------------------------------------------

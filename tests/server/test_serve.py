@@ -294,7 +294,6 @@ def refused(data: Path, *options: str) -> tuple[int, str]:
         (["--base-model", "/nowhere"], {}, "no base model at /nowhere"),
         (["--device", "cuda:7"], {}, "cuda:7 was requested"),
         ([], {"INFERENCE_TIMEOUT": "0"}, "INFERENCE_TIMEOUT"),
-        ([], {"FIDELORA_LORA_HOST": "x"}, "did you mean FIDELORA_LORA_HOSTS?"),
         ([], {"FIDELORA_STORE_URL": "sqlite:////nowhere/at/all.sqlite"}, "cannot be used"),
     ],
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fidelora.errors import SettingsError
-from fidelora.settings import Settings, read_settings
+from fidelora.settings import Settings, read_settings, unknown_settings
 
 
 @pytest.fixture(autouse=True)
@@ -114,10 +114,16 @@ def test_an_invalid_value_is_rejected_by_name(monkeypatch, name, value):
         read_settings()
 
 
-def test_an_unknown_name_with_the_prefix_is_rejected(monkeypatch):
+def test_unknown_names_with_the_prefix_are_named(monkeypatch):
+    assert unknown_settings() == []
     monkeypatch.setenv("FIDELORA_LORA_HOST", "x")
-    with pytest.raises(SettingsError, match=r"did you mean FIDELORA_LORA_HOSTS\?"):
-        read_settings()
+    monkeypatch.setenv("FIDELORA_PORT_8000_TCP_PROTO", "tcp")  # set by Kubernetes
+    read_settings()
+    assert unknown_settings() == [
+        "FIDELORA_LORA_HOST is not a setting of Fidelora and has no effect; "
+        "did you mean FIDELORA_LORA_HOSTS?",
+        "FIDELORA_PORT_8000_TCP_PROTO is not a setting of Fidelora and has no effect.",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -135,6 +141,15 @@ def test_an_unknown_name_with_the_prefix_is_rejected(monkeypatch):
 def test_each_model_has_a_base_of_its_own(monkeypatch, text, meant):
     monkeypatch.setenv("FIDELORA_BASE_MODEL", text)
     assert list(read_settings().base_models.items()) == list(meant.items())
+
+
+@pytest.mark.parametrize("text", ["dall-e-3", "dall-e-3=flux", "=sd15"])
+def test_a_model_alias_names_a_model(monkeypatch, text):
+    monkeypatch.setenv("FIDELORA_MODEL_ALIASES", "a = sd15,b=sdxl,")
+    assert read_settings().aliases_of_models == {"a": "sd15", "b": "sdxl"}
+    monkeypatch.setenv("FIDELORA_MODEL_ALIASES", text)
+    with pytest.raises(SettingsError, match=r"FIDELORA_MODEL_ALIASES.*is not NAME=MODEL"):
+        read_settings()
 
 
 @pytest.mark.parametrize("text", ["sdxl=", "sd15=,sdxl=/x", "sdxl=/x,sdxl=/y", "/x,sd15=/y"])

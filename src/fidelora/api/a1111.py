@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from fidelora.api.requests import MAX_LORAS, MAX_PROMPTS, RequestBody
 from fidelora.checks import MAX_PROMPT_CHARACTERS
@@ -24,9 +24,8 @@ from fidelora.errors import (
     UnknownSamplerError,
 )
 from fidelora.families import all_families
-from fidelora.images.a1111_prompt import NamedLora, loras_in, marks_in
+from fidelora.images.a1111_prompt import NamedLora, loras_in, marks_in, unescaped
 from fidelora.images.a1111_samplers import AUTOMATIC, sampler_of
-from fidelora.jobs.job import Job, Status
 from fidelora.recipe import (
     MAX_GUIDANCE,
     MAX_SEED,
@@ -149,6 +148,17 @@ _NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
 """Values of unsupported fields that have no effect, besides null. Fields that are not listed are
 supported, or have an effect only together with a listed one: `hr_scale` with `enable_hr`, `subseed`
 with `subseed_strength`, ..."""
+_NEUTRAL_EXTRAS: Mapping[str, tuple[object, ...]] = {"clip_skip": (0, 1)}
+"""Values without effect of fields that only some clients have."""
+_IGNORED_EXTRAS = frozenset(
+    {
+        "url", "auth",  # where SillyTavern finds the server
+        "save_image", "firstpass_image", "hr_additional_modules", "hr_cfg", "hr_distilled_cfg",
+        "distilled_cfg_scale",
+    }
+)  # fmt: skip
+"""Fields of some clients that have no effect here, whatever their value: bookkeeping, settings of
+`enable_hr`, which is not supported, and settings of models with distilled guidance."""
 _ETA = {"euler_a": 1.0, "dpm_2_a": 1.0, "ddim": 0.0}
 """Fixed `eta` of the samplers that have one."""
 
@@ -191,7 +201,12 @@ def check_options(changes: Mapping[str, Any], model: str, *, for_one_request: bo
 
 @dataclass(frozen=True)
 class Txt2ImgPlan:
-    """A txt2img request whose fields were checked. `seed` is the seed of the first image."""
+    """A txt2img request whose fields were checked.
+
+    Attributes:
+        seed: seed of the first image.
+        ignored: names of fields in the request that have no effect.
+    """
 
     model: str
     prompt: str
@@ -201,6 +216,7 @@ class Txt2ImgPlan:
     image_format: str
     seed: int
     request: Txt2ImgRequest
+    ignored: tuple[str, ...] = ()
 
     def recipes(
         self, adapters: Sequence[AdapterRef], base: Mapping[str, Any]
@@ -255,13 +271,17 @@ def plan_txt2img(request: Txt2ImgRequest, model: str, random_seed: int) -> Txt2I
         RequestError, RequestFieldError, PromptSyntaxError: a field or a part of the prompt is not
             supported; the message names it.
     """
-    if request.model_extra:
-        raise _unsupported(
-            next(iter(request.model_extra)), "is not a field of txt2img; leave it out"
-        )
+    extras = request.model_extra or {}
+    for name, value in extras.items():
+        if name in _IGNORED_EXTRAS or _asks_for_nothing(value, _NEUTRAL_EXTRAS.get(name, ())):
+            continue
+        if name in _NEUTRAL_EXTRAS:
+            neutral = " or ".join(json.dumps(each) for each in _NEUTRAL_EXTRAS[name])
+            raise _unsupported(name, f"cannot be {_shown(value)}; leave it out, or send {neutral}")
+        raise _unsupported(name, "is not a field of txt2img; leave it out")
     for name, values in _NEUTRAL_VALUES.items():
         value = getattr(request, name)
-        if value is not None and value not in values:
+        if not _asks_for_nothing(value, values):
             neutral = " or ".join(json.dumps(each) for each in (None, *values))
             raise _unsupported(name, f"cannot be {_shown(value)}; leave it out, or send {neutral}")
     if request.images > MAX_PROMPTS:
@@ -297,6 +317,8 @@ def plan_txt2img(request: Txt2ImgRequest, model: str, random_seed: int) -> Txt2I
             f"{mark}, and emphasis in prompts is not supported. Remove it, or send "
             'override_settings {"emphasis": "None"} to encode it as plain text.'
         )
+    if settings.get("emphasis") != _NO_EMPHASIS:
+        prompt, negative = unescaped(prompt), unescaped(negative)
     seed = random_seed if request.seed is None or request.seed == -1 else request.seed
     if seed + request.images - 1 > MAX_SEED:
         raise RequestFieldError(
@@ -312,169 +334,22 @@ def plan_txt2img(request: Txt2ImgRequest, model: str, random_seed: int) -> Txt2I
         image_format=FORMATS[settings.get("samples_format", "png")],
         seed=seed,
         request=request,
+        ignored=tuple(extras),
     )
 
 
-class Txt2ImgBody(BaseModel):
-    """Response of `POST /sdapi/v1/txt2img`: images in base64, the request, and `info` as JSON."""
-
-    images: list[str]
-    parameters: dict[str, Any]
-    info: str
-
-
-def info_of(plan: Txt2ImgPlan, job: Job, infotexts: Sequence[str], version: str) -> str:
-    """Return A1111's description of the images, as JSON text."""
-    request, first = plan.request, job.recipes[0]
-    seeds = [recipe.seed for recipe in job.recipes]
-    info = {
-        "prompt": request.prompt or "",
-        "all_prompts": [request.prompt or ""] * len(seeds),
-        "negative_prompt": first.negative_prompt,
-        "all_negative_prompts": [first.negative_prompt] * len(seeds),
-        "seed": seeds[0],
-        "all_seeds": seeds,
-        "subseed": -1,
-        "all_subseeds": [-1] * len(seeds),
-        "subseed_strength": 0,
-        "width": first.width,
-        "height": first.height,
-        "sampler_name": request.sampler_name or request.sampler_index or "Euler",
-        "cfg_scale": first.guidance_scale,
-        "steps": first.steps,
-        "batch_size": request.batch_size or 1,
-        "restore_faces": False,
-        "face_restoration_model": None,
-        "sd_model_name": plan.model,
-        "sd_model_hash": None,
-        "sd_vae_name": None,
-        "sd_vae_hash": None,
-        "seed_resize_from_w": -1,
-        "seed_resize_from_h": -1,
-        "denoising_strength": None,
-        "extra_generation_params": {},
-        "index_of_first_image": 0,
-        "infotexts": list(infotexts),
-        "styles": [],
-        "job_timestamp": _timestamp(job),
-        "clip_skip": 1,
-        "is_using_inpainting_conditioning": False,
-        "version": version,
-        "request_id": job.id,
-    }
-    return json.dumps(info)
-
-
-class A1111ErrorBody(BaseModel):
-    """Error body of A1111's paths, except for 422, which has FastAPI's shape as in A1111."""
-
-    error: str
-    detail: str
-    body: str
-    errors: str
-
-
-class SamplerBody(BaseModel):
-    """One entry of `GET /sdapi/v1/samplers`; its alias is the sampler's name in this server."""
-
-    name: str
-    aliases: list[str]
-    options: dict[str, str]
-
-
-class SchedulerBody(BaseModel):
-    """One entry of `GET /sdapi/v1/schedulers`."""
-
-    name: str
-    label: str
-    aliases: list[str] | None = None
-    default_rho: float = -1.0
-    need_inner_model: bool = False
-
-
-class SdModelBody(BaseModel):
-    """One entry of `GET /sdapi/v1/sd-models`: a model family.
-
-    `override_settings` selects it by its title.
-    """
-
-    title: str
-    model_name: str
-    hash: str | None = None
-    sha256: str | None = None
-    filename: str
-    config: str | None = None
-
-
-class A1111LoraBody(BaseModel):
-    """One entry of `GET /sdapi/v1/loras`; prompts refer to it by `name`."""
-
-    name: str
-    alias: str
-    path: str
-    metadata: dict[str, str]
-
-
-class StateBody(BaseModel):
-    """Current activity, in A1111's terms."""
-
-    skipped: bool = False
-    interrupted: bool = False
-    stopping_generation: bool = False
-    job: str = ""
-    job_count: int = 0
-    job_timestamp: str = "0"
-    job_no: int = 0
-    sampling_step: int = 0
-    sampling_steps: int = 0
-
-
-class A1111ProgressBody(BaseModel):
-    """Response of `GET /sdapi/v1/progress`.
-
-    It describes the oldest request with the same API key whose client is still waiting.
-    """
-
-    progress: float
-    eta_relative: float
-    state: StateBody
-    current_image: str | None = None
-    textinfo: str | None = None
-
-
-def progress_of(
-    job: Job | None, queue_position: int | None, *, with_image: bool
-) -> A1111ProgressBody:
-    """Return the progress of a job, or that of an idle server."""
-    if job is None:
-        return A1111ProgressBody(progress=0, eta_relative=0, state=StateBody())
-    progress = job.progress
-    state = StateBody(
-        interrupted=job.cancel_requested,
-        job="txt2img",
-        job_count=len(job.recipes),
-        job_timestamp=_timestamp(job),
-        job_no=progress.image if progress else 0,
-        sampling_step=progress.step if progress else 0,
-        sampling_steps=progress.steps if progress else job.recipes[0].steps,
-    )
-    waits = job.status is Status.IN_QUEUE and queue_position is not None
-    return A1111ProgressBody(
-        progress=progress.fraction if progress else 0,
-        eta_relative=(progress.eta_s or 0) if progress else 0,
-        state=state,
-        current_image=(progress.preview or None) if progress and with_image else None,
-        textinfo=f"{queue_position} requests are ahead of this one" if waits else None,
+def _asks_for_nothing(value: object, neutral: tuple[object, ...]) -> bool:
+    """Return True for a neutral or empty value, and for a list of blank texts."""
+    if value is None or value in neutral or value in ("", False, [], {}):
+        return True
+    return isinstance(value, list) and all(
+        isinstance(one, str) and not one.strip() for one in value
     )
 
 
 def _value_or_default(request: Txt2ImgRequest, name: str) -> Any:
     value = getattr(request, name)
     return Txt2ImgRequest.model_fields[name].default if value is None else value
-
-
-def _timestamp(job: Job) -> str:
-    return job.created_at.strftime("%Y%m%d%H%M%S")
 
 
 def _unsupported(name: str, why: str) -> RequestError:

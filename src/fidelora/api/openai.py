@@ -8,6 +8,7 @@ the value that has no effect.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, SecretStr, model_validator
@@ -33,7 +34,8 @@ _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 class ImagesRequest(RequestBody):
     """Body of `POST /v1/images/generations`.
 
-    `quality`, `background` and `moderation` are accepted only with values that have no effect.
+    `quality`, `style` and `moderation` have no effect: they are for OpenAI's own models.
+    `background` is accepted only with values that have no effect.
     `user` and `safety_identifier` identify the user and do not affect the image.
     """
 
@@ -56,7 +58,8 @@ class ImagesRequest(RequestBody):
     partial_images: int | None = Field(
         None, ge=0, le=3, description="Number of previews of each image, in a stream."
     )
-    quality: Literal["auto", "standard"] | None = None
+    quality: Literal["auto", "standard", "hd", "low", "medium", "high"] | None = None
+    style: Literal["vivid", "natural"] | None = None
     background: Literal["auto", "opaque"] | None = None
     moderation: Literal["auto", "low"] | None = None
     user: str | None = Field(None, max_length=1000)
@@ -101,8 +104,11 @@ class ImagesRequest(RequestBody):
         """Format of the files."""
         return self.output_format or "png"
 
-    def to_inference(self) -> InferenceRequest:
+    def to_inference(self, model_aliases: Mapping[str, str] | None = None) -> InferenceRequest:
         """Convert to a `POST /v1/inference` body, where seed -1 means a random seed per image.
+
+        Args:
+            model_aliases: models by other names that clients send.
 
         Raises:
             RequestError: the model does not exist, or a field is unknown.
@@ -115,6 +121,7 @@ class ImagesRequest(RequestBody):
                 details={"field": name},
             )
         model = self.model or next(iter(all_families()))
+        model = (model_aliases or {}).get(model, model)
         if model not in all_families():
             known = ", ".join(all_families())
             raise RequestError(

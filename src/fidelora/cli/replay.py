@@ -159,6 +159,8 @@ class _AdapterFiles:
             AdaptersMissingError: some files were not found.
             AdapterPlaceError: several files have the same name.
         """
+        from fidelora.loras.hashes import has_hash
+
         found = [self._find_name(lora.name) for lora in parameters.loras]
         missing = [
             (lora.hash, lora.name)
@@ -169,10 +171,11 @@ class _AdapterFiles:
             raise _missing_error(missing)
         refs = tuple(ref for ref in found if ref is not None)
         for lora, ref in zip(parameters.loras, refs, strict=True):
-            if lora.hash and not ref.sha256.startswith(lora.hash):
+            assert ref.path is not None
+            if lora.hash and not has_hash(ref.path, ref.sha256, lora.hash):
                 warn(
-                    f"The LoRA {lora.name} has the hash {lora.hash} in the image, but the sha256 "
-                    f"of {ref.path} is {ref.sha256}. The file may be a different LoRA."
+                    f"The LoRA {lora.name} has the hash {lora.hash} in the image, which is not a "
+                    f"hash of {ref.path}. The file may be a different LoRA."
                 )
         return refs
 

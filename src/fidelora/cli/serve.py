@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fidelora.cli.console import Debug, fail
+from fidelora.cli.console import Debug, fail, warn
 
 if TYPE_CHECKING:
     from fidelora.server.api_keys import ApiKeys
@@ -49,9 +49,11 @@ def serve(
     """
     try:
         from fidelora.server.run import serve as run
-        from fidelora.settings import read_settings
+        from fidelora.settings import read_settings, unknown_settings
     except ModuleNotFoundError as error:
         fail(f"{_INSTALL} ({error.name} is missing)", 1)
+    for sentence in unknown_settings():
+        warn(sentence)
     run(
         read_settings(
             base_model=",".join(base_model) if base_model else None,

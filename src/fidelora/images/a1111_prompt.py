@@ -112,6 +112,23 @@ def marks_in(prompt: str) -> str:
     return ""
 
 
+def brackets_in(prompt: str) -> str:
+    """Return a phrase that describes the first brackets without a weight, or an empty string.
+
+    In A1111, each pair of round brackets weights its contents by 1.1, and of square ones by 1/1.1.
+    """
+    match = re.search(r"(?<!\\)(\((?:\\.|[^()\\])*\)|\[(?:\\.|[^\[\]\\])*\])", prompt)
+    return f"{match[0]!r:.80} changes word weights" if match else ""
+
+
+def unescaped(prompt: str) -> str:
+    """Return the prompt as A1111 encodes it: a backslash is dropped, and what follows is text.
+
+    A backslash is kept if another one is before it.
+    """
+    return re.sub(r"\\([()\[\]\\]?)", r"\1", prompt)
+
+
 def _weighed(prompt: str) -> str:
     """Return the first pair of brackets with a weight and its contents, or an empty string."""
     opened: list[int] = []

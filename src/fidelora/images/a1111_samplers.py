@@ -29,36 +29,65 @@ _TABLE: Mapping[str, Mapping[str, str]] = {
 }
 
 
+# A1111's other names of its samplers. `k_euler` and `k_lms` are also names of Fidelora's samplers
+# with Karras' schedule, but A1111's clients mean these.
+_ALIASES: Mapping[str, tuple[str, str]] = {
+    "k_euler": ("Euler", AUTOMATIC),
+    "k_euler_a": ("Euler a", AUTOMATIC),
+    "k_euler_ancestral": ("Euler a", AUTOMATIC),
+    "k_lms": ("LMS", AUTOMATIC),
+    "k_lms_ka": ("LMS", KARRAS),
+    "k_heun": ("Heun", AUTOMATIC),
+    "k_dpm_2": ("DPM2", AUTOMATIC),
+    "k_dpm_2_a": ("DPM2 a", AUTOMATIC),
+    "k_dpmpp_2m": ("DPM++ 2M", UNIFORM),
+    "k_dpmpp_2m_ka": ("DPM++ 2M", KARRAS),
+    "plms": ("PLMS", AUTOMATIC),
+    "k_lcm": ("LCM", AUTOMATIC),
+}
+
+
 def sampler_names(spec: Family) -> dict[str, list[str]]:
     """Return the sampler names of a model, with their aliases.
 
-    A1111's names come first, with Fidelora's as aliases, then Fidelora's samplers that A1111 does
-    not have.
+    A1111's names come first, with its own aliases and Fidelora's names, then Fidelora's samplers
+    that A1111 does not have.
     """
     names = {
-        theirs: sorted(set(ours.values()))
+        theirs: sorted(
+            {alias for alias, (name, _) in _ALIASES.items() if name == theirs}
+            | (set(ours.values()) - _ALIASES.keys())
+        )
         for theirs, ours in _TABLE.items()
         if set(ours.values()) <= spec.samplers.keys()
     }
-    known = {name for aliases in names.values() for name in aliases}
+    known = {name for ours in _TABLE.values() for name in ours.values()}
     return names | {name: [] for name in spec.samplers if name not in known}
 
 
-def sampler_of(name: str, scheduler: str, spec: Family) -> str:
+def sampler_of(name: str, scheduler: str, spec: Family, *, prefers_own: bool = False) -> str:
     """Return Fidelora's sampler for A1111's `name` and scheduler, or for a name of Fidelora's.
 
-    Older versions of A1111 had the scheduler in the name (`LMS Karras`). Both forms are supported.
-    A1111's names are not case-sensitive.
+    Older versions of A1111 had the scheduler in the name (`LMS Karras`). As in A1111, a scheduler
+    in the name takes precedence over `scheduler`. A1111's names are not case-sensitive.
+
+    Args:
+        prefers_own: True if a name of Fidelora's has precedence over the same alias of A1111.
 
     Raises:
         UnknownSamplerError: the model has no sampler with the same algorithm; the message lists the
             available ones.
     """
     wanted, schedule = name.strip(), scheduler.strip() or AUTOMATIC
-    if schedule.lower() == AUTOMATIC.lower() and wanted.lower().endswith(" karras"):
-        wanted, schedule = wanted[: -len(" karras")], KARRAS
-    if wanted in spec.samplers and schedule.lower() == AUTOMATIC.lower():
+    is_own = wanted in spec.samplers and schedule.lower() == AUTOMATIC.lower()
+    if is_own and prefers_own:
         return wanted
+    if wanted.lower() in _ALIASES:
+        wanted, of_alias = _ALIASES[wanted.lower()]
+        schedule = schedule if of_alias == AUTOMATIC else of_alias
+    for suffix in (UNIFORM, KARRAS):
+        if wanted.lower().endswith(f" {suffix.lower()}"):
+            wanted, schedule = wanted[: -len(suffix) - 1].rstrip(), suffix
     by_schedule = next(
         (ours for theirs, ours in _TABLE.items() if theirs.lower() == wanted.lower()), {}
     )
@@ -70,9 +99,11 @@ def sampler_of(name: str, scheduler: str, spec: Family) -> str:
     if by_schedule and by_schedule[AUTOMATIC] in spec.samplers:
         known = ", ".join(by_schedule)
         raise UnknownSamplerError(
-            f"The sampler {name!r:.80} has no scheduler {scheduler!r:.80} here; it has {known}.",
+            f"The sampler {name!r:.80} has no scheduler {schedule!r:.80} here; it has {known}.",
             field="scheduler",
         )
+    if is_own:
+        return wanted
     known = ", ".join(sampler_names(spec))
     raise UnknownSamplerError(
         f"There is no sampler {name!r:.80} here; the samplers are: {known}.", field="sampler"

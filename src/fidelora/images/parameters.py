@@ -15,14 +15,24 @@ from typing import Any
 
 from fidelora.errors import PromptSyntaxError, UnknownSamplerError
 from fidelora.families import Family
-from fidelora.images.a1111_prompt import NamedLora, lora_of, marks_in, tags_in
+from fidelora.images.a1111_prompt import (
+    NamedLora,
+    brackets_in,
+    lora_of,
+    marks_in,
+    tags_in,
+    unescaped,
+)
 from fidelora.images.a1111_samplers import AUTOMATIC, sampler_of
-from fidelora.recipe import AdapterRef, Recipe
+from fidelora.recipe import MAX_SEED, AdapterRef, Recipe
 
 _NEGATIVE = "Negative prompt:"
 _PAIR = re.compile(r'(?P<key>\w[\w \-/]{0,60}):\s*(?P<value>"(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 _FEWEST_PAIRS = 3
 """A last line with fewer pairs belongs to the prompt, as in the web UI."""
+_SETTINGS = "Steps: "
+"""Start of the line of pairs in A1111's texts; extensions of A1111 add lines after it."""
+_JSON_VALUE = re.compile(r"(?:^|, )(?P<key>Hashes|Civitai (?:resources|metadata)):\s*(?=[\[{])")
 _SAYS_NOTHING = {
     "Version": None,
     "Clip skip": "1",
@@ -117,9 +127,8 @@ def read_parameters(text: str, spec: Family) -> Parameters:
         text: text from an image, written by any program.
         spec: model family that will make the image.
     """
-    *lines, last = text.strip().split("\n")
-    if len(_PAIR.findall(last)) < _FEWEST_PAIRS:
-        lines, last = [*lines, last], ""
+    lines, last, added = _split(text.strip().split("\n"))
+    last, objects = _without_objects(last)
     pairs = {
         match["key"].strip(): _unquoted(match["value"].strip()) for match in _PAIR.finditer(last)
     }
@@ -131,6 +140,11 @@ def read_parameters(text: str, spec: Family) -> Parameters:
     negative = "\n".join(lines[start:]).lstrip().removeprefix(_NEGATIVE).strip()
 
     fields, ignored = _fields(pairs, spec)
+    ignored += [
+        Ignored(name, value.strip(), "The parameter is not supported.")
+        for name, _, value in (line.partition(":") for line in added if line.strip())
+    ]
+    ignored += _resources(objects)
     prompt, tags = tags_in(prompt)
     loras = []
     for network, arguments in tags:
@@ -138,9 +152,20 @@ def read_parameters(text: str, spec: Family) -> Parameters:
             loras.append(lora_of(network, arguments))
         except PromptSyntaxError as error:
             ignored.append(Ignored("prompt", f"<{network}:{arguments}>", str(error)))
-    if not pairs.get("Version", "").startswith("Fidelora"):  # Fidelora has no prompt syntax
+    hashes = _lora_hashes(pairs.get("Lora hashes", ""), objects)
+    ignored += [
+        Ignored(
+            "Lora hashes",
+            f"{name}: {digits}",
+            "The image was made with this LoRA, which is not applied: no tag in the prompt names "
+            "it and its multiplier.",
+        )
+        for name, digits in hashes.items()
+        if name not in {lora.name for lora in loras}
+    ]
+    if not _is_own(pairs):  # Fidelora has no prompt syntax
         for name, words in (("prompt", prompt), ("negative prompt", negative)):
-            if mark := marks_in(words):
+            if mark := marks_in(words) or brackets_in(words):
                 ignored.append(
                     Ignored(
                         name,
@@ -148,14 +173,59 @@ def read_parameters(text: str, spec: Family) -> Parameters:
                         f"{mark} in A1111; Fidelora encodes prompts as they are written.",
                     )
                 )
+        if pairs.get("Emphasis") != "None":
+            prompt, negative = unescaped(prompt), unescaped(negative)
     return Parameters(
         text,
         prompt,
         negative,
-        _with_hashes(loras, pairs.get("Lora hashes", "")),
+        tuple(replace(lora, hash=hashes.get(lora.name, "")) for lora in loras),
         fields,
         tuple(ignored),
     )
+
+
+def _split(lines: list[str]) -> tuple[list[str], str, list[str]]:
+    """Return the lines of the prompts, the line of pairs, and the lines after it."""
+    for index in reversed(range(len(lines))):
+        is_settings = lines[index].startswith(_SETTINGS) or index == len(lines) - 1
+        if is_settings and len(_PAIR.findall(lines[index])) >= _FEWEST_PAIRS:
+            return lines[:index], lines[index], lines[index + 1 :]
+    return lines, "", []
+
+
+def _without_objects(line: str) -> tuple[str, dict[str, Any]]:
+    """Return the line of pairs without values that are JSON objects or lists, and these values."""
+    found: dict[str, Any] = {}
+    while match := _JSON_VALUE.search(line):
+        try:
+            found[match["key"]], end = json.JSONDecoder().raw_decode(line, match.end())
+        except (ValueError, RecursionError):
+            break
+        line = line[: match.start()] + line[end:]
+    return line.removeprefix(", "), found
+
+
+def _resources(objects: Mapping[str, Any]) -> list[Ignored]:
+    """Return what the JSON values say about the image, except for the hashes of LoRAs."""
+    ignored = []
+    for key, value in objects.items():
+        if key == "Hashes" or not value:
+            continue
+        resources = value if key == "Civitai resources" and isinstance(value, list) else []
+        for one in resources:
+            kind = str(one.get("type", "")).lower() if isinstance(one, dict) else ""
+            if kind in ("lora", "lycoris", "locon", "dora"):
+                reason = "The image was made with this LoRA, which is not applied: no tag names it."
+            elif kind == "checkpoint":
+                reason = _REASONS["Model"]
+            else:
+                reason = "The resource is not supported."
+            ignored.append(Ignored(key, json.dumps(one, ensure_ascii=False), reason))
+        if not resources:
+            text = json.dumps(value, ensure_ascii=False)
+            ignored.append(Ignored(key, text, "The parameter is not supported."))
+    return ignored
 
 
 def _fields(pairs: Mapping[str, str], spec: Family) -> tuple[dict[str, Any], list[Ignored]]:
@@ -176,8 +246,14 @@ def _fields(pairs: Mapping[str, str], spec: Family) -> tuple[dict[str, Any], lis
     return fields, ignored
 
 
+def _is_own(pairs: Mapping[str, str]) -> bool:
+    """Return True if Fidelora wrote the parameters."""
+    return pairs.get("Version", "").startswith("Fidelora")
+
+
 def _sampler(value: str, pairs: Mapping[str, str], spec: Family) -> dict[str, Any]:
-    return {"sampler": sampler_of(value, pairs.get("Schedule type", AUTOMATIC), spec)}
+    schedule = pairs.get("Schedule type", AUTOMATIC)
+    return {"sampler": sampler_of(value, schedule, spec, prefers_own=_is_own(pairs))}
 
 
 def _size(value: str, _pairs: Mapping[str, str], _spec: Family) -> dict[str, Any]:
@@ -191,6 +267,13 @@ def _whole(value: str) -> int:
     return int(value)
 
 
+def _seed(value: str) -> int:
+    seed = _whole(value)
+    if seed > MAX_SEED:
+        raise ValueError(value)
+    return seed
+
+
 def _fidelity(value: str, _pairs: Mapping[str, str], _spec: Family) -> dict[str, Any]:
     if value not in ("exact", "fast"):
         raise ValueError(value)
@@ -199,7 +282,7 @@ def _fidelity(value: str, _pairs: Mapping[str, str], _spec: Family) -> dict[str,
 
 _READ: Mapping[str, Callable[[str, Mapping[str, str], Family], dict[str, Any]]] = {
     "Steps": lambda value, _pairs, _spec: {"steps": _whole(value)},
-    "Seed": lambda value, _pairs, _spec: {"seed": _whole(value)},
+    "Seed": lambda value, _pairs, _spec: {"seed": _seed(value)},
     "CFG scale": lambda value, _pairs, _spec: {"guidance_scale": float(value)},
     "Sampler": _sampler,
     "Size": _size,
@@ -211,15 +294,26 @@ _REASONS = {
 }
 
 
-def _with_hashes(loras: Sequence[NamedLora], hashes: str) -> tuple[NamedLora, ...]:
-    """Add the hashes in the value of `Lora hashes` (`name: hash, name: hash`) to the LoRAs."""
-    pairs = (pair.rpartition(":") for pair in hashes.split(","))
-    known = {
-        name.strip(): digits.strip()
-        for name, _, digits in pairs
+def _lora_hashes(text: str, objects: Mapping[str, Any]) -> dict[str, str]:
+    """Return the hashes of LoRAs by name.
+
+    Args:
+        text: value of `Lora hashes`: `name: hash, name: hash`.
+        objects: JSON values; `Hashes` has keys such as `lora:name`.
+    """
+    pairs = [pair.rpartition(":")[::2] for pair in text.split(",")]
+    others = objects.get("Hashes")
+    if isinstance(others, dict):
+        pairs += [
+            (name.partition(":")[2], digits)
+            for name, digits in others.items()
+            if name.lower().startswith("lora:") and isinstance(digits, str)
+        ]
+    return {
+        name.strip(): digits.strip().lower()
+        for name, digits in pairs
         if re.fullmatch(r"\s*[0-9a-fA-F]{8,64}\s*", digits)
     }
-    return tuple(replace(lora, hash=known.get(lora.name, "").lower()) for lora in loras)
 
 
 def _quoted(value: str) -> str:

@@ -208,8 +208,9 @@ def _comment(comment: object) -> str:
     if code == b"UNICODE\0":
         # Parameters are mostly ASCII characters, whose upper byte is zero.
         big = body[0::2].count(0) >= body[1::2].count(0)
-        return body.decode("utf-16-be" if big else "utf-16-le", "replace")
-    return (body if code == b"ASCII\0\0\0" else comment).decode("utf-8", "replace").strip("\0")
+        return body.decode("utf-16-be" if big else "utf-16-le", "replace").removeprefix("\ufeff")
+    text = (body if code == b"ASCII\0\0\0" else comment).decode("utf-8", "replace")
+    return text.strip("\0").removeprefix("\ufeff")
 
 
 def _record(text: object) -> dict[str, Any] | None:

@@ -18,16 +18,20 @@ from fidelora.errors import (
     AdapterPlaceError,
     OutputError,
     UploadNotFoundError,
+    WeightsFileError,
     some,
 )
 from fidelora.recipe import file_sha256
-from fidelora.safetensors_header import read_header
+from fidelora.safetensors_header import read_file_header, read_header
 
 UPLOADS = "uploads"
 """Subfolder that clients may write to and delete from; the operator manages all other files."""
 
 _SUFFIX = ".safetensors"
-_UPLOAD_NAME = re.compile(r"[\w][\w .()+-]{0,150}\.safetensors")
+_UPLOAD_NAME = re.compile(r"(?!\.)[^/\\\x00-\x1f\x7f]+\.safetensors", re.IGNORECASE)
+_MAX_UPLOAD_BYTES = 200  # in UTF-8; file systems allow 255, and a temporary name can be longer
+_NOT_IN_TAGS = re.compile(r"[<>:]")
+"""Characters that end the name in `<lora:name:multiplier>`; names in prompts have `_` for them."""
 
 
 def adapter_path(root: Path, name: str) -> Path:
@@ -88,15 +92,16 @@ def adapter_names(root: Path) -> list[str]:
 def names_in_prompts(root: Path) -> dict[str, str]:
     """Map the name of each adapter file in prompts to its name in requests.
 
-    In prompts, a file is named without folder and suffix. If several files would have the same name
-    in this way, they are named with their folders.
+    In prompts, a file is named without folder and suffix, and with `_` for characters that have a
+    meaning in tags. If several files would have the same name in this way, they are named with
+    their folders.
     """
     names = adapter_names(root)
-    files = Counter(PurePosixPath(name).stem for name in names)
+    files = Counter(_in_tag(PurePosixPath(name).stem) for name in names)
 
     def called(name: str) -> str:
-        stem = PurePosixPath(name).stem
-        return stem if files[stem] == 1 else name[: -len(_SUFFIX)]
+        stem = _in_tag(PurePosixPath(name).stem)
+        return stem if files[stem] == 1 else _in_tag(name[: -len(_SUFFIX)])
 
     return {called(name): name for name in names}
 
@@ -104,15 +109,21 @@ def names_in_prompts(root: Path) -> dict[str, str]:
 def adapter_named_in_prompt(root: Path, name: str) -> str:
     """Return the request name of the adapter file that a prompt calls `name`.
 
-    Only names from `adapter_names` are returned, so nothing outside `root` is found.
+    The name is that of the file, with or without its folder, or else the name that the file's own
+    metadata contains (`ss_output_name`), which files keep when they are renamed. Only names from
+    `adapter_names` are returned, so nothing outside `root` is found.
 
     Raises:
         AdapterNotFoundError: there is no such file.
         AdapterPlaceError: there are several.
     """
     names = adapter_names(root)
-    exact = [path for path in names if path[: -len(_SUFFIX)] == name]
-    found = exact or [path for path in names if PurePosixPath(path).stem == name]
+    exact = [
+        path for path in names if name in (path[: -len(_SUFFIX)], _in_tag(path[: -len(_SUFFIX)]))
+    ]
+    found = exact or [path for path in names if name in _stems(path)]
+    if name and not found:
+        found = [path for path in names if alias_of(root / path) == name]
     if not found:
         raise AdapterNotFoundError(
             f"There is no adapter {name!r:.100} in the adapter folder; check its name."
@@ -123,6 +134,23 @@ def adapter_named_in_prompt(root: Path, name: str) -> str:
             f"{some([one[: -len(_SUFFIX)] for one in found])}."
         )
     return found[0]
+
+
+def alias_of(path: Path) -> str:
+    """Return the name in a file's metadata (`ss_output_name`); empty if there is none."""
+    try:
+        return read_file_header(path).metadata.get("ss_output_name", "")
+    except WeightsFileError:
+        return ""
+
+
+def _stems(path: str) -> tuple[str, str]:
+    stem = PurePosixPath(path).stem
+    return stem, _in_tag(stem)
+
+
+def _in_tag(name: str) -> str:
+    return _NOT_IN_TAGS.sub("_", name)
 
 
 def adapter_with_hash(
@@ -194,10 +222,12 @@ def upload_path(root: Path, name: str) -> Path:
 
 
 def _upload(root: Path, name: str) -> Path:
-    if not _UPLOAD_NAME.fullmatch(name):
+    size = len(name.encode("utf-8", "replace"))
+    if not (_UPLOAD_NAME.fullmatch(name) and _is_text(name) and size <= _MAX_UPLOAD_BYTES):
         raise AdapterPlaceError(
-            f"{name!r} is not a valid name for an upload: use up to 150 letters, digits, spaces "
-            f"and . _ - + ( ), followed by {_SUFFIX}."
+            f"{name!r:.200} is not a valid name for an upload: it must end with {_SUFFIX}, must "
+            "not begin with a dot or contain a slash, backslash or control character, and may have "
+            f"{_MAX_UPLOAD_BYTES} bytes in UTF-8."
         )
     return root / UPLOADS / name
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import structlog
-from fastapi import FastAPI, Security
+from fastapi import FastAPI, Request, Security
 from fastapi.security import HTTPBasic, HTTPBearer
 from starlette.responses import PlainTextResponse
 
@@ -144,6 +144,16 @@ def keys_file(settings: Settings) -> Path:
     return settings.data_dir.expanduser().absolute() / "api_keys.json"
 
 
+class _DocumentedBasic(HTTPBasic):
+    """Basic authentication in the OpenAPI document; only `AccessControl` checks credentials.
+
+    FastAPI's class refuses empty credentials, which clients send to servers without keys.
+    """
+
+    async def __call__(self, request: Request) -> None:  # type: ignore[override]
+        """Accept everything."""
+
+
 def make_app(context: ServerContext, *, with_page: bool = False) -> FastAPI:
     """Return the application; its lifespan starts and stops the workers.
 
@@ -170,7 +180,7 @@ def make_app(context: ServerContext, *, with_page: bool = False) -> FastAPI:
     for router in (inference.router, replay.router, requests.router, loras.router, openai.router):
         app.include_router(router, dependencies=[bearer])
     basic = Security(
-        HTTPBasic(
+        _DocumentedBasic(
             auto_error=False,
             description="For clients without bearer tokens: the key is the password.",
         )

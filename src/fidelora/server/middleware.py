@@ -103,6 +103,7 @@ class BodyLimitMiddleware:
         self._extra_bytes = {
             ("POST", "/v1/loras"): max_lora_bytes,
             ("POST", "/v1/replay"): MAX_IMAGE_BYTES,
+            ("POST", "/sdapi/v1/png-info"): MAX_IMAGE_BYTES * 4 // 3,  # in base64
             ("POST", PAGE_UPLOAD_PATH): max_job_bytes,
         }
 
@@ -197,10 +198,15 @@ class AccessControl:
         for url in ("//" + headers.get("host", ""), *([] if origin is None else [origin])):
             host = _host(url)
             if host not in self._hosts and not is_loopback(host):
+                container = (
+                    " Programs in a container reach this machine by that name."
+                    if host == "host.docker.internal"
+                    else ""
+                )
                 raise RequestError(
                     "A server without API keys accepts only calls to and from hostnames of its own "
-                    f"machine, not {host!r:.100}; create a key with `fidelora keys add`, "
-                    "or set BASE_URL.",
+                    f"machine, not {host!r:.100}.{container} Create a key with `fidelora keys "
+                    "add`, or set BASE_URL to the address that clients use.",
                     code="HOST_NOT_ALLOWED",
                 )
         return ""
@@ -234,6 +240,7 @@ def _password(credentials: str) -> str:
     A1111 clients do not support bearer tokens.
     """
     try:
-        return base64.b64decode(credentials, validate=True).decode().partition(":")[2]
+        # The user name may have any encoding.
+        return base64.b64decode(credentials, validate=True).partition(b":")[2].decode()
     except ValueError:
         return ""

@@ -12,19 +12,27 @@ from starlette.concurrency import run_in_threadpool
 import fidelora
 from fidelora.api import LoraItem
 from fidelora.api.a1111 import (
-    A1111ErrorBody,
-    A1111LoraBody,
-    A1111ProgressBody,
-    SamplerBody,
-    SchedulerBody,
-    SdModelBody,
-    Txt2ImgBody,
     Txt2ImgPlan,
     Txt2ImgRequest,
     check_options,
-    info_of,
     options_of,
     plan_txt2img,
+)
+from fidelora.api.a1111_responses import (
+    A1111ErrorBody,
+    A1111LoraBody,
+    A1111ProgressBody,
+    EmbeddingsBody,
+    PngInfoBody,
+    PngInfoRequest,
+    SamplerBody,
+    SchedulerBody,
+    ScriptsBody,
+    SdModelBody,
+    Txt2ImgBody,
+    UpscalerBody,
+    info_of,
+    png_info_of,
     progress_of,
 )
 from fidelora.errors import JobNotFoundError, WeightsFileError
@@ -93,7 +101,7 @@ def _txt2img_body(plan: Txt2ImgPlan, job: Job) -> Txt2ImgBody:
     send_images = plan.request.send_images is not False
     return Txt2ImgBody(
         images=[base64_of(output) for output in job.outputs] if send_images else [],
-        parameters=plan.request.model_dump(),
+        parameters=plan.request.model_dump(exclude=set(plan.ignored)),
         info=info_of(plan, job, infotexts, f"Fidelora {fidelora.__version__}"),
     )
 
@@ -174,6 +182,63 @@ def a1111_loras(context: ContextDep) -> list[A1111LoraBody]:
 @router.post("/refresh-loras")
 def refresh_loras() -> None:
     """Do nothing, because the server reads the LoRA folder at each request."""
+
+
+@router.get("/upscalers")
+def upscalers() -> list[UpscalerBody]:
+    """List the upscalers: only `None`, because images are not upscaled."""
+    return [UpscalerBody(name="None")]
+
+
+@router.get("/embeddings")
+def embeddings() -> EmbeddingsBody:
+    """List no embeddings, because prompts name them as LoRAs: `<lora:NAME:1>`."""
+    return EmbeddingsBody()
+
+
+@router.get("/scripts")
+def scripts() -> ScriptsBody:
+    """List the scripts, of which there are none."""
+    return ScriptsBody()
+
+
+@router.get("/latent-upscale-modes")
+@router.get("/sd-vae")
+@router.get("/sd-modules")
+@router.get("/hypernetworks")
+@router.get("/face-restorers")
+@router.get("/realesrgan-models")
+@router.get("/prompt-styles")
+@router.get("/script-info")
+@router.get("/extensions")
+def nothing() -> list[dict[str, Any]]:
+    """List nothing: this server has no entries of these kinds."""
+    return []
+
+
+@router.get("/cmd-flags")
+def command_line_flags() -> dict[str, Any]:
+    """Return no flags, because those of A1111 do not exist here."""
+    return {}
+
+
+@router.post("/refresh-checkpoints")
+@router.post("/refresh-vae")
+@router.post("/refresh-embeddings")
+def refresh() -> None:
+    """Do nothing: models are set when the server starts."""
+
+
+@router.post("/skip")
+def skip(context: ContextDep, owner: OwnerDep) -> None:
+    """Cancel the request that `progress` reports, as `interrupt` does."""
+    interrupt(context, owner)
+
+
+@router.post("/png-info")
+def png_info(body: PngInfoRequest) -> PngInfoBody:
+    """Return the generation parameters that are stored in an image; empty if it has none."""
+    return png_info_of(body)
 
 
 def _lora_body(name: str, path: str, context: ServerContext) -> A1111LoraBody:

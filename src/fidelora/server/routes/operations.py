@@ -27,12 +27,14 @@ class Readiness(BaseModel):
     reason: str = ""
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health() -> Health:
     """Return 200 while the server is alive."""
     return Health()
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready", responses={503: {"model": Readiness, "description": "Starting or stopping"}})
 def ready(context: ContextDep, response: Response) -> Readiness:
     """Return 200 while a worker with a loaded base model takes requests, and 503 otherwise."""

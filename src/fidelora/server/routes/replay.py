@@ -32,7 +32,8 @@ from fidelora.errors import (
 from fidelora.families import get_family
 from fidelora.images.parameters import Ignored, Parameters, read_parameters
 from fidelora.images.read import Origin, read_origin
-from fidelora.loras.folder import adapter_named_in_prompt
+from fidelora.loras.folder import adapter_named_in_prompt, adapter_path
+from fidelora.loras.hashes import has_hash
 from fidelora.recipe import LOCATIONS, AdapterRef, Recipe, short_name
 from fidelora.server.context import ContextDep, OwnerDep, ServerContext
 from fidelora.server.middleware import MAX_BODY_BYTES
@@ -307,11 +308,11 @@ async def _plan_from_parameters(
             continue
         ref = await context.resolver.resolve(path)
         adapters.append(ref)
-        if lora.hash and not ref.sha256.startswith(lora.hash):
+        file = adapter_path(context.settings.loras, path)
+        if lora.hash and not await run_in_threadpool(has_hash, file, ref.sha256, lora.hash):
             warnings.append(
-                f"The LoRA {lora.name} has the hash {lora.hash} in the image, but the server's "
-                f"file has the sha256 {ref.sha256[:12]}. "
-                "The files may differ, or the image may contain another kind of hash."
+                f"The LoRA {lora.name} has the hash {lora.hash} in the image, which is not a hash "
+                "of the server's file. The file may be a different LoRA."
             )
     if missing:
         raise AdaptersMissingError(missing=missing)

@@ -1,0 +1,40 @@
+"""Hashes by which other programs identify LoRA files."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from fidelora.errors import WeightsFileError
+from fidelora.safetensors_header import read_file_header
+
+_HASH_OF_NOTHING = hashlib.sha256(b"").hexdigest()
+
+
+def has_hash(path: Path, sha256: str, prefix: str) -> bool:
+    """Return True if a LoRA can be the one with this hash in the parameters of an image.
+
+    AUTOMATIC1111's web UI writes the sha256 of the tensors without the header, which the trainer
+    also stores in the metadata (`sshs_model_hash`). Other programs write the sha256 of the file.
+    The hash of nothing, which some versions of both write, fits all files.
+
+    Args:
+        path: the .safetensors file.
+        sha256: hash of the whole file.
+        prefix: first digits of the hash in the image, in upper or lower case.
+    """
+    prefix = prefix.lower()
+    if sha256.startswith(prefix) or _HASH_OF_NOTHING.startswith(prefix):
+        return True
+    try:
+        stored = read_file_header(path).metadata.get("sshs_model_hash", "")
+    except WeightsFileError:
+        return False
+    return stored.lower().startswith(prefix) or _hash_of_tensors(path).startswith(prefix)
+
+
+def _hash_of_tensors(path: Path) -> str:
+    """Return the sha256 of the bytes after the header."""
+    with path.open("rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        return hashlib.file_digest(file, "sha256").hexdigest()
