@@ -448,6 +448,7 @@ def test_an_interrupt_while_generating_leaves_no_file(tmp_path):
     ]
     start = (
         "import sys, os, signal, fidelora.engine.engine as e, fidelora.cli as c\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # it may be ignored
         "original = e.sample\n"
         "def sample(denoise, schedule, latents, noise, on_step):\n"
         "    def step(number, latents):\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from functools import partial
 
 import pytest
@@ -54,7 +55,7 @@ def server(tmp_path, monkeypatch):
 def test_generated_calls_get_documented_responses(server):
     schema, _, context = server
     operations = [found.ok() for found in schema.get_all_operations()]
-    assert len(operations) == 27
+    assert len(operations) == 33
     for operation in operations:
 
         @settings(
@@ -89,6 +90,9 @@ def test_valid_calls_get_documented_success_responses(server):
                 body, media_type = {"body": {"prompt": "a ball <lora:sks:0.8>"}}, "application/json"
             if operation.label == "POST /v1/replay":
                 body, media_type = {"body": {"image": an_image()}}, "multipart/form-data"
+            if operation.label == "POST /sdapi/v1/png-info":
+                encoded = base64.b64encode(an_image()).decode()
+                body, media_type = {"body": {"image": encoded}}, "application/json"
             if operation.label == "POST /sdapi/v1/options":
                 body, media_type = {"body": {"sd_model_checkpoint": "sd15"}}, "application/json"
             if operation.label == "POST /v1/loras":

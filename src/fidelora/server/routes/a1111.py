@@ -202,15 +202,15 @@ def scripts() -> ScriptsBody:
     return ScriptsBody()
 
 
-@router.get("/latent-upscale-modes")
-@router.get("/sd-vae")
-@router.get("/sd-modules")
-@router.get("/hypernetworks")
-@router.get("/face-restorers")
-@router.get("/realesrgan-models")
-@router.get("/prompt-styles")
-@router.get("/script-info")
-@router.get("/extensions")
+@router.get("/latent-upscale-modes", include_in_schema=False)
+@router.get("/sd-vae", include_in_schema=False)
+@router.get("/sd-modules", include_in_schema=False)
+@router.get("/hypernetworks", include_in_schema=False)
+@router.get("/face-restorers", include_in_schema=False)
+@router.get("/realesrgan-models", include_in_schema=False)
+@router.get("/prompt-styles", include_in_schema=False)
+@router.get("/script-info", include_in_schema=False)
+@router.get("/extensions", include_in_schema=False)
 def nothing() -> list[dict[str, Any]]:
     """List nothing: this server has no entries of these kinds."""
     return []
@@ -222,9 +222,9 @@ def command_line_flags() -> dict[str, Any]:
     return {}
 
 
-@router.post("/refresh-checkpoints")
-@router.post("/refresh-vae")
-@router.post("/refresh-embeddings")
+@router.post("/refresh-checkpoints", include_in_schema=False)
+@router.post("/refresh-vae", include_in_schema=False)
+@router.post("/refresh-embeddings", include_in_schema=False)
 def refresh() -> None:
     """Do nothing: models are set when the server starts."""
 
