@@ -336,6 +336,8 @@ def test_fields_without_effect_are_accepted(client, context, fields):
         ({"eta": 0.5, "sampler_name": "Euler a"}, "eta is 1 for Euler a, and cannot be 0.5"),
         ({"eta": 1.0, "sampler_name": "DDIM"}, "eta is 0 for DDIM"),
         ({"init_images": ["x"]}, "init_images is not a field of txt2img"),
+        ({"s_noise": 0}, "s_noise cannot be 0"),  # it would remove the noise
+        ({"unknown": 0}, "unknown is not a field of txt2img"),
         ({"clip_skip": 2}, "clip_skip cannot be 2; leave it out, or send 0 or 1"),
         ({"styles": ["", "anime"]}, 'styles cannot be ["", "anime"]'),
         (

@@ -273,7 +273,8 @@ def plan_txt2img(request: Txt2ImgRequest, model: str, random_seed: int) -> Txt2I
     """
     extras = request.model_extra or {}
     for name, value in extras.items():
-        if name in _IGNORED_EXTRAS or _asks_for_nothing(value, _NEUTRAL_EXTRAS.get(name, ())):
+        neutral_values = (*_NEUTRAL_EXTRAS.get(name, ()), "", [], {})
+        if name in _IGNORED_EXTRAS or value is False or _asks_for_nothing(value, neutral_values):
             continue
         if name in _NEUTRAL_EXTRAS:
             neutral = " or ".join(json.dumps(each) for each in _NEUTRAL_EXTRAS[name])
@@ -310,14 +311,12 @@ def plan_txt2img(request: Txt2ImgRequest, model: str, random_seed: int) -> Txt2I
     if len(loras) > MAX_LORAS:
         raise PromptSyntaxError(f"The prompt names {len(loras)} LoRAs; the maximum is {MAX_LORAS}.")
     negative = request.negative_prompt or ""
-    if settings.get("emphasis") != _NO_EMPHASIS and (
-        mark := marks_in(prompt) or marks_in(negative)
-    ):
-        raise PromptSyntaxError(
-            f"{mark}, and emphasis in prompts is not supported. Remove it, or send "
-            'override_settings {"emphasis": "None"} to encode it as plain text.'
-        )
     if settings.get("emphasis") != _NO_EMPHASIS:
+        if mark := marks_in(prompt) or marks_in(negative):
+            raise PromptSyntaxError(
+                f"{mark}, and emphasis in prompts is not supported. Remove it, or send "
+                'override_settings {"emphasis": "None"} to encode it as plain text.'
+            )
         prompt, negative = unescaped(prompt), unescaped(negative)
     seed = random_seed if request.seed is None or request.seed == -1 else request.seed
     if seed + request.images - 1 > MAX_SEED:
@@ -339,8 +338,8 @@ def plan_txt2img(request: Txt2ImgRequest, model: str, random_seed: int) -> Txt2I
 
 
 def _asks_for_nothing(value: object, neutral: tuple[object, ...]) -> bool:
-    """Return True for a neutral or empty value, and for a list of blank texts."""
-    if value is None or value in neutral or value in ("", False, [], {}):
+    """Return True for null, a neutral value and a list of blank texts."""
+    if value is None or value in neutral:
         return True
     return isinstance(value, list) and all(
         isinstance(one, str) and not one.strip() for one in value

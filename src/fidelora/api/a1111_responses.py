@@ -77,7 +77,7 @@ class A1111ErrorBody(BaseModel):
 
 
 class SamplerBody(BaseModel):
-    """One entry of `GET /sdapi/v1/samplers`; its alias is the sampler's name in this server."""
+    """One entry of `GET /sdapi/v1/samplers`; the aliases are other names that it accepts."""
 
     name: str
     aliases: list[str]

@@ -65,7 +65,7 @@ def read_config(folder: Path) -> RunConfig:
     """Read the configuration in a run folder.
 
     Raises:
-        JobFolderError: there is no configuration, it cannot be read, or it has no training process.
+        JobFolderError: the configuration is missing, unreadable, or without a training process.
     """
     path = next((folder / name for name in CONFIG_NAMES if (folder / name).is_file()), None)
     if path is None:
@@ -267,7 +267,7 @@ def dtype_of(name: object, where: str) -> Dtype:
         where: the setting, for the error message.
 
     Raises:
-        JobFolderError: there is no such dtype.
+        JobFolderError: the name is not that of a supported dtype.
     """
     if isinstance(name, str) and name in _DTYPES:
         return _DTYPES[name]

@@ -109,7 +109,7 @@ class TriedChange:
 
     @property
     def fix(self) -> str:
-        """How to correct the setting, with its estimated value."""
+        """Instruction to correct the setting, with its estimated value."""
         estimate = self.change.value + self.test.amount * (self.change.size or 0)
         return self.change.fix.format(value=f"{estimate:.3g}")
 

@@ -61,7 +61,7 @@ class TrainingRun:
         dora_alpha: alpha of a DoRA, which its file does not contain; None for other adapter types
             or if unknown.
         full_models: True if the checkpoints are whole base models, as in a full fine-tune. They are
-            .safetensors files or diffusers folders, and there is no adapter.
+            .safetensors files or diffusers folders, and the run has no adapter.
         encodes_prompts_once: True if the trainer encodes the prompts of the sample block before
             training and unloads the text encoders. It then uses `neg` and the flag `--n` for both
             text encoders, and the prompts of the sample block also for `first_round`.

@@ -14,7 +14,7 @@ def steps_to_check(run: TrainingRun, selection: str) -> list[int]:
         selection: a step, `last` or `all`.
 
     Raises:
-        NothingToCheckError: there are no samples, or their checkpoints do not exist.
+        NothingToCheckError: the run has no samples, or none with a checkpoint.
         JobFolderError: `selection` is invalid.
     """
     if not run.samples:
