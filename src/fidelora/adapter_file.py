@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,9 @@ from fidelora.safetensors_header import Header, read_header_bytes, refuse_pickle
 MAX_KEPT_BYTES = 2**30
 """Limit of the memory for the contents of all files opened with `keep="within_budget"`: enough for
 several LoRAs of usual size. Files that exceed it are read again when their tensors are needed."""
+
+HASH_OF_NOTHING = hashlib.sha256(b"").hexdigest()
+"""Wrong hash of the tensors that AI Toolkit's older versions and some other programs store."""
 
 _CHUNK_BYTES = 2**20
 
@@ -39,6 +43,9 @@ class AdapterFile:
         header: checked header.
         sha256: of the whole file, in hex.
         version: device, inode, size and modification time (ns) of the file when it was opened.
+        tensors_sha256: of the bytes after the header, in hex; empty until `take_content`.
+            AUTOMATIC1111's web UI and Civitai identify LoRAs by this hash. Like the web UI, uses
+            the hash in the metadata if there is one.
     """
 
     def __init__(
@@ -55,6 +62,7 @@ class AdapterFile:
         self.header = header
         self.sha256 = sha256
         self.version = version
+        self.tensors_sha256 = ""
         self._content = content
 
     @classmethod
@@ -129,6 +137,7 @@ class AdapterFile:
             if again.sha256 != self.sha256:
                 raise changed_error(self.name, again.sha256, self.sha256)
             content = again.take_content()
+        self.tensors_sha256 = self.tensors_sha256 or _tensors_sha256(content, self.header)
         return content
 
     def drop_content(self) -> None:
@@ -171,6 +180,15 @@ def _whole(file: BinaryIO, header: Header, header_bytes: bytes, name: str) -> by
     if len(content) != header.file_bytes or not content.startswith(header_bytes):
         raise _changed_while_read(name)
     return content
+
+
+def _tensors_sha256(content: bytes, header: Header) -> str:
+    """Return the sha256 of the bytes after the header."""
+    stored = header.metadata.get("sshs_model_hash", "").lower()
+    if re.fullmatch("[0-9a-f]{64}", stored) and stored != HASH_OF_NOTHING:
+        return stored
+    start = 8 + int.from_bytes(content[:8], "little")
+    return hashlib.sha256(memoryview(content)[start:]).hexdigest()
 
 
 def _hash_rest(file: BinaryIO, header: Header, header_bytes: bytes, name: str) -> str:

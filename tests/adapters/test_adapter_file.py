@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from tests.support import GOLDEN_JOBS, LOKR, LORA, LORA_CONV, SDXL_DORA, TINY_BASE
 
 from fidelora import AdapterRef, Engine, Recipe, adapter_file
-from fidelora.adapter_file import AdapterFile
+from fidelora.adapter_file import HASH_OF_NOTHING, AdapterFile
 from fidelora.adapters.library import AdapterLibrary
 from fidelora.adapters.read import read_adapter
 from fidelora.adapters.tensor_names import noise_of_adapter, noise_of_file
@@ -196,6 +198,33 @@ def test_taken_content_is_read_and_checked_again(lora, other_bytes):
     other_bytes()
     with pytest.raises(AdapterChangedError):
         file.take_content()
+
+
+@pytest.mark.parametrize("stored", [None, HASH_OF_NOTHING.upper(), "x" * 64, "ab"])
+def test_the_hash_of_the_tensors_is_computed(tmp_path, stored):
+    path = tmp_path / "a.safetensors"
+    metadata = {} if stored is None else {"sshs_model_hash": stored}
+    save_file({"x": torch.arange(3.0)}, path, metadata)
+    file = AdapterFile.open(path)
+    assert file.tensors_sha256 == ""
+    file.take_content()
+    assert file.tensors_sha256 == hashlib.sha256(torch.arange(3.0).numpy().tobytes()).hexdigest()
+
+
+def test_the_hash_of_the_tensors_in_the_metadata_is_used(tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "a.safetensors", {"sshs_model_hash": "AB" * 32})
+    file = AdapterFile.open(tmp_path / "a.safetensors")
+    file.take_content()
+    assert file.tensors_sha256 == "ab" * 32
+
+
+def test_images_contain_the_hash_of_the_tensors(lora):
+    engine = Engine()
+    recipe = Recipe(prompt="a ball", adapters=(AdapterRef.from_file(lora),), **SMALL)
+    content = lora.read_bytes()
+    of_tensors = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+    for _ in range(2):  # also for an adapter that is in memory already
+        assert f'Lora hashes: "a_lora: {of_tensors[:12]}"' in engine.generate(recipe).parameters
 
 
 def test_a_reference_with_another_hash_does_not_use_the_kept_bytes(lora):

@@ -44,16 +44,17 @@ RECIPE = Recipe(
 PARAMETERS = (
     'süß 🙂 "a ball"\nin two lines <lora:style:0.75> <lora:ffffffffffff:-2>\n'
     "Negative prompt: blurry, bad\n"
-    "Steps: 12, Sampler: k_dpmsolver++, CFG scale: 7.25, Seed: 9223372036854775807, Size: 64x72, "
-    "Model: my base.safetensors, "
-    'Lora hashes: "style: 0123456789ab, ffffffffffff: ffffffffffff", Version: Fidelora 1.2.3'
+    "Steps: 12, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7.25, "
+    "Seed: 9223372036854775807, Size: 64x72, Model: my base.safetensors, "
+    'Lora hashes: "style: fedcba987654, ffffffffffff: ffffffffffff", Version: Fidelora 1.2.3'
 )
 
 
 def image_of(recipe=RECIPE):
     """Return an image of noise, which lossy formats change."""
     pixels = np.random.default_rng(0).integers(0, 256, (72, 64, 3), dtype=np.uint8)
-    return GeneratedImage(pixels, recipe, ENVIRONMENT)
+    hashes = {RECIPE.adapters[0].sha256: "fedcba9876543210" * 4}
+    return GeneratedImage(pixels, recipe, ENVIRONMENT, lora_hashes=hashes)
 
 
 def opened(content):
@@ -161,9 +162,30 @@ def test_jpeg_and_webp_contain_parameters_as_user_comment(image_format):
 def test_parameters_contain_only_fields_that_the_recipe_sets():
     assert parameters_text(Recipe(prompt="a red ball"), ENVIRONMENT) == (
         "a red ball\n"
-        "Steps: 25, Sampler: ddpm, CFG scale: 6, Seed: 42, Size: 512x512, "
-        "Model: stable-diffusion-v1-5, Version: Fidelora 1.2.3"
+        "Steps: 25, Sampler: DDPM, Schedule type: Automatic, CFG scale: 6, Seed: 42, "
+        "Size: 512x512, Model: stable-diffusion-v1-5, Version: Fidelora 1.2.3"
     )
+
+
+@pytest.mark.parametrize(
+    ("sampler", "pairs"),
+    [
+        ("k_euler", "Sampler: Euler, Schedule type: Karras, CFG"),
+        ("euler", "Sampler: Euler, Schedule type: Automatic, CFG"),
+        ("dpmsolver++", "Sampler: DPM++ 2M, Schedule type: Uniform, CFG"),
+        ("dpmsingle", "Sampler: dpmsingle, CFG"),
+    ],
+)
+def test_samplers_have_their_names_in_a1111(sampler, pairs):
+    text = parameters_text(Recipe(prompt="a red ball", sampler=sampler), ENVIRONMENT)
+    assert pairs in text
+
+
+@pytest.mark.parametrize("prompt", ["(a)", "[a]", r"a\b", "a)"])
+@pytest.mark.parametrize("field", ["prompt", "negative_prompt"])
+def test_brackets_are_marked_as_text_for_a1111(field, prompt):
+    text = parameters_text(Recipe(**{"prompt": "a", field: prompt}), ENVIRONMENT)
+    assert ", Emphasis: None, " in text
 
 
 def test_a_value_with_separators_is_quoted():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import shutil
 from typing import Any
@@ -33,6 +34,9 @@ from fidelora.recipe import MAX_SEED, file_sha256
 from fidelora.server import submit
 from fidelora.server.context import ServerContext
 
+TENSORS_SHA256 = hashlib.sha256(
+    LORA.read_bytes()[8 + int.from_bytes(LORA.read_bytes()[:8], "little") :]
+).hexdigest()
 HOSTILE = "<script>alert(1)</script>"
 
 
@@ -112,8 +116,9 @@ def test_the_client_of_the_web_ui_makes_images(tiny_server: Server):
     assert [image.info["parameters"] for image in result.images] == result.info["infotexts"]
     assert result.info["infotexts"][1] == (
         "a ball <lora:sks:0.8>\nNegative prompt: bad\n"
-        "Steps: 2, Sampler: euler_a, CFG scale: 4, Seed: 6, Size: 64x72, Model: tiny-sd15, "
-        f'Lora hashes: "sks: {file_sha256(LORA)[:12]}", Version: Fidelora {fidelora.__version__}'
+        "Steps: 2, Sampler: Euler a, Schedule type: Automatic, CFG scale: 4, Seed: 6, "
+        "Size: 64x72, Model: tiny-sd15, "
+        f'Lora hashes: "sks: {TENSORS_SHA256[:12]}", Version: Fidelora {fidelora.__version__}'
     )
 
 

@@ -34,6 +34,7 @@ class Adapter:
             it; None if the recipe does not set it.
         embedding: vectors [tokens, width] by key of the file (`emb_params`, ...); empty for a file
             without an embedding.
+        tensors_sha256: see `AdapterFile`.
     """
 
     sha256: str
@@ -42,6 +43,7 @@ class Adapter:
     metadata: Mapping[str, str]
     alpha: float | None = None
     embedding: Mapping[str, Tensor] = field(default_factory=dict)
+    tensors_sha256: str = ""
 
     @property
     def is_embedding(self) -> bool:
@@ -138,7 +140,12 @@ def adapter_of(file: AdapterFile, tensors: Mapping[str, Tensor]) -> Adapter:
             for module, delta in deltas.items()
         }
     return Adapter(
-        file.sha256, Path(file.name).stem, deltas, file.header.metadata, embedding=embedding
+        file.sha256,
+        Path(file.name).stem,
+        deltas,
+        file.header.metadata,
+        embedding=embedding,
+        tensors_sha256=file.tensors_sha256,
     )
 
 

@@ -50,6 +50,7 @@ class BoundAdapter:
         alpha: see `Adapter.alpha`.
         word: word of an embedding; None for adapters of other kinds.
         vectors: vectors of an embedding, float32 [tokens, width] by text encoder.
+        tensors_sha256: see `AdapterFile`.
     """
 
     sha256: str
@@ -57,6 +58,7 @@ class BoundAdapter:
     alpha: float | None = None
     word: str | None = None
     vectors: Mapping[str, Tensor] = field(default_factory=dict)
+    tensors_sha256: str = ""
 
     @property
     def identity(self) -> str:
@@ -140,7 +142,9 @@ class Targets:
                 deltas[target.name] = delta
         if unmatched or misshapen:
             raise AdapterMismatchError(self._explain(adapter, unmatched, misshapen))
-        return BoundAdapter(adapter.sha256, deltas, adapter.alpha)
+        return BoundAdapter(
+            adapter.sha256, deltas, adapter.alpha, tensors_sha256=adapter.tensors_sha256
+        )
 
     def bind_embedding(self, adapter: Adapter, word: str) -> BoundAdapter:
         """Find the text encoder of every tensor of an embedding.
@@ -161,7 +165,13 @@ class Targets:
                 "with the base model that it was trained on."
             )
         vectors = {self._tables[key][0]: one for key, one in adapter.embedding.items()}
-        return BoundAdapter(adapter.sha256, {}, word=word, vectors=vectors)
+        return BoundAdapter(
+            adapter.sha256,
+            {},
+            word=word,
+            vectors=vectors,
+            tensors_sha256=adapter.tensors_sha256,
+        )
 
     def match_embedding(self, adapter: Adapter) -> tuple[bool, bool]:
         """Return whether an embedding has this family's keys, and whether the widths also match."""

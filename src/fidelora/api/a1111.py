@@ -24,7 +24,7 @@ from fidelora.errors import (
     UnknownSamplerError,
 )
 from fidelora.families import all_families
-from fidelora.images.a1111_prompt import NamedLora, loras_in, marks_in, unescaped
+from fidelora.images.a1111_prompt import NO_EMPHASIS, NamedLora, loras_in, marks_in, unescaped
 from fidelora.images.a1111_samplers import AUTOMATIC, sampler_of
 from fidelora.recipe import (
     MAX_GUIDANCE,
@@ -36,8 +36,6 @@ from fidelora.recipe import (
     Recipe,
 )
 
-_NO_EMPHASIS = "None"
-"""Value of A1111's setting `emphasis` that treats brackets in prompts as text, as in training."""
 FORMATS = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp"}
 """Image formats by the names of A1111's setting `samples_format`."""
 
@@ -169,7 +167,7 @@ def options_of(model: str) -> dict[str, Any]:
         "sd_model_checkpoint": model,
         "sd_vae": "Automatic",
         "samples_format": "png",
-        "emphasis": _NO_EMPHASIS,
+        "emphasis": NO_EMPHASIS,
         "CLIP_stop_at_last_layers": 1,
         "eta_noise_seed_delta": 0,
     }
@@ -311,7 +309,7 @@ def plan_txt2img(request: Txt2ImgRequest, model: str, random_seed: int) -> Txt2I
     if len(loras) > MAX_LORAS:
         raise PromptSyntaxError(f"The prompt names {len(loras)} LoRAs; the maximum is {MAX_LORAS}.")
     negative = request.negative_prompt or ""
-    if settings.get("emphasis") != _NO_EMPHASIS:
+    if settings.get("emphasis") != NO_EMPHASIS:
         if mark := marks_in(prompt) or marks_in(negative):
             raise PromptSyntaxError(
                 f"{mark}, and emphasis in prompts is not supported. Remove it, or send "

@@ -279,6 +279,7 @@ class Engine:
             finally:
                 model.rest()
         environment = self._environment(model)
+        hashes = {one.sha256: one.tensors_sha256 for one, _ in bound.adapters}
         return [
             GeneratedImage(
                 pixels,
@@ -286,6 +287,7 @@ class Engine:
                 environment,
                 one.warnings,
                 clock.laps,
+                hashes,
             )
             for pixels, recipe, one in zip(images, recipes, encoded, strict=True)
         ]

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from fidelora.errors import PromptSyntaxError
 from fidelora.recipe import MAX_MULTIPLIER
 
+NO_EMPHASIS = "None"
+"""Value of A1111's setting `emphasis` that treats brackets in prompts as text, as in training."""
+
 _TAG = re.compile(r"<(?P<network>\w+):(?P<arguments>[^<>]+)>")
 """Tag of an extra network of any kind in A1111."""
 _LORA = {"lora", "lyco"}

@@ -111,9 +111,9 @@ def sampler_of(name: str, scheduler: str, spec: Family, *, prefers_own: bool = F
 
 
 def name_of(sampler: str) -> tuple[str, str]:
-    """Return A1111's names of a sampler and its scheduler, or the same name if A1111 has none."""
+    """Return A1111's names of a sampler and its scheduler; `sampler` and "" if A1111 has none."""
     for theirs, by_schedule in _TABLE.items():
-        for schedule, ours in by_schedule.items():
-            if ours == sampler:
+        for schedule in (KARRAS, AUTOMATIC, UNIFORM):  # Karras is clearer than Automatic
+            if by_schedule.get(schedule) == sampler:
                 return theirs, schedule
-    return sampler, AUTOMATIC
+    return sampler, ""

@@ -16,6 +16,7 @@ from typing import Any
 from fidelora.errors import PromptSyntaxError, UnknownSamplerError
 from fidelora.families import Family
 from fidelora.images.a1111_prompt import (
+    NO_EMPHASIS,
     NamedLora,
     brackets_in,
     lora_of,
@@ -23,7 +24,7 @@ from fidelora.images.a1111_prompt import (
     tags_in,
     unescaped,
 )
-from fidelora.images.a1111_samplers import AUTOMATIC, sampler_of
+from fidelora.images.a1111_samplers import AUTOMATIC, name_of, sampler_of
 from fidelora.recipe import MAX_SEED, AdapterRef, Recipe
 
 _NEGATIVE = "Negative prompt:"
@@ -37,6 +38,7 @@ _SAYS_NOTHING = {
     "Version": None,
     "Clip skip": "1",
     "Schedule type": None,
+    "Emphasis": NO_EMPHASIS,
     "Lora hashes": None,
     "Batch size": None,
     "Batch pos": None,
@@ -92,17 +94,32 @@ class Parameters:
         return Recipe(**{**said, **others, "adapters": refs})
 
 
-def parameters_text(recipe: Recipe, environment: Mapping[str, str]) -> str:
-    """Return the parameters text of a recipe, with Fidelora's sampler name."""
+def parameters_text(
+    recipe: Recipe,
+    environment: Mapping[str, str],
+    lora_hashes: Mapping[str, str] | None = None,
+) -> str:
+    """Return the parameters text of a recipe, as A1111 writes it.
+
+    Samplers that A1111 does not have keep Fidelora's name. `Emphasis: None` tells A1111 to encode
+    brackets as text, as Fidelora does.
+
+    Args:
+        environment: versions; `fidelora` is one of them.
+        lora_hashes: sha256 of the tensors of each adapter, by the sha256 of its file, which is used
+            for adapters that are missing here.
+    """
     loras = "".join(
         f" <lora:{ref.name or ref.sha256[:12]}:{ref.multiplier:g}>" for ref in recipe.adapters
     )
     lines = [recipe.prompt + loras]
     if recipe.negative_prompt:
         lines.append(f"{_NEGATIVE} {recipe.negative_prompt}")
+    sampler, schedule = name_of(recipe.sampler)
     pairs = {
         "Steps": str(recipe.steps),
-        "Sampler": recipe.sampler,
+        "Sampler": sampler,
+        **({"Schedule type": schedule} if schedule else {}),
         "CFG scale": f"{recipe.guidance_scale:g}",
         "Seed": str(recipe.seed),
         "Size": f"{recipe.width}x{recipe.height}",
@@ -110,11 +127,14 @@ def parameters_text(recipe: Recipe, environment: Mapping[str, str]) -> str:
     }
     if recipe.fidelity != "exact":
         pairs["Fidelity"] = recipe.fidelity
+    if any(mark in recipe.prompt + recipe.negative_prompt for mark in "()[]\\"):
+        pairs["Emphasis"] = NO_EMPHASIS
     if recipe.adapters:
-        hashes = ", ".join(
-            f"{ref.name or ref.sha256[:12]}: {ref.sha256[:12]}" for ref in recipe.adapters
+        known = lora_hashes or {}
+        pairs["Lora hashes"] = ", ".join(
+            f"{ref.name or ref.sha256[:12]}: {known.get(ref.sha256, ref.sha256)[:12]}"
+            for ref in recipe.adapters
         )
-        pairs["Lora hashes"] = hashes
     pairs["Version"] = f"Fidelora {environment['fidelora']}"
     lines.append(", ".join(f"{key}: {_quoted(value)}" for key, value in pairs.items()))
     return "\n".join(lines)
@@ -173,7 +193,7 @@ def read_parameters(text: str, spec: Family) -> Parameters:
                         f"{mark} in A1111; Fidelora encodes prompts as they are written.",
                     )
                 )
-        if pairs.get("Emphasis") != "None":
+        if pairs.get("Emphasis") != NO_EMPHASIS:
             prompt, negative = unescaped(prompt), unescaped(negative)
     return Parameters(
         text,

@@ -42,6 +42,8 @@ class GeneratedImage:
         environment: versions and device, which can affect the last bits.
         warnings: sentences for the user, for example that the end of a prompt was cut off.
         seconds: duration of each stage by name.
+        lora_hashes: sha256 of the tensors of each adapter by the sha256 of its file; see
+            `AdapterFile.tensors_sha256`.
     """
 
     pixels: NDArray[np.uint8]
@@ -49,6 +51,12 @@ class GeneratedImage:
     environment: Mapping[str, str]
     warnings: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
+    lora_hashes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> str:
+        """Text that other programs read; see `parameters_text`."""
+        return parameters_text(self.recipe, self.environment, self.lora_hashes)
 
     def to_pil(self) -> Image.Image:
         """Return the pixels as a Pillow image."""
@@ -91,7 +99,7 @@ class GeneratedImage:
         buffer = io.BytesIO()
         if image_format == "png":
             text = PngImagePlugin.PngInfo()
-            text.add_itxt(PARAMETERS_KEY, parameters_text(self.recipe, self.environment))
+            text.add_itxt(PARAMETERS_KEY, self.parameters)
             text.add_itxt(RECORD_KEY, json.dumps(self.record(), ensure_ascii=False))
             image.save(buffer, "PNG", pnginfo=text)
             return buffer.getvalue()
@@ -122,7 +130,7 @@ class GeneratedImage:
     def _exif(self, quality: int | None) -> bytes:
         exif = Image.Exif()
         exif[ExifTags.Base.ImageDescription] = json.dumps(self.record(quality), ensure_ascii=True)
-        comment = parameters_text(self.recipe, self.environment).encode("utf-16-be")
+        comment = self.parameters.encode("utf-16-be")
         exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + comment
         return exif.tobytes()
 
