@@ -55,9 +55,10 @@ FULL: dict[str, Any] = {
     "fidelity": "exact",
     "negative_prompt_2": None,
     "guidance_rescale": 0.0,
+    "emphasis": "none",
     "history": (),
 }
-"""Every field, none with its default except `base_sha256` and the last four.
+"""Every field, none with its default except `base_sha256` and the last five.
 
 Live adapters need `fidelity` "exact", and the others were added later.
 """
@@ -321,6 +322,7 @@ RECIPES = st.builds(
     seed=st.integers(0, 2**63 - 1),
     sampler=st.sampled_from(SAMPLERS),
     prediction=st.sampled_from(["epsilon", "v_prediction"]),
+    emphasis=st.sampled_from(["none", "original"]),
     adapters=st.lists(ADAPTERS, max_size=3).map(tuple),
     adapter_mode=st.sampled_from(["merged", "live"]),
     noise=st.sampled_from(["modern", "legacy"]),
@@ -362,7 +364,7 @@ def test_the_json_form_is_stable():
         **{
             name: value
             for name, value in FULL.items()
-            if name not in ("negative_prompt_2", "guidance_rescale", "history")
+            if name not in ("negative_prompt_2", "guidance_rescale", "emphasis", "history")
         },
         "base_model": "base.safetensors",
         "adapters": [
@@ -580,6 +582,7 @@ OTHER_VALUES = {
     "text_encoder_dtype": "float16",
     "fidelity": "fast",
     "guidance_rescale": 0.5,
+    "emphasis": "original",
 }
 
 

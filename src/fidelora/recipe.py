@@ -20,6 +20,7 @@ from fidelora.checks import in_range, is_text, one_of, shown
 from fidelora.embedding_file import embedding_word
 from fidelora.errors import RecipeError, UnknownSamplerError, WeightsFileError
 from fidelora.families import Family, get_family
+from fidelora.families.emphasis import Emphasis, check_emphasis
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Noise = Literal["modern", "legacy"]
@@ -45,6 +46,7 @@ _OPTIONAL: Mapping[str, Any] = {
     "negative_prompt": "",
     "negative_prompt_2": None,
     "guidance_rescale": 0.0,
+    "emphasis": "none",
     "prediction": "epsilon",
     "noise": "modern",
 }
@@ -54,6 +56,7 @@ any other value."""
 _OMITTED_DEFAULTS: Mapping[str, Any] = {
     "negative_prompt_2": None,
     "guidance_rescale": 0.0,
+    "emphasis": "none",
     "history": (),
 }
 """Default values of fields that older recipes do not contain. The JSON form omits a field that has
@@ -190,6 +193,9 @@ class Recipe:
         negative_prompt_2: negative prompt of the second text encoder, for families with two; None
             uses `negative_prompt`. The two differ in the trainer's samples if the flag `--n` is
             set, which changes only the first one.
+        emphasis: how the weights of words in the prompts are computed: `none`, for brackets that
+            are text, or as in the web UI of AUTOMATIC1111, with the meaning of its setting:
+            `original`, `no_norm`, `ignore`. In these cases, long prompts are not truncated.
         model: id of the model family.
         base_model: hub id (`owner/name`, `owner/name@revision`), diffusers folder or single
             .safetensors file. The JSON form shortens paths in this field, `config` and `vae` to
@@ -233,6 +239,7 @@ class Recipe:
     prompt: str
     negative_prompt: str = ""
     negative_prompt_2: str | None = None
+    emphasis: Emphasis = "none"
     model: str = "sd15"
     base_model: str = FROM_MODEL
     base_sha256: str = ""
@@ -316,6 +323,7 @@ class Recipe:
             whole=True,
         )
         for name, choices in (
+            ("emphasis", Emphasis),
             ("prediction", Prediction),
             ("adapter_mode", AdapterMode),
             ("noise", Noise),
@@ -328,6 +336,9 @@ class Recipe:
         for name, default in _OPTIONAL.items():
             if name not in spec.uses and getattr(self, name) != default:
                 raise RecipeError(f"{spec.title} does not use {name}; leave it out.", field=name)
+        if self.emphasis != "none":
+            for name in ("prompt", "negative_prompt", "negative_prompt_2"):
+                check_emphasis(name, getattr(self, name) or "")
         if self.fidelity == "fast" and self.adapter_mode == "live":
             raise RecipeError(
                 "Fidelity fast always merges adapters; use adapter_mode merged, or fidelity exact.",

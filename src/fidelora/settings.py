@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from fidelora.accel import Offload
 from fidelora.errors import SettingsError
 from fidelora.families import all_families
+from fidelora.families.emphasis import Emphasis
 
 _PREFIX = "FIDELORA_"
 
@@ -260,6 +261,23 @@ class Settings(BaseSettings):
             "of `NAME=MODEL`, such as `dall-e-3=sd15,gpt-image-1=sdxl`."
         ),
     )
+    emphasis: Emphasis = Field(
+        "none",
+        validation_alias="FIDELORA_EMPHASIS",
+        description=(
+            "How brackets in prompts weight words in AUTOMATIC1111's API, unless a request sets "
+            "`override_settings.emphasis`: none refuses weights such as `(word:1.2)`; original, "
+            "no_norm and ignore compute them as the web UI does with these settings."
+        ),
+    )
+    cors_origins: Annotated[frozenset[str], NoDecode] = Field(
+        frozenset(),
+        validation_alias="FIDELORA_CORS_ORIGINS",
+        description=(
+            "Origins of web pages that may call this server from a browser, separated by commas, "
+            "such as `https://chat.example`. `*` allows all, on servers with API keys only."
+        ),
+    )
     log_format: Literal["auto", "json", "text"] = Field(
         "auto",
         validation_alias="FIDELORA_LOG_FORMAT",
@@ -284,6 +302,21 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"{invalid[0]!r} is not a hostname; use names such as huggingface.co or *.hf.co"
             )
+        return value
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _split_origins(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        return frozenset(one.strip().rstrip("/") for one in value.split(",") if one.strip())
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, value: frozenset[str]) -> frozenset[str]:
+        for origin in value:
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s?#]+", origin):
+                raise ValueError(f"{origin!r} is not an origin; write https://chat.example, or *")
         return value
 
     @field_validator("base_model")

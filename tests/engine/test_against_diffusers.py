@@ -25,7 +25,7 @@ from tests.support import TINY_BASE, TINY_SDXL, load_model_of, read_json
 from fidelora import Engine, Recipe
 from fidelora.engine.model import LoadedModel, ModelKey, load_model
 from fidelora.families import all_families, get_family
-from fidelora.families.clip import ClipEncoder, last_state, penultimate_state
+from fidelora.families.clip import ClipEncoder
 from fidelora.families.sd.spec import _TRAINER_CONFIG
 from fidelora.families.sd.text import SDText
 from fidelora.families.spec import NoiseSampler
@@ -108,8 +108,7 @@ def sd15(base: LoadedModel, scheduler: Any, recipe: Recipe) -> tuple[Any, dict[s
     )
     with torch.no_grad():
         positive, negative = (
-            last_state(reader.tokenizer, reader.encoder, text, CPU).states
-            for text in (recipe.prompt, recipe.negative_prompt)
+            reader.encode(text).states for text in (recipe.prompt, recipe.negative_prompt)
         )
     return pipeline, {"prompt_embeds": positive, "negative_prompt_embeds": negative}
 
@@ -132,7 +131,7 @@ def sdxl(base: LoadedModel, scheduler: Any, recipe: Recipe) -> tuple[Any, dict[s
 
     def encode(*texts: str) -> tuple[torch.Tensor, torch.Tensor]:
         def one(reader: ClipEncoder, text: str) -> Any:
-            return penultimate_state(reader.tokenizer, reader.encoder, text, CPU)
+            return reader.encode(text)
 
         with torch.no_grad():
             read = [one(reader, text) for reader, text in zip((first, second), texts, strict=True)]

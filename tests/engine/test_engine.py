@@ -37,7 +37,7 @@ from fidelora.errors import (
     NumericsError,
 )
 from fidelora.families import get_family
-from fidelora.families.clip import last_state
+from fidelora.families.clip import ClipEncoder
 from fidelora.sampling.noise import legacy_randn
 
 SMALL: dict[str, Any] = {"base_model": str(TINY_BASE), "width": 64, "height": 64, "steps": 3}
@@ -533,11 +533,12 @@ def count_encodings(monkeypatch):
     """Return a list that collects the texts that are actually encoded from now on."""
     seen: list[str] = []
 
-    def counted(tokenizer, encoder, text, device):
-        seen.append(text)
-        return last_state(tokenizer, encoder, text, device)
+    def counted(self, prompt, emphasis="none"):
+        seen.append(prompt)
+        return encode(self, prompt, emphasis)
 
-    monkeypatch.setattr("fidelora.families.sd.text.PlainText.encode_prompt", staticmethod(counted))
+    encode = ClipEncoder.encode
+    monkeypatch.setattr(ClipEncoder, "encode", counted)
     return seen
 
 

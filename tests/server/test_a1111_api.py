@@ -511,6 +511,42 @@ def test_escaped_brackets_are_brackets(client, context):
     assert (recipe.prompt, recipe.negative_prompt) == tuple(prompts.values())
 
 
+EMPHASIS = ["Original", "No norm", "Ignore"]
+
+
+@pytest.mark.parametrize("value", EMPHASIS)
+def test_emphasis_is_computed_if_a_request_asks_for_it(client, context, value):
+    prompts = {"prompt": r"(a:1.2) \(b\) BREAK c", "negative_prompt": "[x]"}
+    settings = {"emphasis": value}
+    (recipe,) = recipes_for(client, context, **prompts, override_settings=settings)
+    assert recipe.emphasis == value.lower().replace(" ", "_")
+    assert (recipe.prompt, recipe.negative_prompt) == tuple(prompts.values())
+
+
+def test_emphasis_can_be_the_default_of_a_server(tmp_path):
+    context = context_in(tmp_path, emphasis="original")
+    client = client_of(context)
+    (recipe,) = recipes_for(client, context, prompt="(a:1.2)")
+    assert recipe.emphasis == "original"
+    (recipe,) = recipes_for(
+        client, context, prompt="(a:1.2)", override_settings={"emphasis": "None"}
+    )
+    assert recipe.emphasis == "none"
+    assert client.get("/sdapi/v1/options").json()["emphasis"] == "Original"
+    assert client.post("/sdapi/v1/options", json={"emphasis": "Original"}).status_code == 200
+    assert client.post("/sdapi/v1/options", json={"emphasis": "None"}).status_code == 400
+
+
+@pytest.mark.parametrize("prompt", ["[a:b:0.5]", "a AND b", "[a|b]"])
+def test_prompt_editing_is_refused_with_emphasis(client, prompt):
+    answer = client.post(
+        "/sdapi/v1/txt2img",
+        json={"prompt": prompt, "override_settings": {"emphasis": "Original"}},
+    )
+    assert answer.status_code == 422
+    assert "not supported; remove it" in answer.text
+
+
 def test_clients_without_a_key_send_empty_credentials(client):
     for value in ("Basic ", "Basic", "Basic Og==", "Bearer "):
         answer = client.get("/sdapi/v1/options", headers={"Authorization": value})

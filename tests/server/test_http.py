@@ -680,6 +680,50 @@ def test_without_keys_pages_of_this_machine_are_accepted(client, origin):
     assert client.get("/v1/models", headers={"Origin": origin}).status_code == 200
 
 
+PREFLIGHT = {
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization,content-type",
+}
+CHAT = "https://chat.example"
+
+
+@pytest.mark.parametrize("with_key", [True, False])
+def test_allowed_origins_may_call_the_server_from_a_browser(tmp_path, with_key):
+    context = context_in(tmp_path, cors_origins="https://other.example, https://chat.example/")
+    key = {"Authorization": f"Bearer {context.keys.add('one')}"} if with_key else {}
+    client = client_of(context)
+    asked = client.options("/v1/inference", headers={"Origin": CHAT, **PREFLIGHT})
+    assert asked.status_code == 200
+    assert asked.headers["access-control-allow-origin"] == CHAT
+    assert asked.headers["access-control-allow-headers"] == "authorization,content-type"
+    answer = client.get("/v1/models", headers={"Origin": CHAT, **key})
+    assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, CHAT)
+    other = client.get("/v1/models", headers={"Origin": "https://evil.example", **key})
+    assert "access-control-allow-origin" not in other.headers
+    assert other.status_code == (200 if with_key else 400)
+
+
+def test_a_star_allows_all_origins_on_servers_with_keys_only(tmp_path):
+    context = context_in(tmp_path, cors_origins="*")
+    client = client_of(context)
+    assert client.get("/v1/models", headers={"Origin": CHAT}).status_code == 400
+    key = {"Authorization": f"Bearer {context.keys.add('one')}"}
+    answer = client.get("/v1/models", headers={"Origin": CHAT, **key})
+    assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, "*")
+
+
+def test_by_default_no_origin_is_allowed(client):
+    answer = client.options("/v1/inference", headers={"Origin": CHAT, **PREFLIGHT})
+    assert "access-control-allow-origin" not in answer.headers
+    assert answer.status_code >= 400
+
+
+@pytest.mark.parametrize("value", ["chat.example", "https://chat.example/path", "https://"])
+def test_an_invalid_origin_stops_the_server(tmp_path, value):
+    with pytest.raises(ValueError, match="is not an origin"):
+        context_in(tmp_path, cors_origins=value)
+
+
 def test_a_token_is_not_stored_logged_or_returned(client, context, caplog, capsys):
     caplog.set_level("DEBUG")
     request_id = submit(client, MINIMAL | {"hf_token": SECRET})

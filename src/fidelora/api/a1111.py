@@ -24,6 +24,7 @@ from fidelora.errors import (
     UnknownSamplerError,
 )
 from fidelora.families import all_families
+from fidelora.families.emphasis import Emphasis
 from fidelora.images.a1111_prompt import NO_EMPHASIS, NamedLora, loras_in, marks_in, unescaped
 from fidelora.images.a1111_samplers import AUTOMATIC, sampler_of
 from fidelora.recipe import (
@@ -157,35 +158,53 @@ _IGNORED_EXTRAS = frozenset(
 )  # fmt: skip
 """Fields of some clients that have no effect here, whatever their value: bookkeeping, settings of
 `enable_hr`, which is not supported, and settings of models with distilled guidance."""
+EMPHASIS: Mapping[str, Emphasis] = {
+    NO_EMPHASIS: "none",
+    "Ignore": "ignore",
+    "Original": "original",
+    "No norm": "no_norm",
+}
+"""Values of A1111's setting `emphasis`, and the recipe's."""
 _ETA = {"euler_a": 1.0, "dpm_2_a": 1.0, "ddim": 0.0}
 """Fixed `eta` of the samplers that have one."""
 
 
-def options_of(model: str) -> dict[str, Any]:
-    """Return the supported settings of A1111 with their fixed values."""
+def options_of(model: str, emphasis: Emphasis = "none") -> dict[str, Any]:
+    """Return the supported settings of A1111 with their fixed values.
+
+    Args:
+        emphasis: that of requests that do not set it.
+    """
     return {
         "sd_model_checkpoint": model,
         "sd_vae": "Automatic",
         "samples_format": "png",
-        "emphasis": NO_EMPHASIS,
+        "emphasis": next(name for name, value in EMPHASIS.items() if value == emphasis),
         "CLIP_stop_at_last_layers": 1,
         "eta_noise_seed_delta": 0,
     }
 
 
-def check_options(changes: Mapping[str, Any], model: str, *, for_one_request: bool = False) -> None:
+def check_options(
+    changes: Mapping[str, Any], fixed: Mapping[str, Any], *, for_one_request: bool = False
+) -> None:
     """Check that each setting has its fixed value, or can be set for one request.
+
+    Args:
+        fixed: see `options_of`.
 
     Raises:
         RequestError: a setting cannot be changed; the message names it.
     """
     for name, value in changes.items():
         field_path = f"override_settings.{name}" if for_one_request else name
-        if name in (fixed := options_of(model)) and value == fixed[name]:
+        if name in fixed and value == fixed[name]:
             continue
         if for_one_request and name == "sd_model_checkpoint" and value in all_families():
             continue
         if for_one_request and name == "samples_format" and value in FORMATS:
+            continue
+        if for_one_request and name == "emphasis" and value in EMPHASIS:
             continue
         if name in fixed:
             raise _unsupported(
@@ -214,6 +233,7 @@ class Txt2ImgPlan:
     image_format: str
     seed: int
     request: Txt2ImgRequest
+    emphasis: Emphasis = "none"
     ignored: tuple[str, ...] = ()
 
     def recipes(
@@ -244,6 +264,7 @@ class Txt2ImgPlan:
                 guidance_scale=_value_or_default(request, "cfg_scale"),
                 seed=self.seed,
                 sampler=self.sampler,
+                emphasis=self.emphasis,
                 adapters=refs,
                 **base,
             )
@@ -258,12 +279,15 @@ _REQUEST_FIELDS = {"guidance_scale": "cfg_scale", "sampler": "sampler_name"}
 """Names of recipe fields in this API, where they differ."""
 
 
-def plan_txt2img(request: Txt2ImgRequest, model: str, random_seed: int) -> Txt2ImgPlan:
+def plan_txt2img(
+    request: Txt2ImgRequest, model: str, random_seed: int, emphasis: Emphasis = "none"
+) -> Txt2ImgPlan:
     """Check a request and resolve its settings, LoRAs, sampler and seed.
 
     Args:
         model: the model of requests that do not choose one.
         random_seed: the seed of requests that do not set one.
+        emphasis: that of requests that do not set it.
 
     Raises:
         RequestError, RequestFieldError, PromptSyntaxError: a field or a part of the prompt is not
@@ -289,7 +313,7 @@ def plan_txt2img(request: Txt2ImgRequest, model: str, random_seed: int) -> Txt2I
             place=("n_iter",),
         )
     settings = request.override_settings or {}
-    check_options(settings, model, for_one_request=True)
+    check_options(settings, options_of(model, emphasis), for_one_request=True)
     model = settings.get("sd_model_checkpoint", model)
     name, scheduler = (
         request.sampler_name or request.sampler_index or "Euler",
@@ -309,11 +333,14 @@ def plan_txt2img(request: Txt2ImgRequest, model: str, random_seed: int) -> Txt2I
     if len(loras) > MAX_LORAS:
         raise PromptSyntaxError(f"The prompt names {len(loras)} LoRAs; the maximum is {MAX_LORAS}.")
     negative = request.negative_prompt or ""
-    if settings.get("emphasis") != NO_EMPHASIS:
+    if "emphasis" in settings:
+        emphasis = EMPHASIS[settings["emphasis"]]
+    elif emphasis == "none":
         if mark := marks_in(prompt) or marks_in(negative):
             raise PromptSyntaxError(
-                f"{mark}, and emphasis in prompts is not supported. Remove it, or send "
-                'override_settings {"emphasis": "None"} to encode it as plain text.'
+                f"{mark} in A1111, but not by default here. Send override_settings "
+                '{"emphasis": "Original"} to weight words as A1111 does, or {"emphasis": "None"} '
+                "to encode the prompt as plain text."
             )
         prompt, negative = unescaped(prompt), unescaped(negative)
     seed = random_seed if request.seed is None or request.seed == -1 else request.seed
@@ -331,6 +358,7 @@ def plan_txt2img(request: Txt2ImgRequest, model: str, random_seed: int) -> Txt2I
         image_format=FORMATS[settings.get("samples_format", "png")],
         seed=seed,
         request=request,
+        emphasis=emphasis,
         ignored=tuple(extras),
     )
 

@@ -92,6 +92,7 @@ def recipes_of(
             "negative_prompt_2": item.neg_2,
             "guidance_scale": item.guidance_scale,
             "guidance_rescale": item.guidance_rescale,
+            "emphasis": item.emphasis,
             "steps": item.sample_steps,
             "sampler": item.sampler,
             "seed": draw_seed() if item.seed == -1 else item.seed,
@@ -169,6 +170,7 @@ def request_for(recipes: Sequence[Recipe], lora_paths: Sequence[str]) -> dict[st
                 if recipe.guidance_rescale == 0
                 else {"guidance_rescale": recipe.guidance_rescale}
             )
+            | ({} if recipe.emphasis == "none" else {"emphasis": recipe.emphasis})
             for recipe in recipes
         ],
     }

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
+from fidelora.families.emphasis import Emphasis
 from fidelora.recipe import MAX_ALPHA, MAX_MULTIPLIER, Fidelity
 
 MAX_PROMPTS = 64  # images per request
@@ -59,6 +60,11 @@ class PromptItem(RequestBody):
         description="Negative prompt of the second text encoder, if there is one; by default neg.",
     )
     guidance_rescale: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    emphasis: Emphasis | None = Field(
+        None,
+        description="How brackets in the prompts weight words: none (the default) treats them as "
+        "text; original, no_norm and ignore are those of AUTOMATIC1111's web UI.",
+    )
     seed: int | None = Field(None, ge=-1, le=2**63 - 1)
     sampler: str | None = None
     network_multiplier: Multiplier | list[Multiplier] | None = None

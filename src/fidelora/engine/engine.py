@@ -351,7 +351,7 @@ def _encode(model: LoadedModel, recipe: Recipe, bound: Bound) -> Encoded:
 
     guidance, size, _ = _shape_settings(recipe)
     negative = recipe.negative_prompt if model.denoiser.uses_negative(guidance) else None
-    prompts = Prompts(recipe.prompt, negative, recipe.negative_prompt_2)
+    prompts = Prompts(recipe.prompt, negative, recipe.negative_prompt_2, recipe.emphasis)
     encoded = model.text.encode(prompts, size, adapters)
     return replace(encoded, warnings=(*bound.warnings, *encoded.warnings))
 

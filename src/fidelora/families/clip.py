@@ -16,6 +16,8 @@ from transformers import CLIPTokenizer
 
 from fidelora.embedding_file import tokens_of
 from fidelora.errors import AdapterMismatchError, BaseModelFilesError
+from fidelora.families.clip_chunks import chunks_of, padded, weighted
+from fidelora.families.emphasis import Emphasis
 from fidelora.families.spec import Tokenizer
 
 _MAX_CACHED_PROMPTS = 128
@@ -23,6 +25,9 @@ _MAX_CACHED_PROMPTS = 128
 
 _MAX_EXTENDED_TOKENIZERS = 4
 """Number of tokenizers, extended by embeddings, to keep; copying a tokenizer takes 0.3 s."""
+
+States = Callable[[Any, Tensor], tuple[Tensor, Tensor | None]]
+"""Maps an encoder and tokens [1, 77] to states [1, 77, width] and a projection [1, width]."""
 
 _TEST_PROMPT = "a photo of a cat"
 _TEST_TOKENS = [320, 1125, 539, 320, 2368]
@@ -34,7 +39,7 @@ class PromptEmbedding:
     """Embedding of a prompt by one text encoder.
 
     Attributes:
-        states: hidden states [1, 77, width].
+        states: hidden states [1, 77, width]; with emphasis, a multiple of 77 tokens.
         cut: the end of the prompt that exceeds 77 tokens and has no effect; empty if all fits.
         pooled: projection of the whole prompt [1, width]; None if the encoder has none.
     """
@@ -52,7 +57,7 @@ class ClipEncoder:
 
     Args:
         device: device of the encoder.
-        encode: `last_state` or `penultimate_state`.
+        states: `last_state` or `penultimate_state`.
     """
 
     def __init__(
@@ -60,12 +65,12 @@ class ClipEncoder:
         tokenizer: CLIPTokenizer,
         encoder: Any,
         device: torch.device,
-        encode: Callable[..., PromptEmbedding],
+        states: States,
     ) -> None:
         self.tokenizer = tokenizer
         self.encoder = encoder
         self._device = device
-        self._encode = encode
+        self._states = states
         self._cache: OrderedDict[Hashable, PromptEmbedding] = OrderedDict()
         self._extended: OrderedDict[Hashable, CLIPTokenizer] = OrderedDict()
 
@@ -74,7 +79,9 @@ class ClipEncoder:
         """Number of tokens of every prompt, padding included."""
         return int(self.encoder.config.max_position_embeddings)
 
-    def embed(self, prompt: str, adapters: Hashable) -> PromptEmbedding:
+    def embed(
+        self, prompt: str, adapters: Hashable, emphasis: Emphasis = "none"
+    ) -> PromptEmbedding:
         """Return the embedding of `prompt`, computed unless it is in the cache.
 
         Args:
@@ -82,13 +89,34 @@ class ClipEncoder:
                 included.
         """
         # The last bits of an embedding depend on the number of threads.
-        key = (prompt, adapters, torch.get_num_threads())
+        key = (prompt, emphasis, adapters, torch.get_num_threads())
         if key not in self._cache:
-            self._cache[key] = self._encode(self.tokenizer, self.encoder, prompt, self._device)
+            self._cache[key] = self.encode(prompt, emphasis)
             if len(self._cache) > _MAX_CACHED_PROMPTS:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(key)
         return self._cache[key]
+
+    def encode(self, prompt: str, emphasis: Emphasis = "none") -> PromptEmbedding:
+        """Return the embedding of `prompt`.
+
+        Without emphasis, the prompt is padded or truncated to 77 tokens. Clip skip, word weights
+        and attention masks are not used. Prompts are encoded one at a time, as in the trainer: a
+        batch of two can differ in the last bit.
+
+        With emphasis, a long prompt is divided into chunks of 77 tokens, which are encoded one by
+        one. `pooled` is that of the first chunk, without weights.
+        """
+        if emphasis == "none":
+            ids, cut = _tokens(self.tokenizer, prompt, self.length)
+            states, pooled = self._states(self.encoder, ids.to(self._device))
+            return PromptEmbedding(states, cut, pooled)
+        encoded = []
+        for chunk in chunks_of(self.tokenizer, prompt, self.length - 2):
+            ids, weights = padded(self.tokenizer, chunk, self.length)
+            states, pooled = self._states(self.encoder, ids.to(self._device))
+            encoded.append((weighted(states, weights.to(self._device), emphasis), pooled))
+        return PromptEmbedding(torch.cat([states for states, _ in encoded], 1), "", encoded[0][1])
 
     @contextmanager
     def extended(self, embeddings: Sequence[tuple[str, Tensor]]) -> Iterator[None]:
@@ -166,29 +194,18 @@ class _TableHooks:
         return output
 
 
-def last_state(
-    tokenizer: CLIPTokenizer, encoder: Any, prompt: str, device: torch.device
-) -> PromptEmbedding:
-    """Encode one prompt to the encoder's last hidden states after its final norm.
+def last_state(encoder: Any, ids: Tensor) -> tuple[Tensor, None]:
+    """Return the encoder's last hidden states after its final norm."""
+    return encoder(ids)[0], None
 
-    The prompt is padded or truncated to 77 tokens. Clip skip, word weights and attention masks are
-    not used. Prompts are encoded one at a time, as in the trainer: a batch of two can differ in the
-    last bit.
+
+def penultimate_state(encoder: Any, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the hidden states before the last layer, without the final norm, and the projection.
+
+    The projection is None if the encoder has none.
     """
-    ids, cut = _tokens(tokenizer, encoder, prompt)
-    return PromptEmbedding(encoder(ids.to(device))[0], cut)
-
-
-def penultimate_state(
-    tokenizer: CLIPTokenizer, encoder: Any, prompt: str, device: torch.device
-) -> PromptEmbedding:
-    """Encode one prompt like `last_state`, to the hidden states before the last layer.
-
-    The final norm is not applied.
-    """
-    ids, cut = _tokens(tokenizer, encoder, prompt)
-    output = encoder(ids.to(device), output_hidden_states=True)
-    return PromptEmbedding(output.hidden_states[-2], cut, getattr(output, "text_embeds", None))
+    output = encoder(ids, output_hidden_states=True)
+    return output.hidden_states[-2], getattr(output, "text_embeds", None)
 
 
 def load_tokenizer(folder: Path | None, spec: Tokenizer, vocabulary: int | None) -> CLIPTokenizer:
@@ -250,9 +267,8 @@ def _extended_tokenizer(
     return extended
 
 
-def _tokens(tokenizer: CLIPTokenizer, encoder: Any, prompt: str) -> tuple[Tensor, str]:
-    """Return the prompt's tokens [1, 77], and the end of the prompt that did not fit."""
-    length = encoder.config.max_position_embeddings
+def _tokens(tokenizer: CLIPTokenizer, prompt: str, length: int) -> tuple[Tensor, str]:
+    """Return the prompt's tokens [1, length], and the end of the prompt that did not fit."""
     ids = tokenizer(
         prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     ).input_ids

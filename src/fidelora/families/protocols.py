@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fidelora.families.emphasis import Emphasis
 from fidelora.families.spec import Family
 from fidelora.sampling.loop import Denoise
 
@@ -38,11 +39,13 @@ class Prompts:
     Attributes:
         negative: negative prompt; None if the denoiser does not evaluate one.
         negative_2: negative prompt of the second text encoder; None to use `negative`.
+        emphasis: how emphasis is computed, for families that use it.
     """
 
     prompt: str
     negative: str | None = None
     negative_2: str | None = None
+    emphasis: Emphasis = "none"
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ from typing import Any
 import structlog
 from fastapi import FastAPI, Request, Security
 from fastapi.security import HTTPBasic, HTTPBearer
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse
 
 import fidelora
@@ -203,7 +204,16 @@ def make_app(context: ServerContext, *, with_page: bool = False) -> FastAPI:
         keys=context.keys,
         base_url=context.base_url,
         login=login if isinstance(page, Page) else None,
+        origins=context.settings.cors_origins,
     )
+    if context.settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=sorted(context.settings.cors_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-ID"],
+        )
     app.add_middleware(RequestLogMiddleware, metrics=context.metrics)  # added last: outermost
     return app
 

@@ -7,6 +7,7 @@ import ipaddress
 import re
 import time
 import uuid
+from collections.abc import Collection
 from urllib.parse import urlsplit
 
 import structlog
@@ -144,10 +145,16 @@ class AccessControl:
 
     Args:
         login: login of the web page; None if there is no page.
+        origins: origins of other sites that may call a server without keys.
     """
 
     def __init__(
-        self, app: ASGIApp, keys: ApiKeys, base_url: str, login: Login | None = None
+        self,
+        app: ASGIApp,
+        keys: ApiKeys,
+        base_url: str,
+        login: Login | None = None,
+        origins: Collection[str] = (),
     ) -> None:
         self._app = app
         self._keys = keys
@@ -155,6 +162,7 @@ class AccessControl:
         # Browsers send this as origin even if a proxy changes the Host header.
         self._authority = urlsplit(base_url).netloc.lower()
         self._login = login
+        self._origins = origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not self._is_public(scope["path"]):
@@ -195,7 +203,8 @@ class AccessControl:
                 raise ApiKeyError
             return owner
         origin = headers.get("origin")
-        for url in ("//" + headers.get("host", ""), *([] if origin is None else [origin])):
+        checked = [] if origin is None or origin in self._origins else [origin]
+        for url in ("//" + headers.get("host", ""), *checked):
             host = _host(url)
             if host not in self._hosts and not is_loopback(host):
                 container = (

@@ -132,6 +132,20 @@ def diagnose(
     return search.result()
 
 
+def explained_share(before: float, after: float, noise: float) -> float:
+    """Return the share of a mean difference that a setting explains; above 1 if it is below noise.
+
+    No setting can explain the part that is due to lost information. At least a quarter of the
+    difference is taken to be explainable, so that small changes of a difference near the noise
+    count little.
+
+    Args:
+        before, after: mean differences without and with the setting, in levels.
+        noise: mean difference of the draws.
+    """
+    return (before - after) / max(before - noise, 0.25 * before)
+
+
 class _Search:
     """State of the search on one sample."""
 
@@ -166,7 +180,7 @@ class _Search:
         comparison = self._compare(suspect)
         if comparison is None:
             return
-        explains = 1 - comparison.mean_difference / self._mean_before
+        explains = explained_share(self._mean_before, comparison.mean_difference, self._noise)
         threshold = max(_MIN_EXPLAINED, self._best.explains if self._best else 0)
         if comparison.identical or explains > threshold:
             self._best = Diagnosis(suspect.cause, round(explains, 4), suspect.fix)
@@ -196,7 +210,9 @@ class _Search:
         if self._identical or self._within_noise:
             return replace(self._best, explains=1.0)
         return replace(
-            self._best, fix=f"{self._best.fix} This explains most of the difference, not all."
+            self._best,
+            explains=min(1.0, self._best.explains),
+            fix=f"{self._best.fix} This explains most of the difference, not all.",
         )
 
     def _compare(self, suspect: Suspect) -> Comparison | None:

@@ -34,20 +34,23 @@ class UNetDenoiser:
         unet, guided = self._unet, self.uses_negative(guidance)
         # All negative prompts first, then all prompts.
         rows = [*(one.negative for one in encoded if guided), *(one.positive for one in encoded)]
-        conditioning = Conditioning.concatenate([row.to(row.text.device, dtype) for row in rows])
-        # `text` is the same tensor at every step, so that its projections can be cached on the CPU.
-        # Its dtype differs from the recipe's only in `fast`.
-        text = conditioning.text.to(unet.dtype)
-        # Not cast to the UNet's dtype here: the UNet does it, after it has embedded the size in
-        # pixels, which needs more bits than bfloat16 has (8).
-        added = dict(conditioning.added) or None
+        # With emphasis, prompts can have different numbers of tokens. Those of equal length are
+        # evaluated together; all are, without emphasis.
+        by_length: dict[int, list[int]] = {}
+        for index, row in enumerate(rows):
+            by_length.setdefault(row.text.shape[1], []).append(index)
+        batches = [
+            _Batch([rows[index].to(rows[index].text.device, dtype) for index in indices], unet)
+            for indices in by_length.values()
+        ]
 
         def predict(latents: Tensor, t: Tensor) -> Tensor:
-            prediction = unet(
-                latents.to(unet.dtype), t, encoder_hidden_states=text, added_cond_kwargs=added,
-                return_dict=False,
-            )[0]  # fmt: skip
-            return cast(Tensor, prediction.to(latents.dtype))
+            if len(batches) == 1:
+                return batches[0].predict(latents, t)
+            prediction = torch.empty_like(latents)
+            for indices, batch in zip(by_length.values(), batches, strict=True):
+                prediction[indices] = batch.predict(latents[indices], t)
+            return prediction
 
         def predict_guided(latents: Tensor, t: Tensor) -> Tensor:
             # Computed in one batch, because separate batches can differ in the last bit.
@@ -55,3 +58,25 @@ class UNetDenoiser:
             return guide(negative, positive, guidance.scale, guidance.rescale)
 
         return predict_guided if guided else predict
+
+
+class _Batch:
+    """Conditioning whose rows have the same number of tokens, and the UNet that evaluates them."""
+
+    def __init__(self, rows: Sequence[Conditioning], unet: Any) -> None:
+        self._unet = unet
+        conditioning = Conditioning.concatenate(rows)
+        # `_text` is the same tensor at every step, so that its projections can be cached on the
+        # CPU. Its dtype differs from the recipe's only in `fast`.
+        self._text = conditioning.text.to(unet.dtype)
+        # Not cast to the UNet's dtype here: the UNet does it, after it has embedded the size in
+        # pixels, which needs more bits than bfloat16 has (8).
+        self._added = dict(conditioning.added) or None
+
+    def predict(self, latents: Tensor, t: Tensor) -> Tensor:
+        """Return the UNet's output for latents [rows, 4, height / 8, width / 8]."""
+        prediction = self._unet(
+            latents.to(self._unet.dtype), t, encoder_hidden_states=self._text,
+            added_cond_kwargs=self._added, return_dict=False,
+        )[0]  # fmt: skip
+        return cast(Tensor, prediction.to(latents.dtype))

@@ -119,7 +119,7 @@ def _text_encoder(
 _FIRST_TOKENIZER = Tokenizer("tokenizer", CLIP_TOKENIZER)
 # The second text encoder of SDXL uses a different padding token.
 _SECOND_TOKENIZER = Tokenizer("tokenizer_2", CLIP_TOKENIZER, MappingProxyType({"pad_token": "!"}))
-_COMMON_USES = frozenset({"negative_prompt", "guidance_rescale", "prediction", "noise"})
+_COMMON_USES = frozenset({"negative_prompt", "emphasis", "guidance_rescale", "prediction", "noise"})
 
 
 def _wrong_offset(right: int, reason: str) -> WrongSchedule:

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from fidelora.families.clip import (
     ClipEncoder,
     PromptEmbedding,
+    States,
     last_state,
     load_tokenizer,
     penultimate_state,
 )
+from fidelora.families.emphasis import Emphasis
 from fidelora.families.protocols import AdapterState, Embedding, Encoded, Prompts, Size
 from fidelora.families.spec import Family
 
@@ -28,7 +30,7 @@ class Conditioning:
     """Conditioning inputs of the UNet, one row per image.
 
     Attributes:
-        text: prompt embeddings [batch, 77, width].
+        text: prompt embeddings [batch, 77, width]; with emphasis, a multiple of 77 tokens.
         added: `added_cond_kwargs` of the UNet, each [batch, ...]; empty for SD 1.5.
     """
 
@@ -55,7 +57,7 @@ class Conditioning:
 class SDText(ABC):
     """Base class for both families; implements `families.protocols.ExtendableText`."""
 
-    encode_prompt: Callable[..., PromptEmbedding]
+    states: States
 
     def __init__(
         self, family: Family, parts: Mapping[str, nn.Module], tokenizers: Mapping[str, Path | None],
@@ -67,8 +69,8 @@ class SDText(ABC):
             encoder: Any = parts[part.name]
             vocabulary = encoder.config.vocab_size
             tokenizer = load_tokenizer(tokenizers[part.name], part.tokenizer, vocabulary)
-            encode = type(self).encode_prompt
-            self.encoders[part.name] = ClipEncoder(tokenizer, encoder, device, encode)
+            states = type(self).states
+            self.encoders[part.name] = ClipEncoder(tokenizer, encoder, device, states)
         self._unet_config: Any = parts[family.part("denoiser").name].config
         self._device = device
 
@@ -77,10 +79,10 @@ class SDText(ABC):
         negative, warnings_of_negative = (
             (None, ())
             if prompts.negative is None
-            else self._row(self._negative_texts(prompts), size, adapters)
+            else self._row(self._negative_texts(prompts), prompts.emphasis, size, adapters)
         )
         texts = dict.fromkeys(self.encoders, ("prompt", prompts.prompt))
-        positive, warnings = self._row(texts, size, adapters)
+        positive, warnings = self._row(texts, prompts.emphasis, size, adapters)
         both = tuple(dict.fromkeys((*warnings_of_negative, *warnings)))
         return Encoded(positive, negative, both)
 
@@ -105,11 +107,15 @@ class SDText(ABC):
         }
 
     def _row(
-        self, texts: Mapping[str, tuple[str, str]], size: Size, adapters: AdapterState
+        self,
+        texts: Mapping[str, tuple[str, str]],
+        emphasis: Emphasis,
+        size: Size,
+        adapters: AdapterState,
     ) -> tuple[Conditioning, tuple[str, ...]]:
         """Encode one text per encoder; `texts` maps encoders to (name in messages, text)."""
         embedded = {
-            name: self.encoders[name].embed(text, adapters(name))
+            name: self.encoders[name].embed(text, adapters(name), emphasis)
             for name, (_, text) in texts.items()
         }
         warnings = _cut_warnings((texts[name][0], one.cut) for name, one in embedded.items())
@@ -132,7 +138,7 @@ class SDText(ABC):
 class PlainText(SDText):
     """Stable Diffusion 1.5: the last hidden states of its only text encoder."""
 
-    encode_prompt = staticmethod(last_state)
+    states = staticmethod(last_state)
 
     def _condition(self, embedded: Mapping[str, PromptEmbedding], size: Size) -> Conditioning:
         (text,) = embedded.values()
@@ -146,7 +152,7 @@ class PooledText(SDText):
     Empty prompts are encoded like all others, not replaced by zeros.
     """
 
-    encode_prompt = staticmethod(penultimate_state)
+    states = staticmethod(penultimate_state)
 
     def _negative_texts(self, prompts: Prompts) -> dict[str, tuple[str, str]]:
         texts = super()._negative_texts(prompts)

@@ -76,7 +76,7 @@ async def txt2img(
     body: Txt2ImgRequest, context: ContextDep, owner: OwnerDep, request: Request
 ) -> Txt2ImgBody:
     """Generate images and return them. If the client disconnects, its request is canceled."""
-    plan = plan_txt2img(body, _default_model(context), draw_seed())
+    plan = plan_txt2img(body, _default_model(context), draw_seed(), context.settings.emphasis)
     paths = [
         await run_in_threadpool(adapter_named_in_prompt, context.settings.loras, lora.name)
         for lora in plan.loras
@@ -133,13 +133,13 @@ def interrupt(context: ContextDep, owner: OwnerDep) -> dict[str, Any]:
 @router.get("/options")
 def options(context: ContextDep) -> dict[str, Any]:
     """Return the supported settings. They can only be changed in individual requests."""
-    return options_of(_default_model(context))
+    return options_of(_default_model(context), context.settings.emphasis)
 
 
 @router.post("/options")
 def set_options(changes: Annotated[dict[str, Any], Body()], context: ContextDep) -> None:
     """Accept settings that equal the current values; reject others with an error that names one."""
-    check_options(changes, _default_model(context))
+    check_options(changes, options_of(_default_model(context), context.settings.emphasis))
 
 
 @router.get("/samplers")

@@ -1,0 +1,127 @@
+"""Prompts with emphasis as chunks of 77 tokens for CLIP, as AUTOMATIC1111's web UI makes them.
+
+Source: `sd_hijack_clip.py` and `sd_emphasis.py` of the web UI 1.10, with its default settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from fidelora.families.emphasis import BREAK, Emphasis, spans_of
+
+_COMMA = ",</w>"
+_MOST_MOVED = 20
+"""Number of tokens after a comma that are moved to the next chunk if they would be split
+(`comma_padding_backtrack`)."""
+
+
+@dataclass
+class Chunk:
+    """Tokens of a part of a prompt, and their weights."""
+
+    tokens: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def append(self, tokens: list[int], weight: float) -> None:
+        """Add tokens of the same weight."""
+        self.tokens += tokens
+        self.weights += [weight] * len(tokens)
+
+    def split(self, index: int) -> Chunk:
+        """Remove everything from `index` on, and return it."""
+        rest = Chunk(self.tokens[index:], self.weights[index:])
+        del self.tokens[index:], self.weights[index:]
+        return rest
+
+
+def chunks_of(tokenizer: CLIPTokenizer, prompt: str, length: int) -> list[Chunk]:
+    """Return the chunks of a prompt, each without start, end and padding; at least one.
+
+    Args:
+        length: maximum number of tokens of a chunk: 75.
+    """
+    comma = tokenizer.convert_tokens_to_ids(_COMMA)
+    added = tokenizer.get_added_vocab().values()
+    chunks = [Chunk()]
+    last_comma: int | None = None
+
+    def new_chunk(chunk: Chunk | None = None) -> None:
+        nonlocal last_comma
+        chunks.append(chunk or Chunk())
+        last_comma = None
+
+    for span in spans_of(prompt):
+        if span == BREAK:
+            new_chunk()
+            continue
+        ids = tokenizer(span.text, add_special_tokens=False, verbose=False).input_ids
+        for word in _embeddings_together(ids, added):
+            if word == [comma]:
+                last_comma = len(chunks[-1])
+            elif (
+                len(chunks[-1]) == length
+                and last_comma is not None
+                and length - last_comma <= _MOST_MOVED
+            ):
+                new_chunk(chunks[-1].split(last_comma + 1))
+            if len(chunks[-1]) + len(word) > length:
+                new_chunk()
+            chunks[-1].append(word, span.weight)
+    if len(chunks) > 1 and not chunks[-1].tokens:  # BREAK at the end
+        chunks.pop()
+    return chunks
+
+
+def padded(tokenizer: CLIPTokenizer, chunk: Chunk, length: int) -> tuple[Tensor, Tensor]:
+    """Return tokens, int64 [1, length], and weights, float32 [1, length], of a whole chunk.
+
+    Args:
+        length: number of tokens with start, end and padding: 77.
+    """
+    start, end, padding = (
+        cast(int, one)
+        for one in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    )
+    rest = length - len(chunk) - 2
+    ids = [start, *chunk.tokens, end, *[padding] * rest]
+    weights = [1.0, *chunk.weights, *[1.0] * (rest + 1)]
+    return torch.tensor([ids]), torch.tensor([weights])
+
+
+def weighted(states: Tensor, weights: Tensor, emphasis: Emphasis) -> Tensor:
+    """Return the hidden states of a chunk with the weights of its tokens.
+
+    Args:
+        states: [1, 77, width].
+        weights: float32 [1, 77].
+    """
+    if emphasis == "ignore":
+        return states
+    mean = states.mean()
+    # The product is float32, even if the states are in half precision.
+    states = states * weights.unsqueeze(-1)
+    return states if emphasis == "no_norm" else states * (mean / states.mean())
+
+
+def _embeddings_together(ids: list[int], added: Collection[int]) -> list[list[int]]:
+    """Return tokens as lists of one, and consecutive tokens of embeddings in one list.
+
+    An embedding is never split between chunks.
+    """
+    groups: list[list[int]] = []
+    for token in ids:
+        follows = groups and token in added and groups[-1][-1] + 1 == token
+        if follows and groups[-1][-1] in added:
+            groups[-1].append(token)
+        else:
+            groups.append([token])
+    return groups

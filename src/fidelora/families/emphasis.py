@@ -1,0 +1,123 @@
+r"""Emphasis in prompts, as AUTOMATIC1111's web UI computes it. Does not import torch.
+
+In round brackets, the weight of words is multiplied by 1.1, or by a number: `(word:1.3)`. In square
+brackets, it is divided by 1.1. `\(` is a plain bracket. `BREAK` starts a new part of 75 tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, NamedTuple
+
+from fidelora.errors import RecipeError
+
+Emphasis = Literal["none", "ignore", "original", "no_norm"]
+"""How emphasis in prompts is computed. `none` treats brackets as text, as the trainer does. The
+others are settings of the web UI: `original` weights the states of the text encoder and restores
+their mean, `no_norm` does not restore it, and `ignore` only removes the brackets."""
+
+_UP, _DOWN = 1.1, 1 / 1.1
+_TOKEN = re.compile(
+    r"\\[()\[\]\\]?"  # escaped character, or a backslash, which is dropped
+    r"|[(\[\])]"
+    r"|:(?P<weight>[+-]?[.\d]+)\)"
+    r"|[^\\()\[\]:]+|:"
+)
+_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+_SWITCH = re.compile(
+    r"(?<!\\)\[(.*?(?<!\\):\s*[+-]?(\d+\.?\d*|\.\d+)\s*|[^\[\]]*\|[^\[\]]*)\]", re.DOTALL
+)
+_AND = re.compile(r"\bAND\b")
+
+
+class Span(NamedTuple):
+    """A part of a prompt whose words have the same weight."""
+
+    text: str
+    weight: float
+
+
+BREAK = Span("BREAK", -1.0)
+"""Marks where a new part of 75 tokens starts."""
+
+
+def spans_of(prompt: str) -> list[Span]:
+    """Return the parts of a prompt with their weights, in order; at least one.
+
+    Unmatched opening brackets have an effect up to the end; unmatched closing ones are text.
+    """
+    texts: list[str] = []
+    weights: list[float] = []
+    opened: dict[str, list[int]] = {"(": [], "[": []}
+
+    def close(bracket: str, factor: float) -> None:
+        # Also multiplies the weight of BREAK, which is then a word, as in the web UI.
+        for index in range(opened[bracket].pop(), len(weights)):
+            weights[index] *= factor
+
+    def add(text: str, weight: float = 1.0) -> None:
+        texts.append(text)
+        weights.append(weight)
+
+    for token in _TOKEN.finditer(prompt):
+        text = token[0]
+        if text[0] == "\\":
+            add(text[1:])
+        elif text in opened:
+            opened[text].append(len(texts))
+        elif token["weight"] is not None and opened["("]:
+            close("(", _number(token["weight"], prompt))
+        elif text == ")" and opened["("]:
+            close("(", _UP)
+        elif text == "]" and opened["["]:
+            close("[", _DOWN)
+        else:
+            for index, part in enumerate(_BREAK.split(text)):
+                if index:
+                    add(*BREAK)
+                add(part)
+    for bracket, factor in (("(", _UP), ("[", _DOWN)):
+        while opened[bracket]:
+            close(bracket, factor)
+    return _joined(texts, weights)
+
+
+def check_emphasis(name: str, prompt: str) -> None:
+    """Raise if a prompt has syntax of the web UI that is not emphasis.
+
+    Args:
+        name: name of the prompt's field.
+
+    Raises:
+        RecipeError: the prompt switches words during sampling, combines prompts, or has a weight
+            that is no number.
+    """
+    for pattern, what in ((_SWITCH, "switches words during sampling"), (_AND, "combines prompts")):
+        if match := pattern.search(prompt):
+            raise RecipeError(
+                f"{match[0]!r:.80} in {name} {what}, which is not supported; remove it.", field=name
+            )
+    try:
+        spans_of(prompt)
+    except RecipeError as error:
+        raise RecipeError(str(error), field=name) from error
+
+
+def _number(text: str, prompt: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise RecipeError(
+            f"{text!r:.40} in {prompt!r:.80} is not a weight; write a number such as 1.2."
+        ) from None
+
+
+def _joined(texts: list[str], weights: list[float]) -> list[Span]:
+    """Join neighbours of equal weight, so that words are tokenized as they are written."""
+    joined: list[Span] = []
+    for text, weight in zip(texts, weights, strict=True):
+        if joined and joined[-1].weight == weight:
+            joined[-1] = Span(joined[-1].text + text, weight)
+        else:
+            joined.append(Span(text, weight))
+    return joined or [Span("", 1.0)]
