@@ -313,6 +313,17 @@ def test_images_can_be_left_out_of_the_response(client, context, worker):
                 "sd_vae": "Automatic",
             }
         },
+        {"alwayson_scripts": {"ControlNet": {"args": []}, "ADetailer": {"args": [False, False]}}},
+        {
+            "override_settings": {
+                "sd_model_checkpoint": None,
+                "emphasis": None,
+                "samples_format": None,
+                "sd_vae": "None",
+                "forge_additional_modules": [],
+                "face_restoration": False,
+            }
+        },
         {"prompt": "(b:1.2) [x|y]", "override_settings": {"emphasis": "None"}},
         {
             "override_settings_restore_afterwards": False,
@@ -335,7 +346,8 @@ def test_fields_without_effect_are_accepted(client, context, fields):
         ({"subseed_strength": 0.5}, "subseed_strength cannot be 0.5"),
         ({"s_noise": 1.1}, "s_noise cannot be 1.1"),
         ({"script_name": "X/Y/Z plot"}, "script_name cannot be"),
-        ({"alwayson_scripts": {"ControlNet": {"args": []}}}, "alwayson_scripts cannot be"),
+        ({"alwayson_scripts": {"ControlNet": {"args": [{"image": "x"}]}}}, "alwayson_scripts"),
+        ({"override_settings": {"sd_vae": ["x"]}}, "override_settings.sd_vae cannot be"),
         ({"refiner_checkpoint": "xl"}, "refiner_checkpoint cannot be"),
         ({"infotext": "a"}, "infotext cannot be"),
         ({"eta": 0.5, "sampler_name": "Euler a"}, "eta is 1 for Euler a, and cannot be 0.5"),
@@ -434,7 +446,20 @@ def test_hostile_text_is_not_interpreted(client, context, worker):
 # --- settings -----------------------------------------------------------------------------------
 
 
-def test_settings_cannot_be_changed(client):
+def test_the_model_can_be_set_for_later_requests_of_a_key(client, context):
+    keys = [{"Authorization": f"Bearer {context.keys.add(name)}"} for name in ("one", "two")]
+    options = client.get("/sdapi/v1/options", headers=keys[0]).json()
+    changed = options | {"sd_model_checkpoint": "sdxl"}  # Open WebUI sends all settings back
+    assert client.post("/sdapi/v1/options", json=changed, headers=keys[0]).status_code == 200
+    for key, model in zip(keys, ("sdxl", "sd15"), strict=True):
+        assert client.get("/sdapi/v1/options", headers=key).json()["sd_model_checkpoint"] == model
+        with at_work(ByHand(context), an_image()):
+            answer = client.post("/sdapi/v1/txt2img", json={"prompt": "a ball"}, headers=key)
+        assert answer.status_code == 200, answer.text
+        assert context.store.list().jobs[0].recipes[0].model == model
+
+
+def test_other_settings_cannot_be_changed(client):
     options = client.get("/sdapi/v1/options").json()
     assert options == {
         "sd_model_checkpoint": "sd15",

@@ -8,7 +8,7 @@ is an error that names the field.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -165,6 +165,17 @@ EMPHASIS: Mapping[str, Emphasis] = {
     "No norm": "no_norm",
 }
 """Values of A1111's setting `emphasis`, and the recipe's."""
+_LASTING: Mapping[str, Collection[str]] = {
+    "sd_model_checkpoint": all_families(),
+    "sd_vae": ("Automatic", "None"),  # both are the base model's own
+}
+"""Settings that can be set for later requests, with their values."""
+_CHOICES: Mapping[str, Collection[str]] = {
+    **_LASTING,
+    "samples_format": FORMATS,
+    "emphasis": EMPHASIS,
+}
+"""Settings that can be set for one request, with their values."""
 _ETA = {"euler_a": 1.0, "dpm_2_a": 1.0, "ddim": 0.0}
 """Fixed `eta` of the samplers that have one."""
 
@@ -188,7 +199,9 @@ def options_of(model: str, emphasis: Emphasis = "none") -> dict[str, Any]:
 def check_options(
     changes: Mapping[str, Any], fixed: Mapping[str, Any], *, for_one_request: bool = False
 ) -> None:
-    """Check that each setting has its fixed value, or can be set for one request.
+    """Check that each setting has its fixed value, or can be set.
+
+    The base model can be set for later requests, too, and the others only for one request.
 
     Args:
         fixed: see `options_of`.
@@ -198,13 +211,10 @@ def check_options(
     """
     for name, value in changes.items():
         field_path = f"override_settings.{name}" if for_one_request else name
-        if name in fixed and value == fixed[name]:
+        if _asks_for_nothing(value, (fixed[name],) if name in fixed else ("", False, [], {})):
             continue
-        if for_one_request and name == "sd_model_checkpoint" and value in all_families():
-            continue
-        if for_one_request and name == "samples_format" and value in FORMATS:
-            continue
-        if for_one_request and name == "emphasis" and value in EMPHASIS:
+        choices = _CHOICES.get(name, ()) if for_one_request or name in _LASTING else ()
+        if isinstance(value, str) and value in choices:
             continue
         if name in fixed:
             raise _unsupported(
@@ -314,7 +324,7 @@ def plan_txt2img(
         )
     settings = request.override_settings or {}
     check_options(settings, options_of(model, emphasis), for_one_request=True)
-    model = settings.get("sd_model_checkpoint", model)
+    model = settings.get("sd_model_checkpoint") or model
     name, scheduler = (
         request.sampler_name or request.sampler_index or "Euler",
         request.scheduler or AUTOMATIC,
@@ -333,7 +343,7 @@ def plan_txt2img(
     if len(loras) > MAX_LORAS:
         raise PromptSyntaxError(f"The prompt names {len(loras)} LoRAs; the maximum is {MAX_LORAS}.")
     negative = request.negative_prompt or ""
-    if "emphasis" in settings:
+    if settings.get("emphasis") is not None:
         emphasis = EMPHASIS[settings["emphasis"]]
     elif emphasis == "none":
         if mark := marks_in(prompt) or marks_in(negative):
@@ -355,7 +365,7 @@ def plan_txt2img(
         negative_prompt=negative,
         loras=loras,
         sampler=sampler,
-        image_format=FORMATS[settings.get("samples_format", "png")],
+        image_format=FORMATS[settings.get("samples_format") or "png"],
         seed=seed,
         request=request,
         emphasis=emphasis,
@@ -364,11 +374,19 @@ def plan_txt2img(
 
 
 def _asks_for_nothing(value: object, neutral: tuple[object, ...]) -> bool:
-    """Return True for null, a neutral value and a list of blank texts."""
-    if value is None or value in neutral:
+    """Return True for null, a neutral value, and a list or object without other values.
+
+    Scripts whose arguments are all empty or false are switched off.
+    """
+    if value is None or any(type(value) is type(one) and value == one for one in neutral):
         return True
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return any(value == one for one in neutral if not isinstance(one, bool))
+    if isinstance(value, dict):
+        return all(_asks_for_nothing(one, ("", False, [], {})) for one in value.values())
     return isinstance(value, list) and all(
-        isinstance(one, str) and not one.strip() for one in value
+        _asks_for_nothing(one.strip() if isinstance(one, str) else one, ("", False, {}))
+        for one in value
     )
 
 

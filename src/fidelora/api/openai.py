@@ -85,7 +85,8 @@ class ImagesRequest(RequestBody):
             raise ValueError(
                 f"size: width and height have to be from {MIN_SIZE} to {MAX_SIZE} pixels"
             )
-        if self.output_compression is not None and self.format == "png":
+        # 100 asks for no compression, and some clients always send it.
+        if self.output_compression not in (None, 100) and self.format == "png":
             raise ValueError(
                 "output_compression: not supported for png; set output_format to jpeg or webp"
             )
@@ -103,6 +104,11 @@ class ImagesRequest(RequestBody):
     def format(self) -> ImageFormat:
         """Format of the files."""
         return self.output_format or "png"
+
+    @property
+    def image_quality(self) -> int | None:
+        """Quality of JPEG and WebP files, 0..100; None for the default and for PNG."""
+        return None if self.format == "png" else self.output_compression
 
     def to_inference(self, model_aliases: Mapping[str, str] | None = None) -> InferenceRequest:
         """Convert to a `POST /v1/inference` body, where seed -1 means a random seed per image.
@@ -125,7 +131,8 @@ class ImagesRequest(RequestBody):
         if model not in all_families():
             known = ", ".join(all_families())
             raise RequestError(
-                f"There is no model {model!r:.100}; the models are: {known}.",
+                f"There is no model {model!r:.100}; the models are: {known}. If the client cannot "
+                "change it, map it with the server's setting FIDELORA_MODEL_ALIASES.",
                 code="MODEL_NOT_FOUND",
                 details={"field": "model"},
             )

@@ -34,6 +34,7 @@ class ServerContext:
         base_models: content hashes of the base models in `server_defaults`.
         pool: workers of this server; None if other processes run the jobs.
         a1111_jobs: owner of each job that an AUTOMATIC1111 client is waiting for, by job id.
+        a1111_models: model that an AUTOMATIC1111 client has set for later requests, by owner.
         stopping: event that is set as soon as the server begins to stop.
     """
 
@@ -48,6 +49,7 @@ class ServerContext:
     base_models: BaseModels
     pool: WorkerPool | None = None
     a1111_jobs: dict[str, str] = field(default_factory=dict)
+    a1111_models: dict[str, str] = field(default_factory=dict)
     stopping: threading.Event = field(default_factory=threading.Event)
 
     def refuse_if_stopping(self) -> None:

@@ -76,7 +76,7 @@ async def txt2img(
     body: Txt2ImgRequest, context: ContextDep, owner: OwnerDep, request: Request
 ) -> Txt2ImgBody:
     """Generate images and return them. If the client disconnects, its request is canceled."""
-    plan = plan_txt2img(body, _default_model(context), draw_seed(), context.settings.emphasis)
+    plan = plan_txt2img(body, _model_of(owner, context), draw_seed(), context.settings.emphasis)
     paths = [
         await run_in_threadpool(adapter_named_in_prompt, context.settings.loras, lora.name)
         for lora in plan.loras
@@ -131,21 +131,28 @@ def interrupt(context: ContextDep, owner: OwnerDep) -> dict[str, Any]:
 
 
 @router.get("/options")
-def options(context: ContextDep) -> dict[str, Any]:
-    """Return the supported settings. They can only be changed in individual requests."""
-    return options_of(_default_model(context), context.settings.emphasis)
+def options(context: ContextDep, owner: OwnerDep) -> dict[str, Any]:
+    """Return the supported settings."""
+    return options_of(_model_of(owner, context), context.settings.emphasis)
 
 
 @router.post("/options")
-def set_options(changes: Annotated[dict[str, Any], Body()], context: ContextDep) -> None:
-    """Accept settings that equal the current values; reject others with an error that names one."""
-    check_options(changes, options_of(_default_model(context), context.settings.emphasis))
+def set_options(
+    changes: Annotated[dict[str, Any], Body()], context: ContextDep, owner: OwnerDep
+) -> None:
+    """Set `sd_model_checkpoint` for later requests with the same API key, until the server stops.
+
+    Other settings are accepted only with their current values.
+    """
+    check_options(changes, options(context, owner))
+    if model := changes.get("sd_model_checkpoint"):
+        context.a1111_models[owner] = model
 
 
 @router.get("/samplers")
-def samplers(context: ContextDep) -> list[SamplerBody]:
+def samplers(context: ContextDep, owner: OwnerDep) -> list[SamplerBody]:
     """List the supported samplers."""
-    names = sampler_names(get_family(_default_model(context)))
+    names = sampler_names(get_family(_model_of(owner, context)))
     return [SamplerBody(name=name, aliases=aliases, options={}) for name, aliases in names.items()]
 
 
@@ -251,8 +258,9 @@ def _lora_body(name: str, path: str, context: ServerContext) -> A1111LoraBody:
     )
 
 
-def _default_model(context: ServerContext) -> str:
-    return next(iter(context.server_defaults))
+def _model_of(owner: str, context: ServerContext) -> str:
+    """Return the model of requests that do not choose one."""
+    return context.a1111_models.get(owner) or next(iter(context.server_defaults))
 
 
 @contextmanager

@@ -76,7 +76,7 @@ async def generate_images(body: ImagesRequest, context: ContextDep, request: Req
     inference = body.to_inference(context.settings.aliases_of_models)
     try:
         check_request(inference, needs_lora=False)
-        job = await submit(context, inference, image_quality=body.output_compression)
+        job = await submit(context, inference, image_quality=body.image_quality)
     except RequestFieldError as error:
         *_, field = error.place  # a field of `inference`; reported by its name in this API
         raise RequestFieldError(str(error), place=(FIELD_OF.get(str(field), field),)) from error
