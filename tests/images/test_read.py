@@ -273,6 +273,7 @@ NAMES = st.text("abc_-. 0", min_size=1, max_size=10).filter(lambda name: name ==
         sampler=st.sampled_from(sorted(SD15.samplers)),
         width=st.integers(8, 512).map(lambda number: 8 * number),
         fidelity=st.sampled_from(["exact", "fast"]),
+        emphasis=st.sampled_from(["none", "ignore", "original", "no_norm"]),
         adapters=st.lists(
             st.builds(
                 AdapterRef,
@@ -294,6 +295,37 @@ def test_written_parameters_are_read_back_as_the_same_recipe(recipe):
         (ref.name, ref.sha256[:12]) for ref in recipe.adapters
     ]
     assert [one.name for one in read.ignored] == ["Model"]
+
+
+# --- emphasis -------------------------------------------------------------------------------------
+
+SETTINGS = "Steps: 2, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 64x64"
+
+
+@pytest.mark.parametrize(
+    ("text", "emphasis"),
+    [
+        (SETTINGS, "original"),
+        (SETTINGS + ", Emphasis: No norm, Version: v1.10.1", "no_norm"),
+        (SETTINGS + ", Emphasis: Ignore", "ignore"),
+        (SETTINGS + ", Emphasis: None", "none"),
+        (SETTINGS + ", Emphasis: of another kind", "none"),
+        (SETTINGS + ", Version: Fidelora 1.0.0", "none"),
+    ],
+)
+def test_emphasis_of_other_programs_is_read_if_it_is_wanted(text, emphasis):
+    prompt = r"a (red:1.2) \(ball\)"
+    read = read_parameters(f"{prompt}\n{text}", SD15, with_emphasis=True)
+    assert read.fields.get("emphasis", "none") == emphasis
+    if emphasis != "none":
+        assert (read.prompt, read.ignored) == (prompt, ())
+    assert "emphasis" not in read_parameters(f"{prompt}\n{text}", SD15).fields
+
+
+def test_prompt_editing_is_named_and_switches_emphasis_off():
+    read = read_parameters(f"(a:1.2) [b:c:0.5]\n{SETTINGS}", SD15, with_emphasis=True)
+    assert "emphasis" not in read.fields
+    assert "switches words during sampling" in read.ignored[0].reason
 
 
 # --- A1111's names --------------------------------------------------------------------------------

@@ -25,7 +25,14 @@ from fidelora.errors import (
 )
 from fidelora.families import all_families
 from fidelora.families.emphasis import Emphasis
-from fidelora.images.a1111_prompt import NO_EMPHASIS, NamedLora, loras_in, marks_in, unescaped
+from fidelora.images.a1111_prompt import (
+    EMPHASIS,
+    NamedLora,
+    loras_in,
+    marks_in,
+    name_of_emphasis,
+    unescaped,
+)
 from fidelora.images.a1111_samplers import AUTOMATIC, sampler_of
 from fidelora.recipe import (
     MAX_GUIDANCE,
@@ -158,13 +165,6 @@ _IGNORED_EXTRAS = frozenset(
 )  # fmt: skip
 """Fields of some clients that have no effect here, whatever their value: bookkeeping, settings of
 `enable_hr`, which is not supported, and settings of models with distilled guidance."""
-EMPHASIS: Mapping[str, Emphasis] = {
-    NO_EMPHASIS: "none",
-    "Ignore": "ignore",
-    "Original": "original",
-    "No norm": "no_norm",
-}
-"""Values of A1111's setting `emphasis`, and the recipe's."""
 _LASTING: Mapping[str, Collection[str]] = {
     "sd_model_checkpoint": all_families(),
     "sd_vae": ("Automatic", "None"),  # both are the base model's own
@@ -190,7 +190,7 @@ def options_of(model: str, emphasis: Emphasis = "none") -> dict[str, Any]:
         "sd_model_checkpoint": model,
         "sd_vae": "Automatic",
         "samples_format": "png",
-        "emphasis": next(name for name, value in EMPHASIS.items() if value == emphasis),
+        "emphasis": name_of_emphasis(emphasis),
         "CLIP_stop_at_last_layers": 1,
         "eta_noise_seed_delta": 0,
     }

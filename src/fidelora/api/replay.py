@@ -20,6 +20,10 @@ class ReplayChoices(RequestBody):
         None, description="By default the image's format; png if no image is sent."
     )
     fidelity: Fidelity | None = None
+    emphasis: bool | None = Field(
+        None,
+        description="True: weight words in brackets as AUTOMATIC1111's web UI did, in its images.",
+    )
     base_model: Literal["server"] | None = Field(
         None,
         description="`server`: use the server's base model, even if the image used another one.",

@@ -65,6 +65,13 @@ def replay(
     fidelity: Annotated[
         FidelityOption | None, typer.Option(help="exact or fast; by default the recipe's.")
     ] = None,
+    emphasis: Annotated[
+        bool,
+        typer.Option(
+            "--emphasis",
+            help="Weight words in brackets as AUTOMATIC1111's web UI did, in its images.",
+        ),
+    ] = False,
     base_model: Annotated[
         str | None,
         typer.Option(
@@ -87,7 +94,7 @@ def replay(
         content = image.read_bytes()
     except OSError as error:
         raise ImageRecordError(f"{image} cannot be read: {error.strerror or error}.") from error
-    origin = read_origin(content, image.name)
+    origin = read_origin(content, image.name, with_emphasis=emphasis)
     files = _AdapterFiles(lora or [], lora_dir or [])
     engine: Engine | None = None
     if origin.recipe is not None:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fidelora.errors import PromptSyntaxError
+from fidelora.families.emphasis import Emphasis
 from fidelora.recipe import MAX_MULTIPLIER
 
 NO_EMPHASIS = "None"
 """Value of A1111's setting `emphasis` that treats brackets in prompts as text, as in training."""
+EMPHASIS: Mapping[str, Emphasis] = {
+    NO_EMPHASIS: "none",
+    "Ignore": "ignore",
+    "Original": "original",
+    "No norm": "no_norm",
+}
+"""Values of A1111's setting `emphasis`, and the recipe's."""
 
 _TAG = re.compile(r"<(?P<network>\w+):(?P<arguments>[^<>]+)>")
 """Tag of an extra network of any kind in A1111."""
@@ -99,6 +108,11 @@ def lora_of(network: str, arguments: str) -> NamedLora:
             f"{tag} has two multipliers; use the same one for text encoder and UNet."
         )
     return NamedLora(name.strip(), of_text)
+
+
+def name_of_emphasis(emphasis: Emphasis) -> str:
+    """Return A1111's name of an emphasis."""
+    return next(name for name, value in EMPHASIS.items() if value == emphasis)
 
 
 def marks_in(prompt: str) -> str:

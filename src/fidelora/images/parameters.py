@@ -13,14 +13,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fidelora.errors import PromptSyntaxError, UnknownSamplerError
+from fidelora.errors import PromptSyntaxError, RecipeError, UnknownSamplerError
 from fidelora.families import Family
+from fidelora.families.emphasis import Emphasis, check_emphasis
 from fidelora.images.a1111_prompt import (
+    EMPHASIS,
     NO_EMPHASIS,
     NamedLora,
     brackets_in,
     lora_of,
     marks_in,
+    name_of_emphasis,
     tags_in,
     unescaped,
 )
@@ -38,7 +41,7 @@ _SAYS_NOTHING = {
     "Version": None,
     "Clip skip": "1",
     "Schedule type": None,
-    "Emphasis": NO_EMPHASIS,
+    "Emphasis": None,
     "Lora hashes": None,
     "Batch size": None,
     "Batch pos": None,
@@ -65,7 +68,7 @@ class Parameters:
         prompt: prompt without LoRA tags.
         loras: LoRAs of the tags, with the hashes from the text.
         fields: recipe fields in the text: any of `steps`, `sampler`, `guidance_scale`, `seed`,
-            `width`, `height` and `fidelity`.
+            `width`, `height`, `emphasis` and `fidelity`.
         ignored: all other parameters that affected the image.
     """
 
@@ -127,8 +130,10 @@ def parameters_text(
     }
     if recipe.fidelity != "exact":
         pairs["Fidelity"] = recipe.fidelity
-    if any(mark in recipe.prompt + recipe.negative_prompt for mark in "()[]\\"):
-        pairs["Emphasis"] = NO_EMPHASIS
+    if recipe.emphasis != "none" or any(
+        mark in recipe.prompt + recipe.negative_prompt for mark in "()[]\\"
+    ):
+        pairs["Emphasis"] = name_of_emphasis(recipe.emphasis)
     if recipe.adapters:
         known = lora_hashes or {}
         pairs["Lora hashes"] = ", ".join(
@@ -140,12 +145,13 @@ def parameters_text(
     return "\n".join(lines)
 
 
-def read_parameters(text: str, spec: Family) -> Parameters:
+def read_parameters(text: str, spec: Family, *, with_emphasis: bool = False) -> Parameters:
     """Parse the parameters that this model supports. Accepts any text, and raises no errors.
 
     Args:
         text: text from an image, written by any program.
         spec: model family that will make the image.
+        with_emphasis: True to weight words as the web UI did. Fidelora's own texts say whether.
     """
     lines, last, added = _split(text.strip().split("\n"))
     last, objects = _without_objects(last)
@@ -183,14 +189,25 @@ def read_parameters(text: str, spec: Family) -> Parameters:
         for name, digits in hashes.items()
         if name not in {lora.name for lora in loras}
     ]
-    if not _is_own(pairs):  # Fidelora has no prompt syntax
+    emphasis = _emphasis(pairs, with_emphasis=with_emphasis)
+    if emphasis != "none":
+        fields["emphasis"] = emphasis
+        for name, words in (("prompt", prompt), ("negative prompt", negative)):
+            try:
+                check_emphasis(name, words)
+            except RecipeError as error:
+                ignored.append(Ignored(name, words[:80], str(error)))
+                fields.pop("emphasis", None)
+        emphasis = fields.get("emphasis", "none")
+    if emphasis == "none" and not _is_own(pairs):
         for name, words in (("prompt", prompt), ("negative prompt", negative)):
             if mark := marks_in(words) or brackets_in(words):
                 ignored.append(
                     Ignored(
                         name,
                         words[:80],
-                        f"{mark} in A1111; Fidelora encodes prompts as they are written.",
+                        f"{mark} in A1111; Fidelora encodes prompts as they are written, unless "
+                        "emphasis is switched on.",
                     )
                 )
         if pairs.get("Emphasis") != NO_EMPHASIS:
@@ -264,6 +281,14 @@ def _fields(pairs: Mapping[str, str], spec: Family) -> tuple[dict[str, Any], lis
                 Ignored(key, value, _REASONS.get(key, "The parameter is not supported."))
             )
     return fields, ignored
+
+
+def _emphasis(pairs: Mapping[str, str], *, with_emphasis: bool) -> Emphasis:
+    """Return the emphasis of the image, or `none` if it is not wanted."""
+    if not (with_emphasis or _is_own(pairs)):
+        return "none"
+    default = NO_EMPHASIS if _is_own(pairs) else "Original"  # A1111 does not write its default
+    return EMPHASIS.get(pairs.get("Emphasis", default), "none")
 
 
 def _is_own(pairs: Mapping[str, str]) -> bool:

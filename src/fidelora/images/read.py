@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,18 +16,23 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from fidelora.errors import ImageRecordError, RecipeError
 from fidelora.families import get_family
+from fidelora.images.other_programs import (
+    PARAMETERS_KEY,
+    name_of_program,
+    read_other_program,
+)
 from fidelora.images.parameters import Parameters, read_parameters
 from fidelora.recipe import Recipe
 
 RECORD_KEY = "fidelora"
 """PNG text field with Fidelora's JSON; in JPEG and WebP it is the EXIF field ImageDescription."""
-PARAMETERS_KEY = "parameters"
-"""PNG text field of AUTOMATIC1111; in JPEG and WebP it is the EXIF field UserComment."""
 
 MAX_DECODED_PIXELS = 2**25
 """Maximum size of a PNG that is decoded to read text fields stored after the pixels; images made by
 Fidelora are never larger."""
 MAX_PARAMETERS_CHARACTERS = 50_000
+_PAIRS = re.compile(r"^Steps: ", re.MULTILINE)
+"""A line of AUTOMATIC1111's text, which other programs may add to their own metadata."""
 _FORMATS = ("PNG", "JPEG", "WEBP")
 
 
@@ -40,7 +46,7 @@ class Origin:
         recipe: complete recipe if Fidelora made the image; its adapters have a sha256 but no path.
         environment: versions and device, which can affect the last bits; empty without a recipe.
         quality: quality of the file, 0..100; None for the default.
-        parameters: parsed parameters in AUTOMATIC1111's form; None if there is a recipe.
+        parameters: parsed parameters of another program; None if there is a recipe.
     """
 
     format: str
@@ -52,13 +58,21 @@ class Origin:
     parameters: Parameters | None = None
 
 
-def read_origin(content: bytes, name: str = "The image", *, model: str = "sd15") -> Origin:
+def read_origin(
+    content: bytes,
+    name: str = "The image",
+    *,
+    model: str = "sd15",
+    with_emphasis: bool = False,
+) -> Origin:
     """Read Fidelora's recipe from an image; if it has none, the parameters of another program.
 
     Args:
         content: contents of a PNG, JPEG or WebP file.
         name: name of the image for messages.
         model: id of the model family that another program's parameters are parsed for.
+        with_emphasis: True to weight words in brackets as AUTOMATIC1111's web UI does, in images of
+            other programs.
 
     Raises:
         ImageRecordError: not an image, or its metadata are missing, not supported or inconsistent.
@@ -66,7 +80,7 @@ def read_origin(content: bytes, name: str = "The image", *, model: str = "sd15")
     """
     spec = get_family(model)
     with _opened(content, name) as image:
-        record, parameters = _texts(image)
+        record, texts = _texts(image)
         about: dict[str, Any] = {
             "format": str(image.format).lower(),
             "width": image.width,
@@ -84,14 +98,22 @@ def read_origin(content: bytes, name: str = "The image", *, model: str = "sd15")
                 "which is not valid for its format."
             )
         return Origin(**about, recipe=recipe, environment=environment, quality=quality)
+    size = {"width": about["width"], "height": about["height"]}  # if the text has none
+    parameters = texts.get(PARAMETERS_KEY, "")
     if len(parameters) > MAX_PARAMETERS_CHARACTERS:
         raise ImageRecordError(
             f"{name} has parameters of {len(parameters):,} characters; "
             f"the limit is {MAX_PARAMETERS_CHARACTERS:,}."
         )
-    if parameters.strip():
-        read = read_parameters(parameters, spec)
-        size = {"width": about["width"], "height": about["height"]}  # if the text has none
+    read = read_other_program(texts, spec)
+    program = "" if read else name_of_program(texts)
+    if program and not _PAIRS.search(parameters):
+        raise ImageRecordError(
+            f"{name} was made with {program}, so its settings cannot be read. Copy the prompt and "
+            "the settings from there."
+        )
+    if read or parameters.strip():
+        read = read or read_parameters(parameters, spec, with_emphasis=with_emphasis)
         return Origin(**about, parameters=replace(read, fields={**size, **read.fields}))
     raise ImageRecordError(
         f"{name} has neither a Fidelora recipe nor parameters in AUTOMATIC1111's form: "
@@ -106,7 +128,7 @@ def read_parameters_text(content: bytes) -> str:
         ImageRecordError: not an image.
     """
     with _opened(content, "The image") as image:
-        return _texts(image)[1]
+        return _texts(image)[1].get(PARAMETERS_KEY, "")
 
 
 def recipe_of(record: Mapping[str, Any], name: str = "The image") -> tuple[Recipe, dict[str, str]]:
@@ -181,20 +203,24 @@ def _opened(content: bytes, name: str) -> Iterator[Image.Image]:
         ) from error
 
 
-def _texts(image: Image.Image) -> tuple[str | bytes, str]:
-    """Return Fidelora's record and AUTOMATIC1111's text from the file; empty if missing."""
+def _texts(image: Image.Image) -> tuple[str | bytes, dict[str, str]]:
+    """Return Fidelora's record, empty if missing, and all text fields of the file by name."""
     if image.format == "PNG":
         texts = image.info
         if (
             not {RECORD_KEY, PARAMETERS_KEY} & texts.keys()
             and image.width * image.height <= MAX_DECODED_PIXELS
         ):
-            texts = getattr(image, "text", {})
-        found = (texts.get(RECORD_KEY, ""), texts.get(PARAMETERS_KEY, ""))
-        return str(found[0]), str(found[1])
+            texts = {**image.info, **getattr(image, "text", {})}
+        found = {str(key): str(text) for key, text in texts.items() if isinstance(text, str)}
+        return found.get(RECORD_KEY, ""), found
     exif = image.getexif()
     comment = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
-    return exif.get(ExifTags.Base.ImageDescription, ""), _comment(comment)
+    found = {PARAMETERS_KEY: _comment(comment)}
+    for tag in (ExifTags.Base.Make, ExifTags.Base.Model):  # ComfyUI: `workflow:{...}`
+        key, _, text = str(exif.get(tag, "")).partition(":")
+        found.setdefault(key, text)
+    return exif.get(ExifTags.Base.ImageDescription, ""), found
 
 
 def _comment(comment: object) -> str:

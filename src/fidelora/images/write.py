@@ -15,8 +15,9 @@ from PIL import ExifTags, Image, PngImagePlugin
 
 from fidelora.atomic import write_atomically
 from fidelora.errors import ImageFormatError, OutputError
+from fidelora.images.other_programs import PARAMETERS_KEY
 from fidelora.images.parameters import parameters_text
-from fidelora.images.read import PARAMETERS_KEY, RECORD_KEY
+from fidelora.images.read import RECORD_KEY
 from fidelora.recipe import Recipe
 
 ImageFormat = Literal["png", "jpeg", "webp"]

@@ -140,7 +140,13 @@ async def _read_request(
             fields = {name: value for name, value in form.multi_items() if name != "image"}
             choices = _validate(ReplayChoices, fields)
             content, name = await image.read(), image.filename or "The image"
-        origin = await run_in_threadpool(read_origin, content, f"{name:.100}", model=model)
+        origin = await run_in_threadpool(
+            read_origin,
+            content,
+            f"{name:.100}",
+            model=model,
+            with_emphasis=bool(choices.emphasis),
+        )
         return choices, origin, content + repr(sorted(fields.items())).encode()
     if kind == "application/json":
         body = await request.body()
@@ -186,7 +192,10 @@ def _origin_from_json(body: ReplayRequest, model: str) -> Origin:
             raise RequestFieldError(
                 str(error), place=("recipe", error.field) if error.field else ("recipe",)
             ) from error
-    return Origin("png", 0, 0, parameters=read_parameters(body.parameters or "", get_family(model)))
+    parameters = read_parameters(
+        body.parameters or "", get_family(model), with_emphasis=bool(body.emphasis)
+    )
+    return Origin("png", 0, 0, parameters=parameters)
 
 
 def _plan_from_recipe(recipe: Recipe, choices: ReplayChoices, context: ServerContext) -> _Plan:

@@ -1,0 +1,184 @@
+"""Images of SwarmUI and InvokeAI are read; those of other programs are refused by name."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import pytest
+from PIL import ExifTags, Image, PngImagePlugin
+
+from fidelora.errors import ImageRecordError
+from fidelora.images.a1111_prompt import NamedLora
+from fidelora.images.parameters import Parameters
+from fidelora.images.read import read_origin
+
+SWARM = {
+    "prompt": "a creature",
+    "negativeprompt": "bad",
+    "model": "models/a",
+    "seed": 5,
+    "steps": 12,
+    "cfgscale": 1.5,
+    "width": 64,
+    "height": 72,
+    "sampler": "euler",
+    "scheduler": "normal",
+    "loras": ["people/sks", "b.safetensors"],
+    "loraweights": ["0.8", "-1"],
+    "swarm_version": "0.9.4.1",
+    "aspectratio": "1:1",
+}
+INVOKE = {
+    "generation_mode": "txt2img",
+    "positive_prompt": "a creature",
+    "negative_prompt": "bad",
+    "width": 64,
+    "height": 72,
+    "seed": 5,
+    "rand_device": "cpu",
+    "cfg_scale": 1.5,
+    "cfg_rescale_multiplier": 0,
+    "steps": 12,
+    "scheduler": "euler_k",
+    "model": {"key": "x", "name": "a"},
+    "loras": [
+        {"model": {"name": "people/sks"}, "weight": 0.8},
+        {"lora": {"model_name": "b", "base_model": "sd-1"}, "weight": -1},
+    ],
+    "seamless_x": False,
+    "app_version": "6.14.0",
+}
+LORAS = (NamedLora("people/sks", 0.8), NamedLora("b", -1.0))
+
+
+def png(**texts: str) -> bytes:
+    info = PngImagePlugin.PngInfo()
+    for key, text in texts.items():
+        info.add_text(key, text)
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def read(content: bytes) -> Parameters:
+    parameters = read_origin(content).parameters
+    assert parameters is not None
+    return parameters
+
+
+def of_swarm(**changes: Any) -> Parameters:
+    return read(png(parameters=json.dumps({"sui_image_params": SWARM | changes})))
+
+
+def of_invoke(**changes: Any) -> Parameters:
+    return read(png(invokeai_metadata=json.dumps(INVOKE | changes)))
+
+
+@pytest.mark.parametrize(("one", "sampler"), [(of_swarm, "euler"), (of_invoke, "k_euler")])
+def test_settings_of_swarmui_and_invokeai_are_read(one, sampler):
+    found = one()
+    assert (found.prompt, found.negative_prompt, found.loras) == ("a creature", "bad", LORAS)
+    assert {name: found.fields[name] for name in ("seed", "steps", "width", "height")} == {
+        "seed": 5,
+        "steps": 12,
+        "width": 64,
+        "height": 72,
+    }
+    assert (found.fields["guidance_scale"], found.fields["sampler"]) == (1.5, sampler)
+    assert [one.name for one in found.ignored] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "scheduler", "expected"),
+    [
+        ("euler_ancestral", "normal", "euler_a"),
+        ("dpmpp_2m", "karras", "k_dpmsolver++"),
+        ("dpmpp_2m", "normal", "dpmsolver++"),
+        ("euler", "", "euler"),
+    ],
+)
+def test_samplers_of_swarmui_have_their_schedules(sampler, scheduler, expected):
+    found = of_swarm(sampler=sampler, scheduler=scheduler)
+    assert found.fields["sampler"] == expected
+
+
+@pytest.mark.parametrize(
+    ("found", "named"),
+    [
+        (lambda: of_swarm(sampler="res_multistep"), "sampler"),
+        (lambda: of_swarm(scheduler="beta"), "sampler"),
+        (lambda: of_invoke(scheduler="unipc"), "sampler"),
+        (lambda: of_swarm(seed=-1), "seed"),
+        (lambda: of_invoke(seed=2**64), "seed"),
+        (lambda: of_swarm(steps="many"), "steps"),
+        (lambda: of_swarm(cfgscale=[1]), "cfgscale"),
+        (lambda: of_invoke(width=True), "width"),
+        (lambda: of_swarm(prompt=["a"]), "prompt"),
+        (lambda: of_swarm(loraweights=["heavy", "1"]), "loras"),
+        (lambda: of_invoke(loras=[{"model": {"name": 5}, "weight": 1}]), "loras"),
+        (lambda: of_invoke(loras=[{"model": {"name": "a"}, "weight": 6}]), "loras"),
+        (lambda: of_swarm(initimagecreativity=0.5), "initimagecreativity"),
+        (lambda: of_invoke(controlnets=[{"a": 1}]), "controlnets"),
+        (lambda: of_swarm(prompt="a (red:1.2) ball"), "prompt"),
+        (lambda: of_swarm(prompt="a ball <lora:other:1>"), "prompt"),
+    ],
+)
+def test_what_cannot_be_used_is_named(found, named):
+    assert named in [one.name for one in found().ignored]
+
+
+def test_old_images_of_swarmui_have_lists_as_text():
+    found = of_swarm(loras="people/sks,b", loraweights="0.8,-1")
+    assert found.loras == LORAS
+    assert of_swarm(loras=["a"], loraweights=None).loras == (NamedLora("a", 1.0),)
+
+
+def test_a_jpeg_of_swarmui_is_read():
+    exif = Image.Exif()
+    text = json.dumps({"sui_image_params": SWARM})
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + text.encode(
+        "utf-16-le"
+    )
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "JPEG", exif=exif.tobytes())
+    assert read(buffer.getvalue()).prompt == "a creature"
+
+
+GRAPH = json.dumps({"3": {"class_type": "KSampler", "inputs": {"seed": 1}}})
+
+
+@pytest.mark.parametrize(
+    ("texts", "program"),
+    [
+        ({"prompt": GRAPH, "workflow": "{}"}, "ComfyUI"),
+        ({"workflow": GRAPH}, "ComfyUI"),
+        ({"Software": "NovelAI", "Comment": "{}", "Description": "a ball"}, "NovelAI"),
+        ({"parameters": '{"prompt": "a", "performance": "Speed"}'}, "Fooocus"),
+        ({"parameters": '{"prompt": "a"}', "fooocus_scheme": "fooocus"}, "Fooocus"),
+        ({"sd-metadata": "{}"}, "InvokeAI"),
+        ({"Dream": "a ball -s 50 -S 1"}, "InvokeAI"),
+        ({"use_stable_diffusion_model": "sd-v1-4"}, "Easy Diffusion"),
+        ({"parameters": '{"prompt": "a"}'}, "unknown JSON"),
+    ],
+)
+def test_images_of_other_programs_are_refused_by_name(texts, program):
+    with pytest.raises(ImageRecordError, match=program):
+        read_origin(png(**texts))
+
+
+def test_a_webp_of_comfyui_is_refused_by_name():
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make] = f"workflow:{GRAPH}"
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "WEBP", exif=exif.tobytes())
+    with pytest.raises(ImageRecordError, match="ComfyUI"):
+        read_origin(buffer.getvalue())
+
+
+def test_parameters_that_other_programs_add_are_read():
+    text = "a ball\nSteps: 12, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 64x64"
+    for more in ({"prompt": GRAPH}, {"fooocus_scheme": "a1111"}):
+        found = read(png(parameters=text, **more))
+        assert (found.prompt, found.fields["sampler"]) == ("a ball", "euler_a")
