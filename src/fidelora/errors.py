@@ -84,6 +84,10 @@ class AdapterPlaceError(AdapterError, WrongUseError):
     """The adapter's name is invalid: give the path of a .safetensors file in the adapter folder."""
 
 
+class UploadNameError(AdapterPlaceError):
+    """The name is not valid for an upload: it must end with .safetensors and contain no folder."""
+
+
 class AdapterFormatError(AdapterError):
     """The file is a valid .safetensors file, but not an adapter of a supported kind."""
 

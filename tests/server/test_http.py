@@ -516,7 +516,7 @@ def test_an_upload_stays_in_its_folder(client, context, name):
     if name == "":  # no name: the file's own
         assert answer.status_code == 201
         return
-    assert error(answer) == (400, "LORA_NOT_FOUND")
+    assert error(answer) == (400, "UPLOAD_NAME_INVALID")
     assert sorted(path.name for path in context.settings.loras.rglob("*.safetensors")) == [
         "sks.safetensors"
     ]

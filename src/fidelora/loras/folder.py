@@ -17,6 +17,7 @@ from fidelora.errors import (
     AdapterNotFoundError,
     AdapterPlaceError,
     OutputError,
+    UploadNameError,
     UploadNotFoundError,
     WeightsFileError,
     some,
@@ -176,7 +177,7 @@ def add_upload(root: Path, file: BinaryIO, name: str) -> tuple[str, bool]:
         the same contents exists.
 
     Raises:
-        AdapterPlaceError: the name is not valid for an upload.
+        UploadNameError: the name is not valid for an upload.
         AdapterExistsError: an upload with this name has other contents.
         WeightsFileError, AdapterFormatError: according to its header, the file is not an adapter.
         OutputError: the file could not be written.
@@ -214,7 +215,7 @@ def upload_path(root: Path, name: str) -> Path:
     """
     try:
         path = _upload(root, name)
-    except AdapterPlaceError:
+    except UploadNameError:
         raise UploadNotFoundError from None
     if not path.is_file():
         raise UploadNotFoundError
@@ -224,7 +225,7 @@ def upload_path(root: Path, name: str) -> Path:
 def _upload(root: Path, name: str) -> Path:
     size = len(name.encode("utf-8", "replace"))
     if not (_UPLOAD_NAME.fullmatch(name) and _is_text(name) and size <= _MAX_UPLOAD_BYTES):
-        raise AdapterPlaceError(
+        raise UploadNameError(
             f"{name!r:.200} is not a valid name for an upload: it must end with {_SUFFIX}, must "
             "not begin with a dot or contain a slash, backslash or control character, and may have "
             f"{_MAX_UPLOAD_BYTES} bytes in UTF-8."

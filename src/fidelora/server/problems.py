@@ -41,6 +41,7 @@ _STATUS_AND_CODE: Sequence[tuple[type[FideloraError], int, str]] = (
     (errors.AdapterExistsError, 409, "LORA_EXISTS"),
     (errors.AdapterInUseError, 409, "LORA_IN_USE"),
     (errors.AdapterNotFoundError, 400, "LORA_NOT_FOUND"),
+    (errors.UploadNameError, 400, "UPLOAD_NAME_INVALID"),
     (errors.AdapterPlaceError, 400, "LORA_NOT_FOUND"),
     (errors.AdapterChangedError, 400, "LORA_CHANGED"),
     (errors.AdapterError, 400, "LORA_INVALID"),
