@@ -273,6 +273,13 @@ class ApiKeyError(WrongUseError):
     """
 
 
+class PeerNotAllowedError(WrongUseError):
+    """The server has no API keys, so it accepts only calls from its own machine.
+
+    Create a key with `fidelora keys add`.
+    """
+
+
 class ImageNotFoundError(WrongUseError):
     """The request has no such image; the result of a successful request lists its images."""
 

@@ -40,7 +40,12 @@ def app(context):
 
 @pytest.fixture(scope="module")
 def served(app):
-    with TestClient(app, base_url="http://127.0.0.1:8000", follow_redirects=False) as client:
+    with TestClient(
+        app,
+        base_url="http://127.0.0.1:8000",
+        follow_redirects=False,
+        client=("127.0.0.1", 50000),
+    ) as client:
         yield client
 
 
@@ -324,7 +329,9 @@ def test_behind_a_proxy_the_page_uses_the_public_path(tmp_path):
     object.__setattr__(context, "base_url", "https://images.example.com/fidelora")
     headers = {"Host": "images.example.com", "X-Forwarded-Proto": "https"}
     with TestClient(
-        server_app.make_app(context, with_page=True), base_url="http://127.0.0.1:8000"
+        server_app.make_app(context, with_page=True),
+        base_url="http://127.0.0.1:8000",
+        client=("127.0.0.1", 50000),
     ) as client:
         page = client.get("/", headers=headers).text
         root = re.search(r'"root":("[^"]*")', page)

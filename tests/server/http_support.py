@@ -70,7 +70,7 @@ class ClientWithDeadline(TestClient):
             make_app(context),
             base_url="http://127.0.0.1:8000",
             raise_server_exceptions=False,
-            **given,
+            **{"client": ("127.0.0.1", 50000), **given},
         )
         self._context = context
 

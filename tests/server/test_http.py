@@ -656,6 +656,26 @@ def test_the_name_of_this_machine_in_a_container_is_explained(client):
     assert "Programs in a container reach this machine by that name" in answer.text
 
 
+@pytest.mark.parametrize("peer", ["192.0.2.7", "10.0.0.1", "::ffff:192.0.2.7", "2001:db8::1", ""])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_without_keys_other_machines_are_refused(context, peer, method):
+    """Also after the last key was removed, and whatever the headers claim."""
+    client = client_of(context, client=(peer, 50000))
+    key = context.keys.add("one")
+    bearer = {"Authorization": f"Bearer {key}"}
+    assert client.get("/v1/models", headers=bearer).status_code == 200
+    context.keys.remove("one")
+    headers = {**bearer, "Host": "localhost", "X-Forwarded-For": "127.0.0.1"}
+    answer = client.request(method, "/v1/models", headers=headers)
+    assert error(answer) == (403, "CALLER_NOT_ALLOWED")
+    assert client.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("peer", ["127.0.0.1", "127.8.8.8", "::1", "::ffff:127.0.0.1"])
+def test_without_keys_this_machine_is_served(context, peer):
+    assert client_of(context, client=(peer, 1)).get("/v1/models").status_code == 200
+
+
 @pytest.mark.parametrize(
     "host", ["localhost", "localhost:1", "127.0.0.1:8000", "127.1.2.3", "[::1]:8000"]
 )

@@ -80,8 +80,15 @@ def list_open_keys() -> None:
 
 @keys.command("remove")
 def remove(name: Annotated[str, typer.Argument(help="Name of the key.")]) -> None:
-    """Revoke a key immediately."""
-    _open_keys().remove(name)
+    """Revoke a key immediately. Without any key, the server accepts only calls from its machine."""
+    keys = _open_keys()
+    keys.remove(name)
+    if not keys.names():
+        typer.echo(
+            "This was the last key: until there is another one, the server accepts only calls from "
+            "its own machine.",
+            err=True,
+        )
 
 
 def _open_keys() -> ApiKeys:

@@ -14,7 +14,13 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fidelora.errors import ApiKeyError, BodyTooLargeError, FideloraError, RequestError
+from fidelora.errors import (
+    ApiKeyError,
+    BodyTooLargeError,
+    FideloraError,
+    PeerNotAllowedError,
+    RequestError,
+)
 from fidelora.server.api_keys import ApiKeys
 from fidelora.server.login import LOGIN_PATH, Login
 from fidelora.server.metrics import Metrics
@@ -42,7 +48,8 @@ _CALL_ID = re.compile(r"[\w.-]{1,64}")
 def is_loopback(host: str) -> bool:
     """Return True if a server that listens on `host` is reachable from this machine only."""
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
+        address = ipaddress.ip_address(host.strip("[]"))
+        return (getattr(address, "ipv4_mapped", None) or address).is_loopback
     except ValueError:
         return host.lower() == "localhost"
 
@@ -138,10 +145,12 @@ def _too_large(limit: int) -> BodyTooLargeError:
 
 
 class AccessControl:
-    """Requires an API key; without keys, requires that `Host` and `Origin` name this server.
+    """Requires an API key; without keys, serves only callers on this machine.
 
-    The second rule blocks DNS rebinding (a hostile hostname that resolves to 127.0.0.1) and form
-    posts from pages of other sites, which browsers send with an `Origin` header.
+    Without keys, the connection must come from a loopback address, and `Host` and `Origin` must
+    name this server. The latter blocks DNS rebinding (a hostile hostname that resolves to
+    127.0.0.1) and form posts from pages of other sites, which browsers send with an `Origin`
+    header. The rules are checked at each call, because keys can be removed while the server runs.
 
     Args:
         login: login of the web page; None if there is no page.
@@ -167,9 +176,7 @@ class AccessControl:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not self._is_public(scope["path"]):
             try:
-                scope["fidelora_owner"] = self._owner(
-                    Headers(scope=scope), scope["path"], scope["method"]
-                )
+                scope["fidelora_owner"] = self._owner(scope)
             except FideloraError as error:
                 if (
                     isinstance(error, ApiKeyError)
@@ -186,9 +193,10 @@ class AccessControl:
         # Without the page, "/" returns only a notice.
         return path in _PUBLIC_PATHS or (path == "/" and self._login is None)
 
-    def _owner(self, headers: Headers, path: str, method: str) -> str:
+    def _owner(self, scope: Scope) -> str:
+        headers, path = Headers(scope=scope), scope["path"]
         is_page = self._login is not None and is_page_path(path)
-        if is_page and method == "POST":
+        if is_page and scope["method"] == "POST":
             self._refuse_other_sites(headers)
         if self._keys.names():
             scheme, _, credentials = headers.get("authorization", "").partition(" ")
@@ -202,6 +210,9 @@ class AccessControl:
             if owner is None:
                 raise ApiKeyError
             return owner
+        peer = scope.get("client")  # None for a Unix socket
+        if peer is not None and not is_loopback(peer[0]):
+            raise PeerNotAllowedError
         origin = headers.get("origin")
         checked = [] if origin is None or origin in self._origins else [origin]
         for url in ("//" + headers.get("host", ""), *checked):

@@ -33,6 +33,7 @@ _STATUS_AND_CODE: Sequence[tuple[type[FideloraError], int, str]] = (
     (errors.IdempotencyConflictError, 409, "IDEMPOTENCY_KEY_REUSED"),
     (errors.BodyTooLargeError, 413, "BODY_TOO_LARGE"),
     (errors.ApiKeyError, 401, "UNAUTHORIZED"),
+    (errors.PeerNotAllowedError, 403, "CALLER_NOT_ALLOWED"),
     (errors.JobStoreError, 503, "STORE_UNAVAILABLE"),
     (errors.ServerStoppingError, 503, "SERVER_STOPPING"),
     (errors.AdapterUrlRefusedError, 400, "LORA_URL_NOT_ALLOWED"),
@@ -66,6 +67,7 @@ REQUEST_CODES = {
 _DESCRIPTIONS = {
     400: "The request is not supported or not valid",
     401: "API key missing or unknown",
+    403: "Not allowed from another machine",
     404: "Not found",
     409: "Conflicts with the current state",
     410: "Gone",
@@ -100,7 +102,7 @@ def error_responses(*statuses: int, is_json: bool = True) -> dict[int | str, dic
         }
     return {
         status: {**body, "description": _DESCRIPTIONS[status]}
-        for status in (400, 401, 413, *statuses)
+        for status in (400, 401, 403, 413, *statuses)
     }
 
 

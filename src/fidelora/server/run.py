@@ -66,7 +66,12 @@ def serve(settings: Settings) -> None:
 async def _serve(context: ServerContext, listener: socket.socket) -> None:
     app = make_app(context, with_page=True)
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, timeout_graceful_shutdown=_CONNECTION_GRACE_S
+        app,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=_CONNECTION_GRACE_S,
+        # The access control needs the address of the connection, not one that a header claims.
+        proxy_headers=False,
     )
     server = _UvicornServer(config)
     stop_requested = asyncio.Event()
