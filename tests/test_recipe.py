@@ -78,6 +78,15 @@ def plain_with(**changes):
     return {**PLAIN, **changes}
 
 
+def test_the_trigger_word_is_not_inserted_into_a_text_that_gets_too_long():
+    assert replace_trigger("[trigger] and [name]", "sks") == "sks and sks"
+    assert replace_trigger("[trigger]", "x" * 10_000) == "x" * 10_000
+    with pytest.raises(RecipeError, match="With the trigger word in 2 places") as caught:
+        replace_trigger("[trigger][name]", "x" * 5_001)
+    assert caught.value.field == "prompt"
+    assert replace_trigger("a" * 20_000, "sks") == "a" * 20_000  # the recipe refuses it
+
+
 # --- completion ---------------------------------------------------------------------------------
 
 

@@ -17,6 +17,9 @@ from safetensors.torch import save, save_file
 from fidelora.errors import PickleRefusedError, WeightsFileError
 from fidelora.safetensors_header import (
     DTYPE_BYTES,
+    MAX_BRACKETS,
+    MAX_COMMAS,
+    MAX_DIMENSIONS,
     MAX_HEADER_BYTES,
     MAX_TENSORS,
     TensorInfo,
@@ -383,6 +386,45 @@ def test_the_number_of_tensors_is_limited(read):
         WeightsFileError, match=f"claims {MAX_TENSORS + 1:,} tensors; at most {MAX_TENSORS:,} are"
     ):
         read(file_of(b"{" + entries + b"}"))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b'{"a":[' + b",".join([b"[]"] * (MAX_BRACKETS + 1)) + b"]}",
+        b'{"a":[' + b"[" * MAX_BRACKETS + b"]}",
+        b'{"a":[' + b",".join([b"1"] * (MAX_COMMAS + 2)) + b"]}",
+        b'{"__metadata__":{' + b",".join([b'"a":"b"'] * (MAX_COMMAS + 2)) + b"}}",
+    ],
+    ids=["lists", "nested", "numbers", "metadata"],
+)
+def test_headers_with_too_many_values_are_refused_before_parsing(read, header, monkeypatch):
+    monkeypatch.setattr("json.loads", lambda *_args, **_options: pytest.fail("was parsed"))
+    with pytest.raises(WeightsFileError, match="has more values in its header"):
+        read(file_of(header))
+
+
+def test_long_numbers_are_refused_before_conversion(read):
+    shape = ",".join(["9" * 4_300] * 3)
+    header = '{"a":{"dtype":"F32","shape":[' + shape + '],"data_offsets":[0,4]}}'
+    with pytest.raises(WeightsFileError, match="has a number of 4,300 digits"):
+        read(file_of(header.encode(), b"xxxx"))
+
+
+def test_the_number_of_dimensions_is_limited(read):
+    most = {"dtype": "F16", "shape": [1] * MAX_DIMENSIONS, "data_offsets": [0, 2]}
+    assert read(file_of({"a": most}, b"xx")).tensors["a"].shape == (1,) * MAX_DIMENSIONS
+    more = most | {"shape": [1] * (MAX_DIMENSIONS + 1)}
+    with pytest.raises(WeightsFileError, match=f"with {MAX_DIMENSIONS + 1} dimensions"):
+        read(file_of({"a": more}, b"xx"))
+
+
+def test_lone_surrogates_in_texts_are_replaced(read):
+    header = read(file_of({"__metadata__": {"\ud800k": "v\udfff"}, "\ud800": TWO_BYTES}, b"xx"))
+    assert (header.metadata, list(header.tensors)) == ({"?k": "v?"}, ["?"])
+    pair = file_of({"__metadata__": {"a": "\U0001f642"}, "a": TWO_BYTES}, b"xx")
+    assert b"\\ud83d" in pair  # an emoji, as two escapes
+    assert read(pair).metadata == {"a": "\U0001f642"}
 
 
 # --- properties -----------------------------------------------------------------------------------

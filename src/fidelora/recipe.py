@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fidelora.adapter_file import AdapterFile
-from fidelora.checks import in_range, is_text, one_of, shown
+from fidelora.checks import MAX_PROMPT_CHARACTERS, in_range, is_text, one_of, shown
 from fidelora.embedding_file import embedding_word
 from fidelora.errors import RecipeError, UnknownSamplerError, WeightsFileError
 from fidelora.families import Family, get_family
@@ -93,8 +93,24 @@ def replace_trigger(prompt: str, trigger: str) -> str:
     """Replace `[trigger]` and `[name]` in `prompt` by `trigger`, as the trainer does.
 
     The prompt is returned unchanged if `trigger` is empty or the prompt has no placeholder.
+
+    Raises:
+        RecipeError: the result would be longer than a prompt may be.
     """
-    return prompt.replace("[name]", trigger).replace("[trigger]", trigger) if trigger else prompt
+    if not trigger:
+        return prompt
+    # Checked before the text is made: a long trigger in many places would take gigabytes.
+    counts = {place: prompt.count(place) for place in ("[name]", "[trigger]")}
+    length = len(prompt) + sum(
+        count * (len(trigger) - len(place)) for place, count in counts.items()
+    )
+    if length > MAX_PROMPT_CHARACTERS and any(counts.values()):
+        raise RecipeError(
+            f"With the trigger word in {sum(counts.values()):,} places, the prompt has {length:,} "
+            f"characters; the maximum is {MAX_PROMPT_CHARACTERS:,}.",
+            field="prompt",
+        )
+    return prompt.replace("[name]", trigger).replace("[trigger]", trigger)
 
 
 def file_sha256(path: Path) -> str:

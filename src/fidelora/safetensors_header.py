@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fidelora.checks import cleaned
 from fidelora.errors import PickleRefusedError, WeightsFileError
 
 DTYPE_BYTES: Mapping[str, int] = {
@@ -30,7 +31,14 @@ DTYPE_BYTES: Mapping[str, int] = {
 MAX_HEADER_BYTES = 32 * 2**20
 """Limit of the header's length. The header of an adapter has about 100 KB, that of a whole SDXL
 checkpoint about 300 KB; metadata can add a few MB."""
-MAX_TENSORS = 100_000
+MAX_TENSORS = 20_000
+"""Limit of the number of tensors. Adapters of SDXL have up to 12,000, checkpoints about 3,000."""
+MAX_DIMENSIONS = 8
+MAX_DIGITS = 20  # an unsigned 64-bit integer has at most 20
+MAX_BRACKETS, MAX_COMMAS = 10 * MAX_TENSORS, 20 * MAX_TENSORS
+"""Limits of the characters `[`, `{` and `,` in the header, those in metadata included. They are
+counted before parsing, because small values take up to 40 times their length in memory. A tensor
+has three brackets and about seven commas."""
 
 _PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle"}
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -145,23 +153,42 @@ def _refuse_other_formats(start: bytes, name: str, file_bytes: int) -> None:
 
 def _parse(raw: bytes, name: str) -> dict[str, Any]:
     def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-        if repeated:
+        plain = dict(pairs)
+        if len(plain) < len(pairs):
+            counts = Counter(key for key, _ in pairs)
+            repeated = [f"{key:.200}" for key, count in counts.items() if count > 1]
             raise WeightsFileError(
                 f"{name} has {', '.join(repeated[:3])} twice in its header: it is damaged; "
                 "export it again."
             )
-        return dict(pairs)
+        return plain
 
+    def whole_number(digits: str) -> int:
+        if len(digits) > MAX_DIGITS:  # conversion takes time with the square of the length
+            raise WeightsFileError(
+                f"{name} has a number of {len(digits):,} digits in its header: it is damaged; "
+                "export it again."
+            )
+        return int(digits)
+
+    if raw.count(b"[") + raw.count(b"{") > MAX_BRACKETS or raw.count(b",") > MAX_COMMAS:
+        raise WeightsFileError(
+            f"{name} has more values in its header than {MAX_TENSORS:,} tensors need: it is "
+            "damaged; export it again, with less metadata."
+        )
     try:
         if not raw.startswith(b"{"):
             raise ValueError("the header must begin with a brace")
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=without_repeats)
+        header = json.loads(
+            raw.decode("utf-8"), object_pairs_hook=without_repeats, parse_int=whole_number
+        )
     except (ValueError, RecursionError) as error:
         raise WeightsFileError(
             f"{name} is not a .safetensors file: its header is not a JSON object."
         ) from error
     assert isinstance(header, dict), "JSON that begins with a brace is an object"
+    if b"\\u" in raw:  # lone surrogates can only be written as escapes
+        return dict(cleaned(header))
     return header
 
 
@@ -220,6 +247,11 @@ def _tensor(key: str, entry: object, name: str) -> tuple[TensorInfo, int, int]:
         raise WeightsFileError(
             f"{name} stores {key} as {dtype}, which is not supported; "
             "export it as F16, BF16 or F32."
+        )
+    if len(shape) > MAX_DIMENSIONS:
+        raise WeightsFileError(
+            f"{name} has {key:.200} with {len(shape)} dimensions; at most {MAX_DIMENSIONS} are "
+            "accepted. It is damaged; export it again."
         )
     if not all(type(number) is int for number in (*shape, begin, end)) or min(shape, default=0) < 0:
         raise WeightsFileError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -530,6 +531,31 @@ def test_an_invalid_upload_is_rejected_and_leaves_no_file(client, context, conte
     assert list((context.settings.loras / "uploads").iterdir()) == []
 
 
+def test_texts_of_files_never_break_the_list(client, context, tmp_path):
+    """Metadata with lone surrogates, also inside JSON, and links in a circle."""
+    metadata = {"name": "\ud800", "training_info": '{"step": 1' + "0" * 30 + ', "epoch": 2}'}
+    header = {"__metadata__": metadata, "emb_params": EMBEDDING_ENTRY}
+    raw = json.dumps(header).encode()
+    content = struct.pack("<Q", len(raw)) + raw + bytes(64)
+    assert upload(client, content, "odd.safetensors").status_code == 201
+    loop = context.settings.loras / "loop.safetensors"
+    loop.symlink_to(loop)
+    folder = context.settings.loras / "folder"
+    folder.symlink_to(folder)
+    listed = client.get("/v1/loras")
+    assert listed.status_code == 200
+    paths = [one["path"] for one in listed.json()["loras"]]
+    assert "uploads/odd.safetensors" in paths
+    assert "loop.safetensors" not in paths
+    assert client.get("/sdapi/v1/loras").status_code == 200
+    for name in ("loop.safetensors", "folder/a.safetensors"):
+        body = MINIMAL | {"loras": [{"path": name}]}
+        assert error(client.post("/v1/inference", json=body)) == (400, "LORA_NOT_FOUND")
+
+
+EMBEDDING_ENTRY = {"dtype": "F32", "shape": [2, 8], "data_offsets": [0, 64]}
+
+
 def test_files_that_were_not_uploaded_are_not_deleted(client, context):
     for name in ("sks.safetensors", "..%2Fsks.safetensors", "uploads%2F..%2Fsks.safetensors"):
         assert client.delete(f"/v1/loras/{name}").status_code in (404, 405)
@@ -606,6 +632,24 @@ def test_bodies_have_a_limit_with_and_without_content_length(client):
         413,
         "BODY_TOO_LARGE",
     )
+
+
+def test_the_trigger_word_is_not_inserted_into_too_long_prompts(client, context):
+    """The text would have 1.6 GB."""
+    long = MINIMAL | {"trigger_word": "x" * 40_000, "prompts": [{"prompt": "[trigger]" * 40_000}]}
+    answer = client.post("/v1/inference", json=long)
+    assert answer.status_code == 422
+    assert "With the trigger word in 40,000 places" in answer.text
+    assert context.store.list().jobs == ()
+
+
+def test_loras_times_prompts_have_a_limit(client, context):
+    lora = MINIMAL["loras"][0]
+    body = MINIMAL | {"loras": [lora] * 33, "prompts": [{"prompt": "a ball"}] * 32}
+    answer = client.post("/v1/inference", json=body)
+    assert answer.status_code == 422
+    assert "33 LoRAs for 32 prompts; the maximum of the product is 1,024" in answer.text
+    assert context.store.list().jobs == ()
 
 
 def test_uploads_have_a_limit_of_their_own(tmp_path):

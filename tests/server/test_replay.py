@@ -84,6 +84,16 @@ def error(answer: Any) -> tuple[int, str, Any]:
     return answer.status_code, content["code"], content["details"]
 
 
+@pytest.mark.parametrize(
+    "value", [r'Hires: "\ud800"', r'Hashes: {"lora:\ud800": "0123456789"}', r'"\udfff": 1']
+)
+def test_parameters_with_lone_surrogates_are_cleaned(client, context, value):
+    text = f"a ball\nSteps: 2, Sampler: Euler, Seed: 1, {value}"
+    answer = client.post("/v1/replay", json={"parameters": text})
+    assert answer.status_code == 200, answer.text
+    assert len(context.store.list().jobs) == 1
+
+
 # --- real images --------------------------------------------------------------------------------
 
 

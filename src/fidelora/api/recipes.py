@@ -18,6 +18,9 @@ DEFAULT_SIZE = 1024
 """Width and height in pixels if a request omits them: the default of the `ai-toolkit-inference`
 API, which differs from the model's own."""
 
+MAX_LORAS_TIMES_PROMPTS = 1024
+"""Limit of the number of LoRAs times that of prompts, because each recipe names all LoRAs."""
+
 # Fields of the API that only models of other kinds (video, image editing) support.
 _UNSUPPORTED_FIELDS = ("fps", "resolution", "ctrl_img", "ctrl_img_1", "ctrl_img_2", "ctrl_img_3")
 
@@ -43,6 +46,12 @@ def check_request(request: InferenceRequest, *, needs_lora: bool = True) -> Fami
         ) from error
     if needs_lora and not request.loras:
         raise RequestError("At least one LoRA is required.", code="LORA_FILE_REQUIRED")
+    if len(request.loras) * len(request.prompts) > MAX_LORAS_TIMES_PROMPTS:
+        raise RequestFieldError(
+            f"The request has {len(request.loras)} LoRAs for {len(request.prompts)} prompts; the "
+            f"maximum of the product is {MAX_LORAS_TIMES_PROMPTS:,}. Use several requests.",
+            place=("loras",),
+        )
     if any(lora.transformer for lora in request.loras):
         message = f"{spec.id} has one denoiser; leave out `transformer` of its LoRAs."
         raise RequestError(

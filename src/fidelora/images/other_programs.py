@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fidelora.checks import cleaned
 from fidelora.errors import UnknownSamplerError
 from fidelora.families import Family
 from fidelora.images.a1111_prompt import NamedLora, brackets_in, marks_in, tags_in
@@ -188,7 +189,7 @@ def _object(text: object) -> dict[str, Any] | None:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+    return cleaned(value) if isinstance(value, dict) else None
 
 
 # --- SwarmUI: https://github.com/mcmonkeyprojects/SwarmUI, docs/Image Metadata Format.md ---------

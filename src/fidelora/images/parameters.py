@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fidelora.checks import cleaned
 from fidelora.errors import PromptSyntaxError, RecipeError, UnknownSamplerError
 from fidelora.families import Family
 from fidelora.families.emphasis import Emphasis, check_emphasis
@@ -236,9 +237,10 @@ def _without_objects(line: str) -> tuple[str, dict[str, Any]]:
     found: dict[str, Any] = {}
     while match := _JSON_VALUE.search(line):
         try:
-            found[match["key"]], end = json.JSONDecoder().raw_decode(line, match.end())
+            value, end = json.JSONDecoder().raw_decode(line, match.end())
         except (ValueError, RecursionError):
             break
+        found[match["key"]] = cleaned(value)
         line = line[: match.start()] + line[end:]
     return line.removeprefix(", "), found
 
@@ -372,4 +374,4 @@ def _unquoted(value: str) -> str:
         read = json.loads(value) if value.startswith('"') else value
     except ValueError:
         return value
-    return str(read)
+    return str(cleaned(read))

@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from fidelora.checks import cleaned
 from fidelora.errors import ImageRecordError, RecipeError
 from fidelora.families import get_family
 from fidelora.images.other_programs import (
@@ -152,7 +153,7 @@ def recipe_of(record: Mapping[str, Any], name: str = "The image") -> tuple[Recip
         )
     environment = record.get("environment")
     shown = environment.items() if isinstance(environment, Mapping) else ()
-    return recipe, {str(key): str(value) for key, value in shown}
+    return recipe, {str(cleaned(key)): str(cleaned(value)) for key, value in shown}
 
 
 def read_record(path: str | Path) -> dict[str, Any]:

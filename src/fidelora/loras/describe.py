@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from fidelora.adapters.tensor_names import kind_of, modules_of
+from fidelora.checks import cleaned
 from fidelora.embedding_file import EMBEDDING_KEYS, embedding_word, token_count
 from fidelora.errors import AdapterError, WeightsFileError
 from fidelora.safetensors_header import Header, read_file_header
 
 _TEXT_ENCODER = ("lora_te", "text_encoder", "te_")
 _MAX_TRIGGER = 200
+_MAX_STEP = 10**15
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def _json(metadata: Mapping[str, str], field: str) -> dict[str, Any]:
         value = json.loads(metadata.get(field, "{}"))
     except (ValueError, RecursionError):
         return {}
-    return value if isinstance(value, dict) else {}
+    return cleaned(value) if isinstance(value, dict) else {}
 
 
 def _training(metadata: Mapping[str, str]) -> tuple[int | None, int | None]:
@@ -133,7 +135,7 @@ def _whole_number(value: object) -> int | None:
     if isinstance(value, bool):
         return None
     if isinstance(value, int):
-        return value
+        return value if abs(value) < _MAX_STEP else None
     return (
         int(value)
         if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 16

@@ -62,13 +62,13 @@ def adapter_path(root: Path, name: str) -> Path:
             f"{name!r} is not a .safetensors file; use the full name of the file."
         )
     inside = root.resolve()
-    path = (inside / name).resolve()  # `/` keeps an absolute name as it is
+    try:
+        path = (inside / name).resolve()  # `/` keeps an absolute name as it is
+        found = path.is_file()
+    except (OSError, RuntimeError):  # a name that no file can have, or links in a circle
+        path, found = inside, False
     if not path.is_relative_to(inside):
         raise AdapterPlaceError(f"{name!r} is outside of the adapter folder; use a path inside it.")
-    try:
-        found = path.is_file()
-    except OSError:  # the name is not valid for a file, for example too long
-        found = False
     if not found:
         raise AdapterNotFoundError(
             f"There is no adapter {name!r} in the adapter folder; check its name."
