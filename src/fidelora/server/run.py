@@ -9,6 +9,7 @@ import socket
 import sys
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,18 +66,11 @@ def serve(settings: Settings) -> None:
 
 
 async def _serve(context: ServerContext, listener: socket.socket, url: str) -> None:
-    def announce() -> None:
-        data_dir = str(context.settings.data_dir.expanduser().absolute())
-        log.info("listening", url=url, base_url=context.base_url, data=data_dir)
-        if is_text(context.settings.log_format):
-            # A line of its own, which terminals make a link.
-            sys.stderr.write(f"{context.base_url}\n")
-
     app = make_app(context, with_page=True)
     config = uvicorn.Config(
         app, log_config=None, access_log=False, timeout_graceful_shutdown=_CONNECTION_GRACE_S
     )
-    server = _UvicornServer(config, announce)
+    server = _UvicornServer(config, partial(_announce, context, url))
     stop_requested = asyncio.Event()
 
     def request_stop() -> None:
@@ -103,6 +97,14 @@ async def _serve(context: ServerContext, listener: socket.socket, url: str) -> N
         raise SettingsError(
             "The server could not start or ended unexpectedly; see the log for the reason."
         )
+
+
+def _announce(context: ServerContext, url: str) -> None:
+    """Log that the server accepts connections; on a terminal, print its address on its own line."""
+    data_dir = str(context.settings.data_dir.expanduser().absolute())
+    log.info("listening", url=url, base_url=context.base_url, data=data_dir)
+    if is_text(context.settings.log_format):
+        sys.stderr.write(f"{context.base_url}\n")
 
 
 class _UvicornServer(uvicorn.Server):
