@@ -16,6 +16,7 @@ from tools.pages.command_line import with_tables
 from tools.pages.error_list import errors_page
 from tools.pages.python_api import python_page
 
+from fidelora.environment import names_of
 from fidelora.jobs.memory import MemoryStore
 from fidelora.server.app import context_with_store, make_app
 from fidelora.server.problems import codes
@@ -39,8 +40,13 @@ OpenAPI document is at `/openapi.json`, and an interactive page at `/docs`.
 """.strip()
 _ABOUT_SETTINGS = """
 Settings are environment variables, or lines in `.env` in the folder where the server is started.
-Options of `fidelora serve` override both. An unknown name that begins with `FIDELORA_` has no
-effect; `fidelora serve` warns of it.
+Options of `fidelora serve` override both. Of two names, the one with `FIDELORA_` takes precedence.
+An empty value is the same as none.
+
+`fidelora serve` warns of variables that have no effect: unknown names that begin with `FIDELORA_`,
+and values of `HOST`, `PORT`, `DEBUG`, `BASE_URL` and `DEVICE` that are meant for other programs,
+such as `DEBUG=app:*` or the name of a machine in `HOST`. An invalid value under another name, such
+as `FIDELORA_HOST`, is an error.
 """.strip()
 
 
@@ -89,7 +95,8 @@ def settings_page() -> str:
             if isinstance(field.default, bool | int | float | str) and field.default != ""
             else ""
         )
-        lines.append(f"| `{field.validation_alias}` | {field.description} | {shown} |")
+        names = ", ".join(f"`{name}`" for name in names_of(field))
+        lines.append(f"| {names} | {field.description} | {shown} |")
     return "\n".join(lines) + "\n"
 
 

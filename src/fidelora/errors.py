@@ -266,6 +266,10 @@ class ServerStoppingError(FideloraError):
     """The server is stopping and accepts no more requests; send the request again in a moment."""
 
 
+class ServerNotReadyError(FideloraError):
+    """The server cannot make images, because none of its workers can start."""
+
+
 class ApiKeyError(WrongUseError):
     """The API key is missing or invalid.
 

@@ -1,25 +1,31 @@
 """Server settings, from the environment and a `.env` file.
 
-Settings without the prefix FIDELORA_ have the same names as those of `ai-toolkit-inference`.
+Names without the prefix FIDELORA_ are those of `ai-toolkit-inference`. Each of these settings also
+has a name with the prefix, which takes precedence.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    DotEnvSettingsSource,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from fidelora.accel import Offload
+from fidelora.environment import either, ignored_variables, names_of, values_of_others
 from fidelora.errors import SettingsError
 from fidelora.families import all_families
 from fidelora.families.emphasis import Emphasis
-
-_PREFIX = "FIDELORA_"
 
 
 def _data_dir() -> Path:
@@ -33,6 +39,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_file=".env",
         env_file_encoding="utf-8",
+        env_ignore_empty=True,
         extra="ignore",
         validate_by_name=True,
         frozen=True,
@@ -40,28 +47,28 @@ class Settings(BaseSettings):
 
     host: str = Field(
         "127.0.0.1",
-        validation_alias="HOST",
+        validation_alias=either("HOST"),
         description="Address to listen on. If other machines can reach it, an API key is required.",
     )
     port: int = Field(
         8000,
         ge=0,
         le=65535,
-        validation_alias="PORT",
+        validation_alias=either("PORT"),
         description="Port to listen on; 0 selects a free one.",
     )
     base_url: str = Field(
         "",
-        validation_alias="BASE_URL",
+        validation_alias=either("BASE_URL"),
         description=(
             "URL at which clients reach the server, for the URLs in responses; "
             "by default the address it listens on."
         ),
     )
-    debug: bool = Field(False, validation_alias="DEBUG", description="Log at debug level.")
+    debug: bool = Field(False, validation_alias=either("DEBUG"), description="Log at debug level.")
     device: str = Field(
         "auto",
-        validation_alias="DEVICE",
+        validation_alias=either("DEVICE"),
         description=(
             "auto, cpu, cuda, cuda:N or mps; "
             "a comma-separated list starts one worker for each device."
@@ -69,43 +76,43 @@ class Settings(BaseSettings):
     )
     offload_mode: Offload | None = Field(
         None,
-        validation_alias="OFFLOAD_MODE",
+        validation_alias=either("OFFLOAD_MODE"),
         description="none, model or sequential; offloading saves device memory but is slower.",
     )
     enable_cpu_offload: bool = Field(
         False,
-        validation_alias="ENABLE_CPU_OFFLOAD",
+        validation_alias=either("ENABLE_CPU_OFFLOAD"),
         description="Older name for OFFLOAD_MODE=model; OFFLOAD_MODE takes precedence.",
     )
     workflows_base_path: Path | None = Field(
         None,
-        validation_alias="WORKFLOWS_BASE_PATH",
+        validation_alias=either("WORKFLOWS_BASE_PATH"),
         description="Folder with LoRAs for requests; by default `loras` in the data folder.",
     )
     output_base_path: Path | None = Field(
         None,
-        validation_alias="OUTPUT_BASE_PATH",
+        validation_alias=either("OUTPUT_BASE_PATH"),
         description="Folder for images; by default `outputs` in the data folder.",
     )
     model_cache_dir: Path | None = Field(
         None,
-        validation_alias="MODEL_CACHE_DIR",
+        validation_alias=either("MODEL_CACHE_DIR"),
         description="Cache folder for downloaded base models; by default Hugging Face's own.",
     )
     hf_token: SecretStr | None = Field(
         None,
-        validation_alias="HF_TOKEN",
+        validation_alias=either("HF_TOKEN"),
         description="Access token for gated and private files on the Hugging Face Hub.",
     )
     inference_timeout_s: float = Field(
         3600,
         gt=0,
-        validation_alias="INFERENCE_TIMEOUT",
+        validation_alias=either("INFERENCE_TIMEOUT"),
         description="Seconds that an attempt at a request may take before it is stopped and fails.",
     )
     lora_cache_dir: Path | None = Field(
         None,
-        validation_alias="LORA_DOWNLOAD_CACHE_DIR",
+        validation_alias=either("LORA_DOWNLOAD_CACHE_DIR"),
         description=(
             "Cache folder for LoRAs, named by sha256; by default `adapters` in the data folder."
         ),
@@ -284,6 +291,35 @@ class Settings(BaseSettings):
         description="json, text, or auto: text on a terminal and json elsewhere.",
     )
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Return the arguments and the variables, without values that are meant for others.
+
+        The environment and `.env` are one source, in which the environment takes precedence.
+        Otherwise `HOST` in the environment would take precedence over `FIDELORA_HOST` in `.env`.
+        """
+        assert isinstance(env_settings, EnvSettingsSource)
+        variables = _variables(settings_cls)
+        ignored = values_of_others(variables)
+        env_settings.env_vars = {
+            name: value for name, value in variables.items() if name not in ignored
+        }
+        return init_settings, env_settings
+
+    @field_validator("base_url")
+    @classmethod
+    def _check_base_url(cls, value: str) -> str:
+        if value and values_of_others({"BASE_URL": value}):
+            raise ValueError("it is not a URL; write http:// or https:// and the server's name")
+        return value
+
     @field_validator("lora_hosts", mode="before")
     @classmethod
     def _split_hosts(cls, value: object) -> object:
@@ -406,19 +442,14 @@ def _parse_base_models(text: str) -> list[tuple[str, str]]:
     ]
 
 
-def unknown_settings() -> list[str]:
-    """Return a sentence for each environment variable that looks like a setting, but is none.
+def setting_warnings() -> list[str]:
+    """Return a sentence for each variable, in the environment or `.env`, that has no effect."""
+    return ignored_variables(_variables(Settings), [*map(names_of, Settings.model_fields.values())])
 
-    Kubernetes sets such variables by itself, for a service with the name fidelora.
-    """
-    names = {str(field.validation_alias) for field in Settings.model_fields.values()}
-    sentences = []
-    for name in sorted(os.environ):
-        if name.startswith(_PREFIX) and name not in names:
-            near = get_close_matches(name, names, 1, cutoff=0.85)
-            hint = f"; did you mean {near[0]}?" if near else "."
-            sentences.append(f"{name} is not a setting of Fidelora and has no effect{hint}")
-    return sentences
+
+def _variables(settings: type[BaseSettings]) -> dict[str, str | None]:
+    """Return the variables of `.env` and of the environment, by name in lower case."""
+    return {**DotEnvSettingsSource(settings).env_vars, **EnvSettingsSource(settings).env_vars}
 
 
 def read_settings(**overrides: Any) -> Settings:

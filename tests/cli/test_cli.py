@@ -7,6 +7,8 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,9 @@ from PIL import Image
 from tests.support import LORA, LORA_CONV, MINIATURE_LORA, TINY_BASE
 
 from fidelora import AdapterRef, Engine, Recipe, read_record
+from fidelora.api import StatusBody
 from fidelora.cli import console, demo, demo_server, main
+from fidelora.errors import ClientTimeoutError, RequestFailedError
 
 SMALL = [
     "--base-model",
@@ -370,7 +374,80 @@ def test_the_demo_explains_how_to_install_the_server(fidelora, monkeypatch):
     monkeypatch.setattr(demo, "_SERVER_PACKAGES", ("fastapi", "no_such_package"))
     code, out, _ = fidelora("demo", "--device", "cpu")
     assert code == 0
-    assert "pip install 'fidelora[server,client]'" in out
+    assert "pip install '.[server,client]'" in out
+
+
+def test_commands_let_threads_sleep_while_they_wait(fidelora, monkeypatch):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.setenv(name, "")  # restored afterwards
+        monkeypatch.delenv(name)
+    assert fidelora("--version")[0] == 0
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"
+
+
+class StatusClient:
+    """Returns one status after the other, and the last one again and again."""
+
+    def __init__(self, *statuses: StatusBody) -> None:
+        self.statuses = list(statuses)
+
+    def status(self, request_id: str) -> StatusBody:
+        return self.statuses.pop(0) if len(self.statuses) > 1 else self.statuses[0]
+
+    def result(self, request_id: str) -> str:
+        return f"the result of {request_id}"
+
+
+def a_status(status: str, step: int = 0, **fields: Any) -> StatusBody:
+    progress = {"image": 0, "images": 1, "step": step, "steps": 9, "fraction": 0, "eta_s": None}
+    times = dict.fromkeys(("started_at", "finished_at"), None)
+    about = {
+        "request_id": "a",
+        "created_at": "2026-01-01T00:00:00Z",
+        "error": None,
+        "progress": progress,
+    }
+    return StatusBody.model_validate({**about, **times, "status": status, **fields})
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Make each second of the demo's waits pass at once."""
+    seconds = iter(range(10_000))
+    passing = SimpleNamespace(sleep=lambda _: None, monotonic=lambda: next(seconds))
+    monkeypatch.setattr(demo_server, "time", passing)
+
+
+@pytest.mark.usefixtures("clock")
+def test_the_demo_waits_for_as_long_as_there_is_progress():
+    steps = [a_status("in_progress", step) for step in range(60) for _ in range(3)]
+    client: Any = StatusClient(*steps, a_status("succeeded"))
+    result: Any = demo_server._wait_for_images(client, "a", patience_s=5)
+    assert result == "the result of a"
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize(
+    ("status", "error", "words"),
+    [
+        (a_status("in_progress", 3), ClientTimeoutError, "no progress in 5 seconds"),
+        (a_status("in_queue", waiting_reason="No base."), RequestFailedError, "No base."),
+        (a_status("failed", error="NaN."), RequestFailedError, "NaN."),
+    ],
+)
+def test_the_demo_ends_its_wait_without_progress(status, error, words):
+    client: Any = StatusClient(status)
+    with pytest.raises(error, match=words):
+        demo_server._wait_for_images(client, "a", patience_s=5)
+
+
+@pytest.mark.usefixtures("clock")
+def test_the_demo_gives_up_on_a_server_that_does_not_start(capsys, tmp_path):
+    (tmp_path / "log").write_text('{"event": "base model"}\n')
+    process: Any = SimpleNamespace(poll=lambda: None)
+    with pytest.raises(SystemExit):
+        demo_server._wait_for_url(process, tmp_path / "log", patience_s=5)
+    assert "did not start within 5 seconds" in capsys.readouterr().err
 
 
 def test_the_demos_server_ignores_settings_of_the_environment(monkeypatch):

@@ -615,4 +615,4 @@ try:
 except ImportError as error:
     print(error)
 """
-    assert "pip install 'fidelora[client]'" in printed(code)
+    assert "pip install '.[client]'" in printed(code)

@@ -18,6 +18,7 @@ from tools.pages.error_list import all_errors
 
 import fidelora
 from fidelora.engine.examine import ProblemCode
+from fidelora.environment import names_of
 from fidelora.jobs.memory import MemoryStore
 from fidelora.server.app import context_with_store, make_app
 from fidelora.server.problems import codes
@@ -173,12 +174,26 @@ def test_http_routes_exist(tmp_path):
 
 
 def test_settings_exist():
-    aliases = {field.validation_alias for field in Settings.model_fields.values()}
+    names = {name for field in Settings.model_fields.values() for name in names_of(field)}
 
     def check(page: Path) -> Iterator[str]:
         used = set(re.findall(r"\bFIDELORA_[A-Z_]*[A-Z]\b", page.read_text()))
-        if unknown := used - aliases - OTHER_VARIABLES:
+        if unknown := used - names - OTHER_VARIABLES:
             yield f"settings that do not exist: {unknown}"
+
+    assert not (found := violations(check)), found
+
+
+def test_no_page_installs_from_an_index():
+    """Fidelora is not on an index; another package could get its name there."""
+
+    def check(page: Path) -> Iterator[str]:
+        for words in shell_commands(page):
+            named = [word for word in words if re.fullmatch(r"fidelora(\[.*\])?", word)]
+            if "install" in words and named and "--no-index" not in words:
+                yield f"{' '.join(words)}: install from a checkout of the repository"
+        if re.search(r"`pip install [^`]*fidelora(\[|`)", without_blocks(page)):
+            yield "pip install in the text: install from a checkout of the repository"
 
     assert not (found := violations(check)), found
 

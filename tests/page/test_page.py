@@ -311,7 +311,7 @@ def test_without_gradio_the_root_explains_how_to_install_it(tmp_path, monkeypatc
     with TestClient(
         server_app.make_app(context, with_page=True), base_url="http://127.0.0.1:8000"
     ) as client:
-        assert "pip install 'fidelora[ui]'" in client.get("/").text
+        assert "pip install '.[ui]'" in client.get("/").text
         assert client.get("/theme.css").status_code == 401
         assert client.get("/health").status_code == 200
 

@@ -332,9 +332,20 @@ def test_ready_reports_a_base_model_that_cannot_be_loaded(start, data):
         return str(json.load(caught.value)["reason"])
 
     assert "is a web page" in until(reason)
-    request_id = server.submit()
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        server.submit()
+    assert refused.value.code == 503
+    assert "is a web page" in json.load(refused.value)["detail"]["error"]["message"]
     shutil.copytree(TINY_BASE, base, dirs_exist_ok=True)
-    server.wait(request_id, "succeeded")  # the next worker loads the repaired base
+    server.ready()  # the next worker loads the repaired base
+    server.wait(server.submit(), "succeeded")
+    told = ("listening", "not ready, trying again", "ready")
+    until(  # the log is read in a thread
+        lambda: (
+            tuple(dict.fromkeys(entry["event"] for entry in server.log if entry["event"] in told))
+            == told
+        )
+    )
 
 
 def test_api_keys_on_the_command_line(data):

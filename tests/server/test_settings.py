@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
+from fidelora.environment import names_of
 from fidelora.errors import SettingsError
-from fidelora.settings import Settings, read_settings, unknown_settings
+from fidelora.settings import Settings, read_settings, setting_warnings
 
 
 @pytest.fixture(autouse=True)
 def nothing_set(monkeypatch, tmp_path):
-    for name in list(os.environ):
-        if name in {str(field.validation_alias) for field in Settings.model_fields.values()}:
-            monkeypatch.delenv(name)
+    for field in Settings.model_fields.values():
+        for name in names_of(field):
+            monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_DATA_HOME", raising=False)
     monkeypatch.chdir(tmp_path)
@@ -90,17 +90,91 @@ def test_older_name_of_offload_mode(monkeypatch):
 
 
 def test_precedence_of_command_line_environment_and_file(monkeypatch, tmp_path):
-    (tmp_path / ".env").write_text("PORT=1\nHOST=file\nDEVICE=cpu\nSOMETHING_ELSE=1\n")
+    (tmp_path / ".env").write_text("PORT=1\nHOST=10.0.0.1\nDEVICE=cpu\nSOMETHING_ELSE=1\n")
     monkeypatch.setenv("PORT", "2")
-    monkeypatch.setenv("HOST", "environment")
+    monkeypatch.setenv("HOST", "10.0.0.2")
     settings = read_settings(port=3, host=None)
-    assert (settings.port, settings.host, settings.device) == (3, "environment", "cpu")
+    assert (settings.port, settings.host, settings.device) == (3, "10.0.0.2", "cpu")
+
+
+def test_each_plain_name_has_a_form_with_the_prefix(monkeypatch):
+    for field in Settings.model_fields.values():
+        assert names_of(field)[0].startswith("FIDELORA_")
+    monkeypatch.setenv("PORT", "1")
+    monkeypatch.setenv("FIDELORA_PORT", "2")
+    monkeypatch.setenv("FIDELORA_HOST", "build-7")
+    monkeypatch.setenv("FIDELORA_HF_TOKEN", "hf_y")
+    settings = read_settings()
+    assert (settings.port, settings.host) == (2, "build-7")
+    assert settings.hf_token is not None
+    assert settings.hf_token.get_secret_value() == "hf_y"
+    assert read_settings(port=3).port == 3
+    assert setting_warnings() == []
+
+
+def test_the_prefix_takes_precedence_even_in_the_file(monkeypatch, tmp_path):
+    (tmp_path / ".env").write_text("FIDELORA_HOST=10.0.0.1\n")
+    monkeypatch.setenv("HOST", "10.0.0.2")
+    assert read_settings().host == "10.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "form"),
+    [
+        ("HOST", "x86_64-conda-linux-gnu", "an IP address or localhost"),
+        ("HOST", "laptop.local", "an IP address or localhost"),
+        ("PORT", "/dev/ttyUSB0", "a number"),
+        ("PORT", "tcp://10.0.0.1:80", "a number"),
+        ("DEBUG", "app:*", "true or false"),
+        ("DEBUG", "*", "true or false"),
+        ("DEBUG", "release", "true or false"),
+        ("BASE_URL", "/app/", "an http or https URL"),
+        ("DEVICE", "eth0", "auto, cpu, cuda, cuda:N or mps"),
+    ],
+)
+def test_values_of_other_programs_are_ignored_and_named(monkeypatch, tmp_path, name, value, form):
+    default = read_settings()
+    monkeypatch.setenv(name, value)
+    assert read_settings() == default
+    assert setting_warnings() == [
+        f"{name} is ignored, because its value is not {form}. If it is meant for Fidelora, set "
+        f"FIDELORA_{name}."
+    ]
+    monkeypatch.delenv(name)
+    (tmp_path / ".env").write_text(f"{name}={value}\n")
+    assert read_settings() == default
+    assert len(setting_warnings()) == 1
+    monkeypatch.setenv(f"FIDELORA_{name}", str(getattr(default, name.lower()) or "http://x"))
+    assert setting_warnings() == []
+
+
+def test_the_port_of_a_service_is_not_the_servers(monkeypatch):
+    monkeypatch.setenv("FIDELORA_PORT", "tcp://10.0.0.1:8000")  # set by Kubernetes
+    monkeypatch.setenv("PORT", "9000")
+    assert read_settings().port == 9000
+    assert setting_warnings() == [
+        "FIDELORA_PORT is ignored, because its value is not a number; Kubernetes and Docker set it "
+        "for a service."
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", ["PORT", "FIDELORA_PAGE", "FIDELORA_BASES_GB", "HF_TOKEN", "FIDELORA_HOST"]
+)
+def test_an_empty_value_is_none(monkeypatch, name):
+    default = read_settings()
+    monkeypatch.setenv(name, "")
+    assert read_settings() == default
+    assert setting_warnings() == []
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("PORT", "70000"),
+        ("FIDELORA_PORT", "eighty"),
+        ("FIDELORA_DEBUG", "app:*"),
+        ("FIDELORA_BASE_URL", "/app"),
         ("INFERENCE_TIMEOUT", "-1"),
         ("OFFLOAD_MODE", "some"),
         ("FIDELORA_QUEUE_SIZE", "0"),
@@ -115,14 +189,16 @@ def test_an_invalid_value_is_rejected_by_name(monkeypatch, name, value):
 
 
 def test_unknown_names_with_the_prefix_are_named(monkeypatch):
-    assert unknown_settings() == []
+    assert setting_warnings() == []
     monkeypatch.setenv("FIDELORA_LORA_HOST", "x")
     monkeypatch.setenv("FIDELORA_PORT_8000_TCP_PROTO", "tcp")  # set by Kubernetes
+    monkeypatch.setenv("FIDELORA_SERVICE_HOST", "10.0.0.1")
     read_settings()
-    assert unknown_settings() == [
+    assert setting_warnings() == [
         "FIDELORA_LORA_HOST is not a setting of Fidelora and has no effect; "
         "did you mean FIDELORA_LORA_HOSTS?",
         "FIDELORA_PORT_8000_TCP_PROTO is not a setting of Fidelora and has no effect.",
+        "FIDELORA_SERVICE_HOST is not a setting of Fidelora and has no effect.",
     ]
 
 

@@ -25,7 +25,7 @@ from fidelora.jobs.job import Job, Status, new_job
 from fidelora.jobs.sql import SqlStore
 from fidelora.workers.attempt import AttemptReport
 from fidelora.workers.pool import WorkerPool
-from fidelora.workers.process import WorkerSetup
+from fidelora.workers.process import WorkerSetup, prepare_process
 
 pytestmark = pytest.mark.timeout(600)  # waits up to DEADLINE_S at each step
 
@@ -177,6 +177,42 @@ def test_a_worker_that_cannot_start_reports_why_and_restarts_later(store, tmp_pa
     assert pool.process_ids == []  # not without a delay
     until(lambda: pool.watch() == [] and pool.restarts == 1)
     pool.stop(0)
+
+
+def test_a_worker_that_is_killed_while_it_starts_is_a_trouble(pool):
+    pool.start()
+    os.kill(pool.process_ids[0], signal.SIGKILL)
+    until(lambda: pool.watch() == [] and pool.trouble)
+    assert "its process was killed by signal 9" in pool.trouble
+    assert not pool.ready
+    until(lambda: pool.watch() == [] and pool.ready)
+    assert pool.trouble == ""
+
+
+def test_an_unexpected_error_at_the_start_is_reported(store, tmp_path):
+    (tmp_path / "out").mkdir()
+    warm = replace(SHORT, width=64)
+    object.__setattr__(warm, "base_model", 7)  # a bug: no recipe can have this
+    pool = WorkerPool(store, [setup_in(tmp_path, warm=warm)])
+    pool.start()
+    until(lambda: pool.watch() == [] and pool.trouble)
+    assert pool.trouble.startswith("A worker failed to start with an unexpected TypeError")
+    pool.stop(0)
+
+
+def test_the_process_is_prepared_before_libraries_are_loaded(tmp_path, monkeypatch):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "HF_TOKEN"):
+        monkeypatch.setenv(name, "")  # restored afterwards
+        monkeypatch.delenv(name)
+    seen: list[tuple[str, str]] = []
+
+    def prepare() -> None:
+        seen.append((os.environ["OMP_WAIT_POLICY"], os.environ["HF_TOKEN"]))
+
+    setup = setup_in(tmp_path, hub_token="hf_x", prepare=prepare)
+    prepare_process(setup)
+    assert seen == [("passive", "hf_x")]
+    assert "hf_x" not in repr(setup)
 
 
 def test_a_pool_requeues_its_jobs_after_the_server_was_killed(store, tmp_path):

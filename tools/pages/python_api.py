@@ -20,7 +20,7 @@ other modules, may change with any version. All errors are in [`fidelora.errors`
 objects that the clients return are the bodies of the [HTTP API](http.md#bodies).
 
 `import fidelora` loads no submodules; each is loaded when one of its names is used. `Client` and
-`AsyncClient` need `pip install 'fidelora[client]'`.
+`AsyncClient` need the extra `client`.
 """.strip()
 _TITLES = {
     DocstringSectionKind.parameters: "Arguments",

@@ -65,6 +65,10 @@ class StatusBody(BaseModel):
     error_code: str | None = None
     progress: ProgressBody | None = None
     queue_position: int | None = None
+    waiting_reason: str | None = Field(
+        None,
+        description="Error that keeps the workers from starting, while the request is queued.",
+    )
     preview: str | None = Field(
         None,
         description="Preview, a small JPEG in base64; only in events requested with `previews`.",
@@ -193,7 +197,13 @@ def accepted(job: Job, base_url: str) -> Accepted:
     )
 
 
-def status_of(job: Job, queue_position: int | None, *, with_preview: bool = False) -> StatusBody:
+def status_of(
+    job: Job,
+    queue_position: int | None,
+    *,
+    waiting_reason: str | None = None,
+    with_preview: bool = False,
+) -> StatusBody:
     """Return the status of a job."""
     progress = job.progress
     progress_fields = (
@@ -211,6 +221,7 @@ def status_of(job: Job, queue_position: int | None, *, with_preview: bool = Fals
         error_code=job.error.code if job.error else None,
         progress=ProgressBody(fraction=progress.fraction, **progress_fields) if progress else None,
         queue_position=queue_position,
+        waiting_reason=waiting_reason,
         preview=(progress.preview or None) if with_preview and progress else None,
     )
 

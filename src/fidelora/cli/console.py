@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, ParamSpec
 
 import typer
 
+from fidelora.accel.threads import let_threads_sleep
 from fidelora.errors import FideloraError, WrongUseError
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def run(app: Callable[[], object]) -> NoReturn:
 
     The exit code is 0 for success, 2 for wrong use and 1 for any other error.
     """
+    let_threads_sleep()
     try:
         app()
     except FideloraError as error:
@@ -81,16 +83,20 @@ def run(app: Callable[[], object]) -> NoReturn:
 
 
 def make_engine(device: str, offload: str = "none") -> Engine:
-    """Make this process keep freed memory for reuse, and return a new engine.
+    """Prepare this process for making images, and return a new engine.
+
+    The process keeps freed memory for reuse, and has no more threads than cores that it may use.
 
     Raises:
         DeviceError: the device or the offload mode is not available.
     """
     from fidelora.accel.allocator import importing_for_good, keep_freed_memory
+    from fidelora.accel.threads import limit_threads
 
     keep_freed_memory()
     with importing_for_good():
         from fidelora.engine.engine import Engine
+    limit_threads()
     return Engine(device=device, offload=offload)  # type: ignore[arg-type]  # checked by the engine
 
 

@@ -202,7 +202,7 @@ def _compare_with_server(
         missing = ", ".join(_missing_packages())
         typer.echo(
             f"The server is not installed ({missing} missing). "
-            "Install it with: pip install 'fidelora[server,client]'"
+            "Install it in the folder of Fidelora's repository with: pip install '.[server,client]'"
         )
         return
     from fidelora.cli.demo_server import through_server

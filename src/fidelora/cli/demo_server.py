@@ -17,13 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fidelora.api import InferenceRequest, request_for
+from fidelora.api import InferenceRequest, ResultBody, request_for
 from fidelora.cli.console import fail
 from fidelora.client import Client
+from fidelora.environment import PREFIX, names_of
+from fidelora.errors import ClientTimeoutError, RequestFailedError
 from fidelora.recipe import Recipe
 from fidelora.settings import Settings
 
-_RESULT_TIMEOUT_S = 120.0
+_PATIENCE_S = 900.0
+"""Seconds without any progress after which the demo gives up. Importing torch on a machine that is
+busy with other work is the longest step without progress; it took up to two minutes."""
 _STOP_TIMEOUT_S = 20.0
 _POLL_S = 0.1
 
@@ -41,15 +45,39 @@ def through_server(
     """
     with Client(url) as client:
         path = client.upload_lora(adapter).path
-        result = client.generate(
-            InferenceRequest.model_validate(request_for(recipes, [path])),
-            timeout_s=_RESULT_TIMEOUT_S,
-        )
+        request = InferenceRequest.model_validate(request_for(recipes, [path]))
+        result = _wait_for_images(client, client.submit(request).request_id)
         pixels = []
         for file in client.save_images(result, out):
             with Image.open(file) as image:
                 pixels.append(np.asarray(image.convert("RGB")))
     return pixels
+
+
+def _wait_for_images(
+    client: Client, request_id: str, patience_s: float = _PATIENCE_S
+) -> ResultBody:
+    """Return the result of a request; wait for as long as it makes progress.
+
+    Raises:
+        RequestFailedError: the request failed, or the server cannot make images.
+        ClientTimeoutError: the status did not change for `patience_s` seconds.
+    """
+    status, changed = client.status(request_id), time.monotonic()
+    while not status.status.final:
+        if status.waiting_reason is not None:
+            raise RequestFailedError(status.waiting_reason)
+        if time.monotonic() - changed > patience_s:
+            raise ClientTimeoutError(
+                f"The demo's server made no progress in {patience_s:g} seconds; the request is "
+                f"{status.status.value}."
+            )
+        time.sleep(_POLL_S)
+        if (new := client.status(request_id)) != status:
+            status, changed = new, time.monotonic()
+    if status.error is not None:
+        raise RequestFailedError(status.error, code=status.error_code or "")
+    return client.result(request_id)
 
 
 @contextmanager
@@ -99,16 +127,19 @@ def running_server(base_model: str, dtype: str, device: str) -> Iterator[Callabl
 
 def _environment() -> dict[str, str]:
     """Return the environment without the settings of a server."""
-    names = {str(field.validation_alias) for field in Settings.model_fields.values()}
+    names = {name for field in Settings.model_fields.values() for name in names_of(field)}
     return {
         name: value
         for name, value in os.environ.items()
-        if name not in names and not name.startswith("FIDELORA_")
+        if name not in names and not name.startswith(PREFIX)
     }
 
 
-def _wait_for_url(process: subprocess.Popen[bytes], log: Path) -> str:
-    """Return the URL from the log; wait until the server listens."""
+def _wait_for_url(
+    process: subprocess.Popen[bytes], log: Path, patience_s: float = _PATIENCE_S
+) -> str:
+    """Return the URL from the log; wait until the server listens, or makes no progress."""
+    length, changed = 0, time.monotonic()
     while True:
         # Poll first: the log of a process that has ended is complete.
         exited = process.poll() is not None
@@ -123,4 +154,8 @@ def _wait_for_url(process: subprocess.Popen[bytes], log: Path) -> str:
         if exited:
             reason = lines[-1].strip() if lines else "its log is empty"
             fail(f"The demo's server did not start: {reason}", 1)
+        if len(lines) > length:
+            length, changed = len(lines), time.monotonic()
+        if time.monotonic() - changed > patience_s:
+            fail(f"The demo's server did not start within {patience_s:g} seconds.", 1)
         time.sleep(_POLL_S)

@@ -17,7 +17,10 @@ keys = typer.Typer(
     rich_markup_mode=None,
 )
 
-_INSTALL = "The server needs more packages; install them with: pip install 'fidelora[server]'"
+_INSTALL = (
+    "The server needs more packages; install them in the folder of Fidelora's repository with: "
+    "pip install '.[server]'"
+)
 
 
 def serve(
@@ -49,10 +52,10 @@ def serve(
     """
     try:
         from fidelora.server.run import serve as run
-        from fidelora.settings import read_settings, unknown_settings
+        from fidelora.settings import read_settings, setting_warnings
     except ModuleNotFoundError as error:
         fail(f"{_INSTALL} ({error.name} is missing)", 1)
-    for sentence in unknown_settings():
+    for sentence in setting_warnings():
         warn(sentence)
     run(
         read_settings(

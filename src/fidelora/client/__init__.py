@@ -11,7 +11,8 @@ try:
     from fidelora.client.sync import Client
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        f"The client needs {error.name}. Install it with: pip install 'fidelora[client]'",
+        f"The client needs {error.name}. Install it in the folder of Fidelora's repository with: "
+        "pip install '.[client]'",
         name=error.name,
     ) from error
 

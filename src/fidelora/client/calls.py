@@ -295,7 +295,8 @@ def timed_out(request_id: str, timeout_s: float, status: StatusBody | None) -> C
     state = "no status was received"
     if status is not None:
         progress = f", {status.progress.fraction:.0%} done" if status.progress else ""
-        state = f"it is {status.status.value}{progress}"
+        reason = f" ({status.waiting_reason})" if status.waiting_reason else ""
+        state = f"it is {status.status.value}{progress}{reason}"
     return ClientTimeoutError(
         f"Request {request_id} had not ended after {timeout_s:g} seconds: {state}."
     )

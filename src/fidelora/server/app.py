@@ -29,7 +29,7 @@ from fidelora.loras.download import DownloadRules
 from fidelora.loras.folder import UPLOADS
 from fidelora.loras.resolve import AdapterResolver
 from fidelora.recipe import Recipe
-from fidelora.server import problems
+from fidelora.server import api_docs, problems
 from fidelora.server.api_keys import ApiKeys
 from fidelora.server.base_models import BaseModels
 from fidelora.server.context import ServerContext
@@ -38,6 +38,7 @@ from fidelora.server.logs import configure_logs
 from fidelora.server.metrics import Metrics
 from fidelora.server.middleware import AccessControl, BodyLimitMiddleware, RequestLogMiddleware
 from fidelora.server.page.mount import SWITCHED_OFF, Page, make_page
+from fidelora.server.readiness import ReadinessLog
 from fidelora.server.routes import a1111, inference, loras, openai, operations, replay, requests
 from fidelora.settings import Settings
 from fidelora.workers.attempt import WorkerLimits
@@ -84,6 +85,7 @@ def make_context(
         offload=settings.offload,
         adapters=settings.adapters,
         model_cache=settings.model_cache_dir,
+        hub_token=settings.hf_token.get_secret_value() if settings.hf_token else None,
         base_budget_bytes=_bytes(settings.bases_gb),
         adapter_budget_bytes=_bytes(settings.adapters_gb),
         limits=WorkerLimits(
@@ -173,8 +175,10 @@ def make_app(context: ServerContext, *, with_page: bool = False) -> FastAPI:
         version=fidelora.__version__,
         description=_DESCRIPTION,
         lifespan=_lifespan,
+        docs_url=None,  # FastAPI's page loads its scripts from another host
         redoc_url=None,
     )
+    api_docs.install(app)
     app.state.context = context
     problems.install(app)
     app.include_router(operations.router)
@@ -231,7 +235,10 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         running.append(
             asyncio.create_task(
                 _run_periodically(
-                    _WATCH_INTERVAL_S, partial(asyncio.to_thread, _watch, context, context.pool)
+                    _WATCH_INTERVAL_S,
+                    partial(
+                        asyncio.to_thread, _watch, context, context.pool, ReadinessLog(context)
+                    ),
                 )
             )
         )
@@ -269,7 +276,7 @@ def _stop_server_on_failure(task: asyncio.Task[None]) -> None:
         signal.raise_signal(signal.SIGTERM)
 
 
-def _watch(context: ServerContext, pool: WorkerPool) -> None:
+def _watch(context: ServerContext, pool: WorkerPool, readiness: ReadinessLog) -> None:
     if context.stopping.is_set():
         return  # the workers are being stopped on purpose
     for job in pool.watch():
@@ -281,6 +288,7 @@ def _watch(context: ServerContext, pool: WorkerPool) -> None:
         )
         if job.status is Status.FAILED and job.error:
             context.metrics.lost(job.error.code)
+    readiness.update()
 
 
 def clean(context: ServerContext) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
-from fidelora.errors import ServerStoppingError
+from fidelora.errors import ServerNotReadyError, ServerStoppingError
 from fidelora.jobs.store import JobStore
 from fidelora.loras.cache import AdapterCache
 from fidelora.loras.resolve import AdapterResolver
@@ -56,6 +56,22 @@ class ServerContext:
         """Raise `ServerStoppingError` if the server accepts no new requests."""
         if self.stopping.is_set():
             raise ServerStoppingError
+
+    @property
+    def trouble(self) -> str:
+        """Reason why no worker can start; empty while one is ready, or starts without a failure."""
+        return "" if self.pool is None or self.pool.ready else self.pool.trouble
+
+    def refuse_if_unavailable(self) -> None:
+        """Raise an error if the server accepts no new requests for images.
+
+        Raises:
+            ServerStoppingError: the server is stopping.
+            ServerNotReadyError: no worker can start, for example because of its base model.
+        """
+        self.refuse_if_stopping()
+        if trouble := self.trouble:
+            raise ServerNotReadyError(f"The server cannot make images at the moment: {trouble}")
 
 
 async def _context_of(request: Request) -> ServerContext:

@@ -16,9 +16,13 @@ _SECRET_WORDS = ("token", "authorization", "api_key", "password")
 """Log fields whose names contain one of these are masked."""
 
 
+def is_text(log_format: LogFormat) -> bool:
+    """Return True if this process logs text, and False if it logs JSON."""
+    return log_format == "text" or (log_format == "auto" and sys.stderr.isatty())
+
+
 def configure_logs(log_format: LogFormat = "auto", debug: bool = False) -> None:
     """Send all logs of this process and its libraries through one formatter to stderr."""
-    as_text = log_format == "text" or (log_format == "auto" and sys.stderr.isatty())
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_logger_name,
@@ -43,7 +47,7 @@ def configure_logs(log_format: LogFormat = "auto", debug: bool = False) -> None:
             colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
         )
     ]
-    if not as_text:
+    if not is_text(log_format):
         renderers = [
             structlog.processors.format_exc_info,
             structlog.processors.JSONRenderer(ensure_ascii=False),

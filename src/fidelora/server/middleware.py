@@ -21,6 +21,7 @@ from fidelora.errors import (
     PeerNotAllowedError,
     RequestError,
 )
+from fidelora.server.api_docs import DOCS_PATHS
 from fidelora.server.api_keys import ApiKeys
 from fidelora.server.login import LOGIN_PATH, Login
 from fidelora.server.metrics import Metrics
@@ -31,7 +32,7 @@ from fidelora.server.problems import problem_of
 
 log = structlog.get_logger("fidelora.http")
 
-_PUBLIC_PATHS = {"/health", "/ready", "/openapi.json", "/docs", "/docs/oauth2-redirect"}
+_PUBLIC_PATHS = {"/health", "/ready", "/openapi.json", *DOCS_PATHS}
 """Paths that need no API key: the probes and the API documentation."""
 _FREQUENT_PATHS = ("/metrics", "/assets/", "/static/")
 """Prefixes of paths that are called so often that they are logged at debug level only."""

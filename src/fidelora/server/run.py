@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import signal
 import socket
+import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from fidelora.families import all_families, get_family
 from fidelora.server.api_keys import ApiKeys
 from fidelora.server.app import keys_file, make_app, make_context
 from fidelora.server.context import ServerContext
-from fidelora.server.logs import configure_logs
+from fidelora.server.logs import configure_logs, is_text
 from fidelora.server.middleware import is_loopback
 from fidelora.server.page.mount import Page
 from fidelora.settings import Settings
@@ -45,7 +47,8 @@ def serve(settings: Settings) -> None:
     if not is_loopback(settings.host) and not ApiKeys(keys_file(settings)).names():
         raise SettingsError(
             f"Other machines can reach the address {settings.host}, so the server needs an API "
-            "key; create one with `fidelora keys add NAME`, or listen on 127.0.0.1."
+            "key; create one with `fidelora keys add NAME`, or listen on 127.0.0.1 "
+            "(`--host 127.0.0.1` or FIDELORA_HOST=127.0.0.1)."
         )
     data_dir = settings.data_dir.expanduser().absolute()
     make_folder(data_dir)
@@ -58,12 +61,11 @@ def serve(settings: Settings) -> None:
         context = make_context(settings, _server_defaults(settings), base_url, _server_id(data_dir))
         for model in settings.base_models:  # takes seconds for files that were never hashed
             log.info("base model", model=model, sha256=context.base_models.sha256(model))
-        log.info("listening", url=f"http://{host}:{port}", base_url=base_url, data=str(data_dir))
-        asyncio.run(_serve(context, listener))
+        asyncio.run(_serve(context, listener, f"http://{host}:{port}"))
         log.info("stopped")
 
 
-async def _serve(context: ServerContext, listener: socket.socket) -> None:
+async def _serve(context: ServerContext, listener: socket.socket, url: str) -> None:
     app = make_app(context, with_page=True)
     config = uvicorn.Config(
         app,
@@ -73,7 +75,7 @@ async def _serve(context: ServerContext, listener: socket.socket) -> None:
         # The access control needs the address of the connection, not one that a header claims.
         proxy_headers=False,
     )
-    server = _UvicornServer(config)
+    server = _UvicornServer(config, partial(_announce, context, url))
     stop_requested = asyncio.Event()
 
     def request_stop() -> None:
@@ -102,7 +104,30 @@ async def _serve(context: ServerContext, listener: socket.socket) -> None:
         )
 
 
+def _announce(context: ServerContext, url: str) -> None:
+    """Log that the server accepts connections; on a terminal, print its address on its own line."""
+    data_dir = str(context.settings.data_dir.expanduser().absolute())
+    log.info("listening", url=url, base_url=context.base_url, data=data_dir)
+    if is_text(context.settings.log_format):
+        sys.stderr.write(f"{context.base_url}\n")
+
+
 class _UvicornServer(uvicorn.Server):
+    """Uvicorn's server, which leaves signals to `_serve`.
+
+    Args:
+        on_start: called when the server accepts connections.
+    """
+
+    def __init__(self, config: uvicorn.Config, on_start: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_start = on_start
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._on_start()
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Leave the signals to `_serve`, which stops the workers before it closes connections."""
@@ -177,7 +202,7 @@ def _listen(settings: Settings) -> Iterator[socket.socket]:
         except OSError as error:
             raise SettingsError(
                 f"The server cannot listen on {settings.host}, port {settings.port}: "
-                f"{error.strerror or error}; choose another --port."
+                f"{error.strerror or error}; choose another --host or --port."
             ) from error
         yield listener
 

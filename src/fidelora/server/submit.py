@@ -24,7 +24,7 @@ from starlette.requests import Request
 
 from fidelora.adapters.tensor_names import noise_of_file
 from fidelora.api import InferenceRequest, LoraItem, recipes_of
-from fidelora.errors import RequestCanceledError, RequestFailedError, ServerStoppingError
+from fidelora.errors import RequestCanceledError, RequestFailedError
 from fidelora.families import get_family
 from fidelora.jobs.job import Job, Status, new_job
 from fidelora.jobs.store import Submission
@@ -59,7 +59,7 @@ async def submit(
         submission: idempotency key and hash of the request.
 
     Raises:
-        ServerStoppingError: the server accepts no new requests.
+        ServerStoppingError, ServerNotReadyError: the server accepts no new requests.
         QueueFullError: the queue is full.
         AdapterError, WeightsFileError: a LoRA was not found or cannot be used.
         RequestFieldError: the model does not support a value of the request, such as the sampler.
@@ -76,10 +76,11 @@ async def resolve_adapters(
     """Load a request's LoRAs into the adapter cache and return references to them, in order.
 
     Raises:
-        ServerStoppingError: the server accepts no new requests; nothing was fetched.
+        ServerStoppingError, ServerNotReadyError: the server accepts no new requests; nothing was
+            fetched.
         AdapterError, WeightsFileError: a LoRA was not found or cannot be used.
     """
-    context.refuse_if_stopping()
+    context.refuse_if_unavailable()
     return [
         await context.resolver.resolve(lora.path, sha256=lora.sha256, hub_token=hub_token)
         for lora in loras
@@ -185,12 +186,13 @@ async def job_updates(job: Job, context: ServerContext, request: Request) -> Asy
 
     Raises:
         RequestCanceledError: the client of `request` disconnected.
-        ServerStoppingError: the server is stopping and the job is still queued.
+        ServerStoppingError, ServerNotReadyError: the job is still queued, and the server is
+            stopping or no worker can start.
     """
     yield job
     while not job.status.final:
-        if context.stopping.is_set() and job.status is Status.IN_QUEUE:
-            raise ServerStoppingError
+        if job.status is Status.IN_QUEUE:
+            context.refuse_if_unavailable()
         if await request.is_disconnected():
             raise RequestCanceledError("The client disconnected before its images were made.")
         await asyncio.sleep(POLL_INTERVAL_S)
@@ -201,11 +203,13 @@ async def job_updates(job: Job, context: ServerContext, request: Request) -> Asy
 async def wait_until_succeeded(job: Job, context: ServerContext, request: Request) -> Job:
     """Wait until the job has succeeded and return it with its images.
 
-    The job is canceled if the client disconnects, or if the server stops while the job is queued.
+    The job is canceled if the client disconnects, or if the server stops or cannot start
+    a worker while the job is queued.
 
     Raises:
         RequestFailedError, RequestCanceledError: the job failed or was canceled.
-        ServerStoppingError: the server is stopping and the job is still queued.
+        ServerStoppingError, ServerNotReadyError: the job is still queued, and the server is
+            stopping or no worker can start.
     """
     async with cancel_on_exit(job, context):
         async for update in job_updates(job, context, request):

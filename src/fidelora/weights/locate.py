@@ -23,7 +23,10 @@ from fidelora.safetensors_header import refuse_pickle
 
 _BUNDLED = {"fidelora:miniature": Path(__file__).parents[1] / "miniature"}
 """Folders of the base models in this package, by name. The names are valid on every machine."""
-_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+_HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
+"""Ids of repositories on the hub. Names that begin with a dot, such as ./models/base, are paths."""
+_WEIGHT_FILE = re.compile(r"\.(safetensors|ckpt)", re.IGNORECASE)
+"""Suffixes of files; a name with one of them is a path."""
 
 
 def locate(
@@ -60,18 +63,18 @@ def locate(
                     f"{path.name} is neither a diffusers folder nor a .safetensors checkpoint."
                 )
         return path
-    match = _HUB_ID.fullmatch(name)
+    match = _hub_id(name)
     if match is None:
         raise BaseModelNotFoundError(
-            f"There is no {what} at {name:.300}. Give a diffusers folder, a .safetensors "
-            f"checkpoint, a hub id (owner/name) or {', '.join(_BUNDLED)}."
+            f"There is no {what} at {name:.300} on this machine. Give a diffusers folder, a "
+            f".safetensors checkpoint, a hub id (owner/name) or {', '.join(_BUNDLED)}."
         )
     return _snapshot(match["repo"], match["revision"], _patterns(parts, variant), cache_dir)
 
 
 def is_portable(name: str) -> bool:
     """True if `name` is a hub id or a bundled model, which are the same on every machine."""
-    return name in _BUNDLED or (not is_local(name) and _HUB_ID.fullmatch(name) is not None)
+    return name in _BUNDLED or (not is_local(name) and _hub_id(name) is not None)
 
 
 def is_local(name: str) -> bool:
@@ -92,6 +95,11 @@ def weight_file_patterns(part: Part, variant: str) -> list[str]:
         f"{name}.{variant}-{shard}.safetensors",
         f"{name}-{shard}.{variant}.safetensors",
     ]
+
+
+def _hub_id(name: str) -> re.Match[str] | None:
+    """Return the parts of a hub id; None for a path, also if there is no such file or folder."""
+    return None if _WEIGHT_FILE.fullmatch(Path(name).suffix) else _HUB_ID.fullmatch(name)
 
 
 def _path(name: str) -> Path:
@@ -126,13 +134,14 @@ def _snapshot(repo: str, revision: str | None, patterns: list[str], cache_dir: P
         raise BaseModelNotFoundError(f"{repo} has no revision {revision!r} on the hub.") from error
     except RepositoryNotFoundError as error:
         raise BaseModelNotFoundError(
-            f"{repo} was not found on this machine or on the hub. Check the name, and set HF_TOKEN "
-            "if the repository is private."
+            f"There is no folder {repo} here, and no such repository on the hub. Check the name, "
+            "and set HF_TOKEN if the repository is private."
         ) from error
     except LocalEntryNotFoundError as error:
         raise BaseModelNotFoundError(
-            f"{repo} is not in the local cache, and the hub cannot be reached. Connect to the "
-            "internet to download it, unset HF_HUB_OFFLINE, or give a local folder or file."
+            f"There is no folder {repo} here, it is not in the hub's local cache, and the hub "
+            "cannot be reached. Connect to the internet to download it, unset HF_HUB_OFFLINE, or "
+            "give a local folder or file."
         ) from error
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
         raise BaseModelNotFoundError(

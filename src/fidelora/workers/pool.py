@@ -66,11 +66,8 @@ class WorkerPool:
 
     @property
     def trouble(self) -> str:
-        """Error message of a worker that failed to start; empty if none failed."""
-        return next(
-            (slot.startup_error for slot in self._slots if slot.startup_error and not slot.ready),
-            "",
-        )
+        """Reason why a worker failed to start; empty if none failed."""
+        return next((slot.trouble for slot in self._slots if slot.trouble), "")
 
     @property
     def process_ids(self) -> list[int]:
@@ -134,10 +131,12 @@ class WorkerPool:
                 log.error("killing %s: its lease expired without a heartbeat", slot.name)
                 slot.kill()
             if slot.process is not None and not slot.alive:
+                for report in slot.reports():  # sent after the first look
+                    self._on_report(report)
                 reason = slot.exit_reason
                 abandoned += [after for job in jobs if (after := self._abandon(job, reason, now))]
-                log.error("%s has ended: %s", slot.name, slot.startup_error or reason)
                 slot.forget_process()
+                log.error("%s has ended: %s", slot.name, slot.trouble or reason)
             if slot.process is None and slot.may_start:
                 self.restarts += 1
                 slot.start()

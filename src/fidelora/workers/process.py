@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from fidelora.accel import Offload
+from fidelora.accel.threads import let_threads_sleep, limit_threads
 from fidelora.errors import FideloraError
 from fidelora.jobs.sql import SqlStore
 from fidelora.recipe import Recipe
@@ -42,6 +43,7 @@ class WorkerSetup:
         outputs: folder for images.
         adapters: folder with adapter files named by hash; None for no folder.
         model_cache: folder for downloaded base models; None for Hugging Face's default.
+        hub_token: access token for the hub; None for the one of the environment.
         base_budget_bytes: memory for loaded base models; None for one base model.
         adapter_budget_bytes: memory for loaded adapters; None for the adapter library's default.
         warm: recipe whose base model is loaded before the worker is ready.
@@ -54,6 +56,7 @@ class WorkerSetup:
     offload: Offload = "none"
     adapters: Path | None = None
     model_cache: Path | None = None
+    hub_token: str | None = field(default=None, repr=False)
     base_budget_bytes: int | None = None
     adapter_budget_bytes: int | None = None
     limits: WorkerLimits = field(default_factory=WorkerLimits)
@@ -85,7 +88,7 @@ class WorkerSlot:
     Attributes:
         process: the current process; None before the first start and until a restart.
         name: name of the current process, stored in its job.
-        startup_error: error message of a process that failed to start; empty if it started.
+        startup_error: reason why the last process that ended never became ready; empty if it was.
     """
 
     def __init__(self, name: str, setup: WorkerSetup) -> None:
@@ -96,6 +99,7 @@ class WorkerSlot:
         self._next_start = 0.0
         self._reports: Connection | None = None
         self._signals = _new_signals()
+        self._reported_error = ""
         self.process: BaseProcess | None = None
         self.name = ""
         self.startup_error = ""
@@ -104,6 +108,7 @@ class WorkerSlot:
         self._starts += 1
         self.name = f"{self._slot_name}-{self._starts}-{datetime.now(UTC):%Y%m%d%H%M%S%f}"
         self._signals = _new_signals()
+        self._reported_error = ""
         self._reports, child_end = _spawn.Pipe(duplex=False)
         arguments = (self.name, self._setup, self._signals, child_end)
         self.process = _spawn.Process(
@@ -121,6 +126,11 @@ class WorkerSlot:
         return self.alive and self._signals.ready.is_set()
 
     @property
+    def trouble(self) -> str:
+        """Reason why the slot has no process that became ready; empty if none failed."""
+        return "" if self._signals.ready.is_set() else self.startup_error
+
+    @property
     def may_start(self) -> bool:
         """True unless a start failed a short time ago and the restart delay is not over."""
         return time.monotonic() >= self._next_start
@@ -134,12 +144,12 @@ class WorkerSlot:
         return f"its process ended with exit code {code}"
 
     def reports(self) -> Iterator[AttemptReport]:
-        """Yield the reports since the last call, and store a startup error if one was sent."""
+        """Yield the reports since the last call, and store an error if the process sent one."""
         try:
             while self._reports is not None and self._reports.poll():
                 message = self._reports.recv()
                 if isinstance(message, str):
-                    self.startup_error = message
+                    self._reported_error = message
                 else:
                     yield message
         except (EOFError, OSError):  # the process has ended, perhaps in the middle of a message
@@ -150,6 +160,10 @@ class WorkerSlot:
         if self._signals.ready.is_set():
             self._restart_delay_s, self.startup_error = 0.0, ""
         else:
+            self.startup_error = self._reported_error or (
+                f"A worker ended before it was ready, because {self.exit_reason}; see the server's "
+                "log. Signal 9 usually means that the machine has too little memory."
+            )
             doubled = self._restart_delay_s * 2 or _MIN_RESTART_DELAY_S
             self._restart_delay_s = min(doubled, _MAX_RESTART_DELAY_S)
         self._next_start = time.monotonic() + self._restart_delay_s
@@ -200,19 +214,30 @@ def worker_process(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     os.nice(_NICENESS)
-    if setup.prepare is not None:
-        setup.prepare()
+    prepare_process(setup)
     try:
         worker = _make_worker(name, setup, reports)
     except FideloraError as error:
         reports.send(str(error))
         raise SystemExit(CANNOT_START) from error
+    except Exception as error:
+        reports.send(f"A worker failed to start with an unexpected {type(error).__name__}: {error}")
+        raise
     signals.ready.set()
     while not signals.finish.is_set():
         if worker.run_next() is None:
             # Poll as well: another server that adds a job to this store sends no signal.
             signals.wake.wait(_POLL_S)
             signals.wake.clear()
+
+
+def prepare_process(setup: WorkerSetup) -> None:
+    """Set what libraries read from the environment, before they are loaded."""
+    let_threads_sleep()
+    if setup.hub_token is not None:
+        os.environ["HF_TOKEN"] = setup.hub_token
+    if setup.prepare is not None:
+        setup.prepare()
 
 
 def _make_worker(name: str, setup: WorkerSetup, reports: Connection) -> Worker:
@@ -222,6 +247,7 @@ def _make_worker(name: str, setup: WorkerSetup, reports: Connection) -> Worker:
     with importing_for_good():
         from fidelora.adapters.library import DEFAULT_BUDGET_BYTES, AdapterLibrary
         from fidelora.engine.engine import Engine
+    limit_threads()
     adapters = AdapterLibrary(
         setup.adapter_budget_bytes or DEFAULT_BUDGET_BYTES, folder=setup.adapters
     )

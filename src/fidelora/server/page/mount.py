@@ -32,7 +32,8 @@ from fidelora.server.page.verifications import Verifier, hub_environment
 log = structlog.get_logger(__name__)
 
 NO_PAGE = """This is the HTTP API of Fidelora; its description is at /docs.
-The web page is not installed. Run  pip install 'fidelora[ui]'  and restart the server.
+The web page is not installed. In the folder of Fidelora's repository, run  pip install '.[ui]'
+and restart the server.
 """
 SWITCHED_OFF = """This is the HTTP API of Fidelora; its description is at /docs.
 The web page is switched off (FIDELORA_PAGE).

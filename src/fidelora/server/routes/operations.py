@@ -43,7 +43,7 @@ def ready(context: ContextDep, response: Response) -> Readiness:
         return Readiness(status="stopping")
     if context.pool is not None and not context.pool.ready:
         response.status_code = 503
-        return Readiness(status="starting", reason=context.pool.trouble)
+        return Readiness(status="starting", reason=context.trouble)
     return Readiness(status="ready")
 
 

@@ -87,7 +87,7 @@ async def replay(
     and LoRA files with the same content. For images made by other programs, the supported part of
     AUTOMATIC1111's parameters is used; the response lists the rest in `ignored`.
     """
-    context.refuse_if_stopping()
+    context.refuse_if_unavailable()
     choices, origin, content = await _read_request(request, context)
     if (count := _lora_count(origin)) > MAX_LORAS:
         raise RequestFieldError(

@@ -92,16 +92,17 @@ async def request_events(
     reconnects with `Last-Event-ID` misses nothing.
     """
     sent_version = last_event_id or 0
-    sent_position: int | None = None
+    sent_waiting: tuple[int | None, str | None] = (None, None)
     while True:
         body = await run_in_threadpool(_status_body, job, context, previews)
+        waiting = (body.queue_position, body.waiting_reason)
         if (
             job.status.final
             or (job.version > sent_version)
-            or (body.queue_position not in (None, sent_position))
+            or (waiting not in ((None, None), sent_waiting))
         ):
             yield ServerSentEvent(data=body, event="status", id=str(job.version))
-            sent_version, sent_position = job.version, body.queue_position
+            sent_version, sent_waiting = job.version, waiting
         if job.status.final or context.stopping.is_set():
             return
         await asyncio.sleep(POLL_INTERVAL_S)
@@ -140,4 +141,5 @@ def request_image(job: JobDep, index: Annotated[int, Path(ge=0, le=10_000)]) -> 
 def _status_body(job: Job, context: ServerContext, with_preview: bool = False) -> StatusBody:
     queued = job.status is Status.IN_QUEUE
     position = context.store.queue_position(job.id) if queued else None
-    return status_of(job, position, with_preview=with_preview)
+    reason = (context.trouble or None) if queued else None
+    return status_of(job, position, waiting_reason=reason, with_preview=with_preview)

@@ -1,0 +1,106 @@
+"""Names of settings in the environment, and variables that other programs set under these names.
+
+`HOST`, `PORT`, `DEBUG`, `BASE_URL` and `DEVICE` are settings of many programs, and Kubernetes
+defines `FIDELORA_PORT` in every container if a Service has the name fidelora. Values that cannot
+be meant for Fidelora are ignored with a warning.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+
+from pydantic import AliasChoices
+from pydantic.fields import FieldInfo
+
+PREFIX = "FIDELORA_"
+
+_BOOLEANS = frozenset(["0", "1", "f", "false", "n", "no", "off", "on", "t", "true", "y", "yes"])
+"""Words that pydantic converts to a boolean."""
+_DEVICE = r"(auto|cpu|mps|cuda(:\d+)?)"
+
+
+def either(name: str) -> AliasChoices:
+    """Return the names of a setting that also has a name without the prefix.
+
+    The first one takes precedence, even if the other is an environment variable and this one is in
+    `.env`.
+    """
+    return AliasChoices(PREFIX + name, name)
+
+
+def names_of(field: FieldInfo) -> tuple[str, ...]:
+    """Return the names of a setting; the first one takes precedence."""
+    alias = field.validation_alias
+    if isinstance(alias, AliasChoices):
+        return tuple(str(name) for name in alias.choices)
+    return (str(alias),)
+
+
+def values_of_others(variables: Mapping[str, str | None]) -> dict[str, str]:
+    """Return the variables whose value is not meant for Fidelora.
+
+    Args:
+        variables: values by name; names may have any case.
+
+    Returns:
+        the form that the value of the setting needs, by name.
+    """
+    return {
+        name: rule[1]
+        for name, value in variables.items()
+        if value and (rule := _RULES.get(name.upper())) and not rule[0](value.strip())
+    }
+
+
+def ignored_variables(
+    variables: Mapping[str, str | None], settings: Sequence[tuple[str, ...]]
+) -> list[str]:
+    """Return a sentence for each variable that looks like a setting, but has no effect.
+
+    Args:
+        variables: values by name; names may have any case.
+        settings: names of each setting, see `names_of`.
+    """
+    values = {name.upper(): value for name, value in variables.items()}
+    others = values_of_others(values)
+    known = {name: names[0] for names in settings for name in names}
+    sentences = []
+    for name in sorted(values):
+        if name in others:
+            reason = f"{name} is ignored, because its value is not {others[name]}"
+            if (preferred := known.get(name, name)) == name:
+                sentences.append(f"{reason}; Kubernetes and Docker set it for a service.")
+            elif preferred not in values:
+                sentences.append(f"{reason}. If it is meant for Fidelora, set {preferred}.")
+        elif name.startswith(PREFIX) and name not in known:
+            near = get_close_matches(name, known, 1, cutoff=0.85)
+            hint = f"; did you mean {near[0]}?" if near else "."
+            sentences.append(f"{name} is not a setting of Fidelora and has no effect{hint}")
+    return sentences
+
+
+def _is_address(value: str) -> bool:
+    try:
+        ipaddress.ip_address(value)
+    except ValueError:
+        return value.lower() == "localhost"
+    return True
+
+
+def _matches(pattern: str) -> Callable[[str], bool]:
+    return lambda value: re.fullmatch(pattern, value, re.IGNORECASE) is not None
+
+
+_RULES: Mapping[str, tuple[Callable[[str], bool], str]] = {
+    "HOST": (_is_address, "an IP address or localhost"),
+    "PORT": (_matches(r"[+-]?\d+"), "a number"),
+    "DEBUG": (lambda value: value.lower() in _BOOLEANS, "true or false"),
+    "BASE_URL": (_matches(r"https?://[^/].*"), "an http or https URL"),
+    "DEVICE": (_matches(rf"{_DEVICE}(\s*,\s*{_DEVICE})*"), "auto, cpu, cuda, cuda:N or mps"),
+    # Kubernetes and Docker's links set this to the URL of a Service or container.
+    f"{PREFIX}PORT": (lambda value: "://" not in value, "a number"),
+}
+"""By name: a test that is true for values that may be meant for Fidelora, and their form."""
