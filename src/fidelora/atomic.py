@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import time
 from pathlib import Path
 
@@ -36,6 +37,21 @@ def remove_stale_temporaries(folder: Path) -> None:
     for path in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
         if time.time() - path.stat().st_mtime > _STALE_S:
             path.unlink(missing_ok=True)
+
+
+def remove_folder(folder: Path) -> bool:
+    """Remove a folder with all its contents; return False if that is not possible.
+
+    Raises no error, so that left-overs never stop a program: files that cannot be removed, or
+    folders that are nested too deeply for Python.
+    """
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        return True
+    except (OSError, RecursionError):
+        return False
+    return True
 
 
 def temporary_name() -> str:

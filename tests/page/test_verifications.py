@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 import shutil
 import stat
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -20,6 +22,7 @@ from tests.support import GOLDEN_JOBS
 from fidelora.errors import JobFolderError, SettingsError
 from fidelora.server.context import ServerContext
 from fidelora.server.page import verifications
+from fidelora.server.page.pictures import PageFiles
 from fidelora.server.page.verifications import (
     Outcome,
     Verifier,
@@ -152,6 +155,49 @@ def test_symbolic_links_become_plain_files(tmp_path):
     folder, _ = unpack_run(archive, tmp_path / "target", MIB)
     assert not (folder / "link.safetensors").is_symlink()
     assert (folder / "link.safetensors").read_text() == "/etc/passwd"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a/" * 1_900 + "x.json", "a path of 1,901 parts"),
+        ("a/" * 12 + "x.json", "a path of 13 parts"),
+        ("a" * 201 + "/x.json", "a name of more than 200 bytes"),
+        ("é" * 101 + ".json", "a name of more than 200 bytes"),
+        ("a/" * 1_900, "a path of 1,900 parts"),  # an empty folder
+    ],
+)
+def test_paths_are_checked_before_anything_is_written(tmp_path, name, message, monkeypatch):
+    archive = zipped(tmp_path / "a.zip", {"run/config.yaml": "a: 1", name: b""})
+    monkeypatch.setattr(Path, "open", lambda *_args: pytest.fail("a file was written"))
+    assert_refused(archive, tmp_path, message)
+
+
+def test_the_sizes_that_a_zip_claims_are_checked_first(tmp_path, monkeypatch):
+    archive = zipped(
+        tmp_path / "a.zip", {"x.png": bytes(5 * MIB), "y.png": b""}, zipfile.ZIP_DEFLATED
+    )
+    monkeypatch.setattr(Path, "open", lambda *_args: pytest.fail("a file was written"))
+    assert_refused(archive, tmp_path, "The zip contains more than 4,194,304 bytes")
+
+
+def test_folders_that_are_too_deep_never_stop_a_start(tmp_path):
+    folder = tmp_path / "page"
+    files = PageFiles(folder)
+    files.empty()
+    deep = os.open(files.verifications, os.O_RDONLY)
+    for _ in range(2_000):
+        os.mkdir("a", dir_fd=deep)
+        below = os.open("a", os.O_RDONLY, dir_fd=deep)
+        os.close(deep)
+        deep = below
+    os.close(deep)
+    try:
+        files.clean(keep_s=-1)
+        files.empty()
+        assert files.files.is_dir()
+    finally:
+        subprocess.run(["rm", "-rf", str(folder)], check=True, timeout=60)
 
 
 def test_a_file_that_is_not_a_zip_of_one_run_is_refused(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import structlog
 
-from fidelora.atomic import make_folder, write_atomically
+from fidelora.atomic import make_folder, remove_folder, write_atomically
 from fidelora.errors import ImageGoneError, JobNotFoundError
 from fidelora.jobs.job import Job
 from fidelora.recipe import Recipe
@@ -54,7 +53,8 @@ class PageFiles:
         Raises:
             OutputError: a folder cannot be created.
         """
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if not remove_folder(self.folder):
+            log.warning("page files not removed", folder=str(self.folder))
         for folder in (self.files, self.verifications):
             make_folder(folder)
 
@@ -65,10 +65,10 @@ class PageFiles:
             try:
                 if entry.stat().st_mtime >= before:
                     continue
-                if entry.is_dir():
-                    shutil.rmtree(entry)
-                else:
+                if not entry.is_dir():
                     entry.unlink()
+                elif not remove_folder(entry):
+                    log.warning("page folder not removed", folder=str(entry))
             except FileNotFoundError:  # removed in the meantime
                 continue
             except OSError as error:  # for example during an upload; the next call retries

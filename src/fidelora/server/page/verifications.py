@@ -12,7 +12,6 @@ import contextlib
 import io
 import os
 import secrets
-import shutil
 import signal
 import sys
 import zipfile
@@ -21,7 +20,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from fidelora.atomic import make_folder
+from fidelora.atomic import make_folder, remove_folder
 from fidelora.errors import JobFolderError, SettingsError
 from fidelora.families import get_family
 from fidelora.server.context import ServerContext
@@ -43,6 +42,8 @@ _MAX_EXPANSION = 4
 """Largest ratio of unpacked to packed bytes. Weights and images hardly compress; a zip that expands
 further is not a training run."""
 _MAX_DEPTH = 4  # folder levels to search for runs
+_MAX_PARTS = 12  # of a path in a zip; the trainer's folders are less deep
+_MAX_NAME_BYTES = 200  # of a part; file systems allow 255
 _MAX_LISTED_RUNS = 2000
 _NICENESS = 5  # as for the workers, so that the server stays responsive
 _STOP_S = 10.0  # seconds from SIGTERM to SIGKILL
@@ -101,7 +102,7 @@ def unpack_run(archive: Path, target: Path, max_bytes: int) -> tuple[Path, int]:
         with _LimitedReads(archive) as file, zipfile.ZipFile(file) as packed:
             left_out = _unpack_files(packed, target, max_bytes * _MAX_EXPANSION)
     except JobFolderError:
-        shutil.rmtree(target, ignore_errors=True)
+        remove_folder(target)
         raise
     except (
         zipfile.BadZipFile,
@@ -112,13 +113,13 @@ def unpack_run(archive: Path, target: Path, max_bytes: int) -> tuple[Path, int]:
         OSError,
         ValueError,
     ) as error:
-        shutil.rmtree(target, ignore_errors=True)
+        remove_folder(target)
         raise JobFolderError(
             f"The zip cannot be unpacked: {str(error) or type(error).__name__:.200}."
         ) from error
     runs = list_runs(target)
     if len(runs) != 1:
-        shutil.rmtree(target, ignore_errors=True)
+        remove_folder(target)
         if not runs:
             raise JobFolderError(
                 "The zip contains no training run: none of its folders has a config.yaml."
@@ -149,13 +150,15 @@ def _unpack_files(packed: zipfile.ZipFile, target: Path, max_bytes: int) -> int:
         raise JobFolderError(
             f"The zip contains {len(entries):,} files; at most {_MAX_FILES:,} are allowed."
         )
+    for entry in entries:  # all of them, before anything is written
+        _check_path(entry.filename)
+    if sum(entry.file_size for entry in entries) > max_bytes:
+        raise JobFolderError(f"The zip contains more than {max_bytes:,} bytes.")
     written = left_out = 0
     for entry in entries:
         if entry.is_dir():
             continue
         name, shown = PurePosixPath(entry.filename), f"{entry.filename!r:.200}"
-        if _leads_outside(entry.filename):
-            raise JobFolderError(f"The zip contains a path that leads outside of it: {shown}.")
         if name.suffix.lower() not in _FILE_TYPES or "__MACOSX" in name.parts:
             left_out += 1
             continue
@@ -181,9 +184,24 @@ def _unpack_files(packed: zipfile.ZipFile, target: Path, max_bytes: int) -> int:
     return left_out
 
 
-def _leads_outside(filename: str) -> bool:
-    path = PurePosixPath(filename)
-    return path.is_absolute() or ".." in path.parts or "\\" in filename or ":" in filename
+def _check_path(filename: str) -> None:
+    """Check the path of an entry.
+
+    Raises:
+        JobFolderError: the path leads outside of the zip, is too deep, or has too long a name.
+    """
+    path, shown = PurePosixPath(filename), f"{filename!r:.200}"
+    if path.is_absolute() or ".." in path.parts or "\\" in filename or ":" in filename:
+        raise JobFolderError(f"The zip contains a path that leads outside of it: {shown}.")
+    if len(path.parts) > _MAX_PARTS:
+        raise JobFolderError(
+            f"The zip contains a path of {len(path.parts):,} parts: {shown}; at most {_MAX_PARTS} "
+            "are allowed."
+        )
+    if any(len(part.encode("utf-8", "replace")) > _MAX_NAME_BYTES for part in path.parts):
+        raise JobFolderError(
+            f"The zip contains a name of more than {_MAX_NAME_BYTES} bytes: {shown}."
+        )
 
 
 def read_contained_run(folder: Path, context: ServerContext) -> TrainingRun:
