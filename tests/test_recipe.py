@@ -90,6 +90,22 @@ def test_the_trigger_word_is_not_inserted_into_a_text_that_gets_too_long():
 # --- completion ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("fields", "size"),
+    [
+        ({}, 512),
+        ({"model": "sdxl"}, 1024),
+        ({"model": "zimage"}, 1024),
+        ({"base_model": "fidelora:miniature"}, 128),
+        ({"base_model": "other/base"}, 512),
+    ],
+)
+def test_the_size_is_by_default_that_of_the_base_model(fields, size):
+    recipe = Recipe(prompt="a", **fields)
+    assert (recipe.width, recipe.height) == (size, size)
+    assert Recipe(prompt="a", width=72, **fields).height == size
+
+
 def test_a_recipe_with_only_a_prompt_is_complete():
     assert Recipe(prompt="a red ball") == Recipe(
         prompt="a red ball",

@@ -225,7 +225,8 @@ class Recipe:
             empty for those of the family.
         vae: hub id, folder or file of a VAE that replaces the base model's; empty for no
             replacement.
-        width, height: pixels, 64..4096, rounded down to a multiple of the family's divisor.
+        width, height: pixels, 64..4096, rounded down to a multiple of the family's divisor; by
+            default the size that the base model was trained at.
         steps: 1..150; some samplers have a lower maximum.
         guidance_scale: 0..100; values up to 1 disable guidance.
         guidance_rescale: 0..1; share of the guided prediction that is rescaled to the standard
@@ -282,10 +283,10 @@ class Recipe:
     def __post_init__(self) -> None:
         is_text("model", self.model)
         spec = get_family(self.model)
+        self._fill_in(base_model=spec.base_model)
         self._fill_in(
-            base_model=spec.base_model,
-            width=spec.default_size,
-            height=spec.default_size,
+            width=spec.size_of(self.base_model),
+            height=spec.size_of(self.base_model),
             steps=spec.default_steps,
             guidance_scale=spec.default_guidance_scale,
             seed=spec.default_seed,

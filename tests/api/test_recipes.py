@@ -21,6 +21,7 @@ from fidelora.api import (
     request_for,
     result_of,
     status_of,
+    trigger_notes,
 )
 from fidelora.errors import RequestError, RequestFieldError
 from fidelora.jobs.job import (
@@ -193,6 +194,57 @@ def test_default_given_and_random_seeds():
         {"prompt": "d", "seed": -1},
     ]
     assert [recipe.seed for recipe in recipes(prompts=asked)] == [42, 43, 0, 777]
+
+
+@pytest.fixture
+def sks(tmp_path) -> AdapterRef:
+    """Return a LoRA with the trigger word `sks` in its metadata."""
+    header: dict[str, Any] = {"__metadata__": {"ss_trigger_word": "sks"}}
+    header |= {
+        f"lora_unet_x.lora_{name}.weight": {
+            "dtype": "F16", "shape": [1, 1], "data_offsets": [2 * index, 2 * index + 2]
+        }
+        for index, name in enumerate(("down", "up"))
+    }  # fmt: skip
+    text = json.dumps(header).encode()
+    path = tmp_path / "sks.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    return AdapterRef.from_file(path)
+
+
+def test_the_trigger_word_of_the_lora_is_used_and_reported_once(sks):
+    prompts = [{"prompt": "a [trigger]"}, {"prompt": "[name]!"}, {"prompt": "a ball"}]
+    assert [one.prompt for one in recipes((sks,), prompts=prompts)] == ["a sks", "sks!", "a ball"]
+    assert trigger_notes(request(prompts=prompts), [sks]) == (
+        "[trigger] is 'sks', the trigger word in the metadata of the LoRA sks.",
+    )
+    assert trigger_notes(request(), [sks]) == ()
+
+
+@pytest.mark.parametrize(
+    ("of_request", "of_prompt", "expected"),
+    [
+        ("own", None, "own"),
+        (None, "own", "own"),
+        ("own", "", "own"),
+        ("", "own", "own"),
+        ("", None, "[trigger]"),
+        (None, "", "[trigger]"),
+        ("", "", "[trigger]"),
+    ],
+)
+def test_a_given_trigger_word_precedes_that_of_the_lora(sks, of_request, of_prompt, expected):
+    prompts = [{"prompt": "[trigger]", "trigger_word": of_prompt}]
+    (recipe,) = recipes((sks,), prompts=prompts, trigger_word=of_request)
+    assert recipe.prompt == expected
+    assert trigger_notes(request(prompts=prompts, trigger_word=of_request), [sks]) == ()
+
+
+@pytest.mark.parametrize("prompt", ["a [trigger]", "[name]", "a ball"])
+def test_a_placeholder_in_a_recipe_is_plain_text(sks, prompt):
+    recipe = Recipe(prompt=prompt, adapters=(sks,), dtype="bfloat16", base_model="base")
+    asked = InferenceRequest.model_validate(request_for([recipe], ["x"]))
+    assert recipes_of(asked, [sks], BASE, draw_seed=lambda: 777) == (recipe,)
 
 
 def test_prompts_without_a_trigger_word_use_that_of_the_request():

@@ -133,6 +133,24 @@ def test_a_prompt_that_looks_like_an_option_is_quoted():
     assert shlex.split(as_command(recipe, ["a.safetensors"], "png"))[-2:] == ["--", "--help"]
 
 
+def test_the_prompt_that_reads_stdin_comes_from_stdin():
+    recipe = Recipe(prompt="-", adapters=(AdapterRef("a" * 64),))
+    words = shlex.split(as_command(recipe, ["a.safetensors"], "png"))
+    assert words[:5] == ["echo", "-", "|", "fidelora", "generate"]
+    assert words[-2:] == ["--", "-"]
+
+
+@pytest.mark.parametrize(("prompt", "is_kept"), [("a [trigger]", True), ("a", False)])
+def test_snippets_leave_placeholders_as_they_are(prompt, is_kept):
+    recipe = Recipe(prompt=prompt, adapters=(AdapterRef("a" * 64),), **NUMERICS)
+    body = InferenceRequest.model_validate_json(as_request(recipe, ["a.safetensors"], "png"))
+    assert body.prompts[0].trigger_word == ("" if is_kept else None)
+    words = shlex.split(as_command(recipe, ["a.safetensors"], "png"))
+    assert ("--trigger=" in words) == is_kept
+    python = as_python(recipe, ["a.safetensors"], "png", "http://127.0.0.1:8000")
+    assert ("trigger_word=''" in python) == is_kept
+
+
 @pytest.mark.parametrize(
     ("changed", "field"),
     [

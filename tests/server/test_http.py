@@ -236,6 +236,18 @@ def test_malformed_bodies_are_rejected(client, content):
     ).status_code in (400, 422)
 
 
+def test_the_trigger_word_of_the_lora_is_reported(client, worker):
+    note = "[trigger] is 'sks', the trigger word in the metadata of the LoRA sks."
+    body = {name: value for name, value in MINIMAL.items() if name != "trigger_word"}
+    queued = client.post("/v1/inference", json=body).json()
+    assert queued["notes"] == [note]
+    worker.succeed(worker.claim())
+    result = client.get(f"/v1/requests/{queued['request_id']}/result").json()
+    assert result["notes"] == [note]
+    assert result["outputs"]["images"][0]["recipe"]["prompt"] == "a photo of sks"
+    assert "notes" not in client.post("/v1/inference", json=MINIMAL).json()
+
+
 def test_defaults_seeds_and_the_trigger_of_a_prompt(client, context):
     prompts = [
         {"prompt": "[trigger]"},

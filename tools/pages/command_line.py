@@ -43,6 +43,7 @@ def commands() -> Iterator[tuple[str, Any]]:
 def options(command: Any) -> set[str]:
     """Return the names of all options of a command."""
     return {
+        "-h",
         "--help",
         *(name for parameter in command.params for name in parameter.opts if name.startswith("-")),
     }

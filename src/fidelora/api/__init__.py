@@ -8,7 +8,13 @@ field.
 
 from __future__ import annotations
 
-from fidelora.api.recipes import DEFAULT_SIZE, check_request, recipes_of, request_for
+from fidelora.api.recipes import (
+    DEFAULT_SIZE,
+    check_request,
+    recipes_of,
+    request_for,
+    trigger_notes,
+)
 from fidelora.api.requests import (
     MAX_PROMPTS,
     ImageFormat,
@@ -71,4 +77,5 @@ __all__ = [
     "request_for",
     "result_of",
     "status_of",
+    "trigger_notes",
 ]

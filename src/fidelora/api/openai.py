@@ -110,11 +110,17 @@ class ImagesRequest(RequestBody):
         """Quality of JPEG and WebP files, 0..100; None for the default and for PNG."""
         return None if self.format == "png" else self.output_compression
 
-    def to_inference(self, model_aliases: Mapping[str, str] | None = None) -> InferenceRequest:
+    def to_inference(
+        self,
+        model_aliases: Mapping[str, str] | None = None,
+        base_models: Mapping[str, str] | None = None,
+    ) -> InferenceRequest:
         """Convert to a `POST /v1/inference` body, where seed -1 means a random seed per image.
 
         Args:
             model_aliases: models by other names that clients send.
+            base_models: base model by model, whose own size is that of `auto`; by default those of
+                the model families.
 
         Raises:
             RequestError: the model does not exist, or a field is unknown.
@@ -136,7 +142,8 @@ class ImagesRequest(RequestBody):
                 code="MODEL_NOT_FOUND",
                 details={"field": "model"},
             )
-        default = all_families()[model].default_size
+        family = all_families()[model]
+        default = family.size_of((base_models or {}).get(model, family.base_model))
         width, height = (default, default) if self.size in (None, "auto") else _sides(self.size)
         item: dict[str, Any] = {
             "prompt": self.prompt,
@@ -180,8 +187,10 @@ class ImagesBody(BaseModel):
     background: Literal["opaque"] = "opaque"
     output_format: ImageFormat
     size: str
-    # Addition to OpenAI's API: id of the request for `/v1/requests`; its result has the recipes.
+    # Additions to OpenAI's API: id of the request for `/v1/requests`, whose result has the recipes,
+    # and values that the server chose, such as the LoRA's own trigger word.
     request_id: str
+    notes: list[str] | None = None
 
 
 class TokensByKind(BaseModel):

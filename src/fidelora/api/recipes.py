@@ -8,11 +8,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fidelora.adapters.tensor_names import trigger_text
 from fidelora.api.requests import InferenceRequest, PromptItem
 from fidelora.errors import RecipeError, RequestError, RequestFieldError, UnknownModelError
 from fidelora.families import Family, all_families, get_family
-from fidelora.recipe import AdapterRef, Recipe, replace_trigger
+from fidelora.loras.trigger import has_placeholder, trigger_of
+from fidelora.recipe import AdapterRef, Recipe
 
 DEFAULT_SIZE = 1024
 """Width and height in pixels if a request omits them: the default of the `ai-toolkit-inference`
@@ -111,10 +111,7 @@ def recipes_of(
             fields["seed"] = get_family(request.model).default_seed + index
         try:
             recipe = Recipe(
-                prompt=replace_trigger(
-                    item.prompt,
-                    trigger_text(adapters, (item.trigger_word or request.trigger_word) or ""),
-                ),
+                prompt=trigger_of(adapters, _trigger_word(request, item)).fill(item.prompt),
                 negative_prompt=item.neg or "",
                 model=request.model,
                 width=item.width or DEFAULT_SIZE,
@@ -134,6 +131,24 @@ def recipes_of(
             raise RequestFieldError(str(error), place=place) from error
         recipes.append(recipe)
     return tuple(recipes)
+
+
+def trigger_notes(request: InferenceRequest, adapters: Sequence[AdapterRef]) -> tuple[str, ...]:
+    """Return a sentence for each trigger word that the request leaves to the LoRAs' metadata."""
+    notes = [
+        trigger_of(adapters, _trigger_word(request, item)).note([item.prompt])
+        for item in request.prompts
+    ]
+    return tuple(dict.fromkeys(filter(None, notes)))
+
+
+def _trigger_word(request: InferenceRequest, item: PromptItem) -> str | None:
+    """Return the trigger word of a prompt; None if neither it nor the request sets one.
+
+    An empty one is set: it leaves `[trigger]` in the prompt.
+    """
+    given = (item.trigger_word, request.trigger_word)
+    return next(filter(None, given), None if given == (None, None) else "")
 
 
 def request_for(recipes: Sequence[Recipe], lora_paths: Sequence[str]) -> dict[str, Any]:
@@ -173,6 +188,8 @@ def request_for(recipes: Sequence[Recipe], lora_paths: Sequence[str]) -> dict[st
                     else [ref.multiplier for ref in recipe.adapters]
                 ),
             }
+            # A placeholder in a recipe is plain text, which a trigger word must not replace.
+            | ({"trigger_word": ""} if has_placeholder(recipe.prompt) else {})
             | ({} if recipe.negative_prompt_2 is None else {"neg_2": recipe.negative_prompt_2})
             | (
                 {}

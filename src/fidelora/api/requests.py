@@ -18,6 +18,12 @@ Multiplier = Annotated[float, Field(ge=-MAX_MULTIPLIER, le=MAX_MULTIPLIER, allow
 ImageFormat = Literal["png", "jpeg", "webp"]
 
 
+_ABOUT_TRIGGER = (
+    "Replaces [trigger] in prompts. Null uses the trigger word in the LoRA's metadata, which the "
+    "response then names in `notes`; an empty text leaves [trigger] as it is."
+)
+
+
 class RequestBody(BaseModel):
     """Body that keeps unknown fields, so that an error can name them."""
 
@@ -49,7 +55,7 @@ class PromptItem(RequestBody):
     """One image of a request. Sizes default to 1024, other fields to the model's defaults."""
 
     prompt: str
-    trigger_word: str | None = None
+    trigger_word: str | None = Field(None, description=_ABOUT_TRIGGER)
     width: int | None = Field(None, ge=64, le=4096)
     height: int | None = Field(None, ge=64, le=4096)
     guidance_scale: float | None = Field(None, ge=0, le=20, allow_inf_nan=False)
@@ -83,7 +89,7 @@ class InferenceRequest(RequestBody):
     model: str
     loras: list[LoraItem]
     prompts: list[PromptItem] = Field(min_length=1, max_length=MAX_PROMPTS)
-    trigger_word: str | None = None
+    trigger_word: str | None = Field(None, description=_ABOUT_TRIGGER)
     hf_token: SecretStr | None = None
     output_format: ImageFormat = "png"
     fidelity: Fidelity | None = Field(

@@ -11,6 +11,10 @@ from fidelora.families import all_families
 from fidelora.jobs.job import Job, Status
 
 
+def _is_empty(notes: list[str]) -> bool:
+    return not notes
+
+
 class Accepted(BaseModel):
     """Response of `POST /v1/inference`."""
 
@@ -19,6 +23,13 @@ class Accepted(BaseModel):
     status_url: str
     result_url: str
     created_at: datetime
+    # Addition to the `ai-toolkit-inference` API; other servers omit it.
+    notes: list[str] = Field(
+        default_factory=list,
+        exclude_if=_is_empty,
+        description="Values that the server chose, such as the LoRA's own trigger word: sentences. "
+        "Omitted if there are none.",
+    )
 
 
 class ErrorDetail(BaseModel):
@@ -121,6 +132,12 @@ class ResultBody(BaseModel):
     created_at: datetime
     finished_at: datetime | None
     metadata: MetadataBody | None
+    # Addition to the `ai-toolkit-inference` API; other servers omit it.
+    notes: list[str] = Field(
+        default_factory=list,
+        exclude_if=_is_empty,
+        description="As in the response of `POST /v1/inference`.",
+    )
 
 
 class LoraBody(BaseModel):
@@ -194,6 +211,7 @@ def accepted(job: Job, base_url: str) -> Accepted:
         status_url=f"{url}/status",
         result_url=f"{url}/result",
         created_at=job.created_at,
+        notes=list(job.notes),
     )
 
 
@@ -259,6 +277,7 @@ def result_of(job: Job, base_url: str) -> ResultBody:
         created_at=job.created_at,
         finished_at=job.finished_at,
         metadata=metadata,
+        notes=list(job.notes),
     )
 
 

@@ -5,7 +5,19 @@ from __future__ import annotations
 import typer
 
 import fidelora
-from fidelora.cli import demo, generate, grid, inspect, models, recipe, replay, serve, verify
+from fidelora.cli import (
+    demo,
+    download,
+    generate,
+    grid,
+    info,
+    inspect,
+    models,
+    recipe,
+    replay,
+    serve,
+    verify,
+)
 from fidelora.cli.console import run
 
 app = typer.Typer(
@@ -13,8 +25,8 @@ app = typer.Typer(
     help="Generate images with LoRAs trained by AI Toolkit, identical to the trainer's samples.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
-    rich_markup_mode=None,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -27,22 +39,29 @@ def _print_version(requested: bool) -> None:
 @app.callback()
 def _options(
     version: bool = typer.Option(
-        False, "--version", callback=_print_version, is_eager=True, help="Print the version."
+        False, "-V", "--version", callback=_print_version, is_eager=True, help="Print the version."
     ),
 ) -> None:
     pass
 
 
-app.command("generate")(generate.generate)
-app.command("models")(models.list_models)
-app.command("demo")(demo.demo)
-app.command("verify")(verify.verify)
-app.command("inspect")(inspect.inspect)
-app.command("recipe")(recipe.recipe)
-app.command("replay")(replay.replay)
-app.command("grid")(grid.grid)
-app.command("serve")(serve.serve)
-app.add_typer(serve.keys, name="keys")
+_PICTURES = "Pictures"
+_TRAINING = "Training runs and LoRAs"
+_MODELS = "Base models and this machine"
+_SERVER = "Server"
+
+app.command("generate", rich_help_panel=_PICTURES)(generate.generate)
+app.command("replay", rich_help_panel=_PICTURES)(replay.replay)
+app.command("demo", rich_help_panel=_PICTURES)(demo.demo)
+app.command("verify", rich_help_panel=_TRAINING)(verify.verify)
+app.command("grid", rich_help_panel=_TRAINING)(grid.grid)
+app.command("inspect", rich_help_panel=_TRAINING)(inspect.inspect)
+app.command("recipe", rich_help_panel=_TRAINING)(recipe.recipe)
+app.command("models", rich_help_panel=_MODELS)(models.list_models)
+app.command("download", rich_help_panel=_MODELS)(download.download)
+app.command("info", rich_help_panel=_MODELS)(info.info)
+app.command("serve", rich_help_panel=_SERVER)(serve.serve)
+app.add_typer(serve.keys, name="keys", rich_help_panel=_SERVER)
 
 
 def main() -> None:

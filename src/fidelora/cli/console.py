@@ -30,6 +30,11 @@ class FidelityOption(StrEnum):
 
 P = ParamSpec("P")
 
+SAMPLING_PANEL = "Sampling"
+MODEL_PANEL = "Base model"
+DEVICE_PANEL = "Precision and device"
+"""Titles of groups of options in `--help`; options without a group are under "Options"."""
+
 COMPARISON_FAILED = 2  # exit code of commands that compare images, if no comparison was possible
 INTERRUPTED = 130  # exit code after Ctrl-C, as in shells
 
@@ -46,24 +51,45 @@ Fidelity = Annotated[
     FidelityOption,
     typer.Option(
         help="exact: bit-identical to training; fast: faster, with small differences "
-        "(docs/performance.md)."
+        "(docs/performance.md).",
+        rich_help_panel=DEVICE_PANEL,
     ),
 ]
-Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:N or mps.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="Device: auto, cpu, cuda, cuda:N or mps.",
+        rich_help_panel=DEVICE_PANEL,
+        autocompletion=lambda: ["auto", "cpu", "cuda", "mps"],
+    ),
+]
+Offload = Annotated[
+    str,
+    typer.Option(
+        help="Offload mode: none, model (less device memory, slower) or sequential (least, "
+        "slowest).",
+        rich_help_panel=DEVICE_PANEL,
+        autocompletion=lambda: ["none", "model", "sequential"],
+    ),
+]
 
 
-def run(app: Callable[[], object]) -> NoReturn:
+def run(app: typer.Typer) -> NoReturn:
     """Run `app` and exit; print errors to stderr as one sentence.
 
-    The exit code is 0 for success, 2 for wrong use and 1 for any other error.
+    The exit code is 0 for success, 2 for wrong use, 130 after Ctrl-C and 1 for any other error.
     """
     let_threads_sleep()
+    code: object = 0
     try:
-        app()
+        # Not standalone: otherwise, Typer would print wrong use in its own form.
+        code = app(standalone_mode=False)
     except FideloraError as error:
         if _debug:
             raise
         fail(str(error), 2 if isinstance(error, WrongUseError) else 1)
+    except typer.TyperException as error:
+        _fail_wrong_use(error)
     except BrokenPipeError:
         # The reader of stdout has closed the pipe, which is not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -76,10 +102,24 @@ def run(app: Callable[[], object]) -> NoReturn:
             raise
         fail(
             f"Unexpected {type(error).__name__}: {error}. This is a bug in Fidelora; "
-            "run the command again with --debug and report it.",
+            "run the command again with --debug, and report it with the output of fidelora info.",
             1,
         )
-    sys.exit(0)
+    # Typer turns Ctrl-C into this code; commands that keep finished work handle it themselves.
+    if code == INTERRUPTED:
+        fail("Interrupted.", INTERRUPTED)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail_wrong_use(error: typer.TyperException) -> NoReturn:
+    """Print an error of the command line's parser, and the command whose help explains more."""
+    message = error.format_message()
+    if message:  # empty if no command was given: the help was printed instead
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "fidelora"
+        end = "" if message.endswith((".", "?")) else "."
+        typer.echo(f"error: {message}{end} See {command} --help.", err=True)
+    sys.exit(error.exit_code)
 
 
 def make_engine(device: str, offload: str = "none") -> Engine:

@@ -43,7 +43,9 @@ _SERVER_PACKAGES = ("fastapi", "uvicorn", "sqlalchemy", "httpx2")
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("fidelora-demo"),
+    out: Annotated[
+        Path, typer.Option("-o", "--output", "--out", metavar="DIR", help="Output folder.")
+    ] = Path("fidelora-demo"),
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:

@@ -2,306 +2,402 @@
 
 from __future__ import annotations
 
-import os
-import re
 import secrets
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Annotated, Any
+from dataclasses import replace
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from fidelora.adapters.tensor_names import trigger_text
+from fidelora.adapters.tensor_names import noise_of_adapter
 from fidelora.atomic import make_folder
 from fidelora.cli.console import (
-    INTERRUPTED,
+    DEVICE_PANEL,
+    MODEL_PANEL,
+    SAMPLING_PANEL,
     Debug,
     Device,
     Fidelity,
     FidelityOption,
-    fail,
+    Offload,
     make_engine,
-    progress_bar,
-    warn,
 )
+from fidelora.cli.image_plan import (
+    MAX_IMAGES,
+    AdapterSet,
+    adapter_sets,
+    plan_recipes,
+    read_prompts,
+    read_size,
+    trigger_remarks,
+)
+from fidelora.cli.output_names import FIELDS, parse_output
+from fidelora.cli.rendering import PlannedImage, Report, check_base, print_plan, render
 from fidelora.errors import RecipeError
-from fidelora.families import get_family
-from fidelora.recipe import AdapterRef, Noise, Recipe, replace_trigger
+from fidelora.families import all_families, get_family
+from fidelora.families.emphasis import Emphasis
+from fidelora.recipe import Noise, Recipe
 
-_MAX_IMAGES = 1000
+if TYPE_CHECKING:
+    from fidelora.engine.engine import Engine
+
+
+def _model_ids() -> list[str]:
+    return list(all_families())
+
+
+def _sampler_names() -> list[str]:
+    return list(dict.fromkeys(name for one in all_families().values() for name in one.samplers))
+
+
+def _dtypes() -> list[str]:
+    return ["auto", "float32", "bfloat16", "float16"]
 
 
 def generate(
     prompt: Annotated[
-        str, typer.Argument(help="Prompt; [trigger] is replaced by the trigger word.")
-    ],
+        str | None,
+        typer.Argument(
+            metavar="PROMPT",
+            help="Prompt, or - to read prompts from stdin, one per line. [trigger] is replaced by "
+            "the trigger word.",
+        ),
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Text file with one prompt per line, instead of PROMPT; - reads stdin.",
+        ),
+    ] = None,
     lora: Annotated[
         list[str] | None,
         typer.Option(
             metavar="FILE[:MULT]",
             help="LoRA or embedding file and its multiplier, -5..5, by default 1. LoRAs are "
             "applied in order. "
-            "If there is a file with the whole name FILE:MULT, it is used with multiplier 1.",
-        ),
-    ] = None,
-    negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
-    negative_2: Annotated[
-        str | None,
-        typer.Option(
-            "--negative-2",
-            help="Negative prompt of the second text encoder, in models with two; by default the "
-            "same as --negative.",
+            "If there is a file with the whole name FILE:MULT, it is used with multiplier 1. "
+            "A folder, or a quoted pattern such as 'run/*.safetensors:0.8', makes the images with "
+            "one of its .safetensors files after the other.",
         ),
     ] = None,
     trigger: Annotated[
-        str,
+        str | None,
         typer.Option(
+            metavar="WORD",
             help="Trigger word, which replaces [trigger] in the prompt; by default all tokens of "
-            "the first embedding."
-        ),
-    ] = "",
-    width: Annotated[
-        int | None, typer.Option(help="Width in pixels, 64..4096, rounded down to a multiple of 8.")
-    ] = None,
-    height: Annotated[int | None, typer.Option(help="Height in pixels, like --width.")] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            help="Sampling steps, 1..150; `fidelora models` lists the defaults of each family."
+            "the first embedding, or the trigger word in the LoRA's metadata. An empty one leaves "
+            "[trigger] as it is.",
         ),
     ] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option(help="Guidance scale (CFG), 0..100; 1 or less disables guidance."),
-    ] = None,
-    guidance_rescale: Annotated[
-        float,
-        typer.Option(help="Guidance rescale, 0..1; reduces overexposure at high guidance."),
-    ] = 0.0,
     seed: Annotated[
         int | None,
         typer.Option(
             help="Seed of the first image; -1 draws a random seed and prints it to stderr."
         ),
     ] = None,
-    sampler: Annotated[
-        str | None, typer.Option(help="Sampler; `fidelora models` lists them.")
-    ] = None,
     number: Annotated[
         int,
-        typer.Option("-n", "--number", help="Number of images, with consecutive seeds, 1..1000."),
+        typer.Option(
+            "-n",
+            "--number",
+            help="Number of images per prompt, with consecutive seeds, 1..1000.",
+        ),
     ] = 1,
     out: Annotated[
         str,
         typer.Option(
+            "-o",
+            "--output",
+            "--out",
+            metavar="PATH",
             help="Output folder, in which no file is replaced, or output file (.png, .jpg or "
-            ".webp), which is replaced. If the name of a folder has a dot, add / at the end."
+            ".webp), which is replaced. If the name of a folder has a dot, add / at the end. "
+            "A name with fields, such as {lora}_{seed}.png, names each image and replaces no "
+            f"file; the fields are {', '.join(FIELDS)}.",
         ),
     ] = ".",
     image_format: Annotated[
         str | None,
         typer.Option(
             "--format",
-            help="png, jpeg (quality 95) or webp (lossless); by default the suffix of --out, or "
-            "png.",
+            metavar="FORMAT",
+            help="png, jpeg (quality 95) or webp (lossless); by default the suffix of --output, "
+            "or png.",
+            autocompletion=lambda: ["png", "jpeg", "webp"],
         ),
     ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON object with all images and recipes.")
+    ] = False,
+    quiet: Annotated[
+        bool,
+        typer.Option(
+            "-q", "--quiet", help="Print only warnings and errors: no paths and no progress bar."
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check everything and print the plan; make no image."),
+    ] = False,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WxH",
+            help="Width and height in pixels, such as 768x512, or one number for a square; by "
+            "default the size that the base model was trained at.",
+            rich_help_panel=SAMPLING_PANEL,
+        ),
+    ] = None,
+    width: Annotated[
+        int | None,
+        typer.Option(
+            help="Width in pixels, 64..4096, rounded down to a multiple of 8.",
+            rich_help_panel=SAMPLING_PANEL,
+        ),
+    ] = None,
+    height: Annotated[
+        int | None,
+        typer.Option(help="Height in pixels, like --width.", rich_help_panel=SAMPLING_PANEL),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Sampling steps, 1..150; `fidelora models` lists the defaults of each family.",
+            rich_help_panel=SAMPLING_PANEL,
+        ),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            "--guidance",
+            "--cfg-scale",
+            help="Guidance scale (CFG), 0..100; 1 or less disables guidance.",
+            rich_help_panel=SAMPLING_PANEL,
+        ),
+    ] = None,
+    guidance_rescale: Annotated[
+        float,
+        typer.Option(
+            help="Guidance rescale, 0..1; reduces overexposure at high guidance.",
+            rich_help_panel=SAMPLING_PANEL,
+        ),
+    ] = 0.0,
+    sampler: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Sampler; `fidelora models` lists them.",
+            rich_help_panel=SAMPLING_PANEL,
+            autocompletion=_sampler_names,
+        ),
+    ] = None,
+    negative: Annotated[
+        str,
+        typer.Option(
+            "--negative",
+            "--negative-prompt",
+            metavar="TEXT",
+            help="Negative prompt.",
+            rich_help_panel=SAMPLING_PANEL,
+        ),
+    ] = "",
+    negative_2: Annotated[
+        str | None,
+        typer.Option(
+            "--negative-2",
+            metavar="TEXT",
+            help="Negative prompt of the second text encoder, in models with two; by default the "
+            "same as --negative.",
+            rich_help_panel=SAMPLING_PANEL,
+        ),
+    ] = None,
+    emphasis: Annotated[
+        str,
+        typer.Option(
+            metavar="KIND",
+            help="How brackets in prompts weight words: none (they are text, as in training), or "
+            "as in AUTOMATIC1111's web UI: original, no_norm or ignore.",
+            rich_help_panel=SAMPLING_PANEL,
+            autocompletion=lambda: list(get_args(Emphasis)),
+        ),
+    ] = "none",
     model: Annotated[
-        str, typer.Option(help="Model family; `fidelora models` lists them.")
+        str,
+        typer.Option(
+            metavar="MODEL",
+            help="Model family; `fidelora models` lists them.",
+            rich_help_panel=MODEL_PANEL,
+            autocompletion=_model_ids,
+        ),
     ] = "sd15",
     base_model: Annotated[
         str | None,
         typer.Option(
+            metavar="BASE",
             help="Hub id (owner/name or owner/name@revision), diffusers folder, .safetensors "
-            "checkpoint or fidelora:miniature; by default that of the model family."
+            "checkpoint or fidelora:miniature; by default that of the model family.",
+            rich_help_panel=MODEL_PANEL,
         ),
     ] = None,
     variant: Annotated[
         str,
         typer.Option(
-            help="Variant of the files in a diffusers folder, such as fp16; by default none."
+            metavar="NAME",
+            help="Variant of the files in a diffusers folder, such as fp16; by default none.",
+            rich_help_panel=MODEL_PANEL,
         ),
     ] = "",
     vae: Annotated[
-        str, typer.Option(help="VAE: hub id, folder or file; by default that of the base model.")
+        str,
+        typer.Option(
+            metavar="VAE",
+            help="VAE: hub id, folder or file; by default that of the base model.",
+            rich_help_panel=MODEL_PANEL,
+        ),
     ] = "",
     config: Annotated[
         str,
         typer.Option(
+            metavar="DIR",
             help="Folder with the configurations and the tokenizer of a .safetensors checkpoint; "
-            "by default those of the model family."
+            "by default those of the model family.",
+            rich_help_panel=MODEL_PANEL,
         ),
     ] = "",
     dtype: Annotated[
-        str, typer.Option(help="auto (depends on the device), float32, bfloat16 or float16.")
+        str,
+        typer.Option(
+            metavar="DTYPE",
+            help="auto (depends on the device), float32, bfloat16 or float16.",
+            rich_help_panel=DEVICE_PANEL,
+            autocompletion=_dtypes,
+        ),
     ] = "auto",
     vae_dtype: Annotated[
-        str | None, typer.Option(help="Dtype of the VAE; by default that of --dtype.")
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            help="Dtype of the VAE; by default that of --dtype.",
+            rich_help_panel=DEVICE_PANEL,
+            autocompletion=_dtypes,
+        ),
     ] = None,
     text_encoder_dtype: Annotated[
-        str | None, typer.Option(help="Dtype of the text encoder; by default that of --dtype.")
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            help="Dtype of the text encoder; by default that of --dtype.",
+            rich_help_panel=DEVICE_PANEL,
+            autocompletion=_dtypes,
+        ),
     ] = None,
     fidelity: Fidelity = FidelityOption.EXACT,
     device: Device = "auto",
-    offload: Annotated[
-        str,
-        typer.Option(
-            help="Offload mode: none, model (less device memory, slower) or sequential (least, "
-            "slowest)."
-        ),
-    ] = "none",
+    offload: Offload = "none",
     live: Annotated[
         bool,
         typer.Option(
             "--live",
             help="Keep adapters unmerged, as the trainer does if its samples have different "
             "multipliers.",
+            rich_help_panel=DEVICE_PANEL,
         ),
     ] = False,
     noise: Annotated[
         str,
         typer.Option(
+            metavar="NOISE",
             help="Half-precision noise: modern (torch 2.12 and later), legacy (earlier), or auto, "
-            "which depends on the trainer version in the LoRA's metadata."
+            "which depends on the trainer version in the LoRA's metadata.",
+            rich_help_panel=DEVICE_PANEL,
+            autocompletion=lambda: ["auto", "modern", "legacy"],
         ),
     ] = "auto",
     debug: Debug = False,
 ) -> None:
-    """Generate images with LoRAs and write files that contain the recipes."""
-    adapters = tuple(_adapter(text) for text in lora or ())
-    if not 1 <= number <= _MAX_IMAGES:
-        raise RecipeError(f"-n is {number}; it must be from 1 to {_MAX_IMAGES}.", field="number")
-    if trigger and "[trigger]" not in prompt and "[name]" not in prompt:
-        warn("--trigger has no effect because the prompt does not contain [trigger].")
-    if seed == -1:
-        seed = secrets.randbelow(2**32)
-        typer.echo(f"seed: {seed}", err=True)
-    given: dict[str, Any] = {
-        "base_model": base_model, "width": width, "height": height, "steps": steps,
-        "guidance_scale": guidance, "seed": seed, "sampler": sampler,
-    }  # fmt: skip
+    """Generate images with LoRAs and write files that contain the recipes.
+
+    With several prompts or LoRAs, every combination is made, with the same seeds.
+    """
     # Check everything that does not need torch first, because loading torch takes seconds.
-    recipe = Recipe(
-        prompt=replace_trigger(prompt, trigger_text(adapters, trigger)),
-        negative_prompt=negative,
-        negative_prompt_2=negative_2,
-        guidance_rescale=guidance_rescale,
-        model=model,
-        variant=variant,
-        config=config,
-        vae=vae,
-        adapters=adapters,
-        adapter_mode="live" if live else "merged",
-        fidelity=fidelity.value,
-        **{name: value for name, value in given.items() if value is not None},
+    report = Report(quiet, as_json)
+    texts = read_prompts(prompt, prompts)
+    sets = adapter_sets(lora or ())
+    if not 1 <= number <= MAX_IMAGES:
+        raise RecipeError(f"-n is {number}; it must be from 1 to {MAX_IMAGES}.", field="number")
+    optional = {
+        "base_model": base_model,
+        "steps": steps,
+        "guidance_scale": guidance,
+        "seed": _choose_seed(seed, report),
+        "sampler": sampler,
+    }
+    settings: dict[str, Any] = {
+        "negative_prompt": negative,
+        "negative_prompt_2": negative_2,
+        "emphasis": emphasis,
+        "guidance_rescale": guidance_rescale,
+        "model": model,
+        "variant": variant,
+        "config": config,
+        "vae": vae,
+        "adapter_mode": "live" if live else "merged",
+        "fidelity": fidelity.value,
+        **read_size(size, width, height),
+        **{name: value for name, value in optional.items() if value is not None},
+    }
+    planned = plan_recipes(
+        texts, sets, trigger, number, lambda one: _resolve_noise(noise, one, model), settings
     )
-    recipes = [replace(recipe, seed=recipe.seed + index) for index in range(number)]
+    report.add(*trigger_remarks(texts, sets, trigger))
+    names = parse_output(out, image_format, prompts=len(texts), adapter_sets=len(sets))
 
     engine = make_engine(device, offload)
-    main_dtype = engine.auto_dtype if dtype == "auto" else dtype
-    device_settings: dict[str, Any] = {
-        "dtype": main_dtype,
-        "vae_dtype": vae_dtype or main_dtype,
-        "text_encoder_dtype": text_encoder_dtype or main_dtype,
-        "noise": _resolve_noise(noise, adapters, model),
-    }
-    recipes = [replace(recipe, **device_settings) for recipe in recipes]
-    target = _parse_out(out, image_format)
-    writes: list[Future[Path]] = []
-    printed = 0
-    try:
-        # A thread encodes and writes images while the next ones are generated; the end of the
-        # block waits for it.
-        with ThreadPoolExecutor(max_workers=1) as writer:
-            for first in range(0, number, engine.max_batch(recipe)):
-                batch = recipes[first : first + engine.max_batch(recipe)]
-                with progress_bar(_title(first, len(batch), number, batch[0].seed)) as on_step:
-                    images = engine.generate_batch(batch, on_step)
-                for warning in images[0].warnings if first == 0 else ():
-                    warn(warning)
-                printed += _print_paths(writes[printed:])
-                for index, image in enumerate(images, start=first):
-                    writes.append(
-                        writer.submit(image.save, target.path(image.recipe.seed, index, number))
-                    )
-            _print_paths(writes[printed:])
-    except KeyboardInterrupt:
-        _print_paths(writes[printed:])
-        fail(f"Interrupted; {len(writes)} of {number} images were written.", INTERRUPTED)
+    recipes = _with_dtypes(planned, engine, dtype, vae_dtype, text_encoder_dtype)
+    prompt_indices = [index // number % len(texts) + 1 for index in range(len(recipes))]
+    paths = names.paths(
+        list(zip(recipes, prompt_indices, strict=True)), datetime.now().astimezone()
+    )
+    images = [PlannedImage(*pair) for pair in zip(recipes, paths, strict=True)]
+    if dry_run:
+        check_base(recipes[0], report)
+        print_plan(images, report)
+        return
+    for folder in dict.fromkeys(path.parent for path in paths):
+        make_folder(folder)
+    render(images, engine, report)
 
 
-def _title(first: int, count: int, number: int, seed: int) -> str:
-    images = f"image {first + 1}" if count == 1 else f"images {first + 1} to {first + count}"
-    return f"{images} of {number}, seed {seed}"
+def _choose_seed(seed: int | None, report: Report) -> int | None:
+    """Return the seed; draw one for -1 and report it."""
+    if seed == -1:
+        seed = secrets.randbelow(2**32)
+        report.note(f"seed: {seed}")
+    return seed
 
 
-def _print_paths(writes: list[Future[Path]]) -> int:
-    """Print the paths of written images and return their number; raise errors of failed writes."""
-    for write in writes:
-        typer.echo(write.result())
-    return len(writes)
-
-
-@dataclass(frozen=True)
-class _OutputNames:
-    """Names of the output files: a given file, or generated names in a folder."""
-
-    folder: Path
-    file: Path | None
-    suffix: str
-
-    def path(self, seed: int, index: int, number: int) -> Path:
-        """Return the given file, numbered if there are several images, or an unused name."""
-        if self.file is not None:
-            return (
-                self.file if number == 1 else self.file.with_stem(f"{self.file.stem}_{index + 1}")
-            )
-        path, count = self.folder / f"fidelora_{seed}{self.suffix}", 1
-        while path.exists():
-            count += 1
-            path = self.folder / f"fidelora_{seed}_{count}{self.suffix}"
-        return path
-
-
-def _parse_out(out: str, image_format: str | None) -> _OutputNames:
-    """Parse `--out` and `--format`; create the folder and check that it is writable."""
-    from fidelora.images.write import format_of, is_image_format, suffix_of
-
-    if image_format is not None and not is_image_format(image_format):
-        raise RecipeError(
-            f"--format is {image_format!r}; it must be png, jpeg or webp.", field="format"
-        )
-    path = Path(out).expanduser()
-    if out.endswith(("/", os.sep)) or path.is_dir() or not path.suffix:
-        make_folder(path)
-        return _OutputNames(path, None, suffix_of(image_format or "png"))  # type: ignore[arg-type]
-    format_of_name = format_of(path)
-    if image_format not in (None, format_of_name):
-        raise RecipeError(
-            f"--format {image_format} does not match --out {path.name}; set only one of them.",
-            field="format",
-        )
-    make_folder(path.parent)
-    return _OutputNames(path.parent, path, path.suffix)
-
-
-def _adapter(text: str) -> AdapterRef:
-    """Parse `FILE` or `FILE:MULT`; an existing file with the whole name takes precedence."""
-    match = re.fullmatch(r"(?P<name>.+):(?P<multiplier>[+-]?(\d+\.?\d*|\.\d+))", text)
-    if not text:
-        raise RecipeError("--lora is empty; set the name of a file.", field="adapters")
-    if match is None or Path(text).expanduser().is_file():
-        return AdapterRef.from_file(text)
-    return AdapterRef.from_file(match["name"], float(match["multiplier"]))
-
-
-def _resolve_noise(noise: str, adapters: tuple[AdapterRef, ...], model: str) -> Noise:
+def _resolve_noise(noise: str, adapters: AdapterSet, model: str) -> Noise:
     """Return the noise mode; `auto` depends on the trainer version in the first adapter's file."""
-    from fidelora.adapters.tensor_names import noise_of_adapter
-
     if noise != "auto":
         return noise  # type: ignore[return-value]  # checked by the recipe
     if "noise" not in get_family(model).uses:
         return "modern"
     return noise_of_adapter(adapters[0]) if adapters else "modern"
+
+
+def _with_dtypes(
+    planned: list[list[Recipe]],
+    engine: Engine,
+    dtype: str,
+    vae_dtype: str | None,
+    text_encoder_dtype: str | None,
+) -> list[Recipe]:
+    """Return all recipes with their dtypes, of which `auto` depends on the device."""
+    main = engine.auto_dtype if dtype == "auto" else dtype
+    dtypes: dict[str, Any] = {
+        "dtype": main,
+        "vae_dtype": vae_dtype or main,
+        "text_encoder_dtype": text_encoder_dtype or main,
+    }
+    return [replace(recipe, **dtypes) for recipes in planned for recipe in recipes]

@@ -53,7 +53,14 @@ def grid(
         ),
     ] = None,
     out: Annotated[
-        Path, typer.Option(help="Output file (.png, .jpg or .webp), which is replaced.")
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            "--out",
+            metavar="FILE",
+            help="Output file (.png, .jpg or .webp), which is replaced.",
+        ),
     ] = Path("grid.png"),
     fidelity: Fidelity = FidelityOption.EXACT,
     device: Device = "auto",

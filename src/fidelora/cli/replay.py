@@ -13,9 +13,12 @@ import typer
 
 from fidelora.atomic import make_folder, write_atomically
 from fidelora.cli.console import (
+    DEVICE_PANEL,
+    MODEL_PANEL,
     Debug,
     Device,
     FidelityOption,
+    Offload,
     make_engine,
     progress_bar,
     reserve_exit_code_1,
@@ -52,6 +55,9 @@ def replay(
     out: Annotated[
         Path | None,
         typer.Option(
+            "-o",
+            "--output",
+            "--out",
             metavar="FILE",
             help="Output file (.png, .jpg or .webp); by default IMAGE_again in the same folder.",
         ),
@@ -63,7 +69,8 @@ def replay(
         ),
     ] = False,
     fidelity: Annotated[
-        FidelityOption | None, typer.Option(help="exact or fast; by default the recipe's.")
+        FidelityOption | None,
+        typer.Option(help="exact or fast; by default the recipe's.", rich_help_panel=DEVICE_PANEL),
     ] = None,
     emphasis: Annotated[
         bool,
@@ -75,12 +82,14 @@ def replay(
     base_model: Annotated[
         str | None,
         typer.Option(
-            help="Hub id, diffusers folder or .safetensors checkpoint; by default the recipe's."
+            metavar="BASE",
+            help="Hub id, diffusers folder or .safetensors checkpoint; by default the recipe's.",
+            rich_help_panel=MODEL_PANEL,
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
     device: Device = "auto",
-    offload: Annotated[str, typer.Option(help="Offload mode: none, model or sequential.")] = "none",
+    offload: Offload = "none",
     debug: Debug = False,
 ) -> None:
     """Generate an image again from the recipe in its file.

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 keys = typer.Typer(
     help="Manage the API keys of the server, which stores only their hashes.",
     no_args_is_help=True,
-    rich_markup_mode=None,
 )
 
 _INSTALL = (

@@ -13,6 +13,8 @@ import typer
 
 from fidelora.atomic import make_folder, write_atomically
 from fidelora.cli.console import (
+    DEVICE_PANEL,
+    MODEL_PANEL,
     Debug,
     Device,
     fail,
@@ -61,7 +63,11 @@ RunFolder = Annotated[
 ]
 BaseModel = Annotated[
     str | None,
-    typer.Option(help="Hub id, diffusers folder or .safetensors checkpoint; by default the run's."),
+    typer.Option(
+        metavar="BASE",
+        help="Hub id, diffusers folder or .safetensors checkpoint; by default the run's.",
+        rich_help_panel=MODEL_PANEL,
+    ),
 ]
 Step = Annotated[str, typer.Option(help="Training step, last or all; step 0 is the base model.")]
 
@@ -73,19 +79,25 @@ def verify(
     step: Step = "last",
     dtype: Annotated[
         DtypeOption,
-        typer.Option(help="job (the dtype of the training run), float32, bfloat16 or float16."),
+        typer.Option(
+            help="job (the dtype of the training run), float32, bfloat16 or float16.",
+            rich_help_panel=DEVICE_PANEL,
+        ),
     ] = DtypeOption.JOB,
     noise: Annotated[
         NoiseOption,
         typer.Option(
             help="Half-precision noise: modern (torch 2.12 and later), legacy (earlier), or auto, "
-            "which depends on the trainer version in the checkpoint's metadata."
+            "which depends on the trainer version in the checkpoint's metadata.",
+            rich_help_panel=DEVICE_PANEL,
         ),
     ] = NoiseOption.AUTO,
     variant: Annotated[
         str,
         typer.Option(
-            help="Variant of the files in a diffusers folder, such as fp16; by default none."
+            metavar="NAME",
+            help="Variant of the files in a diffusers folder, such as fp16; by default none.",
+            rich_help_panel=MODEL_PANEL,
         ),
     ] = "",
     doctor: Annotated[

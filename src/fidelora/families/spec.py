@@ -152,7 +152,8 @@ class Family:
         id: the name in recipes, on the command line and in the API.
         base_model: hub id of the default base; `base_aliases` are other ids of the same weights.
         resolution_divisor: in pixels; width and height are rounded down to a multiple of it.
-        default_size: width and height in pixels.
+        default_size: width and height, in pixels, that the default base was trained at.
+        base_sizes: the same for bundled bases that were trained at another size, by name.
         uses: the optional recipe fields that have an effect for this family.
         parts: parts in the order of use.
         text, denoiser, latents: "module:class" of the implementations of `families.protocols`.
@@ -184,6 +185,7 @@ class Family:
     adapter_base_versions: tuple[str, ...]
     latent_preview: tuple[tuple[float, float, float], ...]
     base_aliases: tuple[str, ...] = ()
+    base_sizes: Mapping[str, int] = field(default_factory=lambda: NO_OPTIONS)
     checkpoint: str = ""
     accelerations: frozenset[Acceleration] = field(default_factory=frozenset)
 
@@ -200,6 +202,10 @@ class Family:
     def part(self, role: Literal["denoiser", "decoder"]) -> Part:
         """Return the part with this role."""
         return next(part for part in self.parts if part.role == role)
+
+    def size_of(self, base_model: str) -> int:
+        """Return the width and height, in pixels, that a base model was trained at."""
+        return self.base_sizes.get(base_model, self.default_size)
 
     def canonical_base(self, base_model: str) -> str:
         """Return `base_model`, or the default base's id if `base_model` is an alias of it.

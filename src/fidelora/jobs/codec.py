@@ -60,5 +60,6 @@ def job_from_dict(plain: Mapping[str, Any]) -> Job:
         outputs=tuple(Output(**output) for output in plain["outputs"]),
         error=Failure(**plain["error"]) if plain["error"] else None,
         timings=plain["timings"],
+        notes=tuple(plain.get("notes", ())),  # absent in jobs stored by older versions
         version=plain["version"],
     )

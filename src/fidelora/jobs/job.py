@@ -105,6 +105,7 @@ class Job:
         cancel_requested: True if the job has to stop; its worker stops it after the current step.
         passed_over: number of times that a later job was claimed first, because its adapters were
             loaded or it could share a batch.
+        notes: sentences about values that the server chose, such as a LoRA's own trigger word.
         version: number of the last change; also the id of its event.
     """
 
@@ -126,6 +127,7 @@ class Job:
     outputs: tuple[Output, ...] = ()
     error: Failure | None = None
     timings: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     version: int = 1
 
     @property
@@ -140,6 +142,7 @@ def new_job(
     *,
     image_format: str = "png",
     image_quality: int | None = None,
+    notes: tuple[str, ...] = (),
 ) -> Job:
     """Return a queued job for these images.
 
@@ -155,6 +158,7 @@ def new_job(
         recipes=recipes,
         image_format=image_format,
         image_quality=image_quality,
+        notes=notes,
     )
 
 

@@ -145,7 +145,8 @@ def _whole_number(value: object) -> int | None:
 
 def _trigger(metadata: Mapping[str, str]) -> str:
     """Return the trigger word; AI Toolkit stores it as the only tag of all training images."""
-    if word := metadata.get("ss_trigger_word") or metadata.get("trigger_word"):
+    names = ("ss_trigger_word", "trigger_word", "modelspec.trigger_phrase")
+    if word := next(filter(None, (metadata.get(name, "").strip() for name in names)), ""):
         return word[:_MAX_TRIGGER]
     tags = _json(metadata, "ss_tag_frequency")
     words = [word for counts in tags.values() if isinstance(counts, dict) for word in counts]

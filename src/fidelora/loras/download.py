@@ -25,6 +25,7 @@ import httpcore2
 from AntiSSRF import IPAddressRanges
 
 from fidelora.errors import AdapterDownloadError, AdapterNotFoundError, AdapterUrlRefusedError
+from fidelora.loras.hub import USE_TOKEN
 
 HUB = "huggingface.co"
 _HUB_SITES = {HUB, f"www.{HUB}", "hf.co"}
@@ -51,14 +52,15 @@ class DownloadRules:
 
     Attributes:
         hosts: allowed hosts in lower case, also for redirects; `*.example.com` allows every
-            subdomain of example.com.
+            subdomain of example.com. None allows every public host, for URLs that the user of this
+            machine chose.
         max_bytes: maximum size of a file.
         timeout_s: time limit of a whole download: name lookups, connections, redirects, headers
             and body.
         max_redirects: maximum number of redirects of a download.
     """
 
-    hosts: frozenset[str] = frozenset()
+    hosts: frozenset[str] | None = frozenset()
     max_bytes: int = 2 * 2**30
     timeout_s: float = 300.0
     max_redirects: int = 5
@@ -184,7 +186,8 @@ class _Download:
 
     def _checked(self, url: str) -> SplitResult:
         """Return the parsed URL, or raise AdapterUrlRefusedError if it is not allowed."""
-        if not self._rules.hosts:
+        hosts = self._rules.hosts
+        if hosts is not None and not hosts:
             raise AdapterUrlRefusedError(
                 "This server does not download LoRAs from URLs; "
                 "its operator can allow hosts with FIDELORA_LORA_HOSTS."
@@ -202,13 +205,13 @@ class _Download:
             )
         if place.username is not None or place.password is not None:
             raise AdapterUrlRefusedError(
-                "URLs with a user name or password are not supported; for the hub, send hf_token."
+                f"URLs with a user name or password are not supported; for the hub, {USE_TOKEN}."
             )
         if port not in (None, 443):
             raise AdapterUrlRefusedError(
                 f"{_shown(url)} has the port {port}; only port 443 is allowed."
             )
-        if not any(_matches(host, pattern) for pattern in self._rules.hosts):
+        if hosts is not None and not any(_matches(host, pattern) for pattern in hosts):
             raise AdapterUrlRefusedError(
                 f"This server does not download LoRAs from {host[:100]!r}; "
                 "its operator can allow the host with FIDELORA_LORA_HOSTS."
@@ -241,7 +244,7 @@ class _Download:
             return None
         if response.status in (401, 403):
             raise AdapterDownloadError(
-                f"{shown} is private or gated ({response.status}); for the hub, send hf_token."
+                f"{shown} is private or gated ({response.status}); for the hub, {USE_TOKEN}."
             )
         if response.status in (404, 410):
             raise AdapterNotFoundError(

@@ -9,16 +9,14 @@ from pathlib import Path
 from fidelora.errors import (
     AdapterChangedError,
     AdapterDownloadError,
-    AdapterNotFoundError,
-    AdapterPlaceError,
     AdapterUrlRefusedError,
 )
 from fidelora.loras.cache import AdapterCache
 from fidelora.loras.download import HUB, DownloadRules, download
 from fidelora.loras.folder import adapter_path, adapter_with_hash
+from fidelora.loras.hub import HubFile
 from fidelora.recipe import AdapterRef
 
-_HUB_FILE = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)/(?P<file>[^@]+)(@(?P<revision>[\w./-]+))?")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _DOWNLOADS_AT_ONCE = 4
 
@@ -112,16 +110,8 @@ class AdapterResolver:
             return ref
 
     async def _from_hub(self, place: str, token: str | None) -> AdapterRef:
-        match = _HUB_FILE.fullmatch(place)
-        if match is None or ".." in match["file"].split("/"):
-            raise AdapterPlaceError(
-                f"{place!r} is not a file on the hub; use hf:owner/name/file.safetensors."
-            )
-        if not match["file"].lower().endswith(".safetensors"):
-            raise AdapterPlaceError(
-                f"{place!r} is not a .safetensors file; use the full name of the file."
-            )
-        if HUB not in self._rules.hosts:
+        file = HubFile.parse(place)
+        if self._rules.hosts is not None and HUB not in self._rules.hosts:
             raise AdapterUrlRefusedError(
                 "This server does not download LoRAs from the hub; "
                 f"its operator can allow it by adding {HUB} to FIDELORA_LORA_HOSTS."
@@ -131,14 +121,7 @@ class AdapterResolver:
                 # The request fails at this deadline, but its thread may continue until the hub
                 # client's own timeouts.
                 async with asyncio.timeout(self._rules.timeout_s):
-                    fetched = await asyncio.to_thread(
-                        _hub_file,
-                        match["repo"],
-                        match["file"],
-                        match["revision"],
-                        token,
-                        self._rules.max_bytes,
-                    )
+                    fetched = await asyncio.to_thread(file.fetch, token, self._rules.max_bytes)
             except TimeoutError:
                 raise AdapterDownloadError(
                     f"{place} was not downloaded within {self._rules.timeout_s:g} seconds; "
@@ -157,65 +140,3 @@ def _name(place: str) -> str:
         if _URL.match(place) or place.startswith("hf:")
         else place
     )
-
-
-def _hub_file(
-    repo: str, file: str, revision: str | None, token: str | None, max_bytes: int
-) -> Path:
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    what = f"hf:{repo}/{file}"
-    try:
-        size = get_hf_file_metadata(hf_hub_url(repo, file, revision=revision), token=token).size
-        if size is not None and size > max_bytes:
-            raise AdapterDownloadError(
-                f"{what} is too large ({size:,} bytes); the limit is {max_bytes:,} bytes."
-            )
-        return Path(hf_hub_download(repo, file, revision=revision, token=token))
-    except OfflineModeIsEnabled:
-        return _hub_file_on_disk(repo, file, revision)
-    except GatedRepoError as error:
-        raise AdapterDownloadError(
-            f"{what} is gated; accept its terms on the hub, and send hf_token."
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise AdapterDownloadError(
-            f"The hub could not be reached for {what}; try again later."
-        ) from error
-    except (
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-        EntryNotFoundError,
-        HFValidationError,
-    ) as error:
-        raise AdapterNotFoundError(
-            f"There is no {what} on the hub, or it is private; check the name, or send hf_token."
-        ) from error
-    except (HfHubHTTPError, OSError) as error:
-        raise AdapterDownloadError(
-            f"The hub did not deliver {what}: {str(error).splitlines()[0]:.200}."
-        ) from error
-
-
-def _hub_file_on_disk(repo: str, file: str, revision: str | None) -> Path:
-    """Return the file of an earlier download; used if HF_HUB_OFFLINE forbids downloads."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(repo, file, revision=revision, local_files_only=True))
-    except LocalEntryNotFoundError as error:
-        raise AdapterNotFoundError(
-            f"hf:{repo}/{file} is not in the local cache, and HF_HUB_OFFLINE is set; unset "
-            "HF_HUB_OFFLINE to download the file."
-        ) from error

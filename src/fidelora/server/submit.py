@@ -23,7 +23,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
 from fidelora.adapters.tensor_names import noise_of_file
-from fidelora.api import InferenceRequest, LoraItem, recipes_of
+from fidelora.api import InferenceRequest, LoraItem, recipes_of, trigger_notes
 from fidelora.errors import RequestCanceledError, RequestFailedError
 from fidelora.families import get_family
 from fidelora.jobs.job import Job, Status, new_job
@@ -67,7 +67,8 @@ async def submit(
     hub_token = request.hf_token.get_secret_value() if request.hf_token else None
     adapters = await resolve_adapters(context, request.loras, hub_token)
     recipes = await run_in_threadpool(build_recipes, context, request, adapters)
-    return await enqueue(context, recipes, request.output_format, image_quality, submission)
+    notes = await run_in_threadpool(trigger_notes, request, adapters)
+    return await enqueue(context, recipes, request.output_format, image_quality, submission, notes)
 
 
 async def resolve_adapters(
@@ -109,17 +110,27 @@ async def enqueue(
     image_format: str = "png",
     image_quality: int | None = None,
     submission: Submission | None = None,
+    notes: tuple[str, ...] = (),
 ) -> Job:
     """Store and return a job for these recipes, or return the earlier job of the same submission.
 
     The job is stored on disk before this function returns. Its id is added to the log lines of the
     current HTTP request.
 
+    Args:
+        notes: sentences for the client about values that the server chose.
+
     Raises:
         QueueFullError: the queue is full.
         IdempotencyConflictError: the idempotency key was used for another request.
     """
-    job = new_job(recipes, utc_now(), image_format=image_format, image_quality=image_quality)
+    job = new_job(
+        recipes,
+        utc_now(),
+        image_format=image_format,
+        image_quality=image_quality,
+        notes=notes,
+    )
     stored = await run_in_threadpool(_store_and_wake_workers, context, job, submission)
     structlog.contextvars.bind_contextvars(request_id=stored.id)
     return stored

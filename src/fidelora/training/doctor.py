@@ -10,6 +10,7 @@ from fidelora.engine.engine import Engine
 from fidelora.errors import BaseModelError, NumericsError
 from fidelora.training import suspects
 from fidelora.training.compare import Comparison, compare, reencode
+from fidelora.training.flags import where_to_set
 from fidelora.training.judge import Verdict
 from fidelora.training.run_folder import TrainingRun
 from fidelora.training.run_suspects import run_suspects
@@ -90,7 +91,7 @@ def diagnose(
         height, width = wrong_size.trainer.shape[:2]
         fix = (
             f"The sample is {width}x{height}: set its width to {width} and its height to {height} "
-            f"(--w {width} --h {height})."
+            f"{where_to_set(f'--size {width}x{height}', f'--w {width} --h {height}')}."
         )
         return Diagnosis("size", 1.0, fix)
     evidence = mismatched[0].evidence

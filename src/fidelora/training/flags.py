@@ -23,6 +23,10 @@ _FLAGS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
 }
 
 
+TRIGGER_OFF = "--trigger ''"
+"""Option of `fidelora generate` that leaves `[trigger]` in the prompt."""
+
+
 def split_flags(text: str) -> tuple[str, dict[str, Any]]:
     """Split a sample prompt into the prompt and the settings of its flags.
 
@@ -52,3 +56,9 @@ def split_flags(text: str) -> tuple[str, dict[str, Any]]:
                     "which is not a number."
                 ) from None
     return head.strip(), settings
+
+
+def where_to_set(generate: str, flags: str = "") -> str:
+    """Return where to set a value: options of `fidelora generate`, flags of sample prompts."""
+    prompt = f"; in a sample prompt: {flags}" if flags else ""
+    return f"(in fidelora generate: {generate}{prompt})"

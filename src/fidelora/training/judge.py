@@ -33,7 +33,7 @@ from fidelora.training.consistency import (
     size_test,
 )
 from fidelora.training.draws import Draws, lost_information
-from fidelora.training.flags import split_flags
+from fidelora.training.flags import TRIGGER_OFF, split_flags, where_to_set
 from fidelora.training.plan import PlannedSample, with_multiplier
 from fidelora.training.run_folder import TrainingRun
 
@@ -293,10 +293,12 @@ def changed_settings(run: TrainingRun, plan: PlannedSample) -> Iterator[Change]:
     family = get_family(recipe.model)
     if recipe.guidance_scale > 1:
         scale = recipe.guidance_scale
-        fix = "The guidance scale was about {value}: correct guidance_scale (--cfg)."
+        where = where_to_set("--guidance {value}", "--cfg {value}")
+        fix = f"The guidance scale was about {{value}}: correct guidance_scale {where}."
         changed = replace(recipe, guidance_scale=scale + 0.5)
         yield Change("guidance", 0.5, changed, fix, scale)
-    fix = "The sample had about {value} steps: correct sample_steps (--steps)."
+    where = where_to_set("--steps", "--steps")
+    fix = f"The sample had about {{value}} steps: correct sample_steps {where}."
     for more in (1, -1):  # some samplers have a maximum number of steps
         try:
             changed = replace(recipe, steps=recipe.steps + more)
@@ -306,22 +308,31 @@ def changed_settings(run: TrainingRun, plan: PlannedSample) -> Iterator[Change]:
         break
     if recipe.dtype != "float32":
         whole = replace(recipe, dtype="float32", vae_dtype="float32", text_encoder_dtype="float32")
-        fix = "The samples were made in float32: use --dtype float32."
+        fix = (
+            "The samples were made in float32: use --dtype float32 in fidelora verify and generate."
+        )
         yield Change("dtype", None, whole, fix)
     if recipe.adapters and recipe.adapters[0].word is None:  # an embedding has no multiplier
         multiplier = recipe.adapters[0].multiplier
         size = 0.1 if multiplier + 0.1 <= MAX_MULTIPLIER else -0.1
         refs = with_multiplier(recipe.adapters, multiplier + size)
-        fix = "The multiplier was about {value}: correct network_multiplier (--m)."
+        where = where_to_set("--lora FILE:{value}", "--m {value}")
+        fix = f"The multiplier was about {{value}}: correct network_multiplier {where}."
         yield Change("multiplier", size, replace(recipe, adapters=refs), fix, multiplier)
     for wrong in family.samples.wrong_schedules:
         yield Change(wrong.cause, None, recipe, wrong.fix, scheduler_options=dict(wrong.options))
     if recipe.negative_prompt:
-        fix = "The sample was made without its negative prompt: remove neg."
+        fix = (
+            "The sample was made without its negative prompt: remove neg (in fidelora generate: "
+            "leave out --negative)."
+        )
         changed = replace(recipe, negative_prompt="", negative_prompt_2=None)
         yield Change("negative_prompt", None, changed, fix)
     if run.trigger_text and "[trigger]" in item.prompt:
-        fix = "[trigger] in the prompt was not replaced: remove trigger_word."
+        fix = (
+            "[trigger] in the prompt was not replaced: remove trigger_word "
+            f"{where_to_set(TRIGGER_OFF)}."
+        )
         # Parse the original prompt again: in the recipe, the trigger may also occur in other words.
         prompt = split_flags(item.prompt)[0]
         yield Change("trigger", None, replace(recipe, prompt=prompt), fix)

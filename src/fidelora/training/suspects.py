@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -11,7 +12,7 @@ from fidelora.errors import RecipeError
 from fidelora.families import get_family
 from fidelora.loras.describe import describe_adapter
 from fidelora.recipe import Recipe, replace_trigger
-from fidelora.training.flags import split_flags
+from fidelora.training.flags import TRIGGER_OFF, split_flags, where_to_set
 from fidelora.training.plan import with_multiplier
 from fidelora.training.run_folder import SampleItem, TrainingRun
 
@@ -85,7 +86,7 @@ def multipliers(recipe: Recipe) -> Iterator[Suspect]:
             changed = replace(recipe, adapters=with_multiplier(recipe.adapters, value))
             fix = (
                 f"The multiplier was {value:g}: set network_multiplier to {value:g} "
-                f"(--m {value:g})."
+                f"{where_to_set(f'--lora FILE:{value:g}', f'--m {value:g}')}."
             )
             yield Suspect("multiplier", changed, fix)
 
@@ -97,16 +98,18 @@ def triggers(run: TrainingRun, recipe: Recipe, item: SampleItem) -> Iterator[Sus
         path = next(iter(run.checkpoints.values()), None)
     file_trigger = describe_adapter(path).trigger if path else ""
     if file_trigger:
+        where = where_to_set(f"--trigger {shlex.quote(file_trigger)}")
         yield _with_prompt(
             recipe,
             _without_flags(replace_trigger(item.prompt, file_trigger)),
             f"The trigger word was {file_trigger!r}, which is stored in the adapter's file: "
-            f"set trigger_word to {file_trigger!r}.",
+            f"set trigger_word to {file_trigger!r} {where}.",
         )
     yield _with_prompt(
         recipe,
         _without_flags(item.prompt),
-        "[trigger] in the prompt was not replaced: remove trigger_word.",
+        "[trigger] in the prompt was not replaced: remove trigger_word "
+        f"{where_to_set(TRIGGER_OFF)}.",
     )
     for word in dict.fromkeys(filter(None, (run.trigger_word, file_trigger))):
         for text in (f"{word} {recipe.prompt}", f"{word}, {recipe.prompt}"):
@@ -128,19 +131,22 @@ def seeds(run: TrainingRun, recipe: Recipe, index: int) -> Iterator[Suspect]:
     walked, fixed = run.seed + index, run.seed
     fixes = {
         walked: f"The seed was {walked}, the run's seed plus the sample's index: "
-        "set walk_seed to true.",
-        fixed: f"The seed was {fixed}, as for the first sample: set walk_seed to false.",
+        f"set walk_seed to true {where_to_set(f'--seed {walked}')}.",
+        fixed: f"The seed was {fixed}, as for the first sample: set walk_seed to false "
+        f"{where_to_set(f'--seed {fixed}')}.",
     }
     earlier = [item.seed for item in run.samples[:index] if item.seed is not None]
     if earlier:
         fixes[earlier[-1]] = (
-            f"The seed was {earlier[-1]}, as for an earlier sample: set walk_seed to false."
+            f"The seed was {earlier[-1]}, as for an earlier sample: set walk_seed to false "
+            f"{where_to_set(f'--seed {earlier[-1]}')}."
         )
     nearby = [recipe.seed + step * sign for step in range(1, _NEARBY_SEEDS + 1) for sign in (1, -1)]
     common = [42 + index, 42, index, 0, 1, *nearby]
     for seed in dict.fromkeys([*fixes, *common]):
         if seed >= 0:
-            fix = fixes.get(seed, f"The seed was {seed}: set seed to {seed} (--seed {seed}).")
+            where = where_to_set(f"--seed {seed}", f"--seed {seed}")
+            fix = fixes.get(seed, f"The seed was {seed}: set seed to {seed} {where}.")
             yield Suspect("seed", replace(recipe, seed=seed), fix)
 
 
@@ -149,7 +155,10 @@ def precisions(recipe: Recipe) -> Iterator[Suspect]:
     uses_noise = "noise" in get_family(recipe.model).uses
     if recipe.dtype != "float32" and uses_noise:
         other = "legacy" if recipe.noise == "modern" else "modern"
-        fix = f"The noise was drawn by a different version of torch: use --noise {other}."
+        fix = (
+            f"The noise was drawn by a different version of torch: use --noise {other} in "
+            "fidelora verify and generate."
+        )
         yield Suspect("noise", replace(recipe, noise=other), fix)  # type: ignore[arg-type]
     for dtype in ("float32", "bfloat16", "float16"):
         both = dtype != "float32" and uses_noise
@@ -160,7 +169,10 @@ def precisions(recipe: Recipe) -> Iterator[Suspect]:
                 "text_encoder_dtype": dtype,
                 "noise": noise,
             }
-            fix = f"The samples were made in {dtype}: use --dtype {dtype}."
+            fix = (
+                f"The samples were made in {dtype}: use --dtype {dtype} in fidelora verify and "
+                "generate."
+            )
             yield Suspect("dtype", replace(recipe, **changes), fix)
 
 
@@ -168,29 +180,39 @@ def variants(recipe: Recipe) -> Iterator[Suspect]:
     """Yield the recipe with other variants of the base model's files."""
     for variant in ("fp16", ""):
         files = f"the {variant} files" if variant else "the files without a variant"
-        fix = f"The base model was loaded from {files}: use --variant {variant or repr('')}."
+        fix = (
+            f"The base model was loaded from {files}: use --variant {variant or repr('')} in "
+            "fidelora verify and generate."
+        )
         yield Suspect("base_variant", replace(recipe, variant=variant), fix)
 
 
 def samplers(recipe: Recipe) -> Iterator[Suspect]:
     """Yield the recipe with the other samplers of its family."""
     names = [*_COMMON_SAMPLERS, *get_family(recipe.model).samplers]
-    fix = "The sampler was {value}: set sample.sampler to {value}."
+    where = where_to_set("--sampler {value}")
+    fix = f"The sampler was {{value}}: set sample.sampler to {{value}} {where}."
     yield from _with_values(recipe, "sampler", "sampler", names, fix)
 
 
 def guidance_scales(recipe: Recipe) -> Iterator[Suspect]:
     """Yield the recipe with other guidance scales, and other guidance rescales if supported."""
-    fix = "The guidance scale was {value}: set guidance_scale to {value} (--cfg {value})."
+    where = where_to_set("--guidance {value}", "--cfg {value}")
+    fix = f"The guidance scale was {{value}}: set guidance_scale to {{value}} {where}."
     yield from _with_values(recipe, "guidance", "guidance_scale", _GUIDANCE_SCALES, fix)
     if get_family(recipe.model).samples.rescales_guidance:
-        fix = "The guidance rescale was {value} (0: none): set guidance_rescale to {value}."
+        where = where_to_set("--guidance-rescale {value}")
+        fix = (
+            "The guidance rescale was {value} (0: none): set guidance_rescale to {value} "
+            f"{where}."
+        )
         yield from _with_values(recipe, "guidance", "guidance_rescale", _GUIDANCE_RESCALES, fix)
 
 
 def step_counts(recipe: Recipe) -> Iterator[Suspect]:
     """Yield the recipe with other numbers of sampling steps."""
-    fix = "The sample had {value} steps: set sample_steps to {value} (--steps {value})."
+    where = where_to_set("--steps {value}", "--steps {value}")
+    fix = f"The sample had {{value}} steps: set sample_steps to {{value}} {where}."
     yield from _with_values(recipe, "steps", "steps", _STEPS, fix)
 
 

@@ -41,7 +41,7 @@ class ContentHashes:
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        self._path = path or _default_path()
+        self._path = path or default_path()
         self._lock = threading.Lock()
 
     def known(self, files: BaseFiles) -> str | None:
@@ -155,7 +155,7 @@ def _stamp_of(path: Path) -> tuple[int, int] | None:
     return status.st_size, status.st_mtime_ns
 
 
-def _default_path() -> Path | None:
+def default_path() -> Path | None:
     """Return the default path of the cache file; None for a user without a home folder."""
     try:
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -72,6 +72,39 @@ def locate(
     return _snapshot(match["repo"], match["revision"], _patterns(parts, variant), cache_dir)
 
 
+def is_downloaded(
+    name: str, parts: Sequence[Part], *, variant: str = "", cache_dir: Path | None = None
+) -> bool:
+    """True if `locate` finds `name` without a download: a local path, or a cached repository.
+
+    A repository counts as cached if it has weights of every part. Nothing is downloaded.
+    """
+    if is_local(name):
+        return True
+    match = _HUB_ID.fullmatch(name)
+    if match is None:
+        return False
+    try:
+        folder = Path(
+            snapshot_download(
+                match["repo"],
+                revision=match["revision"],
+                cache_dir=cache_dir,
+                local_files_only=True,
+            )
+        )
+    except (LocalEntryNotFoundError, HFValidationError):
+        return False
+    return all(
+        any(
+            any(folder.glob(f"{prefix}{pattern}"))
+            for pattern in weight_file_patterns(part, variant)
+            for prefix in ([f"{part.name}/", ""] if len(parts) == 1 else [f"{part.name}/"])
+        )
+        for part in parts
+    )
+
+
 def is_portable(name: str) -> bool:
     """True if `name` is a hub id or a bundled model, which are the same on every machine."""
     return name in _BUNDLED or (not is_local(name) and _hub_id(name) is not None)

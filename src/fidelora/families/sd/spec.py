@@ -137,6 +137,7 @@ SD15 = Family(
     title="Stable Diffusion 1.5",
     base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",
     base_aliases=("runwayml/stable-diffusion-v1-5",),
+    base_sizes=MappingProxyType({"fidelora:miniature": 128}),
     resolution_divisor=8,
     default_size=512,
     default_steps=25,

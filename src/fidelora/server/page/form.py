@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from fidelora.api import MAX_PROMPTS, InferenceRequest, PromptItem, check_request, recipes_of
 from fidelora.errors import WrongUseError
 from fidelora.families import get_family
+from fidelora.loras.trigger import has_placeholder
 from fidelora.recipe import LOCATIONS, MAX_SEED, AdapterRef, Recipe, short_name
 
 MAX_LORAS = 8
@@ -149,6 +150,8 @@ def request_body(recipe: Recipe, paths: Sequence[str], image_format: str) -> dic
         "sampler": recipe.sampler,
         "seed": recipe.seed,
     }
+    if has_placeholder(recipe.prompt):
+        prompt["trigger_word"] = ""  # the placeholder is plain text here
     if recipe.negative_prompt_2 is not None:
         prompt["neg_2"] = recipe.negative_prompt_2
     if recipe.guidance_rescale:

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 from decimal import Decimal
 
+from fidelora.loras.trigger import has_placeholder
 from fidelora.recipe import Recipe, short_name
 from fidelora.server.page.form import request_body
 
@@ -54,13 +55,17 @@ def as_command(recipe: Recipe, paths: Sequence[str], image_format: str) -> str:
     words += [f"{option}={value}" for option, value in options.items() if value != ""]
     if recipe.negative_prompt_2 is not None:
         words.append(f"--negative-2={recipe.negative_prompt_2}")
+    if has_placeholder(recipe.prompt):
+        words.append("--trigger=")  # the placeholder is plain text here
     if recipe.guidance_rescale:
         words.append(f"--guidance-rescale={_decimal(recipe.guidance_rescale)}")
     if recipe.adapter_mode == "live":
         words.append("--live")
     if recipe.prompt.startswith("-"):
         words = [*words[:2], *words[3:], "--", recipe.prompt]
-    return shlex.join(words)
+    command = shlex.join(words)
+    # The argument - reads prompts from stdin, so the prompt - can only come from there.
+    return f"echo - | {command}" if recipe.prompt == "-" else command
 
 
 def as_python(recipe: Recipe, paths: Sequence[str], image_format: str, url: str) -> str:

@@ -73,7 +73,7 @@ async def generate_images(body: ImagesRequest, context: ContextDep, request: Req
     With `stream`, the response is a stream of `image_generation.partial_image` and
     `image_generation.completed` events.
     """
-    inference = body.to_inference(context.settings.aliases_of_models)
+    inference = body.to_inference(context.settings.aliases_of_models, context.settings.base_models)
     try:
         check_request(inference, needs_lora=False)
         job = await submit(context, inference, image_quality=body.image_quality)
@@ -109,6 +109,7 @@ def _images(job: Job, context: ServerContext, urls: bool) -> ImagesBody:
         output_format=job.image_format,  # type: ignore[arg-type]
         size=size_of(job),
         request_id=job.id,
+        notes=list(job.notes) or None,
     )
 
 

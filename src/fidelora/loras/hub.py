@@ -1,0 +1,119 @@
+"""LoRA files on the Hugging Face hub, downloaded to its cache folder."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from fidelora.errors import AdapterDownloadError, AdapterNotFoundError, AdapterPlaceError
+
+USE_TOKEN = "use a token of your account (HF_TOKEN, or hf_token in a request)"
+_PLACE = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)/(?P<file>[^@]+)(@(?P<revision>[\w./-]+))?")
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A .safetensors file in a repository, at a revision (None: the default branch)."""
+
+    repo: str
+    file: str
+    revision: str | None
+
+    @classmethod
+    def parse(cls, place: str) -> HubFile:
+        """Parse `hf:owner/name/file.safetensors`, optionally with `@revision`.
+
+        Raises:
+            AdapterPlaceError: the text has another form, or names another kind of file.
+        """
+        match = _PLACE.fullmatch(place)
+        if match is None or ".." in match["file"].split("/"):
+            raise AdapterPlaceError(
+                f"{place!r} is not a file on the hub; use hf:owner/name/file.safetensors."
+            )
+        if not match["file"].lower().endswith(".safetensors"):
+            raise AdapterPlaceError(
+                f"{place!r} is not a .safetensors file; use the full name of the file."
+            )
+        return cls(match["repo"], match["file"], match["revision"])
+
+    def __str__(self) -> str:
+        return f"hf:{self.repo}/{self.file}"
+
+    def fetch(self, token: str | None, max_bytes: int) -> Path:
+        """Return the path of the file in the hub's cache, after downloading it if necessary.
+
+        The environment variables `HF_TOKEN`, `HF_HOME` and `HF_HUB_OFFLINE` apply.
+
+        Args:
+            token: access token; None uses the user's own, if there is one.
+
+        Raises:
+            AdapterNotFoundError: there is no such file.
+            AdapterDownloadError: the file is too large or gated, or the hub cannot be reached.
+        """
+        import httpx2  # the hub client's own HTTP library
+        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            GatedRepoError,
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+            OfflineModeIsEnabled,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+
+        try:
+            size = get_hf_file_metadata(
+                hf_hub_url(self.repo, self.file, revision=self.revision), token=token
+            ).size
+            if size is not None and size > max_bytes:
+                raise AdapterDownloadError(
+                    f"{self} is too large ({size:,} bytes); the limit is {max_bytes:,} bytes."
+                )
+            return Path(hf_hub_download(self.repo, self.file, revision=self.revision, token=token))
+        except OfflineModeIsEnabled:
+            if (path := self._on_disk()) is not None:
+                return path
+            raise AdapterNotFoundError(
+                f"{self} is not in the local cache, and HF_HUB_OFFLINE is set; unset "
+                "HF_HUB_OFFLINE to download the file."
+            ) from None
+        except GatedRepoError as error:
+            raise AdapterDownloadError(
+                f"{self} is gated; accept its terms on the hub, and {USE_TOKEN}."
+            ) from error
+        except (httpx2.TransportError, LocalEntryNotFoundError) as error:
+            if (path := self._on_disk()) is not None:
+                return path
+            raise AdapterDownloadError(
+                f"{self} is not in the local cache, and the hub cannot be reached; try again later."
+            ) from error
+        except (
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+            EntryNotFoundError,
+            HFValidationError,
+        ) as error:
+            raise AdapterNotFoundError(
+                f"There is no {self} on the hub, or it is private; check the name, or {USE_TOKEN}."
+            ) from error
+        except (HfHubHTTPError, OSError) as error:
+            raise AdapterDownloadError(
+                f"The hub did not deliver {self}: {str(error).splitlines()[0]:.200}."
+            ) from error
+
+    def _on_disk(self) -> Path | None:
+        """Return the file of an earlier download, or None if there is none."""
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            return Path(
+                hf_hub_download(self.repo, self.file, revision=self.revision, local_files_only=True)
+            )
+        except LocalEntryNotFoundError:
+            return None
