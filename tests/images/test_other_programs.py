@@ -101,7 +101,12 @@ def test_settings_of_swarmui_and_invokeai_are_read(one, sampler):
 )
 def test_samplers_of_swarmui_have_their_schedules(sampler, scheduler, expected):
     found = of_swarm(sampler=sampler, scheduler=scheduler)
-    assert found.fields["sampler"] == expected
+    assert (found.fields["sampler"], found.fields["timestep_spacing"]) == (expected, "default")
+
+
+def test_the_schedule_of_few_step_loras_is_read():
+    found = of_swarm(sampler="euler", scheduler="sgm_uniform")
+    assert found.fields["timestep_spacing"] == "sgm_uniform"
 
 
 @pytest.mark.parametrize(

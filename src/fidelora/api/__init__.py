@@ -13,6 +13,7 @@ from fidelora.api.recipes import (
     check_request,
     recipes_of,
     request_for,
+    sampler_options,
     trigger_notes,
 )
 from fidelora.api.requests import (
@@ -76,6 +77,7 @@ __all__ = [
     "recipes_of",
     "request_for",
     "result_of",
+    "sampler_options",
     "status_of",
     "trigger_notes",
 ]

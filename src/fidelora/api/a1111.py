@@ -33,7 +33,7 @@ from fidelora.images.a1111_prompt import (
     name_of_emphasis,
     unescaped,
 )
-from fidelora.images.a1111_samplers import AUTOMATIC, sampler_of
+from fidelora.images.a1111_samplers import AUTOMATIC, SamplerChoice, sampler_of
 from fidelora.recipe import (
     MAX_GUIDANCE,
     MAX_SEED,
@@ -84,7 +84,11 @@ class Txt2ImgRequest(RequestBody):
         None, description="Supported: sd_model_checkpoint, samples_format, emphasis."
     )
     override_settings_restore_afterwards: bool | None = True
-    eta: float | None = Field(None, description="Only the sampler's default is supported.")
+    eta: float | None = Field(
+        None,
+        description="0..1 for DDIM and tcd; other samplers support only their default.",
+        allow_inf_nan=False,
+    )
 
     enable_hr: bool | None = False
     denoising_strength: float | None = None
@@ -176,8 +180,8 @@ _CHOICES: Mapping[str, Collection[str]] = {
     "emphasis": EMPHASIS,
 }
 """Settings that can be set for one request, with their values."""
-_ETA = {"euler_a": 1.0, "dpm_2_a": 1.0, "ddim": 0.0}
-"""Fixed `eta` of the samplers that have one."""
+_FIXED_ETA = {"euler_a": 1.0, "dpm_2_a": 1.0}
+"""`eta` of the samplers that have one but do not support other values."""
 
 
 def options_of(model: str, emphasis: Emphasis = "none") -> dict[str, Any]:
@@ -231,6 +235,7 @@ class Txt2ImgPlan:
     """A txt2img request whose fields were checked.
 
     Attributes:
+        eta: eta of the recipes; None if the sampler has none that can be set.
         seed: seed of the first image.
         ignored: names of fields in the request that have no effect.
     """
@@ -239,7 +244,8 @@ class Txt2ImgPlan:
     prompt: str
     negative_prompt: str
     loras: tuple[NamedLora, ...]
-    sampler: str
+    sampler: SamplerChoice
+    eta: float | None
     image_format: str
     seed: int
     request: Txt2ImgRequest
@@ -273,7 +279,9 @@ class Txt2ImgPlan:
                 steps=_value_or_default(request, "steps"),
                 guidance_scale=_value_or_default(request, "cfg_scale"),
                 seed=self.seed,
-                sampler=self.sampler,
+                sampler=self.sampler.sampler,
+                timestep_spacing=self.sampler.timestep_spacing,
+                eta=self.eta,
                 emphasis=self.emphasis,
                 adapters=refs,
                 **base,
@@ -285,7 +293,11 @@ class Txt2ImgPlan:
             ) from error
 
 
-_REQUEST_FIELDS = {"guidance_scale": "cfg_scale", "sampler": "sampler_name"}
+_REQUEST_FIELDS = {
+    "guidance_scale": "cfg_scale",
+    "sampler": "sampler_name",
+    "timestep_spacing": "scheduler",
+}
 """Names of recipe fields in this API, where they differ."""
 
 
@@ -335,10 +347,13 @@ def plan_txt2img(
         raise RequestFieldError(
             str(error), place=(_REQUEST_FIELDS.get(error.field, error.field),)
         ) from error
-    if request.eta is not None and request.eta != _ETA.get(sampler, request.eta):
+    if request.eta is not None and request.eta != _FIXED_ETA.get(sampler.sampler, request.eta):
         raise _unsupported(
-            "eta", f"is {_ETA[sampler]:g} for {name}, and cannot be {request.eta:g}; leave it out"
+            "eta",
+            f"is {_FIXED_ETA[sampler.sampler]:g} for {name}, and cannot be {request.eta:g}; leave "
+            "it out",
         )
+    has_eta = all_families()[model].samplers[sampler.sampler].eta is not None
     prompt, loras = loras_in(request.prompt or "")
     if len(loras) > MAX_LORAS:
         raise PromptSyntaxError(f"The prompt names {len(loras)} LoRAs; the maximum is {MAX_LORAS}.")
@@ -365,6 +380,7 @@ def plan_txt2img(
         negative_prompt=negative,
         loras=loras,
         sampler=sampler,
+        eta=request.eta if has_eta else None,
         image_format=FORMATS[settings.get("samples_format") or "png"],
         seed=seed,
         request=request,

@@ -104,6 +104,8 @@ def recipes_of(
             "emphasis": item.emphasis,
             "steps": item.sample_steps,
             "sampler": item.sampler,
+            "timestep_spacing": item.timestep_spacing,
+            "eta": item.eta,
             "seed": draw_seed() if item.seed == -1 else item.seed,
         }
         fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -197,6 +199,7 @@ def request_for(recipes: Sequence[Recipe], lora_paths: Sequence[str]) -> dict[st
                 else {"guidance_rescale": recipe.guidance_rescale}
             )
             | ({} if recipe.emphasis == "none" else {"emphasis": recipe.emphasis})
+            | sampler_options(recipe)
             for recipe in recipes
         ],
     }
@@ -210,6 +213,14 @@ def request_for(recipes: Sequence[Recipe], lora_paths: Sequence[str]) -> dict[st
             place=first["loc"],
         ) from None
     return body
+
+
+def sampler_options(recipe: Recipe) -> dict[str, Any]:
+    """Return the fields of a prompt item for the sampler's options; empty if none is set."""
+    spacing = recipe.timestep_spacing
+    return ({} if spacing == "default" else {"timestep_spacing": spacing}) | (
+        {} if recipe.eta is None else {"eta": recipe.eta}
+    )
 
 
 def _multipliers(request: InferenceRequest, item: PromptItem) -> tuple[float, ...]:

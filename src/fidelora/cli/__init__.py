@@ -6,6 +6,7 @@ import typer
 
 import fidelora
 from fidelora.cli import (
+    convert,
     demo,
     download,
     generate,
@@ -56,6 +57,7 @@ app.command("demo", rich_help_panel=_PICTURES)(demo.demo)
 app.command("verify", rich_help_panel=_TRAINING)(verify.verify)
 app.command("grid", rich_help_panel=_TRAINING)(grid.grid)
 app.command("inspect", rich_help_panel=_TRAINING)(inspect.inspect)
+app.command("convert", rich_help_panel=_TRAINING)(convert.convert)
 app.command("recipe", rich_help_panel=_TRAINING)(recipe.recipe)
 app.command("models", rich_help_panel=_MODELS)(models.list_models)
 app.command("download", rich_help_panel=_MODELS)(download.download)

@@ -28,6 +28,14 @@ class FidelityOption(StrEnum):
     FAST = "fast"
 
 
+class SpacingOption(StrEnum):
+    """Values of `--spacing`."""
+
+    DEFAULT = "default"
+    TRAILING = "trailing"
+    SGM_UNIFORM = "sgm_uniform"
+
+
 P = ParamSpec("P")
 
 SAMPLING_PANEL = "Sampling"

@@ -20,6 +20,7 @@ from fidelora.cli.console import (
     Fidelity,
     FidelityOption,
     Offload,
+    SpacingOption,
     make_engine,
 )
 from fidelora.cli.image_plan import (
@@ -36,6 +37,7 @@ from fidelora.cli.rendering import PlannedImage, Report, check_base, print_plan,
 from fidelora.errors import RecipeError
 from fidelora.families import all_families, get_family
 from fidelora.families.emphasis import Emphasis
+from fidelora.loras.few_step import proposals
 from fidelora.recipe import Noise, Recipe
 
 if TYPE_CHECKING:
@@ -192,6 +194,22 @@ def generate(
             autocompletion=_sampler_names,
         ),
     ] = None,
+    spacing: Annotated[
+        SpacingOption,
+        typer.Option(
+            help="Timestep spacing: default (the trainer's), trailing or sgm_uniform. Few-step "
+            "LoRAs need one of the last two, which only some samplers support.",
+            rich_help_panel=SAMPLING_PANEL,
+        ),
+    ] = SpacingOption.DEFAULT,
+    eta: Annotated[
+        float | None,
+        typer.Option(
+            help="Noise that the sampler adds in each step, 0..1; only for ddim (by default 0) and "
+            "tcd (by default 0.3).",
+            rich_help_panel=SAMPLING_PANEL,
+        ),
+    ] = None,
     negative: Annotated[
         str,
         typer.Option(
@@ -332,12 +350,14 @@ def generate(
         "guidance_scale": guidance,
         "seed": _choose_seed(seed, report),
         "sampler": sampler,
+        "eta": eta,
     }
     settings: dict[str, Any] = {
         "negative_prompt": negative,
         "negative_prompt_2": negative_2,
         "emphasis": emphasis,
         "guidance_rescale": guidance_rescale,
+        "timestep_spacing": spacing.value,
         "model": model,
         "variant": variant,
         "config": config,
@@ -352,6 +372,8 @@ def generate(
     )
     report.add(*trigger_remarks(texts, sets, trigger))
     names = parse_output(out, image_format, prompts=len(texts), adapter_sets=len(sets))
+    for adapters in planned:
+        report.add([f"note: {sentence}" for sentence in proposals(adapters[0])], ())
 
     engine = make_engine(device, offload)
     recipes = _with_dtypes(planned, engine, dtype, vae_dtype, text_encoder_dtype)

@@ -15,7 +15,13 @@ from fidelora.checks import cleaned
 from fidelora.errors import UnknownSamplerError
 from fidelora.families import Family
 from fidelora.images.a1111_prompt import NamedLora, brackets_in, marks_in, tags_in
-from fidelora.images.a1111_samplers import AUTOMATIC, KARRAS, UNIFORM, sampler_of
+from fidelora.images.a1111_samplers import (
+    AUTOMATIC,
+    KARRAS,
+    UNIFORM,
+    SamplerChoice,
+    sampler_of,
+)
 from fidelora.images.parameters import Ignored, Parameters
 from fidelora.recipe import MAX_MULTIPLIER, MAX_SEED
 
@@ -68,7 +74,7 @@ class _Program:
         settings: returns the settings from an image's texts; None if another program made it.
         fields: recipe fields by the program's keys.
         loras: returns the names and multipliers of the LoRAs.
-        sampler: returns Fidelora's sampler; raises `UnknownSamplerError`.
+        sampler: returns Fidelora's sampler and its timestep spacing; raises `UnknownSamplerError`.
         sampler_keys, lora_keys: keys that these two functions read.
         about: keys that do not affect the image.
     """
@@ -77,7 +83,7 @@ class _Program:
     settings: Callable[[_Texts], dict[str, Any] | None]
     fields: Mapping[str, str]
     loras: Callable[[Mapping[str, Any]], Iterable[_LoraEntry]]
-    sampler: Callable[[Mapping[str, Any], Family], str]
+    sampler: Callable[[Mapping[str, Any], Family], SamplerChoice]
     sampler_keys: tuple[str, ...]
     lora_keys: frozenset[str]
     about: frozenset[str] = field(default_factory=frozenset)
@@ -134,7 +140,7 @@ def _parameters(program: _Program, settings: Mapping[str, Any], spec: Family) ->
             ignored.append(_ignored(key, value, "The parameter is not supported."))
     if any(settings.get(key) for key in program.sampler_keys):
         try:
-            said["sampler"] = program.sampler(settings, spec)
+            said |= program.sampler(settings, spec)._asdict()
         except UnknownSamplerError as error:
             text = ", ".join(str(settings.get(key, "")) for key in program.sampler_keys)
             ignored.append(Ignored("sampler", text, str(error)))
@@ -213,7 +219,7 @@ def _listed(value: object) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _swarm_sampler(settings: Mapping[str, Any], spec: Family) -> str:
+def _swarm_sampler(settings: Mapping[str, Any], spec: Family) -> SamplerChoice:
     name, schedule = (str(settings.get(key, "")) for key in ("sampler", "scheduler"))
     theirs = _COMFY_SAMPLERS.get(name, name or "Euler")
     # In A1111, the default schedule of this sampler is Karras'.
@@ -258,7 +264,7 @@ def _invoke_loras(settings: Mapping[str, Any]) -> Iterator[_LoraEntry]:
             yield model.get("name", model.get("model_name")), entry.get("weight", 1.0)
 
 
-def _invoke_sampler(settings: Mapping[str, Any], spec: Family) -> str:
+def _invoke_sampler(settings: Mapping[str, Any], spec: Family) -> SamplerChoice:
     name = str(settings["scheduler"])
     return sampler_of(_INVOKE_SAMPLERS.get(name, name), "", spec, prefers_own=True)
 
