@@ -168,10 +168,15 @@ def _spacings(sampler: str, spec: Family) -> dict[str, SamplerChoice]:
     }
 
 
-def name_of(sampler: str) -> tuple[str, str]:
-    """Return A1111's names of a sampler and its scheduler; `sampler` and "" if A1111 has none."""
+def name_of(sampler: str, timestep_spacing: TimestepSpacing = "default") -> tuple[str, str]:
+    """Return A1111's names of a sampler and its scheduler; `sampler` and "" if A1111 has none.
+
+    A1111 has no scheduler for `trailing`, so the sampler then also has Fidelora's name.
+    """
+    if timestep_spacing == "trailing":
+        return sampler, TRAILING
     for theirs, by_schedule in _TABLE.items():
         for schedule in (KARRAS, AUTOMATIC, UNIFORM):  # Karras is clearer than Automatic
             if by_schedule.get(schedule) == sampler:
-                return theirs, schedule
-    return sampler, ""
+                return theirs, schedule if timestep_spacing == "default" else SGM_UNIFORM
+    return sampler, "" if timestep_spacing == "default" else SGM_UNIFORM

@@ -31,8 +31,6 @@ from fidelora.images.a1111_prompt import (
 )
 from fidelora.images.a1111_samplers import (
     AUTOMATIC,
-    SGM_UNIFORM,
-    TRAILING,
     name_of,
     sampler_of,
 )
@@ -45,8 +43,6 @@ _FEWEST_PAIRS = 3
 _SETTINGS = "Steps: "
 """Start of the line of pairs in A1111's texts; extensions of A1111 add lines after it."""
 _JSON_VALUE = re.compile(r"(?:^|, )(?P<key>Hashes|Civitai (?:resources|metadata)):\s*(?=[\[{])")
-_SCHEDULE_TYPES = {"sgm_uniform": SGM_UNIFORM, "trailing": TRAILING}
-"""Values of `Schedule type` by timestep spacing."""
 _SAYS_NOTHING = {
     "Version": None,
     "Clip skip": "1",
@@ -128,7 +124,7 @@ def parameters_text(
     lines = [recipe.prompt + loras]
     if recipe.negative_prompt:
         lines.append(f"{_NEGATIVE} {recipe.negative_prompt}")
-    sampler, schedule = name_of(recipe.sampler)
+    sampler, schedule = name_of(recipe.sampler, recipe.timestep_spacing)
     pairs = {
         "Steps": str(recipe.steps),
         "Sampler": sampler,
@@ -138,8 +134,6 @@ def parameters_text(
         "Size": f"{recipe.width}x{recipe.height}",
         "Model": Path(recipe.base_model).name,
     }
-    if recipe.timestep_spacing != "default":
-        pairs["Schedule type"] = _SCHEDULE_TYPES[recipe.timestep_spacing]
     if recipe.eta is not None:
         pairs["Eta DDIM" if recipe.sampler == "ddim" else "Eta"] = repr(recipe.eta)
     if recipe.fidelity != "exact":
