@@ -13,6 +13,7 @@ from tests.support import LORA
 
 from fidelora.errors import AdapterError, AdapterNotFoundError, AdapterPlaceError
 from fidelora.loras.folder import adapter_named_in_prompt, adapter_path, names_in_prompts
+from fidelora.recipe import file_sha256
 
 
 @pytest.fixture
@@ -23,6 +24,20 @@ def root(tmp_path: Path) -> Path:
     (tmp_path / "adapters-of-others").mkdir()
     (tmp_path / "adapters-of-others" / "x.safetensors").write_bytes(b"x")
     return tmp_path / "adapters"
+
+
+def test_a_prompt_can_name_a_file_by_the_digits_of_its_hash(tmp_path):
+    (tmp_path / "people").mkdir()
+    path = Path(shutil.copyfile(LORA, tmp_path / "people" / "a b.safetensors"))
+    sha256 = file_sha256(path)
+    for name in (sha256, sha256[:10], sha256[:12].upper()):
+        found = adapter_named_in_prompt(tmp_path, name, file_sha256)
+        assert found == "people/a b.safetensors"
+    for name in (sha256[:9], "0" * 12, sha256 + "0"):
+        with pytest.raises(AdapterNotFoundError):
+            adapter_named_in_prompt(tmp_path, name, file_sha256)
+    with pytest.raises(AdapterNotFoundError):
+        adapter_named_in_prompt(tmp_path, sha256)
 
 
 def test_a_file_below_the_folder_is_found(root):

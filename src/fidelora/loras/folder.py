@@ -31,6 +31,7 @@ UPLOADS = "uploads"
 _SUFFIX = ".safetensors"
 _UPLOAD_NAME = re.compile(r"(?!\.)[^/\\\x00-\x1f\x7f]+\.safetensors", re.IGNORECASE)
 _MAX_UPLOAD_BYTES = 200  # in UTF-8; file systems allow 255, and a temporary name can be longer
+_HASH = re.compile(r"[0-9a-fA-F]{10,64}")
 _NOT_IN_TAGS = re.compile(r"[<>:]")
 """Characters that end the name in `<lora:name:multiplier>`; names in prompts have `_` for them."""
 
@@ -107,12 +108,18 @@ def names_in_prompts(root: Path) -> dict[str, str]:
     return {called(name): name for name in names}
 
 
-def adapter_named_in_prompt(root: Path, name: str) -> str:
+def adapter_named_in_prompt(
+    root: Path, name: str, sha256_of: Callable[[Path], str] | None = None
+) -> str:
     """Return the request name of the adapter file that a prompt calls `name`.
 
     The name is that of the file, with or without its folder, or else the name that the file's own
-    metadata contains (`ss_output_name`), which files keep when they are renamed. Only names from
-    `adapter_names` are returned, so nothing outside `root` is found.
+    metadata contains (`ss_output_name`), which files keep when they are renamed, or else at least
+    ten digits of the file's sha256. Only names from `adapter_names` are returned, so nothing
+    outside `root` is found.
+
+    Args:
+        sha256_of: returns the hash of a file; None to find no files by their hashes.
 
     Raises:
         AdapterNotFoundError: there is no such file.
@@ -125,6 +132,8 @@ def adapter_named_in_prompt(root: Path, name: str) -> str:
     found = exact or [path for path in names if name in _stems(path)]
     if name and not found:
         found = [path for path in names if alias_of(root / path) == name]
+    if not found and sha256_of is not None and _HASH.fullmatch(name):
+        found = [path for path in names if sha256_of(root / path).startswith(name.lower())]
     if not found:
         raise AdapterNotFoundError(
             f"There is no adapter {name!r:.100} in the adapter folder; check its name."

@@ -78,7 +78,9 @@ async def txt2img(
     """Generate images and return them. If the client disconnects, its request is canceled."""
     plan = plan_txt2img(body, _model_of(owner, context), draw_seed(), context.settings.emphasis)
     paths = [
-        await run_in_threadpool(adapter_named_in_prompt, context.settings.loras, lora.name)
+        await run_in_threadpool(
+            adapter_named_in_prompt, context.settings.loras, lora.name, context.cache.sha256_of
+        )
         for lora in plan.loras
     ]
     loras = [LoraItem.model_validate({"path": path}) for path in paths]

@@ -310,7 +310,10 @@ async def _plan_from_parameters(
     for lora in parameters.loras:
         try:
             path = await run_in_threadpool(
-                adapter_named_in_prompt, context.settings.loras, lora.name
+                adapter_named_in_prompt,
+                context.settings.loras,
+                lora.name,
+                context.cache.sha256_of,
             )
         except AdapterNotFoundError:
             missing.append((lora.hash, lora.name))
