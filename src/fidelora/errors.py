@@ -281,6 +281,10 @@ class ApiKeyError(WrongUseError):
     """
 
 
+class ServerFailedError(FideloraError):
+    """The server stopped because of a fault of its own; see its log, and report the fault."""
+
+
 class PeerNotAllowedError(WrongUseError):
     """The server has no API keys, so it accepts only calls from its own machine.
 

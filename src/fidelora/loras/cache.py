@@ -165,7 +165,10 @@ class AdapterCache:
         """
         own = []
         for path in self.folder.glob("*.safetensors"):
-            status = path.stat()
+            try:
+                status = path.stat()
+            except OSError:  # removed in the meantime, or a link to a file that is gone
+                continue
             if status.st_nlink == 1:
                 own.append((status.st_mtime_ns, status.st_size, path))
         total, removed = sum(size for _, size, _ in own), []

@@ -243,7 +243,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             )
         )
     for task in running:
-        task.add_done_callback(_stop_server_on_failure)
+        task.add_done_callback(partial(_stop_server_on_failure, context))
     page: Page | None = getattr(app.state, "page", None)
     async with page.running() if page is not None else nullcontext():
         yield
@@ -257,22 +257,30 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 async def _run_periodically(seconds: float, action: Callable[[], Awaitable[None]]) -> None:
-    """Call `action` repeatedly. Job store errors may be temporary and are only logged."""
+    """Call `action` repeatedly, whatever it raises; log an error only if the last one differed."""
+    last = ""
     while True:
         try:
             await action()
-        except JobStoreError as error:
-            log.error("job store unavailable, retrying", reason=str(error))
+            last = ""
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            if isinstance(error, JobStoreError):
+                log.error("job store unavailable, retrying", reason=str(error))
+            elif text != last:
+                log.exception("background task failed, retrying", reason=text)
+            last = text
         await asyncio.sleep(seconds)
 
 
-def _stop_server_on_failure(task: asyncio.Task[None]) -> None:
-    """End the server if a background task failed, so that a supervisor can restart it.
+def _stop_server_on_failure(context: ServerContext, task: asyncio.Task[None]) -> None:
+    """End the server if a background task ended, so that a supervisor can restart it.
 
     Otherwise the server would appear healthy although it no longer watches its workers.
     """
     if not task.cancelled() and (error := task.exception()):
-        log.critical("background task failed, stopping the server", exc_info=error)
+        log.critical("background task ended, stopping the server", exc_info=error)
+        context.failed.set()
         signal.raise_signal(signal.SIGTERM)
 
 

@@ -36,6 +36,7 @@ class ServerContext:
         a1111_jobs: owner of each job that an AUTOMATIC1111 client is waiting for, by job id.
         a1111_models: model that an AUTOMATIC1111 client has set for later requests, by owner.
         stopping: event that is set as soon as the server begins to stop.
+        failed: event that is set if a fault of the server itself is the reason.
     """
 
     settings: Settings
@@ -51,6 +52,7 @@ class ServerContext:
     a1111_jobs: dict[str, str] = field(default_factory=dict)
     a1111_models: dict[str, str] = field(default_factory=dict)
     stopping: threading.Event = field(default_factory=threading.Event)
+    failed: threading.Event = field(default_factory=threading.Event)
 
     def refuse_if_stopping(self) -> None:
         """Raise `ServerStoppingError` if the server accepts no new requests."""

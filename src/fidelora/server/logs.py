@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import MutableMapping
 from typing import Any, Literal
 
@@ -12,6 +13,9 @@ from structlog.typing import Processor
 
 LogFormat = Literal["auto", "json", "text"]
 
+REPEAT_S = 10.0
+_LIBRARIES = ("uvicorn", "asyncio")
+_MAX_REMEMBERED = 1000
 _SECRET_WORDS = ("token", "authorization", "api_key", "password")
 """Log fields whose names contain one of these are masked."""
 
@@ -59,6 +63,7 @@ def configure_logs(log_format: LogFormat = "auto", debug: bool = False) -> None:
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderers],
         )
     )
+    handler.addFilter(LibraryRepeats())
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.DEBUG if debug else logging.INFO)
@@ -69,6 +74,29 @@ def configure_logs(log_format: LogFormat = "auto", debug: bool = False) -> None:
     for name in ("httpx2", "httpcore2", "urllib3", "filelock", "alembic"):
         # These libraries log URLs, which may contain a token.
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+class LibraryRepeats(logging.Filter):
+    """Drops a library's warning if it has logged the same one in the last `REPEAT_S` seconds.
+
+    Otherwise, a caller could fill the disk, for example with requests that are not HTTP.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: dict[tuple[str, str], float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return True if the record is to be logged."""
+        if record.levelno < logging.WARNING or not record.name.startswith(_LIBRARIES):
+            return True
+        now, key = time.monotonic(), (record.name, str(record.msg))
+        if now - self._last.get(key, -REPEAT_S) < REPEAT_S:
+            return False
+        if len(self._last) >= _MAX_REMEMBERED:
+            self._last.clear()
+        self._last[key] = now
+        return True
 
 
 def _mask_secrets(

@@ -18,10 +18,11 @@ import uvicorn
 from filelock import FileLock, Timeout
 
 from fidelora.atomic import make_folder, write_atomically
-from fidelora.errors import DeviceError, SettingsError
+from fidelora.errors import DeviceError, ServerFailedError, SettingsError
 from fidelora.families import all_families, get_family
 from fidelora.server.api_keys import ApiKeys
 from fidelora.server.app import keys_file, make_app, make_context
+from fidelora.server.connections import LimitedProtocol, connection_limit
 from fidelora.server.context import ServerContext
 from fidelora.server.logs import configure_logs, is_text
 from fidelora.server.middleware import is_loopback
@@ -67,8 +68,10 @@ def serve(settings: Settings) -> None:
 
 async def _serve(context: ServerContext, listener: socket.socket, url: str) -> None:
     app = make_app(context, with_page=True)
+    LimitedProtocol.max_connections = connection_limit()
     config = uvicorn.Config(
         app,
+        http=LimitedProtocol,
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=_CONNECTION_GRACE_S,
@@ -98,6 +101,8 @@ async def _serve(context: ServerContext, listener: socket.socket, url: str) -> N
         server.should_exit = True
     waiting.cancel()
     await serving
+    if context.failed.is_set():
+        raise ServerFailedError
     if not stop_requested.is_set():
         raise SettingsError(
             "The server could not start or ended unexpectedly; see the log for the reason."

@@ -1,0 +1,136 @@
+"""Connections that send no whole request are closed, and their number is limited."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import socket
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import uvicorn
+
+from fidelora.server import connections
+from fidelora.server.connections import LimitedProtocol, connection_limit
+
+TIMEOUT_S = 20.0
+REQUEST = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\n"
+
+
+async def app(scope: Any, receive: Any, send: Any) -> None:
+    """Answer when the whole body has arrived."""
+    while (await receive()).get("more_body"):
+        pass
+    await send({"type": "http.response.start", "status": 204, "headers": []})
+    await send({"type": "http.response.body", "body": b""})
+
+
+@pytest.fixture
+def short(monkeypatch) -> None:
+    monkeypatch.setattr(connections, "HEADER_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(connections, "BODY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(LimitedProtocol, "max_connections", 3)
+
+
+async def with_server(call: Any, **given: Any) -> Any:
+    """Return the result of `call(port)` while the server runs."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(app, http=LimitedProtocol, log_config=None, lifespan="off", **given)
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server._serve(sockets=[listener]))
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            return await call(listener.getsockname()[1])
+    finally:
+        server.should_exit = True
+        await serving
+
+
+async def talk(port: int, *parts: bytes) -> bytes:
+    """Send all parts, and return everything that the server answers until it closes."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    for part in parts:
+        writer.write(part)
+        await writer.drain()
+    answer = await reader.read()
+    writer.close()
+    return answer
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [(), (b"GET / HT",), (REQUEST[:-2],), (REQUEST, b"12")],
+    ids=["idle", "half-line", "half-header", "half-body"],
+)
+def test_a_connection_without_a_whole_request_is_closed(short, parts):
+    assert asyncio.run(with_server(lambda port: talk(port, *parts))) == b""
+
+
+def test_bytes_of_a_header_do_not_extend_its_time(short):
+    async def drip(port: int) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        answer = asyncio.create_task(reader.read())
+        writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n")
+        while not answer.done():
+            writer.write(b"a: b\r\n")
+            await asyncio.sleep(0)
+            if writer.is_closing() or reader.at_eof():
+                break
+        writer.close()
+        return await answer
+
+    with suppress(ConnectionError):  # the server closed while more was written
+        assert asyncio.run(with_server(drip)) == b""
+
+
+def test_whole_requests_are_answered_also_on_the_same_connection(short):
+    async def twice(port: int) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        answers = b""
+        for _ in range(2):
+            writer.write(REQUEST + b"1234")
+            answers += await reader.readuntil(b"\r\n\r\n")
+        writer.close()
+        return answers
+
+    assert asyncio.run(with_server(twice)).count(b"204") == 2
+
+
+def test_connections_over_the_limit_are_closed_at_once(short, monkeypatch):
+    monkeypatch.setattr(connections, "HEADER_TIMEOUT_S", TIMEOUT_S)
+
+    async def many(port: int) -> tuple[int, bytes]:
+        held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+        reader, more = await asyncio.open_connection("127.0.0.1", port)
+        try:
+            refused = await reader.read()
+        except ConnectionError:
+            refused = b""
+        held[0][1].write(REQUEST + b"1234")  # the others still work
+        answer = await held[0][0].readuntil(b"\r\n\r\n")
+        for _, writer in held:
+            writer.close()
+        more.close()
+        return len(refused), answer
+
+    refused, answer = asyncio.run(with_server(many))
+    assert refused == 0
+    assert b"204" in answer
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "limit", "raised"),
+    [
+        (1024, 4096, 3840, 4096),
+        (1024, resource.RLIM_INFINITY, 4096, 65_536),
+        (100_000, 100_000, 4096, None),
+        (256, 256, 16, None),
+    ],
+)
+def test_the_limit_depends_on_the_limit_of_open_files(monkeypatch, soft, hard, limit, raised):
+    changed: list[int] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: changed.append(limits[0]))
+    assert connection_limit() == limit
+    assert changed == ([] if raised is None else [raised])
