@@ -19,7 +19,7 @@ PREFIX = "FIDELORA_"
 
 _BOOLEANS = frozenset(["0", "1", "f", "false", "n", "no", "off", "on", "t", "true", "y", "yes"])
 """Words that pydantic converts to a boolean."""
-_DEVICE = r"(auto|cpu|mps|cuda(:\d+)?)"
+_DEVICE = r"(auto|(cpu|mps|cuda)(:\d+)?)"
 
 
 def either(name: str) -> AliasChoices:

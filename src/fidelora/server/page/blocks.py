@@ -95,6 +95,7 @@ def gradio_app(
 def _blocks(context: ServerContext, page_files: PageFiles, verifier: Verifier) -> Any:
     import gradio as gr
 
+    from fidelora.server.page.base_banner import BaseBanner
     from fidelora.server.page.compare_tab import CompareTab
     from fidelora.server.page.lora_list import LoraList
     from fidelora.server.page.make_tab import MakeTab
@@ -105,6 +106,7 @@ def _blocks(context: ServerContext, page_files: PageFiles, verifier: Verifier) -
     with gr.Blocks(title="Fidelora", analytics_enabled=False, fill_width=True) as blocks:
         log_out = '<p><a href="./logout">Log out</a></p>' if context.keys.names() else ""
         gr.Markdown(f"<h1>Fidelora</h1>{log_out}", elem_id="head")
+        banner = BaseBanner(context)
         with gr.Tab("Make") as tab_make:
             make = MakeTab(context, Pictures(context, page_files, lora_list), lora_list)
         with gr.Tab("Match") as tab_match:
@@ -114,5 +116,6 @@ def _blocks(context: ServerContext, page_files: PageFiles, verifier: Verifier) -
         make.listen(blocks, tab_make)
         match.listen(tab_match)
         compare.listen(tab_compare)
+        banner.listen(blocks)
     blocks.queue(api_open=False, max_size=200)
     return blocks
