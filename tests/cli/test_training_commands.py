@@ -149,7 +149,8 @@ def test_a_sample_of_another_size_is_a_mismatch(fidelora, copy_run):
     assert "mismatch: the sample is 64x72, but its settings give 64x96" in out
     assert (
         "Doctor: size (explains 100%). The sample is 64x72: "
-        "set its width to 64 and its height to 72 (--w 64 --h 72)." in out
+        "set its width to 64 and its height to 72 (--w 64 --h 72). "
+        "In fidelora generate: `--size 64x72`." in out
     )
     code, out, _ = fidelora("verify", str(folder), *BASE, "--json")
     assert json.loads(out)["samples"][0]["verdict"] == "mismatch"

@@ -122,6 +122,13 @@ def test_jobs_are_claimed_in_order_of_arrival(store):
     assert store.claim("worker", NOW, LEASE_S) is None
 
 
+def test_the_notes_of_a_job_are_stored(store):
+    added = store.add(new_job((Recipe(prompt="a ball"),), NOW, notes=("a note", "another")))
+    claimed = store.claim("worker", NOW, LEASE_S)
+    assert claimed is not None
+    assert store.get(added.id).notes == claimed.notes == ("a note", "another")
+
+
 def test_a_succeeded_job_has_its_outputs(store):
     claimed = running(store)
     done = store.succeed(claimed.id, claimed.epoch, [OUTPUT], {"denoise": 1.5}, later(2))

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tools.pages.command_line import commands, options
 
 from fidelora.errors import JobFolderError
-from fidelora.training.flags import split_flags
+from fidelora.training import doctor
+from fidelora.training.flags import TRIGGER_OFF, split_flags, where_to_set
 
 FIELDS = {"neg", "width", "height", "seed", "guidance_scale", "sample_steps", "network_multiplier"}
 
@@ -170,3 +175,19 @@ def test_written_flags_are_parsed_again(prompt, neg, width, seed, scale):
         prompt,
         {"neg": neg, "width": width, "seed": seed, "guidance_scale": scale},
     )
+
+
+def test_the_advice_names_flags_and_options():
+    assert where_to_set("--guidance 6", "--cfg 6") == (
+        " (--cfg 6). In fidelora generate: `--guidance 6`."
+    )
+    assert where_to_set("--sampler ddim") == ". In fidelora generate: `--sampler ddim`."
+
+
+def test_the_options_in_the_advice_exist():
+    """Every option that the doctor names is one of `fidelora generate`."""
+    known = options(dict(commands())["generate"])
+    advice = "".join(path.read_text() for path in Path(doctor.__file__).parent.glob("*.py"))
+    named = re.findall(r"where_to_set\(\s*f?[\"'](--[a-z-]+)", advice)
+    assert {"--lora", "--seed", "--sampler", "--guidance", "--steps", "--size"} <= set(named)
+    assert {*named, TRIGGER_OFF.split()[0], "--live", "--dtype", "--noise", "--variant"} <= known

@@ -90,8 +90,8 @@ def diagnose(
     if wrong_size is not None:
         height, width = wrong_size.trainer.shape[:2]
         fix = (
-            f"The sample is {width}x{height}: set its width to {width} and its height to {height} "
-            f"{where_to_set(f'--size {width}x{height}', f'--w {width} --h {height}')}."
+            f"The sample is {width}x{height}: set its width to {width} and its height to {height}"
+            f"{where_to_set(f'--size {width}x{height}', f'--w {width} --h {height}')}"
         )
         return Diagnosis("size", 1.0, fix)
     evidence = mismatched[0].evidence

@@ -59,6 +59,10 @@ def split_flags(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def where_to_set(generate: str, flags: str = "") -> str:
-    """Return where to set a value: options of `fidelora generate`, flags of sample prompts."""
-    prompt = f"; in a sample prompt: {flags}" if flags else ""
-    return f"(in fidelora generate: {generate}{prompt})"
+    """Return the end of a sentence about a value, which says where to set it.
+
+    Args:
+        generate: options of `fidelora generate`.
+        flags: flags of the sample prompt, if there are any.
+    """
+    return f"{flags and f' ({flags})'}. In fidelora generate: `{generate}`."

@@ -294,11 +294,11 @@ def changed_settings(run: TrainingRun, plan: PlannedSample) -> Iterator[Change]:
     if recipe.guidance_scale > 1:
         scale = recipe.guidance_scale
         where = where_to_set("--guidance {value}", "--cfg {value}")
-        fix = f"The guidance scale was about {{value}}: correct guidance_scale {where}."
+        fix = f"The guidance scale was about {{value}}: correct guidance_scale{where}"
         changed = replace(recipe, guidance_scale=scale + 0.5)
         yield Change("guidance", 0.5, changed, fix, scale)
     where = where_to_set("--steps", "--steps")
-    fix = f"The sample had about {{value}} steps: correct sample_steps {where}."
+    fix = f"The sample had about {{value}} steps: correct sample_steps{where}"
     for more in (1, -1):  # some samplers have a maximum number of steps
         try:
             changed = replace(recipe, steps=recipe.steps + more)
@@ -317,21 +317,21 @@ def changed_settings(run: TrainingRun, plan: PlannedSample) -> Iterator[Change]:
         size = 0.1 if multiplier + 0.1 <= MAX_MULTIPLIER else -0.1
         refs = with_multiplier(recipe.adapters, multiplier + size)
         where = where_to_set("--lora FILE:{value}", "--m {value}")
-        fix = f"The multiplier was about {{value}}: correct network_multiplier {where}."
+        fix = f"The multiplier was about {{value}}: correct network_multiplier{where}"
         yield Change("multiplier", size, replace(recipe, adapters=refs), fix, multiplier)
     for wrong in family.samples.wrong_schedules:
         yield Change(wrong.cause, None, recipe, wrong.fix, scheduler_options=dict(wrong.options))
     if recipe.negative_prompt:
         fix = (
-            "The sample was made without its negative prompt: remove neg (in fidelora generate: "
-            "leave out --negative)."
+            "The sample was made without its negative prompt: remove neg. In fidelora generate: "
+            "leave out `--negative`."
         )
         changed = replace(recipe, negative_prompt="", negative_prompt_2=None)
         yield Change("negative_prompt", None, changed, fix)
     if run.trigger_text and "[trigger]" in item.prompt:
         fix = (
-            "[trigger] in the prompt was not replaced: remove trigger_word "
-            f"{where_to_set(TRIGGER_OFF)}."
+            "[trigger] in the prompt was not replaced: remove trigger_word"
+            f"{where_to_set(TRIGGER_OFF)}"
         )
         # Parse the original prompt again: in the recipe, the trigger may also occur in other words.
         prompt = split_flags(item.prompt)[0]

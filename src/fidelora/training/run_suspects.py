@@ -74,8 +74,8 @@ def _applications(run: TrainingRun, recipe: Recipe) -> Iterator[Suspect]:
     if recipe.adapter_mode == "merged":
         fix = (
             "The adapter was unmerged, as with a quantised or offloaded base model: set "
-            "model.quantize to true (in fidelora generate: --live). Or the samples had several "
-            "multipliers."
+            "model.quantize to true. Or the samples had several multipliers. In fidelora generate: "
+            "`--live`."
         )
         yield Suspect("quantized", replace(recipe, adapter_mode="live", history=()), fix)
     elif run.stays_live:

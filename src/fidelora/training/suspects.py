@@ -85,8 +85,8 @@ def multipliers(recipe: Recipe) -> Iterator[Suspect]:
         for value in _MULTIPLIERS:
             changed = replace(recipe, adapters=with_multiplier(recipe.adapters, value))
             fix = (
-                f"The multiplier was {value:g}: set network_multiplier to {value:g} "
-                f"{where_to_set(f'--lora FILE:{value:g}', f'--m {value:g}')}."
+                f"The multiplier was {value:g}: set network_multiplier to {value:g}"
+                f"{where_to_set(f'--lora FILE:{value:g}', f'--m {value:g}')}"
             )
             yield Suspect("multiplier", changed, fix)
 
@@ -103,13 +103,12 @@ def triggers(run: TrainingRun, recipe: Recipe, item: SampleItem) -> Iterator[Sus
             recipe,
             _without_flags(replace_trigger(item.prompt, file_trigger)),
             f"The trigger word was {file_trigger!r}, which is stored in the adapter's file: "
-            f"set trigger_word to {file_trigger!r} {where}.",
+            f"set trigger_word to {file_trigger!r}{where}",
         )
     yield _with_prompt(
         recipe,
         _without_flags(item.prompt),
-        "[trigger] in the prompt was not replaced: remove trigger_word "
-        f"{where_to_set(TRIGGER_OFF)}.",
+        f"[trigger] in the prompt was not replaced: remove trigger_word{where_to_set(TRIGGER_OFF)}",
     )
     for word in dict.fromkeys(filter(None, (run.trigger_word, file_trigger))):
         for text in (f"{word} {recipe.prompt}", f"{word}, {recipe.prompt}"):
@@ -131,22 +130,22 @@ def seeds(run: TrainingRun, recipe: Recipe, index: int) -> Iterator[Suspect]:
     walked, fixed = run.seed + index, run.seed
     fixes = {
         walked: f"The seed was {walked}, the run's seed plus the sample's index: "
-        f"set walk_seed to true {where_to_set(f'--seed {walked}')}.",
-        fixed: f"The seed was {fixed}, as for the first sample: set walk_seed to false "
-        f"{where_to_set(f'--seed {fixed}')}.",
+        f"set walk_seed to true{where_to_set(f'--seed {walked}')}",
+        fixed: f"The seed was {fixed}, as for the first sample: set walk_seed to false"
+        f"{where_to_set(f'--seed {fixed}')}",
     }
     earlier = [item.seed for item in run.samples[:index] if item.seed is not None]
     if earlier:
         fixes[earlier[-1]] = (
-            f"The seed was {earlier[-1]}, as for an earlier sample: set walk_seed to false "
-            f"{where_to_set(f'--seed {earlier[-1]}')}."
+            f"The seed was {earlier[-1]}, as for an earlier sample: set walk_seed to false"
+            f"{where_to_set(f'--seed {earlier[-1]}')}"
         )
     nearby = [recipe.seed + step * sign for step in range(1, _NEARBY_SEEDS + 1) for sign in (1, -1)]
     common = [42 + index, 42, index, 0, 1, *nearby]
     for seed in dict.fromkeys([*fixes, *common]):
         if seed >= 0:
             where = where_to_set(f"--seed {seed}", f"--seed {seed}")
-            fix = fixes.get(seed, f"The seed was {seed}: set seed to {seed} {where}.")
+            fix = fixes.get(seed, f"The seed was {seed}: set seed to {seed}{where}")
             yield Suspect("seed", replace(recipe, seed=seed), fix)
 
 
@@ -192,20 +191,20 @@ def samplers(recipe: Recipe) -> Iterator[Suspect]:
     known = get_family(recipe.model).samplers
     names = [*_COMMON_SAMPLERS, *(name for name, one in known.items() if one.of_trainer)]
     where = where_to_set("--sampler {value}")
-    fix = f"The sampler was {{value}}: set sample.sampler to {{value}} {where}."
+    fix = f"The sampler was {{value}}: set sample.sampler to {{value}}{where}"
     yield from _with_values(recipe, "sampler", "sampler", names, fix)
 
 
 def guidance_scales(recipe: Recipe) -> Iterator[Suspect]:
     """Yield the recipe with other guidance scales, and other guidance rescales if supported."""
     where = where_to_set("--guidance {value}", "--cfg {value}")
-    fix = f"The guidance scale was {{value}}: set guidance_scale to {{value}} {where}."
+    fix = f"The guidance scale was {{value}}: set guidance_scale to {{value}}{where}"
     yield from _with_values(recipe, "guidance", "guidance_scale", _GUIDANCE_SCALES, fix)
     if get_family(recipe.model).samples.rescales_guidance:
         where = where_to_set("--guidance-rescale {value}")
         fix = (
-            "The guidance rescale was {value} (0: none): set guidance_rescale to {value} "
-            f"{where}."
+            "The guidance rescale was {value} (0: none): set guidance_rescale to {value}"
+            f"{where}"
         )
         yield from _with_values(recipe, "guidance", "guidance_rescale", _GUIDANCE_RESCALES, fix)
 
@@ -213,7 +212,7 @@ def guidance_scales(recipe: Recipe) -> Iterator[Suspect]:
 def step_counts(recipe: Recipe) -> Iterator[Suspect]:
     """Yield the recipe with other numbers of sampling steps."""
     where = where_to_set("--steps {value}", "--steps {value}")
-    fix = f"The sample had {{value}} steps: set sample_steps to {{value}} {where}."
+    fix = f"The sample had {{value}} steps: set sample_steps to {{value}}{where}"
     yield from _with_values(recipe, "steps", "steps", _STEPS, fix)
 
 
