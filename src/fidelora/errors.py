@@ -92,6 +92,10 @@ class AdapterMismatchError(AdapterError):
     """The adapter does not fit the base model: some of its keys or shapes do not match."""
 
 
+class AdapterConversionError(AdapterError):
+    """The adapter cannot be written in the requested format."""
+
+
 class AdapterChangedError(AdapterError):
     """The adapter's file has changed since the recipe was made; make a new recipe from the file."""
 

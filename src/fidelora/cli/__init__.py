@@ -5,7 +5,18 @@ from __future__ import annotations
 import typer
 
 import fidelora
-from fidelora.cli import demo, generate, grid, inspect, models, recipe, replay, serve, verify
+from fidelora.cli import (
+    convert,
+    demo,
+    generate,
+    grid,
+    inspect,
+    models,
+    recipe,
+    replay,
+    serve,
+    verify,
+)
 from fidelora.cli.console import run
 
 app = typer.Typer(
@@ -38,6 +49,7 @@ app.command("models")(models.list_models)
 app.command("demo")(demo.demo)
 app.command("verify")(verify.verify)
 app.command("inspect")(inspect.inspect)
+app.command("convert")(convert.convert)
 app.command("recipe")(recipe.recipe)
 app.command("replay")(replay.replay)
 app.command("grid")(grid.grid)

@@ -245,7 +245,7 @@ def _family(adapter: Adapter) -> tuple[str, int, int]:
     """Return `model`, `matched` and `same_shapes` of `Examination`."""
     best = ("", 0, 0)
     for model in all_families():
-        targets = _targets(model)
+        targets = default_targets(model)
         if adapter.is_embedding:
             matches, fits = targets.match_embedding(adapter)
             size = _size(adapter)
@@ -270,7 +270,7 @@ def _size(adapter: Adapter) -> int:
 
 
 @cache
-def _targets(model: str) -> Targets:
+def default_targets(model: str) -> Targets:
     """Return the targets of a family's default base."""
     family = get_family(model)
     modules = {

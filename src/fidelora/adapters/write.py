@@ -1,0 +1,261 @@
+"""Adapter files in the naming of kohya or PEFT, from modules whose parts are known.
+
+Only names and metadata are written anew; tensors are copied byte for byte. The parts of a module
+have the names that `tensor_names.modules_of` gives them, so that every format that can be read can
+be written if the target format has a name for its parts.
+
+Sources of the names: `networks/lora.py` of https://github.com/kohya-ss/sd-scripts and LyCORIS
+(kohya); `save_lora_weights` of diffusers (PEFT).
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fidelora.errors import AdapterConversionError, some
+from fidelora.families import Family, Part
+
+TargetFormat = Literal["kohya", "peft"]
+
+_SUFFIXES: Mapping[TargetFormat, Mapping[str, str]] = {
+    "kohya": {
+        "down": "lora_down.weight", "up": "lora_up.weight", "alpha": "alpha",
+        "lokr_w1": "lokr_w1", "lokr_w1_a": "lokr_w1_a", "lokr_w1_b": "lokr_w1_b",
+        "lokr_w2": "lokr_w2", "lokr_w2_a": "lokr_w2_a", "lokr_w2_b": "lokr_w2_b",
+        "hada_w1_a": "hada_w1_a", "hada_w1_b": "hada_w1_b",
+        "hada_w2_a": "hada_w2_a", "hada_w2_b": "hada_w2_b",
+        "magnitude": "dora_scale",
+    },
+    # The alpha of PEFT is in the metadata. diffusers loads no LoHa, and a LoKr only without alpha.
+    "peft": {
+        "down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_magnitude_vector",
+    },
+}  # fmt: skip
+"""Key suffix by part; a part that is missing here cannot be expressed."""
+
+_RANK_PARTS = ("down", "lokr_w2_b", "lokr_w1_b", "hada_w1_b")
+"""Parts whose first dimension is the rank."""
+
+_PEFT_METADATA = "lora_adapter_metadata"
+_STALE_METADATA = (_PEFT_METADATA, "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+"""Metadata that describes the names or bytes of the original file."""
+
+_DTYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+_ALIGNMENT_BYTES = 8
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleParts:
+    """One module of an adapter.
+
+    Attributes:
+        name: name of the module in the original file, for messages.
+        part: part of the base model.
+        path: path of the module in this part, as diffusers and transformers name it.
+        kind: `lora`, `dora`, ...
+        tensors: by part, as stored.
+        scale: alpha / rank.
+        original_path: path in the original code, which kohya's trainer uses for this family; empty
+            if it uses `path`.
+    """
+
+    name: str
+    part: Part
+    path: str
+    kind: str
+    tensors: Mapping[str, Tensor]
+    scale: float
+    original_path: str = ""
+
+    @property
+    def rank(self) -> int:
+        """Inner dimension of the factors. A LoKr with whole factors has none, and a scale of 1."""
+        return next(len(self.tensors[part]) for part in _RANK_PARTS if part in self.tensors)
+
+    @property
+    def alpha(self) -> float:
+        """The number whose quotient by the rank is the scale."""
+        # The stored value is exact; the product can differ from it in the last bit.
+        stored = self.tensors.get("alpha")
+        if stored is not None and float(stored) / self.rank == self.scale:
+            return float(stored)
+        return self.scale * self.rank
+
+
+@dataclass(frozen=True, eq=False)
+class NamedTensors:
+    """Content of an adapter file.
+
+    Attributes:
+        tensors: by key.
+        metadata: text fields.
+        notes: sentences for the user.
+    """
+
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+
+def in_format(
+    to: TargetFormat, family: Family, modules: Sequence[ModuleParts], metadata: Mapping[str, str]
+) -> NamedTensors:
+    """Return the content of a file in the target format.
+
+    Args:
+        metadata: of the original file. It is kept, except for fields that describe the original
+            names and bytes.
+
+    Raises:
+        AdapterConversionError: the target format cannot express the adapter; the message names the
+            modules.
+    """
+    suffixes = _SUFFIXES[to]
+    for kind, names in _inexpressible(modules, suffixes).items():
+        raise AdapterConversionError(
+            f"The {to} format cannot express modules of the kind {kind} ({some(names)}). Use the "
+            "original file, or another format."
+        )
+    kept = {name: text for name, text in metadata.items() if name not in _STALE_METADATA}
+    tensors: dict[str, Tensor] = {}
+    notes: list[str] = []
+    rounded: list[str] = []
+    for module in modules:
+        name = _kohya_name(module, family) if to == "kohya" else _peft_name(module)
+        for part, tensor in module.tensors.items():
+            if part in suffixes:
+                # kohya's magnitude is [out, 1], that of AI Toolkit and PEFT is [out].
+                is_column = to == "kohya" and part == "magnitude"
+                tensors[f"{name}.{suffixes[part]}"] = tensor[:, None] if is_column else tensor
+        # A missing alpha means the rank. kohya's LoRAs always have one; others only if it matters.
+        is_needed = "down" in module.tensors or module.scale != 1
+        if to == "kohya" and is_needed and "alpha" not in module.tensors:
+            tensors[f"{name}.alpha"] = torch.tensor(module.alpha)
+            if float(tensors[f"{name}.alpha"]) != module.alpha:
+                rounded.append(f"{module.alpha!r} of {module.name}")
+    if rounded:
+        notes.append(
+            f"{len(rounded)} alphas were rounded to float32, so their modules differ in the last "
+            f"bits: {some(rounded)}."
+        )
+    if to == "peft":
+        kept[_PEFT_METADATA] = json.dumps(_peft_config(modules), sort_keys=True)
+        if any(module.scale != 1 for module in modules):
+            notes.append(
+                "The alphas are in the metadata, which diffusers reads since version 0.34. Older "
+                "versions use alpha = rank, so the LoRA's effect is not scaled there."
+            )
+    if any("magnitude" in module.tensors for module in modules):
+        notes.append(
+            "AI Toolkit applies a DoRA differently from other programs if the multiplier is not 1."
+        )
+    return NamedTensors(tensors, {"format": "pt", **kept}, tuple(notes))
+
+
+def _inexpressible(
+    modules: Sequence[ModuleParts], suffixes: Mapping[str, str]
+) -> dict[str, list[str]]:
+    """Return the names of modules that the format cannot express, by kind."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for module in modules:
+        # AI Toolkit scales only a part of a DoRA's change; other programs scale all of it.
+        is_scaled_dora = "magnitude" in module.tensors and module.scale != 1
+        if is_scaled_dora or module.tensors.keys() - suffixes.keys() - {"alpha"}:
+            found[module.kind].append(module.name)
+    return found
+
+
+def _kohya_name(module: ModuleParts, family: Family) -> str:
+    prefix = next((p for p in module.part.adapter_prefixes if p.startswith("lora_")), None)
+    if prefix is None:
+        raise AdapterConversionError(
+            f"The kohya format has no names for modules of {family.title}; use peft."
+        )
+    return prefix + (module.original_path or _full_path(module)).replace(".", "_")
+
+
+def _peft_name(module: ModuleParts) -> str:
+    return f"{module.part.name}.{_full_path(module)}"
+
+
+def _full_path(module: ModuleParts) -> str:
+    """Return the path with the optional prefix, which adapter files have."""
+    prefix = module.part.optional_prefix
+    return prefix + module.path.removeprefix(prefix)
+
+
+def _peft_config(modules: Sequence[ModuleParts]) -> dict[str, Any]:
+    """Return the arguments of PEFT's `LoraConfig`, with the name of the part before each field.
+
+    The most frequent rank and alpha are the defaults of a part; other modules are in its patterns.
+    The optional prefix of paths is left out: PEFT compares the ends of paths, and the installed
+    transformers may lack the prefix.
+    """
+    config: dict[str, Any] = {}
+    for part in dict.fromkeys(module.part.name for module in modules):
+        paths = {
+            module.path.removeprefix(module.part.optional_prefix): module
+            for module in modules
+            if module.part.name == part
+        }
+        ranks = {path: module.rank for path, module in paths.items()}
+        alphas = {path: _whole(module.alpha) for path, module in paths.items()}
+        rank, alpha = _most_frequent(ranks), _most_frequent(alphas)
+        fields = {
+            "r": rank,
+            "lora_alpha": alpha,
+            "rank_pattern": {path: one for path, one in ranks.items() if one != rank},
+            "alpha_pattern": {path: one for path, one in alphas.items() if one != alpha},
+            "target_modules": sorted(paths),
+            "use_dora": any("magnitude" in module.tensors for module in paths.values()),
+        }
+        config |= {f"{part}.{name}": value for name, value in fields.items()}
+    return config
+
+
+def _most_frequent(values: Mapping[str, float]) -> float:
+    counts = Counter(values.values())
+    return max(counts, key=lambda value: (counts[value], value))
+
+
+def _whole(number: float) -> float:
+    """Return an integer if `number` is whole, because PEFT declares alphas as integers."""
+    return int(number) if number.is_integer() else number
+
+
+def file_bytes(content: NamedTensors) -> bytes:
+    """Return a .safetensors file, always with the same bytes for the same content.
+
+    The library `safetensors` writes the metadata in random order. As there, tensors of wider dtypes
+    come first, so that each begins at a multiple of its item size.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(sorted(content.metadata.items()))}
+    bodies: list[bytes] = []
+    position = 0
+    for key, tensor in sorted(
+        content.tensors.items(), key=lambda item: (-item[1].element_size(), item[0])
+    ):
+        body = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        header[key] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, position + len(body)],
+        }
+        bodies.append(body)
+        position += len(body)
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNMENT_BYTES)
+    return b"".join([struct.pack("<Q", len(text)), text, *bodies])

@@ -1,0 +1,194 @@
+"""Conversion of adapter files between the namings of kohya and PEFT."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from fidelora.adapters.read import Adapter, adapter_of, open_adapter, stored_tensors
+from fidelora.adapters.targets import Target
+from fidelora.adapters.tensor_names import kind_of, modules_of
+from fidelora.adapters.write import (
+    ModuleParts,
+    NamedTensors,
+    TargetFormat,
+    file_bytes,
+    in_format,
+)
+from fidelora.engine.examine import default_targets
+from fidelora.errors import AdapterConversionError, some
+from fidelora.families import Family, all_families, get_family
+
+_SOURCE = "fidelora_converted_from"
+"""Metadata field with the sha256 of the original file."""
+
+
+@dataclass(frozen=True, eq=False)
+class Conversion:
+    """A converted adapter.
+
+    Attributes:
+        content: bytes of the new file.
+        sha256: of these bytes, in hex.
+        source_sha256: of the original file, in hex.
+        model: id of the model family.
+        kind: kinds of the modules, joined by `+`.
+        modules: number of modules.
+        notes: sentences for the user.
+    """
+
+    content: bytes
+    sha256: str
+    source_sha256: str
+    model: str
+    kind: str
+    modules: int
+    notes: tuple[str, ...]
+
+
+def convert_adapter(path: Path, to: TargetFormat, model: str | None = None) -> Conversion:
+    """Return the adapter at `path` in another naming. Its tensors are copied byte for byte.
+
+    The metadata is kept, and extended by the sha256 of the original file. Converting the same file
+    again gives the same bytes.
+
+    Args:
+        model: id of the adapter's model family; None for the family that has all its modules.
+
+    Raises:
+        AdapterConversionError: the target format cannot express the adapter, some of its modules
+            are in no model family, or its names depend on the family and several families fit.
+        UnknownModelError: there is no family `model`.
+        AdapterError, WeightsFileError: the file cannot be read; see `read_adapter`.
+    """
+    file = open_adapter(path)
+    stored = stored_tensors(file)
+    adapter = adapter_of(file, stored)
+    if adapter.embedding:
+        raise AdapterConversionError(
+            f"{file.name} contains an embedding, which the {to} format cannot express."
+        )
+    parts = modules_of(file.header, file.name)
+    metadata = {**file.header.metadata, _SOURCE: file.sha256}
+    written: dict[str, NamedTensors] = {}
+    for family in _families(adapter, model):
+        modules = _module_parts(adapter, parts, stored, family)
+        written[family.id] = in_format(to, family, modules, metadata)
+    if len({frozenset(one.tensors) for one in written.values()}) > 1:
+        raise AdapterConversionError(
+            f"{file.name} fits {' and '.join(written)}, whose {to} names differ; set the model."
+        )
+    model, result = next(iter(written.items()))
+    content = file_bytes(result)
+    return Conversion(
+        content,
+        hashlib.sha256(content).hexdigest(),
+        file.sha256,
+        model,
+        "+".join(sorted({kind_of(found) for found in parts.values()})),
+        len(parts),
+        result.notes,
+    )
+
+
+def _families(adapter: Adapter, model: str | None) -> list[Family]:
+    """Return the family `model`, or the families that fit the adapter best.
+
+    These are the families with all its modules, and of these, if there are any, those in which all
+    modules have the same shapes. If one of them is the family in the adapter's metadata, only that
+    one is returned.
+
+    Raises:
+        AdapterConversionError: a module is in none of the families.
+    """
+    candidates = [get_family(model)] if model else list(all_families().values())
+    unknown: list[str] = []
+    fitting: dict[str, bool] = {}  # whether all shapes are the same
+    for family in candidates:
+        found = _targets_by_module(adapter, family)
+        missing = [module for module in adapter.deltas if module not in found]
+        if missing:
+            unknown = missing if not unknown or len(missing) < len(unknown) else unknown
+        else:
+            fitting[family.id] = _has_same_shapes(adapter, found)
+    if not fitting:
+        raise AdapterConversionError(
+            f"{len(unknown)} of {len(adapter.deltas)} modules of {adapter.name} are not in "
+            f"{get_family(model).title if model else 'any supported model family'}, so their names "
+            f"cannot be converted: {some(unknown)}."
+        )
+    best = [get_family(name) for name, same in fitting.items() if same == any(fitting.values())]
+    made_for = adapter.metadata.get("ss_base_model_version", "")
+    return [one for one in best if made_for in one.adapter_base_versions] or best
+
+
+def _targets_by_module(adapter: Adapter, family: Family) -> dict[str, Target]:
+    """Return the target of each module in the family's default base; others are left out.
+
+    Raises:
+        AdapterConversionError: two modules of the file have the same target.
+    """
+    targets = default_targets(family.id)
+    looked_up = {module: targets.find(module) for module in adapter.deltas}
+    found = {module: target for module, target in looked_up.items() if target is not None}
+    counts = Counter(target.name for target in found.values())
+    if twice := [module for module, target in found.items() if counts[target.name] > 1]:
+        raise AdapterConversionError(
+            f"{adapter.name} names a module of the base model twice ({some(twice)}); export it "
+            "again."
+        )
+    return found
+
+
+def _has_same_shapes(adapter: Adapter, found: Mapping[str, Target]) -> bool:
+    """Return True if all modules of the adapter have the shapes of their targets."""
+    return all(
+        adapter.deltas[module].shape_for(target.weight.shape) == tuple(target.weight.shape)
+        for module, target in found.items()
+    )
+
+
+def _module_parts(
+    adapter: Adapter,
+    parts: Mapping[str, Mapping[str, str]],
+    stored: Mapping[str, Tensor],
+    family: Family,
+) -> list[ModuleParts]:
+    found = _targets_by_module(adapter, family)
+    # The original code numbers blocks consecutively, which depends on the base model. Its names are
+    # therefore used only if all shapes show that the base model is like the family's default.
+    originals = _original_paths(family) if _has_same_shapes(adapter, found) else {}
+    by_name = {part.name: part for part in family.parts}
+    modules = []
+    for module, keys in parts.items():
+        target = found[module].name
+        part_name, _, path = target.partition(".")
+        modules.append(
+            ModuleParts(
+                module,
+                by_name[part_name],
+                path,
+                kind_of(keys),
+                {name: stored[key] for name, key in keys.items()},
+                adapter.deltas[module].scale,
+                originals.get(target, ""),
+            )
+        )
+    return modules
+
+
+def _original_paths(family: Family) -> dict[str, str]:
+    """Return the paths in the original code by name of the target, where they differ."""
+    originals: dict[str, str] = {}
+    for part in family.parts:
+        if part.other_names is not None:
+            start = f"{part.name}."
+            names = [name for name in default_targets(family.id).by_name if name.startswith(start)]
+            paths = part.other_names(name.removeprefix(start) for name in names)
+            originals |= {start + path: original for path, original in paths.items()}
+    return originals
