@@ -9,6 +9,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fidelora
@@ -18,6 +19,7 @@ from fidelora.accel.weight_protocols import ProvidesWeight
 from fidelora.adapters.deltas import Delta
 from fidelora.adapters.merge import merge_into
 from fidelora.engine.model import LoadedModel, ModelKey, expected_bytes, load_model
+from fidelora.families import Sampler
 from fidelora.families.clip_tokenizer import CLIP_TOKENIZER
 
 DEMO_DATA = Path(fidelora.__file__).parent / "demo_data"
@@ -93,6 +95,13 @@ def weights_of(part: nn.Module) -> dict[str, Tensor]:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def sampler_options(sampler: Sampler) -> st.SearchStrategy[dict[str, Any]]:
+    """Return a strategy for the recipe fields that only some samplers support."""
+    spacings = st.sampled_from(["default", *sorted(sampler.spacings)])
+    etas = st.none() if sampler.eta is None else st.none() | st.floats(0, 1)
+    return st.fixed_dictionaries({"timestep_spacing": spacings, "eta": etas})
 
 
 def merged(delta: Delta, weight: Tensor, multiplier: float) -> Tensor:

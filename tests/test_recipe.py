@@ -55,9 +55,11 @@ FULL: dict[str, Any] = {
     "fidelity": "exact",
     "negative_prompt_2": None,
     "guidance_rescale": 0.0,
+    "timestep_spacing": "default",
+    "eta": None,
     "history": (),
 }
-"""Every field, none with its default except `base_sha256` and the last four.
+"""Every field, none with its default except `base_sha256` and the last six.
 
 Live adapters need `fidelity` "exact", and the others were added later.
 """
@@ -284,14 +286,15 @@ def test_the_error_for_an_unknown_model_lists_the_models():
     assert raised.value.field == "model"
 
 
-def test_lcm_has_at_most_50_steps():
-    assert Recipe(prompt="", sampler="lcm", steps=50).steps == 50
+@pytest.mark.parametrize("sampler", ["lcm", "tcd"])
+def test_samplers_of_distilled_models_have_at_most_50_steps(sampler):
+    assert Recipe(prompt="", sampler=sampler, steps=50).steps == 50
     with pytest.raises(RecipeError, match="steps is 51; it must be from 1 to 50") as raised:
-        Recipe(prompt="", sampler="lcm", steps=51)
+        Recipe(prompt="", sampler=sampler, steps=51)
     assert raised.value.field == "steps"
 
 
-@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "lcm"])
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name not in ("lcm", "tcd")])
 def test_other_samplers_have_at_most_150_steps(sampler):
     assert Recipe(prompt="", sampler=sampler, steps=150).sampler == sampler
 
@@ -362,7 +365,14 @@ def test_the_json_form_is_stable():
         **{
             name: value
             for name, value in FULL.items()
-            if name not in ("negative_prompt_2", "guidance_rescale", "history")
+            if name
+            not in (
+                "negative_prompt_2",
+                "guidance_rescale",
+                "timestep_spacing",
+                "eta",
+                "history",
+            )
         },
         "base_model": "base.safetensors",
         "adapters": [
@@ -595,6 +605,8 @@ def test_every_independent_field_is_covered_here():
     assert set(OTHER_VALUES) == {field.name for field in dataclasses.fields(Recipe)} - {
         "model",
         "negative_prompt_2",
+        "timestep_spacing",
+        "eta",
     }
 
 
@@ -611,6 +623,53 @@ def test_the_digest_depends_on_the_model_and_its_second_negative_prompt():
 
 def replaced(recipe: Recipe, negative_prompt_2: str | None) -> Recipe:
     return dataclasses.replace(recipe, negative_prompt_2=negative_prompt_2)
+
+
+def test_the_digest_depends_on_the_options_of_the_sampler():
+    one = Recipe(prompt="a red ball", sampler="tcd")
+    others = [
+        dataclasses.replace(one, **options)
+        for options in (
+            {"timestep_spacing": "trailing"}, {"eta": 0.0}, {"eta": 1}, {"sampler": "ddim"},
+            {"sampler": "ddim", "eta": 1.0}, {"sampler": "euler", "timestep_spacing": "trailing"},
+            {"sampler": "euler", "timestep_spacing": "sgm_uniform"},
+        )
+    ]  # fmt: skip
+    assert len({recipe.digest for recipe in (one, *others)}) == 8
+    for recipe in others:
+        assert Recipe.from_json(recipe.to_json()) == recipe
+        assert ("eta" in recipe.to_dict()) == (recipe.eta is not None)
+
+
+def test_the_default_eta_of_a_sampler_is_not_stored():
+    for sampler, eta in (("tcd", 0.3), ("ddim", 0), ("ddim", -0.0)):
+        recipe = Recipe(prompt="", sampler=sampler, eta=eta)
+        assert recipe == Recipe(prompt="", sampler=sampler)
+        assert recipe.eta is None
+        assert "eta" not in recipe.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "says"),
+    [
+        ({"sampler": "euler", "eta": 0.5}, "eta", "use one of the samplers ddim, tcd"),
+        ({"sampler": "euler_a", "eta": 1.0}, "eta", "cannot be set"),
+        ({"sampler": "tcd", "eta": 1.1}, "eta", "from 0.0 to 1.0"),
+        ({"sampler": "tcd", "eta": float("nan")}, "eta", "from 0.0 to 1.0"),
+        ({"sampler": "tcd", "eta": True}, "eta", "must be a number"),
+        ({"sampler": "lcm", "timestep_spacing": "sgm_uniform"}, "timestep_spacing", "euler, "),
+        ({"sampler": "dpmsingle", "timestep_spacing": "trailing"}, "timestep_spacing", "ddpm, "),
+        ({"timestep_spacing": "leading"}, "timestep_spacing", "one of default, trailing"),
+        ({"timestep_spacing": None}, "timestep_spacing", "one of default, trailing"),
+        ({"sampler": "tcd", "steps": 51}, "steps", "from 1 to 50"),
+        ({"model": "zimage", "timestep_spacing": "trailing"}, "timestep_spacing", "leave it out."),
+        ({"model": "zimage", "eta": 0.0}, "eta", "leave eta out."),
+    ],
+)
+def test_options_that_the_sampler_lacks_are_refused(fields, field, says):
+    with pytest.raises(RecipeError, match=says) as raised:
+        Recipe(prompt="", **fields)
+    assert raised.value.field == field
 
 
 def test_a_second_negative_prompt_needs_a_second_text_encoder():

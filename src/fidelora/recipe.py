@@ -20,6 +20,8 @@ from fidelora.checks import in_range, is_text, one_of, shown
 from fidelora.embedding_file import embedding_word
 from fidelora.errors import RecipeError, UnknownSamplerError, WeightsFileError
 from fidelora.families import Family, get_family
+from fidelora.families.sampler_options import check_sampler_options
+from fidelora.sampling.spacings import TimestepSpacing
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Noise = Literal["modern", "legacy"]
@@ -54,6 +56,8 @@ any other value."""
 _OMITTED_DEFAULTS: Mapping[str, Any] = {
     "negative_prompt_2": None,
     "guidance_rescale": 0.0,
+    "timestep_spacing": "default",
+    "eta": None,
     "history": (),
 }
 """Default values of fields that older recipes do not contain. The JSON form omits a field that has
@@ -210,6 +214,11 @@ class Recipe:
             deviation of the prediction for the prompt, to avoid overexposure.
         seed: 0..2**63-1.
         sampler: one of the family's samplers.
+        timestep_spacing: rule by which the sampler's timesteps are chosen. `default` is the
+            trainer's rule. Few-step LoRAs need `trailing` (as in diffusers) or `sgm_uniform` (SGM
+            Uniform of ComfyUI and Forge), which only some samplers support.
+        eta: 0..1; strength of the noise that the sampler adds in each step (`gamma` in the paper of
+            TCD). None uses the default of the sampler. Only for samplers with this option.
         prediction: quantity that the denoiser was trained to predict.
         adapters: adapters, in the order in which they are applied.
         adapter_mode: `merged` adds the adapters to the weights; `live` computes them beside the
@@ -246,6 +255,8 @@ class Recipe:
     guidance_rescale: float = 0.0
     seed: int = FROM_MODEL
     sampler: str = FROM_MODEL
+    timestep_spacing: TimestepSpacing = "default"
+    eta: float | None = None
     prediction: Prediction = "epsilon"
     adapters: tuple[AdapterRef, ...] = ()
     adapter_mode: AdapterMode = "merged"
@@ -277,6 +288,9 @@ class Recipe:
         for name in ("guidance_scale", "guidance_rescale"):
             # `+ 0.0` turns -0.0 into 0.0, as in `AdapterRef`.
             object.__setattr__(self, name, float(getattr(self, name)) + 0.0)
+        if self.eta is not None:
+            default = spec.samplers[self.sampler].eta
+            object.__setattr__(self, "eta", None if self.eta == default else float(self.eta) + 0.0)
         if self.negative_prompt_2 == self.negative_prompt:
             object.__setattr__(self, "negative_prompt_2", None)
         object.__setattr__(self, "base_model", spec.canonical_base(self.base_model))
@@ -316,6 +330,7 @@ class Recipe:
             whole=True,
         )
         for name, choices in (
+            ("timestep_spacing", TimestepSpacing),
             ("prediction", Prediction),
             ("adapter_mode", AdapterMode),
             ("noise", Noise),
@@ -325,6 +340,7 @@ class Recipe:
             ("fidelity", Fidelity),
         ):
             one_of(name, getattr(self, name), get_args(choices))
+        check_sampler_options(spec, self.sampler, self.timestep_spacing, self.eta)
         for name, default in _OPTIONAL.items():
             if name not in spec.uses and getattr(self, name) != default:
                 raise RecipeError(f"{spec.title} does not use {name}; leave it out.", field=name)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from tests.support import sampler_options
 
 from fidelora.api import (
     InferenceRequest,
@@ -23,6 +24,7 @@ from fidelora.api import (
     status_of,
 )
 from fidelora.errors import RequestError, RequestFieldError
+from fidelora.families import get_family
 from fidelora.jobs.job import (
     Failure,
     JobProgress,
@@ -116,7 +118,7 @@ RECIPES = st.lists(
         steps=st.integers(1, 50),
         guidance_scale=st.floats(0, 20),
         seed=st.integers(0, 2**63 - 1),
-        sampler=st.sampled_from(["ddpm", "euler_a", "lcm"]),
+        sampler=st.sampled_from(["ddpm", "euler_a", "lcm", "tcd", "euler"]),
         guidance_rescale=st.just(0.0) | st.floats(0, 1),
         adapters=st.floats(-5, 5).map(lambda multiplier: (AdapterRef("a" * 64, multiplier),)),
         dtype=st.just("bfloat16"),
@@ -141,9 +143,14 @@ OF_SDXL = st.tuples(RECIPES, st.none() | st.text(max_size=10), st.none() | st.fl
     RECIPES | OF_SDXL,
     st.sampled_from(["exact", "fast"]),
     st.sampled_from([{}, {"fidelity": "exact"}, {"fidelity": "fast"}]),
+    st.data(),
 )
-def test_request_for_is_the_inverse_of_recipes_of(made, fidelity, server):
-    made = [replace(recipe, fidelity=fidelity) for recipe in made]
+def test_request_for_is_the_inverse_of_recipes_of(made, fidelity, server, options):
+    made = [
+        replace(recipe, fidelity=fidelity, **options.draw(sampler_options(sampler)))
+        for recipe in made
+        for sampler in (get_family(recipe.model).samplers[recipe.sampler],)
+    ]
     body = InferenceRequest.model_validate(
         json.loads(json.dumps(request_for(made, ["sks.safetensors"])))
     )
@@ -154,6 +161,25 @@ def test_request_for_is_the_inverse_of_recipes_of(made, fidelity, server):
     assert recipes_of(body, (A,), {**BASE, **server}, draw_seed=lambda: 0) == tuple(
         replace(recipe, adapter_mode=mode) for recipe in made
     )
+
+
+@pytest.mark.parametrize(
+    ("item", "says", "field"),
+    [
+        ({"sampler": "lms", "timestep_spacing": "sgm_uniform"}, "has no", "timestep_spacing"),
+        ({"eta": 0.5}, "The eta of the sampler ddpm cannot be set", "eta"),
+    ],
+)
+def test_options_of_other_samplers_are_refused(item, says, field):
+    with pytest.raises(RequestFieldError, match=says) as raised:
+        recipes(prompts=[{"prompt": "a", **item}])
+    assert raised.value.place == ("prompts", 0, field)
+
+
+def test_options_of_the_sampler_are_fields_of_the_recipe():
+    item = {"prompt": "a", "sampler": "tcd", "timestep_spacing": "trailing", "eta": 0.75}
+    (recipe,) = recipes(prompts=[item])
+    assert (recipe.sampler, recipe.timestep_spacing, recipe.eta) == ("tcd", "trailing", 0.75)
 
 
 def test_neg_2_is_refused_for_models_with_one_text_encoder():

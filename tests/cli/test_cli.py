@@ -79,6 +79,40 @@ def test_generate_writes_the_image_and_its_recipe(fidelora, tmp_path):
     assert np.array_equal(written, Engine(device="cpu").generate(recipe).pixels)
 
 
+def test_the_settings_of_a_few_step_lora_are_only_proposed(fidelora, tmp_path):
+    copy = tmp_path / "Hyper-SD15-1step-lora.safetensors"
+    copy.write_bytes(LORA.read_bytes())
+    options = ["generate", "a ball", "--lora", copy.name, *SMALL]
+    code, out, err = fidelora(*options)
+    assert (code, out) == (0, "fidelora_42.png\n")
+    assert err == (
+        "note: Hyper-SD15-1step-lora is a few-step LoRA by its file name (Hyper-SD15-1step-lora); "
+        "recommended: --sampler tcd --steps 1 --guidance 1 --eta 1. Nothing was changed.\n"
+    )
+    recipe = read_record(tmp_path / "fidelora_42.png")["recipe"]
+    assert (recipe["sampler"], recipe["steps"]) == ("ddpm", 3)
+    proposed = ["--sampler", "tcd", "--guidance", "1", "--eta", "1", "--spacing", "trailing"]
+    assert "note: " in fidelora(*options, *proposed)[2]  # another spacing than the proposed one
+    code, out, err = fidelora(*options, *proposed[:-2])
+    assert (code, out, err) == (0, "fidelora_42_3.png\n", "")
+    recipe = read_record(tmp_path / "fidelora_42_3.png")["recipe"]
+    assert (recipe["sampler"], recipe["eta"], "timestep_spacing" in recipe) == ("tcd", 1.0, False)
+
+
+def test_a_few_step_image_is_replayed_to_the_bit(fidelora, tmp_path):
+    options = ["--sampler", "tcd", "--spacing", "trailing", "--eta", "0.7", "--guidance", "1"]
+    # The scheduler's warning about timesteps that were not used in distillation is not printed.
+    made = fidelora("generate", "a ball", *options, "--out", "a.png", *SMALL)
+    assert made == (0, "a.png\n", "")
+    code, _, err = fidelora("replay", "a.png", "--compare", "--base-model", str(TINY_BASE))
+    assert (code, err) == (0, "")
+    recipe = Recipe.from_dict(read_record(tmp_path / "a.png")["recipe"])
+    assert (recipe.timestep_spacing, recipe.eta) == ("trailing", 0.7)
+    text = Image.open(tmp_path / "a.png").info["parameters"]
+    assert "Sampler: tcd" in text
+    assert "Schedule type: Trailing, Eta: 0.7" in text
+
+
 def test_several_images_have_consecutive_seeds(fidelora, tmp_path):
     code, out, _ = fidelora("generate", "a ball", "-n", "3", "--out", "pictures", *SMALL)
     assert code == 0
@@ -229,6 +263,9 @@ def test_a_trigger_without_placeholder_has_no_effect(fidelora):
             ["--sampler", "euler_b"],
             "There is no sampler 'euler_b' for sd15; the samplers are: ddpm",
         ),
+        (["--spacing", "sgm_uniform"], "The sampler ddpm has no timestep_spacing sgm_uniform"),
+        (["--eta", "0.5"], "The eta of the sampler ddpm cannot be set"),
+        (["--sampler", "tcd", "--eta", "2"], "eta is 2.0; it must be from 0.0 to 1.0"),
         (["--steps", "151"], "steps is 151"),
         (["--seed", "-2"], "seed is -2"),
         (["--model", "sd16"], "There is no model 'sd16'"),
@@ -321,6 +358,9 @@ def test_models_prints_json(fidelora):
 
     _, out, _ = fidelora("models", "--json")
     model, *others = json.loads(out)
+    assert model["samplers_with"]["sgm_uniform"] == ["euler", "euler_a", "dpmsolver++", "heun"]
+    assert model["samplers_with"]["eta"] == ["ddim", "tcd"]
+    assert others[1]["samplers_with"] == {}
     found = [(one["id"], one["default_size"], one["base_aliases"]) for one in others]
     assert found == [("sdxl", 1024, []), ("zimage", 1024, [])]
     assert (

@@ -29,6 +29,7 @@ from fidelora.families.clip import ClipEncoder, last_state, penultimate_state
 from fidelora.families.sd.spec import _TRAINER_CONFIG
 from fidelora.families.sd.text import SDText
 from fidelora.families.spec import NoiseSampler
+from fidelora.sampling.schedules import sgm_uniform_sigmas
 
 CPU = torch.device("cpu")
 SAMPLERS = get_family("sd15").samplers
@@ -72,8 +73,17 @@ def pipeline_pixels(recipe: Recipe) -> Any:
     sampler = SAMPLERS[recipe.sampler]
     assert isinstance(sampler, NoiseSampler)
     # The trainer's own configuration; the pipeline of SD 1.5 corrects `steps_offset` by itself.
-    offset = {"steps_offset": _TRAINER_CONFIG["steps_offset"]}
+    offset: dict[str, Any] = {"steps_offset": _TRAINER_CONFIG["steps_offset"]}
+    schedule: dict[str, Any] = {"num_inference_steps": recipe.steps}
+    if recipe.timestep_spacing != "default":
+        offset["timestep_spacing"] = "trailing"
+    if recipe.timestep_spacing == "trailing" and recipe.sampler in ("lcm", "tcd"):
+        # These schedulers ignore `timestep_spacing`; model cards pass the timesteps instead.
+        trailing = np.arange(1000, 0, -1000 / recipe.steps).round() - 1
+        schedule = {"timesteps": [int(t) for t in trailing]}
     scheduler = getattr(schedulers, sampler.scheduler).from_config({**sampler.config, **offset})
+    if recipe.timestep_spacing == "sgm_uniform":
+        schedule = {"sigmas": sgm_uniform_sigmas(scheduler.alphas_cumprod, recipe.steps)}
     pipeline, texts = {"sd15": sd15, "sdxl": sdxl}[recipe.model](base, scheduler, recipe)
     pipeline.set_progress_bar_config(disable=True)
     with torch.no_grad():
@@ -81,7 +91,8 @@ def pipeline_pixels(recipe: Recipe) -> Any:
             **texts,
             width=recipe.width,
             height=recipe.height,
-            num_inference_steps=recipe.steps,
+            **schedule,
+            eta=(sampler.eta or 0.0) if recipe.eta is None else recipe.eta,
             guidance_scale=recipe.guidance_scale,
             guidance_rescale=recipe.guidance_rescale,
             generator=torch.Generator("cpu").manual_seed(recipe.seed),
@@ -161,6 +172,38 @@ def test_the_engine_gives_the_pixels_of_the_trainers_pipeline(engine, model, sam
         SMALL[model], sampler=sampler, dtype=dtype, vae_dtype=dtype, text_encoder_dtype=dtype
     )
     assert np.array_equal(engine.generate(recipe).pixels, pipeline_pixels(recipe))
+
+
+@pytest.mark.parametrize("sampler", [name for name, one in SAMPLERS.items() if one.spacings])
+@pytest.mark.parametrize("model", SMALL)
+def test_trailing_timesteps_give_the_pixels_of_the_pipeline(engine, model, sampler):
+    recipe = replace(SMALL[model], sampler=sampler, steps=8, timestep_spacing="trailing")
+    made = engine.generate(recipe).pixels
+    assert np.array_equal(made, pipeline_pixels(recipe))
+    default = engine.generate(replace(recipe, timestep_spacing="default")).pixels
+    assert not np.array_equal(made, default)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model", SMALL)
+def test_sgm_uniform_gives_the_pixels_of_the_pipeline(engine, model, dtype):
+    recipe = replace(
+        SMALL[model], sampler="euler", timestep_spacing="sgm_uniform", guidance_scale=1.0,
+        dtype=dtype, vae_dtype=dtype, text_encoder_dtype=dtype,
+    )  # fmt: skip
+    assert np.array_equal(engine.generate(recipe).pixels, pipeline_pixels(recipe))
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("spacing", ["default", "trailing"])
+@pytest.mark.parametrize("sampler", ["tcd", "ddim"])
+@pytest.mark.parametrize("model", SMALL)
+def test_eta_gives_the_pixels_of_the_pipeline(engine, model, sampler, spacing, eta):
+    recipe = replace(SMALL[model], sampler=sampler, timestep_spacing=spacing, eta=eta, steps=4)
+    made = engine.generate(recipe).pixels
+    assert np.array_equal(made, pipeline_pixels(recipe))
+    other = engine.generate(replace(recipe, eta=0.5)).pixels
+    assert not np.array_equal(made, other)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 1.5])

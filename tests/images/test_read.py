@@ -6,12 +6,14 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, PngImagePlugin
+from tests.support import sampler_options
 
 from fidelora.errors import (
     ImageRecordError,
@@ -283,11 +285,13 @@ NAMES = st.text("abc_-. 0", min_size=1, max_size=10).filter(lambda name: name ==
             max_size=3,
             unique_by=lambda ref: ref.name,
         ).map(tuple),
-    )
+    ),
+    options=st.data(),
 )
 @settings(deadline=None)
-def test_written_parameters_are_read_back_as_the_same_recipe(recipe):
+def test_written_parameters_are_read_back_as_the_same_recipe(recipe, options):
     """The test adds the adapters' hashes and the base model, which the text does not contain."""
+    recipe = replace(recipe, **options.draw(sampler_options(SD15.samplers[recipe.sampler])))
     read = read_parameters(parameters_text(recipe, ENVIRONMENT), SD15)
     assert read.recipe(recipe.adapters) == recipe
     assert [(lora.name, lora.hash) for lora in read.loras] == [
@@ -391,12 +395,44 @@ def test_plain_prompts_have_no_weighting_syntax(prompt):
     ],
 )
 def test_sampler_names_are_mapped(name, scheduler, ours):
+    assert sampler_of(name, scheduler, SD15) == (ours, "default")
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler", "ours"),
+    [
+        ("Euler", "SGM Uniform", ("euler", "sgm_uniform")),
+        ("Euler", "sgm_uniform", ("euler", "sgm_uniform")),
+        ("Euler SGMUniform", "Karras", ("euler", "sgm_uniform")),
+        ("k_euler", "SGM Uniform", ("euler", "sgm_uniform")),
+        ("euler a", "sgm uniform", ("euler_a", "sgm_uniform")),
+        ("DPM++ 2M", "SGM Uniform", ("dpmsolver++", "sgm_uniform")),
+        ("DDIM", "Trailing", ("ddim", "trailing")),
+        ("LCM", "trailing", ("lcm", "trailing")),
+        ("tcd", "Trailing", ("tcd", "trailing")),
+        ("pndm", "Trailing", ("pndm", "trailing")),
+    ],
+)
+def test_schedulers_that_select_a_timestep_spacing(name, scheduler, ours):
     assert sampler_of(name, scheduler, SD15) == ours
+
+
+def test_every_sampler_with_a_spacing_maps_back_to_it():
+    for sampler, one in SD15.samplers.items():
+        for spacing, scheduler in (("sgm_uniform", "SGM Uniform"), ("trailing", "Trailing")):
+            if spacing in one.spacings:
+                assert sampler_of(sampler, scheduler, SD15, prefers_own=True) == (sampler, spacing)
 
 
 @pytest.mark.parametrize(
     ("name", "scheduler", "field"),
-    [("UniPC", "", "sampler"), ("Euler a", "Karras", "scheduler"), ("Euler", "SGM", "scheduler")],
+    [
+        ("UniPC", "", "sampler"),
+        ("Euler a", "Karras", "scheduler"),
+        ("Euler", "SGM", "scheduler"),
+        ("LMS", "SGM Uniform", "scheduler"),
+        ("tcd", "SGM Uniform", "scheduler"),
+    ],
 )
 def test_an_unsupported_sampler_is_refused(name, scheduler, field):
     with pytest.raises(UnknownSamplerError) as caught:
@@ -406,13 +442,48 @@ def test_an_unsupported_sampler_is_refused(name, scheduler, field):
 
 def test_every_sampler_has_a_name_that_maps_back_to_it():
     for sampler in SD15.samplers:
-        assert sampler_of(sampler, "Automatic", SD15, prefers_own=True) == sampler
-        assert sampler_of(*name_of(sampler), SD15) == sampler
+        assert sampler_of(sampler, "Automatic", SD15, prefers_own=True).sampler == sampler
+        assert sampler_of(*name_of(sampler), SD15).sampler == sampler
     names = sampler_names(SD15)
-    accepted = {sampler_of(one, "", SD15) for name in names for one in (name, *names[name])}
+    accepted = {sampler_of(one, "", SD15).sampler for name in names for one in (name, *names[name])}
     assert {"euler", "ddpm", "k_dpmsolver++", "dpmsingle"} <= accepted
     listed = {one for name, aliases in names.items() for one in (name, *aliases)}
     assert set(SD15.samplers) <= listed
+
+
+@pytest.mark.parametrize(
+    ("text", "fields"),
+    [
+        ("Sampler: DDIM, Eta DDIM: 0.5", {"sampler": "ddim", "eta": 0.5}),
+        ("Sampler: tcd, Eta: 1.0", {"sampler": "tcd", "eta": 1.0}),
+        (
+            "Sampler: Euler, Schedule type: SGM Uniform",
+            {"sampler": "euler", "timestep_spacing": "sgm_uniform"},
+        ),
+    ],
+)
+def test_options_of_samplers_are_read(text, fields):
+    read = read_parameters(f"a\nSteps: 4, {text}", SD15)
+    assert read.fields == {"steps": 4, **fields}
+    assert read.ignored == ()
+    assert read.recipe([]).steps == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("Sampler: Euler a, Eta: 0.7", "cannot be set"),
+        ("Eta: 0.7, Seed: 3", "cannot be set"),
+        ("Sampler: DDIM, Eta DDIM: 7", "from 0.0 to 1.0"),
+        ("Sampler: DDIM, Eta DDIM: x", "not valid"),
+    ],
+)
+def test_an_eta_that_cannot_be_used_is_named(text, reason):
+    read = read_parameters(f"a\nSteps: 4, {text}", SD15)
+    (ignored,) = read.ignored
+    assert ignored.name.startswith("Eta")
+    assert reason in ignored.reason
+    assert read.recipe([]).eta is None
 
 
 SETTINGS = "Steps: 1, Sampler: Euler a, CFG scale: 1, Seed: 5, Size: 64x64, Version: v1.6.0"

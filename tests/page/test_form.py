@@ -92,6 +92,10 @@ def test_snippets_contain_the_fields_that_the_form_lacks():
         prompt="a",
         negative_prompt_2="b",
         guidance_rescale=0.7,
+        sampler="tcd",
+        timestep_spacing="trailing",
+        eta=0.5,
+        steps=8,
         model="sdxl",
         adapters=(AdapterRef("a" * 64, alpha=4.0),),
         **NUMERICS,
@@ -100,15 +104,21 @@ def test_snippets_contain_the_fields_that_the_form_lacks():
     (here,) = recipes_of(request, recipe.adapters, NUMERICS, draw_seed=lambda: 0)
     assert here.digest == recipe.digest
     words = shlex.split(as_command(recipe, ["a.safetensors"], "png"))
-    assert {"--negative-2=b", "--guidance-rescale=0.7"} <= set(words)
+    assert {
+        "--negative-2=b", "--guidance-rescale=0.7", "--spacing=trailing", "--eta=0.5",
+    } <= set(words)  # fmt: skip
     python = as_python(recipe, ["a.safetensors"], "png", "http://127.0.0.1:8000")
     assert "neg_2='b'" in python
     assert "guidance_rescale=0.7" in python
+    assert "timestep_spacing='trailing'" in python
+    assert "eta=0.5" in python
     form = form_for_recipe(recipe, ["a.safetensors"], "png")
     found = differences(recipe, first_recipe(form, recipe.adapters, NUMERICS))
     assert [phrase.split()[0] for phrase in found] == [
         "negative_prompt_2",
         "guidance_rescale",
+        "timestep_spacing",
+        "eta",
         "adapters",
     ]
 

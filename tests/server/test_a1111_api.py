@@ -156,7 +156,13 @@ def test_queries_of_the_client(tiny_server: Server):
     assert api.util_get_model_names() == sorted(all_families())
     assert api.util_get_current_model() == "sd15"
     assert "Euler a" in api.util_get_sampler_names()
-    assert api.util_get_scheduler_names() == ["automatic", "karras", "uniform"]
+    assert api.util_get_scheduler_names() == [
+        "automatic",
+        "karras",
+        "sgm_uniform",
+        "trailing",
+        "uniform",
+    ]
     assert sorted(lora["name"] for lora in api.get_loras()) == ["conv", "sks"]
     assert api.get_progress()["progress"] == 0
     assert api.interrupt() == {}
@@ -254,6 +260,27 @@ def test_every_field_reaches_its_recipe(client, context):
     ]
 
 
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"sampler_name": "Euler", "scheduler": "SGM Uniform"}, ("euler", "sgm_uniform", None)),
+        ({"scheduler": "sgm_uniform"}, ("euler", "sgm_uniform", None)),
+        (
+            {"sampler_name": "DPM++ 2M", "scheduler": "SGM Uniform"},
+            ("dpmsolver++", "sgm_uniform", None),
+        ),
+        ({"sampler_name": "DDIM", "scheduler": "Trailing"}, ("ddim", "trailing", None)),
+        ({"sampler_name": "DDIM", "eta": 0.5}, ("ddim", "default", 0.5)),
+        ({"sampler_name": "tcd", "eta": 1}, ("tcd", "default", 1.0)),
+        ({"sampler_name": "tcd", "scheduler": "trailing"}, ("tcd", "trailing", None)),
+        ({"sampler_name": "Euler", "eta": 0.5}, ("euler", "default", None)),
+    ],
+)
+def test_spacing_and_eta_are_fields_of_the_recipe(client, context, fields, expected):
+    (recipe,) = recipes_for(client, context, **fields)
+    assert (recipe.sampler, recipe.timestep_spacing, recipe.eta) == expected
+
+
 def test_images_can_be_left_out_of_the_response(client, context, worker):
     with at_work(worker, an_image()):
         answer = client.post(
@@ -334,7 +361,6 @@ def test_fields_without_effect_are_accepted(client, context, fields):
         ({"refiner_checkpoint": "xl"}, "refiner_checkpoint cannot be"),
         ({"infotext": "a"}, "infotext cannot be"),
         ({"eta": 0.5, "sampler_name": "Euler a"}, "eta is 1 for Euler a, and cannot be 0.5"),
-        ({"eta": 1.0, "sampler_name": "DDIM"}, "eta is 0 for DDIM"),
         ({"init_images": ["x"]}, "init_images is not a field of txt2img"),
         ({"s_noise": 0}, "s_noise cannot be 0"),  # it would remove the noise
         ({"unknown": 0}, "unknown is not a field of txt2img"),
@@ -386,6 +412,8 @@ def test_unsupported_fields_are_rejected_by_name(client, context, fields, named)
         ({"cfg_scale": -1}, "cfg_scale"),
         ({"sampler_name": "UniPC"}, "sampler_name"),
         ({"sampler_name": "Euler a", "scheduler": "Exponential"}, "scheduler"),
+        ({"sampler_name": "LMS", "scheduler": "SGM Uniform"}, "scheduler"),
+        ({"sampler_name": "DDIM", "eta": 1.5}, "eta"),
         ({"sampler_name": "LCM", "steps": 60}, "steps"),
         ({"batch_size": 8, "n_iter": 9}, "n_iter"),
         ({"seed": MAX_SEED, "n_iter": 2}, "seed"),

@@ -80,12 +80,18 @@ def _family(spec: Family) -> Iterator[str]:
     yield f"* base model in the adapter's metadata (`ss_base_model_version`): {versions}"
     parts = (f"{part.name} (`{part.class_name}` of {part.library})" for part in spec.parts)
     yield f"* components: {', '.join(parts)}"
-    yield from ["", "| sampler | scheduler of diffusers | maximum |", "|---|---|---|"]
+    yield from [
+        "",
+        "| sampler | scheduler of diffusers | maximum | timestep spacings | eta |",
+        "|---|---|---|---|---|",
+    ]
     common = spec.samplers[spec.default_sampler].config
     for sampler in spec.samplers.values():
         own = {name: value for name, value in sampler.config.items() if common.get(name) != value}
         options = ", ".join(f"`{name}={value}`" for name, value in own.items())
         computed_by = sampler.scheduler if isinstance(sampler, NoiseSampler) else "FlowSchedule"
         scheduler = f"`{computed_by}`{f' with {options}' if options else ''}"
-        yield f"| `{sampler.name}` | {scheduler} | {sampler.max_steps} steps |"
+        spacings = ", ".join(f"`{one}`" for one in ("default", *sorted(sampler.spacings)))
+        eta = "" if sampler.eta is None else f"0..1, by default {sampler.eta:g}"
+        yield f"| `{sampler.name}` | {scheduler} | {sampler.max_steps} steps | {spacings} | {eta} |"
     yield ""

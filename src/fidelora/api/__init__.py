@@ -8,7 +8,13 @@ field.
 
 from __future__ import annotations
 
-from fidelora.api.recipes import DEFAULT_SIZE, check_request, recipes_of, request_for
+from fidelora.api.recipes import (
+    DEFAULT_SIZE,
+    check_request,
+    recipes_of,
+    request_for,
+    sampler_options,
+)
 from fidelora.api.requests import (
     MAX_PROMPTS,
     ImageFormat,
@@ -70,5 +76,6 @@ __all__ = [
     "recipes_of",
     "request_for",
     "result_of",
+    "sampler_options",
     "status_of",
 ]

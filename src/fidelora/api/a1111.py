@@ -25,7 +25,7 @@ from fidelora.errors import (
 )
 from fidelora.families import all_families
 from fidelora.images.a1111_prompt import NamedLora, loras_in, marks_in, unescaped
-from fidelora.images.a1111_samplers import AUTOMATIC, sampler_of
+from fidelora.images.a1111_samplers import AUTOMATIC, SamplerChoice, sampler_of
 from fidelora.recipe import (
     MAX_GUIDANCE,
     MAX_SEED,
@@ -78,7 +78,11 @@ class Txt2ImgRequest(RequestBody):
         None, description="Supported: sd_model_checkpoint, samples_format, emphasis."
     )
     override_settings_restore_afterwards: bool | None = True
-    eta: float | None = Field(None, description="Only the sampler's default is supported.")
+    eta: float | None = Field(
+        None,
+        description="0..1 for DDIM and tcd; other samplers support only their default.",
+        allow_inf_nan=False,
+    )
 
     enable_hr: bool | None = False
     denoising_strength: float | None = None
@@ -159,8 +163,8 @@ _IGNORED_EXTRAS = frozenset(
 )  # fmt: skip
 """Fields of some clients that have no effect here, whatever their value: bookkeeping, settings of
 `enable_hr`, which is not supported, and settings of models with distilled guidance."""
-_ETA = {"euler_a": 1.0, "dpm_2_a": 1.0, "ddim": 0.0}
-"""Fixed `eta` of the samplers that have one."""
+_FIXED_ETA = {"euler_a": 1.0, "dpm_2_a": 1.0}
+"""`eta` of the samplers that have one but do not support other values."""
 
 
 def options_of(model: str) -> dict[str, Any]:
@@ -204,6 +208,7 @@ class Txt2ImgPlan:
     """A txt2img request whose fields were checked.
 
     Attributes:
+        eta: eta of the recipes; None if the sampler has none that can be set.
         seed: seed of the first image.
         ignored: names of fields in the request that have no effect.
     """
@@ -212,7 +217,8 @@ class Txt2ImgPlan:
     prompt: str
     negative_prompt: str
     loras: tuple[NamedLora, ...]
-    sampler: str
+    sampler: SamplerChoice
+    eta: float | None
     image_format: str
     seed: int
     request: Txt2ImgRequest
@@ -245,7 +251,9 @@ class Txt2ImgPlan:
                 steps=_value_or_default(request, "steps"),
                 guidance_scale=_value_or_default(request, "cfg_scale"),
                 seed=self.seed,
-                sampler=self.sampler,
+                sampler=self.sampler.sampler,
+                timestep_spacing=self.sampler.timestep_spacing,
+                eta=self.eta,
                 adapters=refs,
                 **base,
             )
@@ -256,7 +264,11 @@ class Txt2ImgPlan:
             ) from error
 
 
-_REQUEST_FIELDS = {"guidance_scale": "cfg_scale", "sampler": "sampler_name"}
+_REQUEST_FIELDS = {
+    "guidance_scale": "cfg_scale",
+    "sampler": "sampler_name",
+    "timestep_spacing": "scheduler",
+}
 """Names of recipe fields in this API, where they differ."""
 
 
@@ -303,10 +315,13 @@ def plan_txt2img(request: Txt2ImgRequest, model: str, random_seed: int) -> Txt2I
         raise RequestFieldError(
             str(error), place=(_REQUEST_FIELDS.get(error.field, error.field),)
         ) from error
-    if request.eta is not None and request.eta != _ETA.get(sampler, request.eta):
+    if request.eta is not None and request.eta != _FIXED_ETA.get(sampler.sampler, request.eta):
         raise _unsupported(
-            "eta", f"is {_ETA[sampler]:g} for {name}, and cannot be {request.eta:g}; leave it out"
+            "eta",
+            f"is {_FIXED_ETA[sampler.sampler]:g} for {name}, and cannot be {request.eta:g}; leave "
+            "it out",
         )
+    has_eta = all_families()[model].samplers[sampler.sampler].eta is not None
     prompt, loras = loras_in(request.prompt or "")
     if len(loras) > MAX_LORAS:
         raise PromptSyntaxError(f"The prompt names {len(loras)} LoRAs; the maximum is {MAX_LORAS}.")
@@ -330,6 +345,7 @@ def plan_txt2img(request: Txt2ImgRequest, model: str, random_seed: int) -> Txt2I
         negative_prompt=negative,
         loras=loras,
         sampler=sampler,
+        eta=request.eta if has_eta else None,
         image_format=FORMATS[settings.get("samples_format", "png")],
         seed=seed,
         request=request,

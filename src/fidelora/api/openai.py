@@ -26,6 +26,7 @@ from fidelora.errors import RequestError
 from fidelora.families import all_families
 from fidelora.jobs.job import Job
 from fidelora.recipe import MAX_SEED, MAX_SIZE, MIN_SIZE, Fidelity
+from fidelora.sampling.spacings import TimestepSpacing
 
 MAX_IMAGES = 10  # images per request, as in OpenAI's API
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
@@ -74,6 +75,8 @@ class ImagesRequest(RequestBody):
     steps: int | None = Field(None, ge=1, le=150)
     guidance_scale: float | None = Field(None, ge=0, le=20, allow_inf_nan=False)
     sampler: str | None = None
+    timestep_spacing: TimestepSpacing | None = None
+    eta: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     fidelity: Fidelity | None = None
     hf_token: SecretStr | None = None
 
@@ -139,6 +142,8 @@ class ImagesRequest(RequestBody):
             "sample_steps": self.steps,
             "guidance_scale": self.guidance_scale,
             "sampler": self.sampler,
+            "timestep_spacing": self.timestep_spacing,
+            "eta": self.eta,
         }
         seeds = [
             -1 if self.seed is None or self.seed == -1 else self.seed + index

@@ -94,6 +94,8 @@ def recipes_of(
             "guidance_rescale": item.guidance_rescale,
             "steps": item.sample_steps,
             "sampler": item.sampler,
+            "timestep_spacing": item.timestep_spacing,
+            "eta": item.eta,
             "seed": draw_seed() if item.seed == -1 else item.seed,
         }
         fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -169,6 +171,7 @@ def request_for(recipes: Sequence[Recipe], lora_paths: Sequence[str]) -> dict[st
                 if recipe.guidance_rescale == 0
                 else {"guidance_rescale": recipe.guidance_rescale}
             )
+            | sampler_options(recipe)
             for recipe in recipes
         ],
     }
@@ -182,6 +185,14 @@ def request_for(recipes: Sequence[Recipe], lora_paths: Sequence[str]) -> dict[st
             place=first["loc"],
         ) from None
     return body
+
+
+def sampler_options(recipe: Recipe) -> dict[str, Any]:
+    """Return the fields of a prompt item for the sampler's options; empty if none is set."""
+    spacing = recipe.timestep_spacing
+    return ({} if spacing == "default" else {"timestep_spacing": spacing}) | (
+        {} if recipe.eta is None else {"eta": recipe.eta}
+    )
 
 
 def _multipliers(request: InferenceRequest, item: PromptItem) -> tuple[float, ...]:

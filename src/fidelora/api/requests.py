@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from fidelora.recipe import MAX_ALPHA, MAX_MULTIPLIER, Fidelity
+from fidelora.sampling.spacings import TimestepSpacing
 
 MAX_PROMPTS = 64  # images per request
 MAX_LORAS = 64
@@ -61,6 +62,18 @@ class PromptItem(RequestBody):
     guidance_rescale: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     seed: int | None = Field(None, ge=-1, le=2**63 - 1)
     sampler: str | None = None
+    timestep_spacing: TimestepSpacing | None = Field(
+        None,
+        description="Rule by which the sampler's timesteps are chosen; few-step LoRAs need "
+        "`trailing` or `sgm_uniform`.",
+    )
+    eta: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Strength of the noise that the samplers `ddim` and `tcd` add in each step.",
+    )
     network_multiplier: Multiplier | list[Multiplier] | None = None
     num_frames: int | None = Field(None, ge=1, le=1000)
     fps: int | None = Field(None, ge=1, le=120)

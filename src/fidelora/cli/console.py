@@ -27,6 +27,14 @@ class FidelityOption(StrEnum):
     FAST = "fast"
 
 
+class SpacingOption(StrEnum):
+    """Values of `--spacing`."""
+
+    DEFAULT = "default"
+    TRAILING = "trailing"
+    SGM_UNIFORM = "sgm_uniform"
+
+
 P = ParamSpec("P")
 
 COMPARISON_FAILED = 2  # exit code of commands that compare images, if no comparison was possible

@@ -20,6 +20,7 @@ from fidelora.cli.console import (
     Device,
     Fidelity,
     FidelityOption,
+    SpacingOption,
     fail,
     make_engine,
     progress_bar,
@@ -27,6 +28,7 @@ from fidelora.cli.console import (
 )
 from fidelora.errors import RecipeError
 from fidelora.families import get_family
+from fidelora.loras.few_step import proposals
 from fidelora.recipe import AdapterRef, Noise, Recipe, replace_trigger
 
 _MAX_IMAGES = 1000
@@ -87,6 +89,20 @@ def generate(
     ] = None,
     sampler: Annotated[
         str | None, typer.Option(help="Sampler; `fidelora models` lists them.")
+    ] = None,
+    spacing: Annotated[
+        SpacingOption,
+        typer.Option(
+            help="Timestep spacing: default (the trainer's), trailing or sgm_uniform. Few-step "
+            "LoRAs need one of the last two, which only some samplers support."
+        ),
+    ] = SpacingOption.DEFAULT,
+    eta: Annotated[
+        float | None,
+        typer.Option(
+            help="Noise that the sampler adds in each step, 0..1; only for ddim (by default 0) and "
+            "tcd (by default 0.3)."
+        ),
     ] = None,
     number: Annotated[
         int,
@@ -179,7 +195,7 @@ def generate(
         typer.echo(f"seed: {seed}", err=True)
     given: dict[str, Any] = {
         "base_model": base_model, "width": width, "height": height, "steps": steps,
-        "guidance_scale": guidance, "seed": seed, "sampler": sampler,
+        "guidance_scale": guidance, "seed": seed, "sampler": sampler, "eta": eta,
     }  # fmt: skip
     # Check everything that does not need torch first, because loading torch takes seconds.
     recipe = Recipe(
@@ -187,6 +203,7 @@ def generate(
         negative_prompt=negative,
         negative_prompt_2=negative_2,
         guidance_rescale=guidance_rescale,
+        timestep_spacing=spacing.value,
         model=model,
         variant=variant,
         config=config,
@@ -197,6 +214,8 @@ def generate(
         **{name: value for name, value in given.items() if value is not None},
     )
     recipes = [replace(recipe, seed=recipe.seed + index) for index in range(number)]
+    for sentence in proposals(recipe):
+        typer.echo(f"note: {sentence}", err=True)
 
     engine = make_engine(device, offload)
     main_dtype = engine.auto_dtype if dtype == "auto" else dtype

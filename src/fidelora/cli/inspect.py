@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fidelora.cli.console import Debug
+from fidelora.loras.few_step import Recognised, proposal, recognise_few_step_lora
 
 if TYPE_CHECKING:
     from fidelora.engine.examine import Examination
@@ -31,16 +33,19 @@ def inspect(
     from fidelora.engine.examine import examine_adapter
 
     result = examine_adapter(file.expanduser())
-    document = _document(file, result)
+    few_step = recognise_few_step_lora(file.stem, result.sha256)
+    document = _document(file, result, few_step)
     if as_json:
         typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
     else:
         _print(file, document, result)
+        if few_step is not None:
+            typer.echo(f"  {'few steps':<11} {proposal(file.stem, few_step)}")
     if not result.usable:
         raise typer.Exit(UNUSABLE)
 
 
-def _document(file: Path, result: Examination) -> dict[str, Any]:
+def _document(file: Path, result: Examination, few_step: Recognised | None) -> dict[str, Any]:
     """Return the object that `--json` prints."""
     summary = result.summary
     return {
@@ -63,6 +68,13 @@ def _document(file: Path, result: Examination) -> dict[str, Any]:
         "model": result.model or None,
         "modules_matched": result.matched,
         "modules_of_same_shape": result.same_shapes,
+        "few_step": None
+        if few_step is None
+        else {
+            "name": few_step.lora.name,
+            "recognised_by": few_step.by,
+            "recommended": asdict(few_step.lora.settings),
+        },
         "problems": [
             {"code": problem.code, "message": problem.message, "unusable": problem.unusable}
             for problem in result.problems

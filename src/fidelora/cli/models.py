@@ -28,6 +28,8 @@ def list_models(
         )
         typer.echo(f"    sizes       multiples of {spec.resolution_divisor}")
         typer.echo(f"    samplers    {' '.join(spec.samplers)}")
+        for title, names in _options_of_samplers(spec).items():
+            typer.echo(f"    {title:<11} {' '.join(names)}")
 
 
 def _document(spec: Family) -> dict[str, object]:
@@ -44,4 +46,14 @@ def _document(spec: Family) -> dict[str, object]:
         "default_seed": spec.default_seed,
         "default_sampler": spec.default_sampler,
         "samplers": list(spec.samplers),
+        "samplers_with": _options_of_samplers(spec),
     }
+
+
+def _options_of_samplers(spec: Family) -> dict[str, list[str]]:
+    """Return the samplers that support a timestep spacing or `eta`, by spacing and `eta`."""
+    found: dict[str, list[str]] = {}
+    for spacing in ("trailing", "sgm_uniform"):
+        found[spacing] = [name for name, one in spec.samplers.items() if spacing in one.spacings]
+    found["eta"] = [name for name, one in spec.samplers.items() if one.eta is not None]
+    return {title: names for title, names in found.items() if names}

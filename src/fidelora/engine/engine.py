@@ -364,7 +364,15 @@ def _schedule(
         tokens = model.latents.tokens(Size(recipe.width, recipe.height))
         return FlowSchedule(config, recipe.steps, tokens, model.device)
     config["prediction_type"] = options.get("prediction_type", recipe.prediction)
-    return NoiseSchedule(sampler.scheduler, config, recipe.steps, model.device, noise)
+    return NoiseSchedule(
+        sampler.scheduler,
+        config,
+        recipe.steps,
+        model.device,
+        noise,
+        recipe.timestep_spacing,
+        sampler.eta if recipe.eta is None else recipe.eta,
+    )
 
 
 def _step_reporter(

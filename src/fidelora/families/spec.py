@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+
+from fidelora.sampling.spacings import TimestepSpacing
 
 DtypeField = Literal["dtype", "vae_dtype", "text_encoder_dtype"]
 Acceleration = Literal["prepacked", "packed", "compiled"]
@@ -22,12 +24,19 @@ class NoiseSampler:
         scheduler: the class in `diffusers.schedulers`.
         config: the scheduler's configuration.
         max_steps: the largest number of steps that the scheduler supports.
+        spacings: timestep spacings that a recipe can choose, besides `default`.
+        eta: default strength (0..1) of the noise that the sampler adds in each step; None if a
+            recipe cannot set it.
+        of_trainer: True if AI Toolkit has this sampler.
     """
 
     name: str
     scheduler: str
     config: Mapping[str, Any]
     max_steps: int = 150
+    spacings: frozenset[TimestepSpacing] = frozenset()
+    eta: float | None = None
+    of_trainer: bool = True
 
 
 @dataclass(frozen=True)
@@ -37,12 +46,15 @@ class FlowSampler:
     Attributes:
         name: as in `NoiseSampler`.
         config: options of `sampling.schedules.FlowSchedule`: `shift` and others.
-        max_steps: as in `NoiseSampler`.
+        max_steps, spacings, eta, of_trainer: as in `NoiseSampler`.
     """
 
     name: str
     config: Mapping[str, Any]
     max_steps: int = 150
+    spacings: ClassVar[frozenset[TimestepSpacing]] = frozenset()
+    eta: ClassVar[float | None] = None
+    of_trainer: ClassVar[bool] = True
 
 
 Sampler = NoiseSampler | FlowSampler

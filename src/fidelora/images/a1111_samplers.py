@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from fidelora.errors import UnknownSamplerError
 from fidelora.families import Family
+from fidelora.sampling.spacings import TimestepSpacing
 
 AUTOMATIC, UNIFORM, KARRAS = "Automatic", "Uniform", "Karras"
-SCHEDULERS = (AUTOMATIC, UNIFORM, KARRAS)
+SGM_UNIFORM, TRAILING = "SGM Uniform", "Trailing"
+SCHEDULERS = (AUTOMATIC, UNIFORM, KARRAS, SGM_UNIFORM, TRAILING)
+"""Names of schedulers. A1111 does not have `Trailing`, which selects the timestep spacing of that
+name; few-step LoRAs need it."""
+
+_SPACINGS: Mapping[str, TimestepSpacing] = {
+    "sgm uniform": "sgm_uniform",
+    "sgm_uniform": "sgm_uniform",  # the name in ComfyUI, and A1111's internal name
+    "sgmuniform": "sgm_uniform",  # A1111's alias
+    "trailing": "trailing",
+}
+"""Timestep spacings by scheduler, in lower case. They apply to the sampler of `Uniform`, or of
+`Automatic` if A1111 has no `Uniform` for the sampler."""
+
+
+class SamplerChoice(NamedTuple):
+    """Fidelora's sampler and timestep spacing for the names of a sampler and a scheduler."""
+
+    sampler: str
+    timestep_spacing: TimestepSpacing = "default"
+
 
 # Maps A1111's sampler and scheduler to Fidelora's sampler. Only identical algorithms are listed:
 # `DPM++ 2S a` is ancestral but `dpmsingle` is not, and the SDE samplers draw Brownian noise, which
@@ -65,7 +87,9 @@ def sampler_names(spec: Family) -> dict[str, list[str]]:
     return names | {name: [] for name in spec.samplers if name not in known}
 
 
-def sampler_of(name: str, scheduler: str, spec: Family, *, prefers_own: bool = False) -> str:
+def sampler_of(
+    name: str, scheduler: str, spec: Family, *, prefers_own: bool = False
+) -> SamplerChoice:
     """Return Fidelora's sampler for A1111's `name` and scheduler, or for a name of Fidelora's.
 
     Older versions of A1111 had the scheduler in the name (`LMS Karras`). As in A1111, a scheduler
@@ -79,35 +103,69 @@ def sampler_of(name: str, scheduler: str, spec: Family, *, prefers_own: bool = F
             available ones.
     """
     wanted, schedule = name.strip(), scheduler.strip() or AUTOMATIC
-    is_own = wanted in spec.samplers and schedule.lower() == AUTOMATIC.lower()
-    if is_own and prefers_own:
-        return wanted
+    if prefers_own and (own := _find(schedule, _own_schedules(wanted, spec))) is not None:
+        return own
     if wanted.lower() in _ALIASES:
         wanted, of_alias = _ALIASES[wanted.lower()]
         schedule = schedule if of_alias == AUTOMATIC else of_alias
-    for suffix in (UNIFORM, KARRAS):
+    for suffix in (*_SPACINGS, UNIFORM, KARRAS):  # `sgm uniform` before its end, `uniform`
         if wanted.lower().endswith(f" {suffix.lower()}"):
             wanted, schedule = wanted[: -len(suffix) - 1].rstrip(), suffix
-    by_schedule = next(
-        (ours for theirs, ours in _TABLE.items() if theirs.lower() == wanted.lower()), {}
-    )
-    ours = next(
-        (ours for theirs, ours in by_schedule.items() if theirs.lower() == schedule.lower()), None
-    )
-    if ours in spec.samplers:
-        return str(ours)
-    if by_schedule and by_schedule[AUTOMATIC] in spec.samplers:
+            break
+    by_schedule = _schedules(wanted, spec) or _own_schedules(wanted, spec)
+    found = _find(schedule, by_schedule)
+    if found is not None:
+        return found
+    if by_schedule:
         known = ", ".join(by_schedule)
         raise UnknownSamplerError(
             f"The sampler {name!r:.80} has no scheduler {schedule!r:.80} here; it has {known}.",
             field="scheduler",
         )
-    if is_own:
-        return wanted
     known = ", ".join(sampler_names(spec))
     raise UnknownSamplerError(
         f"There is no sampler {name!r:.80} here; the samplers are: {known}.", field="sampler"
     )
+
+
+def _find(schedule: str, by_schedule: Mapping[str, SamplerChoice]) -> SamplerChoice | None:
+    """Return the choice for a scheduler, whose name is not case-sensitive."""
+    wanted = schedule.lower()
+    spacing = _SPACINGS.get(wanted)
+    for name, choice in by_schedule.items():
+        if name.lower() == wanted or (spacing and choice.timestep_spacing == spacing):
+            return choice
+    return None
+
+
+def _schedules(name: str, spec: Family) -> dict[str, SamplerChoice]:
+    """Return the schedulers of A1111's sampler `name`; empty if the model does not have it."""
+    ours = next((ours for theirs, ours in _TABLE.items() if theirs.lower() == name.lower()), {})
+    if not ours or ours[AUTOMATIC] not in spec.samplers:
+        return {}
+    found = {
+        theirs: SamplerChoice(sampler)
+        for theirs, sampler in ours.items()
+        if sampler in spec.samplers
+    }
+    return found | _spacings(ours.get(UNIFORM, ours[AUTOMATIC]), spec)
+
+
+def _own_schedules(name: str, spec: Family) -> dict[str, SamplerChoice]:
+    """Return the schedulers of Fidelora's sampler `name`; empty if the model does not have it."""
+    if name not in spec.samplers:
+        return {}
+    return {AUTOMATIC: SamplerChoice(name), **_spacings(name, spec)}
+
+
+def _spacings(sampler: str, spec: Family) -> dict[str, SamplerChoice]:
+    """Return the schedulers that select a timestep spacing of Fidelora's `sampler`."""
+    supported = spec.samplers[sampler].spacings if sampler in spec.samplers else frozenset()
+    return {
+        theirs: SamplerChoice(sampler, spacing)
+        for theirs in (SGM_UNIFORM, TRAILING)
+        if (spacing := _SPACINGS[theirs.lower()]) in supported
+    }
 
 
 def name_of(sampler: str) -> tuple[str, str]:

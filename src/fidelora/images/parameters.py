@@ -13,8 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fidelora.errors import PromptSyntaxError, UnknownSamplerError
+from fidelora.errors import PromptSyntaxError, RecipeError
 from fidelora.families import Family
+from fidelora.families.sampler_options import check_sampler_options
 from fidelora.images.a1111_prompt import (
     NamedLora,
     brackets_in,
@@ -23,7 +24,7 @@ from fidelora.images.a1111_prompt import (
     tags_in,
     unescaped,
 )
-from fidelora.images.a1111_samplers import AUTOMATIC, sampler_of
+from fidelora.images.a1111_samplers import AUTOMATIC, SGM_UNIFORM, TRAILING, sampler_of
 from fidelora.recipe import MAX_SEED, AdapterRef, Recipe
 
 _NEGATIVE = "Negative prompt:"
@@ -33,6 +34,8 @@ _FEWEST_PAIRS = 3
 _SETTINGS = "Steps: "
 """Start of the line of pairs in A1111's texts; extensions of A1111 add lines after it."""
 _JSON_VALUE = re.compile(r"(?:^|, )(?P<key>Hashes|Civitai (?:resources|metadata)):\s*(?=[\[{])")
+_SCHEDULE_TYPES = {"sgm_uniform": SGM_UNIFORM, "trailing": TRAILING}
+"""Values of `Schedule type` by timestep spacing."""
 _SAYS_NOTHING = {
     "Version": None,
     "Clip skip": "1",
@@ -62,8 +65,8 @@ class Parameters:
         text: the whole text.
         prompt: prompt without LoRA tags.
         loras: LoRAs of the tags, with the hashes from the text.
-        fields: recipe fields in the text: any of `steps`, `sampler`, `guidance_scale`, `seed`,
-            `width`, `height` and `fidelity`.
+        fields: recipe fields in the text: any of `steps`, `sampler`, `timestep_spacing`, `eta`,
+            `guidance_scale`, `seed`, `width`, `height` and `fidelity`.
         ignored: all other parameters that affected the image.
     """
 
@@ -108,6 +111,10 @@ def parameters_text(recipe: Recipe, environment: Mapping[str, str]) -> str:
         "Size": f"{recipe.width}x{recipe.height}",
         "Model": Path(recipe.base_model).name,
     }
+    if recipe.timestep_spacing != "default":
+        pairs["Schedule type"] = _SCHEDULE_TYPES[recipe.timestep_spacing]
+    if recipe.eta is not None:
+        pairs["Eta DDIM" if recipe.sampler == "ddim" else "Eta"] = repr(recipe.eta)
     if recipe.fidelity != "exact":
         pairs["Fidelity"] = recipe.fidelity
     if recipe.adapters:
@@ -235,7 +242,7 @@ def _fields(pairs: Mapping[str, str], spec: Family) -> tuple[dict[str, Any], lis
         if key in _READ:
             try:
                 fields |= _READ[key](value, pairs, spec)
-            except UnknownSamplerError as error:
+            except RecipeError as error:
                 ignored.append(Ignored(key, value, str(error)))
             except ValueError:
                 ignored.append(Ignored(key, value, "The value is not valid for this key."))
@@ -253,7 +260,19 @@ def _is_own(pairs: Mapping[str, str]) -> bool:
 
 def _sampler(value: str, pairs: Mapping[str, str], spec: Family) -> dict[str, Any]:
     schedule = pairs.get("Schedule type", AUTOMATIC)
-    return {"sampler": sampler_of(value, schedule, spec, prefers_own=_is_own(pairs))}
+    choice = sampler_of(value, schedule, spec, prefers_own=_is_own(pairs))
+    if choice.timestep_spacing == "default":
+        return {"sampler": choice.sampler}
+    return choice._asdict()
+
+
+def _eta(value: str, pairs: Mapping[str, str], spec: Family) -> dict[str, Any]:
+    """Read A1111's `Eta` (of ancestral samplers) or `Eta DDIM`, or Fidelora's `Eta` of `tcd`."""
+    eta, sampler = float(value), spec.default_sampler
+    if "Sampler" in pairs:
+        sampler = _sampler(pairs["Sampler"], pairs, spec)["sampler"]
+    check_sampler_options(spec, sampler, "default", eta)
+    return {"eta": eta}
 
 
 def _size(value: str, _pairs: Mapping[str, str], _spec: Family) -> dict[str, Any]:
@@ -285,6 +304,8 @@ _READ: Mapping[str, Callable[[str, Mapping[str, str], Family], dict[str, Any]]] 
     "Seed": lambda value, _pairs, _spec: {"seed": _seed(value)},
     "CFG scale": lambda value, _pairs, _spec: {"guidance_scale": float(value)},
     "Sampler": _sampler,
+    "Eta": _eta,
+    "Eta DDIM": _eta,
     "Size": _size,
     "Fidelity": _fidelity,
 }

@@ -11,11 +11,15 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
 from diffusers import schedulers
 from torch import Tensor
 
 from fidelora.sampling.noise import NoiseSource
+from fidelora.sampling.spacings import TimestepSpacing
+
+_TRAINING_TIMESTEPS = 1000
 
 # The trainer passes one configuration to all schedulers. Schedulers warn about every key that they
 # do not use and every correction that they make; these warnings are expected and suppressed.
@@ -54,6 +58,9 @@ class NoiseSchedule:
         steps: the number of steps.
         device: device of the latents.
         noise: the source of the random numbers that some samplers draw in their steps.
+        spacing: rule by which the timesteps are chosen; `default` uses `config`.
+        eta: strength (0..1) of the noise that the sampler adds in each step; None for samplers
+            without this option. At 0, the sampler draws no noise.
     """
 
     def __init__(
@@ -63,13 +70,17 @@ class NoiseSchedule:
         steps: int,
         device: torch.device,
         noise: NoiseSource,
+        spacing: TimestepSpacing = "default",
+        eta: float | None = None,
     ) -> None:
-        prepared = _prepared(scheduler, tuple(sorted(config.items())), steps, device)
+        prepared = _prepared(scheduler, tuple(sorted(config.items())), steps, device, spacing)
         self._scheduler: Any = copy.deepcopy(prepared)
         self._steps = steps
         self.timesteps: Tensor = self._scheduler.timesteps
         draws = "generator" in inspect.signature(self._scheduler.step).parameters
-        self._draws = {"generator": noise.generators} if draws else {}
+        self._options: dict[str, Any] = {"generator": noise.generators} if draws else {}
+        if eta is not None:
+            self._options["eta"] = eta
 
     def start(self, latents: Tensor) -> Tensor:
         return cast(Tensor, latents * self._scheduler.init_noise_sigma)
@@ -79,7 +90,7 @@ class NoiseSchedule:
 
     def step(self, prediction: Tensor, t: Tensor, latents: Tensor) -> Tensor:
         step = self._scheduler.step
-        return cast(Tensor, step(prediction, t, latents, **self._draws, return_dict=False)[0])
+        return cast(Tensor, step(prediction, t, latents, **self._options, return_dict=False)[0])
 
     def steps_done(self, evaluations: int) -> int:
         # Second-order samplers need two evaluations per step; pndm needs steps + 1 evaluations.
@@ -89,14 +100,75 @@ class NoiseSchedule:
 
 @lru_cache(maxsize=64)
 def _prepared(
-    scheduler: str, config: tuple[tuple[str, Any], ...], steps: int, device: torch.device
+    scheduler: str,
+    config: tuple[tuple[str, Any], ...],
+    steps: int,
+    device: torch.device,
+    spacing: TimestepSpacing,
 ) -> Any:
     """Return a scheduler with its tables. Cached, because `dpm_2` takes 0.2 s to compute them."""
+    # With `trailing`, schedulers of sigmas scale the initial noise by the largest sigma, as
+    # AUTOMATIC1111 does for SGM Uniform.
+    chosen = {} if spacing == "default" else {"timestep_spacing": "trailing"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # `dpmsolver` is deprecated
-        made = getattr(schedulers, scheduler).from_config(dict(config))
+        made = getattr(schedulers, scheduler).from_config(dict(config) | chosen)
+    if spacing == "trailing" and "original_inference_steps" in made.config:
+        # The schedulers of distilled models (LCM, TCD) ignore `timestep_spacing`.
+        made.set_timesteps(timesteps=trailing_timesteps(steps), device=device)
+        return made
     made.set_timesteps(steps, device=device)
+    if spacing == "sgm_uniform":
+        _set_sgm_uniform(made, steps, device)
     return made
+
+
+def trailing_timesteps(steps: int) -> list[int]:
+    """Return the timesteps of `trailing`, descending from 999, with the roundings of diffusers.
+
+    Source: Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed" (2023),
+    table 2.
+    """
+    # numpy's `arange` adds up a rounded step, so that 937.5 of 48 steps becomes a little less.
+    spaced = np.arange(_TRAINING_TIMESTEPS, 0, -_TRAINING_TIMESTEPS / steps)
+    return [int(timestep) - 1 for timestep in spaced.round()]
+
+
+def _set_sgm_uniform(scheduler: Any, steps: int, device: torch.device) -> None:
+    """Replace the timesteps and sigmas of a scheduler by those of SGM Uniform.
+
+    The table of timesteps and sigmas is the one that diffusers' Euler scheduler computes from the
+    sigmas. The timesteps are fractions, as in AUTOMATIC1111; ComfyUI and Forge round them to whole
+    numbers for the denoiser.
+    """
+    table: Any = schedulers.EulerDiscreteScheduler.from_config(
+        {**scheduler.config, "use_karras_sigmas": False, "final_sigmas_type": "zero"}
+    )
+    table.set_timesteps(sigmas=sgm_uniform_sigmas(table.alphas_cumprod, steps), device=device)
+    evaluations = scheduler.order  # of the denoiser, in each step but the last
+    # Second-order schedulers have one entry for each evaluation of the denoiser.
+    first, between, last = table.sigmas[:1], table.sigmas[1:-1], table.sigmas[-1:]
+    scheduler.sigmas = torch.cat([first, between.repeat_interleave(evaluations), last])
+    scheduler.timesteps = torch.cat(
+        [table.timesteps[:1], table.timesteps[1:].repeat_interleave(evaluations)]
+    )
+
+
+def sgm_uniform_sigmas(alphas_cumprod: Tensor, steps: int) -> list[float]:
+    """Return the sigmas of SGM Uniform, descending to 0: one more than steps.
+
+    The timesteps are evenly spaced from 999 down, without 0. The sigma of a fractional timestep is
+    interpolated between the logarithms of its neighbours, in float32. Source: `sgm_uniform` in
+    https://github.com/AUTOMATIC1111/stable-diffusion-webui, modules/sd_schedulers.py
+
+    Args:
+        alphas_cumprod: cumulative products of alpha, float32 [1000].
+    """
+    log_sigmas = (((1 - alphas_cumprod) / alphas_cumprod) ** 0.5).log()
+    timesteps = torch.linspace(_TRAINING_TIMESTEPS - 1, 0, steps + 1)[:-1]
+    low, high, weight = timesteps.floor().long(), timesteps.ceil().long(), timesteps.frac()
+    sigmas = ((1 - weight) * log_sigmas[low] + weight * log_sigmas[high]).exp()
+    return [*sigmas.tolist(), 0.0]
 
 
 class FlowSchedule:

@@ -173,8 +173,9 @@ def variants(recipe: Recipe) -> Iterator[Suspect]:
 
 
 def samplers(recipe: Recipe) -> Iterator[Suspect]:
-    """Yield the recipe with the other samplers of its family."""
-    names = [*_COMMON_SAMPLERS, *get_family(recipe.model).samplers]
+    """Yield the recipe with the trainer's other samplers of its family."""
+    known = get_family(recipe.model).samplers
+    names = [*_COMMON_SAMPLERS, *(name for name, one in known.items() if one.of_trainer)]
     fix = "The sampler was {value}: set sample.sampler to {value}."
     yield from _with_values(recipe, "sampler", "sampler", names, fix)
 

@@ -11,6 +11,7 @@ from fidelora.families import latent_formats
 from fidelora.families.clip_tokenizer import CLIP_TOKENIZER
 from fidelora.families.sd.names import original_names
 from fidelora.families.spec import Family, NoiseSampler, Part, Samples, Tokenizer, WrongSchedule
+from fidelora.sampling.spacings import TimestepSpacing
 
 _LAYOUTS = Path(__file__).parent / "layouts"
 
@@ -39,14 +40,29 @@ _DPM_SOLVER = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
 _DPM_SOLVER_PP = {"algorithm_type": "dpmsolver++"}
 
 
+# The tables of these schedulers do not depend on `timestep_spacing`.
+_FIXED_SPACING = frozenset({"k_dpmsolver", "k_dpmsolver++", "dpmsingle"})
+_SGM_UNIFORM = frozenset({"euler", "euler_a", "heun", "dpmsolver++"})
+# Defaults of `step` in diffusers' schedulers.
+_ETAS = {"ddim": 0.0, "tcd": 0.3}
+
+
 def _samplers(steps_offset: int) -> Mapping[str, NoiseSampler]:
-    """Return the trainer's samplers by name."""
+    """Return the trainer's samplers, and `tcd`, by name."""
     config: dict[str, Any] = {**_TRAINER_CONFIG, "steps_offset": steps_offset}
 
     def sampler(name: str, scheduler: str, **options: Any) -> NoiseSampler:
-        # LCM was distilled with 50 timesteps, and its scheduler selects from these.
-        most = 50 if name == "lcm" else 150
-        return NoiseSampler(name, scheduler, MappingProxyType(config | options), most)
+        spacings: set[TimestepSpacing] = set() if name in _FIXED_SPACING else {"trailing"}
+        return NoiseSampler(
+            name,
+            scheduler,
+            MappingProxyType(config | options),
+            # LCM and TCD were distilled with 50 timesteps, and their schedulers select from these.
+            max_steps=50 if name in ("lcm", "tcd") else 150,
+            spacings=frozenset(spacings | ({"sgm_uniform"} if name in _SGM_UNIFORM else set())),
+            eta=_ETAS.get(name),
+            of_trainer=name != "tcd",
+        )
 
     found = (
         sampler("ddpm", "DDPMScheduler"),
@@ -66,6 +82,7 @@ def _samplers(steps_offset: int) -> Mapping[str, NoiseSampler]:
         sampler("dpm_2", "KDPM2DiscreteScheduler"),
         sampler("dpm_2_a", "KDPM2AncestralDiscreteScheduler"),
         sampler("lcm", "LCMScheduler"),
+        sampler("tcd", "TCDScheduler"),
     )
     return MappingProxyType({one.name: one for one in found})
 

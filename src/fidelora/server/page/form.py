@@ -12,7 +12,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fidelora.api import MAX_PROMPTS, InferenceRequest, PromptItem, check_request, recipes_of
+from fidelora.api import (
+    MAX_PROMPTS,
+    InferenceRequest,
+    PromptItem,
+    check_request,
+    recipes_of,
+    sampler_options,
+)
 from fidelora.errors import WrongUseError
 from fidelora.families import get_family
 from fidelora.recipe import LOCATIONS, MAX_SEED, AdapterRef, Recipe, short_name
@@ -153,6 +160,7 @@ def request_body(recipe: Recipe, paths: Sequence[str], image_format: str) -> dic
         prompt["neg_2"] = recipe.negative_prompt_2
     if recipe.guidance_rescale:
         prompt["guidance_rescale"] = recipe.guidance_rescale
+    prompt |= sampler_options(recipe)
     return {
         "model": recipe.model,
         "fidelity": recipe.fidelity,

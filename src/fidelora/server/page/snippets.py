@@ -56,6 +56,10 @@ def as_command(recipe: Recipe, paths: Sequence[str], image_format: str) -> str:
         words.append(f"--negative-2={recipe.negative_prompt_2}")
     if recipe.guidance_rescale:
         words.append(f"--guidance-rescale={_decimal(recipe.guidance_rescale)}")
+    if recipe.timestep_spacing != "default":
+        words.append(f"--spacing={recipe.timestep_spacing}")
+    if recipe.eta is not None:
+        words.append(f"--eta={_decimal(recipe.eta)}")
     if recipe.adapter_mode == "live":
         words.append("--live")
     if recipe.prompt.startswith("-"):

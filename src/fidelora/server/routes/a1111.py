@@ -152,7 +152,9 @@ def samplers(context: ContextDep) -> list[SamplerBody]:
 @router.get("/schedulers")
 def schedulers() -> list[SchedulerBody]:
     """List the schedulers that at least one sampler supports."""
-    return [SchedulerBody(name=name.lower(), label=name) for name in SCHEDULERS]
+    return [
+        SchedulerBody(name=label.lower().replace(" ", "_"), label=label) for label in SCHEDULERS
+    ]
 
 
 @router.get("/sd-models")
