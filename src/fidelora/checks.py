@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fidelora.errors import RecipeError
 
 MAX_PROMPT_CHARACTERS = 10_000
@@ -23,19 +21,6 @@ def is_text(name: str, value: object) -> None:
             f"{name} contains a lone surrogate, which is not valid text; remove it.",
             field=name,
         )
-
-
-def cleaned(value: Any) -> Any:
-    """Return a JSON value whose texts are valid, with `?` for each lone surrogate.
-
-    JSON can contain lone surrogates as escapes, but no file and no response can. The value must not
-    be nested deeper than `json.loads` accepts.
-    """
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
-    if isinstance(value, dict):
-        return {cleaned(key): cleaned(one) for key, one in value.items()}
-    return [cleaned(one) for one in value] if isinstance(value, list) else value
 
 
 def in_range(name: str, value: object, least: float, most: float, *, whole: bool = False) -> None:

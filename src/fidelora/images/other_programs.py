@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fidelora.checks import cleaned
 from fidelora.errors import UnknownSamplerError
 from fidelora.families import Family
 from fidelora.images.a1111_prompt import NamedLora, brackets_in, marks_in, tags_in
@@ -24,6 +23,7 @@ from fidelora.images.a1111_samplers import (
 )
 from fidelora.images.parameters import Ignored, Parameters
 from fidelora.recipe import MAX_MULTIPLIER, MAX_SEED
+from fidelora.texts import cleaned
 
 PARAMETERS_KEY = "parameters"
 """PNG text field of AUTOMATIC1111 and SwarmUI; in JPEG and WebP it is the EXIF field UserComment.

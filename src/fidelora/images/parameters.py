@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fidelora.checks import cleaned
 from fidelora.errors import PromptSyntaxError, RecipeError
 from fidelora.families import Family
 from fidelora.families.emphasis import Emphasis, check_emphasis
@@ -35,6 +34,7 @@ from fidelora.images.a1111_samplers import (
     sampler_of,
 )
 from fidelora.recipe import MAX_SEED, AdapterRef, Recipe
+from fidelora.texts import cleaned
 
 _NEGATIVE = "Negative prompt:"
 _PAIR = re.compile(r'(?P<key>\w[\w \-/]{0,60}):\s*(?P<value>"(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')

@@ -14,7 +14,6 @@ from typing import Any
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from fidelora.checks import cleaned
 from fidelora.errors import ImageRecordError, RecipeError
 from fidelora.families import get_family
 from fidelora.images.other_programs import (
@@ -24,6 +23,7 @@ from fidelora.images.other_programs import (
 )
 from fidelora.images.parameters import Parameters, read_parameters
 from fidelora.recipe import Recipe
+from fidelora.texts import cleaned
 
 RECORD_KEY = "fidelora"
 """PNG text field with Fidelora's JSON; in JPEG and WebP it is the EXIF field ImageDescription."""

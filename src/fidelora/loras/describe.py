@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from fidelora.adapters.tensor_names import kind_of, modules_of
-from fidelora.checks import cleaned
 from fidelora.embedding_file import EMBEDDING_KEYS, embedding_word, token_count
 from fidelora.errors import AdapterError, WeightsFileError
 from fidelora.safetensors_header import Header, read_file_header
+from fidelora.texts import cleaned
 
 _TEXT_ENCODER = ("lora_te", "text_encoder", "te_")
 _MAX_TRIGGER = 200
