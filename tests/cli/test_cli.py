@@ -114,7 +114,8 @@ def test_a_few_step_image_is_replayed_to_the_bit(fidelora, tmp_path):
     assert (recipe.timestep_spacing, recipe.eta) == ("trailing", 0.7)
     text = Image.open(tmp_path / "a.png").info["parameters"]
     assert "Sampler: tcd" in text
-    assert "Schedule type: Trailing, Eta: 0.7" in text
+    assert "Sampler: tcd, Schedule type: Trailing," in text
+    assert ", Eta: 0.7," in text
 
 
 def test_several_images_have_consecutive_seeds(fidelora, tmp_path):
