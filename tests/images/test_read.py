@@ -301,6 +301,13 @@ def test_written_parameters_are_read_back_as_the_same_recipe(recipe, options):
     assert [one.name for one in read.ignored] == ["Model"]
 
 
+@pytest.mark.parametrize("order", ["utf-16-be", "utf-16-le"])
+@pytest.mark.parametrize("image_format", ["JPEG", "WEBP"])
+def test_a_byte_order_mark_is_not_part_of_the_prompt(order, image_format):
+    marked = foreign("\ufeff" + FOREIGN, image_format, order)
+    assert parameters_in(marked) == parameters_in(foreign(FOREIGN, image_format, order))
+
+
 # --- emphasis -------------------------------------------------------------------------------------
 
 SETTINGS = "Steps: 2, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 64x64"
