@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
+
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+"""Control characters, except for tab and line feed, and characters that change the direction of
+text."""
 
 
 def cleaned(value: Any) -> Any:
@@ -16,3 +21,11 @@ def cleaned(value: Any) -> Any:
     if isinstance(value, dict):
         return {cleaned(key): cleaned(one) for key, one in value.items()}
     return [cleaned(one) for one in value] if isinstance(value, list) else value
+
+
+def printable(text: str) -> str:
+    r"""Return a text whose control characters are shown as escapes such as `\x1b`.
+
+    Otherwise, a file could change the colours and the title of a terminal, or hide text.
+    """
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

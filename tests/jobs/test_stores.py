@@ -79,6 +79,18 @@ def running(store: JobStore, *adapters: str) -> Job:
     return claimed
 
 
+@pytest.mark.skipif(os.name != "posix", reason="files have no such modes")
+def test_only_the_owner_can_read_the_database(tmp_path):
+    path = tmp_path / "jobs.sqlite"
+    path.touch(0o644)  # made by an older version
+    made = SqlStore(f"sqlite:///{path}")
+    made.add(job())
+    modes = {one.name: one.stat().st_mode & 0o777 for one in tmp_path.iterdir()}
+    made.close()
+    assert "jobs.sqlite" in modes
+    assert set(modes.values()) == {0o600}
+
+
 def test_a_job_is_stored_as_it_was_added(store):
     recipes = (
         Recipe(prompt="süß 🎉", adapters=(AdapterRef(A, 0.5, name="sks"),), seed=2**63 - 1),

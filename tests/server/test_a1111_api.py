@@ -564,6 +564,25 @@ def test_escaped_brackets_are_brackets(client, context):
     assert (recipe.prompt, recipe.negative_prompt) == tuple(prompts.values())
 
 
+def test_the_first_configured_model_is_the_default(tmp_path):
+    context = context_in(tmp_path, base_model="sdxl=/bases/xl,sd15=/bases/a")
+    client = client_of(context)
+    assert client.get("/sdapi/v1/options").json()["sd_model_checkpoint"] == "sdxl"
+    (recipe,) = recipes_for(client, context)
+    assert recipe.model == "sdxl"
+    with at_work(ByHand(context), an_image()):
+        answer = client.post("/v1/images/generations", json={"prompt": "a ball"})
+    assert answer.status_code == 200, answer.text
+    assert context.store.list().jobs[0].recipes[0].model == "sdxl"
+
+
+def test_an_address_that_ends_with_a_slash_is_accepted(client, context):
+    assert client.get("http://127.0.0.1:8000//sdapi/v1/options").status_code == 200
+    key = {"Authorization": f"Bearer {context.keys.add('one')}"}
+    assert client.get("http://127.0.0.1:8000//sdapi/v1/options").status_code == 401
+    assert client.get("http://127.0.0.1:8000//sdapi/v1/options", headers=key).status_code == 200
+
+
 EMPHASIS = ["Original", "No norm", "Ignore"]
 
 

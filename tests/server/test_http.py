@@ -655,6 +655,18 @@ def test_the_trigger_word_is_not_inserted_into_too_long_prompts(client, context)
     assert context.store.list().jobs == ()
 
 
+def test_errors_are_short(client):
+    many = MINIMAL | {"prompts": [{"prompt": "a", "steps" + "x" * 60: 1, "width": 1}] * 64}
+    for body in (many, MINIMAL | {"loras": [{"path": "x" * 5_000}] * 50}):
+        answer = client.post("/v1/inference", json=body)
+        assert answer.status_code == 422
+        assert len(answer.content) < 20_000
+        assert len(answer.json()["detail"]) <= 20
+    answer = client.post("/v1/inference", json=MINIMAL | {"x" * 100_000: 1})
+    assert answer.status_code == 400
+    assert len(answer.content) < 5_000
+
+
 def test_loras_times_prompts_have_a_limit(client, context):
     lora = MINIMAL["loras"][0]
     body = MINIMAL | {"loras": [lora] * 33, "prompts": [{"prompt": "a ball"}] * 32}

@@ -42,7 +42,8 @@ class ImagesRequest(RequestBody):
 
     prompt: str = Field(max_length=MAX_PROMPT_CHARACTERS)
     model: str | None = Field(
-        None, description="A model of `GET /v1/models`; by default the first."
+        None,
+        description="A model of `GET /v1/models`; by default the first with its own base model.",
     )
     n: int | None = Field(None, ge=1, le=MAX_IMAGES)
     size: str | None = Field(
@@ -123,7 +124,7 @@ class ImagesRequest(RequestBody):
         Args:
             model_aliases: models by other names that clients send.
             base_models: base model by model, whose own size is that of `auto`; by default those of
-                the model families.
+                the model families. The first model is that of requests that name none.
 
         Raises:
             RequestError: the model does not exist, or a field is unknown.
@@ -135,7 +136,7 @@ class ImagesRequest(RequestBody):
                 code="FIELD_NOT_SUPPORTED",
                 details={"field": name},
             )
-        model = self.model or next(iter(all_families()))
+        model = self.model or next(iter(base_models or all_families()))
         model = (model_aliases or {}).get(model, model)
         if model not in all_families():
             known = ", ".join(all_families())

@@ -14,6 +14,7 @@ import typer
 
 from fidelora.accel.threads import let_threads_sleep
 from fidelora.errors import FideloraError, WrongUseError
+from fidelora.texts import printable
 
 if TYPE_CHECKING:
     from fidelora.engine.engine import Engine, OnStep, Progress
@@ -150,13 +151,13 @@ def make_engine(device: str, offload: str = "none") -> Engine:
 
 def fail(message: str, code: int) -> NoReturn:
     """Print an error to stderr and exit."""
-    typer.echo(f"error: {message}", err=True)
+    typer.echo(f"error: {printable(message)}", err=True)
     sys.exit(code)
 
 
 def warn(message: str) -> None:
     """Print a warning to stderr."""
-    typer.echo(f"warning: {message}", err=True)
+    typer.echo(f"warning: {printable(message)}", err=True)
 
 
 def reserve_exit_code_1(command: Callable[P, None]) -> Callable[P, None]:

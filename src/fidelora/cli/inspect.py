@@ -12,6 +12,7 @@ import typer
 
 from fidelora.cli.console import Debug
 from fidelora.loras.few_step import Recognised, proposal, recognise_few_step_lora
+from fidelora.texts import printable
 
 if TYPE_CHECKING:
     from fidelora.engine.examine import Examination
@@ -102,11 +103,12 @@ def _print(file: Path, document: dict[str, Any], result: Examination) -> None:
         "size": f"{document['size_bytes']:,} bytes",
         "sha256": document["sha256"],
     }
-    typer.echo(file.name)
+    typer.echo(printable(file.name))
     for name, value in rows.items():
-        typer.echo(f"  {name:<11} {value}")
+        typer.echo(f"  {name:<11} {printable(str(value))}")
     for problem in result.problems:
-        typer.echo(f"  {'problem' if problem.unusable else 'note':<11} {problem.message}")
+        kind = "problem" if problem.unusable else "note"
+        typer.echo(f"  {kind:<11} {printable(problem.message)}")
     if not result.problems:
         typer.echo("  No problems were found.")
 

@@ -10,6 +10,7 @@ the same.
 from __future__ import annotations
 
 import json
+import os
 import re
 import sqlite3
 import threading
@@ -81,6 +82,7 @@ class SqlStore(StoreByTransition):
             self._write_lock: AbstractContextManager[object] = nullcontext()
             if self._engine.dialect.name == "sqlite":
                 self._write_lock = threading.Lock()
+                _restrict_to_owner(self._engine)
                 _configure_sqlite(self._engine)
             with self._engine.begin() as connection:
                 _migrate(connection)
@@ -342,6 +344,17 @@ def _engine_options(url: str) -> dict[str, Any]:
         if url.startswith("sqlite")
         else {"pool_pre_ping": True}
     )
+
+
+def _restrict_to_owner(engine: sa.Engine) -> None:
+    """Create the database's file, or change its mode, so that only its owner can read the jobs.
+
+    SQLite gives the same mode to the files beside it.
+    """
+    path = engine.url.database
+    if path and path != ":memory:" and not path.startswith("file:"):
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        Path(path).chmod(0o600)
 
 
 def _configure_sqlite(engine: sa.Engine) -> None:

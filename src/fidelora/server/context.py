@@ -54,6 +54,11 @@ class ServerContext:
     stopping: threading.Event = field(default_factory=threading.Event)
     failed: threading.Event = field(default_factory=threading.Event)
 
+    @property
+    def default_model(self) -> str:
+        """Model of requests that do not name one: the first with a configured base model."""
+        return next(iter(self.settings.base_models or self.server_defaults))
+
     def refuse_if_stopping(self) -> None:
         """Raise `ServerStoppingError` if the server accepts no new requests."""
         if self.stopping.is_set():

@@ -66,6 +66,8 @@ class RequestLogMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["path"].startswith("//"):  # from clients whose address of the server ends with /
+            scope["path"] = "/" + scope["path"].lstrip("/")
         client_id = Headers(scope=scope).get("x-request-id", "")
         call_id = client_id if _CALL_ID.fullmatch(client_id) else uuid.uuid4().hex[:16]
         start, status = time.monotonic(), 500  # status if the application sends no response

@@ -14,6 +14,14 @@ OPENAI_PATHS = ("/v1/images/", "/v1/models/")
 A1111_PATHS = ("/sdapi/",)
 
 
+MAX_MESSAGE = 2000
+"""Maximum number of characters of an error's message."""
+MAX_SHOWN = 200
+"""Maximum number of characters of a name that was received, where an error repeats it."""
+MAX_FIELDS = 20
+"""Maximum number of invalid fields that an error lists."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """An error response, independent of the format of its body.
@@ -29,6 +37,20 @@ class Problem:
     details: Mapping[str, object] = field(default_factory=dict)
     fields: Sequence[Mapping[str, Any]] = ()
     final: bool = False
+
+    def __post_init__(self) -> None:
+        message, left_out = self.message, len(self.fields) - MAX_FIELDS
+        if len(message) > MAX_MESSAGE:
+            message = f"{message[:MAX_MESSAGE]}..."
+        if left_out > 0:
+            message = f"{message} ({left_out:,} more fields are invalid.)"
+        details = {
+            name: value[:MAX_SHOWN] if isinstance(value, str) else value
+            for name, value in self.details.items()
+        }
+        object.__setattr__(self, "message", message)
+        object.__setattr__(self, "details", details)
+        object.__setattr__(self, "fields", self.fields[:MAX_FIELDS])
 
 
 def problem_response(problem: Problem, path: str) -> JSONResponse:

@@ -16,7 +16,12 @@ from starlette.exceptions import HTTPException
 from fidelora import errors
 from fidelora.api import ErrorBody
 from fidelora.errors import FideloraError, RequestError, RequestFailedError, RequestFieldError
-from fidelora.server.problem_formats import Problem, problem_response
+from fidelora.server.problem_formats import (
+    MAX_MESSAGE,
+    MAX_SHOWN,
+    Problem,
+    problem_response,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -165,7 +170,8 @@ def _invalid(found: Sequence[Mapping[str, Any]]) -> Problem:
     """Return the problem for invalid fields; short values that are not secret are included."""
     fields = []
     for entry in found:
-        field = {"type": entry["type"], "loc": list(entry["loc"]), "msg": entry["msg"]}
+        place = [part[:MAX_SHOWN] if isinstance(part, str) else part for part in entry["loc"]]
+        field = {"type": entry["type"], "loc": place, "msg": entry["msg"][:MAX_MESSAGE]}
         value = entry.get("input")
         if _SECRET_FIELDS.isdisjoint(map(str, entry["loc"])) and _is_plain(value):
             field["input"] = value

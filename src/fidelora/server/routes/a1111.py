@@ -264,7 +264,7 @@ def _lora_body(name: str, path: str, context: ServerContext) -> A1111LoraBody:
 
 def _model_of(owner: str, context: ServerContext) -> str:
     """Return the model of requests that do not choose one."""
-    return context.a1111_models.get(owner) or next(iter(context.server_defaults))
+    return context.a1111_models.get(owner) or context.default_model
 
 
 @contextmanager

@@ -128,7 +128,7 @@ async def _read_request(
             valid.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    model = next(iter(context.server_defaults))
+    model = context.default_model
     if kind == "multipart/form-data":
         async with request.form(max_files=1, max_fields=8) as form:
             image = form.get("image")
@@ -328,7 +328,7 @@ async def _plan_from_parameters(
             )
     if missing:
         raise AdaptersMissingError(missing=missing)
-    model = next(iter(context.server_defaults))
+    model = context.default_model
     fields = {
         name: value
         for name, value in defaults_for(context, model, adapters).items()
