@@ -30,6 +30,7 @@ class FidelityOption(StrEnum):
 P = ParamSpec("P")
 
 SAMPLING_PANEL = "Sampling"
+NEGATIVE_PANEL = "Negative prompt"
 MODEL_PANEL = "Base model"
 DEVICE_PANEL = "Precision and device"
 """Titles of groups of options in `--help`; options without a group are under "Options"."""
