@@ -40,6 +40,7 @@ class SpacingOption(StrEnum):
 P = ParamSpec("P")
 
 SAMPLING_PANEL = "Sampling"
+NEGATIVE_PANEL = "Negative prompt"
 MODEL_PANEL = "Base model"
 DEVICE_PANEL = "Precision and device"
 """Titles of groups of options in `--help`; options without a group are under "Options"."""

@@ -14,6 +14,7 @@ from fidelora.atomic import make_folder
 from fidelora.cli.console import (
     DEVICE_PANEL,
     MODEL_PANEL,
+    NEGATIVE_PANEL,
     SAMPLING_PANEL,
     Debug,
     Device,
@@ -217,7 +218,7 @@ def generate(
             "--negative-prompt",
             metavar="TEXT",
             help="Negative prompt.",
-            rich_help_panel=SAMPLING_PANEL,
+            rich_help_panel=NEGATIVE_PANEL,
         ),
     ] = "",
     negative_2: Annotated[
@@ -227,7 +228,7 @@ def generate(
             metavar="TEXT",
             help="Negative prompt of the second text encoder, in models with two; by default the "
             "same as --negative.",
-            rich_help_panel=SAMPLING_PANEL,
+            rich_help_panel=NEGATIVE_PANEL,
         ),
     ] = None,
     emphasis: Annotated[
