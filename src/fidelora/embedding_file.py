@@ -1,7 +1,8 @@
 """Textual-inversion embeddings in adapter files: tensors, word and tokens. Does not import torch.
 
 AI Toolkit and AUTOMATIC1111 store one tensor per text encoder: `emb_params` if the model has one,
-`clip_l` and `clip_g` if it has two. Each has the shape [tokens, width], or [width] for one token.
+`clip_l` and `clip_g` if it has two. diffusers stores one tensor that is named after the token
+(`<sks>`). Each has the shape [tokens, width], or [width] for one token.
 """
 
 from __future__ import annotations
@@ -17,6 +18,22 @@ MAX_TOKENS = 75
 """Maximum number of tokens of an embedding: those of a prompt without its start and end."""
 
 _MAX_WORD_LENGTH = 200
+_NO_WORDS = frozenset({"*", "string_to_param.*"})
+"""Names that conversions of AUTOMATIC1111's `.pt` files give the only tensor."""
+
+
+def embedding_tensors(header: Header) -> dict[str, str]:
+    """Return the keys of an embedding's tensors by their names in AI Toolkit's files.
+
+    The only tensor of a file is an embedding whatever its name is, as in diffusers, AUTOMATIC1111
+    and ComfyUI, unless the name is that of a module's tensor.
+    """
+    found = {key: key for key in header.tensors if key in EMBEDDING_KEYS}
+    if not found and len(header.tensors) == 1:
+        key, info = next(iter(header.tensors.items()))
+        if ("." not in key or key in _NO_WORDS) and 1 <= len(info.shape) <= 2:
+            return {"emb_params": key}
+    return found
 
 
 def is_embedding(header: Header) -> bool:
@@ -24,25 +41,31 @@ def is_embedding(header: Header) -> bool:
 
     The LoRA of a training run with an embedding also contains a copy of the embedding.
     """
-    return bool(header.tensors) and header.tensors.keys() <= EMBEDDING_KEYS
+    return bool(header.tensors) and len(embedding_tensors(header)) == len(header.tensors)
 
 
 def embedding_word(header: Header, name: str) -> str | None:
     """Return the word that stands for an embedding in prompts; None if it is not an embedding.
 
-    The trainer stores the word in the metadata. Files of other programs are named after it.
+    The trainer stores the word in the metadata, and diffusers as the name of the tensor. Files of
+    other programs are named after it.
 
     Args:
         name: name of the file.
     """
     if not is_embedding(header):
         return None
-    return _stored_word(header.metadata) or PurePath(name).stem.encode("utf-8", "replace").decode()
+    if word := _stored_word(header.metadata):
+        return word
+    key = next(iter(header.tensors))
+    if key not in EMBEDDING_KEYS | _NO_WORDS and key.strip() and len(key) <= _MAX_WORD_LENGTH:
+        return key.encode("utf-8", "ignore").decode()
+    return PurePath(name).stem.encode("utf-8", "replace").decode()
 
 
 def token_count(header: Header) -> int:
     """Return the number of tokens of the embedding in a file; 0 if it has none."""
-    shapes = [info.shape for key, info in header.tensors.items() if key in EMBEDDING_KEYS]
+    shapes = [header.tensors[key].shape for key in embedding_tensors(header).values()]
     return max((shape[0] if len(shape) > 1 else 1 for shape in shapes), default=0)
 
 

@@ -13,7 +13,7 @@ from tests.support import merged
 from torch import nn
 from torch.nn import functional
 
-from fidelora.adapters import deltas
+from fidelora.adapters import deltas, products
 from fidelora.adapters.deltas import LohaDelta, LokrDelta, LoraDelta
 
 SCALE, MULTIPLIER = 1 / 3, 0.7
@@ -55,20 +55,21 @@ def test_a_merged_convolution_has_the_same_bits_with_both_methods(monkeypatch, r
     )
     expected = weight + functional.conv2d(down.permute(1, 0, 2, 3), up).permute(1, 0, 2, 3)
     if not same:
-        monkeypatch.setattr(deltas, "_row_products_match", lambda *shapes: False)
+        monkeypatch.setattr(deltas, "row_products_match", lambda *shapes: False)
     assert torch.equal(merged(LoraDelta(1.0, down, up), weight, 1.0), expected)
 
 
 def test_a_matrix_product_with_other_bits_is_detected_and_not_used(monkeypatch):
     down, up, weight = torch.randn(4, 40, 3, 3), torch.randn(72, 4, 1, 1), torch.randn(72, 40, 3, 3)
-    deltas._row_products_match.cache_clear()
-    convolved = deltas._convolved
-    monkeypatch.setattr(
-        deltas, "_convolved", lambda up, down: convolved(up, down).nextafter(torch.tensor(9.0))
-    )
+    products.row_products_match.cache_clear()
+    convolved = products.convolved
+    for module in (products, deltas):
+        monkeypatch.setattr(
+            module, "convolved", lambda up, down: convolved(up, down).nextafter(torch.tensor(9.0))
+        )
     result = merged(LoraDelta(1.0, down, up), weight, 1.0)
-    deltas._row_products_match.cache_clear()
-    assert torch.equal(result, weight + deltas._convolved(up, down))
+    products.row_products_match.cache_clear()
+    assert torch.equal(result, weight + products.convolved(up, down))
     assert differ(result, weight + convolved(up, down))
 
 

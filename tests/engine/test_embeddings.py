@@ -63,6 +63,23 @@ def test_the_word_is_that_of_the_metadata_or_the_file_name(tmp_path, toy):
     assert AdapterRef.from_file(LORA).word is None
 
 
+@pytest.mark.parametrize(
+    ("key", "word"), [("<toy>", "<toy>"), ("*", "other"), ("string_to_param.*", "other")]
+)
+def test_the_only_tensor_of_a_file_is_an_embedding(engine, tmp_path, toy, key, word):
+    tensors = safetensors.torch.load(toy.read_bytes())
+    path = save_adapter(tmp_path / "other.safetensors", {key: tensors["emb_params"]})
+    ref = AdapterRef.from_file(path)
+    assert ref.word == word
+    found = examine_adapter(path)
+    assert (found.usable, found.summary.kind, found.summary.tokens) == (True, "embedding", 2)
+    images = [
+        engine.generate(Recipe(prompt=f"a {one.word} {one.word}_1", adapters=(one,), **SMALL))
+        for one in (AdapterRef.from_file(toy), ref)
+    ]
+    assert (images[0].pixels == images[1].pixels).all()
+
+
 def test_the_adapter_cache_keeps_the_word(tmp_path, toy):
     ref = AdapterCache(tmp_path / "cache", 10**9).keep(toy, "people/toy.safetensors")
     assert (ref.word, ref.name) == ("toy", "toy")
@@ -160,7 +177,7 @@ def test_a_lora_with_a_copy_of_an_embedding_is_a_lora(engine, tmp_path, toy):
         ({"clip_l": (2, 8), "clip_g": (3, 8)}, "2 and 3 tokens"),
         ({"emb_params": (76, 8)}, "at most 75"),
         ({"emb_params": (1, 2, 8)}, r"\[tokens, width\]"),
-        ({"<toy>": (8,)}, "format of diffusers"),
+        ({"clip_l": (2, 8), "clip_l_out": (2, 8)}, "embedding of OneTrainer"),
         ({"bundle_emb.toy.string_to_param.*": (2, 8)}, "format of kohya"),
     ],
     ids=str,

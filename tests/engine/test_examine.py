@@ -108,11 +108,11 @@ def test_missing_and_infinite_alphas_are_reported(examined):
     ("module", "metadata", "words"),
     [
         (
-            ("lora_te1_text_model_encoder_layers_0_self_attn_q_proj", 768, 768),
+            ("lora_te2_text_model_encoder_layers_0_self_attn_q_proj", 1280, 1280),
             {},
             "1 of 2 modules are not in Stable Diffusion 1.5",
         ),
-        (("lora_te1_text_model_encoder_layers_0_self_attn_q_proj", 768, 768), {}, "those of SDXL"),
+        (("lora_te2_text_model_encoder_layers_0_self_attn_q_proj", 8, 8), {}, "those of SDXL"),
         (("lora_unet_x", 8, 8), {"ss_base_model_version": "sdxl_1.0"}, "trained on sdxl_1.0"),
         (("lora_unet_double_blocks_0_img_attn_qkv", 8, 8), {}, "those of FLUX"),
     ],
@@ -126,9 +126,9 @@ def test_keys_of_another_architecture_are_reported(examined, module, metadata, w
 def test_keys_of_no_family_are_reported(examined):
     found = examined(lora(("transformer.single_transformer_blocks.0.attn.to_q", 8, 8)))
     assert (codes(found), found.model) == ([("other_architecture", True)], "")
-    assert (
-        "not in any supported model family; its module names are those of FLUX"
-        in found.problems[0].message
+    assert found.problems[0].message == (
+        "1 of 1 modules are not in any supported model family "
+        "(transformer.single_transformer_blocks.0.attn.to_q); its module names are those of FLUX."
     )
 
 

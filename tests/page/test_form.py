@@ -47,6 +47,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 @st.composite
 def recipes(draw):
     model = draw(st.sampled_from(sorted(all_families())))
+    emphases = ["none", "original"] if "emphasis" in all_families()[model].uses else ["none"]
     return Recipe(
         prompt=draw(TEXTS),
         negative_prompt=draw(TEXTS),
@@ -59,6 +60,7 @@ def recipes(draw):
         sampler=draw(st.sampled_from(sorted(all_families()[model].samplers))),
         adapters=tuple(draw(ADAPTERS)),
         fidelity=draw(st.sampled_from(["exact", "fast"])),
+        emphasis=draw(st.sampled_from(emphases)),
         **NUMERICS,
     )
 
@@ -95,6 +97,7 @@ def test_snippets_contain_the_fields_that_the_form_lacks():
         prompt="a",
         negative_prompt_2="b",
         guidance_rescale=0.7,
+        emphasis="no_norm",
         sampler="tcd",
         timestep_spacing="trailing",
         eta=0.5,
@@ -108,7 +111,8 @@ def test_snippets_contain_the_fields_that_the_form_lacks():
     assert here.digest == recipe.digest
     words = shlex.split(as_command(recipe, ["a.safetensors"], "png"))
     assert {
-        "--negative-2=b", "--guidance-rescale=0.7", "--spacing=trailing", "--eta=0.5",
+        "--negative-2=b", "--guidance-rescale=0.7", "--emphasis=no_norm",
+        "--spacing=trailing", "--eta=0.5",
     } <= set(words)  # fmt: skip
     python = as_python(recipe, ["a.safetensors"], "png", "http://127.0.0.1:8000")
     assert "neg_2='b'" in python

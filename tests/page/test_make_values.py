@@ -60,6 +60,7 @@ FIELDS = {
     "trigger_word": "sks",
     "prompt": "a ball",
     "neg": "",
+    "emphasis": "none",
     "model": "sd15",
     "sampler": "ddpm",
     "sample_steps": 4,

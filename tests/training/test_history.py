@@ -48,8 +48,9 @@ def trainers_weight(
 @pytest.mark.parametrize("multiplier", [1.0, -1.0])
 def test_weights_drift_as_in_the_trainer(tmp_path, multiplier):
     base = load_model_of(Recipe(prompt="", dtype="bfloat16", **SMALL))
-    target = base.targets.find(NAME)
-    assert target is not None
+    name = base.targets.find_name(NAME)
+    assert name is not None
+    target = base.targets.by_name[name]
     out, into = target.weight.shape
     paths = []
     for seed in range(3):

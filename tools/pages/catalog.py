@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from fidelora.adapters import tensor_names as keys
+from fidelora.adapters.formats import KINDS
 from fidelora.families import Family, NoiseSampler, all_families
 
 _ABOUT = """
@@ -19,7 +19,17 @@ part of the package: [`fidelora:miniature`](miniature.md), a Stable Diffusion 1.
 tests and first steps.
 """.strip()
 
-_KIND_TITLES = {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa", "dora": "DoRA"}
+_KIND_TITLES = {
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "lokr": "LoKr",
+    "loha": "LoHa",
+    "glora": "GLoRA",
+    "oft": "OFT and BOFT",
+    "ia3": "(IA)^3",
+    "full": "differences of weights and biases",
+    "norm": "norms",
+}
 
 
 def catalog_page(made: str, folder: Path) -> str:
@@ -70,8 +80,11 @@ def _family(spec: Family) -> Iterator[str]:
         f"* {spec.default_steps} steps, guidance {spec.default_guidance_scale:g}, "
         f"seed {spec.default_seed}, sampler `{spec.default_sampler}`"
     )
-    kinds = ", ".join(_KIND_TITLES.get(kind, kind) for kind in dict.fromkeys(keys._KINDS.values()))
-    yield f"* adapters: {kinds}, in `.safetensors` files with these prefixes of tensor names:"
+    kinds = ", ".join(_KIND_TITLES.get(kind, kind) for kind in KINDS)
+    yield (
+        f"* adapters: [{kinds}](adapter-formats.md), in `.safetensors` files with these prefixes "
+        "of tensor names:"
+    )
     for component in spec.parts:
         if component.adapter_prefixes:
             prefixes = ", ".join(f"`{prefix}`" for prefix in component.adapter_prefixes)

@@ -16,12 +16,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from fidelora.adapters.products import (
+    convolved,
+    matrix_product,
+    product,
+    product_shape,
+    refolded,
+    row_products_match,
+)
 
 Module = nn.Linear | nn.Conv2d
 
@@ -32,22 +40,34 @@ class Delta(ABC):
 
     Attributes:
         scale: alpha / rank, applied in addition to the user's multiplier.
-        is_dora: True for a DoRA. The trainer never merges a DoRA, and DoRA files have no alpha.
+        is_dora: True for a DoRA of AI Toolkit, which is never merged there, and whose files have no
+            alpha.
+        uses_weight: True if the change depends on the weight. The weight then includes the adapters
+            before this one.
     """
 
     scale: float
     is_dora: ClassVar[bool] = False
+    uses_weight: ClassVar[bool] = False
 
     @abstractmethod
     def shape_for(self, weight_shape: torch.Size) -> tuple[int, ...]:
         """Return the weight shape that this delta fits; `weight_shape` itself if the delta fits."""
+
+    def fitted(self, weight_shape: torch.Size) -> Delta:
+        """Return the delta for a weight whose shape it fits, with factors of that many dimensions.
+
+        Call it if `shape_for` returns `weight_shape`.
+        """
+        return self
 
     @abstractmethod
     def change(self, weight: Tensor, multiplier: float) -> Tensor:
         """Return the tensor that merging adds to `weight`, with `scale` and `multiplier` applied.
 
         Args:
-            weight: float32 [out, in] or [out, in, kh, kw], without any adapter.
+            weight: float32 [out, in] or [out, in, kh, kw]; without any adapter, or including the
+                adapters before this one if `uses_weight` is True.
 
         Returns:
             a new float32 tensor in the shape and on the device of `weight`.
@@ -110,6 +130,8 @@ class LoraDelta(Delta):
     """`up @ down`.
 
     Linear: down [rank, in], up [out, rank]; conv: down [rank, in, kh, kw], up [out, rank, 1, 1].
+    Some files store the factors of a convolution as matrices, or those of a linear module as a 1x1
+    convolution. `fitted` then returns the delta with the dimensions of the module.
     """
 
     down: Tensor
@@ -119,7 +141,13 @@ class LoraDelta(Delta):
         return True
 
     def shape_for(self, weight_shape: torch.Size) -> tuple[int, ...]:
-        return (self.up.shape[0], *self.down.shape[1:])
+        return refolded((self.up.shape[0], *self.down.shape[1:]), weight_shape)
+
+    def fitted(self, weight_shape: torch.Size) -> Delta:
+        if self.down.dim() == len(weight_shape):
+            return self
+        up, down = self.up.flatten(1), self.down.reshape(-1, *weight_shape[1:])
+        return replace(self, up=up[:, :, None, None] if down.dim() == 4 else up, down=down)
 
     def change(self, weight: Tensor, multiplier: float) -> Tensor:
         up, down = self.up.to(weight.device), self.down.to(weight.device)
@@ -127,16 +155,16 @@ class LoraDelta(Delta):
         # be summed in another order. Kernels larger than 1 x 1 are convolved.
         is_matrix = down.shape[2:].numel() == 1
         if is_matrix or self.can_change_rows(len(up), weight.device):
-            return self._scaled(_matrix_product(up, down), multiplier)
-        return self._scaled(_convolved(up, down), multiplier)
+            return self._scaled(matrix_product(up, down), multiplier)
+        return self._scaled(convolved(up, down), multiplier)
 
     def can_change_rows(self, rows: int, device: torch.device) -> bool:
-        return device.type == "cpu" and _row_products_match(
+        return device.type == "cpu" and row_products_match(
             self.up.shape, self.down.shape, rows, torch.get_num_threads()
         )
 
     def change_rows(self, rows: slice, multiplier: float, device: torch.device) -> Tensor:
-        product = _matrix_product(self.up[rows].to(device), self.down.to(device))
+        product = matrix_product(self.up[rows].to(device), self.down.to(device))
         return self._scaled(product, multiplier)
 
     def _scaled(self, product: Tensor, multiplier: float) -> Tensor:
@@ -186,6 +214,9 @@ class DoraDelta(LoraDelta):
 
     magnitude: Tensor
     is_dora: ClassVar[bool] = True
+
+    def shape_for(self, weight_shape: torch.Size) -> tuple[int, ...]:
+        return (self.up.shape[0], *self.down.shape[1:])
 
     def change(self, weight: Tensor, multiplier: float) -> Tensor:
         # Equal to `beside` except for rounding. Only `fast` merges a DoRA; the trainer never does.
@@ -264,7 +295,8 @@ class LokrDelta(WeightDelta):
     """A Kronecker product, `kron(w1, w2)`, each factor stored whole or as a product of two.
 
     `w1` [a, b] or (w1_a [a, rank], w1_b [rank, b]);
-    `w2` [c, d] or [c, d, kh, kw] or (w2_a [c, rank], w2_b [rank, d * kh * kw]).
+    `w2` [c, d] or [c, d, kh, kw] or (w2_a [c, rank], w2_b [rank, d * kh * kw]) or the factors of
+    `tucker`.
 
     Attributes:
         is_factorised: True to apply the factors one after the other on linear layers in the live
@@ -291,7 +323,7 @@ class LokrDelta(WeightDelta):
         # two factors, their product is computed in float32 before the cast. If w2 has two factors,
         # they are applied one after the other.
         dtype = out.dtype
-        w1 = _product(self.w1, x.device).to(dtype)
+        w1 = product(self.w1, x.device).to(dtype)
         w2, *low_rank = (factor.to(x.device, dtype) for factor in self.w2)
         blocks = x.to(dtype).reshape(*x.shape[:-1], w1.shape[1], -1)  # [..., b, d]
         for factor in (*low_rank, w2):
@@ -300,13 +332,16 @@ class LokrDelta(WeightDelta):
         return out + delta * torch.tensor(multiplier, dtype=dtype)
 
     def shape_for(self, weight_shape: torch.Size) -> tuple[int, ...]:
-        w1, w2 = _product_shape(self.w1), _product_shape(self.w2)
-        if len(w2) == 4:
-            return (w1[0] * w2[0], w1[1] * w2[1], *w2[2:])
-        return _unflatten((w1[0] * w2[0], w1[1] * w2[1]), weight_shape)
+        w1, w2 = product_shape(self.w1), product_shape(self.w2)
+        return refolded((w1[0] * w2[0], w1[1] * w2[1], *w2[2:]), weight_shape)
+
+    def fitted(self, weight_shape: torch.Size) -> Delta:
+        if len(weight_shape) == 2 and self.w2[0].dim() == 4:  # a matrix stored as a convolution
+            return replace(self, w2=(product(self.w2, self.w2[0].device).flatten(1),))
+        return self
 
     def full(self, weight_shape: torch.Size, device: torch.device) -> Tensor:
-        w1, w2 = _product(self.w1, device), _product(self.w2, device)
+        w1, w2 = product(self.w1, device), product(self.w2, device)
         if w2.dim() == 4:
             w1 = w1.unsqueeze(2).unsqueeze(2)
         return (torch.kron(w1, w2.contiguous()) * self.scale).reshape(weight_shape)
@@ -322,7 +357,7 @@ class LokrDelta(WeightDelta):
 
 @dataclass(frozen=True, eq=False)
 class LohaDelta(WeightDelta):
-    """A Hadamard product, `(w1_a @ w1_b) * (w2_a @ w2_b)`.
+    """A Hadamard product, `(w1_a @ w1_b) * (w2_a @ w2_b)`, or that of two `tucker` products.
 
     The trainer writes no LoHa, so the order of operations is that of LyCORIS.
     """
@@ -331,11 +366,11 @@ class LohaDelta(WeightDelta):
     w2: tuple[Tensor, ...]
 
     def shape_for(self, weight_shape: torch.Size) -> tuple[int, ...]:
-        w1, w2 = _product_shape(self.w1), _product_shape(self.w2)
-        return _unflatten(w1, weight_shape) if w1 == w2 else w1
+        w1, w2 = product_shape(self.w1), product_shape(self.w2)
+        return refolded(w1, weight_shape) if w1 == w2 else w1
 
     def full(self, weight_shape: torch.Size, device: torch.device) -> Tensor:
-        return (_product(self.w1, device) * _product(self.w2, device) * self.scale).reshape(
+        return (product(self.w1, device) * product(self.w2, device) * self.scale).reshape(
             weight_shape
         )
 
@@ -351,55 +386,3 @@ class LohaDelta(WeightDelta):
 def scale_of(alpha: float | None, rank: int) -> float:
     """Return alpha / rank; as in the trainer, an alpha that is missing or 0 means alpha = rank."""
     return alpha / rank if alpha else 1.0
-
-
-def _convolved(up: Tensor, down: Tensor) -> Tensor:
-    """Return `up @ down` for kernels larger than 1 x 1 as the trainer computes it.
-
-    The result [out, in, kh, kw] is not contiguous: it has the strides of a permuted tensor.
-    """
-    return functional.conv2d(down.permute(1, 0, 2, 3), up).permute(1, 0, 2, 3)
-
-
-def _matrix_product(up: Tensor, down: Tensor) -> Tensor:
-    """Return `up @ down` over all but the first dimension of `down`, in the shape of a weight."""
-    return (up.flatten(1) @ down.flatten(1)).view(len(up), *down.shape[1:])
-
-
-@cache
-def _row_products_match(
-    up_shape: torch.Size, down_shape: torch.Size, rows: int, threads: int
-) -> bool:
-    """Return True if products of `rows` rows at a time have the same bits as the trainer's product.
-
-    Every value is a sum with as many terms as the rank, but the matrix library chooses the order of
-    the terms. This function therefore compares products of random factors, once per shape on this
-    processor. Products of a few rows are faster, because the result stays in the CPU cache until it
-    is added to the weight. Even one product of all rows is faster than a convolution, whose result
-    does not have the memory layout of the weight.
-
-    Args:
-        threads: number of threads; the order of the sums may depend on it.
-    """
-    generator = torch.Generator().manual_seed(threads)
-    up, down = (torch.randn(shape, generator=generator) for shape in (up_shape, down_shape))
-    whole = _matrix_product(up, down) if down_shape[2:].numel() == 1 else _convolved(up, down)
-    parts = zip(torch.split(up, rows), torch.split(whole, rows), strict=True)
-    return all(torch.equal(_matrix_product(part, down), expected) for part, expected in parts)
-
-
-def _product(factors: tuple[Tensor, ...], device: torch.device) -> Tensor:
-    whole, *rest = (factor.to(device) for factor in factors)
-    return whole @ rest[0] if rest else whole
-
-
-def _product_shape(factors: tuple[Tensor, ...]) -> tuple[int, ...]:
-    return (
-        tuple(factors[0].shape) if len(factors) == 1 else (factors[0].shape[0], factors[1].shape[1])
-    )
-
-
-def _unflatten(matrix_shape: tuple[int, ...], weight_shape: torch.Size) -> tuple[int, ...]:
-    """Return `weight_shape` if [out, in * kh * kw] is `matrix_shape`, else `matrix_shape`."""
-    fits = matrix_shape[0] == weight_shape[0] and matrix_shape[1] == weight_shape[1:].numel()
-    return tuple(weight_shape) if fits else matrix_shape

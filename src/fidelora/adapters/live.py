@@ -22,8 +22,9 @@ def live_adapters(
 ) -> Iterator[None]:
     """Apply adapters to the base model until the block ends; multiplier 0 skips an adapter.
 
-    On each module, deltas that change its weight (LoHa, LoKr) are applied first, then those that
-    run beside it (LoRA, DoRA, factorised LoKr); within each group the order is that of `adapters`.
+    On each module, deltas that change its weight (LoHa, LoKr, OFT, ...) are applied first, then
+    those that run beside it (LoRA, DoRA of AI Toolkit, factorised LoKr); within each group the
+    order is that of `adapters`. Changes of vectors are not applied here: they are always merged.
 
     Args:
         device: device of the base model.
@@ -32,7 +33,8 @@ def live_adapters(
     for bound, multiplier in adapters:
         if multiplier != 0:
             for name, delta in bound.deltas.items():
-                deltas.setdefault(name, []).append((delta.to(device), multiplier))
+                if name in targets.by_name:
+                    deltas.setdefault(name, []).append((delta.to(device), multiplier))
     with ExitStack() as stack:
         for name, module_deltas in deltas.items():
             target = targets.by_name[name]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fidelora.accel.weight_protocols import AcceptsWeight
 from fidelora.adapters.deltas import Delta
-from fidelora.adapters.targets import BoundAdapter, Target, Targets
+from fidelora.adapters.targets import BoundAdapter, Target, Targets, VectorTarget
 
 Group = Sequence[tuple[Delta, float]]
 """Deltas with multipliers, which are summed in float32 before one cast to the weight's dtype."""
@@ -71,7 +71,7 @@ class MergedAdapters:
                 value of the multiplier, and each result is cast to the weight's dtype.
 
         Returns:
-            number of weights that were written.
+            number of weights and vectors that were written.
         """
         groups = [[(bound, m)] for bound, size in history for m in (size, -abs(size))]
         wanted: dict[str, list[list[tuple[BoundAdapter, float]]]] = {}
@@ -84,22 +84,32 @@ class MergedAdapters:
             for name, merged in by_name.items():
                 wanted.setdefault(name, []).append(merged)
 
-        assert wanted.keys() <= self._targets.by_name.keys(), (
+        targets, vectors = self._targets.by_name, self._targets.vectors
+        assert wanted.keys() <= targets.keys() | vectors.keys(), (
             "the adapter was bound to another model"
         )
         plans: dict[str, Applied] = {
             name: tuple(
                 tuple((bound.identity, m) for bound, m in group) for group in wanted.get(name, [])
             )
-            for name in self._targets.by_name
+            for name in (*targets, *vectors)
         }
-        stale = [name for name, plan in plans.items() if self._applied.get(name, ()) != plan]
-        self._mark_unknown(stale)
-        for name in stale:
-            self._write(
-                self._targets.by_name[name],
-                [[(bound.deltas[name], m) for bound, m in group] for group in wanted.get(name, [])],
-            )
+        changed = [name for name, plan in plans.items() if self._applied.get(name, ()) != plan]
+        stale_vectors = [name for name in changed if name in vectors]
+        # Some modules store their weight together with their bias, so it is written again.
+        with_bias = {vectors[name].module for name in stale_vectors}
+        stale = [
+            name
+            for name, target in targets.items()
+            if self._applied.get(name, ()) != plans[name]
+            or (name in with_bias and isinstance(target.module, AcceptsWeight))
+        ]
+        self._mark_unknown(stale, stale_vectors)
+        for name in (*stale_vectors, *stale):
+            groups_of_target = [
+                [(bound.deltas[name], m) for bound, m in group] for group in wanted.get(name, [])
+            ]
+            self._write(vectors.get(name) or targets[name], groups_of_target)
             if plans[name]:
                 self._applied[name] = plans[name]
             else:
@@ -107,10 +117,10 @@ class MergedAdapters:
         self._adapters = frozenset(
             bound.sha256 for bound, multiplier in adapters if multiplier != 0
         )
-        return len(stale)
+        return len(stale) + len(stale_vectors)
 
-    def _mark_unknown(self, stale: Sequence[str]) -> None:
-        """Mark weights as unknown before they are written.
+    def _mark_unknown(self, stale: Sequence[str], stale_vectors: Sequence[str]) -> None:
+        """Mark weights and vectors as unknown before they are written.
 
         If `apply` is interrupted or runs out of memory, its next call then writes them again.
 
@@ -119,17 +129,17 @@ class MergedAdapters:
         again from its beginning. A gap of only one weight would not be reused for a weight of the
         same size, because the allocation is a little larger to allow for alignment.
         """
-        if stale:
+        if stale or stale_vectors:
             self._adapters = frozenset()
-        self._applied |= dict.fromkeys(stale, _UNKNOWN)
+        self._applied |= dict.fromkeys((*stale, *stale_vectors), _UNKNOWN)
         for name in stale:
             module = self._targets.by_name[name].module
             if isinstance(module, AcceptsWeight):
                 module.release_weight()
 
-    def _write(self, target: Target, groups: Sequence[Group]) -> None:
+    def _write(self, target: Target | VectorTarget, groups: Sequence[Group]) -> None:
         assert target.pristine is not None, "these targets have only names and shapes"
-        if isinstance(target.module, AcceptsWeight):
+        if isinstance(target, Target) and isinstance(target.module, AcceptsWeight):
             target.module.set_weight(partial(self._scratch.merged, target.pristine, groups))
         else:
             merge_into(target.weight, target.pristine, groups)
@@ -188,15 +198,20 @@ def merge_into(weight: Tensor, pristine: Tensor, groups: Sequence[Group]) -> Non
         for part in (slice(start, start + rows) for start in range(0, len(weight), rows)):
             source = pristine[part]
             for group in groups:
-                changes = [delta.change_rows(part, m, weight.device) for delta, m in group]
-                _add(weight[part], _as_loaded(source, weight), changes)
-                source = weight[part]
+                merged = _as_loaded(source, weight)
+                for number, (delta, m) in enumerate(group, start=1):
+                    change = delta.change_rows(part, m, weight.device)
+                    merged = _add(merged, change, weight[part], is_last=number == len(group))
+                source = _written(weight[part], merged)
     else:
         source = pristine
         for group in groups:
             loaded = _as_loaded(source, weight)
-            _add(weight, loaded, [delta.change(loaded, m) for delta, m in group])
-            source = weight
+            merged = loaded
+            for number, (delta, m) in enumerate(group, start=1):
+                change = delta.change(merged if delta.uses_weight else loaded, m)
+                merged = _add(merged, change, weight, is_last=number == len(group))
+            source = _written(weight, merged)
 
 
 def _as_loaded(pristine: Tensor, weight: Tensor) -> Tensor:
@@ -204,12 +219,15 @@ def _as_loaded(pristine: Tensor, weight: Tensor) -> Tensor:
     return pristine.to(weight.device, weight.dtype).to(torch.float32)
 
 
-def _add(weight: Tensor, loaded: Tensor, changes: Sequence[Tensor]) -> None:
-    """Overwrite `weight` with the sum of `loaded` and the changes, added in order."""
-    merged = loaded
-    for number, change in enumerate(changes, start=1):
-        # For a float32 weight, the last sum is written directly to it, which saves a copy.
-        is_last = number == len(changes) and weight.dtype == torch.float32
-        merged = torch.add(merged, change, out=weight if is_last else change)
-    if merged is not weight:
+def _add(merged: Tensor, change: Tensor, weight: Tensor, *, is_last: bool) -> Tensor:
+    """Return the sum in `change`; the last sum is written to `weight` if that is also float32."""
+    return torch.add(
+        merged, change, out=weight if is_last and weight.dtype == torch.float32 else change
+    )
+
+
+def _written(weight: Tensor, merged: Tensor) -> Tensor:
+    """Write `merged` to `weight` unless it was written directly, and return `weight`."""
+    if merged.data_ptr() != weight.data_ptr():
         weight.copy_(merged)
+    return weight

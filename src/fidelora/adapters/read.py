@@ -12,10 +12,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fidelora.adapter_file import AdapterFile
-from fidelora.adapters.deltas import Delta, DoraDelta, LohaDelta, LokrDelta, LoraDelta, scale_of
-from fidelora.adapters.tensor_names import kind_of, modules_of, peft_alpha, trainer_version
-from fidelora.embedding_file import EMBEDDING_KEYS
-from fidelora.errors import AdapterFormatError, NonFiniteWeightsError, WeightsFileError
+from fidelora.adapters.build import Module, Scaling
+from fidelora.adapters.deltas import Delta, LokrDelta
+from fidelora.adapters.peft_metadata import PeftMetadata
+from fidelora.adapters.tensor_names import is_from_trainer, modules_of, trainer_version
+from fidelora.adapters.weight_deltas import FullDelta
+from fidelora.embedding_file import embedding_tensors
+from fidelora.errors import AdapterFormatError, NonFiniteWeightsError, WeightsFileError, some
 
 _FACTORISED_SINCE = (0, 10, 25)
 """First version of AI Toolkit with a factorised live path of LoKr (`LokrDelta.is_factorised`)."""
@@ -28,7 +31,9 @@ class Adapter:
     Attributes:
         sha256: of the file, in hex.
         name: file name without suffix, for error messages.
-        deltas: delta by module name as spelled in the file, in the order of the file's keys.
+        deltas: delta of the weight by module name as spelled in the file, in the order of the
+            file's keys.
+        biases: change of the bias by module name; most files have none.
         metadata: text fields of the file.
         alpha: alpha of DoRA modules, which comes from the recipe because DoRA files do not store
             it; None if the recipe does not set it.
@@ -44,11 +49,17 @@ class Adapter:
     alpha: float | None = None
     embedding: Mapping[str, Tensor] = field(default_factory=dict)
     tensors_sha256: str = ""
+    biases: Mapping[str, FullDelta] = field(default_factory=dict)
 
     @property
     def is_embedding(self) -> bool:
         """True if the file contains only an embedding."""
-        return bool(self.embedding) and not self.deltas
+        return bool(self.embedding) and not self.modules
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of all modules that the adapter changes, as spelled in the file."""
+        return tuple(dict.fromkeys((*self.deltas, *self.biases)))
 
     def with_alpha(self, alpha: float) -> Adapter:
         """Return the same adapter with its DoRA modules scaled by `alpha` / rank.
@@ -58,7 +69,8 @@ class Adapter:
         """
         if not any(delta.is_dora for delta in self.deltas.values()):
             raise AdapterFormatError(
-                f"{self.name} is not a DoRA: its alpha is in its file; leave out alpha."
+                f"{self.name} is not a DoRA of AI Toolkit: its alpha is in its file; leave out "
+                "alpha."
             )
         deltas = {module: delta.with_alpha(alpha) for module, delta in self.deltas.items()}
         return replace(self, deltas=deltas, alpha=alpha)
@@ -66,8 +78,21 @@ class Adapter:
     @property
     def size_bytes(self) -> int:
         """Size of the tensors in memory."""
-        tensors = [tensor for delta in self.deltas.values() for tensor in delta.tensors()]
+        deltas = (*self.deltas.values(), *self.biases.values())
+        tensors = [tensor for delta in deltas for tensor in delta.tensors()]
         return sum(tensor.nbytes for tensor in (*tensors, *self.embedding.values()))
+
+
+def zero_alpha_note(adapter: Adapter) -> str | None:
+    """Return a sentence about modules whose alpha is 0; None if there are none."""
+    idle = [module for module, delta in adapter.deltas.items() if delta.scale == 0]
+    if not idle:
+        return None
+    return (
+        f"{len(idle)} of {len(adapter.modules)} modules have an alpha of 0 ({some(idle)}), so they "
+        "have no effect, as in AUTOMATIC1111, ComfyUI and diffusers. If the program that trained "
+        "the adapter reads 0 as the rank, remove the alpha."
+    )
 
 
 def open_adapter(path: Path) -> AdapterFile:
@@ -122,18 +147,23 @@ def adapter_of(file: AdapterFile, tensors: Mapping[str, Tensor]) -> Adapter:
     modules = modules_of(file.header, file.name)
     tensors = {key: tensor.to(torch.float32) for key, tensor in tensors.items()}
     embedding = {
-        key: tensors[key].reshape(-1, tensors[key].shape[-1])
-        for key in sorted(tensors.keys() & EMBEDDING_KEYS)
+        part: tensors[key].reshape(-1, tensors[key].shape[-1])
+        for part, key in sorted(embedding_tensors(file.header).items())
     }
-    _check_finite(tensors, {**modules, "embedding": {key: key for key in embedding}}, file.name)
-    default_alpha = peft_alpha(file.header.metadata, file.name)
-    deltas = {
-        module: _delta(
-            {part: tensors[key] for part, key in parts.items()}, default_alpha, module, file.name
+    _check_finite(tensors, {**modules, "embedding": embedding_tensors(file.header)}, file.name)
+    metadata = file.header.metadata
+    scaling = Scaling(PeftMetadata(metadata, file.name), zero_is_rank=is_from_trainer(metadata))
+    deltas: dict[str, Delta] = {}
+    biases: dict[str, FullDelta] = {}
+    for name, parts in modules.items():
+        module = Module(
+            {part: tensors[key] for part, key in parts.items()}, name, file.name, scaling
         )
-        for module, parts in modules.items()
-    }
-    version = trainer_version(file.header.metadata)
+        if (delta := module.delta()) is not None:
+            deltas[name] = delta
+        if (bias := module.bias()) is not None:
+            biases[name] = bias
+    version = trainer_version(metadata)
     if version is not None and version >= _FACTORISED_SINCE:
         deltas = {
             module: replace(delta, is_factorised=True) if isinstance(delta, LokrDelta) else delta
@@ -143,9 +173,10 @@ def adapter_of(file: AdapterFile, tensors: Mapping[str, Tensor]) -> Adapter:
         file.sha256,
         Path(file.name).stem,
         deltas,
-        file.header.metadata,
+        metadata,
         embedding=embedding,
         tensors_sha256=file.tensors_sha256,
+        biases=biases,
     )
 
 
@@ -163,53 +194,3 @@ def _check_finite(
                     f"{name} has NaN or infinity in {key}: training diverged or the file is "
                     "damaged; use an earlier checkpoint."
                 )
-
-
-def _delta(
-    tensors: Mapping[str, Tensor], default_alpha: float | None, module: str, name: str
-) -> Delta:
-    kind = kind_of(tensors)
-    alpha = float(tensors["alpha"]) if "alpha" in tensors else default_alpha
-
-    def factors(stem: str) -> tuple[Tensor, ...]:
-        whole = (
-            (tensors[stem],) if stem in tensors else (tensors[f"{stem}_a"], tensors[f"{stem}_b"])
-        )
-        if len(whole) == 2 and (
-            whole[0].dim() != 2 or whole[1].dim() != 2 or whole[0].shape[1] != whole[1].shape[0]
-        ):
-            raise AdapterFormatError(
-                f"{name} has factors of {module} that cannot be multiplied; export it again."
-            )
-        return whole
-
-    if kind in ("lora", "dora"):
-        down, up = tensors["down"], tensors["up"]
-        if (
-            down.dim() not in (2, 4)
-            or up.dim() != down.dim()
-            or up.shape[1:] != (down.shape[0], *[1] * (up.dim() - 2))
-        ):
-            raise AdapterFormatError(
-                f"{name} has shapes of {module} that are not valid for a LoRA: "
-                f"down {list(down.shape)}, up {list(up.shape)}."
-            )
-        if kind == "lora":
-            return LoraDelta(scale_of(alpha, down.shape[0]), down, up)
-        if down.dim() != 2 or tensors["magnitude"].shape != (up.shape[0],):
-            raise AdapterFormatError(
-                f"{name} has shapes of {module} that are not valid for a DoRA, which is supported "
-                "for linear modules only, with one magnitude per output."
-            )
-        return DoraDelta(scale_of(alpha, down.shape[0]), down, up, tensors["magnitude"])
-    if kind == "loha":
-        (w1_a, w1_b), (w2_a, w2_b) = factors("hada_w1"), factors("hada_w2")
-        return LohaDelta(scale_of(alpha, w1_b.shape[0]), (w1_a, w1_b), (w2_a, w2_b))
-    w1, w2 = factors("lokr_w1"), factors("lokr_w2")
-    if w1[0].dim() != 2 or w2[0].dim() not in (2, 4):
-        raise AdapterFormatError(f"{name} has shapes of {module} that are not valid for a LoKr.")
-    if len(w1) == len(w2) == 1:
-        # Both factors are whole: the trainer's scale is 1, and the stored alpha is unused.
-        return LokrDelta(1.0, w1, w2)
-    rank = w2[1].shape[0] if len(w2) == 2 else w1[1].shape[0]
-    return LokrDelta(scale_of(alpha, rank), w1, w2)

@@ -1,17 +1,24 @@
-"""Weights of a base model that adapters can change, and the lookup by names in adapter files."""
+"""Weights of a base model that adapters can change, and the lookup by names in adapter files.
+
+Adapters change the weights of linear and convolutional modules. Some also change vectors: the
+biases of these modules, and the weights and biases of norms.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fidelora.accel.weight_protocols import ProvidesWeight
 from fidelora.adapters.deltas import Delta, Module
+from fidelora.adapters.module_names import canonical_name
 from fidelora.adapters.read import Adapter
+from fidelora.adapters.weight_deltas import FullDelta
 from fidelora.errors import AdapterMismatchError, some
 from fidelora.families import Family, Part
 from fidelora.weights.strict import changeable
@@ -42,11 +49,46 @@ class Target:
 
 
 @dataclass(frozen=True, eq=False)
+class VectorTarget:
+    """One vector that adapters can change: a bias, or the weight of a norm.
+
+    Attributes:
+        name: part, path and parameter, such as `unet.conv_in.bias`.
+        module: name of the target of the same module; empty for norms.
+        weight, pristine: see `Target`.
+    """
+
+    name: str
+    module: str
+    weight: Tensor
+    pristine: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Matches:
+    """Comparison of an adapter's modules with a base model.
+
+    Attributes:
+        deltas: delta by name of its target, for all modules that fit.
+        found: number of modules that exist in the base model.
+        unmatched: modules that do not exist there, or have no such parameter (a bias).
+        repeated: modules whose weight another module of the file also changes.
+        misshapen: sentence about each module of another shape, by module.
+    """
+
+    deltas: Mapping[str, Delta]
+    found: int
+    unmatched: Sequence[str]
+    repeated: Sequence[str]
+    misshapen: Mapping[str, str]
+
+
+@dataclass(frozen=True, eq=False)
 class BoundAdapter:
     """An adapter whose modules were all found in one base model.
 
     Attributes:
-        deltas: delta by name of its target.
+        deltas: delta by name of its target, which may be a `VectorTarget`.
         alpha: see `Adapter.alpha`.
         word: word of an embedding; None for adapters of other kinds.
         vectors: vectors of an embedding, float32 [tokens, width] by text encoder.
@@ -66,6 +108,11 @@ class BoundAdapter:
         if self.word is not None:
             return f"{self.sha256}, word {self.word!r}"
         return self.sha256 if self.alpha is None else f"{self.sha256}, alpha {self.alpha!r}"
+
+    def only(self, names: Collection[str]) -> BoundAdapter:
+        """Return the same adapter with only the changes of these targets."""
+        kept = {name: delta for name, delta in self.deltas.items() if name in names}
+        return replace(self, deltas=kept)
 
     @cached_property
     def components(self) -> frozenset[str]:
@@ -99,6 +146,7 @@ class Targets:
     ) -> None:
         self._family = family
         self.by_name: dict[str, Target] = {}
+        self.vectors: dict[str, VectorTarget] = {}
         self._names_by_flat: dict[str, str] = {}
         self._tables: dict[str, tuple[str, int]] = {}  # part and width by key of embeddings
         for part in family.text_encoders:
@@ -110,15 +158,36 @@ class Targets:
             if not part.adapter_prefixes:
                 continue
             found = dict(changeable(modules[part.name]))
-            others = part.other_names(found) if part.other_names else {}
-            for path, module in found.items():
+            norms = dict(_norms(modules[part.name]))
+            others = part.other_names([*found, *norms]) if part.other_names else {}
+            for path in (*found, *norms):
                 name = f"{part.name}.{path}"
                 for spelling in filter(None, (path, others.get(path))):
                     flat = _flatten(part, spelling)
                     other = self._names_by_flat.setdefault(flat, name)
                     assert other == name, f"{name} and {other} have the same flattened name"
-                kept = pristine[part.name][f"{path}.weight"] if pristine else None
-                self.by_name[name] = Target(name, module, module.weight, module.bias, kept)
+            kept = pristine[part.name] if pristine else {}
+            for path, module in found.items():
+                name = f"{part.name}.{path}"
+                weight = kept.get(f"{path}.weight")
+                self.by_name[name] = Target(name, module, module.weight, module.bias, weight)
+                if module.bias is not None:
+                    self._add_vector(part, path, "bias", module.bias, kept, name)
+            for path, norm in norms.items():
+                for parameter, values in norm.named_parameters(recurse=False):
+                    self._add_vector(part, path, parameter, values, kept)
+
+    def _add_vector(
+        self,
+        part: Part,
+        path: str,
+        parameter: str,
+        values: Tensor,
+        kept: Mapping[str, Tensor],
+        module: str = "",
+    ) -> None:
+        name = f"{part.name}.{path}.{parameter}"
+        self.vectors[name] = VectorTarget(name, module, values, kept.get(f"{path}.{parameter}"))
 
     def bind(self, adapter: Adapter) -> BoundAdapter:
         """Find the target of every module of `adapter`.
@@ -126,25 +195,61 @@ class Targets:
         Raises:
             AdapterMismatchError: a module matches no target, or does not have the target's shape.
         """
-        unmatched: list[str] = []
-        misshapen: list[str] = []
-        deltas: dict[str, Delta] = {}
-        for module, delta in adapter.deltas.items():
-            target = self.find(module)
-            if target is None:
-                unmatched.append(module)
-            elif delta.shape_for(target.weight.shape) != tuple(target.weight.shape):
-                has, needs = list(delta.shape_for(target.weight.shape)), list(target.weight.shape)
-                misshapen.append(f"{module} has the shape {has} instead of {needs}")
-            elif target.name in deltas:
-                unmatched.append(f"{module} (another module of the file has the same target)")
-            else:
-                deltas[target.name] = delta
-        if unmatched or misshapen:
-            raise AdapterMismatchError(self._explain(adapter, unmatched, misshapen))
+        matches = self.match(adapter)
+        if matches.unmatched or matches.repeated or matches.misshapen:
+            raise AdapterMismatchError(self._explain(adapter, matches))
         return BoundAdapter(
-            adapter.sha256, deltas, adapter.alpha, tensors_sha256=adapter.tensors_sha256
+            adapter.sha256,
+            matches.deltas,
+            adapter.alpha,
+            tensors_sha256=adapter.tensors_sha256,
         )
+
+    def match(self, adapter: Adapter) -> Matches:
+        """Compare every module of `adapter` with this base model."""
+        unmatched: list[str] = []
+        repeated: list[str] = []
+        misshapen: dict[str, str] = {}
+        found = 0
+        seen: set[str] = set()
+        deltas: dict[str, Delta] = {}
+        for module in adapter.modules:
+            name = self.find_name(module)
+            if name is None:
+                unmatched.append(module)
+                continue
+            changes: list[tuple[str, Delta]] = []
+            if module in adapter.deltas:
+                weight = name if name in self.by_name else f"{name}.weight"
+                changes.append((weight, adapter.deltas[module]))
+            if module in adapter.biases:
+                changes.append((f"{name}.bias", adapter.biases[module]))
+            shapes = [self._shape(target) for target, _ in changes]
+            if lacks := [
+                target
+                for (target, delta), shape in zip(changes, shapes, strict=True)
+                if shape is None or _is_vector(delta) != (len(shape) == 1)
+            ]:
+                what = "bias" if lacks[0].endswith(".bias") else "weight"
+                unmatched.append(f"{module} (its {what})")
+                continue
+            found += 1
+            for (target, delta), shape in zip(changes, shapes, strict=True):
+                assert shape is not None
+                if delta.shape_for(shape) != tuple(shape):
+                    has, needs = list(delta.shape_for(shape)), list(shape)
+                    misshapen[module] = f"{module} has the shape {has} instead of {needs}"
+                elif target not in seen:
+                    deltas[target] = delta.fitted(shape)
+                if target in seen and module not in repeated:
+                    repeated.append(module)
+                seen.add(target)
+        return Matches(deltas, found, unmatched, repeated, misshapen)
+
+    def _shape(self, target: str) -> torch.Size | None:
+        """Return the shape of a weight or vector; None if its module has no such parameter."""
+        found = self.by_name.get(target) or self.vectors.get(target)
+        return None if found is None else found.weight.shape
 
     def bind_embedding(self, adapter: Adapter, word: str) -> BoundAdapter:
         """Find the text encoder of every tensor of an embedding.
@@ -179,31 +284,56 @@ class Targets:
         own = {key: width for key, (_, width) in self._tables.items()}
         return widths.keys() == own.keys(), widths == own
 
-    def find(self, module: str) -> Target | None:
-        """Return the target that an adapter file calls `module`, or None."""
+    def find_name(self, module: str) -> str | None:
+        """Return part and path of the module that an adapter file calls `module`, or None."""
+        module = canonical_name(module)
         for part in self._family.parts:
             for prefix in part.adapter_prefixes:
                 if module.startswith(prefix):
                     flat = _flatten(part, module.removeprefix(prefix))
                     if flat in self._names_by_flat:
-                        return self.by_name[self._names_by_flat[flat]]
+                        return self._names_by_flat[flat]
         return None
 
-    def _explain(self, adapter: Adapter, unmatched: Sequence[str], misshapen: Sequence[str]) -> str:
+    def _explain(self, adapter: Adapter, matches: Matches) -> str:
+        total = len(adapter.modules)
+        if matches.repeated and not matches.unmatched and not matches.misshapen:
+            return f"{adapter.name} {repeated_modules(matches.repeated, total)}"
         sentences = [f"{adapter.name} does not fit this {self._family.title} base model"]
         made_for = adapter.metadata.get("ss_base_model_version", "")
         if made_for and made_for not in self._family.adapter_base_versions:
             sentences[0] += f" (its metadata says that it was trained on {made_for})"
-        total = len(adapter.deltas)
-        if unmatched:
+        if matches.unmatched:
             sentences.append(
-                f"{len(unmatched)} of {total} modules do not exist in it: {some(unmatched)}"
+                f"{len(matches.unmatched)} of {total} modules do not exist in it: "
+                f"{some(matches.unmatched)}"
             )
-        if misshapen:
+        if matches.misshapen:
             sentences.append(
-                f"{len(misshapen)} of {total} modules have the wrong shape: {some(misshapen)}"
+                f"{len(matches.misshapen)} of {total} modules have the wrong shape: "
+                f"{some(list(matches.misshapen.values()))}"
             )
         return "; ".join(sentences) + ". Use it with the base model that it was trained on."
+
+
+def repeated_modules(modules: Sequence[str], total: int) -> str:
+    """Return the end of the sentence about a file that names modules twice, and what to do."""
+    return (
+        f"names {len(modules)} of its {total} modules twice, in different formats "
+        f"({some(modules)}), as files that were merged from two formats do. Delete one of the two, "
+        "or export the adapter again."
+    )
+
+
+def _is_vector(delta: Delta) -> bool:
+    return isinstance(delta, FullDelta) and delta.difference.dim() == 1
+
+
+def _norms(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the path and the module of each norm with weights."""
+    for path, child in module.named_modules():
+        if isinstance(child, nn.GroupNorm | nn.LayerNorm):
+            yield path, child
 
 
 def _flatten(part: Part, path: str) -> str:

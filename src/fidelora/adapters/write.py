@@ -32,11 +32,16 @@ _SUFFIXES: Mapping[TargetFormat, Mapping[str, str]] = {
         "lokr_w2": "lokr_w2", "lokr_w2_a": "lokr_w2_a", "lokr_w2_b": "lokr_w2_b",
         "hada_w1_a": "hada_w1_a", "hada_w1_b": "hada_w1_b",
         "hada_w2_a": "hada_w2_a", "hada_w2_b": "hada_w2_b",
-        "magnitude": "dora_scale",
+        "hada_t1": "hada_t1", "hada_t2": "hada_t2", "lokr_t2": "lokr_t2",
+        "mid": "lora_mid.weight", "magnitude": "dora_scale", "dora_scale": "dora_scale",
+        "a1": "a1.weight", "a2": "a2.weight", "b1": "b1.weight", "b2": "b2.weight",
+        "oft_blocks": "oft_blocks", "rescale": "rescale", "ia3": "weight", "on_input": "on_input",
+        "diff": "diff", "diff_b": "diff_b", "w_norm": "w_norm", "b_norm": "b_norm",
     },
     # The alpha of PEFT is in the metadata. diffusers loads no LoHa, and a LoKr only without alpha.
     "peft": {
-        "down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_magnitude_vector",
+        "down": "lora_A.weight", "up": "lora_B.weight", "up_bias": "lora_B.bias",
+        "magnitude": "lora_magnitude_vector", "peft_magnitude": "lora_magnitude_vector",
     },
 }  # fmt: skip
 """Key suffix by part; a part that is missing here cannot be expressed."""

@@ -9,9 +9,9 @@ from typing import cast
 
 from fidelora.adapters.library import AdapterLibrary
 from fidelora.adapters.live import live_adapters
-from fidelora.adapters.read import Adapter
+from fidelora.adapters.read import Adapter, zero_alpha_note
 from fidelora.adapters.targets import BoundAdapter
-from fidelora.engine.examine import refuse_other_family, say_where_it_belongs
+from fidelora.engine.adapter_family import check_family, say_where_it_belongs
 from fidelora.engine.model import LoadedModel
 from fidelora.errors import AdapterFormatError, AdapterMismatchError
 from fidelora.families.protocols import Embedding, ExtendableText
@@ -54,9 +54,12 @@ def _bind_all(
         adapter = library.get(ref)
         if ref.alpha is not None:
             adapter = adapter.with_alpha(ref.alpha)
-        refuse_other_family(adapter, model.family)
+        if note := check_family(adapter, model.family):
+            warnings.append(f"{adapter.name}: {note}")
+        if note := zero_alpha_note(adapter):
+            warnings.append(f"{adapter.name}: {note}")
         _check_word(adapter, ref)
-        if adapter.embedding and adapter.deltas and not any(other.word for other in refs):
+        if adapter.embedding and adapter.modules and not any(other.word for other in refs):
             warnings.append(
                 f"{adapter.name} also contains an embedding, but not its word, so the "
                 "embedding is not used; add the embedding's own file."
@@ -82,7 +85,12 @@ def with_adapters(model: LoadedModel, recipe: Recipe, bound: Bound) -> Iterator[
         for one, multiplier in bound.adapters
         if recipe.adapter_mode == "live" or (one.is_dora and recipe.fidelity == "exact")
     ]
-    merged = [pair for pair in bound.adapters if pair not in live]
+    vectors = model.targets.vectors
+    merged = [
+        (one.only(vectors), multiplier) if (one, multiplier) in live else (one, multiplier)
+        for one, multiplier in bound.adapters
+        if (one, multiplier) not in live or not one.deltas.keys().isdisjoint(vectors)
+    ]
     model.merged.apply(merged, [pair for pair in bound.history if not pair[0].is_dora])
     with live_adapters(model.targets, live, model.device):
         yield

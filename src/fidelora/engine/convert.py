@@ -10,9 +10,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from fidelora.adapters.formats import kind_of
 from fidelora.adapters.read import Adapter, adapter_of, open_adapter, stored_tensors
-from fidelora.adapters.targets import Target
-from fidelora.adapters.tensor_names import kind_of, modules_of
+from fidelora.adapters.tensor_names import modules_of
+from fidelora.adapters.weight_deltas import DecomposedDelta
 from fidelora.adapters.write import (
     ModuleParts,
     NamedTensors,
@@ -20,7 +21,7 @@ from fidelora.adapters.write import (
     file_bytes,
     in_format,
 )
-from fidelora.engine.examine import default_targets
+from fidelora.engine.adapter_family import default_targets
 from fidelora.errors import AdapterConversionError, some
 from fidelora.families import Family, all_families, get_family
 
@@ -101,7 +102,7 @@ def _families(adapter: Adapter, model: str | None) -> list[Family]:
 
     These are the families with all its modules, and of these, if there are any, those in which all
     modules have the same shapes. If one of them is the family in the adapter's metadata, only that
-    one is returned.
+    one is returned; else those whose usual names the file has, if there are any.
 
     Raises:
         AdapterConversionError: a module is in none of the families.
@@ -111,33 +112,42 @@ def _families(adapter: Adapter, model: str | None) -> list[Family]:
     fitting: dict[str, bool] = {}  # whether all shapes are the same
     for family in candidates:
         found = _targets_by_module(adapter, family)
-        missing = [module for module in adapter.deltas if module not in found]
+        missing = [module for module in adapter.modules if module not in found]
         if missing:
             unknown = missing if not unknown or len(missing) < len(unknown) else unknown
         else:
-            fitting[family.id] = _has_same_shapes(adapter, found)
+            fitting[family.id] = _has_same_shapes(adapter, family)
     if not fitting:
         raise AdapterConversionError(
-            f"{len(unknown)} of {len(adapter.deltas)} modules of {adapter.name} are not in "
+            f"{len(unknown)} of {len(adapter.modules)} modules of {adapter.name} are not in "
             f"{get_family(model).title if model else 'any supported model family'}, so their names "
             f"cannot be converted: {some(unknown)}."
         )
     best = [get_family(name) for name, same in fitting.items() if same == any(fitting.values())]
     made_for = adapter.metadata.get("ss_base_model_version", "")
-    return [one for one in best if made_for in one.adapter_base_versions] or best
+    best = [one for one in best if made_for in one.adapter_base_versions] or best
+    return [one for one in best if _has_own_names(adapter, one)] or best
 
 
-def _targets_by_module(adapter: Adapter, family: Family) -> dict[str, Target]:
-    """Return the target of each module in the family's default base; others are left out.
+def _has_own_names(adapter: Adapter, family: Family) -> bool:
+    """Return True if all names begin as the family's usually do; families accept others, too."""
+    starts = [
+        start for part in family.parts for start in (*part.adapter_prefixes[:1], f"{part.name}.")
+    ]
+    return all(module.startswith(tuple(starts)) for module in adapter.modules)
+
+
+def _targets_by_module(adapter: Adapter, family: Family) -> dict[str, str]:
+    """Return part and path of each module in the family's default base; others are left out.
 
     Raises:
         AdapterConversionError: two modules of the file have the same target.
     """
     targets = default_targets(family.id)
-    looked_up = {module: targets.find(module) for module in adapter.deltas}
-    found = {module: target for module, target in looked_up.items() if target is not None}
-    counts = Counter(target.name for target in found.values())
-    if twice := [module for module, target in found.items() if counts[target.name] > 1]:
+    looked_up = {module: targets.find_name(module) for module in adapter.modules}
+    found = {module: name for module, name in looked_up.items() if name is not None}
+    counts = Counter(found.values())
+    if twice := [module for module, name in found.items() if counts[name] > 1]:
         raise AdapterConversionError(
             f"{adapter.name} names a module of the base model twice ({some(twice)}); export it "
             "again."
@@ -145,12 +155,10 @@ def _targets_by_module(adapter: Adapter, family: Family) -> dict[str, Target]:
     return found
 
 
-def _has_same_shapes(adapter: Adapter, found: Mapping[str, Target]) -> bool:
+def _has_same_shapes(adapter: Adapter, family: Family) -> bool:
     """Return True if all modules of the adapter have the shapes of their targets."""
-    return all(
-        adapter.deltas[module].shape_for(target.weight.shape) == tuple(target.weight.shape)
-        for module, target in found.items()
-    )
+    matches = default_targets(family.id).match(adapter)
+    return not matches.unmatched and not matches.misshapen
 
 
 def _module_parts(
@@ -162,11 +170,11 @@ def _module_parts(
     found = _targets_by_module(adapter, family)
     # The original code numbers blocks consecutively, which depends on the base model. Its names are
     # therefore used only if all shapes show that the base model is like the family's default.
-    originals = _original_paths(family) if _has_same_shapes(adapter, found) else {}
+    originals = _original_paths(family) if _has_same_shapes(adapter, family) else {}
     by_name = {part.name: part for part in family.parts}
     modules = []
     for module, keys in parts.items():
-        target = found[module].name
+        target = found[module]
         part_name, _, path = target.partition(".")
         modules.append(
             ModuleParts(
@@ -175,11 +183,19 @@ def _module_parts(
                 path,
                 kind_of(keys),
                 {name: stored[key] for name, key in keys.items()},
-                adapter.deltas[module].scale,
+                _scale(adapter, module),
                 originals.get(target, ""),
             )
         )
     return modules
+
+
+def _scale(adapter: Adapter, module: str) -> float:
+    """Return alpha / rank of a module; 1 if its kind has no alpha."""
+    delta = adapter.deltas.get(module)
+    if isinstance(delta, DecomposedDelta):
+        delta = delta.inner
+    return 1.0 if delta is None else delta.scale
 
 
 def _original_paths(family: Family) -> dict[str, str]:

@@ -3,45 +3,45 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
 
 from fidelora.adapter_file import AdapterFile
-from fidelora.adapters.read import Adapter, adapter_of, stored_tensors
-from fidelora.adapters.targets import Targets
-from fidelora.adapters.tensor_names import modules_of, peft_alpha
-from fidelora.embedding_file import EMBEDDING_KEYS
-from fidelora.errors import (
-    AdapterError,
-    AdapterMismatchError,
-    WeightsFileError,
-    some,
-)
-from fidelora.families import Family, all_families, get_family
+from fidelora.adapters.formats import SCALED_KINDS, kind_of
+from fidelora.adapters.module_names import is_original_name
+from fidelora.adapters.peft_metadata import PeftMetadata
+from fidelora.adapters.read import Adapter, adapter_of, stored_tensors, zero_alpha_note
+from fidelora.adapters.targets import repeated_modules
+from fidelora.adapters.tensor_names import is_from_trainer, modules_of
+from fidelora.engine.adapter_family import FamilyFit, best_family, metadata_note, size_of
+from fidelora.errors import AdapterError, WeightsFileError, some
+from fidelora.families import get_family
 from fidelora.loras.describe import AdapterSummary, describe_adapter, describe_header
 from fidelora.recipe import file_sha256
 from fidelora.safetensors_header import Header
-from fidelora.weights.files import read_config
-from fidelora.weights.strict import empty_part
 
 ProblemCode = Literal[
     "unusable", "not_finite", "other_architecture", "other_base", "nothing_learned",
-    "partly_learned", "infinite_alpha", "missing_alpha",
+    "partly_learned", "infinite_alpha", "missing_alpha", "zero_alpha", "repeated_module",
 ]  # fmt: skip
 
 _FAMILIES = {
-    "SDXL": ("lora_te1_", "lora_te2_", "input_blocks_", "output_blocks_"),
-    "FLUX": ("double_blocks", "single_blocks", "single_transformer_blocks"),
-    "Stable Diffusion 3": ("joint_blocks", "transformer_blocks_0_ff_context"),
-    "Wan": ("self_attn_q", "self_attn.q"),
+    "SDXL": ("Stable Diffusion XL", ("lora_te2_", "text_encoder_2.", "add_embedding", "label_emb")),
+    "FLUX": ("", ("double_blocks", "single_blocks", "single_transformer_blocks")),
+    "Stable Diffusion 3": ("", ("joint_blocks", "transformer_blocks_0_ff_context")),
+    "Wan": ("", ("blocks_0_self_attn_q", "blocks.0.self_attn.q")),
 }
-"""Parts of module names by model family, used only to suggest the model of an unusable file."""
+"""Title of a supported family, and parts of its module names. They are used only to suggest the
+model of an unusable file."""
 
+_ORIGINAL_NAMES = (
+    "those of the original code, which Stable Diffusion 1.5, SDXL, the SDXL refiner and distilled "
+    "models such as SSD-1B share"
+)
 
 _NO_ALPHA = 1e10
 """Alpha that the trainer stores for LoKr modules with whole factors; infinite in float16."""
@@ -66,8 +66,8 @@ class Examination:
 
     Attributes:
         summary: contents of the header.
-        alphas: distinct alphas of the modules, ascending; may contain infinity.
-        model: id of the family with the largest number of the adapter's modules, compared by name;
+        alphas: distinct alphas of the modules, ascending; may contain infinity and NaN.
+        model: id of the family with the largest number of the adapter's modules (`best_family`);
             empty if no family has any of them.
         matched: number of modules that exist in this family; for an embedding, number of tensors.
         same_shapes: number of these modules that also fit the shapes of the family's default base.
@@ -102,26 +102,35 @@ def examine_adapter(path: Path) -> Examination:
     if summary.problems:
         return _unusable(file.sha256, summary)
     modules = modules_of(header, path.name)
-    tensors = stored_tensors(file)
+    # Few operations support float8.
+    tensors = {key: tensor.float() for key, tensor in stored_tensors(file).items()}
     alphas = {
         module: float(tensors[parts["alpha"]])
         for module, parts in modules.items()
         if "alpha" in parts
     }
     problems = (*_numbers(modules, tensors), *_alphas(modules, alphas, header, path.name))
-    model = ""
-    matched = same_shapes = 0
+    fit = FamilyFit("")
     if not any(problem.unusable for problem in problems):
         try:
             adapter = adapter_of(file, tensors)
         except (AdapterError, WeightsFileError) as error:  # factors whose shapes do not match
             problems = (*problems, Problem("unusable", str(error), True))
         else:
-            model, matched, same_shapes = _family(adapter)
-            problems = (*problems, *_fit(adapter, summary, model, matched, same_shapes))
-    different_alphas = tuple(sorted(set(alphas.values())))
+            fit = best_family(adapter)
+            problems = (
+                *problems,
+                *_zero_alphas(adapter, alphas),
+                *_fit_problems(adapter, summary, fit),
+            )
     return Examination(
-        file.sha256, summary, different_alphas, model, matched, same_shapes, problems
+        file.sha256,
+        summary,
+        _distinct(tuple(alphas.values())),
+        fit.model,
+        fit.matched,
+        fit.same_shapes,
+        problems,
     )
 
 
@@ -134,11 +143,10 @@ def _numbers(
     modules: Mapping[str, Mapping[str, str]], tensors: Mapping[str, Tensor]
 ) -> Iterator[Problem]:
     """Yield problems of the values: NaN, and factors of zeros, which give a module no effect."""
-    factors = {
-        module: [key for part, key in parts.items() if part != "alpha"]
-        for module, parts in modules.items()
-    } | {key: [key] for key in tensors.keys() & EMBEDDING_KEYS if not modules}
-    broken = [key for keys in factors.values() for key in keys if not tensors[key].isfinite().all()]
+    keys = [
+        key for parts in modules.values() for part, key in parts.items() if part != "alpha"
+    ] or list(tensors)
+    broken = [key for key in keys if not tensors[key].isfinite().all()]
     if broken:
         yield Problem(
             "not_finite",
@@ -147,20 +155,41 @@ def _numbers(
             True,
         )
     idle = [
-        module for module, keys in factors.items() if not all(tensors[key].any() for key in keys)
+        module
+        for module, parts in modules.items()
+        if _is_idle(parts, {part for part, key in parts.items() if not tensors[key].any()})
     ]
-    if len(idle) == len(factors) and modules:
+    if idle and len(idle) == len(modules):
         message = (
             "Nothing was learned: every module has a factor of zeros, so images are the same as "
             "without the adapter."
         )
         yield Problem("nothing_learned", message, False)
-    elif idle and modules:
+    elif idle:
         yield Problem(
             "partly_learned",
             f"{len(idle)} of {len(modules)} modules have no effect ({some(idle)}).",
             False,
         )
+
+
+def _is_idle(parts: Collection[str], zeros: Set[str]) -> bool:
+    """Return True if a module with these parts has no effect because `zeros` contain only zeros."""
+    vectors = {"diff_b", "up_bias"} & set(parts)
+    if not vectors <= zeros:
+        return False
+    match kind_of(parts):
+        case "full" | "norm":
+            return set(parts) - {"alpha"} <= zeros
+        case "glora":
+            return bool({"a1", "a2"} & zeros) and bool({"b1", "b2"} & zeros)
+        case "oft":
+            return "oft_blocks" in zeros and "rescale" not in parts
+        case "ia3":
+            return "ia3" in zeros
+        case _:  # a magnitude of LyCORIS or PEFT has an effect without the other factors
+            is_decomposed = "dora_scale" in parts or "peft_magnitude" in parts
+            return not is_decomposed and bool(zeros - {"alpha"} - vectors)
 
 
 def _alphas(
@@ -188,12 +217,19 @@ def _alphas(
             False,
         )
     try:
-        for_all = peft_alpha(header.metadata, name)
+        metadata = PeftMetadata(header.metadata, name)
+        missing = [
+            module
+            for module, parts in modules.items()
+            if kind_of(parts) in SCALED_KINDS
+            and module not in alphas
+            and module not in whole
+            and metadata.alpha_of(module) is None
+        ]
     except (AdapterError, WeightsFileError) as error:
         yield Problem("unusable", str(error), True)
         return
-    missing = [module for module in modules if module not in alphas and module not in whole]
-    if missing and for_all is None:
+    if missing:
         message = (
             f"{len(missing)} of {len(modules)} modules have no alpha ({some(missing)}); their rank "
             "is used instead."
@@ -206,140 +242,98 @@ def _alphas(
         yield Problem("missing_alpha", message, False)
 
 
-def say_where_it_belongs(
-    adapter: Adapter, spec: Family, error: AdapterMismatchError
-) -> AdapterMismatchError:
-    """Return an error that names the adapter's family if its modules identify it, else `error`."""
-    if adapter.metadata.get("ss_base_model_version"):
-        return error  # metadata is more reliable; see `refuse_other_family`
-    model, matched, _ = _family(adapter)
-    return (
-        _belongs_to(adapter, get_family(model), spec)
-        if model and matched == _size(adapter) and model != spec.id
-        else error
-    )
-
-
-def refuse_other_family(adapter: Adapter, spec: Family) -> None:
-    """Raise if the adapter's metadata names another supported family, even if its modules fit.
-
-    Raises:
-        AdapterMismatchError: the metadata names another family.
-    """
-    made_for = adapter.metadata.get("ss_base_model_version", "")
-    other = next(
-        (one for one in all_families().values() if made_for in one.adapter_base_versions), spec
-    )
-    if other != spec:
-        raise _belongs_to(adapter, other, spec)
-
-
-def _belongs_to(adapter: Adapter, other: Family, spec: Family) -> AdapterMismatchError:
-    return AdapterMismatchError(
-        f"{adapter.name} is an adapter for {other.title}, but the base model is of family "
-        f"{spec.title}. Use the adapter with model {other.id}."
-    )
-
-
-def _family(adapter: Adapter) -> tuple[str, int, int]:
-    """Return `model`, `matched` and `same_shapes` of `Examination`."""
-    best = ("", 0, 0)
-    for model in all_families():
-        targets = default_targets(model)
-        if adapter.is_embedding:
-            matches, fits = targets.match_embedding(adapter)
-            size = _size(adapter)
-            best = max(best, (model, matches * size, fits * size), key=lambda one: one[1:])
-            continue
-        found = [
-            (delta, target)
-            for module, delta in adapter.deltas.items()
-            if (target := targets.find(module))
-        ]
-        same = sum(
-            delta.shape_for(target.weight.shape) == tuple(target.weight.shape)
-            for delta, target in found
+def _zero_alphas(adapter: Adapter, alphas: Mapping[str, float]) -> Iterator[Problem]:
+    """Yield a note if modules have an alpha of 0, whose meaning differs between programs."""
+    if note := zero_alpha_note(adapter):
+        yield Problem("zero_alpha", note[0].upper() + note[1:], False)
+    elif is_from_trainer(adapter.metadata) and 0 in alphas.values():
+        message = (
+            "An alpha of 0 is read as the rank, as AI Toolkit reads it. In AUTOMATIC1111, ComfyUI "
+            "and diffusers, these modules have no effect."
         )
-        best = max(best, (model, len(found), same), key=lambda one: one[1:])
-    return best
+        yield Problem("zero_alpha", message, False)
 
 
-def _size(adapter: Adapter) -> int:
-    """Return the number of modules of an adapter, or of tensors of an embedding."""
-    return len(adapter.embedding if adapter.is_embedding else adapter.deltas)
+def _distinct(alphas: Sequence[float]) -> tuple[float, ...]:
+    """Return the distinct alphas, ascending; NaN at most once and last."""
+    numbers = sorted({alpha for alpha in alphas if not math.isnan(alpha)})
+    return (*numbers, math.nan) if any(map(math.isnan, alphas)) else tuple(numbers)
 
 
-@cache
-def default_targets(model: str) -> Targets:
-    """Return the targets of a family's default base."""
-    family = get_family(model)
-    modules = {
-        part.name: empty_part(part, read_config(family.layout / part.name / "config.json"))
-        for part in family.parts
-        if part.adapter_prefixes
-    }
-    return Targets(family, modules)
-
-
-def _fit(
-    adapter: Adapter, summary: AdapterSummary, model: str, matched: int, same_shapes: int
-) -> Iterator[Problem]:
+def _fit_problems(adapter: Adapter, summary: AdapterSummary, fit: FamilyFit) -> Iterator[Problem]:
     """Yield a problem if the adapter fits no supported family, or not its default base."""
-    total = _size(adapter)
+    total = size_of(adapter)
     if adapter.is_embedding:
-        yield from _fit_embedding(adapter, model, matched, same_shapes)
+        yield from _fit_embedding(adapter, fit)
         return
-    if matched < total:
-        probably = next(
-            (
-                family
-                for family, marks in _FAMILIES.items()
-                if any(m in name for m in marks for name in adapter.deltas)
-            ),
-            "",
+    if fit.matched < total:
+        where = (
+            f"in {get_family(fit.model).title}" if fit.model else "in any supported model family"
         )
-        if summary.base and not (model and summary.base in get_family(model).adapter_base_versions):
-            made_for = f"; its metadata says that it was trained on {summary.base}"
-        else:
-            made_for = f"; its module names are those of {probably}" if probably else ""
-        where = f"in {get_family(model).title}" if model else "in any supported model family"
         yield Problem(
             "other_architecture",
-            f"{total - matched} of {total} modules are not {where}{made_for}.",
+            f"{total - fit.matched} of {total} modules are not {where} ({some(fit.unmatched)})"
+            f"{_made_for(adapter, summary, fit)}.",
             True,
         )
         return
-    spec = get_family(model)
-    if 0 < same_shapes < matched:
+    if fit.repeated:
+        yield Problem("repeated_module", f"It {repeated_modules(fit.repeated, total)}", True)
+        return
+    spec = get_family(fit.model)
+    if 0 < fit.same_shapes < fit.matched:
         message = (
-            f"{matched - same_shapes} of {matched} modules have other shapes than in "
+            f"{fit.matched - fit.same_shapes} of {fit.matched} modules have other shapes than in "
             f"{spec.title}. The adapter was trained on a variant (for example, "
             "Stable Diffusion 2 has wider prompt embeddings) and fits only that variant."
         )
         yield Problem("other_base", message, True)
     elif summary.base and summary.base not in spec.adapter_base_versions:
-        yield Problem(
-            "other_base",
-            f"Its metadata says that it was trained on {summary.base}, which is not {spec.title}.",
-            False,
+        yield Problem("other_base", metadata_note(summary.base, spec), False)
+    elif fit.same_shapes == 0 and all(map(is_original_name, adapter.modules)):
+        message = (
+            f"None of its modules has the shape that it has in {spec.title}, and its module names "
+            f"are {_ORIGINAL_NAMES}. It fits only the base model that it was trained on."
         )
+        yield Problem("other_base", message, False)
 
 
-def _fit_embedding(
-    adapter: Adapter, model: str, matched: int, same_shapes: int
-) -> Iterator[Problem]:
+def _made_for(adapter: Adapter, summary: AdapterSummary, fit: FamilyFit) -> str:
+    """Return a hint at the model of an adapter that does not fit, as the end of a sentence."""
+    versions = get_family(fit.model).adapter_base_versions if fit.model else ()
+    if summary.base and summary.base not in versions:
+        return f"; its metadata says that it was trained on {summary.base}"
+    title = get_family(fit.model).title if fit.model else ""
+    probably = next(
+        (
+            name
+            for name, (own_title, marks) in _FAMILIES.items()
+            if own_title != title
+            and any(mark in module for mark in marks for module in adapter.modules)
+        ),
+        "",
+    )
+    if probably:
+        return f"; its module names are those of {probably}"
+    if any(map(is_original_name, adapter.modules)):
+        return f"; its module names are {_ORIGINAL_NAMES}"
+    return ""
+
+
+def _fit_embedding(adapter: Adapter, fit: FamilyFit) -> Iterator[Problem]:
     widths = " and ".join(str(vectors.shape[1]) for vectors in adapter.embedding.values())
-    if not matched:
+    if not fit.matched:
         yield Problem(
             "other_architecture",
             f"It is an embedding for other text encoders ({', '.join(adapter.embedding)}) than "
             "those of the supported model families.",
             True,
         )
-    elif not same_shapes:
+    elif not fit.same_shapes:
         yield Problem(
             "other_base",
-            f"Its vectors have {widths} numbers each, unlike those of {get_family(model).title}. "
-            "The embedding fits only the base model that it was trained on.",
+            f"Its vectors have {widths} numbers each, unlike those of "
+            f"{get_family(fit.model).title}. The embedding fits only the base model that it was "
+            "trained on.",
             False,
         )

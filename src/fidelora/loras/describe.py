@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fidelora.adapters.tensor_names import kind_of, modules_of
-from fidelora.embedding_file import EMBEDDING_KEYS, embedding_word, token_count
+from fidelora.adapters.formats import kind_of
+from fidelora.adapters.tensor_names import modules_of
+from fidelora.embedding_file import embedding_tensors, embedding_word, token_count
 from fidelora.errors import AdapterError, WeightsFileError
 from fidelora.safetensors_header import Header, read_file_header
 from fidelora.texts import cleaned
 
-_TEXT_ENCODER = ("lora_te", "text_encoder", "te_")
+_TEXT_ENCODER = ("lora_te", "text_encoder", "text_model.", "te_", "clip_l.", "clip_g.")
 _MAX_TRIGGER = 200
 _MAX_STEP = 10**15
 
@@ -27,8 +28,8 @@ class AdapterSummary:
     """Summary of an adapter's header.
 
     Attributes:
-        kind: `lora`, `dora`, `lokr`, `loha`, `embedding`, several of them joined by `+`; empty if
-            the file is not an adapter.
+        kind: `lora`, `dora`, `lokr`, `loha`, `glora`, `oft`, `ia3`, `full`, `norm`, `embedding`,
+            several of them joined by `+`; empty if the file is not an adapter.
         modules: number of modules of the base model that the adapter changes.
         ranks: distinct ranks, ascending; empty if no module has a rank (LoKr with whole factors).
         dtypes: dtypes of the tensors, spelled as in the file (`F16`, `BF16`, `F32`).
@@ -78,7 +79,9 @@ def describe_header(header: Header, name: str) -> AdapterSummary:
     step, epoch = _training(metadata)
     kinds = {kind_of(parts) for parts in modules.values()}
     keys = [key for parts in modules.values() for key in parts.values()]
-    if not problems and (found := header.tensors.keys() & EMBEDDING_KEYS):
+    if any("dora_scale" in parts for parts in modules.values()):
+        kinds.add("dora")
+    if not problems and (found := embedding_tensors(header).values()):
         kinds.add("embedding")
         keys += found
     return AdapterSummary(
@@ -104,6 +107,9 @@ def describe_header(header: Header, name: str) -> AdapterSummary:
 
 def _rank(parts: Mapping[str, str], header: Header) -> int | None:
     """Return the inner dimension of a module's factors; None if it has whole factors."""
+    if "a2" in parts:
+        shapes = [header.tensors[parts[part]].shape for part in ("a1", "a2")]
+        return min(number for shape in shapes for number in shape[:2])
     for part in ("down", "lokr_w2_b", "lokr_w1_b", "hada_w1_b"):
         if part in parts and header.tensors[parts[part]].shape:
             return header.tensors[parts[part]].shape[0]

@@ -1,7 +1,8 @@
 """Names of the UNet's modules in the original code of Stable Diffusion.
 
 kohya's trainer and compatible tools use these names in SDXL adapters, for example
-`lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q`.
+`lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q`, and ComfyUI and OneTrainer also in
+adapters of Stable Diffusion 1.5.
 Source: https://github.com/Stability-AI/generative-models,
 `sgm/modules/diffusionmodules/openaimodel.py`, `UNetModel`.
 """
@@ -17,9 +18,12 @@ _TOP = {
     "time_embedding.linear_2": "time_embed.2",
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
+    "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
 _RESNET = {
+    "norm1": "in_layers.0",
+    "norm2": "out_layers.0",
     "conv1": "in_layers.2",
     "time_emb_proj": "emb_layers.1",
     "conv2": "out_layers.3",

@@ -95,7 +95,8 @@ _UNET = {
     "weights": "diffusion_pytorch_model",
     "precision": "dtype",
     "checkpoint_prefix": "model.diffusion_model.",
-    "adapter_prefixes": ("lora_unet_", "lycoris_", "unet."),
+    "adapter_prefixes": ("lora_unet_", "lycoris_", "oft_unet_", "unet.", "diffusion_model."),
+    "other_names": original_names,
 }
 _VAE = Part(
     name="vae",
@@ -112,7 +113,8 @@ def _text_encoder(
     name: str,
     class_name: str,
     checkpoint_prefix: str,
-    kohya_prefix: str,
+    kohya_prefixes: tuple[str, ...],
+    clip_name: str,
     tokenizer: Tokenizer,
     embedding_key: str,
 ) -> Part:
@@ -124,7 +126,13 @@ def _text_encoder(
         weights="model",
         precision="text_encoder_dtype",
         checkpoint_prefix=checkpoint_prefix,
-        adapter_prefixes=(kohya_prefix, f"{name}."),
+        # ComfyUI's own names, and those of OneTrainer's OMI format.
+        adapter_prefixes=(
+            *kohya_prefixes,
+            f"{name}.",
+            f"text_encoders.{clip_name}.transformer.",
+            f"{clip_name}.",
+        ),
         # transformers 5.2x removed `text_model.` from the module names; files and adapters exist
         # with and without it.
         optional_prefix="text_model.",
@@ -168,8 +176,8 @@ SD15 = Family(
     uses=_COMMON_USES,
     parts=(
         _text_encoder(
-            "text_encoder", "CLIPTextModel", "cond_stage_model.transformer.", "lora_te_",
-            _FIRST_TOKENIZER, "emb_params",
+            "text_encoder", "CLIPTextModel", "cond_stage_model.transformer.",
+            ("lora_te_", "lora_te1_"), "clip_l", _FIRST_TOKENIZER, "emb_params",
         ),
         Part(**_UNET),  # type: ignore[arg-type]
         _VAE,
@@ -207,14 +215,14 @@ SDXL = Family(
     uses=_COMMON_USES | {"negative_prompt_2"},
     parts=(
         _text_encoder(
-            "text_encoder", "CLIPTextModel", "conditioner.embedders.0.transformer.", "lora_te1_",
-            _FIRST_TOKENIZER, "clip_l",
+            "text_encoder", "CLIPTextModel", "conditioner.embedders.0.transformer.",
+            ("lora_te1_", "lora_te_"), "clip_l", _FIRST_TOKENIZER, "clip_l",
         ),
         _text_encoder(
             "text_encoder_2", "CLIPTextModelWithProjection", "conditioner.embedders.1.model.",
-            "lora_te2_", _SECOND_TOKENIZER, "clip_g",
+            ("lora_te2_",), "clip_g", _SECOND_TOKENIZER, "clip_g",
         ),
-        Part(**_UNET, other_names=original_names),  # type: ignore[arg-type]
+        Part(**_UNET),  # type: ignore[arg-type]
         _VAE,
     ),
     text="fidelora.families.sd.text:PooledText",

@@ -38,6 +38,7 @@ LABELS = {
     "prompt": "Prompt",
     "trigger_word": "Trigger word",
     "neg": "Negative prompt",
+    "emphasis": "Emphasis",
     "model": "Model",
     "sampler": "Sampler",
     "sample_steps": "Steps",
@@ -188,6 +189,8 @@ def request_body(recipe: Recipe, paths: Sequence[str], image_format: str) -> dic
         prompt["neg_2"] = recipe.negative_prompt_2
     if recipe.guidance_rescale:
         prompt["guidance_rescale"] = recipe.guidance_rescale
+    if recipe.emphasis != "none":
+        prompt["emphasis"] = recipe.emphasis
     prompt |= sampler_options(recipe)
     return {
         "model": recipe.model,
@@ -207,6 +210,7 @@ def form_for_recipe(recipe: Recipe, paths: Sequence[str], image_format: str) -> 
     body = request_body(recipe, paths, image_format)
     values = body["prompts"][0] | body
     values["trigger_word"] = ""  # the recipe's prompt already contains it
+    values["emphasis"] = recipe.emphasis
     return Form(
         loras=tuple((lora["path"], lora["network_multiplier"]) for lora in body["loras"]),
         seed=values["seed"],

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import gradio as gr
 
+from fidelora.families.emphasis import Emphasis
 from fidelora.recipe import MAX_MULTIPLIER
 from fidelora.server.page.form import LABELS, MAX_LORAS
 from fidelora.server.page.html import notice
@@ -86,6 +87,14 @@ class PromptInputs:
             )
             self.fields["neg"] = gr.Textbox(
                 label=LABELS["neg"], elem_id="negative", min_width=140, scale=2
+            )
+            self.fields["emphasis"] = gr.Dropdown(
+                list(get_args(Emphasis)),
+                value="none",
+                label=LABELS["emphasis"],
+                elem_id="emphasis",
+                min_width=100,
+                scale=1,
             )
 
     def _build_buttons(self) -> None:

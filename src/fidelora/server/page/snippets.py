@@ -73,6 +73,8 @@ def as_command(recipe: Recipe, paths: Sequence[str], image_format: str) -> str:
         words.append("--trigger=")  # the placeholder is plain text here
     if recipe.guidance_rescale:
         words.append(f"--guidance-rescale={_decimal(recipe.guidance_rescale)}")
+    if recipe.emphasis != "none":
+        words.append(f"--emphasis={recipe.emphasis}")
     if recipe.timestep_spacing != "default":
         words.append(f"--spacing={recipe.timestep_spacing}")
     if recipe.eta is not None:

@@ -1,0 +1,173 @@
+"""Names of tensors in adapter files, by format. Does not import torch.
+
+A key is `<module>.<suffix>`. `split_key` maps the suffixes of all formats to the names of parts,
+and `kind_of` derives the kind of a module from its parts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+_PARTS = {
+    "alpha": "alpha",
+    # LoRA of AI Toolkit and kohya, of PEFT, and of diffusers in 2023.
+    "lora_down.weight": "down", "lora_A": "down", "lora_A.weight": "down",
+    "lora.down.weight": "down", "lora_linear_layer.down.weight": "down",
+    "lora_up.weight": "up", "lora_B": "up", "lora_B.weight": "up",
+    "lora.up.weight": "up", "lora_linear_layer.up.weight": "up",
+    "lora_B.bias": "up_bias",
+    # DoRA of AI Toolkit, and of LyCORIS, OneTrainer and kohya; for PEFT see `_MAGNITUDE`.
+    "magnitude": "magnitude",
+    "dora_scale": "dora_scale",
+    # LyCORIS: LoCon with the Tucker decomposition, LoKr, LoHa, GLoRA, OFT and BOFT, full, norm.
+    "lora_mid.weight": "mid",
+    "lokr_w1": "lokr_w1", "lokr_w1_a": "lokr_w1_a", "lokr_w1_b": "lokr_w1_b",
+    "lokr_w2": "lokr_w2", "lokr_w2_a": "lokr_w2_a", "lokr_w2_b": "lokr_w2_b", "lokr_t2": "lokr_t2",
+    "hada_w1_a": "hada_w1_a", "hada_w1_b": "hada_w1_b", "hada_t1": "hada_t1",
+    "hada_w2_a": "hada_w2_a", "hada_w2_b": "hada_w2_b", "hada_t2": "hada_t2",
+    "a1.weight": "a1", "a2.weight": "a2", "b1.weight": "b1", "b2.weight": "b2",
+    "oft_blocks": "oft_blocks", "rescale": "rescale",
+    "diff": "diff", "diff_b": "diff_b",
+    "w_norm": "w_norm", "b_norm": "b_norm",
+    "on_input": "on_input",
+}  # fmt: skip
+_LONGEST_SUFFIX = 3  # components
+
+_MAGNITUDE = "lora_magnitude_vector"
+"""PEFT's DoRA; the key may end in the name of the adapter, in `weight`, or in both."""
+
+_EXTRACT = "; load it together with its base model in its training program and export a LoRA"
+_OF_PEFT = "in the format of PEFT, which no program loads into Stable Diffusion" + _EXTRACT
+_QUANTISED = "is quantised with separate scales, which is not supported; export it as F16 or BF16"
+_REFUSED = {
+    "oft_R.weight": f"is an OFT {_OF_PEFT}",
+    "oft_r": f"is an OFT {_OF_PEFT}",
+    "oft_s": f"is an OFT {_OF_PEFT}",
+    "boft_R": f"is a BOFT {_OF_PEFT}",
+    "boft_s": f"is a BOFT {_OF_PEFT}",
+    "ia3_l": f"is an (IA)^3 {_OF_PEFT}",
+    "vera_lambda_b": f"is a VeRA {_OF_PEFT}",
+    "vera_lambda_d": f"is a VeRA {_OF_PEFT}",
+    "lora_embedding_A": f"trains token embeddings {_OF_PEFT}",
+    "lora_embedding_B": f"trains token embeddings {_OF_PEFT}",
+    "oft_diag": "is an OFT in a format that LyCORIS has replaced (oft_diag), which is not "
+    "supported; export it with LyCORIS 2 or later",
+    "bm.weight": "is a GLoRA with the Tucker decomposition, which is not supported; train it "
+    "without use_tucker",
+    "set_weight": "replaces weights (set_weight), which is only used for FLUX and is not "
+    "supported; use the model that it was made for",
+    "reshape_weight": "reshapes weights (reshape_weight), which is only used for FLUX and is not "
+    "supported; use the model that it was made for",
+    "bias_indices": "has sparse biases of LyCORIS 0.1, which are not supported" + _EXTRACT,
+    "scale": "stores a scale per module (scale), which is not supported; export it with alpha",
+    "scale_weight": _QUANTISED,
+    "weight_scale": _QUANTISED,
+    "scale_input": _QUANTISED,
+}
+"""Suffixes of known formats that are not supported, and the end of the error message."""
+
+_CLONEOFSIMO = re.compile(r"(unet|text_encoder):\d+:(down|up)")
+
+_KINDS = {
+    frozenset({"down", "up"}): "lora",
+    frozenset({"down", "up", "mid"}): "lora",
+    frozenset({"lokr_w1", "lokr_w2"}): "lokr",
+    frozenset({"lokr_w1", "lokr_w2_a", "lokr_w2_b"}): "lokr",
+    frozenset({"lokr_w1_a", "lokr_w1_b", "lokr_w2"}): "lokr",
+    frozenset({"lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b"}): "lokr",
+    frozenset({"lokr_w1", "lokr_w2_a", "lokr_w2_b", "lokr_t2"}): "lokr",
+    frozenset({"lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_t2"}): "lokr",
+    frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}): "loha",
+    frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"}): "loha",
+    frozenset({"a1", "a2", "b1", "b2"}): "glora",
+    frozenset({"oft_blocks"}): "oft",
+    frozenset({"oft_blocks", "rescale"}): "oft",
+    frozenset({"ia3", "on_input"}): "ia3",
+    frozenset({"diff"}): "full",
+    frozenset({"w_norm"}): "norm",
+    frozenset({"b_norm"}): "norm",
+    frozenset({"w_norm", "b_norm"}): "norm",
+}
+"""Kind by the parts that are not in `_EXTRA`."""
+
+KINDS = ("lora", "dora", *dict.fromkeys(kind for kind in _KINDS.values() if kind != "lora"))
+"""All kinds of modules; see `find_kind`."""
+
+_DECOMPOSABLE = {
+    "magnitude": frozenset({"lora"}),
+    "peft_magnitude": frozenset({"lora"}),
+    "dora_scale": frozenset({"lora", "lokr", "loha", "glora"}),
+}
+"""Parts of a DoRA, and the kinds that they are combined with."""
+
+_EXTRA = frozenset({"alpha", "diff_b", "up_bias", *_DECOMPOSABLE})
+
+SCALED_KINDS = frozenset({"lora", "dora", "lokr", "loha", "glora"})
+"""Kinds whose change is multiplied by alpha / rank."""
+
+
+def split_key(key: str, is_ia3: bool = False) -> tuple[str, str] | None:
+    """Return the module and the name of the part; None if no supported format has such a key.
+
+    Args:
+        is_ia3: True if the module has the part `on_input`, whose factors are called `weight`.
+    """
+    pieces = key.split(".")
+    for count in range(1, min(_LONGEST_SUFFIX, len(pieces) - 1) + 1):
+        part = _PARTS.get(".".join(pieces[-count:]))
+        if part is not None:
+            return ".".join(pieces[:-count]), part
+    if is_ia3 and len(pieces) > 1 and pieces[-1] == "weight":
+        return ".".join(pieces[:-1]), "ia3"
+    if _MAGNITUDE in pieces[-3:] and pieces[0] != _MAGNITUDE:
+        at = len(pieces) - 1 - pieces[::-1].index(_MAGNITUDE)
+        return ".".join(pieces[:at]), "peft_magnitude"
+    if len(pieces) > 3 and pieces[-1] == "weight":
+        # `lora_A.<name of the adapter>.weight`, from a state dict of PEFT.
+        if pieces[-3] in ("lora_A", "lora_B"):
+            return ".".join(pieces[:-3]), _PARTS[pieces[-3]]
+        # `attn1.processor.to_q_lora.down.weight` of diffusers before 0.23.
+        if pieces[-3].endswith("_lora") and pieces[-2] in ("down", "up"):
+            return ".".join([*pieces[:-3], pieces[-3].removesuffix("_lora")]), pieces[-2]
+    return None
+
+
+def refusal(key: str) -> str | None:
+    """Return the reason, as the end of a sentence, if a format that is not supported has `key`."""
+    if _CLONEOFSIMO.fullmatch(key):
+        return (
+            "is a LoRA in the format of cloneofsimo's trainer, which numbers the modules instead "
+            "of naming them and is not supported; convert it to the format of diffusers or kohya"
+        )
+    if key == "lora_controlnet":
+        return "is a Control-LoRA, which is not supported; use a LoRA that changes the UNet"
+    pieces = key.split(".")
+    return _REFUSED.get(pieces[-1]) or _REFUSED.get(".".join(pieces[-2:]))
+
+
+def find_kind(parts: Iterable[str]) -> str | None:
+    """Return the kind of a module with these parts; None if it is incomplete, or of two kinds.
+
+    The kinds are `lora`, `dora` (a LoRA with a magnitude), `lokr`, `loha`, `glora`, `oft` (also
+    BOFT), `ia3`, `full` (differences of weights or biases) and `norm`.
+    """
+    names = frozenset(parts)
+    kind = _KINDS.get(names - _EXTRA)
+    if kind is None:
+        return "full" if names - {"alpha"} == {"diff_b"} else None
+    magnitudes = names & _DECOMPOSABLE.keys()
+    if len(magnitudes) > 1 or any(kind not in _DECOMPOSABLE[part] for part in magnitudes):
+        return None
+    if "mid" in names and magnitudes - {"dora_scale"}:
+        return None
+    if ("up_bias" in names and kind != "lora") or ("diff_b" in names and kind == "norm"):
+        return None
+    return "dora" if magnitudes and kind == "lora" else kind
+
+
+def kind_of(parts: Iterable[str]) -> str:
+    """Return `find_kind` for a complete module."""
+    kind = find_kind(parts)
+    assert kind is not None, "`modules_of` returns only complete modules"
+    return kind

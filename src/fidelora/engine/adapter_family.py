@@ -1,0 +1,131 @@
+"""Model family of an adapter, by the names and shapes of its modules and by its metadata."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+from fidelora.adapters.module_names import is_original_name
+from fidelora.adapters.read import Adapter
+from fidelora.adapters.targets import Targets
+from fidelora.errors import AdapterMismatchError
+from fidelora.families import Family, all_families, get_family
+from fidelora.weights.files import read_config
+from fidelora.weights.strict import empty_part
+
+
+@dataclass(frozen=True)
+class FamilyFit:
+    """Comparison of an adapter with the default base of one family.
+
+    Attributes:
+        model: id of the family; empty if no family has any of the modules.
+        matched: number of modules, or of tensors of an embedding, that exist in the family.
+        same_shapes: number of these that also have the shapes of the default base.
+        unmatched, repeated: names of modules; see `targets.Matches`.
+    """
+
+    model: str
+    matched: int = 0
+    same_shapes: int = 0
+    unmatched: tuple[str, ...] = ()
+    repeated: tuple[str, ...] = ()
+
+
+def size_of(adapter: Adapter) -> int:
+    """Return the number of modules of an adapter, or of tensors of an embedding."""
+    return len(adapter.embedding if adapter.is_embedding else adapter.modules)
+
+
+def best_family(adapter: Adapter) -> FamilyFit:
+    """Return the family that has the most modules of the adapter.
+
+    If several have as many, it is the one with the most modules of the same shapes, then the one in
+    the adapter's metadata.
+    """
+    made_for = adapter.metadata.get("ss_base_model_version", "")
+    best, best_key = FamilyFit("", unmatched=adapter.modules), (0, 0, False)
+    for model, family in all_families().items():
+        fit = _fit(adapter, model)
+        key = (fit.matched, fit.same_shapes, made_for in family.adapter_base_versions)
+        if fit.matched and key > best_key:
+            best, best_key = fit, key
+    return best
+
+
+def say_where_it_belongs(
+    adapter: Adapter, spec: Family, error: AdapterMismatchError
+) -> AdapterMismatchError:
+    """Return an error that names the adapter's family if its modules identify it, else `error`.
+
+    Names of the original code do not identify a family unless the shapes match, too.
+    """
+    if adapter.metadata.get("ss_base_model_version"):
+        return error  # `check_family` has compared the metadata
+    fit = best_family(adapter)
+    is_certain = fit.same_shapes > 0 or not any(map(is_original_name, adapter.modules))
+    return (
+        _belongs_to(adapter, get_family(fit.model), spec)
+        if fit.model and fit.matched == size_of(adapter) and fit.model != spec.id and is_certain
+        else error
+    )
+
+
+def check_family(adapter: Adapter, spec: Family) -> str | None:
+    """Return a note if the adapter's metadata names another base model than `spec`.
+
+    Metadata is copied between files and is sometimes wrong. It is ignored if all modules exist in
+    the family `spec`, and not all of them in the family that the metadata names.
+
+    Raises:
+        AdapterMismatchError: the modules do not show that the metadata is wrong.
+    """
+    made_for = adapter.metadata.get("ss_base_model_version", "")
+    if not made_for or made_for in spec.adapter_base_versions:
+        return None
+    other = next(
+        (one for one in all_families().values() if made_for in one.adapter_base_versions), None
+    )
+    if other is not None:
+        total = size_of(adapter)
+        if not _fit(adapter, spec.id).matched == total > _fit(adapter, other.id).matched:
+            raise _belongs_to(adapter, other, spec)
+    return metadata_note(made_for, spec)
+
+
+def metadata_note(made_for: str, spec: Family) -> str:
+    """Return a note about an adapter that fits `spec`, but whose metadata names another base."""
+    return (
+        f"Its metadata says that it was trained on {made_for}, which is not {spec.title}. All its "
+        f"modules exist in {spec.title}, so the metadata is ignored."
+    )
+
+
+def _belongs_to(adapter: Adapter, other: Family, spec: Family) -> AdapterMismatchError:
+    return AdapterMismatchError(
+        f"{adapter.name} is an adapter for {other.title}, but the base model is of family "
+        f"{spec.title}. Use the adapter with model {other.id}."
+    )
+
+
+def _fit(adapter: Adapter, model: str) -> FamilyFit:
+    targets = default_targets(model)
+    if adapter.is_embedding:
+        matches, fits = targets.match_embedding(adapter)
+        size = size_of(adapter)
+        return FamilyFit(model, matches * size, fits * size)
+    found = targets.match(adapter)
+    same = found.found - len(found.misshapen)
+    return FamilyFit(model, found.found, same, tuple(found.unmatched), tuple(found.repeated))
+
+
+@cache
+def default_targets(model: str) -> Targets:
+    """Return the targets of a family's default base."""
+    family = get_family(model)
+    modules = {
+        part.name: empty_part(part, read_config(family.layout / part.name / "config.json"))
+        for part in family.parts
+        if part.adapter_prefixes
+    }
+    return Targets(family, modules)

@@ -1,0 +1,266 @@
+"""Formats of adapters, from the file to the image: `inspect` and `generate` always agree."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+from tests.support import TINY_BASE, TINY_SDXL, load_model_of, save_adapter, weights_of
+from torch import Tensor
+
+from fidelora import AdapterRef, Engine, Recipe
+from fidelora.adapters.module_names import canonical_name
+from fidelora.adapters.read import read_adapter
+from fidelora.engine.examine import examine_adapter
+from fidelora.errors import AdapterError, AdapterMismatchError, WeightsFileError
+
+SMALL: dict[str, Any] = {"base_model": str(TINY_BASE), "width": 64, "height": 64, "steps": 1}
+BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
+PATH = f"{BLOCK}.attn1.to_out.0"  # [16, 16], with a bias
+FLAT = "lora_unet_" + PATH.replace(".", "_")
+NORM = "lora_unet_down_blocks_0_attentions_0_norm"
+TEXT = "lora_te_text_model_encoder_layers_0_layer_norm1"
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) / 2
+
+
+def lora(module: str, down: str, up: str, width: int = 16) -> dict[str, Tensor]:
+    return {
+        f"{module}{down}": numbers(4, width, seed=1),
+        f"{module}{up}": numbers(width, 4, seed=2),
+    }
+
+
+KOHYA = lora(FLAT, ".lora_down.weight", ".lora_up.weight")
+PEFT = lora(f"unet.{PATH}", ".lora_A.weight", ".lora_B.weight")
+
+ACCEPTED: dict[str, dict[str, Tensor]] = {
+    "kohya": KOHYA,
+    "PEFT": PEFT,
+    "PEFT with its prefix": lora(f"base_model.model.{PATH}", ".lora_A.weight", ".lora_B.weight"),
+    "PEFT in a part": lora(f"unet.base_model.model.{PATH}", ".lora_A.weight", ".lora_B.weight"),
+    "diffusers 2023": lora(f"unet.{PATH}", ".lora.down.weight", ".lora.up.weight"),
+    "attention processors": lora(
+        f"unet.{BLOCK}.attn1.processor.to_out_lora", ".down.weight", ".up.weight"
+    ),
+    "processors without a part": lora(
+        f"{BLOCK}.attn1.processor.to_out_lora", ".down.weight", ".up.weight"
+    ),
+    "original code": lora(
+        "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_out_0",
+        ".lora_down.weight",
+        ".lora_up.weight",
+    ),
+    "ComfyUI": lora(
+        "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_out.0",
+        ".lora_A.weight",
+        ".lora_B.weight",
+    ),
+    "original code without a part": lora(
+        "input_blocks.1.1.transformer_blocks.0.attn1.to_out.0", ".lora_A.weight", ".lora_B.weight"
+    ),
+    "DoRA of LyCORIS": {**KOHYA, f"{FLAT}.dora_scale": numbers(1, 16).abs() + 1},
+    "DoRA of PEFT": {**PEFT, f"unet.{PATH}.lora_magnitude_vector.weight": numbers(16).abs() + 1},
+    "DoRA of AI Toolkit": {**KOHYA, f"{FLAT}.magnitude": numbers(16).abs() + 1},
+    "full": {f"{FLAT}.diff": numbers(16, 16), f"{FLAT}.diff_b": numbers(16)},
+    "bias": {f"{FLAT}.diff_b": numbers(16)},
+    "norm": {f"{NORM}.w_norm": numbers(16), f"{NORM}.b_norm": numbers(16)},
+    "norm of the text encoder": {f"{TEXT}.diff": numbers(32), f"{TEXT}.diff_b": numbers(32)},
+    "GLoRA": {
+        f"{FLAT}.a1.weight": numbers(16, 2),
+        f"{FLAT}.a2.weight": numbers(2, 16),
+        f"{FLAT}.b1.weight": numbers(16, 2),
+        f"{FLAT}.b2.weight": numbers(2, 16),
+    },
+    "(IA)^3": {f"{FLAT}.weight": numbers(16), f"{FLAT}.on_input": torch.tensor([False])},
+    "OFT": {f"{FLAT.replace('lora_unet', 'oft_unet')}.oft_blocks": numbers(4, 4, 4)},
+    "BOFT": {f"{FLAT}.oft_blocks": numbers(3, 4, 4, 4)},
+    "float8": {key: one.to(torch.float8_e4m3fn) for key, one in KOHYA.items()},
+    "alpha 0": {**KOHYA, f"{FLAT}.alpha": torch.tensor(0.0)},
+}
+REFUSED: dict[str, tuple[dict[str, Tensor], str]] = {
+    "two formats": ({**KOHYA, **PEFT}, "names 1 of its 2 modules twice"),
+    "no such module": ({**KOHYA, "lora_unet_x.diff": numbers(2, 2)}, "1 of 2 modules"),
+    "bias that is missing": (
+        {**KOHYA, f"{FLAT.replace('to_out_0', 'to_k')}.diff_b": numbers(16)},
+        "1 of 2 modules",
+    ),
+    "cloneofsimo": ({"unet:0:up": numbers(16, 4), "unet:0:down": numbers(4, 16)}, "cloneofsimo"),
+    "OFT of PEFT": ({f"{FLAT}.oft_R.weight": numbers(4, 6)}, "is an OFT in the format of PEFT"),
+    "bundled embedding": ({**KOHYA, "bundle_emb.x.clip_l": numbers(1, 8)}, "an embedding in the"),
+    "NaN": ({**KOHYA, f"{FLAT}.alpha": torch.tensor(torch.nan)}, "finite|NaN"),
+}
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def plain(engine: Engine) -> Any:
+    return engine.generate(Recipe(prompt="a cat", **SMALL)).pixels
+
+
+def recipe_with(path: Path, **changes: Any) -> Recipe:
+    refs = (AdapterRef.from_file(path),)
+    return Recipe(prompt="a cat", adapters=refs, **{**SMALL, **changes})
+
+
+@pytest.mark.parametrize("kind", ACCEPTED)
+def test_inspect_and_generate_accept(engine, plain, tmp_path, kind):
+    path = save_adapter(tmp_path / "x.safetensors", ACCEPTED[kind])
+    found = examine_adapter(path)
+    assert found.usable, found.problems
+    assert (found.model, found.matched) == ("sd15", 1)
+    made = engine.generate(recipe_with(path))
+    assert np.array_equal(made.pixels, plain) == (kind == "alpha 0")
+    assert bool(made.warnings) == (kind == "alpha 0")
+    assert ("zero_alpha" in {one.code for one in found.problems}) == (kind == "alpha 0")
+    assert np.array_equal(engine.generate(Recipe(prompt="a cat", **SMALL)).pixels, plain)
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_inspect_and_generate_refuse(engine, tmp_path, kind):
+    tensors, reason = REFUSED[kind]
+    path = save_adapter(tmp_path / "x.safetensors", tensors)
+    found = examine_adapter(path)
+    assert not found.usable
+    with pytest.raises((AdapterError, WeightsFileError), match=reason):
+        engine.generate(recipe_with(path))
+
+
+@pytest.mark.parametrize("kind", ["full", "norm", "norm of the text encoder", "OFT", "bias"])
+@pytest.mark.parametrize("changes", [{"adapter_mode": "live"}, {"fidelity": "fast"}], ids=str)
+def test_other_paths_apply_the_same_change(engine, tmp_path, kind, changes):
+    """The live and the fast path differ from the merged one only by rounding."""
+    recipe = recipe_with(save_adapter(tmp_path / "x.safetensors", ACCEPTED[kind]), **changes)
+    images = [
+        engine.generate(one).pixels.astype(int) for one in (recipe, recipe_with_plain(recipe))
+    ]
+    exact = engine.generate(replace(recipe, adapter_mode="merged", fidelity="exact")).pixels
+    difference = np.abs(images[0] - exact.astype(int)).mean()
+    assert difference < np.abs(images[0] - images[1]).mean() / 4
+
+
+def recipe_with_plain(recipe: Recipe) -> Recipe:
+    return replace(recipe, adapters=())
+
+
+@pytest.mark.parametrize("kind", ["norm", "full", "bias"])
+def test_vectors_are_changed_and_restored_exactly(tmp_path, kind):
+    model = load_model_of(Recipe(prompt="", **SMALL))
+    before = {key: one.clone() for key, one in weights_of(model.parts["unet"]).items()}
+    adapter = read_adapter(save_adapter(tmp_path / "x.safetensors", ACCEPTED[kind]))
+    bound = model.targets.bind(adapter)
+    count = len(ACCEPTED[kind])
+    assert model.merged.apply([(bound, 0.5)]) == count
+    after = weights_of(model.parts["unet"])
+    changed = {key for key, one in after.items() if not torch.equal(one, before[key])}
+    assert len(changed) == count
+    for key in changed:
+        part = "weight" if key.endswith("weight") else "bias"
+        stored = next(
+            one
+            for name, one in ACCEPTED[kind].items()
+            if name.endswith(("w_norm", "diff") if part == "weight" else ("b_norm", "diff_b"))
+        )
+        assert torch.equal(after[key], before[key] + 0.5 * stored)
+    assert model.merged.apply([]) == count
+    restored = weights_of(model.parts["unet"])
+    assert all(torch.equal(one, before[key]) for key, one in restored.items())
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "attn1.processor.to_q_lora.down.weight",
+        "attn1.processor.to_out_lora.up.weight",
+        "attn1.to_k.lora.down.weight",
+        "attn1.to_out.0.lora.up.weight",
+        "attn2.to_v.lora_linear_layer.down.weight",
+    ],
+)
+def test_names_of_2023_are_those_that_diffusers_converts(tmp_path, key):
+    converted = next(iter(convert_unet_state_dict_to_peft({f"{BLOCK}.{key}": torch.ones(1)})))
+    tensors = {f"unet.{BLOCK}.{key}": torch.ones(4, 4)}
+    other = key.replace("up.w", "down.w") if "up.w" in key else key.replace("down.w", "up.w")
+    tensors[f"unet.{BLOCK}.{other}"] = torch.ones(4, 4)
+    module = next(iter(read_adapter(save_adapter(tmp_path / "x.safetensors", tensors)).deltas))
+    expected = converted.partition(".lora_")[0]
+    assert canonical_name(module) in (f"unet.{expected}", f"unet.{expected}.0")
+
+
+SDXL_LORA = lora(
+    "lora_te1_text_model_encoder_layers_0_self_attn_q_proj",
+    ".lora_down.weight",
+    ".lora_up.weight",
+    32,
+) | lora(
+    "lora_te2_text_model_encoder_layers_0_self_attn_q_proj",
+    ".lora_down.weight",
+    ".lora_up.weight",
+    48,
+)
+
+
+def test_wrong_metadata_is_ignored_if_only_the_base_model_fits(engine, tmp_path):
+    path = save_adapter(tmp_path / "x.safetensors", SDXL_LORA, ss_base_model_version="sd_v1")
+    xl = {"model": "sdxl", "base_model": str(TINY_SDXL)}
+    (warning,) = engine.generate(recipe_with(path, **xl)).warnings
+    assert "trained on sd_v1, which is not Stable Diffusion XL" in warning
+    found = examine_adapter(path)
+    assert (found.usable, found.model) == (True, "sdxl")
+    assert warning.endswith(found.problems[-1].message)
+    with pytest.raises(AdapterMismatchError, match="1 of 2 modules do not exist"):
+        engine.generate(recipe_with(path))
+
+
+def test_metadata_decides_if_both_families_fit(engine, tmp_path):
+    tensors = lora(
+        "lora_te_text_model_encoder_layers_0_self_attn_q_proj",
+        ".lora_down.weight",
+        ".lora_up.weight",
+        32,
+    )
+    for version, model in (("sdxl_1.0", "sdxl"), ("sd_1.5", "sd15")):
+        path = save_adapter(
+            tmp_path / f"{model}.safetensors", tensors, ss_base_model_version=version
+        )
+        assert examine_adapter(path).model == model
+        if model == "sd15":
+            engine.generate(recipe_with(path))
+            continue
+        with pytest.raises(AdapterMismatchError, match="is an adapter for Stable Diffusion XL"):
+            engine.generate(recipe_with(path))
+
+
+def test_names_of_the_original_code_identify_no_family(engine, tmp_path):
+    tensors = lora(
+        "lora_unet_input_blocks_10_0_in_layers_2", ".lora_down.weight", ".lora_up.weight", 32
+    )
+    path = save_adapter(tmp_path / "x.safetensors", tensors)
+    xl = {"model": "sdxl", "base_model": str(TINY_SDXL)}
+    with pytest.raises(AdapterMismatchError, match="1 of 1 modules do not exist in it"):
+        engine.generate(recipe_with(path, **xl))
+    assert "the SDXL refiner" in examine_adapter(path).problems[-1].message
+
+
+def test_nan_is_one_alpha(tmp_path):
+    tensors = {
+        **KOHYA,
+        f"{FLAT}.alpha": torch.tensor(torch.nan),
+        f"{FLAT}2.lora_down.weight": numbers(4, 16),
+        f"{FLAT}2.lora_up.weight": numbers(16, 4),
+        f"{FLAT}2.alpha": torch.tensor(torch.nan),
+    }
+    alphas = examine_adapter(save_adapter(tmp_path / "x.safetensors", tensors)).alphas
+    assert json.dumps(alphas) == "[NaN]"
