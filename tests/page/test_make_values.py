@@ -332,7 +332,7 @@ def test_an_entry_that_cannot_be_removed_is_logged_and_skipped(page_files, monke
     with capture_logs() as logs:
         page_files.clean()
     assert [path.name for path in page_files.files.iterdir()] == ["a"]
-    assert [entry["event"] for entry in logs] == ["page file not removed"]
+    assert [entry["event"] for entry in logs] == ["page folder not removed"]
 
 
 def test_the_zip_is_removed_after_its_verification(context, page_files):
