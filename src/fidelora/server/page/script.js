@@ -89,10 +89,10 @@ new MutationObserver((changes) => {
   // Chromium lets Tab stop at a list that scrolls; the list closes, and the focus is lost.
   for (const list of document.querySelectorAll("ul[role=listbox]:not([tabindex])"))
     list.tabIndex = -1;
-  for (const { target } of changes) {
-    const element = target.parentElement?.closest("#loaded, #error");
-    element?.querySelector(".message")?.scrollIntoView({ block: "nearest" });
-  }
+  // Only for a new message: a later scroll would move a button away from under the mouse.
+  for (const node of changes.flatMap((change) => [...change.addedNodes]))
+    if (node.matches?.("#loaded .message, #error .message"))
+      node.scrollIntoView({ block: "nearest" });
 }).observe(document, { childList: true, subtree: true });
 
 // After a click on a button, the page scrolls to its progress if that is not visible.
