@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 import shutil
@@ -17,6 +18,8 @@ DEADLINE_MS = 60_000
 CHROMIUM = os.environ.get("CHROMIUM") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
+MIN_CONTRAST = 4.5
+"""Contrast of text of normal size at level AA: https://www.w3.org/TR/WCAG22/#contrast-minimum."""
 HOSTILE = "<img src=x onerror=alert(1)>"
 
 expect.set_options(timeout=DEADLINE_MS)
@@ -92,6 +95,20 @@ class Visitor:
             self.field(name).fill(str(value))
         self["generate"].click()
 
+    def drop(self, *files: Path, onto: str = "body") -> None:
+        """Drop files onto an element, as from a file manager."""
+        carried = [[file.name, base64.b64encode(file.read_bytes()).decode()] for file in files]
+        self.page.locator(onto).evaluate(_script("drop.js"), carried)
+
+    def unreadable_texts(self) -> list[str]:
+        """Return the visible texts whose contrast is below 4.5 : 1, and the contrast of each.
+
+        Computed as in WCAG 2.2. Disabled elements are exempt.
+        """
+        found = self.page.evaluate(_script("contrast.js"))
+        assert len(found) >= 10, "the texts of the page were found"
+        return [f"{ratio:.2f} {text}" for text, ratio in found if ratio < MIN_CONTRAST]
+
     def images(self, count: int) -> list[Locator]:
         """Wait for this number of images in the gallery and return them."""
         shown = self["gallery"].locator("button img")
@@ -112,6 +129,11 @@ class Visitor:
 
     def scrolls_sideways(self) -> bool:
         return bool(self.page.evaluate("document.documentElement.scrollWidth > innerWidth"))
+
+
+def _script(name: str) -> str:
+    """Return the JavaScript function in a file of this folder."""
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def pixels(file: bytes) -> NDArray[np.uint8]:

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fidelora.api import InferenceRequest, recipes_of
+from fidelora.api.replay import ReplayRequest
 from fidelora.errors import FideloraError, WrongUseError
 from fidelora.families import all_families
 from fidelora.recipe import MAX_SEED, AdapterRef, Recipe
@@ -23,9 +24,11 @@ from fidelora.server.page.form import (
     family_defaults,
     first_recipe,
     form_for_recipe,
+    preset_of,
     read_seed,
+    size_presets,
 )
-from fidelora.server.page.snippets import as_command, as_python, as_request
+from fidelora.server.page.snippets import as_command, as_python, as_request, request_route
 
 NUMERICS: dict[str, Any] = {"base_model": "here", "dtype": "float32", "noise": "modern"}
 ADAPTERS = st.lists(
@@ -113,6 +116,24 @@ def test_snippets_contain_the_fields_that_the_form_lacks():
     ]
 
 
+def test_an_image_without_a_lora_is_requested_by_its_recipe():
+    """`POST /v1/inference` requires a LoRA."""
+    recipe = Recipe(prompt="a 'ball'", seed=7, **NUMERICS)
+    form = form_for_recipe(recipe, [], "png")
+    assert differences(recipe, first_recipe(form, (), NUMERICS)) == []
+    assert request_route(recipe) == "POST /v1/replay"
+    body = ReplayRequest.model_validate_json(as_request(recipe, [], "webp"))
+    assert body.recipe is not None
+    assert Recipe.from_dict(body.recipe).digest == recipe.digest
+    assert body.output_format == "webp"
+    python = as_python(recipe, [], "png", "http://127.0.0.1:8000")
+    assert "client.replay(recipe" in python
+    compile(python, "copied", "exec")
+    words = shlex.split(as_command(recipe, [], "png"))
+    assert "--lora" not in words
+    assert "a 'ball'" in words
+
+
 @given(recipes())
 def test_snippets_are_quoted(recipe):
     names = [f"{number} $x'.safetensors" for number in range(len(recipe.adapters))]
@@ -161,7 +182,6 @@ def test_seeds_of_several_images_increase_or_are_drawn():
 @pytest.mark.parametrize(
     "given",
     [
-        {"loras": ()},
         {"loras": (("a.safetensors", 5.5),)},
         {"images": 0},
         {"images": 65},
@@ -187,6 +207,19 @@ def test_seeds_are_parsed_exactly():
     for typed in ("9223372036854775808", "1" * 5000, "1.5", "-2", "१", "0x1", "one"):
         with pytest.raises(WrongUseError, match="whole number"):
             read_seed(typed)
+
+
+@pytest.mark.parametrize("model", sorted(all_families()))
+def test_size_presets_have_about_the_default_number_of_pixels(model):
+    spec = all_families()[model]
+    presets = size_presets(model)
+    assert preset_of(model, spec.default_size, spec.default_size) == next(iter(presets))
+    for label, (width, height) in presets.items():
+        assert label.startswith(f"{width} x {height} (")
+        assert 0.8 < width * height / spec.default_size**2 < 1.25
+        assert width % spec.resolution_divisor == height % spec.resolution_divisor == 0
+    assert len(set(presets.values())) == 7
+    assert preset_of(model, spec.default_size, 72) is preset_of(model, None, None) is None
 
 
 def test_multipliers_are_parsed():

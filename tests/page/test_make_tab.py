@@ -70,12 +70,13 @@ def test_loras_are_listed_and_found_by_trigger_rank_and_step(visitor):
 
 def test_a_long_job_shows_preview_and_time_left_and_can_be_canceled(visitor, server):
     visitor.generate(GREEN, lora="sks.safetensors", steps=150, width=512, height=512, number=4)
-    expect(visitor["progress"].locator("img.preview")).to_be_visible()
+    expect(visitor["preview"].locator("img")).to_be_visible()
     expect(visitor["progress"]).to_contain_text("left")
     visitor["cancel"].click()
     expect(visitor["progress"]).to_contain_text("Canceled.")
     assert server.call("/v1/requests?limit=1")["requests"][0]["status"] == "canceled"
     expect(visitor["cancel"]).to_be_disabled()
+    expect(visitor["preview"]).not_to_be_visible()
 
 
 def test_an_image_loaded_into_the_form_is_reproduced(visitor, server, tmp_path):
@@ -99,7 +100,7 @@ def test_an_image_loaded_into_the_form_is_reproduced(visitor, server, tmp_path):
     original = Path(output["file_path"]).read_bytes()
     (tmp_path / "original.png").write_bytes(original)
 
-    visitor["recipe-image"].locator("input[type=file]").set_input_files(tmp_path / "original.png")
+    visitor.drop(tmp_path / "original.png")
     expect(visitor["loaded"]).to_contain_text("this server makes the same image again")
     assert visitor.field("seed").input_value() == str(2**63 - 1)
     visitor["generate"].click()
@@ -123,7 +124,7 @@ def test_an_image_with_a_missing_lora_is_refused(visitor, server, tmp_path):
         info = PngInfo()
         info.add_itxt("fidelora", json.dumps(record))
         image.save(tmp_path / "other.png", pnginfo=info)
-    visitor["recipe-image"].locator("input[type=file]").set_input_files(tmp_path / "other.png")
+    visitor.drop(tmp_path / "other.png")
     expect(visitor["loaded"]).to_contain_text(
         f"The image needs LoRAs that are not on this server: {HOSTILE} (sha256 {'ab' * 32})"
     )
@@ -202,7 +203,7 @@ def test_hostile_names_and_texts_are_escaped(visitor):
     expect(visitor["recipe"]).to_contain_text(HOSTILE)
     visitor.field("seed").fill(HOSTILE)
     visitor["generate"].click()
-    expect(visitor["progress"]).to_contain_text(f"Seed: '{HOSTILE}' is not a whole number")
+    expect(visitor["error"]).to_contain_text(f"Seed: '{HOSTILE}' is not a whole number")
     visitor.field("seed").fill("7")
     visitor["use"].click()
     expect(visitor["loaded"]).to_contain_text("the same image")
@@ -216,10 +217,8 @@ def test_hostile_names_and_texts_are_escaped(visitor):
 
 def test_invalid_values_show_an_error_and_send_nothing(visitor, server):
     before = len(server.call("/v1/requests")["requests"])
-    visitor["generate"].click()
-    expect(visitor["progress"].get_by_role("alert")).to_contain_text("Choose at least one LoRA")
     visitor.generate(GREEN, lora="sks.safetensors", width=63)
-    expect(visitor["progress"].get_by_role("alert")).to_contain_text(
+    expect(visitor["error"].get_by_role("alert")).to_contain_text(
         "Width: Input should be greater than or equal to 64, not 63."
     )
     visitor.field("width").fill("128")
@@ -230,7 +229,7 @@ def test_invalid_values_show_an_error_and_send_nothing(visitor, server):
         original = visitor.field(name).input_value()
         visitor.field(name).fill("")
         visitor["generate"].click()
-        expect(visitor["progress"].get_by_role("alert")).to_contain_text(message)
+        expect(visitor["error"].get_by_role("alert")).to_contain_text(message)
         visitor.field(name).fill(original)
     assert len(server.call("/v1/requests")["requests"]) == before
 
@@ -239,7 +238,7 @@ def test_a_reload_keeps_the_images_and_the_running_job(visitor):
     visitor.generate(GREEN, lora="sks.safetensors")
     visitor.images(1)
     visitor.generate(GREEN, steps=60, width=256, height=256)
-    expect(visitor["progress"].locator("img.preview")).to_be_visible()
+    expect(visitor["preview"].locator("img")).to_be_visible()
     visitor.open()
     visitor.images(2)
     visitor.wait_until_done()
@@ -288,6 +287,12 @@ def test_the_page_fits_the_width_of_a_phone(visit, scheme):
     visitor.choose("loras", "sks.safetensors", HOSTILE)
     visitor.generate("w" * 300, steps=1)
     visitor.wait_until_done()
+    tops = [
+        visitor[one].bounding_box()["y"]
+        for one in ("generate", "progress", "gallery", "image-actions", "steps")
+    ]
+    assert tops == sorted(tops)  # the result follows the button, before the settings
+    assert tops[1] - tops[0] < 100
     colour = visitor.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (int(colour.partition("(")[2].partition(",")[0]) > 128) == (scheme == "light")
     for tab in ("Make", "Match", "Compare"):

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import html
 import os
 import shutil
-from contextlib import aclosing
+from typing import Any
 
 import gradio as gr
 import pytest
 from structlog.testing import capture_logs
 from tests.server.http_support import ByHand, context_in, now
+from tests.support import GOLDEN_JOBS, LORA
 
-from fidelora.server.page import make_tab as make_module
+from fidelora.errors import WrongUseError
+from fidelora.jobs.job import new_job
+from fidelora.recipe import Recipe
+from fidelora.server.page import request_queue
 from fidelora.server.page.form import LABELS, MAX_LORAS, build_request
 from fidelora.server.page.lora_list import LoraList
 from fidelora.server.page.make_tab import MakeTab
 from fidelora.server.page.match_tab import MatchTab
 from fidelora.server.page.pictures import PageFiles, Pictures
+from fidelora.server.page.request_queue import Session
 from fidelora.server.page.verifications import Verifier
 
+EMBEDDING = GOLDEN_JOBS / "embed" / "zrkk.safetensors"
 TRIGGERS = {"a": "aaa", "b": "bbb", "c": ""}
 
 
@@ -27,7 +34,7 @@ class FakeLoraList(LoraList):
     """LoRAs with the trigger words of `TRIGGERS`."""
 
     def trigger(self, paths: list[str]) -> str:
-        return next((TRIGGERS[path] for path in paths if TRIGGERS[path]), "")
+        return next((TRIGGERS[path] for path in paths if TRIGGERS.get(path)), "")
 
 
 @pytest.fixture
@@ -118,78 +125,192 @@ def test_an_unedited_trigger_word_follows_its_lora(make):
     assert changed(make, ["a"], ["a", "b"], "aaa")[1] == "aaa"
 
 
-# --- images -------------------------------------------------------------------------------
+# --- requests and images ------------------------------------------------------------------
 
 
-def test_a_new_image_becomes_the_selected_one(make, context, monkeypatch):
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(request_queue, "POLL_S", 0)
+
+
+async def sent(make, session, seed="1", history=()):
+    """Send the form; returns its updates."""
+    return results(make, await make._generate(session, list(history), *form_values(seed)))
+
+
+async def followed(make, session, act=lambda: None):
+    """Follow the session's requests to their end; returns the merged updates."""
+    merged: dict[str, Any] = {}
+    async for update in make._follow(session):
+        merged |= results(make, update)
+        act()
+    return merged
+
+
+def test_requests_queue_up_and_all_their_images_are_shown(make, context):
     """The snippets shown are those of the newest image, not of the image selected before."""
-    monkeypatch.setattr(make_module, "_POLL_S", 0)
-    worker = ByHand(context)
+    session, worker = Session(), ByHand(context)
 
-    async def made(shown, values):
-        updates = []
-        async for update in make._generate("", shown, *values):
-            updates.append(results(make, update))
-            if job := worker.claim_one():
-                worker.succeed(job)
-        return updates[-1]
+    def work():
+        if job := worker.claim_one():
+            worker.succeed(job)
 
     async def run():
-        shown = (await made([], form_values()))["shown"]
-        return await made(shown, form_values(seed="2"))
+        first = await sent(make, session)
+        assert first["cancel"]["interactive"]
+        assert not first["cancel_all"]["visible"]
+        second = await sent(make, session, seed="2")
+        assert second["cancel_all"]["visible"]
+        assert len(second["remembered"]) == 2
+        session.selected = 1
+        return await followed(make, session, work)
 
     last = asyncio.run(run())
-    assert len(last["shown"]) == 2
+    assert len(session.shown) == 2
+    assert session.pending == []
+    assert last["remembered"] == session.shown
     assert '"seed": 2' in last["recipe"]
-    assert last["selected"] == 0
+    assert session.selected == 0
+    assert "all 2 images" in last["download"]
+    assert not last["cancel"]["interactive"]
+    assert not last["cancel_all"]["visible"]
+    assert "Done in" in html.unescape(last["progress"])
+
+
+def test_a_refused_form_keeps_the_pending_requests(make, context):
+    session = Session()
+
+    async def run():
+        await sent(make, session)
+        return await sent(make, session, seed="x")
+
+    refused = asyncio.run(run())
+    assert list(refused) == ["error"]
+    assert "is not a whole number" in html.unescape(refused["error"])
+    assert len(session.pending) == len(context.store.list().jobs) == 1
+
+
+def test_a_full_queue_is_reported_beside_the_button(make, context):
+    async def run():
+        return await sent(make, Session())
+
+    for _ in range(context.settings.queue_size):
+        context.store.add(new_job((Recipe(prompt="a"),), now()))
+    assert "queue is full" in html.unescape(asyncio.run(run())["error"])
+
+
+def test_sent_prompts_are_remembered_once_each(make):
+    async def run():
+        history = [("old", ""), (FIELDS["prompt"], FIELDS["neg"])]
+        return await sent(make, Session(), history=history)
+
+    update = asyncio.run(run())
+    assert update["stored_history"] == [(FIELDS["prompt"], FIELDS["neg"]), ("old", "")]
+    assert update["history"]["choices"] == [("a ball", 0), ("old", 1)]
+    prompt = make._use_prompt(1, update["stored_history"])[1:]
+    assert prompt == ["old", ""]
+    for index, stored in ((None, []), (0, "x"), (2, [["a", "b"]]), (0, [["a", 1]])):
+        assert make._use_prompt(index, stored) == [gr.skip()] * 3
 
 
 def test_settings_of_a_missing_image_are_refused(make):
-    assert "Choose an image." in make._use_settings([], 3)[0].replace("&#46;", ".")
+    message = make._use_settings(Session(selected=3))[0]
+    assert "Choose an image." in html.unescape(message)
 
 
 def test_an_image_above_the_size_limit_is_refused(make, tmp_path):
     with (tmp_path / "x.png").open("wb") as file:
         file.truncate(64 * 2**20 + 1)
-    assert "at most 67,108,864 bytes" in make._load_image(str(tmp_path / "x.png"))[0]
+    assert "at most 67,108,864 bytes" in html.unescape(
+        make.loader.load_image(tmp_path / "x.png")[0]
+    )
+
+
+def test_a_recipe_of_a_family_without_base_model_is_refused(make):
+    with pytest.raises(WrongUseError, match=r"made with .*XL.* for Stable Diffusion 1\.5"):
+        make.loader.show_recipe(Recipe(prompt="a", model="sdxl"), "png")
+
+
+# --- uploads ------------------------------------------------------------------------------
+
+
+def dropped(make, *files, chosen=()):
+    """Drop files; returns the message and the chosen LoRAs."""
+    values = (("sd15", list(chosen)), list(chosen), "", *[1.0] * MAX_LORAS)
+    zone, *update = make.loader.take([str(file) for file in files], *values)
+    assert zone is None
+    by_output = dict(zip(map(id, make.form.outputs), update, strict=True))
+    message = html.unescape(by_output[id(make.prompts.loaded)])
+    return message, by_output[id(make.prompts.loras)]
+
+
+def test_dropped_loras_are_stored_and_chosen(make, context, page_files):
+    files = []
+    for name, source in (("a.safetensors", LORA), ("b.SAFETENSORS", EMBEDDING)):
+        files.append(page_files.files / name)
+        shutil.copyfile(source, files[-1])
+    broken = page_files.files / "broken.safetensors"
+    broken.write_bytes(b"no header")
+    message, loras = dropped(make, *files, broken, chosen=["c"])
+    assert "Added uploads/a.safetensors, uploads/b.SAFETENSORS." in message
+    assert "broken.safetensors" in message
+    assert loras["value"] == ["c", "uploads/a.safetensors", "uploads/b.SAFETENSORS"]
+    assert not any(file.exists() for file in (*files, broken))
+    assert (context.settings.loras / "uploads" / "a.safetensors").is_file()
+
+
+def test_a_lora_above_the_size_limit_is_refused(make, context, page_files):
+    file = page_files.files / "x.safetensors"
+    with file.open("wb") as opened:
+        opened.truncate(context.settings.lora_max_mb * 2**20 + 1)
+    message, loras = dropped(make, file)
+    assert "is too large" in message
+    assert loras["value"] == []
+
+
+def test_an_image_is_not_dropped_together_with_other_files(make, page_files):
+    files = [page_files.files / "a.png", page_files.files / "b.png"]
+    assert "Drop an image alone" in dropped(make, *files)[0]
+
+
+def test_an_embedding_in_the_prompt_is_offered_and_has_no_multiplier(make, context):
+    shutil.copyfile(EMBEDDING, context.settings.loras / "zrkk.safetensors")
+    row, text, path = make.form._find_embedding("a photo of zrkk.", [])
+    assert row["visible"]
+    assert "contains zrkk, the word of the embedding zrkk.safetensors" in html.unescape(text)
+    for prompt, chosen in (("zrkk", [path]), ("zrkks", []), ("a ball", [])):
+        assert not make.form._find_embedding(prompt, chosen)[0]["visible"]
+    sliders = make.prompts.sliders([(path, 0.5), ("sks.safetensors", 0.5)])
+    assert [slider["visible"] for slider in sliders[:2]] == [False, True]
+    assert [slider["value"] for slider in sliders[:2]] == [1.0, 0.5]
 
 
 # --- reloading ----------------------------------------------------------------------------
 
 
-def test_while_a_job_is_followed_after_a_reload_no_second_one_starts(make, context, monkeypatch):
-    monkeypatch.setattr(make_module, "_POLL_S", 0)
+def test_after_a_reload_pending_requests_are_followed_and_more_can_be_sent(make, context):
+    session = Session()
 
     async def run():
-        async with aclosing(make._generate("", [], *form_values())) as first:
-            job_id = results(make, await anext(first))["job"]
-        async with aclosing(make._restore([[job_id, -1]])) as restored:
-            begun = results(make, await anext(restored))
-            assert begun["job"] == job_id
-            assert begun["generate"]["interactive"] is False
-            async with aclosing(make._generate(job_id, [], *form_values())) as beside:
-                refused = results(make, await anext(beside))
-            assert list(refused) == ["progress"]
-            assert "is still running" in refused["progress"]
-            assert len(context.store.list().jobs) == 1
-            context.store.cancel(job_id, now())
-            *_, last = [results(make, update) async for update in restored]
-        assert last["generate"]["interactive"] is True
-        assert last["job"] == ""
-        async with aclosing(make._generate(job_id, [], *form_values())) as second:
-            assert results(make, await anext(second))["job"] not in ("", job_id)
+        await sent(make, session)
+        (job_id,) = session.pending
+        reloaded = Session()
+        gone = "0" * 32
+        entries = [[job_id, -1], [gone, -1], [gone, 0], [1, 2], "x", [job_id], ["<b>", -1]]
+        restored = results(make, await make._restore(reloaded, entries, [["a ball", ""]]))
+        assert restored["history"]["choices"] == [("a ball", 0)]
+        assert reloaded.pending == [job_id, gone]
+        second = await sent(make, reloaded, seed="2")
+        assert second["cancel"]["interactive"]
+        context.store.cancel(job_id, now())
+        context.store.cancel(reloaded.pending[-1], now())
+        return reloaded, await followed(make, reloaded)
 
-    asyncio.run(run())
-
-
-def test_a_removed_job_does_not_keep_the_form_disabled(make):
-    async def run():
-        return [results(make, update) async for update in make._restore([["gone", -1]])]
-
-    updates = asyncio.run(run())
-    assert updates[0]["generate"]["interactive"] is False
-    assert updates[-1]["generate"]["interactive"] is True
-    assert updates[-1]["job"] == ""
+    reloaded, last = asyncio.run(run())
+    assert reloaded.pending == []
+    assert html.unescape(last["progress"]).count("Canceled.") == 2
+    assert last["remembered"] == []
+    assert not last["cancel"]["interactive"]
 
 
 # --- files --------------------------------------------------------------------------------

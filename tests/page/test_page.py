@@ -24,6 +24,7 @@ PROTECTED = [
     "/static/img/logo.svg",
     "/gradio_api/heartbeat/x",
     "/reports/" + "a" * 32,
+    "/images.zip?image=a.0",
     "/logout",
 ]
 
@@ -234,8 +235,8 @@ def test_a_foreign_host_name_is_refused(client):
     assert response.json()["detail"]["error"]["code"] == "HOST_NOT_ALLOWED"
 
 
-def test_uploads_have_the_size_limit_of_training_runs(client, context):
-    size = context.settings.job_max_mb * 2**20 + 2**20 + 1
+def test_uploads_have_the_size_limit_of_loras_and_training_runs(client, context):
+    size = max(context.settings.job_max_mb, context.settings.lora_max_mb) * 2**20 + 2**20 + 1
     response = client.post(
         "/gradio_api/upload",
         content=b"x",

@@ -104,7 +104,7 @@ class BodyLimitMiddleware:
             ("POST", "/v1/loras"): max_lora_bytes,
             ("POST", "/v1/replay"): MAX_IMAGE_BYTES,
             ("POST", "/sdapi/v1/png-info"): MAX_IMAGE_BYTES * 4 // 3,  # in base64
-            ("POST", PAGE_UPLOAD_PATH): max_job_bytes,
+            ("POST", PAGE_UPLOAD_PATH): max(max_lora_bytes, max_job_bytes),
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,58 +1,21 @@
-"""The Gradio application of the page: tabs, CSS and mounting. Imported only if the page is on."""
+"""The Gradio application of the page: tabs, theme and mounting. Imported only if the page is on."""
 
 from __future__ import annotations
 
 import os
 from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 
 from fidelora.server.context import ServerContext
+from fidelora.server.page.bases import bases_line
 from fidelora.server.page.pictures import PageFiles
+from fidelora.server.page.uploads import max_upload_bytes
 from fidelora.server.page.verifications import Verifier
 
-_CSS = """
-.gradio-container {
-  width: 100% !important; max-width: 90rem !important; margin: 0 auto !important;
-  padding: .75rem !important;
-}
-.four > .form { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); width: 100%; }
-@media (max-width: 640px) {
-  .four > .form { grid-template-columns: repeat(2, minmax(0, 1fr)); }
-}
-#gallery .grid-wrap { max-height: none; }
-#verify-output textarea {
-  font-family: var(--font-mono); font-size: .8rem; white-space: pre; overflow-x: auto;
-}
-#head { padding: 0 .25rem; }
-#head h1 { font-size: 1.15rem; margin: 0; }
-#head p { margin: 0; font-size: .85rem; }
-#head .prose { display: flex; justify-content: space-between; align-items: baseline; }
-.help, .help p { font-size: .85rem; opacity: .85; }
-.message {
-  display: flex; flex-wrap: wrap; gap: .3rem .8rem; align-items: center;
-  overflow-wrap: anywhere; padding: .4rem 0;
-}
-.message progress + span { width: 100%; }
-.message progress {
-  width: 100%; height: .5rem; appearance: none; border: 0; border-radius: 1rem; overflow: hidden;
-  background: var(--border-color-primary);
-}
-.message progress::-webkit-progress-bar { background: var(--border-color-primary); }
-.message progress::-webkit-progress-value { background: var(--color-accent); }
-.message progress::-moz-progress-bar { background: var(--color-accent); }
-.message.error { border-left: .25rem solid #d33; padding-left: .75rem; }
-.message.good { border-left: .25rem solid #2e9e5b; padding-left: .75rem; }
-.message strong { text-transform: capitalize; font-size: 1.1rem; }
-.message .preview {
-  margin: 0; width: 16rem; max-width: 100%; image-rendering: pixelated; border-radius: .4rem;
-}
-#gallery .caption-label { max-width: 100%; overflow: hidden; text-overflow: ellipsis; }
-iframe.report {
-  width: 100%; height: 75vh; border: 1px solid var(--border-color-primary); border-radius: .4rem;
-}
-"""
+_CSS = Path(__file__).with_name("style.css")
 
 
 def gradio_app(
@@ -72,7 +35,6 @@ def gradio_app(
 
     blocks = _blocks(context, page_files, verifier)
     shell = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
-    system = ["system-ui", "sans-serif"]
     gr.mount_gradio_app(
         shell,
         blocks,
@@ -81,15 +43,34 @@ def gradio_app(
         footer_links=[],
         run_history=False,
         show_error=False,
-        max_file_size=context.settings.job_max_mb * 2**20,
+        max_file_size=max_upload_bytes(context.settings),
         ssr_mode=False,
         enable_monitoring=False,
         pwa=False,
         mcp_server=False,
-        theme=gr.themes.Default(font=system, font_mono=["ui-monospace", "monospace"]),
-        css=_CSS,
+        theme=_theme(),
+        css=_CSS.read_text(encoding="utf-8"),
     )
     return shell, shell.router.lifespan_context(shell)
+
+
+def _theme() -> Any:
+    """Return Gradio's default theme with system fonts and a contrast of at least 4.5 : 1 (WCAG)."""
+    import gradio as gr
+
+    system = ["system-ui", "sans-serif"]
+    theme = gr.themes.Default(font=system, font_mono=["ui-monospace", "monospace"])
+    return theme.set(
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
+        color_accent="*primary_700",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_hover_dark="*primary_800",
+    )
 
 
 def _blocks(context: ServerContext, page_files: PageFiles, verifier: Verifier) -> Any:
@@ -104,7 +85,7 @@ def _blocks(context: ServerContext, page_files: PageFiles, verifier: Verifier) -
     lora_list = LoraList(context)
     with gr.Blocks(title="Fidelora", analytics_enabled=False, fill_width=True) as blocks:
         log_out = '<p><a href="./logout">Log out</a></p>' if context.keys.names() else ""
-        gr.Markdown(f"<h1>Fidelora</h1>{log_out}", elem_id="head")
+        gr.Markdown(f"<h1>Fidelora</h1>{bases_line(context)}{log_out}", elem_id="head")
         with gr.Tab("Make") as tab_make:
             make = MakeTab(context, Pictures(context, page_files, lora_list), lora_list)
         with gr.Tab("Match") as tab_match:

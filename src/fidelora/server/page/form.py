@@ -6,6 +6,7 @@ Gradio.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -19,6 +20,11 @@ from fidelora.recipe import LOCATIONS, MAX_SEED, AdapterRef, Recipe, short_name
 
 MAX_LORAS = 8
 """Number of multiplier sliders in the form."""
+
+_RATIOS = ((1, 1), (3, 4), (2, 3), (9, 16))
+"""Short and long side of the size presets."""
+_PRESET_STEP = 64
+"""Pixels of which the sides of presets are multiples; trainers' buckets have this step, too."""
 
 LABELS = {
     "prompt": "Prompt",
@@ -89,10 +95,6 @@ def build_request(form: Form) -> InferenceRequest:
         WrongUseError: a value is missing or out of range; the message is shown to the user.
         RequestError: the model does not exist or does not support a field.
     """
-    if not form.loras:
-        raise WrongUseError(
-            "Choose at least one LoRA. Multiplier 0 gives the base model's own image."
-        )
     if not 1 <= form.images <= MAX_PROMPTS:
         raise WrongUseError(f"Images: choose a number from 1 to {MAX_PROMPTS}, not {form.images}.")
     seeds = [-1 if form.seed is None else form.seed + index for index in range(form.images)]
@@ -109,7 +111,7 @@ def build_request(form: Form) -> InferenceRequest:
         field = str(first["loc"][-1])
         label = _ERROR_LABELS.get(field, field)
         raise WrongUseError(f"{label}: {first['msg']}, not {str(first['input'])[:60]}.") from None
-    check_request(request)
+    check_request(request, needs_lora=False)
     return request
 
 
@@ -123,6 +125,29 @@ def family_defaults(model: str) -> dict[str, Any]:
         "width": spec.default_size,
         "height": spec.default_size,
     }
+
+
+def size_presets(model: str) -> dict[str, tuple[int, int]]:
+    """Return sizes (width, height) with about as many pixels as the model's default, by label.
+
+    Square, then portrait and landscape of each ratio. Sides are multiples of 64 pixels.
+    """
+    side = get_family(model).default_size
+    presets = {}
+    for short, long in _RATIOS:
+        lower, upper = (
+            round(side * math.sqrt(ratio) / _PRESET_STEP) * _PRESET_STEP
+            for ratio in (short / long, long / short)
+        )
+        presets[f"{lower} x {upper} ({short}:{long})"] = (lower, upper)
+        presets[f"{upper} x {lower} ({long}:{short})"] = (upper, lower)
+    return presets
+
+
+def preset_of(model: str, width: int | None, height: int | None) -> str | None:
+    """Return the label of the preset with this size, or None."""
+    presets = size_presets(model).items()
+    return next((label for label, size in presets if size == (width, height)), None)
 
 
 def request_body(recipe: Recipe, paths: Sequence[str], image_format: str) -> dict[str, Any]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fidelora.jobs.job import Job, Status
 from fidelora.recipe import Recipe
 
+_MAX_SHOWN_PROMPT = 80
+"""Number of characters of a prompt in the list of requests; one line on a wide screen."""
 _SPECIAL = "&<>\"'" + "\n\r\t`*_~[]{}()$|\\#!:@"
 """Characters with a special meaning in HTML, or in Markdown and its extensions."""
 
@@ -22,13 +26,40 @@ def notice(sentence: object, kind: str = "") -> str:
     return f'<div role="{role}" class="message {kind}">{escape(sentence)}</div>'
 
 
+def prompt_line(job: Job) -> str:
+    """Return the beginning of a job's prompt, and its number of images if it has several."""
+    prompt = job.recipes[0].prompt
+    shown = prompt if len(prompt) <= _MAX_SHOWN_PROMPT else prompt[: _MAX_SHOWN_PROMPT - 1] + "…"
+    images = f" · {len(job.recipes)} images" if len(job.recipes) > 1 else ""
+    return f"“{escape(shown)}”{images}"
+
+
+def button_number(job_id: str) -> int:
+    """Return the number that the button of a queued job sends: the first 48 bits of its id.
+
+    Gradio accepts values from scripts only in number inputs, which are exact up to 53 bits.
+    """
+    return int(job_id[:12], 16)
+
+
+def waiting_jobs(jobs: Sequence[tuple[Job, int | None]]) -> str:
+    """Return a list of queued jobs with their positions, and a button for each (script.js).
+
+    Gradio removes `data` and `aria` attributes from HTML.
+    """
+    rows = "".join(
+        f"<li>{_waiting(position)} <span>{prompt_line(job)}</span> "
+        f'<button type="button" value="{button_number(job.id)}" title="Cancel {prompt_line(job)}">'
+        "Cancel</button></li>"
+        for job, position in jobs
+    )
+    return f'<ul class="queue">{rows}</ul>'
+
+
 def job_progress(job: Job, queue_position: int | None) -> str:
-    """Return a job's status: a sentence, and while it runs a progress bar and a preview."""
+    """Return a job's status: a sentence, and while it runs a progress bar."""
     if job.status is Status.IN_QUEUE:
-        if not queue_position:
-            return notice("Queued.")
-        jobs = "1 job" if queue_position == 1 else f"{queue_position} jobs"
-        return notice(f"Queued, {jobs} ahead.")
+        return notice(_waiting(queue_position))
     if job.status is Status.FAILED and job.error:
         return notice(job.error.message, "error")
     if job.status is Status.CANCELED:
@@ -42,16 +73,20 @@ def job_progress(job: Job, queue_position: int | None) -> str:
         f"Image {progress.image + 1} of {progress.images}, step" if progress.images > 1 else "Step"
     )
     left = f", {duration(progress.eta_s)} left" if progress.eta_s is not None else ""
-    preview = ""
-    if progress.preview:
-        preview = (
-            '<img class="preview" alt="preview of the image in progress" '
-            f'src="data:image/jpeg;base64,{progress.preview}">'
-        )
     return (
         f'<div role="status" class="message">'
         f'<progress max="1" value="{progress.fraction:.4f}" aria-label="progress"></progress>'
-        f"<span>{image} {progress.step} of {progress.steps}{left}</span>{preview}</div>"
+        f"<span>{image} {progress.step} of {progress.steps}{left}</span></div>"
+    )
+
+
+def job_preview(job: Job) -> str:
+    """Return the preview of the image that a job makes; empty if there is none."""
+    if job.status.final or job.progress is None or not job.progress.preview:
+        return ""
+    return (
+        '<img class="preview" alt="preview of the image in progress" '
+        f'src="data:image/jpeg;base64,{job.progress.preview}">'
     )
 
 
@@ -66,14 +101,24 @@ def progress_bar(done: int, total: int, sentence: str) -> str:
 
 def caption(recipe: Recipe) -> str:
     """Return an image's caption as plain text."""
-    loras = ", ".join(f"{adapter.name} {adapter.multiplier:g}" for adapter in recipe.adapters)
-    return f"seed {recipe.seed} · {loras}"
+    loras = ", ".join(
+        adapter.name if adapter.word else f"{adapter.name} {adapter.multiplier:g}"
+        for adapter in recipe.adapters
+    )
+    return f"seed {recipe.seed} · {loras or 'no LoRA'}"
 
 
 def duration(seconds: float) -> str:
     """Format seconds, such as `42 s` or `3 min 5 s`."""
     whole = max(0, round(seconds))
     return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60} s"
+
+
+def _waiting(queue_position: int | None) -> str:
+    if not queue_position:
+        return "Queued."
+    jobs = "1 request" if queue_position == 1 else f"{queue_position} requests"
+    return f"Queued, {jobs} ahead."
 
 
 def _run_time(job: Job) -> str:

@@ -1,7 +1,9 @@
-"""The LoRAs that the page offers, described by their file headers."""
+"""The LoRAs and embeddings that the page offers, described by their file headers."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +14,8 @@ from fidelora.loras.folder import adapter_names, adapter_path, adapter_with_hash
 from fidelora.recipe import AdapterRef
 from fidelora.server.context import ServerContext
 
+EMBEDDING = "embedding"
+"""Kind of a file that contains only an embedding (`AdapterSummary.kind`)."""
 Choice = tuple[str, str]
 """Label in the drop-down list, and the LoRA's path in requests."""
 
@@ -38,6 +42,24 @@ class LoraList:
             return _described(file, file.stat().st_mtime_ns)
         except (AdapterError, OSError):
             return None
+
+    def is_embedding(self, path: str) -> bool:
+        """Return True if a file is a textual-inversion embedding, which has no multiplier."""
+        summary = self.summary(path)
+        return summary is not None and summary.kind == EMBEDDING
+
+    def embedding_in(self, prompt: str, chosen: Sequence[str]) -> tuple[str, str] | None:
+        """Return word and path of an embedding that a prompt names but that is not chosen."""
+        chosen_words = {
+            summary.trigger for path in chosen if (summary := self.summary(path)) is not None
+        }
+        for _, path in self.choices():
+            summary = self.summary(path)
+            if summary is None or summary.kind != EMBEDDING or summary.trigger in chosen_words:
+                continue
+            if re.search(rf"(?<!\w){re.escape(summary.trigger)}(?!\w)", prompt):
+                return summary.trigger, path
+        return None
 
     def trigger(self, paths: list[str]) -> str:
         """Return the trigger word of the first LoRA that has one, or an empty string."""
@@ -70,6 +92,9 @@ def _described(file: Path, _modified_ns: int) -> AdapterSummary:
 
 def _label(path: str, summary: AdapterSummary) -> str:
     parts = [path]
+    if summary.tokens:
+        tokens = "1 token" if summary.tokens == 1 else f"{summary.tokens} tokens"
+        parts.append(f"embedding, {tokens}")
     if summary.trigger:
         parts.append(f"trigger {summary.trigger}")
     if summary.ranks:

@@ -1,29 +1,28 @@
-"""The form of the *Make* tab: its inputs, and the conversion between their values and a `Form`."""
+"""The form of the *Make* tab: conversion between its values and a `Form`, and dependent inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 import gradio as gr
 
-from fidelora.api import ImageFormat
 from fidelora.errors import WrongUseError
-from fidelora.families import all_families, get_family
-from fidelora.recipe import MAX_MULTIPLIER, Fidelity
+from fidelora.families import get_family
 from fidelora.server.page.events import IMMEDIATE
 from fidelora.server.page.form import (
     LABELS,
     MAX_LORAS,
     Form,
-    api_range,
     family_defaults,
+    preset_of,
     read_seed,
+    size_presets,
 )
+from fidelora.server.page.html import notice
 from fidelora.server.page.lora_list import LoraList
-
-MAX_IMAGES = 16
-"""Largest number of images per click; the HTTP API allows more."""
+from fidelora.server.page.make_prompts import PromptInputs
+from fidelora.server.page.make_settings import SettingsInputs
 
 Handled = tuple[str, list[str]]
 """Model and LoRA paths for which the dependent inputs were last updated.
@@ -34,179 +33,73 @@ the choice with these values.
 
 
 class MakeForm:
-    """Inputs of the form; created inside a `gr.Blocks` and connected by `listen`.
+    """Inputs of both parts of the form, connected by `listen`."""
 
-    Attributes:
-        fields: the input of each request field, by the keys of `LABELS`.
-    """
-
-    def __init__(self, lora_list: LoraList, default_fidelity: str) -> None:
-        self._lora_list = lora_list
-        self._model = next(iter(all_families()))
-        self.fields: dict[str, Any] = {}
-        self.loras = gr.Dropdown(
-            [],
-            multiselect=True,
-            max_choices=MAX_LORAS,
-            filterable=True,
-            label="LoRAs",
-            elem_id="loras",
-            info="Type to search by name, trigger word, rank or step. "
-            "LoRAs are applied in the order shown.",
-        )
-        self.multipliers = [
-            gr.Slider(
-                -MAX_MULTIPLIER,
-                MAX_MULTIPLIER,
-                1,
-                step=0.05,
-                visible=False,
-                label=f"Multiplier {index + 1}",
-                elem_id=f"multiplier-{index}",
-            )
-            for index in range(MAX_LORAS)
-        ]
-        self._build_prompts()
-        with gr.Accordion("Settings", open=True):
-            self._build_settings(default_fidelity)
-        self.image = gr.File(
-            label="Drop an image to load its recipe",
-            file_types=[".png", ".jpg", ".jpeg", ".webp"],
-            height=150,
-            elem_id="recipe-image",
-        )
-        self.loaded = gr.Markdown(latex_delimiters=[], elem_id="loaded")
-        self.handled = gr.State((self._model, []))
-
-    def _build_prompts(self) -> None:
-        self.fields["prompt"] = gr.Textbox(
-            label=LABELS["prompt"],
-            lines=3,
-            max_lines=10,
-            elem_id="prompt",
-            placeholder="a photo of [trigger]",
-            info="[trigger] is replaced by the trigger word.",
-        )
-        with gr.Row():
-            self.fields["trigger_word"] = gr.Textbox(
-                label=LABELS["trigger_word"], elem_id="trigger", min_width=140, scale=1
-            )
-            self.fields["neg"] = gr.Textbox(
-                label=LABELS["neg"], elem_id="negative", min_width=140, scale=2
-            )
-        with gr.Row():
-            self.generate = gr.Button(
-                "Generate", variant="primary", elem_id="generate", scale=3, min_width=140
-            )
-            self.cancel = gr.Button(
-                "Cancel",
-                variant="stop",
-                interactive=False,
-                elem_id="cancel",
-                scale=1,
-                min_width=100,
-            )
-
-    def _build_settings(self, default_fidelity: str) -> None:
-        spec, start = get_family(self._model), family_defaults(self._model)
-        with gr.Row():
-            self.fields["model"] = gr.Dropdown(
-                [(family.title, family.id) for family in all_families().values()],
-                value=spec.id,
-                label=LABELS["model"],
-                elem_id="model",
-                min_width=140,
-                scale=3,
-            )
-            self.fields["sampler"] = gr.Dropdown(
-                list(spec.samplers),
-                value=start["sampler"],
-                label=LABELS["sampler"],
-                elem_id="sampler",
-                min_width=140,
-                scale=2,
-            )
-        divisor = spec.resolution_divisor
-        with gr.Row(elem_classes="four"):
-            self._number("sample_steps", "steps", start, precision=0, limited=True)
-            self._number("guidance_scale", "guidance", start, step=0.5, limited=True)
-            self._number("width", "width", start, precision=0, step=divisor)
-            self._number("height", "height", start, precision=0, step=divisor)
-        with gr.Row(elem_classes="four"):
-            self.seed = gr.Textbox(
-                str(spec.default_seed),
-                label="Seed",
-                placeholder="random",
-                elem_id="seed",
-                min_width=60,
-            )
-            self.images = gr.Number(
-                1,
-                label="Images",
-                precision=0,
-                minimum=1,
-                maximum=MAX_IMAGES,
-                elem_id="number",
-                min_width=60,
-            )
-            for field, choices, value in (
-                ("fidelity", get_args(Fidelity), default_fidelity),
-                ("output_format", get_args(ImageFormat), "png"),
-            ):
-                self.fields[field] = gr.Dropdown(
-                    list(choices),
-                    value=value,
-                    label=LABELS[field],
-                    elem_id=field.removeprefix("output_"),
-                    min_width=60,
-                )
-        gr.Markdown(
-            "Leave the seed empty for a random one. With several images, each seed is one higher "
-            "than the one before. *exact* reproduces the trainer's sample bit for bit; *fast* is "
-            "nearly identical.",
-            elem_classes="help",
-        )
-
-    def _number(
-        self,
-        field: str,
-        elem_id: str,
-        start: dict[str, Any],
-        *,
-        limited: bool = False,
-        **given: Any,
+    def __init__(
+        self, prompts: PromptInputs, settings: SettingsInputs, lora_list: LoraList, model: str
     ) -> None:
-        if limited:
-            given["minimum"], given["maximum"] = api_range(field)
-        self.fields[field] = gr.Number(
-            start[field], label=LABELS[field], elem_id=elem_id, min_width=60, **given
-        )
+        self._prompts = prompts
+        self._settings = settings
+        self._lora_list = lora_list
+        self.fields = prompts.fields | settings.fields
+        self.handled = gr.State((model, []))
 
     @property
     def inputs(self) -> list[Any]:
         """The components whose values `read` takes."""
         fields = [self.fields[name] for name in LABELS]
-        return [self.loras, *self.multipliers, self.seed, self.images, *fields]
+        prompts, settings = self._prompts, self._settings
+        return [prompts.loras, *prompts.multipliers, settings.seed, settings.images, *fields]
 
     @property
     def outputs(self) -> list[Any]:
         """The components that `message` and `show` update."""
-        return [self.loaded, self.handled, *self.inputs]
+        return [self._prompts.loaded, self.handled, self._settings.preset, *self.inputs]
+
+    @property
+    def lora_inputs(self) -> list[Any]:
+        """The components whose values `update_loras` takes."""
+        prompts = self._prompts
+        return [self.handled, prompts.loras, self.fields["trigger_word"], *prompts.multipliers]
+
+    @property
+    def lora_outputs(self) -> list[Any]:
+        """The components that `update_loras` updates."""
+        return [self.handled, *self._prompts.multipliers, self.fields["trigger_word"]]
 
     def listen(self) -> None:
-        """Connect the inputs that depend on the LoRAs and on the model."""
-        trigger = self.fields["trigger_word"]
-        self.loras.input(
-            self.update_loras,
-            [self.handled, self.loras, trigger, *self.multipliers],
-            [self.handled, *self.multipliers, trigger],
+        """Connect the inputs that depend on each other."""
+        fields, prompts, settings = self.fields, self._prompts, self._settings
+        prompts.loras.input(self.update_loras, self.lora_inputs, self.lora_outputs, **IMMEDIATE)
+        dependent = ("sampler", "sample_steps", "guidance_scale", "width", "height")
+        fields["model"].input(
+            self.update_model,
+            [self.handled, fields["model"]],
+            [self.handled, settings.preset, *(fields[name] for name in dependent)],
             **IMMEDIATE,
         )
-        dependent = ("sampler", "sample_steps", "guidance_scale", "width", "height")
-        self.fields["model"].input(
-            self.update_model,
-            [self.handled, self.fields["model"]],
-            [self.handled, *(self.fields[name] for name in dependent)],
+        size = [fields["width"], fields["height"]]
+        settings.preset.input(
+            self._apply_preset, [fields["model"], settings.preset], size, **IMMEDIATE
+        )
+        gr.on(
+            [one.input for one in size],
+            preset_of,
+            [fields["model"], *size],
+            settings.preset,
+            **IMMEDIATE,
+        )
+        settings.random_seed.click(lambda: "", None, settings.seed, **IMMEDIATE)
+        fields["prompt"].blur(
+            self._find_embedding,
+            [fields["prompt"], prompts.loras],
+            [prompts.named_embedding, prompts.embedding_text, prompts.embedding_path],
+            **IMMEDIATE,
+        )
+        prompts.use_embedding.click(
+            self._use_embedding,
+            [prompts.embedding_path, *self.lora_inputs],
+            [prompts.named_embedding, prompts.loras, *self.lora_outputs],
             **IMMEDIATE,
         )
 
@@ -234,19 +127,16 @@ class MakeForm:
     def show(self, form: Form, message: str) -> list[Any]:
         """Return the updates of `outputs` that put a form's values into the inputs."""
         paths = [path for path, _ in form.loras]
-        sliders = [
-            gr.update(value=number, visible=True, label=f"Multiplier of {path}")
-            for path, number in form.loras
-        ]
-        sliders += [gr.update(visible=False)] * (MAX_LORAS - len(sliders))
-        samplers = list(get_family(form.fields["model"]).samplers)
         fields = dict(form.fields)
+        model, width, height = fields["model"], fields["width"], fields["height"]
+        samplers = list(get_family(model).samplers)
         fields["sampler"] = gr.update(choices=samplers, value=fields["sampler"])
         return [
             message,
-            (form.fields["model"], paths),
+            (model, paths),
+            gr.update(choices=list(size_presets(model)), value=preset_of(model, width, height)),
             gr.update(choices=self._lora_list.choices(), value=paths),
-            *sliders,
+            *self._prompts.sliders(form.loras),
             str(form.seed),
             form.images,
             *(fields[name] for name in LABELS),
@@ -254,7 +144,7 @@ class MakeForm:
 
     def message(self, message: str) -> list[Any]:
         """Return the updates of `outputs` that show a message and leave the inputs as they are."""
-        return [message, *[gr.skip()] * (1 + len(self.inputs))]
+        return [message, *[gr.skip()] * (2 + len(self.inputs))]
 
     def update_loras(
         self, handled: Handled, paths: list[str], trigger: str, *multipliers: Any
@@ -266,26 +156,57 @@ class MakeForm:
             return [gr.skip()] * (MAX_LORAS + 2)
         # A multiplier stays with its LoRA when the LoRA moves in the list.
         kept = dict(zip(before, multipliers, strict=False))
-        sliders = [
-            gr.update(value=kept.get(path, 1.0), visible=True, label=f"Multiplier of {path}")
-            for path in paths
-        ]
-        sliders += [gr.update(value=1.0, visible=False)] * (MAX_LORAS - len(paths))
+        sliders = self._prompts.sliders([(path, kept.get(path, 1.0)) for path in paths])
         if trigger in ("", self._lora_list.trigger(before)):
             trigger = self._lora_list.trigger(paths)
         return [(model, paths), *sliders, trigger]
 
+    def add_loras(
+        self, added: Sequence[str], handled: Handled, paths: list[str], *values: Any
+    ) -> list[Any]:
+        """Return the updates of the LoRA list and of `lora_outputs` that choose more LoRAs."""
+        chosen = list(dict.fromkeys([*(paths or []), *added]))[:MAX_LORAS]
+        choices = gr.update(choices=self._lora_list.choices(), value=chosen)
+        return [choices, *self.update_loras(handled, chosen, *values)]
+
     def update_model(self, handled: Handled, model: str) -> list[Any]:
         """Show the samplers and defaults of the chosen model family."""
         if model == handled[0]:
-            return [gr.skip()] * 6
+            return [gr.skip()] * 7
         spec, start = get_family(model), family_defaults(model)
         divisor = spec.resolution_divisor
         return [
             (model, handled[1]),
+            gr.update(
+                choices=list(size_presets(model)),
+                value=preset_of(model, start["width"], start["height"]),
+            ),
             gr.update(choices=list(spec.samplers), value=start["sampler"]),
             start["sample_steps"],
             start["guidance_scale"],
             gr.update(value=start["width"], step=divisor),
             gr.update(value=start["height"], step=divisor),
         ]
+
+    def _apply_preset(self, model: str, preset: str | None) -> list[Any]:
+        if preset is None:  # the list lost the focus
+            return [gr.skip(), gr.skip()]
+        return list(size_presets(model).get(preset, [gr.skip(), gr.skip()]))
+
+    def _find_embedding(self, prompt: str, chosen: list[str]) -> list[Any]:
+        """Offer an embedding whose word is in the prompt.
+
+        Unless the embedding is chosen, the word is ordinary text.
+        """
+        found = self._lora_list.embedding_in(prompt, chosen or [])
+        if found is None:
+            return [gr.update(visible=False), "", ""]
+        word, path = found
+        return [
+            gr.update(visible=True),
+            notice(f"The prompt contains {word}, the word of the embedding {path}."),
+            path,
+        ]
+
+    def _use_embedding(self, path: str, *values: Any) -> list[Any]:
+        return [gr.update(visible=False), *self.add_loras([path], *values)]

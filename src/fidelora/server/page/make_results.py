@@ -1,4 +1,4 @@
-"""The results of the *Make* tab: progress, gallery, and snippets of the selected image."""
+"""The results of the *Make* tab: gallery, downloads, and snippets of the selected image."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from fidelora.server.page.html import notice
+from fidelora.server.page.request_queue import Session
 
 SNIPPETS = ("recipe", "request", "command", "python")
 """Names of the snippet components, in the order of their tabs."""
@@ -17,19 +17,14 @@ class MakeResults:
 
     Attributes:
         snippets: the code boxes of `SNIPPETS`, by name.
-        job: id of the job that the page follows; empty if there is none.
-        shown: `ImageId`s of the images in the gallery.
-        selected: index of the selected image in `shown`.
-        remembered: entries stored in the browser: `(job id, -1)` for the followed job, then the
-            entries of `shown`.
+        session: the visitor's `Session`.
+        remembered: entries stored in the browser (`Session.remembered`).
     """
 
     def __init__(self) -> None:
-        self.progress = gr.Markdown(
-            notice("Choose a LoRA, enter a prompt and click Generate."),
-            latex_delimiters=[],
-            elem_id="progress",
-        )
+        # Not gr.HTML, whose templates need scripts that the security policy forbids.
+        self.preview = gr.Markdown(visible=False, latex_delimiters=[], elem_id="preview")
+        self.empty = gr.Markdown("Images appear here.", elem_id="empty", elem_classes="help")
         self.gallery = gr.Gallery(
             label="Images",
             columns=2,
@@ -37,10 +32,13 @@ class MakeResults:
             object_fit="contain",
             height="auto",
             interactive=False,
+            visible=False,
             elem_id="gallery",
             buttons=["download", "fullscreen"],
         )
-        self.use = gr.Button("Use this image's settings", visible=False, elem_id="use", size="sm")
+        with gr.Row(visible=False, elem_id="image-actions") as self.actions:
+            self.use = gr.Button("Use this image's settings", elem_id="use", size="sm")
+            self.download = gr.Markdown(latex_delimiters=[], elem_id="download-all")
         self.snippets: dict[str, Any] = {}
         self.details = gr.Accordion("Recipe of the image", open=True, visible=False)
         with self.details, gr.Tabs():
@@ -58,7 +56,5 @@ class MakeResults:
                         max_lines=20,
                         wrap_lines=name == "command",
                     )
-        self.job = gr.State("")
-        self.shown = gr.State([])
-        self.selected = gr.State(0)
+        self.session = gr.State(Session())
         self.remembered = gr.BrowserState([], storage_key="fidelora-images", secret="images")

@@ -1,38 +1,31 @@
-"""The *Make* tab: sends the form as a job, follows the job and shows its images."""
+"""The *Make* tab: sends the form as a request, follows requests and shows their images."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
-from datetime import UTC, datetime
-from pathlib import Path
+from collections.abc import AsyncIterator
 from typing import Any
 
 import gradio as gr
 from starlette.concurrency import run_in_threadpool
 
-from fidelora.errors import FideloraError, ImageRecordError, JobNotFoundError, WrongUseError
-from fidelora.images.read import read_origin
-from fidelora.jobs.job import Job, Status
-from fidelora.recipe import Recipe
+from fidelora.errors import FideloraError, WrongUseError
 from fidelora.server.context import ServerContext
-from fidelora.server.middleware import MAX_IMAGE_BYTES
+from fidelora.server.page.bases import served_families
+from fidelora.server.page.downloads import download_link
 from fidelora.server.page.events import IMMEDIATE, STREAMING
-from fidelora.server.page.form import (
-    MAX_LORAS,
-    build_request,
-    differences,
-    first_recipe,
-    form_for_recipe,
-)
-from fidelora.server.page.html import job_progress, notice
+from fidelora.server.page.form import build_request
+from fidelora.server.page.html import notice
 from fidelora.server.page.lora_list import LoraList
-from fidelora.server.page.make_form import MAX_IMAGES, MakeForm
+from fidelora.server.page.make_form import MakeForm
+from fidelora.server.page.make_prompts import PromptInputs
 from fidelora.server.page.make_results import SNIPPETS, MakeResults
-from fidelora.server.page.pictures import ImageId, Pictures
-from fidelora.server.submit import defaults_for, submit
-
-_POLL_S = 0.2  # seconds between two reads of the followed job
+from fidelora.server.page.make_settings import MAX_IMAGES, SettingsInputs
+from fidelora.server.page.pictures import Pictures
+from fidelora.server.page.prompt_history import add_prompt, history_choices, read_history
+from fidelora.server.page.recipe_loader import RecipeLoader
+from fidelora.server.page.request_queue import RequestQueue, Session
+from fidelora.server.page.snippets import request_route
+from fidelora.server.submit import submit
 
 
 class MakeTab:
@@ -42,70 +35,94 @@ class MakeTab:
         self._context = context
         self._pictures = pictures
         self._lora_list = lora_list
-        with gr.Row(equal_height=False):
-            with gr.Column(scale=5, min_width=320):
-                self.form = MakeForm(lora_list, context.settings.fidelity)
-            with gr.Column(scale=6, min_width=320):
+        self._queue = RequestQueue(context.store)
+        families = served_families(context)
+        # On a narrow screen, the results come between the buttons and the settings (style.css).
+        with gr.Row(equal_height=False, elem_id="make"):
+            with gr.Column(min_width=0, elem_id="make-prompts"):
+                self.prompts = prompts = PromptInputs(lora_list)
+            with gr.Column(min_width=0, elem_id="make-results"):
                 self.results = results = MakeResults()
+            with gr.Column(min_width=0, elem_id="make-settings"):
+                self.settings = settings = SettingsInputs(families, context.settings.fidelity)
+        self.form = MakeForm(prompts, settings, lora_list, families[0].id)
+        self.loader = RecipeLoader(context, lora_list, self.form)
         self._outputs: dict[str, Any] = {
-            "progress": results.progress,
+            "error": prompts.error,
+            "progress": prompts.progress,
+            "waiting": prompts.waiting,
+            "cancel": prompts.cancel,
+            "cancel_all": prompts.cancel_all,
+            "history": prompts.history,
+            "stored_history": prompts.stored_history,
+            "preview": results.preview,
+            "empty": results.empty,
             "gallery": results.gallery,
-            "shown": results.shown,
             "remembered": results.remembered,
-            "job": results.job,
-            "generate": self.form.generate,
-            "cancel": self.form.cancel,
-            "use": results.use,
+            "actions": results.actions,
+            "download": results.download,
+            "reuse_seed": settings.reuse_seed,
             "details": results.details,
-            "selected": results.selected,
             **results.snippets,
         }
 
     def listen(self, page: gr.Blocks, tab: gr.Tab) -> None:
         """Connect the event handlers."""
-        form, results, outputs = self.form, self.results, list(self._outputs.values())
+        form, prompts, results = self.form, self.prompts, self.results
+        session, outputs = results.session, list(self._outputs.values())
         form.listen()
+        self.loader.listen(prompts, self.settings)
         # Not on focus: an update of the list while the user chooses would undo the choice.
-        gr.on([page.load, tab.select], self._refresh_loras, None, form.loras, **IMMEDIATE)
-        page.load(self._restore, results.remembered, outputs, **STREAMING)
+        gr.on([page.load, tab.select], self._refresh_loras, None, prompts.loras, **IMMEDIATE)
+        # A request may be sent while others are followed, so the events do not wait for each other.
+        repeated: dict[str, Any] = {"trigger_mode": "multiple"}
+        page.load(
+            self._restore,
+            [session, results.remembered, prompts.stored_history],
+            outputs,
+            **IMMEDIATE,
+        ).then(self._follow, session, outputs, **STREAMING, **repeated)
         gr.on(
             [
-                form.generate.click,
+                prompts.generate.click,
                 form.fields["trigger_word"].submit,
                 form.fields["neg"].submit,
-                form.seed.submit,
+                self.settings.seed.submit,
             ],
             self._generate,
-            [results.job, results.shown, *form.inputs],
+            [session, prompts.stored_history, *form.inputs],
             outputs,
-            **STREAMING,
+            **IMMEDIATE,
+            **repeated,
+        ).then(self._follow, session, outputs, **STREAMING, **repeated)
+        for button, cancel in (
+            (prompts.cancel, self._queue.cancel),
+            (prompts.cancel_all, self._queue.cancel_all),
+        ):
+            button.click(cancel, session, None, **IMMEDIATE)
+        prompts.cancel_one.input(
+            self._queue.cancel_one, [session, prompts.cancel_one], None, **IMMEDIATE, **repeated
         )
-        form.cancel.click(self._cancel, results.job, form.cancel, **IMMEDIATE)
-        results.gallery.select(
-            self._select,
-            results.shown,
-            [results.selected, *results.snippets.values()],
+        prompts.history.input(
+            self._use_prompt,
+            [prompts.history, prompts.stored_history],
+            [prompts.history, form.fields["prompt"], form.fields["neg"]],
             **IMMEDIATE,
         )
-        results.use.click(
-            self._use_settings, [results.shown, results.selected], form.outputs, **IMMEDIATE
+        results.gallery.select(self._select, session, list(results.snippets.values()), **IMMEDIATE)
+        results.use.click(self._use_settings, session, form.outputs, **IMMEDIATE)
+        self.settings.reuse_seed.click(
+            self._selected_seed, session, self.settings.seed, **IMMEDIATE
         )
-        form.image.upload(self._load_image, form.image, form.outputs, **IMMEDIATE)
-
-    # --- jobs ------------------------------------------------------------------------------
 
     def _refresh_loras(self) -> Any:
         return gr.update(choices=self._lora_list.choices())
 
-    async def _generate(
-        self, followed: str, shown: list[ImageId], *values: Any
-    ) -> AsyncIterator[list[Any]]:
+    # --- requests --------------------------------------------------------------------------
+
+    async def _generate(self, session: Session, history: object, *values: Any) -> list[Any]:
+        """Send the form as a request, after those that are pending."""
         try:
-            # Two followed jobs would overwrite each other's images on the page.
-            if await run_in_threadpool(self._is_running, followed):
-                raise WrongUseError(
-                    "The previous job is still running. Wait for it to finish or cancel it."
-                )
             form = self.form.read(values)
             if form.images > MAX_IMAGES:
                 raise WrongUseError(
@@ -113,167 +130,110 @@ class MakeTab:
                 )
             job = await submit(self._context, build_request(form))
         except FideloraError as error:
-            yield self._updates(progress=notice(error, "error"))
-            return
-        async for update in self._follow(job, shown):
-            yield update
-
-    async def _restore(self, remembered: list[Any]) -> AsyncIterator[list[Any]]:
-        """Restore the images that were shown before a reload, and follow the running job."""
-        entries = [
-            (str(entry[0]), int(entry[1]))
-            for entry in remembered or []
-            if isinstance(entry, list) and len(entry) == 2
-        ]
-        running = [job_id for job_id, index in entries if index < 0]
-        if not running:
-            yield self._updates()  # a handler that yields nothing would clear its outputs
-        else:  # a second job would overwrite this job's images, so disable the button
-            yield self._updates(job=running[0], generate=gr.update(interactive=False))
-        shown, files = await run_in_threadpool(
-            self._pictures.gallery, [image for image in entries if image[1] >= 0]
+            return self._updates(error=notice(error, "error"))
+        if not session.pending:
+            session.ended.clear()
+        session.pending.append(job.id)
+        entries = add_prompt(read_history(history), form.fields["prompt"], form.fields["neg"])
+        return self._updates(
+            error="",
+            stored_history=entries,
+            history=gr.update(choices=history_choices(entries), value=None, visible=bool(entries)),
+            **self._pending(session),
         )
-        if shown:
-            yield self._updates(
-                gallery=gr.update(value=files),
-                shown=shown,
-                remembered=shown,
-                **self._selection(shown, 0),
-            )
-        for job_id in running:
-            try:
-                job = await run_in_threadpool(self._context.store.get, job_id)
-                async for update in self._follow(job, shown):
-                    yield update
-                job = await run_in_threadpool(self._context.store.get, job_id)
-                shown = [*self._pictures.of(job), *shown]
-            except JobNotFoundError:  # removed in the meantime
-                yield self._updates(remembered=shown)
-        if running:
-            yield self._updates(
-                job="",
-                generate=gr.update(interactive=True),
-                cancel=gr.update(interactive=False),
-            )
 
-    def _is_running(self, job_id: str) -> bool:
+    async def _follow(self, session: Session) -> AsyncIterator[list[Any]]:
+        """Show the progress of the pending requests, and their images."""
+        yield self._updates()  # a handler that yields nothing would clear its outputs
+        waiting: str | None = None
         try:
-            return bool(job_id) and not self._context.store.get(job_id).status.final
-        except JobNotFoundError:  # removed in the meantime
-            return False
+            async for update in self._queue.follow(session):
+                preview = gr.update(value=update.previews, visible=bool(update.previews))
+                values = {
+                    "progress": update.progress,
+                    "preview": preview,
+                    **self._pending(session),
+                }
+                if update.waiting != waiting:  # an unneeded update would take the focus away
+                    values["waiting"] = waiting = update.waiting
+                if update.succeeded:
+                    new = [image for job in update.succeeded for image in self._pictures.of(job)]
+                    session.shown = [*new, *session.shown]
+                    values |= await run_in_threadpool(self._gallery, session)
+                    values |= self._pending(session)
+                yield self._updates(**values)
+        except FideloraError as error:
+            yield self._updates(error=notice(error, "error"))
 
-    async def _follow(self, job: Job, shown: list[ImageId]) -> AsyncIterator[list[Any]]:
-        """Yield an update for every change of a job, and its images when it has succeeded."""
-        yield self._updates(
-            job=job.id, cancel=gr.update(interactive=True), remembered=[(job.id, -1), *shown]
-        )
-        last: tuple[int, int | None] | None = None
-        while True:
-            position = None
-            if job.status is Status.IN_QUEUE:
-                position = await run_in_threadpool(self._context.store.queue_position, job.id)
-            if last != (job.version, position):
-                last = (job.version, position)
-                if job.status.final:
-                    break
-                yield self._updates(progress=job_progress(job, position))
-            await asyncio.sleep(_POLL_S)
-            job = await run_in_threadpool(self._context.store.get, job.id)
-        end: dict[str, Any] = {
-            "progress": job_progress(job, None),
-            "job": "",
-            "cancel": gr.update(interactive=False),
+    async def _restore(self, session: Session, remembered: object, history: object) -> list[Any]:
+        """Restore prompts, images and pending requests from before a reload."""
+        session.restore(remembered)
+        values = self._pending(session)
+        if session.shown:
+            values |= await run_in_threadpool(self._gallery, session)
+        entries = read_history(history)
+        choices = gr.update(choices=history_choices(entries), visible=bool(entries))
+        return self._updates(history=choices, **values)
+
+    def _pending(self, session: Session) -> dict[str, Any]:
+        return {
+            "remembered": session.remembered(),
+            "cancel": gr.update(interactive=bool(session.pending)),
+            "cancel_all": gr.update(visible=len(session.pending) > 1),
         }
-        if job.status is Status.SUCCEEDED:
-            shown, files = await run_in_threadpool(
-                self._pictures.gallery, [*self._pictures.of(job), *shown]
-            )
-            end["gallery"] = gr.update(value=files, selected_index=None)
-            end["shown"] = shown
-            end |= self._selection(shown, 0)
-        yield self._updates(remembered=shown, **end)
 
-    def _cancel(self, job_id: str) -> Any:
-        if job_id:
-            self._context.store.cancel(job_id, datetime.now(UTC))
-        return gr.update(interactive=False)
+    def _use_prompt(self, index: int | None, history: object) -> list[Any]:
+        entries = read_history(history)
+        if index is None or index >= len(entries):
+            return [gr.skip(), gr.skip(), gr.skip()]
+        return [gr.update(value=None), *entries[index]]
 
     # --- finished images -------------------------------------------------------------------
 
-    def _select(self, event: gr.SelectData, shown: list[ImageId]) -> list[Any]:
-        index = event.index if isinstance(event.index, int) and event.index < len(shown) else 0
-        snippets = self._snippets(shown, index)
-        return [index, *(snippets.get(name, gr.skip()) for name in SNIPPETS)]
-
-    def _use_settings(self, shown: list[ImageId], selected: int) -> list[Any]:
-        if selected >= len(shown):
-            return self.form.message(notice("Choose an image.", "error"))
-        try:
-            return self._show_recipe(*self._pictures.recipe(shown[selected]))
-        except FideloraError as error:
-            return self.form.message(notice(error, "error"))
-
-    def _load_image(self, file: str | None) -> list[Any]:
-        if file is None:
-            return self.form.message("")
-        path = Path(file)
-        try:
-            # The page's upload limit is higher, because it also covers zips of training runs.
-            if path.stat().st_size > MAX_IMAGE_BYTES:
-                raise ImageRecordError(
-                    f"{path.name} is too large: at most {MAX_IMAGE_BYTES:,} bytes are supported."
-                )
-            origin = read_origin(path.read_bytes(), path.name)
-            if origin.recipe is None:
-                raise ImageRecordError(
-                    f"{path.name} contains no Fidelora recipe; choose an image made by Fidelora."
-                )
-            return self._show_recipe(origin.recipe, origin.format)
-        except FideloraError as error:
-            return self.form.message(notice(error, "error"))
-
-    def _show_recipe(self, recipe: Recipe, image_format: str) -> list[Any]:
-        """Return the updates that load a recipe into the form, and a message about the result."""
-        found = [(adapter, self._lora_list.path_of(adapter)) for adapter in recipe.adapters]
-        paths = [path for _, path in found if path is not None]
-        if len(paths) < len(found):
-            missing = ", ".join(
-                f"{adapter.name or 'unnamed'} (sha256 {adapter.sha256})"
-                for adapter, path in found
-                if path is None
-            )
-            raise WrongUseError(f"The image needs LoRAs that are not on this server: {missing}.")
-        if not 1 <= len(paths) <= MAX_LORAS:
-            raise WrongUseError(
-                f"The image uses {len(paths)} LoRAs; this form supports 1 to {MAX_LORAS}."
-            )
-        form = form_for_recipe(recipe, paths, image_format)
-        adapters = [self._lora_list.cached_ref(path) for path in paths]
-        here = first_recipe(form, adapters, defaults_for(self._context, recipe.model, adapters))
-        if changes := differences(recipe, here):
-            message = notice(
-                "Settings loaded, but this server would make a different image: "
-                f"{'; '.join(changes)}.",
-                "error",
-            )
-        else:
-            message = notice("Settings loaded; this server makes the same image again.", "good")
-        return self.form.show(form, message)
-
-    def _selection(self, shown: Sequence[ImageId], index: int) -> dict[str, Any]:
-        visible = gr.update(visible=True)
+    def _gallery(self, session: Session) -> dict[str, Any]:
+        """Return the updates that show the images, with the newest one selected."""
+        shown, files = self._pictures.gallery(session.shown)
+        session.shown, session.selected = shown, 0
         return {
-            "use": visible,
-            "details": visible,
-            "selected": index,
-            **self._snippets(shown, index),
+            "gallery": gr.update(value=files, selected_index=None, visible=bool(files)),
+            "empty": gr.update(visible=not files),
+            "actions": gr.update(visible=bool(files)),
+            "download": download_link(shown),
+            "details": gr.update(visible=bool(files)),
+            "reuse_seed": gr.update(interactive=bool(files)),
+            **self._snippets(session),
         }
 
-    def _snippets(self, shown: Sequence[ImageId], index: int) -> Mapping[str, Any]:
+    def _select(self, event: gr.SelectData, session: Session) -> list[Any]:
+        is_valid = isinstance(event.index, int) and event.index < len(session.shown)
+        session.selected = event.index if is_valid else 0
+        snippets = self._snippets(session)
+        return [snippets.get(name, gr.skip()) for name in SNIPPETS]
+
+    def _use_settings(self, session: Session) -> list[Any]:
+        if session.selected >= len(session.shown):
+            return self.form.message(notice("Choose an image.", "error"))
         try:
-            return self._pictures.snippets(*self._pictures.recipe(shown[index]))
+            recipe = self._pictures.recipe(session.shown[session.selected])
+            return self.loader.show_recipe(*recipe)
+        except FideloraError as error:
+            return self.form.message(notice(error, "error"))
+
+    def _selected_seed(self, session: Session) -> Any:
+        try:
+            recipe, _ = self._pictures.recipe(session.shown[session.selected])
+        except (FideloraError, IndexError):  # removed in the meantime
+            return gr.skip()
+        return str(recipe.seed)
+
+    def _snippets(self, session: Session) -> dict[str, Any]:
+        try:
+            recipe, image_format = self._pictures.recipe(session.shown[session.selected])
         except (FideloraError, IndexError):  # removed in the meantime
             return {}
+        values: dict[str, Any] = dict(self._pictures.snippets(recipe, image_format))
+        values["request"] = gr.update(value=values["request"], label=request_route(recipe))
+        return values
 
     def _updates(self, **values: Any) -> list[Any]:
         """Return an update of every output; those not named keep their value."""

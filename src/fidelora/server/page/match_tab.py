@@ -16,6 +16,7 @@ from fidelora.server.page.events import IMMEDIATE, STREAMING
 from fidelora.server.page.html import escape, notice, progress_bar
 from fidelora.server.page.paths import REPORTS
 from fidelora.server.page.pictures import PageFiles
+from fidelora.server.page.uploads import refuse_larger
 from fidelora.server.page.verifications import (
     CANCELED,
     Outcome,
@@ -197,6 +198,7 @@ class MatchTab:
         settings = self._context.settings
         if archive:
             max_bytes = settings.job_max_mb * 2**20
+            refuse_larger(Path(archive), max_bytes)
             path, _ = unpack_run(Path(archive), workspace / "run", max_bytes)
         elif folder:
             path = find_run(settings.jobs, folder)

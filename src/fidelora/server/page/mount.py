@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import structlog
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
@@ -25,7 +26,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fidelora.server.context import ServerContext
 from fidelora.server.login import LOGIN_PATH, LOGOUT_PATH, Login
-from fidelora.server.page.paths import EVENTS, FILES, GRADIO, REPORTS, STREAMS, is_page_path
+from fidelora.server.page.downloads import images_zip
+from fidelora.server.page.paths import (
+    EVENTS,
+    FILES,
+    GRADIO,
+    IMAGES_ZIP,
+    REPORTS,
+    STREAMS,
+    is_page_path,
+)
 from fidelora.server.page.pictures import PageFiles
 from fidelora.server.page.verifications import Verifier, hub_environment
 
@@ -59,28 +69,7 @@ _INLINE_SCRIPTS = re.compile(rb"<script(?![^>]*\bsrc=)[^>]*>(.*?)</script>", re.
 # Link preview tags in Gradio's <head>, which refer to images on other hosts.
 _SOCIAL_META = re.compile(rb"\s*<meta\s[^>]*(?:og:|twitter:)[^>]*>")
 
-# Script of the page. It shows a linked report in a sandboxed frame above the link. After a click on
-# a button, it scrolls to the button's progress bar if this is not visible, as on narrow screens.
-_SCRIPT = b"""
-new MutationObserver(() => {
-  for (const link of document.querySelectorAll("a.report:not([data-shown])")) {
-    link.dataset.shown = "";
-    const frame = document.createElement("iframe");
-    frame.className = "report";
-    frame.title = "Report of the verification";
-    frame.setAttribute("sandbox", "allow-scripts");
-    frame.src = link.href;
-    link.before(frame);
-  }
-}).observe(document, { childList: true, subtree: true });
-const progressOf = { generate: "progress", verify: "verdict", compare: "progress-compare" };
-document.addEventListener("click", (event) => {
-  const id = progressOf[event.target.closest("button")?.id] ?? "";
-  const progress = document.getElementById(id);
-  if (progress && progress.getBoundingClientRect().top > innerHeight - 200)
-    progress.scrollIntoView({ block: "center" });
-});
-"""
+_SCRIPT = Path(__file__).with_name("script.js")
 
 
 class Page(BaseRoute):
@@ -139,6 +128,10 @@ class Page(BaseRoute):
             await self._login.leave(method, Headers(scope=scope))(scope, receive, send)
         elif path.startswith(REPORTS):
             await self._report(path.removeprefix(REPORTS))(scope, receive, send)
+        elif path == IMAGES_ZIP:
+            query = scope["query_string"].decode("ascii", "replace")
+            response = await run_in_threadpool(images_zip, self._context, self._page_files, query)
+            await response(scope, receive, send)
         elif path == "/":
             await self._document(scope, receive, send)
         elif path.startswith(STREAMS):
@@ -175,6 +168,7 @@ class Page(BaseRoute):
         ]
         start: Message = {}
         body = b""
+        script = _SCRIPT.read_bytes()
 
         async def rewrite(message: Message) -> None:
             nonlocal start, body
@@ -188,7 +182,7 @@ class Page(BaseRoute):
             if message.get("more_body"):
                 return
             body = _SOCIAL_META.sub(b"", body).replace(
-                b"</head>", b"<script>" + _SCRIPT + b"</script></head>", 1
+                b"</head>", b"<script>" + script + b"</script></head>", 1
             )
             hashes = " ".join(
                 f"'sha256-{_sha256(script)}'" for script in _INLINE_SCRIPTS.findall(body)

@@ -16,12 +16,14 @@ EVENTS = ("/gradio_api/queue/join", "/gradio_api/run/predict")
 STREAMS = ("/gradio_api/queue/data", "/gradio_api/heartbeat/")
 """Responses that stay open for as long as a browser shows the page."""
 REPORTS = "/reports/"
+IMAGES_ZIP = "/images.zip"
 _EXACT = frozenset(
     {
         "/",
         LOGIN_PATH,
         LOGOUT_PATH,
         UPLOAD_PATH,
+        IMAGES_ZIP,
         "/theme.css",
         "/favicon.ico",
         "/manifest.json",

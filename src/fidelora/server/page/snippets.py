@@ -11,13 +11,27 @@ from fidelora.recipe import Recipe, short_name
 from fidelora.server.page.form import request_body
 
 
+def request_route(recipe: Recipe) -> str:
+    """Return the route for the body from `as_request`.
+
+    `POST /v1/inference` requires a LoRA, as in the `ai-toolkit-inference` API, so an image without
+    one is requested with its recipe.
+    """
+    return "POST /v1/inference" if recipe.adapters else "POST /v1/replay"
+
+
 def as_request(recipe: Recipe, paths: Sequence[str], image_format: str) -> str:
-    """Return the body of `POST /v1/inference` as indented JSON.
+    """Return the body of a request as indented JSON; `request_route` returns its route.
 
     Args:
         paths: path of each of the recipe's adapters in API requests.
     """
-    return json.dumps(request_body(recipe, paths, image_format), indent=2, ensure_ascii=False)
+    body = (
+        request_body(recipe, paths, image_format)
+        if recipe.adapters
+        else {"recipe": recipe.to_dict(), "output_format": image_format}
+    )
+    return json.dumps(body, indent=2, ensure_ascii=False)
 
 
 def as_command(recipe: Recipe, paths: Sequence[str], image_format: str) -> str:
@@ -65,6 +79,8 @@ def as_command(recipe: Recipe, paths: Sequence[str], image_format: str) -> str:
 
 def as_python(recipe: Recipe, paths: Sequence[str], image_format: str, url: str) -> str:
     """Return Python code that sends the request with `fidelora.Client` and saves the image."""
+    if not recipe.adapters:
+        return _replay_in_python(recipe, image_format, url)
     body = request_body(recipe, paths, image_format)
     fields = body["prompts"][0]
     prompt = fields.pop("prompt")
@@ -82,6 +98,18 @@ def as_python(recipe: Recipe, paths: Sequence[str], image_format: str, url: str)
         *(f"        {name}={value!r}," for name, value in fields.items()),
         "    )",
         '    client.save_images(result, "pictures")',
+    ]
+    return "\n".join(lines)
+
+
+def _replay_in_python(recipe: Recipe, image_format: str, url: str) -> str:
+    lines = [
+        "from fidelora import Client, Recipe",
+        "",
+        f"recipe = Recipe.from_dict({recipe.to_dict()!r})",
+        f"with Client({url!r}) as client:",
+        f"    accepted = client.replay(recipe, output_format={image_format!r})",
+        '    client.save_images(client.wait(accepted.request_id), "pictures")',
     ]
     return "\n".join(lines)
 

@@ -1,0 +1,33 @@
+"""The base models that the page offers. Imports no Gradio."""
+
+from __future__ import annotations
+
+from fidelora.families import Family, all_families, get_family
+from fidelora.recipe import Recipe, short_name
+from fidelora.server.context import ServerContext
+from fidelora.server.page.html import escape
+
+
+def served_families(context: ServerContext) -> list[Family]:
+    """Return the families whose base models the server was started with, the loaded one first.
+
+    The API also accepts the other families, with their base models from the hub. The page does not
+    offer them, because a click would download gigabytes.
+    """
+    models = context.settings.base_models or [next(iter(all_families()))]
+    return [get_family(model) for model in models]
+
+
+def base_name(context: ServerContext, model: str) -> str:
+    """Return the short name of the server's base model for a family."""
+    recipe = Recipe(prompt="", model=model, **context.server_defaults.get(model, {}))
+    return short_name(recipe.base_model)
+
+
+def bases_line(context: ServerContext) -> str:
+    """Return a paragraph with the name and family of each base model."""
+    bases = ", ".join(
+        f"<strong>{escape(base_name(context, family.id))}</strong> ({escape(family.title)})"
+        for family in served_families(context)
+    )
+    return f'<p class="bases">Base model: {bases}</p>'

@@ -1,0 +1,188 @@
+"""The requests of one visitor of the *Make* tab: those that have not ended, and their images.
+
+Imports no Gradio.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from starlette.concurrency import run_in_threadpool
+
+from fidelora.errors import JobNotFoundError
+from fidelora.jobs.job import Job, Status
+from fidelora.jobs.store import JobStore
+from fidelora.server.page.html import (
+    button_number,
+    job_preview,
+    job_progress,
+    prompt_line,
+    waiting_jobs,
+)
+from fidelora.server.page.pictures import ImageId
+from fidelora.server.submit import utc_now
+
+POLL_S = 0.2
+"""Seconds between two reads of up to `_JOBS_PER_POLL` jobs; more jobs are read less often."""
+_JOBS_PER_POLL = 4
+
+
+_JOB_ID = re.compile("[0-9a-f]{32}")
+_T = TypeVar("_T")
+
+
+@dataclass
+class Session:
+    """State of an open page. Event handlers share it and change it in place.
+
+    Only code without `await` between reading and writing changes it, so that no change is lost.
+
+    Attributes:
+        pending: ids of the requests that have not ended, in the order in which they were sent.
+        shown: images in the gallery, newest first.
+        selected: index of the selected image in `shown`.
+        ended: HTML of failed and canceled requests, and of the last one that succeeded.
+        followed: True while a handler follows the requests.
+    """
+
+    pending: list[str] = field(default_factory=list)
+    shown: list[ImageId] = field(default_factory=list)
+    selected: int = 0
+    ended: list[str] = field(default_factory=list)
+    followed: bool = False
+
+    def remembered(self) -> list[ImageId]:
+        """Return the entries to store in the browser: pending requests with index -1, and images.
+
+        After a reload, `restore` reads them.
+        """
+        return [*((job_id, -1) for job_id in self.pending), *self.shown]
+
+    def restore(self, remembered: object) -> None:
+        """Add the entries that a browser returned; invalid ones are ignored."""
+        entries = [
+            (entry[0], entry[1])
+            for entry in (remembered if isinstance(remembered, list) else [])
+            if isinstance(entry, list)
+            and len(entry) == 2
+            and isinstance(entry[0], str)
+            and isinstance(entry[1], int)
+            and _JOB_ID.fullmatch(entry[0])
+        ]
+        # Requests may have been sent since the reload, before the browser returned the entries.
+        self.pending = _distinct([*(one for one, index in entries if index < 0), *self.pending])
+        self.shown = _distinct([*self.shown, *(entry for entry in entries if entry[1] >= 0)])
+
+
+@dataclass(frozen=True)
+class Update:
+    """A change of a session's requests.
+
+    Attributes:
+        progress: HTML of ended and running requests.
+        waiting: HTML of the requests that wait; empty if there are none.
+        previews: HTML with the previews of the running requests; empty if there are none.
+        succeeded: jobs whose images are new.
+    """
+
+    progress: str
+    waiting: str = ""
+    previews: str = ""
+    succeeded: tuple[Job, ...] = ()
+
+
+@dataclass(frozen=True)
+class RequestQueue:
+    """Follows and cancels the requests of sessions."""
+
+    store: JobStore
+
+    async def follow(self, session: Session) -> AsyncIterator[Update]:
+        """Yield an update for every change until no request is pending.
+
+        Yields nothing if another handler follows the session.
+        """
+        if session.followed:
+            return
+        session.followed = True
+        last: object = None
+        try:
+            while session.pending:
+                read = list(session.pending)
+                jobs = await run_in_threadpool(self._read, read)
+                state = [(job.id, job.version, position) for job, position in jobs]
+                if state != last:
+                    last = state
+                    ended = {*read} - {job.id for job, _ in jobs if not job.status.final}
+                    session.pending = [one for one in session.pending if one not in ended]
+                    succeeded = [job for job, _ in jobs if job.status is Status.SUCCEEDED]
+                    session.ended += [
+                        job_progress(job, None)
+                        for job, _ in jobs
+                        if job.status.final and job.status is not Status.SUCCEEDED
+                    ]
+                    if succeeded and not session.pending:
+                        session.ended.append(job_progress(succeeded[-1], None))
+                    previews = "".join(job_preview(job) for job, _ in jobs)
+                    yield Update(*self._progress(session, jobs), previews, tuple(succeeded))
+                if session.pending:
+                    polls = max(1.0, len(session.pending) / _JOBS_PER_POLL)
+                    await asyncio.sleep(POLL_S * polls)
+        finally:
+            session.followed = False
+
+    def cancel(self, session: Session) -> None:
+        """Cancel the oldest running request, or the oldest one if none is running."""
+        jobs = [job for job, _ in self._read(session.pending)]
+        running = [job.id for job in jobs if job.status is Status.IN_PROGRESS]
+        waiting = [job.id for job in jobs if job.status is Status.IN_QUEUE]
+        self._cancel([*running, *waiting][:1])
+
+    def cancel_one(self, session: Session, number: int | None) -> None:
+        """Cancel the pending request with this `button_number`."""
+        self._cancel(one for one in session.pending if button_number(one) == number)
+
+    def cancel_all(self, session: Session) -> None:
+        """Cancel all requests of a session, the last one first, so that no other one starts."""
+        self._cancel(reversed(session.pending))
+
+    def _cancel(self, job_ids: Iterable[str]) -> None:
+        for job_id in list(job_ids):
+            try:
+                self.store.cancel(job_id, utc_now())
+            except JobNotFoundError:  # removed in the meantime
+                continue
+
+    def _read(self, job_ids: Iterable[str]) -> list[tuple[Job, int | None]]:
+        """Return the jobs that exist, and the positions of those in the queue."""
+        found = []
+        for job_id in job_ids:
+            try:
+                job = self.store.get(job_id)
+            except JobNotFoundError:  # removed in the meantime
+                continue
+            queued = job.status is Status.IN_QUEUE
+            found.append((job, self.store.queue_position(job_id) if queued else None))
+        return found
+
+    def _progress(self, session: Session, jobs: list[tuple[Job, int | None]]) -> tuple[str, str]:
+        """Return `progress` and `waiting` of an update."""
+        pending = [(job, position) for job, position in jobs if not job.status.final]
+        running = [job for job, _ in pending if job.status is Status.IN_PROGRESS]
+        waiting = [(job, position) for job, position in pending if job not in running]
+        parts = list(session.ended)
+        for job in running:
+            if len(pending) > 1:
+                parts.append(f'<div class="message">{prompt_line(job)}</div>')
+            parts.append(job_progress(job, None))
+        if len(pending) == len(waiting) == 1:
+            parts.append(job_progress(*waiting.pop()))
+        return "".join(parts), waiting_jobs(waiting) if waiting else ""
+
+
+def _distinct(entries: Iterable[_T]) -> list[_T]:
+    return list(dict.fromkeys(entries))

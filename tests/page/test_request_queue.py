@@ -1,0 +1,133 @@
+"""Following and canceling the requests of one visitor, on a store in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import html
+
+import pytest
+from tests.server.http_support import ByHand, context_in, now
+
+from fidelora.jobs.job import Status, new_job
+from fidelora.recipe import Recipe
+from fidelora.server.page import request_queue
+from fidelora.server.page.html import button_number
+from fidelora.server.page.request_queue import RequestQueue, Session
+
+
+@pytest.fixture
+def context(tmp_path, monkeypatch):
+    monkeypatch.setattr(request_queue, "POLL_S", 0)
+    return context_in(tmp_path)
+
+
+@pytest.fixture
+def queue(context):
+    return RequestQueue(context.store)
+
+
+def session_with(context, *prompts):
+    """Queue a job for each prompt; returns a session that follows them."""
+    jobs = [context.store.add(new_job((Recipe(prompt=one),), now())) for one in prompts]
+    return Session(pending=[job.id for job in jobs])
+
+
+async def until_end(queue, session, act):
+    updates = []
+    async for update in queue.follow(session):
+        updates.append(update)
+        act(len(updates))
+    return updates
+
+
+def test_each_change_yields_the_state_of_all_requests(queue, context):
+    session, worker = session_with(context, "first", "<second>"), ByHand(context)
+    jobs = {}
+
+    def act(count):
+        if count == 1:
+            jobs["first"] = worker.claim()
+        elif count == 2:
+            worker.step(jobs["first"], 3, preview="abc")
+        elif count == 3:
+            worker.fail(jobs["first"])
+            worker.succeed(worker.claim())
+
+    updates = asyncio.run(until_end(queue, session, act))
+    texts = [html.unescape(update.progress) for update in updates]
+    waiting = [html.unescape(update.waiting) for update in updates]
+    assert "Queued. <span>“first”</span> <button" in waiting[0]
+    assert "Queued, 1 request ahead. <span>“<second>”" in waiting[0]
+    assert "“first”" not in waiting[1]
+    assert waiting[1] == waiting[2]
+    assert waiting[-1] == ""
+    assert "“first”" in texts[1]
+    assert "Starting." in texts[1]
+    assert "Step 3 of 25" in texts[2]
+    assert "base64,abc" in updates[2].previews
+    assert "The model produced NaN." in texts[-1]
+    assert "Done in" in texts[-1]
+    assert updates[-1].previews == ""
+    assert [len(update.succeeded) for update in updates] == [0, 0, 0, 1]
+    assert session.pending == []
+    assert not session.followed
+
+
+def test_only_one_handler_follows_a_session(queue, context):
+    session = session_with(context, "first")
+
+    async def run():
+        following = queue.follow(session)
+        await anext(following)
+        assert [update async for update in queue.follow(session)] == []
+        await following.aclose()
+        assert not session.followed
+        second = queue.follow(session)
+        await anext(second)
+        await second.aclose()
+
+    asyncio.run(run())
+
+
+def test_a_request_sent_in_the_meantime_is_followed_too(queue, context):
+    session = session_with(context, "first")
+
+    def act(count):
+        if count == 1:
+            session.pending += session_with(context, "second").pending
+        if session.pending:
+            context.store.cancel(session.pending[0], now())
+
+    updates = asyncio.run(until_end(queue, session, act))
+    assert updates[-1].progress.count("Canceled") == 2
+
+
+def test_removed_requests_are_forgotten(queue, context):
+    session = Session(pending=["gone", *session_with(context, "first").pending])
+    context.store.cancel(session.pending[1], now())
+    asyncio.run(until_end(queue, session, lambda count: None))
+    assert session.pending == []
+
+
+def test_cancel_ends_the_running_request_and_cancel_all_every_one(queue, context):
+    session, worker = session_with(context, "first", "second", "third"), ByHand(context)
+
+    def states():
+        return [context.store.get(one).status for one in session.pending]
+
+    queue.cancel(session)
+    assert states() == [Status.CANCELED, Status.IN_QUEUE, Status.IN_QUEUE]
+    running = worker.claim()
+    queue.cancel(session)
+    assert context.store.get(running.id).cancel_requested
+    assert states() == [Status.CANCELED, Status.IN_PROGRESS, Status.IN_QUEUE]
+    queue.cancel_one(session, None)
+    other = session_with(context, "other")
+    queue.cancel_one(session, button_number(other.pending[0]))
+    assert context.store.get(other.pending[0]).status is Status.IN_QUEUE
+    queue.cancel_one(other, button_number(other.pending[0]))
+    assert context.store.get(other.pending[0]).status is Status.CANCELED
+    session.pending.append("gone")
+    queue.cancel_all(session)
+    session.pending.remove("gone")
+    assert states() == [Status.CANCELED, Status.IN_PROGRESS, Status.CANCELED]
