@@ -233,7 +233,7 @@ def test_a_lokr_with_tucker_is_its_formula(read):
 
 
 def row_norms(weight: Tensor) -> Tensor:
-    norms = torch.linalg.vector_norm(weight.flatten(1), dim=1)
+    norms: Tensor = torch.linalg.vector_norm(weight.flatten(1), dim=1)
     return norms.view(-1, *[1] * (weight.dim() - 1))
 
 

@@ -308,7 +308,7 @@ def _made_for(adapter: Adapter, summary: AdapterSummary, fit: FamilyFit) -> str:
         (
             name
             for name, (own_title, marks) in _FAMILIES.items()
-            if own_title != title
+            if not (title and own_title == title)
             and any(mark in module for mark in marks for module in adapter.modules)
         ),
         "",
