@@ -92,7 +92,8 @@ class MergedAdapters:
             name: tuple(
                 tuple((bound.identity, m) for bound, m in group) for group in wanted.get(name, [])
             )
-            for name in (*targets, *vectors)
+            # Few adapters change vectors, and base models have thousands of them.
+            for name in (*targets, *vectors.keys() & (wanted.keys() | self._applied.keys()))
         }
         changed = [name for name, plan in plans.items() if self._applied.get(name, ()) != plan]
         stale_vectors = [name for name in changed if name in vectors]

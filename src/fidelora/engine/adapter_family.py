@@ -56,12 +56,14 @@ def best_family(adapter: Adapter) -> FamilyFit:
 def say_where_it_belongs(
     adapter: Adapter, spec: Family, error: AdapterMismatchError
 ) -> AdapterMismatchError:
-    """Return an error that names the adapter's family if its modules identify it, else `error`.
+    """Return an error that names the adapter's family if its metadata or modules identify it.
 
-    Names of the original code do not identify a family unless the shapes match, too.
+    Otherwise `error` is returned. Metadata takes precedence. Names of the original code do not
+    identify a family unless the shapes match, too.
     """
-    if adapter.metadata.get("ss_base_model_version"):
-        return error  # `check_family` has compared the metadata
+    if made_for := adapter.metadata.get("ss_base_model_version", ""):
+        other = _named_family(made_for)
+        return _belongs_to(adapter, other, spec) if other and other != spec else error
     fit = best_family(adapter)
     is_certain = fit.same_shapes > 0 or not any(map(is_original_name, adapter.modules))
     return (
@@ -83,9 +85,7 @@ def check_family(adapter: Adapter, spec: Family) -> str | None:
     made_for = adapter.metadata.get("ss_base_model_version", "")
     if not made_for or made_for in spec.adapter_base_versions:
         return None
-    other = next(
-        (one for one in all_families().values() if made_for in one.adapter_base_versions), None
-    )
+    other = _named_family(made_for)
     if other is not None:
         total = size_of(adapter)
         if not _fit(adapter, spec.id).matched == total > _fit(adapter, other.id).matched:
@@ -99,6 +99,12 @@ def metadata_note(made_for: str, spec: Family) -> str:
         f"Its metadata says that it was trained on {made_for}, which is not {spec.title}. All its "
         f"modules exist in {spec.title}, so the metadata is ignored."
     )
+
+
+def _named_family(made_for: str) -> Family | None:
+    """Return the family that metadata names; None if it is not supported."""
+    families = all_families().values()
+    return next((one for one in families if made_for in one.adapter_base_versions), None)
 
 
 def _belongs_to(adapter: Adapter, other: Family, spec: Family) -> AdapterMismatchError:
