@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fidelora.accel import threads
-from fidelora.accel.threads import let_threads_sleep, limit_threads, quota
+from fidelora.accel.threads import limit_spinning, limit_threads, quota
 
 V2 = "30 25 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw\n"
 V1 = "33 25 0:29 {} /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct\n"
@@ -113,11 +113,11 @@ def test_the_users_number_of_threads_is_kept(monkeypatch, name):
     assert torch.get_num_threads() == 2
 
 
-def test_threads_sleep_unless_the_user_decided():
+def test_spinning_is_limited_unless_the_user_decided():
     environment = {"PATH": "/bin"}
-    let_threads_sleep(environment)
-    assert environment == {"PATH": "/bin", "OMP_WAIT_POLICY": "passive"}
+    limit_spinning(environment)
+    assert environment == {"PATH": "/bin", "GOMP_SPINCOUNT": "30000"}
     for name, value in {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "100"}.items():
         chosen = {name: value}
-        let_threads_sleep(chosen)
+        limit_spinning(chosen)
         assert chosen == {name: value}

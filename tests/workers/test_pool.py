@@ -207,11 +207,11 @@ def test_the_process_is_prepared_before_libraries_are_loaded(tmp_path, monkeypat
     seen: list[tuple[str, str]] = []
 
     def prepare() -> None:
-        seen.append((os.environ["OMP_WAIT_POLICY"], os.environ["HF_TOKEN"]))
+        seen.append((os.environ["GOMP_SPINCOUNT"], os.environ["HF_TOKEN"]))
 
     setup = setup_in(tmp_path, hub_token="hf_x", prepare=prepare)
     prepare_process(setup)
-    assert seen == [("passive", "hf_x")]
+    assert seen == [("30000", "hf_x")]
     assert "hf_x" not in repr(setup)
 
 

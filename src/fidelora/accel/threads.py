@@ -14,15 +14,19 @@ _WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Variables that set what OpenMP's threads do while they wait."""
 
 
-def let_threads_sleep(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Make OpenMP's threads sleep while they wait for each other, instead of spinning.
+_SPIN_COUNT = "30000"
+"""A tenth of GNU OpenMP's default; the figures are in docs/performance.md."""
+
+
+def limit_spinning(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Let OpenMP's threads spin for less time before they sleep, while they wait for each other.
 
     If another process uses the cores, spinning threads keep the thread that they wait for from
-    running, and images take several times as long (docs/performance.md). Has an effect only before
+    running, and images take many times as long (docs/performance.md). Has an effect only before
     torch is loaded, and in child processes. A setting of the user is kept.
     """
     if not any(name in environment for name in _WAIT_VARIABLES):
-        environment["OMP_WAIT_POLICY"] = "passive"
+        environment["GOMP_SPINCOUNT"] = _SPIN_COUNT
 
 
 def limit_threads() -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, ParamSpec
 
 import typer
 
-from fidelora.accel.threads import let_threads_sleep
+from fidelora.accel.threads import limit_spinning
 from fidelora.errors import FideloraError, WrongUseError
 from fidelora.texts import printable
 
@@ -89,7 +89,7 @@ def run(app: typer.Typer) -> NoReturn:
 
     The exit code is 0 for success, 2 for wrong use, 130 after Ctrl-C and 1 for any other error.
     """
-    let_threads_sleep()
+    limit_spinning()
     code: object = 0
     try:
         # Not standalone: otherwise, Typer would print wrong use in its own form.

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from fidelora.accel import Offload
-from fidelora.accel.threads import let_threads_sleep, limit_threads
+from fidelora.accel.threads import limit_spinning, limit_threads
 from fidelora.errors import FideloraError
 from fidelora.jobs.sql import SqlStore
 from fidelora.recipe import Recipe
@@ -233,7 +233,7 @@ def worker_process(
 
 def prepare_process(setup: WorkerSetup) -> None:
     """Set what libraries read from the environment, before they are loaded."""
-    let_threads_sleep()
+    limit_spinning()
     if setup.hub_token is not None:
         os.environ["HF_TOKEN"] = setup.hub_token
     if setup.prepare is not None:
