@@ -87,6 +87,13 @@ def test_a_malicious_configuration_is_rejected(folder, text, message):
         read_run(folder)
 
 
+@pytest.mark.parametrize("key", [1, 2.5, None, True])
+@pytest.mark.parametrize("block", ["model", "train", "sample"])
+def test_keys_that_are_not_text_are_like_unknown_keys(folder, block, key):
+    assert run_of(folder, **{block: {key: "x"}}).name == "style"
+    assert run_of(folder, **{str(key): "x"}).name == "style"
+
+
 def test_the_name_has_a_maximum_length(folder):
     with pytest.raises(JobFolderError, match="more than 200 characters"):
         run_of(folder, name="x" * 201, model={"name_or_path": "[name]" * 1000})

@@ -224,10 +224,11 @@ def _expanded_size(node: yaml.Node, sizes: dict[yaml.Node, int | None]) -> int:
 
 
 def _replace_name(value: Any, name: str) -> Any:
+    """Replace `[name]` in all values, and turn all keys to text, as they are in JSON."""
     if isinstance(value, str):
         return value.replace("[name]", name)
     if isinstance(value, dict):
-        return {key: _replace_name(inner, name) for key, inner in value.items()}
+        return {str(key): _replace_name(inner, name) for key, inner in value.items()}
     return [_replace_name(inner, name) for inner in value] if isinstance(value, list) else value
 
 
