@@ -7,7 +7,8 @@ import json
 import sys
 
 import pytest
-from tests.support import LORA, MINIATURE_LORA, TINY_BASE
+import safetensors.torch
+from tests.support import LORA, MINIATURE_LORA, TINY_BASE, save_adapter
 
 from fidelora import read_record
 from fidelora.engine.engine import Engine
@@ -98,6 +99,16 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(fidelora, tmp_path, loras)
     assert document["dry_run"] is True
     assert [image["recipe"]["prompt"] for image in document["images"]] == ["a sks", "a sks"]
     assert list(tmp_path.iterdir()) == [loras]
+
+
+@pytest.mark.usefixtures("no_image")
+def test_escape_codes_in_names_and_metadata_are_not_printed(fidelora, tmp_path):
+    tensors, name = safetensors.torch.load_file(LORA), "\x1b[1mbold.safetensors"
+    save_adapter(tmp_path / name, tensors, ss_trigger_word="\x1b[31mred")
+    code, out, err = fidelora("generate", "a [trigger]", "--lora", name, "--dry-run", *SMALL)
+    assert (code, "\x1b" in out + err) == (0, False)
+    assert out.splitlines()[2:] == ["  prompt: a \\x1b[31mred", "  LoRAs: \\x1b[1mbold:1"]
+    assert "the LoRA \\x1b[1mbold." in err
 
 
 @pytest.mark.usefixtures("no_image")

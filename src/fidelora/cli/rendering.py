@@ -15,6 +15,7 @@ import typer
 from fidelora.cli.console import INTERRUPTED, fail, progress_bar, warn
 from fidelora.families import get_family
 from fidelora.recipe import Recipe, may_share_batch
+from fidelora.texts import printable
 
 if TYPE_CHECKING:
     from fidelora.engine.engine import Engine, OnStep
@@ -50,10 +51,10 @@ class Report:
     warnings: list[str] = field(default_factory=list)
 
     def note(self, text: str) -> None:
-        """Tell the user about a value that was chosen for them."""
+        """Print a note, such as a value that the command chose."""
         self.notes.append(text)
         if not self.quiet:
-            typer.echo(text, err=True)
+            typer.echo(printable(text), err=True)
 
     def warn(self, text: str) -> None:
         """Print a warning, each only once."""
@@ -231,9 +232,9 @@ def print_plan(images: Sequence[PlannedImage], report: Report) -> None:
                 f"guidance {recipe.guidance_scale:g}, seed {recipe.seed}, "
                 f"{recipe.dtype}, {recipe.fidelity}"
             )
-            typer.echo(f"  prompt: {recipe.prompt}")
+            typer.echo(f"  prompt: {printable(recipe.prompt)}")
             if loras:
-                typer.echo(f"  LoRAs: {loras}")
+                typer.echo(f"  LoRAs: {printable(loras)}")
     report.print_json([image_entry(one.recipe, one.path) for one in images], dry_run=True)
 
 
