@@ -1,8 +1,8 @@
-"""Adapter files in the naming of kohya or PEFT, from modules whose parts are known.
+"""Writing of adapter files in the naming of kohya or PEFT.
 
-Only names and metadata are written anew; tensors are copied byte for byte. The parts of a module
-have the names that `tensor_names.modules_of` gives them, so that every format that can be read can
-be written if the target format has a name for its parts.
+Only names and metadata are new; tensors are copied byte for byte. The parts of a module have the
+names that `tensor_names.modules_of` gives them. A module of any format that can be read can
+therefore be written, if the target format has names for its parts.
 
 Sources of the names: `networks/lora.py` of https://github.com/kohya-ss/sd-scripts and LyCORIS
 (kohya); `save_lora_weights` of diffusers (PEFT).
@@ -87,12 +87,12 @@ class ModuleParts:
 
     @property
     def rank(self) -> int:
-        """Inner dimension of the factors. A LoKr with whole factors has none, and a scale of 1."""
+        """Inner dimension of the factors; only for modules that have one (not a whole LoKr)."""
         return next(len(self.tensors[part]) for part in _RANK_PARTS if part in self.tensors)
 
     @property
     def alpha(self) -> float:
-        """The number whose quotient by the rank is the scale."""
+        """Alpha: the scale times the rank."""
         # The stored value is exact; the product can differ from it in the last bit.
         stored = self.tensors.get("alpha")
         if stored is not None and float(stored) / self.rank == self.scale:

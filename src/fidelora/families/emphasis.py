@@ -90,7 +90,7 @@ def check_emphasis(name: str, prompt: str) -> None:
 
     Raises:
         RecipeError: the prompt switches words during sampling, combines prompts, or has a weight
-            that is no number.
+            that is not a number.
     """
     for pattern, what in ((_SWITCH, "switches words during sampling"), (_AND, "combines prompts")):
         if match := pattern.search(prompt):

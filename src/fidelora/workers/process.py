@@ -88,7 +88,7 @@ class WorkerSlot:
     Attributes:
         process: the current process; None before the first start and until a restart.
         name: name of the current process, stored in its job.
-        startup_error: reason why the last process that ended never became ready; empty if it was.
+        startup_error: reason why the last ended process never became ready; empty if it did.
     """
 
     def __init__(self, name: str, setup: WorkerSetup) -> None:

@@ -1,4 +1,4 @@
-"""Download of all images of a gallery as one zip. Imports no Gradio."""
+"""Download of all images of a gallery as one zip. Does not import Gradio."""
 
 from __future__ import annotations
 

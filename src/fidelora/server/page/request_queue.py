@@ -1,6 +1,6 @@
 """The requests of one visitor of the *Make* tab: those that have not ended, and their images.
 
-Imports no Gradio.
+Does not import Gradio.
 """
 
 from __future__ import annotations
