@@ -24,8 +24,9 @@ _TOKEN = re.compile(
     r"|[^\\()\[\]:]+|:"
 )
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
+# `\d+(\.\d*)?` and not `\d+\.?\d*`, which takes quadratic time for many digits.
 _SWITCH = re.compile(
-    r"(?<!\\)\[(.*?(?<!\\):\s*[+-]?(\d+\.?\d*|\.\d+)\s*|[^\[\]]*\|[^\[\]]*)\]", re.DOTALL
+    r"(?<!\\)\[(.*?(?<!\\):\s*[+-]?(\d+(\.\d*)?|\.\d+)\s*|[^\[\]]*\|[^\[\]]*)\]", re.DOTALL
 )
 _AND = re.compile(r"\bAND\b")
 
