@@ -117,6 +117,12 @@ def test_a_dry_run_checks_the_base_model(fidelora, tmp_path):
     code, _, err = fidelora("generate", "a", "--dry-run", "--base-model", "./base")
     assert code == 1
     assert err.startswith("error: base is not a diffusers folder")
+    for absent in ("./absent", "models/absent.safetensors"):
+        code, out, err = fidelora("generate", "a", "--dry-run", "--base-model", absent)
+        assert (code, out) == (2, "")
+        assert err.startswith(f"error: There is no base model at {absent}")
+    code, _, err = fidelora("generate", "a", "--dry-run", "--vae", "./absent.safetensors")
+    assert (code, err[:22]) == (2, "error: There is no VAE")
     code, out, err = fidelora("generate", "a", "--dry-run", "--base-model", "nobody/nothing")
     assert (code, err) == (
         0,

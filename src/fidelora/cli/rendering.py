@@ -203,12 +203,15 @@ def _finished_entry(image: GeneratedImage, path: Path) -> dict[str, Any]:
 def check_base(recipe: Recipe, report: Report) -> None:
     """Check the files of the base model as far as this is possible without a download."""
     from fidelora.engine.model import ModelKey
-    from fidelora.weights.locate import is_downloaded
+    from fidelora.weights.locate import is_downloaded, is_portable, locate
 
     family = get_family(recipe.model)
     names = {recipe.base_model: family.parts}
     if recipe.vae:
         names[recipe.vae] = (family.part("decoder"),)
+    for name, parts in names.items():
+        if not is_portable(name):  # a path: raises an error if there is no such file or folder
+            locate(name, parts, what="VAE" if name == recipe.vae else "base model")
     missing = [
         name
         for name, parts in names.items()

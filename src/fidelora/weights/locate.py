@@ -81,7 +81,7 @@ def is_downloaded(
     """
     if is_local(name):
         return True
-    match = _HUB_ID.fullmatch(name)
+    match = _hub_id(name)
     if match is None:
         return False
     try:
