@@ -125,7 +125,7 @@ def _parameters(program: _Program, settings: Mapping[str, Any], spec: Family) ->
         if key in program.fields:
             try:
                 values[program.fields[key]] = _READ[program.fields[key]](value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):  # a float from a long whole number
                 ignored.append(_ignored(key, value, "The value is not valid for this key."))
         elif key == "model" and value:
             ignored.append(
