@@ -59,7 +59,7 @@ _DTYPE_NAMES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
     torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-_ALIGNMENT_BYTES = 8
+_ALIGNMENT_BYTES = 8  # the header is padded to a multiple, as by the library `safetensors`
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,7 +197,7 @@ def _peft_name(module: ModuleParts) -> str:
 
 
 def _full_path(module: ModuleParts) -> str:
-    """Return the path with the optional prefix, which adapter files have."""
+    """Return the path with the optional prefix, as in adapter files."""
     prefix = module.part.optional_prefix
     return prefix + module.path.removeprefix(prefix)
 

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 from fidelora.errors import RecipeError
 
 Emphasis = Literal["none", "ignore", "original", "no_norm"]
-"""How emphasis in prompts is computed. `none` treats brackets as text, as the trainer does. The
+"""Rule for the weights of words. `none` treats brackets as text, as the trainer does. The
 others are settings of the web UI: `original` weights the states of the text encoder and restores
 their mean, `no_norm` does not restore it, and `ignore` only removes the brackets."""
 

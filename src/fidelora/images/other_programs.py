@@ -68,7 +68,7 @@ _INVOKE_SAMPLERS = {
 
 @dataclass(frozen=True)
 class _Program:
-    """Where a program stores the settings of an image.
+    """Layout of the settings that a program stores in an image.
 
     Attributes:
         settings: returns the settings from an image's texts; None if another program made it.

@@ -17,7 +17,7 @@ BODY_TIMEOUT_S = 60.0
 MAX_CONNECTIONS = 4096
 _OTHER_FILES = 256
 """File handles reserved for everything except connections: database, images, workers, ..."""
-_MAX_FILES = 65_536
+_MAX_FILES = 65_536  # the limit of open files is not raised further
 
 log = structlog.get_logger(__name__)
 
@@ -38,7 +38,7 @@ def connection_limit() -> int:
 
 
 class LimitedProtocol(H11Protocol):
-    """HTTP/1.1 of uvicorn, which itself only limits the pause between two requests.
+    """uvicorn's HTTP/1.1 protocol with more limits; its own is the pause between two requests.
 
     Attributes:
         max_connections: connections over this number are closed at once.
