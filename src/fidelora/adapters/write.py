@@ -49,6 +49,9 @@ _SUFFIXES: Mapping[TargetFormat, Mapping[str, str]] = {
 _RANK_PARTS = ("down", "lokr_w2_b", "lokr_w1_b", "hada_w1_b")
 """Parts whose first dimension is the rank."""
 
+_MAGNITUDES = {"magnitude", "peft_magnitude"}
+"""Parts that PEFT loads only with `use_dora`."""
+
 _PEFT_METADATA = "lora_adapter_metadata"
 _STALE_METADATA = (_PEFT_METADATA, "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 """Metadata that describes the names or bytes of the original file."""
@@ -225,8 +228,11 @@ def _peft_config(modules: Sequence[ModuleParts]) -> dict[str, Any]:
             "rank_pattern": {path: one for path, one in ranks.items() if one != rank},
             "alpha_pattern": {path: one for path, one in alphas.items() if one != alpha},
             "target_modules": sorted(paths),
-            "use_dora": any("magnitude" in module.tensors for module in paths.values()),
+            "use_dora": any(module.tensors.keys() & _MAGNITUDES for module in paths.values()),
         }
+        # Versions of PEFT before 0.14 do not have this field.
+        if any("up_bias" in module.tensors for module in paths.values()):
+            fields["lora_bias"] = True
         config |= {f"{part}.{name}": value for name, value in fields.items()}
     return config
 
