@@ -182,7 +182,10 @@ def _folders(settings: Settings | None) -> dict[str, dict[str, Any]]:
 
 def _folder(path: Path) -> dict[str, Any]:
     """Return facts about a folder; if it is missing, those of its closest parent that exists."""
-    existing = next(one for one in (path, *path.absolute().parents) if one.exists())
+    try:
+        existing = next(one for one in (path, *path.absolute().parents) if one.exists())
+    except PermissionError:  # below a folder that this user must not enter
+        return {"path": str(path), "exists": None, "writable": False}
     found = {
         "path": str(path),
         "exists": path.is_dir(),
