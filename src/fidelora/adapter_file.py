@@ -22,7 +22,8 @@ MAX_KEPT_BYTES = 2**30
 several LoRAs of usual size. Files that exceed it are read again when their tensors are needed."""
 
 HASH_OF_NOTHING = hashlib.sha256(b"").hexdigest()
-"""Wrong hash of the tensors that AI Toolkit's older versions and some other programs store."""
+"""sha256 of no bytes, which older versions of AI Toolkit and some other programs store by mistake
+instead of the hash of the tensors."""
 
 _CHUNK_BYTES = 2**20
 
@@ -44,7 +45,7 @@ class AdapterFile:
         sha256: of the whole file, in hex.
         version: device, inode, size and modification time (ns) of the file when it was opened.
         tensors_sha256: of the bytes after the header, in hex; empty until `take_content`.
-            AUTOMATIC1111's web UI and Civitai identify LoRAs by this hash. Like the web UI, uses
+            AUTOMATIC1111's web UI and Civitai identify LoRAs by this hash. As in the web UI, it is
             the hash in the metadata if there is one.
     """
 

@@ -42,8 +42,8 @@ def remove_stale_temporaries(folder: Path) -> None:
 def remove_folder(folder: Path) -> bool:
     """Remove a folder with all its contents; return False if that is not possible.
 
-    Raises no error, so that left-overs never stop a program: files that cannot be removed, or
-    folders that are nested too deeply for Python.
+    Some files may not be removable, and folders may be nested too deeply for Python. This raises no
+    error, because the program can continue without the space.
     """
     try:
         shutil.rmtree(folder)

@@ -46,7 +46,7 @@ def values_of_others(variables: Mapping[str, str | None]) -> dict[str, str]:
         variables: values by name; names may have any case.
 
     Returns:
-        the form that the value of the setting needs, by name.
+        the form of a value that is meant for Fidelora, by name.
     """
     return {
         name: rule[1]
@@ -103,4 +103,4 @@ _RULES: Mapping[str, tuple[Callable[[str], bool], str]] = {
     # Kubernetes and Docker's links set this to the URL of a Service or container.
     f"{PREFIX}PORT": (lambda value: "://" not in value, "a number"),
 }
-"""By name: a test that is true for values that may be meant for Fidelora, and their form."""
+"""By name: a test for values that can be meant for Fidelora, and the form of these values."""

@@ -36,7 +36,7 @@ MAX_TENSORS = 20_000
 MAX_DIMENSIONS = 8
 MAX_DIGITS = 20  # an unsigned 64-bit integer has at most 20
 MAX_BRACKETS, MAX_COMMAS = 10 * MAX_TENSORS, 20 * MAX_TENSORS
-"""Limits of the characters `[`, `{` and `,` in the header, those in metadata included. They are
+"""Limits of the numbers of `[`, `{` and `,` in the header, including those in metadata. They are
 counted before parsing, because small values take up to 40 times their length in memory. A tensor
 has three brackets and about seven commas."""
 

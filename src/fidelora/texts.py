@@ -1,4 +1,4 @@
-"""Texts from outside."""
+"""Cleaning of text from files and requests, before it is stored or printed."""
 
 from __future__ import annotations
 

@@ -7,7 +7,8 @@ import json
 import sys
 
 import pytest
-from tests.support import LORA, MINIATURE_LORA, TINY_BASE
+import safetensors.torch
+from tests.support import LORA, MINIATURE_LORA, TINY_BASE, save_adapter
 
 from fidelora import read_record
 from fidelora.engine.engine import Engine
@@ -101,11 +102,27 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(fidelora, tmp_path, loras)
 
 
 @pytest.mark.usefixtures("no_image")
+def test_escape_codes_in_names_and_metadata_are_not_printed(fidelora, tmp_path):
+    tensors, name = safetensors.torch.load_file(LORA), "\x1b[1mbold.safetensors"
+    save_adapter(tmp_path / name, tensors, ss_trigger_word="\x1b[31mred")
+    code, out, err = fidelora("generate", "a [trigger]", "--lora", name, "--dry-run", *SMALL)
+    assert (code, "\x1b" in out + err) == (0, False)
+    assert out.splitlines()[2:] == ["  prompt: a \\x1b[31mred", "  LoRAs: \\x1b[1mbold:1"]
+    assert "the LoRA \\x1b[1mbold." in err
+
+
+@pytest.mark.usefixtures("no_image")
 def test_a_dry_run_checks_the_base_model(fidelora, tmp_path):
     (tmp_path / "base").mkdir()
     code, _, err = fidelora("generate", "a", "--dry-run", "--base-model", "./base")
     assert code == 1
     assert err.startswith("error: base is not a diffusers folder")
+    for absent in ("./absent", "models/absent.safetensors"):
+        code, out, err = fidelora("generate", "a", "--dry-run", "--base-model", absent)
+        assert (code, out) == (2, "")
+        assert err.startswith(f"error: There is no base model at {absent}")
+    code, _, err = fidelora("generate", "a", "--dry-run", "--vae", "./absent.safetensors")
+    assert (code, err[:22]) == (2, "error: There is no VAE")
     code, out, err = fidelora("generate", "a", "--dry-run", "--base-model", "nobody/nothing")
     assert (code, err) == (
         0,

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 import fidelora as package
+from fidelora.cli import info
 
 
 @pytest.fixture(autouse=True)
 def data_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("FIDELORA_DATA_DIR", str(tmp_path / "data"))
+
+
+def test_a_folder_that_must_not_be_entered_is_no_error(monkeypatch):
+    def refuse(self: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    found = info._folder(Path("/secret/loras"))
+    assert found == {"path": "/secret/loras", "exists": None, "writable": False}
+    assert info._shown(found) == "/secret/loras  (exists: -, writable: no)"
 
 
 def test_the_object_has_versions_device_bases_and_folders(fidelora, tmp_path, monkeypatch):

@@ -94,7 +94,7 @@ def test_different_pixels_exit_with_1(fidelora, made, tmp_path):
     info = PngImagePlugin.PngInfo()
     info.add_itxt(
         "fidelora",
-        json.dumps(made.record() | {"environment": {**made.environment, "device": "cuda"}}),
+        json.dumps(made.record() | {"environment": {**made.environment, "device": "\x1b[1mcuda"}}),
     )
     Image.fromarray(pixels).save(image, pnginfo=info)
     code, out, _ = fidelora("replay", str(image), "--compare", *LORAS, *CPU)
@@ -102,7 +102,9 @@ def test_different_pixels_exit_with_1(fidelora, made, tmp_path):
     assert out.splitlines()[1].startswith(
         "DIFFERENT: 99.97 % of pixels are the same, the largest difference is "
     )
-    assert out.splitlines()[2:] == [f"  device was cuda and is now {made.environment['device']}"]
+    assert out.splitlines()[2:] == [
+        f"  device was \\x1b[1mcuda and is now {made.environment['device']}"
+    ]
 
 
 def test_a_resized_image_is_reported(fidelora, made, tmp_path):

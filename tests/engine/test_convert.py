@@ -252,6 +252,21 @@ def test_alphas_go_to_the_metadata_of_peft_and_back(tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    ("suffix", "field"), [("lora_B.bias", "lora_bias"), ("lora_magnitude_vector", "use_dora")]
+)
+def test_the_metadata_names_parts_that_peft_would_not_load(tmp_path, suffix, field):
+    stem = "unet.mid_block.attentions.0.proj_in"
+    tensors = {
+        f"{stem}.lora_A.weight": torch.ones(RANK, 8), f"{stem}.lora_B.weight": torch.ones(8, RANK),
+        f"{stem}.{suffix}": torch.ones(8),
+    }  # fmt: skip
+    source = save_adapter(tmp_path / "a.safetensors", tensors)
+    made = written(convert_adapter(source, "peft"), tmp_path / "b.safetensors")
+    assert peft_config(made)[f"unet.{field}"] is True
+    assert raw(tensors_of(made)) == raw(tensors)
+
+
 def test_a_missing_alpha_is_the_rank(tmp_path):
     name = "unet.mid_block.attentions.0.proj_in"
     source = lora_of(tmp_path / "a.safetensors", {name: (8, 8)})

@@ -16,7 +16,7 @@ from fidelora.errors import RecipeError
 from fidelora.families import get_family
 from fidelora.families.clip import load_tokenizer
 from fidelora.families.clip_chunks import chunks_of, padded, weighted
-from fidelora.families.emphasis import BREAK, Span, spans_of
+from fidelora.families.emphasis import BREAK, Span, check_emphasis, spans_of
 
 SMALL: dict[str, Any] = {"base_model": str(TINY_BASE), "width": 64, "height": 64, "steps": 2}
 UP, DOWN = 1.1, 1 / 1.1
@@ -79,6 +79,12 @@ def test_other_syntax_is_refused_only_with_emphasis(prompt, name):
 )
 def test_plain_text_is_accepted_with_emphasis(prompt):
     assert Recipe(prompt=prompt, emphasis="no_norm").prompt == prompt
+
+
+@pytest.mark.timeout(60)
+def test_a_prompt_of_brackets_and_digits_is_checked_quickly():
+    """With a pattern that takes cubic time, this would take hours."""
+    check_emphasis("prompt", "[" * 3000 + ":" + "1" * 6999)
 
 
 def test_recipes_contain_emphasis_only_if_it_is_used():

@@ -119,6 +119,7 @@ def test_the_schedule_of_few_step_loras_is_read():
         (lambda: of_invoke(seed=2**64), "seed"),
         (lambda: of_swarm(steps="many"), "steps"),
         (lambda: of_swarm(cfgscale=[1]), "cfgscale"),
+        (lambda: of_swarm(cfgscale=10**400), "cfgscale"),
         (lambda: of_invoke(width=True), "width"),
         (lambda: of_swarm(prompt=["a"]), "prompt"),
         (lambda: of_swarm(loraweights=["heavy", "1"]), "loras"),

@@ -351,6 +351,8 @@ def test_images_can_be_left_out_of_the_response(client, context, worker):
                 "face_restoration": False,
             }
         },
+        {"override_settings": {"emphasis": [], "samples_format": [""], "sd_vae": {}}},
+        {"override_settings": {"emphasis": {}, "sd_model_checkpoint": [""]}},
         {"prompt": "(b:1.2) [x|y]", "override_settings": {"emphasis": "None"}},
         {
             "override_settings_restore_afterwards": False,
@@ -498,6 +500,10 @@ def test_other_settings_cannot_be_changed(client):
         "eta_noise_seed_delta": 0,
     }
     assert client.post("/sdapi/v1/options", json=options).json() is None
+    for nothing in (None, [], [""], {}):
+        change = {"sd_model_checkpoint": nothing}
+        assert client.post("/sdapi/v1/options", json=change).json() is None
+    assert client.get("/sdapi/v1/options").json() == options
     for change in (
         {"sd_model_checkpoint": "other"},
         {"samples_format": "jpg"},

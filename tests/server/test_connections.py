@@ -1,4 +1,4 @@
-"""Connections that send no whole request are closed, and their number is limited."""
+"""Connections without a complete request are closed, and their number is limited."""
 
 from __future__ import annotations
 

@@ -13,7 +13,6 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Variables that set what OpenMP's threads do while they wait."""
 
-
 _SPIN_COUNT = "30000"
 """A tenth of GNU OpenMP's default; the figures are in docs/performance.md."""
 
@@ -21,9 +20,9 @@ _SPIN_COUNT = "30000"
 def limit_spinning(environment: MutableMapping[str, str] = os.environ) -> None:
     """Let OpenMP's threads spin for less time before they sleep, while they wait for each other.
 
-    If another process uses the cores, spinning threads keep the thread that they wait for from
-    running, and images take many times as long (docs/performance.md). Has an effect only before
-    torch is loaded, and in child processes. A setting of the user is kept.
+    If other processes also use the cores, spinning threads take time from the thread that they
+    wait for, and images take many times as long (docs/performance.md). Call this function before
+    torch is loaded; child processes inherit the limit. A setting of the user is kept.
     """
     if not any(name in environment for name in _WAIT_VARIABLES):
         environment["GOMP_SPINCOUNT"] = _SPIN_COUNT
@@ -88,7 +87,7 @@ def _groups(root: Path) -> Iterator[Path]:
             continue
         mounted, point = (PurePosixPath(_unescape(field)) for field in fields[3:5])
         group = PurePosixPath(own[kind])
-        # In a container, the path may be that outside of it; only the mounted group is visible.
+        # In a container, the path may be that of the host; only the mounted group is visible.
         below = group.relative_to(mounted) if group.is_relative_to(mounted) else PurePosixPath()
         for folder in (below, *below.parents):
             yield root / point.relative_to("/") / folder

@@ -36,8 +36,9 @@ class Scaling:
 
     Attributes:
         metadata: scales in the metadata, for modules that do not store an alpha.
-        zero_is_rank: True if an alpha of 0 means the rank, as in AI Toolkit, kohya and LyCORIS when
-            they train. In AUTOMATIC1111, ComfyUI and diffusers such a module has no effect.
+        zero_is_rank: True if an alpha of 0 stands for the rank, as it does in AI Toolkit, kohya
+            and LyCORIS during training. In AUTOMATIC1111, ComfyUI and diffusers such a module has
+            no effect.
     """
 
     metadata: PeftMetadata
@@ -55,7 +56,7 @@ class Scaling:
 
 @dataclass(frozen=True)
 class Module:
-    """The tensors of one module of a file.
+    """Tensors of one module of an adapter file.
 
     Attributes:
         tensors: float32, by part.
@@ -216,8 +217,9 @@ class Module:
     def _glora(self) -> Delta:
         """Return a GLoRA; LyCORIS before 2.0 stored the factors of each product in reverse order.
 
-        Both fit if the module is square; the rank is then the smaller number, or, if they are
-        equal, the format is the old one. Source: `comfy/weight_adapter/glora.py` of ComfyUI.
+        If the module is square, the shapes fit both orders. The smaller dimension is then the
+        rank; if the dimensions are equal, the old order is assumed. Source:
+        `comfy/weight_adapter/glora.py` of ComfyUI.
         """
         factors = [self.tensors[part] for part in ("a1", "a2", "b1", "b2")]
         if any(factor.dim() not in (2, 4) for factor in factors):

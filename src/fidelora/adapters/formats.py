@@ -35,7 +35,7 @@ _PARTS = {
 _LONGEST_SUFFIX = 3  # components
 
 _MAGNITUDE = "lora_magnitude_vector"
-"""PEFT's DoRA; the key may end in the name of the adapter, in `weight`, or in both."""
+"""Part of PEFT's DoRA. The name of the adapter, `weight` or both may follow it in a key."""
 
 _EXTRACT = "; load it together with its base model in its training program and export a LoRA"
 _OF_PEFT = "in the format of PEFT, which no program loads into Stable Diffusion" + _EXTRACT
@@ -65,7 +65,7 @@ _REFUSED = {
     "weight_scale": _QUANTISED,
     "scale_input": _QUANTISED,
 }
-"""Suffixes of known formats that are not supported, and the end of the error message."""
+"""Ends of error messages by the suffixes of known formats that are not supported."""
 
 _CLONEOFSIMO = re.compile(r"(unet|text_encoder):\d+:(down|up)")
 
@@ -89,7 +89,7 @@ _KINDS = {
     frozenset({"b_norm"}): "norm",
     frozenset({"w_norm", "b_norm"}): "norm",
 }
-"""Kind by the parts that are not in `_EXTRA`."""
+"""Kind of a module by its parts, without those in `_EXTRA`."""
 
 KINDS = ("lora", "dora", *dict.fromkeys(kind for kind in _KINDS.values() if kind != "lora"))
 """All kinds of modules; see `find_kind`."""
@@ -99,7 +99,7 @@ _DECOMPOSABLE = {
     "peft_magnitude": frozenset({"lora"}),
     "dora_scale": frozenset({"lora", "lokr", "loha", "glora"}),
 }
-"""Parts of a DoRA, and the kinds that they are combined with."""
+"""Kinds that each part of a DoRA can be combined with."""
 
 _EXTRA = frozenset({"alpha", "diff_b", "up_bias", *_DECOMPOSABLE})
 

@@ -107,7 +107,7 @@ class PeftMetadata:
         return math.sqrt(rank) if self._find(module)[0].uses_rslora else rank
 
     def uses_dora(self, module: str) -> bool:
-        """Return True if the metadata says that this module has a magnitude."""
+        """Return True if this module has a magnitude according to the metadata."""
         return self._find(module)[0].uses_dora
 
     def _find(self, module: str) -> tuple[PeftConfig, str]:

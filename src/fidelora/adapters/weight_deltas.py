@@ -1,4 +1,4 @@
-"""Changes in the formats of LyCORIS and PEFT that AI Toolkit does not write.
+"""Deltas in the formats of LyCORIS and PEFT that AI Toolkit does not write.
 
 The trainer has no order of operations for them, so each class computes its format's own formula in
 float32. Sources: LyCORIS 3 (`lycoris/modules`, `get_merged_weight`) and kohya's `networks/oft.py`;
@@ -57,10 +57,10 @@ class DecomposedDelta(FormulaDelta):
     With V = W + change of `inner`, the result is `V * magnitude / |V|`. The formats differ in the
     effect of the multiplier m:
 
-    * `lycoris` (`dora_scale`): W + m * (V * magnitude / |V| - W), where V has the multiplier 1, as
-      in AUTOMATIC1111 and ComfyUI. |V| is increased by the smallest float32 above 1, less 1, as in
-      LyCORIS.
-    * `peft` (`lora_magnitude_vector`): V has the multiplier m.
+    * `lycoris` (`dora_scale`): W + m * (V * magnitude / |V| - W), where V is computed with the
+      multiplier 1, as in AUTOMATIC1111 and ComfyUI. As in LyCORIS, the machine epsilon of float32
+      is added to |V|.
+    * `peft` (`lora_magnitude_vector`): V is computed with the multiplier m.
 
     Attributes:
         inner: change of the weight without the magnitude.
@@ -179,8 +179,8 @@ class OftDelta(FormulaDelta):
 
     Attributes:
         blocks: OFT [blocks, size, size]; BOFT [factors, blocks, size, size], applied in order.
-        rescale: [out], multiplies the rows afterwards, whatever the multiplier; None if there is
-            none.
+        rescale: [out], factors of the rows after the rotation, which do not depend on the
+            multiplier; None if the file has none.
         constraint: alpha of the file; None if the norm is not limited.
     """
 
@@ -229,7 +229,7 @@ class OftDelta(FormulaDelta):
         size, rest = rotations.shape[-1], weight.shape[1:]
         for number, factor in enumerate(rotations):
             stride = 2**number * (size // 2)
-            # Rows at the distance `stride` come into the same block.
+            # Rows that are `stride` apart belong to the same block.
             rows = weight.reshape(-1, 2, stride, *rest).transpose(1, 2).reshape(-1, size, *rest)
             rows = torch.einsum("bij,bj...->bi...", factor, rows)
             weight = rows.reshape(-1, stride, 2, *rest).transpose(1, 2).flatten(0, 2)

@@ -1,8 +1,8 @@
-"""Adapter files in the naming of kohya or PEFT, from modules whose parts are known.
+"""Writing of adapter files in the naming of kohya or PEFT.
 
-Only names and metadata are written anew; tensors are copied byte for byte. The parts of a module
-have the names that `tensor_names.modules_of` gives them, so that every format that can be read can
-be written if the target format has a name for its parts.
+Only names and metadata are new; tensors are copied byte for byte. The parts of a module have the
+names that `tensor_names.modules_of` gives them. A module of any format that can be read can
+therefore be written, if the target format has names for its parts.
 
 Sources of the names: `networks/lora.py` of https://github.com/kohya-ss/sd-scripts and LyCORIS
 (kohya); `save_lora_weights` of diffusers (PEFT).
@@ -49,6 +49,9 @@ _SUFFIXES: Mapping[TargetFormat, Mapping[str, str]] = {
 _RANK_PARTS = ("down", "lokr_w2_b", "lokr_w1_b", "hada_w1_b")
 """Parts whose first dimension is the rank."""
 
+_MAGNITUDES = {"magnitude", "peft_magnitude"}
+"""Parts that PEFT loads only with `use_dora`."""
+
 _PEFT_METADATA = "lora_adapter_metadata"
 _STALE_METADATA = (_PEFT_METADATA, "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 """Metadata that describes the names or bytes of the original file."""
@@ -59,7 +62,7 @@ _DTYPE_NAMES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
     torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-_ALIGNMENT_BYTES = 8
+_ALIGNMENT_BYTES = 8  # the header is padded to a multiple, as by the library `safetensors`
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,12 +90,12 @@ class ModuleParts:
 
     @property
     def rank(self) -> int:
-        """Inner dimension of the factors. A LoKr with whole factors has none, and a scale of 1."""
+        """Inner dimension of the factors; only for modules that have one (not a whole LoKr)."""
         return next(len(self.tensors[part]) for part in _RANK_PARTS if part in self.tensors)
 
     @property
     def alpha(self) -> float:
-        """The number whose quotient by the rank is the scale."""
+        """Alpha: the scale times the rank."""
         # The stored value is exact; the product can differ from it in the last bit.
         stored = self.tensors.get("alpha")
         if stored is not None and float(stored) / self.rank == self.scale:
@@ -197,7 +200,7 @@ def _peft_name(module: ModuleParts) -> str:
 
 
 def _full_path(module: ModuleParts) -> str:
-    """Return the path with the optional prefix, which adapter files have."""
+    """Return the path with the optional prefix, as in adapter files."""
     prefix = module.part.optional_prefix
     return prefix + module.path.removeprefix(prefix)
 
@@ -225,8 +228,11 @@ def _peft_config(modules: Sequence[ModuleParts]) -> dict[str, Any]:
             "rank_pattern": {path: one for path, one in ranks.items() if one != rank},
             "alpha_pattern": {path: one for path, one in alphas.items() if one != alpha},
             "target_modules": sorted(paths),
-            "use_dora": any("magnitude" in module.tensors for module in paths.values()),
+            "use_dora": any(module.tensors.keys() & _MAGNITUDES for module in paths.values()),
         }
+        # Versions of PEFT before 0.14 do not have this field.
+        if any("up_bias" in module.tensors for module in paths.values()):
+            fields["lora_bias"] = True
         config |= {f"{part}.{name}": value for name, value in fields.items()}
     return config
 

@@ -336,6 +336,8 @@ def plan_txt2img(
         )
     settings = request.override_settings or {}
     check_options(settings, options_of(model, emphasis), for_one_request=True)
+    # Accepted values of other types, such as an empty list, ask for nothing.
+    settings = {name: value for name, value in settings.items() if isinstance(value, str)}
     model = settings.get("sd_model_checkpoint") or model
     name, scheduler = (
         request.sampler_name or request.sampler_index or "Euler",

@@ -22,7 +22,7 @@ class ReplayChoices(RequestBody):
     fidelity: Fidelity | None = None
     emphasis: bool | None = Field(
         None,
-        description="True: weight words in brackets as AUTOMATIC1111's web UI did, in its images.",
+        description="True: weight words in brackets, in images of AUTOMATIC1111's web UI.",
     )
     base_model: Literal["server"] | None = Field(
         None,

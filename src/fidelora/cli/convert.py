@@ -25,7 +25,7 @@ class FormatOption(StrEnum):
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="LoRA, LoKr or LoHa file.")],
+    source: Annotated[Path, typer.Argument(metavar="IN", help="Adapter file, such as a LoRA.")],
     target: Annotated[
         Path, typer.Argument(metavar="OUT", help="New file, whose name ends in .safetensors.")
     ],

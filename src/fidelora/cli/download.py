@@ -26,7 +26,7 @@ from fidelora.recipe import file_sha256
 from fidelora.safetensors_header import read_file_header
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_TIMEOUT_S = 24 * 3600.0  # of a LoRA's download; the user can interrupt it at any time
+_TIMEOUT_S = 24 * 3600.0  # for one LoRA; long, because the user can interrupt the download
 
 
 def download(
@@ -87,7 +87,7 @@ def download(
 
 
 def _fetch_base(source: str, model: str | None, variant: str) -> Path:
-    """Return the path of a base model whose files are complete."""
+    """Download a base model unless it is in the cache, and return its path."""
     from fidelora.weights.files import BaseFiles
 
     if source in all_families():
@@ -103,7 +103,7 @@ def _fetch_base(source: str, model: str | None, variant: str) -> Path:
 
 
 def _fetch_lora(source: str, folder: Path) -> Path:
-    """Download a LoRA to a folder and return its path; a file with other contents is kept.
+    """Download a LoRA to a folder and return its path; no file with other contents is replaced.
 
     Raises:
         AdapterError, WeightsFileError: the download failed, or the file is not an adapter.
@@ -138,7 +138,7 @@ def _file_name(source: str) -> str:
     """Return the name of the file at a URL or on the hub.
 
     Raises:
-        AdapterPlaceError: the place on the hub is not that of a .safetensors file.
+        AdapterPlaceError: the path on the hub is not that of a .safetensors file.
     """
     if source.startswith("hf:"):
         return Path(HubFile.parse(source).file).name

@@ -19,7 +19,7 @@ MAX_IMAGES = 1000
 STDIN = "-"
 
 _SIZE = re.compile(r"\s*(\d{1,5})\s*(?:[xX×*]\s*(\d{1,5})\s*)?")
-_LORA = re.compile(r"(?P<name>.+):(?P<multiplier>[+-]?(\d+\.?\d*|\.\d+))")
+_LORA = re.compile(r"(?P<name>.+):(?P<multiplier>[+-]?(\d+(\.\d*)?|\.\d+))")
 _LORA_SUFFIX = ".safetensors"
 
 AdapterSet = tuple[AdapterRef, ...]

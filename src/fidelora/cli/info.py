@@ -30,7 +30,7 @@ _VARIABLES = (
     "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF",
     "TORCH_LOGS", "XDG_CACHE_HOME", "XDG_DATA_HOME",
 )  # fmt: skip
-"""Environment variables of libraries that change results, speed or places. None is a secret."""
+"""Environment variables of libraries that affect results, speed or folders; without secrets."""
 
 
 def info(
@@ -40,7 +40,7 @@ def info(
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
-    """Print versions, device, settings, and the places of base models, LoRAs and images.
+    """Print versions, device, settings, and the folders of base models, LoRAs and images.
 
     The output contains paths of this machine, but no tokens or passwords.
     """
@@ -181,8 +181,11 @@ def _folders(settings: Settings | None) -> dict[str, dict[str, Any]]:
 
 
 def _folder(path: Path) -> dict[str, Any]:
-    """Return facts about a folder; a missing one is judged by the parent it would be made in."""
-    existing = next(one for one in (path, *path.absolute().parents) if one.exists())
+    """Return facts about a folder; if it is missing, those of its closest parent that exists."""
+    try:
+        existing = next(one for one in (path, *path.absolute().parents) if one.exists())
+    except PermissionError:  # below a folder that this user must not enter
+        return {"path": str(path), "exists": None, "writable": False}
     found = {
         "path": str(path),
         "exists": path.is_dir(),

@@ -41,7 +41,7 @@ def inspect(
     else:
         _print(file, document, result)
         if few_step is not None:
-            typer.echo(f"  {'few steps':<11} {proposal(file.stem, few_step)}")
+            typer.echo(f"  {'few steps':<11} {printable(proposal(file.stem, few_step))}")
     if not result.usable:
         raise typer.Exit(UNUSABLE)
 

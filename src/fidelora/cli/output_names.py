@@ -37,7 +37,7 @@ class OutputNames:
     replaces: bool = False
 
     def paths(self, images: Sequence[tuple[Recipe, int]], now: datetime) -> list[Path]:
-        """Return a path for each image, none of them twice.
+        """Return a different path for each image.
 
         Args:
             images: recipe and number of the prompt, from 1, of each image.
@@ -105,7 +105,7 @@ def parse_output(
     format_of_name = format_of(shape)
     if image_format not in (None, format_of_name):
         raise RecipeError(
-            f"--format {image_format} does not match --out {path.name}; set only one of them.",
+            f"--format {image_format} does not match --output {path.name}; set only one of them.",
             field="format",
         )
     return OutputNames(text.removesuffix(shape.suffix), shape.suffix, replaces=not is_template)

@@ -15,6 +15,7 @@ import typer
 from fidelora.cli.console import INTERRUPTED, fail, progress_bar, warn
 from fidelora.families import get_family
 from fidelora.recipe import Recipe, may_share_batch
+from fidelora.texts import printable
 
 if TYPE_CHECKING:
     from fidelora.engine.engine import Engine, OnStep
@@ -50,10 +51,10 @@ class Report:
     warnings: list[str] = field(default_factory=list)
 
     def note(self, text: str) -> None:
-        """Tell the user about a value that was chosen for them."""
+        """Print a note, such as a value that the command chose."""
         self.notes.append(text)
         if not self.quiet:
-            typer.echo(text, err=True)
+            typer.echo(printable(text), err=True)
 
     def warn(self, text: str) -> None:
         """Print a warning, each only once."""
@@ -202,12 +203,15 @@ def _finished_entry(image: GeneratedImage, path: Path) -> dict[str, Any]:
 def check_base(recipe: Recipe, report: Report) -> None:
     """Check the files of the base model as far as this is possible without a download."""
     from fidelora.engine.model import ModelKey
-    from fidelora.weights.locate import is_downloaded
+    from fidelora.weights.locate import is_downloaded, is_portable, locate
 
     family = get_family(recipe.model)
     names = {recipe.base_model: family.parts}
     if recipe.vae:
         names[recipe.vae] = (family.part("decoder"),)
+    for name, parts in names.items():
+        if not is_portable(name):  # a path: raises an error if there is no such file or folder
+            locate(name, parts, what="VAE" if name == recipe.vae else "base model")
     missing = [
         name
         for name, parts in names.items()
@@ -231,9 +235,9 @@ def print_plan(images: Sequence[PlannedImage], report: Report) -> None:
                 f"guidance {recipe.guidance_scale:g}, seed {recipe.seed}, "
                 f"{recipe.dtype}, {recipe.fidelity}"
             )
-            typer.echo(f"  prompt: {recipe.prompt}")
+            typer.echo(f"  prompt: {printable(recipe.prompt)}")
             if loras:
-                typer.echo(f"  LoRAs: {loras}")
+                typer.echo(f"  LoRAs: {printable(loras)}")
     report.print_json([image_entry(one.recipe, one.path) for one in images], dry_run=True)
 
 

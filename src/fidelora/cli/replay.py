@@ -26,6 +26,7 @@ from fidelora.cli.console import (
 )
 from fidelora.errors import AdapterNotFoundError, AdaptersMissingError, ImageRecordError
 from fidelora.recipe import AdapterRef, Recipe, file_sha256
+from fidelora.texts import printable
 
 if TYPE_CHECKING:
     from fidelora.engine.engine import Engine
@@ -76,7 +77,7 @@ def replay(
         bool,
         typer.Option(
             "--emphasis",
-            help="Weight words in brackets as AUTOMATIC1111's web UI did, in its images.",
+            help="Weight words in brackets, in images of AUTOMATIC1111's web UI.",
         ),
     ] = False,
     base_model: Annotated[
@@ -338,7 +339,7 @@ def _print_comparison(made: GeneratedImage, origin: Origin, comparison: Comparis
     typer.echo(comparison.summary)
     if not comparison.identical:
         for name, (then, now) in _environment_changes(made, origin).items():
-            typer.echo(f"  {name} was {then} and is now {now}")
+            typer.echo(printable(f"  {name} was {then} and is now {now}"))
 
 
 def _environment_changes(made: GeneratedImage, origin: Origin) -> dict[str, tuple[str, str]]:

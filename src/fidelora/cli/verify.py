@@ -25,6 +25,7 @@ from fidelora.cli.console import (
 )
 from fidelora.errors import NothingToCheckError
 from fidelora.recipe import short_name
+from fidelora.texts import printable
 
 if TYPE_CHECKING:
     from fidelora.engine.engine import Engine
@@ -155,7 +156,7 @@ def verify(
         changes["noise"] = noise.value
     if not as_json:
         typer.echo(
-            f"Training run {run.name}: sampler {run.sampler}, "
+            f"Training run {printable(run.name)}: sampler {run.sampler}, "
             f"{dtype.value if dtype is not DtypeOption.JOB else run.dtype}."
         )
         typer.echo(_TABLE_HEAD)
@@ -221,7 +222,7 @@ def _print_result(
     from fidelora.training.draws import saved_dtype
 
     for reason in dict.fromkeys(sample.reason for sample in samples if sample.reason):
-        typer.echo(reason)
+        typer.echo(printable(reason))
     judged = [sample.plan.recipe for sample in samples if sample.evidence is not None]
     if any(map(saved_dtype, judged)):
         typer.echo(FP32_HINT)
@@ -236,7 +237,8 @@ def _print_result(
     typer.echo(f"{verdict}: {sentences[verdict]}")
     if diagnosis is not None:
         typer.echo(
-            f"Doctor: {diagnosis.cause} (explains {diagnosis.explains:.0%}). {diagnosis.fix}"
+            f"Doctor: {printable(diagnosis.cause)} (explains {diagnosis.explains:.0%}). "
+            f"{printable(diagnosis.fix)}"
         )
     elif verdict == "mismatch" and not doctor:
         typer.echo("Run the command again with --doctor to find the cause.")

@@ -1,7 +1,7 @@
-"""Clients of the HTTP API: the blocking `Client` and `AsyncClient` for asyncio. Imports no torch.
+"""Clients of the HTTP API: the blocking `Client` and `AsyncClient` for asyncio.
 
 `calls.py` builds requests and parses responses, `flows.py` combines them into operations, and
-`sync.py` and `aio.py` perform the I/O.
+`sync.py` and `aio.py` perform the I/O. Does not import torch.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def best_family(adapter: Adapter) -> FamilyFit:
     return best
 
 
-def say_where_it_belongs(
+def explain_mismatch(
     adapter: Adapter, spec: Family, error: AdapterMismatchError
 ) -> AdapterMismatchError:
     """Return an error that names the adapter's family if its metadata or modules identify it.

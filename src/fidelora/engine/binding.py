@@ -11,7 +11,7 @@ from fidelora.adapters.library import AdapterLibrary
 from fidelora.adapters.live import live_adapters
 from fidelora.adapters.read import Adapter, zero_alpha_note
 from fidelora.adapters.targets import BoundAdapter
-from fidelora.engine.adapter_family import check_family, say_where_it_belongs
+from fidelora.engine.adapter_family import check_family, explain_mismatch
 from fidelora.engine.model import LoadedModel
 from fidelora.errors import AdapterFormatError, AdapterMismatchError
 from fidelora.families.protocols import Embedding, ExtendableText
@@ -72,7 +72,7 @@ def _bind_all(
             )
             bound.append((one, ref.multiplier))
         except AdapterMismatchError as error:
-            raise say_where_it_belongs(adapter, model.family, error) from error
+            raise explain_mismatch(adapter, model.family, error) from error
     return bound, warnings
 
 

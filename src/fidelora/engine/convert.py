@@ -130,7 +130,7 @@ def _families(adapter: Adapter, model: str | None) -> list[Family]:
 
 
 def _has_own_names(adapter: Adapter, family: Family) -> bool:
-    """Return True if all names begin as the family's usually do; families accept others, too."""
+    """Return True if all names have the family's usual prefixes; families also accept others."""
     starts = [
         start for part in family.parts for start in (*part.adapter_prefixes[:1], f"{part.name}.")
     ]

@@ -16,8 +16,8 @@ from transformers import CLIPTokenizer
 from fidelora.families.emphasis import BREAK, Emphasis, spans_of
 
 _COMMA = ",</w>"
-_MOST_MOVED = 20
-"""Number of tokens after a comma that are moved to the next chunk if they would be split
+_MAX_MOVED = 20
+"""Maximum number of tokens after the last comma of a full chunk that are moved to the next chunk
 (`comma_padding_backtrack`)."""
 
 
@@ -70,7 +70,7 @@ def chunks_of(tokenizer: CLIPTokenizer, prompt: str, length: int) -> list[Chunk]
             elif (
                 len(chunks[-1]) == length
                 and last_comma is not None
-                and length - last_comma <= _MOST_MOVED
+                and length - last_comma <= _MAX_MOVED
             ):
                 new_chunk(chunks[-1].split(last_comma + 1))
             if len(chunks[-1]) + len(word) > length:
@@ -82,7 +82,7 @@ def chunks_of(tokenizer: CLIPTokenizer, prompt: str, length: int) -> list[Chunk]
 
 
 def padded(tokenizer: CLIPTokenizer, chunk: Chunk, length: int) -> tuple[Tensor, Tensor]:
-    """Return tokens, int64 [1, length], and weights, float32 [1, length], of a whole chunk.
+    """Return token ids, int64 [1, length], and weights, float32 [1, length], with start and end.
 
     Args:
         length: number of tokens with start, end and padding: 77.

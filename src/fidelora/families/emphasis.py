@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 from fidelora.errors import RecipeError
 
 Emphasis = Literal["none", "ignore", "original", "no_norm"]
-"""How emphasis in prompts is computed. `none` treats brackets as text, as the trainer does. The
+"""Rule for the weights of words. `none` treats brackets as text, as the trainer does. The
 others are settings of the web UI: `original` weights the states of the text encoder and restores
 their mean, `no_norm` does not restore it, and `ignore` only removes the brackets."""
 
@@ -24,8 +24,9 @@ _TOKEN = re.compile(
     r"|[^\\()\[\]:]+|:"
 )
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
+# `\d+(\.\d*)?` and not `\d+\.?\d*`, which takes quadratic time for many digits.
 _SWITCH = re.compile(
-    r"(?<!\\)\[(.*?(?<!\\):\s*[+-]?(\d+\.?\d*|\.\d+)\s*|[^\[\]]*\|[^\[\]]*)\]", re.DOTALL
+    r"(?<!\\)\[(.*?(?<!\\):\s*[+-]?(\d+(\.\d*)?|\.\d+)\s*|[^\[\]]*\|[^\[\]]*)\]", re.DOTALL
 )
 _AND = re.compile(r"\bAND\b")
 
@@ -90,7 +91,7 @@ def check_emphasis(name: str, prompt: str) -> None:
 
     Raises:
         RecipeError: the prompt switches words during sampling, combines prompts, or has a weight
-            that is no number.
+            that is not a number.
     """
     for pattern, what in ((_SWITCH, "switches words during sampling"), (_AND, "combines prompts")):
         if match := pattern.search(prompt):

@@ -26,7 +26,8 @@ def check_sampler_options(
     if spacing != "default" and spacing not in sampler.spacings:
         others = _with(spec, lambda one: spacing in one.spacings)
         raise RecipeError(
-            f"The sampler {name} has no timestep_spacing {spacing}; leave it out{others}.",
+            f"The sampler {name} does not support timestep_spacing {spacing}; leave it "
+            f"out{others}.",
             field="timestep_spacing",
         )
     if eta is None:

@@ -23,7 +23,7 @@ EMPHASIS: Mapping[str, Emphasis] = {
 _TAG = re.compile(r"<(?P<network>\w+):(?P<arguments>[^<>]+)>")
 """Tag of an extra network of any kind in A1111."""
 _LORA = {"lora", "lyco"}
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)")
 _BRACKET = re.compile(r"\\.|\(|:\s*[+-]?[\d.]+\s*\)|\)", re.DOTALL)
 """Tokens of A1111's parser: escaped character, opening bracket, closing bracket with or without a
 weight."""

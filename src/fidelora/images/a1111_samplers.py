@@ -76,14 +76,14 @@ def sampler_names(spec: Family) -> dict[str, list[str]]:
     that A1111 does not have.
     """
     names = {
-        theirs: sorted(
-            {alias for alias, (name, _) in _ALIASES.items() if name == theirs}
-            | (set(ours.values()) - _ALIASES.keys())
+        a1111_name: sorted(
+            {alias for alias, (name, _) in _ALIASES.items() if name == a1111_name}
+            | (set(own_names.values()) - _ALIASES.keys())
         )
-        for theirs, ours in _TABLE.items()
-        if set(ours.values()) <= spec.samplers.keys()
+        for a1111_name, own_names in _TABLE.items()
+        if set(own_names.values()) <= spec.samplers.keys()
     }
-    known = {name for ours in _TABLE.values() for name in ours.values()}
+    known = {name for own_names in _TABLE.values() for name in own_names.values()}
     return names | {name: [] for name in spec.samplers if name not in known}
 
 
@@ -140,15 +140,16 @@ def _find(schedule: str, by_schedule: Mapping[str, SamplerChoice]) -> SamplerCho
 
 def _schedules(name: str, spec: Family) -> dict[str, SamplerChoice]:
     """Return the schedulers of A1111's sampler `name`; empty if the model does not have it."""
-    ours = next((ours for theirs, ours in _TABLE.items() if theirs.lower() == name.lower()), {})
-    if not ours or ours[AUTOMATIC] not in spec.samplers:
+    by_lower_name = {a1111_name.lower(): own_names for a1111_name, own_names in _TABLE.items()}
+    own_names = by_lower_name.get(name.lower(), {})
+    if not own_names or own_names[AUTOMATIC] not in spec.samplers:
         return {}
     found = {
-        theirs: SamplerChoice(sampler)
-        for theirs, sampler in ours.items()
+        a1111_name: SamplerChoice(sampler)
+        for a1111_name, sampler in own_names.items()
         if sampler in spec.samplers
     }
-    return found | _spacings(ours.get(UNIFORM, ours[AUTOMATIC]), spec)
+    return found | _spacings(own_names.get(UNIFORM, own_names[AUTOMATIC]), spec)
 
 
 def _own_schedules(name: str, spec: Family) -> dict[str, SamplerChoice]:
@@ -162,9 +163,9 @@ def _spacings(sampler: str, spec: Family) -> dict[str, SamplerChoice]:
     """Return the schedulers that select a timestep spacing of Fidelora's `sampler`."""
     supported = spec.samplers[sampler].spacings if sampler in spec.samplers else frozenset()
     return {
-        theirs: SamplerChoice(sampler, spacing)
-        for theirs in (SGM_UNIFORM, TRAILING)
-        if (spacing := _SPACINGS[theirs.lower()]) in supported
+        a1111_name: SamplerChoice(sampler, spacing)
+        for a1111_name in (SGM_UNIFORM, TRAILING)
+        if (spacing := _SPACINGS[a1111_name.lower()]) in supported
     }
 
 
@@ -175,8 +176,8 @@ def name_of(sampler: str, timestep_spacing: TimestepSpacing = "default") -> tupl
     """
     if timestep_spacing == "trailing":
         return sampler, TRAILING
-    for theirs, by_schedule in _TABLE.items():
+    for a1111_name, by_schedule in _TABLE.items():
         for schedule in (KARRAS, AUTOMATIC, UNIFORM):  # Karras is clearer than Automatic
             if by_schedule.get(schedule) == sampler:
-                return theirs, schedule if timestep_spacing == "default" else SGM_UNIFORM
+                return a1111_name, schedule if timestep_spacing == "default" else SGM_UNIFORM
     return sampler, "" if timestep_spacing == "default" else SGM_UNIFORM

@@ -1,7 +1,7 @@
-"""Read what programs other than AUTOMATIC1111's web UI store in images as JSON.
+"""Read the settings that SwarmUI and InvokeAI store in images as JSON.
 
-SwarmUI and InvokeAI store settings, which are read. ComfyUI stores a graph of nodes, and Fooocus
-and NovelAI change prompts before they encode them, so their images are only recognised.
+Images of other programs are only recognised: ComfyUI stores a graph of nodes, and Fooocus and
+NovelAI change prompts before they encode them.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ _INVOKE_SAMPLERS = {
 
 @dataclass(frozen=True)
 class _Program:
-    """Where a program stores the settings of an image.
+    """Layout of the settings that a program stores in an image.
 
     Attributes:
         settings: returns the settings from an image's texts; None if another program made it.
@@ -119,13 +119,13 @@ def name_of_program(texts: Mapping[str, str]) -> str:
 
 
 def _parameters(program: _Program, settings: Mapping[str, Any], spec: Family) -> Parameters:
-    said: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     ignored: list[Ignored] = []
     for key, value in settings.items():
         if key in program.fields:
             try:
-                said[program.fields[key]] = _READ[program.fields[key]](value)
-            except (TypeError, ValueError):
+                values[program.fields[key]] = _READ[program.fields[key]](value)
+            except (TypeError, ValueError, OverflowError):  # a float from a long whole number
                 ignored.append(_ignored(key, value, "The value is not valid for this key."))
         elif key == "model" and value:
             ignored.append(
@@ -140,7 +140,7 @@ def _parameters(program: _Program, settings: Mapping[str, Any], spec: Family) ->
             ignored.append(_ignored(key, value, "The parameter is not supported."))
     if any(settings.get(key) for key in program.sampler_keys):
         try:
-            said |= program.sampler(settings, spec)._asdict()
+            values |= program.sampler(settings, spec)._asdict()
         except UnknownSamplerError as error:
             text = ", ".join(str(settings.get(key, "")) for key in program.sampler_keys)
             ignored.append(Ignored("sampler", text, str(error)))
@@ -151,8 +151,8 @@ def _parameters(program: _Program, settings: Mapping[str, Any], spec: Family) ->
         except (TypeError, ValueError):
             shown = f"{name}: {multiplier}"
             ignored.append(_ignored("loras", shown, "The value is not valid for this key."))
-    prompt, tags = tags_in(said.pop("prompt", ""))
-    negative = said.pop("negative_prompt", "")
+    prompt, tags = tags_in(values.pop("prompt", ""))
+    negative = values.pop("negative_prompt", "")
     ignored += [
         Ignored("prompt", f"<{network}:{arguments}>", "The tag is not supported.")
         for network, arguments in tags
@@ -168,7 +168,7 @@ def _parameters(program: _Program, settings: Mapping[str, Any], spec: Family) ->
                 )
             )
     text = json.dumps(settings, ensure_ascii=False)
-    return Parameters(text, prompt, negative, tuple(loras), said, tuple(ignored))
+    return Parameters(text, prompt, negative, tuple(loras), values, tuple(ignored))
 
 
 def _lora(name: object, multiplier: object) -> NamedLora:
@@ -184,7 +184,7 @@ def _ignored(key: str, value: object, reason: str) -> Ignored:
 
 
 def _object(text: object) -> dict[str, Any] | None:
-    """Return the JSON object that a text contains; None if it is none."""
+    """Return the JSON object in a text; None if the text is not a JSON object."""
     if (
         not isinstance(text, str)
         or len(text) > _MAX_CHARACTERS
@@ -221,11 +221,11 @@ def _listed(value: object) -> list[Any]:
 
 def _swarm_sampler(settings: Mapping[str, Any], spec: Family) -> SamplerChoice:
     name, schedule = (str(settings.get(key, "")) for key in ("sampler", "scheduler"))
-    theirs = _COMFY_SAMPLERS.get(name, name or "Euler")
+    a1111_name = _COMFY_SAMPLERS.get(name, name or "Euler")
     # In A1111, the default schedule of this sampler is Karras'.
-    normal = UNIFORM if theirs == "DPM++ 2M" else AUTOMATIC
+    normal = UNIFORM if a1111_name == "DPM++ 2M" else AUTOMATIC
     schedules = {"": normal, "normal": normal, "karras": KARRAS}
-    return sampler_of(theirs, schedules.get(schedule, schedule), spec)
+    return sampler_of(a1111_name, schedules.get(schedule, schedule), spec)
 
 
 _SWARM = _Program(

@@ -159,7 +159,8 @@ def read_parameters(text: str, spec: Family, *, with_emphasis: bool = False) -> 
     Args:
         text: text from an image, written by any program.
         spec: model family that will make the image.
-        with_emphasis: True to weight words as the web UI did. Fidelora's own texts say whether.
+        with_emphasis: True to weight words as the web UI did. Fidelora's own texts
+            contain this choice.
     """
     lines, last, added = _split(text.strip().split("\n"))
     last, objects = _without_objects(last)

@@ -167,7 +167,7 @@ class AdapterCache:
         for path in self.folder.glob("*.safetensors"):
             try:
                 status = path.stat()
-            except OSError:  # removed in the meantime, or a link to a file that is gone
+            except OSError:  # removed in the meantime, or a broken link
                 continue
             if status.st_nlink == 1:
                 own.append((status.st_mtime_ns, status.st_size, path))

@@ -20,7 +20,7 @@ from fidelora.texts import cleaned
 
 _TEXT_ENCODER = ("lora_te", "text_encoder", "text_model.", "te_", "clip_l.", "clip_g.")
 _MAX_TRIGGER = 200
-_MAX_STEP = 10**15
+_MAX_STEP = 10**15  # larger numbers in metadata are not training steps
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ class FewStepSettings:
     """Recommended settings of a few-step LoRA.
 
     Attributes:
-        steps: the proposed number; from `min_steps` to `max_steps`, the authors recommend others.
-        guidance_scale: the proposed value; up to `max_guidance`, the authors recommend others.
+        steps: the proposed number. The authors recommend `min_steps` to `max_steps`.
+        guidance_scale: the proposed value. The authors recommend values up to `max_guidance`.
         eta: None if the sampler has no eta that can be set.
     """
 

@@ -129,7 +129,7 @@ def trailing_timesteps(steps: int) -> list[int]:
     Source: Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed" (2023),
     table 2.
     """
-    # numpy's `arange` adds up a rounded step, so that 937.5 of 48 steps becomes a little less.
+    # numpy's `arange` multiplies a rounded step: with 48 steps, 937.5 becomes a little less.
     spaced = np.arange(_TRAINING_TIMESTEPS, 0, -_TRAINING_TIMESTEPS / steps)
     return [int(timestep) - 1 for timestep in spaced.round()]
 

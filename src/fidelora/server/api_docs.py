@@ -1,4 +1,4 @@
-"""The description of the API at /docs: Swagger UI from files of an installed package.
+"""API documentation page at /docs: Swagger UI from files of an installed package.
 
 FastAPI's own page loads Swagger UI from another host, so it stays empty without a network. The
 files are those of the package `fastapi-offline` (MIT licence; Swagger UI has the Apache licence).
@@ -22,7 +22,7 @@ _FILES = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css
 """Media types of Swagger UI's files, by name."""
 DOCS_PATHS = frozenset({_PATH, *(f"{_PATH}/{name}" for name in _FILES)})
 """Paths of the page and its files."""
-# Only files of this server, and the page's own script. Swagger UI sets styles of elements.
+# Allows only files of this server and the page's own script. Swagger UI sets inline styles.
 _POLICY = (
     "default-src 'none'; script-src 'self' 'sha256-{hash}'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data:; font-src 'self' data:; connect-src 'self'; base-uri 'none'; "

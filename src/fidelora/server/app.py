@@ -257,7 +257,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 async def _run_periodically(seconds: float, action: Callable[[], Awaitable[None]]) -> None:
-    """Call `action` repeatedly, whatever it raises; log an error only if the last one differed."""
+    """Call `action` repeatedly, also after errors; log an error unless the last one was equal."""
     last = ""
     while True:
         try:

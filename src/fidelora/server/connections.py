@@ -1,4 +1,4 @@
-"""Limits of connections: their number, and how long they may wait without a whole request."""
+"""Limits of connections: their number, and the time in which a request must arrive."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ BODY_TIMEOUT_S = 60.0
 """Seconds without any byte of an unfinished body."""
 MAX_CONNECTIONS = 4096
 _OTHER_FILES = 256
-"""File handles that are left for everything but connections: database, images, workers, ..."""
-_MAX_FILES = 65_536
+"""File handles reserved for everything except connections: database, images, workers, ..."""
+_MAX_FILES = 65_536  # the limit of open files is not raised further
 
 log = structlog.get_logger(__name__)
 
 
 def connection_limit() -> int:
-    """Return how many connections may be open, and raise the process's limit of open files.
+    """Raise the process's limit of open files, and return the maximum number of connections.
 
-    Without a limit of their own, connections would use up the file handles, and everything else in
-    the process would fail.
+    Without this maximum, connections could use all file handles, and everything else in the
+    process would fail.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = _MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_FILES)
@@ -38,7 +38,7 @@ def connection_limit() -> int:
 
 
 class LimitedProtocol(H11Protocol):
-    """HTTP/1.1 of uvicorn, which itself only limits the pause between two requests.
+    """uvicorn's HTTP/1.1 protocol with more limits; its own is the pause between two requests.
 
     Attributes:
         max_connections: connections over this number are closed at once.
@@ -60,7 +60,7 @@ class LimitedProtocol(H11Protocol):
         self._wait(HEADER_TIMEOUT_S)
 
     def data_received(self, data: bytes) -> None:
-        """Handle bytes of a request; set the time until which more of them must arrive."""
+        """Handle bytes of a request, and set the time until which more bytes must arrive."""
         super().data_received(data)
         if self.cycle is None or self.cycle.response_complete:
             if self._deadline is None:  # later bytes of the same header do not extend the time
@@ -77,7 +77,7 @@ class LimitedProtocol(H11Protocol):
         super().on_response_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the connection."""
+        """Stop the timer of the closed connection."""
         self._stop_waiting()
         super().connection_lost(exc)
 
@@ -92,7 +92,7 @@ class LimitedProtocol(H11Protocol):
 
     def _give_up(self) -> None:
         self._deadline = None
-        self._report("connection closed: no whole request arrived in time")
+        self._report("connection closed: the request did not arrive completely in time")
         self.transport.close()
 
     def _report(self, event: str, **fields: object) -> None:

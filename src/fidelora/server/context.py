@@ -36,7 +36,7 @@ class ServerContext:
         a1111_jobs: owner of each job that an AUTOMATIC1111 client is waiting for, by job id.
         a1111_models: model that an AUTOMATIC1111 client has set for later requests, by owner.
         stopping: event that is set as soon as the server begins to stop.
-        failed: event that is set if a fault of the server itself is the reason.
+        failed: event that is set if the server stops because of a fault of its own.
     """
 
     settings: Settings

@@ -13,9 +13,9 @@ from structlog.typing import Processor
 
 LogFormat = Literal["auto", "json", "text"]
 
-REPEAT_S = 10.0
+REPEAT_S = 10.0  # a library's warning is logged once in this time
 _LIBRARIES = ("uvicorn", "asyncio")
-_MAX_REMEMBERED = 1000
+_MAX_REMEMBERED = 1000  # warnings; then all are forgotten
 _SECRET_WORDS = ("token", "authorization", "api_key", "password")
 """Log fields whose names contain one of these are masked."""
 

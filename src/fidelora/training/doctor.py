@@ -134,7 +134,7 @@ def diagnose(
 
 
 def explained_share(before: float, after: float, noise: float) -> float:
-    """Return the share of a mean difference that a setting explains; above 1 if it is below noise.
+    """Return the share of a mean difference that a setting explains; above 1 below the noise.
 
     No setting can explain the part that is due to lost information. At least a quarter of the
     difference is taken to be explainable, so that small changes of a difference near the noise

@@ -59,7 +59,7 @@ def split_flags(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def where_to_set(generate: str, flags: str = "") -> str:
-    """Return the end of a sentence about a value, which says where to set it.
+    """Return the end of a sentence about a value, which names the options that set it.
 
     Args:
         generate: options of `fidelora generate`.

@@ -81,7 +81,7 @@ def is_downloaded(
     """
     if is_local(name):
         return True
-    match = _HUB_ID.fullmatch(name)
+    match = _hub_id(name)
     if match is None:
         return False
     try:
@@ -131,7 +131,7 @@ def weight_file_patterns(part: Part, variant: str) -> list[str]:
 
 
 def _hub_id(name: str) -> re.Match[str] | None:
-    """Return the parts of a hub id; None for a path, also if there is no such file or folder."""
+    """Return the parts of a hub id; None for a path, even if it does not exist."""
     return None if _WEIGHT_FILE.fullmatch(Path(name).suffix) else _HUB_ID.fullmatch(name)
 
 

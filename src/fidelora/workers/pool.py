@@ -131,7 +131,7 @@ class WorkerPool:
                 log.error("killing %s: its lease expired without a heartbeat", slot.name)
                 slot.kill()
             if slot.process is not None and not slot.alive:
-                for report in slot.reports():  # sent after the first look
+                for report in slot.reports():  # sent since the last read
                     self._on_report(report)
                 reason = slot.exit_reason
                 abandoned += [after for job in jobs if (after := self._abandon(job, reason, now))]

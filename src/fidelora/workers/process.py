@@ -43,7 +43,7 @@ class WorkerSetup:
         outputs: folder for images.
         adapters: folder with adapter files named by hash; None for no folder.
         model_cache: folder for downloaded base models; None for Hugging Face's default.
-        hub_token: access token for the hub; None for the one of the environment.
+        hub_token: access token for the hub; None to use the one in the environment.
         base_budget_bytes: memory for loaded base models; None for one base model.
         adapter_budget_bytes: memory for loaded adapters; None for the adapter library's default.
         warm: recipe whose base model is loaded before the worker is ready.
@@ -88,7 +88,7 @@ class WorkerSlot:
     Attributes:
         process: the current process; None before the first start and until a restart.
         name: name of the current process, stored in its job.
-        startup_error: reason why the last process that ended never became ready; empty if it was.
+        startup_error: reason why the last ended process never became ready; empty if it did.
     """
 
     def __init__(self, name: str, setup: WorkerSetup) -> None:

@@ -1,4 +1,4 @@
-"""Banner above the tabs: the reason why the server cannot make images, while there is one."""
+"""Banner above the tabs with the reason why the server cannot make images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fidelora.server.page.events import IMMEDIATE
 from fidelora.server.page.html import notice
 
 _INTERVAL_S = 5.0
-"""Seconds between two looks at the workers, until one is ready."""
+"""Seconds between two checks of the workers, until one is ready."""
 
 
 class BaseBanner:

@@ -1,4 +1,4 @@
-"""The base models that the page offers. Imports no Gradio."""
+"""The base models that the page offers. Does not import Gradio."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Download of all images of a gallery as one zip. Imports no Gradio."""
+"""Download of all images of a gallery as one zip. Does not import Gradio."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _INDEX = re.compile("[0-9]{1,3}")
 
 
 def download_link(images: Sequence[ImageId]) -> str:
-    """Return a link to a zip of these images; empty if there is none."""
+    """Return a link to a zip of these images; empty if there are no images."""
     if not images:
         return ""
     query = urlencode([("image", f"{job_id}.{index}") for job_id, index in images])

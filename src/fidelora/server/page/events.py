@@ -1,4 +1,4 @@
-"""Options of Gradio event listeners, shared by the tabs. Imports no Gradio."""
+"""Options of Gradio event listeners, shared by the tabs. Does not import Gradio."""
 
 from __future__ import annotations
 

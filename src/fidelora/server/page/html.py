@@ -1,4 +1,4 @@
-"""HTML fragments of the page, with all untrusted text escaped. Imports no Gradio."""
+"""HTML fragments of the page, with all untrusted text escaped. Does not import Gradio."""
 
 from __future__ import annotations
 

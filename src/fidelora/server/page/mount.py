@@ -1,6 +1,6 @@
 """The page as a route of the server: dispatch, content security policies and shutdown.
 
-Imports no Gradio.
+Does not import Gradio.
 """
 
 from __future__ import annotations

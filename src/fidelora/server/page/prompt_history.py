@@ -1,4 +1,4 @@
-"""Prompts that were sent from a browser, stored in that browser. Imports no Gradio."""
+"""Prompts that a browser has sent, stored in that browser. Does not import Gradio."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ Entry = tuple[str, str]
 """A prompt and its negative prompt."""
 
 MAX_ENTRIES = 50
-"""Number of prompts to keep; more than anyone searches by eye."""
+"""Number of prompts to keep; a longer list would be slow to search by eye."""
 _MAX_STORED_CHARACTERS = 4000
 """Longer prompts are not stored: browsers limit the storage of a site to about 5 MB."""
 _MAX_LABEL = 100

@@ -1,4 +1,4 @@
-"""Files that are dropped onto the *Make* tab: recipes for the form, and LoRAs for the server."""
+"""Handling of files dropped onto the *Make* tab: images with recipes, and LoRAs."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The requests of one visitor of the *Make* tab: those that have not ended, and their images.
 
-Imports no Gradio.
+Does not import Gradio.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Session:
         pending: ids of the requests that have not ended, in the order in which they were sent.
         shown: images in the gallery, newest first.
         selected: index of the selected image in `shown`.
-        ended: HTML of failed and canceled requests, and of the last one that succeeded.
+        ended: HTML of failed and canceled requests, and of the last successful one.
         followed: True while a handler follows the requests.
     """
 
@@ -147,7 +147,7 @@ class RequestQueue:
         self._cancel(one for one in session.pending if button_number(one) == number)
 
     def cancel_all(self, session: Session) -> None:
-        """Cancel all requests of a session, the last one first, so that no other one starts."""
+        """Cancel all requests of a session, the last one first, so that none starts meanwhile."""
         self._cancel(reversed(session.pending))
 
     def _cancel(self, job_ids: Iterable[str]) -> None:

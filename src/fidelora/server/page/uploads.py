@@ -1,4 +1,4 @@
-"""Files that are dropped onto the page: LoRAs for the LoRA folder. Imports no Gradio."""
+"""Storage of LoRA files that are dropped onto the page. Does not import Gradio."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 A run is a folder below FIDELORA_JOBS_PATH or an uploaded zip. The metadata of a zip is not trusted:
 only the file types of a run are unpacked, the unpacked bytes are counted, and all paths are below
-one new folder. Imports no Gradio.
+one new folder. Does not import Gradio.
 """
 
 from __future__ import annotations

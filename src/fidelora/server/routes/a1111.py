@@ -147,7 +147,7 @@ def set_options(
     Other settings are accepted only with their current values.
     """
     check_options(changes, options(context, owner))
-    if model := changes.get("sd_model_checkpoint"):
+    if isinstance(model := changes.get("sd_model_checkpoint"), str):
         context.a1111_models[owner] = model
 
 
