@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import safetensors.torch
 import torch
 from hypothesis import strategies as st
@@ -39,6 +40,11 @@ LOKR = GOLDEN_JOBS / "lokr_full" / "lokr_full.safetensors"
 # True on a processor like the one that made the goldens: Intel processors use other matrix kernels.
 SAME_PROCESSOR = "AuthenticAMD" in processor_name() and torch.cpu._is_avx512_bf16_supported()
 
+
+NEEDS_BFLOAT16 = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    reason="needs a processor with AVX-512, on which oneDNN supports bfloat16",
+)
 
 CPU = torch.device("cpu")
 

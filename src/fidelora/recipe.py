@@ -370,8 +370,14 @@ class Recipe:
             if name not in spec.uses and getattr(self, name) != default:
                 raise RecipeError(f"{spec.title} does not use {name}; leave it out.", field=name)
         if self.emphasis != "none":
-            for name in ("prompt", "negative_prompt", "negative_prompt_2"):
-                check_emphasis(name, getattr(self, name) or "")
+            if self.negative_prompt_2 not in (None, self.negative_prompt):
+                raise RecipeError(
+                    "Emphasis does not support a second negative prompt, which could have another "
+                    "number of parts; leave negative_prompt_2 out, or set emphasis to none.",
+                    field="negative_prompt_2",
+                )
+            for name in ("prompt", "negative_prompt"):
+                check_emphasis(name, getattr(self, name))
         if self.fidelity == "fast" and self.adapter_mode == "live":
             raise RecipeError(
                 "Fidelity fast always merges adapters; use adapter_mode merged, or fidelity exact.",

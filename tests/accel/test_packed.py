@@ -18,6 +18,7 @@ from tests.support import (
     LORA,
     LORA_CONV,
     MINIATURE_LORA,
+    NEEDS_BFLOAT16,
     TINY_BASE,
     change_weights,
     copy_base,
@@ -206,7 +207,9 @@ def test_max_batch_is_1_for_exact_and_depends_on_size_for_fast(engine):
         nn.Conv2d(48, 40, 1),
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=NEEDS_BFLOAT16)]
+)
 def test_a_packed_module_computes_what_its_original_does(module, dtype):
     torch.manual_seed(1)
     inputs = torch.randn(2, 6, 48) if isinstance(module, nn.Linear) else torch.randn(2, 48, 10, 6)
@@ -243,7 +246,10 @@ def test_attention_by_matrix_products_equals_attention(at_once, monkeypatch):
         torch.testing.assert_close(of_itself(hidden), expected[1])
 
 
-@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize(
+    ("dtype", "error"),
+    [(torch.float32, 1e-4), pytest.param(torch.bfloat16, 0.05, marks=NEEDS_BFLOAT16)],
+)
 def test_a_packed_gate_computes_what_its_original_does(dtype, error):
     torch.manual_seed(1)
     gate, inputs = GEGLU(48, 80), torch.randn(2, 6, 48)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support import LOKR, LORA_CONV, TINY_BASE, TINY_SDXL, load_model_of
+from tests.support import LOKR, LORA_CONV, NEEDS_BFLOAT16, TINY_BASE, TINY_SDXL, load_model_of
 from torch import Tensor, nn
 
 import fidelora.engine.model as base_module
@@ -53,7 +53,13 @@ SIZES = {
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=NEEDS_BFLOAT16) if name == "bfloat16" else name
+        for name in CONVOLUTIONS
+    ],
+)
 @torch.no_grad()
 def test_a_prepacked_convolution_has_the_bits_of_a_plain_one(name, threads, golden_threads):
     torch.set_num_threads(threads)
@@ -178,7 +184,11 @@ def load(folder: Any, **fields: Any) -> LoadedModel:
 
 @pytest.mark.parametrize(
     ("folder", "fields"),
-    [(TINY_BASE, {}), (TINY_SDXL, {"model": "sdxl"}), (TINY_BASE, {"dtype": "bfloat16"})],
+    [
+        (TINY_BASE, {}),
+        (TINY_SDXL, {"model": "sdxl"}),
+        pytest.param(TINY_BASE, {"dtype": "bfloat16"}, marks=NEEDS_BFLOAT16),
+    ],
 )
 @torch.no_grad()
 def test_a_prepacked_unet_has_the_bits_of_a_plain_one_with_adapters(folder, fields, monkeypatch):

@@ -203,7 +203,7 @@ def test_escape_codes_in_a_file_do_not_reach_the_terminal(fidelora, tmp_path):
     import torch
     from tests.support import save_adapter
 
-    save_adapter(tmp_path / "lora.safetensors", {"\x1b[31mred\nline": torch.zeros(2)})
+    save_adapter(tmp_path / "lora.safetensors", {"\x1b[31mred\nline": torch.zeros(2, 2, 2)})
     code, _, err = fidelora("generate", "a ball", "--lora", "lora.safetensors", *SMALL)
     assert code == 1
     assert "\\x1b[31mred\\nline" in one_sentence(err)

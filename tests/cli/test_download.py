@@ -109,9 +109,10 @@ def run(hub: Hub, *arguments: str, **environment: str) -> tuple[int, str, str]:
         "HF_ENDPOINT": hub.url, "HF_HOME": str(Path.cwd() / "hf"), "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }  # fmt: skip
+    inherited = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     done = subprocess.run(
         [sys.executable, "-m", "fidelora", "download", *arguments],
-        env=os.environ | variables | environment,
+        env={**inherited, **variables, **environment},
         capture_output=True,
         text=True,
         timeout=60,

@@ -251,6 +251,7 @@ def test_inspect_and_generate_accept_embeddings(fidelora: Run, tmp_path, toy):
     assert fidelora("generate", "a", "--lora", f"{toy}:0.5", *common)[0] == 2
 
 
+@pytest.mark.timeout(900)  # bfloat16 is slow on processors without instructions for it
 def test_a_run_replays_with_the_embedding_of_each_step(engine):
     """Wrong embeddings change far more: 170 levels on average for the second sample."""
     run = read_run(EMBED)

@@ -11,11 +11,12 @@ import torch
 from tests.support import TINY_BASE, TINY_SDXL, save_adapter
 
 from fidelora import AdapterRef, Recipe
+from fidelora.embedding_file import tokens_of
 from fidelora.engine.engine import Engine
 from fidelora.errors import RecipeError
 from fidelora.families import get_family
 from fidelora.families.clip import load_tokenizer
-from fidelora.families.clip_chunks import chunks_of, padded, weighted
+from fidelora.families.clip_chunks import MAX_CHUNKS, chunks_of, padded, weighted
 from fidelora.families.emphasis import BREAK, Span, check_emphasis, spans_of
 
 SMALL: dict[str, Any] = {"base_model": str(TINY_BASE), "width": 64, "height": 64, "steps": 2}
@@ -63,7 +64,17 @@ def test_weights_of_the_parts_of_a_prompt(prompt, spans):
 
 
 @pytest.mark.parametrize(
-    "prompt", ["a [red:blue:0.5] ball", "[red:3]", "[(a:2):.5]", "[a|b] c", "a AND b", "(a:1.2.3)"]
+    "prompt",
+    [
+        "[a [x] | b]",
+        "[a:b:1e1]",
+        "a [red:blue:0.5] ball",
+        "[red:3]",
+        "[(a:2):.5]",
+        "[a|b] c",
+        "a AND b",
+        "(a:1.2.3)",
+    ],
 )
 @pytest.mark.parametrize("name", ["prompt", "negative_prompt"])
 def test_other_syntax_is_refused_only_with_emphasis(prompt, name):
@@ -101,6 +112,29 @@ def test_recipes_contain_emphasis_only_if_it_is_used():
         Recipe(prompt="a", model="zimage", emphasis="original")
 
 
+@pytest.mark.parametrize("prompt", ["(" * 200 + "a", "(a:1001)", "(a:" + "9" * 400 + ")"])
+def test_weights_that_could_overflow_are_refused(prompt):
+    with pytest.raises(RecipeError, match="weight"):
+        Recipe(prompt=prompt, emphasis="original")
+    assert Recipe(prompt="(a:1000)", emphasis="original").prompt == "(a:1000)"
+
+
+def test_a_weight_of_the_whole_prompt_is_refused():
+    """In A1111, it multiplies the guidance, also without AND."""
+    for prompt in ("a ball :1.3", "ratio 16:9 "):
+        with pytest.raises(RecipeError, match="weights the whole prompt"):
+            Recipe(prompt=prompt, emphasis="original")
+    assert Recipe(prompt="a", negative_prompt="ratio 16:9", emphasis="original").emphasis
+    assert Recipe(prompt="ratio 16:9 (a:1.2)", emphasis="original").emphasis
+
+
+def test_a_second_negative_prompt_is_refused_with_emphasis():
+    given: dict[str, Any] = {"prompt": "a", "negative_prompt": "b", "model": "sdxl"}
+    assert Recipe(**given, negative_prompt_2="b", emphasis="original").negative_prompt_2 is None
+    with pytest.raises(RecipeError, match="second negative prompt"):
+        Recipe(**given, negative_prompt_2="c", emphasis="original")
+
+
 # --- chunks ---------------------------------------------------------------------------------------
 
 
@@ -135,6 +169,28 @@ def test_an_embedding_is_not_divided(encoder):
     with encoder.extended([("sks", vectors)]):
         assert lengths(encoder, "a " * 73 + "sks sks_1 sks_2") == [73, 3]
         assert lengths(encoder, "a " * 72 + "sks sks_1 sks_2 sks sks_1 sks_2") == [75, 3]
+
+
+def test_neighbouring_embeddings_are_two_words(encoder):
+    width = encoder.encoder.config.hidden_size
+    both = [("sks", torch.zeros(40, width)), ("toy", torch.zeros(40, width))]
+    with encoder.extended(both):
+        text = " ".join(token for word, _ in both for token in tokens_of(word, 40))
+        assert lengths(encoder, text) == [40, 40]
+
+
+def test_the_number_of_chunks_is_limited(encoder):
+    assert len(lengths(encoder, "a " * 75 * MAX_CHUNKS)) == MAX_CHUNKS
+    with pytest.raises(RecipeError, match="the maximum is 16"):
+        lengths(encoder, "a " * (75 * MAX_CHUNKS + 1))
+
+
+def test_long_prompts_take_the_space_of_several_in_the_cache(encoder, monkeypatch):
+    monkeypatch.setattr("fidelora.families.clip._MAX_CACHED_PROMPTS", 3)
+    for prompt in ("a", "b", "c BREAK d"):
+        encoder.embed(prompt, (), "original")
+    kept = [key[0] for key in encoder._cache]
+    assert kept == ["b", "c BREAK d"]
 
 
 def test_chunks_have_start_end_and_padding(encoder):

@@ -26,7 +26,7 @@ def context(tmp_path_factory):
 @pytest.fixture(scope="module")
 def client(context):
     app = make_app(context, with_page=True)
-    with TestClient(app, base_url="http://127.0.0.1:8000") as client:
+    with TestClient(app, base_url="http://127.0.0.1:8000", client=("127.0.0.1", 50000)) as client:
         yield client
 
 

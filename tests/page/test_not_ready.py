@@ -28,7 +28,7 @@ def test_a_banner_has_the_reason_until_the_base_is_repaired(visit, server):
     expect(banner).to_contain_text("No images can be made at the moment")
     expect(banner).to_contain_text("is a web page")
     visitor.generate("a ball", lora="sks.safetensors")
-    expect(visitor["progress"]).to_contain_text("is a web page")
+    expect(visitor["error"]).to_contain_text("is a web page")
     shutil.copytree(TINY_BASE, server.data / "base", dirs_exist_ok=True)
     expect(banner).to_be_hidden()
 

@@ -500,9 +500,10 @@ def test_other_settings_cannot_be_changed(client):
         "eta_noise_seed_delta": 0,
     }
     assert client.post("/sdapi/v1/options", json=options).json() is None
-    for nothing in (None, [], [""], {}):
-        change = {"sd_model_checkpoint": nothing}
-        assert client.post("/sdapi/v1/options", json=change).json() is None
+    empty: list[Any] = [None, [], [""], {}]
+    for nothing in empty:
+        answer = client.post("/sdapi/v1/options", json={"sd_model_checkpoint": nothing})
+        assert answer.json() is None
     assert client.get("/sdapi/v1/options").json() == options
     for change in (
         {"sd_model_checkpoint": "other"},

@@ -40,15 +40,16 @@ def download(
         ),
     ],
     out: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "-o",
             "--output",
             "--out",
             metavar="DIR",
-            help="Folder for a LoRA. Base models stay in the cache folder of the hub (HF_HOME).",
+            help="Folder for a LoRA, by default the current one. Base models stay in the cache "
+            "folder of the hub (HF_HOME).",
         ),
-    ] = Path(),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -81,7 +82,16 @@ def download(
     is_lora = source.startswith("hf:") or _URL.match(source) is not None
     if is_lora and (variant or model):
         raise AdapterPlaceError("--model and --variant apply to base models only; leave them out.")
-    path = _fetch_lora(source, out.expanduser()) if is_lora else _fetch_base(source, model, variant)
+    if not is_lora and out is not None:
+        raise AdapterPlaceError(
+            "--output applies to LoRAs only; leave it out. Base models stay in the hub's cache "
+            "folder."
+        )
+    path = (
+        _fetch_lora(source, (out or Path()).expanduser())
+        if is_lora
+        else _fetch_base(source, model, variant)
+    )
     if not quiet:
         typer.echo(path)
 
@@ -155,8 +165,8 @@ def _download_url(url: str, target: Path) -> None:
         from fidelora.loras.download import download as download_url
     except ModuleNotFoundError as error:
         fail(
-            "Downloads from URLs need more packages; install them with: pip install "
-            f"'fidelora[server]' ({error.name} is missing)",
+            "Downloads from URLs need more packages; in the folder of Fidelora's repository, run: "
+            f"pip install '.[server]' ({error.name} is missing)",
             1,
         )
     rules = DownloadRules(hosts=None, max_bytes=MAX_ADAPTER_BYTES, timeout_s=_TIMEOUT_S)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from fidelora.cli.console import INTERRUPTED, fail, progress_bar, warn
+from fidelora.errors import FideloraError
 from fidelora.families import get_family
 from fidelora.recipe import Recipe, may_share_batch
 from fidelora.texts import printable
@@ -105,6 +106,11 @@ def render(images: Sequence[PlannedImage], engine: Engine, report: Report) -> No
         renderer.finish()
         report.print_json(renderer.entries(), interrupted=True)
         fail(f"Interrupted; {renderer.started} of {len(images)} images were written.", INTERRUPTED)
+    except FideloraError:
+        with suppress(FideloraError):  # the first error is reported
+            renderer.finish()
+        report.print_json(renderer.entries(), interrupted=True)
+        raise
     report.print_json(renderer.entries(), interrupted=False)
 
 

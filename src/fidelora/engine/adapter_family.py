@@ -77,7 +77,8 @@ def check_family(adapter: Adapter, spec: Family) -> str | None:
     """Return a note if the adapter's metadata names another base model than `spec`.
 
     Metadata is copied between files and is sometimes wrong. It is ignored if all modules exist in
-    the family `spec`, and not all of them in the family that the metadata names.
+    the family `spec`, and not all of them in the family that the metadata names, or if only those
+    of the default base of `spec` have the same shapes.
 
     Raises:
         AdapterMismatchError: the modules do not show that the metadata is wrong.
@@ -87,8 +88,9 @@ def check_family(adapter: Adapter, spec: Family) -> str | None:
         return None
     other = _named_family(made_for)
     if other is not None:
-        total = size_of(adapter)
-        if not _fit(adapter, spec.id).matched == total > _fit(adapter, other.id).matched:
+        total, own, named = size_of(adapter), _fit(adapter, spec.id), _fit(adapter, other.id)
+        is_wrong = named.matched < total or own.same_shapes == total > named.same_shapes
+        if own.matched < total or not is_wrong:
             raise _belongs_to(adapter, other, spec)
     return metadata_note(made_for, spec)
 

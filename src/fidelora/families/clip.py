@@ -92,7 +92,7 @@ class ClipEncoder:
         key = (prompt, emphasis, adapters, torch.get_num_threads())
         if key not in self._cache:
             self._cache[key] = self.encode(prompt, emphasis)
-            if len(self._cache) > _MAX_CACHED_PROMPTS:
+            while sum(map(_chunks_in, self._cache.values())) > _MAX_CACHED_PROMPTS:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(key)
         return self._cache[key]
@@ -265,6 +265,11 @@ def _extended_tokenizer(
                 "model's tokenizer already has a token of the same name."
             )
     return extended
+
+
+def _chunks_in(embedding: PromptEmbedding) -> int:
+    """Return the number of chunks of 77 tokens."""
+    return embedding.states.shape[1] // 77
 
 
 def _tokens(tokenizer: CLIPTokenizer, prompt: str, length: int) -> tuple[Tensor, str]:

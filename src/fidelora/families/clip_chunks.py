@@ -5,7 +5,6 @@ Source: `sd_hijack_clip.py` and `sd_emphasis.py` of the web UI 1.10, with its de
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -13,8 +12,10 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from fidelora.errors import RecipeError
 from fidelora.families.emphasis import BREAK, Emphasis, spans_of
 
+MAX_CHUNKS = 16
 _COMMA = ",</w>"
 _MAX_MOVED = 20
 """Maximum number of tokens after the last comma of a full chunk that are moved to the next chunk
@@ -48,9 +49,11 @@ def chunks_of(tokenizer: CLIPTokenizer, prompt: str, length: int) -> list[Chunk]
 
     Args:
         length: maximum number of tokens of a chunk: 75.
+
+    Raises:
+        RecipeError: there are more than `MAX_CHUNKS`.
     """
     comma = tokenizer.convert_tokens_to_ids(_COMMA)
-    added = tokenizer.get_added_vocab().values()
     chunks = [Chunk()]
     last_comma: int | None = None
 
@@ -64,7 +67,7 @@ def chunks_of(tokenizer: CLIPTokenizer, prompt: str, length: int) -> list[Chunk]
             new_chunk()
             continue
         ids = tokenizer(span.text, add_special_tokens=False, verbose=False).input_ids
-        for word in _embeddings_together(ids, added):
+        for word in _words_of(tokenizer, ids):
             if word == [comma]:
                 last_comma = len(chunks[-1])
             elif (
@@ -78,6 +81,12 @@ def chunks_of(tokenizer: CLIPTokenizer, prompt: str, length: int) -> list[Chunk]
             chunks[-1].append(word, span.weight)
     if len(chunks) > 1 and not chunks[-1].tokens:  # BREAK at the end
         chunks.pop()
+    if len(chunks) > MAX_CHUNKS:
+        raise RecipeError(
+            f"A prompt with emphasis has {len(chunks)} parts of {length} tokens; the maximum is "
+            f"{MAX_CHUNKS}. Shorten the prompt.",
+            field="prompt",
+        )
     return chunks
 
 
@@ -112,16 +121,18 @@ def weighted(states: Tensor, weights: Tensor, emphasis: Emphasis) -> Tensor:
     return states if emphasis == "no_norm" else states * (mean / states.mean())
 
 
-def _embeddings_together(ids: list[int], added: Collection[int]) -> list[list[int]]:
-    """Return tokens as lists of one, and consecutive tokens of embeddings in one list.
+def _words_of(tokenizer: CLIPTokenizer, ids: list[int]) -> list[list[int]]:
+    """Return tokens as lists of one, and all tokens of an embedding in one list.
 
-    An embedding is never split between chunks.
+    An embedding is never split between chunks. Its tokens are `word`, `word_1`, `word_2`, ...
     """
-    groups: list[list[int]] = []
+    words: list[list[int]] = []
+    added = tokenizer.get_added_vocab()
+    names = {token: name for name, token in added.items()}
     for token in ids:
-        follows = groups and token in added and groups[-1][-1] + 1 == token
-        if follows and groups[-1][-1] in added:
-            groups[-1].append(token)
+        first = names.get(words[-1][0]) if words else None
+        if first is not None and names.get(token) == f"{first}_{len(words[-1])}":
+            words[-1].append(token)
         else:
-            groups.append([token])
-    return groups
+            words.append([token])
+    return words

@@ -23,11 +23,12 @@ _TOKEN = re.compile(
     r"|:(?P<weight>[+-]?[.\d]+)\)"
     r"|[^\\()\[\]:]+|:"
 )
-_BREAK = re.compile(r"\s*\bBREAK\b\s*")
-# `\d+(\.\d*)?` and not `\d+\.?\d*`, which takes quadratic time for many digits.
-_SWITCH = re.compile(
-    r"(?<!\\)\[(.*?(?<!\\):\s*[+-]?(\d+(\.\d*)?|\.\d+)\s*|[^\[\]]*\|[^\[\]]*)\]", re.DOTALL
-)
+_BREAK = re.compile(r"\bBREAK\b")
+_MARK = re.compile(r"\\.|[\[\]:|]", re.DOTALL)
+_WHEN = re.compile(r"\s*[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?\s*")
+_WHOLE = re.compile(r":\s*[+-]?(\d+(\.\d*)?|\.\d+)\s*\Z")
+MAX_WEIGHT = 1000.0
+"""Largest weight of a word; larger ones could overflow in float32."""
 _AND = re.compile(r"\bAND\b")
 
 
@@ -73,10 +74,12 @@ def spans_of(prompt: str) -> list[Span]:
         elif text == "]" and opened["["]:
             close("[", _DOWN)
         else:
-            for index, part in enumerate(_BREAK.split(text)):
+            parts = _BREAK.split(text)
+            for index, part in enumerate(parts):
                 if index:
                     add(*BREAK)
-                add(part)
+                    part = part.lstrip()
+                add(part.rstrip() if index < len(parts) - 1 else part)
     for bracket, factor in (("(", _UP), ("[", _DOWN)):
         while opened[bracket]:
             close(bracket, factor)
@@ -93,15 +96,50 @@ def check_emphasis(name: str, prompt: str) -> None:
         RecipeError: the prompt switches words during sampling, combines prompts, or has a weight
             that is not a number.
     """
-    for pattern, what in ((_SWITCH, "switches words during sampling"), (_AND, "combines prompts")):
-        if match := pattern.search(prompt):
+    found = [(_switch_in(prompt), "switches words during sampling")]
+    if match := _AND.search(prompt):
+        found.append((match[0], "combines prompts"))
+    if name == "prompt" and (match := _WHOLE.search(prompt)):
+        found.append((match[0], "weights the whole prompt"))
+    for text, what in found:
+        if text:
             raise RecipeError(
-                f"{match[0]!r:.80} in {name} {what}, which is not supported; remove it.", field=name
+                f"{text!r:.80} in {name} {what} in A1111, which is not supported; remove it.",
+                field=name,
             )
     try:
-        spans_of(prompt)
+        spans = spans_of(prompt)
     except RecipeError as error:
         raise RecipeError(str(error), field=name) from error
+    if any(not abs(span.weight) <= MAX_WEIGHT for span in spans):
+        raise RecipeError(
+            f"{name} has a word with a weight of more than {MAX_WEIGHT:,.0f}; use fewer brackets "
+            "or a smaller number.",
+            field=name,
+        )
+
+
+def _switch_in(prompt: str) -> str:
+    """Return the first `[from:to:when]` or `[one|two]` of a prompt, or an empty string."""
+    starts: list[int] = []
+    colons: list[int | None] = []  # after the last colon in each open bracket
+    bars: list[bool] = []
+    for mark in _MARK.finditer(prompt):
+        if mark[0] == "[":
+            starts.append(mark.start())
+            colons.append(None)
+            bars.append(False)
+        elif not starts:
+            continue
+        elif mark[0] == "]":
+            start, colon, bar = starts.pop(), colons.pop(), bars.pop()
+            if bar or (colon is not None and _WHEN.fullmatch(prompt, colon, mark.start())):
+                return prompt[start : mark.end()]
+        elif mark[0] == ":":
+            colons[-1] = mark.end()
+        elif mark[0] == "|":
+            bars[-1] = True
+    return ""
 
 
 def _number(text: str, prompt: str) -> float:

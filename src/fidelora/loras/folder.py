@@ -133,7 +133,10 @@ def adapter_named_in_prompt(
     if name and not found:
         found = [path for path in names if alias_of(root / path) == name]
     if not found and sha256_of is not None and _HASH.fullmatch(name):
-        found = [path for path in names if sha256_of(root / path).startswith(name.lower())]
+        hashes = {path: _hash_of(root / path, sha256_of) for path in names}
+        found = [path for path, sha256 in hashes.items() if sha256.startswith(name.lower())]
+        if len({hashes[path] for path in found}) == 1:
+            found = found[:1]  # copies of the same file
     if not found:
         raise AdapterNotFoundError(
             f"There is no adapter {name!r:.100} in the adapter folder; check its name."
@@ -150,6 +153,14 @@ def alias_of(path: Path) -> str:
     """Return the name in a file's metadata (`ss_output_name`); empty if there is none."""
     try:
         return read_file_header(path).metadata.get("ss_output_name", "")
+    except WeightsFileError:
+        return ""
+
+
+def _hash_of(path: Path, sha256_of: Callable[[Path], str]) -> str:
+    """Return the hash of a file; empty if it cannot be read."""
+    try:
+        return sha256_of(path)
     except WeightsFileError:
         return ""
 

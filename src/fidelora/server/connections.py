@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import resource
 import time
+from contextlib import suppress
 
 import structlog
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -31,8 +32,9 @@ def connection_limit() -> int:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = _MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_FILES)
     if soft != resource.RLIM_INFINITY and soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-        soft = most
+        with suppress(OSError, ValueError):  # a sandbox may forbid it
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            soft = most
     usable = most if soft == resource.RLIM_INFINITY else soft
     return max(16, min(MAX_CONNECTIONS, usable - _OTHER_FILES))
 
@@ -92,6 +94,9 @@ class LimitedProtocol(H11Protocol):
 
     def _give_up(self) -> None:
         self._deadline = None
+        if self.flow.read_paused:  # the application is slow, not the client
+            self._wait(BODY_TIMEOUT_S)
+            return
         self._report("connection closed: the request did not arrive completely in time")
         self.transport.close()
 

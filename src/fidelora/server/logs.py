@@ -90,7 +90,8 @@ class LibraryRepeats(logging.Filter):
         """Return True if the record is to be logged."""
         if record.levelno < logging.WARNING or not record.name.startswith(_LIBRARIES):
             return True
-        now, key = time.monotonic(), (record.name, str(record.msg))
+        kind = record.exc_info[0] if record.exc_info else None
+        now, key = time.monotonic(), (record.name, f"{record.msg} {kind}")
         if now - self._last.get(key, -REPEAT_S) < REPEAT_S:
             return False
         if len(self._last) >= _MAX_REMEMBERED:
