@@ -170,7 +170,8 @@ def test_a_failed_download_is_one_sentence_and_leaves_no_file(
     hub, tmp_path, source, environment, code, words
 ):
     hub.files["me/loras/page.safetensors"] = b"<!DOCTYPE html><html>"
-    found, out, err = run(hub, source, "-o", "loras", **environment)
+    folder = ["-o", "loras"] if ":" in source else []  # base models have no folder
+    found, out, err = run(hub, source, *folder, **environment)
     assert (found, out) == (code, "")
     assert words in err
     assert err.startswith("error: ")

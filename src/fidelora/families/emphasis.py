@@ -27,6 +27,7 @@ _BREAK = re.compile(r"\bBREAK\b")
 _MARK = re.compile(r"\\.|[\[\]:|]", re.DOTALL)
 _WHEN = re.compile(r"\s*[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?\s*")
 _WHOLE = re.compile(r":\s*[+-]?(\d+(\.\d*)?|\.\d+)\s*\Z")
+_MAX_DEPTH = 100
 MAX_WEIGHT = 1000.0
 """Largest weight of a word; larger ones could overflow in float32."""
 _AND = re.compile(r"\bAND\b")
@@ -67,6 +68,11 @@ def spans_of(prompt: str) -> list[Span]:
             add(text[1:])
         elif text in opened:
             opened[text].append(len(texts))
+            if len(opened["("]) + len(opened["["]) > _MAX_DEPTH:
+                raise RecipeError(
+                    f"{prompt!r:.80} has more than {_MAX_DEPTH} open brackets, whose weight could "
+                    "overflow; close them, or set emphasis to none."
+                )
         elif token["weight"] is not None and opened["("]:
             close("(", _number(token["weight"], prompt))
         elif text == ")" and opened["("]:
