@@ -167,7 +167,11 @@ def test_request_for_is_the_inverse_of_recipes_of(made, fidelity, server, option
 @pytest.mark.parametrize(
     ("item", "says", "field"),
     [
-        ({"sampler": "lms", "timestep_spacing": "sgm_uniform"}, "has no", "timestep_spacing"),
+        (
+            {"sampler": "lms", "timestep_spacing": "sgm_uniform"},
+            "does not support timestep_spacing",
+            "timestep_spacing",
+        ),
         ({"eta": 0.5}, "The eta of the sampler ddpm cannot be set", "eta"),
     ],
 )

@@ -92,12 +92,19 @@ def test_the_request_snippet_makes_the_same_image(recipe):
     ]
 
 
+def test_snippets_contain_the_emphasis():
+    recipe = Recipe(prompt="(a:1.2)", emphasis="no_norm", adapters=(AdapterRef("a" * 64),))
+    assert "--emphasis=no_norm" in shlex.split(as_command(recipe, ["a.safetensors"], "png"))
+    assert "emphasis='no_norm'" in as_python(recipe, ["a.safetensors"], "png", "http://a")
+    request = InferenceRequest.model_validate_json(as_request(recipe, ["a.safetensors"], "png"))
+    assert request.prompts[0].emphasis == "no_norm"
+
+
 def test_snippets_contain_the_fields_that_the_form_lacks():
     recipe = Recipe(
         prompt="a",
         negative_prompt_2="b",
         guidance_rescale=0.7,
-        emphasis="no_norm",
         sampler="tcd",
         timestep_spacing="trailing",
         eta=0.5,
@@ -111,8 +118,7 @@ def test_snippets_contain_the_fields_that_the_form_lacks():
     assert here.digest == recipe.digest
     words = shlex.split(as_command(recipe, ["a.safetensors"], "png"))
     assert {
-        "--negative-2=b", "--guidance-rescale=0.7", "--emphasis=no_norm",
-        "--spacing=trailing", "--eta=0.5",
+        "--negative-2=b", "--guidance-rescale=0.7", "--spacing=trailing", "--eta=0.5",
     } <= set(words)  # fmt: skip
     python = as_python(recipe, ["a.safetensors"], "png", "http://127.0.0.1:8000")
     assert "neg_2='b'" in python

@@ -147,9 +147,11 @@ def trigger_notes(request: InferenceRequest, adapters: Sequence[AdapterRef]) -> 
 def _trigger_word(request: InferenceRequest, item: PromptItem) -> str | None:
     """Return the trigger word of a prompt; None if neither it nor the request sets one.
 
-    An empty one is set: it leaves `[trigger]` in the prompt. That of the prompt has precedence.
+    An empty one is set: it leaves `[trigger]` in the prompt. One that is not empty has precedence,
+    as in `ai-toolkit-inference`.
     """
-    return request.trigger_word if item.trigger_word is None else item.trigger_word
+    given = (item.trigger_word, request.trigger_word)
+    return next(filter(None, given), None if given == (None, None) else "")
 
 
 def request_for(recipes: Sequence[Recipe], lora_paths: Sequence[str]) -> dict[str, Any]:
