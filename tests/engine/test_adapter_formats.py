@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
-from tests.support import TINY_BASE, TINY_SDXL, load_model_of, save_adapter, weights_of
+from tests.support import (
+    HAS_BFLOAT16,
+    TINY_BASE,
+    TINY_SDXL,
+    load_model_of,
+    save_adapter,
+    weights_of,
+)
 from torch import Tensor
 
 from fidelora import AdapterRef, Engine, Recipe
@@ -148,7 +155,8 @@ def test_other_paths_apply_the_same_change(engine, tmp_path, kind, changes):
     ]
     exact = engine.generate(replace(recipe, adapter_mode="merged", fidelity="exact")).pixels
     difference = np.abs(images[0] - exact.astype(int)).mean()
-    assert difference < np.abs(images[0] - images[1]).mean() / 4
+    in_bfloat16 = HAS_BFLOAT16 and recipe.fidelity == "fast"
+    assert difference < (6 if in_bfloat16 else np.abs(images[0] - images[1]).mean() / 4)
 
 
 def recipe_with_plain(recipe: Recipe) -> Recipe:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.support import TINY_BASE, TINY_SDXL, save_adapter
+from tests.support import HAS_BFLOAT16, TINY_BASE, TINY_SDXL, save_adapter
 
 from fidelora import AdapterRef, Recipe
 from fidelora.embedding_file import tokens_of
@@ -292,7 +292,8 @@ def test_long_prompts_of_a_fast_batch_equal_single_images(engine):
     batch = engine.generate_batch(recipes)
     for one, recipe in zip(batch, recipes, strict=True):
         alone = engine.generate(recipe).pixels.astype(int)
-        assert np.abs(one.pixels.astype(int) - alone).max() <= 8
+        difference = np.abs(one.pixels.astype(int) - alone)
+        assert difference.mean() < (6 if HAS_BFLOAT16 else 0.5)
 
 
 def test_an_embedding_can_be_weighted(engine, encoder, tmp_path):
