@@ -41,10 +41,8 @@ LOKR = GOLDEN_JOBS / "lokr_full" / "lokr_full.safetensors"
 SAME_PROCESSOR = "AuthenticAMD" in processor_name() and torch.cpu._is_avx512_bf16_supported()
 
 
-HAS_BFLOAT16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-"""True if `fast` can compute in bfloat16, whose rounding exceeds small changes of weights."""
 NEEDS_BFLOAT16 = pytest.mark.skipif(
-    not HAS_BFLOAT16,
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
     reason="needs a processor with AVX-512, on which oneDNN supports bfloat16",
 )
 

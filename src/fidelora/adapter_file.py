@@ -82,7 +82,7 @@ class AdapterFile:
                 all contents kept with this value take at most `MAX_KEPT_BYTES` together.
 
         Raises:
-            AdapterNotFoundError: there is no such file.
+            AdapterNotFoundError: the file does not exist.
             WeightsFileError: it is not a valid .safetensors file, or cannot be read.
             PickleRefusedError: it is a pickle.
         """

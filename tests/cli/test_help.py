@@ -67,7 +67,7 @@ def test_the_version_has_a_short_option(fidelora):
         (["generate", "a", "--seed", "x"], "Invalid value for '--seed'"),
         (["generate", "a", "b"], "Got unexpected extra argument(s) (b)"),
         (["generate", "a", "--lora"], "Option '--lora' requires an argument"),
-        (["generate"], "There is no prompt; give PROMPT"),
+        (["generate"], "No prompt was given; give PROMPT"),
         (["generate", "a", "--prompts", "p"], "PROMPT and --prompts are both set"),
         (["generate", "a", "--size", "big"], "--size is 'big'"),
         (["generate", "a", "-o", "{x}.png"], "unknown field {x}"),

@@ -61,7 +61,7 @@ def test_prompts_come_from_the_argument_a_file_or_stdin(tmp_path, monkeypatch):
     ("prompt", "content", "words"),
     [
         ("a", b"b", "both set"),
-        (None, b" \n\n", "There is no prompt in"),
+        (None, b" \n\n", "contains no prompt"),
         (None, b"\xff\xfe", "not UTF-8"),
         (None, None, "cannot be read: No such file"),
     ],

@@ -147,6 +147,35 @@ def test_a_scaled_dora_is_refused(tmp_path):
         convert_adapter(source, "peft")
 
 
+def test_dora_and_other_modules_of_a_part_cannot_be_peft(tmp_path):
+    """PEFT's metadata has one `use_dora` for a part, and we refuse a file that contradicts it."""
+    stem = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_"
+    plain = {
+        f"{stem}{name}.lora_{side}.weight": torch.ones(*shape)
+        for name in ("q", "k")
+        for side, shape in (("down", (2, 8)), ("up", (8, 2)))
+    }
+    path = save_adapter(tmp_path / "mixed.safetensors", {
+        **plain, f"{stem}q.magnitude": torch.ones(8),
+    })  # fmt: skip
+    with pytest.raises(AdapterConversionError, match="both DoRA and other modules in unet"):
+        convert_adapter(path, "peft", "sd15")
+    assert convert_adapter(path, "kohya", "sd15").modules == 2
+
+
+def test_an_alpha_of_zero_in_files_of_the_trainer_becomes_the_rank(tmp_path):
+    stem = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {
+        f"{stem}.lora_down.weight": torch.ones(2, 8), f"{stem}.lora_up.weight": torch.ones(8, 2),
+        f"{stem}.alpha": torch.tensor(0.0),
+    }  # fmt: skip
+    for software, alpha in (("ai-toolkit", 2.0), ("other", 0.0)):
+        metadata = {"software": json.dumps({"name": software})}
+        path = save_adapter(tmp_path / f"{software}.safetensors", tensors, **metadata)
+        made = convert_adapter(path, "kohya", "sd15").content
+        assert float(safetensors.torch.load(made)[f"{stem}.alpha"]) == alpha
+
+
 def test_the_same_file_gives_the_same_bytes():
     first, second = (convert_adapter(LORA, "peft") for _ in range(2))
     assert (first.content, first.sha256) == (second.content, second.sha256)

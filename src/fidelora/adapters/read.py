@@ -99,7 +99,7 @@ def open_adapter(path: Path) -> AdapterFile:
     """Open the adapter at `path`; its body is read only if every key of the header is valid.
 
     Raises:
-        AdapterNotFoundError: there is no such file.
+        AdapterNotFoundError: the file does not exist.
         WeightsFileError: not a valid .safetensors file (web page, truncated, damaged, ...).
         PickleRefusedError: it is a pickle.
         AdapterFormatError: a valid file, but not an adapter of a supported kind.

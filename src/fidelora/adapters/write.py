@@ -137,6 +137,8 @@ def in_format(
             f"The {to} format cannot express modules of the kind {kind} ({some(names)}). Use the "
             "original file, or another format."
         )
+    if to == "peft":
+        _check_dora(modules)
     kept = {name: text for name, text in metadata.items() if name not in _STALE_METADATA}
     tensors: dict[str, Tensor] = {}
     notes: list[str] = []
@@ -147,6 +149,9 @@ def in_format(
             if part in suffixes:
                 # kohya's magnitude is [out, 1], that of AI Toolkit and PEFT is [out].
                 is_column = to == "kohya" and part == "magnitude"
+                if part == "alpha" and float(tensor) == 0 != module.alpha:
+                    # AI Toolkit reads 0 as the rank, but other programs as no effect.
+                    tensor = torch.tensor(module.alpha)
                 tensors[f"{name}.{suffixes[part]}"] = tensor[:, None] if is_column else tensor
         # A missing alpha means the rank. kohya's LoRAs always have one; others only if it matters.
         is_needed = "down" in module.tensors or module.scale != 1
@@ -184,6 +189,24 @@ def _inexpressible(
         if is_scaled_dora or module.tensors.keys() - suffixes.keys() - {"alpha"}:
             found[module.kind].append(module.name)
     return found
+
+
+def _check_dora(modules: Sequence[ModuleParts]) -> None:
+    """Check that each part of the base model has only DoRA modules or none.
+
+    PEFT's metadata says once per part that all modules are DoRA.
+
+    Raises:
+        AdapterConversionError: a part has both.
+    """
+    kinds: dict[str, set[bool]] = defaultdict(set)
+    for module in modules:
+        kinds[module.part.name].add(bool(module.tensors.keys() & _MAGNITUDES))
+    if mixed := [name for name, found in kinds.items() if len(found) > 1]:
+        raise AdapterConversionError(
+            f"The peft format cannot express both DoRA and other modules in {mixed[0]}. Use the "
+            "original file, or the kohya format."
+        )
 
 
 def _kohya_name(module: ModuleParts, family: Family) -> str:

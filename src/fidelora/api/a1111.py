@@ -8,18 +8,25 @@ is an error that names the field.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import Field
 
+from fidelora.api.a1111_options import (
+    FORMATS,
+    asks_for_nothing,
+    check_options,
+    options_of,
+    shown,
+    unsupported,
+)
 from fidelora.api.requests import MAX_LORAS, MAX_PROMPTS, RequestBody
 from fidelora.checks import MAX_PROMPT_CHARACTERS
 from fidelora.errors import (
     PromptSyntaxError,
     RecipeError,
-    RequestError,
     RequestFieldError,
     UnknownSamplerError,
 )
@@ -30,7 +37,6 @@ from fidelora.images.a1111_prompt import (
     NamedLora,
     loras_in,
     marks_in,
-    name_of_emphasis,
     unescaped,
 )
 from fidelora.images.a1111_samplers import AUTOMATIC, SamplerChoice, sampler_of
@@ -43,9 +49,6 @@ from fidelora.recipe import (
     AdapterRef,
     Recipe,
 )
-
-FORMATS = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp"}
-"""Image formats by the names of A1111's setting `samples_format`."""
 
 
 class Txt2ImgRequest(RequestBody):
@@ -169,65 +172,8 @@ _IGNORED_EXTRAS = frozenset(
 )  # fmt: skip
 """Fields of some clients that have no effect here, whatever their value: bookkeeping, settings of
 `enable_hr`, which is not supported, and settings of models with distilled guidance."""
-_LASTING: Mapping[str, Collection[str]] = {
-    "sd_model_checkpoint": all_families(),
-    "sd_vae": ("Automatic", "None"),  # both are the base model's own
-}
-"""Settings that can be set for later requests, with their values."""
-_CHOICES: Mapping[str, Collection[str]] = {
-    **_LASTING,
-    "samples_format": FORMATS,
-    "emphasis": EMPHASIS,
-}
-"""Settings that can be set for one request, with their values."""
 _FIXED_ETA = {"euler_a": 1.0, "dpm_2_a": 1.0}
 """`eta` of the samplers that have one but do not support other values."""
-
-
-def options_of(model: str, emphasis: Emphasis = "none") -> dict[str, Any]:
-    """Return the supported settings of A1111 with their fixed values.
-
-    Args:
-        emphasis: that of requests that do not set it.
-    """
-    return {
-        "sd_model_checkpoint": model,
-        "sd_vae": "Automatic",
-        "samples_format": "png",
-        "emphasis": name_of_emphasis(emphasis),
-        "CLIP_stop_at_last_layers": 1,
-        "eta_noise_seed_delta": 0,
-    }
-
-
-def check_options(
-    changes: Mapping[str, Any], fixed: Mapping[str, Any], *, for_one_request: bool = False
-) -> None:
-    """Check that each setting has its fixed value, or can be set.
-
-    The base model can be set for later requests, too, and the others only for one request.
-
-    Args:
-        fixed: see `options_of`.
-
-    Raises:
-        RequestError: a setting cannot be changed; the message names it.
-    """
-    for name, value in changes.items():
-        field_path = f"override_settings.{name}" if for_one_request else name
-        if _asks_for_nothing(value, (fixed[name],) if name in fixed else ("", False, [], {})):
-            continue
-        choices = _CHOICES.get(name, ()) if for_one_request or name in _LASTING else ()
-        if isinstance(value, str) and value in choices:
-            continue
-        if name in fixed:
-            raise _unsupported(
-                field_path, f"cannot be {_shown(value)}: it is always {fixed[name]!r}"
-            )
-        settings = ", ".join(fixed)
-        raise _unsupported(
-            field_path, f"cannot be {_shown(value)}: the supported settings are {settings}"
-        )
 
 
 @dataclass(frozen=True)
@@ -318,17 +264,17 @@ def plan_txt2img(
     extras = request.model_extra or {}
     for name, value in extras.items():
         neutral_values = (*_NEUTRAL_EXTRAS.get(name, ()), "", [], {})
-        if name in _IGNORED_EXTRAS or value is False or _asks_for_nothing(value, neutral_values):
+        if name in _IGNORED_EXTRAS or value is False or asks_for_nothing(value, neutral_values):
             continue
         if name in _NEUTRAL_EXTRAS:
             neutral = " or ".join(json.dumps(each) for each in _NEUTRAL_EXTRAS[name])
-            raise _unsupported(name, f"cannot be {_shown(value)}; leave it out, or send {neutral}")
-        raise _unsupported(name, "is not a field of txt2img; leave it out")
+            raise unsupported(name, f"cannot be {shown(value)}; leave it out, or send {neutral}")
+        raise unsupported(name, "is not a field of txt2img; leave it out")
     for name, values in _NEUTRAL_VALUES.items():
         value = getattr(request, name)
-        if not _asks_for_nothing(value, values):
+        if not asks_for_nothing(value, values):
             neutral = " or ".join(json.dumps(each) for each in (None, *values))
-            raise _unsupported(name, f"cannot be {_shown(value)}; leave it out, or send {neutral}")
+            raise unsupported(name, f"cannot be {shown(value)}; leave it out, or send {neutral}")
     if request.images > MAX_PROMPTS:
         raise RequestFieldError(
             f"batch_size times n_iter is {request.images}; the maximum is {MAX_PROMPTS}.",
@@ -350,7 +296,7 @@ def plan_txt2img(
             str(error), place=(_REQUEST_FIELDS.get(error.field, error.field),)
         ) from error
     if request.eta is not None and request.eta != _FIXED_ETA.get(sampler.sampler, request.eta):
-        raise _unsupported(
+        raise unsupported(
             "eta",
             f"is {_FIXED_ETA[sampler.sampler]:g} for {name}, and cannot be {request.eta:g}; leave "
             "it out",
@@ -391,32 +337,6 @@ def plan_txt2img(
     )
 
 
-def _asks_for_nothing(value: object, neutral: tuple[object, ...]) -> bool:
-    """Return True for null, a neutral value, and a list or object without other values.
-
-    Scripts whose arguments are all empty or false are switched off.
-    """
-    if value is None or any(type(value) is type(one) and value == one for one in neutral):
-        return True
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return any(value == one for one in neutral if not isinstance(one, bool))
-    if isinstance(value, dict):
-        return all(_asks_for_nothing(one, ("", False, [], {})) for one in value.values())
-    return isinstance(value, list) and all(
-        _asks_for_nothing(one.strip() if isinstance(one, str) else one, ("", False, {}))
-        for one in value
-    )
-
-
 def _value_or_default(request: Txt2ImgRequest, name: str) -> Any:
     value = getattr(request, name)
     return Txt2ImgRequest.model_fields[name].default if value is None else value
-
-
-def _unsupported(name: str, why: str) -> RequestError:
-    return RequestError(f"{name} {why}.", code="FIELD_NOT_SUPPORTED", details={"field": name})
-
-
-def _shown(value: object) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -141,8 +141,8 @@ class ImagesRequest(RequestBody):
         if model not in all_families():
             known = ", ".join(all_families())
             raise RequestError(
-                f"There is no model {model!r:.100}; the models are: {known}. If the client cannot "
-                "change it, map it with the server's setting FIDELORA_MODEL_ALIASES.",
+                f"The model {model!r:.100} does not exist; the models are: {known}. If the "
+                "client cannot change it, map it with the server's setting FIDELORA_MODEL_ALIASES.",
                 code="MODEL_NOT_FOUND",
                 details={"field": "model"},
             )

@@ -32,7 +32,7 @@ def read_prompts(prompt: str | None, file: str | None) -> list[str]:
     Files and stdin contain one prompt per line; blank lines are skipped.
 
     Raises:
-        RecipeError: there is no prompt, both were given, or the text cannot be read.
+        RecipeError: no prompt or two sources of prompts were given, or the text cannot be read.
     """
     if prompt is not None and file is not None:
         raise RecipeError(
@@ -42,7 +42,8 @@ def read_prompts(prompt: str | None, file: str | None) -> list[str]:
     if source is None:
         if prompt is None:
             raise RecipeError(
-                "There is no prompt; give PROMPT, - to read prompts from stdin, or --prompts FILE.",
+                "No prompt was given; give PROMPT, - to read prompts from stdin, or --prompts "
+                "FILE.",
                 field="prompt",
             )
         return [prompt]
@@ -63,9 +64,7 @@ def read_prompts(prompt: str | None, file: str | None) -> list[str]:
         ) from error
     if prompts := [line.strip() for line in lines if line.strip()]:
         return prompts
-    raise RecipeError(
-        f"There is no prompt in {where}; write one prompt on each line.", field="prompt"
-    )
+    raise RecipeError(f"{where} contains no prompt; write one prompt on each line.", field="prompt")
 
 
 def read_size(size: str | None, width: int | None, height: int | None) -> dict[str, int]:

@@ -216,7 +216,7 @@ def check_base(recipe: Recipe, report: Report) -> None:
     if recipe.vae:
         names[recipe.vae] = (family.part("decoder"),)
     for name, parts in names.items():
-        if not is_portable(name):  # a path: raises an error if there is no such file or folder
+        if not is_portable(name):  # a path, which must exist
             locate(name, parts, what="VAE" if name == recipe.vae else "base model")
     missing = [
         name

@@ -64,7 +64,7 @@ def convert_adapter(path: Path, to: TargetFormat, model: str | None = None) -> C
     Raises:
         AdapterConversionError: the target format cannot express the adapter, some of its modules
             are in no model family, or its names depend on the family and several families fit.
-        UnknownModelError: there is no family `model`.
+        UnknownModelError: the family `model` does not exist.
         AdapterError, WeightsFileError: the file cannot be read; see `read_adapter`.
     """
     file = open_adapter(path)

@@ -45,7 +45,6 @@ _COMFY_SAMPLERS = {
     "dpm_2": "DPM2",
     "dpm_2_ancestral": "DPM2 a",
     "dpmpp_2m": "DPM++ 2M",
-    "lcm": "LCM",
 }
 # InvokeAI's samplers, which are those of diffusers, by Fidelora's names.
 _INVOKE_SAMPLERS = {

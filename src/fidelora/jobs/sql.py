@@ -15,7 +15,7 @@ import re
 import sqlite3
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -354,7 +354,8 @@ def _restrict_to_owner(engine: sa.Engine) -> None:
     path = engine.url.database
     if path and path != ":memory:" and not path.startswith("file:"):
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-        Path(path).chmod(0o600)
+        with suppress(PermissionError):  # the file of another user, who decides who may read it
+            Path(path).chmod(0o600)
 
 
 def _configure_sqlite(engine: sa.Engine) -> None:

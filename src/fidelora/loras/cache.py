@@ -100,7 +100,7 @@ class AdapterCache:
         A file that is not in the cache is opened once for its header and its hash.
 
         Raises:
-            AdapterNotFoundError: there is no such file.
+            AdapterNotFoundError: the file does not exist.
             WeightsFileError, AdapterFormatError: according to its header, it is not an adapter.
             OutputError: it could not be added.
         """

@@ -122,7 +122,7 @@ def adapter_named_in_prompt(
         sha256_of: returns the hash of a file; None to find no files by their hashes.
 
     Raises:
-        AdapterNotFoundError: there is no such file.
+        AdapterNotFoundError: the file does not exist.
         AdapterPlaceError: there are several.
     """
     names = adapter_names(root)

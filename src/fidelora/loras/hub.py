@@ -50,7 +50,7 @@ class HubFile:
             token: access token; None uses the user's own, if there is one.
 
         Raises:
-            AdapterNotFoundError: there is no such file.
+            AdapterNotFoundError: the file does not exist.
             AdapterDownloadError: the file is too large or gated, or the hub cannot be reached.
         """
         import httpx2  # the hub client's own HTTP library

@@ -35,6 +35,11 @@ _JOB_ID = re.compile("[0-9a-f]{32}")
 _T = TypeVar("_T")
 
 
+MAX_RESTORED = 200
+"""Maximum number of requests, and of images, that a browser can bring back after a reload; each
+request is read from the store several times a second."""
+
+
 @dataclass
 class Session:
     """State of an open page. Event handlers share it and change it in place.
@@ -73,9 +78,11 @@ class Session:
             and isinstance(entry[1], int)
             and _JOB_ID.fullmatch(entry[0])
         ]
+        pending = [one for one, index in entries if index < 0][:MAX_RESTORED]
+        shown = [entry for entry in entries if entry[1] >= 0][:MAX_RESTORED]
         # Requests may have been sent since the reload, before the browser returned the entries.
-        self.pending = _distinct([*(one for one, index in entries if index < 0), *self.pending])
-        self.shown = _distinct([*self.shown, *(entry for entry in entries if entry[1] >= 0)])
+        self.pending = _distinct([*pending, *self.pending])
+        self.shown = _distinct([*self.shown, *shown])
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,9 @@ from fidelora.api import LoraItem
 from fidelora.api.a1111 import (
     Txt2ImgPlan,
     Txt2ImgRequest,
-    check_options,
-    options_of,
     plan_txt2img,
 )
+from fidelora.api.a1111_options import check_options, options_of
 from fidelora.api.a1111_responses import (
     A1111ErrorBody,
     A1111LoraBody,

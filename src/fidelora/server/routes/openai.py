@@ -57,7 +57,9 @@ async def model(model: str) -> OpenAIModel:
     """Return one model family in OpenAI's format."""
     if model not in all_families():
         raise RequestError(
-            f"There is no model {model!r:.100}.", code="MODEL_NOT_FOUND", details={"field": "model"}
+            f"The model {model!r:.100} does not exist.",
+            code="MODEL_NOT_FOUND",
+            details={"field": "model"},
         )
     return OpenAIModel(id=model)
 
