@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
 import time
 from pathlib import Path
 
-from fidelora.errors import OutputError
+from fidelora.errors import OutputError, StorageError, StorageFullError
 
 _PREFIX, _SUFFIX = ".fidelora-", ".part"
 _STALE_S = 24 * 3600.0  # seconds; no write takes that long
@@ -18,7 +19,8 @@ def make_folder(folder: Path) -> None:
     """Create an output folder and its parents, and check that files can be written there.
 
     Raises:
-        OutputError: the folder cannot be created, or is not writable.
+        StorageError: the folder cannot be created, or is not writable.
+        OutputError: the folder's name is not valid.
     """
     probe = folder / temporary_name()
     try:
@@ -26,7 +28,7 @@ def make_folder(folder: Path) -> None:
         os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         probe.unlink()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise OutputError(f"The folder {folder} is not writable: {_reason(error)}.") from error
+        raise output_error(f"The folder {folder} is not writable", error) from error
 
 
 def remove_stale_temporaries(folder: Path) -> None:
@@ -63,8 +65,9 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write `content` to `path` so that the file is never incomplete, even after a crash.
 
     Raises:
-        OutputError: the file cannot be written (no such folder, no permission, disk full); no
+        StorageError: the file cannot be written (no such folder, no permission, disk full); no
             unfinished file is left behind.
+        OutputError: the file's name is not valid.
     """
     temporary = path.parent / temporary_name()
     try:
@@ -78,17 +81,16 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.replace(path)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         _remove(temporary)
-        raise OutputError(
-            f"{path} could not be written: {_reason(error)}. No unfinished file was left."
-        ) from error
+        rest = "No unfinished file was left."
+        raise output_error(f"{path} could not be written", error, rest) from error
     except BaseException:  # an interrupt
         _remove(temporary)
         raise
     try:
         _sync_folder(path.parent)
     except OSError as error:
-        raise OutputError(
-            f"{path} was written, but its folder could not be synced to disk: {_reason(error)}."
+        raise output_error(
+            f"{path} was written, but its folder could not be synced to disk", error
         ) from error
 
 
@@ -99,8 +101,24 @@ def _remove(path: Path) -> None:
         return  # the caller raises the error of the write
 
 
-def _reason(error: OSError | ValueError) -> str:
-    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+def is_full(error: OSError) -> bool:
+    """True if a write failed because the disk or the user's quota is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def output_error(what: str, error: OSError | ValueError, rest: str = "") -> OutputError:
+    """Return the error to raise for a failed write.
+
+    Args:
+        what: what could not be done, without a full stop.
+        error: error of the write; a ValueError means that the name contains a NUL.
+        rest: further sentences.
+    """
+    reason, kind = str(error), OutputError
+    if isinstance(error, OSError):
+        reason = error.strerror or reason
+        kind = StorageFullError if is_full(error) else StorageError
+    return kind(f"{what}: {reason}. {rest}".rstrip())
 
 
 def _sync_folder(folder: Path) -> None:

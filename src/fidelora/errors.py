@@ -206,6 +206,14 @@ class OutputError(FideloraError):
     """The image could not be written."""
 
 
+class StorageError(OutputError):
+    """The server's disk or folder cannot be written to at the moment."""
+
+
+class StorageFullError(StorageError):
+    """The disk is full; free some space and try again."""
+
+
 class ImageFormatError(OutputError, WrongUseError):
     """The file name's suffix is not a supported image format; use .png, .jpg or .webp."""
 

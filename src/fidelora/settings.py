@@ -245,13 +245,23 @@ class Settings(BaseSettings):
             "its content may be four times as large."
         ),
     )
+    max_pixels: int = Field(
+        2048 * 2048,
+        ge=64 * 64,
+        validation_alias="FIDELORA_MAX_PIXELS",
+        description=(
+            "Maximum width times height of an image; larger ones are refused. The default is "
+            "2048 x 2048."
+        ),
+    )
     step_timeout_s: float = Field(
         600,
         gt=0,
         validation_alias="FIDELORA_STEP_TIMEOUT",
         description=(
             "Seconds without a finished step after which a worker is considered hung "
-            "and is replaced."
+            "and is replaced. The first step, the decoding of images and slow steps may take "
+            "up to three times as long."
         ),
     )
     stop_grace_s: float = Field(

@@ -24,7 +24,7 @@ from fidelora.server.app import context_with_store, make_app
 from fidelora.server.problems import codes
 from fidelora.settings import Settings, read_settings
 from fidelora.training.doctor import CAUSES
-from fidelora.workers.worker import error_code
+from fidelora.workers.attempt import error_code
 
 ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))

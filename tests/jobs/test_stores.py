@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -30,9 +31,10 @@ from fidelora.errors import (
     QueueFullError,
     RecipeError,
 )
+from fidelora.jobs.database import wal_is_safe
 from fidelora.jobs.job import MAX_ATTEMPTS, Failure, Job, JobProgress, Output, Status, new_job
 from fidelora.jobs.memory import MemoryStore
-from fidelora.jobs.sql import SqlStore, wal_is_safe
+from fidelora.jobs.sql import SqlStore
 from fidelora.jobs.store import MAX_PASSED_OVER, JobStore, Submission
 
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
@@ -212,7 +214,8 @@ def test_a_worker_whose_lease_expired_cannot_report(store):
     assert store.abandon_expired(later(LEASE_S - 1)) == ()
     (back,) = store.abandon_expired(later(LEASE_S))
     assert (back.status, back.attempts, back.progress) == (Status.IN_QUEUE, 1, None)
-    again = store.claim("another", later(LEASE_S + 1), LEASE_S)
+    assert store.claim("another", later(LEASE_S + 1), LEASE_S) is None  # the pause before a retry
+    again = store.claim("another", later(LEASE_S + 2), LEASE_S)
     assert again is not None
     assert (again.id, again.epoch, again.attempts, again.started_at) == (claimed.id, 2, 2, NOW)
     for report in (
@@ -232,9 +235,10 @@ def test_a_worker_whose_lease_expired_cannot_report(store):
 def test_a_job_fails_with_the_reason_after_the_last_attempt(store):
     added = store.add(job())
     for attempt in range(1, MAX_ATTEMPTS + 1):
-        claimed = store.claim("worker", NOW, LEASE_S)
+        now = later(100 * attempt)
+        claimed = store.claim("worker", now, LEASE_S)
         assert claimed is not None
-        after = store.abandon(added.id, claimed.epoch, "the process was killed by signal 9", NOW)
+        after = store.abandon(added.id, claimed.epoch, "the process was killed by signal 9", now)
         assert after.status is (Status.FAILED if attempt == MAX_ATTEMPTS else Status.IN_QUEUE)
     assert after.error == Failure(
         "WORKER_LOST",
@@ -247,6 +251,82 @@ def test_a_released_job_keeps_its_attempts(store):
         claimed = store.claim("worker", NOW, LEASE_S) or running(store)
         back = store.release(claimed.id, claimed.epoch, later(1))
         assert (back.status, back.attempts) == (Status.IN_QUEUE, 0)
+
+
+def abandoned(store: JobStore, at: datetime) -> Job:
+    """Return a job back in the queue whose attempt failed at this time."""
+    claimed = store.claim("worker", at, LEASE_S)
+    assert claimed is not None
+    return store.abandon(claimed.id, claimed.epoch, "it died", at)
+
+
+def test_a_job_with_a_failed_attempt_follows_all_others(store):
+    failed, *others = [store.add(job()) for _ in range(3)]
+    assert abandoned(store, NOW).id == failed.id
+    assert [store.queue_position(each.id) for each in (*others, failed)] == [0, 1, 2]
+    assert store.peek().id == others[0].id
+    claimed = [store.claim("worker", later(1000), LEASE_S).id for _ in range(3)]
+    assert claimed == [each.id for each in (*others, failed)]
+
+
+def test_the_pause_before_a_retry_grows(store):
+    store.add(job())
+    pauses, now = [], NOW
+    for _ in range(MAX_ATTEMPTS - 1):
+        back = abandoned(store, now)
+        assert back.retry_at is not None
+        pauses.append((back.retry_at - now).total_seconds())
+        assert store.claim("worker", now + timedelta(seconds=pauses[-1] - 0.1), LEASE_S) is None
+        assert store.peek().id == back.id
+        now = back.retry_at
+    assert pauses == [2, 20]
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_a_retry_waits_for_a_limited_number_of_other_jobs(store, wanted):
+    failed = store.add(job(A))
+    abandoned(store, NOW)
+    others = [store.add(job(A)).id for _ in range(MAX_PASSED_OVER + 1)]
+    claims = [
+        store.claim("worker", later(5), LEASE_S, wanted=needs(A) if wanted else None)
+        for _ in range(MAX_PASSED_OVER + 2)
+    ]
+    expected = [*others[:MAX_PASSED_OVER], failed.id, others[MAX_PASSED_OVER]]
+    assert [each.id for each in claims] == expected
+
+
+def test_many_jobs_that_kill_their_worker_do_not_hide_the_others(store):
+    for number in range(120):  # more than a claim reads
+        store.add(job(prompt=str(number)))
+        abandoned(store, NOW)
+    good = store.add(job())
+    assert store.claim("worker", later(1), LEASE_S).id == good.id
+    assert store.claim("worker", later(1), LEASE_S) is None
+
+
+def test_a_retry_does_not_wait_for_a_clock_that_was_put_back(store):
+    store.add(job())
+    back = abandoned(store, later(86_400))
+    assert store.claim("worker", NOW, LEASE_S).id == back.id
+
+
+def test_a_released_retry_is_still_a_retry(store):
+    retry = store.add(job())
+    abandoned(store, NOW)
+    claimed = store.claim("worker", later(2), LEASE_S)
+    back = store.release(claimed.id, claimed.epoch, later(3))
+    assert (back.attempts, back.retry_at) == (1, None)
+    fresh = store.add(job())
+    claims = [store.claim("worker", later(3), LEASE_S).id for _ in range(2)]
+    assert claims == [fresh.id, retry.id]
+
+
+def test_jobs_of_workers_that_are_alive_are_not_abandoned(store):
+    store.add(job())
+    store.add(job())
+    alive, silent = store.claim("a", NOW, LEASE_S), store.claim("b", NOW, LEASE_S)
+    (back,) = store.abandon_expired(later(86_400), spare={"a"})
+    assert (back.id, store.get(alive.id)) == (silent.id, alive)
 
 
 @pytest.mark.parametrize("way", ["release", "abandon", "expire"])
@@ -621,7 +701,8 @@ class SameLives(RuleBasedStateMachine):
             assert each.passed_over <= MAX_PASSED_OVER
             self.both(lambda store, job_id=each.id: store.queue_position(job_id))
         queued = [each for each in listed if each.status is Status.IN_QUEUE]
-        assert self.both(lambda store: store.peek()) == (queued[-1] if queued else None)
+        first = min(reversed(queued), key=lambda each: each.attempts > 0, default=None)
+        assert self.both(lambda store: store.peek()) == first
 
     def teardown(self) -> None:
         if hasattr(self, "database"):
@@ -642,6 +723,53 @@ def test_jobs_persist_after_the_store_is_closed(tmp_path):
     assert second.get(claimed.id) == claimed
     assert second.add(job(), submission=Submission("key", "1" * 64)) == waiting
     second.close()
+
+
+def test_the_first_version_of_the_table_is_migrated(tmp_path):
+    path = tmp_path / "jobs.sqlite"
+    first = SqlStore(f"sqlite:///{path}")
+    retry, fresh = first.add(job()), first.add(job())
+    abandoned(first, NOW)
+    first.close()
+    with closing(sqlite3.connect(path)) as database:
+        database.executescript(
+            "DROP INDEX jobs_by_attempts; ALTER TABLE jobs DROP COLUMN attempts;"
+            "UPDATE alembic_version SET version_num = '0001'"
+        )
+    second = SqlStore(f"sqlite:///{path}")
+    claims = [second.claim("worker", later(5), LEASE_S) for _ in range(2)]
+    second.close()
+    assert [each and each.id for each in claims] == [fresh.id, retry.id]
+
+
+@pytest.mark.parametrize("call", ["add", "get"])
+def test_a_locked_database_is_a_store_error(tmp_path, monkeypatch, call):
+    """Calls neither wait for a process that keeps the database locked nor for each other."""
+    monkeypatch.setattr("fidelora.jobs.database.BUSY_TIMEOUT_S", 0.01)
+    monkeypatch.setattr("fidelora.jobs.sql.BUSY_TIMEOUT_S", 0.01)
+    monkeypatch.setattr("fidelora.jobs.database.wal_is_safe", lambda version: False)
+    path = tmp_path / "jobs.sqlite"
+    store = SqlStore(f"sqlite:///{path}")
+    added = store.add(job())
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(JobStoreError, match="locked"):
+            store.add(job()) if call == "add" else store.get(added.id)
+        assert store._write_lock is not None
+        with store._write_lock, pytest.raises(JobStoreError, match="locked"):
+            store.add(job())
+    assert store.get(added.id) == added
+    store.close()
+
+
+def test_a_used_up_connection_pool_is_a_store_error(tmp_path):
+    store = SqlStore(f"sqlite:///{tmp_path}/jobs.sqlite")
+    store._engine.pool = sa.pool.QueuePool(
+        store._engine.pool._creator, pool_size=1, max_overflow=0, timeout=0.01
+    )
+    with store._engine.connect(), pytest.raises(JobStoreError, match="QueuePool limit"):
+        store.peek()
+    store.close()
 
 
 def test_a_killed_process_loses_no_job_that_was_added(tmp_path):

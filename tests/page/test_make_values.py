@@ -6,6 +6,7 @@ import asyncio
 import html
 import os
 import shutil
+import time
 from typing import Any
 
 import gradio as gr
@@ -330,7 +331,7 @@ def test_an_entry_that_cannot_be_removed_is_logged_and_skipped(page_files, monke
 
     monkeypatch.setattr(shutil, "rmtree", rmtree)
     with capture_logs() as logs:
-        page_files.clean()
+        page_files.clean(time.time())
     assert [path.name for path in page_files.files.iterdir()] == ["a"]
     assert [entry["event"] for entry in logs] == ["page folder not removed"]
 

@@ -9,6 +9,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from tests.support import GOLDEN_JOBS
 from fidelora.errors import JobFolderError, SettingsError
 from fidelora.server.context import ServerContext
 from fidelora.server.page import verifications
-from fidelora.server.page.pictures import PageFiles
+from fidelora.server.page.pictures import KEEP_S, PageFiles
 from fidelora.server.page.verifications import (
     Outcome,
     Verifier,
@@ -193,7 +194,7 @@ def test_folders_that_are_too_deep_never_stop_a_start(tmp_path):
         deep = below
     os.close(deep)
     try:
-        files.clean(keep_s=-1)
+        files.clean(time.time() + KEEP_S + 1)
         files.empty()
         assert files.files.is_dir()
     finally:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import textwrap
 import threading
 import time
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -21,6 +20,7 @@ import pytest
 from tests.support import TINY_BASE
 
 from fidelora import Recipe
+from fidelora.errors import JobStoreError
 from fidelora.jobs.job import Job, Status, new_job
 from fidelora.jobs.sql import SqlStore
 from fidelora.workers.attempt import AttemptReport
@@ -95,23 +95,74 @@ def test_a_killed_process_costs_its_job_an_attempt(pool, store, tmp_path):
     assert Path(store.get(done.id).outputs[0].file_path).is_file()
 
 
-def test_a_hung_process_is_killed_when_its_lease_expires(pool, store, tmp_path):
+@pytest.fixture
+def hours():
+    """Hours that the pool's clock is ahead of that of the workers."""
+    return [0.0]
+
+
+@pytest.fixture
+def pool_in_time(store, tmp_path, hours):
+    (tmp_path / "out").mkdir()
+    made = WorkerPool(
+        store, [setup_in(tmp_path)], monotonic=lambda: time.monotonic() + 3600 * hours[0]
+    )
+    yield made
+    made.stop(0)
+
+
+def test_a_hung_process_is_killed_even_if_the_store_fails(
+    pool_in_time, hours, store, tmp_path, monkeypatch
+):
+    """It may be stopped within a transaction, which keeps the database locked."""
+    pool = pool_in_time
     pool.start()
     until(lambda: pool.ready)
     job = add(store, LONG)
     until(lambda: store.get(job.id).status is Status.IN_PROGRESS)
     (first,) = pool.process_ids
-    with closing(
-        sqlite3.connect(tmp_path / "jobs.sqlite", timeout=DEADLINE_S, isolation_level=None)
-    ) as database:
-        # A process stopped within a transaction of its own would keep the database locked.
-        database.execute("BEGIN IMMEDIATE")
-        os.kill(first, signal.SIGSTOP)  # it makes no step and handles no SIGTERM
-        assert os.WIFSTOPPED(os.waitpid(first, os.WUNTRACED)[1])
-        database.execute("ROLLBACK")
-    (back,) = pool.watch(datetime.now(UTC) + timedelta(hours=1))
+    os.kill(first, signal.SIGSTOP)  # it makes no step and handles no SIGTERM
+    assert os.WIFSTOPPED(os.waitpid(first, os.WUNTRACED)[1])
+    assert pool.watch() == []
+    assert pool.process_ids == [first]  # not yet
+    hours[0] = 1.0
+
+    def locked(*args: Any, **kwargs: Any) -> None:
+        raise JobStoreError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "list", locked)
+        with pytest.raises(JobStoreError):
+            pool.watch()
+    assert pool.process_ids == []
+    (back,) = pool.watch()
     assert (back.id, back.status) == (job.id, Status.IN_QUEUE)
-    assert first not in pool.process_ids
+
+
+def test_a_clock_that_jumps_ahead_takes_no_job_from_a_live_worker(pool, store):
+    pool.start()
+    until(lambda: pool.ready)
+    job = add(store, LONG)
+    until(lambda: store.get(job.id).progress is not None)
+    processes = pool.process_ids
+    assert pool.watch(datetime.now(UTC) + timedelta(days=1)) == []
+    assert pool.process_ids == processes
+    assert store.get(job.id).status is Status.IN_PROGRESS
+
+
+def test_a_worker_that_cannot_write_says_so_until_it_can(pool, store, tmp_path):
+    pool.start()
+    until(lambda: pool.ready)
+    shutil.rmtree(tmp_path / "out")
+    job = add(store, SHORT)
+    until(lambda: pool.watch() == [] and pool.trouble)
+    assert not pool.ready
+    assert "could not be written: No such file or directory" in pool.trouble
+    assert (store.get(job.id).status, store.get(job.id).attempts) == (Status.IN_QUEUE, 0)
+    (tmp_path / "out").mkdir()
+    until(lambda: pool.watch() == [] and pool.ready)
+    assert pool.trouble == ""
+    until(lambda: store.get(job.id).status is Status.SUCCEEDED)
 
 
 def test_a_stopped_pool_releases_its_job_without_an_attempt(pool, store, tmp_path):
@@ -139,7 +190,8 @@ def test_a_stopped_pool_lets_a_short_job_finish(pool, store):
 def test_workers_report_their_attempts(store, tmp_path):
     (tmp_path / "out").mkdir()
     reports: list[AttemptReport] = []
-    pool = WorkerPool(store, [setup_in(tmp_path)], on_report=reports.append)
+    pool = WorkerPool(store, [setup_in(tmp_path)])
+    pool.on_report = reports.append
     pool.start()
     done = add(store, SHORT)
     pool.wake()
@@ -226,7 +278,8 @@ def test_a_pool_requeues_its_jobs_after_the_server_was_killed(store, tmp_path):
     assert store.get(other.id).status is Status.IN_PROGRESS
 
 
-def test_workers_exit_when_their_server_is_killed(store, tmp_path):
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_workers_exit_when_their_server_is_killed(store, tmp_path, is_stopped):
     """They release their jobs without counting the attempt."""
     (tmp_path / "out").mkdir()
     code = f"""
@@ -253,16 +306,19 @@ def test_workers_exit_when_their_server_is_killed(store, tmp_path):
     worker = int(server.stdout.readline())
     job = add(store, LONG)
     until(lambda: store.get(job.id).progress is not None)
+    if is_stopped:
+        os.kill(worker, signal.SIGSTOP)
+        until(lambda: state_of(worker) == "T")
     server.kill()
     server.wait()
     until(lambda: store.get(job.id).status is Status.IN_QUEUE)
     assert store.get(job.id).attempts == 0
-    until(lambda: not is_alive(worker))
+    until(lambda: state_of(worker) == "Z")
 
 
-def is_alive(process_id: int) -> bool:
-    """True if this process runs; it is not a child of the test."""
+def state_of(process_id: int) -> str:
+    """Return the state of a process, which may be no child of the test; Z if it has ended."""
     try:
-        return "Z" not in Path(f"/proc/{process_id}/stat").read_text().rsplit(")", 1)[1]
+        return Path(f"/proc/{process_id}/stat").read_text().rsplit(")", 1)[1].split()[0]
     except FileNotFoundError:
-        return False
+        return "Z"

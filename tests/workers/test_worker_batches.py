@@ -101,7 +101,8 @@ def test_a_slow_model_load_costs_no_job_of_a_batch_its_lease(harness, monkeypatc
     def before_step(batch: int, step: int) -> None:
         now = harness.clock.now()
         expiries = [MemoryStore.get(harness.store, job.id).lease_expires_at for job in jobs]
-        assert all(expires - now <= timedelta(seconds=60) for expires in expiries if expires)
+        longest = timedelta(seconds=180)  # of a step; that of the load is 1,800
+        assert all(expires - now <= longest for expires in expiries if expires)
 
     monkeypatch.setattr(harness.engine, "load", slow)
     harness.engine.before_step = before_step
@@ -197,19 +198,16 @@ def test_no_job_joins_a_batch_before_one_that_was_skipped_too_often(harness):
 
 def test_a_retried_job_is_made_alone(harness):
     """It may be a job that crashes the process, and would cost the others an attempt each time."""
-    tried = harness.add("a")
-    harness.store.claim("worker", harness.clock.now(), 1000)
-    harness.store.abandon(tried.id, 1, "its process died", harness.clock.now())
-    others = [harness.add("b"), harness.add("c")]
-    harness.run()
-    assert harness.engine.batches == ["a"]
-    harness.store.claim("worker", harness.clock.now(), 1000)
-    harness.store.abandon(others[0].id, 1, "its process died", harness.clock.now())
-    last = harness.add("d")
-    harness.store.cancel(others[0].id, harness.clock.now())
-    assert harness.run().id == others[1].id
-    assert harness.engine.batches == ["a", "c d"]
-    assert harness.status(last) == [Status.SUCCEEDED]
+    tried = [harness.add("a"), harness.add("b")]
+    for job in tried:
+        harness.store.claim("worker", harness.clock.now(), 1000)
+        harness.store.abandon(job.id, 1, "its process died", harness.clock.now())
+    harness.clock.seconds += 30  # the pause before a retry
+    others = [harness.add("c"), harness.add("d")]
+    for _ in range(3):
+        harness.run()
+    assert harness.engine.batches == ["c d", "a", "b"]
+    assert harness.status(*tried, *others) == [Status.SUCCEEDED] * 4
 
 
 def test_a_retried_job_does_not_join_a_batch(harness):

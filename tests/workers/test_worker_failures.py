@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.support import LORA
@@ -11,6 +15,7 @@ from tests.workers.worker_support import (
     DEADLINE_S,
     RECIPE,
     add,
+    claimed_by_another,
     wait_for_prefetches,
     wait_for_writes,
 )
@@ -28,8 +33,8 @@ from fidelora.errors import (
     WeightsFileError,
 )
 from fidelora.jobs.job import MAX_ATTEMPTS, Failure, Status
-from fidelora.workers.attempt import ImageFiles, WorkerLimits
-from fidelora.workers.worker import Worker, error_code
+from fidelora.workers.attempt import ImageFiles, WorkerLimits, error_code
+from fidelora.workers.worker import Worker
 
 
 def test_errors_have_codes():
@@ -61,8 +66,7 @@ def test_a_worker_that_lost_its_lease_leaves_the_job_alone(worker, store, clock,
     job = add(store, clock)
 
     def another_worker_claims(job_id: str) -> None:
-        store.abandon(job_id, 1, "it seemed dead", clock.now())
-        store.claim("another", clock.now(), 1000)
+        claimed_by_another(store, clock, job_id)
 
     store.at_get = {2: another_worker_claims}
     after = worker.run_next()
@@ -85,8 +89,7 @@ def test_files_of_the_worker_that_has_the_lease_now_are_kept(
         calls.append(recipe)
         if len(calls) == 2:
             wait_for_writes(worker)
-            store.abandon(job.id, 1, "it seemed dead", clock.now())
-            store.claim("another", clock.now(), 1000)
+            claimed_by_another(store, clock, job.id)
             raise error
         return original(recipe, on_step)
 
@@ -113,6 +116,7 @@ def test_an_unexpected_error_costs_an_attempt_and_then_the_job(
     monkeypatch.setattr("fidelora.engine.engine.sample", broken)
     add(store, clock)
     for attempt in range(1, MAX_ATTEMPTS + 1):
+        clock.seconds += 30  # the pause before a retry
         after = worker.run_next()
         assert after.attempts == attempt
     assert after.status is Status.FAILED
@@ -126,11 +130,20 @@ def test_an_unexpected_error_costs_an_attempt_and_then_the_job(
     assert worker.run_next().status is Status.SUCCEEDED
 
 
-def test_a_full_disk_fails_the_job_and_leaves_nothing(worker, store, clock, monkeypatch, tmp_path):
-    import errno
-    import os
-
-    calls = []
+def test_a_full_disk_pauses_the_worker(store, engine, clock, monkeypatch, tmp_path):
+    """The job returns to the queue without a failed attempt, and no file remains."""
+    calls: list[int] = []
+    pauses: list[str] = []
+    worker = Worker(
+        "worker",
+        store,
+        engine,
+        tmp_path,
+        WorkerLimits(lease_s=1000, report_every_s=0, timeout_s=1000),
+        on_pause=pauses.append,
+        now=clock.now,
+        monotonic=clock.monotonic,
+    )
 
     def fail_from_the_second_image_on(descriptor):
         calls.append(descriptor)
@@ -139,9 +152,21 @@ def test_a_full_disk_fails_the_job_and_leaves_nothing(worker, store, clock, monk
 
     monkeypatch.setattr(os, "fsync", fail_from_the_second_image_on)
     add(store, clock, RECIPE, RECIPE)
-    done = worker.run_next()
-    assert (done.status, done.error.code) == (Status.FAILED, "OUTPUT")
+    back = worker.run_next()
+    assert back is not None
+    assert (back.status, back.attempts, back.error) == (Status.IN_QUEUE, 0, None)
     assert list(tmp_path.iterdir()) == []
+    assert len(pauses) == 1
+    assert "No space left on device" in pauses[0]
+    for _ in range(20):  # each reads the clock, which advances by a second
+        assert worker.run_next() is None
+    assert list(tmp_path.iterdir()) == []
+    assert len(pauses) == 1
+    monkeypatch.undo()
+    done = next(filter(None, (worker.run_next() for _ in range(20))))
+    assert (done.id, done.status) == (back.id, Status.SUCCEEDED)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert pauses[1:] == [""]
 
 
 def test_a_failed_write_ends_the_job_at_the_next_step(harness, disk):
@@ -228,17 +253,105 @@ def test_an_unexpected_prefetch_error_is_logged_and_ignored(harness, monkeypatch
     assert worker.run_next().status is Status.SUCCEEDED
 
 
-def test_a_store_error_ends_no_job(harness):
+def test_jobs_survive_a_store_that_fails_for_long(harness):
+    """The worker gives them up, and returns them to the queue as soon as the store works."""
     jobs = [harness.add("a"), harness.add("b")]
+    worker = harness.worker()
 
     def broken(batch: int, step: int) -> None:
         raise JobStoreError
 
     harness.engine.before_step = broken
     with pytest.raises(JobStoreError):
-        harness.run()
+        worker.run_next()
     assert harness.engine.batches == ["a b"]
     assert harness.status(*jobs) == [Status.IN_PROGRESS] * 2
+    harness.engine.before_step = lambda batch, step: None
+    worker.run_next()
+    assert harness.status(*jobs) == [Status.SUCCEEDED] * 2
+    assert {harness.store.get(each.id).attempts for each in jobs} == {1}
+    assert harness.files() == harness.files_of(*jobs)
+
+
+def failing(method: Callable[..., Any], times: int) -> Callable[..., Any]:
+    """Return a method of a store that fails for its first calls."""
+    left = iter(range(times))
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if next(left, None) is not None:
+            raise JobStoreError
+        return method(*args, **kwargs)
+
+    return call
+
+
+@pytest.mark.parametrize("method", ["get", "renew"])
+def test_steps_continue_while_the_store_fails(harness, method):
+    job = harness.add("a")
+    worker = harness.worker()
+
+    def before_step(batch: int, step: int) -> None:
+        if step == 2:
+            setattr(harness.store, method, failing(getattr(harness.store, method), 2))
+
+    harness.engine.before_step = before_step
+    assert worker.run_next().status is Status.SUCCEEDED
+    assert harness.engine.steps == [4]
+    assert harness.files() == harness.files_of(job)
+
+
+@pytest.mark.parametrize("method", ["succeed", "fail", "abandon"])
+def test_results_are_stored_when_the_store_works_again(harness, method):
+    job = harness.add("a")
+    errors = {"fail": NumericsError(), "abandon": ZeroDivisionError()}
+    harness.engine.bad = {"a": errors[method]} if method in errors else {}
+    setattr(harness.store, method, failing(getattr(harness.store, method), 30))
+    ends = {"succeed": Status.SUCCEEDED, "fail": Status.FAILED, "abandon": Status.IN_QUEUE}
+    assert harness.run().status is ends[method]
+    assert harness.waited == [1.0] * 30
+    assert harness.files() == (harness.files_of(job) if method == "succeed" else [])
+
+
+def test_a_claim_whose_answer_was_lost_is_released(harness):
+    job = harness.add("a")
+    claim = harness.store.claim
+
+    def answer_is_lost(*args: Any, **kwargs: Any) -> None:
+        claim(*args, **kwargs)
+        raise JobStoreError
+
+    worker = harness.worker()
+    harness.store.claim = answer_is_lost
+    with pytest.raises(JobStoreError):
+        worker.run_next()
+    assert harness.status(job) == [Status.IN_PROGRESS]
+    harness.store.claim = claim
+    assert worker.run_next().status is Status.SUCCEEDED
+
+
+def test_a_worker_says_how_long_each_part_may_take(harness):
+    """Steps of 100 seconds, which are longer than a lease, are allowed 10 times that at most."""
+    harness.limits = replace(harness.limits, lease_s=60, timeout_s=5000, load_s=1800)
+    beats: list[float] = []
+    leases: list[float] = []
+    renew = harness.store.renew
+
+    def renewed(job_id: str, epoch: int, progress: Any, now: Any, lease_s: float) -> Any:
+        leases.append(lease_s)
+        return renew(job_id, epoch, progress, now, lease_s)
+
+    def before_step(batch: int, step: int) -> None:
+        harness.clock.seconds += 2 if step == 1 else 100
+
+    harness.store.renew = renewed
+    harness.engine.before_step = before_step
+    harness.add("a")
+    worker = harness.worker()
+    worker._beat = beats.append
+    worker.run_next()
+    # idle, load, first step, after a step of about 5 s, after 100 s twice, decoding
+    assert beats == [60, 1800, 180, 60, 180, 180, 180]
+    assert leases == [1800, 180, 60, 180, 180, 180, 60]
 
 
 def test_an_error_in_max_batch_ends_the_job_and_not_the_worker(harness):
@@ -320,8 +433,7 @@ def test_a_job_of_a_batch_that_another_worker_claimed_is_left_alone(harness):
 
     def before_step(batch: int, step: int) -> None:
         if step == 2:
-            harness.store.abandon(first.id, 1, "it seemed dead", harness.clock.now())
-            harness.store.claim("another", harness.clock.now(), 1000)
+            claimed_by_another(harness.store, harness.clock, first.id)
             theirs.write_bytes(b"theirs")
 
     harness.engine.before_step = before_step

@@ -18,6 +18,7 @@ from tests.workers.worker_support import (
     RECIPE,
     Recorder,
     add,
+    claimed_by_another,
     wait_for_prefetches,
     wait_for_writes,
 )
@@ -104,7 +105,7 @@ def test_a_slow_model_load_does_not_cost_the_lease(store, engine, clock, tmp_pat
     assert done is not None
     assert done.status is Status.SUCCEEDED
     assert done.timings["load"] >= 1000
-    assert 0 < leases[0] <= 60
+    assert 0 < leases[0] <= 180  # of the first step
 
 
 def test_cancellation_takes_effect_at_the_next_step(worker, store, clock, tmp_path):
@@ -291,8 +292,7 @@ def test_a_process_that_exits_releases_every_job_of_a_batch(harness):
         if step == 2:
             harness.store.cancel(jobs[1].id, harness.clock.now())
         if step == 3:
-            harness.store.abandon(jobs[2].id, 1, "it seemed dead", harness.clock.now())
-            harness.store.claim("another", harness.clock.now(), 1000)
+            claimed_by_another(harness.store, harness.clock, jobs[2].id)
             raise SystemExit(0)
 
     harness.engine.before_step = exits

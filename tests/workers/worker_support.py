@@ -88,6 +88,13 @@ def add(store: MemoryStore, clock: Clock, *recipes: Recipe, image_format: str = 
     return store.add(new_job(recipes or (RECIPE,), clock.now(), image_format=image_format))
 
 
+def claimed_by_another(store: MemoryStore, clock: Clock, job_id: str) -> None:
+    """End the first attempt at a job, as of a dead worker, and claim it for another worker."""
+    store.abandon(job_id, 1, "it seemed dead", clock.now())
+    clock.seconds += 5  # the pause before a retry
+    store.claim("another", clock.now(), 1000)
+
+
 def wait_for_writes(worker: Worker) -> None:
     """Wait until all queued images are on the disk."""
     worker._write_thread.submit(lambda: None).result(DEADLINE_S)

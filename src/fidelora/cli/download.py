@@ -12,12 +12,11 @@ from urllib.parse import unquote, urlsplit
 import typer
 
 from fidelora.adapters.tensor_names import MAX_ADAPTER_BYTES, modules_of
-from fidelora.atomic import make_folder, temporary_name
+from fidelora.atomic import make_folder, output_error, temporary_name
 from fidelora.cli.console import Debug, fail
 from fidelora.errors import (
     AdapterExistsError,
     AdapterPlaceError,
-    OutputError,
     RecipeError,
 )
 from fidelora.families import all_families, get_family
@@ -135,10 +134,8 @@ def _fetch_lora(source: str, folder: Path) -> Path:
             )
         temporary.replace(target)
     except OSError as error:
-        raise OutputError(
-            f"{target} could not be written: {error.strerror or error}. No unfinished file was "
-            "left."
-        ) from error
+        rest = "No unfinished file was left."
+        raise output_error(f"{target} could not be written", error, rest) from error
     finally:
         temporary.unlink(missing_ok=True)
     return target

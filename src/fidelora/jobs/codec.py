@@ -10,7 +10,7 @@ from typing import Any
 from fidelora.jobs.job import Failure, Job, JobProgress, Output, Status
 from fidelora.recipe import Recipe
 
-_TIME_FIELDS = ("created_at", "started_at", "finished_at", "lease_expires_at")
+_TIME_FIELDS = ("created_at", "started_at", "finished_at", "lease_expires_at", "retry_at")
 
 
 def job_to_dict(job: Job) -> dict[str, Any]:
@@ -36,7 +36,8 @@ def job_from_dict(plain: Mapping[str, Any]) -> Job:
         RecipeError: a recipe has a format that this version does not support.
     """
     times = {
-        name: datetime.fromisoformat(plain[name]) if plain[name] else None for name in _TIME_FIELDS
+        name: datetime.fromisoformat(plain[name]) if plain.get(name) else None
+        for name in _TIME_FIELDS  # `retry_at` is absent in jobs stored by older versions
     }
     created_at = times.pop("created_at")
     assert created_at is not None

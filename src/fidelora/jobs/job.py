@@ -24,6 +24,9 @@ from fidelora.errors import FideloraError, LeaseLostError, RecipeError
 from fidelora.recipe import Recipe
 
 MAX_ATTEMPTS = 3  # a job fails after this many attempts without a result
+_RETRY_PAUSES_S = (2.0, 20.0)
+"""Seconds before the second and the third attempt. A job that kills its worker then leaves time for
+other jobs, and a machine that is out of memory can recover."""
 SILENT = "its worker sent no heartbeat until the lease expired"  # a reason for `abandoned`
 
 
@@ -102,6 +105,8 @@ class Job:
         epoch: number of the current or last claim.
         worker: name of the worker that holds the claim; empty without a claim.
         lease_expires_at: end of the claim unless its worker renews it; None without a claim.
+        retry_at: earliest time of the next attempt, after an attempt that failed; None for a job
+            that no attempt has failed at, and while one runs.
         cancel_requested: True if the job has to stop; its worker stops it after the current step.
         passed_over: number of times that a later job was claimed first, because its adapters were
             loaded or it could share a batch.
@@ -121,6 +126,7 @@ class Job:
     epoch: int = 0
     worker: str = ""
     lease_expires_at: datetime | None = None
+    retry_at: datetime | None = None
     cancel_requested: bool = False
     passed_over: int = 0
     progress: JobProgress | None = None
@@ -173,8 +179,21 @@ def claimed(job: Job, worker: str, now: datetime, lease_s: float) -> Job:
         attempts=job.attempts + 1,
         started_at=job.started_at or now,
         lease_expires_at=now + timedelta(seconds=lease_s),
+        retry_at=None,
         passed_over=0,
     )
+
+
+def is_due(job: Job, now: datetime) -> bool:
+    """True if a queued job may be claimed: it never failed, or its pause before a retry is over.
+
+    A retry that lies further ahead than any pause was set before the clock was put back, and is due
+    as well.
+    """
+    if job.retry_at is None:
+        return True
+    ahead_s = (job.retry_at - now).total_seconds()
+    return ahead_s <= 0 or ahead_s > max(_RETRY_PAUSES_S)
 
 
 def renewed(
@@ -240,8 +259,8 @@ def released(job: Job, epoch: int, now: datetime) -> Job:
 def abandoned(job: Job, epoch: int, reason: str, now: datetime) -> Job:
     """Return the job to the queue after its worker died or its lease expired.
 
-    A job with a cancel request ends as canceled. A job that has used all its
-    `MAX_ATTEMPTS` attempts fails.
+    The next attempt follows after a pause that grows with each attempt. A job with a cancel request
+    ends as canceled. A job that has used all its `MAX_ATTEMPTS` attempts fails.
 
     Raises:
         LeaseLostError: the claim is no longer the current one.
@@ -252,7 +271,8 @@ def abandoned(job: Job, epoch: int, reason: str, now: datetime) -> Job:
     if job.attempts >= MAX_ATTEMPTS:
         message = f"Given up after {job.attempts} attempts; the last one ended because {reason}."
         return _ended(job, Status.FAILED, now, error=Failure("WORKER_LOST", message))
-    return _back_in_queue(job)
+    pause = timedelta(seconds=_RETRY_PAUSES_S[job.attempts - 1])
+    return _back_in_queue(replace(job, retry_at=now + pause))
 
 
 def cancel_asked(job: Job, now: datetime) -> Job:

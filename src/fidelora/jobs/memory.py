@@ -9,7 +9,14 @@ from datetime import datetime
 from fidelora.errors import CursorError, IdempotencyConflictError, JobNotFoundError, QueueFullError
 from fidelora.jobs import job as life
 from fidelora.jobs.job import Job, Status
-from fidelora.jobs.store import JobPage, StoreByTransition, Submission, choose
+from fidelora.jobs.store import (
+    JobPage,
+    StoreByTransition,
+    Submission,
+    choose,
+    in_claim_order,
+    passed_over,
+)
 
 
 class MemoryStore(StoreByTransition):
@@ -56,7 +63,7 @@ class MemoryStore(StoreByTransition):
 
     def queue_position(self, job_id: str) -> int | None:
         with self._lock:
-            ids = [job.id for job in self._queue()]
+            ids = [job.id for job in sorted(self._queue(), key=lambda job: job.attempts > 0)]
             return ids.index(job_id) if job_id in ids else None
 
     def count(self, status: Status) -> int:
@@ -71,7 +78,7 @@ class MemoryStore(StoreByTransition):
 
     def peek(self) -> Job | None:
         with self._lock:
-            return next(iter(self._queue()), None)
+            return min(self._queue(), key=lambda job: job.attempts > 0, default=None)
 
     def claim(
         self,
@@ -84,20 +91,27 @@ class MemoryStore(StoreByTransition):
         wanted: Callable[[Job], bool] | None = None,
     ) -> Job | None:
         with self._lock:
-            queue = self._queue()
+            jobs = self._queue()
+            queue, retries = in_claim_order(
+                [job for job in jobs if not job.attempts],
+                [job for job in jobs if job.attempts],
+                now,
+            )
             index = choose(queue, loaded, merged=merged, wanted=wanted)
             if index is None:
                 return None
-            for skipped in queue[:index]:
+            for skipped in passed_over(queue, retries, index):
                 self._put(life.passed(skipped))
             return self._put(life.claimed(queue[index], worker, now, lease_s))
 
-    def abandon_expired(self, now: datetime) -> tuple[Job, ...]:
+    def abandon_expired(self, now: datetime, *, spare: Collection[str] = ()) -> tuple[Job, ...]:
         with self._lock:
             expired = [
                 job
                 for job in self._jobs.values()
-                if job.lease_expires_at is not None and job.lease_expires_at <= now
+                if job.lease_expires_at is not None
+                and job.lease_expires_at <= now
+                and job.worker not in spare
             ]
             return tuple(
                 self._put(life.abandoned(job, job.epoch, life.SILENT, now)) for job in expired

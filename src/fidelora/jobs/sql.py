@@ -1,6 +1,6 @@
 """Job store in a database: SQLite by default, or any other by its URL, such as PostgreSQL.
 
-This is the only module that imports SQLAlchemy. Each row holds the whole job as a JSON document,
+Each row holds the whole job as a JSON document,
 plus the few columns that queries need. A change reads the row, applies a function of `job.py` and
 writes the row back only if its version is still the one that was read; otherwise the change is
 repeated (optimistic locking). Therefore a dead process cannot hold a lock, and all databases behave
@@ -10,20 +10,13 @@ the same.
 from __future__ import annotations
 
 import json
-import os
-import re
-import sqlite3
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
-from alembic.util import CommandError
 
 from fidelora.errors import (
     CursorError,
@@ -34,12 +27,19 @@ from fidelora.errors import (
 )
 from fidelora.jobs import job as life
 from fidelora.jobs.codec import job_from_dict, job_to_dict
+from fidelora.jobs.database import BUSY_TIMEOUT_S, database_errors, open_database
 from fidelora.jobs.job import Job, Status
-from fidelora.jobs.store import JobPage, StoreByTransition, Submission, choose
+from fidelora.jobs.store import (
+    JobPage,
+    StoreByTransition,
+    Submission,
+    choose,
+    in_claim_order,
+    passed_over,
+)
 
-_MIGRATIONS = Path(__file__).parent / "migrations"
 _CLAIM_WINDOW = 100  # number of oldest jobs that a claim reads; bounds its cost in long queues
-_BUSY_TIMEOUT_S = 30.0  # longest wait for another process that writes to the same SQLite file
+_RETRY_WINDOW = 10  # number of oldest jobs with a failed attempt that a claim reads
 _FINAL = [status.value for status in Status if status.final]
 
 _jobs = sa.table(
@@ -51,6 +51,7 @@ _jobs = sa.table(
             "id",
             "status",
             "version",
+            "attempts",
             "lease_expires_at_s",
             "finished_at_s",
             "document",
@@ -77,21 +78,9 @@ class SqlStore(StoreByTransition):
     """
 
     def __init__(self, url: str) -> None:
-        try:
-            self._engine = sa.create_engine(url, **_engine_options(url))
-            self._write_lock: AbstractContextManager[object] = nullcontext()
-            if self._engine.dialect.name == "sqlite":
-                self._write_lock = threading.Lock()
-                _restrict_to_owner(self._engine)
-                _configure_sqlite(self._engine)
-            with self._engine.begin() as connection:
-                _migrate(connection)
-        except (sa.exc.SQLAlchemyError, OSError) as error:
-            shown_url = ""
-            if "://" in url:
-                shown_url = " " + sa.make_url(url).render_as_string(hide_password=True)
-            reason = str(error).splitlines()[0]
-            raise JobStoreError(f"The job database{shown_url} cannot be used: {reason}.") from error
+        self._engine = open_database(url)
+        is_sqlite = self._engine.dialect.name == "sqlite"
+        self._write_lock = threading.Lock() if is_sqlite else None
 
     @property
     def journal_mode(self) -> str:
@@ -150,11 +139,13 @@ class SqlStore(StoreByTransition):
     def queue_position(self, job_id: str) -> int | None:
         with self._reading() as connection:
             row = connection.execute(
-                sa.select(_jobs.c.seq, _jobs.c.status).where(_jobs.c.id == job_id)
+                sa.select(_jobs.c.seq, _jobs.c.status, _jobs.c.attempts).where(_jobs.c.id == job_id)
             ).one_or_none()
             if row is None or row.status != Status.IN_QUEUE.value:
                 return None
-            return self._count_queued(connection, _jobs.c.seq < row.seq)
+            never_failed, earlier = _jobs.c.attempts == 0, _jobs.c.seq < row.seq
+            before = (never_failed | earlier) if row.attempts else (never_failed & earlier)
+            return self._count_queued(connection, before)
 
     def count(self, status: Status) -> int:
         query = sa.select(sa.func.count()).select_from(_jobs).where(_jobs.c.status == status.value)
@@ -171,7 +162,8 @@ class SqlStore(StoreByTransition):
 
     def peek(self) -> Job | None:
         with self._reading() as connection:
-            return next(iter(self._queue(connection, 1)), None)
+            queue = self._queue(connection, 1) or self._retries(connection, 1)
+            return next(iter(queue), None)
 
     def claim(
         self,
@@ -186,11 +178,15 @@ class SqlStore(StoreByTransition):
         while True:
             try:
                 with self._writing() as connection:
-                    queue = self._queue(connection, _CLAIM_WINDOW)
+                    queue, retries = in_claim_order(
+                        self._queue(connection, _CLAIM_WINDOW),
+                        self._retries(connection, _RETRY_WINDOW),
+                        now,
+                    )
                     index = choose(queue, loaded, merged=merged, wanted=wanted)
                     if index is None:
                         return None
-                    for skipped in queue[:index]:
+                    for skipped in passed_over(queue, retries, index):
                         self._put(connection, skipped, life.passed(skipped))
                     job = queue[index]
                     return self._put(connection, job, life.claimed(job, worker, now, lease_s))
@@ -206,12 +202,12 @@ class SqlStore(StoreByTransition):
             except _VersionConflictError:
                 continue
 
-    def abandon_expired(self, now: datetime) -> tuple[Job, ...]:
+    def abandon_expired(self, now: datetime, *, spare: Collection[str] = ()) -> tuple[Job, ...]:
         with self._reading() as connection:
             query = sa.select(_jobs.c.document).where(_jobs.c.lease_expires_at_s <= now.timestamp())
             expired = [_job(document) for document in connection.execute(query).scalars()]
         changed = []
-        for job in expired:
+        for job in (job for job in expired if job.worker not in spare):
             after = self.change(job.id, lambda current: _abandoned_if_expired(current, now))
             if after.lease_expires_at is None:
                 changed.append(after)
@@ -241,21 +237,45 @@ class SqlStore(StoreByTransition):
     def _writing(self) -> Iterator[sa.Connection]:
         # SQLite allows one writer at a time and makes others sleep with a growing backoff. Threads
         # of this process wait for a lock instead, which is faster and fairer.
-        with _database_errors(), self._write_lock, self._engine.begin() as connection:
+        with database_errors(), self._write_turn(), self._engine.begin() as connection:
             yield connection
+
+    @contextmanager
+    def _write_turn(self) -> Iterator[None]:
+        if self._write_lock is None:
+            yield
+            return
+        if not self._write_lock.acquire(timeout=BUSY_TIMEOUT_S):
+            raise JobStoreError(
+                "The job database cannot be used at the moment: another process keeps it locked."
+            )
+        try:
+            yield
+        finally:
+            self._write_lock.release()
 
     @contextmanager
     def _reading(self) -> Iterator[sa.Connection]:
         with (
-            _database_errors(),
+            database_errors(),
             self._engine.connect().execution_options(fidelora_reads=True) as connection,
         ):
             yield connection
 
     def _queue(self, connection: sa.Connection, limit: int) -> Sequence[Job]:
+        """Return queued jobs that no attempt has failed at, oldest first."""
+        return self._queued(connection, _jobs.c.attempts == 0, limit)
+
+    def _retries(self, connection: sa.Connection, limit: int) -> Sequence[Job]:
+        """Return queued jobs with a failed attempt, oldest first."""
+        return self._queued(connection, _jobs.c.attempts > 0, limit)
+
+    def _queued(
+        self, connection: sa.Connection, condition: sa.ColumnElement[bool], limit: int
+    ) -> Sequence[Job]:
         query = (
             sa.select(_jobs.c.document)
-            .where(_jobs.c.status == Status.IN_QUEUE.value)
+            .where(_jobs.c.status == Status.IN_QUEUE.value, condition)
             .order_by(_jobs.c.seq)
         )
         return [_job(document) for document in connection.execute(query.limit(limit)).scalars()]
@@ -297,26 +317,6 @@ class SqlStore(StoreByTransition):
         return after
 
 
-def wal_is_safe(version: str) -> bool:
-    """True if this SQLite release is free of the bug that corrupts databases on a WAL reset.
-
-    The bug was introduced with the WAL in 3.7.0 and fixed in 3.51.3. Backports of the fix to older
-    series are not recognised; with those releases, the store uses the rollback journal, which is
-    slower but just as safe.
-    """
-    return tuple(int(number) for number in re.findall(r"\d+", version)[:3]) >= (3, 51, 3)
-
-
-@contextmanager
-def _database_errors() -> Iterator[None]:
-    try:
-        yield
-    except sa.exc.DBAPIError as error:
-        raise JobStoreError(
-            f"The job database cannot be used at the moment: {str(error.orig).splitlines()[0]}."
-        ) from error
-
-
 def _abandoned_if_expired(job: Job, now: datetime) -> Job:
     # The lease may have been renewed after the query.
     expired = job.lease_expires_at is not None and job.lease_expires_at <= now
@@ -328,6 +328,7 @@ def _row(job: Job) -> dict[str, Any]:
         "id": job.id,
         "status": job.status.value,
         "version": job.version,
+        "attempts": job.attempts,
         "lease_expires_at_s": job.lease_expires_at and job.lease_expires_at.timestamp(),
         "finished_at_s": job.finished_at and job.finished_at.timestamp(),
         "document": json.dumps(job_to_dict(job), ensure_ascii=False),
@@ -336,57 +337,3 @@ def _row(job: Job) -> dict[str, Any]:
 
 def _job(document: str) -> Job:
     return job_from_dict(json.loads(document))
-
-
-def _engine_options(url: str) -> dict[str, Any]:
-    return (
-        {"connect_args": {"timeout": _BUSY_TIMEOUT_S}}
-        if url.startswith("sqlite")
-        else {"pool_pre_ping": True}
-    )
-
-
-def _restrict_to_owner(engine: sa.Engine) -> None:
-    """Create the database's file, or change its mode, so that only its owner can read the jobs.
-
-    SQLite gives the same mode to the files beside it.
-    """
-    path = engine.url.database
-    if path and path != ":memory:" and not path.startswith("file:"):
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-        with suppress(PermissionError):  # the file of another user, who decides who may read it
-            Path(path).chmod(0o600)
-
-
-def _configure_sqlite(engine: sa.Engine) -> None:
-    """Sync every commit to disk, and take the write lock when a writing transaction begins.
-
-    If two transactions took the write lock only at their first write, they could deadlock.
-    """
-    journal = "WAL" if wal_is_safe(sqlite3.sqlite_version) else "DELETE"
-
-    @sa.event.listens_for(engine, "connect")
-    def on_connect(connection: Any, _record: Any) -> None:
-        # None disables the implicit transactions of `sqlite3`, which DDL statements would commit.
-        connection.isolation_level = None
-        connection.execute(f"PRAGMA journal_mode = {journal}")
-        connection.execute("PRAGMA synchronous = FULL")
-
-    @sa.event.listens_for(engine, "begin")
-    def on_begin(connection: sa.Connection) -> None:
-        reads = connection.get_execution_options().get("fidelora_reads", False)
-        connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
-
-
-def _migrate(connection: sa.Connection) -> None:
-    """Migrate the tables and record their version, both in the caller's transaction."""
-    config = Config()
-    config.set_main_option("script_location", str(_MIGRATIONS))
-    config.attributes["connection"] = connection
-    try:
-        command.upgrade(config, "head")
-    except CommandError as error:
-        raise JobStoreError(
-            f"The job database was written by another version of Fidelora: {error}. "
-            "Use that version, or another database."
-        ) from error

@@ -115,7 +115,8 @@ class JobStore(Protocol):
         4. the oldest job.
 
         If a job before the preferred one was passed over `MAX_PASSED_OVER` times, it is claimed
-        instead.
+        instead. Jobs with a failed attempt come after all others, and only when their pause is
+        over; each claim of another job passes them over.
 
         Args:
             loaded: sha256 of the adapters in the worker's memory.
@@ -183,8 +184,12 @@ class JobStore(Protocol):
         """
         ...
 
-    def abandon_expired(self, now: datetime) -> tuple[Job, ...]:
-        """Abandon every job whose lease has expired, and return these jobs."""
+    def abandon_expired(self, now: datetime, *, spare: Collection[str] = ()) -> tuple[Job, ...]:
+        """Abandon every job whose lease has expired, and return these jobs.
+
+        Args:
+            spare: names of workers that are known to be alive, whatever the clock says.
+        """
         ...
 
     def cancel(self, job_id: str, now: datetime) -> Job:
@@ -249,6 +254,32 @@ class StoreByTransition(ABC):
 
     def cancel(self, job_id: str, now: datetime) -> Job:
         return self.change(job_id, lambda job: life.cancel_asked(job, now))
+
+
+def in_claim_order(
+    fresh: Sequence[Job], retries: Sequence[Job], now: datetime
+) -> tuple[list[Job], list[Job]]:
+    """Return the queue as `choose` takes it, and the due retries in it.
+
+    Args:
+        fresh: queued jobs that no attempt has failed at, oldest first.
+        retries: queued jobs with a failed attempt, oldest first.
+    """
+    due = [job for job in retries if life.is_due(job, now)]
+    waited = [job for job in due if job.passed_over >= MAX_PASSED_OVER]
+    rest = [job for job in due if job.passed_over < MAX_PASSED_OVER]
+    return [*waited, *fresh, *rest], due
+
+
+def passed_over(queue: Sequence[Job], retries: Sequence[Job], claimed: int) -> list[Job]:
+    """Return the jobs that a claim passes over: those before the claimed one, and due retries.
+
+    Args:
+        queue, retries: result of `in_claim_order`.
+        claimed: index of the claimed job in `queue`.
+    """
+    counted = {job.id for job in queue[: claimed + 1]}
+    return [*queue[:claimed], *(job for job in retries if job.id not in counted)]
 
 
 def choose(

@@ -20,9 +20,15 @@ from pathlib import Path, PurePosixPath
 
 from fidelora.adapter_file import AdapterFile, file_version
 from fidelora.adapters.tensor_names import modules_of
-from fidelora.atomic import make_folder, remove_stale_temporaries, temporary_name, write_atomically
+from fidelora.atomic import (
+    make_folder,
+    output_error,
+    remove_stale_temporaries,
+    temporary_name,
+    write_atomically,
+)
 from fidelora.embedding_file import embedding_word
-from fidelora.errors import AdapterNotFoundError, OutputError
+from fidelora.errors import AdapterNotFoundError
 from fidelora.recipe import AdapterRef, file_sha256
 from fidelora.safetensors_header import read_file_header, read_header
 
@@ -210,8 +216,8 @@ class AdapterCache:
                 sha256 = file.sha256 if is_same else self.sha256_of(temporary)
                 temporary.replace(self.path(sha256))
             except OSError as error:
-                raise OutputError(
-                    f"{name} could not be added to the adapter cache: {error.strerror or error}."
+                raise output_error(
+                    f"{name} could not be added to the adapter cache", error
                 ) from error
         return self.ref(sha256, name)
 

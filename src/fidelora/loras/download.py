@@ -24,6 +24,7 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 import httpcore2
 from AntiSSRF import IPAddressRanges
 
+from fidelora.atomic import is_full, output_error
 from fidelora.errors import AdapterDownloadError, AdapterNotFoundError, AdapterUrlRefusedError
 from fidelora.loras.hub import USE_TOKEN
 
@@ -175,6 +176,10 @@ class _Download:
                             return await self._take(response, place, target)
                         onward = _header(response, b"location")
                 except _ERRORS as error:
+                    if isinstance(error, OSError) and is_full(error):
+                        raise output_error(
+                            f"{_shown(place.geturl())} could not be downloaded", error
+                        ) from error
                     raise AdapterDownloadError(
                         f"{_shown(place.geturl())} could not be downloaded: {_reason(error)}."
                     ) from error

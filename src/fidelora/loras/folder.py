@@ -11,12 +11,11 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from fidelora.adapters.tensor_names import modules_of
-from fidelora.atomic import make_folder, temporary_name
+from fidelora.atomic import make_folder, output_error, temporary_name
 from fidelora.errors import (
     AdapterExistsError,
     AdapterNotFoundError,
     AdapterPlaceError,
-    OutputError,
     UploadNameError,
     UploadNotFoundError,
     WeightsFileError,
@@ -221,7 +220,7 @@ def add_upload(root: Path, file: BinaryIO, name: str) -> tuple[str, bool]:
                 ) from None
             return f"{UPLOADS}/{name}", False
         except OSError as error:
-            raise OutputError(f"{name} could not be written: {error.strerror or error}.") from error
+            raise output_error(f"{name} could not be written", error) from error
     finally:
         temporary.unlink(missing_ok=True)
     return f"{UPLOADS}/{name}", True

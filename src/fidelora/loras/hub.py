@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from fidelora.atomic import is_full, output_error
 from fidelora.errors import AdapterDownloadError, AdapterNotFoundError, AdapterPlaceError
 
 USE_TOKEN = "use a token of your account (HF_TOKEN, or hf_token in a request)"
@@ -102,6 +103,8 @@ class HubFile:
                 f"There is no {self} on the hub, or it is private; check the name, or {USE_TOKEN}."
             ) from error
         except (HfHubHTTPError, OSError) as error:
+            if is_full(error):
+                raise output_error(f"{self} could not be downloaded", error) from error
             raise AdapterDownloadError(
                 f"The hub did not deliver {self}: {str(error).splitlines()[0]:.200}."
             ) from error

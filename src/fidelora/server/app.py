@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, nullcontext
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -19,7 +19,6 @@ from starlette.responses import PlainTextResponse
 
 import fidelora
 from fidelora.atomic import make_folder, remove_stale_temporaries
-from fidelora.errors import JobStoreError
 from fidelora.families import all_families
 from fidelora.jobs.job import Status
 from fidelora.jobs.sql import SqlStore
@@ -31,6 +30,7 @@ from fidelora.loras.resolve import AdapterResolver
 from fidelora.recipe import Recipe
 from fidelora.server import api_docs, problems
 from fidelora.server.api_keys import ApiKeys
+from fidelora.server.background import run_periodically
 from fidelora.server.base_models import BaseModels
 from fidelora.server.context import ServerContext
 from fidelora.server.login import Login
@@ -40,6 +40,7 @@ from fidelora.server.middleware import AccessControl, BodyLimitMiddleware, Reque
 from fidelora.server.page.mount import SWITCHED_OFF, Page, make_page
 from fidelora.server.readiness import ReadinessLog
 from fidelora.server.routes import a1111, inference, loras, openai, operations, replay, requests
+from fidelora.server.size_limits import SizeLimits
 from fidelora.settings import Settings
 from fidelora.workers.attempt import WorkerLimits
 from fidelora.workers.pool import WorkerPool
@@ -96,16 +97,10 @@ def make_context(
         warm=Recipe(prompt="", model=warm_model, **server_defaults[warm_model]),
         prepare=partial(configure_logs, settings.log_format, settings.debug),
     )
-    # The pool and the metrics refer to each other, so the pool looks the metrics up at each report.
-    late_metrics: list[Metrics] = []
-    pool = WorkerPool(
-        store,
-        [setup(device=device) for device in settings.devices],
-        name=server_id,
-        on_report=lambda report: late_metrics[0].attempt_ended(report),
-    )
-    late_metrics.append(Metrics(store, pool))
-    return context_with_store(store, settings, server_defaults, base_url, late_metrics[0], pool)
+    pool = WorkerPool(store, [setup(device=device) for device in settings.devices], name=server_id)
+    context = context_with_store(store, settings, server_defaults, base_url, pool)
+    pool.on_report = context.attempt_ended
+    return context
 
 
 def context_with_store(
@@ -113,7 +108,6 @@ def context_with_store(
     settings: Settings,
     server_defaults: Mapping[str, Mapping[str, Any]],
     base_url: str,
-    metrics: Metrics | None = None,
     pool: WorkerPool | None = None,
 ) -> ServerContext:
     """Return a context that uses this store; without a pool, other processes run its jobs.
@@ -134,10 +128,11 @@ def context_with_store(
         cache=cache,
         resolver=AdapterResolver(settings.loras, cache, rules, token),
         keys=ApiKeys(keys_file(settings)),
-        metrics=metrics or Metrics(store, pool),
+        metrics=Metrics(store, pool),
         base_url=base_url,
         server_defaults=server_defaults,
         base_models=BaseModels(server_defaults),
+        limits=SizeLimits(settings.max_pixels, settings.inference_timeout_s),
         pool=pool,
     )
 
@@ -227,14 +222,14 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     context: ServerContext = app.state.context
     running = [
         asyncio.create_task(
-            _run_periodically(_CLEAN_INTERVAL_S, partial(asyncio.to_thread, clean, context))
+            run_periodically(_CLEAN_INTERVAL_S, partial(asyncio.to_thread, clean, context))
         )
     ]
     if context.pool is not None:
         await asyncio.to_thread(context.pool.start)
         running.append(
             asyncio.create_task(
-                _run_periodically(
+                run_periodically(
                     _WATCH_INTERVAL_S,
                     partial(
                         asyncio.to_thread, _watch, context, context.pool, ReadinessLog(context)
@@ -254,23 +249,6 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     if context.pool is not None:
         await asyncio.to_thread(context.pool.stop, 0.0)  # the grace period is over already
     await asyncio.to_thread(context.store.close)
-
-
-async def _run_periodically(seconds: float, action: Callable[[], Awaitable[None]]) -> None:
-    """Call `action` repeatedly, also after errors; log an error unless the last one was equal."""
-    last = ""
-    while True:
-        try:
-            await action()
-            last = ""
-        except Exception as error:
-            text = f"{type(error).__name__}: {error}"
-            if isinstance(error, JobStoreError):
-                log.error("job store unavailable, retrying", reason=str(error))
-            elif text != last:
-                log.exception("background task failed, retrying", reason=text)
-            last = text
-        await asyncio.sleep(seconds)
 
 
 def _stop_server_on_failure(context: ServerContext, task: asyncio.Task[None]) -> None:
@@ -301,7 +279,8 @@ def _watch(context: ServerContext, pool: WorkerPool, readiness: ReadinessLog) ->
 
 def clean(context: ServerContext) -> None:
     """Remove requests over the age or count limit with their images, and trim the adapter cache."""
-    before = datetime.now(UTC) - timedelta(days=context.settings.keep_days)
+    now = datetime.fromtimestamp(context.retention_clock.now(), UTC)
+    before = now - timedelta(days=context.settings.keep_days)
     removed = context.store.remove_finished(before=before, keep=context.settings.keep_requests)
     for output in (output for job in removed for output in job.outputs):
         Path(output.file_path).unlink(missing_ok=True)

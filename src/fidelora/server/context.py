@@ -19,7 +19,10 @@ from fidelora.loras.resolve import AdapterResolver
 from fidelora.server.api_keys import ApiKeys
 from fidelora.server.base_models import BaseModels
 from fidelora.server.metrics import Metrics
+from fidelora.server.retention_clock import RetentionClock
+from fidelora.server.size_limits import SizeLimits
 from fidelora.settings import Settings
+from fidelora.workers.attempt import AttemptReport
 from fidelora.workers.pool import WorkerPool
 
 
@@ -32,9 +35,11 @@ class ServerContext:
         server_defaults: recipe fields that the server sets, such as `base_model` and the dtypes,
             by model id. For a model without an entry, the server sets no fields.
         base_models: content hashes of the base models in `server_defaults`.
+        limits: limits of what one request may ask for.
         pool: workers of this server; None if other processes run the jobs.
         a1111_jobs: owner of each job that an AUTOMATIC1111 client is waiting for, by job id.
         a1111_models: model that an AUTOMATIC1111 client has set for later requests, by owner.
+        retention_clock: clock for the removal of old data.
         stopping: event that is set as soon as the server begins to stop.
         failed: event that is set if the server stops because of a fault of its own.
     """
@@ -48,9 +53,11 @@ class ServerContext:
     base_url: str
     server_defaults: Mapping[str, Mapping[str, Any]]
     base_models: BaseModels
+    limits: SizeLimits
     pool: WorkerPool | None = None
     a1111_jobs: dict[str, str] = field(default_factory=dict)
     a1111_models: dict[str, str] = field(default_factory=dict)
+    retention_clock: RetentionClock = field(default_factory=RetentionClock)
     stopping: threading.Event = field(default_factory=threading.Event)
     failed: threading.Event = field(default_factory=threading.Event)
 
@@ -58,6 +65,11 @@ class ServerContext:
     def default_model(self) -> str:
         """Model of requests that do not name one: the first with a configured base model."""
         return next(iter(self.settings.base_models or self.server_defaults))
+
+    def attempt_ended(self, report: AttemptReport) -> None:
+        """Count an attempt of a worker, and learn the workers' speed from it."""
+        self.metrics.attempt_ended(report)
+        self.limits.attempt_ended(report)
 
     def refuse_if_stopping(self) -> None:
         """Raise `ServerStoppingError` if the server accepts no new requests."""

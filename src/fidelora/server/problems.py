@@ -15,7 +15,14 @@ from starlette.exceptions import HTTPException
 
 from fidelora import errors
 from fidelora.api import ErrorBody
-from fidelora.errors import FideloraError, RequestError, RequestFailedError, RequestFieldError
+from fidelora.atomic import is_full
+from fidelora.errors import (
+    FideloraError,
+    RequestError,
+    RequestFailedError,
+    RequestFieldError,
+    StorageFullError,
+)
 from fidelora.server.problem_formats import (
     MAX_MESSAGE,
     MAX_SHOWN,
@@ -40,6 +47,8 @@ _STATUS_AND_CODE: Sequence[tuple[type[FideloraError], int, str]] = (
     (errors.ApiKeyError, 401, "UNAUTHORIZED"),
     (errors.PeerNotAllowedError, 403, "CALLER_NOT_ALLOWED"),
     (errors.JobStoreError, 503, "STORE_UNAVAILABLE"),
+    (errors.StorageFullError, 507, "STORAGE_FULL"),
+    (errors.StorageError, 503, "STORAGE_UNAVAILABLE"),
     (errors.ServerStoppingError, 503, "SERVER_STOPPING"),
     (errors.ServerNotReadyError, 503, "SERVER_NOT_READY"),
     (errors.AdapterUrlRefusedError, 400, "LORA_URL_NOT_ALLOWED"),
@@ -65,6 +74,8 @@ REQUEST_CODES = {
     "LORA_BYTES_MISSING": (
         "The server lacks LoRAs of the image; `details.missing` has the sha256 and name of each."
     ),
+    "IMAGE_TOO_LARGE": "The image has more pixels than the server allows.",
+    "REQUEST_TOO_LARGE": "The request would take longer than the server allows.",
     "HOST_NOT_ALLOWED": "A server without API keys accepts only hostnames of its own machine.",
     "OTHER_SITE": "A browser sent this call from a page of another site.",
 }
@@ -81,6 +92,7 @@ _DESCRIPTIONS = {
     415: "Content type not supported",
     429: "The queue is full",
     503: "Temporarily unavailable",
+    507: "The disk is full",
 }
 
 _SECRET_FIELDS = {"hf_token"}
@@ -142,6 +154,8 @@ def install(app: FastAPI) -> None:
         # FastAPI wraps errors that are raised while it reads a body.
         if isinstance(error.__cause__, FideloraError):
             return problem_response(problem_of(error.__cause__), request.url.path)
+        if isinstance(error.__cause__, OSError) and is_full(error.__cause__):
+            return problem_response(problem_of(StorageFullError()), request.url.path)
         response = problem_response(
             Problem(error.status_code, HTTPStatus(error.status_code).name, f"{error.detail}."),
             request.url.path,
@@ -154,6 +168,13 @@ def install(app: FastAPI) -> None:
         request: Request, error: RequestValidationError
     ) -> JSONResponse:
         return problem_response(_invalid(error.errors()), request.url.path)
+
+    @app.exception_handler(OSError)
+    async def handle_os_error(request: Request, error: OSError) -> JSONResponse:
+        if is_full(error):  # for example the folder for temporary files
+            log.error("disk full", exc_info=error)
+            return problem_response(problem_of(StorageFullError()), request.url.path)
+        return await handle_unexpected_error(request, error)
 
     @app.exception_handler(Exception)
     async def handle_unexpected_error(request: Request, error: Exception) -> JSONResponse:

@@ -121,9 +121,11 @@ async def enqueue(
         notes: sentences for the client about values that the server chose.
 
     Raises:
+        RequestError: an image is too large, or the images take too long.
         QueueFullError: the queue is full.
         IdempotencyConflictError: the idempotency key was used for another request.
     """
+    context.limits.check(recipes)
     job = new_job(
         recipes,
         utc_now(),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, replace
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fidelora.atomic import write_atomically
-from fidelora.errors import FideloraError, GenerationCancelled
+from fidelora.errors import FideloraError, GenerationCancelled, JobStoreError
 from fidelora.images.write import GeneratedImage, preview_jpeg, suffix_of
 from fidelora.jobs.job import Job, JobProgress, Output
 from fidelora.jobs.store import JobStore
@@ -22,8 +24,23 @@ if TYPE_CHECKING:  # the server imports this module and must not load torch
     from fidelora.engine.engine import Progress
 
 
+log = logging.getLogger(__name__)
+
+
 class JobTimeoutError(FideloraError):
     """The attempt took longer than `WorkerLimits.timeout_s`."""
+
+
+def error_code(error: FideloraError) -> str:
+    """Return the code of an error, which is derived from its class name.
+
+    For example, `AdapterMismatchError` has the code `ADAPTER_MISMATCH`. A job that exceeded its
+    time limit has the code `TIMEOUT`.
+    """
+    if isinstance(error, JobTimeoutError):
+        return "TIMEOUT"
+    words = re.findall(r"[A-Z][a-z0-9]*", type(error).__name__.removesuffix("Error"))
+    return "_".join(words).upper()
 
 
 @dataclass(frozen=True)
@@ -31,7 +48,8 @@ class WorkerLimits:
     """Time limits of a worker, in seconds.
 
     Attributes:
-        lease_s: duration of a lease, from the last heartbeat.
+        lease_s: duration of a lease, from the last heartbeat, and time that a step may take. Slow
+            steps extend both, see `StepAllowance`.
         load_s: duration of the lease while a base model is located, downloaded and loaded. No
             heartbeats are sent during that time.
         report_every_s: shortest time between two heartbeats with progress. Cancellation is checked
@@ -48,6 +66,54 @@ class WorkerLimits:
     batch_wait_s: float = 0.0
 
 
+_MAX_LEASES_PER_STEP = 3  # a worker is hung after this many leases, however slow its steps are
+_SLOW_STEP_FACTOR = 10  # a step may take this many times as long as the longest one before it
+_STORE_PAUSE_S = 1.0  # time between two tries to store something while the store fails
+_STORE_PATIENCE_S = 900.0  # time after which a result that cannot be stored is given up
+
+
+class StepAllowance:
+    """Seconds until a worker without a finished step counts as hung, for one batch.
+
+    How long a step takes is only known after the first one: large images, compilation and slow
+    devices can make it last longer than `WorkerLimits.lease_s`. So the first step may take
+    `_MAX_LEASES_PER_STEP` times that. The images are decoded after the last step, which may take as
+    long.
+    """
+
+    def __init__(self, limits: WorkerLimits) -> None:
+        self._limits = limits
+        self._longest_step_s = 0.0
+
+    @property
+    def longest_s(self) -> float:
+        """Allowance before the first step and after the last one."""
+        return _MAX_LEASES_PER_STEP * self._limits.lease_s
+
+    def after_step(self, seconds: float, *, is_last: bool) -> float:
+        """Return the allowance after a step that took `seconds`."""
+        if is_last:
+            return self.longest_s
+        self._longest_step_s = max(self._longest_step_s, seconds)
+        slow_s = min(_SLOW_STEP_FACTOR * self._longest_step_s, self.longest_s)
+        return max(self._limits.lease_s, slow_s)
+
+
+def patiently(call: Callable[[], Job], wait: Callable[[float], None]) -> Job:
+    """Store something for a worker, which can do nothing else while the store fails.
+
+    Raises:
+        JobStoreError: the store has failed for `_STORE_PATIENCE_S`.
+    """
+    for _ in range(int(_STORE_PATIENCE_S / _STORE_PAUSE_S)):
+        try:
+            return call()
+        except JobStoreError as error:
+            log.warning("trying again: %s", error)
+            wait(_STORE_PAUSE_S)
+    return call()
+
+
 @dataclass(frozen=True)
 class AttemptReport:
     """Result of one attempt at one job, for metrics.
@@ -57,6 +123,8 @@ class AttemptReport:
         code: error code of a failed job; empty for others.
         wait_s: seconds that the job spent in the queue before its first attempt; None for retries.
         images, steps: number of finished images, and of their steps.
+        pixel_steps: sum of width x height x steps of the finished images.
+        model: model of the images.
         timings: seconds by phase, see `Job.timings`.
         adapters_warm: number of the job's adapters that were in memory before the attempt.
         adapters_cold: number of the job's adapters that were not in memory before the attempt.
@@ -71,6 +139,8 @@ class AttemptReport:
     timings: Mapping[str, float]
     adapters_warm: int
     adapters_cold: int
+    pixel_steps: int = 0
+    model: str = ""
 
 
 @dataclass(frozen=True)
@@ -109,6 +179,7 @@ class Attempt:
         limits: WorkerLimits,
         now: Callable[[], datetime],
         monotonic: Callable[[], float],
+        wait: Callable[[float], None],
     ) -> None:
         self.job = job
         self.files = files
@@ -119,6 +190,8 @@ class Attempt:
         self._limits = limits
         self._now = now
         self._monotonic = monotonic
+        self._wait = wait
+        self._lease_s = limits.lease_s
         self._started = self._last_heartbeat = monotonic()
         self._progress: JobProgress | None = None
 
@@ -126,11 +199,14 @@ class Attempt:
         """Restart the timeout, after the job waited for other jobs or its shared batch failed."""
         self._started = self._monotonic()
 
-    def on_step(self, part: BatchPart, progress: Progress) -> None:
+    def on_step(self, part: BatchPart, progress: Progress, lease_s: float) -> None:
         """Record one finished step of the batch that contains `part`.
 
         The images of a batch are denoised together, but the progress counts them as if they were
         made one after the other.
+
+        Args:
+            lease_s: duration of the lease if a heartbeat is due.
 
         Raises:
             GenerationCancelled, JobTimeoutError, LeaseLostError: the job has to leave the batch.
@@ -150,27 +226,37 @@ class Attempt:
                 f"{self._limits.timeout_s:g} are allowed. Request fewer images or steps."
             )
         self.files.raise_errors()
-        self.poll(lambda: base64.b64encode(preview_jpeg(progress.preview(part.offset))).decode())
+        self.poll(
+            lease_s,
+            lambda: base64.b64encode(preview_jpeg(progress.preview(part.offset))).decode(),
+        )
 
-    def poll(self, preview: Callable[[], str] | None = None) -> None:
+    def poll(self, lease_s: float, preview: Callable[[], str] | None = None) -> None:
         """Check for cancellation, and send a heartbeat if one is due.
 
+        While the store fails, the job continues without either.
+
         Args:
+            lease_s: duration of the new lease.
             preview: makes the preview to send with the heartbeat, a JPEG in base64.
 
         Raises:
             GenerationCancelled: cancellation of the job was requested.
             LeaseLostError: another worker has the job.
         """
-        if self._store.get(self.job.id).cancel_requested:
-            raise GenerationCancelled
-        if self._monotonic() - self._last_heartbeat >= self._limits.report_every_s:
-            if self._progress is not None and preview is not None:
-                self._progress = replace(self._progress, preview=preview())
-            self.heartbeat()
+        try:
+            if self._store.get(self.job.id).cancel_requested:
+                raise GenerationCancelled
+            is_due = self._monotonic() - self._last_heartbeat >= self._limits.report_every_s
+            if is_due or lease_s > self._lease_s:
+                if self._progress is not None and preview is not None:
+                    self._progress = replace(self._progress, preview=preview())
+                self.heartbeat(lease_s)
+        except JobStoreError as error:
+            log.warning("no heartbeat: %s", error, extra={"request_id": self.job.id})
 
-    def heartbeat(self, lease_s: float | None = None) -> None:
-        """Renew the lease and store the progress.
+    def heartbeat(self, lease_s: float | None = None) -> Job:
+        """Renew the lease, store the progress, and return the job.
 
         Args:
             lease_s: duration of the new lease; by default `WorkerLimits.lease_s`.
@@ -178,14 +264,11 @@ class Attempt:
         Raises:
             LeaseLostError: another worker has the job.
         """
-        self._store.renew(
-            self.job.id,
-            self.job.epoch,
-            self._progress,
-            self._now(),
-            lease_s or self._limits.lease_s,
-        )
+        lease_s = lease_s or self._limits.lease_s
+        job = self._store.renew(self.job.id, self.job.epoch, self._progress, self._now(), lease_s)
+        self._lease_s = lease_s
         self._last_heartbeat = self._monotonic()
+        return job
 
     def write(self, part: BatchPart, images: Sequence[GeneratedImage]) -> None:
         """Queue this job's images from a finished batch for writing.
@@ -195,7 +278,8 @@ class Attempt:
         """
         own = images[part.offset : part.offset + len(part.recipes)]
         self.add_timings(own[0].seconds, len(own) / len(images))
-        self.heartbeat()  # without a lease, the files would replace those of another worker
+        # Without a lease, the files would replace those of another worker.
+        patiently(self.heartbeat, self._wait)
         for index, image in enumerate(own, part.first_image):
             self.files.write(index, image)
 
@@ -213,13 +297,16 @@ class Attempt:
         job, ended = self.job, self.ended_job
         assert ended is not None, "the attempt has not ended"
         assert job.started_at is not None, "the job was not claimed"
+        made = job.recipes if ended.outputs else ()
         return AttemptReport(
             job_id=job.id,
             status=ended.status.value,
             code=ended.error.code if ended.error else "",
             wait_s=(job.started_at - job.created_at).total_seconds() if job.attempts == 1 else None,
             images=len(ended.outputs),
-            steps=sum(recipe.steps for recipe in job.recipes) if ended.outputs else 0,
+            steps=sum(recipe.steps for recipe in made),
+            pixel_steps=sum(recipe.width * recipe.height * recipe.steps for recipe in made),
+            model=job.recipes[0].model,
             timings=dict(self.timings),
             adapters_warm=len(job.adapters & loaded),
             adapters_cold=len(job.adapters - loaded),

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from fidelora.errors import GenerationCancelled
 from fidelora.images.write import GeneratedImage
+from fidelora.jobs.job import Job
 from fidelora.recipe import Recipe, may_share_batch
-from fidelora.workers.attempt import Attempt, BatchPart
+from fidelora.workers.attempt import Attempt, BatchPart, StepAllowance
 
 if TYPE_CHECKING:  # the server imports this module and must not load torch
     from fidelora.engine.engine import Progress
@@ -30,6 +31,9 @@ class Batch:
         parts: images of the batch by job, in the batch's order.
         others: further jobs that the worker has claimed; only their leases are renewed.
         ending_on_error: context manager that ends the given job if its block raises an error.
+        allowance: seconds that steps may take.
+        beat: reports that the worker is alive, and the seconds until it has to report again.
+        monotonic: clock.
     """
 
     def __init__(
@@ -37,14 +41,27 @@ class Batch:
         parts: Sequence[BatchPart],
         others: Sequence[Attempt],
         ending_on_error: Callable[[Attempt], AbstractContextManager[None]],
+        allowance: StepAllowance,
+        beat: Callable[[float], None],
+        monotonic: Callable[[], float],
     ) -> None:
         self.recipes = [recipe for part in parts for recipe in part.recipes]
         self._parts = parts
         self._others = others
         self._ending_on_error = ending_on_error
+        self._allowance = allowance
+        self._beat = beat
+        self._monotonic = monotonic
+        self._last_step = monotonic()
 
-    def heartbeat(self, lease_s: float | None = None) -> None:
-        """Renew the leases of all jobs, by default for `WorkerLimits.lease_s`."""
+    def before_first_step(self) -> None:
+        """Renew the leases of all jobs for the time that the first step may take."""
+        self.heartbeat(self._allowance.longest_s)
+        self._last_step = self._monotonic()
+
+    def heartbeat(self, lease_s: float) -> None:
+        """Report that the worker is alive, and renew the leases of all jobs."""
+        self._beat(lease_s)
         for attempt in [*(part.attempt for part in self._parts), *self._others]:
             if attempt.running:
                 with self._ending_on_error(attempt):
@@ -53,13 +70,19 @@ class Batch:
 
     def on_step(self, progress: Progress) -> None:
         """Record a step for the jobs of the batch, and poll the store for the other jobs."""
+        now = self._monotonic()
+        lease_s = self._allowance.after_step(
+            now - self._last_step, is_last=progress.step == progress.steps
+        )
+        self._last_step = now
+        self._beat(lease_s)
         for part in self._running_parts():
             with self._ending_on_error(part.attempt):
-                part.attempt.on_step(part, progress)
+                part.attempt.on_step(part, progress, lease_s)
         for attempt in self._others:
             if attempt.running:
                 with self._ending_on_error(attempt):
-                    attempt.poll()
+                    attempt.poll(lease_s)
         self._raise_if_ended()
 
     def write(self, images: Sequence[GeneratedImage]) -> None:
@@ -116,3 +139,16 @@ def batch_slices(recipes: Sequence[Recipe], max_batch: Callable[[Recipe], int]) 
             end = min(end, start + max(1, max_batch(first)))
         yield slice(start, end)
         start = end
+
+
+def all_may_share_batch(recipe: Recipe, job: Job) -> bool:
+    """True if every image of a job can be denoised together with an image of `recipe`."""
+    return all(may_share_batch(recipe, other) for other in job.recipes)
+
+
+def fits_batch(recipe: Recipe, room: int, job: Job) -> bool:
+    """True if a queued job can join a batch with `recipe` and room for `room` more images.
+
+    A retried job does not fit: it may be one that crashes the process.
+    """
+    return job.attempts == 0 and len(job.recipes) <= room and all_may_share_batch(recipe, job)

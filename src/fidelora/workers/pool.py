@@ -30,7 +30,11 @@ class WorkerPool:
         store: store on the same database as the setups' `store_url`, for the pool's own use.
         name: name of this pool, which marks its jobs in the store. It must stay the same across
             restarts and differ from the names of other pools on the same store.
+        monotonic: clock, replaced in tests.
+
+    Attributes:
         on_report: called by `watch` with the workers' reports of finished attempts.
+        restarts: number of processes that were started in place of others.
     """
 
     def __init__(
@@ -39,11 +43,12 @@ class WorkerPool:
         setups: Sequence[WorkerSetup],
         *,
         name: str = "local",
-        on_report: Callable[[AttemptReport], None] = lambda report: None,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._name = name
-        self._on_report = on_report
+        self.on_report: Callable[[AttemptReport], None] = lambda report: None
+        self._monotonic = monotonic
         self._lock = threading.Lock()  # `watch` must not start processes after `stop` began
         self._stopped = False
         self._slots = [WorkerSlot(f"{name}/{index}", setup) for index, setup in enumerate(setups)]
@@ -61,12 +66,12 @@ class WorkerPool:
 
     @property
     def ready(self) -> bool:
-        """True if any worker has loaded its model and takes jobs."""
+        """True if any worker has loaded its model and takes jobs, and does not pause."""
         return any(slot.ready for slot in self._slots)
 
     @property
     def trouble(self) -> str:
-        """Reason why a worker failed to start; empty if none failed."""
+        """Reason why a worker failed to start or pauses; empty if all work or start."""
         return next((slot.trouble for slot in self._slots if slot.trouble), "")
 
     @property
@@ -86,11 +91,15 @@ class WorkerPool:
     def watch(self, now: datetime | None = None) -> list[Job]:
         """Replace dead processes, kill hung ones and requeue their jobs.
 
-        Call this method at least every second. A worker sends heartbeats after its steps, so a
-        worker whose lease has expired is stuck in a step, and is killed.
+        Call this method at least every second. Hung processes are killed before the store is used,
+        because one of them may keep the database locked.
 
         Returns:
             the jobs that were taken from workers, as stored afterwards.
+
+        Raises:
+            JobStoreError: the store failed; hung processes were killed, and the next call does the
+                rest.
         """
         with self._lock:
             return [] if self._stopped else self._watch(now or datetime.now(UTC))
@@ -108,7 +117,7 @@ class WorkerPool:
         for slot in self._slots:
             slot.end(max(0.0, deadline - time.monotonic()))
             for report in slot.reports():
-                self._on_report(report)
+                self.on_report(report)
         # Jobs of processes that were killed before they could release them.
         for job in self._running_jobs():
             self._abandon(job, "the server stopped", datetime.now(UTC))
@@ -119,20 +128,19 @@ class WorkerPool:
             slot.terminate()
 
     def _watch(self, now: datetime) -> list[Job]:
+        for slot in self._slots:
+            if slot.is_hung(self._monotonic()):
+                log.error("killing %s: it has stopped making progress", slot.name)
+                slot.kill()
         abandoned: list[Job] = []
         running = self._running_jobs()
         for slot in self._slots:
             for report in slot.reports():
-                self._on_report(report)
+                self.on_report(report)
             jobs = [job for job in running if job.worker == slot.name]
-            if any(
-                job.lease_expires_at is not None and job.lease_expires_at <= now for job in jobs
-            ):
-                log.error("killing %s: its lease expired without a heartbeat", slot.name)
-                slot.kill()
             if slot.process is not None and not slot.alive:
                 for report in slot.reports():  # sent since the last read
-                    self._on_report(report)
+                    self.on_report(report)
                 reason = slot.exit_reason
                 abandoned += [after for job in jobs if (after := self._abandon(job, reason, now))]
                 slot.forget_process()
@@ -140,7 +148,10 @@ class WorkerPool:
             if slot.process is None and slot.may_start:
                 self.restarts += 1
                 slot.start()
-        return abandoned + list(self._store.abandon_expired(now))  # including other pools' jobs
+        # Leases matter for the jobs of other pools. This pool knows which of its own workers are
+        # alive, also when somebody changes the system's date.
+        alive = {slot.name for slot in self._slots if slot.alive}
+        return abandoned + list(self._store.abandon_expired(now, spare=alive))
 
     def _running_jobs(self) -> list[Job]:
         jobs = self._store.list(status=Status.IN_PROGRESS, limit=_MAX_RUNNING_JOBS).jobs

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import logging
+import math
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,11 +22,13 @@ from types import FrameType
 
 from fidelora.accel import Offload
 from fidelora.accel.threads import limit_spinning, limit_threads
-from fidelora.errors import FideloraError
+from fidelora.errors import FideloraError, JobStoreError
 from fidelora.jobs.sql import SqlStore
 from fidelora.recipe import Recipe
 from fidelora.workers.attempt import AttemptReport, WorkerLimits
 from fidelora.workers.worker import Worker
+
+log = logging.getLogger(__name__)
 
 # Not fork: a forked child cannot use CUDA, and inherits every open connection.
 _spawn = multiprocessing.get_context("spawn")
@@ -31,6 +37,7 @@ _POLL_S = 0.5  # time between two polls of an idle worker
 _EXIT_WAIT_S = 10.0  # wait for a process to exit after SIGTERM, and after SIGKILL
 _NICENESS = 5  # a worker uses the whole CPU; the server must still respond promptly
 _MIN_RESTART_DELAY_S, _MAX_RESTART_DELAY_S = 1.0, 60.0  # doubled after each failed start
+_PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 CANNOT_START = 3  # exit code of a process that has reported why it cannot start
 
 
@@ -64,16 +71,48 @@ class WorkerSetup:
     prepare: Callable[[], None] | None = None
 
 
+class Pulse:
+    """Time until which a worker process counts as alive, in memory shared with the pool.
+
+    The pool can tell a hung worker without the job database, which the worker may keep locked. The
+    time is monotonic, which is the same clock in all processes of a machine, so changes of the
+    system's date have no effect.
+    """
+
+    def __init__(self) -> None:
+        self._alive_until = _spawn.RawValue("d", math.inf)
+
+    def beat(self, seconds: float) -> None:
+        """Report that the process is alive, and that it reports again within this time."""
+        self._alive_until.value = time.monotonic() + seconds
+
+    def has_stopped(self, monotonic: float) -> bool:
+        """True if the process should have reported before this time; False before its first beat.
+
+        A worker beats for the first time when its model is loaded, which may take very long.
+        """
+        return bool(monotonic > self._alive_until.value)
+
+
+@dataclass(frozen=True)
+class WorkerPaused:
+    """Message of a worker that pauses for this reason, or continues if the reason is empty."""
+
+    reason: str
+
+
 @dataclass(frozen=True)
 class WorkerSignals:
-    """Events shared by the pool and a worker process.
+    """State shared by the pool and a worker process.
 
     Attributes:
+        pulse: set by the process while it makes progress.
         ready: set by the process once its model is loaded.
         finish: set by the pool to end the process after its current job.
         wake: set by the pool when there may be a new job.
     """
 
+    pulse: Pulse
     ready: Event
     finish: Event
     wake: Event
@@ -100,6 +139,7 @@ class WorkerSlot:
         self._reports: Connection | None = None
         self._signals = _new_signals()
         self._reported_error = ""
+        self._pause_reason = ""
         self.process: BaseProcess | None = None
         self.name = ""
         self.startup_error = ""
@@ -108,7 +148,7 @@ class WorkerSlot:
         self._starts += 1
         self.name = f"{self._slot_name}-{self._starts}-{datetime.now(UTC):%Y%m%d%H%M%S%f}"
         self._signals = _new_signals()
-        self._reported_error = ""
+        self._reported_error = self._pause_reason = ""
         self._reports, child_end = _spawn.Pipe(duplex=False)
         arguments = (self.name, self._setup, self._signals, child_end)
         self.process = _spawn.Process(
@@ -123,12 +163,16 @@ class WorkerSlot:
 
     @property
     def ready(self) -> bool:
-        return self.alive and self._signals.ready.is_set()
+        return self.alive and self._signals.ready.is_set() and not self._pause_reason
+
+    def is_hung(self, monotonic: float) -> bool:
+        """True if the process should have reported before this monotonic time, but did not."""
+        return self.alive and self._signals.pulse.has_stopped(monotonic)
 
     @property
     def trouble(self) -> str:
-        """Reason why the slot has no process that became ready; empty if none failed."""
-        return "" if self._signals.ready.is_set() else self.startup_error
+        """Reason why the slot makes no images: a pause or a failed start; empty if none."""
+        return self._pause_reason if self._signals.ready.is_set() else self.startup_error
 
     @property
     def may_start(self) -> bool:
@@ -144,12 +188,14 @@ class WorkerSlot:
         return f"its process ended with exit code {code}"
 
     def reports(self) -> Iterator[AttemptReport]:
-        """Yield the reports since the last call, and store an error if the process sent one."""
+        """Yield the reports since the last call, and store errors and pauses it reported."""
         try:
             while self._reports is not None and self._reports.poll():
                 message = self._reports.recv()
                 if isinstance(message, str):
                     self._reported_error = message
+                elif isinstance(message, WorkerPaused):
+                    self._pause_reason = message.reason
                 else:
                     yield message
         except (EOFError, OSError):  # the process has ended, perhaps in the middle of a message
@@ -199,7 +245,7 @@ class WorkerSlot:
 
 
 def _new_signals() -> WorkerSignals:
-    return WorkerSignals(ready=_spawn.Event(), finish=_spawn.Event(), wake=_spawn.Event())
+    return WorkerSignals(Pulse(), ready=_spawn.Event(), finish=_spawn.Event(), wake=_spawn.Event())
 
 
 def worker_process(
@@ -213,10 +259,11 @@ def worker_process(
     # Ctrl-C signals every process of the terminal, but only the pool may end workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
+    _continue_when_parent_dies()
     os.nice(_NICENESS)
     prepare_process(setup)
     try:
-        worker = _make_worker(name, setup, reports)
+        worker = _make_worker(name, setup, signals.pulse, reports)
     except FideloraError as error:
         reports.send(str(error))
         raise SystemExit(CANNOT_START) from error
@@ -225,7 +272,12 @@ def worker_process(
         raise
     signals.ready.set()
     while not signals.finish.is_set():
-        if worker.run_next() is None:
+        try:
+            job = worker.run_next()
+        except JobStoreError as error:
+            log.warning("no jobs at the moment: %s", error)
+            job = None
+        if job is None:
             # Poll as well: another server that adds a job to this store sends no signal.
             signals.wake.wait(_POLL_S)
             signals.wake.clear()
@@ -240,7 +292,7 @@ def prepare_process(setup: WorkerSetup) -> None:
         setup.prepare()
 
 
-def _make_worker(name: str, setup: WorkerSetup, reports: Connection) -> Worker:
+def _make_worker(name: str, setup: WorkerSetup, pulse: Pulse, reports: Connection) -> Worker:
     from fidelora.accel.allocator import importing_for_good, keep_freed_memory
 
     keep_freed_memory()
@@ -261,7 +313,14 @@ def _make_worker(name: str, setup: WorkerSetup, reports: Connection) -> Worker:
     if setup.warm is not None:
         engine.load(setup.warm)
     return Worker(
-        name, SqlStore(setup.store_url), engine, setup.outputs, setup.limits, on_end=reports.send
+        name,
+        SqlStore(setup.store_url),
+        engine,
+        setup.outputs,
+        setup.limits,
+        on_end=reports.send,
+        on_pause=lambda reason: reports.send(WorkerPaused(reason)),
+        beat=pulse.beat,
     )
 
 
@@ -273,7 +332,19 @@ def _exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # releases the job
+        time.sleep(_EXIT_WAIT_S)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _continue_when_parent_dies() -> None:
+    """On Linux, continue this process if it is stopped when the server is killed.
+
+    A stopped process does not see that the server has died. The kernel sends this signal also when
+    the server's thread that started the process ends, which has no effect on a running process.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGCONT)
 
 
 def _exit(_signal: int, _frame: FrameType | None) -> None:

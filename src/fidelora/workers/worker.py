@@ -3,28 +3,44 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fidelora.errors import FideloraError, GenerationCancelled, JobStoreError, LeaseLostError
+from fidelora.errors import (
+    FideloraError,
+    GenerationCancelled,
+    JobStoreError,
+    LeaseLostError,
+    StorageError,
+)
 from fidelora.jobs.job import Failure, Job, Status
 from fidelora.jobs.store import JobStore
-from fidelora.recipe import AdapterRef, Recipe, may_share_batch
+from fidelora.recipe import AdapterRef
 from fidelora.workers.attempt import (
     Attempt,
     AttemptReport,
+    BatchPart,
     ImageFiles,
-    JobTimeoutError,
+    StepAllowance,
     WorkerLimits,
+    error_code,
+    patiently,
 )
-from fidelora.workers.batch import Batch, BatchEndedEarly, parts_in_turn, parts_side_by_side
+from fidelora.workers.batch import (
+    Batch,
+    BatchEndedEarly,
+    all_may_share_batch,
+    fits_batch,
+    parts_in_turn,
+    parts_side_by_side,
+)
+from fidelora.workers.storage_pause import StoragePause
 
 if TYPE_CHECKING:  # the server imports this module and must not load torch
     from fidelora.engine.engine import Engine
@@ -32,6 +48,7 @@ if TYPE_CHECKING:  # the server imports this module and must not load torch
 log = logging.getLogger(__name__)
 
 _CLAIM_INTERVAL_S = 0.05  # time between claims while a batch waits for jobs; a step takes longer
+_MAX_RUNNING_JOBS = 1000  # limit for listing running jobs; a store has far fewer workers
 
 
 class Worker:
@@ -41,6 +58,9 @@ class Worker:
         name: name of the worker, stored in its current job.
         outputs: folder for images, named `{job}_output_{index}` with their format's suffix.
         on_end: called after each attempt.
+        on_pause: called with the reason when the worker pauses because it cannot write images, and
+            with an empty reason when it continues.
+        beat: called with the seconds until the worker is hung unless it calls again.
         now, monotonic: clocks, replaced in tests.
         wait: sleeps for the given seconds.
     """
@@ -54,19 +74,24 @@ class Worker:
         limits: WorkerLimits | None = None,
         *,
         on_end: Callable[[AttemptReport], None] = lambda report: None,
+        on_pause: Callable[[str], None] = lambda reason: None,
+        beat: Callable[[float], None] = lambda seconds: None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         monotonic: Callable[[], float] = time.monotonic,
         wait: Callable[[float], None] = time.sleep,
     ) -> None:
         self._name = name
         self._on_end = on_end
+        self._pause = StoragePause(outputs, on_pause, monotonic)
+        self._beat = beat
         self._store = store
         self._engine = engine
         self._outputs = outputs
         self._limits = limits or WorkerLimits()
         self._now = now
         self._monotonic = monotonic
-        self._wait = wait
+        self._wait = self._beating(wait)
+        self._interrupted: dict[str, Attempt] | None = None
         self._write_thread = ThreadPoolExecutor(1, "writes-images")
         self._prefetch_thread = ThreadPoolExecutor(1, "reads-adapters")
         self._prefetches: list[Future[None]] = []
@@ -75,13 +100,27 @@ class Worker:
         """Claim the next job and others that can share its batch, run them and store the results.
 
         A `FideloraError` is stored as the failure of its job. After any other error (a bug, a
-        broken device), the job is retried until it has no attempts left. In both cases, the worker
-        can claim the next job. Files of a job that did not succeed are removed.
+        broken device), the job is retried until it has no attempts left. If images cannot be
+        written, the job returns to the queue, and the worker pauses until they can. In all cases,
+        the worker can be called again. Files of a job that did not succeed are removed.
 
         Returns:
             the first of these jobs as it is stored afterwards (another worker may already have
-            claimed it again); None if the queue is empty.
+            claimed it again); None if the queue is empty or the worker pauses.
+
+        Raises:
+            JobStoreError: the store failed for a long time; the next call returns the jobs that the
+                worker had to the queue.
         """
+        self._beat(self._limits.lease_s)
+        try:
+            self._release_interrupted()
+            return self._run_next() if self._pause.is_over() else None
+        except JobStoreError:
+            self._interrupted = self._interrupted or {}
+            raise
+
+    def _run_next(self) -> Job | None:
         loaded = self._engine.adapters.loaded()
         job = self._store.claim(
             self._name, self._now(), self._claim_lease_s, loaded, merged=self._engine.merged()
@@ -100,7 +139,9 @@ class Worker:
                         attempt.restart_timeout()
                         self._make([attempt], others=attempts[index + 1 :])
         except Exception:
-            raise  # the store cannot record results at the moment; the leases will expire
+            # The store cannot record results.
+            self._interrupted = {attempt.job.id: attempt for attempt in attempts}
+            raise
         except BaseException:
             # The process is stopping. Release the jobs, so that this attempt does not count.
             for attempt in attempts:
@@ -113,6 +154,38 @@ class Worker:
                     self._on_end(attempt.report(loaded))
         return attempts[0].ended_job or self._store.get(job.id)
 
+    def _release_interrupted(self) -> None:
+        """Return the jobs in this worker's name to the queue, after the store failed.
+
+        They include a job that the store claimed without the worker's knowledge, because the
+        connection broke before the answer.
+
+        Raises:
+            JobStoreError: the store still fails.
+        """
+        if self._interrupted is None:
+            return
+        running = self._store.list(status=Status.IN_PROGRESS, limit=_MAX_RUNNING_JOBS).jobs
+        for job in running:
+            if job.worker == self._name:
+                attempt = self._interrupted.get(job.id)
+                if attempt is not None:
+                    attempt.files.stop()
+                with suppress(LeaseLostError):
+                    self._store.release(job.id, job.epoch, self._now())
+                    if attempt is not None:
+                        attempt.files.remove()
+        self._interrupted = None
+
+    def _beating(self, wait: Callable[[float], None]) -> Callable[[float], None]:
+        """Return `wait`, which first reports that the worker is alive."""
+
+        def beat_and_wait(seconds: float) -> None:
+            self._beat(self._limits.lease_s + seconds)
+            wait(seconds)
+
+        return beat_and_wait
+
     @property
     def _claim_lease_s(self) -> float:
         """Lease of a new claim in seconds; includes the time that a batch waits for jobs."""
@@ -121,20 +194,25 @@ class Worker:
     def _begin(self, job: Job) -> Attempt:
         log.info("job begins, attempt %d", job.attempts, extra={"request_id": job.id})
         files = ImageFiles(job, self._outputs, self._write_thread)
-        return Attempt(job, files, self._store, self._limits, self._now, self._monotonic)
+        return Attempt(
+            job, files, self._store, self._limits, self._now, self._monotonic, self._wait
+        )
 
     def _claim_for_batch(self, attempts: list[Attempt]) -> None:
         """Claim jobs that can share the first job's batch, as long as the batch has room."""
         first = attempts[0].job
         recipe = first.recipes[0]
         # A retried job may crash the process, which would cost the others an attempt.
-        if first.attempts > 1 or not _all_may_share_batch(recipe, first):
+        if first.attempts > 1 or not all_may_share_batch(recipe, first):
             return
         room = self._engine.max_batch(recipe) - len(first.recipes)
         deadline = self._monotonic() + self._limits.batch_wait_s
         while room > 0:
             job = self._store.claim(
-                self._name, self._now(), self._claim_lease_s, wanted=partial(_fits, recipe, room)
+                self._name,
+                self._now(),
+                self._claim_lease_s,
+                wanted=partial(fits_batch, recipe, room),
             )
             if job is not None:
                 attempts.append(self._begin(job))
@@ -182,9 +260,19 @@ class Worker:
         """Yield several jobs as one batch, or one job in as many batches as its images need."""
         if len(attempts) == 1:
             for parts in parts_in_turn(attempts[0], self._engine.max_batch):
-                yield Batch(parts, others, self._ending_on_error)
+                yield self._batch(parts, others)
         else:
-            yield Batch(parts_side_by_side(attempts), others, self._ending_on_error)
+            yield self._batch(parts_side_by_side(attempts), others)
+
+    def _batch(self, parts: Sequence[BatchPart], others: Sequence[Attempt]) -> Batch:
+        return Batch(
+            parts,
+            others,
+            self._ending_on_error,
+            StepAllowance(self._limits),
+            self._beat,
+            self._monotonic,
+        )
 
     def _make_batch(self, batch: Batch) -> None:
         """Make the images of one batch and queue them for writing.
@@ -197,7 +285,7 @@ class Worker:
         start = self._monotonic()
         self._engine.load(recipes[0])
         batch.add_timings({"load": self._monotonic() - start})
-        batch.heartbeat()
+        batch.before_first_step()
         self._prefetch_for_next_job()
         if len(recipes) == 1:
             images = [self._engine.generate(recipes[0], batch.on_step)]
@@ -222,7 +310,10 @@ class Worker:
     def _succeed(self, attempt: Attempt) -> None:
         job = attempt.job
         outputs = attempt.files.outputs()
-        ended = self._store.succeed(job.id, job.epoch, outputs, attempt.timings, self._now())
+        ended = patiently(
+            lambda: self._store.succeed(job.id, job.epoch, outputs, attempt.timings, self._now()),
+            self._wait,
+        )
         self._record_end(attempt, ended)
 
     def _end(self, attempt: Attempt, error: Exception) -> None:
@@ -233,10 +324,17 @@ class Worker:
         """
         job = attempt.job
         attempt.files.stop()
+        if not isinstance(error, FideloraError):
+            log.error(
+                "attempt %d ended with an unexpected error",
+                job.attempts,
+                extra={"request_id": job.id},
+                exc_info=error,
+            )
         try:
             if isinstance(error, LeaseLostError):
                 raise error
-            ended = self._store_error(job, error)
+            ended = patiently(lambda: self._store_error(job, error), self._wait)
         except LeaseLostError:
             log.warning("the job belongs to another worker now", extra={"request_id": job.id})
             attempt.running = False
@@ -247,18 +345,15 @@ class Worker:
         self._record_end(attempt, ended)
 
     def _store_error(self, job: Job, error: Exception) -> Job:
-        """Store a job as canceled or failed, or abandon the attempt after an unexpected error."""
+        """Store the end of an attempt: as canceled, failed, released or abandoned."""
+        if isinstance(error, StorageError):  # no fault of the job
+            self._pause.begin(error)
+            return self._store.release(job.id, job.epoch, self._now())
         if isinstance(error, GenerationCancelled):
             return self._store.stop(job.id, job.epoch, self._now())
         if isinstance(error, FideloraError):
             failure = Failure(error_code(error), str(error))
             return self._store.fail(job.id, job.epoch, failure, self._now())
-        log.error(
-            "attempt %d ended with an unexpected error",
-            job.attempts,
-            extra={"request_id": job.id},
-            exc_info=error,
-        )
         reason = f"of an unexpected {type(error).__name__}: {error}"
         return self._store.abandon(job.id, job.epoch, reason, self._now())
 
@@ -282,7 +377,9 @@ class Worker:
     def _prefetch_for_next_job(self) -> None:
         """Read the adapters of the next job on another thread while the current job runs."""
         self._cancel_prefetches()
-        job = self._store.peek()
+        job = None
+        with suppress(JobStoreError):
+            job = self._store.peek()
         if job is not None:
             self._prefetches = [
                 self._prefetch_thread.submit(self._prefetch, ref) for ref in _adapters(job)
@@ -302,27 +399,3 @@ class Worker:
 def _adapters(job: Job) -> Sequence[AdapterRef]:
     """Return the adapters of all images of a job, without duplicates."""
     return list({ref.sha256: ref for recipe in job.recipes for ref in recipe.files}.values())
-
-
-def _all_may_share_batch(recipe: Recipe, job: Job) -> bool:
-    return all(may_share_batch(recipe, other) for other in job.recipes)
-
-
-def _fits(recipe: Recipe, room: int, job: Job) -> bool:
-    """True if a queued job can join a batch with `recipe` and room for `room` more images.
-
-    A retried job does not fit: it may be one that crashes the process.
-    """
-    return job.attempts == 0 and len(job.recipes) <= room and _all_may_share_batch(recipe, job)
-
-
-def error_code(error: FideloraError) -> str:
-    """Return the code of an error, which is derived from its class name.
-
-    For example, `AdapterMismatchError` has the code `ADAPTER_MISMATCH`. A job that exceeded its
-    time limit has the code `TIMEOUT`.
-    """
-    if isinstance(error, JobTimeoutError):
-        return "TIMEOUT"
-    words = re.findall(r"[A-Z][a-z0-9]*", type(error).__name__.removesuffix("Error"))
-    return "_".join(words).upper()

@@ -24,6 +24,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fidelora.server.background import run_periodically
 from fidelora.server.context import ServerContext
 from fidelora.server.login import LOGIN_PATH, LOGOUT_PATH, Login
 from fidelora.server.page.downloads import images_zip
@@ -101,7 +102,7 @@ class Page(BaseRoute):
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Run the Gradio application while the context is open."""
-        cleaning = asyncio.create_task(self._clean())
+        cleaning = asyncio.create_task(run_periodically(_CLEAN_INTERVAL_S, self._clean))
         async with self._running:
             yield
         cleaning.cancel()
@@ -243,9 +244,8 @@ class Page(BaseRoute):
         await self._app(scope, replay, send)
 
     async def _clean(self) -> None:
-        while True:
-            await asyncio.sleep(_CLEAN_INTERVAL_S)
-            await asyncio.to_thread(self._page_files.clean)
+        now = self._context.retention_clock.now()
+        await asyncio.to_thread(self._page_files.clean, now)
 
 
 def make_page(context: ServerContext, login: Login) -> Page | str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,9 +57,9 @@ class PageFiles:
         for folder in (self.files, self.verifications):
             make_folder(folder)
 
-    def clean(self, keep_s: float = KEEP_S) -> None:
-        """Remove entries that have not changed for `keep_s` seconds."""
-        before = time.time() - keep_s
+    def clean(self, now: float) -> None:
+        """Remove entries that have not changed for `KEEP_S` seconds at the time `now`."""
+        before = now - KEEP_S
         for entry in (*self.files.iterdir(), *self.verifications.iterdir()):
             try:
                 if entry.stat().st_mtime >= before:

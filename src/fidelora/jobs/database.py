@@ -1,0 +1,124 @@
+"""Database of the job store: opening, migration, and errors. Only `jobs/` imports SQLAlchemy."""
+
+from __future__ import annotations
+
+import os
+import re
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.util import CommandError
+
+from fidelora.errors import JobStoreError
+
+_MIGRATIONS = Path(__file__).parent / "migrations"
+BUSY_TIMEOUT_S = 10.0
+"""Longest wait for another process that writes to the same SQLite file, in seconds."""
+
+
+def open_database(url: str) -> sa.Engine:
+    """Open a database, and create or migrate its tables in one transaction.
+
+    Args:
+        url: address of the database, such as `sqlite:////var/lib/fidelora/jobs.sqlite`.
+
+    Raises:
+        JobStoreError: the database cannot be opened, or was written by a newer version.
+    """
+    try:
+        engine = sa.create_engine(url, **_engine_options(url))
+        if engine.dialect.name == "sqlite":
+            _restrict_to_owner(engine)
+            _configure_sqlite(engine)
+        with engine.begin() as connection:
+            _migrate(connection)
+    except (sa.exc.SQLAlchemyError, OSError) as error:
+        shown_url = ""
+        if "://" in url:
+            shown_url = " " + sa.make_url(url).render_as_string(hide_password=True)
+        reason = str(error).splitlines()[0]
+        raise JobStoreError(f"The job database{shown_url} cannot be used: {reason}.") from error
+    return engine
+
+
+@contextmanager
+def database_errors() -> Iterator[None]:
+    """Raise `JobStoreError` for errors of the database in the block."""
+    try:
+        yield
+    except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
+        # A TimeoutError means that other threads of this process use all pooled connections.
+        reason = str(error.orig if isinstance(error, sa.exc.DBAPIError) else error).splitlines()[0]
+        raise JobStoreError(
+            f"The job database cannot be used at the moment: {reason.rstrip('.')}."
+        ) from error
+
+
+def wal_is_safe(version: str) -> bool:
+    """True if this SQLite release is free of the bug that corrupts databases on a WAL reset.
+
+    The bug was introduced with the WAL in 3.7.0 and fixed in 3.51.3. Backports of the fix to older
+    series are not recognised; with those releases, the store uses the rollback journal, which is
+    slower but just as safe.
+    """
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:3]) >= (3, 51, 3)
+
+
+def _engine_options(url: str) -> dict[str, Any]:
+    return (
+        {"connect_args": {"timeout": BUSY_TIMEOUT_S}}
+        if url.startswith("sqlite")
+        else {"pool_pre_ping": True}
+    )
+
+
+def _restrict_to_owner(engine: sa.Engine) -> None:
+    """Create the database's file, or change its mode, so that only its owner can read the jobs.
+
+    SQLite gives the same mode to the files beside it.
+    """
+    path = engine.url.database
+    if path and path != ":memory:" and not path.startswith("file:"):
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        with suppress(PermissionError):  # the file of another user, who decides who may read it
+            Path(path).chmod(0o600)
+
+
+def _configure_sqlite(engine: sa.Engine) -> None:
+    """Sync every commit to disk, and take the write lock when a writing transaction begins.
+
+    If two transactions took the write lock only at their first write, they could deadlock.
+    """
+    journal = "WAL" if wal_is_safe(sqlite3.sqlite_version) else "DELETE"
+
+    @sa.event.listens_for(engine, "connect")
+    def on_connect(connection: Any, _record: Any) -> None:
+        # None disables the implicit transactions of `sqlite3`, which DDL statements would commit.
+        connection.isolation_level = None
+        connection.execute(f"PRAGMA journal_mode = {journal}")
+        connection.execute("PRAGMA synchronous = FULL")
+
+    @sa.event.listens_for(engine, "begin")
+    def on_begin(connection: sa.Connection) -> None:
+        reads = connection.get_execution_options().get("fidelora_reads", False)
+        connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
+
+
+def _migrate(connection: sa.Connection) -> None:
+    """Migrate the tables and record their version, both in the caller's transaction."""
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS))
+    config.attributes["connection"] = connection
+    try:
+        command.upgrade(config, "head")
+    except CommandError as error:
+        raise JobStoreError(
+            f"The job database was written by another version of Fidelora: {error}. "
+            "Use that version, or another database."
+        ) from error

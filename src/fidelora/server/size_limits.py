@@ -1,0 +1,71 @@
+"""Limits of what one request may ask of the workers: pixels of an image, and time in total."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+from fidelora.errors import RequestError
+from fidelora.recipe import Recipe
+from fidelora.workers.attempt import AttemptReport
+
+
+class SizeLimits:
+    """Refuses requests that the workers cannot finish; learns their speed from finished ones.
+
+    The estimate of a request's time is a lower bound: it uses the fastest rate seen for the model
+    on any device, and the time per pixel grows with the size of the image. So nothing is refused
+    that could be made in time, and nothing at all before the first request has finished.
+
+    Args:
+        max_pixels: maximum width x height of an image.
+        timeout_s: time limit of an attempt at a request.
+    """
+
+    def __init__(self, max_pixels: int, timeout_s: float) -> None:
+        self._max_pixels = max_pixels
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._seconds_per_pixel_step: dict[str, float] = {}
+
+    def attempt_ended(self, report: AttemptReport) -> None:
+        """Learn from an attempt that ended."""
+        if report.pixel_steps and (seconds := report.timings.get("denoise")):
+            rate = seconds / report.pixel_steps
+            with self._lock:
+                known = self._seconds_per_pixel_step.get(report.model, rate)
+                self._seconds_per_pixel_step[report.model] = min(known, rate)
+
+    def check(self, recipes: Sequence[Recipe]) -> None:
+        """Check the images of one request.
+
+        Raises:
+            RequestError: an image has too many pixels, or the images together take longer than an
+                attempt may.
+        """
+        for recipe in recipes:
+            if recipe.width * recipe.height > self._max_pixels:
+                raise RequestError(
+                    f"An image of {recipe.width} x {recipe.height} pixels is larger than the "
+                    f"{self._max_pixels:,} pixels that this server allows (FIDELORA_MAX_PIXELS). "
+                    "Request a smaller image.",
+                    code="IMAGE_TOO_LARGE",
+                    details={"max_pixels": self._max_pixels},
+                )
+        seconds = self._least_seconds(recipes)
+        if seconds > self._timeout_s:
+            raise RequestError(
+                f"This request would take at least {seconds:,.0f} seconds, and this server allows "
+                f"{self._timeout_s:,.0f} (FIDELORA_INFERENCE_TIMEOUT). Request fewer or smaller "
+                "images, or fewer steps.",
+                code="REQUEST_TOO_LARGE",
+                details={"estimated_s": round(seconds), "allowed_s": self._timeout_s},
+            )
+
+    def _least_seconds(self, recipes: Sequence[Recipe]) -> float:
+        with self._lock:
+            rates = dict(self._seconds_per_pixel_step)
+        return sum(
+            rates.get(recipe.model, 0.0) * recipe.width * recipe.height * recipe.steps
+            for recipe in recipes
+        )
