@@ -1,0 +1,10 @@
+"""How often the tests of this folder repeat their faults; `make faults` sets larger numbers."""
+
+from __future__ import annotations
+
+import os
+
+ROUNDS = int(os.environ.get("FAULT_ROUNDS", "2"))
+"""Rounds of each fault, each of which takes seconds."""
+REQUESTS = int(os.environ.get("FAULT_REQUESTS", "5"))
+"""Requests that are queued in each round."""
