@@ -237,7 +237,7 @@ def test_an_adapter_has_hash_name_modules_metadata_and_size(tmp_path):
 
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(
-        AdapterNotFoundError, match=r"There is no adapter file .*nowhere\.safetensors"
+        AdapterNotFoundError, match=r"The adapter file .*nowhere\.safetensors does not exist"
     ):
         read_adapter(tmp_path / "nowhere.safetensors")
 
