@@ -298,15 +298,15 @@ def test_an_invalid_sha256_is_refused(sha256):
 
 
 def test_the_error_for_an_unknown_sampler_lists_the_samplers():
-    with pytest.raises(UnknownSamplerError, match="no sampler 'dpm' for sd15") as raised:
+    with pytest.raises(UnknownSamplerError, match="'dpm' is not supported for sd15") as raised:
         Recipe(prompt="", sampler="dpm")
     assert raised.value.field == "sampler"
-    assert str(raised.value).endswith(f"the samplers are: {', '.join(SAMPLERS)}.")
+    assert str(raised.value).endswith(f"use one of {', '.join(SAMPLERS)}.")
 
 
 def test_the_error_for_an_unknown_model_lists_the_models():
     with pytest.raises(
-        UnknownModelError, match="There is no model 'sd3'; the models are: sd15"
+        UnknownModelError, match="The model 'sd3' is not supported; use one of sd15"
     ) as raised:
         Recipe(prompt="", model="sd3")
     assert raised.value.field == "model"
@@ -802,7 +802,7 @@ def test_a_reference_from_a_file_has_multiplier_one_if_none_is_given(tmp_path):
 def test_a_reference_to_a_missing_file_is_refused(tmp_path):
     with pytest.raises(
         AdapterNotFoundError,
-        match=r"There is no adapter file .*nowhere\.safetensors; check the path",
+        match=r"The adapter file .*nowhere\.safetensors does not exist; check the path",
     ):
         AdapterRef.from_file(tmp_path / "nowhere.safetensors")
 
@@ -905,7 +905,7 @@ def test_undecodable_characters_of_a_file_name_are_replaced(tmp_path):
 
 def test_a_path_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_bytes(b"x")
-    with pytest.raises(AdapterNotFoundError, match="There is no adapter file"):
+    with pytest.raises(AdapterNotFoundError, match=r"The adapter file .* does not exist"):
         AdapterRef.from_file(tmp_path / "file" / "x.safetensors")
 
 

@@ -45,8 +45,8 @@ class AdapterFile:
         sha256: of the whole file, in hex.
         version: device, inode, size and modification time (ns) of the file when it was opened.
         tensors_sha256: of the bytes after the header, in hex; empty until `take_content`.
-            AUTOMATIC1111's web UI and Civitai identify LoRAs by this hash. As in the web UI, it is
-            the hash in the metadata if there is one.
+            AUTOMATIC1111's web UI and Civitai identify LoRAs by this hash. As in the web UI, a
+            valid hash in the metadata has precedence.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class AdapterFile:
                 f"{path} is a folder, not an adapter file; give the path of a .safetensors file."
             )
         if not path.is_file():  # excludes devices and pipes: reading one may never end
-            raise AdapterNotFoundError(f"There is no adapter file {path}; check the path.")
+            raise AdapterNotFoundError(f"The adapter file {path} does not exist; check the path.")
         refuse_pickle(path)
         try:
             with path.open("rb") as file:
@@ -108,7 +108,7 @@ class AdapterFile:
                     content, sha256 = None, _hash_rest(file, header, header_bytes, path.name)
         except FileNotFoundError:
             raise AdapterNotFoundError(
-                f"There is no adapter file {path}; check the path."
+                f"The adapter file {path} does not exist; check the path."
             ) from None
         except OSError as error:
             raise WeightsFileError(f"{path} cannot be read: {error.strerror or error}.") from error
@@ -138,7 +138,7 @@ class AdapterFile:
             if again.sha256 != self.sha256:
                 raise changed_error(self.name, again.sha256, self.sha256)
             content = again.take_content()
-        self.tensors_sha256 = self.tensors_sha256 or _tensors_sha256(content, self.header)
+        self.tensors_sha256 = self.tensors_sha256 or _web_ui_sha256(content, self.header)
         return content
 
     def drop_content(self) -> None:
@@ -183,8 +183,11 @@ def _whole(file: BinaryIO, header: Header, header_bytes: bytes, name: str) -> by
     return content
 
 
-def _tensors_sha256(content: bytes, header: Header) -> str:
-    """Return the sha256 of the bytes after the header."""
+def _web_ui_sha256(content: bytes, header: Header) -> str:
+    """Return the hash by which AUTOMATIC1111's web UI identifies the file.
+
+    This is the hash in the metadata if it is valid, else the sha256 of the bytes after the header.
+    """
     stored = header.metadata.get("sshs_model_hash", "").lower()
     if re.fullmatch("[0-9a-f]{64}", stored) and stored != HASH_OF_NOTHING:
         return stored

@@ -19,14 +19,14 @@ MAX_TOKENS = 75
 
 _MAX_WORD_LENGTH = 200
 _NO_WORDS = frozenset({"*", "string_to_param.*"})
-"""Names that conversions of AUTOMATIC1111's `.pt` files give the only tensor."""
+"""Tensor keys in files converted from AUTOMATIC1111's `.pt` embeddings; they are not the word."""
 
 
 def embedding_tensors(header: Header) -> dict[str, str]:
-    """Return the keys of an embedding's tensors by their names in AI Toolkit's files.
+    """Map AI Toolkit's names of an embedding's tensors to the keys in this file.
 
-    The only tensor of a file is an embedding whatever its name is, as in diffusers, AUTOMATIC1111
-    and ComfyUI, unless the name is that of a module's tensor.
+    If the file has only one tensor, that tensor is taken as an embedding whatever its key is, as in
+    diffusers, AUTOMATIC1111 and ComfyUI, unless the key contains a dot, like those of modules.
     """
     found = {key: key for key in header.tensors if key in EMBEDDING_KEYS}
     if not found and len(header.tensors) == 1:

@@ -23,10 +23,10 @@ _DEVICE = r"(auto|(cpu|mps|cuda)(:\d+)?)"
 
 
 def either(name: str) -> AliasChoices:
-    """Return the names of a setting that also has a name without the prefix.
+    """Return the two names of a setting: `name` with the prefix, and without it.
 
-    The first one takes precedence, even if the other is an environment variable and this one is in
-    `.env`.
+    The prefixed one takes precedence, even if it is in `.env` and the other is an environment
+    variable.
     """
     return AliasChoices(PREFIX + name, name)
 
@@ -40,13 +40,15 @@ def names_of(field: FieldInfo) -> tuple[str, ...]:
 
 
 def values_of_others(variables: Mapping[str, str | None]) -> dict[str, str]:
-    """Return the variables whose value is not meant for Fidelora.
+    """Find variables that another program set, because Fidelora cannot use their value.
+
+    An example is `FIDELORA_PORT=tcp://10.0.0.1:80`, which Kubernetes sets.
 
     Args:
         variables: values by name; names may have any case.
 
     Returns:
-        the form of a value that is meant for Fidelora, by name.
+        for each of these variables, a description of the values that Fidelora accepts.
     """
     return {
         name: rule[1]
@@ -103,4 +105,4 @@ _RULES: Mapping[str, tuple[Callable[[str], bool], str]] = {
     # Kubernetes and Docker's links set this to the URL of a Service or container.
     f"{PREFIX}PORT": (lambda value: "://" not in value, "a number"),
 }
-"""By name: a test for values that can be meant for Fidelora, and the form of these values."""
+"""By variable: a test for values that Fidelora can use, and their description in messages."""

@@ -170,7 +170,11 @@ class AdapterRef:
         if self.word is not None:
             is_text("word", self.word)
             if not self.word.strip():
-                raise RecipeError("The word of an embedding is empty.", field="adapters")
+                raise RecipeError(
+                    "The word of an embedding is empty; set it to the word that stands for the "
+                    "embedding in prompts.",
+                    field="adapters",
+                )
             if self.multiplier != 1:
                 raise RecipeError(
                     f"{self.word} is an embedding, which has no strength; set its multiplier to 1 "
@@ -213,9 +217,9 @@ class Recipe:
         negative_prompt_2: negative prompt of the second text encoder, for families with two; None
             uses `negative_prompt`. The two differ in the trainer's samples if the flag `--n` is
             set, which changes only the first one.
-        emphasis: how the weights of words in the prompts are computed: `none`, for brackets that
-            are text, or as in the web UI of AUTOMATIC1111, with the meaning of its setting:
-            `original`, `no_norm`, `ignore`. In these cases, long prompts are not truncated.
+        emphasis: syntax of the prompts. `none` treats brackets as text. `original`, `no_norm` and
+            `ignore` are modes of AUTOMATIC1111's web UI (see `Emphasis`): they parse brackets, and
+            encode long prompts in chunks instead of truncating them.
         model: id of the model family.
         base_model: hub id (`owner/name`, `owner/name@revision`), diffusers folder or single
             .safetensors file. The JSON form shortens paths in this field, `config` and `vae` to
@@ -343,7 +347,7 @@ class Recipe:
         if self.sampler not in spec.samplers:
             known = ", ".join(spec.samplers)
             raise UnknownSamplerError(
-                f"There is no sampler {self.sampler!r} for {spec.id}; the samplers are: {known}.",
+                f"The sampler {self.sampler!r} is not supported for {spec.id}; use one of {known}.",
                 field="sampler",
             )
         in_range(

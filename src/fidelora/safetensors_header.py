@@ -101,19 +101,19 @@ def read_header_bytes(file: BinaryIO, name: str) -> tuple[Header, bytes]:
     start = file.read(512)
     _refuse_other_formats(start, name, file_bytes)
 
-    (header_bytes,) = struct.unpack("<Q", start[:8])
-    if header_bytes > MAX_HEADER_BYTES:
+    (header_length,) = struct.unpack("<Q", start[:8])
+    if header_length > MAX_HEADER_BYTES:
         raise WeightsFileError(
-            f"{name} claims a header of {header_bytes:,} bytes; at most {MAX_HEADER_BYTES:,} are "
+            f"{name} claims a header of {header_length:,} bytes; at most {MAX_HEADER_BYTES:,} are "
             "accepted. It is damaged or not a .safetensors file; download or export it again."
         )
-    if 8 + header_bytes > file_bytes:
+    if 8 + header_length > file_bytes:
         raise WeightsFileError(
             f"{name} ends inside its own header: it is truncated; download or copy it again."
         )
     file.seek(8)
-    raw = file.read(header_bytes)
-    header = _check(_parse(raw, name), name, file_bytes - 8 - header_bytes, file_bytes)
+    raw = file.read(header_length)
+    header = _check(_parse(raw, name), name, file_bytes - 8 - header_length, file_bytes)
     return header, start[:8] + raw
 
 

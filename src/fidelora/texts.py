@@ -11,10 +11,11 @@ text."""
 
 
 def cleaned(value: Any) -> Any:
-    """Return a JSON value whose texts are valid, with `?` for each lone surrogate.
+    """Return a JSON value with each lone surrogate in its strings replaced by `?`.
 
-    JSON can contain lone surrogates as escapes, but no file and no response can. The value must not
-    be nested deeper than `json.loads` accepts.
+    JSON can contain lone surrogates as escapes, but UTF-8 cannot encode them, so they can be
+    written neither to a file nor to a response. The value must not be nested deeper than
+    `json.loads` accepts.
     """
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()

@@ -379,7 +379,7 @@ def test_unsupported_fields_are_refused_by_name(changes, code, details):
 
 
 def test_an_unknown_sampler_is_refused_with_the_list():
-    with pytest.raises(RequestFieldError, match="the samplers are: ddpm, ddim") as caught:
+    with pytest.raises(RequestFieldError, match="use one of ddpm, ddim") as caught:
         recipes(prompts=[{"prompt": "b"}, {"prompt": "a", "sampler": "euler_b"}])
     assert caught.value.place == ("prompts", 1, "sampler")
 

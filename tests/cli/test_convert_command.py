@@ -66,7 +66,11 @@ def test_an_existing_file_is_replaced_only_with_force(fidelora, tmp_path):
             "cannot express modules of the kind lokr",
         ),
         ([str(LORA), "a.pt", "--to", "peft"], 2, "a.pt does not end in .safetensors"),
-        (["none.safetensors", "a.safetensors", "--to", "peft"], 2, "There is no adapter file"),
+        (
+            ["none.safetensors", "a.safetensors", "--to", "peft"],
+            2,
+            "none.safetensors does not exist",
+        ),
         ([str(LORA), "a.safetensors", "--to", "ldm"], 2, "'ldm' is not one of"),
         ([str(LORA), "a.safetensors"], 2, "Missing option"),
         ([str(LORA), "no/a.safetensors", "--to", "peft"], 1, "could not be written"),
@@ -75,7 +79,11 @@ def test_an_existing_file_is_replaced_only_with_force(fidelora, tmp_path):
             1,
             "modules of lora_linear_f32 are not in Z-Image",
         ),
-        ([str(LORA), "a.safetensors", "--to", "peft", "--model", "x"], 2, "There is no model 'x'"),
+        (
+            [str(LORA), "a.safetensors", "--to", "peft", "--model", "x"],
+            2,
+            "The model 'x' is not supported",
+        ),
     ],
 )
 def test_wrong_use_writes_nothing(fidelora, tmp_path, arguments, code, says):

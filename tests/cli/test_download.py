@@ -159,7 +159,12 @@ def test_a_lora_is_downloaded_to_a_folder(hub, tmp_path):
             "is not in the local cache, and the hub cannot be reached",
         ),
         ("hf:me/loras/page.safetensors", {}, 1, "is a web page (HTML)"),
-        ("me/none", {}, 2, "There is no folder me/none here, and no such repository on the hub"),
+        (
+            "me/none",
+            {},
+            2,
+            "me/none is neither a folder on this machine nor a repository on the hub",
+        ),
         ("sd15", {"HF_HUB_OFFLINE": "1"}, 2, "unset HF_HUB_OFFLINE"),
         ("hf:me/loras", {}, 2, "use hf:owner/name/file.safetensors"),
         ("http://files.example/a.safetensors", {}, 2, "is not https"),

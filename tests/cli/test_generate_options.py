@@ -120,9 +120,9 @@ def test_a_dry_run_checks_the_base_model(fidelora, tmp_path):
     for absent in ("./absent", "models/absent.safetensors"):
         code, out, err = fidelora("generate", "a", "--dry-run", "--base-model", absent)
         assert (code, out) == (2, "")
-        assert err.startswith(f"error: There is no base model at {absent}")
+        assert err.startswith(f"error: The base model {absent} was not found")
     code, _, err = fidelora("generate", "a", "--dry-run", "--vae", "./absent.safetensors")
-    assert (code, err[:22]) == (2, "error: There is no VAE")
+    assert (code, err[:14]) == (2, "error: The VAE")
     code, out, err = fidelora("generate", "a", "--dry-run", "--base-model", "nobody/nothing")
     assert (code, err) == (
         0,

@@ -70,7 +70,7 @@ def test_secrets_are_not_printed(fidelora, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "setting", "words"),
     [
-        (["--device", "quantum"], "auto", "There is no device 'quantum'"),
+        (["--device", "quantum"], "auto", "The device 'quantum' is not supported"),
         ([], "nonsense", "FIDELORA_DTYPE"),
     ],
 )

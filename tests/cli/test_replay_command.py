@@ -201,7 +201,10 @@ def test_missing_loras_are_listed_with_their_hashes(fidelora, image, tmp_path):
         (["notes.txt"], "not a PNG, JPEG or WebP"),
         (["plain.png"], "has neither a Fidelora recipe"),
         (["ball.png", "--lora-dir", "nowhere"], "The folder nowhere does not exist"),
-        (["ball.png", "--lora", "nowhere.safetensors"], "There is no adapter file"),
+        (
+            ["ball.png", "--lora", "nowhere.safetensors"],
+            "nowhere.safetensors does not exist",
+        ),
         (["ball.png", "--out", "x.gif"], "is not supported for images"),
         (["ball.png", "--base-model", "nowhere/at/all"], "nowhere"),
     ],

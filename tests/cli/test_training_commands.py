@@ -401,7 +401,7 @@ def test_grid_writes_a_sheet(fidelora, tmp_path):
         (("--steps", ","), "--steps is empty"),
         (("--multipliers", "one"), "set numbers separated by commas"),
         (("--multipliers", "6"), "multiplier"),
-        (("--prompts", "7"), "there is no sample 7"),
+        (("--prompts", "7"), "Sample 7 does not exist"),
         (("--out", "grid.bmp"), "bmp"),
     ],
 )

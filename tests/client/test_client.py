@@ -147,7 +147,7 @@ def test_server_errors_are_raised_with_their_code(client):
     with pytest.raises(ApiError, match=r"none\.safetensors") as caught:
         client.submit("a", "none.safetensors")
     assert (caught.value.status, caught.value.code) == (400, "LORA_NOT_FOUND")
-    with pytest.raises(ApiError, match=r"prompts.0.sampler: There is no sampler") as caught:
+    with pytest.raises(ApiError, match=r"prompts.0.sampler: The sampler") as caught:
         client.submit("a", "sks.safetensors", sampler="x")
     assert (caught.value.status, caught.value.code) == (422, "VALIDATION")
     for call in (

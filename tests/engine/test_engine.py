@@ -503,7 +503,7 @@ def test_the_environment_includes_the_processors_maker(information, name, tmp_pa
     ("device", "offload", "message"),
     [
         ("cuda:99" if torch.cuda.is_available() else "cuda", "none", "CUDA"),
-        ("tpu", "none", "There is no device 'tpu'"),
+        ("tpu", "none", "The device 'tpu' is not supported"),
         ("meta", "none", "not supported"),
         ("cpu", "model", "Use offload none"),
         ("cpu", "sequential", "Use offload none"),

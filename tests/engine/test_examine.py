@@ -152,5 +152,5 @@ def test_files_that_are_not_adapters_are_reported(tmp_path):
     assert codes(found) == [("unusable", True)]
     assert "web page" in found.problems[0].message
     assert len(found.sha256) == 64
-    with pytest.raises(AdapterNotFoundError, match="no adapter file"):
+    with pytest.raises(AdapterNotFoundError, match=r"nothing\.safetensors does not exist"):
         examine_adapter(Path("nothing.safetensors"))

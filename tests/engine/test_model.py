@@ -493,7 +493,7 @@ def test_an_invalid_configuration_file_is_an_error(tmp_path, content):
 
 @pytest.mark.parametrize("place", ["nowhere/at/all", "x" * 300, "a\0b"])
 def test_a_path_that_does_not_exist_is_refused(place):
-    with pytest.raises(BaseModelNotFoundError, match="There is no base model at"):
+    with pytest.raises(BaseModelNotFoundError, match="was not found on this machine"):
         load(place)
 
 
@@ -503,12 +503,14 @@ def test_a_path_that_does_not_exist_is_refused(place):
 )
 def test_the_hub_is_not_asked_for_a_missing_path(monkeypatch, place):
     monkeypatch.setattr("fidelora.weights.locate.snapshot_download", lambda *_, **__: 1 / 0)
-    with pytest.raises(BaseModelNotFoundError, match=f"There is no base model at {place} on this"):
+    with pytest.raises(
+        BaseModelNotFoundError, match=f"The base model {place} was not found on this"
+    ):
         load(place)
 
 
 def test_the_error_for_a_missing_vae_mentions_the_vae():
-    with pytest.raises(BaseModelNotFoundError, match="There is no VAE at"):
+    with pytest.raises(BaseModelNotFoundError, match="The VAE nowhere/at/all was not found"):
         load(TINY_BASE, vae="nowhere/at/all")
 
 
@@ -529,7 +531,7 @@ def test_the_hub_cache_is_used_when_offline(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["someone/absent", "someone/absent@v2"])
 def test_offline_the_error_says_that_a_hub_id_is_not_cached(tmp_path, monkeypatch, name):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(BaseModelNotFoundError, match="no folder someone/absent here"):
+    with pytest.raises(BaseModelNotFoundError, match="someone/absent is neither a folder on this"):
         ModelKey.of(Recipe(prompt="", base_model=name)).find_files(tmp_path)
 
 

@@ -179,12 +179,12 @@ def test_missing_parameters_except_the_size_use_the_models_defaults():
         (
             "Steps: 20, Sampler: DPM++ SDE Karras, Seed: 1",
             "Sampler",
-            "There is no sampler 'DPM++ SDE Karras' here; the samplers are: Euler,",
+            "The sampler 'DPM++ SDE Karras' is not supported here; use one of Euler,",
         ),
         (
             "Steps: 20, Sampler: Heun, Schedule type: Karras, Seed: 1",
             "Sampler",
-            "has no scheduler 'Karras' here",
+            "does not support the scheduler 'Karras' here",
         ),
         ("Steps: many, Sampler: Euler, Seed: 1", "Steps", "not valid for this key"),
         ("Steps: 20, Sampler: Euler, Seed: -1", "Seed", "not valid for this key"),

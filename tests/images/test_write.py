@@ -249,7 +249,9 @@ def test_an_image_cut_before_the_end_of_its_recipe_is_refused(tmp_path, length):
 
 
 def test_a_missing_image_is_refused(tmp_path):
-    with pytest.raises(ImageRecordError, match=r"There is no image .*nowhere\.png; check the path"):
+    with pytest.raises(
+        ImageRecordError, match=r"The image .*nowhere\.png does not exist; check the path"
+    ):
         read_record(tmp_path / "nowhere.png")
 
 

@@ -445,7 +445,7 @@ def test_values_out_of_range_have_fastapis_error_format(client, fields, place):
     (entry,) = answer.json()["detail"]
     assert entry["loc"] == ["body", place]
     if place == "sampler_name":
-        assert "the samplers are: Euler, Euler a, LMS" in entry["msg"]
+        assert "use one of Euler, Euler a, LMS" in entry["msg"]
 
 
 def test_loras_of_one_name_are_named_with_their_folders(client, context):

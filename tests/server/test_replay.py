@@ -349,7 +349,7 @@ def test_the_supported_parameters_are_used(client, context):
         assert answer.status_code == 200, body
         assert body["source"] == "a1111"
         assert [one["name"] for one in body["ignored"]] == ["Sampler", "Model", "prompt"]
-        assert "There is no sampler 'DPM++ SDE' here" in body["ignored"][0]["reason"]
+        assert "The sampler 'DPM++ SDE' is not supported here" in body["ignored"][0]["reason"]
         assert "sks has the hash ffffffffffff in the image" in body["warnings"][0]
         (recipe,) = context.store.get(body["request_id"]).recipes
         assert (recipe.prompt, recipe.sampler, recipe.steps, recipe.base_model) == (

@@ -291,7 +291,7 @@ def refused(data: Path, *options: str) -> tuple[int, str]:
     ("options", "settings", "words"),
     [
         (["--host", "0.0.0.0"], {}, "the server needs an API key"),
-        (["--base-model", "/nowhere"], {}, "no base model at /nowhere"),
+        (["--base-model", "/nowhere"], {}, "base model /nowhere was not found"),
         (["--device", "cuda:7"], {}, "cuda:7 was requested"),
         ([], {"INFERENCE_TIMEOUT": "0"}, "INFERENCE_TIMEOUT"),
         ([], {"FIDELORA_STORE_URL": "sqlite:////nowhere/at/all.sqlite"}, "cannot be used"),

@@ -570,7 +570,7 @@ def test_the_base_model_can_be_replaced(folder):
 
 
 def test_an_unknown_sampler_is_rejected(folder):
-    with pytest.raises(UnknownSamplerError, match="no sampler 'flowmatch'"):
+    with pytest.raises(UnknownSamplerError, match="sampler 'flowmatch' is not supported"):
         samples_of(folder, "a", sampler="flowmatch")
 
 

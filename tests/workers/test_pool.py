@@ -222,7 +222,7 @@ def test_a_worker_that_cannot_start_reports_why_and_restarts_later(store, tmp_pa
     pool = WorkerPool(store, [setup_in(tmp_path, warm=replace(SHORT, base_model="/nowhere"))])
     pool.start()
     until(lambda: pool.watch() == [] and pool.trouble)
-    assert pool.trouble.startswith("There is no base model at /nowhere")
+    assert pool.trouble.startswith("The base model /nowhere was not found")
     assert not pool.ready
     until(lambda: pool.process_ids == [])
     pool.watch()

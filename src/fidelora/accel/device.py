@@ -32,7 +32,7 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise DeviceError(
-            f"There is no device {name!r}; use auto, cpu, cuda, cuda:N or mps."
+            f"The device {name!r} is not supported; use auto, cpu, cuda, cuda:N or mps."
         ) from None
     if device.type == "cuda":
         if not torch.cuda.is_available():

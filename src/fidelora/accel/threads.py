@@ -34,7 +34,7 @@ def limit_threads() -> None:
     torch itself takes the affinity of the process into account, but not the quota of a container:
     on a machine with 64 cores, `docker run --cpus 2` would have 64 threads that wait for each other
     and are stopped for most of the time. A number that the user has set is kept. Without a quota
-    the number does not change, because sums depend on it.
+    the number does not change, because the rounding errors of sums depend on it.
     """
     if any(name in os.environ for name in _THREAD_VARIABLES):
         return

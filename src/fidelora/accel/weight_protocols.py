@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 WriteWeight = Callable[[torch.dtype], Tensor]
-"""Function that returns a weight in the requested dtype. The tensor may be mapped from a file and
-must not be changed."""
+"""Function that returns a weight in the requested dtype, with adapters merged in. The tensor is a
+buffer that the function writes, or is mapped from a file; the caller must not change it."""
 
 
 @runtime_checkable

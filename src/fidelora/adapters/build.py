@@ -133,7 +133,7 @@ class Module:
         if "magnitude" in self.tensors:
             if down.dim() != 2 or self.tensors["magnitude"].shape != (up.shape[0],):
                 raise AdapterFormatError(
-                    f"{self.file} has shapes of {self.name} that are not valid for a DoRA of AI "
+                    f"The shapes of {self.name} in {self.file} are not valid for a DoRA of AI "
                     "Toolkit, which is supported for linear modules only, with one magnitude per "
                     "output."
                 )
@@ -206,7 +206,8 @@ class Module:
         w1, w2 = self._factors("lokr_w1"), self._factors("lokr_w2")
         if w1[0].dim() != 2 or w2[0].dim() not in (2, 4):
             raise AdapterFormatError(
-                f"{self.file} has shapes of {self.name} that are not valid for a LoKr."
+                f"The shapes of {self.name} in {self.file} are not valid for a LoKr. Export the "
+                "file again."
             )
         if len(w1) == len(w2) == 1:
             # Both factors are whole: the trainer's scale is 1, and the stored alpha is unused.
@@ -264,10 +265,11 @@ class Module:
     def _invalid(self, kind: str, *parts: str) -> AdapterFormatError:
         shapes = ", ".join(f"{part} {list(self.tensors[part].shape)}" for part in parts)
         return AdapterFormatError(
-            f"{self.file} has shapes of {self.name} that are not valid for {kind}: {shapes}."
+            f"The shapes of {self.name} in {self.file} are not valid for {kind}: {shapes}. Export "
+            "the file again."
         )
 
     def _not_multipliable(self) -> AdapterFormatError:
         return AdapterFormatError(
-            f"{self.file} has factors of {self.name} that cannot be multiplied; export it again."
+            f"The factors of {self.name} in {self.file} cannot be multiplied; export it again."
         )

@@ -52,7 +52,10 @@ class Delta(ABC):
 
     @abstractmethod
     def shape_for(self, weight_shape: torch.Size) -> tuple[int, ...]:
-        """Return the weight shape that this delta fits; `weight_shape` itself if the delta fits."""
+        """Return `weight_shape` if the delta fits it, else the shape that the delta requires.
+
+        A dimension is 0 if the tensors of the delta contradict each other, so that no weight fits.
+        """
 
     def fitted(self, weight_shape: torch.Size) -> Delta:
         """Return the delta for a weight whose shape it fits, with factors of that many dimensions.

@@ -27,6 +27,7 @@ def live_adapters(
     order is that of `adapters`. Changes of vectors are not applied here: they are always merged.
 
     Args:
+        adapters: bound adapters with their multipliers.
         device: device of the base model.
     """
     deltas: dict[str, list[tuple[Delta, float]]] = {}

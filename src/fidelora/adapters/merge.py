@@ -73,7 +73,7 @@ class MergedAdapters:
         Returns:
             number of weights and vectors that were written.
         """
-        groups = [[(bound, m)] for bound, size in history for m in (size, -abs(size))]
+        groups = [[(bound, m)] for bound, total in history for m in (total, -abs(total))]
         wanted: dict[str, list[list[tuple[BoundAdapter, float]]]] = {}
         for group in (*groups, adapters):
             by_name: dict[str, list[tuple[BoundAdapter, float]]] = {}
@@ -221,7 +221,10 @@ def _as_loaded(pristine: Tensor, weight: Tensor) -> Tensor:
 
 
 def _add(merged: Tensor, change: Tensor, weight: Tensor, *, is_last: bool) -> Tensor:
-    """Return the sum in `change`; the last sum is written to `weight` if that is also float32."""
+    """Return `merged + change`, computed in place.
+
+    The result is `change`, or `weight` for the last delta of a group if `weight` is float32.
+    """
     return torch.add(
         merged, change, out=weight if is_last and weight.dtype == torch.float32 else change
     )

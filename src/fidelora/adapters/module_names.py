@@ -20,7 +20,8 @@ _TEXT_PROJECTION = re.compile(r"(self_attn\.)to_(q|k|v|out)$")
 def canonical_name(module: str) -> str:
     """Return the name of a module as current releases of diffusers and PEFT spell it.
 
-    * PEFT writes `base_model.model.` before the path, after the name of the part or without it.
+    * PEFT writes `base_model.model.` before the path: `base_model.model.conv_in`, or with the name
+      of the part `unet.base_model.model.conv_in`.
     * diffusers in 2023 wrote attention modules as `attn1.processor.to_out`.
     * Files with only the UNet may have paths without the name of the part.
     """

@@ -114,7 +114,8 @@ class PeftMetadata:
         """Return the configuration for a module, and the module's path in its part.
 
         Raises:
-            AdapterFormatError: the metadata is only for other parts, which differ.
+            AdapterFormatError: the metadata has no entry for the module's part, and its entries for
+                other parts differ.
         """
         name = canonical_name(module)
         for part, config in self._configs.items():

@@ -193,7 +193,8 @@ def _group(header: Header, name: str) -> dict[str, dict[str, str]]:
     for module, parts in modules.items():
         if find_kind(parts) is None:
             raise AdapterFormatError(
-                f"{name} is incomplete: {module} has only {some(sorted(parts.values()))}."
+                f"{name} is incomplete: {module} has only {some(sorted(parts.values()))}. Export "
+                "the file again."
             )
     return dict(modules)
 

@@ -205,7 +205,7 @@ class OftDelta(FormulaDelta):
         return rotated - weight
 
     def _rotations(self, device: torch.device, multiplier: float) -> Tensor:
-        """Return the rotation of each block, weighted by the multiplier, like `blocks`."""
+        """Return the rotation of each block, weighted by the multiplier; shaped like `blocks`."""
         blocks = self.blocks.to(device)
         skew = blocks - blocks.transpose(-1, -2)
         if self.constraint is not None:

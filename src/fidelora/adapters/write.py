@@ -38,7 +38,7 @@ _SUFFIXES: Mapping[TargetFormat, Mapping[str, str]] = {
         "oft_blocks": "oft_blocks", "rescale": "rescale", "ia3": "weight", "on_input": "on_input",
         "diff": "diff", "diff_b": "diff_b", "w_norm": "w_norm", "b_norm": "b_norm",
     },
-    # The alpha of PEFT is in the metadata. diffusers loads no LoHa, and a LoKr only without alpha.
+    # The alpha of PEFT is in the metadata. diffusers cannot load LoHa, or LoKr with an alpha.
     "peft": {
         "down": "lora_A.weight", "up": "lora_B.weight", "up_bias": "lora_B.bias",
         "magnitude": "lora_magnitude_vector", "peft_magnitude": "lora_magnitude_vector",
@@ -194,7 +194,7 @@ def _inexpressible(
 def _check_dora(modules: Sequence[ModuleParts]) -> None:
     """Check that each part of the base model has only DoRA modules or none.
 
-    PEFT's metadata says once per part that all modules are DoRA.
+    `use_dora` in PEFT's metadata applies to all modules of a part.
 
     Raises:
         AdapterConversionError: a part has both.

@@ -92,7 +92,7 @@ def run(app: typer.Typer) -> NoReturn:
     limit_spinning()
     code: object = 0
     try:
-        # Not standalone: otherwise, Typer would print wrong use in its own form.
+        # In standalone mode, Typer would print usage errors in its own form.
         code = app(standalone_mode=False)
     except FideloraError as error:
         if _debug:

@@ -90,7 +90,7 @@ def _versions() -> dict[str, str | None]:
 
 
 def _device(name: str) -> dict[str, Any] | str:
-    """Return the facts about a device that an image depends on; a sentence if there is none."""
+    """Return the facts about a device that an image depends on; the error if it is unavailable."""
     import torch
 
     from fidelora.accel.device import auto_dtype, instruction_set, processor_name, resolve_device

@@ -19,7 +19,8 @@ FIELDS = (
 )  # fmt: skip
 """Fields of name templates, such as `{lora}_{seed}.png`."""
 
-_MAX_TEXT_BYTES = 80  # of a prompt or LoRA name in UTF-8; file systems allow 255 for a whole name
+_MAX_TEXT_BYTES = 80
+"""Limit of a prompt or LoRA name in a file name, in UTF-8; file systems allow 255 for the whole."""
 
 
 @dataclass(frozen=True)
@@ -92,23 +93,23 @@ def parse_output(
     is_template = not path.is_dir() and _has_fields(out)
     text = str(path) if is_template else str(path).replace("{", "{{").replace("}", "}}")
     # The format of a field may contain a dot, which does not begin a suffix.
-    shape = Path(re.sub(r"\{[^{}]*\}", "_", str(path)) if is_template else path)
+    plain = Path(re.sub(r"\{[^{}]*\}", "_", str(path)) if is_template else path)
     in_folder = out.endswith(("/", os.sep)) or path.is_dir()
-    if in_folder or not (shape.suffix or (is_template and "{" in Path(text).name)):
+    if in_folder or not (plain.suffix or (is_template and "{" in Path(text).name)):
         parts = ["fidelora"]
         parts += ["{lora}"] if adapter_sets > 1 else []
         parts += [f"{{prompt_index:0{len(str(prompts))}}}"] if prompts > 1 else []
         folder = text.rstrip("/")  # empty for the root
         return OutputNames(f"{folder}/{'_'.join([*parts, '{seed}'])}", default_suffix)
-    if not shape.suffix:
+    if not plain.suffix:
         return OutputNames(text, default_suffix)
-    format_of_name = format_of(shape)
+    format_of_name = format_of(plain)
     if image_format not in (None, format_of_name):
         raise RecipeError(
             f"--format {image_format} does not match --output {path.name}; set only one of them.",
             field="format",
         )
-    return OutputNames(text.removesuffix(shape.suffix), shape.suffix, replaces=not is_template)
+    return OutputNames(text.removesuffix(plain.suffix), plain.suffix, replaces=not is_template)
 
 
 def _has_fields(out: str) -> bool:

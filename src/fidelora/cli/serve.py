@@ -82,12 +82,12 @@ def list_open_keys() -> None:
 
 @keys.command("remove")
 def remove(name: Annotated[str, typer.Argument(help="Name of the key.")]) -> None:
-    """Revoke a key immediately. Without any key, the server accepts only calls from its machine."""
+    """Revoke a key immediately. A server without keys accepts only calls from its own machine."""
     keys = _open_keys()
     keys.remove(name)
     if not keys.names():
         typer.echo(
-            "This was the last key: until there is another one, the server accepts only calls from "
+            "This was the last key. Until you add another one, the server accepts only calls from "
             "its own machine.",
             err=True,
         )

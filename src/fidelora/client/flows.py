@@ -4,7 +4,8 @@ A flow yields steps. The client performs each step, sends its answer back into t
 returns the flow's result. A broken connection is sent into the flow as an answer, not thrown.
 
     step         answer
-    Call         the `Response`, read unless `Call.stream`; a `TransportError` if it failed
+    Call         the `Response`, whose body is read unless `Call.stream` is set; a
+                 `TransportError` if it failed
     ReadLine     the next line of the open stream; None at its end, or a `TransportError`
     CloseStream  None, or a `TransportError`
     Pause        None

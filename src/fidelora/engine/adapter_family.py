@@ -76,12 +76,15 @@ def explain_mismatch(
 def check_family(adapter: Adapter, spec: Family) -> str | None:
     """Return a note if the adapter's metadata names another base model than `spec`.
 
-    Metadata is copied between files and is sometimes wrong. It is ignored if all modules exist in
-    the family `spec`, and not all of them in the family that the metadata names, or if only those
-    of the default base of `spec` have the same shapes.
+    Metadata is copied between files and is sometimes wrong. If it names another supported family,
+    it is ignored only if all modules exist in `spec` and one of these conditions holds:
+
+    * some modules do not exist in the named family;
+    * all modules have the shapes of the default base of `spec`, but not all have those of the named
+      family.
 
     Raises:
-        AdapterMismatchError: the modules do not show that the metadata is wrong.
+        AdapterMismatchError: the metadata names another supported family, and is not ignored.
     """
     made_for = adapter.metadata.get("ss_base_model_version", "")
     if not made_for or made_for in spec.adapter_base_versions:

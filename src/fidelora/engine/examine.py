@@ -35,8 +35,8 @@ _FAMILIES = {
     "Stable Diffusion 3": ("", ("joint_blocks", "transformer_blocks_0_ff_context")),
     "Wan": ("", ("blocks_0_self_attn_q", "blocks.0.self_attn.q")),
 }
-"""Title of a supported family, and parts of its module names. They are used only to suggest the
-model of an unusable file."""
+"""By name of the model: the title of its family (empty if it is not supported), and substrings of
+its module names. Used only to suggest the model of an unusable file."""
 
 _ORIGINAL_NAMES = (
     "those of the original code, which Stable Diffusion 1.5, SDXL, the SDXL refiner and distilled "
@@ -109,7 +109,10 @@ def examine_adapter(path: Path) -> Examination:
         for module, parts in modules.items()
         if "alpha" in parts
     }
-    problems = (*_numbers(modules, tensors), *_alphas(modules, alphas, header, path.name))
+    problems = (
+        *_value_problems(modules, tensors),
+        *_alpha_problems(modules, alphas, header, path.name),
+    )
     fit = FamilyFit("")
     if not any(problem.unusable for problem in problems):
         try:
@@ -120,7 +123,7 @@ def examine_adapter(path: Path) -> Examination:
             fit = best_family(adapter)
             problems = (
                 *problems,
-                *_zero_alphas(adapter, alphas),
+                *_zero_alpha_problems(adapter, alphas),
                 *_fit_problems(adapter, summary, fit),
             )
     return Examination(
@@ -139,7 +142,7 @@ def _unusable(sha256: str, summary: AdapterSummary) -> Examination:
     return Examination(sha256, summary, (), "", 0, 0, problems)
 
 
-def _numbers(
+def _value_problems(
     modules: Mapping[str, Mapping[str, str]], tensors: Mapping[str, Tensor]
 ) -> Iterator[Problem]:
     """Yield problems of the values: NaN, and factors of zeros, which give a module no effect."""
@@ -192,9 +195,10 @@ def _is_idle(parts: Collection[str], zeros: Set[str]) -> bool:
             return not is_decomposed and bool(zeros - {"alpha"} - vectors)
 
 
-def _alphas(
+def _alpha_problems(
     modules: Mapping[str, Mapping[str, str]], alphas: Mapping[str, float], header: Header, name: str
 ) -> Iterator[Problem]:
+    """Yield problems of alphas: not finite, or missing where the metadata has none either."""
     whole = {module for module, parts in modules.items() if {"lokr_w1", "lokr_w2"} <= parts.keys()}
     if harmful := [
         module
@@ -242,7 +246,7 @@ def _alphas(
         yield Problem("missing_alpha", message, False)
 
 
-def _zero_alphas(adapter: Adapter, alphas: Mapping[str, float]) -> Iterator[Problem]:
+def _zero_alpha_problems(adapter: Adapter, alphas: Mapping[str, float]) -> Iterator[Problem]:
     """Yield a note if modules have an alpha of 0, whose meaning differs between programs."""
     if note := zero_alpha_note(adapter):
         yield Problem("zero_alpha", note[0].upper() + note[1:], False)
@@ -264,7 +268,7 @@ def _fit_problems(adapter: Adapter, summary: AdapterSummary, fit: FamilyFit) -> 
     """Yield a problem if the adapter fits no supported family, or not its default base."""
     total = size_of(adapter)
     if adapter.is_embedding:
-        yield from _fit_embedding(adapter, fit)
+        yield from _embedding_fit_problems(adapter, fit)
         return
     if fit.matched < total:
         where = (
@@ -320,7 +324,7 @@ def _made_for(adapter: Adapter, summary: AdapterSummary, fit: FamilyFit) -> str:
     return ""
 
 
-def _fit_embedding(adapter: Adapter, fit: FamilyFit) -> Iterator[Problem]:
+def _embedding_fit_problems(adapter: Adapter, fit: FamilyFit) -> Iterator[Problem]:
     widths = " and ".join(str(vectors.shape[1]) for vectors in adapter.embedding.values())
     if not fit.matched:
         yield Problem(

@@ -39,7 +39,7 @@ def decode(vae: Any, latents: Tensor) -> NDArray[np.uint8]:
             if narrow
             else "try it without adapters, and with default settings"
         )
-        raise NumericsError(f"The model produced NaN, so there is no image; {advice}.")
+        raise NumericsError(f"The model produced NaN instead of an image; {advice}.")
     pixels: NDArray[np.uint8] = (values * 255).round().astype(np.uint8)
     return pixels
 

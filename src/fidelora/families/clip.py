@@ -27,7 +27,8 @@ _MAX_EXTENDED_TOKENIZERS = 4
 """Number of tokenizers, extended by embeddings, to keep; copying a tokenizer takes 0.3 s."""
 
 States = Callable[[Any, Tensor], tuple[Tensor, Tensor | None]]
-"""Maps an encoder and tokens [1, 77] to states [1, 77, width] and a projection [1, width]."""
+"""Function that runs an encoder on token ids [1, 77], and returns hidden states [1, 77, width] and
+a projection [1, width]."""
 
 _TEST_PROMPT = "a photo of a cat"
 _TEST_TOKENS = [320, 1125, 539, 320, 2368]
@@ -70,7 +71,7 @@ class ClipEncoder:
         self.tokenizer = tokenizer
         self.encoder = encoder
         self._device = device
-        self._states = states
+        self._run_encoder = states
         self._cache: OrderedDict[Hashable, PromptEmbedding] = OrderedDict()
         self._extended: OrderedDict[Hashable, CLIPTokenizer] = OrderedDict()
 
@@ -109,12 +110,12 @@ class ClipEncoder:
         """
         if emphasis == "none":
             ids, cut = _tokens(self.tokenizer, prompt, self.length)
-            states, pooled = self._states(self.encoder, ids.to(self._device))
+            states, pooled = self._run_encoder(self.encoder, ids.to(self._device))
             return PromptEmbedding(states, cut, pooled)
         encoded = []
         for chunk in chunks_of(self.tokenizer, prompt, self.length - 2):
             ids, weights = padded(self.tokenizer, chunk, self.length)
-            states, pooled = self._states(self.encoder, ids.to(self._device))
+            states, pooled = self._run_encoder(self.encoder, ids.to(self._device))
             encoded.append((weighted(states, weights.to(self._device), emphasis), pooled))
         return PromptEmbedding(torch.cat([states for states, _ in encoded], 1), "", encoded[0][1])
 

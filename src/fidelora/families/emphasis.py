@@ -24,9 +24,12 @@ _TOKEN = re.compile(
     r"|[^\\()\[\]:]+|:"
 )
 _BREAK = re.compile(r"\bBREAK\b")
-_MARK = re.compile(r"\\.|[\[\]:|]", re.DOTALL)
+_SWITCH_TOKEN = re.compile(r"\\.|[\[\]:|]", re.DOTALL)
+"""Tokens of `[from:to:when]` and `[one|two]`; escaped characters are skipped."""
 _WHEN = re.compile(r"\s*[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?\s*")
-_WHOLE = re.compile(r":\s*[+-]?(\d+(\.\d*)?|\.\d+)\s*\Z")
+"""The number `when` of `[from:to:when]`: a step, or a fraction of all steps."""
+_PROMPT_WEIGHT = re.compile(r":\s*[+-]?(\d+(\.\d*)?|\.\d+)\s*\Z")
+"""Weight of a whole prompt, `a cat :1.2`, which belongs to the syntax of `AND`."""
 _MAX_DEPTH = 100
 MAX_WEIGHT = 1000.0
 """Largest weight of a word; larger ones could overflow in float32."""
@@ -54,7 +57,8 @@ def spans_of(prompt: str) -> list[Span]:
     opened: dict[str, list[int]] = {"(": [], "[": []}
 
     def close(bracket: str, factor: float) -> None:
-        # Also multiplies the weight of BREAK, which is then a word, as in the web UI.
+        # A BREAK in brackets gets another weight than -1 and is then encoded as a word, as in the
+        # web UI.
         for index in range(opened[bracket].pop(), len(weights)):
             weights[index] *= factor
 
@@ -105,7 +109,7 @@ def check_emphasis(name: str, prompt: str) -> None:
     found = [(_switch_in(prompt), "switches words during sampling")]
     if match := _AND.search(prompt):
         found.append((match[0], "combines prompts"))
-    if name == "prompt" and (match := _WHOLE.search(prompt)):
+    if name == "prompt" and (match := _PROMPT_WEIGHT.search(prompt)):
         found.append((match[0], "weights the whole prompt"))
     for text, what in found:
         if text:
@@ -130,7 +134,7 @@ def _switch_in(prompt: str) -> str:
     starts: list[int] = []
     colons: list[int | None] = []  # after the last colon in each open bracket
     bars: list[bool] = []
-    for mark in _MARK.finditer(prompt):
+    for mark in _SWITCH_TOKEN.finditer(prompt):
         if mark[0] == "[":
             starts.append(mark.start())
             colons.append(None)

@@ -54,5 +54,5 @@ def get_family(model: str) -> Family:
         return all_families()[model]
     except KeyError:
         known = ", ".join(all_families())
-        message = f"There is no model {model!r}; the models are: {known}."
+        message = f"The model {model!r} is not supported; use one of {known}."
         raise UnknownModelError(message, field="model") from None

@@ -21,8 +21,8 @@ _SPACINGS: Mapping[str, TimestepSpacing] = {
     "sgmuniform": "sgm_uniform",  # A1111's alias
     "trailing": "trailing",
 }
-"""Timestep spacings by scheduler, in lower case. They apply to the sampler of `Uniform`, or of
-`Automatic` if A1111 has no `Uniform` for the sampler."""
+"""Timestep spacings by lower-case name of the scheduler. They are combined with the sampler that
+`_TABLE` has for `Uniform`, or else for `Automatic`."""
 
 
 class SamplerChoice(NamedTuple):
@@ -51,8 +51,8 @@ _TABLE: Mapping[str, Mapping[str, str]] = {
 }
 
 
-# A1111's other names of its samplers. `k_euler` and `k_lms` are also names of Fidelora's samplers
-# with Karras' schedule, but A1111's clients mean these.
+# A1111's other names of its samplers. `k_euler` and `k_lms` are also Fidelora's names of samplers
+# with Karras' schedule, but clients of A1111's API use them with A1111's meaning.
 _ALIASES: Mapping[str, tuple[str, str]] = {
     "k_euler": ("Euler", AUTOMATIC),
     "k_euler_a": ("Euler a", AUTOMATIC),
@@ -119,12 +119,13 @@ def sampler_of(
     if by_schedule:
         known = ", ".join(by_schedule)
         raise UnknownSamplerError(
-            f"The sampler {name!r:.80} has no scheduler {schedule!r:.80} here; it has {known}.",
+            f"The sampler {name!r:.80} does not support the scheduler {schedule!r:.80} here; use "
+            f"one of {known}.",
             field="scheduler",
         )
     known = ", ".join(sampler_names(spec))
     raise UnknownSamplerError(
-        f"There is no sampler {name!r:.80} here; the samplers are: {known}.", field="sampler"
+        f"The sampler {name!r:.80} is not supported here; use one of {known}.", field="sampler"
     )
 
 

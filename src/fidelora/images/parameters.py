@@ -43,7 +43,7 @@ _FEWEST_PAIRS = 3
 _SETTINGS = "Steps: "
 """Start of the line of pairs in A1111's texts; extensions of A1111 add lines after it."""
 _JSON_VALUE = re.compile(r"(?:^|, )(?P<key>Hashes|Civitai (?:resources|metadata)):\s*(?=[\[{])")
-_SAYS_NOTHING = {
+_WITHOUT_NOTE = {
     "Version": None,
     "Clip skip": "1",
     "Schedule type": None,
@@ -99,8 +99,8 @@ class Parameters:
             replace(ref, multiplier=lora.multiplier)
             for ref, lora in zip(adapters, self.loras, strict=True)
         )
-        said = {"prompt": self.prompt, "negative_prompt": self.negative_prompt, **self.fields}
-        return Recipe(**{**said, **others, "adapters": refs})
+        own = {"prompt": self.prompt, "negative_prompt": self.negative_prompt, **self.fields}
+        return Recipe(**{**own, **others, "adapters": refs})
 
 
 def parameters_text(
@@ -254,7 +254,10 @@ def _without_objects(line: str) -> tuple[str, dict[str, Any]]:
 
 
 def _resources(objects: Mapping[str, Any]) -> list[Ignored]:
-    """Return what the JSON values say about the image, except for the hashes of LoRAs."""
+    """Return the resources and parameters in the JSON values, none of which is supported.
+
+    `_lora_hashes` reads the hashes of LoRAs.
+    """
     ignored = []
     for key, value in objects.items():
         if key == "Hashes" or not value:
@@ -286,7 +289,7 @@ def _fields(pairs: Mapping[str, str], spec: Family) -> tuple[dict[str, Any], lis
                 ignored.append(Ignored(key, value, str(error)))
             except ValueError:
                 ignored.append(Ignored(key, value, "The value is not valid for this key."))
-        elif key not in _SAYS_NOTHING or _SAYS_NOTHING[key] not in (None, value):
+        elif key not in _WITHOUT_NOTE or _WITHOUT_NOTE[key] not in (None, value):
             ignored.append(
                 Ignored(key, value, _REASONS.get(key, "The parameter is not supported."))
             )

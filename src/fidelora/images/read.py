@@ -77,7 +77,7 @@ def read_origin(
 
     Raises:
         ImageRecordError: not an image, or its metadata are missing, not supported or inconsistent.
-        UnknownModelError: there is no such model.
+        UnknownModelError: the model family `model` does not exist.
     """
     spec = get_family(model)
     with _opened(content, name) as image:
@@ -167,7 +167,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
         with Image.open(path) as image:
             record = _record(_texts(image)[0])
     except FileNotFoundError:
-        raise ImageRecordError(f"There is no image {path}; check the path.") from None
+        raise ImageRecordError(f"The image {path} does not exist; check the path.") from None
     except (
         UnidentifiedImageError,
         OSError,

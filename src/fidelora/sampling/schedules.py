@@ -107,8 +107,8 @@ def _prepared(
     spacing: TimestepSpacing,
 ) -> Any:
     """Return a scheduler with its tables. Cached, because `dpm_2` takes 0.2 s to compute them."""
-    # With `trailing`, schedulers of sigmas scale the initial noise by the largest sigma, as
-    # AUTOMATIC1111 does for SGM Uniform.
+    # SGM Uniform also gets `trailing`, with which sigma-based schedulers scale the initial noise by
+    # the largest sigma, as AUTOMATIC1111 does.
     chosen = {} if spacing == "default" else {"timestep_spacing": "trailing"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # `dpmsolver` is deprecated
@@ -129,7 +129,8 @@ def trailing_timesteps(steps: int) -> list[int]:
     Source: Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed" (2023),
     table 2.
     """
-    # numpy's `arange` multiplies a rounded step: with 48 steps, 937.5 becomes a little less.
+    # `np.arange` adds multiples of a rounded step. With 48 steps, it gives 937.4999... instead of
+    # 937.5, which rounds to another integer.
     spaced = np.arange(_TRAINING_TIMESTEPS, 0, -_TRAINING_TIMESTEPS / steps)
     return [int(timestep) - 1 for timestep in spaced.round()]
 
@@ -137,16 +138,17 @@ def trailing_timesteps(steps: int) -> list[int]:
 def _set_sgm_uniform(scheduler: Any, steps: int, device: torch.device) -> None:
     """Replace the timesteps and sigmas of a scheduler by those of SGM Uniform.
 
-    The table of timesteps and sigmas is the one that diffusers' Euler scheduler computes from the
-    sigmas. The timesteps are fractions, as in AUTOMATIC1111; ComfyUI and Forge round them to whole
+    diffusers' Euler scheduler computes the timesteps from the sigmas of `sgm_uniform_sigmas`. They
+    are fractions, as in AUTOMATIC1111; ComfyUI and Forge round them to whole
     numbers for the denoiser.
     """
     table: Any = schedulers.EulerDiscreteScheduler.from_config(
         {**scheduler.config, "use_karras_sigmas": False, "final_sigmas_type": "zero"}
     )
     table.set_timesteps(sigmas=sgm_uniform_sigmas(table.alphas_cumprod, steps), device=device)
-    evaluations = scheduler.order  # of the denoiser, in each step but the last
-    # Second-order schedulers have one entry for each evaluation of the denoiser.
+    # Second-order schedulers have one entry for each evaluation of the denoiser: two for each step
+    # but the last.
+    evaluations = scheduler.order
     first, between, last = table.sigmas[:1], table.sigmas[1:-1], table.sigmas[-1:]
     scheduler.sigmas = torch.cat([first, between.repeat_interleave(evaluations), last])
     scheduler.timesteps = torch.cat(

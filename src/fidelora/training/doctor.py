@@ -27,9 +27,10 @@ _MIN_EXPLAINED = 0.5
 """Share of the mean difference that a suspect must explain to be reported."""
 
 _MAX_NOISE = 1.3
-"""Largest mean difference that lost information explains, relative to that of the draws.
+"""Mean difference, relative to that of the draws, up to which lost information explains the rest.
 
-Single samples with right settings had up to 1.67 times the mean difference of the draws.
+A suspect within this limit ends the search among other causes. Single samples with right settings
+had up to 1.67 times the mean difference of the draws; for these, the search continues.
 """
 
 _SCREENING_STEPS = 6
@@ -134,9 +135,10 @@ def diagnose(
 
 
 def explained_share(before: float, after: float, noise: float) -> float:
-    """Return the share of a mean difference that a setting explains; above 1 below the noise.
+    """Return the share of a mean difference that a setting explains.
 
-    No setting can explain the part that is due to lost information. At least a quarter of the
+    The share exceeds 1 if the difference with the setting is below the noise. No setting can
+    explain the part that is due to lost information. At least a quarter of the
     difference is taken to be explainable, so that small changes of a difference near the noise
     count little.
 
@@ -218,7 +220,7 @@ class _Search:
 
     def _compare(self, suspect: Suspect) -> Comparison | None:
         if self._on_progress is not None:
-            self._on_progress("searching the cause", self._attempts, self._most_attempts)
+            self._on_progress("searching for the cause", self._attempts, self._most_attempts)
         self._attempts += 1
         try:
             image = self._engine.generate(

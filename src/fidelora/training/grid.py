@@ -104,8 +104,8 @@ def make_rows(
             chosen.append(int(prompt))
         else:
             raise JobFolderError(
-                f"The training run {run.name} has {len(run.samples)} samples, counted from 0; "
-                f"there is no sample {prompt}."
+                f"Sample {prompt} does not exist: the training run {run.name} has "
+                f"{len(run.samples)} samples, counted from 0. Use a smaller index."
             )
     if not chosen:
         raise JobFolderError(

@@ -44,8 +44,8 @@ OnImage = Callable[[int, int], None]
 FALSE_ALARMS = 0.005
 """Probability of calling samples with right settings a mismatch, according to the tests.
 
-The tests assume normal numbers. In simulated runs (`benchmarks/verdicts.py`), 2 of 180 verdicts
-were false alarms when this was 0.01, so it is half of the 1 % that we promise.
+The tests assume normally distributed numbers. In simulated runs (`benchmarks/verdicts.py`), 2 of
+180 verdicts were false alarms at 0.01. The value is therefore half of the documented 1 %.
 """
 _SIZE_LIMIT = 0.6 * FALSE_ALARMS
 _DIRECTIONS_LIMIT = 0.4 * FALSE_ALARMS
@@ -199,7 +199,8 @@ class Experiment:
     """Images with which the samples of one step are compared: draws, and changed settings.
 
     Attributes:
-        draws: differences of the draws from our images, by sample and by number of the draw.
+        draws: differences of the draws from the replayed images, by sample and by number of the
+            draw.
     """
 
     def __init__(
@@ -227,10 +228,10 @@ class Experiment:
             for number in range(DRAWS):  # one change of the weights for all samples
                 for sample, plan in enumerate(plans):
                     recipe = maker.recipe(plan, number)
-                    self.draws[sample].append(self._made(sample, recipe, jitter=number))
+                    self.draws[sample].append(self._difference_of(sample, recipe, jitter=number))
 
     def differences(self, trainer: Sequence[Pixels]) -> list[Differences]:
-        """Return the differences of these samples and of the draws from our images."""
+        """Return the differences of these samples and of the draws from the replayed images."""
         return [
             Differences(_difference(pixels, center), tuple(fields))
             for pixels, center, fields in zip(trainer, self._replayed, self.draws, strict=True)
@@ -253,13 +254,13 @@ class Experiment:
             return Evidence(Verdict.MISMATCH, lost, noise, size)
         tried = []
         limit = _DIRECTIONS_LIMIT / max(1, len(self._changes))
-        for same in self._changes.values():
-            effects = [self._effect(index, change) for index, change in same.items()]
-            changed = [samples[index] for index in same]
+        for by_sample in self._changes.values():
+            effects = [self._effect(index, change) for index, change in by_sample.items()]
+            changed = [samples[index] for index in by_sample]
             test = direction_test(changed, effects, limit)
             if all(map(_reproduces, effects, changed)):
                 test = replace(test, amount=1.0, p_value=0.0)
-            tried.append(TriedChange(next(iter(same.values())), test))
+            tried.append(TriedChange(next(iter(by_sample.values())), test))
         found = [
             one for one in tried if one.test.p_value < limit and abs(one.test.amount) >= _MIN_AMOUNT
         ]
@@ -271,14 +272,17 @@ class Experiment:
         return Evidence(verdict, lost, noise, size, tuple(tried))
 
     def _effect(self, sample: int, change: Change) -> Field:
-        """Return what a changed setting does to our image of a sample."""
+        """Return the difference that a changed setting makes to the replayed image of a sample."""
         key = (change.cause, sample)
         if key not in self._effects:
             options = change.scheduler_options
-            self._effects[key] = self._made(sample, change.recipe, scheduler_options=options)
+            self._effects[key] = self._difference_of(
+                sample, change.recipe, scheduler_options=options
+            )
         return self._effects[key]
 
-    def _made(self, sample: int, recipe: Recipe, **options: Any) -> Field:
+    def _difference_of(self, sample: int, recipe: Recipe, **options: Any) -> Field:
+        """Generate an image, and return its difference from the replayed image of the sample."""
         pixels = self._engine.generate(recipe, **options).pixels
         self._done += 1
         if self._on_image is not None:

@@ -68,7 +68,7 @@ def plan_samples(
         history: earlier rounds of samples; by default all rounds since step 0.
 
     Raises:
-        JobFolderError: there is no checkpoint of this step, or a flag is invalid.
+        JobFolderError: the step has no checkpoint, or a flag is invalid.
         RecipeError: a setting is invalid in a recipe (unknown sampler, size, ...).
     """
     if step != 0 and step not in run.checkpoints:

@@ -68,7 +68,7 @@ def folders_without_weights(folder: Path, name: str) -> list[str]:
 
 
 def _saved_step(path: Path, default: int) -> int:
-    """Return the step in the metadata of a checkpoint; `default` if there is none."""
+    """Return the step in the metadata of a checkpoint; `default` if it is missing or invalid."""
     try:
         metadata = checkpoint_metadata(path)
         # Embeddings have the step in a field of its own.

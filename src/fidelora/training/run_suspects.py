@@ -26,7 +26,7 @@ def run_suspects(run: TrainingRun, plan: PlannedSample) -> Iterator[Suspect]:
     """
     yield from _rounds(run, plan)
     yield from _encoding(run, plan)
-    yield from _applications(run, plan.recipe)
+    yield from _adapter_modes(run, plan.recipe)
     yield from _histories(run, plan)
     yield from _embeddings(run, plan)
 
@@ -67,7 +67,7 @@ def _encoding(run: TrainingRun, plan: PlannedSample) -> Iterator[Suspect]:
         yield Suspect("unload_text_encoder", changed, fix)
 
 
-def _applications(run: TrainingRun, recipe: Recipe) -> Iterator[Suspect]:
+def _adapter_modes(run: TrainingRun, recipe: Recipe) -> Iterator[Suspect]:
     """Yield the other adapter mode, which depends on whether the base model is quantised."""
     if all(ref.word is not None for ref in recipe.adapters):
         return

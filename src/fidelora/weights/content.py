@@ -55,7 +55,7 @@ class ContentHashes:
 
         For a single-file checkpoint, it is the sha256 of the file, which model sites publish. In
         other cases (a folder, another VAE, given configurations), it is the sha256 of a text with
-        one line `NAME SHA256` for each of `contents(files)`.
+        the line `NAME SHA256` for each file of `contents(files)`.
 
         Raises:
             WeightsFileError: a file cannot be read.
@@ -138,7 +138,7 @@ def _combine(files: BaseFiles, hashes: list[str]) -> str:
 
 
 def _lookup(remembered: Mapping[str, Any], path: Path) -> str | None:
-    """Return the cached sha256 of a file; None if there is none or the file has changed."""
+    """Return the cached sha256 of a file; None if it is not cached or the file has changed."""
     entry = remembered.get(str(path.absolute()))
     stamp = _stamp_of(path)
     if not isinstance(entry, list) or len(entry) != 3 or stamp is None:

@@ -122,18 +122,18 @@ class BaseFiles:
         weights: dict[str, dict[str, Tensor]] = {}
         if self.is_checkpoint:
             others = all_families().values()
-            layout = importlib.import_module(self.family.checkpoint)
+            converter = importlib.import_module(self.family.checkpoint)
             found = read_weights([self.source])
-            weights = layout.split(found, configs, self.family, others, self.source.name)
+            weights = converter.split(found, configs, self.family, others, self.source.name)
         weights |= {name: read_weights(paths) for name, paths in self.weights.items()}
         decoder = self.family.part("decoder").name
         if self.family.checkpoint:
-            layout = importlib.import_module(self.family.checkpoint)
-            weights[decoder] = layout.convert_decoder(weights[decoder], configs[decoder])
+            converter = importlib.import_module(self.family.checkpoint)
+            weights[decoder] = converter.convert_decoder(weights[decoder], configs[decoder])
         return configs, weights
 
     def numbers(self) -> dict[str, int]:
-        """Return the number of weight elements of each part, read from the file headers.
+        """Return the number of parameters of each part, read from the file headers.
 
         Raises:
             WeightsFileError: a file is damaged.
@@ -272,7 +272,11 @@ def _weight_files(folder: Path, part: Part, variant: str) -> tuple[Path, ...]:
             f"when it is opened. Convert it to {wanted}."
         )
     others = sorted(path.name for path in folder.glob("*.safetensors"))
-    hint = f" (found: {', '.join(others)}; change the variant to use them)" if others else ""
+    hint = (
+        f" (found: {', '.join(others)}; change the variant to use them)"
+        if others
+        else "; download it again"
+    )
     raise BaseModelFilesError(f"The base model has no {folder.name}/{wanted}{hint}.")
 
 
@@ -284,7 +288,8 @@ def _check_shards(paths: list[Path]) -> None:
     if numbers and numbers != expected:
         names = ", ".join(path.name for path in paths)
         raise BaseModelFilesError(
-            f"The shards in {paths[0].parent.name} are not one complete set: {names}."
+            f"The shards in {paths[0].parent.name} are not one complete set: {names}. Download the "
+            "folder again."
         )
 
 

@@ -66,7 +66,7 @@ def locate(
     match = _hub_id(name)
     if match is None:
         raise BaseModelNotFoundError(
-            f"There is no {what} at {name:.300} on this machine. Give a diffusers folder, a "
+            f"The {what} {name:.300} was not found on this machine. Give a diffusers folder, a "
             f".safetensors checkpoint, a hub id (owner/name) or {', '.join(_BUNDLED)}."
         )
     return _snapshot(match["repo"], match["revision"], _patterns(parts, variant), cache_dir)
@@ -164,15 +164,18 @@ def _snapshot(repo: str, revision: str | None, patterns: list[str], cache_dir: P
             "account that accepted it."
         ) from error
     except RevisionNotFoundError as error:
-        raise BaseModelNotFoundError(f"{repo} has no revision {revision!r} on the hub.") from error
+        raise BaseModelNotFoundError(
+            f"{repo} has no revision {revision!r} on the hub. Use an existing branch, tag or "
+            "commit."
+        ) from error
     except RepositoryNotFoundError as error:
         raise BaseModelNotFoundError(
-            f"There is no folder {repo} here, and no such repository on the hub. Check the name, "
-            "and set HF_TOKEN if the repository is private."
+            f"{repo} is neither a folder on this machine nor a repository on the hub. Check the "
+            "name, and set HF_TOKEN if the repository is private."
         ) from error
     except LocalEntryNotFoundError as error:
         raise BaseModelNotFoundError(
-            f"There is no folder {repo} here, it is not in the hub's local cache, and the hub "
+            f"{repo} is neither a folder on this machine nor in the hub's local cache, and the hub "
             "cannot be reached. Connect to the internet to download it, unset HF_HUB_OFFLINE, or "
             "give a local folder or file."
         ) from error

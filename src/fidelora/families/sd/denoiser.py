@@ -34,8 +34,8 @@ class UNetDenoiser:
         unet, guided = self._unet, self.uses_negative(guidance)
         # All negative prompts first, then all prompts.
         rows = [*(one.negative for one in encoded if guided), *(one.positive for one in encoded)]
-        # With emphasis, prompts can have different numbers of tokens. Those of equal length are
-        # evaluated together; all are, without emphasis.
+        # Rows with the same number of tokens are evaluated in one batch. Without emphasis, all rows
+        # have the same number.
         by_length: dict[int, list[int]] = {}
         for index, row in enumerate(rows):
             by_length.setdefault(row.text.shape[1], []).append(index)

@@ -33,9 +33,9 @@ _TRAINER_CONFIG = {
 }
 
 _KARRAS = {"use_karras_sigmas": True}
-# Since diffusers 0.26, `dpmsolver` raises an error for a final sigma of zero, which is the default.
-# The trainer can therefore not use it with a current diffusers. `sigma_min` restores the behaviour
-# before that release.
+# Since diffusers 0.26, `dpmsolver` rejects a final sigma of zero, which is the default, so the
+# trainer's `dpmsolver` fails with current releases of diffusers. `sigma_min` restores the earlier
+# behaviour.
 _DPM_SOLVER = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
 _DPM_SOLVER_PP = {"algorithm_type": "dpmsolver++"}
 
