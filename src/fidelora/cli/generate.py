@@ -155,7 +155,8 @@ def generate(
     width: Annotated[
         int | None,
         typer.Option(
-            help="Width in pixels, 64..4096, rounded down to a multiple of 8.",
+            help="Width in pixels, 64..4096, rounded down to a multiple of 8, or of 16 for "
+            "Z-Image.",
             rich_help_panel=SAMPLING_PANEL,
         ),
     ] = None,
