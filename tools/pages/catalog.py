@@ -102,7 +102,11 @@ def _family(spec: Family) -> Iterator[str]:
     for sampler in spec.samplers.values():
         own = {name: value for name, value in sampler.config.items() if common.get(name) != value}
         options = ", ".join(f"`{name}={value}`" for name, value in own.items())
-        computed_by = sampler.scheduler if isinstance(sampler, NoiseSampler) else "FlowSchedule"
+        computed_by = (
+            sampler.scheduler
+            if isinstance(sampler, NoiseSampler)
+            else "FlowMatchEulerDiscreteScheduler"
+        )
         scheduler = f"`{computed_by}`{f' with {options}' if options else ''}"
         spacings = ", ".join(f"`{one}`" for one in ("default", *sorted(sampler.spacings)))
         eta = "" if sampler.eta is None else f"0..1, by default {sampler.eta:g}"

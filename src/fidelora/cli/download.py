@@ -53,8 +53,8 @@ def download(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="Model family of a base model with a hub id; by default sd15. It determines the "
-            "files.",
+            help="Model family, if SOURCE is the hub id of a base model; by default sd15. It "
+            "determines which files are downloaded.",
             autocompletion=lambda: list(all_families()),
         ),
     ] = None,

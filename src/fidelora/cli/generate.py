@@ -80,8 +80,8 @@ def generate(
             help="LoRA or embedding file and its multiplier, -5..5, by default 1. LoRAs are "
             "applied in order. "
             "If there is a file with the whole name FILE:MULT, it is used with multiplier 1. "
-            "A folder, or a quoted pattern such as 'run/*.safetensors:0.8', makes the images with "
-            "one of its .safetensors files after the other.",
+            "For a folder, or a quoted pattern such as 'run/*.safetensors:0.8', the images are "
+            "made with each of its .safetensors files in turn.",
         ),
     ] = None,
     trigger: Annotated[
@@ -114,10 +114,10 @@ def generate(
             "--output",
             "--out",
             metavar="PATH",
-            help="Output folder, in which no file is replaced, or output file (.png, .jpg or "
-            ".webp), which is replaced. If the name of a folder has a dot, add / at the end. "
-            "A name with fields, such as {lora}_{seed}.png, names each image and replaces no "
-            f"file; the fields are {', '.join(FIELDS)}.",
+            help="Output folder or file (.png, .jpg or .webp). If the name of a folder has a dot, "
+            "add / at the end. A name with fields, such as {lora}_{seed}.png, gives each image a "
+            f"name of its own; the fields are {', '.join(FIELDS)}. An existing file is replaced "
+            "only if PATH is a file name without fields.",
         ),
     ] = ".",
     image_format: Annotated[
@@ -155,7 +155,8 @@ def generate(
     width: Annotated[
         int | None,
         typer.Option(
-            help="Width in pixels, 64..4096, rounded down to a multiple of 8.",
+            help="Width in pixels, 64..4096, rounded down to a multiple of 8, or of 16 for "
+            "Z-Image.",
             rich_help_panel=SAMPLING_PANEL,
         ),
     ] = None,

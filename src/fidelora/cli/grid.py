@@ -59,7 +59,7 @@ def grid(
             "--output",
             "--out",
             metavar="FILE",
-            help="Output file (.png, .jpg or .webp), which is replaced.",
+            help="Output file (.png, .jpg or .webp); an existing file is replaced.",
         ),
     ] = Path("grid.png"),
     fidelity: Fidelity = FidelityOption.EXACT,

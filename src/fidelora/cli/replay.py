@@ -77,7 +77,8 @@ def replay(
         bool,
         typer.Option(
             "--emphasis",
-            help="Weight words in brackets, in images of AUTOMATIC1111's web UI.",
+            help="For images of AUTOMATIC1111's web UI: weight words in brackets, such as "
+            "(word:1.2), as the web UI does.",
         ),
     ] = False,
     base_model: Annotated[
