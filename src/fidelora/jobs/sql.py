@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 import sqlalchemy as sa
@@ -39,6 +40,7 @@ from fidelora.jobs.store import (
 )
 
 _CLAIM_WINDOW = 100  # number of oldest jobs that a claim reads; bounds its cost in long queues
+_CACHED_CHARACTERS = 20_000  # longest document to keep parsed; most have less than 2,000
 _RETRY_WINDOW = 10  # number of oldest jobs with a failed attempt that a claim reads
 _FINAL = [status.value for status in Status if status.final]
 
@@ -336,4 +338,12 @@ def _row(job: Job) -> dict[str, Any]:
 
 
 def _job(document: str) -> Job:
+    return _parse(document) if len(document) > _CACHED_CHARACTERS else _parse_cached(document)
+
+
+def _parse(document: str) -> Job:
     return job_from_dict(json.loads(document))
+
+
+# Each claim reads the beginning of the queue, most of which was there at the claim before.
+_parse_cached = lru_cache(maxsize=2 * _CLAIM_WINDOW)(_parse)
