@@ -8,6 +8,8 @@ Starts `fidelora serve` with the tiny base model of the demo on this machine. Pr
 * overhead: from the POST to the first `succeeded` status, minus the engine's seconds for the image
 * requeue: from the kill (SIGKILL) of a worker during an image until its job is queued again
 * cancel: time for a queued job, and number of steps for a running one
+* claim: time of a worker's claim with a long queue
+* restart: from the kill (SIGKILL) of the server to a ready one, and a first start for comparison
 """
 
 from __future__ import annotations
@@ -68,6 +70,9 @@ def main() -> None:
         _cancel_running(client, server)
         _requeue(client, server)
         _submit(client, server, data, options.queue, options.submits)
+        _claim(data, options.submits)
+        server.kill()
+        _restart(data)
 
 
 def measure(settings: Settings) -> Findings:
@@ -154,6 +159,32 @@ def _submit(client: httpx2.Client, server: Server, data: Path, queue: int, submi
     _print("cancel a queued job", [time.perf_counter() - start])
     client.delete(f"/v1/requests/{busy}")
     store.close()
+
+
+def _claim(data: Path, claims: int) -> None:
+    """Claim jobs of the queue that `_submit` has left."""
+    store = SqlStore(f"sqlite:///{data}/jobs.sqlite")
+    seconds = []
+    for _ in range(claims):
+        start = time.perf_counter()
+        assert store.claim("benchmark", datetime.now(UTC), 60.0) is not None
+        seconds.append(time.perf_counter() - start)
+    _print("claim with a long queue", seconds)
+    store.close()
+
+
+def _restart(data: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        with _server(Path(folder)):
+            _print("first start until ready", [time.perf_counter() - start])
+    start = time.perf_counter()
+    server = Server(data)
+    try:
+        server.ready()
+        _print("start after the kill until ready", [time.perf_counter() - start])
+    finally:
+        server.close()
 
 
 def _cancel_running(client: httpx2.Client, server: Server) -> None:
