@@ -106,6 +106,8 @@ class Job:
         passed_over: number of times that a later job was claimed first, because its adapters were
             loaded or it could share a batch.
         notes: sentences about values that the server chose, such as a LoRA's own trigger word.
+        owner: id of the API key that submitted the job; empty on a server without keys, and for
+            jobs of versions that did not store it.
         version: number of the last change; also the id of its event.
     """
 
@@ -128,6 +130,7 @@ class Job:
     error: Failure | None = None
     timings: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    owner: str = ""
     version: int = 1
 
     @property
@@ -143,6 +146,7 @@ def new_job(
     image_format: str = "png",
     image_quality: int | None = None,
     notes: tuple[str, ...] = (),
+    owner: str = "",
 ) -> Job:
     """Return a queued job for these images.
 
@@ -159,6 +163,7 @@ def new_job(
         image_format=image_format,
         image_quality=image_quality,
         notes=notes,
+        owner=owner,
     )
 
 
