@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sqlite3
@@ -16,12 +17,14 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from fidelora import AdapterRef, Recipe
 from fidelora.errors import (
+    CursorError,
     FideloraError,
     IdempotencyConflictError,
     JobError,
@@ -31,6 +34,7 @@ from fidelora.errors import (
     QueueFullError,
     RecipeError,
 )
+from fidelora.jobs.codec import job_to_dict
 from fidelora.jobs.database import wal_is_safe
 from fidelora.jobs.job import MAX_ATTEMPTS, Failure, Job, JobProgress, Output, Status, new_job
 from fidelora.jobs.memory import MemoryStore
@@ -542,6 +546,24 @@ def test_lists_can_be_filtered_by_status(store):
     assert store.list(status=Status.FAILED).jobs == ()
 
 
+def test_a_list_of_one_owner_has_no_other_jobs(store):
+    owners = ["a", "b", "", "a"]
+    jobs = [store.add(new_job((Recipe(prompt="a"),), NOW, owner=owner)) for owner in owners]
+    assert [job.owner for job in jobs] == owners
+    assert store.list(owner="a").jobs == (jobs[3], jobs[0])
+    assert store.list(owner="").jobs == (jobs[2],)
+    assert store.list(owner="c").jobs == ()
+    assert len(store.list(owner=None).jobs) == 4
+    first = store.list(owner="a", limit=1)
+    assert store.list(owner="a", limit=1, cursor=first.next_cursor).jobs == (jobs[0],)
+    with pytest.raises(CursorError):
+        store.list(owner="a", cursor=jobs[1].id)  # an existing job of another owner
+    claimed = store.claim("worker", NOW, LEASE_S)
+    assert claimed.owner == "a"
+    assert store.list(owner="a", status=Status.IN_PROGRESS).jobs == (claimed,)
+    assert store.list(owner="b", status=Status.IN_PROGRESS).jobs == ()
+
+
 def test_old_jobs_are_removed_by_age_and_by_number(store):
     ended = []
     for number in range(5):
@@ -725,7 +747,7 @@ def test_jobs_persist_after_the_store_is_closed(tmp_path):
     second.close()
 
 
-def test_the_first_version_of_the_table_is_migrated(tmp_path):
+def test_attempts_of_an_older_database_are_kept(tmp_path):
     path = tmp_path / "jobs.sqlite"
     first = SqlStore(f"sqlite:///{path}")
     retry, fresh = first.add(job()), first.add(job())
@@ -734,7 +756,7 @@ def test_the_first_version_of_the_table_is_migrated(tmp_path):
     with closing(sqlite3.connect(path)) as database:
         database.executescript(
             "DROP INDEX jobs_by_attempts; ALTER TABLE jobs DROP COLUMN attempts;"
-            "UPDATE alembic_version SET version_num = '0001'"
+            "UPDATE alembic_version SET version_num = '0002'"
         )
     second = SqlStore(f"sqlite:///{path}")
     claims = [second.claim("worker", later(5), LEASE_S) for _ in range(2)]
@@ -849,6 +871,29 @@ def test_a_database_of_a_newer_version_is_refused(tmp_path):
         connection.execute("UPDATE alembic_version SET version_num = '9999'")
     with pytest.raises(JobStoreError, match="by another version"):
         SqlStore(f"sqlite:///{path}")
+
+
+def test_jobs_of_an_older_database_have_no_owner(tmp_path, monkeypatch):
+    path = Path(tmp_path) / "jobs.sqlite"
+    with monkeypatch.context() as older:
+        upgrade = command.upgrade
+        older.setattr(command, "upgrade", lambda config, _head: upgrade(config, "0001"))
+        SqlStore(f"sqlite:///{path}").close()
+    old = job()
+    document = job_to_dict(old)
+    del document["owner"]
+    with sqlite3.connect(path) as connection:
+        connection.execute(
+            "INSERT INTO jobs (id, status, version, document) VALUES (?, ?, ?, ?)",
+            (old.id, old.status.value, old.version, json.dumps(document)),
+        )
+    store = SqlStore(f"sqlite:///{path}")
+    assert store.get(old.id) == old
+    assert store.list(owner="").jobs == (old,)
+    claimed = store.claim("worker", NOW, LEASE_S)
+    assert claimed is not None
+    assert claimed.owner == ""
+    store.close()
 
 
 def test_a_failed_migration_is_rolled_back(tmp_path, monkeypatch):

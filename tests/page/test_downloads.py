@@ -6,6 +6,7 @@ import html
 import io
 import re
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,22 @@ def test_the_zip_contains_the_images_that_still_exist(client, context):
             for job, content in ((first, b"one"), (second, b"two"))
         }
     assert list((context.settings.data_dir / "page" / "files").glob("**/*.zip")) == []
+
+
+def test_the_zip_has_no_images_of_another_key(client, context):
+    mine, other = (finished_job(context, text) for text in (b"mine", b"other"))
+    link = html.unescape(download_link([(mine.id, 0), (other.id, 0)]))
+    key = context.keys.add("alice")
+    me = context.keys.find(key).id
+    context.store.change(mine.id, lambda job: replace(job, owner=me, version=job.version + 1))
+    try:
+        answer = client.get(
+            link.split('"')[1].removeprefix("."), headers={"Authorization": f"Bearer {key}"}
+        )
+    finally:
+        context.keys.remove("alice")
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as packed:
+        assert [packed.read(name) for name in packed.namelist()] == [b"mine"]
 
 
 @pytest.mark.parametrize("query", ["", "?image=gone.0", "?image=.", "?image=a.-1", "?image=%ff.٣"])

@@ -18,6 +18,7 @@ from tests.support import GOLDEN_JOBS, LORA
 from fidelora.errors import WrongUseError
 from fidelora.jobs.job import new_job
 from fidelora.recipe import Recipe
+from fidelora.server.access import EVERYBODY
 from fidelora.server.page import request_queue
 from fidelora.server.page.form import LABELS, MAX_LORAS, build_request
 from fidelora.server.page.lora_list import LoraList
@@ -26,6 +27,7 @@ from fidelora.server.page.match_tab import MatchTab
 from fidelora.server.page.pictures import PageFiles, Pictures
 from fidelora.server.page.request_queue import Session
 from fidelora.server.page.verifications import Verifier
+from fidelora.server.page.visitor import acting_for
 
 EMBEDDING = GOLDEN_JOBS / "embed" / "zrkk.safetensors"
 TRIGGERS = {"a": "aaa", "b": "bbb", "c": ""}
@@ -36,6 +38,13 @@ class FakeLoraList(LoraList):
 
     def trigger(self, paths: list[str]) -> str:
         return next((TRIGGERS[path] for path in paths if TRIGGERS.get(path)), "")
+
+
+@pytest.fixture(autouse=True)
+def without_keys():
+    """Run the handlers for the visitor of a server without keys."""
+    with acting_for(EVERYBODY):
+        yield
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -366,6 +367,14 @@ def test_api_keys_on_the_command_line(data):
     assert key not in (data / "api_keys.json").read_text()
     assert keys("list") == "my app"
     assert "exists already" in keys("add", "my app")
+    assert keys("admin", "my app") == ""
+    assert keys("list") == "my app (admin)"
+    keys("admin", "my app", "--off")
+    assert re.fullmatch("[0-9a-f]{16}  my app", keys("list", "--ids"))
+    keys("add", "boss", "--admin")
+    assert keys("list") == "boss (admin)\nmy app"
+    assert "no API key" in keys("admin", "nobody")
+    keys("remove", "boss")
     assert "This was the last key" in keys("remove", "my app")
     assert keys("list") == ""
     assert "no API key" in keys("remove", "my app")

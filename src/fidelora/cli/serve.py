@@ -68,16 +68,39 @@ def serve(
 
 
 @keys.command("add")
-def add(name: Annotated[str, typer.Argument(help="Name of the key, such as a user name.")]) -> None:
-    """Create a key and print it. It cannot be shown again."""
-    typer.echo(_open_keys().add(name))
+def add(
+    name: Annotated[str, typer.Argument(help="Name of the key, such as a user name.")],
+    admin: Annotated[
+        bool,
+        typer.Option("--admin", help="Give access to the requests and uploads of all keys."),
+    ] = False,
+) -> None:
+    """Create a key and print it. It cannot be shown again.
+
+    A key has access to its own requests and uploads only, unless it is an admin key.
+    """
+    typer.echo(_open_keys().add(name, is_admin=admin))
+
+
+@keys.command("admin")
+def change_admin(
+    name: Annotated[str, typer.Argument(help="Name of the key.")],
+    on: Annotated[bool, typer.Option("--on/--off", help="Make it an admin key, or not.")] = True,
+) -> None:
+    """Give an existing key access to the requests and uploads of all keys, or take it away."""
+    _open_keys().set_admin(name, on)
 
 
 @keys.command("list")
-def list_open_keys() -> None:
-    """List the names of all keys."""
-    for name in _open_keys().names():
-        typer.echo(name)
+def list_open_keys(
+    ids: Annotated[
+        bool, typer.Option("--ids", help="Also show the ids, which name the folders of uploads.")
+    ] = False,
+) -> None:
+    """List the names of all keys; admin keys are marked."""
+    for key in _open_keys().all():
+        first = f"{key.id}  " if ids else ""
+        typer.echo(f"{first}{key.name}{' (admin)' if key.is_admin else ''}")
 
 
 @keys.command("remove")

@@ -62,5 +62,6 @@ def job_from_dict(plain: Mapping[str, Any]) -> Job:
         error=Failure(**plain["error"]) if plain["error"] else None,
         timings=plain["timings"],
         notes=tuple(plain.get("notes", ())),  # absent in jobs stored by older versions
+        owner=plain.get("owner", ""),  # absent in jobs stored by older versions
         version=plain["version"],
     )

@@ -111,6 +111,8 @@ class Job:
         passed_over: number of times that a later job was claimed first, because its adapters were
             loaded or it could share a batch.
         notes: sentences about values that the server chose, such as a LoRA's own trigger word.
+        owner: id of the API key that submitted the job; empty on a server without keys, and for
+            jobs of versions that did not store it.
         version: number of the last change; also the id of its event.
     """
 
@@ -134,6 +136,7 @@ class Job:
     error: Failure | None = None
     timings: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    owner: str = ""
     version: int = 1
 
     @property
@@ -149,6 +152,7 @@ def new_job(
     image_format: str = "png",
     image_quality: int | None = None,
     notes: tuple[str, ...] = (),
+    owner: str = "",
 ) -> Job:
     """Return a queued job for these images.
 
@@ -165,6 +169,7 @@ def new_job(
         image_format=image_format,
         image_quality=image_quality,
         notes=notes,
+        owner=owner,
     )
 
 

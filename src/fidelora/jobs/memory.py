@@ -49,14 +49,22 @@ class MemoryStore(StoreByTransition):
             return self._get(job_id)
 
     def list(
-        self, *, status: Status | None = None, limit: int = 50, cursor: str | None = None
+        self,
+        *,
+        status: Status | None = None,
+        owner: str | None = None,
+        limit: int = 50,
+        cursor: str | None = None,
     ) -> JobPage:
         with self._lock:
-            newest_first = list(reversed(self._jobs.values()))
+            newest_first = [
+                job for job in reversed(self._jobs.values()) if owner in (None, job.owner)
+            ]
             if cursor is not None:
-                if cursor not in self._jobs:
+                ids = [job.id for job in newest_first]
+                if cursor not in ids:
                     raise CursorError
-                newest_first = newest_first[[job.id for job in newest_first].index(cursor) + 1 :]
+                newest_first = newest_first[ids.index(cursor) + 1 :]
             matching = [job for job in newest_first if status in (None, job.status)]
             page = matching[:limit]
             return JobPage(tuple(page), page[-1].id if len(matching) > limit else None)

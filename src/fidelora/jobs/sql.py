@@ -56,6 +56,7 @@ _jobs = sa.table(
             "attempts",
             "lease_expires_at_s",
             "finished_at_s",
+            "owner",
             "document",
         )
     ),
@@ -122,15 +123,22 @@ class SqlStore(StoreByTransition):
             return self._get(connection, job_id)
 
     def list(
-        self, *, status: Status | None = None, limit: int = 50, cursor: str | None = None
+        self,
+        *,
+        status: Status | None = None,
+        owner: str | None = None,
+        limit: int = 50,
+        cursor: str | None = None,
     ) -> JobPage:
-        query = sa.select(_jobs.c.document).order_by(_jobs.c.seq.desc()).limit(limit + 1)
+        visible = [] if owner is None else [_jobs.c.owner == owner]
+        query = sa.select(_jobs.c.document).where(*visible).order_by(_jobs.c.seq.desc())
         if status is not None:
             query = query.where(_jobs.c.status == status.value)
+        query = query.limit(limit + 1)
         with self._reading() as connection:
             if cursor is not None:
                 last_seq = connection.execute(
-                    sa.select(_jobs.c.seq).where(_jobs.c.id == cursor)
+                    sa.select(_jobs.c.seq).where(_jobs.c.id == cursor, *visible)
                 ).scalar()
                 if last_seq is None:
                     raise CursorError
@@ -333,6 +341,7 @@ def _row(job: Job) -> dict[str, Any]:
         "attempts": job.attempts,
         "lease_expires_at_s": job.lease_expires_at and job.lease_expires_at.timestamp(),
         "finished_at_s": job.finished_at and job.finished_at.timestamp(),
+        "owner": job.owner,
         "document": json.dumps(job_to_dict(job), ensure_ascii=False),
     }
 

@@ -70,12 +70,21 @@ class JobStore(Protocol):
         ...
 
     def list(
-        self, *, status: Status | None = None, limit: int = 50, cursor: str | None = None
+        self,
+        *,
+        status: Status | None = None,
+        owner: str | None = None,
+        limit: int = 50,
+        cursor: str | None = None,
     ) -> JobPage:
         """Return one page of jobs, newest first.
 
+        Args:
+            owner: only jobs of this owner; None for the jobs of all.
+
         Raises:
-            CursorError: the cursor was not returned by this store, or its job was removed.
+            CursorError: the cursor was not returned by this store for this owner, or its job was
+                removed.
         """
         ...
 

@@ -1,4 +1,9 @@
-"""The adapter folder: names of adapters in requests and prompts, and uploads."""
+"""The adapter folder: names of adapters in requests and prompts, and uploads.
+
+Uploads of API keys are in folders of their own, `uploads/key-ID`. Functions that read the folder
+take the `owner` for whom they read: the id of an API key, or an empty string for no key. They treat
+uploads of other keys as absent. With None, they read the uploads of all keys.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import BinaryIO
 
 from fidelora.adapters.tensor_names import modules_of
@@ -27,6 +32,8 @@ from fidelora.safetensors_header import read_file_header, read_header
 UPLOADS = "uploads"
 """Subfolder that clients may write to and delete from; the operator manages all other files."""
 
+_KEY_FOLDER = re.compile(r"key-([0-9a-f]{16})")
+"""Name of the subfolder of `UPLOADS` with the uploads of one API key, and the key's id."""
 _SUFFIX = ".safetensors"
 _UPLOAD_NAME = re.compile(r"(?!\.)[^/\\\x00-\x1f\x7f]+\.safetensors", re.IGNORECASE)
 _MAX_UPLOAD_BYTES = 200  # in UTF-8; file systems allow 255, and a temporary name can be longer
@@ -35,7 +42,7 @@ _NOT_IN_TAGS = re.compile(r"[<>:]")
 """Characters that end the name in `<lora:name:multiplier>`; names in prompts have `_` for them."""
 
 
-def adapter_path(root: Path, name: str) -> Path:
+def adapter_path(root: Path, name: str, *, owner: str | None = None) -> Path:
     """Return the adapter file `name`, which must be inside `root`.
 
     Names come from requests. Names with `..`, absolute paths outside `root` and symbolic links that
@@ -50,7 +57,7 @@ def adapter_path(root: Path, name: str) -> Path:
 
     Raises:
         AdapterPlaceError: the path is outside `root`, or not a .safetensors file.
-        AdapterNotFoundError: the path is inside `root`, but there is no such file.
+        AdapterNotFoundError: the path is inside `root`, but there is no such file for this owner.
     """
     if not name or "\0" in name or ".." in Path(name).parts:
         raise AdapterPlaceError(
@@ -69,14 +76,14 @@ def adapter_path(root: Path, name: str) -> Path:
         path, found = inside, False
     if not path.is_relative_to(inside):
         raise AdapterPlaceError(f"{name!r} is outside of the adapter folder; use a path inside it.")
-    if not found:
+    if not found or not _is_visible(inside, path, owner):
         raise AdapterNotFoundError(
             f"There is no adapter {name!r} in the adapter folder; check its name."
         )
     return path
 
 
-def adapter_names(root: Path) -> list[str]:
+def adapter_names(root: Path, *, owner: str | None = None) -> list[str]:
     """Return the sorted names of all adapter files under `root`, in the form used by requests.
 
     Links to files are followed, links to folders are not.
@@ -85,19 +92,19 @@ def adapter_names(root: Path) -> list[str]:
     for folder, _, files in os.walk(root):
         for file in files:
             name = (Path(folder) / file).relative_to(root).as_posix()
-            if file.lower().endswith(_SUFFIX) and _is_text(name) and _is_inside(root, name):
+            if file.lower().endswith(_SUFFIX) and _is_text(name) and _is_inside(root, name, owner):
                 found.append(name)
     return sorted(found)
 
 
-def names_in_prompts(root: Path) -> dict[str, str]:
+def names_in_prompts(root: Path, *, owner: str | None = None) -> dict[str, str]:
     """Map the name of each adapter file in prompts to its name in requests.
 
     In prompts, a file is named without folder and suffix, and with `_` for characters that have a
     meaning in tags. If several files would have the same name in this way, they are named with
     their folders.
     """
-    names = adapter_names(root)
+    names = adapter_names(root, owner=owner)
     files = Counter(_in_tag(PurePosixPath(name).stem) for name in names)
 
     def called(name: str) -> str:
@@ -108,7 +115,11 @@ def names_in_prompts(root: Path) -> dict[str, str]:
 
 
 def adapter_named_in_prompt(
-    root: Path, name: str, sha256_of: Callable[[Path], str] | None = None
+    root: Path,
+    name: str,
+    sha256_of: Callable[[Path], str] | None = None,
+    *,
+    owner: str | None = None,
 ) -> str:
     """Return the request name of the adapter file that a prompt calls `name`.
 
@@ -124,7 +135,7 @@ def adapter_named_in_prompt(
         AdapterNotFoundError: the file does not exist.
         AdapterPlaceError: there are several.
     """
-    names = adapter_names(root)
+    names = adapter_names(root, owner=owner)
     exact = [
         path for path in names if name in (path[: -len(_SUFFIX)], _in_tag(path[: -len(_SUFFIX)]))
     ]
@@ -174,7 +185,12 @@ def _in_tag(name: str) -> str:
 
 
 def adapter_with_hash(
-    root: Path, sha256: str, name: str, sha256_of: Callable[[Path], str]
+    root: Path,
+    sha256: str,
+    name: str,
+    sha256_of: Callable[[Path], str],
+    *,
+    owner: str | None = None,
 ) -> str | None:
     """Return the request name of the adapter file with this hash, or None if there is none.
 
@@ -183,13 +199,43 @@ def adapter_with_hash(
             means reading it.
         sha256_of: returns the hash of a file; its errors are not caught.
     """
-    names = adapter_names(root)
+    names = adapter_names(root, owner=owner)
     names.sort(key=lambda path: PurePosixPath(path).stem != name)
     return next((path for path in names if sha256_of(adapter_path(root, path)) == sha256), None)
 
 
-def add_upload(root: Path, file: BinaryIO, name: str) -> tuple[str, bool]:
+def is_foreign_upload(root: Path, copy: Path, owner: str, sha256_of: Callable[[Path], str]) -> bool:
+    """True if a file has the same contents as an upload of another API key.
+
+    Args:
+        copy: an existing file, such as one in the adapter cache.
+        sha256_of: returns the hash of a file.
+    """
+    size = copy.stat().st_size
+    for folder in _key_folders(root):
+        if folder.name == f"key-{owner}":
+            continue
+        for file in folder.iterdir():
+            # Only files of the same size are hashed.
+            if (
+                file.is_file()
+                and file.stat().st_size == size
+                and sha256_of(file) == sha256_of(copy)
+            ):
+                return True
+    return False
+
+
+def upload_folders(root: Path) -> list[Path]:
+    """Return the existing folders of uploads."""
+    return [folder for folder in (root / UPLOADS, *_key_folders(root)) if folder.is_dir()]
+
+
+def add_upload(root: Path, file: BinaryIO, name: str, owner: str = "") -> tuple[str, bool]:
     """Store the contents of `file` under `root` as an upload with this name.
+
+    Args:
+        owner: id of the API key whose upload it is; empty without keys.
 
     Returns:
         The name for requests, and True if the file is new; False if an upload with this name and
@@ -201,7 +247,8 @@ def add_upload(root: Path, file: BinaryIO, name: str) -> tuple[str, bool]:
         WeightsFileError, AdapterFormatError: according to its header, the file is not an adapter.
         OutputError: the file could not be written.
     """
-    target = _upload(root, name)
+    folder = _folder_of(owner)
+    target = _upload(root, folder, name)
     make_folder(target.parent)
     temporary = target.parent / temporary_name()
     try:
@@ -218,30 +265,76 @@ def add_upload(root: Path, file: BinaryIO, name: str) -> tuple[str, bool]:
                 raise AdapterExistsError(
                     f"Another LoRA is called {name}; delete it first, or choose another name."
                 ) from None
-            return f"{UPLOADS}/{name}", False
+            return f"{folder}/{name}", False
         except OSError as error:
             raise output_error(f"{name} could not be written", error) from error
     finally:
         temporary.unlink(missing_ok=True)
-    return f"{UPLOADS}/{name}", True
+    return f"{folder}/{name}", True
 
 
-def upload_path(root: Path, name: str) -> Path:
-    """Return the file of an upload.
+def upload_path(root: Path, name: str, owner: str = "", *, is_admin: bool = True) -> Path:
+    """Return the file of an upload that a caller may delete.
+
+    Args:
+        name: name of one of the caller's own uploads, or the path of an upload in requests, with
+            or without `uploads/`. An admin's name that is not one of its own uploads is that of an
+            upload without a key.
+        owner: id of the caller's API key; empty without keys.
+        is_admin: True if the caller may also delete the uploads of other keys, and those that were
+            made without a key.
 
     Raises:
-        UploadNotFoundError: there is no upload with this name.
+        UploadNotFoundError: there is no such upload.
     """
+    own = _folder_of(owner)
+    below, _, file = name.removeprefix(f"{UPLOADS}/").rpartition("/")
+    folders = [own, UPLOADS]
+    if below:
+        folders = [f"{UPLOADS}/{below}"] if _KEY_FOLDER.fullmatch(below) else []
+    for folder in folders:
+        if not is_admin and folder != own:
+            continue
+        try:
+            path = _upload(root, folder, file)
+        except UploadNameError:
+            raise UploadNotFoundError from None
+        if path.is_file():
+            return path
+    raise UploadNotFoundError
+
+
+def _folder_of(owner: str) -> str:
+    return f"{UPLOADS}/key-{owner}" if owner else UPLOADS
+
+
+def _key_folders(root: Path) -> list[Path]:
     try:
-        path = _upload(root, name)
-    except UploadNameError:
-        raise UploadNotFoundError from None
-    if not path.is_file():
-        raise UploadNotFoundError
-    return path
+        entries = list((root / UPLOADS).iterdir())
+    except OSError:  # the folder does not exist
+        return []
+    return [entry for entry in entries if _KEY_FOLDER.fullmatch(entry.name) and entry.is_dir()]
 
 
-def _upload(root: Path, name: str) -> Path:
+def _owner_of(path: PurePath) -> str | None:
+    """Return the owner of an upload; None for all other files, which belong to everybody.
+
+    Args:
+        path: relative to the adapter folder, without links.
+    """
+    # Some file systems ignore the case of names.
+    parts = [part.casefold() for part in path.parts]
+    if len(parts) < 3 or parts[0] != UPLOADS:
+        return None
+    match = _KEY_FOLDER.fullmatch(parts[1])
+    return match[1] if match else None
+
+
+def _is_visible(inside: Path, path: Path, owner: str | None) -> bool:
+    return owner is None or _owner_of(path.relative_to(inside)) in (None, owner)
+
+
+def _upload(root: Path, folder: str, name: str) -> Path:
     size = len(name.encode("utf-8", "replace"))
     if not (_UPLOAD_NAME.fullmatch(name) and _is_text(name) and size <= _MAX_UPLOAD_BYTES):
         raise UploadNameError(
@@ -249,12 +342,12 @@ def _upload(root: Path, name: str) -> Path:
             "not begin with a dot or contain a slash, backslash or control character, and may have "
             f"{_MAX_UPLOAD_BYTES} bytes in UTF-8."
         )
-    return root / UPLOADS / name
+    return root / folder / name
 
 
-def _is_inside(root: Path, name: str) -> bool:
+def _is_inside(root: Path, name: str, owner: str | None) -> bool:
     try:
-        adapter_path(root, name)
+        adapter_path(root, name, owner=owner)
     except (AdapterPlaceError, AdapterNotFoundError):
         return False
     return True

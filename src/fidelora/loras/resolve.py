@@ -13,7 +13,7 @@ from fidelora.errors import (
 )
 from fidelora.loras.cache import AdapterCache
 from fidelora.loras.download import HUB, DownloadRules, download
-from fidelora.loras.folder import adapter_path, adapter_with_hash
+from fidelora.loras.folder import adapter_path, adapter_with_hash, is_foreign_upload
 from fidelora.loras.hub import HubFile
 from fidelora.recipe import AdapterRef
 
@@ -41,13 +41,20 @@ class AdapterResolver:
         self._downloads = asyncio.Semaphore(_DOWNLOADS_AT_ONCE)
 
     async def resolve(
-        self, place: str, *, sha256: str | None = None, hub_token: str | None = None
+        self,
+        place: str,
+        *,
+        owner: str | None,
+        sha256: str | None = None,
+        hub_token: str | None = None,
     ) -> AdapterRef:
         """Return the adapter at `place`, after putting its file into the cache.
 
         Args:
             place: path relative to the root, `https://...`, or `hf:owner/name/file.safetensors`,
                 optionally with `@revision`.
+            owner: id of the API key for which the adapter is resolved; uploads of other keys are
+                not found. None to find the uploads of all keys.
             sha256: expected hash; nothing is downloaded if the cache has a file with this hash.
             hub_token: token for the hub; by default that of the resolver.
 
@@ -59,14 +66,16 @@ class AdapterResolver:
             WeightsFileError, AdapterFormatError: according to its header, it is not an adapter.
         """
         remote = place.startswith("hf:") or _URL.match(place)
-        if remote and sha256 and (ref := await asyncio.to_thread(self._cache.find, sha256)):
-            return await asyncio.to_thread(self._cache.ref, ref.sha256, _name(place))
+        if remote and sha256:
+            cached = await asyncio.to_thread(self._find, sha256, owner)
+            if cached is not None:
+                return await asyncio.to_thread(self._cache.ref, sha256, _name(place))
         if place.startswith("hf:"):
             ref = await self._from_hub(place, hub_token or self._hub_token)
         elif remote:
             ref = await self._from_url(place, hub_token or self._hub_token)
         else:
-            ref = await asyncio.to_thread(self._from_root, place)
+            ref = await asyncio.to_thread(self._from_root, place, owner)
         if sha256 and ref.sha256 != sha256:
             raise AdapterChangedError(
                 f"{_name(place)} has the sha256 {ref.sha256}, not {sha256} as in the request; "
@@ -74,11 +83,12 @@ class AdapterResolver:
             )
         return ref
 
-    def by_hash(self, sha256: str, name: str) -> AdapterRef | None:
+    def by_hash(self, sha256: str, name: str, *, owner: str | None) -> AdapterRef | None:
         """Return the adapter with this hash, after putting its file into the cache.
 
         Args:
             name: former name of the file; files of this name are checked first.
+            owner: as in `resolve`.
 
         Returns:
             None if neither the cache nor the adapter folder has such a file.
@@ -86,13 +96,25 @@ class AdapterResolver:
         Raises:
             OutputError: the file could not be put into the cache.
         """
-        if (ref := self._cache.find(sha256)) is not None:
+        if (ref := self._find(sha256, owner)) is not None:
             return ref
-        place = adapter_with_hash(self._root, sha256, name, self._cache.sha256_of)
-        return None if place is None else self._from_root(place)
+        place = adapter_with_hash(self._root, sha256, name, self._cache.sha256_of, owner=owner)
+        return None if place is None else self._from_root(place, owner)
 
-    def _from_root(self, name: str) -> AdapterRef:
-        return self._cache.keep(adapter_path(self._root, name), name)
+    def _find(self, sha256: str, owner: str | None) -> AdapterRef | None:
+        """Return the cached adapter with this hash, unless it is an upload of another key.
+
+        Images contain the hashes of their adapters, so a hash alone must not give access to an
+        upload. A key with its own file of the same contents finds it in the adapter folder.
+        """
+        ref = self._cache.find(sha256)
+        if ref is None or owner is None or ref.path is None:
+            return ref
+        is_foreign = is_foreign_upload(self._root, ref.path, owner, self._cache.sha256_of)
+        return None if is_foreign else ref
+
+    def _from_root(self, name: str, owner: str | None) -> AdapterRef:
+        return self._cache.keep(adapter_path(self._root, name, owner=owner), name)
 
     async def _from_url(self, url: str, token: str | None) -> AdapterRef:
         async with self._downloads:

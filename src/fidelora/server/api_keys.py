@@ -6,6 +6,7 @@ import hashlib
 import json
 import secrets
 import threading
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,6 +14,29 @@ from fidelora.atomic import make_folder, write_atomically
 from fidelora.errors import SettingsError
 
 _PREFIX = "fl_"
+
+
+@dataclass(frozen=True)
+class ApiKey:
+    """One API key without its secret.
+
+    Attributes:
+        sha256: hash of the key.
+        is_admin: True if the key has access to the requests and uploads of all keys.
+    """
+
+    name: str
+    sha256: str
+    is_admin: bool = False
+
+    @property
+    def id(self) -> str:
+        """Id that is stored with the key's requests and uploads: 16 hexadecimal digits.
+
+        It is derived from the hash, so a new key of the same name has another id, and the key
+        cannot be computed from it.
+        """
+        return hashlib.sha256(f"id of {self.sha256}".encode()).hexdigest()[:16]
 
 
 class ApiKeys:
@@ -26,28 +50,46 @@ class ApiKeys:
         self._path = path
         self._lock = threading.Lock()
         self._loaded_version: tuple[int, int] | None = None
-        self._names: dict[str, str] = {}
+        self._keys: dict[str, ApiKey] = {}
+
+    def all(self) -> list[ApiKey]:
+        """Return the keys, sorted by name."""
+        return sorted(self._read().values(), key=lambda key: key.name)
 
     def names(self) -> list[str]:
         """Return the names of the keys, sorted."""
-        return sorted(self._read().values())
+        return [key.name for key in self.all()]
 
-    def add(self, name: str) -> str:
+    def add(self, name: str, *, is_admin: bool = False) -> str:
         """Create a key with this name and return it; it cannot be read again later.
+
+        Args:
+            is_admin: True for a key that has access to the requests and uploads of all keys.
 
         Raises:
             SettingsError: the name is taken, empty, too long or not printable.
         """
         if not name or not name.isprintable() or len(name) > 100:
             raise SettingsError("The name of an API key must have 1 to 100 printable characters.")
-        names = self._read()
-        if name in names.values():
+        keys = self.all()
+        if name in [key.name for key in keys]:
             raise SettingsError(
                 f"An API key named {name} exists already; remove it first, or choose another name."
             )
         key = _PREFIX + secrets.token_urlsafe(32)
-        self._write(names | {hash_of(key): name})
+        self._write([*keys, ApiKey(name, hash_of(key), is_admin)])
         return key
+
+    def set_admin(self, name: str, is_admin: bool) -> None:
+        """Change whether the key with this name is an admin key.
+
+        Raises:
+            SettingsError: there is no such key.
+        """
+        self._require(name)
+        self._write(
+            [replace(key, is_admin=is_admin) if key.name == name else key for key in self.all()]
+        )
 
     def remove(self, name: str) -> None:
         """Revoke the key with this name.
@@ -55,44 +97,51 @@ class ApiKeys:
         Raises:
             SettingsError: there is no such key.
         """
-        names = self._read()
-        if name not in names.values():
+        self._require(name)
+        self._write([key for key in self.all() if key.name != name])
+
+    def find(self, key: str) -> ApiKey | None:
+        """Return the key with this secret, or None if the secret is unknown."""
+        return self.with_hash(hash_of(key))
+
+    def with_hash(self, sha256: str) -> ApiKey | None:
+        """Return the key with this hash, or None if there is none."""
+        return self._read().get(sha256)
+
+    def _require(self, name: str) -> None:
+        if name not in self.names():
             raise SettingsError(
                 f"There is no API key named {name}; `fidelora keys list` lists all keys."
             )
-        self._write({key: other for key, other in names.items() if other != name})
 
-    def owner(self, key: str) -> str | None:
-        """Return the name of this key, or None if the key is unknown."""
-        return self.owner_of(hash_of(key))
-
-    def owner_of(self, sha256: str) -> str | None:
-        """Return the name of the key with this hash, or None if there is none."""
-        return self._read().get(sha256)
-
-    def _read(self) -> dict[str, str]:
-        """Return the names of the keys by hash; the file is read again only if it has changed."""
+    def _read(self) -> dict[str, ApiKey]:
+        """Return the keys by hash; the file is read again only if it has changed."""
         with self._lock:
             try:
                 status = self._path.stat()
             except FileNotFoundError:
-                self._loaded_version, self._names = None, {}
+                self._loaded_version, self._keys = None, {}
                 return {}
             if self._loaded_version != (status.st_mtime_ns, status.st_ino):
                 try:
                     content = json.loads(self._path.read_text())
-                    self._names = {entry["sha256"]: entry["name"] for entry in content["keys"]}
-                except (ValueError, KeyError, TypeError) as error:
+                    keys = [
+                        # `admin` is absent in files of older versions.
+                        ApiKey(entry["name"], entry["sha256"], entry.get("admin") is True)
+                        for entry in content["keys"]
+                    ]
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
                     raise SettingsError(
                         f"{self._path} is damaged; restore it, or remove it and create new keys."
                     ) from error
+                self._keys = {key.sha256: key for key in keys}
                 self._loaded_version = (status.st_mtime_ns, status.st_ino)
-            return dict(self._names)
+            return dict(self._keys)
 
-    def _write(self, names: dict[str, str]) -> None:
+    def _write(self, keys: list[ApiKey]) -> None:
         make_folder(self._path.parent)
-        keys = [{"name": name, "sha256": sha256} for sha256, name in names.items()]
-        content = {"changed_at": datetime.now(UTC).isoformat(), "keys": keys}
+        entries = [{"name": key.name, "sha256": key.sha256, "admin": key.is_admin} for key in keys]
+        content = {"changed_at": datetime.now(UTC).isoformat(), "keys": entries}
         write_atomically(self._path, json.dumps(content, indent=2).encode())
         self._path.chmod(0o600)
 

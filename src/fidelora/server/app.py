@@ -25,7 +25,7 @@ from fidelora.jobs.sql import SqlStore
 from fidelora.jobs.store import JobStore
 from fidelora.loras.cache import AdapterCache
 from fidelora.loras.download import DownloadRules
-from fidelora.loras.folder import UPLOADS
+from fidelora.loras.folder import UPLOADS, upload_folders
 from fidelora.loras.resolve import AdapterResolver
 from fidelora.recipe import Recipe
 from fidelora.server import api_docs, problems
@@ -76,6 +76,7 @@ def make_context(
     """
     for folder in (settings.loras, settings.loras / UPLOADS, settings.outputs):
         make_folder(folder)
+    for folder in (settings.loras, *upload_folders(settings.loras), settings.outputs):
         remove_stale_temporaries(folder)
     store = SqlStore(settings.database)
     warm_model = next(iter(settings.base_models or all_families()))

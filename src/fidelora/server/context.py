@@ -12,10 +12,12 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
-from fidelora.errors import ServerNotReadyError, ServerStoppingError
+from fidelora.errors import JobNotFoundError, ServerNotReadyError, ServerStoppingError
+from fidelora.jobs.job import Job
 from fidelora.jobs.store import JobStore
 from fidelora.loras.cache import AdapterCache
 from fidelora.loras.resolve import AdapterResolver
+from fidelora.server.access import NOBODY, Caller
 from fidelora.server.api_keys import ApiKeys
 from fidelora.server.base_models import BaseModels
 from fidelora.server.metrics import Metrics
@@ -37,7 +39,8 @@ class ServerContext:
         base_models: content hashes of the base models in `server_defaults`.
         limits: limits of what one request may ask for.
         pool: workers of this server; None if other processes run the jobs.
-        a1111_jobs: owner of each job that an AUTOMATIC1111 client is waiting for, by job id.
+        a1111_jobs: owner of each job that an AUTOMATIC1111 client is waiting for, by job id. As
+            in jobs, an owner is the id of an API key.
         a1111_models: model that an AUTOMATIC1111 client has set for later requests, by owner.
         retention_clock: clock for the removal of old data.
         stopping: event that is set as soon as the server begins to stop.
@@ -71,6 +74,17 @@ class ServerContext:
         self.metrics.attempt_ended(report)
         self.limits.attempt_ended(report)
 
+    def job(self, job_id: str, caller: Caller) -> Job:
+        """Return a job that the caller has access to.
+
+        Raises:
+            JobNotFoundError: the job does not exist, or belongs to another API key.
+        """
+        job = self.store.get(job_id)
+        if not caller.sees(job):
+            raise JobNotFoundError
+        return job
+
     def refuse_if_stopping(self) -> None:
         """Raise `ServerStoppingError` if the server accepts no new requests."""
         if self.stopping.is_set():
@@ -99,12 +113,17 @@ async def _context_of(request: Request) -> ServerContext:
     return context
 
 
-async def _owner_of(request: Request) -> str:
-    return str(request.scope.get("fidelora_owner", ""))
+def caller_of(request: Request) -> Caller:
+    """Return the caller that the access control found for this call."""
+    caller = request.scope.get("fidelora_caller")
+    return caller if isinstance(caller, Caller) else NOBODY
+
+
+async def _caller_of(request: Request) -> Caller:
+    return caller_of(request)
 
 
 ContextDep = Annotated[ServerContext, Depends(_context_of)]
 """Type of the endpoint parameter that receives the server's context."""
-OwnerDep = Annotated[str, Depends(_owner_of)]
-"""Type of the endpoint parameter that receives the name of the request's API key, which is empty
-on a server without keys."""
+CallerDep = Annotated[Caller, Depends(_caller_of)]
+"""Type of the endpoint parameter that receives the caller and its rights."""

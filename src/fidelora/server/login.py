@@ -13,7 +13,7 @@ from starlette.requests import Request, cookie_parser
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from fidelora.server.api_keys import ApiKeys, hash_of
+from fidelora.server.api_keys import ApiKey, ApiKeys, hash_of
 
 COOKIE = "fidelora_session"
 LOGIN_PATH, LOGOUT_PATH = "/login", "/logout"
@@ -44,12 +44,12 @@ class Login:
         # hash of the cookie -> (hash of the key, end of the session)
         self._sessions: OrderedDict[str, tuple[str, float]] = OrderedDict()
 
-    def owner(self, headers: Headers) -> str | None:
-        """Return the name of the key behind this request's cookie; None without a valid session."""
+    def key(self, headers: Headers) -> ApiKey | None:
+        """Return the key behind this request's cookie; None without a valid session."""
         token = cookie_parser(headers.get("cookie", "")).get(COOKIE, "")
         with self._lock:
-            key, end = self._sessions.get(hash_of(token), ("", 0.0))
-        return self._keys.owner_of(key) if time.monotonic() < end else None
+            sha256, end = self._sessions.get(hash_of(token), ("", 0.0))
+        return self._keys.with_hash(sha256) if time.monotonic() < end else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve the login form, and log in with a posted key."""
@@ -59,7 +59,7 @@ class Login:
             key = form.get("key", [""])[0].strip()
             response = (
                 self._start_session(key)
-                if self._keys.owner(key)
+                if self._keys.find(key)
                 else _login_page("This is not a key of this server.", 403)
             )
         else:

@@ -21,6 +21,7 @@ from fidelora.errors import (
     PeerNotAllowedError,
     RequestError,
 )
+from fidelora.server.access import EVERYBODY, Caller
 from fidelora.server.api_docs import DOCS_PATHS
 from fidelora.server.api_keys import ApiKeys
 from fidelora.server.login import LOGIN_PATH, Login
@@ -179,7 +180,7 @@ class AccessControl:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not self._is_public(scope["path"]):
             try:
-                scope["fidelora_owner"] = self._owner(scope)
+                scope["fidelora_caller"] = self._caller(scope)
             except FideloraError as error:
                 if (
                     isinstance(error, ApiKeyError)
@@ -196,23 +197,23 @@ class AccessControl:
         # Without the page, "/" returns only a notice.
         return path in _PUBLIC_PATHS or (path == "/" and self._login is None)
 
-    def _owner(self, scope: Scope) -> str:
+    def _caller(self, scope: Scope) -> Caller:
         headers, path = Headers(scope=scope), scope["path"]
         is_page = self._login is not None and is_page_path(path)
         if is_page and scope["method"] == "POST":
             self._refuse_other_sites(headers)
         if self._keys.names():
             scheme, _, credentials = headers.get("authorization", "").partition(" ")
-            key = credentials.strip() if scheme.lower() == "bearer" else ""
+            secret = credentials.strip() if scheme.lower() == "bearer" else ""
             if scheme.lower() == "basic" and path.startswith(A1111_PATHS):
-                key = _password(credentials)
-            owner = self._keys.owner(key) if key else None
+                secret = _password(credentials)
+            key = self._keys.find(secret) if secret else None
             # The API does not accept cookies, because other sites could make a browser send them.
-            if owner is None and is_page and self._login:
-                owner = self._login.owner(headers)
-            if owner is None:
+            if key is None and is_page and self._login:
+                key = self._login.key(headers)
+            if key is None:
                 raise ApiKeyError
-            return owner
+            return Caller(key.id, key.is_admin)
         peer = scope.get("client")  # None for a Unix socket
         if peer is not None and not is_loopback(peer[0]):
             raise PeerNotAllowedError
@@ -232,7 +233,7 @@ class AccessControl:
                     "add`, or set BASE_URL to the address that clients use.",
                     code="HOST_NOT_ALLOWED",
                 )
-        return ""
+        return EVERYBODY
 
     def _refuse_other_sites(self, headers: Headers) -> None:
         """Reject a POST from another site, on routes that only the server's page may call.

@@ -29,6 +29,7 @@ from fidelora.families import get_family
 from fidelora.jobs.job import Job, Status, new_job
 from fidelora.jobs.store import Submission
 from fidelora.recipe import AdapterRef, Noise, Recipe
+from fidelora.server.access import Caller
 from fidelora.server.context import ServerContext
 
 POLL_INTERVAL_S = 0.2
@@ -47,6 +48,7 @@ def draw_seed() -> int:
 
 async def submit(
     context: ServerContext,
+    caller: Caller,
     request: InferenceRequest,
     *,
     image_quality: int | None = None,
@@ -65,14 +67,19 @@ async def submit(
         RequestFieldError: the model does not support a value of the request, such as the sampler.
     """
     hub_token = request.hf_token.get_secret_value() if request.hf_token else None
-    adapters = await resolve_adapters(context, request.loras, hub_token)
+    adapters = await resolve_adapters(context, caller, request.loras, hub_token)
     recipes = await run_in_threadpool(build_recipes, context, request, adapters)
     notes = await run_in_threadpool(trigger_notes, request, adapters)
-    return await enqueue(context, recipes, request.output_format, image_quality, submission, notes)
+    return await enqueue(
+        context, caller, recipes, request.output_format, image_quality, submission, notes
+    )
 
 
 async def resolve_adapters(
-    context: ServerContext, loras: Sequence[LoraItem], hub_token: str | None = None
+    context: ServerContext,
+    caller: Caller,
+    loras: Sequence[LoraItem],
+    hub_token: str | None = None,
 ) -> list[AdapterRef]:
     """Load a request's LoRAs into the adapter cache and return references to them, in order.
 
@@ -83,7 +90,9 @@ async def resolve_adapters(
     """
     context.refuse_if_unavailable()
     return [
-        await context.resolver.resolve(lora.path, sha256=lora.sha256, hub_token=hub_token)
+        await context.resolver.resolve(
+            lora.path, sha256=lora.sha256, hub_token=hub_token, owner=caller.visible_owner
+        )
         for lora in loras
     ]
 
@@ -106,6 +115,7 @@ def build_recipes(
 
 async def enqueue(
     context: ServerContext,
+    caller: Caller,
     recipes: tuple[Recipe, ...],
     image_format: str = "png",
     image_quality: int | None = None,
@@ -132,6 +142,7 @@ async def enqueue(
         image_format=image_format,
         image_quality=image_quality,
         notes=notes,
+        owner=caller.owner,
     )
     stored = await run_in_threadpool(_store_and_wake_workers, context, job, submission)
     structlog.contextvars.bind_contextvars(request_id=stored.id)
@@ -145,15 +156,14 @@ def _store_and_wake_workers(context: ServerContext, job: Job, submission: Submis
     return stored
 
 
-def submission_of(owner: str, key: str, content: bytes) -> Submission:
-    """Return the submission for an idempotency key, which is scoped to an API key.
+def submission_of(caller: Caller, key: str, content: bytes) -> Submission:
+    """Return the submission for an idempotency key, which is scoped to the caller's API key.
 
     Args:
-        owner: name of the client's API key.
         key: idempotency key.
         content: content of the request.
     """
-    return Submission(_sha256(f"{owner}\0{key}".encode()), _sha256(content))
+    return Submission(_sha256(f"{caller.owner}\0{key}".encode()), _sha256(content))
 
 
 def _sha256(content: bytes) -> str:

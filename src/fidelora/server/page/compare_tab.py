@@ -29,6 +29,7 @@ from fidelora.server.page.lora_list import LoraList
 from fidelora.server.page.make_form import MakeForm
 from fidelora.server.page.pictures import PageFiles
 from fidelora.server.page.verifications import random_id
+from fidelora.server.page.visitor import for_visitor, visitor
 from fidelora.server.submit import submit
 from fidelora.training.grid import labelled_sheet
 
@@ -104,16 +105,19 @@ class CompareTab:
         """Connect the event handlers."""
         inputs = self._make_form.inputs
         tab.select(
-            self._show_settings, [self.loras, *inputs], [self.loras, self.about], **IMMEDIATE
+            for_visitor(self._show_settings),
+            [self.loras, *inputs],
+            [self.loras, self.about],
+            **IMMEDIATE,
         )
         gr.on(
             [self.compare.click, self.multipliers.submit],
-            self._compare,
+            for_visitor(self._compare),
             [self.loras, self.multipliers, *inputs],
             [self.progress, self.sheet, self.jobs, self.cancel],
             **STREAMING,
         )
-        self.cancel.click(self._cancel, self.jobs, self.cancel, **IMMEDIATE)
+        self.cancel.click(for_visitor(self._cancel), self.jobs, self.cancel, **IMMEDIATE)
 
     def _show_settings(self, loras: list[str], *values: Any) -> list[Any]:
         """Describe the settings of the *Make* tab, and preselect the LoRAs chosen there."""
@@ -135,7 +139,8 @@ class CompareTab:
 
     def _cancel(self, jobs: list[str]) -> Any:
         for job_id in jobs:
-            self._context.store.cancel(job_id, datetime.now(UTC))
+            job = self._context.job(job_id, visitor())
+            self._context.store.cancel(job.id, datetime.now(UTC))
         return gr.update(interactive=False)
 
     async def _compare(
@@ -148,7 +153,7 @@ class CompareTab:
             requests = [build_request(form) for form in forms]
             for request in requests:
                 # A comprehension would lose the jobs to cancel if a later request is rejected.
-                jobs.append(await submit(self._context, request))  # noqa: PERF401
+                jobs.append(await submit(self._context, visitor(), request))  # noqa: PERF401
         except FideloraError as error:
             self._cancel([job.id for job in jobs])
             yield [notice(error, "error"), gr.skip(), [], gr.update(interactive=False)]

@@ -13,6 +13,7 @@ from starlette.responses import FileResponse, PlainTextResponse, Response
 
 from fidelora.atomic import make_folder
 from fidelora.errors import ImageGoneError, JobNotFoundError
+from fidelora.server.access import Caller
 from fidelora.server.context import ServerContext
 from fidelora.server.outputs import content_of
 from fidelora.server.page.paths import IMAGES_ZIP
@@ -31,8 +32,10 @@ def download_link(images: Sequence[ImageId]) -> str:
     return f'<a href=".{IMAGES_ZIP}?{query}">Download {count} (zip)</a>'
 
 
-def images_zip(context: ServerContext, page_files: PageFiles, query: str) -> Response:
-    """Return a zip of the images in a link's query; those that were removed are left out.
+def images_zip(
+    context: ServerContext, page_files: PageFiles, query: str, caller: Caller
+) -> Response:
+    """Return a zip of the images in a link's query that exist and belong to the caller.
 
     The images are stored uncompressed, because their formats are compressed already.
     """
@@ -46,7 +49,7 @@ def images_zip(context: ServerContext, page_files: PageFiles, query: str) -> Res
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as packed:
         for job_id, index in images[:MAX_GALLERY_IMAGES]:
             try:
-                output = context.store.get(job_id).outputs[index]
+                output = context.job(job_id, caller).outputs[index]
                 content = content_of(output)
             except (JobNotFoundError, ImageGoneError, IndexError):
                 continue

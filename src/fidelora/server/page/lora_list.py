@@ -13,6 +13,7 @@ from fidelora.loras.describe import AdapterSummary, describe_adapter
 from fidelora.loras.folder import adapter_names, adapter_path, adapter_with_hash
 from fidelora.recipe import AdapterRef
 from fidelora.server.context import ServerContext
+from fidelora.server.page.visitor import visitor
 
 EMBEDDING = "embedding"
 """Kind of a file that contains only an embedding (`AdapterSummary.kind`)."""
@@ -22,14 +23,14 @@ Choice = tuple[str, str]
 
 @dataclass(frozen=True)
 class LoraList:
-    """The server's LoRA folder, read on every call."""
+    """The LoRAs of the server's folder that the visitor sees, read on every call."""
 
     context: ServerContext
 
     def choices(self) -> list[Choice]:
         """Return every usable LoRA, labelled with its trigger word, rank and step."""
         found = []
-        for path in adapter_names(self.context.settings.loras):
+        for path in adapter_names(self.context.settings.loras, owner=visitor().visible_owner):
             summary = self.summary(path)
             if summary is not None and not summary.problems:
                 found.append((_label(path, summary), path))
@@ -38,7 +39,7 @@ class LoraList:
     def summary(self, path: str) -> AdapterSummary | None:
         """Return the summary of a file's header, or None if there is no such file."""
         try:
-            file = adapter_path(self.context.settings.loras, path)
+            file = self._file(path)
             return _described(file, file.stat().st_mtime_ns)
         except (AdapterError, OSError):
             return None
@@ -73,7 +74,7 @@ class LoraList:
             AdapterError, WeightsFileError: the file does not exist or cannot be read.
             OutputError: the cache cannot be written to.
         """
-        return self.context.cache.keep(adapter_path(self.context.settings.loras, path), path)
+        return self.context.cache.keep(self._file(path), path)
 
     def path_of(self, adapter: AdapterRef) -> str | None:
         """Return the request path of the file with an adapter's SHA-256, or None.
@@ -81,8 +82,15 @@ class LoraList:
         Files with the adapter's name are hashed first.
         """
         return adapter_with_hash(
-            self.context.settings.loras, adapter.sha256, adapter.name, self.context.cache.sha256_of
+            self.context.settings.loras,
+            adapter.sha256,
+            adapter.name,
+            self.context.cache.sha256_of,
+            owner=visitor().visible_owner,
         )
+
+    def _file(self, path: str) -> Path:
+        return adapter_path(self.context.settings.loras, path, owner=visitor().visible_owner)
 
 
 @lru_cache(maxsize=10_000)  # keyed by modification time, too, so that a changed file is read again

@@ -23,6 +23,7 @@ from fidelora.server.page.html import notice
 from fidelora.server.page.lora_list import LoraList
 from fidelora.server.page.make_prompts import PromptInputs
 from fidelora.server.page.make_settings import SettingsInputs
+from fidelora.server.page.visitor import for_visitor
 
 Handled = tuple[str, list[str]]
 """Model and LoRA paths for which the dependent inputs were last updated.
@@ -70,7 +71,9 @@ class MakeForm:
     def listen(self) -> None:
         """Connect the inputs that depend on each other."""
         fields, prompts, settings = self.fields, self._prompts, self._settings
-        prompts.loras.input(self.update_loras, self.lora_inputs, self.lora_outputs, **IMMEDIATE)
+        prompts.loras.input(
+            for_visitor(self.update_loras), self.lora_inputs, self.lora_outputs, **IMMEDIATE
+        )
         dependent = ("sampler", "sample_steps", "guidance_scale", "width", "height")
         fields["model"].input(
             self.update_model,
@@ -91,13 +94,13 @@ class MakeForm:
         )
         settings.random_seed.click(lambda: "", None, settings.seed, **IMMEDIATE)
         fields["prompt"].blur(
-            self._find_embedding,
+            for_visitor(self._find_embedding),
             [fields["prompt"], prompts.loras],
             [prompts.named_embedding, prompts.embedding_text, prompts.embedding_path],
             **IMMEDIATE,
         )
         prompts.use_embedding.click(
-            self._use_embedding,
+            for_visitor(self._use_embedding),
             [prompts.embedding_path, *self.lora_inputs],
             [prompts.named_embedding, prompts.loras, *self.lora_outputs],
             **IMMEDIATE,

@@ -25,6 +25,7 @@ from fidelora.server.page.prompt_history import add_prompt, history_choices, rea
 from fidelora.server.page.recipe_loader import RecipeLoader
 from fidelora.server.page.request_queue import RequestQueue, Session
 from fidelora.server.page.snippets import request_route
+from fidelora.server.page.visitor import for_visitor, visitor
 from fidelora.server.submit import submit
 
 
@@ -73,15 +74,21 @@ class MakeTab:
         form.listen()
         self.loader.listen(prompts, self.settings)
         # Not on focus: an update of the list while the user chooses would undo the choice.
-        gr.on([page.load, tab.select], self._refresh_loras, None, prompts.loras, **IMMEDIATE)
+        gr.on(
+            [page.load, tab.select],
+            for_visitor(self._refresh_loras),
+            None,
+            prompts.loras,
+            **IMMEDIATE,
+        )
         # A request may be sent while others are followed, so the events do not wait for each other.
         repeated: dict[str, Any] = {"trigger_mode": "multiple"}
         page.load(
-            self._restore,
+            for_visitor(self._restore),
             [session, results.remembered, prompts.stored_history],
             outputs,
             **IMMEDIATE,
-        ).then(self._follow, session, outputs, **STREAMING, **repeated)
+        ).then(for_visitor(self._follow), session, outputs, **STREAMING, **repeated)
         gr.on(
             [
                 prompts.generate.click,
@@ -89,19 +96,23 @@ class MakeTab:
                 form.fields["neg"].submit,
                 self.settings.seed.submit,
             ],
-            self._generate,
+            for_visitor(self._generate),
             [session, prompts.stored_history, *form.inputs],
             outputs,
             **IMMEDIATE,
             **repeated,
-        ).then(self._follow, session, outputs, **STREAMING, **repeated)
+        ).then(for_visitor(self._follow), session, outputs, **STREAMING, **repeated)
         for button, cancel in (
             (prompts.cancel, self._queue.cancel),
             (prompts.cancel_all, self._queue.cancel_all),
         ):
-            button.click(cancel, session, None, **IMMEDIATE)
+            button.click(for_visitor(cancel), session, None, **IMMEDIATE)
         prompts.cancel_one.input(
-            self._queue.cancel_one, [session, prompts.cancel_one], None, **IMMEDIATE, **repeated
+            for_visitor(self._queue.cancel_one),
+            [session, prompts.cancel_one],
+            None,
+            **IMMEDIATE,
+            **repeated,
         )
         prompts.history.input(
             self._use_prompt,
@@ -109,10 +120,12 @@ class MakeTab:
             [prompts.history, form.fields["prompt"], form.fields["neg"]],
             **IMMEDIATE,
         )
-        results.gallery.select(self._select, session, list(results.snippets.values()), **IMMEDIATE)
-        results.use.click(self._use_settings, session, form.outputs, **IMMEDIATE)
+        results.gallery.select(
+            for_visitor(self._select), session, list(results.snippets.values()), **IMMEDIATE
+        )
+        results.use.click(for_visitor(self._use_settings), session, form.outputs, **IMMEDIATE)
         self.settings.reuse_seed.click(
-            self._selected_seed, session, self.settings.seed, **IMMEDIATE
+            for_visitor(self._selected_seed), session, self.settings.seed, **IMMEDIATE
         )
 
     def _refresh_loras(self) -> Any:
@@ -128,7 +141,7 @@ class MakeTab:
                 raise WrongUseError(
                     f"Images: choose a number from 1 to {MAX_IMAGES}, not {form.images}."
                 )
-            job = await submit(self._context, build_request(form))
+            job = await submit(self._context, visitor(), build_request(form))
         except FideloraError as error:
             return self._updates(error=notice(error, "error"))
         if not session.pending:

@@ -10,11 +10,11 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import structlog
 from starlette.concurrency import run_in_threadpool
@@ -24,20 +24,24 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fidelora.errors import JobNotFoundError
+from fidelora.server.access import Caller
 from fidelora.server.background import run_periodically
-from fidelora.server.context import ServerContext
+from fidelora.server.context import ServerContext, caller_of
 from fidelora.server.login import LOGIN_PATH, LOGOUT_PATH, Login
 from fidelora.server.page.downloads import images_zip
 from fidelora.server.page.paths import (
     EVENTS,
     FILES,
     GRADIO,
+    HEARTBEAT,
     IMAGES_ZIP,
     REPORTS,
     STREAMS,
     is_page_path,
 )
-from fidelora.server.page.pictures import PageFiles
+from fidelora.server.page.pictures import REQUEST_FOLDER, PageFiles
+from fidelora.server.page.session_keys import SessionKeys
 from fidelora.server.page.verifications import Verifier, hub_environment
 
 log = structlog.get_logger(__name__)
@@ -50,6 +54,7 @@ SWITCHED_OFF = """This is the HTTP API of Fidelora; its description is at /docs.
 The web page is switched off (FIDELORA_PAGE).
 """
 
+_SESSION_NOT_FOUND = PlainTextResponse("Session not found; reload the page.\n", 404)
 _CLEAN_INTERVAL_S = 600.0
 # Scripts must be files of this server or match a hash, so that injected markup cannot run any.
 _PAGE_POLICY = (
@@ -97,6 +102,7 @@ class Page(BaseRoute):
         self._page_files = page_files
         self._verifier = verifier
         self._app, self._running = start()
+        self._sessions = SessionKeys()
         self._streams: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
@@ -122,6 +128,7 @@ class Page(BaseRoute):
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope = dict(scope)  # a copy, because inner routes write to it
         path, method = scope["path"], scope["method"]
+        caller = caller_of(Request(scope))
         if path.startswith(GRADIO):
             send = _with_gradio_policy(send)
         if path == LOGIN_PATH:
@@ -132,28 +139,63 @@ class Page(BaseRoute):
             await self._report(path.removeprefix(REPORTS))(scope, receive, send)
         elif path == IMAGES_ZIP:
             query = scope["query_string"].decode("ascii", "replace")
-            response = await run_in_threadpool(images_zip, self._context, self._page_files, query)
+            response = await run_in_threadpool(
+                images_zip, self._context, self._page_files, query, caller
+            )
             await response(scope, receive, send)
         elif path == "/":
             await self._document(scope, receive, send)
         elif path.startswith(STREAMS):
-            await self._stream(scope, receive, send)
-        elif path.startswith(FILES) and not self._is_own_file(path.removeprefix(FILES)):
+            if self._sessions.allows(_stream_session(scope), caller):
+                await self._stream(scope, receive, send)
+            else:
+                await _SESSION_NOT_FOUND(scope, receive, send)
+        elif path.startswith(FILES) and not await run_in_threadpool(
+            self._is_visible, path.removeprefix(FILES), caller
+        ):
             await PlainTextResponse("File not found.\n", 404)(scope, receive, send)
         elif path in EVENTS:
-            await self._event(scope, receive, send)
+            await self._event(scope, receive, send, caller)
         else:
             await self._app(scope, receive, send)
 
-    def _is_own_file(self, file: str) -> bool:
-        """Return True for a path in the page's own folder.
+    def _is_visible(self, file: str, caller: Caller) -> bool:
+        """Return True for a path in the page's own folder that the caller has access to.
 
-        Without this check, Gradio would fetch a URL given as a path and serve the response.
+        Without this check, Gradio would fetch a URL given as a path and serve the response. Images
+        of requests are in folders with the request's id; the names of all other folders cannot be
+        guessed.
         """
         path = Path(file)
         # Gradio's URLs contain resolved paths.
-        roots = (self._page_files.files, self._page_files.files.resolve())
-        return ".." not in path.parts and any(path.is_relative_to(root) for root in roots)
+        for root in (self._page_files.files, self._page_files.files.resolve()):
+            if path.is_relative_to(root) and ".." not in path.parts:
+                folder = path.relative_to(root).parts[:1]
+                return self._is_visible_folder(*folder, caller=caller)
+        return False
+
+    def _is_visible_folder(self, folder: str = "", *, caller: Caller) -> bool:
+        folder = folder.casefold()  # some file systems ignore the case of names
+        if caller.is_admin or not folder.startswith(REQUEST_FOLDER):
+            return True
+        try:
+            self._context.job(folder.removeprefix(REQUEST_FOLDER), caller)
+        except JobNotFoundError:
+            return False
+        return True
+
+    def _refusal(self, content: Any, caller: Caller) -> Response | None:
+        """Return the response to an event that the caller may not send; None for all others."""
+        if not self._sessions.allows(
+            content.get("session_hash") if isinstance(content, dict) else None, caller
+        ):
+            return _SESSION_NOT_FOUND
+        for path in _paths(content):
+            if "://" in path:
+                return PlainTextResponse("Files must be uploaded, not given as URLs.\n", 400)
+            if path.startswith("/") and not self._is_visible(path, caller):
+                return PlainTextResponse("File not found.\n", 404)
+        return None
 
     def _report(self, verification_id: str) -> Response:
         file = self._page_files.verifications / verification_id / "report" / "report.html"
@@ -220,17 +262,19 @@ class Page(BaseRoute):
             if unfinished:
                 await send({"type": "http.response.body", "body": b""})
 
-    async def _event(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Forward an event to Gradio; reject files given as URLs, which Gradio would fetch."""
+    async def _event(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> None:
+        """Forward an event to Gradio, unless `_refusal` refuses it.
+
+        Gradio would fetch files that are given as URLs.
+        """
         body = await Request(scope, receive).body()
         try:
             content = json.loads(body)
         except (ValueError, RecursionError):
             content = {}
-        if _has_file_url(content):
-            await PlainTextResponse("Files must be uploaded, not given as URLs.\n", 400)(
-                scope, receive, send
-            )
+        refusal = await run_in_threadpool(self._refusal, content, caller)
+        if refusal is not None:
+            await refusal(scope, receive, send)
             return
         sent = False
 
@@ -288,14 +332,26 @@ def _with_gradio_policy(send: Send) -> Send:
     return send_with_policy
 
 
-def _has_file_url(value: Any) -> bool:
-    """Return True if any `path` in nested JSON is a URL."""
-    if isinstance(value, dict):
-        path = value.get("path")
-        if isinstance(path, str) and "://" in path:
-            return True
-        return any(map(_has_file_url, value.values()))
-    return isinstance(value, list) and any(map(_has_file_url, value))
+def _paths(value: Any) -> Iterator[str]:
+    """Yield every `path` in nested JSON."""
+    left = [value]  # not recursive, because JSON can be nested deeper than calls
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            path = value.get("path")
+            if isinstance(path, str):
+                yield path
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+
+
+def _stream_session(scope: Scope) -> str:
+    """Return the session hash of a call for a stream, from its path or its query."""
+    path, query = str(scope["path"]), str(scope["query_string"], "latin-1")
+    if path.startswith(HEARTBEAT):
+        return path.removeprefix(HEARTBEAT)
+    return dict(parse_qsl(query)).get("session_hash", "")
 
 
 def _sha256(content: bytes) -> str:

@@ -11,9 +11,10 @@ from fidelora.server.login import LOGIN_PATH, LOGOUT_PATH
 GRADIO = "/gradio_api/"
 FILES = "/gradio_api/file="
 UPLOAD_PATH = "/gradio_api/upload"
-EVENTS = ("/gradio_api/queue/join", "/gradio_api/run/predict")
-"""Paths that receive events of the page: queued ones and immediate ones."""
-STREAMS = ("/gradio_api/queue/data", "/gradio_api/heartbeat/")
+EVENTS = ("/gradio_api/queue/join", "/gradio_api/run/predict", "/gradio_api/cancel")
+"""Paths that receive events of the page: queued ones, immediate ones, and cancellations."""
+HEARTBEAT = "/gradio_api/heartbeat/"
+STREAMS = ("/gradio_api/queue/data", HEARTBEAT)
 """Responses that stay open for as long as a browser shows the page."""
 REPORTS = "/reports/"
 IMAGES_ZIP = "/images.zip"
@@ -27,7 +28,6 @@ _EXACT = frozenset(
         "/theme.css",
         "/favicon.ico",
         "/manifest.json",
-        "/gradio_api/cancel",
         "/gradio_api/reset",
         "/gradio_api/upload_progress",
         "/gradio_api/startup-events",

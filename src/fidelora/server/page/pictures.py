@@ -18,11 +18,14 @@ from fidelora.server.outputs import content_of
 from fidelora.server.page.html import caption
 from fidelora.server.page.lora_list import LoraList
 from fidelora.server.page.snippets import as_command, as_python, as_request
+from fidelora.server.page.visitor import visitor
 
 log = structlog.get_logger(__name__)
 
 MAX_GALLERY_IMAGES = 60
 """Largest number of images in a gallery; the server still stores older ones."""
+REQUEST_FOLDER = "request-"
+"""Prefix of the folder with the images of a request; the rest is the request's id."""
 KEEP_S = 24 * 3600.0
 """Seconds to keep unchanged files of the page: one day."""
 
@@ -95,7 +98,7 @@ class Pictures:
         found, files = [], []
         for job_id, index in images[:MAX_GALLERY_IMAGES]:
             try:
-                job = self.context.store.get(job_id)
+                job = self.context.job(job_id, visitor())
                 file = self._file(job, index)
             except (JobNotFoundError, ImageGoneError):
                 continue
@@ -107,9 +110,9 @@ class Pictures:
         """Return an image's recipe and file format.
 
         Raises:
-            JobNotFoundError: its job was removed.
+            JobNotFoundError: its job was removed, or belongs to another API key.
         """
-        job = self.context.store.get(image[0])
+        job = self.context.job(image[0], visitor())
         return job.recipes[image[1]], job.image_format
 
     def snippets(self, recipe: Recipe, image_format: str) -> dict[str, str]:
@@ -130,7 +133,7 @@ class Pictures:
         if index >= len(job.outputs):
             raise ImageGoneError
         output = job.outputs[index]
-        file = self.page_files.files / job.id / Path(output.file_path).name
+        file = self.page_files.files / f"{REQUEST_FOLDER}{job.id}" / Path(output.file_path).name
         if not file.is_file():
             content = content_of(output)
             make_folder(file.parent)

@@ -23,6 +23,7 @@ from fidelora.server.page.make_form import MakeForm
 from fidelora.server.page.make_prompts import PromptInputs
 from fidelora.server.page.make_settings import SettingsInputs
 from fidelora.server.page.uploads import LORA_SUFFIX, add_lora, refuse_larger
+from fidelora.server.page.visitor import for_visitor
 from fidelora.server.submit import defaults_for
 
 
@@ -39,13 +40,13 @@ class RecipeLoader:
         form = self._form
         loaded = [prompts.loaded, prompts.loras, *form.lora_outputs]
         prompts.upload.upload(
-            self.add_loras,
+            for_visitor(self.add_loras),
             [prompts.upload, *form.lora_inputs],
             [prompts.upload, *loaded],
             **IMMEDIATE,
         )
         settings.drop.upload(
-            self.take,
+            for_visitor(self.take),
             [settings.drop, *form.lora_inputs],
             [settings.drop, *form.outputs],
             **IMMEDIATE,

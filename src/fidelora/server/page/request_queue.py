@@ -24,6 +24,7 @@ from fidelora.server.page.html import (
     waiting_jobs,
 )
 from fidelora.server.page.pictures import ImageId
+from fidelora.server.page.visitor import visitor
 from fidelora.server.submit import utc_now
 
 POLL_S = 0.2
@@ -160,17 +161,20 @@ class RequestQueue:
     def _cancel(self, job_ids: Iterable[str]) -> None:
         for job_id in list(job_ids):
             try:
-                self.store.cancel(job_id, utc_now())
+                if visitor().sees(self.store.get(job_id)):
+                    self.store.cancel(job_id, utc_now())
             except JobNotFoundError:  # removed in the meantime
                 continue
 
     def _read(self, job_ids: Iterable[str]) -> list[tuple[Job, int | None]]:
-        """Return the jobs that exist, and the positions of those in the queue."""
+        """Return the visitor's jobs that exist, and the positions of those in the queue."""
         found = []
         for job_id in job_ids:
             try:
                 job = self.store.get(job_id)
             except JobNotFoundError:  # removed in the meantime
+                continue
+            if not visitor().sees(job):
                 continue
             queued = job.status is Status.IN_QUEUE
             found.append((job, self.store.queue_position(job_id) if queued else None))

@@ -7,6 +7,7 @@ from pathlib import Path
 from fidelora.errors import BodyTooLargeError
 from fidelora.loras.folder import add_upload
 from fidelora.server.context import ServerContext
+from fidelora.server.page.visitor import visitor
 from fidelora.settings import Settings
 
 LORA_SUFFIX = ".safetensors"
@@ -38,5 +39,5 @@ def add_lora(context: ServerContext, file: Path) -> str:
     context.refuse_if_stopping()
     refuse_larger(file, context.settings.lora_max_mb * 2**20)
     with file.open("rb") as opened:
-        path, _ = add_upload(context.settings.loras, opened, file.name)
+        path, _ = add_upload(context.settings.loras, opened, file.name, visitor().owner)
     return path

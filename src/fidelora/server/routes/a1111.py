@@ -42,7 +42,8 @@ from fidelora.jobs.job import Job, Status
 from fidelora.loras.folder import adapter_named_in_prompt, adapter_path, names_in_prompts
 from fidelora.recipe import AdapterRef, Recipe, short_name
 from fidelora.safetensors_header import read_file_header
-from fidelora.server.context import ContextDep, OwnerDep, ServerContext
+from fidelora.server.access import Caller
+from fidelora.server.context import CallerDep, ContextDep, ServerContext
 from fidelora.server.outputs import base64_of, content_of
 from fidelora.server.submit import (
     defaults_for,
@@ -72,21 +73,25 @@ router = APIRouter(prefix="/sdapi/v1", tags=["a1111"], responses=_ERRORS)
 
 @router.post("/txt2img")
 async def txt2img(
-    body: Txt2ImgRequest, context: ContextDep, owner: OwnerDep, request: Request
+    body: Txt2ImgRequest, context: ContextDep, caller: CallerDep, request: Request
 ) -> Txt2ImgBody:
     """Generate images and return them. If the client disconnects, its request is canceled."""
-    plan = plan_txt2img(body, _model_of(owner, context), draw_seed(), context.settings.emphasis)
+    plan = plan_txt2img(body, _model_of(caller, context), draw_seed(), context.settings.emphasis)
     paths = [
         await run_in_threadpool(
-            adapter_named_in_prompt, context.settings.loras, lora.name, context.cache.sha256_of
+            adapter_named_in_prompt,
+            context.settings.loras,
+            lora.name,
+            context.cache.sha256_of,
+            owner=caller.key_id,
         )
         for lora in plan.loras
     ]
     loras = [LoraItem.model_validate({"path": path}) for path in paths]
-    adapters = await resolve_adapters(context, loras)
+    adapters = await resolve_adapters(context, caller, loras)
     recipes = await run_in_threadpool(_build_recipes, context, plan, adapters)
-    job = await enqueue(context, recipes, plan.image_format)
-    with _registered(job, context, owner):
+    job = await enqueue(context, caller, recipes, plan.image_format)
+    with _registered(job, context, caller):
         job = await wait_until_succeeded(job, context, request)
     return await run_in_threadpool(_txt2img_body, plan, job)
 
@@ -110,13 +115,13 @@ def _txt2img_body(plan: Txt2ImgPlan, job: Job) -> Txt2ImgBody:
 @router.get("/progress")
 def progress(
     context: ContextDep,
-    owner: OwnerDep,
+    caller: CallerDep,
     skip_current_image: Annotated[
         bool, Query(description="Omit the preview of the image in progress.")
     ] = False,
 ) -> A1111ProgressBody:
     """Return the progress of the oldest unfinished `txt2img` request with the same API key."""
-    job = _current_job(context, owner)
+    job = _current_job(context, caller)
     position = (
         context.store.queue_position(job.id) if job and job.status is Status.IN_QUEUE else None
     )
@@ -124,36 +129,36 @@ def progress(
 
 
 @router.post("/interrupt")
-def interrupt(context: ContextDep, owner: OwnerDep) -> dict[str, Any]:
+def interrupt(context: ContextDep, caller: CallerDep) -> dict[str, Any]:
     """Cancel the request that `progress` reports; its client receives an error and no image."""
-    if (job := _current_job(context, owner)) is not None:
+    if (job := _current_job(context, caller)) is not None:
         context.store.cancel(job.id, utc_now())
     return {}
 
 
 @router.get("/options")
-def options(context: ContextDep, owner: OwnerDep) -> dict[str, Any]:
+def options(context: ContextDep, caller: CallerDep) -> dict[str, Any]:
     """Return the supported settings."""
-    return options_of(_model_of(owner, context), context.settings.emphasis)
+    return options_of(_model_of(caller, context), context.settings.emphasis)
 
 
 @router.post("/options")
 def set_options(
-    changes: Annotated[dict[str, Any], Body()], context: ContextDep, owner: OwnerDep
+    changes: Annotated[dict[str, Any], Body()], context: ContextDep, caller: CallerDep
 ) -> None:
     """Set `sd_model_checkpoint` for later requests with the same API key, until the server stops.
 
     Other settings are accepted only with their current values.
     """
-    check_options(changes, options(context, owner))
+    check_options(changes, options(context, caller))
     if isinstance(model := changes.get("sd_model_checkpoint"), str):
-        context.a1111_models[owner] = model
+        context.a1111_models[caller.owner] = model
 
 
 @router.get("/samplers")
-def samplers(context: ContextDep, owner: OwnerDep) -> list[SamplerBody]:
+def samplers(context: ContextDep, caller: CallerDep) -> list[SamplerBody]:
     """List the supported samplers."""
-    names = sampler_names(get_family(_model_of(owner, context)))
+    names = sampler_names(get_family(_model_of(caller, context)))
     return [SamplerBody(name=name, aliases=aliases, options={}) for name, aliases in names.items()]
 
 
@@ -181,11 +186,11 @@ def sd_models(context: ContextDep) -> list[SdModelBody]:
 
 
 @router.get("/loras")
-def a1111_loras(context: ContextDep) -> list[A1111LoraBody]:
+def a1111_loras(context: ContextDep, caller: CallerDep) -> list[A1111LoraBody]:
     """List the LoRAs that prompts can name."""
     return [
         _lora_body(name, path, context)
-        for name, path in names_in_prompts(context.settings.loras).items()
+        for name, path in names_in_prompts(context.settings.loras, owner=caller.key_id).items()
     ]
 
 
@@ -240,9 +245,9 @@ def refresh() -> None:
 
 
 @router.post("/skip")
-def skip(context: ContextDep, owner: OwnerDep) -> None:
+def skip(context: ContextDep, caller: CallerDep) -> None:
     """Cancel the request that `progress` reports, as `interrupt` does."""
-    interrupt(context, owner)
+    interrupt(context, caller)
 
 
 @router.post("/png-info")
@@ -261,26 +266,26 @@ def _lora_body(name: str, path: str, context: ServerContext) -> A1111LoraBody:
     )
 
 
-def _model_of(owner: str, context: ServerContext) -> str:
+def _model_of(caller: Caller, context: ServerContext) -> str:
     """Return the model of requests that do not choose one."""
-    return context.a1111_models.get(owner) or context.default_model
+    return context.a1111_models.get(caller.owner) or context.default_model
 
 
 @contextmanager
-def _registered(job: Job, context: ServerContext, owner: str) -> Iterator[None]:
+def _registered(job: Job, context: ServerContext, caller: Caller) -> Iterator[None]:
     """Register the job for `progress` and `interrupt`, which ignore jobs of the other APIs."""
-    context.a1111_jobs[job.id] = owner
+    context.a1111_jobs[job.id] = caller.owner
     try:
         yield
     finally:
         del context.a1111_jobs[job.id]
 
 
-def _current_job(context: ServerContext, owner: str) -> Job | None:
-    """Return the owner's oldest registered job, preferring a running one to a queued one."""
+def _current_job(context: ServerContext, caller: Caller) -> Job | None:
+    """Return the API key's oldest registered job, preferring a running one to a queued one."""
     jobs = []
     for job_id, job_owner in list(context.a1111_jobs.items()):
-        if job_owner == owner:
+        if job_owner == caller.owner:
             try:
                 jobs.append(context.store.get(job_id))
             except JobNotFoundError:

@@ -17,7 +17,8 @@ from fidelora.api import (
     model_list,
 )
 from fidelora.jobs.store import Submission
-from fidelora.server.context import ContextDep, OwnerDep
+from fidelora.server.access import Caller
+from fidelora.server.context import CallerDep, ContextDep
 from fidelora.server.problems import error_responses
 from fidelora.server.submit import submission_of, submit
 
@@ -43,7 +44,7 @@ async def models() -> ModelList:
 async def inference(
     body: InferenceRequest,
     context: ContextDep,
-    owner: OwnerDep,
+    caller: CallerDep,
     idempotency_key: IdempotencyKey = None,
 ) -> Accepted:
     """Request images: one for each prompt, all with the same LoRAs.
@@ -51,14 +52,14 @@ async def inference(
     The request is stored on disk before the response is sent.
     """
     check_request(body)
-    submission = _submission(body, owner, idempotency_key) if idempotency_key else None
+    submission = _submission(body, caller, idempotency_key) if idempotency_key else None
     job = await run_in_threadpool(context.store.submitted, submission) if submission else None
     if job is None:
-        job = await submit(context, body, submission=submission)
+        job = await submit(context, caller, body, submission=submission)
     structlog.contextvars.bind_contextvars(request_id=job.id)
     return accepted(job, context.base_url)
 
 
-def _submission(body: InferenceRequest, owner: str, key: str) -> Submission:
+def _submission(body: InferenceRequest, caller: Caller, key: str) -> Submission:
     """Return the submission of a request; its hash does not cover `hf_token`."""
-    return submission_of(owner, key, body.model_dump_json(exclude={"hf_token"}).encode())
+    return submission_of(caller, key, body.model_dump_json(exclude={"hf_token"}).encode())

@@ -7,33 +7,50 @@ from pathlib import PurePosixPath
 from typing import Annotated
 
 from fastapi import APIRouter, File, Form, Path, Query, Response, UploadFile
+from starlette.convertors import StringConvertor, register_url_convertor
 
 from fidelora.api import LoraBody, LoraList
 from fidelora.errors import AdapterInUseError
 from fidelora.loras.describe import describe_adapter
 from fidelora.loras.folder import UPLOADS, adapter_names, adapter_path, add_upload, upload_path
-from fidelora.server.context import ContextDep, ServerContext
+from fidelora.server.access import Caller
+from fidelora.server.context import CallerDep, ContextDep, ServerContext
 from fidelora.server.problems import error_responses
 
+
+class _UploadConvertor(StringConvertor):
+    """Path parameter that may contain slashes but, unlike Starlette's `path`, is not empty.
+
+    An empty one would match `/v1/loras/`, which is redirected to `/v1/loras`.
+    """
+
+    regex = ".+"
+
+
+register_url_convertor("upload", _UploadConvertor())
 router = APIRouter(prefix="/v1/loras", tags=["loras"])
 
 
 @router.get("", responses=error_responses())
 def list_loras(
     context: ContextDep,
+    caller: CallerDep,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
     cursor: Annotated[
         str | None,
         Query(min_length=1, max_length=4096, description="`next_cursor` of the previous page."),
     ] = None,
 ) -> LoraList:
-    """List the LoRA files that requests can use, sorted by path."""
-    names = adapter_names(context.settings.loras)
+    """List the LoRA files that requests can use, sorted by path.
+
+    Uploads of other API keys are listed for admin keys only.
+    """
+    names = adapter_names(context.settings.loras, owner=caller.visible_owner)
     start = bisect_right(names, cursor) if cursor is not None else 0
     page = names[start : start + limit]
     has_more = start + limit < len(names)
     return LoraList(
-        loras=[_lora_body(name, context) for name in page],
+        loras=[_lora_body(name, context, caller) for name in page],
         next_cursor=page[-1] if has_more else None,
     )
 
@@ -46,6 +63,7 @@ def list_loras(
 )
 def upload_lora(
     context: ContextDep,
+    caller: CallerDep,
     response: Response,
     file: Annotated[UploadFile, File(description="The .safetensors file.")],
     name: Annotated[
@@ -55,18 +73,33 @@ def upload_lora(
         ),
     ] = None,
 ) -> LoraBody:
-    """Upload a LoRA. Requests refer to it by the `path` in the response."""
+    """Upload a LoRA. Requests refer to it by the `path` in the response.
+
+    Only requests with the same API key, or with an admin key, can use it.
+    """
     context.refuse_if_stopping()
-    path, is_new = add_upload(context.settings.loras, file.file, name or file.filename or "")
+    path, is_new = add_upload(
+        context.settings.loras, file.file, name or file.filename or "", caller.owner
+    )
     if not is_new:
         response.status_code = 200
-    return _lora_body(path, context)
+    return _lora_body(path, context, caller)
 
 
-@router.delete("/{name}", status_code=204, responses=error_responses(404, 409))
-def delete_lora(name: Annotated[str, Path(max_length=200)], context: ContextDep) -> None:
-    """Delete an uploaded LoRA. Other files in the folder cannot be deleted over HTTP."""
-    path = upload_path(context.settings.loras, name.removeprefix(f"{UPLOADS}/"))
+@router.delete("/{name:upload}", status_code=204, responses=error_responses(404, 409))
+def delete_lora(
+    name: Annotated[
+        str,
+        Path(max_length=250, description="`path` of the upload, or the name of an own upload."),
+    ],
+    context: ContextDep,
+    caller: CallerDep,
+) -> None:
+    """Delete an uploaded LoRA. Other files in the folder cannot be deleted over HTTP.
+
+    Uploads of other API keys can be deleted with admin keys only.
+    """
+    path = upload_path(context.settings.loras, name, caller.owner, is_admin=caller.is_admin)
     sha256 = context.cache.sha256_of(path)
     if context.store.needs_adapter(sha256):
         raise AdapterInUseError
@@ -74,8 +107,8 @@ def delete_lora(name: Annotated[str, Path(max_length=200)], context: ContextDep)
     context.cache.path(sha256).unlink(missing_ok=True)
 
 
-def _lora_body(name: str, context: ServerContext) -> LoraBody:
-    path = adapter_path(context.settings.loras, name)
+def _lora_body(name: str, context: ServerContext, caller: Caller) -> LoraBody:
+    path = adapter_path(context.settings.loras, name, owner=caller.visible_owner)
     summary = describe_adapter(path)
     return LoraBody(
         path=name,

@@ -27,7 +27,7 @@ from fidelora.api.openai import (
 from fidelora.errors import FideloraError, RequestError, RequestFieldError
 from fidelora.families import all_families
 from fidelora.jobs.job import Job, Status
-from fidelora.server.context import ContextDep, ServerContext
+from fidelora.server.context import CallerDep, ContextDep, ServerContext
 from fidelora.server.outputs import base64_of, convert_preview
 from fidelora.server.problem_formats import openai_error
 from fidelora.server.problems import problem_of
@@ -69,7 +69,9 @@ async def model(model: str) -> OpenAIModel:
     response_model=ImagesBody,
     responses=_ERRORS | {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
 )
-async def generate_images(body: ImagesRequest, context: ContextDep, request: Request) -> Response:
+async def generate_images(
+    body: ImagesRequest, context: ContextDep, caller: CallerDep, request: Request
+) -> Response:
     """Request images and wait for them. A client that disconnects cancels its request.
 
     With `stream`, the response is a stream of `image_generation.partial_image` and
@@ -78,7 +80,7 @@ async def generate_images(body: ImagesRequest, context: ContextDep, request: Req
     inference = body.to_inference(context.settings.aliases_of_models, context.settings.base_models)
     try:
         check_request(inference, needs_lora=False)
-        job = await submit(context, inference, image_quality=body.image_quality)
+        job = await submit(context, caller, inference, image_quality=body.image_quality)
     except RequestFieldError as error:
         *_, field = error.place  # a field of `inference`; reported by its name in this API
         raise RequestFieldError(str(error), place=(FIELD_OF.get(str(field), field),)) from error

@@ -35,7 +35,8 @@ from fidelora.images.read import Origin, read_origin
 from fidelora.loras.folder import adapter_named_in_prompt, adapter_path
 from fidelora.loras.hashes import has_hash
 from fidelora.recipe import LOCATIONS, AdapterRef, Recipe, short_name
-from fidelora.server.context import ContextDep, OwnerDep, ServerContext
+from fidelora.server.access import Caller
+from fidelora.server.context import CallerDep, ContextDep, ServerContext
 from fidelora.server.middleware import MAX_BODY_BYTES
 from fidelora.server.problems import error_responses
 from fidelora.server.routes.inference import IdempotencyKey
@@ -79,7 +80,7 @@ class _Plan:
     "/replay", responses=error_responses(409, 415, 429, 503), openapi_extra={"requestBody": _BODY}
 )
 async def replay(
-    request: Request, context: ContextDep, owner: OwnerDep, idempotency_key: IdempotencyKey = None
+    request: Request, context: ContextDep, caller: CallerDep, idempotency_key: IdempotencyKey = None
 ) -> ReplayAccepted:
     """Make an image again from its file (`multipart/form-data`) or recipe (`application/json`).
 
@@ -93,15 +94,15 @@ async def replay(
         raise RequestFieldError(
             f"The image has {count} LoRAs; at most {MAX_LORAS} are allowed.", place=("image",)
         )
-    submission = submission_of(owner, idempotency_key, content) if idempotency_key else None
+    submission = submission_of(caller, idempotency_key, content) if idempotency_key else None
     if origin.recipe is not None:
-        plan = await run_in_threadpool(_plan_from_recipe, origin.recipe, choices, context)
+        plan = await run_in_threadpool(_plan_from_recipe, origin.recipe, choices, context, caller)
     else:
         assert origin.parameters is not None, "read_origin raises for an image that has neither"
-        plan = await _plan_from_parameters(origin.parameters, choices, context)
+        plan = await _plan_from_parameters(origin.parameters, choices, context, caller)
     image_format = choices.output_format or origin.format
     quality = origin.quality if image_format == origin.format else None
-    job = await enqueue(context, (plan.recipe,), image_format, quality, submission)
+    job = await enqueue(context, caller, (plan.recipe,), image_format, quality, submission)
     return replay_accepted(
         job,
         context.base_url,
@@ -198,7 +199,9 @@ def _origin_from_json(body: ReplayRequest, model: str) -> Origin:
     return Origin("png", 0, 0, parameters=parameters)
 
 
-def _plan_from_recipe(recipe: Recipe, choices: ReplayChoices, context: ServerContext) -> _Plan:
+def _plan_from_recipe(
+    recipe: Recipe, choices: ReplayChoices, context: ServerContext, caller: Caller
+) -> _Plan:
     """Return the plan for a recipe, with its adapter files and the server's base model.
 
     Raises:
@@ -238,7 +241,7 @@ def _plan_from_recipe(recipe: Recipe, choices: ReplayChoices, context: ServerCon
     changes += [
         ChangeBody(name=name, was=getattr(recipe, name), now=now) for name, now in chosen.items()
     ]
-    adapters = _locate_adapters(recipe.adapters, context)
+    adapters = _locate_adapters(recipe.adapters, context, caller)
     return _Plan(
         replace(recipe, adapters=adapters, **overrides, **chosen), "fidelora", tuple(changes)
     )
@@ -282,9 +285,10 @@ def _base(recipe: Recipe) -> str:
 
 
 def _locate_adapters(
-    adapters: tuple[AdapterRef, ...], context: ServerContext
+    adapters: tuple[AdapterRef, ...], context: ServerContext, caller: Caller
 ) -> tuple[AdapterRef, ...]:
-    found = [context.resolver.by_hash(ref.sha256, ref.name) for ref in adapters]
+    owner = caller.visible_owner
+    found = [context.resolver.by_hash(ref.sha256, ref.name, owner=owner) for ref in adapters]
     missing = [
         (ref.sha256, ref.name) for ref, local in zip(adapters, found, strict=True) if local is None
     ]
@@ -298,7 +302,7 @@ def _locate_adapters(
 
 
 async def _plan_from_parameters(
-    parameters: Parameters, choices: ReplayChoices, context: ServerContext
+    parameters: Parameters, choices: ReplayChoices, context: ServerContext, caller: Caller
 ) -> _Plan:
     """Return the plan for the parameters text of another program.
 
@@ -314,11 +318,12 @@ async def _plan_from_parameters(
                 context.settings.loras,
                 lora.name,
                 context.cache.sha256_of,
+                owner=caller.key_id,
             )
         except AdapterNotFoundError:
             missing.append((lora.hash, lora.name))
             continue
-        ref = await context.resolver.resolve(path)
+        ref = await context.resolver.resolve(path, owner=caller.visible_owner)
         adapters.append(ref)
         file = adapter_path(context.settings.loras, path)
         if lora.hash and not await run_in_threadpool(has_hash, file, ref.sha256, lora.hash):

@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from fidelora.api import RequestList, ResultBody, StatusBody, result_of, status_of
 from fidelora.errors import ImageNotFoundError
 from fidelora.jobs.job import Job, Status
-from fidelora.server.context import ContextDep, ServerContext
+from fidelora.server.context import CallerDep, ContextDep, ServerContext
 from fidelora.server.outputs import content_of
 from fidelora.server.problems import error_responses
 from fidelora.server.submit import POLL_INTERVAL_S
@@ -30,8 +30,8 @@ _IMAGES = {
 RequestId = Annotated[str, Path(min_length=1, max_length=64)]
 
 
-def _job_of(request_id: RequestId, context: ContextDep) -> Job:
-    return context.store.get(request_id)
+def _job_of(request_id: RequestId, context: ContextDep, caller: CallerDep) -> Job:
+    return context.job(request_id, caller)
 
 
 JobDep = Annotated[Job, Depends(_job_of)]
@@ -40,6 +40,7 @@ JobDep = Annotated[Job, Depends(_job_of)]
 @router.get("", responses=error_responses())
 def list_requests(
     context: ContextDep,
+    caller: CallerDep,
     status: Annotated[Status | None, Query(description="Only requests with this status.")] = None,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
     cursor: Annotated[
@@ -47,8 +48,8 @@ def list_requests(
         Query(min_length=1, max_length=64, description="`next_cursor` of the previous page."),
     ] = None,
 ) -> RequestList:
-    """List requests, newest first."""
-    page = context.store.list(status=status, limit=limit, cursor=cursor)
+    """List the requests of the API key, newest first; an admin key lists those of all keys."""
+    page = context.store.list(status=status, owner=caller.visible_owner, limit=limit, cursor=cursor)
     return RequestList(
         requests=[_status_body(job, context) for job in page.jobs], next_cursor=page.next_cursor
     )
@@ -110,12 +111,12 @@ async def request_events(
 
 
 @router.delete("/{request_id}", responses=error_responses(404))
-def cancel_request(request_id: RequestId, context: ContextDep) -> StatusBody:
+def cancel_request(job: JobDep, context: ContextDep) -> StatusBody:
     """Cancel a request: a queued one at once, a running one after its current step.
 
     A request that has ended is not changed.
     """
-    return _status_body(context.store.cancel(request_id, datetime.now(UTC)), context)
+    return _status_body(context.store.cancel(job.id, datetime.now(UTC)), context)
 
 
 @router.get(
