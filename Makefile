@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test bench check docs docs-serve reference format clean
+.PHONY: demo test faults bench check docs docs-serve reference format clean
 
 demo: $(READY)
 	$(BIN)/fidelora demo
@@ -13,7 +13,16 @@ demo: $(READY)
 # threads do not spin, because the processes share the cores.
 TEST_PROCESSES ?= 2
 test: $(READY)
-	OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(TEST_PROCESSES) --dist worksteal --durations 25
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(TEST_PROCESSES) --dist worksteal --durations 25 \
+		--ignore tests/faults
+
+# Kills servers and workers, fills disks, and sends hostile files and requests. 100 rounds of each
+# fault take about an hour; FAULT_ROUNDS=10 FAULT_REQUESTS=100 takes a few minutes.
+FAULT_ROUNDS ?= 100
+FAULT_REQUESTS ?= 1000
+faults: $(READY)
+	OMP_WAIT_POLICY=passive FAULT_ROUNDS=$(FAULT_ROUNDS) FAULT_REQUESTS=$(FAULT_REQUESTS) \
+		$(BIN)/pytest -n $(TEST_PROCESSES) --dist worksteal --durations 25 tests/faults
 
 # Compares with diffusers and PEFT (installed only for this) and takes about 20 minutes.
 # BENCH="--only switch" or BENCH=--quick takes less.

@@ -6,5 +6,5 @@ import os
 
 ROUNDS = int(os.environ.get("FAULT_ROUNDS", "2"))
 """Rounds of each fault, each of which takes seconds."""
-REQUESTS = int(os.environ.get("FAULT_REQUESTS", "5"))
-"""Requests that are queued in each round."""
+REQUESTS = int(os.environ.get("FAULT_REQUESTS", "40"))
+"""Requests that are queued before the first fault."""

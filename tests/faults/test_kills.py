@@ -72,14 +72,14 @@ def test_no_accepted_request_is_lost_when_the_server_is_killed(start, data):
                 break
         return len(done) >= wanted
 
+    server = start()
+    for _ in range(REQUESTS):
+        seed = chance.randrange(SEEDS)
+        accepted[server.submit(seed=seed)] = seed
     for _ in range(ROUNDS):
-        server = start()
-        for _ in range(REQUESTS):
-            seed = chance.randrange(SEEDS)
-            accepted[server.submit(seed=seed)] = seed
         until(partial(are_done, server, len(done) + chance.randrange(4)))
         server.kill()
-    server = start()
+        server = start()
     for request_id in accepted:
         assert server.wait(request_id, "succeeded", "failed", "canceled")["status"] == "succeeded"
     files = sorted((data / "outputs").iterdir())
