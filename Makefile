@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test faults bench check docs docs-serve reference format clean
+.PHONY: demo test faults soak bench check docs docs-serve reference format clean
 
 demo: $(READY)
 	$(BIN)/fidelora demo
@@ -26,6 +26,10 @@ faults: $(READY)
 
 # Compares with diffusers and PEFT (installed only for this) and takes about 20 minutes.
 # BENCH="--only switch" or BENCH=--quick takes less.
+# Two hours of random requests and kills; SOAK="--minutes 20" takes less.
+soak: $(READY)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.soak $(SOAK)
+
 bench: $(READY)
 	$(BIN)/pip install --quiet -c constraints.txt --group bench
 	$(BIN)/python -m benchmarks.run $(BENCH)
