@@ -24,12 +24,12 @@ faults: $(READY)
 	OMP_WAIT_POLICY=passive FAULT_ROUNDS=$(FAULT_ROUNDS) FAULT_REQUESTS=$(FAULT_REQUESTS) \
 		$(BIN)/pytest -n $(TEST_PROCESSES) --dist worksteal --durations 25 tests/faults
 
-# Compares with diffusers and PEFT (installed only for this) and takes about 20 minutes.
-# BENCH="--only switch" or BENCH=--quick takes less.
 # Two hours of random requests and kills; SOAK="--minutes 20" takes less.
 soak: $(READY)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.soak $(SOAK)
 
+# Compares with diffusers and PEFT (installed only for this) and takes about 20 minutes.
+# BENCH="--only switch" or BENCH=--quick takes less.
 bench: $(READY)
 	$(BIN)/pip install --quiet -c constraints.txt --group bench
 	$(BIN)/python -m benchmarks.run $(BENCH)

@@ -304,6 +304,10 @@ class ImageNotFoundError(WrongUseError):
     """The request has no such image; the result of a successful request lists its images."""
 
 
+class StreamsFullError(FideloraError):
+    """The server has too many open event streams; read the status instead, or try again later."""
+
+
 class ImageGoneError(FideloraError):
     """The file of this image was removed or changed on the server's disk."""
 

@@ -39,7 +39,7 @@ from fidelora.jobs.database import wal_is_safe
 from fidelora.jobs.job import MAX_ATTEMPTS, Failure, Job, JobProgress, Output, Status, new_job
 from fidelora.jobs.memory import MemoryStore
 from fidelora.jobs.sql import SqlStore
-from fidelora.jobs.store import MAX_PASSED_OVER, JobStore, Submission
+from fidelora.jobs.store import MAX_PASSED_OVER, JobChanges, JobStore, Submission
 
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 LEASE_S = 30.0
@@ -544,6 +544,25 @@ def test_lists_can_be_filtered_by_status(store):
     assert [each.id for each in store.list(status=Status.IN_PROGRESS).jobs] == [claimed.id]
     assert [each.id for each in store.list(status=Status.IN_QUEUE).jobs] == [waiting.id]
     assert store.list(status=Status.FAILED).jobs == ()
+
+
+def test_several_jobs_are_read_at_once(store):
+    jobs = [store.add(job(prompt=str(number))) for number in range(4)]
+    ids = [one.id for one in jobs]
+    claimed = store.claim("worker", NOW, LEASE_S)
+    read = store.read_changes({ids[0]: 1, ids[1]: 0, ids[2]: 1, "0" * 32: 7})
+    assert read.changed == {ids[0]: claimed, ids[1]: jobs[1]}  # the third is known
+    assert read.positions == {ids[1]: 0, ids[2]: 1}
+    assert read.missing == {"0" * 32}
+    assert store.read_changes({}) == JobChanges({}, {}, frozenset())
+
+
+def test_more_jobs_than_a_query_may_name_are_read(store):
+    jobs = {one.id: one for one in (store.add(job()) for _ in range(3))}
+    known = dict.fromkeys(jobs, 0) | {f"{number:032}": 0 for number in range(40_000)}
+    read = store.read_changes(known)
+    assert read.changed == jobs
+    assert len(read.missing) == 40_000
 
 
 def test_a_list_of_one_owner_has_no_other_jobs(store):

@@ -18,8 +18,8 @@ from tests.support import GOLDEN_JOBS, LORA
 from fidelora.errors import WrongUseError
 from fidelora.jobs.job import new_job
 from fidelora.recipe import Recipe
+from fidelora.server import job_watcher
 from fidelora.server.access import EVERYBODY
-from fidelora.server.page import request_queue
 from fidelora.server.page.form import LABELS, MAX_LORAS, build_request
 from fidelora.server.page.lora_list import LoraList
 from fidelora.server.page.make_tab import MakeTab
@@ -141,7 +141,7 @@ def test_an_unedited_trigger_word_follows_its_lora(make):
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(request_queue, "POLL_S", 0)
+    monkeypatch.setattr(job_watcher, "POLL_INTERVAL_S", 0.002)
 
 
 async def sent(make, session, seed="1", history=()):

@@ -16,9 +16,9 @@ from tests.support import LORA
 from fidelora.errors import JobNotFoundError
 from fidelora.jobs.job import Status, new_job
 from fidelora.recipe import Recipe
+from fidelora.server import job_watcher
 from fidelora.server.access import EVERYBODY, NOBODY, Caller
 from fidelora.server.app import make_app
-from fidelora.server.page import request_queue
 from fidelora.server.page.blocks import gradio_app
 from fidelora.server.page.lora_list import LoraList
 from fidelora.server.page.pictures import PageFiles, Pictures
@@ -122,8 +122,8 @@ def owned(context, caller: Caller):
 
 
 def test_the_queue_follows_and_cancels_only_own_requests(context, monkeypatch):
-    monkeypatch.setattr(request_queue, "POLL_S", 0)
-    queue, job = RequestQueue(context.store), owned(context, ALICE)
+    monkeypatch.setattr(job_watcher, "POLL_INTERVAL_S", 0.002)
+    queue, job = RequestQueue(context.store, context.watcher), owned(context, ALICE)
 
     async def follow(caller: Caller) -> list[str]:
         with acting_for(caller):

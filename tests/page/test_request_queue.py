@@ -10,8 +10,8 @@ from tests.server.http_support import ByHand, context_in, now
 
 from fidelora.jobs.job import Status, new_job
 from fidelora.recipe import Recipe
+from fidelora.server import job_watcher
 from fidelora.server.access import EVERYBODY
-from fidelora.server.page import request_queue
 from fidelora.server.page.html import button_number
 from fidelora.server.page.request_queue import RequestQueue, Session
 from fidelora.server.page.visitor import acting_for
@@ -26,13 +26,13 @@ def without_keys():
 
 @pytest.fixture
 def context(tmp_path, monkeypatch):
-    monkeypatch.setattr(request_queue, "POLL_S", 0)
+    monkeypatch.setattr(job_watcher, "POLL_INTERVAL_S", 0.002)
     return context_in(tmp_path)
 
 
 @pytest.fixture
 def queue(context):
-    return RequestQueue(context.store)
+    return RequestQueue(context.store, context.watcher)
 
 
 def session_with(context, *prompts):
@@ -77,7 +77,9 @@ def test_each_change_yields_the_state_of_all_requests(queue, context):
     assert "The model produced NaN." in texts[-1]
     assert "Done in" in texts[-1]
     assert updates[-1].previews == ""
-    assert [len(update.succeeded) for update in updates] == [0, 0, 0, 1]
+    # The last three changes are made at once; the poll may see only some of them first.
+    assert [len(update.succeeded) for update in updates[:3]] == [0, 0, 0]
+    assert sum(len(update.succeeded) for update in updates) == 1
     assert session.pending == []
     assert not session.followed
 

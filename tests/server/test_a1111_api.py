@@ -31,7 +31,7 @@ from fidelora.families import all_families
 from fidelora.images.read import read_origin
 from fidelora.jobs.job import Status
 from fidelora.recipe import MAX_SEED, file_sha256
-from fidelora.server import submit
+from fidelora.server import job_watcher
 from fidelora.server.context import ServerContext
 
 TENSORS_SHA256 = hashlib.sha256(
@@ -42,7 +42,7 @@ HOSTILE = "<script>alert(1)</script>"
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(submit, "POLL_INTERVAL_S", 0.005)
+    monkeypatch.setattr(job_watcher, "POLL_INTERVAL_S", 0.005)
 
 
 @pytest.fixture

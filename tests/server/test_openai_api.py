@@ -31,7 +31,7 @@ from fidelora.families import all_families
 from fidelora.images.read import read_origin
 from fidelora.jobs.job import JobProgress, Status, new_job
 from fidelora.recipe import MAX_SEED, Recipe, file_sha256
-from fidelora.server import submit
+from fidelora.server import job_watcher
 from fidelora.server.context import ServerContext
 from fidelora.server.routes.openai import _PreviewSelector
 
@@ -41,7 +41,7 @@ SMALL: dict[str, Any] = {"steps": 2, "loras": LORAS, "trigger_word": "sks"}
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(submit, "POLL_INTERVAL_S", 0.005)
+    monkeypatch.setattr(job_watcher, "POLL_INTERVAL_S", 0.005)
 
 
 @pytest.fixture

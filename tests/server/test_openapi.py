@@ -26,7 +26,7 @@ from tests.server.http_support import (
 )
 from tests.support import LOKR
 
-from fidelora.server import submit
+from fidelora.server import job_watcher
 from fidelora.server.app import make_app
 
 CHECKS = [
@@ -48,7 +48,7 @@ def server(tmp_path, monkeypatch):
     worker.succeed(worker.claim())
     worker.fail(worker.claim())
     client.delete(f"/v1/requests/{ids[2]}")
-    monkeypatch.setattr(submit, "POLL_INTERVAL_S", 0.002)
+    monkeypatch.setattr(job_watcher, "POLL_INTERVAL_S", 0.002)
     with at_work(worker, an_image()):  # some responses wait for images
         app = called_from_this_machine(make_app(context))
         yield schemathesis.openapi.from_asgi("/openapi.json", app), ids, context

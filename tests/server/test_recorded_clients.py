@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 from tests.server.http_support import ByHand, an_image, at_work, client_of, context_in
 
-from fidelora.server import submit
+from fidelora.server import job_watcher
 
 MAPPED = "dall-e-2=sd15,dall-e-3=sd15,gpt-image-1=sd15"
 
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(submit, "POLL_INTERVAL_S", 0.005)
+    monkeypatch.setattr(job_watcher, "POLL_INTERVAL_S", 0.005)
 
 
 @pytest.fixture

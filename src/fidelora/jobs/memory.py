@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 
 from fidelora.errors import CursorError, IdempotencyConflictError, JobNotFoundError, QueueFullError
 from fidelora.jobs import job as life
 from fidelora.jobs.job import Job, Status
 from fidelora.jobs.store import (
+    JobChanges,
     JobPage,
     StoreByTransition,
     Submission,
@@ -47,6 +48,16 @@ class MemoryStore(StoreByTransition):
     def get(self, job_id: str) -> Job:
         with self._lock:
             return self._get(job_id)
+
+    def read_changes(self, known: Mapping[str, int]) -> JobChanges:
+        with self._lock:
+            found = [self._jobs[job_id] for job_id in known if job_id in self._jobs]
+            places = {job.id: place for place, job in enumerate(self._queue())}
+        return JobChanges(
+            changed={job.id: job for job in found if job.version != known[job.id]},
+            positions={job.id: places[job.id] for job in found if job.id in places},
+            missing=frozenset(known.keys() - {job.id for job in found}),
+        )
 
     def list(
         self,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import lru_cache
@@ -31,6 +31,7 @@ from fidelora.jobs.codec import job_from_dict, job_to_dict
 from fidelora.jobs.database import BUSY_TIMEOUT_S, database_errors, open_database
 from fidelora.jobs.job import Job, Status
 from fidelora.jobs.store import (
+    JobChanges,
     JobPage,
     StoreByTransition,
     Submission,
@@ -62,6 +63,20 @@ _jobs = sa.table(
     ),
     *(sa.column(name) for name in ("idempotency_key", "body_sha256")),
 )
+
+
+_MAX_IDS = 500
+"""Number of ids in a query; databases limit the number of a statement's parameters."""
+# Built once, because SQLAlchemy takes longer to build these queries than SQLite to execute them.
+_ids: sa.BindParameter[Any] = sa.bindparam("ids", expanding=True)
+_READ_VERSIONS = sa.select(_jobs.c.id, _jobs.c.version, _jobs.c.status).where(_jobs.c.id.in_(_ids))
+_READ_DOCUMENTS = sa.select(_jobs.c.id, _jobs.c.document).where(_jobs.c.id.in_(_ids))
+_queue = (
+    sa.select(_jobs.c.id, (sa.func.row_number().over(order_by=_jobs.c.seq) - 1).label("position"))
+    .where(_jobs.c.status == Status.IN_QUEUE.value)
+    .subquery()
+)
+_READ_POSITIONS = sa.select(_queue.c.id, _queue.c.position).where(_queue.c.id.in_(_ids))
 
 
 class _VersionConflictError(Exception):
@@ -121,6 +136,29 @@ class SqlStore(StoreByTransition):
     def get(self, job_id: str) -> Job:
         with self._reading() as connection:
             return self._get(connection, job_id)
+
+    def read_changes(self, known: Mapping[str, int]) -> JobChanges:
+        documents: dict[str, str] = {}
+        found: set[str] = set()
+        queued: set[str] = set()
+        positions: dict[str, int] = {}
+        with self._reading() as connection:
+            for ids in _batched(known, _MAX_IDS):
+                rows = connection.execute(_READ_VERSIONS, {"ids": ids}).all()
+                found |= {row.id for row in rows}
+                queued |= {row.id for row in rows if row.status == Status.IN_QUEUE.value}
+                changed = [row.id for row in rows if row.version != known[row.id]]
+                if changed:
+                    read = connection.execute(_READ_DOCUMENTS, {"ids": changed})
+                    documents |= {row.id: row.document for row in read}
+            for ids in _batched(queued, _MAX_IDS):
+                read = connection.execute(_READ_POSITIONS, {"ids": ids})
+                positions |= {row.id: row.position for row in read}
+        return JobChanges(
+            changed={job_id: _job(document) for job_id, document in documents.items()},
+            positions=positions,
+            missing=frozenset(known.keys() - found),
+        )
 
     def list(
         self,
@@ -344,6 +382,12 @@ def _row(job: Job) -> dict[str, Any]:
         "owner": job.owner,
         "document": json.dumps(job_to_dict(job), ensure_ascii=False),
     }
+
+
+def _batched(ids: Iterable[str], size: int) -> Iterator[list[str]]:
+    left = list(ids)
+    for start in range(0, len(left), size):
+        yield left[start : start + size]
 
 
 def _job(document: str) -> Job:

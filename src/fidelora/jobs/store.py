@@ -33,6 +33,21 @@ class JobPage:
     next_cursor: str | None
 
 
+@dataclass(frozen=True)
+class JobChanges:
+    """Result of `JobStore.read_changes`.
+
+    Attributes:
+        changed: jobs whose version is not the known one, by id.
+        positions: number of queued jobs before each of the jobs that are in the queue, by id.
+        missing: ids of the jobs that do not exist.
+    """
+
+    changed: Mapping[str, Job]
+    positions: Mapping[str, int]
+    missing: frozenset[str]
+
+
 class JobStore(Protocol):
     """Store whose changes are durable once a method has returned.
 
@@ -66,6 +81,16 @@ class JobStore(Protocol):
 
         Raises:
             JobNotFoundError: the job does not exist.
+        """
+        ...
+
+    def read_changes(self, known: Mapping[str, int]) -> JobChanges:
+        """Read several jobs at one point in time, and return those that have changed.
+
+        The cost hardly depends on the number of jobs that have not changed.
+
+        Args:
+            known: version of each job that the caller has, by id; 0 for none.
         """
         ...
 

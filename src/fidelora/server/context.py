@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
@@ -20,6 +21,7 @@ from fidelora.loras.resolve import AdapterResolver
 from fidelora.server.access import NOBODY, Caller
 from fidelora.server.api_keys import ApiKeys
 from fidelora.server.base_models import BaseModels
+from fidelora.server.job_watcher import JobWatcher
 from fidelora.server.metrics import Metrics
 from fidelora.server.retention_clock import RetentionClock
 from fidelora.server.size_limits import SizeLimits
@@ -63,6 +65,11 @@ class ServerContext:
     retention_clock: RetentionClock = field(default_factory=RetentionClock)
     stopping: threading.Event = field(default_factory=threading.Event)
     failed: threading.Event = field(default_factory=threading.Event)
+
+    @cached_property
+    def watcher(self) -> JobWatcher:
+        """Watches of jobs, which also wake when the server stops or its workers cannot start."""
+        return JobWatcher(self.store, lambda: (self.stopping.is_set(), self.trouble))
 
     @property
     def default_model(self) -> str:

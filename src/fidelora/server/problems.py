@@ -51,6 +51,7 @@ _STATUS_AND_CODE: Sequence[tuple[type[FideloraError], int, str]] = (
     (errors.StorageError, 503, "STORAGE_UNAVAILABLE"),
     (errors.ServerStoppingError, 503, "SERVER_STOPPING"),
     (errors.ServerNotReadyError, 503, "SERVER_NOT_READY"),
+    (errors.StreamsFullError, 503, "TOO_MANY_STREAMS"),
     (errors.AdapterUrlRefusedError, 400, "LORA_URL_NOT_ALLOWED"),
     (errors.AdapterDownloadError, 400, "LORA_DOWNLOAD_FAILED"),
     (errors.UploadNotFoundError, 404, "UPLOAD_NOT_FOUND"),

@@ -7,7 +7,6 @@ A route checks its request and looks up an idempotency key. Then it resolves the
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import secrets
 from collections.abc import AsyncIterator, Sequence
@@ -32,8 +31,8 @@ from fidelora.recipe import AdapterRef, Noise, Recipe
 from fidelora.server.access import Caller
 from fidelora.server.context import ServerContext
 
-POLL_INTERVAL_S = 0.2
-"""Seconds between two reads of a job while a client waits for it."""
+_DISCONNECT_INTERVAL_S = 0.5
+"""Seconds between two checks whether a client that waits for its images has disconnected."""
 
 
 def utc_now() -> datetime:
@@ -205,7 +204,9 @@ async def cancel_on_exit(job: Job, context: ServerContext) -> AsyncIterator[None
 
 
 async def job_updates(job: Job, context: ServerContext, request: Request) -> AsyncIterator[Job]:
-    """Yield the job immediately and after each poll, until the job has ended.
+    """Yield the job immediately, and then repeatedly until it has ended.
+
+    It is yielded after each change, and at least every `_DISCONNECT_INTERVAL_S` seconds.
 
     Raises:
         RequestCanceledError: the client of `request` disconnected.
@@ -213,14 +214,16 @@ async def job_updates(job: Job, context: ServerContext, request: Request) -> Asy
             stopping or no worker can start.
     """
     yield job
-    while not job.status.final:
-        if job.status is Status.IN_QUEUE:
-            context.refuse_if_unavailable()
-        if await request.is_disconnected():
-            raise RequestCanceledError("The client disconnected before its images were made.")
-        await asyncio.sleep(POLL_INTERVAL_S)
-        job = await run_in_threadpool(context.store.get, job.id)
-        yield job
+    with context.watcher.watch() as watch:
+        watch.add(job)
+        while not job.status.final:
+            if job.status is Status.IN_QUEUE:
+                context.refuse_if_unavailable()
+            if await request.is_disconnected():
+                raise RequestCanceledError("The client disconnected before its images were made.")
+            await watch.changed(_DISCONNECT_INTERVAL_S)
+            job = watch.state(job.id).job
+            yield job
 
 
 async def wait_until_succeeded(job: Job, context: ServerContext, request: Request) -> Job:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import secrets
 from collections.abc import AsyncIterator, Sequence
@@ -34,7 +33,6 @@ from fidelora.server.submit import submit
 from fidelora.training.grid import labelled_sheet
 
 MAX_SHEET_IMAGES = 64
-_POLL_S = 0.3  # seconds between two reads of a job
 
 
 class CompareTab:
@@ -205,14 +203,15 @@ class CompareTab:
 
     async def _count_succeeded(self, jobs: Sequence[Job]) -> AsyncIterator[int]:
         """Yield the number of succeeded jobs each time it grows; stop if a job does not succeed."""
-        for done, job in enumerate(jobs):
-            current = job
-            while not current.status.final:
-                await asyncio.sleep(_POLL_S)
-                current = await run_in_threadpool(self._context.store.get, job.id)
-            if current.status is not Status.SUCCEEDED:
-                return
-            yield done + 1
+        with self._context.watcher.watch() as watch:
+            for job in jobs:
+                watch.add(job)
+            for done, job in enumerate(jobs):
+                while not (current := watch.state(job.id).job).status.final:
+                    await watch.changed()
+                if current.status is not Status.SUCCEEDED:
+                    return
+                yield done + 1
 
     def _sheet(
         self, jobs: Sequence[Job], loras: Sequence[str], multipliers: Sequence[float]

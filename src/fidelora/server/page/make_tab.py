@@ -36,7 +36,7 @@ class MakeTab:
         self._context = context
         self._pictures = pictures
         self._lora_list = lora_list
-        self._queue = RequestQueue(context.store)
+        self._queue = RequestQueue(context.store, context.watcher)
         families = served_families(context)
         # On a narrow screen, the results come between the buttons and the settings (style.css).
         with gr.Row(equal_height=False, elem_id="make"):

@@ -5,7 +5,6 @@ Does not import Gradio.
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from fidelora.errors import JobNotFoundError
 from fidelora.jobs.job import Job, Status
 from fidelora.jobs.store import JobStore
+from fidelora.server.job_watcher import JobWatcher, Watch
 from fidelora.server.page.html import (
     button_number,
     job_preview,
@@ -27,11 +27,8 @@ from fidelora.server.page.pictures import ImageId
 from fidelora.server.page.visitor import visitor
 from fidelora.server.submit import utc_now
 
-POLL_S = 0.2
-"""Seconds between two reads of up to `_JOBS_PER_POLL` jobs; more jobs are read less often."""
-_JOBS_PER_POLL = 4
-
-
+_LOOK_S = 0.2
+"""Seconds between two looks for requests that were sent meanwhile."""
 _JOB_ID = re.compile("[0-9a-f]{32}")
 _T = TypeVar("_T")
 
@@ -108,6 +105,7 @@ class RequestQueue:
     """Follows and cancels the requests of sessions."""
 
     store: JobStore
+    watcher: JobWatcher
 
     async def follow(self, session: Session) -> AsyncIterator[Update]:
         """Yield an update for every change until no request is pending.
@@ -119,27 +117,28 @@ class RequestQueue:
         session.followed = True
         last: object = None
         try:
-            while session.pending:
-                read = list(session.pending)
-                jobs = await run_in_threadpool(self._read, read)
-                state = [(job.id, job.version, position) for job, position in jobs]
-                if state != last:
-                    last = state
-                    ended = {*read} - {job.id for job, _ in jobs if not job.status.final}
-                    session.pending = [one for one in session.pending if one not in ended]
-                    succeeded = [job for job, _ in jobs if job.status is Status.SUCCEEDED]
-                    session.ended += [
-                        job_progress(job, None)
-                        for job, _ in jobs
-                        if job.status.final and job.status is not Status.SUCCEEDED
-                    ]
-                    if succeeded and not session.pending:
-                        session.ended.append(job_progress(succeeded[-1], None))
-                    previews = "".join(job_preview(job) for job, _ in jobs)
-                    yield Update(*self._progress(session, jobs), previews, tuple(succeeded))
-                if session.pending:
-                    polls = max(1.0, len(session.pending) / _JOBS_PER_POLL)
-                    await asyncio.sleep(POLL_S * polls)
+            with self.watcher.watch() as watch:
+                while session.pending:
+                    read = list(session.pending)
+                    await self._watch(watch, read)
+                    jobs = self._latest(watch, read)
+                    state = [(job.id, job.version, position) for job, position in jobs]
+                    if state != last:
+                        last = state
+                        ended = {*read} - {job.id for job, _ in jobs if not job.status.final}
+                        session.pending = [one for one in session.pending if one not in ended]
+                        succeeded = [job for job, _ in jobs if job.status is Status.SUCCEEDED]
+                        session.ended += [
+                            job_progress(job, None)
+                            for job, _ in jobs
+                            if job.status.final and job.status is not Status.SUCCEEDED
+                        ]
+                        if succeeded and not session.pending:
+                            session.ended.append(job_progress(succeeded[-1], None))
+                        previews = "".join(job_preview(job) for job, _ in jobs)
+                        yield Update(*self._progress(session, jobs), previews, tuple(succeeded))
+                    if session.pending:
+                        await watch.changed(_LOOK_S)
         finally:
             session.followed = False
 
@@ -157,6 +156,17 @@ class RequestQueue:
     def cancel_all(self, session: Session) -> None:
         """Cancel all requests of a session, the last one first, so that none starts meanwhile."""
         self._cancel(reversed(session.pending))
+
+    async def _watch(self, watch: Watch, job_ids: Iterable[str]) -> None:
+        """Watch the visitor's jobs among those that are not watched yet."""
+        new = [job_id for job_id in job_ids if not watch.has(job_id)]
+        for job, position in await run_in_threadpool(self._read, new) if new else ():
+            watch.add(job, position)
+
+    def _latest(self, watch: Watch, job_ids: Iterable[str]) -> list[tuple[Job, int | None]]:
+        """Return the watched jobs that still exist, and the positions of those in the queue."""
+        states = [watch.state(job_id) for job_id in job_ids if watch.has(job_id)]
+        return [(state.job, state.position) for state in states]
 
     def _cancel(self, job_ids: Iterable[str]) -> None:
         for job_id in list(job_ids):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path as FilePath
@@ -16,9 +15,9 @@ from fidelora.api import RequestList, ResultBody, StatusBody, result_of, status_
 from fidelora.errors import ImageNotFoundError
 from fidelora.jobs.job import Job, Status
 from fidelora.server.context import CallerDep, ContextDep, ServerContext
+from fidelora.server.job_watcher import Watch
 from fidelora.server.outputs import content_of
 from fidelora.server.problems import error_responses
-from fidelora.server.submit import POLL_INTERVAL_S
 
 router = APIRouter(prefix="/v1/requests", tags=["requests"])
 
@@ -35,6 +34,12 @@ def _job_of(request_id: RequestId, context: ContextDep, caller: CallerDep) -> Jo
 
 
 JobDep = Annotated[Job, Depends(_job_of)]
+
+
+async def _open_stream(job: JobDep, context: ContextDep) -> AsyncIterator[Watch]:
+    # A dependency, so that an error becomes a response, which has begun when the stream runs.
+    with context.watcher.stream(), context.watcher.watch() as watch:
+        yield watch
 
 
 @router.get("", responses=error_responses())
@@ -70,10 +75,11 @@ def request_result(job: JobDep, context: ContextDep) -> ResultBody:
 @router.get(
     "/{request_id}/events",
     response_class=EventSourceResponse,
-    responses=error_responses(404, is_json=False),
+    responses=error_responses(404, 503, is_json=False),
 )
 async def request_events(
     job: JobDep,
+    watch: Annotated[Watch, Depends(_open_stream)],
     context: ContextDep,
     previews: Annotated[
         bool, Query(description="Add a preview of the image in progress to the events.")
@@ -94,8 +100,10 @@ async def request_events(
     """
     sent_version = last_event_id or 0
     sent_waiting: tuple[int | None, str | None] = (None, None)
+    position = await run_in_threadpool(context.store.queue_position, job.id)
+    watch.add(job, position)
     while True:
-        body = await run_in_threadpool(_status_body, job, context, previews)
+        body = _status_body_at(job, position, context, previews)
         waiting = (body.queue_position, body.waiting_reason)
         if (
             job.status.final
@@ -106,8 +114,9 @@ async def request_events(
             sent_version, sent_waiting = job.version, waiting
         if job.status.final or context.stopping.is_set():
             return
-        await asyncio.sleep(POLL_INTERVAL_S)
-        job = await run_in_threadpool(context.store.get, job.id)
+        await watch.changed()
+        state = watch.state(job.id)
+        job, position = state.job, state.position
 
 
 @router.delete("/{request_id}", responses=error_responses(404))
@@ -139,8 +148,14 @@ def request_image(job: JobDep, index: Annotated[int, Path(ge=0, le=10_000)]) -> 
     return Response(content, media_type=f"image/{output.format}", headers=headers)
 
 
-def _status_body(job: Job, context: ServerContext, with_preview: bool = False) -> StatusBody:
+def _status_body(job: Job, context: ServerContext) -> StatusBody:
     queued = job.status is Status.IN_QUEUE
     position = context.store.queue_position(job.id) if queued else None
-    reason = (context.trouble or None) if queued else None
+    return _status_body_at(job, position, context)
+
+
+def _status_body_at(
+    job: Job, position: int | None, context: ServerContext, with_preview: bool = False
+) -> StatusBody:
+    reason = (context.trouble or None) if job.status is Status.IN_QUEUE else None
     return status_of(job, position, waiting_reason=reason, with_preview=with_preview)
