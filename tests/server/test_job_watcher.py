@@ -14,7 +14,7 @@ import pytest
 from tests.server.http_support import MINIMAL, ByHand, aside, client_of, context_in, listening, now
 from tests.server.serve_support import until
 
-from fidelora.errors import JobNotFoundError, JobStoreError, StreamsFullError
+from fidelora.errors import JobNotFoundError, JobStoreError, RecipeError, StreamsFullError
 from fidelora.jobs.job import Status, new_job
 from fidelora.recipe import Recipe
 from fidelora.server import job_watcher
@@ -179,7 +179,8 @@ def test_a_removed_job_ends_its_watch(context):
     asyncio.run(run())
 
 
-def test_every_watch_gets_the_error_of_the_store(context, monkeypatch):
+@pytest.mark.parametrize("error", [JobStoreError("locked"), RecipeError("of a newer version")])
+def test_every_watch_gets_the_error_of_the_store(context, monkeypatch, error):
     read = context.store.read_changes
 
     async def run() -> None:
@@ -200,7 +201,7 @@ def test_every_watch_gets_the_error_of_the_store(context, monkeypatch):
                     continue
 
     def broken(known: object) -> None:
-        raise JobStoreError("The job database cannot be used at the moment: test.")
+        raise error
 
     asyncio.run(run())
 

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
+import structlog
 from starlette.concurrency import run_in_threadpool
 
 from fidelora.errors import JobNotFoundError, JobStoreError, StreamsFullError
 from fidelora.jobs.job import Job
 from fidelora.jobs.store import JobChanges
 from fidelora.server.connections import LimitedProtocol
+
+log = structlog.get_logger(__name__)
 
 POLL_INTERVAL_S = 0.2
 """Seconds between two reads of the watched jobs."""
@@ -141,6 +144,10 @@ class _Poll:
                 changes = await run_in_threadpool(self._store.read_changes, known)
             except JobStoreError as error:
                 self._wake_all(error)
+                continue
+            except Exception:  # for example one job that this version cannot read
+                log.exception("watched jobs not read, retrying")
+                self._wake_all(JobStoreError())
                 continue
             self._apply(known, changes)
             if server_state != (server_state := self._server_state()):
