@@ -102,6 +102,7 @@ class Soak:
     def submit(self) -> None:
         if len(self.pending) >= MAX_QUEUED:
             self.look()
+            time.sleep(0.1)  # leaves the processors to the worker
             return
         fields = {
             "seed": self.chance.randrange(8),
