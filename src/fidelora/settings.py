@@ -297,6 +297,14 @@ class Settings(BaseSettings):
         settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
         env_settings: PydanticBaseSettingsSource,
+    report_file_paths: bool = Field(
+        True,
+        validation_alias="FIDELORA_REPORT_FILE_PATHS",
+        description=(
+            "Report the full path of each image on the server as `file_path` in results, as the "
+            "documented API does; if false, only the name of the file."
+        ),
+    )
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager, nullcontext, suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,7 @@ from fidelora.server.metrics import Metrics
 from fidelora.server.middleware import AccessControl, BodyLimitMiddleware, RequestLogMiddleware
 from fidelora.server.page.mount import SWITCHED_OFF, Page, make_page
 from fidelora.server.readiness import ReadinessLog
+from fidelora.server.public_texts import ROOTS
 from fidelora.server.routes import a1111, inference, loras, openai, operations, replay, requests
 from fidelora.settings import Settings
 from fidelora.workers.attempt import WorkerLimits
@@ -123,6 +125,7 @@ def context_with_store(
         OutputError: the adapter cache is not writable.
     """
     cache = AdapterCache(settings.adapters, _bytes(settings.lora_cache_gb) or 0)
+    ROOTS.set(_private_paths(settings, server_defaults))
     rules = DownloadRules(
         hosts=settings.lora_hosts,
         max_bytes=settings.lora_max_mb * 2**20,
@@ -149,6 +152,26 @@ def keys_file(settings: Settings) -> Path:
 
 
 class _DocumentedBasic(HTTPBasic):
+def _private_paths(
+    settings: Settings, server_defaults: Mapping[str, Mapping[str, Any]]
+) -> list[Path]:
+    """Return the paths that errors can name and clients must not see."""
+    paths = [
+        settings.data_dir,
+        settings.loras,
+        settings.outputs,
+        settings.adapters,
+        settings.jobs,
+        settings.model_cache_dir,
+        Path(tempfile.gettempdir()),
+    ]
+    with suppress(RuntimeError, OSError):  # a user without a home folder
+        paths += [Path.cwd(), Path.home()]
+    bases = [str(one.get("base_model", "")) for one in server_defaults.values()]
+    paths += [Path(base) for base in bases if Path(base).is_absolute()]
+    return [path for path in paths if path is not None]
+
+
     """Basic authentication in the OpenAPI document; only `AccessControl` checks credentials.
 
     FastAPI's class refuses empty credentials, which clients send to servers without keys.

@@ -17,7 +17,6 @@ from fidelora import errors
 from fidelora.api import ErrorBody
 from fidelora.errors import FideloraError, RequestError, RequestFailedError, RequestFieldError
 from fidelora.server.problem_formats import (
-    MAX_MESSAGE,
     MAX_SHOWN,
     Problem,
     problem_response,
@@ -172,7 +171,7 @@ def _invalid(found: Sequence[Mapping[str, Any]]) -> Problem:
     fields = []
     for entry in found:
         place = [part[:MAX_SHOWN] if isinstance(part, str) else part for part in entry["loc"]]
-        field = {"type": entry["type"], "loc": place, "msg": entry["msg"][:MAX_MESSAGE]}
+        field = {"type": entry["type"], "loc": place, "msg": entry["msg"]}
         value = entry.get("input")
         if _SECRET_FIELDS.isdisjoint(map(str, entry["loc"])) and _is_plain(value):
             field["input"] = value

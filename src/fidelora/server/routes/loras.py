@@ -17,6 +17,7 @@ from fidelora.server.access import Caller
 from fidelora.server.context import CallerDep, ContextDep, ServerContext
 from fidelora.server.problems import error_responses
 
+from fidelora.server.public_texts import public_text
 
 class _UploadConvertor(StringConvertor):
     """Path parameter that may contain slashes but, unlike Starlette's `path`, is not empty.
@@ -126,5 +127,5 @@ def _lora_body(name: str, context: ServerContext, caller: Caller) -> LoraBody:
         base=summary.base,
         trainer=summary.trainer,
         uploaded=PurePosixPath(name).parts[0] == UPLOADS,
-        problems=list(summary.problems),
+        problems=[public_text(problem) for problem in summary.problems],
     )

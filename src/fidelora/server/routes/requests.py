@@ -18,6 +18,7 @@ from fidelora.server.context import CallerDep, ContextDep, ServerContext
 from fidelora.server.job_watcher import Watch
 from fidelora.server.outputs import content_of
 from fidelora.server.problems import error_responses
+from fidelora.server.public_texts import public_text
 
 router = APIRouter(prefix="/v1/requests", tags=["requests"])
 
@@ -69,7 +70,13 @@ def request_status(job: JobDep, context: ContextDep) -> StatusBody:
 @router.get("/{request_id}/result", responses=error_responses(404))
 def request_result(job: JobDep, context: ContextDep) -> ResultBody:
     """Return the images of a request; `outputs` is null until it has succeeded."""
-    return result_of(job, context.base_url)
+    body = result_of(job, context.base_url)
+    if body.error is not None:
+        body.error = public_text(body.error)
+    if body.outputs is not None and not context.settings.report_file_paths:
+        for image in body.outputs.images:
+            image.file_path = FilePath(image.file_path).name
+    return body
 
 
 @router.get(
@@ -157,5 +164,8 @@ def _status_body(job: Job, context: ServerContext) -> StatusBody:
 def _status_body_at(
     job: Job, position: int | None, context: ServerContext, with_preview: bool = False
 ) -> StatusBody:
-    reason = (context.trouble or None) if job.status is Status.IN_QUEUE else None
-    return status_of(job, position, waiting_reason=reason, with_preview=with_preview)
+    reason = (public_text(context.trouble) or None) if job.status is Status.IN_QUEUE else None
+    body = status_of(job, position, waiting_reason=reason, with_preview=with_preview)
+    if body.error is not None:
+        body.error = public_text(body.error)
+    return body
