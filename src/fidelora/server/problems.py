@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
@@ -67,6 +68,7 @@ REQUEST_CODES = {
     ),
     "HOST_NOT_ALLOWED": "A server without API keys accepts only hostnames of its own machine.",
     "OTHER_SITE": "A browser sent this call from a page of another site.",
+    "NAME_INVALID": "A name in the request is too long for a file, or not supported by the disk.",
 }
 """Codes of `RequestError`s, which carry their own code; the status is always 400."""
 
@@ -157,6 +159,12 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def handle_unexpected_error(request: Request, error: Exception) -> JSONResponse:
+    @app.exception_handler(OSError)
+    async def handle_os_error(request: Request, error: OSError) -> JSONResponse:
+        if error.errno in _NAME_ERRORS:
+            return problem_response(_NAME_INVALID, request.url.path)
+        return await handle_unexpected_error(request, error)
+
         log.error("unexpected error", exc_info=error)
         return problem_response(_UNEXPECTED, request.url.path)
 
@@ -168,6 +176,17 @@ _UNEXPECTED = Problem(
 
 def _invalid(found: Sequence[Mapping[str, Any]]) -> Problem:
     """Return the problem for invalid fields; short values that are not secret are included."""
+_NAME_ERRORS = {errno.ENAMETOOLONG, errno.ELOOP, errno.EILSEQ}
+"""Errors of the operating system about the name of a file. The server's own names are valid, so the
+name comes from the client."""
+_NAME_INVALID = Problem(
+    400,
+    "NAME_INVALID",
+    "A name in the request is not a valid name of a file: it is too long, has characters that the "
+    "file system does not support, or links in a circle. Use another name.",
+)
+
+
     fields = []
     for entry in found:
         place = [part[:MAX_SHOWN] if isinstance(part, str) else part for part in entry["loc"]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path as FilePath
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
@@ -27,7 +27,9 @@ _IMAGES = {
     for name in ("png", "jpeg", "webp")
 }
 
-RequestId = Annotated[str, Path(min_length=1, max_length=64)]
+# Databases differ in how they treat a NUL, which no id contains.
+_ID: dict[str, Any] = {"min_length": 1, "max_length": 64, "pattern": r"^[^\x00]*$"}
+RequestId = Annotated[str, Path(**_ID)]
 
 
 def _job_of(request_id: RequestId, context: ContextDep, caller: CallerDep) -> Job:
@@ -51,7 +53,7 @@ def list_requests(
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
     cursor: Annotated[
         str | None,
-        Query(min_length=1, max_length=64, description="`next_cursor` of the previous page."),
+        Query(**_ID, description="`next_cursor` of the previous page."),
     ] = None,
 ) -> RequestList:
     """List the requests of the API key, newest first; an admin key lists those of all keys."""
