@@ -146,6 +146,10 @@ class UploadNotFoundError(AdapterError, WrongUseError):
     """There is no uploaded LoRA with this name; only uploaded files can be deleted over HTTP."""
 
 
+class UploadQuotaError(AdapterError):
+    """The uploaded LoRAs have no more disk space; delete some, or raise FIDELORA_UPLOADS_GB."""
+
+
 class AdapterInUseError(AdapterError, WrongUseError):
     """A request that has not ended needs this adapter; cancel the request or wait until it ends."""
 

@@ -209,6 +209,18 @@ class Settings(BaseSettings):
         validation_alias="FIDELORA_LORA_CACHE_GB",
         description="Disk space for LoRAs that exist only in the cache, in GiB.",
     )
+    uploads_gb: float = Field(
+        50,
+        gt=0,
+        validation_alias="FIDELORA_UPLOADS_GB",
+        description="Disk space for uploaded LoRAs, in GiB; further uploads are refused with 507.",
+    )
+    uploads_per_key_gb: float | None = Field(
+        None,
+        gt=0,
+        validation_alias="FIDELORA_UPLOADS_PER_KEY_GB",
+        description="Disk space for the uploaded LoRAs of each API key, in GiB; by default any.",
+    )
     bases_gb: float | None = Field(
         None,
         gt=0,
@@ -285,6 +297,14 @@ class Settings(BaseSettings):
             "such as `https://chat.example`. `*` allows all, on servers with API keys only."
         ),
     )
+    report_file_paths: bool = Field(
+        True,
+        validation_alias="FIDELORA_REPORT_FILE_PATHS",
+        description=(
+            "Report the full path of each image on the server as `file_path` in results, as the "
+            "documented API does; if false, only the name of the file."
+        ),
+    )
     log_format: Literal["auto", "json", "text"] = Field(
         "auto",
         validation_alias="FIDELORA_LOG_FORMAT",
@@ -297,14 +317,6 @@ class Settings(BaseSettings):
         settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
         env_settings: PydanticBaseSettingsSource,
-    report_file_paths: bool = Field(
-        True,
-        validation_alias="FIDELORA_REPORT_FILE_PATHS",
-        description=(
-            "Report the full path of each image on the server as `file_path` in results, as the "
-            "documented API does; if false, only the name of the file."
-        ),
-    )
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:

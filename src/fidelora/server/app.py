@@ -27,8 +27,9 @@ from fidelora.jobs.sql import SqlStore
 from fidelora.jobs.store import JobStore
 from fidelora.loras.cache import AdapterCache
 from fidelora.loras.download import DownloadRules
-from fidelora.loras.folder import UPLOADS, upload_folders
+from fidelora.loras.folder import UPLOADS
 from fidelora.loras.resolve import AdapterResolver
+from fidelora.loras.uploads import UploadQuota, upload_folders
 from fidelora.recipe import Recipe
 from fidelora.server import api_docs, problems
 from fidelora.server.api_keys import ApiKeys
@@ -39,8 +40,8 @@ from fidelora.server.logs import configure_logs
 from fidelora.server.metrics import Metrics
 from fidelora.server.middleware import AccessControl, BodyLimitMiddleware, RequestLogMiddleware
 from fidelora.server.page.mount import SWITCHED_OFF, Page, make_page
-from fidelora.server.readiness import ReadinessLog
 from fidelora.server.public_texts import ROOTS
+from fidelora.server.readiness import ReadinessLog
 from fidelora.server.routes import a1111, inference, loras, openai, operations, replay, requests
 from fidelora.settings import Settings
 from fidelora.workers.attempt import WorkerLimits
@@ -124,8 +125,8 @@ def context_with_store(
     Raises:
         OutputError: the adapter cache is not writable.
     """
-    cache = AdapterCache(settings.adapters, _bytes(settings.lora_cache_gb) or 0)
     ROOTS.set(_private_paths(settings, server_defaults))
+    cache = AdapterCache(settings.adapters, _bytes(settings.lora_cache_gb) or 0)
     rules = DownloadRules(
         hosts=settings.lora_hosts,
         max_bytes=settings.lora_max_mb * 2**20,
@@ -137,6 +138,11 @@ def context_with_store(
         store=store,
         cache=cache,
         resolver=AdapterResolver(settings.loras, cache, rules, token),
+        upload_quota=UploadQuota(
+            settings.loras,
+            _bytes(settings.uploads_gb) or 0,
+            _bytes(settings.uploads_per_key_gb),
+        ),
         keys=ApiKeys(keys_file(settings)),
         metrics=metrics or Metrics(store, pool),
         base_url=base_url,
@@ -146,12 +152,6 @@ def context_with_store(
     )
 
 
-def keys_file(settings: Settings) -> Path:
-    """Return the path of the file with the hashes of the API keys."""
-    return settings.data_dir.expanduser().absolute() / "api_keys.json"
-
-
-class _DocumentedBasic(HTTPBasic):
 def _private_paths(
     settings: Settings, server_defaults: Mapping[str, Mapping[str, Any]]
 ) -> list[Path]:
@@ -172,6 +172,12 @@ def _private_paths(
     return [path for path in paths if path is not None]
 
 
+def keys_file(settings: Settings) -> Path:
+    """Return the path of the file with the hashes of the API keys."""
+    return settings.data_dir.expanduser().absolute() / "api_keys.json"
+
+
+class _DocumentedBasic(HTTPBasic):
     """Basic authentication in the OpenAPI document; only `AccessControl` checks credentials.
 
     FastAPI's class refuses empty credentials, which clients send to servers without keys.

@@ -46,6 +46,7 @@ _STATUS_AND_CODE: Sequence[tuple[type[FideloraError], int, str]] = (
     (errors.AdapterUrlRefusedError, 400, "LORA_URL_NOT_ALLOWED"),
     (errors.AdapterDownloadError, 400, "LORA_DOWNLOAD_FAILED"),
     (errors.UploadNotFoundError, 404, "UPLOAD_NOT_FOUND"),
+    (errors.UploadQuotaError, 507, "UPLOAD_QUOTA"),
     (errors.AdapterExistsError, 409, "LORA_EXISTS"),
     (errors.AdapterInUseError, 409, "LORA_IN_USE"),
     (errors.AdapterNotFoundError, 400, "LORA_NOT_FOUND"),
@@ -67,8 +68,8 @@ REQUEST_CODES = {
         "The server lacks LoRAs of the image; `details.missing` has the sha256 and name of each."
     ),
     "HOST_NOT_ALLOWED": "A server without API keys accepts only hostnames of its own machine.",
-    "OTHER_SITE": "A browser sent this call from a page of another site.",
     "NAME_INVALID": "A name in the request is too long for a file, or not supported by the disk.",
+    "OTHER_SITE": "A browser sent this call from a page of another site.",
 }
 """Codes of `RequestError`s, which carry their own code; the status is always 400."""
 
@@ -83,6 +84,7 @@ _DESCRIPTIONS = {
     415: "Content type not supported",
     429: "The queue is full",
     503: "Temporarily unavailable",
+    507: "The disk space for uploads is used up",
 }
 
 _SECRET_FIELDS = {"hf_token"}
@@ -157,14 +159,14 @@ def install(app: FastAPI) -> None:
     ) -> JSONResponse:
         return problem_response(_invalid(error.errors()), request.url.path)
 
-    @app.exception_handler(Exception)
-    async def handle_unexpected_error(request: Request, error: Exception) -> JSONResponse:
     @app.exception_handler(OSError)
     async def handle_os_error(request: Request, error: OSError) -> JSONResponse:
         if error.errno in _NAME_ERRORS:
             return problem_response(_NAME_INVALID, request.url.path)
         return await handle_unexpected_error(request, error)
 
+    @app.exception_handler(Exception)
+    async def handle_unexpected_error(request: Request, error: Exception) -> JSONResponse:
         log.error("unexpected error", exc_info=error)
         return problem_response(_UNEXPECTED, request.url.path)
 
@@ -174,8 +176,6 @@ _UNEXPECTED = Problem(
 )
 
 
-def _invalid(found: Sequence[Mapping[str, Any]]) -> Problem:
-    """Return the problem for invalid fields; short values that are not secret are included."""
 _NAME_ERRORS = {errno.ENAMETOOLONG, errno.ELOOP, errno.EILSEQ}
 """Errors of the operating system about the name of a file. The server's own names are valid, so the
 name comes from the client."""
@@ -187,6 +187,8 @@ _NAME_INVALID = Problem(
 )
 
 
+def _invalid(found: Sequence[Mapping[str, Any]]) -> Problem:
+    """Return the problem for invalid fields; short values that are not secret are included."""
     fields = []
     for entry in found:
         place = [part[:MAX_SHOWN] if isinstance(part, str) else part for part in entry["loc"]]
