@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from fidelora.texts import shortened
+
 
 def some(names: Sequence[str], most: int = 3) -> str:
     """Return the first `most` names of a list for a message: `a, b, c and 12 more`."""
@@ -21,12 +23,14 @@ class FideloraError(Exception):
     """The operation failed."""
 
     def __init__(self, message: str | None = None) -> None:
-        text = message or " ".join((type(self).__doc__ or "").split())
+        text = shortened(message or " ".join((type(self).__doc__ or "").split()))
         # Messages contain names from files and go to terminals: escape unprintable characters.
         super().__init__(
-            "".join(
-                character if character.isprintable() else repr(character)[1:-1]
-                for character in text
+            shortened(
+                "".join(
+                    character if character.isprintable() else repr(character)[1:-1]
+                    for character in text
+                )
             )
         )
 
@@ -140,6 +144,10 @@ class AdapterDownloadError(AdapterError):
 
 class AdapterExistsError(AdapterError, WrongUseError):
     """Another adapter has this name; delete it first, or choose another name."""
+
+
+class UploadQuotaError(AdapterError):
+    """The uploaded LoRAs have no more disk space; delete some, or raise FIDELORA_UPLOADS_GB."""
 
 
 class UploadNotFoundError(AdapterError, WrongUseError):

@@ -209,6 +209,18 @@ class Settings(BaseSettings):
         validation_alias="FIDELORA_LORA_CACHE_GB",
         description="Disk space for LoRAs that exist only in the cache, in GiB.",
     )
+    uploads_gb: float = Field(
+        50,
+        gt=0,
+        validation_alias="FIDELORA_UPLOADS_GB",
+        description="Disk space for uploaded LoRAs, in GiB; further uploads are refused with 507.",
+    )
+    uploads_per_key_gb: float | None = Field(
+        None,
+        gt=0,
+        validation_alias="FIDELORA_UPLOADS_PER_KEY_GB",
+        description="Disk space for the uploaded LoRAs of each API key, in GiB; by default any.",
+    )
     bases_gb: float | None = Field(
         None,
         gt=0,
@@ -293,6 +305,14 @@ class Settings(BaseSettings):
         description=(
             "Origins of web pages that may call this server from a browser, separated by commas, "
             "such as `https://chat.example`. `*` allows all, on servers with API keys only."
+        ),
+    )
+    report_file_paths: bool = Field(
+        True,
+        validation_alias="FIDELORA_REPORT_FILE_PATHS",
+        description=(
+            "Report the full path of each image on the server as `file_path` in results, as the "
+            "documented API does; if false, only the name of the file."
         ),
     )
     log_format: Literal["auto", "json", "text"] = Field(

@@ -24,6 +24,20 @@ def cleaned(value: Any) -> Any:
     return [cleaned(one) for one in value] if isinstance(value, list) else value
 
 
+MAX_TEXT_BYTES = 2000
+"""Longest text of an error, in UTF-8: names in files and requests can have megabytes."""
+
+
+def shortened(text: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
+    """Return a text of at most `max_bytes` in UTF-8, with an ellipsis if its end was cut off."""
+    if len(text) * 4 <= max_bytes:
+        return text
+    content = text[:max_bytes].encode("utf-8", "replace")
+    if len(text) <= max_bytes and len(content) <= max_bytes:
+        return text
+    return content[: max_bytes - 3].decode("utf-8", "ignore") + "..."
+
+
 def printable(text: str) -> str:
     r"""Return a text whose control characters are shown as escapes such as `\x1b`.
 

@@ -20,13 +20,14 @@ from fidelora.server import job_watcher
 from fidelora.server.access import EVERYBODY, NOBODY, Caller
 from fidelora.server.app import make_app
 from fidelora.server.page.blocks import gradio_app
+from fidelora.server.page.handlers import for_visitor
 from fidelora.server.page.lora_list import LoraList
 from fidelora.server.page.pictures import PageFiles, Pictures
 from fidelora.server.page.request_queue import RequestQueue, Session
 from fidelora.server.page.session_keys import SessionKeys
 from fidelora.server.page.uploads import add_lora
 from fidelora.server.page.verifications import Verifier
-from fidelora.server.page.visitor import acting_for, for_visitor, visitor
+from fidelora.server.page.visitor import acting_for, visitor
 
 ALICE, BOB = Caller("a" * 16, is_admin=False), Caller("b" * 16, is_admin=False)
 ADMIN = Caller("c" * 16, is_admin=True)

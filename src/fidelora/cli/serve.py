@@ -85,10 +85,10 @@ def add(
 @keys.command("admin")
 def change_admin(
     name: Annotated[str, typer.Argument(help="Name of the key.")],
-    on: Annotated[bool, typer.Option("--on/--off", help="Make it an admin key, or not.")] = True,
+    off: Annotated[bool, typer.Option("--off", help="Make an admin key an ordinary one.")] = False,
 ) -> None:
-    """Give an existing key access to the requests and uploads of all keys, or take it away."""
-    _open_keys().set_admin(name, on)
+    """Give an existing key access to the requests and uploads of all keys."""
+    _open_keys().set_admin(name, not off)
 
 
 @keys.command("list")

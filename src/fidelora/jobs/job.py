@@ -22,6 +22,7 @@ from enum import StrEnum
 
 from fidelora.errors import FideloraError, LeaseLostError, RecipeError
 from fidelora.recipe import Recipe
+from fidelora.texts import shortened
 
 MAX_ATTEMPTS = 3  # a job fails after this many attempts without a result
 _RETRY_PAUSES_S = (2.0, 20.0)
@@ -87,10 +88,16 @@ class Output:
 
 @dataclass(frozen=True)
 class Failure:
-    """Reason why a job failed: a code for programs and a message for users."""
+    """Reason why a job failed: a code for programs and a message for users.
+
+    A message of more than 2,000 bytes is cut, because it is stored and sent with each status.
+    """
 
     code: str
     message: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", shortened(self.message))
 
 
 @dataclass(frozen=True)

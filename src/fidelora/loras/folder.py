@@ -1,4 +1,4 @@
-"""The adapter folder: names of adapters in requests and prompts, and uploads.
+"""The adapter folder: names of adapters in requests and prompts.
 
 Uploads of API keys are in folders of their own, `uploads/key-ID`. Functions that read the folder
 take the `owner` for whom they read: the id of an API key, or an empty string for no key. They treat
@@ -9,34 +9,24 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path, PurePath, PurePosixPath
-from typing import BinaryIO
 
-from fidelora.adapters.tensor_names import modules_of
-from fidelora.atomic import make_folder, output_error, temporary_name
 from fidelora.errors import (
-    AdapterExistsError,
     AdapterNotFoundError,
     AdapterPlaceError,
-    UploadNameError,
-    UploadNotFoundError,
     WeightsFileError,
     some,
 )
-from fidelora.recipe import file_sha256
-from fidelora.safetensors_header import read_file_header, read_header
+from fidelora.safetensors_header import read_file_header
 
 UPLOADS = "uploads"
 """Subfolder that clients may write to and delete from; the operator manages all other files."""
 
-_KEY_FOLDER = re.compile(r"key-([0-9a-f]{16})")
+KEY_FOLDER = re.compile(r"key-([0-9a-f]{16})")
 """Name of the subfolder of `UPLOADS` with the uploads of one API key, and the key's id."""
 _SUFFIX = ".safetensors"
-_UPLOAD_NAME = re.compile(r"(?!\.)[^/\\\x00-\x1f\x7f]+\.safetensors", re.IGNORECASE)
-_MAX_UPLOAD_BYTES = 200  # in UTF-8; file systems allow 255, and a temporary name can be longer
 _HASH = re.compile(r"[0-9a-fA-F]{10,64}")
 _NOT_IN_TAGS = re.compile(r"[<>:]")
 """Characters that end the name in `<lora:name:multiplier>`; names in prompts have `_` for them."""
@@ -92,7 +82,7 @@ def adapter_names(root: Path, *, owner: str | None = None) -> list[str]:
     for folder, _, files in os.walk(root):
         for file in files:
             name = (Path(folder) / file).relative_to(root).as_posix()
-            if file.lower().endswith(_SUFFIX) and _is_text(name) and _is_inside(root, name, owner):
+            if file.lower().endswith(_SUFFIX) and is_text(name) and _is_inside(root, name, owner):
                 found.append(name)
     return sorted(found)
 
@@ -204,118 +194,6 @@ def adapter_with_hash(
     return next((path for path in names if sha256_of(adapter_path(root, path)) == sha256), None)
 
 
-def is_foreign_upload(root: Path, copy: Path, owner: str, sha256_of: Callable[[Path], str]) -> bool:
-    """True if a file has the same contents as an upload of another API key.
-
-    Args:
-        copy: an existing file, such as one in the adapter cache.
-        sha256_of: returns the hash of a file.
-    """
-    size = copy.stat().st_size
-    for folder in _key_folders(root):
-        if folder.name == f"key-{owner}":
-            continue
-        for file in folder.iterdir():
-            # Only files of the same size are hashed.
-            if (
-                file.is_file()
-                and file.stat().st_size == size
-                and sha256_of(file) == sha256_of(copy)
-            ):
-                return True
-    return False
-
-
-def upload_folders(root: Path) -> list[Path]:
-    """Return the existing folders of uploads."""
-    return [folder for folder in (root / UPLOADS, *_key_folders(root)) if folder.is_dir()]
-
-
-def add_upload(root: Path, file: BinaryIO, name: str, owner: str = "") -> tuple[str, bool]:
-    """Store the contents of `file` under `root` as an upload with this name.
-
-    Args:
-        owner: id of the API key whose upload it is; empty without keys.
-
-    Returns:
-        The name for requests, and True if the file is new; False if an upload with this name and
-        the same contents exists.
-
-    Raises:
-        UploadNameError: the name is not valid for an upload.
-        AdapterExistsError: an upload with this name has other contents.
-        WeightsFileError, AdapterFormatError: according to its header, the file is not an adapter.
-        OutputError: the file could not be written.
-    """
-    folder = _folder_of(owner)
-    target = _upload(root, folder, name)
-    make_folder(target.parent)
-    temporary = target.parent / temporary_name()
-    try:
-        try:
-            with temporary.open("xb") as copy:
-                shutil.copyfileobj(file, copy, 2**20)
-                copy.flush()
-                os.fsync(copy.fileno())
-            with temporary.open("rb") as written:
-                modules_of(read_header(written, name), name)
-            os.link(temporary, target)  # unlike a rename, this never replaces a file
-        except FileExistsError:
-            if file_sha256(temporary) != file_sha256(target):
-                raise AdapterExistsError(
-                    f"Another LoRA is called {name}; delete it first, or choose another name."
-                ) from None
-            return f"{folder}/{name}", False
-        except OSError as error:
-            raise output_error(f"{name} could not be written", error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return f"{folder}/{name}", True
-
-
-def upload_path(root: Path, name: str, owner: str = "", *, is_admin: bool = True) -> Path:
-    """Return the file of an upload that a caller may delete.
-
-    Args:
-        name: name of one of the caller's own uploads, or the path of an upload in requests, with
-            or without `uploads/`. An admin's name that is not one of its own uploads is that of an
-            upload without a key.
-        owner: id of the caller's API key; empty without keys.
-        is_admin: True if the caller may also delete the uploads of other keys, and those that were
-            made without a key.
-
-    Raises:
-        UploadNotFoundError: there is no such upload.
-    """
-    own = _folder_of(owner)
-    below, _, file = name.removeprefix(f"{UPLOADS}/").rpartition("/")
-    folders = [own, UPLOADS]
-    if below:
-        folders = [f"{UPLOADS}/{below}"] if _KEY_FOLDER.fullmatch(below) else []
-    for folder in folders:
-        if not is_admin and folder != own:
-            continue
-        try:
-            path = _upload(root, folder, file)
-        except UploadNameError:
-            raise UploadNotFoundError from None
-        if path.is_file():
-            return path
-    raise UploadNotFoundError
-
-
-def _folder_of(owner: str) -> str:
-    return f"{UPLOADS}/key-{owner}" if owner else UPLOADS
-
-
-def _key_folders(root: Path) -> list[Path]:
-    try:
-        entries = list((root / UPLOADS).iterdir())
-    except OSError:  # the folder does not exist
-        return []
-    return [entry for entry in entries if _KEY_FOLDER.fullmatch(entry.name) and entry.is_dir()]
-
-
 def _owner_of(path: PurePath) -> str | None:
     """Return the owner of an upload; None for all other files, which belong to everybody.
 
@@ -326,23 +204,12 @@ def _owner_of(path: PurePath) -> str | None:
     parts = [part.casefold() for part in path.parts]
     if len(parts) < 3 or parts[0] != UPLOADS:
         return None
-    match = _KEY_FOLDER.fullmatch(parts[1])
+    match = KEY_FOLDER.fullmatch(parts[1])
     return match[1] if match else None
 
 
 def _is_visible(inside: Path, path: Path, owner: str | None) -> bool:
     return owner is None or _owner_of(path.relative_to(inside)) in (None, owner)
-
-
-def _upload(root: Path, folder: str, name: str) -> Path:
-    size = len(name.encode("utf-8", "replace"))
-    if not (_UPLOAD_NAME.fullmatch(name) and _is_text(name) and size <= _MAX_UPLOAD_BYTES):
-        raise UploadNameError(
-            f"{name!r:.200} is not a valid name for an upload: it must end with {_SUFFIX}, must "
-            "not begin with a dot or contain a slash, backslash or control character, and may have "
-            f"{_MAX_UPLOAD_BYTES} bytes in UTF-8."
-        )
-    return root / folder / name
 
 
 def _is_inside(root: Path, name: str, owner: str | None) -> bool:
@@ -353,6 +220,6 @@ def _is_inside(root: Path, name: str, owner: str | None) -> bool:
     return True
 
 
-def _is_text(name: str) -> bool:
+def is_text(name: str) -> bool:
     """True if JSON can represent the name; file names can be arbitrary bytes."""
     return name.encode("utf-8", "ignore").decode() == name

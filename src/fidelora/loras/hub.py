@@ -13,6 +13,10 @@ USE_TOKEN = "use a token of your account (HF_TOKEN, or hf_token in a request)"
 _PLACE = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)/(?P<file>[^@]+)(@(?P<revision>[\w./-]+))?")
 
 
+_MAX_PART_BYTES = 200  # file systems allow 255, and the hub client adds a suffix
+_MAX_PATH_BYTES = 1000  # file systems allow 4096, with the cache folder
+
+
 @dataclass(frozen=True)
 class HubFile:
     """A .safetensors file in a repository, at a revision (None: the default branch)."""
@@ -29,13 +33,13 @@ class HubFile:
             AdapterPlaceError: the text has another form, or names another kind of file.
         """
         match = _PLACE.fullmatch(place)
-        if match is None or ".." in match["file"].split("/"):
+        if match is None or not all(map(_is_path, match.groupdict().values())):
             raise AdapterPlaceError(
-                f"{place!r} is not a file on the hub; use hf:owner/name/file.safetensors."
+                f"{place!r:.200} is not a file on the hub; use hf:owner/name/file.safetensors."
             )
         if not match["file"].lower().endswith(".safetensors"):
             raise AdapterPlaceError(
-                f"{place!r} is not a .safetensors file; use the full name of the file."
+                f"{place!r:.200} is not a .safetensors file; use the full name of the file."
             )
         return cls(match["repo"], match["file"], match["revision"])
 
@@ -118,5 +122,17 @@ class HubFile:
             return Path(
                 hf_hub_download(self.repo, self.file, revision=self.revision, local_files_only=True)
             )
-        except LocalEntryNotFoundError:
+        except (LocalEntryNotFoundError, OSError):
             return None
+
+
+def _is_path(text: str | None) -> bool:
+    """True if each part of a path can be the name of a file in the hub's cache."""
+    parts = (text or "x").split("/")
+    sizes = [len(part.encode("utf-8", "replace")) for part in parts]
+    return (
+        ".." not in parts
+        and "\0" not in (text or "")
+        and max(sizes) <= _MAX_PART_BYTES
+        and sum(sizes) <= _MAX_PATH_BYTES
+    )

@@ -13,8 +13,9 @@ from fidelora.errors import (
 )
 from fidelora.loras.cache import AdapterCache
 from fidelora.loras.download import HUB, DownloadRules, download
-from fidelora.loras.folder import adapter_path, adapter_with_hash, is_foreign_upload
+from fidelora.loras.folder import adapter_path, adapter_with_hash
 from fidelora.loras.hub import HubFile
+from fidelora.loras.uploads import is_foreign_upload
 from fidelora.recipe import AdapterRef
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import tempfile
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager, nullcontext, suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -25,8 +26,9 @@ from fidelora.jobs.sql import SqlStore
 from fidelora.jobs.store import JobStore
 from fidelora.loras.cache import AdapterCache
 from fidelora.loras.download import DownloadRules
-from fidelora.loras.folder import UPLOADS, upload_folders
+from fidelora.loras.folder import UPLOADS
 from fidelora.loras.resolve import AdapterResolver
+from fidelora.loras.uploads import UploadQuota, upload_folders
 from fidelora.recipe import Recipe
 from fidelora.server import api_docs, problems
 from fidelora.server.api_keys import ApiKeys
@@ -38,6 +40,7 @@ from fidelora.server.logs import configure_logs
 from fidelora.server.metrics import Metrics
 from fidelora.server.middleware import AccessControl, BodyLimitMiddleware, RequestLogMiddleware
 from fidelora.server.page.mount import SWITCHED_OFF, Page, make_page
+from fidelora.server.public_texts import ROOTS
 from fidelora.server.readiness import ReadinessLog
 from fidelora.server.routes import a1111, inference, loras, openai, operations, replay, requests
 from fidelora.server.size_limits import SizeLimits
@@ -116,6 +119,7 @@ def context_with_store(
     Raises:
         OutputError: the adapter cache is not writable.
     """
+    ROOTS.set(_private_paths(settings, server_defaults))
     cache = AdapterCache(settings.adapters, _bytes(settings.lora_cache_gb) or 0)
     rules = DownloadRules(
         hosts=settings.lora_hosts,
@@ -128,6 +132,11 @@ def context_with_store(
         store=store,
         cache=cache,
         resolver=AdapterResolver(settings.loras, cache, rules, token),
+        upload_quota=UploadQuota(
+            settings.loras,
+            _bytes(settings.uploads_gb) or 0,
+            _bytes(settings.uploads_per_key_gb),
+        ),
         keys=ApiKeys(keys_file(settings)),
         metrics=Metrics(store, pool),
         base_url=base_url,
@@ -136,6 +145,26 @@ def context_with_store(
         limits=SizeLimits(settings.max_pixels, settings.inference_timeout_s),
         pool=pool,
     )
+
+
+def _private_paths(
+    settings: Settings, server_defaults: Mapping[str, Mapping[str, Any]]
+) -> list[Path]:
+    """Return the paths that errors can name and clients must not see."""
+    paths = [
+        settings.data_dir,
+        settings.loras,
+        settings.outputs,
+        settings.adapters,
+        settings.jobs,
+        settings.model_cache_dir,
+        Path(tempfile.gettempdir()),
+    ]
+    with suppress(RuntimeError, OSError):  # a user without a home folder
+        paths += [Path.cwd(), Path.home()]
+    bases = [str(one.get("base_model", "")) for one in server_defaults.values()]
+    paths += [Path(base) for base in bases if Path(base).is_absolute()]
+    return [path for path in paths if path is not None]
 
 
 def keys_file(settings: Settings) -> Path:

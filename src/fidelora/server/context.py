@@ -18,6 +18,7 @@ from fidelora.jobs.job import Job
 from fidelora.jobs.store import JobStore
 from fidelora.loras.cache import AdapterCache
 from fidelora.loras.resolve import AdapterResolver
+from fidelora.loras.uploads import UploadQuota
 from fidelora.server.access import NOBODY, Caller
 from fidelora.server.api_keys import ApiKeys
 from fidelora.server.base_models import BaseModels
@@ -53,6 +54,7 @@ class ServerContext:
     store: JobStore
     cache: AdapterCache
     resolver: AdapterResolver
+    upload_quota: UploadQuota
     keys: ApiKeys
     metrics: Metrics
     base_url: str

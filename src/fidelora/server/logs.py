@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 import time
 from collections.abc import MutableMapping
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import structlog
-from structlog.typing import Processor
+from structlog.typing import ExcInfo, Processor
+
+from fidelora.texts import shortened
 
 LogFormat = Literal["auto", "json", "text"]
 
 REPEAT_S = 10.0  # a library's warning is logged once in this time
 _LIBRARIES = ("uvicorn", "asyncio")
 _MAX_REMEMBERED = 1000  # warnings; then all are forgotten
+_MAX_TRACEBACK_LINES = 200
 _SECRET_WORDS = ("token", "authorization", "api_key", "password")
 """Log fields whose names contain one of these are masked."""
 
@@ -34,6 +38,7 @@ def configure_logs(log_format: LogFormat = "auto", debug: bool = False) -> None:
         structlog.stdlib.ExtraAdder(),
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         _mask_secrets,
+        _shorten_texts,
     ]
     structlog.configure(
         processors=[
@@ -48,12 +53,13 @@ def configure_logs(log_format: LogFormat = "auto", debug: bool = False) -> None:
     # Plain tracebacks: rich ones show local variables, which may hold tokens.
     renderers: list[Processor] = [
         structlog.dev.ConsoleRenderer(
-            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+            colors=sys.stderr.isatty(), exception_formatter=_write_traceback
         )
     ]
     if not is_text(log_format):
         renderers = [
             structlog.processors.format_exc_info,
+            _shorten_exception,
             structlog.processors.JSONRenderer(ensure_ascii=False),
         ]
     handler = logging.StreamHandler(sys.stderr)
@@ -98,6 +104,42 @@ class LibraryRepeats(logging.Filter):
             self._last.clear()
         self._last[key] = now
         return True
+
+
+def _shorten_texts(
+    _logger: Any, _method: str, event: MutableMapping[str, Any]
+) -> MutableMapping[str, Any]:
+    """Cut texts of more than 2,000 bytes, such as errors that quote a file or a request."""
+    for name, value in event.items():
+        if isinstance(value, str):
+            event[name] = shortened(value)
+    return event
+
+
+def _shorten_exception(
+    _logger: Any, _method: str, event: MutableMapping[str, Any]
+) -> MutableMapping[str, Any]:
+    if isinstance(event.get("exception"), str):
+        event["exception"] = short_traceback(event["exception"])
+    return event
+
+
+def _write_traceback(target: TextIO, exc_info: ExcInfo) -> None:
+    plain = io.StringIO()
+    structlog.dev.plain_traceback(plain, exc_info)
+    target.write(short_traceback(plain.getvalue()))
+
+
+def short_traceback(text: str) -> str:
+    """Return a traceback whose lines have at most 2,000 bytes, and without lines in the middle.
+
+    The first lines tell where the call came from, the last ones what went wrong.
+    """
+    lines = text.split("\n")
+    if len(lines) > _MAX_TRACEBACK_LINES:
+        half = _MAX_TRACEBACK_LINES // 2
+        lines = [*lines[:half], "...", *lines[-half:]]
+    return "\n".join(map(shortened, lines))
 
 
 def _mask_secrets(

@@ -8,16 +8,17 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
+from fidelora.server.public_texts import public_text
+from fidelora.texts import shortened
+
 RETRY_AFTER_S = 10
 """Value of the `Retry-After` header of 429 and 503 responses."""
 OPENAI_PATHS = ("/v1/images/", "/v1/models/")
 A1111_PATHS = ("/sdapi/",)
 
 
-MAX_MESSAGE = 2000
-"""Maximum number of characters of an error's message."""
 MAX_SHOWN = 200
-"""Maximum number of characters of a name that was received, where an error repeats it."""
+"""Maximum number of bytes of a name that was received, where an error repeats it."""
 MAX_FIELDS = 20
 """Maximum number of invalid fields that an error lists."""
 
@@ -39,18 +40,22 @@ class Problem:
     final: bool = False
 
     def __post_init__(self) -> None:
-        message, left_out = self.message, len(self.fields) - MAX_FIELDS
-        if len(message) > MAX_MESSAGE:
-            message = f"{message[:MAX_MESSAGE]}..."
+        message, left_out = public_text(self.message), len(self.fields) - MAX_FIELDS
         if left_out > 0:
             message = f"{message} ({left_out:,} more fields are invalid.)"
-        details = {
-            name: value[:MAX_SHOWN] if isinstance(value, str) else value
-            for name, value in self.details.items()
-        }
+        fields = [{**field, "msg": public_text(field["msg"])} for field in self.fields[:MAX_FIELDS]]
         object.__setattr__(self, "message", message)
-        object.__setattr__(self, "details", details)
-        object.__setattr__(self, "fields", self.fields[:MAX_FIELDS])
+        object.__setattr__(self, "details", _public(self.details))
+        object.__setattr__(self, "fields", fields)
+
+
+def _public(value: Any) -> Any:
+    """Return the details of an error without paths, and with short texts."""
+    if isinstance(value, str):
+        return shortened(public_text(value), MAX_SHOWN)
+    if isinstance(value, Mapping):
+        return {name: _public(one) for name, one in value.items()}
+    return [_public(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def problem_response(problem: Problem, path: str) -> JSONResponse:

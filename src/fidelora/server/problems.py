@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
@@ -24,7 +25,6 @@ from fidelora.errors import (
     StorageFullError,
 )
 from fidelora.server.problem_formats import (
-    MAX_MESSAGE,
     MAX_SHOWN,
     Problem,
     problem_response,
@@ -55,6 +55,7 @@ _STATUS_AND_CODE: Sequence[tuple[type[FideloraError], int, str]] = (
     (errors.AdapterUrlRefusedError, 400, "LORA_URL_NOT_ALLOWED"),
     (errors.AdapterDownloadError, 400, "LORA_DOWNLOAD_FAILED"),
     (errors.UploadNotFoundError, 404, "UPLOAD_NOT_FOUND"),
+    (errors.UploadQuotaError, 507, "UPLOAD_QUOTA"),
     (errors.AdapterExistsError, 409, "LORA_EXISTS"),
     (errors.AdapterInUseError, 409, "LORA_IN_USE"),
     (errors.AdapterNotFoundError, 400, "LORA_NOT_FOUND"),
@@ -78,6 +79,7 @@ REQUEST_CODES = {
     "IMAGE_TOO_LARGE": "The image has more pixels than the server allows.",
     "REQUEST_TOO_LARGE": "The request would take longer than the server allows.",
     "HOST_NOT_ALLOWED": "A server without API keys accepts only hostnames of its own machine.",
+    "NAME_INVALID": "A name in the request is too long for a file, or not supported by the disk.",
     "OTHER_SITE": "A browser sent this call from a page of another site.",
 }
 """Codes of `RequestError`s, which carry their own code; the status is always 400."""
@@ -93,7 +95,7 @@ _DESCRIPTIONS = {
     415: "Content type not supported",
     429: "The queue is full",
     503: "Temporarily unavailable",
-    507: "The disk is full",
+    507: "The disk, or the space for uploads, is full",
 }
 
 _SECRET_FIELDS = {"hf_token"}
@@ -175,6 +177,8 @@ def install(app: FastAPI) -> None:
         if is_full(error):  # for example the folder for temporary files
             log.error("disk full", exc_info=error)
             return problem_response(problem_of(StorageFullError()), request.url.path)
+        if error.errno in _NAME_ERRORS:
+            return problem_response(_NAME_INVALID, request.url.path)
         return await handle_unexpected_error(request, error)
 
     @app.exception_handler(Exception)
@@ -188,12 +192,23 @@ _UNEXPECTED = Problem(
 )
 
 
+_NAME_ERRORS = {errno.ENAMETOOLONG, errno.ELOOP, errno.EILSEQ}
+"""Errors of the operating system about the name of a file. The server's own names are valid, so the
+name comes from the client."""
+_NAME_INVALID = Problem(
+    400,
+    "NAME_INVALID",
+    "A name in the request is not a valid name of a file: it is too long, has characters that the "
+    "file system does not support, or links in a circle. Use another name.",
+)
+
+
 def _invalid(found: Sequence[Mapping[str, Any]]) -> Problem:
     """Return the problem for invalid fields; short values that are not secret are included."""
     fields = []
     for entry in found:
         place = [part[:MAX_SHOWN] if isinstance(part, str) else part for part in entry["loc"]]
-        field = {"type": entry["type"], "loc": place, "msg": entry["msg"][:MAX_MESSAGE]}
+        field = {"type": entry["type"], "loc": place, "msg": entry["msg"]}
         value = entry.get("input")
         if _SECRET_FIELDS.isdisjoint(map(str, entry["loc"])) and _is_plain(value):
             field["input"] = value

@@ -23,12 +23,13 @@ from fidelora.server.context import ServerContext
 from fidelora.server.outputs import content_of
 from fidelora.server.page.events import IMMEDIATE, STREAMING
 from fidelora.server.page.form import Form, build_request
+from fidelora.server.page.handlers import for_visitor
 from fidelora.server.page.html import escape, notice, progress_bar
 from fidelora.server.page.lora_list import LoraList
 from fidelora.server.page.make_form import MakeForm
 from fidelora.server.page.pictures import PageFiles
 from fidelora.server.page.verifications import random_id
-from fidelora.server.page.visitor import for_visitor, visitor
+from fidelora.server.page.visitor import visitor
 from fidelora.server.submit import submit
 from fidelora.training.grid import labelled_sheet
 

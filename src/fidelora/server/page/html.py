@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from fidelora.jobs.job import Job, Status
 from fidelora.recipe import Recipe
+from fidelora.server.public_texts import public_text
 
 _MAX_SHOWN_PROMPT = 80
 """Number of characters of a prompt in the list of requests; one line on a wide screen."""
@@ -21,9 +22,9 @@ def escape(value: object) -> str:
 
 
 def notice(sentence: object, kind: str = "") -> str:
-    """Return a message box; `kind` is empty, `error` or `good`."""
+    """Return a message box without paths of this machine; `kind` is empty, `error` or `good`."""
     role = "alert" if kind == "error" else "status"
-    return f'<div role="{role}" class="message {kind}">{escape(sentence)}</div>'
+    return f'<div role="{role}" class="message {kind}">{escape(public_text(str(sentence)))}</div>'
 
 
 def prompt_line(job: Job) -> str:

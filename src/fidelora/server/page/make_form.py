@@ -19,11 +19,11 @@ from fidelora.server.page.form import (
     read_seed,
     size_presets,
 )
+from fidelora.server.page.handlers import for_visitor
 from fidelora.server.page.html import notice
 from fidelora.server.page.lora_list import LoraList
 from fidelora.server.page.make_prompts import PromptInputs
 from fidelora.server.page.make_settings import SettingsInputs
-from fidelora.server.page.visitor import for_visitor
 
 Handled = tuple[str, list[str]]
 """Model and LoRA paths for which the dependent inputs were last updated.

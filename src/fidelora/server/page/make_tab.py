@@ -14,6 +14,7 @@ from fidelora.server.page.bases import served_families
 from fidelora.server.page.downloads import download_link
 from fidelora.server.page.events import IMMEDIATE, STREAMING
 from fidelora.server.page.form import build_request
+from fidelora.server.page.handlers import for_visitor
 from fidelora.server.page.html import notice
 from fidelora.server.page.lora_list import LoraList
 from fidelora.server.page.make_form import MakeForm
@@ -25,7 +26,7 @@ from fidelora.server.page.prompt_history import add_prompt, history_choices, rea
 from fidelora.server.page.recipe_loader import RecipeLoader
 from fidelora.server.page.request_queue import RequestQueue, Session
 from fidelora.server.page.snippets import request_route
-from fidelora.server.page.visitor import for_visitor, visitor
+from fidelora.server.page.visitor import visitor
 from fidelora.server.submit import submit
 
 

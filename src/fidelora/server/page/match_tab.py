@@ -28,6 +28,7 @@ from fidelora.server.page.verifications import (
     server_base_model,
     unpack_run,
 )
+from fidelora.server.public_texts import public_text
 
 _VERDICTS = {
     "identical": ("good", "Every pixel of every sample is the same."),
@@ -172,7 +173,7 @@ class MatchTab:
                 if isinstance(line, Outcome):
                     outcome = line
                 elif not line.startswith("Report: "):  # the page shows the report itself
-                    lines.append(line.replace(str(run_folder), run_folder.name))
+                    lines.append(public_text(line.replace(str(run_folder), run_folder.name)))
                     yield self._updates(
                         verdict=_progress(lines, total),
                         output=gr.update(visible=True, value="\n".join(lines[-_MAX_OUTPUT_LINES:])),

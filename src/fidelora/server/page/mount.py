@@ -10,11 +10,11 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, quote, urlsplit
 
 import structlog
 from starlette.concurrency import run_in_threadpool
@@ -30,6 +30,7 @@ from fidelora.server.background import run_periodically
 from fidelora.server.context import ServerContext, caller_of
 from fidelora.server.login import LOGIN_PATH, LOGOUT_PATH, Login
 from fidelora.server.page.downloads import images_zip
+from fidelora.server.page.file_aliases import FileAliases, dicts_in
 from fidelora.server.page.paths import (
     EVENTS,
     FILES,
@@ -55,6 +56,10 @@ The web page is switched off (FIDELORA_PAGE).
 """
 
 _SESSION_NOT_FOUND = PlainTextResponse("Session not found; reload the page.\n", 404)
+_MAX_NAME_BYTES = 255
+_MAX_PATH_BYTES = 2000
+"""Longest part of a path of the page, and longest path: file systems allow no more than 255 and
+4096, and Gradio does not check them."""
 _CLEAN_INTERVAL_S = 600.0
 # Scripts must be files of this server or match a hash, so that injected markup cannot run any.
 _PAGE_POLICY = (
@@ -102,6 +107,7 @@ class Page(BaseRoute):
         self._page_files = page_files
         self._verifier = verifier
         self._app, self._running = start()
+        self._aliases = FileAliases(page_files.files)
         self._sessions = SessionKeys()
         self._streams: set[asyncio.Task[None]] = set()
 
@@ -129,8 +135,19 @@ class Page(BaseRoute):
         scope = dict(scope)  # a copy, because inner routes write to it
         path, method = scope["path"], scope["method"]
         caller = caller_of(Request(scope))
+        if not _can_be_file(path):
+            await PlainTextResponse("Not found.\n", 404)(scope, receive, send)
+            return
         if path.startswith(GRADIO):
             send = _with_gradio_policy(send)
+        if path.startswith(FILES):
+            path = scope["path"] = FILES + self._aliases.real(path.removeprefix(FILES))
+            scope["raw_path"] = quote(path).encode()
+        elif path == "/" or path.startswith(GRADIO):
+            send = self._aliases.hiding(send)
+            scope["headers"] = [
+                header for header in scope["headers"] if header[0] != b"accept-encoding"
+            ]
         if path == LOGIN_PATH:
             await Response(status_code=303, headers={"Location": "./"})(scope, receive, send)
         elif path == LOGOUT_PATH:
@@ -190,7 +207,8 @@ class Page(BaseRoute):
             content.get("session_hash") if isinstance(content, dict) else None, caller
         ):
             return _SESSION_NOT_FOUND
-        for path in _paths(content):
+        paths = [entry["path"] for entry in dicts_in(content) if "path" in entry]
+        for path in (one for one in paths if isinstance(one, str)):
             if "://" in path:
                 return PlainTextResponse("Files must be uploaded, not given as URLs.\n", 400)
             if path.startswith("/") and not self._is_visible(path, caller):
@@ -207,9 +225,6 @@ class Page(BaseRoute):
 
     async def _document(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve the HTML document with a security policy and without references to other hosts."""
-        scope["headers"] = [
-            header for header in scope["headers"] if header[0] != b"accept-encoding"
-        ]
         start: Message = {}
         body = b""
         script = _SCRIPT.read_bytes()
@@ -272,6 +287,8 @@ class Page(BaseRoute):
             content = json.loads(body)
         except (ValueError, RecursionError):
             content = {}
+        if self._aliases.restore(content):
+            body = json.dumps(content).encode()
         refusal = await run_in_threadpool(self._refusal, content, caller)
         if refusal is not None:
             await refusal(scope, receive, send)
@@ -332,18 +349,9 @@ def _with_gradio_policy(send: Send) -> Send:
     return send_with_policy
 
 
-def _paths(value: Any) -> Iterator[str]:
-    """Yield every `path` in nested JSON."""
-    left = [value]  # not recursive, because JSON can be nested deeper than calls
-    while left:
-        value = left.pop()
-        if isinstance(value, dict):
-            path = value.get("path")
-            if isinstance(path, str):
-                yield path
-            left += value.values()
-        elif isinstance(value, list):
-            left += value
+def _can_be_file(path: str) -> bool:
+    sizes = [len(part.encode("utf-8", "replace")) for part in path.split("/")]
+    return max(sizes) <= _MAX_NAME_BYTES and sum(sizes) + len(sizes) <= _MAX_PATH_BYTES
 
 
 def _stream_session(scope: Scope) -> str:

@@ -17,13 +17,13 @@ from fidelora.server.middleware import MAX_IMAGE_BYTES
 from fidelora.server.page.bases import served_families
 from fidelora.server.page.events import IMMEDIATE
 from fidelora.server.page.form import MAX_LORAS, differences, first_recipe, form_for_recipe
+from fidelora.server.page.handlers import for_visitor
 from fidelora.server.page.html import notice
 from fidelora.server.page.lora_list import LoraList
 from fidelora.server.page.make_form import MakeForm
 from fidelora.server.page.make_prompts import PromptInputs
 from fidelora.server.page.make_settings import SettingsInputs
 from fidelora.server.page.uploads import LORA_SUFFIX, add_lora, refuse_larger
-from fidelora.server.page.visitor import for_visitor
 from fidelora.server.submit import defaults_for
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fidelora.errors import BodyTooLargeError
-from fidelora.loras.folder import add_upload
+from fidelora.loras.uploads import add_upload
 from fidelora.server.context import ServerContext
 from fidelora.server.page.visitor import visitor
 from fidelora.settings import Settings
@@ -34,10 +34,13 @@ def add_lora(context: ServerContext, file: Path) -> str:
         BodyTooLargeError: the file is larger than `FIDELORA_LORA_MAX_MB`.
         AdapterExistsError: an upload with this name has other contents.
         AdapterPlaceError, AdapterError, WeightsFileError: the file cannot be used.
+        UploadQuotaError: the uploads would have more than their quota.
         OutputError: the file could not be written.
     """
     context.refuse_if_stopping()
     refuse_larger(file, context.settings.lora_max_mb * 2**20)
     with file.open("rb") as opened:
-        path, _ = add_upload(context.settings.loras, opened, file.name, visitor().owner)
+        path, _ = add_upload(
+            context.settings.loras, opened, file.name, visitor().owner, context.upload_quota
+        )
     return path

@@ -76,8 +76,12 @@ def find_run(root: Path | None, name: str) -> Path:
             "Set FIDELORA_JOBS_PATH on the server to choose from a folder."
         )
     inside = root.resolve()
-    path = (inside / name).resolve() if "\0" not in name else inside.parent
-    if not name or not path.is_relative_to(inside) or not path.is_dir():
+    try:
+        path = (inside / name).resolve()
+        found = bool(name) and path.is_relative_to(inside) and path.is_dir()
+    except (OSError, ValueError, RuntimeError):  # a name that no folder can have
+        found = False
+    if not found:
         raise JobFolderError(
             f"The training run {name!r:.200} is not on this server; choose one from the list."
         )

@@ -12,10 +12,12 @@ from starlette.convertors import StringConvertor, register_url_convertor
 from fidelora.api import LoraBody, LoraList
 from fidelora.errors import AdapterInUseError
 from fidelora.loras.describe import describe_adapter
-from fidelora.loras.folder import UPLOADS, adapter_names, adapter_path, add_upload, upload_path
+from fidelora.loras.folder import UPLOADS, adapter_names, adapter_path
+from fidelora.loras.uploads import add_upload, upload_path
 from fidelora.server.access import Caller
 from fidelora.server.context import CallerDep, ContextDep, ServerContext
 from fidelora.server.problems import error_responses
+from fidelora.server.public_texts import public_text
 
 
 class _UploadConvertor(StringConvertor):
@@ -58,7 +60,7 @@ def list_loras(
 @router.post(
     "",
     status_code=201,
-    responses=error_responses(409, 503)
+    responses=error_responses(409, 503, 507)
     | {200: {"model": LoraBody, "description": "The same file exists under this name already"}},
 )
 def upload_lora(
@@ -79,7 +81,11 @@ def upload_lora(
     """
     context.refuse_if_stopping()
     path, is_new = add_upload(
-        context.settings.loras, file.file, name or file.filename or "", caller.owner
+        context.settings.loras,
+        file.file,
+        name or file.filename or "",
+        caller.owner,
+        context.upload_quota,
     )
     if not is_new:
         response.status_code = 200
@@ -126,5 +132,5 @@ def _lora_body(name: str, context: ServerContext, caller: Caller) -> LoraBody:
         base=summary.base,
         trainer=summary.trainer,
         uploaded=PurePosixPath(name).parts[0] == UPLOADS,
-        problems=list(summary.problems),
+        problems=[public_text(problem) for problem in summary.problems],
     )

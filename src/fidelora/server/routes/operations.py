@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from fidelora.server.context import ContextDep
 from fidelora.server.problems import error_responses
+from fidelora.server.public_texts import public_text
 
 router = APIRouter(tags=["operations"])
 
@@ -43,7 +44,7 @@ def ready(context: ContextDep, response: Response) -> Readiness:
         return Readiness(status="stopping")
     if context.pool is not None and not context.pool.ready:
         response.status_code = 503
-        return Readiness(status="starting", reason=context.trouble)
+        return Readiness(status="starting", reason=public_text(context.trouble))
     return Readiness(status="ready")
 
 

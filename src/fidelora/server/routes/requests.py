@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path as FilePath
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
@@ -18,6 +18,7 @@ from fidelora.server.context import CallerDep, ContextDep, ServerContext
 from fidelora.server.job_watcher import Watch
 from fidelora.server.outputs import content_of
 from fidelora.server.problems import error_responses
+from fidelora.server.public_texts import public_text
 
 router = APIRouter(prefix="/v1/requests", tags=["requests"])
 
@@ -26,7 +27,9 @@ _IMAGES = {
     for name in ("png", "jpeg", "webp")
 }
 
-RequestId = Annotated[str, Path(min_length=1, max_length=64)]
+# Databases differ in how they treat a NUL, which no id contains.
+_ID: dict[str, Any] = {"min_length": 1, "max_length": 64, "pattern": r"^[^\x00]*$"}
+RequestId = Annotated[str, Path(**_ID)]
 
 
 def _job_of(request_id: RequestId, context: ContextDep, caller: CallerDep) -> Job:
@@ -50,7 +53,7 @@ def list_requests(
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
     cursor: Annotated[
         str | None,
-        Query(min_length=1, max_length=64, description="`next_cursor` of the previous page."),
+        Query(**_ID, description="`next_cursor` of the previous page."),
     ] = None,
 ) -> RequestList:
     """List the requests of the API key, newest first; an admin key lists those of all keys."""
@@ -69,7 +72,13 @@ def request_status(job: JobDep, context: ContextDep) -> StatusBody:
 @router.get("/{request_id}/result", responses=error_responses(404))
 def request_result(job: JobDep, context: ContextDep) -> ResultBody:
     """Return the images of a request; `outputs` is null until it has succeeded."""
-    return result_of(job, context.base_url)
+    body = result_of(job, context.base_url)
+    if body.error is not None:
+        body.error = public_text(body.error)
+    if body.outputs is not None and not context.settings.report_file_paths:
+        for image in body.outputs.images:
+            image.file_path = FilePath(image.file_path).name
+    return body
 
 
 @router.get(
@@ -157,5 +166,8 @@ def _status_body(job: Job, context: ServerContext) -> StatusBody:
 def _status_body_at(
     job: Job, position: int | None, context: ServerContext, with_preview: bool = False
 ) -> StatusBody:
-    reason = (context.trouble or None) if job.status is Status.IN_QUEUE else None
-    return status_of(job, position, waiting_reason=reason, with_preview=with_preview)
+    reason = (public_text(context.trouble) or None) if job.status is Status.IN_QUEUE else None
+    body = status_of(job, position, waiting_reason=reason, with_preview=with_preview)
+    if body.error is not None:
+        body.error = public_text(body.error)
+    return body
