@@ -94,7 +94,7 @@ class Soak:
             self.listen: 2,
         }
         if with_kills:
-            actions |= {self.kill_worker: 0.5, self.kill_server: 0.2}
+            actions |= {self.kill_worker: 0.1, self.kill_server: 0.05}
         (action,) = self.chance.choices(list(actions), list(actions.values()))
         self.counts[action.__name__] += 1
         action()
