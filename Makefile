@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test bench check docs docs-serve reference format clean
+.PHONY: demo test faults fuzz bench check docs docs-serve reference format clean
 
 demo: $(READY)
 	$(BIN)/fidelora demo
@@ -14,6 +14,18 @@ demo: $(READY)
 TEST_PROCESSES ?= 2
 test: $(READY)
 	OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(TEST_PROCESSES) --dist worksteal --durations 25
+
+# Runs the tests of hostile input and faults with FAULT_ROUNDS times as much random input.
+FAULT_ROUNDS ?= 20
+faults: $(READY)
+	OMP_WAIT_POLICY=passive FIDELORA_TEST_FAULTS=$(FAULT_ROUNDS) $(BIN)/pytest -n $(TEST_PROCESSES) --dist worksteal --timeout 3600 tests/faults
+
+# Fuzzes the readers of untrusted files and texts with atheris (Linux only), each for this time.
+FUZZ_SECONDS ?= 600
+FUZZ_TARGETS := safetensors_header parameters flags recipe
+fuzz: $(READY)
+	$(BIN)/pip install --quiet -c constraints.txt --group fuzz
+	for target in $(FUZZ_TARGETS); do $(BIN)/python -m tests.faults.fuzz.run $$target $(FUZZ_SECONDS) || exit 1; done
 
 # Compares with diffusers and PEFT (installed only for this) and takes about 20 minutes.
 # BENCH="--only switch" or BENCH=--quick takes less.

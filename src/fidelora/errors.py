@@ -10,6 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+MAX_MESSAGE_BYTES = 2000
+"""Limit of a message's size in UTF-8. Longer ones contain names from files or requests, and would
+fill logs, databases and terminals."""
+_END_BYTES = 500  # of the end of a long message, which often contains what to do
+
 
 def some(names: Sequence[str], most: int = 3) -> str:
     """Return the first `most` names of a list for a message: `a, b, c and 12 more`."""
@@ -22,13 +27,37 @@ class FideloraError(Exception):
 
     def __init__(self, message: str | None = None) -> None:
         text = message or " ".join((type(self).__doc__ or "").split())
-        # Messages contain names from files and go to terminals: escape unprintable characters.
-        super().__init__(
-            "".join(
-                character if character.isprintable() else repr(character)[1:-1]
-                for character in text
-            )
-        )
+        super().__init__(plain_message(text))
+
+
+def plain_message(text: str) -> str:
+    """Return a message that is safe to print: without control characters, and not too long.
+
+    Messages contain names from files and requests.
+    """
+    return _shortened(_escaped(text))
+
+
+def _escaped(text: str) -> str:
+    """Return a text with escapes for characters that are not printable.
+
+    The middle of a very long text is left out, because `_shortened` removes it anyway.
+    """
+    if len(text) > 2 * MAX_MESSAGE_BYTES:
+        text = text[:MAX_MESSAGE_BYTES] + text[-MAX_MESSAGE_BYTES:]
+    return "".join(
+        character if character.isprintable() else repr(character)[1:-1] for character in text
+    )
+
+
+def _shortened(text: str) -> str:
+    """Return a printable text, or its start and end if it exceeds `MAX_MESSAGE_BYTES`."""
+    encoded = text.encode()
+    if len(encoded) <= MAX_MESSAGE_BYTES:
+        return text
+    mark = " [...] "
+    start = encoded[: MAX_MESSAGE_BYTES - _END_BYTES - len(mark)].decode(errors="ignore")
+    return start + mark + encoded[-_END_BYTES:].decode(errors="ignore")
 
 
 class WrongUseError(FideloraError):

@@ -2,25 +2,53 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
+
+MAX_NESTING = 100
+"""Largest depth of JSON from files and requests. It is well below Python's recursion limit of 1,000
+calls, so that every function can walk through such a value."""
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 """Control characters, except for tab and line feed, and characters that change the direction of
 text."""
+_TOO_DEEP = f"the JSON is nested deeper than {MAX_NESTING} levels"
 
 
-def cleaned(value: Any) -> Any:
+def read_json(text: str | bytes) -> Any:
+    """Parse JSON from a file or a request; lone surrogates are replaced (`cleaned`).
+
+    Raises:
+        ValueError: the text is not JSON, has a number of more than 4,300 digits, or is nested
+            deeper than `MAX_NESTING`.
+    """
+    try:
+        return cleaned(json.loads(text))
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+
+
+def cleaned(value: Any, depth: int = 0) -> Any:
     """Return a JSON value whose texts are valid, with `?` for each lone surrogate.
 
-    JSON can contain lone surrogates as escapes, but no file and no response can. The value must not
-    be nested deeper than `json.loads` accepts.
+    JSON can contain lone surrogates as escapes, but no file and no response can.
+
+    Args:
+        depth: number of lists and objects around the value.
+
+    Raises:
+        ValueError: the value is nested deeper than `MAX_NESTING`.
     """
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
-    if isinstance(value, dict):
-        return {cleaned(key): cleaned(one) for key, one in value.items()}
-    return [cleaned(one) for one in value] if isinstance(value, list) else value
+    if not isinstance(value, dict | list):
+        return value
+    if depth == MAX_NESTING:
+        raise ValueError(_TOO_DEEP)
+    if isinstance(value, list):
+        return [cleaned(one, depth + 1) for one in value]
+    return {cleaned(key): cleaned(one, depth + 1) for key, one in value.items()}
 
 
 def printable(text: str) -> str:

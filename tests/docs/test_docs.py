@@ -32,7 +32,7 @@ PAGES = [*DOCS, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHAN
 BLOCK = re.compile(
     r"^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^ *```$", re.MULTILINE | re.DOTALL
 )
-OTHER_VARIABLES = {"FIDELORA_TEST_KILLS"}  # read by tests, not by the server
+OTHER_VARIABLES = {"FIDELORA_TEST_FAULTS", "FIDELORA_TEST_KILLS"}  # read by tests, not by the server
 ABSTRACT_ERRORS = {"WrongUseError"}  # only the client raises it itself, with its own message
 
 
