@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test faults soak bench check docs docs-serve reference format clean
+.PHONY: demo test faults fuzz soak bench check docs docs-serve reference format clean
 
 demo: $(READY)
 	$(BIN)/fidelora demo
@@ -27,6 +27,13 @@ faults: $(READY)
 # Two hours of random requests and kills; SOAK="--minutes 20" takes less.
 soak: $(READY)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.soak $(SOAK)
+
+# Fuzzes the readers of untrusted files and texts with atheris (Linux only), each for this time.
+FUZZ_SECONDS ?= 600
+FUZZ_TARGETS := safetensors_header parameters flags recipe
+fuzz: $(READY)
+	$(BIN)/pip install --quiet -c constraints.txt --group fuzz
+	for target in $(FUZZ_TARGETS); do $(BIN)/python -m tests.faults.fuzz.run $$target $(FUZZ_SECONDS) || exit 1; done
 
 # Compares with diffusers and PEFT (installed only for this) and takes about 20 minutes.
 # BENCH="--only switch" or BENCH=--quick takes less.

@@ -7,11 +7,11 @@ AI Toolkit and AUTOMATIC1111 store one tensor per text encoder: `emb_params` if 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import PurePath
 
 from fidelora.safetensors_header import Header
+from fidelora.texts import read_json
 
 EMBEDDING_KEYS = frozenset({"emb_params", "clip_l", "clip_g"})
 MAX_TOKENS = 75
@@ -77,8 +77,8 @@ def tokens_of(word: str, count: int) -> list[str]:
 def _stored_word(metadata: Mapping[str, str]) -> str:
     text = metadata.get("name", "")
     try:
-        word = json.loads(text)
-    except (ValueError, RecursionError):
+        word = read_json(text)
+    except ValueError:
         word = text  # not encoded as JSON
     is_valid = isinstance(word, str) and word.strip() and len(word) <= _MAX_WORD_LENGTH
     return word.encode("utf-8", "ignore").decode() if is_valid else ""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fidelora.texts import shortened
+from fidelora.texts import MAX_TEXT_BYTES, shortened
 
 
 def some(names: Sequence[str], most: int = 3) -> str:
@@ -23,16 +23,28 @@ class FideloraError(Exception):
     """The operation failed."""
 
     def __init__(self, message: str | None = None) -> None:
-        text = shortened(message or " ".join((type(self).__doc__ or "").split()))
-        # Messages contain names from files and go to terminals: escape unprintable characters.
-        super().__init__(
-            shortened(
-                "".join(
-                    character if character.isprintable() else repr(character)[1:-1]
-                    for character in text
-                )
-            )
-        )
+        text = message or " ".join((type(self).__doc__ or "").split())
+        super().__init__(plain_message(text))
+
+
+def plain_message(text: str) -> str:
+    """Return a message that is safe to print: without control characters, and not too long.
+
+    Messages contain names from files and requests.
+    """
+    return shortened(_escaped(text))
+
+
+def _escaped(text: str) -> str:
+    """Return a text with escapes for characters that are not printable.
+
+    The middle of a very long text is left out, because `shortened` removes it anyway.
+    """
+    if len(text) > 2 * MAX_TEXT_BYTES:
+        text = text[:MAX_TEXT_BYTES] + text[-MAX_TEXT_BYTES:]
+    return "".join(
+        character if character.isprintable() else repr(character)[1:-1] for character in text
+    )
 
 
 class WrongUseError(FideloraError):

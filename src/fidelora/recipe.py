@@ -299,6 +299,7 @@ class Recipe:
         is_text("model", self.model)
         spec = get_family(self.model)
         self._fill_in(base_model=spec.base_model)
+        is_text("base_model", self.base_model)
         self._fill_in(
             width=spec.size_of(self.base_model),
             height=spec.size_of(self.base_model),

@@ -33,6 +33,9 @@ MAX_HEADER_BYTES = 32 * 2**20
 checkpoint about 300 KB; metadata can add a few MB."""
 MAX_TENSORS = 20_000
 """Limit of the number of tensors. Adapters of SDXL have up to 12,000, checkpoints about 3,000."""
+MAX_NAME_CHARACTERS = 1000
+"""Limit of the length of a tensor's name, which several functions split at its dots. Names in
+adapters have up to about 200 characters."""
 MAX_DIMENSIONS = 8
 MAX_DIGITS = 20  # an unsigned 64-bit integer has at most 20
 MAX_BRACKETS, MAX_COMMAS = 10 * MAX_TENSORS, 20 * MAX_TENSORS
@@ -182,14 +185,14 @@ def _parse(raw: bytes, name: str) -> dict[str, Any]:
         header = json.loads(
             raw.decode("utf-8"), object_pairs_hook=without_repeats, parse_int=whole_number
         )
+        assert isinstance(header, dict), "JSON that begins with a brace is an object"
+        if b"\\u" in raw:  # lone surrogates can only be written as escapes
+            return dict(cleaned(header))
+        return header
     except (ValueError, RecursionError) as error:
         raise WeightsFileError(
             f"{name} is not a .safetensors file: its header is not a JSON object."
         ) from error
-    assert isinstance(header, dict), "JSON that begins with a brace is an object"
-    if b"\\u" in raw:  # lone surrogates can only be written as escapes
-        return dict(cleaned(header))
-    return header
 
 
 def _check(header: dict[str, Any], name: str, body_bytes: int, file_bytes: int) -> Header:
@@ -207,6 +210,12 @@ def _check(header: dict[str, Any], name: str, body_bytes: int, file_bytes: int) 
             f"{name} claims {len(header):,} tensors; at most {MAX_TENSORS:,} are accepted."
         )
 
+    if longest := next((key for key in header if len(key) > MAX_NAME_CHARACTERS), None):
+        raise WeightsFileError(
+            f"{name} has a tensor whose name has {len(longest):,} characters; at most "
+            f"{MAX_NAME_CHARACTERS:,} are accepted. It is damaged; export it again."
+        )
+
     tensors: dict[str, TensorInfo] = {}
     spans: list[tuple[int, int, str]] = []
     for key, entry in header.items():
@@ -217,7 +226,7 @@ def _check(header: dict[str, Any], name: str, body_bytes: int, file_bytes: int) 
     for begin, end, key in sorted(spans):
         if begin != position:
             raise WeightsFileError(
-                f"{name} has tensors that overlap or leave gaps at {key}: it is damaged; "
+                f"{name} has tensors that overlap or leave gaps at {key:.200}: it is damaged; "
                 "export it again."
             )
         position = end
@@ -240,12 +249,12 @@ def _tensor(key: str, entry: object, name: str) -> tuple[TensorInfo, int, int]:
             pass
         case _:
             raise WeightsFileError(
-                f"{name} has a malformed entry for the tensor {key}: it is damaged; "
+                f"{name} has a malformed entry for the tensor {key:.200}: it is damaged; "
                 "export it again."
             )
     if dtype not in DTYPE_BYTES:
         raise WeightsFileError(
-            f"{name} stores {key} as {dtype}, which is not supported; "
+            f"{name} stores {key:.200} as {dtype:.40}, which is not supported; "
             "export it as F16, BF16 or F32."
         )
     if len(shape) > MAX_DIMENSIONS:
@@ -254,12 +263,14 @@ def _tensor(key: str, entry: object, name: str) -> tuple[TensorInfo, int, int]:
             "accepted. It is damaged; export it again."
         )
     if not all(type(number) is int for number in (*shape, begin, end)) or min(shape, default=0) < 0:
+        sides = ", ".join(str(side) if type(side) is int else type(side).__name__ for side in shape)
         raise WeightsFileError(
-            f"{name} has {key} with the invalid shape {shape}: it is damaged; export it again."
+            f"{name} has {key:.200} with the invalid shape [{sides}]: it is damaged; "
+            "export it again."
         )
     if not 0 <= begin <= end or end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
         raise WeightsFileError(
-            f"{name} has {key} with data offsets that do not match its shape: "
+            f"{name} has {key:.200} with data offsets that do not match its shape: "
             "it is damaged; export it again."
         )
     return TensorInfo(dtype, tuple(shape)), begin, end

@@ -2,26 +2,53 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
+
+MAX_NESTING = 100
+"""Largest depth of JSON from files and requests. It is well below Python's recursion limit of 1,000
+calls, so that every function can walk through such a value."""
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 """Control characters, except for tab and line feed, and characters that change the direction of
 text."""
+_TOO_DEEP = f"the JSON is nested deeper than {MAX_NESTING} levels"
 
 
-def cleaned(value: Any) -> Any:
-    """Return a JSON value with each lone surrogate in its strings replaced by `?`.
+def read_json(text: str | bytes) -> Any:
+    """Parse JSON from a file or a request; lone surrogates are replaced (`cleaned`).
 
-    JSON can contain lone surrogates as escapes, but UTF-8 cannot encode them, so they can be
-    written neither to a file nor to a response. The value must not be nested deeper than
-    `json.loads` accepts.
+    Raises:
+        ValueError: the text is not JSON, has a number of more than 4,300 digits, or is nested
+            deeper than `MAX_NESTING`.
+    """
+    try:
+        return cleaned(json.loads(text))
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+
+
+def cleaned(value: Any, depth: int = 0) -> Any:
+    """Return a JSON value whose texts are valid, with `?` for each lone surrogate.
+
+    JSON can contain lone surrogates as escapes, but no file and no response can.
+
+    Args:
+        depth: number of lists and objects around the value.
+
+    Raises:
+        ValueError: the value is nested deeper than `MAX_NESTING`.
     """
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
-    if isinstance(value, dict):
-        return {cleaned(key): cleaned(one) for key, one in value.items()}
-    return [cleaned(one) for one in value] if isinstance(value, list) else value
+    if not isinstance(value, dict | list):
+        return value
+    if depth == MAX_NESTING:
+        raise ValueError(_TOO_DEEP)
+    if isinstance(value, list):
+        return [cleaned(one, depth + 1) for one in value]
+    return {cleaned(key): cleaned(one, depth + 1) for key, one in value.items()}
 
 
 MAX_TEXT_BYTES = 2000
@@ -29,13 +56,21 @@ MAX_TEXT_BYTES = 2000
 
 
 def shortened(text: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
-    """Return a text of at most `max_bytes` in UTF-8, with an ellipsis if its end was cut off."""
+    """Return a text of at most `max_bytes` in UTF-8, without its middle if it is longer.
+
+    The last quarter is kept, because it often says what to do.
+    """
     if len(text) * 4 <= max_bytes:
         return text
-    content = text[:max_bytes].encode("utf-8", "replace")
-    if len(text) <= max_bytes and len(content) <= max_bytes:
+    start = text[:max_bytes].encode("utf-8", "replace")
+    if len(text) <= max_bytes and len(start) <= max_bytes:
         return text
-    return content[: max_bytes - 3].decode("utf-8", "ignore") + "..."
+    mark = b" [...] "
+    end = text[-max_bytes:].encode("utf-8", "replace")[-(max_bytes // 4) :]
+    start = start[: max_bytes - len(mark) - len(end)]
+    return b"".join(
+        (start.decode("utf-8", "ignore").encode(), mark, end.decode("utf-8", "ignore").encode())
+    ).decode()
 
 
 def printable(text: str) -> str:

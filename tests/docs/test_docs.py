@@ -32,7 +32,7 @@ PAGES = [*DOCS, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHAN
 BLOCK = re.compile(
     r"^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^ *```$", re.MULTILINE | re.DOTALL
 )
-OTHER_VARIABLES = {"FIDELORA_TEST_KILLS"}  # read by tests, not by the server
+
 ABSTRACT_ERRORS = {"WrongUseError"}  # only the client raises it itself, with its own message
 
 
@@ -178,7 +178,7 @@ def test_settings_exist():
 
     def check(page: Path) -> Iterator[str]:
         used = set(re.findall(r"\bFIDELORA_[A-Z_]*[A-Z]\b", page.read_text()))
-        if unknown := used - names - OTHER_VARIABLES:
+        if unknown := used - names:
             yield f"settings that do not exist: {unknown}"
 
     assert not (found := violations(check)), found

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.faults.fault_support import FaultServer, recorded_logs
 from tests.server.serve_support import Server
 from tests.support import LORA, TINY_BASE
 
@@ -29,3 +31,13 @@ def start(data):
     yield begin
     for server in started:
         server.close()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultServer]:
+    """One server for all hostile requests of a module; its secrets must not leak."""
+    server = FaultServer(tmp_path_factory.mktemp("faults"))
+    with recorded_logs(server.logs):
+        yield server
+    server.close()
+    server.check_secrets()

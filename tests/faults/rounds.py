@@ -6,5 +6,7 @@ import os
 
 ROUNDS = int(os.environ.get("FAULT_ROUNDS", "2"))
 """Rounds of each fault, each of which takes seconds."""
+INPUT_ROUNDS = max(1, ROUNDS // 5)
+"""Rounds of random hostile input, each of which has hundreds of items."""
 REQUESTS = int(os.environ.get("FAULT_REQUESTS", "40"))
 """Requests that are queued before the first fault."""

@@ -169,13 +169,19 @@ class ByHand:
 
 
 @contextmanager
-def at_work(worker: ByHand, content: bytes = b"an image") -> Iterator[None]:
-    """While the block runs, let every job succeed soon, on another thread."""
+def at_work(
+    worker: ByHand, content: bytes = b"an image", interval_s: float = 0.002
+) -> Iterator[None]:
+    """While the block runs, let every job succeed soon, on another thread.
+
+    Args:
+        interval_s: seconds between two looks for a job.
+    """
     over = threading.Event()
 
     def work() -> None:
         try:
-            while not over.wait(0.002):
+            while not over.wait(interval_s):
                 if (job := worker.claim_one()) is not None:
                     worker.succeed(job, content, job.image_format)
         except BaseException:

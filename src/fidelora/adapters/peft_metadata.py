@@ -7,19 +7,23 @@ field: `unet.lora_alpha`, `text_encoder.use_rslora`. Source: `LoraLayer.update_l
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from fidelora.adapters.module_names import canonical_name
 from fidelora.errors import AdapterFormatError, NonFiniteWeightsError
+from fidelora.texts import read_json
 
 _FIELDS = frozenset({"lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "alpha", "r"})
 _PLAIN_PATTERN = re.compile(r"\^?[\w.]+")
+_MAX_PARTS = 16
+"""Limit of the number of parts of the model; those of diffusers have up to 4. The configuration of
+each module is searched in all of them."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,19 @@ class PeftConfig:
     uses_rslora: bool = False
     uses_dora: bool = False
 
+    @cached_property
+    def _places(self) -> Mapping[str, int]:
+        """Position of each pattern, the first of which wins."""
+        return {pattern: place for place, pattern in enumerate(self.alpha_pattern)}
+
     def alpha_of(self, path: str) -> float | None:
         """Return the alpha of the module with this path in its part."""
-        for pattern, alpha in self.alpha_pattern.items():
-            if path == pattern.removeprefix("^") or path.endswith(f".{pattern}"):
-                return alpha
-        return self.alpha
+        # Hostile metadata can have 100,000 patterns, so they are looked up by all ends of the path.
+        ends = (path[match.end() :] for match in re.finditer(r"\.", path))
+        found = [one for one in (f"^{path}", path, *ends) if one in self.alpha_pattern]
+        if not found:
+            return self.alpha
+        return self.alpha_pattern[min(found, key=self._places.__getitem__)]
 
 
 class PeftMetadata:
@@ -60,19 +71,26 @@ class PeftMetadata:
     def __init__(self, metadata: Mapping[str, str], name: str) -> None:
         self._name = name
         self._configs: dict[str, PeftConfig] = {}
+        self._differ = False
         if "lora_adapter_metadata" not in metadata:
             return
         try:
             fields: dict[str, dict[str, Any]] = defaultdict(dict)
-            for key, value in json.loads(metadata["lora_adapter_metadata"]).items():
+            for key, value in read_json(metadata["lora_adapter_metadata"]).items():
                 part, _, field_name = key.rpartition(".")
                 if field_name in _FIELDS:
                     fields[part][field_name] = value
             self._configs = {part: _config(found) for part, found in fields.items()}
-        except (AttributeError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        except (AttributeError, TypeError, ValueError, OverflowError) as error:
             raise AdapterFormatError(
                 f"{name} has lora_adapter_metadata that cannot be read; export it again."
             ) from error
+        if len(fields) > _MAX_PARTS:
+            raise AdapterFormatError(
+                f"{name} has PEFT metadata for {len(fields):,} parts of the model; at most "
+                f"{_MAX_PARTS} are accepted. Export it again."
+            )
+        self._differ = len(set(map(repr, self._configs.values()))) > 1
         for part, found in fields.items():
             if "alpha" in found and found["alpha"] != found.get("r"):
                 raise AdapterFormatError(
@@ -123,7 +141,7 @@ class PeftMetadata:
                 return config, name.removeprefix(f"{part}.")
         if "" in self._configs:
             return self._configs[""], name.partition(".")[2] or name
-        if len(set(map(repr, self._configs.values()))) > 1:
+        if self._differ:
             raise AdapterFormatError(
                 f"{self._name} has PEFT metadata for {' and '.join(self._configs)}, but none for "
                 f"{module}; export it again."

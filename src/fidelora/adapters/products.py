@@ -84,7 +84,7 @@ def refolded(shape: tuple[int, ...], weight_shape: torch.Size) -> tuple[int, ...
     """
     fits = (
         len(shape) != len(weight_shape)
-        and shape[0] == weight_shape[0]
+        and shape[:1] == weight_shape[:1]
         and math.prod(shape[1:]) == weight_shape[1:].numel()
     )
     return tuple(weight_shape) if fits else shape

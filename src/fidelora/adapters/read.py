@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -77,10 +78,11 @@ class Adapter:
 
     @property
     def size_bytes(self) -> int:
-        """Size of the tensors in memory."""
+        """Size of the tensors and the metadata in memory."""
         deltas = (*self.deltas.values(), *self.biases.values())
         tensors = [tensor for delta in deltas for tensor in delta.tensors()]
-        return sum(tensor.nbytes for tensor in (*tensors, *self.embedding.values()))
+        texts = sum(map(sys.getsizeof, self.metadata.values()))  # hostile files have up to 32 MiB
+        return texts + sum(tensor.nbytes for tensor in (*tensors, *self.embedding.values()))
 
 
 def zero_alpha_note(adapter: Adapter) -> str | None:

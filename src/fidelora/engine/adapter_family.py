@@ -101,8 +101,8 @@ def check_family(adapter: Adapter, spec: Family) -> str | None:
 def metadata_note(made_for: str, spec: Family) -> str:
     """Return a note about an adapter that fits `spec`, but whose metadata names another base."""
     return (
-        f"Its metadata says that it was trained on {made_for}, which is not {spec.title}. All its "
-        f"modules exist in {spec.title}, so the metadata is ignored."
+        f"Its metadata says that it was trained on {made_for:.100}, which is not {spec.title}. All "
+        f"its modules exist in {spec.title}, so the metadata is ignored."
     )
 
 

@@ -18,7 +18,7 @@ from fidelora.adapters.read import Adapter, adapter_of, stored_tensors, zero_alp
 from fidelora.adapters.targets import repeated_modules
 from fidelora.adapters.tensor_names import is_from_trainer, modules_of
 from fidelora.engine.adapter_family import FamilyFit, best_family, metadata_note, size_of
-from fidelora.errors import AdapterError, WeightsFileError, some
+from fidelora.errors import AdapterError, WeightsFileError, plain_message, some
 from fidelora.families import get_family
 from fidelora.loras.describe import AdapterSummary, describe_adapter, describe_header
 from fidelora.recipe import file_sha256
@@ -58,6 +58,9 @@ class Problem:
     code: ProblemCode
     message: str
     unusable: bool
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", plain_message(self.message))
 
 
 @dataclass(frozen=True)

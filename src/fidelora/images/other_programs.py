@@ -23,7 +23,7 @@ from fidelora.images.a1111_samplers import (
 )
 from fidelora.images.parameters import Ignored, Parameters
 from fidelora.recipe import MAX_MULTIPLIER, MAX_SEED
-from fidelora.texts import cleaned
+from fidelora.texts import read_json
 
 PARAMETERS_KEY = "parameters"
 """PNG text field of AUTOMATIC1111 and SwarmUI; in JPEG and WebP it is the EXIF field UserComment.
@@ -191,10 +191,10 @@ def _object(text: object) -> dict[str, Any] | None:
     ):
         return None
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = read_json(text)
+    except ValueError:
         return None
-    return cleaned(value) if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else None
 
 
 # --- SwarmUI: https://github.com/mcmonkeyprojects/SwarmUI, docs/Image Metadata Format.md ---------

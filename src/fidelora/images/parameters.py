@@ -246,9 +246,9 @@ def _without_objects(line: str) -> tuple[str, dict[str, Any]]:
     while match := _JSON_VALUE.search(line):
         try:
             value, end = json.JSONDecoder().raw_decode(line, match.end())
+            found[match["key"]] = cleaned(value)
         except (ValueError, RecursionError):
             break
-        found[match["key"]] = cleaned(value)
         line = line[: match.start()] + line[end:]
     return line.removeprefix(", "), found
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import io
 import json
 import re
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 
-from fidelora.errors import ImageRecordError, RecipeError
+from fidelora.checks import shown
+from fidelora.errors import FideloraError, ImageRecordError, RecipeError
 from fidelora.families import get_family
 from fidelora.images.other_programs import (
     PARAMETERS_KEY,
@@ -32,6 +33,16 @@ MAX_DECODED_PIXELS = 2**25
 """Maximum size of a PNG that is decoded to read text fields stored after the pixels; images made by
 Fidelora are never larger."""
 MAX_PARAMETERS_CHARACTERS = 50_000
+_MAX_RECORD_CHARACTERS = 2**20
+"""Longest record that is read; those of Fidelora have a few thousand characters."""
+_MAX_PARTS = 100_000
+"""Largest number of chunks of a PNG, and of segments of a JPEG before its pixels. Pillow needs
+about a second for as many. An image of 64 MiB with chunks of 8 KiB has 8,000."""
+_PNG_START, _JPEG_START = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
+_PIXELS = 0xDA
+"""Marker of the segment of a JPEG that contains pixels."""
+_BARE_MARKERS = frozenset({0xC8, *range(0xD0, 0xDA), *range(0xF0, 0xFE)})
+"""Markers of a JPEG that Pillow reads without a length after them."""
 _PAIRS = re.compile(r"^Steps: ", re.MULTILINE)
 """A line of AUTOMATIC1111's text, which other programs may add to their own metadata."""
 _FORMATS = ("PNG", "JPEG", "WEBP")
@@ -87,7 +98,7 @@ def read_origin(
             "width": image.width,
             "height": image.height,
         }
-    plain = _record(record)
+    plain = _record(record, name)
     if plain is not None:
         recipe, environment = recipe_of(plain, name)
         quality = plain.get("quality")
@@ -95,7 +106,7 @@ def read_origin(
             type(quality) is not int or not 0 <= quality <= 100 or about["format"] == "png"
         ):
             raise ImageRecordError(
-                f"{name} has a record with the quality {quality!r}, "
+                f"{name} has a record with the quality {shown(quality)}, "
                 "which is not valid for its format."
             )
         return Origin(**about, recipe=recipe, environment=environment, quality=quality)
@@ -151,9 +162,12 @@ def recipe_of(record: Mapping[str, Any], name: str = "The image") -> tuple[Recip
             f"{name} has a recipe that was changed after the image was made: "
             "its digest does not match."
         )
-    environment = record.get("environment")
-    shown = environment.items() if isinstance(environment, Mapping) else ()
-    return recipe, {str(cleaned(key)): str(cleaned(value)) for key, value in shown}
+    try:
+        environment = cleaned(record.get("environment"))
+    except ValueError as error:
+        raise ImageRecordError(f"{name} has an environment that cannot be used: {error}.") from None
+    values = environment.items() if isinstance(environment, Mapping) else ()
+    return recipe, {str(key): str(value) for key, value in values}
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
@@ -164,19 +178,13 @@ def read_record(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        with Image.open(path) as image:
-            record = _record(_texts(image)[0])
+        content = path.read_bytes()
     except FileNotFoundError:
         raise ImageRecordError(f"The image {path} does not exist; check the path.") from None
-    except (
-        UnidentifiedImageError,
-        OSError,
-        SyntaxError,
-        ValueError,
-        struct.error,
-        Image.DecompressionBombError,
-    ) as error:
-        raise ImageRecordError(f"{path.name} is not an image that can be read.") from error
+    except OSError as error:
+        raise ImageRecordError(f"{path.name} cannot be read: {error.strerror or error}.") from error
+    with _opened(content, path.name) as image:
+        record = _record(_texts(image)[0], path.name)
     if record is None:
         raise ImageRecordError(
             f"{path.name} has no Fidelora recipe: "
@@ -189,19 +197,49 @@ def read_record(path: str | Path) -> dict[str, Any]:
 def _opened(content: bytes, name: str) -> Iterator[Image.Image]:
     """Open the image; convert all errors that Pillow raises in the block to ImageRecordError."""
     try:
+        _check_parts(content)
         with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
             yield image
-    except (
-        UnidentifiedImageError,
-        OSError,
-        SyntaxError,
-        ValueError,
-        struct.error,
-        Image.DecompressionBombError,
-    ) as error:
+    except FideloraError:
+        raise
+    except Exception as error:  # damaged files raise errors of many types
         raise ImageRecordError(
             f"{name} is not a PNG, JPEG or WebP image that can be read."
         ) from error
+
+
+def _check_parts(content: bytes) -> None:
+    """Raise if a PNG or JPEG has too many parts, which Pillow reads one by one."""
+    places: Iterable[int] = ()
+    if content.startswith(_PNG_START):
+        places = _png_chunks(content)
+    elif content.startswith(_JPEG_START):
+        places = _jpeg_segments(content)
+    parts = sum(1 for _ in islice(places, _MAX_PARTS + 1))
+    if parts > _MAX_PARTS:
+        raise ValueError(f"more than {_MAX_PARTS:,} parts")
+
+
+def _png_chunks(content: bytes) -> Iterator[int]:
+    """Yield the position of each chunk."""
+    position = len(_PNG_START)
+    while position < len(content):
+        yield position
+        position += 12 + int.from_bytes(content[position : position + 4], "big")
+
+
+def _jpeg_segments(content: bytes) -> Iterator[int]:
+    """Yield the position of each segment before the pixels, and of bytes that are skipped."""
+    position, end = len(_JPEG_START), len(content) - 1
+    while position < end and content[position : position + 2] != bytes((0xFF, _PIXELS)):
+        yield position
+        marker = content[position + 1]
+        if content[position] != 0xFF or marker in (0x00, 0xFF):
+            position += 1
+        elif marker in _BARE_MARKERS:
+            position += 2
+        else:
+            position += 2 + max(2, int.from_bytes(content[position + 2 : position + 4], "big"))
 
 
 def _texts(image: Image.Image) -> tuple[str | bytes, dict[str, str]]:
@@ -240,7 +278,17 @@ def _comment(comment: object) -> str:
     return text.strip("\0").removeprefix("\ufeff")
 
 
-def _record(text: object) -> dict[str, Any] | None:
+def _record(text: object, name: str) -> dict[str, Any] | None:
+    """Return the record in a text; None if the text is not a record.
+
+    Raises:
+        ImageRecordError: the text is too long.
+    """
+    if isinstance(text, str | bytes) and len(text) > _MAX_RECORD_CHARACTERS:
+        raise ImageRecordError(
+            f"{name} has a record of {len(text):,} characters; the limit is "
+            f"{_MAX_RECORD_CHARACTERS:,}."
+        )
     try:
         record = json.loads(text) if isinstance(text, str | bytes) and text else None
     except (ValueError, RecursionError):

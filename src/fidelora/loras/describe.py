@@ -5,7 +5,6 @@ Only headers are read, so that hundreds of files can be listed quickly.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,10 @@ from fidelora.adapters.tensor_names import modules_of
 from fidelora.embedding_file import embedding_tensors, embedding_word, token_count
 from fidelora.errors import AdapterError, WeightsFileError
 from fidelora.safetensors_header import Header, read_file_header
-from fidelora.texts import cleaned
+from fidelora.texts import read_json
 
 _TEXT_ENCODER = ("lora_te", "text_encoder", "text_model.", "te_", "clip_l.", "clip_g.")
-_MAX_TRIGGER = 200
+_MAX_TEXT = 200  # characters of each text from the metadata
 _MAX_STEP = 10**15  # larger numbers in metadata are not training steps
 
 
@@ -98,7 +97,7 @@ def describe_header(header: Header, name: str) -> AdapterSummary:
         trigger=(embedding_word(header, name) if not problems else None) or _trigger(metadata),
         step=step,
         epoch=epoch,
-        base=metadata.get("ss_base_model_version", ""),
+        base=metadata.get("ss_base_model_version", "")[:_MAX_TEXT],
         trainer=_software(metadata),
         problems=problems,
         tokens=0 if problems else token_count(header),
@@ -109,7 +108,7 @@ def _rank(parts: Mapping[str, str], header: Header) -> int | None:
     """Return the inner dimension of a module's factors; None if it has whole factors."""
     if "a2" in parts:
         shapes = [header.tensors[parts[part]].shape for part in ("a1", "a2")]
-        return min(number for shape in shapes for number in shape[:2])
+        return min((number for shape in shapes for number in shape[:2]), default=None)
     for part in ("down", "lokr_w2_b", "lokr_w1_b", "hada_w1_b"):
         if part in parts and header.tensors[parts[part]].shape:
             return header.tensors[parts[part]].shape[0]
@@ -119,10 +118,10 @@ def _rank(parts: Mapping[str, str], header: Header) -> int | None:
 def _json(metadata: Mapping[str, str], field: str) -> dict[str, Any]:
     """Return the JSON object in a metadata field; an empty dict if the field has no JSON object."""
     try:
-        value = json.loads(metadata.get(field, "{}"))
-    except (ValueError, RecursionError):
+        value = read_json(metadata.get(field, "{}"))
+    except ValueError:
         return {}
-    return cleaned(value) if isinstance(value, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
 def _training(metadata: Mapping[str, str]) -> tuple[int | None, int | None]:
@@ -153,13 +152,13 @@ def _trigger(metadata: Mapping[str, str]) -> str:
     """Return the trigger word; AI Toolkit stores it as the only tag of all training images."""
     names = ("ss_trigger_word", "trigger_word", "modelspec.trigger_phrase")
     if word := next(filter(None, (metadata.get(name, "").strip() for name in names)), ""):
-        return word[:_MAX_TRIGGER]
+        return word[:_MAX_TEXT]
     tags = _json(metadata, "ss_tag_frequency")
     words = [word for counts in tags.values() if isinstance(counts, dict) for word in counts]
-    return words[0][:_MAX_TRIGGER] if len(words) == 1 else ""
+    return words[0][:_MAX_TEXT] if len(words) == 1 else ""
 
 
 def _software(metadata: Mapping[str, str]) -> str:
     software = _json(metadata, "software")
     name, version = software.get("name"), software.get("version")
-    return " ".join(str(part) for part in (name, version) if part)
+    return " ".join(str(part) for part in (name, version) if part)[:_MAX_TEXT]

@@ -364,10 +364,9 @@ def _matches(host: str, pattern: str) -> bool:
 
 
 def _header(response: httpcore2.Response, name: bytes) -> str:
-    return next(
-        (value.decode("latin-1").strip() for key, value in response.headers if key.lower() == name),
-        "",
-    )
+    """Return a header; several of the same name are joined, as HTTP defines it."""
+    found = (value for key, value in response.headers if key.lower() == name)
+    return ", ".join(value.decode("latin-1").strip() for value in found)
 
 
 def _shown(url: str) -> str:

@@ -92,7 +92,7 @@ def checkpoint_metadata(path: Path) -> Mapping[str, str]:
     if not isinstance(document, dict):
         return {}
     return {
-        str(key): value if isinstance(value, str) else json.dumps(value, default=str)
+        str(key): value if isinstance(value, str) else json.dumps(value, default=str, skipkeys=True)
         for key, value in document.items()
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -186,11 +187,23 @@ class MatchTab:
             )
         except FideloraError as error:
             kind = "" if str(error) == CANCELED else "error"
-            yield self._updates(verdict=notice(error, kind), **end)
+            yield self._updates(
+                verdict=notice(self._without_folders(error, workspace), kind), **end
+            )
         finally:
             shutil.rmtree(workspace / "run", ignore_errors=True)
+            for empty in (workspace / "report", workspace):
+                with suppress(OSError):  # it does not exist, or has the report
+                    empty.rmdir()
             if archive:
                 Path(archive).unlink(missing_ok=True)
+
+    def _without_folders(self, error: FideloraError, workspace: Path) -> str:
+        """Return an error's message without the paths of this server's folders."""
+        message = str(error)
+        for folder in filter(None, (workspace / "run", self._context.settings.jobs)):
+            message = message.replace(f"{folder}/", "")
+        return message
 
     def _read_run(
         self, folder: str | None, archive: str | None, workspace: Path

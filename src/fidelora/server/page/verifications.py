@@ -15,7 +15,6 @@ import secrets
 import signal
 import sys
 import zipfile
-import zlib
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -108,18 +107,12 @@ def unpack_run(archive: Path, target: Path, max_bytes: int) -> tuple[Path, int]:
     except JobFolderError:
         remove_folder(target)
         raise
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        EOFError,
-        NotImplementedError,
-        RuntimeError,
-        OSError,
-        ValueError,
-    ) as error:
+    except Exception as error:  # damaged files make `zipfile` raise errors of many types
         remove_folder(target)
+        # The text of an OSError has the path of a folder on the server.
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
         raise JobFolderError(
-            f"The zip cannot be unpacked: {str(error) or type(error).__name__:.200}."
+            f"The zip cannot be unpacked: {reason or type(error).__name__:.200}."
         ) from error
     runs = list_runs(target)
     if len(runs) != 1:
@@ -194,6 +187,8 @@ def _check_path(filename: str) -> None:
     Raises:
         JobFolderError: the path leads outside of the zip, is too deep, or has too long a name.
     """
+    if not filename:
+        raise JobFolderError("The zip contains a file without a name; pack the folder again.")
     path, shown = PurePosixPath(filename), f"{filename!r:.200}"
     if path.is_absolute() or ".." in path.parts or "\\" in filename or ":" in filename:
         raise JobFolderError(f"The zip contains a path that leads outside of it: {shown}.")

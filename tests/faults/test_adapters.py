@@ -1,0 +1,119 @@
+"""Hostile adapter files: inspected, uploaded and used in a job of a real engine."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.faults.fault_support import (
+    MAX_GROWTH_BYTES,
+    SMALL,
+    FaultServer,
+    assert_is_message,
+    in_time,
+    memory_bytes,
+)
+from tests.faults.fuzz.targets import check_message
+from tests.faults.hostile_adapters import SOUND, Hostile, hostile_adapters
+
+from fidelora.engine.examine import examine_adapter
+from fidelora.errors import FideloraError
+from fidelora.jobs.job import Status
+
+FILES = list(hostile_adapters())
+NAME = "hostile.safetensors"
+
+
+@pytest.fixture(scope="module")
+def memory(server: FaultServer) -> list[int]:
+    """Memory of the process after its first job, which loads the base model."""
+    (server.loras / "sound.safetensors").write_bytes(SOUND)
+    response = server.post("/v1/inference", request_for("sound.safetensors"))
+    assert response.status_code == 200
+    (done,) = server.run_jobs()
+    assert done.status is Status.SUCCEEDED
+    return [memory_bytes()]
+
+
+@pytest.fixture
+def put(server: FaultServer):
+    """Return a function that puts a hostile file into the server's LoRA folder."""
+    target = server.loras / NAME
+
+    def write(hostile: Hostile) -> Path:
+        hostile.write(target)
+        return target
+
+    yield write
+    if target.is_dir() and not target.is_symlink():
+        shutil.rmtree(target)
+    else:
+        target.unlink(missing_ok=True)
+
+
+def request_for(path: str) -> dict[str, Any]:
+    return {
+        "model": "sd15",
+        "loras": [{"path": path}],
+        "prompts": [{"prompt": "a [trigger]", **SMALL}],
+    }
+
+
+def test_there_are_many_different_files():
+    assert len({hostile.name for hostile in FILES}) == len(FILES) >= 140
+
+
+@pytest.mark.parametrize("hostile", FILES, ids=lambda hostile: hostile.name)
+def test_a_hostile_file_is_refused_everywhere(server, memory, put, hostile):
+    path = put(hostile)
+    check_inspection(path, hostile)
+    before, newest = server.files(), server.newest_id()
+    if hostile.is_plain:
+        check_upload(server, path, hostile)
+        assert server.files() == before
+    response = server.post("/v1/inference", request_for(NAME))
+    if hostile.outcome == "refused":
+        assert 400 <= response.status_code < 500
+        assert server.newest_id() == newest
+        assert server.files() == before
+        return
+    if response.status_code == 200:
+        (job,) = server.run_jobs()
+        if hostile.outcome == "job fails":
+            assert job.status is Status.FAILED
+        if job.error is not None:
+            assert_is_message(job.error.message)
+            assert not job.outputs
+            assert job.attempts == 1
+
+
+def test_memory_is_free_again_after_all_files(memory):
+    """Runs after the files above, in the same process."""
+    growth = memory_bytes() - memory[0]
+    assert growth <= MAX_GROWTH_BYTES, f"{growth / 2**20:.0f} MiB"
+
+
+def check_inspection(path: Path, hostile: Hostile) -> None:
+    """Check that `fidelora inspect` reports the file as unusable, or may use it."""
+    try:
+        found = in_time(lambda: examine_adapter(path))
+    except FideloraError as error:
+        check_message(error)
+        assert hostile.outcome != "any"
+        return
+    for problem in found.problems:
+        assert_is_message(problem.message)
+    assert not found.usable or hostile.outcome != "refused"
+
+
+def check_upload(server: FaultServer, path: Path, hostile: Hostile) -> None:
+    """Upload a file; if it is accepted, delete it again."""
+    with path.open("rb") as file:
+        response = server.post("/v1/loras", files={"file": (NAME, file)})
+    if hostile.outcome == "refused":
+        assert 400 <= response.status_code < 500
+    elif response.status_code == 201:
+        assert len(response.content) < 10_000, "the summary is short"
+        assert server.call("DELETE", f"/v1/loras/{NAME}").status_code == 204
