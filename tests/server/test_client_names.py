@@ -131,8 +131,9 @@ def test_names_in_images_and_recipes_are_refused(client, name):
     assert ignored.status_code == 200, "an unknown sampler is reported and not used"
     answer = client.post("/v1/replay", files={"image": (name, b"no image")})
     assert refused(answer)
-    accepted = client.post("/v1/replay", files={"image": (name, an_image())})
-    assert accepted.status_code == 200, "the name of an image has no meaning"
+    answer = client.post("/v1/replay", files={"image": (name, an_image())})
+    # The name of an image has no meaning, but the header of a form's part has a largest size.
+    assert refused(answer) if len(name) > 4000 else answer.status_code == 200
 
 
 def test_names_in_the_other_apis_are_refused(client, name):

@@ -160,7 +160,11 @@ def install(app: FastAPI) -> None:
         if isinstance(error.__cause__, OSError) and is_full(error.__cause__):
             return problem_response(problem_of(StorageFullError()), request.url.path)
         response = problem_response(
-            Problem(error.status_code, HTTPStatus(error.status_code).name, f"{error.detail}."),
+            Problem(
+                error.status_code,
+                HTTPStatus(error.status_code).name,
+                f"{str(error.detail).rstrip('.')}.",
+            ),
             request.url.path,
         )
         response.headers.update(error.headers or {})

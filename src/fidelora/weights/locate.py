@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -174,10 +175,13 @@ def _snapshot(repo: str, revision: str | None, patterns: list[str], cache_dir: P
             "name, and set HF_TOKEN if the repository is private."
         ) from error
     except LocalEntryNotFoundError as error:
+        download = "connect to the internet"
+        if "HF_HUB_OFFLINE" in os.environ:
+            download = "unset HF_HUB_OFFLINE"
         raise BaseModelNotFoundError(
             f"{repo} is neither a folder on this machine nor in the hub's local cache, and the hub "
-            "cannot be reached. Connect to the internet to download it, unset HF_HUB_OFFLINE, or "
-            "give a local folder or file."
+            "cannot be reached. Name a local folder or file with --base-model (base_model in "
+            f"Python), or {download} to download it."
         ) from error
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
         raise BaseModelNotFoundError(
