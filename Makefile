@@ -20,9 +20,10 @@ test: $(READY)
 # fault take about an hour; FAULT_ROUNDS=10 FAULT_REQUESTS=100 takes a few minutes.
 FAULT_ROUNDS ?= 100
 FAULT_REQUESTS ?= 1000
+FAULTS ?= tests/faults
 faults: $(READY)
 	OMP_WAIT_POLICY=passive FAULT_ROUNDS=$(FAULT_ROUNDS) FAULT_REQUESTS=$(FAULT_REQUESTS) \
-		$(BIN)/pytest -n $(TEST_PROCESSES) --dist worksteal --durations 25 tests/faults
+		$(BIN)/pytest -n $(TEST_PROCESSES) --dist worksteal --durations 25 $(FAULTS)
 
 # Two hours of random requests and kills; SOAK="--minutes 20" takes less.
 soak: $(READY)
