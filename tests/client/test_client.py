@@ -16,6 +16,7 @@ from typing import IO, Any
 import httpx2
 import pytest
 from tests.server.http_support import ByHand, context_in, listening, now
+from tests.server.serve_support import until
 from tests.support import LOKR
 
 from fidelora import AsyncClient, Client
@@ -63,10 +64,14 @@ def fast_polls(monkeypatch):
     monkeypatch.setattr(calls, "POLL_S", 0.01)
 
 
-def in_background(action: Callable[[], Any]) -> None:
-    timer = threading.Timer(0.2, action)
-    timer.daemon = True
-    timer.start()
+def in_background(context: ServerContext, action: Callable[[], Any]) -> None:
+    """Call `action` on another thread as soon as a request is in the queue."""
+
+    def act() -> None:
+        until(lambda: context.store.count(Status.IN_QUEUE))
+        action()
+
+    threading.Thread(target=act, daemon=True).start()
 
 
 def finish(worker: ByHand, context: ServerContext, content: bytes = b"an image") -> None:
@@ -79,15 +84,20 @@ def finish(worker: ByHand, context: ServerContext, content: bytes = b"an image")
 
 
 def test_generate_and_save_images(client, context, worker, tmp_path):
-    in_background(lambda: finish(worker, context))
     seen: list[Any] = []
+
+    def on_progress(status: Any) -> None:
+        if not seen:
+            finish(worker, context)
+        seen.append(status)
+
     result = client.generate(
         "[trigger] on grass",
         ("sks.safetensors", 0.8),
         trigger_word="sks",
         seed=7,
         width=512,
-        on_progress=seen.append,
+        on_progress=on_progress,
     )
     assert seen[0].status is Status.IN_QUEUE
     assert seen[-1].status is Status.SUCCEEDED
@@ -163,7 +173,7 @@ def test_server_errors_are_raised_with_their_code(client):
 
 
 def test_failed_and_canceled_requests_raise(client, worker, context):
-    in_background(lambda: worker.fail(worker.claim()))
+    in_background(context, lambda: worker.fail(worker.claim()))
     with pytest.raises(RequestFailedError, match="NaN") as failed:
         client.generate("a", "sks.safetensors")
     assert failed.value.code == "NUMERICS"
@@ -177,7 +187,7 @@ def test_failed_and_canceled_requests_raise(client, worker, context):
         for job in context.store.list(status=Status.IN_QUEUE).jobs:
             context.store.cancel(job.id, now())
 
-    in_background(cancel_all)
+    in_background(context, cancel_all)
     with pytest.raises(RequestCanceledError):
         client.generate("a", "sks.safetensors")
 
@@ -226,7 +236,7 @@ def test_api_key_is_sent_and_not_in_repr(url, context):
 def test_async_client_against_the_application(url, context, worker, tmp_path):
     async def run() -> None:
         async with AsyncClient(url) as client:
-            in_background(lambda: finish(worker, context))
+            in_background(context, lambda: finish(worker, context))
             seen: list[Any] = []
             result = await client.generate("a", "sks.safetensors", on_progress=seen.append)
             assert seen[-1].status is Status.SUCCEEDED
