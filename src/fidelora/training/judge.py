@@ -25,9 +25,9 @@ from fidelora.training.compare import (
     reencode,
 )
 from fidelora.training.consistency import (
+    DifferenceImage,
     Differences,
     DirectionTest,
-    Field,
     SizeTest,
     direction_test,
     size_test,
@@ -222,8 +222,8 @@ class Experiment:
         self._changes = grouped_by_cause(changes)
         self._total = DRAWS * len(plans) + sum(map(len, changes))
         self._done = 0
-        self._effects: dict[tuple[str, int], Field] = {}
-        self.draws: list[list[Field]] = [[] for _ in plans]
+        self._effects: dict[tuple[str, int], DifferenceImage] = {}
+        self.draws: list[list[DifferenceImage]] = [[] for _ in plans]
         with Draws.of(run, engine) as maker:
             for number in range(DRAWS):  # one change of the weights for all samples
                 for sample, plan in enumerate(plans):
@@ -233,8 +233,8 @@ class Experiment:
     def differences(self, trainer: Sequence[Pixels]) -> list[Differences]:
         """Return the differences of these samples and of the draws from the replayed images."""
         return [
-            Differences(_difference(pixels, center), tuple(fields))
-            for pixels, center, fields in zip(trainer, self._replayed, self.draws, strict=True)
+            Differences(_difference(pixels, center), tuple(draws))
+            for pixels, center, draws in zip(trainer, self._replayed, self.draws, strict=True)
         ]
 
     def conclude(self, samples: Sequence[Differences], lost: tuple[str, ...]) -> Evidence:
@@ -271,7 +271,7 @@ class Experiment:
         verdict = Verdict.UNDECIDED if blind else Verdict.ROUNDING
         return Evidence(verdict, lost, noise, size, tuple(tried))
 
-    def _effect(self, sample: int, change: Change) -> Field:
+    def _effect(self, sample: int, change: Change) -> DifferenceImage:
         """Return the difference that a changed setting makes to the replayed image of a sample."""
         key = (change.cause, sample)
         if key not in self._effects:
@@ -281,7 +281,7 @@ class Experiment:
             )
         return self._effects[key]
 
-    def _difference_of(self, sample: int, recipe: Recipe, **options: Any) -> Field:
+    def _difference_of(self, sample: int, recipe: Recipe, **options: Any) -> DifferenceImage:
         """Generate an image, and return its difference from the replayed image of the sample."""
         pixels = self._engine.generate(recipe, **options).pixels
         self._done += 1
@@ -311,11 +311,13 @@ def changed_settings(run: TrainingRun, plan: PlannedSample) -> Iterator[Change]:
         yield Change("steps", more, changed, fix, recipe.steps)
         break
     if recipe.dtype != "float32":
-        whole = replace(recipe, dtype="float32", vae_dtype="float32", text_encoder_dtype="float32")
+        float32 = replace(
+            recipe, dtype="float32", vae_dtype="float32", text_encoder_dtype="float32"
+        )
         fix = (
             "The samples were made in float32: use --dtype float32 in fidelora verify and generate."
         )
-        yield Change("dtype", None, whole, fix)
+        yield Change("dtype", None, float32, fix)
     if recipe.adapters and recipe.adapters[0].word is None:  # an embedding has no multiplier
         multiplier = recipe.adapters[0].multiplier
         size = 0.1 if multiplier + 0.1 <= MAX_MULTIPLIER else -0.1
@@ -323,7 +325,7 @@ def changed_settings(run: TrainingRun, plan: PlannedSample) -> Iterator[Change]:
         where = where_to_set("--lora FILE:{value}", "--m {value}")
         fix = f"The multiplier was about {{value}}: correct network_multiplier{where}"
         yield Change("multiplier", size, replace(recipe, adapters=refs), fix, multiplier)
-    for wrong in family.samples.wrong_schedules:
+    for wrong in family.trainer_sampling.wrong_schedules:
         yield Change(wrong.cause, None, recipe, wrong.fix, scheduler_options=dict(wrong.options))
     if recipe.negative_prompt:
         fix = (
@@ -348,19 +350,19 @@ def grouped_by_cause(changes: Sequence[Sequence[Change]]) -> dict[str, dict[int,
     Not every sample has every change: some have no guidance, and some no trigger word.
     """
     grouped: dict[str, dict[int, Change]] = {}
-    for index, of_sample in enumerate(changes):
-        for change in of_sample:
+    for index, sample_changes in enumerate(changes):
+        for change in sample_changes:
             grouped.setdefault(change.cause, {})[index] = change
     return grouped
 
 
-def _reproduces(effect: Field, sample: Differences) -> bool:
+def _reproduces(effect: DifferenceImage, sample: Differences) -> bool:
     """Return True if the changed setting gives the trainer's image, except for float32 rounding."""
     rest = np.abs(sample.trainer - effect)
     same = float((rest == 0).all(axis=-1).mean() * 100)
     return float(rest.max()) <= ROUNDING_MAX_DIFFERENCE and same >= ROUNDING_MIN_IDENTICAL_PERCENT
 
 
-def _difference(pixels: Pixels, center: Pixels) -> Field:
-    difference: Field = pixels.astype(np.float32) - center.astype(np.float32)
+def _difference(pixels: Pixels, center: Pixels) -> DifferenceImage:
+    difference: DifferenceImage = pixels.astype(np.float32) - center.astype(np.float32)
     return difference
