@@ -11,49 +11,59 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-from fidelora.adapter_file import AdapterFile
-from fidelora.checks import MAX_PROMPT_CHARACTERS, check_choice, check_range, check_text, shown
-from fidelora.embedding_file import embedding_word
-from fidelora.errors import RecipeError, UnknownSamplerError, WeightsFileError
-from fidelora.families import Family, get_family
-from fidelora.families.emphasis import Emphasis, check_emphasis
-from fidelora.families.sampler_options import check_sampler_options
+from fidelora.adapter_ref import MAX_ALPHA, MAX_MULTIPLIER, AdapterRef
+from fidelora.checks import MAX_PROMPT_CHARACTERS, check_text, shown
+from fidelora.errors import RecipeError, WeightsFileError
+from fidelora.families import get_family
+from fidelora.families.emphasis import Emphasis
+from fidelora.recipe_fields import (
+    ADAPTER_FIELDS,
+    LOCATIONS,
+    MAX_GUIDANCE,
+    MAX_SEED,
+    MAX_SIZE,
+    MAX_STEPS,
+    MIN_SIZE,
+    AdapterMode,
+    Dtype,
+    Fidelity,
+    Noise,
+    Prediction,
+    check_recipe,
+)
 from fidelora.sampling.spacings import TimestepSpacing
 
-Dtype = Literal["float32", "bfloat16", "float16"]
-Noise = Literal["modern", "legacy"]
-AdapterMode = Literal["merged", "live"]
-Prediction = Literal["epsilon", "v_prediction"]
-Fidelity = Literal["exact", "fast"]
-
-MIN_SIZE, MAX_SIZE = 64, 4096
-MAX_STEPS = 150
-MAX_GUIDANCE = 100.0
-MAX_MULTIPLIER = 5.0  # the trainer samples concept sliders at -5 to 5
-MAX_ALPHA = 1e6
-MAX_SEED = 2**63 - 1
+__all__ = [
+    "FORMAT",
+    "FROM_MODEL",
+    "LOCATIONS",
+    "MAX_ALPHA",
+    "MAX_GUIDANCE",
+    "MAX_MULTIPLIER",
+    "MAX_SEED",
+    "MAX_SIZE",
+    "MAX_STEPS",
+    "MIN_SIZE",
+    "AdapterMode",
+    "AdapterRef",
+    "Dtype",
+    "Fidelity",
+    "Noise",
+    "Prediction",
+    "Recipe",
+    "file_sha256",
+    "may_share_batch",
+    "replace_trigger",
+    "short_name",
+]
 
 FORMAT = 2
 """Version of the JSON form, increased when the meaning of a field changes. Format 1 had no
 `base_sha256` and contained the paths of local files."""
-
-
-_ADAPTER_FIELDS = frozenset({"adapters", "history"})
-
-_OPTIONAL: Mapping[str, Any] = {
-    "negative_prompt": "",
-    "negative_prompt_2": None,
-    "guidance_rescale": 0.0,
-    "emphasis": "none",
-    "prediction": "epsilon",
-    "noise": "modern",
-}
-"""Default values of fields that only some families use (`Family.uses`). The other families reject
-any other value."""
 
 _OMITTED_DEFAULTS: Mapping[str, Any] = {
     "negative_prompt_2": None,
@@ -66,12 +76,6 @@ _OMITTED_DEFAULTS: Mapping[str, Any] = {
 """Default values of fields that older recipes do not contain. The JSON form omits a field that has
 its default value, so that the digests of older recipes stay valid."""
 
-
-LOCATIONS: tuple[str, ...] = ("base_model", "variant", "config", "vae")
-"""Fields that locate the files of the base model. All except `variant` may be local paths, which
-the JSON form shortens (`short_name`)."""
-
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -128,80 +132,6 @@ def file_sha256(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise WeightsFileError(f"{path} cannot be read: {error.strerror or error}.") from error
-
-
-@dataclass(frozen=True)
-class AdapterRef:
-    """Reference to an adapter (LoRA, LoKr, ...) in a recipe, with its multiplier.
-
-    Attributes:
-        sha256: hash of the file in hex. It identifies the adapter; the path does not.
-        multiplier: strength of the adapter, -5..5; 0 disables the adapter.
-        alpha: alpha of a DoRA, which its file does not contain; the scale is alpha / rank. None
-            sets the scale to 1.
-        name: name that is shown to users; not part of the identity.
-        path: last known path of the file; not part of the identity and not in the JSON form.
-        file: content that `from_file` hashed; not part of the identity and not in the JSON form.
-        word: word that stands for an embedding in prompts; None for adapters of other kinds. The
-            multiplier of an embedding is always 1.
-    """
-
-    sha256: str
-    multiplier: float = 1.0
-    name: str = field(default="", compare=False)
-    path: Path | None = field(default=None, compare=False, repr=False)
-    alpha: float | None = None
-    file: AdapterFile | None = field(default=None, compare=False, repr=False)
-    word: str | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.sha256, str) or not _SHA256.fullmatch(self.sha256):
-            raise RecipeError(
-                "An adapter's sha256 must be 64 hexadecimal digits in lower case.", field="adapters"
-            )
-        check_text("name", self.name)
-        check_range("multiplier", self.multiplier, -MAX_MULTIPLIER, MAX_MULTIPLIER)
-        if self.alpha is not None:
-            check_range("alpha", self.alpha, 0.0, MAX_ALPHA)
-            # Alpha 0 means that alpha equals the rank, as in the trainer.
-            object.__setattr__(self, "alpha", float(self.alpha) or None)
-        if self.path is not None:
-            object.__setattr__(self, "path", Path(self.path))
-        if self.word is not None:
-            check_text("word", self.word)
-            if not self.word.strip():
-                raise RecipeError(
-                    "The word of an embedding is empty; set it to the word that stands for the "
-                    "embedding in prompts.",
-                    field="adapters",
-                )
-            if self.multiplier != 1:
-                raise RecipeError(
-                    f"{self.word} is an embedding, which has no strength; set its multiplier to 1 "
-                    f"instead of {self.multiplier:g}, or leave the embedding out.",
-                    field="adapters",
-                )
-        # `+ 0.0` turns -0.0 into 0.0. The two are equal, but their JSON forms differ.
-        object.__setattr__(self, "multiplier", float(self.multiplier) + 0.0)
-
-    @classmethod
-    def from_file(cls, path: str | Path, multiplier: float = 1.0) -> AdapterRef:
-        """Return a reference to the current content of the file at `path`.
-
-        The header is checked before the rest is read. The file is opened and hashed once. Its
-        content stays in memory for the engine if it fits in the budget (`MAX_KEPT_BYTES`).
-
-        Raises:
-            AdapterNotFoundError: the file does not exist.
-            WeightsFileError: the file is not a valid .safetensors file, or cannot be read.
-            RecipeError: the multiplier is out of range.
-        """
-        path = Path(path).expanduser()
-        file = AdapterFile.open(path, keep="within_budget")
-        # The name is written into images and must be valid text. A file name may be invalid.
-        name = path.stem.encode("utf-8", "replace").decode()
-        word = embedding_word(file.header, path.name)
-        return cls(file.sha256, multiplier, name=name, path=file.path, file=file, word=word)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -310,7 +240,7 @@ class Recipe:
             vae_dtype=self.dtype,
             text_encoder_dtype=self.dtype,
         )
-        self._check(spec)
+        check_recipe(self, spec)
         for name in ("width", "height"):
             size = getattr(self, name)
             object.__setattr__(self, name, size - size % spec.resolution_divisor)
@@ -323,102 +253,13 @@ class Recipe:
         if self.negative_prompt_2 == self.negative_prompt:
             object.__setattr__(self, "negative_prompt_2", None)
         object.__setattr__(self, "base_model", spec.canonical_base(self.base_model))
-        for name in _ADAPTER_FIELDS:
+        for name in ADAPTER_FIELDS:
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def _fill_in(self, **defaults: object) -> None:
         for name, value in defaults.items():
             if getattr(self, name) is FROM_MODEL:
                 object.__setattr__(self, name, value)
-
-    def _check(self, spec: Family) -> None:
-        for name in ("prompt", "negative_prompt", *LOCATIONS, "base_sha256", "sampler"):
-            check_text(name, getattr(self, name))
-        if self.base_sha256 and not _SHA256.fullmatch(self.base_sha256):
-            raise RecipeError(
-                "base_sha256 must be 64 hexadecimal digits in lower case.", field="base_sha256"
-            )
-        check_range("width", self.width, MIN_SIZE, MAX_SIZE, whole=True)
-        check_range("height", self.height, MIN_SIZE, MAX_SIZE, whole=True)
-        check_range("guidance_scale", self.guidance_scale, 0.0, MAX_GUIDANCE)
-        check_range("guidance_rescale", self.guidance_rescale, 0.0, 1.0)
-        if self.negative_prompt_2 is not None:
-            check_text("negative_prompt_2", self.negative_prompt_2)
-        check_range("seed", self.seed, 0, MAX_SEED, whole=True)
-        if self.sampler not in spec.samplers:
-            known = ", ".join(spec.samplers)
-            raise UnknownSamplerError(
-                f"The sampler {self.sampler!r} is not supported for {spec.id}; use one of {known}.",
-                field="sampler",
-            )
-        check_range(
-            "steps",
-            self.steps,
-            1,
-            min(MAX_STEPS, spec.samplers[self.sampler].max_steps),
-            whole=True,
-        )
-        for name, choices in (
-            ("emphasis", Emphasis),
-            ("timestep_spacing", TimestepSpacing),
-            ("prediction", Prediction),
-            ("adapter_mode", AdapterMode),
-            ("noise", Noise),
-            ("dtype", Dtype),
-            ("vae_dtype", Dtype),
-            ("text_encoder_dtype", Dtype),
-            ("fidelity", Fidelity),
-        ):
-            check_choice(name, getattr(self, name), get_args(choices))
-        check_sampler_options(spec, self.sampler, self.timestep_spacing, self.eta)
-        for name, default in _OPTIONAL.items():
-            if name not in spec.uses and getattr(self, name) != default:
-                raise RecipeError(f"{spec.title} does not use {name}; leave it out.", field=name)
-        if self.emphasis != "none":
-            if self.negative_prompt_2 not in (None, self.negative_prompt):
-                raise RecipeError(
-                    "Emphasis does not support a second negative prompt, which could have another "
-                    "number of parts; leave negative_prompt_2 out, or set emphasis to none.",
-                    field="negative_prompt_2",
-                )
-            for name in ("prompt", "negative_prompt"):
-                check_emphasis(name, getattr(self, name))
-        if self.fidelity == "fast" and self.adapter_mode == "live":
-            raise RecipeError(
-                "Fidelity fast always merges adapters; use adapter_mode merged, or fidelity exact.",
-                field="adapter_mode",
-            )
-        for name in _ADAPTER_FIELDS:
-            refs = getattr(self, name)
-            if isinstance(refs, list | tuple) and all(isinstance(ref, AdapterRef) for ref in refs):
-                continue
-            raise RecipeError(
-                f"{name} must be a tuple of AdapterRef; create each with "
-                "AdapterRef.from_file(path).",
-                field=name,
-            )
-        self._check_embeddings(spec)
-        if self.history and (self.fidelity, self.adapter_mode) != ("exact", "merged"):
-            raise RecipeError(
-                "history needs fidelity exact and adapter_mode merged; leave history out.",
-                field="history",
-            )
-
-    def _check_embeddings(self, spec: Family) -> None:
-        words = [ref.word.lower() for ref in self.files if ref.word is not None]
-        if words and not spec.supports_embeddings:
-            raise RecipeError(
-                f"{spec.title} does not support embeddings; leave out {words[0]}.", field="adapters"
-            )
-        if any(ref.word is not None for ref in self.history):
-            raise RecipeError(
-                "history has an embedding, but an embedding changes no weights; leave it out.",
-                field="history",
-            )
-        if twice := next((word for word in words if words.count(word) > 1), None):
-            raise RecipeError(
-                f"Two embeddings have the word {twice}; leave one of them out.", field="adapters"
-            )
 
     @property
     def files(self) -> tuple[AdapterRef, ...]:
@@ -445,7 +286,7 @@ class Recipe:
         for name, default in _OMITTED_DEFAULTS.items():
             if plain[name] == default:
                 del plain[name]
-        for field_name in _ADAPTER_FIELDS & plain.keys():
+        for field_name in ADAPTER_FIELDS & plain.keys():
             plain[field_name] = [
                 {"sha256": ref.sha256, "multiplier": ref.multiplier, "name": ref.name}
                 | ({} if ref.alpha is None else {"alpha": ref.alpha})
@@ -496,7 +337,7 @@ class Recipe:
             raise RecipeError(
                 f"The recipe has unknown fields: {', '.join(unknown)}.", field=unknown[0]
             )
-        for name in _ADAPTER_FIELDS & plain.keys():
+        for name in ADAPTER_FIELDS & plain.keys():
             values[name] = _read_refs(name, values[name])
         return cls(**values)
 
@@ -521,7 +362,7 @@ class Recipe:
     def _identity(self) -> dict[str, Any]:
         """Return the fields that define the image as JSON-ready data."""
         plain = self.to_dict(paths=True)
-        for name in _ADAPTER_FIELDS & plain.keys():
+        for name in ADAPTER_FIELDS & plain.keys():
             for adapter in plain[name]:
                 del adapter["name"]
         if self.fidelity == "exact":

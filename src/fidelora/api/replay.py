@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from fidelora.api.requests import ImageFormat, RequestBody
 from fidelora.api.responses import Accepted, accepted
-from fidelora.images.parameters import Ignored
+from fidelora.images.parameter_pairs import Ignored
 from fidelora.jobs.job import Job
 from fidelora.recipe import Fidelity
 

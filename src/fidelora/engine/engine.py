@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -20,14 +20,14 @@ from torch import Tensor
 import fidelora
 from fidelora.accel import Offload
 from fidelora.accel.device import (
-    TORCH_DTYPES,
     auto_dtype,
     instruction_set,
     processor_name,
     resolve_device,
 )
 from fidelora.adapters.library import AdapterLibrary
-from fidelora.engine.binding import Bound, bind, with_adapters, with_embeddings
+from fidelora.engine.binding import bind, with_adapters, with_embeddings
+from fidelora.engine.inputs import denoiser_settings, encode, schedule
 from fidelora.engine.loaded import LoadedModels
 from fidelora.engine.model import LoadedModel
 from fidelora.errors import (
@@ -36,19 +36,15 @@ from fidelora.errors import (
     MemoryExhaustedError,
     RecipeError,
 )
-from fidelora.families import FlowSampler, get_family
+from fidelora.families import get_family
 from fidelora.families.protocols import (
-    Encoded,
     ExtendableText,
-    Guidance,
-    Prompts,
     Size,
 )
 from fidelora.images.write import GeneratedImage
 from fidelora.recipe import Dtype, Recipe, may_share_batch
 from fidelora.sampling.loop import sample
 from fidelora.sampling.noise import NoiseSource
-from fidelora.sampling.schedules import FlowSchedule, NoiseSchedule, Schedule
 from fidelora.weights.content import ContentHashes
 
 _BATCH_PIXELS = {"cpu": 4 * 256 * 256, "cuda": 4 * 512 * 512}
@@ -159,7 +155,7 @@ class Engine:
             model = self._models.get(recipe)
             with with_adapters(model, recipe, bind(model, recipe, self.adapters)):
                 for images in {1, self.max_batch(recipe)}:
-                    model.warm_up(images, *_denoiser_settings(recipe))
+                    model.warm_up(images, *denoiser_settings(recipe))
 
     def initial_embedding(self, recipe: Recipe, words: str, tokens: int) -> dict[str, Tensor]:
         """Return the embedding with which the trainer starts, from the base model of `recipe`.
@@ -247,7 +243,7 @@ class Engine:
         jitter: int | None,
     ) -> list[GeneratedImage]:
         common = recipes[0]  # the recipes differ only in prompts and seed
-        guidance, size, dtype = _denoiser_settings(common)
+        guidance, size, dtype = denoiser_settings(common)
         with self._computing():
             clock = _Clock()
             model = self._models.get(common)
@@ -257,7 +253,7 @@ class Engine:
                 with with_adapters(model, common, bound):
                     clock.lap("adapters")
                     with with_embeddings(model, bound):
-                        encoded = [_encode(model, recipe, bound) for recipe in recipes]
+                        encoded = [encode(model, recipe, bound) for recipe in recipes]
                     clock.lap("text")
                     noise = NoiseSource([recipe.seed for recipe in recipes], common.noise)
                     latents = noise.initial(
@@ -267,7 +263,7 @@ class Engine:
                         latents = noise.jittered(latents, jitter)
                     latents = sample(
                         model.denoiser.prepare(encoded, guidance, size, dtype),
-                        _schedule(common, model, noise, options),
+                        schedule(common, model, noise, options),
                         latents.to(model.device),
                         noise,
                         _step_reporter(model, common, on_step),
@@ -331,51 +327,6 @@ class Engine:
             dtype = str(model.compute_dtype).removeprefix("torch.")
             environment["fast"] = f"{model.fast_path.value}, {dtype}"
         return environment
-
-
-def _denoiser_settings(recipe: Recipe) -> tuple[Guidance, Size, torch.dtype]:
-    """Return the arguments of `Denoiser.prepare` that all images of a batch share."""
-    guidance = Guidance(recipe.guidance_scale, recipe.guidance_rescale)
-    return guidance, Size(recipe.width, recipe.height), TORCH_DTYPES[recipe.dtype]
-
-
-def _encode(model: LoadedModel, recipe: Recipe, bound: Bound) -> Encoded:
-    """Encode the prompts of one image."""
-
-    def adapter_key(part: str) -> Hashable:
-        return tuple(
-            (one.identity, multiplier, mode)
-            for pairs, mode in ((bound.history, "history"), (bound.adapters, recipe.adapter_mode))
-            for one, multiplier in pairs
-            if part in one.components
-        )
-
-    guidance, size, _ = _denoiser_settings(recipe)
-    negative = recipe.negative_prompt if model.denoiser.uses_negative(guidance) else None
-    prompts = Prompts(recipe.prompt, negative, recipe.negative_prompt_2, recipe.emphasis)
-    encoded = model.text.encode(prompts, size, adapter_key)
-    return replace(encoded, warnings=(*bound.warnings, *encoded.warnings))
-
-
-def _schedule(
-    recipe: Recipe, model: LoadedModel, noise: NoiseSource, options: Mapping[str, Any]
-) -> Schedule:
-    """Return the recipe's schedule at its first step."""
-    sampler = get_family(recipe.model).samplers[recipe.sampler]
-    config = {**sampler.config, **options}
-    if isinstance(sampler, FlowSampler):
-        tokens = model.latents.tokens(Size(recipe.width, recipe.height))
-        return FlowSchedule(config, recipe.steps, tokens, model.device)
-    config["prediction_type"] = options.get("prediction_type", recipe.prediction)
-    return NoiseSchedule(
-        sampler.scheduler,
-        config,
-        recipe.steps,
-        model.device,
-        noise,
-        recipe.timestep_spacing,
-        sampler.eta if recipe.eta is None else recipe.eta,
-    )
 
 
 def _step_reporter(

@@ -21,7 +21,8 @@ from fidelora.images.a1111_samplers import (
     SamplerChoice,
     sampler_of,
 )
-from fidelora.images.parameters import Ignored, Parameters
+from fidelora.images.parameter_pairs import Ignored
+from fidelora.images.parameters import Parameters
 from fidelora.recipe import MAX_MULTIPLIER, MAX_SEED
 from fidelora.texts import read_json
 

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from fidelora.errors import PromptSyntaxError, RecipeError
 from fidelora.families import Family
-from fidelora.families.emphasis import Emphasis, check_emphasis
-from fidelora.families.sampler_options import check_sampler_options
+from fidelora.families.emphasis import check_emphasis
 from fidelora.images.a1111_prompt import (
-    EMPHASIS,
     NO_EMPHASIS,
     NamedLora,
     describe_brackets,
@@ -28,12 +26,9 @@ from fidelora.images.a1111_prompt import (
     tags_in,
     unescaped,
 )
-from fidelora.images.a1111_samplers import (
-    AUTOMATIC,
-    name_of,
-    sampler_of,
-)
-from fidelora.recipe import MAX_SEED, AdapterRef, Recipe
+from fidelora.images.a1111_samplers import name_of
+from fidelora.images.parameter_pairs import REASONS, Ignored, is_own, read_emphasis, read_pairs
+from fidelora.recipe import AdapterRef, Recipe
 from fidelora.texts import cleaned
 
 _NEGATIVE = "Negative prompt:"
@@ -43,26 +38,6 @@ _FEWEST_PAIRS = 3
 _SETTINGS = "Steps: "
 """Start of the line of pairs in A1111's texts; extensions of A1111 add lines after it."""
 _JSON_VALUE = re.compile(r"(?:^|, )(?P<key>Hashes|Civitai (?:resources|metadata)):\s*(?=[\[{])")
-_WITHOUT_NOTE = {
-    "Version": None,
-    "Clip skip": "1",
-    "Schedule type": None,
-    "Emphasis": None,
-    "Lora hashes": None,
-    "Batch size": None,
-    "Batch pos": None,
-}
-"""Keys that need no note, with any value (None) or only with the given value: they do not change
-the image, or are read together with another key."""
-
-
-@dataclass(frozen=True)
-class Ignored:
-    """A parameter of an image that is ignored when the image is made again, and the reason."""
-
-    name: str
-    value: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -159,8 +134,8 @@ def read_parameters(text: str, spec: Family, *, with_emphasis: bool = False) -> 
     Args:
         text: text from an image, written by any program.
         spec: model family that will make the image.
-        with_emphasis: True to weight words as the web UI did. Fidelora's own texts
-            contain this choice.
+        with_emphasis: True to weight words as the web UI did. Fidelora's own texts contain this
+            choice.
     """
     lines, last, added = _split(text.strip().split("\n"))
     last, objects = _without_objects(last)
@@ -174,7 +149,7 @@ def read_parameters(text: str, spec: Family, *, with_emphasis: bool = False) -> 
     prompt = "\n".join(lines[:start])
     negative = "\n".join(lines[start:]).lstrip().removeprefix(_NEGATIVE).strip()
 
-    fields, ignored = _fields(pairs, spec)
+    fields, ignored = read_pairs(pairs, spec)
     ignored += [
         Ignored(name, value.strip(), "The parameter is not supported.")
         for name, _, value in (line.partition(":") for line in added if line.strip())
@@ -198,7 +173,7 @@ def read_parameters(text: str, spec: Family, *, with_emphasis: bool = False) -> 
         for name, digits in hashes.items()
         if name not in {lora.name for lora in loras}
     ]
-    emphasis = _emphasis(pairs, with_emphasis=with_emphasis)
+    emphasis = read_emphasis(pairs, with_emphasis=with_emphasis)
     if emphasis != "none":
         fields["emphasis"] = emphasis
         for name, words in (("prompt", prompt), ("negative prompt", negative)):
@@ -208,7 +183,7 @@ def read_parameters(text: str, spec: Family, *, with_emphasis: bool = False) -> 
                 ignored.append(Ignored(name, words[:80], str(error)))
                 fields.pop("emphasis", None)
         emphasis = fields.get("emphasis", "none")
-    if emphasis == "none" and not _is_own(pairs):
+    if emphasis == "none" and not is_own(pairs):
         for name, words in (("prompt", prompt), ("negative prompt", negative)):
             if mark := describe_syntax(words) or describe_brackets(words):
                 ignored.append(
@@ -268,7 +243,7 @@ def _resources(objects: Mapping[str, Any]) -> list[Ignored]:
             if kind in ("lora", "lycoris", "locon", "dora"):
                 reason = "The image was made with this LoRA, which is not applied: no tag names it."
             elif kind == "checkpoint":
-                reason = _REASONS["Model"]
+                reason = REASONS["Model"]
             else:
                 reason = "The resource is not supported."
             ignored.append(Ignored(key, json.dumps(one, ensure_ascii=False), reason))
@@ -276,94 +251,6 @@ def _resources(objects: Mapping[str, Any]) -> list[Ignored]:
             text = json.dumps(value, ensure_ascii=False)
             ignored.append(Ignored(key, text, "The parameter is not supported."))
     return ignored
-
-
-def _fields(pairs: Mapping[str, str], spec: Family) -> tuple[dict[str, Any], list[Ignored]]:
-    fields: dict[str, Any] = {}
-    ignored = []
-    for key, value in pairs.items():
-        if key in _READ:
-            try:
-                fields |= _READ[key](value, pairs, spec)
-            except RecipeError as error:
-                ignored.append(Ignored(key, value, str(error)))
-            except ValueError:
-                ignored.append(Ignored(key, value, "The value is not valid for this key."))
-        elif key not in _WITHOUT_NOTE or _WITHOUT_NOTE[key] not in (None, value):
-            ignored.append(
-                Ignored(key, value, _REASONS.get(key, "The parameter is not supported."))
-            )
-    return fields, ignored
-
-
-def _emphasis(pairs: Mapping[str, str], *, with_emphasis: bool) -> Emphasis:
-    """Return the emphasis of the image; `with_emphasis` applies to other programs' images."""
-    if not (with_emphasis or _is_own(pairs)):
-        return "none"
-    default = NO_EMPHASIS if _is_own(pairs) else "Original"  # A1111 does not write its default
-    return EMPHASIS.get(pairs.get("Emphasis", default), "none")
-
-
-def _is_own(pairs: Mapping[str, str]) -> bool:
-    """Return True if Fidelora wrote the parameters."""
-    return pairs.get("Version", "").startswith("Fidelora")
-
-
-def _sampler(value: str, pairs: Mapping[str, str], spec: Family) -> dict[str, Any]:
-    schedule = pairs.get("Schedule type", AUTOMATIC)
-    choice = sampler_of(value, schedule, spec, prefers_own=_is_own(pairs))
-    if choice.timestep_spacing == "default":
-        return {"sampler": choice.sampler}
-    return choice._asdict()
-
-
-def _eta(value: str, pairs: Mapping[str, str], spec: Family) -> dict[str, Any]:
-    """Read A1111's `Eta` (of ancestral samplers) or `Eta DDIM`, or Fidelora's `Eta` of `tcd`."""
-    eta, sampler = float(value), spec.default_sampler
-    if "Sampler" in pairs:
-        sampler = _sampler(pairs["Sampler"], pairs, spec)["sampler"]
-    check_sampler_options(spec, sampler, "default", eta)
-    return {"eta": eta}
-
-
-def _size(value: str, _pairs: Mapping[str, str], _spec: Family) -> dict[str, Any]:
-    width, height = value.split("x")
-    return {"width": _whole(width), "height": _whole(height)}
-
-
-def _whole(value: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,20}", value):
-        raise ValueError(value)
-    return int(value)
-
-
-def _seed(value: str) -> int:
-    seed = _whole(value)
-    if seed > MAX_SEED:
-        raise ValueError(value)
-    return seed
-
-
-def _fidelity(value: str, _pairs: Mapping[str, str], _spec: Family) -> dict[str, Any]:
-    if value not in ("exact", "fast"):
-        raise ValueError(value)
-    return {"fidelity": value}
-
-
-_READ: Mapping[str, Callable[[str, Mapping[str, str], Family], dict[str, Any]]] = {
-    "Steps": lambda value, _pairs, _spec: {"steps": _whole(value)},
-    "Seed": lambda value, _pairs, _spec: {"seed": _seed(value)},
-    "CFG scale": lambda value, _pairs, _spec: {"guidance_scale": float(value)},
-    "Sampler": _sampler,
-    "Eta": _eta,
-    "Eta DDIM": _eta,
-    "Size": _size,
-    "Fidelity": _fidelity,
-}
-_REASONS = {
-    "Model": "The base model is not selected by this name; a different one changes the image.",
-    "Model hash": "The base model is not selected by this hash; a different one changes the image.",
-}
 
 
 def _lora_hashes(text: str, objects: Mapping[str, Any]) -> dict[str, str]:

@@ -30,7 +30,8 @@ from fidelora.errors import (
     RequestFieldError,
 )
 from fidelora.families import get_family
-from fidelora.images.parameters import Ignored, Parameters, read_parameters
+from fidelora.images.parameter_pairs import Ignored
+from fidelora.images.parameters import Parameters, read_parameters
 from fidelora.images.read import Origin, read_origin
 from fidelora.loras.folder import adapter_named_in_prompt, adapter_path
 from fidelora.loras.hashes import has_hash
