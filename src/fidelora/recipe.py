@@ -552,6 +552,10 @@ def may_share_batch(first: Recipe, second: Recipe) -> bool:
 
     Images in `exact` never share a batch, because their last bits depend on the batch size.
     """
+    return first.fidelity == "fast" and differ_in_prompts_and_seed(first, second)
+
+
+def differ_in_prompts_and_seed(first: Recipe, second: Recipe) -> bool:
+    """Return True if two recipes are equal except for their prompts and seeds, if at all."""
     own = ("prompt", "negative_prompt", "negative_prompt_2", "seed")
-    alike = replace(second, **{name: getattr(first, name) for name in own})
-    return first.fidelity == "fast" and alike == first
+    return replace(second, **{name: getattr(first, name) for name in own}) == first

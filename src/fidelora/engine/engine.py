@@ -45,7 +45,7 @@ from fidelora.families.protocols import (
     Size,
 )
 from fidelora.images.write import GeneratedImage
-from fidelora.recipe import Dtype, Recipe, may_share_batch
+from fidelora.recipe import Dtype, Recipe, differ_in_prompts_and_seed, may_share_batch
 from fidelora.sampling.loop import sample
 from fidelora.sampling.noise import NoiseSource
 from fidelora.sampling.schedules import FlowSchedule, NoiseSchedule, Schedule
@@ -188,6 +188,10 @@ class Engine:
         """Return the recommended batch size for images of this size; always 1 in `exact`."""
         if recipe.fidelity == "exact":
             return 1
+        return self.max_jittered_batch(recipe)
+
+    def max_jittered_batch(self, recipe: Recipe) -> int:
+        """Return the recommended batch size for `generate_jittered`."""
         return max(1, _BATCH_PIXELS.get(self.device.type, 0) // (recipe.width * recipe.height))
 
     def generate(
@@ -238,6 +242,25 @@ class Engine:
                 "seed. Generate these images one by one."
             )
         return self._generate(recipes, on_step, {}, None)
+
+    def generate_jittered(self, recipes: Sequence[Recipe], jitter: int) -> list[GeneratedImage]:
+        """Make several images in half precision in one batch, in any fidelity.
+
+        The batch changes the last bits, which is why `exact` images have no batches elsewhere. Here
+        `jitter` replaces all rounding errors by random ones anyway; see `generate`.
+
+        Raises:
+            RecipeError: the recipes differ in more than prompts and seed, or are in float32.
+            FideloraError: as in `generate`.
+        """
+        first = recipes[0]
+        alike = all(differ_in_prompts_and_seed(first, other) for other in recipes[1:])
+        if not alike or first.dtype == "float32":
+            raise RecipeError(
+                "Images with jitter can share a batch only in half precision, and if they differ "
+                "only in prompts and seed. Generate these images one by one."
+            )
+        return self._generate(recipes, None, {}, jitter)
 
     def _generate(
         self,
