@@ -316,7 +316,7 @@ def test_calls_from_several_threads_run_one_at_a_time(engine):
 
 
 def test_jitter_changes_half_precision_slightly_alone_and_in_a_batch(engine):
-    half = dict.fromkeys(("dtype", "vae_dtype", "text_encoder_dtype"), "bfloat16")
+    half: dict[str, Any] = dict.fromkeys(("dtype", "vae_dtype", "text_encoder_dtype"), "bfloat16")
     recipes = [
         Recipe(prompt=prompt, seed=seed, **SMALL, **half) for seed, prompt in [(1, "a"), (2, "b c")]
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,7 +75,7 @@ def test_draws_in_half_precision_share_batches(dtype, widths, batches):
         for plan in plan_samples(run, 8, base_model=str(TINY_BASE))
     ]
     replayed = [np.zeros((one.recipe.height, one.recipe.width, 3), np.uint8) for one in plans]
-    engine = RecordingEngine()
+    engine: Any = RecordingEngine()
     experiment = Experiment(run, engine, plans, replayed, ["PNG"] * len(plans))
     assert engine.batches == DRAWS * batches
     for plan, draws in zip(plans, experiment.draws, strict=True):
