@@ -136,7 +136,9 @@ def upload_and_use(server: Server, path: Path) -> None:
         with urllib.request.urlopen(request, timeout=60):
             pass
         server.wait(server.ask(request_for(f"uploads/{NAME}")), "succeeded", "failed")
-        server.call(f"/v1/loras/{NAME}", method="DELETE")
+        delete = urllib.request.Request(f"{server.url}/v1/loras/{NAME}", method="DELETE")
+        with urllib.request.urlopen(delete, timeout=60):
+            pass
     except urllib.error.HTTPError as error:
         if error.code >= 500:
             raise
