@@ -219,7 +219,7 @@ class Settings(BaseSettings):
         None,
         gt=0,
         validation_alias="FIDELORA_UPLOADS_PER_KEY_GB",
-        description="Disk space for the uploaded LoRAs of each API key, in GiB; unlimited if empty.",
+        description="Disk space for each API key's uploaded LoRAs, in GiB; unlimited by default.",
     )
     bases_gb: float | None = Field(
         None,
