@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from benchmarks.parties import ROOT, plain_environment, rounds, warm
+from benchmarks.processes import ROOT, plain_environment, rounds, warm
 
 PROMPT, STEPS, GUIDANCE = "a photo of a cat", 25, 6.0
 
@@ -45,14 +45,14 @@ def measure(settings: Any) -> Any:
             runs.append(_start(way, *arguments))
     found = Findings(raw=dict(seconds))
     for way in ("exact", "fast"):
-        found.faster(
+        found.add_times(
             f"cold start to the end of the first step at {size}, with an adapter: {way}",
             seconds["peer"],
             seconds[way],
         )
     found.notes.append(
         "Cold start: a new process with all imports, files in the page cache. Fidelora's engine is "
-        "set up as by the command line."
+        "set up as the command line sets it up."
     )
     return found
 
@@ -78,7 +78,7 @@ def _start(*arguments: str) -> float:
     return seconds
 
 
-def _say_and_leave(*_arguments: Any) -> NoReturn:
+def _report_and_exit(*_arguments: Any) -> NoReturn:
     print("step", flush=True)
     os._exit(0)
 
@@ -100,7 +100,7 @@ def _peer(folder: str, adapter: str, size: int) -> None:
     pipe(
         PROMPT,
         generator=torch.Generator().manual_seed(1),
-        callback_on_step_end=_say_and_leave,
+        callback_on_step_end=_report_and_exit,
         **shape,
     )
 
@@ -121,7 +121,7 @@ def _ours(fidelity: Literal["exact", "fast"], folder: str, adapter: str, size: i
         sampler="ddpm",
         fidelity=fidelity,
     )
-    make_engine("cpu").generate(recipe, _say_and_leave)
+    make_engine("cpu").generate(recipe, _report_and_exit)
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ from fidelora.training.flags import split_flags  # noqa: E402
 from fidelora.training.plan import PlannedSample, plan_samples  # noqa: E402
 from fidelora.training.run_folder import TrainingRun, read_run  # noqa: E402
 
-JOBS = [DEMO_DATA / "lora_linear_f32", GOLDEN_JOBS / "lokr_full", GOLDEN_JOBS / "prompts"]
+RUNS = [DEMO_DATA / "lora_linear_f32", GOLDEN_JOBS / "lokr_full", GOLDEN_JOBS / "prompts"]
 
 
 @dataclass(frozen=True)
@@ -44,28 +44,28 @@ class Change:
 
 
 def changed(**fields: Any) -> Callable[[TrainingRun, PlannedSample], Recipe]:
-    return lambda _job, plan: replace(plan.recipe, **fields)
+    return lambda _run, plan: replace(plan.recipe, **fields)
 
 
 def half_precision(dtype: str) -> Callable[[TrainingRun, PlannedSample], Recipe]:
     return changed(dtype=dtype, vae_dtype=dtype, text_encoder_dtype=dtype)
 
 
-def literal_trigger(job: TrainingRun, plan: PlannedSample) -> Recipe:
-    return replace(plan.recipe, prompt=split_flags(job.samples[plan.index].prompt)[0])
+def literal_trigger(run: TrainingRun, plan: PlannedSample) -> Recipe:
+    return replace(plan.recipe, prompt=split_flags(run.samples[plan.index].prompt)[0])
 
 
-def next_seed(_job: TrainingRun, plan: PlannedSample) -> Recipe:
+def next_seed(_run: TrainingRun, plan: PlannedSample) -> Recipe:
     return replace(plan.recipe, seed=plan.recipe.seed + 1)
 
 
-def multiplied(_job: TrainingRun, plan: PlannedSample) -> Recipe:
+def multiplied(_run: TrainingRun, plan: PlannedSample) -> Recipe:
     (adapter,) = plan.recipe.adapters
     return replace(plan.recipe, adapters=(replace(adapter, multiplier=0.8),))
 
 
 def saved_as(dtype: torch.dtype, folder: Path) -> Callable[[TrainingRun, PlannedSample], Recipe]:
-    def rounded(_job: TrainingRun, plan: PlannedSample) -> Recipe:
+    def rounded(_run: TrainingRun, plan: PlannedSample) -> Recipe:
         (adapter,) = plan.recipe.adapters
         assert adapter.path is not None
         path = folder / f"{dtype}-{adapter.path.name}"
@@ -115,11 +115,11 @@ def main() -> None:
         for change in changes(Path(folder)):
             found = []
             with threads(change.threads):
-                for job in map(read_run, JOBS):
-                    for plan in plan_samples(job, job.steps, base_model=str(TINY_BASE)):
+                for run in map(read_run, RUNS):
+                    for plan in plan_samples(run, run.steps, base_model=str(TINY_BASE)):
                         assert plan.trainer_image is not None
                         image = engine.generate(
-                            change.recipe(job, plan), scheduler_options=change.scheduler_options
+                            change.recipe(run, plan), scheduler_options=change.scheduler_options
                         )
                         found.append(compare_with_sample(image.pixels, plan.trainer_image))
             same = [one.identical_percent for one in found]

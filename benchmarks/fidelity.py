@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import full_size
-from benchmarks.parties import Party
+from benchmarks.processes import MeasuredProcess
 from benchmarks.report import Findings, Row, Settings
 
 import fidelora
@@ -24,7 +24,7 @@ _SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "cross", 
 def measure(settings: Settings) -> Findings:
     found = Findings()
     images = 2 if settings.quick else IMAGES
-    with Party("benchmarks.ours", "fast", str(full_size.base(settings.folder))) as ours:
+    with MeasuredProcess("benchmarks.ours", "fast", str(full_size.base(settings.folder))) as ours:
         for sampler, adapter in itertools.product(SAMPLERS, (None, str(ADAPTER))):
             request: dict[str, Any] = {
                 "sampler": sampler,
@@ -32,12 +32,12 @@ def measure(settings: Settings) -> Findings:
                 "size": SIZE,
                 "steps": STEPS,
             }
-            said = ours.ask("compare", prompts=prompts(images, bool(adapter)), **request)
+            results = ours.ask("compare", prompts=prompts(images, bool(adapter)), **request)
             name = f"{sampler}, {'with' if adapter else 'no'} adapter"
-            found.raw[name] = said
-            psnr = [math.inf if one["psnr"] is None else one["psnr"] for one in said]
+            found.raw[name] = results
+            psnr = [math.inf if one["psnr"] is None else one["psnr"] for one in results]
             figures = f"PSNR {min(psnr):.1f} dB minimum, {statistics.median(psnr):.1f} median"
-            levels = f"{max(one['levels'] for one in said)} of 255 levels at most"
+            levels = f"{max(one['levels'] for one in results)} of 255 levels at most"
             found.rows.append(
                 Row(f"fast compared with exact: {name}", "exact", figures, levels, images)
             )
@@ -57,7 +57,7 @@ def prompts(number: int, with_adapter: bool) -> list[str]:
     ]
     things = itertools.cycle(_SHAPES)
     found = []
-    for place, (colour, background) in zip(range(number), pairs, strict=False):
-        thing = "sks" if with_adapter and place % 2 else next(things)
+    for index, (colour, background) in zip(range(number), pairs, strict=False):
+        thing = "sks" if with_adapter and index % 2 else next(things)
         found.append(f"a {colour} {thing} on a {background} background")
     return found

@@ -57,12 +57,12 @@ def sdxl_base(folder: Path) -> Path:
 
 
 def _base(
-    target: Path, spec: Family, dtype: torch.dtype, pipeline: str, **nothing: list[None]
+    target: Path, spec: Family, dtype: torch.dtype, pipeline: str, **absent: list[None]
 ) -> Path:
     """Write a base model of this family, if it does not exist, and return its folder.
 
     Args:
-        nothing: optional components of the pipeline that the model does not have.
+        absent: optional components of the pipeline that the model does not have.
     """
     if (target / "model_index.json").exists():
         return target
@@ -71,7 +71,7 @@ def _base(
         config = spec.layout / component.name / "config.json"
         module = empty_part(component, read_config(config))
         weights = {
-            name: _numbers(name, weight.shape, generator).to(dtype)
+            name: _initial_values(name, weight.shape, generator).to(dtype)
             for name, weight in module.named_parameters()
         }
         (target / component.name).mkdir(parents=True, exist_ok=True)
@@ -90,8 +90,8 @@ def _base(
         **{name: ["transformers", "CLIPTokenizer"] for name in tokenizers},
         "scheduler": ["diffusers", "DDPMScheduler"],
         "feature_extractor": [None, None],
-        **nothing,
-    } | ({"requires_safety_checker": False} if "safety_checker" in nothing else {})
+        **absent,
+    } | ({"requires_safety_checker": False} if "safety_checker" in absent else {})
     # Written last, because this file marks the model as complete.
     (target / "model_index.json").write_text(json.dumps(whole))
     return target
@@ -187,12 +187,12 @@ def with_older_names(folder: Path) -> Path:
         for part in ("unet", "vae"):
             (target / part).unlink(missing_ok=True)
             (target / part).symlink_to(source / part)
-        numbers = load_file(source / "text_encoder" / "model.safetensors")
+        loaded = load_file(source / "text_encoder" / "model.safetensors")
         writing = weights.with_suffix(".part")
         save_file(
             {
                 f"text_model.{name.removeprefix('text_model.')}": tensor
-                for name, tensor in numbers.items()
+                for name, tensor in loaded.items()
             },
             writing,
         )
@@ -200,7 +200,7 @@ def with_older_names(folder: Path) -> Path:
     return target
 
 
-def _numbers(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+def _initial_values(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
     """Return initial values: ones for norms, zeros for biases, otherwise random.
 
     The random values preserve the variance of activations.

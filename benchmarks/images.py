@@ -13,28 +13,28 @@ from contextlib import ExitStack
 from typing import Any
 
 from benchmarks import full_size, sdcpp
-from benchmarks.parties import Party, rounds
+from benchmarks.processes import MeasuredProcess, rounds
 from benchmarks.report import Findings, Row, Settings, shown
 
 WHOLE_STEPS = 25
 STEPS, BATCH = 2, 4
 
 Rounds = dict[str, list[dict[str, float]]]
-"""Results of each party, round by round."""
+"""Results of each process, round by round."""
 
 
 def measure(settings: Settings) -> Findings:
     folder, lora = str(full_size.base(settings.folder)), str(full_size.adapter(settings.folder))
     budgets_s = {128: 20.0} if settings.quick else {256: 170.0, 512: 330.0}
     found = Findings()
-    with ExitStack() as parties:
-        peer, exact, fast, floors = (
-            parties.enter_context(Party(f"benchmarks.{module}", *arguments))
+    with ExitStack() as processes:
+        peer, exact, fast, limits = (
+            processes.enter_context(MeasuredProcess(f"benchmarks.{module}", *arguments))
             for module, *arguments in (
                 ("peer", folder),
                 ("ours", "exact", folder),
                 ("ours", "fast", folder),
-                ("floors",),
+                ("limits",),
             )
         )
         for size, budget_s in budgets_s.items():
@@ -46,13 +46,13 @@ def measure(settings: Settings) -> Findings:
                     ours.ask("image", prompt="warm up", seed=0, adapter=lora, size=size, steps=1)
             batch = min(BATCH, fast.ask("max_batch", size=size))
             for number in rounds(budget_s, least=1 if settings.quick else 2, most=6):
-                asked = _questions(peer, exact, fast, floors, lora, number, size, batch)
-                for name, ask in asked if number % 2 == 0 else reversed(asked):  # alternate
+                requests = _requests(peer, exact, fast, limits, lora, number, size, batch)
+                for name, ask in requests if number % 2 == 0 else reversed(requests):  # alternate
                     measured.setdefault(name, []).append(ask())
             found.raw[f"{size}"] = measured
             _disk(found, size, measured)
             _rows(found, size, measured, batch)
-            _share_of_floor(found, size, measured, floors)
+            _share_of_limit(found, size, measured, limits)
             _memory(found, size, {"peer": peer, "exact": exact, "fast": fast})
         _whole_image(found, settings, fast, lora, min(budgets_s))
         _sdcpp(found, settings, {"exact": exact, "fast": fast}, lora, min(budgets_s))
@@ -69,11 +69,11 @@ def measure(settings: Settings) -> Findings:
     return found
 
 
-def _questions(
-    peer: Party,
-    exact: Party,
-    fast: Party,
-    floors: Party,
+def _requests(
+    peer: MeasuredProcess,
+    exact: MeasuredProcess,
+    fast: MeasuredProcess,
+    limits: MeasuredProcess,
     lora: str,
     number: int,
     size: int,
@@ -83,58 +83,66 @@ def _questions(
     prompt = f"a photo of a thing, number {number}"
     common: dict[str, Any] = {"size": size, "steps": STEPS, "seed": number}
 
-    def of_peer(adapter: str | None) -> dict[str, float]:
+    def ask_peer(adapter: str | None) -> dict[str, float]:
         peer.ask("adapter", path=adapter)
         figures: dict[str, float] = peer.ask(
             "image", prompt=prompt, latents_only=adapter is None, **common
         )
         return figures
 
-    asked: list[tuple[str, Callable[[], dict[str, float]]]] = [
-        ("peer without adapter", lambda: of_peer(None)),
-        ("peer", lambda: of_peer(lora)),
+    requests: list[tuple[str, Callable[[], dict[str, float]]]] = [
+        ("peer without adapter", lambda: ask_peer(None)),
+        ("peer", lambda: ask_peer(lora)),
         ("exact", lambda: exact.ask("image", prompt=prompt, adapter=lora, **common)),
         ("fast", lambda: fast.ask("image", prompt=prompt, adapter=lora, **common)),
-        ("floors", lambda: floors.ask("measure")),
+        ("limits", lambda: limits.ask("measure")),
     ]
     if batch > 1:
-        prompts = [f"{prompt} of {place}" for place in range(batch)]
-        asked.append(("batch", lambda: fast.ask("batch", prompts=prompts, adapter=lora, **common)))
-    return asked
+        prompts = [f"{prompt} of {index}" for index in range(batch)]
+        requests.append(
+            ("batch", lambda: fast.ask("batch", prompts=prompts, adapter=lora, **common))
+        )
+    return requests
 
 
-def whole(parts: Mapping[str, float], steps: int = WHOLE_STEPS) -> float:
+def image_seconds(parts: Mapping[str, float], steps: int = WHOLE_STEPS) -> float:
     """Return the seconds of an image with this number of steps, as the sum of its parts."""
     return parts["text"] + steps * parts["step"] + parts["decode"] + parts["encode"]
 
 
 def _disk(found: Findings, size: int, measured: Rounds) -> None:
-    waits = {name: sum(int(one.get("disk", 0)) for one in said) for name, said in measured.items()}
+    waits = {
+        name: sum(int(one.get("disk", 0)) for one in results) for name, results in measured.items()
+    }
     if any(waits.values()):
         found.notes.append(
-            f"At {size} parties waited for the disk, so the figures are too large. "
+            f"At {size} processes waited for the disk, so the figures are too large. "
             f"Pages read: {waits}."
         )
 
 
 def _rows(found: Findings, size: int, measured: Rounds, batch: int) -> None:
     steps = {
-        name: [one["step"] for one in said] for name, said in measured.items() if name != "floors"
+        name: [one["step"] for one in results]
+        for name, results in measured.items()
+        if name != "limits"
     }
     for way in ("exact", "fast"):
-        found.faster(f"step at {size}, adapter: {way}", steps["peer"], steps[way])
-        found.faster(
+        found.add_times(f"step at {size}, adapter: {way}", steps["peer"], steps[way])
+        found.add_times(
             f"step at {size}: {way} with an adapter, peer without",
             steps["peer without adapter"],
             steps[way],
         )
     images = {
-        name: [whole(one) for one in said] for name, said in measured.items() if "decode" in said[0]
+        name: [image_seconds(one) for one in results]
+        for name, results in measured.items()
+        if "decode" in results[0]
     }
     for way in ("exact", "fast"):
-        found.faster(f"image at {size}, {WHOLE_STEPS} steps: {way}", images["peer"], images[way])
+        found.add_times(f"image at {size}, {WHOLE_STEPS} steps: {way}", images["peer"], images[way])
     if batch > 1:
-        found.faster(
+        found.add_times(
             f"image at {size}, {WHOLE_STEPS} steps: fast, {batch} in one request",
             images["peer"],
             images["batch"],
@@ -143,19 +151,19 @@ def _rows(found: Findings, size: int, measured: Rounds, batch: int) -> None:
         found.notes.append(f"At {size} the engine does not batch images (`max_batch` is 1).")
 
 
-def _share_of_floor(found: Findings, size: int, measured: Rounds, floors: Party) -> None:
+def _share_of_limit(found: Findings, size: int, measured: Rounds, limits: MeasuredProcess) -> None:
     """Add rows that compare the rate of a step with the rate of a matrix product."""
-    flops, fast = floors.ask("step_flops", size=size), floors.ask("fast_dtype")
+    flops, fast = limits.ask("step_flops", size=size), limits.ask("fast_dtype")
     medians = {
-        name: statistics.median(one[name] for one in measured["floors"])
-        for name in measured["floors"][0]
+        name: statistics.median(one[name] for one in measured["limits"])
+        for name in measured["limits"][0]
     }
     for way, dtype in (("peer", "float32"), ("exact", "float32"), ("fast", fast)):
         reached = flops / statistics.median(one["step"] for one in measured[way]) / 1e9
         figures = (
             f"{shown(medians[dtype])} GFLOP/s",
             f"{shown(reached)} GFLOP/s",
-            f"{reached / medians[dtype]:.0%} of the floor",
+            f"{reached / medians[dtype]:.0%} of the limit",
         )
         found.rows.append(
             Row(
@@ -165,13 +173,13 @@ def _share_of_floor(found: Findings, size: int, measured: Rounds, floors: Party)
             )
         )
     found.notes.append(
-        f"A step at {size} is {flops / 1e9:.0f} GFLOP. The floor is `torch.mm` of 2048x2048, the "
+        f"A step at {size} is {flops / 1e9:.0f} GFLOP. The limit is `torch.mm` of 2048x2048, the "
         f"median of the rounds' best; the copy rate of memory was {shown(medians['copy'])} GB/s."
     )
 
 
-def _memory(found: Findings, size: int, parties: Mapping[str, Party]) -> None:
-    peaks = {name: party.ask("memory") for name, party in parties.items()}
+def _memory(found: Findings, size: int, processes: Mapping[str, MeasuredProcess]) -> None:
+    peaks = {name: process.ask("memory") for name, process in processes.items()}
     found.raw[f"{size} memory"] = peaks
     for way in ("exact", "fast"):
         peer, ours = peaks["peer"], peaks[way]
@@ -191,14 +199,16 @@ def _memory(found: Findings, size: int, parties: Mapping[str, Party]) -> None:
         )
 
 
-def _whole_image(found: Findings, settings: Settings, fast: Party, lora: str, size: int) -> None:
+def _whole_image(
+    found: Findings, settings: Settings, fast: MeasuredProcess, lora: str, size: int
+) -> None:
     steps = 4 if settings.quick else WHOLE_STEPS
     parts = fast.ask(
         "image", prompt="a photo of the last thing", seed=99, adapter=lora, size=size, steps=steps
     )
-    said = found.raw[f"{size}"]["fast"]
-    composed = whole(
-        {part: statistics.median(one[part] for one in said) for part in said[0]}, steps
+    results = found.raw[f"{size}"]["fast"]
+    composed = image_seconds(
+        {part: statistics.median(one[part] for one in results) for part in results[0]}, steps
     )
     found.raw["whole image"] = {"size": size, "steps": steps, "composed": composed, "real": parts}
     found.notes.append(
@@ -208,7 +218,7 @@ def _whole_image(found: Findings, settings: Settings, fast: Party, lora: str, si
 
 
 def _sdcpp(
-    found: Findings, settings: Settings, ours: Mapping[str, Party], lora: str, size: int
+    found: Findings, settings: Settings, ours: Mapping[str, MeasuredProcess], lora: str, size: int
 ) -> None:
     """Measure images of one step of stable-diffusion.cpp, which is too slow for whole images."""
     if not sdcpp.is_installed(settings.sdcpp):
@@ -219,7 +229,7 @@ def _sdcpp(
         return
     measured: Rounds = {"theirs": [], **{way: [] for way in ours}}
     folder = str(full_size.with_older_names(settings.folder))
-    with Party("benchmarks.sdcpp", folder, python=settings.sdcpp) as theirs:
+    with MeasuredProcess("benchmarks.sdcpp", folder, python=settings.sdcpp) as theirs:
         for number in rounds(0.0 if settings.quick else 60.0, least=1, most=3):
             request: dict[str, Any] = {
                 "prompt": f"a photo of thing {number}",
@@ -228,17 +238,17 @@ def _sdcpp(
                 "seed": number,
             }
             measured["theirs"].append(theirs.ask("image", **request))
-            for way, party in ours.items():
-                measured[way].append(party.ask("image", adapter=lora, **request))
+            for way, process in ours.items():
+                measured[way].append(process.ask("image", adapter=lora, **request))
     found.raw["stable-diffusion.cpp"] = measured
     for way in ours:
         peer = "peer stable-diffusion.cpp (float32) without"
         for what, figure in (
             (f"step at {size}", _step),
-            (f"image at {size}, {WHOLE_STEPS} steps", whole),
+            (f"image at {size}, {WHOLE_STEPS} steps", image_seconds),
         ):
             theirs_s, ours_s = ([figure(one) for one in measured[name]] for name in ("theirs", way))
-            found.faster(f"{what}: {way} with an adapter, {peer}", theirs_s, ours_s)
+            found.add_times(f"{what}: {way} with an adapter, {peer}", theirs_s, ours_s)
     found.notes.append(
         "stable-diffusion.cpp: images of one step; its sampler is euler_a, and its convolutions "
         "are float16."

@@ -1,8 +1,8 @@
-"""Fidelora as a party (see `parties.py`): an engine that is set up as by the command line.
+"""Fidelora as a measured process (see `processes.py`), set up as the command line sets it up.
 
     python -m benchmarks.ours exact|fast FOLDER
 
-FOLDER is the base model. The engine makes images; `turn` and `switches` only switch adapters.
+FOLDER is the base model. The engine makes images; `operation` and `switches` only switch adapters.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.parties import answer_requests, disk_reads, memory
+from benchmarks.processes import answer_requests, disk_reads, memory
 
 from fidelora import AdapterRef, Engine, GeneratedImage, Recipe
 from fidelora.adapters.read import read_adapter
@@ -61,8 +61,8 @@ class Ours:
     ) -> dict[str, float]:
         """Return the seconds per image of one batch, by part."""
         recipes = [
-            self._recipe(prompt, size, steps, seed + place, adapter)
-            for place, prompt in enumerate(prompts)
+            self._recipe(prompt, size, steps, seed + index, adapter)
+            for index, prompt in enumerate(prompts)
         ]
         return self._time(recipes, self._engine.generate_batch)
 
@@ -71,7 +71,7 @@ class Ours:
         return self._engine.max_batch(Recipe(prompt="", width=size, height=size, **self._settings))
 
     def memory(self) -> dict[str, int]:
-        """See `parties.memory`."""
+        """See `processes.memory`."""
         return memory()
 
     def compare(
@@ -254,8 +254,11 @@ class Switching:
             assert pristine is not None
             pristine.sum()
 
-    def turn(self, what: str, paths: list[str]) -> dict[str, float]:
-        """Return the seconds of one switch; each requires the previous one in `switch.TURNS`."""
+    def operation(self, what: str, paths: list[str]) -> dict[str, float]:
+        """Return the seconds of one operation on the weights.
+
+        Each requires the previous one in `switch.OPERATIONS`.
+        """
         first, second = map(self._bind, paths)
         start = time.perf_counter()
         match what:
@@ -303,8 +306,8 @@ class Switching:
         touched = [self._base.targets.by_name[name].weight for name in self._bind(path).deltas]
         return {
             "weights": len(touched),
-            "numbers": sum(weight.numel() for weight in touched),
-            "live": self._base.size_bytes,
+            "elements": sum(weight.numel() for weight in touched),
+            "bytes": self._base.size_bytes,
         }
 
     def _copy(self, adapter: BoundAdapter) -> None:
@@ -324,7 +327,7 @@ def main() -> None:
     ours = Ours(fidelity, folder)
     switching: Switching | None = None
 
-    def only_adapters(method: str) -> Callable[..., Any]:
+    def switching_handler(method: str) -> Callable[..., Any]:
         """Return a handler that calls a method of `Switching`, which the first call creates."""
 
         def answer(**arguments: Any) -> Any:
@@ -348,7 +351,8 @@ def main() -> None:
         )
     }
     answer_requests(
-        images | {name: only_adapters(name) for name in ("touch", "turn", "switches", "weights")}
+        images
+        | {name: switching_handler(name) for name in ("touch", "operation", "switches", "weights")}
     )
 
 

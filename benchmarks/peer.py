@@ -1,4 +1,4 @@
-"""The baseline as a party: diffusers' pipeline with a PEFT adapter, in float32, not tuned.
+"""The baseline as a measured process: diffusers with a PEFT adapter, in float32, not tuned.
 
 The adapter is loaded with `load_lora_weights` and not fused, because a server has to be able to
 switch it.
@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 import torch
-from benchmarks.parties import answer_requests, disk_reads, memory
+from benchmarks.processes import answer_requests, disk_reads, memory
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
 
@@ -28,12 +28,12 @@ class Peer:
         self._text_done = 0.0
         encode = self._pipe.encode_prompt
 
-        def encode_and_look(*arguments: Any, **options: Any) -> Any:
+        def encode_and_time(*arguments: Any, **options: Any) -> Any:
             encoded = encode(*arguments, **options)
             self._text_done = time.perf_counter()
             return encoded
 
-        self._pipe.encode_prompt = encode_and_look
+        self._pipe.encode_prompt = encode_and_time
 
     def adapter(self, path: str | None) -> dict[str, float]:
         """Load this adapter instead of the current one; return seconds, 0 if unchanged."""

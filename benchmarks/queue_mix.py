@@ -15,8 +15,8 @@ from itertools import pairwise
 from typing import Any
 
 from benchmarks import full_size
-from benchmarks.images import WHOLE_STEPS, whole
-from benchmarks.parties import Party, rounds
+from benchmarks.images import WHOLE_STEPS, image_seconds
+from benchmarks.processes import MeasuredProcess, rounds
 from benchmarks.report import Findings, Row, Settings
 
 JOBS, ADAPTERS = 200, 50
@@ -33,24 +33,24 @@ def measure(settings: Settings, before: Mapping[str, Findings]) -> Findings:
     paths = [
         str(full_size.small_adapter(settings.folder, number)) for number in range(ADAPTERS + 1)
     ]
-    wanted = order()
+    sequence = order()
     request: dict[str, Any] = {"size": SIZE, "steps": STEPS}
     jobs: dict[str, list[dict[str, float]]] = {way: [] for way in ("peer", "exact", "fast")}
     with (
-        Party("benchmarks.peer", base) as peer,
-        Party("benchmarks.ours", "exact", base) as exact,
-        Party("benchmarks.ours", "fast", base) as fast,
+        MeasuredProcess("benchmarks.peer", base) as peer,
+        MeasuredProcess("benchmarks.ours", "exact", base) as exact,
+        MeasuredProcess("benchmarks.ours", "fast", base) as fast,
     ):
         ways = {"exact": exact, "fast": fast}
         side_by_side = fast.ask("max_batch", size=SIZE)
         peer.ask("adapter", path=paths[-1])
         peer.ask("image", prompt="warm up", seed=0, **request)
-        for party in ways.values():
-            party.ask("image", prompt="warm up", seed=0, adapter=paths[-1], **request)
-            party.ask("queue", adapters=[paths[number] for number in wanted], **request)
-        for place in rounds(20.0 if settings.quick else 110.0, least=3, most=JOBS):
-            changing = peer.ask("adapter", path=paths[wanted[place]])["seconds"]
-            image = peer.ask("image", prompt=f"a thing, number {place}", seed=place, **request)
+        for process in ways.values():
+            process.ask("image", prompt="warm up", seed=0, adapter=paths[-1], **request)
+            process.ask("queue", adapters=[paths[number] for number in sequence], **request)
+        for index in rounds(20.0 if settings.quick else 110.0, least=3, most=JOBS):
+            changing = peer.ask("adapter", path=paths[sequence[index]])["seconds"]
+            image = peer.ask("image", prompt=f"a thing, number {index}", seed=index, **request)
             jobs["peer"].append(
                 {
                     "seconds": changing + image["total"],
@@ -58,18 +58,18 @@ def measure(settings: Settings, before: Mapping[str, Findings]) -> Findings:
                     "changed": changing > 0.001,
                 }
             )
-            for way, party in ways.items():
-                jobs[way] += party.ask("next_jobs")
+            for way, process in ways.items():
+                jobs[way] += process.ask("next_jobs")
         size = SIZE if settings.quick else 256  # a size that `images` has measured
         request = {
-            "adapters": [paths[number] for number in wanted],
+            "adapters": [paths[number] for number in sequence],
             "size": size,
             "steps": WHOLE_STEPS,
         }
-        batches = {way: party.ask("batches", **request) for way, party in ways.items()}
-    found = Findings(raw={"order": wanted, "jobs": jobs, "batches of the whole queue": batches})
+        batches = {way: process.ask("batches", **request) for way, process in ways.items()}
+    found = Findings(raw={"order": sequence, "jobs": jobs, "batches of the whole queue": batches})
     changes = {
-        "peer": _changes(wanted),
+        "peer": _changes(sequence),
         **{way: _changes([one["adapter"] for one in made]) for way, made in batches.items()},
     }
     _measured(found, jobs)
@@ -90,7 +90,7 @@ def measure(settings: Settings, before: Mapping[str, Findings]) -> Findings:
 def order() -> list[int]:
     """Return the adapter of each job."""
     return random.Random(1).choices(
-        range(ADAPTERS), [1 / (place + 1) for place in range(ADAPTERS)], k=JOBS
+        range(ADAPTERS), [1 / (index + 1) for index in range(ADAPTERS)], k=JOBS
     )
 
 
@@ -132,13 +132,13 @@ def _composed(
         )
         return
     image = {
-        name: statistics.median(map(whole, said))
-        for name, said in measured.items()
-        if "decode" in said[0]
+        name: statistics.median(map(image_seconds, results))
+        for name, results in measured.items()
+        if "decode" in results[0]
     }
     seconds = {way: changes[way] * changing[way] for way in jobs}
     bare = statistics.median(one["step"] for one in measured["peer without adapter"])
-    around = statistics.median(whole(one, 0) for one in measured["peer"])
+    around = statistics.median(image_seconds(one, 0) for one in measured["peer"])
     seconds["peer"] += JOBS * (around + WHOLE_STEPS * bare)
     seconds["exact"] += JOBS * image["exact"]
     # Batches of one and four images were measured; interpolate linearly.

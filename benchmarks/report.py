@@ -55,7 +55,7 @@ class Findings:
     notes: list[str] = field(default_factory=list)
     raw: dict[str, Any] = field(default_factory=dict)
 
-    def faster(
+    def add_times(
         self, what: str, peer: Sequence[float], ours: Sequence[float], unit: str = "s"
     ) -> None:
         """Add a row with two median times, their ratio, and the range of the ratio over rounds."""

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import cold, fidelity, full_size, images, queue_mix, report, server, switch
-from benchmarks.parties import ROOT
+from benchmarks.processes import ROOT
 from benchmarks.report import Findings, Settings
 
 

@@ -1,9 +1,9 @@
-"""stable-diffusion.cpp as a party, through `stable-diffusion-cpp-python`.
+"""stable-diffusion.cpp as a measured process, through `stable-diffusion-cpp-python`.
 
     python -m benchmarks.sdcpp FOLDER
 
-The package may be installed in a different environment from the other parties. It reads a folder in
-the diffusers layout with the names of `full_size.with_older_names`. Its convolutions are always
+The package may be installed in a different environment from the other processes. It reads a folder
+in the diffusers layout with the names of `full_size.with_older_names`. Its convolutions are always
 float16.
 """
 
@@ -16,7 +16,7 @@ import sys
 import time
 from typing import Any
 
-from benchmarks.parties import ROOT, answer_requests
+from benchmarks.processes import ROOT, answer_requests
 
 GUIDANCE = 6.0
 

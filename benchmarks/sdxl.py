@@ -2,9 +2,9 @@
 
     python -m benchmarks.sdxl [--folder FOLDER] [--size 512]
 
-This is not part of `make bench`, because the model needs 7 GB of disk, and each party as much
-memory. The parties run one after the other, each in its own process, in this order and then in
-reverse order. Prints one table.
+This is not part of `make bench`, because the model needs 7 GB of disk, and each
+implementation as much memory. They run one after the other, each in its own process, in this order
+and then in reverse order. Prints one table.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ import torch
 from benchmarks import full_size
 
 STEPS, WHOLE_STEPS, GUIDANCE = 2, 25, 6.0
-PARTIES = ("peer", "exact", "fast")
+IMPLEMENTATIONS = ("peer", "exact", "fast")
 
-Painted = tuple[list[float], float]
+Timings = tuple[list[float], float]
 """Finish times of steps (`perf_counter`), and seconds of decoding."""
 
 
-def peer(folder: Path) -> Callable[[int, int], Painted]:
+def peer(folder: Path) -> Callable[[int, int], Timings]:
     """Return a function that makes an image with diffusers' pipeline, not tuned."""
     from diffusers import StableDiffusionXLPipeline
 
@@ -38,7 +38,7 @@ def peer(folder: Path) -> Callable[[int, int], Painted]:
     )
     pipe.set_progress_bar_config(disable=True)
 
-    def paint(size: int, steps: int) -> Painted:
+    def generate(size: int, steps: int) -> Timings:
         done: list[float] = []
 
         def note(_pipe: Any, _step: int, _t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -57,17 +57,17 @@ def peer(folder: Path) -> Callable[[int, int], Painted]:
         )
         return done, time.perf_counter() - done[-1]
 
-    return paint
+    return generate
 
 
-def ours(folder: Path, fidelity: str) -> Callable[[int, int], Painted]:
-    """Return a function that makes an image with an engine, set up as by the command line."""
+def ours(folder: Path, fidelity: str) -> Callable[[int, int], Timings]:
+    """Return a function that makes an image with an engine as the command line sets it up."""
     from fidelora.cli.console import make_engine
     from fidelora.recipe import Recipe
 
     engine = make_engine("cpu")
 
-    def paint(size: int, steps: int) -> Painted:
+    def generate(size: int, steps: int) -> Timings:
         done: list[float] = []
         recipe = Recipe(
             prompt="a photo",
@@ -84,10 +84,10 @@ def ours(folder: Path, fidelity: str) -> Callable[[int, int], Painted]:
         image = engine.generate(recipe, lambda _: done.append(time.perf_counter()))
         return done, image.seconds["decode"]
 
-    return paint
+    return generate
 
 
-def measure(party: str, folder: Path, size: int) -> dict[str, float]:
+def measure(implementation: str, folder: Path, size: int) -> dict[str, float]:
     """Return the seconds of a step and of decoding, and the peak resident bytes.
 
     The first step is a warm-up.
@@ -95,10 +95,10 @@ def measure(party: str, folder: Path, size: int) -> dict[str, float]:
     import resource
 
     start = time.perf_counter()
-    paint = peer(folder) if party == "peer" else ours(folder, party)
-    paint(size, 1)
+    generate = peer(folder) if implementation == "peer" else ours(folder, implementation)
+    generate(size, 1)
     first = time.perf_counter() - start
-    done, decode = paint(size, STEPS + 1)
+    done, decode = generate(size, STEPS + 1)
     step = (done[-1] - done[0]) / STEPS
     return {
         "first": first,
@@ -119,32 +119,38 @@ def main() -> None:
         help="folder that keeps models between runs",
     )
     parser.add_argument("--size", type=int, default=512)
-    parser.add_argument("--party", choices=PARTIES, help=argparse.SUPPRESS)
-    parser.add_argument("--once", action="store_true", help="measure each party only once")
+    parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help=argparse.SUPPRESS)
+    parser.add_argument("--once", action="store_true", help="measure each implementation only once")
     options = parser.parse_args()
     base = full_size.sdxl_base(options.folder)
-    if options.party:
-        print(json.dumps(measure(options.party, base, options.size)))
+    if options.implementation:
+        print(json.dumps(measure(options.implementation, base, options.size)))
         return
-    found: dict[str, list[dict[str, float]]] = {party: [] for party in PARTIES}
-    for party in PARTIES if options.once else (*PARTIES, *reversed(PARTIES)):
+    found: dict[str, list[dict[str, float]]] = {
+        implementation: [] for implementation in IMPLEMENTATIONS
+    }
+    for implementation in (
+        IMPLEMENTATIONS if options.once else (*IMPLEMENTATIONS, *reversed(IMPLEMENTATIONS))
+    ):
         command = [
             sys.executable,
             "-m",
             "benchmarks.sdxl",
-            "--party",
-            party,
+            "--implementation",
+            implementation,
             "--size",
             str(options.size),
         ]
-        said = subprocess.run(
+        output = subprocess.run(
             [*command, "--folder", str(options.folder)], check=True, capture_output=True, text=True
         ).stdout
-        found[party].append(json.loads(said.splitlines()[-1]))
-        print(party, found[party][-1], file=sys.stderr, flush=True)
+        found[implementation].append(json.loads(output.splitlines()[-1]))
+        print(implementation, found[implementation][-1], file=sys.stderr, flush=True)
     medians = {
-        party: {name: statistics.median(one[name] for one in said) for name in said[0]}
-        for party, said in found.items()
+        implementation: {
+            name: statistics.median(one[name] for one in results) for name in results[0]
+        }
+        for implementation, results in found.items()
     }
     title = f"{options.size}x{options.size}, bfloat16"
     columns = (
@@ -154,14 +160,14 @@ def main() -> None:
         "load, and an image of one step",
     )
     print(f"| {' | '.join(columns)} | peak memory |\n|---|---|---|---|---|")
-    for party, one in medians.items():
+    for implementation, one in medians.items():
         whole = WHOLE_STEPS * one["step"] + one["decode"]
-        beside = {name: medians["peer"][name] / one[name] for name in ("step", "first")}
-        of_peer = WHOLE_STEPS * medians["peer"]["step"] + medians["peer"]["decode"]
+        ratios = {name: medians["peer"][name] / one[name] for name in ("step", "first")}
+        peer_whole = WHOLE_STEPS * medians["peer"]["step"] + medians["peer"]["decode"]
         print(
-            f"| {party} | {one['step']:.2f} s ({beside['step']:.2f} x) "
-            f"| {whole:.0f} s ({of_peer / whole:.2f} x) "
-            f"| {one['first']:.1f} s ({beside['first']:.2f} x) | {one['peak'] / 1e9:.1f} GB |"
+            f"| {implementation} | {one['step']:.2f} s ({ratios['step']:.2f} x) "
+            f"| {whole:.0f} s ({peer_whole / whole:.2f} x) "
+            f"| {one['first']:.1f} s ({ratios['first']:.2f} x) | {one['peak'] / 1e9:.1f} GB |"
         )
 
 

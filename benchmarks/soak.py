@@ -34,13 +34,13 @@ from tests.server.serve_support import Server
 from tests.support import LORA
 
 MAX_QUEUED = 40
-"""Requests that the soak keeps unfinished at most."""
+"""Maximum number of unfinished requests."""
 ENDS = ("succeeded", "failed", "canceled")
 
 
 @dataclass
 class Memory:
-    """Samples of one process: images made so far, memory that is not of files (MiB), handles."""
+    """Samples of one process: images made so far, memory without mapped files (MiB), handles."""
 
     samples: list[tuple[int, float, int]] = field(default_factory=list)
 
@@ -70,7 +70,7 @@ class Memory:
 
 
 class Soak:
-    """One server and what was asked of it."""
+    """A server, and the requests that were sent to it."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.data = folder

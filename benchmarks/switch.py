@@ -10,10 +10,10 @@ import statistics
 from typing import Any
 
 from benchmarks import full_size
-from benchmarks.parties import Party, rounds
+from benchmarks.processes import MeasuredProcess, rounds
 from benchmarks.report import Findings, Row, Settings
 
-TURNS = ("merge", "scale", "switch", "restore")
+OPERATIONS = ("merge", "scale", "switch", "restore")
 
 
 def measure(settings: Settings) -> Findings:
@@ -25,36 +25,36 @@ def measure(settings: Settings) -> Findings:
     ours: dict[str, dict[str, list[float]]] = {way: {} for way in ("exact", "fast")}
     theirs: dict[str, list[float]] = {name: [] for name in ("fuse", "load", "choose")}
     with (
-        Party("benchmarks.peer", str(base)) as peer,
-        Party("benchmarks.ours", "exact", str(base)) as exact,
-        Party("benchmarks.ours", "fast", str(base)) as fast,
+        MeasuredProcess("benchmarks.peer", str(base)) as peer,
+        MeasuredProcess("benchmarks.ours", "exact", str(base)) as exact,
+        MeasuredProcess("benchmarks.ours", "fast", str(base)) as fast,
     ):
         ways = {"exact": exact, "fast": fast}
         for number in rounds(0.0 if settings.quick else 70.0, least=3, most=8):
-            for name, figures in _of_peer(peer, large, fuse=number < 3).items():
+            for name, figures in _peer_seconds(peer, large, fuse=number < 3).items():
                 if number > 0:  # the first round also allocates memory
                     theirs[name].append(figures)
-            for way, party in ways.items():
-                party.ask("touch", path=large[0])
-                for turn in ("copy", *TURNS) if way == "exact" else TURNS:
-                    seconds = party.ask("turn", what=turn, paths=large)["seconds"]
+            for way, process in ways.items():
+                process.ask("touch", path=large[0])
+                for operation in ("copy", *OPERATIONS) if way == "exact" else OPERATIONS:
+                    seconds = process.ask("operation", what=operation, paths=large)["seconds"]
                     if number > 0:
-                        ours[way].setdefault(turn, []).append(seconds)
+                        ours[way].setdefault(operation, []).append(seconds)
         grown = {
-            way: party.ask("switches", large=large, tiny=tiny, **many)
-            for way, party in ways.items()
+            way: process.ask("switches", large=large, tiny=tiny, **many)
+            for way, process in ways.items()
         }
-        weights = {way: party.ask("weights", path=large[0]) for way, party in ways.items()}
+        weights = {way: process.ask("weights", path=large[0]) for way, process in ways.items()}
     found.raw |= {"peer": theirs, "ours": ours, "many switches": grown, "weights": weights}
     _rows(found, theirs, ours)
-    live = ", ".join(f"{way} {one['live'] / 1e6:.0f} MB" for way, one in weights.items())
+    memory = ", ".join(f"{way} {one['bytes'] / 1e6:.0f} MB" for way, one in weights.items())
     seconds = ", ".join(
         f"{way} {one['seconds'] / one['count']:.3f} s" for way, one in grown.items()
     )
     found.notes += [
         f"A switch changes {weights['exact']['weights']} weights with "
-        f"{weights['exact']['numbers'] / 1e6:.0f} million elements. "
-        f"Weights in the process: {live}.",
+        f"{weights['exact']['elements'] / 1e6:.0f} million elements. "
+        f"Weights in the process: {memory}.",
         "Growth: memory without mapped files after all switches, minus that after ten switches. "
         "Every hundredth switch merges an adapter that changes nearly all weights. The others "
         "alternate between two adapters for the keys and values of cross-attention "
@@ -65,7 +65,7 @@ def measure(settings: Settings) -> Findings:
     return found
 
 
-def _of_peer(peer: Party, paths: list[str], *, fuse: bool) -> dict[str, float]:
+def _peer_seconds(peer: MeasuredProcess, paths: list[str], *, fuse: bool) -> dict[str, float]:
     """Return the seconds of diffusers' methods to switch; `fuse` adds the slowest one."""
     peer.ask("adapter", path=paths[0])
     seconds = {
@@ -83,19 +83,19 @@ def _rows(
         "load": "peer: unload, load, not fused",
         "choose": "peer: `set_adapters` among loaded ones",
     }
-    for way, turns in ours.items():
+    for way, times in ours.items():
         for name, peer in peers.items():
-            found.faster(f"switch of the adapter, {way}; {peer}", theirs[name], turns["switch"])
+            found.add_times(f"switch of the adapter, {way}; {peer}", theirs[name], times["switch"])
     copy = statistics.median(ours["exact"]["copy"])
-    for way, turns in ours.items():
-        for turn in TURNS:
-            seconds = statistics.median(turns[turn])
-            figures = (f"{copy:.3f} s", f"{seconds:.3f} s", f"{seconds / copy:.2f} times the floor")
+    for way, times in ours.items():
+        for operation in OPERATIONS:
+            seconds = statistics.median(times[operation])
+            figures = (f"{copy:.3f} s", f"{seconds:.3f} s", f"{seconds / copy:.2f} times the copy")
             found.rows.append(
                 Row(
-                    f"{turn}, {way}, compared with a copy of the same weights in float32",
+                    f"{operation}, {way}, compared with a copy of the same weights in float32",
                     *figures,
-                    len(turns[turn]),
+                    len(times[operation]),
                 )
             )
     many: dict[str, Any] = found.raw["many switches"]

@@ -6,8 +6,8 @@ Simulates training runs with the miniature as the trainer's web UI sets them up:
 float32 weights in bfloat16 on another processor, saved in bfloat16, as jpg. Each simulated run has
 a LoRA of its own.
 
-* False alarms: the samples of a run and the draws of its judgement are made in the same way, so
-  each takes its turn as the samples that are judged with the others as draws.
+* False alarms: the samples of a run are made in the same way as the draws of its judgement. So
+  each draw is exchanged with the samples once, and then judged like samples with right settings.
 * Detected mistakes: the samples are made with another setting than the configuration's. They are
   judged with the draws and changed settings of the right samples, because those depend only on the
   configuration.

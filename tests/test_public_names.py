@@ -92,7 +92,7 @@ def test_an_entry_point_that_is_not_a_family_is_refused(another_package):
 
 def test_every_sampler_of_the_trainer_exists():
     samplers = get_family("sd15").samplers.values()
-    assert " ".join(one.name for one in samplers if one.of_trainer) == (
+    assert " ".join(one.name for one in samplers if one.in_trainer) == (
         "ddpm ddim pndm lms k_lms euler k_euler euler_a dpmsolver dpmsolver++ k_dpmsolver "
         "k_dpmsolver++ dpmsingle heun dpm_2 dpm_2_a lcm"
     )

@@ -21,8 +21,8 @@ MAX_KEPT_BYTES = 2**30
 """Limit of the memory for the contents of all files opened with `keep="within_budget"`: enough for
 several LoRAs of usual size. Files that exceed it are read again when their tensors are needed."""
 
-HASH_OF_NOTHING = hashlib.sha256(b"").hexdigest()
-"""sha256 of no bytes, which older versions of AI Toolkit and some other programs store by mistake
+EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
+"""sha256 of an empty file. Older versions of AI Toolkit and some other programs store it by mistake
 instead of the hash of the tensors."""
 
 _CHUNK_BYTES = 2**20
@@ -42,9 +42,9 @@ class AdapterFile:
         path: absolute path with links resolved.
         name: file name as the caller spelled it, for error messages.
         header: checked header.
-        sha256: of the whole file, in hex.
+        sha256: sha256 of the whole file in hex.
         version: device, inode, size and modification time (ns) of the file when it was opened.
-        tensors_sha256: of the bytes after the header, in hex; empty until `take_content`.
+        tensors_sha256: sha256 of the bytes after the header, in hex; empty until `take_content`.
             AUTOMATIC1111's web UI and Civitai identify LoRAs by this hash. As in the web UI, a
             valid hash in the metadata has precedence.
     """
@@ -189,7 +189,7 @@ def _web_ui_sha256(content: bytes, header: Header) -> str:
     This is the hash in the metadata if it is valid, else the sha256 of the bytes after the header.
     """
     stored = header.metadata.get("sshs_model_hash", "").lower()
-    if re.fullmatch("[0-9a-f]{64}", stored) and stored != HASH_OF_NOTHING:
+    if re.fullmatch("[0-9a-f]{64}", stored) and stored != EMPTY_SHA256:
         return stored
     start = 8 + int.from_bytes(content[:8], "little")
     return hashlib.sha256(memoryview(content)[start:]).hexdigest()

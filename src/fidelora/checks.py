@@ -7,7 +7,7 @@ from fidelora.errors import RecipeError
 MAX_PROMPT_CHARACTERS = 10_000
 
 
-def is_text(name: str, value: object) -> None:
+def check_text(name: str, value: object) -> None:
     """Check that `value` is text that every store and file format can represent."""
     if not isinstance(value, str):
         raise RecipeError(f"{name} must be text, not {type(value).__name__}.", field=name)
@@ -23,7 +23,9 @@ def is_text(name: str, value: object) -> None:
         )
 
 
-def in_range(name: str, value: object, least: float, most: float, *, whole: bool = False) -> None:
+def check_range(
+    name: str, value: object, least: float, most: float, *, whole: bool = False
+) -> None:
     """Check that `value` is a number (with `whole`, an integer) from `least` to `most`."""
     kind: type | tuple[type, ...] = int if whole else (int, float)
     if not isinstance(value, kind) or isinstance(value, bool):
@@ -53,7 +55,7 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Check that `value` is one of `choices`."""
     if value not in choices:
         raise RecipeError(

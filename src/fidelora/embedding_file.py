@@ -18,7 +18,7 @@ MAX_TOKENS = 75
 """Maximum number of tokens of an embedding: those of a prompt without its start and end."""
 
 _MAX_WORD_LENGTH = 200
-_NO_WORDS = frozenset({"*", "string_to_param.*"})
+_CONVERTED_KEYS = frozenset({"*", "string_to_param.*"})
 """Tensor keys in files converted from AUTOMATIC1111's `.pt` embeddings; they are not the word."""
 
 
@@ -31,7 +31,7 @@ def embedding_tensors(header: Header) -> dict[str, str]:
     found = {key: key for key in header.tensors if key in EMBEDDING_KEYS}
     if not found and len(header.tensors) == 1:
         key, info = next(iter(header.tensors.items()))
-        if ("." not in key or key in _NO_WORDS) and 1 <= len(info.shape) <= 2:
+        if ("." not in key or key in _CONVERTED_KEYS) and 1 <= len(info.shape) <= 2:
             return {"emb_params": key}
     return found
 
@@ -58,7 +58,7 @@ def embedding_word(header: Header, name: str) -> str | None:
     if word := _stored_word(header.metadata):
         return word
     key = next(iter(header.tensors))
-    if key not in EMBEDDING_KEYS | _NO_WORDS and key.strip() and len(key) <= _MAX_WORD_LENGTH:
+    if key not in EMBEDDING_KEYS | _CONVERTED_KEYS and key.strip() and len(key) <= _MAX_WORD_LENGTH:
         return key.encode("utf-8", "ignore").decode()
     return PurePath(name).stem.encode("utf-8", "replace").decode()
 

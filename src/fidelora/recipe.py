@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fidelora.adapter_file import AdapterFile
-from fidelora.checks import MAX_PROMPT_CHARACTERS, in_range, is_text, one_of, shown
+from fidelora.checks import MAX_PROMPT_CHARACTERS, check_choice, check_range, check_text, shown
 from fidelora.embedding_file import embedding_word
 from fidelora.errors import RecipeError, UnknownSamplerError, WeightsFileError
 from fidelora.families import Family, get_family
@@ -103,10 +103,10 @@ def replace_trigger(prompt: str, trigger: str) -> str:
     """
     if not trigger:
         return prompt
-    # Checked before the text is made: a long trigger in many places would take gigabytes.
-    counts = {place: prompt.count(place) for place in ("[name]", "[trigger]")}
+    # Checked before the replacement: a long trigger in many places would take gigabytes.
+    counts = {placeholder: prompt.count(placeholder) for placeholder in ("[name]", "[trigger]")}
     length = len(prompt) + sum(
-        count * (len(trigger) - len(place)) for place, count in counts.items()
+        count * (len(trigger) - len(placeholder)) for placeholder, count in counts.items()
     )
     if length > MAX_PROMPT_CHARACTERS and any(counts.values()):
         raise RecipeError(
@@ -141,7 +141,7 @@ class AdapterRef:
             sets the scale to 1.
         name: name that is shown to users; not part of the identity.
         path: last known path of the file; not part of the identity and not in the JSON form.
-        file: open file that `from_file` hashed; not part of the identity and not in the JSON form.
+        file: content that `from_file` hashed; not part of the identity and not in the JSON form.
         word: word that stands for an embedding in prompts; None for adapters of other kinds. The
             multiplier of an embedding is always 1.
     """
@@ -159,16 +159,16 @@ class AdapterRef:
             raise RecipeError(
                 "An adapter's sha256 must be 64 hexadecimal digits in lower case.", field="adapters"
             )
-        is_text("name", self.name)
-        in_range("multiplier", self.multiplier, -MAX_MULTIPLIER, MAX_MULTIPLIER)
+        check_text("name", self.name)
+        check_range("multiplier", self.multiplier, -MAX_MULTIPLIER, MAX_MULTIPLIER)
         if self.alpha is not None:
-            in_range("alpha", self.alpha, 0.0, MAX_ALPHA)
+            check_range("alpha", self.alpha, 0.0, MAX_ALPHA)
             # Alpha 0 means that alpha equals the rank, as in the trainer.
             object.__setattr__(self, "alpha", float(self.alpha) or None)
         if self.path is not None:
             object.__setattr__(self, "path", Path(self.path))
         if self.word is not None:
-            is_text("word", self.word)
+            check_text("word", self.word)
             if not self.word.strip():
                 raise RecipeError(
                     "The word of an embedding is empty; set it to the word that stands for the "
@@ -248,9 +248,9 @@ class Recipe:
             TCD). None uses the default of the sampler. Only for samplers with this option.
         prediction: quantity that the denoiser was trained to predict.
         adapters: adapters, in the order in which they are applied.
-        adapter_mode: `merged` adds the adapters to the weights; `live` computes them beside the
-            unchanged weights. The trainer merges if all samples of a training run share one
-            multiplier. The results of the two modes differ by rounding errors.
+        adapter_mode: `merged` adds the adapters to the weights; `live` applies them at each call
+            and leaves the weights unchanged. The trainer merges if all samples of a training run
+            share one multiplier. The results of the two modes differ by rounding errors.
         history: adapters that the trainer merged into the base model and subtracted again for
             earlier rounds of samples, in order. Each time, the rounded weights change a little.
             Only for merged adapters in `exact`.
@@ -296,10 +296,10 @@ class Recipe:
     fidelity: Fidelity = "exact"
 
     def __post_init__(self) -> None:
-        is_text("model", self.model)
+        check_text("model", self.model)
         spec = get_family(self.model)
         self._fill_in(base_model=spec.base_model)
-        is_text("base_model", self.base_model)
+        check_text("base_model", self.base_model)
         self._fill_in(
             width=spec.size_of(self.base_model),
             height=spec.size_of(self.base_model),
@@ -333,25 +333,25 @@ class Recipe:
 
     def _check(self, spec: Family) -> None:
         for name in ("prompt", "negative_prompt", *LOCATIONS, "base_sha256", "sampler"):
-            is_text(name, getattr(self, name))
+            check_text(name, getattr(self, name))
         if self.base_sha256 and not _SHA256.fullmatch(self.base_sha256):
             raise RecipeError(
                 "base_sha256 must be 64 hexadecimal digits in lower case.", field="base_sha256"
             )
-        in_range("width", self.width, MIN_SIZE, MAX_SIZE, whole=True)
-        in_range("height", self.height, MIN_SIZE, MAX_SIZE, whole=True)
-        in_range("guidance_scale", self.guidance_scale, 0.0, MAX_GUIDANCE)
-        in_range("guidance_rescale", self.guidance_rescale, 0.0, 1.0)
+        check_range("width", self.width, MIN_SIZE, MAX_SIZE, whole=True)
+        check_range("height", self.height, MIN_SIZE, MAX_SIZE, whole=True)
+        check_range("guidance_scale", self.guidance_scale, 0.0, MAX_GUIDANCE)
+        check_range("guidance_rescale", self.guidance_rescale, 0.0, 1.0)
         if self.negative_prompt_2 is not None:
-            is_text("negative_prompt_2", self.negative_prompt_2)
-        in_range("seed", self.seed, 0, MAX_SEED, whole=True)
+            check_text("negative_prompt_2", self.negative_prompt_2)
+        check_range("seed", self.seed, 0, MAX_SEED, whole=True)
         if self.sampler not in spec.samplers:
             known = ", ".join(spec.samplers)
             raise UnknownSamplerError(
                 f"The sampler {self.sampler!r} is not supported for {spec.id}; use one of {known}.",
                 field="sampler",
             )
-        in_range(
+        check_range(
             "steps",
             self.steps,
             1,
@@ -369,7 +369,7 @@ class Recipe:
             ("text_encoder_dtype", Dtype),
             ("fidelity", Fidelity),
         ):
-            one_of(name, getattr(self, name), get_args(choices))
+            check_choice(name, getattr(self, name), get_args(choices))
         check_sampler_options(spec, self.sampler, self.timestep_spacing, self.eta)
         for name, default in _OPTIONAL.items():
             if name not in spec.uses and getattr(self, name) != default:

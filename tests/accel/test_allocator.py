@@ -46,11 +46,11 @@ def test_freed_memory_is_reused_without_page_faults():
 
 
 def test_imported_objects_are_excluded_from_garbage_collection():
-    from fidelora.accel.allocator import importing_for_good
+    from fidelora.accel.allocator import fast_imports
 
     frozen = gc.get_freeze_count()
     try:
-        with importing_for_good():
+        with fast_imports():
             assert not gc.isenabled()
         assert gc.isenabled()
         assert gc.get_freeze_count() > frozen

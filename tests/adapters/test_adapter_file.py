@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from tests.support import GOLDEN_JOBS, LOKR, LORA, LORA_CONV, SDXL_DORA, TINY_BASE
 
 from fidelora import AdapterRef, Engine, Recipe, adapter_file
-from fidelora.adapter_file import HASH_OF_NOTHING, AdapterFile
+from fidelora.adapter_file import EMPTY_SHA256, AdapterFile
 from fidelora.adapters.library import AdapterLibrary
 from fidelora.adapters.read import read_adapter
 from fidelora.adapters.tensor_names import noise_of_adapter, noise_of_file
@@ -200,7 +200,7 @@ def test_taken_content_is_read_and_checked_again(lora, other_bytes):
         file.take_content()
 
 
-@pytest.mark.parametrize("stored", [None, HASH_OF_NOTHING.upper(), "x" * 64, "ab"])
+@pytest.mark.parametrize("stored", [None, EMPTY_SHA256.upper(), "x" * 64, "ab"])
 def test_the_hash_of_the_tensors_is_computed(tmp_path, stored):
     path = tmp_path / "a.safetensors"
     metadata = {} if stored is None else {"sshs_model_hash": stored}

@@ -133,7 +133,7 @@ def test_an_adapter_can_be_applied_twice():
     lora = base.targets.bind(read_adapter(LORA))
     base.merged.apply([(lora, 0.5), (lora, 0.5)])
     name = next(iter(lora.deltas))
-    weight = base.targets.by_name[name].numbers()
+    weight = base.targets.by_name[name].current_weight()
     twice = weight.clone()
     base.merged.apply([(lora, 1.0)])
     assert torch.allclose(twice, weight, atol=1e-6)
@@ -144,10 +144,10 @@ def test_a_merge_in_bfloat16_is_rounded_once():
     base = fresh_base("bfloat16")
     lora = base.targets.bind(read_adapter(LORA))
     name, delta = next(iter(lora.deltas.items()))
-    pristine = base.targets.by_name[name].numbers().clone()
+    pristine = base.targets.by_name[name].current_weight().clone()
     base.merged.apply([(lora, 1.0)])
     expected = merged(delta, pristine.to(torch.float32), 1.0).to(torch.bfloat16)
-    assert torch.equal(base.targets.by_name[name].numbers(), expected)
+    assert torch.equal(base.targets.by_name[name].current_weight(), expected)
 
 
 def test_several_adapters_in_bfloat16_are_rounded_once_at_the_end():
@@ -155,17 +155,18 @@ def test_several_adapters_in_bfloat16_are_rounded_once_at_the_end():
     lora, conv = (base.targets.bind(read_adapter(path)) for path in (LORA, LORA_CONV))
     in_one, in_two = [], []
     for name in lora.deltas.keys() & conv.deltas.keys():
-        pristine = base.targets.by_name[name].numbers().to(torch.float32)
+        pristine = base.targets.by_name[name].current_weight().to(torch.float32)
         first = merged(lora.deltas[name], pristine, 0.7)
         in_one.append((name, merged(conv.deltas[name], first, 0.3).to(torch.bfloat16)))
         rounded = first.to(torch.bfloat16).to(torch.float32)
         in_two.append((name, merged(conv.deltas[name], rounded, 0.3).to(torch.bfloat16)))
     base.merged.apply([(lora, 0.7), (conv, 0.3)])
     assert all(
-        torch.equal(base.targets.by_name[name].numbers(), expected) for name, expected in in_one
+        torch.equal(base.targets.by_name[name].current_weight(), expected)
+        for name, expected in in_one
     )
     assert not all(
-        torch.equal(base.targets.by_name[name].numbers(), other) for name, other in in_two
+        torch.equal(base.targets.by_name[name].current_weight(), other) for name, other in in_two
     )
 
 

@@ -50,7 +50,7 @@ def merged_weights(model: str, base: Path, adapter: Path) -> tuple[dict[str, Ten
     bound = loaded.targets.bind(read_adapter(adapter))
     loaded.merged.apply([(bound, 1.0)])
     weights = {
-        f"{name.removeprefix('unet.')}.weight": target.numbers()
+        f"{name.removeprefix('unet.')}.weight": target.current_weight()
         for name, target in loaded.targets.by_name.items()
         if name.startswith("unet.")
     }
@@ -83,7 +83,7 @@ def test_diffusers_computes_the_weights_of_the_original(
 def merged_weights_of_base(model: str, base: Path) -> dict[str, Tensor]:
     loaded = load_model_of(Recipe(prompt="", model=model, base_model=str(base)))
     return {
-        f"{name.removeprefix('unet.')}.weight": target.numbers().clone()
+        f"{name.removeprefix('unet.')}.weight": target.current_weight().clone()
         for name, target in loaded.targets.by_name.items()
         if name.startswith("unet.")
     }

@@ -211,7 +211,7 @@ def test_a_weight_in_two_shards_is_refused(tmp_path):
             tensors, base / f"unet/diffusion_pytorch_model-0000{number}-of-00002.safetensors"
         )
     (base / UNET).unlink()
-    with pytest.raises(BaseModelFilesError, match="are in another shard too"):
+    with pytest.raises(BaseModelFilesError, match="are in another shard, too"):
         load(base)
 
 
@@ -550,7 +550,7 @@ def test_offloading_preserves_every_bit_and_supports_adapters(offload):
 
     def outputs(base: LoadedModel, *, live: bool) -> torch.Tensor:
         bound = [(base.targets.bind(adapter), 0.5)]
-        base.rest()
+        base.offload_parts()
         base.merged.apply([] if live else bound)
         with torch.no_grad(), live_adapters(base.targets, bound if live else []):
             output: torch.Tensor = base.parts["unet"](*inputs, return_dict=False)[0]

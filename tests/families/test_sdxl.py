@@ -512,7 +512,7 @@ def test_a_dora_matches_its_formula(multiplier):
         + x @ down.T @ up.T * 0.5 * multiplier
         + (magnitude / length - 1) * (x @ changed.T)
     )
-    live = delta.beside(module, x, module(x), multiplier, lambda: weight)
+    live = delta.live_output(module, x, module(x), multiplier, lambda: weight)
     torch.testing.assert_close(live, expected)
     merged = nn.functional.linear(x, weight + delta.change(weight, multiplier), bias)
     torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)

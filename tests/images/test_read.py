@@ -22,7 +22,7 @@ from fidelora.errors import (
     UnknownSamplerError,
 )
 from fidelora.families import get_family
-from fidelora.images.a1111_prompt import NamedLora, lora_of, loras_in, marks_in
+from fidelora.images.a1111_prompt import NamedLora, describe_syntax, lora_of, loras_in
 from fidelora.images.a1111_samplers import name_of, sampler_names, sampler_of
 from fidelora.images.parameters import Parameters, parameters_text, read_parameters
 from fidelora.images.read import MAX_PARAMETERS_CHARACTERS, read_origin, recipe_of
@@ -399,14 +399,14 @@ def test_the_default_multiplier_of_a_tag_is_1():
     ],
 )
 def test_prompt_weighting_syntax_is_detected(prompt):
-    assert marks_in(prompt)
+    assert describe_syntax(prompt)
 
 
 @pytest.mark.parametrize(
     "prompt", ["a (b)", "[trigger]", "at 1:2", r"\(b:1.2\)", "Andy breaks and", "(c) 2026", ""]
 )
 def test_plain_prompts_have_no_weighting_syntax(prompt):
-    assert marks_in(prompt) == ""
+    assert describe_syntax(prompt) == ""
 
 
 @pytest.mark.parametrize(

@@ -5,21 +5,24 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fidelora.training.consistency import Differences, Field, direction_test, size_test
+from fidelora.training.consistency import DifferenceImage, Differences, direction_test, size_test
 
 SHAPE = (8, 8, 3)
 DRAWS = 8
 
 
-def noise(random: np.random.Generator, size: float = 1.0) -> Field:
+def noise(random: np.random.Generator, size: float = 1.0) -> DifferenceImage:
     """Return a smooth field, because neighbouring pixels of real differences are alike."""
     coarse = random.normal(0, size, (4, 4, 3))
-    field: Field = np.kron(coarse, np.ones((2, 2, 1))).astype(np.float32)
+    field: DifferenceImage = np.kron(coarse, np.ones((2, 2, 1))).astype(np.float32)
     return field
 
 
 def samples(
-    random: np.random.Generator, count: int = 4, signal: Field | None = None, size: float = 1.0
+    random: np.random.Generator,
+    count: int = 4,
+    signal: DifferenceImage | None = None,
+    size: float = 1.0,
 ) -> list[Differences]:
     """Return samples whose trainer's differences are noise of this size plus `signal`."""
     extra = np.zeros(SHAPE, np.float32) if signal is None else signal

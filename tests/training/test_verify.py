@@ -324,3 +324,4 @@ def test_the_report_is_self_contained_and_escapes_html(engine, copy):
     assert page.count("data:image/png") == 5 * len(samples)
     assert page.count("type=range") == len(samples)
     assert json.dumps({}) in page
+    assert all(f"section.{verdict.value} " in page for verdict in Verdict)

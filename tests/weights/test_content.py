@@ -100,14 +100,16 @@ def test_files_are_read_once_until_they_change(path, tmp_path, hashed):
     copy = copy_base(tmp_path)
     settle(copy)
     files = BaseFiles.find(SD15, str(copy))
-    assert ContentHashes(path).known(files) is None
+    assert ContentHashes(path).cached_sha256_of(files) is None
     found = ContentHashes(path).sha256_of(files)
     assert len(hashed) == 3
-    assert ContentHashes(path).sha256_of(files) == ContentHashes(path).known(files) == found
+    assert (
+        ContentHashes(path).sha256_of(files) == ContentHashes(path).cached_sha256_of(files) == found
+    )
     assert len(hashed) == 3
     weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
     os.utime(weights, ns=(0, weights.stat().st_mtime_ns - 10**9))
-    assert ContentHashes(path).known(files) is None
+    assert ContentHashes(path).cached_sha256_of(files) is None
     assert ContentHashes(path).sha256_of(files) == found
     assert len(hashed) == 4
 
@@ -146,7 +148,7 @@ def test_without_a_writable_folder_hashes_are_computed_again(tmp_path):
     hashes = ContentHashes(file / "hashes.json")
     files = BaseFiles.find(SD15, str(TINY_BASE))
     assert hashes.sha256_of(files) == hashes.sha256_of(files)
-    assert hashes.known(files) is None
+    assert hashes.cached_sha256_of(files) is None
 
 
 def test_hashes_of_removed_files_are_forgotten(path, tmp_path):

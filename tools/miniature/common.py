@@ -72,8 +72,11 @@ class Run:
             self._restore(torch.load(self._path))
         self._last = self._saved = time.monotonic()
 
-    def goes_on(self) -> bool:
-        """True if time is left. Otherwise, save and load the averaged weights into the module."""
+    def keep_going(self) -> bool:
+        """Update the elapsed time, and return True if any is left.
+
+        Otherwise, save the state and load the averaged weights into the module.
+        """
         now = time.monotonic()
         self.seconds += min(now - self._last, _LONGEST_STEP_S)
         self._last = now
@@ -85,15 +88,15 @@ class Run:
         return False
 
     @property
-    def part(self) -> float:
+    def progress(self) -> float:
         """Fraction of the time budget used so far, 0..1."""
         return min(float(self.seconds / self._budget_s), 1.0)
 
     def learn(self, loss: Tensor) -> None:
         """Run one optimizer step."""
-        cosine = _LAST_RATE + (1 - _LAST_RATE) * 0.5 * (1 + math.cos(math.pi * self.part))
+        cosine = _LAST_RATE + (1 - _LAST_RATE) * 0.5 * (1 + math.cos(math.pi * self.progress))
         for group in self._optimizer.param_groups:
-            group["lr"] = self._rate * min(1.0, self.part / _WARM_UP + 0.01) * cosine
+            group["lr"] = self._rate * min(1.0, self.progress / _WARM_UP + 0.01) * cosine
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self._module.parameters(), 1.0)

@@ -127,8 +127,8 @@ def _losses(work: Path) -> str:
         'font-family="sans-serif" font-size="12">',
         '<rect width="100%" height="100%" fill="white"/>',
     ]
-    there = {name: colour for name, colour in CURVES.items() if (work / f"{name}.csv").exists()}
-    for number, (name, colour) in enumerate(there.items()):
+    existing = {name: colour for name, colour in CURVES.items() if (work / f"{name}.csv").exists()}
+    for number, (name, colour) in enumerate(existing.items()):
         with (work / f"{name}.csv").open(encoding="utf-8") as file:
             rows = [
                 (int(step), float(seconds), float(loss)) for step, seconds, loss in csv.reader(file)

@@ -34,7 +34,7 @@ RANK, CONV_RANK = 16, 8
 
 
 class Lora(nn.Module):
-    """LoRA branch beside one module: `up(down(x))`, with alpha = rank, so that the scale is 1."""
+    """LoRA branch of one module: `up(down(x))`, with alpha = rank, so that the scale is 1."""
 
     lora_down: nn.Linear | nn.Conv2d
     lora_up: nn.Linear | nn.Conv2d
@@ -56,7 +56,9 @@ class Lora(nn.Module):
             self.lora_up = nn.Conv2d(CONV_RANK, module.out_channels, 1, bias=False)
         nn.init.zeros_(self.lora_up.weight)
 
-    def beside(self, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def add_to_output(
+        self, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+    ) -> Tensor:
         """Add the branch to the module's output (a forward hook)."""
         result: Tensor = output + self.lora_up(self.lora_down(inputs[0]))
         return result
@@ -79,7 +81,7 @@ def main() -> None:
         if is_linear or is_conv:
             assert isinstance(module, nn.Linear | nn.Conv2d)
             lora = added["lora_unet_" + path.replace(".", "_")] = Lora(module)
-            module.register_forward_hook(lora.beside)
+            module.register_forward_hook(lora.add_to_output)
     rng = np.random.default_rng(SEED)
     scenes = _scenes(rng)
     latents = _latents(vae, scenes, rng)
@@ -90,7 +92,7 @@ def main() -> None:
     run = common.Run(options, "lora", nn.ModuleDict(added), LEARNING_RATE)
     rng = np.random.default_rng([SEED, run.step])
     torch.manual_seed(SEED + run.step)
-    while run.goes_on():
+    while run.keep_going():
         chosen = rng.integers(0, len(scenes), BATCH)
         captions = [caption(scenes[index], rng) for index in chosen]
         clean = latents[torch.from_numpy(chosen)]

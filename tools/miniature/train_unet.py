@@ -31,7 +31,7 @@ LATENT = world.SIZE // 8
 SEED = 2
 SCENES = 32_000
 BATCH = 32
-READING_STEPS, READING_BATCH = 500, 64
+PRETRAINING_STEPS, PRETRAINING_BATCH = 500, 64
 LEARNING_RATE, RATE_AFTER_A_START = 6e-4, 3e-4
 EMPTY = 0.1
 GAMMA = 5.0
@@ -92,7 +92,7 @@ def main() -> None:
     vae.to(memory_format=torch.channels_last)
     scenes = _scenes()
     if not options.start and not (options.work / "unet.pt").exists():
-        learn_to_read(tokenizer, text_encoder, scenes)
+        pretrain_text_encoder(tokenizer, text_encoder, scenes)
     latents = _latents(options.work, vae, scenes)
     scheduler = DDPMScheduler.from_config(dict(SPEC.samplers["ddpm"].config))
     kept = scheduler.alphas_cumprod
@@ -101,7 +101,7 @@ def main() -> None:
     run = common.Run(options, "unet", both, RATE_AFTER_A_START if options.start else LEARNING_RATE)
     rng = np.random.default_rng([SEED, run.step])
     torch.manual_seed(SEED + run.step)
-    while run.goes_on():
+    while run.keep_going():
         chosen = rng.integers(0, len(scenes), BATCH)
         captions = [
             "" if rng.random() < EMPTY else world.caption(scenes[index], rng) for index in chosen
@@ -129,7 +129,7 @@ def main() -> None:
         print(json.dumps({"steps": run.step, "minutes": round(run.seconds / 60, 1), **found}))
 
 
-def learn_to_read(
+def pretrain_text_encoder(
     tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, scenes: list[world.Scene]
 ) -> None:
     """Train the text encoder to predict every property of the scene from its mean output."""
@@ -142,24 +142,25 @@ def learn_to_read(
         [*text_encoder.parameters(), *heads.parameters()], 1e-3, weight_decay=0.01
     )
     rng = np.random.default_rng(SEED)
-    for step in range(1, READING_STEPS + 1):
-        chosen = rng.integers(0, len(scenes), READING_BATCH)
+    for step in range(1, PRETRAINING_STEPS + 1):
+        chosen = rng.integers(0, len(scenes), PRETRAINING_BATCH)
         ids = tokenize(tokenizer, [world.caption(scenes[index], rng) for index in chosen])
         read = text_encoder(ids)[0].mean(dim=1)
         loss, right = torch.zeros(()), []
         for question, (head, possible) in enumerate(zip(heads, answers, strict=True)):
-            told, true = (
+            logits, targets = (
                 head(read),
                 torch.tensor([possible.index(facts[index][question]) for index in chosen]),
             )
-            loss = loss + functional.cross_entropy(told, true)
-            right.append((told.argmax(dim=1) == true).float().mean().item())
+            loss = loss + functional.cross_entropy(logits, targets)
+            right.append((logits.argmax(dim=1) == targets).float().mean().item())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         if step % 50 == 0:
             print(
-                f"reading, step {step}: {', '.join(f'{share:.0%}' for share in right)}", flush=True
+                f"text encoder, step {step}: {', '.join(f'{share:.0%}' for share in right)}",
+                flush=True,
             )
 
 
@@ -243,11 +244,11 @@ def evaluate(
     latents = torch.randn((count, 4, LATENT, LATENT), generator=generator)
     for step in scheduler.timesteps:
         with common.autocast():
-            nothing, something = (
+            unconditional, conditional = (
                 unet(torch.cat([latents, latents]), step, text).sample.float().chunk(2)
             )
         latents = scheduler.step(
-            nothing + 6.0 * (something - nothing), step, latents, generator=generator
+            unconditional + 6.0 * (conditional - unconditional), step, latents, generator=generator
         ).prev_sample
     pixels = np.concatenate(
         [

@@ -63,8 +63,8 @@ def main() -> None:
     run = common.Run(options, "vae", vae, LEARNING_RATE)
     rng = np.random.default_rng(SEED + run.step)
     check = images[:64]
-    while run.goes_on():
-        crop = next(side for until, side in CROPS.items() if run.part <= until)
+    while run.keep_going():
+        crop = next(side for until, side in CROPS.items() if run.progress <= until)
         batch = _crops(images[64:], rng, crop)
         with common.autocast():
             latents = vae.encode(batch).latent_dist

@@ -22,16 +22,16 @@ def with_tables(text: str) -> str:
     Raises:
         ValueError: a command has no table, or a table has no command.
     """
-    there_are = dict(commands())
+    by_name = dict(commands())
     named = [match["command"] for match in _TABLE.finditer(text)]
-    if sorted(named) != sorted(there_are):
-        different = sorted(set(named) ^ set(there_are)) or "that no command has two tables"
+    if sorted(named) != sorted(by_name):
+        different = sorted(set(named) ^ set(by_name)) or "that no command has two tables"
         raise ValueError(
             "docs/cli.md needs one '<!-- options of COMMAND -->' for each command; "
             f"check {different}"
         )
     return _TABLE.sub(
-        lambda match: "\n".join(_table(match["command"], there_are[match["command"]])), text
+        lambda match: "\n".join(_table(match["command"], by_name[match["command"]])), text
     )
 
 

@@ -29,7 +29,7 @@ def fast_path(family: Family, device: torch.device, offload: Offload) -> FastPat
             "Fidelity fast keeps the whole model on the device and does not support offloading; "
             f"use offload none, or fidelity exact with offload {offload}."
         )
-    path = _of_device(device)
+    path = _path_for(device)
     if path.value not in family.accelerations:
         raise DeviceError(
             f"Fidelity fast on {device.type} is not implemented for {family.title}; "
@@ -38,7 +38,7 @@ def fast_path(family: Family, device: torch.device, offload: Offload) -> FastPat
     return path
 
 
-def _of_device(device: torch.device) -> FastPath:
+def _path_for(device: torch.device) -> FastPath:
     if device.type == "cpu":
         if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
             raise DeviceError(

@@ -20,7 +20,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from fidelora.accel.prepack import CachedTextProjection
-from fidelora.accel.weight_protocols import WriteWeight
+from fidelora.accel.weight_protocols import GetWeight
 
 _SCORES_AT_ONCE = 4 * 2**20
 """Attention scores computed at a time: 8 MB in bfloat16, small enough to stay in the CPU cache."""
@@ -49,12 +49,12 @@ class PackedLinear(_Packed, nn.Linear):
         super().__init__(
             linear.in_features, linear.out_features, bias=False, device="meta", dtype=dtype
         )
-        self.register_parameter("bias", _own(linear.bias, dtype))
+        self.register_parameter("bias", _frozen_parameter(linear.bias, dtype))
 
-    def set_weight(self, write: WriteWeight) -> None:
-        """Set the weight to a packed copy of the tensor [out, in] that `write` returns."""
+    def set_weight(self, get_weight: GetWeight) -> None:
+        """Pack a copy of the weight [out, in] that `get_weight` returns."""
         self._packed = torch.ops.mkldnn._reorder_linear_weight(
-            write(torch.float32).to(self.weight.dtype), None
+            get_weight(torch.float32).to(self.weight.dtype), None
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,8 +68,8 @@ class PackedCachedTextLinear(CachedTextProjection, PackedLinear):
 
     _version = 0
 
-    def set_weight(self, write: WriteWeight) -> None:
-        super().set_weight(write)
+    def set_weight(self, get_weight: GetWeight) -> None:
+        super().set_weight(get_weight)
         self._version += 1
 
     def _weight_version(self) -> int:
@@ -88,19 +88,19 @@ class PackedGatedLinear(PackedLinear):
     def release_weight(self) -> None:
         self._packed = self._packed_gates = None
 
-    def set_weight(self, write: WriteWeight) -> None:
-        values, gates = write(torch.float32).to(self.weight.dtype).chunk(2)
+    def set_weight(self, get_weight: GetWeight) -> None:
+        values, gates = get_weight(torch.float32).to(self.weight.dtype).chunk(2)
         self._packed = torch.ops.mkldnn._reorder_linear_weight(values, None)
         self._packed_gates = torch.ops.mkldnn._reorder_linear_weight(gates, None)
 
     def forward(self, x: Tensor) -> Tensor:
-        of_values, of_gates = self.bias.chunk(2)
+        value_bias, gate_bias = self.bias.chunk(2)
         gates = torch.ops.mkldnn._linear_pointwise(
-            x, self._packed_gates, of_gates, "gelu", [], "none"
+            x, self._packed_gates, gate_bias, "gelu", [], "none"
         )
         return cast(
             Tensor,
-            torch.ops.mkldnn._linear_pointwise.binary(x, gates, self._packed, of_values, "mul"),
+            torch.ops.mkldnn._linear_pointwise.binary(x, gates, self._packed, value_bias, "mul"),
         )
 
 
@@ -130,11 +130,11 @@ class PackedConv2d(_Packed, nn.Conv2d):
         )
         # The tuples in `shape` are pairs.
         super().__init__(*shape, bias=False, device="meta", dtype=dtype)  # type: ignore[arg-type]
-        self.register_parameter("bias", _own(conv.bias, dtype))
+        self.register_parameter("bias", _frozen_parameter(conv.bias, dtype))
 
-    def set_weight(self, write: WriteWeight) -> None:
-        """Set the weight to a packed copy of the tensor [out, in, kh, kw] that `write` returns."""
-        plain = write(torch.float32).to_mkldnn(self.weight.dtype)
+    def set_weight(self, get_weight: GetWeight) -> None:
+        """Pack a copy of the weight [out, in, kh, kw] that `get_weight` returns."""
+        plain = get_weight(torch.float32).to_mkldnn(self.weight.dtype)
         self._packed = torch._C._nn.mkldnn_reorder_conv2d_weight(plain, *self._geometry)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -161,11 +161,11 @@ class PackedPointwise(_Packed, nn.Conv2d):
         super().__init__(
             conv.in_channels, conv.out_channels, 1, bias=False, device="meta", dtype=dtype
         )
-        self.register_parameter("bias", _own(conv.bias, dtype))
+        self.register_parameter("bias", _frozen_parameter(conv.bias, dtype))
 
-    def set_weight(self, write: WriteWeight) -> None:
-        """Set the weight to a packed copy of the tensor [out, in, 1, 1] that `write` returns."""
-        weight = write(torch.float32).flatten(1)
+    def set_weight(self, get_weight: GetWeight) -> None:
+        """Pack a copy of the weight [out, in, 1, 1] that `get_weight` returns."""
+        weight = get_weight(torch.float32).flatten(1)
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.weight.dtype), None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -218,8 +218,8 @@ def _packed(
         return None
     if module.kernel_size == (1, 1) and module.stride == (1, 1) and module.groups == 1:
         return PackedPointwise(module, dtype)
-    # For numbers of output channels that fail this condition, the best layout depends on the image
-    # size, and a wrong layout is slower than an unpacked weight.
+    # With other numbers of output channels, the best layout depends on the image size, and a wrong
+    # layout is slower than an unpacked weight.
     return (
         PackedConv2d(module, dtype)
         if module.out_channels % 64 == 0 or module.out_channels < 64
@@ -227,7 +227,7 @@ def _packed(
     )
 
 
-def _own(bias: Tensor | None, dtype: torch.dtype) -> nn.Parameter | None:
+def _frozen_parameter(bias: Tensor | None, dtype: torch.dtype) -> nn.Parameter | None:
     return None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
 
 

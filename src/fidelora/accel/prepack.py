@@ -18,7 +18,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fidelora.accel.weight_protocols import WriteWeight
+from fidelora.accel.weight_protocols import GetWeight
 
 
 def prepack(denoiser: nn.Module) -> None:
@@ -91,34 +91,34 @@ class PrepackedConv2d(nn.Conv2d):
         self.register_parameter("bias", cast(nn.Parameter | None, conv.bias))
         self.requires_grad_(False)
         self._shape_only = torch.empty((), dtype=conv.weight.dtype).expand(conv.weight.shape)
-        self._write: WriteWeight | None = None
+        self._get_weight: GetWeight | None = None
         self._plain: Tensor | None = None
         self._prepacked: Any = None
 
     def release_weight(self) -> None:
         """Drop the weight until the next `set_weight`."""
-        self._write = self._plain = self._prepacked = None
+        self._get_weight = self._plain = self._prepacked = None
 
-    def set_weight(self, write: WriteWeight) -> None:
-        """Use the weight [out, in, height, width] that `write` returns."""
+    def set_weight(self, get_weight: GetWeight) -> None:
+        """Use the weight [out, in, height, width] that `get_weight` returns."""
         self.release_weight()
         dtype = self.weight.dtype
         # The prepacked weight keeps a reference to its source. `source` is therefore a separate
         # tensor that is emptied below; a view would keep the whole storage alive.
-        source = torch.empty(0, dtype=dtype).set_(write(dtype))  # type: ignore[call-overload]
+        source = torch.empty(0, dtype=dtype).set_(get_weight(dtype))  # type: ignore[call-overload]
         geometry = (self.stride, self.padding, self.dilation, self.groups)
         self._prepacked = torch.ops.mkldnn_prepacked.conv2d_prepack(
             source, self.bias, *geometry, _usual_input(self), "none"
         )
         source.set_()
-        self._write = write
+        self._get_weight = get_weight
 
     def plain_weight(self) -> Tensor:
         """Return the weight in use, and keep it unpacked until the next `set_weight`."""
         if self._plain is None:
-            assert self._write is not None, "the weight was released and not set again"
+            assert self._get_weight is not None, "the weight was released and not set again"
             # Copy, because the alignment of a mapped file may differ and change the order of sums.
-            self._plain, self._prepacked = self._write(self.weight.dtype).clone(), None
+            self._plain, self._prepacked = self._get_weight(self.weight.dtype).clone(), None
         return self._plain
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-WriteWeight = Callable[[torch.dtype], Tensor]
+GetWeight = Callable[[torch.dtype], Tensor]
 """Function that returns a weight in the requested dtype, with adapters merged in. The tensor is a
-buffer that the function writes, or is mapped from a file; the caller must not change it."""
+reused buffer or mapped from a file; the caller must not change it."""
 
 
 @runtime_checkable
@@ -20,8 +20,8 @@ class AcceptsWeight(Protocol):
     def release_weight(self) -> None:
         """Drop the weight, to free memory for the weights that are set next."""
 
-    def set_weight(self, write: WriteWeight) -> None:
-        """Use the weight that `write` returns; `write` may be called again later."""
+    def set_weight(self, get_weight: GetWeight) -> None:
+        """Use the weight that `get_weight` returns; `get_weight` may be called again later."""
 
 
 @runtime_checkable

@@ -17,9 +17,7 @@ from fidelora.adapters.deltas import (
     scale_of,
 )
 from fidelora.adapters.formats import kind_of
-from fidelora.adapters.peft_metadata import PeftMetadata
-from fidelora.adapters.products import tucker
-from fidelora.adapters.weight_deltas import (
+from fidelora.adapters.lycoris_deltas import (
     DecomposedDelta,
     FullDelta,
     GloraDelta,
@@ -27,6 +25,8 @@ from fidelora.adapters.weight_deltas import (
     OftDelta,
     is_butterfly,
 )
+from fidelora.adapters.peft_metadata import PeftMetadata
+from fidelora.adapters.products import tucker
 from fidelora.errors import AdapterFormatError
 
 
@@ -45,7 +45,10 @@ class Scaling:
     zero_is_rank: bool
 
     def scale(self, alpha: float | None, rank: int, module: str) -> float:
-        """Return the scale of a module; an alpha that is missing everywhere means the rank."""
+        """Return the scale of a module.
+
+        If neither the module nor the metadata has an alpha, the rank is used, so the scale is 1.
+        """
         divisor: float = rank
         if alpha is None:
             alpha, divisor = self.metadata.alpha_of(module), self.metadata.divisor(module, rank)

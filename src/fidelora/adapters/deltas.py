@@ -4,8 +4,8 @@ The order matters: floating-point sums and products are not associative, and ima
 for bit. The trainer has two paths, and each kind of delta supports both:
 
 * merged (`merge.py`): `change` is added to the weight in float32 before the image is made;
-* live (`live.py`): the delta is added to the module's output (`beside`), or a changed weight is
-  computed at each call (`live_weight`). `runs_beside` returns True for the first way.
+* live (`live.py`): at each call, the delta changes the module's output (`live_output`) if
+  `changes_output` is True, else its weight (`live_weight`).
 
 All tensors of a delta are read as float32 to the CPU, whatever the dtype of the file, because the
 trainer samples with float32 adapters.
@@ -24,10 +24,10 @@ from torch.nn import functional
 
 from fidelora.adapters.products import (
     convolved,
+    fitting_shape,
     matrix_product,
     product,
     product_shape,
-    refolded,
     row_products_match,
 )
 
@@ -58,9 +58,9 @@ class Delta(ABC):
         """
 
     def fitted(self, weight_shape: torch.Size) -> Delta:
-        """Return the delta for a weight whose shape it fits, with factors of that many dimensions.
+        """Return the delta with factors that have as many dimensions as the weight.
 
-        Call it if `shape_for` returns `weight_shape`.
+        Call it only if `shape_for` returns `weight_shape`.
         """
         return self
 
@@ -77,7 +77,11 @@ class Delta(ABC):
         """
 
     def can_change_rows(self, rows: int, device: torch.device) -> bool:
-        """Return True if `change_rows`, with `rows` rows per call, gives the bits of `change`."""
+        """Return True if `change_rows` gives bit-identical results to `change`.
+
+        Args:
+            rows: number of rows per call of `change_rows`.
+        """
         return False
 
     def change_rows(self, rows: slice, multiplier: float, device: torch.device) -> Tensor:
@@ -85,10 +89,10 @@ class Delta(ABC):
         raise AssertionError("check `can_change_rows` first")
 
     @abstractmethod
-    def runs_beside(self, module: Module) -> bool:
-        """Return True if the live path is `beside` on this module, False if `live_weight`."""
+    def changes_output(self, module: Module) -> bool:
+        """Return True if the live path changes the output of this module, False if its weight."""
 
-    def beside(
+    def live_output(
         self,
         module: Module,
         x: Tensor,
@@ -96,21 +100,21 @@ class Delta(ABC):
         multiplier: float,
         weight: Callable[[], Tensor],
     ) -> Tensor:
-        """Return `out` with the effect of this delta added. Call it if `runs_beside` is True.
+        """Return `out` plus the effect of this delta. Call it only if `changes_output` is True.
 
         Args:
             x: input of `module`, on the device of the delta.
             out: output of `module`, including the effects of earlier deltas.
             weight: returns the current weight of `module`.
         """
-        raise AssertionError("check `runs_beside` first")
+        raise AssertionError("check `changes_output` first")
 
     def live_weight(self, weight: Tensor, multiplier: float) -> Tensor:
-        """Return `weight` with this delta added. Call it if `runs_beside` is False.
+        """Return `weight` plus this delta. Call it only if `changes_output` is False.
 
         The sum is computed in the dtype of `weight`; the merged path computes it in float32.
         """
-        raise AssertionError("check `runs_beside` first")
+        raise AssertionError("check `changes_output` first")
 
     def with_alpha(self, alpha: float) -> Self:
         """Return a copy with this alpha if this is a DoRA, else the same delta.
@@ -140,11 +144,11 @@ class LoraDelta(Delta):
     down: Tensor
     up: Tensor
 
-    def runs_beside(self, module: Module) -> bool:
+    def changes_output(self, module: Module) -> bool:
         return True
 
     def shape_for(self, weight_shape: torch.Size) -> tuple[int, ...]:
-        return refolded((self.up.shape[0], *self.down.shape[1:]), weight_shape)
+        return fitting_shape((self.up.shape[0], *self.down.shape[1:]), weight_shape)
 
     def fitted(self, weight_shape: torch.Size) -> Delta:
         if self.down.dim() == len(weight_shape):
@@ -154,8 +158,9 @@ class LoraDelta(Delta):
 
     def change(self, weight: Tensor, multiplier: float) -> Tensor:
         up, down = self.up.to(weight.device), self.down.to(weight.device)
-        # As in the trainer, matrices are multiplied in one call, because products of some rows may
-        # be summed in another order. Kernels larger than 1 x 1 are convolved.
+        # As in the trainer, matrices are multiplied in one call: multiplying a few rows at a time
+        # may sum in another order. Larger kernels are convolved, unless a matrix product was found
+        # to give the same bits.
         is_matrix = down.shape[2:].numel() == 1
         if is_matrix or self.can_change_rows(len(up), weight.device):
             return self._scaled(matrix_product(up, down), multiplier)
@@ -171,13 +176,13 @@ class LoraDelta(Delta):
         return self._scaled(product, multiplier)
 
     def _scaled(self, product: Tensor, multiplier: float) -> Tensor:
-        """Multiply `product` in place by multiplier, then scale, as the trainer does."""
+        """Multiply `product` in place by `multiplier`, then by `scale`, as the trainer does."""
         for factor in (multiplier, self.scale):
             if factor != 1:
                 product.mul_(factor)
         return product
 
-    def beside(
+    def live_output(
         self,
         module: Module,
         x: Tensor,
@@ -210,9 +215,10 @@ class LoraDelta(Delta):
 class DoraDelta(LoraDelta):
     """`up @ down`, and `magnitude` [out], the norm of each row of the changed weight.
 
-    Only linear modules are supported. The trainer always runs a DoRA beside the module, even if all
-    samples share one multiplier. It adds `up(down(x)) * scale * multiplier`, as for any LoRA, and
-    `rescaled_output`, which does not use the scale (`toolkit/models/DoRA.py` of AI Toolkit 0.12).
+    Only linear modules are supported. The trainer never merges a DoRA, even if all samples share
+    one multiplier. It adds `up(down(x)) * scale * multiplier` to the module's output, as for any
+    LoRA, and `rescaled_output`, which does not use the scale (`toolkit/models/DoRA.py` of AI
+    Toolkit 0.12).
     """
 
     magnitude: Tensor
@@ -222,7 +228,7 @@ class DoraDelta(LoraDelta):
         return (self.up.shape[0], *self.down.shape[1:])
 
     def change(self, weight: Tensor, multiplier: float) -> Tensor:
-        # Equal to `beside` except for rounding. Only `fast` merges a DoRA; the trainer never does.
+        # Equal to `live_output` except for rounding. Only `fast` merges a DoRA.
         product = (self.up.to(weight.device) @ self.down.to(weight.device)) * multiplier
         changed = weight + product
         stretch = (
@@ -234,7 +240,7 @@ class DoraDelta(LoraDelta):
     def can_change_rows(self, rows: int, device: torch.device) -> bool:
         return False
 
-    def beside(
+    def live_output(
         self,
         module: Module,
         x: Tensor,
@@ -276,14 +282,14 @@ class DoraDelta(LoraDelta):
 
 @dataclass(frozen=True, eq=False)
 class WeightDelta(Delta):
-    """Base class of deltas that are computed as a whole weight."""
+    """Base class of deltas whose live path adds a tensor of the weight's shape to the weight."""
 
-    def runs_beside(self, module: Module) -> bool:
+    def changes_output(self, module: Module) -> bool:
         return False
 
     @abstractmethod
     def full(self, weight_shape: torch.Size, device: torch.device) -> Tensor:
-        """Return the whole delta times `scale`, float32, in the weight's shape."""
+        """Return the delta times `scale`, float32, in the weight's shape."""
 
     def change(self, weight: Tensor, multiplier: float) -> Tensor:
         # The trainer's order: scale first (in `full`), then the multiplier.
@@ -311,10 +317,10 @@ class LokrDelta(WeightDelta):
     w2: tuple[Tensor, ...]
     is_factorised: bool = False
 
-    def runs_beside(self, module: Module) -> bool:
+    def changes_output(self, module: Module) -> bool:
         return self.is_factorised and isinstance(module, nn.Linear)
 
-    def beside(
+    def live_output(
         self,
         module: Module,
         x: Tensor,
@@ -336,7 +342,7 @@ class LokrDelta(WeightDelta):
 
     def shape_for(self, weight_shape: torch.Size) -> tuple[int, ...]:
         w1, w2 = product_shape(self.w1), product_shape(self.w2)
-        return refolded((w1[0] * w2[0], w1[1] * w2[1], *w2[2:]), weight_shape)
+        return fitting_shape((w1[0] * w2[0], w1[1] * w2[1], *w2[2:]), weight_shape)
 
     def fitted(self, weight_shape: torch.Size) -> Delta:
         if len(weight_shape) == 2 and self.w2[0].dim() == 4:  # a matrix stored as a convolution
@@ -362,7 +368,7 @@ class LokrDelta(WeightDelta):
 class LohaDelta(WeightDelta):
     """A Hadamard product, `(w1_a @ w1_b) * (w2_a @ w2_b)`, or that of two `tucker` products.
 
-    The trainer writes no LoHa, so the order of operations is that of LyCORIS.
+    The trainer does not write LoHa files, so the order of operations is that of LyCORIS.
     """
 
     w1: tuple[Tensor, ...]
@@ -370,7 +376,7 @@ class LohaDelta(WeightDelta):
 
     def shape_for(self, weight_shape: torch.Size) -> tuple[int, ...]:
         w1, w2 = product_shape(self.w1), product_shape(self.w2)
-        return refolded(w1, weight_shape) if w1 == w2 else w1
+        return fitting_shape(w1, weight_shape) if w1 == w2 else w1
 
     def full(self, weight_shape: torch.Size, device: torch.device) -> Tensor:
         return (product(self.w1, device) * product(self.w2, device) * self.scale).reshape(

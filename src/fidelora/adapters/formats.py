@@ -37,20 +37,20 @@ _LONGEST_SUFFIX = 3  # components
 _MAGNITUDE = "lora_magnitude_vector"
 """Part of PEFT's DoRA. The name of the adapter, `weight` or both may follow it in a key."""
 
-_EXTRACT = "; load it together with its base model in its training program and export a LoRA"
-_OF_PEFT = "in the format of PEFT, which no program loads into Stable Diffusion" + _EXTRACT
+_EXPORT_ADVICE = "; load it together with its base model in its training program and export a LoRA"
+_PEFT_FORMAT = "in the format of PEFT, which is not supported" + _EXPORT_ADVICE
 _QUANTISED = "is quantised with separate scales, which is not supported; export it as F16 or BF16"
 _REFUSED = {
-    "oft_R.weight": f"is an OFT {_OF_PEFT}",
-    "oft_r": f"is an OFT {_OF_PEFT}",
-    "oft_s": f"is an OFT {_OF_PEFT}",
-    "boft_R": f"is a BOFT {_OF_PEFT}",
-    "boft_s": f"is a BOFT {_OF_PEFT}",
-    "ia3_l": f"is an (IA)^3 {_OF_PEFT}",
-    "vera_lambda_b": f"is a VeRA {_OF_PEFT}",
-    "vera_lambda_d": f"is a VeRA {_OF_PEFT}",
-    "lora_embedding_A": f"trains token embeddings {_OF_PEFT}",
-    "lora_embedding_B": f"trains token embeddings {_OF_PEFT}",
+    "oft_R.weight": f"is an OFT {_PEFT_FORMAT}",
+    "oft_r": f"is an OFT {_PEFT_FORMAT}",
+    "oft_s": f"is an OFT {_PEFT_FORMAT}",
+    "boft_R": f"is a BOFT {_PEFT_FORMAT}",
+    "boft_s": f"is a BOFT {_PEFT_FORMAT}",
+    "ia3_l": f"is an (IA)^3 {_PEFT_FORMAT}",
+    "vera_lambda_b": f"is a VeRA {_PEFT_FORMAT}",
+    "vera_lambda_d": f"is a VeRA {_PEFT_FORMAT}",
+    "lora_embedding_A": f"trains token embeddings {_PEFT_FORMAT}",
+    "lora_embedding_B": f"trains token embeddings {_PEFT_FORMAT}",
     "oft_diag": "is an OFT in a format that LyCORIS has replaced (oft_diag), which is not "
     "supported; export it with LyCORIS 2 or later",
     "bm.weight": "is a GLoRA with the Tucker decomposition, which is not supported; train it "
@@ -59,7 +59,7 @@ _REFUSED = {
     "supported; use the model that it was made for",
     "reshape_weight": "reshapes weights (reshape_weight), which is only used for FLUX and is not "
     "supported; use the model that it was made for",
-    "bias_indices": "has sparse biases of LyCORIS 0.1, which are not supported" + _EXTRACT,
+    "bias_indices": "has sparse biases of LyCORIS 0.1, which are not supported" + _EXPORT_ADVICE,
     "scale": "stores a scale per module (scale), which is not supported; export it with alpha",
     "scale_weight": _QUANTISED,
     "weight_scale": _QUANTISED,
@@ -111,7 +111,8 @@ def split_key(key: str, is_ia3: bool = False) -> tuple[str, str] | None:
     """Return the module and the name of the part; None if no supported format has such a key.
 
     Args:
-        is_ia3: True if the module has the part `on_input`, whose factors are called `weight`.
+        is_ia3: True if the module has the part `on_input`; the key of its factors then ends in
+                `weight`.
     """
     pieces = key.split(".")
     for count in range(1, min(_LONGEST_SUFFIX, len(pieces) - 1) + 1):

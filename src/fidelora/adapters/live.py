@@ -1,4 +1,4 @@
-"""Live path: adapters run beside the base model's modules, whose weights are not changed."""
+"""Live path: forward hooks apply adapters at each call; the weights are not changed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def live_adapters(
     """Apply adapters to the base model until the block ends; multiplier 0 skips an adapter.
 
     On each module, deltas that change its weight (LoHa, LoKr, OFT, ...) are applied first, then
-    those that run beside it (LoRA, DoRA of AI Toolkit, factorised LoKr); within each group the
+    those that change its output (LoRA, DoRA of AI Toolkit, factorised LoKr); within each group the
     order is that of `adapters`. Changes of vectors are not applied here: they are always merged.
 
     Args:
@@ -49,22 +49,22 @@ class _Hook:
 
     def __init__(self, target: Target, deltas: Sequence[tuple[Delta, float]]) -> None:
         self._target, module = target, target.module
-        self._in_weight = [(delta, m) for delta, m in deltas if not delta.runs_beside(module)]
-        self._beside = [(delta, m) for delta, m in deltas if delta.runs_beside(module)]
+        self._on_weight = [(delta, m) for delta, m in deltas if not delta.changes_output(module)]
+        self._on_output = [(delta, m) for delta, m in deltas if delta.changes_output(module)]
 
     def __call__(self, module: Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         (x,) = inputs
-        if self._in_weight:
+        if self._on_weight:
             output = self._with_changed_weight(module, x).to(x.dtype)
-        for delta, multiplier in self._beside:
-            output = delta.beside(
-                module, x, output, multiplier, lambda: self._target.numbers().to(x.device)
+        for delta, multiplier in self._on_output:
+            output = delta.live_output(
+                module, x, output, multiplier, lambda: self._target.current_weight().to(x.device)
             )
         return output
 
     def _with_changed_weight(self, module: Module, x: Tensor) -> Tensor:
-        weight = self._target.numbers().to(x.device)
-        for delta, multiplier in self._in_weight:
+        weight = self._target.current_weight().to(x.device)
+        for delta, multiplier in self._on_weight:
             weight = delta.live_weight(weight, multiplier)
         bias = None if self._target.bias is None else self._target.bias.to(x.device)
         if isinstance(module, nn.Conv2d):

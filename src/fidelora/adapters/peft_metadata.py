@@ -43,9 +43,9 @@ class PeftConfig:
     uses_dora: bool = False
 
     @cached_property
-    def _places(self) -> Mapping[str, int]:
-        """Position of each pattern, the first of which wins."""
-        return {pattern: place for place, pattern in enumerate(self.alpha_pattern)}
+    def _positions(self) -> Mapping[str, int]:
+        """Position of each pattern; if several patterns match, the first one is used."""
+        return {pattern: position for position, pattern in enumerate(self.alpha_pattern)}
 
     def alpha_of(self, path: str) -> float | None:
         """Return the alpha of the module with this path in its part."""
@@ -54,7 +54,7 @@ class PeftConfig:
         found = [one for one in (f"^{path}", path, *ends) if one in self.alpha_pattern]
         if not found:
             return self.alpha
-        return self.alpha_pattern[min(found, key=self._places.__getitem__)]
+        return self.alpha_pattern[min(found, key=self._positions.__getitem__)]
 
 
 class PeftMetadata:
@@ -94,8 +94,8 @@ class PeftMetadata:
         for part, found in fields.items():
             if "alpha" in found and found["alpha"] != found.get("r"):
                 raise AdapterFormatError(
-                    f"{name} is a LoKr or LoHa of PEFT with the alpha {found['alpha']} and the "
-                    f"rank {found.get('r')}{f' of {part}' if part else ''}; only equal numbers are "
+                    f"{name} is a LoKr or LoHa of PEFT whose alpha {found['alpha']} and rank "
+                    f"{found.get('r')} differ{f' in {part}' if part else ''}, which is not "
                     "supported. Multiply the weights by alpha / rank and set alpha to the rank."
                 )
         for config in self._configs.values():

@@ -19,7 +19,10 @@ def convolved(up: Tensor, down: Tensor) -> Tensor:
 
 
 def matrix_product(up: Tensor, down: Tensor) -> Tensor:
-    """Return `up @ down` over all but the first dimension of `down`, in the shape of a weight."""
+    """Return `up @ down` in the shape [out, *down.shape[1:]].
+
+    The dimensions of `down` after the first are flattened for the product.
+    """
     return (up.flatten(1) @ down.flatten(1)).view(len(up), *down.shape[1:])
 
 
@@ -76,11 +79,11 @@ def product_shape(factors: tuple[Tensor, ...]) -> tuple[int, ...]:
     )
 
 
-def refolded(shape: tuple[int, ...], weight_shape: torch.Size) -> tuple[int, ...]:
-    """Return `weight_shape` if a tensor of `shape` is that weight with other dimensions.
+def fitting_shape(shape: tuple[int, ...], weight_shape: torch.Size) -> tuple[int, ...]:
+    """Return `weight_shape` if a tensor of `shape` can be reshaped to it, else `shape`.
 
-    [out, in * kh * kw] is a convolution [out, in, kh, kw] stored as a matrix, and [out, in, 1, 1]
-    is a matrix stored as a convolution. Otherwise `shape` is returned.
+    Some files store a convolution [out, in, kh, kw] as a matrix [out, in * kh * kw], or a matrix as
+    a convolution [out, in, 1, 1]. Shapes with as many dimensions as the weight are not changed.
     """
     fits = (
         len(shape) != len(weight_shape)

@@ -15,9 +15,9 @@ from torch import Tensor
 from fidelora.adapter_file import AdapterFile
 from fidelora.adapters.build import Module, Scaling
 from fidelora.adapters.deltas import Delta, LokrDelta
+from fidelora.adapters.lycoris_deltas import FullDelta
 from fidelora.adapters.peft_metadata import PeftMetadata
 from fidelora.adapters.tensor_names import is_from_trainer, modules_of, trainer_version
-from fidelora.adapters.weight_deltas import FullDelta
 from fidelora.embedding_file import embedding_tensors
 from fidelora.errors import AdapterFormatError, NonFiniteWeightsError, WeightsFileError, some
 
@@ -30,7 +30,7 @@ class Adapter:
     """An adapter in memory.
 
     Attributes:
-        sha256: of the file, in hex.
+        sha256: sha256 of the file in hex.
         name: file name without suffix, for error messages.
         deltas: delta of the weight by module name as spelled in the file, in the order of the
             file's keys.
@@ -133,7 +133,9 @@ def stored_tensors(file: AdapterFile) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(file.take_content())
     except SafetensorError as error:
-        raise WeightsFileError(f"{file.name} is not a valid .safetensors file: {error}.") from error
+        raise WeightsFileError(
+            f"{file.name} is not a valid .safetensors file: {error}. Download or export it again."
+        ) from error
 
 
 def adapter_of(file: AdapterFile, tensors: Mapping[str, Tensor]) -> Adapter:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from fidelora.accel.weight_protocols import ProvidesWeight
 from fidelora.adapters.deltas import Delta, Module
+from fidelora.adapters.lycoris_deltas import FullDelta
 from fidelora.adapters.module_names import canonical_name
 from fidelora.adapters.read import Adapter
-from fidelora.adapters.weight_deltas import FullDelta
 from fidelora.errors import AdapterMismatchError, some
 from fidelora.families import Family, Part
 from fidelora.weights.strict import changeable
@@ -42,7 +42,7 @@ class Target:
     bias: Tensor | None
     pristine: Tensor | None = None
 
-    def numbers(self) -> Tensor:
+    def current_weight(self) -> Tensor:
         """Return the weight in use, including merged adapters."""
         module = self.module
         return module.plain_weight() if isinstance(module, ProvidesWeight) else self.weight
@@ -317,11 +317,14 @@ class Targets:
 
 
 def repeated_modules(modules: Sequence[str], total: int) -> str:
-    """Return the end of the sentence about a file that names modules twice, and what to do."""
+    """Return the predicate of an error message about a file that names modules twice.
+
+    The subject, such as the file's name, goes before it.
+    """
     return (
         f"names {len(modules)} of its {total} modules twice, in different formats "
-        f"({some(modules)}), as files that were merged from two formats do. Delete one of the two, "
-        "or export the adapter again."
+        f"({some(modules)}). This happens if files in two formats are merged. Delete one of each "
+        "pair of modules, or export the adapter again."
     )
 
 

@@ -122,7 +122,8 @@ def noise_of_adapter(ref: AdapterRef) -> Noise:
 def _check_header(header: Header, name: str) -> None:
     if header.file_bytes > MAX_ADAPTER_BYTES:
         raise AdapterFormatError(
-            f"{name} has {header.file_bytes:,} bytes: it is a whole model, not an adapter."
+            f"{name} has {header.file_bytes:,} bytes: it is a whole model, not an adapter. Use it "
+            "as the base model."
         )
     if not header.tensors:
         raise AdapterFormatError(f"{name} has no tensors; export it again.")
@@ -146,13 +147,14 @@ def _check_embedding(header: Header, name: str) -> None:
     if any(not 1 <= len(shape) <= 2 for shape in found):
         raise AdapterFormatError(
             f"{name} has an embedding of the shape {list(found[0])}; the shape must be "
-            "[tokens, width]."
+            "[tokens, width]. Export it again."
         )
     counts = {shape[0] if len(shape) == 2 else 1 for shape in found}
     if len(counts) > 1 or max(counts, default=0) > MAX_TOKENS:
         raise AdapterFormatError(
-            f"{name} has an embedding of {' and '.join(map(str, sorted(counts)))} tokens; an "
-            f"embedding has the same number for all text encoders, at most {MAX_TOKENS}."
+            f"{name} has an embedding of {' and '.join(map(str, sorted(counts)))} tokens. The "
+            f"number must be the same for all text encoders, and at most {MAX_TOKENS}. Export it "
+            "again."
         )
     bundled = next((key for key in header.tensors if key.startswith("bundle_emb.")), None)
     if bundled is not None:
@@ -202,10 +204,13 @@ def _group(header: Header, name: str) -> dict[str, dict[str, str]]:
 def _refuse(unknown: Sequence[str], name: str) -> NoReturn:
     """Raise an error for keys that no supported format has; it names the format if it is known."""
     if any(key.startswith(_WHOLE_MODEL) for key in unknown):
-        raise AdapterFormatError(f"{name} is a whole model, not an adapter: {some(unknown)}.")
+        raise AdapterFormatError(
+            f"{name} is a whole model, not an adapter: {some(unknown)}. Use it as the base model."
+        )
     for key in unknown:
         if reason := refusal(key):
             raise AdapterFormatError(f"{name} {reason} ({key}).")
     raise AdapterFormatError(
-        f"{name} has keys that no supported adapter format uses: {some(unknown)}."
+        f"{name} has keys that no supported adapter format uses: {some(unknown)}. Convert it to "
+        "the format of kohya or diffusers."
     )

@@ -62,7 +62,7 @@ _DTYPE_NAMES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
     torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-_ALIGNMENT_BYTES = 8  # the header is padded to a multiple, as by the library `safetensors`
+_ALIGNMENT_BYTES = 8  # the header is padded to a multiple, as the `safetensors` library does
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,8 +124,8 @@ def in_format(
     """Return the content of a file in the target format.
 
     Args:
-        metadata: of the original file. It is kept, except for fields that describe the original
-            names and bytes.
+        metadata: metadata of the original file. It is kept, except for fields that describe the
+            original names and bytes.
 
     Raises:
         AdapterConversionError: the target format cannot express the adapter; the message names the
@@ -273,8 +273,8 @@ def _whole(number: float) -> float:
 def file_bytes(content: NamedTensors) -> bytes:
     """Return a .safetensors file, always with the same bytes for the same content.
 
-    The library `safetensors` writes the metadata in random order. As there, tensors of wider dtypes
-    come first, so that each begins at a multiple of its item size.
+    The `safetensors` library writes the metadata in random order; here it is sorted. As in that
+    library, tensors of wider dtypes come first, so that each begins at a multiple of its item size.
     """
     header: dict[str, Any] = {"__metadata__": dict(sorted(content.metadata.items()))}
     bodies: list[bytes] = []

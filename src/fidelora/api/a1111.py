@@ -35,8 +35,8 @@ from fidelora.families.emphasis import Emphasis
 from fidelora.images.a1111_prompt import (
     EMPHASIS,
     NamedLora,
+    describe_syntax,
     loras_in,
-    marks_in,
     unescaped,
 )
 from fidelora.images.a1111_samplers import AUTOMATIC, SamplerChoice, sampler_of
@@ -309,7 +309,7 @@ def plan_txt2img(
     if settings.get("emphasis") is not None:
         emphasis = EMPHASIS[settings["emphasis"]]
     elif emphasis == "none":
-        if mark := marks_in(prompt) or marks_in(negative):
+        if mark := describe_syntax(prompt) or describe_syntax(negative):
             raise PromptSyntaxError(
                 f"{mark} in A1111, but not by default here. Send override_settings "
                 '{"emphasis": "Original"} to weight words as A1111 does, or {"emphasis": "None"} '

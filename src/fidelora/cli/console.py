@@ -140,11 +140,11 @@ def make_engine(device: str, offload: str = "none") -> Engine:
     Raises:
         DeviceError: the device or the offload mode is not available.
     """
-    from fidelora.accel.allocator import importing_for_good, keep_freed_memory
+    from fidelora.accel.allocator import fast_imports, keep_freed_memory
     from fidelora.accel.threads import limit_threads
 
     keep_freed_memory()
-    with importing_for_good():
+    with fast_imports():
         from fidelora.engine.engine import Engine
     limit_threads()
     return Engine(device=device, offload=offload)  # type: ignore[arg-type]  # checked by the engine

@@ -40,8 +40,7 @@ def size_of(adapter: Adapter) -> int:
 def best_family(adapter: Adapter) -> FamilyFit:
     """Return the family that has the most modules of the adapter.
 
-    If several have as many, it is the one with the most modules of the same shapes, then the one in
-    the adapter's metadata.
+    Ties are decided by the number of modules with the same shapes, then by the adapter's metadata.
     """
     made_for = adapter.metadata.get("ss_base_model_version", "")
     best, best_key = FamilyFit("", unmatched=adapter.modules), (0, 0, False)
@@ -63,11 +62,11 @@ def explain_mismatch(
     """
     if made_for := adapter.metadata.get("ss_base_model_version", ""):
         other = _named_family(made_for)
-        return _belongs_to(adapter, other, spec) if other and other != spec else error
+        return _other_family_error(adapter, other, spec) if other and other != spec else error
     fit = best_family(adapter)
     is_certain = fit.same_shapes > 0 or not any(map(is_original_name, adapter.modules))
     return (
-        _belongs_to(adapter, get_family(fit.model), spec)
+        _other_family_error(adapter, get_family(fit.model), spec)
         if fit.model and fit.matched == size_of(adapter) and fit.model != spec.id and is_certain
         else error
     )
@@ -94,7 +93,7 @@ def check_family(adapter: Adapter, spec: Family) -> str | None:
         total, own, named = size_of(adapter), _fit(adapter, spec.id), _fit(adapter, other.id)
         is_wrong = named.matched < total or own.same_shapes == total > named.same_shapes
         if own.matched < total or not is_wrong:
-            raise _belongs_to(adapter, other, spec)
+            raise _other_family_error(adapter, other, spec)
     return metadata_note(made_for, spec)
 
 
@@ -112,7 +111,7 @@ def _named_family(made_for: str) -> Family | None:
     return next((one for one in families if made_for in one.adapter_base_versions), None)
 
 
-def _belongs_to(adapter: Adapter, other: Family, spec: Family) -> AdapterMismatchError:
+def _other_family_error(adapter: Adapter, other: Family, spec: Family) -> AdapterMismatchError:
     return AdapterMismatchError(
         f"{adapter.name} is an adapter for {other.title}, but the base model is of family "
         f"{spec.title}. Use the adapter with model {other.id}."

@@ -108,10 +108,10 @@ def with_embeddings(model: LoadedModel, bound: Bound) -> AbstractContextManager[
 
 
 def _check_word(adapter: Adapter, ref: AdapterRef) -> None:
-    """Raise if a recipe has no word for an embedding, or a word for another adapter.
+    """Check that the reference has a word if, and only if, the adapter is an embedding.
 
     Raises:
-        AdapterFormatError: see above.
+        AdapterFormatError: the word is missing, or the adapter is not an embedding.
     """
     if adapter.is_embedding and ref.word is None:
         raise AdapterFormatError(

@@ -11,9 +11,9 @@ from pathlib import Path
 from torch import Tensor
 
 from fidelora.adapters.formats import kind_of
+from fidelora.adapters.lycoris_deltas import DecomposedDelta
 from fidelora.adapters.read import Adapter, adapter_of, open_adapter, stored_tensors
 from fidelora.adapters.tensor_names import modules_of
-from fidelora.adapters.weight_deltas import DecomposedDelta
 from fidelora.adapters.write import (
     ModuleParts,
     NamedTensors,
@@ -35,8 +35,8 @@ class Conversion:
 
     Attributes:
         content: bytes of the new file.
-        sha256: of these bytes, in hex.
-        source_sha256: of the original file, in hex.
+        sha256: sha256 of these bytes in hex.
+        source_sha256: sha256 of the original file in hex.
         model: id of the model family.
         kind: kinds of the modules, joined by `+`.
         modules: number of modules.
@@ -72,7 +72,8 @@ def convert_adapter(path: Path, to: TargetFormat, model: str | None = None) -> C
     adapter = adapter_of(file, stored)
     if adapter.embedding:
         raise AdapterConversionError(
-            f"{file.name} contains an embedding, which the {to} format cannot express."
+            f"{file.name} contains an embedding, which the {to} format cannot express. Use the "
+            "original file."
         )
     parts = modules_of(file.header, file.name)
     metadata = {**file.header.metadata, _SOURCE: file.sha256}
@@ -100,9 +101,12 @@ def convert_adapter(path: Path, to: TargetFormat, model: str | None = None) -> C
 def _families(adapter: Adapter, model: str | None) -> list[Family]:
     """Return the family `model`, or the families that fit the adapter best.
 
-    These are the families with all its modules, and of these, if there are any, those in which all
-    modules have the same shapes. If one of them is the family in the adapter's metadata, only that
-    one is returned; else those whose usual names the file has, if there are any.
+    Only families that have all modules are candidates. They are narrowed in these steps, each of
+    which is skipped if it would leave none:
+
+    1. families in which all modules have the same shapes;
+    2. the family in the adapter's metadata;
+    3. families whose usual names the file uses.
 
     Raises:
         AdapterConversionError: a module is in none of the families.
@@ -121,7 +125,7 @@ def _families(adapter: Adapter, model: str | None) -> list[Family]:
         raise AdapterConversionError(
             f"{len(unknown)} of {len(adapter.modules)} modules of {adapter.name} are not in "
             f"{get_family(model).title if model else 'any supported model family'}, so their names "
-            f"cannot be converted: {some(unknown)}."
+            f"cannot be converted: {some(unknown)}. Use the original file."
         )
     best = [get_family(name) for name, same in fitting.items() if same == any(fitting.values())]
     made_for = adapter.metadata.get("ss_base_model_version", "")

@@ -159,7 +159,7 @@ class Engine:
             model = self._models.get(recipe)
             with with_adapters(model, recipe, bind(model, recipe, self.adapters)):
                 for images in {1, self.max_batch(recipe)}:
-                    model.warm_up(images, *_shape_settings(recipe))
+                    model.warm_up(images, *_denoiser_settings(recipe))
 
     def initial_embedding(self, recipe: Recipe, words: str, tokens: int) -> dict[str, Tensor]:
         """Return the embedding with which the trainer starts, from the base model of `recipe`.
@@ -270,7 +270,7 @@ class Engine:
         jitter: int | None,
     ) -> list[GeneratedImage]:
         common = recipes[0]  # the recipes differ only in prompts and seed
-        guidance, size, dtype = _shape_settings(common)
+        guidance, size, dtype = _denoiser_settings(common)
         with self._computing():
             clock = _Clock()
             model = self._models.get(common)
@@ -300,7 +300,7 @@ class Engine:
                     images = [model.latents.decode(row, size) for row in rows]
                     clock.lap("decode")
             finally:
-                model.rest()
+                model.offload_parts()
         environment = self._environment(model)
         hashes = {one.sha256: one.tensors_sha256 for one, _ in bound.adapters}
         return [
@@ -356,7 +356,8 @@ class Engine:
         return environment
 
 
-def _shape_settings(recipe: Recipe) -> tuple[Guidance, Size, torch.dtype]:
+def _denoiser_settings(recipe: Recipe) -> tuple[Guidance, Size, torch.dtype]:
+    """Return the arguments of `Denoiser.prepare` that all images of a batch share."""
     guidance = Guidance(recipe.guidance_scale, recipe.guidance_rescale)
     return guidance, Size(recipe.width, recipe.height), TORCH_DTYPES[recipe.dtype]
 
@@ -364,7 +365,7 @@ def _shape_settings(recipe: Recipe) -> tuple[Guidance, Size, torch.dtype]:
 def _encode(model: LoadedModel, recipe: Recipe, bound: Bound) -> Encoded:
     """Encode the prompts of one image."""
 
-    def adapters(part: str) -> Hashable:
+    def adapter_key(part: str) -> Hashable:
         return tuple(
             (one.identity, multiplier, mode)
             for pairs, mode in ((bound.history, "history"), (bound.adapters, recipe.adapter_mode))
@@ -372,10 +373,10 @@ def _encode(model: LoadedModel, recipe: Recipe, bound: Bound) -> Encoded:
             if part in one.components
         )
 
-    guidance, size, _ = _shape_settings(recipe)
+    guidance, size, _ = _denoiser_settings(recipe)
     negative = recipe.negative_prompt if model.denoiser.uses_negative(guidance) else None
     prompts = Prompts(recipe.prompt, negative, recipe.negative_prompt_2, recipe.emphasis)
-    encoded = model.text.encode(prompts, size, adapters)
+    encoded = model.text.encode(prompts, size, adapter_key)
     return replace(encoded, warnings=(*bound.warnings, *encoded.warnings))
 
 

@@ -339,7 +339,7 @@ def _embedding_fit_problems(adapter: Adapter, fit: FamilyFit) -> Iterator[Proble
     elif not fit.same_shapes:
         yield Problem(
             "other_base",
-            f"Its vectors have {widths} numbers each, unlike those of "
+            f"Its vectors have the width {widths}, unlike those of "
             f"{get_family(fit.model).title}. The embedding fits only the base model that it was "
             "trained on.",
             False,

@@ -64,7 +64,7 @@ class LoadedModels:
             key, files = self._find(key, recipe.base_sha256)
             model = self.models.get(key)
         if model is None or not model.files.is_unchanged():
-            _check(recipe, self._hashes.known(files))
+            _check(recipe, self._hashes.cached_sha256_of(files))
             self.models.pop(key, None)
             self._make_room(key, files)
             gc.collect()  # offloading hooks form reference cycles that keep freed models alive

@@ -123,7 +123,7 @@ class LoadedModel:
             denoise(latents, torch.tensor(500, device=self.device))
             self._warm.add(key)
 
-    def rest(self) -> None:
+    def offload_parts(self) -> None:
         """Move offloaded parts back to the CPU, where adapters are merged."""
         for hook in self.hooks:
             hook.offload()
@@ -191,7 +191,7 @@ def expected_bytes(key: ModelKey, files: BaseFiles) -> int:
     Raises:
         WeightsFileError: a file is damaged.
     """
-    counts = files.numbers()
+    counts = files.parameter_counts()
     total = 0
     for part in files.family.parts:
         size = TORCH_DTYPES[getattr(key, part.precision)].itemsize

@@ -26,7 +26,7 @@ _MAX_CACHED_PROMPTS = 128
 _MAX_EXTENDED_TOKENIZERS = 4
 """Number of tokenizers, extended by embeddings, to keep; copying a tokenizer takes 0.3 s."""
 
-States = Callable[[Any, Tensor], tuple[Tensor, Tensor | None]]
+RunEncoder = Callable[[Any, Tensor], tuple[Tensor, Tensor | None]]
 """Function that runs an encoder on token ids [1, 77], and returns hidden states [1, 77, width] and
 a projection [1, width]."""
 
@@ -58,7 +58,7 @@ class ClipEncoder:
 
     Args:
         device: device of the encoder.
-        states: `last_state` or `penultimate_state`.
+        run_encoder: `last_state` or `penultimate_state`.
     """
 
     def __init__(
@@ -66,12 +66,12 @@ class ClipEncoder:
         tokenizer: CLIPTokenizer,
         encoder: Any,
         device: torch.device,
-        states: States,
+        run_encoder: RunEncoder,
     ) -> None:
         self.tokenizer = tokenizer
         self.encoder = encoder
         self._device = device
-        self._run_encoder = states
+        self._run_encoder = run_encoder
         self._cache: OrderedDict[Hashable, PromptEmbedding] = OrderedDict()
         self._extended: OrderedDict[Hashable, CLIPTokenizer] = OrderedDict()
 
@@ -81,16 +81,16 @@ class ClipEncoder:
         return int(self.encoder.config.max_position_embeddings)
 
     def embed(
-        self, prompt: str, adapters: Hashable, emphasis: Emphasis = "none"
+        self, prompt: str, adapter_key: Hashable, emphasis: Emphasis = "none"
     ) -> PromptEmbedding:
         """Return the embedding of `prompt`, computed unless it is in the cache.
 
         Args:
-            adapters: a key that changes with the adapters applied to the encoder, embeddings
+            adapter_key: key that changes with the adapters applied to the encoder, embeddings
                 included.
         """
         # The last bits of an embedding depend on the number of threads.
-        key = (prompt, emphasis, adapters, torch.get_num_threads())
+        key = (prompt, emphasis, adapter_key, torch.get_num_threads())
         if key not in self._cache:
             self._cache[key] = self.encode(prompt, emphasis)
             while sum(map(_chunks_in, self._cache.values())) > _MAX_CACHED_PROMPTS:

@@ -127,9 +127,9 @@ def weighted(states: Tensor, weights: Tensor, emphasis: Emphasis) -> Tensor:
 
 
 def _words_of(tokenizer: CLIPTokenizer, ids: list[int]) -> list[list[int]]:
-    """Return tokens as lists of one, and all tokens of an embedding in one list.
+    """Group token ids into units that must not be split between chunks.
 
-    An embedding is never split between chunks. Its tokens are `word`, `word_1`, `word_2`, ...
+    A unit is one token, or all tokens of an embedding: `word`, `word_1`, `word_2`, ...
     """
     words: list[list[int]] = []
     added = tokenizer.get_added_vocab()

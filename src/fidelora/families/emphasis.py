@@ -132,7 +132,7 @@ def check_emphasis(name: str, prompt: str) -> None:
 def _switch_in(prompt: str) -> str:
     """Return the first `[from:to:when]` or `[one|two]` of a prompt, or an empty string."""
     starts: list[int] = []
-    colons: list[int | None] = []  # after the last colon in each open bracket
+    colons: list[int | None] = []  # position after the last colon in each open bracket
     bars: list[bool] = []
     for mark in _SWITCH_TOKEN.finditer(prompt):
         if mark[0] == "[":

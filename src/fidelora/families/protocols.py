@@ -63,8 +63,9 @@ class Encoded:
     warnings: tuple[str, ...] = ()
 
 
-AdapterState = Callable[[str], Hashable]
-"""Maps the name of a text encoder to a key that changes with the adapters applied to it."""
+AdapterKey = Callable[[str], Hashable]
+"""Function that returns, for the name of a text encoder, a cache key that changes with the adapters
+applied to it."""
 
 
 class Text(Protocol):
@@ -75,7 +76,7 @@ class Text(Protocol):
         device: torch.device,
     ) -> None: ...  # fmt: skip
 
-    def encode(self, prompts: Prompts, size: Size, adapters: AdapterState) -> Encoded:
+    def encode(self, prompts: Prompts, size: Size, adapter_key: AdapterKey) -> Encoded:
         """Encode the prompts of one image."""
 
     def blank(self, size: Size, *, negative: bool) -> Encoded:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fidelora.checks import in_range
+from fidelora.checks import check_range
 from fidelora.errors import RecipeError
 from fidelora.families.spec import Family, Sampler
 from fidelora.sampling.spacings import TimestepSpacing
@@ -24,7 +24,7 @@ def check_sampler_options(
     """
     sampler = spec.samplers[name]
     if spacing != "default" and spacing not in sampler.spacings:
-        others = _with(spec, lambda one: spacing in one.spacings)
+        others = _alternatives(spec, lambda one: spacing in one.spacings)
         raise RecipeError(
             f"The sampler {name} does not support timestep_spacing {spacing}; leave it "
             f"out{others}.",
@@ -33,14 +33,14 @@ def check_sampler_options(
     if eta is None:
         return
     if sampler.eta is None:
-        others = _with(spec, lambda one: one.eta is not None)
+        others = _alternatives(spec, lambda one: one.eta is not None)
         raise RecipeError(
             f"The eta of the sampler {name} cannot be set; leave eta out{others}.", field="eta"
         )
-    in_range("eta", eta, 0.0, 1.0)
+    check_range("eta", eta, 0.0, 1.0)
 
 
-def _with(spec: Family, supports: Callable[[Sampler], bool]) -> str:
-    """Return the end of a message, which names the samplers with an option if there are any."""
+def _alternatives(spec: Family, supports: Callable[[Sampler], bool]) -> str:
+    """Return the end of a message: the samplers that support an option, if there are any."""
     names = [name for name, one in spec.samplers.items() if supports(one)]
     return f", or use one of the samplers {', '.join(names)}" if names else ""

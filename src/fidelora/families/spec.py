@@ -27,7 +27,7 @@ class NoiseSampler:
         spacings: timestep spacings that a recipe can choose, besides `default`.
         eta: default strength (0..1) of the noise that the sampler adds in each step; None if a
             recipe cannot set it.
-        of_trainer: True if AI Toolkit has this sampler.
+        in_trainer: True if AI Toolkit has this sampler.
     """
 
     name: str
@@ -36,7 +36,7 @@ class NoiseSampler:
     max_steps: int = 150
     spacings: frozenset[TimestepSpacing] = frozenset()
     eta: float | None = None
-    of_trainer: bool = True
+    in_trainer: bool = True
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class FlowSampler:
     Attributes:
         name: as in `NoiseSampler`.
         config: options of `sampling.schedules.FlowSchedule`: `shift` and others.
-        max_steps, spacings, eta, of_trainer: as in `NoiseSampler`.
+        max_steps, spacings, eta, in_trainer: as in `NoiseSampler`.
     """
 
     name: str
@@ -54,7 +54,7 @@ class FlowSampler:
     max_steps: int = 150
     spacings: ClassVar[frozenset[TimestepSpacing]] = frozenset()
     eta: ClassVar[float | None] = None
-    of_trainer: ClassVar[bool] = True
+    in_trainer: ClassVar[bool] = True
 
 
 Sampler = NoiseSampler | FlowSampler
@@ -137,7 +137,7 @@ class WrongSchedule:
 
 
 @dataclass(frozen=True)
-class Samples:
+class TrainerSampling:
     """AI Toolkit's way of sampling this family during training.
 
     Attributes:
@@ -163,7 +163,7 @@ class Family:
     Attributes:
         id: the name in recipes, on the command line and in the API.
         base_model: hub id of the default base; `base_aliases` are other ids of the same weights.
-        resolution_divisor: in pixels; width and height are rounded down to a multiple of it.
+        resolution_divisor: width and height, in pixels, are rounded down to a multiple of it.
         default_size: width and height, in pixels, that the default base was trained at.
         base_sizes: the same for bundled bases that were trained at another size, by name.
         uses: the optional recipe fields that have an effect for this family.
@@ -172,7 +172,7 @@ class Family:
         checkpoint: module that converts single-file checkpoints; empty if they are not supported.
         layout: folder with the configurations of the default base's parts.
         accelerations: optimisations of `accel` that this family supports.
-        samples: AI Toolkit's way of sampling this family.
+        trainer_sampling: AI Toolkit's way of sampling this family.
         adapter_base_versions: values of `ss_base_model_version` in adapter files of this family.
         latent_preview: red, green and blue, -1..1, that one unit of each latent channel adds.
     """
@@ -193,7 +193,7 @@ class Family:
     denoiser: str
     latents: str
     layout: Path
-    samples: Samples
+    trainer_sampling: TrainerSampling
     adapter_base_versions: tuple[str, ...]
     latent_preview: tuple[tuple[float, float, float], ...]
     base_aliases: tuple[str, ...] = ()

@@ -18,7 +18,7 @@ EMPHASIS: Mapping[str, Emphasis] = {
     "Original": "original",
     "No norm": "no_norm",
 }
-"""Values of A1111's setting `emphasis`, and the recipe's."""
+"""The recipe's `emphasis` for each value of A1111's setting of that name."""
 
 _TAG = re.compile(r"<(?P<network>\w+):(?P<arguments>[^<>]+)>")
 """Tag of an extra network of any kind in A1111."""
@@ -27,7 +27,7 @@ _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)")
 _BRACKET = re.compile(r"\\.|\(|:\s*[+-]?[\d.]+\s*\)|\)", re.DOTALL)
 """Tokens of A1111's parser: escaped character, opening bracket, closing bracket with or without a
 weight."""
-_MARKS = (
+_SYNTAX = (
     (re.compile(r"(?<!\\)\[[^\[\]:|]*[:|][^\[\]]*\]"), "switches words during sampling"),
     (re.compile(r"\b(AND|BREAK)\b"), "combines several prompts"),
 )
@@ -90,9 +90,9 @@ def lora_of(network: str, arguments: str) -> NamedLora:
         )
     name, *rest = arguments.split(":")
     multipliers: dict[str, str] = {}
-    for place, part in zip(("te", "unet", "dyn"), rest, strict=False):
+    for parameter, part in zip(("te", "unet", "dyn"), rest, strict=False):
         key, equals, value = part.partition("=")
-        multipliers[key if equals else place] = value if equals else part
+        multipliers[key if equals else parameter] = value if equals else part
     if not name.strip() or len(rest) > 3 or not multipliers.keys() <= {"te", "unet"}:
         raise PromptSyntaxError(
             f"{tag} must be <lora:name:multiplier>; other arguments are not supported."
@@ -102,12 +102,12 @@ def lora_of(network: str, arguments: str) -> NamedLora:
             raise PromptSyntaxError(
                 f"{tag}: a multiplier must be from -{MAX_MULTIPLIER:g} to {MAX_MULTIPLIER:g}."
             )
-    of_text = float(multipliers.get("te", "1"))
-    if "unet" in multipliers and float(multipliers["unet"]) != of_text:
+    text_multiplier = float(multipliers.get("te", "1"))
+    if "unet" in multipliers and float(multipliers["unet"]) != text_multiplier:
         raise PromptSyntaxError(
             f"{tag} has two multipliers; use the same one for text encoder and UNet."
         )
-    return NamedLora(name.strip(), of_text)
+    return NamedLora(name.strip(), text_multiplier)
 
 
 def name_of_emphasis(emphasis: Emphasis) -> str:
@@ -115,21 +115,21 @@ def name_of_emphasis(emphasis: Emphasis) -> str:
     return next(name for name, value in EMPHASIS.items() if value == emphasis)
 
 
-def marks_in(prompt: str) -> str:
+def describe_syntax(prompt: str) -> str:
     """Return a phrase that describes the first A1111 syntax in the prompt, or an empty string.
 
     Brackets without a weight are ignored although they change weights by 10 % in A1111, because
     they are also used as punctuation.
     """
-    if weighed := _weighed(prompt):
-        return f"{weighed!r:.80} changes word weights"
-    for pattern, what in _MARKS:
+    if weighted := _weighted_words(prompt):
+        return f"{weighted!r:.80} changes word weights"
+    for pattern, what in _SYNTAX:
         if match := pattern.search(prompt):
             return f"{match[0]!r:.80} {what}"
     return ""
 
 
-def brackets_in(prompt: str) -> str:
+def describe_brackets(prompt: str) -> str:
     """Return a phrase that describes the first brackets without a weight, or an empty string.
 
     In A1111, each pair of round brackets weights its contents by 1.1, and of square ones by 1/1.1.
@@ -146,7 +146,7 @@ def unescaped(prompt: str) -> str:
     return re.sub(r"\\([()\[\]\\]?)", r"\1", prompt)
 
 
-def _weighed(prompt: str) -> str:
+def _weighted_words(prompt: str) -> str:
     """Return the first pair of brackets with a weight and its contents, or an empty string."""
     opened: list[int] = []
     for token in _BRACKET.finditer(prompt):

@@ -106,9 +106,10 @@ def sampler_of(
     if prefers_own and (own := _find(schedule, _own_schedules(wanted, spec))) is not None:
         return own
     if wanted.lower() in _ALIASES:
-        wanted, of_alias = _ALIASES[wanted.lower()]
-        schedule = schedule if of_alias == AUTOMATIC else of_alias
-    for suffix in (*_SPACINGS, UNIFORM, KARRAS):  # `sgm uniform` before its end, `uniform`
+        wanted, alias_schedule = _ALIASES[wanted.lower()]
+        schedule = schedule if alias_schedule == AUTOMATIC else alias_schedule
+    # `sgm uniform` is tested before `uniform`, which is the end of it.
+    for suffix in (*_SPACINGS, UNIFORM, KARRAS):
         if wanted.lower().endswith(f" {suffix.lower()}"):
             wanted, schedule = wanted[: -len(suffix) - 1].rstrip(), suffix
             break

@@ -13,7 +13,7 @@ from typing import Any
 
 from fidelora.errors import UnknownSamplerError
 from fidelora.families import Family
-from fidelora.images.a1111_prompt import NamedLora, brackets_in, marks_in, tags_in
+from fidelora.images.a1111_prompt import NamedLora, describe_brackets, describe_syntax, tags_in
 from fidelora.images.a1111_samplers import (
     AUTOMATIC,
     KARRAS,
@@ -36,7 +36,7 @@ _Texts = Mapping[str, str]
 _LoraEntry = tuple[object, object]
 """Name and multiplier of a LoRA as found in an image, not checked."""
 
-# Samplers of ComfyUI, on which SwarmUI is based, by A1111's names. Only identical algorithms.
+# A1111's sampler names by ComfyUI's, which SwarmUI uses. Only identical algorithms are listed.
 _COMFY_SAMPLERS = {
     "euler": "Euler",
     "euler_ancestral": "Euler a",
@@ -46,7 +46,7 @@ _COMFY_SAMPLERS = {
     "dpm_2_ancestral": "DPM2 a",
     "dpmpp_2m": "DPM++ 2M",
 }
-# InvokeAI's samplers, which are those of diffusers, by Fidelora's names.
+# Fidelora's sampler names by InvokeAI's. InvokeAI uses the schedulers of diffusers, too.
 _INVOKE_SAMPLERS = {
     "euler": "euler",
     "euler_k": "k_euler",
@@ -102,7 +102,7 @@ def read_other_program(texts: Mapping[str, str], spec: Family) -> Parameters | N
 
 
 def name_of_program(texts: Mapping[str, str]) -> str:
-    """Return which program made an image, with what it stores, or "" if that is unknown."""
+    """Return the name of the program that made an image, with a remark; "" if it is unknown."""
     if _object(texts.get("prompt")) is not None or _object(texts.get("workflow")) is not None:
         return "ComfyUI, which stores a graph of nodes"
     if texts.get("Software") == "NovelAI" or texts.get("Source", "").startswith("NovelAI"):
@@ -124,7 +124,7 @@ def _parameters(program: _Program, settings: Mapping[str, Any], spec: Family) ->
         if key in program.fields:
             try:
                 values[program.fields[key]] = _READ[program.fields[key]](value)
-            except (TypeError, ValueError, OverflowError):  # a float from a long whole number
+            except (TypeError, ValueError, OverflowError):  # OverflowError: a very long integer
                 ignored.append(_ignored(key, value, "The value is not valid for this key."))
         elif key == "model" and value:
             ignored.append(
@@ -158,7 +158,7 @@ def _parameters(program: _Program, settings: Mapping[str, Any], spec: Family) ->
         if network != "lora" or arguments.split(":")[0] not in {lora.name for lora in loras}
     ]
     for name, words in (("prompt", prompt), ("negative prompt", negative)):
-        if mark := marks_in(words) or brackets_in(words):
+        if mark := describe_syntax(words) or describe_brackets(words):
             ignored.append(
                 Ignored(
                     name,

@@ -21,9 +21,9 @@ from fidelora.images.a1111_prompt import (
     EMPHASIS,
     NO_EMPHASIS,
     NamedLora,
-    brackets_in,
+    describe_brackets,
+    describe_syntax,
     lora_of,
-    marks_in,
     name_of_emphasis,
     tags_in,
     unescaped,
@@ -115,8 +115,8 @@ def parameters_text(
 
     Args:
         environment: versions; `fidelora` is one of them.
-        lora_hashes: sha256 of the tensors of each adapter, by the sha256 of its file, which is used
-            for adapters that are missing here.
+        lora_hashes: sha256 of the tensors of each adapter by the sha256 of its file. For adapters
+            that are missing here, the sha256 of the file is used.
     """
     loras = "".join(
         f" <lora:{ref.name or ref.sha256[:12]}:{ref.multiplier:g}>" for ref in recipe.adapters
@@ -210,7 +210,7 @@ def read_parameters(text: str, spec: Family, *, with_emphasis: bool = False) -> 
         emphasis = fields.get("emphasis", "none")
     if emphasis == "none" and not _is_own(pairs):
         for name, words in (("prompt", prompt), ("negative prompt", negative)):
-            if mark := marks_in(words) or brackets_in(words):
+            if mark := describe_syntax(words) or describe_brackets(words):
                 ignored.append(
                     Ignored(
                         name,
@@ -297,7 +297,7 @@ def _fields(pairs: Mapping[str, str], spec: Family) -> tuple[dict[str, Any], lis
 
 
 def _emphasis(pairs: Mapping[str, str], *, with_emphasis: bool) -> Emphasis:
-    """Return the emphasis of the image, or `none` if it is not wanted."""
+    """Return the emphasis of the image; `with_emphasis` applies to other programs' images."""
     if not (with_emphasis or _is_own(pairs)):
         return "none"
     default = NO_EMPHASIS if _is_own(pairs) else "Original"  # A1111 does not write its default

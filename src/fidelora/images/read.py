@@ -210,12 +210,12 @@ def _opened(content: bytes, name: str) -> Iterator[Image.Image]:
 
 def _check_parts(content: bytes) -> None:
     """Raise if a PNG or JPEG has too many parts, which Pillow reads one by one."""
-    places: Iterable[int] = ()
+    positions: Iterable[int] = ()
     if content.startswith(_PNG_START):
-        places = _png_chunks(content)
+        positions = _png_chunks(content)
     elif content.startswith(_JPEG_START):
-        places = _jpeg_segments(content)
-    parts = sum(1 for _ in islice(places, _MAX_PARTS + 1))
+        positions = _jpeg_segments(content)
+    parts = sum(1 for _ in islice(positions, _MAX_PARTS + 1))
     if parts > _MAX_PARTS:
         raise ValueError(f"more than {_MAX_PARTS:,} parts")
 

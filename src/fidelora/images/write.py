@@ -68,8 +68,8 @@ class GeneratedImage:
         plain = self.recipe.to_dict()
         record = {
             "recipe": plain,
-            # Computed from `plain`: without a hash of the base model, the digest depends on the
-            # base model's name, of which the file contains only the short form.
+            # Without a hash of the base model, the digest depends on the base model's name. The
+            # file contains only the short name, so the digest is computed from `plain`.
             "digest": Recipe.from_dict(plain).digest,
             "environment": dict(self.environment),
         }

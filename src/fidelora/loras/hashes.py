@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from fidelora.adapter_file import HASH_OF_NOTHING
+from fidelora.adapter_file import EMPTY_SHA256
 from fidelora.errors import WeightsFileError
 from fidelora.safetensors_header import read_file_header
 
@@ -23,7 +23,7 @@ def has_hash(path: Path, sha256: str, prefix: str) -> bool:
         prefix: first digits of the hash in the image, in upper or lower case.
     """
     prefix = prefix.lower()
-    if sha256.startswith(prefix) or HASH_OF_NOTHING.startswith(prefix):
+    if sha256.startswith(prefix) or EMPTY_SHA256.startswith(prefix):
         return True
     try:
         stored = read_file_header(path).metadata.get("sshs_model_hash", "")

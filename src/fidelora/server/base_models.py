@@ -55,7 +55,7 @@ class BaseModels:
                         config=recipe.config,
                         decoder=recipe.vae,
                     )
-                    files.numbers()  # raises an error if a file is damaged
+                    files.parameter_counts()  # raises an error if a file is damaged
                     found = files, self._hashes.sha256_of(files)
                 except (BaseModelError, WeightsFileError):
                     return ""

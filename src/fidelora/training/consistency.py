@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as student
 
-Field = NDArray[np.float32]
+DifferenceImage = NDArray[np.float32]
 """Difference of an image from the replayed image (C above), in levels, [height, width, 3]."""
 
 _MODEL_ERROR = 0.08
@@ -46,8 +46,8 @@ class Differences:
             sample has the same random values in place of the lost information.
     """
 
-    trainer: Field
-    draws: tuple[Field, ...]
+    trainer: DifferenceImage
+    draws: tuple[DifferenceImage, ...]
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def size_test(samples: Sequence[Differences]) -> SizeTest:
 
 
 def direction_test(
-    samples: Sequence[Differences], changes: Sequence[Field], limit: float
+    samples: Sequence[Differences], changes: Sequence[DifferenceImage], limit: float
 ) -> DirectionTest:
     """Look for a change of one setting in the trainer's differences.
 
@@ -115,13 +115,13 @@ def direction_test(
         limit: p value below which an amount counts as detected.
     """
     weights = [1 / _variance(sample.draws) for sample in samples]
-    scale = sum(w * _product(c, c) for w, c in zip(weights, changes, strict=True))
+    scale = sum(w * _dot(c, c) for w, c in zip(weights, changes, strict=True))
     if scale == 0:  # the changed setting has no effect on these samples
         return DirectionTest(0.0, 1.0, math.inf)
 
-    def amount(fields: Sequence[Field]) -> float:
-        products = zip(weights, fields, changes, strict=True)
-        return sum(w * _product(field, change) for w, field, change in products) / scale
+    def amount(differences: Sequence[DifferenceImage]) -> float:
+        products = zip(weights, differences, changes, strict=True)
+        return sum(w * _dot(difference, change) for w, difference, change in products) / scale
 
     count = len(samples[0].draws)
     draws = np.array([amount([sample.draws[k] for sample in samples]) for k in range(count)])
@@ -132,13 +132,13 @@ def direction_test(
     return DirectionTest(found, min(1.0, p_value), detectable)
 
 
-def _log_size(field: Field) -> float:
-    return math.log(max(_MIN_SIZE, float(np.abs(field).mean())))
+def _log_size(difference: DifferenceImage) -> float:
+    return math.log(max(_MIN_SIZE, float(np.abs(difference).mean())))
 
 
-def _variance(fields: Sequence[Field]) -> float:
-    return max(_MIN_SIZE**2, float(np.mean([np.square(field).mean() for field in fields])))
+def _variance(differences: Sequence[DifferenceImage]) -> float:
+    return max(_MIN_SIZE**2, float(np.mean([np.square(one).mean() for one in differences])))
 
 
-def _product(first: Field, second: Field) -> float:
+def _dot(first: DifferenceImage, second: DifferenceImage) -> float:
     return float(np.vdot(first.astype(np.float64), second.astype(np.float64)))

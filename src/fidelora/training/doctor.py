@@ -99,7 +99,7 @@ def diagnose(
     if evidence is not None and evidence.found is not None:
         return Diagnosis(evidence.found.change.cause, 1.0, evidence.found.fix)
     sample = min(mismatched, key=lambda checked: checked.plan.recipe.steps * checked.trainer.size)
-    of_run = run_suspects(run, sample.plan)
+    other_runs = run_suspects(run, sample.plan)
     if sample.plan.is_first_round and run.first_round is not None:
         run = run.first_round
     recipe, item = sample.plan.recipe, run.samples[sample.plan.index]
@@ -108,7 +108,7 @@ def diagnose(
         unique(
             suspects.wrong_schedules(recipe),
             suspects.missing_adapters(recipe),
-            of_run,
+            other_runs,
             suspects.triggers(run, recipe, item),
             suspects.precisions(recipe),
             suspects.variants(recipe),
@@ -137,10 +137,10 @@ def diagnose(
 def explained_share(before: float, after: float, noise: float) -> float:
     """Return the share of a mean difference that a setting explains.
 
-    The share exceeds 1 if the difference with the setting is below the noise. No setting can
-    explain the part that is due to lost information. At least a quarter of the
-    difference is taken to be explainable, so that small changes of a difference near the noise
-    count little.
+    Lost information causes the noise, which no setting can explain, so the rest of the difference
+    counts as 1. The share exceeds 1 if the setting brings the difference below the noise. For
+    differences near the noise, the rest is taken to be at least a quarter of the difference, so
+    that small changes do not give a large share.
 
     Args:
         before, after: mean differences without and with the setting, in levels.

@@ -2,9 +2,9 @@
 
 Three kinds of information can be lost:
 
-* digits of the weights, if the adapter was saved in half precision, or a full model that was
-  sampled in float32: each weight is drawn from the range of numbers that are rounded to the saved
-  one;
+* digits of the weights, if the adapter was saved in half precision, or if a full model was sampled
+  in float32 and saved in half precision: each weight is drawn from the range of numbers that are
+  rounded to the saved one;
 * checkpoints of earlier rounds of samples: each is replaced by the nearest checkpoint, with each
   tensor scaled at random by up to 10 %. The drift of the base model is a sum of rounding errors, so
   weights of about the same size cause a different drift of about the same size;

@@ -94,7 +94,8 @@ def _history(run: TrainingRun, rounds: tuple[int, ...]) -> History:
 def _rounds_before(run: TrainingRun, step: int) -> tuple[int, ...]:
     """Return the steps of earlier rounds, without step 0: its adapter changes no weight.
 
-    Rounds are known from their images and, if those were removed, from `sample_every`.
+    The rounds are those that have images and those that `sample_every` implies, because images may
+    have been removed.
     """
     every = range(run.sample_every, step, run.sample_every) if run.sample_every else ()
     sampled = (other for other in run.sampled_steps if 0 < other < step)

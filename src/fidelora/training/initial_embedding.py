@@ -46,8 +46,8 @@ def with_initial_embedding(
     vectors = engine.initial_embedding(recipe, run.embedding.init_words, run.embedding.tokens)
     path = folder / f"{run.embedding.word}_{0:09d}.safetensors"
     # The noise of samples depends on the trainer's version in the metadata.
-    known = next(iter(run.embedding.files.values()), None)
-    metadata = dict(read_file_header(known).metadata) if known else {}
+    saved = next(iter(run.embedding.files.values()), None)
+    metadata = dict(read_file_header(saved).metadata) if saved else {}
     safetensors.torch.save_file(vectors, path, {**metadata, "step": "0"})
     files = {**run.embedding.files, 0: path}
     return replace(run, embedding=replace(run.embedding, files=files))

@@ -26,9 +26,9 @@ from fidelora.training.compare import (
     reencode,
 )
 from fidelora.training.consistency import (
+    DifferenceImage,
     Differences,
     DirectionTest,
-    Field,
     SizeTest,
     direction_test,
     size_test,
@@ -223,8 +223,8 @@ class Experiment:
         self._changes = grouped_by_cause(changes)
         self._total = DRAWS * len(plans) + sum(map(len, changes))
         self._done = 0
-        self._effects: dict[tuple[str, int], Field] = {}
-        self.draws: list[list[Field]] = [[] for _ in plans]
+        self._effects: dict[tuple[str, int], DifferenceImage] = {}
+        self.draws: list[list[DifferenceImage]] = [[] for _ in plans]
         with Draws.of(run, engine) as maker:
             for number in range(DRAWS):  # one change of the weights for all samples
                 self._draw([maker.recipe(plan, number) for plan in plans], number)
@@ -232,8 +232,8 @@ class Experiment:
     def differences(self, trainer: Sequence[Pixels]) -> list[Differences]:
         """Return the differences of these samples and of the draws from the replayed images."""
         return [
-            Differences(_difference(pixels, center), tuple(fields))
-            for pixels, center, fields in zip(trainer, self._replayed, self.draws, strict=True)
+            Differences(_difference(pixels, center), tuple(draws))
+            for pixels, center, draws in zip(trainer, self._replayed, self.draws, strict=True)
         ]
 
     def conclude(self, samples: Sequence[Differences], lost: tuple[str, ...]) -> Evidence:
@@ -291,7 +291,7 @@ class Experiment:
         alike = [one for one in samples if differ_in_prompts_and_seed(first, recipes[one])]
         return alike[: self._engine.max_jittered_batch(first)]
 
-    def _effect(self, sample: int, change: Change) -> Field:
+    def _effect(self, sample: int, change: Change) -> DifferenceImage:
         """Return the difference that a changed setting makes to the replayed image of a sample."""
         key = (change.cause, sample)
         if key not in self._effects:
@@ -300,7 +300,7 @@ class Experiment:
             self._effects[key] = self._difference(sample, image)
         return self._effects[key]
 
-    def _difference(self, sample: int, image: GeneratedImage) -> Field:
+    def _difference(self, sample: int, image: GeneratedImage) -> DifferenceImage:
         """Return the difference of a new image from the replayed image of the sample."""
         self._done += 1
         if self._on_image is not None:
@@ -329,11 +329,13 @@ def changed_settings(run: TrainingRun, plan: PlannedSample) -> Iterator[Change]:
         yield Change("steps", more, changed, fix, recipe.steps)
         break
     if recipe.dtype != "float32":
-        whole = replace(recipe, dtype="float32", vae_dtype="float32", text_encoder_dtype="float32")
+        float32 = replace(
+            recipe, dtype="float32", vae_dtype="float32", text_encoder_dtype="float32"
+        )
         fix = (
             "The samples were made in float32: use --dtype float32 in fidelora verify and generate."
         )
-        yield Change("dtype", None, whole, fix)
+        yield Change("dtype", None, float32, fix)
     if recipe.adapters and recipe.adapters[0].word is None:  # an embedding has no multiplier
         multiplier = recipe.adapters[0].multiplier
         size = 0.1 if multiplier + 0.1 <= MAX_MULTIPLIER else -0.1
@@ -341,7 +343,7 @@ def changed_settings(run: TrainingRun, plan: PlannedSample) -> Iterator[Change]:
         where = where_to_set("--lora FILE:{value}", "--m {value}")
         fix = f"The multiplier was about {{value}}: correct network_multiplier{where}"
         yield Change("multiplier", size, replace(recipe, adapters=refs), fix, multiplier)
-    for wrong in family.samples.wrong_schedules:
+    for wrong in family.trainer_sampling.wrong_schedules:
         yield Change(wrong.cause, None, recipe, wrong.fix, scheduler_options=dict(wrong.options))
     if recipe.negative_prompt:
         fix = (
@@ -366,19 +368,19 @@ def grouped_by_cause(changes: Sequence[Sequence[Change]]) -> dict[str, dict[int,
     Not every sample has every change: some have no guidance, and some no trigger word.
     """
     grouped: dict[str, dict[int, Change]] = {}
-    for index, of_sample in enumerate(changes):
-        for change in of_sample:
+    for index, sample_changes in enumerate(changes):
+        for change in sample_changes:
             grouped.setdefault(change.cause, {})[index] = change
     return grouped
 
 
-def _reproduces(effect: Field, sample: Differences) -> bool:
+def _reproduces(effect: DifferenceImage, sample: Differences) -> bool:
     """Return True if the changed setting gives the trainer's image, except for float32 rounding."""
     rest = np.abs(sample.trainer - effect)
     same = float((rest == 0).all(axis=-1).mean() * 100)
     return float(rest.max()) <= ROUNDING_MAX_DIFFERENCE and same >= ROUNDING_MIN_IDENTICAL_PERCENT
 
 
-def _difference(pixels: Pixels, center: Pixels) -> Field:
-    difference: Field = pixels.astype(np.float32) - center.astype(np.float32)
+def _difference(pixels: Pixels, center: Pixels) -> DifferenceImage:
+    difference: DifferenceImage = pixels.astype(np.float32) - center.astype(np.float32)
     return difference

@@ -117,10 +117,12 @@ def plan_samples(
             steps=values["sample_steps"],
             guidance_scale=values["guidance_scale"],
             guidance_rescale=(
-                values["guidance_rescale"] if family.samples.rescales_guidance else 0.0
+                values["guidance_rescale"] if family.trainer_sampling.rescales_guidance else 0.0
             ),
             seed=values["seed"],
-            sampler=family.default_sampler if family.samples.ignores_sampler else run.sampler,
+            sampler=family.default_sampler
+            if family.trainer_sampling.ignores_sampler
+            else run.sampler,
             prediction=run.prediction,
             adapters=with_multiplier(adapters, values["network_multiplier"]),
             adapter_mode="live" if unmerged else "merged",

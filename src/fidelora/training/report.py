@@ -111,6 +111,7 @@ body {{ max-width: 110rem; margin: 0 auto; padding: 1rem; }}
 section {{ border-left: .4rem solid; padding: .2rem 1rem; margin: 1rem 0; }}
 section.identical {{ border-color: #2e9e5b; }}
 section.rounding {{ border-color: #c99700; }}
+section.undecided {{ border-color: #6b7bd6; border-left-style: dashed; }}
 section.mismatch {{ border-color: #d33; }}
 h3, .prompt {{ overflow-wrap: anywhere; }} .prompt {{ font-style: italic; }}
 .row {{ display: flex; flex-wrap: wrap; gap: 1rem; }}

@@ -106,11 +106,11 @@ def image_rounds(folder: Path) -> dict[int, list[dict[int, Path]]]:
     found = ((path, _SAMPLE_FILE.fullmatch(path.name)) for path in folder.glob("*"))
     matches = [(path, match) for path, match in found if match]
     for path, match in sorted(matches, key=_time_and_index):
-        of_step = rounds.setdefault(int(match["step"]), [])
+        step_rounds = rounds.setdefault(int(match["step"]), [])
         index = int(match["index"])
-        if not of_step or index <= max(of_step[-1]):
-            of_step.append({})
-        of_step[-1][index] = path
+        if not step_rounds or index <= max(step_rounds[-1]):
+            step_rounds.append({})
+        step_rounds[-1][index] = path
     return rounds
 
 
@@ -123,7 +123,7 @@ def latest_images(rounds: Mapping[int, list[dict[int, Path]]]) -> dict[tuple[int
     """Return the last image of each step and index."""
     return {
         (step, index): path
-        for step, of_step in rounds.items()
-        for one in of_step
-        for index, path in one.items()
+        for step, step_rounds in rounds.items()
+        for images in step_rounds
+        for index, path in images.items()
     }

@@ -316,8 +316,8 @@ def _family(model: Mapping[str, Any]) -> str:
         (
             spec
             for spec in all_families().values()
-            if flags <= set(spec.samples.flags)
-            and (arch in spec.samples.archs or (arch is None and flags))
+            if flags <= set(spec.trainer_sampling.flags)
+            and (arch in spec.trainer_sampling.archs or (arch is None and flags))
         ),
         None,
     )

@@ -138,7 +138,10 @@ def _planned(run: TrainingRun, step: int, index: int) -> list[PlannedSample]:
 
 
 def _with_base_of(planned: Recipe, other: Recipe) -> Recipe:
-    """Return `other` with the base model and precision of `planned`, which a user can change."""
+    """Return `other` with the base model, precision, noise and adapters of `planned`.
+
+    Options of `fidelora verify` may have changed these in `planned`, and both rounds share them.
+    """
     kept = (
         "base_model", "variant", "vae", "dtype", "vae_dtype", "text_encoder_dtype", "noise",
         "adapters",

@@ -64,7 +64,7 @@ class UniqueSuspects:
 
 def wrong_schedules(recipe: Recipe) -> Iterator[Suspect]:
     """Yield the recipe with each schedule that other programs use by mistake."""
-    for wrong in get_family(recipe.model).samples.wrong_schedules:
+    for wrong in get_family(recipe.model).trainer_sampling.wrong_schedules:
         yield Suspect(wrong.cause, recipe, wrong.fix, dict(wrong.options))
 
 
@@ -189,7 +189,7 @@ def variants(recipe: Recipe) -> Iterator[Suspect]:
 def samplers(recipe: Recipe) -> Iterator[Suspect]:
     """Yield the recipe with the trainer's other samplers of its family."""
     known = get_family(recipe.model).samplers
-    names = [*_COMMON_SAMPLERS, *(name for name, one in known.items() if one.of_trainer)]
+    names = [*_COMMON_SAMPLERS, *(name for name, one in known.items() if one.in_trainer)]
     where = where_to_set("--sampler {value}")
     fix = f"The sampler was {{value}}: set sample.sampler to {{value}}{where}"
     yield from _with_values(recipe, "sampler", "sampler", names, fix)
@@ -200,7 +200,7 @@ def guidance_scales(recipe: Recipe) -> Iterator[Suspect]:
     where = where_to_set("--guidance {value}", "--cfg {value}")
     fix = f"The guidance scale was {{value}}: set guidance_scale to {{value}}{where}"
     yield from _with_values(recipe, "guidance", "guidance_scale", _GUIDANCE_SCALES, fix)
-    if get_family(recipe.model).samples.rescales_guidance:
+    if get_family(recipe.model).trainer_sampling.rescales_guidance:
         where = where_to_set("--guidance-rescale {value}")
         fix = (
             "The guidance rescale was {value} (0: none): set guidance_rescale to {value}"

@@ -24,7 +24,7 @@ class _Setting:
     is_set: Callable[[Any], bool] = bool
 
 
-_NEEDS_FLUX = "AI Toolkit 0.12.26 supports it only for FLUX, so these samples are not replayed"
+_NEEDS_FLUX = "AI Toolkit 0.12.26 supports it only for FLUX, so the replay does not use it"
 _ROUNDS = "it changes the order of additions, so samples differ by rounding"
 
 _SETTINGS = (
@@ -70,8 +70,8 @@ _SETTINGS = (
 )
 """Settings of AI Toolkit 0.12.26 with an effect on Stable Diffusion 1.5 and SDXL.
 
-`model.refiner_name_or_path` is missing because it is an error. The settings of the other families
-are not known.
+`model.refiner_name_or_path` is not listed, because `read_run` rejects it. The settings of the other
+families were not examined.
 """
 
 _FAMILIES = frozenset({"sd15", "sdxl"})

@@ -110,7 +110,7 @@ def verify(
         changes: recipe fields that replace the run's, such as `dtype` or `noise`.
         on_sample: called with each checked sample, after the samples of a step are judged.
         on_progress: called after each image, with the kind of work, the number of finished images
-            and that of all images.
+            and the total.
 
     Raises:
         NothingToCheckError: these steps have no samples.

@@ -44,8 +44,8 @@ class ContentHashes:
         self._path = path or default_path()
         self._lock = threading.Lock()
 
-    def known(self, files: BaseFiles) -> str | None:
-        """Return `sha256_of(files)` if all hashes that it needs are cached, else None."""
+    def cached_sha256_of(self, files: BaseFiles) -> str | None:
+        """Return `sha256_of(files)` if the hashes of all files are cached, else None."""
         remembered = self._read()["files"]
         hashes = [_lookup(remembered, path) for _, path in contents(files)]
         return None if None in hashes else _combine(files, [str(one) for one in hashes])

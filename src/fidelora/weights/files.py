@@ -132,7 +132,7 @@ class BaseFiles:
             weights[decoder] = converter.convert_decoder(weights[decoder], configs[decoder])
         return configs, weights
 
-    def numbers(self) -> dict[str, int]:
+    def parameter_counts(self) -> dict[str, int]:
         """Return the number of parameters of each part, read from the file headers.
 
         Raises:
@@ -164,9 +164,13 @@ def read_config(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise BaseModelFilesError(f"The base model has no {name}; download it again.") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BaseModelFilesError(f"The base model's {name} cannot be read: {error}.") from error
+        raise BaseModelFilesError(
+            f"The base model's {name} cannot be read: {error}. Download it again."
+        ) from error
     if not isinstance(config, dict):
-        raise BaseModelFilesError(f"The base model's {name} is not a JSON object.")
+        raise BaseModelFilesError(
+            f"The base model's {name} is not a JSON object; download it again."
+        )
     return config
 
 
@@ -217,7 +221,7 @@ def _check_index(folder: Path, family: Family) -> None:
         if missing:
             raise BaseModelFilesError(
                 f"{folder} is not a diffusers folder: it has neither a model_index.json nor the "
-                f"folder {missing[0]}."
+                f"folder {missing[0]}. Give the folder of a base model."
             )
         return
     entries = read_config(index)
@@ -241,7 +245,8 @@ def _check_index(folder: Path, family: Family) -> None:
         name for name in entries if name.startswith("text_encoder") and name not in known
     ):
         raise BaseModelFilesError(
-            f"{folder.name} is a {kind} with {more[0]}, which {family.title} does not have."
+            f"{folder.name} is a {kind} with {more[0]}, which {family.title} does not have. Use "
+            f"a base model of {family.title}."
         )
 
 

@@ -61,7 +61,8 @@ def locate(
             refuse_pickle(path)
             if path.suffix.lower() != ".safetensors":
                 raise BaseModelFilesError(
-                    f"{path.name} is neither a diffusers folder nor a .safetensors checkpoint."
+                    f"{path.name} is neither a diffusers folder nor a .safetensors checkpoint. "
+                    "Use one of these."
                 )
         return path
     match = _hub_id(name)

@@ -120,11 +120,13 @@ def read_weights(paths: Sequence[Path]) -> dict[str, Tensor]:
         try:
             shard = safetensors.torch.load_file(path)
         except (SafetensorError, OSError) as error:
-            raise WeightsFileError(f"{path} cannot be read: {error}.") from error
+            raise WeightsFileError(
+                f"{path} cannot be read: {error}. Download the base model again."
+            ) from error
         if repeated := sorted(weights.keys() & shard.keys()):
             raise BaseModelFilesError(
-                f"{len(repeated)} weights of {path.name} are in another shard too "
-                f"({some(repeated)})."
+                f"{len(repeated)} weights of {path.name} are in another shard, too "
+                f"({some(repeated)}). Download the base model again."
             )
         weights |= shard
     return weights
@@ -150,7 +152,8 @@ def _construct(part: Part, config: Mapping[str, Any]) -> nn.Module:
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise BaseModelFilesError(
-            f"{part.name}/config.json does not describe a {part.class_name}: {reason}."
+            f"{part.name}/config.json does not describe a {part.class_name}: {reason}. Use the "
+            "configuration of this base model."
         ) from error
     assert isinstance(module, nn.Module)
     return module

@@ -249,10 +249,10 @@ def prepare_process(setup: WorkerSetup) -> None:
 def _make_worker(
     name: str, setup: WorkerSetup, beat: Callable[[float], None], reports: Connection
 ) -> Worker:
-    from fidelora.accel.allocator import importing_for_good, keep_freed_memory
+    from fidelora.accel.allocator import fast_imports, keep_freed_memory
 
     keep_freed_memory()
-    with importing_for_good():
+    with fast_imports():
         from fidelora.adapters.library import DEFAULT_BUDGET_BYTES, AdapterLibrary
         from fidelora.engine.engine import Engine
     limit_threads()

@@ -74,7 +74,8 @@ def split(
     if unknown:
         raise BaseModelWeightsError(
             f"{name} has {len(unknown)} weights that the model does not use "
-            f"({', '.join(unknown[:3])}). It is another kind of model, or a broken merge."
+            f"({', '.join(unknown[:3])}). It is another kind of model, or a broken merge. Use "
+            "another checkpoint."
         )
     return converted
 
@@ -176,8 +177,9 @@ def _refuse_other_layouts(
             )
     if not has(family.part("denoiser").checkpoint_prefix):
         hint = (
-            "it is an adapter (give it as a LoRA)"
+            "it is an adapter. Use it as a LoRA"
             if any(mark in key for key in weights for mark in _ADAPTER_MARKS)
-            else "the layout of its keys is unknown"
+            else "the layout of its keys is unknown. Use a checkpoint in the original layout, or a "
+            "diffusers folder"
         )
         raise BaseModelFilesError(f"{name} is not a checkpoint of a whole model: {hint}.")

@@ -38,10 +38,10 @@ def original_names(paths: Iterable[str]) -> dict[str, str]:
     and so is each downsampler; an upsampler is the last part of its block.
     """
     paths = list(paths)
-    of_first_block = [
+    first_block_resnets = [
         found[1] for path in paths if (found := re.match(r"down_blocks\.0\.resnets\.(\d+)", path))
     ]
-    layers = 1 + max(map(int, of_first_block), default=0)
+    layers = 1 + max(map(int, first_block_resnets), default=0)
     with_attention = {
         found[1] for path in paths if (found := re.match(r"up_blocks\.(\d+)\.attentions\.", path))
     }
@@ -58,8 +58,8 @@ def _original(path: str, layers: int, with_attention: set[str]) -> str:
     if found := re.fullmatch(r"down_blocks\.(\d+)\.downsamplers\.0\.conv", path):
         return f"input_blocks.{(1 + int(found[1])) * (layers + 1)}.0.op"
     if found := re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", path):
-        place = 1 if found[1] == "attentions" else 2 * int(found[2])
-        return f"middle_block.{place}.{_part(found[1], found[3]).partition('.')[2]}"
+        index = 1 if found[1] == "attentions" else 2 * int(found[2])
+        return f"middle_block.{index}.{_part(found[1], found[3]).partition('.')[2]}"
     if found := re.fullmatch(r"up_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.(.+)", path):
         block = int(found[1]) * (layers + 1) + int(found[3])
         return f"output_blocks.{block}.{_part(found[2], found[4])}"

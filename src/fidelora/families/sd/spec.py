@@ -10,7 +10,14 @@ from typing import Any
 from fidelora.families import latent_formats
 from fidelora.families.clip_tokenizer import CLIP_TOKENIZER
 from fidelora.families.sd.names import original_names
-from fidelora.families.spec import Family, NoiseSampler, Part, Samples, Tokenizer, WrongSchedule
+from fidelora.families.spec import (
+    Family,
+    NoiseSampler,
+    Part,
+    Tokenizer,
+    TrainerSampling,
+    WrongSchedule,
+)
 from fidelora.sampling.spacings import TimestepSpacing
 
 _LAYOUTS = Path(__file__).parent / "layouts"
@@ -61,7 +68,7 @@ def _samplers(steps_offset: int) -> Mapping[str, NoiseSampler]:
             max_steps=50 if name in ("lcm", "tcd") else 150,
             spacings=frozenset(spacings | ({"sgm_uniform"} if name in _SGM_UNIFORM else set())),
             eta=_ETAS.get(name),
-            of_trainer=name != "tcd",
+            in_trainer=name != "tcd",
         )
 
     found = (
@@ -188,7 +195,7 @@ SD15 = Family(
     checkpoint="fidelora.families.sd.checkpoint",
     layout=_LAYOUTS / "sd15",
     accelerations=frozenset({"prepacked", "packed", "compiled"}),
-    samples=Samples(
+    trainer_sampling=TrainerSampling(
         archs=(None, "sd", "sd1", "sd15"),
         wrong_schedules=(
             _wrong_offset(
@@ -231,7 +238,7 @@ SDXL = Family(
     checkpoint="fidelora.families.sd.checkpoint",
     layout=_LAYOUTS / "sdxl",
     accelerations=frozenset({"prepacked", "packed", "compiled"}),
-    samples=Samples(
+    trainer_sampling=TrainerSampling(
         archs=("sdxl",),
         flags=("is_xl",),
         rescales_guidance=True,

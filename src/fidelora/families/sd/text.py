@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from fidelora.families.clip import (
     ClipEncoder,
     PromptEmbedding,
-    States,
+    RunEncoder,
     last_state,
     load_tokenizer,
     penultimate_state,
 )
 from fidelora.families.emphasis import Emphasis
-from fidelora.families.protocols import AdapterState, Embedding, Encoded, Prompts, Size
+from fidelora.families.protocols import AdapterKey, Embedding, Encoded, Prompts, Size
 from fidelora.families.spec import Family
 
 
@@ -57,7 +57,7 @@ class Conditioning:
 class SDText(ABC):
     """Base class for both families; implements `families.protocols.ExtendableText`."""
 
-    states: States
+    run_encoder: RunEncoder
 
     def __init__(
         self, family: Family, parts: Mapping[str, nn.Module], tokenizers: Mapping[str, Path | None],
@@ -69,21 +69,21 @@ class SDText(ABC):
             encoder: Any = parts[part.name]
             vocabulary = encoder.config.vocab_size
             tokenizer = load_tokenizer(tokenizers[part.name], part.tokenizer, vocabulary)
-            states = type(self).states
-            self.encoders[part.name] = ClipEncoder(tokenizer, encoder, device, states)
+            run_encoder = type(self).run_encoder
+            self.encoders[part.name] = ClipEncoder(tokenizer, encoder, device, run_encoder)
         self._unet_config: Any = parts[family.part("denoiser").name].config
         self._device = device
 
-    def encode(self, prompts: Prompts, size: Size, adapters: AdapterState) -> Encoded:
+    def encode(self, prompts: Prompts, size: Size, adapter_key: AdapterKey) -> Encoded:
         """Encode the prompts of one image, the negative prompt first."""
-        negative, warnings_of_negative = (
+        negative, negative_warnings = (
             (None, ())
             if prompts.negative is None
-            else self._row(self._negative_texts(prompts), prompts.emphasis, size, adapters)
+            else self._row(self._negative_texts(prompts), prompts.emphasis, size, adapter_key)
         )
         texts = dict.fromkeys(self.encoders, ("prompt", prompts.prompt))
-        positive, warnings = self._row(texts, prompts.emphasis, size, adapters)
-        both = tuple(dict.fromkeys((*warnings_of_negative, *warnings)))
+        positive, warnings = self._row(texts, prompts.emphasis, size, adapter_key)
+        both = tuple(dict.fromkeys((*negative_warnings, *warnings)))
         return Encoded(positive, negative, both)
 
     def blank(self, size: Size, *, negative: bool) -> Encoded:
@@ -111,11 +111,11 @@ class SDText(ABC):
         texts: Mapping[str, tuple[str, str]],
         emphasis: Emphasis,
         size: Size,
-        adapters: AdapterState,
+        adapter_key: AdapterKey,
     ) -> tuple[Conditioning, tuple[str, ...]]:
         """Encode one text per encoder; `texts` maps encoders to (name in messages, text)."""
         embedded = {
-            name: self.encoders[name].embed(text, adapters(name), emphasis)
+            name: self.encoders[name].embed(text, adapter_key(name), emphasis)
             for name, (_, text) in texts.items()
         }
         warnings = _cut_warnings((texts[name][0], one.cut) for name, one in embedded.items())
@@ -138,7 +138,7 @@ class SDText(ABC):
 class PlainText(SDText):
     """Stable Diffusion 1.5: the last hidden states of its only text encoder."""
 
-    states = staticmethod(last_state)
+    run_encoder = staticmethod(last_state)
 
     def _condition(self, embedded: Mapping[str, PromptEmbedding], size: Size) -> Conditioning:
         (text,) = embedded.values()
@@ -152,7 +152,7 @@ class PooledText(SDText):
     Empty prompts are encoded like all others, not replaced by zeros.
     """
 
-    states = staticmethod(penultimate_state)
+    run_encoder = staticmethod(penultimate_state)
 
     def _negative_texts(self, prompts: Prompts) -> dict[str, tuple[str, str]]:
         texts = super()._negative_texts(prompts)

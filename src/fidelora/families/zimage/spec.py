@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import MappingProxyType
 
-from fidelora.families.spec import Family, FlowSampler, Part, Samples, Tokenizer
+from fidelora.families.spec import Family, FlowSampler, Part, Tokenizer, TrainerSampling
 
 # Linear fit of FLUX.1's VAE, which Z-Image uses. Source: `Flux.latent_rgb_factors` in
 # https://github.com/comfyanonymous/ComfyUI, comfy/latent_formats.py
@@ -70,7 +70,7 @@ ZIMAGE = Family(
     denoiser="fidelora.families.zimage.denoiser:ZImageDenoiser",
     latents="fidelora.families.zimage.latents:ZImageLatents",
     layout=Path(__file__).parent / "layout",
-    samples=Samples(archs=("zimage",), ignores_sampler=True),
+    trainer_sampling=TrainerSampling(archs=("zimage",), ignores_sampler=True),
     adapter_base_versions=("zimage",),
     latent_preview=_COLOURS,
 )

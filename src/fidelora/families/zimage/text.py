@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fidelora.families import qwen
-from fidelora.families.protocols import AdapterState, Encoded, Prompts, Size
+from fidelora.families.protocols import AdapterKey, Encoded, Prompts, Size
 from fidelora.families.spec import Family
 
 MAX_TOKENS = 512  # template included; the pipeline's `max_sequence_length`
@@ -33,7 +33,7 @@ class ZImageText:
         self._device = device
         self._cache: OrderedDict[tuple[str, int], tuple[Tensor, str]] = OrderedDict()
 
-    def encode(self, prompts: Prompts, size: Size, adapters: AdapterState) -> Encoded:
+    def encode(self, prompts: Prompts, size: Size, adapter_key: AdapterKey) -> Encoded:
         """Encode the negative prompt and the prompt, one at a time."""
         warnings = []
         states: list[Tensor | None] = []

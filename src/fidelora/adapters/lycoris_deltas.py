@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from fidelora.adapters.deltas import Delta, Module
-from fidelora.adapters.products import refolded
+from fidelora.adapters.products import fitting_shape
 
 
 @dataclass(frozen=True, eq=False)
 class FormulaDelta(Delta):
     """Base class of deltas whose live path is `weight + change`."""
 
-    def runs_beside(self, module: Module) -> bool:
+    def changes_output(self, module: Module) -> bool:
         return False
 
     def live_weight(self, weight: Tensor, multiplier: float) -> Tensor:
@@ -38,7 +38,7 @@ class FullDelta(FormulaDelta):
     difference: Tensor
 
     def shape_for(self, weight_shape: torch.Size) -> tuple[int, ...]:
-        return refolded(tuple(self.difference.shape), weight_shape)
+        return fitting_shape(tuple(self.difference.shape), weight_shape)
 
     def change(self, weight: Tensor, multiplier: float) -> Tensor:
         return (self.difference.to(weight.device) * (self.scale * multiplier)).reshape(weight.shape)
@@ -116,7 +116,7 @@ class GloraDelta(FormulaDelta):
     b2: Tensor
 
     def shape_for(self, weight_shape: torch.Size) -> tuple[int, ...]:
-        shape = refolded((self.b1.shape[0], self.b2.shape[1]), weight_shape)
+        shape = fitting_shape((self.b1.shape[0], self.b2.shape[1]), weight_shape)
         return shape if len(shape) > 1 and shape[1] == self.a2.shape[1] else (0, *shape[1:])
 
     def change(self, weight: Tensor, multiplier: float) -> Tensor:
@@ -140,7 +140,7 @@ class GloraDelta(FormulaDelta):
 
 @dataclass(frozen=True, eq=False)
 class Ia3Delta(FormulaDelta):
-    """(IA)^3 of LyCORIS: each row or column of the weight, times its factor.
+    """(IA)^3 of LyCORIS; the change is each row or column of the weight times its factor.
 
     Attributes:
         factors: [out] if `axis` is 0, [in] if it is 1.

@@ -1,9 +1,9 @@
-"""Parties: the processes under comparison, which load a model once and answer requests in turns.
+"""Processes under comparison, which load a model once and answer requests in turns.
 
-A request is one line of JSON on the standard input of a party, `{"do": "image", "size": 256}`, and
-a response is one line on its standard output. A waiting party uses no CPU: OpenMP threads spin for
-some milliseconds and then wait in the kernel. This module needs only the standard library, because
-parties may run in other environments.
+A request is one line of JSON on the standard input of a process, `{"do": "image", "size": 256}`,
+and a response is one line on its standard output. A waiting process uses no CPU: OpenMP threads
+spin for some milliseconds and then wait in the kernel. This module needs only the standard library,
+because the processes may run in other environments.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ _TUNING = (
 
 
 def plain_environment() -> dict[str, str]:
-    """Return the environment without tuning variables, so that every party has the defaults."""
+    """Return the environment without tuning variables, so that every process has the defaults."""
     return {name: value for name, value in os.environ.items() if not name.startswith(_TUNING)}
 
 
-class Party:
+class MeasuredProcess:
     """A process that runs `python -m {module}` with these arguments and answers requests."""
 
     def __init__(self, module: str, *arguments: str, python: str = sys.executable) -> None:
@@ -61,7 +61,7 @@ class Party:
         """Send a request and return the response.
 
         Raises:
-            RuntimeError: the party failed; the message ends with its traceback.
+            RuntimeError: the process failed; the message ends with its traceback.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -76,7 +76,7 @@ class Party:
             raise RuntimeError(f"{self._name} failed at {do}:\n{self._errors.read()[-4000:]}")
         return json.loads(answer)
 
-    def __enter__(self) -> Party:
+    def __enter__(self) -> MeasuredProcess:
         return self
 
     def __exit__(

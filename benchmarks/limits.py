@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 from benchmarks.full_size import SPEC
-from benchmarks.parties import answer_requests
+from benchmarks.processes import answer_requests
 from torch.utils.flop_counter import FlopCounterMode
 
 from fidelora.accel.packed import packed_dtype
