@@ -39,8 +39,7 @@ _VERDICTS = {
     ),
     "rounding": (
         "good",
-        "The settings are right as far as the saved file can tell. Save future runs in float32 for "
-        "identical samples.",
+        "The samples are consistent with these settings; the remaining differences are rounding.",
     ),
     "undecided": (
         "",
