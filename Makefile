@@ -9,9 +9,9 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/fidelora demo
 
-# Runs in two processes; TEST_PROCESSES=0 uses one and shows prints. OMP_WAIT_POLICY=passive: waiting
-# threads do not spin, because the processes share the cores.
-TEST_PROCESSES ?= 2
+# Runs in three processes, because many tests wait for a server; TEST_PROCESSES=0 uses one and shows
+# prints. OMP_WAIT_POLICY=passive: waiting threads do not spin, because the processes share the cores.
+TEST_PROCESSES ?= 3
 test: $(READY)
 	OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(TEST_PROCESSES) --dist worksteal --durations 25 \
 		--ignore tests/faults

@@ -8,7 +8,7 @@ Starts `fidelora serve` with the tiny base model of the demo on this machine. Pr
 * overhead: from the POST to the first `succeeded` status, minus the engine's seconds for the image
 * requeue: from the kill (SIGKILL) of a worker during an image until its job is queued again
 * cancel: time for a queued job, and number of steps for a running one
-* claim: time of a worker's claim with a long queue
+* claim: time of a worker's claim with a long queue, while no other process uses the database
 * restart: from the kill (SIGKILL) of the server to a ready one, and a first start for comparison
 """
 
@@ -70,8 +70,8 @@ def main() -> None:
         _cancel_running(client, server)
         _requeue(client, server)
         _submit(client, server, data, options.queue, options.submits)
-        _claim(data, options.submits)
         server.kill()
+        _claim(data, options.submits)
         _restart(data)
 
 

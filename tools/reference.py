@@ -34,14 +34,14 @@ out of range), which has FastAPI's own format. The routes of [OpenAI's](../how-t
 and [AUTOMATIC1111's](../how-to/a1111-clients.md) APIs return errors in the formats of those APIs.
 If such an API does not define a code for an error, the code is one of those below.
 
-If the server has API keys, every route except the probes needs `Authorization: Bearer KEY`. Every
-response has the header `X-Request-ID`, with the value that the client sent or a new one. The
-OpenAPI document is at `/openapi.json`, and an interactive page at `/docs`.
+If the server has API keys, every route needs `Authorization: Bearer KEY`, except the probes, the
+login form and the API documentation (`/openapi.json` and the interactive page `/docs`). Every
+response has the header `X-Request-ID`, with the value that the client sent or a new one.
 """.strip()
 _ABOUT_SETTINGS = """
 Settings are environment variables, or lines in `.env` in the folder where the server is started.
 Options of `fidelora serve` override both. Of two names, the one with `FIDELORA_` takes precedence.
-An empty value is the same as none.
+A variable with an empty value counts as not set.
 
 `fidelora serve` warns of variables that have no effect: unknown names that begin with `FIDELORA_`,
 and values of `HOST`, `PORT`, `DEBUG`, `BASE_URL` and `DEVICE` that are meant for other programs,

@@ -182,7 +182,7 @@ class BaseModelNotFoundError(BaseModelError, WrongUseError):
 
 
 class BaseModelChangedError(BaseModelError):
-    """The base model has other weights than the recipe says; use the base model of the image."""
+    """The base model's weights differ from those of the recipe; use the base model of the image."""
 
 
 class BaseModelFilesError(BaseModelError):

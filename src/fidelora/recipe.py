@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -34,6 +33,7 @@ from fidelora.recipe_fields import (
     Noise,
     Prediction,
     check_recipe,
+    short_name,
 )
 from fidelora.sampling.spacings import TimestepSpacing
 
@@ -55,6 +55,7 @@ __all__ = [
     "Noise",
     "Prediction",
     "Recipe",
+    "differ_in_prompts_and_seed",
     "file_sha256",
     "may_share_batch",
     "replace_trigger",
@@ -75,16 +76,6 @@ _OMITTED_DEFAULTS: Mapping[str, Any] = {
 }
 """Default values of fields that older recipes do not contain. The JSON form omits a field that has
 its default value, so that the digests of older recipes stay valid."""
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-
-
-def short_name(location: str) -> str:
-    """Return the last component of a path, or a hub id or name of a bundled model unchanged."""
-    is_file = location.lower().endswith(".safetensors")
-    if _HUB_ID.fullmatch(location) and not location.startswith(".") and not is_file:
-        return location
-    return re.split(r"[/\\]", location.rstrip("/\\"))[-1]
 
 
 class _FromModel:
@@ -393,6 +384,10 @@ def may_share_batch(first: Recipe, second: Recipe) -> bool:
 
     Images in `exact` never share a batch, because their last bits depend on the batch size.
     """
+    return first.fidelity == "fast" and differ_in_prompts_and_seed(first, second)
+
+
+def differ_in_prompts_and_seed(first: Recipe, second: Recipe) -> bool:
+    """Return True if two recipes are equal except for their prompts and seeds, if at all."""
     own = ("prompt", "negative_prompt", "negative_prompt_2", "seed")
-    alike = replace(second, **{name: getattr(first, name) for name in own})
-    return first.fidelity == "fast" and alike == first
+    return replace(second, **{name: getattr(first, name) for name in own}) == first

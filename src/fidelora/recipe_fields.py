@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -32,6 +33,7 @@ ADAPTER_FIELDS = frozenset({"adapters", "history"})
 LOCATIONS: tuple[str, ...] = ("base_model", "variant", "config", "vae")
 """Fields that locate the files of the base model. All except `variant` may be local paths, which
 the JSON form shortens (`short_name`)."""
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 _OPTIONAL: Mapping[str, Any] = {
     "negative_prompt": "",
@@ -43,6 +45,14 @@ _OPTIONAL: Mapping[str, Any] = {
 }
 """Default values of fields that only some families use (`Family.uses`). The other families reject
 any other value."""
+
+
+def short_name(location: str) -> str:
+    """Return the last component of a path, or a hub id or name of a bundled model unchanged."""
+    is_file = location.lower().endswith(".safetensors")
+    if _HUB_ID.fullmatch(location) and not location.startswith(".") and not is_file:
+        return location
+    return re.split(r"[/\\]", location.rstrip("/\\"))[-1]
 
 
 def check_recipe(recipe: Recipe, spec: Family) -> None:

@@ -219,7 +219,7 @@ class Settings(BaseSettings):
         None,
         gt=0,
         validation_alias="FIDELORA_UPLOADS_PER_KEY_GB",
-        description="Disk space for the uploaded LoRAs of each API key, in GiB; by default any.",
+        description="Disk space for each API key's uploaded LoRAs, in GiB; unlimited by default.",
     )
     bases_gb: float | None = Field(
         None,
@@ -272,8 +272,8 @@ class Settings(BaseSettings):
         validation_alias="FIDELORA_STEP_TIMEOUT",
         description=(
             "Seconds without a finished step after which a worker is considered hung "
-            "and is replaced. The first step, the decoding of images and slow steps may take "
-            "up to three times as long."
+            "and is replaced. The first step and the decoding of images may take three times as "
+            "long, and so may all steps if the steps before them were slow."
         ),
     )
     stop_grace_s: float = Field(

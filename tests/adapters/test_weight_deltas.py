@@ -152,7 +152,7 @@ def test_peft_metadata_gives_each_module_its_scale(read, config, scales):
     [
         ({"unet.lora_alpha": 8, "unet.alpha_pattern": {"(a|b)": 4}}, "regular expression"),
         ({"unet.lora_alpha": 8, "unet.use_dora": True}, "no lora_magnitude_vector"),
-        ({"unet.alpha": 8, "unet.r": 4}, "the alpha 8 and the rank 4 of unet"),
+        ({"unet.alpha": 8, "unet.r": 4}, "alpha 8 and rank 4 differ in unet"),
         ({"text_encoder.lora_alpha": 8, "text_encoder_2.lora_alpha": 4}, "but none for unet.a"),
     ],
 )

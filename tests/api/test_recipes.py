@@ -18,11 +18,11 @@ from fidelora.api import (
     accepted,
     check_request,
     model_list,
+    notes_on,
     recipes_of,
     request_for,
     result_of,
     status_of,
-    trigger_notes,
 )
 from fidelora.errors import RequestError, RequestFieldError
 from fidelora.families import get_family
@@ -242,13 +242,17 @@ def sks(tmp_path) -> AdapterRef:
     return AdapterRef.from_file(path)
 
 
+def notes_of(adapters: list[AdapterRef], **body: Any) -> tuple[str, ...]:
+    return notes_on(request(**body), adapters, recipes(tuple(adapters), **body))
+
+
 def test_the_trigger_word_of_the_lora_is_used_and_reported_once(sks):
     prompts = [{"prompt": "a [trigger]"}, {"prompt": "[name]!"}, {"prompt": "a ball"}]
     assert [one.prompt for one in recipes((sks,), prompts=prompts)] == ["a sks", "sks!", "a ball"]
-    assert trigger_notes(request(prompts=prompts), [sks]) == (
+    assert notes_of([sks], prompts=prompts) == (
         "[trigger] is 'sks', the trigger word in the metadata of the LoRA sks.",
     )
-    assert trigger_notes(request(), [sks]) == ()
+    assert notes_of([sks]) == ()
 
 
 @pytest.mark.parametrize(
@@ -267,7 +271,31 @@ def test_a_given_trigger_word_precedes_that_of_the_lora(sks, of_request, of_prom
     prompts = [{"prompt": "[trigger]", "trigger_word": of_prompt}]
     (recipe,) = recipes((sks,), prompts=prompts, trigger_word=of_request)
     assert recipe.prompt == expected
-    assert trigger_notes(request(prompts=prompts, trigger_word=of_request), [sks]) == ()
+    assert notes_of([sks], prompts=prompts, trigger_word=of_request) == ()
+
+
+def test_a_placeholder_without_a_trigger_word_is_reported():
+    prompts = [{"prompt": "a [trigger]"}, {"prompt": "a ball"}]
+    (note,) = notes_of([A], prompts=prompts)
+    assert note.startswith("[trigger] stays in the prompt as it is")
+    assert notes_of([A], prompts=prompts[1:]) == ()
+
+
+@pytest.mark.parametrize(
+    ("size", "note"),
+    [
+        ((100, 64), ("100 x 64 was rounded down to 96 x 64",)),
+        ((64, 103), ("64 x 103 was rounded down to 64 x 96",)),
+        ((64, 96), ()),
+    ],
+)
+def test_a_rounded_size_is_reported(size, note):
+    prompts = [{"prompt": "a ball", "width": size[0], "height": size[1]}] * 2
+    notes = notes_of([A], prompts=prompts)
+    assert len(notes) == len(note)
+    for found, expected in zip(notes, note, strict=True):
+        assert expected in found
+        assert "multiples of 8" in found
 
 
 @pytest.mark.parametrize("prompt", ["a [trigger]", "[name]", "a ball"])

@@ -35,6 +35,7 @@ from fidelora.errors import (
     GenerationCancelled,
     MemoryExhaustedError,
     NumericsError,
+    RecipeError,
 )
 from fidelora.families import get_family
 from fidelora.families.clip import ClipEncoder
@@ -312,6 +313,28 @@ def test_calls_from_several_threads_run_one_at_a_time(engine):
     for thread in threads:
         thread.join()
     assert [results[index] for index in range(len(recipes))] == expected
+
+
+def test_jitter_changes_half_precision_slightly_alone_and_in_a_batch(engine):
+    half: dict[str, Any] = dict.fromkeys(("dtype", "vae_dtype", "text_encoder_dtype"), "bfloat16")
+    recipes = [
+        Recipe(prompt=prompt, seed=seed, **SMALL, **half) for seed, prompt in [(1, "a"), (2, "b c")]
+    ]
+    plain = [engine.generate(recipe).pixels.astype(int) for recipe in recipes]
+    alone = [engine.generate(recipe, jitter=5).pixels.astype(int) for recipe in recipes]
+    batch = [image.pixels.astype(int) for image in engine.generate_jittered(recipes, 5)]
+    for index in range(2):
+        assert 0 < abs(alone[index] - plain[index]).mean() < 3
+        assert abs(batch[index] - plain[index]).mean() < 3
+        assert abs(batch[index] - batch[1 - index]).mean() > 10
+    assert engine.max_jittered_batch(recipes[0]) > 1 == engine.max_batch(recipes[0])
+
+
+@pytest.mark.parametrize("other", [{"steps": 4}, {"width": 80}, {"dtype": "float32"}])
+def test_jittered_images_that_cannot_share_a_batch_are_refused(engine, other):
+    first = Recipe(prompt="", **SMALL | {"dtype": "bfloat16"})
+    with pytest.raises(RecipeError, match="one by one"):
+        engine.generate_jittered([replace(first, **other), first], 0)
 
 
 def test_the_least_recently_used_base_model_is_evicted(tmp_path):

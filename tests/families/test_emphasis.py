@@ -229,6 +229,12 @@ def test_states_are_weighted_and_their_mean_is_restored():
     assert weighted(states.half(), weights, "no_norm").dtype == torch.float32
 
 
+def test_a_mean_of_zero_is_not_restored():
+    states = torch.tensor([[[1.0, -1.0], [2.0, -2.0]]])
+    weights = torch.tensor([[3.0, 0.5]])
+    assert weighted(states, weights, "original").tolist() == [[[3, -3], [1, -1]]]
+
+
 @pytest.mark.parametrize("emphasis", ["original", "no_norm", "ignore"])
 def test_a_prompt_without_brackets_is_encoded_as_without_emphasis(encoder, emphasis):
     plain, other = encoder.encode("a red ball"), encoder.encode("a red ball", emphasis)

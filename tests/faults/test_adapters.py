@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.faults.fault_support import (
+    MAX_GROWTH_BYTES,
     SMALL,
     FaultServer,
     assert_is_message,
@@ -15,6 +18,8 @@ from tests.faults.fault_support import (
 )
 from tests.faults.fuzz.targets import check_message
 from tests.faults.hostile_adapters import SOUND, Hostile, hostile_adapters
+from tests.faults.test_kills import workers_of
+from tests.server.serve_support import Server
 
 from fidelora.engine.examine import examine_adapter
 from fidelora.errors import FideloraError
@@ -109,3 +114,53 @@ def check_upload(server: FaultServer, path: Path, hostile: Hostile) -> None:
     elif response.status_code == 201:
         assert len(response.content) < 10_000, "the summary is short"
         assert server.call("DELETE", f"/v1/loras/{NAME}").status_code == 204
+
+
+def own_memory(process_id: int) -> int:
+    """Return the bytes of a process's memory that are not pages of files."""
+    status = Path(f"/proc/{process_id}/status").read_text()
+    fields = dict(line.split(":", 1) for line in status.splitlines())
+    return int(fields["RssAnon"].split()[0]) * 1024
+
+
+def upload_and_use(server: Server, path: Path) -> None:
+    """Upload a file and request an image with it; both may be refused."""
+    body = b'--hostile\r\nContent-Disposition: form-data; name="file"; '
+    body += f'filename="{NAME}"\r\n\r\n'.encode() + path.read_bytes() + b"\r\n--hostile--\r\n"
+    request = urllib.request.Request(
+        f"{server.url}/v1/loras",
+        body,
+        {"Content-Type": "multipart/form-data; boundary=hostile"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=60):
+            pass
+        server.wait(server.ask(request_for(f"uploads/{NAME}")), "succeeded", "failed")
+        delete = urllib.request.Request(f"{server.url}/v1/loras/{NAME}", method="DELETE")
+        with urllib.request.urlopen(delete, timeout=60):
+            pass
+    except urllib.error.HTTPError as error:
+        if error.code >= 500:
+            raise
+
+
+@pytest.mark.timeout(900)
+def test_memory_does_not_grow_with_each_hostile_file(start, tmp_path):
+    """Both processes keep some of the memory that the largest file needed, but only once."""
+    server = start(FIDELORA_ADAPTERS_GB="0.001")
+    server.wait(server.submit(), "succeeded")
+    (worker,) = workers_of(server)
+
+    def use_all_files() -> list[int]:
+        for hostile in FILES:
+            if hostile.is_plain:
+                path = tmp_path / "hostile"
+                hostile.write(path)
+                upload_and_use(server, path)
+                path.unlink()
+        return [own_memory(process) for process in (server.process.pid, worker)]
+
+    before, after = use_all_files(), use_all_files()
+    assert workers_of(server) == [worker]
+    growth = [late - early for early, late in zip(before, after, strict=True)]
+    assert max(growth) <= MAX_GROWTH_BYTES, growth

@@ -31,8 +31,9 @@ def save(tmp_path):
 def test_the_first_lora_with_a_trigger_word_is_used(save):
     loras = [save("none"), save("one", ss_trigger_word="sks"), save("two", trigger_word="other")]
     assert trigger_of(loras, None) == Trigger("sks", "one")
-    assert trigger_of(loras[:1], None) == Trigger("")
-    assert trigger_of([], None) == Trigger("")
+    assert trigger_of(loras[:1], None) == Trigger("", is_missing=True)
+    assert trigger_of([], None) == Trigger("", is_missing=True)
+    assert trigger_of([], "") == Trigger("")
     assert trigger_of(loras, "given") == Trigger("given")
 
 
@@ -70,7 +71,7 @@ def test_a_file_that_is_not_open_is_read_again(save):
     assert trigger_of([AdapterRef(ref.sha256, name="cached", path=ref.path)], None) == Trigger(
         "sks", "cached"
     )
-    assert trigger_of([AdapterRef(ref.sha256)], None) == Trigger("")
+    assert trigger_of([AdapterRef(ref.sha256)], None) == Trigger("", is_missing=True)
 
 
 def test_the_note_names_the_source_once_it_is_used():
@@ -78,5 +79,7 @@ def test_the_note_names_the_source_once_it_is_used():
     note = "[trigger] is 'sks', the trigger word in the metadata of the LoRA one."
     assert trigger.note(["a", "[name] b"]) == note
     assert trigger.note(["a"]) == Trigger("sks").note(["[trigger]"]) == ""
+    assert Trigger("").note(["[trigger]"]) == Trigger("", is_missing=True).note(["a"]) == ""
+    assert "stays in the prompt" in Trigger("", is_missing=True).note(["a", "[name]"])
     assert has_placeholder("a [name]")
     assert not has_placeholder("trigger")

@@ -24,6 +24,7 @@ from fidelora.server.page.form import (
     family_defaults,
     first_recipe,
     form_for_recipe,
+    preset_choices,
     preset_of,
     read_seed,
     size_presets,
@@ -257,7 +258,8 @@ def test_size_presets_have_about_the_default_number_of_pixels(model):
         assert 0.8 < width * height / spec.default_size**2 < 1.25
         assert width % spec.resolution_divisor == height % spec.resolution_divisor == 0
     assert len(set(presets.values())) == 7
-    assert preset_of(model, spec.default_size, 72) is preset_of(model, None, None) is None
+    assert preset_of(model, spec.default_size, 72) == preset_of(model, None, None) == "Custom"
+    assert preset_choices(model) == [*presets, "Custom"]
 
 
 def test_multipliers_are_parsed():

@@ -116,7 +116,7 @@ def test_seeds_sizes_and_prompts_are_reused(visitor):
     expect(visitor.field("width")).to_have_value("384")
     expect(visitor.field("height")).to_have_value("704")
     visitor.field("width").fill("385")
-    expect(visitor.field("preset")).to_have_value("")
+    expect(visitor.field("preset")).to_have_value("Custom")
 
     visitor.open()
     visitor.images(1)

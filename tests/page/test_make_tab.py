@@ -58,7 +58,7 @@ def test_moving_the_slider_changes_the_next_image(visitor):
 
     assert pixels(first).shape == pixels(second).shape == (128, 128, 3)
     assert (pixels(first) != pixels(second)).any()
-    expect(visitor["gallery"]).to_contain_text("seed 7 · sks 0.2")
+    expect(visitor["gallery"]).to_contain_text("seed 7 · sks × 0.2")
     expect(visitor["recipe"]).to_contain_text('"multiplier": 0.2')
 
 
@@ -199,7 +199,7 @@ def test_hostile_names_and_texts_are_escaped(visitor):
     visitor.field("negative").fill(HOSTILE)
     visitor.generate(f"{HOSTILE} {{{{value}}}} ${{alert(2)}} [trigger]")
     visitor.wait_until_done()
-    expect(visitor["gallery"]).to_contain_text(f"seed 7 · {HOSTILE} 1")
+    expect(visitor["gallery"]).to_contain_text(f"seed 7 · {HOSTILE} × 1")
     expect(visitor["recipe"]).to_contain_text(HOSTILE)
     visitor.field("seed").fill(HOSTILE)
     visitor["generate"].click()
@@ -219,7 +219,7 @@ def test_invalid_values_show_an_error_and_send_nothing(visitor, server):
     before = len(server.call("/v1/requests")["requests"])
     visitor.generate(GREEN, lora="sks.safetensors", width=63)
     expect(visitor["error"].get_by_role("alert")).to_contain_text(
-        "Width: Input should be greater than or equal to 64, not 63."
+        "Width is 63; enter a number from 64 to 4096."
     )
     visitor.field("width").fill("128")
     for name, message in (
@@ -248,6 +248,32 @@ def test_a_reload_keeps_the_images_and_the_running_job(visitor):
         for one in visitor.trouble
         if "AbortError" not in one and "Connection errored out" not in one
     ]
+
+
+def test_a_reload_keeps_the_form(visitor):
+    visitor.choose("loras", "sks.safetensors")
+    for name, value in {"prompt": "a blue [trigger]", "seed": "", "width": "72"}.items():
+        visitor.field(name).fill(value)
+    expect(visitor["preset"].locator("input")).to_have_value("Custom")
+    visitor.field("height").focus()
+    visitor.page.wait_for_function("localStorage['fidelora-form']?.length > 100")
+    visitor.open()
+    expect(visitor.field("prompt")).to_have_value("a blue [trigger]")
+    expect(visitor.field("width")).to_have_value("72")
+    expect(visitor.field("seed")).to_have_value("")
+    expect(visitor["loras"]).to_contain_text("sks.safetensors")
+    expect(visitor["multiplier-0"]).to_be_visible()
+
+
+def test_values_that_the_server_changes_or_misses_are_reported(visitor):
+    visitor.generate("", steps=1, width=100, height=64)
+    visitor.wait_until_done()
+    expect(visitor["progress"]).to_contain_text("100 x 64 was rounded down to 96 x 64")
+    expect(visitor["progress"]).to_contain_text("The prompt is empty")
+    visitor.generate("a [trigger]", steps=1, width=64, height=64)
+    visitor.wait_until_done()
+    expect(visitor["progress"]).to_contain_text("[trigger] stays in the prompt as it is")
+    expect(visitor["progress"]).not_to_contain_text("rounded")
 
 
 def test_the_settings_of_the_selected_image_are_reused(visitor):

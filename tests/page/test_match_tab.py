@@ -12,7 +12,7 @@ from tests.page.browser_support import HOSTILE
 from tests.server.serve_support import Server
 from tests.support import GOLDEN_JOBS, SAME_PROCESSOR, TINY_BASE
 
-IDENTICAL = "Every pixel of every sample is the same."
+IDENTICAL = "Every pixel of every sample is the same: "
 VERDICT = IDENTICAL if SAME_PROCESSOR else re.compile(f"{IDENTICAL}|consistent with these settings")
 
 

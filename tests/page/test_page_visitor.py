@@ -110,6 +110,7 @@ def test_every_handler_that_uses_the_store_or_loras_is_for_a_visitor(context, tm
         "_apply_preset",
         "_cancel",  # of a verification
         "_refresh_runs",
+        "_store",  # of the form, in the browser
         "_update",  # of the banner
         "_use_prompt",
         "_verify",
@@ -139,7 +140,7 @@ def test_the_queue_follows_and_cancels_only_own_requests(context, monkeypatch):
             cancel(Session(pending=[job.id]))
     assert asyncio.run(follow(BOB)) == [""]
     assert context.store.get(job.id).status is Status.IN_QUEUE
-    assert "Queued" in asyncio.run(follow(ALICE))[0]
+    assert "Next in the queue" in asyncio.run(follow(ALICE))[0]
     assert context.store.get(job.id).status is Status.CANCELED
 
 

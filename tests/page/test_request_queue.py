@@ -65,8 +65,8 @@ def test_each_change_yields_the_state_of_all_requests(queue, context):
     updates = asyncio.run(until_end(queue, session, act))
     texts = [html.unescape(update.progress) for update in updates]
     waiting = [html.unescape(update.waiting) for update in updates]
-    assert "Queued. <span>“first”</span> <button" in waiting[0]
-    assert "Queued, 1 request ahead. <span>“<second>”" in waiting[0]
+    assert "Next in the queue. <span>“first” · seed 42 · no LoRA</span> <button" in waiting[0]
+    assert "Queued, 1 request before it. <span>“<second>”" in waiting[0]
     assert "“first”" not in waiting[1]
     assert waiting[1] == waiting[2]
     assert waiting[-1] == ""
@@ -118,6 +118,25 @@ def test_removed_requests_are_forgotten(queue, context):
     context.store.cancel(session.pending[1], now())
     asyncio.run(until_end(queue, session, lambda count: None))
     assert session.pending == []
+
+
+def test_a_late_cancel_does_not_hit_the_next_request(queue, context):
+    """The running request ends between the update that shows it and the click on Cancel."""
+    session, worker = session_with(context, "first", "second"), ByHand(context)
+    jobs = {}
+
+    def act(count):
+        if count == 1:
+            jobs["first"] = worker.claim()
+        elif count == 2:
+            worker.succeed(jobs["first"])
+            jobs["second"] = worker.claim()
+            queue.cancel(session)
+            assert not context.store.get(jobs["second"].id).cancel_requested
+            worker.succeed(jobs["second"])
+
+    asyncio.run(until_end(queue, session, act))
+    assert context.store.get(jobs["second"].id).status is Status.SUCCEEDED
 
 
 def test_cancel_ends_the_running_request_and_cancel_all_every_one(queue, context):

@@ -12,8 +12,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tests.support import TINY_BASE
@@ -93,12 +94,12 @@ class Server:
         body: Any = None,
         method: str | None = None,
         deadline_s: float = IMAGES_DEADLINE_S,
+        headers: Mapping[str, str] = MappingProxyType({}),
     ) -> Any:
         """Return the JSON of the server's response."""
         content = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(
-            self.url + path, content, {"Content-Type": "application/json"}, method=method
-        )
+        headers = {"Content-Type": "application/json", **headers}
+        request = urllib.request.Request(self.url + path, content, headers, method=method)
         with urllib.request.urlopen(request, timeout=deadline_s) as answer:
             return json.load(answer)
 

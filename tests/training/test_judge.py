@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
+import pytest
 from tests.support import GOLDEN_JOBS, TINY_BASE
 
-from fidelora.training.judge import changed_settings, grouped_by_cause
+from fidelora.training.judge import DRAWS, Experiment, changed_settings, grouped_by_cause
 from fidelora.training.plan import plan_samples
 from fidelora.training.run_folder import read_run
 
@@ -28,3 +32,53 @@ def test_samples_with_other_settings_are_grouped_by_the_changed_one():
         assert {change.cause for change in changes.values()} == {cause}
     assert grouped["guidance"][1].recipe.guidance_scale == 6.5
     assert "[trigger]" in grouped["trigger"][0].recipe.prompt
+
+
+class RecordingEngine:
+    """Makes gray images, and records the sizes of the batches."""
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+
+    def max_jittered_batch(self, _recipe):
+        return 2
+
+    def generate(self, recipe, **_options):
+        return self._images([recipe])[0]
+
+    def generate_jittered(self, recipes, _jitter):
+        return self._images(recipes)
+
+    def _images(self, recipes):
+        self.batches.append(len(recipes))
+        return [
+            SimpleNamespace(pixels=np.full((one.height, one.width, 3), 128, np.uint8))
+            for one in recipes
+        ]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "widths", "batches"),
+    [
+        ("bfloat16", (64, 64, 64), [2, 1]),
+        ("bfloat16", (64, 80, 64), [2, 1]),
+        ("bfloat16", (64, 80, 96), [1, 1, 1]),
+        ("float32", (64, 64, 64), [1, 1, 1]),
+    ],
+)
+def test_draws_in_half_precision_share_batches(dtype, widths, batches):
+    """In float32, the rounding errors are not replaced by random ones, so batches would matter."""
+    run = read_run(GOLDEN_JOBS / "checkpoints_jpg")
+    run = replace(run, samples=tuple(replace(run.samples[0], width=width) for width in widths))
+    plans = [
+        replace(plan, recipe=replace(plan.recipe, dtype=dtype))
+        for plan in plan_samples(run, 8, base_model=str(TINY_BASE))
+    ]
+    replayed = [np.zeros((one.recipe.height, one.recipe.width, 3), np.uint8) for one in plans]
+    engine: Any = RecordingEngine()
+    experiment = Experiment(run, engine, plans, replayed, ["PNG"] * len(plans))
+    assert engine.batches == DRAWS * batches
+    for plan, draws in zip(plans, experiment.draws, strict=True):
+        assert [draw.shape for draw in draws] == DRAWS * [
+            (plan.recipe.height, plan.recipe.width, 3)
+        ]

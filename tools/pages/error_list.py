@@ -20,7 +20,8 @@ names the file, the field or the value. [Troubleshooting](../troubleshooting.md)
 do about each error.
 
 * *Exit code*: of the command line. 2 means that the input has to change (the class is a
-  `WrongUseError`), 1 any other failure. [Some commands](../cli.md) use 1 in a different way.
+  `WrongUseError`), 1 any other failure. The pages of [some commands](../cli.md) list codes of their
+  own.
 * *HTTP*: status and code of the response if the server rejects a call with this error. An error
   without them does not normally reach a client. If it does, the response is 500 `INTERNAL`, and the
   log has the details.

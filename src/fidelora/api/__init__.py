@@ -11,10 +11,10 @@ from __future__ import annotations
 from fidelora.api.recipes import (
     DEFAULT_SIZE,
     check_request,
+    notes_on,
     recipes_of,
     request_for,
     sampler_options,
-    trigger_notes,
 )
 from fidelora.api.requests import (
     MAX_PROMPTS,
@@ -74,10 +74,10 @@ __all__ = [
     "accepted",
     "check_request",
     "model_list",
+    "notes_on",
     "recipes_of",
     "request_for",
     "result_of",
     "sampler_options",
     "status_of",
-    "trigger_notes",
 ]

@@ -135,12 +135,27 @@ def recipes_of(
     return tuple(recipes)
 
 
-def trigger_notes(request: InferenceRequest, adapters: Sequence[AdapterRef]) -> tuple[str, ...]:
-    """Return a sentence for each trigger word that the request leaves to the LoRAs' metadata."""
-    notes = [
-        trigger_of(adapters, _trigger_word(request, item)).note([item.prompt])
-        for item in request.prompts
-    ]
+def notes_on(
+    request: InferenceRequest, adapters: Sequence[AdapterRef], recipes: Sequence[Recipe]
+) -> tuple[str, ...]:
+    """Return a sentence for each value that differs from what the request may have meant.
+
+    These are trigger words that the request leaves to the LoRAs' metadata, and rounded sizes.
+
+    Args:
+        recipes: result of `recipes_of`.
+    """
+    notes = []
+    for item, recipe in zip(request.prompts, recipes, strict=True):
+        notes.append(trigger_of(adapters, _trigger_word(request, item)).note([item.prompt]))
+        width, height = item.width or DEFAULT_SIZE, item.height or DEFAULT_SIZE
+        if (width, height) != (recipe.width, recipe.height):
+            family = get_family(recipe.model)
+            notes.append(
+                f"The size {width} x {height} was rounded down to {recipe.width} x "
+                f"{recipe.height}; sides of {family.title} images are multiples of "
+                f"{family.resolution_divisor}."
+            )
     return tuple(dict.fromkeys(filter(None, notes)))
 
 

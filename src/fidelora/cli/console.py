@@ -180,14 +180,26 @@ ShowProgress = Callable[[str, int, int], None]
 """Callback that shows a title, the number of finished parts of the work and the number of all."""
 
 
+PROGRESS_LINE = "progress: "
+"""Start of the lines that `progress_display` prints for other programs, such as the web page."""
+
+
 @contextmanager
-def progress_display() -> Iterator[ShowProgress | None]:
+def progress_display(*, as_lines: bool = False) -> Iterator[ShowProgress | None]:
     """Show a progress bar with the remaining time, if stderr is a terminal.
 
+    Args:
+        as_lines: print a line for each call instead, which begins with `PROGRESS_LINE`.
+
     Yields:
-        The callback for each part of the work; None if stderr is not a terminal. A call with a new
-        title restarts the bar.
+        The callback for each part of the work; None if nothing is shown. A call with a new title
+        restarts the bar.
     """
+    if as_lines:
+        yield lambda title, done, total: typer.echo(
+            f"{PROGRESS_LINE}{title} {done} of {total}", err=True
+        )
+        return
     if not sys.stderr.isatty():
         yield None
         return

@@ -117,7 +117,7 @@ def generate(
             help="Output folder or file (.png, .jpg or .webp). If the name of a folder has a dot, "
             "add / at the end. A name with fields, such as {lora}_{seed}.png, gives each image a "
             f"name of its own; the fields are {', '.join(FIELDS)}. An existing file is replaced "
-            "only if PATH is a file name without fields.",
+            "only if PATH is a file name without fields; otherwise a number is added to the name.",
         ),
     ] = ".",
     image_format: Annotated[

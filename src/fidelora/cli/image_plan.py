@@ -212,7 +212,7 @@ def trigger_remarks(
     for adapters in sets:
         one = trigger_of(adapters, trigger)
         used.setdefault(one.text, one)
-    notes = [note for one in used.values() if (note := one.note(prompts))]
+    notes = [note for one in used.values() if one.text and (note := one.note(prompts))]
     if placeholders and trigger is None and "" in used:
         return notes, [
             "[trigger] stays in the prompt as it is, because no trigger word is set or stored in "

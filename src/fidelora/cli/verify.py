@@ -28,7 +28,6 @@ from fidelora.recipe import short_name
 from fidelora.texts import printable
 
 if TYPE_CHECKING:
-    from fidelora.engine.engine import Engine
     from fidelora.training.doctor import Diagnosis
     from fidelora.training.judge import Evidence
     from fidelora.training.run_folder import TrainingRun
@@ -117,6 +116,12 @@ def verify(
             metavar="DIR", help="Write the replayed samples to this folder, as STEP_INDEX.png."
         ),
     ] = None,
+    progress_lines: Annotated[
+        bool,
+        typer.Option(
+            "--progress-lines", help="Print the progress to stderr as lines, for other programs."
+        ),
+    ] = False,
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
@@ -140,6 +145,12 @@ def verify(
     for sentence in incomplete_parts(run):
         warn(sentence)
 
+    if not as_json:
+        typer.echo(
+            f"Training run {printable(run.name)}: sampler {run.sampler}, "
+            f"{dtype.value if dtype is not DtypeOption.JOB else run.dtype}."
+        )
+    from fidelora.training.doctor import diagnose
     from fidelora.training.judge import Verdict
     from fidelora.training.verify import verify as verify_run
     from fidelora.training.verify import worst_verdict
@@ -155,12 +166,8 @@ def verify(
     if noise is not NoiseOption.AUTO:
         changes["noise"] = noise.value
     if not as_json:
-        typer.echo(
-            f"Training run {printable(run.name)}: sampler {run.sampler}, "
-            f"{dtype.value if dtype is not DtypeOption.JOB else run.dtype}."
-        )
         typer.echo(_TABLE_HEAD)
-    with progress_display() as show:
+    with progress_display(as_lines=progress_lines) as show:
         samples = verify_run(
             run,
             engine,
@@ -178,7 +185,10 @@ def verify(
             )
 
     verdict = worst_verdict(samples)
-    diagnosis = _diagnose(run, samples, engine) if doctor and verdict is Verdict.MISMATCH else None
+    diagnosis = None
+    if doctor and verdict is Verdict.MISMATCH:
+        with progress_display(as_lines=progress_lines) as show:
+            diagnosis = diagnose(run, samples, engine, show)
     document = _document(run, samples, verdict.value, diagnosis)
     if report is not None:
         from fidelora.training.report import html_report
@@ -242,13 +252,6 @@ def _print_result(
         )
     elif verdict == "mismatch" and not doctor:
         typer.echo("Run the command again with --doctor to find the cause.")
-
-
-def _diagnose(run: TrainingRun, samples: list[CheckedSample], engine: Engine) -> Diagnosis:
-    from fidelora.training.doctor import diagnose
-
-    with progress_display() as show:
-        return diagnose(run, samples, engine, show)
 
 
 def _document(

@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -17,32 +15,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-import fidelora
 from fidelora.accel import Offload
-from fidelora.accel.device import (
-    auto_dtype,
-    instruction_set,
-    processor_name,
-    resolve_device,
-)
+from fidelora.accel.device import auto_dtype, resolve_device
 from fidelora.adapters.library import AdapterLibrary
 from fidelora.engine.binding import bind, with_adapters, with_embeddings
+from fidelora.engine.image_environment import image_environment
 from fidelora.engine.inputs import denoiser_settings, encode, schedule
 from fidelora.engine.loaded import LoadedModels
 from fidelora.engine.model import LoadedModel
-from fidelora.errors import (
-    DeviceError,
-    EngineBusyError,
-    MemoryExhaustedError,
-    RecipeError,
-)
+from fidelora.errors import DeviceError, EngineBusyError, MemoryExhaustedError, RecipeError
 from fidelora.families import get_family
-from fidelora.families.protocols import (
-    ExtendableText,
-    Size,
-)
+from fidelora.families.protocols import ExtendableText, Size
 from fidelora.images.write import GeneratedImage
-from fidelora.recipe import Dtype, Recipe, may_share_batch
+from fidelora.recipe import Dtype, Recipe, differ_in_prompts_and_seed, may_share_batch
 from fidelora.sampling.loop import sample
 from fidelora.sampling.noise import NoiseSource
 from fidelora.weights.content import ContentHashes
@@ -184,6 +169,10 @@ class Engine:
         """Return the recommended batch size for images of this size; always 1 in `exact`."""
         if recipe.fidelity == "exact":
             return 1
+        return self.max_jittered_batch(recipe)
+
+    def max_jittered_batch(self, recipe: Recipe) -> int:
+        """Return the recommended batch size for `generate_jittered`."""
         return max(1, _BATCH_PIXELS.get(self.device.type, 0) // (recipe.width * recipe.height))
 
     def generate(
@@ -235,6 +224,25 @@ class Engine:
             )
         return self._generate(recipes, on_step, {}, None)
 
+    def generate_jittered(self, recipes: Sequence[Recipe], jitter: int) -> list[GeneratedImage]:
+        """Make several images in half precision in one batch, in any fidelity.
+
+        The batch changes the last bits, which is why `exact` images have no batches elsewhere. Here
+        `jitter` replaces all rounding errors by random ones anyway; see `generate`.
+
+        Raises:
+            RecipeError: the recipes differ in more than prompts and seed, or are in float32.
+            FideloraError: as in `generate`.
+        """
+        first = recipes[0]
+        alike = all(differ_in_prompts_and_seed(first, other) for other in recipes[1:])
+        if not alike or first.dtype == "float32":
+            raise RecipeError(
+                "Images with jitter can share a batch only in half precision, and if they differ "
+                "only in prompts and seed. Generate these images one by one."
+            )
+        return self._generate(recipes, None, {}, jitter)
+
     def _generate(
         self,
         recipes: Sequence[Recipe],
@@ -274,7 +282,7 @@ class Engine:
                     clock.lap("decode")
             finally:
                 model.offload_parts()
-        environment = self._environment(model)
+        environment = image_environment(model)
         hashes = {one.sha256: one.tensors_sha256 for one, _ in bound.adapters}
         return [
             GeneratedImage(
@@ -312,22 +320,6 @@ class Engine:
         with torch.autocast("cpu", enabled=False), torch.autocast(self.device.type, enabled=False):
             yield
 
-    def _environment(self, model: LoadedModel) -> dict[str, str]:
-        """Return the facts outside the recipe that can change the last bits of an image."""
-        name = processor_name()
-        if self.device.type == "cuda":
-            name = torch.cuda.get_device_name(self.device)
-        environment = {
-            **_versions(),
-            "device": f"{self.device} ({name})",
-            "cpu_capability": instruction_set(),
-            "threads": str(torch.get_num_threads()),
-        }
-        if model.fast_path is not None:
-            dtype = str(model.compute_dtype).removeprefix("torch.")
-            environment["fast"] = f"{model.fast_path.value}, {dtype}"
-        return environment
-
 
 def _step_reporter(
     model: LoadedModel, recipe: Recipe, on_step: OnStep | None
@@ -345,13 +337,6 @@ def _step_reporter(
             on_step(Progress(step, recipe.steps, time.monotonic() - start, preview))
 
     return report
-
-
-@cache
-def _versions() -> dict[str, str]:
-    """Return the versions of the libraries that affect images, cached because it takes 1 ms."""
-    others = {name: version(name) for name in ("diffusers", "transformers")}
-    return {"fidelora": fidelora.__version__, "torch": torch.__version__, **others}
 
 
 @contextmanager

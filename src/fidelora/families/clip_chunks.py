@@ -118,7 +118,12 @@ def weighted(states: Tensor, weights: Tensor, emphasis: Emphasis) -> Tensor:
     mean = states.mean()
     # The product is float32, even if the states are in half precision.
     states = states * weights.unsqueeze(-1)
-    return states if emphasis == "no_norm" else states * (mean / states.mean())
+    if emphasis == "no_norm":
+        return states
+    weighted_mean = states.mean()
+    # A mean of zero, as a final layer norm without weights gives, cannot be restored. The web UI
+    # divides by it and gets NaN.
+    return states if weighted_mean == 0 else states * (mean / weighted_mean)
 
 
 def _words_of(tokenizer: CLIPTokenizer, ids: list[int]) -> list[list[int]]:

@@ -21,18 +21,27 @@ class Trigger:
         text: the text; empty if the placeholders stay in the prompt.
         adapter: name of the adapter whose metadata contains the text; empty if the caller gave the
             text, or if it is that of an embedding.
+        is_missing: True if neither the caller nor an adapter has a text.
     """
 
     text: str
     adapter: str = ""
+    is_missing: bool = False
 
     def fill(self, prompt: str) -> str:
         """Return the prompt with the placeholders replaced."""
         return replace_trigger(prompt, self.text)
 
     def note(self, prompts: Iterable[str]) -> str:
-        """Return a sentence that names the text's source if one of the prompts uses it, or ""."""
-        if not self.adapter or not any(map(has_placeholder, prompts)):
+        """Return a sentence if a prompt needs a text that the caller did not give, or ""."""
+        if not any(map(has_placeholder, prompts)):
+            return ""
+        if self.is_missing:
+            return (
+                "[trigger] stays in the prompt as it is, because no trigger word was given and no "
+                "LoRA has one in its metadata."
+            )
+        if not self.adapter:
             return ""
         return (
             f"[trigger] is {self.text!r}, the trigger word in the metadata of the LoRA "
@@ -66,7 +75,7 @@ def trigger_of(adapters: Sequence[AdapterRef], given: str | None) -> Trigger:
         found = describe_header(header, ref.name).trigger if header is not None else ""
         if found:
             return Trigger(found, ref.name)
-    return Trigger("")
+    return Trigger("", is_missing=True)
 
 
 def _header_of(ref: AdapterRef) -> Header | None:

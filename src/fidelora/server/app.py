@@ -19,6 +19,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse
 
 import fidelora
+from fidelora.accel.allocator import return_freed_memory
 from fidelora.atomic import make_folder, remove_stale_temporaries
 from fidelora.families import all_families
 from fidelora.jobs.job import Status
@@ -54,6 +55,7 @@ log = structlog.get_logger(__name__)
 _WATCH_INTERVAL_S = 0.5
 """Seconds between two checks for dead and hanging workers."""
 _CLEAN_INTERVAL_S = 60.0
+_TRIM_INTERVAL_S = 30.0
 """Seconds between two removals of old requests and adapters."""
 
 _DESCRIPTION = """Images from Stable Diffusion LoRAs, identical to AI Toolkit's training samples.
@@ -253,7 +255,10 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     running = [
         asyncio.create_task(
             run_periodically(_CLEAN_INTERVAL_S, partial(asyncio.to_thread, clean, context))
-        )
+        ),
+        asyncio.create_task(
+            run_periodically(_TRIM_INTERVAL_S, partial(asyncio.to_thread, return_freed_memory))
+        ),
     ]
     if context.pool is not None:
         await asyncio.to_thread(context.pool.start)

@@ -22,7 +22,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
 from fidelora.adapters.tensor_names import noise_of_file
-from fidelora.api import InferenceRequest, LoraItem, recipes_of, trigger_notes
+from fidelora.api import InferenceRequest, LoraItem, notes_on, recipes_of
 from fidelora.errors import RequestCanceledError, RequestFailedError
 from fidelora.families import get_family
 from fidelora.jobs.job import Job, Status, new_job
@@ -68,7 +68,7 @@ async def submit(
     hub_token = request.hf_token.get_secret_value() if request.hf_token else None
     adapters = await resolve_adapters(context, caller, request.loras, hub_token)
     recipes = await run_in_threadpool(build_recipes, context, request, adapters)
-    notes = await run_in_threadpool(trigger_notes, request, adapters)
+    notes = await run_in_threadpool(notes_on, request, adapters, recipes)
     return await enqueue(
         context, caller, recipes, request.output_format, image_quality, submission, notes
     )

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from fidelora.engine.engine import Engine
 from fidelora.errors import RecipeError
 from fidelora.families import get_family
-from fidelora.recipe import MAX_MULTIPLIER, Recipe
+from fidelora.images.write import GeneratedImage
+from fidelora.recipe import MAX_MULTIPLIER, Recipe, differ_in_prompts_and_seed
 from fidelora.training.compare import (
     ROUNDING_MAX_DIFFERENCE,
     ROUNDING_MIN_IDENTICAL_PERCENT,
@@ -226,9 +227,7 @@ class Experiment:
         self.draws: list[list[DifferenceImage]] = [[] for _ in plans]
         with Draws.of(run, engine) as maker:
             for number in range(DRAWS):  # one change of the weights for all samples
-                for sample, plan in enumerate(plans):
-                    recipe = maker.recipe(plan, number)
-                    self.draws[sample].append(self._difference_of(sample, recipe, jitter=number))
+                self._draw([maker.recipe(plan, number) for plan in plans], number)
 
     def differences(self, trainer: Sequence[Pixels]) -> list[Differences]:
         """Return the differences of these samples and of the draws from the replayed images."""
@@ -271,23 +270,42 @@ class Experiment:
         verdict = Verdict.UNDECIDED if blind else Verdict.ROUNDING
         return Evidence(verdict, lost, noise, size, tuple(tried))
 
+    def _draw(self, recipes: Sequence[Recipe], number: int) -> None:
+        """Make one draw of each sample, in batches where that changes only rounding errors."""
+        left = list(range(len(recipes)))
+        while left:
+            batch = self._batch(recipes, left)
+            left = [sample for sample in left if sample not in batch]
+            if len(batch) == 1:
+                images = [self._engine.generate(recipes[batch[0]], jitter=number)]
+            else:
+                images = self._engine.generate_jittered([recipes[i] for i in batch], number)
+            for sample, image in zip(batch, images, strict=True):
+                self.draws[sample].append(self._difference(sample, image))
+
+    def _batch(self, recipes: Sequence[Recipe], samples: Sequence[int]) -> list[int]:
+        """Return the first of the samples, and others that can be drawn in the same batch."""
+        first = recipes[samples[0]]
+        if first.dtype == "float32":
+            return [samples[0]]
+        alike = [one for one in samples if differ_in_prompts_and_seed(first, recipes[one])]
+        return alike[: self._engine.max_jittered_batch(first)]
+
     def _effect(self, sample: int, change: Change) -> DifferenceImage:
         """Return the difference that a changed setting makes to the replayed image of a sample."""
         key = (change.cause, sample)
         if key not in self._effects:
-            options = change.scheduler_options
-            self._effects[key] = self._difference_of(
-                sample, change.recipe, scheduler_options=options
-            )
+            # Not in batches: a changed setting may reproduce the sample to the bit.
+            image = self._engine.generate(change.recipe, scheduler_options=change.scheduler_options)
+            self._effects[key] = self._difference(sample, image)
         return self._effects[key]
 
-    def _difference_of(self, sample: int, recipe: Recipe, **options: Any) -> DifferenceImage:
-        """Generate an image, and return its difference from the replayed image of the sample."""
-        pixels = self._engine.generate(recipe, **options).pixels
+    def _difference(self, sample: int, image: GeneratedImage) -> DifferenceImage:
+        """Return the difference of a new image from the replayed image of the sample."""
         self._done += 1
         if self._on_image is not None:
             self._on_image(self._done, self._total)
-        encoded = reencode(pixels, self._formats[sample])
+        encoded = reencode(image.pixels, self._formats[sample])
         return _difference(encoded, self._replayed[sample])
 
 

@@ -56,12 +56,16 @@ class Batch:
 
     def before_first_step(self) -> None:
         """Renew the leases of all jobs for the time that the first step may take."""
-        self.heartbeat(self._allowance.longest_s)
+        self.renew(self._allowance.longest_s)
         self._last_step = self._monotonic()
 
-    def heartbeat(self, lease_s: float) -> None:
-        """Report that the worker is alive, and renew the leases of all jobs."""
-        self._beat(lease_s)
+    def renew(self, lease_s: float) -> None:
+        """Renew the leases of all jobs.
+
+        However long the leases are, the worker has to report that it is alive within the time of
+        the first step.
+        """
+        self._beat(self._allowance.longest_s)
         for attempt in [*(part.attempt for part in self._parts), *self._others]:
             if attempt.running:
                 with self._ending_on_error(attempt):

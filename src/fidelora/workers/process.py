@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import math
 import multiprocessing
 import os
 import signal
@@ -16,7 +15,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from multiprocessing.synchronize import Event
 from pathlib import Path
 from types import FrameType
 
@@ -26,12 +24,10 @@ from fidelora.errors import FideloraError, JobStoreError
 from fidelora.jobs.sql import SqlStore
 from fidelora.recipe import Recipe
 from fidelora.workers.attempt import AttemptReport, WorkerLimits
+from fidelora.workers.signals import WorkerSignals, beating, new_signals, spawn
 from fidelora.workers.worker import Worker
 
 log = logging.getLogger(__name__)
-
-# Not fork: a forked child cannot use CUDA, and inherits every open connection.
-_spawn = multiprocessing.get_context("spawn")
 
 _POLL_S = 0.5  # time between two polls of an idle worker
 _EXIT_WAIT_S = 10.0  # wait for a process to exit after SIGTERM, and after SIGKILL
@@ -71,51 +67,11 @@ class WorkerSetup:
     prepare: Callable[[], None] | None = None
 
 
-class Pulse:
-    """Time until which a worker process counts as alive, in memory shared with the pool.
-
-    The pool can tell a hung worker without the job database, which the worker may keep locked. The
-    time is monotonic, which is the same clock in all processes of a machine, so changes of the
-    system's date have no effect.
-    """
-
-    def __init__(self) -> None:
-        self._alive_until = _spawn.RawValue("d", math.inf)
-
-    def beat(self, seconds: float) -> None:
-        """Report that the process is alive, and that it reports again within this time."""
-        self._alive_until.value = time.monotonic() + seconds
-
-    def has_stopped(self, monotonic: float) -> bool:
-        """True if the process should have reported before this time; False before its first beat.
-
-        A worker beats for the first time when its model is loaded, which may take very long.
-        """
-        return bool(monotonic > self._alive_until.value)
-
-
 @dataclass(frozen=True)
 class WorkerPaused:
     """Message of a worker that pauses for this reason, or continues if the reason is empty."""
 
     reason: str
-
-
-@dataclass(frozen=True)
-class WorkerSignals:
-    """State shared by the pool and a worker process.
-
-    Attributes:
-        pulse: set by the process while it makes progress.
-        ready: set by the process once its model is loaded.
-        finish: set by the pool to end the process after its current job.
-        wake: set by the pool when there may be a new job.
-    """
-
-    pulse: Pulse
-    ready: Event
-    finish: Event
-    wake: Event
 
 
 class WorkerSlot:
@@ -137,7 +93,7 @@ class WorkerSlot:
         self._restart_delay_s = 0.0
         self._next_start = 0.0
         self._reports: Connection | None = None
-        self._signals = _new_signals()
+        self._signals, self._wake = new_signals()
         self._reported_error = ""
         self._pause_reason = ""
         self.process: BaseProcess | None = None
@@ -147,13 +103,14 @@ class WorkerSlot:
     def start(self) -> None:
         self._starts += 1
         self.name = f"{self._slot_name}-{self._starts}-{datetime.now(UTC):%Y%m%d%H%M%S%f}"
-        self._signals = _new_signals()
+        self._signals, self._wake = new_signals()
         self._reported_error = self._pause_reason = ""
-        self._reports, child_end = _spawn.Pipe(duplex=False)
+        self._reports, child_end = spawn.Pipe(duplex=False)
         arguments = (self.name, self._setup, self._signals, child_end)
-        self.process = _spawn.Process(
+        self.process = spawn.Process(
             target=worker_process, args=arguments, name=self.name, daemon=True
         )
+        self._signals.pulse.beat(self._setup.limits.load_s)
         self.process.start()
         child_end.close()  # so that the pipe closes when the process ends
 
@@ -217,12 +174,12 @@ class WorkerSlot:
 
     def wake(self) -> None:
         """Make an idle worker look for a job now."""
-        self._signals.wake.set()
+        self._wake.wake()
 
     def finish(self) -> None:
         """End the process after its current job."""
         self._signals.finish.set()
-        self._signals.wake.set()
+        self._wake.wake()
 
     def terminate(self) -> None:
         """Make the worker release its job and exit."""
@@ -244,10 +201,6 @@ class WorkerSlot:
                 self.kill()
 
 
-def _new_signals() -> WorkerSignals:
-    return WorkerSignals(Pulse(), ready=_spawn.Event(), finish=_spawn.Event(), wake=_spawn.Event())
-
-
 def worker_process(
     name: str, setup: WorkerSetup, signals: WorkerSignals, reports: Connection
 ) -> None:
@@ -262,8 +215,10 @@ def worker_process(
     _continue_when_parent_dies()
     os.nice(_NICENESS)
     prepare_process(setup)
+    limits, beat = setup.limits, signals.pulse.beat
     try:
-        worker = _make_worker(name, setup, signals.pulse, reports)
+        with beating(beat, limits.lease_s, limits.load_s):
+            worker = _make_worker(name, setup, beat, reports)
     except FideloraError as error:
         reports.send(str(error))
         raise SystemExit(CANNOT_START) from error
@@ -280,7 +235,6 @@ def worker_process(
         if job is None:
             # Poll as well: another server that adds a job to this store sends no signal.
             signals.wake.wait(_POLL_S)
-            signals.wake.clear()
 
 
 def prepare_process(setup: WorkerSetup) -> None:
@@ -292,7 +246,9 @@ def prepare_process(setup: WorkerSetup) -> None:
         setup.prepare()
 
 
-def _make_worker(name: str, setup: WorkerSetup, pulse: Pulse, reports: Connection) -> Worker:
+def _make_worker(
+    name: str, setup: WorkerSetup, beat: Callable[[float], None], reports: Connection
+) -> Worker:
     from fidelora.accel.allocator import fast_imports, keep_freed_memory
 
     keep_freed_memory()
@@ -320,7 +276,7 @@ def _make_worker(name: str, setup: WorkerSetup, pulse: Pulse, reports: Connectio
         setup.limits,
         on_end=reports.send,
         on_pause=lambda reason: reports.send(WorkerPaused(reason)),
-        beat=pulse.beat,
+        beat=beat,
     )
 
 

@@ -40,6 +40,7 @@ from fidelora.workers.batch import (
     parts_in_turn,
     parts_side_by_side,
 )
+from fidelora.workers.signals import beating
 from fidelora.workers.storage_pause import StoragePause
 
 if TYPE_CHECKING:  # the server imports this module and must not load torch
@@ -281,9 +282,10 @@ class Worker:
             BatchEndedEarly: all jobs of the batch have ended.
         """
         recipes = batch.recipes
-        batch.heartbeat(self._limits.load_s)
+        batch.renew(self._limits.load_s)
         start = self._monotonic()
-        self._engine.load(recipes[0])
+        with beating(self._beat, self._limits.lease_s, self._limits.load_s):
+            self._engine.load(recipes[0])
         batch.add_timings({"load": self._monotonic() - start})
         batch.before_first_step()
         self._prefetch_for_next_job()

@@ -34,6 +34,9 @@ _RATIOS = ((1, 1), (3, 4), (2, 3), (9, 16))
 _PRESET_STEP = 64
 """Pixels of which the sides of presets are multiples; trainers' buckets have this step, too."""
 
+CUSTOM_SIZE = "Custom"
+"""Label of sizes that no preset has."""
+
 LABELS = {
     "prompt": "Prompt",
     "trigger_word": "Trigger word",
@@ -116,12 +119,32 @@ def build_request(form: Form) -> InferenceRequest:
     try:
         request = InferenceRequest.model_validate(body)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = str(first["loc"][-1])
-        label = _ERROR_LABELS.get(field, field)
-        raise WrongUseError(f"{label}: {first['msg']}, not {str(first['input'])[:60]}.") from None
+        raise WrongUseError(_sentence(error)) from None
     check_request(request, needs_lora=False)
     return request
+
+
+def notes_on_form(form: Form) -> list[str]:
+    """Return a sentence for each input that was probably left empty by mistake."""
+    notes = []
+    if not form.fields["prompt"].strip():
+        notes.append("The prompt is empty, so the model draws what it likes.")
+    if has_placeholder(form.fields["prompt"]) and not form.fields["trigger_word"].strip():
+        notes.append("[trigger] stays in the prompt as it is, because the trigger word is empty.")
+    return notes
+
+
+def _sentence(error: ValidationError) -> str:
+    """Return a sentence about the first invalid input, with its label and range."""
+    first = error.errors(include_url=False)[0]
+    field = str(first["loc"][-1])
+    label, given = _ERROR_LABELS.get(field, field), str(first["input"])[:60]
+    if first.get("ctx", {}).keys() & {"le", "ge"} and field in PromptItem.model_fields:
+        lowest, highest = api_range(field)
+        return f"{label} is {given}; enter a number from {lowest:g} to {highest:g}."
+    if first["type"] in ("int_from_float", "int_type", "int_parsing"):
+        return f"{label} is {given}; enter a whole number."
+    return f"{label} is {given}, which is not possible: {first['msg']}."
 
 
 def family_defaults(model: str) -> dict[str, Any]:
@@ -153,10 +176,15 @@ def size_presets(model: str) -> dict[str, tuple[int, int]]:
     return presets
 
 
-def preset_of(model: str, width: int | None, height: int | None) -> str | None:
-    """Return the label of the preset with this size, or None."""
+def preset_choices(model: str) -> list[str]:
+    """Return the labels of `size_presets`, and one for other sizes."""
+    return [*size_presets(model), CUSTOM_SIZE]
+
+
+def preset_of(model: str, width: int | None, height: int | None) -> str:
+    """Return the label of the preset with this size, or `CUSTOM_SIZE`."""
     presets = size_presets(model).items()
-    return next((label for label, size in presets if size == (width, height)), None)
+    return next((label for label, size in presets if size == (width, height)), CUSTOM_SIZE)
 
 
 def request_body(recipe: Recipe, paths: Sequence[str], image_format: str) -> dict[str, Any]:

@@ -28,11 +28,13 @@ def notice(sentence: object, kind: str = "") -> str:
 
 
 def prompt_line(job: Job) -> str:
-    """Return the beginning of a job's prompt, and its number of images if it has several."""
-    prompt = job.recipes[0].prompt
+    """Return the beginning of a job's prompt, its images if it has several, seed and LoRAs."""
+    recipe = job.recipes[0]
+    prompt = recipe.prompt
     shown = prompt if len(prompt) <= _MAX_SHOWN_PROMPT else prompt[: _MAX_SHOWN_PROMPT - 1] + "…"
+    quoted = f"“{escape(shown)}”" if prompt.strip() else "(empty prompt)"
     images = f" · {len(job.recipes)} images" if len(job.recipes) > 1 else ""
-    return f"“{escape(shown)}”{images}"
+    return f"{quoted}{images} · {escape(caption(recipe))}"
 
 
 def button_number(job_id: str) -> int:
@@ -103,7 +105,7 @@ def progress_bar(done: int, total: int, sentence: str) -> str:
 def caption(recipe: Recipe) -> str:
     """Return an image's caption as plain text."""
     loras = ", ".join(
-        adapter.name if adapter.word else f"{adapter.name} {adapter.multiplier:g}"
+        adapter.name if adapter.word else f"{adapter.name} × {adapter.multiplier:g}"
         for adapter in recipe.adapters
     )
     return f"seed {recipe.seed} · {loras or 'no LoRA'}"
@@ -116,10 +118,11 @@ def duration(seconds: float) -> str:
 
 
 def _waiting(queue_position: int | None) -> str:
+    """Return the state of a queued job; a worker may be busy with other requests meanwhile."""
     if not queue_position:
-        return "Queued."
+        return "Next in the queue."
     jobs = "1 request" if queue_position == 1 else f"{queue_position} requests"
-    return f"Queued, {jobs} ahead."
+    return f"Queued, {jobs} before it."
 
 
 def _run_time(job: Job) -> str:

@@ -15,6 +15,7 @@ from fidelora.server.page.form import (
     MAX_LORAS,
     Form,
     family_defaults,
+    preset_choices,
     preset_of,
     read_seed,
     size_presets,
@@ -24,6 +25,7 @@ from fidelora.server.page.html import notice
 from fidelora.server.page.lora_list import LoraList
 from fidelora.server.page.make_prompts import PromptInputs
 from fidelora.server.page.make_settings import SettingsInputs
+from fidelora.server.page.stored_form import from_stored, to_stored
 
 Handled = tuple[str, list[str]]
 """Model and LoRA paths for which the dependent inputs were last updated.
@@ -44,6 +46,7 @@ class MakeForm:
         self._lora_list = lora_list
         self.fields = prompts.fields | settings.fields
         self.handled = gr.State((model, []))
+        self.stored = gr.BrowserState(None, storage_key="fidelora-form", secret="form")
 
     @property
     def inputs(self) -> list[Any]:
@@ -105,6 +108,23 @@ class MakeForm:
             [prompts.named_embedding, prompts.loras, *self.lora_outputs],
             **IMMEDIATE,
         )
+        texts = (*(fields[name] for name in ("prompt", "trigger_word", "neg")), settings.seed)
+        numbers = (fields[name] for name in ("sample_steps", "guidance_scale", "width", "height"))
+        choices = (fields[name] for name in ("model", "sampler", "emphasis", "fidelity"))
+        gr.on(
+            [
+                *(one.blur for one in texts),
+                *(one.blur for one in numbers),
+                *(one.input for one in choices),
+                *(one.release for one in prompts.multipliers),
+                prompts.loras.input,
+                settings.preset.input,
+            ],
+            self._store,
+            self.inputs,
+            self.stored,
+            **IMMEDIATE,
+        )
 
     def read(self, values: Sequence[Any]) -> Form:
         """Convert the values of `inputs`.
@@ -137,13 +157,33 @@ class MakeForm:
         return [
             message,
             (model, paths),
-            gr.update(choices=list(size_presets(model)), value=preset_of(model, width, height)),
+            gr.update(choices=preset_choices(model), value=preset_of(model, width, height)),
             gr.update(choices=self._lora_list.choices(), value=paths),
             *self._prompts.sliders(form.loras),
-            str(form.seed),
+            "" if form.seed is None else str(form.seed),
             form.images,
             *(fields[name] for name in LABELS),
         ]
+
+    def restore(self, stored: object, models: Sequence[str]) -> list[Any]:
+        """Return the updates of `outputs` that show the form from before a reload.
+
+        Args:
+            stored: value of the component `stored`.
+            models: ids of the models of this server.
+        """
+        found = from_stored(stored, models, [path for _, path in self._lora_list.choices()])
+        if found is None:
+            return self.message("")
+        form, missing = found
+        gone = ", ".join(missing)
+        return self.show(form, notice(f"No longer on this server: {gone}.") if gone else "")
+
+    def _store(self, *values: Any) -> Any:
+        try:
+            return to_stored(self.read(values))
+        except WrongUseError:  # the value is being edited
+            return gr.skip()
 
     def message(self, message: str) -> list[Any]:
         """Return the updates of `outputs` that show a message and leave the inputs as they are."""
@@ -181,7 +221,7 @@ class MakeForm:
         return [
             (model, handled[1]),
             gr.update(
-                choices=list(size_presets(model)),
+                choices=preset_choices(model),
                 value=preset_of(model, start["width"], start["height"]),
             ),
             gr.update(choices=list(spec.samplers), value=start["sampler"]),

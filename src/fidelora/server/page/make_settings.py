@@ -14,8 +14,8 @@ from fidelora.server.page.form import (
     LABELS,
     api_range,
     family_defaults,
+    preset_choices,
     preset_of,
-    size_presets,
 )
 from fidelora.server.page.uploads import LORA_SUFFIX
 
@@ -79,7 +79,7 @@ class SettingsInputs:
             self._number("width", "width", start, precision=0, step=divisor)
             self._number("height", "height", start, precision=0, step=divisor)
         self.preset = gr.Dropdown(
-            list(size_presets(spec.id)),
+            preset_choices(spec.id),
             value=preset_of(spec.id, start["width"], start["height"]),
             label="Size preset",
             elem_id="preset",

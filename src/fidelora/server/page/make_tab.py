@@ -13,7 +13,7 @@ from fidelora.server.context import ServerContext
 from fidelora.server.page.bases import served_families
 from fidelora.server.page.downloads import download_link
 from fidelora.server.page.events import IMMEDIATE, STREAMING
-from fidelora.server.page.form import build_request
+from fidelora.server.page.form import build_request, notes_on_form
 from fidelora.server.page.handlers import for_visitor
 from fidelora.server.page.html import notice
 from fidelora.server.page.lora_list import LoraList
@@ -90,6 +90,7 @@ class MakeTab:
             outputs,
             **IMMEDIATE,
         ).then(for_visitor(self._follow), session, outputs, **STREAMING, **repeated)
+        page.load(for_visitor(self._restore_form), form.stored, form.outputs, **IMMEDIATE)
         gr.on(
             [
                 prompts.generate.click,
@@ -148,6 +149,7 @@ class MakeTab:
         if not session.pending:
             session.ended.clear()
         session.pending.append(job.id)
+        session.ended += map(notice, [*job.notes, *notes_on_form(form)])
         entries = add_prompt(read_history(history), form.fields["prompt"], form.fields["neg"])
         return self._updates(
             error="",
@@ -188,6 +190,10 @@ class MakeTab:
         entries = read_history(history)
         choices = gr.update(choices=history_choices(entries), visible=bool(entries))
         return self._updates(history=choices, **values)
+
+    def _restore_form(self, stored: object) -> list[Any]:
+        models = [family.id for family in served_families(self._context)]
+        return self.form.restore(stored, models)
 
     def _pending(self, session: Session) -> dict[str, Any]:
         return {

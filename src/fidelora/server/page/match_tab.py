@@ -18,6 +18,7 @@ from fidelora.server.page.html import escape, notice, progress_bar
 from fidelora.server.page.paths import REPORTS
 from fidelora.server.page.pictures import PageFiles
 from fidelora.server.page.uploads import refuse_larger
+from fidelora.server.page.verification_progress import Progress, with_pauses
 from fidelora.server.page.verifications import (
     CANCELED,
     Outcome,
@@ -32,15 +33,28 @@ from fidelora.server.page.verifications import (
 from fidelora.server.public_texts import public_text
 
 _VERDICTS = {
-    "identical": ("good", "Every pixel of every sample is the same."),
-    "rounding": ("good", "The samples are consistent with these settings."),
-    "undecided": (
-        "error",
-        "Too much information was lost to tell whether these settings are right.",
+    "identical": (
+        "good",
+        "Every pixel of every sample is the same: this server makes what the trainer made.",
     ),
-    "mismatch": ("error", "At least one sample is different."),
+    "rounding": (
+        "good",
+        "The samples are consistent with these settings; the remaining differences are rounding.",
+    ),
+    "undecided": (
+        "",
+        "Too much information was lost to tell whether these settings are right. Save future runs "
+        "in float32, or verify a step that has all earlier checkpoints.",
+    ),
+    "mismatch": (
+        "error",
+        "At least one sample is different. Check the base model first; the option above finds the "
+        "setting that explains the difference.",
+    ),
 }
 _MAX_OUTPUT_LINES = 200
+_LOOK_S = 1.0
+"""Seconds between two updates of the elapsed time."""
 
 
 class MatchTab:
@@ -54,8 +68,9 @@ class MatchTab:
         gr.Markdown(
             "Makes the samples of a finished training run again, with its saved weights and this "
             "server's base model, and compares them with the trainer's. *Identical*: every pixel "
-            "is the same. *Rounding*: the difference is within the precision of the saved file. "
-            "*Mismatch*: the images differ.",
+            "is the same. *Rounding*: the differences are as large as the lost precision explains. "
+            "*Undecided*: so much precision was lost that wrong settings would look the same. "
+            "*Mismatch*: the settings, the weights or the base model differ from the trainer's.",
             elem_classes="help",
         )
         with gr.Row(equal_height=False):
@@ -90,7 +105,6 @@ class MatchTab:
                     )
                     self.cancel = gr.Button(
                         "Cancel",
-                        variant="stop",
                         interactive=False,
                         elem_id="cancel-verify",
                         scale=1,
@@ -157,26 +171,29 @@ class MatchTab:
             cancel=gr.update(interactive=True),
         )
         try:
-            run_folder, base_model, total = await run_in_threadpool(
+            run_folder, base_model = await run_in_threadpool(
                 self._read_run, folder, archive, workspace
             )
             lines: list[str] = []
             outcome = None
+            progress = Progress()
             (workspace / "report").mkdir(parents=True)
-            async for line in self._verifier.run(
+            output = self._verifier.run(
                 verification_id,
                 run_folder,
                 base_model,
                 workspace / "report",
                 step=step,
                 doctor=doctor,
-            ):
+            )
+            async for line in with_pauses(output, _LOOK_S):
                 if isinstance(line, Outcome):
                     outcome = line
+                elif line is None or progress.read(line):
+                    yield self._updates(verdict=progress.bar())
                 elif not line.startswith("Report: "):  # the page shows the report itself
                     lines.append(public_text(line.replace(str(run_folder), run_folder.name)))
                     yield self._updates(
-                        verdict=_progress(lines, total),
                         output=gr.update(visible=True, value="\n".join(lines[-_MAX_OUTPUT_LINES:])),
                     )
             assert outcome is not None
@@ -207,8 +224,8 @@ class MatchTab:
 
     def _read_run(
         self, folder: str | None, archive: str | None, workspace: Path
-    ) -> tuple[Path, str, int]:
-        """Return the run's folder, its base model on this server, and its number of samples."""
+    ) -> tuple[Path, str]:
+        """Return the run's folder, and its base model on this server."""
         settings = self._context.settings
         if archive:
             max_bytes = settings.job_max_mb * 2**20
@@ -219,7 +236,7 @@ class MatchTab:
         else:
             raise JobFolderError("Choose a training run, or drop its zip.")
         run = read_contained_run(path, self._context)
-        return path, server_base_model(run, self._context), max(1, len(run.samples))
+        return path, server_base_model(run, self._context)
 
     def _updates(self, **values: Any) -> list[Any]:
         """Return an update of every output; those not named keep their value."""
@@ -232,13 +249,6 @@ def _read_step(text: str) -> str:
     if text in ("last", "all") or (text.isascii() and text.isdigit() and len(text) < 10):
         return text
     raise JobFolderError(f"{text!r:.60} is not a step; enter a number, last or all.")
-
-
-def _progress(lines: Sequence[str], total: int) -> str:
-    """Return the progress bar. The output has a line per sample, which begins with its step."""
-    done = sum(line[:7].strip().isdigit() for line in lines)
-    sentence = f"Samples compared: {done}." if done else "Loading the base model."
-    return progress_bar(min(done, total), total, sentence)
 
 
 def _verdict(outcome: Outcome, lines: Sequence[str]) -> str:

@@ -50,6 +50,8 @@ class Session:
         selected: index of the selected image in `shown`.
         ended: HTML of failed and canceled requests, and of the last successful one.
         followed: True while a handler follows the requests.
+        current: id of the request that the page shows as running, or as the next one; empty before
+            the first update.
     """
 
     pending: list[str] = field(default_factory=list)
@@ -57,6 +59,7 @@ class Session:
     selected: int = 0
     ended: list[str] = field(default_factory=list)
     followed: bool = False
+    current: str = ""
 
     def remembered(self) -> list[ImageId]:
         """Return the entries to store in the browser: pending requests with index -1, and images.
@@ -136,6 +139,7 @@ class RequestQueue:
                         if succeeded and not session.pending:
                             session.ended.append(job_progress(succeeded[-1], None))
                         previews = "".join(job_preview(job) for job, _ in jobs)
+                        session.current = _current(job for job, _ in jobs)
                         yield Update(*self._progress(session, jobs), previews, tuple(succeeded))
                     if session.pending:
                         await watch.changed(_LOOK_S)
@@ -143,11 +147,12 @@ class RequestQueue:
             session.followed = False
 
     def cancel(self, session: Session) -> None:
-        """Cancel the oldest running request, or the oldest one if none is running."""
-        jobs = [job for job, _ in self._read(session.pending)]
-        running = [job.id for job in jobs if job.status is Status.IN_PROGRESS]
-        waiting = [job.id for job in jobs if job.status is Status.IN_QUEUE]
-        self._cancel([*running, *waiting][:1])
+        """Cancel the request that the page shows as running, or as the next one if none is.
+
+        If it has ended in the meantime, the next one is not canceled in its place.
+        """
+        current = session.current or _current(job for job, _ in self._read(session.pending))
+        self._cancel([current] if current else [])
 
     def cancel_one(self, session: Session, number: int | None) -> None:
         """Cancel the pending request with this `button_number`."""
@@ -203,6 +208,13 @@ class RequestQueue:
         if len(pending) == len(waiting) == 1:
             parts.append(job_progress(*waiting.pop()))
         return "".join(parts), waiting_jobs(waiting) if waiting else ""
+
+
+def _current(jobs: Iterable[Job]) -> str:
+    """Return the id of the first running job, or else of the first queued one; "" without any."""
+    pending = [job for job in jobs if not job.status.final]
+    running = [job for job in pending if job.status is Status.IN_PROGRESS]
+    return next((job.id for job in [*running, *pending]), "")
 
 
 def _distinct(entries: Iterable[_T]) -> list[_T]:

@@ -74,6 +74,12 @@ document.addEventListener("keydown", (event) => {
   setTimeout(() => input.dispatchEvent(escape));
 });
 
+// A list closes when Tab leaves it; Gradio keeps it open if the window does not have the focus.
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "Tab" || !event.target.matches?.("input[aria-expanded=true]")) return;
+  event.target.dispatchEvent(new KeyboardEvent("keydown", { key: "Escape", bubbles: true }));
+});
+
 // A linked report is shown in a sandboxed frame above the link. Messages scroll into view.
 const showReport = (link) => {
   link.dataset.shown = "";

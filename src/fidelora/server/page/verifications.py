@@ -15,7 +15,7 @@ import secrets
 import signal
 import sys
 import zipfile
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -293,7 +293,7 @@ class Verifier:
         *,
         step: str,
         doctor: bool,
-    ) -> AsyncIterator[str | Outcome]:
+    ) -> AsyncGenerator[str | Outcome, None]:
         """Yield each line of output, and at the end the outcome.
 
         The process is stopped when the caller stops iterating.
@@ -307,6 +307,7 @@ class Verifier:
         """
         command = [sys.executable, "-P", "-m", "fidelora", "verify", str(folder)]
         command += ["--base-model", base_model, "--step", step, "--device", self._device]
+        command += ["--progress-lines"]
         command += ["--report", str(out), *(["--doctor"] if doctor else [])]
         async with self._turn:
             self._raise_if_canceled(verification_id)
