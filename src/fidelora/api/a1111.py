@@ -235,7 +235,7 @@ class Txt2ImgPlan:
             return tuple(replace(first, seed=first.seed + index) for index in range(request.images))
         except RecipeError as error:
             raise RequestFieldError(
-                str(error), place=(_REQUEST_FIELDS.get(error.field, error.field),)
+                str(error), loc=(_REQUEST_FIELDS.get(error.field, error.field),)
             ) from error
 
 
@@ -278,7 +278,7 @@ def plan_txt2img(
     if request.images > MAX_PROMPTS:
         raise RequestFieldError(
             f"batch_size times n_iter is {request.images}; the maximum is {MAX_PROMPTS}.",
-            place=("n_iter",),
+            loc=("n_iter",),
         )
     settings = request.override_settings or {}
     check_options(settings, options_of(model, emphasis), for_one_request=True)
@@ -293,7 +293,7 @@ def plan_txt2img(
         sampler = sampler_of(name, scheduler, all_families()[model])
     except UnknownSamplerError as error:
         raise RequestFieldError(
-            str(error), place=(_REQUEST_FIELDS.get(error.field, error.field),)
+            str(error), loc=(_REQUEST_FIELDS.get(error.field, error.field),)
         ) from error
     if request.eta is not None and request.eta != _FIXED_ETA.get(sampler.sampler, request.eta):
         raise unsupported(
@@ -320,7 +320,7 @@ def plan_txt2img(
     if seed + request.images - 1 > MAX_SEED:
         raise RequestFieldError(
             f"The last image's seed would exceed {MAX_SEED}; choose a smaller seed.",
-            place=("seed",),
+            loc=("seed",),
         )
     return Txt2ImgPlan(
         model=model,

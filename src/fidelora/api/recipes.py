@@ -50,7 +50,7 @@ def check_request(request: InferenceRequest, *, needs_lora: bool = True) -> Fami
         raise RequestFieldError(
             f"The request has {len(request.loras)} LoRAs for {len(request.prompts)} prompts; the "
             f"maximum of the product is {MAX_LORAS_TIMES_PROMPTS:,}. Use several requests.",
-            place=("loras",),
+            loc=("loras",),
         )
     if any(lora.transformer for lora in request.loras):
         message = f"{spec.id} has one denoiser; leave out `transformer` of its LoRAs."
@@ -129,8 +129,8 @@ def recipes_of(
                 **base,
             )
         except RecipeError as error:
-            place = ("prompts", index, _ITEM_FIELDS.get(error.field, error.field))
-            raise RequestFieldError(str(error), place=place) from error
+            loc = ("prompts", index, _ITEM_FIELDS.get(error.field, error.field))
+            raise RequestFieldError(str(error), loc=loc) from error
         recipes.append(recipe)
     return tuple(recipes)
 
@@ -226,7 +226,7 @@ def request_for(recipes: Sequence[Recipe], lora_paths: Sequence[str]) -> dict[st
         field_path = ".".join(map(str, first["loc"]))
         raise RequestFieldError(
             f"The HTTP API does not accept {field_path} {first['input']!r}: {first['msg']}.",
-            place=first["loc"],
+            loc=first["loc"],
         ) from None
     return body
 

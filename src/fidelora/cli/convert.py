@@ -11,7 +11,7 @@ import typer
 
 from fidelora.atomic import write_atomically
 from fidelora.cli.console import Debug, warn
-from fidelora.errors import AdapterExistsError, AdapterPlaceError
+from fidelora.errors import AdapterExistsError, AdapterNameError
 
 _SUFFIX = ".safetensors"
 
@@ -55,7 +55,7 @@ def convert(
 
     source, target = source.expanduser(), target.expanduser()
     if target.suffix.lower() != _SUFFIX:
-        raise AdapterPlaceError(
+        raise AdapterNameError(
             f"{target.name} does not end in {_SUFFIX}; choose another name for OUT."
         )
     if target.exists() and not force:

@@ -175,7 +175,7 @@ class _AdapterFiles:
 
         Raises:
             AdaptersMissingError: some files were not found.
-            AdapterPlaceError: several files have the same name.
+            AdapterNameError: several files have the same name.
         """
         from fidelora.loras.hashes import has_hash
 

@@ -24,7 +24,7 @@ from fidelora.errors import (
     OutputError,
     RequestCanceledError,
     RequestFailedError,
-    WrongUseError,
+    UsageError,
 )
 from fidelora.jobs.job import Status
 from fidelora.recipe import Recipe
@@ -125,7 +125,7 @@ def make_request(
         shared: fields of every prompt that does not set them.
 
     Raises:
-        WrongUseError: a field is unknown or out of range.
+        UsageError: a field is unknown or out of range.
     """
     if isinstance(prompts, str | PromptItem | Mapping):
         prompts = [prompts]
@@ -139,13 +139,13 @@ def make_request(
         )
     except ValidationError as error:
         problems = error.errors(include_url=False, include_input=False)
-        raise WrongUseError(_validation_message(problems)) from error
+        raise UsageError(_validation_message(problems)) from error
     unknown = [
         *(request.model_extra or {}),
         *(name for item in request.prompts for name in item.model_extra or {}),
     ]
     if unknown:
-        raise WrongUseError(f"{unknown[0]!r} is not a field of requests; leave it out.")
+        raise UsageError(f"{unknown[0]!r} is not a field of requests; leave it out.")
     return request
 
 
@@ -322,12 +322,10 @@ def images_of(result: ResultBody) -> Sequence[ImageBody]:
     """Return the images of a result.
 
     Raises:
-        WrongUseError: the request did not succeed.
+        UsageError: the request did not succeed.
     """
     if result.outputs is None:
-        raise WrongUseError(
-            f"Request {result.request_id} is {result.status.value} and has no images."
-        )
+        raise UsageError(f"Request {result.request_id} is {result.status.value} and has no images.")
     return result.outputs.images
 
 

@@ -13,13 +13,9 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path, PurePath, PurePosixPath
 
-from fidelora.errors import (
-    AdapterNotFoundError,
-    AdapterPlaceError,
-    WeightsFileError,
-    some,
-)
+from fidelora.errors import AdapterNameError, AdapterNotFoundError, WeightsFileError
 from fidelora.safetensors_header import read_file_header
+from fidelora.texts import listed
 
 UPLOADS = "uploads"
 """Subfolder that clients may write to and delete from; the operator manages all other files."""
@@ -46,16 +42,16 @@ def adapter_path(root: Path, name: str, *, owner: str | None = None) -> Path:
         The path of the file with all links resolved.
 
     Raises:
-        AdapterPlaceError: the path is outside `root`, or not a .safetensors file.
+        AdapterNameError: the path is outside `root`, or not a .safetensors file.
         AdapterNotFoundError: the path is inside `root`, but there is no such file for this owner.
     """
     if not name or "\0" in name or ".." in Path(name).parts:
-        raise AdapterPlaceError(
+        raise AdapterNameError(
             f"{name!r} is not a valid adapter name; "
             "use a path relative to the adapter folder, without '..'."
         )
     if not name.lower().endswith(".safetensors"):
-        raise AdapterPlaceError(
+        raise AdapterNameError(
             f"{name!r} is not a .safetensors file; use the full name of the file."
         )
     inside = root.resolve()
@@ -65,7 +61,7 @@ def adapter_path(root: Path, name: str, *, owner: str | None = None) -> Path:
     except (OSError, RuntimeError):  # a name that no file can have, or links in a circle
         path, found = inside, False
     if not path.is_relative_to(inside):
-        raise AdapterPlaceError(f"{name!r} is outside of the adapter folder; use a path inside it.")
+        raise AdapterNameError(f"{name!r} is outside of the adapter folder; use a path inside it.")
     if not found or not _is_visible(inside, path, owner):
         raise AdapterNotFoundError(
             f"There is no adapter {name!r} in the adapter folder; check its name."
@@ -123,7 +119,7 @@ def adapter_named_in_prompt(
 
     Raises:
         AdapterNotFoundError: the file does not exist.
-        AdapterPlaceError: there are several.
+        AdapterNameError: there are several.
     """
     names = adapter_names(root, owner=owner)
     exact = [
@@ -142,9 +138,9 @@ def adapter_named_in_prompt(
             f"There is no adapter {name!r:.100} in the adapter folder; check its name."
         )
     if len(found) > 1:
-        raise AdapterPlaceError(
+        raise AdapterNameError(
             f"There are several adapters {name!r}; use one of the names "
-            f"{some([one[: -len(_SUFFIX)] for one in found])}."
+            f"{listed([one[: -len(_SUFFIX)] for one in found])}."
         )
     return found[0]
 
@@ -215,7 +211,7 @@ def _is_visible(inside: Path, path: Path, owner: str | None) -> bool:
 def _is_inside(root: Path, name: str, owner: str | None) -> bool:
     try:
         adapter_path(root, name, owner=owner)
-    except (AdapterPlaceError, AdapterNotFoundError):
+    except (AdapterNameError, AdapterNotFoundError):
         return False
     return True
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fidelora.atomic import is_full, output_error
-from fidelora.errors import AdapterDownloadError, AdapterNotFoundError, AdapterPlaceError
+from fidelora.errors import AdapterDownloadError, AdapterNameError, AdapterNotFoundError
 
 USE_TOKEN = "use a token of your account (HF_TOKEN, or hf_token in a request)"
 _PLACE = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)/(?P<file>[^@]+)(@(?P<revision>[\w./-]+))?")
@@ -30,15 +30,15 @@ class HubFile:
         """Parse `hf:owner/name/file.safetensors`, optionally with `@revision`.
 
         Raises:
-            AdapterPlaceError: the text has another form, or names another kind of file.
+            AdapterNameError: the text has another form, or names another kind of file.
         """
         match = _PLACE.fullmatch(place)
         if match is None or not all(map(_is_path, match.groupdict().values())):
-            raise AdapterPlaceError(
+            raise AdapterNameError(
                 f"{place!r:.200} is not a file on the hub; use hf:owner/name/file.safetensors."
             )
         if not match["file"].lower().endswith(".safetensors"):
-            raise AdapterPlaceError(
+            raise AdapterNameError(
                 f"{place!r:.200} is not a .safetensors file; use the full name of the file."
             )
         return cls(match["repo"], match["file"], match["revision"])

@@ -60,7 +60,7 @@ class AdapterResolver:
             hub_token: token for the hub; by default that of the resolver.
 
         Raises:
-            AdapterNotFoundError, AdapterPlaceError: there is no such file.
+            AdapterNotFoundError, AdapterNameError: there is no such file.
             AdapterUrlRefusedError: downloads from this place are not allowed.
             AdapterDownloadError: the download failed.
             AdapterChangedError: the file's hash is not `sha256`.

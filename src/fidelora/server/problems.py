@@ -60,7 +60,7 @@ _STATUS_AND_CODE: Sequence[tuple[type[FideloraError], int, str]] = (
     (errors.AdapterInUseError, 409, "LORA_IN_USE"),
     (errors.AdapterNotFoundError, 400, "LORA_NOT_FOUND"),
     (errors.UploadNameError, 400, "UPLOAD_NAME_INVALID"),
-    (errors.AdapterPlaceError, 400, "LORA_NOT_FOUND"),
+    (errors.AdapterNameError, 400, "LORA_NOT_FOUND"),
     (errors.AdapterChangedError, 400, "LORA_CHANGED"),
     (errors.AdapterError, 400, "LORA_INVALID"),
     (errors.WeightsFileError, 400, "LORA_INVALID"),
@@ -130,7 +130,7 @@ def error_responses(*statuses: int, is_json: bool = True) -> dict[int | str, dic
 def problem_of(error: FideloraError) -> Problem:
     """Return the error response for an error."""
     if isinstance(error, RequestFieldError):
-        return _invalid([{"type": "value_error", "loc": ["body", *error.place], "msg": str(error)}])
+        return _invalid([{"type": "value_error", "loc": ["body", *error.loc], "msg": str(error)}])
     if isinstance(error, RequestError):
         return Problem(400, error.code, str(error), error.details)
     if isinstance(error, RequestFailedError):
@@ -211,8 +211,8 @@ def _invalid(found: Sequence[Mapping[str, Any]]) -> Problem:
     """Return the problem for invalid fields; short values that are not secret are included."""
     fields = []
     for entry in found:
-        place = [part[:MAX_SHOWN] if isinstance(part, str) else part for part in entry["loc"]]
-        field = {"type": entry["type"], "loc": place, "msg": entry["msg"]}
+        loc = [part[:MAX_SHOWN] if isinstance(part, str) else part for part in entry["loc"]]
+        field = {"type": entry["type"], "loc": loc, "msg": entry["msg"]}
         value = entry.get("input")
         if _SECRET_FIELDS.isdisjoint(map(str, entry["loc"])) and _is_plain(value):
             field["input"] = value
