@@ -19,7 +19,7 @@ from fidelora.errors import UsageError
 from fidelora.jobs.job import new_job
 from fidelora.recipe import Recipe
 from fidelora.server import job_watcher
-from fidelora.server.access import EVERYBODY
+from fidelora.server.access import UNRESTRICTED
 from fidelora.server.page.form import LABELS, MAX_LORAS, build_request
 from fidelora.server.page.lora_list import LoraList
 from fidelora.server.page.make_tab import MakeTab
@@ -43,7 +43,7 @@ class FakeLoraList(LoraList):
 @pytest.fixture(autouse=True)
 def without_keys():
     """Run the handlers for the visitor of a server without keys."""
-    with acting_for(EVERYBODY):
+    with acting_for(UNRESTRICTED):
         yield
 
 

@@ -135,7 +135,7 @@ class Pool:
     """Workers that cannot start."""
 
     def __init__(self, trouble: str) -> None:
-        self.trouble = trouble
+        self.unready_reason = trouble
         self.ready = False
         self.process_ids: tuple[int, ...] = ()
         self.restarts = 0

@@ -67,7 +67,7 @@ _STATUS_AND_CODE: Sequence[tuple[type[FideloraError], int, str]] = (
 )
 
 REQUEST_CODES = {
-    "MODEL_NOT_FOUND": "There is no model with this id; `details.supported_models` lists all.",
+    "MODEL_NOT_FOUND": "The model does not exist; `details.supported_models` lists all models.",
     "LORA_FILE_REQUIRED": "The list of LoRAs is empty.",
     "MOE_FORMAT_NOT_SUPPORTED": "The model has one transformer; remove the LoRA's `transformer`.",
     "FIELD_NOT_SUPPORTED": "The field in `details.field` is unknown or not supported by the model.",
@@ -192,18 +192,18 @@ def install(app: FastAPI) -> None:
 
 
 _UNEXPECTED = Problem(
-    500, "INTERNAL", "The server failed to handle this call; its log has the reason."
+    500, "INTERNAL", "The server failed to handle this call; see its log for the reason."
 )
 
 
 _NAME_ERRORS = {errno.ENAMETOOLONG, errno.ELOOP, errno.EILSEQ}
-"""Errors of the operating system about the name of a file. The server's own names are valid, so the
+"""Errors of the operating system about file names. The server's own names are valid, so the invalid
 name comes from the client."""
 _NAME_INVALID = Problem(
     400,
     "NAME_INVALID",
-    "A name in the request is not a valid name of a file: it is too long, has characters that the "
-    "file system does not support, or links in a circle. Use another name.",
+    "A name in the request is not a valid file name: it is too long, has characters that the file "
+    "system does not support, or is a symbolic link to itself. Use another name.",
 )
 
 

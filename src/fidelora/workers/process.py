@@ -127,7 +127,7 @@ class WorkerSlot:
         return self.alive and self._signals.pulse.has_stopped(monotonic)
 
     @property
-    def trouble(self) -> str:
+    def unready_reason(self) -> str:
         """Reason why the slot makes no images: a pause or a failed start; empty if none."""
         return self._pause_reason if self._signals.ready.is_set() else self.startup_error
 
