@@ -213,7 +213,7 @@ class Worker:
                 self._name,
                 self._now(),
                 self._claim_lease_s,
-                wanted=partial(fits_batch, recipe, room),
+                matches=partial(fits_batch, recipe, room),
             )
             if job is not None:
                 attempts.append(self._begin(job))
