@@ -71,7 +71,7 @@ class WorkerPool:
 
     @property
     def unready_reason(self) -> str:
-        """Reason why a worker failed to start or pauses; empty if all work or start."""
+        """Reason of the first worker that failed to start or pauses; empty if no worker did."""
         return next((slot.unready_reason for slot in self._slots if slot.unready_reason), "")
 
     @property
@@ -123,7 +123,7 @@ class WorkerPool:
             self._abandon(job, "the server stopped", datetime.now(UTC))
 
     def skip_grace_period(self) -> None:
-        """Cut the grace period of a running `stop` short: release all jobs now."""
+        """End the grace period of a running `stop`: the workers release their jobs now."""
         for slot in self._slots:
             slot.terminate()
 
@@ -148,8 +148,8 @@ class WorkerPool:
             if slot.process is None and slot.may_start:
                 self.restarts += 1
                 slot.start()
-        # Leases matter for the jobs of other pools. This pool knows which of its own workers are
-        # alive, also when somebody changes the system's date.
+        # Leases are only needed for the jobs of other pools. The processes of this pool's own
+        # workers can be checked, which also works if the system's date is changed.
         alive = {slot.name for slot in self._slots if slot.alive}
         return abandoned + list(self._store.abandon_expired(now, spare=alive))
 
