@@ -81,7 +81,7 @@ def test_the_only_tensor_of_a_file_is_an_embedding(engine, tmp_path, toy, key, w
 
 
 def test_the_adapter_cache_keeps_the_word(tmp_path, toy):
-    ref = AdapterCache(tmp_path / "cache", 10**9).keep(toy, "people/toy.safetensors")
+    ref = AdapterCache(tmp_path / "cache", 10**9).add(toy, "people/toy.safetensors")
     assert (ref.word, ref.name) == ("toy", "toy")
 
 
