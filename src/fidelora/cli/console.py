@@ -87,7 +87,7 @@ Offload = Annotated[
 def run(app: typer.Typer) -> NoReturn:
     """Run `app` and exit; print errors to stderr as one sentence.
 
-    The exit code is 0 for success, 2 for wrong use, 130 after Ctrl-C and 1 for any other error.
+    The exit code is 0 for success, 2 for a usage error, 130 after Ctrl-C and 1 for any other error.
     """
     limit_spinning()
     code: object = 0
@@ -177,7 +177,7 @@ def reserve_exit_code_1(command: Callable[P, None]) -> Callable[P, None]:
 
 
 ShowProgress = Callable[[str, int, int], None]
-"""Callback that shows a title, the number of finished parts of the work and the number of all."""
+"""Callback that shows a title, the number of finished items and the total number of items."""
 
 
 PROGRESS_LINE = "progress: "

@@ -49,7 +49,7 @@ def convert(
 ) -> None:
     """Write an adapter with the tensor names of another program; its tensors are copied unchanged.
 
-    Exit codes: 0 done, 1 the adapter cannot be read or converted, 2 wrong use.
+    Exit codes: 0 done, 1 the adapter cannot be read or converted, 2 a usage error.
     """
     from fidelora.engine.convert import convert_adapter
 

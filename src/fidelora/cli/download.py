@@ -16,8 +16,8 @@ from fidelora.atomic import make_folder, output_error, temporary_name
 from fidelora.cli.console import Debug, fail
 from fidelora.errors import (
     AdapterExistsError,
-    AdapterNameError,
     RecipeError,
+    UsageError,
 )
 from fidelora.families import all_families, get_family
 from fidelora.loras.hub import HubFile
@@ -80,9 +80,9 @@ def download(
         disable_progress_bars()
     is_lora = source.startswith("hf:") or _URL.match(source) is not None
     if is_lora and (variant or model):
-        raise AdapterNameError("--model and --variant apply to base models only; leave them out.")
+        raise UsageError("--model and --variant apply to base models only; leave them out.")
     if not is_lora and out is not None:
-        raise AdapterNameError(
+        raise UsageError(
             "--output applies to LoRAs only; leave it out. Base models stay in the hub's cache "
             "folder."
         )

@@ -96,8 +96,8 @@ def replay(
 ) -> None:
     """Generate an image again from the recipe in its file.
 
-    Exit codes: 0 done (with --compare: all pixels are the same), 1 some pixels differ, 2 wrong use
-    or a file that cannot be used.
+    Exit codes: 0 done (with --compare: all pixels are the same), 1 some pixels differ, 2 a usage
+    error or a file that cannot be used.
     """
     from fidelora.images.read import read_origin
 

@@ -227,11 +227,11 @@ def pause_before_stream(
     pause_s = pause_before_retry(call, failures, retries, None)
     if pause_s is None:
         ended = httpx2.ReadError("the stream of events ended before the request did")
-        raise unreachable(call, cause or ended) from cause
+        raise connection_error(call, cause or ended) from cause
     return pause_s
 
 
-def unreachable(call: Call, error: httpx2.TransportError) -> ApiUnavailableError:
+def connection_error(call: Call, error: httpx2.TransportError) -> ApiUnavailableError:
     """Return the error to raise for a broken connection."""
     reason = str(error) or type(error).__name__
     return ApiUnavailableError(
@@ -290,7 +290,9 @@ def has_no_events(error: ApiError) -> bool:
     return error.status in (404, 405, 501) and error.code != "REQUEST_NOT_FOUND"
 
 
-def timed_out(request_id: str, timeout_s: float, status: StatusBody | None) -> ClientTimeoutError:
+def timeout_error(
+    request_id: str, timeout_s: float, status: StatusBody | None
+) -> ClientTimeoutError:
     """Return the error to raise when a wait exceeds its timeout."""
     state = "no status was received"
     if status is not None:
@@ -302,7 +304,7 @@ def timed_out(request_id: str, timeout_s: float, status: StatusBody | None) -> C
     )
 
 
-def succeeded(result: ResultBody, status: StatusBody | None) -> ResultBody:
+def require_success(result: ResultBody, status: StatusBody | None) -> ResultBody:
     """Return the result if the request succeeded.
 
     Raises:
