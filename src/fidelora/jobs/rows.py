@@ -75,5 +75,5 @@ def _parse(document: str) -> Job:
     return job_from_dict(json.loads(document))
 
 
-# Each claim reads the beginning of the queue, most of which was there at the claim before.
+# Each claim reads the beginning of the queue, and most of these jobs were read by the claim before.
 _parse_cached = lru_cache(maxsize=2 * CLAIM_WINDOW)(_parse)

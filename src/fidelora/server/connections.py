@@ -51,7 +51,7 @@ class LimitedProtocol(H11Protocol):
     max_connections = MAX_CONNECTIONS
     _deadline: asyncio.TimerHandle | None = None
     _reported_s = -1e9
-    """When a closed connection was last logged, so that a flood does not fill the log."""
+    """Time of the last log line about closed connections, so that a flood cannot fill the log."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Accept the connection, or close it if there are too many."""
