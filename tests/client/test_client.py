@@ -217,7 +217,7 @@ def test_lists_cover_all_pages(client, context, monkeypatch):
     assert [lora.path for lora in client.loras()] == ["sks.safetensors", "uploads/mine.safetensors"]
     client.delete_lora(uploaded.path)
     assert [lora.path for lora in client.loras()] == ["sks.safetensors"]
-    with pytest.raises(ApiError, match="no uploaded LoRA"):
+    with pytest.raises(ApiError, match="No uploaded LoRA"):
         client.delete_lora(uploaded.path)
     assert [model.id for model in client.models()] == ["sd15", "sdxl", "zimage"]
     assert client.ready()

@@ -156,7 +156,8 @@ def test_prompts_name_files_without_folder_and_extension(root):
     }
     assert all(adapter_named_in_prompt(root, name) == path for name, path in names.items())
     with pytest.raises(
-        AdapterNameError, match="several adapters 'sks'; use one of the names job/sks, other/sks"
+        AdapterNameError,
+        match="Several adapters are called 'sks'; use one of the names job/sks, other/sks",
     ):
         adapter_named_in_prompt(root, "sks")
 
