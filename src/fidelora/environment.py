@@ -39,8 +39,8 @@ def names_of(field: FieldInfo) -> tuple[str, ...]:
     return (str(alias),)
 
 
-def values_of_others(variables: Mapping[str, str | None]) -> dict[str, str]:
-    """Find variables that another program set, because Fidelora cannot use their value.
+def foreign_variables(variables: Mapping[str, str | None]) -> dict[str, str]:
+    """Find variables whose values Fidelora cannot use, so that another program must have set them.
 
     An example is `FIDELORA_PORT=tcp://10.0.0.1:80`, which Kubernetes sets.
 
@@ -67,12 +67,12 @@ def ignored_variables(
         settings: names of each setting, see `names_of`.
     """
     values = {name.upper(): value for name, value in variables.items()}
-    others = values_of_others(values)
+    foreign = foreign_variables(values)
     known = {name: names[0] for names in settings for name in names}
     sentences = []
     for name in sorted(values):
-        if name in others:
-            reason = f"{name} is ignored, because its value is not {others[name]}"
+        if name in foreign:
+            reason = f"{name} is ignored, because its value is not {foreign[name]}"
             if (preferred := known.get(name, name)) == name:
                 sentences.append(f"{reason}; Kubernetes and Docker set it for a service.")
             elif preferred not in values:

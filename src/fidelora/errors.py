@@ -1,22 +1,16 @@
 """All errors that Fidelora raises on purpose, in one class hierarchy.
 
 The docstring of a class is its default message. This module does not depend on HTTP, exit codes or
-logging: the command line and the server each translate errors in one place. `WrongUseError` and its
-subclasses mean that the request has to change; all other errors mean that something outside the
-request (a file, a device, a disk) is missing, invalid or failing.
+logging: the command line and the server each translate errors in one function. `UsageError` and its
+subclasses mean that the input has to change; all other errors mean that something else (a file, a
+device, a disk) is missing, invalid or failing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fidelora.texts import MAX_TEXT_BYTES, shortened
-
-
-def some(names: Sequence[str], most: int = 3) -> str:
-    """Return the first `most` names of a list for a message: `a, b, c and 12 more`."""
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
+from fidelora.texts import listed, plain_message
 
 
 class FideloraError(Exception):
@@ -27,34 +21,14 @@ class FideloraError(Exception):
         super().__init__(plain_message(text))
 
 
-def plain_message(text: str) -> str:
-    """Return a message that is safe to print: without control characters, and not too long.
-
-    Messages contain names from files and requests.
-    """
-    return shortened(_escaped(text))
-
-
-def _escaped(text: str) -> str:
-    """Return a text with escapes for characters that are not printable.
-
-    The middle of a very long text is left out, because `shortened` removes it anyway.
-    """
-    if len(text) > 2 * MAX_TEXT_BYTES:
-        text = text[:MAX_TEXT_BYTES] + text[-MAX_TEXT_BYTES:]
-    return "".join(
-        character if character.isprintable() else repr(character)[1:-1] for character in text
-    )
-
-
-class WrongUseError(FideloraError):
+class UsageError(FideloraError):
     """The request is invalid; change it and try again."""
 
 
 # --- recipes --------------------------------------------------------------------------------------
 
 
-class RecipeError(WrongUseError):
+class RecipeError(UsageError):
     """A field of the recipe is missing or out of range."""
 
     def __init__(self, message: str | None = None, *, field: str = "") -> None:
@@ -63,7 +37,7 @@ class RecipeError(WrongUseError):
 
 
 class UnknownModelError(RecipeError):
-    """There is no model with this id; `fidelora models` lists all models."""
+    """The model does not exist; `fidelora models` lists all models."""
 
 
 class UnknownSamplerError(RecipeError):
@@ -92,15 +66,15 @@ class AdapterError(FideloraError):
     """The adapter cannot be used."""
 
 
-class AdapterNotFoundError(AdapterError, WrongUseError):
-    """There is no adapter file at this path; check the path."""
+class AdapterNotFoundError(AdapterError, UsageError):
+    """The adapter file does not exist; check its path."""
 
 
-class AdapterPlaceError(AdapterError, WrongUseError):
+class AdapterNameError(AdapterError, UsageError):
     """The adapter's name is invalid: give the path of a .safetensors file in the adapter folder."""
 
 
-class UploadNameError(AdapterPlaceError):
+class UploadNameError(AdapterNameError):
     """The name is not valid for an upload: it must end with .safetensors and contain no folder."""
 
 
@@ -120,7 +94,7 @@ class AdapterChangedError(AdapterError):
     """The adapter's file has changed since the recipe was made; make a new recipe from the file."""
 
 
-class AdaptersMissingError(AdapterError, WrongUseError):
+class AdaptersMissingError(AdapterError, UsageError):
     """Adapters that the image was made with are not available."""
 
     # `missing`: sha256 and name of each missing adapter. A hash is shortened or empty if the image
@@ -129,7 +103,7 @@ class AdaptersMissingError(AdapterError, WrongUseError):
         self, message: str | None = None, *, missing: Sequence[tuple[str, str]] = ()
     ) -> None:
         self.missing = tuple(missing)
-        named = some(
+        named = listed(
             [
                 f"{name or 'an adapter'} ({f'sha256 {sha256}' if sha256 else 'no hash'})"
                 for sha256, name in missing
@@ -146,7 +120,7 @@ class AdaptersMissingError(AdapterError, WrongUseError):
         )
 
 
-class AdapterUrlRefusedError(AdapterError, WrongUseError):
+class AdapterUrlRefusedError(AdapterError, UsageError):
     """The adapter's URL is not allowed on this server."""
 
 
@@ -154,19 +128,19 @@ class AdapterDownloadError(AdapterError):
     """The adapter could not be downloaded from its URL."""
 
 
-class AdapterExistsError(AdapterError, WrongUseError):
+class AdapterExistsError(AdapterError, UsageError):
     """Another adapter has this name; delete it first, or choose another name."""
 
 
 class UploadQuotaError(AdapterError):
-    """The uploaded LoRAs have no more disk space; delete some, or raise FIDELORA_UPLOADS_GB."""
+    """The disk space for uploads is used up; delete some LoRAs, or raise FIDELORA_UPLOADS_GB."""
 
 
-class UploadNotFoundError(AdapterError, WrongUseError):
-    """There is no uploaded LoRA with this name; only uploaded files can be deleted over HTTP."""
+class UploadNotFoundError(AdapterError, UsageError):
+    """No uploaded LoRA has this name; only uploaded files can be deleted over HTTP."""
 
 
-class AdapterInUseError(AdapterError, WrongUseError):
+class AdapterInUseError(AdapterError, UsageError):
     """A request that has not ended needs this adapter; cancel the request or wait until it ends."""
 
 
@@ -177,8 +151,8 @@ class BaseModelError(FideloraError):
     """The base model cannot be used."""
 
 
-class BaseModelNotFoundError(BaseModelError, WrongUseError):
-    """There is no base model at this location; check the path or the hub id."""
+class BaseModelNotFoundError(BaseModelError, UsageError):
+    """The base model was not found; check the path or the hub id."""
 
 
 class BaseModelChangedError(BaseModelError):
@@ -199,7 +173,7 @@ class BaseModelWeightsError(BaseModelError):
 # --- running --------------------------------------------------------------------------------------
 
 
-class DeviceError(WrongUseError):
+class DeviceError(UsageError):
     """The requested device or precision is not available on this machine."""
 
 
@@ -214,7 +188,7 @@ class MemoryExhaustedError(FideloraError):
     """
 
 
-class EngineBusyError(WrongUseError):
+class EngineBusyError(UsageError):
     """The engine was called from `on_step`; call it after the image is finished."""
 
 
@@ -234,7 +208,7 @@ class StorageFullError(StorageError):
     """The disk is full; free some space and try again."""
 
 
-class ImageFormatError(OutputError, WrongUseError):
+class ImageFormatError(OutputError, UsageError):
     """The file name's suffix is not a supported image format; use .png, .jpg or .webp."""
 
 
@@ -245,22 +219,22 @@ class ImageRecordError(FideloraError):
 # --- training runs --------------------------------------------------------------------------------
 
 
-class JobFolderError(WrongUseError):
+class TrainingRunError(UsageError):
     """The folder is not a readable AI Toolkit training run."""
 
 
-class NothingToCheckError(JobFolderError):
+class NothingToCheckError(TrainingRunError):
     """The training run has no samples whose weights exist, so there is nothing to check."""
 
 
 # --- requests -------------------------------------------------------------------------------------
 
 
-class PromptSyntaxError(WrongUseError):
+class PromptSyntaxError(UsageError):
     """The prompt uses AUTOMATIC1111 syntax that is not supported."""
 
 
-class RequestError(WrongUseError):
+class RequestError(UsageError):
     """The request cannot be carried out."""
 
     def __init__(
@@ -278,19 +252,20 @@ class RequestError(WrongUseError):
 class RequestFieldError(RequestError):
     """A field of the request has a value that the model does not support."""
 
-    def __init__(self, message: str | None = None, *, place: tuple[str | int, ...] = ()) -> None:
+    # `loc`: path of the field in the request, as in pydantic: ("prompts", 0, "seed").
+    def __init__(self, message: str | None = None, *, loc: tuple[str | int, ...] = ()) -> None:
         super().__init__(message)
-        self.place = place
+        self.loc = loc
 
 
 # --- the server -----------------------------------------------------------------------------------
 
 
-class SettingsError(WrongUseError):
+class SettingsError(UsageError):
     """A setting has an invalid value."""
 
 
-class BodyTooLargeError(WrongUseError):
+class BodyTooLargeError(UsageError):
     """The body of the request is too large."""
 
 
@@ -302,7 +277,7 @@ class ServerNotReadyError(FideloraError):
     """The server cannot make images, because none of its workers can start."""
 
 
-class ApiKeyError(WrongUseError):
+class ApiKeyError(UsageError):
     """The API key is missing or invalid.
 
     Send `Authorization: Bearer` with a key from `fidelora keys add`.
@@ -310,18 +285,18 @@ class ApiKeyError(WrongUseError):
 
 
 class ServerFailedError(FideloraError):
-    """The server stopped because of a fault of its own; see its log, and report the fault."""
+    """The server stopped because of an internal error; see its log, and report the error."""
 
 
-class PeerNotAllowedError(WrongUseError):
+class PeerNotAllowedError(UsageError):
     """The server has no API keys, so it accepts only calls from its own machine.
 
     Create a key with `fidelora keys add`.
     """
 
 
-class ImageNotFoundError(WrongUseError):
-    """The request has no such image; the result of a successful request lists its images."""
+class ImageNotFoundError(UsageError):
+    """The image does not exist; the result of a successful request lists its images."""
 
 
 class StreamsFullError(FideloraError):
@@ -382,15 +357,15 @@ class JobError(FideloraError):
     """The job does not allow this change."""
 
 
-class JobNotFoundError(JobError, WrongUseError):
-    """There is no request (job) with this id; it may have expired."""
+class JobNotFoundError(JobError, UsageError):
+    """The request (job) does not exist; it may have expired."""
 
 
 class LeaseLostError(JobError):
     """Another worker has claimed the job, or it has ended; this worker's report was ignored."""
 
 
-class CursorError(JobError, WrongUseError):
+class CursorError(JobError, UsageError):
     """The cursor does not belong to this list; begin again without it."""
 
 
@@ -398,7 +373,7 @@ class QueueFullError(JobError):
     """The queue is full; try again later."""
 
 
-class IdempotencyConflictError(JobError, WrongUseError):
+class IdempotencyConflictError(JobError, UsageError):
     """Another request used this idempotency key; use a new key for a new request."""
 
 

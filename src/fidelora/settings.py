@@ -22,7 +22,7 @@ from pydantic_settings import (
 )
 
 from fidelora.accel import Offload
-from fidelora.environment import either, ignored_variables, names_of, values_of_others
+from fidelora.environment import either, foreign_variables, ignored_variables, names_of
 from fidelora.errors import SettingsError
 from fidelora.families import all_families
 from fidelora.families.emphasis import Emphasis
@@ -286,15 +286,15 @@ class Settings(BaseSettings):
         "",
         validation_alias="FIDELORA_MODEL_ALIASES",
         description=(
-            "Models by names that clients of OpenAI's API cannot change: a comma-separated list "
-            "of `NAME=MODEL`, such as `dall-e-3=sd15,gpt-image-1=sdxl`."
+            "Other names of models, for clients of OpenAI's API that send a fixed name: a "
+            "comma-separated list of `NAME=MODEL`, such as `dall-e-3=sd15,gpt-image-1=sdxl`."
         ),
     )
     emphasis: Emphasis = Field(
         "none",
         validation_alias="FIDELORA_EMPHASIS",
         description=(
-            "How brackets in prompts weight words in AUTOMATIC1111's API, unless a request sets "
+            "Weighting of words in brackets by AUTOMATIC1111's API, unless a request sets "
             "`override_settings.emphasis`: none refuses weights such as `(word:1.2)`; original, "
             "no_norm and ignore compute them as the web UI does with these settings."
         ),
@@ -330,23 +330,23 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Return the arguments and the variables, without values that are meant for others.
+        """Return the sources of values: arguments, then variables that are meant for Fidelora.
 
         The environment and `.env` are one source, in which the environment takes precedence.
         Otherwise `HOST` in the environment would take precedence over `FIDELORA_HOST` in `.env`.
         """
         assert isinstance(env_settings, EnvSettingsSource)
         variables = _variables(settings_cls)
-        ignored = values_of_others(variables)
+        foreign = foreign_variables(variables)
         env_settings.env_vars = {
-            name: value for name, value in variables.items() if name not in ignored
+            name: value for name, value in variables.items() if name not in foreign
         }
         return init_settings, env_settings
 
     @field_validator("base_url")
     @classmethod
     def _check_base_url(cls, value: str) -> str:
-        if value and values_of_others({"BASE_URL": value}):
+        if value and foreign_variables({"BASE_URL": value}):
             raise ValueError("it is not a URL; write http:// or https:// and the server's name")
         return value
 
@@ -401,7 +401,8 @@ class Settings(BaseSettings):
         for name, model in _parse_model_aliases(value):
             if not name or model not in all_families():
                 raise ValueError(
-                    f"{name}={model} is not NAME=MODEL; the models are {', '.join(all_families())}"
+                    f"{name}={model} is not NAME=MODEL; MODEL must be one of "
+                    f"{', '.join(all_families())}"
                 )
         return value
 

@@ -1,9 +1,10 @@
-"""Cleaning of text from files and requests, before it is stored or printed."""
+"""Texts from files and requests: cleaned before they are stored or printed, and in messages."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 MAX_NESTING = 100
@@ -32,7 +33,8 @@ def read_json(text: str | bytes) -> Any:
 def cleaned(value: Any, depth: int = 0) -> Any:
     """Return a JSON value whose texts are valid, with `?` for each lone surrogate.
 
-    JSON can contain lone surrogates as escapes, but no file and no response can.
+    JSON can contain lone surrogates as escapes, but UTF-8 cannot encode them, so they could not be
+    written to a file or a response.
 
     Args:
         depth: number of lists and objects around the value.
@@ -52,7 +54,8 @@ def cleaned(value: Any, depth: int = 0) -> Any:
 
 
 MAX_TEXT_BYTES = 2000
-"""Longest text of an error, in UTF-8: names in files and requests can have megabytes."""
+"""Maximum length of an error message in UTF-8. Messages can contain names from files and requests,
+which can be megabytes long."""
 
 
 def shortened(text: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
@@ -79,3 +82,29 @@ def printable(text: str) -> str:
     Otherwise, a file could change the colours and the title of a terminal, or hide text.
     """
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """Return the first `most` names of a list for a message: `a, b, c and 12 more`."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def plain_message(text: str) -> str:
+    """Return a message that is safe to print: without control characters, and not too long.
+
+    Messages contain names from files and requests.
+    """
+    return shortened(_escaped(text))
+
+
+def _escaped(text: str) -> str:
+    """Return a text with escapes for characters that are not printable.
+
+    The middle of a very long text is left out, because `shortened` removes it anyway.
+    """
+    if len(text) > 2 * MAX_TEXT_BYTES:
+        text = text[:MAX_TEXT_BYTES] + text[-MAX_TEXT_BYTES:]
+    return "".join(
+        character if character.isprintable() else repr(character)[1:-1] for character in text
+    )

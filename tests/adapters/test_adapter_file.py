@@ -143,7 +143,7 @@ def test_examining_a_file_opens_and_hashes_it_once(log, tmp_path, source):
 
 def test_the_cache_opens_a_new_file_once(log, lora, tmp_path):
     cache = AdapterCache(tmp_path / "cache", 10**9)
-    ref = cache.keep(lora, "a")
+    ref = cache.add(lora, "a")
     assert (log.opens_of(lora), log.hashed_bytes) == (1, lora.stat().st_size)
     with cache.temporary() as temporary:
         shutil.copyfile(LORA_CONV, temporary)
@@ -152,7 +152,7 @@ def test_the_cache_opens_a_new_file_once(log, lora, tmp_path):
 
 
 def test_a_worker_opens_a_file_of_the_cache_once(log, lora, tmp_path):
-    ref = AdapterRef(AdapterCache(tmp_path / "cache", 10**9).keep(lora, "a").sha256)
+    ref = AdapterRef(AdapterCache(tmp_path / "cache", 10**9).add(lora, "a").sha256)
     log.clear()
     AdapterLibrary(folder=tmp_path / "cache").get(ref)
     assert (log.opened, log.hashed_bytes) == (

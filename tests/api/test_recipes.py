@@ -178,7 +178,7 @@ def test_request_for_is_the_inverse_of_recipes_of(made, fidelity, server, option
 def test_options_of_other_samplers_are_refused(item, says, field):
     with pytest.raises(RequestFieldError, match=says) as raised:
         recipes(prompts=[{"prompt": "a", **item}])
-    assert raised.value.place == ("prompts", 0, field)
+    assert raised.value.loc == ("prompts", 0, field)
 
 
 def test_options_of_the_sampler_are_fields_of_the_recipe():
@@ -190,7 +190,7 @@ def test_options_of_the_sampler_are_fields_of_the_recipe():
 def test_neg_2_is_refused_for_models_with_one_text_encoder():
     with pytest.raises(RequestFieldError, match="does not use negative_prompt_2") as raised:
         recipes(prompts=[{"prompt": "a", "neg_2": "ugly"}])
-    assert raised.value.place == ("prompts", 0, "neg_2")
+    assert raised.value.loc == ("prompts", 0, "neg_2")
     (recipe,) = recipes(
         model="sdxl", prompts=[{"prompt": "a", "neg_2": "ugly", "guidance_rescale": 0.5}]
     )
@@ -409,7 +409,7 @@ def test_unsupported_fields_are_refused_by_name(changes, code, details):
 def test_an_unknown_sampler_is_refused_with_the_list():
     with pytest.raises(RequestFieldError, match="use one of ddpm, ddim") as caught:
         recipes(prompts=[{"prompt": "b"}, {"prompt": "a", "sampler": "euler_b"}])
-    assert caught.value.place == ("prompts", 1, "sampler")
+    assert caught.value.loc == ("prompts", 1, "sampler")
 
 
 @pytest.mark.parametrize(

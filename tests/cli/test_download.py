@@ -150,7 +150,7 @@ def test_a_lora_is_downloaded_to_a_folder(hub, tmp_path):
 @pytest.mark.parametrize(
     ("source", "environment", "code", "words"),
     [
-        ("hf:me/loras/none.safetensors", {}, 2, "There is no hf:me/loras/none.safetensors"),
+        ("hf:me/loras/none.safetensors", {}, 2, "hf:me/loras/none.safetensors does not exist"),
         ("hf:me/loras/a.safetensors", {"HF_HUB_OFFLINE": "1"}, 2, "HF_HUB_OFFLINE is set"),
         (
             "hf:me/loras/a.safetensors",

@@ -1,4 +1,4 @@
-"""Help, names of options, completion, and messages about wrong use."""
+"""Help, names of options, completion, and messages about usage errors."""
 
 from __future__ import annotations
 

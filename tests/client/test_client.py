@@ -29,7 +29,7 @@ from fidelora.errors import (
     OutputError,
     RequestCanceledError,
     RequestFailedError,
-    WrongUseError,
+    UsageError,
 )
 from fidelora.jobs.job import Status
 from fidelora.server.context import ServerContext
@@ -149,7 +149,7 @@ def test_submit_accepts_every_form_of_prompts_and_loras(client, context):
     ],
 )
 def test_wrong_arguments_are_refused_without_a_call(fields, words):
-    with Client("http://127.0.0.1:1") as nowhere, pytest.raises(WrongUseError, match=words):
+    with Client("http://127.0.0.1:1") as nowhere, pytest.raises(UsageError, match=words):
         nowhere.submit("a", "sks.safetensors", **fields)
 
 
@@ -180,7 +180,7 @@ def test_failed_and_canceled_requests_raise(client, worker, context):
     accepted = client.submit("a", "sks.safetensors")
     client.cancel(accepted.request_id)
     assert client.wait(accepted.request_id).status is Status.CANCELED
-    with pytest.raises(WrongUseError, match="no images"):
+    with pytest.raises(UsageError, match="no images"):
         client.save_images(client.result(accepted.request_id), "out")
 
     def cancel_all() -> None:
@@ -217,7 +217,7 @@ def test_lists_cover_all_pages(client, context, monkeypatch):
     assert [lora.path for lora in client.loras()] == ["sks.safetensors", "uploads/mine.safetensors"]
     client.delete_lora(uploaded.path)
     assert [lora.path for lora in client.loras()] == ["sks.safetensors"]
-    with pytest.raises(ApiError, match="no uploaded LoRA"):
+    with pytest.raises(ApiError, match="No uploaded LoRA"):
         client.delete_lora(uploaded.path)
     assert [model.id for model in client.models()] == ["sd15", "sdxl", "zimage"]
     assert client.ready()

@@ -36,7 +36,7 @@ BLOCK = re.compile(
     r"^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^ *```$", re.MULTILINE | re.DOTALL
 )
 
-ABSTRACT_ERRORS = {"WrongUseError"}  # only the client raises it itself, with its own message
+ABSTRACT_ERRORS = {"UsageError"}  # always raised with a message of its own
 
 
 def blocks(page: Path, *languages: str) -> list[str]:

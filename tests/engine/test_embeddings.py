@@ -21,9 +21,9 @@ from fidelora.engine.examine import examine_adapter
 from fidelora.errors import (
     AdapterFormatError,
     AdapterMismatchError,
-    JobFolderError,
     NonFiniteWeightsError,
     RecipeError,
+    TrainingRunError,
 )
 from fidelora.loras.cache import AdapterCache
 from fidelora.training.grid import make_columns
@@ -81,7 +81,7 @@ def test_the_only_tensor_of_a_file_is_an_embedding(engine, tmp_path, toy, key, w
 
 
 def test_the_adapter_cache_keeps_the_word(tmp_path, toy):
-    ref = AdapterCache(tmp_path / "cache", 10**9).keep(toy, "people/toy.safetensors")
+    ref = AdapterCache(tmp_path / "cache", 10**9).add(toy, "people/toy.safetensors")
     assert (ref.word, ref.name) == ("toy", "toy")
 
 
@@ -305,7 +305,7 @@ def test_multipliers_do_not_apply_to_embeddings(tmp_path):
     run = read_run(copy_run(tmp_path / "job", sample=sample))
     assert [planned.recipe.adapters[0].multiplier for planned in plan_samples(run, 6)] == [1, 1]
     assert {planned.recipe.adapter_mode for planned in plan_samples(run, 6)} == {"merged"}
-    with pytest.raises(JobFolderError, match="which has no strength"):
+    with pytest.raises(TrainingRunError, match="which has no strength"):
         make_columns(run, [6], [0.5])
 
 
@@ -319,7 +319,7 @@ def test_multipliers_do_not_apply_to_embeddings(tmp_path):
     ids=str,
 )
 def test_unusable_embedding_blocks_are_refused(tmp_path, block, message):
-    with pytest.raises(JobFolderError, match=message):
+    with pytest.raises(TrainingRunError, match=message):
         read_run(copy_run(tmp_path / "job", embedding=block))
 
 

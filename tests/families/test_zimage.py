@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 
 from fidelora import AdapterRef, Engine, Recipe
 from fidelora.adapters.tensor_names import noise_of_file
-from fidelora.cli.generate import _resolve_noise
+from fidelora.cli.image_plan import resolve_noise
 from fidelora.engine.examine import examine_adapter
 from fidelora.errors import AdapterMismatchError, BaseModelFilesError, DeviceError, RecipeError
 from fidelora.families.protocols import Guidance, Prompts, Size
@@ -157,8 +157,8 @@ def test_an_old_trainers_adapter_does_not_select_legacy_noise(tmp_path):
     file = save_adapter(tmp_path / "a.safetensors", load_file(ZIMAGE_LORA), **old)
     assert noise_of_file(file) == "legacy"
     adapters = (AdapterRef.from_file(file),)
-    assert _resolve_noise("auto", adapters, "zimage") == "modern"
-    assert _resolve_noise("auto", adapters, "sd15") == "legacy"
+    assert resolve_noise("auto", adapters, "zimage") == "modern"
+    assert resolve_noise("auto", adapters, "sd15") == "legacy"
 
 
 def test_the_doctors_suspects_are_recipes_of_the_family():

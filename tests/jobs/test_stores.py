@@ -286,13 +286,13 @@ def test_the_pause_before_a_retry_grows(store):
     assert pauses == [2, 20]
 
 
-@pytest.mark.parametrize("wanted", [False, True])
-def test_a_retry_waits_for_a_limited_number_of_other_jobs(store, wanted):
+@pytest.mark.parametrize("matches", [False, True])
+def test_a_retry_waits_for_a_limited_number_of_other_jobs(store, matches):
     failed = store.add(job(A))
     abandoned(store, NOW)
     others = [store.add(job(A)).id for _ in range(MAX_PASSED_OVER + 1)]
     claims = [
-        store.claim("worker", later(5), LEASE_S, wanted=needs(A) if wanted else None)
+        store.claim("worker", later(5), LEASE_S, matches=needs(A) if matches else None)
         for _ in range(MAX_PASSED_OVER + 2)
     ]
     expected = [*others[:MAX_PASSED_OVER], failed.id, others[MAX_PASSED_OVER]]
@@ -416,7 +416,7 @@ def test_the_oldest_wanted_job_is_claimed(store):
         store.add(job(B, prompt="the oldest")),
         store.add(job(B)),
     )
-    claimed = store.claim("worker", NOW, LEASE_S, wanted=needs(B))
+    claimed = store.claim("worker", NOW, LEASE_S, matches=needs(B))
     assert claimed is not None
     assert (claimed.id, claimed.status) == (oldest.id, Status.IN_PROGRESS)
     assert [store.get(each.id).passed_over for each in (first, warm)] == [1, 0]
@@ -425,16 +425,16 @@ def test_the_oldest_wanted_job_is_claimed(store):
 def test_loaded_adapters_do_not_affect_the_choice_of_wanted_jobs(store):
     first, wanted = store.add(job(A)), store.add(job(A, B))
     store.add(job(B))
-    claimed = store.claim("worker", NOW, LEASE_S, loaded=[B], wanted=needs(B))
+    claimed = store.claim("worker", NOW, LEASE_S, loaded=[B], matches=needs(B))
     assert claimed is not None
     assert claimed.id == wanted.id
     assert store.get(first.id).passed_over == 1
 
 
 def test_without_a_wanted_job_nothing_changes(store):
-    assert store.claim("worker", NOW, LEASE_S, wanted=needs(B)) is None
+    assert store.claim("worker", NOW, LEASE_S, matches=needs(B)) is None
     added = [store.add(job(A)), store.add(job())]
-    assert store.claim("worker", NOW, LEASE_S, loaded=[A], wanted=needs(B)) is None
+    assert store.claim("worker", NOW, LEASE_S, loaded=[A], matches=needs(B)) is None
     assert [store.get(each.id) for each in added] == added
 
 
@@ -442,16 +442,16 @@ def test_the_limit_holds_for_wanted_jobs(store):
     first = store.add(job(A))
     for _ in range(MAX_PASSED_OVER):
         wanted = store.add(job(B))
-        claimed = store.claim("worker", NOW, LEASE_S, wanted=needs(B))
+        claimed = store.claim("worker", NOW, LEASE_S, matches=needs(B))
         assert claimed is not None
         assert claimed.id == wanted.id
     store.add(job(B))
     waiting = store.get(first.id)
     assert waiting.passed_over == MAX_PASSED_OVER
-    assert store.claim("worker", NOW, LEASE_S, wanted=needs(B)) is None
+    assert store.claim("worker", NOW, LEASE_S, matches=needs(B)) is None
     assert store.get(first.id) == waiting
     # The job at its limit can be claimed itself.
-    claimed = store.claim("worker", NOW, LEASE_S, wanted=needs(A))
+    claimed = store.claim("worker", NOW, LEASE_S, matches=needs(A))
     assert claimed is not None
     assert claimed.id == first.id
 
@@ -684,12 +684,12 @@ class SameLives(RuleBasedStateMachine):
     @rule(
         loaded=st.sets(st.sampled_from([A, B])),
         merged=st.sets(st.sampled_from([A, B])),
-        wanted=st.sampled_from([None, needs(A), needs(B)]),
+        matches=st.sampled_from([None, needs(A), needs(B)]),
     )
-    def claim(self, loaded, merged, wanted):
+    def claim(self, loaded, merged, matches):
         self.both(
             lambda store: store.claim(
-                "worker", self.clock, LEASE_S, loaded, merged=merged, wanted=wanted
+                "worker", self.clock, LEASE_S, loaded, merged=merged, matches=matches
             )
         )
 

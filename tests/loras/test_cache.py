@@ -34,7 +34,7 @@ def lora(tmp_path) -> Path:
 
 
 def test_a_cached_adapter_outlives_its_file(cache, lora):
-    ref = cache.keep(lora, "my/lora.safetensors")
+    ref = cache.add(lora, "my/lora.safetensors")
     assert (ref.sha256, ref.name, ref.path) == (file_sha256(LORA), "lora", cache.path(ref.sha256))
     lora.unlink()
     assert AdapterLibrary(folder=cache.folder).get(ref).sha256 == ref.sha256
@@ -42,7 +42,7 @@ def test_a_cached_adapter_outlives_its_file(cache, lora):
 
 
 def test_no_second_copy_is_made_where_links_are_possible(cache, lora):
-    ref = cache.keep(lora, "lora")
+    ref = cache.add(lora, "lora")
     assert cache.path(ref.sha256).samefile(lora)
 
 
@@ -51,23 +51,23 @@ def test_without_hard_links_the_file_is_copied(cache, lora, monkeypatch):
         raise OSError("another disk")
 
     monkeypatch.setattr(os, "link", no_links)
-    ref = cache.keep(lora, "lora")
+    ref = cache.add(lora, "lora")
     assert not cache.path(ref.sha256).samefile(lora)
     assert file_sha256(cache.path(ref.sha256)) == ref.sha256
 
 
 def test_a_file_overwritten_in_place_is_detected(cache, lora):
-    old = cache.keep(lora, "lora")
+    old = cache.add(lora, "lora")
     lora.write_bytes(
         LORA_CONV.read_bytes()
     )  # the same inode: the cache's name shows the new bytes too
     assert cache.find(old.sha256) is None
     with pytest.raises(AdapterChangedError):
         AdapterLibrary(folder=cache.folder).get(old)
-    new = cache.keep(lora, "lora")
+    new = cache.add(lora, "lora")
     assert new.sha256 == file_sha256(LORA_CONV)
     lora.write_bytes(LORA.read_bytes())
-    assert cache.keep(lora, "lora").sha256 == old.sha256
+    assert cache.add(lora, "lora").sha256 == old.sha256
     assert cache.find(old.sha256) is not None
 
 
@@ -115,7 +115,7 @@ def test_a_file_that_is_not_an_adapter_is_not_cached(cache, tmp_path, content, e
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(error):
-        cache.keep(path, "x.safetensors")
+        cache.add(path, "x.safetensors")
     with cache.temporary() as temporary:
         temporary.write_bytes(content or b"")
         with pytest.raises(WeightsFileError if content is None else error, match=r"y\.safetensors"):
@@ -134,7 +134,7 @@ def test_leftover_files_of_a_killed_server_are_removed(cache):
 
 def test_a_url_is_remembered_but_not_stored_as_text(cache, lora):
     url = "https://example.com/x.safetensors?token=secret"
-    ref = cache.keep(lora, "x")
+    ref = cache.add(lora, "x")
     assert cache.remembered_url(url) is None
     cache.remember_url(url, '"v1"', ref.sha256)
     assert cache.remembered_url(url) == ('"v1"', ref.sha256)
@@ -168,7 +168,7 @@ def test_the_least_recently_used_adapters_are_removed_first(tmp_path):
 def test_adapters_needed_by_jobs_or_stored_elsewhere_are_kept(tmp_path, lora):
     cache = AdapterCache(tmp_path / "cache", 0)
     needed, other = downloads(cache, LOKR, LORA_CONV)
-    linked = cache.keep(lora, "lora")
+    linked = cache.add(lora, "lora")
     assert cache.trim(lambda sha256: sha256 == needed) == [other]
     assert cache.find(needed) is not None
     assert cache.find(linked.sha256) is not None

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.support import LORA
 
-from fidelora.errors import AdapterError, AdapterNotFoundError, AdapterPlaceError
+from fidelora.errors import AdapterError, AdapterNameError, AdapterNotFoundError
 from fidelora.loras.folder import adapter_named_in_prompt, adapter_path, names_in_prompts
 from fidelora.recipe import file_sha256
 
@@ -55,18 +55,18 @@ def test_a_file_below_the_folder_is_found(root):
     ],
 )  # fmt: skip
 def test_names_outside_the_folder_are_refused(root, name):
-    with pytest.raises(AdapterPlaceError):
+    with pytest.raises(AdapterNameError):
         adapter_path(root, name)
 
 
 def test_an_absolute_path_outside_is_refused_even_if_missing(root):
     for place in (root.parent / "secret.safetensors", root.parent / "absent.safetensors"):
-        with pytest.raises(AdapterPlaceError, match="outside of the adapter folder"):
+        with pytest.raises(AdapterNameError, match="outside of the adapter folder"):
             adapter_path(root, str(place))
 
 
 def test_a_folder_whose_name_has_the_same_prefix_is_outside(root):
-    with pytest.raises(AdapterPlaceError, match="outside of the adapter folder"):
+    with pytest.raises(AdapterNameError, match="outside of the adapter folder"):
         adapter_path(root, str(root.parent / "adapters-of-others" / "x.safetensors"))
 
 
@@ -75,7 +75,7 @@ def test_links_out_of_the_folder_are_refused_and_links_inside_are_followed(root)
     (root / "elsewhere").symlink_to(root.parent, target_is_directory=True)
     (root / "in.safetensors").symlink_to(root / "job" / "sks.safetensors")
     for name in ("out.safetensors", "elsewhere/secret.safetensors"):
-        with pytest.raises(AdapterPlaceError, match="outside of the adapter folder"):
+        with pytest.raises(AdapterNameError, match="outside of the adapter folder"):
             adapter_path(root, name)
     assert adapter_path(root, "in.safetensors") == root / "job" / "sks.safetensors"
 
@@ -156,7 +156,8 @@ def test_prompts_name_files_without_folder_and_extension(root):
     }
     assert all(adapter_named_in_prompt(root, name) == path for name, path in names.items())
     with pytest.raises(
-        AdapterPlaceError, match="several adapters 'sks'; use one of the names job/sks, other/sks"
+        AdapterNameError,
+        match="Several adapters are called 'sks'; use one of the names job/sks, other/sks",
     ):
         adapter_named_in_prompt(root, "sks")
 
@@ -165,7 +166,7 @@ def test_prompts_name_renamed_files_by_their_alias(root):
     """The web UI writes the alias into prompts, and people rename files."""
     for name in ("renamed", "copy"):
         shutil.copyfile(LORA, root / f"{name}.safetensors")
-    with pytest.raises(AdapterPlaceError, match="use one of the names copy, renamed"):
+    with pytest.raises(AdapterNameError, match="use one of the names copy, renamed"):
         adapter_named_in_prompt(root, "lora_linear_f32")
     (root / "copy.safetensors").unlink()
     assert adapter_named_in_prompt(root, "lora_linear_f32") == "renamed.safetensors"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fidelora.api import InferenceRequest, recipes_of
 from fidelora.api.replay import ReplayRequest
-from fidelora.errors import FideloraError, WrongUseError
+from fidelora.errors import FideloraError, UsageError
 from fidelora.families import all_families
 from fidelora.recipe import MAX_SEED, AdapterRef, Recipe
 from fidelora.server.page.compare_tab import read_multipliers
@@ -244,7 +244,7 @@ def test_seeds_are_parsed_exactly():
     assert read_seed(" 9223372036854775807 ") == MAX_SEED
     assert read_seed("") is read_seed("-1") is None
     for typed in ("9223372036854775808", "1" * 5000, "1.5", "-2", "१", "0x1", "one"):
-        with pytest.raises(WrongUseError, match="whole number"):
+        with pytest.raises(UsageError, match="whole number"):
             read_seed(typed)
 
 
@@ -265,7 +265,7 @@ def test_size_presets_have_about_the_default_number_of_pixels(model):
 def test_multipliers_are_parsed():
     assert read_multipliers("0, .5 ,1,,0.5") == [0, 0.5, 1]
     for typed in ("", "a", "6", "nan", "1;2"):
-        with pytest.raises(WrongUseError, match="Multipliers"):
+        with pytest.raises(UsageError, match="Multipliers"):
             read_multipliers(typed)
 
 

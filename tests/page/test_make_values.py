@@ -15,11 +15,11 @@ from structlog.testing import capture_logs
 from tests.server.http_support import ByHand, context_in, now
 from tests.support import GOLDEN_JOBS, LORA
 
-from fidelora.errors import WrongUseError
+from fidelora.errors import UsageError
 from fidelora.jobs.job import new_job
 from fidelora.recipe import Recipe
 from fidelora.server import job_watcher
-from fidelora.server.access import EVERYBODY
+from fidelora.server.access import UNRESTRICTED
 from fidelora.server.page.form import LABELS, MAX_LORAS, build_request
 from fidelora.server.page.lora_list import LoraList
 from fidelora.server.page.make_tab import MakeTab
@@ -43,7 +43,7 @@ class FakeLoraList(LoraList):
 @pytest.fixture(autouse=True)
 def without_keys():
     """Run the handlers for the visitor of a server without keys."""
-    with acting_for(EVERYBODY):
+    with acting_for(UNRESTRICTED):
         yield
 
 
@@ -238,7 +238,7 @@ def test_an_image_above_the_size_limit_is_refused(make, tmp_path):
 
 
 def test_a_recipe_of_a_family_without_base_model_is_refused(make):
-    with pytest.raises(WrongUseError, match=r"made with .*XL.* for Stable Diffusion 1\.5"):
+    with pytest.raises(UsageError, match=r"made with .*XL.* for Stable Diffusion 1\.5"):
         make.loader.show_recipe(Recipe(prompt="a", model="sdxl"), "png")
 
 

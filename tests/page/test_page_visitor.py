@@ -17,7 +17,7 @@ from fidelora.errors import JobNotFoundError
 from fidelora.jobs.job import Status, new_job
 from fidelora.recipe import Recipe
 from fidelora.server import job_watcher
-from fidelora.server.access import EVERYBODY, NOBODY, Caller
+from fidelora.server.access import ANONYMOUS, UNRESTRICTED, Caller
 from fidelora.server.app import make_app
 from fidelora.server.page.blocks import gradio_app
 from fidelora.server.page.handlers import for_visitor
@@ -66,12 +66,12 @@ def test_a_handler_runs_for_the_visitor_of_its_event():
         assert await for_visitor(handlers.wait)(request_of(BOB), "x") == ("x", BOB)
         streams = [for_visitor(handlers.stream)(request_of(one), "x") for one in (ALICE, BOB)]
         steps = [await anext(stream) for stream in streams * 2]
-        assert visitor() == NOBODY  # also between two steps
+        assert visitor() == ANONYMOUS  # also between two steps
         assert steps == [("x0", ALICE), ("x0", BOB), ("x1", ALICE), ("x1", BOB)]
         assert [step async for step in streams[0]] == []
 
     asyncio.run(run())
-    assert visitor() == NOBODY
+    assert visitor() == ANONYMOUS
 
 
 def test_gradio_finds_the_request_and_the_event_data():
@@ -90,8 +90,8 @@ def test_gradio_finds_the_request_and_the_event_data():
 
 def test_a_request_that_a_body_describes_is_for_nobody():
     claimed = gr.Request(scope={"fidelora_caller": ADMIN})
-    assert for_visitor(Handlers().call)(claimed, "x") == ("x", NOBODY)
-    assert for_visitor(Handlers().call)(request_of(None), "x") == ("x", NOBODY)
+    assert for_visitor(Handlers().call)(claimed, "x") == ("x", ANONYMOUS)
+    assert for_visitor(Handlers().call)(request_of(None), "x") == ("x", ANONYMOUS)
 
 
 def test_every_handler_that_uses_the_store_or_loras_is_for_a_visitor(context, tmp_path):
@@ -150,7 +150,7 @@ def test_pictures_are_those_of_the_own_requests(context, tmp_path):
     page_files = PageFiles(tmp_path / "page")
     page_files.empty()
     pictures = Pictures(context, page_files, LoraList(context))
-    for caller, count in ((BOB, 0), (NOBODY, 0), (ALICE, 1), (ADMIN, 1), (EVERYBODY, 1)):
+    for caller, count in ((BOB, 0), (ANONYMOUS, 0), (ALICE, 1), (ADMIN, 1), (UNRESTRICTED, 1)):
         with acting_for(caller):
             assert len(pictures.gallery([(job.id, 0)])[0]) == count
             if not count:
@@ -164,7 +164,7 @@ def test_the_list_of_loras_has_only_own_uploads(context, tmp_path):
     with acting_for(ALICE):
         path = add_lora(context, file)
     loras = LoraList(context)
-    for caller, sees in ((ALICE, True), (ADMIN, True), (BOB, False), (NOBODY, False)):
+    for caller, sees in ((ALICE, True), (ADMIN, True), (BOB, False), (ANONYMOUS, False)):
         with acting_for(caller):
             assert (path in [one for _, one in loras.choices()]) is sees
             assert (loras.summary(path) is not None) is sees
@@ -193,7 +193,7 @@ def test_the_page_refuses_files_and_sessions_of_another_key(context):
         ByHand(context).succeed(ByHand(context).claim())
         files = PageFiles(context.settings.data_dir.absolute() / "page")
         pictures = Pictures(context, files, LoraList(context))
-        with acting_for(EVERYBODY):
+        with acting_for(UNRESTRICTED):
             ((file, _),) = pictures.gallery([(job.id, 0)])[1]
         url = f"/gradio_api/file={file}"
         assert client.get(url, headers=headers["bob"]).status_code == 404

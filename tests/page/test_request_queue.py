@@ -11,7 +11,7 @@ from tests.server.http_support import ByHand, context_in, now
 from fidelora.jobs.job import Status, new_job
 from fidelora.recipe import Recipe
 from fidelora.server import job_watcher
-from fidelora.server.access import EVERYBODY
+from fidelora.server.access import UNRESTRICTED
 from fidelora.server.page.html import button_number
 from fidelora.server.page.request_queue import RequestQueue, Session
 from fidelora.server.page.visitor import acting_for
@@ -20,7 +20,7 @@ from fidelora.server.page.visitor import acting_for
 @pytest.fixture(autouse=True)
 def without_keys():
     """Run the handlers for the visitor of a server without keys."""
-    with acting_for(EVERYBODY):
+    with acting_for(UNRESTRICTED):
         yield
 
 

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support import GOLDEN_JOBS
 
-from fidelora.errors import JobFolderError, SettingsError
+from fidelora.errors import SettingsError, TrainingRunError
 from fidelora.server.context import ServerContext
 from fidelora.server.page import verifications
 from fidelora.server.page.pictures import KEEP_S, PageFiles
@@ -51,7 +51,7 @@ def zipped(path, files, compression=zipfile.ZIP_STORED):
 
 def assert_refused(archive, tmp_path, match, most=MIB):
     target = tmp_path / "target"
-    with pytest.raises(JobFolderError, match=match):
+    with pytest.raises(TrainingRunError, match=match):
         unpack_run(archive, target, most)
     assert not target.exists()
 
@@ -90,7 +90,7 @@ def test_no_file_name_leads_outside(tmp_path_factory, name):
     archive = zipped(tmp_path / "a.zip", {"run/config.yaml": "a: 1", name + ".json": "{}"})
     try:
         unpack_run(archive, tmp_path / "target", MIB)
-    except JobFolderError:
+    except TrainingRunError:
         assert not (tmp_path / "target").exists()
     assert {path.name for path in tmp_path.iterdir()} <= {"a.zip", "target"}
 
@@ -250,7 +250,7 @@ def test_runs_are_found_only_below_their_folder(tmp_path):
         "a\0b",
         str(tmp_path / "two"),
     ):
-        with pytest.raises(JobFolderError, match="is not on this server"):
+        with pytest.raises(TrainingRunError, match="is not on this server"):
             find_run(root, name)
     with pytest.raises(SettingsError, match="FIDELORA_JOBS_PATH"):
         find_run(None, "team/one")
@@ -270,7 +270,7 @@ def test_a_run_cannot_name_files_outside_its_folder(tmp_path):
     weights = run / "lokr_full.safetensors"
     weights.unlink()
     weights.symlink_to(secret)
-    with pytest.raises(JobFolderError, match="outside of its folder"):
+    with pytest.raises(TrainingRunError, match="outside of its folder"):
         read_contained_run(run, CONTEXT)
 
 
@@ -283,7 +283,7 @@ def test_first_samples_cannot_be_outside_of_the_folder(tmp_path):
     image = run / "samples" / "1__000000000_0.png"
     (tmp_path / "secret.png").write_bytes(b"secret")
     image.symlink_to(tmp_path / "secret.png")
-    with pytest.raises(JobFolderError, match="outside of its folder"):
+    with pytest.raises(TrainingRunError, match="outside of its folder"):
         read_contained_run(run, CONTEXT)
 
 
@@ -292,7 +292,7 @@ def test_a_full_fine_tune_is_refused(tmp_path):
     config = (run / "config.yaml").read_text()
     assert "    network:\n" in config
     (run / "config.yaml").write_text(config.replace("    network:\n", "    unused:\n"))
-    with pytest.raises(JobFolderError, match="are base models"):
+    with pytest.raises(TrainingRunError, match="are base models"):
         read_contained_run(run, CONTEXT)
 
 
@@ -304,7 +304,7 @@ def test_a_run_with_its_own_vae_is_refused(tmp_path):
         (run / "config.yaml").write_text(
             config.replace("    model:\n", f"    model:\n      vae_path: {vae}\n")
         )
-        with pytest.raises(JobFolderError, match="has its own VAE"):
+        with pytest.raises(TrainingRunError, match="has its own VAE"):
             read_contained_run(run, CONTEXT)
     (run / "config.yaml").write_text(
         config.replace("    model:\n", "    model:\n      vae_path: /bases/a\n")
@@ -342,7 +342,7 @@ def test_a_verification_canceled_before_its_start_does_not_start(tmp_path):
         async for _ in verifier.run("one", tmp_path, "base", tmp_path, step="last", doctor=False):
             raise AssertionError("the process started")
 
-    with pytest.raises(JobFolderError, match="Canceled"):
+    with pytest.raises(TrainingRunError, match="Canceled"):
         asyncio.run(run())
 
 
@@ -352,5 +352,5 @@ def test_a_verification_that_takes_too_long_is_stopped(tmp_path):
         async for _ in verifier.run("one", RUN, "none", tmp_path, step="last", doctor=False):
             pass
 
-    with pytest.raises(JobFolderError, match=r"exceeded 0\.05 seconds"):
+    with pytest.raises(TrainingRunError, match=r"exceeded 0\.05 seconds"):
         asyncio.run(run())

@@ -407,10 +407,10 @@ def test_fields_without_effect_are_accepted(client, context, fields):
         ({"prompt": "<lora:sks:6>"}, "from -5 to 5"),
         ({"prompt": "<hypernet:x:1>"}, "is not a LoRA"),
         ({"prompt": "<lora:sks:1>" * 65}, "names 65 LoRAs; the maximum is 64"),
-        ({"prompt": "<lora:none:1>"}, "There is no adapter 'none'"),
-        ({"prompt": "<lora:../sks:1>"}, "There is no adapter '../sks'"),
-        ({"prompt": "<lora:../../../etc/passwd:1>"}, "There is no adapter"),
-        ({"prompt": "<lora:/etc/passwd:1>"}, "There is no adapter"),
+        ({"prompt": "<lora:none:1>"}, "The adapter 'none' is not in"),
+        ({"prompt": "<lora:../sks:1>"}, "The adapter '../sks' is not in"),
+        ({"prompt": "<lora:../../../etc/passwd:1>"}, "is not in the adapter folder"),
+        ({"prompt": "<lora:/etc/passwd:1>"}, "is not in the adapter folder"),
     ],
 )
 def test_unsupported_fields_are_rejected_by_name(client, context, fields, named):
@@ -454,7 +454,7 @@ def test_loras_of_one_name_are_named_with_their_folders(client, context):
         shutil.copyfile(LORA, context.settings.loras / folder / "x.safetensors")
     answer = client.post("/sdapi/v1/txt2img", json={"prompt": "<lora:x:1>"})
     assert (
-        "There are several adapters 'x'; use one of the names a/x, b/x" in answer.json()["detail"]
+        "Several adapters are called 'x'; use one of the names a/x, b/x" in answer.json()["detail"]
     )
     assert [lora["name"] for lora in client.get("/sdapi/v1/loras").json()] == ["a/x", "b/x", "sks"]
     assert len(recipes_for(client, context, prompt="<lora:b/x:1>")[0].adapters) == 1

@@ -672,7 +672,7 @@ def test_loras_times_prompts_have_a_limit(client, context):
     body = MINIMAL | {"loras": [lora] * 33, "prompts": [{"prompt": "a ball"}] * 32}
     answer = client.post("/v1/inference", json=body)
     assert answer.status_code == 422
-    assert "33 LoRAs for 32 prompts; the maximum of the product is 1,024" in answer.text
+    assert "33 LoRAs and 32 prompts; LoRAs times prompts must be at most 1,024" in answer.text
     assert context.store.list().jobs == ()
 
 

@@ -27,7 +27,7 @@ class Pool:
 
     def __init__(self) -> None:
         self.ready = False
-        self.trouble = ""
+        self.unready_reason = ""
 
     def start(self) -> None:
         """Start nothing."""
@@ -65,7 +65,7 @@ CALLS = {"/v1/inference": MINIMAL, "/v1/images/generations": OPENAI, "/sdapi/v1/
 
 @pytest.mark.parametrize("path", CALLS)
 def test_new_requests_are_refused_with_the_reason(client, pool, path):
-    pool.trouble = REASON
+    pool.unready_reason = REASON
     body = {"prompt": "a ball"} if path.startswith("/sdapi") else CALLS[path]
     answer = client.post(path, json=body)
     assert answer.status_code == 503
@@ -75,14 +75,14 @@ def test_new_requests_are_refused_with_the_reason(client, pool, path):
 
 
 def test_a_replay_is_refused_with_the_reason(client, pool):
-    pool.trouble = REASON
+    pool.unready_reason = REASON
     answer = client.post("/v1/replay", json={"recipe": {"prompt": "a ball"}})
     assert (answer.status_code, SHOWN in answer.text) == (503, True)
 
 
 def test_ready_returns_the_reason(client, pool):
     assert client.get("/ready").json() == {"status": "starting", "reason": ""}
-    pool.trouble = REASON
+    pool.unready_reason = REASON
     answer = client.get("/ready")
     assert (answer.status_code, answer.json()["reason"]) == (503, SHOWN)
     pool.ready = True  # another worker started
@@ -91,7 +91,7 @@ def test_ready_returns_the_reason(client, pool):
 
 def test_a_repeated_call_returns_the_queued_request(client, pool):
     first = client.post("/v1/inference", json=MINIMAL, headers={"Idempotency-Key": "a"})
-    pool.trouble = REASON
+    pool.unready_reason = REASON
     again = client.post("/v1/inference", json=MINIMAL, headers={"Idempotency-Key": "a"})
     assert first.json()["request_id"] == again.json()["request_id"]
 
@@ -100,7 +100,7 @@ def test_the_status_of_a_queued_request_has_the_reason(client, pool):
     request_id = client.post("/v1/inference", json=MINIMAL).json()["request_id"]
     path = f"/v1/requests/{request_id}/status"
     assert client.get(path).json()["waiting_reason"] is None
-    pool.trouble = REASON
+    pool.unready_reason = REASON
     assert client.get(path).json()["waiting_reason"] == SHOWN
     pool.ready = True
     assert client.get(path).json()["waiting_reason"] is None
@@ -108,7 +108,7 @@ def test_the_status_of_a_queued_request_has_the_reason(client, pool):
 
 def test_the_events_of_a_queued_request_have_the_reason(client, context, pool):
     request_id = client.post("/v1/inference", json=MINIMAL).json()["request_id"]
-    pool.trouble = REASON
+    pool.unready_reason = REASON
     context.stopping.set()  # ends the stream after the first event
     answer = client.get(f"/v1/requests/{request_id}/events")
     (data,) = [line[5:] for line in answer.text.splitlines() if line.startswith("data:")]
@@ -120,7 +120,7 @@ def test_a_waiting_call_ends_with_the_reason(client, context, pool, path):
     body = {"prompt": "a ball"} if path.startswith("/sdapi") else CALLS[path]
     call = aside(lambda: client.post(path, json=body))
     job = only_job(context)
-    pool.trouble = REASON
+    pool.unready_reason = REASON
     answer = call.result(DEADLINE_S)
     assert (answer.status_code, SHOWN in answer.text) == (503, True)
     assert context.store.get(job.id).status.value == "canceled"
@@ -136,12 +136,12 @@ def test_each_change_is_logged_once(context, pool):
         return [f"{entry['event']} {entry.get('reason', '')}".strip() for entry in entries]
 
     assert events() == []
-    pool.trouble = REASON
+    pool.unready_reason = REASON
     assert events() == [f"not ready, trying again {REASON}"]
     pool.ready = True
     assert events() == ["ready"]
-    pool.ready, pool.trouble = False, ""
-    assert events() == ["not ready, a worker starts"]
+    pool.ready, pool.unready_reason = False, ""
+    assert events() == ["not ready, a worker is starting"]
 
 
 def test_the_server_without_its_own_workers_is_ready(tmp_path):

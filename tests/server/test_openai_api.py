@@ -302,7 +302,7 @@ def test_a_model_has_the_names_that_clients_cannot_change(client, context, worke
 
 def test_an_unknown_model(client):
     with pytest.raises(
-        openai.NotFoundError, match="The model 'gpt-image-2' does not exist; the models are: sd15"
+        openai.NotFoundError, match="The model 'gpt-image-2' does not exist; use one of sd15"
     ) as caught:
         client.images.generate(model="gpt-image-2", prompt="a ball")
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")

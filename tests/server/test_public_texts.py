@@ -87,7 +87,7 @@ KINDS: list[type[FideloraError]] = [kind for kind, _, _ in _STATUS_AND_CODE]
 def test_no_error_response_has_a_path_or_a_long_text(path, text, context):
     ROOTS.set([SECRET])
     found = [kind(text) for kind in KINDS]
-    found += [RequestFailedError(text, code="X"), RequestFieldError(text, place=("body",))]
+    found += [RequestFailedError(text, code="X"), RequestFieldError(text, loc=("body",))]
     found += [errors.AdaptersMissingError(text, missing=[("0" * 64, f"{SECRET}/x{LONG}")])]
     details = {"a": f"{SECRET}/x", "b": {"c": [f"{SECRET}/x", LONG]}}
     found += [errors.RequestError(text, details=details)]
@@ -135,7 +135,7 @@ class Pool:
     """Workers that cannot start."""
 
     def __init__(self, trouble: str) -> None:
-        self.trouble = trouble
+        self.unready_reason = trouble
         self.ready = False
         self.process_ids: tuple[int, ...] = ()
         self.restarts = 0

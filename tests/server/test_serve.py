@@ -335,9 +335,9 @@ def test_api_keys_on_the_command_line(data):
     assert re.fullmatch("[0-9a-f]{16}  my app", keys("list", "--ids"))
     keys("add", "boss", "--admin")
     assert keys("list") == "boss (admin)\nmy app"
-    assert "no API key" in keys("admin", "nobody")
+    assert "does not exist" in keys("admin", "nobody")
     keys("remove", "boss")
     assert "This was the last key" in keys("remove", "my app")
     assert keys("list") == ""
-    assert "no API key" in keys("remove", "my app")
+    assert "does not exist" in keys("remove", "my app")
     assert json.loads((data / "api_keys.json").read_text())["keys"] == []

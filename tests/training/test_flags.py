@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tools.pages.command_line import commands, options
 
-from fidelora.errors import JobFolderError
+from fidelora.errors import TrainingRunError
 from fidelora.training import doctor
 from fidelora.training.flags import TRIGGER_OFF, split_flags, where_to_set
 
@@ -135,7 +135,7 @@ def test_a_prompt_can_consist_of_flags():
     ],
 )
 def test_an_invalid_number_raises_an_error_with_flag_and_value(flag, value):
-    with pytest.raises(JobFolderError, match=f"value {value!r}, which is not a number") as raised:
+    with pytest.raises(TrainingRunError, match=f"value {value!r}, which is not a number") as raised:
         split_flags(f"a red ball --{flag} {value}")
     assert f"The flag --{flag} of the sample prompt 'a red ball" in str(raised.value)
 
@@ -145,7 +145,7 @@ def test_an_invalid_number_raises_an_error_with_flag_and_value(flag, value):
 def test_any_text_is_parsed_or_raises_an_error(text):
     try:
         prompt, found = split_flags(text)
-    except JobFolderError:
+    except TrainingRunError:
         return
     assert prompt == prompt.strip()
     assert "--" not in prompt

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tests.support import DEMO_DATA, GOLDEN_JOBS
 
-from fidelora.errors import JobFolderError
+from fidelora.errors import TrainingRunError
 from fidelora.training.grid import (
     MAX_IMAGES,
     Column,
@@ -27,10 +27,10 @@ def test_columns_are_checkpoints_by_multipliers_and_one_base_model():
     assert make_columns(RUN, [0, 4], [0.5, 1]) == [Column(0, None), Column(4, 0.5), Column(4, 1)]
     assert make_columns(RUN, [4, 4], [1, 1]) == [Column(4, 1)]
     with pytest.raises(
-        JobFolderError, match="no checkpoint of step 3; available steps: 2, 4, 6, 8, and 0"
+        TrainingRunError, match="no checkpoint of step 3; available steps: 2, 4, 6, 8, and 0"
     ):
         make_columns(RUN, [3], [1])
-    with pytest.raises(JobFolderError, match="no checkpoints"):
+    with pytest.raises(TrainingRunError, match="no checkpoints"):
         make_columns(RUN, [], [1])
 
 
@@ -46,7 +46,7 @@ def test_rows_are_samples_or_prompts_with_the_settings_of_the_run():
         planned[0].steps,
         run.seed,
     )
-    with pytest.raises(JobFolderError, match=r"Sample 3 does not exist: .* has 3 samples"):
+    with pytest.raises(TrainingRunError, match=r"Sample 3 does not exist: .* has 3 samples"):
         make_rows(run, ["3"])
 
 
@@ -58,7 +58,7 @@ def test_every_cell_has_its_recipe():
     assert [found[1, across].adapters[0].multiplier for across in (1, 2)] == [0.5, 1]
     sample = plan_samples(RUN, 8)[1].recipe
     assert found[1, 2] == replace(sample, history=()), "the sample, without earlier rounds"
-    with pytest.raises(JobFolderError, match="choose fewer"):
+    with pytest.raises(TrainingRunError, match="choose fewer"):
         list(iterate_cells(RUN, rows, columns * MAX_IMAGES))
 
 

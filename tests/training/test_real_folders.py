@@ -15,7 +15,7 @@ from PIL import Image
 from tests.support import GOLDEN_JOBS, LORA, SAME_PROCESSOR, TINY_BASE, TINY_SDXL, change_weights
 
 from fidelora import Engine
-from fidelora.errors import JobFolderError, NothingToCheckError
+from fidelora.errors import NothingToCheckError, TrainingRunError
 from fidelora.training.compare import compare_with_sample
 from fidelora.training.grid import Column, iterate_cells, make_columns, make_rows
 from fidelora.training.judge import Verdict
@@ -390,7 +390,7 @@ def test_a_fine_tune_has_its_own_vae_and_no_history(folder):
     for plan in plan_samples(run, 5):
         assert (plan.recipe.vae, plan.recipe.adapter_mode) == ("", "merged")
         assert plan.recipe.history == ()
-    with pytest.raises(JobFolderError, match="has no adapter"):
+    with pytest.raises(TrainingRunError, match="has no adapter"):
         run.adapter(3)
 
 
@@ -434,7 +434,7 @@ def test_the_grid_of_a_fine_tune_has_a_base_model_per_column(folder):
     recipes = [recipe for _, _, recipe in iterate_cells(run, rows, columns)]
     assert [recipe.base_model for recipe in recipes] == [BASE, str(path)]
     assert all(recipe.adapters == () for recipe in recipes)
-    with pytest.raises(JobFolderError, match="no multiplier"):
+    with pytest.raises(TrainingRunError, match="no multiplier"):
         make_columns(run, [5], [0.5, 1])
 
 
@@ -523,7 +523,7 @@ def test_the_last_of_several_training_processes_is_used_and_named(folder):
 
 
 def test_a_configuration_without_training_process_names_the_processes(folder):
-    with pytest.raises(JobFolderError, match=r"\(process 1 \(type extract\), process 2\)"):
+    with pytest.raises(TrainingRunError, match=r"\(process 1 \(type extract\), process 2\)"):
         write(folder, {"type": "extract"}, {"mode": "x"})
 
 
@@ -541,7 +541,7 @@ def test_a_configuration_without_training_process_names_the_processes(folder):
 )
 def test_a_yaml_error_has_its_problem_and_line(folder, text, reason):
     (folder / "config.yaml").write_bytes(text.encode("latin-1"))
-    with pytest.raises(JobFolderError, match=reason):
+    with pytest.raises(TrainingRunError, match=reason):
         read_run(folder)
 
 

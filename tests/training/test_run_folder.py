@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from fidelora.errors import JobFolderError, RecipeError, UnknownSamplerError
+from fidelora.errors import RecipeError, TrainingRunError, UnknownSamplerError
 from fidelora.training.plan import plan_samples
 from fidelora.training.run_folder import SampleItem, read_run
 
@@ -83,7 +83,7 @@ _BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 def test_a_malicious_configuration_is_rejected(folder, text, message):
     (folder / "config.yaml").write_text(text + yaml.safe_dump(document()))
-    with pytest.raises(JobFolderError, match=message):
+    with pytest.raises(TrainingRunError, match=message):
         read_run(folder)
 
 
@@ -95,7 +95,7 @@ def test_keys_that_are_not_text_are_like_unknown_keys(folder, block, key):
 
 
 def test_the_name_has_a_maximum_length(folder):
-    with pytest.raises(JobFolderError, match="more than 200 characters"):
+    with pytest.raises(TrainingRunError, match="more than 200 characters"):
         run_of(folder, name="x" * 201, model={"name_or_path": "[name]" * 1000})
 
 
@@ -252,7 +252,7 @@ def test_all_dtype_names_of_the_trainer_are_supported(folder, name, dtype):
     ],
 )
 def test_an_unknown_dtype_is_rejected(folder, blocks, where):
-    with pytest.raises(JobFolderError, match="not supported; use float32") as raised:
+    with pytest.raises(TrainingRunError, match="not supported; use float32") as raised:
         run_of(folder, **blocks)
     assert f"The configuration has {where}" in str(raised.value)
 
@@ -261,18 +261,18 @@ def test_an_unknown_dtype_is_rejected(folder, blocks, where):
 
 
 def test_a_missing_folder_is_rejected(tmp_path):
-    with pytest.raises(JobFolderError, match=r"The folder .*nowhere does not exist"):
+    with pytest.raises(TrainingRunError, match=r"The folder .*nowhere does not exist"):
         read_run(tmp_path / "nowhere")
 
 
 def test_a_file_is_rejected(tmp_path):
     (tmp_path / "config.yaml").write_text("")
-    with pytest.raises(JobFolderError, match=r"The folder .*config\.yaml does not exist"):
+    with pytest.raises(TrainingRunError, match=r"The folder .*config\.yaml does not exist"):
         read_run(tmp_path / "config.yaml")
 
 
 def test_a_folder_without_configuration_is_rejected(folder):
-    with pytest.raises(JobFolderError, match=r"style has no config\.yaml; set the output folder"):
+    with pytest.raises(TrainingRunError, match=r"style has no config\.yaml; set the output folder"):
         read_run(folder)
 
 
@@ -281,13 +281,13 @@ def test_a_folder_without_configuration_is_rejected(folder):
 )
 def test_invalid_yaml_is_rejected(folder, content):
     (folder / "config.yaml").write_bytes(content)
-    with pytest.raises(JobFolderError, match=r"config\.yaml cannot be read: \S"):
+    with pytest.raises(TrainingRunError, match=r"config\.yaml cannot be read: \S"):
         read_run(folder)
 
 
 def test_yaml_tags_that_run_code_are_rejected(folder):
     (folder / "config.yaml").write_text("config: !!python/object/apply:os.getcwd []")
-    with pytest.raises(JobFolderError, match="cannot be read: could not determine a constructor"):
+    with pytest.raises(TrainingRunError, match="cannot be read: could not determine a constructor"):
         read_run(folder)
 
 
@@ -307,7 +307,7 @@ def test_yaml_tags_that_run_code_are_rejected(folder):
 def test_yaml_without_a_configuration_is_rejected(folder, content):
     (folder / "config.yaml").write_text(content)
     with pytest.raises(
-        JobFolderError,
+        TrainingRunError,
         match=r"is not an AI Toolkit configuration: config\.name or config\.process is missing",
     ):
         read_run(folder)
@@ -315,7 +315,7 @@ def test_yaml_without_a_configuration_is_rejected(folder, content):
 
 def test_a_process_without_settings_is_rejected(folder):
     (folder / "config.yaml").write_text("config: {name: x, process: [sd_trainer]}")
-    with pytest.raises(JobFolderError, match=r"config\.process is invalid"):
+    with pytest.raises(TrainingRunError, match=r"config\.process is invalid"):
         read_run(folder)
 
 
@@ -325,14 +325,14 @@ def test_a_block_that_is_not_a_mapping_is_rejected(folder, key):
         f"config: {{name: x, process: [{{model: {{name_or_path: b}}, {key}: [1]}}]}}"
     )
     with pytest.raises(
-        JobFolderError, match=f"The {key} block of the configuration must be a mapping"
+        TrainingRunError, match=f"The {key} block of the configuration must be a mapping"
     ):
         read_run(folder)
 
 
 @pytest.mark.parametrize("base", [None, 5, ["a"]])
 def test_a_configuration_without_base_model_is_rejected(folder, base):
-    with pytest.raises(JobFolderError, match=r"has no base model; set model\.name_or_path"):
+    with pytest.raises(TrainingRunError, match=r"has no base model; set model\.name_or_path"):
         run_of(folder, model={"name_or_path": base})
 
 
@@ -348,7 +348,7 @@ def test_a_configuration_without_base_model_is_rejected(folder, base):
 )
 def test_an_invalid_field_of_a_sample_item_is_named(folder, item, reason):
     with pytest.raises(
-        JobFolderError, match=r"sample\.samples\[1\]\..* not a usable number"
+        TrainingRunError, match=r"sample\.samples\[1\]\..* not a usable number"
     ) as raised:
         run_of(folder, sample={"samples": [{"prompt": "sound"}, item]})
     assert reason in str(raised.value)
@@ -508,7 +508,7 @@ def test_flags_override_fields_and_are_removed_from_the_prompt(folder):
 
 
 def test_an_invalid_flag_is_rejected(folder):
-    with pytest.raises(JobFolderError, match="value 'wide', which is not a number"):
+    with pytest.raises(TrainingRunError, match="value 'wide', which is not a number"):
         samples_of(folder, "a --w wide")
 
 
@@ -653,14 +653,14 @@ def test_step_0_is_the_base_model_without_adapter(folder):
 def test_a_step_without_checkpoint_is_rejected_with_a_list(folder):
     touch(folder, "style_000000200.safetensors", "style_000000100.safetensors")
     with pytest.raises(
-        JobFolderError,
+        TrainingRunError,
         match="The training run style has no checkpoint of step 150; available steps: 100, 200",
     ):
         plan_samples(run_of(folder), 150)
 
 
 def test_a_run_without_checkpoints_cannot_be_planned(folder):
-    with pytest.raises(JobFolderError, match="no checkpoint of step 100; available steps: none"):
+    with pytest.raises(TrainingRunError, match="no checkpoint of step 100; available steps: none"):
         plan_samples(run_of(folder), 100)
 
 
@@ -676,7 +676,7 @@ def test_a_run_without_checkpoints_cannot_be_planned(folder):
     ],
 )
 def test_samples_that_are_not_a_list_of_prompts_are_rejected(folder, sample):
-    with pytest.raises(JobFolderError, match="not a list of items with a prompt each"):
+    with pytest.raises(TrainingRunError, match="not a list of items with a prompt each"):
         run_of(folder, sample=sample)
 
 
@@ -689,14 +689,14 @@ def test_samples_that_are_not_a_list_of_prompts_are_rejected(folder, sample):
     ],
 )
 def test_a_setting_that_is_not_a_number_is_named(folder, blocks, where):
-    with pytest.raises(JobFolderError, match=re.escape(f"The configuration has {where} ")):
+    with pytest.raises(TrainingRunError, match=re.escape(f"The configuration has {where} ")):
         run_of(folder, **blocks)
 
 
 @pytest.mark.parametrize("content", ["[" * 5000, "a: 2024-13-45"])
 def test_yaml_that_breaks_the_parser_is_rejected(folder, content):
     (folder / "config.yaml").write_text(content)
-    with pytest.raises(JobFolderError, match="cannot be read"):
+    with pytest.raises(TrainingRunError, match="cannot be read"):
         read_run(folder)
 
 
@@ -723,7 +723,7 @@ def test_configurations_of_the_user_interface_are_read_as_json(folder):
 )
 def test_an_unsupported_family_is_rejected(folder, model):
     with pytest.raises(
-        JobFolderError,
+        TrainingRunError,
         match="the supported models are: Stable Diffusion 1.5, Stable Diffusion XL".replace(
             ".", r"\."
         ),
@@ -747,7 +747,7 @@ def test_sdxl_runs_are_recognized(folder, model):
 
 
 def test_a_refiner_is_rejected(folder):
-    with pytest.raises(JobFolderError, match="with a refiner"):
+    with pytest.raises(TrainingRunError, match="with a refiner"):
         run_of(folder, model={"arch": "sdxl", "refiner_name_or_path": "r"})
 
 

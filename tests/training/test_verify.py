@@ -22,7 +22,7 @@ from tests.support import (
 )
 
 from fidelora import Engine
-from fidelora.errors import JobFolderError, NothingToCheckError
+from fidelora.errors import NothingToCheckError, TrainingRunError
 from fidelora.training.doctor import CAUSES, diagnose
 from fidelora.training.judge import Verdict
 from fidelora.training.plan import plan_samples
@@ -136,7 +136,7 @@ def test_the_steps_that_can_be_checked():
     assert incomplete_parts(run) == []
     with pytest.raises(NothingToCheckError, match="steps with samples and weights: 0, 2, 4, 6, 8"):
         steps_to_check(run, "5")
-    with pytest.raises(JobFolderError, match="set a number, last or all"):
+    with pytest.raises(TrainingRunError, match="set a number, last or all"):
         steps_to_check(run, "first")
 
 

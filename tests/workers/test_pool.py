@@ -155,13 +155,13 @@ def test_a_worker_that_cannot_write_says_so_until_it_can(pool, store, tmp_path):
     until(lambda: pool.ready)
     shutil.rmtree(tmp_path / "out")
     job = add(store, SHORT)
-    until(lambda: pool.watch() == [] and pool.trouble)
+    until(lambda: pool.watch() == [] and pool.unready_reason)
     assert not pool.ready
-    assert "could not be written: No such file or directory" in pool.trouble
+    assert "could not be written: No such file or directory" in pool.unready_reason
     assert (store.get(job.id).status, store.get(job.id).attempts) == (Status.IN_QUEUE, 0)
     (tmp_path / "out").mkdir()
     until(lambda: pool.watch() == [] and pool.ready)
-    assert pool.trouble == ""
+    assert pool.unready_reason == ""
     until(lambda: store.get(job.id).status is Status.SUCCEEDED)
 
 
@@ -221,8 +221,8 @@ def test_a_worker_that_cannot_start_reports_why_and_restarts_later(store, tmp_pa
     (tmp_path / "out").mkdir()
     pool = WorkerPool(store, [setup_in(tmp_path, warm=replace(SHORT, base_model="/nowhere"))])
     pool.start()
-    until(lambda: pool.watch() == [] and pool.trouble)
-    assert pool.trouble.startswith("The base model /nowhere was not found")
+    until(lambda: pool.watch() == [] and pool.unready_reason)
+    assert pool.unready_reason.startswith("The base model /nowhere was not found")
     assert not pool.ready
     until(lambda: pool.process_ids == [])
     pool.watch()
@@ -234,11 +234,11 @@ def test_a_worker_that_cannot_start_reports_why_and_restarts_later(store, tmp_pa
 def test_a_worker_that_is_killed_while_it_starts_is_a_trouble(pool):
     pool.start()
     os.kill(pool.process_ids[0], signal.SIGKILL)
-    until(lambda: pool.watch() == [] and pool.trouble)
-    assert "its process was killed by signal 9" in pool.trouble
+    until(lambda: pool.watch() == [] and pool.unready_reason)
+    assert "its process was killed by signal 9" in pool.unready_reason
     assert not pool.ready
     until(lambda: pool.watch() == [] and pool.ready)
-    assert pool.trouble == ""
+    assert pool.unready_reason == ""
 
 
 def test_an_unexpected_error_at_the_start_is_reported(store, tmp_path):
@@ -247,8 +247,8 @@ def test_an_unexpected_error_at_the_start_is_reported(store, tmp_path):
     object.__setattr__(warm, "base_model", 7)  # a bug: no recipe can have this
     pool = WorkerPool(store, [setup_in(tmp_path, warm=warm)])
     pool.start()
-    until(lambda: pool.watch() == [] and pool.trouble)
-    assert pool.trouble.startswith("A worker failed to start with an unexpected TypeError")
+    until(lambda: pool.watch() == [] and pool.unready_reason)
+    assert pool.unready_reason.startswith("A worker failed to start with an unexpected TypeError")
     pool.stop(0)
 
 

@@ -102,7 +102,7 @@ def wait_for_writes(worker: Worker) -> None:
 
 def wait_for_prefetches(worker: Worker) -> None:
     """Wait until all queued prefetches have ended."""
-    worker._prefetch_thread.submit(lambda: None).result(DEADLINE_S)
+    worker._prefetcher._thread.submit(lambda: None).result(DEADLINE_S)
 
 
 class FakeEngine:

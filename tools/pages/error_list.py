@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 from structlog.testing import capture_logs
 
 from fidelora import errors
-from fidelora.errors import FideloraError, WrongUseError
+from fidelora.errors import FideloraError, UsageError
 from fidelora.server import problems
 
 _ABOUT = """
@@ -20,7 +20,7 @@ names the file, the field or the value. [Troubleshooting](../troubleshooting.md)
 do about each error.
 
 * *Exit code*: of the command line. 2 means that the input has to change (the class is a
-  `WrongUseError`), 1 any other failure. The pages of [some commands](../cli.md) list codes of their
+  `UsageError`), 1 any other failure. The pages of [some commands](../cli.md) list codes of their
   own.
 * *HTTP*: status and code of the response if the server rejects a call with this error. An error
   without them does not normally reach a client. If it does, the response is 500 `INTERNAL`, and the
@@ -50,7 +50,7 @@ def errors_page(made: str) -> str:
         bases = ", ".join(
             f"`{base.__name__}`" for base in kind.__bases__ if issubclass(base, FideloraError)
         )
-        exit_code = 2 if issubclass(kind, WrongUseError) else 1
+        exit_code = 2 if issubclass(kind, UsageError) else 1
         lines.append(
             f"| `{kind.__name__}` | {kind()} | {exit_code} | {_answer(kind, server)} | {bases} |"
         )

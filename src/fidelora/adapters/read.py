@@ -19,7 +19,8 @@ from fidelora.adapters.lycoris_deltas import FullDelta
 from fidelora.adapters.peft_metadata import PeftMetadata
 from fidelora.adapters.tensor_names import is_from_trainer, modules_of, trainer_version
 from fidelora.embedding_file import embedding_tensors
-from fidelora.errors import AdapterFormatError, NonFiniteWeightsError, WeightsFileError, some
+from fidelora.errors import AdapterFormatError, NonFiniteWeightsError, WeightsFileError
+from fidelora.texts import listed
 
 _FACTORISED_SINCE = (0, 10, 25)
 """First version of AI Toolkit with a factorised live path of LoKr (`LokrDelta.is_factorised`)."""
@@ -91,9 +92,9 @@ def zero_alpha_note(adapter: Adapter) -> str | None:
     if not idle:
         return None
     return (
-        f"{len(idle)} of {len(adapter.modules)} modules have an alpha of 0 ({some(idle)}), so they "
-        "have no effect, as in AUTOMATIC1111, ComfyUI and diffusers. If the program that trained "
-        "the adapter reads 0 as the rank, remove the alpha."
+        f"{len(idle)} of {len(adapter.modules)} modules have an alpha of 0 ({listed(idle)}), so "
+        "they have no effect, as in AUTOMATIC1111, ComfyUI and diffusers. If the program that "
+        "trained the adapter reads 0 as the rank, remove the alpha."
     )
 
 

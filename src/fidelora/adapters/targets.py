@@ -19,8 +19,9 @@ from fidelora.adapters.deltas import Delta, Module
 from fidelora.adapters.lycoris_deltas import FullDelta
 from fidelora.adapters.module_names import canonical_name
 from fidelora.adapters.read import Adapter
-from fidelora.errors import AdapterMismatchError, some
+from fidelora.errors import AdapterMismatchError
 from fidelora.families import Family, Part
+from fidelora.texts import listed
 from fidelora.weights.strict import changeable
 
 
@@ -306,12 +307,12 @@ class Targets:
         if matches.unmatched:
             sentences.append(
                 f"{len(matches.unmatched)} of {total} modules do not exist in it: "
-                f"{some(matches.unmatched)}"
+                f"{listed(matches.unmatched)}"
             )
         if matches.misshapen:
             sentences.append(
                 f"{len(matches.misshapen)} of {total} modules have the wrong shape: "
-                f"{some(list(matches.misshapen.values()))}"
+                f"{listed(list(matches.misshapen.values()))}"
             )
         return "; ".join(sentences) + ". Use it with the base model that it was trained on."
 
@@ -323,7 +324,7 @@ def repeated_modules(modules: Sequence[str], total: int) -> str:
     """
     return (
         f"names {len(modules)} of its {total} modules twice, in different formats "
-        f"({some(modules)}). This happens if files in two formats are merged. Delete one of each "
+        f"({listed(modules)}). This happens if files in two formats are merged. Delete one of each "
         "pair of modules, or export the adapter again."
     )
 

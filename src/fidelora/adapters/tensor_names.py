@@ -19,9 +19,10 @@ from typing import NoReturn
 
 from fidelora.adapters.formats import find_kind, refusal, split_key
 from fidelora.embedding_file import MAX_TOKENS, embedding_tensors, token_count, tokens_of
-from fidelora.errors import AdapterFormatError, some
+from fidelora.errors import AdapterFormatError
 from fidelora.recipe import AdapterRef, Noise
 from fidelora.safetensors_header import Header, read_file_header
+from fidelora.texts import listed
 
 MAX_ADAPTER_BYTES = 4 * 2**30
 _FLOATS = {"F8_E4M3", "F8_E5M2", "F16", "BF16", "F32", "F64"}
@@ -195,7 +196,7 @@ def _group(header: Header, name: str) -> dict[str, dict[str, str]]:
     for module, parts in modules.items():
         if find_kind(parts) is None:
             raise AdapterFormatError(
-                f"{name} is incomplete: {module} has only {some(sorted(parts.values()))}. Export "
+                f"{name} is incomplete: {module} has only {listed(sorted(parts.values()))}. Export "
                 "the file again."
             )
     return dict(modules)
@@ -205,12 +206,12 @@ def _refuse(unknown: Sequence[str], name: str) -> NoReturn:
     """Raise an error for keys that no supported format has; it names the format if it is known."""
     if any(key.startswith(_WHOLE_MODEL) for key in unknown):
         raise AdapterFormatError(
-            f"{name} is a whole model, not an adapter: {some(unknown)}. Use it as the base model."
+            f"{name} is a whole model, not an adapter: {listed(unknown)}. Use it as the base model."
         )
     for key in unknown:
         if reason := refusal(key):
             raise AdapterFormatError(f"{name} {reason} ({key}).")
     raise AdapterFormatError(
-        f"{name} has keys that no supported adapter format uses: {some(unknown)}. Convert it to "
+        f"{name} has keys that no supported adapter format uses: {listed(unknown)}. Convert it to "
         "the format of kohya or diffusers."
     )

@@ -20,8 +20,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fidelora.errors import AdapterConversionError, some
+from fidelora.errors import AdapterConversionError
 from fidelora.families import Family, Part
+from fidelora.texts import listed
 
 TargetFormat = Literal["kohya", "peft"]
 
@@ -134,7 +135,7 @@ def in_format(
     suffixes = _SUFFIXES[to]
     for kind, names in _inexpressible(modules, suffixes).items():
         raise AdapterConversionError(
-            f"The {to} format cannot express modules of the kind {kind} ({some(names)}). Use the "
+            f"The {to} format cannot express modules of the kind {kind} ({listed(names)}). Use the "
             "original file, or another format."
         )
     if to == "peft":
@@ -162,7 +163,7 @@ def in_format(
     if rounded:
         notes.append(
             f"{len(rounded)} alphas were rounded to float32, so their modules differ in the last "
-            f"bits: {some(rounded)}."
+            f"bits: {listed(rounded)}."
         )
     if to == "peft":
         kept[_PEFT_METADATA] = json.dumps(_peft_config(modules), sort_keys=True)

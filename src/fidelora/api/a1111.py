@@ -16,8 +16,8 @@ from pydantic import Field
 
 from fidelora.api.a1111_options import (
     FORMATS,
-    asks_for_nothing,
     check_options,
+    is_neutral,
     options_of,
     shown,
     unsupported,
@@ -162,7 +162,7 @@ _NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
 supported, or have an effect only together with a listed one: `hr_scale` with `enable_hr`, `subseed`
 with `subseed_strength`, ..."""
 _NEUTRAL_EXTRAS: Mapping[str, tuple[object, ...]] = {"clip_skip": (0, 1)}
-"""Values without effect of fields that only some clients have."""
+"""Values that have no effect, of unsupported fields that only some clients send."""
 _IGNORED_EXTRAS = frozenset(
     {
         "url", "auth",  # where SillyTavern finds the server
@@ -235,7 +235,7 @@ class Txt2ImgPlan:
             return tuple(replace(first, seed=first.seed + index) for index in range(request.images))
         except RecipeError as error:
             raise RequestFieldError(
-                str(error), place=(_REQUEST_FIELDS.get(error.field, error.field),)
+                str(error), loc=(_REQUEST_FIELDS.get(error.field, error.field),)
             ) from error
 
 
@@ -255,7 +255,7 @@ def plan_txt2img(
     Args:
         model: the model of requests that do not choose one.
         random_seed: the seed of requests that do not set one.
-        emphasis: that of requests that do not set it.
+        emphasis: emphasis for requests that do not set it.
 
     Raises:
         RequestError, RequestFieldError, PromptSyntaxError: a field or a part of the prompt is not
@@ -264,7 +264,7 @@ def plan_txt2img(
     extras = request.model_extra or {}
     for name, value in extras.items():
         neutral_values = (*_NEUTRAL_EXTRAS.get(name, ()), "", [], {})
-        if name in _IGNORED_EXTRAS or value is False or asks_for_nothing(value, neutral_values):
+        if name in _IGNORED_EXTRAS or value is False or is_neutral(value, neutral_values):
             continue
         if name in _NEUTRAL_EXTRAS:
             neutral = " or ".join(json.dumps(each) for each in _NEUTRAL_EXTRAS[name])
@@ -272,17 +272,17 @@ def plan_txt2img(
         raise unsupported(name, "is not a field of txt2img; leave it out")
     for name, values in _NEUTRAL_VALUES.items():
         value = getattr(request, name)
-        if not asks_for_nothing(value, values):
+        if not is_neutral(value, values):
             neutral = " or ".join(json.dumps(each) for each in (None, *values))
             raise unsupported(name, f"cannot be {shown(value)}; leave it out, or send {neutral}")
     if request.images > MAX_PROMPTS:
         raise RequestFieldError(
             f"batch_size times n_iter is {request.images}; the maximum is {MAX_PROMPTS}.",
-            place=("n_iter",),
+            loc=("n_iter",),
         )
     settings = request.override_settings or {}
     check_options(settings, options_of(model, emphasis), for_one_request=True)
-    # Accepted values of other types, such as an empty list, ask for nothing.
+    # Accepted values of other types, such as an empty list, have no effect.
     settings = {name: value for name, value in settings.items() if isinstance(value, str)}
     model = settings.get("sd_model_checkpoint") or model
     name, scheduler = (
@@ -293,7 +293,7 @@ def plan_txt2img(
         sampler = sampler_of(name, scheduler, all_families()[model])
     except UnknownSamplerError as error:
         raise RequestFieldError(
-            str(error), place=(_REQUEST_FIELDS.get(error.field, error.field),)
+            str(error), loc=(_REQUEST_FIELDS.get(error.field, error.field),)
         ) from error
     if request.eta is not None and request.eta != _FIXED_ETA.get(sampler.sampler, request.eta):
         raise unsupported(
@@ -320,7 +320,7 @@ def plan_txt2img(
     if seed + request.images - 1 > MAX_SEED:
         raise RequestFieldError(
             f"The last image's seed would exceed {MAX_SEED}; choose a smaller seed.",
-            place=("seed",),
+            loc=("seed",),
         )
     return Txt2ImgPlan(
         model=model,

@@ -1,4 +1,4 @@
-"""Settings of AUTOMATIC1111's API: supported values, and values that ask for nothing."""
+"""Settings of AUTOMATIC1111's API: supported values, and neutral values, which have no effect."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _CHOICES: Mapping[str, Collection[str]] = {
 
 
 def options_of(model: str, emphasis: Emphasis = "none") -> dict[str, Any]:
-    """Return the supported settings of A1111 with their fixed values.
+    """Return the supported settings of A1111 with their current values.
 
     Args:
-        emphasis: that of requests that do not set it.
+        emphasis: emphasis for requests that do not set it.
     """
     return {
         "sd_model_checkpoint": model,
@@ -43,47 +43,47 @@ def options_of(model: str, emphasis: Emphasis = "none") -> dict[str, Any]:
 
 
 def check_options(
-    changes: Mapping[str, Any], fixed: Mapping[str, Any], *, for_one_request: bool = False
+    changes: Mapping[str, Any], current: Mapping[str, Any], *, for_one_request: bool = False
 ) -> None:
-    """Check that each setting has its fixed value, or can be set.
-
-    The base model can be set for later requests, too, and the others only for one request.
+    """Check that each setting keeps its current value or can be changed to the given one.
 
     Args:
-        fixed: see `options_of`.
+        current: see `options_of`.
+        for_one_request: True if the changes apply to one request, which allows more settings.
 
     Raises:
         RequestError: a setting cannot be changed; the message names it.
     """
     for name, value in changes.items():
         field_path = f"override_settings.{name}" if for_one_request else name
-        if asks_for_nothing(value, (fixed[name],) if name in fixed else ("", False, [], {})):
+        if is_neutral(value, (current[name],) if name in current else ("", False, [], {})):
             continue
         choices = _CHOICES.get(name, ()) if for_one_request or name in _LASTING else ()
         if isinstance(value, str) and value in choices:
             continue
-        if name in fixed:
-            raise unsupported(field_path, f"cannot be {shown(value)}: it is always {fixed[name]!r}")
-        settings = ", ".join(fixed)
+        if name in current:
+            raise unsupported(
+                field_path, f"cannot be {shown(value)}: it is always {current[name]!r}"
+            )
+        settings = ", ".join(current)
         raise unsupported(
             field_path, f"cannot be {shown(value)}: the supported settings are {settings}"
         )
 
 
-def asks_for_nothing(value: object, neutral: tuple[object, ...]) -> bool:
-    """Return True for null, a neutral value, and a list or object without other values.
+def is_neutral(value: object, neutral: tuple[object, ...]) -> bool:
+    """Return True for null, a value in `neutral`, and a list or object of only empty values.
 
-    Scripts whose arguments are all empty or false are switched off.
+    Clients send scripts that are switched off with arguments that are all empty or false.
     """
     if value is None or any(type(value) is type(one) and value == one for one in neutral):
         return True
     if isinstance(value, int | float) and not isinstance(value, bool):
         return any(value == one for one in neutral if not isinstance(one, bool))
     if isinstance(value, dict):
-        return all(asks_for_nothing(one, ("", False, [], {})) for one in value.values())
+        return all(is_neutral(one, ("", False, [], {})) for one in value.values())
     return isinstance(value, list) and all(
-        asks_for_nothing(one.strip() if isinstance(one, str) else one, ("", False, {}))
-        for one in value
+        is_neutral(one.strip() if isinstance(one, str) else one, ("", False, {})) for one in value
     )
 
 

@@ -225,6 +225,6 @@ def png_info_of(request: PngInfoRequest) -> PngInfoBody:
         text = read_parameters_text(base64.b64decode(encoded, validate=True))
     except (binascii.Error, ValueError, ImageRecordError) as error:
         raise RequestFieldError(
-            "image is not a PNG, JPEG or WebP image in base64.", place=("image",)
+            "image is not a PNG, JPEG or WebP image in base64.", loc=("image",)
         ) from error
     return PngInfoBody(info=text, items={"parameters": text} if text else {})

@@ -122,9 +122,10 @@ class ImagesRequest(RequestBody):
         """Convert to a `POST /v1/inference` body, where seed -1 means a random seed per image.
 
         Args:
-            model_aliases: models by other names that clients send.
-            base_models: base model by model, whose own size is that of `auto`; by default those of
-                the model families. The first model is that of requests that name none.
+            model_aliases: model ids, by other names that clients send.
+            base_models: base models, by model id; by default those of the model families. The first
+                model is used if the request does not name one, and the size `auto` is the size that
+                the base model was trained at.
 
         Raises:
             RequestError: the model does not exist, or a field is unknown.
@@ -139,10 +140,10 @@ class ImagesRequest(RequestBody):
         model = self.model or next(iter(base_models or all_families()))
         model = (model_aliases or {}).get(model, model)
         if model not in all_families():
-            known = ", ".join(all_families())
+            supported = ", ".join(all_families())
             raise RequestError(
-                f"The model {model!r:.100} does not exist; the models are: {known}. If the "
-                "client cannot change it, map it with the server's setting FIDELORA_MODEL_ALIASES.",
+                f"The model {model!r:.100} does not exist; use one of {supported}. If the client "
+                "cannot change it, map it with the server's setting FIDELORA_MODEL_ALIASES.",
                 code="MODEL_NOT_FOUND",
                 details={"field": "model"},
             )

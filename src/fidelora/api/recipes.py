@@ -19,7 +19,7 @@ DEFAULT_SIZE = 1024
 API, which differs from the model's own."""
 
 MAX_LORAS_TIMES_PROMPTS = 1024
-"""Limit of the number of LoRAs times that of prompts, because each recipe names all LoRAs."""
+"""Maximum of LoRAs times prompts in one request, because each recipe contains all LoRAs."""
 
 # Fields of the API that only models of other kinds (video, image editing) support.
 _UNSUPPORTED_FIELDS = ("fps", "resolution", "ctrl_img", "ctrl_img_1", "ctrl_img_2", "ctrl_img_3")
@@ -48,9 +48,9 @@ def check_request(request: InferenceRequest, *, needs_lora: bool = True) -> Fami
         raise RequestError("At least one LoRA is required.", code="LORA_FILE_REQUIRED")
     if len(request.loras) * len(request.prompts) > MAX_LORAS_TIMES_PROMPTS:
         raise RequestFieldError(
-            f"The request has {len(request.loras)} LoRAs for {len(request.prompts)} prompts; the "
-            f"maximum of the product is {MAX_LORAS_TIMES_PROMPTS:,}. Use several requests.",
-            place=("loras",),
+            f"The request has {len(request.loras)} LoRAs and {len(request.prompts)} prompts; LoRAs "
+            f"times prompts must be at most {MAX_LORAS_TIMES_PROMPTS:,}. Use several requests.",
+            loc=("loras",),
         )
     if any(lora.transformer for lora in request.loras):
         message = f"{spec.id} has one denoiser; leave out `transformer` of its LoRAs."
@@ -129,8 +129,8 @@ def recipes_of(
                 **base,
             )
         except RecipeError as error:
-            place = ("prompts", index, _ITEM_FIELDS.get(error.field, error.field))
-            raise RequestFieldError(str(error), place=place) from error
+            loc = ("prompts", index, _ITEM_FIELDS.get(error.field, error.field))
+            raise RequestFieldError(str(error), loc=loc) from error
         recipes.append(recipe)
     return tuple(recipes)
 
@@ -162,8 +162,8 @@ def notes_on(
 def _trigger_word(request: InferenceRequest, item: PromptItem) -> str | None:
     """Return the trigger word of a prompt; None if neither it nor the request sets one.
 
-    An empty one is set: it leaves `[trigger]` in the prompt. One that is not empty has precedence,
-    as in `ai-toolkit-inference`.
+    An empty trigger word leaves `[trigger]` in the prompt. If the prompt's trigger word is empty,
+    the one of the request is used, as in `ai-toolkit-inference`.
     """
     given = (item.trigger_word, request.trigger_word)
     return next(filter(None, given), None if given == (None, None) else "")
@@ -226,7 +226,7 @@ def request_for(recipes: Sequence[Recipe], lora_paths: Sequence[str]) -> dict[st
         field_path = ".".join(map(str, first["loc"]))
         raise RequestFieldError(
             f"The HTTP API does not accept {field_path} {first['input']!r}: {first['msg']}.",
-            place=first["loc"],
+            loc=first["loc"],
         ) from None
     return body
 

@@ -69,8 +69,8 @@ class PromptItem(RequestBody):
     guidance_rescale: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     emphasis: Emphasis | None = Field(
         None,
-        description="How brackets in the prompts weight words: none (the default) treats them as "
-        "text; original, no_norm and ignore are those of AUTOMATIC1111's web UI.",
+        description="Weighting of words in brackets: none (the default) treats brackets as text; "
+        "original, no_norm and ignore are those of AUTOMATIC1111's web UI.",
     )
     seed: int | None = Field(None, ge=-1, le=2**63 - 1)
     sampler: str | None = None

@@ -67,7 +67,7 @@ app.add_typer(serve.keys, name="keys", rich_help_panel=_SERVER)
 
 
 def main() -> None:
-    """Run the command line and exit: 0 for success, 1 for a failure, 2 for wrong use."""
+    """Run the command line and exit: 0 for success, 1 for a failure, 2 for a usage error."""
     run(app)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, ParamSpec
 import typer
 
 from fidelora.accel.threads import limit_spinning
-from fidelora.errors import FideloraError, WrongUseError
+from fidelora.errors import FideloraError, UsageError
 from fidelora.texts import printable
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ Offload = Annotated[
 def run(app: typer.Typer) -> NoReturn:
     """Run `app` and exit; print errors to stderr as one sentence.
 
-    The exit code is 0 for success, 2 for wrong use, 130 after Ctrl-C and 1 for any other error.
+    The exit code is 0 for success, 2 for a usage error, 130 after Ctrl-C and 1 for any other error.
     """
     limit_spinning()
     code: object = 0
@@ -97,9 +97,9 @@ def run(app: typer.Typer) -> NoReturn:
     except FideloraError as error:
         if _debug:
             raise
-        fail(str(error), 2 if isinstance(error, WrongUseError) else 1)
+        fail(str(error), 2 if isinstance(error, UsageError) else 1)
     except typer.TyperException as error:
-        _fail_wrong_use(error)
+        _fail_usage(error)
     except BrokenPipeError:
         # The reader of stdout has closed the pipe, which is not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -121,7 +121,7 @@ def run(app: typer.Typer) -> NoReturn:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail_wrong_use(error: typer.TyperException) -> NoReturn:
+def _fail_usage(error: typer.TyperException) -> NoReturn:
     """Print an error of the command line's parser, and the command whose help explains more."""
     message = error.format_message()
     if message:  # empty if no command was given: the help was printed instead
@@ -169,7 +169,7 @@ def reserve_exit_code_1(command: Callable[P, None]) -> Callable[P, None]:
         try:
             command(*args, **kwargs)
         except FideloraError as error:
-            if kwargs.get("debug") or isinstance(error, WrongUseError):
+            if kwargs.get("debug") or isinstance(error, UsageError):
                 raise
             fail(str(error), COMPARISON_FAILED)
 
@@ -177,7 +177,7 @@ def reserve_exit_code_1(command: Callable[P, None]) -> Callable[P, None]:
 
 
 ShowProgress = Callable[[str, int, int], None]
-"""Callback that shows a title, the number of finished parts of the work and the number of all."""
+"""Callback that shows a title, the number of finished items and the total number of items."""
 
 
 PROGRESS_LINE = "progress: "

@@ -11,7 +11,7 @@ import typer
 
 from fidelora.atomic import write_atomically
 from fidelora.cli.console import Debug, warn
-from fidelora.errors import AdapterExistsError, AdapterPlaceError
+from fidelora.errors import AdapterExistsError, AdapterNameError
 
 _SUFFIX = ".safetensors"
 
@@ -49,13 +49,13 @@ def convert(
 ) -> None:
     """Write an adapter with the tensor names of another program; its tensors are copied unchanged.
 
-    Exit codes: 0 done, 1 the adapter cannot be read or converted, 2 wrong use.
+    Exit codes: 0 done, 1 the adapter cannot be read or converted, 2 a usage error.
     """
     from fidelora.engine.convert import convert_adapter
 
     source, target = source.expanduser(), target.expanduser()
     if target.suffix.lower() != _SUFFIX:
-        raise AdapterPlaceError(
+        raise AdapterNameError(
             f"{target.name} does not end in {_SUFFIX}; choose another name for OUT."
         )
     if target.exists() and not force:

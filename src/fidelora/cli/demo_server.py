@@ -157,5 +157,7 @@ def _wait_for_url(
         if len(lines) > length:
             length, changed = len(lines), time.monotonic()
         if time.monotonic() - changed > patience_s:
-            fail(f"The demo's server did not start within {patience_s:g} seconds.", 1)
+            fail(
+                f"The demo's server did not start; it logged nothing for {patience_s:g} seconds.", 1
+            )
         time.sleep(_POLL_S)

@@ -16,8 +16,8 @@ from fidelora.atomic import make_folder, output_error, temporary_name
 from fidelora.cli.console import Debug, fail
 from fidelora.errors import (
     AdapterExistsError,
-    AdapterPlaceError,
     RecipeError,
+    UsageError,
 )
 from fidelora.families import all_families, get_family
 from fidelora.loras.hub import HubFile
@@ -80,9 +80,9 @@ def download(
         disable_progress_bars()
     is_lora = source.startswith("hf:") or _URL.match(source) is not None
     if is_lora and (variant or model):
-        raise AdapterPlaceError("--model and --variant apply to base models only; leave them out.")
+        raise UsageError("--model and --variant apply to base models only; leave them out.")
     if not is_lora and out is not None:
-        raise AdapterPlaceError(
+        raise UsageError(
             "--output applies to LoRAs only; leave it out. Base models stay in the hub's cache "
             "folder."
         )
@@ -145,7 +145,7 @@ def _file_name(source: str) -> str:
     """Return the name of the file at a URL or on the hub.
 
     Raises:
-        AdapterPlaceError: the path on the hub is not that of a .safetensors file.
+        AdapterNameError: the path on the hub is not that of a .safetensors file.
     """
     if source.startswith("hf:"):
         return Path(HubFile.parse(source).file).name

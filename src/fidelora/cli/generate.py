@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import replace
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import Annotated, Any, get_args
 
 import typer
 
-from fidelora.adapters.tensor_names import noise_of_adapter
 from fidelora.atomic import make_folder
 from fidelora.cli.console import (
     DEVICE_PANEL,
@@ -26,23 +24,20 @@ from fidelora.cli.console import (
 )
 from fidelora.cli.image_plan import (
     MAX_IMAGES,
-    AdapterSet,
     adapter_sets,
     plan_recipes,
     read_prompts,
     read_size,
+    resolve_noise,
     trigger_remarks,
+    with_dtypes,
 )
 from fidelora.cli.output_names import FIELDS, parse_output
 from fidelora.cli.rendering import PlannedImage, Report, check_base, print_plan, render
 from fidelora.errors import RecipeError
-from fidelora.families import all_families, get_family
+from fidelora.families import all_families
 from fidelora.families.emphasis import Emphasis
 from fidelora.loras.few_step import proposals
-from fidelora.recipe import Noise, Recipe
-
-if TYPE_CHECKING:
-    from fidelora.engine.engine import Engine
 
 
 def _model_ids() -> list[str]:
@@ -141,7 +136,7 @@ def generate(
     ] = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Check everything and print the plan; make no image."),
+        typer.Option("--dry-run", help="Check everything and print the plan, without images."),
     ] = False,
     size: Annotated[
         str | None,
@@ -236,8 +231,8 @@ def generate(
         str,
         typer.Option(
             metavar="KIND",
-            help="How brackets in prompts weight words: none (they are text, as in training), or "
-            "as in AUTOMATIC1111's web UI: original, no_norm or ignore.",
+            help="Weighting of words in brackets: none (brackets are text, as in training), or as "
+            "in AUTOMATIC1111's web UI: original, no_norm or ignore.",
             rich_help_panel=SAMPLING_PANEL,
             autocompletion=lambda: list(get_args(Emphasis)),
         ),
@@ -370,7 +365,7 @@ def generate(
         **{name: value for name, value in optional.items() if value is not None},
     }
     planned = plan_recipes(
-        texts, sets, trigger, number, lambda one: _resolve_noise(noise, one, model), settings
+        texts, sets, trigger, number, lambda one: resolve_noise(noise, one, model), settings
     )
     report.add(*trigger_remarks(texts, sets, trigger))
     names = parse_output(out, image_format, prompts=len(texts), adapter_sets=len(sets))
@@ -378,7 +373,7 @@ def generate(
         report.add([f"note: {sentence}" for sentence in proposals(adapters[0])], ())
 
     engine = make_engine(device, offload)
-    recipes = _with_dtypes(planned, engine, dtype, vae_dtype, text_encoder_dtype)
+    recipes = with_dtypes(planned, engine.auto_dtype, dtype, vae_dtype, text_encoder_dtype)
     prompt_indices = [index // number % len(texts) + 1 for index in range(len(recipes))]
     paths = names.paths(
         list(zip(recipes, prompt_indices, strict=True)), datetime.now().astimezone()
@@ -399,29 +394,3 @@ def _choose_seed(seed: int | None, report: Report) -> int | None:
         seed = secrets.randbelow(2**32)
         report.note(f"seed: {seed}")
     return seed
-
-
-def _resolve_noise(noise: str, adapters: AdapterSet, model: str) -> Noise:
-    """Return the noise mode; `auto` depends on the trainer version in the first adapter's file."""
-    if noise != "auto":
-        return noise  # type: ignore[return-value]  # checked by the recipe
-    if "noise" not in get_family(model).uses:
-        return "modern"
-    return noise_of_adapter(adapters[0]) if adapters else "modern"
-
-
-def _with_dtypes(
-    planned: list[list[Recipe]],
-    engine: Engine,
-    dtype: str,
-    vae_dtype: str | None,
-    text_encoder_dtype: str | None,
-) -> list[Recipe]:
-    """Return all recipes with their dtypes, of which `auto` depends on the device."""
-    main = engine.auto_dtype if dtype == "auto" else dtype
-    dtypes: dict[str, Any] = {
-        "dtype": main,
-        "vae_dtype": vae_dtype or main,
-        "text_encoder_dtype": text_encoder_dtype or main,
-    }
-    return [replace(recipe, **dtypes) for recipes in planned for recipe in recipes]

@@ -21,7 +21,7 @@ from fidelora.cli.console import (
     progress_display,
     warn,
 )
-from fidelora.errors import JobFolderError
+from fidelora.errors import TrainingRunError
 
 
 def grid(
@@ -116,7 +116,7 @@ def _read_steps(text: str, available: list[int]) -> list[int]:
         elif word.isdigit():
             steps.append(int(word))
         else:
-            raise JobFolderError(
+            raise TrainingRunError(
                 f"--steps has {word!r}, which is not a step; "
                 "set numbers separated by commas, last or all."
             )
@@ -127,7 +127,7 @@ def _read_multipliers(text: str) -> list[float]:
     try:
         return [float(word) for word in _split(text, "--multipliers")]
     except ValueError:
-        raise JobFolderError(
+        raise TrainingRunError(
             f"--multipliers is {text!r}; set numbers separated by commas, such as 0.5,1."
         ) from None
 
@@ -144,5 +144,5 @@ def _read_prompts(texts: list[str]) -> list[str]:
 def _split(text: str, option: str) -> list[str]:
     words = [word.strip() for word in text.split(",") if word.strip()]
     if not words:
-        raise JobFolderError(f"{option} is empty; set at least one value.")
+        raise TrainingRunError(f"{option} is empty; set at least one value.")
     return words

@@ -1,4 +1,4 @@
-"""Prompts, LoRAs and seeds of `fidelora generate`, combined to one recipe per image."""
+"""Prompts, LoRAs and seeds of `fidelora generate`, combined into one recipe per image."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fidelora.adapters.tensor_names import noise_of_adapter
 from fidelora.errors import AdapterNotFoundError, RecipeError
+from fidelora.families import get_family
 from fidelora.loras.trigger import Trigger, has_placeholder, trigger_of
 from fidelora.recipe import AdapterRef, Noise, Recipe
 
@@ -199,6 +201,38 @@ def plan_recipes(
             [replace(one, seed=one.seed + index) for one in first for index in range(seeds)]
         )
     return planned
+
+
+def resolve_noise(noise: str, adapters: AdapterSet, model: str) -> Noise:
+    """Return the noise mode; `auto` depends on the trainer version in the first adapter's file."""
+    if noise != "auto":
+        return noise  # type: ignore[return-value]  # checked by the recipe
+    if "noise" not in get_family(model).uses:
+        return "modern"
+    return noise_of_adapter(adapters[0]) if adapters else "modern"
+
+
+def with_dtypes(
+    planned: Sequence[Sequence[Recipe]],
+    auto_dtype: str,
+    dtype: str,
+    vae_dtype: str | None,
+    text_encoder_dtype: str | None,
+) -> list[Recipe]:
+    """Return all recipes in one list, with their dtypes.
+
+    Args:
+        auto_dtype: dtype that `auto` stands for on the engine's device.
+        dtype: dtype of all parts of the model, or `auto`.
+        vae_dtype, text_encoder_dtype: dtypes of these parts; None for the same as `dtype`.
+    """
+    main = auto_dtype if dtype == "auto" else dtype
+    dtypes: dict[str, Any] = {
+        "dtype": main,
+        "vae_dtype": vae_dtype or main,
+        "text_encoder_dtype": text_encoder_dtype or main,
+    }
+    return [replace(recipe, **dtypes) for recipes in planned for recipe in recipes]
 
 
 def trigger_remarks(

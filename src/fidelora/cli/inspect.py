@@ -29,7 +29,7 @@ def inspect(
 ) -> None:
     """Describe an adapter file: its type, training, matching model and problems.
 
-    Exit codes: 0 the file can be used, 1 it cannot be used, 2 wrong use.
+    Exit codes: 0 the file can be used, 1 it cannot be used, 2 a usage error.
     """
     from fidelora.engine.examine import examine_adapter
 

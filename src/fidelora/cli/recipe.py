@@ -11,7 +11,7 @@ import typer
 
 from fidelora.api import request_for
 from fidelora.cli.console import Debug, warn
-from fidelora.errors import JobFolderError
+from fidelora.errors import TrainingRunError
 from fidelora.recipe import AdapterRef
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def recipe(
 
     run = read_run(run_folder)
     if run.full_models:
-        raise JobFolderError(
+        raise TrainingRunError(
             f"The checkpoints of the training run {run.name} are base models, but a request "
             "requires a LoRA. Use fidelora verify, or fidelora generate with --base-model and the "
             "path of a checkpoint."
@@ -60,11 +60,11 @@ def recipe(
     plans = plan_samples(run, number)
     recipes = [plan.recipe for plan in plans]
     if not recipes:
-        raise JobFolderError(f"The training run {run.name} has no sample prompts.")
+        raise TrainingRunError(f"The training run {run.name} has no sample prompts.")
     unmerged = recipes[0].adapter_mode == "live"
     if index is not None:
         if index >= len(recipes):
-            raise JobFolderError(
+            raise TrainingRunError(
                 f"The training run {run.name} has {len(recipes)} samples; "
                 f"--index must be at most {len(recipes) - 1}."
             )
@@ -107,9 +107,9 @@ def _read_step(run: TrainingRun, text: str) -> int:
     if text.isdigit():
         return int(text)
     if text != "last":
-        raise JobFolderError(f"{text!r} is not a step; set a number or last.")
+        raise TrainingRunError(f"{text!r} is not a step; set a number or last.")
     if not run.checkpoints:
-        raise JobFolderError(
+        raise TrainingRunError(
             f"The training run {run.name} has no checkpoints, but a request requires a LoRA."
         )
     return max(run.checkpoints)
@@ -118,11 +118,11 @@ def _read_step(run: TrainingRun, text: str) -> int:
 def _with_zero_multiplier(run: TrainingRun, recipes: list[Recipe]) -> list[Recipe]:
     """Add a LoRA with multiplier 0, which has no effect: the API requires at least one LoRA."""
     if not run.checkpoints:
-        raise JobFolderError(
+        raise TrainingRunError(
             f"The training run {run.name} has no checkpoints, but a request requires a LoRA."
         )
     if run.embedding is not None:
-        raise JobFolderError(
+        raise TrainingRunError(
             f"Step 0 of the training run {run.name} has the initial embedding, which the trainer "
             "does not save, so no request can reproduce it. Choose another step."
         )

@@ -94,7 +94,7 @@ class Report:
 def render(images: Sequence[PlannedImage], engine: Engine, report: Report) -> None:
     """Make and write the images, and print their paths or the JSON object.
 
-    Ctrl-C ends the process with the images that are finished.
+    After Ctrl-C, the images that are finished are written, and the process exits.
 
     Raises:
         FideloraError: an image could not be made or written.

@@ -96,8 +96,8 @@ def replay(
 ) -> None:
     """Generate an image again from the recipe in its file.
 
-    Exit codes: 0 done (with --compare: all pixels are the same), 1 some pixels differ, 2 wrong use
-    or a file that cannot be used.
+    Exit codes: 0 done (with --compare: all pixels are the same), 1 some pixels differ, 2 a usage
+    error or a file that cannot be used.
     """
     from fidelora.images.read import read_origin
 
@@ -175,7 +175,7 @@ class _AdapterFiles:
 
         Raises:
             AdaptersMissingError: some files were not found.
-            AdapterPlaceError: several files have the same name.
+            AdapterNameError: several files have the same name.
         """
         from fidelora.loras.hashes import has_hash
 

@@ -92,7 +92,7 @@ def change_admin(
 
 
 @keys.command("list")
-def list_open_keys(
+def list_keys(
     ids: Annotated[
         bool, typer.Option("--ids", help="Also show the ids, which name the folders of uploads.")
     ] = False,

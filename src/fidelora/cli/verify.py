@@ -127,8 +127,8 @@ def verify(
 ) -> None:
     """Replay the samples of a training run and compare them with the trainer's.
 
-    Exit codes: 0 the samples are identical or consistent with the settings, 1 a mismatch, 2 wrong
-    use or a file that cannot be used, 3 nothing to check, 4 undecided: too much information was
+    Exit codes: 0 the samples are identical or consistent with the settings, 1 a mismatch, 2 a usage
+    error or a file that cannot be used, 3 nothing to check, 4 undecided: too much information was
     lost.
     """
     from fidelora.training.run_folder import read_run

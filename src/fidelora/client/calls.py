@@ -24,7 +24,7 @@ from fidelora.errors import (
     OutputError,
     RequestCanceledError,
     RequestFailedError,
-    WrongUseError,
+    UsageError,
 )
 from fidelora.jobs.job import Status
 from fidelora.recipe import Recipe
@@ -125,7 +125,7 @@ def make_request(
         shared: fields of every prompt that does not set them.
 
     Raises:
-        WrongUseError: a field is unknown or out of range.
+        UsageError: a field is unknown or out of range.
     """
     if isinstance(prompts, str | PromptItem | Mapping):
         prompts = [prompts]
@@ -139,13 +139,13 @@ def make_request(
         )
     except ValidationError as error:
         problems = error.errors(include_url=False, include_input=False)
-        raise WrongUseError(_validation_message(problems)) from error
+        raise UsageError(_validation_message(problems)) from error
     unknown = [
         *(request.model_extra or {}),
         *(name for item in request.prompts for name in item.model_extra or {}),
     ]
     if unknown:
-        raise WrongUseError(f"{unknown[0]!r} is not a field of requests; leave it out.")
+        raise UsageError(f"{unknown[0]!r} is not a field of requests; leave it out.")
     return request
 
 
@@ -227,11 +227,11 @@ def pause_before_stream(
     pause_s = pause_before_retry(call, failures, retries, None)
     if pause_s is None:
         ended = httpx2.ReadError("the stream of events ended before the request did")
-        raise unreachable(call, cause or ended) from cause
+        raise connection_error(call, cause or ended) from cause
     return pause_s
 
 
-def unreachable(call: Call, error: httpx2.TransportError) -> ApiUnavailableError:
+def connection_error(call: Call, error: httpx2.TransportError) -> ApiUnavailableError:
     """Return the error to raise for a broken connection."""
     reason = str(error) or type(error).__name__
     return ApiUnavailableError(
@@ -290,7 +290,9 @@ def has_no_events(error: ApiError) -> bool:
     return error.status in (404, 405, 501) and error.code != "REQUEST_NOT_FOUND"
 
 
-def timed_out(request_id: str, timeout_s: float, status: StatusBody | None) -> ClientTimeoutError:
+def timeout_error(
+    request_id: str, timeout_s: float, status: StatusBody | None
+) -> ClientTimeoutError:
     """Return the error to raise when a wait exceeds its timeout."""
     state = "no status was received"
     if status is not None:
@@ -302,7 +304,7 @@ def timed_out(request_id: str, timeout_s: float, status: StatusBody | None) -> C
     )
 
 
-def succeeded(result: ResultBody, status: StatusBody | None) -> ResultBody:
+def require_success(result: ResultBody, status: StatusBody | None) -> ResultBody:
     """Return the result if the request succeeded.
 
     Raises:
@@ -322,12 +324,10 @@ def images_of(result: ResultBody) -> Sequence[ImageBody]:
     """Return the images of a result.
 
     Raises:
-        WrongUseError: the request did not succeed.
+        UsageError: the request did not succeed.
     """
     if result.outputs is None:
-        raise WrongUseError(
-            f"Request {result.request_id} is {result.status.value} and has no images."
-        )
+        raise UsageError(f"Request {result.request_id} is {result.status.value} and has no images.")
     return result.outputs.images
 
 

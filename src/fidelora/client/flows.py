@@ -175,7 +175,7 @@ class Flows:
         on_progress: Callable[[StatusBody], None] | None,
     ) -> Flow[ResultBody]:
         status = yield from self._last_status(request_id, timeout_s, on_progress, True)
-        return calls.succeeded((yield from self.result(request_id)), status)
+        return calls.require_success((yield from self.result(request_id)), status)
 
     def wait(
         self,
@@ -199,7 +199,7 @@ class Flows:
             if deadline is not None:
                 left = min(left, deadline - time.monotonic())
             if timeout_s is not None and left <= 0:
-                raise calls.timed_out(request_id, timeout_s, status)
+                raise calls.timeout_error(request_id, timeout_s, status)
             if not has_stream:
                 if (new := (yield from self.status(request_id))) != status:
                     status = new
@@ -287,7 +287,7 @@ class Flows:
             if pause_s is not None:
                 yield Pause(pause_s)
             elif isinstance(answer, httpx2.TransportError):
-                raise calls.unreachable(call, answer) from answer
+                raise calls.connection_error(call, answer) from answer
             else:
                 assert response is not None
                 return response

@@ -89,7 +89,7 @@ class Client:
                 `sampler`, `sample_steps`, ...
 
         Raises:
-            WrongUseError: a field is unknown or out of range.
+            UsageError: a field is unknown or out of range.
             ApiError: the server rejected the request; the error has the server's code.
             ApiUnavailableError: the server cannot be reached, or is too busy to accept the request.
         """
@@ -207,7 +207,7 @@ class Client:
         """Write all images of a result into a folder; each file is written atomically.
 
         Raises:
-            WrongUseError: the result has no images.
+            UsageError: the result has no images.
             OutputError: a downloaded image is damaged, or a file cannot be written.
         """
         return self._run(self._flows.save_images(result, Path(folder)))

@@ -22,8 +22,9 @@ from fidelora.adapters.write import (
     in_format,
 )
 from fidelora.engine.adapter_family import default_targets
-from fidelora.errors import AdapterConversionError, some
+from fidelora.errors import AdapterConversionError
 from fidelora.families import Family, all_families, get_family
+from fidelora.texts import listed
 
 _SOURCE = "fidelora_converted_from"
 """Metadata field with the sha256 of the original file."""
@@ -125,7 +126,7 @@ def _families(adapter: Adapter, model: str | None) -> list[Family]:
         raise AdapterConversionError(
             f"{len(unknown)} of {len(adapter.modules)} modules of {adapter.name} are not in "
             f"{get_family(model).title if model else 'any supported model family'}, so their names "
-            f"cannot be converted: {some(unknown)}. Use the original file."
+            f"cannot be converted: {listed(unknown)}. Use the original file."
         )
     best = [get_family(name) for name, same in fitting.items() if same == any(fitting.values())]
     made_for = adapter.metadata.get("ss_base_model_version", "")
@@ -153,7 +154,7 @@ def _targets_by_module(adapter: Adapter, family: Family) -> dict[str, str]:
     counts = Counter(found.values())
     if twice := [module for module, name in found.items() if counts[name] > 1]:
         raise AdapterConversionError(
-            f"{adapter.name} names a module of the base model twice ({some(twice)}); export it "
+            f"{adapter.name} names a module of the base model twice ({listed(twice)}); export it "
             "again."
         )
     return found

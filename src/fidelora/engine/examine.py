@@ -18,11 +18,12 @@ from fidelora.adapters.read import Adapter, adapter_of, stored_tensors, zero_alp
 from fidelora.adapters.targets import repeated_modules
 from fidelora.adapters.tensor_names import is_from_trainer, modules_of
 from fidelora.engine.adapter_family import FamilyFit, best_family, metadata_note, size_of
-from fidelora.errors import AdapterError, WeightsFileError, plain_message, some
+from fidelora.errors import AdapterError, WeightsFileError
 from fidelora.families import get_family
 from fidelora.loras.describe import AdapterSummary, describe_adapter, describe_header
 from fidelora.recipe import file_sha256
 from fidelora.safetensors_header import Header
+from fidelora.texts import listed, plain_message
 
 ProblemCode = Literal[
     "unusable", "not_finite", "other_architecture", "other_base", "nothing_learned",
@@ -156,7 +157,7 @@ def _value_problems(
     if broken:
         yield Problem(
             "not_finite",
-            f"{len(broken)} tensors have NaN or infinite values ({some(broken)}): training "
+            f"{len(broken)} tensors have NaN or infinite values ({listed(broken)}): training "
             "diverged or the file is damaged. Use an earlier checkpoint.",
             True,
         )
@@ -174,7 +175,7 @@ def _value_problems(
     elif idle:
         yield Problem(
             "partly_learned",
-            f"{len(idle)} of {len(modules)} modules have no effect ({some(idle)}).",
+            f"{len(idle)} of {len(modules)} modules have no effect ({listed(idle)}).",
             False,
         )
 
@@ -210,7 +211,7 @@ def _alpha_problems(
     ]:
         yield Problem(
             "infinite_alpha",
-            f"The alpha of {len(harmful)} modules is not a finite number ({some(harmful)}).",
+            f"The alpha of {len(harmful)} modules is not a finite number ({listed(harmful)}).",
             True,
         )
     if harmless := [
@@ -238,8 +239,8 @@ def _alpha_problems(
         return
     if missing:
         message = (
-            f"{len(missing)} of {len(modules)} modules have no alpha ({some(missing)}); their rank "
-            "is used instead."
+            f"{len(missing)} of {len(modules)} modules have no alpha ({listed(missing)}); their "
+            "rank is used instead."
         )
         if all("magnitude" in modules[module] for module in missing):
             message = (
@@ -279,7 +280,7 @@ def _fit_problems(adapter: Adapter, summary: AdapterSummary, fit: FamilyFit) -> 
         )
         yield Problem(
             "other_architecture",
-            f"{total - fit.matched} of {total} modules are not {where} ({some(fit.unmatched)})"
+            f"{total - fit.matched} of {total} modules are not {where} ({listed(fit.unmatched)})"
             f"{_made_for(adapter, summary, fit)}.",
             True,
         )

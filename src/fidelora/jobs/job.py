@@ -112,8 +112,8 @@ class Job:
         epoch: number of the current or last claim.
         worker: name of the worker that holds the claim; empty without a claim.
         lease_expires_at: end of the claim unless its worker renews it; None without a claim.
-        retry_at: earliest time of the next attempt, after an attempt that failed; None for a job
-            that no attempt has failed at, and while one runs.
+        retry_at: earliest time of the next attempt, set after a failed attempt. None before the
+            first failed attempt, and while an attempt runs.
         cancel_requested: True if the job has to stop; its worker stops it after the current step.
         passed_over: number of times that a later job was claimed first, because its adapters were
             loaded or it could share a batch.
@@ -199,8 +199,8 @@ def claimed(job: Job, worker: str, now: datetime, lease_s: float) -> Job:
 def is_due(job: Job, now: datetime) -> bool:
     """True if a queued job may be claimed: it never failed, or its pause before a retry is over.
 
-    A retry that lies further ahead than any pause was set before the clock was put back, and is due
-    as well.
+    The job is also due if `retry_at` is further in the future than the longest pause. This happens
+    if the system clock was set back after the failed attempt.
     """
     if job.retry_at is None:
         return True
@@ -287,7 +287,7 @@ def abandoned(job: Job, epoch: int, reason: str, now: datetime) -> Job:
     return _back_in_queue(replace(job, retry_at=now + pause))
 
 
-def cancel_asked(job: Job, now: datetime) -> Job:
+def cancellation_requested(job: Job, now: datetime) -> Job:
     """Request that the job stops.
 
     A queued job is canceled at once, a running one after its worker's current step. A job that has
@@ -300,8 +300,8 @@ def cancel_asked(job: Job, now: datetime) -> Job:
     return _changed(job, cancel_requested=True)
 
 
-def passed(job: Job) -> Job:
-    """Increase the count of later jobs that were claimed first."""
+def passed_over(job: Job) -> Job:
+    """Count one more later job that was claimed first."""
     return _changed(job, passed_over=job.passed_over + 1)
 
 

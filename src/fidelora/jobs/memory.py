@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 
 from fidelora.errors import CursorError, IdempotencyConflictError, JobNotFoundError, QueueFullError
-from fidelora.jobs import job as life
+from fidelora.jobs import job as transitions
 from fidelora.jobs.job import Job, Status
 from fidelora.jobs.store import (
     JobChanges,
@@ -16,7 +16,7 @@ from fidelora.jobs.store import (
     Submission,
     choose,
     in_claim_order,
-    passed_over,
+    jobs_passed_over,
 )
 
 
@@ -52,10 +52,10 @@ class MemoryStore(StoreByTransition):
     def read_changes(self, known: Mapping[str, int]) -> JobChanges:
         with self._lock:
             found = [self._jobs[job_id] for job_id in known if job_id in self._jobs]
-            places = {job.id: place for place, job in enumerate(self._queue())}
+            positions = {job.id: position for position, job in enumerate(self._queue())}
         return JobChanges(
             changed={job.id: job for job in found if job.version != known[job.id]},
-            positions={job.id: places[job.id] for job in found if job.id in places},
+            positions={job.id: positions[job.id] for job in found if job.id in positions},
             missing=frozenset(known.keys() - {job.id for job in found}),
         )
 
@@ -107,7 +107,7 @@ class MemoryStore(StoreByTransition):
         loaded: Collection[str] = (),
         *,
         merged: Collection[str] = (),
-        wanted: Callable[[Job], bool] | None = None,
+        matches: Callable[[Job], bool] | None = None,
     ) -> Job | None:
         with self._lock:
             jobs = self._queue()
@@ -116,12 +116,12 @@ class MemoryStore(StoreByTransition):
                 [job for job in jobs if job.attempts],
                 now,
             )
-            index = choose(queue, loaded, merged=merged, wanted=wanted)
+            index = choose(queue, loaded, merged=merged, matches=matches)
             if index is None:
                 return None
-            for skipped in passed_over(queue, retries, index):
-                self._put(life.passed(skipped))
-            return self._put(life.claimed(queue[index], worker, now, lease_s))
+            for skipped in jobs_passed_over(queue, retries, index):
+                self._put(transitions.passed_over(skipped))
+            return self._put(transitions.claimed(queue[index], worker, now, lease_s))
 
     def abandon_expired(self, now: datetime, *, spare: Collection[str] = ()) -> tuple[Job, ...]:
         with self._lock:
@@ -133,7 +133,8 @@ class MemoryStore(StoreByTransition):
                 and job.worker not in spare
             ]
             return tuple(
-                self._put(life.abandoned(job, job.epoch, life.SILENT, now)) for job in expired
+                self._put(transitions.abandoned(job, job.epoch, transitions.SILENT, now))
+                for job in expired
             )
 
     def remove_finished(self, *, before: datetime, keep: int) -> tuple[Job, ...]:

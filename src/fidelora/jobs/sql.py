@@ -1,21 +1,16 @@
 """Job store in a database: SQLite by default, or any other by its URL, such as PostgreSQL.
 
-Each row holds the whole job as a JSON document,
-plus the few columns that queries need. A change reads the row, applies a function of `job.py` and
-writes the row back only if its version is still the one that was read; otherwise the change is
-repeated (optimistic locking). Therefore a dead process cannot hold a lock, and all databases behave
-the same.
+A change reads the row of a job, applies a function of `job.py` and writes the row back only if its
+version is still the one that was read; otherwise the change is repeated (optimistic locking).
+Therefore a dead process cannot hold a lock, and all databases behave the same.
 """
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from functools import lru_cache
-from typing import Any
 
 import sqlalchemy as sa
 
@@ -26,10 +21,20 @@ from fidelora.errors import (
     JobStoreError,
     QueueFullError,
 )
-from fidelora.jobs import job as life
-from fidelora.jobs.codec import job_from_dict, job_to_dict
+from fidelora.jobs import job as transitions
 from fidelora.jobs.database import BUSY_TIMEOUT_S, database_errors, open_database
 from fidelora.jobs.job import Job, Status
+from fidelora.jobs.rows import (
+    CLAIM_WINDOW,
+    FINAL_STATUSES,
+    JOBS,
+    MAX_IDS,
+    READ_DOCUMENTS,
+    READ_POSITIONS,
+    READ_VERSIONS,
+    job_of,
+    row_of,
+)
 from fidelora.jobs.store import (
     JobChanges,
     JobPage,
@@ -37,46 +42,10 @@ from fidelora.jobs.store import (
     Submission,
     choose,
     in_claim_order,
-    passed_over,
+    jobs_passed_over,
 )
 
-_CLAIM_WINDOW = 100  # number of oldest jobs that a claim reads; bounds its cost in long queues
-_CACHED_CHARACTERS = 20_000  # longest document to keep parsed; most have less than 2,000
 _RETRY_WINDOW = 10  # number of oldest jobs with a failed attempt that a claim reads
-_FINAL = [status.value for status in Status if status.final]
-
-_jobs = sa.table(
-    "jobs",
-    *(
-        sa.column(name)
-        for name in (
-            "seq",
-            "id",
-            "status",
-            "version",
-            "attempts",
-            "lease_expires_at_s",
-            "finished_at_s",
-            "owner",
-            "document",
-        )
-    ),
-    *(sa.column(name) for name in ("idempotency_key", "body_sha256")),
-)
-
-
-_MAX_IDS = 500
-"""Number of ids in a query; databases limit the number of a statement's parameters."""
-# Built once, because SQLAlchemy takes longer to build these queries than SQLite to execute them.
-_ids: sa.BindParameter[Any] = sa.bindparam("ids", expanding=True)
-_READ_VERSIONS = sa.select(_jobs.c.id, _jobs.c.version, _jobs.c.status).where(_jobs.c.id.in_(_ids))
-_READ_DOCUMENTS = sa.select(_jobs.c.id, _jobs.c.document).where(_jobs.c.id.in_(_ids))
-_queue = (
-    sa.select(_jobs.c.id, (sa.func.row_number().over(order_by=_jobs.c.seq) - 1).label("position"))
-    .where(_jobs.c.status == Status.IN_QUEUE.value)
-    .subquery()
-)
-_READ_POSITIONS = sa.select(_queue.c.id, _queue.c.position).where(_queue.c.id.in_(_ids))
 
 
 class _VersionConflictError(Exception):
@@ -116,13 +85,13 @@ class SqlStore(StoreByTransition):
                 return existing
             if capacity is not None and self._count_queued(connection) >= capacity:
                 raise QueueFullError
-            row = _row(job) | {
+            row = row_of(job) | {
                 "idempotency_key": submission and submission.key,
                 "body_sha256": submission and submission.body_sha256,
             }
             try:
                 with connection.begin_nested():
-                    connection.execute(sa.insert(_jobs).values(row))
+                    connection.execute(sa.insert(JOBS).values(row))
             except sa.exc.IntegrityError:
                 if submission and (existing := self._submitted(connection, submission)):
                     return existing  # the same request arrived twice at the same time
@@ -143,19 +112,19 @@ class SqlStore(StoreByTransition):
         queued: set[str] = set()
         positions: dict[str, int] = {}
         with self._reading() as connection:
-            for ids in _batched(known, _MAX_IDS):
-                rows = connection.execute(_READ_VERSIONS, {"ids": ids}).all()
+            for ids in _batched(known, MAX_IDS):
+                rows = connection.execute(READ_VERSIONS, {"ids": ids}).all()
                 found |= {row.id for row in rows}
                 queued |= {row.id for row in rows if row.status == Status.IN_QUEUE.value}
                 changed = [row.id for row in rows if row.version != known[row.id]]
                 if changed:
-                    read = connection.execute(_READ_DOCUMENTS, {"ids": changed})
+                    read = connection.execute(READ_DOCUMENTS, {"ids": changed})
                     documents |= {row.id: row.document for row in read}
-            for ids in _batched(queued, _MAX_IDS):
-                read = connection.execute(_READ_POSITIONS, {"ids": ids})
+            for ids in _batched(queued, MAX_IDS):
+                read = connection.execute(READ_POSITIONS, {"ids": ids})
                 positions |= {row.id: row.position for row in read}
         return JobChanges(
-            changed={job_id: _job(document) for job_id, document in documents.items()},
+            changed={job_id: job_of(document) for job_id, document in documents.items()},
             positions=positions,
             missing=frozenset(known.keys() - found),
         )
@@ -168,43 +137,43 @@ class SqlStore(StoreByTransition):
         limit: int = 50,
         cursor: str | None = None,
     ) -> JobPage:
-        visible = [] if owner is None else [_jobs.c.owner == owner]
-        query = sa.select(_jobs.c.document).where(*visible).order_by(_jobs.c.seq.desc())
+        visible = [] if owner is None else [JOBS.c.owner == owner]
+        query = sa.select(JOBS.c.document).where(*visible).order_by(JOBS.c.seq.desc())
         if status is not None:
-            query = query.where(_jobs.c.status == status.value)
+            query = query.where(JOBS.c.status == status.value)
         query = query.limit(limit + 1)
         with self._reading() as connection:
             if cursor is not None:
                 last_seq = connection.execute(
-                    sa.select(_jobs.c.seq).where(_jobs.c.id == cursor, *visible)
+                    sa.select(JOBS.c.seq).where(JOBS.c.id == cursor, *visible)
                 ).scalar()
                 if last_seq is None:
                     raise CursorError
-                query = query.where(_jobs.c.seq < last_seq)
-            found = [_job(document) for document in connection.execute(query).scalars()]
+                query = query.where(JOBS.c.seq < last_seq)
+            found = [job_of(document) for document in connection.execute(query).scalars()]
         return JobPage(tuple(found[:limit]), found[limit - 1].id if len(found) > limit else None)
 
     def queue_position(self, job_id: str) -> int | None:
         with self._reading() as connection:
             row = connection.execute(
-                sa.select(_jobs.c.seq, _jobs.c.status, _jobs.c.attempts).where(_jobs.c.id == job_id)
+                sa.select(JOBS.c.seq, JOBS.c.status, JOBS.c.attempts).where(JOBS.c.id == job_id)
             ).one_or_none()
             if row is None or row.status != Status.IN_QUEUE.value:
                 return None
-            never_failed, earlier = _jobs.c.attempts == 0, _jobs.c.seq < row.seq
+            never_failed, earlier = JOBS.c.attempts == 0, JOBS.c.seq < row.seq
             before = (never_failed | earlier) if row.attempts else (never_failed & earlier)
             return self._count_queued(connection, before)
 
     def count(self, status: Status) -> int:
-        query = sa.select(sa.func.count()).select_from(_jobs).where(_jobs.c.status == status.value)
+        query = sa.select(sa.func.count()).select_from(JOBS).where(JOBS.c.status == status.value)
         with self._reading() as connection:
             return int(connection.execute(query).scalar_one())
 
     def needs_adapter(self, sha256: str) -> bool:
         # A document contains the sha256 if the job needs the adapter, or if a prompt quotes the
         # hash. The second case is harmless: a file is kept longer than necessary.
-        mentions = _jobs.c.document.contains(sha256, autoescape=True)
-        query = sa.select(_jobs.c.seq).where(_jobs.c.status.not_in(_FINAL), mentions).limit(1)
+        mentions = JOBS.c.document.contains(sha256, autoescape=True)
+        query = sa.select(JOBS.c.seq).where(JOBS.c.status.not_in(FINAL_STATUSES), mentions).limit(1)
         with self._reading() as connection:
             return connection.execute(query).first() is not None
 
@@ -221,23 +190,25 @@ class SqlStore(StoreByTransition):
         loaded: Collection[str] = (),
         *,
         merged: Collection[str] = (),
-        wanted: Callable[[Job], bool] | None = None,
+        matches: Callable[[Job], bool] | None = None,
     ) -> Job | None:
         while True:
             try:
                 with self._writing() as connection:
                     queue, retries = in_claim_order(
-                        self._queue(connection, _CLAIM_WINDOW),
+                        self._queue(connection, CLAIM_WINDOW),
                         self._retries(connection, _RETRY_WINDOW),
                         now,
                     )
-                    index = choose(queue, loaded, merged=merged, wanted=wanted)
+                    index = choose(queue, loaded, merged=merged, matches=matches)
                     if index is None:
                         return None
-                    for skipped in passed_over(queue, retries, index):
-                        self._put(connection, skipped, life.passed(skipped))
+                    for skipped in jobs_passed_over(queue, retries, index):
+                        self._put(connection, skipped, transitions.passed_over(skipped))
                     job = queue[index]
-                    return self._put(connection, job, life.claimed(job, worker, now, lease_s))
+                    return self._put(
+                        connection, job, transitions.claimed(job, worker, now, lease_s)
+                    )
             except _VersionConflictError:
                 continue
 
@@ -252,8 +223,8 @@ class SqlStore(StoreByTransition):
 
     def abandon_expired(self, now: datetime, *, spare: Collection[str] = ()) -> tuple[Job, ...]:
         with self._reading() as connection:
-            query = sa.select(_jobs.c.document).where(_jobs.c.lease_expires_at_s <= now.timestamp())
-            expired = [_job(document) for document in connection.execute(query).scalars()]
+            query = sa.select(JOBS.c.document).where(JOBS.c.lease_expires_at_s <= now.timestamp())
+            expired = [job_of(document) for document in connection.execute(query).scalars()]
         changed = []
         for job in (job for job in expired if job.worker not in spare):
             after = self.change(job.id, lambda current: _abandoned_if_expired(current, now))
@@ -262,12 +233,12 @@ class SqlStore(StoreByTransition):
         return tuple(changed)
 
     def remove_finished(self, *, before: datetime, keep: int) -> tuple[Job, ...]:
-        ended = sa.select(_jobs.c.seq, _jobs.c.finished_at_s, _jobs.c.document).where(
-            _jobs.c.status.in_(_FINAL)
+        ended = sa.select(JOBS.c.seq, JOBS.c.finished_at_s, JOBS.c.document).where(
+            JOBS.c.status.in_(FINAL_STATUSES)
         )
         with self._writing() as connection:
             rows = connection.execute(
-                ended.order_by(_jobs.c.finished_at_s.desc(), _jobs.c.seq.desc())
+                ended.order_by(JOBS.c.finished_at_s.desc(), JOBS.c.seq.desc())
             ).all()
             removed = [
                 row
@@ -275,8 +246,8 @@ class SqlStore(StoreByTransition):
                 if index >= keep or row.finished_at_s < before.timestamp()
             ]
             for row in removed:
-                connection.execute(sa.delete(_jobs).where(_jobs.c.seq == row.seq))
-        return tuple(_job(row.document) for row in removed)
+                connection.execute(sa.delete(JOBS).where(JOBS.c.seq == row.seq))
+        return tuple(job_of(row.document) for row in removed)
 
     def close(self) -> None:
         self._engine.dispose()
@@ -295,7 +266,7 @@ class SqlStore(StoreByTransition):
             return
         if not self._write_lock.acquire(timeout=BUSY_TIMEOUT_S):
             raise JobStoreError(
-                "The job database cannot be used at the moment: another process keeps it locked."
+                "The job database cannot be used at the moment: it is locked by another write."
             )
         try:
             yield
@@ -311,56 +282,54 @@ class SqlStore(StoreByTransition):
             yield connection
 
     def _queue(self, connection: sa.Connection, limit: int) -> Sequence[Job]:
-        """Return queued jobs that no attempt has failed at, oldest first."""
-        return self._queued(connection, _jobs.c.attempts == 0, limit)
+        """Return queued jobs without a failed attempt, oldest first."""
+        return self._queued(connection, JOBS.c.attempts == 0, limit)
 
     def _retries(self, connection: sa.Connection, limit: int) -> Sequence[Job]:
         """Return queued jobs with a failed attempt, oldest first."""
-        return self._queued(connection, _jobs.c.attempts > 0, limit)
+        return self._queued(connection, JOBS.c.attempts > 0, limit)
 
     def _queued(
         self, connection: sa.Connection, condition: sa.ColumnElement[bool], limit: int
     ) -> Sequence[Job]:
         query = (
-            sa.select(_jobs.c.document)
-            .where(_jobs.c.status == Status.IN_QUEUE.value, condition)
-            .order_by(_jobs.c.seq)
+            sa.select(JOBS.c.document)
+            .where(JOBS.c.status == Status.IN_QUEUE.value, condition)
+            .order_by(JOBS.c.seq)
         )
-        return [_job(document) for document in connection.execute(query.limit(limit)).scalars()]
+        return [job_of(document) for document in connection.execute(query.limit(limit)).scalars()]
 
     def _submitted(self, connection: sa.Connection, submission: Submission) -> Job | None:
-        query = sa.select(_jobs.c.document, _jobs.c.body_sha256).where(
-            _jobs.c.idempotency_key == submission.key
+        query = sa.select(JOBS.c.document, JOBS.c.body_sha256).where(
+            JOBS.c.idempotency_key == submission.key
         )
         row = connection.execute(query).one_or_none()
         if row is None:
             return None
         if row.body_sha256 != submission.body_sha256:
             raise IdempotencyConflictError
-        return _job(row.document)
+        return job_of(row.document)
 
     def _count_queued(self, connection: sa.Connection, *conditions: sa.ColumnElement[bool]) -> int:
         query = (
             sa.select(sa.func.count())
-            .select_from(_jobs)
-            .where(_jobs.c.status == Status.IN_QUEUE.value, *conditions)
+            .select_from(JOBS)
+            .where(JOBS.c.status == Status.IN_QUEUE.value, *conditions)
         )
         return int(connection.execute(query).scalar_one())
 
     def _get(self, connection: sa.Connection, job_id: str) -> Job:
         document = connection.execute(
-            sa.select(_jobs.c.document).where(_jobs.c.id == job_id)
+            sa.select(JOBS.c.document).where(JOBS.c.id == job_id)
         ).scalar()
         if document is None:
             raise JobNotFoundError
-        return _job(document)
+        return job_of(document)
 
     def _put(self, connection: sa.Connection, before: Job, after: Job) -> Job:
         if after != before:
-            update = sa.update(_jobs).where(
-                _jobs.c.id == before.id, _jobs.c.version == before.version
-            )
-            if connection.execute(update.values(_row(after))).rowcount != 1:
+            update = sa.update(JOBS).where(JOBS.c.id == before.id, JOBS.c.version == before.version)
+            if connection.execute(update.values(row_of(after))).rowcount != 1:
                 raise _VersionConflictError
         return after
 
@@ -368,35 +337,10 @@ class SqlStore(StoreByTransition):
 def _abandoned_if_expired(job: Job, now: datetime) -> Job:
     # The lease may have been renewed after the query.
     expired = job.lease_expires_at is not None and job.lease_expires_at <= now
-    return life.abandoned(job, job.epoch, life.SILENT, now) if expired else job
-
-
-def _row(job: Job) -> dict[str, Any]:
-    return {
-        "id": job.id,
-        "status": job.status.value,
-        "version": job.version,
-        "attempts": job.attempts,
-        "lease_expires_at_s": job.lease_expires_at and job.lease_expires_at.timestamp(),
-        "finished_at_s": job.finished_at and job.finished_at.timestamp(),
-        "owner": job.owner,
-        "document": json.dumps(job_to_dict(job), ensure_ascii=False),
-    }
+    return transitions.abandoned(job, job.epoch, transitions.SILENT, now) if expired else job
 
 
 def _batched(ids: Iterable[str], size: int) -> Iterator[list[str]]:
     left = list(ids)
     for start in range(0, len(left), size):
         yield left[start : start + size]
-
-
-def _job(document: str) -> Job:
-    return _parse(document) if len(document) > _CACHED_CHARACTERS else _parse_cached(document)
-
-
-def _parse(document: str) -> Job:
-    return job_from_dict(json.loads(document))
-
-
-# Each claim reads the beginning of the queue, most of which was there at the claim before.
-_parse_cached = lru_cache(maxsize=2 * _CLAIM_WINDOW)(_parse)

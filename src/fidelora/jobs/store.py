@@ -9,7 +9,7 @@ from datetime import datetime
 from itertools import chain
 from typing import Protocol
 
-from fidelora.jobs import job as life
+from fidelora.jobs import job as transitions
 from fidelora.jobs.job import Failure, Job, JobProgress, Output, Status
 
 MAX_PASSED_OVER = 8
@@ -105,7 +105,7 @@ class JobStore(Protocol):
         """Return one page of jobs, newest first.
 
         Args:
-            owner: only jobs of this owner; None for the jobs of all.
+            owner: only jobs of this owner; None for the jobs of every owner.
 
         Raises:
             CursorError: the cursor was not returned by this store for this owner, or its job was
@@ -137,7 +137,7 @@ class JobStore(Protocol):
         loaded: Collection[str] = (),
         *,
         merged: Collection[str] = (),
-        wanted: Callable[[Job], bool] | None = None,
+        matches: Callable[[Job], bool] | None = None,
     ) -> Job | None:
         """Claim the next job for a worker, or return None. Two workers never claim the same job.
 
@@ -155,7 +155,7 @@ class JobStore(Protocol):
         Args:
             loaded: sha256 of the adapters in the worker's memory.
             merged: sha256 of the adapters that are merged into its model.
-            wanted: returns True for jobs that the worker can use. The oldest of these is claimed,
+            matches: returns True for jobs that the worker can use. The oldest of these is claimed,
                 regardless of loaded adapters, unless a job before it was passed over
                 `MAX_PASSED_OVER` times. Must not call the store.
         """
@@ -222,12 +222,13 @@ class JobStore(Protocol):
         """Abandon every job whose lease has expired, and return these jobs.
 
         Args:
-            spare: names of workers that are known to be alive, whatever the clock says.
+            spare: names of workers that are known to be alive; their jobs are kept even if the
+                lease has expired.
         """
         ...
 
     def cancel(self, job_id: str, now: datetime) -> Job:
-        """Request that a job stops; see `job.cancel_asked`.
+        """Request that a job stops; see `job.cancellation_requested`.
 
         Raises:
             JobNotFoundError: the job does not exist.
@@ -260,7 +261,9 @@ class StoreByTransition(ABC):
     def renew(
         self, job_id: str, epoch: int, progress: JobProgress | None, now: datetime, lease_s: float
     ) -> Job:
-        return self.change(job_id, lambda job: life.renewed(job, epoch, progress, now, lease_s))
+        return self.change(
+            job_id, lambda job: transitions.renewed(job, epoch, progress, now, lease_s)
+        )
 
     def succeed(
         self,
@@ -271,41 +274,41 @@ class StoreByTransition(ABC):
         now: datetime,
     ) -> Job:
         return self.change(
-            job_id, lambda job: life.succeeded(job, epoch, tuple(outputs), timings, now)
+            job_id, lambda job: transitions.succeeded(job, epoch, tuple(outputs), timings, now)
         )
 
     def fail(self, job_id: str, epoch: int, error: Failure, now: datetime) -> Job:
-        return self.change(job_id, lambda job: life.failed(job, epoch, error, now))
+        return self.change(job_id, lambda job: transitions.failed(job, epoch, error, now))
 
     def stop(self, job_id: str, epoch: int, now: datetime) -> Job:
-        return self.change(job_id, lambda job: life.stopped(job, epoch, now))
+        return self.change(job_id, lambda job: transitions.stopped(job, epoch, now))
 
     def release(self, job_id: str, epoch: int, now: datetime) -> Job:
-        return self.change(job_id, lambda job: life.released(job, epoch, now))
+        return self.change(job_id, lambda job: transitions.released(job, epoch, now))
 
     def abandon(self, job_id: str, epoch: int, reason: str, now: datetime) -> Job:
-        return self.change(job_id, lambda job: life.abandoned(job, epoch, reason, now))
+        return self.change(job_id, lambda job: transitions.abandoned(job, epoch, reason, now))
 
     def cancel(self, job_id: str, now: datetime) -> Job:
-        return self.change(job_id, lambda job: life.cancel_asked(job, now))
+        return self.change(job_id, lambda job: transitions.cancellation_requested(job, now))
 
 
 def in_claim_order(
     fresh: Sequence[Job], retries: Sequence[Job], now: datetime
 ) -> tuple[list[Job], list[Job]]:
-    """Return the queue as `choose` takes it, and the due retries in it.
+    """Return the queue in the order that `choose` expects, and the retries in it that are due.
 
     Args:
-        fresh: queued jobs that no attempt has failed at, oldest first.
+        fresh: queued jobs without a failed attempt, oldest first.
         retries: queued jobs with a failed attempt, oldest first.
     """
-    due = [job for job in retries if life.is_due(job, now)]
+    due = [job for job in retries if transitions.is_due(job, now)]
     waited = [job for job in due if job.passed_over >= MAX_PASSED_OVER]
     rest = [job for job in due if job.passed_over < MAX_PASSED_OVER]
     return [*waited, *fresh, *rest], due
 
 
-def passed_over(queue: Sequence[Job], retries: Sequence[Job], claimed: int) -> list[Job]:
+def jobs_passed_over(queue: Sequence[Job], retries: Sequence[Job], claimed: int) -> list[Job]:
     """Return the jobs that a claim passes over: those before the claimed one, and due retries.
 
     Args:
@@ -321,15 +324,15 @@ def choose(
     loaded: Collection[str],
     *,
     merged: Collection[str] = (),
-    wanted: Callable[[Job], bool] | None = None,
+    matches: Callable[[Job], bool] | None = None,
 ) -> int | None:
     """Return the index of the job that `JobStore.claim` takes from a queue (oldest first), or None.
 
     A job without adapters suits every worker, but is not preferred to older jobs.
     """
-    if wanted is not None:
+    if matches is not None:
         for index, job in enumerate(queue):
-            if wanted(job):
+            if matches(job):
                 return index
             if job.passed_over >= MAX_PASSED_OVER:
                 return None

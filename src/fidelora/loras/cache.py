@@ -74,8 +74,8 @@ class AdapterCache:
         """Return a reference to an adapter in the cache.
 
         Args:
-            name: name of the adapter's file; an embedding without a word in its metadata is used by
-                this name in prompts.
+            name: name of the adapter's file. If an embedding has no word in its metadata, this name
+                is its word in prompts.
 
         Raises:
             WeightsFileError: the file cannot be read.
@@ -100,7 +100,7 @@ class AdapterCache:
         self._remember_hash(version, sha256)
         return sha256
 
-    def keep(self, path: Path, name: str) -> AdapterRef:
+    def add(self, path: Path, name: str) -> AdapterRef:
         """Add the file at `path` under its hash, as a hard link where the disk allows it.
 
         A file that is not in the cache is opened once for its header and its hash.
@@ -111,14 +111,14 @@ class AdapterCache:
             OutputError: it could not be added.
         """
         if not path.is_file():
-            raise AdapterNotFoundError(f"There is no adapter file {name}; check the name.")
+            raise AdapterNotFoundError(f"The adapter file {name} does not exist; check the name.")
         known = self._remembered_hash(file_version(path.stat()))
         if known is None or not self.find(known):
             file = AdapterFile.open(path, check=partial(modules_of, name=path.name), keep="never")
             self._remember_hash(file.version, file.sha256)
             known = file.sha256
             if not self.find(known):
-                return self._add(path, name, file)
+                return self._link(path, name, file)
         return self.ref(known, name)
 
     def adopt(self, temporary: Path, sha256: str, name: str) -> AdapterRef:
@@ -201,7 +201,7 @@ class AdapterCache:
                 while len(self._hashes) > _MAX_HASHES:
                     self._hashes.popitem(last=False)
 
-    def _add(self, path: Path, name: str, file: AdapterFile) -> AdapterRef:
+    def _link(self, path: Path, name: str, file: AdapterFile) -> AdapterRef:
         """Link or copy the file to the path of its hash.
 
         The result is hashed again if it is a copy, or if the file changed after `file` was opened.

@@ -130,7 +130,7 @@ async def download(
 
     Raises:
         AdapterUrlRefusedError: the URL, or one that it redirects to, is not allowed.
-        AdapterNotFoundError: the server has no such file.
+        AdapterNotFoundError: the file does not exist on the server.
         AdapterDownloadError: the download failed, or the file is too large or a web page.
     """
     try:
@@ -166,24 +166,24 @@ class _Download:
         async with httpcore2.AsyncConnectionPool(
             ssl_context=self._network.ssl_context, network_backend=backend
         ) as pool:
-            place = _hub_file(self._checked(url))
+            parsed = _hub_file(self._checked(url))
             for _ in range(self._rules.max_redirects + 1):
                 try:
                     async with pool.stream(
-                        "GET", place.geturl(), headers=self._headers(place)
+                        "GET", parsed.geturl(), headers=self._headers(parsed)
                     ) as response:
                         if response.status not in _REDIRECTS:
-                            return await self._take(response, place, target)
-                        onward = _header(response, b"location")
+                            return await self._take(response, parsed, target)
+                        location = _header(response, b"location")
                 except _ERRORS as error:
                     if isinstance(error, OSError) and is_full(error):
                         raise output_error(
-                            f"{_shown(place.geturl())} could not be downloaded", error
+                            f"{_shown(parsed.geturl())} could not be downloaded", error
                         ) from error
                     raise AdapterDownloadError(
-                        f"{_shown(place.geturl())} could not be downloaded: {_reason(error)}."
+                        f"{_shown(parsed.geturl())} could not be downloaded: {_reason(error)}."
                     ) from error
-                place = self._checked(urljoin(place.geturl(), onward))
+                parsed = self._checked(urljoin(parsed.geturl(), location))
         raise AdapterDownloadError(
             f"{_shown(url)} has more than {self._rules.max_redirects} redirects; "
             "use the direct download link of the file."
@@ -198,17 +198,17 @@ class _Download:
                 "its operator can allow hosts with FIDELORA_LORA_HOSTS."
             )
         try:
-            place = urlsplit(url)
-            host, port = (place.hostname or "").rstrip(".").encode("idna").decode(), place.port
+            parsed = urlsplit(url)
+            host, port = (parsed.hostname or "").rstrip(".").encode("idna").decode(), parsed.port
         except (ValueError, UnicodeError):
             raise AdapterUrlRefusedError(
                 f"{url[:100]!r} is not a URL; use the form https://host/path/file.safetensors."
             ) from None
-        if place.scheme != "https":
+        if parsed.scheme != "https":
             raise AdapterUrlRefusedError(
                 f"{_shown(url)} is not https; LoRAs are downloaded over https only."
             )
-        if place.username is not None or place.password is not None:
+        if parsed.username is not None or parsed.password is not None:
             raise AdapterUrlRefusedError(
                 f"URLs with a user name or password are not supported; for the hub, {USE_TOKEN}."
             )
@@ -222,17 +222,17 @@ class _Download:
                 "its operator can allow the host with FIDELORA_LORA_HOSTS."
             )
         return SplitResult(
-            "https", f"[{host}]" if ":" in host else host, place.path or "/", place.query, ""
+            "https", f"[{host}]" if ":" in host else host, parsed.path or "/", parsed.query, ""
         )
 
-    def _headers(self, place: SplitResult) -> list[tuple[bytes, bytes]]:
+    def _headers(self, parsed: SplitResult) -> list[tuple[bytes, bytes]]:
         headers = [
-            (b"Host", place.netloc.encode()),
+            (b"Host", parsed.netloc.encode()),
             (b"User-Agent", b"fidelora"),
             # Compressed content could grow without limit when it is decompressed.
             (b"Accept-Encoding", b"identity"),
         ]
-        if self._token and place.hostname == HUB:
+        if self._token and parsed.hostname == HUB:
             headers.append(
                 (b"Authorization", b"Bearer " + self._token.encode("latin-1", "replace"))
             )
@@ -241,10 +241,10 @@ class _Download:
         return headers
 
     async def _take(
-        self, response: httpcore2.Response, place: SplitResult, target: Path
+        self, response: httpcore2.Response, parsed: SplitResult, target: Path
     ) -> Downloaded | None:
         """Check the status and headers of the response, and write its body to `target`."""
-        shown = _shown(place.geturl())
+        shown = _shown(parsed.geturl())
         if response.status == 304 and self._etag:
             return None
         if response.status in (401, 403):
@@ -253,7 +253,7 @@ class _Download:
             )
         if response.status in (404, 410):
             raise AdapterNotFoundError(
-                f"There is no file at {shown} ({response.status}); check the URL."
+                f"{shown} does not exist ({response.status}); check the URL."
             )
         if response.status != 200:
             raise AdapterDownloadError(
@@ -321,7 +321,7 @@ class _CheckedConnections(httpcore2.AsyncNetworkBackend):
             addresses = await self._network.resolve(host, port)
         except OSError as error:  # no `UnicodeError`: the name is ASCII by now
             raise AdapterDownloadError(
-                f"There is no host {host[:100]!r}; check the URL."
+                f"The host {host[:100]!r} was not found; check the URL."
             ) from error
         # A single private address among several is enough to refuse the host.
         if not addresses or not all(self._network.is_allowed(address) for address in addresses):
@@ -342,21 +342,21 @@ class _CheckedConnections(httpcore2.AsyncNetworkBackend):
         await asyncio.sleep(seconds)
 
 
-def _hub_file(place: SplitResult) -> SplitResult:
+def _hub_file(parsed: SplitResult) -> SplitResult:
     """Return the download URL (`/resolve/`) for the hub page of a file (`/blob/`).
 
     Other URLs are returned unchanged.
     """
-    parts = place.path.split("/")  # "", owner, name, blob, revision, ...
-    if place.hostname not in _HUB_SITES or len(parts) < 4:
-        return place
+    parts = parsed.path.split("/")  # "", owner, name, blob, revision, ...
+    if parsed.hostname not in _HUB_SITES or len(parts) < 4:
+        return parsed
     if parts[3] == "tree":
         raise AdapterUrlRefusedError(
-            f"{_shown(place.geturl())} is the page of a folder; use the URL of a file in it."
+            f"{_shown(parsed.geturl())} is the page of a folder; use the URL of a file in it."
         )
     if parts[3] == "blob":
         parts[3] = "resolve"
-    return place._replace(path="/".join(parts))
+    return parsed._replace(path="/".join(parts))
 
 
 def _matches(host: str, pattern: str) -> bool:
@@ -371,8 +371,8 @@ def _header(response: httpcore2.Response, name: bytes) -> str:
 
 def _shown(url: str) -> str:
     """Return a URL for messages, without its query, which may contain a secret."""
-    place = urlsplit(url)
-    return f"{place.scheme}://{place.hostname or ''}{place.path}"[:300]
+    parsed = urlsplit(url)
+    return f"{parsed.scheme}://{parsed.hostname or ''}{parsed.path}"[:300]
 
 
 def _web_page(shown: str) -> AdapterDownloadError:

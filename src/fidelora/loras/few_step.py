@@ -21,8 +21,8 @@ from fidelora.recipe import Recipe
 from fidelora.sampling.spacings import TimestepSpacing
 
 _SIMILAR: Mapping[TimestepSpacing, TimestepSpacing] = {"sgm_uniform": "trailing"}
-"""Timestep spacings that authors recommend instead of another one, from which they differ little:
-`sgm_uniform` in ComfyUI, `trailing` in diffusers."""
+"""Timestep spacings that are accepted in place of a recommended one, because the two differ little.
+Authors recommend `sgm_uniform` for ComfyUI and `trailing` for diffusers."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class FewStepLora:
             `pytorch_lora_weights` have the name of their repository, by which they are usually
             renamed.
         model: the model family.
-        sha256: of the published file, from the Git LFS pointer in its repository; empty if the
-            pointer could not be read.
+        sha256: hash of the published file, from the Git LFS pointer in its repository; empty if
+            the pointer could not be read.
     """
 
     name: str
@@ -217,7 +217,7 @@ def recognise_few_step_lora(name: str, sha256: str) -> Recognised | None:
 
 
 def proposals(recipe: Recipe) -> Iterator[str]:
-    """Yield a sentence for each few-step LoRA of a recipe that does not have its settings.
+    """Yield a sentence for each few-step LoRA whose recommended settings the recipe does not use.
 
     LoRAs with multiplier 0 and LoRAs of another model family are skipped.
     """

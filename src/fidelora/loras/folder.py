@@ -13,13 +13,9 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path, PurePath, PurePosixPath
 
-from fidelora.errors import (
-    AdapterNotFoundError,
-    AdapterPlaceError,
-    WeightsFileError,
-    some,
-)
+from fidelora.errors import AdapterNameError, AdapterNotFoundError, WeightsFileError
 from fidelora.safetensors_header import read_file_header
+from fidelora.texts import listed
 
 UPLOADS = "uploads"
 """Subfolder that clients may write to and delete from; the operator manages all other files."""
@@ -29,7 +25,7 @@ KEY_FOLDER = re.compile(r"key-([0-9a-f]{16})")
 _SUFFIX = ".safetensors"
 _HASH = re.compile(r"[0-9a-fA-F]{10,64}")
 _NOT_IN_TAGS = re.compile(r"[<>:]")
-"""Characters that end the name in `<lora:name:multiplier>`; names in prompts have `_` for them."""
+"""Characters that cannot be part of the name in `<lora:name:multiplier>`; `_` replaces them."""
 
 
 def adapter_path(root: Path, name: str, *, owner: str | None = None) -> Path:
@@ -46,29 +42,29 @@ def adapter_path(root: Path, name: str, *, owner: str | None = None) -> Path:
         The path of the file with all links resolved.
 
     Raises:
-        AdapterPlaceError: the path is outside `root`, or not a .safetensors file.
-        AdapterNotFoundError: the path is inside `root`, but there is no such file for this owner.
+        AdapterNameError: the path is outside `root`, or not a .safetensors file.
+        AdapterNotFoundError: the path is inside `root`, but the file does not exist for this owner.
     """
     if not name or "\0" in name or ".." in Path(name).parts:
-        raise AdapterPlaceError(
+        raise AdapterNameError(
             f"{name!r} is not a valid adapter name; "
             "use a path relative to the adapter folder, without '..'."
         )
     if not name.lower().endswith(".safetensors"):
-        raise AdapterPlaceError(
+        raise AdapterNameError(
             f"{name!r} is not a .safetensors file; use the full name of the file."
         )
     inside = root.resolve()
     try:
         path = (inside / name).resolve()  # `/` keeps an absolute name as it is
         found = path.is_file()
-    except (OSError, RuntimeError):  # a name that no file can have, or links in a circle
+    except (OSError, RuntimeError):  # a name that no file can have, or a link to itself
         path, found = inside, False
     if not path.is_relative_to(inside):
-        raise AdapterPlaceError(f"{name!r} is outside of the adapter folder; use a path inside it.")
+        raise AdapterNameError(f"{name!r} is outside of the adapter folder; use a path inside it.")
     if not found or not _is_visible(inside, path, owner):
         raise AdapterNotFoundError(
-            f"There is no adapter {name!r} in the adapter folder; check its name."
+            f"The adapter {name!r} is not in the adapter folder; check its name."
         )
     return path
 
@@ -113,17 +109,20 @@ def adapter_named_in_prompt(
 ) -> str:
     """Return the request name of the adapter file that a prompt calls `name`.
 
-    The name is that of the file, with or without its folder, or else the name that the file's own
-    metadata contains (`ss_output_name`), which files keep when they are renamed, or else at least
-    ten digits of the file's sha256. Only names from `adapter_names` are returned, so nothing
-    outside `root` is found.
+    `name` is compared, in this order, with:
+
+    1. the name of each file, with or without its folder;
+    2. the name in its metadata (`ss_output_name`), which does not change if the file is renamed;
+    3. its sha256, of which at least the first ten digits are required.
+
+    Only names from `adapter_names` are returned, so nothing outside `root` is found.
 
     Args:
-        sha256_of: returns the hash of a file; None to find no files by their hashes.
+        sha256_of: returns the hash of a file; None to skip the comparison of hashes.
 
     Raises:
         AdapterNotFoundError: the file does not exist.
-        AdapterPlaceError: there are several.
+        AdapterNameError: several files have this name.
     """
     names = adapter_names(root, owner=owner)
     exact = [
@@ -139,18 +138,18 @@ def adapter_named_in_prompt(
             found = found[:1]  # copies of the same file
     if not found:
         raise AdapterNotFoundError(
-            f"There is no adapter {name!r:.100} in the adapter folder; check its name."
+            f"The adapter {name!r:.100} is not in the adapter folder; check its name."
         )
     if len(found) > 1:
-        raise AdapterPlaceError(
-            f"There are several adapters {name!r}; use one of the names "
-            f"{some([one[: -len(_SUFFIX)] for one in found])}."
+        raise AdapterNameError(
+            f"Several adapters are called {name!r}; use one of the names "
+            f"{listed([one[: -len(_SUFFIX)] for one in found])}."
         )
     return found[0]
 
 
 def alias_of(path: Path) -> str:
-    """Return the name in a file's metadata (`ss_output_name`); empty if there is none."""
+    """Return the name in a file's metadata (`ss_output_name`); empty if it has none."""
     try:
         return read_file_header(path).metadata.get("ss_output_name", "")
     except WeightsFileError:
@@ -182,7 +181,7 @@ def adapter_with_hash(
     *,
     owner: str | None = None,
 ) -> str | None:
-    """Return the request name of the adapter file with this hash, or None if there is none.
+    """Return the request name of the adapter file with this hash, or None if none has it.
 
     Args:
         name: former name of the file; files of this name are checked first, because hashing a file
@@ -195,7 +194,7 @@ def adapter_with_hash(
 
 
 def _owner_of(path: PurePath) -> str | None:
-    """Return the owner of an upload; None for all other files, which belong to everybody.
+    """Return the owner of an upload; None for all other files, which every owner may use.
 
     Args:
         path: relative to the adapter folder, without links.
@@ -215,7 +214,7 @@ def _is_visible(inside: Path, path: Path, owner: str | None) -> bool:
 def _is_inside(root: Path, name: str, owner: str | None) -> bool:
     try:
         adapter_path(root, name, owner=owner)
-    except (AdapterPlaceError, AdapterNotFoundError):
+    except (AdapterNameError, AdapterNotFoundError):
         return False
     return True
 

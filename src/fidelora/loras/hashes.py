@@ -11,11 +11,12 @@ from fidelora.safetensors_header import read_file_header
 
 
 def has_hash(path: Path, sha256: str, prefix: str) -> bool:
-    """Return True if a LoRA can be the one with this hash in the parameters of an image.
+    """Return True if a hash in the parameters of an image fits this LoRA file.
 
     AUTOMATIC1111's web UI writes the sha256 of the tensors without the header, which the trainer
     also stores in the metadata (`sshs_model_hash`). Other programs write the sha256 of the file.
-    The hash of nothing, which some versions of both write, fits all files.
+    Older versions of the trainer and some other programs write the sha256 of an empty file by
+    mistake, which fits every LoRA.
 
     Args:
         path: the .safetensors file.

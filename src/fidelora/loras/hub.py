@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fidelora.atomic import is_full, output_error
-from fidelora.errors import AdapterDownloadError, AdapterNotFoundError, AdapterPlaceError
+from fidelora.errors import AdapterDownloadError, AdapterNameError, AdapterNotFoundError
 
 USE_TOKEN = "use a token of your account (HF_TOKEN, or hf_token in a request)"
-_PLACE = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)/(?P<file>[^@]+)(@(?P<revision>[\w./-]+))?")
+_SOURCE = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)/(?P<file>[^@]+)(@(?P<revision>[\w./-]+))?")
 
 
 _MAX_PART_BYTES = 200  # file systems allow 255, and the hub client adds a suffix
@@ -26,20 +26,20 @@ class HubFile:
     revision: str | None
 
     @classmethod
-    def parse(cls, place: str) -> HubFile:
+    def parse(cls, source: str) -> HubFile:
         """Parse `hf:owner/name/file.safetensors`, optionally with `@revision`.
 
         Raises:
-            AdapterPlaceError: the text has another form, or names another kind of file.
+            AdapterNameError: the text has another form, or names another kind of file.
         """
-        match = _PLACE.fullmatch(place)
+        match = _SOURCE.fullmatch(source)
         if match is None or not all(map(_is_path, match.groupdict().values())):
-            raise AdapterPlaceError(
-                f"{place!r:.200} is not a file on the hub; use hf:owner/name/file.safetensors."
+            raise AdapterNameError(
+                f"{source!r:.200} is not a file on the hub; use hf:owner/name/file.safetensors."
             )
         if not match["file"].lower().endswith(".safetensors"):
-            raise AdapterPlaceError(
-                f"{place!r:.200} is not a .safetensors file; use the full name of the file."
+            raise AdapterNameError(
+                f"{source!r:.200} is not a .safetensors file; use the full name of the file."
             )
         return cls(match["repo"], match["file"], match["revision"])
 
@@ -104,7 +104,7 @@ class HubFile:
             HFValidationError,
         ) as error:
             raise AdapterNotFoundError(
-                f"There is no {self} on the hub, or it is private; check the name, or {USE_TOKEN}."
+                f"{self} does not exist on the hub or is private; check the name, or {USE_TOKEN}."
             ) from error
         except (HfHubHTTPError, OSError) as error:
             if is_full(error):
@@ -114,7 +114,7 @@ class HubFile:
             ) from error
 
     def _on_disk(self) -> Path | None:
-        """Return the file of an earlier download, or None if there is none."""
+        """Return the file of an earlier download, or None if it was not downloaded."""
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import LocalEntryNotFoundError
 

@@ -43,16 +43,16 @@ class AdapterResolver:
 
     async def resolve(
         self,
-        place: str,
+        source: str,
         *,
         owner: str | None,
         sha256: str | None = None,
         hub_token: str | None = None,
     ) -> AdapterRef:
-        """Return the adapter at `place`, after putting its file into the cache.
+        """Return the adapter from `source`, after putting its file into the cache.
 
         Args:
-            place: path relative to the root, `https://...`, or `hf:owner/name/file.safetensors`,
+            source: path relative to the root, `https://...`, or `hf:owner/name/file.safetensors`,
                 optionally with `@revision`.
             owner: id of the API key for which the adapter is resolved; uploads of other keys are
                 not found. None to find the uploads of all keys.
@@ -60,26 +60,26 @@ class AdapterResolver:
             hub_token: token for the hub; by default that of the resolver.
 
         Raises:
-            AdapterNotFoundError, AdapterPlaceError: there is no such file.
-            AdapterUrlRefusedError: downloads from this place are not allowed.
+            AdapterNotFoundError, AdapterNameError: the file does not exist.
+            AdapterUrlRefusedError: downloads from this host are not allowed.
             AdapterDownloadError: the download failed.
             AdapterChangedError: the file's hash is not `sha256`.
             WeightsFileError, AdapterFormatError: according to its header, it is not an adapter.
         """
-        remote = place.startswith("hf:") or _URL.match(place)
+        remote = source.startswith("hf:") or _URL.match(source)
         if remote and sha256:
             cached = await asyncio.to_thread(self._find, sha256, owner)
             if cached is not None:
-                return await asyncio.to_thread(self._cache.ref, sha256, _name(place))
-        if place.startswith("hf:"):
-            ref = await self._from_hub(place, hub_token or self._hub_token)
+                return await asyncio.to_thread(self._cache.ref, sha256, _name(source))
+        if source.startswith("hf:"):
+            ref = await self._from_hub(source, hub_token or self._hub_token)
         elif remote:
-            ref = await self._from_url(place, hub_token or self._hub_token)
+            ref = await self._from_url(source, hub_token or self._hub_token)
         else:
-            ref = await asyncio.to_thread(self._from_root, place, owner)
+            ref = await asyncio.to_thread(self._from_root, source, owner)
         if sha256 and ref.sha256 != sha256:
             raise AdapterChangedError(
-                f"{_name(place)} has the sha256 {ref.sha256}, not {sha256} as in the request; "
+                f"{_name(source)} has the sha256 {ref.sha256}, not {sha256} as in the request; "
                 "change the hash in the request, or restore the file."
             )
         return ref
@@ -99,8 +99,8 @@ class AdapterResolver:
         """
         if (ref := self._find(sha256, owner)) is not None:
             return ref
-        place = adapter_with_hash(self._root, sha256, name, self._cache.sha256_of, owner=owner)
-        return None if place is None else self._from_root(place, owner)
+        source = adapter_with_hash(self._root, sha256, name, self._cache.sha256_of, owner=owner)
+        return None if source is None else self._from_root(source, owner)
 
     def _find(self, sha256: str, owner: str | None) -> AdapterRef | None:
         """Return the cached adapter with this hash, unless it is an upload of another key.
@@ -115,7 +115,7 @@ class AdapterResolver:
         return None if is_foreign else ref
 
     def _from_root(self, name: str, owner: str | None) -> AdapterRef:
-        return self._cache.keep(adapter_path(self._root, name, owner=owner), name)
+        return self._cache.add(adapter_path(self._root, name, owner=owner), name)
 
     async def _from_url(self, url: str, token: str | None) -> AdapterRef:
         async with self._downloads:
@@ -132,8 +132,8 @@ class AdapterResolver:
                 await asyncio.to_thread(self._cache.remember_url, url, got.etag, got.sha256)
             return ref
 
-    async def _from_hub(self, place: str, token: str | None) -> AdapterRef:
-        file = HubFile.parse(place)
+    async def _from_hub(self, source: str, token: str | None) -> AdapterRef:
+        file = HubFile.parse(source)
         if self._rules.hosts is not None and HUB not in self._rules.hosts:
             raise AdapterUrlRefusedError(
                 "This server does not download LoRAs from the hub; "
@@ -147,19 +147,19 @@ class AdapterResolver:
                     fetched = await asyncio.to_thread(file.fetch, token, self._rules.max_bytes)
             except TimeoutError:
                 raise AdapterDownloadError(
-                    f"{place} was not downloaded within {self._rules.timeout_s:g} seconds; "
+                    f"{source} was not downloaded within {self._rules.timeout_s:g} seconds; "
                     "try again, or put the file into the adapter folder."
                 ) from None
-        return await asyncio.to_thread(self._cache.keep, fetched, _name(place))
+        return await asyncio.to_thread(self._cache.add, fetched, _name(source))
 
 
-def _name(place: str) -> str:
+def _name(source: str) -> str:
     """Return the adapter's name for messages and records.
 
     The query of a URL is removed, because it may contain a secret.
     """
     return (
-        place.split("?")[0].split("#")[0].rsplit("/", 1)[-1]
-        if _URL.match(place) or place.startswith("hf:")
-        else place
+        source.split("?")[0].split("#")[0].rsplit("/", 1)[-1]
+        if _URL.match(source) or source.startswith("hf:")
+        else source
     )

@@ -19,8 +19,8 @@ class Trigger:
 
     Attributes:
         text: the text; empty if the placeholders stay in the prompt.
-        adapter: name of the adapter whose metadata contains the text; empty if the caller gave the
-            text, or if it is that of an embedding.
+        adapter: name of the adapter whose metadata contains the text; empty if the text was given
+            by the caller or consists of the tokens of an embedding.
         is_missing: True if neither the caller nor an adapter has a text.
     """
 
@@ -61,8 +61,9 @@ def trigger_of(adapters: Sequence[AdapterRef], given: str | None) -> Trigger:
     metadata of the first adapter that has one.
 
     Args:
-        given: the caller's trigger word. None uses that of the adapters. An empty text uses only
-            that of an embedding, so that the placeholders of a finished prompt stay as they are.
+        given: the caller's trigger word; None uses the embedding or the metadata. With an empty
+            text, the metadata is ignored, so that the placeholders of a finished prompt stay as
+            they are unless the adapters include an embedding.
 
     Raises:
         WeightsFileError: an adapter's file is not a valid .safetensors file.

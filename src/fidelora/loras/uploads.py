@@ -35,12 +35,12 @@ class UploadQuota:
     """Disk space for uploads, in total and for each API key. Thread-safe.
 
     The space of an upload is reserved before its file is written, so that uploads at the same time
-    cannot exceed the quota together. One process writes uploads.
+    cannot exceed the quota together. Only one process may write uploads to a folder.
 
     Args:
         root: adapter folder.
         total_bytes: space for the uploads of all keys.
-        key_bytes: space for the uploads of each key; None for any.
+        key_bytes: space for the uploads of each key; None for no limit.
     """
 
     def __init__(self, root: Path, total_bytes: int, key_bytes: int | None = None) -> None:
@@ -105,7 +105,7 @@ def add_upload(
     Args:
         file: the contents; it must be seekable.
         owner: id of the API key whose upload it is; empty without keys.
-        quota: disk space for uploads; None for any.
+        quota: disk space for uploads; None for no limit.
 
     Returns:
         The name for requests, and True if the file is new; False if an upload with this name and
@@ -159,15 +159,15 @@ def upload_path(root: Path, name: str, owner: str = "", *, is_admin: bool = True
     """Return the file of an upload that a caller may delete.
 
     Args:
-        name: name of one of the caller's own uploads, or the path of an upload in requests, with
-            or without `uploads/`. An admin's name that is not one of its own uploads is that of an
-            upload without a key.
+        name: path of the upload in requests, with or without `uploads/`. A name without a folder
+            is looked up in the caller's own uploads, and then, if the caller is an admin, in the
+            uploads that were made without a key.
         owner: id of the caller's API key; empty without keys.
         is_admin: True if the caller may also delete the uploads of other keys, and those that were
             made without a key.
 
     Raises:
-        UploadNotFoundError: there is no such upload.
+        UploadNotFoundError: the upload does not exist.
     """
     own = _folder_of(owner)
     below, _, file = name.removeprefix(f"{UPLOADS}/").rpartition("/")
@@ -231,6 +231,6 @@ def _upload(root: Path, folder: str, name: str) -> Path:
         raise UploadNameError(
             f"{name!r:.200} is not a valid name for an upload: it must end with {_SUFFIX}, must "
             "not begin with a dot or contain a slash, backslash or control character, and may have "
-            f"{_MAX_UPLOAD_BYTES} bytes in UTF-8."
+            f"at most {_MAX_UPLOAD_BYTES} bytes in UTF-8."
         )
     return root / folder / name

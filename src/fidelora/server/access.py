@@ -1,8 +1,8 @@
 """Rights of a caller: which requests and uploads it may read, use and change.
 
-A key has access to its own requests and uploads, an admin key to those of all. LoRAs that the
-operator put into the LoRA folder belong to every key. Without keys, every caller has access to
-everything.
+A key has access to its own requests and uploads; an admin key has access to those of every key.
+LoRAs that the operator put into the LoRA folder are available to every key. On a server without
+keys, every caller has access to everything.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ class Caller:
 
     @property
     def visible_owner(self) -> str | None:
-        """Only owner whose jobs and uploads it sees; None for those of all."""
+        """Owner whose jobs and uploads it may access; None for those of every owner."""
         return None if self.is_admin else self.owner
 
-    def sees(self, job: Job) -> bool:
+    def can_access(self, job: Job) -> bool:
         """True if it has access to this job."""
         return self.is_admin or (bool(self.key_id) and job.owner == self.key_id)
 
 
-EVERYBODY = Caller(None, is_admin=True)
-"""The caller of a server without keys."""
-NOBODY = Caller("", is_admin=False)
-"""A caller without a valid key, which has access only to the LoRA folder."""
+UNRESTRICTED = Caller(None, is_admin=True)
+"""Caller on a server without keys, which has access to everything."""
+ANONYMOUS = Caller("", is_admin=False)
+"""Caller without a valid key, which has access only to the LoRA folder."""

@@ -84,7 +84,7 @@ class ApiKeys:
         """Change whether the key with this name is an admin key.
 
         Raises:
-            SettingsError: there is no such key.
+            SettingsError: the key does not exist.
         """
         self._require(name)
         self._write(
@@ -95,7 +95,7 @@ class ApiKeys:
         """Revoke the key with this name.
 
         Raises:
-            SettingsError: there is no such key.
+            SettingsError: the key does not exist.
         """
         self._require(name)
         self._write([key for key in self.all() if key.name != name])
@@ -105,13 +105,13 @@ class ApiKeys:
         return self.with_hash(hash_of(key))
 
     def with_hash(self, sha256: str) -> ApiKey | None:
-        """Return the key with this hash, or None if there is none."""
+        """Return the key with this hash, or None if it does not exist."""
         return self._read().get(sha256)
 
     def _require(self, name: str) -> None:
         if name not in self.names():
             raise SettingsError(
-                f"There is no API key named {name}; `fidelora keys list` lists all keys."
+                f"The API key {name} does not exist; `fidelora keys list` lists all keys."
             )
 
     def _read(self) -> dict[str, ApiKey]:

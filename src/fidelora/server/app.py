@@ -55,8 +55,9 @@ log = structlog.get_logger(__name__)
 _WATCH_INTERVAL_S = 0.5
 """Seconds between two checks for dead and hanging workers."""
 _CLEAN_INTERVAL_S = 60.0
-_TRIM_INTERVAL_S = 30.0
 """Seconds between two removals of old requests and adapters."""
+_TRIM_INTERVAL_S = 30.0
+"""Seconds between two returns of freed memory to the operating system."""
 
 _DESCRIPTION = """Images from Stable Diffusion LoRAs, identical to AI Toolkit's training samples.
 

@@ -14,7 +14,7 @@ HEADER_TIMEOUT_S = 20.0
 """Seconds from the opening of a connection, or the first byte of a further request, to the end of
 the request's header."""
 BODY_TIMEOUT_S = 60.0
-"""Seconds without any byte of an unfinished body."""
+"""Maximum pause between two parts of a request's body, in seconds."""
 MAX_CONNECTIONS = 4096
 _OTHER_FILES = 256
 """File handles reserved for everything except connections: database, images, workers, ..."""
@@ -40,7 +40,9 @@ def connection_limit() -> int:
 
 
 class LimitedProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1 protocol with more limits; its own is the pause between two requests.
+    """uvicorn's HTTP/1.1 protocol with further limits.
+
+    uvicorn itself limits only the pause between two requests of a connection.
 
     Attributes:
         max_connections: connections over this number are closed at once.
@@ -49,7 +51,7 @@ class LimitedProtocol(H11Protocol):
     max_connections = MAX_CONNECTIONS
     _deadline: asyncio.TimerHandle | None = None
     _reported_s = -1e9
-    """When a closed connection was last logged, so that a flood does not fill the log."""
+    """Time of the last log line about closed connections, so that a flood cannot fill the log."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Accept the connection, or close it if there are too many."""

@@ -19,7 +19,7 @@ from fidelora.jobs.store import JobStore
 from fidelora.loras.cache import AdapterCache
 from fidelora.loras.resolve import AdapterResolver
 from fidelora.loras.uploads import UploadQuota
-from fidelora.server.access import NOBODY, Caller
+from fidelora.server.access import ANONYMOUS, Caller
 from fidelora.server.api_keys import ApiKeys
 from fidelora.server.base_models import BaseModels
 from fidelora.server.job_watcher import JobWatcher
@@ -47,7 +47,7 @@ class ServerContext:
         a1111_models: model that an AUTOMATIC1111 client has set for later requests, by owner.
         retention_clock: clock for the removal of old data.
         stopping: event that is set as soon as the server begins to stop.
-        failed: event that is set if the server stops because of a fault of its own.
+        failed: event that is set if the server stops because of an internal error.
     """
 
     settings: Settings
@@ -71,7 +71,7 @@ class ServerContext:
     @cached_property
     def watcher(self) -> JobWatcher:
         """Watches of jobs, which also wake when the server stops or its workers cannot start."""
-        return JobWatcher(self.store, lambda: (self.stopping.is_set(), self.trouble))
+        return JobWatcher(self.store, lambda: (self.stopping.is_set(), self.unready_reason))
 
     @property
     def default_model(self) -> str:
@@ -79,7 +79,7 @@ class ServerContext:
         return next(iter(self.settings.base_models or self.server_defaults))
 
     def attempt_ended(self, report: AttemptReport) -> None:
-        """Count an attempt of a worker, and learn the workers' speed from it."""
+        """Count an attempt of a worker, and update the estimate of the workers' speed."""
         self.metrics.attempt_ended(report)
         self.limits.attempt_ended(report)
 
@@ -90,7 +90,7 @@ class ServerContext:
             JobNotFoundError: the job does not exist, or belongs to another API key.
         """
         job = self.store.get(job_id)
-        if not caller.sees(job):
+        if not caller.can_access(job):
             raise JobNotFoundError
         return job
 
@@ -100,9 +100,9 @@ class ServerContext:
             raise ServerStoppingError
 
     @property
-    def trouble(self) -> str:
-        """Reason why no worker can start; empty while one is ready, or starts without a failure."""
-        return "" if self.pool is None or self.pool.ready else self.pool.trouble
+    def unready_reason(self) -> str:
+        """Error that prevents all workers from starting; empty if any is ready or none failed."""
+        return "" if self.pool is None or self.pool.ready else self.pool.unready_reason
 
     def refuse_if_unavailable(self) -> None:
         """Raise an error if the server accepts no new requests for images.
@@ -112,8 +112,8 @@ class ServerContext:
             ServerNotReadyError: no worker can start, for example because of its base model.
         """
         self.refuse_if_stopping()
-        if trouble := self.trouble:
-            raise ServerNotReadyError(f"The server cannot make images at the moment: {trouble}")
+        if reason := self.unready_reason:
+            raise ServerNotReadyError(f"The server cannot make images at the moment: {reason}")
 
 
 async def _context_of(request: Request) -> ServerContext:
@@ -125,7 +125,7 @@ async def _context_of(request: Request) -> ServerContext:
 def caller_of(request: Request) -> Caller:
     """Return the caller that the access control found for this call."""
     caller = request.scope.get("fidelora_caller")
-    return caller if isinstance(caller, Caller) else NOBODY
+    return caller if isinstance(caller, Caller) else ANONYMOUS
 
 
 async def _caller_of(request: Request) -> Caller:

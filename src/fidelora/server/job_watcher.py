@@ -48,7 +48,7 @@ class Watch:
         self._error: JobStoreError | None = None
 
     def add(self, job: Job, position: int | None = None) -> None:
-        """Watch a job, too.
+        """Add a job to this watch.
 
         Args:
             job: the job as it was last read.
@@ -118,7 +118,7 @@ class _Poll:
     def add(self, watch: Watch, job_id: str) -> None:
         """Read a job for a watch from now on."""
         self._watches.setdefault(job_id, set()).add(watch)
-        if job_id in self._states:  # of another watch, and perhaps newer
+        if job_id in self._states:  # another watch has the job, and its state may be newer
             watch.update(job_id, self._states[job_id])
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run())
@@ -172,7 +172,7 @@ class _Poll:
 
 
 class JobWatcher:
-    """Watches of jobs, which share one poll of the store.
+    """Creates watches, which share one poll of the store.
 
     Args:
         store: the job store.

@@ -66,7 +66,7 @@ class Login:
             response = _login_page()
         await response(scope, receive, send)
 
-    def leave(self, method: str, headers: Headers) -> Response:
+    def logout(self, method: str, headers: Headers) -> Response:
         """End the session on POST. On GET, which other sites can trigger, return a logout form."""
         if method != "POST":
             return _page("logout", "<button autofocus>Log out</button>")

@@ -18,7 +18,7 @@ LogFormat = Literal["auto", "json", "text"]
 
 REPEAT_S = 10.0  # a library's warning is logged once in this time
 _LIBRARIES = ("uvicorn", "asyncio")
-_MAX_REMEMBERED = 1000  # warnings; then all are forgotten
+_MAX_REMEMBERED = 1000  # number of warnings to remember; the memory is cleared when it is full
 _MAX_TRACEBACK_LINES = 200
 _SECRET_WORDS = ("token", "authorization", "api_key", "password")
 """Log fields whose names contain one of these are masked."""
@@ -131,9 +131,10 @@ def _write_traceback(target: TextIO, exc_info: ExcInfo) -> None:
 
 
 def short_traceback(text: str) -> str:
-    """Return a traceback whose lines have at most 2,000 bytes, and without lines in the middle.
+    """Return a traceback with at most 200 lines of at most 2,000 bytes.
 
-    The first lines tell where the call came from, the last ones what went wrong.
+    Lines in the middle are left out: the first lines show where the call came from, and the last
+    lines show what went wrong.
     """
     lines = text.split("\n")
     if len(lines) > _MAX_TRACEBACK_LINES:

@@ -21,7 +21,7 @@ from fidelora.errors import (
     PeerNotAllowedError,
     RequestError,
 )
-from fidelora.server.access import EVERYBODY, Caller
+from fidelora.server.access import UNRESTRICTED, Caller
 from fidelora.server.api_docs import DOCS_PATHS
 from fidelora.server.api_keys import ApiKeys
 from fidelora.server.login import LOGIN_PATH, Login
@@ -67,7 +67,7 @@ class RequestLogMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if scope["path"].startswith("//"):  # from clients whose address of the server ends with /
+        if scope["path"].startswith("//"):  # the client's base URL ends with /
             scope["path"] = "/" + scope["path"].lstrip("/")
         client_id = Headers(scope=scope).get("x-request-id", "")
         call_id = client_id if _CALL_ID.fullmatch(client_id) else uuid.uuid4().hex[:16]
@@ -233,7 +233,7 @@ class AccessControl:
                     "add`, or set BASE_URL to the address that clients use.",
                     code="HOST_NOT_ALLOWED",
                 )
-        return EVERYBODY
+        return UNRESTRICTED
 
     def _refuse_other_sites(self, headers: Headers) -> None:
         """Reject a POST from another site, on routes that only the server's page may call.

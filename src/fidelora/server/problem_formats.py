@@ -18,7 +18,7 @@ A1111_PATHS = ("/sdapi/",)
 
 
 MAX_SHOWN = 200
-"""Maximum number of bytes of a name that was received, where an error repeats it."""
+"""Maximum length in bytes of names from the request that an error repeats."""
 MAX_FIELDS = 20
 """Maximum number of invalid fields that an error lists."""
 

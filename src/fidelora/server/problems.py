@@ -60,14 +60,14 @@ _STATUS_AND_CODE: Sequence[tuple[type[FideloraError], int, str]] = (
     (errors.AdapterInUseError, 409, "LORA_IN_USE"),
     (errors.AdapterNotFoundError, 400, "LORA_NOT_FOUND"),
     (errors.UploadNameError, 400, "UPLOAD_NAME_INVALID"),
-    (errors.AdapterPlaceError, 400, "LORA_NOT_FOUND"),
+    (errors.AdapterNameError, 400, "LORA_NOT_FOUND"),
     (errors.AdapterChangedError, 400, "LORA_CHANGED"),
     (errors.AdapterError, 400, "LORA_INVALID"),
     (errors.WeightsFileError, 400, "LORA_INVALID"),
 )
 
 REQUEST_CODES = {
-    "MODEL_NOT_FOUND": "There is no model with this id; `details.supported_models` lists all.",
+    "MODEL_NOT_FOUND": "The model does not exist; `details.supported_models` lists all models.",
     "LORA_FILE_REQUIRED": "The list of LoRAs is empty.",
     "MOE_FORMAT_NOT_SUPPORTED": "The model has one transformer; remove the LoRA's `transformer`.",
     "FIELD_NOT_SUPPORTED": "The field in `details.field` is unknown or not supported by the model.",
@@ -130,7 +130,7 @@ def error_responses(*statuses: int, is_json: bool = True) -> dict[int | str, dic
 def problem_of(error: FideloraError) -> Problem:
     """Return the error response for an error."""
     if isinstance(error, RequestFieldError):
-        return _invalid([{"type": "value_error", "loc": ["body", *error.place], "msg": str(error)}])
+        return _invalid([{"type": "value_error", "loc": ["body", *error.loc], "msg": str(error)}])
     if isinstance(error, RequestError):
         return Problem(400, error.code, str(error), error.details)
     if isinstance(error, RequestFailedError):
@@ -192,18 +192,18 @@ def install(app: FastAPI) -> None:
 
 
 _UNEXPECTED = Problem(
-    500, "INTERNAL", "The server failed to handle this call; its log has the reason."
+    500, "INTERNAL", "The server failed to handle this call; see its log for the reason."
 )
 
 
 _NAME_ERRORS = {errno.ENAMETOOLONG, errno.ELOOP, errno.EILSEQ}
-"""Errors of the operating system about the name of a file. The server's own names are valid, so the
+"""Errors of the operating system about file names. The server's own names are valid, so the invalid
 name comes from the client."""
 _NAME_INVALID = Problem(
     400,
     "NAME_INVALID",
-    "A name in the request is not a valid name of a file: it is too long, has characters that the "
-    "file system does not support, or links in a circle. Use another name.",
+    "A name in the request is not a valid file name: it is too long, has characters that the file "
+    "system does not support, or is a symbolic link to itself. Use another name.",
 )
 
 
@@ -211,8 +211,8 @@ def _invalid(found: Sequence[Mapping[str, Any]]) -> Problem:
     """Return the problem for invalid fields; short values that are not secret are included."""
     fields = []
     for entry in found:
-        place = [part[:MAX_SHOWN] if isinstance(part, str) else part for part in entry["loc"]]
-        field = {"type": entry["type"], "loc": place, "msg": entry["msg"]}
+        loc = [part[:MAX_SHOWN] if isinstance(part, str) else part for part in entry["loc"]]
+        field = {"type": entry["type"], "loc": loc, "msg": entry["msg"]}
         value = entry.get("input")
         if _SECRET_FIELDS.isdisjoint(map(str, entry["loc"])) and _is_plain(value):
             field["input"] = value

@@ -31,7 +31,7 @@ class Roots:
         self._pattern: re.Pattern[str] | None = None
 
     def set(self, paths: Iterable[Path | str]) -> None:
-        """Replace the paths; those that are links are added with their targets, too."""
+        """Set the paths to replace. For symbolic links, the path of the target is added."""
         names: dict[str, str] = {}
         for path in paths:
             whole = Path(path).expanduser().absolute()
@@ -52,15 +52,15 @@ class Roots:
 
 
 ROOTS = Roots()
-"""Paths of the settings of this process's server."""
+"""Private paths of the server in this process, such as its data folder."""
 
 
 def public_text(text: str) -> str:
     """Return a text for clients.
 
-    Paths below the server's own folders become relative to them. Of other absolute paths, the last
-    component is kept, whether or not they exist. Routes of the API such as `/v1/models` are kept. A
-    text of more than 2,000 bytes is cut.
+    Paths below the server's own folders become relative to them. Other absolute paths are shortened
+    to their last component, whether or not they exist. Routes of the API such as `/v1/models` are
+    kept. A text of more than 2,000 bytes is cut.
     """
     text = shortened(text, 2 * MAX_TEXT_BYTES)
     if "/" in text:

@@ -19,14 +19,14 @@ class ReadinessLog:
     def update(self) -> None:
         """Log the state if it differs from that of the last call."""
         pool = self._context.pool
-        state = (pool is not None and pool.ready, self._context.trouble)
+        state = (pool is not None and pool.ready, self._context.unready_reason)
         if state == self._last:
             return
         self._last = state
-        ready, trouble = state
+        ready, reason = state
         if ready:
             log.info("ready", base_url=self._context.base_url)
-        elif trouble:
-            log.error("not ready, trying again", reason=trouble)
+        elif reason:
+            log.error("not ready, trying again", reason=reason)
         else:
-            log.warning("not ready, a worker starts")
+            log.warning("not ready, a worker is starting")

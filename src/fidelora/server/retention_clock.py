@@ -1,4 +1,4 @@
-"""Clock for the removal of old data, which a change of the system's date does not put ahead."""
+"""Clock for the removal of old data, which ignores forward jumps of the system clock."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def _elapsed_s() -> float:
 
 
 class RetentionClock:
-    """The system's time, but never more than the time that has passed since the start.
+    """The system clock, but never ahead of the start time plus the time that has really passed.
 
-    If the date is set forward while the server runs, data would otherwise look old and be removed.
+    If the date were set forward while the server runs, all data would look old and be removed.
     With this clock, nothing is removed before it has existed for the configured time.
 
     Args:

@@ -83,7 +83,7 @@ async def _serve(context: ServerContext, listener: socket.socket, url: str) -> N
 
     def request_stop() -> None:
         if stop_requested.is_set() and context.pool is not None:  # a second signal: do not wait
-            context.pool.hurry()
+            context.pool.skip_grace_period()
         stop_requested.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -11,11 +11,12 @@ from fidelora.workers.attempt import AttemptReport
 
 
 class SizeLimits:
-    """Refuses requests that the workers cannot finish; learns their speed from finished ones.
+    """Refuses requests that the workers cannot finish in time, based on finished requests.
 
-    The estimate of a request's time is a lower bound: it uses the fastest rate seen for the model
-    on any device, and the time per pixel grows with the size of the image. So nothing is refused
-    that could be made in time, and nothing at all before the first request has finished.
+    The estimate of a request's time is a lower bound: it uses the fastest rate measured for the
+    model on any device, and the time per pixel grows with the size of the image. Therefore, no
+    request that could finish in time is refused. Before the first request of a model has finished,
+    only the number of pixels is checked.
 
     Args:
         max_pixels: maximum width x height of an image.
@@ -29,7 +30,7 @@ class SizeLimits:
         self._seconds_per_pixel_step: dict[str, float] = {}
 
     def attempt_ended(self, report: AttemptReport) -> None:
-        """Learn from an attempt that ended."""
+        """Update the rate of the model if the attempt finished images."""
         if report.pixel_steps and (seconds := report.timings.get("denoise")):
             rate = seconds / report.pixel_steps
             with self._lock:
@@ -40,8 +41,8 @@ class SizeLimits:
         """Check the images of one request.
 
         Raises:
-            RequestError: an image has too many pixels, or the images together take longer than an
-                attempt may.
+            RequestError: an image has too many pixels, or the images together take longer than the
+                time limit.
         """
         for recipe in recipes:
             if recipe.width * recipe.height > self._max_pixels:

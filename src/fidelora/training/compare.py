@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from scipy.ndimage import gaussian_filter
 
-from fidelora.errors import JobFolderError
+from fidelora.errors import TrainingRunError
 
 ROUNDING_MAX_DIFFERENCE = 2
 ROUNDING_MIN_IDENTICAL_PERCENT = 99.0
@@ -81,16 +81,16 @@ def compare_with_sample(pixels: NDArray[np.uint8], sample: Path) -> Comparison:
         sample: the trainer's image file.
 
     Raises:
-        JobFolderError: the sample cannot be read or has a different size.
+        TrainingRunError: the sample cannot be read or has a different size.
     """
     try:
         with Image.open(sample) as image:
             trainer_pixels = np.asarray(image.convert("RGB"))
             image_format = image.format or "PNG"
     except (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise JobFolderError(f"The sample {sample.name} cannot be read as an image.") from error
+        raise TrainingRunError(f"The sample {sample.name} cannot be read as an image.") from error
     if trainer_pixels.shape != pixels.shape:
-        raise JobFolderError(
+        raise TrainingRunError(
             f"The sample {sample.name} is {trainer_pixels.shape[1]}x{trainer_pixels.shape[0]}, "
             f"but its settings give {pixels.shape[1]}x{pixels.shape[0]}."
         )

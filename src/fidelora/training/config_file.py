@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from fidelora.errors import JobFolderError
+from fidelora.errors import TrainingRunError
 from fidelora.recipe import Dtype
 
 CONFIG_NAMES = ("config.yaml", ".job_config.json")
@@ -65,42 +65,42 @@ def read_config(folder: Path) -> RunConfig:
     """Read the configuration in a run folder.
 
     Raises:
-        JobFolderError: the configuration is missing, unreadable, or without a training process.
+        TrainingRunError: the configuration is missing, unreadable, or without a training process.
     """
     path = next((folder / name for name in CONFIG_NAMES if (folder / name).is_file()), None)
     if path is None:
-        raise JobFolderError(
+        raise TrainingRunError(
             f"{folder} has no config.yaml; set the output folder of an AI Toolkit training run."
         )
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise JobFolderError(
+            raise TrainingRunError(
                 f"{path} is not an AI Toolkit configuration: "
                 f"it has more than {MAX_CONFIG_BYTES:,} bytes."
             )
         document = _read_document(path)
     except _READ_ERRORS as error:
-        raise JobFolderError(f"{path} cannot be read: {_reason(error, path)}.") from error
+        raise TrainingRunError(f"{path} cannot be read: {_reason(error, path)}.") from error
     try:
         config = document["config"]
         processes, name = config["process"], config["name"]
         first = processes[0]
     except (TypeError, KeyError, IndexError):
-        raise JobFolderError(
+        raise TrainingRunError(
             f"{path} is not an AI Toolkit configuration: config.name or config.process is missing."
         ) from None
     if not isinstance(name, str | int) or not isinstance(processes, list):
-        raise JobFolderError(
+        raise TrainingRunError(
             f"{path} is not an AI Toolkit configuration: config.name or config.process is invalid."
         )
     if len(str(name)) > MAX_NAME_LENGTH:
-        raise JobFolderError(
+        raise TrainingRunError(
             f"{path} is not an AI Toolkit configuration: "
             f"config.name has more than {MAX_NAME_LENGTH} characters."
         )
     process, notes = (first, ()) if len(processes) == 1 else _training_process(path, processes)
     if not isinstance(process, dict):
-        raise JobFolderError(
+        raise TrainingRunError(
             f"{path} is not an AI Toolkit configuration: config.name or config.process is invalid."
         )
     # The trainer replaces [name] everywhere before it reads anything. It saves config.yaml after
@@ -167,7 +167,7 @@ def _training_process(path: Path, processes: list[Any]) -> tuple[Any, tuple[str,
     one wrote the newest files.
 
     Raises:
-        JobFolderError: no process trains a model.
+        TrainingRunError: no process trains a model.
     """
     trainers: list[int] = []
     for blocks in _TRAINER_BLOCKS:
@@ -180,7 +180,7 @@ def _training_process(path: Path, processes: list[Any]) -> tuple[Any, tuple[str,
             break
     if not trainers:
         kinds = ", ".join(f"process {_title(processes, index)}" for index in range(len(processes)))
-        raise JobFolderError(
+        raise TrainingRunError(
             f"{path} has no process with a model and a sample block, as training runs have "
             f"({kinds}); set the output folder of a training run."
         )
@@ -236,11 +236,11 @@ def block_of(process: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """Return a block of the process; empty if it is missing.
 
     Raises:
-        JobFolderError: it is not a mapping.
+        TrainingRunError: it is not a mapping.
     """
     block = process.get(key) or {}
     if not isinstance(block, dict):
-        raise JobFolderError(f"The {key} block of the configuration must be a mapping.")
+        raise TrainingRunError(f"The {key} block of the configuration must be a mapping.")
     return block
 
 
@@ -251,12 +251,12 @@ def number_of(kind: Callable[[Any], _Number], value: object, where: str) -> _Num
         where: the setting, for the error message.
 
     Raises:
-        JobFolderError: the value is not a number.
+        TrainingRunError: the value is not a number.
     """
     try:
         return kind(value)
     except (TypeError, ValueError, OverflowError):
-        raise JobFolderError(
+        raise TrainingRunError(
             f"The configuration has {where} {value!r}, which is not a usable number."
         ) from None
 
@@ -268,11 +268,11 @@ def dtype_of(name: object, where: str) -> Dtype:
         where: the setting, for the error message.
 
     Raises:
-        JobFolderError: the name is not that of a supported dtype.
+        TrainingRunError: the name is not that of a supported dtype.
     """
     if isinstance(name, str) and name in _DTYPES:
         return _DTYPES[name]
-    raise JobFolderError(
+    raise TrainingRunError(
         f"The configuration has {where} {name!r}, which is not supported; "
         "use float32, bfloat16 or float16."
     )

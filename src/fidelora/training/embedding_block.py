@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fidelora.embedding_file import MAX_TOKENS, tokens_of
-from fidelora.errors import JobFolderError
+from fidelora.errors import TrainingRunError
 from fidelora.training.config_file import MAX_NAME_LENGTH, block_of, number_of
 from fidelora.training.run_files import find_checkpoints
 
@@ -46,23 +46,23 @@ def read_embedding(process: Mapping[str, Any], folder: Path, steps: int) -> Trai
         steps: step of the file without a number in its name, unless its metadata contains a step.
 
     Raises:
-        JobFolderError: the block is invalid, or the embedding is saved as a pickle.
+        TrainingRunError: the block is invalid, or the embedding is saved as a pickle.
     """
     if process.get("embedding") is None:
         return None
     block = block_of(process, "embedding")
     word = block.get("trigger", "custom_embedding")
     if not isinstance(word, str) or not word.strip() or len(word) > MAX_NAME_LENGTH:
-        raise JobFolderError(
+        raise TrainingRunError(
             "The configuration has an embedding without a usable trigger; set embedding.trigger."
         )
     tokens = number_of(int, block.get("tokens", 4), "embedding.tokens")
     if not 1 <= tokens <= MAX_TOKENS:
-        raise JobFolderError(
+        raise TrainingRunError(
             f"The configuration has embedding.tokens {tokens}; it must be from 1 to {MAX_TOKENS}."
         )
     if block.get("save_format", "safetensors") == "pt":
-        raise JobFolderError(
+        raise TrainingRunError(
             "The training run saves its embedding as a Python pickle (embedding.save_format pt), "
             "which can run code when it is opened; save it as safetensors."
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fidelora.errors import JobFolderError
+from fidelora.errors import TrainingRunError
 
 _FLAGS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "n": ("neg", str),
@@ -39,7 +39,7 @@ def split_flags(text: str) -> tuple[str, dict[str, Any]]:
         The prompt, and the values of the flags by name of the field in the sample block.
 
     Raises:
-        JobFolderError: a value is not a number where one is required; the trainer fails, too.
+        TrainingRunError: a value is not a number where one is required; the trainer fails, too.
     """
     head, *parts = text.strip().split("--")
     settings: dict[str, Any] = {}
@@ -51,7 +51,7 @@ def split_flags(text: str) -> tuple[str, dict[str, Any]]:
             try:
                 settings[name] = parse(value)
             except ValueError:
-                raise JobFolderError(
+                raise TrainingRunError(
                     f"The flag --{flag} of the sample prompt {text!r} has the value {value!r}, "
                     "which is not a number."
                 ) from None

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from fidelora.errors import JobFolderError
+from fidelora.errors import TrainingRunError
 from fidelora.recipe import Recipe
 from fidelora.training.plan import plan_samples, with_multiplier
 from fidelora.training.run_folder import TrainingRun
@@ -47,24 +47,24 @@ def make_columns(
     """Return a column for each checkpoint with each multiplier, and one for each base model.
 
     Raises:
-        JobFolderError: a step has no checkpoint, `steps` is empty, or `multipliers` contains values
-            other than 1 although the checkpoints are base models or embeddings.
+        TrainingRunError: a step has no checkpoint, `steps` is empty, or `multipliers` contains
+            values other than 1 although the checkpoints are base models or embeddings.
     """
     missing = [step for step in steps if step != 0 and step not in run.checkpoints]
     if missing or not steps:
         available = ", ".join(map(str, sorted(run.checkpoints))) or "none"
         problem = f"no checkpoint of step {missing[0]}" if missing else "no checkpoints"
-        raise JobFolderError(
+        raise TrainingRunError(
             f"The training run {run.name} has {problem}; "
             f"available steps: {available}, and 0 for the base model."
         )
     if run.full_models and set(multipliers) != {1}:
-        raise JobFolderError(
+        raise TrainingRunError(
             f"The checkpoints of the training run {run.name} are base models, which have no "
             "multiplier; leave the multipliers out."
         )
     if not run.has_network and set(multipliers) != {1}:
-        raise JobFolderError(
+        raise TrainingRunError(
             f"The training run {run.name} trains an embedding, which has no strength; set the "
             "multiplier to 1."
         )
@@ -87,14 +87,14 @@ def make_rows(
         base_model: replaces the base model in the configuration.
 
     Raises:
-        JobFolderError: an index is out of range, or the run has no samples.
+        TrainingRunError: an index is out of range, or the run has no samples.
     """
     samples = list(run.samples)
     chosen = []
     for prompt in prompts or [str(index) for index in range(len(run.samples))]:
         if not prompt.isdigit():
             if not run.samples:
-                raise JobFolderError(
+                raise TrainingRunError(
                     f"The training run {run.name} has no samples, so it has no settings for the "
                     f"prompt {prompt!r}."
                 )
@@ -103,12 +103,12 @@ def make_rows(
         elif int(prompt) < len(run.samples):
             chosen.append(int(prompt))
         else:
-            raise JobFolderError(
+            raise TrainingRunError(
                 f"Sample {prompt} does not exist: the training run {run.name} has "
                 f"{len(run.samples)} samples, counted from 0. Use a smaller index."
             )
     if not chosen:
-        raise JobFolderError(
+        raise TrainingRunError(
             f"The training run {run.name} has no sample prompts; set some with --prompts."
         )
     planned = plan_samples(replace(run, samples=tuple(samples)), 0, base_model=base_model)
@@ -126,10 +126,10 @@ def iterate_cells(
     The order is column by column, so that each adapter is merged only once.
 
     Raises:
-        JobFolderError: the grid has more than `MAX_IMAGES` images.
+        TrainingRunError: the grid has more than `MAX_IMAGES` images.
     """
     if len(rows) * len(columns) > MAX_IMAGES:
-        raise JobFolderError(
+        raise TrainingRunError(
             f"A grid of {len(rows)} x {len(columns)} images is more than {MAX_IMAGES}; "
             "choose fewer."
         )

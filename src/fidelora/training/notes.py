@@ -10,7 +10,7 @@ def notes_on(run: TrainingRun) -> list[str]:
     """Return a sentence for each setting of a run that its replay does not reproduce.
 
     Raises:
-        JobFolderError: a flag in a prompt is invalid.
+        TrainingRunError: a flag in a prompt is invalid.
     """
     notes = list(run.notes)
     for one, block in ((run, "sample"), (run.first_round, "first_sample")):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fidelora.adapters.tensor_names import noise_of_adapter, noise_of_trainer
-from fidelora.errors import JobFolderError
+from fidelora.errors import TrainingRunError
 from fidelora.families import get_family
 from fidelora.recipe import MAX_SEED, AdapterRef, Noise, Recipe, replace_trigger
 from fidelora.training.flags import split_flags
@@ -68,12 +68,12 @@ def plan_samples(
         history: earlier rounds of samples; by default all rounds since step 0.
 
     Raises:
-        JobFolderError: the step has no checkpoint, or a flag is invalid.
+        TrainingRunError: the step has no checkpoint, or a flag is invalid.
         RecipeError: a setting is invalid in a recipe (unknown sampler, size, ...).
     """
     if step != 0 and step not in run.checkpoints:
         available = ", ".join(map(str, sorted(run.checkpoints))) or "none"
-        raise JobFolderError(
+        raise TrainingRunError(
             f"The training run {run.name} has no checkpoint of step {step}; "
             f"available steps: {available}."
         )
@@ -153,7 +153,7 @@ def random_samples(run: TrainingRun) -> list[int]:
     """Return the indices of the samples whose seed the trainer drew at random.
 
     Raises:
-        JobFolderError: a flag is invalid.
+        TrainingRunError: a flag is invalid.
     """
     settings = _resolved_settings(run)
     return [index for index, values in enumerate(settings) if values["has_random_seed"]]

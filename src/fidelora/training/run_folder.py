@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fidelora.errors import JobFolderError
+from fidelora.errors import TrainingRunError
 from fidelora.families import all_families
 from fidelora.recipe import AdapterRef, Dtype, Prediction
 from fidelora.training.config_file import block_of, dtype_of, number_of, read_config
@@ -124,11 +124,11 @@ class TrainingRun:
         """Return the adapter of the checkpoint of a step.
 
         Raises:
-            JobFolderError: the checkpoints are whole base models.
+            TrainingRunError: the checkpoints are whole base models.
             WeightsFileError: the file is invalid or cannot be read.
         """
         if self.full_models:
-            raise JobFolderError(
+            raise TrainingRunError(
                 f"The training run {self.name} has no adapter: its checkpoints are base models."
             )
         ref = AdapterRef.from_file(self.checkpoints[step])
@@ -140,7 +140,7 @@ class TrainingRun:
         """Return the adapters of a step: that of its checkpoint and its embedding, if they exist.
 
         Raises:
-            JobFolderError: the checkpoints are whole base models.
+            TrainingRunError: the checkpoints are whole base models.
             WeightsFileError: a file is invalid or cannot be read.
         """
         refs = []
@@ -156,10 +156,10 @@ def read_run(folder: Path) -> TrainingRun:
     """Read a run folder.
 
     Raises:
-        JobFolderError: it is not a run folder, or its configuration is invalid or not supported.
+        TrainingRunError: it is not a run folder, or its configuration is invalid or not supported.
     """
     if not folder.is_dir():
-        raise JobFolderError(
+        raise TrainingRunError(
             f"The folder {folder} does not exist; set the output folder of a training run."
         )
     config = read_config(folder)
@@ -169,7 +169,7 @@ def read_run(folder: Path) -> TrainingRun:
     )
     base_model = model.get("name_or_path")
     if not isinstance(base_model, str):
-        raise JobFolderError(
+        raise TrainingRunError(
             f"The configuration in {folder} has no base model; set model.name_or_path."
         )
     family = _family(model)
@@ -304,7 +304,7 @@ def _family(model: Mapping[str, Any]) -> str:
     """Return the id of the model family; older configurations set a flag, newer ones `arch`.
 
     Raises:
-        JobFolderError: the family is not supported, or an option that changes its samples is not.
+        TrainingRunError: the family is not supported, or an option that changes its samples is not.
     """
     arch = model.get("arch")
     flags = {
@@ -324,12 +324,12 @@ def _family(model: Mapping[str, Any]) -> str:
     if spec is None:
         known = ", ".join(spec.title for spec in all_families().values())
         trained = " and ".join([*([repr(arch)] if arch else []), *sorted(flags)])
-        raise JobFolderError(
+        raise TrainingRunError(
             f"The training run trains {trained}, which is not supported; "
             f"the supported models are: {known}."
         )
     if model.get("refiner_name_or_path"):
-        raise JobFolderError(
+        raise TrainingRunError(
             "The training run samples with a refiner (model.refiner_name_or_path), "
             "which is not supported."
         )
@@ -364,7 +364,7 @@ def _items(sample: Mapping[str, Any], name: str) -> list[SampleItem]:
     if not isinstance(raw, list) or not all(
         isinstance(item, dict) and isinstance(item.get("prompt"), str) for item in raw
     ):
-        raise JobFolderError(
+        raise TrainingRunError(
             f"{name}.samples or {name}.prompts is not a list of items with a prompt each; "
             "correct the configuration."
         )

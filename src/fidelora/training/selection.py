@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fidelora.errors import JobFolderError, NothingToCheckError
+from fidelora.errors import NothingToCheckError, TrainingRunError
 from fidelora.training.notes import checkable_steps, has_only_random_seeds, notes_on
 from fidelora.training.run_folder import TrainingRun
 
@@ -15,7 +15,7 @@ def steps_to_check(run: TrainingRun, selection: str) -> list[int]:
 
     Raises:
         NothingToCheckError: the run has no samples, or none with a checkpoint.
-        JobFolderError: `selection` is invalid.
+        TrainingRunError: `selection` is invalid.
     """
     if not run.samples:
         raise NothingToCheckError(f"The training run {run.name} has no sample prompts.")
@@ -41,7 +41,7 @@ def steps_to_check(run: TrainingRun, selection: str) -> list[int]:
     if selection == "last":
         return checkable[-1:]
     if not selection.isdigit():
-        raise JobFolderError(f"{selection!r} is not a step; set a number, last or all.")
+        raise TrainingRunError(f"{selection!r} is not a step; set a number, last or all.")
     if int(selection) not in checkable:
         available = ", ".join(map(str, checkable))
         raise NothingToCheckError(

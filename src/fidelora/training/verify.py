@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from fidelora.engine.engine import Engine
-from fidelora.errors import JobFolderError, NothingToCheckError
+from fidelora.errors import NothingToCheckError, TrainingRunError
 from fidelora.images.write import GeneratedImage
 from fidelora.recipe import Recipe
 from fidelora.training.compare import Comparison, compare, reencode, similarity
@@ -114,7 +114,7 @@ def verify(
 
     Raises:
         NothingToCheckError: these steps have no samples.
-        JobFolderError: a sample cannot be read, or a setting is invalid.
+        TrainingRunError: a sample cannot be read, or a setting is invalid.
         FideloraError: a file cannot be used.
     """
 
@@ -178,7 +178,7 @@ def check_sample(plan: PlannedSample, engine: Engine) -> CheckedSample:
         cause the difference, or else `mismatch`.
 
     Raises:
-        JobFolderError: the trainer's sample cannot be read.
+        TrainingRunError: the trainer's sample cannot be read.
         FideloraError: a file cannot be used.
     """
     assert plan.trainer_image is not None
@@ -288,12 +288,12 @@ def read_trainer_image(path: Path) -> tuple[Pixels, str]:
     """Return the pixels [height, width, 3] and Pillow's format name of a trainer's sample.
 
     Raises:
-        JobFolderError: the file cannot be read as an image.
+        TrainingRunError: the file cannot be read as an image.
     """
     try:
         return _read_image(path, path.stat().st_mtime_ns)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise JobFolderError(f"The sample {path.name} cannot be read as an image.") from error
+        raise TrainingRunError(f"The sample {path.name} cannot be read as an image.") from error
 
 
 @lru_cache(maxsize=64)

@@ -23,10 +23,10 @@ from fidelora.errors import (
     BaseModelWeightsError,
     NonFiniteWeightsError,
     WeightsFileError,
-    some,
 )
 from fidelora.families.spec import Part
 from fidelora.safetensors_header import read_file_header
+from fidelora.texts import listed
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Names of the VAE's attention in diffusers before 0.15, as in the files of Stable Diffusion 1.5.
@@ -66,7 +66,7 @@ def build_part(
     if broken:
         raise NonFiniteWeightsError(
             f"{len(broken)} weights of the base model's {part.name} are NaN or infinite "
-            f"({some(broken)}): the file is damaged, or its training diverged. Use another one."
+            f"({listed(broken)}): the file is damaged, or its training diverged. Use another one."
         )
     changed = changeable(module) if part.adapter_prefixes else ()
     later = {f"{path}.weight" for path, _ in changed}
@@ -126,7 +126,7 @@ def read_weights(paths: Sequence[Path]) -> dict[str, Tensor]:
         if repeated := sorted(weights.keys() & shard.keys()):
             raise BaseModelFilesError(
                 f"{len(repeated)} weights of {path.name} are in another shard, too "
-                f"({some(repeated)}). Download the base model again."
+                f"({listed(repeated)}). Download the base model again."
             )
         weights |= shard
     return weights
@@ -218,7 +218,7 @@ def _check(part: Part, weights: Mapping[str, Tensor], expected: Mapping[str, tor
         (misshapen, "have other shapes than the configuration requires"),
         (quantised, "are quantised, which is not supported"),
     ]
-    found = [f"{len(names)} weights {what} ({some(names)})" for names, what in problems if names]
+    found = [f"{len(names)} weights {what} ({listed(names)})" for names, what in problems if names]
     if found:
         advice = (
             "Use an unquantised checkpoint."

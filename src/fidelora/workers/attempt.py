@@ -68,17 +68,16 @@ class WorkerLimits:
 
 _MAX_LEASES_PER_STEP = 3  # a worker is hung after this many leases, however slow its steps are
 _SLOW_STEP_FACTOR = 10  # a step may take this many times as long as the longest one before it
-_STORE_PAUSE_S = 1.0  # time between two tries to store something while the store fails
-_STORE_PATIENCE_S = 900.0  # time after which a result that cannot be stored is given up
+_STORE_RETRY_INTERVAL_S = 1.0  # time between two attempts to store something while the store fails
+_STORE_RETRY_S = 900.0  # time after which a result that cannot be stored is given up
 
 
 class StepAllowance:
     """Seconds until a worker without a finished step counts as hung, for one batch.
 
-    How long a step takes is only known after the first one: large images, compilation and slow
-    devices can make it last longer than `WorkerLimits.lease_s`. So the first step may take
-    `_MAX_LEASES_PER_STEP` times that. The images are decoded after the last step, which may take as
-    long.
+    The duration of a step is only known after the first one: large images, compilation and slow
+    devices can make it longer than `WorkerLimits.lease_s`. So the first step, and the decoding of
+    the images after the last step, may each take `_MAX_LEASES_PER_STEP` times `lease_s`.
     """
 
     def __init__(self, limits: WorkerLimits) -> None:
@@ -99,18 +98,22 @@ class StepAllowance:
         return max(self._limits.lease_s, slow_s)
 
 
-def patiently(call: Callable[[], Job], wait: Callable[[float], None]) -> Job:
-    """Store something for a worker, which can do nothing else while the store fails.
+def retry_while_store_fails(call: Callable[[], Job], wait: Callable[[float], None]) -> Job:
+    """Return the result of `call`, which is repeated while it raises `JobStoreError`.
+
+    Args:
+        call: changes a job in the store.
+        wait: sleeps for the given seconds.
 
     Raises:
-        JobStoreError: the store has failed for `_STORE_PATIENCE_S`.
+        JobStoreError: the store has failed for `_STORE_RETRY_S`.
     """
-    for _ in range(int(_STORE_PATIENCE_S / _STORE_PAUSE_S)):
+    for _ in range(int(_STORE_RETRY_S / _STORE_RETRY_INTERVAL_S)):
         try:
             return call()
         except JobStoreError as error:
-            log.warning("trying again: %s", error)
-            wait(_STORE_PAUSE_S)
+            log.warning("job store unavailable, retrying: %s", error)
+            wait(_STORE_RETRY_INTERVAL_S)
     return call()
 
 
@@ -279,7 +282,7 @@ class Attempt:
         own = images[part.offset : part.offset + len(part.recipes)]
         self.add_timings(own[0].seconds, len(own) / len(images))
         # Without a lease, the files would replace those of another worker.
-        patiently(self.heartbeat, self._wait)
+        retry_while_store_fails(self.heartbeat, self._wait)
         for index, image in enumerate(own, part.first_image):
             self.files.write(index, image)
 

@@ -70,9 +70,9 @@ class WorkerPool:
         return any(slot.ready for slot in self._slots)
 
     @property
-    def trouble(self) -> str:
-        """Reason why a worker failed to start or pauses; empty if all work or start."""
-        return next((slot.trouble for slot in self._slots if slot.trouble), "")
+    def unready_reason(self) -> str:
+        """Reason of the first worker that failed to start or pauses; empty if no worker did."""
+        return next((slot.unready_reason for slot in self._slots if slot.unready_reason), "")
 
     @property
     def process_ids(self) -> list[int]:
@@ -122,8 +122,8 @@ class WorkerPool:
         for job in self._running_jobs():
             self._abandon(job, "the server stopped", datetime.now(UTC))
 
-    def hurry(self) -> None:
-        """Cut the grace period of a running `stop` short: release all jobs now."""
+    def skip_grace_period(self) -> None:
+        """End the grace period of a running `stop`: the workers release their jobs now."""
         for slot in self._slots:
             slot.terminate()
 
@@ -144,12 +144,12 @@ class WorkerPool:
                 reason = slot.exit_reason
                 abandoned += [after for job in jobs if (after := self._abandon(job, reason, now))]
                 slot.forget_process()
-                log.error("%s has ended: %s", slot.name, slot.trouble or reason)
+                log.error("%s has ended: %s", slot.name, slot.unready_reason or reason)
             if slot.process is None and slot.may_start:
                 self.restarts += 1
                 slot.start()
-        # Leases matter for the jobs of other pools. This pool knows which of its own workers are
-        # alive, also when somebody changes the system's date.
+        # Leases are only needed for the jobs of other pools. The processes of this pool's own
+        # workers can be checked, which also works if the system's date is changed.
         alive = {slot.name for slot in self._slots if slot.alive}
         return abandoned + list(self._store.abandon_expired(now, spare=alive))
 

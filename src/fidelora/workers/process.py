@@ -127,7 +127,7 @@ class WorkerSlot:
         return self.alive and self._signals.pulse.has_stopped(monotonic)
 
     @property
-    def trouble(self) -> str:
+    def unready_reason(self) -> str:
         """Reason why the slot makes no images: a pause or a failed start; empty if none."""
         return self._pause_reason if self._signals.ready.is_set() else self.startup_error
 
@@ -230,7 +230,7 @@ def worker_process(
         try:
             job = worker.run_next()
         except JobStoreError as error:
-            log.warning("no jobs at the moment: %s", error)
+            log.warning("job store unavailable, no job claimed: %s", error)
             job = None
         if job is None:
             # Poll as well: another server that adds a job to this store sends no signal.
@@ -238,7 +238,7 @@ def worker_process(
 
 
 def prepare_process(setup: WorkerSetup) -> None:
-    """Set what libraries read from the environment, before they are loaded."""
+    """Set environment variables before the libraries that read them are imported."""
     limit_spinning()
     if setup.hub_token is not None:
         os.environ["HF_TOKEN"] = setup.hub_token
@@ -294,10 +294,11 @@ def _exit_with_parent() -> None:
 
 
 def _continue_when_parent_dies() -> None:
-    """On Linux, continue this process if it is stopped when the server is killed.
+    """On Linux, request SIGCONT for this process when the server dies.
 
-    A stopped process does not see that the server has died. The kernel sends this signal also when
-    the server's thread that started the process ends, which has no effect on a running process.
+    A process that is stopped (SIGSTOP) could not notice that the server has died, and would keep
+    its device. The kernel sends the signal also when the server's thread that started the process
+    ends; this has no effect, because the process is running.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGCONT)

@@ -1,7 +1,7 @@
-"""State shared by the pool and a worker process. Nothing here waits for the other process.
+"""State shared by the pool and a worker process, without locks.
 
-A worker can be stopped or hang at any moment. With locks, as `multiprocessing.Event` has them, it
-could be stopped while it holds one, and then the server would wait for it forever.
+A worker can be stopped or hang at any moment. `multiprocessing.Event` uses locks; if a worker were
+stopped while it holds one, the server would wait for it forever.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Flag:
 class Pulse:
     """Time until which a worker process counts as alive, in memory shared with the pool.
 
-    The pool can tell a hung worker without the job database, which the worker may keep locked. The
+    The pool detects a hung worker without the job database, which the worker may keep locked. The
     time is monotonic, which is the same clock in all processes of a machine, so changes of the
     system's date have no effect.
     """
@@ -57,11 +57,11 @@ class Pulse:
 def beating(beat: Callable[[float], None], every_s: float, for_s: float) -> Iterator[None]:
     """Report from a thread, while the block runs, that this process is alive.
 
-    For work that takes long and cannot report itself, such as loading a model. The thread stops
-    together with the process. If the block alone hangs, the reports end after `for_s`.
+    This is for blocks that take long and cannot report progress, such as loading a model. If the
+    process is stopped, so is the thread. If only the block hangs, the reports end after `for_s`.
 
     Args:
-        beat: called with three times `every_s`.
+        beat: called every `every_s` seconds, with three times `every_s`.
     """
     ended = threading.Event()
 
@@ -89,7 +89,7 @@ class WakeSender:
         os.set_blocking(connection.fileno(), False)
 
     def wake(self) -> None:
-        """Wake the worker; has no effect if the process has ended or was woken often enough."""
+        """Wake the worker; has no effect if the process has ended or the pipe is full."""
         with suppress(BlockingIOError, BrokenPipeError):
             os.write(self._connection.fileno(), b"\0")
 
@@ -114,7 +114,7 @@ class WorkerSignals:
         pulse: set by the process while it makes progress.
         ready: set by the process once its model is loaded.
         finish: set by the pool to end the process after its current job.
-        wake: end of the pipe on which the pool tells that there may be a new job.
+        wake: receiving end of the pipe through which the pool reports new jobs.
     """
 
     pulse: Pulse

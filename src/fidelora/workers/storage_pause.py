@@ -17,7 +17,7 @@ _PROBE_BYTES = 2**20  # about the size of an image; a full disk may still have r
 
 
 class StoragePause:
-    """Decides whether a worker may claim jobs: not while its output folder cannot be written to.
+    """Keeps a worker from claiming jobs while its output folder is not writable.
 
     Args:
         folder: output folder.
@@ -44,7 +44,7 @@ class StoragePause:
             self._on_change(self._reason)
 
     def is_over(self) -> bool:
-        """True if images can be written; during a pause, writes a file every few seconds to see."""
+        """True if images can be written. During a pause, a test file is written every 5 seconds."""
         if not self._reason:
             return True
         if self._monotonic() < self._next_probe:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
@@ -21,7 +21,6 @@ from fidelora.errors import (
 )
 from fidelora.jobs.job import Failure, Job, Status
 from fidelora.jobs.store import JobStore
-from fidelora.recipe import AdapterRef
 from fidelora.workers.attempt import (
     Attempt,
     AttemptReport,
@@ -30,7 +29,7 @@ from fidelora.workers.attempt import (
     StepAllowance,
     WorkerLimits,
     error_code,
-    patiently,
+    retry_while_store_fails,
 )
 from fidelora.workers.batch import (
     Batch,
@@ -40,6 +39,7 @@ from fidelora.workers.batch import (
     parts_in_turn,
     parts_side_by_side,
 )
+from fidelora.workers.prefetch import AdapterPrefetcher, adapters_of
 from fidelora.workers.signals import beating
 from fidelora.workers.storage_pause import StoragePause
 
@@ -61,7 +61,8 @@ class Worker:
         on_end: called after each attempt.
         on_pause: called with the reason when the worker pauses because it cannot write images, and
             with an empty reason when it continues.
-        beat: called with the seconds until the worker is hung unless it calls again.
+        beat: called while the worker makes progress, with the seconds until its next call. If that
+            call does not come in time, the worker is hung.
         now, monotonic: clocks, replaced in tests.
         wait: sleeps for the given seconds.
     """
@@ -91,11 +92,10 @@ class Worker:
         self._limits = limits or WorkerLimits()
         self._now = now
         self._monotonic = monotonic
-        self._wait = self._beating(wait)
+        self._wait = self._with_beat(wait)
         self._interrupted: dict[str, Attempt] | None = None
         self._write_thread = ThreadPoolExecutor(1, "writes-images")
-        self._prefetch_thread = ThreadPoolExecutor(1, "reads-adapters")
-        self._prefetches: list[Future[None]] = []
+        self._prefetcher = AdapterPrefetcher(engine.adapters)
 
     def run_next(self) -> Job | None:
         """Claim the next job and others that can share its batch, run them and store the results.
@@ -110,8 +110,8 @@ class Worker:
             claimed it again); None if the queue is empty or the worker pauses.
 
         Raises:
-            JobStoreError: the store failed for a long time; the next call returns the jobs that the
-                worker had to the queue.
+            JobStoreError: the store failed for a long time. The next call returns the jobs of this
+                worker to the queue.
         """
         self._beat(self._limits.lease_s)
         try:
@@ -130,7 +130,7 @@ class Worker:
             return None
         attempts = [self._begin(job)]
         try:
-            with self._engine.adapters.pinned(_adapters(job)):  # the same for the whole batch
+            with self._engine.adapters.pinned(adapters_of(job)):  # the same for the whole batch
                 with self._ending_on_error(attempts[0]):
                     self._claim_for_batch(attempts)
                 if len(attempts) > 1:
@@ -149,7 +149,7 @@ class Worker:
                 self._release(attempt)
             raise
         finally:
-            self._cancel_prefetches()
+            self._prefetcher.cancel()
             for attempt in attempts:
                 if attempt.ended_job is not None:
                     self._on_end(attempt.report(loaded))
@@ -158,8 +158,7 @@ class Worker:
     def _release_interrupted(self) -> None:
         """Return the jobs in this worker's name to the queue, after the store failed.
 
-        They include a job that the store claimed without the worker's knowledge, because the
-        connection broke before the answer.
+        They include a job whose claim was stored, but not confirmed, because the connection broke.
 
         Raises:
             JobStoreError: the store still fails.
@@ -178,8 +177,8 @@ class Worker:
                         attempt.files.remove()
         self._interrupted = None
 
-    def _beating(self, wait: Callable[[float], None]) -> Callable[[float], None]:
-        """Return `wait`, which first reports that the worker is alive."""
+    def _with_beat(self, wait: Callable[[float], None]) -> Callable[[float], None]:
+        """Return a function that reports that the worker is alive, and then calls `wait`."""
 
         def beat_and_wait(seconds: float) -> None:
             self._beat(self._limits.lease_s + seconds)
@@ -213,7 +212,7 @@ class Worker:
                 self._name,
                 self._now(),
                 self._claim_lease_s,
-                wanted=partial(fits_batch, recipe, room),
+                matches=partial(fits_batch, recipe, room),
             )
             if job is not None:
                 attempts.append(self._begin(job))
@@ -288,7 +287,7 @@ class Worker:
             self._engine.load(recipes[0])
         batch.add_timings({"load": self._monotonic() - start})
         batch.before_first_step()
-        self._prefetch_for_next_job()
+        self._prefetch_next_job()
         if len(recipes) == 1:
             images = [self._engine.generate(recipes[0], batch.on_step)]
         else:
@@ -312,7 +311,7 @@ class Worker:
     def _succeed(self, attempt: Attempt) -> None:
         job = attempt.job
         outputs = attempt.files.outputs()
-        ended = patiently(
+        ended = retry_while_store_fails(
             lambda: self._store.succeed(job.id, job.epoch, outputs, attempt.timings, self._now()),
             self._wait,
         )
@@ -336,7 +335,7 @@ class Worker:
         try:
             if isinstance(error, LeaseLostError):
                 raise error
-            ended = patiently(lambda: self._store_error(job, error), self._wait)
+            ended = retry_while_store_fails(lambda: self._store_error(job, error), self._wait)
         except LeaseLostError:
             log.warning("the job belongs to another worker now", extra={"request_id": job.id})
             attempt.running = False
@@ -348,7 +347,7 @@ class Worker:
 
     def _store_error(self, job: Job, error: Exception) -> Job:
         """Store the end of an attempt: as canceled, failed, released or abandoned."""
-        if isinstance(error, StorageError):  # no fault of the job
+        if isinstance(error, StorageError):  # the job is not the cause
             self._pause.begin(error)
             return self._store.release(job.id, job.epoch, self._now())
         if isinstance(error, GenerationCancelled):
@@ -376,28 +375,8 @@ class Worker:
             return  # the job has ended or has another worker; otherwise its lease will expire
         attempt.files.remove()
 
-    def _prefetch_for_next_job(self) -> None:
-        """Read the adapters of the next job on another thread while the current job runs."""
-        self._cancel_prefetches()
-        job = None
+    def _prefetch_next_job(self) -> None:
+        self._prefetcher.cancel()
         with suppress(JobStoreError):
-            job = self._store.peek()
-        if job is not None:
-            self._prefetches = [
-                self._prefetch_thread.submit(self._prefetch, ref) for ref in _adapters(job)
-            ]
-
-    def _cancel_prefetches(self) -> None:
-        for future in self._prefetches:
-            future.cancel()
-
-    def _prefetch(self, ref: AdapterRef) -> None:
-        try:
-            self._engine.adapters.prefetch(ref)
-        except Exception:  # the job that needs the adapter reads it again and reports the error
-            log.exception("prefetching the adapter %s failed", ref.sha256)
-
-
-def _adapters(job: Job) -> Sequence[AdapterRef]:
-    """Return the adapters of all images of a job, without duplicates."""
-    return list({ref.sha256: ref for recipe in job.recipes for ref in recipe.files}.values())
+            if (job := self._store.peek()) is not None:
+                self._prefetcher.start(job)

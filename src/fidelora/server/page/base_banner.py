@@ -30,11 +30,11 @@ class BaseBanner:
 
     def _update(self) -> list[Any]:
         """Return the banner, and a timer that ticks until a worker is ready."""
-        pool, trouble = self._context.pool, self._context.trouble
+        pool, reason = self._context.pool, self._context.unready_reason
         sentence = (
-            f"No images can be made at the moment: {trouble} The server tries again by itself."
+            f"No images can be made at the moment: {reason} The server tries again by itself."
         )
         return [
-            gr.update(value=notice(sentence, "error") if trouble else "", visible=bool(trouble)),
+            gr.update(value=notice(sentence, "error") if reason else "", visible=bool(reason)),
             gr.update(active=pool is not None and not pool.ready),
         ]

@@ -16,7 +16,7 @@ from PIL import Image
 from starlette.concurrency import run_in_threadpool
 
 from fidelora.atomic import make_folder, write_atomically
-from fidelora.errors import FideloraError, WrongUseError
+from fidelora.errors import FideloraError, UsageError
 from fidelora.jobs.job import Job, Status
 from fidelora.recipe import MAX_MULTIPLIER
 from fidelora.server.context import ServerContext
@@ -187,9 +187,9 @@ class CompareTab:
         The forms are ordered by row, so that each LoRA is loaded only once.
         """
         if not loras:
-            raise WrongUseError("Choose at least one checkpoint.")
+            raise UsageError("Choose at least one checkpoint.")
         if len(loras) * len(multipliers) > MAX_SHEET_IMAGES:
-            raise WrongUseError(
+            raise UsageError(
                 f"{len(loras)} checkpoints x {len(multipliers)} multipliers are more than "
                 f"{MAX_SHEET_IMAGES} images; choose fewer."
             )
@@ -241,7 +241,7 @@ def read_multipliers(text: str) -> list[float]:
     """Parse numbers separated by commas, and drop duplicates.
 
     Raises:
-        WrongUseError: the text is empty, or an entry is not a number from -5 to 5.
+        UsageError: the text is empty, or an entry is not a number from -5 to 5.
     """
     words = [word.strip() for word in text.split(",") if word.strip()]
     try:
@@ -249,7 +249,7 @@ def read_multipliers(text: str) -> list[float]:
     except ValueError:
         numbers = []
     if not numbers or not all(-MAX_MULTIPLIER <= number <= MAX_MULTIPLIER for number in numbers):
-        raise WrongUseError(
+        raise UsageError(
             f"Multipliers: {text[:60]!r} is not a list of numbers from -{MAX_MULTIPLIER:g} to "
             f"{MAX_MULTIPLIER:g}, such as 0.5, 1."
         )

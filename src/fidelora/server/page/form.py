@@ -21,7 +21,7 @@ from fidelora.api import (
     recipes_of,
     sampler_options,
 )
-from fidelora.errors import WrongUseError
+from fidelora.errors import UsageError
 from fidelora.families import get_family
 from fidelora.loras.trigger import has_placeholder
 from fidelora.recipe import LOCATIONS, MAX_SEED, AdapterRef, Recipe, short_name
@@ -80,13 +80,13 @@ def read_seed(text: str) -> int | None:
     Seeds are entered as text, because browsers round numbers above 2**53.
 
     Raises:
-        WrongUseError: the text is not a whole number from 0 to `MAX_SEED`.
+        UsageError: the text is not a whole number from 0 to `MAX_SEED`.
     """
     text = text.strip()
     if text in ("", "-1"):
         return None
     if not (text.isascii() and text.isdigit()) or int(text[:20]) > MAX_SEED:
-        raise WrongUseError(
+        raise UsageError(
             f"Seed: {text[:40]!r} is not a whole number from 0 to {MAX_SEED}; "
             "leave the field empty for a random seed."
         )
@@ -104,11 +104,11 @@ def build_request(form: Form) -> InferenceRequest:
     """Build the request for the form's values, and validate it as the HTTP API does.
 
     Raises:
-        WrongUseError: a value is missing or out of range; the message is shown to the user.
+        UsageError: a value is missing or out of range; the message is shown to the user.
         RequestError: the model does not exist or does not support a field.
     """
     if not 1 <= form.images <= MAX_PROMPTS:
-        raise WrongUseError(f"Images: choose a number from 1 to {MAX_PROMPTS}, not {form.images}.")
+        raise UsageError(f"Images: choose a number from 1 to {MAX_PROMPTS}, not {form.images}.")
     seeds = [-1 if form.seed is None else form.seed + index for index in range(form.images)]
     of_request = InferenceRequest.model_fields
     prompt = {name: value for name, value in form.fields.items() if name not in of_request}
@@ -119,7 +119,7 @@ def build_request(form: Form) -> InferenceRequest:
     try:
         request = InferenceRequest.model_validate(body)
     except ValidationError as error:
-        raise WrongUseError(_sentence(error)) from None
+        raise UsageError(_sentence(error)) from None
     check_request(request, needs_lora=False)
     return request
 

@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 import gradio as gr
 
-from fidelora.server.access import NOBODY, Caller
+from fidelora.server.access import ANONYMOUS, Caller
 from fidelora.server.context import caller_of
 from fidelora.server.page.visitor import acting_for
 
@@ -59,4 +59,4 @@ def for_visitor(handler: Callable[..., Any]) -> Callable[..., Any]:
 def _caller(request: Any) -> Caller:
     # Without an HTTP call, the attributes of Gradio's request come from a body.
     call = getattr(request, "request", None)
-    return NOBODY if call is None else caller_of(call)
+    return ANONYMOUS if call is None else caller_of(call)

@@ -74,7 +74,7 @@ class LoraList:
             AdapterError, WeightsFileError: the file does not exist or cannot be read.
             OutputError: the cache cannot be written to.
         """
-        return self.context.cache.keep(self._file(path), path)
+        return self.context.cache.add(self._file(path), path)
 
     def path_of(self, adapter: AdapterRef) -> str | None:
         """Return the request path of the file with an adapter's SHA-256, or None.

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from fidelora.errors import WrongUseError
+from fidelora.errors import UsageError
 from fidelora.families import get_family
 from fidelora.server.page.events import IMMEDIATE
 from fidelora.server.page.form import (
@@ -130,7 +130,7 @@ class MakeForm:
         """Convert the values of `inputs`.
 
         Raises:
-            WrongUseError: the seed is not a number, or a number is missing.
+            UsageError: the seed is not a number, or a number is missing.
         """
         loras, multipliers = values[0] or [], values[1 : 1 + MAX_LORAS]
         seed, images, *rest = values[1 + MAX_LORAS :]
@@ -144,7 +144,7 @@ class MakeForm:
         numbers |= {f"Multiplier of {path}": number for path, number in with_multipliers}
         for label, value in numbers.items():
             if not isinstance(value, int | float):
-                raise WrongUseError(f"{label} is empty; enter a number.")
+                raise UsageError(f"{label} is empty; enter a number.")
         return Form(loras=with_multipliers, seed=read_seed(seed), images=images, fields=fields)
 
     def show(self, form: Form, message: str) -> list[Any]:
@@ -182,7 +182,7 @@ class MakeForm:
     def _store(self, *values: Any) -> Any:
         try:
             return to_stored(self.read(values))
-        except WrongUseError:  # the value is being edited
+        except UsageError:  # the value is being edited
             return gr.skip()
 
     def message(self, message: str) -> list[Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 from starlette.concurrency import run_in_threadpool
 
-from fidelora.errors import FideloraError, WrongUseError
+from fidelora.errors import FideloraError, UsageError
 from fidelora.server.context import ServerContext
 from fidelora.server.page.bases import served_families
 from fidelora.server.page.downloads import download_link
@@ -140,7 +140,7 @@ class MakeTab:
         try:
             form = self.form.read(values)
             if form.images > MAX_IMAGES:
-                raise WrongUseError(
+                raise UsageError(
                     f"Images: choose a number from 1 to {MAX_IMAGES}, not {form.images}."
                 )
             job = await submit(self._context, visitor(), build_request(form))

@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 from starlette.concurrency import run_in_threadpool
 
-from fidelora.errors import FideloraError, JobFolderError
+from fidelora.errors import FideloraError, TrainingRunError
 from fidelora.server.context import ServerContext
 from fidelora.server.page.events import IMMEDIATE, STREAMING
 from fidelora.server.page.html import escape, notice, progress_bar
@@ -154,7 +154,7 @@ class MatchTab:
     ) -> AsyncIterator[list[Any]]:
         try:
             step = _read_step(step)
-        except JobFolderError as error:
+        except TrainingRunError as error:
             yield self._updates(verdict=notice(error, "error"))
             return
         verification_id = random_id()
@@ -234,7 +234,7 @@ class MatchTab:
         elif folder:
             path = find_run(settings.jobs, folder)
         else:
-            raise JobFolderError("Choose a training run, or drop its zip.")
+            raise TrainingRunError("Choose a training run, or drop its zip.")
         run = read_contained_run(path, self._context)
         return path, server_base_model(run, self._context)
 
@@ -248,7 +248,7 @@ def _read_step(text: str) -> str:
     text = text.strip() or "last"
     if text in ("last", "all") or (text.isascii() and text.isdigit() and len(text) < 10):
         return text
-    raise JobFolderError(f"{text!r:.60} is not a step; enter a number, last or all.")
+    raise TrainingRunError(f"{text!r:.60} is not a step; enter a number, last or all.")
 
 
 def _verdict(outcome: Outcome, lines: Sequence[str]) -> str:

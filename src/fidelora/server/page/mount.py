@@ -151,7 +151,7 @@ class Page(BaseRoute):
         if path == LOGIN_PATH:
             await Response(status_code=303, headers={"Location": "./"})(scope, receive, send)
         elif path == LOGOUT_PATH:
-            await self._login.leave(method, Headers(scope=scope))(scope, receive, send)
+            await self._login.logout(method, Headers(scope=scope))(scope, receive, send)
         elif path.startswith(REPORTS):
             await self._report(path.removeprefix(REPORTS))(scope, receive, send)
         elif path == IMAGES_ZIP:

@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from fidelora.errors import FideloraError, ImageRecordError, WrongUseError
+from fidelora.errors import FideloraError, ImageRecordError, UsageError
 from fidelora.families import get_family
 from fidelora.images.read import read_origin
 from fidelora.recipe import Recipe
@@ -90,12 +90,12 @@ class RecipeLoader:
         """Return the updates that load a recipe into the form, and a message about the result.
 
         Raises:
-            WrongUseError: the form cannot show the recipe, or a LoRA is missing.
+            UsageError: the form cannot show the recipe, or a LoRA is missing.
         """
         served = served_families(self._context)
         if recipe.model not in [family.id for family in served]:
             names = ", ".join(family.title for family in served)
-            raise WrongUseError(
+            raise UsageError(
                 f"The image was made with {get_family(recipe.model).title}; "
                 f"this server's base models are for {names}."
             )
@@ -107,9 +107,9 @@ class RecipeLoader:
                 for adapter, path in found
                 if path is None
             )
-            raise WrongUseError(f"The image needs LoRAs that are not on this server: {missing}.")
+            raise UsageError(f"The image needs LoRAs that are not on this server: {missing}.")
         if len(paths) > MAX_LORAS:
-            raise WrongUseError(
+            raise UsageError(
                 f"The image uses {len(paths)} LoRAs; this form supports up to {MAX_LORAS}."
             )
         form = form_for_recipe(recipe, paths, image_format)

@@ -176,7 +176,7 @@ class RequestQueue:
     def _cancel(self, job_ids: Iterable[str]) -> None:
         for job_id in list(job_ids):
             try:
-                if visitor().sees(self.store.get(job_id)):
+                if visitor().can_access(self.store.get(job_id)):
                     self.store.cancel(job_id, utc_now())
             except JobNotFoundError:  # removed in the meantime
                 continue
@@ -189,7 +189,7 @@ class RequestQueue:
                 job = self.store.get(job_id)
             except JobNotFoundError:  # removed in the meantime
                 continue
-            if not visitor().sees(job):
+            if not visitor().can_access(job):
                 continue
             queued = job.status is Status.IN_QUEUE
             found.append((job, self.store.queue_position(job_id) if queued else None))

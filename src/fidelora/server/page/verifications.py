@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from fidelora.atomic import make_folder, remove_folder
-from fidelora.errors import JobFolderError, SettingsError
+from fidelora.errors import SettingsError, TrainingRunError
 from fidelora.families import get_family
 from fidelora.server.context import ServerContext
 from fidelora.settings import Settings
@@ -67,7 +67,7 @@ def find_run(root: Path | None, name: str) -> Path:
 
     Raises:
         SettingsError: the server has no folder of training runs.
-        JobFolderError: the folder does not exist or is outside of `root`.
+        TrainingRunError: the folder does not exist or is outside of `root`.
     """
     if root is None:
         raise SettingsError(
@@ -81,7 +81,7 @@ def find_run(root: Path | None, name: str) -> Path:
     except (OSError, ValueError, RuntimeError):  # a name that no folder can have
         found = False
     if not found:
-        raise JobFolderError(
+        raise TrainingRunError(
             f"The training run {name!r:.200} is not on this server; choose one from the list."
         )
     return path
@@ -98,30 +98,30 @@ def unpack_run(archive: Path, target: Path, max_bytes: int) -> tuple[Path, int]:
         the run's folder below `target`, and the number of files left out because of their type.
 
     Raises:
-        JobFolderError: the zip is damaged or too large, or does not contain exactly one run.
+        TrainingRunError: the zip is damaged or too large, or does not contain exactly one run.
     """
     make_folder(target)
     try:
         with _LimitedReads(archive) as file, zipfile.ZipFile(file) as packed:
             left_out = _unpack_files(packed, target, max_bytes * _MAX_EXPANSION)
-    except JobFolderError:
+    except TrainingRunError:
         remove_folder(target)
         raise
     except Exception as error:  # damaged files make `zipfile` raise errors of many types
         remove_folder(target)
         # The text of an OSError has the path of a folder on the server.
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
-        raise JobFolderError(
+        raise TrainingRunError(
             f"The zip cannot be unpacked: {reason or type(error).__name__:.200}."
         ) from error
     runs = list_runs(target)
     if len(runs) != 1:
         remove_folder(target)
         if not runs:
-            raise JobFolderError(
+            raise TrainingRunError(
                 "The zip contains no training run: none of its folders has a config.yaml."
             )
-        raise JobFolderError(f"The zip contains {len(runs)} training runs; pack only one.")
+        raise TrainingRunError(f"The zip contains {len(runs)} training runs; pack only one.")
     return target / runs[0], left_out
 
 
@@ -134,7 +134,7 @@ class _LimitedReads(io.FileIO):
     def read(self, size: int | None = -1, /) -> bytes:
         left = os.fstat(self.fileno()).st_size - self.tell()
         if min(left, left if size is None or size < 0 else size) > _MAX_READ_BYTES:
-            raise JobFolderError(
+            raise TrainingRunError(
                 f"The zip's list of files has more than {_MAX_READ_BYTES:,} bytes; "
                 f"at most {_MAX_FILES:,} files are allowed."
             )
@@ -144,13 +144,13 @@ class _LimitedReads(io.FileIO):
 def _unpack_files(packed: zipfile.ZipFile, target: Path, max_bytes: int) -> int:
     entries = packed.infolist()
     if len(entries) > _MAX_FILES:
-        raise JobFolderError(
+        raise TrainingRunError(
             f"The zip contains {len(entries):,} files; at most {_MAX_FILES:,} are allowed."
         )
     for entry in entries:  # all of them, before anything is written
         _check_path(entry.filename)
     if sum(entry.file_size for entry in entries) > max_bytes:
-        raise JobFolderError(f"The zip contains more than {max_bytes:,} bytes.")
+        raise TrainingRunError(f"The zip contains more than {max_bytes:,} bytes.")
     written = left_out = 0
     for entry in entries:
         if entry.is_dir():
@@ -160,7 +160,7 @@ def _unpack_files(packed: zipfile.ZipFile, target: Path, max_bytes: int) -> int:
             left_out += 1
             continue
         if entry.compress_type not in _COMPRESSIONS:
-            raise JobFolderError(
+            raise TrainingRunError(
                 f"The compression method of {shown} in the zip is not supported; use Deflate."
             )
         path = target / name
@@ -172,11 +172,11 @@ def _unpack_files(packed: zipfile.ZipFile, target: Path, max_bytes: int) -> int:
                 written += len(part)
                 size += len(part)
                 if size > max_size:
-                    raise JobFolderError(
+                    raise TrainingRunError(
                         f"The file {shown} in the zip has more than {max_size:,} bytes."
                     )
                 if written > max_bytes:
-                    raise JobFolderError(f"The zip contains more than {max_bytes:,} bytes.")
+                    raise TrainingRunError(f"The zip contains more than {max_bytes:,} bytes.")
                 file.write(part)
     return left_out
 
@@ -185,20 +185,20 @@ def _check_path(filename: str) -> None:
     """Check the path of an entry.
 
     Raises:
-        JobFolderError: the path leads outside of the zip, is too deep, or has too long a name.
+        TrainingRunError: the path leads outside of the zip, is too deep, or has too long a name.
     """
     if not filename:
-        raise JobFolderError("The zip contains a file without a name; pack the folder again.")
+        raise TrainingRunError("The zip contains a file without a name; pack the folder again.")
     path, shown = PurePosixPath(filename), f"{filename!r:.200}"
     if path.is_absolute() or ".." in path.parts or "\\" in filename or ":" in filename:
-        raise JobFolderError(f"The zip contains a path that leads outside of it: {shown}.")
+        raise TrainingRunError(f"The zip contains a path that leads outside of it: {shown}.")
     if len(path.parts) > _MAX_PARTS:
-        raise JobFolderError(
+        raise TrainingRunError(
             f"The zip contains a path of {len(path.parts):,} parts: {shown}; at most {_MAX_PARTS} "
             "are allowed."
         )
     if any(len(part.encode("utf-8", "replace")) > _MAX_NAME_BYTES for part in path.parts):
-        raise JobFolderError(
+        raise TrainingRunError(
             f"The zip contains a name of more than {_MAX_NAME_BYTES} bytes: {shown}."
         )
 
@@ -207,7 +207,7 @@ def read_contained_run(folder: Path, context: ServerContext) -> TrainingRun:
     """Read a training run and check that all its files, with links resolved, are in its folder.
 
     Raises:
-        JobFolderError: a file is outside, the folder is not a training run, the run has its own
+        TrainingRunError: a file is outside, the folder is not a training run, the run has its own
             VAE, which could be any local or hub file, or its checkpoints are base models.
     """
     run = read_run(folder)
@@ -219,14 +219,14 @@ def read_contained_run(folder: Path, context: ServerContext) -> TrainingRun:
         *(folder / name for name in CONFIG_NAMES),
     )
     if not all(file.resolve().is_relative_to(inside) for file in files):
-        raise JobFolderError(f"The training run {run.name} uses files outside of its folder.")
+        raise TrainingRunError(f"The training run {run.name} uses files outside of its folder.")
     if run.full_models:
-        raise JobFolderError(
+        raise TrainingRunError(
             f"The checkpoints of the training run {run.name} are base models, but the page loads "
             "only this server's models. Verify it on the command line with fidelora verify."
         )
     if run.vae and run.vae != server_base_model(run, context):
-        raise JobFolderError(
+        raise TrainingRunError(
             f"The training run {run.name} has its own VAE (model.vae_path), but the page loads "
             "only this server's models. Verify it on the command line with fidelora verify."
         )
@@ -303,7 +303,7 @@ class Verifier:
             out: folder of the report.
 
         Raises:
-            JobFolderError: the verification was canceled or took too long.
+            TrainingRunError: the verification was canceled or took too long.
         """
         command = [sys.executable, "-P", "-m", "fidelora", "verify", str(folder)]
         command += ["--base-model", base_model, "--step", step, "--device", self._device]
@@ -336,7 +336,7 @@ class Verifier:
                         yield raw.decode("utf-8", "replace").rstrip()
                     code = await process.wait()
             except TimeoutError:
-                raise JobFolderError(
+                raise TrainingRunError(
                     f"The verification exceeded {self._timeout_s:g} seconds and was stopped."
                 ) from None
             finally:
@@ -360,7 +360,7 @@ class Verifier:
     def _raise_if_canceled(self, verification_id: str) -> None:
         if verification_id in self._canceled:
             self._canceled.discard(verification_id)
-            raise JobFolderError(CANCELED)
+            raise TrainingRunError(CANCELED)
 
 
 def random_id() -> str:

@@ -1,8 +1,8 @@
 """The visitor for whom an event handler of the page runs. Does not import Gradio.
 
 Gradio runs handlers outside of the HTTP call that caused them, so `handlers.for_visitor` stores the
-caller in a context variable while the handler runs. A handler without it runs for `NOBODY`, which
-has access to the LoRA folder only.
+caller in a context variable while the handler runs. A handler without it runs for `ANONYMOUS`,
+which has access to the LoRA folder only.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from fidelora.server.access import NOBODY, Caller
+from fidelora.server.access import ANONYMOUS, Caller
 
-_visitor: ContextVar[Caller] = ContextVar("visitor", default=NOBODY)
+_visitor: ContextVar[Caller] = ContextVar("visitor", default=ANONYMOUS)
 
 
 def visitor() -> Caller:

@@ -213,7 +213,7 @@ def embeddings() -> EmbeddingsBody:
 
 @router.get("/scripts")
 def scripts() -> ScriptsBody:
-    """List the scripts, of which there are none."""
+    """List the scripts: always an empty list, because scripts are not supported."""
     return ScriptsBody()
 
 
@@ -233,7 +233,7 @@ def nothing() -> list[dict[str, Any]]:
 
 @router.get("/cmd-flags")
 def command_line_flags() -> dict[str, Any]:
-    """Return no flags, because those of A1111 do not exist here."""
+    """Return an empty object, because this server does not have A1111's flags."""
     return {}
 
 

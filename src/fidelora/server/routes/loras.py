@@ -96,7 +96,7 @@ def upload_lora(
 def delete_lora(
     name: Annotated[
         str,
-        Path(max_length=250, description="`path` of the upload, or the name of an own upload."),
+        Path(max_length=250, description="`path` of the upload, or the name of one of your own."),
     ],
     context: ContextDep,
     caller: CallerDep,

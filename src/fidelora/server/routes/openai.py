@@ -82,8 +82,8 @@ async def generate_images(
         check_request(inference, needs_lora=False)
         job = await submit(context, caller, inference, image_quality=body.image_quality)
     except RequestFieldError as error:
-        *_, field = error.place  # a field of `inference`; reported by its name in this API
-        raise RequestFieldError(str(error), place=(FIELD_OF.get(str(field), field),)) from error
+        *_, field = error.loc  # a field of `inference`; reported by its name in this API
+        raise RequestFieldError(str(error), loc=(FIELD_OF.get(str(field), field),)) from error
     if body.stream:
         return StreamingResponse(
             _stream(job, body.partial_images or 0, context, request), media_type="text/event-stream"

@@ -44,7 +44,7 @@ def ready(context: ContextDep, response: Response) -> Readiness:
         return Readiness(status="stopping")
     if context.pool is not None and not context.pool.ready:
         response.status_code = 503
-        return Readiness(status="starting", reason=public_text(context.trouble))
+        return Readiness(status="starting", reason=public_text(context.unready_reason))
     return Readiness(status="ready")
 
 

@@ -93,7 +93,7 @@ async def replay(
     choices, origin, content = await _read_request(request, context)
     if (count := _lora_count(origin)) > MAX_LORAS:
         raise RequestFieldError(
-            f"The image has {count} LoRAs; at most {MAX_LORAS} are allowed.", place=("image",)
+            f"The image has {count} LoRAs; at most {MAX_LORAS} are allowed.", loc=("image",)
         )
     submission = submission_of(caller, idempotency_key, content) if idempotency_key else None
     if origin.recipe is not None:
@@ -137,7 +137,7 @@ async def _read_request(
             if not isinstance(image, UploadFile):
                 raise RequestFieldError(
                     "The form field `image` is not a file; send the image as a file.",
-                    place=("image",),
+                    loc=("image",),
                 )
             fields = {name: value for name, value in form.multi_items() if name != "image"}
             choices = _validate(ReplayChoices, fields)
@@ -192,7 +192,7 @@ def _origin_from_json(body: ReplayRequest, model: str) -> Origin:
             return Origin("png", 0, 0, recipe=Recipe.from_dict(body.recipe))
         except RecipeError as error:
             raise RequestFieldError(
-                str(error), place=("recipe", error.field) if error.field else ("recipe",)
+                str(error), loc=("recipe", error.field) if error.field else ("recipe",)
             ) from error
     parameters = read_parameters(
         body.parameters or "", get_family(model), with_emphasis=bool(body.emphasis)
@@ -345,5 +345,5 @@ async def _plan_from_parameters(
     try:
         recipe = parameters.recipe(adapters, model=model, **fields)
     except RecipeError as error:
-        raise RequestFieldError(str(error), place=("parameters", error.field)) from error
+        raise RequestFieldError(str(error), loc=("parameters", error.field)) from error
     return _Plan(recipe, "a1111", ignored=parameters.ignored, warnings=tuple(warnings))

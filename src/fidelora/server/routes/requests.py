@@ -40,7 +40,8 @@ JobDep = Annotated[Job, Depends(_job_of)]
 
 
 async def _open_stream(job: JobDep, context: ContextDep) -> AsyncIterator[Watch]:
-    # A dependency, so that an error becomes a response, which has begun when the stream runs.
+    # This is a dependency, because its errors must become error responses. The endpoint itself runs
+    # after the response has started.
     with context.watcher.stream(), context.watcher.watch() as watch:
         yield watch
 
@@ -166,7 +167,9 @@ def _status_body(job: Job, context: ServerContext) -> StatusBody:
 def _status_body_at(
     job: Job, position: int | None, context: ServerContext, with_preview: bool = False
 ) -> StatusBody:
-    reason = (public_text(context.trouble) or None) if job.status is Status.IN_QUEUE else None
+    reason = (
+        (public_text(context.unready_reason) or None) if job.status is Status.IN_QUEUE else None
+    )
     body = status_of(job, position, waiting_reason=reason, with_preview=with_preview)
     if body.error is not None:
         body.error = public_text(body.error)
