@@ -99,7 +99,7 @@ def _configure_sqlite(engine: sa.Engine) -> None:
 
     @sa.event.listens_for(engine, "connect")
     def on_connect(connection: Any, _record: Any) -> None:
-        # None disables the implicit transactions of `sqlite3`, which DDL statements would commit.
+        # None disables the implicit transactions of `sqlite3`; `on_begin` begins explicit ones.
         connection.isolation_level = None
         connection.execute(f"PRAGMA journal_mode = {journal}")
         connection.execute("PRAGMA synchronous = FULL")

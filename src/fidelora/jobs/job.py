@@ -4,7 +4,7 @@ A job is frozen, and each transition is a function that returns the changed job.
 stores behave the same, and the life cycle can be tested without a database:
 
     in_queue -> in_progress -> succeeded | failed | canceled
-    in_queue <- in_progress    the worker died, or the server stops: retry
+    in_queue <- in_progress    the attempt was interrupted: retry
     in_queue -> canceled
 
 Workers may be slow, partitioned or dead, so a claim is a lease with an epoch. Every report carries
@@ -117,6 +117,8 @@ class Job:
         cancel_requested: True if the job has to stop; its worker stops it after the current step.
         passed_over: number of times that a later job was claimed first, because its adapters were
             loaded or it could share a batch.
+        timings: seconds of the last attempt by phase: `load`, `adapters`, `text` (prompts),
+            `denoise` and `decode`; empty until the job has succeeded.
         notes: sentences about values that the server chose, such as a LoRA's own trigger word.
         owner: id of the API key that submitted the job; empty on a server without keys, and for
             jobs of versions that did not store it.
@@ -255,7 +257,10 @@ def stopped(job: Job, epoch: int, now: datetime) -> Job:
 
 
 def released(job: Job, epoch: int, now: datetime) -> Job:
-    """Return the job to the queue because the server stops; the attempt does not count.
+    """Return the job to the queue without counting the attempt.
+
+    For interruptions that the job did not cause: the server stops, an image cannot be written, or
+    the job store fails.
 
     A job with a cancel request ends as canceled.
 
@@ -269,7 +274,9 @@ def released(job: Job, epoch: int, now: datetime) -> Job:
 
 
 def abandoned(job: Job, epoch: int, reason: str, now: datetime) -> Job:
-    """Return the job to the queue after its worker died or its lease expired.
+    """Return the job to the queue after a failed attempt.
+
+    An attempt fails if its worker dies, stops its heartbeats or has an unexpected error.
 
     The next attempt follows after a pause that grows with each attempt. A job with a cancel request
     ends as canceled. A job that has used all its `MAX_ATTEMPTS` attempts fails.
@@ -301,7 +308,7 @@ def cancellation_requested(job: Job, now: datetime) -> Job:
 
 
 def passed_over(job: Job) -> Job:
-    """Count one more later job that was claimed first."""
+    """Add 1 to the number of times that a later job was claimed first."""
     return _changed(job, passed_over=job.passed_over + 1)
 
 

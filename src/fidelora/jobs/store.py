@@ -211,7 +211,9 @@ class JobStore(Protocol):
         ...
 
     def abandon(self, job_id: str, epoch: int, reason: str, now: datetime) -> Job:
-        """Return the job of a dead worker to the queue, or end it as failed after the last attempt.
+        """Requeue the job after a failed attempt, or end it as failed after the last attempt.
+
+        An attempt fails if its worker dies, stops its heartbeats or has an unexpected error.
 
         Raises:
             LeaseLostError: the claim has ended.
@@ -296,7 +298,9 @@ class StoreByTransition(ABC):
 def in_claim_order(
     fresh: Sequence[Job], retries: Sequence[Job], now: datetime
 ) -> tuple[list[Job], list[Job]]:
-    """Return the queue in the order that `choose` expects, and the retries in it that are due.
+    """Return the jobs that can be claimed, in the order that `choose` expects, and the due retries.
+
+    The due retries are also in the first list. Retries whose pause is not over are in neither.
 
     Args:
         fresh: queued jobs without a failed attempt, oldest first.

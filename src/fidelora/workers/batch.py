@@ -62,8 +62,8 @@ class Batch:
     def renew(self, lease_s: float) -> None:
         """Renew the leases of all jobs.
 
-        However long the leases are, the worker has to report that it is alive within the time of
-        the first step.
+        The leases may be longer than the allowance for the first step, but the worker has to
+        report that it is alive within this allowance.
         """
         self._beat(self._allowance.longest_s)
         for attempt in [*(part.attempt for part in self._parts), *self._others]:

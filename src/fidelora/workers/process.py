@@ -145,7 +145,7 @@ class WorkerSlot:
         return f"its process ended with exit code {code}"
 
     def reports(self) -> Iterator[AttemptReport]:
-        """Yield the reports since the last call, and store errors and pauses it reported."""
+        """Yield the process's reports since the last call; store its startup error and pauses."""
         try:
             while self._reports is not None and self._reports.poll():
                 message = self._reports.recv()
