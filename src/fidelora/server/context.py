@@ -70,7 +70,7 @@ class ServerContext:
 
     @cached_property
     def watcher(self) -> JobWatcher:
-        """Watches of jobs, which also wake when the server stops or its workers cannot start."""
+        """Watches of jobs, which also wake when the server stops or `unready_reason` changes."""
         return JobWatcher(self.store, lambda: (self.stopping.is_set(), self.unready_reason))
 
     @property
@@ -101,7 +101,7 @@ class ServerContext:
 
     @property
     def unready_reason(self) -> str:
-        """Error that prevents all workers from starting; empty if any is ready or none failed."""
+        """Reason why a worker could not start or pauses; empty if any is ready or none failed."""
         return "" if self.pool is None or self.pool.ready else self.pool.unready_reason
 
     def refuse_if_unavailable(self) -> None:
@@ -109,7 +109,8 @@ class ServerContext:
 
         Raises:
             ServerStoppingError: the server is stopping.
-            ServerNotReadyError: no worker can start, for example because of its base model.
+            ServerNotReadyError: no worker is ready, and one could not start or pauses, for example
+                because the disk is full.
         """
         self.refuse_if_stopping()
         if reason := self.unready_reason:

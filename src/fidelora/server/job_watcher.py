@@ -106,7 +106,7 @@ class Watch:
 
 
 class _Poll:
-    """Reads the watched jobs of one event loop in one query, while there are any."""
+    """Reads all watched jobs of one event loop with one call of the store, while there are any."""
 
     def __init__(self, store: _Store, server_state: Callable[[], object]) -> None:
         self._store = store
@@ -177,7 +177,7 @@ class JobWatcher:
     Args:
         store: the job store.
         server_state: returns a value whose change wakes every watch, such as the reason why no
-            worker can start.
+            worker is ready.
     """
 
     def __init__(self, store: _Store, server_state: Callable[[], object]) -> None:

@@ -10,7 +10,7 @@ log = structlog.get_logger(__name__)
 
 
 class ReadinessLog:
-    """Logs each change between ready, starting, and unable to start a worker."""
+    """Logs each change of the readiness: ready, starting, or unable to make images."""
 
     def __init__(self, context: ServerContext) -> None:
         self._context = context

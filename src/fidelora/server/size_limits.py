@@ -13,10 +13,9 @@ from fidelora.workers.attempt import AttemptReport
 class SizeLimits:
     """Refuses requests that the workers cannot finish in time, based on finished requests.
 
-    The estimate of a request's time is a lower bound: it uses the fastest rate measured for the
-    model on any device, and the time per pixel grows with the size of the image. Therefore, no
-    request that could finish in time is refused. Before the first request of a model has finished,
-    only the number of pixels is checked.
+    The estimate of a request's time is deliberately low, so that requests that could finish in time
+    are not refused: it uses the model's fastest rate measured on any device, at any image size.
+    Before the first request of a model has finished, only the number of pixels is checked.
 
     Args:
         max_pixels: maximum width x height of an image.

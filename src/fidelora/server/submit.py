@@ -211,7 +211,7 @@ async def job_updates(job: Job, context: ServerContext, request: Request) -> Asy
     Raises:
         RequestCanceledError: the client of `request` disconnected.
         ServerStoppingError, ServerNotReadyError: the job is still queued, and the server is
-            stopping or no worker can start.
+            stopping or cannot make images.
     """
     yield job
     with context.watcher.watch() as watch:
@@ -229,13 +229,13 @@ async def job_updates(job: Job, context: ServerContext, request: Request) -> Asy
 async def wait_until_succeeded(job: Job, context: ServerContext, request: Request) -> Job:
     """Wait until the job has succeeded and return it with its images.
 
-    The job is canceled if the client disconnects, or if the server stops or cannot start
-    a worker while the job is queued.
+    The job is canceled if the client disconnects, or if the server stops or cannot make images
+    while the job is queued.
 
     Raises:
         RequestFailedError, RequestCanceledError: the job failed or was canceled.
         ServerStoppingError, ServerNotReadyError: the job is still queued, and the server is
-            stopping or no worker can start.
+            stopping or cannot make images.
     """
     async with cancel_on_exit(job, context):
         async for update in job_updates(job, context, request):

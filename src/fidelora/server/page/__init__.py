@@ -1,1 +1,1 @@
-"""The web page at `/`. Only `blocks` and the tabs import Gradio; the server runs without it."""
+"""The web page at `/`. The server runs without Gradio, because only `blocks` loads it."""

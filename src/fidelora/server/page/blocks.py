@@ -76,18 +76,18 @@ def _theme() -> Any:
 def _blocks(context: ServerContext, page_files: PageFiles, verifier: Verifier) -> Any:
     import gradio as gr
 
-    from fidelora.server.page.base_banner import BaseBanner
     from fidelora.server.page.compare_tab import CompareTab
     from fidelora.server.page.lora_list import LoraList
     from fidelora.server.page.make_tab import MakeTab
     from fidelora.server.page.match_tab import MatchTab
+    from fidelora.server.page.not_ready_banner import NotReadyBanner
     from fidelora.server.page.pictures import Pictures
 
     lora_list = LoraList(context)
     with gr.Blocks(title="Fidelora", analytics_enabled=False, fill_width=True) as blocks:
         log_out = '<p><a href="./logout">Log out</a></p>' if context.keys.names() else ""
         gr.Markdown(f"<h1>Fidelora</h1>{bases_line(context)}{log_out}", elem_id="head")
-        banner = BaseBanner(context)
+        banner = NotReadyBanner(context)
         with gr.Tab("Make") as tab_make:
             make = MakeTab(context, Pictures(context, page_files, lora_list), lora_list)
         with gr.Tab("Match") as tab_match:

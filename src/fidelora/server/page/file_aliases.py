@@ -1,6 +1,7 @@
-"""Replacement of the page's folder in what Gradio sends, and of its alias in what it receives.
+"""Alias that hides the path of the page's folder from browsers.
 
-Gradio identifies files by their absolute path, in responses, events and URLs.
+Gradio identifies files by their absolute path, in responses, events and URLs. The alias replaces
+the folder in everything that Gradio sends, and is replaced by the folder in what it receives.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class FileAliases:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        # As in JSON with and without escapes, and in URLs. Gradio resolves links.
+        # The path as written in JSON with and without escapes, and in URLs. Gradio also sends the
+        # path with symbolic links resolved.
         forms = {
             form.encode()
             for one in (str(folder), str(folder.resolve()))
@@ -97,7 +99,10 @@ class FileAliases:
 
 
 def dicts_in(content: Any) -> Iterator[dict[str, Any]]:
-    """Yield every object in nested JSON, which can be nested deeper than calls."""
+    """Yield every object in nested JSON.
+
+    The function is not recursive, because the nesting can exceed Python's recursion limit.
+    """
     left = [content]
     while left:
         value = left.pop()

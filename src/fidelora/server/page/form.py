@@ -32,7 +32,7 @@ MAX_LORAS = 8
 _RATIOS = ((1, 1), (3, 4), (2, 3), (9, 16))
 """Short and long side of the size presets."""
 _PRESET_STEP = 64
-"""Pixels of which the sides of presets are multiples; trainers' buckets have this step, too."""
+"""The sides of presets are multiples of this number of pixels, as in the buckets of trainers."""
 
 CUSTOM_SIZE = "Custom"
 """Label of sizes that no preset has."""

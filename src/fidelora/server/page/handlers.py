@@ -24,7 +24,7 @@ def for_visitor(handler: Callable[..., Any]) -> Callable[..., Any]:
         async def stream(request: gr.Request, *values: Any) -> AsyncIterator[Any]:
             async with aclosing(handler(*values)) as steps:
                 while True:
-                    # Not set while it is suspended, when other code runs in the same context.
+                    # Set only while the handler runs; between its steps, other code runs here.
                     with acting_for(_caller(request)):
                         try:
                             step = await anext(steps)
@@ -57,6 +57,6 @@ def for_visitor(handler: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _caller(request: Any) -> Caller:
-    # Without an HTTP call, the attributes of Gradio's request come from a body.
+    # If Gradio's request wraps no HTTP call, its attributes come from the client: not trusted.
     call = getattr(request, "request", None)
     return ANONYMOUS if call is None else caller_of(call)

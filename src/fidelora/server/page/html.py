@@ -28,7 +28,7 @@ def notice(sentence: object, kind: str = "") -> str:
 
 
 def prompt_line(job: Job) -> str:
-    """Return the beginning of a job's prompt, its images if it has several, seed and LoRAs."""
+    """Return the beginning of a job's prompt, number of images if several, seed and LoRAs."""
     recipe = job.recipes[0]
     prompt = recipe.prompt
     shown = prompt if len(prompt) <= _MAX_SHOWN_PROMPT else prompt[: _MAX_SHOWN_PROMPT - 1] + "…"

@@ -42,13 +42,14 @@ request is read from the store several times a second."""
 class Session:
     """State of an open page. Event handlers share it and change it in place.
 
-    Only code without `await` between reading and writing changes it, so that no change is lost.
+    No handler awaits between reading and writing a value, so that no change is lost.
 
     Attributes:
         pending: ids of the requests that have not ended, in the order in which they were sent.
         shown: images in the gallery, newest first.
         selected: index of the selected image in `shown`.
-        ended: HTML of failed and canceled requests, and of the last successful one.
+        ended: HTML of the notes on sent requests, of failed and canceled requests, and of the last
+            successful one.
         followed: True while a handler follows the requests.
         current: id of the request that the page shows as running, or as the next one; empty before
             the first update.
@@ -163,7 +164,7 @@ class RequestQueue:
         self._cancel(reversed(session.pending))
 
     async def _watch(self, watch: Watch, job_ids: Iterable[str]) -> None:
-        """Watch the visitor's jobs among those that are not watched yet."""
+        """Add those of the jobs that belong to the visitor and are not watched yet."""
         new = [job_id for job_id in job_ids if not watch.has(job_id)]
         for job, position in await run_in_threadpool(self._read, new) if new else ():
             watch.add(job, position)

@@ -84,7 +84,7 @@ def as_command(recipe: Recipe, paths: Sequence[str], image_format: str) -> str:
     if recipe.prompt.startswith("-"):
         words = [*words[:2], *words[3:], "--", recipe.prompt]
     command = shlex.join(words)
-    # The argument - reads prompts from stdin, so the prompt - can only come from there.
+    # The argument `-` reads prompts from stdin, so the prompt `-` can only come from there.
     return f"echo - | {command}" if recipe.prompt == "-" else command
 
 

@@ -172,7 +172,7 @@ def schedulers() -> list[SchedulerBody]:
 
 @router.get("/sd-models")
 def sd_models(context: ContextDep) -> list[SdModelBody]:
-    """List the model families; the first is the default."""
+    """List the model families; `sd_model_checkpoint` in the options is the current one."""
     return [
         SdModelBody(
             title=model,

@@ -22,7 +22,7 @@ class Health(BaseModel):
 
 
 class Readiness(BaseModel):
-    """Response of `GET /ready`; `reason` is the error that prevents a worker from starting."""
+    """Response of `GET /ready`; `reason` is why a worker could not start or pauses."""
 
     status: Literal["ready", "starting", "stopping"]
     reason: str = ""

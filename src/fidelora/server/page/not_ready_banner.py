@@ -14,8 +14,8 @@ _INTERVAL_S = 5.0
 """Seconds between two checks of the workers, until one is ready."""
 
 
-class BaseBanner:
-    """Banner that is visible while no worker can start, for example because of its base model."""
+class NotReadyBanner:
+    """Banner that is visible while no worker is ready and one could not start or pauses."""
 
     def __init__(self, context: ServerContext) -> None:
         self._context = context
