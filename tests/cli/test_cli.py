@@ -90,8 +90,9 @@ def test_the_settings_of_a_few_step_lora_are_only_proposed(fidelora, tmp_path):
     code, out, err = fidelora(*options)
     assert (code, out) == (0, "fidelora_42.png\n")
     assert err == (
-        "note: Hyper-SD15-1step-lora is a few-step LoRA by its file name (Hyper-SD15-1step-lora); "
-        "recommended: --sampler tcd --steps 1 --guidance 1 --eta 1. Nothing was changed.\n"
+        "note: Hyper-SD15-1step-lora is a few-step LoRA according to its file name "
+        "(Hyper-SD15-1step-lora); recommended: --sampler tcd --steps 1 --guidance 1 --eta 1. "
+        "Nothing was changed.\n"
     )
     recipe = read_record(tmp_path / "fidelora_42.png")["recipe"]
     assert (recipe["sampler"], recipe["steps"]) == ("ddpm", 3)

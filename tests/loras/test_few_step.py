@@ -77,7 +77,7 @@ def test_a_proposal_names_the_options():
         "--sampler ddim --spacing trailing --steps 8 --guidance 5. Nothing was changed."
     )
     (by_name,) = proposals(recipe("Hyper-SD15-1step-lora"))
-    assert "by its file name" in by_name
+    assert "according to its file name" in by_name
     assert shlex.split(by_name.partition("recommended: ")[2])[-2:] != []
     assert "--sampler tcd --steps 1 --guidance 1 --eta 1" in by_name
 

@@ -89,7 +89,8 @@ class Txt2ImgRequest(RequestBody):
     override_settings_restore_afterwards: bool | None = True
     eta: float | None = Field(
         None,
-        description="0..1 for DDIM and tcd; other samplers support only their default.",
+        description="0..1 for DDIM and tcd, only 1 for Euler a and DPM2 a; without effect for "
+        "other samplers.",
         allow_inf_nan=False,
     )
 
@@ -183,7 +184,7 @@ class Txt2ImgPlan:
     Attributes:
         eta: eta of the recipes; None if the sampler has none that can be set.
         seed: seed of the first image.
-        ignored: names of fields in the request that have no effect.
+        ignored: names of fields in the request that A1111 does not have; they have no effect.
     """
 
     model: str

@@ -43,7 +43,8 @@ class ImagesRequest(RequestBody):
     prompt: str = Field(max_length=MAX_PROMPT_CHARACTERS)
     model: str | None = Field(
         None,
-        description="A model of `GET /v1/models`; by default the first with its own base model.",
+        description="A model of `GET /v1/models`; by default the first one in "
+        "`FIDELORA_BASE_MODEL`, or the first of the list.",
     )
     n: int | None = Field(None, ge=1, le=MAX_IMAGES)
     size: str | None = Field(

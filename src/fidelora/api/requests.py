@@ -13,7 +13,7 @@ from fidelora.sampling.spacings import TimestepSpacing
 MAX_PROMPTS = 64  # images per request
 MAX_LORAS = 64
 """LoRAs per request of the OpenAI and AUTOMATIC1111 APIs, and per replayed image. In the
-`ai-toolkit-inference` API, only the size of the body limits their number."""
+`ai-toolkit-inference` API, `MAX_LORAS_TIMES_PROMPTS` limits their number."""
 
 Multiplier = Annotated[float, Field(ge=-MAX_MULTIPLIER, le=MAX_MULTIPLIER, allow_inf_nan=False)]
 ImageFormat = Literal["png", "jpeg", "webp"]
@@ -21,7 +21,8 @@ ImageFormat = Literal["png", "jpeg", "webp"]
 
 _ABOUT_TRIGGER = (
     "Replaces [trigger] in prompts. Null uses the trigger word in the LoRA's metadata, which the "
-    "response then names in `notes`; an empty text leaves [trigger] as it is."
+    "response then names in `notes`. An empty text leaves [trigger] as it is, unless an embedding "
+    "replaces it."
 )
 
 
@@ -48,7 +49,8 @@ class LoraItem(RequestBody):
         ge=0,
         le=MAX_ALPHA,
         allow_inf_nan=False,
-        description="Alpha of a DoRA, as DoRA files do not store it; by default the rank.",
+        description="Alpha of a DoRA of AI Toolkit, whose file does not contain it; by default the "
+        "rank.",
     )
 
 

@@ -48,7 +48,10 @@ class ErrorEnvelope(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """Body of every error response except 422, which has FastAPI's default shape."""
+    """Body of error responses, except 422, which has FastAPI's default shape.
+
+    The paths of OpenAI's and AUTOMATIC1111's APIs have their own error bodies.
+    """
 
     detail: ErrorEnvelope
 
@@ -79,7 +82,8 @@ class StatusBody(BaseModel):
     queue_position: int | None = None
     waiting_reason: str | None = Field(
         None,
-        description="Error that keeps the workers from starting, while the request is queued.",
+        description="Error that keeps the workers from starting or makes them pause, while the "
+        "request is queued.",
     )
     preview: str | None = Field(
         None,

@@ -85,7 +85,7 @@ def generate(
             metavar="WORD",
             help="Trigger word, which replaces [trigger] in the prompt; by default all tokens of "
             "the first embedding, or the trigger word in the LoRA's metadata. An empty one leaves "
-            "[trigger] as it is.",
+            "[trigger] as it is, unless an embedding replaces it.",
         ),
     ] = None,
     seed: Annotated[

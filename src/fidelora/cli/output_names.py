@@ -74,8 +74,10 @@ def parse_output(
     """Parse `--output` and `--format`.
 
     Args:
-        prompts, adapter_sets: numbers of prompts and of sets of adapters; if there are several,
-            the names in a folder contain them.
+        prompts: number of prompts; if there are several, names in a folder contain the index of
+            the prompt.
+        adapter_sets: number of sets of adapters; if there are several, names in a folder contain
+            the names of the adapters.
 
     Raises:
         RecipeError: the format is not supported or does not match the name, or the template has an
@@ -161,7 +163,7 @@ def _values(
 
 
 def _as_name(text: str) -> str:
-    """Return the text as a part of a file name on every system, shortened; may be empty."""
+    """Return a shortened text that is valid in file names on every system; may be empty."""
     name = re.sub(r"[^\w.+-]+", "_", text)
     short = name.encode()[:_MAX_TEXT_BYTES].decode(errors="ignore")
     return short.strip("._-")

@@ -242,8 +242,8 @@ def _recipe_from_parameters(
     from fidelora.adapters.tensor_names import noise_of_adapter
 
     warn(
-        "The image has no Fidelora recipe. The recipe is read from its AUTOMATIC1111 parameters as "
-        "far as they are supported, so the new image will differ."
+        "The image has no Fidelora recipe. The recipe is read from its generation parameters "
+        "as far as they are supported, so the new image will differ."
     )
     for entry in parameters.ignored:
         warn(f"{entry.name} {entry.value!r:.100} is ignored: {entry.reason}")

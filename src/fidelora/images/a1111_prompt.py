@@ -139,9 +139,9 @@ def describe_brackets(prompt: str) -> str:
 
 
 def unescaped(prompt: str) -> str:
-    """Return the prompt as A1111 encodes it: a backslash is dropped, and what follows is text.
+    r"""Return the prompt without its escaping backslashes, as A1111 encodes it.
 
-    A backslash is kept if another one is before it.
+    `\(` becomes `(`, `\\` becomes `\`, and `\a` becomes `a`.
     """
     return re.sub(r"\\([()\[\]\\]?)", r"\1", prompt)
 

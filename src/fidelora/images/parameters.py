@@ -49,7 +49,8 @@ class Parameters:
         prompt: prompt without LoRA tags.
         loras: LoRAs of the tags, with the hashes from the text.
         fields: recipe fields in the text: any of `steps`, `sampler`, `timestep_spacing`, `eta`,
-            `guidance_scale`, `seed`, `width`, `height`, `emphasis` and `fidelity`.
+            `guidance_scale`, `guidance_rescale`, `seed`, `width`, `height`, `emphasis` and
+            `fidelity`.
         ignored: all other parameters that affected the image.
     """
 

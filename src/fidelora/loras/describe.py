@@ -37,7 +37,8 @@ class AdapterSummary:
         step, epoch: training step and epoch in the metadata; None if not in the metadata.
         base: version of the base model in the metadata (`sd_1.5`); empty if none.
         trainer: name and version of the program that wrote the file; empty if not in the metadata.
-        problems: sentences about reasons why the file cannot be used that the header shows.
+        problems: reasons why the file cannot be used, as sentences; only those that the header
+            shows.
         tokens: number of tokens of an embedding; 0 for a file without an embedding.
     """
 

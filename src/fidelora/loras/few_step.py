@@ -231,7 +231,7 @@ def proposals(recipe: Recipe) -> Iterator[str]:
 
 def proposal(name: str, found: Recognised) -> str:
     """Return the recommended options of the LoRA `name` as one phrase."""
-    of = "a few-step LoRA" if found.by == "sha256" else "a few-step LoRA by its file name"
+    of = "a few-step LoRA" if found.by == "sha256" else "a few-step LoRA according to its file name"
     return f"{name} is {of} ({found.lora.name}); recommended: {found.lora.settings.options()}"
 
 

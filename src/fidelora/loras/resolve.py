@@ -60,7 +60,8 @@ class AdapterResolver:
             hub_token: token for the hub; by default that of the resolver.
 
         Raises:
-            AdapterNotFoundError, AdapterNameError: the file does not exist.
+            AdapterNotFoundError: the file does not exist.
+            AdapterNameError: the source has an invalid form, or its path is not allowed.
             AdapterUrlRefusedError: downloads from this host are not allowed.
             AdapterDownloadError: the download failed.
             AdapterChangedError: the file's hash is not `sha256`.

@@ -137,10 +137,11 @@ def diagnose(
 def explained_share(before: float, after: float, noise: float) -> float:
     """Return the share of a mean difference that a setting explains.
 
-    Lost information causes the noise, which no setting can explain, so the rest of the difference
-    counts as 1. The share exceeds 1 if the setting brings the difference below the noise. For
-    differences near the noise, the rest is taken to be at least a quarter of the difference, so
-    that small changes do not give a large share.
+    The share is relative to the part of the difference that exceeds the noise, because lost
+    information causes the noise, and no setting can explain it. The share exceeds 1 if the setting
+    brings the difference below the noise. The part is taken to be at least a quarter of the
+    difference; otherwise small changes would give a large share if the difference is near the
+    noise.
 
     Args:
         before, after: mean differences without and with the setting, in levels.

@@ -40,8 +40,8 @@ def _rounds(run: TrainingRun, plan: PlannedSample) -> Iterator[Suspect]:
     for planned in _planned(other, 0, plan.index):
         fix = (
             f"The sample was made with the settings of the {name} block. Set train."
-            "skip_first_sample to its value during training, and restore images that were removed: "
-            "without them, the two rounds of step 0 cannot be told apart."
+            "skip_first_sample to the value that it had during training, and restore images that "
+            "were removed: without them, the two rounds of step 0 cannot be told apart."
         )
         yield Suspect("first_sample", _with_base_of(plan.recipe, planned.recipe), fix)
 
@@ -107,7 +107,7 @@ def _histories(run: TrainingRun, plan: PlannedSample) -> Iterator[Suspect]:
 
 
 def _embeddings(run: TrainingRun, plan: PlannedSample) -> Iterator[Suspect]:
-    """Yield the sample without its embedding, with its first token, or with other steps' files."""
+    """Yield the sample without its embedding, with one token of it, or with other steps' files."""
     recipe = plan.recipe
     embedding = run.embedding
     others = tuple(ref for ref in recipe.adapters if ref.word is None)
