@@ -15,7 +15,6 @@ import torch
 import yaml
 from PIL import Image
 from tests.support import (
-    DEMO_DATA,
     GOLDEN_JOBS,
     LORA,
     SAME_PROCESSOR,
@@ -34,7 +33,7 @@ from fidelora.training.plan import plan_samples
 from fidelora.training.run_folder import read_run
 
 pytestmark = pytest.mark.usefixtures("golden_threads")
-RUN = DEMO_DATA / "lora_linear_f32"
+RUN = GOLDEN_JOBS / "lora_linear_f32"
 BASE = ("--base-model", str(TINY_BASE), "--device", "cpu")
 
 Change = Callable[[dict[str, Any]], Any]
