@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support import GOLDEN_JOBS, SAME_PROCESSOR, TINY_BASE, TINY_SDXL, TINY_ZIMAGE
+from tests.support import DEMO_DATA, GOLDEN_JOBS, SAME_PROCESSOR, TINY_BASE, TINY_SDXL, TINY_ZIMAGE
 
 from fidelora import Engine
 from fidelora.training.compare import Comparison, compare_with_sample
