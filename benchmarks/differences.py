@@ -22,7 +22,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.support import DEMO_DATA, GOLDEN_JOBS, TINY_BASE  # noqa: E402
+from tests.support import GOLDEN_JOBS, TINY_BASE  # noqa: E402
 
 from fidelora import AdapterRef, Engine, Recipe  # noqa: E402
 from fidelora.training.compare import compare_with_sample  # noqa: E402
@@ -30,7 +30,7 @@ from fidelora.training.flags import split_flags  # noqa: E402
 from fidelora.training.plan import PlannedSample, plan_samples  # noqa: E402
 from fidelora.training.run_folder import TrainingRun, read_run  # noqa: E402
 
-RUNS = [DEMO_DATA / "lora_linear_f32", GOLDEN_JOBS / "lokr_full", GOLDEN_JOBS / "prompts"]
+RUNS = [GOLDEN_JOBS / "lora_linear_f32", GOLDEN_JOBS / "lokr_full", GOLDEN_JOBS / "prompts"]
 
 
 @dataclass(frozen=True)

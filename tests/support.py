@@ -24,13 +24,13 @@ from fidelora.families import Sampler
 from fidelora.families.clip_tokenizer import CLIP_TOKENIZER
 
 DEMO_DATA = Path(fidelora.__file__).parent / "demo_data"
-TINY_BASE = DEMO_DATA / "tiny-sd15"
 GOLDENS = Path(__file__).parent / "goldens"
 GOLDEN_JOBS = GOLDENS / "jobs"
+TINY_BASE = GOLDENS / "base" / "tiny-sd15"
 TINY_SDXL = GOLDENS / "base" / "tiny-sdxl"
 TINY_ZIMAGE = GOLDENS / "base" / "tiny-zimage"
 ZIMAGE_LORA = GOLDEN_JOBS / "zimage_lora_f32" / "zimage_lora_f32.safetensors"
-LORA = DEMO_DATA / "lora_linear_f32" / "lora_linear_f32.safetensors"
+LORA = GOLDEN_JOBS / "lora_linear_f32" / "lora_linear_f32.safetensors"
 MINIATURE_LORA = DEMO_DATA / "sks.safetensors"
 LORA_CONV = GOLDEN_JOBS / "lora_conv_f16" / "lora_conv_f16.safetensors"
 SDXL_LORA = GOLDEN_JOBS / "xl_lora_linear_f32" / "xl_lora_linear_f32.safetensors"

@@ -386,17 +386,14 @@ def test_models_prints_json(fidelora):
 
 
 @pytest.mark.timeout(600)
-def test_the_demo_shows_a_lora_replays_samples_and_uses_a_server(fidelora, tmp_path, monkeypatch):
+def test_the_demo_shows_a_lora_verifies_a_run_and_uses_a_server(fidelora, tmp_path, monkeypatch):
     # With and without the trigger word: each prompt takes five images.
     monkeypatch.setattr(demo, "_PROMPTS", (demo._PROMPTS[0], demo._PROMPTS[-1]))
     code, out, err = fidelora("demo", "--device", "cpu", "--out", "demo")
     assert (code, err) == (0, "")
     lines = out.splitlines()
-    assert (
-        sum("sample" in line and (": identical" in line or ": rounding" in line) for line in lines)
-        == 3
-    )
-    assert sum("DIFFERENT" in line for line in lines) == 1
+    assert sum(": identical" in line or ": rounding" in line for line in lines) == 4
+    assert sum("control" in line and ": mismatch" in line for line in lines) == 1
     with Image.open(tmp_path / "demo" / "samples.png") as sheet:
         assert sheet.width > 3 * 256
     assert "2 images, all pixels equal" in out
@@ -415,7 +412,7 @@ def test_the_demo_shows_a_lora_replays_samples_and_uses_a_server(fidelora, tmp_p
 
 def test_the_demo_explains_how_to_install_the_server(fidelora, monkeypatch):
     monkeypatch.setattr(demo, "_make_lora_sheet", lambda *_: ([], []))
-    monkeypatch.setattr(demo, "_replay_samples", lambda *_: None)
+    monkeypatch.setattr(demo, "_verify_run", lambda *_: None)
     monkeypatch.setattr(demo, "_SERVER_PACKAGES", ("fastapi", "no_such_package"))
     code, out, _ = fidelora("demo", "--device", "cpu")
     assert code == 0

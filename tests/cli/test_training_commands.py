@@ -15,7 +15,6 @@ import torch
 import yaml
 from PIL import Image
 from tests.support import (
-    DEMO_DATA,
     GOLDEN_JOBS,
     LORA,
     SAME_PROCESSOR,
@@ -34,7 +33,7 @@ from fidelora.training.plan import plan_samples
 from fidelora.training.run_folder import read_run
 
 pytestmark = pytest.mark.usefixtures("golden_threads")
-RUN = DEMO_DATA / "lora_linear_f32"
+RUN = GOLDEN_JOBS / "lora_linear_f32"
 BASE = ("--base-model", str(TINY_BASE), "--device", "cpu")
 
 Change = Callable[[dict[str, Any]], Any]
@@ -252,16 +251,20 @@ def test_a_run_of_the_user_interface_is_verified(fidelora, copy_run):
 
 
 def test_inspect_describes_adapters(fidelora, tmp_path):
-    code, out, err = fidelora("inspect", str(LORA))
+    code, out, err = fidelora("inspect", str(LORA), *BASE[:2])
     assert (code, err) == (0, "")
     for line in (
         "type        lora, 120 modules (UNet)",
         "rank        8",
         "alpha       4",
         "trigger     sks",
+        "fits        tiny-sd15: all 120 modules",
         "No problems were found.",
     ):
         assert line in out
+    code, out, _ = fidelora("inspect", str(LORA))
+    assert code == 0
+    assert "no modules have the shapes of sd15's default base model; 120 of 120" in out
     code, out, _ = fidelora("inspect", str(LORA), "--json")
     found = json.loads(out)
     assert (
@@ -309,6 +312,13 @@ def test_inspect_describes_adapters(fidelora, tmp_path):
 
 
 # --- recipe ---------------------------------------------------------------------------------------
+
+
+def test_recipe_names_a_base_that_is_on_another_machine(fidelora, copy_run):
+    folder = copy_run(lambda process: process["model"].update(name_or_path="/gone/base"))
+    code, _, err = fidelora("recipe", str(folder))
+    assert code == 0
+    assert "serve --base-model sd15=BASE`, where BASE is your copy of /gone/base, which" in err
 
 
 def test_recipe_prints_a_request(fidelora):

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.support import LOKR, LORA, LORA_CONV, save_adapter
+from tests.support import LOKR, LORA, LORA_CONV, MINIATURE_LORA, TINY_BASE, save_adapter
 from torch import Tensor
 
 from fidelora.engine.examine import Examination, examine_adapter
-from fidelora.errors import AdapterNotFoundError
+from fidelora.errors import AdapterNotFoundError, BaseModelFilesError
 
 # Modules of Stable Diffusion 1.5 itself, with their [out, in].
 SELF = ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q", 320, 320)
@@ -45,7 +45,8 @@ def codes(found: Examination) -> list[tuple[str, bool]]:
 
 @pytest.mark.parametrize("path", [LORA, LORA_CONV])
 def test_adapters_of_the_trainer_have_no_problem(path):
-    found = examine_adapter(path)
+    found = examine_adapter(path, str(TINY_BASE))
+    assert found.same_shapes == found.matched
     assert (found.problems, found.usable, found.model, found.matched) == (
         (),
         True,
@@ -56,7 +57,7 @@ def test_adapters_of_the_trainer_have_no_problem(path):
 
 
 def test_the_alpha_of_lokr_with_full_matrices_is_only_a_note():
-    found = examine_adapter(LOKR)
+    found = examine_adapter(LOKR, str(TINY_BASE))
     assert (codes(found), found.usable, found.alphas) == (
         [("infinite_alpha", False)],
         True,
@@ -68,6 +69,37 @@ def test_an_adapter_of_the_real_model_fits_by_shape(examined):
     found = examined(lora(SELF, CROSS, TEXT), ss_base_model_version="sd_1.5")
     assert (found.problems, found.model, found.matched, found.same_shapes) == ((), "sd15", 3, 3)
     assert (found.summary.ranks, found.alphas, found.summary.text_encoder) == ((4,), (4.0,), True)
+
+
+def test_names_without_shapes_identify_no_family():
+    """All names of the miniature's LoRA are in SDXL, only some in the SD 1.5 of its metadata."""
+    found = examine_adapter(MINIATURE_LORA)
+    assert (found.model, found.matched, found.same_shapes) == ("sd15", 90, 0)
+    assert (codes(found), found.usable) == ([("other_base", False)], True)
+    assert "--base-model" in found.problems[0].message
+
+
+def test_shapes_of_no_default_base_are_reported_without_metadata(examined):
+    found = examined(lora((SELF[0], 8, 8)))
+    assert (codes(found), found.same_shapes) == ([("other_base", False)], 0)
+    assert found.problems[0].message.startswith("None of its modules has the shape")
+
+
+def test_an_adapter_is_compared_with_a_given_base(tmp_path):
+    found = examine_adapter(MINIATURE_LORA, "fidelora:miniature")
+    assert (found.problems, found.matched, found.same_shapes) == ((), 114, 114)
+    module = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    path = save_adapter(tmp_path / "small.safetensors", lora((module, 8, 8)))
+    other = examine_adapter(path, "fidelora:miniature")
+    assert codes(other) == [("other_base", True)]
+    assert other.problems[0].message == (
+        "1 of 1 modules have other shapes than in fidelora:miniature."
+    )
+    missing = examine_adapter(LORA, "fidelora:miniature")
+    assert codes(missing) == [("other_architecture", True)]
+    assert "do not exist in fidelora:miniature (" in missing.problems[0].message
+    with pytest.raises(BaseModelFilesError, match="use it with model sd15"):
+        examine_adapter(LORA, "fidelora:miniature", "sdxl")
 
 
 def test_modules_without_effect_are_reported(examined):

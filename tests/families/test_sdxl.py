@@ -461,7 +461,7 @@ def test_modules_that_fit_neither_model_are_listed(engine, tmp_path):
     ("path", "kind", "notes"), [(SDXL_LORA, "lora", []), (SDXL_DORA, "dora", ["missing_alpha"])]
 )
 def test_adapters_of_the_trainer_are_examined(path, kind, notes):
-    found = examine_adapter(path)
+    found = examine_adapter(path, str(TINY_SDXL))
     assert (found.model, found.summary.kind, found.matched, found.usable) == (
         "sdxl",
         kind,

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tests.support import DEMO_DATA, GOLDEN_JOBS
+from tests.support import GOLDEN_JOBS
 
 from fidelora.errors import TrainingRunError
 from fidelora.training.grid import (
@@ -35,7 +35,7 @@ def test_columns_are_checkpoints_by_multipliers_and_one_base_model():
 
 
 def test_rows_are_samples_or_prompts_with_the_settings_of_the_run():
-    run = read_run(DEMO_DATA / "lora_linear_f32")
+    run = read_run(GOLDEN_JOBS / "lora_linear_f32")
     planned = [plan.recipe for plan in plan_samples(run, 0)]
     assert [row.recipe for row in make_rows(run, [])] == planned
     assert [row.recipe for row in make_rows(run, ["2", "0"])] == [planned[2], planned[0]]

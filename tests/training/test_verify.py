@@ -13,7 +13,6 @@ import pytest
 import yaml
 from PIL import Image
 from tests.support import (
-    DEMO_DATA,
     GOLDEN_JOBS,
     SAME_PROCESSOR,
     TINY_BASE,
@@ -35,7 +34,7 @@ pytestmark = [
     pytest.mark.usefixtures("golden_threads"),
     pytest.mark.timeout(600),
 ]
-LORA_RUN = DEMO_DATA / "lora_linear_f32"
+LORA_RUN = GOLDEN_JOBS / "lora_linear_f32"
 IDENTICAL = [
     "lokr_full",
     "multipliers",

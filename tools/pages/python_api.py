@@ -151,4 +151,4 @@ def _items(section: DocstringSection) -> Iterator[str]:
             if annotation and section.kind is DocstringSectionKind.attributes
             else ""
         )
-        yield f"* {names}{shown}: {description}"
+        yield f"* {names}{shown}: {description}" if names else f"* {description}"

@@ -145,7 +145,7 @@ class Targets:
         modules: Mapping[str, nn.Module],
         pristine: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
-        self._family = family
+        self.family = family
         self.by_name: dict[str, Target] = {}
         self.vectors: dict[str, VectorTarget] = {}
         self._names_by_flat: dict[str, str] = {}
@@ -267,7 +267,7 @@ class Targets:
             needs = [f"{key} of width {width}" for key, (_, width) in self._tables.items()]
             raise AdapterMismatchError(
                 f"{adapter.name} is an embedding with {' and '.join(has)}, but this "
-                f"{self._family.title} base model needs {' and '.join(needs) or 'none'}. Use it "
+                f"{self.family.title} base model needs {' and '.join(needs) or 'none'}. Use it "
                 "with the base model that it was trained on."
             )
         vectors = {self._tables[key][0]: one for key, one in adapter.embedding.items()}
@@ -288,7 +288,7 @@ class Targets:
     def find_name(self, module: str) -> str | None:
         """Return part and path of the module that an adapter file calls `module`, or None."""
         module = canonical_name(module)
-        for part in self._family.parts:
+        for part in self.family.parts:
             for prefix in part.adapter_prefixes:
                 if module.startswith(prefix):
                     flat = _flatten(part, module.removeprefix(prefix))
@@ -300,9 +300,9 @@ class Targets:
         total = len(adapter.modules)
         if matches.repeated and not matches.unmatched and not matches.misshapen:
             return f"{adapter.name} {repeated_modules(matches.repeated, total)}"
-        sentences = [f"{adapter.name} does not fit this {self._family.title} base model"]
+        sentences = [f"{adapter.name} does not fit this {self.family.title} base model"]
         made_for = adapter.metadata.get("ss_base_model_version", "")
-        if made_for and made_for not in self._family.adapter_base_versions:
+        if made_for and made_for not in self.family.adapter_base_versions:
             sentences[0] += f" (its metadata says that it was trained on {made_for})"
         if matches.unmatched:
             sentences.append(

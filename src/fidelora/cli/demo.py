@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fidelora.atomic import make_folder
-from fidelora.cli.console import Debug, Device, fail, make_engine
+from fidelora.cli.console import Debug, Device, fail, make_engine, progress_display
 from fidelora.recipe import AdapterRef, Recipe
 
 if TYPE_CHECKING:
@@ -22,13 +23,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from fidelora.engine.engine import Engine
-    from fidelora.training.compare import Comparison
     from fidelora.training.plan import PlannedSample
 
 _DATA = Path(__file__).parent.parent / "demo_data"
 _ADAPTER = _DATA / "sks.safetensors"
-_RUN = _DATA / "lora_linear_f32"
-_RUN_BASE = _DATA / "tiny-sd15"
+_RUN = _DATA / "zrk_fp32"
 _BASE = "fidelora:miniature"
 _SIDE = 128  # pixels; the miniature was trained at this size
 _TRIGGER = "sks"
@@ -54,9 +53,9 @@ def demo(
     Generates pictures with the miniature, the small base model that is part of Fidelora, alone and
     with a LoRA at several multipliers. The LoRA teaches the model the word "sks".
 
-    Then replays the last samples of a real training run and compares them with the trainer's. One
-    sample is also replayed with a wrong multiplier, to show that a difference is detected. The base
-    model of that run is tiny and its samples look like noise, but the comparison is exact.
+    Then verifies a real training run of AI Toolkit: its samples are replayed and compared with the
+    trainer's. One sample is also replayed with a wrong multiplier, to show that a difference is
+    detected.
 
     If the server is installed, generates the pictures of the LoRA again through the HTTP API and
     checks that every pixel is the same.
@@ -65,7 +64,7 @@ def demo(
     with _start_server(device) as url:
         engine = make_engine(device)
         recipes, images = _make_lora_sheet(engine, out)
-        _replay_samples(engine, out)
+        _verify_run(engine, out)
         _compare_with_server(url, recipes, images, out)
 
 
@@ -109,75 +108,51 @@ def _make_lora_sheet(engine: Engine, out: Path) -> tuple[list[Recipe], list[NDAr
     return recipes, [images[down, len(columns) - 1] for down in range(len(rows))]
 
 
-def _replay_samples(engine: Engine, out: Path) -> None:
-    from fidelora.training.plan import plan_samples
+def _verify_run(engine: Engine, out: Path) -> None:
+    from fidelora.training.judge import Verdict
     from fidelora.training.run_folder import read_run
-    from fidelora.training.sheet import stack_vertically
+    from fidelora.training.sheet import side_by_side, stack_vertically
+    from fidelora.training.verify import check_sample, verify, worst_verdict
 
     run = read_run(_RUN)
-    samples = plan_samples(run, run.steps, base_model=str(_RUN_BASE))
+    with progress_display() as show:
+        samples = verify(run, engine, [run.steps], base_model=_BASE, on_progress=show)
+        control = check_sample(_halved(samples[0].plan), engine)
     typer.echo(
         f"Training run {run.name}: {len(samples)} samples of step {run.steps}, "
         f"sampler {run.sampler}, {run.dtype}."
     )
-
     rows: list[Image] = []
-    all_match = True
-    for sample in samples:
-        recipe = sample.recipe
-        title = (
-            f"sample {sample.index}: {recipe.width}x{recipe.height}, {recipe.steps} steps, "
-            f"seed {recipe.seed}"
-        )
-        comparison = _replay_and_compare(engine, sample, title, rows)
-        all_match = all_match and comparison.within_rounding
-
-    first = samples[0]
-    adapter = first.recipe.adapters[0]
-    halved = AdapterRef(adapter.sha256, 0.5, adapter.name, adapter.path)
-    control = replace(first, recipe=replace(first.recipe, adapters=(halved,)))
-    detected = not _replay_and_compare(
-        engine, control, "control: sample 0 with multiplier 0.5 instead of 1", rows
-    ).within_rounding
-
+    titles = [f"{one.plan.recipe.prompt}, seed {one.plan.recipe.seed}" for one in samples]
+    titles.append("control: the first sample with multiplier 0.5 instead of 1")
+    for title, sample in zip(titles, [*samples, control], strict=True):
+        typer.echo(f"  {title}: {sample.summary}")
+        rows.append(side_by_side(sample.trainer, sample.replayed, f"{title}: {sample.summary}"))
+    for reason in dict.fromkeys(sample.reason for sample in samples if sample.reason):
+        typer.echo(f"  {reason}")
     sheet = out / "samples.png"
     stack_vertically(rows).save(sheet)
     typer.echo(f"  Side by side: {sheet}")
-    if not all_match:
+    if worst_verdict(samples) not in (Verdict.IDENTICAL, Verdict.ROUNDING):
         fail(
             "A replayed sample differs from the trainer's. Possible causes: the versions of torch "
             "and diffusers, or the arithmetic of the device.",
             1,
         )
-    if not detected:
+    nearest = min(math.inf if one.psnr is None else one.psnr for one in samples)
+    if control.verdict is not Verdict.MISMATCH or (control.psnr or 0) >= nearest:
         fail(
-            "The control sample matches the trainer's despite its wrong multiplier, so the "
-            "comparison cannot detect differences.",
+            "The control sample is as near to the trainer's as the others despite its wrong "
+            "multiplier, so the comparison cannot detect differences.",
             1,
         )
     typer.echo("  All samples were replayed, and the wrong multiplier was detected.")
 
 
-def _replay_and_compare(
-    engine: Engine, sample: PlannedSample, title: str, rows: list[Image]
-) -> Comparison:
-    import numpy as np
-    from PIL import Image
-
-    from fidelora.training.compare import compare_with_sample
-    from fidelora.training.sheet import side_by_side
-
-    assert sample.trainer_image is not None, "the demo data contains the samples"
-    image = engine.generate(sample.recipe)
-    comparison = compare_with_sample(image.pixels, sample.trainer_image)
-    typer.echo(f"  {title}: {comparison.summary}")
-    with Image.open(sample.trainer_image) as trainer:
-        rows.append(
-            side_by_side(
-                np.asarray(trainer.convert("RGB")), image.pixels, f"{title}: {comparison.summary}"
-            )
-        )
-    return comparison
+def _halved(sample: PlannedSample) -> PlannedSample:
+    """Return a sample with half the multiplier."""
+    adapters = tuple(replace(one, multiplier=one.multiplier / 2) for one in sample.recipe.adapters)
+    return replace(sample, recipe=replace(sample.recipe, adapters=adapters))
 
 
 def _missing_packages() -> list[str]:

@@ -12,6 +12,7 @@ import typer
 
 from fidelora.cli.console import Debug
 from fidelora.loras.few_step import Recognised, proposal, recognise_few_step_lora
+from fidelora.recipe import short_name
 from fidelora.texts import printable
 
 if TYPE_CHECKING:
@@ -24,6 +25,21 @@ def inspect(
     file: Annotated[
         Path, typer.Argument(metavar="FILE", help="LoRA, LoKr, LoHa or embedding file.")
     ],
+    base_model: Annotated[
+        str,
+        typer.Option(
+            "--base-model",
+            metavar="BASE",
+            help="Compare the adapter with this base model: hub id, diffusers folder, .safetensors "
+            "checkpoint or fidelora:miniature; by default with those of all model families.",
+        ),
+    ] = "",
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="MODEL", help="Model family of --base-model; by default the adapter's."
+        ),
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -33,13 +49,15 @@ def inspect(
     """
     from fidelora.engine.examine import examine_adapter
 
-    result = examine_adapter(file.expanduser())
+    if model and not base_model:
+        raise typer.BadParameter("--model is the family of --base-model; give both.")
+    result = examine_adapter(file.expanduser(), base_model, model)
     few_step = recognise_few_step_lora(file.stem, result.sha256)
     document = _document(file, result, few_step)
     if as_json:
         typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
     else:
-        _print(file, document, result)
+        _print(file, document, result, base_model)
         if few_step is not None:
             typer.echo(f"  {'few steps':<11} {printable(proposal(file.stem, few_step))}")
     if not result.usable:
@@ -83,9 +101,8 @@ def _document(file: Path, result: Examination, few_step: Recognised | None) -> d
     }
 
 
-def _print(file: Path, document: dict[str, Any], result: Examination) -> None:
+def _print(file: Path, document: dict[str, Any], result: Examination, base_model: str) -> None:
     unknown = "-"
-    things = "modules" if document["modules"] else "tensors"
     rows = {
         "type": _contents(document) or unknown,
         "rank": ", ".join(map(str, document["ranks"])) or unknown,
@@ -96,10 +113,7 @@ def _print(file: Path, document: dict[str, Any], result: Examination) -> None:
         "trigger": document["trigger"] or unknown,
         "base model": document["base_model_version"] or unknown,
         "trainer": document["trainer_version"] or unknown,
-        "fits": f"{result.model}: {result.matched} {things} match by name, "
-        f"{result.same_shapes} match the shapes of its default base model"
-        if result.model
-        else unknown,
+        "fits": _fit(document, result, base_model) or unknown,
         "size": f"{document['size_bytes']:,} bytes",
         "sha256": document["sha256"],
     }
@@ -111,6 +125,19 @@ def _print(file: Path, document: dict[str, Any], result: Examination) -> None:
         typer.echo(f"  {kind:<11} {printable(problem.message)}")
     if not result.problems:
         typer.echo("  No problems were found.")
+
+
+def _fit(document: dict[str, Any], result: Examination, base_model: str) -> str:
+    """Return how many modules match as one phrase; empty if no family has any of them."""
+    if not result.model:
+        return ""
+    total = document["modules"] or result.matched
+    things = "modules" if document["modules"] else "tensors"
+    base = short_name(base_model) if base_model else f"{result.model}'s default base model"
+    if result.same_shapes == total:
+        return f"{base}: all {total} {things}"
+    has = "no " + things if not result.same_shapes else f"{result.same_shapes} of {total} {things}"
+    return f"{has} have the shapes of {base}; {result.matched} of {total} have its names"
 
 
 def _contents(document: dict[str, Any]) -> str:

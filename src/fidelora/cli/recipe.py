@@ -46,6 +46,7 @@ def recipe(
     from fidelora.training.notes import notes_on
     from fidelora.training.plan import RANDOM_SEED, plan_samples
     from fidelora.training.run_folder import read_run
+    from fidelora.weights.locate import is_local, is_portable
 
     run = read_run(run_folder)
     if run.full_models:
@@ -80,8 +81,13 @@ def recipe(
         if plan.has_random_seed:
             prompt["seed"] = RANDOM_SEED
     typer.echo(json.dumps(request, indent=2, ensure_ascii=False))
+    base = run.base_model
+    where = ""
+    if not (is_local(base) or is_portable(base)):
+        where = f", where BASE is your copy of {base}, which does not exist on this machine,"
+        base = "BASE"
     typer.echo(
-        f"Start the server with `fidelora serve --base-model {run.model}={run.base_model}` and the "
+        f"Start the server with `fidelora serve --base-model {run.model}={base}`{where} and the "
         f"environment variable FIDELORA_DTYPE={run.dtype}. Upload {' and '.join(map(str, files))} "
         f"or copy {'it' if len(files) == 1 else 'them'} to the server's LoRA folder.",
         err=True,

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 from fidelora.adapters.module_names import is_original_name
 from fidelora.adapters.read import Adapter
 from fidelora.adapters.targets import Targets
 from fidelora.errors import AdapterMismatchError
 from fidelora.families import Family, all_families, get_family
-from fidelora.weights.files import read_config
+from fidelora.weights.files import BaseFiles, read_config
 from fidelora.weights.strict import empty_part
 
 
 @dataclass(frozen=True)
 class FamilyFit:
-    """Comparison of an adapter with the default base of one family.
+    """Comparison of an adapter with a base model, by default that of a family.
 
     Attributes:
         model: id of the family; empty if no family has any of the modules.
         matched: number of modules, or of tensors of an embedding, that exist in the family.
-        same_shapes: number of these that also have the shapes of the default base.
+        same_shapes: number of these that also have the shapes of the base model.
         unmatched, repeated: names of modules; see `targets.Matches`.
     """
 
@@ -41,6 +43,7 @@ def best_family(adapter: Adapter) -> FamilyFit:
     """Return the family that has the most modules of the adapter.
 
     Ties are decided by the number of modules with the same shapes, then by the adapter's metadata.
+    If no shape is the same, names alone identify no family, and the metadata takes precedence.
     """
     made_for = adapter.metadata.get("ss_base_model_version", "")
     best, best_key = FamilyFit("", unmatched=adapter.modules), (0, 0, False)
@@ -49,7 +52,26 @@ def best_family(adapter: Adapter) -> FamilyFit:
         key = (fit.matched, fit.same_shapes, made_for in family.adapter_base_versions)
         if fit.matched and key > best_key:
             best, best_key = fit, key
+    if best.model and not best.same_shapes and (named := _named_family(made_for)):
+        fit = _fit(adapter, named.id)
+        return fit if is_named(adapter, fit) else best
     return best
+
+
+def is_named(adapter: Adapter, fit: FamilyFit) -> bool:
+    """Return True if the metadata names the family of `fit`, which has most of the modules."""
+    versions = get_family(fit.model).adapter_base_versions
+    made_for = adapter.metadata.get("ss_base_model_version", "")
+    return made_for in versions and fit.matched * 2 > size_of(adapter)
+
+
+def fit_of_base(adapter: Adapter, base: BaseFiles) -> FamilyFit:
+    """Return the comparison of an adapter with a base model; weights are not read.
+
+    Raises:
+        BaseModelFilesError: a configuration is missing or does not describe such a part.
+    """
+    return _compare(adapter, _targets(base.family, base.configs))
 
 
 def explain_mismatch(
@@ -119,7 +141,11 @@ def _other_family_error(adapter: Adapter, other: Family, spec: Family) -> Adapte
 
 
 def _fit(adapter: Adapter, model: str) -> FamilyFit:
-    targets = default_targets(model)
+    return _compare(adapter, default_targets(model))
+
+
+def _compare(adapter: Adapter, targets: Targets) -> FamilyFit:
+    model = targets.family.id
     if adapter.is_embedding:
         matches, fits = targets.match_embedding(adapter)
         size = size_of(adapter)
@@ -133,8 +159,14 @@ def _fit(adapter: Adapter, model: str) -> FamilyFit:
 def default_targets(model: str) -> Targets:
     """Return the targets of a family's default base."""
     family = get_family(model)
+    configs = {part.name: family.layout / part.name / "config.json" for part in family.parts}
+    return _targets(family, configs)
+
+
+def _targets(family: Family, configs: Mapping[str, Path]) -> Targets:
+    """Return the names and shapes of the base model that the files `configs` describe, by part."""
     modules = {
-        part.name: empty_part(part, read_config(family.layout / part.name / "config.json"))
+        part.name: empty_part(part, read_config(configs[part.name]))
         for part in family.parts
         if part.adapter_prefixes
     }

@@ -17,13 +17,21 @@ from fidelora.adapters.peft_metadata import PeftMetadata
 from fidelora.adapters.read import Adapter, adapter_of, stored_tensors, zero_alpha_note
 from fidelora.adapters.targets import repeated_modules
 from fidelora.adapters.tensor_names import is_from_trainer, modules_of
-from fidelora.engine.adapter_family import FamilyFit, best_family, metadata_note, size_of
+from fidelora.engine.adapter_family import (
+    FamilyFit,
+    best_family,
+    fit_of_base,
+    is_named,
+    metadata_note,
+    size_of,
+)
 from fidelora.errors import AdapterError, WeightsFileError
 from fidelora.families import get_family
 from fidelora.loras.describe import AdapterSummary, describe_adapter, describe_header
-from fidelora.recipe import file_sha256
+from fidelora.recipe import file_sha256, short_name
 from fidelora.safetensors_header import Header
 from fidelora.texts import listed, plain_message
+from fidelora.weights.files import BaseFiles
 
 ProblemCode = Literal[
     "unusable", "not_finite", "other_architecture", "other_base", "nothing_learned",
@@ -71,10 +79,12 @@ class Examination:
     Attributes:
         summary: contents of the header.
         alphas: distinct alphas of the modules, ascending; may contain infinity and NaN.
-        model: id of the family with the largest number of the adapter's modules (`best_family`);
-            empty if no family has any of them.
-        matched: number of modules that exist in this family; for an embedding, number of tensors.
-        same_shapes: number of these modules that also fit the shapes of the family's default base.
+        model: id of the family with the largest number of the adapter's modules (`best_family`),
+            or of the given base model; empty if no family has any of them.
+        matched: number of modules that exist in this family, or in the given base model; for an
+            embedding, number of tensors.
+        same_shapes: number of these modules that also fit the shapes of the family's default base,
+            or of the given base model.
     """
 
     sha256: str
@@ -91,12 +101,19 @@ class Examination:
         return not any(problem.unusable for problem in self.problems)
 
 
-def examine_adapter(path: Path) -> Examination:
+def examine_adapter(path: Path, base_model: str = "", model: str = "") -> Examination:
     """Read the whole file at `path`, and return its contents and problems.
+
+    Args:
+        base_model: base model with which the adapter is compared; empty for the default ones of all
+            families. See `BaseFiles.find`.
+        model: family of `base_model`; empty for that of the adapter, or else "sd15".
 
     Raises:
         AdapterNotFoundError: the file does not exist.
         WeightsFileError: the file cannot be read at all.
+        BaseModelError: `base_model` was not found, or is not of this family.
+        UnknownModelError: there is no such family.
     """
     try:
         file = AdapterFile.open(path, keep="within_budget")
@@ -125,11 +142,13 @@ def examine_adapter(path: Path) -> Examination:
             problems = (*problems, Problem("unusable", str(error), True))
         else:
             fit = best_family(adapter)
-            problems = (
-                *problems,
-                *_zero_alpha_problems(adapter, alphas),
-                *_fit_problems(adapter, summary, fit),
-            )
+            if base_model:
+                family = get_family(model or fit.model or "sd15")
+                fit = fit_of_base(adapter, BaseFiles.find(family, base_model))
+                fit_problems = _base_problems(adapter, fit, base_model)
+            else:
+                fit_problems = _fit_problems(adapter, summary, fit)
+            problems = (*problems, *_zero_alpha_problems(adapter, alphas), *fit_problems)
     return Examination(
         file.sha256,
         summary,
@@ -268,11 +287,38 @@ def _distinct(alphas: Sequence[float]) -> tuple[float, ...]:
     return (*numbers, math.nan) if any(map(math.isnan, alphas)) else tuple(numbers)
 
 
+def _base_problems(adapter: Adapter, fit: FamilyFit, base_model: str) -> Iterator[Problem]:
+    """Yield a problem if the adapter does not fit a given base model."""
+    total = size_of(adapter)
+    things = "tensors" if adapter.is_embedding else "modules"
+    base = short_name(base_model)
+    if fit.matched < total:
+        names = f" ({listed(fit.unmatched)})" if fit.unmatched else ""
+        yield Problem(
+            "other_architecture",
+            f"{total - fit.matched} of {total} {things} do not exist in {base}{names}.",
+            True,
+        )
+    elif fit.repeated:
+        yield Problem("repeated_module", f"It {repeated_modules(fit.repeated, total)}", True)
+    elif fit.same_shapes < total:
+        yield Problem(
+            "other_base",
+            f"{total - fit.same_shapes} of {total} {things} have other shapes than in {base}.",
+            True,
+        )
+
+
 def _fit_problems(adapter: Adapter, summary: AdapterSummary, fit: FamilyFit) -> Iterator[Problem]:
     """Yield a problem if the adapter fits no supported family, or not its default base."""
     total = size_of(adapter)
     if adapter.is_embedding:
         yield from _embedding_fit_problems(adapter, fit)
+        return
+    fits_nothing = bool(fit.model) and not fit.same_shapes
+    # A smaller base model, such as a distilled one, lacks some modules of the default one, too.
+    if fits_nothing and is_named(adapter, fit):
+        yield Problem("other_base", _no_shape(fit), False)
         return
     if fit.matched < total:
         where = (
@@ -298,12 +344,20 @@ def _fit_problems(adapter: Adapter, summary: AdapterSummary, fit: FamilyFit) -> 
         yield Problem("other_base", message, True)
     elif summary.base and summary.base not in spec.adapter_base_versions:
         yield Problem("other_base", metadata_note(summary.base, spec), False)
-    elif fit.same_shapes == 0 and all(map(is_original_name, adapter.modules)):
-        message = (
-            f"None of its modules has the shape that it has in {spec.title}, and its module names "
-            f"are {_ORIGINAL_NAMES}. It fits only the base model that it was trained on."
-        )
-        yield Problem("other_base", message, False)
+    elif fits_nothing:
+        names = ""
+        if all(map(is_original_name, adapter.modules)):
+            names = f" Its module names are {_ORIGINAL_NAMES}."
+        yield Problem("other_base", _no_shape(fit) + names, False)
+
+
+def _no_shape(fit: FamilyFit) -> str:
+    """Return a note about an adapter whose modules have no shape of the default base model."""
+    return (
+        f"None of its modules has the shape that it has in {get_family(fit.model).title}, so it "
+        "fits only the base model that it was trained on. Give that one as --base-model to compare "
+        "them."
+    )
 
 
 def _made_for(adapter: Adapter, summary: AdapterSummary, fit: FamilyFit) -> str:

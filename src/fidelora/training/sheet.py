@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
@@ -12,7 +14,12 @@ _AMPLIFY = 16  # makes a difference of one level visible
 _MIN_SIDE = 256  # pixels; smaller images are enlarged
 
 
-def side_by_side(sample: NDArray[np.uint8], replayed: NDArray[np.uint8], title: str) -> Image.Image:
+def side_by_side(
+    sample: NDArray[np.uint8],
+    replayed: NDArray[np.uint8],
+    title: str,
+    others: Mapping[str, NDArray[np.uint8]] | None = None,
+) -> Image.Image:
     """Return a row with the trainer's sample, the replayed sample and their amplified difference.
 
     Small images are enlarged by a whole factor.
@@ -20,12 +27,14 @@ def side_by_side(sample: NDArray[np.uint8], replayed: NDArray[np.uint8], title: 
     Args:
         sample: uint8 RGB [height, width, 3].
         replayed: as `sample`, same size.
+        others: more images of the same size, by label.
     """
     difference = np.abs(sample.astype(np.int16) - replayed.astype(np.int16)) * _AMPLIFY
     panels = {
         "trainer": sample,
         "Fidelora": replayed,
         f"difference x{_AMPLIFY}": difference.clip(0, 255).astype(np.uint8),
+        **(others or {}),
     }
     height, width = replayed.shape[:2]
     factor = max(1, -(-_MIN_SIDE // max(height, width)))

@@ -57,11 +57,13 @@ from fidelora.server.submit import (
 _DESCRIPTIONS = {
     400: "The request is not supported or not valid",
     401: "API key missing or unknown; Basic authentication with the key as the password works too",
+    403: "Not allowed from another machine",
     409: "The request was interrupted",
     413: "Body too large",
     429: "The queue is full",
     500: "The request failed",
     503: "Temporarily unavailable",
+    507: "The disk is full",
 }
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": A1111ErrorBody, "description": description}

@@ -40,7 +40,7 @@ async def models() -> ModelList:
     return model_list()
 
 
-@router.post("/inference", responses=error_responses(409, 429, 503))
+@router.post("/inference", responses=error_responses(409, 429, 503, 507))
 async def inference(
     body: InferenceRequest,
     context: ContextDep,

@@ -78,7 +78,9 @@ class _Plan:
 
 
 @router.post(
-    "/replay", responses=error_responses(409, 415, 429, 503), openapi_extra={"requestBody": _BODY}
+    "/replay",
+    responses=error_responses(409, 415, 429, 503, 507),
+    openapi_extra={"requestBody": _BODY},
 )
 async def replay(
     request: Request, context: ContextDep, caller: CallerDep, idempotency_key: IdempotencyKey = None
