@@ -131,6 +131,11 @@ class Delta(ABC):
     def to(self, device: torch.device) -> Self:
         """Return the same delta with its tensors on `device`."""
 
+    def cast(self, dtype: torch.dtype) -> Self:
+        """Return the same delta with its tensors in `dtype`."""
+        tensors = {name: one for name, one in vars(self).items() if isinstance(one, Tensor)}
+        return replace(self, **{name: one.to(dtype) for name, one in tensors.items()})
+
 
 @dataclass(frozen=True, eq=False)
 class LoraDelta(Delta):

@@ -59,6 +59,7 @@ class MergedAdapters:
         self,
         adapters: Sequence[tuple[BoundAdapter, float]],
         history: Sequence[tuple[BoundAdapter, float]] = (),
+        training: Sequence[tuple[BoundAdapter, float]] = (),
     ) -> int:
         """Merge exactly these adapters in this order, writing only weights that change.
 
@@ -69,11 +70,14 @@ class MergedAdapters:
             history: adapters that were merged and subtracted before, one after the other. As in the
                 trainer, the adapter is merged with its multiplier and subtracted with the absolute
                 value of the multiplier, and each result is cast to the weight's dtype.
+            training: adapters that were merged before all others and stay merged; the result is
+                cast to the weight's dtype.
 
         Returns:
             number of weights and vectors that were written.
         """
-        groups = [[(bound, m)] for bound, total in history for m in (total, -abs(total))]
+        groups = [list(training)] if training else []
+        groups += [[(bound, m)] for bound, total in history for m in (total, -abs(total))]
         wanted: dict[str, list[list[tuple[BoundAdapter, float]]]] = {}
         for group in (*groups, adapters):
             by_name: dict[str, list[tuple[BoundAdapter, float]]] = {}

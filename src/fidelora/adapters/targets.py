@@ -94,6 +94,7 @@ class BoundAdapter:
         word: word of an embedding; None for adapters of other kinds.
         vectors: vectors of an embedding, float32 [tokens, width] by text encoder.
         tensors_sha256: see `AdapterFile`.
+        rounded_to: dtype to which `rounded` rounded the tensors; None for those of the file.
     """
 
     sha256: str
@@ -102,18 +103,31 @@ class BoundAdapter:
     word: str | None = None
     vectors: Mapping[str, Tensor] = field(default_factory=dict)
     tensors_sha256: str = ""
+    rounded_to: torch.dtype | None = None
 
     @property
     def identity(self) -> str:
-        """Key that identifies the adapter's file and the alpha or word from the recipe."""
+        """Key that identifies the adapter's file, and the alpha, word or rounding of its use."""
         if self.word is not None:
             return f"{self.sha256}, word {self.word!r}"
-        return self.sha256 if self.alpha is None else f"{self.sha256}, alpha {self.alpha!r}"
+        details = {"alpha": self.alpha, "rounded to": self.rounded_to}
+        used = [f"{name} {value!r}" for name, value in details.items() if value is not None]
+        return ", ".join([self.sha256, *used])
 
     def only(self, names: Collection[str]) -> BoundAdapter:
         """Return the same adapter with only the changes of these targets."""
         kept = {name: delta for name, delta in self.deltas.items() if name in names}
         return replace(self, deltas=kept)
+
+    def rounded(self, dtype: torch.dtype) -> BoundAdapter:
+        """Return the same adapter with its tensors rounded to `dtype`, which they also have."""
+        deltas = {name: one.cast(dtype) for name, one in self.deltas.items()}
+        return replace(self, deltas=deltas, rounded_to=dtype)
+
+    def widened(self) -> BoundAdapter:
+        """Return the same adapter with its numbers in float32, as merging needs them."""
+        deltas = {name: one.cast(torch.float32) for name, one in self.deltas.items()}
+        return replace(self, deltas=deltas)
 
     @cached_property
     def components(self) -> frozenset[str]:

@@ -192,8 +192,9 @@ class Engine:
             scheduler_options: values that replace those of the sampler's configuration, such as
                 `steps_offset`, to find out how another program made an image. They are not stored
                 in the recipe or the image's record.
-            jitter: seed of a random change of half-precision initial latents by half a unit in the
-                last place, to find out how far rounding errors change the image.
+            jitter: seed of a random change of the initial latents by half a unit in the last place
+                of the recipe's dtype, to find out how far rounding errors change the image; no
+                change in float32.
 
         Raises:
             BaseModelError, AdapterError, WeightsFileError: a file is missing or unsuitable, or the
@@ -267,8 +268,8 @@ class Engine:
                     latents = noise.initial(
                         model.latents.shape(size), model.latents.noise_dtype(dtype)
                     )
-                    if jitter is not None and latents.dtype != torch.float32:
-                        latents = noise.jittered(latents, jitter)
+                    if jitter is not None and dtype != torch.float32:
+                        latents = noise.jittered(latents, jitter, dtype)
                     latents = sample(
                         model.denoiser.prepare(encoded, guidance, size, dtype),
                         schedule(common, model, noise, options),

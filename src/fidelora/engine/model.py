@@ -19,6 +19,7 @@ from fidelora.accel.fast_path import FastPath, fast_path
 from fidelora.accel.offload import place_parts
 from fidelora.accel.packed import pack
 from fidelora.accel.prepack import prepack
+from fidelora.accel.quantized import quantize
 from fidelora.adapters.merge import MergedAdapters
 from fidelora.adapters.targets import Targets
 from fidelora.families import Family, get_family
@@ -40,6 +41,8 @@ class ModelKey(NamedTuple):
     vae_dtype: str
     text_encoder_dtype: str
     fidelity: str
+    quantization: str
+    text_encoder_quantization: str
 
     @classmethod
     def of(cls, recipe: Recipe) -> ModelKey:
@@ -162,6 +165,11 @@ def load_model(
         parts[part.name], pristine[part.name] = build_part(
             part, configs[part.name], weights.pop(part.name), dtype
         )
+    for part in family.parts:
+        kind = getattr(key, part.quantization) if part.quantization else "none"
+        if kind != "none":
+            is_written = not part.adapter_prefixes  # the others get their weights from `merged`
+            quantize(parts[part.name], kind, part.whole_layers, has_weights=is_written)
     denoiser = parts[family.part("denoiser").name]
     decoder = parts[family.part("decoder").name]
     in_place = _accelerate_on_cpu(family, denoiser, decoder, path, device, offload)

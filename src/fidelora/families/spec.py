@@ -101,6 +101,8 @@ class Part:
             differently from the installed one.
         embedding_key: name of its tensor in the files of textual-inversion embeddings; empty if the
             family does not support them.
+        quantization: the recipe field that quantises its linear layers; empty if none does.
+        whole_layers: patterns (`fnmatch`) of the paths of linear layers that are never quantised.
         rounds_buffers: True if the trainer's `.to(dtype)` also rounded its buffers (rotary tables).
     """
 
@@ -117,6 +119,8 @@ class Part:
     other_names: Callable[[Iterable[str]], Mapping[str, str]] | None = None
     ignored_weights: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=lambda: NO_OPTIONS)
+    quantization: Literal["", "quantization", "text_encoder_quantization"] = ""
+    whole_layers: tuple[str, ...] = ()
     rounds_buffers: bool = False
     embedding_key: str = ""
 
@@ -144,6 +148,8 @@ class TrainerSampling:
         archs: values of `model.arch` in configurations of this family; None stands for a
             configuration without `model.arch`.
         flags: keys of the `model` block by which older configurations name the family.
+        text_encoder_qtype: key of the `model` block with the kind of quantisation of the text
+            encoders, `qtype` or `qtype_te`; empty if the trainer does not quantise this family.
         rescales_guidance: True if the trainer applies `guidance_rescale` of the sample block.
         ignores_sampler: True if the trainer ignores `sample.sampler` and uses its only sampler.
         wrong_schedules: schedules that other programs use by mistake.
@@ -151,6 +157,7 @@ class TrainerSampling:
 
     archs: tuple[str | None, ...]
     flags: tuple[str, ...] = ()
+    text_encoder_qtype: Literal["", "qtype", "qtype_te"] = ""
     rescales_guidance: bool = False
     ignores_sampler: bool = False
     wrong_schedules: tuple[WrongSchedule, ...] = ()

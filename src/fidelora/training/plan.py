@@ -131,6 +131,8 @@ def plan_samples(
             dtype=run.dtype,
             vae_dtype=run.vae_dtype,
             text_encoder_dtype=run.text_encoder_dtype,
+            quantization=run.quantization,
+            text_encoder_quantization=run.text_encoder_quantization,
         )
         is_random = values["has_random_seed"]
         image = None if is_random else run.images.get((step, index))
