@@ -402,6 +402,6 @@ def may_share_batch(first: Recipe, second: Recipe) -> bool:
 
 
 def differ_in_prompts_and_seed(first: Recipe, second: Recipe) -> bool:
-    """Return True if two recipes are equal except for their prompts and seeds, if at all."""
+    """Return True if two recipes are equal in all fields other than the prompts and the seed."""
     own = ("prompt", "negative_prompt", "negative_prompt_2", "seed")
     return replace(second, **{name: getattr(first, name) for name in own}) == first

@@ -115,8 +115,9 @@ def check_recipe(recipe: Recipe, spec: Family) -> None:
     if recipe.emphasis != "none":
         if recipe.negative_prompt_2 not in (None, recipe.negative_prompt):
             raise RecipeError(
-                "Emphasis does not support a second negative prompt, which could have another "
-                "number of parts; leave negative_prompt_2 out, or set emphasis to none.",
+                "Emphasis does not support a second negative prompt, which could have more or "
+                "fewer chunks of 77 tokens than the first; leave negative_prompt_2 out, or set "
+                "emphasis to none.",
                 field="negative_prompt_2",
             )
         for name in ("prompt", "negative_prompt"):

@@ -1,8 +1,8 @@
 """Writing of adapter files in the naming of kohya or PEFT.
 
-Only names and metadata are new; tensors are copied byte for byte. The parts of a module have the
-names that `tensor_names.modules_of` gives them. A module of any format that can be read can
-therefore be written, if the target format has names for its parts.
+Only names, metadata and alphas can be new; all other tensors are copied byte for byte. The parts of
+a module have the names that `tensor_names.modules_of` gives them. A module of any format that can
+be read can therefore be written, if the target format has names for its parts.
 
 Sources of the names: `networks/lora.py` of https://github.com/kohya-ss/sd-scripts and LyCORIS
 (kohya); `save_lora_weights` of diffusers (PEFT).
@@ -75,7 +75,7 @@ class ModuleParts:
         part: part of the base model.
         path: path of the module in this part, as diffusers and transformers name it.
         kind: `lora`, `dora`, ...
-        tensors: by part, as stored.
+        tensors: the module's tensors as stored, by name (`down`, `up`, ...; see `formats.py`).
         scale: alpha / rank.
         original_path: path in the original code, which kohya's trainer uses for this family; empty
             if it uses `path`.

@@ -1,7 +1,8 @@
 """Qwen3 as a text encoder: chat template, tokens, hidden states.
 
-Z-Image and FLUX.2-klein use it. They differ in the template's `enable_thinking` and in the hidden
-states that they use, so each family makes these choices in its own `text.py`.
+Of the families in this package, only Z-Image uses it. Other models with this encoder differ in the
+template's `enable_thinking` and in the hidden states that they use, so a family makes these choices
+in its own `text.py`.
 """
 
 from __future__ import annotations

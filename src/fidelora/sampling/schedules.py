@@ -46,7 +46,10 @@ class Schedule(Protocol):
         """Return the latents after the step that begins at `t`."""
 
     def steps_done(self, evaluations: int) -> int:
-        """Return the number of finished steps after this many evaluations of the denoiser."""
+        """Return the number of steps begun with this many evaluations of the denoiser.
+
+        With one evaluation per step, this is the number of finished steps.
+        """
 
 
 class NoiseSchedule:
@@ -93,7 +96,8 @@ class NoiseSchedule:
         return cast(Tensor, step(prediction, t, latents, **self._options, return_dict=False)[0])
 
     def steps_done(self, evaluations: int) -> int:
-        # Second-order samplers need two evaluations per step; pndm needs steps + 1 evaluations.
+        # Second-order samplers need two evaluations per step, but only one for the last step, so
+        # the result is rounded up. pndm needs steps + 1 evaluations.
         order: int = self._scheduler.order
         return min(-(-evaluations // order), self._steps)
 
@@ -138,9 +142,9 @@ def trailing_timesteps(steps: int) -> list[int]:
 def _set_sgm_uniform(scheduler: Any, steps: int, device: torch.device) -> None:
     """Replace the timesteps and sigmas of a scheduler by those of SGM Uniform.
 
-    diffusers' Euler scheduler computes the timesteps from the sigmas of `sgm_uniform_sigmas`. They
-    are fractions, as in AUTOMATIC1111; ComfyUI and Forge round them to whole
-    numbers for the denoiser.
+    diffusers' Euler scheduler computes the timesteps from the sigmas of `sgm_uniform_sigmas`. These
+    timesteps are fractions, as in AUTOMATIC1111; ComfyUI and Forge round them to whole numbers for
+    the denoiser.
     """
     table: Any = schedulers.EulerDiscreteScheduler.from_config(
         {**scheduler.config, "use_karras_sigmas": False, "final_sigmas_type": "zero"}

@@ -73,7 +73,9 @@ ZIMAGE = Family(
     denoiser="fidelora.families.zimage.denoiser:ZImageDenoiser",
     latents="fidelora.families.zimage.latents:ZImageLatents",
     layout=Path(__file__).parent / "layout",
-    trainer_sampling=TrainerSampling(archs=("zimage",), text_encoder_qtype="qtype_te", ignores_sampler=True),
+    trainer_sampling=TrainerSampling(
+        archs=("zimage",), text_encoder_qtype="qtype_te", ignores_sampler=True
+    ),
     adapter_base_versions=("zimage",),
     latent_preview=_COLOURS,
 )
