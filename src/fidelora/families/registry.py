@@ -14,11 +14,11 @@ from types import MappingProxyType
 from fidelora.errors import UnknownModelError
 from fidelora.families.sd.spec import SD15, SDXL
 from fidelora.families.spec import Family
-from fidelora.families.zimage.spec import ZIMAGE
+from fidelora.families.zimage.spec import ZIMAGE, ZIMAGE_DETURBO, ZIMAGE_TURBO
 
 ENTRY_POINTS = "fidelora.families"
 
-_FAMILIES = (SD15, SDXL, ZIMAGE)
+_FAMILIES = (SD15, SDXL, ZIMAGE, ZIMAGE_TURBO, ZIMAGE_DETURBO)
 
 
 @cache

@@ -141,6 +141,23 @@ class WrongSchedule:
 
 
 @dataclass(frozen=True)
+class OlderTrainer:
+    """What releases of AI Toolkit before one release did differently when they made samples.
+
+    Attributes:
+        before: the first release with today's behaviour.
+        divisor: width and height were rounded down to a multiple of it; 0 for no difference.
+        guidance_offset: number that the recipe adds to the guidance scale of the configuration.
+        sampler: the sampler that was used; empty for no difference.
+    """
+
+    before: tuple[int, int, int]
+    divisor: int = 0
+    guidance_offset: float = 0.0
+    sampler: str = ""
+
+
+@dataclass(frozen=True)
 class TrainerSampling:
     """AI Toolkit's way of sampling this family during training.
 
@@ -153,6 +170,9 @@ class TrainerSampling:
         rescales_guidance: True if the trainer applies `guidance_rescale` of the sample block.
         ignores_sampler: True if the trainer ignores `sample.sampler` and uses its only sampler.
         wrong_schedules: schedules that other programs use by mistake.
+        older: differences of older releases, the newest release first.
+        assistant_float8: True if the trainer quantises the denoiser with `float8` in place of
+            `qfloat8` in runs with an assistant LoRA (`training_adapters`).
     """
 
     archs: tuple[str | None, ...]
@@ -161,6 +181,8 @@ class TrainerSampling:
     rescales_guidance: bool = False
     ignores_sampler: bool = False
     wrong_schedules: tuple[WrongSchedule, ...] = ()
+    older: tuple[OlderTrainer, ...] = ()
+    assistant_float8: bool = False
 
 
 @dataclass(frozen=True)
@@ -170,6 +192,8 @@ class Family:
     Attributes:
         id: the name in recipes, on the command line and in the API.
         base_model: hub id of the default base; `base_aliases` are other ids of the same weights.
+        extras: hub id of a base model with the parts that the default base lacks; empty if it has
+            all parts.
         resolution_divisor: width and height, in pixels, are rounded down to a multiple of it.
         default_size: width and height, in pixels, that the default base was trained at.
         base_sizes: the same for bundled bases that were trained at another size, by name.
@@ -204,6 +228,7 @@ class Family:
     adapter_base_versions: tuple[str, ...]
     latent_preview: tuple[tuple[float, float, float], ...]
     base_aliases: tuple[str, ...] = ()
+    extras: str = ""
     base_sizes: Mapping[str, int] = field(default_factory=lambda: NO_OPTIONS)
     checkpoint: str = ""
     accelerations: frozenset[Acceleration] = field(default_factory=frozenset)

@@ -185,7 +185,8 @@ class FlowSchedule:
 
     Args:
         config: either `shift` (the shift factor) or `dynamic_shift` (the argument `line` of
-            `_shift_for`).
+            `_shift_for`). With `ends_at_zero`, the last of the sigmas is 0, so that the last step
+            has no length.
         steps: the number of steps.
         tokens: the number of tokens of the image, which a dynamic shift depends on.
         device: device of the latents.
@@ -197,11 +198,14 @@ class FlowSchedule:
     def __init__(
         self, config: Mapping[str, Any], steps: int, tokens: int, device: torch.device
     ) -> None:
-        if unknown := config.keys() - {"shift", "dynamic_shift"}:
+        if unknown := config.keys() - {"shift", "dynamic_shift", "ends_at_zero"}:
             raise ValueError(f"FlowSchedule has no options {sorted(unknown)}.")
         # Sigmas before the shift, evenly spaced from 1 to 1 / steps. Computed with torch as in the
         # pipelines, because numpy's linspace differs in the last bit.
         sigmas = torch.linspace(1.0, 1 / steps, steps).numpy()
+        if config.get("ends_at_zero"):
+            # Computed by the scheduler itself, in numpy's float64.
+            sigmas = np.linspace(_TRAINING_TIMESTEPS, 0, steps) / _TRAINING_TIMESTEPS
         if "dynamic_shift" in config:
             factor = math.exp(_shift_for(tokens, config["dynamic_shift"]))
             shifted = factor / (factor + (1 / sigmas - 1) ** 1.0)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fidelora.adapters.tensor_names import noise_of_adapter, noise_of_trainer
+from fidelora.adapters.tensor_names import noise_of_adapter, noise_of_trainer, trainer_version
 from fidelora.errors import TrainingRunError
-from fidelora.families import get_family
+from fidelora.families import OlderTrainer, get_family
 from fidelora.recipe import MAX_SEED, AdapterRef, Noise, Recipe, replace_trigger
 from fidelora.training.flags import split_flags
 from fidelora.training.history import NO_HISTORY, History, full_history, refs_of
+from fidelora.training.model_block import find_training_adapter
 from fidelora.training.run_files import checkpoint_metadata
 from fidelora.training.run_folder import TrainingRun
 
@@ -101,8 +102,15 @@ def plan_samples(
         noise = noise_of_adapter(adapters[0])
     elif "noise" in family.uses and checkpoint is not None:
         noise = noise_of_trainer(checkpoint_metadata(checkpoint))
+    sampling = family.trainer_sampling
+    version = run.trainer_version
+    if version is None and checkpoint is not None:
+        version = trainer_version(checkpoint_metadata(checkpoint))
+    older = [one for one in sampling.older if version is not None and version < one.before]
+    training = (find_training_adapter(run.training_adapter),) if run.training_adapter else ()
     planned = []
     for index, values in enumerate(settings):
+        values = _as_older_trainer(values, older)
         recipe = Recipe(
             prompt=values["prompt"],
             negative_prompt=values["neg"],
@@ -116,13 +124,10 @@ def plan_samples(
             height=values["height"],
             steps=values["sample_steps"],
             guidance_scale=values["guidance_scale"],
-            guidance_rescale=(
-                values["guidance_rescale"] if family.trainer_sampling.rescales_guidance else 0.0
-            ),
+            guidance_rescale=values["guidance_rescale"] if sampling.rescales_guidance else 0.0,
             seed=values["seed"],
-            sampler=family.default_sampler
-            if family.trainer_sampling.ignores_sampler
-            else run.sampler,
+            sampler=values["sampler"]
+            or (family.default_sampler if sampling.ignores_sampler else run.sampler),
             prediction=run.prediction,
             adapters=with_multiplier(adapters, values["network_multiplier"]),
             adapter_mode="live" if unmerged else "merged",
@@ -133,6 +138,7 @@ def plan_samples(
             text_encoder_dtype=run.text_encoder_dtype,
             quantization=run.quantization,
             text_encoder_quantization=run.text_encoder_quantization,
+            training_adapters=training,
         )
         is_random = values["has_random_seed"]
         image = None if is_random else run.images.get((step, index))
@@ -142,6 +148,16 @@ def plan_samples(
             )
         )
     return planned
+
+
+def _as_older_trainer(values: Mapping[str, Any], older: Sequence[OlderTrainer]) -> dict[str, Any]:
+    """Return a sample's settings with the differences of older releases applied."""
+    changed = {**values, "sampler": next((one.sampler for one in older if one.sampler), "")}
+    for one in older:
+        changed["guidance_scale"] += one.guidance_offset
+        for side in ("width", "height") if one.divisor else ():
+            changed[side] -= changed[side] % one.divisor
+    return changed
 
 
 def with_multiplier(adapters: Sequence[AdapterRef], multiplier: float) -> tuple[AdapterRef, ...]:

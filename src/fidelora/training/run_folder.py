@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any
 
 from fidelora.errors import TrainingRunError
-from fidelora.families import Family, all_families, get_family
+from fidelora.families import all_families, get_family
 from fidelora.recipe import AdapterRef, Dtype, Prediction, Quantization
 from fidelora.training.config_file import block_of, dtype_of, number_of, read_config
 from fidelora.training.embedding_block import TrainedEmbedding, read_embedding
+from fidelora.training.model_block import quantization_of, training_adapter_of
 from fidelora.training.run_files import (
     find_checkpoints,
     folders_without_weights,
@@ -59,6 +60,10 @@ class TrainingRun:
             of SD 1.5 and SDXL, but even then it does not merge the adapter.)
         quantization, text_encoder_quantization: recipe fields; `none` for families that the trainer
             does not quantise.
+        training_adapter: path or hub location (owner/name/file) of the assistant LoRA, for families
+            that use `training_adapters`; empty for none.
+        trainer_version: release of AI Toolkit that made the samples; None for the one in the
+            metadata of the checkpoint.
         network_type: type of the adapter in the configuration, such as `lora`, in lower case.
         dora_alpha: alpha of a DoRA, which its file does not contain; None for other adapter types
             or if unknown.
@@ -98,6 +103,8 @@ class TrainingRun:
     stays_live: bool = False
     quantization: Quantization = "none"
     text_encoder_quantization: Quantization = "none"
+    training_adapter: str = ""
+    trainer_version: tuple[int, ...] | None = None
     network_type: str = ""
     dora_alpha: float | None = None
     full_models: bool = False
@@ -123,6 +130,11 @@ class TrainingRun:
         """Steps with samples, in ascending order."""
         first = self.first_round.images if self.first_round else {}
         return tuple(sorted({step for step, _ in [*self.images, *first]}))
+
+    def with_settings(self, **changes: Any) -> TrainingRun:
+        """Return the run with other values of these fields, also in its first round."""
+        first = self.first_round and replace(self.first_round, **changes)
+        return replace(self, **changes, first_round=first)
 
     def adapter(self, step: int) -> AdapterRef:
         """Return the adapter of the checkpoint of a step.
@@ -207,7 +219,8 @@ def read_run(folder: Path) -> TrainingRun:
         checkpoints=checkpoints,
         images={},
         stays_live=bool(model.get("quantize") or offloading),
-        **_quantization(model, get_family(family)),
+        **quantization_of(model, get_family(family)),
+        training_adapter=training_adapter_of(model, get_family(family)),
         network_type=str(network.get("type", "")).lower(),
         dora_alpha=_dora_alpha(network),
         full_models=full_models,
@@ -271,36 +284,6 @@ def _sample_settings(block: Mapping[str, Any], name: str) -> dict[str, Any]:
             0, number_of(int, block.get("sample_every") or 0, f"{name}.sample_every")
         ),
     }
-
-
-def _quantization(model: Mapping[str, Any], family: Family) -> dict[str, Quantization]:
-    """Return the recipe fields for the quantisation that the `model` block configures.
-
-    Raises:
-        TrainingRunError: this kind of quantisation is not supported.
-    """
-    key = family.trainer_sampling.text_encoder_qtype
-    if not key:
-        return {}
-    denoiser = bool(model.get("quantize"))
-    chosen = {
-        "quantization": (denoiser, "qtype"),
-        "text_encoder_quantization": (bool(model.get("quantize_te", denoiser)), key),
-    }
-    return {
-        field: _qtype(str(model.get(name, "qfloat8")), f"model.{name}") if is_on else "none"
-        for field, (is_on, name) in chosen.items()
-    }
-
-
-def _qtype(kind: str, name: str) -> Quantization:
-    for known in get_args(Quantization):
-        if kind == known != "none":
-            return cast(Quantization, known)
-    raise TrainingRunError(
-        f"The training run has {name} {kind}, which is not supported; only runs with qfloat8 and "
-        "float8 can be replayed."
-    )
 
 
 def _trains_adapter(process: Mapping[str, Any]) -> bool:

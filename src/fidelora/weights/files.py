@@ -6,8 +6,8 @@ import importlib
 import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +73,7 @@ class BaseFiles:
         """
         source = locate(base_model, family.parts, variant=variant, cache_dir=cache_dir)
         replaced = family.part("decoder").name if decoder else ""
+        extra = _missing_parts(source, family)
         if source.is_file():
             layout = _layout(family, config, source)
             weights: dict[str, tuple[Path, ...]] = {}
@@ -83,17 +84,28 @@ class BaseFiles:
                     field="config",
                 )
             layout = source
-            _check_index(source, family)
-            own = [part for part in family.parts if part.name != replaced]
+            _check_index(source, family, extra)
+            own = [one for one in family.parts if one.name != replaced and one.name not in extra]
             weights = {one.name: _weight_files(source / one.name, one, variant) for one in own}
-        configs = {part.name: layout / part.name / "config.json" for part in family.parts}
+        names = [part.name for part in family.parts if part.name not in extra]
+        configs = {name: layout / name / "config.json" for name in names}
         given = dict(configs) if config else {}
         if decoder:
             part = family.part("decoder")
             folder, weights[replaced] = _decoder_files(decoder, part, variant, cache_dir)
             if folder is not None:
                 configs[replaced] = folder / "config.json"
-        tokenizers = {one.name: _tokenizer(layout, one) for one in family.text_encoders}
+        encoders = [one for one in family.text_encoders if one.name not in extra]
+        tokenizers = {one.name: _tokenizer(layout, one) for one in encoders}
+        if extra:
+            complete = replace(family, extras="")
+            rest = cls.find(complete, family.extras, variant=variant, cache_dir=cache_dir)
+            for name in extra:
+                configs.setdefault(name, rest.configs[name])
+                if name != replaced:
+                    weights[name] = rest.weights[name]
+                if name in rest.tokenizers:
+                    tokenizers[name] = rest.tokenizers[name]
         folders = [path for path in tokenizers.values() if path is not None]
         stamp = _stamp(source, *configs.values(), *folders, *sum(weights.values(), ()))
         return cls(family, source, configs, tokenizers, weights, given, stamp)
@@ -213,11 +225,28 @@ def _tokenizer(layout: Path, part: Part) -> Path | None:
     return None
 
 
-def _check_index(folder: Path, family: Family) -> None:
-    """Raise if the folder's `model_index.json` describes another kind of model."""
+def _missing_parts(source: Path, family: Family) -> tuple[str, ...]:
+    """Return the parts that a folder lacks and `Family.extras` has.
+
+    A folder with a `model_index.json` must have all parts.
+    """
+    if not family.extras or source.is_file() or (source / "model_index.json").is_file():
+        return ()
+    denoiser = family.part("denoiser").name
+    missing = [part.name for part in family.parts if not (source / part.name).is_dir()]
+    return () if denoiser in missing else tuple(missing)
+
+
+def _check_index(folder: Path, family: Family, extra: Collection[str]) -> None:
+    """Raise if the folder's `model_index.json` describes another kind of model.
+
+    Args:
+        extra: parts that are not expected in the folder.
+    """
     index = folder / "model_index.json"
     if not index.is_file():
-        missing = [part.name for part in family.parts if not (folder / part.name).is_dir()]
+        names = [part.name for part in family.parts if part.name not in extra]
+        missing = [name for name in names if not (folder / name).is_dir()]
         if missing:
             raise BaseModelFilesError(
                 f"{folder} is not a diffusers folder: it has neither a model_index.json nor the "
@@ -225,8 +254,7 @@ def _check_index(folder: Path, family: Family) -> None:
             )
         return
     entries = read_config(index)
-    if (other := _family_of(entries)) not in (None, family):
-        assert other is not None
+    if not _has_parts_of(family, entries) and (other := _family_of(entries)) is not None:
         raise BaseModelFilesError(
             f"{folder.name} is a base model of {other.title}, not of {family.title}; "
             f"use it with model {other.id}."
@@ -252,16 +280,18 @@ def _check_index(folder: Path, family: Family) -> None:
 
 def _family_of(index: Mapping[str, Any]) -> Family | None:
     """Return the family whose parts are exactly those of a `model_index.json`, or None."""
-    for family in all_families().values():
-        wanted = {part.name: [part.library, part.class_name] for part in family.parts}
-        found = {
-            name: value
-            for name, value in index.items()
-            if name in wanted or name.startswith("text_encoder")
-        }
-        if found == wanted:
-            return family
-    return None
+    return next((one for one in all_families().values() if _has_parts_of(one, index)), None)
+
+
+def _has_parts_of(family: Family, index: Mapping[str, Any]) -> bool:
+    """Return True if a `model_index.json` has exactly the parts of a family."""
+    wanted = {part.name: [part.library, part.class_name] for part in family.parts}
+    found = {
+        name: value
+        for name, value in index.items()
+        if name in wanted or name.startswith("text_encoder")
+    }
+    return found == wanted
 
 
 def _weight_files(folder: Path, part: Part, variant: str) -> tuple[Path, ...]:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
-from fidelora.families.spec import Family, FlowSampler, Part, Tokenizer, TrainerSampling
+from fidelora.families.spec import (
+    Family,
+    FlowSampler,
+    OlderTrainer,
+    Part,
+    Tokenizer,
+    TrainerSampling,
+)
 
 # Linear fit of FLUX.1's VAE, which Z-Image uses. Source: `Flux.latent_rgb_factors` in
 # https://github.com/comfyanonymous/ComfyUI, comfy/latent_formats.py
@@ -18,6 +26,25 @@ _COLOURS = (
     (-0.1262, -0.0982, -0.0778),
 )  # fmt: skip
 
+# A static shift from the trainer's own configuration; the base's scheduler file is not used.
+_FLOWMATCH = FlowSampler("flowmatch", MappingProxyType({"shift": 3.0}))
+_FLOWMATCH_TO_ZERO = FlowSampler(
+    "flowmatch_to_zero", MappingProxyType({"shift": 3.0, "ends_at_zero": True})
+)
+
+_TRAINER_SAMPLING = TrainerSampling(
+    archs=("zimage",),
+    text_encoder_qtype="qtype_te",
+    ignores_sampler=True,
+    assistant_float8=True,
+    older=(
+        OlderTrainer((0, 10, 25), sampler=_FLOWMATCH_TO_ZERO.name),
+        # The guidance scale had the meaning that it has in diffusers: guidance was on above 0.
+        OlderTrainer((0, 10, 21), guidance_offset=1.0),
+        OlderTrainer((0, 9, 14), divisor=32),
+    ),
+)
+
 ZIMAGE = Family(
     id="zimage",
     title="Z-Image",
@@ -28,11 +55,10 @@ ZIMAGE = Family(
     default_guidance_scale=4.0,
     default_seed=42,
     default_sampler="flowmatch",
-    # A static shift from the trainer's own configuration; the base's scheduler file is not used.
-    samplers=MappingProxyType(
-        {"flowmatch": FlowSampler("flowmatch", MappingProxyType({"shift": 3.0}))}
+    samplers=MappingProxyType({one.name: one for one in (_FLOWMATCH, _FLOWMATCH_TO_ZERO)}),
+    uses=frozenset(
+        {"negative_prompt", "quantization", "text_encoder_quantization", "training_adapters"}
     ),
-    uses=frozenset({"negative_prompt", "quantization", "text_encoder_quantization"}),
     parts=(
         Part(
             name="text_encoder",
@@ -73,9 +99,28 @@ ZIMAGE = Family(
     denoiser="fidelora.families.zimage.denoiser:ZImageDenoiser",
     latents="fidelora.families.zimage.latents:ZImageLatents",
     layout=Path(__file__).parent / "layout",
-    trainer_sampling=TrainerSampling(
-        archs=("zimage",), text_encoder_qtype="qtype_te", ignores_sampler=True
-    ),
+    trainer_sampling=_TRAINER_SAMPLING,
     adapter_base_versions=("zimage",),
     latent_preview=_COLOURS,
+)
+
+ZIMAGE_TURBO = replace(
+    ZIMAGE,
+    id="zimage_turbo",
+    title="Z-Image Turbo",
+    base_model="Tongyi-MAI/Z-Image-Turbo",
+    default_steps=8,
+    default_guidance_scale=1.0,
+    trainer_sampling=replace(_TRAINER_SAMPLING, archs=("zimage:turbo",)),
+)
+
+ZIMAGE_DETURBO = replace(
+    ZIMAGE,
+    id="zimage_deturbo",
+    title="Z-Image De-Turbo",
+    base_model="ostris/Z-Image-De-Turbo",  # has only the transformer
+    extras=ZIMAGE_TURBO.base_model,
+    default_steps=25,
+    default_guidance_scale=3.0,
+    trainer_sampling=replace(_TRAINER_SAMPLING, archs=("zimage:deturbo",)),
 )
