@@ -18,19 +18,35 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support import DEMO_DATA, GOLDEN_JOBS, SAME_PROCESSOR, TINY_BASE, TINY_SDXL, TINY_ZIMAGE
+from tests.support import (
+    DEMO_DATA,
+    GOLDEN_JOBS,
+    SAME_PROCESSOR,
+    TINY_BASE,
+    TINY_SDXL,
+    TINY_ZIMAGE,
+    ZIMAGE_TRAINING_ADAPTER,
+)
 
 from fidelora import Engine
 from fidelora.training.compare import Comparison, compare_with_sample
 from fidelora.training.plan import plan_samples
-from fidelora.training.run_folder import read_run
+from fidelora.training.run_folder import TrainingRun, read_run
 
 pytestmark = [
     pytest.mark.usefixtures("golden_threads"),
     pytest.mark.timeout(600),
 ]
 DEMO_RUN = "zrk_fp32"
-BF16_RUNS = {"bf16_save_f32", DEMO_RUN}
+BF16_RUNS = {
+    "bf16_save_f32",
+    DEMO_RUN,
+    "zimage_quantized_save_f32",
+    "zimage_turbo_quantized_save_f32",
+}
+OLD_TRAINERS = {"zimage_turbo_f32_pin_before_0_10_25": (0, 10, 24)}
+"""Releases that the metadata of the golden adapters does not name, because only the trainer's
+library was that of the old release."""
 BF16_OTHER_PROCESSOR_LEVELS = 12
 """Largest difference of bfloat16 samples on other processors.
 
@@ -51,6 +67,10 @@ EXACT = {
     "xl_sampler_euler_a": 3,
     "zimage_lora_f32": 3,
     "zimage_lokr": 3,
+    "zimage_quantized_save_f32": 3,
+    "zimage_turbo_f32": 3,
+    "zimage_turbo_quantized_save_f32": 3,
+    "zimage_turbo_f32_pin_before_0_10_25": 3,
     "zrk_fp32": 4,
 }
 """Training runs whose last samples are all identical, with the number of samples."""
@@ -65,6 +85,13 @@ def folder_of(name: str) -> Path:
     return DEMO_DATA / name if name == DEMO_RUN else GOLDEN_JOBS / name
 
 
+def run_of(name: str) -> TrainingRun:
+    run = read_run(folder_of(name))
+    if run.training_adapter:
+        run = run.with_settings(training_adapter=str(ZIMAGE_TRAINING_ADAPTER))
+    return run.with_settings(trainer_version=OLD_TRAINERS.get(name))
+
+
 def base_of(name: str) -> str:
     bases = {"xl": TINY_SDXL, "zimage": TINY_ZIMAGE, "zrk": "fidelora:miniature"}
     return str(bases.get(name.partition("_")[0], TINY_BASE))
@@ -72,7 +99,7 @@ def base_of(name: str) -> str:
 
 def replay(engine: Engine, name: str, step: int, **changes: Any) -> list[Comparison]:
     comparisons = []
-    for sample in plan_samples(read_run(folder_of(name)), step, base_model=base_of(name)):
+    for sample in plan_samples(run_of(name), step, base_model=base_of(name)):
         assert sample.trainer_image is not None
         comparisons.append(
             compare_with_sample(

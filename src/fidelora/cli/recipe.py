@@ -102,10 +102,12 @@ def recipe(
         run.prediction != "epsilon"
         or run.vae
         or {run.vae_dtype, run.text_encoder_dtype} != {run.dtype}
+        or {run.quantization, run.text_encoder_quantization} != {"none"}
+        or run.training_adapter
     ):
         warn(
-            "The server has no settings for the prediction type, the VAE or the separate dtypes of "
-            "this training run; its images will differ."
+            "The server has no settings for the prediction type, the VAE, the separate dtypes, the "
+            "quantisation or the training adapter of this training run; its images will differ."
         )
 
 
