@@ -25,7 +25,7 @@ from fidelora.api import (
     status_of,
 )
 from fidelora.errors import RequestError, RequestFieldError
-from fidelora.families import get_family
+from fidelora.families import all_families, get_family
 from fidelora.jobs.job import (
     Failure,
     JobProgress,
@@ -349,7 +349,7 @@ def test_different_multipliers_run_live_as_in_the_trainer():
 @pytest.mark.parametrize(
     ("changes", "code", "details"),
     [
-        ({"model": "flux"}, "MODEL_NOT_FOUND", {"supported_models": ["sd15", "sdxl", "zimage"]}),
+        ({"model": "gpt"}, "MODEL_NOT_FOUND", {"supported_models": list(all_families())}),
         ({"loras": []}, "LORA_FILE_REQUIRED", {}),
         (
             {"loras": [{"path": "x", "transformer": "low"}]},
@@ -563,7 +563,9 @@ def test_status_and_result_over_the_life_cycle_of_a_job():
 
 
 def test_the_models_are_listed_as_documented():
-    assert [body.model_dump() for body in model_list().models] == [
+    listed = [body.model_dump() for body in model_list().models]
+    assert [body["id"] for body in listed] == list(all_families())
+    assert listed[:3] == [
         {
             "id": "sd15",
             "base_model": "stable-diffusion-v1-5/stable-diffusion-v1-5",

@@ -16,7 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -130,8 +130,10 @@ class Delta(ABC):
 
     def cast(self, dtype: torch.dtype) -> Self:
         """Return the same delta with its tensors in `dtype`."""
-        tensors = {name: one for name, one in vars(self).items() if isinstance(one, Tensor)}
-        return replace(self, **{name: one.to(dtype) for name, one in tensors.items()})
+        cast: dict[str, Any] = {
+            name: one.to(dtype) for name, one in vars(self).items() if isinstance(one, Tensor)
+        }
+        return replace(self, **cast)
 
 
 @dataclass(frozen=True, eq=False)

@@ -166,7 +166,7 @@ def load_model(
             part, configs[part.name], weights.pop(part.name), dtype
         )
     for part in family.parts:
-        kind = getattr(key, part.quantization) if part.quantization else "none"
+        kind: Any = getattr(key, part.quantization) if part.quantization else "none"
         if kind != "none":
             is_written = not part.adapter_prefixes  # the others get their weights from `merged`
             quantize(parts[part.name], kind, part.whole_layers, has_weights=is_written)

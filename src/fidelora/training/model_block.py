@@ -13,7 +13,7 @@ from fidelora.loras.hub import HubFile
 from fidelora.recipe import AdapterRef, Quantization
 
 
-def quantization_of(model: Mapping[str, Any], family: Family) -> dict[str, Quantization]:
+def quantization_of(model: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """Return the recipe fields for the quantisation that a `model` block configures.
 
     Returns:
