@@ -335,6 +335,7 @@ def generate(
     quantization: Annotated[
         QuantizationOption,
         typer.Option(
+            "--quantize",
             help="Store the weights of the denoiser in float8, as AI Toolkit does with model."
             "quantize; LoRAs are then unmerged. Only for families that AI Toolkit quantises.",
             rich_help_panel=MODEL_PANEL,
@@ -343,7 +344,9 @@ def generate(
     text_encoder_quantization: Annotated[
         QuantizationOption,
         typer.Option(
-            help="The same for the text encoders (model.quantize_te).", rich_help_panel=MODEL_PANEL
+            "--quantize-te",
+            help="The same for the text encoders.",
+            rich_help_panel=MODEL_PANEL,
         ),
     ] = QuantizationOption.NONE,
     training_adapter: Annotated[
