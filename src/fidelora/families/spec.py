@@ -146,6 +146,8 @@ class TrainerSampling:
         flags: keys of the `model` block by which older configurations name the family.
         rescales_guidance: True if the trainer applies `guidance_rescale` of the sample block.
         ignores_sampler: True if the trainer ignores `sample.sampler` and uses its only sampler.
+        size_multiple: the trainer fails if a width or height in pixels, rounded down to a multiple
+            of 8, is not a multiple of it; 8 if every size works.
         wrong_schedules: schedules that other programs use by mistake.
     """
 
@@ -153,6 +155,7 @@ class TrainerSampling:
     flags: tuple[str, ...] = ()
     rescales_guidance: bool = False
     ignores_sampler: bool = False
+    size_multiple: int = 8
     wrong_schedules: tuple[WrongSchedule, ...] = ()
 
 
@@ -164,6 +167,8 @@ class Family:
         id: the name in recipes, on the command line and in the API.
         base_model: hub id of the default base; `base_aliases` are other ids of the same weights.
         resolution_divisor: width and height, in pixels, are rounded down to a multiple of it.
+        api_divisor: the same for requests over HTTP, if the documented API of
+            `ai-toolkit-inference` has another divisor than the trainer.
         default_size: width and height, in pixels, that the default base was trained at.
         base_sizes: the same for bundled bases that were trained at another size, by name.
         uses: the optional recipe fields that have an effect for this family.
@@ -196,6 +201,7 @@ class Family:
     trainer_sampling: TrainerSampling
     adapter_base_versions: tuple[str, ...]
     latent_preview: tuple[tuple[float, float, float], ...]
+    api_divisor: int | None = None
     base_aliases: tuple[str, ...] = ()
     base_sizes: Mapping[str, int] = field(default_factory=lambda: NO_OPTIONS)
     checkpoint: str = ""
@@ -205,6 +211,11 @@ class Family:
     def text_encoders(self) -> tuple[Part, ...]:
         """The parts that encode prompts."""
         return tuple(part for part in self.parts if part.role == "text_encoder")
+
+    @property
+    def request_divisor(self) -> int:
+        """The divisor of width and height, in pixels, in requests over HTTP."""
+        return self.api_divisor or self.resolution_divisor
 
     @property
     def supports_embeddings(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -16,6 +17,20 @@ def guide(negative: Tensor, positive: Tensor, scale: float, rescale: float = 0.0
     """
     guided = negative + scale * (positive - negative)
     return _rescaled(guided, positive, rescale) if rescale > 0 else guided
+
+
+def guide_renormed(negative: Tensor, positive: Tensor, scale: float) -> Tensor:
+    """Return the guided prediction, with each row scaled to its norm in `positive`.
+
+    Rows are those of the last dimension. The order of operations is that of diffusers' pipelines
+    of Lumina-Image 2.0 and Qwen-Image.
+
+    Args:
+        negative, positive, scale: as in `guide`.
+    """
+    guided = guide(negative, positive, scale)
+    norm, own = (torch.norm(one, dim=-1, keepdim=True) for one in (positive, guided))
+    return guided * (norm / own)
 
 
 def _rescaled(guided: Tensor, positive: Tensor, share: float) -> Tensor:

@@ -181,7 +181,8 @@ class FlowSchedule:
 
     Args:
         config: either `shift` (the shift factor) or `dynamic_shift` (the argument `line` of
-            `_shift_for`).
+            `_shift_for`); and `float64_sigmas`, True for pipelines that space the sigmas before
+            the shift with numpy in float64 instead of torch in float32.
         steps: the number of steps.
         tokens: the number of tokens of the image, which a dynamic shift depends on.
         device: device of the latents.
@@ -193,11 +194,14 @@ class FlowSchedule:
     def __init__(
         self, config: Mapping[str, Any], steps: int, tokens: int, device: torch.device
     ) -> None:
-        if unknown := config.keys() - {"shift", "dynamic_shift"}:
+        if unknown := config.keys() - {"shift", "dynamic_shift", "float64_sigmas"}:
             raise ValueError(f"FlowSchedule has no options {sorted(unknown)}.")
-        # Sigmas before the shift, evenly spaced from 1 to 1 / steps. Computed with torch as in the
-        # pipelines, because numpy's linspace differs in the last bit.
-        sigmas = torch.linspace(1.0, 1 / steps, steps).numpy()
+        # Sigmas before the shift, evenly spaced from 1 to 1 / steps. Computed as in the family's
+        # pipeline, because the two differ in the last bit.
+        if config.get("float64_sigmas"):
+            sigmas = np.linspace(1.0, 1 / steps, steps).astype(np.float32)
+        else:
+            sigmas = torch.linspace(1.0, 1 / steps, steps).numpy()
         if "dynamic_shift" in config:
             factor = math.exp(_shift_for(tokens, config["dynamic_shift"]))
             shifted = factor / (factor + (1 / sigmas - 1) ** 1.0)
