@@ -219,7 +219,7 @@ def test_lists_cover_all_pages(client, context, monkeypatch):
     assert [lora.path for lora in client.loras()] == ["sks.safetensors"]
     with pytest.raises(ApiError, match="No uploaded LoRA"):
         client.delete_lora(uploaded.path)
-    assert [model.id for model in client.models()] == ["sd15", "sdxl", "zimage"]
+    assert [model.id for model in client.models()] == ["sd15", "sdxl", "zimage", "lumina2"]
     assert client.ready()
 
 
@@ -246,7 +246,12 @@ def test_async_client_against_the_application(url, context, worker, tmp_path):
             assert [lora.path async for lora in client.loras()] == ["sks.safetensors"]
             assert (await client.upload_lora(LOKR)).uploaded
             await client.delete_lora(LOKR.name)
-            assert [model.id for model in await client.models()] == ["sd15", "sdxl", "zimage"]
+            assert [model.id for model in await client.models()] == [
+                "sd15",
+                "sdxl",
+                "zimage",
+                "lumina2",
+            ]
             assert await client.ready()
             with pytest.raises(ApiError, match=r"none\.safetensors"):
                 await client.submit("a", "none.safetensors")

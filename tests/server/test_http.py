@@ -63,7 +63,7 @@ def test_health_and_models(client):
     assert client.get("/health").json() == {"status": "healthy"}
     assert [client.head(path).status_code for path in ("/health", "/ready")] == [200, 200]
     models = client.get("/v1/models").json()["models"]
-    assert [model["id"] for model in models] == ["sd15", "sdxl", "zimage"]
+    assert [model["id"] for model in models] == ["sd15", "sdxl", "zimage", "lumina2"]
     assert models[0] == {
         "id": "sd15",
         "base_model": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -181,7 +181,9 @@ def test_unsupported_requests_are_400_with_a_code(client, context, body, code):
 
 def test_an_unknown_model_error_lists_the_models(client):
     answer = client.post("/v1/inference", json=MINIMAL | {"model": "flux"}).json()
-    assert answer["detail"]["error"]["details"] == {"supported_models": ["sd15", "sdxl", "zimage"]}
+    assert answer["detail"]["error"]["details"] == {
+        "supported_models": ["sd15", "sdxl", "zimage", "lumina2"]
+    }
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ SDXL: Colours = (
     (0.1076, 0.1111, -0.0362), (-0.3165, -0.2492, -0.2188),
 )  # fmt: skip
 
-# `latent_rgb_factors` of Flux in the same file; the VAE of FLUX.1 is used by several families.
-FLUX: Colours = (
+# `Flux.latent_rgb_factors` in the same file; FLUX.1's VAE is also that of other families.
+FLUX1: Colours = (
     (-0.0346, 0.0244, 0.0681), (0.0034, 0.0210, 0.0687), (0.0275, -0.0668, -0.0433),
     (-0.0174, 0.0160, 0.0617), (0.0859, 0.0721, 0.0329), (0.0004, 0.0383, 0.0115),
     (0.0405, 0.0861, 0.0915), (-0.0236, -0.0185, -0.0259), (-0.0245, 0.0250, 0.1180),

@@ -19,18 +19,17 @@ def guide(negative: Tensor, positive: Tensor, scale: float, rescale: float = 0.0
     return _rescaled(guided, positive, rescale) if rescale > 0 else guided
 
 
-def guide_renormed(negative: Tensor, positive: Tensor, scale: float) -> Tensor:
-    """Return the guided prediction, with each row scaled to its norm in `positive`.
-
-    Rows are those of the last dimension. The order of operations is that of diffusers' pipelines
-    of Lumina-Image 2.0 and Qwen-Image.
+def match_norm(guided: Tensor, positive: Tensor) -> Tensor:
+    """Scale each row of `guided` (its last dimension) to the Euclidean norm of `positive`.
 
     Args:
-        negative, positive, scale: as in `guide`.
+        guided: result of `guide`.
+        positive: prediction for the prompts, of the same shape.
     """
-    guided = guide(negative, positive, scale)
-    norm, own = (torch.norm(one, dim=-1, keepdim=True) for one in (positive, guided))
-    return guided * (norm / own)
+    norm, target = (
+        torch.linalg.vector_norm(rows, dim=-1, keepdim=True) for rows in (guided, positive)
+    )
+    return guided * (target / norm)
 
 
 def _rescaled(guided: Tensor, positive: Tensor, share: float) -> Tensor:

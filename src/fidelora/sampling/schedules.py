@@ -14,6 +14,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 from diffusers import schedulers
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fidelora.sampling.noise import NoiseSource
@@ -181,8 +182,8 @@ class FlowSchedule:
 
     Args:
         config: either `shift` (the shift factor) or `dynamic_shift` (the argument `line` of
-            `_shift_for`); and `float64_sigmas`, True for pipelines that space the sigmas before
-            the shift with numpy in float64 instead of torch in float32.
+            `_shift_for`); and `linspace`, the precision in which the sigmas before the shift are
+            computed, `float32` (the default) or `float64`.
         steps: the number of steps.
         tokens: the number of tokens of the image, which a dynamic shift depends on.
         device: device of the latents.
@@ -194,14 +195,9 @@ class FlowSchedule:
     def __init__(
         self, config: Mapping[str, Any], steps: int, tokens: int, device: torch.device
     ) -> None:
-        if unknown := config.keys() - {"shift", "dynamic_shift", "float64_sigmas"}:
+        if unknown := config.keys() - {"shift", "dynamic_shift", "linspace"}:
             raise ValueError(f"FlowSchedule has no options {sorted(unknown)}.")
-        # Sigmas before the shift, evenly spaced from 1 to 1 / steps. Computed as in the family's
-        # pipeline, because the two differ in the last bit.
-        if config.get("float64_sigmas"):
-            sigmas = np.linspace(1.0, 1 / steps, steps).astype(np.float32)
-        else:
-            sigmas = torch.linspace(1.0, 1 / steps, steps).numpy()
+        sigmas = _evenly_spaced(steps, config.get("linspace", "float32"))
         if "dynamic_shift" in config:
             factor = math.exp(_shift_for(tokens, config["dynamic_shift"]))
             shifted = factor / (factor + (1 / sigmas - 1) ** 1.0)
@@ -227,6 +223,18 @@ class FlowSchedule:
 
     def steps_done(self, evaluations: int) -> int:
         return evaluations
+
+
+def _evenly_spaced(steps: int, precision: str) -> NDArray[np.float32]:
+    """Return the sigmas before the shift: evenly spaced from 1 to 1 / steps, float32.
+
+    The pipelines of diffusers compute them with torch in float32, or with numpy in float64. The
+    results differ in the last bit.
+    """
+    if precision == "float64":
+        return np.linspace(1.0, 1 / steps, steps).astype(np.float32)
+    sigmas: NDArray[np.float32] = torch.linspace(1.0, 1 / steps, steps).numpy()
+    return sigmas
 
 
 def _shift_for(tokens: int, line: tuple[float, float, float, float]) -> float:

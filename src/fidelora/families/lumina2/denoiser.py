@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fidelora.families.protocols import Encoded, Guidance, Size
-from fidelora.sampling.guidance import guide_renormed
+from fidelora.sampling.guidance import guide, match_norm
 from fidelora.sampling.loop import Denoise
 
 
@@ -64,8 +64,8 @@ class Lumina2Denoiser:
         def denoise(latents: Tensor, t: Tensor) -> Tensor:
             prediction = predict(latents, t, positive)
             if negative is not None:
-                opposite = predict(latents, t, negative)
-                prediction = guide_renormed(opposite, prediction, guidance.scale)
+                guided = guide(predict(latents, t, negative), prediction, guidance.scale)
+                prediction = match_norm(guided, prediction)
             return -prediction  # the transformer predicts the direction from noise to data
 
         return denoise

@@ -62,5 +62,5 @@ ZIMAGE = Family(
     layout=Path(__file__).parent / "layout",
     trainer_sampling=TrainerSampling(archs=("zimage",), ignores_sampler=True),
     adapter_base_versions=("zimage",),
-    latent_preview=latent_formats.FLUX,
+    latent_preview=latent_formats.FLUX1,
 )
