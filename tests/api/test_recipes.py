@@ -301,7 +301,7 @@ def test_a_rounded_size_is_reported(size, note):
 def test_sizes_have_the_divisor_of_the_documented_api():
     """It can be larger than the trainer's, which is that of recipes."""
     prompts = [{"prompt": "a ball", "width": 720, "height": 1360}]
-    (made,) = recipes([A], model="lumina2", prompts=prompts)
+    (made,) = recipes((A,), model="lumina2", prompts=prompts)
     assert (made.width, made.height) == (704, 1344)
     (note,) = notes_of([A], model="lumina2", prompts=prompts)
     assert "720 x 1360 was rounded down to 704 x 1344" in note

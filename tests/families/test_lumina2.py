@@ -173,7 +173,7 @@ def test_the_adapter_is_recognised(engine):
 
 def test_names_of_diffusers_and_peft_give_the_same_image(engine, tmp_path):
     tensors = load_file(LUMINA2_LORA)
-    images = []
+    images: list[Any] = []
     for prefix in ("transformer.", "diffusion_model.", "transformer.base_model.model."):
         renamed = {
             prefix + key.removeprefix("transformer."): tensor for key, tensor in tensors.items()

@@ -29,7 +29,8 @@ def match_norm(guided: Tensor, positive: Tensor) -> Tensor:
     norm, target = (
         torch.linalg.vector_norm(rows, dim=-1, keepdim=True) for rows in (guided, positive)
     )
-    return guided * (target / norm)
+    matched: Tensor = guided * (target / norm)
+    return matched
 
 
 def _rescaled(guided: Tensor, positive: Tensor, share: float) -> Tensor:

@@ -38,10 +38,11 @@ class Lumina2Text:
         device: torch.device,
     ) -> None:  # fmt: skip
         (part,) = family.text_encoders
-        self._encoder: Any = parts[part.name]
+        encoder: Any = parts[part.name]
         # The trainer's transformers used this implementation for Gemma 2. Newer versions refuse to
         # select it, because it does not support the soft cap, which the trainer's left out.
-        self._encoder.config._attn_implementation = "sdpa"
+        encoder.config._attn_implementation = "sdpa"
+        self._encoder = encoder
         folder = tokenizers[part.name]
         assert folder is not None, "no tokenizer is bundled"
         self._tokenizer = _load_tokenizer(folder)
