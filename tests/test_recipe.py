@@ -98,6 +98,7 @@ def test_the_trigger_word_is_not_inserted_into_a_text_that_gets_too_long():
         ({}, 512),
         ({"model": "sdxl"}, 1024),
         ({"model": "zimage"}, 1024),
+        ({"model": "lumina2"}, 1024),
         ({"base_model": "fidelora:miniature"}, 128),
         ({"base_model": "other/base"}, 512),
     ],

@@ -298,6 +298,17 @@ def test_a_rounded_size_is_reported(size, note):
         assert "multiples of 8" in found
 
 
+def test_sizes_have_the_divisor_of_the_documented_api():
+    """It can be larger than the trainer's, which is that of recipes."""
+    prompts = [{"prompt": "a ball", "width": 720, "height": 1360}]
+    (made,) = recipes((A,), model="lumina2", prompts=prompts)
+    assert (made.width, made.height) == (704, 1344)
+    (note,) = notes_of([A], model="lumina2", prompts=prompts)
+    assert "720 x 1360 was rounded down to 704 x 1344" in note
+    assert "multiples of 32" in note
+    assert Recipe(prompt="a ball", model="lumina2", width=720, height=1360).width == 720
+
+
 @pytest.mark.parametrize("prompt", ["a [trigger]", "[name]", "a ball"])
 def test_a_placeholder_in_a_recipe_is_plain_text(sks, prompt):
     recipe = Recipe(prompt=prompt, adapters=(sks,), dtype="bfloat16", base_model="base")
@@ -593,6 +604,17 @@ def test_the_models_are_listed_as_documented():
             "base_model": "Tongyi-MAI/Z-Image",
             "resolution_divisor": 16,
             "default_steps": 30,
+            "default_guidance_scale": 4.0,
+            "requires_control_image": False,
+            "is_video_model": False,
+            "default_num_frames": None,
+            "default_fps": None,
+        },
+        {
+            "id": "lumina2",
+            "base_model": "Alpha-VLLM/Lumina-Image-2.0",
+            "resolution_divisor": 32,
+            "default_steps": 25,
             "default_guidance_scale": 4.0,
             "requires_control_image": False,
             "is_video_model": False,

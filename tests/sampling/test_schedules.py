@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -35,6 +36,16 @@ def test_a_static_shift_has_the_bits_of_diffusers(steps, shift):
         yours = other.step(prediction, t, yours, return_dict=False)[0]
         assert torch.equal(mine, yours)
     assert ours.steps_done(steps) == steps
+
+
+@pytest.mark.parametrize("steps", [1, 6, 12])
+def test_sigmas_can_be_spaced_in_float64(steps):
+    other = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    other.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps))
+    ours = FlowSchedule({"shift": 1.0, "linspace": "float64"}, steps, 64, CPU)
+    assert torch.equal(ours.timesteps, other.timesteps)
+    default = FlowSchedule({"shift": 1.0}, steps, 64, CPU)
+    assert torch.equal(ours.timesteps, default.timesteps) == (steps == 1)
 
 
 @pytest.mark.parametrize("tokens", [64, 256, 1024, 4096])

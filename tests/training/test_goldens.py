@@ -23,6 +23,7 @@ from tests.support import (
     GOLDEN_JOBS,
     SAME_PROCESSOR,
     TINY_BASE,
+    TINY_LUMINA2,
     TINY_SDXL,
     TINY_ZIMAGE,
     ZIMAGE_TRAINING_ADAPTER,
@@ -41,6 +42,7 @@ DEMO_RUN = "zrk_fp32"
 BF16_LEVELS = {
     "bf16_save_f32": 12,
     DEMO_RUN: 24,
+    "lumina2_bf16_save_f32": 12,
     "zimage_quantized_save_f32": 16,
     "zimage_turbo_quantized_save_f32": 16,
 }
@@ -70,6 +72,9 @@ EXACT = {
     "zimage_turbo_quantized_save_f32": 3,
     "zimage_turbo_f32_pin_before_0_10_25": 3,
     "zrk_fp32": 4,
+    "lumina2_lora_f32": 3,
+    "lumina2_prompts": 4,
+    "lumina2_bf16_save_f32": 2,
 }
 """Training runs whose last samples are all identical, with the number of samples."""
 
@@ -91,7 +96,12 @@ def run_of(name: str) -> TrainingRun:
 
 
 def base_of(name: str) -> str:
-    bases = {"xl": TINY_SDXL, "zimage": TINY_ZIMAGE, "zrk": "fidelora:miniature"}
+    bases = {
+        "xl": TINY_SDXL,
+        "zimage": TINY_ZIMAGE,
+        "lumina2": TINY_LUMINA2,
+        "zrk": "fidelora:miniature",
+    }
     return str(bases.get(name.partition("_")[0], TINY_BASE))
 
 

@@ -72,9 +72,10 @@ def _family(spec: Family) -> Iterator[str]:
     yield from [f"## {spec.title}", ""]
     yield f"* id `{spec.id}`; [how its samples are made and reproduced]({spec.id}.md)"
     yield f"* base model: `{spec.base_model}`{also}"
+    over_http = f" (over HTTP: of {spec.api_divisor})" if spec.api_divisor else ""
     yield (
         f"* size: {spec.default_size}x{spec.default_size}; width and height are rounded down to "
-        f"multiples of {spec.resolution_divisor}"
+        f"multiples of {spec.resolution_divisor}{over_http}"
     )
     yield (
         f"* {spec.default_steps} steps, guidance {spec.default_guidance_scale:g}, "

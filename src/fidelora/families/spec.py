@@ -169,6 +169,8 @@ class TrainerSampling:
             encoders, `qtype` or `qtype_te`; empty if the trainer does not quantise this family.
         rescales_guidance: True if the trainer applies `guidance_rescale` of the sample block.
         ignores_sampler: True if the trainer ignores `sample.sampler` and uses its only sampler.
+        size_multiple: the trainer fails if a width or height in pixels, rounded down to a multiple
+            of 8, is not a multiple of it; 8 if every size works.
         wrong_schedules: schedules that other programs use by mistake.
         older: differences of older releases, the newest release first.
         assistant_float8: True if the trainer quantises the denoiser with `float8` in place of
@@ -180,6 +182,7 @@ class TrainerSampling:
     text_encoder_qtype: Literal["", "qtype", "qtype_te"] = ""
     rescales_guidance: bool = False
     ignores_sampler: bool = False
+    size_multiple: int = 8
     wrong_schedules: tuple[WrongSchedule, ...] = ()
     older: tuple[OlderTrainer, ...] = ()
     assistant_float8: bool = False
@@ -195,6 +198,8 @@ class Family:
         extras: hub id of a base model with the parts that the default base lacks; empty if it has
             all parts.
         resolution_divisor: width and height, in pixels, are rounded down to a multiple of it.
+        api_divisor: the same for requests over HTTP, if the documented API of
+            `ai-toolkit-inference` has another divisor than the trainer.
         default_size: width and height, in pixels, that the default base was trained at.
         base_sizes: the same for bundled bases that were trained at another size, by name.
         uses: the optional recipe fields that have an effect for this family.
@@ -227,6 +232,7 @@ class Family:
     trainer_sampling: TrainerSampling
     adapter_base_versions: tuple[str, ...]
     latent_preview: tuple[tuple[float, float, float], ...]
+    api_divisor: int | None = None
     base_aliases: tuple[str, ...] = ()
     extras: str = ""
     base_sizes: Mapping[str, int] = field(default_factory=lambda: NO_OPTIONS)
@@ -237,6 +243,11 @@ class Family:
     def text_encoders(self) -> tuple[Part, ...]:
         """The parts that encode prompts."""
         return tuple(part for part in self.parts if part.role == "text_encoder")
+
+    @property
+    def request_divisor(self) -> int:
+        """The divisor of width and height, in pixels, in requests over HTTP."""
+        return self.api_divisor or self.resolution_divisor
 
     @property
     def supports_embeddings(self) -> bool:

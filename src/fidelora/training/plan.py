@@ -69,7 +69,8 @@ def plan_samples(
         history: earlier rounds of samples; by default all rounds since step 0.
 
     Raises:
-        TrainingRunError: the step has no checkpoint, or a flag is invalid.
+        TrainingRunError: the step has no checkpoint, a flag is invalid, or the trainer fails with
+            the size of a sample.
         RecipeError: a setting is invalid in a recipe (unknown sampler, size, ...).
     """
     if step != 0 and step not in run.checkpoints:
@@ -80,6 +81,7 @@ def plan_samples(
         )
 
     settings = _resolved_settings(run)
+    _check_sizes(run, settings)
     is_full_model = run.full_models and step != 0
     # If all samples have the same multiplier, the trainer merges the adapter. Otherwise it keeps
     # the adapter unmerged.
@@ -202,6 +204,20 @@ def _resolved_settings(run: TrainingRun) -> list[dict[str, Any]]:
         for values, encoded in zip(resolved, _resolved_settings(run.encoded_block), strict=False):
             values.update({key: encoded[key] for key in ("prompt", "neg", "neg_2")})
     return resolved
+
+
+def _check_sizes(run: TrainingRun, settings: Sequence[Mapping[str, Any]]) -> None:
+    """Raise `TrainingRunError` for a size with which the trainer fails."""
+    family = get_family(run.model)
+    multiple = family.trainer_sampling.size_multiple
+    for index, values in enumerate(settings):
+        width, height = values["width"], values["height"]
+        if width % multiple or height % multiple:
+            raise TrainingRunError(
+                f"Sample {index} of the training run {run.name} has the size {width}x{height}. "
+                f"The trainer fails with such samples of {family.title}: their sides must be "
+                f"multiples of {multiple}. Correct the size in the configuration."
+            )
 
 
 def _usable_seed(seed: int) -> int:
