@@ -99,6 +99,14 @@ class Part:
         ignored_weights: suffixes of weights that files may contain but the part does not use.
         config: values that replace those of the file, because the trainer's library behaved
             differently from the installed one.
+        implementation: "module:class" of the class that computes this part; empty if it is
+            `class_name`. It accepts configurations of `class_name`.
+        original: file or folder of this part in a folder of the model's original layout. Such a
+            folder of a text encoder contains its tokenizer, too; empty if this layout is not
+            supported.
+        convert: "module:function" that returns weights and configuration in the form of
+            `implementation`, from those of any supported layout. A file of the original layout has
+            no configuration, so the function gets None. Empty if nothing is converted.
         embedding_key: name of its tensor in the files of textual-inversion embeddings; empty if the
             family does not support them.
         rounds_buffers: True if the trainer's `.to(dtype)` also rounded its buffers (rotary tables).
@@ -117,6 +125,9 @@ class Part:
     other_names: Callable[[Iterable[str]], Mapping[str, str]] | None = None
     ignored_weights: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=lambda: NO_OPTIONS)
+    implementation: str = ""
+    original: str = ""
+    convert: str = ""
     rounds_buffers: bool = False
     embedding_key: str = ""
 

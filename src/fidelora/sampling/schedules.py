@@ -178,10 +178,15 @@ class FlowSchedule:
 
     The order of operations and the dtypes are those of `FlowMatchEulerDiscreteScheduler` of
     diffusers: the shift is computed in numpy's float32, everything after it in torch's float32.
+    Timesteps are 1000 times the sigmas.
+
+    If the option `scheduler` is False, they are those of pipelines without a scheduler: the shift
+    is computed in torch's float32, each step in the dtype of the latents, and the timesteps are the
+    sigmas themselves.
 
     Args:
         config: either `shift` (the shift factor) or `dynamic_shift` (the argument `line` of
-            `_shift_for`).
+            `_shift_for`), and optionally `scheduler`.
         steps: the number of steps.
         tokens: the number of tokens of the image, which a dynamic shift depends on.
         device: device of the latents.
@@ -193,20 +198,30 @@ class FlowSchedule:
     def __init__(
         self, config: Mapping[str, Any], steps: int, tokens: int, device: torch.device
     ) -> None:
-        if unknown := config.keys() - {"shift", "dynamic_shift"}:
+        if unknown := config.keys() - {"shift", "dynamic_shift", "scheduler"}:
             raise ValueError(f"FlowSchedule has no options {sorted(unknown)}.")
-        # Sigmas before the shift, evenly spaced from 1 to 1 / steps. Computed with torch as in the
-        # pipelines, because numpy's linspace differs in the last bit.
-        sigmas = torch.linspace(1.0, 1 / steps, steps).numpy()
+        self._has_scheduler = config.get("scheduler", True)
+        # Sigmas before the shift, evenly spaced from 1 to 1 / steps or 0. Computed with torch as in
+        # the pipelines, because numpy's linspace differs in the last bit.
+        sigmas: Any
+        if self._has_scheduler:
+            sigmas = torch.linspace(1.0, 1 / steps, steps).numpy()
+        else:
+            sigmas = torch.linspace(1.0, 0.0, steps + 1)
         if "dynamic_shift" in config:
             factor = math.exp(_shift_for(tokens, config["dynamic_shift"]))
+            # torch divides by multiplying with the reciprocal, which rounds twice.
             shifted = factor / (factor + (1 / sigmas - 1) ** 1.0)
         else:
             shift = config["shift"]
             shifted = shift * sigmas / (1 + (shift - 1) * sigmas)
-        steps_sigmas = torch.from_numpy(shifted).to(dtype=torch.float32, device=device)
-        self.timesteps = steps_sigmas * 1000
-        self._sigmas = torch.cat([steps_sigmas, torch.zeros(1, device=device)])
+        if self._has_scheduler:
+            steps_sigmas = torch.from_numpy(shifted).to(dtype=torch.float32, device=device)
+            self.timesteps = steps_sigmas * 1000
+            self._sigmas = torch.cat([steps_sigmas, torch.zeros(1, device=device)])
+        else:
+            self._sigmas = shifted
+            self.timesteps = shifted[:-1].to(device)
         self._index = 0
 
     def start(self, latents: Tensor) -> Tensor:
@@ -218,6 +233,9 @@ class FlowSchedule:
     def step(self, prediction: Tensor, t: Tensor, latents: Tensor) -> Tensor:
         sigma, sigma_next = self._sigmas[self._index], self._sigmas[self._index + 1]
         self._index += 1
+        if not self._has_scheduler:
+            # As a Python number: a tensor would first be rounded to the dtype of the latents.
+            return latents + (sigma_next - sigma).item() * prediction
         moved = latents.to(torch.float32) + (sigma_next - sigma) * prediction
         return moved.to(prediction.dtype)
 

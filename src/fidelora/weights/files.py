@@ -28,8 +28,10 @@ class BaseFiles:
     """All files of one base model.
 
     Attributes:
-        source: the diffusers folder or the single-file checkpoint.
-        configs: path of each part's `config.json`, by part.
+        source: the diffusers folder, the folder of the original layout or the single-file
+            checkpoint.
+        configs: path of each part's `config.json`, by part. Single files of the original layout
+            (`Part.original`) have no entry.
         tokenizers: tokenizer folder of each text encoder, by part; None for the bundled tokenizer.
         weights: weight files by part. Parts inside a single-file checkpoint have no entry.
         given_configs: configurations that the caller gave for a single-file checkpoint, by part.
@@ -59,7 +61,8 @@ class BaseFiles:
         """Find the files of a base model, and download missing ones from the hub.
 
         Args:
-            base_model: hub id, diffusers folder or single-file checkpoint.
+            base_model: hub id, diffusers folder, folder of the original layout or single-file
+                checkpoint.
             variant: variant of a folder's weight files, such as `fp16`; may be empty.
             config: folder with configurations for a single-file checkpoint; empty for those of the
                 family.
@@ -73,8 +76,13 @@ class BaseFiles:
         """
         source = locate(base_model, family.parts, variant=variant, cache_dir=cache_dir)
         replaced = family.part("decoder").name if decoder else ""
+        is_original = _is_original(source, family)
+        layout = _layout(family, config, source) if source.is_file() else source
+        places = {
+            part.name: layout / (part.original if is_original else part.name)
+            for part in family.parts
+        }
         if source.is_file():
-            layout = _layout(family, config, source)
             weights: dict[str, tuple[Path, ...]] = {}
         else:
             if config:
@@ -82,18 +90,25 @@ class BaseFiles:
                     f"{source} is a folder with its own configurations; leave out config.",
                     field="config",
                 )
-            layout = source
-            _check_index(source, family)
             own = [part for part in family.parts if part.name != replaced]
-            weights = {one.name: _weight_files(source / one.name, one, variant) for one in own}
-        configs = {part.name: layout / part.name / "config.json" for part in family.parts}
+            if not is_original:
+                _check_index(source, family)
+            weights = {one.name: _weight_files(places[one.name], one, variant) for one in own}
+        configs = {
+            part.name: places[part.name] / "config.json"
+            for part in family.parts
+            if not _is_single_file(places[part.name])
+        }
         given = dict(configs) if config else {}
         if decoder:
             part = family.part("decoder")
             folder, weights[replaced] = _decoder_files(decoder, part, variant, cache_dir)
             if folder is not None:
                 configs[replaced] = folder / "config.json"
-        tokenizers = {one.name: _tokenizer(layout, one) for one in family.text_encoders}
+        tokenizers = {
+            one.name: places[one.name] if is_original else _tokenizer(layout, one)
+            for one in family.text_encoders
+        }
         folders = [path for path in tokenizers.values() if path is not None]
         stamp = _stamp(source, *configs.values(), *folders, *sum(weights.values(), ()))
         return cls(family, source, configs, tokenizers, weights, given, stamp)
@@ -130,6 +145,13 @@ class BaseFiles:
         if self.family.checkpoint:
             converter = importlib.import_module(self.family.checkpoint)
             weights[decoder] = converter.convert_decoder(weights[decoder], configs[decoder])
+        for part in self.family.parts:
+            if part.convert:
+                module, _, function = part.convert.partition(":")
+                convert = getattr(importlib.import_module(module), function)
+                weights[part.name], configs[part.name] = convert(
+                    weights[part.name], configs.get(part.name)
+                )
         return configs, weights
 
     def parameter_counts(self) -> dict[str, int]:
@@ -200,6 +222,18 @@ def _layout(family: Family, config: str, checkpoint: Path) -> Path:
     return folder
 
 
+def _is_original(source: Path, family: Family) -> bool:
+    """Return True if `source` is a folder in the model's original layout."""
+    part = family.part("denoiser")
+    is_diffusers = (source / part.name).is_dir()
+    return bool(part.original) and not is_diffusers and (source / part.original).exists()
+
+
+def _is_single_file(place: Path) -> bool:
+    """Return True if a part's place (`Part.original`) is a file, not a folder."""
+    return place.suffix == ".safetensors"
+
+
 def _tokenizer(layout: Path, part: Part) -> Path | None:
     """Return the tokenizer's folder, or None for the bundled one."""
     assert part.tokenizer is not None, "a text encoder has a tokenizer"
@@ -265,6 +299,18 @@ def _family_of(index: Mapping[str, Any]) -> Family | None:
 
 
 def _weight_files(folder: Path, part: Part, variant: str) -> tuple[Path, ...]:
+    """Return the weight files in a part's folder, or the file that contains the whole part."""
+    if _is_single_file(folder):
+        if not folder.is_file():
+            raise BaseModelFilesError(
+                f"The base model has no {folder.name}; download it into {folder.parent}."
+            )
+        return (folder,)
+    if part.original and folder.name == part.original and not folder.is_dir():
+        raise BaseModelFilesError(
+            f"The base model has no folder {folder.name} with the {part.name} and its tokenizer. "
+            f"Create it in {folder.parent}, or use a diffusers folder."
+        )
     for pattern in weight_file_patterns(part, variant):
         if found := sorted(folder.glob(pattern)):
             _check_shards(found)

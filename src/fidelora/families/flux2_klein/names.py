@@ -1,0 +1,58 @@
+"""Names of the transformer's modules in diffusers, by which adapter files may call them.
+
+The modules themselves have the names of the original code. Does not import torch.
+Source: `Flux2Transformer2DModel` of diffusers 0.42.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+DOUBLE_BLOCK = {
+    "attn.norm_q": "img_attn.norm.query_norm",
+    "attn.norm_k": "img_attn.norm.key_norm",
+    "attn.to_out.0": "img_attn.proj",
+    "ff.linear_in": "img_mlp.0",
+    "ff.linear_out": "img_mlp.2",
+    "attn.norm_added_q": "txt_attn.norm.query_norm",
+    "attn.norm_added_k": "txt_attn.norm.key_norm",
+    "attn.to_add_out": "txt_attn.proj",
+    "ff_context.linear_in": "txt_mlp.0",
+    "ff_context.linear_out": "txt_mlp.2",
+}
+"""Modules of `transformer_blocks.N` in diffusers, and of `double_blocks.N` in the original code."""
+
+SINGLE_BLOCK = {
+    "attn.to_qkv_mlp_proj": "linear1",
+    "attn.to_out": "linear2",
+    "attn.norm_q": "norm.query_norm",
+    "attn.norm_k": "norm.key_norm",
+}
+"""Modules of `single_transformer_blocks.N` in diffusers, and of `single_blocks.N`."""
+
+STREAMS = ("img_attn", "txt_attn")
+
+FUSED = {
+    "attn.to_q": (0, 0), "attn.to_k": (0, 1), "attn.to_v": (0, 2),
+    "attn.add_q_proj": (1, 0), "attn.add_k_proj": (1, 1), "attn.add_v_proj": (1, 2),
+}  # fmt: skip
+"""Projections of `transformer_blocks.N` that the original code stores as the rows of one matrix:
+index of the stream in `STREAMS`, and index of the third of the rows."""
+
+_DIFFUSERS = {
+    "double": ("transformer_blocks", {own: name for name, own in DOUBLE_BLOCK.items()}),
+    "single": ("single_transformer_blocks", {own: name for name, own in SINGLE_BLOCK.items()}),
+}
+
+
+def diffusers_names(paths: Iterable[str]) -> dict[str, str]:
+    """Map module paths of the original code to those of diffusers, where one module has both."""
+    names: dict[str, str] = {}
+    for path in paths:
+        block = re.fullmatch(r"(double|single)_blocks\.(\d+)\.(.+)", path)
+        if block is not None:
+            blocks, modules = _DIFFUSERS[block[1]]
+            if block[3] in modules:
+                names[path] = f"{blocks}.{block[2]}.{modules[block[3]]}"
+    return names
