@@ -11,7 +11,10 @@ from torch import Tensor
 
 from fidelora.errors import BaseModelWeightsError
 from fidelora.families.flux2_klein.names import (
-    DOUBLE_BLOCK, FUSED, SINGLE_BLOCK, STREAMS,
+    DOUBLE_BLOCK,
+    FUSED,
+    SINGLE_BLOCK,
+    STREAMS,
 )  # fmt: skip
 
 Weights = dict[str, Tensor]
@@ -138,7 +141,9 @@ def _decoder_from_diffusers(weights: Weights) -> Weights:
         for pattern, replacement in _DECODER:
             name = re.sub(pattern, replacement, name)
         is_projection = re.search(r"\.attn_1\.(q|k|v|proj_out)\.weight$", name)
-        converted[name] = tensor[:, :, None, None] if is_projection and tensor.dim() == 2 else tensor
+        if is_projection and tensor.dim() == 2:  # a 1x1 convolution in the original code
+            tensor = tensor[:, :, None, None]
+        converted[name] = tensor
     return converted
 
 

@@ -40,6 +40,12 @@ FUSED = {
 """Projections of `transformer_blocks.N` that the original code stores as the rows of one matrix:
 index of the stream in `STREAMS`, and index of the third of the rows."""
 
+_THIRDS = {
+    stream: tuple(name for name, (one, _) in FUSED.items() if STREAMS[one] == stream)
+    for stream in STREAMS
+}
+"""Names in diffusers of queries, keys and values of a stream, in the order of their rows."""
+
 _DIFFUSERS = {
     "double": ("transformer_blocks", {own: name for name, own in DOUBLE_BLOCK.items()}),
     "single": ("single_transformer_blocks", {own: name for name, own in SINGLE_BLOCK.items()}),
@@ -55,4 +61,14 @@ def diffusers_names(paths: Iterable[str]) -> dict[str, str]:
             blocks, modules = _DIFFUSERS[block[1]]
             if block[3] in modules:
                 names[path] = f"{blocks}.{block[2]}.{modules[block[3]]}"
+    return names
+
+
+def split_names(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Map each path of a `qkv` matrix to diffusers' modules for query, key and value."""
+    names: dict[str, tuple[str, ...]] = {}
+    for path in paths:
+        if block := re.fullmatch(r"double_blocks\.(\d+)\.(img_attn|txt_attn)\.qkv", path):
+            start = f"transformer_blocks.{block[1]}."
+            names[path] = tuple(start + name for name in _THIRDS[block[2]])
     return names

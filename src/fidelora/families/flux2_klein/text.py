@@ -32,8 +32,9 @@ class KleinText:
         device: torch.device,
     ) -> None:  # fmt: skip
         (part,) = family.text_encoders
-        self._encoder: Any = parts[part.name]
-        layers = self._encoder.config.num_hidden_layers
+        encoder: Any = parts[part.name]
+        self._encoder = encoder
+        layers: int = encoder.config.num_hidden_layers
         if layers <= _LAYERS[-1]:
             raise BaseModelFilesError(
                 f"The base model's {part.name} has {layers} layers, but {family.title} uses the "

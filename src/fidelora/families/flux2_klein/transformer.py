@@ -167,7 +167,7 @@ def rotary_tables(
     ]
     angle = torch.cat(angles, dim=-1)
     cosine, sine = angle.cos(), angle.sin()
-    return torch.stack((cosine, -sine, sine, cosine), dim=-1).unflatten(-1, (2, 2))
+    return torch.stack((cosine, -sine, sine, cosine), dim=-1).view(*angle.shape, 2, 2)
 
 
 def timestep_embedding(time: Tensor) -> Tensor:
@@ -205,7 +205,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, rotary: Tensor) -> Ten
 
 
 def _rotated(heads: Tensor, rotary: Tensor) -> Tensor:
-    pairs = heads.float().unflatten(-1, (-1, 1, 2))
+    pairs = heads.float().reshape(*heads.shape[:-1], -1, 1, 2)
     turned = rotary[..., 0] * pairs[..., 0] + rotary[..., 1] * pairs[..., 1]
     return turned.flatten(-2).to(heads.dtype)
 
@@ -260,7 +260,7 @@ class _HeadNorms(nn.Module):
         Args:
             qkv: [batch, tokens, 3 * width].
         """
-        split = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        split = qkv.reshape(*qkv.shape[:-1], 3, heads, -1).permute(2, 0, 3, 1, 4)
         query, key, value = split.unbind()
         return self.query_norm(query), self.key_norm(key), value
 
@@ -344,8 +344,11 @@ class _SingleBlock(nn.Module):
         shift, scale, gate = changes
         both = self.linear1(_changed(self.pre_norm(states), shift, scale))
         qkv, hidden = both.tensor_split([3 * self._width], dim=-1)
-        attended = _attention(*self.norm(qkv, self._heads), rotary)
-        return states + gate * self.linear2(torch.cat((attended, self.mlp_act(hidden)), dim=-1))
+        query, key, value = self.norm(qkv, self._heads)
+        attended = _attention(query, key, value, rotary)
+        change = self.linear2(torch.cat((attended, self.mlp_act(hidden)), dim=-1))
+        result: Tensor = states + gate * change
+        return result
 
 
 class _FinalLayer(nn.Module):
