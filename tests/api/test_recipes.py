@@ -25,7 +25,7 @@ from fidelora.api import (
     status_of,
 )
 from fidelora.errors import RequestError, RequestFieldError
-from fidelora.families import get_family
+from fidelora.families import all_families, get_family
 from fidelora.jobs.job import (
     Failure,
     JobProgress,
@@ -349,7 +349,11 @@ def test_different_multipliers_run_live_as_in_the_trainer():
 @pytest.mark.parametrize(
     ("changes", "code", "details"),
     [
-        ({"model": "flux"}, "MODEL_NOT_FOUND", {"supported_models": ["sd15", "sdxl", "zimage"]}),
+        (
+            {"model": "flux"},
+            "MODEL_NOT_FOUND",
+            {"supported_models": list(all_families())},
+        ),
         ({"loras": []}, "LORA_FILE_REQUIRED", {}),
         (
             {"loras": [{"path": "x", "transformer": "low"}]},
@@ -591,6 +595,17 @@ def test_the_models_are_listed_as_documented():
             "base_model": "Tongyi-MAI/Z-Image",
             "resolution_divisor": 16,
             "default_steps": 30,
+            "default_guidance_scale": 4.0,
+            "requires_control_image": False,
+            "is_video_model": False,
+            "default_num_frames": None,
+            "default_fps": None,
+        },
+        {
+            "id": "flux2_klein_4b",
+            "base_model": "black-forest-labs/FLUX.2-klein-base-4B",
+            "resolution_divisor": 16,
+            "default_steps": 25,
             "default_guidance_scale": 4.0,
             "requires_control_image": False,
             "is_video_model": False,
