@@ -111,6 +111,14 @@ def copied_base(folder: Path) -> Path:
     return Path(shutil.copytree(TINY_KLEIN, folder / "base"))
 
 
+def remove_weights(path: Path, pattern: str) -> None:
+    """Remove the weights whose names contain a match of `pattern` from a file."""
+    change_weights(
+        path,
+        lambda tensors: {key: one for key, one in tensors.items() if not re.search(pattern, key)},
+    )
+
+
 # --- the base model -----------------------------------------------------------------------------
 
 
@@ -218,17 +226,15 @@ def test_missing_files_of_the_original_layout_are_named(tmp_path):
 )
 def test_missing_weights_of_the_original_layout_are_named(tmp_path, name, key, says):
     base = copied_base(tmp_path)
-    change_weights(base / name, lambda tensors: tensors.pop(key))
+    remove_weights(base / name, re.escape(key))
     with pytest.raises(BaseModelWeightsError, match=says):
         load_model_of(replace(SMALL, base_model=str(base)))
 
 
 def test_a_part_of_a_fused_weight_is_not_enough(diffusers_base, tmp_path):
     folder = Path(shutil.copytree(diffusers_base, tmp_path / "base"))
-    change_weights(
-        folder / "transformer" / "diffusion_pytorch_model.safetensors",
-        lambda tensors: tensors.pop("transformer_blocks.0.attn.to_k.weight"),
-    )
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    remove_weights(weights, r"transformer_blocks\.0\.attn\.to_k\.weight")
     with pytest.raises(BaseModelWeightsError, match=r"double_blocks\.0\.img_attn\.qkv\.weight"):
         load_model_of(replace(SMALL, base_model=str(folder)))
 
@@ -243,7 +249,7 @@ def test_a_changed_file_of_the_original_layout_is_loaded_again(tmp_path):
     base = copied_base(tmp_path)
     files = BaseFiles.find(FAMILY, str(base))
     assert files.is_unchanged()
-    change_weights(base / "ae.safetensors", lambda tensors: tensors["bn.running_mean"].add_(1))
+    remove_weights(base / "ae.safetensors", "^encoder")
     assert not files.is_unchanged()
 
 
@@ -482,11 +488,6 @@ def test_a_text_encoder_with_too_few_layers_is_refused(tmp_path):
     config["num_hidden_layers"] = 27
     config["layer_types"] = config["layer_types"][:27]
     path.write_text(json.dumps(config))
-    change_weights(
-        base / "qwen3" / "model.safetensors",
-        lambda tensors: [
-            tensors.pop(key) for key in list(tensors) if re.search(r"\.layers\.(27|28)\.", key)
-        ],
-    )
+    remove_weights(base / "qwen3" / "model.safetensors", r"\.layers\.(27|28)\.")
     with pytest.raises(BaseModelFilesError, match="has 27 layers"):
         load_model_of(replace(SMALL, base_model=str(base)))
