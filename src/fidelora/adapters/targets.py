@@ -142,7 +142,8 @@ class Targets:
     Adapter files flatten a module's path with underscores
     (`lora_unet_down_blocks_0_attentions_0_proj_in`) or keep its dots
     (`unet.down_blocks.0.attentions.0.proj_in`, PEFT). Both are looked up in the flattened form, and
-    so are the names of the original code where a family defines them (`Part.other_names`).
+    so are the names of other code where a family defines them (`Part.other_names`,
+    `Part.accepted_names`).
 
     Args:
         modules: the parts of the base model by name.
@@ -159,7 +160,7 @@ class Targets:
         self.by_name: dict[str, Target] = {}
         self.vectors: dict[str, VectorTarget] = {}
         self._names_by_flat: dict[str, str] = {}
-        self._shares_by_flat: dict[str, _Share] = {}  # see `Part.split_names`
+        self._shares_by_flat: dict[str, _Share] = {}  # see `Part.accepted_names`
         self._tables: dict[str, tuple[str, int]] = {}  # part and width by key of embeddings
         for part in family.text_encoders:
             if part.embedding_key:
@@ -178,11 +179,15 @@ class Targets:
                     flat = _flatten(part, spelling)
                     other = self._names_by_flat.setdefault(flat, name)
                     assert other == name, f"{name} and {other} have the same flattened name"
-            split = part.split_names(found) if part.split_names else {}
-            for path, names in split.items():
+            accepted = part.accepted_names(found) if part.accepted_names else {}
+            for path, names in accepted.items():
+                name = f"{part.name}.{path}"
                 for index, spelling in enumerate(names):
-                    share = _Share(f"{part.name}.{path}", index, len(names))
-                    self._shares_by_flat[_flatten(part, spelling)] = share
+                    flat = _flatten(part, spelling)
+                    if len(names) == 1:
+                        self._names_by_flat[flat] = name
+                    else:
+                        self._shares_by_flat[flat] = _Share(name, index, len(names))
             kept = pristine[part.name] if pristine else {}
             for path, module in found.items():
                 name = f"{part.name}.{path}"

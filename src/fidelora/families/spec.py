@@ -96,8 +96,9 @@ class Part:
             layout.
         other_names: maps module paths to the names in the original code; None if adapter files do
             not use these names.
-        split_names: maps module paths to the names of modules of other code that compute equal
-            shares of the same rows, in order; None if there are none.
+        accepted_names: maps module paths to names of other code that adapter files may use but
+            conversion does not write: one name, or those of modules that compute equal shares of
+            the outputs, in order. None if there are none.
         ignored_weights: suffixes of weights that files may contain but the part does not use.
         config: values that replace those of the file, because the trainer's library behaved
             differently from the installed one.
@@ -125,7 +126,7 @@ class Part:
     tokenizer: Tokenizer | None = None
     checkpoint_prefix: str = ""
     other_names: Callable[[Iterable[str]], Mapping[str, str]] | None = None
-    split_names: Callable[[Iterable[str]], Mapping[str, tuple[str, ...]]] | None = None
+    accepted_names: Callable[[Iterable[str]], Mapping[str, tuple[str, ...]]] | None = None
     ignored_weights: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=lambda: NO_OPTIONS)
     implementation: str = ""

@@ -40,35 +40,34 @@ FUSED = {
 """Projections of `transformer_blocks.N` that the original code stores as the rows of one matrix:
 index of the stream in `STREAMS`, and index of the third of the rows."""
 
-_THIRDS = {
-    stream: tuple(name for name, (one, _) in FUSED.items() if STREAMS[one] == stream)
-    for stream in STREAMS
-}
-"""Names in diffusers of queries, keys and values of a stream, in the order of their rows."""
-
 _DIFFUSERS = {
-    "double": ("transformer_blocks", {own: name for name, own in DOUBLE_BLOCK.items()}),
-    "single": ("single_transformer_blocks", {own: name for name, own in SINGLE_BLOCK.items()}),
+    "double": (
+        "transformer_blocks",
+        {
+            **{own: (name,) for name, own in DOUBLE_BLOCK.items()},
+            **{
+                f"{stream}.qkv": tuple(name for name, (one, _) in FUSED.items() if one == index)
+                for index, stream in enumerate(STREAMS)
+            },
+        },
+    ),
+    "single": (
+        "single_transformer_blocks",
+        {own: (name,) for name, own in SINGLE_BLOCK.items()},
+    ),
 }
+"""By kind of block: its name in diffusers, and diffusers' modules by module of the block."""
 
 
-def diffusers_names(paths: Iterable[str]) -> dict[str, str]:
-    """Map module paths of the original code to those of diffusers, where one module has both."""
-    names: dict[str, str] = {}
-    for path in paths:
-        block = re.fullmatch(r"(double|single)_blocks\.(\d+)\.(.+)", path)
-        if block is not None:
-            blocks, modules = _DIFFUSERS[block[1]]
-            if block[3] in modules:
-                names[path] = f"{blocks}.{block[2]}.{modules[block[3]]}"
-    return names
-
-
-def split_names(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Map each path of a `qkv` matrix to diffusers' modules for query, key and value."""
+def diffusers_names(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Map module paths of the original code to those of diffusers (`Part.accepted_names`)."""
     names: dict[str, tuple[str, ...]] = {}
     for path in paths:
-        if block := re.fullmatch(r"double_blocks\.(\d+)\.(img_attn|txt_attn)\.qkv", path):
-            start = f"transformer_blocks.{block[1]}."
-            names[path] = tuple(start + name for name in _THIRDS[block[2]])
+        block = re.fullmatch(r"(double|single)_blocks\.(\d+)\.(.+)", path)
+        if block is None:
+            continue
+        blocks, modules = _DIFFUSERS[block[1]]
+        found = modules.get(block[3], ())
+        if found:
+            names[path] = tuple(f"{blocks}.{block[2]}.{name}" for name in found)
     return names

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import MappingProxyType
 
-from fidelora.families.flux2_klein.names import diffusers_names, split_names
+from fidelora.families.flux2_klein.names import diffusers_names
 from fidelora.families.spec import Family, FlowSampler, Part, Tokenizer, TrainerSampling
 
 # Linear fit of FLUX.2's VAE. Source: `Flux2.latent_rgb_factors` in
@@ -71,8 +71,7 @@ FLUX2_KLEIN_4B = Family(
             convert="fidelora.families.flux2_klein.checkpoint:transformer",
             precision="dtype",
             adapter_prefixes=("diffusion_model.", "transformer.", "lora_unet_"),
-            other_names=diffusers_names,
-            split_names=split_names,
+            accepted_names=diffusers_names,
         ),
         Part(
             name="vae",
