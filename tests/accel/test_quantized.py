@@ -73,4 +73,6 @@ def test_only_linear_layers_that_no_pattern_names_are_replaced():
     assert isinstance(layer, AcceptsWeight)
     assert isinstance(layer, ProvidesWeight)
     assert torch.allclose(layer.plain_weight(), before, rtol=0.07)
-    assert layer.weight.nbytes == before.numel()
+    assert layer.stored.nbytes == before.numel()
+    assert layer.weight.shape == before.shape
+    assert [*dict(layer.named_parameters())] == ["bias"]

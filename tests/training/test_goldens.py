@@ -23,6 +23,7 @@ from tests.support import (
     GOLDEN_JOBS,
     SAME_PROCESSOR,
     TINY_BASE,
+    TINY_KLEIN,
     TINY_LUMINA2,
     TINY_SDXL,
     TINY_ZIMAGE,
@@ -43,6 +44,7 @@ BF16_LEVELS = {
     "bf16_save_f32": 12,
     DEMO_RUN: 24,
     "lumina2_bf16_save_f32": 12,
+    "klein_bf16_save_f32": 24,
     "zimage_quantized_save_f32": 16,
     "zimage_turbo_quantized_save_f32": 16,
 }
@@ -75,6 +77,9 @@ EXACT = {
     "lumina2_lora_f32": 3,
     "lumina2_prompts": 4,
     "lumina2_bf16_save_f32": 2,
+    "klein_lora_f32": 3,
+    "klein_lokr": 1,
+    "klein_bf16_save_f32": 3,
 }
 """Training runs whose last samples are all identical, with the number of samples."""
 
@@ -100,6 +105,7 @@ def base_of(name: str) -> str:
         "xl": TINY_SDXL,
         "zimage": TINY_ZIMAGE,
         "lumina2": TINY_LUMINA2,
+        "klein": TINY_KLEIN,
         "zrk": "fidelora:miniature",
     }
     return str(bases.get(name.partition("_")[0], TINY_BASE))

@@ -103,12 +103,13 @@ def _family(spec: Family) -> Iterator[str]:
     for sampler in spec.samplers.values():
         own = {name: value for name, value in sampler.config.items() if common.get(name) != value}
         options = ", ".join(f"`{name}={value}`" for name, value in own.items())
-        computed_by = (
-            sampler.scheduler
-            if isinstance(sampler, NoiseSampler)
-            else "FlowMatchEulerDiscreteScheduler"
-        )
-        scheduler = f"`{computed_by}`{f' with {options}' if options else ''}"
+        if isinstance(sampler, NoiseSampler):
+            computed_by = f"`{sampler.scheduler}`"
+        elif sampler.config.get("scheduler", True):
+            computed_by = "`FlowMatchEulerDiscreteScheduler`"
+        else:
+            computed_by = "none"
+        scheduler = f"{computed_by}{f' with {options}' if options else ''}"
         spacings = ", ".join(f"`{one}`" for one in ("default", *sorted(sampler.spacings)))
         eta = "" if sampler.eta is None else f"0..1, by default {sampler.eta:g}"
         yield f"| `{sampler.name}` | {scheduler} | {sampler.max_steps} steps | {spacings} | {eta} |"

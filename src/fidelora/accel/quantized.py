@@ -48,19 +48,25 @@ def quantize(
 class QuantizedLinear(nn.Linear):
     """A linear layer whose weight [out, in] is float8, with one scale per row [out, 1].
 
-    `plain_weight` and the products compute in the dtype of the replaced layer.
+    `plain_weight` and the products compute in the dtype of the replaced layer. The float8 numbers
+    are a buffer of bytes, because a parameter would make float8 the dtype of the whole module.
     """
 
     def __init__(self, linear: nn.Linear, kind: Float8Kind) -> None:
-        dtype = linear.weight.dtype
-        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        self.weight = nn.Parameter(
-            torch.empty(linear.weight.shape, dtype=torch.float8_e4m3fn), requires_grad=False
-        )
+        nn.Module.__init__(self)  # without allocating a weight
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         self.register_parameter("bias", linear.bias)
+        shape, dtype = linear.weight.shape, linear.weight.dtype
+        self.stored: Tensor
         self.scale: Tensor
-        self.register_buffer("scale", torch.empty(linear.out_features, 1, dtype=dtype))
+        self.register_buffer("stored", torch.empty(shape, dtype=torch.uint8))
+        self.register_buffer("scale", torch.empty(shape[0], 1, dtype=dtype))
         self._kind = kind
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """A tensor with the shape and dtype of the weight, but without its data."""
+        return torch.empty((), dtype=self.scale.dtype).expand(self.stored.shape)
 
     def release_weight(self) -> None:
         """Do nothing: the float8 weight is overwritten in place."""
@@ -75,12 +81,12 @@ class QuantizedLinear(nn.Linear):
         else:
             scale = scale.clamp(min=torch.finfo(torch.float32).eps)
             scaled = weight * (1.0 / scale)
-        self.weight.copy_(scaled.clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn))
+        self._float8.copy_(scaled.clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn))
         self.scale.copy_(scale)
 
     def plain_weight(self) -> Tensor:
         """Return the rounded weight [out, in]."""
-        return self.weight.to(self.scale.dtype) * self.scale
+        return self._float8.to(self.scale.dtype) * self.scale
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output for `x` [..., in]."""
@@ -89,3 +95,7 @@ class QuantizedLinear(nn.Linear):
             return functional.linear(x, weight, self.bias)
         output = torch.matmul(x, weight.T)
         return output if self.bias is None else output + self.bias
+
+    @property
+    def _float8(self) -> Tensor:
+        return self.stored.view(torch.float8_e4m3fn)

@@ -145,7 +145,7 @@ def in_format(
     notes: list[str] = []
     rounded: list[str] = []
     for module in modules:
-        name = _kohya_name(module, family) if to == "kohya" else _peft_name(module)
+        name = (_kohya_name if to == "kohya" else _peft_name)(module, family)
         for part, tensor in module.tensors.items():
             if part in suffixes:
                 # kohya's magnitude is [out, 1], that of AI Toolkit and PEFT is [out].
@@ -219,7 +219,12 @@ def _kohya_name(module: ModuleParts, family: Family) -> str:
     return prefix + (module.original_path or _full_path(module)).replace(".", "_")
 
 
-def _peft_name(module: ModuleParts) -> str:
+def _peft_name(module: ModuleParts, family: Family) -> str:
+    if module.part.accepted_names is not None:
+        raise AdapterConversionError(
+            f"diffusers splits modules of {family.title}, so the peft format cannot express them. "
+            "Use the original file, or the kohya format."
+        )
     return f"{module.part.name}.{_full_path(module)}"
 
 

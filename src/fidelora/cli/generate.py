@@ -154,7 +154,7 @@ def generate(
         int | None,
         typer.Option(
             help="Width in pixels, 64..4096, rounded down to a multiple of 8, or of 16 for "
-            "Z-Image.",
+            "Z-Image and FLUX.2-klein.",
             rich_help_panel=SAMPLING_PANEL,
         ),
     ] = None,

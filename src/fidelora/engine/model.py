@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -106,7 +106,11 @@ class LoadedModel:
     @property
     def size_bytes(self) -> int:
         """Size of all weights in bytes."""
-        return sum(weight.nbytes for part in self.parts.values() for weight in part.parameters())
+        return sum(
+            tensor.nbytes
+            for part in self.parts.values()
+            for tensor in (*part.parameters(), *part.buffers())
+        )
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -162,11 +166,11 @@ def load_model(
     for part in family.parts:
         packed = path is FastPath.PACKED and part.role != "text_encoder"
         dtype = None if packed else dtypes[part.name]  # `pack` reads the file's tensors
-        parts[part.name], pristine[part.name] = build_part(
-            part, configs[part.name], weights.pop(part.name), dtype
-        )
-    for part in family.parts:
         kind: Any = getattr(key, part.quantization) if part.quantization else "none"
+        rounds = part.rounds_buffers and (kind == "none" or part.rounds_quantized_buffers)
+        parts[part.name], pristine[part.name] = build_part(
+            replace(part, rounds_buffers=rounds), configs[part.name], weights.pop(part.name), dtype
+        )
         if kind != "none":
             is_written = not part.adapter_prefixes  # the others get their weights from `merged`
             quantize(parts[part.name], kind, part.whole_layers, has_weights=is_written)

@@ -96,14 +96,26 @@ class Part:
             layout.
         other_names: maps module paths to the names in the original code; None if adapter files do
             not use these names.
+        accepted_names: maps module paths to names of other code that adapter files may use but
+            conversion does not write: one name, or those of modules that compute equal shares of
+            the outputs, in order. None if there are none.
         ignored_weights: suffixes of weights that files may contain but the part does not use.
         config: values that replace those of the file, because the trainer's library behaved
             differently from the installed one.
+        implementation: "module:class" of the class that computes this part; empty if it is
+            `class_name`. It accepts configurations of `class_name`.
+        original: file or folder of this part in a folder of the model's original layout. Such a
+            folder of a text encoder contains its tokenizer, too; empty if this layout is not
+            supported.
+        convert: "module:function" that returns weights and configuration in the form of
+            `implementation`, from those of any supported layout. A file of the original layout has
+            no configuration, so the function gets None. Empty if nothing is converted.
         embedding_key: name of its tensor in the files of textual-inversion embeddings; empty if the
             family does not support them.
         quantization: the recipe field that quantises its linear layers; empty if none does.
         whole_layers: patterns (`fnmatch`) of the paths of linear layers that are never quantised.
         rounds_buffers: True if the trainer's `.to(dtype)` also rounded its buffers (rotary tables).
+        rounds_quantized_buffers: the same if the part is quantised.
     """
 
     name: str
@@ -117,11 +129,16 @@ class Part:
     tokenizer: Tokenizer | None = None
     checkpoint_prefix: str = ""
     other_names: Callable[[Iterable[str]], Mapping[str, str]] | None = None
+    accepted_names: Callable[[Iterable[str]], Mapping[str, tuple[str, ...]]] | None = None
     ignored_weights: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=lambda: NO_OPTIONS)
     quantization: Literal["", "quantization", "text_encoder_quantization"] = ""
     whole_layers: tuple[str, ...] = ()
+    implementation: str = ""
+    original: str = ""
+    convert: str = ""
     rounds_buffers: bool = False
+    rounds_quantized_buffers: bool = True
     embedding_key: str = ""
 
 

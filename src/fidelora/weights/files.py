@@ -28,8 +28,10 @@ class BaseFiles:
     """All files of one base model.
 
     Attributes:
-        source: the diffusers folder or the single-file checkpoint.
-        configs: path of each part's `config.json`, by part.
+        source: the diffusers folder, the folder of the original layout or the single-file
+            checkpoint.
+        configs: path of each part's `config.json`, by part. Single files of the original layout
+            (`Part.original`) have no entry.
         tokenizers: tokenizer folder of each text encoder, by part; None for the bundled tokenizer.
         weights: weight files by part. Parts inside a single-file checkpoint have no entry.
         given_configs: configurations that the caller gave for a single-file checkpoint, by part.
@@ -59,7 +61,8 @@ class BaseFiles:
         """Find the files of a base model, and download missing ones from the hub.
 
         Args:
-            base_model: hub id, diffusers folder or single-file checkpoint.
+            base_model: hub id, diffusers folder, folder of the original layout or single-file
+                checkpoint.
             variant: variant of a folder's weight files, such as `fp16`; may be empty.
             config: folder with configurations for a single-file checkpoint; empty for those of the
                 family.
@@ -73,9 +76,14 @@ class BaseFiles:
         """
         source = locate(base_model, family.parts, variant=variant, cache_dir=cache_dir)
         replaced = family.part("decoder").name if decoder else ""
-        extra = _missing_parts(source, family)
+        is_original = _is_original(source, family)
+        extra = () if is_original else _missing_parts(source, family)
+        layout = _layout(family, config, source) if source.is_file() else source
+        places = {
+            part.name: layout / (part.original if is_original else part.name)
+            for part in family.parts
+        }
         if source.is_file():
-            layout = _layout(family, config, source)
             weights: dict[str, tuple[Path, ...]] = {}
         else:
             if config:
@@ -83,20 +91,26 @@ class BaseFiles:
                     f"{source} is a folder with its own configurations; leave out config.",
                     field="config",
                 )
-            layout = source
-            _check_index(source, family, extra)
+            if not is_original:
+                _check_index(source, family, extra)
             own = [one for one in family.parts if one.name != replaced and one.name not in extra]
-            weights = {one.name: _weight_files(source / one.name, one, variant) for one in own}
-        names = [part.name for part in family.parts if part.name not in extra]
-        configs = {name: layout / name / "config.json" for name in names}
+            weights = {one.name: _weight_files(places[one.name], one, variant) for one in own}
+        configs = {
+            part.name: places[part.name] / "config.json"
+            for part in family.parts
+            if part.name not in extra and not _is_single_file(places[part.name])
+        }
         given = dict(configs) if config else {}
         if decoder:
             part = family.part("decoder")
             folder, weights[replaced] = _decoder_files(decoder, part, variant, cache_dir)
             if folder is not None:
                 configs[replaced] = folder / "config.json"
-        encoders = [one for one in family.text_encoders if one.name not in extra]
-        tokenizers = {one.name: _tokenizer(layout, one) for one in encoders}
+        tokenizers = {
+            one.name: places[one.name] if is_original else _tokenizer(layout, one)
+            for one in family.text_encoders
+            if one.name not in extra
+        }
         if extra:
             complete = replace(family, extras="")
             rest = cls.find(complete, family.extras, variant=variant, cache_dir=cache_dir)
@@ -142,6 +156,13 @@ class BaseFiles:
         if self.family.checkpoint:
             converter = importlib.import_module(self.family.checkpoint)
             weights[decoder] = converter.convert_decoder(weights[decoder], configs[decoder])
+        for part in self.family.parts:
+            if part.convert:
+                module, _, function = part.convert.partition(":")
+                convert = getattr(importlib.import_module(module), function)
+                weights[part.name], configs[part.name] = convert(
+                    weights[part.name], configs.get(part.name)
+                )
         return configs, weights
 
     def parameter_counts(self) -> dict[str, int]:
@@ -210,6 +231,18 @@ def _layout(family: Family, config: str, checkpoint: Path) -> Path:
             f"diffusers layout, or leave it out to use the configurations of {family.title}."
         )
     return folder
+
+
+def _is_original(source: Path, family: Family) -> bool:
+    """Return True if `source` is a folder in the model's original layout."""
+    part = family.part("denoiser")
+    is_diffusers = (source / part.name).is_dir()
+    return bool(part.original) and not is_diffusers and (source / part.original).exists()
+
+
+def _is_single_file(place: Path) -> bool:
+    """Return True if a part's place (`Part.original`) is a file, not a folder."""
+    return place.suffix == ".safetensors"
 
 
 def _tokenizer(layout: Path, part: Part) -> Path | None:
@@ -295,6 +328,18 @@ def _has_parts_of(family: Family, index: Mapping[str, Any]) -> bool:
 
 
 def _weight_files(folder: Path, part: Part, variant: str) -> tuple[Path, ...]:
+    """Return the weight files in a part's folder, or the file that contains the whole part."""
+    if _is_single_file(folder):
+        if not folder.is_file():
+            raise BaseModelFilesError(
+                f"The base model has no {folder.name}; download it into {folder.parent}."
+            )
+        return (folder,)
+    if part.original and folder.name == part.original and not folder.is_dir():
+        raise BaseModelFilesError(
+            f"The base model has no folder {folder.name} with the {part.name} and its tokenizer. "
+            f"Create it in {folder.parent}, or use a diffusers folder."
+        )
     for pattern in weight_file_patterns(part, variant):
         if found := sorted(folder.glob(pattern)):
             _check_shards(found)
