@@ -72,6 +72,7 @@ _OMITTED_DEFAULTS: Mapping[str, Any] = {
     "emphasis": "none",
     "timestep_spacing": "default",
     "eta": None,
+    "vae_tiling": False,
     "history": (),
 }
 """Default values of fields that older recipes do not contain. The JSON form omits a field that has
@@ -179,6 +180,8 @@ class Recipe:
             torch >= 2.12, `legacy` that of torch <= 2.11. In float32, both give the same noise.
         dtype: dtype of the denoiser and the latents.
         vae_dtype, text_encoder_dtype: dtypes of the VAE and the text encoders; by default `dtype`.
+        vae_tiling: True decodes in overlapping tiles of 256 pixels, as the trainer does with
+            `low_vram`. Only images with a longer side differ.
         fidelity: `exact` reproduces the trainer's images bit for bit. `fast` computes in the
             fastest way on the device: adapters are merged, and the denoiser and decoder may use
             another precision. The noise, sampler, latents and text encoding are as in `exact`.
@@ -214,6 +217,7 @@ class Recipe:
     dtype: Dtype = "float32"
     vae_dtype: Dtype = FROM_MODEL
     text_encoder_dtype: Dtype = FROM_MODEL
+    vae_tiling: bool = False
     fidelity: Fidelity = "exact"
 
     def __post_init__(self) -> None:

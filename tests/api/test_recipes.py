@@ -349,7 +349,7 @@ def test_different_multipliers_run_live_as_in_the_trainer():
 @pytest.mark.parametrize(
     ("changes", "code", "details"),
     [
-        ({"model": "flux"}, "MODEL_NOT_FOUND", {"supported_models": ["sd15", "sdxl", "zimage"]}),
+        ({"model": "other"}, "MODEL_NOT_FOUND", {"supported_models": list(all_families())}),
         ({"loras": []}, "LORA_FILE_REQUIRED", {}),
         (
             {"loras": [{"path": "x", "transformer": "low"}]},
@@ -591,6 +591,28 @@ def test_the_models_are_listed_as_documented():
             "base_model": "Tongyi-MAI/Z-Image",
             "resolution_divisor": 16,
             "default_steps": 30,
+            "default_guidance_scale": 4.0,
+            "requires_control_image": False,
+            "is_video_model": False,
+            "default_num_frames": None,
+            "default_fps": None,
+        },
+        {
+            "id": "qwen_image",
+            "base_model": "Qwen/Qwen-Image",
+            "resolution_divisor": 32,
+            "default_steps": 25,
+            "default_guidance_scale": 4.0,
+            "requires_control_image": False,
+            "is_video_model": False,
+            "default_num_frames": None,
+            "default_fps": None,
+        },
+        {
+            "id": "qwen_image_2512",
+            "base_model": "Qwen/Qwen-Image-2512",
+            "resolution_divisor": 32,
+            "default_steps": 25,
             "default_guidance_scale": 4.0,
             "requires_control_image": False,
             "is_video_model": False,

@@ -150,8 +150,8 @@ def generate(
     width: Annotated[
         int | None,
         typer.Option(
-            help="Width in pixels, 64..4096, rounded down to a multiple of 8, or of 16 for "
-            "Z-Image.",
+            help="Width in pixels, 64..4096, rounded down to a multiple of 8, of 16 for Z-Image, "
+            "or of 32 for Qwen-Image.",
             rich_help_panel=SAMPLING_PANEL,
         ),
     ] = None,
@@ -271,6 +271,15 @@ def generate(
             rich_help_panel=MODEL_PANEL,
         ),
     ] = "",
+    vae_tiling: Annotated[
+        bool,
+        typer.Option(
+            "--vae-tiling",
+            help="Decode in tiles of 256 pixels, as the trainer does with low_vram; only for "
+            "Qwen-Image.",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = False,
     config: Annotated[
         str,
         typer.Option(
@@ -359,6 +368,7 @@ def generate(
         "variant": variant,
         "config": config,
         "vae": vae,
+        "vae_tiling": vae_tiling,
         "adapter_mode": "live" if live else "merged",
         "fidelity": fidelity.value,
         **read_size(size, width, height),

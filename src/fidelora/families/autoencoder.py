@@ -1,4 +1,4 @@
-"""Convert latents to pixels with diffusers' `AutoencoderKL`, or to previews without it."""
+"""Convert latents to pixels with diffusers' autoencoders, or to previews without them."""
 
 from __future__ import annotations
 
@@ -23,17 +23,29 @@ def unscale(latents: Tensor, config: Any) -> Tensor:
 def decode(vae: Any, latents: Tensor) -> NDArray[np.uint8]:
     """Decode unscaled `latents` [1, channels, h, w] to uint8 RGB [8h, 8w, 3].
 
-    As in the trainer, values are mapped from [-1, 1] to [0, 1] in the decoder's dtype; later steps
-    are computed in float32.
-
     Raises:
         NumericsError: the model produced NaN.
     """
     image = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+    return to_pixels(image, latents.dtype)
+
+
+def to_pixels(image: Tensor, latents_dtype: torch.dtype) -> NDArray[np.uint8]:
+    """Convert a decoded image [1, 3, height, width], -1..1, to uint8 RGB [height, width, 3].
+
+    As in the trainer, values are mapped to [0, 1] in the decoder's dtype; later steps are computed
+    in float32.
+
+    Args:
+        latents_dtype: dtype of the latents, for the error message.
+
+    Raises:
+        NumericsError: the image has NaN.
+    """
     image = (image * 0.5 + 0.5).clamp(0, 1)
     values = image.cpu().permute(0, 2, 3, 1).float().numpy()[0]
     if not np.isfinite(values).all():
-        narrow = torch.float16 in (latents.dtype, vae.dtype)
+        narrow = torch.float16 in (latents_dtype, image.dtype)
         advice = (
             "float16 overflows with some models: use bfloat16 or float32"
             if narrow

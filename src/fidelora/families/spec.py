@@ -24,6 +24,7 @@ class NoiseSampler:
         scheduler: the class in `diffusers.schedulers`.
         config: the scheduler's configuration.
         max_steps: the largest number of steps that the scheduler supports.
+        min_steps: the smallest number of steps for which the schedule is defined.
         spacings: timestep spacings that a recipe can choose, besides `default`.
         eta: default strength (0..1) of the noise that the sampler adds in each step; None if a
             recipe cannot set it.
@@ -34,6 +35,7 @@ class NoiseSampler:
     scheduler: str
     config: Mapping[str, Any]
     max_steps: int = 150
+    min_steps: ClassVar[int] = 1
     spacings: frozenset[TimestepSpacing] = frozenset()
     eta: float | None = None
     in_trainer: bool = True
@@ -46,12 +48,13 @@ class FlowSampler:
     Attributes:
         name: as in `NoiseSampler`.
         config: options of `sampling.schedules.FlowSchedule`: `shift` and others.
-        max_steps, spacings, eta, in_trainer: as in `NoiseSampler`.
+        max_steps, min_steps, spacings, eta, in_trainer: as in `NoiseSampler`.
     """
 
     name: str
     config: Mapping[str, Any]
     max_steps: int = 150
+    min_steps: int = 1
     spacings: ClassVar[frozenset[TimestepSpacing]] = frozenset()
     eta: ClassVar[float | None] = None
     in_trainer: ClassVar[bool] = True
@@ -89,6 +92,9 @@ class Part:
         precision: the recipe field with its dtype.
         adapter_prefixes: prefixes of its module names in adapter files; empty if adapters never
             change it.
+        submodule: path of the only submodule that the family uses, such as a language model
+            without its head; empty for the whole module. The names of weights and modules are
+            relative to it.
         optional_prefix: prefix that module names have or do not have, depending on the version of
             the library that wrote the file.
         tokenizer: tokenizer of a text encoder; None for other parts.
@@ -97,6 +103,7 @@ class Part:
         other_names: maps module paths to the names in the original code; None if adapter files do
             not use these names.
         ignored_weights: suffixes of weights that files may contain but the part does not use.
+        ignored_prefixes: prefixes of such weights.
         config: values that replace those of the file, because the trainer's library behaved
             differently from the installed one.
         embedding_key: name of its tensor in the files of textual-inversion embeddings; empty if the
@@ -111,14 +118,20 @@ class Part:
     weights: str
     precision: DtypeField
     adapter_prefixes: tuple[str, ...] = ()
+    submodule: str = ""
     optional_prefix: str = ""
     tokenizer: Tokenizer | None = None
     checkpoint_prefix: str = ""
     other_names: Callable[[Iterable[str]], Mapping[str, str]] | None = None
     ignored_weights: tuple[str, ...] = ()
+    ignored_prefixes: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=lambda: NO_OPTIONS)
     rounds_buffers: bool = False
     embedding_key: str = ""
+
+    def ignores(self, weight: str) -> bool:
+        """Return True if the part does not use a weight with this name in the file."""
+        return weight.endswith(self.ignored_weights) or weight.startswith(self.ignored_prefixes)
 
 
 @dataclass(frozen=True)
@@ -146,6 +159,8 @@ class TrainerSampling:
         flags: keys of the `model` block by which older configurations name the family.
         rescales_guidance: True if the trainer applies `guidance_rescale` of the sample block.
         ignores_sampler: True if the trainer ignores `sample.sampler` and uses its only sampler.
+        tiles_since: first release of the trainer that decodes in tiles if `model.low_vram` is set;
+            None if no release does.
         wrong_schedules: schedules that other programs use by mistake.
     """
 
@@ -153,6 +168,7 @@ class TrainerSampling:
     flags: tuple[str, ...] = ()
     rescales_guidance: bool = False
     ignores_sampler: bool = False
+    tiles_since: tuple[int, ...] | None = None
     wrong_schedules: tuple[WrongSchedule, ...] = ()
 
 

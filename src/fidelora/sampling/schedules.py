@@ -14,6 +14,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 from diffusers import schedulers
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fidelora.sampling.noise import NoiseSource
@@ -181,8 +182,10 @@ class FlowSchedule:
 
     Args:
         config: either `shift` (the shift factor) or `dynamic_shift` (the argument `line` of
-            `_shift_for`).
-        steps: the number of steps.
+            `_shift_for`). Optional: `terminal`, the sigma of the last step, to which the sigmas
+            are stretched; `linspace`, the precision in which the sigmas before the shift are
+            computed, `float32` (the default) or `float64`.
+        steps: the number of steps; at least 2 with `terminal`.
         tokens: the number of tokens of the image, which a dynamic shift depends on.
         device: device of the latents.
 
@@ -193,17 +196,17 @@ class FlowSchedule:
     def __init__(
         self, config: Mapping[str, Any], steps: int, tokens: int, device: torch.device
     ) -> None:
-        if unknown := config.keys() - {"shift", "dynamic_shift"}:
+        if unknown := config.keys() - {"shift", "dynamic_shift", "terminal", "linspace"}:
             raise ValueError(f"FlowSchedule has no options {sorted(unknown)}.")
-        # Sigmas before the shift, evenly spaced from 1 to 1 / steps. Computed with torch as in the
-        # pipelines, because numpy's linspace differs in the last bit.
-        sigmas = torch.linspace(1.0, 1 / steps, steps).numpy()
+        sigmas = _evenly_spaced(steps, config.get("linspace", "float32"))
         if "dynamic_shift" in config:
             factor = math.exp(_shift_for(tokens, config["dynamic_shift"]))
             shifted = factor / (factor + (1 / sigmas - 1) ** 1.0)
         else:
             shift = config["shift"]
             shifted = shift * sigmas / (1 + (shift - 1) * sigmas)
+        if "terminal" in config:
+            shifted = _stretched(shifted, config["terminal"])
         steps_sigmas = torch.from_numpy(shifted).to(dtype=torch.float32, device=device)
         self.timesteps = steps_sigmas * 1000
         self._sigmas = torch.cat([steps_sigmas, torch.zeros(1, device=device)])
@@ -223,6 +226,28 @@ class FlowSchedule:
 
     def steps_done(self, evaluations: int) -> int:
         return evaluations
+
+
+def _evenly_spaced(steps: int, precision: str) -> NDArray[np.float32]:
+    """Return the sigmas before the shift: evenly spaced from 1 to 1 / steps, float32.
+
+    The pipelines of diffusers compute them with torch in float32, or with numpy in float64. The
+    results differ in the last bit.
+    """
+    if precision == "float64":
+        return np.linspace(1.0, 1 / steps, steps).astype(np.float32)
+    sigmas: NDArray[np.float32] = torch.linspace(1.0, 1 / steps, steps).numpy()
+    return sigmas
+
+
+def _stretched(sigmas: NDArray[np.float32], terminal: float) -> NDArray[np.float32]:
+    """Return the sigmas stretched away from 1 so that the last one is `terminal`.
+
+    A single sigma of 1 cannot be stretched and becomes NaN.
+    """
+    from_one = 1 - sigmas
+    stretched: NDArray[np.float32] = 1 - from_one / (from_one[-1] / (1 - terminal))
+    return stretched
 
 
 def _shift_for(tokens: int, line: tuple[float, float, float, float]) -> float:

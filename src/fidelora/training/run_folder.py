@@ -57,6 +57,7 @@ class TrainingRun:
         stays_live: True if the trainer never merges the adapter, because the configuration
             quantises the base model or offloads its layers. (The trainer never quantises the UNet
             of SD 1.5 and SDXL, but even then it does not merge the adapter.)
+        low_vram: True if `model.low_vram` is set; some families then decode in tiles.
         network_type: type of the adapter in the configuration, such as `lora`, in lower case.
         dora_alpha: alpha of a DoRA, which its file does not contain; None for other adapter types
             or if unknown.
@@ -94,6 +95,7 @@ class TrainingRun:
     images: Mapping[tuple[int, int], Path]
     sample_every: int = 0
     stays_live: bool = False
+    low_vram: bool = False
     network_type: str = ""
     dora_alpha: float | None = None
     full_models: bool = False
@@ -203,6 +205,7 @@ def read_run(folder: Path) -> TrainingRun:
         checkpoints=checkpoints,
         images={},
         stays_live=bool(model.get("quantize") or offloading),
+        low_vram=bool(model.get("low_vram")),
         network_type=str(network.get("type", "")).lower(),
         dora_alpha=_dora_alpha(network),
         full_models=full_models,

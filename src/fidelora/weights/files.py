@@ -133,16 +133,19 @@ class BaseFiles:
         return configs, weights
 
     def parameter_counts(self) -> dict[str, int]:
-        """Return the number of parameters of each part, read from the file headers.
+        """Return the number of parameters that each part uses, read from the file headers.
 
         Raises:
             WeightsFileError: a file is damaged.
         """
         counts = {part.name: 0 for part in self.family.parts}
-        for name, paths in self.weights.items():
-            for path in paths:
-                tensors = read_file_header(path).tensors.values()
-                counts[name] += sum(math.prod(tensor.shape) for tensor in tensors)
+        for part in self.family.parts:
+            for path in self.weights.get(part.name, ()):
+                counts[part.name] += sum(
+                    math.prod(tensor.shape)
+                    for key, tensor in read_file_header(path).tensors.items()
+                    if not part.ignores(key)
+                )
         if self.is_checkpoint:
             for key, tensor in read_file_header(self.source).tensors.items():
                 inside = [part for part in self.family.parts if part.name not in self.weights]
@@ -225,8 +228,9 @@ def _check_index(folder: Path, family: Family) -> None:
             )
         return
     entries = read_config(index)
-    if (other := _family_of(entries)) not in (None, family):
-        assert other is not None
+    fitting = _families_of(entries)
+    if fitting and family not in fitting:
+        other = fitting[0]
         raise BaseModelFilesError(
             f"{folder.name} is a base model of {other.title}, not of {family.title}; "
             f"use it with model {other.id}."
@@ -250,8 +254,9 @@ def _check_index(folder: Path, family: Family) -> None:
         )
 
 
-def _family_of(index: Mapping[str, Any]) -> Family | None:
-    """Return the family whose parts are exactly those of a `model_index.json`, or None."""
+def _families_of(index: Mapping[str, Any]) -> list[Family]:
+    """Return the families whose parts are exactly those of a `model_index.json`."""
+    fitting = []
     for family in all_families().values():
         wanted = {part.name: [part.library, part.class_name] for part in family.parts}
         found = {
@@ -260,8 +265,8 @@ def _family_of(index: Mapping[str, Any]) -> Family | None:
             if name in wanted or name.startswith("text_encoder")
         }
         if found == wanted:
-            return family
-    return None
+            fitting.append(family)
+    return fitting
 
 
 def _weight_files(folder: Path, part: Part, variant: str) -> tuple[Path, ...]:
