@@ -25,7 +25,7 @@ from fidelora.api import (
     status_of,
 )
 from fidelora.errors import RequestError, RequestFieldError
-from fidelora.families import get_family
+from fidelora.families import all_families, get_family
 from fidelora.jobs.job import (
     Failure,
     JobProgress,

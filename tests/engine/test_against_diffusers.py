@@ -52,7 +52,8 @@ def engine() -> Engine:
 
 
 def test_every_family_is_compared():
-    assert SMALL.keys() | {"zimage"} == all_families().keys()  # zimage: tests/families
+    others = {"zimage", "qwen_image", "qwen_image_2512"}  # compared in tests/families
+    assert SMALL.keys() | others == all_families().keys()
 
 
 @lru_cache(maxsize=4)

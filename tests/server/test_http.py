@@ -14,6 +14,7 @@ from tests.server.http_support import MINIMAL, ByHand, client_of, context_in, no
 from tests.support import GOLDEN_JOBS, LOKR, LORA
 
 from fidelora.errors import JobStoreError
+from fidelora.families import all_families
 from fidelora.jobs.job import Status
 from fidelora.jobs.sql import SqlStore
 from fidelora.recipe import file_sha256
@@ -63,7 +64,7 @@ def test_health_and_models(client):
     assert client.get("/health").json() == {"status": "healthy"}
     assert [client.head(path).status_code for path in ("/health", "/ready")] == [200, 200]
     models = client.get("/v1/models").json()["models"]
-    assert [model["id"] for model in models] == ["sd15", "sdxl", "zimage"]
+    assert [model["id"] for model in models] == list(all_families())
     assert models[0] == {
         "id": "sd15",
         "base_model": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -180,8 +181,8 @@ def test_unsupported_requests_are_400_with_a_code(client, context, body, code):
 
 
 def test_an_unknown_model_error_lists_the_models(client):
-    answer = client.post("/v1/inference", json=MINIMAL | {"model": "flux"}).json()
-    assert answer["detail"]["error"]["details"] == {"supported_models": ["sd15", "sdxl", "zimage"]}
+    answer = client.post("/v1/inference", json=MINIMAL | {"model": "other"}).json()
+    assert answer["detail"]["error"]["details"] == {"supported_models": list(all_families())}
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support import DEMO_DATA, GOLDEN_JOBS, SAME_PROCESSOR, TINY_BASE, TINY_SDXL, TINY_ZIMAGE
+from tests.support import (
+    DEMO_DATA,
+    GOLDEN_JOBS,
+    SAME_PROCESSOR,
+    TINY_BASE,
+    TINY_QWEN_IMAGE,
+    TINY_SDXL,
+    TINY_ZIMAGE,
+)
 
 from fidelora import Engine
 from fidelora.training.compare import Comparison, compare_with_sample
@@ -29,12 +37,11 @@ pytestmark = [
     pytest.mark.usefixtures("golden_threads"),
     pytest.mark.timeout(600),
 ]
-BF16_RUN = "bf16_save_f32"
-BF16_OTHER_PROCESSOR_LEVELS = 12
+BF16_OTHER_PROCESSOR_LEVELS = {"bf16_save_f32": 12, "qwen_bf16_save_f32": 26}
 """Largest difference of bfloat16 samples on other processors.
 
-Measured: up to 8, with 11-24 % of the pixels identical. bfloat16 has only 8 significant bits, so
-the order of additions changes most pixels.
+Measured: up to 8 with 11-24 % of the pixels identical, and up to 21 with 4-100 %. bfloat16 has only
+8 significant bits, so the order of additions changes most pixels.
 """
 
 EXACT = {
@@ -50,8 +57,11 @@ EXACT = {
     "xl_sampler_euler_a": 3,
     "zimage_lora_f32": 3,
     "zimage_lokr": 3,
+    "qwen_lora_f32": 3,
+    "qwen_low_vram_prompts": 4,
+    "qwen_bf16_save_f32": 2,
 }
-"""Training runs whose last samples are all identical, with the number of samples."""
+"""Training runs whose last samples are all identical, with the number of replayed samples."""
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +74,15 @@ def folder_of(name: str) -> Path:
 
 
 def base_of(name: str) -> str:
-    bases = {"xl": TINY_SDXL, "zimage": TINY_ZIMAGE}
+    bases = {"xl": TINY_SDXL, "zimage": TINY_ZIMAGE, "qwen": TINY_QWEN_IMAGE}
     return str(bases.get(name.partition("_")[0], TINY_BASE))
 
 
 def replay(engine: Engine, name: str, step: int, **changes: Any) -> list[Comparison]:
     comparisons = []
     for sample in plan_samples(read_run(folder_of(name)), step, base_model=base_of(name)):
+        if sample.is_undefined:
+            continue
         assert sample.trainer_image is not None
         comparisons.append(
             compare_with_sample(
@@ -89,8 +101,8 @@ def test_last_samples_are_identical(engine, name):
     else:
         warnings.warn(f"{name}: checked against the bound for other processors", stacklevel=1)
         for comparison in comparisons:
-            if name == BF16_RUN:
-                assert comparison.max_difference <= BF16_OTHER_PROCESSOR_LEVELS
+            if name in BF16_OTHER_PROCESSOR_LEVELS:
+                assert comparison.max_difference <= BF16_OTHER_PROCESSOR_LEVELS[name]
             else:
                 assert comparison.within_rounding
 

@@ -26,9 +26,8 @@ def match_norm(guided: Tensor, positive: Tensor) -> Tensor:
         guided: result of `guide`.
         positive: prediction for the prompts, of the same shape.
     """
-    norm, target = (
-        torch.linalg.vector_norm(rows, dim=-1, keepdim=True) for rows in (guided, positive)
-    )
+    norm: Tensor = torch.linalg.vector_norm(guided, dim=-1, keepdim=True)
+    target: Tensor = torch.linalg.vector_norm(positive, dim=-1, keepdim=True)
     return guided * (target / norm)
 
 

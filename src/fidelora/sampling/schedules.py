@@ -201,7 +201,7 @@ class FlowSchedule:
         sigmas = _evenly_spaced(steps, config.get("linspace", "float32"))
         if "dynamic_shift" in config:
             factor = math.exp(_shift_for(tokens, config["dynamic_shift"]))
-            shifted = factor / (factor + (1 / sigmas - 1) ** 1.0)
+            shifted: NDArray[Any] = factor / (factor + (1 / sigmas - 1) ** 1.0)
         else:
             shift = config["shift"]
             shifted = shift * sigmas / (1 + (shift - 1) * sigmas)
@@ -240,13 +240,13 @@ def _evenly_spaced(steps: int, precision: str) -> NDArray[np.float32]:
     return sigmas
 
 
-def _stretched(sigmas: NDArray[np.float32], terminal: float) -> NDArray[np.float32]:
+def _stretched(sigmas: NDArray[Any], terminal: float) -> NDArray[Any]:
     """Return the sigmas stretched away from 1 so that the last one is `terminal`.
 
     A single sigma of 1 cannot be stretched and becomes NaN.
     """
     from_one = 1 - sigmas
-    stretched: NDArray[np.float32] = 1 - from_one / (from_one[-1] / (1 - terminal))
+    stretched: NDArray[Any] = 1 - from_one / (from_one[-1] / (1 - terminal))
     return stretched
 
 

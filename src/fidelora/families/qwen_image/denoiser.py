@@ -57,7 +57,8 @@ class QwenImageDenoiser:
             # Multiplied by 1000 in float32, but divided in the dtype of the latents.
             time = t.expand(1).to(latents.dtype) / 1000
             outputs = []
-            for tokens, (positive, negative) in zip(pack(latents).split(1), texts, strict=True):
+            for row, (positive, negative) in zip(pack(latents), texts, strict=True):
+                tokens = row.unsqueeze(0)
                 output = predict(tokens, time, positive)
                 if negative is not None:
                     other = predict(tokens, time, negative)

@@ -26,7 +26,8 @@ def pack(latents: Tensor) -> Tensor:
 
     A token is a patch of 2x2 latents, ordered by channel, row and column.
     """
-    patches = latents.squeeze(1).unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
+    images, _, channels, height, width = latents.shape
+    patches = latents.reshape(images, channels, height // 2, 2, width // 2, 2)
     return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
@@ -36,7 +37,8 @@ def unpack(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     Args:
         grid: rows and columns of tokens.
     """
-    patches = tokens.unflatten(2, (-1, 2, 2)).unflatten(1, grid)
+    rows, columns = grid
+    patches = tokens.reshape(len(tokens), rows, columns, -1, 2, 2)
     return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3).unsqueeze(1)
 
 
