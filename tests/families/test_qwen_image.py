@@ -202,6 +202,16 @@ def test_only_the_language_model_is_loaded():
     assert len(encoder.state_dict()) < len(stored)
 
 
+def test_the_rotary_tables_are_rounded_with_the_weights():
+    """As by the trainer's `.to(dtype)`; the bounds of other processors would not notice it."""
+    exact, rounded = (
+        load_model_of(replace(SMALL, dtype=dtype)).parts["text_encoder"].rotary_emb.inv_freq
+        for dtype in ("float32", "bfloat16")
+    )
+    assert torch.equal(rounded, exact.bfloat16())
+    assert not torch.equal(rounded.float(), exact)
+
+
 @pytest.mark.parametrize(
     "rename",
     [
