@@ -58,9 +58,10 @@ FULL: dict[str, Any] = {
     "emphasis": "none",
     "timestep_spacing": "default",
     "eta": None,
+    "vae_tiling": False,
     "history": (),
 }
-"""Every field, none with its default except `base_sha256` and the last seven.
+"""Every field, none with its default except `base_sha256` and the last eight.
 
 Live adapters need `fidelity` "exact", and the others were added later.
 """
@@ -99,6 +100,7 @@ def test_the_trigger_word_is_not_inserted_into_a_text_that_gets_too_long():
         ({"model": "sdxl"}, 1024),
         ({"model": "zimage"}, 1024),
         ({"model": "lumina2"}, 1024),
+        ({"model": "qwen_image"}, 1024),
         ({"base_model": "fidelora:miniature"}, 128),
         ({"base_model": "other/base"}, 512),
     ],
@@ -401,6 +403,7 @@ def test_the_json_form_is_stable():
                 "emphasis",
                 "timestep_spacing",
                 "eta",
+                "vae_tiling",
                 "history",
             )
         },
@@ -640,6 +643,7 @@ def test_every_independent_field_is_covered_here():
         "timestep_spacing",
         "eta",
         *OF_OTHER_FAMILIES,
+        "vae_tiling",
     }
 
 
@@ -697,6 +701,9 @@ def test_the_default_eta_of_a_sampler_is_not_stored():
         ({"sampler": "tcd", "steps": 51}, "steps", "from 1 to 50"),
         ({"model": "zimage", "timestep_spacing": "trailing"}, "timestep_spacing", "leave it out."),
         ({"model": "zimage", "eta": 0.0}, "eta", "leave eta out."),
+        ({"model": "qwen_image", "steps": 1}, "steps", "not defined for 1 step"),
+        ({"model": "qwen_image", "vae_tiling": 1}, "vae_tiling", "must be true or false, not 1"),
+        ({"vae_tiling": True}, "vae_tiling", "does not use vae_tiling; leave it out"),
     ],
 )
 def test_options_that_the_sampler_lacks_are_refused(fields, field, says):

@@ -74,6 +74,7 @@ _OMITTED_DEFAULTS: Mapping[str, Any] = {
     "emphasis": "none",
     "timestep_spacing": "default",
     "eta": None,
+    "vae_tiling": False,
     "history": (),
     "quantization": "none",
     "text_encoder_quantization": "none",
@@ -184,6 +185,8 @@ class Recipe:
             torch >= 2.12, `legacy` that of torch <= 2.11. In float32, both give the same noise.
         dtype: dtype of the denoiser and the latents.
         vae_dtype, text_encoder_dtype: dtypes of the VAE and the text encoders; by default `dtype`.
+        vae_tiling: True decodes in overlapping tiles of 256 pixels, as the trainer does with
+            `low_vram`. Only images with a longer side differ.
         fidelity: `exact` reproduces the trainer's images bit for bit. `fast` computes in the
             fastest way on the device: adapters are merged, and the denoiser and decoder may use
             another precision. The noise, sampler, latents and text encoding are as in `exact`.
@@ -225,6 +228,7 @@ class Recipe:
     dtype: Dtype = "float32"
     vae_dtype: Dtype = FROM_MODEL
     text_encoder_dtype: Dtype = FROM_MODEL
+    vae_tiling: bool = False
     fidelity: Fidelity = "exact"
     quantization: Quantization = "none"
     text_encoder_quantization: Quantization = "none"

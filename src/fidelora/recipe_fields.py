@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fidelora.adapter_ref import SHA256, AdapterRef
-from fidelora.checks import check_choice, check_range, check_text
+from fidelora.checks import check_choice, check_range, check_text, shown
 from fidelora.errors import RecipeError, UnknownSamplerError
 from fidelora.families import Family
 from fidelora.families.emphasis import Emphasis, check_emphasis
@@ -46,6 +46,7 @@ _OPTIONAL: Mapping[str, Any] = {
     "quantization": "none",
     "text_encoder_quantization": "none",
     "training_adapters": (),
+    "vae_tiling": False,
 }
 """Default values of fields that only some families use (`Family.uses`). The other families reject
 any other value."""
@@ -87,13 +88,14 @@ def check_recipe(recipe: Recipe, spec: Family) -> None:
             f"The sampler {recipe.sampler!r} is not supported for {spec.id}; use one of {known}.",
             field="sampler",
         )
-    check_range(
-        "steps",
-        recipe.steps,
-        1,
-        min(MAX_STEPS, spec.samplers[recipe.sampler].max_steps),
-        whole=True,
-    )
+    sampler = spec.samplers[recipe.sampler]
+    check_range("steps", recipe.steps, 1, min(MAX_STEPS, sampler.max_steps), whole=True)
+    if recipe.steps < sampler.min_steps:
+        raise RecipeError(
+            f"The schedule of {spec.title} is not defined for {recipe.steps} step: the image would "
+            f"be black. Set steps to {sampler.min_steps} or more.",
+            field="steps",
+        )
     for name, choices in (
         ("emphasis", Emphasis),
         ("timestep_spacing", TimestepSpacing),
@@ -108,6 +110,10 @@ def check_recipe(recipe: Recipe, spec: Family) -> None:
         ("text_encoder_quantization", Quantization),
     ):
         check_choice(name, getattr(recipe, name), get_args(choices))
+    if not isinstance(recipe.vae_tiling, bool):
+        raise RecipeError(
+            f"vae_tiling must be true or false, not {shown(recipe.vae_tiling)}.", field="vae_tiling"
+        )
     check_sampler_options(spec, recipe.sampler, recipe.timestep_spacing, recipe.eta)
     for name, default in _OPTIONAL.items():
         if name not in spec.uses and getattr(recipe, name) != default:

@@ -55,7 +55,7 @@ def recipes(draw):
         model=model,
         width=draw(st.integers(64, 4096)),
         height=draw(st.integers(64, 4096)),
-        steps=draw(st.integers(1, 50)),
+        steps=draw(st.integers(2, 50)),  # some families need two
         guidance_scale=draw(st.floats(0, 20)),
         seed=draw(st.integers(0, MAX_SEED)),
         sampler=draw(st.sampled_from(sorted(all_families()[model].samplers))),
@@ -135,6 +135,21 @@ def test_snippets_contain_the_fields_that_the_form_lacks():
         "eta",
         "adapters",
     ]
+
+
+def test_snippets_contain_the_tiles_of_the_vae():
+    recipe = Recipe(
+        prompt="a",
+        model="qwen_image",
+        vae_tiling=True,
+        adapters=(AdapterRef("a" * 64),),
+        **NUMERICS,
+    )
+    request = InferenceRequest.model_validate_json(as_request(recipe, ["a.safetensors"], "png"))
+    (here,) = recipes_of(request, recipe.adapters, NUMERICS, draw_seed=lambda: 0)
+    assert here.digest == recipe.digest
+    assert "--vae-tiling" in shlex.split(as_command(recipe, ["a.safetensors"], "png"))
+    assert "vae_tiling=True" in as_python(recipe, ["a.safetensors"], "png", "http://127.0.0.1:8000")
 
 
 def test_an_image_without_a_lora_is_requested_by_its_recipe():

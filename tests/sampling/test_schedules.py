@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 
 from fidelora.sampling.schedules import FlowSchedule
 
@@ -76,6 +77,28 @@ def test_without_a_scheduler_steps_are_in_the_dtype_of_the_latents(dtype):
         assert latents.dtype == dtype
         torch.testing.assert_close(latents, expected)
     assert ours.steps_done(4) == 4
+
+
+@pytest.mark.parametrize("steps", [2, 6, 25])
+@pytest.mark.parametrize("tokens", [24, 4096])
+def test_the_sigmas_of_qwen_image_have_the_bits_of_diffusers(steps, tokens):
+    """Its pipeline computes them with numpy, and its scheduler stretches them to 0.02."""
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02)
+    mu = calculate_shift(tokens, 256, 8192, 0.5, 0.9)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+    config = {"dynamic_shift": (256, 0.5, 8192, 0.9), "terminal": 0.02, "linspace": "float64"}
+    ours = FlowSchedule(config, steps, tokens, CPU)
+    assert torch.equal(ours.timesteps, scheduler.timesteps)
+    assert float(ours.timesteps[-1]) == pytest.approx(20, abs=1e-3)
+
+
+def test_the_precision_of_the_even_spacing_changes_the_last_bit():
+    one, other = (
+        FlowSchedule({"shift": 1.0, "linspace": precision}, 25, 64, CPU).timesteps
+        for precision in ("float32", "float64")
+    )
+    assert not torch.equal(one, other)
+    torch.testing.assert_close(one, other)
 
 
 def test_an_unknown_option_is_refused():

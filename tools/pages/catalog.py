@@ -37,7 +37,8 @@ def catalog_page(made: str, folder: Path) -> str:
 
     Args:
         made: note that the page is generated.
-        folder: contains a page for each family, named by its id.
+        folder: contains a page for each family, named by its id. Families with the same
+            implementation can share the page of one of them.
 
     Raises:
         ValueError: a family has no page.
@@ -48,29 +49,36 @@ def catalog_page(made: str, folder: Path) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for spec in all_families().values():
-        if not (folder / f"{spec.id}.md").is_file():
-            raise ValueError(
-                f"docs/models/{spec.id}.md is missing: every family needs a page about its samples"
-            )
         lines.append(
-            f"| `{spec.id}` | [{spec.title}]({spec.id}.md) | `{spec.base_model}` "
+            f"| `{spec.id}` | [{spec.title}]({_page_of(spec, folder)}) | `{spec.base_model}` "
             f"| {spec.default_size} | {spec.default_steps} | {spec.default_guidance_scale:g} "
             f"| `{spec.default_sampler}` |"
         )
     lines += ["", _ABOUT_BASES, ""]
     for spec in all_families().values():
-        lines += _family(spec)
+        lines += _family(spec, _page_of(spec, folder))
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _family(spec: Family) -> Iterator[str]:
+def _page_of(spec: Family, folder: Path) -> str:
+    """Return the file name of the page about a family's samples."""
+    alike = [one.id for one in all_families().values() if one.denoiser == spec.denoiser]
+    for name in (spec.id, *alike):
+        if (folder / f"{name}.md").is_file():
+            return f"{name}.md"
+    raise ValueError(
+        f"docs/models/{spec.id}.md is missing: every family needs a page about its samples"
+    )
+
+
+def _family(spec: Family, page: str) -> Iterator[str]:
     also = (
         f" (also as {', '.join(f'`{name}`' for name in spec.base_aliases)})"
         if spec.base_aliases
         else ""
     )
     yield from [f"## {spec.title}", ""]
-    yield f"* id `{spec.id}`; [how its samples are made and reproduced]({spec.id}.md)"
+    yield f"* id `{spec.id}`; [how its samples are made and reproduced]({page})"
     yield f"* base model: `{spec.base_model}`{also}"
     over_http = f" (over HTTP: of {spec.api_divisor})" if spec.api_divisor else ""
     yield (
@@ -88,7 +96,9 @@ def _family(spec: Family) -> Iterator[str]:
     )
     for component in spec.parts:
         if component.adapter_prefixes:
-            prefixes = ", ".join(f"`{prefix}`" for prefix in component.adapter_prefixes)
+            prefixes = ", ".join(
+                f"`{prefix}`" if prefix else "none" for prefix in component.adapter_prefixes
+            )
             yield f"    * {prefixes}: {component.name.replace('_', ' ')}"
     versions = ", ".join(f"`{version}`" for version in spec.adapter_base_versions)
     yield f"* base model in the adapter's metadata (`ss_base_model_version`): {versions}"

@@ -108,6 +108,7 @@ def recipes_of(
             "sampler": item.sampler,
             "timestep_spacing": item.timestep_spacing,
             "eta": item.eta,
+            "vae_tiling": item.vae_tiling,
             "seed": draw_seed() if item.seed == -1 else item.seed,
         }
         fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -219,6 +220,7 @@ def request_for(recipes: Sequence[Recipe], lora_paths: Sequence[str]) -> dict[st
             )
             | ({} if recipe.emphasis == "none" else {"emphasis": recipe.emphasis})
             | sampler_options(recipe)
+            | ({"vae_tiling": True} if recipe.vae_tiling else {})
             for recipe in recipes
         ],
     }

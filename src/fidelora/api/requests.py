@@ -88,6 +88,11 @@ class PromptItem(RequestBody):
         allow_inf_nan=False,
         description="Strength of the noise that the samplers `ddim` and `tcd` add in each step.",
     )
+    vae_tiling: bool | None = Field(
+        None,
+        description="Decode in tiles of 256 pixels, as the trainer does with `low_vram`; by "
+        "default false.",
+    )
     network_multiplier: Multiplier | list[Multiplier] | None = None
     num_frames: int | None = Field(None, ge=1, le=1000)
     fps: int | None = Field(None, ge=1, le=120)

@@ -153,8 +153,8 @@ def generate(
     width: Annotated[
         int | None,
         typer.Option(
-            help="Width in pixels, 64..4096, rounded down to a multiple of 8, or of 16 for "
-            "Z-Image and FLUX.2-klein.",
+            help="Width in pixels, 64..4096, rounded down to a multiple of the model family's "
+            "divisor (`fidelora models`): 8, 16 or 32.",
             rich_help_panel=SAMPLING_PANEL,
         ),
     ] = None,
@@ -274,6 +274,15 @@ def generate(
             rich_help_panel=MODEL_PANEL,
         ),
     ] = "",
+    vae_tiling: Annotated[
+        bool,
+        typer.Option(
+            "--vae-tiling",
+            help="Decode in tiles of 256 pixels, as the trainer does with low_vram; only for "
+            "Qwen-Image.",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = False,
     config: Annotated[
         str,
         typer.Option(
@@ -395,6 +404,7 @@ def generate(
         "training_adapters": ()
         if training_adapter is None
         else (AdapterRef.from_file(training_adapter.expanduser()),),
+        "vae_tiling": vae_tiling,
         "fidelity": fidelity.value,
         **read_size(size, width, height),
         **{name: value for name, value in optional.items() if value is not None},

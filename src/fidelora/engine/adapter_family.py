@@ -83,13 +83,16 @@ def explain_mismatch(
     identify a family unless the shapes match, too.
     """
     if made_for := adapter.metadata.get("ss_base_model_version", ""):
-        other = _named_family(made_for)
-        return _other_family_error(adapter, other, spec) if other and other != spec else error
+        other = None if made_for in spec.adapter_base_versions else _named_family(made_for)
+        return _other_family_error(adapter, other, spec) if other else error
     fit = best_family(adapter)
     is_certain = fit.same_shapes > 0 or not any(map(is_original_name, adapter.modules))
     return (
         _other_family_error(adapter, get_family(fit.model), spec)
-        if fit.model and fit.matched == size_of(adapter) and fit.model != spec.id and is_certain
+        if fit.model
+        and fit.matched == size_of(adapter)
+        and get_family(fit.model).parts != spec.parts
+        and is_certain
         else error
     )
 

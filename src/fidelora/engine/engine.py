@@ -20,7 +20,7 @@ from fidelora.accel.device import auto_dtype, resolve_device
 from fidelora.adapters.library import AdapterLibrary
 from fidelora.engine.binding import bind, with_adapters, with_embeddings
 from fidelora.engine.image_environment import image_environment
-from fidelora.engine.inputs import denoiser_settings, encode, schedule
+from fidelora.engine.inputs import decode, denoiser_settings, encode, schedule
 from fidelora.engine.loaded import LoadedModels
 from fidelora.engine.model import LoadedModel
 from fidelora.errors import DeviceError, EngineBusyError, MemoryExhaustedError, RecipeError
@@ -280,7 +280,7 @@ class Engine:
                     )
                     clock.lap("denoise")
                     rows = [latents[image : image + 1] for image in range(len(recipes))]
-                    images = [model.latents.decode(row, size) for row in rows]
+                    images = [decode(model, common, row) for row in rows]
                     clock.lap("decode")
             finally:
                 model.offload_parts()

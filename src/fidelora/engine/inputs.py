@@ -1,18 +1,21 @@
-"""Inputs of the sampling loop that come from a recipe: encoded prompts and the schedule."""
+"""Steps before and after the sampling loop that depend on a recipe: prompts, schedule, decoding."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from fidelora.accel.device import TORCH_DTYPES
 from fidelora.engine.binding import Bound
 from fidelora.engine.model import LoadedModel
 from fidelora.families import FlowSampler, get_family
-from fidelora.families.protocols import Encoded, Guidance, Prompts, Size
+from fidelora.families.protocols import Encoded, Guidance, Prompts, Size, TiledLatents
 from fidelora.recipe import Recipe
 from fidelora.sampling.noise import NoiseSource
 from fidelora.sampling.schedules import FlowSchedule, NoiseSchedule, Schedule
@@ -68,3 +71,15 @@ def schedule(
         recipe.timestep_spacing,
         sampler.eta if recipe.eta is None else recipe.eta,
     )
+
+
+def decode(model: LoadedModel, recipe: Recipe, latents: Tensor) -> NDArray[np.uint8]:
+    """Decode the latents [1, ...] of one image to uint8 RGB [height, width, 3].
+
+    Raises:
+        NumericsError: the model produced NaN.
+    """
+    size = Size(recipe.width, recipe.height)
+    if recipe.vae_tiling:
+        return cast(TiledLatents, model.latents).decode_tiled(latents, size)
+    return model.latents.decode(latents, size)

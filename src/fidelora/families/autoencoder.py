@@ -1,4 +1,4 @@
-"""Convert latents to pixels with diffusers' `AutoencoderKL`, or to previews without it."""
+"""Convert latents to pixels with diffusers' autoencoders, or to previews without them."""
 
 from __future__ import annotations
 

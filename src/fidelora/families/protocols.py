@@ -159,3 +159,10 @@ class Latents(Protocol):
 
     def preview(self, latents: Tensor, size: Size) -> NDArray[np.uint8]:
         """Return a preview of unfinished latents [...] as uint8 RGB, without using the decoder."""
+
+
+class TiledLatents(Latents, Protocol):
+    """Latents of a family that uses the recipe field `vae_tiling`."""
+
+    def decode_tiled(self, latents: Tensor, size: Size) -> NDArray[np.uint8]:
+        """Decode as `decode` does, in overlapping tiles whose seams are blended."""

@@ -1,8 +1,8 @@
-"""Qwen3 as a text encoder: chat template, tokens, hidden states.
+"""Qwen as a text encoder: chat template, tokens, hidden states.
 
-Z-Image and FLUX.2-klein use it. They differ in the template's `enable_thinking` and in the hidden
-states that they use, so each family makes these choices in its own `text.py`, in a subclass of
-`QwenText`.
+Z-Image and FLUX.2-klein use Qwen3. They differ in the template's `enable_thinking` and in the
+hidden states that they use, so each family makes these choices in its own `text.py`, in a subclass
+of `QwenText`. Qwen-Image uses Qwen2.5-VL with a template of its own.
 """
 
 from __future__ import annotations
@@ -101,8 +101,11 @@ class QwenText(ABC):
         return self._cache[key]
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """Load the tokenizer in `folder` and check that it has a chat template.
+def load_tokenizer(folder: Path, *, needs_template: bool = True) -> Any:
+    """Load the fast tokenizer in `folder` and check that it has a chat template.
+
+    Args:
+        needs_template: False if the family does not use the chat template.
 
     Raises:
         BaseModelFilesError: it cannot be read, or has no chat template.
@@ -114,7 +117,7 @@ def load_tokenizer(folder: Path) -> Any:
         raise BaseModelFilesError(
             f"The base model's {folder.name} cannot be read: {reason}. Download it again."
         ) from error
-    if not tokenizer.is_fast or not tokenizer.chat_template:
+    if not tokenizer.is_fast or (needs_template and not tokenizer.chat_template):
         raise BaseModelFilesError(
             f"The base model's {folder.name} has no chat template; download it again."
         )
@@ -139,7 +142,7 @@ def tokenize(tokenizer: Any, prompt: str, *, enable_thinking: bool, length: int)
     encoded = tokenizer(
         text, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     )
-    cut = _truncated(tokenizer, text, prompt.strip(), length)
+    cut = truncated_end(tokenizer, text, prompt.strip(), length)
     return Tokens(encoded.input_ids, encoded.attention_mask.bool(), cut)
 
 
@@ -159,8 +162,12 @@ def hidden_states(encoder: nn.Module, tokens: Tokens, device: torch.device) -> t
     return states
 
 
-def _truncated(tokenizer: Any, text: str, prompt: str, length: int) -> str:
-    """Return the end of `prompt` that is lost when `text`, which contains it, is truncated."""
+def truncated_end(tokenizer: Any, text: str, prompt: str, length: int) -> str:
+    """Return the end of `prompt` that is lost when `text`, which contains it, is truncated.
+
+    Args:
+        length: number of tokens of `text` that are kept.
+    """
     offsets = tokenizer(text, return_offsets_mapping=True, verbose=False).offset_mapping
     if len(offsets) <= length:
         return ""

@@ -14,13 +14,17 @@ from types import MappingProxyType
 from fidelora.errors import UnknownModelError
 from fidelora.families.flux2_klein.spec import FLUX2_KLEIN_4B
 from fidelora.families.lumina2.spec import LUMINA2
+from fidelora.families.qwen_image.spec import QWEN_IMAGE, QWEN_IMAGE_2512
 from fidelora.families.sd.spec import SD15, SDXL
 from fidelora.families.spec import Family
 from fidelora.families.zimage.spec import ZIMAGE, ZIMAGE_DETURBO, ZIMAGE_TURBO
 
 ENTRY_POINTS = "fidelora.families"
 
-_FAMILIES = (SD15, SDXL, ZIMAGE, ZIMAGE_TURBO, ZIMAGE_DETURBO, LUMINA2, FLUX2_KLEIN_4B)
+_FAMILIES = (
+    SD15, SDXL, ZIMAGE, ZIMAGE_TURBO, ZIMAGE_DETURBO, FLUX2_KLEIN_4B, QWEN_IMAGE, QWEN_IMAGE_2512,
+    LUMINA2,
+)  # fmt: skip
 
 
 @cache

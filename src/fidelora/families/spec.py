@@ -24,6 +24,7 @@ class NoiseSampler:
         scheduler: the class in `diffusers.schedulers`.
         config: the scheduler's configuration.
         max_steps: the largest number of steps that the scheduler supports.
+        min_steps: the smallest number of steps for which the schedule is defined.
         spacings: timestep spacings that a recipe can choose, besides `default`.
         eta: default strength (0..1) of the noise that the sampler adds in each step; None if a
             recipe cannot set it.
@@ -34,6 +35,7 @@ class NoiseSampler:
     scheduler: str
     config: Mapping[str, Any]
     max_steps: int = 150
+    min_steps: ClassVar[int] = 1
     spacings: frozenset[TimestepSpacing] = frozenset()
     eta: float | None = None
     in_trainer: bool = True
@@ -46,12 +48,13 @@ class FlowSampler:
     Attributes:
         name: as in `NoiseSampler`.
         config: options of `sampling.schedules.FlowSchedule`: `shift` and others.
-        max_steps, spacings, eta, in_trainer: as in `NoiseSampler`.
+        max_steps, min_steps, spacings, eta, in_trainer: as in `NoiseSampler`.
     """
 
     name: str
     config: Mapping[str, Any]
     max_steps: int = 150
+    min_steps: int = 1
     spacings: ClassVar[frozenset[TimestepSpacing]] = frozenset()
     eta: ClassVar[float | None] = None
     in_trainer: ClassVar[bool] = True
@@ -89,6 +92,9 @@ class Part:
         precision: the recipe field with its dtype.
         adapter_prefixes: prefixes of its module names in adapter files; empty if adapters never
             change it.
+        submodule: path of the only submodule that the family uses, such as a language model
+            without its head; empty for the whole module. The names of weights and modules are
+            relative to it.
         optional_prefix: prefix that module names have or do not have, depending on the version of
             the library that wrote the file.
         tokenizer: tokenizer of a text encoder; None for other parts.
@@ -100,6 +106,7 @@ class Part:
             conversion does not write: one name, or those of modules that compute equal shares of
             the outputs, in order. None if there are none.
         ignored_weights: suffixes of weights that files may contain but the part does not use.
+        ignored_prefixes: prefixes of such weights.
         config: values that replace those of the file, because the trainer's library behaved
             differently from the installed one.
         implementation: "module:class" of the class that computes this part; empty if it is
@@ -125,12 +132,14 @@ class Part:
     weights: str
     precision: DtypeField
     adapter_prefixes: tuple[str, ...] = ()
+    submodule: str = ""
     optional_prefix: str = ""
     tokenizer: Tokenizer | None = None
     checkpoint_prefix: str = ""
     other_names: Callable[[Iterable[str]], Mapping[str, str]] | None = None
     accepted_names: Callable[[Iterable[str]], Mapping[str, tuple[str, ...]]] | None = None
     ignored_weights: tuple[str, ...] = ()
+    ignored_prefixes: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=lambda: NO_OPTIONS)
     quantization: Literal["", "quantization", "text_encoder_quantization"] = ""
     whole_layers: tuple[str, ...] = ()
@@ -140,6 +149,10 @@ class Part:
     rounds_buffers: bool = False
     rounds_quantized_buffers: bool = True
     embedding_key: str = ""
+
+    def ignores(self, weight: str) -> bool:
+        """Return True if the part does not use a weight with this name in the file."""
+        return weight.endswith(self.ignored_weights) or weight.startswith(self.ignored_prefixes)
 
 
 @dataclass(frozen=True)
@@ -188,6 +201,8 @@ class TrainerSampling:
         ignores_sampler: True if the trainer ignores `sample.sampler` and uses its only sampler.
         size_multiple: the trainer fails if a width or height in pixels, rounded down to a multiple
             of 8, is not a multiple of it; 8 if every size works.
+        tiles_since: first release of the trainer that decodes in tiles if `model.low_vram` is set;
+            None if no release does.
         wrong_schedules: schedules that other programs use by mistake.
         older: differences of older releases, the newest release first.
         assistant_float8: True if the trainer quantises the denoiser with `float8` in place of
@@ -200,6 +215,7 @@ class TrainerSampling:
     rescales_guidance: bool = False
     ignores_sampler: bool = False
     size_multiple: int = 8
+    tiles_since: tuple[int, ...] | None = None
     wrong_schedules: tuple[WrongSchedule, ...] = ()
     older: tuple[OlderTrainer, ...] = ()
     assistant_float8: bool = False

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fidelora.training.plan import random_samples
+from fidelora.families import get_family
+from fidelora.training.plan import random_samples, undefined_samples
 from fidelora.training.run_folder import TrainingRun
 
 
@@ -14,10 +15,18 @@ def notes_on(run: TrainingRun) -> list[str]:
     """
     notes = list(run.notes)
     for one, block in ((run, "sample"), (run.first_round, "first_sample")):
-        if one is not None and (random := random_samples(one)):
+        if one is None:
+            continue
+        if random := random_samples(one):
             notes.append(
                 f"Sample {', '.join(map(str, random))} of the {block} block has a random seed "
                 "(seed -1), which the trainer does not save, so it cannot be replayed."
+            )
+        if undefined := undefined_samples(one):
+            notes.append(
+                f"Sample {', '.join(map(str, undefined))} of the {block} block has 1 step, for "
+                f"which the schedule of {get_family(run.model).title} is not defined: the "
+                "trainer's image is black and cannot be replayed."
             )
     return notes
 
@@ -43,9 +52,16 @@ def has_only_random_seeds(run: TrainingRun) -> bool:
     return is_random and (run.first_round is None or has_only_random_seeds(run.first_round))
 
 
+def has_only_undefined_samples(run: TrainingRun) -> bool:
+    """Return True if no sample of the run can be replayed because all schedules are undefined."""
+    is_undefined = len(undefined_samples(run)) == len(run.samples)
+    first = run.first_round
+    return is_undefined and (first is None or has_only_undefined_samples(first))
+
+
 def _has_images(run: TrainingRun, step: int | None = None) -> bool:
-    """Return True if a sample with a known seed has an image at `step`, or at any step if None."""
-    random = set(random_samples(run))
+    """Return True if a replayable sample has an image at `step`, or at any step if None."""
+    left_out = {*random_samples(run), *undefined_samples(run)}
     return any(
-        index not in random for at_step, index in run.images if step is None or at_step == step
+        index not in left_out for at_step, index in run.images if step is None or at_step == step
     )

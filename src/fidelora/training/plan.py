@@ -9,7 +9,7 @@ from typing import Any
 
 from fidelora.adapters.tensor_names import noise_of_adapter, noise_of_trainer, trainer_version
 from fidelora.errors import TrainingRunError
-from fidelora.families import OlderTrainer, get_family
+from fidelora.families import Family, OlderTrainer, get_family
 from fidelora.recipe import MAX_SEED, AdapterRef, Noise, Recipe, replace_trigger
 from fidelora.training.flags import split_flags
 from fidelora.training.history import NO_HISTORY, History, full_history, refs_of
@@ -28,10 +28,12 @@ class PlannedSample:
     Attributes:
         step: training step of the checkpoint; 0 for the base model.
         index: position in the sample block, from 0.
-        trainer_image: the trainer's image file; None if it is missing, or if the trainer drew its
-            seed at random, so that it cannot be replayed.
+        trainer_image: the trainer's image file; None if it is missing or cannot be replayed,
+            because the trainer drew its seed at random or its schedule is not defined.
         history: earlier rounds of samples that the recipe contains.
         has_random_seed: True if the trainer drew the seed at random; the recipe has seed 0.
+        is_undefined: True if the sampler's schedule is not defined for the number of steps, so that
+            the trainer's image is black; the recipe has the smallest number of steps.
         is_first_round: True for a sample of the `first_sample` block.
         is_full_model: True if the base model is the checkpoint of this step.
     """
@@ -42,6 +44,7 @@ class PlannedSample:
     trainer_image: Path | None
     history: History = NO_HISTORY
     has_random_seed: bool = False
+    is_undefined: bool = False
     is_first_round: bool = False
     is_full_model: bool = False
 
@@ -99,15 +102,14 @@ def plan_samples(
     # determines the noise.
     checkpoint = run.checkpoints.get(step) or next(iter(run.checkpoints.values()), None)
     family = get_family(run.model)
+    metadata = checkpoint_metadata(checkpoint) if checkpoint is not None else {}
     noise: Noise = "modern"
     if "noise" in family.uses and adapters:
         noise = noise_of_adapter(adapters[0])
-    elif "noise" in family.uses and checkpoint is not None:
-        noise = noise_of_trainer(checkpoint_metadata(checkpoint))
+    elif "noise" in family.uses:
+        noise = noise_of_trainer(metadata)
     sampling = family.trainer_sampling
-    version = run.trainer_version
-    if version is None and checkpoint is not None:
-        version = trainer_version(checkpoint_metadata(checkpoint))
+    version = run.trainer_version or trainer_version(metadata)
     older = [one for one in sampling.older if version is not None and version < one.before]
     training = (find_training_adapter(run.training_adapter),) if run.training_adapter else ()
     planned = []
@@ -128,8 +130,7 @@ def plan_samples(
             guidance_scale=values["guidance_scale"],
             guidance_rescale=values["guidance_rescale"] if sampling.rescales_guidance else 0.0,
             seed=values["seed"],
-            sampler=values["sampler"]
-            or (family.default_sampler if sampling.ignores_sampler else run.sampler),
+            sampler=values["sampler"] or _sampler_name(run),
             prediction=run.prediction,
             adapters=with_multiplier(adapters, values["network_multiplier"]),
             adapter_mode="live" if unmerged else "merged",
@@ -141,12 +142,21 @@ def plan_samples(
             quantization=run.quantization,
             text_encoder_quantization=run.text_encoder_quantization,
             training_adapters=training,
+            vae_tiling=run.low_vram and _decodes_in_tiles(family, version),
         )
-        is_random = values["has_random_seed"]
-        image = None if is_random else run.images.get((step, index))
+        is_random, is_undefined = values["has_random_seed"], values["is_undefined"]
+        image = None if is_random or is_undefined else run.images.get((step, index))
         planned.append(
             PlannedSample(
-                step, index, recipe, image, history, is_random, run.is_first_round, is_full_model
+                step,
+                index,
+                recipe,
+                image,
+                history,
+                is_random,
+                is_undefined,
+                run.is_first_round,
+                is_full_model,
             )
         )
     return planned
@@ -179,10 +189,33 @@ def random_samples(run: TrainingRun) -> list[int]:
     return [index for index, values in enumerate(settings) if values["has_random_seed"]]
 
 
+def undefined_samples(run: TrainingRun) -> list[int]:
+    """Return the indices of the samples that are black because their schedule is not defined.
+
+    Raises:
+        TrainingRunError: a flag is invalid.
+    """
+    settings = _resolved_settings(run)
+    return [index for index, values in enumerate(settings) if values["is_undefined"]]
+
+
+def _sampler_name(run: TrainingRun) -> str:
+    family = get_family(run.model)
+    return family.default_sampler if family.trainer_sampling.ignores_sampler else run.sampler
+
+
+def _decodes_in_tiles(family: Family, version: tuple[int, ...] | None) -> bool:
+    """Return True if this release of the trainer (None: unknown) tiles with `low_vram`."""
+    since = family.trainer_sampling.tiles_since
+    return since is not None and (version is None or version >= since)
+
+
 def _resolved_settings(run: TrainingRun) -> list[dict[str, Any]]:
     """Return each sample's settings with seed, trigger word and flags applied as in the trainer."""
     resolved = []
     seed = run.seed
+    sampler = get_family(run.model).samplers.get(_sampler_name(run))
+    min_steps = 1 if sampler is None else sampler.min_steps
     for index, item in enumerate(run.samples):
         if run.walk_seed:
             seed = run.seed + index
@@ -194,6 +227,9 @@ def _resolved_settings(run: TrainingRun) -> list[dict[str, Any]]:
         # sets the fixed seed -1.
         values["has_random_seed"] = "seed" not in flags and seed == RANDOM_SEED
         values["seed"] = 0 if values["has_random_seed"] else _usable_seed(values["seed"])
+        values["is_undefined"] = 1 <= values["sample_steps"] < min_steps
+        if values["is_undefined"]:
+            values["sample_steps"] = min_steps
         # The flag --n sets the negative prompt of the first text encoder only, and no flag sets
         # that of the second one, unless the trainer encodes all prompts once before training.
         values["neg_2"] = None if run.encodes_prompts_once else item.neg

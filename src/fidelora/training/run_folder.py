@@ -64,6 +64,7 @@ class TrainingRun:
             that use `training_adapters`; empty for none.
         trainer_version: release of AI Toolkit that made the samples; None for the one in the
             metadata of the checkpoint.
+        low_vram: True if `model.low_vram` is set; some families then decode in tiles.
         network_type: type of the adapter in the configuration, such as `lora`, in lower case.
         dora_alpha: alpha of a DoRA, which its file does not contain; None for other adapter types
             or if unknown.
@@ -105,6 +106,7 @@ class TrainingRun:
     text_encoder_quantization: Quantization = "none"
     training_adapter: str = ""
     trainer_version: tuple[int, ...] | None = None
+    low_vram: bool = False
     network_type: str = ""
     dora_alpha: float | None = None
     full_models: bool = False
@@ -221,6 +223,7 @@ def read_run(folder: Path) -> TrainingRun:
         stays_live=bool(model.get("quantize") or offloading),
         **quantization_of(model, get_family(family)),
         training_adapter=training_adapter_of(model, get_family(family)),
+        low_vram=bool(model.get("low_vram")),
         network_type=str(network.get("type", "")).lower(),
         dora_alpha=_dora_alpha(network),
         full_models=full_models,

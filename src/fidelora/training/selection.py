@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from fidelora.errors import NothingToCheckError, TrainingRunError
-from fidelora.training.notes import checkable_steps, has_only_random_seeds, notes_on
+from fidelora.training.notes import (
+    checkable_steps,
+    has_only_random_seeds,
+    has_only_undefined_samples,
+    notes_on,
+)
 from fidelora.training.run_folder import TrainingRun
 
 
@@ -29,6 +34,11 @@ def steps_to_check(run: TrainingRun, selection: str) -> list[int]:
         raise NothingToCheckError(
             f"The training run {run.name} has random seeds (seed -1) for all samples, so none of "
             "them can be replayed."
+        )
+    if has_only_undefined_samples(run):
+        raise NothingToCheckError(
+            f"The training run {run.name} has only samples with 1 step, which are black in this "
+            "model family, so none of them can be replayed."
         )
     if not checkable:
         sampled = ", ".join(map(str, run.sampled_steps))

@@ -166,16 +166,19 @@ class BaseFiles:
         return configs, weights
 
     def parameter_counts(self) -> dict[str, int]:
-        """Return the number of parameters of each part, read from the file headers.
+        """Return the number of parameters that each part uses, read from the file headers.
 
         Raises:
             WeightsFileError: a file is damaged.
         """
         counts = {part.name: 0 for part in self.family.parts}
-        for name, paths in self.weights.items():
-            for path in paths:
-                tensors = read_file_header(path).tensors.values()
-                counts[name] += sum(math.prod(tensor.shape) for tensor in tensors)
+        for part in self.family.parts:
+            for path in self.weights.get(part.name, ()):
+                counts[part.name] += sum(
+                    math.prod(tensor.shape)
+                    for key, tensor in read_file_header(path).tensors.items()
+                    if not part.ignores(key)
+                )
         if self.is_checkpoint:
             for key, tensor in read_file_header(self.source).tensors.items():
                 inside = [part for part in self.family.parts if part.name not in self.weights]

@@ -102,7 +102,7 @@ def empty_part(part: Part, config: Mapping[str, Any]) -> nn.Module:
         BaseModelFilesError: the configuration does not describe such a module.
     """
     with init_empty_weights(include_buffers=False):
-        return _construct(part, {**config, **part.config})
+        return _construct(part, {**config, **part.config}).get_submodule(part.submodule)
 
 
 def read_weights(paths: Sequence[Path]) -> dict[str, Tensor]:
@@ -177,7 +177,7 @@ def _rename(part: Part, weights: Mapping[str, Tensor], expected: Any) -> dict[st
     has_prefix = bool(prefix) and any(name.startswith(prefix) for name in expected)
     renamed: dict[str, Tensor] = {}
     for name, tensor in weights.items():
-        if part.ignored_weights and name.endswith(part.ignored_weights):
+        if part.ignores(name):
             continue
         if part.library == "transformers" and name.endswith(_POSITION_IDS):
             if not torch.equal(tensor.flatten().long(), torch.arange(tensor.numel())):
@@ -186,6 +186,8 @@ def _rename(part: Part, weights: Mapping[str, Tensor], expected: Any) -> dict[st
                     "the file is damaged. Download it again."
                 )
             continue
+        if part.submodule:
+            name = name.removeprefix(f"{part.submodule}.")
         if prefix:
             # Weights outside the prefixed module, such as a projection, never have the prefix.
             bare = name.removeprefix(prefix)

@@ -220,6 +220,8 @@ def request_body(recipe: Recipe, paths: Sequence[str], image_format: str) -> dic
     if recipe.emphasis != "none":
         prompt["emphasis"] = recipe.emphasis
     prompt |= sampler_options(recipe)
+    if recipe.vae_tiling:
+        prompt["vae_tiling"] = True
     return {
         "model": recipe.model,
         "fidelity": recipe.fidelity,

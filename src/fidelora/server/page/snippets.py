@@ -79,6 +79,8 @@ def as_command(recipe: Recipe, paths: Sequence[str], image_format: str) -> str:
         words.append(f"--spacing={recipe.timestep_spacing}")
     if recipe.eta is not None:
         words.append(f"--eta={_decimal(recipe.eta)}")
+    if recipe.vae_tiling:
+        words.append("--vae-tiling")
     for option, kind in (
         ("--quantize", recipe.quantization),
         ("--quantize-te", recipe.text_encoder_quantization),
