@@ -90,7 +90,7 @@ def diffusers_parts() -> tuple[Any, Any]:
 @pytest.fixture(scope="module")
 def diffusers_base(diffusers_parts, tmp_path_factory) -> Path:
     """Return the tiny base model as a diffusers folder."""
-    folder = tmp_path_factory.mktemp("diffusers")
+    folder: Path = tmp_path_factory.mktemp("diffusers")
     transformer, vae = diffusers_parts
     transformer.save_pretrained(folder / "transformer")
     vae.save_pretrained(folder / "vae")

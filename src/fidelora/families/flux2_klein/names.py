@@ -40,7 +40,7 @@ FUSED = {
 """Projections of `transformer_blocks.N` that the original code stores as the rows of one matrix:
 index of the stream in `STREAMS`, and index of the third of the rows."""
 
-_DIFFUSERS = {
+_DIFFUSERS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
     "double": (
         "transformer_blocks",
         {
