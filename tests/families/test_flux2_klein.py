@@ -29,6 +29,7 @@ from tests.support import (
 )
 
 from fidelora import AdapterRef, Engine, Recipe
+from fidelora.adapters.live import live_adapters
 from fidelora.adapters.read import read_adapter
 from fidelora.adapters.tensor_names import noise_of_file
 from fidelora.cli.image_plan import resolve_noise
@@ -402,6 +403,33 @@ def test_one_third_of_a_fused_projection_changes_only_its_rows(tmp_path):
     assert torch.allclose(difference[64:128], torch.ones(64, 64), atol=1e-6)
     assert not difference[:64].any()
     assert not difference[128:].any()
+
+
+@pytest.mark.parametrize("multiplier", [1.0, -0.5])
+def test_different_kinds_in_one_projection_are_equal_merged_and_live(tmp_path, multiplier):
+    start = "transformer.transformer_blocks.0.attn"
+    generator = torch.Generator().manual_seed(4)
+    shapes = {
+        "to_q.lora_A.weight": (2, 64), "to_q.lora_B.weight": (64, 2),
+        "to_v.hada_w1_a": (64, 2), "to_v.hada_w1_b": (2, 64), "to_v.hada_w2_a": (64, 2),
+        "to_v.hada_w2_b": (2, 64),
+    }  # fmt: skip
+    tensors = {
+        f"{start}.{name}": torch.randn(shape, generator=generator) for name, shape in shapes.items()
+    }
+    model = load_model_of(SMALL)
+    bound = model.targets.bind(read_adapter(save_adapter(tmp_path / "a.safetensors", tensors)))
+    module = model.targets.by_name["transformer.double_blocks.0.img_attn.qkv"].module
+    x = torch.randn(1, 3, 64, generator=generator)
+    with torch.no_grad():
+        plain = module(x)
+        with live_adapters(model.targets, [(bound, multiplier)]):
+            live = module(x)
+        model.merged.apply([(bound, multiplier)])
+        merged = module(x)
+    assert torch.allclose(live, merged, atol=1e-4)
+    changed = [abs(one).max() > 1 for one in (live - plain).chunk(3, dim=-1)]
+    assert changed == [True, False, True]
 
 
 def test_both_spellings_of_one_projection_in_a_file_are_refused(engine, tmp_path):

@@ -62,20 +62,20 @@ def test_a_dynamic_shift_grows_with_the_tokens(tokens):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_without_a_scheduler_steps_are_in_the_dtype_of_the_latents(dtype):
-    """The expected sigmas are Python numbers, up to their rounding to float32."""
     line = (256, 0.5, 4096, 1.15)
     ours = FlowSchedule({"dynamic_shift": line, "scheduler": False}, 4, 256, CPU)
     factor = math.exp(0.5)
-    sigmas = [1.0, *(factor / (factor + 1 / (1 - step / 4) - 1) for step in (1, 2, 3)), 0.0]
-    assert ours.timesteps.tolist() == pytest.approx(sigmas[:-1])
+    shifted = [factor / (factor + 1 / sigma - 1) for sigma in (1.0, 0.75, 0.5, 0.25)]
+    assert ours.timesteps.tolist() == pytest.approx(shifted)
+    sigmas = [*ours.timesteps.tolist(), 0.0]
     torch.manual_seed(1)
-    latents = torch.randn(1, 4, 2, 2).to(dtype)
+    latents = torch.randn(1, 4, 8, 8).to(dtype)
     for index, t in enumerate(ours.timesteps):
-        prediction = torch.randn(1, 4, 2, 2).to(dtype)
+        prediction = torch.randn(1, 4, 8, 8).to(dtype)
         expected = latents + (sigmas[index + 1] - sigmas[index]) * prediction
         latents = ours.step(prediction, t, latents)
         assert latents.dtype == dtype
-        torch.testing.assert_close(latents, expected)
+        assert torch.equal(latents, expected)
     assert ours.steps_done(4) == 4
 
 

@@ -7,7 +7,7 @@ Source: `Flux2Transformer2DModel` of diffusers 0.42.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 DOUBLE_BLOCK = {
     "attn.norm_q": "img_attn.norm.query_norm",
@@ -40,7 +40,7 @@ FUSED = {
 """Projections of `transformer_blocks.N` that the original code stores as the rows of one matrix:
 index of the stream in `STREAMS`, and index of the third of the rows."""
 
-_DIFFUSERS: Mapping[str, tuple[str, Mapping[str, tuple[str, ...]]]] = {
+_DIFFUSERS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
     "double": (
         "transformer_blocks",
         {
