@@ -23,6 +23,16 @@ def unscale(latents: Tensor, config: Any) -> Tensor:
 def decode(vae: Any, latents: Tensor) -> NDArray[np.uint8]:
     """Decode unscaled `latents` [1, channels, h, w] to uint8 RGB [8h, 8w, 3].
 
+    Raises:
+        NumericsError: the model produced NaN.
+    """
+    pixels: NDArray[np.uint8] = (decode_values(vae, latents) * 255).round().astype(np.uint8)
+    return pixels
+
+
+def decode_values(vae: Any, latents: Tensor) -> NDArray[np.float32]:
+    """Decode unscaled `latents` [1, channels, h, w] to RGB from 0 to 1, [8h, 8w, 3].
+
     As in the trainer, values are mapped from [-1, 1] to [0, 1] in the decoder's dtype; later steps
     are computed in float32.
 
@@ -31,7 +41,7 @@ def decode(vae: Any, latents: Tensor) -> NDArray[np.uint8]:
     """
     image = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
     image = (image * 0.5 + 0.5).clamp(0, 1)
-    values = image.cpu().permute(0, 2, 3, 1).float().numpy()[0]
+    values: NDArray[np.float32] = image.cpu().permute(0, 2, 3, 1).float().numpy()[0]
     if not np.isfinite(values).all():
         narrow = torch.float16 in (latents.dtype, vae.dtype)
         advice = (
@@ -40,8 +50,7 @@ def decode(vae: Any, latents: Tensor) -> NDArray[np.uint8]:
             else "try it without adapters, and with default settings"
         )
         raise NumericsError(f"The model produced NaN instead of an image; {advice}.")
-    pixels: NDArray[np.uint8] = (values * 255).round().astype(np.uint8)
-    return pixels
+    return values
 
 
 def rough_colours(latents: Tensor, colours: Sequence[Sequence[float]]) -> NDArray[np.uint8]:
