@@ -76,18 +76,21 @@ def _top_level(text: str) -> list[str]:
     return [part for part in (*parts, text[start:]) if part]
 
 
-def embed(encoder: ClipEncoder, prompt: str, rule: TextRule, clip_skip: int) -> PromptEmbedding:
+def embed(
+    encoder: ClipEncoder, prompt: str, rule: TextRule, clip_skip: int, *, has_norm: bool
+) -> PromptEmbedding:
     """Return the embedding of a prompt.
 
     Args:
-        clip_skip: number of the layer whose output is used, counted from the last one (1). The
-            final norm is applied to it. 0 leaves the choice to the family.
+        clip_skip: number of the layer whose output is used, counted from the last one (1). 0 leaves
+            the choice to the family.
+        has_norm: True if the final norm is applied to earlier layers, as for Stable Diffusion 1.5.
 
     Raises:
         RecipeError: the prompt has too many parts, or a word weight that is not a number.
     """
     if clip_skip:
-        encoder = _with_clip_skip(encoder, clip_skip)
+        encoder = _with_clip_skip(encoder, clip_skip, has_norm=has_norm or clip_skip == 1)
     if rule != "comfyui":
         emphasis: Emphasis = "none" if rule == "plain" else rule
         return encoder.encode(prompt, emphasis)
@@ -103,13 +106,14 @@ def embed(encoder: ClipEncoder, prompt: str, rule: TextRule, clip_skip: int) -> 
     return PromptEmbedding(torch.cat([one for one, _ in states], 1), "", states[0][1])
 
 
-def _with_clip_skip(encoder: ClipEncoder, clip_skip: int) -> ClipEncoder:
-    """Return an encoder of the same model that uses an earlier layer with the final norm."""
+def _with_clip_skip(encoder: ClipEncoder, clip_skip: int, *, has_norm: bool) -> ClipEncoder:
+    """Return an encoder of the same model that uses the states of another layer."""
 
     def run(model: Any, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         output = model(ids, output_hidden_states=True)
-        text_model = getattr(model, "text_model", model)
-        states = text_model.final_layer_norm(output.hidden_states[-clip_skip])
+        states = output.hidden_states[-clip_skip]
+        if has_norm:
+            states = getattr(model, "text_model", model).final_layer_norm(states)
         return states, getattr(output, "text_embeds", None)
 
     return encoder.with_runner(cast(RunEncoder, run))

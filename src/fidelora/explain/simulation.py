@@ -30,11 +30,9 @@ from fidelora.families.sd.text import Conditioning, SDText
 from fidelora.recipe import Dtype, Recipe
 from fidelora.sampling.loop import sample as run_schedule
 from fidelora.sampling.noise import NoiseSource
-from fidelora.sampling.spacings import TimestepSpacing
 
 Pixels = NDArray[np.uint8]
 Library = Literal["diffusers", "k-diffusion"]
-_DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")
 FAMILIES = ("sd15", "sdxl")
 """Model families whose images can be simulated."""
 
@@ -46,8 +44,9 @@ class Simulation:
     Attributes:
         library: library that the sampler belongs to; `sampler` is one of the family's samplers for
             `diffusers`, or of `k_samplers.SAMPLERS`.
-        schedule: one of `sigmas.SCHEDULES` for `k-diffusion`; otherwise ignored.
-        timestep_spacing, steps_offset: of a `diffusers` sampler; None is the family's offset.
+        schedule: one of `sigmas.SCHEDULES` for `k-diffusion`. For `diffusers`, the spacing of the
+            timesteps: `leading`, `linspace`, `trailing` or `sgm_uniform`; empty for the trainer's.
+        steps_offset: of a `diffusers` sampler; None is the family's offset.
         eta: strength of the noise in the sampling steps of a `diffusers` sampler; None for the
             default.
         whole_timesteps: True rounds the timestep of each sigma to a whole number (ComfyUI, Forge).
@@ -75,7 +74,6 @@ class Simulation:
     library: Library = "diffusers"
     sampler: str = "ddpm"
     schedule: str = ""
-    timestep_spacing: TimestepSpacing = "default"
     steps_offset: int | None = None
     eta: float | None = None
     whole_timesteps: bool = False
@@ -108,7 +106,7 @@ class Simulation:
             guidance_scale=recipe.guidance_scale,
             guidance_rescale=recipe.guidance_rescale,
             sampler=recipe.sampler,
-            timestep_spacing=recipe.timestep_spacing,
+            schedule="" if recipe.timestep_spacing == "default" else recipe.timestep_spacing,
             eta=recipe.eta,
             strength=multiplier,
             text_strength=multiplier,
@@ -145,7 +143,7 @@ class Simulator:
 
     def __post_init__(self) -> None:
         self._levels = NoiseLevels.of_stable_diffusion()
-        self._images: dict[Simulation, Pixels] = {}
+        self._images: dict[Simulation, tuple[Pixels, Pixels]] = {}
         self.evaluations = 0
         """Evaluations of the denoiser so far."""
 
@@ -156,20 +154,26 @@ class Simulator:
             RecipeError: a value is out of range, or the sampler does not exist.
             FideloraError: a file cannot be used, or the model produced NaN.
         """
-        if simulation not in self._images:
+        key = replace(simulation, truncates=False)
+        if key not in self._images:
             if self.on_image is not None:
                 self.on_image()
-            self._images[simulation] = self._made(simulation)
+            values = self._values(key) * 255
+            rounded = values.round().astype(np.uint8), np.floor(values).astype(np.uint8)
+            self._images[key] = rounded
             self.evaluations += simulation.evaluations
-        return self._images[simulation]
+        return self._images[key][simulation.truncates]
 
     def _recipe_of(self, simulation: Simulation) -> Recipe:
         shared = {entry.name for entry in fields(Recipe)} & {
             entry.name for entry in fields(Simulation)
         }
         values: dict[str, Any] = {name: getattr(simulation, name) for name in shared}
+        values["timestep_spacing"] = "default"
         if simulation.library == "k-diffusion":
-            values |= {"sampler": "euler", "timestep_spacing": "default", "eta": None}
+            values |= {"sampler": "euler", "eta": None}
+        elif simulation.schedule == "sgm_uniform":
+            values["timestep_spacing"] = "sgm_uniform"
         values |= {"vae_dtype": simulation.dtype, "text_encoder_dtype": simulation.dtype}
         if simulation.dtype == self.recipe.dtype:
             values |= {
@@ -179,7 +183,8 @@ class Simulator:
             values["negative_prompt_2"] = None
         return replace(self.recipe, history=(), **values)
 
-    def _made(self, simulation: Simulation) -> Pixels:
+    def _values(self, simulation: Simulation) -> NDArray[np.float32]:
+        """Return the decoded image, RGB from 0 to 1, [height, width, 3]."""
         recipe = self._recipe_of(simulation)
         guidance, size, dtype = denoiser_settings(recipe)
         with self.engine.model_for(recipe) as (model, bound):
@@ -194,9 +199,7 @@ class Simulator:
                     model.denoiser.prepare([encoded], guidance, size, dtype),
                 )
                 decoder = cast(SDLatents, model.latents)
-                values = decoder.values(latents.to(dtype)) * 255
-                rounded = np.floor(values) if simulation.truncates else values.round()
-                return rounded.astype(np.uint8)
+                return decoder.values(latents.to(dtype))
 
     def _encoded(
         self, model: LoadedModel, bound: Bound, simulation: Simulation, size: Size
@@ -205,7 +208,13 @@ class Simulator:
 
         def row(prompts: Sequence[str]) -> Conditioning:
             embedded = {
-                name: embed(encoder, prompt, simulation.text_rule, simulation.clip_skip)
+                name: embed(
+                    encoder,
+                    prompt,
+                    simulation.text_rule,
+                    simulation.clip_skip,
+                    has_norm=len(text.encoders) == 1,
+                )
                 for (name, encoder), prompt in zip(text.encoders.items(), prompts, strict=True)
             }
             return text.condition(embedded, size)
@@ -250,8 +259,11 @@ class Simulator:
             else:
                 initial = noise.initial(shape)
             initial = initial.to(model.device, dtype if simulation.rounds_noise else torch.float32)
-            offset = simulation.steps_offset
-            options = {} if offset is None else {"steps_offset": offset}
+            options: dict[str, Any] = {}
+            if simulation.steps_offset is not None:
+                options["steps_offset"] = simulation.steps_offset
+            if simulation.schedule not in ("", "sgm_uniform"):
+                options["timestep_spacing"] = simulation.schedule
             planned = schedule(recipe, model, source, options)
             return run_schedule(denoise, planned, initial, source, lambda _step, _latents: None)
         initial = noise.initial(shape).to(model.device)

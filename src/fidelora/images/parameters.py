@@ -191,7 +191,7 @@ def read_parameters(text: str, spec: Family, *, with_emphasis: bool = False) -> 
             loras.append(lora_of(network, arguments))
         except PromptSyntaxError as error:
             ignored.append(Ignored("prompt", f"<{network}:{arguments}>", str(error)))
-    hashes = lora_hashes(pairs.get("Lora hashes", ""), objects)
+    hashes = hashes_of_loras(pairs.get("Lora hashes", ""), objects)
     ignored += [
         Ignored(
             "Lora hashes",
@@ -260,7 +260,7 @@ def _without_objects(line: str) -> tuple[str, dict[str, Any]]:
 def _resources(objects: Mapping[str, Any]) -> list[Ignored]:
     """Return the resources and parameters in the JSON values, none of which is supported.
 
-    `lora_hashes` reads the hashes of LoRAs.
+    `hashes_of_loras` reads the hashes of LoRAs.
     """
     ignored = []
     for key, value in objects.items():
@@ -282,7 +282,7 @@ def _resources(objects: Mapping[str, Any]) -> list[Ignored]:
     return ignored
 
 
-def lora_hashes(text: str, objects: Mapping[str, Any]) -> dict[str, str]:
+def hashes_of_loras(text: str, objects: Mapping[str, Any]) -> dict[str, str]:
     """Return the hashes of LoRAs by name.
 
     Args:

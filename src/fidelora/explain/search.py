@@ -1,0 +1,162 @@
+"""Search for the settings with which a simulated image comes nearest to a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from fidelora.errors import BaseModelError, NumericsError, RecipeError
+from fidelora.explain.picture import Picture
+from fidelora.explain.simulation import Simulation, Simulator
+
+Changes = Mapping[str, Any]
+"""Fields of `Simulation` with other values."""
+
+_MIN_IMPROVEMENT = 0.05  # levels; smaller ones are rounding
+_MIN_SHARE = 0.08
+"""Share of the distance by which a change must reduce it. While a setting with a large effect is
+wrong, other changes alter the distance at random by a few percent."""
+_ENOUGH = 0.02  # levels; a nearer image cannot tell settings apart
+_SCREENING_STEPS = 8
+_MAX_UNSCREENED = 4
+"""Number of options that are made with all steps; of more options, these many of the best ones at
+few steps are made."""
+_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A setting with the values that are tried.
+
+    Attributes:
+        cause: one of `differences.CAUSES`.
+        options: the values, as changes of fields.
+        is_ordered: True if the options are numbers in order, of which only neighbours of the best
+            one are tried.
+    """
+
+    cause: str
+    options: Sequence[Changes]
+    is_ordered: bool = False
+
+
+class Search:
+    """Coordinate descent over axes, with a limit on the work.
+
+    Args:
+        max_evaluations: number of evaluations of the denoiser after which no new image is made.
+        on_try: called before each attempt.
+    """
+
+    def __init__(
+        self,
+        simulator: Simulator,
+        picture: Picture,
+        max_evaluations: int,
+        on_try: Callable[[], None] | None = None,
+    ) -> None:
+        self._simulator = simulator
+        self._picture = picture
+        self._max_evaluations = max_evaluations
+        self._on_try = on_try
+
+    @property
+    def is_exhausted(self) -> bool:
+        """True if the limit is reached."""
+        return self._simulator.evaluations >= self._max_evaluations
+
+    def distance(self, simulation: Simulation) -> float:
+        """Return the mean difference from the picture in levels; infinite if it cannot be made."""
+        if self._on_try is not None:
+            self._on_try()
+        try:
+            return self._picture.distance(self._simulator.image(simulation))
+        except (RecipeError, BaseModelError, NumericsError, ZeroDivisionError):
+            return math.inf
+
+    def joint(self, start: Simulation, axes: Sequence[Axis]) -> Simulation:
+        """Return the best combination of all options of several axes, found at few steps.
+
+        A wrong sampler hides which noise is right, and the reverse, so these are tried together.
+        """
+        combinations = []
+        for changes in product(*(axis.options or [{}] for axis in axes)):
+            merged: dict[str, Any] = {}
+            for one in changes:
+                merged |= one
+            combinations.append(replace(start, **merged))
+        kept = self._screened(list(dict.fromkeys([start, *combinations])))
+        return min(kept, key=self.distance)
+
+    def descend(self, start: Simulation, axes: Sequence[Axis]) -> Simulation:
+        """Return the best simulation after changing one axis at a time, until nothing helps."""
+        best, distance = start, self.distance(start)
+        for _ in range(_ROUNDS):
+            before = distance
+            for axis in axes:
+                if distance <= _ENOUGH or self.is_exhausted:
+                    return best
+                best, distance = self._along(axis, best, distance)
+            if distance == before:
+                break
+        return best
+
+    def _along(self, axis: Axis, best: Simulation, distance: float) -> tuple[Simulation, float]:
+        if axis.is_ordered:
+            return self._along_numbers(axis, best, distance)
+        others = [replace(best, **changes) for changes in axis.options]
+        others = [one for one in dict.fromkeys(others) if one != best]
+        if len(others) > _MAX_UNSCREENED:
+            others = self._screened(others)
+        for other in others:
+            if self.is_exhausted:
+                break
+            found = self.distance(other)
+            if _is_better(found, distance):
+                best, distance = other, found
+        return best, distance
+
+    def _along_numbers(
+        self, axis: Axis, best: Simulation, distance: float
+    ) -> tuple[Simulation, float]:
+        """Move to the next smaller and larger values as long as that helps."""
+        values = [replace(best, **changes) for changes in axis.options]
+        own = replace(best)
+        (name,) = axis.options[0]
+        values = sorted({*values, own}, key=lambda one: float(getattr(one, name)))
+        start = values.index(own)
+        for direction in (1, -1):
+            position = start + direction
+            while 0 <= position < len(values) and not self.is_exhausted:
+                found = self.distance(values[position])
+                if not _is_better(found, distance):
+                    break
+                best, distance = values[position], found
+                position += direction
+            if best != own:
+                break
+        return best, distance
+
+    def _screened(self, simulations: list[Simulation]) -> list[Simulation]:
+        """Return the simulations that are nearest to the picture at few steps.
+
+        Samplers that draw random numbers in their steps are made with all steps, because fewer
+        steps would use other numbers at each noise level.
+        """
+        distances = []
+        for number, simulation in enumerate(simulations):
+            if self.is_exhausted:
+                break
+            quick = simulation
+            if not simulation.draws_in_steps and simulation.steps > _SCREENING_STEPS:
+                quick = replace(simulation, steps=_SCREENING_STEPS)
+            distances.append((self.distance(quick), number))
+        nearest = sorted(distances)[:_MAX_UNSCREENED]
+        return [simulations[number] for _, number in nearest] or simulations[:1]
+
+
+def _is_better(found: float, distance: float) -> bool:
+    return found < distance - max(_MIN_IMPROVEMENT, _MIN_SHARE * distance)
