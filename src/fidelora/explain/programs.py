@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from fidelora.errors import UnknownSamplerError
 from fidelora.explain.k_samplers import SAMPLERS
@@ -347,8 +347,4 @@ def equivalents(program: Program, sampler: str) -> list[Sampling]:
     if program == "A1111" and algorithm == "ddpm":
         algorithms = ["euler_ancestral", "euler"]
     schedules = ["ddim_uniform", "normal", "sgm_uniform"]
-    return [
-        Sampling("k-diffusion", cast(str, one), schedule)
-        for one in algorithms
-        for schedule in schedules
-    ]
+    return [Sampling("k-diffusion", one, schedule) for one in algorithms for schedule in schedules]
