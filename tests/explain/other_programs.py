@@ -12,17 +12,19 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
+from fidelora.engine.binding import with_adapters
 from fidelora.engine.engine import Engine
 from fidelora.engine.inputs import denoiser_settings
 from fidelora.recipe import Recipe
+from fidelora.training.judge import Pixels
 
 
 def gpu_randn(seed: int, call: int, count: int) -> Tensor:
@@ -64,12 +66,10 @@ class OtherProgram:
         *,
         sampler: str,
         schedule: str,
-        text: float = 1.0,
         strength: float = 1.0,
         skip: int = 1,
-        weights: Callable[[str], list[tuple[str, float]]] | None = None,
         **changes: Any,
-    ) -> np.ndarray:
+    ) -> Pixels:
         """Return uint8 pixels [height, width, 3]."""
         values: dict[str, Any] = {
             "dtype": "float32",
@@ -85,22 +85,21 @@ class OtherProgram:
         recipe = Recipe(**{**vars(self.recipe), **values, **changes, "adapters": refs})
         guidance, size, _ = denoiser_settings(recipe)
         shape = (1, 4, size.height // 8, size.width // 8)
-        from fidelora.engine.binding import with_adapters
-
         with self.engine.model_for(recipe) as (model, bound), with_adapters(model, recipe, bound):
-            unet: UNet2DConditionModel = model.parts["unet"]
-            vae: AutoencoderKL = model.parts["vae"]
+            unet: Any = model.parts["unet"]
+            vae: Any = model.parts["vae"]
+            text_model: Any = model.text
 
             def encode(prompt: str) -> Tensor:
-                tokenizer = model.text.encoders["text_encoder"].tokenizer
-                encoder = model.parts["text_encoder"]
+                tokenizer = text_model.encoders["text_encoder"].tokenizer
+                encoder: Any = model.parts["text_encoder"]
                 inner = getattr(encoder, "text_model", encoder)
                 ids = tokenizer(
                     prompt, padding="max_length", max_length=77, truncation=True,
                     return_tensors="pt",
                 ).input_ids  # fmt: skip
                 states = encoder(ids, output_hidden_states=True).hidden_states[-skip]
-                return inner.final_layer_norm(states)
+                return cast(Tensor, inner.final_layer_norm(states))
 
             context = torch.cat([encode(recipe.negative_prompt), encode(recipe.prompt)])
             betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
@@ -113,7 +112,8 @@ class OtherProgram:
                     t = float(np.abs(np.log(table) - math.log(sigma)).argmin())
                 scaled = torch.cat([x, x]) / math.sqrt(sigma**2 + 1)
                 negative, positive = unet(scaled, t, context).sample.chunk(2)
-                return x - sigma * (negative + guidance.scale * (positive - negative))
+                noise = negative + guidance.scale * (positive - negative)
+                return cast(Tensor, x - sigma * noise)
 
             sigmas = levels(table, schedule, recipe.steps)
             x = self.noise(recipe.seed, 0, shape)
@@ -142,10 +142,10 @@ class OtherProgram:
                     raise ValueError(sampler)
             image = vae.decode(x / vae.config.scaling_factor).sample[0]
             values_255 = (image / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy() * 255
-            return values_255.astype(np.uint8)  # rounds down
+            return cast(Pixels, values_255.astype(np.uint8))  # rounds down
 
 
-def levels(table: np.ndarray, schedule: str, steps: int) -> list[float]:
+def levels(table: NDArray[np.float64], schedule: str, steps: int) -> list[float]:
     """Return sigmas from closed formulas."""
     low, high = table[0], table[-1]
     if schedule == "karras":
@@ -179,7 +179,7 @@ def comfyui_noise(seed: int, draw: int, shape: tuple[int, ...]) -> Tensor:
     return cpu_noise(seed, 0, shape) if draw == 0 else gpu_noise(seed, draw - 1, shape)
 
 
-def png(pixels: np.ndarray, **texts: str) -> bytes:
+def png(pixels: Pixels, **texts: str) -> bytes:
     info = PngImagePlugin.PngInfo()
     for key, text in texts.items():
         info.add_text(key, text)

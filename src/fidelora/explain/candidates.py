@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,7 +39,7 @@ _DIFFUSERS_SAMPLERS = (
 _K_SAMPLINGS = (
     ("euler", "normal"), ("euler_ancestral", "normal"), ("dpmpp_2m", "karras"),
     ("dpmpp_2m", "normal"), ("euler", "simple"), ("euler", "karras"), ("heun", "normal"),
-    ("lms", "normal"), ("ddpm", "normal"), ("dpm_2", "normal"),
+    ("lms", "normal"), ("dpm_2", "normal"),
 )  # fmt: skip
 
 
@@ -126,11 +126,14 @@ class Candidates:
             values["zero_negative"] = False
         return replace(simulation, **values)
 
-    def joint_axes(self) -> list[Axis]:
-        """Return the axes that hide each other: noise and seed, and the sampler."""
+    def joint_axes(self) -> list[tuple[Axis, Axis]]:
+        """Return the axes that hide each other, noise and sampler, for each possible program."""
         if sampling_of(self.reading, self.spec) is not None and self.reading.program != "unknown":
             return []
-        return [self._noise(narrow=True), self._samplers()]
+        return [
+            (self._noise((program,), narrow=True), self._samplers((program,)))
+            for program in self.programs
+        ]
 
     def axes(self, *, doubts: bool = False) -> Iterator[Axis]:
         """Yield axes for the settings that the file does not contain.
@@ -144,15 +147,13 @@ class Candidates:
         if reading.seed is None:
             seeds = dict.fromkeys((self.trainer.seed, self.run.seed, 42, 0, 1))
             yield Axis("seed", [{"seed": seed} for seed in seeds if seed >= 0])
-        yield self._noise(narrow=False)
+        yield self._noise(self.programs, narrow=False)
         if not sampling_known or reading.program == "unknown" or doubts:
-            yield self._samplers()
-        if reading.prompt is None or doubts:
+            yield self._samplers(self.programs)
+        if reading.prompt is None:
             yield Axis("prompt", list(self._prompts()))
         if reading.negative_prompt is None or doubts:
             yield Axis("negative_prompt", [{"negative_prompt": ""}])
-        if reading.loras is None or doubts:
-            yield from self._loras()
         if reading.guidance_scale is None:
             yield Axis("guidance", [{"guidance_scale": float(one)} for one in _GUIDANCE], True)
         if reading.steps is None:
@@ -164,6 +165,8 @@ class Candidates:
             yield Axis("emphasis", [{"text_rule": rule} for rule in rules])
         if reading.clip_skip is None or doubts:
             yield Axis("clip_skip", [{"clip_skip": self._clip_skip(one)} for one in (0, 1, 2)])
+        if reading.loras is None or doubts:
+            yield from self._loras()
         if self._may_zero:
             yield Axis("negative_zeros", [{"zero_negative": zero} for zero in (True, False)])
         if reading.dtype is None:
@@ -173,13 +176,13 @@ class Candidates:
 
     # --- single axes ----------------------------------------------------------------------------
 
-    def _noise(self, *, narrow: bool) -> Axis:
+    def _noise(self, programs: Sequence[Program], *, narrow: bool) -> Axis:
         """Return the sources of random numbers; `narrow` leaves out rare ones."""
         pairs = [
             (device, steps)
-            for behaviour in (BEHAVIOURS[program] for program in self.programs)
+            for behaviour in (BEHAVIOURS[program] for program in programs)
             for device in behaviour.devices
-            for steps in behaviour.step_noises
+            for steps in behaviour.step_noises[: 2 if narrow else None]
         ]
         options: list[Changes] = [
             {"device": device, "step_noise": steps, "index": 0}
@@ -187,17 +190,17 @@ class Candidates:
         ]
         if narrow:
             return Axis("noise", options)
-        if any(program in ("ComfyUI", "SwarmUI") for program in self.programs):
+        if any(program in ("ComfyUI", "SwarmUI") for program in programs):
             batch = self.reading.batch or 1
             if batch > 1:
                 options += [{"index": index} for index in _BATCH_POSITIONS if index < batch]
-        if any(program in ("A1111", "Forge") for program in self.programs):
+        if any(program in ("A1111", "Forge") for program in programs):
             options.append({"seed_delta": _NOVELAI_SEED_DELTA})
         return Axis("noise", options)
 
-    def _samplers(self) -> Axis:
+    def _samplers(self, programs: Sequence[Program]) -> Axis:
         options: list[Changes] = []
-        for program in self.programs:
+        for program in programs:
             behaviour = BEHAVIOURS[program]
             fixed = {"rounds_noise": False, "truncates": False, **behaviour.fields}
             given = sampling_of(replace(self.reading, program=program), self.spec)
@@ -208,7 +211,7 @@ class Candidates:
                 [
                     Sampling("diffusers", name, spacing)
                     for name in _DIFFUSERS_SAMPLERS
-                    for spacing in dict.fromkeys(("", usual_spacing(name, self.spec)))
+                    for spacing in self._spacings(name)
                 ]
                 if behaviour.library == "diffusers"
                 else [Sampling("k-diffusion", *names) for names in _K_SAMPLINGS]
@@ -226,6 +229,12 @@ class Candidates:
             "eta": None,
             **({} if whole else {"whole_timesteps": False, "scales_start": False}),
         }
+
+    def _spacings(self, name: str) -> Sequence[str]:
+        """Return spacings of a diffusers sampler: the trainer's and that of the base model."""
+        if name in ("ddpm", "euler_a"):
+            return ("",)  # an image with all steps is needed to compare these
+        return tuple(dict.fromkeys(("", usual_spacing(name, self.spec))))
 
     def _prompts(self) -> Iterator[Changes]:
         item = self.run.samples[self.alignment.plan.index]

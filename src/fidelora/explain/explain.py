@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,7 +77,7 @@ class Explanation:
         differences: ordered by effect, those that were not measured last.
         nearest_there: what comes nearest in the program; None if the sampler does not differ.
         notes: sentences about settings that were not simulated or could not be compared.
-        images: number of simulated images.
+        images: work, in images with the sample's number of steps.
     """
 
     picture: Picture
@@ -167,7 +168,6 @@ class _Explainer:
         self._simulator = Simulator(engine, plan.recipe, self._report)
         self._max_images = max_images
         self._on_progress = on_progress
-        self._images = 0
         self._task = "searching"
         self._search = Search(self._simulator, picture, max_images * self._trainer.evaluations)
         self._candidates = Candidates(
@@ -231,7 +231,7 @@ class _Explainer:
             differences,
             there,
             tuple(dict.fromkeys(notes)),
-            self._images,
+            self._images(),
         )
 
     # --- search ---------------------------------------------------------------------------------
@@ -314,10 +314,14 @@ class _Explainer:
         distance, sampling = min(found, key=lambda entry: entry[0])
         return NearestThere(words_for(program, sampling), round(distance, 4))
 
+    def _images(self) -> int:
+        """Return the work so far, in images with the sample's number of steps."""
+        return math.ceil(self._simulator.evaluations / self._trainer.evaluations)
+
     def _report(self) -> None:
         if self._on_progress is not None:
-            self._on_progress(self._task, self._images, max(self._max_images, self._images))
-        self._images += 1
+            done = self._images()
+            self._on_progress(self._task, done, max(self._max_images, done))
 
     # --- parts of the explanation ---------------------------------------------------------------
 

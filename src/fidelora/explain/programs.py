@@ -343,8 +343,15 @@ def equivalents(program: Program, sampler: str) -> list[Sampling]:
         return [Sampling("diffusers", "pndm", "leading")]
     if sampler.startswith("k_"):
         return [Sampling("k-diffusion", algorithm, "karras")]
-    algorithms = [algorithm] if algorithm in SAMPLERS else ["euler", "dpmpp_2m"]
+    # The trainer's timesteps, with `leading` and an offset of 1, are those of `ddim_uniform` if the
+    # number of steps divides 1000. With these, DDPM is the ancestral version of Euler's method.
     if program == "A1111" and algorithm == "ddpm":
-        algorithms = ["euler_ancestral", "euler"]
-    schedules = ["ddim_uniform", "normal", "sgm_uniform"]
-    return [Sampling("k-diffusion", one, schedule) for one in algorithms for schedule in schedules]
+        algorithm = "euler_ancestral"
+    algorithms = [algorithm] if algorithm in SAMPLERS else ["euler", "dpmpp_2m"]
+    found = [
+        Sampling("k-diffusion", one, schedule)
+        for one in algorithms
+        for schedule in ("ddim_uniform", "normal")
+    ]
+    # A sampler without random numbers in its steps is nearer if the program draws other numbers.
+    return list(dict.fromkeys([*found, Sampling("k-diffusion", "euler", "normal")]))

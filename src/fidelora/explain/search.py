@@ -19,7 +19,7 @@ _MIN_IMPROVEMENT = 0.05  # levels; smaller ones are rounding
 _MIN_SHARE = 0.08
 """Share of the distance by which a change must reduce it. While a setting with a large effect is
 wrong, other changes alter the distance at random by a few percent."""
-_ENOUGH = 0.02  # levels; a nearer image cannot tell settings apart
+_ENOUGH = 0.05  # levels; a nearer image cannot tell settings apart
 _SCREENING_STEPS = 8
 _MAX_UNSCREENED = 4
 """Number of options that are made with all steps; of more options, these many of the best ones at
@@ -77,19 +77,40 @@ class Search:
         except (RecipeError, BaseModelError, NumericsError, ZeroDivisionError):
             return math.inf
 
-    def joint(self, start: Simulation, axes: Sequence[Axis]) -> Simulation:
-        """Return the best combination of all options of several axes, found at few steps.
+    def joint(self, start: Simulation, pairs: Sequence[tuple[Axis, Axis]]) -> Simulation:
+        """Return the best combination of noise and sampler.
 
-        A wrong sampler hides which noise is right, and the reverse, so these are tried together.
+        A wrong sampler hides which noise is right, and the reverse, so these are tried together. If
+        a sampler draws no numbers in its steps, a similar one shows which initial noise is right,
+        even at few steps. Others are made with each noise and all steps.
+
+        Args:
+            pairs: axes of noise and sampler, one pair for each program.
         """
-        combinations = []
-        for changes in product(*(axis.options or [{}] for axis in axes)):
-            merged: dict[str, Any] = {}
-            for one in changes:
-                merged |= one
-            combinations.append(replace(start, **merged))
-        kept = self._screened(list(dict.fromkeys([start, *combinations])))
-        return min(kept, key=self.distance)
+        fixed: list[Simulation] = []
+        drawing: list[Simulation] = []
+        for noises, samplers in pairs:
+            for sampler, noise in product(samplers.options, noises.options):
+                one = replace(start, **sampler, **noise)
+                if one.draws_in_steps:
+                    drawing.append(one)
+                else:
+                    fixed.append(replace(one, step_noise="continued"))
+        fixed, drawing = list(dict.fromkeys(fixed)), list(dict.fromkeys(drawing))
+        if fixed:
+            probes: dict[object, Simulation] = {}
+            for one in fixed:
+                probes.setdefault(one.device, one)
+            device = self._screened(list(probes.values()))[0].device
+            fixed = self._screened([one for one in fixed if one.device == device])
+        tried = [start, *fixed]
+        for one in drawing:
+            if self.is_exhausted:
+                break
+            tried.append(one)
+            if self.distance(one) <= _ENOUGH:
+                break
+        return min(tried, key=self.distance)
 
     def descend(self, start: Simulation, axes: Sequence[Axis]) -> Simulation:
         """Return the best simulation after changing one axis at a time, until nothing helps."""
