@@ -20,7 +20,7 @@ from fidelora.explain.differences import (
     reverted,
 )
 from fidelora.explain.picture import Picture
-from fidelora.explain.programs import Sampling, equivalents, sampling_of, words_for
+from fidelora.explain.programs import BEHAVIOURS, Sampling, equivalents, sampling_of, words_for
 from fidelora.explain.reading import Program, Reading, UsedModel, stem
 from fidelora.explain.search import Search
 from fidelora.explain.simulation import FAMILIES, Pixels, Simulation, Simulator
@@ -300,6 +300,9 @@ class _Explainer:
             clip_skip=0,
             text_rule="plain",
             device="cpu",
+            step_noise=(
+                nearest.step_noise if nearest.draws_in_steps else BEHAVIOURS[program].step_noises[0]
+            ),
             index=0,
             batch=1,
         )

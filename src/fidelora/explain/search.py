@@ -20,7 +20,8 @@ _MIN_SHARE = 0.08
 """Share of the distance by which a change must reduce it. While a setting with a large effect is
 wrong, other changes alter the distance at random by a few percent."""
 _ENOUGH = 0.05  # levels; a nearer image cannot tell settings apart
-_SCREENING_STEPS = 8
+_SCREENING_STEPS = (4, 8)
+"""Smallest and largest number of steps for ranking options; a third of the steps in between."""
 _MAX_UNSCREENED = 4
 """Number of options that are made with all steps; of more options, these many of the best ones at
 few steps are made."""
@@ -172,8 +173,9 @@ class Search:
             if self.is_exhausted:
                 break
             quick = simulation
-            if not simulation.draws_in_steps and simulation.steps > _SCREENING_STEPS:
-                quick = replace(simulation, steps=_SCREENING_STEPS)
+            few = min(max(simulation.steps // 3, _SCREENING_STEPS[0]), _SCREENING_STEPS[1])
+            if not simulation.draws_in_steps and simulation.steps > few:
+                quick = replace(simulation, steps=few)
             distances.append((self.distance(quick), number))
         nearest = sorted(distances)[:_MAX_UNSCREENED]
         return [simulations[number] for _, number in nearest] or simulations[:1]
