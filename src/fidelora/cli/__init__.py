@@ -9,6 +9,7 @@ from fidelora.cli import (
     convert,
     demo,
     download,
+    explain,
     generate,
     grid,
     info,
@@ -55,6 +56,7 @@ app.command("generate", rich_help_panel=_PICTURES)(generate.generate)
 app.command("replay", rich_help_panel=_PICTURES)(replay.replay)
 app.command("demo", rich_help_panel=_PICTURES)(demo.demo)
 app.command("verify", rich_help_panel=_TRAINING)(verify.verify)
+app.command("explain", rich_help_panel=_TRAINING)(explain.explain)
 app.command("grid", rich_help_panel=_TRAINING)(grid.grid)
 app.command("inspect", rich_help_panel=_TRAINING)(inspect.inspect)
 app.command("convert", rich_help_panel=_TRAINING)(convert.convert)

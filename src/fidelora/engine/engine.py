@@ -18,7 +18,7 @@ from torch import Tensor
 from fidelora.accel import Offload
 from fidelora.accel.device import auto_dtype, resolve_device
 from fidelora.adapters.library import AdapterLibrary
-from fidelora.engine.binding import bind, with_adapters, with_embeddings
+from fidelora.engine.binding import Bound, bind, with_adapters, with_embeddings
 from fidelora.engine.image_environment import image_environment
 from fidelora.engine.inputs import decode, denoiser_settings, encode, schedule
 from fidelora.engine.loaded import LoadedModels
@@ -244,6 +244,25 @@ class Engine:
                 "only in prompts and seed. Generate these images one by one."
             )
         return self._generate(recipes, None, {}, jitter)
+
+    @contextmanager
+    def model_for(self, recipe: Recipe) -> Iterator[tuple[LoadedModel, Bound]]:
+        """Return the base model of `recipe` and its adapters, bound but not yet applied.
+
+        For computations that a recipe cannot define (`fidelora.explain`). Other calls wait until
+        the block ends, and calls inside the block raise `EngineBusyError`.
+
+        Raises:
+            BaseModelError, AdapterError, WeightsFileError: a file is missing or unsuitable.
+            MemoryExhaustedError: the device has too little memory.
+        """
+        with self._computing():
+            model = self._models.get(recipe)
+            bound = bind(model, recipe, self.adapters)
+            try:
+                yield model, bound
+            finally:
+                model.offload_parts()
 
     def _generate(
         self,

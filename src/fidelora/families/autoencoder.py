@@ -26,15 +26,21 @@ def decode(vae: Any, latents: Tensor) -> NDArray[np.uint8]:
     Raises:
         NumericsError: the model produced NaN.
     """
+    return _rounded(decode_values(vae, latents))
+
+
+def decode_values(vae: Any, latents: Tensor) -> NDArray[np.float32]:
+    """Decode unscaled `latents` [1, channels, h, w] to RGB from 0 to 1, [8h, 8w, 3].
+
+    Raises:
+        NumericsError: the model produced NaN.
+    """
     image = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-    return to_pixels(image, is_float16=torch.float16 in (latents.dtype, vae.dtype))
+    return _to_values(image, is_float16=torch.float16 in (latents.dtype, vae.dtype))
 
 
 def to_pixels(image: Tensor, *, is_float16: bool) -> NDArray[np.uint8]:
     """Convert a decoded image [1, 3, height, width], -1..1, to uint8 RGB [height, width, 3].
-
-    As in the trainer, values are mapped to [0, 1] in the dtype of `image`; later steps are computed
-    in float32.
 
     Args:
         is_float16: True if a part of the model computed in float16.
@@ -42,8 +48,17 @@ def to_pixels(image: Tensor, *, is_float16: bool) -> NDArray[np.uint8]:
     Raises:
         NumericsError: the model produced NaN.
     """
+    return _rounded(_to_values(image, is_float16=is_float16))
+
+
+def _to_values(image: Tensor, *, is_float16: bool) -> NDArray[np.float32]:
+    """Map a decoded image to RGB from 0 to 1, [height, width, 3].
+
+    As in the trainer, values are mapped to [0, 1] in the dtype of `image`; later steps are computed
+    in float32.
+    """
     image = (image * 0.5 + 0.5).clamp(0, 1)
-    values = image.cpu().permute(0, 2, 3, 1).float().numpy()[0]
+    values: NDArray[np.float32] = image.cpu().permute(0, 2, 3, 1).float().numpy()[0]
     if not np.isfinite(values).all():
         advice = (
             "float16 overflows with some models: use bfloat16 or float32"
@@ -51,6 +66,10 @@ def to_pixels(image: Tensor, *, is_float16: bool) -> NDArray[np.uint8]:
             else "try it without adapters, and with default settings"
         )
         raise NumericsError(f"The model produced NaN instead of an image; {advice}.")
+    return values
+
+
+def _rounded(values: NDArray[np.float32]) -> NDArray[np.uint8]:
     pixels: NDArray[np.uint8] = (values * 255).round().astype(np.uint8)
     return pixels
 

@@ -76,6 +76,14 @@ class ClipEncoder:
         self._cache: OrderedDict[Hashable, PromptEmbedding] = OrderedDict()
         self._extended: OrderedDict[Hashable, CLIPTokenizer] = OrderedDict()
 
+    def with_runner(self, run_encoder: RunEncoder) -> ClipEncoder:
+        """Return an encoder of the same model and tokenizer that uses other hidden states."""
+        return ClipEncoder(self.tokenizer, self.encoder, self._device, run_encoder)
+
+    def run(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return hidden states and projection for token ids [1, 77]."""
+        return self._run_encoder(self.encoder, ids.to(self._device))
+
     @property
     def length(self) -> int:
         """Number of tokens of every prompt, padding included."""

@@ -129,15 +129,26 @@ def parameters_text(
     return "\n".join(lines)
 
 
-def read_parameters(text: str, spec: Family, *, with_emphasis: bool = False) -> Parameters:
-    """Parse the parameters that this model supports. Accepts any text, and raises no errors.
+@dataclass(frozen=True)
+class TextParts:
+    """Parts of a parameters text, not interpreted.
 
-    Args:
-        text: text from an image, written by any program.
-        spec: model family that will make the image.
-        with_emphasis: True to weight words as the web UI did. Fidelora's own texts contain this
-            choice.
+    Attributes:
+        prompt, negative_prompt: as written, with tags.
+        pairs: `Key: value` pairs by key.
+        objects: values that are JSON objects or lists, by key.
+        added: lines after the line of pairs, which extensions add.
     """
+
+    prompt: str
+    negative_prompt: str
+    pairs: Mapping[str, str]
+    objects: Mapping[str, Any]
+    added: Sequence[str]
+
+
+def split_parameters(text: str) -> TextParts:
+    """Divide a parameters text into its parts. Accepts any text, and raises no errors."""
     lines, last, added = _split(text.strip().split("\n"))
     last, objects = _without_objects(last)
     pairs = {
@@ -147,13 +158,30 @@ def read_parameters(text: str, spec: Family, *, with_emphasis: bool = False) -> 
         (index for index, line in enumerate(lines) if line.lstrip().startswith(_NEGATIVE)),
         len(lines),
     )
-    prompt = "\n".join(lines[:start])
     negative = "\n".join(lines[start:]).lstrip().removeprefix(_NEGATIVE).strip()
+    return TextParts("\n".join(lines[:start]), negative, pairs, objects, added)
 
+
+def read_parameters(text: str, spec: Family, *, with_emphasis: bool = False) -> Parameters:
+    """Parse the parameters that this model supports. Accepts any text, and raises no errors.
+
+    Args:
+        text: text from an image, written by any program.
+        spec: model family that will make the image.
+        with_emphasis: True to weight words as the web UI did. Fidelora's own texts contain this
+            choice.
+    """
+    parts = split_parameters(text)
+    prompt, negative, pairs, objects = (
+        parts.prompt,
+        parts.negative_prompt,
+        parts.pairs,
+        parts.objects,
+    )
     fields, ignored = read_pairs(pairs, spec)
     ignored += [
         Ignored(name, value.strip(), "The parameter is not supported.")
-        for name, _, value in (line.partition(":") for line in added if line.strip())
+        for name, _, value in (line.partition(":") for line in parts.added if line.strip())
     ]
     ignored += _resources(objects)
     prompt, tags = tags_in(prompt)
@@ -163,7 +191,7 @@ def read_parameters(text: str, spec: Family, *, with_emphasis: bool = False) -> 
             loras.append(lora_of(network, arguments))
         except PromptSyntaxError as error:
             ignored.append(Ignored("prompt", f"<{network}:{arguments}>", str(error)))
-    hashes = _lora_hashes(pairs.get("Lora hashes", ""), objects)
+    hashes = hashes_of_loras(pairs.get("Lora hashes", ""), objects)
     ignored += [
         Ignored(
             "Lora hashes",
@@ -232,7 +260,7 @@ def _without_objects(line: str) -> tuple[str, dict[str, Any]]:
 def _resources(objects: Mapping[str, Any]) -> list[Ignored]:
     """Return the resources and parameters in the JSON values, none of which is supported.
 
-    `_lora_hashes` reads the hashes of LoRAs.
+    `hashes_of_loras` reads the hashes of LoRAs.
     """
     ignored = []
     for key, value in objects.items():
@@ -254,7 +282,7 @@ def _resources(objects: Mapping[str, Any]) -> list[Ignored]:
     return ignored
 
 
-def _lora_hashes(text: str, objects: Mapping[str, Any]) -> dict[str, str]:
+def hashes_of_loras(text: str, objects: Mapping[str, Any]) -> dict[str, str]:
     """Return the hashes of LoRAs by name.
 
     Args:

@@ -133,6 +133,38 @@ def read_origin(
     )
 
 
+@dataclass(frozen=True)
+class ImageTexts:
+    """Size of an image, and the text fields that programs stored in it.
+
+    Attributes:
+        format: png, jpeg or webp.
+        texts: texts by name; the EXIF comment of JPEG and WebP files has the name `parameters`.
+    """
+
+    format: str
+    width: int
+    height: int
+    texts: Mapping[str, str]
+
+
+def read_texts(content: bytes, name: str = "The image") -> ImageTexts:
+    """Return the text fields of an image.
+
+    Args:
+        content: contents of a PNG, JPEG or WebP file.
+        name: name of the image for messages.
+
+    Raises:
+        ImageRecordError: not an image.
+    """
+    with _opened(content, name) as image:
+        record, texts = _texts(image)
+        if isinstance(record, str) and record:
+            texts = {**texts, RECORD_KEY: record}
+        return ImageTexts(str(image.format).lower(), image.width, image.height, texts)
+
+
 def read_parameters_text(content: bytes) -> str:
     """Return the parameters text in AUTOMATIC1111's form from an image; empty if there is none.
 

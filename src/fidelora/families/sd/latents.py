@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fidelora.errors import BaseModelFilesError
-from fidelora.families.autoencoder import decode, rough_colours, unscale
+from fidelora.families.autoencoder import decode, decode_values, rough_colours, unscale
 from fidelora.families.protocols import Size
 from fidelora.families.spec import Family
 
@@ -57,6 +57,14 @@ class SDLatents:
         """Decode latents [1, 4, height / 8, width / 8]; undo their scaling in their own dtype."""
         return decode(self._vae, unscale(latents, self._vae.config))
 
+    def values(self, latents: Tensor) -> NDArray[np.float32]:
+        """Decode latents [1, 4, height / 8, width / 8] to RGB from 0 to 1, not rounded to levels.
+
+        Raises:
+            NumericsError: the model produced NaN.
+        """
+        return decode_values(self._vae, unscale(latents, self._vae.config))
+
     def preview(self, latents: Tensor, size: Size) -> NDArray[np.uint8]:
         """Return a preview [height / 8, width / 8, 3], uint8 RGB."""
         return rough_colours(latents, self._colours)
@@ -79,3 +87,7 @@ class SDXLLatents(SDLatents):
     def decode(self, latents: Tensor, size: Size) -> NDArray[np.uint8]:
         """Decode latents [1, 4, height / 8, width / 8]."""
         return super().decode(latents.to(self._vae.dtype) if self._upcasts else latents, size)
+
+    def values(self, latents: Tensor) -> NDArray[np.float32]:
+        """Decode latents [1, 4, height / 8, width / 8]."""
+        return super().values(latents.to(self._vae.dtype) if self._upcasts else latents)

@@ -119,7 +119,7 @@ class SDText(ABC):
             for name, (_, text) in texts.items()
         }
         warnings = _cut_warnings((texts[name][0], one.cut) for name, one in embedded.items())
-        return self._condition(embedded, size), tuple(warnings)
+        return self.condition(embedded, size), tuple(warnings)
 
     def _negative_texts(self, prompts: Prompts) -> dict[str, tuple[str, str]]:
         assert prompts.negative is not None
@@ -131,7 +131,7 @@ class SDText(ABC):
         return Conditioning(torch.zeros(1, length, width, device=self._device))
 
     @abstractmethod
-    def _condition(self, embedded: Mapping[str, PromptEmbedding], size: Size) -> Conditioning:
+    def condition(self, embedded: Mapping[str, PromptEmbedding], size: Size) -> Conditioning:
         """Combine the embeddings of all text encoders into one row."""
 
 
@@ -140,7 +140,7 @@ class PlainText(SDText):
 
     run_encoder = staticmethod(last_state)
 
-    def _condition(self, embedded: Mapping[str, PromptEmbedding], size: Size) -> Conditioning:
+    def condition(self, embedded: Mapping[str, PromptEmbedding], size: Size) -> Conditioning:
         (text,) = embedded.values()
         return Conditioning(text.states)
 
@@ -160,7 +160,7 @@ class PooledText(SDText):
             texts["text_encoder_2"] = ("second negative prompt", prompts.negative_2)
         return texts
 
-    def _condition(self, embedded: Mapping[str, PromptEmbedding], size: Size) -> Conditioning:
+    def condition(self, embedded: Mapping[str, PromptEmbedding], size: Size) -> Conditioning:
         first, second = embedded["text_encoder"], embedded["text_encoder_2"]
         assert second.pooled is not None, "the second encoder has a projection"
         height_width = (size.height, size.width)

@@ -1,0 +1,177 @@
+"""`fidelora explain`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fidelora.atomic import make_folder, write_atomically
+from fidelora.cli.console import (
+    COMPARISON_FAILED,
+    Debug,
+    Device,
+    fail,
+    make_engine,
+    progress_display,
+    reserve_exit_code_1,
+)
+from fidelora.cli.verify import NOTHING_TO_CHECK, BaseModel, RunFolder
+from fidelora.errors import ImageRecordError, NothingToCheckError
+from fidelora.texts import printable
+
+if TYPE_CHECKING:
+    from fidelora.explain.explain import Explanation
+    from fidelora.explain.reading import Reading
+
+DIFFERENT, UNEXPLAINED = 1, 4  # exit codes
+_BY_HAND = "Settings of a picture whose file does not contain them"
+
+
+class ProgramOption(StrEnum):
+    """Values of `--program`."""
+
+    A1111 = "a1111"
+    FORGE = "forge"
+    COMFYUI = "comfyui"
+    DIFFUSERS = "diffusers"
+
+
+_PROGRAMS = {"a1111": "A1111", "forge": "Forge", "comfyui": "ComfyUI", "diffusers": "diffusers"}
+
+
+@reserve_exit_code_1
+def explain(
+    run_folder: RunFolder,
+    pictures: Annotated[
+        list[Path], typer.Argument(metavar="PICTURE...", help="Pictures of another program.")
+    ],
+    base_model: BaseModel = None,
+    step: Annotated[
+        int | None,
+        typer.Option(help="Training step to compare with; by default that of the picture's LoRA."),
+    ] = None,
+    index: Annotated[
+        int | None,
+        typer.Option(help="Sample to compare with, from 0; by default the most similar one."),
+    ] = None,
+    program: Annotated[
+        ProgramOption | None,
+        typer.Option(
+            help="Program that made the pictures: a1111, forge, comfyui or diffusers.",
+            rich_help_panel=_BY_HAND,
+        ),
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="Prompt.", rich_help_panel=_BY_HAND)] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Number of steps.", rich_help_panel=_BY_HAND)
+    ] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(help="Sampler, in the program's words.", rich_help_panel=_BY_HAND),
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(help="Schedule, in the program's words.", rich_help_panel=_BY_HAND),
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale.", rich_help_panel=_BY_HAND)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed.", rich_help_panel=_BY_HAND)] = None,
+    max_images: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Limit on the work per picture, in images with the sample's steps."
+        ),
+    ] = 40,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Write explain.html, a single file with all images, to this folder."
+        ),
+    ] = None,
+    progress_lines: Annotated[
+        bool,
+        typer.Option(
+            "--progress-lines", help="Print the progress to stderr as lines, for other programs."
+        ),
+    ] = False,
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Explain why pictures of another program differ from the trainer's samples.
+
+    Exit codes: 0 the pictures are the samples, 1 they differ and the reasons were found, 2 a usage
+    error or a file that cannot be used, 3 no sample to compare with, 4 at least one picture was not
+    explained.
+    """
+    from fidelora.explain.document import document_of, lines_of
+    from fidelora.explain.explain import explain as explain_picture
+    from fidelora.explain.picture import Picture
+    from fidelora.explain.read_picture import read_picture, with_options
+    from fidelora.training.run_folder import read_run
+
+    run = read_run(run_folder)
+    if report is not None:
+        make_folder(report)
+    options = {
+        "prompt": prompt, "steps": steps, "sampler": sampler, "scheduler": scheduler,
+        "guidance_scale": guidance, "seed": seed,
+    }  # fmt: skip
+    loaded = []
+    for path in pictures:
+        try:
+            content = path.read_bytes()
+            reading = with_options(read_picture(content, path.name), options)
+            loaded.append((Picture.read(content, path.name), _with_program(reading, program)))
+        except OSError as error:
+            fail(f"{path} cannot be read: {error.strerror or error}.", COMPARISON_FAILED)
+        except ImageRecordError as error:
+            fail(str(error), COMPARISON_FAILED)
+    engine = make_engine(device)
+    explanations: list[Explanation] = []
+    with progress_display(as_lines=progress_lines) as show:
+        for picture, reading in loaded:
+            try:
+                found = explain_picture(
+                    run,
+                    picture,
+                    reading,
+                    engine,
+                    step=step,
+                    index=index,
+                    base_model=base_model,
+                    max_images=max_images,
+                    on_progress=show,
+                )
+            except NothingToCheckError as error:
+                fail(str(error), NOTHING_TO_CHECK)
+            explanations.append(found)
+            for line in () if as_json else lines_of(found):
+                typer.echo(printable(line))
+    documents = [document_of(one) for one in explanations]
+    if report is not None:
+        from fidelora.explain.report import html_report
+
+        write_atomically(report / "explain.html", html_report(run.name, explanations).encode())
+    if as_json:
+        document: dict[str, Any] = {"job": run.name, "pictures": documents}
+        typer.echo(json.dumps(document, indent=2))
+    elif report is not None:
+        typer.echo(f"Report: {report / 'explain.html'}")
+    if not all(one.is_explained for one in explanations):
+        raise typer.Exit(UNEXPLAINED)
+    if not all(one.is_same for one in explanations):
+        raise typer.Exit(DIFFERENT)
+
+
+def _with_program(reading: Reading, program: ProgramOption | None) -> Reading:
+    """Return the reading with the program that the user named, unless its file names one."""
+    if program is None or reading.program != "unknown":
+        return reading
+    return replace(reading, program=_PROGRAMS[program.value])  # type: ignore[arg-type]

@@ -1,0 +1,83 @@
+"""Explanations as JSON and as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from fidelora.explain.explain import Explanation
+from fidelora.recipe import short_name
+
+
+def document_of(explanation: Explanation) -> dict[str, Any]:
+    """Return an explanation as JSON-ready data; see docs/cli.md for the fields."""
+    plan, reading = explanation.alignment.plan, explanation.reading
+    there = explanation.nearest_there
+    return {
+        "picture": explanation.picture.name,
+        "program": explanation.program,
+        "version": reading.version,
+        "has_settings": not reading.is_empty,
+        "sample": {
+            "step": plan.step,
+            "index": plan.index,
+            "chosen": explanation.alignment.reason,
+            "base_model": short_name(plan.recipe.base_model),
+        },
+        "same": explanation.is_same,
+        "explained": explanation.is_explained,
+        "distance_before": round(explanation.before, 4),
+        "distance_after": round(explanation.after, 4),
+        "differences": [
+            {
+                "cause": one.cause,
+                "theirs": one.theirs,
+                "ours": one.ours,
+                "effect": one.effect,
+                "in_file": one.is_in_file,
+                "advice": one.advice,
+            }
+            for one in explanation.differences
+        ],
+        "nearest": asdict(explanation.nearest),
+        "nearest_there": None if there is None else asdict(there),
+        "notes": list(explanation.notes),
+        "images": explanation.images,
+    }
+
+
+def lines_of(explanation: Explanation) -> Iterator[str]:
+    """Yield an explanation as lines of text."""
+    plan = explanation.alignment.plan
+    program = explanation.program
+    if program == "unknown":
+        program_text = "a program that left no settings"
+    elif explanation.reading.program == "unknown":
+        program_text = f"no settings in the file; nearest to {program}"
+    else:
+        version = explanation.reading.version
+        program_text = f"{program} {version}".strip()
+    yield (
+        f"{explanation.picture.name}: {program_text}; compared with sample {plan.index} of step "
+        f"{plan.round}, because {explanation.alignment.reason}."
+    )
+    if explanation.is_same:
+        yield "It is the trainer's sample, apart from rounding."
+    else:
+        yield (
+            f"The mean difference from the sample is {explanation.before:.2f} levels. With these "
+            f"settings, a simulated picture differs by {explanation.after:.2f}:"
+        )
+    for one in explanation.differences:
+        effect = "not measured" if one.effect is None else f"{one.effect:.2f} levels"
+        yield f"  {one.cause} ({effect}): {one.theirs}; in training: {one.ours}."
+        if one.advice:
+            yield f"    {one.advice}"
+    if not explanation.is_explained:
+        yield (
+            "These settings do not explain the picture. Another base model, a LoRA of another step "
+            "or a setting that is not simulated may be the reason."
+        )
+    for note in explanation.notes:
+        yield f"  Note: {note}"

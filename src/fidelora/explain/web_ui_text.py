@@ -1,0 +1,130 @@
+"""Read the parameters text of AUTOMATIC1111's web UI, Forge and SD.Next. Does not import torch.
+
+Sources: https://github.com/AUTOMATIC1111/stable-diffusion-webui, `modules/processing.py`
+(`create_infotext`) and `modules/infotext_utils.py`, version 1.10;
+https://github.com/lllyasviel/stable-diffusion-webui-forge;
+https://github.com/vladmandic/sdnext, `modules/processing_info.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fidelora.explain.reading import Program, Reading, UsedLora, UsedModel, stem
+from fidelora.images.a1111_prompt import EMPHASIS, tags_in
+from fidelora.images.parameters import hashes_of_loras, split_parameters
+
+_FORGE_VERSION = re.compile(r"f\d|neo|forge", re.IGNORECASE)
+_UNSUPPORTED = {
+    "Hires upscale": "hires. fix",
+    "Hires upscaler": "hires. fix",
+    "Denoising strength": "img2img or hires. fix",
+    "Variation seed": "a variation seed",
+    "Refiner": "a refiner",
+    "Tiling": "tiling",
+    "Token merging ratio": "token merging",
+    "Mask blur": "inpainting",
+    "Face restoration": "face restoration",
+    "FreeU Enabled": "FreeU",
+    "ADetailer model": "ADetailer",
+    "Dynamic thresholding enabled": "dynamic thresholding",
+    "NGMS": "negative guidance minimum sigma",
+    "SGM noise multiplier": "the SGM noise multiplier",
+    "Pad conds": "padded conditioning",
+    "Skip Early CFG": "guidance that starts late",
+    "Init image hash": "img2img",
+}
+"""Name of the feature by key, for keys whose features are not simulated."""
+_SOURCES = {"CPU": "cpu", "GPU": "gpu", "NV": "gpu"}
+"""`NV` computes on the CPU what a GPU of NVIDIA draws."""
+
+
+def read_web_ui_text(text: str) -> Reading:
+    """Return the settings in a parameters text. Accepts any text, and raises no errors."""
+    parts = split_parameters(text)
+    pairs = parts.pairs
+    program = _program(pairs)
+    prompt, tags = tags_in(parts.prompt)
+    hashes = hashes_of_loras(pairs.get("Lora hashes", ""), parts.objects)
+    loras = []
+    unsupported = [
+        f"The picture was made with {feature}, which is not simulated."
+        for feature in dict.fromkeys(
+            feature for key, feature in _UNSUPPORTED.items() if key in pairs
+        )
+    ]
+    if any(key.startswith("ControlNet") for key in pairs):
+        unsupported.append("The picture was made with ControlNet, which is not simulated.")
+    for network, arguments in tags:
+        if network in ("lora", "lyco"):
+            loras.append(_lora(arguments, hashes))
+        else:
+            unsupported.append(f"<{network}:{arguments}> is not simulated.")
+    width, height = _size(pairs.get("Size", ""))
+    default_emphasis = "original" if program in ("A1111", "Forge") else None
+    emphasis = EMPHASIS.get(pairs["Emphasis"]) if "Emphasis" in pairs else None
+    return Reading(
+        program=program,
+        version=pairs.get("Version", ""),
+        prompt=prompt,
+        negative_prompt=parts.negative_prompt,
+        steps=_value(int, pairs.get("Steps")),
+        guidance_scale=_value(float, pairs.get("CFG scale")),
+        guidance_rescale=_value(float, pairs.get("CFG Rescale") or pairs.get("CFG rescale")),
+        seed=_value(int, pairs.get("Seed")),
+        width=width,
+        height=height,
+        sampler=pairs.get("Sampler"),
+        scheduler=pairs.get("Schedule type"),
+        eta=_value(float, pairs.get("Eta")),
+        emphasis="plain" if emphasis == "none" else emphasis or default_emphasis,
+        # A1111 writes neither the default clip skip nor the default source of the noise.
+        clip_skip=_value(int, pairs.get("Clip skip")) or (None if program == "SD.Next" else 1),
+        noise_source=_SOURCES.get(pairs.get("RNG", "GPU")) if program != "SD.Next" else None,
+        seed_delta=_value(int, pairs.get("ENSD")) or 0,
+        batch=_value(int, pairs.get("Batch size")),
+        loras=tuple(loras),
+        base_model=UsedModel(pairs.get("Model", ""), pairs.get("Model hash", "").lower()),
+        vae=UsedModel(pairs.get("VAE", ""), pairs.get("VAE hash", "").lower()),
+        unsupported=tuple(unsupported),
+    )
+
+
+def _program(pairs: Mapping[str, str]) -> Program:
+    if "SD.Next" in pairs.get("App", "") or "Pipeline" in pairs or "Backend" in pairs:
+        return "SD.Next"
+    version = pairs.get("Version", "")
+    if version.startswith("Fidelora"):
+        return "Fidelora"
+    if version.startswith("Fooocus"):
+        return "Fooocus"
+    if "ComfyUI" in version:
+        return "ComfyUI"
+    return "Forge" if _FORGE_VERSION.match(version) else "A1111"
+
+
+def _lora(arguments: str, hashes: Mapping[str, str]) -> UsedLora:
+    """Return the LoRA of a tag: `name:text:unet`, where one number stands for both."""
+    name, *rest = arguments.split(":")
+    strengths: dict[str, float] = {}
+    for key, part in zip(("te", "unet", "dyn"), rest, strict=False):
+        given, equals, value = part.partition("=")
+        number = _value(float, value if equals else part)
+        if number is not None:
+            strengths[given.strip() if equals else key] = number
+    text = strengths.get("te", 1.0)
+    return UsedLora(stem(name), strengths.get("unet", text), text, hashes.get(name, ""))
+
+
+def _size(text: str) -> tuple[int | None, int | None]:
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    return (int(match[1]), int(match[2])) if match else (None, None)
+
+
+def _value(kind: Callable[[str], Any], text: str | None) -> Any:
+    try:
+        return kind(text) if text else None
+    except ValueError:
+        return None
