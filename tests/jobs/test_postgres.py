@@ -11,8 +11,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 import sqlalchemy as sa
-from tests.jobs.postgres import PostgresServer, missing, postgres_server
 from tests.jobs.test_stores import LEASE_S, A, B, is_listening, job, until
+from tests.postgres import PostgresServer, missing, postgres_server
 
 from fidelora.errors import JobStoreError, QueueFullError
 from fidelora.jobs.database import database_revisions, open_database

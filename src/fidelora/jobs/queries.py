@@ -30,7 +30,7 @@ _RETRY_WINDOW = 10  # number of first retries that a claim for a batch reads
 _ids: sa.BindParameter[Any] = sa.bindparam("ids", expanding=True)
 _in_queue = JOBS.c.status == sa.literal_column("'in_queue'")
 _in_progress = JOBS.c.status == sa.literal_column("'in_progress'")
-_zero = sa.literal_column("0")
+_zero: sa.ColumnElement[int] = sa.literal_column("0")
 _is_fresh = sa.and_(_in_queue, JOBS.c.attempts == _zero)
 _is_retry = sa.and_(_in_queue, JOBS.c.attempts > _zero)
 _turn_of_fresh = sa.case((JOBS.c.attempts > _zero, _zero), else_=JOBS.c.turn)
@@ -99,7 +99,9 @@ class Queries:
         self.count_claim: Any = sa.update(CLAIM_COUNTER).values(claims=CLAIM_COUNTER.c.claims + 1)
         counted: list[Any] = []
         if is_postgresql:
-            clock = sa.literal_column("extract(epoch FROM clock_timestamp())::float8")
+            clock: sa.ColumnElement[float] = sa.literal_column(
+                "extract(epoch FROM clock_timestamp())::float8"
+            )
             self.now_s = sa.func.coalesce(sa.cast(given, sa.Float), clock)
             self.claims = sa.literal_column(
                 "(SELECT last_value + (CASE WHEN is_called THEN 1 ELSE 0 END) FROM claim_counter)"

@@ -65,8 +65,11 @@ class WorkerPool:
 
     @property
     def ready(self) -> bool:
-        """True if any worker has loaded its model and takes jobs, and does not pause."""
-        return any(slot.ready for slot in self._slots)
+        """True if any worker has loaded its model and takes jobs, and does not pause.
+
+        A pool without workers is ready: other machines run the jobs, and may be started for them.
+        """
+        return not self._slots or any(slot.ready for slot in self._slots)
 
     @property
     def unready_reason(self) -> str:

@@ -87,6 +87,11 @@ class PostgresServer:
         self._process.wait(_START_S)
         self._process = None
 
+    def clear(self) -> None:
+        """Remove all tables."""
+        sql = "DROP SCHEMA public CASCADE; CREATE SCHEMA public"
+        self._run("psql", "-q", "-v", "ON_ERROR_STOP=1", "-c", sql, self.url)
+
     def _run(self, program: str, *arguments: str) -> None:
         command = [*_as_user(), str(self._binaries / program), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, cwd="/")
