@@ -6,6 +6,7 @@ import os
 import re
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +24,9 @@ from fidelora.errors import JobStoreError
 _MIGRATIONS = Path(__file__).parent / "migrations"
 BUSY_TIMEOUT_S = 10.0
 """Longest wait for another process that writes to the same SQLite file, in seconds."""
+_TEST_AFTER_IDLE_S = 5.0
+"""Seconds after which an unused connection is tested before its next use. Testing it every time, as
+SQLAlchemy's `pool_pre_ping` does, would add a round trip to each transaction."""
 _POSTGRESQL_OPTIONS = (
     "-c lock_timeout=10s -c idle_in_transaction_session_timeout=30s -c timezone=UTC"
 )
@@ -51,6 +55,8 @@ def open_database(url: str) -> sa.Engine:
         if engine.dialect.name == "sqlite":
             _restrict_to_owner(engine)
             _configure_sqlite(engine)
+        else:
+            _test_idle_connections(engine)
         with engine.begin() as connection:
             _migrate(connection)
     except ModuleNotFoundError as error:
@@ -131,7 +137,6 @@ def _engine_options(address: sa.URL) -> dict[str, Any]:
         return {"connect_args": {"timeout": BUSY_TIMEOUT_S}}
     # The default isolation level of a server may be stricter; claims expect this one.
     return {
-        "pool_pre_ping": True,
         "isolation_level": "READ COMMITTED",
         "connect_args": {"options": _POSTGRESQL_OPTIONS, "connect_timeout": 10},
     }
@@ -167,6 +172,25 @@ def _configure_sqlite(engine: sa.Engine) -> None:
     def on_begin(connection: sa.Connection) -> None:
         reads = connection.get_execution_options().get("fidelora_reads", False)
         connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
+
+
+def _test_idle_connections(engine: sa.Engine) -> None:
+    """Replace pooled connections that were lost while they were idle."""
+
+    @sa.event.listens_for(engine, "checkin")
+    def on_checkin(_connection: Any, record: Any) -> None:
+        record.info["used_at"] = time.monotonic()
+
+    @sa.event.listens_for(engine, "checkout")
+    def on_checkout(connection: Any, record: Any, _proxy: Any) -> None:
+        idle_s = time.monotonic() - record.info.get("used_at", time.monotonic())
+        if idle_s < _TEST_AFTER_IDLE_S:
+            return
+        try:
+            engine.dialect.do_ping(connection)
+        except engine.dialect.loaded_dbapi.Error as error:
+            # The pool opens another connection.
+            raise sa.exc.DisconnectionError(str(error)) from error
 
 
 def _migrate(connection: sa.Connection) -> None:
