@@ -11,12 +11,13 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 import sqlalchemy as sa
-from tests.jobs.test_stores import LEASE_S, A, B, is_listening, job, until
+from tests.jobs.test_stores import LEASE_S, NOW, A, B, is_listening, job, until
 from tests.postgres import PostgresServer, missing, postgres_server
 
 from fidelora.errors import JobStoreError, QueueFullError
 from fidelora.jobs.database import database_revisions, open_database
 from fidelora.jobs.job import Status
+from fidelora.jobs.rows import JOBS, job_of
 from fidelora.jobs.sql import SqlStore
 from fidelora.jobs.store import WorkerState
 
@@ -210,3 +211,18 @@ def test_the_state_of_a_worker_survives_a_report_of_another_process(store, postg
         each.report_worker(WorkerState(name, loaded=frozenset({A, B})))
     assert [each.name for each in store.workers()] == ["a", "b"]
     other.close()
+
+
+def test_a_claim_locks_one_job(store):
+    """Claims at the same time take different jobs, and leave all others to further claims."""
+    added = [store.add(job(A), now=NOW).id for _ in range(5)]
+    given = {"now_s": None, "worker": "w", "loaded": [A], "merged": A, "hold_s": 0.0}
+    free = sa.select(JOBS.c.id).with_for_update(skip_locked=True)
+    with (
+        store._engine.connect() as first,
+        store._engine.connect() as second,
+        store._engine.connect() as third,
+    ):
+        rows = [each.execute(store._queries.claim, given).one() for each in (first, second)]
+        assert [job_of(row).id for row in rows] == added[:2]
+        assert set(third.execute(free).scalars()) == set(added[2:])
