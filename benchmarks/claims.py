@@ -11,6 +11,7 @@ Prints for each number of workers:
 
 * efficiency: `jobs x work / (workers x time)`, from the first claim to the last result
 * claim: median and 99th percentile of the time of a claim that returned a job
+* processor: milliseconds of processor time of a worker's process per job, without the database's
 * empty: number of claims that returned no job before the queue was empty (lost races)
 * reads: number of adapters that a worker did not have, per job
 """
@@ -103,11 +104,13 @@ def _measure(url: str, count: int, options: argparse.Namespace) -> None:
     assert store.count(Status.SUCCEEDED) >= total
     efficiency = total * options.work_s / (count * elapsed)
     p99 = claims[int(len(claims) * 0.99)]
+    processor_s = sum(one["processor_s"] for one in results) / total
     empty = sum(one["empty"] for one in results)
     reads = sum(one["reads"] for one in results)
     print(
         f"{count:3d} workers: efficiency {efficiency:.1%}, {total} jobs in {elapsed:.1f} s; "
         f"claim median {1000 * statistics.median(claims):.1f} ms, p99 {1000 * p99:.1f} ms; "
+        f"processor {1000 * processor_s:.1f} ms per job; "
         f"{empty} empty claims; {reads / total:.2f} reads per job",
         flush=True,
     )
@@ -127,6 +130,7 @@ def _work(options: argparse.Namespace) -> None:
     claims: list[float] = []
     reads = empty = 0
     start = end = time.time()
+    processor_s = time.process_time()
     while True:
         before = time.perf_counter()
         job = store.claim(name, None, LEASE_S, list(loaded), merged=merged)
@@ -149,9 +153,17 @@ def _work(options: argparse.Namespace) -> None:
         output = Output(f"{job.id}.png", "png", 512, 512, 42, "0" * 64, 1)
         store.succeed(job.id, job.epoch, [output], {"denoise": options.work_s})
         end = time.time()
+    processor_s = time.process_time() - processor_s
     store.remove_worker(name)
     store.close()
-    result = {"start": start, "end": end, "claims": claims, "empty": empty, "reads": reads}
+    result = {
+        "start": start,
+        "end": end,
+        "claims": claims,
+        "empty": empty,
+        "reads": reads,
+        "processor_s": processor_s,
+    }
     print(json.dumps(result), flush=True)
 
 

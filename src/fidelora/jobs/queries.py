@@ -7,6 +7,7 @@ each other.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import sqlalchemy as sa
@@ -63,6 +64,19 @@ COMPLETE_SETS = (
     .having(sa.func.count() == ADAPTER_SETS.c.size)
 )
 """Keys of the sets of adapters whose members are all among the loaded ones."""
+
+
+@lru_cache(maxsize=100)  # there are about ten sets of columns that change together
+def update_of_job(columns: frozenset[str]) -> sa.Update:
+    """Return the update of these columns for the job `job_id`, if it has version `job_version`."""
+    return (
+        sa.update(JOBS)
+        .where(
+            JOBS.c.id == sa.bindparam("job_id", type_=sa.String),
+            JOBS.c.version == sa.bindparam("job_version", type_=sa.Integer),
+        )
+        .values({name: sa.bindparam(name, type_=JOBS.c[name].type) for name in sorted(columns)})
+    )
 
 
 class Queries:

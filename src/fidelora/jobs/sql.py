@@ -41,6 +41,7 @@ from fidelora.jobs.queries import (
     READ_RUNNING,
     READ_VERSIONS,
     Queries,
+    update_of_job,
 )
 from fidelora.jobs.queue_order import adapter_key, due_of, turn_of_new_job
 from fidelora.jobs.rows import (
@@ -530,11 +531,12 @@ class SqlStore(StoreByTransition):
         values: dict[str, Any] = {name: new[name] for name in new if new[name] != old[name]}
         is_retry = after.status is Status.IN_QUEUE and after.retry_at is not None
         if is_retry and before.status is not Status.IN_QUEUE:
-            given = self._now(at) | {"owner": after.owner}
-            place = connection.execute(self._queries.places, given).one()
+            place = connection.execute(
+                self._queries.places, self._now(at) | {"owner": after.owner}
+            ).one()
             values["due"] = due_of(place.claims, 0, place.workers)
-        update = sa.update(JOBS).where(JOBS.c.id == before.id, JOBS.c.version == before.version)
-        if connection.execute(update.values(values)).rowcount != 1:
+        given = values | {"job_id": before.id, "job_version": before.version}
+        if connection.execute(update_of_job(frozenset(values)), given).rowcount != 1:
             raise _VersionConflictError
         if after.status is Status.IN_QUEUE:
             self._notify(connection, NEW_JOB)
