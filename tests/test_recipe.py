@@ -98,6 +98,7 @@ def test_the_trigger_word_is_not_inserted_into_a_text_that_gets_too_long():
         ({}, 512),
         ({"model": "sdxl"}, 1024),
         ({"model": "zimage"}, 1024),
+        ({"model": "lumina2"}, 1024),
         ({"base_model": "fidelora:miniature"}, 128),
         ({"base_model": "other/base"}, 512),
     ],
@@ -138,7 +139,8 @@ def test_a_recipe_with_only_a_prompt_is_complete():
 
 def test_every_default_is_a_plain_value_of_its_type():
     types = {name: type(value) for name, value in vars(Recipe(prompt="")).items()}
-    assert types == {name: type(value) for name, value in FULL.items()}
+    new = {"quantization": str, "text_encoder_quantization": str, "training_adapters": tuple}
+    assert types == {name: type(value) for name, value in FULL.items()} | new
 
 
 def test_the_other_dtypes_follow_the_main_one():
@@ -592,6 +594,7 @@ def test_a_hash_of_a_base_model_is_a_sha256(value):
 # --- digest -------------------------------------------------------------------------------------
 
 EXACT_ONLY = ("adapter_mode", "history", "fidelity")
+OF_OTHER_FAMILIES = {"quantization", "text_encoder_quantization", "training_adapters"}
 """Fields whose other value is not possible in `fast`, and `fidelity` itself."""
 
 OTHER_VALUES = {
@@ -636,6 +639,7 @@ def test_every_independent_field_is_covered_here():
         "negative_prompt_2",
         "timestep_spacing",
         "eta",
+        *OF_OTHER_FAMILIES,
     }
 
 
@@ -960,3 +964,31 @@ def test_fast_images_with_other_prompts_and_seeds_can_share_a_batch(name, value)
 def test_exact_images_do_not_share_a_batch():
     assert not may_share_batch(Recipe(prompt=""), Recipe(prompt=""))
     assert not may_share_batch(Recipe(prompt=""), Recipe(prompt="", fidelity="fast"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("quantization", "qfloat8"),
+        ("text_encoder_quantization", "float8"),
+        ("training_adapters", (OTHER,)),
+    ],
+)
+def test_fields_of_quantised_families_change_the_recipe(field, value):
+    plain = Recipe(prompt="", model="zimage_turbo")
+    changed = dataclasses.replace(plain, **{field: value})
+    assert changed != plain
+    assert Recipe.from_json(changed.to_json()) == changed
+    assert field not in json.loads(plain.to_json())
+    assert changed.files == (value if field == "training_adapters" else ())
+    with pytest.raises(RecipeError, match=f"does not use {field}"):
+        Recipe(prompt="", **{field: value})
+
+
+@pytest.mark.parametrize("change", [{"adapter_mode": "merged"}, {"fidelity": "fast"}])
+def test_nothing_is_merged_into_quantised_weights(change):
+    recipe = Recipe(
+        prompt="", model="zimage", quantization="qfloat8", adapters=(OTHER,), adapter_mode="live"
+    )
+    with pytest.raises(RecipeError, match=r"quantised weights|always merges adapters"):
+        dataclasses.replace(recipe, **change)

@@ -10,7 +10,6 @@ other processors that both are the same.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -84,4 +83,4 @@ def _diffusers(pipeline: StableDiffusionPipeline, plan: PlannedSample) -> NDArra
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

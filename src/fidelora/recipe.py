@@ -32,6 +32,7 @@ from fidelora.recipe_fields import (
     Fidelity,
     Noise,
     Prediction,
+    Quantization,
     check_recipe,
     short_name,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "Fidelity",
     "Noise",
     "Prediction",
+    "Quantization",
     "Recipe",
     "differ_in_prompts_and_seed",
     "file_sha256",
@@ -73,6 +75,9 @@ _OMITTED_DEFAULTS: Mapping[str, Any] = {
     "timestep_spacing": "default",
     "eta": None,
     "history": (),
+    "quantization": "none",
+    "text_encoder_quantization": "none",
+    "training_adapters": (),
 }
 """Default values of fields that older recipes do not contain. The JSON form omits a field that has
 its default value, so that the digests of older recipes stay valid."""
@@ -182,6 +187,12 @@ class Recipe:
         fidelity: `exact` reproduces the trainer's images bit for bit. `fast` computes in the
             fastest way on the device: adapters are merged, and the denoiser and decoder may use
             another precision. The noise, sampler, latents and text encoding are as in `exact`.
+        quantization: `qfloat8` and `float8` store the weights of the denoiser's linear layers in
+            float8, as AI Toolkit does for a `qtype` of this name. Adapters stay live.
+        text_encoder_quantization: the same for the text encoders.
+        training_adapters: LoRAs for training only, such as that of Z-Image Turbo, which the trainer
+            merges into the base model and takes away again, live, while it makes samples. What
+            stays is the rounding of the changed weights.
 
     Raises:
         RecipeError: a field is out of range or not supported by the model family.
@@ -215,6 +226,9 @@ class Recipe:
     vae_dtype: Dtype = FROM_MODEL
     text_encoder_dtype: Dtype = FROM_MODEL
     fidelity: Fidelity = "exact"
+    quantization: Quantization = "none"
+    text_encoder_quantization: Quantization = "none"
+    training_adapters: tuple[AdapterRef, ...] = ()
 
     def __post_init__(self) -> None:
         check_text("model", self.model)
@@ -254,8 +268,8 @@ class Recipe:
 
     @property
     def files(self) -> tuple[AdapterRef, ...]:
-        """All adapters whose files are needed, including those of `history`."""
-        return (*self.history, *self.adapters)
+        """All adapters whose files are needed."""
+        return (*self.training_adapters, *self.history, *self.adapters)
 
     def to_json(self) -> str:
         """Return the whole recipe as JSON on one line, with short names instead of paths."""
@@ -388,6 +402,6 @@ def may_share_batch(first: Recipe, second: Recipe) -> bool:
 
 
 def differ_in_prompts_and_seed(first: Recipe, second: Recipe) -> bool:
-    """Return True if two recipes are equal except for their prompts and seeds, if at all."""
+    """Return True if two recipes are equal in all fields other than the prompts and the seed."""
     own = ("prompt", "negative_prompt", "negative_prompt_2", "seed")
     return replace(second, **{name: getattr(first, name) for name in own}) == first

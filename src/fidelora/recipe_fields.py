@@ -22,13 +22,14 @@ Noise = Literal["modern", "legacy"]
 AdapterMode = Literal["merged", "live"]
 Prediction = Literal["epsilon", "v_prediction"]
 Fidelity = Literal["exact", "fast"]
+Quantization = Literal["none", "qfloat8", "float8"]
 
 MIN_SIZE, MAX_SIZE = 64, 4096
 MAX_STEPS = 150
 MAX_GUIDANCE = 100.0
 MAX_SEED = 2**63 - 1
 
-ADAPTER_FIELDS = frozenset({"adapters", "history"})
+ADAPTER_FIELDS = frozenset({"adapters", "history", "training_adapters"})
 
 LOCATIONS: tuple[str, ...] = ("base_model", "variant", "config", "vae")
 """Fields that locate the files of the base model. All except `variant` may be local paths, which
@@ -42,6 +43,9 @@ _OPTIONAL: Mapping[str, Any] = {
     "emphasis": "none",
     "prediction": "epsilon",
     "noise": "modern",
+    "quantization": "none",
+    "text_encoder_quantization": "none",
+    "training_adapters": (),
 }
 """Default values of fields that only some families use (`Family.uses`). The other families reject
 any other value."""
@@ -100,6 +104,8 @@ def check_recipe(recipe: Recipe, spec: Family) -> None:
         ("vae_dtype", Dtype),
         ("text_encoder_dtype", Dtype),
         ("fidelity", Fidelity),
+        ("quantization", Quantization),
+        ("text_encoder_quantization", Quantization),
     ):
         check_choice(name, getattr(recipe, name), get_args(choices))
     check_sampler_options(spec, recipe.sampler, recipe.timestep_spacing, recipe.eta)
@@ -109,8 +115,9 @@ def check_recipe(recipe: Recipe, spec: Family) -> None:
     if recipe.emphasis != "none":
         if recipe.negative_prompt_2 not in (None, recipe.negative_prompt):
             raise RecipeError(
-                "Emphasis does not support a second negative prompt, which could have another "
-                "number of parts; leave negative_prompt_2 out, or set emphasis to none.",
+                "Emphasis does not support a second negative prompt, which could have more or "
+                "fewer chunks of 77 tokens than the first; leave negative_prompt_2 out, or set "
+                "emphasis to none.",
                 field="negative_prompt_2",
             )
         for name in ("prompt", "negative_prompt"):
@@ -119,6 +126,14 @@ def check_recipe(recipe: Recipe, spec: Family) -> None:
         raise RecipeError(
             "Fidelity fast always merges adapters; use adapter_mode merged, or fidelity exact.",
             field="adapter_mode",
+        )
+    if recipe.quantization != "none" and (
+        recipe.fidelity == "fast" or (recipe.adapters and recipe.adapter_mode != "live")
+    ):
+        raise RecipeError(
+            "Adapters cannot be merged into quantised weights; use fidelity exact and adapter_mode "
+            "live.",
+            field="quantization",
         )
     for name in ADAPTER_FIELDS:
         refs = getattr(recipe, name)
@@ -142,11 +157,12 @@ def _check_embeddings(recipe: Recipe, spec: Family) -> None:
         raise RecipeError(
             f"{spec.title} does not support embeddings; leave out {words[0]}.", field="adapters"
         )
-    if any(ref.word is not None for ref in recipe.history):
-        raise RecipeError(
-            "history has an embedding, but an embedding changes no weights; leave it out.",
-            field="history",
-        )
+    for name in ("history", "training_adapters"):
+        if any(ref.word is not None for ref in getattr(recipe, name)):
+            raise RecipeError(
+                f"{name} has an embedding, but an embedding changes no weights; leave it out.",
+                field=name,
+            )
     if twice := next((word for word in words if words.count(word) > 1), None):
         raise RecipeError(
             f"Two embeddings have the word {twice}; leave one of them out.", field="adapters"

@@ -209,7 +209,10 @@ class Settings(BaseSettings):
         50,
         gt=0,
         validation_alias="FIDELORA_LORA_CACHE_GB",
-        description="Disk space for LoRAs that exist only in the cache, in GiB.",
+        description=(
+            "Disk space for cached LoRAs, such as downloads, in GiB. A cached file that shares its "
+            "disk space with another file (a hard link) does not count."
+        ),
     )
     uploads_gb: float = Field(
         50,
@@ -274,8 +277,8 @@ class Settings(BaseSettings):
         validation_alias="FIDELORA_STEP_TIMEOUT",
         description=(
             "Seconds without a finished step after which a worker is considered hung "
-            "and is replaced. The first step and the decoding of images may take three times as "
-            "long, and so may all steps if the steps before them were slow."
+            "and is replaced. The first step, the decoding of images, and every step of a request "
+            "whose earlier steps were slow may take up to three times as long."
         ),
     )
     stop_grace_s: float = Field(
@@ -313,8 +316,8 @@ class Settings(BaseSettings):
         True,
         validation_alias="FIDELORA_REPORT_FILE_PATHS",
         description=(
-            "Report the full path of each image on the server as `file_path` in results, as the "
-            "documented API does; if false, only the name of the file."
+            "Report the full path of each image on the server as `file_path` in results, as "
+            "ai-toolkit-inference does; if false, only the name of the file."
         ),
     )
     log_format: Literal["auto", "json", "text"] = Field(

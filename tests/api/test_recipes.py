@@ -25,7 +25,7 @@ from fidelora.api import (
     status_of,
 )
 from fidelora.errors import RequestError, RequestFieldError
-from fidelora.families import get_family
+from fidelora.families import all_families, get_family
 from fidelora.jobs.job import (
     Failure,
     JobProgress,
@@ -298,6 +298,17 @@ def test_a_rounded_size_is_reported(size, note):
         assert "multiples of 8" in found
 
 
+def test_sizes_have_the_divisor_of_the_documented_api():
+    """It can be larger than the trainer's, which is that of recipes."""
+    prompts = [{"prompt": "a ball", "width": 720, "height": 1360}]
+    (made,) = recipes((A,), model="lumina2", prompts=prompts)
+    assert (made.width, made.height) == (704, 1344)
+    (note,) = notes_of([A], model="lumina2", prompts=prompts)
+    assert "720 x 1360 was rounded down to 704 x 1344" in note
+    assert "multiples of 32" in note
+    assert Recipe(prompt="a ball", model="lumina2", width=720, height=1360).width == 720
+
+
 @pytest.mark.parametrize("prompt", ["a [trigger]", "[name]", "a ball"])
 def test_a_placeholder_in_a_recipe_is_plain_text(sks, prompt):
     recipe = Recipe(prompt=prompt, adapters=(sks,), dtype="bfloat16", base_model="base")
@@ -349,7 +360,7 @@ def test_different_multipliers_run_live_as_in_the_trainer():
 @pytest.mark.parametrize(
     ("changes", "code", "details"),
     [
-        ({"model": "flux"}, "MODEL_NOT_FOUND", {"supported_models": ["sd15", "sdxl", "zimage"]}),
+        ({"model": "gpt"}, "MODEL_NOT_FOUND", {"supported_models": list(all_families())}),
         ({"loras": []}, "LORA_FILE_REQUIRED", {}),
         (
             {"loras": [{"path": "x", "transformer": "low"}]},
@@ -563,7 +574,9 @@ def test_status_and_result_over_the_life_cycle_of_a_job():
 
 
 def test_the_models_are_listed_as_documented():
-    assert [body.model_dump() for body in model_list().models] == [
+    listed = [body.model_dump() for body in model_list().models]
+    assert [body["id"] for body in listed] == list(all_families())
+    assert listed[:3] == [
         {
             "id": "sd15",
             "base_model": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -591,6 +604,17 @@ def test_the_models_are_listed_as_documented():
             "base_model": "Tongyi-MAI/Z-Image",
             "resolution_divisor": 16,
             "default_steps": 30,
+            "default_guidance_scale": 4.0,
+            "requires_control_image": False,
+            "is_video_model": False,
+            "default_num_frames": None,
+            "default_fps": None,
+        },
+        {
+            "id": "lumina2",
+            "base_model": "Alpha-VLLM/Lumina-Image-2.0",
+            "resolution_divisor": 32,
+            "default_steps": 25,
             "default_guidance_scale": 4.0,
             "requires_control_image": False,
             "is_video_model": False,

@@ -19,6 +19,7 @@ from fidelora import AdapterRef, Engine, Recipe, read_record
 from fidelora.api import StatusBody
 from fidelora.cli import console, demo, demo_server, main
 from fidelora.errors import ClientTimeoutError, RequestFailedError
+from fidelora.families import all_families
 
 SMALL = [
     "--base-model",
@@ -371,7 +372,8 @@ def test_models_prints_json(fidelora):
     assert model["samplers_with"]["eta"] == ["ddim", "tcd"]
     assert others[1]["samplers_with"] == {}
     found = [(one["id"], one["default_size"], one["base_aliases"]) for one in others]
-    assert found == [("sdxl", 1024, []), ("zimage", 1024, [])]
+    assert found[:2] == [("sdxl", 1024, []), ("zimage", 1024, [])]
+    assert ["sd15", *(one[0] for one in found)] == list(all_families())
     assert (
         model["id"],
         model["resolution_divisor"],

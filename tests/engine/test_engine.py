@@ -606,7 +606,7 @@ def test_a_text_is_encoded_once_for_each_state_of_the_encoder(monkeypatch, tmp_p
 
 def test_the_number_of_cached_texts_is_limited(monkeypatch):
     seen = count_encodings(monkeypatch)
-    monkeypatch.setattr("fidelora.families.clip._MAX_CACHED_PROMPTS", 2)
+    monkeypatch.setattr("fidelora.families.clip._MAX_CACHED_CHUNKS", 2)
     engine = Engine(device="cpu")
     base = Recipe(
         prompt="", base_model=str(TINY_BASE), width=64, height=64, steps=1, guidance_scale=1.0

@@ -191,7 +191,7 @@ def test_the_number_of_chunks_is_limited(encoder):
 
 
 def test_long_prompts_take_the_space_of_several_in_the_cache(encoder, monkeypatch):
-    monkeypatch.setattr("fidelora.families.clip._MAX_CACHED_PROMPTS", 3)
+    monkeypatch.setattr("fidelora.families.clip._MAX_CACHED_CHUNKS", 3)
     for prompt in ("a", "b", "c BREAK d"):
         encoder.embed(prompt, (), "original")
     kept = [key[0] for key in encoder._cache]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +13,11 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
 from safetensors.torch import load_file
 from tests.support import (
+    GOLDEN_JOBS,
     LORA,
     TINY_ZIMAGE,
     ZIMAGE_LORA,
+    ZIMAGE_TRAINING_ADAPTER,
     expected_bytes_of,
     load_model_of,
     save_adapter,
@@ -21,12 +25,27 @@ from tests.support import (
 from transformers import AutoTokenizer
 
 from fidelora import AdapterRef, Engine, Recipe
+from fidelora.accel.quantized import QuantizedLinear
 from fidelora.adapters.tensor_names import noise_of_file
 from fidelora.cli.image_plan import resolve_noise
 from fidelora.engine.examine import examine_adapter
-from fidelora.errors import AdapterMismatchError, BaseModelFilesError, DeviceError, RecipeError
+from fidelora.errors import (
+    AdapterMismatchError,
+    BaseModelFilesError,
+    DeviceError,
+    RecipeError,
+    TrainingRunError,
+)
+from fidelora.families import get_family
 from fidelora.families.protocols import Guidance, Prompts, Size
+from fidelora.families.sd.spec import SD15
+from fidelora.families.zimage.spec import ZIMAGE, ZIMAGE_DETURBO
+from fidelora.sampling.schedules import FlowSchedule
+from fidelora.training.model_block import quantization_of
+from fidelora.training.plan import plan_samples
+from fidelora.training.run_folder import read_run
 from fidelora.training.suspects import precisions
+from fidelora.weights.files import BaseFiles
 
 CPU = torch.device("cpu")
 SMALL = Recipe(
@@ -165,3 +184,133 @@ def test_the_doctors_suspects_are_recipes_of_the_family():
     for recipe in (SMALL, replace(SMALL, dtype="bfloat16")):
         assert {one.recipe.noise for one in precisions(recipe)} == {"modern"}
         assert len(list(precisions(recipe))) == 3
+
+
+# --- training runs: older releases, training adapter, quantisation --------------------------------
+
+TURBO_RUN = GOLDEN_JOBS / "zimage_turbo_f32"
+
+
+def recipe_of(folder: Path, **settings: Any) -> Recipe:
+    run = read_run(folder).with_settings(**settings)
+    return plan_samples(run, 6, base_model=str(TINY_ZIMAGE))[1].recipe
+
+
+def test_older_releases_had_another_schedule_guidance_and_size():
+    run = GOLDEN_JOBS / "zimage_lora_f32"  # sample 1: --cfg 3 --w 96 --h 48
+    now = recipe_of(run)
+    assert (now.sampler, now.width, now.height) == ("flowmatch", 96, 64)
+    g, size = now.guidance_scale, (now.width, now.height)
+    for version, sampler, guidance, wanted in (
+        ((0, 10, 25), "flowmatch", g, size),
+        ((0, 10, 24), "flowmatch_to_zero", g, size),
+        ((0, 10, 20), "flowmatch_to_zero", g + 1, size),
+        ((0, 9, 13), "flowmatch_to_zero", g + 1, tuple(side - side % 32 for side in size)),
+    ):
+        old = recipe_of(run, trainer_version=version)
+        found = (old.sampler, old.guidance_scale, (old.width, old.height))
+        assert found == (sampler, guidance, wanted), version
+
+
+def test_the_last_step_of_the_old_schedule_has_no_length():
+    config = ZIMAGE.samplers["flowmatch_to_zero"].config
+    schedule = FlowSchedule(config, 4, 20, CPU)
+    sigmas = schedule.timesteps / 1000
+    assert sigmas[0] == 1
+    assert sigmas[-1] == 0
+    even = torch.tensor([1, 2 / 3, 1 / 3, 0])
+    assert torch.allclose(sigmas, 3 * even / (1 + 2 * even))
+
+
+def test_the_training_adapter_of_a_run_is_used_or_left_out():
+    run = read_run(TURBO_RUN)
+    assert run.training_adapter == "golden/tiny-zimage-adapter.safetensors"
+    found = recipe_of(TURBO_RUN, training_adapter=str(ZIMAGE_TRAINING_ADAPTER))
+    assert [one.name for one in found.training_adapters] == ["tiny-zimage-adapter"]
+    assert recipe_of(TURBO_RUN, training_adapter="").training_adapters == ()
+
+
+def test_a_missing_training_adapter_is_an_error_with_the_option(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(TrainingRunError, match="--training-adapter, or none"):
+        recipe_of(TURBO_RUN, training_adapter="/gone/adapter.safetensors")
+
+
+def test_a_training_adapter_leaves_only_its_rounding(engine):
+    ref = AdapterRef.from_file(ZIMAGE_TRAINING_ADAPTER)
+    half = replace(SMALL, dtype="bfloat16", vae_dtype="bfloat16", text_encoder_dtype="bfloat16")
+    plain, applied = (
+        engine.generate(replace(SMALL, adapters=adapters)).pixels.astype(int)
+        for adapters in ((), (ref,))
+    )
+    assert abs(applied - plain).max() > 4
+    trained = engine.generate(replace(SMALL, training_adapters=(ref,))).pixels.astype(int)
+    assert abs(trained - plain).max() <= 1
+    rough = engine.generate(replace(half, training_adapters=(ref,))).pixels
+    assert not np.array_equal(rough, engine.generate(half).pixels)
+    assert np.array_equal(engine.generate(SMALL).pixels, plain)
+
+
+def test_the_same_file_as_adapter_and_training_adapter_is_not_confused(engine):
+    ref = AdapterRef.from_file(ZIMAGE_TRAINING_ADAPTER)
+    half: dict[str, Any] = dict.fromkeys(("dtype", "vae_dtype", "text_encoder_dtype"), "bfloat16")
+    applied = replace(SMALL, adapters=(ref,), **half)
+    first = engine.generate(applied).pixels
+    engine.generate(replace(SMALL, training_adapters=(ref,), **half))
+    assert np.array_equal(engine.generate(applied).pixels, first)
+
+
+@pytest.mark.parametrize(
+    ("model", "fields"),
+    [
+        ({"quantize": True}, ("qfloat8", "qfloat8")),
+        ({"quantize": True, "quantize_te": False}, ("qfloat8", "none")),
+        ({"quantize": True, "qtype": "float8", "qtype_te": "qfloat8"}, ("float8", "qfloat8")),
+        ({"quantize_te": True}, ("none", "qfloat8")),
+        ({"quantize": True, "assistant_lora_path": "a/b/c.safetensors"}, ("float8", "qfloat8")),
+        ({}, ("none", "none")),
+    ],
+)
+def test_the_quantisation_of_a_run_is_read(model, fields):
+    found = quantization_of(model, ZIMAGE)
+    assert (found["quantization"], found["text_encoder_quantization"]) == fields
+    assert quantization_of(model, SD15) == {}
+
+
+def test_other_kinds_of_quantisation_are_refused_by_name():
+    with pytest.raises(TrainingRunError, match=r"model\.qtype uint3\|x"):
+        quantization_of({"quantize": True, "qtype": "uint3|x"}, ZIMAGE)
+
+
+def test_quantised_parts_keep_their_named_layers_whole():
+    recipe = replace(SMALL, quantization="qfloat8", text_encoder_quantization="qfloat8")
+    model = load_model_of(recipe)
+    kinds = {
+        path: type(layer)
+        for path, layer in model.parts["transformer"].named_modules()
+        if isinstance(layer, torch.nn.Linear)
+    }
+    whole = {path for path, kind in kinds.items() if kind is torch.nn.Linear}
+    assert whole
+    assert all(path.startswith(("t_embedder", "cap_embedder", "all_")) for path in whole)
+    assert any(kind is QuantizedLinear for kind in kinds.values())
+    encoder = model.parts["text_encoder"].modules()
+    assert any(isinstance(layer, QuantizedLinear) for layer in encoder)
+    assert not any(isinstance(layer, QuantizedLinear) for layer in model.parts["vae"].modules())
+
+
+def test_the_transformer_of_de_turbo_gets_its_other_parts_from_turbo(tmp_path):
+    shutil.copytree(TINY_ZIMAGE / "transformer", tmp_path / "deturbo" / "transformer")
+    family = replace(ZIMAGE_DETURBO, extras=str(TINY_ZIMAGE))
+    files = BaseFiles.find(family, str(tmp_path / "deturbo"))
+    assert files.configs["transformer"].is_relative_to(tmp_path)
+    assert files.configs["vae"].is_relative_to(TINY_ZIMAGE)
+    assert files.tokenizers["text_encoder"] == TINY_ZIMAGE / "tokenizer"
+    assert files.is_unchanged()
+    with pytest.raises(BaseModelFilesError, match="not a diffusers folder"):
+        BaseFiles.find(replace(family, extras=""), str(tmp_path / "deturbo"))
+
+
+def test_all_z_image_models_load_the_same_folders():
+    for model in ("zimage", "zimage_turbo", "zimage_deturbo"):
+        assert BaseFiles.find(get_family(model), str(TINY_ZIMAGE)).family.id == model

@@ -256,7 +256,7 @@ def test_size_presets_have_about_the_default_number_of_pixels(model):
     for label, (width, height) in presets.items():
         assert label.startswith(f"{width} x {height} (")
         assert 0.8 < width * height / spec.default_size**2 < 1.25
-        assert width % spec.resolution_divisor == height % spec.resolution_divisor == 0
+        assert width % spec.request_divisor == height % spec.request_divisor == 0
     assert len(set(presets.values())) == 7
     assert preset_of(model, spec.default_size, 72) == preset_of(model, None, None) == "Custom"
     assert preset_choices(model) == [*presets, "Custom"]

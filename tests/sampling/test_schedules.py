@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -37,6 +40,16 @@ def test_a_static_shift_has_the_bits_of_diffusers(steps, shift):
     assert ours.steps_done(steps) == steps
 
 
+@pytest.mark.parametrize("steps", [1, 6, 12])
+def test_sigmas_can_be_spaced_in_float64(steps):
+    other = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    other.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps))
+    ours = FlowSchedule({"shift": 1.0, "linspace": "float64"}, steps, 64, CPU)
+    assert torch.equal(ours.timesteps, other.timesteps)
+    default = FlowSchedule({"shift": 1.0}, steps, 64, CPU)
+    assert torch.equal(ours.timesteps, default.timesteps) == (steps == 1)
+
+
 @pytest.mark.parametrize("tokens", [64, 256, 1024, 4096])
 def test_a_dynamic_shift_grows_with_the_tokens(tokens):
     line = (256, 0.5, 4096, 1.15)
@@ -44,6 +57,25 @@ def test_a_dynamic_shift_grows_with_the_tokens(tokens):
     ours = FlowSchedule({"dynamic_shift": line}, 7, tokens, CPU)
     torch.testing.assert_close(ours.timesteps, theirs(7, mu=mu).timesteps)
     assert not torch.equal(ours.timesteps, FlowSchedule({"shift": 1.0}, 7, tokens, CPU).timesteps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_a_scheduler_steps_are_in_the_dtype_of_the_latents(dtype):
+    """The expected sigmas are Python numbers, up to their rounding to float32."""
+    line = (256, 0.5, 4096, 1.15)
+    ours = FlowSchedule({"dynamic_shift": line, "scheduler": False}, 4, 256, CPU)
+    factor = math.exp(0.5)
+    sigmas = [1.0, *(factor / (factor + 1 / (1 - step / 4) - 1) for step in (1, 2, 3)), 0.0]
+    assert ours.timesteps.tolist() == pytest.approx(sigmas[:-1])
+    torch.manual_seed(1)
+    latents = torch.randn(1, 4, 2, 2).to(dtype)
+    for index, t in enumerate(ours.timesteps):
+        prediction = torch.randn(1, 4, 2, 2).to(dtype)
+        expected = latents + (sigmas[index + 1] - sigmas[index]) * prediction
+        latents = ours.step(prediction, t, latents)
+        assert latents.dtype == dtype
+        torch.testing.assert_close(latents, expected)
+    assert ours.steps_done(4) == 4
 
 
 def test_an_unknown_option_is_refused():

@@ -714,7 +714,7 @@ def test_configurations_of_the_user_interface_are_read_as_json(folder):
     "model",
     [
         {"is_flux": True},
-        {"arch": "flux"},
+        {"arch": "hidream"},
         {"is_v2": True},
         {"arch": "sdxl", "is_flux": True},
         {"arch": "sd1", "is_xl": True},

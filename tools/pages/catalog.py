@@ -72,9 +72,10 @@ def _family(spec: Family) -> Iterator[str]:
     yield from [f"## {spec.title}", ""]
     yield f"* id `{spec.id}`; [how its samples are made and reproduced]({spec.id}.md)"
     yield f"* base model: `{spec.base_model}`{also}"
+    over_http = f" (over HTTP: of {spec.api_divisor})" if spec.api_divisor else ""
     yield (
         f"* size: {spec.default_size}x{spec.default_size}; width and height are rounded down to "
-        f"multiples of {spec.resolution_divisor}"
+        f"multiples of {spec.resolution_divisor}{over_http}"
     )
     yield (
         f"* {spec.default_steps} steps, guidance {spec.default_guidance_scale:g}, "
@@ -102,12 +103,13 @@ def _family(spec: Family) -> Iterator[str]:
     for sampler in spec.samplers.values():
         own = {name: value for name, value in sampler.config.items() if common.get(name) != value}
         options = ", ".join(f"`{name}={value}`" for name, value in own.items())
-        computed_by = (
-            sampler.scheduler
-            if isinstance(sampler, NoiseSampler)
-            else "FlowMatchEulerDiscreteScheduler"
-        )
-        scheduler = f"`{computed_by}`{f' with {options}' if options else ''}"
+        if isinstance(sampler, NoiseSampler):
+            computed_by = f"`{sampler.scheduler}`"
+        elif sampler.config.get("scheduler", True):
+            computed_by = "`FlowMatchEulerDiscreteScheduler`"
+        else:
+            computed_by = "none"
+        scheduler = f"{computed_by}{f' with {options}' if options else ''}"
         spacings = ", ".join(f"`{one}`" for one in ("default", *sorted(sampler.spacings)))
         eta = "" if sampler.eta is None else f"0..1, by default {sampler.eta:g}"
         yield f"| `{sampler.name}` | {scheduler} | {sampler.max_steps} steps | {spacings} | {eta} |"

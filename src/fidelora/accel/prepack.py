@@ -103,8 +103,9 @@ class PrepackedConv2d(nn.Conv2d):
         """Use the weight [out, in, height, width] that `get_weight` returns."""
         self.release_weight()
         dtype = self.weight.dtype
-        # The prepacked weight keeps a reference to its source. `source` is therefore a separate
-        # tensor that is emptied below; a view would keep the whole storage alive.
+        # The prepacked weight keeps a reference to the tensor that it is made from. `source` shares
+        # the storage of the returned weight until `set_()` detaches it, so that the reference does
+        # not keep the storage in memory.
         source = torch.empty(0, dtype=dtype).set_(get_weight(dtype))  # type: ignore[call-overload]
         geometry = (self.stride, self.padding, self.dilation, self.groups)
         self._prepacked = torch.ops.mkldnn_prepacked.conv2d_prepack(

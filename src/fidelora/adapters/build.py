@@ -108,7 +108,12 @@ class Module:
         if not found:
             return None
         difference = self.tensors[found[0]]
-        if len(found) > 1 or difference.dim() != 1:
+        if len(found) > 1:
+            raise AdapterFormatError(
+                f"{self.name} in {self.file} has two biases ({' and '.join(found)}); export the "
+                "file again."
+            )
+        if difference.dim() != 1:
             raise self._invalid("a bias", *found)
         if found == ["up_bias"]:  # PEFT adds the bias of `lora_B` times the scale
             scale = self._scale(self.tensors["down"].shape[0])

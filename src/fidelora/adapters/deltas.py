@@ -16,7 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +42,8 @@ class Delta(ABC):
         scale: alpha / rank, applied in addition to the user's multiplier.
         is_dora: True for a DoRA of AI Toolkit, which is never merged there, and whose files have no
             alpha.
-        uses_weight: True if the change depends on the weight. The weight then includes the adapters
-            before this one.
+        uses_weight: True if `change` needs the weight with the adapters before this one merged in.
+            If False, it gets the weight without any adapter.
     """
 
     scale: float
@@ -110,10 +110,7 @@ class Delta(ABC):
         raise AssertionError("check `changes_output` first")
 
     def live_weight(self, weight: Tensor, multiplier: float) -> Tensor:
-        """Return `weight` plus this delta. Call it only if `changes_output` is False.
-
-        The sum is computed in the dtype of `weight`; the merged path computes it in float32.
-        """
+        """Return `weight` plus this delta. Call it only if `changes_output` is False."""
         raise AssertionError("check `changes_output` first")
 
     def with_alpha(self, alpha: float) -> Self:
@@ -130,6 +127,13 @@ class Delta(ABC):
     @abstractmethod
     def to(self, device: torch.device) -> Self:
         """Return the same delta with its tensors on `device`."""
+
+    def cast(self, dtype: torch.dtype) -> Self:
+        """Return the same delta with its tensors in `dtype`."""
+        cast: dict[str, Any] = {
+            name: one.to(dtype) for name, one in vars(self).items() if isinstance(one, Tensor)
+        }
+        return replace(self, **cast)
 
 
 @dataclass(frozen=True, eq=False)
@@ -282,7 +286,10 @@ class DoraDelta(LoraDelta):
 
 @dataclass(frozen=True, eq=False)
 class WeightDelta(Delta):
-    """Base class of deltas whose live path adds a tensor of the weight's shape to the weight."""
+    """Base class of deltas whose live path adds `full` to the weight, in the dtype of the weight.
+
+    This is the trainer's order of operations. The merged path computes the sum in float32.
+    """
 
     def changes_output(self, module: Module) -> bool:
         return False
@@ -304,8 +311,7 @@ class LokrDelta(WeightDelta):
     """A Kronecker product, `kron(w1, w2)`, each factor stored whole or as a product of two.
 
     `w1` [a, b] or (w1_a [a, rank], w1_b [rank, b]);
-    `w2` [c, d] or [c, d, kh, kw] or (w2_a [c, rank], w2_b [rank, d * kh * kw]) or the factors of
-    `tucker`.
+    `w2` [c, d] or [c, d, kh, kw] or (w2_a [c, rank], w2_b [rank, d * kh * kw]).
 
     Attributes:
         is_factorised: True to apply the factors one after the other on linear layers in the live

@@ -21,7 +21,7 @@ from fidelora.adapters.products import fitting_shape
 
 @dataclass(frozen=True, eq=False)
 class FormulaDelta(Delta):
-    """Base class of deltas whose live path is `weight + change`."""
+    """Base class of deltas whose live path adds `change` to the weight in float32."""
 
     def changes_output(self, module: Module) -> bool:
         return False

@@ -30,8 +30,8 @@ _PART_BYTES = 8 * 2**20
 """Size in float32 of the rows of a weight that are merged at a time: small enough to stay in the
 CPU cache together with the changes that are added to them."""
 _ROW_MULTIPLE = 16
-"""The number of rows merged at a time is a multiple of this. If a part began at another row, its
-product would more often be summed in a different order than in the product of all rows."""
+"""The number of rows merged at a time is a multiple of this. With other numbers, the matrix library
+more often sums the product of some rows in another order than the product of all rows."""
 
 _UNKNOWN: Applied = ((("not written, or partly", 0.0),),)
 """State of a weight that is not written, or only in part; `apply` always writes it."""
@@ -59,6 +59,7 @@ class MergedAdapters:
         self,
         adapters: Sequence[tuple[BoundAdapter, float]],
         history: Sequence[tuple[BoundAdapter, float]] = (),
+        training: Sequence[tuple[BoundAdapter, float]] = (),
     ) -> int:
         """Merge exactly these adapters in this order, writing only weights that change.
 
@@ -69,11 +70,16 @@ class MergedAdapters:
             history: adapters that were merged and subtracted before, one after the other. As in the
                 trainer, the adapter is merged with its multiplier and subtracted with the absolute
                 value of the multiplier, and each result is cast to the weight's dtype.
+            training: adapters that were merged before all others and stay merged; the result is
+                cast to the weight's dtype.
 
         Returns:
             number of weights and vectors that were written.
         """
-        groups = [[(bound, m)] for bound, total in history for m in (total, -abs(total))]
+        groups = [list(training)] if training else []
+        groups += [
+            [(bound, m)] for bound, multiplier in history for m in (multiplier, -abs(multiplier))
+        ]
         wanted: dict[str, list[list[tuple[BoundAdapter, float]]]] = {}
         for group in (*groups, adapters):
             by_name: dict[str, list[tuple[BoundAdapter, float]]] = {}
@@ -97,7 +103,8 @@ class MergedAdapters:
         }
         changed = [name for name, plan in plans.items() if self._applied.get(name, ()) != plan]
         stale_vectors = [name for name in changed if name in vectors]
-        # Some modules store their weight together with their bias, so it is written again.
+        # Some modules pack their weight together with their bias. If only the bias changes, the
+        # weight is written again, too.
         with_bias = {vectors[name].module for name in stale_vectors}
         stale = [
             name

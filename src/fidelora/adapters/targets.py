@@ -19,6 +19,7 @@ from fidelora.adapters.deltas import Delta, Module
 from fidelora.adapters.lycoris_deltas import FullDelta
 from fidelora.adapters.module_names import canonical_name
 from fidelora.adapters.read import Adapter
+from fidelora.adapters.stacked_delta import StackedDelta, share_of
 from fidelora.errors import AdapterMismatchError
 from fidelora.families import Family, Part
 from fidelora.texts import listed
@@ -65,6 +66,15 @@ class VectorTarget:
     pristine: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class _Share:
+    """One of `count` equal shares of the rows of a target, which other code names on its own."""
+
+    target: str
+    index: int
+    count: int
+
+
 @dataclass(frozen=True, eq=False)
 class Matches:
     """Comparison of an adapter's modules with a base model.
@@ -94,6 +104,7 @@ class BoundAdapter:
         word: word of an embedding; None for adapters of other kinds.
         vectors: vectors of an embedding, float32 [tokens, width] by text encoder.
         tensors_sha256: see `AdapterFile`.
+        rounded_to: dtype to which `rounded` rounded the tensors; None for those of the file.
     """
 
     sha256: str
@@ -102,18 +113,31 @@ class BoundAdapter:
     word: str | None = None
     vectors: Mapping[str, Tensor] = field(default_factory=dict)
     tensors_sha256: str = ""
+    rounded_to: torch.dtype | None = None
 
     @property
     def identity(self) -> str:
-        """Key that identifies the adapter's file and the alpha or word from the recipe."""
+        """Key that identifies the adapter's file, and the alpha, word or rounding of its use."""
         if self.word is not None:
             return f"{self.sha256}, word {self.word!r}"
-        return self.sha256 if self.alpha is None else f"{self.sha256}, alpha {self.alpha!r}"
+        details = {"alpha": self.alpha, "rounded to": self.rounded_to}
+        used = [f"{name} {value!r}" for name, value in details.items() if value is not None]
+        return ", ".join([self.sha256, *used])
 
     def only(self, names: Collection[str]) -> BoundAdapter:
         """Return the same adapter with only the changes of these targets."""
         kept = {name: delta for name, delta in self.deltas.items() if name in names}
         return replace(self, deltas=kept)
+
+    def rounded(self, dtype: torch.dtype) -> BoundAdapter:
+        """Return the same adapter with its tensors rounded to `dtype`, which they also have."""
+        deltas = {name: one.cast(dtype) for name, one in self.deltas.items()}
+        return replace(self, deltas=deltas, rounded_to=dtype)
+
+    def widened(self) -> BoundAdapter:
+        """Return the same adapter with its numbers in float32, as merging needs them."""
+        deltas = {name: one.cast(torch.float32) for name, one in self.deltas.items()}
+        return replace(self, deltas=deltas)
 
     @cached_property
     def components(self) -> frozenset[str]:
@@ -132,7 +156,8 @@ class Targets:
     Adapter files flatten a module's path with underscores
     (`lora_unet_down_blocks_0_attentions_0_proj_in`) or keep its dots
     (`unet.down_blocks.0.attentions.0.proj_in`, PEFT). Both are looked up in the flattened form, and
-    so are the names of the original code where a family defines them (`Part.other_names`).
+    so are the names of other code where a family defines them (`Part.other_names`,
+    `Part.accepted_names`).
 
     Args:
         modules: the parts of the base model by name.
@@ -149,6 +174,7 @@ class Targets:
         self.by_name: dict[str, Target] = {}
         self.vectors: dict[str, VectorTarget] = {}
         self._names_by_flat: dict[str, str] = {}
+        self._shares_by_flat: dict[str, _Share] = {}  # see `Part.accepted_names`
         self._tables: dict[str, tuple[str, int]] = {}  # part and width by key of embeddings
         for part in family.text_encoders:
             if part.embedding_key:
@@ -167,6 +193,15 @@ class Targets:
                     flat = _flatten(part, spelling)
                     other = self._names_by_flat.setdefault(flat, name)
                     assert other == name, f"{name} and {other} have the same flattened name"
+            accepted = part.accepted_names(found) if part.accepted_names else {}
+            for path, names in accepted.items():
+                name = f"{part.name}.{path}"
+                for index, spelling in enumerate(names):
+                    flat = _flatten(part, spelling)
+                    if len(names) == 1:
+                        self._names_by_flat[flat] = name
+                    else:
+                        self._shares_by_flat[flat] = _Share(name, index, len(names))
             kept = pristine[part.name] if pristine else {}
             for path, module in found.items():
                 name = f"{part.name}.{path}"
@@ -214,7 +249,21 @@ class Targets:
         found = 0
         seen: set[str] = set()
         deltas: dict[str, Delta] = {}
+        stacked: dict[str, list[Delta | None]] = {}
         for module in adapter.modules:
+            share = self._find_share(module)
+            if share is not None and module in adapter.deltas and module not in adapter.biases:
+                found += 1
+                delta = adapter.deltas[module]
+                whole = self.by_name[share.target].weight.shape
+                shares = stacked.setdefault(share.target, [None] * share.count)
+                if problem := _misfit(module, delta, share_of(whole, share.count)):
+                    misshapen[module] = problem
+                elif shares[share.index] is None and share.target not in seen:
+                    shares[share.index] = delta
+                else:
+                    repeated.append(module)
+                continue
             name = self.find_name(module)
             if name is None:
                 unmatched.append(module)
@@ -237,14 +286,16 @@ class Targets:
             found += 1
             for (target, delta), shape in zip(changes, shapes, strict=True):
                 assert shape is not None
-                if delta.shape_for(shape) != tuple(shape):
-                    has, needs = list(delta.shape_for(shape)), list(shape)
-                    misshapen[module] = f"{module} has the shape {has} instead of {needs}"
+                if problem := _misfit(module, delta, shape):
+                    misshapen[module] = problem
                 elif target not in seen:
                     deltas[target] = delta.fitted(shape)
-                if target in seen and module not in repeated:
+                if target in seen | stacked.keys() and module not in repeated:
                     repeated.append(module)
                 seen.add(target)
+        for target, shares in stacked.items():
+            stack = StackedDelta(1.0, tuple(shares))
+            deltas.setdefault(target, stack.fitted(self.by_name[target].weight.shape))
         return Matches(deltas, found, unmatched, repeated, misshapen)
 
     def _shape(self, target: str) -> torch.Size | None:
@@ -287,14 +338,21 @@ class Targets:
 
     def find_name(self, module: str) -> str | None:
         """Return part and path of the module that an adapter file calls `module`, or None."""
+        found = (self._names_by_flat.get(flat) for flat in self._spellings(module))
+        return next((name for name in found if name is not None), None)
+
+    def _find_share(self, module: str) -> _Share | None:
+        """Return the share of a target that an adapter file calls `module`, or None."""
+        found = (self._shares_by_flat.get(flat) for flat in self._spellings(module))
+        return next((share for share in found if share is not None), None)
+
+    def _spellings(self, module: str) -> Iterator[str]:
+        """Yield the keys under which the module of an adapter file may be found."""
         module = canonical_name(module)
         for part in self.family.parts:
             for prefix in part.adapter_prefixes:
                 if module.startswith(prefix):
-                    flat = _flatten(part, module.removeprefix(prefix))
-                    if flat in self._names_by_flat:
-                        return self._names_by_flat[flat]
-        return None
+                    yield _flatten(part, module.removeprefix(prefix))
 
     def _explain(self, adapter: Adapter, matches: Matches) -> str:
         total = len(adapter.modules)
@@ -327,6 +385,14 @@ def repeated_modules(modules: Sequence[str], total: int) -> str:
         f"({listed(modules)}). This happens if files in two formats are merged. Delete one of each "
         "pair of modules, or export the adapter again."
     )
+
+
+def _misfit(module: str, delta: Delta, shape: torch.Size) -> str:
+    """Return a sentence about a module whose delta does not fit `shape`; empty if it fits."""
+    has = delta.shape_for(shape)
+    if has == tuple(shape):
+        return ""
+    return f"{module} has the shape {list(has)} instead of {list(shape)}"
 
 
 def _is_vector(delta: Delta) -> bool:

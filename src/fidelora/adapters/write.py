@@ -1,8 +1,8 @@
 """Writing of adapter files in the naming of kohya or PEFT.
 
-Only names and metadata are new; tensors are copied byte for byte. The parts of a module have the
-names that `tensor_names.modules_of` gives them. A module of any format that can be read can
-therefore be written, if the target format has names for its parts.
+Only names, metadata and alphas can be new; all other tensors are copied byte for byte. The parts of
+a module have the names that `tensor_names.modules_of` gives them. A module of any format that can
+be read can therefore be written, if the target format has names for its parts.
 
 Sources of the names: `networks/lora.py` of https://github.com/kohya-ss/sd-scripts and LyCORIS
 (kohya); `save_lora_weights` of diffusers (PEFT).
@@ -75,7 +75,7 @@ class ModuleParts:
         part: part of the base model.
         path: path of the module in this part, as diffusers and transformers name it.
         kind: `lora`, `dora`, ...
-        tensors: by part, as stored.
+        tensors: the module's tensors as stored, by name (`down`, `up`, ...; see `formats.py`).
         scale: alpha / rank.
         original_path: path in the original code, which kohya's trainer uses for this family; empty
             if it uses `path`.
@@ -145,7 +145,7 @@ def in_format(
     notes: list[str] = []
     rounded: list[str] = []
     for module in modules:
-        name = _kohya_name(module, family) if to == "kohya" else _peft_name(module)
+        name = (_kohya_name if to == "kohya" else _peft_name)(module, family)
         for part, tensor in module.tensors.items():
             if part in suffixes:
                 # kohya's magnitude is [out, 1], that of AI Toolkit and PEFT is [out].
@@ -219,7 +219,12 @@ def _kohya_name(module: ModuleParts, family: Family) -> str:
     return prefix + (module.original_path or _full_path(module)).replace(".", "_")
 
 
-def _peft_name(module: ModuleParts) -> str:
+def _peft_name(module: ModuleParts, family: Family) -> str:
+    if module.part.accepted_names is not None:
+        raise AdapterConversionError(
+            f"diffusers splits modules of {family.title}, so the peft format cannot express them. "
+            "Use the original file, or the kohya format."
+        )
     return f"{module.part.name}.{_full_path(module)}"
 
 

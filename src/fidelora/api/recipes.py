@@ -95,6 +95,8 @@ def recipes_of(
     base = {**base, "fidelity": request.fidelity or base.get("fidelity", "exact")}
     # Like the trainer: adapters are merged if all images have the same multipliers, else live.
     mode = "merged" if base["fidelity"] == "fast" or len(set(multipliers)) == 1 else "live"
+    family = get_family(request.model)
+    divisor = family.request_divisor
     recipes = []
     for index, item in enumerate(request.prompts):
         given = {
@@ -110,14 +112,15 @@ def recipes_of(
         }
         fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         if item.seed is None:
-            fields["seed"] = get_family(request.model).default_seed + index
+            fields["seed"] = family.default_seed + index
+        width, height = item.width or DEFAULT_SIZE, item.height or DEFAULT_SIZE
         try:
             recipe = Recipe(
                 prompt=trigger_of(adapters, _trigger_word(request, item)).fill(item.prompt),
                 negative_prompt=item.neg or "",
                 model=request.model,
-                width=item.width or DEFAULT_SIZE,
-                height=item.height or DEFAULT_SIZE,
+                width=width - width % divisor,
+                height=height - height % divisor,
                 adapters=tuple(
                     replace(ref, multiplier=multiplier, alpha=lora.alpha)
                     for ref, lora, multiplier in zip(
@@ -154,7 +157,7 @@ def notes_on(
             notes.append(
                 f"The size {width} x {height} was rounded down to {recipe.width} x "
                 f"{recipe.height}; sides of {family.title} images are multiples of "
-                f"{family.resolution_divisor}."
+                f"{family.request_divisor}."
             )
     return tuple(dict.fromkeys(filter(None, notes)))
 

@@ -298,7 +298,7 @@ def _model_bodies() -> list[ModelBody]:
         ModelBody(
             id=spec.id,
             base_model=spec.base_model,
-            resolution_divisor=spec.resolution_divisor,
+            resolution_divisor=spec.request_divisor,
             default_steps=spec.default_steps,
             default_guidance_scale=spec.default_guidance_scale,
         )

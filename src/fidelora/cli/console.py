@@ -29,6 +29,14 @@ class FidelityOption(StrEnum):
     FAST = "fast"
 
 
+class QuantizationOption(StrEnum):
+    """Values of `--quantization`."""
+
+    NONE = "none"
+    QFLOAT8 = "qfloat8"
+    FLOAT8 = "float8"
+
+
 class SpacingOption(StrEnum):
     """Values of `--spacing`."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from datetime import datetime
+from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
@@ -19,6 +20,7 @@ from fidelora.cli.console import (
     Fidelity,
     FidelityOption,
     Offload,
+    QuantizationOption,
     SpacingOption,
     make_engine,
 )
@@ -38,6 +40,7 @@ from fidelora.errors import RecipeError
 from fidelora.families import all_families
 from fidelora.families.emphasis import Emphasis
 from fidelora.loras.few_step import proposals
+from fidelora.recipe import AdapterRef
 
 
 def _model_ids() -> list[str]:
@@ -151,7 +154,7 @@ def generate(
         int | None,
         typer.Option(
             help="Width in pixels, 64..4096, rounded down to a multiple of 8, or of 16 for "
-            "Z-Image.",
+            "Z-Image and FLUX.2-klein.",
             rich_help_panel=SAMPLING_PANEL,
         ),
     ] = None,
@@ -329,6 +332,32 @@ def generate(
             autocompletion=lambda: ["auto", "modern", "legacy"],
         ),
     ] = "auto",
+    quantization: Annotated[
+        QuantizationOption,
+        typer.Option(
+            "--quantize",
+            help="Store the weights of the denoiser in float8, as AI Toolkit does with model."
+            "quantize; LoRAs are then unmerged. Only for families that AI Toolkit quantises.",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = QuantizationOption.NONE,
+    text_encoder_quantization: Annotated[
+        QuantizationOption,
+        typer.Option(
+            "--quantize-te",
+            help="The same for the text encoders.",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = QuantizationOption.NONE,
+    training_adapter: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Training adapter of Z-Image Turbo, to reproduce the samples of a training run to "
+            "the bit.",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Generate images with LoRAs and write files that contain the recipes.
@@ -359,7 +388,13 @@ def generate(
         "variant": variant,
         "config": config,
         "vae": vae,
-        "adapter_mode": "live" if live else "merged",
+        # The trainer never merges adapters into quantised weights.
+        "adapter_mode": "live" if live or quantization is not QuantizationOption.NONE else "merged",
+        "quantization": quantization.value,
+        "text_encoder_quantization": text_encoder_quantization.value,
+        "training_adapters": ()
+        if training_adapter is None
+        else (AdapterRef.from_file(training_adapter.expanduser()),),
         "fidelity": fidelity.value,
         **read_size(size, width, height),
         **{name: value for name, value in optional.items() if value is not None},

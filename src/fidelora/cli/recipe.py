@@ -12,6 +12,7 @@ import typer
 from fidelora.api import request_for
 from fidelora.cli.console import Debug, warn
 from fidelora.errors import TrainingRunError
+from fidelora.families import get_family
 from fidelora.recipe import AdapterRef
 
 if TYPE_CHECKING:
@@ -98,14 +99,22 @@ def recipe(
             "LoRA unmerged. A request with one multiplier merges it, which rounds differently. "
             "Leave out --index to request all samples with the unmerged LoRA."
         )
+    divisor = get_family(run.model).request_divisor
+    if any(recipe.width % divisor or recipe.height % divisor for recipe in recipes):
+        warn(
+            f"The server rounds sizes down to multiples of {divisor}, so some of its images will "
+            "be smaller than the samples. Use fidelora verify instead."
+        )
     if (
         run.prediction != "epsilon"
         or run.vae
         or {run.vae_dtype, run.text_encoder_dtype} != {run.dtype}
+        or {run.quantization, run.text_encoder_quantization} != {"none"}
+        or run.training_adapter
     ):
         warn(
-            "The server has no settings for the prediction type, the VAE or the separate dtypes of "
-            "this training run; its images will differ."
+            "The server has no settings for the prediction type, the VAE, the separate dtypes, the "
+            "quantisation or the training adapter of this training run; its images will differ."
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -100,6 +101,24 @@ def verify(
             rich_help_panel=MODEL_PANEL,
         ),
     ] = "",
+    training_adapter: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="File of the assistant LoRA of the run (model.assistant_lora_path), or none to "
+            "leave it out; by default that of the configuration.",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = None,
+    trainer_version: Annotated[
+        str | None,
+        typer.Option(
+            metavar="VERSION",
+            help="Release of AI Toolkit that made the samples, such as 0.10.20; by default the one "
+            "in the metadata of the checkpoint.",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = None,
     doctor: Annotated[
         bool, typer.Option("--doctor", help="On a mismatch, find the setting that explains it.")
     ] = False,
@@ -136,6 +155,11 @@ def verify(
 
     try:
         run = read_run(run_folder)
+        if training_adapter is not None:
+            location = "" if training_adapter == "none" else training_adapter
+            run = run.with_settings(training_adapter=location)
+        if trainer_version is not None:
+            run = run.with_settings(trainer_version=_version(trainer_version))
         steps = steps_to_check(run, step)
     except NothingToCheckError as error:
         fail(str(error), NOTHING_TO_CHECK)
@@ -200,6 +224,20 @@ def verify(
         _print_result(samples, verdict.value, diagnosis, report, doctor)
     if verdict in (Verdict.MISMATCH, Verdict.UNDECIDED):
         raise typer.Exit(MISMATCH if verdict is Verdict.MISMATCH else UNDECIDED)
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """Parse the number of a release.
+
+    Raises:
+        BadParameter: it is not made of numbers and dots.
+    """
+    if not re.fullmatch(r"\d+(\.\d+){1,2}", text):
+        raise typer.BadParameter(
+            f"{text} is not a release; use a number such as 0.10.20.",
+            param_hint="--trainer-version",
+        )
+    return tuple(map(int, text.split(".")))
 
 
 _TABLE_HEAD = (

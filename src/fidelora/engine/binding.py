@@ -26,11 +26,13 @@ class Bound:
     """The adapters of a recipe, bound to a base model.
 
     Attributes:
+        training: the recipe's `training_adapters`.
         warnings: sentences for the user about these adapters.
     """
 
     adapters: Pairs
     history: Pairs
+    training: Pairs
     warnings: tuple[str, ...] = ()
 
 
@@ -41,7 +43,9 @@ def bind(model: LoadedModel, recipe: Recipe, library: AdapterLibrary) -> Bound:
         AdapterError, WeightsFileError: an adapter cannot be used, or does not fit.
     """
     adapters, warnings = _bind_all(model, library, recipe.adapters)
-    return Bound(adapters, _bind_all(model, library, recipe.history)[0], tuple(warnings))
+    history, _ = _bind_all(model, library, recipe.history)
+    training, _ = _bind_all(model, library, recipe.training_adapters)
+    return Bound(adapters, history, training, tuple(warnings))
 
 
 def _bind_all(
@@ -91,8 +95,16 @@ def with_adapters(model: LoadedModel, recipe: Recipe, bound: Bound) -> Iterator[
         for one, multiplier in bound.adapters
         if (one, multiplier) not in live or not one.deltas.keys().isdisjoint(vectors)
     ]
-    model.merged.apply(merged, [pair for pair in bound.history if not pair[0].is_dora])
-    with live_adapters(model.targets, live, model.device):
+    # The trainer rounds the factors of a training adapter to the dtype of the base model, in which
+    # it also computes while the adapter is taken away.
+    training = [(one.rounded(model.compute_dtype), m) for one, m in bound.training]
+    model.merged.apply(
+        merged,
+        [pair for pair in bound.history if not pair[0].is_dora],
+        [(one.widened(), m) for one, m in training],
+    )
+    away = [(one, -multiplier) for one, multiplier in training]
+    with live_adapters(model.targets, [*away, *live], model.device):
         yield
 
 

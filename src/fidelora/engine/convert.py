@@ -54,10 +54,10 @@ class Conversion:
 
 
 def convert_adapter(path: Path, to: TargetFormat, model: str | None = None) -> Conversion:
-    """Return the adapter at `path` in another naming. Its tensors are copied byte for byte.
+    """Return the adapter at `path` in another naming. Its weights are copied byte for byte.
 
-    The metadata is kept, and extended by the sha256 of the original file. Converting the same file
-    again gives the same bytes.
+    Alphas are added where the format needs them. The metadata is kept, and extended by the sha256
+    of the original file. Converting the same file again gives the same bytes.
 
     Args:
         model: id of the adapter's model family; None for the family that has all its modules.

@@ -42,7 +42,7 @@ class Progress:
     """Progress of an image or a batch.
 
     Attributes:
-        step: number of finished steps.
+        step: number of finished steps; a half-finished step of a second-order sampler counts.
         steps: number of all steps.
         seconds: seconds since the first step began.
         preview: function that returns a preview, uint8 RGB [height / 8, width / 8, 3].
@@ -62,7 +62,8 @@ class Progress:
 
 
 OnStep = Callable[[Progress], None]
-"""Callback that runs after every step. If it raises an exception, by convention
+"""Callback that runs after every evaluation of the denoiser: once per step with most samplers, up
+to twice with second-order samplers. If it raises an exception, by convention
 `GenerationCancelled`, the generation ends and the engine stays usable."""
 
 
@@ -192,8 +193,9 @@ class Engine:
             scheduler_options: values that replace those of the sampler's configuration, such as
                 `steps_offset`, to find out how another program made an image. They are not stored
                 in the recipe or the image's record.
-            jitter: seed of a random change of half-precision initial latents by half a unit in the
-                last place, to find out how far rounding errors change the image.
+            jitter: seed of a random change of the initial latents by half a unit in the last place
+                of the recipe's dtype, to find out how far rounding errors change the image; no
+                change in float32.
 
         Raises:
             BaseModelError, AdapterError, WeightsFileError: a file is missing or unsuitable, or the
@@ -267,8 +269,8 @@ class Engine:
                     latents = noise.initial(
                         model.latents.shape(size), model.latents.noise_dtype(dtype)
                     )
-                    if jitter is not None and latents.dtype != torch.float32:
-                        latents = noise.jittered(latents, jitter)
+                    if jitter is not None and dtype != torch.float32:
+                        latents = noise.jittered(latents, jitter, dtype)
                     latents = sample(
                         model.denoiser.prepare(encoded, guidance, size, dtype),
                         schedule(common, model, noise, options),

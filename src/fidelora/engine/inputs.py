@@ -33,7 +33,11 @@ def encode(model: LoadedModel, recipe: Recipe, bound: Bound) -> Encoded:
     def adapter_key(part: str) -> Hashable:
         return tuple(
             (one.identity, multiplier, mode)
-            for pairs, mode in ((bound.history, "history"), (bound.adapters, recipe.adapter_mode))
+            for pairs, mode in (
+                (bound.training, "training"),
+                (bound.history, "history"),
+                (bound.adapters, recipe.adapter_mode),
+            )
             for one, multiplier in pairs
             if part in one.components
         )

@@ -74,10 +74,11 @@ class LoadedModels:
         return model
 
     def _find(self, key: ModelKey, sha256: str) -> tuple[ModelKey, BaseFiles]:
-        """Return the key with the location of a base model's files, and the files.
+        """Find the files of a base model; return the key that they were found by, and the files.
 
         A recipe from an image contains only the short name of its base model. If this name cannot
-        be found, the location where a base model with the hash `sha256` was last used is tried.
+        be found, the location where a base model with the hash `sha256` was last used is tried. The
+        returned key then has this location.
         """
         try:
             return key, key.find_files(self._cache_dir)

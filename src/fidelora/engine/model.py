@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -19,6 +19,7 @@ from fidelora.accel.fast_path import FastPath, fast_path
 from fidelora.accel.offload import place_parts
 from fidelora.accel.packed import pack
 from fidelora.accel.prepack import prepack
+from fidelora.accel.quantized import quantize
 from fidelora.adapters.merge import MergedAdapters
 from fidelora.adapters.targets import Targets
 from fidelora.families import Family, get_family
@@ -40,6 +41,8 @@ class ModelKey(NamedTuple):
     vae_dtype: str
     text_encoder_dtype: str
     fidelity: str
+    quantization: str
+    text_encoder_quantization: str
 
     @classmethod
     def of(cls, recipe: Recipe) -> ModelKey:
@@ -103,7 +106,11 @@ class LoadedModel:
     @property
     def size_bytes(self) -> int:
         """Size of all weights in bytes."""
-        return sum(weight.nbytes for part in self.parts.values() for weight in part.parameters())
+        return sum(
+            tensor.nbytes
+            for part in self.parts.values()
+            for tensor in (*part.parameters(), *part.buffers())
+        )
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -159,9 +166,14 @@ def load_model(
     for part in family.parts:
         packed = path is FastPath.PACKED and part.role != "text_encoder"
         dtype = None if packed else dtypes[part.name]  # `pack` reads the file's tensors
+        kind: Any = getattr(key, part.quantization) if part.quantization else "none"
+        rounds = part.rounds_buffers and (kind == "none" or part.rounds_quantized_buffers)
         parts[part.name], pristine[part.name] = build_part(
-            part, configs[part.name], weights.pop(part.name), dtype
+            replace(part, rounds_buffers=rounds), configs[part.name], weights.pop(part.name), dtype
         )
+        if kind != "none":
+            is_written = not part.adapter_prefixes  # the others get their weights from `merged`
+            quantize(parts[part.name], kind, part.whole_layers, has_weights=is_written)
     denoiser = parts[family.part("denoiser").name]
     decoder = parts[family.part("decoder").name]
     in_place = _accelerate_on_cpu(family, denoiser, decoder, path, device, offload)

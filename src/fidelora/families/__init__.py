@@ -5,6 +5,22 @@ is loaded.
 """
 
 from fidelora.families.registry import all_families, get_family
-from fidelora.families.spec import Family, FlowSampler, NoiseSampler, Part, Sampler
+from fidelora.families.spec import (
+    Family,
+    FlowSampler,
+    NoiseSampler,
+    OlderTrainer,
+    Part,
+    Sampler,
+)
 
-__all__ = ["Family", "FlowSampler", "NoiseSampler", "Part", "Sampler", "all_families", "get_family"]
+__all__ = [
+    "Family",
+    "FlowSampler",
+    "NoiseSampler",
+    "OlderTrainer",
+    "Part",
+    "Sampler",
+    "all_families",
+    "get_family",
+]

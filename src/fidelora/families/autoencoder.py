@@ -23,20 +23,31 @@ def unscale(latents: Tensor, config: Any) -> Tensor:
 def decode(vae: Any, latents: Tensor) -> NDArray[np.uint8]:
     """Decode unscaled `latents` [1, channels, h, w] to uint8 RGB [8h, 8w, 3].
 
-    As in the trainer, values are mapped from [-1, 1] to [0, 1] in the decoder's dtype; later steps
-    are computed in float32.
-
     Raises:
         NumericsError: the model produced NaN.
     """
     image = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+    return to_pixels(image, is_float16=torch.float16 in (latents.dtype, vae.dtype))
+
+
+def to_pixels(image: Tensor, *, is_float16: bool) -> NDArray[np.uint8]:
+    """Convert a decoded image [1, 3, height, width], -1..1, to uint8 RGB [height, width, 3].
+
+    As in the trainer, values are mapped to [0, 1] in the dtype of `image`; later steps are computed
+    in float32.
+
+    Args:
+        is_float16: True if a part of the model computed in float16.
+
+    Raises:
+        NumericsError: the model produced NaN.
+    """
     image = (image * 0.5 + 0.5).clamp(0, 1)
     values = image.cpu().permute(0, 2, 3, 1).float().numpy()[0]
     if not np.isfinite(values).all():
-        narrow = torch.float16 in (latents.dtype, vae.dtype)
         advice = (
             "float16 overflows with some models: use bfloat16 or float32"
-            if narrow
+            if is_float16
             else "try it without adapters, and with default settings"
         )
         raise NumericsError(f"The model produced NaN instead of an image; {advice}.")

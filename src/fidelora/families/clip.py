@@ -20,8 +20,9 @@ from fidelora.families.clip_chunks import chunks_of, padded, weighted
 from fidelora.families.emphasis import Emphasis
 from fidelora.families.spec import Tokenizer
 
-_MAX_CACHED_PROMPTS = 128
-"""Number of prompt embeddings to keep per text encoder; each takes about 0.25 MB."""
+_MAX_CACHED_CHUNKS = 128
+"""Number of encoded chunks of 77 tokens to keep per text encoder; each takes about 0.25 MB. A
+prompt without emphasis is one chunk."""
 
 _MAX_EXTENDED_TOKENIZERS = 4
 """Number of tokenizers, extended by embeddings, to keep; copying a tokenizer takes 0.3 s."""
@@ -93,7 +94,7 @@ class ClipEncoder:
         key = (prompt, emphasis, adapter_key, torch.get_num_threads())
         if key not in self._cache:
             self._cache[key] = self.encode(prompt, emphasis)
-            while sum(map(_chunks_in, self._cache.values())) > _MAX_CACHED_PROMPTS:
+            while sum(map(_chunks_in, self._cache.values())) > _MAX_CACHED_CHUNKS:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(key)
         return self._cache[key]

@@ -1,20 +1,29 @@
 """Qwen3 as a text encoder: chat template, tokens, hidden states.
 
 Z-Image and FLUX.2-klein use it. They differ in the template's `enable_thinking` and in the hidden
-states that they use, so each family makes these choices in its own `text.py`.
+states that they use, so each family makes these choices in its own `text.py`, in a subclass of
+`QwenText`.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from fidelora.errors import BaseModelFilesError
+from fidelora.families.protocols import AdapterKey, Encoded, Prompts, Size
+from fidelora.families.spec import Family
+
+MAX_TOKENS = 512  # template included; the pipelines' `max_sequence_length`
+_MAX_CACHED_PROMPTS = 16  # prompt embeddings to keep; each takes up to 16 MB
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,66 @@ class Tokens:
     ids: Tensor
     mask: Tensor
     cut: str
+
+
+class QwenText(ABC):
+    """Implements `families.protocols.Text` for families whose only text encoder is Qwen3.
+
+    Attributes:
+        enable_thinking: see `tokenize`.
+    """
+
+    enable_thinking: ClassVar[bool]
+
+    def __init__(
+        self, family: Family, parts: Mapping[str, nn.Module], tokenizers: Mapping[str, Path | None],
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        (part,) = family.text_encoders
+        self.encoder: Any = parts[part.name]
+        folder = tokenizers[part.name]
+        assert folder is not None, "no tokenizer is bundled"
+        self._tokenizer = load_tokenizer(folder)
+        self.device = device
+        self._cache: OrderedDict[tuple[str, int], tuple[Tensor, str]] = OrderedDict()
+
+    @abstractmethod
+    def select(self, states: tuple[Tensor, ...], tokens: Tokens) -> Tensor:
+        """Return the prompt embedding, given all hidden states of a prompt."""
+
+    @abstractmethod
+    def blank(self, size: Size, *, negative: bool) -> Encoded:
+        """Return conditioning of float32 zeros."""
+
+    def encode(self, prompts: Prompts, size: Size, adapter_key: AdapterKey) -> Encoded:
+        """Encode the negative prompt and the prompt, one at a time."""
+        warnings = []
+        embeddings: list[Tensor | None] = []
+        for name, text in (("negative prompt", prompts.negative), ("prompt", prompts.prompt)):
+            if text is None:
+                embeddings.append(None)
+                continue
+            embedding, cut = self._embed(text)
+            embeddings.append(embedding)
+            if cut:
+                warnings.append(
+                    f'The end of the {name} exceeds {MAX_TOKENS} tokens and has no effect: "{cut}".'
+                )
+        return Encoded(embeddings[1], embeddings[0], tuple(warnings))
+
+    def _embed(self, text: str) -> tuple[Tensor, str]:
+        """Return the prompt embedding, and the end of the text that was cut off."""
+        key = (text, torch.get_num_threads())  # the last bits depend on the number of threads
+        if key not in self._cache:
+            tokens = tokenize(
+                self._tokenizer, text, enable_thinking=self.enable_thinking, length=MAX_TOKENS
+            )
+            states = hidden_states(self.encoder, tokens, self.device)
+            self._cache[key] = (self.select(states, tokens), tokens.cut)
+            if len(self._cache) > _MAX_CACHED_PROMPTS:
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(key)
+        return self._cache[key]
 
 
 def load_tokenizer(folder: Path) -> Any:

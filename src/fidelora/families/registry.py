@@ -12,13 +12,15 @@ from importlib.metadata import entry_points
 from types import MappingProxyType
 
 from fidelora.errors import UnknownModelError
+from fidelora.families.flux2_klein.spec import FLUX2_KLEIN_4B
+from fidelora.families.lumina2.spec import LUMINA2
 from fidelora.families.sd.spec import SD15, SDXL
 from fidelora.families.spec import Family
-from fidelora.families.zimage.spec import ZIMAGE
+from fidelora.families.zimage.spec import ZIMAGE, ZIMAGE_DETURBO, ZIMAGE_TURBO
 
 ENTRY_POINTS = "fidelora.families"
 
-_FAMILIES = (SD15, SDXL, ZIMAGE)
+_FAMILIES = (SD15, SDXL, ZIMAGE, ZIMAGE_TURBO, ZIMAGE_DETURBO, LUMINA2, FLUX2_KLEIN_4B)
 
 
 @cache

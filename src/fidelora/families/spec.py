@@ -96,12 +96,26 @@ class Part:
             layout.
         other_names: maps module paths to the names in the original code; None if adapter files do
             not use these names.
+        accepted_names: maps module paths to names of other code that adapter files may use but
+            conversion does not write: one name, or those of modules that compute equal shares of
+            the outputs, in order. None if there are none.
         ignored_weights: suffixes of weights that files may contain but the part does not use.
         config: values that replace those of the file, because the trainer's library behaved
             differently from the installed one.
+        implementation: "module:class" of the class that computes this part; empty if it is
+            `class_name`. It accepts configurations of `class_name`.
+        original: file or folder of this part in a folder of the model's original layout. Such a
+            folder of a text encoder contains its tokenizer, too; empty if this layout is not
+            supported.
+        convert: "module:function" that returns weights and configuration in the form of
+            `implementation`, from those of any supported layout. A file of the original layout has
+            no configuration, so the function gets None. Empty if nothing is converted.
         embedding_key: name of its tensor in the files of textual-inversion embeddings; empty if the
             family does not support them.
+        quantization: the recipe field that quantises its linear layers; empty if none does.
+        whole_layers: patterns (`fnmatch`) of the paths of linear layers that are never quantised.
         rounds_buffers: True if the trainer's `.to(dtype)` also rounded its buffers (rotary tables).
+        rounds_quantized_buffers: the same if the part is quantised.
     """
 
     name: str
@@ -115,9 +129,16 @@ class Part:
     tokenizer: Tokenizer | None = None
     checkpoint_prefix: str = ""
     other_names: Callable[[Iterable[str]], Mapping[str, str]] | None = None
+    accepted_names: Callable[[Iterable[str]], Mapping[str, tuple[str, ...]]] | None = None
     ignored_weights: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=lambda: NO_OPTIONS)
+    quantization: Literal["", "quantization", "text_encoder_quantization"] = ""
+    whole_layers: tuple[str, ...] = ()
+    implementation: str = ""
+    original: str = ""
+    convert: str = ""
     rounds_buffers: bool = False
+    rounds_quantized_buffers: bool = True
     embedding_key: str = ""
 
 
@@ -137,6 +158,23 @@ class WrongSchedule:
 
 
 @dataclass(frozen=True)
+class OlderTrainer:
+    """What releases of AI Toolkit before one release did differently when they made samples.
+
+    Attributes:
+        before: the first release with today's behaviour.
+        divisor: width and height were rounded down to a multiple of it; 0 for no difference.
+        guidance_offset: number that the recipe adds to the guidance scale of the configuration.
+        sampler: the sampler that was used; empty for no difference.
+    """
+
+    before: tuple[int, int, int]
+    divisor: int = 0
+    guidance_offset: float = 0.0
+    sampler: str = ""
+
+
+@dataclass(frozen=True)
 class TrainerSampling:
     """AI Toolkit's way of sampling this family during training.
 
@@ -144,16 +182,27 @@ class TrainerSampling:
         archs: values of `model.arch` in configurations of this family; None stands for a
             configuration without `model.arch`.
         flags: keys of the `model` block by which older configurations name the family.
+        text_encoder_qtype: key of the `model` block with the kind of quantisation of the text
+            encoders, `qtype` or `qtype_te`; empty if the trainer does not quantise this family.
         rescales_guidance: True if the trainer applies `guidance_rescale` of the sample block.
         ignores_sampler: True if the trainer ignores `sample.sampler` and uses its only sampler.
+        size_multiple: the trainer fails if a width or height in pixels, rounded down to a multiple
+            of 8, is not a multiple of it; 8 if every size works.
         wrong_schedules: schedules that other programs use by mistake.
+        older: differences of older releases, the newest release first.
+        assistant_float8: True if the trainer quantises the denoiser with `float8` in place of
+            `qfloat8` in runs with an assistant LoRA (`training_adapters`).
     """
 
     archs: tuple[str | None, ...]
     flags: tuple[str, ...] = ()
+    text_encoder_qtype: Literal["", "qtype", "qtype_te"] = ""
     rescales_guidance: bool = False
     ignores_sampler: bool = False
+    size_multiple: int = 8
     wrong_schedules: tuple[WrongSchedule, ...] = ()
+    older: tuple[OlderTrainer, ...] = ()
+    assistant_float8: bool = False
 
 
 @dataclass(frozen=True)
@@ -163,7 +212,11 @@ class Family:
     Attributes:
         id: the name in recipes, on the command line and in the API.
         base_model: hub id of the default base; `base_aliases` are other ids of the same weights.
+        extras: hub id of a base model with the parts that the default base lacks; empty if it has
+            all parts.
         resolution_divisor: width and height, in pixels, are rounded down to a multiple of it.
+        api_divisor: the same for requests over HTTP, if the documented API of
+            `ai-toolkit-inference` has another divisor than the trainer.
         default_size: width and height, in pixels, that the default base was trained at.
         base_sizes: the same for bundled bases that were trained at another size, by name.
         uses: the optional recipe fields that have an effect for this family.
@@ -196,7 +249,9 @@ class Family:
     trainer_sampling: TrainerSampling
     adapter_base_versions: tuple[str, ...]
     latent_preview: tuple[tuple[float, float, float], ...]
+    api_divisor: int | None = None
     base_aliases: tuple[str, ...] = ()
+    extras: str = ""
     base_sizes: Mapping[str, int] = field(default_factory=lambda: NO_OPTIONS)
     checkpoint: str = ""
     accelerations: frozenset[Acceleration] = field(default_factory=frozenset)
@@ -205,6 +260,11 @@ class Family:
     def text_encoders(self) -> tuple[Part, ...]:
         """The parts that encode prompts."""
         return tuple(part for part in self.parts if part.role == "text_encoder")
+
+    @property
+    def request_divisor(self) -> int:
+        """The divisor of width and height, in pixels, in requests over HTTP."""
+        return self.api_divisor or self.resolution_divisor
 
     @property
     def supports_embeddings(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -16,6 +17,20 @@ def guide(negative: Tensor, positive: Tensor, scale: float, rescale: float = 0.0
     """
     guided = negative + scale * (positive - negative)
     return _rescaled(guided, positive, rescale) if rescale > 0 else guided
+
+
+def match_norm(guided: Tensor, positive: Tensor) -> Tensor:
+    """Scale each row of `guided` (its last dimension) to the Euclidean norm of `positive`.
+
+    Args:
+        guided: result of `guide`.
+        positive: prediction for the prompts, of the same shape.
+    """
+    norm, target = (
+        torch.linalg.vector_norm(rows, dim=-1, keepdim=True) for rows in (guided, positive)
+    )
+    matched: Tensor = guided * (target / norm)
+    return matched
 
 
 def _rescaled(guided: Tensor, positive: Tensor, share: float) -> Tensor:

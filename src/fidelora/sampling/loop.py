@@ -27,8 +27,8 @@ def sample(
         schedule: a new schedule, at its first step.
         latents: the initial noise [images, ...], the first draw from `noise`.
         noise: source of the random numbers that the sampler draws in its steps.
-        on_step: called after each evaluation of the denoiser with the number of finished steps and
-            the latents, which it must not change; may raise to cancel.
+        on_step: called after each evaluation of the denoiser with `schedule.steps_done` and the
+            latents, which it must not change; may raise to cancel.
 
     Returns:
         the denoised latents, in the shape of the initial noise.

@@ -49,15 +49,19 @@ class NoiseSource:
             )
 
     @staticmethod
-    def jittered(latents: Tensor, seed: int) -> Tensor:
-        """Return half-precision `latents` changed at random by about half a unit in the last place.
+    def jittered(latents: Tensor, seed: int, dtype: torch.dtype) -> Tensor:
+        """Return `latents` changed at random by about half a unit in the last place of `dtype`.
 
         This changes all later rounding errors but not their typical size, as would a processor that
         rounds differently.
+
+        Args:
+            dtype: the half-precision dtype in which the denoiser computes. The latents of some
+                families are float32 nevertheless.
         """
         generator = torch.Generator().manual_seed(seed)
         random = torch.rand(latents.shape, generator=generator) - 0.5
-        factor = 1 + random * torch.finfo(latents.dtype).eps
+        factor = 1 + random * torch.finfo(dtype).eps
         return (latents.float() * factor).to(latents.dtype)
 
     @contextmanager

@@ -14,6 +14,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 from diffusers import schedulers
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fidelora.sampling.noise import NoiseSource
@@ -46,7 +47,10 @@ class Schedule(Protocol):
         """Return the latents after the step that begins at `t`."""
 
     def steps_done(self, evaluations: int) -> int:
-        """Return the number of finished steps after this many evaluations of the denoiser."""
+        """Return the number of steps begun with this many evaluations of the denoiser.
+
+        With one evaluation per step, this is the number of finished steps.
+        """
 
 
 class NoiseSchedule:
@@ -93,7 +97,8 @@ class NoiseSchedule:
         return cast(Tensor, step(prediction, t, latents, **self._options, return_dict=False)[0])
 
     def steps_done(self, evaluations: int) -> int:
-        # Second-order samplers need two evaluations per step; pndm needs steps + 1 evaluations.
+        # Second-order samplers need two evaluations per step, but only one for the last step, so
+        # the result is rounded up. pndm needs steps + 1 evaluations.
         order: int = self._scheduler.order
         return min(-(-evaluations // order), self._steps)
 
@@ -138,9 +143,9 @@ def trailing_timesteps(steps: int) -> list[int]:
 def _set_sgm_uniform(scheduler: Any, steps: int, device: torch.device) -> None:
     """Replace the timesteps and sigmas of a scheduler by those of SGM Uniform.
 
-    diffusers' Euler scheduler computes the timesteps from the sigmas of `sgm_uniform_sigmas`. They
-    are fractions, as in AUTOMATIC1111; ComfyUI and Forge round them to whole
-    numbers for the denoiser.
+    diffusers' Euler scheduler computes the timesteps from the sigmas of `sgm_uniform_sigmas`. These
+    timesteps are fractions, as in AUTOMATIC1111; ComfyUI and Forge round them to whole numbers for
+    the denoiser.
     """
     table: Any = schedulers.EulerDiscreteScheduler.from_config(
         {**scheduler.config, "use_karras_sigmas": False, "final_sigmas_type": "zero"}
@@ -178,11 +183,19 @@ class FlowSchedule:
 
     The order of operations and the dtypes are those of `FlowMatchEulerDiscreteScheduler` of
     diffusers: the shift is computed in numpy's float32, everything after it in torch's float32.
+    Timesteps are 1000 times the sigmas.
+
+    If the option `scheduler` is False, they are those of pipelines without a scheduler: the shift
+    is computed in torch's float32, each step in the dtype of the latents, and the timesteps are the
+    sigmas themselves.
 
     Args:
         config: either `shift` (the shift factor) or `dynamic_shift` (the argument `line` of
-            `_shift_for`).
-        steps: the number of steps.
+            `_shift_for`). Optional: `scheduler`; `linspace`, the precision in which the sigmas
+            before the shift are computed, `float32` (the default) or `float64`; `ends_at_zero`, for
+            a last sigma of 0 before the shift, so that the last step has no length; `terminal`, the
+            last sigma, to which the sigmas are stretched after the shift.
+        steps: the number of steps; at least 2 with `terminal`.
         tokens: the number of tokens of the image, which a dynamic shift depends on.
         device: device of the latents.
 
@@ -193,20 +206,30 @@ class FlowSchedule:
     def __init__(
         self, config: Mapping[str, Any], steps: int, tokens: int, device: torch.device
     ) -> None:
-        if unknown := config.keys() - {"shift", "dynamic_shift"}:
+        if unknown := config.keys() - _FLOW_OPTIONS:
             raise ValueError(f"FlowSchedule has no options {sorted(unknown)}.")
-        # Sigmas before the shift, evenly spaced from 1 to 1 / steps. Computed with torch as in the
-        # pipelines, because numpy's linspace differs in the last bit.
-        sigmas = torch.linspace(1.0, 1 / steps, steps).numpy()
+        self._has_scheduler = config.get("scheduler", True)
+        sigmas: Any  # of numpy, or of torch without a scheduler
+        if self._has_scheduler:
+            sigmas = _evenly_spaced(config, steps)
+        else:
+            sigmas = torch.linspace(1.0, 0.0, steps + 1)
         if "dynamic_shift" in config:
             factor = math.exp(_shift_for(tokens, config["dynamic_shift"]))
+            # torch divides by multiplying with the reciprocal, which rounds twice.
             shifted = factor / (factor + (1 / sigmas - 1) ** 1.0)
         else:
             shift = config["shift"]
             shifted = shift * sigmas / (1 + (shift - 1) * sigmas)
-        steps_sigmas = torch.from_numpy(shifted).to(dtype=torch.float32, device=device)
-        self.timesteps = steps_sigmas * 1000
-        self._sigmas = torch.cat([steps_sigmas, torch.zeros(1, device=device)])
+        if "terminal" in config:
+            shifted = _stretched(shifted, config["terminal"])
+        if self._has_scheduler:
+            steps_sigmas = torch.from_numpy(shifted).to(dtype=torch.float32, device=device)
+            self.timesteps = steps_sigmas * 1000
+            self._sigmas = torch.cat([steps_sigmas, torch.zeros(1, device=device)])
+        else:
+            self._sigmas = shifted
+            self.timesteps = shifted[:-1].to(device)
         self._index = 0
 
     def start(self, latents: Tensor) -> Tensor:
@@ -218,11 +241,42 @@ class FlowSchedule:
     def step(self, prediction: Tensor, t: Tensor, latents: Tensor) -> Tensor:
         sigma, sigma_next = self._sigmas[self._index], self._sigmas[self._index + 1]
         self._index += 1
+        if not self._has_scheduler:
+            # As a Python number: a tensor would first be rounded to the dtype of the latents.
+            return latents + (sigma_next - sigma).item() * prediction
         moved = latents.to(torch.float32) + (sigma_next - sigma) * prediction
         return moved.to(prediction.dtype)
 
     def steps_done(self, evaluations: int) -> int:
         return evaluations
+
+
+_FLOW_OPTIONS = {"shift", "dynamic_shift", "scheduler", "linspace", "ends_at_zero", "terminal"}
+
+
+def _evenly_spaced(config: Mapping[str, Any], steps: int) -> NDArray[Any]:
+    """Return the sigmas before the shift: evenly spaced from 1 to 1 / steps, or to 0.
+
+    The pipelines of diffusers compute them with torch in float32, or with numpy in float64. The
+    results differ in the last bit. If they end at 0, the scheduler computes them in float64.
+    """
+    if config.get("ends_at_zero"):
+        to_zero = np.linspace(_TRAINING_TIMESTEPS, 0, steps)
+        return to_zero / _TRAINING_TIMESTEPS
+    if config.get("linspace", "float32") == "float64":
+        return np.linspace(1.0, 1 / steps, steps).astype(np.float32)
+    sigmas: NDArray[Any] = torch.linspace(1.0, 1 / steps, steps).numpy()
+    return sigmas
+
+
+def _stretched(sigmas: NDArray[Any], terminal: float) -> NDArray[Any]:
+    """Return the sigmas stretched away from 1 so that the last one is `terminal`.
+
+    A single sigma of 1 cannot be stretched and becomes NaN.
+    """
+    from_one = 1 - sigmas
+    stretched: NDArray[Any] = 1 - from_one / (from_one[-1] / (1 - terminal))
+    return stretched
 
 
 def _shift_for(tokens: int, line: tuple[float, float, float, float]) -> float:

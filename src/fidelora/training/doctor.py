@@ -13,14 +13,20 @@ from fidelora.training.compare import Comparison, compare, reencode
 from fidelora.training.flags import where_to_set
 from fidelora.training.judge import Verdict
 from fidelora.training.run_folder import TrainingRun
-from fidelora.training.run_suspects import run_suspects
+from fidelora.training.run_suspects import run_suspects, trainer_versions
 from fidelora.training.suspects import Suspect, UniqueSuspects
-from fidelora.training.verify import CheckedSample, OnProgress, read_trainer_image
+from fidelora.training.verify import (
+    CheckedSample,
+    OnProgress,
+    check_sample,
+    read_trainer_image,
+)
 
 CAUSES = (
     "steps_offset", "noise", "dtype", "sampler", "steps", "guidance", "seed", "trigger",
     "multiplier", "adapter_not_applied", "base_variant", "negative_prompt", "size", "history",
-    "quantized", "first_sample", "embedding", "unload_text_encoder", "unknown",
+    "quantized", "training_adapter", "trainer_version", "first_sample", "embedding",
+    "unload_text_encoder", "unknown",
 )  # fmt: skip
 
 _MIN_EXPLAINED = 0.5
@@ -90,6 +96,12 @@ def diagnose(
     wrong_size = next((sample for sample in mismatched if sample.comparison is None), None)
     if wrong_size is not None:
         height, width = wrong_size.trainer.shape[:2]
+        for suspect in trainer_versions(run, wrong_size.plan):
+            plan = replace(wrong_size.plan, recipe=suspect.recipe)
+            if (suspect.recipe.width, suspect.recipe.height) == (width, height) and (
+                check_sample(plan, engine).verdict is not Verdict.MISMATCH
+            ):
+                return Diagnosis(suspect.cause, 1.0, suspect.fix)
         fix = (
             f"The sample is {width}x{height}: set its width to {width} and its height to {height}"
             f"{where_to_set(f'--size {width}x{height}', f'--w {width} --h {height}')}"
@@ -223,10 +235,11 @@ class _Search:
         if self._on_progress is not None:
             self._on_progress("searching for the cause", self._attempts, self._most_attempts)
         self._attempts += 1
+        recipe = suspect.recipe
+        if (recipe.height, recipe.width) != self._sample.trainer.shape[:2]:
+            return None
         try:
-            image = self._engine.generate(
-                suspect.recipe, scheduler_options=suspect.scheduler_options
-            )
+            image = self._engine.generate(recipe, scheduler_options=suspect.scheduler_options)
         except (BaseModelError, NumericsError):
             return None  # the base model lacks this variant, or overflows in this precision
         return compare(reencode(image.pixels, self._image_format), self._sample.trainer)

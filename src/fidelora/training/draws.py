@@ -144,7 +144,8 @@ def _saved_model_dtype(plan: PlannedSample) -> str:
 
 def saved_dtype(recipe: Recipe) -> str:
     """Return the half-precision dtype in which an adapter was saved; empty if none was."""
-    # An embedding is saved in the dtype in which the trainer sampled, so its file is exact.
-    refs = (ref for ref in recipe.files if ref.path and ref.word is None)
+    # An embedding is saved in the dtype in which the trainer sampled, so its file is exact. So are
+    # the files of `training_adapters`, which the trainer read.
+    refs = (ref for ref in (*recipe.history, *recipe.adapters) if ref.path and ref.word is None)
     dtypes = (narrowest_dtype(ref.path) for ref in refs if ref.path)
     return next((dtype for dtype in dtypes if dtype != "F32"), "")

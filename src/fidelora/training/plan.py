@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fidelora.adapters.tensor_names import noise_of_adapter, noise_of_trainer
+from fidelora.adapters.tensor_names import noise_of_adapter, noise_of_trainer, trainer_version
 from fidelora.errors import TrainingRunError
-from fidelora.families import get_family
+from fidelora.families import OlderTrainer, get_family
 from fidelora.recipe import MAX_SEED, AdapterRef, Noise, Recipe, replace_trigger
 from fidelora.training.flags import split_flags
 from fidelora.training.history import NO_HISTORY, History, full_history, refs_of
+from fidelora.training.model_block import find_training_adapter
 from fidelora.training.run_files import checkpoint_metadata
 from fidelora.training.run_folder import TrainingRun
 
@@ -68,7 +69,8 @@ def plan_samples(
         history: earlier rounds of samples; by default all rounds since step 0.
 
     Raises:
-        TrainingRunError: the step has no checkpoint, or a flag is invalid.
+        TrainingRunError: the step has no checkpoint, a flag is invalid, or the trainer fails with
+            the size of a sample.
         RecipeError: a setting is invalid in a recipe (unknown sampler, size, ...).
     """
     if step != 0 and step not in run.checkpoints:
@@ -79,6 +81,7 @@ def plan_samples(
         )
 
     settings = _resolved_settings(run)
+    _check_sizes(run, settings)
     is_full_model = run.full_models and step != 0
     # If all samples have the same multiplier, the trainer merges the adapter. Otherwise it keeps
     # the adapter unmerged.
@@ -101,8 +104,15 @@ def plan_samples(
         noise = noise_of_adapter(adapters[0])
     elif "noise" in family.uses and checkpoint is not None:
         noise = noise_of_trainer(checkpoint_metadata(checkpoint))
+    sampling = family.trainer_sampling
+    version = run.trainer_version
+    if version is None and checkpoint is not None:
+        version = trainer_version(checkpoint_metadata(checkpoint))
+    older = [one for one in sampling.older if version is not None and version < one.before]
+    training = (find_training_adapter(run.training_adapter),) if run.training_adapter else ()
     planned = []
     for index, values in enumerate(settings):
+        values = _as_older_trainer(values, older)
         recipe = Recipe(
             prompt=values["prompt"],
             negative_prompt=values["neg"],
@@ -116,13 +126,10 @@ def plan_samples(
             height=values["height"],
             steps=values["sample_steps"],
             guidance_scale=values["guidance_scale"],
-            guidance_rescale=(
-                values["guidance_rescale"] if family.trainer_sampling.rescales_guidance else 0.0
-            ),
+            guidance_rescale=values["guidance_rescale"] if sampling.rescales_guidance else 0.0,
             seed=values["seed"],
-            sampler=family.default_sampler
-            if family.trainer_sampling.ignores_sampler
-            else run.sampler,
+            sampler=values["sampler"]
+            or (family.default_sampler if sampling.ignores_sampler else run.sampler),
             prediction=run.prediction,
             adapters=with_multiplier(adapters, values["network_multiplier"]),
             adapter_mode="live" if unmerged else "merged",
@@ -131,6 +138,9 @@ def plan_samples(
             dtype=run.dtype,
             vae_dtype=run.vae_dtype,
             text_encoder_dtype=run.text_encoder_dtype,
+            quantization=run.quantization,
+            text_encoder_quantization=run.text_encoder_quantization,
+            training_adapters=training,
         )
         is_random = values["has_random_seed"]
         image = None if is_random else run.images.get((step, index))
@@ -140,6 +150,16 @@ def plan_samples(
             )
         )
     return planned
+
+
+def _as_older_trainer(values: Mapping[str, Any], older: Sequence[OlderTrainer]) -> dict[str, Any]:
+    """Return a sample's settings with the differences of older releases applied."""
+    changed = {**values, "sampler": next((one.sampler for one in older if one.sampler), "")}
+    for one in older:
+        changed["guidance_scale"] += one.guidance_offset
+        for side in ("width", "height") if one.divisor else ():
+            changed[side] -= changed[side] % one.divisor
+    return changed
 
 
 def with_multiplier(adapters: Sequence[AdapterRef], multiplier: float) -> tuple[AdapterRef, ...]:
@@ -184,6 +204,20 @@ def _resolved_settings(run: TrainingRun) -> list[dict[str, Any]]:
         for values, encoded in zip(resolved, _resolved_settings(run.encoded_block), strict=False):
             values.update({key: encoded[key] for key in ("prompt", "neg", "neg_2")})
     return resolved
+
+
+def _check_sizes(run: TrainingRun, settings: Sequence[Mapping[str, Any]]) -> None:
+    """Raise `TrainingRunError` for a size with which the trainer fails."""
+    family = get_family(run.model)
+    multiple = family.trainer_sampling.size_multiple
+    for index, values in enumerate(settings):
+        width, height = values["width"], values["height"]
+        if width % multiple or height % multiple:
+            raise TrainingRunError(
+                f"Sample {index} of the training run {run.name} has the size {width}x{height}. "
+                f"The trainer fails with such samples of {family.title}: their sides must be "
+                f"multiples of {multiple}. Correct the size in the configuration."
+            )
 
 
 def _usable_seed(seed: int) -> int:

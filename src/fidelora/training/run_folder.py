@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from fidelora.errors import TrainingRunError
-from fidelora.families import all_families
-from fidelora.recipe import AdapterRef, Dtype, Prediction
+from fidelora.families import all_families, get_family
+from fidelora.recipe import AdapterRef, Dtype, Prediction, Quantization
 from fidelora.training.config_file import block_of, dtype_of, number_of, read_config
 from fidelora.training.embedding_block import TrainedEmbedding, read_embedding
+from fidelora.training.model_block import quantization_of, training_adapter_of
 from fidelora.training.run_files import (
     find_checkpoints,
     folders_without_weights,
@@ -57,6 +58,12 @@ class TrainingRun:
         stays_live: True if the trainer never merges the adapter, because the configuration
             quantises the base model or offloads its layers. (The trainer never quantises the UNet
             of SD 1.5 and SDXL, but even then it does not merge the adapter.)
+        quantization, text_encoder_quantization: recipe fields; `none` for families that the trainer
+            does not quantise.
+        training_adapter: path or hub location (owner/name/file) of the assistant LoRA, for families
+            that use `training_adapters`; empty for none.
+        trainer_version: release of AI Toolkit that made the samples; None for the one in the
+            metadata of the checkpoint.
         network_type: type of the adapter in the configuration, such as `lora`, in lower case.
         dora_alpha: alpha of a DoRA, which its file does not contain; None for other adapter types
             or if unknown.
@@ -94,6 +101,10 @@ class TrainingRun:
     images: Mapping[tuple[int, int], Path]
     sample_every: int = 0
     stays_live: bool = False
+    quantization: Quantization = "none"
+    text_encoder_quantization: Quantization = "none"
+    training_adapter: str = ""
+    trainer_version: tuple[int, ...] | None = None
     network_type: str = ""
     dora_alpha: float | None = None
     full_models: bool = False
@@ -119,6 +130,11 @@ class TrainingRun:
         """Steps with samples, in ascending order."""
         first = self.first_round.images if self.first_round else {}
         return tuple(sorted({step for step, _ in [*self.images, *first]}))
+
+    def with_settings(self, **changes: Any) -> TrainingRun:
+        """Return the run with other values of these fields, also in its first round."""
+        first = self.first_round and replace(self.first_round, **changes)
+        return replace(self, **changes, first_round=first)
 
     def adapter(self, step: int) -> AdapterRef:
         """Return the adapter of the checkpoint of a step.
@@ -203,6 +219,8 @@ def read_run(folder: Path) -> TrainingRun:
         checkpoints=checkpoints,
         images={},
         stays_live=bool(model.get("quantize") or offloading),
+        **quantization_of(model, get_family(family)),
+        training_adapter=training_adapter_of(model, get_family(family)),
         network_type=str(network.get("type", "")).lower(),
         dora_alpha=_dora_alpha(network),
         full_models=full_models,

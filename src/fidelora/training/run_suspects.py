@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import islice
 
 from fidelora.errors import FideloraError
+from fidelora.families import get_family
 from fidelora.recipe import AdapterRef, Recipe
 from fidelora.training.flags import split_flags
 from fidelora.training.history import refs_of, resumed_histories
@@ -26,6 +27,9 @@ def run_suspects(run: TrainingRun, plan: PlannedSample) -> Iterator[Suspect]:
     """
     yield from _rounds(run, plan)
     yield from _encoding(run, plan)
+    yield from trainer_versions(run, plan)
+    yield from _quantization(plan.recipe)
+    yield from _training_adapters(plan.recipe)
     yield from _adapter_modes(run, plan.recipe)
     yield from _histories(run, plan)
     yield from _embeddings(run, plan)
@@ -67,9 +71,61 @@ def _encoding(run: TrainingRun, plan: PlannedSample) -> Iterator[Suspect]:
         yield Suspect("unload_text_encoder", changed, fix)
 
 
+def trainer_versions(run: TrainingRun, plan: PlannedSample) -> Iterator[Suspect]:
+    """Yield the sample as other releases of the trainer made it, the latest release first."""
+    changes = [one.before for one in get_family(run.model).trainer_sampling.older]
+    for number, before in enumerate((None, *changes)):
+        # Releases from `changes[number]` (if there is one) to `before` made it in the same way.
+        first = changes[number] if number < len(changes) else (0, 0, 0)
+        fix = (
+            f"The sample was made by AI Toolkit {_release(first)} or later"
+            if before is None
+            else f"The sample was made by AI Toolkit before {_release(before)}"
+        )
+        fix += f": add `--trainer-version {_release(first)}`."
+        other = run.with_settings(trainer_version=first)
+        for planned in _planned(other, plan.step, plan.index):
+            yield Suspect("trainer_version", _with_base_of(plan.recipe, planned.recipe), fix)
+
+
+def _release(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
+
+
+def _quantization(recipe: Recipe) -> Iterator[Suspect]:
+    """Yield the sample with a base model that is quantised, or not."""
+    if "quantization" not in get_family(recipe.model).uses:
+        return
+    if recipe.quantization == recipe.text_encoder_quantization == "none":
+        fix = "The base model was quantised: set model.quantize and model.quantize_te to true."
+        changed = replace(
+            recipe,
+            quantization="qfloat8",
+            text_encoder_quantization="qfloat8",
+            adapter_mode="live",
+            history=(),
+        )
+    else:
+        fix = "The base model was not quantised: set model.quantize and model.quantize_te to false."
+        changed = replace(recipe, quantization="none", text_encoder_quantization="none")
+        yield Suspect("quantized", replace(changed, adapter_mode="merged"), fix)
+    yield Suspect("quantized", changed, fix)
+
+
+def _training_adapters(recipe: Recipe) -> Iterator[Suspect]:
+    """Yield the sample without the training adapter."""
+    if recipe.training_adapters:
+        fix = (
+            "The sample was made without the training adapter: remove model.assistant_lora_path, "
+            "or add `--training-adapter none`."
+        )
+        yield Suspect("training_adapter", replace(recipe, training_adapters=()), fix)
+
+
 def _adapter_modes(run: TrainingRun, recipe: Recipe) -> Iterator[Suspect]:
     """Yield the other adapter mode, which depends on whether the base model is quantised."""
-    if all(ref.word is not None for ref in recipe.adapters):
+    is_quantized = recipe.quantization != "none"  # which needs live adapters
+    if is_quantized or all(ref.word is not None for ref in recipe.adapters):
         return
     if recipe.adapter_mode == "merged":
         fix = (

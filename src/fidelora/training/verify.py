@@ -208,7 +208,12 @@ def _judged(
     on_progress: OnProgress | None,
 ) -> list[CheckedSample]:
     """Return the samples of a step with the verdict of their common judgement."""
-    comparable = [sample for sample in samples if sample.comparison is not None]
+    # The draws of an identical sample say nothing: rounding errors change them, but not the sample.
+    comparable = [
+        sample
+        for sample in samples
+        if sample.comparison is not None and sample.verdict is not Verdict.IDENTICAL
+    ]
     if all(sample.verdict is not Verdict.MISMATCH for sample in comparable):
         return samples
     on_image = None

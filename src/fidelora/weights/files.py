@@ -6,8 +6,8 @@ import importlib
 import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +28,10 @@ class BaseFiles:
     """All files of one base model.
 
     Attributes:
-        source: the diffusers folder or the single-file checkpoint.
-        configs: path of each part's `config.json`, by part.
+        source: the diffusers folder, the folder of the original layout or the single-file
+            checkpoint.
+        configs: path of each part's `config.json`, by part. Single files of the original layout
+            (`Part.original`) have no entry.
         tokenizers: tokenizer folder of each text encoder, by part; None for the bundled tokenizer.
         weights: weight files by part. Parts inside a single-file checkpoint have no entry.
         given_configs: configurations that the caller gave for a single-file checkpoint, by part.
@@ -59,7 +61,8 @@ class BaseFiles:
         """Find the files of a base model, and download missing ones from the hub.
 
         Args:
-            base_model: hub id, diffusers folder or single-file checkpoint.
+            base_model: hub id, diffusers folder, folder of the original layout or single-file
+                checkpoint.
             variant: variant of a folder's weight files, such as `fp16`; may be empty.
             config: folder with configurations for a single-file checkpoint; empty for those of the
                 family.
@@ -73,8 +76,14 @@ class BaseFiles:
         """
         source = locate(base_model, family.parts, variant=variant, cache_dir=cache_dir)
         replaced = family.part("decoder").name if decoder else ""
+        is_original = _is_original(source, family)
+        extra = () if is_original else _missing_parts(source, family)
+        layout = _layout(family, config, source) if source.is_file() else source
+        places = {
+            part.name: layout / (part.original if is_original else part.name)
+            for part in family.parts
+        }
         if source.is_file():
-            layout = _layout(family, config, source)
             weights: dict[str, tuple[Path, ...]] = {}
         else:
             if config:
@@ -82,18 +91,35 @@ class BaseFiles:
                     f"{source} is a folder with its own configurations; leave out config.",
                     field="config",
                 )
-            layout = source
-            _check_index(source, family)
-            own = [part for part in family.parts if part.name != replaced]
-            weights = {one.name: _weight_files(source / one.name, one, variant) for one in own}
-        configs = {part.name: layout / part.name / "config.json" for part in family.parts}
+            if not is_original:
+                _check_index(source, family, extra)
+            own = [one for one in family.parts if one.name != replaced and one.name not in extra]
+            weights = {one.name: _weight_files(places[one.name], one, variant) for one in own}
+        configs = {
+            part.name: places[part.name] / "config.json"
+            for part in family.parts
+            if part.name not in extra and not _is_single_file(places[part.name])
+        }
         given = dict(configs) if config else {}
         if decoder:
             part = family.part("decoder")
             folder, weights[replaced] = _decoder_files(decoder, part, variant, cache_dir)
             if folder is not None:
                 configs[replaced] = folder / "config.json"
-        tokenizers = {one.name: _tokenizer(layout, one) for one in family.text_encoders}
+        tokenizers = {
+            one.name: places[one.name] if is_original else _tokenizer(layout, one)
+            for one in family.text_encoders
+            if one.name not in extra
+        }
+        if extra:
+            complete = replace(family, extras="")
+            rest = cls.find(complete, family.extras, variant=variant, cache_dir=cache_dir)
+            for name in extra:
+                configs.setdefault(name, rest.configs[name])
+                if name != replaced:
+                    weights[name] = rest.weights[name]
+                if name in rest.tokenizers:
+                    tokenizers[name] = rest.tokenizers[name]
         folders = [path for path in tokenizers.values() if path is not None]
         stamp = _stamp(source, *configs.values(), *folders, *sum(weights.values(), ()))
         return cls(family, source, configs, tokenizers, weights, given, stamp)
@@ -130,6 +156,13 @@ class BaseFiles:
         if self.family.checkpoint:
             converter = importlib.import_module(self.family.checkpoint)
             weights[decoder] = converter.convert_decoder(weights[decoder], configs[decoder])
+        for part in self.family.parts:
+            if part.convert:
+                module, _, function = part.convert.partition(":")
+                convert = getattr(importlib.import_module(module), function)
+                weights[part.name], configs[part.name] = convert(
+                    weights[part.name], configs.get(part.name)
+                )
         return configs, weights
 
     def parameter_counts(self) -> dict[str, int]:
@@ -200,6 +233,18 @@ def _layout(family: Family, config: str, checkpoint: Path) -> Path:
     return folder
 
 
+def _is_original(source: Path, family: Family) -> bool:
+    """Return True if `source` is a folder in the model's original layout."""
+    part = family.part("denoiser")
+    is_diffusers = (source / part.name).is_dir()
+    return bool(part.original) and not is_diffusers and (source / part.original).exists()
+
+
+def _is_single_file(place: Path) -> bool:
+    """Return True if a part's place (`Part.original`) is a file, not a folder."""
+    return place.suffix == ".safetensors"
+
+
 def _tokenizer(layout: Path, part: Part) -> Path | None:
     """Return the tokenizer's folder, or None for the bundled one."""
     assert part.tokenizer is not None, "a text encoder has a tokenizer"
@@ -213,11 +258,28 @@ def _tokenizer(layout: Path, part: Part) -> Path | None:
     return None
 
 
-def _check_index(folder: Path, family: Family) -> None:
-    """Raise if the folder's `model_index.json` describes another kind of model."""
+def _missing_parts(source: Path, family: Family) -> tuple[str, ...]:
+    """Return the parts that a folder lacks and `Family.extras` has.
+
+    A folder with a `model_index.json` must have all parts.
+    """
+    if not family.extras or source.is_file() or (source / "model_index.json").is_file():
+        return ()
+    denoiser = family.part("denoiser").name
+    missing = [part.name for part in family.parts if not (source / part.name).is_dir()]
+    return () if denoiser in missing else tuple(missing)
+
+
+def _check_index(folder: Path, family: Family, extra: Collection[str]) -> None:
+    """Raise if the folder's `model_index.json` describes another kind of model.
+
+    Args:
+        extra: parts that are not expected in the folder.
+    """
     index = folder / "model_index.json"
     if not index.is_file():
-        missing = [part.name for part in family.parts if not (folder / part.name).is_dir()]
+        names = [part.name for part in family.parts if part.name not in extra]
+        missing = [name for name in names if not (folder / name).is_dir()]
         if missing:
             raise BaseModelFilesError(
                 f"{folder} is not a diffusers folder: it has neither a model_index.json nor the "
@@ -225,8 +287,7 @@ def _check_index(folder: Path, family: Family) -> None:
             )
         return
     entries = read_config(index)
-    if (other := _family_of(entries)) not in (None, family):
-        assert other is not None
+    if not _has_parts_of(family, entries) and (other := _family_of(entries)) is not None:
         raise BaseModelFilesError(
             f"{folder.name} is a base model of {other.title}, not of {family.title}; "
             f"use it with model {other.id}."
@@ -252,19 +313,33 @@ def _check_index(folder: Path, family: Family) -> None:
 
 def _family_of(index: Mapping[str, Any]) -> Family | None:
     """Return the family whose parts are exactly those of a `model_index.json`, or None."""
-    for family in all_families().values():
-        wanted = {part.name: [part.library, part.class_name] for part in family.parts}
-        found = {
-            name: value
-            for name, value in index.items()
-            if name in wanted or name.startswith("text_encoder")
-        }
-        if found == wanted:
-            return family
-    return None
+    return next((one for one in all_families().values() if _has_parts_of(one, index)), None)
+
+
+def _has_parts_of(family: Family, index: Mapping[str, Any]) -> bool:
+    """Return True if a `model_index.json` has exactly the parts of a family."""
+    wanted = {part.name: [part.library, part.class_name] for part in family.parts}
+    found = {
+        name: value
+        for name, value in index.items()
+        if name in wanted or name.startswith("text_encoder")
+    }
+    return found == wanted
 
 
 def _weight_files(folder: Path, part: Part, variant: str) -> tuple[Path, ...]:
+    """Return the weight files in a part's folder, or the file that contains the whole part."""
+    if _is_single_file(folder):
+        if not folder.is_file():
+            raise BaseModelFilesError(
+                f"The base model has no {folder.name}; download it into {folder.parent}."
+            )
+        return (folder,)
+    if part.original and folder.name == part.original and not folder.is_dir():
+        raise BaseModelFilesError(
+            f"The base model has no folder {folder.name} with the {part.name} and its tokenizer. "
+            f"Create it in {folder.parent}, or use a diffusers folder."
+        )
     for pattern in weight_file_patterns(part, variant):
         if found := sorted(folder.glob(pattern)):
             _check_shards(found)

@@ -142,7 +142,9 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _construct(part: Part, config: Mapping[str, Any]) -> nn.Module:
-    model_class = getattr(importlib.import_module(part.library), part.class_name)
+    name = part.implementation or f"{part.library}:{part.class_name}"
+    module_name, _, class_name = name.partition(":")
+    model_class = getattr(importlib.import_module(module_name), class_name)
     try:
         if part.library == "transformers":
             module = model_class(model_class.config_class.from_dict(dict(config)))

@@ -42,7 +42,9 @@ def split(
     others: Iterable[Family],
     name: str,
 ) -> dict[str, dict[str, Tensor]]:
-    """Return the checkpoint's weights by part, under diffusers' names. No key is dropped silently.
+    """Return the checkpoint's weights by part, under diffusers' names.
+
+    Known keys that are left over from training are dropped; any other unused key is an error.
 
     Args:
         weights: all tensors of the file.

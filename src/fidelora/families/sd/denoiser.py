@@ -69,8 +69,8 @@ class _Batch:
         # `_text` is the same tensor at every step, so that its projections can be cached on the
         # CPU. Its dtype differs from the recipe's only in `fast`.
         self._text = conditioning.text.to(unet.dtype)
-        # `_added` keeps the recipe's dtype: sizes in pixels need more bits than bfloat16 has (8).
-        # The UNet casts their embeddings to its own dtype.
+        # `_added` keeps the recipe's dtype, because `fast` would otherwise round sizes in pixels to
+        # the 8 bits of bfloat16. The UNet casts the embeddings of the sizes to its own dtype.
         self._added = dict(conditioning.added) or None
 
     def predict(self, latents: Tensor, t: Tensor) -> Tensor:

@@ -2,37 +2,54 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
-from fidelora.families.spec import Family, FlowSampler, Part, Tokenizer, TrainerSampling
+from fidelora.families import latent_formats
+from fidelora.families.spec import (
+    Family,
+    FlowSampler,
+    OlderTrainer,
+    Part,
+    Tokenizer,
+    TrainerSampling,
+)
 
-# Linear fit of FLUX.1's VAE, which Z-Image uses. Source: `Flux.latent_rgb_factors` in
-# https://github.com/comfyanonymous/ComfyUI, comfy/latent_formats.py
-_COLOURS = (
-    (-0.0346, 0.0244, 0.0681), (0.0034, 0.0210, 0.0687), (0.0275, -0.0668, -0.0433),
-    (-0.0174, 0.0160, 0.0617), (0.0859, 0.0721, 0.0329), (0.0004, 0.0383, 0.0115),
-    (0.0405, 0.0861, 0.0915), (-0.0236, -0.0185, -0.0259), (-0.0245, 0.0250, 0.1180),
-    (0.1008, 0.0755, -0.0421), (-0.0515, 0.0201, 0.0011), (0.0428, -0.0012, -0.0036),
-    (0.0817, 0.0765, 0.0749), (-0.1264, -0.0522, -0.1103), (-0.0280, -0.0881, -0.0499),
-    (-0.1262, -0.0982, -0.0778),
-)  # fmt: skip
+# A static shift from the trainer's own configuration; the base's scheduler file is not used.
+_FLOWMATCH = FlowSampler("flowmatch", MappingProxyType({"shift": 3.0}))
+_FLOWMATCH_TO_ZERO = FlowSampler(
+    "flowmatch_to_zero", MappingProxyType({"shift": 3.0, "ends_at_zero": True})
+)
+
+_TRAINER_SAMPLING = TrainerSampling(
+    archs=("zimage",),
+    text_encoder_qtype="qtype_te",
+    ignores_sampler=True,
+    assistant_float8=True,
+    older=(
+        OlderTrainer((0, 10, 25), sampler=_FLOWMATCH_TO_ZERO.name),
+        # The guidance scale had the meaning that it has in diffusers: guidance was on above 0.
+        OlderTrainer((0, 10, 21), guidance_offset=1.0),
+        OlderTrainer((0, 9, 14), divisor=32),
+    ),
+)
 
 ZIMAGE = Family(
     id="zimage",
     title="Z-Image",
     base_model="Tongyi-MAI/Z-Image",
     resolution_divisor=16,
+    api_divisor=32,
     default_size=1024,
     default_steps=30,
     default_guidance_scale=4.0,
     default_seed=42,
     default_sampler="flowmatch",
-    # A static shift from the trainer's own configuration; the base's scheduler file is not used.
-    samplers=MappingProxyType(
-        {"flowmatch": FlowSampler("flowmatch", MappingProxyType({"shift": 3.0}))}
+    samplers=MappingProxyType({one.name: one for one in (_FLOWMATCH, _FLOWMATCH_TO_ZERO)}),
+    uses=frozenset(
+        {"negative_prompt", "quantization", "text_encoder_quantization", "training_adapters"}
     ),
-    uses=frozenset({"negative_prompt"}),
     parts=(
         Part(
             name="text_encoder",
@@ -47,6 +64,7 @@ ZIMAGE = Family(
             # The trainer calls `.to(device, dtype)`, which rounds the rotary tables. In bfloat16,
             # 12 % of the pixels agree without this rounding, 100 % with it.
             rounds_buffers=True,
+            quantization="text_encoder_quantization",
         ),
         Part(
             name="transformer",
@@ -56,6 +74,8 @@ ZIMAGE = Family(
             weights="diffusion_pytorch_model",
             precision="dtype",
             adapter_prefixes=("diffusion_model.", "transformer."),
+            quantization="quantization",
+            whole_layers=("t_embedder*", "cap_embedder*", "all_x_embedder*", "all_final_layer*"),
         ),
         Part(
             name="vae",
@@ -70,7 +90,28 @@ ZIMAGE = Family(
     denoiser="fidelora.families.zimage.denoiser:ZImageDenoiser",
     latents="fidelora.families.zimage.latents:ZImageLatents",
     layout=Path(__file__).parent / "layout",
-    trainer_sampling=TrainerSampling(archs=("zimage",), ignores_sampler=True),
+    trainer_sampling=_TRAINER_SAMPLING,
     adapter_base_versions=("zimage",),
-    latent_preview=_COLOURS,
+    latent_preview=latent_formats.FLUX1,
+)
+
+ZIMAGE_TURBO = replace(
+    ZIMAGE,
+    id="zimage_turbo",
+    title="Z-Image Turbo",
+    base_model="Tongyi-MAI/Z-Image-Turbo",
+    default_steps=8,
+    default_guidance_scale=1.0,
+    trainer_sampling=replace(_TRAINER_SAMPLING, archs=("zimage:turbo",)),
+)
+
+ZIMAGE_DETURBO = replace(
+    ZIMAGE,
+    id="zimage_deturbo",
+    title="Z-Image De-Turbo",
+    base_model="ostris/Z-Image-De-Turbo",  # has only the transformer
+    extras=ZIMAGE_TURBO.base_model,
+    default_steps=25,
+    default_guidance_scale=3.0,
+    trainer_sampling=replace(_TRAINER_SAMPLING, archs=("zimage:deturbo",)),
 )

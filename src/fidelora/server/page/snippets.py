@@ -79,7 +79,14 @@ def as_command(recipe: Recipe, paths: Sequence[str], image_format: str) -> str:
         words.append(f"--spacing={recipe.timestep_spacing}")
     if recipe.eta is not None:
         words.append(f"--eta={_decimal(recipe.eta)}")
-    if recipe.adapter_mode == "live":
+    for option, kind in (
+        ("--quantize", recipe.quantization),
+        ("--quantize-te", recipe.text_encoder_quantization),
+    ):
+        if kind != "none":
+            words.append(f"{option}={kind}")
+    words += [f"--training-adapter={one.name}.safetensors" for one in recipe.training_adapters]
+    if recipe.adapter_mode == "live" and recipe.quantization == "none":
         words.append("--live")
     if recipe.prompt.startswith("-"):
         words = [*words[:2], *words[3:], "--", recipe.prompt]

@@ -1,0 +1,90 @@
+"""Change of a weight whose rows other code splits over several modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from fidelora.adapters.deltas import Delta, Module
+
+
+@dataclass(frozen=True, eq=False)
+class StackedDelta(Delta):
+    """Changes of equal shares of the rows of a linear weight.
+
+    Example: `to_q`, `to_k` and `to_v` of an adapter, for a base model with one matrix `qkv`.
+
+    Attributes:
+        shares: change of each share, from the first row; None for a share that stays the same.
+    """
+
+    shares: tuple[Delta | None, ...]
+    uses_weight: ClassVar[bool] = True  # of any share; the others only read the weight's shape
+
+    def shape_for(self, weight_shape: torch.Size) -> tuple[int, ...]:
+        share = share_of(weight_shape, len(self.shares))
+        fits = all(one is None or one.shape_for(share) == tuple(share) for one in self.shares)
+        return tuple(weight_shape) if fits else (0, *weight_shape[1:])
+
+    def fitted(self, weight_shape: torch.Size) -> Delta:
+        share = share_of(weight_shape, len(self.shares))
+        return self._with(lambda one: one.fitted(share))
+
+    def change(self, weight: Tensor, multiplier: float) -> Tensor:
+        return torch.cat(
+            [
+                torch.zeros_like(rows) if one is None else one.change(rows, multiplier)
+                for one, rows in zip(self.shares, self._split(weight), strict=True)
+            ]
+        )
+
+    def changes_output(self, module: Module) -> bool:
+        return all(one is None or one.changes_output(module) for one in self.shares)
+
+    def live_output(
+        self,
+        module: Module,
+        x: Tensor,
+        out: Tensor,
+        multiplier: float,
+        weight: Callable[[], Tensor],
+    ) -> Tensor:
+        def changed(index: int, columns: Tensor) -> Tensor:
+            one = self.shares[index]
+            if one is None:
+                return columns
+            return one.live_output(
+                module, x, columns, multiplier, lambda: self._split(weight())[index]
+            )
+
+        outputs = out.chunk(len(self.shares), dim=-1)
+        return torch.cat([changed(*pair) for pair in enumerate(outputs)], dim=-1)
+
+    def live_weight(self, weight: Tensor, multiplier: float) -> Tensor:
+        return weight + self.change(weight.float(), multiplier).to(weight.dtype)
+
+    def with_alpha(self, alpha: float) -> Self:
+        return self._with(lambda one: one.with_alpha(alpha))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(tensor for one in self.shares if one is not None for tensor in one.tensors())
+
+    def to(self, device: torch.device) -> Self:
+        return self._with(lambda one: one.to(device))
+
+    def _with(self, change: Callable[[Delta], Delta]) -> Self:
+        return replace(
+            self, shares=tuple(None if one is None else change(one) for one in self.shares)
+        )
+
+    def _split(self, weight: Tensor) -> tuple[Tensor, ...]:
+        return weight.chunk(len(self.shares))
+
+
+def share_of(weight_shape: torch.Size, count: int) -> torch.Size:
+    """Return the shape of each of `count` equal shares of a weight's rows."""
+    return torch.Size((weight_shape[0] // count, *weight_shape[1:]))

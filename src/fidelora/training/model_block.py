@@ -1,0 +1,73 @@
+"""Settings of a configuration's `model` block beyond the base model: quantisation, assistant."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+from fidelora.adapters.tensor_names import MAX_ADAPTER_BYTES
+from fidelora.errors import AdapterError, TrainingRunError
+from fidelora.families import Family
+from fidelora.loras.hub import HubFile
+from fidelora.recipe import AdapterRef, Quantization
+
+
+def quantization_of(model: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Return the recipe fields for the quantisation that a `model` block configures.
+
+    Returns:
+        values by the name of the recipe's field; empty for families that are not quantised.
+
+    Raises:
+        TrainingRunError: this kind of quantisation is not supported.
+    """
+    sampling = family.trainer_sampling
+    if not sampling.text_encoder_qtype:
+        return {}
+    denoiser = bool(model.get("quantize"))
+    found = {
+        "quantization": _kind(model, "qtype") if denoiser else "none",
+        "text_encoder_quantization": _kind(model, sampling.text_encoder_qtype)
+        if model.get("quantize_te", denoiser)
+        else "none",
+    }
+    is_assisted = sampling.assistant_float8 and training_adapter_of(model, family)
+    if is_assisted and found["quantization"] == "qfloat8":
+        found["quantization"] = "float8"
+    return found
+
+
+def training_adapter_of(model: Mapping[str, Any], family: Family) -> str:
+    """Return the location of the assistant LoRA; empty if there is none, or if it has no effect."""
+    is_used = "training_adapters" in family.uses
+    return str(model.get("assistant_lora_path") or "") if is_used else ""
+
+
+def find_training_adapter(location: str) -> AdapterRef:
+    """Return the adapter at `location`, a path or `owner/name/file.safetensors` on the hub.
+
+    Raises:
+        TrainingRunError: it was not found.
+    """
+    path = Path(location).expanduser()
+    if not path.is_file():
+        try:
+            path = HubFile.parse(f"hf:{location}").fetch(None, MAX_ADAPTER_BYTES)
+        except AdapterError as error:
+            raise TrainingRunError(
+                f"The training adapter {location}, which the samples need, was not found: {error} "
+                "Give its file as --training-adapter, or none to leave it out."
+            ) from error
+    return AdapterRef.from_file(path)
+
+
+def _kind(model: Mapping[str, Any], key: str) -> Quantization:
+    kind = str(model.get(key, "qfloat8"))
+    for known in get_args(Quantization):
+        if kind == known != "none":
+            return known  # type: ignore[no-any-return]
+    raise TrainingRunError(
+        f"The training run has model.{key} {kind}, which is not supported; only qfloat8 and float8 "
+        "can be replayed."
+    )
