@@ -430,7 +430,7 @@ class Settings(BaseSettings):
     def devices(self) -> list[str]:
         """Devices; each runs one worker."""
         names = [name.strip() for name in self.device.split(",")]
-        return [] if names == ["none"] else names
+        return [] if self.device.strip().lower() == "none" else names
 
     @property
     def loras(self) -> Path:

@@ -21,6 +21,8 @@ from fidelora.jobs.rows import JOBS, job_of
 from fidelora.jobs.sql import SqlStore
 from fidelora.jobs.store import WorkerState
 
+pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "PostgreSQL can be started")
+
 PROCESSES = 4
 
 
@@ -166,7 +168,6 @@ def test_lost_notifications_return_with_the_connection(store):
     until(lambda: len(wakes) >= 1)
 
 
-@pytest.mark.skipif(bool(missing()), reason=missing() or "PostgreSQL can be started")
 def test_a_killed_database_loses_no_accepted_job():
     with postgres_server() as server:
         store = SqlStore(server.url)

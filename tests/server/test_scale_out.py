@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,8 @@ def test_workers_on_other_machines_make_the_images(server, hosts, store, tmp_pat
     hosts += [WorkerHost(tmp_path, postgres_url) for _ in range(2)]
     until(lambda: status(server, waiting) == "succeeded")
     until(lambda: len(store.workers()) == 2)
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=DEADLINE_S) as answer:
+        assert b"fidelora_live_workers 2.0" in answer.read()
     (output,) = server.call(f"/v1/requests/{waiting}/result")["outputs"]["images"]
     recipe = Recipe(
         prompt="a ball",
