@@ -72,5 +72,5 @@ clean:
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade -c constraints.txt pip
-	$(BIN)/pip install --quiet -c constraints.txt --editable ".[server,client,ui]" --group dev --group docs
+	$(BIN)/pip install --quiet -c constraints.txt --editable ".[server,client,ui,postgres]" --group dev --group docs
 	touch $@

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from tests.postgres import PostgresServer, missing, postgres_server
 
 from fidelora.cli import console, main
 
@@ -53,3 +54,19 @@ def fidelora(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         return int(code or 0), captured.out, captured.err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A running PostgreSQL server, which all tests of this process share."""
+    if reason := missing():
+        pytest.skip(reason)
+    with postgres_server() as server:
+        yield server
+
+
+@pytest.fixture
+def postgres_url(postgres: PostgresServer) -> str:
+    """URL of an empty database."""
+    postgres.clear()
+    return postgres.url

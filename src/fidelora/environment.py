@@ -101,7 +101,10 @@ _RULES: Mapping[str, tuple[Callable[[str], bool], str]] = {
     "PORT": (_matches(r"[+-]?\d+"), "a number"),
     "DEBUG": (lambda value: value.lower() in _BOOLEANS, "true or false"),
     "BASE_URL": (_matches(r"https?://[^/].*"), "an http or https URL"),
-    "DEVICE": (_matches(rf"{_DEVICE}(\s*,\s*{_DEVICE})*"), "auto, cpu, cuda, cuda:N or mps"),
+    "DEVICE": (
+        _matches(rf"none|{_DEVICE}(\s*,\s*{_DEVICE})*"),
+        "auto, cpu, cuda, cuda:N, mps or none",
+    ),
     # Kubernetes and Docker's links set this to the URL of a Service or container.
     f"{PREFIX}PORT": (lambda value: "://" not in value, "a number"),
 }

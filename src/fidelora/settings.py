@@ -71,7 +71,8 @@ class Settings(BaseSettings):
         validation_alias=either("DEVICE"),
         description=(
             "auto, cpu, cuda, cuda:N or mps; "
-            "a comma-separated list starts one worker for each device."
+            "a comma-separated list starts one worker for each device. none starts no workers: "
+            "other machines make the images with `fidelora worker`."
         ),
     )
     offload_mode: Offload | None = Field(
@@ -162,7 +163,8 @@ class Settings(BaseSettings):
         SecretStr(""),
         validation_alias="FIDELORA_STORE_URL",
         description=(
-            "SQLAlchemy URL of the job database; by default an SQLite file in the data folder."
+            "URL of the job database, such as `postgresql://user:password@host/fidelora`; by "
+            "default an SQLite file in the data folder."
         ),
     )
     queue_size: int = Field(
@@ -427,7 +429,8 @@ class Settings(BaseSettings):
     @property
     def devices(self) -> list[str]:
         """Devices; each runs one worker."""
-        return [name.strip() for name in self.device.split(",")]
+        names = [name.strip() for name in self.device.split(",")]
+        return [] if self.device.strip().lower() == "none" else names
 
     @property
     def loras(self) -> Path:

@@ -10,10 +10,13 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -34,12 +37,20 @@ from fidelora.errors import (
     QueueFullError,
     RecipeError,
 )
-from fidelora.jobs.codec import job_to_dict
+from fidelora.jobs.codec import document_of
 from fidelora.jobs.database import wal_is_safe
 from fidelora.jobs.job import MAX_ATTEMPTS, Failure, Job, JobProgress, Output, Status, new_job
 from fidelora.jobs.memory import MemoryStore
+from fidelora.jobs.queue_order import MAX_PASSED_OVER
 from fidelora.jobs.sql import SqlStore
-from fidelora.jobs.store import MAX_PASSED_OVER, JobChanges, JobStore, Submission
+from fidelora.jobs.store import (
+    WORKER_ALIVE_S,
+    WORKER_LOST_S,
+    JobChanges,
+    JobStore,
+    Submission,
+    WorkerState,
+)
 
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 LEASE_S = 30.0
@@ -51,29 +62,18 @@ def later(seconds: float) -> datetime:
     return NOW + timedelta(seconds=seconds)
 
 
-def job(*adapters: str, prompt: str = "a ball") -> Job:
-    return new_job(
-        (Recipe(prompt=prompt, adapters=tuple(AdapterRef(sha256) for sha256 in adapters)),), NOW
-    )
+def job(*adapters: str, prompt: str = "a ball", owner: str = "") -> Job:
+    recipe = Recipe(prompt=prompt, adapters=tuple(AdapterRef(sha256) for sha256 in adapters))
+    return new_job((recipe,), NOW, owner=owner)
 
 
-POSTGRES_URL = os.environ.get("FIDELORA_TEST_POSTGRES_URL", "")
-"""URL of a test database, such as `postgresql+psycopg://user@localhost/test`.
-
-Its tables are dropped before each test."""
-
-
-@pytest.fixture(params=["memory", "sqlite", *(["postgresql"] if POSTGRES_URL else [])])
+@pytest.fixture(params=["memory", "sqlite", "postgresql"])
 def store(request, tmp_path):
     made: JobStore = MemoryStore()
     if request.param == "sqlite":
         made = SqlStore(f"sqlite:///{tmp_path}/jobs.sqlite")
     elif request.param == "postgresql":
-        engine = sa.create_engine(POSTGRES_URL)
-        with engine.begin() as connection:
-            connection.exec_driver_sql("DROP TABLE IF EXISTS jobs, alembic_version")
-        engine.dispose()
-        made = SqlStore(POSTGRES_URL)
+        made = SqlStore(request.getfixturevalue("postgres_url"))
     yield made
     made.close()
 
@@ -325,6 +325,152 @@ def test_a_released_retry_is_still_a_retry(store):
     assert claims == [fresh.id, retry.id]
 
 
+def test_positions_agree_for_retries_and_several_owners(store):
+    retry, *_ = [store.add(job(owner=owner)) for owner in ("", "a", "a", "b")]
+    abandoned(store, NOW)
+    ids = [each.id for each in store.list().jobs]
+    read = store.read_changes(dict.fromkeys(ids, 0))
+    assert read.positions == {each: store.queue_position(each) for each in ids}
+    assert sorted(read.positions.values()) == [0, 1, 2, 3]
+    assert read.positions[retry.id] == 3
+    claims = [store.claim("worker", later(5), LEASE_S) for _ in range(4)]
+    assert [read.positions[each.id] for each in claims] == [0, 1, 2, 3]
+
+
+def test_owners_take_turns(store):
+    many = [store.add(job(owner="a")) for _ in range(6)]
+    assert store.claim("worker", NOW, LEASE_S).id == many[0].id
+    few = [store.add(job(owner="b")) for _ in range(2)]
+    claims = [store.claim("worker", NOW, LEASE_S).id for _ in range(7)]
+    expected = [many[1], few[0], many[2], few[1], *many[3:]]
+    assert claims == [each.id for each in expected]
+
+
+def test_an_owner_with_a_long_queue_cannot_outvote_the_limit(store):
+    """Jobs of the long queue that are over their limit do not go before the turn of others."""
+    for _ in range(4 * MAX_PASSED_OVER):
+        store.add(job(owner="a"))
+    for _ in range(2):
+        store.claim("worker", NOW, LEASE_S)
+    others = [store.add(job(owner="b")).id for _ in range(2 * MAX_PASSED_OVER)]
+    claims = [store.claim("worker", NOW, LEASE_S).id for _ in range(4 * MAX_PASSED_OVER)]
+    assert [each in others for each in claims] == [False, True] * (2 * MAX_PASSED_OVER)
+
+
+def test_the_limit_grows_with_the_number_of_live_workers(store):
+    for name in ("w1", "w2", "w3"):
+        store.report_worker(WorkerState(name), NOW)
+    store.report_worker(WorkerState("dead"), later(-WORKER_ALIVE_S))
+    oldest = store.add(job(A), now=NOW)
+    for _ in range(4 * MAX_PASSED_OVER):
+        store.add(job(B), now=NOW)
+    claims = [
+        store.claim("w1", NOW, LEASE_S, loaded=[B]).id for _ in range(3 * MAX_PASSED_OVER + 1)
+    ]
+    assert claims.index(oldest.id) == 3 * MAX_PASSED_OVER
+
+
+@pytest.mark.parametrize("adapters", [(A,), (A, B)])
+def test_a_job_is_left_for_the_worker_that_has_its_adapters(store, adapters):
+    store.add(job(*adapters), now=NOW)
+    store.report_worker(WorkerState("home", loaded=frozenset(adapters)), NOW)
+    store.report_worker(WorkerState("other", loaded=frozenset({"d" * 64})), NOW)
+    assert store.claim("other", later(0.4), LEASE_S, hold_s=0.5) is None
+    claimed = store.claim("home", later(0.4), LEASE_S, loaded=adapters, hold_s=0.5)
+    assert claimed is not None
+
+
+@pytest.mark.parametrize("why", ["time", "no_home", "home_is_dead", "own_home", "no_hold"])
+def test_a_job_is_not_left_for_another_worker(store, why):
+    store.add(job(A), now=NOW)
+    seconds, home = 0.4, "other" if why == "own_home" else "home"
+    if why == "time":
+        seconds = 0.6
+    if why != "no_home":
+        at = later(-WORKER_ALIVE_S) if why == "home_is_dead" else NOW
+        store.report_worker(WorkerState(home, loaded=frozenset({A})), at)
+    hold_s = 0.0 if why == "no_hold" else 0.5
+    assert store.claim("other", later(seconds), LEASE_S, hold_s=hold_s) is not None
+
+
+def test_a_held_job_does_not_hold_the_others(store):
+    store.report_worker(WorkerState("home", loaded=frozenset({A})), NOW)
+    held, free = store.add(job(A), now=NOW), store.add(job(B), now=NOW)
+    assert store.claim("other", NOW, LEASE_S, hold_s=0.5).id == free.id
+    assert store.claim("other", NOW, LEASE_S, hold_s=0.5) is None
+    assert store.claim("other", later(1), LEASE_S, hold_s=0.5).id == held.id
+
+
+def test_live_workers_are_listed_with_their_state(store):
+    busy = WorkerState("busy", "cuda:0", "1.2", frozenset({A, B}), frozenset({A}))
+    idle = WorkerState("idle", "cpu", "1.1", idle_since=NOW)
+    for state in (idle, busy):
+        store.report_worker(state, NOW)
+    assert store.workers(later(1)) == (
+        replace(busy, reported_at=NOW),
+        replace(idle, reported_at=NOW),
+    )
+    changed = replace(busy, loaded=frozenset({B}), merged=frozenset())
+    store.report_worker(changed, later(10))
+    assert store.workers(later(WORKER_ALIVE_S)) == (replace(changed, reported_at=later(10)),)
+    store.remove_worker("busy")
+    assert store.workers(later(WORKER_ALIVE_S)) == ()
+
+
+def test_a_job_of_a_silent_worker_is_abandoned_before_its_lease_ends(store):
+    store.add(job())
+    store.add(job())
+    store.report_worker(WorkerState("silent"), NOW)
+    lost = store.claim("silent", NOW, 10 * WORKER_LOST_S)
+    never_reported = store.claim("another", NOW, 10 * WORKER_LOST_S)
+    assert store.abandon_expired(later(WORKER_LOST_S - 1)) == ()
+    assert store.abandon_expired(later(WORKER_LOST_S), spare={"silent"}) == ()
+    (back,) = store.abandon_expired(later(WORKER_LOST_S))
+    assert (back.id, store.get(never_reported.id)) == (lost.id, never_reported)
+
+
+def test_running_jobs_are_found_by_the_name_of_their_worker(store):
+    first, second, _ = [store.add(job()) for _ in range(3)]
+    for name in ("pool_1/0-1", "pool_12/0-1"):
+        store.claim(name, NOW, LEASE_S)
+    assert [each.id for each in store.running("pool_1/")] == [first.id]
+    assert [each.id for each in store.running("pool_12/0-1")] == [second.id]
+    assert store.running("pool%") == ()
+
+
+def test_a_cancel_request_is_noticed(store):
+    claimed = running(store)
+    assert not store.cancel_requested(claimed.id)
+    until(lambda: is_listening(store))
+    store.cancel(claimed.id, later(1))
+    until(lambda: store.cancel_requested(claimed.id))
+
+
+def test_a_new_job_wakes_the_workers(store):
+    wakes: list[None] = []
+    store.on_new_job(lambda: wakes.append(None))
+    until(lambda: is_listening(store))
+    store.add(job())
+    until(lambda: len(wakes) == 1)
+    claimed = store.claim("worker", NOW, LEASE_S)
+    store.release(claimed.id, claimed.epoch, NOW)
+    until(lambda: len(wakes) == 2)
+
+
+def is_listening(store: JobStore) -> bool:
+    """True unless the store is about to connect for notifications."""
+    listener = getattr(store, "_listener", None)
+    return listener is None or listener.listening.is_set()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait until another thread has made the condition true."""
+    pause, end = threading.Event(), time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "the condition did not become true"
+        pause.wait(0.01)
+
+
 def test_jobs_of_workers_that_are_alive_are_not_abandoned(store):
     store.add(job())
     store.add(job())
@@ -365,7 +511,6 @@ def test_the_limit_holds_for_jobs_in_between(store):
         claimed = store.claim("worker", NOW, LEASE_S, loaded=[B])
         assert claimed is not None
         assert claimed.id == each.id
-    assert store.get(second.id).passed_over == MAX_PASSED_OVER
     store.add(job(B))
     for expected in (first, second):
         claimed = store.claim("worker", NOW, LEASE_S, loaded=[B])
@@ -419,7 +564,7 @@ def test_the_oldest_wanted_job_is_claimed(store):
     claimed = store.claim("worker", NOW, LEASE_S, matches=needs(B))
     assert claimed is not None
     assert (claimed.id, claimed.status) == (oldest.id, Status.IN_PROGRESS)
-    assert [store.get(each.id).passed_over for each in (first, warm)] == [1, 0]
+    assert [store.get(each.id) for each in (first, warm)] == [first, warm]
 
 
 def test_loaded_adapters_do_not_affect_the_choice_of_wanted_jobs(store):
@@ -428,7 +573,7 @@ def test_loaded_adapters_do_not_affect_the_choice_of_wanted_jobs(store):
     claimed = store.claim("worker", NOW, LEASE_S, loaded=[B], matches=needs(B))
     assert claimed is not None
     assert claimed.id == wanted.id
-    assert store.get(first.id).passed_over == 1
+    assert store.get(first.id) == first
 
 
 def test_without_a_wanted_job_nothing_changes(store):
@@ -447,7 +592,6 @@ def test_the_limit_holds_for_wanted_jobs(store):
         assert claimed.id == wanted.id
     store.add(job(B))
     waiting = store.get(first.id)
-    assert waiting.passed_over == MAX_PASSED_OVER
     assert store.claim("worker", NOW, LEASE_S, matches=needs(B)) is None
     assert store.get(first.id) == waiting
     # The job at its limit can be claimed itself.
@@ -670,13 +814,13 @@ class SameLives(RuleBasedStateMachine):
         adapters=st.sets(st.sampled_from([A, B])),
         key=st.sampled_from([None, "k1", "k2"]),
         body=st.sampled_from("12"),
+        owner=st.sampled_from(["", "a"]),
     )
-    def add(self, adapters, key, body):
-        new = job(*sorted(adapters))
+    def add(self, adapters, key, body, owner):
+        new = job(*sorted(adapters), owner=owner)
+        submission = Submission(key, body * 64) if key else None
         added = self.both(
-            lambda store: store.add(
-                new, submission=Submission(key, body * 64) if key else None, capacity=6
-            )
+            lambda store: store.add(new, submission=submission, capacity=6, now=self.clock)
         )
         if isinstance(added, Job) and added.id not in self.ids:
             self.ids.append(added.id)
@@ -685,13 +829,20 @@ class SameLives(RuleBasedStateMachine):
         loaded=st.sets(st.sampled_from([A, B])),
         merged=st.sets(st.sampled_from([A, B])),
         matches=st.sampled_from([None, needs(A), needs(B)]),
+        hold_s=st.sampled_from([0.0, 2.0]),
     )
-    def claim(self, loaded, merged, matches):
+    def claim(self, loaded, merged, matches, hold_s):
         self.both(
             lambda store: store.claim(
-                "worker", self.clock, LEASE_S, loaded, merged=merged, matches=matches
+                "worker", self.clock, LEASE_S, loaded, merged=merged, matches=matches, hold_s=hold_s
             )
         )
+
+    @rule(name=st.sampled_from(["worker", "other"]), loaded=st.sets(st.sampled_from([A, B])))
+    def report_worker(self, name, loaded):
+        state = WorkerState(name, loaded=frozenset(loaded))
+        self.both(lambda store: store.report_worker(state, self.clock))
+        self.both(lambda store: store.workers(self.clock))
 
     @rule(
         which=st.integers(0, 30),
@@ -739,11 +890,12 @@ class SameLives(RuleBasedStateMachine):
             )
             assert (each.finished_at is not None) == each.status.final
             assert 0 <= each.attempts <= MAX_ATTEMPTS
-            assert each.passed_over <= MAX_PASSED_OVER
             self.both(lambda store, job_id=each.id: store.queue_position(job_id))
-        queued = [each for each in listed if each.status is Status.IN_QUEUE]
-        first = min(reversed(queued), key=lambda each: each.attempts > 0, default=None)
-        assert self.both(lambda store: store.peek()) == first
+        known = {each.id: 0 for each in listed}
+        positions = self.both(lambda store: store.read_changes(known)).positions
+        assert sorted(positions.values()) == list(range(len(positions)))
+        first = self.both(lambda store: store.peek())
+        assert first is None if not positions else positions[first.id] == 0
 
     def teardown(self) -> None:
         if hasattr(self, "database"):
@@ -766,21 +918,126 @@ def test_jobs_persist_after_the_store_is_closed(tmp_path):
     second.close()
 
 
-def test_attempts_of_an_older_database_are_kept(tmp_path):
+def old_database(path: Path, revision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Create the database of an older version."""
+    upgrade = command.upgrade
+    with monkeypatch.context() as older:
+        older.setattr(command, "upgrade", lambda config, _head: upgrade(config, revision))
+        SqlStore(f"sqlite:///{path}").close()
+
+
+def old_document(of: Job, **state: Any) -> str:
+    """Return the document of a job in a version that kept the whole job in it."""
+    plain = document_of(of) | {
+        "status": "in_queue",
+        "started_at": None,
+        "finished_at": None,
+        "attempts": 0,
+        "epoch": 0,
+        "worker": "",
+        "lease_expires_at": None,
+        "retry_at": None,
+        "cancel_requested": False,
+        "passed_over": 0,
+        "progress": None,
+        "outputs": [],
+        "error": None,
+        "timings": {},
+        "version": 1,
+    }
+    return json.dumps(plain | state)
+
+
+def test_attempts_of_an_older_database_are_kept(tmp_path, monkeypatch):
     path = tmp_path / "jobs.sqlite"
-    first = SqlStore(f"sqlite:///{path}")
-    retry, fresh = first.add(job()), first.add(job())
-    abandoned(first, NOW)
-    first.close()
-    with closing(sqlite3.connect(path)) as database:
-        database.executescript(
-            "DROP INDEX jobs_by_attempts; ALTER TABLE jobs DROP COLUMN attempts;"
-            "UPDATE alembic_version SET version_num = '0002'"
+    old_database(path, "0002", monkeypatch)
+    retry, fresh = job(), job()
+    with sqlite3.connect(path) as database:
+        database.executemany(
+            "INSERT INTO jobs (id, status, version, document) VALUES (?, 'in_queue', 1, ?)",
+            [
+                (retry.id, old_document(retry, attempts=1, retry_at=later(2).isoformat())),
+                (fresh.id, old_document(fresh)),
+            ],
         )
-    second = SqlStore(f"sqlite:///{path}")
-    claims = [second.claim("worker", later(5), LEASE_S) for _ in range(2)]
-    second.close()
-    assert [each and each.id for each in claims] == [fresh.id, retry.id]
+    store = SqlStore(f"sqlite:///{path}")
+    claims = [store.claim("worker", later(5), LEASE_S) for _ in range(2)]
+    store.close()
+    assert [each and (each.id, each.attempts) for each in claims] == [(fresh.id, 1), (retry.id, 2)]
+
+
+def test_the_state_of_an_older_database_is_kept(tmp_path, monkeypatch):
+    path = tmp_path / "jobs.sqlite"
+    old_database(path, "0003", monkeypatch)
+    done, active, waiting = job(), job(A), job(A, B)
+    progress = {"image": 0, "images": 1, "step": 2, "steps": 4, "eta_s": 1.5, "preview": "x"}
+    rows = [
+        (
+            done,
+            {
+                "status": "succeeded",
+                "attempts": 1,
+                "epoch": 1,
+                "started_at": NOW.isoformat(),
+                "finished_at": later(3).isoformat(),
+                "outputs": [asdict(OUTPUT)],
+                "timings": {"denoise": 1.5},
+                "version": 3,
+            },
+        ),
+        (
+            active,
+            {
+                "status": "in_progress",
+                "attempts": 1,
+                "epoch": 1,
+                "worker": "worker",
+                "started_at": NOW.isoformat(),
+                "lease_expires_at": later(LEASE_S).isoformat(),
+                "progress": progress,
+                "cancel_requested": True,
+                "version": 4,
+            },
+        ),
+        (waiting, {}),
+    ]
+    with sqlite3.connect(path) as database:
+        for each, state in rows:
+            database.execute(
+                "INSERT INTO jobs (id, status, version, attempts, lease_expires_at_s,"
+                " finished_at_s, document) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (
+                    each.id,
+                    state.get("status", "in_queue"),
+                    state.get("version", 1),
+                    state.get("attempts", 0),
+                    later(LEASE_S).timestamp() if each is active else None,
+                    later(3).timestamp() if each is done else None,
+                    old_document(each, **state),
+                ),
+            )
+    store = SqlStore(f"sqlite:///{path}")
+    assert store.get(waiting.id) == waiting
+    assert store.get(done.id) == replace(
+        done,
+        status=Status.SUCCEEDED,
+        attempts=1,
+        epoch=1,
+        started_at=NOW,
+        finished_at=later(3),
+        outputs=(OUTPUT,),
+        timings={"denoise": 1.5},
+        version=3,
+    )
+    running_job = store.get(active.id)
+    assert running_job.progress == JobProgress(0, 1, 2, 4, 1.5)
+    assert (running_job.cancel_requested, running_job.worker) == (True, "worker")
+    assert store.stop(active.id, 1, later(4)).status is Status.CANCELED
+    assert (store.needs_adapter(B), store.needs_adapter("c" * 64)) == (True, False)
+    claimed = store.claim("worker", NOW, LEASE_S, loaded=[A, B])
+    assert claimed is not None
+    assert claimed.id == waiting.id
+    store.close()
 
 
 @pytest.mark.parametrize("call", ["add", "get"])
@@ -894,12 +1151,9 @@ def test_a_database_of_a_newer_version_is_refused(tmp_path):
 
 def test_jobs_of_an_older_database_have_no_owner(tmp_path, monkeypatch):
     path = Path(tmp_path) / "jobs.sqlite"
-    with monkeypatch.context() as older:
-        upgrade = command.upgrade
-        older.setattr(command, "upgrade", lambda config, _head: upgrade(config, "0001"))
-        SqlStore(f"sqlite:///{path}").close()
+    old_database(path, "0001", monkeypatch)
     old = job()
-    document = job_to_dict(old)
+    document = json.loads(old_document(old))
     del document["owner"]
     with sqlite3.connect(path) as connection:
         connection.execute(

@@ -131,7 +131,7 @@ def test_a_hung_process_is_killed_even_if_the_store_fails(
         raise JobStoreError
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "list", locked)
+        patch.setattr(store, "running", locked)
         with pytest.raises(JobStoreError):
             pool.watch()
     assert pool.process_ids == []

@@ -20,7 +20,6 @@ from tests.workers.worker_support import (
 from fidelora import AdapterRef, Recipe, read_record
 from fidelora.jobs.job import Status
 from fidelora.jobs.memory import MemoryStore
-from fidelora.jobs.store import MAX_PASSED_OVER
 from fidelora.workers.attempt import WorkerLimits
 from fidelora.workers.worker import Worker
 
@@ -142,7 +141,6 @@ def test_a_batch_has_a_maximum_size(harness):
     assert harness.engine.batches == ["a e f"]
     assert harness.status(first, second, third) == [Status.SUCCEEDED] * 3
     assert harness.status(large, fourth) == [Status.IN_QUEUE] * 2
-    assert [harness.store.get(job.id).passed_over for job in (large, fourth)] == [2, 0]
     harness.run()
     assert harness.engine.batches[1:] == ["b c d"]
 
@@ -186,7 +184,8 @@ def test_jobs_of_different_images_and_exact_jobs_are_made_alone(harness):
 def test_no_job_joins_a_batch_before_one_that_was_skipped_too_often(harness):
     first, unlike, alike = harness.add("a"), harness.add("b", RECIPE), harness.add("c")
     with harness.store._lock:
-        harness.store._put(replace(unlike, passed_over=MAX_PASSED_OVER))
+        turn, _, arrival = harness.store._places[unlike.id]
+        harness.store._places[unlike.id] = (turn, 0, arrival)
     harness.run()
     assert harness.engine.batches == ["a"]
     assert harness.status(first, unlike, alike) == [

@@ -6,6 +6,7 @@ import typer
 
 import fidelora
 from fidelora.cli import (
+    cluster,
     convert,
     demo,
     download,
@@ -65,7 +66,10 @@ app.command("models", rich_help_panel=_MODELS)(models.list_models)
 app.command("download", rich_help_panel=_MODELS)(download.download)
 app.command("info", rich_help_panel=_MODELS)(info.info)
 app.command("serve", rich_help_panel=_SERVER)(serve.serve)
+app.command("worker", rich_help_panel=_SERVER)(cluster.worker)
+app.command("workers", rich_help_panel=_SERVER)(cluster.workers)
 app.add_typer(serve.keys, name="keys", rich_help_panel=_SERVER)
+app.add_typer(cluster.db, name="db", rich_help_panel=_SERVER)
 
 
 def main() -> None:

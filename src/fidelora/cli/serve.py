@@ -41,7 +41,10 @@ def serve(
     ] = None,
     device: Annotated[
         str | None,
-        typer.Option(help="Devices, separated by commas: auto, cpu, cuda, cuda:N or mps."),
+        typer.Option(
+            help="Devices, separated by commas: auto, cpu, cuda, cuda:N or mps; none for a server "
+            "without workers."
+        ),
     ] = None,
     debug: Debug = False,
 ) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sqlite3
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,6 +15,8 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 
 from fidelora.errors import JobStoreError
@@ -20,24 +24,46 @@ from fidelora.errors import JobStoreError
 _MIGRATIONS = Path(__file__).parent / "migrations"
 BUSY_TIMEOUT_S = 10.0
 """Longest wait for another process that writes to the same SQLite file, in seconds."""
+_TEST_AFTER_IDLE_S = 5.0
+"""Seconds after which an unused connection is tested before its next use. Testing it every time, as
+SQLAlchemy's `pool_pre_ping` does, would add a round trip to each transaction."""
+_POSTGRESQL_OPTIONS = (
+    "-c lock_timeout=10s -c idle_in_transaction_session_timeout=30s -c timezone=UTC"
+)
+"""Options of each connection. A process that is stopped in the middle of a transaction keeps its
+locks for 30 seconds at most."""
+MIGRATION_LOCK, ADD_LOCK = 7_305_120_001, 7_305_120_002
+"""Keys of PostgreSQL's advisory locks: for migrations, and for adding a job to a limited queue."""
+_migration_thread_lock = threading.Lock()  # Alembic keeps its context in global variables
 
 
 def open_database(url: str) -> sa.Engine:
     """Open a database, and create or migrate its tables in one transaction.
 
+    Several processes and threads can open the same database at the same time.
+
     Args:
-        url: address of the database, such as `sqlite:////var/lib/fidelora/jobs.sqlite`.
+        url: address of the database, such as `sqlite:////var/lib/fidelora/jobs.sqlite` or
+            `postgresql://user:password@host/fidelora`.
 
     Raises:
         JobStoreError: the database cannot be opened, or was written by a newer version.
     """
     try:
-        engine = sa.create_engine(url, **_engine_options(url))
+        address = _address(url)
+        engine = sa.create_engine(address, **_engine_options(address))
         if engine.dialect.name == "sqlite":
             _restrict_to_owner(engine)
             _configure_sqlite(engine)
+        else:
+            _test_idle_connections(engine)
         with engine.begin() as connection:
             _migrate(connection)
+    except ModuleNotFoundError as error:
+        raise JobStoreError(
+            f"The job database needs the package {error.name}; install it in the folder of "
+            "Fidelora's repository with: pip install '.[postgres]'."
+        ) from error
     except (sa.exc.SQLAlchemyError, OSError) as error:
         shown_url = ""
         if "://" in url:
@@ -70,12 +96,50 @@ def wal_is_safe(version: str) -> bool:
     return tuple(int(number) for number in re.findall(r"\d+", version)[:3]) >= (3, 51, 3)
 
 
-def _engine_options(url: str) -> dict[str, Any]:
-    return (
-        {"connect_args": {"timeout": BUSY_TIMEOUT_S}}
-        if url.startswith("sqlite")
-        else {"pool_pre_ping": True}
+def database_revisions(url: str) -> tuple[str, str]:
+    """Return the revision of a database's tables, and the revision that this version needs.
+
+    The first is empty if the tables do not exist.
+
+    Raises:
+        JobStoreError: the database cannot be opened.
+    """
+    with database_errors():
+        address = _address(url)
+        engine = sa.create_engine(address, **_engine_options(address))
+        try:
+            with engine.connect() as connection:
+                return _revision(connection), _newest_revision()
+        finally:
+            engine.dispose()
+
+
+def _address(url: str) -> sa.URL:
+    """Return a database's URL with the driver that Fidelora supports.
+
+    Raises:
+        JobStoreError: Fidelora does not support this kind of database.
+    """
+    address = sa.make_url(url)
+    kind, _, driver = address.drivername.partition("+")
+    if kind in ("postgres", "postgresql"):
+        return address.set(drivername=f"postgresql+{driver or 'psycopg'}")
+    if kind == "sqlite":
+        return address
+    raise JobStoreError(
+        f"The job database {kind} is not supported. Use an SQLite file or PostgreSQL, such as "
+        "postgresql://user:password@host/fidelora."
     )
+
+
+def _engine_options(address: sa.URL) -> dict[str, Any]:
+    if address.get_backend_name() == "sqlite":
+        return {"connect_args": {"timeout": BUSY_TIMEOUT_S}}
+    # The default isolation level of a server may be stricter; claims expect this one.
+    return {
+        "isolation_level": "READ COMMITTED",
+        "connect_args": {"options": _POSTGRESQL_OPTIONS, "connect_timeout": 10},
+    }
 
 
 def _restrict_to_owner(engine: sa.Engine) -> None:
@@ -110,15 +174,55 @@ def _configure_sqlite(engine: sa.Engine) -> None:
         connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
 
 
+def _test_idle_connections(engine: sa.Engine) -> None:
+    """Replace pooled connections that were lost while they were idle."""
+
+    @sa.event.listens_for(engine, "checkin")
+    def on_checkin(_connection: Any, record: Any) -> None:
+        record.info["used_at"] = time.monotonic()
+
+    @sa.event.listens_for(engine, "checkout")
+    def on_checkout(connection: Any, record: Any, _proxy: Any) -> None:
+        idle_s = time.monotonic() - record.info.get("used_at", time.monotonic())
+        if idle_s < _TEST_AFTER_IDLE_S:
+            return
+        try:
+            engine.dialect.do_ping(connection)
+        except engine.dialect.loaded_dbapi.Error as error:
+            # The pool opens another connection.
+            raise sa.exc.DisconnectionError(str(error)) from error
+
+
 def _migrate(connection: sa.Connection) -> None:
     """Migrate the tables and record their version, both in the caller's transaction."""
-    config = Config()
-    config.set_main_option("script_location", str(_MIGRATIONS))
+    config = _alembic_config()
     config.attributes["connection"] = connection
     try:
-        command.upgrade(config, "head")
+        with _migration_thread_lock:
+            if connection.dialect.name == "postgresql":
+                if _revision(connection) == _newest_revision():
+                    return
+                # Another process may migrate at the same time. A long migration is no error.
+                connection.exec_driver_sql("SET LOCAL lock_timeout = 0")
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(MIGRATION_LOCK)))
+            command.upgrade(config, "head")
     except CommandError as error:
         raise JobStoreError(
             f"The job database was written by another version of Fidelora: {error}. "
             "Use that version, or another database."
         ) from error
+
+
+def _alembic_config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS))
+    return config
+
+
+def _revision(connection: sa.Connection) -> str:
+    """Return the revision of the tables; empty if they do not exist."""
+    return MigrationContext.configure(connection).get_current_revision() or ""
+
+
+def _newest_revision() -> str:
+    return ScriptDirectory.from_config(_alembic_config()).get_current_head() or ""

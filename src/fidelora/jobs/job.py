@@ -28,6 +28,7 @@ MAX_ATTEMPTS = 3  # a job fails after this many attempts without a result
 _RETRY_PAUSES_S = (2.0, 20.0)
 """Seconds before the second and the third attempt. A job that kills its worker then leaves time for
 other jobs, and a machine that is out of memory can recover."""
+MAX_RETRY_PAUSE_S = max(_RETRY_PAUSES_S)
 SILENT = "its worker sent no heartbeat until the lease expired"  # a reason for `abandoned`
 
 
@@ -115,8 +116,6 @@ class Job:
         retry_at: earliest time of the next attempt, set after a failed attempt. None before the
             first failed attempt, and while an attempt runs.
         cancel_requested: True if the job has to stop; its worker stops it after the current step.
-        passed_over: number of times that a later job was claimed first, because its adapters were
-            loaded or it could share a batch.
         timings: seconds of the last attempt by phase: `load`, `adapters`, `text` (prompts),
             `denoise` and `decode`; empty until the job has succeeded.
         notes: sentences about values that the server chose, such as a LoRA's own trigger word.
@@ -139,7 +138,6 @@ class Job:
     lease_expires_at: datetime | None = None
     retry_at: datetime | None = None
     cancel_requested: bool = False
-    passed_over: int = 0
     progress: JobProgress | None = None
     outputs: tuple[Output, ...] = ()
     error: Failure | None = None
@@ -194,7 +192,6 @@ def claimed(job: Job, worker: str, now: datetime, lease_s: float) -> Job:
         started_at=job.started_at or now,
         lease_expires_at=now + timedelta(seconds=lease_s),
         retry_at=None,
-        passed_over=0,
     )
 
 
@@ -207,7 +204,7 @@ def is_due(job: Job, now: datetime) -> bool:
     if job.retry_at is None:
         return True
     ahead_s = (job.retry_at - now).total_seconds()
-    return ahead_s <= 0 or ahead_s > max(_RETRY_PAUSES_S)
+    return ahead_s <= 0 or ahead_s > MAX_RETRY_PAUSE_S
 
 
 def renewed(
@@ -305,11 +302,6 @@ def cancellation_requested(job: Job, now: datetime) -> Job:
     if job.status is Status.IN_QUEUE:
         return _ended(job, Status.CANCELED, now)
     return _changed(job, cancel_requested=True)
-
-
-def passed_over(job: Job) -> Job:
-    """Add 1 to the number of times that a later job was claimed first."""
-    return _changed(job, passed_over=job.passed_over + 1)
 
 
 def _require_claim(job: Job, epoch: int) -> None:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from datetime import datetime
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 
 from fidelora.errors import CursorError, IdempotencyConflictError, JobNotFoundError, QueueFullError
 from fidelora.jobs import job as transitions
 from fidelora.jobs.job import Job, Status
+from fidelora.jobs.queue_order import Queued, adapter_key, choose, due_of, turn_of_new_job
 from fidelora.jobs.store import (
+    WORKER_ALIVE_S,
+    WORKER_LOST_S,
     JobChanges,
     JobPage,
     StoreByTransition,
     Submission,
-    choose,
-    in_claim_order,
-    jobs_passed_over,
+    WorkerState,
 )
 
 
@@ -26,20 +28,39 @@ class MemoryStore(StoreByTransition):
     def __init__(self) -> None:
         self._jobs: dict[str, Job] = {}
         self._submissions: dict[str, tuple[str, str]] = {}
+        self._places: dict[str, tuple[int, int, datetime]] = {}  # turn, due and arrival by job id
+        self._claims = 0
+        self._workers: dict[str, WorkerState] = {}
+        self._wakes: list[Callable[[], None]] = []
         self._lock = threading.Lock()
 
     def add(
-        self, job: Job, *, submission: Submission | None = None, capacity: int | None = None
+        self,
+        job: Job,
+        *,
+        submission: Submission | None = None,
+        capacity: int | None = None,
+        now: datetime | None = None,
     ) -> Job:
+        now = now or datetime.now(UTC)
         with self._lock:
             if submission and (existing := self._submitted(submission)):
                 return existing
             if capacity is not None and len(self._queue()) >= capacity:
                 raise QueueFullError
+            fresh = self._fresh()
+            own_turns = [one.turn for one in fresh if one.job.owner == job.owner]
+            turn = turn_of_new_job(
+                fresh[0].turn if fresh else None, own_turns[-1] if own_turns else None
+            )
+            before = sum(one.turn <= turn for one in fresh)
+            due = due_of(self._claims, before, len(self._live(now)))
+            self._places[job.id] = (turn, due, now)
             self._jobs[job.id] = job
             if submission:
                 self._submissions[submission.key] = (job.id, submission.body_sha256)
-            return job
+        self._wake()
+        return job
 
     def submitted(self, submission: Submission) -> Job | None:
         with self._lock:
@@ -82,7 +103,7 @@ class MemoryStore(StoreByTransition):
 
     def queue_position(self, job_id: str) -> int | None:
         with self._lock:
-            ids = [job.id for job in sorted(self._queue(), key=lambda job: job.attempts > 0)]
+            ids = [job.id for job in self._queue()]
             return ids.index(job_id) if job_id in ids else None
 
     def count(self, status: Status) -> int:
@@ -97,45 +118,91 @@ class MemoryStore(StoreByTransition):
 
     def peek(self) -> Job | None:
         with self._lock:
-            return min(self._queue(), key=lambda job: job.attempts > 0, default=None)
+            return next(iter(self._queue()), None)
 
     def claim(
         self,
         worker: str,
-        now: datetime,
+        now: datetime | None,
         lease_s: float,
         loaded: Collection[str] = (),
         *,
         merged: Collection[str] = (),
         matches: Callable[[Job], bool] | None = None,
+        hold_s: float = 0.0,
     ) -> Job | None:
+        at = now or datetime.now(UTC)
         with self._lock:
-            jobs = self._queue()
-            queue, retries = in_claim_order(
-                [job for job in jobs if not job.attempts],
-                [job for job in jobs if job.attempts],
-                now,
-            )
-            index = choose(queue, loaded, merged=merged, matches=matches)
-            if index is None:
-                return None
-            for skipped in jobs_passed_over(queue, retries, index):
-                self._put(transitions.passed_over(skipped))
-            return self._put(transitions.claimed(queue[index], worker, now, lease_s))
+            homes = [state for state in self._live(at) if state.name != worker]
 
-    def abandon_expired(self, now: datetime, *, spare: Collection[str] = ()) -> tuple[Job, ...]:
+            def is_held(job: Job) -> bool:
+                recent = hold_s > 0 and self._places[job.id][2] > at - timedelta(seconds=hold_s)
+                return recent and bool(job.adapters) and any(_holds(home, job) for home in homes)
+
+            job = choose(
+                self._fresh(),
+                [one for one in self._retries() if transitions.is_due(one.job, at)],
+                self._claims,
+                loaded,
+                merged=merged,
+                matches=matches,
+                is_held=is_held,
+            )
+            if job is None:
+                return None
+            self._claims += 1
+            return self._put(transitions.claimed(job, worker, at, lease_s))
+
+    def abandon_expired(
+        self, now: datetime | None = None, *, spare: Collection[str] = ()
+    ) -> tuple[Job, ...]:
+        at = now or datetime.now(UTC)
         with self._lock:
+            lost = {
+                state.name
+                for state in self._workers.values()
+                if state.reported_at is not None
+                and state.reported_at <= at - timedelta(seconds=WORKER_LOST_S)
+            }
             expired = [
                 job
                 for job in self._jobs.values()
                 if job.lease_expires_at is not None
-                and job.lease_expires_at <= now
+                and (job.lease_expires_at <= at or job.worker in lost)
                 and job.worker not in spare
             ]
             return tuple(
-                self._put(transitions.abandoned(job, job.epoch, transitions.SILENT, now))
+                self._put_changed(
+                    job, transitions.abandoned(job, job.epoch, transitions.SILENT, at), at
+                )
                 for job in expired
             )
+
+    def cancel_requested(self, job_id: str) -> bool:
+        return self.get(job_id).cancel_requested
+
+    def running(self, worker_prefix: str) -> tuple[Job, ...]:
+        with self._lock:
+            return tuple(
+                job
+                for job in self._jobs.values()
+                if job.status is Status.IN_PROGRESS and job.worker.startswith(worker_prefix)
+            )
+
+    def report_worker(self, state: WorkerState, now: datetime | None = None) -> None:
+        with self._lock:
+            self._workers[state.name] = replace(state, reported_at=now or datetime.now(UTC))
+
+    def remove_worker(self, name: str) -> None:
+        with self._lock:
+            self._workers.pop(name, None)
+
+    def workers(self, now: datetime | None = None) -> tuple[WorkerState, ...]:
+        with self._lock:
+            return self._live(now or datetime.now(UTC))
+
+    def on_new_job(self, wake: Callable[[], None]) -> None:
+        self._wakes.append(wake)
 
     def remove_finished(self, *, before: datetime, keep: int) -> tuple[Job, ...]:
         with self._lock:
@@ -151,7 +218,7 @@ class MemoryStore(StoreByTransition):
                 if index >= keep or finished_at < before
             ]
             for job in removed:
-                del self._jobs[job.id]
+                del self._jobs[job.id], self._places[job.id]
             ids = {job.id for job in removed}
             self._submissions = {
                 key: value for key, value in self._submissions.items() if value[0] not in ids
@@ -170,7 +237,32 @@ class MemoryStore(StoreByTransition):
         return self._jobs[job_id]
 
     def _queue(self) -> Sequence[Job]:
-        return [job for job in self._jobs.values() if job.status is Status.IN_QUEUE]
+        """Return the queued jobs in their order."""
+        return [one.job for one in (*self._fresh(), *self._retries())]
+
+    def _fresh(self) -> Sequence[Queued]:
+        """Return the queued jobs without a failed attempt, by turn and then by arrival."""
+        return sorted(self._queued(retries=False), key=lambda one: one.turn)
+
+    def _retries(self) -> Sequence[Queued]:
+        """Return the queued jobs with a failed attempt, by arrival."""
+        return self._queued(retries=True)
+
+    def _queued(self, *, retries: bool) -> Sequence[Queued]:
+        return [
+            Queued(job, *self._places[job.id][:2])
+            for job in self._jobs.values()
+            if job.status is Status.IN_QUEUE and (job.attempts > 0) == retries
+        ]
+
+    def _live(self, now: datetime) -> tuple[WorkerState, ...]:
+        since = now - timedelta(seconds=WORKER_ALIVE_S)
+        alive = [
+            state
+            for state in self._workers.values()
+            if state.reported_at is not None and state.reported_at > since
+        ]
+        return tuple(sorted(alive, key=lambda state: state.name))
 
     def _get(self, job_id: str) -> Job:
         if job_id not in self._jobs:
@@ -181,6 +273,29 @@ class MemoryStore(StoreByTransition):
         self._jobs[job.id] = job
         return job
 
-    def change(self, job_id: str, change: Callable[[Job], Job]) -> Job:
+    def _put_changed(self, before: Job, after: Job, now: datetime) -> Job:
+        if after.status is Status.IN_QUEUE and after.retry_at is not None:
+            turn, _, arrival = self._places[before.id]
+            due = due_of(self._claims, 0, len(self._live(now)))
+            self._places[before.id] = (turn, due, arrival)
+        return self._put(after)
+
+    def change(
+        self, job_id: str, change: Callable[[Job, datetime], Job], now: datetime | None = None
+    ) -> Job:
+        at = now or datetime.now(UTC)
         with self._lock:
-            return self._put(change(self._get(job_id)))
+            before = self._get(job_id)
+            after = self._put_changed(before, change(before, at), at)
+        if after.status is Status.IN_QUEUE:
+            self._wake()
+        return after
+
+    def _wake(self) -> None:
+        for wake in self._wakes:
+            wake()
+
+
+def _holds(worker: WorkerState, job: Job) -> bool:
+    """True if the worker has the adapters of a job loaded."""
+    return job.adapters <= worker.loaded or adapter_key(job.adapters) == adapter_key(worker.merged)

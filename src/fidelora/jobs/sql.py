@@ -1,18 +1,22 @@
-"""Job store in a database: SQLite by default, or any other by its URL, such as PostgreSQL.
+"""Job store in a database: an SQLite file by default, or PostgreSQL for several machines.
 
-A change reads the row of a job, applies a function of `job.py` and writes the row back only if its
-version is still the one that was read; otherwise the change is repeated (optimistic locking).
-Therefore a dead process cannot hold a lock, and all databases behave the same.
+A change reads the row of a job, applies a function of `job.py` and writes the changed columns only
+if the version is still the one that was read; otherwise the change is repeated (optimistic
+locking). A claim locks the row that it chooses, and skips rows that other claims have locked.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import UTC, datetime
+from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 
 from fidelora.errors import (
     CursorError,
@@ -22,30 +26,48 @@ from fidelora.errors import (
     QueueFullError,
 )
 from fidelora.jobs import job as transitions
-from fidelora.jobs.database import BUSY_TIMEOUT_S, database_errors, open_database
+from fidelora.jobs.database import ADD_LOCK, BUSY_TIMEOUT_S, database_errors, open_database
 from fidelora.jobs.job import Job, Status
-from fidelora.jobs.rows import (
-    CLAIM_WINDOW,
-    FINAL_STATUSES,
-    JOBS,
+from fidelora.jobs.notifications import CANCEL, NEW_JOB, Listener, notify
+from fidelora.jobs.queries import (
+    COMPLETE_SETS,
+    COUNT_QUEUED,
+    FIRST_FRESH,
+    FIRST_RETRY,
     MAX_IDS,
-    READ_DOCUMENTS,
+    READ_JOBS,
+    READ_POSITION,
     READ_POSITIONS,
+    READ_RUNNING,
     READ_VERSIONS,
+    Queries,
+    update_of_job,
+)
+from fidelora.jobs.queue_order import adapter_key, due_of, turn_of_new_job
+from fidelora.jobs.rows import (
+    ADAPTER_SETS,
+    FINAL_STATUSES,
+    JOB_COLUMNS,
+    JOBS,
+    WORKER_ADAPTERS,
+    WORKERS,
+    document_text,
     job_of,
-    row_of,
+    state_of,
+    time_of,
 )
 from fidelora.jobs.store import (
+    WORKER_LOST_S,
     JobChanges,
     JobPage,
     StoreByTransition,
     Submission,
-    choose,
-    in_claim_order,
-    jobs_passed_over,
+    WorkerState,
 )
 
-_RETRY_WINDOW = 10  # number of oldest jobs with a failed attempt that a claim reads
+_MAX_KNOWN_SETS = 10_000  # adapter sets that this process has stored; each takes about 0.1 kB
+_MAX_CANCELLATIONS = 1000  # ids of canceled jobs to keep; far more than a process has workers
+_FORGET_WORKERS_S = 3600.0  # seconds after the last report of a worker until its row is removed
 
 
 class _VersionConflictError(Exception):
@@ -58,7 +80,8 @@ class SqlStore(StoreByTransition):
     The tables are created or migrated in one transaction at the start.
 
     Args:
-        url: address of the database, such as `sqlite:////var/lib/fidelora/jobs.sqlite`.
+        url: address of the database, such as `sqlite:////var/lib/fidelora/jobs.sqlite` or
+            `postgresql://user:password@host/fidelora`.
 
     Raises:
         JobStoreError: the database cannot be opened, or was written by a newer version.
@@ -66,29 +89,52 @@ class SqlStore(StoreByTransition):
 
     def __init__(self, url: str) -> None:
         self._engine = open_database(url)
-        is_sqlite = self._engine.dialect.name == "sqlite"
-        self._write_lock = threading.Lock() if is_sqlite else None
+        self._is_sqlite = self._engine.dialect.name == "sqlite"
+        self._queries = Queries(self._engine.dialect.name)
+        self._write_lock = threading.Lock() if self._is_sqlite else None
+        self._known_sets: OrderedDict[str, None] = OrderedDict()
+        self._listener: Listener | None = None
+        self._listener_lock = threading.Lock()
+        self._cancellations: OrderedDict[str, None] = OrderedDict()
+        self._wakes: list[Callable[[], None]] = []
 
     @property
     def journal_mode(self) -> str:
         """SQLite's journal mode; empty for other databases."""
-        if self._engine.dialect.name != "sqlite":
+        if not self._is_sqlite:
             return ""
         with self._reading() as connection:
             return str(connection.exec_driver_sql("PRAGMA journal_mode").scalar_one())
 
     def add(
-        self, job: Job, *, submission: Submission | None = None, capacity: int | None = None
+        self,
+        job: Job,
+        *,
+        submission: Submission | None = None,
+        capacity: int | None = None,
+        now: datetime | None = None,
     ) -> Job:
         with self._writing() as connection:
+            if capacity is not None and not self._is_sqlite:
+                # Counting and inserting must not overlap with those of another process. SQLite has
+                # one writer at a time anyway.
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(ADD_LOCK)))
             if submission and (existing := self._submitted(connection, submission)):
                 return existing
             if capacity is not None and self._count_queued(connection) >= capacity:
                 raise QueueFullError
-            row = row_of(job) | {
-                "idempotency_key": submission and submission.key,
-                "body_sha256": submission and submission.body_sha256,
-            }
+            row = (
+                state_of(job)
+                | self._place(connection, job, now)
+                | {
+                    "id": job.id,
+                    "owner": job.owner,
+                    "document": document_text(job),
+                    "adapters": adapter_key(job.adapters),
+                    "idempotency_key": submission and submission.key,
+                    "body_sha256": submission and submission.body_sha256,
+                }
+            )
             try:
                 with connection.begin_nested():
                     connection.execute(sa.insert(JOBS).values(row))
@@ -96,7 +142,35 @@ class SqlStore(StoreByTransition):
                 if submission and (existing := self._submitted(connection, submission)):
                     return existing  # the same request arrived twice at the same time
                 raise
+            self._store_adapter_set(connection, job)
+            self._notify(connection, NEW_JOB)
+        self._known_sets[adapter_key(job.adapters)] = None
+        if len(self._known_sets) > _MAX_KNOWN_SETS:
+            self._known_sets.popitem(last=False)
+        self._wake_if_local()
         return job
+
+    def _place(
+        self, connection: sa.Connection, job: Job, now: datetime | None
+    ) -> dict[str, int | float]:
+        """Return the columns of a new job's place in the queue."""
+        given = self._now(now) | {"owner": job.owner}
+        place = connection.execute(self._queries.places, given).one()
+        turn = turn_of_new_job(place.head, place.last_of_owner)
+        before = connection.execute(self._queries.count_before, {"turn": turn}).scalar_one()
+        due = due_of(place.claims, before, place.workers)
+        return {"turn": turn, "due": due, "queued_at_s": place.now_s}
+
+    def _store_adapter_set(self, connection: sa.Connection, job: Job) -> None:
+        key = adapter_key(job.adapters)
+        if not key or key in self._known_sets:
+            return
+        insert: Any = sqlite.insert if self._is_sqlite else postgresql.insert
+        rows = [
+            {"sha256": sha256, "adapters": key, "size": len(job.adapters)}
+            for sha256 in sorted(job.adapters)
+        ]
+        connection.execute(insert(ADAPTER_SETS).on_conflict_do_nothing(), rows)
 
     def submitted(self, submission: Submission) -> Job | None:
         with self._reading() as connection:
@@ -104,10 +178,10 @@ class SqlStore(StoreByTransition):
 
     def get(self, job_id: str) -> Job:
         with self._reading() as connection:
-            return self._get(connection, job_id)
+            return self._get(connection, job_id, None)[0]
 
     def read_changes(self, known: Mapping[str, int]) -> JobChanges:
-        documents: dict[str, str] = {}
+        jobs: list[Job] = []
         found: set[str] = set()
         queued: set[str] = set()
         positions: dict[str, int] = {}
@@ -118,13 +192,12 @@ class SqlStore(StoreByTransition):
                 queued |= {row.id for row in rows if row.status == Status.IN_QUEUE.value}
                 changed = [row.id for row in rows if row.version != known[row.id]]
                 if changed:
-                    read = connection.execute(READ_DOCUMENTS, {"ids": changed})
-                    documents |= {row.id: row.document for row in read}
+                    jobs += map(job_of, connection.execute(READ_JOBS, {"ids": changed}))
             for ids in _batched(queued, MAX_IDS):
                 read = connection.execute(READ_POSITIONS, {"ids": ids})
                 positions |= {row.id: row.position for row in read}
         return JobChanges(
-            changed={job_id: job_of(document) for job_id, document in documents.items()},
+            changed={job.id: job for job in jobs},
             positions=positions,
             missing=frozenset(known.keys() - found),
         )
@@ -138,7 +211,7 @@ class SqlStore(StoreByTransition):
         cursor: str | None = None,
     ) -> JobPage:
         visible = [] if owner is None else [JOBS.c.owner == owner]
-        query = sa.select(JOBS.c.document).where(*visible).order_by(JOBS.c.seq.desc())
+        query = sa.select(*JOB_COLUMNS).where(*visible).order_by(JOBS.c.seq.desc())
         if status is not None:
             query = query.where(JOBS.c.status == status.value)
         query = query.limit(limit + 1)
@@ -150,19 +223,13 @@ class SqlStore(StoreByTransition):
                 if last_seq is None:
                     raise CursorError
                 query = query.where(JOBS.c.seq < last_seq)
-            found = [job_of(document) for document in connection.execute(query).scalars()]
+            found = [job_of(row) for row in connection.execute(query)]
         return JobPage(tuple(found[:limit]), found[limit - 1].id if len(found) > limit else None)
 
     def queue_position(self, job_id: str) -> int | None:
         with self._reading() as connection:
-            row = connection.execute(
-                sa.select(JOBS.c.seq, JOBS.c.status, JOBS.c.attempts).where(JOBS.c.id == job_id)
-            ).one_or_none()
-            if row is None or row.status != Status.IN_QUEUE.value:
-                return None
-            never_failed, earlier = JOBS.c.attempts == 0, JOBS.c.seq < row.seq
-            before = (never_failed | earlier) if row.attempts else (never_failed & earlier)
-            return self._count_queued(connection, before)
+            position = connection.execute(READ_POSITION, {"id": job_id}).scalar()
+            return None if position is None else int(position)
 
     def count(self, status: Status) -> int:
         query = sa.select(sa.func.count()).select_from(JOBS).where(JOBS.c.status == status.value)
@@ -170,87 +237,235 @@ class SqlStore(StoreByTransition):
             return int(connection.execute(query).scalar_one())
 
     def needs_adapter(self, sha256: str) -> bool:
-        # A document contains the sha256 if the job needs the adapter, or if a prompt quotes the
-        # hash. The second case is harmless: a file is kept longer than necessary.
-        mentions = JOBS.c.document.contains(sha256, autoescape=True)
-        query = sa.select(JOBS.c.seq).where(JOBS.c.status.not_in(FINAL_STATUSES), mentions).limit(1)
+        sets = sa.select(ADAPTER_SETS.c.adapters).where(ADAPTER_SETS.c.sha256 == sha256)
+        query = sa.select(JOBS.c.seq).where(
+            JOBS.c.status.not_in(FINAL_STATUSES), JOBS.c.adapters.in_(sets)
+        )
         with self._reading() as connection:
-            return connection.execute(query).first() is not None
+            return connection.execute(query.limit(1)).first() is not None
 
     def peek(self) -> Job | None:
         with self._reading() as connection:
-            queue = self._queue(connection, 1) or self._retries(connection, 1)
-            return next(iter(queue), None)
+            row = connection.execute(FIRST_FRESH).first() or connection.execute(FIRST_RETRY).first()
+            return None if row is None else job_of(row)
 
     def claim(
         self,
         worker: str,
-        now: datetime,
+        now: datetime | None,
         lease_s: float,
         loaded: Collection[str] = (),
         *,
         merged: Collection[str] = (),
         matches: Callable[[Job], bool] | None = None,
+        hold_s: float = 0.0,
     ) -> Job | None:
+        with self._writing() as connection:
+            if matches is not None:
+                row = self._first_match(connection, matches, now)
+                is_counted = False
+            else:
+                given = self._now(now) | {
+                    "worker": worker,
+                    "loaded": sorted(loaded),
+                    "merged": adapter_key(merged) or None,
+                    "hold_s": hold_s,
+                }
+                row = connection.execute(self._queries.claim, given).first()
+                is_counted = not self._is_sqlite
+            if row is None:
+                return None
+            if not is_counted:
+                connection.execute(self._queries.count_claim)
+            job, at = job_of(row), datetime.fromtimestamp(row.now_s, UTC)
+            return self._put(connection, job, transitions.claimed(job, worker, at, lease_s), at)
+
+    def _first_match(
+        self, connection: sa.Connection, matches: Callable[[Job], bool], now: datetime | None
+    ) -> Any:
+        """Lock and return the row of the first job that matches; None if another job is due."""
+        given = self._now(now)
+        due = connection.execute(self._queries.claim_due, given).first()
+        if due is not None:
+            return due if matches(job_of(due)) else None
+        for query in (self._queries.candidates, self._queries.retry_candidates):
+            for row in connection.execute(query, given).all():
+                if matches(job_of(row)):
+                    locked = connection.execute(
+                        self._queries.claim_one, given | {"seq": row.seq}
+                    ).first()
+                    if locked is not None:
+                        return locked
+        return None
+
+    def change(
+        self, job_id: str, change: Callable[[Job, datetime], Job], now: datetime | None = None
+    ) -> Job:
         while True:
             try:
                 with self._writing() as connection:
-                    queue, retries = in_claim_order(
-                        self._queue(connection, CLAIM_WINDOW),
-                        self._retries(connection, _RETRY_WINDOW),
-                        now,
-                    )
-                    index = choose(queue, loaded, merged=merged, matches=matches)
-                    if index is None:
-                        return None
-                    for skipped in jobs_passed_over(queue, retries, index):
-                        self._put(connection, skipped, transitions.passed_over(skipped))
-                    job = queue[index]
-                    return self._put(
-                        connection, job, transitions.claimed(job, worker, now, lease_s)
-                    )
+                    job, at = self._get(connection, job_id, now)
+                    after = self._put(connection, job, change(job, at), at)
             except _VersionConflictError:
                 continue
+            if after.status is Status.IN_QUEUE:
+                self._wake_if_local()
+            return after
 
-    def change(self, job_id: str, change: Callable[[Job], Job]) -> Job:
-        while True:
-            try:
-                with self._writing() as connection:
-                    job = self._get(connection, job_id)
-                    return self._put(connection, job, change(job))
-            except _VersionConflictError:
-                continue
-
-    def abandon_expired(self, now: datetime, *, spare: Collection[str] = ()) -> tuple[Job, ...]:
+    def abandon_expired(
+        self, now: datetime | None = None, *, spare: Collection[str] = ()
+    ) -> tuple[Job, ...]:
+        given = self._now(now) | {"lost_s": WORKER_LOST_S, "spared": sorted(spare)}
         with self._reading() as connection:
-            query = sa.select(JOBS.c.document).where(JOBS.c.lease_expires_at_s <= now.timestamp())
-            expired = [job_of(document) for document in connection.execute(query).scalars()]
-        changed = []
-        for job in (job for job in expired if job.worker not in spare):
-            after = self.change(job.id, lambda current: _abandoned_if_expired(current, now))
-            if after.lease_expires_at is None:
-                changed.append(after)
-        return tuple(changed)
+            if connection.execute(self._queries.expired, given).first() is None:
+                return ()
+        abandoned = []
+        with self._writing() as connection:
+            for row in connection.execute(self._queries.lock_expired, given).all():
+                job, at = job_of(row), datetime.fromtimestamp(row.now_s, UTC)
+                after = transitions.abandoned(job, job.epoch, transitions.SILENT, at)
+                abandoned.append(self._put(connection, job, after, at))
+        self._wake_if_local()
+        return tuple(abandoned)
+
+    def cancel_requested(self, job_id: str) -> bool:
+        if not self._is_sqlite:
+            self._listen()
+            return job_id in self._cancellations
+        query = sa.select(JOBS.c.cancel_requested).where(JOBS.c.id == job_id)
+        with self._reading() as connection:
+            requested = connection.execute(query).scalar()
+        if requested is None:
+            raise JobNotFoundError
+        return bool(requested)
+
+    def running(self, worker_prefix: str) -> tuple[Job, ...]:
+        given = {"prefix": worker_prefix, "length": len(worker_prefix)}
+        with self._reading() as connection:
+            return tuple(map(job_of, connection.execute(READ_RUNNING, given)))
+
+    def report_worker(self, state: WorkerState, now: datetime | None = None) -> None:
+        with self._writing() as connection:
+            now_s = connection.execute(sa.select(self._queries.now_s), self._now(now)).scalar_one()
+            row = {
+                "name": state.name,
+                "device": state.device,
+                "version": state.version,
+                "loaded": " ".join(sorted(state.loaded)),
+                "merged": " ".join(sorted(state.merged)),
+                "idle_since_s": state.idle_since and state.idle_since.timestamp(),
+                "reported_at_s": now_s,
+            }
+            insert: Any = sqlite.insert if self._is_sqlite else postgresql.insert
+            stored = insert(WORKERS).values(row)
+            connection.execute(stored.on_conflict_do_update(index_elements=["name"], set_=row))
+            given = {"loaded": sorted(state.loaded)}
+            held = {*connection.execute(COMPLETE_SETS, given).scalars(), *state.loaded}
+            if state.merged:
+                held.add(adapter_key(state.merged))
+            own = WORKER_ADAPTERS.c.worker == state.name
+            known = set(
+                connection.execute(sa.select(WORKER_ADAPTERS.c.adapters).where(own)).scalars()
+            )
+            if gone := known - held:
+                connection.execute(
+                    sa.delete(WORKER_ADAPTERS).where(own, WORKER_ADAPTERS.c.adapters.in_(gone))
+                )
+            if new := sorted(held - known):
+                connection.execute(
+                    sa.insert(WORKER_ADAPTERS),
+                    [{"worker": state.name, "adapters": key} for key in new],
+                )
+            forgotten = WORKERS.c.reported_at_s < now_s - _FORGET_WORKERS_S
+            names = sa.select(WORKERS.c.name).where(forgotten)
+            connection.execute(
+                sa.delete(WORKER_ADAPTERS).where(WORKER_ADAPTERS.c.worker.in_(names))
+            )
+            connection.execute(sa.delete(WORKERS).where(forgotten))
+
+    def remove_worker(self, name: str) -> None:
+        with self._writing() as connection:
+            connection.execute(sa.delete(WORKER_ADAPTERS).where(WORKER_ADAPTERS.c.worker == name))
+            connection.execute(sa.delete(WORKERS).where(WORKERS.c.name == name))
+
+    def workers(self, now: datetime | None = None) -> tuple[WorkerState, ...]:
+        with self._reading() as connection:
+            rows = connection.execute(self._queries.live_workers, self._now(now)).all()
+        return tuple(
+            WorkerState(
+                row.name,
+                row.device,
+                row.version,
+                frozenset(row.loaded.split()),
+                frozenset(row.merged.split()),
+                time_of(row.idle_since_s),
+                time_of(row.reported_at_s),
+            )
+            for row in rows
+        )
+
+    def on_new_job(self, wake: Callable[[], None]) -> None:
+        self._wakes.append(wake)
+        if not self._is_sqlite:
+            self._listen()
 
     def remove_finished(self, *, before: datetime, keep: int) -> tuple[Job, ...]:
-        ended = sa.select(JOBS.c.seq, JOBS.c.finished_at_s, JOBS.c.document).where(
-            JOBS.c.status.in_(FINAL_STATUSES)
+        ended = JOBS.c.status.in_(FINAL_STATUSES)
+        newest_first = (JOBS.c.finished_at_s.desc(), JOBS.c.seq.desc())
+        surplus = sa.select(JOBS.c.seq).where(ended).order_by(*newest_first).offset(keep)
+        query = (
+            sa.select(*JOB_COLUMNS)
+            .where(
+                ended,
+                sa.or_(JOBS.c.finished_at_s < before.timestamp(), JOBS.c.seq.in_(surplus)),
+            )
+            .order_by(*newest_first)
         )
         with self._writing() as connection:
-            rows = connection.execute(
-                ended.order_by(JOBS.c.finished_at_s.desc(), JOBS.c.seq.desc())
-            ).all()
             removed = [
-                row
-                for index, row in enumerate(rows)
-                if index >= keep or row.finished_at_s < before.timestamp()
+                job_of(row)
+                for row in connection.execute(query).all()
+                # Another process may have removed it in the meantime.
+                if connection.execute(sa.delete(JOBS).where(JOBS.c.seq == row.seq)).rowcount == 1
             ]
-            for row in removed:
-                connection.execute(sa.delete(JOBS).where(JOBS.c.seq == row.seq))
-        return tuple(job_of(row.document) for row in removed)
+        return tuple(removed)
 
     def close(self) -> None:
+        with self._listener_lock:
+            if self._listener is not None:
+                self._listener.close()
         self._engine.dispose()
+
+    def _listen(self) -> None:
+        """Start to receive notifications, unless this was done before."""
+        with self._listener_lock:
+            if self._listener is None:
+                self._listener = Listener(self._engine, self._on_notification)
+
+    def _on_notification(self, payload: str) -> None:
+        if payload.startswith(CANCEL):
+            self._cancellations[payload.removeprefix(CANCEL)] = None
+            if len(self._cancellations) > _MAX_CANCELLATIONS:
+                self._cancellations.popitem(last=False)
+        elif payload == NEW_JOB:
+            for wake in self._wakes:
+                wake()
+
+    def _notify(self, connection: sa.Connection, payload: str) -> None:
+        if not self._is_sqlite:
+            notify(connection, payload)
+
+    def _wake_if_local(self) -> None:
+        """Wake the workers of this process, if the database sends no notifications."""
+        if self._is_sqlite:
+            for wake in self._wakes:
+                wake()
+
+    def _now(self, now: datetime | None) -> dict[str, Any]:
+        """Return the parameter `now_s`, which is None for the clock of PostgreSQL."""
+        if now is None and self._is_sqlite:
+            return {"now_s": time.time()}
+        return {"now_s": now and now.timestamp()}
 
     @contextmanager
     def _writing(self) -> Iterator[sa.Connection]:
@@ -281,26 +496,8 @@ class SqlStore(StoreByTransition):
         ):
             yield connection
 
-    def _queue(self, connection: sa.Connection, limit: int) -> Sequence[Job]:
-        """Return queued jobs without a failed attempt, oldest first."""
-        return self._queued(connection, JOBS.c.attempts == 0, limit)
-
-    def _retries(self, connection: sa.Connection, limit: int) -> Sequence[Job]:
-        """Return queued jobs with a failed attempt, oldest first."""
-        return self._queued(connection, JOBS.c.attempts > 0, limit)
-
-    def _queued(
-        self, connection: sa.Connection, condition: sa.ColumnElement[bool], limit: int
-    ) -> Sequence[Job]:
-        query = (
-            sa.select(JOBS.c.document)
-            .where(JOBS.c.status == Status.IN_QUEUE.value, condition)
-            .order_by(JOBS.c.seq)
-        )
-        return [job_of(document) for document in connection.execute(query.limit(limit)).scalars()]
-
     def _submitted(self, connection: sa.Connection, submission: Submission) -> Job | None:
-        query = sa.select(JOBS.c.document, JOBS.c.body_sha256).where(
+        query = sa.select(*JOB_COLUMNS, JOBS.c.body_sha256).where(
             JOBS.c.idempotency_key == submission.key
         )
         row = connection.execute(query).one_or_none()
@@ -308,36 +505,44 @@ class SqlStore(StoreByTransition):
             return None
         if row.body_sha256 != submission.body_sha256:
             raise IdempotencyConflictError
-        return job_of(row.document)
+        return job_of(row)
 
-    def _count_queued(self, connection: sa.Connection, *conditions: sa.ColumnElement[bool]) -> int:
-        query = (
-            sa.select(sa.func.count())
-            .select_from(JOBS)
-            .where(JOBS.c.status == Status.IN_QUEUE.value, *conditions)
-        )
-        return int(connection.execute(query).scalar_one())
+    def _count_queued(self, connection: sa.Connection) -> int:
+        return int(connection.execute(COUNT_QUEUED).scalar_one())
 
-    def _get(self, connection: sa.Connection, job_id: str) -> Job:
-        document = connection.execute(
-            sa.select(JOBS.c.document).where(JOBS.c.id == job_id)
-        ).scalar()
-        if document is None:
+    def _get(
+        self, connection: sa.Connection, job_id: str, now: datetime | None
+    ) -> tuple[Job, datetime]:
+        """Return a job and the time."""
+        row = connection.execute(self._queries.get, self._now(now) | {"id": job_id}).first()
+        if row is None:
             raise JobNotFoundError
-        return job_of(document)
+        return job_of(row), datetime.fromtimestamp(row.now_s, UTC)
 
-    def _put(self, connection: sa.Connection, before: Job, after: Job) -> Job:
-        if after != before:
-            update = sa.update(JOBS).where(JOBS.c.id == before.id, JOBS.c.version == before.version)
-            if connection.execute(update.values(row_of(after))).rowcount != 1:
-                raise _VersionConflictError
+    def _put(self, connection: sa.Connection, before: Job, after: Job, at: datetime) -> Job:
+        """Write the columns that differ.
+
+        Raises:
+            _VersionConflictError: the row has changed since it was read.
+        """
+        if after == before:
+            return after
+        old, new = state_of(before), state_of(after)
+        values: dict[str, Any] = {name: new[name] for name in new if new[name] != old[name]}
+        is_retry = after.status is Status.IN_QUEUE and after.retry_at is not None
+        if is_retry and before.status is not Status.IN_QUEUE:
+            place = connection.execute(
+                self._queries.places, self._now(at) | {"owner": after.owner}
+            ).one()
+            values["due"] = due_of(place.claims, 0, place.workers)
+        given = values | {"job_id": before.id, "job_version": before.version}
+        if connection.execute(update_of_job(frozenset(values)), given).rowcount != 1:
+            raise _VersionConflictError
+        if after.status is Status.IN_QUEUE:
+            self._notify(connection, NEW_JOB)
+        if after.cancel_requested and not before.cancel_requested:
+            self._notify(connection, CANCEL + after.id)
         return after
-
-
-def _abandoned_if_expired(job: Job, now: datetime) -> Job:
-    # The lease may have been renewed after the query.
-    expired = job.lease_expires_at is not None and job.lease_expires_at <= now
-    return transitions.abandoned(job, job.epoch, transitions.SILENT, now) if expired else job
 
 
 def _batched(ids: Iterable[str], size: int) -> Iterator[list[str]]:

@@ -6,15 +6,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import chain
 from typing import Protocol
 
 from fidelora.jobs import job as transitions
 from fidelora.jobs.job import Failure, Job, JobProgress, Output, Status
 
-MAX_PASSED_OVER = 8
-"""Number of times that later jobs may be claimed before a job, because their adapters are loaded
-or they can share a batch. Bounds the wait of jobs with rare adapters."""
+WORKER_ALIVE_S = 15.0
+"""Seconds for which a worker counts as alive after it has reported: three of its reports."""
+WORKER_LOST_S = 60.0
+"""Seconds after the last report of a worker after which its jobs are abandoned. Longer than a
+restart of the database, during which no worker can report."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,49 @@ class JobChanges:
     missing: frozenset[str]
 
 
+@dataclass(frozen=True)
+class WorkerState:
+    """Report of a worker, which other processes read.
+
+    Attributes:
+        name: name of the worker, as in `Job.worker`.
+        device: device of its model, such as `cuda:0`.
+        version: version of Fidelora.
+        loaded: sha256 of the adapters in its memory.
+        merged: sha256 of the adapters that are merged into its model.
+        idle_since: time since which it has had no job; None while it has one.
+        reported_at: time of the report; set by the store.
+    """
+
+    name: str
+    device: str = ""
+    version: str = ""
+    loaded: frozenset[str] = frozenset()
+    merged: frozenset[str] = frozenset()
+    idle_since: datetime | None = None
+    reported_at: datetime | None = None
+
+
 class JobStore(Protocol):
     """Store whose changes are durable once a method has returned.
 
     All times are aware UTC datetimes. All methods are thread-safe.
+
+    `now` is the current time, for tests and simulations. None means the store's own clock. For a
+    database that several machines use, this is the clock of the database's server.
     """
 
     def add(
-        self, job: Job, *, submission: Submission | None = None, capacity: int | None = None
+        self,
+        job: Job,
+        *,
+        submission: Submission | None = None,
+        capacity: int | None = None,
+        now: datetime | None = None,
     ) -> Job:
         """Add a new job to the queue, or return the job that the same submission added before.
+
+        The capacity also holds if several processes add jobs at the same time.
 
         Args:
             capacity: maximum length of the queue, including this job.
@@ -114,7 +148,10 @@ class JobStore(Protocol):
         ...
 
     def queue_position(self, job_id: str) -> int | None:
-        """Return the number of queued jobs before this one; None if it is not in the queue."""
+        """Return the number of queued jobs before this one; None if it is not in the queue.
+
+        Jobs without a failed attempt come first, one of each owner in turn, then those with one.
+        """
         ...
 
     def count(self, status: Status) -> int:
@@ -126,43 +163,51 @@ class JobStore(Protocol):
         ...
 
     def peek(self) -> Job | None:
-        """Return the oldest queued job without claiming it; None if the queue is empty."""
+        """Return the first queued job without claiming it; None if the queue is empty."""
         ...
 
     def claim(
         self,
         worker: str,
-        now: datetime,
+        now: datetime | None,
         lease_s: float,
         loaded: Collection[str] = (),
         *,
         merged: Collection[str] = (),
         matches: Callable[[Job], bool] | None = None,
+        hold_s: float = 0.0,
     ) -> Job | None:
         """Claim the next job for a worker, or return None. Two workers never claim the same job.
 
         Order of preference:
 
-        1. the oldest job, once it was passed over `MAX_PASSED_OVER` times;
+        1. a job that is due: a retry, or the job at the head of the queue, that was delayed by
+           `MAX_PASSED_OVER` claims per live worker;
         2. a job that needs exactly the merged adapters;
         3. a job whose adapters are all loaded;
-        4. the oldest job.
+        4. the job at the head of the queue.
 
-        If a job before the preferred one was passed over `MAX_PASSED_OVER` times, it is claimed
-        instead. Jobs with a failed attempt come after all others, and only when their pause is
-        over; each claim of another job passes them over.
+        The head of the queue is the oldest job, or with several owners the oldest job of the owner
+        whose turn it is. Jobs with a failed attempt come after all others, and only when their
+        pause is over.
 
         Args:
             loaded: sha256 of the adapters in the worker's memory.
             merged: sha256 of the adapters that are merged into its model.
-            matches: returns True for jobs that the worker can use. The oldest of these is claimed,
-                regardless of loaded adapters, unless a job before it was passed over
-                `MAX_PASSED_OVER` times. Must not call the store.
+            matches: returns True for jobs that the worker can use. The first of these is claimed,
+                regardless of loaded adapters, unless another job is due. Must not call the store.
+            hold_s: seconds that a job is left, from its arrival, for another live worker that has
+                its adapters loaded. Applies to the fourth preference only.
         """
         ...
 
     def renew(
-        self, job_id: str, epoch: int, progress: JobProgress | None, now: datetime, lease_s: float
+        self,
+        job_id: str,
+        epoch: int,
+        progress: JobProgress | None,
+        now: datetime | None,
+        lease_s: float,
     ) -> Job:
         """Extend the lease (heartbeat). The worker has to stop if the job has `cancel_requested`.
 
@@ -177,7 +222,7 @@ class JobStore(Protocol):
         epoch: int,
         outputs: Sequence[Output],
         timings: Mapping[str, float],
-        now: datetime,
+        now: datetime | None = None,
     ) -> Job:
         """End the job with its images. The image files must already be synced to disk.
 
@@ -186,7 +231,7 @@ class JobStore(Protocol):
         """
         ...
 
-    def fail(self, job_id: str, epoch: int, error: Failure, now: datetime) -> Job:
+    def fail(self, job_id: str, epoch: int, error: Failure, now: datetime | None = None) -> Job:
         """End the job with an error that a retry would not fix.
 
         Raises:
@@ -194,7 +239,7 @@ class JobStore(Protocol):
         """
         ...
 
-    def stop(self, job_id: str, epoch: int, now: datetime) -> Job:
+    def stop(self, job_id: str, epoch: int, now: datetime | None = None) -> Job:
         """End the job as canceled, after its worker stopped.
 
         Raises:
@@ -202,7 +247,7 @@ class JobStore(Protocol):
         """
         ...
 
-    def release(self, job_id: str, epoch: int, now: datetime) -> Job:
+    def release(self, job_id: str, epoch: int, now: datetime | None = None) -> Job:
         """Return the job to the queue; the attempt does not count.
 
         Raises:
@@ -210,7 +255,7 @@ class JobStore(Protocol):
         """
         ...
 
-    def abandon(self, job_id: str, epoch: int, reason: str, now: datetime) -> Job:
+    def abandon(self, job_id: str, epoch: int, reason: str, now: datetime | None = None) -> Job:
         """Requeue the job after a failed attempt, or end it as failed after the last attempt.
 
         An attempt fails if its worker dies, stops its heartbeats or has an unexpected error.
@@ -220,20 +265,59 @@ class JobStore(Protocol):
         """
         ...
 
-    def abandon_expired(self, now: datetime, *, spare: Collection[str] = ()) -> tuple[Job, ...]:
-        """Abandon every job whose lease has expired, and return these jobs.
+    def abandon_expired(
+        self, now: datetime | None = None, *, spare: Collection[str] = ()
+    ) -> tuple[Job, ...]:
+        """Abandon the jobs of lost workers, and return these jobs.
+
+        A worker is lost if the lease of its job has expired, or if it has reported with
+        `report_worker`, but not for `WORKER_LOST_S` seconds.
 
         Args:
-            spare: names of workers that are known to be alive; their jobs are kept even if the
-                lease has expired.
+            spare: names of workers that are known to be alive; their jobs are kept.
         """
         ...
 
-    def cancel(self, job_id: str, now: datetime) -> Job:
+    def cancel(self, job_id: str, now: datetime | None = None) -> Job:
         """Request that a job stops; see `job.cancellation_requested`.
 
         Raises:
             JobNotFoundError: the job does not exist.
+        """
+        ...
+
+    def cancel_requested(self, job_id: str) -> bool:
+        """True if a running job has to stop.
+
+        Cheap enough to be called at every step. The answer may be late, but the job that `renew`
+        returns is always up to date.
+
+        Raises:
+            JobNotFoundError: the job does not exist (not every store checks this).
+        """
+        ...
+
+    def running(self, worker_prefix: str) -> tuple[Job, ...]:
+        """Return the running jobs of the workers whose names begin with this text."""
+        ...
+
+    def report_worker(self, state: WorkerState, now: datetime | None = None) -> None:
+        """Store the state of a worker, which counts as alive for `WORKER_ALIVE_S` seconds."""
+        ...
+
+    def remove_worker(self, name: str) -> None:
+        """Remove the state of a worker that has ended."""
+        ...
+
+    def workers(self, now: datetime | None = None) -> tuple[WorkerState, ...]:
+        """Return the states of the live workers, by name."""
+        ...
+
+    def on_new_job(self, wake: Callable[[], None]) -> None:
+        """Call `wake`, on a thread, when any process adds a job or returns one to the queue.
+
+        Some stores cannot notice other processes, and notifications can be lost. So workers also
+        have to poll.
         """
         ...
 
@@ -253,18 +337,28 @@ class StoreByTransition(ABC):
     """Methods of `JobStore` that change one job, built on an atomic `change`."""
 
     @abstractmethod
-    def change(self, job_id: str, change: Callable[[Job], Job]) -> Job:
-        """Replace the job by `change(job)` and return it. If `change` raises, the job is kept.
+    def change(
+        self, job_id: str, change: Callable[[Job, datetime], Job], now: datetime | None = None
+    ) -> Job:
+        """Replace the job by `change(job, now)` and return it. If `change` raises, the job is kept.
+
+        Args:
+            now: time to pass to `change`; None for the store's clock.
 
         Raises:
             JobNotFoundError: the job does not exist.
         """
 
     def renew(
-        self, job_id: str, epoch: int, progress: JobProgress | None, now: datetime, lease_s: float
+        self,
+        job_id: str,
+        epoch: int,
+        progress: JobProgress | None,
+        now: datetime | None,
+        lease_s: float,
     ) -> Job:
         return self.change(
-            job_id, lambda job: transitions.renewed(job, epoch, progress, now, lease_s)
+            job_id, lambda job, at: transitions.renewed(job, epoch, progress, at, lease_s), now
         )
 
     def succeed(
@@ -273,81 +367,27 @@ class StoreByTransition(ABC):
         epoch: int,
         outputs: Sequence[Output],
         timings: Mapping[str, float],
-        now: datetime,
+        now: datetime | None = None,
     ) -> Job:
         return self.change(
-            job_id, lambda job: transitions.succeeded(job, epoch, tuple(outputs), timings, now)
+            job_id,
+            lambda job, at: transitions.succeeded(job, epoch, tuple(outputs), timings, at),
+            now,
         )
 
-    def fail(self, job_id: str, epoch: int, error: Failure, now: datetime) -> Job:
-        return self.change(job_id, lambda job: transitions.failed(job, epoch, error, now))
+    def fail(self, job_id: str, epoch: int, error: Failure, now: datetime | None = None) -> Job:
+        return self.change(job_id, lambda job, at: transitions.failed(job, epoch, error, at), now)
 
-    def stop(self, job_id: str, epoch: int, now: datetime) -> Job:
-        return self.change(job_id, lambda job: transitions.stopped(job, epoch, now))
+    def stop(self, job_id: str, epoch: int, now: datetime | None = None) -> Job:
+        return self.change(job_id, lambda job, at: transitions.stopped(job, epoch, at), now)
 
-    def release(self, job_id: str, epoch: int, now: datetime) -> Job:
-        return self.change(job_id, lambda job: transitions.released(job, epoch, now))
+    def release(self, job_id: str, epoch: int, now: datetime | None = None) -> Job:
+        return self.change(job_id, lambda job, at: transitions.released(job, epoch, at), now)
 
-    def abandon(self, job_id: str, epoch: int, reason: str, now: datetime) -> Job:
-        return self.change(job_id, lambda job: transitions.abandoned(job, epoch, reason, now))
+    def abandon(self, job_id: str, epoch: int, reason: str, now: datetime | None = None) -> Job:
+        return self.change(
+            job_id, lambda job, at: transitions.abandoned(job, epoch, reason, at), now
+        )
 
-    def cancel(self, job_id: str, now: datetime) -> Job:
-        return self.change(job_id, lambda job: transitions.cancellation_requested(job, now))
-
-
-def in_claim_order(
-    fresh: Sequence[Job], retries: Sequence[Job], now: datetime
-) -> tuple[list[Job], list[Job]]:
-    """Return the jobs that can be claimed, in the order that `choose` expects, and the due retries.
-
-    The due retries are also in the first list. Retries whose pause is not over are in neither.
-
-    Args:
-        fresh: queued jobs without a failed attempt, oldest first.
-        retries: queued jobs with a failed attempt, oldest first.
-    """
-    due = [job for job in retries if transitions.is_due(job, now)]
-    waited = [job for job in due if job.passed_over >= MAX_PASSED_OVER]
-    rest = [job for job in due if job.passed_over < MAX_PASSED_OVER]
-    return [*waited, *fresh, *rest], due
-
-
-def jobs_passed_over(queue: Sequence[Job], retries: Sequence[Job], claimed: int) -> list[Job]:
-    """Return the jobs that a claim passes over: those before the claimed one, and due retries.
-
-    Args:
-        queue, retries: result of `in_claim_order`.
-        claimed: index of the claimed job in `queue`.
-    """
-    counted = {job.id for job in queue[: claimed + 1]}
-    return [*queue[:claimed], *(job for job in retries if job.id not in counted)]
-
-
-def choose(
-    queue: Sequence[Job],
-    loaded: Collection[str],
-    *,
-    merged: Collection[str] = (),
-    matches: Callable[[Job], bool] | None = None,
-) -> int | None:
-    """Return the index of the job that `JobStore.claim` takes from a queue (oldest first), or None.
-
-    A job without adapters suits every worker, but is not preferred to older jobs.
-    """
-    if matches is not None:
-        for index, job in enumerate(queue):
-            if matches(job):
-                return index
-            if job.passed_over >= MAX_PASSED_OVER:
-                return None
-        return None
-    if not queue:
-        return None
-    if queue[0].passed_over >= MAX_PASSED_OVER:
-        return 0
-    loaded, merged = frozenset(loaded), frozenset(merged)
-    needs_merged = (i for i, job in enumerate(queue) if job.adapters and job.adapters == merged)
-    needs_loaded = (i for i, job in enumerate(queue) if job.adapters and job.adapters <= loaded)
-    preferred = next(chain(needs_merged, needs_loaded), 0)
-    # A claim passes over all jobs before the claimed one, so a job at the limit is claimed first.
-    return next((i for i in range(preferred) if queue[i].passed_over >= MAX_PASSED_OVER), preferred)
+    def cancel(self, job_id: str, now: datetime | None = None) -> Job:
+        return self.change(job_id, transitions.cancellation_requested, now)

@@ -21,7 +21,6 @@ from starlette.responses import PlainTextResponse
 import fidelora
 from fidelora.accel.allocator import return_freed_memory
 from fidelora.atomic import make_folder, remove_stale_temporaries
-from fidelora.families import all_families
 from fidelora.jobs.job import Status
 from fidelora.jobs.sql import SqlStore
 from fidelora.jobs.store import JobStore
@@ -30,14 +29,12 @@ from fidelora.loras.download import DownloadRules
 from fidelora.loras.folder import UPLOADS
 from fidelora.loras.resolve import AdapterResolver
 from fidelora.loras.uploads import UploadQuota, upload_folders
-from fidelora.recipe import Recipe
 from fidelora.server import api_docs, problems
 from fidelora.server.api_keys import ApiKeys
 from fidelora.server.background import run_periodically
 from fidelora.server.base_models import BaseModels
 from fidelora.server.context import ServerContext
 from fidelora.server.login import Login
-from fidelora.server.logs import configure_logs
 from fidelora.server.metrics import Metrics
 from fidelora.server.middleware import AccessControl, BodyLimitMiddleware, RequestLogMiddleware
 from fidelora.server.page.mount import SWITCHED_OFF, Page, make_page
@@ -45,10 +42,9 @@ from fidelora.server.public_texts import ROOTS
 from fidelora.server.readiness import ReadinessLog
 from fidelora.server.routes import a1111, inference, loras, openai, operations, replay, requests
 from fidelora.server.size_limits import SizeLimits
+from fidelora.server.worker_host import worker_setups
 from fidelora.settings import Settings
-from fidelora.workers.attempt import WorkerLimits
 from fidelora.workers.pool import WorkerPool
-from fidelora.workers.process import WorkerSetup
 
 log = structlog.get_logger(__name__)
 
@@ -85,26 +81,7 @@ def make_context(
     for folder in (settings.loras, *upload_folders(settings.loras), settings.outputs):
         remove_stale_temporaries(folder)
     store = SqlStore(settings.database)
-    warm_model = next(iter(settings.base_models or all_families()))
-    setup = partial(
-        WorkerSetup,
-        settings.database,
-        settings.outputs,
-        offload=settings.offload,
-        adapters=settings.adapters,
-        model_cache=settings.model_cache_dir,
-        hub_token=settings.hf_token.get_secret_value() if settings.hf_token else None,
-        base_budget_bytes=_bytes(settings.bases_gb),
-        adapter_budget_bytes=_bytes(settings.adapters_gb),
-        limits=WorkerLimits(
-            lease_s=settings.step_timeout_s,
-            timeout_s=settings.inference_timeout_s,
-            batch_wait_s=settings.batch_wait_s,
-        ),
-        warm=Recipe(prompt="", model=warm_model, **server_defaults[warm_model]),
-        prepare=partial(configure_logs, settings.log_format, settings.debug),
-    )
-    pool = WorkerPool(store, [setup(device=device) for device in settings.devices], name=server_id)
+    pool = WorkerPool(store, worker_setups(settings, server_defaults), name=server_id)
     context = context_with_store(store, settings, server_defaults, base_url, pool)
     pool.on_report = context.attempt_ended
     return context

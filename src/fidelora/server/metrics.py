@@ -130,9 +130,16 @@ class _CurrentStateCollector(Collector):
         for status in (Status.IN_QUEUE, Status.IN_PROGRESS):
             requests.add_metric([status.value], self._store.count(status))
         yield requests
+        yield GaugeMetricFamily(
+            "fidelora_live_workers",
+            "Workers of all machines that have reported to the job database a short time ago.",
+            value=len(self._store.workers()),
+        )
         if self._pool is not None:
             workers = len(self._pool.process_ids)
-            yield GaugeMetricFamily("fidelora_workers", "Live worker processes.", value=workers)
+            yield GaugeMetricFamily(
+                "fidelora_workers", "Worker processes of this server.", value=workers
+            )
             yield GaugeMetricFamily(
                 "fidelora_worker_restarts",
                 "Replaced worker processes.",

@@ -11,19 +11,18 @@ import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import structlog
 import uvicorn
 from filelock import FileLock, Timeout
 
 from fidelora.atomic import make_folder, write_atomically
-from fidelora.errors import DeviceError, ServerFailedError, SettingsError
-from fidelora.families import all_families, get_family
+from fidelora.errors import ServerFailedError, SettingsError
 from fidelora.server.api_keys import ApiKeys
 from fidelora.server.app import keys_file, make_app, make_context
 from fidelora.server.connections import LimitedProtocol, connection_limit
 from fidelora.server.context import ServerContext
+from fidelora.server.defaults import server_defaults_of
 from fidelora.server.logs import configure_logs, is_text
 from fidelora.server.middleware import is_loopback
 from fidelora.server.page.mount import Page
@@ -59,7 +58,9 @@ def serve(settings: Settings) -> None:
             listener.getsockname()[1],
         )
         base_url = settings.base_url.rstrip("/") or f"http://{host}:{port}"
-        context = make_context(settings, _server_defaults(settings), base_url, _server_id(data_dir))
+        context = make_context(
+            settings, server_defaults_of(settings), base_url, _server_id(data_dir)
+        )
         for model in settings.base_models:  # takes seconds for files that were never hashed
             log.info("base model", model=model, sha256=context.base_models.sha256(model))
         asyncio.run(_serve(context, listener, f"http://{host}:{port}"))
@@ -137,43 +138,6 @@ class _UvicornServer(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Leave the signals to `_serve`, which stops the workers before it closes connections."""
         yield
-
-
-def _server_defaults(settings: Settings) -> dict[str, dict[str, Any]]:
-    """Return the recipe fields that this server sets, by model id.
-
-    Raises:
-        DeviceError: a device is missing, or FIDELORA_FIDELITY is `fast` and a device does not
-            support it.
-        BaseModelError: the base model's file or folder is missing.
-    """
-    from fidelora.accel.device import auto_dtype, resolve_device
-    from fidelora.accel.fast_path import fast_path
-    from fidelora.weights.locate import is_portable, locate
-
-    devices = [resolve_device(name) for name in settings.devices]
-    dtype = auto_dtype(devices[0]) if settings.dtype == "auto" else settings.dtype
-    dtypes = dict.fromkeys(("dtype", "vae_dtype", "text_encoder_dtype"), dtype)
-    default_model = next(iter(settings.base_models or all_families()))
-    server_defaults: dict[str, dict[str, Any]] = {}
-    for model, family in all_families().items():
-        fidelity = settings.fidelity
-        if fidelity == "fast":
-            try:
-                for device in devices:
-                    fast_path(family, device, settings.offload)
-            except DeviceError:
-                if model == default_model:
-                    raise
-                fidelity = "exact"  # the family has no fast path
-        server_defaults[model] = {**dtypes, "fidelity": fidelity}
-    for model, base_model in settings.base_models.items():
-        if not is_portable(base_model):
-            # The path is absolute, because the server may be restarted in another directory while
-            # jobs are queued.
-            base_model = str(locate(base_model, get_family(model).parts).absolute())
-        server_defaults[model]["base_model"] = base_model
-    return server_defaults
 
 
 @contextlib.contextmanager

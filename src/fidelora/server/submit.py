@@ -200,7 +200,7 @@ async def cancel_on_exit(job: Job, context: ServerContext) -> AsyncIterator[None
     finally:
         # The shield lets this call run although the task of a disconnected client is cancelled.
         with anyio.CancelScope(shield=True):
-            await run_in_threadpool(context.store.cancel, job.id, utc_now())
+            await run_in_threadpool(context.store.cancel, job.id)
 
 
 async def job_updates(job: Job, context: ServerContext, request: Request) -> AsyncIterator[Job]:

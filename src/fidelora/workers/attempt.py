@@ -52,8 +52,9 @@ class WorkerLimits:
             steps extend both, see `StepAllowance`.
         load_s: duration of the lease while a base model is located, downloaded and loaded. No
             heartbeats are sent during that time.
-        report_every_s: shortest time between two heartbeats with progress. Cancellation is checked
-            at every step.
+        report_every_s: shortest time between two heartbeats with progress. Each heartbeat also
+            finds out whether the job was canceled, and `JobStore.cancel_requested` is called at
+            every step.
         timeout_s: longest duration of one attempt; after it, the job fails.
         batch_wait_s: time to wait for further jobs while the batch has room. Jobs that are already
             queued join the batch without a wait.
@@ -180,7 +181,7 @@ class Attempt:
         files: ImageFiles,
         store: JobStore,
         limits: WorkerLimits,
-        now: Callable[[], datetime],
+        now: Callable[[], datetime | None],
         monotonic: Callable[[], float],
         wait: Callable[[float], None],
     ) -> None:
@@ -248,13 +249,14 @@ class Attempt:
             LeaseLostError: another worker has the job.
         """
         try:
-            if self._store.get(self.job.id).cancel_requested:
+            if self._store.cancel_requested(self.job.id):
                 raise GenerationCancelled
             is_due = self._monotonic() - self._last_heartbeat >= self._limits.report_every_s
             if is_due or lease_s > self._lease_s:
                 if self._progress is not None and preview is not None:
                     self._progress = replace(self._progress, preview=preview())
-                self.heartbeat(lease_s)
+                if self.heartbeat(lease_s).cancel_requested:
+                    raise GenerationCancelled
         except JobStoreError as error:
             log.warning("no heartbeat: %s", error, extra={"request_id": self.job.id})
 
@@ -305,7 +307,10 @@ class Attempt:
             job_id=job.id,
             status=ended.status.value,
             code=ended.error.code if ended.error else "",
-            wait_s=(job.started_at - job.created_at).total_seconds() if job.attempts == 1 else None,
+            # The times may be those of two clocks.
+            wait_s=max(0.0, (job.started_at - job.created_at).total_seconds())
+            if job.attempts == 1
+            else None,
             images=len(ended.outputs),
             steps=sum(recipe.steps for recipe in made),
             pixel_steps=sum(recipe.width * recipe.height * recipe.steps for recipe in made),

@@ -10,17 +10,15 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 
 from fidelora.errors import LeaseLostError
-from fidelora.jobs.job import Job, Status
+from fidelora.jobs.job import Job
 from fidelora.jobs.store import JobStore
 from fidelora.workers.attempt import AttemptReport
 from fidelora.workers.process import WorkerSetup, WorkerSlot
 
 log = logging.getLogger(__name__)
-
-_MAX_RUNNING_JOBS = 1000  # limit for listing running jobs; a server has far fewer workers
 
 
 class WorkerPool:
@@ -60,14 +58,18 @@ class WorkerPool:
         The processes load their models in the background.
         """
         for job in self._running_jobs():
-            self._abandon(job, "the server was killed", datetime.now(UTC))
+            self._abandon(job, "the server was killed")
         for slot in self._slots:
             slot.start()
+        self._store.on_new_job(self.wake)
 
     @property
     def ready(self) -> bool:
-        """True if any worker has loaded its model and takes jobs, and does not pause."""
-        return any(slot.ready for slot in self._slots)
+        """True if any worker has loaded its model and takes jobs, and does not pause.
+
+        A pool without workers is ready: other machines run the jobs, and may be started for them.
+        """
+        return not self._slots or any(slot.ready for slot in self._slots)
 
     @property
     def unready_reason(self) -> str:
@@ -102,7 +104,7 @@ class WorkerPool:
                 rest.
         """
         with self._lock:
-            return [] if self._stopped else self._watch(now or datetime.now(UTC))
+            return [] if self._stopped else self._watch(now)
 
     def stop(self, grace_s: float) -> None:
         """End all processes; `watch` does not replace them.
@@ -120,29 +122,29 @@ class WorkerPool:
                 self.on_report(report)
         # Jobs of processes that were killed before they could release them.
         for job in self._running_jobs():
-            self._abandon(job, "the server stopped", datetime.now(UTC))
+            self._abandon(job, "the server stopped")
 
     def skip_grace_period(self) -> None:
         """End the grace period of a running `stop`: the workers release their jobs now."""
         for slot in self._slots:
             slot.terminate()
 
-    def _watch(self, now: datetime) -> list[Job]:
+    def _watch(self, now: datetime | None) -> list[Job]:
         for slot in self._slots:
             if slot.is_hung(self._monotonic()):
                 log.error("killing %s: it has stopped making progress", slot.name)
                 slot.kill()
         abandoned: list[Job] = []
-        running = self._running_jobs()
         for slot in self._slots:
             for report in slot.reports():
                 self.on_report(report)
-            jobs = [job for job in running if job.worker == slot.name]
             if slot.process is not None and not slot.alive:
+                jobs = [job for job in self._store.running(slot.name) if job.worker == slot.name]
                 for report in slot.reports():  # sent since the last read
                     self.on_report(report)
                 reason = slot.exit_reason
                 abandoned += [after for job in jobs if (after := self._abandon(job, reason, now))]
+                self._store.remove_worker(slot.name)
                 slot.forget_process()
                 log.error("%s has ended: %s", slot.name, slot.unready_reason or reason)
             if slot.process is None and slot.may_start:
@@ -154,10 +156,9 @@ class WorkerPool:
         return abandoned + list(self._store.abandon_expired(now, spare=alive))
 
     def _running_jobs(self) -> list[Job]:
-        jobs = self._store.list(status=Status.IN_PROGRESS, limit=_MAX_RUNNING_JOBS).jobs
-        return [job for job in jobs if job.worker.startswith(f"{self._name}/")]
+        return list(self._store.running(f"{self._name}/"))
 
-    def _abandon(self, job: Job, reason: str, now: datetime) -> Job | None:
+    def _abandon(self, job: Job, reason: str, now: datetime | None = None) -> Job | None:
         try:
             return self._store.abandon(job.id, job.epoch, reason, now)
         except LeaseLostError:

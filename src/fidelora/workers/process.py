@@ -18,12 +18,14 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
 
+import fidelora
 from fidelora.accel import Offload
 from fidelora.accel.threads import limit_spinning, limit_threads
 from fidelora.errors import FideloraError, JobStoreError
 from fidelora.jobs.sql import SqlStore
 from fidelora.recipe import Recipe
 from fidelora.workers.attempt import AttemptReport, WorkerLimits
+from fidelora.workers.presence import Presence
 from fidelora.workers.signals import WorkerSignals, beating, new_signals, spawn
 from fidelora.workers.worker import Worker
 
@@ -218,7 +220,7 @@ def worker_process(
     limits, beat = setup.limits, signals.pulse.beat
     try:
         with beating(beat, limits.lease_s, limits.load_s):
-            worker = _make_worker(name, setup, beat, reports)
+            worker, presence = _make_worker(name, setup, beat, reports)
     except FideloraError as error:
         reports.send(str(error))
         raise SystemExit(CANNOT_START) from error
@@ -226,15 +228,19 @@ def worker_process(
         reports.send(f"A worker failed to start with an unexpected {type(error).__name__}: {error}")
         raise
     signals.ready.set()
-    while not signals.finish.is_set():
-        try:
-            job = worker.run_next()
-        except JobStoreError as error:
-            log.warning("job store unavailable, no job claimed: %s", error)
-            job = None
-        if job is None:
-            # Poll as well: another server that adds a job to this store sends no signal.
-            signals.wake.wait(_POLL_S)
+    presence.start()
+    try:
+        while not signals.finish.is_set():
+            try:
+                job = worker.run_next()
+            except JobStoreError as error:
+                log.warning("job store unavailable, no job claimed: %s", error)
+                job = None
+            if job is None:
+                # Poll as well: notifications of other processes can be missing or lost.
+                signals.wake.wait(_POLL_S)
+    finally:
+        presence.close()
 
 
 def prepare_process(setup: WorkerSetup) -> None:
@@ -248,7 +254,7 @@ def prepare_process(setup: WorkerSetup) -> None:
 
 def _make_worker(
     name: str, setup: WorkerSetup, beat: Callable[[float], None], reports: Connection
-) -> Worker:
+) -> tuple[Worker, Presence]:
     from fidelora.accel.allocator import fast_imports, keep_freed_memory
 
     keep_freed_memory()
@@ -268,16 +274,20 @@ def _make_worker(
     )
     if setup.warm is not None:
         engine.load(setup.warm)
-    return Worker(
+    store = SqlStore(setup.store_url)
+    presence = Presence(store, name, setup.device, fidelora.__version__)
+    worker = Worker(
         name,
-        SqlStore(setup.store_url),
+        store,
         engine,
         setup.outputs,
         setup.limits,
         on_end=reports.send,
         on_pause=lambda reason: reports.send(WorkerPaused(reason)),
         beat=beat,
+        presence=presence,
     )
+    return worker, presence
 
 
 def _exit_with_parent() -> None:

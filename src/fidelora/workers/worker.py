@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +40,7 @@ from fidelora.workers.batch import (
     parts_side_by_side,
 )
 from fidelora.workers.prefetch import AdapterPrefetcher, adapters_of
+from fidelora.workers.presence import Presence
 from fidelora.workers.signals import beating
 from fidelora.workers.storage_pause import StoragePause
 
@@ -49,7 +50,7 @@ if TYPE_CHECKING:  # the server imports this module and must not load torch
 log = logging.getLogger(__name__)
 
 _CLAIM_INTERVAL_S = 0.05  # time between claims while a batch waits for jobs; a step takes longer
-_MAX_RUNNING_JOBS = 1000  # limit for listing running jobs; a store has far fewer workers
+_MAX_HOLD_S = 1.0  # longest time to leave a job for another worker; longer waits gain little
 
 
 class Worker:
@@ -63,7 +64,9 @@ class Worker:
             with an empty reason when it continues.
         beat: called while the worker makes progress, with the seconds until its next call. If that
             call does not come in time, the worker is hung.
-        now, monotonic: clocks, replaced in tests.
+        presence: reports the state of the worker to the store; None for no reports.
+        now: current time; None for the store's clock.
+        monotonic: clock, replaced in tests.
         wait: sleeps for the given seconds.
     """
 
@@ -78,7 +81,8 @@ class Worker:
         on_end: Callable[[AttemptReport], None] = lambda report: None,
         on_pause: Callable[[str], None] = lambda reason: None,
         beat: Callable[[float], None] = lambda seconds: None,
-        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        presence: Presence | None = None,
+        now: Callable[[], datetime | None] = lambda: None,
         monotonic: Callable[[], float] = time.monotonic,
         wait: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -96,6 +100,8 @@ class Worker:
         self._interrupted: dict[str, Attempt] | None = None
         self._write_thread = ThreadPoolExecutor(1, "writes-images")
         self._prefetcher = AdapterPrefetcher(engine.adapters)
+        self._presence = presence
+        self._hold_s = 0.0
 
     def run_next(self) -> Job | None:
         """Claim the next job and others that can share its batch, run them and store the results.
@@ -122,10 +128,17 @@ class Worker:
             raise
 
     def _run_next(self) -> Job | None:
-        loaded = self._engine.adapters.loaded()
+        loaded, merged = self._engine.adapters.loaded(), self._engine.merged()
         job = self._store.claim(
-            self._name, self._now(), self._claim_lease_s, loaded, merged=self._engine.merged()
+            self._name,
+            self._now(),
+            self._claim_lease_s,
+            loaded,
+            merged=merged,
+            hold_s=self._hold_s,
         )
+        if self._presence is not None:
+            self._presence.update(loaded, merged, is_idle=job is None)
         if job is None:
             return None
         attempts = [self._begin(job)]
@@ -152,8 +165,18 @@ class Worker:
             self._prefetcher.cancel()
             for attempt in attempts:
                 if attempt.ended_job is not None:
-                    self._on_end(attempt.report(loaded))
+                    self._measure_read(report := attempt.report(loaded))
+                    self._on_end(report)
         return attempts[0].ended_job or self._store.get(job.id)
+
+    def _measure_read(self, report: AttemptReport) -> None:
+        """Set the time to leave a job for another worker that has its adapters loaded.
+
+        It is the time of the last adapters that this worker had to read: a longer wait would be
+        slower than reading them.
+        """
+        if report.adapters_cold and (read_s := report.timings.get("adapters")):
+            self._hold_s = min(read_s, _MAX_HOLD_S)
 
     def _release_interrupted(self) -> None:
         """Return the jobs in this worker's name to the queue, after the store failed.
@@ -165,8 +188,7 @@ class Worker:
         """
         if self._interrupted is None:
             return
-        running = self._store.list(status=Status.IN_PROGRESS, limit=_MAX_RUNNING_JOBS).jobs
-        for job in running:
+        for job in self._store.running(self._name):
             if job.worker == self._name:
                 attempt = self._interrupted.get(job.id)
                 if attempt is not None:

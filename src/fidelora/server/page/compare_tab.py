@@ -6,7 +6,6 @@ import io
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -139,7 +138,7 @@ class CompareTab:
     def _cancel(self, jobs: list[str]) -> Any:
         for job_id in jobs:
             job = self._context.job(job_id, visitor())
-            self._context.store.cancel(job.id, datetime.now(UTC))
+            self._context.store.cancel(job.id)
         return gr.update(interactive=False)
 
     async def _compare(

@@ -25,7 +25,6 @@ from fidelora.server.page.html import (
 )
 from fidelora.server.page.pictures import ImageId
 from fidelora.server.page.visitor import visitor
-from fidelora.server.submit import utc_now
 
 _LOOK_S = 0.2
 """Seconds between two looks for requests that were sent meanwhile."""
@@ -178,7 +177,7 @@ class RequestQueue:
         for job_id in list(job_ids):
             try:
                 if visitor().can_access(self.store.get(job_id)):
-                    self.store.cancel(job_id, utc_now())
+                    self.store.cancel(job_id)
             except JobNotFoundError:  # removed in the meantime
                 continue
 

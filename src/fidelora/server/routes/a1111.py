@@ -50,7 +50,6 @@ from fidelora.server.submit import (
     draw_seed,
     enqueue,
     resolve_adapters,
-    utc_now,
     wait_until_succeeded,
 )
 
@@ -134,7 +133,7 @@ def progress(
 def interrupt(context: ContextDep, caller: CallerDep) -> dict[str, Any]:
     """Cancel the request that `progress` reports; its client receives an error and no image."""
     if (job := _current_job(context, caller)) is not None:
-        context.store.cancel(job.id, utc_now())
+        context.store.cancel(job.id)
     return {}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime
 from pathlib import Path as FilePath
 from typing import Annotated, Any
 
@@ -135,7 +134,7 @@ def cancel_request(job: JobDep, context: ContextDep) -> StatusBody:
 
     A request that has ended is not changed.
     """
-    return _status_body(context.store.cancel(job.id, datetime.now(UTC)), context)
+    return _status_body(context.store.cancel(job.id), context)
 
 
 @router.get(

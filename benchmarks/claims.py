@@ -1,0 +1,171 @@
+"""Efficiency of the claim: real processes that claim jobs from one PostgreSQL server.
+
+    python benchmarks/claims.py [--workers 1,8,32] [--jobs 20] [--work-s 0.2] [--read-s 0]
+
+Starts a PostgreSQL server on this machine, with commits synced to disk (or uses an empty database,
+`--store`). Each worker is a process that claims a job, sleeps for `work-s` instead of making an
+image, and stores the result, `jobs` times on average. The jobs need 40 adapters with a Zipf
+distribution; a worker keeps 8 of them, and with `--read-s` sleeps for that time for another one.
+
+Prints for each number of workers:
+
+* efficiency: `jobs x work / (workers x time)`, from the first claim to the last result
+* claim: median and 99th percentile of the time of a claim that returned a job
+* processor: milliseconds of processor time of a worker's process per job, without the database's
+* empty: number of claims that returned no job before the queue was empty (lost races)
+* reads: number of adapters that a worker did not have, per job
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections import OrderedDict
+from contextlib import nullcontext
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tests.postgres import postgres_server
+
+from fidelora import AdapterRef, Recipe
+from fidelora.jobs.job import Output, Status, new_job
+from fidelora.jobs.sql import SqlStore
+from fidelora.jobs.store import WorkerState
+
+ADAPTERS = [f"{number:064x}" for number in range(1, 41)]
+SLOTS = 8
+LEASE_S = 60.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workers", default="1,8,32")
+    parser.add_argument("--jobs", type=int, default=20, help="jobs per worker")
+    parser.add_argument("--work-s", type=float, default=0.2)
+    parser.add_argument("--read-s", type=float, default=0.0)
+    parser.add_argument("--store", default="")
+    parser.add_argument("--as-worker", default="", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.as_worker:
+        _work(options)
+        return
+    server: Any = nullcontext() if options.store else postgres_server(is_synced=True)
+    with server as started:
+        url = options.store or started.url
+        SqlStore(url).close()
+        for count in map(int, options.workers.split(",")):
+            _measure(url, count, options)
+
+
+def _measure(url: str, count: int, options: argparse.Namespace) -> None:
+    store = SqlStore(url)
+    draw = random.Random(count)
+    total = options.jobs * count
+    weights = [1 / rank for rank in range(1, len(ADAPTERS) + 1)]
+    for _ in range(total):
+        adapter = draw.choices(ADAPTERS, weights)[0]
+        recipe = Recipe(prompt="a picture of [trigger]", adapters=(AdapterRef(adapter),))
+        store.add(new_job((recipe,), datetime.now(UTC)))
+    command = [
+        *(sys.executable, __file__, "--store", url, "--work-s", str(options.work_s)),
+        *("--read-s", str(options.read_s)),
+    ]
+    processes = [
+        subprocess.Popen(
+            [*command, "--as-worker", f"worker-{number}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(count)
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    results = [json.loads(process.communicate()[0]) for process in processes]
+    done = [result for result in results if result["claims"]]
+    elapsed = max(one["end"] for one in done) - min(one["start"] for one in done)
+    claims = sorted(seconds for one in done for seconds in one["claims"])
+    assert len(claims) == total, f"{len(claims)} jobs were done, {total} were added"
+    assert store.count(Status.SUCCEEDED) >= total
+    efficiency = total * options.work_s / (count * elapsed)
+    p99 = claims[int(len(claims) * 0.99)]
+    processor_s = sum(one["processor_s"] for one in results) / total
+    empty = sum(one["empty"] for one in results)
+    reads = sum(one["reads"] for one in results)
+    print(
+        f"{count:3d} workers: efficiency {efficiency:.1%}, {total} jobs in {elapsed:.1f} s; "
+        f"claim median {1000 * statistics.median(claims):.1f} ms, p99 {1000 * p99:.1f} ms; "
+        f"processor {1000 * processor_s:.1f} ms per job; "
+        f"{empty} empty claims; {reads / total:.2f} reads per job",
+        flush=True,
+    )
+    store.remove_finished(before=datetime.now(UTC), keep=0)
+    store.close()
+
+
+def _work(options: argparse.Namespace) -> None:
+    store = SqlStore(options.store)
+    name = options.as_worker
+    store.report_worker(WorkerState(name))
+    store.peek()  # builds and prepares the queries
+    print("ready", flush=True)
+    sys.stdin.readline()
+    loaded: OrderedDict[str, None] = OrderedDict()
+    merged: tuple[str, ...] = ()
+    claims: list[float] = []
+    reads = empty = 0
+    start = end = time.time()
+    processor_s = time.process_time()
+    while True:
+        before = time.perf_counter()
+        job = store.claim(name, None, LEASE_S, list(loaded), merged=merged)
+        if job is None:
+            if store.count(Status.IN_QUEUE) == 0:
+                break
+            empty += 1
+            continue
+        claims.append(time.perf_counter() - before)
+        for adapter in sorted(job.adapters):
+            if adapter not in loaded:
+                reads += 1
+                time.sleep(options.read_s)
+            loaded[adapter] = None
+            loaded.move_to_end(adapter)
+            if len(loaded) > SLOTS:
+                loaded.popitem(last=False)
+        merged = tuple(job.adapters)
+        time.sleep(options.work_s)
+        output = Output(f"{job.id}.png", "png", 512, 512, 42, "0" * 64, 1)
+        store.succeed(job.id, job.epoch, [output], {"denoise": options.work_s})
+        end = time.time()
+    processor_s = time.process_time() - processor_s
+    store.remove_worker(name)
+    store.close()
+    result = {
+        "start": start,
+        "end": end,
+        "claims": claims,
+        "empty": empty,
+        "reads": reads,
+        "processor_s": processor_s,
+    }
+    print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Notifications of PostgreSQL (LISTEN and NOTIFY), received on a thread."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+import sqlalchemy as sa
+
+from fidelora.jobs.database import database_errors
+
+log = logging.getLogger(__name__)
+
+CHANNEL = "fidelora_jobs"
+NEW_JOB = "job"  # payload: a job entered the queue
+CANCEL = "cancel:"  # payload: this text, and the id of a running job that has to stop
+_POLL_S = 1.0  # time between two checks whether the listener was closed
+_RECONNECT_S = 2.0  # time between two attempts to connect
+
+
+def notify(connection: sa.Connection, payload: str) -> None:
+    """Send a notification when the transaction of this connection is committed."""
+    connection.execute(_NOTIFY, {"channel": CHANNEL, "payload": payload})
+
+
+_NOTIFY = sa.select(sa.func.pg_notify(sa.bindparam("channel"), sa.bindparam("payload")))
+
+
+class Listener:
+    """Calls a function with the payload of each notification, on a thread of its own.
+
+    Notifications that are sent while the connection is lost are missed, and some connection
+    poolers drop all of them. So callers also have to poll.
+
+    Args:
+        on_payload: must return quickly and must not raise.
+    """
+
+    def __init__(self, engine: sa.Engine, on_payload: Callable[[str], None]) -> None:
+        self._engine = engine
+        self._on_payload = on_payload
+        self._closed = threading.Event()
+        self.listening = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="listens", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._closed.set()
+        self._thread.join(2 * _POLL_S)
+
+    def _run(self) -> None:
+        while not self._closed.is_set():
+            try:
+                self._listen()
+            except Exception as error:  # noqa: BLE001  # the thread must survive lost connections
+                self.listening.clear()
+                log.warning("notifications of the job database are missing: %s", error)
+                self._closed.wait(_RECONNECT_S)
+
+    def _listen(self) -> None:
+        with database_errors():
+            pooled = self._engine.raw_connection()
+        connection = pooled.driver_connection
+        assert connection is not None
+        pooled.detach()
+        try:
+            connection.autocommit = True
+            connection.execute(f"LISTEN {CHANNEL}")
+            self.listening.set()
+            while not self._closed.is_set():
+                for received in connection.notifies(timeout=_POLL_S, stop_after=100):
+                    self._on_payload(received.payload)
+        finally:
+            connection.close()

@@ -1,0 +1,214 @@
+"""Queries of the job store, built once per dialect, because building takes longer than executing.
+
+Statuses are literals, because databases use a partial index only for a condition that they can
+compare with the index. `FOR UPDATE SKIP LOCKED` has no effect on SQLite, whose transactions exclude
+each other.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import sqlalchemy as sa
+
+from fidelora.jobs.job import MAX_RETRY_PAUSE_S
+from fidelora.jobs.rows import (
+    ADAPTER_SETS,
+    CLAIM_COUNTER,
+    CLAIM_WINDOW,
+    JOB_COLUMNS,
+    JOBS,
+    WORKER_ADAPTERS,
+    WORKERS,
+)
+from fidelora.jobs.store import WORKER_ALIVE_S
+
+MAX_IDS = 500
+"""Number of ids in a query; databases limit the number of a statement's parameters."""
+_RETRY_WINDOW = 10  # number of first retries that a claim for a batch reads
+
+_ids: sa.BindParameter[Any] = sa.bindparam("ids", expanding=True)
+_in_queue = JOBS.c.status == sa.literal_column("'in_queue'")
+_in_progress = JOBS.c.status == sa.literal_column("'in_progress'")
+_zero: sa.ColumnElement[int] = sa.literal_column("0")
+_is_fresh = sa.and_(_in_queue, JOBS.c.attempts == _zero)
+_is_retry = sa.and_(_in_queue, JOBS.c.attempts > _zero)
+_turn_of_fresh = sa.case((JOBS.c.attempts > _zero, _zero), else_=JOBS.c.turn)
+_place = ((JOBS.c.attempts > _zero), _turn_of_fresh, JOBS.c.seq)
+"""Order of the queue: jobs without a failed attempt by turn, then the others by arrival."""
+
+READ_VERSIONS = sa.select(JOBS.c.id, JOBS.c.version, JOBS.c.status).where(JOBS.c.id.in_(_ids))
+READ_JOBS = sa.select(*JOB_COLUMNS).where(JOBS.c.id.in_(_ids))
+_queue = (
+    sa.select(JOBS.c.id, (sa.func.row_number().over(order_by=_place) - 1).label("position"))
+    .where(_in_queue)
+    .subquery()
+)
+READ_POSITIONS = sa.select(_queue.c.id, _queue.c.position).where(_queue.c.id.in_(_ids))
+READ_POSITION = sa.select(_queue.c.position).where(_queue.c.id == sa.bindparam("id"))
+COUNT_QUEUED = sa.select(sa.func.count()).select_from(JOBS).where(_in_queue)
+READ_RUNNING = sa.select(*JOB_COLUMNS).where(
+    _in_progress,
+    sa.func.substr(JOBS.c.worker, 1, sa.bindparam("length", type_=sa.Integer))
+    == sa.bindparam("prefix", type_=sa.String),
+)
+_fresh_jobs = sa.select(*JOB_COLUMNS).where(_is_fresh).order_by(JOBS.c.turn, JOBS.c.seq)
+_retried_jobs = sa.select(*JOB_COLUMNS).where(_is_retry).order_by(JOBS.c.seq)
+FIRST_FRESH = _fresh_jobs.limit(1)
+FIRST_RETRY = _retried_jobs.limit(1)
+COMPLETE_SETS = (
+    sa.select(ADAPTER_SETS.c.adapters)
+    .where(ADAPTER_SETS.c.sha256.in_(sa.bindparam("loaded", expanding=True)))
+    .group_by(ADAPTER_SETS.c.adapters, ADAPTER_SETS.c.size)
+    .having(sa.func.count() == ADAPTER_SETS.c.size)
+)
+"""Keys of the sets of adapters whose members are all among the loaded ones."""
+
+
+@lru_cache(maxsize=100)  # there are about ten sets of columns that change together
+def update_of_job(columns: frozenset[str]) -> sa.Update:
+    """Return the update of these columns for the job `job_id`, if it has version `job_version`."""
+    return (
+        sa.update(JOBS)
+        .where(
+            JOBS.c.id == sa.bindparam("job_id", type_=sa.String),
+            JOBS.c.version == sa.bindparam("job_version", type_=sa.Integer),
+        )
+        .values({name: sa.bindparam(name, type_=JOBS.c[name].type) for name in sorted(columns)})
+    )
+
+
+class Queries:
+    """Queries that depend on the dialect.
+
+    Args:
+        dialect: `sqlite` or `postgresql`.
+
+    Attributes:
+        now_s: the current time in seconds: the parameter `now_s`, or the database's clock if it is
+            None.
+        claims: number of claims so far.
+        count_claim: statement that counts a claim.
+        count_workers: number of live workers.
+        places: values from which the place of a new job is computed.
+        count_before: number of queued jobs that a job with a turn follows.
+        get: one job, and `now_s`.
+        claim: the job that a worker claims, and `now_s`; see `JobStore.claim`. On PostgreSQL, it
+            also counts the claim.
+        claim_due: the job that is due, and `now_s`.
+        claim_one: one queued job, if no other claim has it, and `now_s`.
+        candidates: first jobs without a failed attempt.
+        retry_candidates: first jobs whose pause before a retry is over.
+        expired: one row if there are jobs of lost workers.
+        lock_expired: these jobs, and `now_s`.
+        live_workers: workers that have reported a short time ago.
+    """
+
+    def __init__(self, dialect: str) -> None:
+        is_postgresql = dialect == "postgresql"
+        given = sa.bindparam("now_s", type_=sa.Float)
+        self.now_s: sa.ColumnElement[float] = given
+        self.claims: Any = sa.select(CLAIM_COUNTER.c.claims).scalar_subquery()
+        self.count_claim: Any = sa.update(CLAIM_COUNTER).values(claims=CLAIM_COUNTER.c.claims + 1)
+        counted: list[Any] = []
+        if is_postgresql:
+            clock: sa.ColumnElement[float] = sa.literal_column(
+                "extract(epoch FROM clock_timestamp())::float8"
+            )
+            self.now_s = sa.func.coalesce(sa.cast(given, sa.Float), clock)
+            self.claims = sa.literal_column(
+                "(SELECT last_value + (CASE WHEN is_called THEN 1 ELSE 0 END) FROM claim_counter)"
+            )
+            counted = [sa.literal_column("nextval('claim_counter')").label("claim")]
+            self.count_claim = sa.select(*counted)
+        now = self.now_s.label("now_s")
+        alive = WORKERS.c.reported_at_s > self.now_s - WORKER_ALIVE_S
+        self.count_workers = (
+            sa.select(sa.func.count()).select_from(WORKERS).where(alive).scalar_subquery()
+        )
+        head_turn = sa.select(sa.func.min(JOBS.c.turn)).where(_is_fresh).scalar_subquery()
+        last_turn = (
+            sa.select(sa.func.max(JOBS.c.turn))
+            .where(_is_fresh, JOBS.c.owner == sa.bindparam("owner"))
+            .scalar_subquery()
+        )
+        self.places = sa.select(
+            head_turn.label("head"),
+            last_turn.label("last_of_owner"),
+            self.claims.label("claims"),
+            self.count_workers.label("workers"),
+            now,
+        )
+        self.count_before = (
+            sa.select(sa.func.count())
+            .select_from(JOBS)
+            .where(_is_fresh, JOBS.c.turn <= sa.bindparam("turn"))
+        )
+        self.get = sa.select(*JOB_COLUMNS, now).where(JOBS.c.id == sa.bindparam("id"))
+
+        # See `job.is_due` for the clock that was put back.
+        ahead_s = JOBS.c.retry_at_s - self.now_s
+        pause_is_over = sa.or_(
+            JOBS.c.retry_at_s.is_(None), ahead_s <= 0, ahead_s > MAX_RETRY_PAUSE_S
+        )
+        is_due = JOBS.c.due <= self.claims
+        head = (
+            sa.select(JOBS.c.seq)
+            .where(_is_fresh)
+            .order_by(JOBS.c.turn, JOBS.c.seq)
+            .limit(1)
+            .scalar_subquery()
+        )
+        due_retry = _one(_is_retry, pause_is_over, is_due, order=(JOBS.c.due, JOBS.c.seq))
+        due_head = _one(_is_fresh, JOBS.c.seq == head, is_due)
+        merged = _one(_is_fresh, JOBS.c.adapters == sa.bindparam("merged", type_=sa.String))
+        loaded = _one(_is_fresh, JOBS.c.adapters.in_(COMPLETE_SETS))
+        is_home = sa.and_(
+            WORKER_ADAPTERS.c.adapters == JOBS.c.adapters,
+            WORKER_ADAPTERS.c.worker != sa.bindparam("worker"),
+            sa.exists().where(WORKERS.c.name == WORKER_ADAPTERS.c.worker, alive),
+        )
+        hold_s = sa.bindparam("hold_s", type_=sa.Float)
+        is_held = sa.and_(
+            sa.cast(hold_s, sa.Float) > 0,
+            JOBS.c.queued_at_s > self.now_s - hold_s,
+            sa.exists().where(is_home),
+        )
+        first = _one(_is_fresh, sa.not_(is_held))
+        retry = _one(_is_retry, pause_is_over, order=(JOBS.c.seq,))
+        # Databases evaluate the arguments of `coalesce` one after the other, so each claim locks
+        # one job at most.
+        self.claim = sa.select(*JOB_COLUMNS, now, *counted).where(
+            JOBS.c.seq == sa.func.coalesce(due_retry, due_head, merged, loaded, first, retry)
+        )
+        self.claim_due = sa.select(*JOB_COLUMNS, now).where(
+            JOBS.c.seq == sa.func.coalesce(due_retry, due_head)
+        )
+        self.claim_one = sa.select(*JOB_COLUMNS, now).where(
+            JOBS.c.seq == _one(_in_queue, JOBS.c.seq == sa.bindparam("seq"))
+        )
+        self.candidates = _fresh_jobs.limit(CLAIM_WINDOW)
+        self.retry_candidates = _retried_jobs.where(pause_is_over).limit(_RETRY_WINDOW)
+        lost = sa.exists().where(
+            WORKERS.c.name == JOBS.c.worker,
+            WORKERS.c.reported_at_s <= self.now_s - sa.bindparam("lost_s", type_=sa.Float),
+        )
+        expired = sa.and_(
+            _in_progress,
+            sa.or_(JOBS.c.lease_expires_at_s <= self.now_s, lost),
+            JOBS.c.worker.not_in(sa.bindparam("spared", expanding=True)),
+        )
+        self.expired = sa.select(JOBS.c.seq).where(expired).limit(1)
+        self.lock_expired = (
+            sa.select(*JOB_COLUMNS, now).where(expired).with_for_update(skip_locked=True)
+        )
+        self.live_workers = sa.select(WORKERS).where(alive).order_by(WORKERS.c.name)
+
+
+def _one(
+    *conditions: sa.ColumnElement[bool], order: tuple[Any, ...] = (JOBS.c.turn, JOBS.c.seq)
+) -> sa.ScalarSelect[Any]:
+    """Return the number of the first row that no other transaction has locked, and lock it."""
+    query = sa.select(JOBS.c.seq).where(*conditions).order_by(*order).limit(1)
+    return query.with_for_update(skip_locked=True).scalar_subquery()

@@ -1,0 +1,229 @@
+"""Several processes and machines on one PostgreSQL server: the SQL store's guarantees there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+
+import pytest
+import sqlalchemy as sa
+from tests.jobs.test_stores import LEASE_S, NOW, A, B, is_listening, job, until
+from tests.postgres import PostgresServer, missing, postgres_server
+
+from fidelora.errors import JobStoreError, QueueFullError
+from fidelora.jobs.database import database_revisions, open_database
+from fidelora.jobs.job import Status
+from fidelora.jobs.rows import JOBS, job_of
+from fidelora.jobs.sql import SqlStore
+from fidelora.jobs.store import WorkerState
+
+pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "PostgreSQL can be started")
+
+PROCESSES = 4
+
+
+@pytest.fixture
+def store(postgres_url):
+    made = SqlStore(postgres_url)
+    yield made
+    made.close()
+
+
+def test_processes_can_open_an_empty_database_at_the_same_time(postgres_url):
+    code = f"""
+        import sys
+        from fidelora.jobs.sql import SqlStore
+        print("ready", flush=True)
+        sys.stdin.readline()
+        SqlStore({postgres_url!r}).close()
+    """
+    lines = "\n".join(line.strip() for line in code.splitlines())
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", lines],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(PROCESSES)
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    ended = [process.communicate("\n", timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0] * PROCESSES, ended
+
+
+def test_threads_can_open_an_empty_database_at_the_same_time(postgres_url):
+    with ThreadPoolExecutor(PROCESSES) as threads:
+        stores = list(threads.map(SqlStore, [postgres_url] * PROCESSES, timeout=120))
+    for each in stores:
+        each.close()
+    found, needed = database_revisions(postgres_url)
+    assert found == needed
+
+
+def test_the_revision_of_an_empty_database_is_empty(postgres_url):
+    found, needed = database_revisions(postgres_url)
+    assert (found, bool(needed)) == ("", True)
+
+
+def test_the_capacity_holds_for_several_clients(store, postgres_url):
+    stores = [SqlStore(postgres_url) for _ in range(12)]
+    barrier = threading.Barrier(len(stores))
+
+    def add(client: SqlStore) -> bool:
+        barrier.wait(60)
+        try:
+            client.add(job(), capacity=10)
+        except QueueFullError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(len(stores)) as threads:
+        accepted = list(threads.map(add, stores))
+    for each in stores:
+        each.close()
+    assert (sum(accepted), store.count(Status.IN_QUEUE)) == (10, 10)
+
+
+def test_clients_on_several_connections_claim_each_job_once(store, postgres_url):
+    added = {store.add(job(*adapters)).id for adapters in [(A,), (B,), ()] * 30}
+    stores = [SqlStore(postgres_url) for _ in range(8)]
+
+    def work(client: SqlStore) -> list[str]:
+        got = []
+        while (
+            claimed := client.claim("worker", None, LEASE_S, loaded=[A], merged=[B])
+        ) is not None:
+            got.append(claimed.id)
+        return got
+
+    with ThreadPoolExecutor(len(stores)) as threads:
+        got = Counter(job_id for ids in threads.map(work, stores) for job_id in ids)
+    for each in stores:
+        each.close()
+    assert got == Counter(added)
+
+
+def test_leases_use_the_clock_of_the_database(store, monkeypatch):
+    """The clock of a worker's machine has no effect."""
+    monkeypatch.setattr("fidelora.jobs.sql.time.time", lambda: 0.0)
+    before = datetime.now(UTC)
+    store.add(job())
+    claimed = store.claim("worker", None, LEASE_S)
+    assert claimed is not None
+    assert claimed.lease_expires_at is not None
+    ahead = claimed.lease_expires_at - before
+    assert timedelta(seconds=LEASE_S) <= ahead <= timedelta(seconds=LEASE_S + 60)
+    assert store.abandon_expired() == ()
+    store.renew(claimed.id, claimed.epoch, None, None, -1.0)
+    assert [each.id for each in store.abandon_expired()] == [claimed.id]
+
+
+def test_a_check_for_cancellation_sends_no_query(store):
+    store.add(job())
+    claimed = store.claim("worker", None, LEASE_S)
+    assert claimed is not None
+    store.cancel_requested(claimed.id)
+    until(lambda: is_listening(store))
+    statements: list[str] = []
+    sa.event.listen(
+        store._engine, "before_cursor_execute", lambda *given: statements.append(given[2])
+    )
+    for _ in range(100):
+        assert not store.cancel_requested(claimed.id)
+    assert statements == []
+
+
+def test_other_processes_hear_of_cancellations_and_new_jobs(store, postgres_url):
+    other = SqlStore(postgres_url)
+    wakes: list[None] = []
+    other.on_new_job(lambda: wakes.append(None))
+    until(lambda: is_listening(other))
+    added = store.add(job())
+    until(lambda: len(wakes) == 1)
+    store.claim("worker", None, LEASE_S)
+    store.cancel(added.id)
+    until(lambda: other.cancel_requested(added.id))
+    other.close()
+
+
+def test_lost_notifications_return_with_the_connection(store):
+    wakes: list[None] = []
+    store.on_new_job(lambda: wakes.append(None))
+    until(lambda: is_listening(store))
+    with store._engine.connect() as connection:
+        connection.exec_driver_sql(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'LISTEN%%'"
+        )
+    until(lambda: not is_listening(store))
+    until(lambda: is_listening(store))
+    store.add(job())
+    until(lambda: len(wakes) >= 1)
+
+
+def test_a_killed_database_loses_no_accepted_job():
+    with postgres_server() as server:
+        store = SqlStore(server.url)
+        added = [store.add(job()).id for _ in range(5)]
+        claimed = store.claim("worker", None, LEASE_S)
+        assert claimed is not None
+        server.stop(kill=True)
+        for _ in range(2):
+            with pytest.raises(JobStoreError, match="cannot be used at the moment"):
+                store.get(claimed.id)
+        until_it_starts(server)
+        assert store.get(claimed.id) == claimed
+        assert {each.id for each in store.list().jobs} == set(added)
+        assert store.succeed(claimed.id, claimed.epoch, [], {}).status is Status.SUCCEEDED
+        store.close()
+
+
+def until_it_starts(server: PostgresServer) -> None:
+    """Start a server after it was killed; its remaining processes may need a moment to end."""
+    for _ in range(100):
+        try:
+            return server.start()
+        except AssertionError:
+            threading.Event().wait(0.1)
+    raise AssertionError("the server did not start again")
+
+
+def test_only_sqlite_and_postgresql_are_supported():
+    with pytest.raises(JobStoreError, match="mysql is not supported"):
+        open_database("mysql://localhost/fidelora")
+
+
+def test_a_missing_server_is_a_store_error_without_the_password():
+    with pytest.raises(JobStoreError, match="cannot be used") as refused:
+        open_database("postgresql://me:hunter2@127.0.0.1:1/fidelora")
+    assert "hunter2" not in str(refused.value)
+
+
+def test_the_state_of_a_worker_survives_a_report_of_another_process(store, postgres_url):
+    other = SqlStore(postgres_url)
+    for each, name in ((store, "a"), (other, "b"), (store, "a")):
+        each.report_worker(WorkerState(name, loaded=frozenset({A, B})))
+    assert [each.name for each in store.workers()] == ["a", "b"]
+    other.close()
+
+
+def test_a_claim_locks_one_job(store):
+    """Claims at the same time take different jobs, and leave all others to further claims."""
+    added = [store.add(job(A), now=NOW).id for _ in range(5)]
+    given = {"now_s": None, "worker": "w", "loaded": [A], "merged": A, "hold_s": 0.0}
+    free = sa.select(JOBS.c.id).with_for_update(skip_locked=True)
+    with (
+        store._engine.connect() as first,
+        store._engine.connect() as second,
+        store._engine.connect() as third,
+    ):
+        rows = [each.execute(store._queries.claim, given).one() for each in (first, second)]
+        assert [job_of(row).id for row in rows] == added[:2]
+        assert set(third.execute(free).scalars()) == set(added[2:])
