@@ -309,6 +309,28 @@ def test_sizes_have_the_divisor_of_the_documented_api():
     assert Recipe(prompt="a ball", model="lumina2", width=720, height=1360).width == 720
 
 
+def test_a_request_can_ask_for_the_sizes_and_steps_of_the_trainer():
+    prompts = [{"prompt": "a ball", "width": 720, "height": 1360}]
+    own = {"steps": 12}
+    for model, steps in (("zimage_turbo", 9), ("lumina2", 30)):
+        (made,) = recipes([A], model=model, prompts=prompts, match="trainer")
+        assert (made.width, made.height, made.steps) == (720, 1360, steps)
+        assert notes_of([A], model=model, prompts=prompts, match="trainer") == ()
+        chosen = [prompts[0] | {"sample_steps": own["steps"]}]
+        (made,) = recipes([A], model=model, prompts=chosen, match="trainer")
+        assert made.steps == own["steps"]
+
+
+def test_a_recipe_of_a_size_that_only_the_trainer_has_is_requested_so():
+    recipe = Recipe(prompt="a ball", model="zimage", width=720, height=1024, adapters=(A,))
+    body = request_for([recipe], ["a.safetensors"])
+    assert body["match"] == "trainer"
+    (made,) = recipes_of(InferenceRequest.model_validate(body), [A], {}, lambda: 1)
+    assert (made.width, made.height) == (720, 1024)
+    plain = request_for([replace(recipe, width=704)], ["a.safetensors"])
+    assert "match" not in plain
+
+
 @pytest.mark.parametrize("prompt", ["a [trigger]", "[name]", "a ball"])
 def test_a_placeholder_in_a_recipe_is_plain_text(sks, prompt):
     recipe = Recipe(prompt=prompt, adapters=(sks,), dtype="bfloat16", base_model="base")
@@ -602,19 +624,8 @@ def test_the_models_are_listed_as_documented():
         {
             "id": "zimage",
             "base_model": "Tongyi-MAI/Z-Image",
-            "resolution_divisor": 16,
-            "default_steps": 30,
-            "default_guidance_scale": 4.0,
-            "requires_control_image": False,
-            "is_video_model": False,
-            "default_num_frames": None,
-            "default_fps": None,
-        },
-        {
-            "id": "lumina2",
-            "base_model": "Alpha-VLLM/Lumina-Image-2.0",
             "resolution_divisor": 32,
-            "default_steps": 25,
+            "default_steps": 30,
             "default_guidance_scale": 4.0,
             "requires_control_image": False,
             "is_video_model": False,

@@ -96,7 +96,7 @@ def recipes_of(
     # Like the trainer: adapters are merged if all images have the same multipliers, else live.
     mode = "merged" if base["fidelity"] == "fast" or len(set(multipliers)) == 1 else "live"
     family = get_family(request.model)
-    divisor = family.request_divisor
+    divisor = _divisor(request)
     recipes = []
     for index, item in enumerate(request.prompts):
         given = {
@@ -114,6 +114,8 @@ def recipes_of(
         fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         if item.seed is None:
             fields["seed"] = family.default_seed + index
+        if request.match == "trainer":
+            fields.setdefault("steps", family.trainer_sampling.default_steps)
         width, height = item.width or DEFAULT_SIZE, item.height or DEFAULT_SIZE
         try:
             recipe = Recipe(
@@ -158,7 +160,7 @@ def notes_on(
             notes.append(
                 f"The size {width} x {height} was rounded down to {recipe.width} x "
                 f"{recipe.height}; sides of {family.title} images are multiples of "
-                f"{family.request_divisor}."
+                f"{_divisor(request)}."
             )
     return tuple(dict.fromkeys(filter(None, notes)))
 
@@ -187,8 +189,11 @@ def request_for(recipes: Sequence[Recipe], lora_paths: Sequence[str]) -> dict[st
     different = {tuple((ref.sha256, ref.alpha) for ref in recipe.adapters) for recipe in recipes}
     assert len(different) == 1, "the same adapters in every recipe"
     (adapters,) = different
+    divisor = get_family(recipes[0].model).request_divisor
+    has_trainer_size = any(one.width % divisor or one.height % divisor for one in recipes)
     body = {
         "model": recipes[0].model,
+        **({"match": "trainer"} if has_trainer_size else {}),
         "fidelity": recipes[0].fidelity,
         "loras": [
             {"path": path, "sha256": sha256} | ({} if alpha is None else {"alpha": alpha})
@@ -242,6 +247,12 @@ def sampler_options(recipe: Recipe) -> dict[str, Any]:
     return ({} if spacing == "default" else {"timestep_spacing": spacing}) | (
         {} if recipe.eta is None else {"eta": recipe.eta}
     )
+
+
+def _divisor(request: InferenceRequest) -> int:
+    """Return the number of pixels of which width and height are multiples."""
+    family = get_family(request.model)
+    return family.resolution_divisor if request.match == "trainer" else family.request_divisor
 
 
 def _multipliers(request: InferenceRequest, item: PromptItem) -> tuple[float, ...]:

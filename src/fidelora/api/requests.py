@@ -117,3 +117,8 @@ class InferenceRequest(RequestBody):
         description="exact: bit-identical to training; fast: nearly identical. "
         "By default the server's setting.",
     )
+    match: Literal["trainer"] | None = Field(
+        None,
+        description="trainer: the default number of steps, and the sizes that are possible, are "
+        "those of AI Toolkit's samples instead of those of `GET /v1/models`.",
+    )

@@ -12,7 +12,6 @@ import typer
 from fidelora.api import request_for
 from fidelora.cli.console import Debug, warn
 from fidelora.errors import TrainingRunError
-from fidelora.families import get_family
 from fidelora.recipe import AdapterRef
 
 if TYPE_CHECKING:
@@ -98,12 +97,6 @@ def recipe(
             "The samples of this training run have several multipliers, so the trainer left the "
             "LoRA unmerged. A request with one multiplier merges it, which rounds differently. "
             "Leave out --index to request all samples with the unmerged LoRA."
-        )
-    divisor = get_family(run.model).request_divisor
-    if any(recipe.width % divisor or recipe.height % divisor for recipe in recipes):
-        warn(
-            f"The server rounds sizes down to multiples of {divisor}, so some of its images will "
-            "be smaller than the samples. Use fidelora verify instead."
         )
     if (
         run.prediction != "epsilon"

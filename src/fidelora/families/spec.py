@@ -197,6 +197,7 @@ class TrainerSampling:
         flags: keys of the `model` block by which older configurations name the family.
         text_encoder_qtype: key of the `model` block with the kind of quantisation of the text
             encoders, `qtype` or `qtype_te`; empty if the trainer does not quantise this family.
+        default_steps: number of steps that the trainer's user interface sets.
         rescales_guidance: True if the trainer applies `guidance_rescale` of the sample block.
         ignores_sampler: True if the trainer ignores `sample.sampler` and uses its only sampler.
         size_multiple: the trainer fails if a width or height in pixels, rounded down to a multiple
@@ -212,6 +213,7 @@ class TrainerSampling:
     archs: tuple[str | None, ...]
     flags: tuple[str, ...] = ()
     text_encoder_qtype: Literal["", "qtype", "qtype_te"] = ""
+    default_steps: int = 30
     rescales_guidance: bool = False
     ignores_sampler: bool = False
     size_multiple: int = 8

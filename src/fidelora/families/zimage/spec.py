@@ -102,7 +102,7 @@ ZIMAGE_TURBO = replace(
     base_model="Tongyi-MAI/Z-Image-Turbo",
     default_steps=8,
     default_guidance_scale=1.0,
-    trainer_sampling=replace(_TRAINER_SAMPLING, archs=("zimage:turbo",)),
+    trainer_sampling=replace(_TRAINER_SAMPLING, archs=("zimage:turbo",), default_steps=9),
 )
 
 ZIMAGE_DETURBO = replace(
@@ -113,5 +113,5 @@ ZIMAGE_DETURBO = replace(
     extras=ZIMAGE_TURBO.base_model,
     default_steps=25,
     default_guidance_scale=3.0,
-    trainer_sampling=replace(_TRAINER_SAMPLING, archs=("zimage:deturbo",)),
+    trainer_sampling=replace(_TRAINER_SAMPLING, archs=("zimage:deturbo",), default_steps=25),
 )
