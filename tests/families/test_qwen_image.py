@@ -205,7 +205,7 @@ def test_only_the_language_model_is_loaded():
 def test_the_rotary_tables_are_rounded_with_the_weights():
     """As by the trainer's `.to(dtype)`; the bounds of other processors would not notice it."""
     exact, rounded = (
-        load_model_of(replace(SMALL, dtype=dtype))
+        load_model_of(replace(SMALL, dtype=dtype, text_encoder_dtype=dtype))
         .parts["text_encoder"]
         .get_buffer("rotary_emb.inv_freq")
         for dtype in ("float32", "bfloat16")

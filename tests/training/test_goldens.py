@@ -55,7 +55,15 @@ BF16_LEVELS = {
 Measured: up to 8, 16, 11 and 9 levels, with 8-55 % of the pixels identical (and some samples
 identical). bfloat16 has only 8 significant bits, so the order of additions changes most pixels.
 """
-NOT_MEASURED = ("klein_", "qwen_", "lumina2_", "flux_", "chroma_", "zimage_quantized", "zimage_turbo")
+NOT_MEASURED = (
+    "klein_",
+    "qwen_",
+    "lumina2_",
+    "flux_",
+    "chroma_",
+    "zimage_quantized",
+    "zimage_turbo",
+)
 """Beginnings of runs that this package has not replayed yet on a processor like the trainer's. They
 have the bounds of other processors everywhere."""
 OLD_TRAINERS = {"zimage_turbo_f32_pin_before_0_10_25": (0, 10, 24)}

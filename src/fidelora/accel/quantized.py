@@ -45,6 +45,12 @@ def quantize(
         setattr(module.get_submodule(parent), name, quantized)
 
 
+def quantized_bytes(module: nn.Module) -> int:
+    """Return the size in bytes of the weights of all quantised layers of a module."""
+    layers = [layer for layer in module.modules() if isinstance(layer, QuantizedLinear)]
+    return sum(layer.stored.nbytes + layer.scale.nbytes for layer in layers)
+
+
 class QuantizedLinear(nn.Linear):
     """A linear layer whose weight [out, in] is float8, with one scale per row [out, 1].
 

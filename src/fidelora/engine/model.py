@@ -19,7 +19,7 @@ from fidelora.accel.fast_path import FastPath, fast_path
 from fidelora.accel.offload import place_parts
 from fidelora.accel.packed import pack
 from fidelora.accel.prepack import prepack
-from fidelora.accel.quantized import quantize
+from fidelora.accel.quantized import quantize, quantized_bytes
 from fidelora.adapters.merge import MergedAdapters
 from fidelora.adapters.targets import Targets
 from fidelora.families import Family, get_family
@@ -106,11 +106,9 @@ class LoadedModel:
     @property
     def size_bytes(self) -> int:
         """Size of all weights in bytes."""
-        return sum(
-            tensor.nbytes
-            for part in self.parts.values()
-            for tensor in (*part.parameters(), *part.buffers())
-        )
+        parts = self.parts.values()
+        plain = sum(weight.nbytes for part in parts for weight in part.parameters())
+        return plain + sum(quantized_bytes(part) for part in parts)
 
     @property
     def compute_dtype(self) -> torch.dtype:

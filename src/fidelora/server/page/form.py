@@ -224,6 +224,7 @@ def request_body(recipe: Recipe, paths: Sequence[str], image_format: str) -> dic
         prompt["vae_tiling"] = True
     return {
         "model": recipe.model,
+        "match": "trainer",  # accepts all sizes of recipes
         "fidelity": recipe.fidelity,
         "output_format": image_format,
         "loras": loras,
