@@ -113,6 +113,7 @@ def build_request(form: Form) -> InferenceRequest:
     of_request = InferenceRequest.model_fields
     prompt = {name: value for name, value in form.fields.items() if name not in of_request}
     body = {name: value for name, value in form.fields.items() if name in of_request} | {
+        "match": "trainer",  # accepts all sizes of recipes
         "loras": [{"path": path, "network_multiplier": number} for path, number in form.loras],
         "prompts": [prompt | {"seed": seed} for seed in seeds],
     }

@@ -217,7 +217,7 @@ class MakeForm:
         if model == handled[0]:
             return [gr.skip()] * 7
         spec, start = get_family(model), family_defaults(model)
-        divisor = spec.request_divisor
+        divisor = spec.resolution_divisor
         return [
             (model, handled[1]),
             gr.update(

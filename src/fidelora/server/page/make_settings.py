@@ -72,7 +72,7 @@ class SettingsInputs:
     def _build_size(self) -> None:
         spec = self._families[0]
         start = family_defaults(spec.id)
-        divisor = spec.request_divisor
+        divisor = spec.resolution_divisor
         with gr.Row(elem_classes="four"):
             self._number("sample_steps", "steps", start, precision=0, limited=True)
             self._number("guidance_scale", "guidance", start, step=0.5, limited=True)
