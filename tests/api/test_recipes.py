@@ -25,7 +25,7 @@ from fidelora.api import (
     status_of,
 )
 from fidelora.errors import RequestError, RequestFieldError
-from fidelora.families import get_family
+from fidelora.families import all_families, get_family
 from fidelora.jobs.job import (
     Failure,
     JobProgress,
@@ -349,7 +349,7 @@ def test_different_multipliers_run_live_as_in_the_trainer():
 @pytest.mark.parametrize(
     ("changes", "code", "details"),
     [
-        ({"model": "flux"}, "MODEL_NOT_FOUND", {"supported_models": ["sd15", "sdxl", "zimage"]}),
+        ({"model": "sd3"}, "MODEL_NOT_FOUND", {"supported_models": list(all_families())}),
         ({"loras": []}, "LORA_FILE_REQUIRED", {}),
         (
             {"loras": [{"path": "x", "transformer": "low"}]},

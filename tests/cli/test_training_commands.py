@@ -191,10 +191,10 @@ def damage_weights(folder: Path) -> None:
         (None, damage_weights, BASE, "is truncated"),
         (lambda p: p["sample"].update(sampler="flowmatch"), None, BASE, "flowmatch"),
         (
-            lambda p: p["model"].update(arch="flux"),
+            lambda p: p["model"].update(arch="sd3"),
             None,
             BASE,
-            "trains 'flux', which is not supported",
+            "trains 'sd3', which is not supported",
         ),
         (
             lambda p: p["model"].update(is_xl=True),

@@ -31,6 +31,7 @@ from fidelora.errors import (
     RequestFailedError,
     UsageError,
 )
+from fidelora.families import all_families
 from fidelora.jobs.job import Status
 from fidelora.server.context import ServerContext
 
@@ -219,7 +220,7 @@ def test_lists_cover_all_pages(client, context, monkeypatch):
     assert [lora.path for lora in client.loras()] == ["sks.safetensors"]
     with pytest.raises(ApiError, match="No uploaded LoRA"):
         client.delete_lora(uploaded.path)
-    assert [model.id for model in client.models()] == ["sd15", "sdxl", "zimage"]
+    assert [model.id for model in client.models()] == list(all_families())
     assert client.ready()
 
 
@@ -246,7 +247,7 @@ def test_async_client_against_the_application(url, context, worker, tmp_path):
             assert [lora.path async for lora in client.loras()] == ["sks.safetensors"]
             assert (await client.upload_lora(LOKR)).uploaded
             await client.delete_lora(LOKR.name)
-            assert [model.id for model in await client.models()] == ["sd15", "sdxl", "zimage"]
+            assert [model.id for model in await client.models()] == list(all_families())
             assert await client.ready()
             with pytest.raises(ApiError, match=r"none\.safetensors"):
                 await client.submit("a", "none.safetensors")

@@ -14,6 +14,7 @@ from tests.server.http_support import MINIMAL, ByHand, client_of, context_in, no
 from tests.support import GOLDEN_JOBS, LOKR, LORA
 
 from fidelora.errors import JobStoreError
+from fidelora.families import all_families
 from fidelora.jobs.job import Status
 from fidelora.jobs.sql import SqlStore
 from fidelora.recipe import file_sha256
@@ -63,7 +64,7 @@ def test_health_and_models(client):
     assert client.get("/health").json() == {"status": "healthy"}
     assert [client.head(path).status_code for path in ("/health", "/ready")] == [200, 200]
     models = client.get("/v1/models").json()["models"]
-    assert [model["id"] for model in models] == ["sd15", "sdxl", "zimage"]
+    assert [model["id"] for model in models] == list(all_families())
     assert models[0] == {
         "id": "sd15",
         "base_model": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -158,7 +159,7 @@ def test_a_failure_has_a_message(client, worker):
 @pytest.mark.parametrize(
     ("body", "code"),
     [
-        (MINIMAL | {"model": "flux"}, "MODEL_NOT_FOUND"),
+        (MINIMAL | {"model": "sd3"}, "MODEL_NOT_FOUND"),
         (MINIMAL | {"loras": []}, "LORA_FILE_REQUIRED"),
         (MINIMAL | {"loras": [{"path": "none.safetensors"}]}, "LORA_NOT_FOUND"),
         (
@@ -180,8 +181,8 @@ def test_unsupported_requests_are_400_with_a_code(client, context, body, code):
 
 
 def test_an_unknown_model_error_lists_the_models(client):
-    answer = client.post("/v1/inference", json=MINIMAL | {"model": "flux"}).json()
-    assert answer["detail"]["error"]["details"] == {"supported_models": ["sd15", "sdxl", "zimage"]}
+    answer = client.post("/v1/inference", json=MINIMAL | {"model": "sd3"}).json()
+    assert answer["detail"]["error"]["details"] == {"supported_models": list(all_families())}
 
 
 @pytest.mark.parametrize(
@@ -820,7 +821,7 @@ def test_a_token_is_not_stored_logged_or_returned(client, context, caplog, capsy
         {"hf_token": SECRET},
         {"hf_token": {"a": SECRET}},
         {"hf_token": number},
-        MINIMAL | {"hf_token": SECRET, "model": "flux"},
+        MINIMAL | {"hf_token": SECRET, "model": "sd3"},
         MINIMAL | {"hf_token": SECRET, "loras": [{"path": "https://e.com/a?t=" + SECRET}]},
     ]
     texts = [client.post("/v1/inference", json=body).text for body in bodies]

@@ -409,7 +409,7 @@ def test_an_image_with_an_altered_recipe_is_rejected(client):
         ({"recipe": {}, "parameters": "x"}, ["body"]),
         ({"recipe": {}}, ["body", "recipe", "format"]),
         ({"recipe": RECIPE.to_dict() | {"steps": 0}}, ["body", "recipe", "steps"]),
-        ({"recipe": RECIPE.to_dict() | {"model": "flux"}}, ["body", "recipe", "model"]),
+        ({"recipe": RECIPE.to_dict() | {"model": "sd3"}}, ["body", "recipe", "model"]),
         ({"recipe": RECIPE.to_dict(), "fidelity": "best"}, ["body", "fidelity"]),
         ({"recipe": RECIPE.to_dict(), "base_model": "mine"}, ["body", "base_model"]),
         ([], ["body"]),

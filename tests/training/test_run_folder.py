@@ -713,8 +713,8 @@ def test_configurations_of_the_user_interface_are_read_as_json(folder):
 @pytest.mark.parametrize(
     "model",
     [
-        {"is_flux": True},
-        {"arch": "flux"},
+        {"is_v3": True},
+        {"arch": "sd3"},
         {"is_v2": True},
         {"arch": "sdxl", "is_flux": True},
         {"arch": "sd1", "is_xl": True},

@@ -14,8 +14,9 @@ trainer samples with float32 adapters.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import ClassVar, Self
 
 import torch
@@ -75,6 +76,17 @@ class Delta(ABC):
         Returns:
             a new float32 tensor in the shape and on the device of `weight`.
         """
+
+    def divided(self, sizes: Sequence[int]) -> tuple[Delta, ...] | None:
+        """Return the deltas of modules that the output rows of this one's module are divided among.
+
+        Args:
+            sizes: number of rows of each module; their sum is that of this delta's weight.
+
+        Returns:
+            one delta per module, in order; None if this kind of delta cannot be divided.
+        """
+        return None
 
     def can_change_rows(self, rows: int, device: torch.device) -> bool:
         """Return True if `change_rows` gives bit-identical results to `change`.
@@ -146,6 +158,9 @@ class LoraDelta(Delta):
 
     def changes_output(self, module: Module) -> bool:
         return True
+
+    def divided(self, sizes: Sequence[int]) -> tuple[Delta, ...] | None:
+        return tuple(replace(self, up=self.up[rows]) for rows in consecutive_rows(sizes))
 
     def shape_for(self, weight_shape: torch.Size) -> tuple[int, ...]:
         return fitting_shape((self.up.shape[0], *self.down.shape[1:]), weight_shape)
@@ -224,6 +239,9 @@ class DoraDelta(LoraDelta):
     magnitude: Tensor
     is_dora: ClassVar[bool] = True
 
+    def divided(self, sizes: Sequence[int]) -> tuple[Delta, ...] | None:
+        return None
+
     def shape_for(self, weight_shape: torch.Size) -> tuple[int, ...]:
         return (self.up.shape[0], *self.down.shape[1:])
 
@@ -286,6 +304,10 @@ class WeightDelta(Delta):
 
     def changes_output(self, module: Module) -> bool:
         return False
+
+    def divided(self, sizes: Sequence[int]) -> tuple[Delta, ...] | None:
+        total = sum(sizes)
+        return tuple(RowsDelta(1.0, self, rows, total) for rows in consecutive_rows(sizes))
 
     @abstractmethod
     def full(self, weight_shape: torch.Size, device: torch.device) -> Tensor:
@@ -365,6 +387,43 @@ class LokrDelta(WeightDelta):
 
 
 @dataclass(frozen=True, eq=False)
+class RowsDelta(WeightDelta):
+    """Some rows of another delta, whose module is divided among several modules.
+
+    Attributes:
+        inner: the delta of all rows; its scale applies.
+        rows: rows of this delta.
+        total: number of rows of `inner`.
+    """
+
+    inner: WeightDelta
+    rows: slice
+    total: int
+
+    def changes_output(self, module: Module) -> bool:
+        return False
+
+    def shape_for(self, weight_shape: torch.Size) -> tuple[int, ...]:
+        whole = self._whole(weight_shape)
+        if self.inner.shape_for(whole) != tuple(whole):
+            return self.inner.shape_for(whole)
+        return (self.rows.stop - self.rows.start, *weight_shape[1:])
+
+    def full(self, weight_shape: torch.Size, device: torch.device) -> Tensor:
+        # Cloned, because `change` multiplies the result in place.
+        return self.inner.full(self._whole(weight_shape), device)[self.rows].clone()
+
+    def _whole(self, weight_shape: torch.Size) -> torch.Size:
+        return torch.Size((self.total, *weight_shape[1:]))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.inner.tensors()
+
+    def to(self, device: torch.device) -> Self:
+        return replace(self, inner=self.inner.to(device))
+
+
+@dataclass(frozen=True, eq=False)
 class LohaDelta(WeightDelta):
     """A Hadamard product, `(w1_a @ w1_b) * (w2_a @ w2_b)`, or that of two `tucker` products.
 
@@ -390,6 +449,12 @@ class LohaDelta(WeightDelta):
         return replace(
             self, w1=tuple(w.to(device) for w in self.w1), w2=tuple(w.to(device) for w in self.w2)
         )
+
+
+def consecutive_rows(sizes: Sequence[int]) -> Iterator[slice]:
+    """Yield consecutive slices of these sizes, beginning at 0."""
+    for size, end in zip(sizes, accumulate(sizes), strict=True):
+        yield slice(end - size, end)
 
 
 def scale_of(alpha: float | None, rank: int) -> float:

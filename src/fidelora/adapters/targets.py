@@ -148,7 +148,7 @@ class Targets:
         self._family = family
         self.by_name: dict[str, Target] = {}
         self.vectors: dict[str, VectorTarget] = {}
-        self._names_by_flat: dict[str, str] = {}
+        self._names_by_flat: dict[str, tuple[str, ...]] = {}
         self._tables: dict[str, tuple[str, int]] = {}  # part and width by key of embeddings
         for part in family.text_encoders:
             if part.embedding_key:
@@ -165,8 +165,11 @@ class Targets:
                 name = f"{part.name}.{path}"
                 for spelling in filter(None, (path, others.get(path))):
                     flat = _flatten(part, spelling)
-                    other = self._names_by_flat.setdefault(flat, name)
-                    assert other == name, f"{name} and {other} have the same flattened name"
+                    other = self._names_by_flat.setdefault(flat, (name,))
+                    assert other == (name,), f"{name} and {other} have the same flattened name"
+            for fused, paths in (part.fused_names(found) if part.fused_names else {}).items():
+                names = tuple(f"{part.name}.{path}" for path in paths)
+                self._names_by_flat[_flatten(part, fused)] = names
             kept = pristine[part.name] if pristine else {}
             for path, module in found.items():
                 name = f"{part.name}.{path}"
@@ -215,16 +218,15 @@ class Targets:
         seen: set[str] = set()
         deltas: dict[str, Delta] = {}
         for module in adapter.modules:
-            name = self.find_name(module)
-            if name is None:
+            names = self.find_names(module)
+            if not names:
                 unmatched.append(module)
                 continue
-            changes: list[tuple[str, Delta]] = []
-            if module in adapter.deltas:
-                weight = name if name in self.by_name else f"{name}.weight"
-                changes.append((weight, adapter.deltas[module]))
-            if module in adapter.biases:
-                changes.append((f"{name}.bias", adapter.biases[module]))
+            changes = self._changes(adapter, module, names)
+            if isinstance(changes, str):
+                found += 1
+                misshapen[module] = changes
+                continue
             shapes = [self._shape(target) for target, _ in changes]
             if lacks := [
                 target
@@ -246,6 +248,41 @@ class Targets:
                     repeated.append(module)
                 seen.add(target)
         return Matches(deltas, found, unmatched, repeated, misshapen)
+
+    def _changes(
+        self, adapter: Adapter, module: str, names: Sequence[str]
+    ) -> list[tuple[str, Delta]] | str:
+        """Return the deltas of a module of an adapter by their targets.
+
+        Args:
+            names: see `find_names`.
+
+        Returns:
+            pairs of a target and its delta, or a sentence if the deltas of a fused module cannot be
+            divided among `names`.
+        """
+        given: list[tuple[str, Delta]] = []
+        if module in adapter.deltas:
+            given.append(("", adapter.deltas[module]))
+        if module in adapter.biases:
+            given.append((".bias", adapter.biases[module]))
+        if len(names) == 1:
+            (name,) = names
+            weight = name if name in self.by_name else f"{name}.weight"
+            return [(name + end if end else weight, delta) for end, delta in given]
+        weights = [self.by_name[name].weight for name in names]
+        sizes = [len(weight) for weight in weights]
+        changes: list[tuple[str, Delta]] = []
+        for end, delta in given:
+            shape = torch.Size((sum(sizes), *([] if end else weights[0].shape[1:])))
+            if delta.shape_for(shape) != tuple(shape):
+                has, needs = list(delta.shape_for(shape)), list(shape)
+                return f"{module} has the shape {has} instead of {needs}"
+            divided = delta.fitted(shape).divided(sizes)
+            if divided is None:
+                return f"{module} stands for {len(names)} modules and is of a kind without parts"
+            changes += [(name + end, one) for name, one in zip(names, divided, strict=True)]
+        return changes
 
     def _shape(self, target: str) -> torch.Size | None:
         """Return the shape of a weight or vector; None if its module has no such parameter."""
@@ -286,7 +323,20 @@ class Targets:
         return widths.keys() == own.keys(), widths == own
 
     def find_name(self, module: str) -> str | None:
-        """Return part and path of the module that an adapter file calls `module`, or None."""
+        """Return part and path of the module that an adapter file calls `module`.
+
+        Returns:
+            None if there is no such module, or if it is fused (`Part.fused_names`).
+        """
+        names = self.find_names(module)
+        return names[0] if len(names) == 1 else None
+
+    def find_names(self, module: str) -> tuple[str, ...]:
+        """Return part and path of each module that an adapter file calls `module`.
+
+        There are several if the file has the name of a module of the original code, whose output
+        rows are divided among these (`Part.fused_names`). There is none if the name is unknown.
+        """
         module = canonical_name(module)
         for part in self._family.parts:
             for prefix in part.adapter_prefixes:
@@ -294,7 +344,7 @@ class Targets:
                     flat = _flatten(part, module.removeprefix(prefix))
                     if flat in self._names_by_flat:
                         return self._names_by_flat[flat]
-        return None
+        return ()
 
     def _explain(self, adapter: Adapter, matches: Matches) -> str:
         total = len(adapter.modules)

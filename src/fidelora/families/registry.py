@@ -12,13 +12,14 @@ from importlib.metadata import entry_points
 from types import MappingProxyType
 
 from fidelora.errors import UnknownModelError
+from fidelora.families.flux.spec import FLEX1, FLUX, FLUX_CFG
 from fidelora.families.sd.spec import SD15, SDXL
 from fidelora.families.spec import Family
 from fidelora.families.zimage.spec import ZIMAGE
 
 ENTRY_POINTS = "fidelora.families"
 
-_FAMILIES = (SD15, SDXL, ZIMAGE)
+_FAMILIES = (SD15, SDXL, ZIMAGE, FLUX, FLEX1, FLUX_CFG)
 
 
 @cache

@@ -96,6 +96,8 @@ class Part:
             layout.
         other_names: maps module paths to the names in the original code; None if adapter files do
             not use these names.
+        fused_names: maps names of modules in the original code to the paths of the modules that
+            their output rows are divided between, in order; None if there are no such names.
         ignored_weights: suffixes of weights that files may contain but the part does not use.
         config: values that replace those of the file, because the trainer's library behaved
             differently from the installed one.
@@ -115,6 +117,7 @@ class Part:
     tokenizer: Tokenizer | None = None
     checkpoint_prefix: str = ""
     other_names: Callable[[Iterable[str]], Mapping[str, str]] | None = None
+    fused_names: Callable[[Iterable[str]], Mapping[str, tuple[str, ...]]] | None = None
     ignored_weights: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=lambda: NO_OPTIONS)
     rounds_buffers: bool = False
@@ -144,6 +147,8 @@ class TrainerSampling:
         archs: values of `model.arch` in configurations of this family; None stands for a
             configuration without `model.arch`.
         flags: keys of the `model` block by which older configurations name the family.
+        option: key of the `model` block that selects this family among those with the same arch;
+            empty for the family without such an option.
         rescales_guidance: True if the trainer applies `guidance_rescale` of the sample block.
         ignores_sampler: True if the trainer ignores `sample.sampler` and uses its only sampler.
         wrong_schedules: schedules that other programs use by mistake.
@@ -151,6 +156,7 @@ class TrainerSampling:
 
     archs: tuple[str | None, ...]
     flags: tuple[str, ...] = ()
+    option: str = ""
     rescales_guidance: bool = False
     ignores_sampler: bool = False
     wrong_schedules: tuple[WrongSchedule, ...] = ()

@@ -105,7 +105,7 @@ def plan_samples(
     for index, values in enumerate(settings):
         recipe = Recipe(
             prompt=values["prompt"],
-            negative_prompt=values["neg"],
+            negative_prompt=values["neg"] if "negative_prompt" in family.uses else "",
             negative_prompt_2=values["neg_2"] if "negative_prompt_2" in family.uses else None,
             model=run.model,
             base_model=(

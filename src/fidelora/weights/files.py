@@ -225,8 +225,9 @@ def _check_index(folder: Path, family: Family) -> None:
             )
         return
     entries = read_config(index)
-    if (other := _family_of(entries)) not in (None, family):
-        assert other is not None
+    fitting = _families_of(entries)
+    if fitting and family not in fitting:
+        other = fitting[0]
         raise BaseModelFilesError(
             f"{folder.name} is a base model of {other.title}, not of {family.title}; "
             f"use it with model {other.id}."
@@ -250,8 +251,9 @@ def _check_index(folder: Path, family: Family) -> None:
         )
 
 
-def _family_of(index: Mapping[str, Any]) -> Family | None:
-    """Return the family whose parts are exactly those of a `model_index.json`, or None."""
+def _families_of(index: Mapping[str, Any]) -> list[Family]:
+    """Return the families whose parts are exactly those of a `model_index.json`."""
+    families = []
     for family in all_families().values():
         wanted = {part.name: [part.library, part.class_name] for part in family.parts}
         found = {
@@ -260,8 +262,8 @@ def _family_of(index: Mapping[str, Any]) -> Family | None:
             if name in wanted or name.startswith("text_encoder")
         }
         if found == wanted:
-            return family
-    return None
+            families.append(family)
+    return families
 
 
 def _weight_files(folder: Path, part: Part, variant: str) -> tuple[Path, ...]:
