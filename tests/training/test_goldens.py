@@ -41,7 +41,7 @@ BF16_RUNS = {"bf16_save_f32", "flux_bf16_save_f32"}
 BF16_OTHER_PROCESSOR_LEVELS = 12
 """Largest difference of bfloat16 samples on other processors.
 
-Measured: up to 8, with 11-24 % of the pixels identical (FLUX.1: 11-13 %). bfloat16 has only 8 significant bits, so
+Measured: up to 8, with 11-24 % of the pixels identical. bfloat16 has only 8 significant bits, so
 the order of additions changes most pixels.
 """
 

@@ -150,8 +150,8 @@ def generate(
     width: Annotated[
         int | None,
         typer.Option(
-            help="Width in pixels, 64..4096, rounded down to a multiple of 8, or of 16 for "
-            "Z-Image.",
+            help="Width in pixels, 64..4096, rounded down to a multiple of 8 or 16 that depends on "
+            "the model.",
             rich_help_panel=SAMPLING_PANEL,
         ),
     ] = None,
