@@ -12,6 +12,7 @@ from importlib.metadata import entry_points
 from types import MappingProxyType
 
 from fidelora.errors import UnknownModelError
+from fidelora.families.chroma.spec import CHROMA
 from fidelora.families.flux.spec import FLEX1, FLUX, FLUX_CFG
 from fidelora.families.sd.spec import SD15, SDXL
 from fidelora.families.spec import Family
@@ -19,7 +20,7 @@ from fidelora.families.zimage.spec import ZIMAGE
 
 ENTRY_POINTS = "fidelora.families"
 
-_FAMILIES = (SD15, SDXL, ZIMAGE, FLUX, FLEX1, FLUX_CFG)
+_FAMILIES = (SD15, SDXL, ZIMAGE, FLUX, FLEX1, FLUX_CFG, CHROMA)
 
 
 @cache

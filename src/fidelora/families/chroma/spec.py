@@ -1,0 +1,51 @@
+"""Chroma, as AI Toolkit 0.12.26 samples it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import MappingProxyType
+
+from fidelora.families import latent_formats
+from fidelora.families.shared_parts import FLUX_VAE, T5_ENCODER
+from fidelora.families.spec import Family, FlowSampler, Part, TrainerSampling
+
+CHROMA = Family(
+    id="chroma",
+    title="Chroma",
+    base_model="lodestones/Chroma1-Base",
+    resolution_divisor=16,
+    default_size=1024,
+    default_steps=25,
+    default_guidance_scale=4.0,
+    default_seed=42,
+    default_sampler="flowmatch",
+    # The trainer's own configuration, that of FLUX.1.
+    samplers=MappingProxyType(
+        {
+            "flowmatch": FlowSampler(
+                "flowmatch", MappingProxyType({"dynamic_shift": (256, 0.5, 4096, 1.15)})
+            )
+        }
+    ),
+    uses=frozenset({"negative_prompt", "noise"}),
+    parts=(
+        T5_ENCODER,
+        Part(
+            name="transformer",
+            role="denoiser",
+            library="fidelora.families.chroma.transformer",
+            class_name="ChromaTransformer",
+            weights="diffusion_pytorch_model",
+            precision="dtype",
+            adapter_prefixes=("diffusion_model.", "lora_unet_"),
+        ),
+        FLUX_VAE,
+    ),
+    text="fidelora.families.chroma.text:ChromaText",
+    denoiser="fidelora.families.chroma.denoiser:ChromaDenoiser",
+    latents="fidelora.families.patches:PatchLatents",
+    layout=Path(__file__).parent / "layout",
+    trainer_sampling=TrainerSampling(archs=("chroma",), ignores_sampler=True),
+    adapter_base_versions=("chroma",),
+    latent_preview=latent_formats.FLUX1,
+)
