@@ -570,6 +570,7 @@ def test_status_and_result_over_the_life_cycle_of_a_job():
         ("zimage", "Tongyi-MAI/Z-Image", 16, 30, 4.0),
         ("flux", "black-forest-labs/FLUX.1-dev", 16, 25, 4.0),
         ("flex1", "ostris/Flex.1-alpha", 16, 25, 4.0),
+        ("chroma", "lodestones/Chroma1-Base", 16, 25, 4.0),
     ],
 )
 def test_the_models_are_listed_as_documented(model, base_model, divisor, steps, guidance):

@@ -53,7 +53,7 @@ def engine() -> Engine:
 
 def test_every_family_is_compared():
     """The other families are compared in tests/families."""
-    others = {"zimage", "flux", "flex1", "flux_cfg"}
+    others = {"zimage", "flux", "flex1", "flux_cfg", "chroma"}
     assert SMALL.keys() | others == all_families().keys()
 
 

@@ -23,6 +23,7 @@ from tests.support import (
     GOLDEN_JOBS,
     SAME_PROCESSOR,
     TINY_BASE,
+    TINY_CHROMA,
     TINY_FLUX,
     TINY_SDXL,
     TINY_ZIMAGE,
@@ -37,7 +38,7 @@ pytestmark = [
     pytest.mark.usefixtures("golden_threads"),
     pytest.mark.timeout(600),
 ]
-BF16_RUNS = {"bf16_save_f32", "flux_bf16_save_f32"}
+BF16_RUNS = {"bf16_save_f32", "flux_bf16_save_f32", "chroma_bf16_save_f32"}
 BF16_OTHER_PROCESSOR_LEVELS = 12
 """Largest difference of bfloat16 samples on other processors.
 
@@ -61,6 +62,8 @@ EXACT = {
     "flux_lora_f32": 3,
     "flux_lokr_lowrank_multipliers": 2,
     "flux_bf16_save_f32": 3,
+    "chroma_lora_f32": 3,
+    "chroma_bf16_save_f32": 3,
 }
 """Training runs whose last samples are all identical, with the number of samples."""
 
@@ -75,7 +78,12 @@ def folder_of(name: str) -> Path:
 
 
 def base_of(name: str) -> str:
-    bases = {"xl": TINY_SDXL, "zimage": TINY_ZIMAGE, "flux": TINY_FLUX}
+    bases = {
+        "xl": TINY_SDXL,
+        "zimage": TINY_ZIMAGE,
+        "flux": TINY_FLUX,
+        "chroma": TINY_CHROMA,
+    }
     return str(bases.get(name.partition("_")[0], TINY_BASE))
 
 

@@ -94,6 +94,10 @@ class Part:
         tokenizer: tokenizer of a text encoder; None for other parts.
         checkpoint_prefix: prefix of its weight names in a single-file checkpoint of the original
             layout.
+        is_single_file: True if a hub repository `owner/NAME` has it as NAME.safetensors at its
+            root, and a single-file checkpoint contains only this part.
+        companion: hub id of the repository that it comes from if the base model is a single-file
+            checkpoint without it; empty for parts inside such checkpoints.
         other_names: maps module paths to the names in the original code; None if adapter files do
             not use these names.
         fused_names: maps names of modules in the original code to the paths of the modules that
@@ -116,6 +120,8 @@ class Part:
     optional_prefix: str = ""
     tokenizer: Tokenizer | None = None
     checkpoint_prefix: str = ""
+    is_single_file: bool = False
+    companion: str = ""
     other_names: Callable[[Iterable[str]], Mapping[str, str]] | None = None
     fused_names: Callable[[Iterable[str]], Mapping[str, tuple[str, ...]]] | None = None
     ignored_weights: tuple[str, ...] = ()

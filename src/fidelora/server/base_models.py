@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from fidelora.errors import BaseModelError, WeightsFileError
@@ -38,11 +39,14 @@ class BaseModels:
     def sha256(self, model: str) -> str:
         """Return the content hash of the base model for a model id; hash its files if they are new.
 
-        The hash is empty for a base model on the hub, because only workers access the hub. It is
-        also empty if files are missing or damaged; the workers report the reason.
+        The hash is empty for a base model with parts on the hub, because only workers access the
+        hub. It is also empty if files are missing or damaged; the workers report the reason.
         """
         recipe = Recipe(prompt="", model=model, **self._server_defaults.get(model, {}))
-        if not is_local(recipe.base_model):
+        is_partial = Path(recipe.base_model).is_file() and any(
+            part.companion for part in get_family(model).parts
+        )
+        if is_partial or not is_local(recipe.base_model):
             return ""
         with self._lock:
             found = self._found.get(model)

@@ -61,8 +61,8 @@ class BaseFiles:
         Args:
             base_model: hub id, diffusers folder or single-file checkpoint.
             variant: variant of a folder's weight files, such as `fp16`; may be empty.
-            config: folder with configurations for a single-file checkpoint; empty for those of the
-                family.
+            config: folder with configurations for a single-file checkpoint, and the parts that the
+                checkpoint does not contain (`Part.companion`); empty for those of the family.
             decoder: hub id, folder or file of a decoder that replaces the base model's; may be
                 empty.
             cache_dir: the hub's cache; None for the default.
@@ -73,9 +73,15 @@ class BaseFiles:
         """
         source = locate(base_model, family.parts, variant=variant, cache_dir=cache_dir)
         replaced = family.part("decoder").name if decoder else ""
+        outside: Mapping[str, Path] = {}
         if source.is_file():
             layout = _layout(family, config, source)
-            weights: dict[str, tuple[Path, ...]] = {}
+            outside = _companions(family, config, cache_dir)
+            weights: dict[str, tuple[Path, ...]] = {
+                part.name: _weight_files(outside[part.name] / part.name, part, "")
+                for part in family.parts
+                if part.name in outside and part.name != replaced
+            }
         else:
             if config:
                 raise RecipeError(
@@ -86,14 +92,15 @@ class BaseFiles:
             _check_index(source, family)
             own = [part for part in family.parts if part.name != replaced]
             weights = {one.name: _weight_files(source / one.name, one, variant) for one in own}
-        configs = {part.name: layout / part.name / "config.json" for part in family.parts}
-        given = dict(configs) if config else {}
+        roots = {part.name: outside.get(part.name, layout) for part in family.parts}
+        configs = {name: root / name / "config.json" for name, root in roots.items()}
+        given = {name: path for name, path in configs.items() if config and roots[name] == layout}
         if decoder:
             part = family.part("decoder")
             folder, weights[replaced] = _decoder_files(decoder, part, variant, cache_dir)
             if folder is not None:
                 configs[replaced] = folder / "config.json"
-        tokenizers = {one.name: _tokenizer(layout, one) for one in family.text_encoders}
+        tokenizers = {one.name: _tokenizer(roots[one.name], one) for one in family.text_encoders}
         folders = [path for path in tokenizers.values() if path is not None]
         stamp = _stamp(source, *configs.values(), *folders, *sum(weights.values(), ()))
         return cls(family, source, configs, tokenizers, weights, given, stamp)
@@ -198,6 +205,26 @@ def _layout(family: Family, config: str, checkpoint: Path) -> Path:
             f"diffusers layout, or leave it out to use the configurations of {family.title}."
         )
     return folder
+
+
+def _companions(family: Family, config: str, cache_dir: Path | None) -> dict[str, Path]:
+    """Return the folder of each part that single-file checkpoints of the family do not contain.
+
+    The folder `config` is used for the parts that it has, and the hub for the others.
+    """
+    own = Path(config).expanduser() if config else None
+    found: dict[str, Path] = {}
+    missing: dict[str, list[Part]] = {}
+    for part in family.parts:
+        if part.companion and own is not None and (own / part.name).is_dir():
+            found[part.name] = own
+        elif part.companion:
+            missing.setdefault(part.companion, []).append(part)
+    for repository, parts in missing.items():
+        what = f"repository for {family.title}"
+        folder = locate(repository, parts, what=what, cache_dir=cache_dir)
+        found |= {part.name: folder for part in parts}
+    return found
 
 
 def _tokenizer(layout: Path, part: Part) -> Path | None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
 from fidelora.families import latent_formats
 from fidelora.families.shared_parts import FLUX_VAE, T5_ENCODER
 from fidelora.families.spec import Family, FlowSampler, Part, TrainerSampling
+
+# The trainer takes the text encoder and the VAE from here, whatever the base model.
+_COMPANION = "ostris/Flex.1-alpha"
 
 CHROMA = Family(
     id="chroma",
@@ -29,7 +33,7 @@ CHROMA = Family(
     ),
     uses=frozenset({"negative_prompt", "noise"}),
     parts=(
-        T5_ENCODER,
+        replace(T5_ENCODER, companion=_COMPANION),
         Part(
             name="transformer",
             role="denoiser",
@@ -38,12 +42,14 @@ CHROMA = Family(
             weights="diffusion_pytorch_model",
             precision="dtype",
             adapter_prefixes=("diffusion_model.", "lora_unet_"),
+            is_single_file=True,
         ),
-        FLUX_VAE,
+        replace(FLUX_VAE, companion=_COMPANION),
     ),
     text="fidelora.families.chroma.text:ChromaText",
     denoiser="fidelora.families.chroma.denoiser:ChromaDenoiser",
     latents="fidelora.families.patches:PatchLatents",
+    checkpoint="fidelora.families.chroma.checkpoint",
     layout=Path(__file__).parent / "layout",
     trainer_sampling=TrainerSampling(archs=("chroma",), ignores_sampler=True),
     adapter_base_versions=("chroma",),

@@ -70,14 +70,10 @@ class _DoubleBlock(nn.Module):
 
     def __init__(self, size: int, heads: int) -> None:
         super().__init__()
-        for stream in ("img", "txt"):
-            self.add_module(f"{stream}_attn", _Attention(size, heads))
-            mlp = nn.Sequential(
-                nn.Linear(size, _MLP_RATIO * size),
-                nn.GELU(approximate="tanh"),
-                nn.Linear(_MLP_RATIO * size, size),
-            )
-            self.add_module(f"{stream}_mlp", mlp)
+        self.img_attn = _Attention(size, heads)
+        self.img_mlp = _mlp(size)
+        self.txt_attn = _Attention(size, heads)
+        self.txt_mlp = _mlp(size)
 
     def forward(
         self, img: Tensor, txt: Tensor, img_mod: Tensor, txt_mod: Tensor, rope: Tensor, mask: Tensor
@@ -95,9 +91,11 @@ class _DoubleBlock(nn.Module):
         attended = _attention(q, k, v, rope, mask)
         tokens = txt.shape[1]
         img = img + img_mod[:, 2:3] * self.img_attn.proj(attended[:, tokens:])
-        img = img + img_mod[:, 5:6] * self.img_mlp(_modulated(img, img_mod[:, 3:4], img_mod[:, 4:5]))
+        img_in = _modulated(img, img_mod[:, 3:4], img_mod[:, 4:5])
+        img = img + img_mod[:, 5:6] * self.img_mlp(img_in)
         txt = txt + txt_mod[:, 2:3] * self.txt_attn.proj(attended[:, :tokens])
-        txt = txt + txt_mod[:, 5:6] * self.txt_mlp(_modulated(txt, txt_mod[:, 3:4], txt_mod[:, 4:5]))
+        txt_in = _modulated(txt, txt_mod[:, 3:4], txt_mod[:, 4:5])
+        txt = txt + txt_mod[:, 5:6] * self.txt_mlp(txt_in)
         return img, txt
 
 
@@ -176,7 +174,7 @@ class ChromaTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
             modulation.
     """
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
         in_channels: int = 64,
@@ -251,9 +249,15 @@ class ChromaTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         common = torch.cat([time, guidance], dim=1)[:, None].expand(-1, count, -1)
         indices = _sinusoid(index, _INDEX_WIDTH).to(timesteps.dtype)
         indices = indices[None].expand(len(timesteps), -1, -1)
-        return cast(
-            Tensor, self.distilled_guidance_layer(torch.cat([common, indices], dim=-1))
-        )
+        return cast(Tensor, self.distilled_guidance_layer(torch.cat([common, indices], dim=-1)))
+
+
+def _mlp(size: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(size, _MLP_RATIO * size),
+        nn.GELU(approximate="tanh"),
+        nn.Linear(_MLP_RATIO * size, size),
+    )
 
 
 def _sinusoid(values: Tensor, width: int) -> Tensor:
@@ -302,8 +306,8 @@ def _rope_table(ids: Tensor, axes: Sequence[int]) -> Tensor:
 
 def _rotated(x: Tensor, table: Tensor) -> Tensor:
     """Rotate pairs of channels of x [batch, heads, tokens, width] in float32."""
-    pairs = x.float().unflatten(-1, (-1, 1, 2))
-    rotated = table[..., 0] * pairs[..., 0] + table[..., 1] * pairs[..., 1]
+    pairs = x.float().reshape(*x.shape[:-1], -1, 1, 2)
+    rotated: Tensor = table[..., 0] * pairs[..., 0] + table[..., 1] * pairs[..., 1]
     return rotated.flatten(-2).to(x.dtype)
 
 
