@@ -23,8 +23,15 @@ from tests.support import (
 from torch import nn
 
 from fidelora import AdapterRef, Engine, Recipe
+from fidelora.engine.convert import convert_adapter
 from fidelora.engine.examine import examine_adapter
-from fidelora.errors import AdapterMismatchError, BaseModelFilesError, DeviceError, RecipeError
+from fidelora.errors import (
+    AdapterConversionError,
+    AdapterMismatchError,
+    BaseModelFilesError,
+    DeviceError,
+    RecipeError,
+)
 from fidelora.families import get_family
 from fidelora.families.chroma.transformer import _attention_mask
 from fidelora.families.flux.names import fused_names, original_names
@@ -189,6 +196,15 @@ def test_adapters_of_chroma_and_flux_are_told_apart(engine):
     recipe = replace(SMALL, adapters=(AdapterRef.from_file(FLUX_LORA),))
     with pytest.raises(AdapterMismatchError, match=r"an adapter for FLUX\.1"):
         engine.generate(recipe)
+
+
+def test_an_adapter_is_converted_to_kohya_but_not_to_peft(tmp_path):
+    result = convert_adapter(CHROMA_LORA, "kohya")
+    (tmp_path / "a.safetensors").write_bytes(result.content)
+    key = "lora_unet_single_blocks_1_linear1.lora_up.weight"
+    assert load_file(tmp_path / "a.safetensors")[key].shape == (448, 8)
+    with pytest.raises(AdapterConversionError, match="no names for modules of Chroma; use kohya"):
+        convert_adapter(CHROMA_LORA, "peft")
 
 
 def test_the_denoiser_accepts_blank_conditioning():

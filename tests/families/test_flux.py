@@ -316,7 +316,9 @@ def test_conversion_divides_fused_modules_and_does_not_join_them(tmp_path):
         tmp_path / "a.safetensors",
         {f"{name}.lora_down.weight": torch.randn(2, 3072), f"{name}.lora_up.weight": up},
     )
-    result = convert_adapter(file, "peft")
+    with pytest.raises(AdapterConversionError, match="chroma, whose peft names differ"):
+        convert_adapter(file, "peft")
+    result = convert_adapter(file, "peft", "flux")
     (tmp_path / "b.safetensors").write_bytes(result.content)
     found = load_file(tmp_path / "b.safetensors")
     block = "transformer.single_transformer_blocks.3"

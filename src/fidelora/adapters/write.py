@@ -145,7 +145,7 @@ def in_format(
     notes: list[str] = []
     rounded: list[str] = []
     for module in modules:
-        name = _kohya_name(module, family) if to == "kohya" else _peft_name(module)
+        name = _kohya_name(module, family) if to == "kohya" else _peft_name(module, family)
         for part, tensor in module.tensors.items():
             if part in suffixes:
                 # kohya's magnitude is [out, 1], that of AI Toolkit and PEFT is [out].
@@ -224,7 +224,11 @@ def _kohya_name(module: ModuleParts, family: Family) -> str:
     return prefix + (module.original_path or _full_path(module)).replace(".", "_")
 
 
-def _peft_name(module: ModuleParts) -> str:
+def _peft_name(module: ModuleParts, family: Family) -> str:
+    if module.part.library not in ("diffusers", "transformers"):
+        raise AdapterConversionError(
+            f"The peft format has no names for modules of {family.title}; use kohya."
+        )
     return f"{module.part.name}.{_full_path(module)}"
 
 

@@ -80,12 +80,19 @@ def convert_adapter(path: Path, to: TargetFormat, model: str | None = None) -> C
     parts = modules_of(file.header, file.name)
     metadata = {**file.header.metadata, _SOURCE: file.sha256}
     written: dict[str, NamedTensors] = {}
+    refused: dict[str, AdapterConversionError] = {}
     for family in _families(adapter, model):
-        modules = _module_parts(adapter, parts, stored, family)
-        written[family.id] = in_format(to, family, modules, metadata)
-    if len({frozenset(one.tensors) for one in written.values()}) > 1:
+        try:
+            modules = _module_parts(adapter, parts, stored, family)
+            written[family.id] = in_format(to, family, modules, metadata)
+        except AdapterConversionError as error:
+            refused[family.id] = error
+    if not written:
+        raise next(iter(refused.values()))
+    if refused or len({frozenset(one.tensors) for one in written.values()}) > 1:
+        fitting = " and ".join((*written, *refused))
         raise AdapterConversionError(
-            f"{file.name} fits {' and '.join(written)}, whose {to} names differ; set the model."
+            f"{file.name} fits {fitting}, whose {to} names differ; set the model."
         )
     model, result = next(iter(written.items()))
     content = file_bytes(result)
