@@ -595,41 +595,29 @@ def test_status_and_result_over_the_life_cycle_of_a_job():
     )
 
 
-def test_the_models_are_listed_as_documented():
-    listed = [body.model_dump() for body in model_list().models]
-    assert [body["id"] for body in listed] == list(all_families())
-    assert listed[:3] == [
-        {
-            "id": "sd15",
-            "base_model": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-            "resolution_divisor": 8,
-            "default_steps": 25,
-            "default_guidance_scale": 6.0,
-            "requires_control_image": False,
-            "is_video_model": False,
-            "default_num_frames": None,
-            "default_fps": None,
-        },
-        {
-            "id": "sdxl",
-            "base_model": "stabilityai/stable-diffusion-xl-base-1.0",
-            "resolution_divisor": 8,
-            "default_steps": 25,
-            "default_guidance_scale": 6.0,
-            "requires_control_image": False,
-            "is_video_model": False,
-            "default_num_frames": None,
-            "default_fps": None,
-        },
-        {
-            "id": "zimage",
-            "base_model": "Tongyi-MAI/Z-Image",
-            "resolution_divisor": 32,
-            "default_steps": 30,
-            "default_guidance_scale": 4.0,
-            "requires_control_image": False,
-            "is_video_model": False,
-            "default_num_frames": None,
-            "default_fps": None,
-        },
-    ]
+@pytest.mark.parametrize(
+    ("model", "base_model", "divisor", "steps", "guidance"),
+    [
+        ("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5", 8, 25, 6.0),
+        ("sdxl", "stabilityai/stable-diffusion-xl-base-1.0", 8, 25, 6.0),
+        ("zimage", "Tongyi-MAI/Z-Image", 32, 30, 4.0),
+        ("flux", "black-forest-labs/FLUX.1-dev", 16, 25, 4.0),
+        ("flex1", "ostris/Flex.1-alpha", 16, 25, 4.0),
+        ("chroma", "lodestones/Chroma1-Base", 32, 25, 4.0),
+        ("lumina2", "Alpha-VLLM/Lumina-Image-2.0", 32, 25, 4.0),
+    ],
+)
+def test_the_models_are_listed_as_documented(model, base_model, divisor, steps, guidance):
+    by_id = {body.id: body.model_dump() for body in model_list().models}
+    assert list(by_id) == list(all_families())
+    assert by_id[model] == {
+        "id": model,
+        "base_model": base_model,
+        "resolution_divisor": divisor,
+        "default_steps": steps,
+        "default_guidance_scale": guidance,
+        "requires_control_image": False,
+        "is_video_model": False,
+        "default_num_frames": None,
+        "default_fps": None,
+    }

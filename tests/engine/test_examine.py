@@ -156,11 +156,11 @@ def test_keys_of_another_architecture_are_reported(examined, module, metadata, w
 
 
 def test_keys_of_no_family_are_reported(examined):
-    found = examined(lora(("transformer.single_transformer_blocks.0.attn.to_q", 8, 8)))
+    found = examined(lora(("transformer.joint_blocks.0.attn.to_q", 8, 8)))
     assert (codes(found), found.model) == ([("other_architecture", True)], "")
     assert found.problems[0].message == (
         "1 of 1 modules are not in any supported model family "
-        "(transformer.single_transformer_blocks.0.attn.to_q); its module names are those of FLUX."
+        "(transformer.joint_blocks.0.attn.to_q); its module names are those of Stable Diffusion 3."
     )
 
 

@@ -236,7 +236,7 @@ def _configurations() -> dict[str, bytes]:
         "invalid UTF-8": b"config: \xff\xfe", "NUL": b"config: \0", "UTF-16": text.encode("utf-16"),
         "escape": 'config: {name: "\\e]0;x", process: [{model: {name_or_path: a, arch: "\\e"}}]}',
         "long name": text.replace("name: lokr_full", f"name: {'n' * 10_000}"),
-        "other family": text.replace("    model:\n", "    model:\n      is_flux: true\n"),
+        "other family": text.replace("    model:\n", "    model:\n      is_v3: true\n"),
         "own VAE": text.replace("    model:\n", "    model:\n      vae_path: /etc/passwd\n"),
         "huge steps": text.replace("steps:", "steps: " + "9" * 99 + "x\n      y:"),
     }  # fmt: skip

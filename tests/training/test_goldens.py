@@ -23,6 +23,8 @@ from tests.support import (
     GOLDEN_JOBS,
     SAME_PROCESSOR,
     TINY_BASE,
+    TINY_CHROMA,
+    TINY_FLUX,
     TINY_KLEIN,
     TINY_LUMINA2,
     TINY_QWEN_IMAGE,
@@ -49,6 +51,8 @@ BF16_LEVELS = {
     "qwen_bf16_save_f32": 26,
     "zimage_quantized_save_f32": 16,
     "zimage_turbo_quantized_save_f32": 16,
+    "flux_bf16_save_f32": 12,
+    "chroma_bf16_save_f32": 12,
 }
 """Largest difference of bfloat16 samples on other processors, by training run.
 
@@ -96,6 +100,11 @@ EXACT = {
     "qwen_lora_f32": 3,
     "qwen_low_vram_prompts": 4,
     "qwen_bf16_save_f32": 2,
+    "flux_lora_f32": 3,
+    "flux_lokr_lowrank_multipliers": 2,
+    "flux_bf16_save_f32": 3,
+    "chroma_lora_f32": 3,
+    "chroma_bf16_save_f32": 3,
 }
 """Training runs whose last samples are all identical, with the number of replayed samples."""
 
@@ -123,6 +132,8 @@ def base_of(name: str) -> str:
         "lumina2": TINY_LUMINA2,
         "klein": TINY_KLEIN,
         "qwen": TINY_QWEN_IMAGE,
+        "flux": TINY_FLUX,
+        "chroma": TINY_CHROMA,
         "zrk": "fidelora:miniature",
     }
     return str(bases.get(name.partition("_")[0], TINY_BASE))

@@ -713,7 +713,7 @@ def test_configurations_of_the_user_interface_are_read_as_json(folder):
 @pytest.mark.parametrize(
     "model",
     [
-        {"is_flux": True},
+        {"is_v3": True},
         {"arch": "hidream"},
         {"is_v2": True},
         {"arch": "sdxl", "is_flux": True},

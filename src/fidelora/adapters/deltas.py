@@ -14,8 +14,9 @@ trainer samples with float32 adapters.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, ClassVar, Self
 
 import torch
@@ -76,6 +77,17 @@ class Delta(ABC):
             a new float32 tensor in the shape and on the device of `weight`.
         """
 
+    def divided(self, sizes: Sequence[int]) -> tuple[Delta, ...] | None:
+        """Return the deltas of modules that the output rows of this one's module are divided among.
+
+        Args:
+            sizes: number of rows of each module; their sum is that of this delta's weight.
+
+        Returns:
+            one delta per module, in order; None if this kind of delta cannot be divided.
+        """
+        return None
+
     def can_change_rows(self, rows: int, device: torch.device) -> bool:
         """Return True if `change_rows` gives bit-identical results to `change`.
 
@@ -130,10 +142,7 @@ class Delta(ABC):
 
     def cast(self, dtype: torch.dtype) -> Self:
         """Return the same delta with its tensors in `dtype`."""
-        cast: dict[str, Any] = {
-            name: one.to(dtype) for name, one in vars(self).items() if isinstance(one, Tensor)
-        }
-        return replace(self, **cast)
+        return replace(self, **{name: _cast(one, dtype) for name, one in vars(self).items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +159,9 @@ class LoraDelta(Delta):
 
     def changes_output(self, module: Module) -> bool:
         return True
+
+    def divided(self, sizes: Sequence[int]) -> tuple[Delta, ...] | None:
+        return tuple(replace(self, up=self.up[rows]) for rows in consecutive_rows(sizes))
 
     def shape_for(self, weight_shape: torch.Size) -> tuple[int, ...]:
         return fitting_shape((self.up.shape[0], *self.down.shape[1:]), weight_shape)
@@ -228,6 +240,9 @@ class DoraDelta(LoraDelta):
     magnitude: Tensor
     is_dora: ClassVar[bool] = True
 
+    def divided(self, sizes: Sequence[int]) -> tuple[Delta, ...] | None:
+        return None
+
     def shape_for(self, weight_shape: torch.Size) -> tuple[int, ...]:
         return (self.up.shape[0], *self.down.shape[1:])
 
@@ -293,6 +308,10 @@ class WeightDelta(Delta):
 
     def changes_output(self, module: Module) -> bool:
         return False
+
+    def divided(self, sizes: Sequence[int]) -> tuple[Delta, ...] | None:
+        total = sum(sizes)
+        return tuple(RowsDelta(1.0, self, rows, total) for rows in consecutive_rows(sizes))
 
     @abstractmethod
     def full(self, weight_shape: torch.Size, device: torch.device) -> Tensor:
@@ -371,6 +390,43 @@ class LokrDelta(WeightDelta):
 
 
 @dataclass(frozen=True, eq=False)
+class RowsDelta(WeightDelta):
+    """Some rows of another delta, whose module is divided among several modules.
+
+    Attributes:
+        inner: the delta of all rows; its scale applies.
+        rows: rows of this delta.
+        total: number of rows of `inner`.
+    """
+
+    inner: WeightDelta
+    rows: slice
+    total: int
+
+    def changes_output(self, module: Module) -> bool:
+        return False
+
+    def shape_for(self, weight_shape: torch.Size) -> tuple[int, ...]:
+        whole = self._whole(weight_shape)
+        if self.inner.shape_for(whole) != tuple(whole):
+            return self.inner.shape_for(whole)
+        return (self.rows.stop - self.rows.start, *weight_shape[1:])
+
+    def full(self, weight_shape: torch.Size, device: torch.device) -> Tensor:
+        # Cloned, because `change` multiplies the result in place.
+        return self.inner.full(self._whole(weight_shape), device)[self.rows].clone()
+
+    def _whole(self, weight_shape: torch.Size) -> torch.Size:
+        return torch.Size((self.total, *weight_shape[1:]))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.inner.tensors()
+
+    def to(self, device: torch.device) -> Self:
+        return replace(self, inner=self.inner.to(device))
+
+
+@dataclass(frozen=True, eq=False)
 class LohaDelta(WeightDelta):
     """A Hadamard product, `(w1_a @ w1_b) * (w2_a @ w2_b)`, or that of two `tucker` products.
 
@@ -396,6 +452,23 @@ class LohaDelta(WeightDelta):
         return replace(
             self, w1=tuple(w.to(device) for w in self.w1), w2=tuple(w.to(device) for w in self.w2)
         )
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Return the value of an attribute of a delta with all tensors inside it in `dtype`."""
+    if isinstance(value, Tensor):
+        return value.to(dtype)
+    if isinstance(value, Delta):
+        return value.cast(dtype)
+    if isinstance(value, tuple):
+        return tuple(_cast(one, dtype) for one in value)
+    return value
+
+
+def consecutive_rows(sizes: Sequence[int]) -> Iterator[slice]:
+    """Yield consecutive slices of these sizes, beginning at 0."""
+    for size, end in zip(sizes, accumulate(sizes), strict=True):
+        yield slice(end - size, end)
 
 
 def scale_of(alpha: float | None, rank: int) -> float:

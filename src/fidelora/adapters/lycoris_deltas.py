@@ -9,13 +9,14 @@ The live path changes the weight at each call, in float32, and rounds it to its 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
-from fidelora.adapters.deltas import Delta, Module
+from fidelora.adapters.deltas import Delta, Module, consecutive_rows
 from fidelora.adapters.products import fitting_shape
 
 
@@ -36,6 +37,11 @@ class FullDelta(FormulaDelta):
     """Differences of a whole weight or bias (`diff`, `diff_b`, `w_norm`, `b_norm` of LyCORIS)."""
 
     difference: Tensor
+
+    def divided(self, sizes: Sequence[int]) -> tuple[Delta, ...] | None:
+        return tuple(
+            replace(self, difference=self.difference[rows]) for rows in consecutive_rows(sizes)
+        )
 
     def shape_for(self, weight_shape: torch.Size) -> tuple[int, ...]:
         return fitting_shape(tuple(self.difference.shape), weight_shape)

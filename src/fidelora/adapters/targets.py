@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from fidelora.errors import AdapterMismatchError
 from fidelora.families import Family, Part
 from fidelora.texts import listed
 from fidelora.weights.strict import changeable
+
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +159,7 @@ class Targets:
     (`lora_unet_down_blocks_0_attentions_0_proj_in`) or keep its dots
     (`unet.down_blocks.0.attentions.0.proj_in`, PEFT). Both are looked up in the flattened form, and
     so are the names of other code where a family defines them (`Part.other_names`,
-    `Part.accepted_names`).
+    `Part.fused_names`, `Part.accepted_names`).
 
     Args:
         modules: the parts of the base model by name.
@@ -173,7 +175,7 @@ class Targets:
         self.family = family
         self.by_name: dict[str, Target] = {}
         self.vectors: dict[str, VectorTarget] = {}
-        self._names_by_flat: dict[str, str] = {}
+        self._names_by_flat: dict[str, tuple[str, ...]] = {}  # several: see `Part.fused_names`
         self._shares_by_flat: dict[str, _Share] = {}  # see `Part.accepted_names`
         self._tables: dict[str, tuple[str, int]] = {}  # part and width by key of embeddings
         for part in family.text_encoders:
@@ -191,15 +193,18 @@ class Targets:
                 name = f"{part.name}.{path}"
                 for spelling in filter(None, (path, others.get(path))):
                     flat = _flatten(part, spelling)
-                    other = self._names_by_flat.setdefault(flat, name)
-                    assert other == name, f"{name} and {other} have the same flattened name"
+                    other = self._names_by_flat.setdefault(flat, (name,))
+                    assert other == (name,), f"{name} and {other} have the same flattened name"
+            for fused, paths in (part.fused_names(found) if part.fused_names else {}).items():
+                several = tuple(f"{part.name}.{path}" for path in paths)
+                self._names_by_flat[_flatten(part, fused)] = several
             accepted = part.accepted_names(found) if part.accepted_names else {}
             for path, names in accepted.items():
                 name = f"{part.name}.{path}"
                 for index, spelling in enumerate(names):
                     flat = _flatten(part, spelling)
                     if len(names) == 1:
-                        self._names_by_flat[flat] = name
+                        self._names_by_flat[flat] = (name,)
                     else:
                         self._shares_by_flat[flat] = _Share(name, index, len(names))
             kept = pristine[part.name] if pristine else {}
@@ -251,7 +256,7 @@ class Targets:
         deltas: dict[str, Delta] = {}
         stacked: dict[str, list[Delta | None]] = {}
         for module in adapter.modules:
-            share = self._find_share(module)
+            share = self._find(module, self._shares_by_flat)
             if share is not None and module in adapter.deltas and module not in adapter.biases:
                 found += 1
                 delta = adapter.deltas[module]
@@ -264,16 +269,15 @@ class Targets:
                 else:
                     repeated.append(module)
                 continue
-            name = self.find_name(module)
-            if name is None:
+            names = self.find_names(module)
+            if not names:
                 unmatched.append(module)
                 continue
-            changes: list[tuple[str, Delta]] = []
-            if module in adapter.deltas:
-                weight = name if name in self.by_name else f"{name}.weight"
-                changes.append((weight, adapter.deltas[module]))
-            if module in adapter.biases:
-                changes.append((f"{name}.bias", adapter.biases[module]))
+            changes = self._changes(adapter, module, names)
+            if isinstance(changes, str):
+                found += 1
+                misshapen[module] = changes
+                continue
             shapes = [self._shape(target) for target, _ in changes]
             if lacks := [
                 target
@@ -297,6 +301,40 @@ class Targets:
             stack = StackedDelta(1.0, tuple(shares))
             deltas.setdefault(target, stack.fitted(self.by_name[target].weight.shape))
         return Matches(deltas, found, unmatched, repeated, misshapen)
+
+    def _changes(
+        self, adapter: Adapter, module: str, names: Sequence[str]
+    ) -> list[tuple[str, Delta]] | str:
+        """Return the deltas of a module of an adapter by their targets.
+
+        Args:
+            names: see `find_names`.
+
+        Returns:
+            pairs of a target and its delta, or a sentence if the deltas of a fused module cannot be
+            divided among `names`.
+        """
+        given: list[tuple[str, Delta]] = []
+        if module in adapter.deltas:
+            given.append(("", adapter.deltas[module]))
+        if module in adapter.biases:
+            given.append((".bias", adapter.biases[module]))
+        if len(names) == 1:
+            (name,) = names
+            weight = name if name in self.by_name else f"{name}.weight"
+            return [(name + end if end else weight, delta) for end, delta in given]
+        weights = [self.by_name[name].weight for name in names]
+        sizes = [len(weight) for weight in weights]
+        changes: list[tuple[str, Delta]] = []
+        for end, delta in given:
+            shape = torch.Size((sum(sizes), *([] if end else weights[0].shape[1:])))
+            if problem := _misfit(module, delta, shape):
+                return problem
+            divided = delta.fitted(shape).divided(sizes)
+            if divided is None:
+                return f"{module} stands for {len(names)} modules and is of a kind without parts"
+            changes += [(name + end, one) for name, one in zip(names, divided, strict=True)]
+        return changes
 
     def _shape(self, target: str) -> torch.Size | None:
         """Return the shape of a weight or vector; None if its module has no such parameter."""
@@ -337,22 +375,32 @@ class Targets:
         return widths.keys() == own.keys(), widths == own
 
     def find_name(self, module: str) -> str | None:
-        """Return part and path of the module that an adapter file calls `module`, or None."""
-        found = (self._names_by_flat.get(flat) for flat in self._spellings(module))
-        return next((name for name in found if name is not None), None)
+        """Return part and path of the module that an adapter file calls `module`.
 
-    def _find_share(self, module: str) -> _Share | None:
-        """Return the share of a target that an adapter file calls `module`, or None."""
-        found = (self._shares_by_flat.get(flat) for flat in self._spellings(module))
-        return next((share for share in found if share is not None), None)
+        Returns:
+            None if there is no such module, or if it is fused (`Part.fused_names`).
+        """
+        names = self.find_names(module)
+        return names[0] if len(names) == 1 else None
 
-    def _spellings(self, module: str) -> Iterator[str]:
-        """Yield the keys under which the module of an adapter file may be found."""
+    def find_names(self, module: str) -> tuple[str, ...]:
+        """Return part and path of each module that an adapter file calls `module`.
+
+        There are several if the file has the name of a module of the original code, whose output
+        rows are divided among these (`Part.fused_names`). There is none if the name is unknown.
+        """
+        return self._find(module, self._names_by_flat) or ()
+
+    def _find(self, module: str, by_flat: Mapping[str, _Found]) -> _Found | None:
+        """Return the entry of `by_flat` for what an adapter file calls `module`, or None."""
         module = canonical_name(module)
         for part in self.family.parts:
             for prefix in part.adapter_prefixes:
                 if module.startswith(prefix):
-                    yield _flatten(part, module.removeprefix(prefix))
+                    flat = _flatten(part, module.removeprefix(prefix))
+                    if flat in by_flat:
+                        return by_flat[flat]
+        return None
 
     def _explain(self, adapter: Adapter, matches: Matches) -> str:
         total = len(adapter.modules)

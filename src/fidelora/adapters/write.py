@@ -212,6 +212,11 @@ def _check_dora(modules: Sequence[ModuleParts]) -> None:
 
 def _kohya_name(module: ModuleParts, family: Family) -> str:
     prefix = next((p for p in module.part.adapter_prefixes if p.startswith("lora_")), None)
+    if module.part.fused_names is not None:
+        raise AdapterConversionError(
+            f"The kohya format has one name for several modules of {family.title} (query, key and "
+            "value), and joining them is not supported; use peft."
+        )
     if prefix is None:
         raise AdapterConversionError(
             f"The kohya format has no names for modules of {family.title}; use peft."
@@ -224,6 +229,10 @@ def _peft_name(module: ModuleParts, family: Family) -> str:
         raise AdapterConversionError(
             f"diffusers splits modules of {family.title}, so the peft format cannot express them. "
             "Use the original file, or the kohya format."
+        )
+    if module.part.library not in ("diffusers", "transformers"):
+        raise AdapterConversionError(
+            f"The peft format has no names for modules of {family.title}; use kohya."
         )
     return f"{module.part.name}.{_full_path(module)}"
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
+from fidelora.adapters.deltas import consecutive_rows
 from fidelora.adapters.formats import kind_of
 from fidelora.adapters.lycoris_deltas import DecomposedDelta
 from fidelora.adapters.read import Adapter, adapter_of, open_adapter, stored_tensors
@@ -79,12 +80,19 @@ def convert_adapter(path: Path, to: TargetFormat, model: str | None = None) -> C
     parts = modules_of(file.header, file.name)
     metadata = {**file.header.metadata, _SOURCE: file.sha256}
     written: dict[str, NamedTensors] = {}
+    refused: dict[str, AdapterConversionError] = {}
     for family in _families(adapter, model):
-        modules = _module_parts(adapter, parts, stored, family)
-        written[family.id] = in_format(to, family, modules, metadata)
-    if len({frozenset(one.tensors) for one in written.values()}) > 1:
+        try:
+            modules = _module_parts(adapter, parts, stored, family)
+            written[family.id] = in_format(to, family, modules, metadata)
+        except AdapterConversionError as error:
+            refused[family.id] = error
+    if not written:
+        raise next(iter(refused.values()))
+    if refused or len({frozenset(one.tensors) for one in written.values()}) > 1:
+        fitting = " and ".join((*written, *refused))
         raise AdapterConversionError(
-            f"{file.name} fits {' and '.join(written)}, whose {to} names differ; set the model."
+            f"{file.name} fits {fitting}, whose {to} names differ; set the model."
         )
     model, result = next(iter(written.items()))
     content = file_bytes(result)
@@ -142,17 +150,19 @@ def _has_own_names(adapter: Adapter, family: Family) -> bool:
     return all(module.startswith(tuple(starts)) for module in adapter.modules)
 
 
-def _targets_by_module(adapter: Adapter, family: Family) -> dict[str, str]:
-    """Return part and path of each module in the family's default base; others are left out.
+def _targets_by_module(adapter: Adapter, family: Family) -> dict[str, tuple[str, ...]]:
+    """Return the targets (part and path) of each module in the family's default base.
+
+    Modules without a target are left out. Fused modules have several.
 
     Raises:
         AdapterConversionError: two modules of the file have the same target.
     """
     targets = default_targets(family.id)
-    looked_up = {module: targets.find_name(module) for module in adapter.modules}
-    found = {module: name for module, name in looked_up.items() if name is not None}
-    counts = Counter(found.values())
-    if twice := [module for module, name in found.items() if counts[name] > 1]:
+    looked_up = {module: targets.find_names(module) for module in adapter.modules}
+    found = {module: names for module, names in looked_up.items() if names}
+    counts = Counter(name for names in found.values() for name in names)
+    if twice := [module for module, names in found.items() if any(counts[n] > 1 for n in names)]:
         raise AdapterConversionError(
             f"{adapter.name} names a module of the base model twice ({listed(twice)}); export it "
             "again."
@@ -179,20 +189,42 @@ def _module_parts(
     by_name = {part.name: part for part in family.parts}
     modules = []
     for module, keys in parts.items():
-        target = found[module]
-        part_name, _, path = target.partition(".")
-        modules.append(
-            ModuleParts(
-                module,
-                by_name[part_name],
-                path,
-                kind_of(keys),
-                {name: stored[key] for name, key in keys.items()},
-                _scale(adapter, module),
-                originals.get(target, ""),
-            )
-        )
+        tensors = {name: stored[key] for name, key in keys.items()}
+        scale = _scale(adapter, module)
+        for target, own in zip(
+            found[module], _divided(adapter, module, found[module], tensors, family), strict=True
+        ):
+            part_name, _, path = target.partition(".")
+            part, original = by_name[part_name], originals.get(target, "")
+            modules.append(ModuleParts(module, part, path, kind_of(keys), own, scale, original))
     return modules
+
+
+def _divided(
+    adapter: Adapter,
+    module: str,
+    targets: Sequence[str],
+    tensors: Mapping[str, Tensor],
+    family: Family,
+) -> list[Mapping[str, Tensor]]:
+    """Return the tensors of a module for each of its targets.
+
+    The output rows of a fused LoRA are divided among its targets.
+
+    Raises:
+        AdapterConversionError: a fused module is of another kind, or has other shapes.
+    """
+    if len(targets) == 1:
+        return [tensors]
+    by_name = default_targets(family.id).by_name
+    sizes = [len(by_name[target].weight) for target in targets]
+    if tensors.keys() - {"alpha"} != {"down", "up"} or len(tensors["up"]) != sum(sizes):
+        raise AdapterConversionError(
+            f"{module} of {adapter.name} stands for {len(targets)} modules of {family.title}. Only "
+            "a LoRA with the shapes of the family's default base can be divided; use the original "
+            "file."
+        )
+    return [{**tensors, "up": tensors["up"][rows]} for rows in consecutive_rows(sizes)]
 
 
 def _scale(adapter: Adapter, module: str) -> float:

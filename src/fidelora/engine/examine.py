@@ -40,7 +40,7 @@ ProblemCode = Literal[
 
 _FAMILIES = {
     "SDXL": ("Stable Diffusion XL", ("lora_te2_", "text_encoder_2.", "add_embedding", "label_emb")),
-    "FLUX": ("", ("double_blocks", "single_blocks", "single_transformer_blocks")),
+    "FLUX": ("FLUX.1", ("double_blocks", "single_blocks", "single_transformer_blocks")),
     "Stable Diffusion 3": ("", ("joint_blocks", "transformer_blocks_0_ff_context")),
     "Wan": ("", ("blocks_0_self_attn_q", "blocks.0.self_attn.q")),
 }

@@ -12,6 +12,8 @@ from importlib.metadata import entry_points
 from types import MappingProxyType
 
 from fidelora.errors import UnknownModelError
+from fidelora.families.chroma.spec import CHROMA
+from fidelora.families.flux.spec import FLEX1, FLUX, FLUX_CFG
 from fidelora.families.flux2_klein.spec import FLUX2_KLEIN_4B
 from fidelora.families.lumina2.spec import LUMINA2
 from fidelora.families.qwen_image.spec import QWEN_IMAGE, QWEN_IMAGE_2512
@@ -22,8 +24,8 @@ from fidelora.families.zimage.spec import ZIMAGE, ZIMAGE_DETURBO, ZIMAGE_TURBO
 ENTRY_POINTS = "fidelora.families"
 
 _FAMILIES = (
-    SD15, SDXL, ZIMAGE, ZIMAGE_TURBO, ZIMAGE_DETURBO, FLUX2_KLEIN_4B, QWEN_IMAGE, QWEN_IMAGE_2512,
-    LUMINA2,
+    SD15, SDXL, ZIMAGE, ZIMAGE_TURBO, ZIMAGE_DETURBO, FLUX, FLEX1, FLUX_CFG, CHROMA,
+    FLUX2_KLEIN_4B, QWEN_IMAGE, QWEN_IMAGE_2512, LUMINA2,
 )  # fmt: skip
 
 

@@ -100,11 +100,17 @@ class Part:
         tokenizer: tokenizer of a text encoder; None for other parts.
         checkpoint_prefix: prefix of its weight names in a single-file checkpoint of the original
             layout.
+        is_single_file: True if a hub repository `owner/NAME` has it as NAME.safetensors at its
+            root, and a single-file checkpoint contains only this part.
+        companion: hub id of the repository that it comes from if the base model is a single-file
+            checkpoint without it; empty for parts inside such checkpoints.
         other_names: maps module paths to the names in the original code; None if adapter files do
             not use these names.
         accepted_names: maps module paths to names of other code that adapter files may use but
             conversion does not write: one name, or those of modules that compute equal shares of
             the outputs, in order. None if there are none.
+        fused_names: maps names of modules in the original code to the paths of the modules that
+            their output rows are divided between, in order; None if there are no such names.
         ignored_weights: suffixes of weights that files may contain but the part does not use.
         ignored_prefixes: prefixes of such weights.
         config: values that replace those of the file, because the trainer's library behaved
@@ -136,8 +142,11 @@ class Part:
     optional_prefix: str = ""
     tokenizer: Tokenizer | None = None
     checkpoint_prefix: str = ""
+    is_single_file: bool = False
+    companion: str = ""
     other_names: Callable[[Iterable[str]], Mapping[str, str]] | None = None
     accepted_names: Callable[[Iterable[str]], Mapping[str, tuple[str, ...]]] | None = None
+    fused_names: Callable[[Iterable[str]], Mapping[str, tuple[str, ...]]] | None = None
     ignored_weights: tuple[str, ...] = ()
     ignored_prefixes: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=lambda: NO_OPTIONS)
@@ -198,6 +207,8 @@ class TrainerSampling:
         text_encoder_qtype: key of the `model` block with the kind of quantisation of the text
             encoders, `qtype` or `qtype_te`; empty if the trainer does not quantise this family.
         default_steps: number of steps that the trainer's user interface sets.
+        option: key of the `model` block that selects this family among those with the same arch;
+            empty for the family without such an option.
         rescales_guidance: True if the trainer applies `guidance_rescale` of the sample block.
         ignores_sampler: True if the trainer ignores `sample.sampler` and uses its only sampler.
         size_multiple: the trainer fails if a width or height in pixels, rounded down to a multiple
@@ -214,6 +225,7 @@ class TrainerSampling:
     flags: tuple[str, ...] = ()
     text_encoder_qtype: Literal["", "qtype", "qtype_te"] = ""
     default_steps: int = 30
+    option: str = ""
     rescales_guidance: bool = False
     ignores_sampler: bool = False
     size_multiple: int = 8

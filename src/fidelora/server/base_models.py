@@ -10,7 +10,7 @@ from fidelora.errors import BaseModelError, WeightsFileError
 from fidelora.families import get_family
 from fidelora.recipe import Recipe
 from fidelora.weights.content import ContentHashes
-from fidelora.weights.files import BaseFiles
+from fidelora.weights.files import BaseFiles, is_complete
 from fidelora.weights.locate import is_local
 
 
@@ -38,11 +38,12 @@ class BaseModels:
     def sha256(self, model: str) -> str:
         """Return the content hash of the base model for a model id; hash its files if they are new.
 
-        The hash is empty for a base model on the hub, because only workers access the hub. It is
-        also empty if files are missing or damaged; the workers report the reason.
+        The hash is empty for a base model with parts on the hub, because only workers access the
+        hub. It is also empty if files are missing or damaged; the workers report the reason.
         """
         recipe = Recipe(prompt="", model=model, **self._server_defaults.get(model, {}))
-        if not is_local(recipe.base_model):
+        base_model = recipe.base_model
+        if not is_local(base_model) or not is_complete(base_model, get_family(model)):
             return ""
         with self._lock:
             found = self._found.get(model)

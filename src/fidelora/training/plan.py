@@ -117,7 +117,7 @@ def plan_samples(
         values = _as_older_trainer(values, older)
         recipe = Recipe(
             prompt=values["prompt"],
-            negative_prompt=values["neg"],
+            negative_prompt=values["neg"] if "negative_prompt" in family.uses else "",
             negative_prompt_2=values["neg_2"] if "negative_prompt_2" in family.uses else None,
             model=run.model,
             base_model=(

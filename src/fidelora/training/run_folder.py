@@ -333,15 +333,14 @@ def _family(model: Mapping[str, Any]) -> str:
         for key, value in model.items()
         if key.startswith("is_") and key != "is_v_pred" and value
     }
-    spec = next(
-        (
-            spec
-            for spec in all_families().values()
-            if flags <= set(spec.trainer_sampling.flags)
-            and (arch in spec.trainer_sampling.archs or (arch is None and flags))
-        ),
-        None,
-    )
+    fitting = [
+        spec
+        for spec in all_families().values()
+        if flags <= set(spec.trainer_sampling.flags)
+        and (arch in spec.trainer_sampling.archs or (arch is None and flags))
+    ]
+    option = {spec.trainer_sampling.option: spec for spec in reversed(fitting)}
+    spec = next((one for key, one in option.items() if key and model.get(key)), option.get(""))
     if spec is None:
         known = ", ".join(spec.title for spec in all_families().values())
         trained = " and ".join([*([repr(arch)] if arch else []), *sorted(flags)])

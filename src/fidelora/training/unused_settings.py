@@ -27,14 +27,12 @@ class _Setting:
 _NEEDS_FLUX = "AI Toolkit 0.12.26 supports it only for FLUX, so the replay does not use it"
 _ROUNDS = "it changes the order of additions, so samples differ by rounding"
 
-_SETTINGS = (
+_COMMON = (
     _Setting(
         ("model", "lora_path"),
         "the trainer merges this LoRA into the base model, and the replay does not. Merge it "
         "yourself, and set the result with --base-model",
     ),
-    _Setting(("model", "assistant_lora_path"), _NEEDS_FLUX),
-    _Setting(("model", "inference_lora_path"), _NEEDS_FLUX),
     _Setting(("model", "unconditional_lora_path"), "the replay does not use this LoRA"),
     _Setting(
         ("model", "text_encoder_bits"),
@@ -45,10 +43,6 @@ _SETTINGS = (
     _Setting(("train", "xformers"), _ROUNDS),
     _Setting(
         ("train", "attention_backend"), _ROUNDS, lambda backend: backend not in (None, "native")
-    ),
-    _Setting(
-        ("train", "free_u"),
-        "AI Toolkit 0.12.26 switches FreeU off before it samples, so the replay does not use it",
     ),
     _Setting(
         ("network", "pretrained_lora_path"),
@@ -66,15 +60,48 @@ _SETTINGS = (
         "does not",
         lambda block: block is not None,
     ),
+)
+"""Settings of AI Toolkit 0.12.26 with an effect on Stable Diffusion 1.5, SDXL and FLUX.1."""
+
+_SD = (
+    *_COMMON,
+    _Setting(("model", "assistant_lora_path"), _NEEDS_FLUX),
+    _Setting(("model", "inference_lora_path"), _NEEDS_FLUX),
+    _Setting(
+        ("train", "free_u"),
+        "AI Toolkit 0.12.26 switches FreeU off before it samples, so the replay does not use it",
+    ),
     _Setting(("decorator",), _NEEDS_FLUX, lambda block: block is not None),
 )
-"""Settings of AI Toolkit 0.12.26 with an effect on Stable Diffusion 1.5 and SDXL.
+"""Settings with an effect on Stable Diffusion 1.5 and SDXL.
 
-`model.refiner_name_or_path` is not listed, because `read_run` rejects it. The settings of the other
-families were not examined.
+`model.refiner_name_or_path` is not listed, because `read_run` rejects it.
 """
 
-_FAMILIES = frozenset({"sd15", "sdxl"})
+_FLUX = (
+    *_COMMON,
+    _Setting(
+        ("model", "assistant_lora_path"),
+        "the trainer merges this LoRA into the base model and subtracts it again for samples, so "
+        "they contain a rounding error that the replay does not have",
+    ),
+    _Setting(
+        ("model", "inference_lora_path"),
+        "the trainer samples with this LoRA, and the replay does not",
+    ),
+    _Setting(
+        ("model", "attn_masking"),
+        "the trainer sets the hidden states of padding to zero, and the replay does not",
+    ),
+    _Setting(
+        ("decorator",),
+        "the trainer samples with this decorator, and the replay does not",
+        lambda block: block is not None,
+    ),
+)
+
+_BY_FAMILY = {"sd15": _SD, "sdxl": _SD, "flux": _FLUX, "flex1": _FLUX, "flux_cfg": _FLUX}
+"""Settings by id of the family. Those of the other families were not examined."""
 
 
 def unused_settings(process: Process, model: str) -> tuple[str, ...]:
@@ -83,11 +110,9 @@ def unused_settings(process: Process, model: str) -> tuple[str, ...]:
     Args:
         model: id of the model family.
     """
-    if model not in _FAMILIES:
-        return ()
     return tuple(
         f"{'.'.join(setting.path)} is set: {setting.effect}."
-        for setting in _SETTINGS
+        for setting in _BY_FAMILY.get(model, ())
         if _is_set(process, setting)
     )
 

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,8 +64,8 @@ class BaseFiles:
             base_model: hub id, diffusers folder, folder of the original layout or single-file
                 checkpoint.
             variant: variant of a folder's weight files, such as `fp16`; may be empty.
-            config: folder with configurations for a single-file checkpoint; empty for those of the
-                family.
+            config: folder with configurations for a single-file checkpoint, and the parts that the
+                checkpoint does not contain (`Part.companion`); empty for those of the family.
             decoder: hub id, folder or file of a decoder that replaces the base model's; may be
                 empty.
             cache_dir: the hub's cache; None for the default.
@@ -76,50 +76,43 @@ class BaseFiles:
         """
         source = locate(base_model, family.parts, variant=variant, cache_dir=cache_dir)
         replaced = family.part("decoder").name if decoder else ""
+        is_checkpoint = source.is_file()
         is_original = _is_original(source, family)
-        extra = () if is_original else _missing_parts(source, family)
-        layout = _layout(family, config, source) if source.is_file() else source
+        if config and not is_checkpoint:
+            raise RecipeError(
+                f"{source} is a folder with its own configurations; leave out config.",
+                field="config",
+            )
+        layout = _layout(family, config, source) if is_checkpoint else source
+        of_parts = "" if is_checkpoint else variant
+        others = _folders_of_other_parts(source, family, config, of_parts, cache_dir)
+        if not is_checkpoint and not is_original:
+            _check_index(source, family, others)
+        roots = {part.name: others.get(part.name, layout) for part in family.parts}
         places = {
-            part.name: layout / (part.original if is_original else part.name)
+            part.name: roots[part.name] / (part.original if is_original else part.name)
             for part in family.parts
         }
-        if source.is_file():
-            weights: dict[str, tuple[Path, ...]] = {}
-        else:
-            if config:
-                raise RecipeError(
-                    f"{source} is a folder with its own configurations; leave out config.",
-                    field="config",
-                )
-            if not is_original:
-                _check_index(source, family, extra)
-            own = [one for one in family.parts if one.name != replaced and one.name not in extra]
-            weights = {one.name: _weight_files(places[one.name], one, variant) for one in own}
+        weights = {
+            part.name: _weight_files(places[part.name], part, of_parts)
+            for part in family.parts
+            if part.name != replaced and (part.name in others or not is_checkpoint)
+        }
         configs = {
-            part.name: places[part.name] / "config.json"
-            for part in family.parts
-            if part.name not in extra and not _is_single_file(places[part.name])
+            name: place / "config.json"
+            for name, place in places.items()
+            if not _is_single_file(place)
         }
-        given = dict(configs) if config else {}
+        given = {name: path for name, path in configs.items() if config and roots[name] == layout}
         if decoder:
             part = family.part("decoder")
             folder, weights[replaced] = _decoder_files(decoder, part, variant, cache_dir)
             if folder is not None:
                 configs[replaced] = folder / "config.json"
         tokenizers = {
-            one.name: places[one.name] if is_original else _tokenizer(layout, one)
+            one.name: places[one.name] if is_original else _tokenizer(roots[one.name], one)
             for one in family.text_encoders
-            if one.name not in extra
         }
-        if extra:
-            complete = replace(family, extras="")
-            rest = cls.find(complete, family.extras, variant=variant, cache_dir=cache_dir)
-            for name in extra:
-                configs.setdefault(name, rest.configs[name])
-                if name != replaced:
-                    weights[name] = rest.weights[name]
-                if name in rest.tokenizers:
-                    tokenizers[name] = rest.tokenizers[name]
         folders = [path for path in tokenizers.values() if path is not None]
         stamp = _stamp(source, *configs.values(), *folders, *sum(weights.values(), ()))
         return cls(family, source, configs, tokenizers, weights, given, stamp)
@@ -248,6 +241,41 @@ def _is_single_file(place: Path) -> bool:
     return place.suffix == ".safetensors"
 
 
+def is_complete(base_model: str, family: Family) -> bool:
+    """Return False if parts of a file or folder on this machine may come from the hub."""
+    source = Path(base_model).expanduser()
+    return not _other_parts(source, family)
+
+
+def _other_parts(source: Path, family: Family) -> list[tuple[Part, str]]:
+    """Return the parts that `source` does not contain, with the hub ids of where they are."""
+    if source.is_file():
+        return [(part, part.companion) for part in family.parts if part.companion]
+    return [(part, family.extras) for part in _missing_parts(source, family)]
+
+
+def _folders_of_other_parts(
+    source: Path, family: Family, config: str, variant: str, cache_dir: Path | None
+) -> dict[str, Path]:
+    """Return the base model's folder for each part that `source` does not contain.
+
+    The folder `config` is used for the parts that it has, and the hub for the others.
+    """
+    own = Path(config).expanduser() if config else None
+    found: dict[str, Path] = {}
+    missing: dict[str, list[Part]] = {}
+    for part, repository in _other_parts(source, family):
+        if own is not None and (own / part.name).is_dir():
+            found[part.name] = own
+        else:
+            missing.setdefault(repository, []).append(part)
+    for repository, parts in missing.items():
+        what = f"repository for {family.title}"
+        folder = locate(repository, parts, what=what, variant=variant, cache_dir=cache_dir)
+        found |= {part.name: folder for part in parts}
+    return found
+
+
 def _tokenizer(layout: Path, part: Part) -> Path | None:
     """Return the tokenizer's folder, or None for the bundled one."""
     assert part.tokenizer is not None, "a text encoder has a tokenizer"
@@ -261,16 +289,15 @@ def _tokenizer(layout: Path, part: Part) -> Path | None:
     return None
 
 
-def _missing_parts(source: Path, family: Family) -> tuple[str, ...]:
+def _missing_parts(source: Path, family: Family) -> tuple[Part, ...]:
     """Return the parts that a folder lacks and `Family.extras` has.
 
     A folder with a `model_index.json` must have all parts.
     """
-    if not family.extras or source.is_file() or (source / "model_index.json").is_file():
+    if not family.extras or (source / "model_index.json").is_file():
         return ()
-    denoiser = family.part("denoiser").name
-    missing = [part.name for part in family.parts if not (source / part.name).is_dir()]
-    return () if denoiser in missing else tuple(missing)
+    missing = [part for part in family.parts if not (source / part.name).is_dir()]
+    return () if family.part("denoiser") in missing else tuple(missing)
 
 
 def _check_index(folder: Path, family: Family, extra: Collection[str]) -> None:

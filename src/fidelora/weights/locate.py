@@ -40,9 +40,10 @@ def locate(
 ) -> Path:
     """Return the local folder or file that `name` refers to.
 
-    From a repository that is not in the cache, only the configurations, the tokenizers and the
-    .safetensors files of one variant are downloaded. The environment variables `HF_TOKEN`,
-    `HF_HOME` and `HF_HUB_OFFLINE` apply.
+    Parts that are single files (`Part.is_single_file`) are located as NAME.safetensors of the
+    repository owner/NAME. From other repositories that are not in the cache, only the
+    configurations, the tokenizers and the .safetensors files of one variant are downloaded. The
+    environment variables `HF_TOKEN`, `HF_HOME` and `HF_HUB_OFFLINE` apply.
 
     Args:
         name: a path, a hub id, or the name of a bundled base model.
@@ -71,6 +72,14 @@ def locate(
             f"The {what} {name:.300} was not found on this machine. Give a diffusers folder, a "
             f".safetensors checkpoint, a hub id (owner/name) or {', '.join(_BUNDLED)}."
         )
+    if file := _single_file(match["repo"], parts):
+        found = _snapshot(match["repo"], match["revision"], [file], cache_dir) / file
+        if not found.is_file():
+            raise BaseModelFilesError(
+                f"{match['repo']} has no {file} at its root. Download a checkpoint, and set "
+                "the file as the base model."
+            )
+        return found
     return _snapshot(match["repo"], match["revision"], _patterns(parts, variant), cache_dir)
 
 
@@ -97,6 +106,12 @@ def is_downloaded(
         )
     except (LocalEntryNotFoundError, HFValidationError):
         return False
+    if file := _single_file(match["repo"], parts):
+        return (folder / file).is_file() and all(
+            is_downloaded(part.companion, [part], cache_dir=cache_dir)
+            for part in parts
+            if part.companion
+        )
     return all(
         any(
             any(folder.glob(f"{prefix}{pattern}"))
@@ -139,6 +154,12 @@ def _hub_id(name: str) -> re.Match[str] | None:
 
 def _path(name: str) -> Path:
     return _BUNDLED.get(name) or Path(name).expanduser()
+
+
+def _single_file(repo: str, parts: Sequence[Part]) -> str:
+    """Return the name of the file with the single-file part among `parts`; empty without one."""
+    name = repo.partition("/")[2]
+    return f"{name}.safetensors" if any(part.is_single_file for part in parts) else ""
 
 
 def _patterns(parts: Sequence[Part], variant: str) -> list[str]:

@@ -58,7 +58,8 @@ def build_part(
     module = empty_part(part, config)
     expected = module.state_dict()
     weights = _rename(part, weights, expected.keys())
-    for name, twin in _tied(module).items():
+    tied = _tied(module)
+    for name, twin in tied.items():
         if name not in weights and twin in weights:
             weights[name] = weights[twin]
     _check(part, weights, {name: tensor.shape for name, tensor in expected.items()})
@@ -81,6 +82,7 @@ def build_part(
             for name, tensor in weights.items()
         }
     module.load_state_dict(own, strict=True, assign=True)
+    _tie(module, tied)
     if part.rounds_buffers and dtype is not None:
         for buffer in module.buffers():
             if buffer.is_floating_point():
@@ -102,7 +104,12 @@ def empty_part(part: Part, config: Mapping[str, Any]) -> nn.Module:
         BaseModelFilesError: the configuration does not describe such a module.
     """
     with init_empty_weights(include_buffers=False):
-        return _construct(part, {**config, **part.config}).get_submodule(part.submodule)
+        module = _construct(part, {**config, **part.config})
+    if part.library == "transformers":
+        # The context replaces each parameter when it is assigned, which separates tied ones.
+        tied: Any = module
+        tied.tie_weights()
+    return module.get_submodule(part.submodule)
 
 
 def read_weights(paths: Sequence[Path]) -> dict[str, Tensor]:
@@ -169,6 +176,13 @@ def _tied(module: nn.Module) -> dict[str, str]:
     return {
         name: twin for group in names.values() for name in group for twin in group if twin != name
     }
+
+
+def _tie(module: nn.Module, tied: Mapping[str, str]) -> None:
+    """Make each pair of names in `tied` the same parameter again, which loading separates."""
+    for name, twin in tied.items():
+        owner, _, parameter = name.rpartition(".")
+        setattr(module.get_submodule(owner), parameter, module.get_parameter(twin))
 
 
 def _rename(part: Part, weights: Mapping[str, Tensor], expected: Any) -> dict[str, Tensor]:
