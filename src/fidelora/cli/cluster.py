@@ -25,8 +25,7 @@ Store = Annotated[
     typer.Option(
         "--store",
         metavar="URL",
-        help="Job database, such as postgresql://user:password@host/fidelora; by default "
-        "FIDELORA_STORE_URL.",
+        help="Job database, such as postgresql://HOST/fidelora; by default FIDELORA_STORE_URL.",
     ),
 ]
 
