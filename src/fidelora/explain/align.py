@@ -53,7 +53,7 @@ def align(
 
     The step is that of the picture's LoRA, or the last one. The sample is the one with the most
     similar prompt and the same seed. If the picture contains no prompt, or one that is not similar
-    to any, the most similar sample is chosen.
+    to any, the most similar sample is chosen, of the same size if there is one.
 
     Args:
         step, index: chosen by the user; None to find them.
@@ -82,9 +82,10 @@ def align(
         best = max(range(len(plans)), key=lambda number: scores[number])
         if scores[best] >= _MIN_SIMILARITY:
             return Alignment(plans[best], lora, "it has the most similar prompt")
-    distances = [_distance(plan, pixels) for plan in plans]
-    nearest = min(range(len(plans)), key=lambda number: distances[number])
-    return Alignment(plans[nearest], lora, "it looks most similar")
+    size = pixels.shape[1], pixels.shape[0]
+    same_size = [plan for plan in plans if (plan.recipe.width, plan.recipe.height) == size]
+    nearest = min(same_size or plans, key=lambda plan: _distance(plan, pixels))
+    return Alignment(nearest, lora, "it looks most similar")
 
 
 def _plans(run: TrainingRun, step: int, base_model: str | None) -> list[PlannedSample]:

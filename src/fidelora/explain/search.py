@@ -26,6 +26,7 @@ _MAX_UNSCREENED = 4
 """Number of options that are made with all steps; of more options, these many of the best ones at
 few steps are made."""
 _ROUNDS = 3
+_JOINT_SHARE = 0.7  # of the limit on the work; the rest is for the other settings
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Search:
             fixed = self._screened([one for one in fixed if one.device == device])
         tried = [start, *fixed]
         for one in drawing:
-            if self.is_exhausted:
+            if self._simulator.evaluations >= _JOINT_SHARE * self._max_evaluations:
                 break
             tried.append(one)
             if self.distance(one) <= _ENOUGH:
