@@ -132,7 +132,9 @@ def _is_root() -> bool:
 def _as_user() -> list[str]:
     if not _is_root():
         return []
-    return ["setpriv", f"--reuid={_USER}", "--regid=nogroup", "--clear-groups"]
+    # The server ends with the test process, even if that one is killed.
+    options = [f"--reuid={_USER}", "--regid=nogroup", "--clear-groups", "--pdeathsig=QUIT"]
+    return ["setpriv", *options]
 
 
 def _free_port() -> int:
