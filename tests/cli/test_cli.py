@@ -20,6 +20,12 @@ from fidelora.api import StatusBody
 from fidelora.cli import console, demo, demo_server, main
 from fidelora.errors import ClientTimeoutError, RequestFailedError
 from fidelora.families import all_families
+from fidelora.training import verify as verification
+from fidelora.training.compare import compare
+from fidelora.training.judge import Verdict
+from fidelora.training.plan import PlannedSample, plan_samples
+from fidelora.training.run_folder import TrainingRun
+from fidelora.training.verify import CheckedSample
 
 SMALL = [
     "--base-model",
@@ -504,17 +510,26 @@ def test_the_demos_server_ignores_settings_of_the_environment(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("max_difference", "identical", "sentence"),
+    ("verdicts", "sentence"),
     [
-        (9, 10.0, "A replayed sample differs from the trainer's"),
-        (0, 100.0, "The control sample matches the trainer's"),
+        ((Verdict.MISMATCH, Verdict.MISMATCH), "A replayed sample differs from the trainer's"),
+        ((Verdict.IDENTICAL, Verdict.ROUNDING), "The control sample is as near to the trainer's"),
     ],
 )
-def test_the_demo_can_fail(fidelora, monkeypatch, max_difference, identical, sentence):
-    from fidelora.training import compare
+def test_the_demo_can_fail(fidelora, monkeypatch, verdicts, sentence):
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    comparison = compare(pixels, pixels)
 
-    same = compare.Comparison(identical, identical, max_difference, 0.0)
-    monkeypatch.setattr(compare, "compare_with_sample", lambda *_: same)
+    def checked(plan: PlannedSample, verdict: Verdict) -> CheckedSample:
+        image: Any = None
+        return CheckedSample(plan, image, pixels, pixels, comparison, 20.0, 1.0, verdict)
+
+    def verified(run: TrainingRun, *_: Any, **options: Any) -> list[CheckedSample]:
+        plans = plan_samples(run, run.steps, base_model=options["base_model"])
+        return [checked(plan, verdicts[0]) for plan in plans]
+
+    monkeypatch.setattr(verification, "verify", verified)
+    monkeypatch.setattr(verification, "check_sample", lambda plan, _: checked(plan, verdicts[1]))
     monkeypatch.setattr(demo, "_make_lora_sheet", lambda *_: ([], []))
     code, _, err = fidelora("demo", "--device", "cpu")
     assert code == 1

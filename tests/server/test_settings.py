@@ -129,7 +129,7 @@ def test_the_prefix_takes_precedence_even_in_the_file(monkeypatch, tmp_path):
         ("DEBUG", "*", "true or false"),
         ("DEBUG", "release", "true or false"),
         ("BASE_URL", "/app/", "an http or https URL"),
-        ("DEVICE", "eth0", "auto, cpu, cuda, cuda:N or mps"),
+        ("DEVICE", "eth0", "auto, cpu, cuda, cuda:N, mps or none"),
     ],
 )
 def test_values_of_other_programs_are_ignored_and_named(monkeypatch, tmp_path, name, value, form):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fidelora.adapters.tensor_names import noise_of_adapter, noise_of_trainer, trainer_version
+from fidelora.adapters.tensor_names import noise_of_trainer, trainer_version
 from fidelora.errors import TrainingRunError
 from fidelora.families import Family, OlderTrainer, get_family
 from fidelora.recipe import MAX_SEED, AdapterRef, Noise, Recipe, replace_trigger
@@ -102,12 +102,12 @@ def plan_samples(
     # determines the noise.
     checkpoint = run.checkpoints.get(step) or next(iter(run.checkpoints.values()), None)
     family = get_family(run.model)
-    metadata = checkpoint_metadata(checkpoint) if checkpoint is not None else {}
-    noise: Noise = "modern"
-    if "noise" in family.uses and adapters:
-        noise = noise_of_adapter(adapters[0])
-    elif "noise" in family.uses:
-        noise = noise_of_trainer(metadata)
+    metadata: Mapping[str, str] = {}
+    if adapters and adapters[0].file is not None:  # it is open already
+        metadata = adapters[0].file.header.metadata
+    elif checkpoint is not None:
+        metadata = checkpoint_metadata(checkpoint)
+    noise: Noise = noise_of_trainer(metadata) if "noise" in family.uses else "modern"
     sampling = family.trainer_sampling
     version = run.trainer_version or trainer_version(metadata)
     older = [one for one in sampling.older if version is not None and version < one.before]
