@@ -13,6 +13,7 @@ FAMILIES = {path.parent.name: path.parent for path in (SOURCE / "families").glob
 # Words that are keys of files or of an API, not parts of a model.
 ALLOWED = {
     ("images/a1111_prompt.py", "unet"),  # `<lora:name:te=1:unet=1>`
+    ("explain/web_ui_text.py", "unet"),  # the same tag
     ("loras/describe.py", "text_encoder"),  # prefixes of tensor names in LoRA files
     ("api/recipes.py", "transformer"),  # a field of the API
     ("cli/inspect.py", "text_encoder"),  # a key of its JSON
@@ -26,8 +27,8 @@ def test_no_family_imports_another():
         others = {f"fidelora.families.{other}" for other in FAMILIES if other != name}
         for path in folder.rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                module = node.module if isinstance(node, ast.ImportFrom) else None
-                assert not any((module or "").startswith(other) for other in others), path
+                module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+                assert not any(f"{module}.".startswith(f"{other}.") for other in others), path
 
 
 def test_code_outside_families_does_not_name_their_parts():

@@ -60,7 +60,7 @@ def test_the_zip_has_no_images_of_another_key(client, context):
     link = html.unescape(download_link([(mine.id, 0), (other.id, 0)]))
     key = context.keys.add("alice")
     me = context.keys.find(key).id
-    context.store.change(mine.id, lambda job: replace(job, owner=me, version=job.version + 1))
+    context.store.change(mine.id, lambda job, _: replace(job, owner=me, version=job.version + 1))
     try:
         answer = client.get(
             link.split('"')[1].removeprefix("."), headers={"Authorization": f"Bearer {key}"}
