@@ -313,11 +313,11 @@ def test_a_request_can_ask_for_the_sizes_and_steps_of_the_trainer():
     prompts = [{"prompt": "a ball", "width": 720, "height": 1360}]
     own = {"steps": 12}
     for model, steps in (("zimage_turbo", 9), ("lumina2", 30)):
-        (made,) = recipes([A], model=model, prompts=prompts, match="trainer")
+        (made,) = recipes((A,), model=model, prompts=prompts, match="trainer")
         assert (made.width, made.height, made.steps) == (720, 1360, steps)
         assert notes_of([A], model=model, prompts=prompts, match="trainer") == ()
         chosen = [prompts[0] | {"sample_steps": own["steps"]}]
-        (made,) = recipes([A], model=model, prompts=chosen, match="trainer")
+        (made,) = recipes((A,), model=model, prompts=chosen, match="trainer")
         assert made.steps == own["steps"]
 
 

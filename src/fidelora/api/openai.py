@@ -173,6 +173,7 @@ class ImagesRequest(RequestBody):
             trigger_word=self.trigger_word,
             hf_token=self.hf_token,
             output_format=self.format,
+            match=None,
             fidelity=self.fidelity,
         )
 
