@@ -79,14 +79,17 @@ def explain_mismatch(
 ) -> AdapterMismatchError:
     """Return an error that names the adapter's family if its metadata or modules identify it.
 
-    Otherwise `error` is returned. Metadata takes precedence. Names of the original code do not
-    identify a family unless the shapes match, too.
+    Otherwise `error` is returned. Metadata takes precedence. Names of the original code, and names
+    that also exist in `spec`, do not identify a family unless the shapes match, too.
     """
     if made_for := adapter.metadata.get("ss_base_model_version", ""):
         other = None if made_for in spec.adapter_base_versions else _named_family(made_for)
         return _other_family_error(adapter, other, spec) if other else error
     fit = best_family(adapter)
-    is_certain = fit.same_shapes > 0 or not any(map(is_original_name, adapter.modules))
+    # Related families share names, so an adapter of the right family may only have wrong shapes.
+    has_own_names = _fit(adapter, spec.id).matched == size_of(adapter)
+    has_names_of_one = not has_own_names and not any(map(is_original_name, adapter.modules))
+    is_certain = fit.same_shapes > 0 or has_names_of_one
     return (
         _other_family_error(adapter, get_family(fit.model), spec)
         if fit.model
