@@ -48,10 +48,11 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 @st.composite
 def recipes(draw):
     model = draw(st.sampled_from(sorted(all_families())))
-    emphases = ["none", "original"] if "emphasis" in all_families()[model].uses else ["none"]
+    uses = all_families()[model].uses
+    emphases = ["none", "original"] if "emphasis" in uses else ["none"]
     fields = dict(
         prompt=draw(TEXTS),
-        negative_prompt=draw(TEXTS),
+        negative_prompt=draw(TEXTS) if "negative_prompt" in uses else "",
         model=model,
         width=draw(st.integers(64, 4096)),
         height=draw(st.integers(64, 4096)),

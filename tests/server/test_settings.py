@@ -219,7 +219,7 @@ def test_each_model_has_a_base_of_its_own(monkeypatch, text, meant):
     assert list(read_settings().base_models.items()) == list(meant.items())
 
 
-@pytest.mark.parametrize("text", ["dall-e-3", "dall-e-3=flux", "=sd15"])
+@pytest.mark.parametrize("text", ["dall-e-3", "dall-e-3=gpt", "=sd15"])
 def test_a_model_alias_names_a_model(monkeypatch, text):
     monkeypatch.setenv("FIDELORA_MODEL_ALIASES", "a = sd15,b=sdxl,")
     assert read_settings().aliases_of_models == {"a": "sd15", "b": "sdxl"}
