@@ -257,12 +257,13 @@ def test_settings_of_fooocus_are_read():
         "full_negative_prompt": ["bad"], "performance": "Speed", "steps": 30,
         "resolution": "(1024, 896)", "guidance_scale": 4, "sampler": "dpmpp_2m_sde_gpu",
         "scheduler": "karras", "seed": "12", "base_model": "jugger", "base_model_hash": "ab12",
-        "lora_combined_1": "sks.safetensors : 0.8", "version": "Fooocus v2.5.5",
+        "lora_combined_1": "sks.safetensors : 0.8", "lora_combined_2": "True : b.safetensors : 0.5",
+        "lora_combined_3": "False : c.safetensors : 1.0", "version": "Fooocus v2.5.5",
     }  # fmt: skip
     found = read(parameters=json.dumps(settings), fooocus_scheme="fooocus")
     assert (found.program, found.prompt, found.seed) == ("Fooocus", "a ball, cinematic", 12)
     assert (found.width, found.height) == (1024, 896)
-    assert found.loras == (UsedLora("sks", 0.8, 0.8),)
+    assert found.loras == (UsedLora("sks", 0.8, 0.8), UsedLora("b", 0.5, 0.5))
 
 
 def test_settings_of_novelai_are_read():

@@ -30,8 +30,11 @@ def read_fooocus(settings: Mapping[str, Any]) -> Reading:
     ]
     for key, value in settings.items():
         if key.startswith("lora_combined_") and isinstance(value, str) and " : " in value:
-            name, _, strength = value.rpartition(" : ")
-            loras.append(UsedLora(stem(name), _float(strength, 1.0), _float(strength, 1.0)))
+            # `name : strength`, in newer versions after `True : ` or `False : `
+            *switch, name, text = value.split(" : ")
+            strength = _float(text, 1.0)
+            if switch != ["False"] and name != "None":
+                loras.append(UsedLora(stem(name), strength, strength))
     unsupported = [_FOOOCUS_OWN]
     if _text(settings.get("refiner_model")) not in ("", "None"):
         unsupported.append("The picture was made with a refiner, which is not simulated.")

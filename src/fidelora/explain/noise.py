@@ -1,8 +1,7 @@
 """Random numbers of an image as other programs draw them.
 
-Sources: https://github.com/AUTOMATIC1111/stable-diffusion-webui, `modules/rng.py`, version 1.10;
-https://github.com/comfyanonymous/ComfyUI, `comfy/sample.py` and `comfy/k_diffusion/sampling.py`,
-version 0.3.
+Sources: https://github.com/AUTOMATIC1111/stable-diffusion-webui, `modules/rng.py`;
+https://github.com/comfyanonymous/ComfyUI, `comfy/sample.py` and `comfy/k_diffusion/sampling.py`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Defaults of other programs, their names of samplers and schedules, and where settings are found.
 
-Measured or read in: A1111 1.10, Forge 2.0, ComfyUI 0.3, Fooocus 2.5, InvokeAI 6, SD.Next of 2025,
-diffusers 0.40. The modules that simulate a part of a program name the sources.
+The modules that simulate a part of A1111 or ComfyUI name the source files that they follow. Forge,
+Fooocus, SwarmUI, SD.Next, InvokeAI and NovelAI are described by the program or library that they
+are built on, so their defaults are less certain.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ AUTOMATIC1111's rules for weights and chunks are in `families/emphasis.py` and
 scales the difference from the states of an empty prompt, long prompts are split between words, and
 weights of nested brackets do not multiply if one of them is a number.
 
-Sources: https://github.com/comfyanonymous/ComfyUI, `comfy/sd1_clip.py`, version 0.3;
+Sources: https://github.com/comfyanonymous/ComfyUI, `comfy/sd1_clip.py`;
 https://github.com/AUTOMATIC1111/stable-diffusion-webui, `modules/sd_hijack_clip.py` and
-`modules/sd_models_xl.py`, version 1.10.
+`modules/sd_models_xl.py`.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 Program = Literal[
     "A1111", "Forge", "SD.Next", "ComfyUI", "SwarmUI", "Fooocus", "InvokeAI", "NovelAI",
@@ -89,7 +88,6 @@ class Reading:
     vae: UsedModel = UsedModel()
     dtype: str | None = None
     unsupported: tuple[str, ...] = ()
-    other: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_empty(self) -> bool:

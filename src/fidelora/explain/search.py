@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -50,7 +50,6 @@ class Search:
 
     Args:
         max_evaluations: number of evaluations of the denoiser after which no new image is made.
-        on_try: called before each attempt.
     """
 
     def __init__(
@@ -58,12 +57,10 @@ class Search:
         simulator: Simulator,
         picture: Picture,
         max_evaluations: int,
-        on_try: Callable[[], None] | None = None,
     ) -> None:
         self._simulator = simulator
         self._picture = picture
         self._max_evaluations = max_evaluations
-        self._on_try = on_try
 
     @property
     def is_exhausted(self) -> bool:
@@ -72,8 +69,6 @@ class Search:
 
     def distance(self, simulation: Simulation) -> float:
         """Return the mean difference from the picture in levels; infinite if it cannot be made."""
-        if self._on_try is not None:
-            self._on_try()
         try:
             return self._picture.distance(self._simulator.image(simulation))
         except (RecipeError, BaseModelError, NumericsError, ZeroDivisionError):

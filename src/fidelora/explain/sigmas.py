@@ -7,7 +7,7 @@ Sources: Karras et al., "Elucidating the Design Space of Diffusion-Based Generat
 equation 5; https://github.com/crowsonkb/k-diffusion, `k_diffusion/sampling.py` and `external.py`;
 https://github.com/comfyanonymous/ComfyUI, `comfy/samplers.py`;
 https://github.com/AUTOMATIC1111/stable-diffusion-webui, `modules/sd_schedulers.py` and
-`modules/sd_samplers_timesteps.py`, version 1.10.
+`modules/sd_samplers_timesteps.py`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Read the parameters text of AUTOMATIC1111's web UI, Forge and SD.Next. Does not import torch.
 
 Sources: https://github.com/AUTOMATIC1111/stable-diffusion-webui, `modules/processing.py`
-(`create_infotext`) and `modules/infotext_utils.py`, version 1.10;
+(`create_infotext`) and `modules/infotext_utils.py`;
 https://github.com/lllyasviel/stable-diffusion-webui-forge;
 https://github.com/vladmandic/sdnext, `modules/processing_info.py`.
 """
