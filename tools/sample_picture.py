@@ -4,8 +4,8 @@ Shows the trainer's sample, Fidelora's picture, their difference, and what diffu
 same LoRA file, and prints the figures of both. Needs peft (`pip install --group bench`).
 
 On processors without bfloat16 instructions, Fidelora's picture differs in some pixels from the
-sample. There, the sample itself is drawn in its place: `tests/training/test_goldens.py` asserts on
-other processors that both are the same.
+sample. There, the sample itself is drawn in its place: on AMD Zen 4, which made the samples, both
+were the same.
 """
 
 from __future__ import annotations

@@ -67,6 +67,7 @@ NOT_MEASURED = (
     "chroma_",
     "zimage_quantized",
     "zimage_turbo",
+    "zrk_",
 )
 """Beginnings of runs that this package has not replayed yet on a processor like the trainer's. They
 have the bounds of other processors everywhere."""
