@@ -48,8 +48,8 @@ def without_keys():
 
 
 @pytest.fixture
-def context(tmp_path):
-    return context_in(tmp_path)
+def context(tmp_path, request):
+    return context_in(tmp_path, **getattr(request, "param", {}))
 
 
 @pytest.fixture
@@ -201,11 +201,12 @@ def test_a_refused_form_keeps_the_pending_requests(make, context):
     assert len(session.pending) == len(context.store.list().jobs) == 1
 
 
+@pytest.mark.parametrize("context", [{"queue_size": 2}], indirect=True)
 def test_a_full_queue_is_reported_beside_the_button(make, context):
     async def run():
         return await sent(make, Session())
 
-    for _ in range(context.settings.queue_size):
+    for _ in range(2):
         context.store.add(new_job((Recipe(prompt="a"),), now()))
     assert "queue is full" in html.unescape(asyncio.run(run())["error"])
 
