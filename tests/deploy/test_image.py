@@ -1,31 +1,17 @@
 """The Dockerfile and its build context, checked by hadolint."""
 
 import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from tests.deploy.deploy_support import USER_ID, check, program
 from tools.lock import ROOT
 
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
 TEXT = DOCKERFILE.read_text()
 
 
-def program(name: str) -> str:
-    """Return the path of a program that a Python package installs; skips without it."""
-    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
-    if found is None:
-        pytest.skip(f"{name} is not installed (group `deploy` of pyproject.toml)")
-    return found
-
-
 def test_hadolint_has_no_complaint():
-    result = subprocess.run(
-        [program("hadolint"), "--no-color", str(DOCKERFILE)], capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    check(program("hadolint"), "--no-color", str(DOCKERFILE))
 
 
 def test_copied_files_exist_and_are_in_the_build_context():
@@ -46,7 +32,7 @@ def test_copied_files_exist_and_are_in_the_build_context():
 def test_target_runs_as_a_user_without_rights_and_has_a_probe(target):
     assert re.search(rf"^FROM runtime AS {target}$", TEXT, flags=re.M)
     runtime = TEXT.split("AS runtime", 1)[1]
-    assert re.findall(r"^USER (\S+)$", runtime, flags=re.M) == ["10001:10001"]
+    assert re.findall(r"^USER (\S+)$", runtime, flags=re.M) == [f"{USER_ID}:{USER_ID}"]
     assert "HEALTHCHECK" in runtime
     assert 'CMD ["fidelora", "serve"]' in runtime
 
