@@ -25,9 +25,9 @@ def program(name: str, package: str = "the group `deploy` of pyproject.toml") ->
     return found
 
 
-def check(*command: str) -> str:
+def check(*command: str, folder: Path = DEPLOY) -> str:
     """Run a command that must succeed, and return its output."""
-    result = subprocess.run(command, capture_output=True, text=True, cwd=DEPLOY)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
