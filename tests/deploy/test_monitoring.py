@@ -107,6 +107,13 @@ def test_alerts_have_severity_summary_and_a_test():
         assert rule["alert"] in fired
 
 
+def test_the_page_lists_every_alert():
+    page = (DEPLOY.parent / "docs" / "how-to" / "deploy.md").read_text()
+    assert re.findall(r"^\| `(Fidelora\w+)` \|", page, flags=re.M) == [
+        rule["alert"] for rule in RULES
+    ]
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
