@@ -325,9 +325,9 @@ def make_page(context: ServerContext, login: Login) -> Page | str:
 
     settings = context.settings
     page_files = PageFiles(settings.data_dir.expanduser().absolute() / "page")
-    verifier = Verifier(
-        settings.devices[0], settings.inference_timeout_s, hub_environment(settings)
-    )
+    # A server without workers verifies training runs on its CPU.
+    device = settings.devices[0] if settings.devices else "cpu"
+    verifier = Verifier(device, settings.inference_timeout_s, hub_environment(settings))
     root_path = urlsplit(context.base_url).path.rstrip("/")
     return Page(
         context,
