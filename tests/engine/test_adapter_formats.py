@@ -166,7 +166,7 @@ def test_the_fast_path_has_the_same_weights(tmp_path, kind):
     adapter = read_adapter(save_adapter(tmp_path / "x.safetensors", ACCEPTED[kind]))
     fast = load_model_of(Recipe(prompt="", fidelity="fast", **SMALL))
     # Weights that are not packed are rounded as they are loaded, and merged in their dtype.
-    dtypes = {
+    dtypes: dict[str, Any] = {
         name: str(next(fast.parts[part].parameters()).dtype).removeprefix("torch.")
         for name, part in (("dtype", "unet"), ("text_encoder_dtype", "text_encoder"))
     }
