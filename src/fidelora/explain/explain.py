@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from fidelora.engine.engine import Engine
 from fidelora.errors import RecipeError
@@ -19,8 +18,9 @@ from fidelora.explain.differences import (
     described,
     reverted,
 )
+from fidelora.explain.nearest import NearestThere, nearest_sampling
 from fidelora.explain.picture import Picture
-from fidelora.explain.programs import BEHAVIOURS, Sampling, equivalents, sampling_of, words_for
+from fidelora.explain.programs import BEHAVIOURS, sampling_of
 from fidelora.explain.reading import Program, Reading, UsedModel, stem
 from fidelora.explain.search import Search
 from fidelora.explain.simulation import FAMILIES, Pixels, Simulation, Simulator
@@ -45,20 +45,6 @@ _EXPLAINED = 0.35
 _EXPLAINED_LEVELS = 1.0  # a remaining distance that half precision can cause
 _DOUBTED_LEVELS = 0.75
 """Remaining distance above which the settings in the file are doubted."""
-
-
-@dataclass(frozen=True)
-class NearestThere:
-    """Settings with which the program comes nearest to the trainer's sample.
-
-    Attributes:
-        sampling: names of sampler and schedule in the program.
-        distance: mean difference from the trainer's sample in levels, if all other settings are
-            those of training.
-    """
-
-    sampling: str
-    distance: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -306,16 +292,10 @@ class _Explainer:
             index=0,
             batch=1,
         )
-        sample = Picture("sample", self._trainer_pixels)
-        search = Search(self._simulator, sample, self._simulator.evaluations + 10**9)
-        found = [
-            (search.distance(replace(there, **_fields_of(one))), one)
-            for one in equivalents(program, plan.recipe.sampler)
-        ]
-        if not found:
-            return None
-        distance, sampling = min(found, key=lambda entry: entry[0])
-        return NearestThere(words_for(program, sampling), round(distance, 4))
+        found = nearest_sampling(
+            program, plan.recipe.sampler, there, self._trainer_pixels, self._simulator
+        )
+        return found[1] if found else None
 
     def _images(self) -> int:
         """Return the work so far, in images with the sample's number of steps."""
@@ -399,15 +379,6 @@ class _Explainer:
                 one.word is None and not one.components.isdisjoint(encoders)
                 for one, _ in bound.adapters
             )
-
-
-def _fields_of(sampling: Sampling) -> dict[str, Any]:
-    return {
-        "library": sampling.library,
-        "sampler": sampling.sampler,
-        "schedule": sampling.schedule,
-        "steps_offset": None,
-    }
 
 
 def _with_sampler_advice(
