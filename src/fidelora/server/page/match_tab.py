@@ -112,7 +112,7 @@ class MatchTab:
             )
             with gr.Row(equal_height=False):
                 self.picture = gr.File(
-                    label="Picture (the original file, which contains its settings)",
+                    label="Picture (its original file)",
                     file_types=[".png", ".jpg", ".jpeg", ".webp"],
                     height=150,
                     elem_id="other-picture",
