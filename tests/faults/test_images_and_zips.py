@@ -27,11 +27,11 @@ from tests.faults.rounds import INPUT_ROUNDS
 from fidelora.errors import FideloraError
 from fidelora.images.read import read_origin, read_parameters_text
 from fidelora.server.page import match_tab
-from fidelora.server.page.verifications import Outcome
 from fidelora.server.submit import utc_now
+from fidelora.server.verifier import Outcome
 
 if TYPE_CHECKING:
-    from fidelora.server.page.verifications import Verifier
+    from fidelora.server.verifier import Verifier
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning:PIL.*", "ignore::PIL.Image.DecompressionBombWarning"

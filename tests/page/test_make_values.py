@@ -26,8 +26,8 @@ from fidelora.server.page.make_tab import MakeTab
 from fidelora.server.page.match_tab import MatchTab
 from fidelora.server.page.pictures import PageFiles, Pictures
 from fidelora.server.page.request_queue import Session
-from fidelora.server.page.verifications import Verifier
 from fidelora.server.page.visitor import acting_for
+from fidelora.server.verifier import Verifier
 
 EMBEDDING = GOLDEN_JOBS / "embed" / "zrkk.safetensors"
 TRIGGERS = {"a": "aaa", "b": "bbb", "c": ""}

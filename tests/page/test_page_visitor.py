@@ -26,8 +26,8 @@ from fidelora.server.page.pictures import PageFiles, Pictures
 from fidelora.server.page.request_queue import RequestQueue, Session
 from fidelora.server.page.session_keys import SessionKeys
 from fidelora.server.page.uploads import add_lora
-from fidelora.server.page.verifications import Verifier
 from fidelora.server.page.visitor import acting_for, visitor
+from fidelora.server.verifier import Verifier
 
 ALICE, BOB = Caller("a" * 16, is_admin=False), Caller("b" * 16, is_admin=False)
 ADMIN = Caller("c" * 16, is_admin=True)

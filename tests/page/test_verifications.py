@@ -25,14 +25,12 @@ from fidelora.server.context import ServerContext
 from fidelora.server.page import verifications
 from fidelora.server.page.pictures import KEEP_S, PageFiles
 from fidelora.server.page.verifications import (
-    Outcome,
-    Verifier,
     find_run,
-    hub_environment,
     list_runs,
     read_contained_run,
     unpack_run,
 )
+from fidelora.server.verifier import Outcome, Verifier, hub_environment
 from fidelora.settings import Settings
 
 CONTEXT = cast(

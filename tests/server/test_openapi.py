@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import base64
+import io
+import json
+import zipfile
 from functools import partial
 from typing import Any
 
@@ -24,10 +27,11 @@ from tests.server.http_support import (
     context_in,
     within_deadline,
 )
-from tests.support import LOKR
+from tests.support import GOLDEN_JOBS, LOKR
 
 from fidelora.server import job_watcher
 from fidelora.server.app import make_app
+from fidelora.server.verifier import Outcome
 
 CHECKS = [
     not_a_server_error,
@@ -48,10 +52,41 @@ def server(tmp_path, monkeypatch):
     worker.succeed(worker.claim())
     worker.fail(worker.claim())
     client.delete(f"/v1/requests/{ids[2]}")
+    vars(context)["verifier"] = ExplainedAtOnce()
     monkeypatch.setattr(job_watcher, "POLL_INTERVAL_S", 0.002)
     with at_work(worker, an_image()):  # some responses wait for images
         app = called_from_this_machine(make_app(context))
         yield schemathesis.openapi.from_asgi("/openapi.json", app), ids, context
+
+
+class ExplainedAtOnce:
+    """The verifier of a server, with the output of an explanation."""
+
+    busy = False
+
+    async def explain(self, *_: Any) -> Any:
+        found = {
+            "picture": "picture", "program": "ComfyUI", "version": "", "has_settings": True,
+            "sample": {"step": 6, "index": 0, "chosen": "it looks similar", "base_model": "a"},
+            "same": False, "explained": True, "distance_before": 9.0, "distance_after": 0.0,
+            "differences": [
+                {"cause": "steps", "theirs": "9", "ours": "8", "effect": 9.0, "in_file": True,
+                 "advice": ""},
+            ],
+            "nearest": {"steps": 9}, "nearest_there": None, "notes": [], "images": 5,
+        }  # fmt: skip
+        yield "progress: searching 1 of 40"
+        for line in json.dumps({"job": "a", "pictures": [found]}, indent=2).splitlines():
+            yield line
+        yield Outcome(1, None)
+
+
+def a_zipped_run() -> bytes:
+    folder, packed = GOLDEN_JOBS / "lokr_full", io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for file in folder.rglob("*"):
+            archive.write(file, file.relative_to(folder))
+    return packed.getvalue()
 
 
 def called_from_this_machine(app: Any) -> Any:
@@ -68,7 +103,7 @@ def called_from_this_machine(app: Any) -> Any:
 def test_generated_calls_get_documented_responses(server):
     schema, _, context = server
     operations = [found.ok() for found in schema.get_all_operations()]
-    assert len(operations) == 33
+    assert len(operations) == 34
     for operation in operations:
 
         @settings(
@@ -103,6 +138,9 @@ def test_valid_calls_get_documented_success_responses(server):
                 body, media_type = {"body": {"prompt": "a ball <lora:sks:0.8>"}}, "application/json"
             if operation.label == "POST /v1/replay":
                 body, media_type = {"body": {"image": an_image()}}, "multipart/form-data"
+            if operation.label == "POST /v1/explain":
+                files = {"picture": an_image(), "run": a_zipped_run()}
+                body, media_type = {"body": files}, "multipart/form-data"
             if operation.label == "POST /sdapi/v1/png-info":
                 encoded = base64.b64encode(an_image()).decode()
                 body, media_type = {"body": {"image": encoded}}, "application/json"

@@ -20,6 +20,7 @@ from fidelora.cli.console import (
     progress_display,
     reserve_exit_code_1,
 )
+from fidelora.cli.explain_write import lines_on, samples_of, write_settings
 from fidelora.cli.verify import NOTHING_TO_CHECK, BaseModel, RunFolder
 from fidelora.errors import ImageRecordError, NothingToCheckError
 from fidelora.texts import printable
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from fidelora.explain.reading import Reading
 
 DIFFERENT, UNEXPLAINED = 1, 4  # exit codes
+_WRITE = "Settings for another program"
 _BY_HAND = "Settings of a picture whose file does not contain them"
 
 
@@ -41,6 +43,14 @@ class ProgramOption(StrEnum):
     DIFFUSERS = "diffusers"
 
 
+class TargetOption(StrEnum):
+    """Values of `--write`."""
+
+    A1111 = "a1111"
+    COMFYUI = "comfyui"
+    DIFFUSERS = "diffusers"
+
+
 _PROGRAMS = {"a1111": "A1111", "forge": "Forge", "comfyui": "ComfyUI", "diffusers": "diffusers"}
 
 
@@ -48,8 +58,11 @@ _PROGRAMS = {"a1111": "A1111", "forge": "Forge", "comfyui": "ComfyUI", "diffuser
 def explain(
     run_folder: RunFolder,
     pictures: Annotated[
-        list[Path], typer.Argument(metavar="PICTURE...", help="Pictures of another program.")
-    ],
+        list[Path] | None,
+        typer.Argument(
+            metavar="PICTURE...", help="Pictures of another program; optional with --write."
+        ),
+    ] = None,
     base_model: BaseModel = None,
     step: Annotated[
         int | None,
@@ -95,6 +108,24 @@ def explain(
             metavar="DIR", help="Write explain.html, a single file with all images, to this folder."
         ),
     ] = None,
+    write: Annotated[
+        TargetOption | None,
+        typer.Option(
+            help="Write settings with which a program comes nearest to the sample: comfyui (a "
+            "workflow), a1111 (a text to paste) or diffusers (a script).",
+            rich_help_panel=_WRITE,
+        ),
+    ] = None,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="DIR",
+            help="Folder for the files of --write, named PROGRAM_STEP_INDEX.",
+            rich_help_panel=_WRITE,
+        ),
+    ] = Path(),
     progress_lines: Annotated[
         bool,
         typer.Option(
@@ -106,9 +137,12 @@ def explain(
 ) -> None:
     """Explain why pictures of another program differ from the trainer's samples.
 
-    Exit codes: 0 the pictures are the samples, 1 they differ and the reasons were found, 2 a usage
-    error or a file that cannot be used, 3 no sample to compare with, 4 at least one picture was not
-    explained.
+    With --write, settings for another program are written, and the distance that remains is
+    measured.
+
+    Exit codes: 0 the pictures are the samples, or none was given, 1 they differ and the reasons
+    were found, 2 a usage error or a file that cannot be used, 3 no sample to compare with, 4 at
+    least one picture was not explained.
     """
     from fidelora.explain.document import document_of, lines_of
     from fidelora.explain.explain import explain as explain_picture
@@ -116,6 +150,8 @@ def explain(
     from fidelora.explain.read_picture import read_picture, with_options
     from fidelora.training.run_folder import read_run
 
+    if not pictures and write is None:
+        raise typer.BadParameter("Give a picture, or --write PROGRAM.", param_hint="PICTURE")
     run = read_run(run_folder)
     if report is not None:
         make_folder(report)
@@ -124,7 +160,7 @@ def explain(
         "guidance_scale": guidance, "seed": seed,
     }  # fmt: skip
     loaded = []
-    for path in pictures:
+    for path in pictures or ():
         try:
             content = path.read_bytes()
             reading = with_options(read_picture(content, path.name), options)
@@ -154,15 +190,28 @@ def explain(
             explanations.append(found)
             for line in () if as_json else lines_of(found):
                 typer.echo(printable(line))
+    files: list[dict[str, Any]] = []
+    if write is not None:
+        samples = [one.alignment.plan for one in explanations]
+        with progress_display(as_lines=progress_lines) as show:
+            files = write_settings(
+                samples or samples_of(run, step, index, base_model),
+                write.value,
+                output,
+                engine,
+                show,
+            )
+        for line in () if as_json else lines_on(files):
+            typer.echo(printable(line))
     documents = [document_of(one) for one in explanations]
-    if report is not None:
+    if report is not None and explanations:
         from fidelora.explain.report import html_report
 
         write_atomically(report / "explain.html", html_report(run.name, explanations).encode())
     if as_json:
-        document: dict[str, Any] = {"job": run.name, "pictures": documents}
+        document: dict[str, Any] = {"job": run.name, "pictures": documents, "written": files}
         typer.echo(json.dumps(document, indent=2))
-    elif report is not None:
+    elif report is not None and explanations:
         typer.echo(f"Report: {report / 'explain.html'}")
     if not all(one.is_explained for one in explanations):
         raise typer.Exit(UNEXPLAINED)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -24,22 +22,11 @@ from fidelora.cli.console import (
     reserve_exit_code_1,
     warn,
 )
+from fidelora.cli.verify_output import TABLE_HEAD, document_of, print_result, table_row
 from fidelora.errors import NothingToCheckError
-from fidelora.recipe import short_name
 from fidelora.texts import printable
 
-if TYPE_CHECKING:
-    from fidelora.training.doctor import Diagnosis
-    from fidelora.training.judge import Evidence
-    from fidelora.training.run_folder import TrainingRun
-    from fidelora.training.verify import CheckedSample
-
 MISMATCH, NOTHING_TO_CHECK, UNDECIDED = 1, 3, 4  # exit codes
-
-FP32_HINT = (
-    "To make this proof exact, save LoRAs of future runs in float32: in the trainer's web UI, set "
-    "Save > Data Type to FP32 (save.dtype: float32)."
-)
 
 
 class DtypeOption(StrEnum):
@@ -59,6 +46,17 @@ class NoiseOption(StrEnum):
     LEGACY = "legacy"
 
 
+class ApiOption(StrEnum):
+    """Values of `--api`."""
+
+    FIDELORA = "fidelora"
+    INFERENCE = "inference"
+    A1111 = "a1111"
+    COMFYUI = "comfyui"
+    OPENAI = "openai"
+
+
+AGAINST_PANEL = "Samples of a server"
 RunFolder = Annotated[
     Path, typer.Argument(metavar="JOB_DIR", help="Output folder of an AI Toolkit training run.")
 ]
@@ -119,6 +117,58 @@ def verify(
             rich_help_panel=MODEL_PANEL,
         ),
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Server that makes the samples, instead of this machine. Its key is read from the "
+            "environment variable VERIFY_API_KEY.",
+            rich_help_panel=AGAINST_PANEL,
+        ),
+    ] = None,
+    api: Annotated[
+        ApiOption | None,
+        typer.Option(
+            help="API of the server: fidelora, inference (ai-toolkit-inference), a1111, comfyui or "
+            "openai; by default the one that it has.",
+            rich_help_panel=AGAINST_PANEL,
+        ),
+    ] = None,
+    server_model: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Base model on the server; by default the one with the same name.",
+            rich_help_panel=AGAINST_PANEL,
+        ),
+    ] = "",
+    server_lora: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="LoRA on the server; by default the one with the same name.",
+            rich_help_panel=AGAINST_PANEL,
+        ),
+    ] = "",
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="LEVELS",
+            help="Accepted mean difference from the expected picture, of 255 levels; by default 1 "
+            "for A1111 and ComfyUI, whose pictures are simulated, else 0.",
+            rich_help_panel=AGAINST_PANEL,
+        ),
+    ] = None,
+    timeout: Annotated[
+        float,
+        typer.Option(
+            min=1,
+            metavar="SECONDS",
+            help="Time for each picture of the server.",
+            rich_help_panel=AGAINST_PANEL,
+        ),
+    ] = 600,
     doctor: Annotated[
         bool, typer.Option("--doctor", help="On a mismatch, find the setting that explains it.")
     ] = False,
@@ -146,6 +196,8 @@ def verify(
 ) -> None:
     """Replay the samples of a training run and compare them with the trainer's.
 
+    With --against, a running server makes the samples.
+
     Exit codes: 0 the samples are identical or consistent with the settings, 1 a mismatch, 2 a usage
     error or a file that cannot be used, 3 nothing to check, 4 undecided: too much information was
     lost.
@@ -169,6 +221,29 @@ def verify(
     for sentence in incomplete_parts(run):
         warn(sentence)
 
+    changes = _recipe_changes(variant, dtype, noise)
+    if against is not None:
+        if doctor or report is not None:
+            raise typer.BadParameter("--against cannot be combined with --doctor or --report.")
+        from fidelora.cli.verify_against import verify_against
+
+        verify_against(
+            run,
+            steps,
+            against,
+            api=api,
+            model=server_model,
+            lora=server_lora,
+            base_model=base_model,
+            changes=changes,
+            tolerance=tolerance,
+            timeout_s=timeout,
+            as_json=as_json,
+            save_images=save_images,
+            progress_lines=progress_lines,
+            device=device,
+        )
+        return
     if not as_json:
         typer.echo(
             f"Training run {printable(run.name)}: sampler {run.sampler}, "
@@ -180,17 +255,8 @@ def verify(
     from fidelora.training.verify import worst_verdict
 
     engine = make_engine(device)
-    changes = {"variant": variant} if variant else {}
-    if dtype is not DtypeOption.JOB:
-        changes |= {
-            "dtype": dtype.value,
-            "vae_dtype": dtype.value,
-            "text_encoder_dtype": dtype.value,
-        }
-    if noise is not NoiseOption.AUTO:
-        changes["noise"] = noise.value
     if not as_json:
-        typer.echo(_TABLE_HEAD)
+        typer.echo(TABLE_HEAD)
     with progress_display(as_lines=progress_lines) as show:
         samples = verify_run(
             run,
@@ -198,7 +264,7 @@ def verify(
             steps,
             base_model=base_model,
             changes=changes,
-            on_sample=None if as_json else lambda sample: typer.echo(_table_row(sample)),
+            on_sample=None if as_json else lambda sample: typer.echo(table_row(sample)),
             on_progress=show,
         )
     if save_images is not None:
@@ -213,7 +279,7 @@ def verify(
     if doctor and verdict is Verdict.MISMATCH:
         with progress_display(as_lines=progress_lines) as show:
             diagnosis = diagnose(run, samples, engine, show)
-    document = _document(run, samples, verdict.value, diagnosis)
+    document = document_of(run, samples, verdict.value, diagnosis)
     if report is not None:
         from fidelora.training.report import html_report
 
@@ -221,9 +287,20 @@ def verify(
     if as_json:
         typer.echo(json.dumps(document, indent=2))
     else:
-        _print_result(samples, verdict.value, diagnosis, report, doctor)
+        print_result(samples, verdict.value, diagnosis, report, doctor)
     if verdict in (Verdict.MISMATCH, Verdict.UNDECIDED):
         raise typer.Exit(MISMATCH if verdict is Verdict.MISMATCH else UNDECIDED)
+
+
+def _recipe_changes(variant: str, dtype: DtypeOption, noise: NoiseOption) -> dict[str, str]:
+    """Return the recipe fields that options replace."""
+    changes = {"variant": variant} if variant else {}
+    if dtype is not DtypeOption.JOB:
+        names = ("dtype", "vae_dtype", "text_encoder_dtype")
+        changes |= dict.fromkeys(names, dtype.value)
+    if noise is not NoiseOption.AUTO:
+        changes["noise"] = noise.value
+    return changes
 
 
 def _version(text: str) -> tuple[int, ...]:
@@ -238,135 +315,3 @@ def _version(text: str) -> tuple[int, ...]:
             param_hint="--trainer-version",
         )
     return tuple(map(int, text.split(".")))
-
-
-_TABLE_HEAD = (
-    f"{'step':>6} {'#':>3} {'size':>9} {'seed':>10} "
-    f"{'same %':>7} {'max':>4} {'mean':>7} {'PSNR':>6} {'SSIM':>7}  verdict"
-)
-
-
-def _table_row(sample: CheckedSample) -> str:
-    recipe, comparison = sample.plan.recipe, sample.comparison
-    size = f"{recipe.width}x{recipe.height}"
-    start = f"{sample.plan.round:>6} {sample.plan.index:>3} {size:>9} {recipe.seed:>10}"
-    if comparison is None:
-        return f"{start}  {sample.summary}"
-    psnr = "inf" if sample.psnr is None else f"{sample.psnr:.1f}"
-    figures = (
-        f"{comparison.percent_text:>7} {comparison.max_difference:>4} "
-        f"{comparison.mean_difference:>7.4f} {psnr:>6} {sample.ssim:>7.4f}"
-    )
-    return f"{start} {figures}  {sample.verdict.value}"
-
-
-def _print_result(
-    samples: list[CheckedSample],
-    verdict: str,
-    diagnosis: Diagnosis | None,
-    report: Path | None,
-    doctor: bool,
-) -> None:
-    from fidelora.training.draws import saved_dtype
-
-    for reason in dict.fromkeys(sample.reason for sample in samples if sample.reason):
-        typer.echo(printable(reason))
-    judged = [sample.plan.recipe for sample in samples if sample.evidence is not None]
-    if any(map(saved_dtype, judged)):
-        typer.echo(FP32_HINT)
-    if report is not None:
-        typer.echo(f"Report: {report / 'report.html'}")
-    sentences = {
-        "identical": "Every pixel of every sample is the same.",
-        "rounding": "The samples are consistent with these settings.",
-        "undecided": "Too much information was lost to tell whether these settings are right.",
-        "mismatch": "At least one sample is different.",
-    }
-    typer.echo(f"{verdict}: {sentences[verdict]}")
-    if diagnosis is not None:
-        typer.echo(
-            f"Doctor: {printable(diagnosis.cause)} (explains {diagnosis.explains:.0%}). "
-            f"{printable(diagnosis.fix)}"
-        )
-    elif verdict == "mismatch" and not doctor:
-        typer.echo("Run the command again with --doctor to find the cause.")
-
-
-def _document(
-    run: TrainingRun, samples: list[CheckedSample], verdict: str, diagnosis: Diagnosis | None
-) -> dict[str, Any]:
-    """Return the object that `--json` prints."""
-    from fidelora.training.selection import incomplete_parts
-
-    first = samples[0]
-    recipe = first.plan.recipe
-    return {
-        "job": run.name,
-        "warnings": incomplete_parts(run),
-        "model": recipe.model,
-        "base_model": short_name(recipe.base_model),
-        "base_sha256": first.image.recipe.base_sha256,
-        "versions": dict(first.image.environment),
-        "settings": {
-            "steps": sorted({sample.plan.step for sample in samples}),
-            "sampler": recipe.sampler,
-            "prediction": recipe.prediction,
-            "dtype": recipe.dtype,
-            "vae_dtype": recipe.vae_dtype,
-            "text_encoder_dtype": recipe.text_encoder_dtype,
-            "noise": recipe.noise,
-            "variant": recipe.variant,
-            "adapter_mode": recipe.adapter_mode,
-        },
-        "evidence": {
-            sample.plan.round: _evidence_document(sample.evidence)
-            for sample in samples
-            if sample.evidence is not None
-        },
-        "histories": {
-            sample.plan.round: asdict(sample.plan.history)
-            for sample in samples
-            if sample.plan.history.summary
-        },
-        "samples": [_sample_document(sample) for sample in samples],
-        "verdict": verdict,
-        "doctor": None if diagnosis is None else asdict(diagnosis),
-    }
-
-
-def _evidence_document(evidence: Evidence) -> dict[str, Any]:
-    """Return the judgement of a step; see docs/cli.md for the fields."""
-    return {
-        "lost": list(evidence.lost),
-        "ratio": evidence.size.ratio,
-        "p_value": evidence.size.p_value,
-        "changes": [
-            {
-                "cause": one.change.cause,
-                "amount": one.test.amount,
-                "p_value": one.test.p_value,
-                "tried": one.change.size,
-                "detectable": None if math.isinf(one.test.detectable) else one.detectable,
-            }
-            for one in evidence.tried
-        ],
-        "found": evidence.found.change.cause if evidence.found else None,
-    }
-
-
-def _sample_document(sample: CheckedSample) -> dict[str, Any]:
-    comparison = sample.comparison
-    return {
-        "step": sample.plan.step,
-        "round": sample.plan.round,
-        "index": sample.plan.index,
-        "seed": sample.plan.recipe.seed,
-        "width": sample.plan.recipe.width,
-        "height": sample.plan.recipe.height,
-        "identical": comparison.identical_percent if comparison else 0.0,
-        "max": comparison.max_difference if comparison else 255,
-        "mean": comparison.mean_difference if comparison else 255.0,
-        "psnr": sample.psnr,
-        "ssim": sample.ssim,
-        "verdict": sample.verdict.value,
-    }

@@ -11,6 +11,7 @@ from typing import Any, Self
 import httpx2
 
 from fidelora.api import Accepted, InferenceRequest, LoraBody, ModelBody, ResultBody, StatusBody
+from fidelora.api.explanations import ExplanationBody
 from fidelora.api.replay import ReplayAccepted
 from fidelora.client import flows
 from fidelora.client.calls import Call, Lora, Prompt
@@ -111,6 +112,15 @@ class AsyncClient:
         """Queue a request that makes an image again. See `Client.replay`."""
         choices = {"fidelity": fidelity, "base_model": base_model, "output_format": output_format}
         return await self._run(self._flows.replay(image, choices, idempotency_key))
+
+    async def explain(
+        self,
+        picture: str | Path | bytes,
+        run: str | Path,
+        **settings: str | int | float | None,
+    ) -> ExplanationBody:
+        """Explain why a picture differs from a sample. See `Client.explain`."""
+        return await self._run(self._flows.explain(picture, run, settings))
 
     async def wait(
         self,

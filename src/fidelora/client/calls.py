@@ -105,6 +105,33 @@ def replay_call(
     return Call("POST", "/v1/replay", files={"image": (name, content)}, form=given, headers=headers)
 
 
+def explain_call(
+    picture: Path | bytes, run: str | Path, settings: Mapping[str, str | int | float | None]
+) -> Call:
+    """Build POST /v1/explain.
+
+    Args:
+        run: path of a zip, or the name of a training run on the server.
+
+    Raises:
+        ImageRecordError: the picture cannot be read.
+        UsageError: the zip cannot be read.
+    """
+    name, content = (
+        ("picture", picture) if isinstance(picture, bytes) else (picture.name, _read_file(picture))
+    )
+    files: dict[str, tuple[str, bytes | BinaryIO]] = {"picture": (name, content)}
+    form = {key: str(value) for key, value in settings.items() if value is not None}
+    if isinstance(run, Path):
+        try:
+            files["run"] = (run.name, run.read_bytes())
+        except OSError as error:
+            raise UsageError(f"{run} cannot be read: {error.strerror or error}.") from error
+    else:
+        form["run_name"] = run
+    return Call("POST", "/v1/explain", files=files, form=form, repeatable=False, timeout_s=None)
+
+
 def _read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()

@@ -33,6 +33,7 @@ from fidelora.api import (
     ResultBody,
     StatusBody,
 )
+from fidelora.api.explanations import ExplanationBody
 from fidelora.api.replay import ReplayAccepted
 from fidelora.client import calls
 from fidelora.client.calls import Body, Call, Lora, Prompt
@@ -121,6 +122,15 @@ class Flows:
     ) -> Flow[ReplayAccepted]:
         source = Path(image) if isinstance(image, str) else image
         return self._fetch(calls.replay_call(source, choices, key), ReplayAccepted)
+
+    def explain(
+        self,
+        picture: str | Path | bytes,
+        run: str | Path,
+        settings: Mapping[str, str | int | float | None],
+    ) -> Flow[ExplanationBody]:
+        one = picture if isinstance(picture, bytes) else Path(picture)
+        return self._fetch(calls.explain_call(one, run, settings), ExplanationBody)
 
     def status(self, request_id: str) -> Flow[StatusBody]:
         return self._fetch(Call("GET", f"/v1/requests/{request_id}/status"), StatusBody)

@@ -11,6 +11,7 @@ from typing import Any, Self
 import httpx2
 
 from fidelora.api import Accepted, InferenceRequest, LoraBody, ModelBody, ResultBody, StatusBody
+from fidelora.api.explanations import ExplanationBody
 from fidelora.api.replay import ReplayAccepted
 from fidelora.client import flows
 from fidelora.client.calls import Call, Lora, Prompt
@@ -153,6 +154,31 @@ class Client:
         """
         choices = {"fidelity": fidelity, "base_model": base_model, "output_format": output_format}
         return self._run(self._flows.replay(image, choices, idempotency_key))
+
+    def explain(
+        self,
+        picture: str | Path | bytes,
+        run: str | Path,
+        **settings: str | int | float | None,
+    ) -> ExplanationBody:
+        """Explain why a picture of another program differs from a sample of a training run.
+
+        Takes about the time of 10 to 40 images.
+
+        Args:
+            picture: the picture's path or its bytes.
+            run: a `Path` of a zip of the training run's folder, or the name of a training run below
+                the server's FIDELORA_JOBS_PATH.
+            settings: settings of a picture whose file does not contain them (`program`, `prompt`,
+                `steps`, `sampler`, `scheduler`, `guidance`, `seed`), and `step` and `index` of the
+                sample to compare with.
+
+        Raises:
+            ApiError: the picture or the training run cannot be used (`EXPLANATION_FAILED`).
+            ApiUnavailableError: the server cannot be reached, or examines another picture.
+            ImageRecordError, UsageError: a file cannot be read.
+        """
+        return self._run(self._flows.explain(picture, run, settings))
 
     def wait(
         self,

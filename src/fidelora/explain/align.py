@@ -6,14 +6,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from fidelora.errors import NothingToCheckError
-from fidelora.explain.reading import Reading, UsedLora, stem
+from fidelora.explain.reading import Reading, UsedLora, UsedModel, stem
 from fidelora.loras.hashes import has_hash
-from fidelora.recipe import AdapterRef
+from fidelora.recipe import AdapterRef, file_sha256
 from fidelora.training.judge import Pixels
 from fidelora.training.plan import PlannedSample, plan_samples
 from fidelora.training.run_folder import TrainingRun
@@ -134,3 +135,11 @@ def _distance(plan: PlannedSample, pixels: Pixels) -> float:
         for one in (trainer, pixels)
     ]
     return float(np.abs(small[0] - small[1]).mean())
+
+
+def same_file(used: UsedModel, own: str) -> bool | None:
+    """Return True if a model is a file with this hash, False if not, None if it is unknown."""
+    path = Path(own)
+    if not used.hash or not own or not path.is_file():
+        return None
+    return file_sha256(path).startswith(used.hash.lower())

@@ -135,6 +135,18 @@ class Candidates:
             for program in self.programs
         ]
 
+    def similar_axes(self) -> Iterator[Axis]:
+        """Yield axes that are tried first for a picture that is similar to the sample."""
+        reading = self.reading
+        if reading.loras is None:
+            yield from self._loras()
+        if reading.guidance_scale is None:
+            yield Axis("guidance", [{"guidance_scale": float(one)} for one in _GUIDANCE], True)
+        if reading.prompt is None:
+            yield Axis("prompt", list(self._prompts()))
+        if reading.negative_prompt is None:
+            yield Axis("negative_prompt", [{"negative_prompt": ""}])
+
     def axes(self, *, doubts: bool = False) -> Iterator[Axis]:
         """Yield axes for the settings that the file does not contain.
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 from fidelora.engine.engine import Engine
 from fidelora.errors import RecipeError
-from fidelora.explain.align import Alignment, align
+from fidelora.explain.align import Alignment, align, same_file
 from fidelora.explain.candidates import Candidates
 from fidelora.explain.differences import (
     Difference,
@@ -19,13 +17,13 @@ from fidelora.explain.differences import (
     described,
     reverted,
 )
+from fidelora.explain.nearest import NearestThere, nearest_sampling
 from fidelora.explain.picture import Picture
-from fidelora.explain.programs import BEHAVIOURS, Sampling, equivalents, sampling_of, words_for
-from fidelora.explain.reading import Program, Reading, UsedModel, stem
+from fidelora.explain.programs import BEHAVIOURS, sampling_of
+from fidelora.explain.reading import Program, Reading, stem
 from fidelora.explain.search import Search
 from fidelora.explain.simulation import FAMILIES, Pixels, Simulation, Simulator
 from fidelora.families import get_family
-from fidelora.recipe import file_sha256
 from fidelora.training.compare import compare
 from fidelora.training.run_folder import TrainingRun
 from fidelora.training.verify import read_trainer_image
@@ -43,22 +41,11 @@ _MIN_EFFECT_SHARE = 0.1
 _EXPLAINED = 0.35
 """Largest remaining distance of an explained picture, relative to the distance of the sample."""
 _EXPLAINED_LEVELS = 1.0  # a remaining distance that half precision can cause
+_SIMILAR_LEVELS = 12.0
+"""Largest distance of a picture that may have been made with the sample's noise and sampler. Other
+noise gives about 40 levels, another sampler 5 to 20."""
 _DOUBTED_LEVELS = 0.75
 """Remaining distance above which the settings in the file are doubted."""
-
-
-@dataclass(frozen=True)
-class NearestThere:
-    """Settings with which the program comes nearest to the trainer's sample.
-
-    Attributes:
-        sampling: names of sampler and schedule in the program.
-        distance: mean difference from the trainer's sample in levels, if all other settings are
-            those of training.
-    """
-
-    sampling: str
-    distance: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,7 +236,10 @@ class _Explainer:
         width, height = self._picture.size
         start = candidates.start(width, height)
         if joint := candidates.joint_axes():
-            start = search.joint(start, joint)
+            if self._picture.distance(self._trainer_pixels) <= _SIMILAR_LEVELS:
+                start = search.descend(start, list(candidates.similar_axes()))
+            if search.distance(start) > _DOUBTED_LEVELS:
+                start = search.joint(start, joint)
         nearest = candidates.normal(search.descend(start, list(candidates.axes())))
         if search.distance(nearest) > _DOUBTED_LEVELS:
             self._task = "doubting the settings in the file"
@@ -306,16 +296,10 @@ class _Explainer:
             index=0,
             batch=1,
         )
-        sample = Picture("sample", self._trainer_pixels)
-        search = Search(self._simulator, sample, self._simulator.evaluations + 10**9)
-        found = [
-            (search.distance(replace(there, **_fields_of(one))), one)
-            for one in equivalents(program, plan.recipe.sampler)
-        ]
-        if not found:
-            return None
-        distance, sampling = min(found, key=lambda entry: entry[0])
-        return NearestThere(words_for(program, sampling), round(distance, 4))
+        found = nearest_sampling(
+            program, plan.recipe.sampler, there, self._trainer_pixels, self._simulator
+        )
+        return found[1] if found else None
 
     def _images(self) -> int:
         """Return the work so far, in images with the sample's number of steps."""
@@ -377,12 +361,12 @@ class _Explainer:
         ):
             if not used.name and not used.hash:
                 continue
-            if _same_file(used, own) is False:
+            if same_file(used, own) is False:
                 theirs = f"{used.name} (hash {used.hash})".strip()
                 own_name = stem(own) or "the VAE in the base model"
                 advice = advice_for(cause, self._trainer, reading.program, "")
                 found.append(Difference(cause, theirs, own_name, None, advice, True))
-            elif _same_file(used, own) is None and stem(used.name) != stem(own):
+            elif same_file(used, own) is None and stem(used.name) != stem(own):
                 notes.append(
                     f"The picture's {title} is {used.name or used.hash}; whether it is the one of "
                     f"training ({stem(own) or 'contained in the base model'}) cannot be told from "
@@ -401,15 +385,6 @@ class _Explainer:
             )
 
 
-def _fields_of(sampling: Sampling) -> dict[str, Any]:
-    return {
-        "library": sampling.library,
-        "sampler": sampling.sampler,
-        "schedule": sampling.schedule,
-        "steps_offset": None,
-    }
-
-
 def _with_sampler_advice(
     difference: Difference, there: NearestThere | None, program: Program
 ) -> Difference:
@@ -420,11 +395,3 @@ def _with_sampler_advice(
         f"training, the mean difference from the sample is {there.distance:.2f} levels."
     )
     return replace(difference, advice=advice)
-
-
-def _same_file(used: UsedModel, own: str) -> bool | None:
-    """Return True if a model is a file with this hash, False if not, None if it is unknown."""
-    path = Path(own)
-    if not used.hash or not own or not path.is_file():
-        return None
-    return file_sha256(path).startswith(used.hash.lower())

@@ -313,6 +313,16 @@ _A1111_SCHEDULE_NAMES = {
 }  # fmt: skip
 
 
+def a1111_names(sampling: Sampling) -> tuple[str, str]:
+    """Return the names of a sampler and its schedule type in A1111."""
+    if sampling.schedule == "ddim_timesteps":
+        return "DDIM", "Automatic"
+    if sampling.library == "diffusers":
+        return {"pndm": "PLMS"}.get(sampling.sampler, sampling.sampler), "Automatic"
+    name = _A1111_NAMES.get(sampling.sampler, sampling.sampler)
+    return name, _A1111_SCHEDULE_NAMES.get(sampling.schedule, sampling.schedule)
+
+
 def words_for(program: Program, sampling: Sampling) -> str:
     """Return the names of a sampler and schedule in a program."""
     if sampling.library == "diffusers":

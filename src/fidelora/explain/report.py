@@ -30,8 +30,9 @@ def _section(explanation: Explanation) -> Iterator[str]:
     plan = explanation.alignment.plan
     state = "same" if explanation.is_same else "explained" if explanation.is_explained else "open"
     yield f"<section class={state}><h2>{name}</h2>"
+    program = f"{explanation.program} {explanation.reading.version}".strip()
     yield (
-        f"<p>{html.escape(explanation.program)} {html.escape(explanation.reading.version)}; "
+        f"<p>{html.escape(program)}; "
         f"compared with sample {plan.index} of step {plan.round}. Mean difference: "
         f"{explanation.before:.2f} levels before, {explanation.after:.2f} with the simulated "
         "settings.</p><div class=row>"

@@ -24,6 +24,7 @@ from fidelora.explain import k_samplers
 from fidelora.explain.noise import Device, SimulatedNoise, StepNoise
 from fidelora.explain.prompts import TextRule, embed
 from fidelora.explain.sigmas import NoiseLevels, sigmas_of
+from fidelora.families.clip import ClipEncoder
 from fidelora.families.protocols import Encoded, Size
 from fidelora.families.sd.latents import SDLatents
 from fidelora.families.sd.text import Conditioning, SDText
@@ -164,6 +165,19 @@ class Simulator:
             self.evaluations += simulation.evaluations
         return self._images[key][simulation.truncates]
 
+    def fitting_prompt(self, prompt: str) -> str:
+        """Return the words of a prompt that training encodes: those in the first 75 tokens.
+
+        A prompt that fits is returned unchanged.
+        """
+        with self.engine.model_for(self.recipe) as (model, _):
+            for encoder in cast(SDText, model.text).encoders.values():
+                words = prompt.split(" ")
+                while len(_token_ids(encoder, " ".join(words))) > encoder.length - 2:
+                    words.pop()
+                prompt = " ".join(words)
+        return prompt
+
     def _recipe_of(self, simulation: Simulation) -> Recipe:
         shared = {entry.name for entry in fields(Recipe)} & {
             entry.name for entry in fields(Simulation)
@@ -285,6 +299,12 @@ class Simulator:
             return noise.step(shape).to(model.device)
 
         return k_samplers.sample(simulation.sampler, denoised, initial * start, sigmas, draw)
+
+
+def _token_ids(encoder: ClipEncoder, prompt: str) -> list[int]:
+    return cast(
+        list[int], encoder.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+    )
 
 
 def _with_strengths(model: LoadedModel, adapters: Pairs, simulation: Simulation) -> Pairs:

@@ -40,7 +40,16 @@ from fidelora.server.middleware import AccessControl, BodyLimitMiddleware, Reque
 from fidelora.server.page.mount import SWITCHED_OFF, Page, make_page
 from fidelora.server.public_texts import ROOTS
 from fidelora.server.readiness import ReadinessLog
-from fidelora.server.routes import a1111, inference, loras, openai, operations, replay, requests
+from fidelora.server.routes import (
+    a1111,
+    explain,
+    inference,
+    loras,
+    openai,
+    operations,
+    replay,
+    requests,
+)
 from fidelora.server.size_limits import SizeLimits
 from fidelora.server.worker_host import worker_setups
 from fidelora.settings import Settings
@@ -195,7 +204,10 @@ def make_app(context: ServerContext, *, with_page: bool = False) -> FastAPI:
     app.state.context = context
     problems.install(app)
     app.include_router(operations.router)
-    for router in (inference.router, replay.router, requests.router, loras.router, openai.router):
+    for router in (
+        inference.router, replay.router, explain.router, requests.router, loras.router,
+        openai.router,
+    ):  # fmt: skip
         app.include_router(router, dependencies=[bearer])
     basic = Security(
         _DocumentedBasic(

@@ -26,6 +26,7 @@ from fidelora.server.job_watcher import JobWatcher
 from fidelora.server.metrics import Metrics
 from fidelora.server.retention_clock import RetentionClock
 from fidelora.server.size_limits import SizeLimits
+from fidelora.server.verifier import Verifier, hub_environment
 from fidelora.settings import Settings
 from fidelora.workers.attempt import AttemptReport
 from fidelora.workers.pool import WorkerPool
@@ -72,6 +73,17 @@ class ServerContext:
     def watcher(self) -> JobWatcher:
         """Watches of jobs, which also wake when the server stops or `unready_reason` changes."""
         return JobWatcher(self.store, lambda: (self.stopping.is_set(), self.unready_reason))
+
+    @cached_property
+    def verifier(self) -> Verifier:
+        """Runs verifications and explanations, one at a time in this process."""
+        settings = self.settings
+        return Verifier(
+            # A server without workers verifies training runs on its CPU.
+            settings.devices[0] if settings.devices else "cpu",
+            settings.inference_timeout_s,
+            hub_environment(settings),
+        )
 
     @property
     def default_model(self) -> str:

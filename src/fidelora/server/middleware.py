@@ -115,6 +115,7 @@ class BodyLimitMiddleware:
         self._extra_bytes = {
             ("POST", "/v1/loras"): max_lora_bytes,
             ("POST", "/v1/replay"): MAX_IMAGE_BYTES,
+            ("POST", "/v1/explain"): MAX_IMAGE_BYTES + max_job_bytes,
             ("POST", "/sdapi/v1/png-info"): MAX_IMAGE_BYTES * 4 // 3,  # in base64
             ("POST", PAGE_UPLOAD_PATH): max(max_lora_bytes, max_job_bytes),
         }

@@ -73,6 +73,7 @@ REQUEST_CODES = {
     "FIELD_NOT_SUPPORTED": "The field in `details.field` is unknown or not supported by the model.",
     "MULTIPLIERS_DO_NOT_MATCH": "A prompt does not have one multiplier per LoRA.",
     "BASE_MODEL_DIFFERS": "The image was made with another base model; see `details.differs`.",
+    "EXPLANATION_FAILED": "The picture or the training run of `POST /v1/explain` cannot be used.",
     "LORA_BYTES_MISSING": (
         "The server lacks LoRAs of the image; `details.missing` has the sha256 and name of each."
     ),

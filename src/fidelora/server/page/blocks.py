@@ -13,7 +13,7 @@ from fidelora.server.context import ServerContext
 from fidelora.server.page.bases import bases_line
 from fidelora.server.page.pictures import PageFiles
 from fidelora.server.page.uploads import max_upload_bytes
-from fidelora.server.page.verifications import Verifier
+from fidelora.server.verifier import Verifier
 
 _CSS = Path(__file__).with_name("style.css")
 

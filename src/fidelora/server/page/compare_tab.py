@@ -27,9 +27,9 @@ from fidelora.server.page.html import escape, notice, progress_bar
 from fidelora.server.page.lora_list import LoraList
 from fidelora.server.page.make_form import MakeForm
 from fidelora.server.page.pictures import PageFiles
-from fidelora.server.page.verifications import random_id
 from fidelora.server.page.visitor import visitor
 from fidelora.server.submit import submit
+from fidelora.server.verifier import random_id
 from fidelora.training.grid import labelled_sheet
 
 MAX_SHEET_IMAGES = 64

@@ -18,7 +18,7 @@ from fidelora.server.context import ServerContext
 from fidelora.server.outputs import content_of
 from fidelora.server.page.paths import IMAGES_ZIP
 from fidelora.server.page.pictures import MAX_GALLERY_IMAGES, ImageId, PageFiles
-from fidelora.server.page.verifications import random_id
+from fidelora.server.verifier import random_id
 
 _INDEX = re.compile("[0-9]{1,3}")
 

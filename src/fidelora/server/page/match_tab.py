@@ -1,10 +1,14 @@
-"""The *Match* tab: verifies a training run as `fidelora verify` does, and shows the report."""
+"""The *Match* tab: verifies a training run, or explains a picture of another program.
+
+It runs `fidelora verify` or `fidelora explain`, and shows the report.
+"""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,45 +17,33 @@ from starlette.concurrency import run_in_threadpool
 
 from fidelora.errors import FideloraError, TrainingRunError
 from fidelora.server.context import ServerContext
+from fidelora.server.middleware import MAX_IMAGE_BYTES
 from fidelora.server.page.events import IMMEDIATE, STREAMING
-from fidelora.server.page.html import escape, notice, progress_bar
-from fidelora.server.page.paths import REPORTS
+from fidelora.server.page.html import notice, progress_bar
+from fidelora.server.page.match_messages import explanation, report_link, verdict
 from fidelora.server.page.pictures import PageFiles
 from fidelora.server.page.uploads import refuse_larger
 from fidelora.server.page.verification_progress import Progress, with_pauses
 from fidelora.server.page.verifications import (
-    CANCELED,
-    Outcome,
-    Verifier,
     find_run,
     list_runs,
-    random_id,
     read_contained_run,
     server_base_model,
     unpack_run,
 )
 from fidelora.server.public_texts import public_text
+from fidelora.server.verifier import CANCELED, Outcome, Verifier, random_id
 
-_VERDICTS = {
-    "identical": (
-        "good",
-        "Every pixel of every sample is the same: this server makes what the trainer made.",
-    ),
-    "rounding": (
-        "good",
-        "The samples are consistent with these settings; the remaining differences are rounding.",
-    ),
-    "undecided": (
-        "",
-        "Too much information was lost to tell whether these settings are right. Save future runs "
-        "in float32, or verify a step that has all earlier checkpoints.",
-    ),
-    "mismatch": (
-        "error",
-        "At least one sample is different. Check the base model first; the option above finds the "
-        "setting that explains the difference.",
-    ),
+_FROM_FILE = "The one in the file"
+_PROGRAMS = {
+    _FROM_FILE: (),
+    "AUTOMATIC1111's web UI": ("--program", "a1111"),
+    "Forge": ("--program", "forge"),
+    "ComfyUI": ("--program", "comfyui"),
+    "diffusers": ("--program", "diffusers"),
 }
+"""Options of `fidelora explain` by the name of a program."""
+_Output = AsyncGenerator[str | Outcome, None]
 _MAX_OUTPUT_LINES = 200
 _LOOK_S = 1.0
 """Seconds between two updates of the elapsed time."""
@@ -110,10 +102,37 @@ class MatchTab:
                         scale=1,
                         min_width=100,
                     )
+        with gr.Accordion("A picture of another program differs", open=False, elem_id="differs"):
+            gr.Markdown(
+                "Choose the training run above, and drop a picture that ComfyUI, AUTOMATIC1111's "
+                "web UI, a diffusers script or another program made with its LoRA. The report "
+                "lists the settings that differ from the trainer's sample, in the order of their "
+                "effect on the pixels, and says what to set there.",
+                elem_classes="help",
+            )
+            with gr.Row(equal_height=False):
+                self.picture = gr.File(
+                    label="Picture (its original file)",
+                    file_types=[".png", ".jpg", ".jpeg", ".webp"],
+                    height=150,
+                    elem_id="other-picture",
+                    min_width=300,
+                )
+                with gr.Column(min_width=300):
+                    self.program = gr.Dropdown(
+                        list(_PROGRAMS),
+                        value=_FROM_FILE,
+                        label="Program",
+                        elem_id="program",
+                        info="Needed only if the file does not contain it.",
+                    )
+                    self.explain = gr.Button(
+                        "Explain", variant="primary", elem_id="explain", min_width=140
+                    )
         self.verdict = gr.Markdown(latex_delimiters=[], elem_id="verdict")
         self.report = gr.Markdown(latex_delimiters=[], elem_id="report")
         self.output = gr.Textbox(
-            label="Output of fidelora verify",
+            label="Output of the command",
             lines=6,
             max_lines=20,
             visible=False,
@@ -127,6 +146,7 @@ class MatchTab:
             "verification_id": self.verification_id,
             "cancel": self.cancel,
             "archive": self.archive,
+            "picture": self.picture,
         }
 
     def listen(self, tab: gr.Tab) -> None:
@@ -136,6 +156,12 @@ class MatchTab:
             [self.verify.click, self.step.submit],
             self._verify,
             [self.folder, self.archive, self.step, self.doctor],
+            list(self._outputs.values()),
+            **STREAMING,
+        )
+        self.explain.click(
+            self._explain,
+            [self.folder, self.archive, self.step, self.picture, self.program],
             list(self._outputs.values()),
             **STREAMING,
         )
@@ -152,6 +178,56 @@ class MatchTab:
     async def _verify(
         self, folder: str | None, archive: str | None, step: str, doctor: bool
     ) -> AsyncIterator[list[Any]]:
+        def command(one: _Job) -> _Output:
+            return self._verifier.run(
+                one.id, one.run_folder, one.base_model, one.out, step=one.step, doctor=doctor
+            )
+
+        async for updates in self._run(folder, archive, step, command, verdict):
+            yield updates
+
+    async def _explain(
+        self,
+        folder: str | None,
+        archive: str | None,
+        step: str,
+        picture: str | None,
+        program: str,
+    ) -> AsyncIterator[list[Any]]:
+        if not picture:
+            yield self._updates(verdict=notice("Drop a picture of another program.", "error"))
+            return
+        options = [*_PROGRAMS.get(program, ())]
+
+        def command(one: _Job) -> _Output:
+            chosen = ["--step", one.step] if one.step.isdigit() else []
+            return self._verifier.explain(
+                one.id, one.run_folder, Path(picture), one.base_model, one.out, [*chosen, *options]
+            )
+
+        try:
+            refuse_larger(Path(picture), MAX_IMAGE_BYTES)
+            async for updates in self._run(folder, archive, step, command, explanation):
+                yield updates
+        except FideloraError as error:
+            yield self._updates(verdict=notice(error, "error"), picture=None)
+        finally:
+            Path(picture).unlink(missing_ok=True)
+
+    async def _run(
+        self,
+        folder: str | None,
+        archive: str | None,
+        step: str,
+        command: Callable[[_Job], _Output],
+        result: Callable[[Outcome, Sequence[str]], str],
+    ) -> AsyncIterator[list[Any]]:
+        """Run a command for a training run, and yield the updates of the page.
+
+        Args:
+            command: starts the command.
+            result: returns the message for its outcome and the lines of its output.
+        """
         try:
             step = _read_step(step)
         except TrainingRunError as error:
@@ -159,7 +235,12 @@ class MatchTab:
             return
         verification_id = random_id()
         workspace = self._page_files.verifications / verification_id
-        end = {"cancel": gr.update(interactive=False), "verification_id": "", "archive": None}
+        end = {
+            "cancel": gr.update(interactive=False),
+            "verification_id": "",
+            "archive": None,
+            "picture": None,
+        }
         waiting = "Waiting for another verification to finish."
         yield self._updates(
             verdict=progress_bar(
@@ -177,15 +258,9 @@ class MatchTab:
             lines: list[str] = []
             outcome = None
             progress = Progress()
-            (workspace / "report").mkdir(parents=True)
-            output = self._verifier.run(
-                verification_id,
-                run_folder,
-                base_model,
-                workspace / "report",
-                step=step,
-                doctor=doctor,
-            )
+            out = workspace / "report"
+            out.mkdir(parents=True)
+            output = command(_Job(verification_id, run_folder, base_model, out, step))
             async for line in with_pauses(output, _LOOK_S):
                 if isinstance(line, Outcome):
                     outcome = line
@@ -198,8 +273,8 @@ class MatchTab:
                     )
             assert outcome is not None
             yield self._updates(
-                verdict=_verdict(outcome, lines),
-                report=_report_link(verification_id, outcome),
+                verdict=result(outcome, lines),
+                report=report_link(verification_id, outcome),
                 **end,
             )
         except FideloraError as error:
@@ -244,33 +319,26 @@ class MatchTab:
         return [values.get(name, gr.skip()) for name in self._outputs]
 
 
+@dataclass(frozen=True)
+class _Job:
+    """A command for a training run.
+
+    Attributes:
+        id: id of the verification, for canceling it.
+        base_model: this server's base model of the run's family.
+        out: folder of the report.
+        step: a number, `last` or `all`.
+    """
+
+    id: str
+    run_folder: Path
+    base_model: str
+    out: Path
+    step: str
+
+
 def _read_step(text: str) -> str:
     text = text.strip() or "last"
     if text in ("last", "all") or (text.isascii() and text.isdigit() and len(text) < 10):
         return text
     raise TrainingRunError(f"{text!r:.60} is not a step; enter a number, last or all.")
-
-
-def _verdict(outcome: Outcome, lines: Sequence[str]) -> str:
-    """Return the verdict from the output's last line of the form `VERDICT: sentence`."""
-    lines = [line for line in lines if line]
-    words = (line.partition(":")[0] for line in reversed(lines))
-    verdict = next((word for word in words if word in _VERDICTS), "")
-    if not verdict or outcome.code not in (0, 1, 4):
-        return notice(lines[-1] if lines else "fidelora verify ended without output.", "error")
-    kind, sentence = _VERDICTS[verdict]
-    doctor = next((line for line in lines if line.startswith("Doctor:")), "")
-    details = f"<br>{escape(doctor)}" if doctor else ""
-    return (
-        f'<div role="status" class="message {kind}"><strong>{escape(verdict)}</strong>'
-        f"<span>{escape(sentence)}{details}</span></div>"
-    )
-
-
-def _report_link(verification_id: str, outcome: Outcome) -> str:
-    if outcome.report is None:
-        return ""
-    return (
-        f'<a class="report" href=".{REPORTS}{verification_id}" target="_blank" rel="noopener">'
-        "Open the report in a new tab</a>"
-    )

@@ -43,7 +43,7 @@ from fidelora.server.page.paths import (
 )
 from fidelora.server.page.pictures import REQUEST_FOLDER, PageFiles
 from fidelora.server.page.session_keys import SessionKeys
-from fidelora.server.page.verifications import Verifier, hub_environment
+from fidelora.server.verifier import Verifier
 
 log = structlog.get_logger(__name__)
 
@@ -219,7 +219,7 @@ class Page(BaseRoute):
         file = self._page_files.verifications / verification_id / "report" / "report.html"
         if not re.fullmatch(r"[0-9a-f]{32}", verification_id) or not file.is_file():
             return PlainTextResponse(
-                "This report is no longer available; verify the training run again.\n", 404
+                "This report is no longer available; run the command again.\n", 404
             )
         return HTMLResponse(file.read_bytes(), headers={"Content-Security-Policy": _REPORT_POLICY})
 
@@ -325,9 +325,7 @@ def make_page(context: ServerContext, login: Login) -> Page | str:
 
     settings = context.settings
     page_files = PageFiles(settings.data_dir.expanduser().absolute() / "page")
-    # A server without workers verifies training runs on its CPU.
-    device = settings.devices[0] if settings.devices else "cpu"
-    verifier = Verifier(device, settings.inference_timeout_s, hub_environment(settings))
+    verifier = context.verifier
     root_path = urlsplit(context.base_url).path.rstrip("/")
     return Page(
         context,

@@ -28,7 +28,9 @@ document.addEventListener(
   (event) => {
     if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
     if (event.repeat) return;
-    const buttons = ["generate", "verify", "compare"].map((id) => document.getElementById(id));
+    const ids = ["generate", "verify", "compare"];
+    if (event.target.closest?.("#differs")) ids.unshift("explain");
+    const buttons = ids.map((id) => document.getElementById(id));
     const button = buttons.find((one) => one?.offsetParent);
     if (!button) return;
     event.preventDefault();
@@ -85,7 +87,7 @@ const showReport = (link) => {
   link.dataset.shown = "";
   const frame = document.createElement("iframe");
   frame.className = "report";
-  frame.title = "Report of the verification";
+  frame.title = "Report";
   frame.setAttribute("sandbox", "allow-scripts");
   frame.src = link.href;
   link.before(frame);
@@ -102,7 +104,7 @@ new MutationObserver((changes) => {
 }).observe(document, { childList: true, subtree: true });
 
 // After a click on a button, the page scrolls to its progress if that is not visible.
-const progressOf = { generate: "progress", verify: "verdict", compare: "progress-compare" };
+const progressOf = { generate: "progress", verify: "verdict", explain: "verdict", compare: "progress-compare" };
 document.addEventListener("click", (event) => {
   const id = progressOf[event.target.closest("button")?.id] ?? "";
   const progress = document.getElementById(id);

@@ -1,0 +1,1 @@
+"""Samples of a training run through a running server, compared with the trainer's."""

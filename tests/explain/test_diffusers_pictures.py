@@ -1,0 +1,43 @@
+"""Pictures that diffusers made are explained; see diffusers_pictures/README.md."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support import GOLDEN_JOBS, TINY_BASE, read_json
+
+from fidelora import Engine
+from fidelora.explain.explain import explain
+from fidelora.explain.picture import Picture
+from fidelora.explain.read_picture import read_picture, with_options
+from fidelora.training.run_folder import read_run
+
+pytestmark = pytest.mark.usefixtures("golden_threads")
+FOLDER = Path(__file__).parent / "diffusers_pictures"
+PICTURES: list[dict[str, Any]] = read_json(FOLDER / "pictures.json")
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(device="cpu")
+
+
+@pytest.mark.parametrize("entry", PICTURES, ids=lambda entry: Path(entry["file"]).stem)
+def test_each_difference_is_named_and_none_invented(engine, entry):
+    content = (FOLDER / entry["file"]).read_bytes()
+    reading = with_options(read_picture(content, entry["file"]), entry["known"])
+    found = explain(
+        read_run(GOLDEN_JOBS / entry["job"]),
+        Picture.read(content, entry["file"]),
+        replace(reading, program="diffusers"),
+        engine,
+        index=entry["index"],
+        base_model=str(TINY_BASE),
+    )
+    causes = {{"schedule": "sampler"}.get(one.cause, one.cause) for one in found.differences}
+    assert causes == set(entry["differences"])
+    assert found.is_explained
+    assert found.is_same is not bool(causes)
