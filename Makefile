@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test faults fuzz soak bench check docs docs-serve reference format clean
+.PHONY: demo test faults fuzz soak bench check docs docs-serve reference lock format clean
 
 demo: $(READY)
 	$(BIN)/fidelora demo
@@ -62,6 +62,11 @@ docs-serve: $(READY)
 reference: $(READY)
 	$(BIN)/python -m tools.reference
 
+# Writes the locked requirements of the container images, with the hashes of the package index.
+# LOCK="--torch-cpu FOLDER" takes torch for CPUs from a folder of wheels.
+lock: $(READY)
+	$(BIN)/python -m tools.lock $(LOCK)
+
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -72,5 +77,5 @@ clean:
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade -c constraints.txt pip
-	$(BIN)/pip install --quiet -c constraints.txt --editable ".[server,client,ui,postgres]" --group dev --group docs
+	$(BIN)/pip install --quiet -c constraints.txt --editable ".[server,client,ui,postgres]" --group dev --group docs --group deploy
 	touch $@

@@ -47,7 +47,7 @@ class PostgresServer:
         assert binaries is not None
         self._binaries = binaries
         self._data, self._log = folder / "data", folder / "log"
-        self._port = _free_port()
+        self._port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
         self.url = f"postgresql://postgres@127.0.0.1:{self._port}/postgres"
         if _is_root():
@@ -137,7 +137,7 @@ def _as_user() -> list[str]:
     return ["setpriv", *options]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

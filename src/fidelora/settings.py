@@ -167,6 +167,16 @@ class Settings(BaseSettings):
             "default an SQLite file in the data folder."
         ),
     )
+    worker_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        validation_alias="FIDELORA_WORKER_PORT",
+        description=(
+            "Port on which `fidelora worker` serves `/health`, `/ready` and `/metrics`, at the "
+            "address in `HOST` and without API keys; 0 selects a free one; none by default."
+        ),
+    )
     queue_size: int = Field(
         10_000,
         ge=1,

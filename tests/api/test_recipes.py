@@ -246,6 +246,17 @@ def notes_of(adapters: list[AdapterRef], **body: Any) -> tuple[str, ...]:
     return notes_on(request(**body), adapters, recipes(tuple(adapters), **body))
 
 
+def test_a_negative_prompt_without_effect_is_reported_once(sks):
+    prompts = [{"prompt": "a", "neg": "ugly"}, {"prompt": "b", "neg": "dull"}]
+    made = recipes((sks,), model="flux", prompts=prompts)
+    assert [one.negative_prompt for one in made] == ["", ""]
+    note = "The negative prompt has no effect: FLUX.1 does not use one."
+    assert notes_of([sks], model="flux", prompts=prompts) == (note,)
+    assert notes_of([sks], model="flux", prompts=[{"prompt": "a"}]) == ()
+    assert recipes((sks,), model="flux_cfg", prompts=prompts)[0].negative_prompt == "ugly"
+    assert notes_of([sks], model="flux_cfg", prompts=prompts) == ()
+
+
 def test_the_trigger_word_of_the_lora_is_used_and_reported_once(sks):
     prompts = [{"prompt": "a [trigger]"}, {"prompt": "[name]!"}, {"prompt": "a ball"}]
     assert [one.prompt for one in recipes((sks,), prompts=prompts)] == ["a sks", "sks!", "a ball"]

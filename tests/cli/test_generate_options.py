@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import safetensors.torch
-from tests.support import LORA, MINIATURE_LORA, TINY_BASE, save_adapter
+from tests.support import LORA, MINIATURE_LORA, TINY_BASE, TINY_FLUX, save_adapter
 
 from fidelora import read_record
 from fidelora.engine.engine import Engine
@@ -82,6 +82,15 @@ def test_the_loras_of_a_folder_are_used_in_turn(fidelora, tmp_path, loras):
     assert first["recipe"]["adapters"][0]["name"] == "sks_9"
     assert third["recipe"]["adapters"][0]["name"] == "sks_10"
     assert first["digest"] == third["digest"] != second["digest"], "the same file, the same seed"
+
+
+@pytest.mark.usefixtures("no_image")
+def test_a_negative_prompt_without_effect_is_a_note(fidelora):
+    base = ["--model", "flux", "--base-model", str(TINY_FLUX), "--size", "64x64"]
+    code, out, err = fidelora("generate", "a", "--negative", "blurry", *base, "--dry-run", "--json")
+    assert code == 0
+    assert "note: The negative prompt has no effect: FLUX.1 does not use one." in err
+    assert json.loads(out)["images"][0]["recipe"].get("negative_prompt", "") == ""
 
 
 @pytest.mark.usefixtures("no_image")

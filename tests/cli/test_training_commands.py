@@ -22,6 +22,8 @@ from tests.support import (
     SDXL_LORA,
     TINY_BASE,
     TINY_SDXL,
+    TINY_ZIMAGE,
+    ZIMAGE_LORA,
     save_adapter,
 )
 
@@ -309,6 +311,13 @@ def test_inspect_describes_adapters(fidelora, tmp_path):
         "problem     1 tensors have NaN or infinite values" in fidelora("inspect", str(broken))[1]
     )
     assert fidelora("inspect", "nothing.safetensors")[0] == 2
+
+
+def test_inspect_names_the_part_that_the_adapter_changes(fidelora):
+    code, out, _ = fidelora("inspect", str(ZIMAGE_LORA), "--base-model", str(TINY_ZIMAGE))
+    assert code == 0
+    assert "modules (transformer)" in out
+    assert "UNet" not in out
 
 
 # --- recipe ---------------------------------------------------------------------------------------

@@ -125,6 +125,7 @@ def test_submit_accepts_every_form_of_prompts_and_loras(client, context):
         ["sks.safetensors", {"path": "b.safetensors", "network_multiplier": -1}],
         sample_steps=5,
         output_format="webp",
+        match="trainer",
     )
     job = context.store.get(accepted.request_id)
     assert [(recipe.prompt, recipe.seed, recipe.steps) for recipe in job.recipes] == [
@@ -145,6 +146,7 @@ def test_submit_accepts_every_form_of_prompts_and_loras(client, context):
     [
         ({"width": 3}, "width"),
         ({"wdth": 512}, "wdth"),
+        ({"match": "trainers"}, "match"),
         ({"output_format": "gif"}, "output_format"),
         ({"seed": "x"}, "seed"),
     ],

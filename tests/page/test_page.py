@@ -92,6 +92,16 @@ def test_the_page_is_at_the_root_and_names_no_other_host(client):
     assert "://" not in re.sub(r"http://www\.w3\.org\S*", "", client.get("/theme.css").text)
 
 
+def test_a_server_without_workers_has_the_page(tmp_path):
+    context = context_in(tmp_path, device="none")
+    with TestClient(
+        server_app.make_app(context, with_page=True),
+        base_url="http://127.0.0.1:8000",
+        client=("127.0.0.1", 50000),
+    ) as client:
+        assert "gradio" in client.get("/").text
+
+
 def test_the_policy_allows_only_the_inline_scripts_of_the_page(client):
     response = client.get("/")
     policy = dict(

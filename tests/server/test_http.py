@@ -890,7 +890,9 @@ def test_metrics_count(client, context):
     submit(client)
     client.get("/v1/requests/unknown/status")
     timings = {"load": 0.2, "adapters": 0.1, "denoise": 5.0, "decode": 0.1}
-    context.metrics.attempt_ended(AttemptReport("a", "succeeded", "", 3.0, 2, 50, timings, 1, 2))
+    context.metrics.attempt_ended(
+        AttemptReport("a", "succeeded", "", 3.0, 2, 50, timings, 1, 2, claim_s=0.004)
+    )
     context.metrics.attempt_ended(AttemptReport("b", "failed", "TIMEOUT", None, 0, 0, {}, 1, 0))
     lines = dict(
         line.rsplit(" ", 1)
@@ -901,6 +903,13 @@ def test_metrics_count(client, context):
     assert float(lines["fidelora_images_total"]) == 2
     assert float(lines['fidelora_failures_total{code="TIMEOUT"}']) == 1
     assert float(lines["fidelora_queue_wait_seconds_sum"]) == 3
+    assert float(lines['fidelora_claim_seconds_bucket{le="0.005"}']) == 1
+    assert float(lines["fidelora_claim_seconds_count"]) == 1
+    assert 0 < float(lines["fidelora_queue_age_seconds"]) < 3600
+    free, size = (
+        float(lines[f'fidelora_disk_{one}_bytes{{folder="data"}}']) for one in ("free", "size")
+    )
+    assert 0 < free <= size
     assert float(lines["fidelora_step_seconds_sum"]) == pytest.approx(0.1)
     assert float(lines["fidelora_adapter_switch_seconds_sum"]) == pytest.approx(0.1)
     assert (

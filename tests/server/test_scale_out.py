@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from tests.postgres import free_port
 from tests.server.serve_support import DEADLINE_S, Server, until
 from tests.support import LORA, TINY_BASE
 
@@ -37,12 +38,21 @@ class WorkerHost:
         }
         options = ["--store", url, "--device", "cpu", "--base-model", str(TINY_BASE)]
         folders = ["--outputs", str(data / "outputs"), "--adapters", str(data / "adapters")]
+        self.port = free_port()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "fidelora", "worker", *options, *folders],
-            env=environment | {"OMP_WAIT_POLICY": "passive", "FIDELORA_LOG_FORMAT": "json"},
+            env=environment
+            | {"OMP_WAIT_POLICY": "passive", "FIDELORA_LOG_FORMAT": "json"}
+            | {"FIDELORA_WORKER_PORT": str(self.port)},
             stderr=subprocess.DEVNULL,
             cwd=data,
         )
+
+    def get(self, path: str) -> str:
+        """Return the response of the worker's own port."""
+        url = f"http://127.0.0.1:{self.port}{path}"
+        with urllib.request.urlopen(url, timeout=DEADLINE_S) as answer:
+            return str(answer.read().decode())
 
     def stop(self) -> int:
         """End the process after its current job, and return its exit code."""
@@ -110,6 +120,10 @@ def test_workers_on_other_machines_make_the_images(server, hosts, store, tmp_pat
     with Image.open(output["file_path"]) as image:
         made = np.asarray(image.convert("RGB"))
     assert np.array_equal(made, Engine(device="cpu").generate(recipe).pixels)
+    assert all(host.get("/ready") for host in hosts)
+    metrics = [host.get("/metrics") for host in hosts]
+    assert sum(text.count("fidelora_images_total 1.0") for text in metrics) == 1
+    assert sum(text.count("fidelora_claim_seconds_count 1.0") for text in metrics) == 1
 
     running = submit(server, LONG)
     until(lambda: store.get(running).progress is not None)

@@ -103,3 +103,54 @@ def test_identical_draws_do_not_fail(random):
     same = [Differences(still, (still,) * DRAWS)] * 2
     assert size_test(same).p_value > 0.4
     assert direction_test(same, [noise(random)] * 2, 0.01).p_value == 1.0
+
+
+def rounded(random: np.random.Generator, setting: DifferenceImage, count: int = DRAWS):
+    """Return what a test sees if each image has rounding errors of its own, of mean square 1.
+
+    Returns:
+        The sample, made with the setting `setting` away from the configuration's, and the change
+        of the setting by 1, as a single image (with its errors and the replayed image's).
+    """
+    center = fine_noise(random)
+    draws = tuple((fine_noise(random) - center).astype(np.float32) for _ in range(count))
+    trainer = (setting + fine_noise(random) - center).astype(np.float32)
+    return Differences(trainer, draws), center
+
+
+def fine_noise(random: np.random.Generator, size: float = 1.0) -> DifferenceImage:
+    field: DifferenceImage = random.normal(0, size, (48, 48, 3)).astype(np.float32)
+    return field
+
+
+def test_the_power_counts_only_the_part_that_is_no_rounding(random):
+    effect = fine_noise(random, 0.5)  # a quarter of the power of an image's rounding errors
+    sample, center = rounded(random, effect)
+    change = (effect + fine_noise(random) - center).astype(np.float32)
+    found = direction_test([sample], [change], 0.01)
+    assert found.signal == pytest.approx(0.25 / 2.25, abs=0.05)
+    assert found.amount == pytest.approx(1, abs=0.6)
+    assert found.detectable > 0.2
+
+
+def test_a_change_that_is_all_rounding_is_not_detectable(random):
+    nothing = np.zeros((48, 48, 3), np.float32)
+    sample, center = rounded(random, nothing)
+    found = direction_test([sample], [(fine_noise(random) - center).astype(np.float32)], 0.01)
+    assert found.signal < 0.05
+    assert found.p_value > 0.01
+    assert found.detectable == float("inf")
+
+
+def test_an_averaged_change_detects_what_a_single_one_hides(random):
+    effect = fine_noise(random, 0.2)
+    sample, center = rounded(random, effect)
+    single = (effect + fine_noise(random) - center).astype(np.float32)
+    pairs = [effect + fine_noise(random) - fine_noise(random) for _ in range(DRAWS)]
+    mean = np.mean(pairs, axis=0).astype(np.float32)
+    blurred = direction_test([sample], [single], 0.01)
+    clear = direction_test([sample], [mean], 0.01, [2 / DRAWS])
+    assert clear.signal > 4 * blurred.signal
+    assert clear.p_value < 0.01
+    assert clear.amount == pytest.approx(1, abs=0.3)
+    assert clear.detectable < blurred.detectable / 2

@@ -59,18 +59,6 @@ BF16_LEVELS = {
 Measured: up to 8, 16, 11 and 9 levels, with 8-55 % of the pixels identical (and some samples
 identical). bfloat16 has only 8 significant bits, so the order of additions changes most pixels.
 """
-NOT_MEASURED = (
-    "klein_",
-    "qwen_",
-    "lumina2_",
-    "flux_",
-    "chroma_",
-    "zimage_quantized",
-    "zimage_turbo",
-    "zrk_",
-)
-"""Beginnings of runs that this package has not replayed yet on a processor like the trainer's. They
-have the bounds of other processors everywhere."""
 OLD_TRAINERS = {"zimage_turbo_f32_pin_before_0_10_25": (0, 10, 24)}
 """Releases that the metadata of the golden adapters does not name, because only the trainer's
 library was that of the old release."""
@@ -158,7 +146,7 @@ def replay(engine: Engine, name: str, step: int, **changes: Any) -> list[Compari
 def test_last_samples_are_identical(engine, name):
     comparisons = replay(engine, name, read_run(folder_of(name)).steps)
     assert len(comparisons) == EXACT[name]
-    if SAME_PROCESSOR and not name.startswith(NOT_MEASURED):
+    if SAME_PROCESSOR:
         assert [comparison.identical_percent for comparison in comparisons] == [100.0] * EXACT[name]
     else:
         warnings.warn(f"{name}: checked against the bound for other processors", stacklevel=1)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from tests.support import GOLDEN_JOBS, TINY_BASE
 
-from fidelora.training.judge import DRAWS, Experiment, changed_settings, grouped_by_cause
+from fidelora.training.changes import changed_settings, grouped_by_cause
+from fidelora.training.judge import DRAWS, Experiment
 from fidelora.training.plan import plan_samples
 from fidelora.training.run_folder import read_run
 

@@ -120,7 +120,7 @@ def recipes_of(
         try:
             recipe = Recipe(
                 prompt=trigger_of(adapters, _trigger_word(request, item)).fill(item.prompt),
-                negative_prompt=item.neg or "",
+                negative_prompt=(item.neg or "") if family.uses_negative_prompt else "",
                 model=request.model,
                 width=width - width % divisor,
                 height=height - height % divisor,
@@ -146,7 +146,8 @@ def notes_on(
 ) -> tuple[str, ...]:
     """Return a sentence for each value that differs from what the request may have meant.
 
-    These are trigger words that the request leaves to the LoRAs' metadata, and rounded sizes.
+    These are trigger words that the request leaves to the LoRAs' metadata, rounded sizes, and
+    negative prompts for a family that does not use them.
 
     Args:
         recipes: result of `recipes_of`.
@@ -154,9 +155,11 @@ def notes_on(
     notes = []
     for item, recipe in zip(request.prompts, recipes, strict=True):
         notes.append(trigger_of(adapters, _trigger_word(request, item)).note([item.prompt]))
+        family = get_family(recipe.model)
+        if item.neg:
+            notes.append(family.negative_prompt_note)
         width, height = item.width or DEFAULT_SIZE, item.height or DEFAULT_SIZE
         if (width, height) != (recipe.width, recipe.height):
-            family = get_family(recipe.model)
             notes.append(
                 f"The size {width} x {height} was rounded down to {recipe.width} x "
                 f"{recipe.height}; sides of {family.title} images are multiples of "

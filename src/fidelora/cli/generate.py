@@ -37,7 +37,7 @@ from fidelora.cli.image_plan import (
 from fidelora.cli.output_names import FIELDS, parse_output
 from fidelora.cli.rendering import PlannedImage, Report, check_base, print_plan, render
 from fidelora.errors import RecipeError
-from fidelora.families import all_families
+from fidelora.families import all_families, get_family
 from fidelora.families.emphasis import Emphasis
 from fidelora.loras.few_step import proposals
 from fidelora.recipe import AdapterRef
@@ -387,8 +387,11 @@ def generate(
         "sampler": sampler,
         "eta": eta,
     }
+    family = get_family(model)
+    if negative and (ignored := family.negative_prompt_note):
+        report.note(f"note: {ignored}")
     settings: dict[str, Any] = {
-        "negative_prompt": negative,
+        "negative_prompt": negative if family.uses_negative_prompt else "",
         "negative_prompt_2": negative_2,
         "emphasis": emphasis,
         "guidance_rescale": guidance_rescale,

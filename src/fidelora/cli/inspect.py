@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fidelora.cli.console import Debug
+from fidelora.families import get_family
 from fidelora.loras.few_step import Recognised, proposal, recognise_few_step_lora
 from fidelora.recipe import short_name
 from fidelora.texts import printable
@@ -144,10 +145,20 @@ def _contents(document: dict[str, Any]) -> str:
     """Return the kinds, modules and tokens as one phrase; empty if the file is not an adapter."""
     if not document["type"]:
         return ""
-    parts = "text encoder and UNet" if document["text_encoder"] else "UNet"
+    parts = _denoiser(document["model"])
+    if document["text_encoder"]:
+        parts = f"text encoder and {parts}"
     phrases = [document["type"]]
     if document["modules"]:
         phrases.append(f"{document['modules']} modules ({parts})")
     if document["tokens"]:
         phrases.append(f"{document['tokens']} tokens")
     return ", ".join(phrases)
+
+
+def _denoiser(model: str | None) -> str:
+    """Return what the part that an adapter changes is called in this family."""
+    if model is None:
+        return "UNet or transformer"
+    part = next(part for part in get_family(model).parts if part.role == "denoiser")
+    return "UNet" if part.name == "unet" else part.name

@@ -69,6 +69,7 @@ class AsyncClient:
         trigger_word: str | None = None,
         output_format: str = "png",
         fidelity: str | None = None,
+        match: str | None = None,
         hf_token: str | None = None,
         idempotency_key: str | None = None,
         **each: Any,
@@ -79,6 +80,7 @@ class AsyncClient:
             "trigger_word": trigger_word,
             "output_format": output_format,
             "fidelity": fidelity,
+            "match": match,
             "hf_token": hf_token,
         }
         return await self._run(self._flows.submit(prompts, loras, fields, each, idempotency_key))

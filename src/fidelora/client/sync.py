@@ -75,6 +75,7 @@ class Client:
         trigger_word: str | None = None,
         output_format: str = "png",
         fidelity: str | None = None,
+        match: str | None = None,
         hf_token: str | None = None,
         idempotency_key: str | None = None,
         **each: Any,
@@ -85,6 +86,8 @@ class Client:
             prompts: one prompt per image; or a complete request, which replaces the other fields.
             loras: the LoRAs in order, each a path, a (path, multiplier) tuple, or all its fields.
             fidelity: `exact` or `fast`; by default the server's setting.
+            match: `trainer` for the sizes and the default number of steps of AI Toolkit's samples,
+                instead of the server's.
             idempotency_key: a repeated call with the same key returns the same request.
             each: fields for every prompt that does not set them: `width`, `height`, `seed`, `neg`,
                 `sampler`, `sample_steps`, ...
@@ -99,6 +102,7 @@ class Client:
             "trigger_word": trigger_word,
             "output_format": output_format,
             "fidelity": fidelity,
+            "match": match,
             "hf_token": hf_token,
         }
         return self._run(self._flows.submit(prompts, loras, fields, each, idempotency_key))

@@ -297,6 +297,18 @@ class Family:
         return self.api_divisor or self.resolution_divisor
 
     @property
+    def uses_negative_prompt(self) -> bool:
+        """True if a negative prompt has an effect."""
+        return "negative_prompt" in self.uses
+
+    @property
+    def negative_prompt_note(self) -> str:
+        """A sentence for requests with a negative prompt that has no effect, else ""."""
+        if self.uses_negative_prompt:
+            return ""
+        return f"The negative prompt has no effect: {self.title} does not use one."
+
+    @property
     def supports_embeddings(self) -> bool:
         """True if the family's `text` implements `families.protocols.ExtendableText`."""
         return any(part.embedding_key for part in self.parts)

@@ -127,7 +127,15 @@ def context_with_store(
             _bytes(settings.uploads_per_key_gb),
         ),
         keys=ApiKeys(keys_file(settings)),
-        metrics=Metrics(store, pool),
+        metrics=Metrics(
+            store,
+            pool,
+            {
+                "data": settings.data_dir,
+                "outputs": settings.outputs,
+                "adapters": settings.adapters,
+            },
+        ),
         base_url=base_url,
         server_defaults=server_defaults,
         base_models=BaseModels(server_defaults),

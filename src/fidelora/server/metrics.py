@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
 
 from prometheus_client import (
     CollectorRegistry,
@@ -22,23 +26,35 @@ from fidelora.workers.pool import WorkerPool
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 """Methods counted separately. Clients can send any method, so all others share one label."""
 # Upper bounds of the histogram buckets, in seconds.
+_CLAIM_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 _QUEUE_BUCKETS_S = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
 _PHASE_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _HTTP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 
 
 class Metrics:
-    """Metrics of one server.
+    """Metrics of one server, or of one `fidelora worker`.
 
     Args:
-        store, pool: queried for the queue and the workers at each scrape.
+        store: queried for the queue and all live workers at each scrape; None leaves them out.
+        pool: queried for the workers of this process at each scrape; None leaves them out.
+        folders: folders by label, for the space on their disks. Those that do not exist are left
+            out.
     """
 
-    def __init__(self, store: JobStore, pool: WorkerPool | None) -> None:
+    def __init__(
+        self,
+        store: JobStore | None,
+        pool: WorkerPool | None,
+        folders: Mapping[str, Path] | None = None,
+    ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
         self._queue_wait = self._histogram(
             "queue_wait_seconds", "Time from acceptance to the first attempt.", _QUEUE_BUCKETS_S
+        )
+        self._claim = self._histogram(
+            "claim_seconds", "Time of a claim that returned a request.", _CLAIM_BUCKETS_S
         )
         self._load = self._histogram(
             "load_seconds", "Time to load the base model and LoRAs, per attempt.", _PHASE_BUCKETS_S
@@ -77,12 +93,18 @@ class Metrics:
         self._http_time = self._histogram(
             "http_request_seconds", "Time from request headers to end of response.", _HTTP_BUCKETS_S
         )
-        self._registry.register(_CurrentStateCollector(store, pool))
+        if store is not None:
+            self._registry.register(_QueueCollector(store))
+        if pool is not None:
+            self._registry.register(_PoolCollector(pool))
+        self._registry.register(_DiskCollector(folders or {}))
 
     def attempt_ended(self, report: AttemptReport) -> None:
         """Count an attempt that ended."""
         if report.wait_s is not None:
             self._queue_wait.observe(report.wait_s)
+        if report.claim_s is not None:
+            self._claim.observe(report.claim_s)
         for part, histogram in (
             ("load", self._load),
             ("adapters", self._switch),
@@ -116,12 +138,11 @@ class Metrics:
         return Histogram(f"fidelora_{name}", help_text, buckets=buckets, registry=self._registry)
 
 
-class _CurrentStateCollector(Collector):
-    """Gauges that are computed at each scrape."""
+class _QueueCollector(Collector):
+    """Gauges of the job database, computed at each scrape."""
 
-    def __init__(self, store: JobStore, pool: WorkerPool | None) -> None:
+    def __init__(self, store: JobStore) -> None:
         self._store = store
-        self._pool = pool
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         requests = GaugeMetricFamily(
@@ -130,21 +151,57 @@ class _CurrentStateCollector(Collector):
         for status in (Status.IN_QUEUE, Status.IN_PROGRESS):
             requests.add_metric([status.value], self._store.count(status))
         yield requests
+        head = self._store.peek()
+        age = (datetime.now(UTC) - head.created_at).total_seconds() if head else 0.0
+        yield GaugeMetricFamily(
+            "fidelora_queue_age_seconds",
+            "Age of the request at the head of the queue; 0 if the queue is empty.",
+            value=max(0.0, age),  # the times may be those of two clocks
+        )
         yield GaugeMetricFamily(
             "fidelora_live_workers",
             "Workers of all machines that have reported to the job database a short time ago.",
             value=len(self._store.workers()),
         )
-        if self._pool is not None:
-            workers = len(self._pool.process_ids)
-            yield GaugeMetricFamily(
-                "fidelora_workers", "Worker processes of this server.", value=workers
-            )
-            yield GaugeMetricFamily(
-                "fidelora_worker_restarts",
-                "Replaced worker processes.",
-                value=self._pool.restarts,
-            )
-            yield GaugeMetricFamily(
-                "fidelora_ready", "1 if a worker is ready.", value=int(self._pool.ready)
-            )
+
+
+class _PoolCollector(Collector):
+    """Gauges of the workers of this process, computed at each scrape."""
+
+    def __init__(self, pool: WorkerPool) -> None:
+        self._pool = pool
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        yield GaugeMetricFamily(
+            "fidelora_workers",
+            "Worker processes of this server.",
+            value=len(self._pool.process_ids),
+        )
+        yield GaugeMetricFamily(
+            "fidelora_worker_restarts", "Replaced worker processes.", value=self._pool.restarts
+        )
+        yield GaugeMetricFamily(
+            "fidelora_ready", "1 if a worker is ready.", value=int(self._pool.ready)
+        )
+
+
+class _DiskCollector(Collector):
+    """Space on the disks of the folders, in bytes."""
+
+    def __init__(self, folders: Mapping[str, Path]) -> None:
+        self._folders = folders
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        size = GaugeMetricFamily(
+            "fidelora_disk_size_bytes", "Size of the folder's disk.", labels=["folder"]
+        )
+        free = GaugeMetricFamily(
+            "fidelora_disk_free_bytes", "Free space on the folder's disk.", labels=["folder"]
+        )
+        for name, folder in self._folders.items():
+            with suppress(OSError):  # a folder that is not created yet, or not mounted
+                usage = shutil.disk_usage(folder)
+                size.add_metric([name], usage.total)
+                free.add_metric([name], usage.free)
+        yield size
+        yield free

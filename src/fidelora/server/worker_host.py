@@ -16,10 +16,13 @@ import structlog
 from fidelora.atomic import remove_stale_temporaries
 from fidelora.errors import JobStoreError, SettingsError
 from fidelora.families import all_families
+from fidelora.jobs.job import Status
 from fidelora.jobs.sql import SqlStore
 from fidelora.recipe import Recipe
 from fidelora.server.defaults import server_defaults_of
 from fidelora.server.logs import configure_logs
+from fidelora.server.metrics import Metrics
+from fidelora.server.worker_probes import WorkerProbes
 from fidelora.settings import Settings
 from fidelora.workers.attempt import AttemptReport, WorkerLimits
 from fidelora.workers.pool import WorkerPool
@@ -86,8 +89,23 @@ def run_workers(settings: Settings) -> None:
     # Each start has a new name. Jobs of a killed process return to the queue after a minute.
     name = f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
     pool = WorkerPool(store, setups, name=name)
-    pool.on_report = _log_report
+    metrics = Metrics(None, pool, {"outputs": settings.outputs, "adapters": settings.adapters})
+
+    def on_report(report: AttemptReport) -> None:
+        metrics.attempt_ended(report)
+        _log_report(report)
+
+    pool.on_report = on_report
     stop = threading.Event()
+    probes: WorkerProbes | None = None
+    if settings.worker_port is not None:
+        probes = WorkerProbes(
+            settings.host,
+            settings.worker_port,
+            is_ready=lambda: pool.ready and not stop.is_set(),
+            metrics=metrics.text,
+        )
+        log.info("serving probes and metrics", host=settings.host, port=probes.port)
 
     def request_stop(_signal: int, _frame: FrameType | None) -> None:
         if stop.is_set():
@@ -101,7 +119,9 @@ def run_workers(settings: Settings) -> None:
     was_ready = False
     while not stop.wait(_WATCH_INTERVAL_S):
         try:
-            pool.watch()
+            for job in pool.watch():
+                if job.status is Status.FAILED and job.error:
+                    metrics.lost(job.error.code)
         except JobStoreError as error:
             log.warning("job store unavailable", error=str(error))
         if pool.ready != was_ready:
@@ -113,6 +133,8 @@ def run_workers(settings: Settings) -> None:
     except JobStoreError as error:
         log.warning("job store unavailable", error=str(error))
     store.close()
+    if probes is not None:
+        probes.close()
     log.info("stopped")
 
 

@@ -33,6 +33,7 @@ _MODEL_ERROR = 0.08
 
 For right settings, the mean size of a run's differences was 0.93 to 1.12 times that of the draws.
 """
+_MIN_SIGNAL = 0.01  # a smaller `DirectionTest.signal` cannot be told from 0
 _MIN_SIZE = 1e-4  # levels; avoids the logarithm of zero for images that do not differ
 
 
@@ -73,12 +74,16 @@ class DirectionTest:
         amount: the part of the change that the trainer's samples contain: about 0 for right
             settings, 1 if the samples were made with the changed setting.
         p_value: probability of an amount at least as far from 0 with right settings.
-        detectable: smallest amount whose p value would be below the limit of the test.
+        detectable: smallest amount whose p value would be below the limit of the test; infinite if
+            the change cannot be told from rounding errors.
+        signal: the part of the changes, as a share of their mean square, that is due to the
+            setting. The rest is rounding errors, which differ with every change of the settings.
     """
 
     amount: float
     p_value: float
     detectable: float
+    signal: float = 1.0
 
 
 def size_test(samples: Sequence[Differences]) -> SizeTest:
@@ -102,7 +107,10 @@ def size_test(samples: Sequence[Differences]) -> SizeTest:
 
 
 def direction_test(
-    samples: Sequence[Differences], changes: Sequence[DifferenceImage], limit: float
+    samples: Sequence[Differences],
+    changes: Sequence[DifferenceImage],
+    limit: float,
+    noise: Sequence[float] | None = None,
 ) -> DirectionTest:
     """Look for a change of one setting in the trainer's differences.
 
@@ -110,9 +118,18 @@ def direction_test(
     draws' variance, which is the matched filter for a known signal (North, "An analysis of the
     factors which determine signal/noise discrimination in pulsed-carrier systems", 1943).
 
+    A change C' - C has the rounding errors of both images, so it is the setting's effect S plus the
+    errors n' - n. The errors n are also in the draws' differences D_k - C, whose projections on the
+    change therefore have the mean |n|^2 / |C' - C|^2. As n' is about as large as n, the effect's
+    share is |S|^2 / |C' - C|^2 = 1 - 2 * mean. Samples made with the changed setting contain S, and
+    their projection is larger than the mean by this share, not by 1.
+
     Args:
         changes: for each sample, difference that the changed setting makes to the replayed image.
         limit: p value below which an amount counts as detected.
+        noise: for each sample, mean square of the rounding errors in `changes`, if these do not
+            depend on the replayed image; by default, the share of the effect is estimated from the
+            draws as above.
     """
     weights = [1 / _variance(sample.draws) for sample in samples]
     scale = sum(w * _dot(c, c) for w, c in zip(weights, changes, strict=True))
@@ -125,11 +142,20 @@ def direction_test(
 
     count = len(samples[0].draws)
     draws = np.array([amount([sample.draws[k] for sample in samples]) for k in range(count)])
-    found = amount([sample.trainer for sample in samples])
-    error = float(draws.std(ddof=1)) * math.sqrt(1 + 1 / count)
-    p_value = 2 * float(student.sf(abs(found - draws.mean()) / max(error, 1e-12), count - 1))
-    detectable = float(student.isf(limit / 2, count - 1)) * error
-    return DirectionTest(found, min(1.0, p_value), detectable)
+    center, spread = float(draws.mean()), float(draws.std(ddof=1))
+    if noise is None:
+        signal, uncertainty = 1 - 2 * center, 2 * spread / math.sqrt(count)
+    else:
+        errors = zip(weights, noise, changes, strict=True)
+        signal, uncertainty = 1 - sum(w * one * c.size for w, one, c in errors) / scale, 0.0
+    signal = min(1.0, max(0.0, signal))
+    excess = amount([sample.trainer for sample in samples]) - center
+    error = spread * math.sqrt(1 + 1 / count)
+    p_value = 2 * float(student.sf(abs(excess) / max(error, 1e-12), count - 1))
+    smallest = float(student.isf(limit / 2, count - 1)) * error
+    certain = signal - uncertainty
+    detectable = smallest / certain if certain > _MIN_SIGNAL else math.inf
+    return DirectionTest(excess / max(signal, _MIN_SIGNAL), min(1.0, p_value), detectable, signal)
 
 
 def _log_size(difference: DifferenceImage) -> float:

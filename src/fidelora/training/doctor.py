@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from fidelora.engine.engine import Engine
 from fidelora.errors import BaseModelError, NumericsError
 from fidelora.training import suspects
+from fidelora.training.changes import Change, changed_settings
 from fidelora.training.compare import Comparison, compare, reencode
 from fidelora.training.flags import where_to_set
-from fidelora.training.judge import Verdict
+from fidelora.training.judge import Pixels, Verdict
 from fidelora.training.run_folder import TrainingRun
 from fidelora.training.run_suspects import run_suspects, trainer_versions
 from fidelora.training.suspects import Suspect, UniqueSuspects
@@ -82,8 +85,9 @@ def diagnose(
     """Find the setting that explains why samples differ.
 
     The search uses the mismatched sample that is fastest to generate. It tries suspects in this
-    order: settings with one or two alternatives; settings with many values, ranked at few steps;
-    numbers of steps. An identical image ends the search. If an image differs only by rounding or as
+    order: settings with one or two alternatives; values of guidance, steps and multiplier that are
+    estimated from a small change; settings with many values, ranked at few steps; numbers of steps.
+    An identical image ends the search. If an image differs only by rounding or as
     much as lost information explains, only the remaining suspects of the same cause are tried,
     because one of them may be closer.
 
@@ -132,13 +136,18 @@ def diagnose(
             suspects.seeds(run, recipe, sample.plan.index),
             suspects.samplers(recipe),
             suspects.guidance_scales(recipe),
+            suspects.guidance_rescales(recipe),
         )
     )
     step_counts = list(unique(suspects.step_counts(recipe)))
+    changes = [one for one in changed_settings(run, sample.plan) if one.size is not None]
     most = len(few_values) + len(many_values) + _SCREENED_SUSPECTS + len(step_counts)
-    search = _Search(sample, engine, most, on_progress)
+    search = _Search(sample, engine, most + 4 * len(changes), on_progress)
     for suspect in few_values:
         search.attempt(suspect)
+    for change in changes:
+        for suspect in search.estimate(change):
+            search.attempt(suspect)
     for suspect in search.rank(many_values):
         search.attempt(suspect)
     for suspect in step_counts:
@@ -205,6 +214,28 @@ class _Search:
             )
             self._identical = comparison.identical
 
+    def estimate(self, change: Change) -> Iterator[Suspect]:
+        """Yield the recipe with a setting whose value is estimated from a small change of it.
+
+        The difference of the sample is projected on the difference that the change makes, as in
+        `consistency.direction_test`. An estimate is wrong if another setting is, so the caller
+        tries it like other suspects.
+        """
+        if self._identical or self._within_noise:
+            return
+        suspect = Suspect(change.cause, change.recipe, change.fix, change.scheduler_options)
+        image = self._generate(suspect)
+        if image is None:
+            return
+        center = self._sample.replayed.astype(np.float64)
+        effect = image - center
+        power = float(np.vdot(effect, effect))
+        if power > 0:
+            amount = float(np.vdot(self._sample.trainer - center, effect)) / power
+            estimate = change.value + amount * (change.size or 0)
+            recipe = self._sample.plan.recipe
+            yield from suspects.near_estimate(recipe, change.cause, change.value, estimate)
+
     def rank(self, candidates: Iterable[Suspect]) -> list[Suspect]:
         """Return the candidates whose images at few steps are closest to the sample, best first."""
         steps = self._sample.plan.recipe.steps
@@ -232,6 +263,11 @@ class _Search:
         )
 
     def _compare(self, suspect: Suspect) -> Comparison | None:
+        image = self._generate(suspect)
+        return None if image is None else compare(image, self._sample.trainer)
+
+    def _generate(self, suspect: Suspect) -> Pixels | None:
+        """Return the image of a suspect in the trainer's format; None if there cannot be one."""
         if self._on_progress is not None:
             self._on_progress("searching for the cause", self._attempts, self._most_attempts)
         self._attempts += 1
@@ -242,4 +278,4 @@ class _Search:
             image = self._engine.generate(recipe, scheduler_options=suspect.scheduler_options)
         except (BaseModelError, NumericsError):
             return None  # the base model lacks this variant, or overflows in this precision
-        return compare(reencode(image.pixels, self._image_format), self._sample.trainer)
+        return reencode(image.pixels, self._image_format)

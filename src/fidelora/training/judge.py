@@ -7,8 +7,8 @@ step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -16,10 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fidelora.engine.engine import Engine
-from fidelora.errors import RecipeError
-from fidelora.families import get_family
 from fidelora.images.write import GeneratedImage
-from fidelora.recipe import MAX_MULTIPLIER, Recipe, differ_in_prompts_and_seed
+from fidelora.recipe import Recipe, differ_in_prompts_and_seed
+from fidelora.training.changes import Change, changed_settings, grouped_by_cause
 from fidelora.training.compare import (
     ROUNDING_MAX_DIFFERENCE,
     ROUNDING_MIN_IDENTICAL_PERCENT,
@@ -34,8 +33,7 @@ from fidelora.training.consistency import (
     size_test,
 )
 from fidelora.training.draws import Draws, lost_information
-from fidelora.training.flags import TRIGGER_OFF, split_flags, where_to_set
-from fidelora.training.plan import PlannedSample, with_multiplier
+from fidelora.training.plan import PlannedSample
 from fidelora.training.run_folder import TrainingRun
 
 Pixels = NDArray[np.uint8]
@@ -55,6 +53,11 @@ DRAWS = 8
 _CHANGED_SAMPLES = 2
 """Number of samples on which changed settings are tried; each needs one image per setting."""
 
+_MIN_SIGNAL = 0.5
+"""If less of a change is due to its setting (see `DirectionTest`), the change is made again with
+each of `DRAWS` other draws, and averaged. Rounding errors are as large as the change itself if the
+setting has little effect on a model in half precision."""
+
 _MIN_AMOUNT = 0.1
 """Smallest amount of a tried change (see `DirectionTest`) that counts, whatever its p value.
 
@@ -72,28 +75,6 @@ class Verdict(StrEnum):
     ROUNDING = "rounding"
     UNDECIDED = "undecided"
     MISMATCH = "mismatch"
-
-
-@dataclass(frozen=True)
-class Change:
-    """A setting that is changed on trial.
-
-    Attributes:
-        cause: the setting, one of `doctor.CAUSES`.
-        size: the change in the unit of the setting; None for a change without a size.
-        recipe: the recipe with the change.
-        fix: how to correct the setting if the samples were made with this change; `{value}` stands
-            for the estimated value.
-        value: the setting's value in the configuration, for changes with a size.
-        scheduler_options: see `Engine.generate`.
-    """
-
-    cause: str
-    size: float | None
-    recipe: Recipe
-    fix: str
-    value: float = 0.0
-    scheduler_options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -214,6 +195,7 @@ class Experiment:
         on_image: OnImage | None = None,
     ) -> None:
         """Make the draws; the arguments are those of `judge`."""
+        self._run = run
         self._engine = engine
         self._plans = plans
         self._replayed = replayed
@@ -224,6 +206,8 @@ class Experiment:
         self._total = DRAWS * len(plans) + sum(map(len, changes))
         self._done = 0
         self._effects: dict[tuple[str, int], DifferenceImage] = {}
+        self._centers: dict[int, list[Pixels]] = {}
+        self._means: dict[tuple[str, int], tuple[DifferenceImage, float]] = {}
         self.draws: list[list[DifferenceImage]] = [[] for _ in plans]
         with Draws.of(run, engine) as maker:
             for number in range(DRAWS):  # one change of the weights for all samples
@@ -257,9 +241,16 @@ class Experiment:
             effects = [self._effect(index, change) for index, change in by_sample.items()]
             changed = [samples[index] for index in by_sample]
             test = direction_test(changed, effects, limit)
+            change = next(iter(by_sample.values()))
             if all(map(_reproduces, effects, changed)):
                 test = replace(test, amount=1.0, p_value=0.0)
-            tried.append(TriedChange(next(iter(by_sample.values())), test))
+            elif test.signal < _MIN_SIGNAL and change.cause != "dtype":
+                # The decision depends on the draws only, so it does not make false alarms likelier.
+                means = [self._mean_effect(index, change) for index, change in by_sample.items()]
+                test = direction_test(
+                    changed, [mean for mean, _ in means], limit, [error for _, error in means]
+                )
+            tried.append(TriedChange(change, test))
         found = [
             one for one in tried if one.test.p_value < limit and abs(one.test.amount) >= _MIN_AMOUNT
         ]
@@ -300,78 +291,58 @@ class Experiment:
             self._effects[key] = self._difference(sample, image)
         return self._effects[key]
 
+    def _mean_effect(self, sample: int, change: Change) -> tuple[DifferenceImage, float]:
+        """Return the mean effect of a changed setting on draws, and its rounding errors.
+
+        Each draw is made with and without the change, with the same random values. These draws are
+        not those that the trainer's sample is compared with. For a change with an opposite, the
+        effect is half of the difference between the two: samples made with either of them contain
+        the effect once (or -1 times), even if it is not proportional to the change.
+
+        Returns:
+            The mean of the `DRAWS` differences, and the mean square of its errors, which is their
+            variance divided by their number.
+        """
+        key = (change.cause, sample)
+        if key not in self._means:
+            images = self._images(sample, change.recipe, change.scheduler_options)
+            if change.opposite is not None:
+                others, factor = self._images(sample, change.opposite, {}), 0.5
+            else:
+                if sample not in self._centers:
+                    self._centers[sample] = self._images(sample, self._plans[sample].recipe, {})
+                others, factor = self._centers[sample], 1.0
+            pairs = zip(images, others, strict=True)
+            effects = np.stack([factor * _difference(image, other) for image, other in pairs])
+            error = float(effects.var(axis=0, ddof=1).mean()) / len(effects)
+            self._means[key] = (effects.mean(axis=0), error)
+        return self._means[key]
+
+    def _images(
+        self, sample: int, recipe: Recipe, scheduler_options: dict[str, Any]
+    ) -> list[Pixels]:
+        """Return `DRAWS` draws of a sample with this recipe, after those of `draws`."""
+        plan = replace(self._plans[sample], recipe=recipe)
+        self._total += DRAWS
+        images = []
+        with Draws.of(self._run, self._engine) as maker:
+            for number in range(DRAWS, 2 * DRAWS):
+                image = self._engine.generate(
+                    maker.recipe(plan, number), jitter=number, scheduler_options=scheduler_options
+                )
+                images.append(self._encoded(sample, image))
+        return images
+
     def _difference(self, sample: int, image: GeneratedImage) -> DifferenceImage:
         """Return the difference of a new image from the replayed image of the sample."""
+        return _difference(self._encoded(sample, image), self._replayed[sample])
+
+    def _encoded(self, sample: int, image: GeneratedImage) -> Pixels:
+        """Return the pixels of a new image of the sample after encoding as the trainer does."""
         self._done += 1
         if self._on_image is not None:
             self._on_image(self._done, self._total)
-        encoded = reencode(image.pixels, self._formats[sample])
-        return _difference(encoded, self._replayed[sample])
-
-
-def changed_settings(run: TrainingRun, plan: PlannedSample) -> Iterator[Change]:
-    """Yield small changes of the settings, which the tests should detect."""
-    recipe, item = plan.recipe, run.samples[plan.index]
-    family = get_family(recipe.model)
-    if recipe.guidance_scale > 1:
-        scale = recipe.guidance_scale
-        where = where_to_set("--guidance {value}", "--cfg {value}")
-        fix = f"The guidance scale was about {{value}}: correct guidance_scale{where}"
-        changed = replace(recipe, guidance_scale=scale + 0.5)
-        yield Change("guidance", 0.5, changed, fix, scale)
-    where = where_to_set("--steps", "--steps")
-    fix = f"The sample had about {{value}} steps: correct sample_steps{where}"
-    for more in (1, -1):  # some samplers have a maximum number of steps
-        try:
-            changed = replace(recipe, steps=recipe.steps + more)
-        except RecipeError:
-            continue
-        yield Change("steps", more, changed, fix, recipe.steps)
-        break
-    if recipe.dtype != "float32":
-        float32 = replace(
-            recipe, dtype="float32", vae_dtype="float32", text_encoder_dtype="float32"
-        )
-        fix = (
-            "The samples were made in float32: use --dtype float32 in fidelora verify and generate."
-        )
-        yield Change("dtype", None, float32, fix)
-    if recipe.adapters and recipe.adapters[0].word is None:  # an embedding has no multiplier
-        multiplier = recipe.adapters[0].multiplier
-        size = 0.1 if multiplier + 0.1 <= MAX_MULTIPLIER else -0.1
-        refs = with_multiplier(recipe.adapters, multiplier + size)
-        where = where_to_set("--lora FILE:{value}", "--m {value}")
-        fix = f"The multiplier was about {{value}}: correct network_multiplier{where}"
-        yield Change("multiplier", size, replace(recipe, adapters=refs), fix, multiplier)
-    for wrong in family.trainer_sampling.wrong_schedules:
-        yield Change(wrong.cause, None, recipe, wrong.fix, scheduler_options=dict(wrong.options))
-    if recipe.negative_prompt:
-        fix = (
-            "The sample was made without its negative prompt: remove neg. In fidelora generate: "
-            "leave out `--negative`."
-        )
-        changed = replace(recipe, negative_prompt="", negative_prompt_2=None)
-        yield Change("negative_prompt", None, changed, fix)
-    if run.trigger_text and "[trigger]" in item.prompt:
-        fix = (
-            "[trigger] in the prompt was not replaced: remove trigger_word"
-            f"{where_to_set(TRIGGER_OFF)}"
-        )
-        # Parse the original prompt again: in the recipe, the trigger may also occur in other words.
-        prompt = split_flags(item.prompt)[0]
-        yield Change("trigger", None, replace(recipe, prompt=prompt), fix)
-
-
-def grouped_by_cause(changes: Sequence[Sequence[Change]]) -> dict[str, dict[int, Change]]:
-    """Return the changes by cause and by index of the sample.
-
-    Not every sample has every change: some have no guidance, and some no trigger word.
-    """
-    grouped: dict[str, dict[int, Change]] = {}
-    for index, sample_changes in enumerate(changes):
-        for change in sample_changes:
-            grouped.setdefault(change.cause, {})[index] = change
-    return grouped
+        return reencode(image.pixels, self._formats[sample])
 
 
 def _reproduces(effect: DifferenceImage, sample: Differences) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,7 @@ from typing import Any
 from fidelora.errors import RecipeError
 from fidelora.families import get_family
 from fidelora.loras.describe import describe_adapter
-from fidelora.recipe import Recipe, replace_trigger
+from fidelora.recipe import MAX_MULTIPLIER, Recipe, replace_trigger
 from fidelora.training.flags import TRIGGER_OFF, split_flags, where_to_set
 from fidelora.training.plan import with_multiplier
 from fidelora.training.run_folder import SampleItem, TrainingRun
@@ -79,10 +80,10 @@ def missing_adapters(recipe: Recipe) -> Iterator[Suspect]:
     yield Suspect("adapter_not_applied", replace(recipe, adapters=()), fix)
 
 
-def multipliers(recipe: Recipe) -> Iterator[Suspect]:
+def multipliers(recipe: Recipe, values: Sequence[float] = _MULTIPLIERS) -> Iterator[Suspect]:
     """Yield the recipe with other multipliers."""
     if any(adapter.word is None for adapter in recipe.adapters):  # others have no multiplier
-        for value in _MULTIPLIERS:
+        for value in values:
             changed = replace(recipe, adapters=with_multiplier(recipe.adapters, value))
             fix = (
                 f"The multiplier was {value:g}: set network_multiplier to {value:g}"
@@ -195,11 +196,17 @@ def samplers(recipe: Recipe) -> Iterator[Suspect]:
     yield from _with_values(recipe, "sampler", "sampler", names, fix)
 
 
-def guidance_scales(recipe: Recipe) -> Iterator[Suspect]:
-    """Yield the recipe with other guidance scales, and other guidance rescales if supported."""
+def guidance_scales(
+    recipe: Recipe, values: Sequence[float] = _GUIDANCE_SCALES
+) -> Iterator[Suspect]:
+    """Yield the recipe with other guidance scales."""
     where = where_to_set("--guidance {value}", "--cfg {value}")
     fix = f"The guidance scale was {{value}}: set guidance_scale to {{value}}{where}"
-    yield from _with_values(recipe, "guidance", "guidance_scale", _GUIDANCE_SCALES, fix)
+    yield from _with_values(recipe, "guidance", "guidance_scale", values, fix)
+
+
+def guidance_rescales(recipe: Recipe) -> Iterator[Suspect]:
+    """Yield the recipe with other guidance rescales, if its family supports them."""
     if get_family(recipe.model).trainer_sampling.rescales_guidance:
         where = where_to_set("--guidance-rescale {value}")
         fix = (
@@ -209,11 +216,36 @@ def guidance_scales(recipe: Recipe) -> Iterator[Suspect]:
         yield from _with_values(recipe, "guidance", "guidance_rescale", _GUIDANCE_RESCALES, fix)
 
 
-def step_counts(recipe: Recipe) -> Iterator[Suspect]:
+def step_counts(recipe: Recipe, values: Sequence[int] = _STEPS) -> Iterator[Suspect]:
     """Yield the recipe with other numbers of sampling steps."""
     where = where_to_set("--steps {value}", "--steps {value}")
     fix = f"The sample had {{value}} steps: set sample_steps to {{value}}{where}"
-    yield from _with_values(recipe, "steps", "steps", _STEPS, fix)
+    yield from _with_values(recipe, "steps", "steps", values, fix)
+
+
+def near_estimate(
+    recipe: Recipe, cause: str, configured: float, estimate: float
+) -> Iterator[Suspect]:
+    """Yield the recipe with values of a setting that people use, near an estimated value.
+
+    Estimates are often too close to the configured value, because the effect of a setting is not
+    proportional to it. The next two round values beyond the estimate are therefore yielded, too.
+    """
+    if cause == "guidance":
+        values = [round(estimate, 1), *_beyond(configured, estimate, 0.5)]
+        yield from guidance_scales(recipe, values)
+    elif cause == "steps":
+        yield from step_counts(recipe, [int(n) for n in _beyond(configured, estimate, 1)])
+    elif cause == "multiplier":
+        values = [round(20 * estimate) / 20, *_beyond(configured, estimate, 0.1)]
+        yield from multipliers(recipe, [v for v in values if abs(v) <= MAX_MULTIPLIER])
+
+
+def _beyond(configured: float, estimate: float, unit: float) -> list[float]:
+    """Return the next two multiples of `unit` from the estimate on, away from `configured`."""
+    sign = math.copysign(1, estimate - configured)
+    first = math.ceil(round(sign * estimate / unit, 3))
+    return [round(sign * (first + more) * unit, 3) for more in range(2)]
 
 
 def _without_flags(text: str) -> str:

@@ -129,6 +129,7 @@ class AttemptReport:
         images, steps: number of finished images, and of their steps.
         pixel_steps: sum of width x height x steps of the finished images.
         model: model of the images.
+        claim_s: seconds that the claim took; None for further jobs of a batch.
         timings: seconds by phase, see `Job.timings`.
         adapters_warm: number of the job's adapters that were in memory before the attempt.
         adapters_cold: number of the job's adapters that were not in memory before the attempt.
@@ -145,6 +146,7 @@ class AttemptReport:
     adapters_cold: int
     pixel_steps: int = 0
     model: str = ""
+    claim_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -293,11 +295,12 @@ class Attempt:
         for part, spent in seconds.items():
             self.timings[part] = self.timings.get(part, 0.0) + spent * share
 
-    def report(self, loaded: frozenset[str]) -> AttemptReport:
+    def report(self, loaded: frozenset[str], claim_s: float | None = None) -> AttemptReport:
         """Return the report of an attempt that has ended.
 
         Args:
             loaded: sha256 of the adapters that were in memory before the attempt.
+            claim_s: seconds that the claim took, if it was measured.
         """
         job, ended = self.job, self.ended_job
         assert ended is not None, "the attempt has not ended"
@@ -315,6 +318,7 @@ class Attempt:
             steps=sum(recipe.steps for recipe in made),
             pixel_steps=sum(recipe.width * recipe.height * recipe.steps for recipe in made),
             model=job.recipes[0].model,
+            claim_s=claim_s,
             timings=dict(self.timings),
             adapters_warm=len(job.adapters & loaded),
             adapters_cold=len(job.adapters - loaded),

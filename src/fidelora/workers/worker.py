@@ -129,6 +129,7 @@ class Worker:
 
     def _run_next(self) -> Job | None:
         loaded, merged = self._engine.adapters.loaded(), self._engine.merged()
+        began = time.perf_counter()
         job = self._store.claim(
             self._name,
             self._now(),
@@ -137,6 +138,7 @@ class Worker:
             merged=merged,
             hold_s=self._hold_s,
         )
+        claim_s: float | None = time.perf_counter() - began
         if self._presence is not None:
             self._presence.update(loaded, merged, is_idle=job is None)
         if job is None:
@@ -165,8 +167,9 @@ class Worker:
             self._prefetcher.cancel()
             for attempt in attempts:
                 if attempt.ended_job is not None:
-                    self._measure_read(report := attempt.report(loaded))
+                    self._measure_read(report := attempt.report(loaded, claim_s))
                     self._on_end(report)
+                claim_s = None
         return attempts[0].ended_job or self._store.get(job.id)
 
     def _measure_read(self, report: AttemptReport) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from fidelora.families import latent_formats
+from fidelora.families.lumina2.names import fused_names, original_names
 from fidelora.families.spec import Family, FlowSampler, Part, Tokenizer, TrainerSampling
 
 LUMINA2 = Family(
@@ -56,7 +57,9 @@ LUMINA2 = Family(
             class_name="Lumina2Transformer2DModel",
             weights="diffusion_pytorch_model",
             precision="dtype",
-            adapter_prefixes=("transformer.", "diffusion_model."),
+            adapter_prefixes=("transformer.", "diffusion_model.", "lora_unet_"),
+            other_names=original_names,
+            fused_names=fused_names,
             quantization="quantization",
         ),
         Part(

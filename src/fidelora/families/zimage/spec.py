@@ -15,6 +15,7 @@ from fidelora.families.spec import (
     Tokenizer,
     TrainerSampling,
 )
+from fidelora.families.zimage.names import fused_names, original_names
 
 # A static shift from the trainer's own configuration; the base's scheduler file is not used.
 _FLOWMATCH = FlowSampler("flowmatch", MappingProxyType({"shift": 3.0}))
@@ -73,7 +74,9 @@ ZIMAGE = Family(
             class_name="ZImageTransformer2DModel",
             weights="diffusion_pytorch_model",
             precision="dtype",
-            adapter_prefixes=("diffusion_model.", "transformer."),
+            adapter_prefixes=("diffusion_model.", "transformer.", "lora_unet_"),
+            other_names=original_names,
+            fused_names=fused_names,
             quantization="quantization",
             whole_layers=("t_embedder*", "cap_embedder*", "all_x_embedder*", "all_final_layer*"),
         ),
