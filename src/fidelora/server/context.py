@@ -78,12 +78,9 @@ class ServerContext:
     def verifier(self) -> Verifier:
         """Runs verifications and explanations, one at a time in this process."""
         settings = self.settings
-        return Verifier(
-            # A server without workers verifies training runs on its CPU.
-            settings.devices[0] if settings.devices else "cpu",
-            settings.inference_timeout_s,
-            hub_environment(settings),
-        )
+        # A server without workers verifies training runs on its CPU.
+        device = settings.devices[0] if settings.devices else "cpu"
+        return Verifier(device, settings.inference_timeout_s, hub_environment(settings))
 
     @property
     def default_model(self) -> str:
