@@ -295,6 +295,10 @@ class PeerNotAllowedError(UsageError):
     """
 
 
+class AdminKeyRequiredError(UsageError):
+    """The key is not an admin key; `fidelora keys admin NAME` makes it one."""
+
+
 class ImageNotFoundError(UsageError):
     """The image does not exist; the result of a successful request lists its images."""
 

@@ -17,6 +17,7 @@ from fidelora.errors import JobStoreError
 from fidelora.families import all_families
 from fidelora.jobs.job import Status
 from fidelora.jobs.sql import SqlStore
+from fidelora.jobs.store import WorkerState
 from fidelora.recipe import file_sha256
 from fidelora.server.app import clean, context_with_store
 from fidelora.server.context import ServerContext
@@ -918,6 +919,21 @@ def test_metrics_count(client, context):
     ) == (2, 2)
     route = 'method="GET",route="/v1/requests/{request_id}/status",status="404"'
     assert float(lines[f"fidelora_http_requests_total{{{route}}}"]) == 1
+
+
+def test_workers_are_listed_with_their_requests(client, context):
+    assert client.get("/v1/workers").json() == {"workers": []}
+    worker = ByHand(context)
+    request_id = submit(client)
+    job = worker.claim()
+    busy = WorkerState(job.worker or "", "cuda:0", "1.2", loaded=frozenset("ba"))
+    context.store.report_worker(busy)
+    context.store.report_worker(WorkerState("z", "cpu", "1.2", idle_since=now()))
+    first, second = client.get("/v1/workers").json()["workers"]
+    assert (first["device"], first["request_id"], first["idle_s"]) == ("cuda:0", request_id, None)
+    assert (first["adapters"], first["merged_adapters"]) == (["a", "b"], [])
+    assert (second["name"], second["request_id"]) == ("z", None)
+    assert second["idle_s"] < 60
 
 
 def test_old_requests_are_removed_with_their_images(tmp_path):

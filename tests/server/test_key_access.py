@@ -97,6 +97,12 @@ def test_another_key_cannot_cancel_a_request(client, context, keys):
     assert context.store.get(request_id).status is Status.CANCELED
 
 
+def test_workers_are_listed_for_admin_keys_only(client, keys):
+    assert error(client.get("/v1/workers", headers=keys["alice"])) == (403, "ADMIN_KEY_REQUIRED")
+    assert client.get("/v1/workers").status_code == 401
+    assert client.get("/v1/workers", headers=keys["admin"]).json() == {"workers": []}
+
+
 def test_the_list_has_the_requests_of_the_key(client, context, keys):
     old = context.store.add(new_job((Recipe(prompt="from before"),), now())).id
     ids = {name: submit(client, keys[name]) for name in ("alice", "bob")}

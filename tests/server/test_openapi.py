@@ -103,7 +103,7 @@ def called_from_this_machine(app: Any) -> Any:
 def test_generated_calls_get_documented_responses(server):
     schema, _, context = server
     operations = [found.ok() for found in schema.get_all_operations()]
-    assert len(operations) == 34
+    assert len(operations) == 35
     for operation in operations:
 
         @settings(

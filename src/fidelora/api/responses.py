@@ -176,6 +176,27 @@ class LoraList(BaseModel):
     next_cursor: str | None
 
 
+class WorkerBody(BaseModel):
+    """A live worker in `GET /v1/workers`."""
+
+    name: str
+    device: str = Field(description="Such as cpu or cuda:0.")
+    version: str = Field(description="Fidelora's version.")
+    request_id: str | None = Field(None, description="The request whose images it makes.")
+    idle_s: float | None = Field(
+        None, description="Seconds since it finished its last request; null while it is busy."
+    )
+    adapters: list[str] = Field(description="sha256 of the LoRAs in its memory.")
+    merged_adapters: list[str] = Field(description="sha256 of the LoRAs merged into its model.")
+    reported_at: datetime | None = Field(None, description="Time of its last report.")
+
+
+class WorkerList(BaseModel):
+    """Response of `GET /v1/workers`."""
+
+    workers: list[WorkerBody]
+
+
 class ModelBody(BaseModel):
     """One model family in `GET /v1/models`."""
 

@@ -49,6 +49,7 @@ from fidelora.server.routes import (
     operations,
     replay,
     requests,
+    workers,
 )
 from fidelora.server.size_limits import SizeLimits
 from fidelora.server.worker_host import worker_setups
@@ -206,7 +207,7 @@ def make_app(context: ServerContext, *, with_page: bool = False) -> FastAPI:
     app.include_router(operations.router)
     for router in (
         inference.router, replay.router, explain.router, requests.router, loras.router,
-        openai.router,
+        openai.router, workers.router,
     ):  # fmt: skip
         app.include_router(router, dependencies=[bearer])
     basic = Security(

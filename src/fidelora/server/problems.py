@@ -46,6 +46,7 @@ _STATUS_AND_CODE: Sequence[tuple[type[FideloraError], int, str]] = (
     (errors.BodyTooLargeError, 413, "BODY_TOO_LARGE"),
     (errors.ApiKeyError, 401, "UNAUTHORIZED"),
     (errors.PeerNotAllowedError, 403, "CALLER_NOT_ALLOWED"),
+    (errors.AdminKeyRequiredError, 403, "ADMIN_KEY_REQUIRED"),
     (errors.JobStoreError, 503, "STORE_UNAVAILABLE"),
     (errors.StorageFullError, 507, "STORAGE_FULL"),
     (errors.StorageError, 503, "STORAGE_UNAVAILABLE"),
@@ -88,7 +89,7 @@ REQUEST_CODES = {
 _DESCRIPTIONS = {
     400: "The request is not supported or not valid",
     401: "API key missing or unknown",
-    403: "Not allowed from another machine",
+    403: "Not allowed from another machine, or without an admin key",
     404: "Not found",
     409: "Conflicts with the current state",
     410: "Gone",
