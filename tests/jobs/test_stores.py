@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
 import signal
@@ -37,7 +39,7 @@ from fidelora.errors import (
     QueueFullError,
     RecipeError,
 )
-from fidelora.jobs.codec import document_of
+from fidelora.jobs.codec import DOCUMENT_FORMAT, document_of
 from fidelora.jobs.database import wal_is_safe
 from fidelora.jobs.job import MAX_ATTEMPTS, Failure, Job, JobProgress, Output, Status, new_job
 from fidelora.jobs.memory import MemoryStore
@@ -1147,6 +1149,42 @@ def test_a_database_of_a_newer_version_is_refused(tmp_path):
         connection.execute("UPDATE alembic_version SET version_num = '9999'")
     with pytest.raises(JobStoreError, match="by another version"):
         SqlStore(f"sqlite:///{path}")
+
+
+@pytest.mark.parametrize("server", ["sqlite", "postgresql"])
+def test_workers_leave_jobs_of_newer_versions(server, request, tmp_path):
+    """In each order of preference: loaded adapters, matching jobs, retries, the head."""
+    url = f"sqlite:///{tmp_path}/jobs.sqlite"
+    if server == "postgresql":
+        url = request.getfixturevalue("postgres_url")
+    older, newer = SqlStore(url), SqlStore(url, document_format=DOCUMENT_FORMAT + 1)
+    with closing(older), closing(newer):
+        new = newer.add(job(A))
+        claimed = newer.claim("new", NOW, LEASE_S)
+        assert claimed == newer.get(new.id)
+        newer.abandon(new.id, claimed.epoch, "the worker was killed", NOW)
+        newer.add(job(A))
+        much_later = later(10_000)
+        for _ in range(2 * MAX_PASSED_OVER):  # so the newer jobs are due
+            own = older.add(job(B))
+            assert getattr(older.claim("old", much_later, LEASE_S), "id", None) == own.id
+        own = older.add(job(B))
+        assert older.claim("old", much_later, LEASE_S, [A], matches=lambda one: one != own) is None
+        found = [older.claim("old", much_later, LEASE_S, [A], merged=[A]) for _ in range(2)]
+        assert [one and one.id for one in found] == [own.id, None]
+        assert older.count(Status.IN_QUEUE) == 2
+        left = [newer.claim("new", much_later, LEASE_S) for _ in range(3)]
+        assert [one is None for one in left] == [False, False, True]
+
+
+def test_the_format_is_raised_with_the_fields_of_a_recipe():
+    """Workers of older versions cannot read a document with a new field of a recipe.
+
+    If this fails, raise `DOCUMENT_FORMAT` and write the new fields down here.
+    """
+    fields = sorted({one.name for kind in (Recipe, AdapterRef) for one in dataclasses.fields(kind)})
+    digest = hashlib.sha256(" ".join(fields).encode()).hexdigest()[:16]
+    assert (DOCUMENT_FORMAT, digest) == (1, "5ce5ff1408da8ec1")
 
 
 def test_jobs_of_an_older_database_have_no_owner(tmp_path, monkeypatch):

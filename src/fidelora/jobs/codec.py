@@ -14,6 +14,14 @@ from typing import Any
 from fidelora.jobs.job import Failure, Job, JobProgress, Output
 from fidelora.recipe import Recipe
 
+DOCUMENT_FORMAT = 1
+"""Format of the documents that this version writes. It reads this format and all smaller ones.
+
+Raise it if an older version could not read a document, or would make another image from it: that
+is, with every new field of a recipe. During a rolling upgrade, older workers then leave new jobs in
+the queue for newer workers.
+"""
+
 
 def document_of(job: Job) -> dict[str, Any]:
     """Return the fields of a job that never change; the inverse of `job_of_document`."""

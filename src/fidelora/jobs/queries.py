@@ -84,6 +84,8 @@ class Queries:
 
     Args:
         dialect: `sqlite` or `postgresql`.
+        document_format: largest format of a job's document that this process can read. Its claims
+            leave other jobs in the queue.
 
     Attributes:
         now_s: the current time in seconds: the parameter `now_s`, or the database's clock if it is
@@ -105,7 +107,7 @@ class Queries:
         live_workers: workers that have reported a short time ago.
     """
 
-    def __init__(self, dialect: str) -> None:
+    def __init__(self, dialect: str, document_format: int) -> None:
         is_postgresql = dialect == "postgresql"
         given = sa.bindparam("now_s", type_=sa.Float)
         self.now_s: sa.ColumnElement[float] = given
@@ -153,17 +155,20 @@ class Queries:
             JOBS.c.retry_at_s.is_(None), ahead_s <= 0, ahead_s > MAX_RETRY_PAUSE_S
         )
         is_due = JOBS.c.due <= self.claims
+        is_readable = JOBS.c.document_format <= sa.literal(document_format)
+        fresh = sa.and_(_is_fresh, is_readable)
+        retried = sa.and_(_is_retry, is_readable)
         head = (
             sa.select(JOBS.c.seq)
-            .where(_is_fresh)
+            .where(fresh)
             .order_by(JOBS.c.turn, JOBS.c.seq)
             .limit(1)
             .scalar_subquery()
         )
-        due_retry = _one(_is_retry, pause_is_over, is_due, order=(JOBS.c.due, JOBS.c.seq))
-        due_head = _one(_is_fresh, JOBS.c.seq == head, is_due)
-        merged = _one(_is_fresh, JOBS.c.adapters == sa.bindparam("merged", type_=sa.String))
-        loaded = _one(_is_fresh, JOBS.c.adapters.in_(COMPLETE_SETS))
+        due_retry = _one(retried, pause_is_over, is_due, order=(JOBS.c.due, JOBS.c.seq))
+        due_head = _one(fresh, JOBS.c.seq == head, is_due)
+        merged = _one(fresh, JOBS.c.adapters == sa.bindparam("merged", type_=sa.String))
+        loaded = _one(fresh, JOBS.c.adapters.in_(COMPLETE_SETS))
         is_home = sa.and_(
             WORKER_ADAPTERS.c.adapters == JOBS.c.adapters,
             WORKER_ADAPTERS.c.worker != sa.bindparam("worker"),
@@ -175,8 +180,8 @@ class Queries:
             JOBS.c.queued_at_s > self.now_s - hold_s,
             sa.exists().where(is_home),
         )
-        first = _one(_is_fresh, sa.not_(is_held))
-        retry = _one(_is_retry, pause_is_over, order=(JOBS.c.seq,))
+        first = _one(fresh, sa.not_(is_held))
+        retry = _one(retried, pause_is_over, order=(JOBS.c.seq,))
         # Databases evaluate the arguments of `coalesce` one after the other, so each claim locks
         # one job at most.
         self.claim = sa.select(*JOB_COLUMNS, now, *counted).where(
@@ -186,10 +191,10 @@ class Queries:
             JOBS.c.seq == sa.func.coalesce(due_retry, due_head)
         )
         self.claim_one = sa.select(*JOB_COLUMNS, now).where(
-            JOBS.c.seq == _one(_in_queue, JOBS.c.seq == sa.bindparam("seq"))
+            JOBS.c.seq == _one(_in_queue, is_readable, JOBS.c.seq == sa.bindparam("seq"))
         )
-        self.candidates = _fresh_jobs.limit(CLAIM_WINDOW)
-        self.retry_candidates = _retried_jobs.where(pause_is_over).limit(_RETRY_WINDOW)
+        self.candidates = _fresh_jobs.where(is_readable).limit(CLAIM_WINDOW)
+        self.retry_candidates = _retried_jobs.where(is_readable, pause_is_over).limit(_RETRY_WINDOW)
         lost = sa.exists().where(
             WORKERS.c.name == JOBS.c.worker,
             WORKERS.c.reported_at_s <= self.now_s - sa.bindparam("lost_s", type_=sa.Float),

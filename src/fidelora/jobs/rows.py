@@ -52,6 +52,7 @@ JOBS = sa.table(
     sa.column("id", sa.String),
     sa.column("owner", sa.String),
     sa.column("document", sa.Text),
+    sa.column("document_format", sa.Integer),
     sa.column("idempotency_key", sa.String),
     sa.column("body_sha256", sa.String),
     sa.column("adapters", sa.String),

@@ -26,6 +26,7 @@ from fidelora.errors import (
     QueueFullError,
 )
 from fidelora.jobs import job as transitions
+from fidelora.jobs.codec import DOCUMENT_FORMAT
 from fidelora.jobs.database import ADD_LOCK, BUSY_TIMEOUT_S, database_errors, open_database
 from fidelora.jobs.job import Job, Status
 from fidelora.jobs.notifications import CANCEL, NEW_JOB, Listener, notify
@@ -82,15 +83,18 @@ class SqlStore(StoreByTransition):
     Args:
         url: address of the database, such as `sqlite:////var/lib/fidelora/jobs.sqlite` or
             `postgresql://user:password@host/fidelora`.
+        document_format: format of the documents that this process writes, and the largest one that
+            it claims; only tests set it.
 
     Raises:
         JobStoreError: the database cannot be opened, or was written by a newer version.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, document_format: int = DOCUMENT_FORMAT) -> None:
         self._engine = open_database(url)
         self._is_sqlite = self._engine.dialect.name == "sqlite"
-        self._queries = Queries(self._engine.dialect.name)
+        self._document_format = document_format
+        self._queries = Queries(self._engine.dialect.name, document_format)
         self._write_lock = threading.Lock() if self._is_sqlite else None
         self._known_sets: OrderedDict[str, None] = OrderedDict()
         self._listener: Listener | None = None
@@ -130,6 +134,7 @@ class SqlStore(StoreByTransition):
                     "id": job.id,
                     "owner": job.owner,
                     "document": document_text(job),
+                    "document_format": self._document_format,
                     "adapters": adapter_key(job.adapters),
                     "idempotency_key": submission and submission.key,
                     "body_sha256": submission and submission.body_sha256,
