@@ -160,5 +160,4 @@ def _denoiser(model: str | None) -> str:
     """Return what the part that an adapter changes is called in this family."""
     if model is None:
         return "UNet or transformer"
-    part = next(part for part in get_family(model).parts if part.role == "denoiser")
-    return "UNet" if part.name == "unet" else part.name
+    return get_family(model).part("denoiser").title

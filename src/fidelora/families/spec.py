@@ -159,6 +159,11 @@ class Part:
     rounds_quantized_buffers: bool = True
     embedding_key: str = ""
 
+    @property
+    def title(self) -> str:
+        """Its name in texts for users."""
+        return "UNet" if self.name == "unet" else self.name.replace("_", " ")
+
     def ignores(self, weight: str) -> bool:
         """Return True if the part does not use a weight with this name in the file."""
         return weight.endswith(self.ignored_weights) or weight.startswith(self.ignored_prefixes)
