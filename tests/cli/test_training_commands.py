@@ -21,6 +21,7 @@ from tests.support import (
     SDXL_DORA,
     SDXL_LORA,
     TINY_BASE,
+    TINY_CHROMA,
     TINY_SDXL,
     TINY_ZIMAGE,
     ZIMAGE_LORA,
@@ -247,6 +248,15 @@ def test_a_run_of_the_user_interface_is_verified(fidelora, copy_run):
     code, out, _ = fidelora("verify", str(folder), *BASE, "--json")
     assert code == 0
     assert json.loads(out)["job"] == "lora_linear_f32"
+
+
+def test_verify_takes_the_other_parts_of_a_checkpoint_from_a_folder(fidelora):
+    """A checkpoint of Chroma has only the transformer."""
+    file = TINY_CHROMA / "transformer" / "diffusion_pytorch_model.safetensors"
+    base = ["--base-model", str(file), "--config", str(TINY_CHROMA)]
+    code, out, _ = fidelora("verify", str(GOLDEN_JOBS / "chroma_lora_f32"), *base, "--json")
+    assert code == 0
+    assert json.loads(out)["verdict"] in ("identical", "rounding")
 
 
 # --- inspect --------------------------------------------------------------------------------------

@@ -99,6 +99,15 @@ def verify(
             rich_help_panel=MODEL_PANEL,
         ),
     ] = "",
+    config: Annotated[
+        str,
+        typer.Option(
+            metavar="DIR",
+            help="Folder with the configurations and the tokenizer of a .safetensors checkpoint; "
+            "by default those of the model family.",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = "",
     training_adapter: Annotated[
         str | None,
         typer.Option(
@@ -221,7 +230,7 @@ def verify(
     for sentence in incomplete_parts(run):
         warn(sentence)
 
-    changes = _recipe_changes(variant, dtype, noise)
+    changes = _recipe_changes(variant, config, dtype, noise)
     if against is not None:
         if doctor or report is not None:
             raise typer.BadParameter("--against cannot be combined with --doctor or --report.")
@@ -292,9 +301,12 @@ def verify(
         raise typer.Exit(MISMATCH if verdict is Verdict.MISMATCH else UNDECIDED)
 
 
-def _recipe_changes(variant: str, dtype: DtypeOption, noise: NoiseOption) -> dict[str, str]:
+def _recipe_changes(
+    variant: str, config: str, dtype: DtypeOption, noise: NoiseOption
+) -> dict[str, str]:
     """Return the recipe fields that options replace."""
-    changes = {"variant": variant} if variant else {}
+    given = {"variant": variant, "config": config}
+    changes = {name: value for name, value in given.items() if value}
     if dtype is not DtypeOption.JOB:
         names = ("dtype", "vae_dtype", "text_encoder_dtype")
         changes |= dict.fromkeys(names, dtype.value)
