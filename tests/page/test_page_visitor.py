@@ -108,7 +108,8 @@ def test_every_handler_that_uses_the_store_or_loras_is_for_a_visitor(context, tm
     assert without == {
         "<lambda>",  # an empty seed
         "_apply_preset",
-        "_cancel",  # of a verification
+        "_cancel",  # of a verification or explanation
+        "_explain",
         "_refresh_runs",
         "_store",  # of the form, in the browser
         "_update",  # of the banner

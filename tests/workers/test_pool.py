@@ -158,7 +158,8 @@ def test_a_worker_that_cannot_write_says_so_until_it_can(pool, store, tmp_path):
     until(lambda: pool.watch() == [] and pool.unready_reason)
     assert not pool.ready
     assert "could not be written: No such file or directory" in pool.unready_reason
-    assert (store.get(job.id).status, store.get(job.id).attempts) == (Status.IN_QUEUE, 0)
+    until(lambda: store.get(job.id).status is Status.IN_QUEUE)  # returned after the report
+    assert store.get(job.id).attempts == 0
     (tmp_path / "out").mkdir()
     until(lambda: pool.watch() == [] and pool.ready)
     assert pool.unready_reason == ""
