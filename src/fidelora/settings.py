@@ -26,6 +26,7 @@ from fidelora.environment import either, foreign_variables, ignored_variables, n
 from fidelora.errors import SettingsError
 from fidelora.families import all_families
 from fidelora.families.emphasis import Emphasis
+from fidelora.recipe_fields import Quantization
 
 
 def _data_dir() -> Path:
@@ -147,6 +148,29 @@ class Settings(BaseSettings):
         description=(
             "Default fidelity of requests: exact (bit-identical to training) or fast "
             "(nearly identical)."
+        ),
+    )
+    quantization: Quantization = Field(
+        "none",
+        validation_alias="FIDELORA_QUANTIZATION",
+        description=(
+            "`qfloat8` or `float8`: store the weights of the denoiser in float8, as AI Toolkit "
+            "does with `model.quantize`; LoRAs are then unmerged. For the models that it "
+            "quantises."
+        ),
+    )
+    text_encoder_quantization: Quantization = Field(
+        "none",
+        validation_alias="FIDELORA_TEXT_ENCODER_QUANTIZATION",
+        description="The same for the text encoders.",
+    )
+    training_adapter: str = Field(
+        "",
+        validation_alias="FIDELORA_TRAINING_ADAPTER",
+        description=(
+            "`MODEL=FILE`, separated by commas: the training adapter with which the LoRAs of a "
+            "model were trained (`zimage_turbo=FILE`), to reproduce the trainer's samples to the "
+            "bit."
         ),
     )
     batch_wait_s: float = Field(
@@ -410,6 +434,18 @@ class Settings(BaseSettings):
             raise ValueError("a model has two bases; name each model once")
         return value
 
+    @field_validator("training_adapter")
+    @classmethod
+    def _check_training_adapters(cls, value: str) -> str:
+        families = all_families()
+        for model, file in _parse_base_models(value, unnamed=""):
+            known = [one for one, spec in families.items() if "training_adapters" in spec.uses]
+            if not file or model not in known:
+                raise ValueError(
+                    f"write MODEL=FILE; models with a training adapter: {', '.join(known)}"
+                )
+        return value
+
     @field_validator("model_aliases")
     @classmethod
     def _check_model_aliases(cls, value: str) -> str:
@@ -430,6 +466,12 @@ class Settings(BaseSettings):
     def base_models(self) -> dict[str, str]:
         """The bases in `base_model`, by model id, in the given order."""
         return dict(_parse_base_models(self.base_model))
+
+    @property
+    def training_adapters(self) -> dict[str, Path]:
+        """The files in `training_adapter`, by model id."""
+        pairs = _parse_base_models(self.training_adapter, unnamed="")
+        return {model: Path(file).expanduser().absolute() for model, file in pairs}
 
     @property
     def offload(self) -> Offload:
@@ -476,15 +518,19 @@ def _parse_model_aliases(text: str) -> list[tuple[str, str]]:
     return [(name.strip(), model.strip()) for name, _, model in pairs]
 
 
-def _parse_base_models(text: str) -> list[tuple[str, str]]:
+def _parse_base_models(text: str, unnamed: str | None = None) -> list[tuple[str, str]]:
     """Return (model id, base) pairs.
 
     Only a comma before `MODEL=` separates entries, as other commas may be part of a path.
+
+    Args:
+        unnamed: model id of an entry without `MODEL=`; by default the first family's.
     """
     marks = [*re.finditer(rf"(?:^|,)({'|'.join(all_families())})=", text)]
     ends = [*(mark.start() for mark in marks), len(text)]
-    unnamed = [(next(iter(all_families())), text[: ends[0]])] if ends[0] else []
-    return unnamed + [
+    default = next(iter(all_families())) if unnamed is None else unnamed
+    first = [(default, text[: ends[0]])] if ends[0] else []
+    return first + [
         (mark[1], text[mark.end() : end]) for mark, end in zip(marks, ends[1:], strict=True)
     ]
 

@@ -340,6 +340,22 @@ def test_recipe_names_a_base_that_is_on_another_machine(fidelora, copy_run):
     assert "serve --base-model sd15=BASE`, where BASE is your copy of /gone/base, which" in err
 
 
+def test_recipe_prints_the_settings_of_a_quantised_run(fidelora):
+    code, out, err = fidelora("recipe", str(GOLDEN_JOBS / "zimage_turbo_quantized_save_f32"))
+    assert code == 0
+    assert "where ADAPTER is your copy of golden/tiny-zimage-adapter.safetensors, and" in err
+    for variable in (
+        "FIDELORA_DTYPE=bfloat16",
+        "FIDELORA_QUANTIZATION=float8",
+        "FIDELORA_TEXT_ENCODER_QUANTIZATION=qfloat8",
+        "FIDELORA_TRAINING_ADAPTER=zimage_turbo=ADAPTER",
+    ):
+        assert variable in err
+    assert "its images will differ" not in err
+    assert "several multipliers" not in err
+    assert json.loads(out)["model"] == "zimage_turbo"
+
+
 def test_recipe_prints_a_request(fidelora):
     code, out, err = fidelora("recipe", str(RUN), "--index", "1")
     assert code == 0

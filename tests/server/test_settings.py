@@ -219,6 +219,18 @@ def test_each_model_has_a_base_of_its_own(monkeypatch, text, meant):
     assert list(read_settings().base_models.items()) == list(meant.items())
 
 
+def test_training_adapters_are_named_by_model(monkeypatch):
+    monkeypatch.setenv("FIDELORA_TRAINING_ADAPTER", "zimage_turbo=/a,b.safetensors")
+    assert read_settings().training_adapters == {"zimage_turbo": Path("/a,b.safetensors")}
+
+
+@pytest.mark.parametrize("text", ["/a.safetensors", "sd15=/a.safetensors", "zimage_turbo="])
+def test_a_training_adapter_needs_a_model_that_uses_it(monkeypatch, text):
+    monkeypatch.setenv("FIDELORA_TRAINING_ADAPTER", text)
+    with pytest.raises(SettingsError, match="models with a training adapter: zimage"):
+        read_settings()
+
+
 @pytest.mark.parametrize("text", ["dall-e-3", "dall-e-3=gpt", "=sd15"])
 def test_a_model_alias_names_a_model(monkeypatch, text):
     monkeypatch.setenv("FIDELORA_MODEL_ALIASES", "a = sd15,b=sdxl,")

@@ -93,8 +93,11 @@ def recipes_of(
     """
     multipliers = [_multipliers(request, item) for item in request.prompts]
     base = {**base, "fidelity": request.fidelity or base.get("fidelity", "exact")}
-    # Like the trainer: adapters are merged if all images have the same multipliers, else live.
-    mode = "merged" if base["fidelity"] == "fast" or len(set(multipliers)) == 1 else "live"
+    # Like the trainer: adapters are merged if all images have the same multipliers and the weights
+    # are not quantised, else live.
+    is_quantized = base.get("quantization", "none") != "none"
+    is_uniform = len(set(multipliers)) == 1
+    mode = "merged" if base["fidelity"] == "fast" or (is_uniform and not is_quantized) else "live"
     family = get_family(request.model)
     divisor = _divisor(request)
     recipes = []

@@ -58,7 +58,8 @@ def recipe(
     for sentence in notes_on(run):
         warn(sentence)
     number = _read_step(run, step)
-    plans = plan_samples(run, number)
+    # A request does not name the training adapter, which may be on the server only.
+    plans = plan_samples(run.with_settings(training_adapter=""), number)
     recipes = [plan.recipe for plan in plans]
     if not recipes:
         raise TrainingRunError(f"The training run {run.name} has no sample prompts.")
@@ -86,13 +87,22 @@ def recipe(
     if not (is_local(base) or is_portable(base)):
         where = f", where BASE is your copy of {base}, which does not exist on this machine,"
         base = "BASE"
+    adapter = run.training_adapter
+    if adapter and not Path(adapter).expanduser().is_file():
+        where = f"{where or ','} where ADAPTER is your copy of {adapter},".replace(",,", ",")
+        adapter = "ADAPTER"
+    them = "it" if len(files) == 1 else "them"
     typer.echo(
-        f"Start the server with `fidelora serve --base-model {run.model}={base}`{where} and the "
-        f"environment variable FIDELORA_DTYPE={run.dtype}. Upload {' and '.join(map(str, files))} "
-        f"or copy {'it' if len(files) == 1 else 'them'} to the server's LoRA folder.",
+        f"Start the server with `fidelora serve --base-model {run.model}={base}`{where} and "
+        f"{_variables(run, adapter)}. Upload {' and '.join(map(str, files))} or copy {them} to the "
+        "server's LoRA folder.",
         err=True,
     )
-    if unmerged and len({planned.adapters[0].multiplier for planned in recipes}) == 1:
+    if (
+        unmerged
+        and run.quantization == "none"
+        and len({planned.adapters[0].multiplier for planned in recipes}) == 1
+    ):
         warn(
             "The samples of this training run have several multipliers, so the trainer left the "
             "LoRA unmerged. A request with one multiplier merges it, which rounds differently. "
@@ -102,13 +112,26 @@ def recipe(
         run.prediction != "epsilon"
         or run.vae
         or {run.vae_dtype, run.text_encoder_dtype} != {run.dtype}
-        or {run.quantization, run.text_encoder_quantization} != {"none"}
-        or run.training_adapter
     ):
         warn(
-            "The server has no settings for the prediction type, the VAE, the separate dtypes, the "
-            "quantisation or the training adapter of this training run; its images will differ."
+            "The server has no settings for the prediction type, the VAE or the separate dtypes of "
+            "this training run; its images will differ."
         )
+
+
+def _variables(run: TrainingRun, adapter: str) -> str:
+    """Return the environment variables of a server that makes the run's samples, as a phrase."""
+    values = {
+        "DTYPE": run.dtype,
+        "QUANTIZATION": run.quantization,
+        "TEXT_ENCODER_QUANTIZATION": run.text_encoder_quantization,
+        "TRAINING_ADAPTER": adapter and f"{run.model}={adapter}",
+    }
+    texts = [
+        f"FIDELORA_{name}={value}" for name, value in values.items() if value not in ("", "none")
+    ]
+    noun = "variable" if len(texts) == 1 else "variables"
+    return f"the environment {noun} {' '.join(texts)}"
 
 
 def _read_step(run: TrainingRun, text: str) -> int:

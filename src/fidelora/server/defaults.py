@@ -6,6 +6,8 @@ from typing import Any
 
 from fidelora.errors import DeviceError, SettingsError
 from fidelora.families import all_families, get_family
+from fidelora.families.spec import Family
+from fidelora.recipe import AdapterRef
 from fidelora.settings import Settings
 
 
@@ -16,6 +18,7 @@ def server_defaults_of(settings: Settings) -> dict[str, dict[str, Any]]:
         SettingsError: the server has no device, and no data type is set.
         DeviceError: a device is missing, or FIDELORA_FIDELITY is `fast` and a device does not
             support it.
+        AdapterError: a training adapter is missing or not an adapter file.
         BaseModelError: the base model's file or folder is missing.
     """
     from fidelora.accel.device import auto_dtype, resolve_device
@@ -45,6 +48,9 @@ def server_defaults_of(settings: Settings) -> dict[str, dict[str, Any]]:
                     raise
                 fidelity = "exact"  # the family has no fast path
         server_defaults[model] = {**dtypes, "fidelity": fidelity}
+        server_defaults[model] |= _quantization(settings, family)
+    for model, file in settings.training_adapters.items():
+        server_defaults[model]["training_adapters"] = (AdapterRef.from_file(file),)
     for model, base_model in settings.base_models.items():
         if not is_portable(base_model):
             # The path is absolute, because the server may be restarted in another directory while
@@ -52,3 +58,12 @@ def server_defaults_of(settings: Settings) -> dict[str, dict[str, Any]]:
             base_model = str(locate(base_model, get_family(model).parts).absolute())
         server_defaults[model]["base_model"] = base_model
     return server_defaults
+
+
+def _quantization(settings: Settings, family: Family) -> dict[str, str]:
+    """Return the recipe fields of quantised parts, for a family that AI Toolkit quantises."""
+    fields = {
+        "quantization": settings.quantization,
+        "text_encoder_quantization": settings.text_encoder_quantization,
+    }
+    return {name: kind for name, kind in fields.items() if kind != "none" and name in family.uses}
