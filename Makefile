@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test faults fuzz soak bench check docs docs-serve reference lock format clean
+.PHONY: demo test faults fuzz soak bench bench-gpu check docs docs-serve reference lock format clean
 
 demo: $(READY)
 	$(BIN)/fidelora demo
@@ -41,6 +41,11 @@ fuzz: $(READY)
 bench: $(READY)
 	$(BIN)/pip install --quiet -c constraints.txt --group bench
 	$(BIN)/python -m benchmarks.run $(BENCH)
+
+# The first table of a machine with a GPU: exactness, images, steps, compiling, switches, memory.
+bench-gpu: $(READY)
+	$(BIN)/pip install --quiet -c constraints.txt --group bench
+	$(BIN)/python -m benchmarks.gpu $(BENCH)
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fidelora.adapters.formats import KINDS
 from fidelora.families import Family, NoiseSampler, all_families
+from fidelora.training.run_folder import read_run
 
 _ABOUT = """
 The model families, as listed by `fidelora models` and `GET /v1/models`, with the defaults for
@@ -17,6 +18,16 @@ _ABOUT_BASES = """
 A base model is a hub id, a diffusers folder or one `.safetensors` checkpoint. One base model is
 part of the package: [`fidelora:miniature`](miniature.md), a Stable Diffusion 1.5 model of 19 MB for
 tests and first steps.
+""".strip()
+
+_ABOUT_EVIDENCE = """
+## Evidence
+
+The golden training runs were made by AI Toolkit on a CPU, with small base models of the real
+classes and file layouts and with random weights. The tests replay them. Their pages say how many
+pixels are identical, and on which processors. No run with the weights of a published model and no
+GPU was tried. The last column is what `match: trainer` changes in a request: without it, the
+default number of steps and the multiples of sizes are those of `ai-toolkit-inference`.
 """.strip()
 
 _KIND_TITLES = {
@@ -32,11 +43,12 @@ _KIND_TITLES = {
 }
 
 
-def catalog_page(made: str, folder: Path) -> str:
+def catalog_page(made: str, folder: Path, goldens: Path) -> str:
     """Return the catalog of families with their defaults, components, samplers and adapters.
 
     Args:
         made: note that the page is generated.
+        goldens: folder with the golden training runs.
         folder: contains a page for each family, named by its id. Families with the same
             implementation can share the page of one of them.
 
@@ -54,10 +66,34 @@ def catalog_page(made: str, folder: Path) -> str:
             f"| {spec.default_size} | {spec.default_steps} | {spec.default_guidance_scale:g} "
             f"| `{spec.default_sampler}` |"
         )
-    lines += ["", _ABOUT_BASES, ""]
+    lines += ["", _ABOUT_BASES, "", _ABOUT_EVIDENCE, "", *_evidence(goldens), ""]
     for spec in all_families().values():
         lines += _family(spec, _page_of(spec, folder))
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _evidence(goldens: Path) -> Iterator[str]:
+    runs: dict[str, list[str]] = {}
+    for folder in sorted(one for one in goldens.iterdir() if (one / "config.yaml").is_file()):
+        runs.setdefault(read_run(folder).model, []).append(f"`{folder.name}`")
+    yield "| id | golden training runs | with `match: trainer` |"
+    yield "|---|---|---|"
+    for spec in all_families().values():
+        names = ", ".join(runs.get(spec.id, ()))
+        if not names:
+            alike = [one for one in all_families().values() if one.denoiser == spec.denoiser]
+            same = next((one.id for one in alike if one.id in runs), "")
+            names = f"none; the code is that of `{same}`" if same else "none"
+        changes = []
+        if spec.trainer_sampling.default_steps != spec.default_steps:
+            changes.append(
+                f"{spec.trainer_sampling.default_steps} steps instead of {spec.default_steps}"
+            )
+        if spec.request_divisor != spec.resolution_divisor:
+            changes.append(
+                f"multiples of {spec.resolution_divisor} instead of {spec.request_divisor}"
+            )
+        yield f"| `{spec.id}` | {names} | {', '.join(changes) or 'nothing'} |"
 
 
 def _page_of(spec: Family, folder: Path) -> str:
