@@ -29,6 +29,7 @@ from tests.support import (
     TINY_LUMINA2,
     TINY_QWEN_IMAGE,
     TINY_SDXL,
+    TINY_WAN21,
     TINY_ZIMAGE,
     ZIMAGE_TRAINING_ADAPTER,
 )
@@ -53,6 +54,7 @@ BF16_LEVELS = {
     "zimage_turbo_quantized_save_f32": 16,
     "flux_bf16_save_f32": 12,
     "chroma_bf16_save_f32": 12,
+    "wan21_bf16_save_f32": 24,
 }
 """Largest difference of bfloat16 samples on other processors, by training run.
 
@@ -94,6 +96,8 @@ EXACT = {
     "flux_bf16_save_f32": 3,
     "chroma_lora_f32": 3,
     "chroma_bf16_save_f32": 3,
+    "wan21_lora_f32": 3,
+    "wan21_bf16_save_f32": 3,
 }
 """Training runs whose last samples are all identical, with the number of replayed samples."""
 
@@ -123,6 +127,7 @@ def base_of(name: str) -> str:
         "qwen": TINY_QWEN_IMAGE,
         "flux": TINY_FLUX,
         "chroma": TINY_CHROMA,
+        "wan21": TINY_WAN21,
         "zrk": "fidelora:miniature",
     }
     return str(bases.get(name.partition("_")[0], TINY_BASE))

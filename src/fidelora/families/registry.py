@@ -19,13 +19,14 @@ from fidelora.families.lumina2.spec import LUMINA2
 from fidelora.families.qwen_image.spec import QWEN_IMAGE, QWEN_IMAGE_2512
 from fidelora.families.sd.spec import SD15, SDXL
 from fidelora.families.spec import Family
+from fidelora.families.wan.spec import WAN21_1B, WAN21_14B
 from fidelora.families.zimage.spec import ZIMAGE, ZIMAGE_DETURBO, ZIMAGE_TURBO
 
 ENTRY_POINTS = "fidelora.families"
 
 _FAMILIES = (
     SD15, SDXL, ZIMAGE, ZIMAGE_TURBO, ZIMAGE_DETURBO, FLUX, FLEX1, FLUX_CFG, CHROMA,
-    FLUX2_KLEIN_4B, QWEN_IMAGE, QWEN_IMAGE_2512, LUMINA2,
+    FLUX2_KLEIN_4B, QWEN_IMAGE, QWEN_IMAGE_2512, LUMINA2, WAN21_1B, WAN21_14B,
 )  # fmt: skip
 
 

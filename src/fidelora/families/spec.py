@@ -222,6 +222,7 @@ class TrainerSampling:
             None if no release does.
         wrong_schedules: schedules that other programs use by mistake.
         older: differences of older releases, the newest release first.
+        samples_videos: True if the trainer makes videos of `num_frames` frames.
         assistant_float8: True if the trainer quantises the denoiser with `float8` in place of
             `qfloat8` in runs with an assistant LoRA (`training_adapters`).
     """
@@ -238,6 +239,7 @@ class TrainerSampling:
     wrong_schedules: tuple[WrongSchedule, ...] = ()
     older: tuple[OlderTrainer, ...] = ()
     assistant_float8: bool = False
+    samples_videos: bool = False
 
 
 @dataclass(frozen=True)

@@ -193,8 +193,10 @@ class FlowSchedule:
         config: either `shift` (the shift factor) or `dynamic_shift` (the argument `line` of
             `_shift_for`). Optional: `scheduler`; `linspace`, the precision in which the sigmas
             before the shift are computed, `float32` (the default) or `float64`; `ends_at_zero`, for
-            a last sigma of 0 before the shift, so that the last step has no length; `terminal`, the
-            last sigma, to which the sigmas are stretched after the shift.
+            a last sigma of 0 before the shift, so that the last step has no length;
+            `ends_at_shifted_table`, for a last sigma before the shift that is the smallest one of
+            the scheduler's table for training, which is shifted already; `terminal`, the last
+            sigma, to which the sigmas are stretched after the shift.
         steps: the number of steps; at least 2 with `terminal`.
         tokens: the number of tokens of the image, which a dynamic shift depends on.
         device: device of the latents.
@@ -251,7 +253,10 @@ class FlowSchedule:
         return evaluations
 
 
-_FLOW_OPTIONS = {"shift", "dynamic_shift", "scheduler", "linspace", "ends_at_zero", "terminal"}
+_FLOW_OPTIONS = {
+    "shift", "dynamic_shift", "scheduler", "linspace", "ends_at_zero", "ends_at_shifted_table",
+    "terminal",
+}  # fmt: skip
 
 
 def _evenly_spaced(config: Mapping[str, Any], steps: int) -> NDArray[Any]:
@@ -263,6 +268,12 @@ def _evenly_spaced(config: Mapping[str, Any], steps: int) -> NDArray[Any]:
     if config.get("ends_at_zero"):
         to_zero = np.linspace(_TRAINING_TIMESTEPS, 0, steps)
         return to_zero / _TRAINING_TIMESTEPS
+    if config.get("ends_at_shifted_table"):
+        shift = config["shift"]
+        smallest = torch.tensor(1.0) / _TRAINING_TIMESTEPS
+        last = (shift * smallest / (1 + (shift - 1) * smallest)).item()
+        ends = (1.0 * _TRAINING_TIMESTEPS, last * _TRAINING_TIMESTEPS)
+        return np.linspace(*ends, steps) / _TRAINING_TIMESTEPS
     if config.get("linspace", "float32") == "float64":
         return np.linspace(1.0, 1 / steps, steps).astype(np.float32)
     sigmas: NDArray[Any] = torch.linspace(1.0, 1 / steps, steps).numpy()

@@ -20,6 +20,7 @@ _FLAGS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "steps": ("sample_steps", int),
     "m": ("network_multiplier", float),
     "network_multiplier": ("network_multiplier", float),
+    "frames": ("num_frames", int),
 }
 
 
@@ -32,7 +33,7 @@ def split_flags(text: str) -> tuple[str, dict[str, Any]]:
 
     The text is split at every `--`. In each part, the text up to the first space is the flag and
     the rest its value. As in the trainer, unknown flags, flags without effect on the supported
-    models (`p2 n2 a ref ev frames fps ctrl_img ...`) and a `--` before a space are dropped
+    models (`p2 n2 a ref ev fps ctrl_img ...`) and a `--` before a space are dropped
     together with their values, without a warning.
 
     Returns:

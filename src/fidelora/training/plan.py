@@ -72,8 +72,8 @@ def plan_samples(
         history: earlier rounds of samples; by default all rounds since step 0.
 
     Raises:
-        TrainingRunError: the step has no checkpoint, a flag is invalid, or the trainer fails with
-            the size of a sample.
+        TrainingRunError: the step has no checkpoint, a flag is invalid, the trainer fails with the
+            size of a sample, or a sample is a video.
         RecipeError: a setting is invalid in a recipe (unknown sampler, size, ...).
     """
     if step != 0 and step not in run.checkpoints:
@@ -243,7 +243,7 @@ def _resolved_settings(run: TrainingRun) -> list[dict[str, Any]]:
 
 
 def _check_sizes(run: TrainingRun, settings: Sequence[Mapping[str, Any]]) -> None:
-    """Raise `TrainingRunError` for a size with which the trainer fails."""
+    """Raise `TrainingRunError` for a size with which the trainer fails, and for videos."""
     family = get_family(run.model)
     multiple = family.trainer_sampling.size_multiple
     for index, values in enumerate(settings):
@@ -253,6 +253,13 @@ def _check_sizes(run: TrainingRun, settings: Sequence[Mapping[str, Any]]) -> Non
                 f"Sample {index} of the training run {run.name} has the size {width}x{height}. "
                 f"The trainer fails with such samples of {family.title}: their sides must be "
                 f"multiples of {multiple}. Correct the size in the configuration."
+            )
+        # The trainer rounds the number of frames down to 4 n + 1.
+        if family.trainer_sampling.samples_videos and values["num_frames"] > 4:
+            raise TrainingRunError(
+                f"Sample {index} of the training run {run.name} is a video of "
+                f"{values['num_frames']} frames. Only samples of {family.title} with one frame "
+                "(num_frames: 1) can be replayed."
             )
 
 

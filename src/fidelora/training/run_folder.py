@@ -38,6 +38,7 @@ class SampleItem:
     sample_steps: int
     network_multiplier: float
     guidance_rescale: float = 0.0
+    num_frames: int = 1
 
 
 @dataclass(frozen=True)
@@ -409,4 +410,5 @@ def _item(values: Mapping[str, Any], seed: object, where: str) -> SampleItem:
             float, values["network_multiplier"], f"{where}.network_multiplier"
         ),
         guidance_rescale=number_of(float, values["guidance_rescale"], f"{where}.guidance_rescale"),
+        num_frames=number_of(int, values.get("num_frames") or 1, f"{where}.num_frames"),
     )

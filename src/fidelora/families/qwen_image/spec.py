@@ -6,18 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
+from fidelora.families import latent_formats
 from fidelora.families.spec import Family, FlowSampler, Part, Tokenizer, TrainerSampling
-
-# Linear fit of the VAE of Wan 2.1, whose latents Qwen-Image uses. Source:
-# `Wan21.latent_rgb_factors` in https://github.com/comfyanonymous/ComfyUI, comfy/latent_formats.py
-_COLOURS = (
-    (-0.1299, -0.1692, 0.2932), (0.0671, 0.0406, 0.0442), (0.3568, 0.2548, 0.1747),
-    (0.0372, 0.2344, 0.1420), (0.0313, 0.0189, -0.0328), (0.0296, -0.0956, -0.0665),
-    (-0.3477, -0.4059, -0.2925), (0.0166, 0.1902, 0.1975), (-0.0412, 0.0267, -0.1364),
-    (-0.1293, 0.0740, 0.1636), (0.0680, 0.3019, 0.1128), (0.0032, 0.0581, 0.0639),
-    (-0.1251, 0.0927, 0.1699), (0.0060, -0.0633, 0.0005), (0.3477, 0.2275, 0.2950),
-    (0.1984, 0.0913, 0.1861),
-)  # fmt: skip
 
 # From the trainer's own configuration; the base's scheduler file is not used. The stretch to the
 # terminal sigma divides 0 by 0 if there is only one step.
@@ -93,7 +83,7 @@ QWEN_IMAGE = Family(
         tiles_since=(0, 10, 22),
     ),
     adapter_base_versions=("qwen_image",),
-    latent_preview=_COLOURS,
+    latent_preview=latent_formats.WAN21,
 )
 
 QWEN_IMAGE_2512 = replace(

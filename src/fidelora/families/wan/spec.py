@@ -1,0 +1,88 @@
+"""Wan 2.1, text to video, as AI Toolkit 0.12.26 samples single frames of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+
+from fidelora.families import latent_formats
+from fidelora.families.spec import Family, FlowSampler, Part, Tokenizer, TrainerSampling
+from fidelora.families.wan.names import original_names
+
+# The trainer's own configuration; the base's UniPC is not used. The pipeline names no sigmas, so
+# the scheduler shifts twice: the ends of its table, and what lies between them.
+_FLOWMATCH = FlowSampler(
+    "flowmatch", MappingProxyType({"shift": 3.0, "ends_at_shifted_table": True})
+)
+
+WAN21_1B = Family(
+    id="wan21_1b",
+    title="Wan 2.1 1.3B",
+    base_model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    resolution_divisor=16,
+    default_size=512,
+    default_steps=25,
+    default_guidance_scale=4.0,
+    default_seed=42,
+    default_sampler="flowmatch",
+    samplers=MappingProxyType({"flowmatch": _FLOWMATCH}),
+    uses=frozenset({"negative_prompt", "vae_tiling", "quantization", "text_encoder_quantization"}),
+    parts=(
+        Part(
+            name="text_encoder",
+            role="text_encoder",
+            library="transformers",
+            class_name="UMT5EncoderModel",
+            weights="model",
+            precision="text_encoder_dtype",
+            tokenizer=Tokenizer("tokenizer"),
+            # As for T5: the trainer's transformers computes attention with matrix products only.
+            config=MappingProxyType({"attn_implementation": "eager"}),
+            quantization="text_encoder_quantization",
+        ),
+        Part(
+            name="transformer",
+            role="denoiser",
+            library="diffusers",
+            class_name="WanTransformer3DModel",
+            weights="diffusion_pytorch_model",
+            precision="dtype",
+            adapter_prefixes=("diffusion_model.", "transformer.", "lora_unet_"),
+            other_names=original_names,
+            # The trainer calls `.to(dtype)`, which rounds the rotary tables.
+            rounds_buffers=True,
+            quantization="quantization",
+        ),
+        Part(
+            name="vae",
+            role="decoder",
+            library="diffusers",
+            class_name="AutoencoderKLWan",
+            weights="diffusion_pytorch_model",
+            precision="vae_dtype",
+        ),
+    ),
+    text="fidelora.families.wan.text:WanText",
+    denoiser="fidelora.families.wan.denoiser:WanDenoiser",
+    latents="fidelora.families.wan.latents:WanLatents",
+    layout=Path(__file__).parent / "layout",
+    trainer_sampling=TrainerSampling(
+        archs=("wan21:1b", "wan21"),
+        text_encoder_qtype="qtype",
+        ignores_sampler=True,
+        size_multiple=16,
+        tiles_since=(0, 10, 22),
+        samples_videos=True,
+    ),
+    adapter_base_versions=("wan_2.1",),
+    latent_preview=latent_formats.WAN21,
+)
+
+WAN21_14B = replace(
+    WAN21_1B,
+    id="wan21_14b",
+    title="Wan 2.1 14B",
+    base_model="Wan-AI/Wan2.1-T2V-14B-Diffusers",
+    trainer_sampling=replace(WAN21_1B.trainer_sampling, archs=("wan21:14b",)),
+)
