@@ -57,6 +57,10 @@ def test_flags_can_have_any_order():
     )
 
 
+def test_the_number_of_frames_is_a_flag():
+    assert split_flags("x --frames 41") == ("x", {"num_frames": 41})
+
+
 def test_the_last_flag_wins():
     assert split_flags("x --w 640 --w 320")[1] == {"width": 320}
 
@@ -86,7 +90,7 @@ def test_single_dashes_are_part_of_the_prompt():
         "--p2 more text",
         "--a 1",
         "--ref file.png",
-        "--frames 16",
+        "--fps 16",
         "--W 640",
         "--width 640",
         "--",
