@@ -17,6 +17,7 @@ from tests.support import (
     FLUX_LORA,
     GOLDEN_JOBS,
     LORA,
+    TINY_CHROMA,
     TINY_FLUX,
     change_weights,
     expected_bytes_of,
@@ -342,13 +343,9 @@ def test_fields_that_the_family_does_not_use_are_refused(field, value):
         replace(SMALL, **{field: value})
 
 
-def test_fast_and_single_files_are_not_implemented(engine, tmp_path):
+def test_fast_is_not_implemented(engine):
     with pytest.raises(DeviceError, match=r"not implemented for FLUX\.1"):
         engine.generate(replace(SMALL, fidelity="fast"))
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(FLUX_LORA.read_bytes())
-    with pytest.raises(BaseModelFilesError, match="a single file"):
-        engine.generate(replace(SMALL, base_model=str(file)))
 
 
 def test_a_base_model_of_another_family_is_named(engine):
@@ -403,3 +400,60 @@ def test_settings_that_are_not_replayed_are_named(tmp_path):
 def test_the_doctors_suspects_are_recipes_of_the_family():
     assert {one.recipe.model for one in precisions(replace(SMALL, dtype="bfloat16"))} == {"flux"}
     assert get_family("flux").samplers.keys() == {"flowmatch"}
+
+
+def as_checkpoint(prefix: str = "") -> dict[str, Tensor]:
+    """Return the tiny transformer's weights under the names of the original code."""
+    weights = load_file(TINY_FLUX / "transformer" / "diffusion_pytorch_model.safetensors")
+    modules = {key.rpartition(".")[0] for key in weights}
+    named = original_names(modules)
+    inside = {path: name for name, paths in fused_names(modules).items() for path in paths}
+    norms = {"norm_q": "query_norm", "norm_k": "key_norm"}
+    found: dict[str, Tensor] = {}
+    for key, value in weights.items():
+        module, kind = key.rpartition(".")[::2]
+        block = module.replace("single_transformer_blocks", "single_blocks")
+        block = block.replace("transformer_blocks", "double_blocks")
+        if module == "norm_out.linear":
+            scale, shift = value.chunk(2)
+            found[f"final_layer.adaLN_modulation.1.{kind}"] = torch.cat([shift, scale])
+        elif module in named:
+            found[f"{named[module]}.{kind}"] = value
+        elif module in inside:
+            paths = fused_names(modules)[inside[module]]
+            found[f"{inside[module]}.{kind}"] = torch.cat([weights[f"{p}.{kind}"] for p in paths])
+        else:
+            head, last = block.split(".attn.")
+            side = "txt_attn." if "added" in last else "img_attn."
+            side = "" if head.startswith("single") else side
+            found[f"{head}.{side}norm.{norms[last.replace('added_', '')]}.scale"] = value
+    return {prefix + key: value.contiguous() for key, value in found.items()}
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("model", ["flux", "flux_cfg"])
+def test_a_checkpoint_with_the_original_names_gives_the_same_image(engine, tmp_path, model, prefix):
+    file = tmp_path / "flux1-tiny.safetensors"
+    save_file(as_checkpoint(prefix), file)
+    recipe = replace(SMALL, model=model)
+    one = engine.generate(replace(recipe, base_model=str(file), config=str(TINY_FLUX)))
+    assert np.array_equal(one.pixels, engine.generate(recipe).pixels)
+
+
+def test_checkpoints_that_are_something_else_are_refused(engine, tmp_path):
+    chroma = TINY_CHROMA / "transformer" / "diffusion_pytorch_model.safetensors"
+    whole = tmp_path / "whole.safetensors"
+    save_file(as_checkpoint("model.diffusion_model.") | {"vae.x": torch.zeros(1)}, whole)
+    wide = tmp_path / "wide.safetensors"
+    weights = as_checkpoint()
+    key = next(key for key in weights if key.endswith("img_attn.qkv.weight"))
+    weights[key] = weights[key][:-1].contiguous()
+    save_file(weights, wide)
+    for file, says in (
+        (chroma, "is not a checkpoint of FLUX.1"),
+        (whole, "also contains other parts, such as 'vae.x'"),
+        (wide, "do not fit the configuration"),
+    ):
+        recipe = replace(SMALL, base_model=str(file), config=str(TINY_FLUX))
+        with pytest.raises(BaseModelFilesError, match=says):
+            engine.generate(recipe)

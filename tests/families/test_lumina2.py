@@ -29,7 +29,6 @@ from fidelora.cli.image_plan import resolve_noise
 from fidelora.engine.examine import examine_adapter
 from fidelora.errors import (
     AdapterMismatchError,
-    BaseModelFilesError,
     DeviceError,
     RecipeError,
     TrainingRunError,
@@ -208,13 +207,9 @@ def test_fields_that_the_family_does_not_use_are_refused(field, value):
         replace(SMALL, **{field: value})
 
 
-def test_fast_and_single_files_are_not_implemented(engine, tmp_path):
+def test_fast_is_not_implemented(engine):
     with pytest.raises(DeviceError, match=r"not implemented for Lumina-Image 2\.0"):
         engine.generate(replace(SMALL, fidelity="fast"))
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(LUMINA2_LORA.read_bytes())
-    with pytest.raises(BaseModelFilesError, match="a single file"):
-        engine.generate(replace(SMALL, base_model=str(file)))
 
 
 def test_the_estimated_memory_covers_the_loaded_model():

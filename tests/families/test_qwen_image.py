@@ -28,7 +28,7 @@ from tests.support import (
 from fidelora import AdapterRef, Engine, Recipe
 from fidelora.engine.convert import convert_adapter
 from fidelora.engine.examine import examine_adapter
-from fidelora.errors import AdapterMismatchError, BaseModelFilesError, DeviceError, RecipeError
+from fidelora.errors import AdapterMismatchError, DeviceError, RecipeError
 from fidelora.families.protocols import Guidance, Prompts, Size
 from fidelora.training.notes import notes_on
 from fidelora.training.plan import plan_samples
@@ -279,13 +279,9 @@ def test_fields_that_the_family_does_not_use_are_refused(field, value):
         replace(SMALL, **{field: value})
 
 
-def test_fast_and_single_files_are_not_implemented(engine, tmp_path):
+def test_fast_is_not_implemented(engine):
     with pytest.raises(DeviceError, match="not implemented for Qwen-Image"):
         engine.generate(replace(SMALL, fidelity="fast"))
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(QWEN_LORA.read_bytes())
-    with pytest.raises(BaseModelFilesError, match="a single file"):
-        engine.generate(replace(SMALL, base_model=str(file)))
 
 
 def test_the_estimated_memory_covers_the_loaded_model():

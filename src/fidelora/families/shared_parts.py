@@ -1,5 +1,7 @@
 """Parts of base models that several families share. Does not import torch."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from types import MappingProxyType
 
 from fidelora.families.spec import Part, Tokenizer
@@ -28,3 +30,10 @@ FLUX_VAE = Part(
     precision="vae_dtype",
 )
 """FLUX.1's VAE with 16 channels."""
+
+
+def with_companion(parts: Sequence[Part], companion: str) -> tuple[Part, ...]:
+    """Return a family's parts; those outside a transformer's file come from this hub id."""
+    return tuple(
+        part if part.role == "denoiser" else replace(part, companion=companion) for part in parts
+    )

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from fidelora.families import latent_formats
 from fidelora.families.clip_tokenizer import CLIP_TOKENIZER
 from fidelora.families.flux.names import fused_names, original_names
-from fidelora.families.shared_parts import FLUX_VAE, T5_ENCODER
+from fidelora.families.shared_parts import FLUX_VAE, T5_ENCODER, with_companion
 from fidelora.families.spec import Family, FlowSampler, Part, Tokenizer, TrainerSampling
 
 _FOLDER = Path(__file__).parent
@@ -38,6 +38,10 @@ _TRANSFORMER = Part(
     quantization="quantization",
 )
 
+
+_COMPANION = "black-forest-labs/FLUX.1-dev"
+"""Hub id of the other parts, for checkpoints that contain only the transformer."""
+
 FLUX = Family(
     id="flux",
     title="FLUX.1",
@@ -57,10 +61,11 @@ FLUX = Family(
         }
     ),
     uses=frozenset({"noise", "quantization", "text_encoder_quantization"}),
-    parts=(_CLIP, T5_ENCODER, _TRANSFORMER, FLUX_VAE),
+    parts=with_companion((_CLIP, T5_ENCODER, _TRANSFORMER, FLUX_VAE), _COMPANION),
     text="fidelora.families.flux.text:FluxText",
     denoiser="fidelora.families.flux.denoiser:FluxDenoiser",
     latents="fidelora.families.patches:PatchLatents",
+    checkpoint="fidelora.families.flux.checkpoint",
     layout=_FOLDER / "layout",
     trainer_sampling=TrainerSampling(
         archs=("flux",), flags=("is_flux",), text_encoder_qtype="qtype"
@@ -74,6 +79,7 @@ FLEX1 = replace(
     id="flex1",
     title="Flex.1",
     base_model="ostris/Flex.1-alpha",
+    parts=with_companion(FLUX.parts, "ostris/Flex.1-alpha"),
     layout=_FOLDER / "layout_flex1",
     trainer_sampling=TrainerSampling(archs=("flex1",), text_encoder_qtype="qtype"),
 )
@@ -85,8 +91,7 @@ FLUX_CFG = replace(
     title="FLUX.1 with CFG",
     uses=FLUX.uses | {"negative_prompt"},
     parts=(
-        _CLIP,
-        T5_ENCODER,
+        *FLUX.parts[:2],
         replace(
             _TRANSFORMER,
             # The time and the pooled text are embedded without the guidance.
@@ -97,7 +102,7 @@ FLUX_CFG = replace(
                 for kind in ("weight", "bias")
             ),
         ),
-        FLUX_VAE,
+        FLUX.parts[3],
     ),
     denoiser="fidelora.families.flux.denoiser:FluxCfgDenoiser",
     trainer_sampling=TrainerSampling(

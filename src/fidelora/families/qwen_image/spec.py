@@ -7,6 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from fidelora.families import latent_formats
+from fidelora.families.shared_parts import with_companion
 from fidelora.families.spec import Family, FlowSampler, Part, Tokenizer, TrainerSampling
 
 # From the trainer's own configuration; the base's scheduler file is not used. The stretch to the
@@ -17,6 +18,47 @@ _FLOWMATCH = FlowSampler(
         {"dynamic_shift": (256, 0.5, 8192, 0.9), "terminal": 0.02, "linspace": "float64"}
     ),
     min_steps=2,
+)
+
+
+_PARTS = (
+    Part(
+        name="text_encoder",
+        role="text_encoder",
+        library="transformers",
+        class_name="Qwen2_5_VLForConditionalGeneration",
+        weights="model",
+        precision="text_encoder_dtype",
+        # Prompts have no images and only hidden states are needed.
+        submodule="model.language_model",
+        optional_prefix="model.",
+        ignored_weights=("lm_head.weight",),
+        ignored_prefixes=("visual.", "model.visual."),
+        tokenizer=Tokenizer("tokenizer"),
+        # The trainer calls `.to(device, dtype)`, which rounds the rotary tables. In bfloat16,
+        # 3 % of the pixels agree without this rounding, 100 % with it.
+        rounds_buffers=True,
+        quantization="text_encoder_quantization",
+    ),
+    Part(
+        name="transformer",
+        role="denoiser",
+        library="diffusers",
+        class_name="QwenImageTransformer2DModel",
+        weights="diffusion_pytorch_model",
+        precision="dtype",
+        # Of AI Toolkit, diffusers, kohya's programs and LyCORIS; Qwen-Image-Lightning has none.
+        adapter_prefixes=("diffusion_model.", "transformer.", "lora_unet_", "lycoris_", ""),
+        quantization="quantization",
+    ),
+    Part(
+        name="vae",
+        role="decoder",
+        library="diffusers",
+        class_name="AutoencoderKLQwenImage",
+        weights="diffusion_pytorch_model",
+        precision="vae_dtype",
+    ),
 )
 
 QWEN_IMAGE = Family(
@@ -33,48 +75,11 @@ QWEN_IMAGE = Family(
     uses=frozenset(
         ("negative_prompt", "noise", "vae_tiling", "quantization", "text_encoder_quantization")
     ),
-    parts=(
-        Part(
-            name="text_encoder",
-            role="text_encoder",
-            library="transformers",
-            class_name="Qwen2_5_VLForConditionalGeneration",
-            weights="model",
-            precision="text_encoder_dtype",
-            # Prompts have no images and only hidden states are needed.
-            submodule="model.language_model",
-            optional_prefix="model.",
-            ignored_weights=("lm_head.weight",),
-            ignored_prefixes=("visual.", "model.visual."),
-            tokenizer=Tokenizer("tokenizer"),
-            # The trainer calls `.to(device, dtype)`, which rounds the rotary tables. In bfloat16,
-            # 3 % of the pixels agree without this rounding, 100 % with it.
-            rounds_buffers=True,
-            quantization="text_encoder_quantization",
-        ),
-        Part(
-            name="transformer",
-            role="denoiser",
-            library="diffusers",
-            class_name="QwenImageTransformer2DModel",
-            weights="diffusion_pytorch_model",
-            precision="dtype",
-            # Of AI Toolkit, diffusers, kohya's programs and LyCORIS; Qwen-Image-Lightning has none.
-            adapter_prefixes=("diffusion_model.", "transformer.", "lora_unet_", "lycoris_", ""),
-            quantization="quantization",
-        ),
-        Part(
-            name="vae",
-            role="decoder",
-            library="diffusers",
-            class_name="AutoencoderKLQwenImage",
-            weights="diffusion_pytorch_model",
-            precision="vae_dtype",
-        ),
-    ),
+    parts=with_companion(_PARTS, "Qwen/Qwen-Image"),
     text="fidelora.families.qwen_image.text:QwenImageText",
     denoiser="fidelora.families.qwen_image.denoiser:QwenImageDenoiser",
     latents="fidelora.families.qwen_image.latents:QwenImageLatents",
+    checkpoint="fidelora.families.qwen_image.checkpoint",
     layout=Path(__file__).parent / "layout",
     trainer_sampling=TrainerSampling(
         archs=("qwen_image",),
@@ -91,5 +96,6 @@ QWEN_IMAGE_2512 = replace(
     id="qwen_image_2512",
     title="Qwen-Image-2512",
     base_model="Qwen/Qwen-Image-2512",
+    parts=with_companion(QWEN_IMAGE.parts, "Qwen/Qwen-Image-2512"),
     trainer_sampling=replace(QWEN_IMAGE.trainer_sampling, archs=("qwen_image:2512",)),
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from fidelora.families import latent_formats
+from fidelora.families.shared_parts import with_companion
 from fidelora.families.spec import (
     Family,
     FlowSampler,
@@ -36,6 +37,51 @@ _TRAINER_SAMPLING = TrainerSampling(
     ),
 )
 
+
+_PARTS = (
+    Part(
+        name="text_encoder",
+        role="text_encoder",
+        library="transformers",
+        class_name="Qwen3Model",
+        weights="model",
+        precision="text_encoder_dtype",
+        optional_prefix="model.",
+        tokenizer=Tokenizer("tokenizer"),
+        ignored_weights=("lm_head.weight",),  # not needed for hidden states
+        # The trainer calls `.to(device, dtype)`, which rounds the rotary tables. In bfloat16,
+        # 12 % of the pixels agree without this rounding, 100 % with it.
+        rounds_buffers=True,
+        quantization="text_encoder_quantization",
+    ),
+    Part(
+        name="transformer",
+        role="denoiser",
+        library="diffusers",
+        class_name="ZImageTransformer2DModel",
+        weights="diffusion_pytorch_model",
+        precision="dtype",
+        adapter_prefixes=("diffusion_model.", "transformer.", "lora_unet_"),
+        other_names=original_names,
+        fused_names=fused_names,
+        quantization="quantization",
+        whole_layers=(
+            "t_embedder*",
+            "cap_embedder*",
+            "all_x_embedder*",
+            "all_final_layer*",
+        ),
+    ),
+    Part(
+        name="vae",
+        role="decoder",
+        library="diffusers",
+        class_name="AutoencoderKL",
+        weights="diffusion_pytorch_model",
+        precision="vae_dtype",
+    ),
+)
+
 ZIMAGE = Family(
     id="zimage",
     title="Z-Image",
@@ -51,47 +97,11 @@ ZIMAGE = Family(
     uses=frozenset(
         {"negative_prompt", "quantization", "text_encoder_quantization", "training_adapters"}
     ),
-    parts=(
-        Part(
-            name="text_encoder",
-            role="text_encoder",
-            library="transformers",
-            class_name="Qwen3Model",
-            weights="model",
-            precision="text_encoder_dtype",
-            optional_prefix="model.",
-            tokenizer=Tokenizer("tokenizer"),
-            ignored_weights=("lm_head.weight",),  # not needed for hidden states
-            # The trainer calls `.to(device, dtype)`, which rounds the rotary tables. In bfloat16,
-            # 12 % of the pixels agree without this rounding, 100 % with it.
-            rounds_buffers=True,
-            quantization="text_encoder_quantization",
-        ),
-        Part(
-            name="transformer",
-            role="denoiser",
-            library="diffusers",
-            class_name="ZImageTransformer2DModel",
-            weights="diffusion_pytorch_model",
-            precision="dtype",
-            adapter_prefixes=("diffusion_model.", "transformer.", "lora_unet_"),
-            other_names=original_names,
-            fused_names=fused_names,
-            quantization="quantization",
-            whole_layers=("t_embedder*", "cap_embedder*", "all_x_embedder*", "all_final_layer*"),
-        ),
-        Part(
-            name="vae",
-            role="decoder",
-            library="diffusers",
-            class_name="AutoencoderKL",
-            weights="diffusion_pytorch_model",
-            precision="vae_dtype",
-        ),
-    ),
+    parts=with_companion(_PARTS, "Tongyi-MAI/Z-Image"),
     text="fidelora.families.zimage.text:ZImageText",
     denoiser="fidelora.families.zimage.denoiser:ZImageDenoiser",
     latents="fidelora.families.zimage.latents:ZImageLatents",
+    checkpoint="fidelora.families.zimage.checkpoint",
     layout=Path(__file__).parent / "layout",
     trainer_sampling=_TRAINER_SAMPLING,
     adapter_base_versions=("zimage",),
@@ -103,6 +113,7 @@ ZIMAGE_TURBO = replace(
     id="zimage_turbo",
     title="Z-Image Turbo",
     base_model="Tongyi-MAI/Z-Image-Turbo",
+    parts=with_companion(ZIMAGE.parts, "Tongyi-MAI/Z-Image-Turbo"),
     default_steps=8,
     default_guidance_scale=1.0,
     trainer_sampling=replace(_TRAINER_SAMPLING, archs=("zimage:turbo",), default_steps=9),
@@ -114,6 +125,7 @@ ZIMAGE_DETURBO = replace(
     title="Z-Image De-Turbo",
     base_model="ostris/Z-Image-De-Turbo",  # has only the transformer
     extras=ZIMAGE_TURBO.base_model,
+    parts=ZIMAGE_TURBO.parts,
     default_steps=25,
     default_guidance_scale=3.0,
     trainer_sampling=replace(_TRAINER_SAMPLING, archs=("zimage:deturbo",), default_steps=25),

@@ -1,0 +1,65 @@
+"""Single-file checkpoints that contain only a transformer, as ComfyUI uses them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fidelora.errors import BaseModelFilesError
+from fidelora.families.spec import Family
+
+_PREFIX = "model.diffusion_model."
+"""Prefix of the transformer in some of ComfyUI's checkpoints."""
+
+
+def transformer_weights(
+    weights: Mapping[str, Tensor],
+    family: Family,
+    name: str,
+    *,
+    blocks: Sequence[str],
+    foreign: Sequence[str] = (),
+) -> dict[str, Tensor]:
+    """Return the weights of a file without ComfyUI's prefix.
+
+    Args:
+        weights: all tensors of the file.
+        name: name of the file for messages.
+        blocks: prefixes of weights; every transformer of the family has all of them.
+        foreign: prefixes of weights that only other families have.
+
+    Raises:
+        BaseModelFilesError: the file belongs to another family, or contains other parts.
+    """
+    inside = [key for key in weights if key.startswith(_PREFIX)]
+    if inside and len(inside) < len(weights):
+        other = next(key for key in weights if not key.startswith(_PREFIX))
+        raise BaseModelFilesError(
+            f"{name} also contains other parts, such as {other!r}. Use a file with the transformer "
+            f"only, and a folder with the other parts of {family.title} as config."
+        )
+    own = {key.removeprefix(_PREFIX): value for key, value in weights.items()}
+    has_all = all(any(key.startswith(block) for key in own) for block in blocks)
+    if not has_all or any(key.startswith(tuple(foreign)) for key in own if foreign):
+        raise BaseModelFilesError(
+            f"{name} is not a checkpoint of {family.title}: its weights do not begin with "
+            f"{' and '.join(blocks)} Use a file with the transformer under its original names, or "
+            "a diffusers folder."
+        )
+    return own
+
+
+def split_rows(value: Tensor, rows: Sequence[int], key: str, name: str) -> tuple[Tensor, ...]:
+    """Return the rows of a fused weight by module.
+
+    Raises:
+        BaseModelFilesError: the weight has another number of rows.
+    """
+    if sum(rows) != len(value) or min(rows) <= 0:
+        raise BaseModelFilesError(
+            f"{key} in {name} has {len(value)} rows, which do not fit the configuration. Give the "
+            "folder with its configurations as config."
+        )
+    return tuple(piece.contiguous() for piece in torch.split(value, list(rows)))
