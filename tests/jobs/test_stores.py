@@ -39,6 +39,7 @@ from fidelora.errors import (
     QueueFullError,
     RecipeError,
 )
+from fidelora.families import all_families
 from fidelora.jobs.codec import DOCUMENT_FORMAT, document_of
 from fidelora.jobs.database import wal_is_safe
 from fidelora.jobs.job import MAX_ATTEMPTS, Failure, Job, JobProgress, Output, Status, new_job
@@ -1175,16 +1176,28 @@ def test_workers_leave_jobs_of_newer_versions(server, request, tmp_path):
         assert older.count(Status.IN_QUEUE) == 2
         left = [newer.claim("new", much_later, LEASE_S) for _ in range(3)]
         assert [one is None for one in left] == [False, False, True]
+        # Servers and workers of the older version go on with their own jobs.
+        assert {one.id for one in older.list().jobs}.isdisjoint({new.id})
+        assert [one.worker for one in older.running("")] == [
+            one.worker for one in older.running("o")
+        ]
+        assert older.read_changes({new.id: 0}).changed == {}
+        assert older.abandon_expired(later(30_000)) != ()
+        assert newer.get(new.id).status is Status.IN_PROGRESS
+        for call in (older.get, older.cancel):
+            with pytest.raises(JobStoreError, match="newer version"):
+                call(new.id)
 
 
-def test_the_format_is_raised_with_the_fields_of_a_recipe():
-    """Workers of older versions cannot read a document with a new field of a recipe.
+def test_the_format_is_raised_with_new_fields_and_models():
+    """Workers of older versions cannot read a new field of a recipe, or make a new model's images.
 
-    If this fails, raise `DOCUMENT_FORMAT` and write the new fields down here.
+    If this fails, raise `DOCUMENT_FORMAT` and write the new digest down here.
     """
     fields = sorted({one.name for kind in (Recipe, AdapterRef) for one in dataclasses.fields(kind)})
-    digest = hashlib.sha256(" ".join(fields).encode()).hexdigest()[:16]
-    assert (DOCUMENT_FORMAT, digest) == (1, "5ce5ff1408da8ec1")
+    words = [*fields, *sorted(all_families())]
+    digest = hashlib.sha256(" ".join(words).encode()).hexdigest()[:16]
+    assert (DOCUMENT_FORMAT, digest) == (1, "361e29b61d396b2d")
 
 
 def test_jobs_of_an_older_database_have_no_owner(tmp_path, monkeypatch):

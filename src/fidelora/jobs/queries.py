@@ -39,7 +39,6 @@ _place = ((JOBS.c.attempts > _zero), _turn_of_fresh, JOBS.c.seq)
 """Order of the queue: jobs without a failed attempt by turn, then the others by arrival."""
 
 READ_VERSIONS = sa.select(JOBS.c.id, JOBS.c.version, JOBS.c.status).where(JOBS.c.id.in_(_ids))
-READ_JOBS = sa.select(*JOB_COLUMNS).where(JOBS.c.id.in_(_ids))
 _queue = (
     sa.select(JOBS.c.id, (sa.func.row_number().over(order_by=_place) - 1).label("position"))
     .where(_in_queue)
@@ -48,11 +47,6 @@ _queue = (
 READ_POSITIONS = sa.select(_queue.c.id, _queue.c.position).where(_queue.c.id.in_(_ids))
 READ_POSITION = sa.select(_queue.c.position).where(_queue.c.id == sa.bindparam("id"))
 COUNT_QUEUED = sa.select(sa.func.count()).select_from(JOBS).where(_in_queue)
-READ_RUNNING = sa.select(*JOB_COLUMNS).where(
-    _in_progress,
-    sa.func.substr(JOBS.c.worker, 1, sa.bindparam("length", type_=sa.Integer))
-    == sa.bindparam("prefix", type_=sa.String),
-)
 _fresh_jobs = sa.select(*JOB_COLUMNS).where(_is_fresh).order_by(JOBS.c.turn, JOBS.c.seq)
 _retried_jobs = sa.select(*JOB_COLUMNS).where(_is_retry).order_by(JOBS.c.seq)
 FIRST_FRESH = _fresh_jobs.limit(1)
@@ -95,6 +89,9 @@ class Queries:
         count_workers: number of live workers.
         places: values from which the place of a new job is computed.
         count_before: number of queued jobs that a job with a turn follows.
+        is_readable: condition for jobs that this process can read.
+        read_jobs: the readable jobs with some ids.
+        read_running: the readable jobs of workers whose names begin with a prefix.
         get: one job, and `now_s`.
         claim: the job that a worker claims, and `now_s`; see `JobStore.claim`. On PostgreSQL, it
             also counts the claim.
@@ -155,7 +152,17 @@ class Queries:
             JOBS.c.retry_at_s.is_(None), ahead_s <= 0, ahead_s > MAX_RETRY_PAUSE_S
         )
         is_due = JOBS.c.due <= self.claims
-        is_readable = JOBS.c.document_format <= sa.literal(document_format)
+        self.is_readable: sa.ColumnElement[bool] = JOBS.c.document_format <= sa.literal(
+            document_format
+        )
+        is_readable = self.is_readable
+        self.read_jobs = sa.select(*JOB_COLUMNS).where(JOBS.c.id.in_(_ids), is_readable)
+        self.read_running = sa.select(*JOB_COLUMNS).where(
+            _in_progress,
+            is_readable,
+            sa.func.substr(JOBS.c.worker, 1, sa.bindparam("length", type_=sa.Integer))
+            == sa.bindparam("prefix", type_=sa.String),
+        )
         fresh = sa.and_(_is_fresh, is_readable)
         retried = sa.and_(_is_retry, is_readable)
         head = (
@@ -201,6 +208,7 @@ class Queries:
         )
         expired = sa.and_(
             _in_progress,
+            is_readable,
             sa.or_(JOBS.c.lease_expires_at_s <= self.now_s, lost),
             JOBS.c.worker.not_in(sa.bindparam("spared", expanding=True)),
         )

@@ -81,8 +81,13 @@ WORKER_ADAPTERS = sa.table(
 )
 CLAIM_COUNTER = sa.table("claim_counter", sa.column("claims", sa.BigInteger))
 
-JOB_COLUMNS = [JOBS.c.seq, JOBS.c.document, *(JOBS.c[name] for name in _STATE)]
-"""Columns that `job_of` reads, and the number of the row."""
+JOB_COLUMNS = [
+    JOBS.c.seq,
+    JOBS.c.document,
+    JOBS.c.document_format,
+    *(JOBS.c[name] for name in _STATE),
+]
+"""Columns that `job_of` reads, the number of the row, and the format of the document."""
 
 
 def state_of(job: Job) -> dict[str, Any]:

@@ -36,10 +36,8 @@ from fidelora.jobs.queries import (
     FIRST_FRESH,
     FIRST_RETRY,
     MAX_IDS,
-    READ_JOBS,
     READ_POSITION,
     READ_POSITIONS,
-    READ_RUNNING,
     READ_VERSIONS,
     Queries,
     update_of_job,
@@ -197,7 +195,8 @@ class SqlStore(StoreByTransition):
                 queued |= {row.id for row in rows if row.status == Status.IN_QUEUE.value}
                 changed = [row.id for row in rows if row.version != known[row.id]]
                 if changed:
-                    jobs += map(job_of, connection.execute(READ_JOBS, {"ids": changed}))
+                    read = connection.execute(self._queries.read_jobs, {"ids": changed})
+                    jobs += map(job_of, read)
             for ids in _batched(queued, MAX_IDS):
                 read = connection.execute(READ_POSITIONS, {"ids": ids})
                 positions |= {row.id: row.position for row in read}
@@ -216,7 +215,8 @@ class SqlStore(StoreByTransition):
         cursor: str | None = None,
     ) -> JobPage:
         visible = [] if owner is None else [JOBS.c.owner == owner]
-        query = sa.select(*JOB_COLUMNS).where(*visible).order_by(JOBS.c.seq.desc())
+        query = sa.select(*JOB_COLUMNS).where(*visible, self._queries.is_readable)
+        query = query.order_by(JOBS.c.seq.desc())
         if status is not None:
             query = query.where(JOBS.c.status == status.value)
         query = query.limit(limit + 1)
@@ -347,7 +347,7 @@ class SqlStore(StoreByTransition):
     def running(self, worker_prefix: str) -> tuple[Job, ...]:
         given = {"prefix": worker_prefix, "length": len(worker_prefix)}
         with self._reading() as connection:
-            return tuple(map(job_of, connection.execute(READ_RUNNING, given)))
+            return tuple(map(job_of, connection.execute(self._queries.read_running, given)))
 
     def report_worker(self, state: WorkerState, now: datetime | None = None) -> None:
         with self._writing() as connection:
@@ -422,6 +422,7 @@ class SqlStore(StoreByTransition):
             sa.select(*JOB_COLUMNS)
             .where(
                 ended,
+                self._queries.is_readable,
                 sa.or_(JOBS.c.finished_at_s < before.timestamp(), JOBS.c.seq.in_(surplus)),
             )
             .order_by(*newest_first)
@@ -522,6 +523,11 @@ class SqlStore(StoreByTransition):
         row = connection.execute(self._queries.get, self._now(now) | {"id": job_id}).first()
         if row is None:
             raise JobNotFoundError
+        if row.document_format > self._document_format:
+            raise JobStoreError(
+                "The request was accepted by a newer version of Fidelora. Another server of that "
+                "version can read it."
+            )
         return job_of(row), datetime.fromtimestamp(row.now_s, UTC)
 
     def _put(self, connection: sa.Connection, before: Job, after: Job, at: datetime) -> Job:

@@ -8,13 +8,10 @@ from fastapi import APIRouter
 
 from fidelora.api.responses import WorkerBody, WorkerList
 from fidelora.errors import AdminKeyRequiredError
-from fidelora.jobs.job import Status
 from fidelora.server.context import CallerDep, ContextDep
 from fidelora.server.problems import error_responses
 
 router = APIRouter(prefix="/v1/workers", tags=["operations"])
-
-_MOST_RUNNING = 200  # running requests that are looked up; a worker has one
 
 
 @router.get("", responses=error_responses())
@@ -23,8 +20,7 @@ def list_workers(context: ContextDep, caller: CallerDep) -> WorkerList:
     if not caller.is_admin:
         raise AdminKeyRequiredError("Only an admin key can list the workers.")
     states = context.store.workers()
-    running = context.store.list(status=Status.IN_PROGRESS, limit=_MOST_RUNNING).jobs
-    requests = {job.worker: job.id for job in running}
+    requests = {job.worker: job.id for job in context.store.running("")}
     now = datetime.now(UTC)
     return WorkerList(
         workers=[
