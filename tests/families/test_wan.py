@@ -130,7 +130,7 @@ def test_a_lora_in_the_names_of_other_programs_is_equal(engine, tmp_path, style,
     assert not np.array_equal(images[0], engine.generate(SMALL).pixels)
 
 
-@pytest.mark.parametrize("where", ["block", "item", "flag"])
+@pytest.mark.parametrize("where", ["block", "item", "flag", "item of one frame"])
 def test_samples_that_are_videos_are_refused(tmp_path, where):
     folder = tmp_path / "run"
     shutil.copytree(GOLDEN_JOBS / "wan21_lora_f32", folder)
@@ -139,11 +139,16 @@ def test_samples_that_are_videos_are_refused(tmp_path, where):
     if where == "block":
         sample["num_frames"] = 41
     elif where == "item":
-        sample["samples"][0]["num_frames"] = 9
+        sample["samples"][0]["num_frames"] = 4
+    elif where == "item of one frame":
+        sample["samples"][0]["num_frames"] = 3
     else:
         sample["samples"][0]["prompt"] += " --frames 9"
     (folder / "config.yaml").write_text(yaml.safe_dump(document))
     run = read_run(folder)
+    if where == "item of one frame":
+        assert len(plan_samples(run, run.steps, base_model=str(TINY_WAN21))) == 3
+        return
     with pytest.raises(TrainingRunError, match="is a video of"):
         plan_samples(run, run.steps, base_model=str(TINY_WAN21))
 

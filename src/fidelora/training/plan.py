@@ -254,8 +254,8 @@ def _check_sizes(run: TrainingRun, settings: Sequence[Mapping[str, Any]]) -> Non
                 f"The trainer fails with such samples of {family.title}: their sides must be "
                 f"multiples of {multiple}. Correct the size in the configuration."
             )
-        # The trainer rounds the number of frames down to 4 n + 1.
-        if family.trainer_sampling.samples_videos and values["num_frames"] > 4:
+        # The trainer makes num_frames // 4 * 4 + 1 frames: one for 2 and 3, five for 4.
+        if family.trainer_sampling.samples_videos and values["num_frames"] >= 4:
             raise TrainingRunError(
                 f"Sample {index} of the training run {run.name} is a video of "
                 f"{values['num_frames']} frames. Only samples of {family.title} with one frame "
