@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tests.support import GOLDEN_JOBS, TINY_BASE
 
-from fidelora.training.changes import changed_settings, grouped_by_cause
+from fidelora.training.changes import changed_settings, grouped_by_setting
 from fidelora.training.judge import DRAWS, Experiment
 from fidelora.training.plan import plan_samples
 from fidelora.training.run_folder import read_run
@@ -25,14 +25,30 @@ def test_samples_with_other_settings_are_grouped_by_the_changed_one():
     )
     run = replace(run, samples=items, trigger_word="sks")
     plans = plan_samples(run, 8, base_model=str(TINY_BASE))
-    grouped = grouped_by_cause([list(changed_settings(run, plan)) for plan in plans])
+    changes = [list(changed_settings(run, plan)) for plan in plans]
+    groups = grouped_by_setting(changes, max_samples=2, max_values=3)
+    grouped = {next(iter(group.values())).cause: group for group in groups}
+    assert len(grouped) == len(groups)
     assert list(grouped["guidance"]) == [1]
     assert list(grouped["trigger"]) == [0]
     assert list(grouped["steps"]) == list(grouped["multiplier"]) == [0, 1]
-    for cause, changes in grouped.items():
-        assert {change.cause for change in changes.values()} == {cause}
+    for cause, group in grouped.items():
+        assert {change.cause for change in group.values()} == {cause}
     assert grouped["guidance"][1].recipe.guidance_scale == 6.5
     assert "[trigger]" in grouped["trigger"][0].recipe.prompt
+
+
+def test_values_of_a_setting_are_changed_apart():
+    """A mistake in the sample block changes the samples without a value of their own only."""
+    run = read_run(GOLDEN_JOBS / "checkpoints_jpg")
+    scales = [2.5, 6.0, 3.5, 6.0, 4.5, 6.0]
+    items = tuple(replace(run.samples[0], guidance_scale=scale) for scale in scales)
+    run = replace(run, samples=items)
+    plans = plan_samples(run, 8, base_model=str(TINY_BASE))
+    changes = [list(changed_settings(run, plan)) for plan in plans]
+    groups = grouped_by_setting(changes, max_samples=2, max_values=3)
+    guidance = [list(group) for group in groups if next(iter(group.values())).cause == "guidance"]
+    assert guidance == [[1, 3], [0], [2]]  # the most frequent value first
 
 
 class RecordingEngine:

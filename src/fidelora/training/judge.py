@@ -7,6 +7,8 @@ step.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 from fidelora.engine.engine import Engine
 from fidelora.images.write import GeneratedImage
 from fidelora.recipe import Recipe, differ_in_prompts_and_seed
-from fidelora.training.changes import Change, changed_settings, grouped_by_cause
+from fidelora.training.changes import Change, changed_settings, grouped_by_setting
 from fidelora.training.compare import (
     ROUNDING_MAX_DIFFERENCE,
     ROUNDING_MIN_IDENTICAL_PERCENT,
@@ -51,7 +53,10 @@ _DIRECTIONS_LIMIT = 0.4 * FALSE_ALARMS
 
 DRAWS = 8
 _CHANGED_SAMPLES = 2
-"""Number of samples on which changed settings are tried; each needs one image per setting."""
+"""Number of samples on which a changed setting is tried; each needs an image."""
+
+_CHANGED_VALUES = 3
+"""Number of values of one setting (guidance 6 and guidance 2.5, ...) that are changed in turn."""
 
 _MIN_SIGNAL = 0.5
 """If less of a change is due to its setting (see `DirectionTest`), the change is made again with
@@ -132,8 +137,11 @@ class Evidence:
     def _power(self) -> str:
         seen: list[str] = []
         unseen: list[str] = []
+        values = Counter(one.change.cause for one in self.tried)
         for one in self.tried:
             name = one.change.cause.replace("_", " ")
+            if values[one.change.cause] > 1:
+                name += f" {one.change.value:g}"
             if one.change.cause == "dtype":
                 continue  # its effect is rounding, like that of the draws
             if one.detectable is None:
@@ -201,9 +209,9 @@ class Experiment:
         self._replayed = replayed
         self._formats = formats
         self._on_image = on_image
-        changes = [list(changed_settings(run, plan)) for plan in plans[:_CHANGED_SAMPLES]]
-        self._changes = grouped_by_cause(changes)
-        self._total = DRAWS * len(plans) + sum(map(len, changes))
+        changes = [list(changed_settings(run, plan)) for plan in plans]
+        self._changes = grouped_by_setting(changes, _CHANGED_SAMPLES, _CHANGED_VALUES)
+        self._total = DRAWS * len(plans) + sum(map(len, self._changes))
         self._done = 0
         self._effects: dict[tuple[str, int], DifferenceImage] = {}
         self._centers: dict[int, list[Pixels]] = {}
@@ -237,7 +245,7 @@ class Experiment:
             return Evidence(Verdict.MISMATCH, lost, noise, size)
         tried = []
         limit = _DIRECTIONS_LIMIT / max(1, len(self._changes))
-        for by_sample in self._changes.values():
+        for by_sample in self._changes:
             effects = [self._effect(index, change) for index, change in by_sample.items()]
             changed = [samples[index] for index in by_sample]
             test = direction_test(changed, effects, limit)
@@ -257,7 +265,12 @@ class Experiment:
         if found:
             best = min(found, key=lambda one: one.test.p_value)
             return Evidence(Verdict.MISMATCH, lost, noise, size, tuple(tried), best)
-        blind = any(one.test.detectable > _MAX_DETECTABLE for one in tried if one.change.size)
+        best_detectable: dict[str, float] = {}  # by setting; some values may have little effect
+        for one in tried:
+            if one.change.size:
+                known = best_detectable.get(one.change.cause, math.inf)
+                best_detectable[one.change.cause] = min(known, one.test.detectable)
+        blind = any(detectable > _MAX_DETECTABLE for detectable in best_detectable.values())
         verdict = Verdict.UNDECIDED if blind else Verdict.ROUNDING
         return Evidence(verdict, lost, noise, size, tuple(tried))
 
