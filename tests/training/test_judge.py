@@ -11,7 +11,7 @@ import pytest
 from tests.support import GOLDEN_JOBS, TINY_BASE
 
 from fidelora.training.changes import changed_settings, grouped_by_setting
-from fidelora.training.judge import DRAWS, Experiment
+from fidelora.training.judge import DRAWS, Experiment, Verdict
 from fidelora.training.plan import plan_samples
 from fidelora.training.run_folder import read_run
 
@@ -102,3 +102,33 @@ def test_draws_in_half_precision_share_batches(dtype, widths, batches):
         assert [draw.shape for draw in draws] == DRAWS * [
             (plan.recipe.height, plan.recipe.width, 3)
         ]
+
+
+class NoisyEngine(RecordingEngine):
+    """Makes gray images with noise, which is much stronger in every fourth draw after the first."""
+
+    def _images(self, recipes):
+        number = len(self.batches)
+        self.batches.append(len(recipes))
+        strong = number >= DRAWS and number % 4 == 0
+        noise = np.random.default_rng(number).normal(0, 8 if strong else 2, (64, 64, 3))
+        return [SimpleNamespace(pixels=(128 + noise.round()).clip(0, 255).astype(np.uint8))]
+
+
+@pytest.mark.parametrize(
+    ("level", "verdict", "draws"), [(6, Verdict.ROUNDING, 24), (40, Verdict.MISMATCH, 8)]
+)
+def test_more_draws_are_made_before_a_mismatch_that_is_not_clear(level, verdict, draws):
+    """The first draws are all alike, but some of the others are as far away as the sample."""
+    run = read_run(GOLDEN_JOBS / "lora_linear_f32")
+    run = replace(run, samples=run.samples[:1])
+    plans = plan_samples(run, 6, base_model=str(TINY_BASE))
+    plans = [replace(plan, recipe=replace(plan.recipe, width=64, height=64)) for plan in plans]
+    center = np.full((64, 64, 3), 128, np.uint8)
+    engine: Any = NoisyEngine()
+    experiment = Experiment(run, engine, plans, [center], ["PNG"])
+    noise = np.random.default_rng(1000).normal(0, level, center.shape)
+    trainer = (128 + noise.round()).clip(0, 255).astype(np.uint8)
+    evidence = experiment.conclude(experiment.differences([trainer]), ("digits",))
+    assert len(experiment.draws[0]) == draws
+    assert evidence.verdict is verdict

@@ -52,6 +52,14 @@ _SIZE_LIMIT = 0.6 * FALSE_ALARMS
 _DIRECTIONS_LIMIT = 0.4 * FALSE_ALARMS
 
 DRAWS = 8
+_MORE_DRAWS = 16
+"""Further draws, made before settings are called wrong with a p value that is not `_CLEAR`.
+
+With eight draws, the tail of the distribution is an extrapolation. Some samples are close to a
+tipping point, so that a few draws are much farther away than the others.
+"""
+_CLEAR = 1e-6
+
 _CHANGED_SAMPLES = 2
 """Number of samples on which a changed setting is tried; each needs an image."""
 
@@ -120,6 +128,12 @@ class Evidence:
     size: SizeTest
     tried: tuple[TriedChange, ...] = ()
     found: TriedChange | None = None
+
+    @property
+    def is_clear(self) -> bool:
+        """True if a mismatch needs no further draws."""
+        found = math.inf if self.found is None else self.found.test.p_value
+        return min(self.size.p_value, found) < _CLEAR
 
     @property
     def reason(self) -> str:
@@ -217,25 +231,39 @@ class Experiment:
         self._centers: dict[int, list[Pixels]] = {}
         self._means: dict[tuple[str, int], tuple[DifferenceImage, float]] = {}
         self.draws: list[list[DifferenceImage]] = [[] for _ in plans]
-        with Draws.of(run, engine) as maker:
-            for number in range(DRAWS):  # one change of the weights for all samples
-                self._draw([maker.recipe(plan, number) for plan in plans], number)
+        self._make_draws(range(DRAWS))
 
     def differences(self, trainer: Sequence[Pixels]) -> list[Differences]:
         """Return the differences of these samples and of the draws from the replayed images."""
         return [
-            Differences(_difference(pixels, center), tuple(draws))
+            Differences(_difference(pixels, center), tuple(draws[:DRAWS]))
             for pixels, center, draws in zip(trainer, self._replayed, self.draws, strict=True)
         ]
 
     def conclude(self, samples: Sequence[Differences], lost: tuple[str, ...]) -> Evidence:
         """Judge samples by their differences.
 
-        Images of changed settings are made if the sizes of the differences show no mismatch.
+        Images of changed settings are made if the sizes of the differences show no mismatch, and
+        more draws if there is a mismatch that is not clear.
 
         Args:
+            samples: `differences` of some samples, or the same with other numbers of draws.
             lost: information that was lost, as clauses.
         """
+        evidence = self._conclude(samples, lost)
+        if evidence.verdict is not Verdict.MISMATCH or evidence.is_clear:
+            return evidence
+        if len(self.draws[0]) == DRAWS:
+            self._total += _MORE_DRAWS * len(self._plans)
+            # The numbers between are those of `_mean_effect`.
+            self._make_draws(range(2 * DRAWS, 2 * DRAWS + _MORE_DRAWS))
+        more = [
+            replace(sample, draws=(*sample.draws, *draws[DRAWS:]))
+            for sample, draws in zip(samples, self.draws, strict=True)
+        ]
+        return self._conclude(more, lost)
+
+    def _conclude(self, samples: Sequence[Differences], lost: tuple[str, ...]) -> Evidence:
         noise = {
             plan.index: float(np.mean([np.abs(one).mean() for one in sample.draws]))
             for plan, sample in zip(self._plans, samples, strict=True)
@@ -273,6 +301,11 @@ class Experiment:
         blind = any(detectable > _MAX_DETECTABLE for detectable in best_detectable.values())
         verdict = Verdict.UNDECIDED if blind else Verdict.ROUNDING
         return Evidence(verdict, lost, noise, size, tuple(tried))
+
+    def _make_draws(self, numbers: range) -> None:
+        with Draws.of(self._run, self._engine) as maker:
+            for number in numbers:  # one change of the weights for all samples
+                self._draw([maker.recipe(plan, number) for plan in self._plans], number)
 
     def _draw(self, recipes: Sequence[Recipe], number: int) -> None:
         """Make one draw of each sample, in batches where that changes only rounding errors."""
