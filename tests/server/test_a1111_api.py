@@ -759,6 +759,7 @@ def test_api_keys(tmp_path):
 def test_unknown_paths_have_the_web_uis_error_format(client):
     answer = client.post("/sdapi/v1/img2img", json={})
     assert (answer.status_code, set(answer.json())) == (404, {"error", "detail", "body", "errors"})
+    assert "img2img, upscaling and ControlNet are not supported" in answer.json()["detail"]
 
 
 def test_the_pixels_of_the_answer_are_those_of_the_file(client, context, worker):

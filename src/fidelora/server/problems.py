@@ -29,6 +29,7 @@ from fidelora.server.problem_formats import (
     Problem,
     problem_response,
 )
+from fidelora.server.unknown_routes import unknown_route
 
 log = structlog.get_logger(__name__)
 
@@ -161,12 +162,11 @@ def install(app: FastAPI) -> None:
             return problem_response(problem_of(error.__cause__), request.url.path)
         if isinstance(error.__cause__, OSError) and is_full(error.__cause__):
             return problem_response(problem_of(StorageFullError()), request.url.path)
+        message = f"{str(error.detail).rstrip('.')}."
+        if error.status_code == 404 and error.detail == HTTPStatus.NOT_FOUND.phrase:
+            message = unknown_route(request.url.path)  # the router found no route
         response = problem_response(
-            Problem(
-                error.status_code,
-                HTTPStatus(error.status_code).name,
-                f"{str(error.detail).rstrip('.')}.",
-            ),
+            Problem(error.status_code, HTTPStatus(error.status_code).name, message),
             request.url.path,
         )
         response.headers.update(error.headers or {})
