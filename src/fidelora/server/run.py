@@ -9,7 +9,6 @@ import socket
 import sys
 import uuid
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import structlog
@@ -68,6 +67,17 @@ def serve(settings: Settings) -> None:
 
 
 async def _serve(context: ServerContext, listener: socket.socket, url: str) -> None:
+    stop_requested = asyncio.Event()
+
+    def request_stop() -> None:
+        if stop_requested.is_set() and context.pool is not None:  # a second signal: do not wait
+            context.pool.skip_grace_period()
+        stop_requested.set()
+
+    # Before the application is made, which takes seconds: asyncio's own handler of SIGINT would
+    # cancel the server in the middle of its startup.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, request_stop)
     app = make_app(context, with_page=True)
     LimitedProtocol.max_connections = connection_limit()
     config = uvicorn.Config(
@@ -79,20 +89,21 @@ async def _serve(context: ServerContext, listener: socket.socket, url: str) -> N
         # The access control needs the address of the connection, not one that a header claims.
         proxy_headers=False,
     )
-    server = _UvicornServer(config, partial(_announce, context, url))
-    stop_requested = asyncio.Event()
+    started = asyncio.Event()
 
-    def request_stop() -> None:
-        if stop_requested.is_set() and context.pool is not None:  # a second signal: do not wait
-            context.pool.skip_grace_period()
-        stop_requested.set()
+    def announce() -> None:
+        _announce(context, url)
+        started.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, request_stop)
+    server = _UvicornServer(config, announce)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     waiting = asyncio.create_task(stop_requested.wait())
     await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
     if stop_requested.is_set():
+        # A startup that has begun must end first: it starts the workers that are stopped here.
+        starting = asyncio.create_task(started.wait())
+        await asyncio.wait({serving, starting}, return_when=asyncio.FIRST_COMPLETED)
+        starting.cancel()
         log.info("stopping", grace_s=context.settings.stop_grace_s)
         context.stopping.set()
         if context.pool is not None:  # the API still serves status and results meanwhile
