@@ -418,6 +418,8 @@ def test_calls_of_routes_that_do_not_exist_say_what_to_do(context):
             pytest.raises(openai.NotFoundError, match="set base_url to the server's address and"),
         ):
             client.images.generate(prompt="a ball")
+        answer = httpx2.get(f"{url}/v1/v1/models", timeout=IMAGES_DEADLINE_S)
+        assert "address without /v1" in answer.json()["detail"]["error"]["message"]
         answer = httpx2.get(f"{url}/gradio_api/info", timeout=IMAGES_DEADLINE_S)
         assert "use POST /v1/inference" in answer.json()["detail"]["error"]["message"]
 

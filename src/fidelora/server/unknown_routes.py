@@ -13,6 +13,7 @@ OPENAI_ROUTES = (*_WITHOUT_V1, *_OTHER_OPENAI)
 """First parts of unknown paths whose errors have OpenAI's format."""
 _LIST = "/docs lists all routes"
 _HINTS = (
+    (("/v1/v1/",), "The path has /v1 twice; set base_url to the server's address without /v1."),
     (_WITHOUT_V1, "OpenAI's API begins with /v1; set base_url to the server's address and /v1."),
     (_OTHER_OPENAI, "Of OpenAI's API, only models and POST /v1/images/generations are supported."),
     (
