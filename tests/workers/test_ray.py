@@ -143,7 +143,7 @@ def test_ray_runs_the_workers_and_loses_no_job(cluster, store, postgres, tmp_pat
     expected = Engine(device="cpu").generate(SHORT).pixels
     for job_id in short:
         (output,) = store.get(job_id).outputs
-        with Image.open(output.path) as image:
+        with Image.open(output.file_path) as image:
             assert np.array_equal(np.asarray(image.convert("RGB")), expected)
 
     # An actor is killed: Ray starts it again, which queues its job again.
@@ -165,8 +165,8 @@ def test_ray_runs_the_workers_and_loses_no_job(cluster, store, postgres, tmp_pat
     until(lambda: all_succeeded(store, long))
 
     assert cluster.stop(launcher) == 0
-    assert store.workers() == ()
     assert actors() == {}
+    until(lambda: store.workers() == ())  # those of the killed raylet count for some seconds
     assert len(list(outputs.glob("*.png"))) == 8 + 6 + 6
 
 
