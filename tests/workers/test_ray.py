@@ -34,7 +34,7 @@ LONG = Recipe(prompt="a ball", base_model=str(TINY_BASE), width=256, height=256,
 def missing() -> str:
     """Return the reason why no Ray cluster can be started here; empty if one can."""
     if importlib.util.find_spec("ray") is None:
-        return "Ray is not installed (pip install --group ray)"
+        return "Ray is not installed (pip install --editable '.[ray]')"
     if not shutil.which("unshare") or not shutil.which("ip"):
         return "needs unshare and ip, of Linux"
     made = subprocess.run([*NAMESPACE, "ip", "link", "set", "lo", "up"], capture_output=True)

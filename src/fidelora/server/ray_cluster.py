@@ -49,7 +49,10 @@ class RayWorker:
         configure_logs(settings.log_format, settings.debug)
         host = WorkerHost(settings, name)  # queues the jobs of a killed actor again
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=host.run, args=(self._stop,), name="runs-worker")
+        # A daemon, because Ray ends this process by itself if the raylet dies.
+        self._thread = threading.Thread(
+            target=host.run, args=(self._stop,), name="runs-worker", daemon=True
+        )
         self._thread.start()
 
     def check(self) -> None:
