@@ -41,12 +41,6 @@ def missing() -> str:
     return "" if made.returncode == 0 else "network namespaces are not allowed here"
 
 
-pytestmark = [
-    pytest.mark.timeout(600),
-    pytest.mark.skipif(bool(missing()), reason=missing() or "Ray can be started"),
-]
-
-
 class Cluster:
     """The cluster of `ray_cluster.py`, and the launchers that run in its network namespace."""
 
@@ -125,6 +119,8 @@ def store(postgres: PostgresServer) -> Iterator[SqlStore]:
     made.close()
 
 
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(bool(missing()), reason=missing() or "Ray can be started")
 def test_ray_runs_the_workers_and_loses_no_job(cluster, store, postgres, tmp_path):
     outputs = tmp_path / "outputs"
     adapters = tmp_path / "adapters"
@@ -168,6 +164,37 @@ def test_ray_runs_the_workers_and_loses_no_job(cluster, store, postgres, tmp_pat
     assert actors() == {}
     until(lambda: store.workers() == ())  # those of the killed raylet count for some seconds
     assert len(list(outputs.glob("*.png"))) == 8 + 6 + 6
+
+
+def test_without_ray_the_error_names_the_extra(fidelora, monkeypatch):
+    monkeypatch.delitem(sys.modules, "fidelora.server.ray_cluster", raising=False)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    code, _, err = fidelora("worker", "--ray", "auto")
+    assert code == 1
+    assert "pip install '.[postgres,ray]' (ray is missing)" in " ".join(err.split())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--min-workers", "3", "--max-workers", "2"], "--min-workers is larger"),
+        (["--device", "cuda:1"], "Ray selects the GPU of each worker"),
+    ],
+)
+def test_options_that_do_not_suit_ray_are_refused(fidelora, options, message):
+    code, _, err = fidelora("worker", "--ray", "auto", *options)
+    assert code == 2
+    assert message in " ".join(err.split())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+def test_the_number_of_workers_follows_the_queue():
+    from fidelora.server.ray_cluster import Scale
+
+    scale = Scale(fewest=1, most=5, idle_s=1.0)
+    assert [scale.workers_for(jobs) for jobs in (0, 1, 4, 5, 8, 100)] == [1, 1, 1, 2, 2, 5]
+    assert Scale(fewest=0, most=5, idle_s=1.0).workers_for(0) == 0
 
 
 def add(store: SqlStore, recipe: Recipe, count: int) -> list[str]:
