@@ -160,6 +160,13 @@ def test_ray_runs_the_workers_and_loses_no_job(cluster, store, postgres, tmp_pat
     os.kill(next(iter(actors().values())), signal.SIGKILL)
     until(lambda: all_succeeded(store, long))
 
+    # A launcher with other settings replaces the workers.
+    cluster.stop(launcher, kill=True)
+    before = {name_of(worker.name) for worker in store.workers()}
+    launcher = cluster.start(*options, "--debug")
+    until(lambda: {name_of(worker.name) for worker in store.workers()} - before)
+    assert len(actors()) == 1
+
     assert cluster.stop(launcher) == 0
     assert actors() == {}
     until(lambda: store.workers() == ())  # those of the killed raylet count for some seconds

@@ -36,6 +36,7 @@ log = structlog.get_logger(__name__)
 JOBS_PER_WORKER = 4
 """Queued and running jobs for each worker, as in the ScaledObject of `deploy/kubernetes`."""
 _INTERVAL_S = 2.0  # time between two looks at the queue
+_ANSWER_S = 5.0  # time in which an actor that has started answers
 _STOP_MARGIN_S = 30.0  # time that an actor may take beyond `stop_grace_s` before it is killed
 
 
@@ -104,6 +105,7 @@ class RayLauncher:
         self._prefix = hashlib.sha256(shown.encode()).hexdigest()[:8]  # secrets are masked
         self._workers: dict[str, Any] = {}
         self._checks: dict[str, Any] = {}
+        self._started: set[str] = set()
         self._idle_since: dict[str, float] = {}
 
     def adopt(self) -> None:
@@ -115,7 +117,7 @@ class RayLauncher:
         self._end({name: found[name] for name in found.keys() - self._workers.keys()})
 
     def scale(self) -> None:
-        """Replace workers that could not start, add missing ones, and end one that is idle.
+        """Replace workers that could not start, and add or end workers as the queue needs.
 
         Raises:
             JobStoreError: the job database cannot be used.
@@ -129,8 +131,11 @@ class RayLauncher:
             self._workers[name] = actor.remote(self._settings, f"ray-{name}")
             log.info("worker requested", name=name, workers=len(self._workers))
         idle = self._longest_idle(self._store.workers())
-        if len(self._workers) > wanted and idle:
-            self._end({idle: self._workers.pop(idle)})
+        if len(self._workers) > wanted:
+            # First those for which the cluster has no room, so that it does not grow for them.
+            waiting = [name for name in self._workers if name not in self._started]
+            if name := next(iter(waiting), idle):
+                self._end({name: self._workers.pop(name)})
 
     def stop(self) -> None:
         """End all workers, as `fidelora worker` ends on SIGTERM."""
@@ -146,6 +151,7 @@ class RayLauncher:
             del self._checks[name]
             try:
                 ray.get(check)
+                self._started.add(name)
             except ray.exceptions.ActorDiedError as error:
                 log.error("a worker could not start", name=name, error=str(error))
                 del self._workers[name]
@@ -166,9 +172,12 @@ class RayLauncher:
         return name if name and now - since[name] >= self._scale.idle_s else ""
 
     def _end(self, actors: dict[str, Any]) -> None:
-        if actors:
-            log.info("ending workers", names=sorted(actors))
-        stops = [actor.stop.remote() for actor in actors.values()]
+        if not actors:
+            return
+        log.info("ending workers", names=sorted(actors))
+        checks = {actor.check.remote(): actor for actor in actors.values()}
+        started, _ = ray.wait(list(checks), num_returns=len(checks), timeout=_ANSWER_S)
+        stops = [checks[check].stop.remote() for check in started]
         if stops:
             timeout_s = self._settings.stop_grace_s + _STOP_MARGIN_S
             ray.wait(stops, num_returns=len(stops), timeout=timeout_s)
