@@ -28,7 +28,7 @@ from fidelora.jobs.sql import SqlStore
 SCRIPT = Path(__file__).with_name("ray_cluster.py")
 NAMESPACE = ["unshare", "--map-root-user", "--net"]
 SHORT = Recipe(prompt="a ball", base_model=str(TINY_BASE), width=64, height=64, steps=2, seed=7)
-LONG = Recipe(prompt="a ball", base_model=str(TINY_BASE), width=256, height=256, steps=60, seed=7)
+LONG = Recipe(prompt="a ball", base_model=str(TINY_BASE), width=256, height=256, steps=30, seed=7)
 
 
 def missing() -> str:

@@ -52,9 +52,16 @@ class RayWorker:
         self._stop = threading.Event()
         # A daemon, because Ray ends this process by itself if the raylet dies.
         self._thread = threading.Thread(
-            target=host.run, args=(self._stop,), name="runs-worker", daemon=True
+            target=self._run, args=(host,), name="runs-worker", daemon=True
         )
         self._thread.start()
+
+    def _run(self, host: WorkerHost) -> None:
+        try:
+            host.run(self._stop)
+        except Exception:
+            log.exception("the worker has ended with an error; Ray starts it again")
+            os._exit(1)
 
     def check(self) -> None:
         """Return once the actor has started. Its errors are raised at the caller."""
@@ -145,7 +152,9 @@ class RayLauncher:
     def _forget_dead(self) -> None:
         """Forget actors that could not start; Ray restarts only those that had started."""
         for name, actor in list(self._workers.items()):
-            check = self._checks.setdefault(name, actor.check.remote())
+            if name not in self._checks:
+                self._checks[name] = actor.check.remote()
+            check = self._checks[name]
             if not ray.wait([check], timeout=0)[0]:
                 continue  # Ray has no room for it yet, or it is starting
             del self._checks[name]
@@ -167,7 +176,9 @@ class RayLauncher:
                 self._idle_since.setdefault(name, now)
             else:
                 self._idle_since.pop(name, None)
-        since = {name: self._idle_since[name] for name in self._workers & self._idle_since.keys()}
+        since = {
+            name: self._idle_since[name] for name in self._workers.keys() & self._idle_since.keys()
+        }
         name = min(since, key=lambda one: since[one], default="")
         return name if name and now - since[name] >= self._scale.idle_s else ""
 
