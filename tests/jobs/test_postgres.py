@@ -113,7 +113,7 @@ def test_clients_on_several_connections_claim_each_job_once(store, postgres_url)
 
 def test_leases_use_the_clock_of_the_database(store, monkeypatch):
     """The clock of a worker's machine has no effect."""
-    monkeypatch.setattr("fidelora.jobs.sql.time.time", lambda: 0.0)
+    monkeypatch.setattr("fidelora.jobs.transactions.time.time", lambda: 0.0)
     before = datetime.now(UTC)
     store.add(job())
     claimed = store.claim("worker", None, LEASE_S)
@@ -134,7 +134,7 @@ def test_a_check_for_cancellation_sends_no_query(store):
     until(lambda: is_listening(store))
     statements: list[str] = []
     sa.event.listen(
-        store._engine, "before_cursor_execute", lambda *given: statements.append(given[2])
+        store._database.engine, "before_cursor_execute", lambda *given: statements.append(given[2])
     )
     for _ in range(100):
         assert not store.cancel_requested(claimed.id)
@@ -158,7 +158,7 @@ def test_lost_notifications_return_with_the_connection(store):
     wakes: list[None] = []
     store.on_new_job(lambda: wakes.append(None))
     until(lambda: is_listening(store))
-    with store._engine.connect() as connection:
+    with store._database.engine.connect() as connection:
         connection.exec_driver_sql(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'LISTEN%%'"
         )
@@ -220,9 +220,9 @@ def test_a_claim_locks_one_job(store):
     given = {"now_s": None, "worker": "w", "loaded": [A], "merged": A, "hold_s": 0.0}
     free = sa.select(JOBS.c.id).with_for_update(skip_locked=True)
     with (
-        store._engine.connect() as first,
-        store._engine.connect() as second,
-        store._engine.connect() as third,
+        store._database.engine.connect() as first,
+        store._database.engine.connect() as second,
+        store._database.engine.connect() as third,
     ):
         rows = [each.execute(store._queries.claim, given).one() for each in (first, second)]
         assert [job_of(row).id for row in rows] == added[:2]

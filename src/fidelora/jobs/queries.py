@@ -7,6 +7,7 @@ each other.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +18,7 @@ from fidelora.jobs.rows import (
     ADAPTER_SETS,
     CLAIM_COUNTER,
     CLAIM_WINDOW,
+    FINAL_STATUSES,
     JOB_COLUMNS,
     JOBS,
     WORKER_ADAPTERS,
@@ -217,6 +219,28 @@ class Queries:
             sa.select(*JOB_COLUMNS, now).where(expired).with_for_update(skip_locked=True)
         )
         self.live_workers = sa.select(WORKERS).where(alive).order_by(WORKERS.c.name)
+
+    def finished(self, before_s: float, keep: int) -> sa.Select[Any]:
+        """Return the readable jobs that ended before a time or follow the `keep` newest ones."""
+        ended = JOBS.c.status.in_(FINAL_STATUSES)
+        newest_first = (JOBS.c.finished_at_s.desc(), JOBS.c.seq.desc())
+        surplus = sa.select(JOBS.c.seq).where(ended).order_by(*newest_first).offset(keep)
+        return (
+            sa.select(*JOB_COLUMNS)
+            .where(
+                ended,
+                self.is_readable,
+                sa.or_(JOBS.c.finished_at_s < before_s, JOBS.c.seq.in_(surplus)),
+            )
+            .order_by(*newest_first)
+        )
+
+
+def id_batches(ids: Iterable[str]) -> Iterator[list[str]]:
+    """Return ids in lists of at most `MAX_IDS`."""
+    left = list(ids)
+    for start in range(0, len(left), MAX_IDS):
+        yield left[start : start + MAX_IDS]
 
 
 def _one(
