@@ -92,10 +92,15 @@ class PostgresServer:
         sql = "DROP SCHEMA public CASCADE; CREATE SCHEMA public"
         self._run("psql", "-q", "-v", "ON_ERROR_STOP=1", "-c", sql, self.url)
 
-    def _run(self, program: str, *arguments: str) -> None:
+    def query(self, sql: str) -> str:
+        """Return the rows of a query, one per line, with columns separated by `|`."""
+        return self._run("psql", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-c", sql, self.url)
+
+    def _run(self, program: str, *arguments: str) -> str:
         command = [*_as_user(), str(self._binaries / program), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, cwd="/")
         assert done.returncode == 0, done.stderr
+        return done.stdout
 
 
 @contextmanager

@@ -512,6 +512,11 @@ class Settings(BaseSettings):
             or f"sqlite:///{self.data_dir.expanduser().absolute()}/jobs.sqlite"
         )
 
+    @property
+    def can_share_database(self) -> bool:
+        """True if several servers can use the job database, so their common state is in it."""
+        return self.database.partition(":")[0].partition("+")[0] in ("postgres", "postgresql")
+
 
 def _parse_model_aliases(text: str) -> list[tuple[str, str]]:
     pairs = (one.partition("=") for one in text.split(",") if one.strip())

@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 
 CHANNEL = "fidelora_jobs"
 NEW_JOB = "job"  # payload: a job entered the queue
+CLIENTS = "clients"  # payload: an API key was changed, or a session was ended
 CANCEL = "cancel:"  # payload: this text, and the id of a running job that has to stop
 _POLL_S = 1.0  # time between two checks whether the listener was closed
 _RECONNECT_S = 2.0  # time between two attempts to connect
@@ -37,6 +38,7 @@ class Notifications:
         self._listener_lock = threading.Lock()
         self._cancellations: OrderedDict[str, None] = OrderedDict()
         self._wakes: list[Callable[[], None]] = []
+        self._on_clients_changed: list[Callable[[], None]] = []
 
     def send(self, connection: sa.Connection, payload: str) -> None:
         """Send a notification when the transaction of this connection is committed."""
@@ -46,6 +48,12 @@ class Notifications:
     def on_new_job(self, wake: Callable[[], None]) -> None:
         """Call a function whenever a job enters the queue."""
         self._wakes.append(wake)
+        if not self._is_local:
+            self._listen()
+
+    def on_clients_changed(self, call: Callable[[], None]) -> None:
+        """Call a function whenever another process has changed an API key or ended a session."""
+        self._on_clients_changed.append(call)
         if not self._is_local:
             self._listen()
 
@@ -80,6 +88,9 @@ class Notifications:
         elif payload == NEW_JOB:
             for wake in self._wakes:
                 wake()
+        elif payload == CLIENTS:
+            for call in self._on_clients_changed:
+                call()
 
 
 class Listener:

@@ -25,6 +25,7 @@ from fidelora.jobs.rows import (
     WORKERS,
 )
 from fidelora.jobs.store import WORKER_ALIVE_S
+from fidelora.jobs.transactions import clock
 
 MAX_IDS = 500
 """Number of ids in a query; databases limit the number of a statement's parameters."""
@@ -108,16 +109,11 @@ class Queries:
 
     def __init__(self, dialect: str, document_format: int) -> None:
         is_postgresql = dialect == "postgresql"
-        given = sa.bindparam("now_s", type_=sa.Float)
-        self.now_s: sa.ColumnElement[float] = given
+        self.now_s = clock(dialect)
         self.claims: Any = sa.select(CLAIM_COUNTER.c.claims).scalar_subquery()
         self.count_claim: Any = sa.update(CLAIM_COUNTER).values(claims=CLAIM_COUNTER.c.claims + 1)
         counted: list[Any] = []
         if is_postgresql:
-            clock: sa.ColumnElement[float] = sa.literal_column(
-                "extract(epoch FROM clock_timestamp())::float8"
-            )
-            self.now_s = sa.func.coalesce(sa.cast(given, sa.Float), clock)
             self.claims = sa.literal_column(
                 "(SELECT last_value + (CASE WHEN is_called THEN 1 ELSE 0 END) FROM claim_counter)"
             )

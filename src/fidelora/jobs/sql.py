@@ -25,7 +25,7 @@ from fidelora.jobs.adapter_sets import AdapterSets
 from fidelora.jobs.codec import DOCUMENT_FORMAT
 from fidelora.jobs.database import ADD_LOCK
 from fidelora.jobs.job import Job, Status
-from fidelora.jobs.notifications import CANCEL, NEW_JOB, Notifications
+from fidelora.jobs.notifications import CANCEL, NEW_JOB
 from fidelora.jobs.queries import (
     COUNT_QUEUED,
     FIRST_FRESH,
@@ -68,7 +68,8 @@ class SqlStore(StoreByTransition):
 
     Args:
         url: address of the database, such as `sqlite:////var/lib/fidelora/jobs.sqlite` or
-            `postgresql://user:password@host/fidelora`.
+            `postgresql://user:password@host/fidelora`; or a database that is open, which the store
+            closes.
         document_format: format of the documents that this process writes, and the largest one that
             it claims; only tests set it.
 
@@ -76,13 +77,13 @@ class SqlStore(StoreByTransition):
         JobStoreError: the database cannot be opened, or was written by a newer version.
     """
 
-    def __init__(self, url: str, *, document_format: int = DOCUMENT_FORMAT) -> None:
-        self._database = Database(url)
+    def __init__(self, url: str | Database, *, document_format: int = DOCUMENT_FORMAT) -> None:
+        self._database = Database(url) if isinstance(url, str) else url
         self._document_format = document_format
         self._queries = Queries(self._database.dialect, document_format)
         self._workers = WorkerTable(self._database, self._queries)
         self._adapter_sets = AdapterSets(self._database)
-        self._notifications = Notifications(self._database.engine)
+        self._notifications = self._database.notifications
 
     @property
     def journal_mode(self) -> str:
@@ -339,7 +340,6 @@ class SqlStore(StoreByTransition):
         return tuple(removed)
 
     def close(self) -> None:
-        self._notifications.close()
         self._database.close()
 
     def _submitted(self, connection: sa.Connection, submission: Submission) -> Job | None:

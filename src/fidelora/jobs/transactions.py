@@ -14,6 +14,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from fidelora.errors import JobStoreError
 from fidelora.jobs.database import BUSY_TIMEOUT_S, database_errors, open_database
+from fidelora.jobs.notifications import Notifications
 
 
 class Database:
@@ -25,6 +26,8 @@ class Database:
 
     Attributes:
         dialect: `sqlite` or `postgresql`.
+        now_s: the current time in seconds; statements with it need the parameter of `now`.
+        notifications: notifications of other processes.
 
     Raises:
         JobStoreError: the database cannot be opened, or was written by a newer version.
@@ -34,6 +37,8 @@ class Database:
         self.engine = open_database(url)
         self.dialect = self.engine.dialect.name
         self.is_sqlite = self.dialect == "sqlite"
+        self.now_s = clock(self.dialect)
+        self.notifications = Notifications(self.engine)
         self._write_lock = threading.Lock() if self.is_sqlite else None
 
     @contextmanager
@@ -65,6 +70,7 @@ class Database:
 
     def close(self) -> None:
         """Close all connections."""
+        self.notifications.close()
         self.engine.dispose()
 
     @contextmanager
@@ -80,3 +86,17 @@ class Database:
             yield
         finally:
             self._write_lock.release()
+
+
+def clock(dialect: str) -> sa.ColumnElement[float]:
+    """Return the current time in seconds, in a statement with the parameter `now_s`.
+
+    It is this parameter, or the time of the database's clock if the parameter is None.
+    """
+    given = sa.bindparam("now_s", type_=sa.Float)
+    if dialect == "sqlite":
+        return given
+    time_s: sa.ColumnElement[float] = sa.literal_column(
+        "extract(epoch FROM clock_timestamp())::float8"
+    )
+    return sa.func.coalesce(sa.cast(given, sa.Float), time_s)

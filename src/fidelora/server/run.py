@@ -18,13 +18,12 @@ from filelock import FileLock, Timeout
 
 from fidelora.atomic import make_folder, write_atomically
 from fidelora.errors import ServerFailedError, SettingsError
-from fidelora.server.api_keys import ApiKeys
-from fidelora.server.app import keys_file, make_app, make_context
+from fidelora.server.app import make_app, make_context
 from fidelora.server.connections import LimitedProtocol, connection_limit
 from fidelora.server.context import ServerContext
 from fidelora.server.defaults import server_defaults_of
+from fidelora.server.key_store import check_keys
 from fidelora.server.logs import configure_logs, is_text
-from fidelora.server.middleware import is_loopback
 from fidelora.server.page.mount import Page
 from fidelora.settings import Settings
 
@@ -44,12 +43,7 @@ def serve(settings: Settings) -> None:
         FideloraError: the server cannot start with these settings on this machine.
     """
     configure_logs(settings.log_format, settings.debug)
-    if not is_loopback(settings.host) and not ApiKeys(keys_file(settings)).names():
-        raise SettingsError(
-            f"Other machines can reach the address {settings.host}, so the server needs an API "
-            "key; create one with `fidelora keys add NAME`, or listen on 127.0.0.1 "
-            "(`--host 127.0.0.1` or FIDELORA_HOST=127.0.0.1)."
-        )
+    check_keys(settings)
     data_dir = settings.data_dir.expanduser().absolute()
     make_folder(data_dir)
     with _lock_data_dir(data_dir), _listen(settings) as listener:
