@@ -188,7 +188,8 @@ class Settings(BaseSettings):
         validation_alias="FIDELORA_STORE_URL",
         description=(
             "URL of the job database, such as `postgresql://user:password@host/fidelora`; by "
-            "default an SQLite file in the data folder."
+            "default an SQLite file in the data folder. Servers with one PostgreSQL database share "
+            "its requests, API keys and logins."
         ),
     )
     worker_port: int | None = Field(
