@@ -10,6 +10,8 @@ from typing import Any
 
 import httpx2
 import pytest
+from starlette.responses import PlainTextResponse
+from starlette.testclient import TestClient
 from tests.jobs.test_stores import is_listening
 from tests.postgres import PostgresServer
 from tests.server.http_support import SERVER_DEFAULTS, aside, client_of, settings_for
@@ -22,7 +24,8 @@ from fidelora.jobs.sql import SqlStore
 from fidelora.jobs.transactions import Database
 from fidelora.server.app import context_with_store
 from fidelora.server.context import ServerContext
-from fidelora.server.login import COOKIE
+from fidelora.server.login import COOKIE, Login
+from fidelora.server.middleware import AccessControl
 
 STRANGER = ("203.0.113.7", 50000)
 
@@ -83,6 +86,21 @@ def test_without_the_database_no_key_is_accepted(contexts, postgres: PostgresSer
         postgres.query("ALTER TABLE api_keys RENAME TO gone")
         until(lambda: client.get("/v1/requests", headers=bearer).status_code == 503)
         assert client.get("/health").status_code == 200
+
+
+def test_a_login_without_the_database_is_a_temporary_error(contexts, postgres: PostgresServer):
+    context, _ = contexts
+    keys, sessions = context.keys, context.clients.sessions
+    secret = keys.add("alice")
+    app = AccessControl(
+        PlainTextResponse("the page"), keys, "http://testserver", Login(keys, sessions, secure=True)
+    )
+    client = TestClient(app, raise_server_exceptions=True)
+    postgres.query("ALTER TABLE sessions RENAME TO gone")
+    response = client.post("/login", data={"key": secret})
+    assert response.status_code == 503
+    assert response.headers["retry-after"]
+    assert "gone" not in response.text
 
 
 # --- the command line ---------------------------------------------------------------------------

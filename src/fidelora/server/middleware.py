@@ -182,15 +182,14 @@ class AccessControl:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not self._is_public(scope["path"]):
             try:
-                scope["fidelora_caller"] = await self._caller(scope)
-            except FideloraError as error:
-                if (
-                    isinstance(error, ApiKeyError)
-                    and self._login
-                    and (scope["method"], scope["path"]) in _LOGIN_ROUTES
-                ):
+                try:
+                    scope["fidelora_caller"] = await self._caller(scope)
+                except ApiKeyError:
+                    if not self._login or (scope["method"], scope["path"]) not in _LOGIN_ROUTES:
+                        raise
                     await self._login(scope, receive, send)
                     return
+            except FideloraError as error:
                 await problem_response(problem_of(error), scope["path"])(scope, receive, send)
                 return
         await self._app(scope, receive, send)
