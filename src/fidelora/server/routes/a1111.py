@@ -52,6 +52,7 @@ from fidelora.server.submit import (
     resolve_adapters,
     wait_until_succeeded,
 )
+from fidelora.storage.images import ImageStore
 
 _DESCRIPTIONS = {
     400: "The request is not supported or not valid",
@@ -94,7 +95,7 @@ async def txt2img(
     job = await enqueue(context, caller, recipes, plan.image_format)
     with _registered(job, context, caller):
         job = await wait_until_succeeded(job, context, request)
-    return await run_in_threadpool(_txt2img_body, plan, job)
+    return await run_in_threadpool(_txt2img_body, context.images, plan, job)
 
 
 def _build_recipes(
@@ -103,11 +104,11 @@ def _build_recipes(
     return plan.recipes(adapters, defaults_for(context, plan.model, adapters))
 
 
-def _txt2img_body(plan: Txt2ImgPlan, job: Job) -> Txt2ImgBody:
-    infotexts = [read_parameters_text(content_of(output)) for output in job.outputs]
+def _txt2img_body(images: ImageStore, plan: Txt2ImgPlan, job: Job) -> Txt2ImgBody:
+    infotexts = [read_parameters_text(content_of(images, output)) for output in job.outputs]
     send_images = plan.request.send_images is not False
     return Txt2ImgBody(
-        images=[base64_of(output) for output in job.outputs] if send_images else [],
+        images=[base64_of(images, output) for output in job.outputs] if send_images else [],
         parameters=plan.request.model_dump(exclude=set(plan.ignored)),
         info=info_of(plan, job, infotexts, f"Fidelora {fidelora.__version__}"),
     )
