@@ -27,14 +27,14 @@ from fidelora.storage.bucket import Bucket
 pytestmark = pytest.mark.timeout(900)  # waits up to DEADLINE_S at each step
 
 PROMPT = {"prompt": "a ball", "width": 64, "height": 64, "sample_steps": 2, "seed": 7}
-LONG = PROMPT | {"width": 256, "height": 256, "sample_steps": 40}
+LONG = PROMPT | {"width": 256, "height": 256, "sample_steps": 100}
 
 
 class Cluster:
     """Servers and workers that share a database and a bucket, each with folders of its own."""
 
     def __init__(self, folder: Path, database: str, store: ObjectStore) -> None:
-        self._folder = folder
+        self.folder = folder
         self.bucket = f"{store.make_bucket('images')}/test"
         self._settings = {
             "FIDELORA_STORE_URL": database,
@@ -47,13 +47,13 @@ class Cluster:
         self.ports: list[int] = []
 
     def start_server(self) -> Server:
-        data = self._folder / f"server-{len(self.servers)}"
+        data = self.folder / f"server-{len(self.servers)}"
         data.mkdir()
         self.servers.append(Server(data, **(self._settings | {"DEVICE": "none"})))
         return self.servers[-1]
 
     def start_worker(self) -> subprocess.Popen[bytes]:
-        data = self._folder / f"worker-{len(self.workers)}"
+        data = self.folder / f"worker-{len(self.workers)}"
         data.mkdir()
         own = {name: value for name, value in os.environ.items() if "FIDELORA_" not in name}
         self.ports.append(free_port())
@@ -133,7 +133,7 @@ def test_machines_without_a_common_folder_share_images_and_loras(cluster):
 
     # A worker that is killed in the middle of a job, and another on a new machine.
     busy = first.ask({"model": "sd15", "loras": loras, "prompts": [LONG]})
-    until(lambda: first.status(busy)["status"] == "running")
+    until(lambda: first.status(busy)["status"] == "in_progress")
     worker.kill()
     cluster.start_worker()
     until(lambda: second.status(busy)["status"] == "succeeded")
@@ -150,7 +150,8 @@ def test_jobs_wait_while_the_object_store_is_away(cluster, own_object_store):
     cluster.start_worker()
     loras = [{"path": upload(server, "sks.safetensors")["path"]}]
     request = server.ask({"model": "sd15", "loras": loras, "prompts": [LONG]})
-    until(lambda: server.status(request)["status"] == "running")
+    # The worker has fetched the LoRA, which the restarted store does not have.
+    until(lambda: list(cluster.folder.glob("worker-0/adapters/*.safetensors")))
     own_object_store.stop()
     until(lambda: not cluster.worker_is_ready())  # the image could not be stored
     state = server.status(request)
