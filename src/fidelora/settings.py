@@ -27,6 +27,7 @@ from fidelora.errors import SettingsError
 from fidelora.families import all_families
 from fidelora.families.emphasis import Emphasis
 from fidelora.recipe_fields import Quantization
+from fidelora.storage.bucket import bucket_and_prefix
 
 
 def _data_dir() -> Path:
@@ -120,6 +121,16 @@ class Settings(BaseSettings):
         ),
     )
 
+    object_store: str = Field(
+        "",
+        validation_alias="FIDELORA_OBJECT_STORE",
+        description=(
+            "Bucket of an S3-compatible object store for images and LoRAs, such as "
+            "`s3://bucket/prefix`, in place of folders that all machines share. Endpoint and "
+            "credentials are those of the usual variables, such as `AWS_ENDPOINT_URL`, "
+            "`AWS_REGION`, `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`."
+        ),
+    )
     data_dir: Path = Field(
         default_factory=_data_dir,
         validation_alias="FIDELORA_DATA_DIR",
@@ -388,6 +399,16 @@ class Settings(BaseSettings):
     def _check_base_url(cls, value: str) -> str:
         if value and foreign_variables({"BASE_URL": value}):
             raise ValueError("it is not a URL; write http:// or https:// and the server's name")
+        return value
+
+    @field_validator("object_store")
+    @classmethod
+    def _check_object_store(cls, value: str) -> str:
+        if value:
+            try:
+                bucket_and_prefix(value)
+            except SettingsError as error:
+                raise ValueError(str(error).removesuffix(".")) from None
         return value
 
     @field_validator("lora_hosts", mode="before")
