@@ -176,7 +176,7 @@ class Candidates:
         if reading.emphasis is None or doubts:
             yield Axis("emphasis", [{"text_rule": rule} for rule in rules])
         if reading.clip_skip is None or doubts:
-            yield Axis("clip_skip", [{"clip_skip": self._clip_skip(one)} for one in (0, 1, 2)])
+            yield Axis("clip_skip", [{"clip_skip": layer} for layer in self._layers()])
         if reading.loras is None or doubts:
             yield from self._loras()
         if self._may_zero:
@@ -214,7 +214,12 @@ class Candidates:
         options: list[Changes] = []
         for program in programs:
             behaviour = BEHAVIOURS[program]
-            fixed = {"rounds_noise": False, "truncates": False, **behaviour.fields}
+            fixed = {
+                "rounds_noise": False,
+                "truncates": False,
+                "skips_in_negative": True,
+                **behaviour.fields,
+            }
             given = sampling_of(replace(self.reading, program=program), self.spec)
             if given is not None:
                 options.append({**fixed, **self._sampling(given)})
@@ -289,6 +294,15 @@ class Candidates:
             # SDXL uses the second.
             return layer if self.reading.program == "ComfyUI" and layer not in (0, 2) else 0
         return 0 if layer == 1 else layer
+
+    def _layers(self) -> list[int]:
+        """Return values of `Simulation.clip_skip` to try."""
+        layers = [self._clip_skip(one) for one in (0, 1, 2)]
+        if "diffusers" in self.programs:
+            # diffusers counts from the family's usual layer; these are its clip_skip 1 and 2.
+            usual = 2 if self.spec.id == "sdxl" else 1
+            layers += [usual + 1, usual + 2]
+        return list(dict.fromkeys(layers))
 
     def _has_syntax(self, text: str) -> bool:
         return bool(

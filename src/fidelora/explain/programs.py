@@ -128,7 +128,7 @@ _A1111 = Behaviour(
 )
 _DIFFUSERS = Behaviour(
     "diffusers",
-    {"rounds_noise": True},
+    {"rounds_noise": True, "skips_in_negative": False},
     zeroes_empty_negative=True,
     where=_IN_DIFFUSERS,
 )
