@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -122,6 +123,7 @@ def _serve_locally(device: str, offload: str, idle_min: float | None) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _signal, _frame: stop.set())
     typer.echo(f"The engine is ready on {engine.device}; commands with the same --device use it.")
+    sys.stdout.flush()
     server.serve(stop.is_set)
 
 

@@ -6,9 +6,8 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
-from fidelora.images.write import GeneratedImage
 from fidelora.recipe import Dtype, Recipe
 from fidelora.resident.messages import (
     Channel,
@@ -18,6 +17,9 @@ from fidelora.resident.messages import (
     images_of_message,
     recipe_to_message,
 )
+
+if TYPE_CHECKING:  # numpy and Pillow are imported while the engine computes
+    from fidelora.images.write import GeneratedImage
 
 _HELLO_S = 5.0  # seconds in which a resident engine has to accept a connection
 
@@ -91,6 +93,8 @@ class ResidentEngine:
         plain = [recipe_to_message(recipe) for recipe in recipes]
         self._channel.send({"call": "generate", "recipes": plain})
         try:
+            import fidelora.images.write  # noqa: F401  # takes 0.1 s, in which the engine begins
+
             message, content = self._channel.receive()
             while "step" in message:
                 if on_step is not None:

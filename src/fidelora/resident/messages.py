@@ -8,15 +8,15 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from fidelora import errors
 from fidelora.errors import FideloraError, RecipeError
-from fidelora.images.write import GeneratedImage
 from fidelora.recipe import Recipe
 from fidelora.recipe_fields import ADAPTER_FIELDS
+
+if TYPE_CHECKING:
+    from fidelora.images.write import GeneratedImage
 
 _HEAD = struct.Struct("!IQ")  # sizes of the JSON object and of the bytes after it
 _MAX_BYTES = 2**40
@@ -125,6 +125,10 @@ def images_of_message(
     message: Mapping[str, Any], content: bytes, recipes: Sequence[Recipe]
 ) -> list[GeneratedImage]:
     """Return the images of `images_to_message`, with the recipes that they were requested with."""
+    import numpy as np
+
+    from fidelora.images.write import GeneratedImage
+
     images, start = [], 0
     for plain, recipe in zip(message["images"], recipes, strict=True):
         height, width, channels = plain["shape"]
