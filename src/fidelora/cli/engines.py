@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from fidelora.cli.console import make_engine, warn
 from fidelora.errors import SettingsError
-from fidelora.resident.address import KEEP_VARIABLE, socket_path
+from fidelora.resident import KEEP_VARIABLE
+from fidelora.resident.address import socket_path
 
 if TYPE_CHECKING:
     from fidelora.images.write import GeneratedImage

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fidelora.cli.console import Debug, Offload, fail, make_engine, warn
+from fidelora.cli.console import Debug, fail, make_engine, warn
 
 if TYPE_CHECKING:
     from fidelora.server.api_keys import ApiKeys
@@ -61,7 +61,13 @@ def serve(
             rich_help_panel=_LOCAL_PANEL,
         ),
     ] = False,
-    offload: Offload = "none",
+    offload: Annotated[
+        str,
+        typer.Option(
+            help="With --local: offload mode, as for `fidelora generate`.",
+            rich_help_panel=_LOCAL_PANEL,
+        ),
+    ] = "none",
     idle: Annotated[
         float | None,
         typer.Option(

@@ -21,9 +21,6 @@ import fidelora
 from fidelora.accel.threads import quota
 from fidelora.errors import SettingsError
 
-KEEP_VARIABLE = "FIDELORA_KEEP_ENGINE"
-"""Variable with the minutes that a command keeps an engine; 0 never uses a resident engine."""
-
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy", "safetensors")
 _PREFIXES = (
     "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "DNNL_", "ONEDNN_", "ATEN_", "TORCH", "PYTORCH_",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import os
 import socket
 import threading
 import time
@@ -50,7 +51,7 @@ class ResidentServer:
         self._connections = 0
         self._last_use = time.monotonic()
         self._state = threading.Lock()  # guards the two fields above
-        self._lock_file = path.with_suffix(".lock").open("w")
+        self._lock_file = path.with_suffix(".lock").open("a+")
         try:
             # Held until the process ends, even if it is killed, so an old socket can be replaced.
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -60,6 +61,9 @@ class ResidentServer:
                 "A resident engine with this device, offload mode and environment runs already; "
                 "commands use it."
             ) from None
+        self._lock_file.truncate(0)
+        self._lock_file.write(f"{os.getpid()}\n")  # for those who look for the process
+        self._lock_file.flush()
         path.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(path))
