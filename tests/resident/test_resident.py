@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support import LORA, MINIATURE_LORA, TINY_BASE
+from tests.support import GOLDEN_JOBS, LORA, MINIATURE_LORA, TINY_BASE
 
 from fidelora import AdapterRef, Engine, Recipe
 from fidelora.cli import engines
@@ -300,6 +300,27 @@ def test_commands_start_an_engine_find_it_and_leave_no_process(folder, tmp_path)
         os.kill(int(lock.read()), signal.SIGTERM)
         fcntl.flock(lock, fcntl.LOCK_EX)  # returns when the process ends
     assert not log.with_suffix(".sock").exists()
+
+
+@pytest.mark.parametrize("command", ["generate", "replay", "grid"])
+def test_commands_use_a_running_engine(folder, fidelora, monkeypatch, tmp_path, command):
+    path, picture, out = folder / "e.sock", tmp_path / "picture.png", tmp_path / "out.png"
+    Engine(device="cpu").generate(SMALL).save(picture)
+    base = ["--base-model", str(TINY_BASE), "--device", "cpu", "-o", str(out)]
+    arguments = {
+        "generate": ["a ball", "--size", "64x72", "--steps", "2", "--seed", "7", *base],
+        "replay": [str(picture), *base],
+        "grid": [str(GOLDEN_JOBS / "lora_linear_f32"), "--steps", "6", *base],
+    }[command]
+    monkeypatch.delenv(KEEP_VARIABLE)
+    monkeypatch.setattr(engines, "socket_path", lambda _device, _offload: path)
+    monkeypatch.delattr(engines, "make_engine")  # an own engine is an error
+    with serving(Engine(device="cpu"), path):
+        code, _, error = fidelora(command, *arguments)
+    assert code == 0, error
+    assert out.is_file()
+    if command != "grid":
+        assert out.read_bytes() == picture.read_bytes()
 
 
 def test_serve_local_ends_on_a_signal(folder):
