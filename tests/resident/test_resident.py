@@ -155,6 +155,16 @@ def test_a_command_that_ends_stops_the_engine(folder):
         assert engine.ended.wait(DEADLINE_S)
 
 
+def test_an_engine_that_dies_while_it_computes_is_lost(folder):
+    with serving(EndlessEngine(), folder / "e.sock") as resident:
+
+        def die(_steps: object) -> None:
+            resident._channel._connection.shutdown(socket.SHUT_RDWR)
+
+        with pytest.raises(EngineLostError):
+            resident.generate(SMALL, die)
+
+
 def test_a_base_model_that_has_to_be_downloaded_is_refused(folder):
     with serving(EndlessEngine(), folder / "e.sock") as resident:
         for recipe in (
@@ -333,6 +343,21 @@ def test_serve_local_ends_on_a_signal(folder):
     process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 0
     assert not list((folder / "fidelora").glob("*.sock"))
+
+
+def test_of_two_commands_one_starts_an_engine_for_both(folder, monkeypatch, capsys):
+    class EndedProcess:
+        def __init__(self, *_: object, **__: object) -> None:
+            """The engine of the other command runs already."""
+
+        def poll(self) -> int:
+            return 2
+
+    with serving(EndlessEngine(), socket_path("cpu", "none")) as resident:
+        monkeypatch.setattr(subprocess, "Popen", EndedProcess)
+        assert engines._start(socket_path("cpu", "none"), "cpu", "none", 1.0) is not None
+        assert resident.max_batch(SMALL) == 3
+    assert capsys.readouterr().err == ""
 
 
 def test_an_engine_that_does_not_start_is_reported(folder, monkeypatch, capsys):

@@ -111,9 +111,11 @@ def _start(path: Path, device: str, offload: str, minutes: float) -> ResidentEng
         )
     end = time.monotonic() + _START_S
     while time.monotonic() < end:
+        # It also ends if another command started an engine at the same time, which listens then.
+        has_ended = process.poll() is not None
         if (found := ResidentEngine.connect(path)) is not None:
             return found
-        if process.poll() is not None:
+        if has_ended:
             break
         time.sleep(_POLL_S)
     warn(f"No resident engine could be started; its messages are in {log}.")
