@@ -333,13 +333,16 @@ def test_commands_use_a_running_engine(folder, fidelora, monkeypatch, tmp_path, 
         assert out.read_bytes() == picture.read_bytes()
 
 
-def test_serve_local_ends_on_a_signal(folder):
+def test_serve_local_ends_on_a_signal_also_while_it_computes(folder):
     command = [sys.executable, "-m", "fidelora", "serve", "--local", "--device", "cpu"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ.copy())
     assert process.stdout is not None
     assert "ready on cpu" in process.stdout.readline()
-    assert len(list((folder / "fidelora").glob("*.sock"))) == 1
-    process.send_signal(signal.SIGTERM)
+    (path,) = (folder / "fidelora").glob("*.sock")
+    resident = ResidentEngine.connect(path)
+    assert resident is not None
+    with pytest.raises(EngineLostError):  # the command then makes the image itself
+        resident.generate(replace(SMALL, steps=150), lambda _: process.send_signal(signal.SIGTERM))
     process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 0
     assert not list((folder / "fidelora").glob("*.sock"))

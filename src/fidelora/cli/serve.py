@@ -131,6 +131,8 @@ def _serve_locally(device: str, offload: str, idle_min: float | None) -> None:
     typer.echo(f"The engine is ready on {engine.device}; commands with the same --device use it.")
     sys.stdout.flush()
     server.serve(stop.is_set)
+    # An image may be in progress on another thread, which torch's own clean-up would abort.
+    os._exit(0)
 
 
 @keys.command("add")
