@@ -13,6 +13,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # Hashes and locations of base models must not come from, or be written to, the user's cache folder.
 _CACHE = tempfile.TemporaryDirectory(prefix="fidelora-tests-")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
+os.environ["FIDELORA_KEEP_ENGINE"] = "0"  # commands must not find an engine of the user
 
 import uuid
 from collections.abc import Callable, Iterator

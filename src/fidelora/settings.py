@@ -27,6 +27,7 @@ from fidelora.errors import SettingsError
 from fidelora.families import all_families
 from fidelora.families.emphasis import Emphasis
 from fidelora.recipe_fields import Quantization
+from fidelora.resident import KEEP_VARIABLE
 from fidelora.storage.bucket import bucket_and_prefix
 
 
@@ -564,7 +565,8 @@ def _parse_base_models(text: str, unnamed: str | None = None) -> list[tuple[str,
 
 def setting_warnings() -> list[str]:
     """Return a sentence for each variable, in the environment or `.env`, that has no effect."""
-    return ignored_variables(_variables(Settings), [*map(names_of, Settings.model_fields.values())])
+    names = [*map(names_of, Settings.model_fields.values()), (KEEP_VARIABLE,)]
+    return ignored_variables(_variables(Settings), names)
 
 
 def _variables(settings: type[BaseSettings]) -> dict[str, str | None]:
