@@ -488,11 +488,19 @@ def test_fields_that_the_family_does_not_use_are_refused(field, value):
         replace(SMALL, **{field: value})
 
 
-def test_fast_and_single_files_are_not_implemented(engine):
+def test_fast_is_not_implemented(engine):
     with pytest.raises(DeviceError, match=r"not implemented for FLUX\.2-klein 4B"):
         engine.generate(replace(SMALL, fidelity="fast"))
-    with pytest.raises(BaseModelFilesError, match="a single file"):
-        engine.generate(replace(SMALL, base_model=str(TINY_KLEIN / TRANSFORMER_FILE)))
+
+
+def test_the_other_parts_of_a_single_file_can_be_in_either_layout(engine, diffusers_base, tmp_path):
+    """The configuration of the transformer is derived if the folder has none."""
+    config = copied_base(tmp_path)
+    (config / TRANSFORMER_FILE).unlink()
+    expected = engine.generate(SMALL).pixels
+    for folder in (diffusers_base, config):
+        recipe = replace(SMALL, base_model=str(TINY_KLEIN / TRANSFORMER_FILE), config=str(folder))
+        assert np.array_equal(engine.generate(recipe).pixels, expected)
 
 
 def test_the_estimated_memory_covers_the_loaded_model():

@@ -90,7 +90,7 @@ class BaseFiles:
             _check_index(source, family, others)
         roots = {part.name: others.get(part.name, layout) for part in family.parts}
         places = {
-            part.name: roots[part.name] / (part.original if is_original else part.name)
+            part.name: _place(roots[part.name], part, is_original, is_checkpoint)
             for part in family.parts
         }
         weights = {
@@ -110,7 +110,9 @@ class BaseFiles:
             if folder is not None:
                 configs[replaced] = folder / "config.json"
         tokenizers = {
-            one.name: places[one.name] if is_original else _tokenizer(roots[one.name], one)
+            one.name: place
+            if (place := places[one.name]).name == one.original
+            else _tokenizer(roots[one.name], one)
             for one in family.text_encoders
         }
         folders = [path for path in tokenizers.values() if path is not None]
@@ -148,7 +150,9 @@ class BaseFiles:
         decoder = self.family.part("decoder").name
         if self.family.checkpoint:
             converter = importlib.import_module(self.family.checkpoint)
-            weights[decoder] = converter.convert_decoder(weights[decoder], configs[decoder])
+            # Files of the original layout have no configuration; their converter needs none.
+            config = configs.get(decoder, {})
+            weights[decoder] = converter.convert_decoder(weights[decoder], config)
         for part in self.family.parts:
             if part.convert:
                 module, _, function = part.convert.partition(":")
@@ -236,6 +240,19 @@ def _is_original(source: Path, family: Family) -> bool:
     return bool(part.original) and not is_diffusers and (source / part.original).exists()
 
 
+def _place(root: Path, part: Part, is_original: bool, is_checkpoint: bool) -> Path:
+    """Return the folder or file of a part in the folder `root`.
+
+    Args:
+        is_original: True if the base model is a folder in the original layout.
+        is_checkpoint: True if it is a single file. `root`, which has the other parts and the
+            configurations, can then have either layout.
+    """
+    if is_checkpoint and part.original:
+        is_original = not (root / part.name).is_dir()
+    return root / (part.original if is_original else part.name)
+
+
 def _is_single_file(place: Path) -> bool:
     """Return True if a part's place (`Part.original`) is a file, not a folder."""
     return place.suffix == ".safetensors"
@@ -265,7 +282,7 @@ def _folders_of_other_parts(
     found: dict[str, Path] = {}
     missing: dict[str, list[Part]] = {}
     for part, repository in _other_parts(source, family):
-        if own is not None and (own / part.name).is_dir():
+        if own is not None and _has_part(own, part):
             found[part.name] = own
         else:
             missing.setdefault(repository, []).append(part)
@@ -274,6 +291,13 @@ def _folders_of_other_parts(
         folder = locate(repository, parts, what=what, variant=variant, cache_dir=cache_dir)
         found |= {part.name: folder for part in parts}
     return found
+
+
+def _has_part(folder: Path, part: Part) -> bool:
+    """Return True if a folder has a part, in either layout."""
+    if (folder / part.name).is_dir():
+        return True
+    return bool(part.original) and (folder / part.original).exists()
 
 
 def _tokenizer(layout: Path, part: Part) -> Path | None:
