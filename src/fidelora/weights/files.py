@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fidelora.errors import BaseModelFilesError, BaseModelNotFoundError, RecipeError
 from fidelora.families import Family, Part, all_families
 from fidelora.safetensors_header import read_file_header
+from fidelora.texts import listed
 from fidelora.weights.locate import locate, weight_file_patterns
 
 if TYPE_CHECKING:
@@ -419,10 +420,19 @@ def _check_shards(paths: list[Path]) -> None:
     matches = [re.search(r"-(\d+)-of-(\d+)\.", path.name) for path in paths]
     numbers = [(int(match[1]), int(match[2])) for match in matches if match]
     expected = [(number, len(paths)) for number in range(1, len(paths) + 1)]
-    if numbers and numbers != expected:
-        names = ", ".join(path.name for path in paths)
+    present = {number for number, _ in numbers}
+    wanted = set(range(1, numbers[0][1] + 1)) if numbers else set()
+    if len({total for _, total in numbers}) == 1 and present < wanted:
+        missing = sorted(wanted - present)
+        names = [re.sub(r"-\d+-of", f"-{one:05}-of", paths[0].name) for one in missing]
         raise BaseModelFilesError(
-            f"The shards in {paths[0].parent.name} are not one complete set: {names}. Download the "
+            f"The base model has no {paths[0].parent.name}/{listed(names)}: {len(missing)} of "
+            f"{len(wanted)} shards are missing. Download it again."
+        )
+    if numbers and numbers != expected:
+        found = ", ".join(path.name for path in paths)
+        raise BaseModelFilesError(
+            f"The shards in {paths[0].parent.name} are not one complete set: {found}. Download the "
             "folder again."
         )
 
