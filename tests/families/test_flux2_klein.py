@@ -33,6 +33,7 @@ from fidelora.adapters.live import live_adapters
 from fidelora.adapters.read import read_adapter
 from fidelora.adapters.tensor_names import noise_of_file
 from fidelora.cli.image_plan import resolve_noise
+from fidelora.engine.adapter_family import fit_of_base
 from fidelora.engine.convert import convert_adapter
 from fidelora.engine.examine import examine_adapter
 from fidelora.errors import (
@@ -461,6 +462,14 @@ def test_the_adapter_is_recognised(engine, tmp_path):
     assert examine_adapter(as_diffusers(tmp_path / "a.safetensors")).model == "flux2_klein_4b"
     with pytest.raises(AdapterMismatchError):
         engine.generate(with_adapter(LORA))
+
+
+@pytest.mark.parametrize("base", [TINY_KLEIN, TINY_KLEIN / TRANSFORMER_FILE])
+def test_an_adapter_is_compared_with_a_base_model_without_configuration(base):
+    config = "" if base.is_dir() else str(TINY_KLEIN)
+    fit = fit_of_base(read_adapter(KLEIN_LORA), BaseFiles.find(FAMILY, str(base), config=config))
+    assert fit.matched == fit.same_shapes == len(LORA_WEIGHTS) // 2
+    assert examine_adapter(KLEIN_LORA, str(TINY_KLEIN)).usable
 
 
 def test_conversion_keeps_or_refuses_an_adapter(tmp_path):
