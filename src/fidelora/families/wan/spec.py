@@ -10,6 +10,9 @@ from fidelora.families import latent_formats
 from fidelora.families.spec import Family, FlowSampler, Part, Tokenizer, TrainerSampling
 from fidelora.families.wan.names import original_names
 
+# Both sizes of Wan 2.1 have the same text encoder and VAE.
+_COMPANION = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+
 # The trainer's own configuration; the base's UniPC is not used. The pipeline names no sigmas, so
 # the scheduler shifts twice: the ends of its table, and what lies between them.
 _FLOWMATCH = FlowSampler(
@@ -35,6 +38,7 @@ WAN21_1B = Family(
             library="transformers",
             class_name="UMT5EncoderModel",
             weights="model",
+            companion=_COMPANION,
             precision="text_encoder_dtype",
             tokenizer=Tokenizer("tokenizer"),
             # As for T5: the trainer's transformers computes attention with matrix products only.
@@ -60,12 +64,14 @@ WAN21_1B = Family(
             library="diffusers",
             class_name="AutoencoderKLWan",
             weights="diffusion_pytorch_model",
+            companion=_COMPANION,
             precision="vae_dtype",
         ),
     ),
     text="fidelora.families.wan.text:WanText",
     denoiser="fidelora.families.wan.denoiser:WanDenoiser",
     latents="fidelora.families.wan.latents:WanLatents",
+    checkpoint="fidelora.families.wan.checkpoint",
     layout=Path(__file__).parent / "layout",
     trainer_sampling=TrainerSampling(
         archs=("wan21:1b", "wan21"),
