@@ -236,9 +236,9 @@ def _is_original(source: Path, family: Family) -> bool:
     return bool(part.original) and not is_diffusers and (source / part.original).exists()
 
 
-def _is_single_file(original: Path) -> bool:
-    """Return True if a part (`Part.original`) is a file in the original layout, not a folder."""
-    return original.suffix == ".safetensors"
+def _is_single_file(place: Path) -> bool:
+    """Return True if a part's place (`Part.original`) is a file, not a folder."""
+    return place.suffix == ".safetensors"
 
 
 def is_complete(base_model: str, family: Family) -> bool:
@@ -248,7 +248,7 @@ def is_complete(base_model: str, family: Family) -> bool:
 
 
 def _other_parts(source: Path, family: Family) -> list[tuple[Part, str]]:
-    """Return the parts that `source` does not contain, with the hub id of each."""
+    """Return the parts that `source` does not contain, with the hub ids of where they are."""
     if source.is_file():
         return [(part, part.companion) for part in family.parts if part.companion]
     return [(part, family.extras) for part in _missing_parts(source, family)]

@@ -10,8 +10,8 @@ from fidelora.families import latent_formats
 from fidelora.families.spec import Family, FlowSampler, Part, Tokenizer, TrainerSampling
 from fidelora.families.wan.names import original_names
 
-# The trainer's own configuration; the base's UniPC is not used. The pipeline passes no sigmas,
-# so the scheduler shifts twice: first the ends of its table, then all values between them.
+# The trainer's own configuration; the base's UniPC is not used. The pipeline names no sigmas, so
+# the scheduler shifts twice: the ends of its table, and what lies between them.
 _FLOWMATCH = FlowSampler(
     "flowmatch", MappingProxyType({"shift": 3.0, "ends_at_shifted_table": True})
 )
