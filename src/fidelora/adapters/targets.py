@@ -339,7 +339,7 @@ class Targets:
                 return problem
             divided = delta.fitted(shape).divided(sizes)
             if divided is None:
-                return f"{module} stands for {len(names)} modules and is of a kind without parts"
+                return f"{module} stands for {len(names)} modules and cannot be divided among them"
             changes += [(name + end, one) for name, one in zip(names, divided, strict=True)]
         return changes
 

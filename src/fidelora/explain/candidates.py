@@ -27,7 +27,8 @@ from fidelora.training.run_folder import TrainingRun
 _LIKELY_PROGRAMS: tuple[Program, ...] = ("diffusers", "ComfyUI", "A1111")
 """Programs that are tried for a picture whose file does not name one."""
 _MAX_PLAIN_CHARACTERS = 150
-"""Longest prompt that is taken to fit in 75 tokens, most of which have more than two characters."""
+"""Characters of a prompt up to which it is assumed to fit in 75 tokens; most tokens have more than
+two."""
 _STEPS = (4, 8, 10, 12, 15, 20, 25, 28, 30, 35, 40, 50)
 _GUIDANCE = (1, 1.5, 2, 3, 3.5, 4, 4.5, 5, 5.5, 6, 6.5, 7, 7.5, 8, 9, 10, 12, 15)
 _STRENGTHS = (0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 1.0, 1.1, 1.2, 1.5)
@@ -128,7 +129,10 @@ class Candidates:
         return replace(simulation, **values)
 
     def joint_axes(self) -> list[tuple[Axis, Axis]]:
-        """Return the axes that hide each other, noise and sampler, for each possible program."""
+        """Return the axes of noise and sampler for each possible program.
+
+        A wrong noise hides the right sampler and the reverse, so both are searched together.
+        """
         if sampling_of(self.reading, self.spec) is not None and self.reading.program != "unknown":
             return []
         return [
