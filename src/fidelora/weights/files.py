@@ -255,7 +255,7 @@ def _place(root: Path, part: Part, is_original: bool, is_checkpoint: bool) -> Pa
 
 
 def _is_single_file(place: Path) -> bool:
-    """Return True if a part's place (`Part.original`) is a file, not a folder."""
+    """Return True if the original layout has this part in a file, not in a folder."""
     return place.suffix == ".safetensors"
 
 
@@ -266,7 +266,7 @@ def is_complete(base_model: str, family: Family) -> bool:
 
 
 def _other_parts(source: Path, family: Family) -> list[tuple[Part, str]]:
-    """Return the parts that `source` does not contain, with the hub ids of where they are."""
+    """Return the parts that `source` does not contain, with the hub id of each."""
     if source.is_file():
         return [(part, part.companion) for part in family.parts if part.companion]
     return [(part, family.extras) for part in _missing_parts(source, family)]
