@@ -27,6 +27,8 @@ from fidelora.errors import SettingsError
 from fidelora.families import all_families
 from fidelora.families.emphasis import Emphasis
 from fidelora.recipe_fields import Quantization
+from fidelora.resident import KEEP_VARIABLE
+from fidelora.storage.bucket import bucket_and_prefix
 
 
 def _data_dir() -> Path:
@@ -120,6 +122,16 @@ class Settings(BaseSettings):
         ),
     )
 
+    object_store: str = Field(
+        "",
+        validation_alias="FIDELORA_OBJECT_STORE",
+        description=(
+            "Bucket of an S3-compatible object store for images and LoRAs, such as "
+            "`s3://bucket/prefix`, in place of folders that all machines share. Endpoint and "
+            "credentials are those of the usual variables, such as `AWS_ENDPOINT_URL`, "
+            "`AWS_REGION`, `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`."
+        ),
+    )
     data_dir: Path = Field(
         default_factory=_data_dir,
         validation_alias="FIDELORA_DATA_DIR",
@@ -188,7 +200,8 @@ class Settings(BaseSettings):
         validation_alias="FIDELORA_STORE_URL",
         description=(
             "URL of the job database, such as `postgresql://user:password@host/fidelora`; by "
-            "default an SQLite file in the data folder."
+            "default an SQLite file in the data folder. Servers with one PostgreSQL database share "
+            "its requests, API keys and logins."
         ),
     )
     worker_port: int | None = Field(
@@ -389,6 +402,16 @@ class Settings(BaseSettings):
             raise ValueError("it is not a URL; write http:// or https:// and the server's name")
         return value
 
+    @field_validator("object_store")
+    @classmethod
+    def _check_object_store(cls, value: str) -> str:
+        if value:
+            try:
+                bucket_and_prefix(value)
+            except SettingsError as error:
+                raise ValueError(str(error).removesuffix(".")) from None
+        return value
+
     @field_validator("lora_hosts", mode="before")
     @classmethod
     def _split_hosts(cls, value: object) -> object:
@@ -512,6 +535,11 @@ class Settings(BaseSettings):
             or f"sqlite:///{self.data_dir.expanduser().absolute()}/jobs.sqlite"
         )
 
+    @property
+    def can_share_database(self) -> bool:
+        """True if several servers can use the job database, so their common state is in it."""
+        return self.database.partition(":")[0].partition("+")[0] in ("postgres", "postgresql")
+
 
 def _parse_model_aliases(text: str) -> list[tuple[str, str]]:
     pairs = (one.partition("=") for one in text.split(",") if one.strip())
@@ -537,7 +565,8 @@ def _parse_base_models(text: str, unnamed: str | None = None) -> list[tuple[str,
 
 def setting_warnings() -> list[str]:
     """Return a sentence for each variable, in the environment or `.env`, that has no effect."""
-    return ignored_variables(_variables(Settings), [*map(names_of, Settings.model_fields.values())])
+    names = [*map(names_of, Settings.model_fields.values()), (KEEP_VARIABLE,)]
+    return ignored_variables(_variables(Settings), names)
 
 
 def _variables(settings: type[BaseSettings]) -> dict[str, str | None]:

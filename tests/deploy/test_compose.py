@@ -12,6 +12,9 @@ from tests.deploy.deploy_support import (
     stop_grace_s,
 )
 
+from fidelora.server.login import COOKIE
+from fidelora.server.page.paths import is_page_path
+
 FOLDER = DEPLOY / "compose"
 FILES = sorted(FOLDER.glob("compose*.yaml"))
 SERVICES = yaml.safe_load((FOLDER / "compose.yaml").read_text())["services"]
@@ -19,7 +22,7 @@ OURS = {name for name, one in SERVICES.items() if "fidelora" in one["image"].low
 
 
 def test_compose_files_satisfy_the_specification():
-    assert len(FILES) == 2
+    assert len(FILES) == 3
     check(
         program("check-jsonschema"),
         *("--builtin-schema", "vendor.compose-spec"),
@@ -66,6 +69,16 @@ def test_overlay_changes_existing_services_only():
         assert_settings(one["environment"])
 
 
+def test_all_machines_use_the_same_bucket():
+    services = yaml.safe_load((FOLDER / "compose.s3.yaml").read_text())["services"]
+    variables = [one["environment"] for name, one in services.items() if name != "object-store"]
+    for one in variables:
+        assert_settings(one)
+    assert services.keys() - {"object-store"} == {"api-1", "api-2", "worker"}
+    shared = ("FIDELORA_OBJECT_STORE", "AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID")
+    assert all(one[name] == variables[0][name] for one in variables for name in shared)
+
+
 def test_each_variable_of_the_example_is_used():
     text = "".join(file.read_text() for file in FILES)
     used = set(re.findall(r"\$\{(\w+)", text))
@@ -80,3 +93,11 @@ def test_the_proxy_sends_calls_to_both_servers():
     servers = {name for name in OURS if "command" not in SERVICES[name]}
     assert set(re.findall(r"^\s+server (\S+):8000 ", config, flags=re.M)) == servers
     assert servers <= SERVICES["proxy"]["depends_on"].keys()
+
+
+def test_the_proxy_keeps_browsers_at_one_server():
+    config = (FOLDER / "nginx.conf").read_text()
+    assert f"hash $cookie_{COOKIE} consistent;" in config
+    routes = re.findall(r"location (\S+(?: \S+)?) \{\s+proxy_pass http://(\w+);", config)
+    assert routes == [("/", "page"), ("~ ^/(v1|sdapi)/", "api")]
+    assert not any(is_page_path(path) for path in ("/v1/inference", "/sdapi/v1/txt2img"))

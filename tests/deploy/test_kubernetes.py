@@ -1,5 +1,6 @@
 """The Kubernetes manifests, rendered by kubectl and checked against the schemas of Kubernetes."""
 
+import os
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
@@ -23,12 +24,12 @@ from fidelora.recipe import Recipe
 FOLDER = DEPLOY / "kubernetes"
 VERSION = "1.34"  # the oldest release of Kubernetes that the project supported in November 2026
 OVERLAYS = ["cpu", "cuda"]
-PATHS = [*OVERLAYS, "db-upgrade"]
+PATHS = [*OVERLAYS, "db-upgrade", "keys"]
 
 
 @lru_cache
 def documents(name: str) -> list[dict[str, Any]]:
-    """Return the objects of an overlay, or of the file for upgrades."""
+    """Return the objects of an overlay, or of a file that is applied on its own."""
     if name not in OVERLAYS:
         return [yaml.safe_load((FOLDER / f"{name}.yaml").read_text())]
     kubectl = program("kubectl", "kubectl 1.21 or later")
@@ -41,11 +42,13 @@ def objects(name: str, kind: str) -> dict[str, dict[str, Any]]:
 
 
 def pods(name: str) -> list[dict[str, Any]]:
-    return [
+    single = [one["spec"] for one in documents(name) if one["kind"] == "Pod"]
+    templates = [
         one["spec"]["template"]["spec"]
         for one in documents(name)
         if one["kind"] in ("Deployment", "Job")
     ]
+    return [*single, *templates]
 
 
 @pytest.mark.parametrize("name", PATHS)
@@ -105,9 +108,40 @@ def test_pods_have_probes_and_disruption_budgets(name):
             if budget["spec"]["selector"] == one["spec"]["selector"]
         )
         assert budget["spec"].keys() & {"minAvailable", "maxUnavailable"}
-    (service,) = objects(name, "Service").values()
     labels = deployments["fidelora-server"]["spec"]["template"]["metadata"]["labels"]
-    assert service["spec"]["selector"].items() <= labels.items()
+    for service in objects(name, "Service").values():
+        assert service["spec"]["selector"].items() <= labels.items()
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_only_browsers_stay_with_one_server(name):
+    services = objects(name, "Service")
+    assert {name: one["spec"].get("sessionAffinity") for name, one in services.items()} == {
+        "fidelora": None,
+        "fidelora-page": "ClientIP",
+    }
+
+
+def test_a_bucket_replaces_the_shared_volume(tmp_path):
+    kubectl = program("kubectl", "kubectl 1.21 or later")
+    parts = {
+        "resources": [os.path.relpath(FOLDER / "overlays" / "cuda", tmp_path)],
+        "components": [os.path.relpath(FOLDER / "components" / "object-store", tmp_path)],
+    }
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(parts))
+    found = list(yaml.safe_load_all(check(kubectl, "kustomize", str(tmp_path))))
+    (shared,) = (one["data"] for one in found if one["kind"] == "ConfigMap")
+    assert_settings(shared)
+    assert shared["FIDELORA_OBJECT_STORE"] == "s3://fidelora"
+    assert not [one for one in found if one["kind"] == "PersistentVolumeClaim"]
+    deployments = [one for one in found if one["kind"] == "Deployment"]
+    assert len(deployments) == 2
+    for one in deployments:
+        assert one["spec"]["template"]["spec"]["volumes"][0] == {"name": "shared", "emptyDir": {}}
+    schemas = pytest.importorskip("kubernetes_validate")
+    for one in found:
+        if one["kind"] != "ScaledObject":
+            schemas.validate(one, VERSION, strict=True)
 
 
 def test_workers_on_gpus_are_scaled_to_zero_and_back():

@@ -98,7 +98,8 @@ def test_the_diffusers_script_makes_the_sample(engine, tmp_path, has_lora):
     found = nearest(engine, "diffusers", plan)
     assert found.there.distance < 0.01
     script, picture = tmp_path / "sample.py", tmp_path / "sample.png"
-    script.write_text(diffusers_script(found))
+    script.write_text(text := diffusers_script(found))
+    assert "clip_skip=None," in text
     environment = os.environ | {"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
     subprocess.run([sys.executable, script, picture], check=True, timeout=150, env=environment)
     pixels = np.asarray(Image.open(picture).convert("RGB"))
@@ -145,7 +146,7 @@ def test_the_command_writes_one_file_per_sample(fidelora, tmp_path):
 def test_the_command_needs_a_picture_or_a_program(fidelora):
     code, _, error = fidelora("explain", str(GOLDEN_JOBS / NAME))
     assert code == 2
-    assert "Give a picture, or --write PROGRAM." in error
+    assert "Give JOB_DIR and PICTURE, or JOB_DIR and --write PROGRAM." in error
 
 
 def test_the_command_refuses_a_sample_that_does_not_exist(fidelora):

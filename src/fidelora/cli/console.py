@@ -17,7 +17,8 @@ from fidelora.errors import FideloraError, UsageError
 from fidelora.texts import printable
 
 if TYPE_CHECKING:
-    from fidelora.engine.engine import Engine, OnStep, Progress
+    from fidelora.engine.engine import Engine
+    from fidelora.resident.client import OnSteps, Steps
 
 _debug = False
 
@@ -131,7 +132,7 @@ def run(app: typer.Typer) -> NoReturn:
 
 def _fail_usage(error: typer.TyperException) -> NoReturn:
     """Print an error of the command line's parser, and the command whose help explains more."""
-    message = error.format_message()
+    message = " ".join(error.format_message().split())  # a list of choices has lines of its own
     if message:  # empty if no command was given: the help was printed instead
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "fidelora"
@@ -239,7 +240,7 @@ def progress_display(*, as_lines: bool = False) -> Iterator[ShowProgress | None]
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[OnStep | None]:
+def progress_bar(title: str) -> Iterator[OnSteps | None]:
     """Show a progress bar for the steps of images, if stderr is a terminal.
 
     Yields:
@@ -250,7 +251,7 @@ def progress_bar(title: str) -> Iterator[OnStep | None]:
             yield None
             return
 
-        def on_step(progress: Progress) -> None:
+        def on_step(progress: Steps) -> None:
             show(title, progress.step, progress.steps)
 
         show(title, 0, 1)

@@ -9,6 +9,7 @@ from typing import Any
 from fidelora.explain.align import Alignment
 from fidelora.explain.programs import (
     BEHAVIOURS,
+    USUAL_LAYERS,
     Sampling,
     sampling_of,
     usual_offset,
@@ -176,7 +177,7 @@ class Candidates:
         if reading.emphasis is None or doubts:
             yield Axis("emphasis", [{"text_rule": rule} for rule in rules])
         if reading.clip_skip is None or doubts:
-            yield Axis("clip_skip", [{"clip_skip": self._clip_skip(one)} for one in (0, 1, 2)])
+            yield Axis("clip_skip", [{"clip_skip": layer} for layer in self._layers()])
         if reading.loras is None or doubts:
             yield from self._loras()
         if self._may_zero:
@@ -214,7 +215,12 @@ class Candidates:
         options: list[Changes] = []
         for program in programs:
             behaviour = BEHAVIOURS[program]
-            fixed = {"rounds_noise": False, "truncates": False, **behaviour.fields}
+            fixed = {
+                "rounds_noise": False,
+                "truncates": False,
+                "skips_in_negative": True,
+                **behaviour.fields,
+            }
             given = sampling_of(replace(self.reading, program=program), self.spec)
             if given is not None:
                 options.append({**fixed, **self._sampling(given)})
@@ -285,10 +291,21 @@ class Candidates:
     def _clip_skip(self, layer: int) -> int:
         """Return `Simulation.clip_skip`, which is 0 for the family's usual layer."""
         if self.spec.id == "sdxl":
-            # A1111 does not skip layers of SDXL by default. ComfyUI counts from the last one, and
-            # SDXL uses the second.
-            return layer if self.reading.program == "ComfyUI" and layer not in (0, 2) else 0
+            # A1111 does not skip layers of SDXL by default.
+            skips = self.reading.program in ("ComfyUI", "diffusers", "unknown")
+            return layer if skips and layer not in (0, USUAL_LAYERS["sdxl"]) else 0
         return 0 if layer == 1 else layer
+
+    def _layers(self) -> list[int]:
+        """Return values of `Simulation.clip_skip` to try."""
+        layers = [0]
+        if self.programs != ("diffusers",):
+            layers += [self._clip_skip(one) for one in (1, 2)]
+        if "diffusers" in self.programs:
+            # diffusers counts from the family's usual layer; these are its clip_skip 1 and 2.
+            usual = USUAL_LAYERS.get(self.spec.id, 1)
+            layers += [usual + 1, usual + 2]
+        return list(dict.fromkeys(layers))
 
     def _has_syntax(self, text: str) -> bool:
         return bool(

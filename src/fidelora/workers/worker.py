@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fidelora.errors import (
@@ -21,6 +20,7 @@ from fidelora.errors import (
 )
 from fidelora.jobs.job import Failure, Job, Status
 from fidelora.jobs.store import JobStore
+from fidelora.storage.images import ImageStore
 from fidelora.workers.attempt import (
     Attempt,
     AttemptReport,
@@ -50,7 +50,7 @@ if TYPE_CHECKING:  # the server imports this module and must not load torch
 log = logging.getLogger(__name__)
 
 _CLAIM_INTERVAL_S = 0.05  # time between claims while a batch waits for jobs; a step takes longer
-_MAX_HOLD_S = 1.0  # longest time to leave a job for another worker; longer waits gain little
+MAX_HOLD_S = 1.0  # longest time to leave a job for another worker; longer waits gain little
 
 
 class Worker:
@@ -58,7 +58,7 @@ class Worker:
 
     Args:
         name: name of the worker, stored in its current job.
-        outputs: folder for images, named `{job}_output_{index}` with their format's suffix.
+        outputs: where images are kept, named `{job}_output_{index}` with their format's suffix.
         on_end: called after each attempt.
         on_pause: called with the reason when the worker pauses because it cannot write images, and
             with an empty reason when it continues.
@@ -75,7 +75,7 @@ class Worker:
         name: str,
         store: JobStore,
         engine: Engine,
-        outputs: Path,
+        outputs: ImageStore,
         limits: WorkerLimits | None = None,
         *,
         on_end: Callable[[AttemptReport], None] = lambda report: None,
@@ -179,7 +179,7 @@ class Worker:
         slower than reading them.
         """
         if report.adapters_cold and (read_s := report.timings.get("adapters")):
-            self._hold_s = min(read_s, _MAX_HOLD_S)
+            self._hold_s = min(read_s, MAX_HOLD_S)
 
     def _release_interrupted(self) -> None:
         """Return the jobs in this worker's name to the queue, after the store failed.

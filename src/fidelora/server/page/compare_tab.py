@@ -218,7 +218,7 @@ class CompareTab:
     ) -> Path:
         images = {}
         for number, job in enumerate(jobs):
-            with Image.open(io.BytesIO(content_of(job.outputs[0]))) as image:
+            with Image.open(io.BytesIO(content_of(self._context.images, job.outputs[0]))) as image:
                 images[divmod(number, len(multipliers))] = np.asarray(image.convert("RGB"))
         recipe = jobs[0].recipes[0]
         rows = [(PurePosixPath(lora).stem, self._step_label(lora)) for lora in loras]
