@@ -249,6 +249,8 @@ class Recipe:
             vae_dtype=self.dtype,
             text_encoder_dtype=self.dtype,
         )
+        if spec.stages:
+            self._fill_in_stages()
         check_recipe(self, spec)
         for name in ("width", "height"):
             size = getattr(self, name)
@@ -269,6 +271,19 @@ class Recipe:
         for name, value in defaults.items():
             if getattr(self, name) is FROM_MODEL:
                 object.__setattr__(self, name, value)
+
+    def _fill_in_stages(self) -> None:
+        """Set the stage of each adapter that has none but whose name contains it."""
+        for name in ADAPTER_FIELDS:
+            refs = getattr(self, name)
+            if refs and isinstance(refs, list | tuple):
+                filled = tuple(
+                    replace(ref, stage=ref.named_stage)
+                    if isinstance(ref, AdapterRef) and ref.stage is None
+                    else ref
+                    for ref in refs
+                )
+                object.__setattr__(self, name, filled)
 
     @property
     def files(self) -> tuple[AdapterRef, ...]:
@@ -300,6 +315,7 @@ class Recipe:
                 {"sha256": ref.sha256, "multiplier": ref.multiplier, "name": ref.name}
                 | ({} if ref.alpha is None else {"alpha": ref.alpha})
                 | ({} if ref.word is None else {"word": ref.word})
+                | ({} if ref.stage is None else {"stage": ref.stage})
                 for ref in plain[field_name]
             ]
         return plain
@@ -387,9 +403,9 @@ class Recipe:
 
 def _read_refs(name: str, plain: object) -> tuple[AdapterRef, ...]:
     # A path is not allowed: a received recipe must not refer to files on this machine.
-    parts = {"sha256", "multiplier", "name"}
+    parts, optional = {"sha256", "multiplier", "name"}, {"alpha", "word", "stage"}
     if not isinstance(plain, list) or not all(
-        isinstance(ref, Mapping) and ref.keys() - {"alpha", "word"} == parts for ref in plain
+        isinstance(ref, Mapping) and ref.keys() - optional == parts for ref in plain
     ):
         raise RecipeError(
             f"{name} must be a list of objects with sha256, multiplier and name.", field=name

@@ -150,6 +150,7 @@ def check_recipe(recipe: Recipe, spec: Family) -> None:
             field=name,
         )
     _check_embeddings(recipe, spec)
+    _check_stages(recipe, spec)
     if recipe.history and (recipe.fidelity, recipe.adapter_mode) != ("exact", "merged"):
         raise RecipeError(
             "history needs fidelity exact and adapter_mode merged; leave history out.",
@@ -173,3 +174,20 @@ def _check_embeddings(recipe: Recipe, spec: Family) -> None:
         raise RecipeError(
             f"Two embeddings have the word {twice}; leave one of them out.", field="adapters"
         )
+
+
+def _check_stages(recipe: Recipe, spec: Family) -> None:
+    for ref in recipe.files:
+        if ref.stage is None and spec.stages:
+            raise RecipeError(
+                f"{spec.title} has a transformer for high noise and one for low noise, but "
+                f"{ref.name or 'an adapter'} does not name one of them. Set stage to high or low, "
+                "or use a file whose name contains high_noise or low_noise.",
+                field="adapters",
+            )
+        if ref.stage is not None and not spec.stages:
+            raise RecipeError(
+                f"{ref.name or 'An adapter'} has the stage {ref.stage}, but {spec.title} has one "
+                "denoiser; leave stage out.",
+                field="adapters",
+            )

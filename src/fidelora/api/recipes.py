@@ -32,7 +32,8 @@ def check_request(request: InferenceRequest, *, needs_lora: bool = True) -> Fami
     """Check that the model exists and supports every field of the request; return its family.
 
     Args:
-        needs_lora: True if at least one LoRA is required, as in the `ai-toolkit-inference` API.
+        needs_lora: True if at least one LoRA is required, as in the `ai-toolkit-inference` API, and
+            the transformer of each LoRA for models with two.
 
     Raises:
         RequestError: the request is not supported; the error has the API's code and details.
@@ -52,11 +53,7 @@ def check_request(request: InferenceRequest, *, needs_lora: bool = True) -> Fami
             f"times prompts must be at most {MAX_LORAS_TIMES_PROMPTS:,}. Use several requests.",
             loc=("loras",),
         )
-    if any(lora.transformer for lora in request.loras):
-        message = f"{spec.id} has one denoiser; leave out `transformer` of its LoRAs."
-        raise RequestError(
-            message, code="MOE_FORMAT_NOT_SUPPORTED", details={"field": "transformer"}
-        )
+    _check_transformers(request, spec, is_required=needs_lora)
     for field_path in _unsupported_fields(request):
         message = f"{spec.id} does not support {field_path}; leave it out."
         raise RequestError(message, code="FIELD_NOT_SUPPORTED", details={"field": field_path})
@@ -71,6 +68,26 @@ def check_request(request: InferenceRequest, *, needs_lora: bool = True) -> Fami
                 details={"field": field_path},
             )
     return spec
+
+
+def _check_transformers(request: InferenceRequest, spec: Family, *, is_required: bool) -> None:
+    """Check `transformer` of all LoRAs, which only families with stages have.
+
+    Args:
+        is_required: False if the names of the files may say it instead (`AdapterRef.named_stage`).
+    """
+    if spec.stages and is_required and not all(lora.transformer for lora in request.loras):
+        raise RequestError(
+            f"{spec.id} has a transformer for high noise and one for low noise. Set `transformer` "
+            "of each LoRA to high or low.",
+            code="MOE_FORMAT_REQUIRED",
+            details={"field": "transformer"},
+        )
+    if not spec.stages and any(lora.transformer for lora in request.loras):
+        message = f"{spec.id} has one denoiser; leave out `transformer` of its LoRAs."
+        raise RequestError(
+            message, code="MOE_FORMAT_NOT_SUPPORTED", details={"field": "transformer"}
+        )
 
 
 def recipes_of(
@@ -128,7 +145,7 @@ def recipes_of(
                 width=width - width % divisor,
                 height=height - height % divisor,
                 adapters=tuple(
-                    replace(ref, multiplier=multiplier, alpha=lora.alpha)
+                    replace(ref, multiplier=multiplier, alpha=lora.alpha, stage=lora.transformer)
                     for ref, lora, multiplier in zip(
                         adapters, request.loras, multipliers[index], strict=True
                     )
@@ -196,7 +213,9 @@ def request_for(recipes: Sequence[Recipe], lora_paths: Sequence[str]) -> dict[st
     Raises:
         RequestFieldError: a value is out of the API's range, such as a guidance scale above 20.
     """
-    different = {tuple((ref.sha256, ref.alpha) for ref in recipe.adapters) for recipe in recipes}
+    different = {
+        tuple((ref.sha256, ref.alpha, ref.stage) for ref in recipe.adapters) for recipe in recipes
+    }
     assert len(different) == 1, "the same adapters in every recipe"
     (adapters,) = different
     divisor = get_family(recipes[0].model).request_divisor
@@ -206,8 +225,10 @@ def request_for(recipes: Sequence[Recipe], lora_paths: Sequence[str]) -> dict[st
         **({"match": "trainer"} if has_trainer_size else {}),
         "fidelity": recipes[0].fidelity,
         "loras": [
-            {"path": path, "sha256": sha256} | ({} if alpha is None else {"alpha": alpha})
-            for path, (sha256, alpha) in zip(lora_paths, adapters, strict=True)
+            {"path": path, "sha256": sha256}
+            | ({} if alpha is None else {"alpha": alpha})
+            | ({} if stage is None else {"transformer": stage})
+            for path, (sha256, alpha, stage) in zip(lora_paths, adapters, strict=True)
         ],
         "prompts": [
             {

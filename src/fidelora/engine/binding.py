@@ -70,7 +70,7 @@ def _bind_all(
             )
         try:
             one = (
-                model.targets.bind(adapter)
+                model.targets.bind(adapter, ref.stage)
                 if ref.word is None
                 else model.targets.bind_embedding(adapter, ref.word)
             )

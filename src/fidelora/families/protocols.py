@@ -119,9 +119,9 @@ class ExtendableText(Text, Protocol):
 
 
 class Denoiser(Protocol):
-    """Denoiser with guidance. Created once per base model."""
+    """Denoiser with guidance. Created once per base model, with the module of each denoiser."""
 
-    def __init__(self, module: nn.Module) -> None: ...
+    def __init__(self, module: nn.Module, /, *others: nn.Module) -> None: ...
 
     def uses_negative(self, guidance: Guidance) -> bool:
         """True if the denoiser evaluates a negative prompt at this guidance."""

@@ -12,6 +12,8 @@ from fidelora.sampling.spacings import TimestepSpacing
 
 DtypeField = Literal["dtype", "vae_dtype", "text_encoder_dtype"]
 Acceleration = Literal["prepacked", "packed", "compiled"]
+Stage = Literal["high", "low"]
+"""Half of the sampling schedule for which a denoiser is made: high noise, or low noise."""
 NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -85,7 +87,9 @@ class Part:
 
     Attributes:
         name: its name in diffusers' pipeline, and its subfolder in a diffusers folder.
-        role: every family has exactly one denoiser and one decoder.
+        role: every family has one decoder, and one denoiser or one for each stage.
+        stage: the part of the schedule that a denoiser is used for; None for all of it, and for
+            parts of other roles.
         library: the package that has the class, `diffusers` or `transformers`.
         class_name: name of the class, as in `model_index.json`.
         weights: the file name of the weights without its suffix.
@@ -137,6 +141,7 @@ class Part:
     class_name: str
     weights: str
     precision: DtypeField
+    stage: Stage | None = None
     adapter_prefixes: tuple[str, ...] = ()
     submodule: str = ""
     optional_prefix: str = ""
@@ -320,8 +325,18 @@ class Family:
         """True if the family's `text` implements `families.protocols.ExtendableText`."""
         return any(part.embedding_key for part in self.parts)
 
+    @property
+    def denoisers(self) -> tuple[Part, ...]:
+        """The denoiser, or the denoisers of all stages, those for more noise first."""
+        return tuple(part for part in self.parts if part.role == "denoiser")
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages that have a denoiser each; empty for a family with one denoiser."""
+        return tuple(part.stage for part in self.denoisers if part.stage is not None)
+
     def part(self, role: Literal["denoiser", "decoder"]) -> Part:
-        """Return the part with this role."""
+        """Return the part with this role, the first one of several denoisers."""
         return next(part for part in self.parts if part.role == role)
 
     def size_of(self, base_model: str) -> int:

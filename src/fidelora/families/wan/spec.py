@@ -1,4 +1,4 @@
-"""Wan 2.1, text to video, as AI Toolkit 0.12.26 samples single frames of it."""
+"""Wan 2.1 and 2.2, text to video, as AI Toolkit 0.12.26 samples single frames of them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from fidelora.families.wan.names import original_names
 # the scheduler shifts twice: the ends of its table, and what lies between them.
 _FLOWMATCH = FlowSampler(
     "flowmatch", MappingProxyType({"shift": 3.0, "ends_at_shifted_table": True})
+)
+_FLOWMATCH_22 = FlowSampler(
+    "flowmatch", MappingProxyType({"shift": 5.0, "ends_at_shifted_table": True})
 )
 
 WAN21_1B = Family(
@@ -84,5 +87,29 @@ WAN21_14B = replace(
     id="wan21_14b",
     title="Wan 2.1 14B",
     base_model="Wan-AI/Wan2.1-T2V-14B-Diffusers",
+    layout=Path(__file__).parent / "layout_14b",
     trainer_sampling=replace(WAN21_1B.trainer_sampling, archs=("wan21:14b",)),
+)
+
+_TRANSFORMER = WAN21_1B.part("denoiser")
+
+WAN22_14B_T2V = replace(
+    WAN21_14B,
+    id="wan22_14b_t2v",
+    title="Wan 2.2 14B",
+    base_model="Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+    api_divisor=32,
+    samplers=MappingProxyType({"flowmatch": _FLOWMATCH_22}),
+    parts=(
+        *WAN21_1B.text_encoders,
+        replace(_TRANSFORMER, stage="high"),
+        replace(_TRANSFORMER, name="transformer_2", stage="low"),
+        WAN21_1B.part("decoder"),
+    ),
+    denoiser="fidelora.families.wan.denoiser:TwoStageWanDenoiser",
+    # Sizes that are not multiples of 16 are rounded down, where Wan 2.1 fails.
+    trainer_sampling=replace(
+        WAN21_1B.trainer_sampling, archs=("wan22_14b:t2v", "wan22_14b"), size_multiple=8
+    ),
+    adapter_base_versions=("wan_2.2_14b",),
 )
