@@ -22,6 +22,8 @@ from fidelora.families.emphasis import Emphasis
 from fidelora.recipe_fields import (
     ADAPTER_FIELDS,
     LOCATIONS,
+    MAX_FPS,
+    MAX_FRAMES,
     MAX_GUIDANCE,
     MAX_SEED,
     MAX_SIZE,
@@ -43,6 +45,8 @@ __all__ = [
     "FROM_MODEL",
     "LOCATIONS",
     "MAX_ALPHA",
+    "MAX_FPS",
+    "MAX_FRAMES",
     "MAX_GUIDANCE",
     "MAX_MULTIPLIER",
     "MAX_SEED",
@@ -79,6 +83,8 @@ _OMITTED_DEFAULTS: Mapping[str, Any] = {
     "quantization": "none",
     "text_encoder_quantization": "none",
     "training_adapters": (),
+    "frames": 1,
+    "fps": 16,
 }
 """Default values of fields that older recipes do not contain. The JSON form omits a field that has
 its default value, so that the digests of older recipes stay valid."""
@@ -133,7 +139,7 @@ def file_sha256(path: Path) -> str:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Recipe:
-    """Everything that defines one image. Equal recipes define the same image.
+    """Everything that defines one image or video. Equal recipes define the same image.
 
     `base_sha256` identifies the base model by the content of its weight files. If it is set,
     `base_model`, `variant`, `config` and `vae` serve only to locate the files.
@@ -162,6 +168,9 @@ class Recipe:
             replacement.
         width, height: pixels, 64..4096, rounded down to a multiple of the family's divisor; by
             default the size that the base model was trained at.
+        frames: number of frames of a video, 1..1000; 1 for a still image. Rounded as the trainer
+            does (`Family.usable_frames`). Only for families that make videos.
+        fps: frames per second of a video, 1..120; always 16 for a still image.
         steps: 1..150; some samplers have a lower maximum.
         guidance_scale: 0..100; values up to 1 disable guidance.
         guidance_rescale: 0..1; share of the guided prediction that is rescaled to the standard
@@ -233,6 +242,8 @@ class Recipe:
     quantization: Quantization = "none"
     text_encoder_quantization: Quantization = "none"
     training_adapters: tuple[AdapterRef, ...] = ()
+    frames: int = 1
+    fps: int = 16
 
     def __post_init__(self) -> None:
         check_text("model", self.model)
@@ -255,6 +266,10 @@ class Recipe:
         for name in ("width", "height"):
             size = getattr(self, name)
             object.__setattr__(self, name, size - size % spec.resolution_divisor)
+        if spec.makes_videos:
+            object.__setattr__(self, "frames", spec.usable_frames(self.frames))
+        if self.frames == 1:
+            object.__setattr__(self, "fps", _OMITTED_DEFAULTS["fps"])
         for name in ("guidance_scale", "guidance_rescale"):
             # `+ 0.0` turns -0.0 into 0.0, as in `AdapterRef`.
             object.__setattr__(self, name, float(getattr(self, name)) + 0.0)

@@ -28,6 +28,7 @@ MIN_SIZE, MAX_SIZE = 64, 4096
 MAX_STEPS = 150
 MAX_GUIDANCE = 100.0
 MAX_SEED = 2**63 - 1
+MAX_FRAMES, MAX_FPS = 1000, 120
 
 ADAPTER_FIELDS = frozenset({"adapters", "history", "training_adapters"})
 
@@ -47,6 +48,8 @@ _OPTIONAL: Mapping[str, Any] = {
     "text_encoder_quantization": "none",
     "training_adapters": (),
     "vae_tiling": False,
+    "frames": 1,
+    "fps": 16,
 }
 """Default values of fields that only some families use (`Family.uses`). The other families reject
 any other value."""
@@ -77,6 +80,8 @@ def check_recipe(recipe: Recipe, spec: Family) -> None:
         )
     check_range("width", recipe.width, MIN_SIZE, MAX_SIZE, whole=True)
     check_range("height", recipe.height, MIN_SIZE, MAX_SIZE, whole=True)
+    check_range("frames", recipe.frames, 1, MAX_FRAMES, whole=True)
+    check_range("fps", recipe.fps, 1, MAX_FPS, whole=True)
     check_range("guidance_scale", recipe.guidance_scale, 0.0, MAX_GUIDANCE)
     check_range("guidance_rescale", recipe.guidance_rescale, 0.0, 1.0)
     if recipe.negative_prompt_2 is not None:

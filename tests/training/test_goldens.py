@@ -99,6 +99,9 @@ EXACT = {
     "chroma_bf16_save_f32": 3,
     "wan21_lora_f32": 3,
     "wan21_bf16_save_f32": 3,
+    "wan21_video_f32": 2,
+    "wan21_quantized_te_save_f32": 2,
+    "wan22_video_bf16_save_f32": 1,
     "wan22_lora_f32": 2,
     "wan22_multipliers": 2,
 }
@@ -145,7 +148,7 @@ def replay(engine: Engine, name: str, step: int, **changes: Any) -> list[Compari
         assert sample.trainer_image is not None
         comparisons.append(
             compare_with_sample(
-                engine.generate(sample.recipe, **changes).pixels, sample.trainer_image
+                engine.generate(sample.recipe, **changes).all_pixels, sample.trainer_image
             )
         )
     return comparisons

@@ -178,7 +178,7 @@ def notes_on(
         family = get_family(recipe.model)
         if item.neg:
             notes.append(family.negative_prompt_note)
-        if family.trainer_sampling.samples_videos and item.num_frames is None:
+        if family.makes_videos and item.num_frames is None:
             notes.append(
                 f"{family.title} makes single frames here, as with num_frames 1, not videos."
             )

@@ -162,6 +162,18 @@ def generate(
         int | None,
         typer.Option(help="Height in pixels, like --width.", rich_help_panel=SAMPLING_PANEL),
     ] = None,
+    frames: Annotated[
+        int,
+        typer.Option(
+            help="Frames of a video, 1..1000, rounded to 1, 5, 9, ...; 1 makes a still image. Only "
+            "for families that make videos. Videos are animated WebP files, as in training.",
+            rich_help_panel=SAMPLING_PANEL,
+        ),
+    ] = 1,
+    fps: Annotated[
+        int,
+        typer.Option(help="Frames per second of a video, 1..120.", rich_help_panel=SAMPLING_PANEL),
+    ] = 16,
     steps: Annotated[
         int | None,
         typer.Option(
@@ -279,7 +291,7 @@ def generate(
         typer.Option(
             "--vae-tiling",
             help="Decode in tiles of 256 pixels, as the trainer does with low_vram; only for "
-            "Qwen-Image.",
+            "Qwen-Image and Wan.",
             rich_help_panel=MODEL_PANEL,
         ),
     ] = False,
@@ -409,6 +421,8 @@ def generate(
         else (AdapterRef.from_file(training_adapter.expanduser()),),
         "vae_tiling": vae_tiling,
         "fidelity": fidelity.value,
+        "frames": frames,
+        "fps": fps,
         **read_size(size, width, height),
         **{name: value for name, value in optional.items() if value is not None},
     }
@@ -416,7 +430,13 @@ def generate(
         texts, sets, trigger, number, lambda one: resolve_noise(noise, one, model), settings
     )
     report.add(*trigger_remarks(texts, sets, trigger))
-    names = parse_output(out, image_format, prompts=len(texts), adapter_sets=len(sets))
+    names = parse_output(
+        out,
+        image_format,
+        prompts=len(texts),
+        adapter_sets=len(sets),
+        is_video=planned[0][0].frames > 1,
+    )
     for adapters in planned:
         report.add([f"note: {sentence}" for sentence in proposals(adapters[0])], ())
 

@@ -69,7 +69,7 @@ class OutputNames:
 
 
 def parse_output(
-    out: str, image_format: str | None, *, prompts: int, adapter_sets: int
+    out: str, image_format: str | None, *, prompts: int, adapter_sets: int, is_video: bool = False
 ) -> OutputNames:
     """Parse `--output` and `--format`.
 
@@ -78,6 +78,7 @@ def parse_output(
             the prompt.
         adapter_sets: number of sets of adapters; if there are several, names in a folder contain
             the names of the adapters.
+        is_video: True for videos, which are always WebP.
 
     Raises:
         RecipeError: the format is not supported or does not match the name, or the template has an
@@ -90,7 +91,13 @@ def parse_output(
         raise RecipeError(
             f"--format is {image_format!r}; it must be png, jpeg or webp.", field="format"
         )
-    default_suffix = suffix_of(image_format or "png")  # type: ignore[arg-type]
+    if is_video and image_format not in (None, "webp"):
+        raise RecipeError(
+            f"--format is {image_format}, but videos are webp files; leave --format out.",
+            field="format",
+        )
+    default = "webp" if is_video else "png"
+    default_suffix = suffix_of(image_format or default)  # type: ignore[arg-type]
     path = Path(out).expanduser()
     is_template = not path.is_dir() and _has_fields(out)
     text = str(path) if is_template else str(path).replace("{", "{{").replace("}", "}}")
@@ -110,6 +117,11 @@ def parse_output(
         raise RecipeError(
             f"--format {image_format} does not match --output {path.name}; set only one of them.",
             field="format",
+        )
+    if is_video and format_of_name != "webp":
+        raise RecipeError(
+            f"--output is {path.name}, but videos are webp files; use a name that ends in .webp.",
+            field="out",
         )
     return OutputNames(text.removesuffix(plain.suffix), plain.suffix, replaces=not is_template)
 

@@ -318,11 +318,11 @@ def _compare(made: GeneratedImage, content: bytes, origin: Origin) -> Comparison
     import numpy as np
     from PIL import Image
 
-    from fidelora.training.compare import compare
+    from fidelora.training.compare import compare, decoded_frames
 
     def decoded(file: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
         with Image.open(io.BytesIO(file)) as image:
-            return np.asarray(image.convert("RGB"))
+            return decoded_frames(image)
 
     replayed = decoded(made.encode(origin.format, origin.quality))  # type: ignore[arg-type]
     original = decoded(content)

@@ -227,7 +227,6 @@ class TrainerSampling:
             None if no release does.
         wrong_schedules: schedules that other programs use by mistake.
         older: differences of older releases, the newest release first.
-        samples_videos: True if the trainer makes videos of `num_frames` frames.
         assistant_float8: True if the trainer quantises the denoiser with `float8` in place of
             `qfloat8` in runs with an assistant LoRA (`training_adapters`).
     """
@@ -244,7 +243,6 @@ class TrainerSampling:
     wrong_schedules: tuple[WrongSchedule, ...] = ()
     older: tuple[OlderTrainer, ...] = ()
     assistant_float8: bool = False
-    samples_videos: bool = False
 
 
 @dataclass(frozen=True)
@@ -270,6 +268,8 @@ class Family:
         trainer_sampling: AI Toolkit's way of sampling this family.
         adapter_base_versions: values of `ss_base_model_version` in adapter files of this family.
         latent_preview: red, green and blue, -1..1, that one unit of each latent channel adds.
+        frames_per_latent: frames of a video that one latent frame stands for, after the first frame
+            of the video; 0 for families that make only still images.
     """
 
     id: str
@@ -292,6 +292,7 @@ class Family:
     adapter_base_versions: tuple[str, ...]
     latent_preview: tuple[tuple[float, float, float], ...]
     api_divisor: int | None = None
+    frames_per_latent: int = 0
     base_aliases: tuple[str, ...] = ()
     extras: str = ""
     base_sizes: Mapping[str, int] = field(default_factory=lambda: NO_OPTIONS)
@@ -319,6 +320,20 @@ class Family:
         if self.uses_negative_prompt:
             return ""
         return f"The negative prompt has no effect: {self.title} does not use one."
+
+    @property
+    def makes_videos(self) -> bool:
+        """True if the family makes videos, and still images as videos of one frame."""
+        return self.frames_per_latent > 0
+
+    def usable_frames(self, frames: int) -> int:
+        """Return the number of frames of a video for which `frames` are asked.
+
+        As in diffusers' `WanPipeline`, it is one more than a multiple of `frames_per_latent`:
+        other numbers are rounded, which gives 1 for 2 and 3, but 5 for 4.
+        """
+        step = self.frames_per_latent
+        return frames if frames % step == 1 else frames // step * step + 1
 
     @property
     def supports_embeddings(self) -> bool:

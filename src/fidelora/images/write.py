@@ -29,22 +29,24 @@ _SUFFIXES: Mapping[str, ImageFormat] = {
 }
 
 JPEG_QUALITY = 95
+VIDEO_QUALITY = 80  # of animated WebP, as in the trainer
 MAX_PREVIEW = 128  # longest side of a preview in pixels; keeps it at a few kilobytes
 _MAX_JPEG_EXIF_BYTES = 65_533  # a JPEG segment has at most 65,535 bytes, two of them its length
 
 
 @dataclass(frozen=True, eq=False)
 class GeneratedImage:
-    """An image and how it was made.
+    """An image or a video, and how it was made.
 
     Attributes:
-        pixels: uint8 RGB [height, width, 3].
+        pixels: uint8 RGB [height, width, 3]; the first frame of a video.
         recipe: recipe of the image.
         environment: versions and device, which can affect the last bits.
         warnings: sentences for the user, for example that the end of a prompt was cut off.
         seconds: duration of each stage by name.
         lora_hashes: sha256 of the tensors of each adapter by the sha256 of its file; see
             `AdapterFile.tensors_sha256`.
+        video: all frames of a video, uint8 RGB [frames, height, width, 3]; None for a still image.
     """
 
     pixels: NDArray[np.uint8]
@@ -53,6 +55,30 @@ class GeneratedImage:
     warnings: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     lora_hashes: Mapping[str, str] = field(default_factory=dict)
+    video: NDArray[np.uint8] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        decoded: NDArray[np.uint8],
+        recipe: Recipe,
+        environment: Mapping[str, str],
+        warnings: tuple[str, ...],
+        seconds: Mapping[str, float],
+        lora_hashes: Mapping[str, str],
+    ) -> GeneratedImage:
+        """Return a still image or a video, depending on the dimensions of `decoded`.
+
+        Args:
+            decoded: uint8 RGB [height, width, 3], or [frames, height, width, 3].
+        """
+        first, video = (decoded, None) if decoded.ndim == 3 else (decoded[0], decoded)
+        return cls(first, recipe, environment, warnings, seconds, lora_hashes, video)
+
+    @property
+    def all_pixels(self) -> NDArray[np.uint8]:
+        """The pixels of a still image [height, width, 3], or all frames [frames, ...]."""
+        return self.pixels if self.video is None else self.video
 
     @property
     def parameters(self) -> str:
@@ -81,10 +107,12 @@ class GeneratedImage:
         Args:
             image_format: png, jpeg or webp.
             quality: 0..100, for JPEG and WebP only. By default, WebP is lossless, as PNG always is,
-                and JPEG has quality 95.
+                and JPEG has quality 95. Videos are animated WebP, by default of quality 80, as in
+                the trainer.
 
         Raises:
-            ImageFormatError: the format is not supported, or does not support this quality.
+            ImageFormatError: the format is not supported, does not support this quality, or does
+                not support videos.
             OutputError: the recipe is too long for a JPEG (64 KB).
         """
         if not is_image_format(image_format):
@@ -95,6 +123,16 @@ class GeneratedImage:
             raise ImageFormatError(
                 f"The quality {quality} is not valid for {image_format}: "
                 "only JPEG and WebP have one, from 0 to 100."
+            )
+        if self.video is not None:
+            if image_format != "webp":
+                raise ImageFormatError(
+                    f"A video of {len(self.video)} frames cannot be a {image_format} file; use "
+                    "webp, or set frames to 1."
+                )
+            chosen_quality = VIDEO_QUALITY if quality is None else quality
+            return animated_webp(
+                self.video, self.recipe.fps, quality=chosen_quality, exif=self._exif(quality)
             )
         image = self.to_pil()
         buffer = io.BytesIO()
@@ -134,6 +172,34 @@ class GeneratedImage:
         comment = self.parameters.encode("utf-16-be")
         exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + comment
         return exif.tobytes()
+
+
+def animated_webp(
+    frames: NDArray[np.uint8], fps: int, *, quality: int = VIDEO_QUALITY, exif: bytes = b""
+) -> bytes:
+    """Return an animated WebP with the options of the trainer, which repeats without end.
+
+    The duration of a frame is 1000 // fps milliseconds, so the speed is not exactly `fps`.
+
+    Args:
+        frames: uint8 RGB [frames, height, width, 3].
+        fps: frames per second.
+        quality: 0..100.
+        exif: EXIF data; may be empty.
+    """
+    first, *others = map(Image.fromarray, frames)
+    buffer = io.BytesIO()
+    first.save(
+        buffer,
+        "WEBP",
+        append_images=others,
+        save_all=True,
+        duration=1000 // fps,
+        loop=0,
+        quality=quality,
+        exif=exif,
+    )
+    return buffer.getvalue()
 
 
 def format_of(path: Path) -> ImageFormat:

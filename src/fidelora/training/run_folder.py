@@ -41,6 +41,7 @@ class SampleItem:
     network_multiplier: float
     guidance_rescale: float = 0.0
     num_frames: int = 1
+    fps: int = 16
 
 
 @dataclass(frozen=True)
@@ -432,4 +433,5 @@ def _item(values: Mapping[str, Any], seed: object, where: str) -> SampleItem:
         ),
         guidance_rescale=number_of(float, values["guidance_rescale"], f"{where}.guidance_rescale"),
         num_frames=number_of(int, values.get("num_frames") or 1, f"{where}.num_frames"),
+        fps=number_of(int, values.get("fps") or 16, f"{where}.fps"),
     )
