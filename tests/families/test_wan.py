@@ -152,10 +152,10 @@ def test_samples_have_the_frames_of_the_trainer(tmp_path, where):
     assert "frames" not in recipe.prompt
 
 
-def test_a_request_says_that_it_makes_single_frames():
+def test_a_request_says_that_the_number_of_frames_was_rounded():
     body = {"model": "wan21_1b", "loras": [], "prompts": [{"prompt": "a"}]}
-    for frames, expected in ((None, 1), (1, 0)):
+    for frames, expected in ((None, 0), (1, 0), (41, 0), (42, 1), (3, 1)):
         body["prompts"] = [{"prompt": "a", "num_frames": frames}]
         request = InferenceRequest.model_validate(json.loads(json.dumps(body)))
         notes = notes_on(request, (), recipes_of(request, (), {}, lambda: 0))
-        assert len([note for note in notes if "single frames" in note]) == expected
+        assert len([note for note in notes if "was rounded to" in note]) == expected

@@ -227,4 +227,4 @@ def test_the_command_line_makes_and_replays_videos(tmp_path, engine, video):
     assert "identical: every pixel is the same" in again.output
     for wrong in (["--format", "png"], ["-o", f"{tmp_path}/a.jpg"]):
         result = CliRunner().invoke(app, [*options, *wrong])
-        assert "videos are webp files" in str(result.exception)
+        assert "A video of 9 frames cannot be a" in str(result.exception)

@@ -112,10 +112,11 @@ def generate(
             "--output",
             "--out",
             metavar="PATH",
-            help="Output folder or file (.png, .jpg or .webp). If the name of a folder has a dot, "
-            "add / at the end. A name with fields, such as {lora}_{seed}.png, gives each image a "
-            f"name of its own; the fields are {', '.join(FIELDS)}. An existing file is replaced "
-            "only if PATH is a file name without fields; otherwise a number is added to the name.",
+            help="Output folder or file (.png, .jpg, .webp or .mp4). If the name of a folder has "
+            "a dot, add / at the end. A name with fields, such as {lora}_{seed}.png, gives each "
+            f"image a name of its own; the fields are {', '.join(FIELDS)}. An existing file is "
+            "replaced only if PATH is a file name without fields; otherwise a number is added to "
+            "the name.",
         ),
     ] = ".",
     image_format: Annotated[
@@ -123,9 +124,9 @@ def generate(
         typer.Option(
             "--format",
             metavar="FORMAT",
-            help="png, jpeg (quality 95) or webp (lossless); by default the suffix of --output, "
-            "or png.",
-            autocompletion=lambda: ["png", "jpeg", "webp"],
+            help="png, jpeg (quality 95) or webp (lossless); videos: webp (quality 80, as in "
+            "training) or mp4. By default the suffix of --output, or png, or webp for videos.",
+            autocompletion=lambda: ["png", "jpeg", "webp", "mp4"],
         ),
     ] = None,
     as_json: Annotated[
@@ -166,7 +167,7 @@ def generate(
         int,
         typer.Option(
             help="Frames of a video, 1..1000, rounded to 1, 5, 9, ...; 1 makes a still image. Only "
-            "for families that make videos. Videos are animated WebP files, as in training.",
+            "for families that make videos.",
             rich_help_panel=SAMPLING_PANEL,
         ),
     ] = 1,
@@ -435,7 +436,7 @@ def generate(
         image_format,
         prompts=len(texts),
         adapter_sets=len(sets),
-        is_video=planned[0][0].frames > 1,
+        frames=planned[0][0].frames,
     )
     for adapters in planned:
         report.add([f"note: {sentence}" for sentence in proposals(adapters[0])], ())

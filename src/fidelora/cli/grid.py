@@ -70,7 +70,7 @@ def grid(
 
     All images of a row have the same seed.
     """
-    from fidelora.images.write import format_of
+    from fidelora.images.formats import format_of
     from fidelora.training.grid import (
         contact_sheet,
         frame_strip,

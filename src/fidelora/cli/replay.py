@@ -290,7 +290,7 @@ def _warn_of(changes: Mapping[str, tuple[Any, Any]]) -> None:
 
 def _output_path(image: Path, out: Path | None) -> Path:
     """Return the path of `--out`, or an unused name next to the image."""
-    from fidelora.images.write import format_of
+    from fidelora.images.formats import format_of
 
     if out is not None:
         format_of(out)
@@ -305,7 +305,7 @@ def _output_path(image: Path, out: Path | None) -> Path:
 
 
 def _write(made: GeneratedImage, target: Path, origin: Origin) -> None:
-    from fidelora.images.write import format_of
+    from fidelora.images.formats import format_of
 
     image_format = format_of(target)
     write_atomically(
@@ -318,9 +318,12 @@ def _compare(made: GeneratedImage, content: bytes, origin: Origin) -> Comparison
     import numpy as np
     from PIL import Image
 
+    from fidelora.images.mp4 import decode_mp4
     from fidelora.training.compare import compare, decoded_frames
 
     def decoded(file: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        if origin.format == "mp4":
+            return np.stack(decode_mp4(file))
         with Image.open(io.BytesIO(file)) as image:
             return decoded_frames(image)
 

@@ -270,6 +270,8 @@ class Family:
         latent_preview: red, green and blue, -1..1, that one unit of each latent channel adds.
         frames_per_latent: frames of a video that one latent frame stands for, after the first frame
             of the video; 0 for families that make only still images.
+        default_frames, default_fps: frames and frames per second of requests over HTTP that omit
+            them; None for families that make only still images.
     """
 
     id: str
@@ -293,6 +295,8 @@ class Family:
     latent_preview: tuple[tuple[float, float, float], ...]
     api_divisor: int | None = None
     frames_per_latent: int = 0
+    default_frames: int | None = None
+    default_fps: int | None = None
     base_aliases: tuple[str, ...] = ()
     extras: str = ""
     base_sizes: Mapping[str, int] = field(default_factory=lambda: NO_OPTIONS)

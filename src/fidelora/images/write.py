@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,18 +15,12 @@ from PIL import ExifTags, Image, PngImagePlugin
 
 from fidelora.atomic import write_atomically
 from fidelora.errors import ImageFormatError, OutputError
+from fidelora.images.formats import ImageFormat, check_format, format_of, is_image_format
+from fidelora.images.mp4 import mp4
 from fidelora.images.other_programs import PARAMETERS_KEY
 from fidelora.images.parameters import parameters_text
-from fidelora.images.read import RECORD_KEY
+from fidelora.images.read import COMMENT_KEY, RECORD_KEY
 from fidelora.recipe import Recipe
-
-ImageFormat = Literal["png", "jpeg", "webp"]
-_SUFFIXES: Mapping[str, ImageFormat] = {
-    ".png": "png",
-    ".jpg": "jpeg",
-    ".jpeg": "jpeg",
-    ".webp": "webp",
-}
 
 JPEG_QUALITY = 95
 VIDEO_QUALITY = 80  # of animated WebP, as in the trainer
@@ -105,10 +99,10 @@ class GeneratedImage:
         """Return the contents of the image file.
 
         Args:
-            image_format: png, jpeg or webp.
+            image_format: png, jpeg, webp or mp4. Videos are webp or mp4 files, and only they may be
+                mp4 files.
             quality: 0..100, for JPEG and WebP only. By default, WebP is lossless, as PNG always is,
-                and JPEG has quality 95. Videos are animated WebP, by default of quality 80, as in
-                the trainer.
+                and JPEG has quality 95. Animated WebP has by default quality 80, as in the trainer.
 
         Raises:
             ImageFormatError: the format is not supported, does not support this quality, or does
@@ -117,19 +111,20 @@ class GeneratedImage:
         """
         if not is_image_format(image_format):
             raise ImageFormatError(
-                f"{image_format!r} is not a supported image format; use png, jpeg or webp."
+                f"{image_format!r} is not a supported image format; use png, jpeg or webp, or mp4 "
+                "for a video."
             )
-        if quality is not None and (image_format == "png" or not 0 <= quality <= 100):
+        if quality is not None and (image_format in ("png", "mp4") or not 0 <= quality <= 100):
             raise ImageFormatError(
                 f"The quality {quality} is not valid for {image_format}: "
                 "only JPEG and WebP have one, from 0 to 100."
             )
+        check_format(image_format, self.recipe.frames)
         if self.video is not None:
-            if image_format != "webp":
-                raise ImageFormatError(
-                    f"A video of {len(self.video)} frames cannot be a {image_format} file; use "
-                    "webp, or set frames to 1."
-                )
+            if image_format == "mp4":
+                record = json.dumps(self.record(), ensure_ascii=False)
+                texts = {RECORD_KEY: record, COMMENT_KEY: self.parameters}
+                return mp4(list(self.video), self.recipe.fps, texts)
             chosen_quality = VIDEO_QUALITY if quality is None else quality
             return animated_webp(
                 self.video, self.recipe.fps, quality=chosen_quality, exif=self._exif(quality)
@@ -200,30 +195,6 @@ def animated_webp(
         exif=exif,
     )
     return buffer.getvalue()
-
-
-def format_of(path: Path) -> ImageFormat:
-    """Return the image format of a file name's suffix.
-
-    Raises:
-        ImageFormatError: the suffix is not supported.
-    """
-    try:
-        return _SUFFIXES[path.suffix.lower()]
-    except KeyError:
-        raise ImageFormatError(
-            f"The suffix of {path.name} is not supported for images; use .png, .jpg or .webp."
-        ) from None
-
-
-def suffix_of(image_format: ImageFormat) -> str:
-    """Return the usual suffix of files in this format."""
-    return ".jpg" if image_format == "jpeg" else f".{image_format}"
-
-
-def is_image_format(name: str) -> bool:
-    """True if `name` is a supported image format."""
-    return name in get_args(ImageFormat)
 
 
 def preview_jpeg(pixels: NDArray[np.uint8]) -> bytes:

@@ -51,6 +51,8 @@ WAN21_1B = Family(
     default_sampler="flowmatch",
     samplers=MappingProxyType({"flowmatch": _FLOWMATCH, "unipc": _UNIPC}),
     frames_per_latent=4,
+    default_frames=41,
+    default_fps=16,
     uses=frozenset(
         {
             "negative_prompt",

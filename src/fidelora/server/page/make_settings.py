@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import gradio as gr
 
-from fidelora.api import ImageFormat
+from fidelora.api import OutputFormat
 from fidelora.families import Family
 from fidelora.recipe import Fidelity
 from fidelora.server.page.form import (
@@ -21,7 +21,7 @@ from fidelora.server.page.uploads import LORA_SUFFIX
 
 MAX_IMAGES = 16
 """Largest number of images per click; the HTTP API allows more."""
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".mp4")
 
 
 class SettingsInputs:
@@ -78,6 +78,10 @@ class SettingsInputs:
             self._number("guidance_scale", "guidance", start, step=0.5, limited=True)
             self._number("width", "width", start, precision=0, step=divisor)
             self._number("height", "height", start, precision=0, step=divisor)
+
+        with gr.Row(elem_classes="four", visible=spec.makes_videos) as self.video:
+            self._number("num_frames", "frames", start, precision=0, limited=True)
+            self._number("fps", "fps", start, precision=0, limited=True)
         self.preset = gr.Dropdown(
             preset_choices(spec.id),
             value=preset_of(spec.id, start["width"], start["height"]),
@@ -105,7 +109,7 @@ class SettingsInputs:
             )
             for field, choices, value in (
                 ("fidelity", get_args(Fidelity), default_fidelity),
-                ("output_format", get_args(ImageFormat), "png"),
+                ("output_format", get_args(OutputFormat), "png"),
             ):
                 self.fields[field] = gr.Dropdown(
                     list(choices),

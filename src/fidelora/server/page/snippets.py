@@ -81,6 +81,8 @@ def as_command(recipe: Recipe, paths: Sequence[str], image_format: str) -> str:
         words.append(f"--eta={_decimal(recipe.eta)}")
     if recipe.vae_tiling:
         words.append("--vae-tiling")
+    if recipe.frames > 1:
+        words += [f"--frames={recipe.frames}", f"--fps={recipe.fps}"]
     for option, kind in (
         ("--quantize", recipe.quantization),
         ("--quantize-te", recipe.text_encoder_quantization),
