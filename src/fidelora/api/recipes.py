@@ -161,7 +161,12 @@ def recipes_of(
                 width=width - width % divisor,
                 height=height - height % divisor,
                 adapters=tuple(
-                    replace(ref, multiplier=multiplier, alpha=lora.alpha, stage=lora.transformer)
+                    replace(
+                        ref,
+                        multiplier=multiplier,
+                        alpha=lora.alpha,
+                        stage=lora.transformer or ref.stage,
+                    )
                     for ref, lora, multiplier in zip(
                         adapters, request.loras, multipliers[index], strict=True
                     )
