@@ -141,7 +141,11 @@ def test_a_recipe_with_only_a_prompt_is_complete():
 
 def test_every_default_is_a_plain_value_of_its_type():
     types = {name: type(value) for name, value in vars(Recipe(prompt="")).items()}
-    new = {"quantization": str, "text_encoder_quantization": str, "training_adapters": tuple}
+    new: dict[str, type] = {
+        "quantization": str,
+        "text_encoder_quantization": str,
+        "training_adapters": tuple,
+    }
     new |= {"frames": int, "fps": int}
     assert types == {name: type(value) for name, value in FULL.items()} | new
 

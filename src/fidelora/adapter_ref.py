@@ -19,6 +19,17 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 _STAGE_IN_NAME = re.compile(r"(high|low)[-_ ]?noise", re.IGNORECASE)
 
 
+def stage_in_name(name: str) -> Stage | None:
+    """Return the stage in the name of one of the trainer's files: `high_noise` or `low_noise`.
+
+    None if the name contains none or both.
+    """
+    found = {match.lower() for match in _STAGE_IN_NAME.findall(name)}
+    if found == {"high"}:
+        return "high"
+    return "low" if found == {"low"} else None
+
+
 @dataclass(frozen=True)
 class AdapterRef:
     """Reference to an adapter (LoRA, LoKr, ...) in a recipe, with its multiplier.
@@ -81,11 +92,8 @@ class AdapterRef:
 
     @property
     def named_stage(self) -> Stage | None:
-        """The stage in the name of the trainer's files; None if the name contains none or both."""
-        found = {match.lower() for match in _STAGE_IN_NAME.findall(self.name)}
-        if found == {"high"}:
-            return "high"
-        return "low" if found == {"low"} else None
+        """The stage that the name contains; see `stage_in_name`."""
+        return stage_in_name(self.name)
 
     @classmethod
     def from_file(cls, path: str | Path, multiplier: float = 1.0) -> AdapterRef:

@@ -16,11 +16,13 @@ from accelerate.hooks import UserCpuOffloadHook
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from tests.support import GOLDEN_JOBS, TINY_WAN21, TINY_WAN22, WAN22_HIGH, WAN22_LOW, load_model_of
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
 from fidelora import AdapterRef, Engine, Recipe
 from fidelora.accel.offload import place_parts
 from fidelora.api import InferenceRequest, recipes_of
 from fidelora.api.recipes import request_for
+from fidelora.cli import app
 from fidelora.errors import AdapterMismatchError, BaseModelFilesError, RecipeError
 from fidelora.families import get_family
 from fidelora.jobs.codec import document_of
@@ -190,3 +192,18 @@ def test_the_stage_is_part_of_a_stored_job():
 
     stored = replace(job(), recipes=(replace(SMALL, adapters=(HIGH,)),))
     assert document_of(stored)["recipes"][0]["adapters"][0]["stage"] == "high"
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "row"),
+    [
+        ("a_low_noise", "low", "low noise, by the file name"),
+        ("a", None, "unknown: the file name contains neither"),
+    ],
+)
+def test_inspect_shows_the_stage(tmp_path, name, stage, row):
+    file = shutil.copy(WAN22_LOW, tmp_path / f"{name}.safetensors")
+    options = ["inspect", str(file), "--base-model", str(TINY_WAN22)]
+    assert row in CliRunner().invoke(app, options).output
+    document = json.loads(CliRunner().invoke(app, [*options, "--json"]).output)
+    assert (document["model"], document["stage"]) == ("wan22_14b_t2v", stage)

@@ -79,7 +79,7 @@ class SettingsInputs:
             self._number("width", "width", start, precision=0, step=divisor)
             self._number("height", "height", start, precision=0, step=divisor)
 
-        with gr.Row(elem_classes="four", visible=spec.makes_videos) as self.video:
+        with gr.Row(visible=spec.makes_videos) as self.video:
             self._number("num_frames", "frames", start, precision=0, limited=True)
             self._number("fps", "fps", start, precision=0, limited=True)
         self.preset = gr.Dropdown(
@@ -129,10 +129,12 @@ class SettingsInputs:
                 interactive=False,
                 elem_id="reuse-seed",
             )
+        makes_videos = any(family.makes_videos for family in self._families)
+        about_videos = " Videos are MP4 or WebP files." if makes_videos else ""
         gr.Markdown(
             "An empty seed is random. *Seed of the image* copies that of the selected image. With "
             "several images, each seed is one higher than the one before. *exact* reproduces the "
-            "trainer's sample bit for bit; *fast* is nearly identical.",
+            "trainer's sample bit for bit; *fast* is nearly identical." + about_videos,
             elem_classes="help",
         )
 
