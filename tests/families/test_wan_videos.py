@@ -20,7 +20,9 @@ from typer.testing import CliRunner
 
 from fidelora import Engine, Recipe
 from fidelora.cli import app
-from fidelora.errors import ImageFormatError, RecipeError
+from fidelora.errors import ImageFormatError, NothingToCheckError, RecipeError
+from fidelora.explain.align import align
+from fidelora.explain.reading import Reading
 from fidelora.images.read import read_origin
 from fidelora.training.compare import compare, decoded_frames, reencode
 from fidelora.training.doctor import diagnose
@@ -228,3 +230,9 @@ def test_the_command_line_makes_and_replays_videos(tmp_path, engine, video):
     for wrong in (["--format", "png"], ["-o", f"{tmp_path}/a.jpg"]):
         result = CliRunner().invoke(app, [*options, *wrong])
         assert "A video of 9 frames cannot be a" in str(result.exception)
+
+
+def test_pictures_are_not_explained_by_videos():
+    run = read_run(GOLDEN_JOBS / "wan21_video_f32")
+    with pytest.raises(NothingToCheckError, match="with still images only"):
+        align(run, Reading("unknown"), np.zeros((64, 64, 3), np.uint8), base_model=str(TINY_WAN21))
