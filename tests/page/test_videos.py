@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from playwright.sync_api import expect
+from tests.server.http_support import pixels
 from tests.server.serve_support import Server
 from tests.support import TINY_WAN21, WAN21_LORA
 
@@ -42,3 +43,16 @@ def test_a_video_is_played(visitor):
     )
     assert moved == 1
     expect(visitor["recipe"]).to_contain_text('"frames": 9')
+
+
+def test_the_sheet_of_the_compare_tab_has_frames(visitor):
+    visitor.choose("loras", "wan.safetensors")
+    for name, value in (("steps", 2), ("width", 64), ("height", 64), ("frames", 5), ("fps", 4)):
+        visitor.field(name).fill(str(value))
+    visitor.field("prompt").fill("a ball")
+    visitor.page.get_by_role("tab", name="Compare").click()
+    visitor.field("multipliers").fill("0, 1")
+    visitor["compare"].click()
+    expect(visitor["progress-compare"]).to_contain_text("Done.")
+    sheet = pixels(visitor.file(visitor["sheet"].locator("img").first))
+    assert sheet.shape[1] > 2 * 4 * 64  # two columns of four frames
