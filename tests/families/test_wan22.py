@@ -105,6 +105,14 @@ def test_an_adapter_changes_the_transformer_of_its_stage(engine, mode):
     assert np.array_equal(engine.generate(plain).pixels, engine.generate(low).pixels)
 
 
+def test_swapped_files_get_a_warning(engine):
+    recipe = replace(SMALL, steps=1, adapters=(HIGH, LOW))
+    assert engine.generate(recipe).warnings == ()
+    swapped = (replace(HIGH, stage="low"), replace(LOW, stage="high"))
+    warnings = engine.generate(replace(recipe, adapters=swapped)).warnings
+    assert len([one for one in warnings if "may be swapped" in one]) == 2
+
+
 def test_an_adapter_of_wan_21_is_refused_by_name(engine):
     path = GOLDEN_JOBS / "wan21_lora_f32" / "wan21_lora_f32.safetensors"
     ref = replace(AdapterRef.from_file(path), stage="high")
