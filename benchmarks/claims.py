@@ -1,17 +1,19 @@
 """Efficiency of the claim: real processes that claim jobs from one PostgreSQL server.
 
-    python benchmarks/claims.py [--workers 1,8,32] [--jobs 20] [--work-s 0.2] [--read-s 0]
+    python benchmarks/claims.py [--workers 2,8,32] [--jobs 640] [--work-s 0.2] [--read-s 0]
 
 Starts a PostgreSQL server on this machine, with commits synced to disk (or uses an empty database,
 `--store`). Each worker is a process that claims a job, sleeps for `work-s` instead of making an
-image, and stores the result, `jobs` times on average. The jobs need 40 adapters with a Zipf
-distribution; a worker keeps 8 of them, and with `--read-s` sleeps for that time for another one.
+image, and stores the result, until all `jobs` are done. Before, it has made one job, so that its
+queries are compiled. The jobs need 40 adapters with a Zipf distribution; a worker keeps 8 of them,
+and with `--read-s` sleeps for that time for another one.
 
 Prints for each number of workers:
 
 * efficiency: `jobs x work / (workers x time)`, from the first claim to the last result
 * claim: median and 99th percentile of the time of a claim that returned a job
 * processor: milliseconds of processor time of a worker's process per job, without the database's
+* statements: number of statements that a worker executes per job, without BEGIN and COMMIT
 * empty: number of claims that returned no job before the queue was empty (lost races)
 * reads: number of adapters that a worker did not have, per job
 """
@@ -31,12 +33,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import sqlalchemy as sa
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.postgres import postgres_server
 
 from fidelora import AdapterRef, Recipe
-from fidelora.jobs.job import Output, Status, new_job
+from fidelora.jobs.job import Job, Output, Status, new_job
 from fidelora.jobs.sql import SqlStore
 from fidelora.jobs.store import WorkerState
 
@@ -49,8 +53,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workers", default="1,8,32")
-    parser.add_argument("--jobs", type=int, default=20, help="jobs per worker")
+    parser.add_argument("--workers", default="2,8,32")
+    parser.add_argument("--jobs", type=int, default=0, help="number of jobs; 20 per worker if 0")
     parser.add_argument("--work-s", type=float, default=0.2)
     parser.add_argument("--read-s", type=float, default=0.0)
     parser.add_argument("--store", default="")
@@ -70,12 +74,8 @@ def main() -> None:
 def _measure(url: str, count: int, options: argparse.Namespace) -> None:
     store = SqlStore(url)
     draw = random.Random(count)
-    total = options.jobs * count
-    weights = [1 / rank for rank in range(1, len(ADAPTERS) + 1)]
-    for _ in range(total):
-        adapter = draw.choices(ADAPTERS, weights)[0]
-        recipe = Recipe(prompt="a picture of [trigger]", adapters=(AdapterRef(adapter),))
-        store.add(new_job((recipe,), datetime.now(UTC)))
+    total = options.jobs or 20 * count
+    _add(store, draw, count)  # one for each worker, before the measurement
     command = [
         *(sys.executable, __file__, "--store", url, "--work-s", str(options.work_s)),
         *("--read-s", str(options.read_s)),
@@ -92,6 +92,7 @@ def _measure(url: str, count: int, options: argparse.Namespace) -> None:
     for process in processes:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
+    _add(store, draw, total)
     for process in processes:
         assert process.stdin is not None
         process.stdin.write("go\n")
@@ -101,16 +102,17 @@ def _measure(url: str, count: int, options: argparse.Namespace) -> None:
     elapsed = max(one["end"] for one in done) - min(one["start"] for one in done)
     claims = sorted(seconds for one in done for seconds in one["claims"])
     assert len(claims) == total, f"{len(claims)} jobs were done, {total} were added"
-    assert store.count(Status.SUCCEEDED) >= total
+    assert store.count(Status.SUCCEEDED) == total + count
     efficiency = total * options.work_s / (count * elapsed)
     p99 = claims[int(len(claims) * 0.99)]
     processor_s = sum(one["processor_s"] for one in results) / total
+    statements = sum(one["statements"] for one in results)
     empty = sum(one["empty"] for one in results)
     reads = sum(one["reads"] for one in results)
     print(
         f"{count:3d} workers: efficiency {efficiency:.1%}, {total} jobs in {elapsed:.1f} s; "
         f"claim median {1000 * statistics.median(claims):.1f} ms, p99 {1000 * p99:.1f} ms; "
-        f"processor {1000 * processor_s:.1f} ms per job; "
+        f"processor {1000 * processor_s:.1f} ms, {statements / total:.1f} statements per job; "
         f"{empty} empty claims; {reads / total:.2f} reads per job",
         flush=True,
     )
@@ -118,11 +120,34 @@ def _measure(url: str, count: int, options: argparse.Namespace) -> None:
     store.close()
 
 
+def _add(store: SqlStore, draw: random.Random, number: int) -> None:
+    weights = [1 / rank for rank in range(1, len(ADAPTERS) + 1)]
+    for _ in range(number):
+        adapter = draw.choices(ADAPTERS, weights)[0]
+        recipe = Recipe(prompt="a picture of [trigger]", adapters=(AdapterRef(adapter),))
+        store.add(new_job((recipe,), datetime.now(UTC)))
+
+
+def _succeed(store: SqlStore, job: Job, work_s: float) -> None:
+    output = Output(f"{job.id}.png", "png", 512, 512, 42, "0" * 64, 1)
+    store.succeed(job.id, job.epoch, [output], {"denoise": work_s})
+
+
 def _work(options: argparse.Namespace) -> None:
     store = SqlStore(options.store)
     name = options.as_worker
     store.report_worker(WorkerState(name))
-    store.peek()  # builds and prepares the queries
+    first = store.claim(name, None, LEASE_S)
+    assert first is not None
+    _succeed(store, first, options.work_s)
+    store.count(Status.IN_QUEUE)
+    statements = 0
+
+    @sa.event.listens_for(sa.Engine, "before_cursor_execute")
+    def on_execute(*_details: Any) -> None:
+        nonlocal statements
+        statements += 1
+
     print("ready", flush=True)
     sys.stdin.readline()
     loaded: OrderedDict[str, None] = OrderedDict()
@@ -150,8 +175,7 @@ def _work(options: argparse.Namespace) -> None:
                 loaded.popitem(last=False)
         merged = tuple(job.adapters)
         time.sleep(options.work_s)
-        output = Output(f"{job.id}.png", "png", 512, 512, 42, "0" * 64, 1)
-        store.succeed(job.id, job.epoch, [output], {"denoise": options.work_s})
+        _succeed(store, job, options.work_s)
         end = time.time()
     processor_s = time.process_time() - processor_s
     store.remove_worker(name)
@@ -162,6 +186,7 @@ def _work(options: argparse.Namespace) -> None:
         "claims": claims,
         "empty": empty,
         "reads": reads,
+        "statements": statements,
         "processor_s": processor_s,
     }
     print(json.dumps(result), flush=True)

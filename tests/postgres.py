@@ -38,6 +38,7 @@ class PostgresServer:
 
     Attributes:
         url: URL of its database.
+        socket_url: the same through a Unix socket, which other network namespaces can use, too.
         process_id: id of its main process; 0 while it is stopped.
     """
 
@@ -50,6 +51,8 @@ class PostgresServer:
         self._port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
         self.url = f"postgresql://postgres@127.0.0.1:{self._port}/postgres"
+        self._folder = folder
+        self.socket_url = f"postgresql://postgres@/postgres?host={folder}&port={self._port}"
         if _is_root():
             shutil.chown(folder, _USER)
         self._run(
@@ -61,7 +64,16 @@ class PostgresServer:
         command = [
             *_as_user(),
             str(self._binaries / "postgres"),
-            *("-D", str(self._data), "-k", "", "-h", "127.0.0.1", "-p", str(self._port)),
+            *(
+                "-D",
+                str(self._data),
+                "-k",
+                str(self._folder),
+                "-h",
+                "127.0.0.1",
+                "-p",
+                str(self._port),
+            ),
             *("-c", "max_connections=200", "-c", "shared_buffers=64MB"),
             *("-c", f"fsync={'on' if self._is_synced else 'off'}"),
         ]
@@ -92,10 +104,15 @@ class PostgresServer:
         sql = "DROP SCHEMA public CASCADE; CREATE SCHEMA public"
         self._run("psql", "-q", "-v", "ON_ERROR_STOP=1", "-c", sql, self.url)
 
-    def _run(self, program: str, *arguments: str) -> None:
+    def query(self, sql: str) -> str:
+        """Return the rows of a query, one per line, with columns separated by `|`."""
+        return self._run("psql", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-c", sql, self.url)
+
+    def _run(self, program: str, *arguments: str) -> str:
         command = [*_as_user(), str(self._binaries / program), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, cwd="/")
         assert done.returncode == 0, done.stderr
+        return done.stdout
 
 
 @contextmanager

@@ -188,7 +188,8 @@ class Settings(BaseSettings):
         validation_alias="FIDELORA_STORE_URL",
         description=(
             "URL of the job database, such as `postgresql://user:password@host/fidelora`; by "
-            "default an SQLite file in the data folder."
+            "default an SQLite file in the data folder. Servers with one PostgreSQL database share "
+            "its requests, API keys and logins."
         ),
     )
     worker_port: int | None = Field(
@@ -520,6 +521,11 @@ class Settings(BaseSettings):
             self.store_url.get_secret_value()
             or f"sqlite:///{self.data_dir.expanduser().absolute()}/jobs.sqlite"
         )
+
+    @property
+    def can_share_database(self) -> bool:
+        """True if several servers can use the job database, so their common state is in it."""
+        return self.database.partition(":")[0].partition("+")[0] in ("postgres", "postgresql")
 
 
 def _parse_model_aliases(text: str) -> list[tuple[str, str]]:

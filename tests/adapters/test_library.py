@@ -301,3 +301,12 @@ def test_unused_read_locks_are_removed(refs):
     for ref in refs:
         library.get(ref)
     assert len(library._read_locks) == 0
+
+
+def test_errors_name_an_adapter_and_not_the_hash_it_is_stored_under(tmp_path):
+    ref = AdapterRef.from_file(adapter_file(tmp_path, "sks.v1", 0))
+    stored = tmp_path / f"{ref.sha256}.safetensors"
+    (tmp_path / "sks.v1.safetensors").rename(stored)
+    ref = AdapterRef(ref.sha256, name=ref.name, path=stored)
+    assert AdapterLibrary().get(ref).name == "sks.v1"
+    assert AdapterLibrary().get(replace(ref, name="")).name == ref.sha256

@@ -73,6 +73,8 @@ def test_the_version_has_a_short_option(fidelora):
         (["generate", "a", "-o", "{x}.png"], "unknown field {x}"),
         (["generate", "a", "--fidelity", "slow"], "Invalid value for '--fidelity'"),
         (["verify"], "Missing argument 'JOB_DIR'"),
+        (["convert", "a", "b"], "Missing option '--to'. Choose from: kohya, peft, diffusers."),
+        (["explain", "a.png"], "Give JOB_DIR and PICTURE, or JOB_DIR and --write PROGRAM"),
         (["keys", "foo"], "No such command 'foo'"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",

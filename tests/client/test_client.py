@@ -156,6 +156,14 @@ def test_wrong_arguments_are_refused_without_a_call(fields, words):
         nowhere.submit("a", "sks.safetensors", **fields)
 
 
+def test_wrong_addresses_and_files_are_refused_without_a_call(tmp_path):
+    for kind in (Client, AsyncClient):
+        with pytest.raises(UsageError, match=r"base_url is '127\.0\.0\.1:8000'; it must"):
+            kind("127.0.0.1:8000")
+    with Client("http://127.0.0.1:1") as nowhere, pytest.raises(UsageError, match="cannot be read"):
+        nowhere.upload_lora(tmp_path / "none.safetensors")
+
+
 def test_server_errors_are_raised_with_their_code(client):
     with pytest.raises(ApiError, match=r"none\.safetensors") as caught:
         client.submit("a", "none.safetensors")

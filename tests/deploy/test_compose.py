@@ -12,6 +12,9 @@ from tests.deploy.deploy_support import (
     stop_grace_s,
 )
 
+from fidelora.server.login import COOKIE
+from fidelora.server.page.paths import is_page_path
+
 FOLDER = DEPLOY / "compose"
 FILES = sorted(FOLDER.glob("compose*.yaml"))
 SERVICES = yaml.safe_load((FOLDER / "compose.yaml").read_text())["services"]
@@ -80,3 +83,11 @@ def test_the_proxy_sends_calls_to_both_servers():
     servers = {name for name in OURS if "command" not in SERVICES[name]}
     assert set(re.findall(r"^\s+server (\S+):8000 ", config, flags=re.M)) == servers
     assert servers <= SERVICES["proxy"]["depends_on"].keys()
+
+
+def test_the_proxy_keeps_browsers_at_one_server():
+    config = (FOLDER / "nginx.conf").read_text()
+    assert f"hash $cookie_{COOKIE} consistent;" in config
+    routes = re.findall(r"location (\S+(?: \S+)?) \{\s+proxy_pass http://(\w+);", config)
+    assert routes == [("/", "page"), ("~ ^/(v1|sdapi)/", "api")]
+    assert not any(is_page_path(path) for path in ("/v1/inference", "/sdapi/v1/txt2img"))

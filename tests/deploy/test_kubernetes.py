@@ -23,12 +23,12 @@ from fidelora.recipe import Recipe
 FOLDER = DEPLOY / "kubernetes"
 VERSION = "1.34"  # the oldest release of Kubernetes that the project supported in November 2026
 OVERLAYS = ["cpu", "cuda"]
-PATHS = [*OVERLAYS, "db-upgrade"]
+PATHS = [*OVERLAYS, "db-upgrade", "keys"]
 
 
 @lru_cache
 def documents(name: str) -> list[dict[str, Any]]:
-    """Return the objects of an overlay, or of the file for upgrades."""
+    """Return the objects of an overlay, or of a file that is applied on its own."""
     if name not in OVERLAYS:
         return [yaml.safe_load((FOLDER / f"{name}.yaml").read_text())]
     kubectl = program("kubectl", "kubectl 1.21 or later")
@@ -41,11 +41,13 @@ def objects(name: str, kind: str) -> dict[str, dict[str, Any]]:
 
 
 def pods(name: str) -> list[dict[str, Any]]:
-    return [
+    single = [one["spec"] for one in documents(name) if one["kind"] == "Pod"]
+    templates = [
         one["spec"]["template"]["spec"]
         for one in documents(name)
         if one["kind"] in ("Deployment", "Job")
     ]
+    return [*single, *templates]
 
 
 @pytest.mark.parametrize("name", PATHS)
@@ -105,9 +107,18 @@ def test_pods_have_probes_and_disruption_budgets(name):
             if budget["spec"]["selector"] == one["spec"]["selector"]
         )
         assert budget["spec"].keys() & {"minAvailable", "maxUnavailable"}
-    (service,) = objects(name, "Service").values()
     labels = deployments["fidelora-server"]["spec"]["template"]["metadata"]["labels"]
-    assert service["spec"]["selector"].items() <= labels.items()
+    for service in objects(name, "Service").values():
+        assert service["spec"]["selector"].items() <= labels.items()
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_only_browsers_stay_with_one_server(name):
+    services = objects(name, "Service")
+    assert {name: one["spec"].get("sessionAffinity") for name, one in services.items()} == {
+        "fidelora": None,
+        "fidelora-page": "ClientIP",
+    }
 
 
 def test_workers_on_gpus_are_scaled_to_zero_and_back():

@@ -145,7 +145,7 @@ def test_the_command_writes_one_file_per_sample(fidelora, tmp_path):
 def test_the_command_needs_a_picture_or_a_program(fidelora):
     code, _, error = fidelora("explain", str(GOLDEN_JOBS / NAME))
     assert code == 2
-    assert "Give a picture, or --write PROGRAM." in error
+    assert "Give JOB_DIR and PICTURE, or JOB_DIR and --write PROGRAM." in error
 
 
 def test_the_command_refuses_a_sample_that_does_not_exist(fidelora):

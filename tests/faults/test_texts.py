@@ -221,7 +221,7 @@ def test_the_command_line_refuses_hostile_loras(fidelora, name):
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 def test_the_form_makes_a_request_or_a_message_of_any_text(text):
-    values: dict[str, Any] = dict.fromkeys(LABELS, "") | family_defaults("sd15")
+    values: dict[str, Any] = dict.fromkeys(LABELS, "") | family_defaults("sd15", 512)
     values |= {"model": "sd15", "fidelity": "exact", "output_format": "png", "emphasis": "none"}
     form = Form(((LORA_NAME, 1.0),), 7, 1, values | {"prompt": text, "trigger_word": text})
     for changed in ({}, {"model": text}, {"sampler": text}, {"width": text}):

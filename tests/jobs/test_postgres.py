@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -15,14 +16,17 @@ from tests.jobs.test_stores import LEASE_S, NOW, A, B, is_listening, job, until
 from tests.postgres import PostgresServer, missing, postgres_server
 
 from fidelora.errors import JobStoreError, QueueFullError
+from fidelora.jobs.codec import DOCUMENT_FORMAT
 from fidelora.jobs.database import database_revisions, open_database
 from fidelora.jobs.job import Status
+from fidelora.jobs.queries import Queries
 from fidelora.jobs.rows import JOBS, job_of
 from fidelora.jobs.sql import SqlStore
 from fidelora.jobs.store import WorkerState
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "PostgreSQL can be started")
 
+C = "c" * 64
 PROCESSES = 4
 
 
@@ -111,9 +115,65 @@ def test_clients_on_several_connections_claim_each_job_once(store, postgres_url)
     assert got == Counter(added)
 
 
+@pytest.mark.parametrize("is_analyzed", [False, True])
+@pytest.mark.parametrize("status", ["in_queue", "succeeded"])
+def test_a_claim_reads_few_of_the_jobs(store, postgres_url, status, is_analyzed):
+    """Also the claim of a worker whose adapters no job needs, and the claim from an empty queue."""
+    store.add(job(A))
+    engine = open_database(postgres_url)
+    columns = "epoch, cancel_requested, document_format, document, version, owner, adapters"
+    copy = f"""
+        INSERT INTO jobs (id, turn, seq, due, attempts, status, {columns})
+        SELECT md5(number::text), number, number, number + 99, 0, '{status}', {columns}
+        FROM jobs, generate_series(1000, 3000) number
+    """
+    with engine.begin() as connection:
+        connection.exec_driver_sql(copy)
+    if is_analyzed:
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.exec_driver_sql("ANALYZE")
+    store.add(job(B))
+    if status == "succeeded":
+        assert store.claim("worker", None, LEASE_S) is not None
+        assert store.claim("worker", None, LEASE_S) is not None
+    for loaded, merged in [((A, B), B), ((B,), A), ((A,), C), ((C,), C)]:
+        # Two jobs are due, or first in the queue, and each loaded set has up to eight.
+        assert rows_of_claim(engine, loaded, merged) < 100
+    engine.dispose()
+
+
+def rows_of_claim(engine: sa.Engine, loaded: tuple[str, ...], merged: str) -> int:
+    """Return the number of rows that the query of a claim reads."""
+    executed: list[tuple[str, Any]] = []
+    given = {"worker": "worker", "loaded": loaded, "merged": merged, "hold_s": 0.5, "now_s": None}
+
+    def on_execute(_connection: Any, _cursor: Any, statement: str, values: Any, *_: Any) -> None:
+        executed.append((statement, values))
+
+    sa.event.listen(engine, "before_cursor_execute", on_execute)
+    with engine.connect() as connection:
+        connection.execute(Queries("postgresql", DOCUMENT_FORMAT).claim, given)
+        connection.rollback()
+        statement, values = executed[-1]
+        explain = f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}"
+        (plan,) = connection.exec_driver_sql(explain, values).scalar_one()
+        connection.rollback()
+    sa.event.remove(engine, "before_cursor_execute", on_execute)
+    return rows_read(plan["Plan"])
+
+
+def rows_read(node: dict[str, Any]) -> int:
+    """Return the number of rows that a node of a plan and its children read from tables."""
+    rows = sum(map(rows_read, node.get("Plans", ())))
+    if "Scan" in node["Node Type"] and node.get("Relation Name") == "jobs":
+        per_loop = node["Actual Rows"] + node.get("Rows Removed by Filter", 0)
+        rows += int(per_loop * node["Actual Loops"])
+    return rows
+
+
 def test_leases_use_the_clock_of_the_database(store, monkeypatch):
     """The clock of a worker's machine has no effect."""
-    monkeypatch.setattr("fidelora.jobs.sql.time.time", lambda: 0.0)
+    monkeypatch.setattr("fidelora.jobs.transactions.time.time", lambda: 0.0)
     before = datetime.now(UTC)
     store.add(job())
     claimed = store.claim("worker", None, LEASE_S)
@@ -134,7 +194,7 @@ def test_a_check_for_cancellation_sends_no_query(store):
     until(lambda: is_listening(store))
     statements: list[str] = []
     sa.event.listen(
-        store._engine, "before_cursor_execute", lambda *given: statements.append(given[2])
+        store._database.engine, "before_cursor_execute", lambda *given: statements.append(given[2])
     )
     for _ in range(100):
         assert not store.cancel_requested(claimed.id)
@@ -158,7 +218,7 @@ def test_lost_notifications_return_with_the_connection(store):
     wakes: list[None] = []
     store.on_new_job(lambda: wakes.append(None))
     until(lambda: is_listening(store))
-    with store._engine.connect() as connection:
+    with store._database.engine.connect() as connection:
         connection.exec_driver_sql(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'LISTEN%%'"
         )
@@ -220,9 +280,9 @@ def test_a_claim_locks_one_job(store):
     given = {"now_s": None, "worker": "w", "loaded": [A], "merged": A, "hold_s": 0.0}
     free = sa.select(JOBS.c.id).with_for_update(skip_locked=True)
     with (
-        store._engine.connect() as first,
-        store._engine.connect() as second,
-        store._engine.connect() as third,
+        store._database.engine.connect() as first,
+        store._database.engine.connect() as second,
+        store._database.engine.connect() as third,
     ):
         rows = [each.execute(store._queries.claim, given).one() for each in (first, second)]
         assert [job_of(row).id for row in rows] == added[:2]

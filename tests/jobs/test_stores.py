@@ -462,7 +462,7 @@ def test_a_new_job_wakes_the_workers(store):
 
 def is_listening(store: JobStore) -> bool:
     """True unless the store is about to connect for notifications."""
-    listener = getattr(store, "_listener", None)
+    listener = store._notifications._listener if isinstance(store, SqlStore) else None
     return listener is None or listener.listening.is_set()
 
 
@@ -1047,7 +1047,7 @@ def test_the_state_of_an_older_database_is_kept(tmp_path, monkeypatch):
 def test_a_locked_database_is_a_store_error(tmp_path, monkeypatch, call):
     """Calls neither wait for a process that keeps the database locked nor for each other."""
     monkeypatch.setattr("fidelora.jobs.database.BUSY_TIMEOUT_S", 0.01)
-    monkeypatch.setattr("fidelora.jobs.sql.BUSY_TIMEOUT_S", 0.01)
+    monkeypatch.setattr("fidelora.jobs.transactions.BUSY_TIMEOUT_S", 0.01)
     monkeypatch.setattr("fidelora.jobs.database.wal_is_safe", lambda version: False)
     path = tmp_path / "jobs.sqlite"
     store = SqlStore(f"sqlite:///{path}")
@@ -1056,8 +1056,8 @@ def test_a_locked_database_is_a_store_error(tmp_path, monkeypatch, call):
         other.execute("BEGIN EXCLUSIVE")
         with pytest.raises(JobStoreError, match="locked"):
             store.add(job()) if call == "add" else store.get(added.id)
-        assert store._write_lock is not None
-        with store._write_lock, pytest.raises(JobStoreError, match="locked"):
+        assert store._database._write_lock is not None
+        with store._database._write_lock, pytest.raises(JobStoreError, match="locked"):
             store.add(job())
     assert store.get(added.id) == added
     store.close()
@@ -1065,10 +1065,10 @@ def test_a_locked_database_is_a_store_error(tmp_path, monkeypatch, call):
 
 def test_a_used_up_connection_pool_is_a_store_error(tmp_path):
     store = SqlStore(f"sqlite:///{tmp_path}/jobs.sqlite")
-    store._engine.pool = sa.pool.QueuePool(
-        store._engine.pool._creator, pool_size=1, max_overflow=0, timeout=0.01
+    store._database.engine.pool = sa.pool.QueuePool(
+        store._database.engine.pool._creator, pool_size=1, max_overflow=0, timeout=0.01
     )
-    with store._engine.connect(), pytest.raises(JobStoreError, match="QueuePool limit"):
+    with store._database.engine.connect(), pytest.raises(JobStoreError, match="QueuePool limit"):
         store.peek()
     store.close()
 
@@ -1128,7 +1128,7 @@ def test_wal_is_used_only_with_fixed_sqlite_releases(version, safe):
 def test_commits_are_synced_to_disk(tmp_path):
     store = SqlStore(f"sqlite:///{tmp_path}/jobs.sqlite")
     assert store.journal_mode == ("wal" if wal_is_safe(sqlite3.sqlite_version) else "delete")
-    with store._reading() as connection:
+    with store._database.reading() as connection:
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar_one() == 2  # FULL
     store.close()
 

@@ -78,7 +78,7 @@ def recipes(draw):
 def make_form(loras=(("a.safetensors", 1.0),), seed=7, images=1, **fields):
     start = {"trigger_word": "sks", "prompt": "a [trigger]", "neg": "", "model": "sd15"}
     rest = {"fidelity": "exact", "output_format": "png"}
-    return Form(loras, seed, images, start | family_defaults("sd15") | rest | fields)
+    return Form(loras, seed, images, start | family_defaults("sd15", 512) | rest | fields)
 
 
 @given(recipes())
@@ -272,18 +272,23 @@ def test_seeds_are_parsed_exactly():
             read_seed(typed)
 
 
-@pytest.mark.parametrize("model", sorted(all_families()))
-def test_size_presets_have_about_the_default_number_of_pixels(model):
+@pytest.mark.parametrize(
+    ("model", "base"),
+    [(model, spec.base_model) for model, spec in sorted(all_families().items())]
+    + [("sd15", "fidelora:miniature")],
+)
+def test_size_presets_have_about_the_default_number_of_pixels(model, base):
     spec = all_families()[model]
-    presets = size_presets(model)
-    assert preset_of(model, spec.default_size, spec.default_size) == next(iter(presets))
+    side = spec.size_of(base)
+    presets = size_presets(side)
+    assert preset_of(side, side, side) == next(iter(presets))
     for label, (width, height) in presets.items():
         assert label.startswith(f"{width} x {height} (")
-        assert 0.8 < width * height / spec.default_size**2 < 1.25
+        assert 0.8 < width * height / side**2 < 1.25
         assert width % spec.request_divisor == height % spec.request_divisor == 0
     assert len(set(presets.values())) == 7
-    assert preset_of(model, spec.default_size, 72) == preset_of(model, None, None) == "Custom"
-    assert preset_choices(model) == [*presets, "Custom"]
+    assert preset_of(side, side, 72) == preset_of(side, None, None) == "Custom"
+    assert preset_choices(side) == [*presets, "Custom"]
 
 
 def test_multipliers_are_parsed():

@@ -19,7 +19,7 @@ from tests.server.serve_support import Server
 from tests.support import MINIATURE_LORA
 
 from fidelora.cli import main
-from fidelora.server.api_keys import ApiKeys
+from fidelora.jobs.api_keys import FileKeys
 
 GREEN = "a green [trigger] on a white background"
 
@@ -333,7 +333,7 @@ def test_the_page_fits_the_width_of_a_phone(visit, scheme):
 
 
 def test_with_api_keys_the_page_asks_for_one(visit, server, tmp_path_factory):
-    keys = ApiKeys(_keys_file(server))
+    keys = FileKeys(_keys_file(server))
     key = keys.add("alice")
     visitor = visit()
     try:

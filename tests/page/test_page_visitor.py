@@ -115,7 +115,7 @@ def test_every_handler_that_uses_the_store_or_loras_is_for_a_visitor(context, tm
         "_update",  # of the banner
         "_use_prompt",
         "_verify",
-        "preset_of",
+        "_preset_of",
         "update_model",
     }
 

@@ -10,7 +10,7 @@ import pytest
 from fidelora.server.page.form import Form, family_defaults
 from fidelora.server.page.stored_form import from_stored, to_stored
 
-FIELDS = family_defaults("sd15") | {
+FIELDS = family_defaults("sd15", 512) | {
     "prompt": "a [trigger]",
     "trigger_word": "sks",
     "neg": "",

@@ -640,7 +640,7 @@ def test_progress_and_interrupt(url, context, worker):
     body = {"model": "sd15", "loras": [{"path": "sks.safetensors"}], "prompts": [{"prompt": "x"}]}
     others = httpx2.post(f"{url}/v1/inference", json=body)
     waiting = aside(lambda: api.txt2img(prompt="a ball", steps=20, n_iter=1))
-    until(lambda: context.a1111_jobs, 20)
+    until(lambda: context.clients.a1111.jobs(""), 20)
     assert api.get_progress()["textinfo"] == "1 requests are ahead of this one"
     foreign = worker.claim()
     assert foreign.id == others.json()["request_id"]
@@ -674,7 +674,7 @@ def test_progress_and_interrupt(url, context, worker):
     context.store.stop(job.id, job.epoch, job.created_at)
     with pytest.raises(RuntimeError, match="REQUEST_CANCELED"):
         waiting.result(30)
-    assert context.a1111_jobs == {}
+    assert context.clients.a1111.jobs("") == []
     assert api.get_progress()["state"]["job_count"] == 0
 
 
@@ -683,7 +683,7 @@ def test_a_disconnected_client_cancels_its_job(url, context):
         httpx2.post(f"{url}/sdapi/v1/txt2img", json={"prompt": "a ball"}, timeout=0.3)
     job = only_job(context)
     assert until(lambda: context.store.get(job.id).status is Status.CANCELED, 20)
-    assert until(lambda: not context.a1111_jobs, 20) is True
+    assert until(lambda: not context.clients.a1111.jobs(""), 20) is True
 
 
 def test_failures_and_a_full_queue(url, context, worker):
@@ -747,7 +747,8 @@ def test_api_keys(tmp_path):
 
         mine, yours = (api_of(url, username="any", password=keys[name]) for name in ("me", "you"))
         waiting = aside(lambda: mine.txt2img(prompt="a ball"))
-        job = until(lambda: context.a1111_jobs and only_job(context), 20)
+        job = only_job(context)
+        until(lambda: context.clients.a1111.jobs(job.owner), 20)
         yours.interrupt()
         assert context.store.get(job.id).status is Status.IN_QUEUE
         assert yours.get_progress()["state"]["job"] == ""
@@ -759,6 +760,7 @@ def test_api_keys(tmp_path):
 def test_unknown_paths_have_the_web_uis_error_format(client):
     answer = client.post("/sdapi/v1/img2img", json={})
     assert (answer.status_code, set(answer.json())) == (404, {"error", "detail", "body", "errors"})
+    assert "img2img, upscaling and ControlNet are not supported" in answer.json()["detail"]
 
 
 def test_the_pixels_of_the_answer_are_those_of_the_file(client, context, worker):

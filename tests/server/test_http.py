@@ -181,6 +181,17 @@ def test_unsupported_requests_are_400_with_a_code(client, context, body, code):
     assert context.store.count(Status.IN_QUEUE) == 0
 
 
+def test_a_body_that_is_not_json_is_named(client):
+    for content, headers, message in (
+        (b'{"model": "sd15"}', {}, "sent with the header `Content-Type: application/json`"),
+        (b"[]", {"Content-Type": "application/json"}, "The body must be a JSON object"),
+        (b'{"model"', {"Content-Type": "application/json"}, "not valid JSON: Expecting ':'"),
+    ):
+        answer = client.post("/v1/inference", content=content, headers=headers)
+        assert answer.status_code == 422
+        assert message in answer.json()["detail"][0]["msg"]
+
+
 def test_an_unknown_model_error_lists_the_models(client):
     answer = client.post("/v1/inference", json=MINIMAL | {"model": "gpt"}).json()
     assert answer["detail"]["error"]["details"] == {"supported_models": list(all_families())}

@@ -392,7 +392,11 @@ def test_errors_have_openais_format_on_its_paths_only(tmp_path):
         assert (answer.status_code, set(answer.json()), set(answer.json()["error"])) == (
             status, {"error"}, {"message", "type", "param", "code"}
         )  # fmt: skip
-    assert "detail" in client.get("/v1/nothing").json()
+    answer = client.get("/v1/nothing").json()["detail"]["error"]
+    assert answer["code"] == "NOT_FOUND"
+    assert answer["message"] == (
+        "Not Found. This path is not part of the API; /docs lists all routes."
+    )
     context.stopping.set()
     answer = client.post("/v1/images/generations", json={"prompt": "x"})
     assert (answer.status_code, answer.json()["error"]["code"], answer.headers["retry-after"]) == (
@@ -400,6 +404,24 @@ def test_errors_have_openais_format_on_its_paths_only(tmp_path):
         "SERVER_STOPPING",
         "10",
     )
+
+
+def test_calls_of_routes_that_do_not_exist_say_what_to_do(context):
+    with listening(context) as url:
+        with (
+            official_client(openai.OpenAI, url) as client,
+            pytest.raises(openai.NotFoundError, match="Of OpenAI's API, only models and POST /v1"),
+        ):
+            client.chat.completions.create(model="sd15", messages=[])
+        with (
+            openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client,
+            pytest.raises(openai.NotFoundError, match="set base_url to the server's address and"),
+        ):
+            client.images.generate(prompt="a ball")
+        answer = httpx2.get(f"{url}/v1/v1/models", timeout=IMAGES_DEADLINE_S)
+        assert "address without /v1" in answer.json()["detail"]["error"]["message"]
+        answer = httpx2.get(f"{url}/gradio_api/info", timeout=IMAGES_DEADLINE_S)
+        assert "use POST /v1/inference" in answer.json()["detail"]["error"]["message"]
 
 
 # --- waiting ------------------------------------------------------------------------------------

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
+import subprocess
+import sys
 from contextlib import suppress
 from typing import Any
 
 import pytest
 import uvicorn
 from tests.server.http_support import context_in
+from tests.support import TINY_BASE
 
 from fidelora.server import run
 from fidelora.server.run import _announce, _UvicornServer
@@ -62,3 +66,37 @@ def test_on_terminals_the_address_has_its_own_line(
     _announce(context_in(tmp_path, log_format=log_format), "http://0.0.0.0:8000")
     assert capsys.readouterr().err.splitlines() == lines
     assert events == [("listening", "http://0.0.0.0:8000")]
+
+
+def test_ctrl_c_during_the_start_stops_the_server(tmp_path):
+    program = """
+import os, signal
+from fidelora.server import run
+from fidelora.settings import Settings
+
+make_app = run.make_app
+
+def interrupted(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGINT)
+    return make_app(*args, **kwargs)
+
+run.make_app = interrupted
+run.serve(Settings())
+"""
+    environment = {name: os.environ[name] for name in os.environ if "FIDELORA" not in name}
+    environment |= {
+        "FIDELORA_DATA_DIR": str(tmp_path),
+        "FIDELORA_BASE_MODEL": str(TINY_BASE),
+        "FIDELORA_PAGE": "false",
+        "FIDELORA_PORT": "0",
+        "DEVICE": "cpu",
+    }
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (ended.returncode, ended.stderr.count("Traceback")) == (0, 0), ended.stderr
+    assert '"event": "stopped"' in ended.stderr

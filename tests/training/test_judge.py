@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from tests.support import GOLDEN_JOBS, TINY_BASE
 
-from fidelora.training.changes import changed_settings, grouped_by_cause
-from fidelora.training.judge import DRAWS, Experiment
+from fidelora.training.changes import changed_settings, grouped_by_setting
+from fidelora.training.judge import DRAWS, Experiment, Verdict
 from fidelora.training.plan import plan_samples
 from fidelora.training.run_folder import read_run
 
@@ -25,14 +25,30 @@ def test_samples_with_other_settings_are_grouped_by_the_changed_one():
     )
     run = replace(run, samples=items, trigger_word="sks")
     plans = plan_samples(run, 8, base_model=str(TINY_BASE))
-    grouped = grouped_by_cause([list(changed_settings(run, plan)) for plan in plans])
+    changes = [list(changed_settings(run, plan)) for plan in plans]
+    groups = grouped_by_setting(changes, max_samples=2, max_values=3)
+    grouped = {next(iter(group.values())).cause: group for group in groups}
+    assert len(grouped) == len(groups)
     assert list(grouped["guidance"]) == [1]
     assert list(grouped["trigger"]) == [0]
     assert list(grouped["steps"]) == list(grouped["multiplier"]) == [0, 1]
-    for cause, changes in grouped.items():
-        assert {change.cause for change in changes.values()} == {cause}
+    for cause, group in grouped.items():
+        assert {change.cause for change in group.values()} == {cause}
     assert grouped["guidance"][1].recipe.guidance_scale == 6.5
     assert "[trigger]" in grouped["trigger"][0].recipe.prompt
+
+
+def test_values_of_a_setting_are_changed_apart():
+    """A mistake in the sample block changes the samples without a value of their own only."""
+    run = read_run(GOLDEN_JOBS / "checkpoints_jpg")
+    scales = [2.5, 6.0, 3.5, 6.0, 4.5, 6.0]
+    items = tuple(replace(run.samples[0], guidance_scale=scale) for scale in scales)
+    run = replace(run, samples=items)
+    plans = plan_samples(run, 8, base_model=str(TINY_BASE))
+    changes = [list(changed_settings(run, plan)) for plan in plans]
+    groups = grouped_by_setting(changes, max_samples=2, max_values=3)
+    guidance = [list(group) for group in groups if next(iter(group.values())).cause == "guidance"]
+    assert guidance == [[1, 3], [0], [2]]  # the most frequent value first
 
 
 class RecordingEngine:
@@ -86,3 +102,33 @@ def test_draws_in_half_precision_share_batches(dtype, widths, batches):
         assert [draw.shape for draw in draws] == DRAWS * [
             (plan.recipe.height, plan.recipe.width, 3)
         ]
+
+
+class NoisyEngine(RecordingEngine):
+    """Makes gray images with noise, which is much stronger in every fourth draw after the first."""
+
+    def _images(self, recipes):
+        number = len(self.batches)
+        self.batches.append(len(recipes))
+        strong = number >= DRAWS and number % 4 == 0
+        noise = np.random.default_rng(number).normal(0, 8 if strong else 2, (64, 64, 3))
+        return [SimpleNamespace(pixels=(128 + noise.round()).clip(0, 255).astype(np.uint8))]
+
+
+@pytest.mark.parametrize(
+    ("level", "verdict", "draws"), [(6, Verdict.ROUNDING, 24), (40, Verdict.MISMATCH, 8)]
+)
+def test_more_draws_are_made_before_a_mismatch_that_is_not_clear(level, verdict, draws):
+    """The first draws are all alike, but some of the others are as far away as the sample."""
+    run = read_run(GOLDEN_JOBS / "lora_linear_f32")
+    run = replace(run, samples=run.samples[:1])
+    plans = plan_samples(run, 6, base_model=str(TINY_BASE))
+    plans = [replace(plan, recipe=replace(plan.recipe, width=64, height=64)) for plan in plans]
+    center = np.full((64, 64, 3), 128, np.uint8)
+    engine: Any = NoisyEngine()
+    experiment = Experiment(run, engine, plans, [center], ["PNG"])
+    noise = np.random.default_rng(1000).normal(0, level, center.shape)
+    trainer = (128 + noise.round()).clip(0, 255).astype(np.uint8)
+    evidence = experiment.conclude(experiment.differences([trainer]), ("digits",))
+    assert len(experiment.draws[0]) == draws
+    assert evidence.verdict is verdict

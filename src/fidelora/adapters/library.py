@@ -178,6 +178,8 @@ class AdapterLibrary:
                 errors.append(error)
                 continue
             if file.sha256 == ref.sha256:
+                if ref.name and path.stem == ref.sha256:  # a server stores files by their hash
+                    file.name = f"{ref.name}{path.suffix}"
                 return file
             errors.append(changed_error(path.name, file.sha256, ref.sha256))
         raise errors[0]

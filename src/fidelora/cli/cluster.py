@@ -13,6 +13,8 @@ from fidelora.cli.console import Debug, fail, warn
 if TYPE_CHECKING:
     from fidelora.settings import Settings
 
+_RAY_PANEL = "Ray"
+
 db = typer.Typer(help="Manage the job database.", no_args_is_help=True)
 
 _INSTALL = (
@@ -58,12 +60,44 @@ def worker(
             help="Base model to load at the start, as for `fidelora serve`.",
         ),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Run the workers in the Ray cluster at this address (`auto`: the one of this "
+            "machine), one for each GPU that the queue needs.",
+            rich_help_panel=_RAY_PANEL,
+        ),
+    ] = None,
+    min_workers: Annotated[
+        int,
+        typer.Option(min=0, help="Fewest workers in the cluster.", rich_help_panel=_RAY_PANEL),
+    ] = 1,
+    max_workers: Annotated[
+        int, typer.Option(min=0, help="Most workers in the cluster.", rich_help_panel=_RAY_PANEL)
+    ] = 8,
+    cpus: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Run each worker on this number of CPUs instead of on a GPU.",
+            rich_help_panel=_RAY_PANEL,
+        ),
+    ] = None,
+    idle_seconds: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Seconds without a request after which a worker that is not needed ends.",
+            rich_help_panel=_RAY_PANEL,
+        ),
+    ] = 300.0,
     debug: Debug = False,
 ) -> None:
     """Make the images of requests that servers have stored in a shared database.
 
     Stops on SIGTERM or Ctrl-C: running requests finish within FIDELORA_STOP_GRACE seconds or return
-    to the queue. A second signal ends the wait.
+    to the queue. A second signal ends the wait (without --ray).
     """
     try:
         from fidelora.server.worker_host import run_workers
@@ -72,16 +106,26 @@ def worker(
         fail(f"{_INSTALL} ({error.name} is missing)", 1)
     for sentence in setting_warnings():
         warn(sentence)
-    run_workers(
-        read_settings(
-            store_url=store,
-            device=device,
-            output_base_path=outputs,
-            lora_cache_dir=adapters,
-            base_model=",".join(base_model) if base_model else None,
-            debug=debug or None,
-        )
+    settings = read_settings(
+        store_url=store,
+        device=device,
+        output_base_path=outputs,
+        lora_cache_dir=adapters,
+        base_model=",".join(base_model) if base_model else None,
+        debug=debug or None,
     )
+    if ray is None:
+        run_workers(settings)
+        return
+    try:
+        from fidelora.server.ray_cluster import Scale, run_on_ray
+    except ModuleNotFoundError as error:
+        fail(
+            "--ray needs Ray; install it in the folder of Fidelora's repository with: "
+            f"pip install '.[postgres,ray]' ({error.name} is missing)",
+            1,
+        )
+    run_on_ray(settings, ray, Scale(min_workers, max_workers, idle_seconds), cpus)
 
 
 def workers(store: Store = None) -> None:

@@ -131,7 +131,7 @@ def run(app: typer.Typer) -> NoReturn:
 
 def _fail_usage(error: typer.TyperException) -> NoReturn:
     """Print an error of the command line's parser, and the command whose help explains more."""
-    message = error.format_message()
+    message = " ".join(error.format_message().split())  # a list of choices has lines of its own
     if message:  # empty if no command was given: the help was printed instead
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "fidelora"

@@ -151,7 +151,9 @@ def explain(
     from fidelora.training.run_folder import read_run
 
     if not pictures and write is None:
-        raise typer.BadParameter("Give a picture, or --write PROGRAM.", param_hint="PICTURE")
+        raise typer.BadParameter(
+            "Give JOB_DIR and PICTURE, or JOB_DIR and --write PROGRAM.", param_hint="PICTURE"
+        )
     run = read_run(run_folder)
     if report is not None:
         make_folder(report)

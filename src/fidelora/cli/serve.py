@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fidelora.cli.console import Debug, fail, warn
+from fidelora.errors import SettingsError
 
 if TYPE_CHECKING:
-    from fidelora.server.api_keys import ApiKeys
+    from fidelora.jobs.api_keys import ApiKeys
 
 keys = typer.Typer(
     help="Manage the API keys of the server, which stores only their hashes.",
@@ -20,6 +24,15 @@ _INSTALL = (
     "The server needs more packages; install them in the folder of Fidelora's repository with: "
     "pip install '.[server]'"
 )
+Store = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        metavar="URL",
+        help="Job database in PostgreSQL, whose servers share the keys; by default "
+        "FIDELORA_STORE_URL.",
+    ),
+]
 
 
 def serve(
@@ -77,21 +90,43 @@ def add(
         bool,
         typer.Option("--admin", help="Give access to the requests and uploads of all keys."),
     ] = False,
+    store: Store = None,
 ) -> None:
     """Create a key and print it. It cannot be shown again.
 
     A key has access to its own requests and uploads only, unless it is an admin key.
     """
-    typer.echo(_open_keys().add(name, is_admin=admin))
+    with _opened_keys(store) as opened:
+        typer.echo(opened.add(name, is_admin=admin))
+
+
+@keys.command("import")
+def import_keys(
+    file: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="`api_keys.json` of a server.")
+    ],
+    store: Store = None,
+) -> None:
+    """Add the keys in the file of another server, and print their names. They keep their secrets.
+
+    Keys that exist already are skipped.
+    """
+    with _opened_keys(store) as opened:
+        from fidelora.jobs.api_keys import FileKeys
+
+        for name in opened.add_existing(FileKeys(file).all()):
+            typer.echo(name)
 
 
 @keys.command("admin")
 def change_admin(
     name: Annotated[str, typer.Argument(help="Name of the key.")],
     off: Annotated[bool, typer.Option("--off", help="Make an admin key an ordinary one.")] = False,
+    store: Store = None,
 ) -> None:
     """Give an existing key access to the requests and uploads of all keys."""
-    _open_keys().set_admin(name, not off)
+    with _opened_keys(store) as opened:
+        opened.set_admin(name, not off)
 
 
 @keys.command("list")
@@ -99,19 +134,28 @@ def list_keys(
     ids: Annotated[
         bool, typer.Option("--ids", help="Also show the ids, which name the folders of uploads.")
     ] = False,
+    store: Store = None,
 ) -> None:
     """List the names of all keys; admin keys are marked."""
-    for key in _open_keys().all():
-        first = f"{key.id}  " if ids else ""
-        typer.echo(f"{first}{key.name}{' (admin)' if key.is_admin else ''}")
+    with _opened_keys(store) as opened:
+        for key in opened.all():
+            first = f"{key.id}  " if ids else ""
+            typer.echo(f"{first}{key.name}{' (admin)' if key.is_admin else ''}")
 
 
 @keys.command("remove")
-def remove(name: Annotated[str, typer.Argument(help="Name of the key.")]) -> None:
-    """Revoke a key immediately. A server without keys accepts only calls from its own machine."""
-    keys = _open_keys()
-    keys.remove(name)
-    if not keys.names():
+def remove(
+    name: Annotated[str, typer.Argument(help="Name of the key.")], store: Store = None
+) -> None:
+    """Revoke a key immediately. A server without keys accepts only calls from its own machine.
+
+    If the servers share a database, a server that has lost its connection for notifications accepts
+    the key for up to two more seconds.
+    """
+    with _opened_keys(store) as opened:
+        opened.remove(name)
+        is_last = not opened.names()
+    if is_last:
         typer.echo(
             "This was the last key. Until you add another one, the server accepts only calls from "
             "its own machine.",
@@ -119,11 +163,18 @@ def remove(name: Annotated[str, typer.Argument(help="Name of the key.")]) -> Non
         )
 
 
-def _open_keys() -> ApiKeys:
+@contextmanager
+def _opened_keys(store: str | None) -> Iterator[ApiKeys]:
     try:
-        from fidelora.server.api_keys import ApiKeys
-        from fidelora.server.app import keys_file
+        from fidelora.server.key_store import opened_keys
         from fidelora.settings import read_settings
     except ModuleNotFoundError as error:
         fail(f"{_INSTALL} ({error.name} is missing)", 1)
-    return ApiKeys(keys_file(read_settings()))
+    settings = read_settings(store_url=store)
+    if store and not settings.can_share_database:
+        raise SettingsError(
+            "--store is for keys in PostgreSQL. The keys of a server with an SQLite database are "
+            "in its data folder; omit --store, and set FIDELORA_DATA_DIR for another folder."
+        )
+    with opened_keys(settings) as opened:
+        yield opened

@@ -134,6 +134,7 @@ def _evidence_document(evidence: Evidence) -> dict[str, Any]:
                 "cause": one.change.cause,
                 "amount": one.test.amount,
                 "p_value": one.test.p_value,
+                "value": one.change.value if one.change.size else None,
                 "tried": one.change.size,
                 "detectable": None if math.isinf(one.test.detectable) else one.detectable,
             }

@@ -16,6 +16,7 @@ from fidelora.api.replay import ReplayAccepted
 from fidelora.client import flows
 from fidelora.client.calls import Call, Lora, Prompt
 from fidelora.client.flows import Answer, Flow, Flows, Result, Run, Step
+from fidelora.client.inputs import address
 from fidelora.jobs.job import Status
 from fidelora.recipe import Recipe
 
@@ -41,7 +42,10 @@ class AsyncClient:
     ) -> None:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = httpx2.AsyncClient(
-            base_url=base_url.rstrip("/"), headers=headers, timeout=timeout_s, transport=transport
+            base_url=address(base_url),
+            headers=headers,
+            timeout=timeout_s,
+            transport=transport,
         )
         self._flows = Flows(retries)
 

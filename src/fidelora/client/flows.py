@@ -37,6 +37,7 @@ from fidelora.api.explanations import ExplanationBody
 from fidelora.api.replay import ReplayAccepted
 from fidelora.client import calls
 from fidelora.client.calls import Body, Call, Lora, Prompt
+from fidelora.client.inputs import open_lora
 from fidelora.errors import ApiError, ClientTimeoutError
 from fidelora.jobs.job import Status
 from fidelora.recipe import Recipe
@@ -164,7 +165,7 @@ class Flows:
         return paths
 
     def upload_lora(self, path: Path, name: str | None) -> Flow[LoraBody]:
-        with path.open("rb") as file:
+        with open_lora(path) as file:
             files = {"file": (name or path.name, file)}
             call = Call("POST", "/v1/loras", files=files, repeatable=False, timeout_s=None)
             response = yield from self._send(call)

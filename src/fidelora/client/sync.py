@@ -16,6 +16,7 @@ from fidelora.api.replay import ReplayAccepted
 from fidelora.client import flows
 from fidelora.client.calls import Call, Lora, Prompt
 from fidelora.client.flows import Answer, Flow, Flows, Result, Run, Step
+from fidelora.client.inputs import address
 from fidelora.jobs.job import Status
 from fidelora.recipe import Recipe
 
@@ -34,6 +35,9 @@ class Client:
         retries: number of times that a call is sent again if the connection breaks or the server
             is busy. Idempotency keys ensure that a retry does not queue a second request.
         transport: another `httpx2` transport, for tests.
+
+    Raises:
+        UsageError: `base_url` does not begin with http:// or https://.
     """
 
     def __init__(
@@ -47,7 +51,10 @@ class Client:
     ) -> None:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = httpx2.Client(
-            base_url=base_url.rstrip("/"), headers=headers, timeout=timeout_s, transport=transport
+            base_url=address(base_url),
+            headers=headers,
+            timeout=timeout_s,
+            transport=transport,
         )
         self._flows = Flows(retries)
 
@@ -251,7 +258,12 @@ class Client:
         return self._iterate(Run(self._flows.loras()))
 
     def upload_lora(self, path: str | Path, name: str | None = None) -> LoraBody:
-        """Upload a LoRA; requests refer to it by the returned `path`."""
+        """Upload a LoRA; requests refer to it by the returned `path`.
+
+        Raises:
+            UsageError: the file cannot be read.
+            ApiError: the server refuses the file.
+        """
         return self._run(self._flows.upload_lora(Path(path), name))
 
     def delete_lora(self, name: str) -> None:

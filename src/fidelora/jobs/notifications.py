@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 
 import sqlalchemy as sa
@@ -14,17 +15,82 @@ log = logging.getLogger(__name__)
 
 CHANNEL = "fidelora_jobs"
 NEW_JOB = "job"  # payload: a job entered the queue
+CLIENTS = "clients"  # payload: an API key was changed, or a session was ended
 CANCEL = "cancel:"  # payload: this text, and the id of a running job that has to stop
 _POLL_S = 1.0  # time between two checks whether the listener was closed
 _RECONNECT_S = 2.0  # time between two attempts to connect
-
-
-def notify(connection: sa.Connection, payload: str) -> None:
-    """Send a notification when the transaction of this connection is committed."""
-    connection.execute(_NOTIFY, {"channel": CHANNEL, "payload": payload})
+_MAX_CANCELLATIONS = 1000  # ids of canceled jobs to keep; far more than a process has workers
 
 
 _NOTIFY = sa.select(sa.func.pg_notify(sa.bindparam("channel"), sa.bindparam("payload")))
+
+
+class Notifications:
+    """Sends and receives notifications. SQLite has none: its jobs wake this process's workers only.
+
+    The thread that receives them starts with the first call that needs it.
+    """
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self._engine = engine
+        self._is_local = engine.dialect.name == "sqlite"
+        self._listener: Listener | None = None
+        self._listener_lock = threading.Lock()
+        self._cancellations: OrderedDict[str, None] = OrderedDict()
+        self._wakes: list[Callable[[], None]] = []
+        self._on_clients_changed: list[Callable[[], None]] = []
+
+    def send(self, connection: sa.Connection, payload: str) -> None:
+        """Send a notification when the transaction of this connection is committed."""
+        if not self._is_local:
+            connection.execute(_NOTIFY, {"channel": CHANNEL, "payload": payload})
+
+    def on_new_job(self, wake: Callable[[], None]) -> None:
+        """Call a function whenever a job enters the queue."""
+        self._wakes.append(wake)
+        if not self._is_local:
+            self._listen()
+
+    def on_clients_changed(self, call: Callable[[], None]) -> None:
+        """Call a function whenever another process has changed an API key or ended a session."""
+        self._on_clients_changed.append(call)
+        if not self._is_local:
+            self._listen()
+
+    def wake_if_local(self) -> None:
+        """Wake the workers of this process, if the database sends no notifications."""
+        if self._is_local:
+            for wake in self._wakes:
+                wake()
+
+    def cancel_requested(self, job_id: str) -> bool:
+        """Return True if a notification asked to cancel this job."""
+        self._listen()
+        return job_id in self._cancellations
+
+    def close(self) -> None:
+        """Stop to receive notifications."""
+        with self._listener_lock:
+            if self._listener is not None:
+                self._listener.close()
+
+    def _listen(self) -> None:
+        """Start to receive notifications, unless this was done before."""
+        with self._listener_lock:
+            if self._listener is None:
+                self._listener = Listener(self._engine, self._on_notification)
+
+    def _on_notification(self, payload: str) -> None:
+        if payload.startswith(CANCEL):
+            self._cancellations[payload.removeprefix(CANCEL)] = None
+            if len(self._cancellations) > _MAX_CANCELLATIONS:
+                self._cancellations.popitem(last=False)
+        elif payload == NEW_JOB:
+            for wake in self._wakes:
+                wake()
+        elif payload == CLIENTS:
+            for call in self._on_clients_changed:
+                call()
 
 
 class Listener:

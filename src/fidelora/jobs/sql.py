@@ -7,16 +7,11 @@ locking). A claim locks the row that it chooses, and skips rows that other claim
 
 from __future__ import annotations
 
-import threading
-import time
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from fidelora.errors import (
     CursorError,
@@ -26,34 +21,29 @@ from fidelora.errors import (
     QueueFullError,
 )
 from fidelora.jobs import job as transitions
+from fidelora.jobs.adapter_sets import AdapterSets
 from fidelora.jobs.codec import DOCUMENT_FORMAT
-from fidelora.jobs.database import ADD_LOCK, BUSY_TIMEOUT_S, database_errors, open_database
+from fidelora.jobs.database import ADD_LOCK
 from fidelora.jobs.job import Job, Status
-from fidelora.jobs.notifications import CANCEL, NEW_JOB, Listener, notify
+from fidelora.jobs.notifications import CANCEL, NEW_JOB
 from fidelora.jobs.queries import (
-    COMPLETE_SETS,
     COUNT_QUEUED,
     FIRST_FRESH,
     FIRST_RETRY,
-    MAX_IDS,
     READ_POSITION,
     READ_POSITIONS,
     READ_VERSIONS,
     Queries,
+    id_batches,
     update_of_job,
 )
 from fidelora.jobs.queue_order import adapter_key, due_of, turn_of_new_job
 from fidelora.jobs.rows import (
-    ADAPTER_SETS,
-    FINAL_STATUSES,
     JOB_COLUMNS,
     JOBS,
-    WORKER_ADAPTERS,
-    WORKERS,
     document_text,
     job_of,
     state_of,
-    time_of,
 )
 from fidelora.jobs.store import (
     WORKER_LOST_S,
@@ -63,10 +53,8 @@ from fidelora.jobs.store import (
     Submission,
     WorkerState,
 )
-
-_MAX_KNOWN_SETS = 10_000  # adapter sets that this process has stored; each takes about 0.1 kB
-_MAX_CANCELLATIONS = 1000  # ids of canceled jobs to keep; far more than a process has workers
-_FORGET_WORKERS_S = 3600.0  # seconds after the last report of a worker until its row is removed
+from fidelora.jobs.transactions import Database
+from fidelora.jobs.worker_table import WorkerTable
 
 
 class _VersionConflictError(Exception):
@@ -80,7 +68,8 @@ class SqlStore(StoreByTransition):
 
     Args:
         url: address of the database, such as `sqlite:////var/lib/fidelora/jobs.sqlite` or
-            `postgresql://user:password@host/fidelora`.
+            `postgresql://user:password@host/fidelora`; or a database that is open, which the store
+            closes.
         document_format: format of the documents that this process writes, and the largest one that
             it claims; only tests set it.
 
@@ -88,24 +77,20 @@ class SqlStore(StoreByTransition):
         JobStoreError: the database cannot be opened, or was written by a newer version.
     """
 
-    def __init__(self, url: str, *, document_format: int = DOCUMENT_FORMAT) -> None:
-        self._engine = open_database(url)
-        self._is_sqlite = self._engine.dialect.name == "sqlite"
+    def __init__(self, url: str | Database, *, document_format: int = DOCUMENT_FORMAT) -> None:
+        self._database = Database(url) if isinstance(url, str) else url
         self._document_format = document_format
-        self._queries = Queries(self._engine.dialect.name, document_format)
-        self._write_lock = threading.Lock() if self._is_sqlite else None
-        self._known_sets: OrderedDict[str, None] = OrderedDict()
-        self._listener: Listener | None = None
-        self._listener_lock = threading.Lock()
-        self._cancellations: OrderedDict[str, None] = OrderedDict()
-        self._wakes: list[Callable[[], None]] = []
+        self._queries = Queries(self._database.dialect, document_format)
+        self._workers = WorkerTable(self._database, self._queries)
+        self._adapter_sets = AdapterSets(self._database)
+        self._notifications = self._database.notifications
 
     @property
     def journal_mode(self) -> str:
         """SQLite's journal mode; empty for other databases."""
-        if not self._is_sqlite:
+        if not self._database.is_sqlite:
             return ""
-        with self._reading() as connection:
+        with self._database.reading() as connection:
             return str(connection.exec_driver_sql("PRAGMA journal_mode").scalar_one())
 
     def add(
@@ -116,8 +101,8 @@ class SqlStore(StoreByTransition):
         capacity: int | None = None,
         now: datetime | None = None,
     ) -> Job:
-        with self._writing() as connection:
-            if capacity is not None and not self._is_sqlite:
+        with self._database.writing() as connection:
+            if capacity is not None and not self._database.is_sqlite:
                 # Counting and inserting must not overlap with those of another process. SQLite has
                 # one writer at a time anyway.
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(ADD_LOCK)))
@@ -145,42 +130,29 @@ class SqlStore(StoreByTransition):
                 if submission and (existing := self._submitted(connection, submission)):
                     return existing  # the same request arrived twice at the same time
                 raise
-            self._store_adapter_set(connection, job)
-            self._notify(connection, NEW_JOB)
-        self._known_sets[adapter_key(job.adapters)] = None
-        if len(self._known_sets) > _MAX_KNOWN_SETS:
-            self._known_sets.popitem(last=False)
-        self._wake_if_local()
+            self._adapter_sets.store(connection, job)
+            self._notifications.send(connection, NEW_JOB)
+        self._adapter_sets.stored(job)
+        self._notifications.wake_if_local()
         return job
 
     def _place(
         self, connection: sa.Connection, job: Job, now: datetime | None
     ) -> dict[str, int | float]:
         """Return the columns of a new job's place in the queue."""
-        given = self._now(now) | {"owner": job.owner}
+        given = self._database.now(now) | {"owner": job.owner}
         place = connection.execute(self._queries.places, given).one()
         turn = turn_of_new_job(place.head, place.last_of_owner)
         before = connection.execute(self._queries.count_before, {"turn": turn}).scalar_one()
         due = due_of(place.claims, before, place.workers)
         return {"turn": turn, "due": due, "queued_at_s": place.now_s}
 
-    def _store_adapter_set(self, connection: sa.Connection, job: Job) -> None:
-        key = adapter_key(job.adapters)
-        if not key or key in self._known_sets:
-            return
-        insert: Any = sqlite.insert if self._is_sqlite else postgresql.insert
-        rows = [
-            {"sha256": sha256, "adapters": key, "size": len(job.adapters)}
-            for sha256 in sorted(job.adapters)
-        ]
-        connection.execute(insert(ADAPTER_SETS).on_conflict_do_nothing(), rows)
-
     def submitted(self, submission: Submission) -> Job | None:
-        with self._reading() as connection:
+        with self._database.reading() as connection:
             return self._submitted(connection, submission)
 
     def get(self, job_id: str) -> Job:
-        with self._reading() as connection:
+        with self._database.reading() as connection:
             return self._get(connection, job_id, None)[0]
 
     def read_changes(self, known: Mapping[str, int]) -> JobChanges:
@@ -188,8 +160,8 @@ class SqlStore(StoreByTransition):
         found: set[str] = set()
         queued: set[str] = set()
         positions: dict[str, int] = {}
-        with self._reading() as connection:
-            for ids in _batched(known, MAX_IDS):
+        with self._database.reading() as connection:
+            for ids in id_batches(known):
                 rows = connection.execute(READ_VERSIONS, {"ids": ids}).all()
                 found |= {row.id for row in rows}
                 queued |= {row.id for row in rows if row.status == Status.IN_QUEUE.value}
@@ -197,7 +169,7 @@ class SqlStore(StoreByTransition):
                 if changed:
                     read = connection.execute(self._queries.read_jobs, {"ids": changed})
                     jobs += map(job_of, read)
-            for ids in _batched(queued, MAX_IDS):
+            for ids in id_batches(queued):
                 read = connection.execute(READ_POSITIONS, {"ids": ids})
                 positions |= {row.id: row.position for row in read}
         return JobChanges(
@@ -220,7 +192,7 @@ class SqlStore(StoreByTransition):
         if status is not None:
             query = query.where(JOBS.c.status == status.value)
         query = query.limit(limit + 1)
-        with self._reading() as connection:
+        with self._database.reading() as connection:
             if cursor is not None:
                 last_seq = connection.execute(
                     sa.select(JOBS.c.seq).where(JOBS.c.id == cursor, *visible)
@@ -232,25 +204,21 @@ class SqlStore(StoreByTransition):
         return JobPage(tuple(found[:limit]), found[limit - 1].id if len(found) > limit else None)
 
     def queue_position(self, job_id: str) -> int | None:
-        with self._reading() as connection:
+        with self._database.reading() as connection:
             position = connection.execute(READ_POSITION, {"id": job_id}).scalar()
             return None if position is None else int(position)
 
     def count(self, status: Status) -> int:
         query = sa.select(sa.func.count()).select_from(JOBS).where(JOBS.c.status == status.value)
-        with self._reading() as connection:
+        with self._database.reading() as connection:
             return int(connection.execute(query).scalar_one())
 
     def needs_adapter(self, sha256: str) -> bool:
-        sets = sa.select(ADAPTER_SETS.c.adapters).where(ADAPTER_SETS.c.sha256 == sha256)
-        query = sa.select(JOBS.c.seq).where(
-            JOBS.c.status.not_in(FINAL_STATUSES), JOBS.c.adapters.in_(sets)
-        )
-        with self._reading() as connection:
-            return connection.execute(query.limit(1)).first() is not None
+        with self._database.reading() as connection:
+            return self._adapter_sets.is_needed(connection, sha256)
 
     def peek(self) -> Job | None:
-        with self._reading() as connection:
+        with self._database.reading() as connection:
             row = connection.execute(FIRST_FRESH).first() or connection.execute(FIRST_RETRY).first()
             return None if row is None else job_of(row)
 
@@ -265,19 +233,19 @@ class SqlStore(StoreByTransition):
         matches: Callable[[Job], bool] | None = None,
         hold_s: float = 0.0,
     ) -> Job | None:
-        with self._writing() as connection:
+        with self._database.writing() as connection:
             if matches is not None:
                 row = self._first_match(connection, matches, now)
                 is_counted = False
             else:
-                given = self._now(now) | {
+                given = self._database.now(now) | {
                     "worker": worker,
                     "loaded": sorted(loaded),
                     "merged": adapter_key(merged) or None,
                     "hold_s": hold_s,
                 }
                 row = connection.execute(self._queries.claim, given).first()
-                is_counted = not self._is_sqlite
+                is_counted = not self._database.is_sqlite
             if row is None:
                 return None
             if not is_counted:
@@ -289,7 +257,7 @@ class SqlStore(StoreByTransition):
         self, connection: sa.Connection, matches: Callable[[Job], bool], now: datetime | None
     ) -> Any:
         """Lock and return the row of the first job that matches; None if another job is due."""
-        given = self._now(now)
+        given = self._database.now(now)
         due = connection.execute(self._queries.claim_due, given).first()
         if due is not None:
             return due if matches(job_of(due)) else None
@@ -308,37 +276,36 @@ class SqlStore(StoreByTransition):
     ) -> Job:
         while True:
             try:
-                with self._writing() as connection:
+                with self._database.writing() as connection:
                     job, at = self._get(connection, job_id, now)
                     after = self._put(connection, job, change(job, at), at)
             except _VersionConflictError:
                 continue
             if after.status is Status.IN_QUEUE:
-                self._wake_if_local()
+                self._notifications.wake_if_local()
             return after
 
     def abandon_expired(
         self, now: datetime | None = None, *, spare: Collection[str] = ()
     ) -> tuple[Job, ...]:
-        given = self._now(now) | {"lost_s": WORKER_LOST_S, "spared": sorted(spare)}
-        with self._reading() as connection:
+        given = self._database.now(now) | {"lost_s": WORKER_LOST_S, "spared": sorted(spare)}
+        with self._database.reading() as connection:
             if connection.execute(self._queries.expired, given).first() is None:
                 return ()
         abandoned = []
-        with self._writing() as connection:
+        with self._database.writing() as connection:
             for row in connection.execute(self._queries.lock_expired, given).all():
                 job, at = job_of(row), datetime.fromtimestamp(row.now_s, UTC)
                 after = transitions.abandoned(job, job.epoch, transitions.SILENT, at)
                 abandoned.append(self._put(connection, job, after, at))
-        self._wake_if_local()
+        self._notifications.wake_if_local()
         return tuple(abandoned)
 
     def cancel_requested(self, job_id: str) -> bool:
-        if not self._is_sqlite:
-            self._listen()
-            return job_id in self._cancellations
+        if not self._database.is_sqlite:
+            return self._notifications.cancel_requested(job_id)
         query = sa.select(JOBS.c.cancel_requested).where(JOBS.c.id == job_id)
-        with self._reading() as connection:
+        with self._database.reading() as connection:
             requested = connection.execute(query).scalar()
         if requested is None:
             raise JobNotFoundError
@@ -346,88 +313,24 @@ class SqlStore(StoreByTransition):
 
     def running(self, worker_prefix: str) -> tuple[Job, ...]:
         given = {"prefix": worker_prefix, "length": len(worker_prefix)}
-        with self._reading() as connection:
+        with self._database.reading() as connection:
             return tuple(map(job_of, connection.execute(self._queries.read_running, given)))
 
     def report_worker(self, state: WorkerState, now: datetime | None = None) -> None:
-        with self._writing() as connection:
-            now_s = connection.execute(sa.select(self._queries.now_s), self._now(now)).scalar_one()
-            row = {
-                "name": state.name,
-                "device": state.device,
-                "version": state.version,
-                "loaded": " ".join(sorted(state.loaded)),
-                "merged": " ".join(sorted(state.merged)),
-                "idle_since_s": state.idle_since and state.idle_since.timestamp(),
-                "reported_at_s": now_s,
-            }
-            insert: Any = sqlite.insert if self._is_sqlite else postgresql.insert
-            stored = insert(WORKERS).values(row)
-            connection.execute(stored.on_conflict_do_update(index_elements=["name"], set_=row))
-            given = {"loaded": sorted(state.loaded)}
-            held = {*connection.execute(COMPLETE_SETS, given).scalars(), *state.loaded}
-            if state.merged:
-                held.add(adapter_key(state.merged))
-            own = WORKER_ADAPTERS.c.worker == state.name
-            known = set(
-                connection.execute(sa.select(WORKER_ADAPTERS.c.adapters).where(own)).scalars()
-            )
-            if gone := known - held:
-                connection.execute(
-                    sa.delete(WORKER_ADAPTERS).where(own, WORKER_ADAPTERS.c.adapters.in_(gone))
-                )
-            if new := sorted(held - known):
-                connection.execute(
-                    sa.insert(WORKER_ADAPTERS),
-                    [{"worker": state.name, "adapters": key} for key in new],
-                )
-            forgotten = WORKERS.c.reported_at_s < now_s - _FORGET_WORKERS_S
-            names = sa.select(WORKERS.c.name).where(forgotten)
-            connection.execute(
-                sa.delete(WORKER_ADAPTERS).where(WORKER_ADAPTERS.c.worker.in_(names))
-            )
-            connection.execute(sa.delete(WORKERS).where(forgotten))
+        self._workers.report(state, now)
 
     def remove_worker(self, name: str) -> None:
-        with self._writing() as connection:
-            connection.execute(sa.delete(WORKER_ADAPTERS).where(WORKER_ADAPTERS.c.worker == name))
-            connection.execute(sa.delete(WORKERS).where(WORKERS.c.name == name))
+        self._workers.remove(name)
 
     def workers(self, now: datetime | None = None) -> tuple[WorkerState, ...]:
-        with self._reading() as connection:
-            rows = connection.execute(self._queries.live_workers, self._now(now)).all()
-        return tuple(
-            WorkerState(
-                row.name,
-                row.device,
-                row.version,
-                frozenset(row.loaded.split()),
-                frozenset(row.merged.split()),
-                time_of(row.idle_since_s),
-                time_of(row.reported_at_s),
-            )
-            for row in rows
-        )
+        return self._workers.live(now)
 
     def on_new_job(self, wake: Callable[[], None]) -> None:
-        self._wakes.append(wake)
-        if not self._is_sqlite:
-            self._listen()
+        self._notifications.on_new_job(wake)
 
     def remove_finished(self, *, before: datetime, keep: int) -> tuple[Job, ...]:
-        ended = JOBS.c.status.in_(FINAL_STATUSES)
-        newest_first = (JOBS.c.finished_at_s.desc(), JOBS.c.seq.desc())
-        surplus = sa.select(JOBS.c.seq).where(ended).order_by(*newest_first).offset(keep)
-        query = (
-            sa.select(*JOB_COLUMNS)
-            .where(
-                ended,
-                self._queries.is_readable,
-                sa.or_(JOBS.c.finished_at_s < before.timestamp(), JOBS.c.seq.in_(surplus)),
-            )
-            .order_by(*newest_first)
-        )
-        with self._writing() as connection:
+        query = self._queries.finished(before.timestamp(), keep)
+        with self._database.writing() as connection:
             removed = [
                 job_of(row)
                 for row in connection.execute(query).all()
@@ -437,70 +340,7 @@ class SqlStore(StoreByTransition):
         return tuple(removed)
 
     def close(self) -> None:
-        with self._listener_lock:
-            if self._listener is not None:
-                self._listener.close()
-        self._engine.dispose()
-
-    def _listen(self) -> None:
-        """Start to receive notifications, unless this was done before."""
-        with self._listener_lock:
-            if self._listener is None:
-                self._listener = Listener(self._engine, self._on_notification)
-
-    def _on_notification(self, payload: str) -> None:
-        if payload.startswith(CANCEL):
-            self._cancellations[payload.removeprefix(CANCEL)] = None
-            if len(self._cancellations) > _MAX_CANCELLATIONS:
-                self._cancellations.popitem(last=False)
-        elif payload == NEW_JOB:
-            for wake in self._wakes:
-                wake()
-
-    def _notify(self, connection: sa.Connection, payload: str) -> None:
-        if not self._is_sqlite:
-            notify(connection, payload)
-
-    def _wake_if_local(self) -> None:
-        """Wake the workers of this process, if the database sends no notifications."""
-        if self._is_sqlite:
-            for wake in self._wakes:
-                wake()
-
-    def _now(self, now: datetime | None) -> dict[str, Any]:
-        """Return the parameter `now_s`, which is None for the clock of PostgreSQL."""
-        if now is None and self._is_sqlite:
-            return {"now_s": time.time()}
-        return {"now_s": now and now.timestamp()}
-
-    @contextmanager
-    def _writing(self) -> Iterator[sa.Connection]:
-        # SQLite allows one writer at a time and makes others sleep with a growing backoff. Threads
-        # of this process wait for a lock instead, which is faster and fairer.
-        with database_errors(), self._write_turn(), self._engine.begin() as connection:
-            yield connection
-
-    @contextmanager
-    def _write_turn(self) -> Iterator[None]:
-        if self._write_lock is None:
-            yield
-            return
-        if not self._write_lock.acquire(timeout=BUSY_TIMEOUT_S):
-            raise JobStoreError(
-                "The job database cannot be used at the moment: it is locked by another write."
-            )
-        try:
-            yield
-        finally:
-            self._write_lock.release()
-
-    @contextmanager
-    def _reading(self) -> Iterator[sa.Connection]:
-        with (
-            database_errors(),
-            self._engine.connect().execution_options(fidelora_reads=True) as connection,
-        ):
-            yield connection
+        self._database.close()
 
     def _submitted(self, connection: sa.Connection, submission: Submission) -> Job | None:
         query = sa.select(*JOB_COLUMNS, JOBS.c.body_sha256).where(
@@ -520,7 +360,9 @@ class SqlStore(StoreByTransition):
         self, connection: sa.Connection, job_id: str, now: datetime | None
     ) -> tuple[Job, datetime]:
         """Return a job and the time."""
-        row = connection.execute(self._queries.get, self._now(now) | {"id": job_id}).first()
+        row = connection.execute(
+            self._queries.get, self._database.now(now) | {"id": job_id}
+        ).first()
         if row is None:
             raise JobNotFoundError
         if row.document_format > self._document_format:
@@ -543,20 +385,14 @@ class SqlStore(StoreByTransition):
         is_retry = after.status is Status.IN_QUEUE and after.retry_at is not None
         if is_retry and before.status is not Status.IN_QUEUE:
             place = connection.execute(
-                self._queries.places, self._now(at) | {"owner": after.owner}
+                self._queries.places, self._database.now(at) | {"owner": after.owner}
             ).one()
             values["due"] = due_of(place.claims, 0, place.workers)
         given = values | {"job_id": before.id, "job_version": before.version}
         if connection.execute(update_of_job(frozenset(values)), given).rowcount != 1:
             raise _VersionConflictError
         if after.status is Status.IN_QUEUE:
-            self._notify(connection, NEW_JOB)
+            self._notifications.send(connection, NEW_JOB)
         if after.cancel_requested and not before.cancel_requested:
-            self._notify(connection, CANCEL + after.id)
+            self._notifications.send(connection, CANCEL + after.id)
         return after
-
-
-def _batched(ids: Iterable[str], size: int) -> Iterator[list[str]]:
-    left = list(ids)
-    for start in range(0, len(left), size):
-        yield left[start : start + size]

@@ -21,19 +21,21 @@ from starlette.responses import PlainTextResponse
 import fidelora
 from fidelora.accel.allocator import return_freed_memory
 from fidelora.atomic import make_folder, remove_stale_temporaries
+from fidelora.jobs.client_state import ClientState, local_state
 from fidelora.jobs.job import Status
 from fidelora.jobs.sql import SqlStore
 from fidelora.jobs.store import JobStore
+from fidelora.jobs.transactions import Database
 from fidelora.loras.cache import AdapterCache
 from fidelora.loras.download import DownloadRules
 from fidelora.loras.folder import UPLOADS
 from fidelora.loras.resolve import AdapterResolver
 from fidelora.loras.uploads import UploadQuota, upload_folders
 from fidelora.server import api_docs, problems
-from fidelora.server.api_keys import ApiKeys
 from fidelora.server.background import run_periodically
 from fidelora.server.base_models import BaseModels
 from fidelora.server.context import ServerContext
+from fidelora.server.key_store import client_state, keys_file
 from fidelora.server.login import Login
 from fidelora.server.metrics import Metrics
 from fidelora.server.middleware import AccessControl, BodyLimitMiddleware, RequestLogMiddleware
@@ -90,9 +92,10 @@ def make_context(
         make_folder(folder)
     for folder in (settings.loras, *upload_folders(settings.loras), settings.outputs):
         remove_stale_temporaries(folder)
-    store = SqlStore(settings.database)
+    database = Database(settings.database)
+    store, state = SqlStore(database), client_state(settings, database)
     pool = WorkerPool(store, worker_setups(settings, server_defaults), name=server_id)
-    context = context_with_store(store, settings, server_defaults, base_url, pool)
+    context = context_with_store(store, settings, server_defaults, base_url, pool, state)
     pool.on_report = context.attempt_ended
     return context
 
@@ -103,8 +106,12 @@ def context_with_store(
     server_defaults: Mapping[str, Mapping[str, Any]],
     base_url: str,
     pool: WorkerPool | None = None,
+    clients: ClientState | None = None,
 ) -> ServerContext:
     """Return a context that uses this store; without a pool, other processes run its jobs.
+
+    Args:
+        clients: state of the clients; by default, it is kept in the data folder and in memory.
 
     Raises:
         OutputError: the adapter cache is not writable.
@@ -127,7 +134,7 @@ def context_with_store(
             _bytes(settings.uploads_gb) or 0,
             _bytes(settings.uploads_per_key_gb),
         ),
-        keys=ApiKeys(keys_file(settings)),
+        clients=clients or local_state(keys_file(settings)),
         metrics=Metrics(
             store,
             pool,
@@ -165,11 +172,6 @@ def _private_paths(
     bases = [str(one.get("base_model", "")) for one in server_defaults.values()]
     paths += [Path(base) for base in bases if Path(base).is_absolute()]
     return [path for path in paths if path is not None]
-
-
-def keys_file(settings: Settings) -> Path:
-    """Return the path of the file with the hashes of the API keys."""
-    return settings.data_dir.expanduser().absolute() / "api_keys.json"
 
 
 class _DocumentedBasic(HTTPBasic):
@@ -219,7 +221,9 @@ def make_app(context: ServerContext, *, with_page: bool = False) -> FastAPI:
         )
     )
     app.include_router(a1111.router, dependencies=[bearer, basic])
-    login = Login(context.keys, secure=context.base_url.startswith("https://"))
+    login = Login(
+        context.keys, context.clients.sessions, secure=context.base_url.startswith("https://")
+    )
     page = make_page(context, login) if with_page else SWITCHED_OFF
     if isinstance(page, Page):
         app.state.page = page

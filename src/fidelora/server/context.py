@@ -14,13 +14,14 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 
 from fidelora.errors import JobNotFoundError, ServerNotReadyError, ServerStoppingError
+from fidelora.jobs.api_keys import ApiKeys
+from fidelora.jobs.client_state import ClientState
 from fidelora.jobs.job import Job
 from fidelora.jobs.store import JobStore
 from fidelora.loras.cache import AdapterCache
 from fidelora.loras.resolve import AdapterResolver
 from fidelora.loras.uploads import UploadQuota
 from fidelora.server.access import ANONYMOUS, Caller
-from fidelora.server.api_keys import ApiKeys
 from fidelora.server.base_models import BaseModels
 from fidelora.server.job_watcher import JobWatcher
 from fidelora.server.metrics import Metrics
@@ -42,10 +43,8 @@ class ServerContext:
             by model id. For a model without an entry, the server sets no fields.
         base_models: content hashes of the base models in `server_defaults`.
         limits: limits of what one request may ask for.
+        clients: API keys, sessions of browsers, and the state of AUTOMATIC1111's API.
         pool: workers of this server; None if other processes run the jobs.
-        a1111_jobs: owner of each job that an AUTOMATIC1111 client is waiting for, by job id. As
-            in jobs, an owner is the id of an API key.
-        a1111_models: model that an AUTOMATIC1111 client has set for later requests, by owner.
         retention_clock: clock for the removal of old data.
         stopping: event that is set as soon as the server begins to stop.
         failed: event that is set if the server stops because of an internal error.
@@ -56,18 +55,21 @@ class ServerContext:
     cache: AdapterCache
     resolver: AdapterResolver
     upload_quota: UploadQuota
-    keys: ApiKeys
+    clients: ClientState
     metrics: Metrics
     base_url: str
     server_defaults: Mapping[str, Mapping[str, Any]]
     base_models: BaseModels
     limits: SizeLimits
     pool: WorkerPool | None = None
-    a1111_jobs: dict[str, str] = field(default_factory=dict)
-    a1111_models: dict[str, str] = field(default_factory=dict)
     retention_clock: RetentionClock = field(default_factory=RetentionClock)
     stopping: threading.Event = field(default_factory=threading.Event)
     failed: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def keys(self) -> ApiKeys:
+        """The API keys."""
+        return self.clients.keys
 
     @cached_property
     def watcher(self) -> JobWatcher:

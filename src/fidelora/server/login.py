@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import secrets
-import threading
-import time
-from collections import OrderedDict
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 from urllib.parse import parse_qs
 
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.requests import Request, cookie_parser
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from fidelora.server.api_keys import ApiKey, ApiKeys, hash_of
+from fidelora.jobs.api_keys import ApiKeys, hash_of
+from fidelora.jobs.client_state import SESSION_S, Sessions
 
+P = ParamSpec("P")
+T = TypeVar("T")
 COOKIE = "fidelora_session"
 LOGIN_PATH, LOGOUT_PATH = "/login", "/logout"
-_SESSION_S = 7 * 24 * 3600.0
-"""Lifetime of a session: one week, in seconds."""
-_MAX_SESSIONS = 10_000
-"""Number of sessions to keep; the oldest are dropped first."""
 _MAX_FORM_BYTES = 10_000
 """Maximum number of bytes to read from a login form; one with a key has fewer than 100."""
 _CONTENT_SECURITY_POLICY = (
@@ -30,26 +29,23 @@ _CONTENT_SECURITY_POLICY = (
 
 
 class Login:
-    """The login form, and the sessions of logged-in browsers, which are kept in memory only.
+    """The login form, which starts and ends the sessions of browsers.
 
     Args:
         keys: the server's keys; a session ends when its key is removed.
         secure: True if browsers must send the cookie over TLS only.
     """
 
-    def __init__(self, keys: ApiKeys, *, secure: bool) -> None:
+    def __init__(self, keys: ApiKeys, sessions: Sessions, *, secure: bool) -> None:
         self._keys = keys
+        self._sessions = sessions
         self._secure = secure
-        self._lock = threading.Lock()
-        # hash of the cookie -> (hash of the key, end of the session)
-        self._sessions: OrderedDict[str, tuple[str, float]] = OrderedDict()
 
-    def key(self, headers: Headers) -> ApiKey | None:
-        """Return the key behind this request's cookie; None without a valid session."""
+    async def key_sha256(self, headers: Headers) -> str:
+        """Return the hash of the key behind this request's cookie; empty without a session."""
         token = cookie_parser(headers.get("cookie", "")).get(COOKIE, "")
-        with self._lock:
-            sha256, end = self._sessions.get(hash_of(token), ("", 0.0))
-        return self._keys.with_hash(sha256) if time.monotonic() < end else None
+        key_sha256 = await self._call(self._sessions.key_of, hash_of(token)) if token else None
+        return key_sha256 or ""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve the login form, and log in with a posted key."""
@@ -58,41 +54,43 @@ class Login:
             form = parse_qs((await _read_form(request)).decode("utf-8", "replace"))
             key = form.get("key", [""])[0].strip()
             response = (
-                self._start_session(key)
-                if self._keys.find(key)
+                await self._start_session(key)
+                if await self._call(self._keys.find, key)
                 else _login_page("This is not a key of this server.", 403)
             )
         else:
             response = _login_page()
         await response(scope, receive, send)
 
-    def logout(self, method: str, headers: Headers) -> Response:
+    async def logout(self, method: str, headers: Headers) -> Response:
         """End the session on POST. On GET, which other sites can trigger, return a logout form."""
         if method != "POST":
             return _page("logout", "<button autofocus>Log out</button>")
         token = cookie_parser(headers.get("cookie", "")).get(COOKIE, "")
-        with self._lock:
-            self._sessions.pop(hash_of(token), None)
+        await self._call(self._sessions.end, hash_of(token))
         response = RedirectResponse("./", 303)
         response.delete_cookie(COOKIE, httponly=True, samesite="strict", secure=self._secure)
         return response
 
-    def _start_session(self, key: str) -> Response:
+    async def _start_session(self, key: str) -> Response:
         token = secrets.token_urlsafe(32)
-        with self._lock:
-            self._sessions[hash_of(token)] = (hash_of(key), time.monotonic() + _SESSION_S)
-            while len(self._sessions) > _MAX_SESSIONS:
-                self._sessions.popitem(last=False)
+        await self._call(self._sessions.start, hash_of(token), hash_of(key))
         response = RedirectResponse("./", 303)
         response.set_cookie(
             COOKIE,
             token,
-            max_age=int(_SESSION_S),
+            max_age=int(SESSION_S),
             httponly=True,
             samesite="strict",
             secure=self._secure,
         )
         return response
+
+    async def _call(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a method of the keys or sessions, on a thread if it can wait for a database."""
+        if self._sessions.is_local:
+            return call(*args, **kwargs)
+        return await run_in_threadpool(call, *args, **kwargs)
 
 
 async def _read_form(request: Request) -> bytes:

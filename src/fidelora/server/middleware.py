@@ -11,6 +11,7 @@ from collections.abc import Collection
 from urllib.parse import urlsplit
 
 import structlog
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -21,9 +22,9 @@ from fidelora.errors import (
     PeerNotAllowedError,
     RequestError,
 )
+from fidelora.jobs.api_keys import ApiKeys, hash_of
 from fidelora.server.access import UNRESTRICTED, Caller
 from fidelora.server.api_docs import DOCS_PATHS
-from fidelora.server.api_keys import ApiKeys
 from fidelora.server.login import LOGIN_PATH, Login
 from fidelora.server.metrics import Metrics
 from fidelora.server.page.paths import UPLOAD_PATH as PAGE_UPLOAD_PATH
@@ -181,15 +182,14 @@ class AccessControl:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not self._is_public(scope["path"]):
             try:
-                scope["fidelora_caller"] = self._caller(scope)
-            except FideloraError as error:
-                if (
-                    isinstance(error, ApiKeyError)
-                    and self._login
-                    and (scope["method"], scope["path"]) in _LOGIN_ROUTES
-                ):
+                try:
+                    scope["fidelora_caller"] = await self._caller(scope)
+                except ApiKeyError:
+                    if not self._login or (scope["method"], scope["path"]) not in _LOGIN_ROUTES:
+                        raise
                     await self._login(scope, receive, send)
                     return
+            except FideloraError as error:
                 await problem_response(problem_of(error), scope["path"])(scope, receive, send)
                 return
         await self._app(scope, receive, send)
@@ -198,20 +198,23 @@ class AccessControl:
         # Without the page, "/" returns only a notice.
         return path in _PUBLIC_PATHS or (path == "/" and self._login is None)
 
-    def _caller(self, scope: Scope) -> Caller:
+    async def _caller(self, scope: Scope) -> Caller:
         headers, path = Headers(scope=scope), scope["path"]
         is_page = self._login is not None and is_page_path(path)
         if is_page and scope["method"] == "POST":
             self._refuse_other_sites(headers)
-        if self._keys.names():
+        keys = self._keys.in_memory()
+        if keys is None:
+            keys = await run_in_threadpool(self._keys.by_hash)
+        if keys:
             scheme, _, credentials = headers.get("authorization", "").partition(" ")
             secret = credentials.strip() if scheme.lower() == "bearer" else ""
             if scheme.lower() == "basic" and path.startswith(A1111_PATHS):
                 secret = _password(credentials)
-            key = self._keys.find(secret) if secret else None
+            key = keys.get(hash_of(secret)) if secret else None
             # The API does not accept cookies, because other sites could make a browser send them.
             if key is None and is_page and self._login:
-                key = self._login.key(headers)
+                key = keys.get(await self._login.key_sha256(headers))
             if key is None:
                 raise ApiKeyError
             return Caller(key.id, key.is_admin)

@@ -9,11 +9,12 @@ from typing import Any
 from fastapi.responses import JSONResponse
 
 from fidelora.server.public_texts import public_text
+from fidelora.server.unknown_routes import OPENAI_ROUTES
 from fidelora.texts import shortened
 
 RETRY_AFTER_S = 10
 """Value of the `Retry-After` header of 429 and 503 responses."""
-OPENAI_PATHS = ("/v1/images/", "/v1/models/")
+OPENAI_PATHS = ("/v1/images/", "/v1/models/", *OPENAI_ROUTES)
 A1111_PATHS = ("/sdapi/",)
 
 

@@ -29,6 +29,7 @@ from fidelora.server.problem_formats import (
     Problem,
     problem_response,
 )
+from fidelora.server.unknown_routes import unknown_route
 
 log = structlog.get_logger(__name__)
 
@@ -162,12 +163,11 @@ def install(app: FastAPI) -> None:
             return problem_response(problem_of(error.__cause__), request.url.path)
         if isinstance(error.__cause__, OSError) and is_full(error.__cause__):
             return problem_response(problem_of(StorageFullError()), request.url.path)
+        message = f"{str(error.detail).rstrip('.')}."
+        if error.status_code == 404 and error.detail == HTTPStatus.NOT_FOUND.phrase:
+            message = unknown_route(request.url.path)  # the router found no route
         response = problem_response(
-            Problem(
-                error.status_code,
-                HTTPStatus(error.status_code).name,
-                f"{str(error.detail).rstrip('.')}.",
-            ),
+            Problem(error.status_code, HTTPStatus(error.status_code).name, message),
             request.url.path,
         )
         response.headers.update(error.headers or {})
@@ -215,7 +215,7 @@ def _invalid(found: Sequence[Mapping[str, Any]]) -> Problem:
     fields = []
     for entry in found:
         loc = [part[:MAX_SHOWN] if isinstance(part, str) else part for part in entry["loc"]]
-        field = {"type": entry["type"], "loc": loc, "msg": entry["msg"]}
+        field = {"type": entry["type"], "loc": loc, "msg": _sentence(entry)}
         value = entry.get("input")
         if _SECRET_FIELDS.isdisjoint(map(str, entry["loc"])) and _is_plain(value):
             field["input"] = value
@@ -225,6 +225,18 @@ def _invalid(found: Sequence[Mapping[str, Any]]) -> Problem:
         for entry in fields
     )
     return Problem(422, "FIELD_INVALID", "; ".join(sentences).strip(": "), fields=fields)
+
+
+def _sentence(entry: Mapping[str, Any]) -> str:
+    """Return the message of an invalid field; errors of the whole body say how to send one."""
+    if entry["type"] == "json_invalid":
+        reason = entry.get("ctx", {}).get("error", "it cannot be parsed")
+        return f"The body is not valid JSON: {reason}."
+    if entry["type"] == "model_attributes_type" and tuple(entry["loc"]) == ("body",):
+        return (
+            "The body must be a JSON object, sent with the header `Content-Type: application/json`."
+        )
+    return str(entry["msg"])
 
 
 def _is_plain(value: object) -> bool:

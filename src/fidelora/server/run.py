@@ -9,7 +9,6 @@ import socket
 import sys
 import uuid
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import structlog
@@ -18,13 +17,12 @@ from filelock import FileLock, Timeout
 
 from fidelora.atomic import make_folder, write_atomically
 from fidelora.errors import ServerFailedError, SettingsError
-from fidelora.server.api_keys import ApiKeys
-from fidelora.server.app import keys_file, make_app, make_context
+from fidelora.server.app import make_app, make_context
 from fidelora.server.connections import LimitedProtocol, connection_limit
 from fidelora.server.context import ServerContext
 from fidelora.server.defaults import server_defaults_of
+from fidelora.server.key_store import check_keys
 from fidelora.server.logs import configure_logs, is_text
-from fidelora.server.middleware import is_loopback
 from fidelora.server.page.mount import Page
 from fidelora.settings import Settings
 
@@ -44,12 +42,7 @@ def serve(settings: Settings) -> None:
         FideloraError: the server cannot start with these settings on this machine.
     """
     configure_logs(settings.log_format, settings.debug)
-    if not is_loopback(settings.host) and not ApiKeys(keys_file(settings)).names():
-        raise SettingsError(
-            f"Other machines can reach the address {settings.host}, so the server needs an API "
-            "key; create one with `fidelora keys add NAME`, or listen on 127.0.0.1 "
-            "(`--host 127.0.0.1` or FIDELORA_HOST=127.0.0.1)."
-        )
+    check_keys(settings)
     data_dir = settings.data_dir.expanduser().absolute()
     make_folder(data_dir)
     with _lock_data_dir(data_dir), _listen(settings) as listener:
@@ -68,6 +61,17 @@ def serve(settings: Settings) -> None:
 
 
 async def _serve(context: ServerContext, listener: socket.socket, url: str) -> None:
+    stop_requested = asyncio.Event()
+
+    def request_stop() -> None:
+        if stop_requested.is_set() and context.pool is not None:  # a second signal: do not wait
+            context.pool.skip_grace_period()
+        stop_requested.set()
+
+    # Before the application is made, which takes seconds: asyncio's own handler of SIGINT would
+    # cancel the server in the middle of its startup.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, request_stop)
     app = make_app(context, with_page=True)
     LimitedProtocol.max_connections = connection_limit()
     config = uvicorn.Config(
@@ -79,20 +83,21 @@ async def _serve(context: ServerContext, listener: socket.socket, url: str) -> N
         # The access control needs the address of the connection, not one that a header claims.
         proxy_headers=False,
     )
-    server = _UvicornServer(config, partial(_announce, context, url))
-    stop_requested = asyncio.Event()
+    started = asyncio.Event()
 
-    def request_stop() -> None:
-        if stop_requested.is_set() and context.pool is not None:  # a second signal: do not wait
-            context.pool.skip_grace_period()
-        stop_requested.set()
+    def announce() -> None:
+        _announce(context, url)
+        started.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, request_stop)
+    server = _UvicornServer(config, announce)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     waiting = asyncio.create_task(stop_requested.wait())
     await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
     if stop_requested.is_set():
+        # A startup that has begun must end first: it starts the workers that are stopped here.
+        starting = asyncio.create_task(started.wait())
+        await asyncio.wait({serving, starting}, return_when=asyncio.FIRST_COMPLETED)
+        starting.cancel()
         log.info("stopping", grace_s=context.settings.stop_grace_s)
         context.stopping.set()
         if context.pool is not None:  # the API still serves status and results meanwhile

@@ -64,6 +64,87 @@ def worker_setups(
     return [setup(device=device) for device in settings.devices]
 
 
+class WorkerHost:
+    """Worker processes on this machine, one per device, without a server.
+
+    Args:
+        name: name of the processes' pool. Jobs that an earlier pool of this name left behind are
+            queued again at the start.
+
+    Raises:
+        FideloraError: the workers cannot start with these settings on this machine.
+    """
+
+    def __init__(self, settings: Settings, name: str) -> None:
+        if not settings.devices:
+            raise SettingsError("DEVICE is none, so there is nothing to run; name a device.")
+        for folder, variable in (
+            (settings.outputs, "OUTPUT_BASE_PATH"),
+            (settings.adapters, "LORA_DOWNLOAD_CACHE_DIR"),
+        ):
+            # Do not create it: images in a folder that is not mounted would be lost to the servers.
+            if not folder.is_dir():
+                raise SettingsError(
+                    f"The folder {folder} does not exist. Mount the folder that the servers use, "
+                    f"or set {variable}."
+                )
+        remove_stale_temporaries(settings.outputs)
+        self._settings = settings
+        self._store = SqlStore(settings.database)
+        setups = worker_setups(settings, server_defaults_of(settings))
+        self.pool = WorkerPool(self._store, setups, name=name)
+        folders = {"outputs": settings.outputs, "adapters": settings.adapters}
+        self.metrics = Metrics(None, self.pool, folders)
+        self.pool.on_report = self._on_report
+        self._name = name
+        self._was_ready = False
+
+    def run(self, stop: threading.Event) -> None:
+        """Start the processes and replace dead ones until `stop` is set, then end them all.
+
+        Running jobs have `stop_grace_s` seconds to finish; after that, they return to the queue.
+        """
+        self.pool.start()
+        log.info("worker started", name=self._name, devices=self._settings.devices)
+        while not stop.wait(_WATCH_INTERVAL_S):
+            self._watch()
+        log.info("stopping", grace_s=self._settings.stop_grace_s)
+        try:
+            self.pool.stop(self._settings.stop_grace_s)
+        except JobStoreError as error:
+            log.warning("job store unavailable", error=str(error))
+        self._store.close()
+
+    def _watch(self) -> None:
+        try:
+            for job in self.pool.watch():
+                if job.status is Status.FAILED and job.error:
+                    self.metrics.lost(job.error.code)
+        except JobStoreError as error:
+            log.warning("job store unavailable", error=str(error))
+        if self.pool.ready != self._was_ready:
+            self._was_ready = self.pool.ready
+            log.info("ready" if self._was_ready else "not ready", reason=self.pool.unready_reason)
+
+    def _on_report(self, report: AttemptReport) -> None:
+        self.metrics.attempt_ended(report)
+        log.info(
+            "attempt ended",
+            request_id=report.job_id,
+            status=report.status,
+            code=report.code,
+            adapters_cold=report.adapters_cold,
+        )
+
+
+def new_host_name() -> str:
+    """Return a name for a `WorkerHost` that no other one has.
+
+    Each start has a new name. Jobs of a killed process return to the queue after a minute.
+    """
+    return f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
+
+
 def run_workers(settings: Settings) -> None:
     """Run one worker per device until SIGTERM or Ctrl-C.
 
@@ -71,81 +152,29 @@ def run_workers(settings: Settings) -> None:
         FideloraError: the workers cannot start with these settings on this machine.
     """
     configure_logs(settings.log_format, settings.debug)
-    if not settings.devices:
-        raise SettingsError("DEVICE is none, so there is nothing to run; name a device.")
-    for folder, name in (
-        (settings.outputs, "OUTPUT_BASE_PATH"),
-        (settings.adapters, "LORA_DOWNLOAD_CACHE_DIR"),
-    ):
-        # Do not create it: images in a folder that is not mounted would be lost to the servers.
-        if not folder.is_dir():
-            raise SettingsError(
-                f"The folder {folder} does not exist. Mount the folder that the servers use, or "
-                f"set {name}."
-            )
-    remove_stale_temporaries(settings.outputs)
-    store = SqlStore(settings.database)
-    setups = worker_setups(settings, server_defaults_of(settings))
-    # Each start has a new name. Jobs of a killed process return to the queue after a minute.
-    name = f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
-    pool = WorkerPool(store, setups, name=name)
-    metrics = Metrics(None, pool, {"outputs": settings.outputs, "adapters": settings.adapters})
-
-    def on_report(report: AttemptReport) -> None:
-        metrics.attempt_ended(report)
-        _log_report(report)
-
-    pool.on_report = on_report
+    host = WorkerHost(settings, new_host_name())
     stop = threading.Event()
     probes: WorkerProbes | None = None
     if settings.worker_port is not None:
         probes = WorkerProbes(
             settings.host,
             settings.worker_port,
-            is_ready=lambda: pool.ready and not stop.is_set(),
-            metrics=metrics.text,
+            is_ready=lambda: host.pool.ready and not stop.is_set(),
+            metrics=host.metrics.text,
         )
         log.info("serving probes and metrics", host=settings.host, port=probes.port)
 
     def request_stop(_signal: int, _frame: FrameType | None) -> None:
         if stop.is_set():
-            pool.skip_grace_period()
+            host.pool.skip_grace_period()
         stop.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, request_stop)
-    pool.start()
-    log.info("worker started", name=name, devices=settings.devices)
-    was_ready = False
-    while not stop.wait(_WATCH_INTERVAL_S):
-        try:
-            for job in pool.watch():
-                if job.status is Status.FAILED and job.error:
-                    metrics.lost(job.error.code)
-        except JobStoreError as error:
-            log.warning("job store unavailable", error=str(error))
-        if pool.ready != was_ready:
-            was_ready = pool.ready
-            log.info("ready" if was_ready else "not ready", reason=pool.unready_reason)
-    log.info("stopping", grace_s=settings.stop_grace_s)
-    try:
-        pool.stop(settings.stop_grace_s)
-    except JobStoreError as error:
-        log.warning("job store unavailable", error=str(error))
-    store.close()
+    host.run(stop)
     if probes is not None:
         probes.close()
     log.info("stopped")
-
-
-def _log_report(report: AttemptReport) -> None:
-    log.info(
-        "attempt ended",
-        request_id=report.job_id,
-        status=report.status,
-        code=report.code,
-        adapters_cold=report.adapters_cold,
-    )
 
 
 def _bytes(gigabytes: float | None) -> int | None:

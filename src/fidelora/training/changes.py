@@ -46,12 +46,14 @@ def changed_settings(run: TrainingRun, plan: PlannedSample) -> Iterator[Change]:
     if recipe.guidance_scale > 1:
         scale = recipe.guidance_scale
         where = where_to_set("--guidance {value}", "--cfg {value}")
-        fix = f"The guidance scale was about {{value}}: correct guidance_scale{where}"
+        fix = (
+            f"The guidance scale was about {{value}}, not {scale:g}: correct guidance_scale{where}"
+        )
         changed = replace(recipe, guidance_scale=scale + 0.5)
         opposite = replace(recipe, guidance_scale=scale - 0.5) if scale > 1.5 else None
         yield Change("guidance", 0.5, changed, fix, scale, opposite=opposite)
     where = where_to_set("--steps", "--steps")
-    fix = f"The sample had about {{value}} steps: correct sample_steps{where}"
+    fix = f"The sample had about {{value}} steps, not {recipe.steps}: correct sample_steps{where}"
     sizes = [more for more in (1, -1) if _is_valid_step_count(recipe, recipe.steps + more)]
     if sizes:
         changed, *others = (replace(recipe, steps=recipe.steps + more) for more in sizes)
@@ -69,7 +71,10 @@ def changed_settings(run: TrainingRun, plan: PlannedSample) -> Iterator[Change]:
         multiplier = recipe.adapters[0].multiplier
         size = 0.1 if multiplier + 0.1 <= MAX_MULTIPLIER else -0.1
         where = where_to_set("--lora FILE:{value}", "--m {value}")
-        fix = f"The multiplier was about {{value}}: correct network_multiplier{where}"
+        fix = (
+            f"The multiplier was about {{value}}, not {multiplier:g}: correct network_multiplier"
+            f"{where}"
+        )
         changed, opposite = (
             replace(recipe, adapters=with_multiplier(recipe.adapters, value))
             for value in (multiplier + size, max(multiplier - size, -MAX_MULTIPLIER))
@@ -102,13 +107,27 @@ def _is_valid_step_count(recipe: Recipe, steps: int) -> bool:
     return True
 
 
-def grouped_by_cause(changes: Sequence[Sequence[Change]]) -> dict[str, dict[int, Change]]:
-    """Return the changes by cause and by index of the sample.
+def grouped_by_setting(
+    changes: Sequence[Sequence[Change]], max_samples: int, max_values: int
+) -> list[dict[int, Change]]:
+    """Return the changes of one cause to samples with the same value, by index of the sample.
 
-    Not every sample has every change: some have no guidance, and some no trigger word.
+    Samples with the same value probably take it from the same place, such as the sample block,
+    and a mistake there changes all of them and no other.
+
+    Args:
+        changes: the changes of each sample. Not every sample has every change: some have no
+            guidance, and some no trigger word.
+        max_samples: use the first samples of a group only, at most this many.
+        max_values: use the largest groups of each cause only, at most this many.
     """
-    grouped: dict[str, dict[int, Change]] = {}
+    by_cause: dict[str, dict[float, dict[int, Change]]] = {}
     for index, sample_changes in enumerate(changes):
         for change in sample_changes:
-            grouped.setdefault(change.cause, {})[index] = change
-    return grouped
+            by_value = by_cause.setdefault(change.cause, {})
+            by_value.setdefault(change.value, {})[index] = change
+    groups = []
+    for by_value in by_cause.values():
+        largest = sorted(by_value.values(), key=len, reverse=True)[:max_values]
+        groups += [dict(list(group.items())[:max_samples]) for group in largest]
+    return groups

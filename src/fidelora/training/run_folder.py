@@ -194,6 +194,8 @@ def read_run(folder: Path) -> TrainingRun:
     Raises:
         TrainingRunError: it is not a run folder, or its configuration is invalid or not supported.
     """
+    if folder.is_file():
+        raise TrainingRunError(f"{folder} is a file; set the output folder of a training run.")
     if not folder.is_dir():
         raise TrainingRunError(
             f"The folder {folder} does not exist; set the output folder of a training run."

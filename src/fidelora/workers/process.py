@@ -31,7 +31,7 @@ from fidelora.workers.worker import Worker
 
 log = logging.getLogger(__name__)
 
-_POLL_S = 0.5  # time between two polls of an idle worker
+POLL_S = 0.5  # time between two polls of an idle worker
 _EXIT_WAIT_S = 10.0  # wait for a process to exit after SIGTERM, and after SIGKILL
 _NICENESS = 5  # a worker uses the whole CPU; the server must still respond promptly
 _MIN_RESTART_DELAY_S, _MAX_RESTART_DELAY_S = 1.0, 60.0  # doubled after each failed start
@@ -238,7 +238,7 @@ def worker_process(
                 job = None
             if job is None:
                 # Poll as well: notifications of other processes can be missing or lost.
-                signals.wake.wait(_POLL_S)
+                signals.wake.wait(POLL_S)
     finally:
         presence.close()
 

@@ -50,7 +50,7 @@ if TYPE_CHECKING:  # the server imports this module and must not load torch
 log = logging.getLogger(__name__)
 
 _CLAIM_INTERVAL_S = 0.05  # time between claims while a batch waits for jobs; a step takes longer
-_MAX_HOLD_S = 1.0  # longest time to leave a job for another worker; longer waits gain little
+MAX_HOLD_S = 1.0  # longest time to leave a job for another worker; longer waits gain little
 
 
 class Worker:
@@ -179,7 +179,7 @@ class Worker:
         slower than reading them.
         """
         if report.adapters_cold and (read_s := report.timings.get("adapters")):
-            self._hold_s = min(read_s, _MAX_HOLD_S)
+            self._hold_s = min(read_s, MAX_HOLD_S)
 
     def _release_interrupted(self) -> None:
         """Return the jobs in this worker's name to the queue, after the store failed.

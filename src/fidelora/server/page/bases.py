@@ -18,10 +18,19 @@ def served_families(context: ServerContext) -> list[Family]:
     return [get_family(model) for model in models]
 
 
+def _base_model(context: ServerContext, model: str) -> str:
+    recipe = Recipe(prompt="", model=model, **context.server_defaults.get(model, {}))
+    return recipe.base_model
+
+
 def base_name(context: ServerContext, model: str) -> str:
     """Return the short name of the server's base model for a family."""
-    recipe = Recipe(prompt="", model=model, **context.server_defaults.get(model, {}))
-    return short_name(recipe.base_model)
+    return short_name(_base_model(context, model))
+
+
+def base_side(context: ServerContext, family: Family) -> int:
+    """Return the width and height, in pixels, that the server's base model was trained at."""
+    return family.size_of(_base_model(context, family.id))
 
 
 def bases_line(context: ServerContext) -> str:

@@ -34,7 +34,8 @@ MAX_LORAS = 8
 _RATIOS = ((1, 1), (3, 4), (2, 3), (9, 16))
 """Short and long side of the size presets."""
 _PRESET_STEP = 64
-"""The sides of presets are multiples of this number of pixels, as in the buckets of trainers."""
+"""The sides of presets are multiples of this number of pixels, as in the buckets of trainers, or of
+an eighth of the base model's size if that is smaller."""
 
 CUSTOM_SIZE = "Custom"
 """Label of sizes that no preset has."""
@@ -158,45 +159,52 @@ def _sentence(error: ValidationError) -> str:
     return f"{label} is {given}, which is not possible: {first['msg']}."
 
 
-def family_defaults(model: str) -> dict[str, Any]:
-    """Return a model family's default values, by request field."""
+def family_defaults(model: str, side: int) -> dict[str, Any]:
+    """Return a model family's default values, by request field.
+
+    Args:
+        side: width and height, in pixels, that the base model was trained at.
+    """
     spec = get_family(model)
     return {
         "sampler": spec.default_sampler,
         "sample_steps": spec.default_steps,
         "guidance_scale": spec.default_guidance_scale,
-        "width": spec.default_size,
-        "height": spec.default_size,
+        "width": side,
+        "height": side,
         "num_frames": 1,
         "fps": spec.default_fps or 16,
     }
 
 
-def size_presets(model: str) -> dict[str, tuple[int, int]]:
-    """Return sizes (width, height) with about as many pixels as the model's default, by label.
+def size_presets(side: int) -> dict[str, tuple[int, int]]:
+    """Return sizes (width, height) with about as many pixels as the square, by label.
 
-    Square, then portrait and landscape of each ratio. Sides are multiples of 64 pixels.
+    Square, then portrait and landscape of each ratio. Sides are multiples of 64 pixels, or of
+    `side / 8` if that is smaller.
+
+    Args:
+        side: width and height, in pixels, that the base model was trained at.
     """
-    side = get_family(model).default_size
+    step = min(_PRESET_STEP, side // 8)
     presets = {}
     for short, long in _RATIOS:
         lower, upper = (
-            round(side * math.sqrt(ratio) / _PRESET_STEP) * _PRESET_STEP
-            for ratio in (short / long, long / short)
+            round(side * math.sqrt(ratio) / step) * step for ratio in (short / long, long / short)
         )
         presets[f"{lower} x {upper} ({short}:{long})"] = (lower, upper)
         presets[f"{upper} x {lower} ({long}:{short})"] = (upper, lower)
     return presets
 
 
-def preset_choices(model: str) -> list[str]:
+def preset_choices(side: int) -> list[str]:
     """Return the labels of `size_presets`, and one for other sizes."""
-    return [*size_presets(model), CUSTOM_SIZE]
+    return [*size_presets(side), CUSTOM_SIZE]
 
 
-def preset_of(model: str, width: int | None, height: int | None) -> str:
+def preset_of(side: int, width: int | None, height: int | None) -> str:
     """Return the label of the preset with this size, or `CUSTOM_SIZE`."""
-    presets = size_presets(model).items()
+    presets = size_presets(side).items()
     return next((label for label, size in presets if size == (width, height)), CUSTOM_SIZE)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gradio as gr
@@ -36,16 +36,26 @@ the choice with these values.
 
 
 class MakeForm:
-    """Inputs of both parts of the form, connected by `listen`."""
+    """Inputs of both parts of the form, connected by `listen`.
+
+    Args:
+        sides: width and height, in pixels, that the base model of each model family was trained
+            at; the preselected family first.
+    """
 
     def __init__(
-        self, prompts: PromptInputs, settings: SettingsInputs, lora_list: LoraList, model: str
+        self,
+        prompts: PromptInputs,
+        settings: SettingsInputs,
+        lora_list: LoraList,
+        sides: Mapping[str, int],
     ) -> None:
         self._prompts = prompts
         self._settings = settings
         self._lora_list = lora_list
+        self._sides = sides
         self.fields = prompts.fields | settings.fields
-        self.handled = gr.State((model, []))
+        self.handled = gr.State((next(iter(sides)), []))
         self.stored = gr.BrowserState(None, storage_key="fidelora-form", secret="form")
 
     @property
@@ -98,7 +108,7 @@ class MakeForm:
         )
         gr.on(
             [one.input for one in size],
-            preset_of,
+            self._preset_of,
             [fields["model"], *size],
             settings.preset,
             **IMMEDIATE,
@@ -170,12 +180,12 @@ class MakeForm:
         paths = [path for path, _ in form.loras]
         fields = dict(form.fields)
         model, width, height = fields["model"], fields["width"], fields["height"]
-        samplers = list(get_family(model).samplers)
+        side, samplers = self._sides[model], list(get_family(model).samplers)
         fields["sampler"] = gr.update(choices=samplers, value=fields["sampler"])
         return [
             message,
             (model, paths),
-            gr.update(choices=preset_choices(model), value=preset_of(model, width, height)),
+            gr.update(choices=preset_choices(side), value=preset_of(side, width, height)),
             gr.update(choices=self._lora_list.choices(), value=paths),
             *self._prompts.sliders(form.loras),
             "" if form.seed is None else str(form.seed),
@@ -235,13 +245,13 @@ class MakeForm:
         """Show the samplers and defaults of the chosen model family."""
         if model == handled[0]:
             return [gr.skip()] * 10
-        spec, start = get_family(model), family_defaults(model)
-        divisor = spec.resolution_divisor
+        spec, side = get_family(model), self._sides[model]
+        start, divisor = family_defaults(model, side), spec.resolution_divisor
         return [
             (model, handled[1]),
             gr.update(
-                choices=preset_choices(model),
-                value=preset_of(model, start["width"], start["height"]),
+                choices=preset_choices(side),
+                value=preset_of(side, start["width"], start["height"]),
             ),
             gr.update(choices=list(spec.samplers), value=start["sampler"]),
             start["sample_steps"],
@@ -253,10 +263,13 @@ class MakeForm:
             start["fps"],
         ]
 
+    def _preset_of(self, model: str, width: int | None, height: int | None) -> str:
+        return preset_of(self._sides[model], width, height)
+
     def _apply_preset(self, model: str, preset: str | None) -> list[Any]:
         if preset is None:  # the list lost the focus
             return [gr.skip(), gr.skip()]
-        return list(size_presets(model).get(preset, [gr.skip(), gr.skip()]))
+        return list(size_presets(self._sides[model]).get(preset, [gr.skip(), gr.skip()]))
 
     def _find_embedding(self, prompt: str, chosen: list[str]) -> list[Any]:
         """Offer an embedding whose word is in the prompt.

@@ -29,13 +29,15 @@ class SettingsInputs:
 
     Args:
         families: the families to offer, the preselected one first.
+        side: width and height, in pixels, that the preselected family's base model was trained at.
 
     Attributes:
         fields: the input of each request field, by the keys of `LABELS`.
     """
 
-    def __init__(self, families: Sequence[Family], default_fidelity: str) -> None:
+    def __init__(self, families: Sequence[Family], side: int, default_fidelity: str) -> None:
         self._families = families
+        self._side = side
         self.fields: dict[str, Any] = {}
         with gr.Accordion("Settings", open=True):
             self._build_model()
@@ -71,7 +73,7 @@ class SettingsInputs:
 
     def _build_size(self) -> None:
         spec = self._families[0]
-        start = family_defaults(spec.id)
+        start = family_defaults(spec.id, self._side)
         divisor = spec.resolution_divisor
         with gr.Row(elem_classes="four"):
             self._number("sample_steps", "steps", start, precision=0, limited=True)
@@ -83,8 +85,8 @@ class SettingsInputs:
             self._number("num_frames", "frames", start, precision=0, limited=True)
             self._number("fps", "fps", start, precision=0, limited=True)
         self.preset = gr.Dropdown(
-            preset_choices(spec.id),
-            value=preset_of(spec.id, start["width"], start["height"]),
+            preset_choices(self._side),
+            value=preset_of(self._side, start["width"], start["height"]),
             label="Size preset",
             elem_id="preset",
         )

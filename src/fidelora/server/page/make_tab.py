@@ -10,7 +10,7 @@ from starlette.concurrency import run_in_threadpool
 
 from fidelora.errors import FideloraError, UsageError
 from fidelora.server.context import ServerContext
-from fidelora.server.page.bases import served_families
+from fidelora.server.page.bases import base_side, served_families
 from fidelora.server.page.downloads import download_link
 from fidelora.server.page.events import IMMEDIATE, STREAMING
 from fidelora.server.page.form import build_request, notes_on_form
@@ -39,6 +39,7 @@ class MakeTab:
         self._lora_list = lora_list
         self._queue = RequestQueue(context.store, context.watcher)
         families = served_families(context)
+        sides = {family.id: base_side(context, family) for family in families}
         # On a narrow screen, the results come between the buttons and the settings (style.css).
         with gr.Row(equal_height=False, elem_id="make"):
             with gr.Column(min_width=0, elem_id="make-prompts"):
@@ -46,8 +47,10 @@ class MakeTab:
             with gr.Column(min_width=0, elem_id="make-results"):
                 self.results = results = MakeResults()
             with gr.Column(min_width=0, elem_id="make-settings"):
-                self.settings = settings = SettingsInputs(families, context.settings.fidelity)
-        self.form = MakeForm(prompts, settings, lora_list, families[0].id)
+                self.settings = settings = SettingsInputs(
+                    families, sides[families[0].id], context.settings.fidelity
+                )
+        self.form = MakeForm(prompts, settings, lora_list, sides)
         self.loader = RecipeLoader(context, lora_list, self.form)
         self._outputs: dict[str, Any] = {
             "error": prompts.error,

@@ -151,7 +151,8 @@ class Page(BaseRoute):
         if path == LOGIN_PATH:
             await Response(status_code=303, headers={"Location": "./"})(scope, receive, send)
         elif path == LOGOUT_PATH:
-            await self._login.logout(method, Headers(scope=scope))(scope, receive, send)
+            response = await self._login.logout(method, Headers(scope=scope))
+            await response(scope, receive, send)
         elif path.startswith(REPORTS):
             await self._report(path.removeprefix(REPORTS))(scope, receive, send)
         elif path == IMAGES_ZIP:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any
 
+import anyio
 from fastapi import APIRouter, Body, Query, Request
 from starlette.concurrency import run_in_threadpool
 
@@ -35,7 +36,7 @@ from fidelora.api.a1111_responses import (
     progress_of,
 )
 from fidelora.errors import JobNotFoundError, WeightsFileError
-from fidelora.families import get_family
+from fidelora.families import all_families, get_family
 from fidelora.images.a1111_samplers import SCHEDULERS, sampler_names
 from fidelora.images.read import read_parameters_text
 from fidelora.jobs.job import Job, Status
@@ -46,11 +47,13 @@ from fidelora.server.access import Caller
 from fidelora.server.context import CallerDep, ContextDep, ServerContext
 from fidelora.server.outputs import base64_of, content_of
 from fidelora.server.submit import (
+    cancel_on_exit,
     defaults_for,
     draw_seed,
     enqueue,
+    job_updates,
+    require_success,
     resolve_adapters,
-    wait_until_succeeded,
 )
 
 _DESCRIPTIONS = {
@@ -77,7 +80,8 @@ async def txt2img(
     body: Txt2ImgRequest, context: ContextDep, caller: CallerDep, request: Request
 ) -> Txt2ImgBody:
     """Generate images and return them. If the client disconnects, its request is canceled."""
-    plan = plan_txt2img(body, _model_of(caller, context), draw_seed(), context.settings.emphasis)
+    model = await run_in_threadpool(_model_of, caller, context)
+    plan = plan_txt2img(body, model, draw_seed(), context.settings.emphasis)
     paths = [
         await run_in_threadpool(
             adapter_named_in_prompt,
@@ -92,9 +96,10 @@ async def txt2img(
     adapters = await resolve_adapters(context, caller, loras)
     recipes = await run_in_threadpool(_build_recipes, context, plan, adapters)
     job = await enqueue(context, caller, recipes, plan.image_format)
-    with _registered(job, context, caller):
-        job = await wait_until_succeeded(job, context, request)
-    return await run_in_threadpool(_txt2img_body, plan, job)
+    async with cancel_on_exit(job, context), _registered(job, context, caller):
+        async for update in job_updates(job, context, request):
+            job = update
+    return await run_in_threadpool(_txt2img_body, plan, require_success(job))
 
 
 def _build_recipes(
@@ -149,11 +154,12 @@ def set_options(
 ) -> None:
     """Set `sd_model_checkpoint` for later requests with the same API key, until the server stops.
 
+    Servers that share a database store the model there, until it is changed or the key is removed.
     Other settings are accepted only with their current values.
     """
     check_options(changes, options(context, caller))
     if isinstance(model := changes.get("sd_model_checkpoint"), str):
-        context.a1111_models[caller.owner] = model
+        context.clients.a1111.set_model(caller.owner, model)
 
 
 @router.get("/samplers")
@@ -269,27 +275,27 @@ def _lora_body(name: str, path: str, context: ServerContext) -> A1111LoraBody:
 
 def _model_of(caller: Caller, context: ServerContext) -> str:
     """Return the model of requests that do not choose one."""
-    return context.a1111_models.get(caller.owner) or context.default_model
+    model = context.clients.a1111.model(caller.owner)
+    # A newer version of the server may have set a model that this version does not support.
+    return model if model and model in all_families() else context.default_model
 
 
-@contextmanager
-def _registered(job: Job, context: ServerContext, caller: Caller) -> Iterator[None]:
+@asynccontextmanager
+async def _registered(job: Job, context: ServerContext, caller: Caller) -> AsyncIterator[None]:
     """Register the job for `progress` and `interrupt`, which ignore jobs of the other APIs."""
-    context.a1111_jobs[job.id] = caller.owner
+    await run_in_threadpool(context.clients.a1111.begin, job.id, caller.owner)
     try:
         yield
     finally:
-        del context.a1111_jobs[job.id]
+        with anyio.CancelScope(shield=True):  # see `cancel_on_exit`
+            await run_in_threadpool(context.clients.a1111.end, job.id)
 
 
 def _current_job(context: ServerContext, caller: Caller) -> Job | None:
     """Return the API key's oldest registered job, preferring a running one to a queued one."""
     jobs = []
-    for job_id, job_owner in list(context.a1111_jobs.items()):
-        if job_owner == caller.owner:
-            try:
-                jobs.append(context.store.get(job_id))
-            except JobNotFoundError:
-                continue  # removed in the meantime
+    for job_id in context.clients.a1111.jobs(caller.owner):
+        with suppress(JobNotFoundError):  # removed in the meantime
+            jobs.append(context.store.get(job_id))
     unfinished = [job for job in jobs if not job.status.final]
     return min(unfinished, key=lambda job: job.status is Status.IN_QUEUE, default=None)

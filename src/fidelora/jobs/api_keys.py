@@ -1,4 +1,4 @@
-"""API keys: created here, shown once, stored as hashes."""
+"""API keys: created here, shown once, stored as hashes in a file or a database."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import hashlib
 import json
 import secrets
 import threading
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +16,8 @@ from fidelora.atomic import make_folder, write_atomically
 from fidelora.errors import SettingsError
 
 _PREFIX = "fl_"
+MAX_NAME = 100
+"""Maximum number of characters in the name of a key."""
 
 
 @dataclass(frozen=True)
@@ -39,22 +43,12 @@ class ApiKey:
         return hashlib.sha256(f"id of {self.sha256}".encode()).hexdigest()[:16]
 
 
-class ApiKeys:
-    """The API keys of one server, stored in one file. Changes take effect without a restart.
-
-    Args:
-        path: path of the file, which need not exist.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lock = threading.Lock()
-        self._loaded_version: tuple[int, int] | None = None
-        self._keys: dict[str, ApiKey] = {}
+class ApiKeys(ABC):
+    """The API keys of a server. Changes take effect without a restart."""
 
     def all(self) -> list[ApiKey]:
         """Return the keys, sorted by name."""
-        return sorted(self._read().values(), key=lambda key: key.name)
+        return sorted(self.by_hash().values(), key=lambda key: key.name)
 
     def names(self) -> list[str]:
         """Return the names of the keys, sorted."""
@@ -69,36 +63,38 @@ class ApiKeys:
         Raises:
             SettingsError: the name is taken, empty, too long or not printable.
         """
-        if not name or not name.isprintable() or len(name) > 100:
+        if not name or not name.isprintable() or len(name) > MAX_NAME:
             raise SettingsError("The name of an API key must have 1 to 100 printable characters.")
-        keys = self.all()
-        if name in [key.name for key in keys]:
-            raise SettingsError(
-                f"An API key named {name} exists already; remove it first, or choose another name."
-            )
         key = _PREFIX + secrets.token_urlsafe(32)
-        self._write([*keys, ApiKey(name, hash_of(key), is_admin)])
+        self._insert([ApiKey(name, hash_of(key), is_admin)])
         return key
 
+    def add_existing(self, keys: Collection[ApiKey]) -> list[str]:
+        """Add keys of another server, and return the names of those that were not there before.
+
+        Raises:
+            SettingsError: another key has one of the names; no key is added.
+        """
+        known = self.by_hash()
+        new = [key for key in keys if key.sha256 not in known]
+        self._insert(new)
+        return [key.name for key in new]
+
+    @abstractmethod
     def set_admin(self, name: str, is_admin: bool) -> None:
         """Change whether the key with this name is an admin key.
 
         Raises:
             SettingsError: the key does not exist.
         """
-        self._require(name)
-        self._write(
-            [replace(key, is_admin=is_admin) if key.name == name else key for key in self.all()]
-        )
 
+    @abstractmethod
     def remove(self, name: str) -> None:
         """Revoke the key with this name.
 
         Raises:
             SettingsError: the key does not exist.
         """
-        self._require(name)
-        self._write([key for key in self.all() if key.name != name])
 
     def find(self, key: str) -> ApiKey | None:
         """Return the key with this secret, or None if the secret is unknown."""
@@ -106,15 +102,49 @@ class ApiKeys:
 
     def with_hash(self, sha256: str) -> ApiKey | None:
         """Return the key with this hash, or None if it does not exist."""
-        return self._read().get(sha256)
+        return self.by_hash().get(sha256)
 
-    def _require(self, name: str) -> None:
-        if name not in self.names():
-            raise SettingsError(
-                f"The API key {name} does not exist; `fidelora keys list` lists all keys."
-            )
+    @abstractmethod
+    def by_hash(self) -> Mapping[str, ApiKey]:
+        """Return the keys by hash. This may wait for a database."""
 
-    def _read(self) -> dict[str, ApiKey]:
+    @abstractmethod
+    def in_memory(self) -> Mapping[str, ApiKey] | None:
+        """Return the keys by hash without a call of a database; None if they may have changed."""
+
+    @abstractmethod
+    def _insert(self, keys: Collection[ApiKey]) -> None:
+        """Add all of these keys.
+
+        Raises:
+            SettingsError: a name is taken; no key is added.
+        """
+
+
+class FileKeys(ApiKeys):
+    """The API keys of one server, stored in one file.
+
+    Args:
+        path: path of the file, which need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._loaded_version: tuple[int, int] | None = None
+        self._keys: dict[str, ApiKey] = {}
+
+    def set_admin(self, name: str, is_admin: bool) -> None:
+        self._require(name)
+        self._write(
+            [replace(key, is_admin=is_admin) if key.name == name else key for key in self.all()]
+        )
+
+    def remove(self, name: str) -> None:
+        self._require(name)
+        self._write([key for key in self.all() if key.name != name])
+
+    def by_hash(self) -> Mapping[str, ApiKey]:
         """Return the keys by hash; the file is read again only if it has changed."""
         with self._lock:
             try:
@@ -136,7 +166,22 @@ class ApiKeys:
                     ) from error
                 self._keys = {key.sha256: key for key in keys}
                 self._loaded_version = (status.st_mtime_ns, status.st_ino)
-            return dict(self._keys)
+            return self._keys
+
+    def in_memory(self) -> Mapping[str, ApiKey]:
+        return self.by_hash()
+
+    def _insert(self, keys: Collection[ApiKey]) -> None:
+        before = self.all()
+        names = [key.name for key in before]
+        for key in keys:
+            if key.name in names:
+                raise name_taken(key.name)
+        self._write([*before, *keys])
+
+    def _require(self, name: str) -> None:
+        if name not in self.names():
+            raise name_unknown(name)
 
     def _write(self, keys: list[ApiKey]) -> None:
         make_folder(self._path.parent)
@@ -144,6 +189,18 @@ class ApiKeys:
         content = {"changed_at": datetime.now(UTC).isoformat(), "keys": entries}
         write_atomically(self._path, json.dumps(content, indent=2).encode())
         self._path.chmod(0o600)
+
+
+def name_taken(name: str) -> SettingsError:
+    """Return the error for a name that another key has."""
+    return SettingsError(
+        f"An API key named {name} exists already; remove it first, or choose another name."
+    )
+
+
+def name_unknown(name: str) -> SettingsError:
+    """Return the error for a name that no key has."""
+    return SettingsError(f"The API key {name} does not exist; `fidelora keys list` lists all keys.")
 
 
 def hash_of(key: str) -> str:
