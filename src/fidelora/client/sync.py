@@ -241,7 +241,7 @@ class Client:
         return self._run(self._flows.image(request_id, index))
 
     def save_images(self, result: ResultBody, folder: str | Path) -> list[Path]:
-        """Write all images of a result into a folder; each file is written atomically.
+        """Write all images and videos of a result into a folder; each file is written atomically.
 
         Raises:
             UsageError: the result has no images.
