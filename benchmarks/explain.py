@@ -82,7 +82,6 @@ def cases(count: int, seed: int) -> Iterator[Case]:
             kinds.append("trigger")
         else:
             kinds.append("negative_prompt")
-        # diffusers 0.42 cannot skip layers of the text encoder with transformers 5.
         kinds.append("sampler" if program == "diffusers" else "clip_skip")
         amount = number // 4 % 4
         chosen = tuple(draw.sample(kinds, amount))
@@ -105,6 +104,11 @@ class Diffusers:
             copy_base(folder), torch_dtype=torch.float32, safety_checker=None
         )
         self._pipe.set_progress_bar_config(disable=True)
+        # With clip_skip, diffusers 0.42 reads an attribute that transformers 5 removed. Not set as
+        # a submodule, because the encoder would then contain itself.
+        encoder = self._pipe.text_encoder
+        if not hasattr(encoder, "text_model"):
+            object.__setattr__(encoder, "text_model", encoder)
         self._job = ""
 
     def picture(self, case: Case, plan: PlannedSample) -> Pixels:
@@ -130,6 +134,8 @@ class Diffusers:
             guidance_scale=(
                 case.values["guidance"] if "guidance" in found else recipe.guidance_scale
             ),
+            # Counts from the usual layer: 1 is what A1111 calls 2.
+            clip_skip=case.values["clip_skip"] - 1 if "clip_skip" in found else None,
             generator=torch.Generator("cpu").manual_seed(seed_of(case, plan)),
             output_type="np",
         )

@@ -26,6 +26,7 @@ from fidelora.cli.console import make_engine
 from fidelora.engine.model import LoadedModel, ModelKey, load_model
 from fidelora.jobs.job import new_job
 from fidelora.jobs.memory import MemoryStore
+from fidelora.storage.images import FolderImages
 from fidelora.training.compare import compare, similarity
 from fidelora.workers.attempt import AttemptReport
 from fidelora.workers.worker import Worker
@@ -176,7 +177,11 @@ class Queue:
             self._store.add(new_job((recipe,), datetime.now(UTC)))
         self._ended: list[AttemptReport] = []
         self._worker = Worker(
-            "benchmark", self._store, engine, Path(self._outputs.name), on_end=self._ended.append
+            "benchmark",
+            self._store,
+            engine,
+            FolderImages(Path(self._outputs.name)),
+            on_end=self._ended.append,
         )
         self._adapters: frozenset[str] = frozenset()
 

@@ -13,11 +13,15 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # Hashes and locations of base models must not come from, or be written to, the user's cache folder.
 _CACHE = tempfile.TemporaryDirectory(prefix="fidelora-tests-")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
+os.environ["FIDELORA_KEEP_ENGINE"] = "0"  # commands must not find an engine of the user
 
+import uuid
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from tests import object_store as object_stores
+from tests.object_store import ObjectStore
 from tests.postgres import PostgresServer, missing, postgres_server
 
 from fidelora.cli import console, main
@@ -70,3 +74,36 @@ def postgres_url(postgres: PostgresServer) -> str:
     """URL of an empty database."""
     postgres.clear()
     return postgres.url
+
+
+@pytest.fixture(scope="session")
+def _object_store() -> Iterator[ObjectStore]:
+    if reason := object_stores.missing():
+        pytest.skip(reason)
+    with object_stores.object_store() as server:
+        yield server
+
+
+@pytest.fixture
+def object_store_server(_object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
+    """A running S3 server, which all tests of this process share, with its variables set."""
+    for name, value in _object_store.environment.items():
+        monkeypatch.setenv(name, value)
+    return _object_store
+
+
+@pytest.fixture
+def bucket_url(object_store_server: ObjectStore) -> str:
+    """URL of an empty bucket."""
+    return object_store_server.make_bucket(f"bucket-{uuid.uuid4().hex}")
+
+
+@pytest.fixture
+def own_object_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
+    """A running S3 server for one test, with its variables set."""
+    if reason := object_stores.missing():
+        pytest.skip(reason)
+    with object_stores.object_store() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        yield server

@@ -203,8 +203,8 @@ class Recipe:
             float8, as AI Toolkit does for a `qtype` of this name. Adapters stay live.
         text_encoder_quantization: the same for the text encoders.
         training_adapters: LoRAs for training only, such as that of Z-Image Turbo, which the trainer
-            merges into the base model and takes away again, live, while it makes samples. What
-            stays is the rounding of the changed weights.
+            merges into the base model. While it makes samples, it also applies them live with the
+            opposite multiplier, so that only the rounding of the changed weights remains.
 
     Raises:
         RecipeError: a field is out of range or not supported by the model family.

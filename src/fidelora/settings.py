@@ -27,6 +27,8 @@ from fidelora.errors import SettingsError
 from fidelora.families import all_families
 from fidelora.families.emphasis import Emphasis
 from fidelora.recipe_fields import Quantization
+from fidelora.resident import KEEP_VARIABLE
+from fidelora.storage.bucket import bucket_and_prefix
 
 
 def _data_dir() -> Path:
@@ -120,6 +122,16 @@ class Settings(BaseSettings):
         ),
     )
 
+    object_store: str = Field(
+        "",
+        validation_alias="FIDELORA_OBJECT_STORE",
+        description=(
+            "Bucket of an S3-compatible object store for images and LoRAs, such as "
+            "`s3://bucket/prefix`, in place of folders that all machines share. Endpoint and "
+            "credentials are those of the usual variables, such as `AWS_ENDPOINT_URL`, "
+            "`AWS_REGION`, `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`."
+        ),
+    )
     data_dir: Path = Field(
         default_factory=_data_dir,
         validation_alias="FIDELORA_DATA_DIR",
@@ -399,6 +411,16 @@ class Settings(BaseSettings):
             raise ValueError("it is not a URL; write http:// or https:// and the server's name")
         return value
 
+    @field_validator("object_store")
+    @classmethod
+    def _check_object_store(cls, value: str) -> str:
+        if value:
+            try:
+                bucket_and_prefix(value)
+            except SettingsError as error:
+                raise ValueError(str(error).removesuffix(".")) from None
+        return value
+
     @field_validator("lora_hosts", mode="before")
     @classmethod
     def _split_hosts(cls, value: object) -> object:
@@ -552,7 +574,8 @@ def _parse_base_models(text: str, unnamed: str | None = None) -> list[tuple[str,
 
 def setting_warnings() -> list[str]:
     """Return a sentence for each variable, in the environment or `.env`, that has no effect."""
-    return ignored_variables(_variables(Settings), [*map(names_of, Settings.model_fields.values())])
+    names = [*map(names_of, Settings.model_fields.values()), (KEEP_VARIABLE,)]
+    return ignored_variables(_variables(Settings), names)
 
 
 def _variables(settings: type[BaseSettings]) -> dict[str, str | None]:

@@ -13,7 +13,14 @@ from fidelora.settings import Settings
 
 DEPLOY = ROOT / "deploy"
 SETTINGS = {name for field in Settings.model_fields.values() for name in names_of(field)}
-OTHER_VARIABLES = {"XDG_CACHE_HOME", "HF_HOME"}  # of Fidelora's libraries
+OTHER_VARIABLES = {  # of Fidelora's libraries
+    "XDG_CACHE_HOME",
+    "HF_HOME",
+    "AWS_ENDPOINT_URL",
+    "AWS_REGION",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+}
 USER_ID = 10001
 
 

@@ -22,7 +22,7 @@ OURS = {name for name, one in SERVICES.items() if "fidelora" in one["image"].low
 
 
 def test_compose_files_satisfy_the_specification():
-    assert len(FILES) == 2
+    assert len(FILES) == 3
     check(
         program("check-jsonschema"),
         *("--builtin-schema", "vendor.compose-spec"),
@@ -67,6 +67,16 @@ def test_overlay_changes_existing_services_only():
     assert overlay.keys() <= SERVICES.keys()
     for one in overlay.values():
         assert_settings(one["environment"])
+
+
+def test_all_machines_use_the_same_bucket():
+    services = yaml.safe_load((FOLDER / "compose.s3.yaml").read_text())["services"]
+    variables = [one["environment"] for name, one in services.items() if name != "object-store"]
+    for one in variables:
+        assert_settings(one)
+    assert services.keys() - {"object-store"} == {"api-1", "api-2", "worker"}
+    shared = ("FIDELORA_OBJECT_STORE", "AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID")
+    assert all(one[name] == variables[0][name] for one in variables for name in shared)
 
 
 def test_each_variable_of_the_example_is_used():

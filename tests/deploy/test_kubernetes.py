@@ -1,5 +1,6 @@
 """The Kubernetes manifests, rendered by kubectl and checked against the schemas of Kubernetes."""
 
+import os
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
@@ -119,6 +120,28 @@ def test_only_browsers_stay_with_one_server(name):
         "fidelora": None,
         "fidelora-page": "ClientIP",
     }
+
+
+def test_a_bucket_replaces_the_shared_volume(tmp_path):
+    kubectl = program("kubectl", "kubectl 1.21 or later")
+    parts = {
+        "resources": [os.path.relpath(FOLDER / "overlays" / "cuda", tmp_path)],
+        "components": [os.path.relpath(FOLDER / "components" / "object-store", tmp_path)],
+    }
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(parts))
+    found = list(yaml.safe_load_all(check(kubectl, "kustomize", str(tmp_path))))
+    (shared,) = (one["data"] for one in found if one["kind"] == "ConfigMap")
+    assert_settings(shared)
+    assert shared["FIDELORA_OBJECT_STORE"] == "s3://fidelora"
+    assert not [one for one in found if one["kind"] == "PersistentVolumeClaim"]
+    deployments = [one for one in found if one["kind"] == "Deployment"]
+    assert len(deployments) == 2
+    for one in deployments:
+        assert one["spec"]["template"]["spec"]["volumes"][0] == {"name": "shared", "emptyDir": {}}
+    schemas = pytest.importorskip("kubernetes_validate")
+    for one in found:
+        if one["kind"] != "ScaledObject":
+            schemas.validate(one, VERSION, strict=True)
 
 
 def test_workers_on_gpus_are_scaled_to_zero_and_back():

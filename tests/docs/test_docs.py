@@ -20,6 +20,7 @@ import fidelora
 from fidelora.engine.examine import ProblemCode
 from fidelora.environment import names_of
 from fidelora.jobs.memory import MemoryStore
+from fidelora.resident import KEEP_VARIABLE
 from fidelora.server.app import context_with_store, make_app
 from fidelora.server.problems import codes
 from fidelora.settings import Settings, read_settings
@@ -178,6 +179,7 @@ def test_http_routes_exist(tmp_path):
 
 def test_settings_exist():
     names = {name for field in Settings.model_fields.values() for name in names_of(field)}
+    names.add(KEEP_VARIABLE)
 
     def check(page: Path) -> Iterator[str]:
         used = set(re.findall(r"\bFIDELORA_[A-Z_]*[A-Z]\b", page.read_text()))

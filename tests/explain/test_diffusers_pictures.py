@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from tests.support import GOLDEN_JOBS, TINY_BASE, read_json
 from fidelora import Engine
 from fidelora.explain.explain import explain
 from fidelora.explain.picture import Picture
+from fidelora.explain.programs import clip_skip_layer
 from fidelora.explain.read_picture import read_picture, with_options
 from fidelora.training.run_folder import read_run
 
@@ -41,3 +43,30 @@ def test_each_difference_is_named_and_none_invented(engine, entry):
     assert causes == set(entry["differences"])
     assert found.is_explained
     assert found.is_same is not bool(causes)
+
+
+def test_the_command_takes_clip_skip_as_diffusers_counts(fidelora):
+    code, out, _ = fidelora(
+        "explain", str(GOLDEN_JOBS / "lora_linear_f32"), str(FOLDER / "clip_skip.png"),
+        "--base-model", str(TINY_BASE), "--device", "cpu", "--index", "1", "--program", "diffusers",
+        "--prompt", "a red ball on grass", "--negative", "ugly", "--steps", "9", "--sampler",
+        "ddpm", "--guidance", "4.5", "--seed", "7", "--clip-skip", "2", "--json",
+    )  # fmt: skip
+    assert code == 1
+    (picture,) = json.loads(out)["pictures"]
+    (found,) = picture["differences"]
+    assert (found["cause"], found["theirs"]) == ("clip_skip", "layer 3 from the end")
+
+
+@pytest.mark.parametrize(
+    ("program", "model", "layer"),
+    [
+        ("diffusers", "sd15", 3),
+        ("diffusers", "sdxl", 4),
+        ("A1111", "sd15", 2),
+        ("ComfyUI", "sdxl", 2),
+    ],
+)
+def test_clip_skip_is_counted_from_the_programs_layer(program, model, layer):
+    assert clip_skip_layer(program, model, 2) == layer
+    assert clip_skip_layer(program, model, None) is None

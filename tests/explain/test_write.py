@@ -98,7 +98,8 @@ def test_the_diffusers_script_makes_the_sample(engine, tmp_path, has_lora):
     found = nearest(engine, "diffusers", plan)
     assert found.there.distance < 0.01
     script, picture = tmp_path / "sample.py", tmp_path / "sample.png"
-    script.write_text(diffusers_script(found))
+    script.write_text(text := diffusers_script(found))
+    assert "clip_skip=None," in text
     environment = os.environ | {"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
     subprocess.run([sys.executable, script, picture], check=True, timeout=150, env=environment)
     pixels = np.asarray(Image.open(picture).convert("RGB"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from tests.support import (
 from torch import nn
 
 from fidelora import AdapterRef, Engine, Recipe
+from fidelora.adapters.read import read_adapter
 from fidelora.engine.convert import convert_adapter
 from fidelora.engine.examine import examine_adapter
 from fidelora.errors import (
@@ -33,6 +35,7 @@ from fidelora.errors import (
     RecipeError,
 )
 from fidelora.families import get_family
+from fidelora.families.chroma.names import diffusers_names
 from fidelora.families.chroma.transformer import _attention_mask
 from fidelora.families.flux.names import fused_names, original_names
 from fidelora.families.patches import positions
@@ -190,6 +193,75 @@ def test_a_lora_with_the_names_of_kohya_is_equal(engine, tmp_path):
     assert np.array_equal(*images)
 
 
+def in_names_of_diffusers(prefix: str, separator: str) -> dict[str, torch.Tensor]:
+    """Return the golden LoRA with separate modules for query, key, value and MLP."""
+    tensors: dict[str, torch.Tensor] = {}
+    for key, value in load_file(CHROMA_LORA).items():
+        path, factor = key.removeprefix("diffusion_model.").split(".lora_")
+        (names,) = diffusers_names([path]).values()
+        units = Counter(names)
+        size = len(value) // len(names)
+        rows = (
+            value.split([size * count for count in units.values()])
+            if factor == "B.weight"
+            else [value] * len(units)
+        )
+        for name, one in zip(units, rows, strict=True):
+            tensors[f"{prefix}{name.replace('.', separator)}.lora_{factor}"] = one.clone()
+    return tensors
+
+
+@pytest.mark.parametrize("mode", ["merged", "live"])
+@pytest.mark.parametrize(
+    ("prefix", "separator"), [("transformer.", "."), ("lora_transformer_", "_")]
+)
+def test_a_lora_with_the_names_of_diffusers_is_equal(engine, tmp_path, prefix, separator, mode):
+    tensors = in_names_of_diffusers(prefix, separator)
+    assert any("to_q" in key for key in tensors)
+    assert any("proj_mlp" in key for key in tensors)
+    file = save_adapter(tmp_path / "a.safetensors", tensors)
+    images = [
+        engine.generate(replace(SMALL, adapters=(AdapterRef.from_file(path),), adapter_mode=mode))
+        for path in (CHROMA_LORA, file)
+    ]
+    first, second = (image.pixels.astype(int) for image in images)
+    assert abs(first - second).max() <= 1  # the products have other sizes
+    assert abs(first - engine.generate(SMALL).pixels.astype(int)).max() > 5
+
+
+def test_the_mlp_of_a_single_block_is_the_last_four_sevenths_of_the_rows(tmp_path):
+    name = "transformer.single_transformer_blocks.1"
+    model = load_model_of(SMALL)
+    weight = model.targets.by_name["transformer.single_blocks.1.linear1"].weight
+    model.merged.apply([])
+    before = weight.clone()
+    for module, rows in (("attn.to_k", slice(64, 128)), ("proj_mlp", slice(192, 448))):
+        size = rows.stop - rows.start
+        path = save_adapter(
+            tmp_path / f"{size}.safetensors",
+            {
+                f"{name}.{module}.lora_A.weight": torch.ones(2, 64),
+                f"{name}.{module}.lora_B.weight": torch.ones(size, 2),
+            },
+        )
+        model.merged.apply([(model.targets.bind(read_adapter(path)), 0.5)])
+        changed = (weight - before).any(dim=1)
+        assert changed[rows].all()
+        assert changed.sum() == size
+
+
+def test_a_fused_row_of_the_wrong_size_is_refused(engine, tmp_path):
+    key = "transformer.single_transformer_blocks.0.proj_mlp"
+    tensors = {
+        f"{key}.lora_A.weight": torch.ones(2, 64),
+        f"{key}.lora_B.weight": torch.ones(64, 2),
+    }
+    path = save_adapter(tmp_path / "a.safetensors", tensors)
+    recipe = replace(SMALL, adapters=(AdapterRef.from_file(path),))
+    with pytest.raises(AdapterMismatchError, match=r"has the shape \[64, 64\] instead of \[256,"):
+        engine.generate(recipe)
+
+
 def test_adapters_of_chroma_and_flux_are_told_apart(engine):
     assert examine_adapter(CHROMA_LORA).model == "chroma"
     assert examine_adapter(FLUX_LORA).model == "flux"
@@ -203,7 +275,7 @@ def test_an_adapter_is_converted_to_kohya_but_not_to_peft(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(result.content)
     key = "lora_unet_single_blocks_1_linear1.lora_up.weight"
     assert load_file(tmp_path / "a.safetensors")[key].shape == (448, 8)
-    with pytest.raises(AdapterConversionError, match="no names for modules of Chroma; use kohya"):
+    with pytest.raises(AdapterConversionError, match="diffusers splits modules of Chroma"):
         convert_adapter(CHROMA_LORA, "peft")
 
 

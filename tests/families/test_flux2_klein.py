@@ -33,6 +33,7 @@ from fidelora.adapters.live import live_adapters
 from fidelora.adapters.read import read_adapter
 from fidelora.adapters.tensor_names import noise_of_file
 from fidelora.cli.image_plan import resolve_noise
+from fidelora.engine.adapter_family import fit_of_base
 from fidelora.engine.convert import convert_adapter
 from fidelora.engine.examine import examine_adapter
 from fidelora.errors import (
@@ -463,6 +464,14 @@ def test_the_adapter_is_recognised(engine, tmp_path):
         engine.generate(with_adapter(LORA))
 
 
+@pytest.mark.parametrize("base", [TINY_KLEIN, TINY_KLEIN / TRANSFORMER_FILE])
+def test_an_adapter_is_compared_with_a_base_model_without_configuration(base):
+    config = "" if base.is_dir() else str(TINY_KLEIN)
+    fit = fit_of_base(read_adapter(KLEIN_LORA), BaseFiles.find(FAMILY, str(base), config=config))
+    assert fit.matched == fit.same_shapes == len(LORA_WEIGHTS) // 2
+    assert examine_adapter(KLEIN_LORA, str(TINY_KLEIN)).usable
+
+
 def test_conversion_keeps_or_refuses_an_adapter(tmp_path):
     to = tmp_path / "kohya.safetensors"
     to.write_bytes(convert_adapter(KLEIN_LORA, "kohya", "flux2_klein_4b").content)
@@ -488,11 +497,19 @@ def test_fields_that_the_family_does_not_use_are_refused(field, value):
         replace(SMALL, **{field: value})
 
 
-def test_fast_and_single_files_are_not_implemented(engine):
+def test_fast_is_not_implemented(engine):
     with pytest.raises(DeviceError, match=r"not implemented for FLUX\.2-klein 4B"):
         engine.generate(replace(SMALL, fidelity="fast"))
-    with pytest.raises(BaseModelFilesError, match="a single file"):
-        engine.generate(replace(SMALL, base_model=str(TINY_KLEIN / TRANSFORMER_FILE)))
+
+
+def test_the_other_parts_of_a_single_file_can_be_in_either_layout(engine, diffusers_base, tmp_path):
+    """The configuration of the transformer is derived if the folder has none."""
+    config = copied_base(tmp_path)
+    (config / TRANSFORMER_FILE).unlink()
+    expected = engine.generate(SMALL).pixels
+    for folder in (diffusers_base, config):
+        recipe = replace(SMALL, base_model=str(TINY_KLEIN / TRANSFORMER_FILE), config=str(folder))
+        assert np.array_equal(engine.generate(recipe).pixels, expected)
 
 
 def test_the_estimated_memory_covers_the_loaded_model():

@@ -25,6 +25,7 @@ from fidelora.jobs.job import Job
 from fidelora.jobs.sql import SqlStore
 from fidelora.server.app import context_with_store
 from fidelora.server.page.pictures import PageFiles
+from fidelora.storage.images import FolderImages
 from fidelora.workers.worker import Worker
 
 DEADLINE_S = 60.0
@@ -70,7 +71,7 @@ class FaultServer:
         self.logs: list[str] = []
         library = AdapterLibrary(MAX_ADAPTERS_BYTES, folder=settings.adapters)
         engine = Engine(device="cpu", adapters=library)
-        self.worker = Worker("worker", self.context.store, engine, settings.outputs)
+        self.worker = Worker("worker", self.context.store, engine, FolderImages(settings.outputs))
         self._client = ClientWithDeadline(
             self.context, headers={"Authorization": f"Bearer {self.key}"}
         )

@@ -21,7 +21,7 @@ from fidelora.errors import (
     UnknownModelError,
     UnknownSamplerError,
 )
-from fidelora.families import get_family
+from fidelora.families import all_families, get_family
 from fidelora.images.a1111_prompt import NamedLora, describe_syntax, lora_of, loras_in
 from fidelora.images.a1111_samplers import name_of, sampler_names, sampler_of
 from fidelora.images.parameters import Parameters, parameters_text, read_parameters
@@ -477,6 +477,24 @@ def test_an_unsupported_sampler_is_refused(name, scheduler, field):
     with pytest.raises(UnknownSamplerError) as caught:
         sampler_of(name, scheduler, SD15)
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize("family", all_families().values(), ids=lambda one: one.id)
+def test_the_default_sampler_of_a1111_is_supported_by_every_family(family):
+    """Programs send `Euler`, or nothing, for flow models, too."""
+    is_flow = family.id not in ("sd15", "sdxl")
+    expected = family.default_sampler if is_flow else "euler"
+    assert sampler_of("Euler", "Automatic", family) == (expected, "default")
+    names = sampler_names(family)
+    assert next(iter(names)) == "Euler"
+    assert expected in names["Euler"]
+    assert not is_flow or expected not in names
+
+
+def test_a_flow_model_has_no_sampler_of_another_algorithm():
+    for name, scheduler in (("Euler a", "Automatic"), ("Euler", "Karras"), ("DDIM", "")):
+        with pytest.raises(UnknownSamplerError):
+            sampler_of(name, scheduler, get_family("flux"))
 
 
 def test_every_sampler_has_a_name_that_maps_back_to_it():

@@ -143,6 +143,10 @@ def test_a_picture_of_another_program_is_explained(match, tmp_path):
     assert "guidance" in rows.all_text_contents()
     expect(report.get_by_alt_text("trainer's sample")).to_be_visible()
     expect(report.get_by_alt_text("nearest simulated picture")).to_be_visible()
+    match.page.set_viewport_size({"width": 390, "height": 844})
+    overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert match.page.evaluate(overflow) == 0
+    assert report.locator("html").evaluate(f"() => {overflow}") == 0
     assert str(GOLDEN_JOBS.parent) not in match.field("verify-output").input_value()
 
 

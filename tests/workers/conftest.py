@@ -8,6 +8,7 @@ import pytest
 from tests.workers.worker_support import Clock, Harness, Recorder, SlowDisk
 
 from fidelora import Engine
+from fidelora.storage.images import FolderImages
 from fidelora.workers.attempt import WorkerLimits
 from fidelora.workers.worker import Worker
 
@@ -31,7 +32,13 @@ def store() -> Recorder:
 def worker(store: Recorder, engine: Engine, clock: Clock, tmp_path: Path) -> Worker:
     limits = WorkerLimits(lease_s=1000, report_every_s=0, timeout_s=1000)
     return Worker(
-        "worker", store, engine, tmp_path, limits, now=clock.now, monotonic=clock.monotonic
+        "worker",
+        store,
+        engine,
+        FolderImages(tmp_path),
+        limits,
+        now=clock.now,
+        monotonic=clock.monotonic,
     )
 
 
@@ -43,5 +50,5 @@ def harness(store: Recorder, clock: Clock, tmp_path: Path) -> Harness:
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> SlowDisk:
     disk = SlowDisk()
-    monkeypatch.setattr("fidelora.workers.attempt.write_atomically", disk)
+    monkeypatch.setattr("fidelora.storage.images.write_atomically", disk)
     return disk

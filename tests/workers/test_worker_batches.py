@@ -20,6 +20,7 @@ from tests.workers.worker_support import (
 from fidelora import AdapterRef, Recipe, read_record
 from fidelora.jobs.job import Status
 from fidelora.jobs.memory import MemoryStore
+from fidelora.storage.images import FolderImages
 from fidelora.workers.attempt import WorkerLimits
 from fidelora.workers.worker import Worker
 
@@ -348,7 +349,13 @@ def test_a_real_engine_makes_several_jobs_in_one_batch(store, engine, clock, tmp
     monkeypatch.setattr(engine, "generate_batch", counted)
     limits = WorkerLimits(lease_s=1000, report_every_s=0, timeout_s=1000)
     Worker(
-        "worker", store, engine, tmp_path, limits, now=clock.now, monotonic=clock.monotonic
+        "worker",
+        store,
+        engine,
+        FolderImages(tmp_path),
+        limits,
+        now=clock.now,
+        monotonic=clock.monotonic,
     ).run_next()
     assert batches == [3]
     outputs = [output for job in jobs for output in store.get(job.id).outputs]

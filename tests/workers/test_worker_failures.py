@@ -34,6 +34,7 @@ from fidelora.errors import (
     WeightsFileError,
 )
 from fidelora.jobs.job import MAX_ATTEMPTS, Failure, Status
+from fidelora.storage.images import FolderImages
 from fidelora.workers.attempt import ImageFiles, WorkerLimits, error_code
 from fidelora.workers.worker import Worker
 
@@ -47,7 +48,13 @@ def test_errors_have_codes():
 def test_a_job_that_exceeds_its_time_limit_fails(store, engine, clock, tmp_path):
     limits = WorkerLimits(lease_s=1000, report_every_s=0, timeout_s=10)
     worker = Worker(
-        "worker", store, engine, tmp_path, limits, now=clock.now, monotonic=clock.monotonic
+        "worker",
+        store,
+        engine,
+        FolderImages(tmp_path),
+        limits,
+        now=clock.now,
+        monotonic=clock.monotonic,
     )
     add(store, clock, RECIPE, RECIPE)
     done = worker.run_next()
@@ -58,7 +65,7 @@ def test_a_job_that_exceeds_its_time_limit_fails(store, engine, clock, tmp_path)
     assert store.reports[-1][:3] < (1, 2, 0)  # long before its end
     assert list(tmp_path.iterdir()) == []
     add(store, clock)
-    after = Worker("worker", store, engine, tmp_path).run_next()
+    after = Worker("worker", store, engine, FolderImages(tmp_path)).run_next()
     assert after is not None
     assert after.status is Status.SUCCEEDED  # the engine is usable
 
@@ -139,7 +146,7 @@ def test_a_full_disk_pauses_the_worker(store, engine, clock, monkeypatch, tmp_pa
         "worker",
         store,
         engine,
-        tmp_path,
+        FolderImages(tmp_path),
         WorkerLimits(lease_s=1000, report_every_s=0, timeout_s=1000),
         on_pause=pauses.append,
         now=clock.now,
@@ -480,7 +487,7 @@ def test_a_failed_write_fails_only_its_own_job(harness, monkeypatch):
             raise OutputError("There is no space left.")
         write_atomically(path, content)
 
-    monkeypatch.setattr("fidelora.workers.attempt.write_atomically", fail_for_the_first)
+    monkeypatch.setattr("fidelora.storage.images.write_atomically", fail_for_the_first)
     harness.run()
     assert harness.engine.batches == ["a b"]
     assert harness.status(first, second) == [Status.FAILED, Status.SUCCEEDED]

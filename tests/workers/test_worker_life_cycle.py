@@ -27,6 +27,7 @@ from fidelora import AdapterRef, Engine, Recipe, read_record
 from fidelora.adapters.library import AdapterLibrary
 from fidelora.jobs.job import Status
 from fidelora.jobs.memory import MemoryStore
+from fidelora.storage.images import FolderImages
 from fidelora.workers.attempt import WorkerLimits
 from fidelora.workers.worker import Worker
 
@@ -83,7 +84,13 @@ def test_a_slow_model_load_does_not_cost_the_lease(store, engine, clock, tmp_pat
     """The lease is longer while a model is downloaded, as no step sends a heartbeat meanwhile."""
     limits = WorkerLimits(lease_s=60, load_s=1800, report_every_s=0, timeout_s=10_000)
     worker = Worker(
-        "worker", store, engine, tmp_path, limits, now=clock.now, monotonic=clock.monotonic
+        "worker",
+        store,
+        engine,
+        FolderImages(tmp_path),
+        limits,
+        now=clock.now,
+        monotonic=clock.monotonic,
     )
     leases: list[float] = []
     original = engine.load
@@ -138,7 +145,7 @@ def test_heartbeats_carry_a_preview_that_is_removed_when_the_job_ends(engine, tm
         "w",
         store,
         engine,
-        tmp_path,
+        FolderImages(tmp_path),
         WorkerLimits(report_every_s=0),
         now=clock.now,
         monotonic=clock.monotonic,
@@ -181,7 +188,7 @@ def test_an_adapter_is_found_in_the_folder_of_hashes(store, clock, tmp_path):
     (tmp_path / "adapters" / f"{ref.sha256}.safetensors").write_bytes(LORA.read_bytes())
     engine = Engine(device="cpu", adapters=AdapterLibrary(folder=tmp_path / "adapters"))
     add(store, clock, replace(RECIPE, adapters=(AdapterRef(ref.sha256),)))
-    done = Worker("worker", store, engine, tmp_path).run_next()
+    done = Worker("worker", store, engine, FolderImages(tmp_path)).run_next()
     assert done is not None
     assert done.status is Status.SUCCEEDED
     assert engine.adapters.loaded() == {ref.sha256}
@@ -192,7 +199,7 @@ def test_jobs_whose_adapters_are_loaded_go_first(store, clock, tmp_path):
     ref = engine.adapters.add(LORA)
     add(store, clock, replace(RECIPE, adapters=(AdapterRef("0" * 64),)))
     warm = add(store, clock, replace(RECIPE, adapters=(ref,)))
-    done = Worker("worker", store, engine, tmp_path).run_next()
+    done = Worker("worker", store, engine, FolderImages(tmp_path)).run_next()
     assert done is not None
     assert (done.id, done.status) == (warm.id, Status.SUCCEEDED)
 
@@ -204,7 +211,7 @@ def test_jobs_whose_adapters_are_merged_go_before_those_merely_loaded(store, clo
     jobs = [
         add(store, clock, replace(RECIPE, adapters=(ref,))) for ref in (one, other, one, other, one)
     ]
-    worker = Worker("worker", store, engine, tmp_path)
+    worker = Worker("worker", store, engine, FolderImages(tmp_path))
     done = [worker.run_next() for _ in jobs]
     assert [job.id for job in done if job is not None] == [
         jobs[place].id for place in (0, 2, 4, 1, 3)

@@ -20,6 +20,7 @@ from fidelora.images.write import GeneratedImage
 from fidelora.jobs.job import Job, JobProgress, Status, new_job
 from fidelora.jobs.memory import MemoryStore
 from fidelora.recipe import may_share_batch
+from fidelora.storage.images import FolderImages
 from fidelora.weights.content import ContentHashes
 from fidelora.weights.files import BaseFiles
 from fidelora.workers.attempt import AttemptReport, WorkerLimits
@@ -190,7 +191,7 @@ class Harness:
             "worker",
             self.store,
             engine,
-            self.folder,
+            FolderImages(self.folder),
             self.limits,
             on_end=self.reports.append,
             **clocks,

@@ -36,5 +36,7 @@ def place_parts(
                 _, hook = cpu_offload_with_hook(part, device, prev_module_hook=previous)
                 hooks.append(hook)
             case "sequential":
-                cpu_offload(part, device, state_dict=dict(part.named_parameters()))
+                # Tied parameters, such as T5's embeddings, are needed under each of their names.
+                own = dict(part.named_parameters(remove_duplicate=False))
+                cpu_offload(part, device, state_dict=own)
     return hooks

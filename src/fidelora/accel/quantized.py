@@ -3,9 +3,10 @@
 Both kinds scale each row of a weight so that its largest absolute value becomes 448, the largest
 number of float8 (e4m3), and round the row to float8. They differ in the last bits:
 
-* `qfloat8` of optimum-quanto 0.2.4 adds the bias in a rounding of its own.
-* `float8` of torchao 0.10 multiplies by the reciprocal of the scale, and adds the bias without a
-  rounding of its own.
+* `qfloat8` of optimum-quanto 0.2.4 divides by the scale. It rounds the product, and rounds again
+  after it adds the bias.
+* `float8` of torchao 0.10 multiplies by the reciprocal of the scale. It rounds once, after it adds
+  the bias.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -31,13 +31,20 @@ class AdapterLibrary:
             convolutions still refer to are not counted.
         folder: folder of files named `{sha256}.safetensors`, for recipes whose adapters have no
             path.
+        fetch: brings the file of a hash to a path in `folder`, for files that no other path has.
+            It returns False if there is no such file; its errors are raised.
     """
 
     def __init__(
-        self, budget_bytes: int = DEFAULT_BUDGET_BYTES, *, folder: Path | None = None
+        self,
+        budget_bytes: int = DEFAULT_BUDGET_BYTES,
+        *,
+        folder: Path | None = None,
+        fetch: Callable[[str, Path], bool] | None = None,
     ) -> None:
         self._budget_bytes = budget_bytes
         self._folder = folder
+        self._fetch = fetch
         self._paths: dict[str, Path] = {}
         self._loaded: dict[str, Adapter] = {}  # least recently used first
         self._pins: Counter[str] = Counter()
@@ -151,7 +158,10 @@ class AdapterLibrary:
                 f"No file is known for the adapter {ref.name or 'without a name'} with sha256 "
                 f"{ref.sha256[:12]}...; add it with `engine.adapters.add(path)`."
             )
-        return [path for path in paths if path.is_file()] or paths[:1]
+        existing = [path for path in paths if path.is_file()]
+        if not existing and stored is not None and self._fetch is not None:
+            existing = [stored] if self._fetch(ref.sha256, stored) else []
+        return existing or paths[:1]
 
     def _header(self, ref: AdapterRef) -> Header:
         kept = _kept_file(ref)

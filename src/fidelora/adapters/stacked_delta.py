@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
@@ -14,25 +14,31 @@ from fidelora.adapters.deltas import Delta, Module
 
 @dataclass(frozen=True, eq=False)
 class StackedDelta(Delta):
-    """Changes of equal shares of the rows of a linear weight.
+    """Changes of shares of the rows of a linear weight.
 
     Example: `to_q`, `to_k` and `to_v` of an adapter, for a base model with one matrix `qkv`.
 
     Attributes:
         shares: change of each share, from the first row; None for a share that stays the same.
+        sizes: size of each share, in units that divide the rows equally.
     """
 
     shares: tuple[Delta | None, ...]
+    sizes: tuple[int, ...]
     uses_weight: ClassVar[bool] = True  # of any share; the others only read the weight's shape
 
     def shape_for(self, weight_shape: torch.Size) -> tuple[int, ...]:
-        share = share_of(weight_shape, len(self.shares))
-        fits = all(one is None or one.shape_for(share) == tuple(share) for one in self.shares)
+        fits = all(
+            one is None or one.shape_for(share) == tuple(share)
+            for one, share in zip(self.shares, shapes_of(weight_shape, self.sizes), strict=True)
+        )
         return tuple(weight_shape) if fits else (0, *weight_shape[1:])
 
     def fitted(self, weight_shape: torch.Size) -> Delta:
-        share = share_of(weight_shape, len(self.shares))
-        return self._with(lambda one: one.fitted(share))
+        shapes = shapes_of(weight_shape, self.sizes)
+        pairs = zip(self.shares, shapes, strict=True)
+        fitted = tuple(None if one is None else one.fitted(shape) for one, shape in pairs)
+        return replace(self, shares=fitted)
 
     def change(self, weight: Tensor, multiplier: float) -> Tensor:
         return torch.cat(
@@ -61,7 +67,7 @@ class StackedDelta(Delta):
                 module, x, columns, multiplier, lambda: self._split(weight())[index]
             )
 
-        outputs = out.chunk(len(self.shares), dim=-1)
+        outputs = torch.split(out, _rows(out.shape[-1], self.sizes), dim=-1)
         return torch.cat([changed(*pair) for pair in enumerate(outputs)], dim=-1)
 
     def live_weight(self, weight: Tensor, multiplier: float) -> Tensor:
@@ -82,9 +88,14 @@ class StackedDelta(Delta):
         )
 
     def _split(self, weight: Tensor) -> tuple[Tensor, ...]:
-        return weight.chunk(len(self.shares))
+        return torch.split(weight, _rows(len(weight), self.sizes))
 
 
-def share_of(weight_shape: torch.Size, count: int) -> torch.Size:
-    """Return the shape of each of `count` equal shares of a weight's rows."""
-    return torch.Size((weight_shape[0] // count, *weight_shape[1:]))
+def shapes_of(weight_shape: torch.Size, sizes: Sequence[int]) -> list[torch.Size]:
+    """Return the shape of each share of a weight's rows; `sizes` as in `StackedDelta`."""
+    return [torch.Size((rows, *weight_shape[1:])) for rows in _rows(weight_shape[0], sizes)]
+
+
+def _rows(count: int, sizes: Sequence[int]) -> list[int]:
+    unit = count // sum(sizes)
+    return [unit * size for size in sizes]

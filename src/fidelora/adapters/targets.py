@@ -6,6 +6,7 @@ biases of these modules, and the weights and biases of norms.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,7 +20,7 @@ from fidelora.adapters.deltas import Delta, Module
 from fidelora.adapters.lycoris_deltas import FullDelta
 from fidelora.adapters.module_names import canonical_name
 from fidelora.adapters.read import Adapter
-from fidelora.adapters.stacked_delta import StackedDelta, share_of
+from fidelora.adapters.stacked_delta import StackedDelta, shapes_of
 from fidelora.errors import AdapterMismatchError
 from fidelora.families import Family, Part
 from fidelora.families.spec import Stage
@@ -71,11 +72,15 @@ class VectorTarget:
 
 @dataclass(frozen=True)
 class _Share:
-    """One of `count` equal shares of the rows of a target, which other code names on its own."""
+    """One share of the rows of a target, which other code names on its own.
+
+    Attributes:
+        index: index of the share among `sizes`, which are those of `StackedDelta`.
+    """
 
     target: str
     index: int
-    count: int
+    sizes: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,12 +207,13 @@ class Targets:
             accepted = part.accepted_names(found) if part.accepted_names else {}
             for path, names in accepted.items():
                 name = f"{part.name}.{path}"
-                for index, spelling in enumerate(names):
+                sizes = Counter(names)
+                for index, spelling in enumerate(sizes):
                     flat = _flatten(part, spelling)
-                    if len(names) == 1:
+                    if len(sizes) == 1:
                         self._names_by_flat[flat] = (name,)
                     else:
-                        self._shares_by_flat[flat] = _Share(name, index, len(names))
+                        self._shares_by_flat[flat] = _Share(name, index, tuple(sizes.values()))
             kept = pristine[part.name] if pristine else {}
             for path, module in found.items():
                 name = f"{part.name}.{path}"
@@ -262,15 +268,16 @@ class Targets:
         found = 0
         seen: set[str] = set()
         deltas: dict[str, Delta] = {}
-        stacked: dict[str, list[Delta | None]] = {}
+        stacked: dict[str, tuple[list[Delta | None], tuple[int, ...]]] = {}
         for module in adapter.modules:
             share = self._find(module, self._shares_by_flat, stage)
             if share is not None and module in adapter.deltas and module not in adapter.biases:
                 found += 1
                 delta = adapter.deltas[module]
                 whole = self.by_name[share.target].weight.shape
-                shares = stacked.setdefault(share.target, [None] * share.count)
-                if problem := _misfit(module, delta, share_of(whole, share.count)):
+                sizes = share.sizes
+                shares, _ = stacked.setdefault(share.target, ([None] * len(sizes), sizes))
+                if problem := _misfit(module, delta, shapes_of(whole, sizes)[share.index]):
                     misshapen[module] = problem
                 elif shares[share.index] is None and share.target not in seen:
                     shares[share.index] = delta
@@ -305,8 +312,8 @@ class Targets:
                 if target in seen | stacked.keys() and module not in repeated:
                     repeated.append(module)
                 seen.add(target)
-        for target, shares in stacked.items():
-            stack = StackedDelta(1.0, tuple(shares))
+        for target, (shares, sizes) in stacked.items():
+            stack = StackedDelta(1.0, tuple(shares), sizes)
             deltas.setdefault(target, stack.fitted(self.by_name[target].weight.shape))
         return Matches(deltas, found, unmatched, repeated, misshapen)
 
@@ -340,7 +347,7 @@ class Targets:
                 return problem
             divided = delta.fitted(shape).divided(sizes)
             if divided is None:
-                return f"{module} stands for {len(names)} modules and is of a kind without parts"
+                return f"{module} stands for {len(names)} modules and cannot be divided among them"
             changes += [(name + end, one) for name, one in zip(names, divided, strict=True)]
         return changes
 

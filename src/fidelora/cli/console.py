@@ -17,7 +17,8 @@ from fidelora.errors import FideloraError, UsageError
 from fidelora.texts import printable
 
 if TYPE_CHECKING:
-    from fidelora.engine.engine import Engine, OnStep, Progress
+    from fidelora.engine.engine import Engine
+    from fidelora.resident.client import OnSteps, Steps
 
 _debug = False
 
@@ -239,7 +240,7 @@ def progress_display(*, as_lines: bool = False) -> Iterator[ShowProgress | None]
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[OnStep | None]:
+def progress_bar(title: str) -> Iterator[OnSteps | None]:
     """Show a progress bar for the steps of images, if stderr is a terminal.
 
     Yields:
@@ -250,7 +251,7 @@ def progress_bar(title: str) -> Iterator[OnStep | None]:
             yield None
             return
 
-        def on_step(progress: Progress) -> None:
+        def on_step(progress: Steps) -> None:
             show(title, progress.step, progress.steps)
 
         show(title, 0, 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import shutil
 from pathlib import Path
@@ -156,6 +155,8 @@ def _file_name(source: str) -> str:
 
 def _download_url(url: str, target: Path) -> None:
     try:
+        import asyncio
+
         from huggingface_hub import get_token
 
         from fidelora.loras.download import DownloadRules

@@ -80,6 +80,16 @@ def explain(
         ),
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="Prompt.", rich_help_panel=_BY_HAND)] = None,
+    negative: Annotated[
+        str | None,
+        typer.Option(
+            "--negative",
+            "--negative-prompt",
+            metavar="TEXT",
+            help="Negative prompt.",
+            rich_help_panel=_BY_HAND,
+        ),
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Number of steps.", rich_help_panel=_BY_HAND)
     ] = None,
@@ -95,10 +105,19 @@ def explain(
         float | None, typer.Option(help="Guidance scale.", rich_help_panel=_BY_HAND)
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed.", rich_help_panel=_BY_HAND)] = None,
+    clip_skip: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=12,
+            help="Clip skip, as the program counts; for ComfyUI without the minus sign.",
+            rich_help_panel=_BY_HAND,
+        ),
+    ] = None,
     max_images: Annotated[
         int,
         typer.Option(
-            min=1, help="Limit on the work per picture, in images with the sample's steps."
+            min=1, help="Maximum work per picture: number of images with the sample's steps."
         ),
     ] = 40,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
@@ -147,6 +166,7 @@ def explain(
     from fidelora.explain.document import document_of, lines_of
     from fidelora.explain.explain import explain as explain_picture
     from fidelora.explain.picture import Picture
+    from fidelora.explain.programs import clip_skip_layer
     from fidelora.explain.read_picture import read_picture, with_options
     from fidelora.training.run_folder import read_run
 
@@ -158,15 +178,17 @@ def explain(
     if report is not None:
         make_folder(report)
     options = {
-        "prompt": prompt, "steps": steps, "sampler": sampler, "scheduler": scheduler,
-        "guidance_scale": guidance, "seed": seed,
+        "prompt": prompt, "negative_prompt": negative, "steps": steps, "sampler": sampler,
+        "scheduler": scheduler, "guidance_scale": guidance, "seed": seed,
     }  # fmt: skip
     loaded = []
     for path in pictures or ():
         try:
             content = path.read_bytes()
-            reading = with_options(read_picture(content, path.name), options)
-            loaded.append((Picture.read(content, path.name), _with_program(reading, program)))
+            reading = _with_program(read_picture(content, path.name), program)
+            layer = clip_skip_layer(reading.program, run.model, clip_skip)
+            reading = with_options(reading, {**options, "clip_skip": layer})
+            loaded.append((Picture.read(content, path.name), reading))
         except OSError as error:
             fail(f"{path} cannot be read: {error.strerror or error}.", COMPARISON_FAILED)
         except ImageRecordError as error:

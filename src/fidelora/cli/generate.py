@@ -22,8 +22,8 @@ from fidelora.cli.console import (
     Offload,
     QuantizationOption,
     SpacingOption,
-    make_engine,
 )
+from fidelora.cli.engines import image_maker
 from fidelora.cli.image_plan import (
     MAX_IMAGES,
     adapter_sets,
@@ -441,7 +441,7 @@ def generate(
     for adapters in planned:
         report.add([f"note: {sentence}" for sentence in proposals(adapters[0])], ())
 
-    engine = make_engine(device, offload)
+    engine = image_maker(device, offload)
     recipes = with_dtypes(planned, engine.auto_dtype, dtype, vae_dtype, text_encoder_dtype)
     prompt_indices = [index // number % len(texts) + 1 for index in range(len(recipes))]
     paths = names.paths(

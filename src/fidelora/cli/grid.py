@@ -17,10 +17,10 @@ from fidelora.cli.console import (
     Fidelity,
     FidelityOption,
     fail,
-    make_engine,
     progress_display,
     warn,
 )
+from fidelora.cli.engines import image_maker
 from fidelora.errors import TrainingRunError
 
 
@@ -92,7 +92,7 @@ def grid(
     cells = list(iterate_cells(run, rows, columns))
     make_folder(out.parent)
 
-    engine = make_engine(device)
+    engine = image_maker(device)
     images = {}
     try:
         with progress_display() as show:

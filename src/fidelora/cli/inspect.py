@@ -170,7 +170,7 @@ def _contents(document: dict[str, Any]) -> str:
 
 
 def _denoiser(model: str | None) -> str:
-    """Return what the part that an adapter changes is called in this family."""
+    """Return the name of the part that an adapter changes in this family."""
     if model is None:
         return "UNet or transformer"
     return get_family(model).part("denoiser").title

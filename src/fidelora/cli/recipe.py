@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fidelora.api import request_for
 from fidelora.cli.console import Debug, warn
 from fidelora.errors import TrainingRunError
 from fidelora.recipe import AdapterRef
@@ -43,6 +42,7 @@ def recipe(
 
     The settings that the server needs are printed to stderr.
     """
+    from fidelora.api import request_for
     from fidelora.training.notes import notes_on
     from fidelora.training.plan import RANDOM_SEED, plan_samples
     from fidelora.training.run_folder import read_run

@@ -19,8 +19,9 @@ from fidelora.recipe import Recipe, may_share_batch
 from fidelora.texts import printable
 
 if TYPE_CHECKING:
-    from fidelora.engine.engine import Engine, OnStep
+    from fidelora.cli.engines import ImageMaker
     from fidelora.images.write import GeneratedImage
+    from fidelora.resident.client import OnSteps
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Report:
         if not self.quiet and not self.as_json:
             typer.echo(path)
 
-    def progress_bar(self, title: str) -> AbstractContextManager[OnStep | None]:
+    def progress_bar(self, title: str) -> AbstractContextManager[OnSteps | None]:
         """Show a progress bar for the steps of images, if stderr is a terminal."""
         return nullcontext() if self.quiet else progress_bar(title)
 
@@ -91,7 +92,7 @@ class Report:
             typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
 
 
-def render(images: Sequence[PlannedImage], engine: Engine, report: Report) -> None:
+def render(images: Sequence[PlannedImage], engine: ImageMaker, report: Report) -> None:
     """Make and write the images, and print their paths or the JSON object.
 
     After Ctrl-C, the images that are finished are written, and the process exits.
@@ -120,7 +121,7 @@ class _Renderer:
     A thread encodes and writes images while the next ones are made.
     """
 
-    def __init__(self, engine: Engine, report: Report) -> None:
+    def __init__(self, engine: ImageMaker, report: Report) -> None:
         self._engine = engine
         self._report = report
         self._writes: list[Future[Path]] = []

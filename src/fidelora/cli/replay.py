@@ -19,17 +19,16 @@ from fidelora.cli.console import (
     Device,
     FidelityOption,
     Offload,
-    make_engine,
     progress_bar,
     reserve_exit_code_1,
     warn,
 )
+from fidelora.cli.engines import ImageMaker, image_maker
 from fidelora.errors import AdapterNotFoundError, AdaptersMissingError, ImageRecordError
 from fidelora.recipe import AdapterRef, Recipe, file_sha256
 from fidelora.texts import printable
 
 if TYPE_CHECKING:
-    from fidelora.engine.engine import Engine
     from fidelora.images.parameters import Parameters
     from fidelora.images.read import Origin
     from fidelora.images.write import GeneratedImage
@@ -107,19 +106,19 @@ def replay(
         raise ImageRecordError(f"{image} cannot be read: {error.strerror or error}.") from error
     origin = read_origin(content, image.name, with_emphasis=emphasis)
     files = _AdapterFiles(lora or [], lora_dir or [])
-    engine: Engine | None = None
+    engine: ImageMaker | None = None
     if origin.recipe is not None:
         recipe = replace(origin.recipe, adapters=files.resolve(origin.recipe.adapters))
     else:
         assert origin.parameters is not None, "read_origin raises for an image that has neither"
         adapters = files.find_by_name(origin.parameters)
-        engine = make_engine(device, offload)
+        engine = image_maker(device, offload)
         recipe = _recipe_from_parameters(origin.parameters, adapters, engine)
     recipe, changes = _apply_options(recipe, fidelity, base_model)
     _warn_of(changes)
     target = _output_path(image, out)
 
-    engine = engine or make_engine(device, offload)
+    engine = engine or image_maker(device, offload)
     with progress_bar(f"seed {recipe.seed}") as on_step:
         made = engine.generate(recipe, on_step)
     base_changes = _base_changes(origin.recipe, made.recipe)
@@ -237,7 +236,7 @@ def _missing_error(missing: Sequence[tuple[str, str]]) -> AdaptersMissingError:
 
 
 def _recipe_from_parameters(
-    parameters: Parameters, adapters: Sequence[AdapterRef], engine: Engine
+    parameters: Parameters, adapters: Sequence[AdapterRef], engine: ImageMaker
 ) -> Recipe:
     from fidelora.adapters.tensor_names import noise_of_adapter
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,12 +13,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fidelora.cli.console import Debug, fail, warn
+from fidelora.cli.console import Debug, fail, make_engine, warn
 from fidelora.errors import SettingsError
 
 if TYPE_CHECKING:
     from fidelora.jobs.api_keys import ApiKeys
 
+_LOCAL_PANEL = "Engine for the commands of this user"
 keys = typer.Typer(
     help="Manage the API keys of the server, which stores only their hashes.",
     no_args_is_help=True,
@@ -59,12 +64,50 @@ def serve(
             "without workers."
         ),
     ] = None,
+    local: Annotated[
+        bool,
+        typer.Option(
+            "--local",
+            help="Keep an engine in memory for `fidelora generate`, `replay` and `grid` of this "
+            "user instead of serving HTTP.",
+            rich_help_panel=_LOCAL_PANEL,
+        ),
+    ] = False,
+    offload: Annotated[
+        str,
+        typer.Option(
+            help="With --local: offload mode, as for `fidelora generate`.",
+            rich_help_panel=_LOCAL_PANEL,
+        ),
+    ] = "none",
+    idle: Annotated[
+        float | None,
+        typer.Option(
+            metavar="MINUTES",
+            min=0,
+            help="With --local: end after this time without a command; by default never.",
+            rich_help_panel=_LOCAL_PANEL,
+        ),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Start the server with the HTTP API and the web page.
 
     All other settings are environment variables, which can also be set in `.env`.
     """
+    if local:
+        if base_model or host is not None or port is not None:
+            raise typer.BadParameter(
+                "--local has no --base-model, --host or --port; it loads the base models of the "
+                "commands.",
+                param_hint="--local",
+            )
+        _serve_locally(device or "auto", offload, idle)
+        return
+    if idle is not None or offload != "none":
+        raise typer.BadParameter(
+            "It needs --local; set OFFLOAD_MODE for the server.", param_hint="--idle or --offload"
+        )
     try:
         from fidelora.server.run import serve as run
         from fidelora.settings import read_settings, setting_warnings
@@ -81,6 +124,27 @@ def serve(
             debug=debug or None,
         )
     )
+
+
+def _serve_locally(device: str, offload: str, idle_min: float | None) -> None:
+    """Keep an engine until SIGTERM, Ctrl-C, or `idle_min` minutes without a command."""
+    from fidelora.resident.address import socket_path
+
+    path = socket_path(device, offload)
+    engine = make_engine(device, offload)
+    from fidelora.resident.serve import ResidentServer
+
+    # Relative names in recipes must not be found in this folder: they are those of a command.
+    os.chdir(Path(path.anchor))
+    server = ResidentServer(engine, path, None if idle_min is None else 60 * idle_min)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _signal, _frame: stop.set())
+    typer.echo(f"The engine is ready on {engine.device}; commands with the same --device use it.")
+    sys.stdout.flush()
+    server.serve(stop.is_set)
+    # An image may be in progress on another thread, which torch's own clean-up would abort.
+    os._exit(0)
 
 
 @keys.command("add")

@@ -139,7 +139,7 @@ def verify(
         ApiOption | None,
         typer.Option(
             help="API of the server: fidelora, inference (ai-toolkit-inference), a1111, comfyui or "
-            "openai; by default the one that it has.",
+            "openai; by default, it is detected.",
             rich_help_panel=AGAINST_PANEL,
         ),
     ] = None,
@@ -174,7 +174,7 @@ def verify(
         typer.Option(
             min=1,
             metavar="SECONDS",
-            help="Time for each picture of the server.",
+            help="Seconds to wait for each picture of the server.",
             rich_help_panel=AGAINST_PANEL,
         ),
     ] = 600,

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from typing import Any
 
 from fidelora.adapters.module_names import is_original_name
 from fidelora.adapters.read import Adapter
 from fidelora.adapters.targets import Targets
 from fidelora.errors import AdapterMismatchError
-from fidelora.families import Family, all_families, get_family
+from fidelora.families import Family, Part, all_families, get_family
 from fidelora.weights.files import BaseFiles, read_config
+from fidelora.weights.part_config import config_of
 from fidelora.weights.strict import empty_part
 
 
@@ -69,9 +70,11 @@ def fit_of_base(adapter: Adapter, base: BaseFiles) -> FamilyFit:
     """Return the comparison of an adapter with a base model; weights are not read.
 
     Raises:
-        BaseModelFilesError: a configuration is missing or does not describe such a part.
+        BaseModelError, WeightsFileError: a configuration is missing, does not describe such a part,
+            or cannot be derived.
     """
-    return _compare(adapter, _targets(base.family, base.configs))
+    configs = {part.name: config_of(base, part) for part in _changed_parts(base.family)}
+    return _compare(adapter, _targets(base.family, configs))
 
 
 def explain_mismatch(
@@ -165,15 +168,18 @@ def _compare(adapter: Adapter, targets: Targets) -> FamilyFit:
 def default_targets(model: str) -> Targets:
     """Return the targets of a family's default base."""
     family = get_family(model)
-    configs = {part.name: family.layout / part.name / "config.json" for part in family.parts}
+    configs = {
+        part.name: read_config(family.layout / part.name / "config.json")
+        for part in _changed_parts(family)
+    }
     return _targets(family, configs)
 
 
-def _targets(family: Family, configs: Mapping[str, Path]) -> Targets:
-    """Return the names and shapes of the base model that the files `configs` describe, by part."""
-    modules = {
-        part.name: empty_part(part, read_config(configs[part.name]))
-        for part in family.parts
-        if part.adapter_prefixes
-    }
+def _changed_parts(family: Family) -> list[Part]:
+    return [part for part in family.parts if part.adapter_prefixes]
+
+
+def _targets(family: Family, configs: Mapping[str, Mapping[str, Any]]) -> Targets:
+    """Return the names and shapes of the base model that configurations describe, by part."""
+    modules = {part.name: empty_part(part, configs[part.name]) for part in _changed_parts(family)}
     return Targets(family, modules)

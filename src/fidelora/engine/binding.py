@@ -101,7 +101,7 @@ def with_adapters(model: LoadedModel, recipe: Recipe, bound: Bound) -> Iterator[
         if (one, multiplier) not in live or not one.deltas.keys().isdisjoint(vectors)
     ]
     # The trainer rounds the factors of a training adapter to the dtype of the base model, in which
-    # it also computes while the adapter is taken away.
+    # it also computes the live adapter that subtracts it.
     training = [(one.rounded(model.compute_dtype), m) for one, m in bound.training]
     model.merged.apply(
         merged,

@@ -32,7 +32,7 @@ class Alignment:
 
     Attributes:
         plan: the sample.
-        lora: the picture's LoRA that is the one of the training run; None if it has none.
+        lora: the LoRA in the picture that comes from the training run; None if there is none.
         reason: how the sample was chosen, as a phrase.
     """
 

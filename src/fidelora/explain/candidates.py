@@ -9,6 +9,7 @@ from typing import Any
 from fidelora.explain.align import Alignment
 from fidelora.explain.programs import (
     BEHAVIOURS,
+    USUAL_LAYERS,
     Sampling,
     sampling_of,
     usual_offset,
@@ -26,7 +27,8 @@ from fidelora.training.run_folder import TrainingRun
 _LIKELY_PROGRAMS: tuple[Program, ...] = ("diffusers", "ComfyUI", "A1111")
 """Programs that are tried for a picture whose file does not name one."""
 _MAX_PLAIN_CHARACTERS = 150
-"""Longest prompt that is taken to fit in 75 tokens, most of which have more than two characters."""
+"""Characters of a prompt up to which it is assumed to fit in 75 tokens; most tokens have more than
+two."""
 _STEPS = (4, 8, 10, 12, 15, 20, 25, 28, 30, 35, 40, 50)
 _GUIDANCE = (1, 1.5, 2, 3, 3.5, 4, 4.5, 5, 5.5, 6, 6.5, 7, 7.5, 8, 9, 10, 12, 15)
 _STRENGTHS = (0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 1.0, 1.1, 1.2, 1.5)
@@ -127,7 +129,10 @@ class Candidates:
         return replace(simulation, **values)
 
     def joint_axes(self) -> list[tuple[Axis, Axis]]:
-        """Return the axes that hide each other, noise and sampler, for each possible program."""
+        """Return the axes of noise and sampler for each possible program.
+
+        A wrong noise hides the right sampler and the reverse, so both are searched together.
+        """
         if sampling_of(self.reading, self.spec) is not None and self.reading.program != "unknown":
             return []
         return [
@@ -176,7 +181,7 @@ class Candidates:
         if reading.emphasis is None or doubts:
             yield Axis("emphasis", [{"text_rule": rule} for rule in rules])
         if reading.clip_skip is None or doubts:
-            yield Axis("clip_skip", [{"clip_skip": self._clip_skip(one)} for one in (0, 1, 2)])
+            yield Axis("clip_skip", [{"clip_skip": layer} for layer in self._layers()])
         if reading.loras is None or doubts:
             yield from self._loras()
         if self._may_zero:
@@ -214,7 +219,12 @@ class Candidates:
         options: list[Changes] = []
         for program in programs:
             behaviour = BEHAVIOURS[program]
-            fixed = {"rounds_noise": False, "truncates": False, **behaviour.fields}
+            fixed = {
+                "rounds_noise": False,
+                "truncates": False,
+                "skips_in_negative": True,
+                **behaviour.fields,
+            }
             given = sampling_of(replace(self.reading, program=program), self.spec)
             if given is not None:
                 options.append({**fixed, **self._sampling(given)})
@@ -285,10 +295,21 @@ class Candidates:
     def _clip_skip(self, layer: int) -> int:
         """Return `Simulation.clip_skip`, which is 0 for the family's usual layer."""
         if self.spec.id == "sdxl":
-            # A1111 does not skip layers of SDXL by default. ComfyUI counts from the last one, and
-            # SDXL uses the second.
-            return layer if self.reading.program == "ComfyUI" and layer not in (0, 2) else 0
+            # A1111 does not skip layers of SDXL by default.
+            skips = self.reading.program in ("ComfyUI", "diffusers", "unknown")
+            return layer if skips and layer not in (0, USUAL_LAYERS["sdxl"]) else 0
         return 0 if layer == 1 else layer
+
+    def _layers(self) -> list[int]:
+        """Return values of `Simulation.clip_skip` to try."""
+        layers = [0]
+        if self.programs != ("diffusers",):
+            layers += [self._clip_skip(one) for one in (1, 2)]
+        if "diffusers" in self.programs:
+            # diffusers counts from the family's usual layer; these are its clip_skip 1 and 2.
+            usual = USUAL_LAYERS.get(self.spec.id, 1)
+            layers += [usual + 1, usual + 2]
+        return list(dict.fromkeys(layers))
 
     def _has_syntax(self, text: str) -> bool:
         return bool(

@@ -50,7 +50,7 @@ _PATCHES = {
 }
 """Name of the feature by class of node, for features that are not simulated."""
 _SAMPLER_INPUTS = ({"steps", "cfg", "sampler_name"}, {"sampler", "sigmas"})
-"""Inputs by which nodes that sample are recognised: all of one set."""
+"""Input names of sampler nodes: a node is one if it has all names of one of these sets."""
 _INTERPRETATIONS = {
     "comfy": "comfyui", "A1111": "original", "comfy++": None, "compel": None, "down_weight": None,
 }  # fmt: skip
@@ -81,7 +81,7 @@ class _Found:
 
 
 def read_graph(graph: Mapping[str, Any]) -> Reading | None:
-    """Return the settings in a graph in the format of ComfyUI's API; None if nothing samples.
+    """Return the settings in a graph in ComfyUI's API format; None without a sampler node.
 
     Args:
         graph: nodes by id, each with `class_type` and `inputs`. An input is a value, or a pair of a
@@ -224,7 +224,7 @@ class _Graph:
         (found.text if in_text else found.model).update(strengths)
 
     def _loras(self, node: _Node) -> Iterator[tuple[str, float, float]]:
-        """Yield name, strength in the denoiser and in the text encoders of a node's LoRAs."""
+        """Yield the name, denoiser strength and text encoder strength of each LoRA of a node."""
         inputs = node["inputs"]
 
         def number(*names: str, default: float = 1.0) -> float:
@@ -369,7 +369,7 @@ class _Graph:
         )
 
     def _value(self, given: Any, kind: type, depth: int = 0) -> Any:
-        """Return a value of a type; a link is followed to the node that contains the value."""
+        """Return an input as the type `kind`; follow a link to the node that has the value."""
         node = self._node(given)
         if node is None:
             return _typed(given, kind)

@@ -26,8 +26,8 @@ _FIELDS: Mapping[str, tuple[str, ...]] = {
     "size": ("width", "height"),
     "precision": ("dtype", "rounds_noise"),
 }  # fmt: skip
-"""Fields of `Simulation` by cause. Rounding of pixel values is no cause, because it changes them by
-less than a level."""
+"""Fields of `Simulation` by cause. Rounding of pixel values is not listed, because it changes them
+by less than a level."""
 
 CAUSES = (
     "prompt", "trigger", "negative_prompt", "lora", "sampler", "schedule", "steps", "guidance",
@@ -45,7 +45,7 @@ class Difference:
     Attributes:
         cause: one of `CAUSES`.
         theirs, ours: the setting in the other program and in training, in words.
-        effect: mean difference in levels by which the nearest simulated image gets worse with the
+        effect: increase in levels of the mean difference of the nearest simulated image, with the
             trainer's setting; None if it was not measured.
         advice: what to set in the other program; empty if nothing can be set.
         is_in_file: True if the picture's file names the setting.

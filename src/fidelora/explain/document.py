@@ -52,7 +52,7 @@ def lines_of(explanation: Explanation) -> Iterator[str]:
     plan = explanation.alignment.plan
     program = explanation.program
     if program == "unknown":
-        program_text = "a program that left no settings"
+        program_text = "an unknown program (the file has no settings)"
     elif explanation.reading.program == "unknown":
         program_text = f"no settings in the file; nearest to {program}"
     else:

@@ -62,7 +62,8 @@ class Explanation:
         before, after: mean difference in levels of the picture from the sample and from
             `simulated`.
         differences: ordered by effect, those that were not measured last.
-        nearest_there: what comes nearest in the program; None if the sampler does not differ.
+        nearest_there: the program's sampler that comes nearest to the trainer's sample; None if the
+            sampler does not differ.
         notes: sentences about settings that were not simulated or could not be compared.
         images: work, in images with the sample's number of steps.
     """
@@ -250,9 +251,10 @@ class _Explainer:
     def _without_ineffective(
         self, nearest: Simulation
     ) -> tuple[Simulation, list[tuple[str, float]]]:
-        """Return the simulation with the trainer's values where they are as near, and the effects.
+        """Return a simulation without ineffective differences, and the effects of the others.
 
-        The effect of a cause is the increase of the distance with the trainer's value.
+        A setting gets the trainer's value if the image is then as near to the picture. The effect
+        of a cause is the increase of the distance with the trainer's value.
         """
         self._task = "measuring effects"
         kept: list[tuple[str, float]] = []
@@ -368,9 +370,9 @@ class _Explainer:
                 found.append(Difference(cause, theirs, own_name, None, advice, True))
             elif same_file(used, own) is None and stem(used.name) != stem(own):
                 notes.append(
-                    f"The picture's {title} is {used.name or used.hash}; whether it is the one of "
-                    f"training ({stem(own) or 'contained in the base model'}) cannot be told from "
-                    "its name."
+                    f"The picture's {title} is {used.name or used.hash}. Its name does not show "
+                    "whether it is the one of training "
+                    f"({stem(own) or 'contained in the base model'})."
                 )
         return tuple(found), notes
 

@@ -128,7 +128,7 @@ _A1111 = Behaviour(
 )
 _DIFFUSERS = Behaviour(
     "diffusers",
-    {"rounds_noise": True},
+    {"rounds_noise": True, "skips_in_negative": False},
     zeroes_empty_negative=True,
     where=_IN_DIFFUSERS,
 )
@@ -212,6 +212,9 @@ _INVOKEAI_SAMPLERS = {
     "lcm": "lcm",
 }
 
+USUAL_LAYERS: Mapping[str, int] = {"sdxl": 2}
+"""Layer of the text encoders that a model uses, from the last one (1); 1 for other models."""
+
 ALGORITHMS: Mapping[str, str] = {
     "euler": "euler",
     "k_euler": "euler",
@@ -290,6 +293,18 @@ def _of_diffusers(reading: Reading, spec: Family) -> Sampling | None:
         spacing = reading.scheduler or ""
         return Sampling("diffusers", name, "" if spacing == "default" else spacing)
     return Sampling("diffusers", name, usual_spacing(name, spec))
+
+
+def clip_skip_layer(program: Program, model: str, clip_skip: int | None) -> int | None:
+    """Return the layer of the text encoder, from the last one (1), for a program's clip skip.
+
+    Args:
+        clip_skip: as the program counts: from the model's usual layer in diffusers, elsewhere from
+            the last one. None if it is not known.
+    """
+    if clip_skip is None or program not in ("diffusers", "unknown", "InvokeAI"):
+        return clip_skip
+    return clip_skip + USUAL_LAYERS.get(model, 1)
 
 
 def usual_spacing(sampler: str, spec: Family) -> str:

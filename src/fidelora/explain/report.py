@@ -16,6 +16,7 @@ from fidelora.explain.explain import Explanation
 from fidelora.training.judge import Pixels
 from fidelora.training.report import AMPLIFY
 
+_COLUMNS = ("cause", "in the program", "in training", "effect, levels", "advice")
 _MIN_SIDE = 384  # pixels; smaller images are enlarged
 
 
@@ -43,17 +44,25 @@ def _section(explanation: Explanation) -> Iterator[str]:
         ("nearest simulated picture", explanation.simulated),
     ):
         yield _figure(label, pixels)
-    if explanation.simulated.shape == explanation.picture.pixels.shape:
+    is_same_size = explanation.simulated.shape == explanation.picture.pixels.shape
+    rest = np.zeros(0, np.uint8)
+    if is_same_size:
         wide = explanation.simulated.astype(np.int16) - explanation.picture.pixels
         rest = (np.abs(wide) * AMPLIFY).clip(0, 255).astype(np.uint8)
+    if rest.any():
         yield _figure(f"what remains, amplified {AMPLIFY} times", rest)
     yield "</div>"
+    if is_same_size and not rest.any():
+        yield "<p>Nothing remains: the simulated picture has the same pixels.</p>"
     if explanation.differences:
-        yield "<table><tr><th>cause<th>in the program<th>in training<th>effect, levels<th>advice"
+        yield "<table><tr>" + "".join(f"<th>{name}" for name in _COLUMNS)
         for one in explanation.differences:
             effect = "not measured" if one.effect is None else f"{one.effect:.2f}"
             cells = (one.cause, one.theirs, one.ours, effect, one.advice)
-            yield "<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in cells)
+            yield "<tr>" + "".join(
+                f'<td data-column="{name}">{html.escape(cell)}'
+                for name, cell in zip(_COLUMNS, cells, strict=True)
+            )
         yield "</table>"
     for note in explanation.notes:
         yield f"<p class=note>{html.escape(note)}</p>"
@@ -92,6 +101,13 @@ h2, td {{ overflow-wrap: anywhere; }} td, th {{ text-align: left; padding: .2rem
 figure {{ margin: 0; max-width: 100%; }}
 img {{ display: block; max-width: 100%; height: auto; image-rendering: pixelated; }}
 figcaption, .note {{ font-size: .85rem; opacity: .8; }} pre {{ overflow: auto; }}
+@media (max-width: 40rem) {{
+  h1, h2 {{ font-size: 1.3rem; overflow-wrap: anywhere; }}
+  th {{ display: none; }}
+  table, tbody, tr, td {{ display: block; }}
+  tr {{ padding: .4rem 0; }}
+  td::before {{ content: attr(data-column) ": "; opacity: .8; }}
+}}
 </style></head><body>
 <h1>{title}</h1>
 {sections}

@@ -19,12 +19,12 @@ _MIN_IMPROVEMENT = 0.05  # levels; smaller ones are rounding
 _MIN_SHARE = 0.08
 """Share of the distance by which a change must reduce it. While a setting with a large effect is
 wrong, other changes alter the distance at random by a few percent."""
-_ENOUGH = 0.05  # levels; a nearer image cannot tell settings apart
+_ENOUGH = 0.05  # levels; below it, distances do not show which setting is right
 _SCREENING_STEPS = (4, 8)
 """Smallest and largest number of steps for ranking options; a third of the steps in between."""
 _MAX_UNSCREENED = 4
-"""Number of options that are made with all steps; of more options, these many of the best ones at
-few steps are made."""
+"""Largest number of options whose images are made with all steps. If there are more options, they
+are ranked at few steps, and the best ones are made."""
 _ROUNDS = 3
 _JOINT_SHARE = 0.7  # of the limit on the work; the rest is for the other settings
 
@@ -77,9 +77,10 @@ class Search:
     def joint(self, start: Simulation, pairs: Sequence[tuple[Axis, Axis]]) -> Simulation:
         """Return the best combination of noise and sampler.
 
-        A wrong sampler hides which noise is right, and the reverse, so these are tried together. If
-        a sampler draws no numbers in its steps, a similar one shows which initial noise is right,
-        even at few steps. Others are made with each noise and all steps.
+        A wrong sampler hides which noise is right, and the reverse, so these are tried together.
+        For a sampler that draws no random numbers in its steps, the right initial noise is found
+        with a similar sampler, even at few steps. Other samplers are tried with each noise and all
+        steps.
 
         Args:
             pairs: axes of noise and sampler, one pair for each program.

@@ -55,6 +55,8 @@ class Simulation:
             (ComfyUI at the largest sigma).
         device, step_noise, seed_delta, batch, index: see `SimulatedNoise`.
         text_rule, clip_skip: see `prompts.embed`.
+        skips_in_negative: True uses the layer of `clip_skip` for the negative prompt, too. False
+            uses the family's usual layer there, as diffusers does.
         zero_negative: True replaces the embeddings of an empty negative prompt by zeros (SDXL in
             A1111 and diffusers).
         strength, text_strength: multipliers of the trained adapter in the denoiser and in the text
@@ -86,6 +88,7 @@ class Simulation:
     index: int = 0
     text_rule: TextRule = "plain"
     clip_skip: int = 0
+    skips_in_negative: bool = True
     zero_negative: bool = False
     strength: float = 1.0
     text_strength: float = 1.0
@@ -220,13 +223,13 @@ class Simulator:
     ) -> Encoded:
         text = cast(SDText, model.text)
 
-        def row(prompts: Sequence[str]) -> Conditioning:
+        def row(prompts: Sequence[str], clip_skip: int) -> Conditioning:
             embedded = {
                 name: embed(
                     encoder,
                     prompt,
                     simulation.text_rule,
-                    simulation.clip_skip,
+                    clip_skip,
                     has_norm=len(text.encoders) == 1,
                 )
                 for (name, encoder), prompt in zip(text.encoders.items(), prompts, strict=True)
@@ -234,13 +237,13 @@ class Simulator:
             return text.condition(embedded, size)
 
         count = len(text.encoders)
-        positive = row([simulation.prompt] * count)
+        positive = row([simulation.prompt] * count, simulation.clip_skip)
         if simulation.guidance_scale <= 1:
             return Encoded(positive)
         negatives = [simulation.negative_prompt] * count
         if simulation.negative_prompt == self.recipe.negative_prompt and count == 2:
             negatives[1] = self.recipe.negative_prompt_2 or negatives[1]
-        negative = row(negatives)
+        negative = row(negatives, simulation.clip_skip if simulation.skips_in_negative else 0)
         if simulation.zero_negative and not simulation.negative_prompt:
             added = dict(negative.added)
             if "text_embeds" in added:

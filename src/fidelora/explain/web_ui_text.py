@@ -38,7 +38,7 @@ _UNSUPPORTED = {
 }
 """Name of the feature by key, for keys whose features are not simulated."""
 _SOURCES = {"CPU": "cpu", "GPU": "gpu", "NV": "gpu"}
-"""`NV` computes on the CPU what a GPU of NVIDIA draws."""
+"""Device by A1111's source of noise. `NV` computes the numbers of an NVIDIA GPU on the CPU."""
 
 
 def read_web_ui_text(text: str) -> Reading:

@@ -222,7 +222,7 @@ def penultimate_state(encoder: Any, ids: Tensor) -> tuple[Tensor, Tensor | None]
 
 
 def pooled_output(encoder: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the encoder's last hidden states and that of the end token, after the final norm."""
+    """Return the encoder's hidden states after the final norm, and that of the end token."""
     output = encoder(ids)
     return output[0], output.pooler_output
 

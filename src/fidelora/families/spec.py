@@ -112,7 +112,8 @@ class Part:
             not use these names.
         accepted_names: maps module paths to names of other code that adapter files may use but
             conversion does not write: one name, or those of modules that compute equal shares of
-            the outputs, in order. None if there are none.
+            the outputs, in order. A name that is repeated has several shares. None if there are
+            none.
         fused_names: maps names of modules in the original code to the paths of the modules that
             their output rows are divided between, in order; None if there are no such names.
         ignored_weights: suffixes of weights that files may contain but the part does not use.

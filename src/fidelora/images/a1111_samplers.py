@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from fidelora.errors import UnknownSamplerError
 from fidelora.families import Family
+from fidelora.families.spec import FlowSampler
 from fidelora.sampling.spacings import TimestepSpacing
 
 AUTOMATIC, UNIFORM, KARRAS = "Automatic", "Uniform", "Karras"
@@ -69,6 +70,11 @@ _ALIASES: Mapping[str, tuple[str, str]] = {
 }
 
 
+_EULER = "Euler"
+"""A1111's default sampler. Web UIs on its code, such as Forge, also use it for flow models, where
+its steps are those of the flow-match Euler sampler."""
+
+
 def sampler_names(spec: Family) -> dict[str, list[str]]:
     """Return the sampler names of a model, with their aliases.
 
@@ -84,6 +90,9 @@ def sampler_names(spec: Family) -> dict[str, list[str]]:
         if set(own_names.values()) <= spec.samplers.keys()
     }
     known = {name for own_names in _TABLE.values() for name in own_names.values()}
+    if flow := _flow_sampler(spec):
+        names = {_EULER: [flow]}
+        known.add(flow)
     return names | {name: [] for name in spec.samplers if name not in known}
 
 
@@ -142,6 +151,8 @@ def _find(schedule: str, by_schedule: Mapping[str, SamplerChoice]) -> SamplerCho
 
 def _schedules(name: str, spec: Family) -> dict[str, SamplerChoice]:
     """Return the schedulers of A1111's sampler `name`; empty if the model does not have it."""
+    if name.lower() == _EULER.lower() and (flow := _flow_sampler(spec)):
+        return {AUTOMATIC: SamplerChoice(flow)}
     by_lower_name = {a1111_name.lower(): own_names for a1111_name, own_names in _TABLE.items()}
     own_names = by_lower_name.get(name.lower(), {})
     if not own_names or own_names[AUTOMATIC] not in spec.samplers:
@@ -152,6 +163,12 @@ def _schedules(name: str, spec: Family) -> dict[str, SamplerChoice]:
         if sampler in spec.samplers
     }
     return found | _spacings(own_names.get(UNIFORM, own_names[AUTOMATIC]), spec)
+
+
+def _flow_sampler(spec: Family) -> str:
+    """Return the name of the default sampler of a flow model; empty for other models."""
+    is_flow = isinstance(spec.samplers[spec.default_sampler], FlowSampler)
+    return spec.default_sampler if is_flow else ""
 
 
 def _own_schedules(name: str, spec: Family) -> dict[str, SamplerChoice]:

@@ -29,6 +29,7 @@ from fidelora.atomic import (
 )
 from fidelora.embedding_file import embedding_word
 from fidelora.errors import AdapterNotFoundError
+from fidelora.loras.shared import SharedAdapters
 from fidelora.recipe import AdapterRef, file_sha256
 from fidelora.safetensors_header import read_file_header, read_header
 
@@ -45,14 +46,18 @@ class AdapterCache:
         folder: created if it does not exist.
         budget_bytes: disk space for adapters without another hard link, such as downloads; see
             `trim`.
+        shared: adapters of all machines; None for one machine, or for a shared folder.
 
     Raises:
         OutputError: the folder is not writable.
     """
 
-    def __init__(self, folder: Path, budget_bytes: int) -> None:
+    def __init__(
+        self, folder: Path, budget_bytes: int, shared: SharedAdapters | None = None
+    ) -> None:
         make_folder(folder)
         self.folder = folder
+        self._shared = shared
         self._budget_bytes = budget_bytes
         self._hashes: OrderedDict[tuple[int, ...], str] = OrderedDict()
         self._lock = threading.Lock()
@@ -63,12 +68,27 @@ class AdapterCache:
         return self.folder / f"{sha256}.safetensors"
 
     def find(self, sha256: str) -> AdapterRef | None:
-        """Return the adapter with this hash, or None if it is missing or its file has changed."""
+        """Return the adapter with this hash, or None if it is missing or its file has changed.
+
+        Raises:
+            StorageError: the object store cannot be used.
+        """
         path = self.path(sha256)
+        if not path.is_file() and self._shared is not None:
+            self._shared.fetch(sha256, path)
         if not path.is_file() or self.sha256_of(path) != sha256:
             return None
         self._touch(path)
         return AdapterRef(sha256, path=path)
+
+    def publish(self, sha256: str) -> None:
+        """Make an adapter of the cache available to the workers on other machines.
+
+        Raises:
+            StorageError: the object store cannot be used.
+        """
+        if self._shared is not None:
+            self._shared.publish(sha256, self.path(sha256))
 
     def ref(self, sha256: str, name: str) -> AdapterRef:
         """Return a reference to an adapter in the cache.
@@ -186,6 +206,10 @@ class AdapterCache:
                 removed.append(path.stem)
                 total -= size
         return removed
+
+    def trim_shared(self, in_use: Callable[[str], bool]) -> list[str]:
+        """Remove unused adapters from the object store; see `SharedAdapters.trim`."""
+        return [] if self._shared is None else self._shared.trim(in_use)
 
     def _remembered_hash(self, version: tuple[int, ...]) -> str | None:
         with self._lock:

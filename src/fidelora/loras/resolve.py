@@ -9,12 +9,14 @@ from pathlib import Path
 from fidelora.errors import (
     AdapterChangedError,
     AdapterDownloadError,
+    AdapterNotFoundError,
     AdapterUrlRefusedError,
 )
 from fidelora.loras.cache import AdapterCache
 from fidelora.loras.download import HUB, DownloadRules, download
 from fidelora.loras.folder import adapter_path, adapter_with_hash
 from fidelora.loras.hub import HubFile
+from fidelora.loras.shared import SharedLoras
 from fidelora.loras.uploads import is_foreign_upload
 from fidelora.recipe import AdapterRef
 
@@ -30,15 +32,22 @@ class AdapterResolver:
         cache: cache of adapter files by hash.
         rules: limits of downloads.
         hub_token: token for the hub, used if the request has none.
+        shared: the adapter folder of all servers; None for one server, or for a shared folder.
     """
 
     def __init__(
-        self, root: Path, cache: AdapterCache, rules: DownloadRules, hub_token: str | None = None
+        self,
+        root: Path,
+        cache: AdapterCache,
+        rules: DownloadRules,
+        hub_token: str | None = None,
+        shared: SharedLoras | None = None,
     ) -> None:
         self._root = root
         self._cache = cache
         self._rules = rules
         self._hub_token = hub_token
+        self._shared = shared
         self._downloads = asyncio.Semaphore(_DOWNLOADS_AT_ONCE)
 
     async def resolve(
@@ -116,7 +125,14 @@ class AdapterResolver:
         return None if is_foreign else ref
 
     def _from_root(self, name: str, owner: str | None) -> AdapterRef:
-        return self._cache.add(adapter_path(self._root, name, owner=owner), name)
+        try:
+            path = adapter_path(self._root, name, owner=owner)
+        except AdapterNotFoundError:
+            if self._shared is None:
+                raise
+            self._shared.refresh()  # it may just have been uploaded to another server
+            path = adapter_path(self._root, name, owner=owner)
+        return self._cache.add(path, name)
 
     async def _from_url(self, url: str, token: str | None) -> AdapterRef:
         async with self._downloads:

@@ -76,7 +76,7 @@ class RemoteProgram(ABC):
         """Pause before the next poll.
 
         Raises:
-            ClientTimeoutError: the time `end` is over.
+            ClientTimeoutError: the deadline `end` has passed.
         """
         if time.monotonic() >= end:
             raise ClientTimeoutError(

@@ -194,8 +194,8 @@ class FlowSchedule:
             `_shift_for`). Optional: `scheduler`; `linspace`, the precision in which the sigmas
             before the shift are computed, `float32` (the default) or `float64`; `ends_at_zero`, for
             a last sigma of 0 before the shift, so that the last step has no length;
-            `ends_at_shifted_table`, for a last sigma before the shift that is the smallest one of
-            the scheduler's table for training, which is shifted already; `terminal`, the last
+            `ends_at_shifted_table`: before the shift, the last sigma is the smallest one of the
+            scheduler's training table, which is itself already shifted; `terminal`, the last
             sigma, to which the sigmas are stretched after the shift.
         steps: the number of steps; at least 2 with `terminal`.
         tokens: the number of tokens of the image, which a dynamic shift depends on.

@@ -21,6 +21,7 @@ from starlette.responses import PlainTextResponse
 import fidelora
 from fidelora.accel.allocator import return_freed_memory
 from fidelora.atomic import make_folder, remove_stale_temporaries
+from fidelora.errors import StorageError
 from fidelora.jobs.client_state import ClientState, local_state
 from fidelora.jobs.job import Status
 from fidelora.jobs.sql import SqlStore
@@ -30,6 +31,8 @@ from fidelora.loras.cache import AdapterCache
 from fidelora.loras.download import DownloadRules
 from fidelora.loras.folder import UPLOADS
 from fidelora.loras.resolve import AdapterResolver
+from fidelora.loras.shared import SharedAdapters, SharedLoras
+from fidelora.loras.upload_folder import UploadFolder
 from fidelora.loras.uploads import UploadQuota, upload_folders
 from fidelora.server import api_docs, problems
 from fidelora.server.background import run_periodically
@@ -56,6 +59,8 @@ from fidelora.server.routes import (
 from fidelora.server.size_limits import SizeLimits
 from fidelora.server.worker_host import worker_setups
 from fidelora.settings import Settings
+from fidelora.storage.bucket import Bucket
+from fidelora.storage.images import image_store
 from fidelora.workers.pool import WorkerPool
 
 log = structlog.get_logger(__name__)
@@ -64,6 +69,10 @@ _WATCH_INTERVAL_S = 0.5
 """Seconds between two checks for dead and hanging workers."""
 _CLEAN_INTERVAL_S = 60.0
 """Seconds between two removals of old requests and adapters."""
+_REFRESH_INTERVAL_S = 5.0
+"""Seconds between two looks for LoRAs that other servers have stored or deleted."""
+_CLEAN_OBJECT_STORE_INTERVAL_S = 3600.0
+"""Seconds between two removals of unused adapters from the object store."""
 _TRIM_INTERVAL_S = 30.0
 """Seconds between two returns of freed memory to the operating system."""
 
@@ -97,6 +106,7 @@ def make_context(
     pool = WorkerPool(store, worker_setups(settings, server_defaults), name=server_id)
     context = context_with_store(store, settings, server_defaults, base_url, pool, state)
     pool.on_report = context.attempt_ended
+    context.uploads.refresh()
     return context
 
 
@@ -117,7 +127,12 @@ def context_with_store(
         OutputError: the adapter cache is not writable.
     """
     ROOTS.set(_private_paths(settings, server_defaults))
-    cache = AdapterCache(settings.adapters, _bytes(settings.lora_cache_gb) or 0)
+    shared_adapters, shared_loras = None, None
+    if settings.object_store:
+        bucket = Bucket(settings.object_store)
+        shared_adapters = SharedAdapters(bucket, timedelta(days=settings.keep_days))
+        shared_loras = SharedLoras(bucket, settings.loras)
+    cache = AdapterCache(settings.adapters, _bytes(settings.lora_cache_gb) or 0, shared_adapters)
     rules = DownloadRules(
         hosts=settings.lora_hosts,
         max_bytes=settings.lora_max_mb * 2**20,
@@ -128,12 +143,17 @@ def context_with_store(
         settings=settings,
         store=store,
         cache=cache,
-        resolver=AdapterResolver(settings.loras, cache, rules, token),
-        upload_quota=UploadQuota(
+        resolver=AdapterResolver(settings.loras, cache, rules, token, shared_loras),
+        uploads=UploadFolder(
             settings.loras,
-            _bytes(settings.uploads_gb) or 0,
-            _bytes(settings.uploads_per_key_gb),
+            UploadQuota(
+                settings.loras,
+                _bytes(settings.uploads_gb) or 0,
+                _bytes(settings.uploads_per_key_gb),
+            ),
+            shared_loras,
         ),
+        images=image_store(settings.outputs, settings.object_store),
         clients=clients or local_state(keys_file(settings)),
         metrics=Metrics(
             store,
@@ -265,6 +285,20 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             run_periodically(_TRIM_INTERVAL_S, partial(asyncio.to_thread, return_freed_memory))
         ),
     ]
+    if context.settings.object_store:
+        running += [
+            asyncio.create_task(
+                run_periodically(
+                    _REFRESH_INTERVAL_S, partial(asyncio.to_thread, context.uploads.refresh)
+                )
+            ),
+            asyncio.create_task(
+                run_periodically(
+                    _CLEAN_OBJECT_STORE_INTERVAL_S,
+                    partial(asyncio.to_thread, _clean_object_store, context),
+                )
+            ),
+        ]
     if context.pool is not None:
         await asyncio.to_thread(context.pool.start)
         running.append(
@@ -322,12 +356,20 @@ def clean(context: ServerContext) -> None:
     now = datetime.fromtimestamp(context.retention_clock.now(), UTC)
     before = now - timedelta(days=context.settings.keep_days)
     removed = context.store.remove_finished(before=before, keep=context.settings.keep_requests)
-    for output in (output for job in removed for output in job.outputs):
-        Path(output.file_path).unlink(missing_ok=True)
+    locations = [output.file_path for job in removed for output in job.outputs]
+    try:
+        context.images.remove(locations)
+    except StorageError as error:
+        log.warning("images were left behind", count=len(locations), reason=str(error))
     if removed:
         log.info("old requests removed", count=len(removed))
     if trimmed := context.cache.trim(context.store.needs_adapter):
         log.info("adapters removed from cache", count=len(trimmed))
+
+
+def _clean_object_store(context: ServerContext) -> None:
+    if removed := context.cache.trim_shared(context.store.needs_adapter):
+        log.info("adapters removed from the object store", count=len(removed))
 
 
 def _bytes(gigabytes: float | None) -> int | None:

@@ -20,7 +20,7 @@ from fidelora.jobs.job import Job
 from fidelora.jobs.store import JobStore
 from fidelora.loras.cache import AdapterCache
 from fidelora.loras.resolve import AdapterResolver
-from fidelora.loras.uploads import UploadQuota
+from fidelora.loras.upload_folder import UploadFolder
 from fidelora.server.access import ANONYMOUS, Caller
 from fidelora.server.base_models import BaseModels
 from fidelora.server.job_watcher import JobWatcher
@@ -29,6 +29,7 @@ from fidelora.server.retention_clock import RetentionClock
 from fidelora.server.size_limits import SizeLimits
 from fidelora.server.verifier import Verifier, hub_environment
 from fidelora.settings import Settings
+from fidelora.storage.images import ImageStore
 from fidelora.workers.attempt import AttemptReport
 from fidelora.workers.pool import WorkerPool
 
@@ -54,7 +55,8 @@ class ServerContext:
     store: JobStore
     cache: AdapterCache
     resolver: AdapterResolver
-    upload_quota: UploadQuota
+    uploads: UploadFolder
+    images: ImageStore
     clients: ClientState
     metrics: Metrics
     base_url: str

@@ -5,32 +5,30 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-from pathlib import Path
 
 from PIL import Image
 
 from fidelora.errors import ImageGoneError
 from fidelora.jobs.job import Output
+from fidelora.storage.images import ImageStore
 
 
-def content_of(output: Output) -> bytes:
+def content_of(images: ImageStore, output: Output) -> bytes:
     """Return the content of an image's file.
 
     Raises:
         ImageGoneError: the file was removed or changed.
+        StorageError: the object store cannot be used.
     """
-    try:
-        content = Path(output.file_path).read_bytes()
-    except OSError as error:
-        raise ImageGoneError from error
-    if hashlib.sha256(content).hexdigest() != output.sha256:
+    content = images.read(output.file_path)
+    if content is None or hashlib.sha256(content).hexdigest() != output.sha256:
         raise ImageGoneError
     return content
 
 
-def base64_of(output: Output) -> str:
+def base64_of(images: ImageStore, output: Output) -> str:
     """Return the content of an image's file in base64; raise the errors of `content_of`."""
-    return base64.b64encode(content_of(output)).decode()
+    return base64.b64encode(content_of(images, output)).decode()
 
 
 def convert_preview(preview: str, image_format: str) -> str:

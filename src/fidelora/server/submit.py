@@ -130,6 +130,7 @@ async def enqueue(
 
     Raises:
         RequestError: an image is too large, or the images take too long.
+        StorageError: the object store cannot be used.
         QueueFullError: the queue is full.
         IdempotencyConflictError: the idempotency key was used for another request.
     """
@@ -148,6 +149,8 @@ async def enqueue(
 
 
 def _store_and_wake_workers(context: ServerContext, job: Job, submission: Submission | None) -> Job:
+    for sha256 in job.adapters:
+        context.cache.publish(sha256)
     stored = context.store.add(job, submission=submission, capacity=context.settings.queue_size)
     if context.pool is not None:
         context.pool.wake()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Mapping
 from functools import partial
@@ -18,12 +19,14 @@ from fidelora.errors import JobStoreError, SettingsError
 from fidelora.families import all_families
 from fidelora.jobs.job import Status
 from fidelora.jobs.sql import SqlStore
+from fidelora.loras.cache import AdapterCache
 from fidelora.recipe import Recipe
 from fidelora.server.defaults import server_defaults_of
 from fidelora.server.logs import configure_logs
 from fidelora.server.metrics import Metrics
 from fidelora.server.worker_probes import WorkerProbes
 from fidelora.settings import Settings
+from fidelora.storage.bucket import Bucket
 from fidelora.workers.attempt import AttemptReport, WorkerLimits
 from fidelora.workers.pool import WorkerPool
 from fidelora.workers.process import WorkerSetup
@@ -32,6 +35,8 @@ log = structlog.get_logger(__name__)
 
 _WATCH_INTERVAL_S = 0.5
 """Seconds between two checks for dead and hanging workers."""
+_TRIM_INTERVAL_S = 60.0
+"""Seconds between two removals of old adapters from the cache of this machine."""
 
 
 def worker_setups(
@@ -48,6 +53,7 @@ def worker_setups(
         settings.database,
         settings.outputs,
         offload=settings.offload,
+        object_store=settings.object_store,
         adapters=settings.adapters,
         model_cache=settings.model_cache_dir,
         hub_token=settings.hf_token.get_secret_value() if settings.hf_token else None,
@@ -78,17 +84,8 @@ class WorkerHost:
     def __init__(self, settings: Settings, name: str) -> None:
         if not settings.devices:
             raise SettingsError("DEVICE is none, so there is nothing to run; name a device.")
-        for folder, variable in (
-            (settings.outputs, "OUTPUT_BASE_PATH"),
-            (settings.adapters, "LORA_DOWNLOAD_CACHE_DIR"),
-        ):
-            # Do not create it: images in a folder that is not mounted would be lost to the servers.
-            if not folder.is_dir():
-                raise SettingsError(
-                    f"The folder {folder} does not exist. Mount the folder that the servers use, "
-                    f"or set {variable}."
-                )
-        remove_stale_temporaries(settings.outputs)
+        self._cache = _adapter_cache(settings)
+        self._next_trim = time.monotonic()
         self._settings = settings
         self._store = SqlStore(settings.database)
         setups = worker_setups(settings, server_defaults_of(settings))
@@ -117,6 +114,9 @@ class WorkerHost:
 
     def _watch(self) -> None:
         try:
+            if self._cache is not None and time.monotonic() >= self._next_trim:
+                self._next_trim = time.monotonic() + _TRIM_INTERVAL_S
+                self._cache.trim(self._store.needs_adapter)
             for job in self.pool.watch():
                 if job.status is Status.FAILED and job.error:
                     self.metrics.lost(job.error.code)
@@ -175,6 +175,30 @@ def run_workers(settings: Settings) -> None:
     if probes is not None:
         probes.close()
     log.info("stopped")
+
+
+def _adapter_cache(settings: Settings) -> AdapterCache | None:
+    """Check the folders, and return the cache of this machine if there is an object store.
+
+    Raises:
+        SettingsError: a folder that the servers use, too, does not exist.
+        FideloraError: the object store or the cache folder cannot be used.
+    """
+    if settings.object_store:
+        Bucket(settings.object_store).check()
+        return AdapterCache(settings.adapters, _bytes(settings.lora_cache_gb) or 0)
+    for folder, name in (
+        (settings.outputs, "OUTPUT_BASE_PATH"),
+        (settings.adapters, "LORA_DOWNLOAD_CACHE_DIR"),
+    ):
+        # Do not create it: images in a folder that is not mounted would be lost to the servers.
+        if not folder.is_dir():
+            raise SettingsError(
+                f"The folder {folder} does not exist. Mount the folder that the servers use, set "
+                f"{name}, or use an object store (FIDELORA_OBJECT_STORE)."
+            )
+    remove_stale_temporaries(settings.outputs)
+    return None
 
 
 def _bytes(gigabytes: float | None) -> int | None:

@@ -16,7 +16,7 @@ from fidelora.training.run_folder import TrainingRun
 
 @dataclass(frozen=True)
 class Change:
-    """A setting that is changed on trial.
+    """A change of one setting, which the tests look for.
 
     Attributes:
         cause: the setting, one of `doctor.CAUSES`.

@@ -23,7 +23,8 @@ _MAX_NUMBER_LENGTH = 100  # characters; parsing 1:1:1:1... takes quadratic time
 MAX_NAME_LENGTH = 200  # characters; the name is part of file names and replaces every [name]
 
 _TRAINER_BLOCKS = (("model", "sample", "train"), ("model", "sample"), ("model",))
-"""Blocks of a training process, the most specific set first; generators have no `train` block."""
+"""Sets of blocks by which a training process is recognised, the strictest set first. Processes that
+only generate images have no `train` block."""
 
 # PyYAML raises the last three types if a value does not match its tag.
 _READ_ERRORS = (

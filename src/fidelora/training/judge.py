@@ -255,7 +255,7 @@ class Experiment:
             return evidence
         if len(self.draws[0]) == DRAWS:
             self._total += _MORE_DRAWS * len(self._plans)
-            # The numbers between are those of `_mean_effect`.
+            # `_mean_effect` uses the draws from DRAWS to 2 * DRAWS.
             self._make_draws(range(2 * DRAWS, 2 * DRAWS + _MORE_DRAWS))
         more = [
             replace(sample, draws=(*sample.draws, *draws[DRAWS:]))

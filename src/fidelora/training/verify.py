@@ -214,7 +214,7 @@ def _judged(
     on_progress: OnProgress | None,
 ) -> list[CheckedSample]:
     """Return the samples of a step with the verdict of their common judgement."""
-    # The draws of an identical sample say nothing: rounding errors change them, but not the sample.
+    # Identical samples are left out: rounding errors change their draws, but not the sample.
     comparable = [
         sample
         for sample in samples

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fidelora.errors import BaseModelFilesError, BaseModelNotFoundError, RecipeError
 from fidelora.families import Family, Part, all_families
 from fidelora.safetensors_header import read_file_header
+from fidelora.texts import listed
 from fidelora.weights.locate import locate, weight_file_patterns
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class BaseFiles:
             _check_index(source, family, others)
         roots = {part.name: others.get(part.name, layout) for part in family.parts}
         places = {
-            part.name: roots[part.name] / (part.original if is_original else part.name)
+            part.name: _place(roots[part.name], part, is_original, is_checkpoint)
             for part in family.parts
         }
         weights = {
@@ -114,7 +115,9 @@ class BaseFiles:
             if folder is not None:
                 configs[replaced] = folder / "config.json"
         tokenizers = {
-            one.name: places[one.name] if is_original else _tokenizer(roots[one.name], one)
+            one.name: place
+            if (place := places[one.name]).name == one.original
+            else _tokenizer(roots[one.name], one)
             for one in family.text_encoders
         }
         folders = [path for path in tokenizers.values() if path is not None]
@@ -152,7 +155,9 @@ class BaseFiles:
         decoder = self.family.part("decoder").name
         if self.family.checkpoint:
             converter = importlib.import_module(self.family.checkpoint)
-            weights[decoder] = converter.convert_decoder(weights[decoder], configs[decoder])
+            # Files of the original layout have no configuration; their converter needs none.
+            config = configs.get(decoder, {})
+            weights[decoder] = converter.convert_decoder(weights[decoder], config)
         for part in self.family.parts:
             if part.convert:
                 module, _, function = part.convert.partition(":")
@@ -240,8 +245,21 @@ def _is_original(source: Path, family: Family) -> bool:
     return bool(part.original) and not is_diffusers and (source / part.original).exists()
 
 
+def _place(root: Path, part: Part, is_original: bool, is_checkpoint: bool) -> Path:
+    """Return the folder or file of a part in the folder `root`.
+
+    Args:
+        is_original: True if the base model is a folder in the original layout.
+        is_checkpoint: True if it is a single file. `root`, which has the other parts and the
+            configurations, can then have either layout.
+    """
+    if is_checkpoint and part.original:
+        is_original = not (root / part.name).is_dir()
+    return root / (part.original if is_original else part.name)
+
+
 def _is_single_file(place: Path) -> bool:
-    """Return True if a part's place (`Part.original`) is a file, not a folder."""
+    """Return True if the original layout has this part in a file, not in a folder."""
     return place.suffix == ".safetensors"
 
 
@@ -252,7 +270,7 @@ def is_complete(base_model: str, family: Family) -> bool:
 
 
 def _other_parts(source: Path, family: Family) -> list[tuple[Part, str]]:
-    """Return the parts that `source` does not contain, with the hub ids of where they are."""
+    """Return the parts that `source` does not contain, with the hub id of each."""
     if source.is_file():
         return [(part, part.companion) for part in family.parts if part.companion]
     return [(part, family.extras) for part in _missing_parts(source, family)]
@@ -269,7 +287,7 @@ def _folders_of_other_parts(
     found: dict[str, Path] = {}
     missing: dict[str, list[Part]] = {}
     for part, repository in _other_parts(source, family):
-        if own is not None and (own / part.name).is_dir():
+        if own is not None and _has_part(own, part):
             found[part.name] = own
         else:
             missing.setdefault(repository, []).append(part)
@@ -278,6 +296,13 @@ def _folders_of_other_parts(
         folder = locate(repository, parts, what=what, variant=variant, cache_dir=cache_dir)
         found |= {part.name: folder for part in parts}
     return found
+
+
+def _has_part(folder: Path, part: Part) -> bool:
+    """Return True if a folder has a part, in either layout."""
+    if (folder / part.name).is_dir():
+        return True
+    return bool(part.original) and (folder / part.original).exists()
 
 
 def _tokenizer(layout: Path, part: Part) -> Path | None:
@@ -403,10 +428,19 @@ def _check_shards(paths: list[Path]) -> None:
     matches = [re.search(r"-(\d+)-of-(\d+)\.", path.name) for path in paths]
     numbers = [(int(match[1]), int(match[2])) for match in matches if match]
     expected = [(number, len(paths)) for number in range(1, len(paths) + 1)]
-    if numbers and numbers != expected:
-        names = ", ".join(path.name for path in paths)
+    present = {number for number, _ in numbers}
+    wanted = set(range(1, numbers[0][1] + 1)) if numbers else set()
+    if len({total for _, total in numbers}) == 1 and present < wanted:
+        missing = sorted(wanted - present)
+        names = [re.sub(r"-\d+-of", f"-{one:05}-of", paths[0].name) for one in missing]
         raise BaseModelFilesError(
-            f"The shards in {paths[0].parent.name} are not one complete set: {names}. Download the "
+            f"The base model has no {paths[0].parent.name}/{listed(names)}: {len(missing)} of "
+            f"{len(wanted)} shards are missing. Download it again."
+        )
+    if numbers and numbers != expected:
+        found = ", ".join(path.name for path in paths)
+        raise BaseModelFilesError(
+            f"The shards in {paths[0].parent.name} are not one complete set: {found}. Download the "
             "folder again."
         )
 

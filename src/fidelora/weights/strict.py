@@ -27,6 +27,7 @@ from fidelora.errors import (
 from fidelora.families.spec import Part
 from fidelora.safetensors_header import read_file_header
 from fidelora.texts import listed
+from fidelora.weights.scaled import refuse_scaled
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Names of the VAE's attention in diffusers before 0.15, as in the files of Stable Diffusion 1.5.
@@ -119,11 +120,12 @@ def read_weights(paths: Sequence[Path]) -> dict[str, Tensor]:
 
     Raises:
         WeightsFileError: a file is not a valid .safetensors file.
+        BaseModelWeightsError: the weights are quantised with separate scales.
         BaseModelFilesError: two shards contain the same weight.
     """
     weights: dict[str, Tensor] = {}
     for path in paths:
-        read_file_header(path)
+        refuse_scaled(read_file_header(path), path.name)
         try:
             shard = safetensors.torch.load_file(path)
         except (SafetensorError, OSError) as error:
@@ -239,7 +241,7 @@ def _check(part: Part, weights: Mapping[str, Tensor], expected: Mapping[str, tor
     found = [f"{len(names)} weights {what} ({listed(names)})" for names, what in problems if names]
     if found:
         advice = (
-            "Use an unquantised checkpoint."
+            "Use an unquantised checkpoint, in bfloat16, float16 or float32."
             if quantised
             else f"The file belongs to another model or configuration than this {part.class_name}, "
             "or its weight names are unknown. Use another file."

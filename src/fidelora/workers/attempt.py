@@ -10,16 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, replace
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fidelora.atomic import write_atomically
-from fidelora.errors import FideloraError, GenerationCancelled, JobStoreError
+from fidelora.errors import FideloraError, GenerationCancelled, JobStoreError, StorageError
 from fidelora.images.formats import suffix_of
 from fidelora.images.write import GeneratedImage, preview_jpeg
 from fidelora.jobs.job import Job, JobProgress, Output
 from fidelora.jobs.store import JobStore
 from fidelora.recipe import Recipe
+from fidelora.storage.images import ImageStore
 
 if TYPE_CHECKING:  # the server imports this module and must not load torch
     from fidelora.engine.engine import Progress
@@ -335,21 +334,24 @@ class ImageFiles:
     """Image files of one job, encoded and written on another thread while the next image is made.
 
     Args:
-        folder: output folder; files are named `{job}_output_{index}` with their format's suffix.
+        images: where to keep them; files are named `{job}_output_{index}` with their format's
+            suffix.
         executor: an executor with one thread, so that files are written in order.
     """
 
-    def __init__(self, job: Job, folder: Path, executor: Executor) -> None:
+    def __init__(self, job: Job, images: ImageStore, executor: Executor) -> None:
         self._job = job
-        self._folder = folder
+        self._images = images
         self._executor = executor
-        self._writes: dict[Path, Future[Output]] = {}
+        self._writes: dict[str, Future[Output]] = {}
 
     def write(self, index: int, image: GeneratedImage) -> None:
         """Queue an image for writing."""
         suffix = suffix_of(self._job.image_format)  # type: ignore[arg-type]
-        path = self._folder / f"{self._job.id}_output_{index}{suffix}"
-        self._writes[path] = self._executor.submit(_write_image, path, image, self._job)
+        name = f"{self._job.id}_output_{index}{suffix}"
+        self._writes[name] = self._executor.submit(
+            _write_image, self._images, name, image, self._job
+        )
 
     def raise_errors(self) -> None:
         """Raise the error of the first write that has failed so far, if any."""
@@ -372,15 +374,18 @@ class ImageFiles:
         wait(self._writes.values())
 
     def remove(self) -> None:
-        for path in self._writes:
-            path.unlink(missing_ok=True)
+        """Remove the files, as far as possible."""
+        try:
+            self._images.remove([self._images.location(name) for name in self._writes])
+        except StorageError as error:
+            log.warning("images were left behind: %s", error)
 
 
-def _write_image(path: Path, image: GeneratedImage, job: Job) -> Output:
+def _write_image(images: ImageStore, name: str, image: GeneratedImage, job: Job) -> Output:
     content = image.encode(job.image_format, job.image_quality)  # type: ignore[arg-type]
-    write_atomically(path, content)
+    location = images.write(name, content)
     height, width = image.pixels.shape[:2]
     sha256 = hashlib.sha256(content).hexdigest()
     return Output(
-        str(path), job.image_format, width, height, image.recipe.seed, sha256, len(content)
+        location, job.image_format, width, height, image.recipe.seed, sha256, len(content)
     )

@@ -23,7 +23,10 @@ from fidelora.accel import Offload
 from fidelora.accel.threads import limit_spinning, limit_threads
 from fidelora.errors import FideloraError, JobStoreError
 from fidelora.jobs.sql import SqlStore
+from fidelora.loras.shared import SharedAdapters
 from fidelora.recipe import Recipe
+from fidelora.storage.bucket import Bucket
+from fidelora.storage.images import image_store
 from fidelora.workers.attempt import AttemptReport, WorkerLimits
 from fidelora.workers.presence import Presence
 from fidelora.workers.signals import WorkerSignals, beating, new_signals, spawn
@@ -46,6 +49,7 @@ class WorkerSetup:
     Attributes:
         store_url: database of the jobs.
         outputs: folder for images.
+        object_store: URL of the bucket for images and adapters; empty for folders only.
         adapters: folder with adapter files named by hash; None for no folder.
         model_cache: folder for downloaded base models; None for Hugging Face's default.
         hub_token: access token for the hub; None to use the one in the environment.
@@ -59,6 +63,7 @@ class WorkerSetup:
     outputs: Path
     device: str = "auto"
     offload: Offload = "none"
+    object_store: str = ""
     adapters: Path | None = None
     model_cache: Path | None = None
     hub_token: str | None = field(default=None, repr=False)
@@ -262,8 +267,11 @@ def _make_worker(
         from fidelora.adapters.library import DEFAULT_BUDGET_BYTES, AdapterLibrary
         from fidelora.engine.engine import Engine
     limit_threads()
+    fetch = None
+    if setup.object_store:
+        fetch = SharedAdapters(Bucket(setup.object_store)).fetch
     adapters = AdapterLibrary(
-        setup.adapter_budget_bytes or DEFAULT_BUDGET_BYTES, folder=setup.adapters
+        setup.adapter_budget_bytes or DEFAULT_BUDGET_BYTES, folder=setup.adapters, fetch=fetch
     )
     engine = Engine(
         device=setup.device,
@@ -280,7 +288,7 @@ def _make_worker(
         name,
         store,
         engine,
-        setup.outputs,
+        image_store(setup.outputs, setup.object_store),
         setup.limits,
         on_end=reports.send,
         on_pause=lambda reason: reports.send(WorkerPaused(reason)),

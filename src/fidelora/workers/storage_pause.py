@@ -4,32 +4,29 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 
-from fidelora.atomic import temporary_name, write_atomically
 from fidelora.errors import StorageError
+from fidelora.storage.images import ImageStore
 
 log = logging.getLogger(__name__)
 
 _PROBE_INTERVAL_S = 5.0  # time between two attempts to write
-_PROBE_BYTES = 2**20  # about the size of an image; a full disk may still have room for less
 
 
 class StoragePause:
-    """Keeps a worker from claiming jobs while its output folder is not writable.
+    """Keeps a worker from claiming jobs while images cannot be stored.
 
     Args:
-        folder: output folder.
+        images: where images are kept.
         on_change: called with the reason when a pause begins, and with an empty reason when it
             ends.
         monotonic: clock.
     """
 
     def __init__(
-        self, folder: Path, on_change: Callable[[str], None], monotonic: Callable[[], float]
+        self, images: ImageStore, on_change: Callable[[str], None], monotonic: Callable[[], float]
     ) -> None:
-        self._folder = folder
+        self._images = images
         self._on_change = on_change
         self._monotonic = monotonic
         self._reason = ""
@@ -49,15 +46,11 @@ class StoragePause:
             return True
         if self._monotonic() < self._next_probe:
             return False
-        probe = self._folder / temporary_name()
         try:
-            write_atomically(probe, bytes(_PROBE_BYTES))
+            self._images.check()
         except StorageError as error:
             self.begin(error)
             return False
-        finally:
-            with suppress(OSError):
-                probe.unlink()
         self._reason = ""
         log.info("worker continues: images can be written again")
         self._on_change("")

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fidelora.errors import (
@@ -21,6 +20,7 @@ from fidelora.errors import (
 )
 from fidelora.jobs.job import Failure, Job, Status
 from fidelora.jobs.store import JobStore
+from fidelora.storage.images import ImageStore
 from fidelora.workers.attempt import (
     Attempt,
     AttemptReport,
@@ -58,7 +58,7 @@ class Worker:
 
     Args:
         name: name of the worker, stored in its current job.
-        outputs: folder for images, named `{job}_output_{index}` with their format's suffix.
+        outputs: where images are kept, named `{job}_output_{index}` with their format's suffix.
         on_end: called after each attempt.
         on_pause: called with the reason when the worker pauses because it cannot write images, and
             with an empty reason when it continues.
@@ -75,7 +75,7 @@ class Worker:
         name: str,
         store: JobStore,
         engine: Engine,
-        outputs: Path,
+        outputs: ImageStore,
         limits: WorkerLimits | None = None,
         *,
         on_end: Callable[[AttemptReport], None] = lambda report: None,

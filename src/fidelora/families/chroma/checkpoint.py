@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fidelora.errors import BaseModelFilesError
 from fidelora.families.spec import Family
+from fidelora.families.transformer_file import transformer_weights
 
 _MARK = "distilled_guidance_layer."
 """Prefix of weights that only Chroma has."""
@@ -29,14 +29,11 @@ def split(
         name: name of the file for messages.
 
     Raises:
-        BaseModelFilesError: the file is not a checkpoint of Chroma.
+        BaseModelFilesError: the file is not a checkpoint of Chroma, or contains other parts.
     """
-    if not any(key.startswith(_MARK) for key in weights):
-        raise BaseModelFilesError(
-            f"{name} is not a checkpoint of {family.title}: it has no weights that begin with "
-            f"{_MARK} Use a checkpoint with the original names."
-        )
-    return {family.part("denoiser").name: dict(weights)}
+    blocks = ("double_blocks.", "single_blocks.", _MARK)
+    own = transformer_weights(weights, family, name, blocks=blocks)
+    return {family.part("denoiser").name: own}
 
 
 def convert_decoder(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:

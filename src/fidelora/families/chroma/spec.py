@@ -7,6 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from fidelora.families import latent_formats
+from fidelora.families.chroma.names import diffusers_names
 from fidelora.families.shared_parts import FLUX_VAE, T5_ENCODER
 from fidelora.families.spec import Family, FlowSampler, Part, TrainerSampling
 
@@ -42,7 +43,14 @@ CHROMA = Family(
             class_name="ChromaTransformer",
             weights="diffusion_pytorch_model",
             precision="dtype",
-            adapter_prefixes=("diffusion_model.", "lora_unet_"),
+            # Of AI Toolkit and ComfyUI, diffusers, kohya, and OneTrainer and SimpleTuner.
+            adapter_prefixes=(
+                "diffusion_model.",
+                "transformer.",
+                "lora_unet_",
+                "lora_transformer_",
+            ),
+            accepted_names=diffusers_names,
             is_single_file=True,
             quantization="quantization",
         ),

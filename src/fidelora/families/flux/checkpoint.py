@@ -17,8 +17,8 @@ from fidelora.families.flux.names import fused_names, original_names
 from fidelora.families.spec import Family
 from fidelora.families.transformer_file import split_rows, transformer_weights
 
-_OTHER_FAMILY = "distilled_guidance_layer."
-"""Prefix of weights of Chroma, whose other names are the same."""
+_OTHER_FAMILIES = ("distilled_guidance_layer.", "double_stream_modulation_img.")
+"""Prefixes of weights of Chroma and of FLUX.2, whose other names are the same."""
 _NORMS = {
     "img_attn.norm.query_norm.scale": "attn.norm_q.weight",
     "img_attn.norm.key_norm.scale": "attn.norm_k.weight",
@@ -50,7 +50,7 @@ def split(
     """
     part = family.part("denoiser").name
     blocks = ("double_blocks.", "single_blocks.")
-    own = transformer_weights(weights, family, name, blocks=blocks, foreign=(_OTHER_FAMILY,))
+    own = transformer_weights(weights, family, name, blocks=blocks, foreign=_OTHER_FAMILIES)
     return {part: _converted(own, configs[part], name)}
 
 

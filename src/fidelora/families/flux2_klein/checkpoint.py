@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from fidelora.families.flux2_klein.names import (
     SINGLE_BLOCK,
     STREAMS,
 )  # fmt: skip
+from fidelora.families.spec import Family
+from fidelora.families.transformer_file import transformer_weights
 
 Weights = dict[str, Tensor]
 Config = Mapping[str, Any]
@@ -85,6 +87,36 @@ def decoder(weights: Weights, config: Config | None) -> tuple[Weights, Config]:
     if any(name.startswith("decoder.up_blocks.") for name in kept):
         kept = _decoder_from_diffusers(kept)
     return kept, _decoder_config(kept) if config is None else config
+
+
+def split(
+    weights: Mapping[str, Tensor],
+    configs: Mapping[str, Config],
+    family: Family,
+    others: Iterable[Family],
+    name: str,
+) -> dict[str, Weights]:
+    """Return the weights of a single-file checkpoint by part: all belong to the transformer.
+
+    Args:
+        weights: all tensors of the file, with the names of the original code, which ComfyUI uses,
+            too, or of diffusers. `transformer` converts them.
+        configs, others: not used.
+        name: name of the file for messages.
+
+    Raises:
+        BaseModelFilesError: the file is not a checkpoint of FLUX.2-klein, or contains other parts.
+    """
+    blocks = ("double_stream_modulation_img.", "single_stream_modulation.")
+    # Other models of FLUX.2 embed the guidance scale.
+    foreign = ("guidance_in.", "time_guidance_embed.guidance_embedder.")
+    own = transformer_weights(weights, family, name, blocks=blocks, foreign=foreign)
+    return {family.part("denoiser").name: own}
+
+
+def convert_decoder(weights: Weights, config: Config) -> Weights:
+    """Return the weights as they are; `decoder` converts them."""
+    return weights
 
 
 def _transformer_from_diffusers(weights: Weights) -> Weights:

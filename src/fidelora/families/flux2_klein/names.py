@@ -38,7 +38,7 @@ FUSED = {
     "attn.add_q_proj": (1, 0), "attn.add_k_proj": (1, 1), "attn.add_v_proj": (1, 2),
 }  # fmt: skip
 """Projections of `transformer_blocks.N` that the original code stores as the rows of one matrix:
-index of the stream in `STREAMS`, and index of the third of the rows."""
+index of the stream in `STREAMS`, and 0, 1 or 2 for the third of the rows."""
 
 _DIFFUSERS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
     "double": (

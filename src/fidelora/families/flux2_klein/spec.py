@@ -6,6 +6,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from fidelora.families.flux2_klein.names import diffusers_names
+from fidelora.families.shared_parts import with_companion
 from fidelora.families.spec import Family, FlowSampler, Part, Tokenizer, TrainerSampling
 
 # Linear fit of FLUX.2's VAE. Source: `Flux2.latent_rgb_factors` in
@@ -44,53 +45,57 @@ FLUX2_KLEIN_4B = Family(
         }
     ),
     uses=frozenset({"negative_prompt", "noise", "quantization", "text_encoder_quantization"}),
-    parts=(
-        Part(
-            name="text_encoder",
-            role="text_encoder",
-            library="transformers",
-            class_name="Qwen3ForCausalLM",
-            implementation="transformers:Qwen3Model",  # only hidden states are needed
-            weights="model",
-            original="qwen3",
-            precision="text_encoder_dtype",
-            optional_prefix="model.",
-            tokenizer=Tokenizer("tokenizer"),
-            ignored_weights=("lm_head.weight",),  # not needed for hidden states
-            # The trainer calls `.to(dtype)` unless it quantises this encoder or saves memory.
-            rounds_buffers=True,
-            rounds_quantized_buffers=False,
-            quantization="text_encoder_quantization",
+    parts=with_companion(
+        (
+            Part(
+                name="text_encoder",
+                role="text_encoder",
+                library="transformers",
+                class_name="Qwen3ForCausalLM",
+                implementation="transformers:Qwen3Model",  # only hidden states are needed
+                weights="model",
+                original="qwen3",
+                precision="text_encoder_dtype",
+                optional_prefix="model.",
+                tokenizer=Tokenizer("tokenizer"),
+                ignored_weights=("lm_head.weight",),  # not needed for hidden states
+                # The trainer calls `.to(dtype)` unless it quantises this encoder or saves memory.
+                rounds_buffers=True,
+                rounds_quantized_buffers=False,
+                quantization="text_encoder_quantization",
+            ),
+            Part(
+                name="transformer",
+                role="denoiser",
+                library="diffusers",
+                class_name="Flux2Transformer2DModel",
+                implementation="fidelora.families.flux2_klein.transformer:Flux2Transformer",
+                weights="diffusion_pytorch_model",
+                original="flux-2-klein-base-4b.safetensors",
+                convert="fidelora.families.flux2_klein.checkpoint:transformer",
+                precision="dtype",
+                adapter_prefixes=("diffusion_model.", "transformer.", "lora_unet_"),
+                accepted_names=diffusers_names,
+                quantization="quantization",
+            ),
+            Part(
+                name="vae",
+                role="decoder",
+                library="diffusers",
+                class_name="AutoencoderKLFlux2",
+                implementation="fidelora.families.flux2_klein.decoder:Flux2Decoder",
+                weights="diffusion_pytorch_model",
+                original="ae.safetensors",
+                convert="fidelora.families.flux2_klein.checkpoint:decoder",
+                precision="vae_dtype",
+            ),
         ),
-        Part(
-            name="transformer",
-            role="denoiser",
-            library="diffusers",
-            class_name="Flux2Transformer2DModel",
-            implementation="fidelora.families.flux2_klein.transformer:Flux2Transformer",
-            weights="diffusion_pytorch_model",
-            original="flux-2-klein-base-4b.safetensors",
-            convert="fidelora.families.flux2_klein.checkpoint:transformer",
-            precision="dtype",
-            adapter_prefixes=("diffusion_model.", "transformer.", "lora_unet_"),
-            accepted_names=diffusers_names,
-            quantization="quantization",
-        ),
-        Part(
-            name="vae",
-            role="decoder",
-            library="diffusers",
-            class_name="AutoencoderKLFlux2",
-            implementation="fidelora.families.flux2_klein.decoder:Flux2Decoder",
-            weights="diffusion_pytorch_model",
-            original="ae.safetensors",
-            convert="fidelora.families.flux2_klein.checkpoint:decoder",
-            precision="vae_dtype",
-        ),
+        "black-forest-labs/FLUX.2-klein-base-4B",
     ),
     text="fidelora.families.flux2_klein.text:KleinText",
     denoiser="fidelora.families.flux2_klein.denoiser:KleinDenoiser",
     latents="fidelora.families.flux2_klein.latents:KleinLatents",
+    checkpoint="fidelora.families.flux2_klein.checkpoint",
     layout=Path(__file__).parent / "layout",
     trainer_sampling=TrainerSampling(
         archs=("flux2_klein_4b",), text_encoder_qtype="qtype_te", ignores_sampler=True

@@ -18,8 +18,11 @@ from fidelora.families.spec import (
 )
 from fidelora.families.wan.names import original_names
 
-# The trainer's own configuration; the base's UniPC is not used. The pipeline names no sigmas, so
-# the scheduler shifts twice: the ends of its table, and what lies between them.
+# Both sizes of Wan 2.1 have the same text encoder and VAE.
+_COMPANION = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+
+# The trainer's own configuration; the base's UniPC is not used. The pipeline passes no sigmas,
+# so the scheduler shifts twice: first the ends of its table, then all values between them.
 _FLOWMATCH = FlowSampler(
     "flowmatch", MappingProxyType({"shift": 3.0, "ends_at_shifted_table": True})
 )
@@ -70,6 +73,7 @@ WAN21_1B = Family(
             library="transformers",
             class_name="UMT5EncoderModel",
             weights="model",
+            companion=_COMPANION,
             precision="text_encoder_dtype",
             tokenizer=Tokenizer("tokenizer"),
             # As for T5: the trainer's transformers computes attention with matrix products only.
@@ -95,12 +99,14 @@ WAN21_1B = Family(
             library="diffusers",
             class_name="AutoencoderKLWan",
             weights="diffusion_pytorch_model",
+            companion=_COMPANION,
             precision="vae_dtype",
         ),
     ),
     text="fidelora.families.wan.text:WanText",
     denoiser="fidelora.families.wan.denoiser:WanDenoiser",
     latents="fidelora.families.wan.latents:WanLatents",
+    checkpoint="fidelora.families.wan.checkpoint",
     layout=Path(__file__).parent / "layout",
     trainer_sampling=TrainerSampling(
         archs=("wan21:1b", "wan21"),
@@ -139,6 +145,7 @@ WAN22_14B_T2V = replace(
         WAN21_1B.part("decoder"),
     ),
     denoiser="fidelora.families.wan.denoiser:TwoStageWanDenoiser",
+    checkpoint="",  # a file has only one of the two transformers
     # Sizes that are not multiples of 16 are rounded down, where Wan 2.1 fails.
     trainer_sampling=replace(
         WAN21_1B.trainer_sampling, archs=("wan22_14b:t2v", "wan22_14b"), size_multiple=8

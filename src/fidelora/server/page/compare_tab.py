@@ -221,7 +221,8 @@ class CompareTab:
     ) -> Path:
         images = {}
         for number, job in enumerate(jobs):
-            with Image.open(io.BytesIO(content_of(job.outputs[0]))) as image:
+            content = content_of(self._context.images, job.outputs[0])
+            with Image.open(io.BytesIO(content)) as image:
                 images[divmod(number, len(multipliers))] = frame_strip(decoded_frames(image))
         recipe = jobs[0].recipes[0]
         rows = [(PurePosixPath(lora).stem, self._step_label(lora)) for lora in loras]

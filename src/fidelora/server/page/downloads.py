@@ -50,7 +50,7 @@ def images_zip(
         for job_id, index in images[:MAX_GALLERY_IMAGES]:
             try:
                 output = context.job(job_id, caller).outputs[index]
-                content = content_of(output)
+                content = content_of(context.images, output)
             except (JobNotFoundError, ImageGoneError, IndexError):
                 continue
             packed.writestr(Path(output.file_path).name, content)

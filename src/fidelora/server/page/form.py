@@ -140,7 +140,7 @@ def notes_on_form(form: Form) -> list[str]:
     """Return a sentence for each input that was probably left empty by mistake."""
     notes = []
     if not form.fields["prompt"].strip():
-        notes.append("The prompt is empty, so the model draws what it likes.")
+        notes.append("The prompt is empty, so the model chooses the content of the image.")
     if has_placeholder(form.fields["prompt"]) and not form.fields["trigger_word"].strip():
         notes.append("[trigger] stays in the prompt as it is, because the trigger word is empty.")
     return notes

@@ -135,7 +135,7 @@ class Pictures:
         output = job.outputs[index]
         file = self.page_files.files / f"{REQUEST_FOLDER}{job.id}" / Path(output.file_path).name
         if not file.is_file():
-            content = content_of(output)
+            content = content_of(self.context.images, output)
             make_folder(file.parent)
             write_atomically(file, content)
         return file

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from fidelora.errors import BodyTooLargeError
-from fidelora.loras.uploads import add_upload
 from fidelora.server.context import ServerContext
 from fidelora.server.page.visitor import visitor
 from fidelora.settings import Settings
@@ -40,7 +39,5 @@ def add_lora(context: ServerContext, file: Path) -> str:
     context.refuse_if_stopping()
     refuse_larger(file, context.settings.lora_max_mb * 2**20)
     with file.open("rb") as opened:
-        path, _ = add_upload(
-            context.settings.loras, opened, file.name, visitor().owner, context.upload_quota
-        )
+        path, _ = context.uploads.add(opened, file.name, visitor().owner)
     return path

@@ -55,6 +55,7 @@ from fidelora.server.submit import (
     require_success,
     resolve_adapters,
 )
+from fidelora.storage.images import ImageStore
 
 _DESCRIPTIONS = {
     400: "The request is not supported or not valid",
@@ -99,7 +100,7 @@ async def txt2img(
     async with cancel_on_exit(job, context), _registered(job, context, caller):
         async for update in job_updates(job, context, request):
             job = update
-    return await run_in_threadpool(_txt2img_body, plan, require_success(job))
+    return await run_in_threadpool(_txt2img_body, context.images, plan, require_success(job))
 
 
 def _build_recipes(
@@ -108,11 +109,11 @@ def _build_recipes(
     return plan.recipes(adapters, defaults_for(context, plan.model, adapters))
 
 
-def _txt2img_body(plan: Txt2ImgPlan, job: Job) -> Txt2ImgBody:
-    infotexts = [read_parameters_text(content_of(output)) for output in job.outputs]
+def _txt2img_body(images: ImageStore, plan: Txt2ImgPlan, job: Job) -> Txt2ImgBody:
+    infotexts = [read_parameters_text(content_of(images, output)) for output in job.outputs]
     send_images = plan.request.send_images is not False
     return Txt2ImgBody(
-        images=[base64_of(output) for output in job.outputs] if send_images else [],
+        images=[base64_of(images, output) for output in job.outputs] if send_images else [],
         parameters=plan.request.model_dump(exclude=set(plan.ignored)),
         info=info_of(plan, job, infotexts, f"Fidelora {fidelora.__version__}"),
     )

@@ -13,7 +13,6 @@ from fidelora.api import LoraBody, LoraList
 from fidelora.errors import AdapterInUseError
 from fidelora.loras.describe import describe_adapter
 from fidelora.loras.folder import UPLOADS, adapter_names, adapter_path
-from fidelora.loras.uploads import add_upload, upload_path
 from fidelora.server.access import Caller
 from fidelora.server.context import CallerDep, ContextDep, ServerContext
 from fidelora.server.problems import error_responses
@@ -80,13 +79,7 @@ def upload_lora(
     Only requests with the same API key, or with an admin key, can use it.
     """
     context.refuse_if_stopping()
-    path, is_new = add_upload(
-        context.settings.loras,
-        file.file,
-        name or file.filename or "",
-        caller.owner,
-        context.upload_quota,
-    )
+    path, is_new = context.uploads.add(file.file, name or file.filename or "", caller.owner)
     if not is_new:
         response.status_code = 200
     return _lora_body(path, context, caller)
@@ -105,11 +98,11 @@ def delete_lora(
 
     Uploads of other API keys can be deleted with admin keys only.
     """
-    path = upload_path(context.settings.loras, name, caller.owner, is_admin=caller.is_admin)
+    path = context.uploads.find(name, caller.owner, is_admin=caller.is_admin)
     sha256 = context.cache.sha256_of(path)
     if context.store.needs_adapter(sha256):
         raise AdapterInUseError
-    path.unlink(missing_ok=True)
+    context.uploads.remove(path)
     context.cache.path(sha256).unlink(missing_ok=True)
 
 

@@ -100,7 +100,7 @@ def _images(job: Job, context: ServerContext, urls: bool) -> ImagesBody:
     data = [
         ImageData(
             url=f"{url}/{index}" if urls else None,
-            b64_json=None if urls else base64_of(output),
+            b64_json=None if urls else base64_of(context.images, output),
             seed=output.seed,
             sha256=output.sha256,
         )
@@ -134,7 +134,7 @@ async def _stream(
                     yield format_sse_event(comment="making images")
                 last_sent = time.monotonic()
         for output in require_success(job).outputs:
-            content = await run_in_threadpool(base64_of, output)
+            content = await run_in_threadpool(base64_of, context.images, output)
             done = event_of(
                 "completed", job, content, usage=Usage(), seed=output.seed, sha256=output.sha256
             )

@@ -143,12 +143,14 @@ def cancel_request(job: JobDep, context: ContextDep) -> StatusBody:
     response_class=Response,
     responses=error_responses(404, 410, is_json=False) | {200: {"content": _IMAGES}},
 )
-def request_image(job: JobDep, index: Annotated[int, Path(ge=0, le=10_000)]) -> Response:
+def request_image(
+    job: JobDep, context: ContextDep, index: Annotated[int, Path(ge=0, le=10_000)]
+) -> Response:
     """Return the unmodified file of an image or video; the index is that of its prompt."""
     if index >= len(job.outputs):
         raise ImageNotFoundError
     output = job.outputs[index]
-    content = content_of(output)
+    content = content_of(context.images, output)
     name = FilePath(output.file_path).name
     headers = {
         "Content-Disposition": f'inline; filename="{name}"',

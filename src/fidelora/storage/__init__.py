@@ -1,0 +1,1 @@
+"""Files that several machines share: a common folder, or a bucket of an object store."""
