@@ -21,6 +21,15 @@ _DIFFERENCE = f"difference, amplified {AMPLIFY} times"
 _MIN_SIDE = 384  # pixels; smaller images are enlarged
 
 
+_SHOW_FRAME = (
+    "this.nextElementSibling.value = +this.value + 1; "
+    "for (const film of this.closest('.row').querySelectorAll('.film div')) "
+    "[...film.children].forEach((frame, index) => { "
+    "frame.hidden = index != Math.min(this.value, film.children.length - 1); })"
+)
+"""Handler of the slider of a video: shows the same frame in all figures of the sample."""
+
+
 def html_report(document: Mapping[str, Any], samples: Sequence[CheckedSample]) -> str:
     """Return the page, with all images embedded.
 
@@ -93,8 +102,7 @@ def _films(sample: CheckedSample) -> list[str]:
     count = max(map(len, films.values()))
     slider = (
         f"<p class=scrub><label>frame <input type=range min=0 max={count - 1} value=0 "
-        'oninput="showFrame(this)"> <output>1</output> of '
-        f"{count}</label></p>"
+        f'oninput="{_SHOW_FRAME}"> <output>1</output> of {count}</label></p>'
     )
     return [slider, *(_film(label, frames) for label, frames in films.items())]
 
@@ -169,17 +177,7 @@ img {{ display: block; max-width: 100%; height: auto; image-rendering: pixelated
 .scrub {{ flex-basis: 100%; margin: 0; }} .scrub input {{ width: min(30rem, 60%); }}
 .film img[hidden] {{ display: none; }}
 figcaption, .reason {{ font-size: .85rem; opacity: .8; }} pre {{ overflow: auto; }}
-</style>
-<script>
-function showFrame(slider) {{
-  const number = Number(slider.value);
-  slider.parentNode.querySelector("output").value = number + 1;
-  for (const film of slider.closest(".row").querySelectorAll(".film > div")) {{
-    const shown = Math.min(number, film.children.length - 1);
-    [...film.children].forEach((frame, index) => {{ frame.hidden = index !== shown; }});
-  }}
-}}
-</script></head><body>
+</style></head><body>
 <h1>{run}: {verdict}</h1>
 {doctor}
 {sections}
