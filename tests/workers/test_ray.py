@@ -166,9 +166,9 @@ def test_ray_runs_the_workers_and_loses_no_job(cluster, store, postgres, tmp_pat
 
     # A launcher with other settings replaces the workers.
     cluster.stop(launcher, kill=True)
-    before = {name_of(worker.name) for worker in store.workers()}
+    names = {name_of(worker.name) for worker in store.workers()}
     launcher = cluster.start(*options, "--debug")
-    until(lambda: {name_of(worker.name) for worker in store.workers()} - before)
+    until(lambda: {name_of(worker.name) for worker in store.workers()} - names)
 
     assert cluster.stop(launcher) == 0
     assert actors() == {}
