@@ -57,8 +57,8 @@ def due_of(claims: int, before: int, live_workers: int) -> int:
 
     Args:
         claims: number of claims so far.
-        before: number of queued jobs that are before the job.
-        live_workers: number of workers that have reported a short time ago.
+        before: number of queued jobs before the job.
+        live_workers: number of workers whose last report is recent (`WORKER_ALIVE_S`).
     """
     return claims + before + MAX_PASSED_OVER * max(1, live_workers)
 
