@@ -49,8 +49,8 @@ if TYPE_CHECKING:  # the server imports this module and must not load torch
 
 log = logging.getLogger(__name__)
 
-_CLAIM_INTERVAL_S = 0.05  # time between claims while a batch waits for jobs; a step takes longer
-MAX_HOLD_S = 1.0  # longest time to leave a job for another worker; longer waits gain little
+_CLAIM_INTERVAL_S = 0.05  # seconds between claims while a batch waits; a step takes longer
+MAX_HOLD_S = 1.0  # seconds; largest `hold_s` of a claim: longer waits gain little
 
 
 class Worker:
