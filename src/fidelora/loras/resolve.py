@@ -25,7 +25,7 @@ _DOWNLOADS_AT_ONCE = 4
 
 
 class AdapterResolver:
-    """Find the adapters of requests and put them into the cache.
+    """Finds the adapters of requests and puts them into the cache.
 
     Args:
         root: adapter folder; names in requests are relative to it.

@@ -65,8 +65,8 @@ def bucket_and_prefix(url: str) -> tuple[str, str]:
 class Bucket:
     """Objects under a prefix of a bucket. Thread-safe. Failed requests are repeated.
 
-    All methods raise `StorageError` if the object store cannot be used. The message names no
-    address; the log has the details.
+    All methods raise `StorageError` if the object store cannot be used. The message does not
+    contain addresses; the log has the details.
 
     Args:
         url: `s3://BUCKET` or `s3://BUCKET/PREFIX`.
@@ -112,8 +112,8 @@ class Bucket:
             raise output_error(f"{path.name} could not be read", error) from error
         with file, _storage_errors():
             try:
-                # A multipart upload cannot be conditional on old servers, so that a large object
-                # is looked up before.
+                # Old servers do not support conditional multipart uploads, so a large object is
+                # looked up first.
                 if not replace and self.head(key) is not None:
                     return False
                 is_single = path.stat().st_size <= _CHUNK_BYTES
