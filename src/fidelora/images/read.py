@@ -37,7 +37,7 @@ _MAX_RECORD_CHARACTERS = 2**20
 """Longest record that is read; those of Fidelora have a few thousand characters."""
 _MAX_PARTS = 100_000
 """Largest number of chunks of a PNG, and of segments of a JPEG before its pixels. Pillow needs
-about a second for as many. An image of 64 MiB with chunks of 8 KiB has 8,000."""
+about a second for that many. An image of 64 MiB with chunks of 8 KiB has 8,000."""
 _PNG_START, _JPEG_START = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
 _PIXELS = 0xDA
 """Marker of the segment of a JPEG that contains pixels."""
