@@ -111,7 +111,7 @@ def _prepared(
     device: torch.device,
     spacing: TimestepSpacing,
 ) -> Any:
-    """Return a scheduler with its tables. Cached, because `dpm_2` takes 0.2 s to compute them."""
+    """Return a scheduler with its timesteps set. Cached, because `dpm_2` takes 0.2 s for them."""
     # SGM Uniform also gets `trailing`, with which sigma-based schedulers scale the initial noise by
     # the largest sigma, as AUTOMATIC1111 does.
     chosen = {} if spacing == "default" else {"timestep_spacing": "trailing"}
