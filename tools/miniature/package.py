@@ -80,8 +80,8 @@ def _index() -> dict[str, Any]:
 def _add_text_model_level(path: Path) -> None:
     """Add the prefix `text_model.` to the names of a text encoder's weights.
 
-    transformers 5.2x omits the prefix when it saves. Earlier releases, 5.5.3 among them, then load
-    random weights without an error. Current releases read both forms.
+    Recent releases of transformers, such as 5.23, omit the prefix when they save. Earlier ones,
+    such as 5.5.3, then load random weights without an error. Current releases read both forms.
     """
     weights = load(path.read_bytes())
     named = {f"text_model.{name.removeprefix('text_model.')}": w for name, w in weights.items()}
