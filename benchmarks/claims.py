@@ -45,7 +45,7 @@ from fidelora.jobs.sql import SqlStore
 from fidelora.jobs.store import WorkerState
 
 ADAPTERS = [f"{number:064x}" for number in range(1, 41)]
-SLOTS = 8
+SLOTS = 8  # adapters that a worker keeps
 LEASE_S = 60.0
 
 

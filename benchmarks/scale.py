@@ -151,7 +151,7 @@ class Simulation:
         self._queue.append(Queued(cast(Job, job), turn, due))
 
     def _look(self, worker: _Worker, now_s: float) -> None:
-        """Let a worker that is idle, or has ended its job, claim the next one."""
+        """Claim the next job for a worker that is idle or has ended its job."""
         if worker.has_read:
             worker.hold_s, worker.has_read = min(READ_S, MAX_HOLD_S), False
         job = self._choose(worker, now_s)

@@ -30,7 +30,7 @@ IMAGES = ROOT / "docs" / "images"
 ADAPTER = FOLDER.parent / "demo_data" / "sks.safetensors"
 SEED = 5
 COLUMNS, ROWS, GAP = 8, 4, 6
-TEXT, LINES = 11, 4
+TEXT, LINES = 11, 4  # size of the font in pixels, and lines of a caption
 CURVES = {"vae": "#3060c0", "unet-start": "#d09080", "unet": "#c04030", "lora": "#309050"}
 """Names of the loss logs in the work folder, and colours of the curves. `unet-start` exists only if
 the training of the UNet began with a trained miniature (`--start`)."""

@@ -32,7 +32,7 @@ RECORD_KEY = "fidelora"
 MAX_DECODED_PIXELS = 2**25
 """Maximum size of a PNG that is decoded to read text fields stored after the pixels; images made by
 Fidelora are never larger."""
-MAX_PARAMETERS_CHARACTERS = 50_000
+MAX_PARAMETERS_CHARACTERS = 50_000  # longest parameters text that is read
 _MAX_RECORD_CHARACTERS = 2**20
 """Longest record that is read; those of Fidelora have a few thousand characters."""
 _MAX_PARTS = 100_000

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _URL = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/([^?#]*?))?/*")
-_TIMEOUT_S, _CONNECT_TIMEOUT_S = 30, 3
-_RETRIES, _RETRY_S = 3, 20
+_TIMEOUT_S, _CONNECT_TIMEOUT_S = 30, 3  # seconds for one request, and to connect
+_RETRIES, _RETRY_S = 3, 20  # retries of a request, and seconds for all of them
 _CHUNK_BYTES = 16 * 2**20
 """Bytes per request of a download, so that each request ends within `_TIMEOUT_S`."""
 
