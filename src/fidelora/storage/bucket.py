@@ -1,7 +1,7 @@
 """A bucket of an S3-compatible object store, through obstore.
 
-Endpoint, region and credentials are those of the usual environment variables of AWS, such as
-`AWS_ENDPOINT_URL`, `AWS_REGION`, `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`, or of the
+Endpoint, region and credentials come from the usual environment variables of AWS, such as
+`AWS_ENDPOINT_URL`, `AWS_REGION`, `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`, or from the
 machine's role.
 """
 
