@@ -109,7 +109,7 @@ class _Worker:
     hold_s: float = 0.0  # time of its last read, as in `Worker`
     has_read: bool = False
     is_idle: bool = True
-    next_event: int = -1  # number of the event at which it looks for a job again
+    next_event: int = -1  # number of the event at which it claims again
 
 
 class Simulation:
@@ -117,12 +117,12 @@ class Simulation:
 
     def __init__(self, case: Case, policy: str) -> None:
         self._case, self._policy = case, policy
-        self._random = random.Random(7)  # order in which idle workers notice a job
+        self._random = random.Random(7)  # order in which idle workers claim a new job
         self._workers = [_Worker() for _ in range(case.workers)]
         self._queue: list[Queued] = []
         self._claims = 0
         self._homes: Counter[str] = Counter()  # number of workers that reported each LoRA
-        self._events: list[tuple[float, int, _Worker]] = []  # ends of jobs, and looks
+        self._events: list[tuple[float, int, _Worker]] = []  # next claim of each worker
         self._numbers = itertools.count()
         self._reads = self._switches = 0
         self._waits: list[float] = []
