@@ -1,18 +1,18 @@
-"""Efficiency of the claim: real processes that claim jobs from one PostgreSQL server.
+"""Efficiency of claims: real processes that claim jobs from one PostgreSQL server.
 
-    python benchmarks/claims.py [--workers 2,8,32] [--jobs 640] [--work-s 0.2] [--read-s 0]
+    python benchmarks/claims.py [--workers 2,8,32] [--jobs JOBS] [--work-s 0.2] [--read-s 0]
 
 Starts a PostgreSQL server on this machine, with commits synced to disk (or uses an empty database,
 `--store`). Each worker is a process that claims a job, sleeps for `work-s` instead of making an
-image, and stores the result, until all `jobs` are done. Before, it has made one job, so that its
-queries are compiled. The jobs need 40 adapters with a Zipf distribution; a worker keeps 8 of them,
-and with `--read-s` sleeps for that time for another one.
+image, and stores the result, until all jobs are done (by default 20 per worker). It runs one job
+before the measurement, so that its queries are compiled. The jobs need 40 adapters with a Zipf
+distribution; a worker keeps 8 of them, and sleeps for `read-s` to read another one.
 
 Prints for each number of workers:
 
 * efficiency: `jobs x work / (workers x time)`, from the first claim to the last result
 * claim: median and 99th percentile of the time of a claim that returned a job
-* processor: milliseconds of processor time of a worker's process per job, without the database's
+* processor: milliseconds of processor time per job in the workers' processes, without PostgreSQL's
 * statements: number of statements that a worker executes per job, without BEGIN and COMMIT
 * empty: number of claims that returned no job before the queue was empty (lost races)
 * reads: number of adapters that a worker did not have, per job
@@ -45,7 +45,7 @@ from fidelora.jobs.sql import SqlStore
 from fidelora.jobs.store import WorkerState
 
 ADAPTERS = [f"{number:064x}" for number in range(1, 41)]
-SLOTS = 8
+SLOTS = 8  # adapters that a worker keeps
 LEASE_S = 60.0
 
 

@@ -23,8 +23,7 @@ from benchmarks.processes import ROOT, plain_environment, rounds, warm
 
 PROMPT, STEPS, GUIDANCE = "a photo of a cat", 25, 6.0
 _SETTLE_S = 5.0
-"""Seconds in which a resident engine ends the step after the one that the last process waited for.
-"""
+"""Seconds between two processes, in which the resident engine finishes a step of the first."""
 
 
 def measure(settings: Any) -> Any:

@@ -1,18 +1,19 @@
-"""Evaluation of `fidelora explain`: are the differences named, and is none invented?
+"""Evaluation of `fidelora explain`: how often it names the differences, and invents others.
 
     python -m benchmarks.explain [--pictures 48] [--seed 0] [--json FILE] [--keep DIR]
 
 Needs peft (`pip install --group bench`). Makes pictures of the samples of golden training runs,
 most with one to three other settings, some with none:
 
-* with diffusers, the real program, whose pictures contain no settings. For every second picture,
-  the settings that a user of a script knows are given: sampler, steps, guidance, seed and prompt.
+* with diffusers, the real program, whose pictures do not contain settings. For every second
+  picture, the settings that its author can read in the script are given: sampler, steps, guidance,
+  seed and prompt.
 * with an independent implementation of ComfyUI and A1111 (`tests/explain/other_programs.py`), a
   stand-in for the programs, whose pictures contain their settings. It is not the simulation of
   `src/fidelora/explain`, but follows the same description of the programs.
 
 A difference counts only if it changes the picture by at least `MIN_EFFECT` levels. A picture is
-*named* if all its differences are reported, and *invented* if another one is reported.
+*named* if all its differences are reported, and *invented* if any other is reported.
 """
 
 from __future__ import annotations
@@ -195,7 +196,7 @@ def stand_in(case: Case, plan: PlannedSample, engine: Engine) -> tuple[Pixels, b
 
 
 def known_settings(case: Case, plan: PlannedSample) -> dict[str, Any]:
-    """Return what a user of a script knows of the picture."""
+    """Return the settings that the author of the picture can read in the script."""
     recipe, found = plan.recipe, case.differences
     if not case.has_known_settings:
         return {}

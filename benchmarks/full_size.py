@@ -28,7 +28,8 @@ from fidelora.weights.strict import empty_part
 
 SPEC = get_family("sd15")
 RANK, CONV_RANK, SMALL_RANK = 32, 16, 8
-"""Ranks of the adapters: the trainer's default shape, and that of the small adapters."""
+"""Ranks of the adapters: the trainer's defaults for linear and convolutional modules, and the rank
+of the small adapters."""
 
 
 def default_folder() -> Path:

@@ -6,17 +6,17 @@
 
 Jobs arrive at random (a Poisson process), each with one LoRA of a Zipf distribution (s = 1). A
 worker keeps the `SLOTS` LoRAs that it used last. A job takes `WORK_S`, plus `READ_S` if the worker
-does not have its LoRA, plus `SWITCH_S` if another LoRA is merged. The load is the part of the
-workers' time that the work alone would take. An idle worker looks for a job when one arrives, in
-random order, and every `POLL_S`. At each look, it reports the LoRAs that it has.
+does not have its LoRA, plus `SWITCH_S` if another LoRA is merged. The load is the share of the
+workers' time that the work alone would take. When a job arrives, the idle workers try to claim it
+in random order; they also try every `POLL_S`. At each try, a worker reports the LoRAs that it has.
 
 The policies are `fifo` (order of arrival), `bound` (loaded LoRAs first, and no job is delayed by
 more than `MAX_PASSED_OVER` claims per worker) and `fidelora` (the same, and a job is held for a
 worker that has its LoRA). Columns:
 
 * reads, switches: number per claimed job
-* lost: part of the workers' time that reads and switches take
-* served: part of the jobs that were claimed before the last one arrived
+* lost: share of the workers' time that reads and switches take
+* served: share of the jobs that were claimed before the last one arrived
 * wait: median and longest time from arrival to claim, in seconds; a job that is left counts with
   its wait so far
 """
@@ -78,7 +78,7 @@ class Result:
 
     @property
     def served_part(self) -> float:
-        """Part of the jobs that were claimed."""
+        """Share of the jobs that were claimed."""
         return self.served / len(self.waits)
 
     @property
@@ -88,7 +88,7 @@ class Result:
 
     @property
     def lost(self) -> float:
-        """Part of the workers' time that reads and switches take."""
+        """Share of the workers' time that reads and switches take."""
         seconds = self.reads * READ_S + self.switches * SWITCH_S
         return seconds / (self.case.workers * self.case.seconds)
 
@@ -109,7 +109,7 @@ class _Worker:
     hold_s: float = 0.0  # time of its last read, as in `Worker`
     has_read: bool = False
     is_idle: bool = True
-    next_event: int = -1  # number of the event at which it looks for a job again
+    next_event: int = -1  # number of the event at which it claims again
 
 
 class Simulation:
@@ -117,12 +117,12 @@ class Simulation:
 
     def __init__(self, case: Case, policy: str) -> None:
         self._case, self._policy = case, policy
-        self._random = random.Random(7)  # order in which idle workers notice a job
+        self._random = random.Random(7)  # order in which idle workers claim a new job
         self._workers = [_Worker() for _ in range(case.workers)]
         self._queue: list[Queued] = []
         self._claims = 0
         self._homes: Counter[str] = Counter()  # number of workers that reported each LoRA
-        self._events: list[tuple[float, int, _Worker]] = []  # ends of jobs, and looks
+        self._events: list[tuple[float, int, _Worker]] = []  # next claim of each worker
         self._numbers = itertools.count()
         self._reads = self._switches = 0
         self._waits: list[float] = []
@@ -151,7 +151,7 @@ class Simulation:
         self._queue.append(Queued(cast(Job, job), turn, due))
 
     def _look(self, worker: _Worker, now_s: float) -> None:
-        """Let a worker that is idle, or has ended its job, claim the next one."""
+        """Claim the next job for a worker that is idle or has ended its job."""
         if worker.has_read:
             worker.hold_s, worker.has_read = min(READ_S, MAX_HOLD_S), False
         job = self._choose(worker, now_s)

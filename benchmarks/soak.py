@@ -1,4 +1,4 @@
-"""`make soak`: hours of random requests, cancels, uploads, lost clients and kills on one server.
+"""`make soak`: hours of random requests, cancels, uploads, disconnects and kills on one server.
 
     python -m benchmarks.soak [--minutes 120] [--seed 0]
 
@@ -85,7 +85,7 @@ class Soak:
         self.server.ready()
 
     def act(self, *, with_kills: bool) -> None:
-        """Do one random thing."""
+        """Perform one random action."""
         actions: dict[Any, float] = {
             self.submit: 60,
             self.look: 25,
@@ -154,7 +154,7 @@ class Soak:
                 pass
 
     def listen(self) -> None:
-        """Open the event stream of a request, read a little, and vanish."""
+        """Open the event stream of a request, read one byte, and disconnect."""
         if self.pending:
             request_id = self.chance.choice(list(self.pending))
             url = f"{self.server.url}/v1/requests/{request_id}/events"

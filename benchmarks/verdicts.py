@@ -6,11 +6,12 @@ Simulates training runs with the miniature as the trainer's web UI sets them up:
 float32 weights in bfloat16 on another processor, saved in bfloat16, as jpg. Each simulated run has
 a LoRA of its own.
 
-* False alarms: the samples of a run are made in the same way as the draws of its judgement. So
-  each draw is exchanged with the samples once, and then judged like samples with right settings.
-* Detected mistakes: the samples are made with another setting than the configuration's. They are
-  judged with the draws and changed settings of the right samples, because those depend only on the
-  configuration.
+* False alarms: the samples are made in the same way as the draws (images with random values in
+  place of lost information; `training/consistency.py`). Each draw therefore takes the place of the
+  samples once, and is judged like samples with right settings.
+* Detected mistakes: the samples are made with a setting that differs from the configuration. The
+  draws and the tried settings are the same as for the right samples, because they depend only on
+  the configuration.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def main() -> None:
 def verdicts_of(
     folder: Path, engine: Engine, number: int, options: argparse.Namespace
 ) -> dict[str, list[str]]:
-    """Return the verdicts of a simulated run by mistake; `each in turn` has right settings."""
+    """Return a simulated run's verdicts, by name of the mistake; `each in turn` has no mistake."""
     exact = simulated_run(folder, number, options)
     run = read_run(folder)
     plans = plan_samples(run, 100)

@@ -25,7 +25,7 @@ EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 """sha256 of an empty file. Older versions of AI Toolkit and some other programs store it by mistake
 instead of the hash of the tensors."""
 
-_CHUNK_BYTES = 2**20
+_CHUNK_BYTES = 2**20  # bytes read at a time while hashing
 
 Keep = Literal["always", "within_budget", "never"]
 

@@ -17,7 +17,7 @@ EMBEDDING_KEYS = frozenset({"emb_params", "clip_l", "clip_g"})
 MAX_TOKENS = 75
 """Maximum number of tokens of an embedding: those of a prompt without its start and end."""
 
-_MAX_WORD_LENGTH = 200
+_MAX_WORD_LENGTH = 200  # characters
 _CONVERTED_KEYS = frozenset({"*", "string_to_param.*"})
 """Tensor keys in files converted from AUTOMATIC1111's `.pt` embeddings; they are not the word."""
 

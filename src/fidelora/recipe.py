@@ -200,7 +200,7 @@ class Recipe:
             fastest way on the device: adapters are merged, and the denoiser and decoder may use
             another precision. The noise, sampler, latents and text encoding are as in `exact`.
         quantization: `qfloat8` and `float8` store the weights of the denoiser's linear layers in
-            float8, as AI Toolkit does for a `qtype` of this name. Adapters stay live.
+            float8, as AI Toolkit does for a `qtype` of this name. Adapters must be live.
         text_encoder_quantization: the same for the text encoders.
         training_adapters: LoRAs for training only, such as that of Z-Image Turbo, which the trainer
             merges into the base model. While it makes samples, it also applies them live with the

@@ -24,7 +24,7 @@ Prediction = Literal["epsilon", "v_prediction"]
 Fidelity = Literal["exact", "fast"]
 Quantization = Literal["none", "qfloat8", "float8"]
 
-MIN_SIZE, MAX_SIZE = 64, 4096
+MIN_SIZE, MAX_SIZE = 64, 4096  # width and height in pixels
 MAX_STEPS = 150
 MAX_GUIDANCE = 100.0
 MAX_SEED = 2**63 - 1

@@ -128,7 +128,7 @@ class Settings(BaseSettings):
         description=(
             "Bucket of an S3-compatible object store for images and LoRAs, such as "
             "`s3://bucket/prefix`, in place of folders that all machines share. Endpoint and "
-            "credentials are those of the usual variables, such as `AWS_ENDPOINT_URL`, "
+            "credentials come from the usual variables, such as `AWS_ENDPOINT_URL`, "
             "`AWS_REGION`, `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`."
         ),
     )
@@ -167,14 +167,14 @@ class Settings(BaseSettings):
         validation_alias="FIDELORA_QUANTIZATION",
         description=(
             "`qfloat8` or `float8`: store the weights of the denoiser in float8, as AI Toolkit "
-            "does with `model.quantize`; LoRAs are then unmerged. For the models that it "
-            "quantises."
+            "does with `model.quantize`, for the models that it quantises. LoRAs are then not "
+            "merged."
         ),
     )
     text_encoder_quantization: Quantization = Field(
         "none",
         validation_alias="FIDELORA_TEXT_ENCODER_QUANTIZATION",
-        description="The same for the text encoders.",
+        description="`qfloat8` or `float8`: the same for the weights of the text encoders.",
     )
     training_adapter: str = Field(
         "",
@@ -200,8 +200,8 @@ class Settings(BaseSettings):
         validation_alias="FIDELORA_STORE_URL",
         description=(
             "URL of the job database, such as `postgresql://user:password@host/fidelora`; by "
-            "default an SQLite file in the data folder. Servers with one PostgreSQL database share "
-            "its requests, API keys and logins."
+            "default an SQLite file in the data folder. Servers that use the same PostgreSQL "
+            "database share requests, API keys and logins."
         ),
     )
     worker_port: int | None = Field(
@@ -355,7 +355,7 @@ class Settings(BaseSettings):
         "none",
         validation_alias="FIDELORA_EMPHASIS",
         description=(
-            "Weighting of words in brackets by AUTOMATIC1111's API, unless a request sets "
+            "Weighting of words in brackets in requests to AUTOMATIC1111's API that do not set "
             "`override_settings.emphasis`: none refuses weights such as `(word:1.2)`; original, "
             "no_norm and ignore compute them as the web UI does with these settings."
         ),

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-_SAVE_EVERY_S = 60.0
+_SAVE_EVERY_S = 60.0  # seconds between two saved states
 _WARM_UP = 0.02
 """Fraction of the time in which the learning rate rises."""
 _LAST_RATE = 0.01

@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from tools.miniature import world
 
-_BORDER = 4
+_BORDER = 4  # width in pixels of the border that shows the background
 _APART = 20.0
 """Distance in CIELAB above which two colours are clearly different to the eye."""
 _SMALLEST = 80
 """Pixels of the smallest region that counts as a thing."""
 _INSIDE = 5.5
 """Distance from the edge in pixels beyond which no outline extends."""
-_GRID = 40
+_GRID = 40  # cells on each side of the grid in which shapes are compared
 
 Mask = NDArray[np.bool_]
 

@@ -30,7 +30,7 @@ IMAGES = ROOT / "docs" / "images"
 ADAPTER = FOLDER.parent / "demo_data" / "sks.safetensors"
 SEED = 5
 COLUMNS, ROWS, GAP = 8, 4, 6
-TEXT, LINES = 11, 4
+TEXT, LINES = 11, 4  # size of the font in pixels, and lines of a caption
 CURVES = {"vae": "#3060c0", "unet-start": "#d09080", "unet": "#c04030", "lora": "#309050"}
 """Names of the loss logs in the work folder, and colours of the curves. `unet-start` exists only if
 the training of the UNet began with a trained miniature (`--start`)."""
@@ -80,8 +80,8 @@ def _index() -> dict[str, Any]:
 def _add_text_model_level(path: Path) -> None:
     """Add the prefix `text_model.` to the names of a text encoder's weights.
 
-    transformers 5.2x omits the prefix when it saves. Earlier releases, 5.5.3 among them, then load
-    random weights without an error. Current releases read both forms.
+    Recent releases of transformers, such as 5.23, omit the prefix when they save. Earlier ones,
+    such as 5.5.3, then load random weights without an error. Current releases read both forms.
     """
     weights = load(path.read_bytes())
     named = {f"text_model.{name.removeprefix('text_model.')}": w for name, w in weights.items()}

@@ -33,8 +33,8 @@ SCENES = 32_000
 BATCH = 32
 PRETRAINING_STEPS, PRETRAINING_BATCH = 500, 64
 LEARNING_RATE, RATE_AFTER_A_START = 6e-4, 3e-4
-EMPTY = 0.1
-GAMMA = 5.0
+EMPTY = 0.1  # share of empty captions, for guidance
+GAMMA = 5.0  # limit of the signal-to-noise ratio in the weights of min-SNR
 EVALUATE_EVERY = 1500
 
 UNET_CONFIG: dict[str, Any] = {

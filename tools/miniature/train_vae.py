@@ -44,7 +44,7 @@ Small crops are the most efficient. Whole images come last, because group normal
 statistics of the whole picture.
 """
 PIXELS = 16 * 32 * 32
-"""Pixels of a batch."""
+"""Number of pixels in a batch."""
 LEARNING_RATE = 5e-4
 """With 2e-3, the loss after 240 steps is three times as high."""
 KL_WEIGHT = 1e-6

@@ -43,7 +43,7 @@ PLACES = {"": (64, 64), "left": (36, 64), "right": (92, 64), "top": (64, 36), "b
 ARRANGEMENTS = ("beside", "above")
 _PIXEL = 4
 """Block size of the pixelated style, in pixels."""
-_OUTLINE = 4.0
+_OUTLINE = 4.0  # width of an outline in pixels
 _HELD_OUT = 10
 """One in this many combinations of shape, colour and background is held out."""
 

@@ -24,10 +24,10 @@ _ABOUT_EVIDENCE = """
 ## Evidence
 
 The golden training runs were made by AI Toolkit on a CPU, with small base models of the real
-classes and file layouts and with random weights. The tests replay them. Their pages say how many
-pixels are identical, and on which processors. No run with the weights of a published model and no
-GPU was tried. The last column is what `match: trainer` changes in a request: without it, the
-default number of steps and the multiples of sizes are those of `ai-toolkit-inference`.
+classes and file layouts and with random weights. The tests replay them. The page of each family
+states how many pixels are identical, and on which processors. Published weights and GPUs were not
+tried. The last column is what `match: trainer` changes in a request: without it, the default number
+of steps and the multiples of sizes are those of `ai-toolkit-inference`.
 """.strip()
 
 _KIND_TITLES = {

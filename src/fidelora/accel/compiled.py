@@ -1,7 +1,8 @@
 """The fast path on CUDA: compiled blocks, and the channels-last memory layout for tensor cores.
 
 The denoiser's repeated blocks have the same structure, so they are compiled only once. Adapters are
-merged into the tensors that the compiled code reads, so changing adapters needs no recompilation.
+merged into the tensors that the compiled code reads, so changing adapters does not recompile the
+code.
 
 Based on the documentation of PyTorch and diffusers. Tested on the CPU only; its speed on a GPU has
 not been measured.

@@ -218,8 +218,8 @@ def _packed(
         return None
     if module.kernel_size == (1, 1) and module.stride == (1, 1) and module.groups == 1:
         return PackedPointwise(module, dtype)
-    # With other numbers of output channels, the best layout depends on the image size, and a wrong
-    # layout is slower than an unpacked weight.
+    # The other convolutions stay unpacked: with their numbers of output channels, the best layout
+    # depends on the image size, and a wrong layout is slower than an unpacked weight.
     return (
         PackedConv2d(module, dtype)
         if module.out_channels % 64 == 0 or module.out_channels < 64

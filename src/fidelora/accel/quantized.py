@@ -83,7 +83,7 @@ class QuantizedLinear(nn.Linear):
         weight = get_weight(self.scale.dtype).to(self.scale.dtype)
         scale = weight.abs().amax(dim=1, keepdim=True) / _LARGEST
         if self._kind == "qfloat8":
-            # quanto divides 0 by 0 in a row of zeros. Such rows stay zeros here.
+            # quanto computes 0 / 0 = NaN for a row of zeros. Here, such rows stay zeros.
             scaled = torch.where(scale > 0, weight / scale, weight)
         else:
             scale = scale.clamp(min=torch.finfo(torch.float32).eps)

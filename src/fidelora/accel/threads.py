@@ -14,11 +14,11 @@ _WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Variables that set what OpenMP's threads do while they wait."""
 
 _SPIN_COUNT = "30000"
-"""A tenth of GNU OpenMP's default; the figures are in docs/performance.md."""
+"""Number of spins; a tenth of GNU OpenMP's default. The figures are in docs/performance.md."""
 
 
 def limit_spinning(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Let OpenMP's threads spin for less time before they sleep, while they wait for each other.
+    """Limit how long OpenMP's waiting threads spin before they sleep.
 
     If other processes also use the cores, spinning threads take time from the thread that they
     wait for, and images take many times as long (docs/performance.md). Call this function before
@@ -33,8 +33,8 @@ def limit_threads() -> None:
 
     torch itself takes the affinity of the process into account, but not the quota of a container:
     on a machine with 64 cores, `docker run --cpus 2` would have 64 threads that wait for each other
-    and are stopped for most of the time. A number that the user has set is kept. Without a quota
-    the number does not change, because the rounding errors of sums depend on it.
+    and are stopped for most of the time. A number that the user has set is kept. Without a quota,
+    the number does not change, because it affects the rounding errors of sums.
     """
     if any(name in os.environ for name in _THREAD_VARIABLES):
         return

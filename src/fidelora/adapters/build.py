@@ -145,7 +145,8 @@ class Module:
                     "Toolkit, which is supported for linear modules only, with one magnitude per "
                     "output."
                 )
-            # AI Toolkit stores no alpha: `Adapter.with_alpha` sets it from the configuration.
+            # AI Toolkit does not store the alpha of a DoRA: `Adapter.with_alpha` sets it from the
+            # recipe.
             scale = scale_of(float(self.tensors["alpha"]), rank) if "alpha" in self.tensors else 1.0
             return DoraDelta(scale, down, up, self.tensors["magnitude"])
         lora = LoraDelta(self._scale(rank), down, up)
@@ -164,8 +165,8 @@ class Module:
     def _expanded(self, mid: Tensor, up: Tensor, down: Tensor) -> Tensor:
         """Return the factor [rank, in, kh, kw] that replaces `mid` and `down`.
 
-        `up @ mid @ down` is the Tucker decomposition of a LoCon. ComfyUI also multiplies the second
-        and third factor first (`comfy/weight_adapter/lora.py`).
+        `up @ mid @ down` is the Tucker decomposition of a LoCon. As in ComfyUI, the second and
+        third factor are multiplied first (`comfy/weight_adapter/lora.py`).
         """
         if (
             mid.dim() != 4

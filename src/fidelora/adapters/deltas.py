@@ -78,7 +78,7 @@ class Delta(ABC):
         """
 
     def divided(self, sizes: Sequence[int]) -> tuple[Delta, ...] | None:
-        """Return the deltas of modules that the output rows of this one's module are divided among.
+        """Divide the delta of a fused module among the modules that share its output rows.
 
         Args:
             sizes: number of rows of each module; their sum is that of this delta's weight.
@@ -391,7 +391,7 @@ class LokrDelta(WeightDelta):
 
 @dataclass(frozen=True, eq=False)
 class RowsDelta(WeightDelta):
-    """Some rows of another delta, whose module is divided among several modules.
+    """Some rows of the delta of a fused module, whose rows belong to several modules.
 
     Attributes:
         inner: the delta of all rows; its scale applies.

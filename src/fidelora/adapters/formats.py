@@ -32,7 +32,7 @@ _PARTS = {
     "w_norm": "w_norm", "b_norm": "b_norm",
     "on_input": "on_input",
 }  # fmt: skip
-_LONGEST_SUFFIX = 3  # components
+_LONGEST_SUFFIX = 3  # number of components of the longest suffix above
 
 _MAGNITUDE = "lora_magnitude_vector"
 """Part of PEFT's DoRA. The name of the adapter, `weight` or both may follow it in a key."""
@@ -65,7 +65,7 @@ _REFUSED = {
     "weight_scale": _QUANTISED,
     "scale_input": _QUANTISED,
 }
-"""Ends of error messages by the suffixes of known formats that are not supported."""
+"""Ends of error messages, by key suffix of known formats that are not supported."""
 
 _CLONEOFSIMO = re.compile(r"(unet|text_encoder):\d+:(down|up)")
 
@@ -112,7 +112,7 @@ def split_key(key: str, is_ia3: bool = False) -> tuple[str, str] | None:
 
     Args:
         is_ia3: True if the module has the part `on_input`; the key of its factors then ends in
-                `weight`.
+            `weight`.
     """
     pieces = key.split(".")
     for count in range(1, min(_LONGEST_SUFFIX, len(pieces) - 1) + 1):

@@ -31,8 +31,8 @@ class AdapterLibrary:
             convolutions still refer to are not counted.
         folder: folder of files named `{sha256}.safetensors`, for recipes whose adapters have no
             path.
-        fetch: brings the file of a hash to a path in `folder`, for files that no other path has.
-            It returns False if there is no such file; its errors are raised.
+        fetch: writes the adapter with a hash to a path in `folder`; called if the adapter is at no
+            known path. Returns False if it does not exist. Its errors are raised.
     """
 
     def __init__(

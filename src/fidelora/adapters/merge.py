@@ -1,7 +1,7 @@
 """Merged path: adapters are added to the base model's weights, and removed without rounding errors.
 
 Whenever a weight changes, it is computed again from the base model's file. The file stays mapped,
-which needs no memory of the process, and no disk access while the file is in the page cache.
+which takes no memory of the process, and reads the disk only if the file is not in the page cache.
 Subtracting the old adapters instead would leave rounding errors.
 
 The trainer does subtract, so its base model drifts with each round of samples. `apply` computes the
@@ -230,7 +230,7 @@ def _as_loaded(pristine: Tensor, weight: Tensor) -> Tensor:
 def _add(merged: Tensor, change: Tensor, weight: Tensor, *, is_last: bool) -> Tensor:
     """Return `merged + change`, computed in place.
 
-    The result is `change`, or `weight` for the last delta of a group if `weight` is float32.
+    The sum is written to `change`; for the last delta of a group, to `weight` if it is float32.
     """
     return torch.add(
         merged, change, out=weight if is_last and weight.dtype == torch.float32 else change

@@ -49,7 +49,8 @@ class PeftConfig:
 
     def alpha_of(self, path: str) -> float | None:
         """Return the alpha of the module with this path in its part."""
-        # Hostile metadata can have 100,000 patterns, so they are looked up by all ends of the path.
+        # Each end of the path is looked up instead of comparing each pattern, because hostile
+        # metadata can have 100,000 patterns.
         ends = (path[match.end() :] for match in re.finditer(r"\.", path))
         found = [one for one in (f"^{path}", path, *ends) if one in self.alpha_pattern]
         if not found:

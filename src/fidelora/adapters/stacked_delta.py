@@ -25,7 +25,7 @@ class StackedDelta(Delta):
 
     shares: tuple[Delta | None, ...]
     sizes: tuple[int, ...]
-    uses_weight: ClassVar[bool] = True  # of any share; the others only read the weight's shape
+    uses_weight: ClassVar[bool] = True  # for shares that need it; the others read only its shape
 
     def shape_for(self, weight_shape: torch.Size) -> tuple[int, ...]:
         fits = all(

@@ -72,7 +72,7 @@ class VectorTarget:
 
 @dataclass(frozen=True)
 class _Share:
-    """One share of the rows of a target, which other code names on its own.
+    """One share of the rows of a target, which adapter files can name as a module.
 
     Attributes:
         index: index of the share among `sizes`, which are those of `StackedDelta`.
@@ -125,7 +125,7 @@ class BoundAdapter:
 
     @property
     def identity(self) -> str:
-        """Key that identifies the adapter's file, and the alpha, word or rounding of its use."""
+        """Key of the adapter's file and of the alpha, word or rounding that it is used with."""
         if self.word is not None:
             return f"{self.sha256}, word {self.word!r}"
         details = {"alpha": self.alpha, "rounded to": self.rounded_to}
@@ -138,12 +138,12 @@ class BoundAdapter:
         return replace(self, deltas=kept)
 
     def rounded(self, dtype: torch.dtype) -> BoundAdapter:
-        """Return the same adapter with its tensors rounded to `dtype`, which they also have."""
+        """Return the same adapter with its tensors cast to `dtype`."""
         deltas = {name: one.cast(dtype) for name, one in self.deltas.items()}
         return replace(self, deltas=deltas, rounded_to=dtype)
 
     def widened(self) -> BoundAdapter:
-        """Return the same adapter with its numbers in float32, as merging needs them."""
+        """Return the same adapter with its tensors cast to float32, which merging needs."""
         deltas = {name: one.cast(torch.float32) for name, one in self.deltas.items()}
         return replace(self, deltas=deltas)
 
@@ -384,7 +384,7 @@ class Targets:
         )
 
     def match_embedding(self, adapter: Adapter) -> tuple[bool, bool]:
-        """Return whether an embedding has this family's keys, and whether the widths also match."""
+        """Return two booleans: an embedding has this family's keys; its widths match, too."""
         widths = {key: vectors.shape[1] for key, vectors in adapter.embedding.items()}
         own = {key: width for key, (_, width) in self._tables.items()}
         return widths.keys() == own.keys(), widths == own

@@ -24,7 +24,7 @@ from fidelora.recipe import AdapterRef, Noise
 from fidelora.safetensors_header import Header, read_file_header
 from fidelora.texts import listed
 
-MAX_ADAPTER_BYTES = 4 * 2**30
+MAX_ADAPTER_BYTES = 4 * 2**30  # larger files are whole models
 _FLOATS = {"F8_E4M3", "F8_E5M2", "F16", "BF16", "F32", "F64"}
 _WHOLE_MODEL = ("model.diffusion_model.", "cond_stage_model.", "down_blocks.")
 _ANY_TYPE = (".alpha", ".on_input")

@@ -44,7 +44,8 @@ def best_family(adapter: Adapter) -> FamilyFit:
     """Return the family that has the most modules of the adapter.
 
     Ties are decided by the number of modules with the same shapes, then by the adapter's metadata.
-    If no shape is the same, names alone identify no family, and the metadata takes precedence.
+    If no shape is the same, the names alone do not identify a family, and the metadata takes
+    precedence.
     """
     made_for = adapter.metadata.get("ss_base_model_version", "")
     best, best_key = FamilyFit("", unmatched=adapter.modules), (0, 0, False)

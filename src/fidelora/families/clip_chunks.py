@@ -15,7 +15,7 @@ from transformers import CLIPTokenizer
 from fidelora.errors import RecipeError
 from fidelora.families.emphasis import BREAK, Emphasis, spans_of
 
-MAX_CHUNKS = 16
+MAX_CHUNKS = 16  # chunks of a prompt; each is encoded separately
 _COMMA = ",</w>"
 _MAX_MOVED = 20
 """Maximum number of tokens after the last comma of a full chunk that are moved to the next chunk

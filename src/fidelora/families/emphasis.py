@@ -30,7 +30,7 @@ _WHEN = re.compile(r"\s*[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?\s*")
 """The number `when` of `[from:to:when]`: a step, or a fraction of all steps."""
 _PROMPT_WEIGHT = re.compile(r":\s*[+-]?(\d+(\.\d*)?|\.\d+)\s*\Z")
 """Weight of a whole prompt, `a cat :1.2`, which belongs to the syntax of `AND`."""
-_MAX_DEPTH = 100
+_MAX_DEPTH = 100  # brackets that are open at the same time; 1.1**100 is already 13,780
 MAX_WEIGHT = 1000.0
 """Largest weight of a word; larger ones could overflow in float32."""
 _AND = re.compile(r"\bAND\b")

@@ -14,8 +14,9 @@ T5_ENCODER = Part(
     weights="model",
     precision="text_encoder_dtype",
     tokenizer=Tokenizer("tokenizer_2"),
-    # The trainer's transformers computes T5's attention with matrix products only. Scaled dot
-    # product attention, the default of newer releases, changes 0.03 % of the pixels.
+    # The trainer's version of the library transformers computes T5's attention with matrix products
+    # only. Scaled dot product attention, the default of newer releases, changes 0.03 % of the
+    # pixels.
     config=MappingProxyType({"attn_implementation": "eager"}),
     quantization="text_encoder_quantization",
 )

@@ -110,21 +110,20 @@ class Part:
             checkpoint without it; empty for parts inside such checkpoints.
         other_names: maps module paths to the names in the original code; None if adapter files do
             not use these names.
-        accepted_names: maps module paths to names of other code that adapter files may use but
-            conversion does not write: one name, or those of modules that compute equal shares of
-            the outputs, in order. A name that is repeated has several shares. None if there are
-            none.
+        accepted_names: maps module paths to names in other code, which adapter files may use, but
+            conversion does not write. A path has one name, or the names of several modules that
+            compute equal shares of its output rows, in order; a repeated name stands for several
+            shares. None if there are none.
         fused_names: maps names of modules in the original code to the paths of the modules that
-            their output rows are divided between, in order; None if there are no such names.
+            share their output rows, in order; None if there are no such names.
         ignored_weights: suffixes of weights that files may contain but the part does not use.
         ignored_prefixes: prefixes of such weights.
         config: values that replace those of the file, because the trainer's library behaved
             differently from the installed one.
         implementation: "module:class" of the class that computes this part; empty if it is
             `class_name`. It accepts configurations of `class_name`.
-        original: file or folder of this part in a folder of the model's original layout. Such a
-            folder of a text encoder contains its tokenizer, too; empty if this layout is not
-            supported.
+        original: file or folder of this part in a folder of the model's original layout; empty if
+            this layout is not supported. The folder of a text encoder also contains its tokenizer.
         convert: "module:function" that returns weights and configuration in the form of
             `implementation`, from those of any supported layout. A file of the original layout has
             no configuration, so the function gets None. Empty if nothing is converted.
@@ -192,7 +191,7 @@ class WrongSchedule:
 
 @dataclass(frozen=True)
 class OlderTrainer:
-    """What releases of AI Toolkit before one release did differently when they made samples.
+    """Sampling behaviour of older releases of AI Toolkit, where it differs from today's.
 
     Attributes:
         before: the first release with today's behaviour.

@@ -132,7 +132,7 @@ def describe_syntax(prompt: str) -> str:
 def describe_brackets(prompt: str) -> str:
     """Return a phrase that describes the first brackets without a weight, or an empty string.
 
-    In A1111, each pair of round brackets weights its contents by 1.1, and of square ones by 1/1.1.
+    In A1111, each pair of round brackets multiplies the weight by 1.1, square ones by 1 / 1.1.
     """
     match = re.search(r"(?<!\\)(\((?:\\.|[^()\\])*\)|\[(?:\\.|[^\[\]\\])*\])", prompt)
     return f"{match[0]!r:.80} changes word weights" if match else ""

@@ -105,7 +105,7 @@ def sampler_of(
     in the name takes precedence over `scheduler`. A1111's names are not case-sensitive.
 
     Args:
-        prefers_own: True if a name of Fidelora's has precedence over the same alias of A1111.
+        prefers_own: True if Fidelora's names take precedence over equal aliases of A1111.
 
     Raises:
         UnknownSamplerError: the model has no sampler with the same algorithm; the message lists the
@@ -117,7 +117,7 @@ def sampler_of(
     if wanted.lower() in _ALIASES:
         wanted, alias_schedule = _ALIASES[wanted.lower()]
         schedule = schedule if alias_schedule == AUTOMATIC else alias_schedule
-    # `sgm uniform` is tested before `uniform`, which is the end of it.
+    # `sgm uniform` is tested before `uniform`, because it also ends with `uniform`.
     for suffix in (*_SPACINGS, UNIFORM, KARRAS):
         if wanted.lower().endswith(f" {suffix.lower()}"):
             wanted, schedule = wanted[: -len(suffix) - 1].rstrip(), suffix

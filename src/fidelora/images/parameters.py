@@ -86,7 +86,7 @@ def parameters_text(
 ) -> str:
     """Return the parameters text of a recipe, as A1111 writes it.
 
-    Samplers that A1111 does not have keep Fidelora's name. `Emphasis: None` tells A1111 to encode
+    Samplers that A1111 does not have keep Fidelora's name. `Emphasis: None` makes A1111 encode
     brackets as text, as Fidelora does.
 
     Args:

@@ -35,12 +35,12 @@ COMMENT_KEY = "comment"
 MAX_DECODED_PIXELS = 2**25
 """Maximum size of a PNG that is decoded to read text fields stored after the pixels; images made by
 Fidelora are never larger."""
-MAX_PARAMETERS_CHARACTERS = 50_000
+MAX_PARAMETERS_CHARACTERS = 50_000  # longest parameters text that is read
 _MAX_RECORD_CHARACTERS = 2**20
 """Longest record that is read; those of Fidelora have a few thousand characters."""
 _MAX_PARTS = 100_000
 """Largest number of chunks of a PNG, and of segments of a JPEG before its pixels. Pillow needs
-about a second for as many. An image of 64 MiB with chunks of 8 KiB has 8,000."""
+about a second for that many. An image of 64 MiB with chunks of 8 KiB has 8,000."""
 _PNG_START, _JPEG_START = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
 _PIXELS = 0xDA
 """Marker of the segment of a JPEG that contains pixels."""

@@ -110,7 +110,7 @@ class ApiKeys(ABC):
 
     @abstractmethod
     def in_memory(self) -> Mapping[str, ApiKey] | None:
-        """Return the keys by hash without a call of a database; None if they may have changed."""
+        """Return the keys by hash without accessing a database; None if they may have changed."""
 
     @abstractmethod
     def _insert(self, keys: Collection[ApiKey]) -> None:

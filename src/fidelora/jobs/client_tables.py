@@ -61,11 +61,11 @@ class _Changes:
             database.notifications.on_clients_changed(self.add)
 
     def add(self) -> None:
-        """Declare all values that were read before to be out of date."""
+        """Mark all values that were read so far as out of date."""
         self._last = object()
 
     def mark(self) -> tuple[object, float]:
-        """Return a mark for a value that is read from now on."""
+        """Return the mark of a value that is read after this call."""
         return self._last, time.monotonic()
 
     def is_current(self, mark: tuple[object, float]) -> bool:

@@ -202,7 +202,7 @@ def _migrate(connection: sa.Connection) -> None:
             if connection.dialect.name == "postgresql":
                 if _revision(connection) == _newest_revision():
                     return
-                # Another process may migrate at the same time. A long migration is no error.
+                # Another process may migrate at the same time; a long wait for it is not an error.
                 connection.exec_driver_sql("SET LOCAL lock_timeout = 0")
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(MIGRATION_LOCK)))
             command.upgrade(config, "head")

@@ -17,8 +17,8 @@ CHANNEL = "fidelora_jobs"
 NEW_JOB = "job"  # payload: a job entered the queue
 CLIENTS = "clients"  # payload: an API key was changed, or a session was ended
 CANCEL = "cancel:"  # payload: this text, and the id of a running job that has to stop
-_POLL_S = 1.0  # time between two checks whether the listener was closed
-_RECONNECT_S = 2.0  # time between two attempts to connect
+_POLL_S = 1.0  # seconds between two checks whether the listener was closed
+_RECONNECT_S = 2.0  # seconds between two attempts to connect
 _MAX_CANCELLATIONS = 1000  # ids of canceled jobs to keep; far more than a process has workers
 
 
@@ -26,7 +26,7 @@ _NOTIFY = sa.select(sa.func.pg_notify(sa.bindparam("channel"), sa.bindparam("pay
 
 
 class Notifications:
-    """Sends and receives notifications. SQLite has none: its jobs wake this process's workers only.
+    """Sends and receives notifications. On SQLite, new jobs wake only the workers of this process.
 
     The thread that receives them starts with the first call that needs it.
     """
@@ -52,7 +52,7 @@ class Notifications:
             self._listen()
 
     def on_clients_changed(self, call: Callable[[], None]) -> None:
-        """Call a function whenever another process has changed an API key or ended a session."""
+        """Call a function when a process changes an API key or ends a session; not on SQLite."""
         self._on_clients_changed.append(call)
         if not self._is_local:
             self._listen()
@@ -69,13 +69,13 @@ class Notifications:
         return job_id in self._cancellations
 
     def close(self) -> None:
-        """Stop to receive notifications."""
+        """Stop receiving notifications."""
         with self._listener_lock:
             if self._listener is not None:
                 self._listener.close()
 
     def _listen(self) -> None:
-        """Start to receive notifications, unless this was done before."""
+        """Start receiving notifications, unless already started."""
         with self._listener_lock:
             if self._listener is None:
                 self._listener = Listener(self._engine, self._on_notification)

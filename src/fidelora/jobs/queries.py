@@ -29,8 +29,8 @@ from fidelora.jobs.transactions import clock
 
 MAX_IDS = 500
 """Number of ids in a query; databases limit the number of a statement's parameters."""
-_FIRST_OF_SET = 8  # number of first jobs of each loaded set; other claims may have locked seven
-_RETRY_WINDOW = 10  # number of first retries that a claim for a batch reads
+_FIRST_OF_SET = 8  # number of jobs to read per loaded set; other claims may have locked seven
+_RETRY_WINDOW = 10  # number of retries that a claim for a batch reads
 
 _ids: sa.BindParameter[Any] = sa.bindparam("ids", expanding=True)
 _in_queue = JOBS.c.status == sa.literal_column("'in_queue'")
@@ -41,13 +41,13 @@ _is_retry = sa.and_(_in_queue, JOBS.c.attempts > _zero)
 _is_fresh_by_adapters = sa.case((JOBS.c.attempts == _zero, JOBS.c.status)) == sa.literal_column(
     "'in_queue'"
 )
-"""Means `_is_fresh`, but only the index `jobs_by_adapters` of PostgreSQL has this condition. For
-`_is_fresh`, PostgreSQL prefers another partial index as long as it does not know how many jobs are
-in the queue, and reads the whole queue: 12 ms for 10,000 jobs instead of 0.02 ms."""
+"""Equivalent to `_is_fresh`, but only the index `jobs_by_adapters` of PostgreSQL has this
+condition. For `_is_fresh`, PostgreSQL prefers another partial index as long as its statistics lack
+the length of the queue, and reads the whole queue: 12 ms for 10,000 jobs instead of 0.02 ms."""
 _is_fresh_by_number = sa.case(
     (JOBS.c.attempts > _zero, sa.literal_column("''")), else_=JOBS.c.status
 ) == sa.literal_column("'in_queue'")
-"""Means `_is_fresh`, but no index has this condition, so that PostgreSQL uses the primary key."""
+"""Equivalent to `_is_fresh`. No index has this condition, so PostgreSQL uses the primary key."""
 _arrival = JOBS.c.seq + _zero
 """Order of arrival. It is not the plain column, because PostgreSQL would read all jobs, also the
 ended ones, in the order of the primary key until it finds the first retry."""
@@ -105,9 +105,9 @@ class Queries:
         count_claim: statement that counts a claim.
         count_workers: number of live workers.
         places: values from which the place of a new job is computed.
-        count_before: number of queued jobs that a job with a turn follows.
+        count_before: number of queued jobs before a job with the given turn.
         is_readable: condition for jobs that this process can read.
-        read_jobs: the readable jobs with some ids.
+        read_jobs: the readable jobs with the given ids.
         read_running: the readable jobs of workers whose names begin with a prefix.
         get: one job, and `now_s`.
         claim: the job that a worker claims, and `now_s`; see `JobStore.claim`. On PostgreSQL, it
@@ -118,7 +118,7 @@ class Queries:
         retry_candidates: first jobs whose pause before a retry is over.
         expired: one row if there are jobs of lost workers.
         lock_expired: these jobs, and `now_s`.
-        live_workers: workers that have reported a short time ago.
+        live_workers: workers whose last report is recent (`WORKER_ALIVE_S`).
     """
 
     def __init__(self, dialect: str, document_format: int) -> None:
@@ -158,7 +158,7 @@ class Queries:
         )
         self.get = sa.select(*JOB_COLUMNS, now).where(JOBS.c.id == sa.bindparam("id"))
 
-        # See `job.is_due` for the clock that was put back.
+        # See `job.is_due` for a clock that was set back.
         ahead_s = JOBS.c.retry_at_s - self.now_s
         pause_is_over = sa.or_(
             JOBS.c.retry_at_s.is_(None), ahead_s <= 0, ahead_s > MAX_RETRY_PAUSE_S

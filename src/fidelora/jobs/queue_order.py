@@ -5,8 +5,8 @@ Each queued job has a place, which is fixed when the job enters the queue:
 * `turn` orders jobs without a failed attempt. The jobs of one owner have consecutive turns, and the
   first of them has the turn of the job that is at the head of the queue. So the queue contains one
   job of each owner per turn, however many jobs one owner has added.
-* `due` is a number of claims. If the store has made this many claims and the job is at the head of
-  the queue, the job is claimed before any job whose adapters are loaded.
+* `due` is a number of claims. If the store has made this many claims, and the job is at the head of
+  the queue or had a failed attempt, it is claimed before any job whose adapters are loaded.
 
 `MemoryStore` uses the functions of this module; `queries.py` states the same rules in SQL.
 """
@@ -57,8 +57,8 @@ def due_of(claims: int, before: int, live_workers: int) -> int:
 
     Args:
         claims: number of claims so far.
-        before: number of queued jobs that are before the job.
-        live_workers: number of workers that have reported a short time ago.
+        before: number of queued jobs before the job.
+        live_workers: number of workers whose last report is recent (`WORKER_ALIVE_S`).
     """
     return claims + before + MAX_PASSED_OVER * max(1, live_workers)
 

@@ -24,7 +24,7 @@ from fidelora.jobs.codec import (
 )
 from fidelora.jobs.job import Job, JobProgress, Status
 
-CLAIM_WINDOW = 100  # number of first jobs that a claim for a batch reads; bounds its cost
+CLAIM_WINDOW = 100  # number of jobs that a claim for a batch reads; bounds its cost
 _CACHED_CHARACTERS = 20_000  # longest document to keep parsed; most have less than 2,000
 FINAL_STATUSES = [status.value for status in Status if status.final]
 

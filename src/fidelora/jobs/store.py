@@ -188,16 +188,16 @@ class JobStore(Protocol):
         4. the job at the head of the queue.
 
         The head of the queue is the oldest job, or with several owners the oldest job of the owner
-        whose turn it is. Jobs with a failed attempt come after all others, and only when their
-        pause is over.
+        whose turn it is. Jobs with a failed attempt that are not due come after all others, and
+        only when their pause is over.
 
         Args:
             loaded: sha256 of the adapters in the worker's memory.
             merged: sha256 of the adapters that are merged into its model.
             matches: returns True for jobs that the worker can use. The first of these is claimed,
                 regardless of loaded adapters, unless another job is due. Must not call the store.
-            hold_s: seconds that a job is left, from its arrival, for another live worker that has
-                its adapters loaded. Applies to the fourth preference only.
+            hold_s: seconds after its arrival during which a job is left for another live worker
+                that has its adapters loaded. Applies to the fourth preference only.
         """
         ...
 

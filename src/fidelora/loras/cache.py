@@ -35,8 +35,8 @@ from fidelora.safetensors_header import read_file_header, read_header
 
 _MAX_HASHES = 10_000  # each entry takes a few hundred bytes
 _SETTLED_S = 2.0
-"""Seconds since the last change of a file before its hash is cached: two writes within one tick of
-the clock have the same time, so the second one could be missed."""
+"""Minimum age of a file, in seconds, before its hash is cached: two writes within one tick of the
+clock have the same time, so the second one could be missed."""
 
 
 class AdapterCache:

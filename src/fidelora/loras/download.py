@@ -30,7 +30,7 @@ from fidelora.loras.hub import USE_TOKEN
 
 HUB = "huggingface.co"
 _HUB_SITES = {HUB, f"www.{HUB}", "hf.co"}
-_PIECE_BYTES = 2**20
+_PIECE_BYTES = 2**20  # bytes written at a time
 _HTML_STARTS = (b"<!doctype", b"<html")
 _REDIRECTS = (301, 302, 303, 307, 308)
 _REFUSED_RANGES = [ipaddress.ip_network(text) for text in IPAddressRanges.recommended_latest]

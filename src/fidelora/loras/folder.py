@@ -21,7 +21,7 @@ UPLOADS = "uploads"
 """Subfolder that clients may write to and delete from; the operator manages all other files."""
 
 KEY_FOLDER = re.compile(r"key-([0-9a-f]{16})")
-"""Name of the subfolder of `UPLOADS` with the uploads of one API key, and the key's id."""
+"""Name of the subfolder of `UPLOADS` for one API key; the group is the id of the key."""
 _SUFFIX = ".safetensors"
 _HASH = re.compile(r"[0-9a-fA-F]{10,64}")
 _NOT_IN_TAGS = re.compile(r"[<>:]")

@@ -21,11 +21,11 @@ from fidelora.loras.uploads import is_foreign_upload
 from fidelora.recipe import AdapterRef
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_DOWNLOADS_AT_ONCE = 4
+_DOWNLOADS_AT_ONCE = 4  # downloads of one resolver at the same time
 
 
 class AdapterResolver:
-    """Find the adapters of requests and put them into the cache.
+    """Finds the adapters of requests and puts them into the cache.
 
     Args:
         root: adapter folder; names in requests are relative to it.

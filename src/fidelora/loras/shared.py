@@ -56,7 +56,7 @@ class SharedAdapters:
             False if the bucket has no such adapter.
 
         Raises:
-            AdapterChangedError: the object has another content than its name says.
+            AdapterChangedError: the sha256 of the object differs from the one in its name.
             StorageError: also if the file cannot be written.
         """
         with _locked(path.parent, sha256):
@@ -182,7 +182,7 @@ def _key(sha256: str) -> str:
 
 
 def _name_of(one: StoredObject) -> str | None:
-    """Return the path of an object's copy in the adapter folder; None if it is no adapter file."""
+    """Return the path of an object's copy in the adapter folder; None for other files."""
     name = one.key.removeprefix(f"{_LORAS}/")
     parts = name.split("/")
     is_safe = all(part and not part.startswith(".") and "\0" not in part for part in parts)

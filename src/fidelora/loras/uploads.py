@@ -123,7 +123,7 @@ def add_upload(
     make_folder(target.parent)
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
-    # The same upload again needs no space.
+    # Repeating an upload does not take space.
     counted = nullcontext() if quota is None or target.exists() else quota.reserve(size, owner)
     with counted:
         is_new = _store(file, target, name)

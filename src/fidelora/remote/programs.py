@@ -64,7 +64,7 @@ class RemoteProgram(ABC):
         """Return the file of a sample's picture.
 
         Args:
-            nearest: settings for `target`; None if that is None.
+            nearest: settings for `target`; None if `target` is None.
 
         Raises:
             ApiError: the server rejected the request, or its response is unexpected.

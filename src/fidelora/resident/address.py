@@ -2,7 +2,7 @@
 
 The name of the socket is a hash of everything that an image could depend on outside its recipe:
 versions, program code, environment variables and processor cores. A command therefore finds only an
-engine that makes the same bits as an engine of its own.
+engine whose images have the same bits as its own would have.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PREFIXES = (
     "XDG_CACHE_HOME", "HOME", "LD_", "PYTHON", "MALLOC_",
 )  # fmt: skip
 """Beginnings of the names of variables that libraries read. Their values are only hashed."""
-_MAX_PATH_BYTES = 103  # of a socket on macOS; Linux allows four more
+_MAX_PATH_BYTES = 103  # limit of a socket's path on macOS; Linux allows four more
 
 
 def socket_path(device: str, offload: str) -> Path:

@@ -1,4 +1,4 @@
-"""An engine in another process, with the methods of `Engine` that commands use. No torch."""
+"""Client of an engine in another process. Does not import torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _HELLO_S = 5.0  # seconds in which a resident engine has to accept a connection
 
 
 class Steps(Protocol):
-    """Progress of an image: the part of the engine's `Progress` that needs no tensors."""
+    """Progress of an image: the part of the engine's `Progress` without tensors."""
 
     @property
     def step(self) -> int:

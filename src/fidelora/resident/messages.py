@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fidelora.images.write import GeneratedImage
 
 _HEAD = struct.Struct("!IQ")  # sizes of the JSON object and of the bytes after it
-_MAX_BYTES = 2**40
+_MAX_BYTES = 2**40  # a larger size is not a message of this protocol
 _PATHS = ("base_model", "config", "vae")
 """Fields of a recipe that may be paths, which are relative to the folder of the command."""
 

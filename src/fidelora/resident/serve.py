@@ -28,7 +28,7 @@ from fidelora.weights.locate import is_downloaded, is_portable
 
 log = logging.getLogger(__name__)
 
-_POLL_S = 0.5  # time between two checks whether the engine has been idle for long enough
+_POLL_S = 0.5  # seconds between two checks whether the engine has been idle for long enough
 
 
 class ResidentServer:
@@ -62,7 +62,7 @@ class ResidentServer:
                 "commands use it."
             ) from None
         self._lock_file.truncate(0)
-        self._lock_file.write(f"{os.getpid()}\n")  # for those who look for the process
+        self._lock_file.write(f"{os.getpid()}\n")  # shows users which process it is
         self._lock_file.flush()
         path.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX)
@@ -142,7 +142,7 @@ class ResidentServer:
 
 
 def _refusal(recipe: Recipe) -> str:
-    """Return why the command has to make an image itself; empty if it need not."""
+    """Return the reason why the command has to make an image itself; empty if there is none."""
     with suppress(FideloraError):
         family = get_family(recipe.model)
         names = {recipe.base_model: family.parts}

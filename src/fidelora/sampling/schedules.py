@@ -111,9 +111,9 @@ def _prepared(
     device: torch.device,
     spacing: TimestepSpacing,
 ) -> Any:
-    """Return a scheduler with its tables. Cached, because `dpm_2` takes 0.2 s to compute them."""
-    # SGM Uniform also gets `trailing`, with which sigma-based schedulers scale the initial noise by
-    # the largest sigma, as AUTOMATIC1111 does.
+    """Return a scheduler with its timesteps set. Cached, because `dpm_2` takes 0.2 s for them."""
+    # `trailing` is also set for SGM Uniform, because it makes sigma-based schedulers scale the
+    # initial noise by the largest sigma, as AUTOMATIC1111 does.
     chosen = {} if spacing == "default" else {"timestep_spacing": "trailing"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # `dpmsolver` is deprecated
@@ -162,7 +162,7 @@ def _set_sgm_uniform(scheduler: Any, steps: int, device: torch.device) -> None:
 
 
 def sgm_uniform_sigmas(alphas_cumprod: Tensor, steps: int) -> list[float]:
-    """Return the sigmas of SGM Uniform, descending to 0: one more than steps.
+    """Return the `steps` + 1 sigmas of SGM Uniform, descending to 0.
 
     The timesteps are evenly spaced from 999 down, without 0. The sigma of a fractional timestep is
     interpolated between the logarithms of its neighbours, in float32. Source: `sgm_uniform` in
@@ -185,9 +185,9 @@ class FlowSchedule:
     diffusers: the shift is computed in numpy's float32, everything after it in torch's float32.
     Timesteps are 1000 times the sigmas.
 
-    If the option `scheduler` is False, they are those of pipelines without a scheduler: the shift
-    is computed in torch's float32, each step in the dtype of the latents, and the timesteps are the
-    sigmas themselves.
+    If the option `scheduler` is False, the order and the dtypes are those of pipelines without a
+    scheduler: the shift is computed in torch's float32, each step in the dtype of the latents, and
+    the timesteps are the sigmas themselves.
 
     Args:
         config: either `shift` (the shift factor) or `dynamic_shift` (the argument `line` of
@@ -211,7 +211,7 @@ class FlowSchedule:
         if unknown := config.keys() - _FLOW_OPTIONS:
             raise ValueError(f"FlowSchedule has no options {sorted(unknown)}.")
         self._has_scheduler = config.get("scheduler", True)
-        sigmas: Any  # of numpy, or of torch without a scheduler
+        sigmas: Any  # a numpy array, or a tensor without a scheduler
         if self._has_scheduler:
             sigmas = _evenly_spaced(config, steps)
         else:

@@ -1,7 +1,7 @@
 """A bucket of an S3-compatible object store, through obstore.
 
-Endpoint, region and credentials are those of the usual environment variables of AWS, such as
-`AWS_ENDPOINT_URL`, `AWS_REGION`, `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`, or of the
+Endpoint, region and credentials come from the usual environment variables of AWS, such as
+`AWS_ENDPOINT_URL`, `AWS_REGION`, `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`, or from the
 machine's role.
 """
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _URL = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/([^?#]*?))?/*")
-_TIMEOUT_S, _CONNECT_TIMEOUT_S = 30, 3
-_RETRIES, _RETRY_S = 3, 20
+_TIMEOUT_S, _CONNECT_TIMEOUT_S = 30, 3  # seconds for one request, and to connect
+_RETRIES, _RETRY_S = 3, 20  # retries of a request, and seconds for all of them
 _CHUNK_BYTES = 16 * 2**20
 """Bytes per request of a download, so that each request ends within `_TIMEOUT_S`."""
 
@@ -65,8 +65,8 @@ def bucket_and_prefix(url: str) -> tuple[str, str]:
 class Bucket:
     """Objects under a prefix of a bucket. Thread-safe. Failed requests are repeated.
 
-    All methods raise `StorageError` if the object store cannot be used. The message names no
-    address; the log has the details.
+    All methods raise `StorageError` if the object store cannot be used. The message does not
+    contain addresses; the log has the details.
 
     Args:
         url: `s3://BUCKET` or `s3://BUCKET/PREFIX`.
@@ -112,8 +112,8 @@ class Bucket:
             raise output_error(f"{path.name} could not be read", error) from error
         with file, _storage_errors():
             try:
-                # A multipart upload cannot be conditional on old servers, so that a large object
-                # is looked up before.
+                # Old servers do not support conditional multipart uploads, so a large object is
+                # looked up first.
                 if not replace and self.head(key) is not None:
                     return False
                 is_single = path.stat().st_size <= _CHUNK_BYTES

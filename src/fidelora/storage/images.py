@@ -77,7 +77,8 @@ class FolderImages:
 class BucketImages:
     """Image files in a bucket, under `outputs/`.
 
-    Files of jobs from before the bucket was set up are read from and removed in their folder.
+    Files of jobs that ended before the bucket was set up are in a folder, and are read and removed
+    there.
     """
 
     def __init__(self, bucket: Bucket, folder: Path) -> None:

@@ -264,7 +264,7 @@ def _is_single_file(place: Path) -> bool:
 
 
 def is_complete(base_model: str, family: Family) -> bool:
-    """Return False if parts of a file or folder on this machine may come from the hub."""
+    """Return True if a file or folder on this machine has all parts, so none come from the hub."""
     source = Path(base_model).expanduser()
     return not _other_parts(source, family)
 

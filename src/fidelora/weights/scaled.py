@@ -1,8 +1,8 @@
 """Refusal of base models whose weights are quantised with separate scales.
 
 Such a file stores the scales beside its float8, int8 or 4-bit weights. Without them, the weights
-are numbers of another size, so the file must not be read as if it had none. Does not import torch.
-Source of the names: https://github.com/comfyanonymous/ComfyUI, `QUANTIZATION.md` and `comfy/ops.py`
+have wrong magnitudes, so the scales must not be ignored. Does not import torch. Source of the
+names: https://github.com/comfyanonymous/ComfyUI, `QUANTIZATION.md` and `comfy/ops.py`
 (`scaled_fp8`, `scale_weight` and `scale_input` until 2025, the others since), and the state dicts
 of bitsandbytes.
 """

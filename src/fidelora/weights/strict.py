@@ -181,7 +181,7 @@ def _tied(module: nn.Module) -> dict[str, str]:
 
 
 def _tie(module: nn.Module, tied: Mapping[str, str]) -> None:
-    """Make each pair of names in `tied` the same parameter again, which loading separates."""
+    """Make the names in each pair of `tied` share one parameter again; loading separates them."""
     for name, twin in tied.items():
         owner, _, parameter = name.rpartition(".")
         setattr(module.get_submodule(owner), parameter, module.get_parameter(twin))

@@ -53,8 +53,8 @@ class WorkerLimits:
         load_s: duration of the lease while a base model is located, downloaded and loaded. No
             heartbeats are sent during that time.
         report_every_s: shortest time between two heartbeats with progress. Each heartbeat also
-            finds out whether the job was canceled, and `JobStore.cancel_requested` is called at
-            every step.
+            checks whether the job was canceled. `JobStore.cancel_requested` is called at every
+            step, with or without a heartbeat.
         timeout_s: longest duration of one attempt; after it, the job fails.
         batch_wait_s: time to wait for further jobs while the batch has room. Jobs that are already
             queued join the batch without a wait.
@@ -69,8 +69,8 @@ class WorkerLimits:
 
 _MAX_LEASES_PER_STEP = 3  # a worker is hung after this many leases, however slow its steps are
 _SLOW_STEP_FACTOR = 10  # a step may take this many times as long as the longest one before it
-_STORE_RETRY_INTERVAL_S = 1.0  # time between two attempts to store something while the store fails
-_STORE_RETRY_S = 900.0  # time after which a result that cannot be stored is given up
+_STORE_RETRY_INTERVAL_S = 1.0  # seconds between two attempts while the store fails
+_STORE_RETRY_S = 900.0  # seconds after which a result that cannot be stored is given up
 
 
 class StepAllowance:
@@ -310,7 +310,7 @@ class Attempt:
             job_id=job.id,
             status=ended.status.value,
             code=ended.error.code if ended.error else "",
-            # The times may be those of two clocks.
+            # The two times may come from different clocks.
             wait_s=max(0.0, (job.started_at - job.created_at).total_seconds())
             if job.attempts == 1
             else None,

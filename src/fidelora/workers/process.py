@@ -34,10 +34,10 @@ from fidelora.workers.worker import Worker
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.5  # time between two polls of an idle worker
-_EXIT_WAIT_S = 10.0  # wait for a process to exit after SIGTERM, and after SIGKILL
+POLL_S = 0.5  # seconds between two polls of an idle worker
+_EXIT_WAIT_S = 10.0  # seconds to wait for an exit after SIGTERM, and after SIGKILL
 _NICENESS = 5  # a worker uses the whole CPU; the server must still respond promptly
-_MIN_RESTART_DELAY_S, _MAX_RESTART_DELAY_S = 1.0, 60.0  # doubled after each failed start
+_MIN_RESTART_DELAY_S, _MAX_RESTART_DELAY_S = 1.0, 60.0  # seconds; doubled after each failed start
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 CANNOT_START = 3  # exit code of a process that has reported why it cannot start
 

@@ -10,7 +10,7 @@ from fidelora.storage.images import ImageStore
 
 log = logging.getLogger(__name__)
 
-_PROBE_INTERVAL_S = 5.0  # time between two attempts to write
+_PROBE_INTERVAL_S = 5.0  # seconds between two attempts to write
 
 
 class StoragePause:

@@ -49,8 +49,8 @@ if TYPE_CHECKING:  # the server imports this module and must not load torch
 
 log = logging.getLogger(__name__)
 
-_CLAIM_INTERVAL_S = 0.05  # time between claims while a batch waits for jobs; a step takes longer
-MAX_HOLD_S = 1.0  # longest time to leave a job for another worker; longer waits gain little
+_CLAIM_INTERVAL_S = 0.05  # seconds between claims while a batch waits; a step takes longer
+MAX_HOLD_S = 1.0  # seconds; largest `hold_s` of a claim: longer waits gain little
 
 
 class Worker:
@@ -173,10 +173,10 @@ class Worker:
         return attempts[0].ended_job or self._store.get(job.id)
 
     def _measure_read(self, report: AttemptReport) -> None:
-        """Set the time to leave a job for another worker that has its adapters loaded.
+        """Set how long a job is left for another worker that has its adapters loaded.
 
-        It is the time of the last adapters that this worker had to read: a longer wait would be
-        slower than reading them.
+        The time is what this worker last took to read adapters, at most `MAX_HOLD_S`: a longer wait
+        would be slower than reading them.
         """
         if report.adapters_cold and (read_s := report.timings.get("adapters")):
             self._hold_s = min(read_s, MAX_HOLD_S)

@@ -25,7 +25,7 @@ CHROMA = Family(
     default_guidance_scale=4.0,
     default_seed=42,
     default_sampler="flowmatch",
-    # The trainer's own configuration, that of FLUX.1.
+    # The trainer's own configuration, the same as for FLUX.1.
     samplers=MappingProxyType(
         {
             "flowmatch": FlowSampler(
@@ -43,7 +43,7 @@ CHROMA = Family(
             class_name="ChromaTransformer",
             weights="diffusion_pytorch_model",
             precision="dtype",
-            # Of AI Toolkit and ComfyUI, diffusers, kohya, and OneTrainer and SimpleTuner.
+            # Written by AI Toolkit and ComfyUI, diffusers, kohya, and OneTrainer and SimpleTuner.
             adapter_prefixes=(
                 "diffusion_model.",
                 "transformer.",

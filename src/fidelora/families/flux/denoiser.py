@@ -15,7 +15,7 @@ from fidelora.sampling.guidance import guide
 from fidelora.sampling.loop import Denoise
 
 _LEAST_CFG = 1.00001
-"""Guidance scale up to which the trainer's pipeline evaluates no negative prompt."""
+"""Largest guidance scale at which the trainer's pipeline skips the negative prompt."""
 
 
 class FluxDenoiser:
@@ -29,7 +29,7 @@ class FluxDenoiser:
         self._transformer: Any = module
 
     def uses_negative(self, guidance: Guidance) -> bool:
-        """Return False: a distilled transformer needs no negative prompt."""
+        """Return False: a distilled transformer does not use a negative prompt."""
         return False
 
     def prepare(

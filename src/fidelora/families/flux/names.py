@@ -43,7 +43,7 @@ _SINGLE_FUSED = {"linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")}
 
 
 def original_names(paths: Iterable[str]) -> dict[str, str]:
-    """Map diffusers' module paths to the original code's, for modules that are whole in both."""
+    """Map diffusers' module paths to the original code's, for modules that are not fused there."""
     names = {}
     for path in paths:
         found = re.fullmatch(r"(single_)?transformer_blocks\.(\d+)\.(.+)", path)

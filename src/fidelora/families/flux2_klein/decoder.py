@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-_GROUPS = 32  # of all group norms
+_GROUPS = 32  # number of groups in each group norm
 _GROUP_EPS = 1e-6
 _BATCH_EPS = 1e-4
 _PATCH = 2  # each latent pixel has the channels of 2x2 pixels of the decoder's input
@@ -200,7 +200,7 @@ class _Decoder(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
         self.conv_in = _conv(config.latent_channels, channels[-1])
         self.mid = _Middle(channels[-1])
-        # Level 0 is that of the image, and runs last.
+        # Level 0 has the size of the image and runs last.
         self.up = nn.ModuleList(
             _Level(inputs, outputs, config.layers, upsamples=level > 0)
             for level, (inputs, outputs) in enumerate(

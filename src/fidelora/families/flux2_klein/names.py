@@ -1,4 +1,4 @@
-"""Names of the transformer's modules in diffusers, by which adapter files may call them.
+"""Diffusers' names of the transformer's modules, which adapter files may use.
 
 The modules themselves have the names of the original code. Does not import torch.
 Source: `Flux2Transformer2DModel` of diffusers 0.42.

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-_EPS = 1e-6  # of all norms
+_EPS = 1e-6  # epsilon of all norms
 _TIME_CHANNELS = 256  # width of the sinusoidal embedding of the timestep
-_MAX_PERIOD = 10000  # its longest period
+_MAX_PERIOD = 10000  # longest period of this embedding
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The transformer of Lumina-Image 2.0, with guidance that keeps the norm of its rows."""
+"""The transformer of Lumina-Image 2.0, with guidance that keeps the norm of each row."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class Lumina2Latents:
         return dtype
 
     def decode(self, latents: Tensor, size: Size) -> NDArray[np.uint8]:
-        """Decode latents [1, 16, height / 8, width / 8]; their dtype is that of the scaling."""
+        """Decode latents [1, 16, height / 8, width / 8]; undo their scaling in their own dtype."""
         return decode(self._vae, unscale(latents, self._vae.config))
 
     def preview(self, latents: Tensor, size: Size) -> NDArray[np.uint8]:

@@ -30,7 +30,7 @@ _PATH = re.compile(r"((?:layers|noise_refiner|context_refiner)\.\d+)\.(.+)")
 
 
 def original_names(paths: Iterable[str]) -> dict[str, str]:
-    """Map diffusers' module paths to the original code's, for modules that are whole in both."""
+    """Map diffusers' module paths to the original code's, for modules that are not fused there."""
     names = {}
     for path in paths:
         found = _PATH.fullmatch(path)

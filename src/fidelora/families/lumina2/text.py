@@ -39,8 +39,9 @@ class Lumina2Text:
     ) -> None:  # fmt: skip
         (part,) = family.text_encoders
         encoder: Any = parts[part.name]
-        # The trainer's transformers used this implementation for Gemma 2. Newer versions refuse to
-        # select it, because it does not support the soft cap, which the trainer's left out.
+        # The trainer's version of the library transformers used this implementation for Gemma 2,
+        # without the soft cap, which it does not support. Newer versions therefore refuse to select
+        # it.
         encoder.config._attn_implementation = "sdpa"
         self._encoder = encoder
         folder = tokenizers[part.name]

@@ -1,4 +1,4 @@
-"""The transformer of Qwen-Image, with guidance whose tokens keep their norm."""
+"""The transformer of Qwen-Image, with guidance that keeps the norm of each token."""
 
 from __future__ import annotations
 

@@ -47,7 +47,8 @@ _PARTS = (
         class_name="QwenImageTransformer2DModel",
         weights="diffusion_pytorch_model",
         precision="dtype",
-        # Of AI Toolkit, diffusers, kohya's programs and LyCORIS; Qwen-Image-Lightning has none.
+        # Written by AI Toolkit, diffusers, kohya's programs and LyCORIS. Qwen-Image-Lightning has
+        # no prefix.
         adapter_prefixes=("diffusion_model.", "transformer.", "lora_unet_", "lycoris_", ""),
         quantization="quantization",
     ),

@@ -140,8 +140,8 @@ def _text_encoder(
             f"text_encoders.{clip_name}.transformer.",
             f"{clip_name}.",
         ),
-        # transformers 5.2x removed `text_model.` from the module names; files and adapters exist
-        # with and without it.
+        # Recent versions of transformers, such as 5.23, omit `text_model.` from the module names;
+        # files and adapters exist with and without it.
         optional_prefix="text_model.",
         tokenizer=tokenizer,
         embedding_key=embedding_key,

@@ -18,7 +18,7 @@ _EMBEDDER = re.compile(r"all_(x_embedder|final_layer)\.2-1(\..+)?")
 
 
 def original_names(paths: Iterable[str]) -> dict[str, str]:
-    """Map diffusers' module paths to ComfyUI's, for modules that are whole in both."""
+    """Map diffusers' module paths to ComfyUI's, for modules that are not fused there."""
     names = {}
     for path in paths:
         if path.endswith(_OUTPUT):
