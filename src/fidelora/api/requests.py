@@ -119,6 +119,6 @@ class InferenceRequest(RequestBody):
     )
     match: Literal["trainer"] | None = Field(
         None,
-        description="trainer: the default number of steps, and the sizes that are possible, are "
-        "those of AI Toolkit's samples instead of those of `GET /v1/models`.",
+        description="trainer: use the default number of steps and the multiples of sizes of AI "
+        "Toolkit's samples instead of those in `GET /v1/models`.",
     )

@@ -129,7 +129,7 @@ def _print(file: Path, document: dict[str, Any], result: Examination, base_model
 
 
 def _fit(document: dict[str, Any], result: Examination, base_model: str) -> str:
-    """Return how many modules match as one phrase; empty if no family has any of them."""
+    """Return the number of matching modules as a phrase; empty if no family has any of them."""
     if not result.model:
         return ""
     total = document["modules"] or result.matched
