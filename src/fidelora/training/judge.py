@@ -46,7 +46,7 @@ FALSE_ALARMS = 0.005
 """Probability of calling samples with right settings a mismatch, according to the tests.
 
 The tests assume normally distributed numbers. In simulated runs (`benchmarks/verdicts.py`), 2 of
-180 verdicts were false alarms at 0.01, and 0 of 216 at 0.005, half of the documented 1 %.
+180 verdicts were false alarms at 0.01, and 0 of 216 at 0.005.
 """
 _SIZE_LIMIT = 0.6 * FALSE_ALARMS
 _DIRECTIONS_LIMIT = 0.4 * FALSE_ALARMS
