@@ -67,9 +67,9 @@ _CHANGED_VALUES = 3
 """Number of values of one setting (guidance 6 and guidance 2.5, ...) that are changed in turn."""
 
 _MIN_SIGNAL = 0.5
-"""If less of a change is due to its setting (see `DirectionTest`), the change is made again with
-each of `DRAWS` other draws, and averaged. Rounding errors are as large as the change itself if the
-setting has little effect on a model in half precision."""
+"""If a smaller share of a change is due to its setting (`DirectionTest.signal`), the change is
+measured again on `DRAWS` other draws, and averaged. Rounding errors are as large as the change
+itself if the setting has little effect on a model in half precision."""
 
 _MIN_AMOUNT = 0.1
 """Smallest amount of a tried change (see `DirectionTest`) that counts, whatever its p value.
