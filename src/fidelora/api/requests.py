@@ -1,4 +1,4 @@
-"""Request bodies, with the ranges of the `ai-toolkit-inference` API, but larger multipliers."""
+"""Request bodies, with the ranges of the `ai-toolkit-inference` API, except that of multipliers."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ def _serve_locally(device: str, offload: str, idle_min: float | None) -> None:
     engine = make_engine(device, offload)
     from fidelora.resident.serve import ResidentServer
 
-    # Relative names in recipes must not be found in this folder: they are those of a command.
+    # Relative names in recipes refer to the folder of a command, so leave this folder.
     os.chdir(Path(path.anchor))
     server = ResidentServer(engine, path, None if idle_min is None else 60 * idle_min)
     stop = threading.Event()

@@ -65,7 +65,7 @@ class RayWorker:
             os._exit(1)
 
     def check(self) -> None:
-        """Return once the actor has started. Its errors are raised at the caller."""
+        """Return once the actor has started. Its errors are raised in the caller."""
 
     def stop(self) -> None:
         """Finish the running job, or return it to the queue, and end the worker process."""
