@@ -82,6 +82,6 @@ clean:
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade -c constraints.txt pip
-	$(BIN)/pip install --quiet -c constraints.txt --editable ".[server,client,ui,postgres,s3,wan]" \
+	$(BIN)/pip install --quiet -c constraints.txt --editable ".[server,client,ui,postgres,s3,wan,video]" \
 		--group dev --group docs --group deploy --group object-store
 	touch $@

@@ -40,7 +40,7 @@ WAYS = ("exact, float32", "exact, half precision", "fast")
 _FAMILY_BASES = {
     "xl": "tiny-sdxl", "zimage": "tiny-zimage", "lumina2": "tiny-lumina2",
     "klein": "tiny-flux2-klein", "qwen": "tiny-qwen-image", "flux": "tiny-flux",
-    "chroma": "tiny-chroma", "wan21": "tiny-wan21",
+    "chroma": "tiny-chroma", "wan21": "tiny-wan21", "wan22": "tiny-wan22",
 }  # fmt: skip
 
 
@@ -110,7 +110,9 @@ def goldens(run: Run) -> Findings:
             base = "fidelora:miniature"
         try:
             compared = [
-                compare_with_sample(engine.generate(plan.recipe).pixels, plan.trainer_image)
+                compare_with_sample(
+                    engine.generate(plan.recipe).all_pixels, plan.trainer_image, plan.recipe.fps
+                )
                 for plan in plan_samples(training, training.steps, base_model=base)
                 if plan.trainer_image is not None and not plan.is_undefined
             ]

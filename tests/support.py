@@ -43,6 +43,11 @@ FLUX_LORA = GOLDEN_JOBS / "flux_lora_f32" / "flux_lora_f32.safetensors"
 TINY_CHROMA = GOLDENS / "base" / "tiny-chroma"
 CHROMA_LORA = GOLDEN_JOBS / "chroma_lora_f32" / "chroma_lora_f32.safetensors"
 TINY_WAN21 = GOLDENS / "base" / "tiny-wan21"
+TINY_WAN22 = GOLDENS / "base" / "tiny-wan22"
+WAN22_HIGH, WAN22_LOW = (
+    GOLDEN_JOBS / "wan22_lora_f32" / f"wan22_lora_f32_{stage}_noise.safetensors"
+    for stage in ("high", "low")
+)
 WAN21_LORA = GOLDEN_JOBS / "wan21_lora_f32" / "wan21_lora_f32.safetensors"
 MINIATURE_LORA = DEMO_DATA / "sks.safetensors"
 LORA_CONV = GOLDEN_JOBS / "lora_conv_f16" / "lora_conv_f16.safetensors"

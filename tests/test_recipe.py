@@ -141,7 +141,12 @@ def test_a_recipe_with_only_a_prompt_is_complete():
 
 def test_every_default_is_a_plain_value_of_its_type():
     types = {name: type(value) for name, value in vars(Recipe(prompt="")).items()}
-    new = {"quantization": str, "text_encoder_quantization": str, "training_adapters": tuple}
+    new: dict[str, type] = {
+        "quantization": str,
+        "text_encoder_quantization": str,
+        "training_adapters": tuple,
+    }
+    new |= {"frames": int, "fps": int}
     assert types == {name: type(value) for name, value in FULL.items()} | new
 
 
@@ -597,7 +602,9 @@ def test_a_hash_of_a_base_model_is_a_sha256(value):
 # --- digest -------------------------------------------------------------------------------------
 
 EXACT_ONLY = ("adapter_mode", "history", "fidelity")
-OF_OTHER_FAMILIES = {"quantization", "text_encoder_quantization", "training_adapters"}
+OF_OTHER_FAMILIES = {
+    "quantization", "text_encoder_quantization", "training_adapters", "frames", "fps"
+}  # fmt: skip
 """Fields whose other value is not possible in `fast`, and `fidelity` itself."""
 
 OTHER_VALUES = {

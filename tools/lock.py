@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "deploy" / "requirements"
-EXTRAS = ("server", "postgres", "s3", "ui")  # extras of pyproject.toml that the images contain
+EXTRAS = ("server", "postgres", "s3", "ui", "video", "wan")  # extras that the images contain
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu/torch/"  # page with the builds for CPUs
 
 _PLATFORM = ("--python-version=3.11", "--python-platform=x86_64-manylinux_2_28")

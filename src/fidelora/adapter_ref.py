@@ -5,15 +5,29 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args
 
 from fidelora.adapter_file import AdapterFile
-from fidelora.checks import check_range, check_text
+from fidelora.checks import check_choice, check_range, check_text
 from fidelora.embedding_file import embedding_word
 from fidelora.errors import RecipeError
+from fidelora.families.spec import Stage
 
 MAX_MULTIPLIER = 5.0  # the trainer samples concept sliders at -5 to 5
 MAX_ALPHA = 1e6
 SHA256 = re.compile(r"[0-9a-f]{64}")
+_STAGE_IN_NAME = re.compile(r"(high|low)[-_ ]?noise", re.IGNORECASE)
+
+
+def stage_in_name(name: str) -> Stage | None:
+    """Return the stage in the name of one of the trainer's files: `high_noise` or `low_noise`.
+
+    None if the name contains none or both.
+    """
+    found = {match.lower() for match in _STAGE_IN_NAME.findall(name)}
+    if found == {"high"}:
+        return "high"
+    return "low" if found == {"low"} else None
 
 
 @dataclass(frozen=True)
@@ -30,6 +44,9 @@ class AdapterRef:
         file: content that `from_file` hashed; not part of the identity and not in the JSON form.
         word: word that stands for an embedding in prompts; None for adapters of other kinds. The
             multiplier of an embedding is always 1.
+        stage: `high` or `low` noise, the denoiser that the adapter changes in families with two of
+            them; None in other families. A recipe of such a family fills it in from the name if the
+            name contains `high_noise` or `low_noise`, as the trainer's file names do.
     """
 
     sha256: str
@@ -39,6 +56,7 @@ class AdapterRef:
     alpha: float | None = None
     file: AdapterFile | None = field(default=None, compare=False, repr=False)
     word: str | None = None
+    stage: Stage | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.sha256, str) or not SHA256.fullmatch(self.sha256):
@@ -67,8 +85,15 @@ class AdapterRef:
                     f"instead of {self.multiplier:g}, or leave the embedding out.",
                     field="adapters",
                 )
+        if self.stage is not None:
+            check_choice("stage", self.stage, get_args(Stage))
         # `+ 0.0` turns -0.0 into 0.0. The two are equal, but their JSON forms differ.
         object.__setattr__(self, "multiplier", float(self.multiplier) + 0.0)
+
+    @property
+    def named_stage(self) -> Stage | None:
+        """The stage that the name contains; see `stage_in_name`."""
+        return stage_in_name(self.name)
 
     @classmethod
     def from_file(cls, path: str | Path, multiplier: float = 1.0) -> AdapterRef:

@@ -22,6 +22,8 @@ from fidelora.families.emphasis import Emphasis
 from fidelora.recipe_fields import (
     ADAPTER_FIELDS,
     LOCATIONS,
+    MAX_FPS,
+    MAX_FRAMES,
     MAX_GUIDANCE,
     MAX_SEED,
     MAX_SIZE,
@@ -43,6 +45,8 @@ __all__ = [
     "FROM_MODEL",
     "LOCATIONS",
     "MAX_ALPHA",
+    "MAX_FPS",
+    "MAX_FRAMES",
     "MAX_GUIDANCE",
     "MAX_MULTIPLIER",
     "MAX_SEED",
@@ -79,6 +83,8 @@ _OMITTED_DEFAULTS: Mapping[str, Any] = {
     "quantization": "none",
     "text_encoder_quantization": "none",
     "training_adapters": (),
+    "frames": 1,
+    "fps": 16,
 }
 """Default values of fields that older recipes do not contain. The JSON form omits a field that has
 its default value, so that the digests of older recipes stay valid."""
@@ -133,7 +139,7 @@ def file_sha256(path: Path) -> str:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Recipe:
-    """Everything that defines one image. Equal recipes define the same image.
+    """Everything that defines one image or video. Equal recipes define the same image.
 
     `base_sha256` identifies the base model by the content of its weight files. If it is set,
     `base_model`, `variant`, `config` and `vae` serve only to locate the files.
@@ -162,6 +168,9 @@ class Recipe:
             replacement.
         width, height: pixels, 64..4096, rounded down to a multiple of the family's divisor; by
             default the size that the base model was trained at.
+        frames: number of frames of a video, 1..1000; 1 for a still image. Rounded as the trainer
+            does (`Family.usable_frames`). Only for families that make videos.
+        fps: frames per second of a video, 1..120; always 16 for a still image.
         steps: 1..150; some samplers have a lower maximum.
         guidance_scale: 0..100; values up to 1 disable guidance.
         guidance_rescale: 0..1; share of the guided prediction that is rescaled to the standard
@@ -233,6 +242,8 @@ class Recipe:
     quantization: Quantization = "none"
     text_encoder_quantization: Quantization = "none"
     training_adapters: tuple[AdapterRef, ...] = ()
+    frames: int = 1
+    fps: int = 16
 
     def __post_init__(self) -> None:
         check_text("model", self.model)
@@ -249,10 +260,16 @@ class Recipe:
             vae_dtype=self.dtype,
             text_encoder_dtype=self.dtype,
         )
+        if spec.stages:
+            self._fill_in_stages()
         check_recipe(self, spec)
         for name in ("width", "height"):
             size = getattr(self, name)
             object.__setattr__(self, name, size - size % spec.resolution_divisor)
+        if spec.makes_videos:
+            object.__setattr__(self, "frames", spec.usable_frames(self.frames))
+        if self.frames == 1:
+            object.__setattr__(self, "fps", _OMITTED_DEFAULTS["fps"])
         for name in ("guidance_scale", "guidance_rescale"):
             # `+ 0.0` turns -0.0 into 0.0, as in `AdapterRef`.
             object.__setattr__(self, name, float(getattr(self, name)) + 0.0)
@@ -269,6 +286,19 @@ class Recipe:
         for name, value in defaults.items():
             if getattr(self, name) is FROM_MODEL:
                 object.__setattr__(self, name, value)
+
+    def _fill_in_stages(self) -> None:
+        """Set the stage of each adapter that has none but whose name contains it."""
+        for name in ADAPTER_FIELDS:
+            refs = getattr(self, name)
+            if refs and isinstance(refs, list | tuple):
+                filled = tuple(
+                    replace(ref, stage=ref.named_stage)
+                    if isinstance(ref, AdapterRef) and ref.stage is None
+                    else ref
+                    for ref in refs
+                )
+                object.__setattr__(self, name, filled)
 
     @property
     def files(self) -> tuple[AdapterRef, ...]:
@@ -300,6 +330,7 @@ class Recipe:
                 {"sha256": ref.sha256, "multiplier": ref.multiplier, "name": ref.name}
                 | ({} if ref.alpha is None else {"alpha": ref.alpha})
                 | ({} if ref.word is None else {"word": ref.word})
+                | ({} if ref.stage is None else {"stage": ref.stage})
                 for ref in plain[field_name]
             ]
         return plain
@@ -387,9 +418,9 @@ class Recipe:
 
 def _read_refs(name: str, plain: object) -> tuple[AdapterRef, ...]:
     # A path is not allowed: a received recipe must not refer to files on this machine.
-    parts = {"sha256", "multiplier", "name"}
+    parts, optional = {"sha256", "multiplier", "name"}, {"alpha", "word", "stage"}
     if not isinstance(plain, list) or not all(
-        isinstance(ref, Mapping) and ref.keys() - {"alpha", "word"} == parts for ref in plain
+        isinstance(ref, Mapping) and ref.keys() - optional == parts for ref in plain
     ):
         raise RecipeError(
             f"{name} must be a list of objects with sha256, multiplier and name.", field=name

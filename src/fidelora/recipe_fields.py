@@ -28,6 +28,7 @@ MIN_SIZE, MAX_SIZE = 64, 4096
 MAX_STEPS = 150
 MAX_GUIDANCE = 100.0
 MAX_SEED = 2**63 - 1
+MAX_FRAMES, MAX_FPS = 1000, 120
 
 ADAPTER_FIELDS = frozenset({"adapters", "history", "training_adapters"})
 
@@ -47,6 +48,8 @@ _OPTIONAL: Mapping[str, Any] = {
     "text_encoder_quantization": "none",
     "training_adapters": (),
     "vae_tiling": False,
+    "frames": 1,
+    "fps": 16,
 }
 """Default values of fields that only some families use (`Family.uses`). The other families reject
 any other value."""
@@ -77,6 +80,8 @@ def check_recipe(recipe: Recipe, spec: Family) -> None:
         )
     check_range("width", recipe.width, MIN_SIZE, MAX_SIZE, whole=True)
     check_range("height", recipe.height, MIN_SIZE, MAX_SIZE, whole=True)
+    check_range("frames", recipe.frames, 1, MAX_FRAMES, whole=True)
+    check_range("fps", recipe.fps, 1, MAX_FPS, whole=True)
     check_range("guidance_scale", recipe.guidance_scale, 0.0, MAX_GUIDANCE)
     check_range("guidance_rescale", recipe.guidance_rescale, 0.0, 1.0)
     if recipe.negative_prompt_2 is not None:
@@ -150,6 +155,7 @@ def check_recipe(recipe: Recipe, spec: Family) -> None:
             field=name,
         )
     _check_embeddings(recipe, spec)
+    _check_stages(recipe, spec)
     if recipe.history and (recipe.fidelity, recipe.adapter_mode) != ("exact", "merged"):
         raise RecipeError(
             "history needs fidelity exact and adapter_mode merged; leave history out.",
@@ -173,3 +179,20 @@ def _check_embeddings(recipe: Recipe, spec: Family) -> None:
         raise RecipeError(
             f"Two embeddings have the word {twice}; leave one of them out.", field="adapters"
         )
+
+
+def _check_stages(recipe: Recipe, spec: Family) -> None:
+    for ref in recipe.files:
+        if ref.stage is None and spec.stages:
+            raise RecipeError(
+                f"{spec.title} has a transformer for high noise and one for low noise, but "
+                f"{ref.name or 'an adapter'} does not name one of them. Set stage to high or low, "
+                "or use a file whose name contains high_noise or low_noise.",
+                field="adapters",
+            )
+        if ref.stage is not None and not spec.stages:
+            raise RecipeError(
+                f"{ref.name or 'An adapter'} has the stage {ref.stage}, but {spec.title} has one "
+                "denoiser; leave stage out.",
+                field="adapters",
+            )

@@ -318,6 +318,15 @@ class Settings(BaseSettings):
             "2048 x 2048."
         ),
     )
+    max_video_pixels: int = Field(
+        2**27,
+        ge=64 * 64,
+        validation_alias="FIDELORA_MAX_VIDEO_PIXELS",
+        description=(
+            "Maximum width times height times frames of a video; larger ones are refused. The "
+            "default, 134,217,728, allows 145 frames of 1280 x 720 pixels."
+        ),
+    )
     step_timeout_s: float = Field(
         600,
         gt=0,

@@ -400,6 +400,11 @@ def test_different_multipliers_run_live_as_in_the_trainer():
             "MOE_FORMAT_NOT_SUPPORTED",
             {"field": "transformer"},
         ),
+        (
+            {"model": "wan22_14b_t2v", "loras": [{"path": "x_high_noise"}]},
+            "MOE_FORMAT_REQUIRED",
+            {"field": "transformer"},
+        ),
         ({"kv_cache": True}, "FIELD_NOT_SUPPORTED", {"field": "kv_cache"}),
         (
             {"loras": [{"path": "x", "scale": 1}]},

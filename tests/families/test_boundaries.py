@@ -16,6 +16,8 @@ ALLOWED = {
     ("explain/web_ui_text.py", "unet"),  # the same tag
     ("loras/describe.py", "text_encoder"),  # prefixes of tensor names in LoRA files
     ("api/recipes.py", "transformer"),  # a field of the API
+    ("server/page/form.py", "transformer"),  # the same field
+    ("server/page/snippets.py", "transformer"),  # the same field
     ("cli/inspect.py", "text_encoder"),  # a key of its JSON
     ("engine/model.py", "text_encoder"),  # a role
     ("weights/files.py", "text_encoder"),  # how model_index.json begins the names of encoders

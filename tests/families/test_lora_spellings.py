@@ -31,7 +31,7 @@ LORAS = {
 }  # fmt: skip
 """Golden LoRA of each family of transformers, by id."""
 
-TITLES = {"flux": "FLUX.1, Flex.1", "wan21_1b": "Wan 2.1"}
+TITLES = {"flux": "FLUX.1, Flex.1", "wan21_1b": "Wan 2.1, Wan 2.2"}
 """Rows of the table that are not named like the family."""
 
 AMBIGUOUS = {("chroma", "flux"), ("chroma", "flux_cfg"), ("chroma", "flex1")}
@@ -53,7 +53,7 @@ def adapter_of(model: str, names: list[str], path: Path, **metadata: str) -> Ada
         found = targets.find_names(name)
         rows = sum(targets.by_name[one].weight.shape[0] for one in found)
         if not found:  # a share of the rows
-            share = targets._find(name, targets._shares_by_flat)
+            share = targets._find(name, targets._shares_by_flat, None)
             assert share is not None
             found = (share.target,)
             rows = targets.by_name[share.target].weight.shape[0] // sum(share.sizes)
@@ -87,7 +87,7 @@ def test_the_first_spelling_is_that_of_the_trainer(model):
 
 
 def test_the_table_has_a_row_for_every_family_of_transformers():
-    shown = [get_family(model) for model in LORAS]
+    shown = [get_family(model) for model in (*LORAS, "wan22_14b_t2v")]
     for family in all_families().values():
         names = {part.name for part in family.parts}
         base_versions = {one for other in shown for one in other.adapter_base_versions}

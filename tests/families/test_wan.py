@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 
 from fidelora import AdapterRef, Engine, Recipe
 from fidelora.api import InferenceRequest, notes_on, recipes_of
-from fidelora.errors import RecipeError, TrainingRunError
+from fidelora.errors import RecipeError
 from fidelora.families.wan.names import original_names
 from fidelora.families.wan.text import cleaned
 from fidelora.sampling.schedules import FlowSchedule
@@ -131,13 +131,13 @@ def test_a_lora_in_the_names_of_other_programs_is_equal(engine, tmp_path, style,
 
 
 @pytest.mark.parametrize("where", ["block", "item", "flag", "item of one frame"])
-def test_samples_that_are_videos_are_refused(tmp_path, where):
+def test_samples_have_the_frames_of_the_trainer(tmp_path, where):
     folder = tmp_path / "run"
     shutil.copytree(GOLDEN_JOBS / "wan21_lora_f32", folder)
     document = yaml.safe_load((folder / "config.yaml").read_text())
     sample = document["config"]["process"][0]["sample"]
     if where == "block":
-        sample["num_frames"] = 41
+        sample |= {"num_frames": 41, "fps": 24}
     elif where == "item":
         sample["samples"][0]["num_frames"] = 4
     elif where == "item of one frame":
@@ -146,17 +146,16 @@ def test_samples_that_are_videos_are_refused(tmp_path, where):
         sample["samples"][0]["prompt"] += " --frames 9"
     (folder / "config.yaml").write_text(yaml.safe_dump(document))
     run = read_run(folder)
-    if where == "item of one frame":
-        assert len(plan_samples(run, run.steps, base_model=str(TINY_WAN21))) == 3
-        return
-    with pytest.raises(TrainingRunError, match="is a video of"):
-        plan_samples(run, run.steps, base_model=str(TINY_WAN21))
+    recipe = plan_samples(run, run.steps, base_model=str(TINY_WAN21))[0].recipe
+    expected = {"block": (41, 24), "item": (5, 16), "flag": (9, 16)}.get(where, (1, 16))
+    assert (recipe.frames, recipe.fps) == expected
+    assert "frames" not in recipe.prompt
 
 
-def test_a_request_says_that_it_makes_single_frames():
+def test_a_request_says_that_the_number_of_frames_was_rounded():
     body = {"model": "wan21_1b", "loras": [], "prompts": [{"prompt": "a"}]}
-    for frames, expected in ((None, 1), (1, 0)):
+    for frames, expected in ((None, 0), (1, 0), (41, 0), (42, 1), (3, 1)):
         body["prompts"] = [{"prompt": "a", "num_frames": frames}]
         request = InferenceRequest.model_validate(json.loads(json.dumps(body)))
         notes = notes_on(request, (), recipes_of(request, (), {}, lambda: 0))
-        assert len([note for note in notes if "single frames" in note]) == expected
+        assert len([note for note in notes if "was rounded to" in note]) == expected

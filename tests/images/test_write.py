@@ -15,14 +15,12 @@ from PIL import ExifTags, Image, PngImagePlugin
 
 from fidelora.atomic import make_folder, write_atomically
 from fidelora.errors import ImageRecordError, OutputError
+from fidelora.images.formats import format_of, is_image_format, suffix_of
 from fidelora.images.parameters import parameters_text
 from fidelora.images.read import read_record
 from fidelora.images.write import (
     GeneratedImage,
-    format_of,
-    is_image_format,
     preview_jpeg,
-    suffix_of,
 )
 from fidelora.recipe import AdapterRef, Recipe
 

@@ -50,6 +50,8 @@ def recipes(draw):
     model = draw(st.sampled_from(sorted(all_families())))
     uses = all_families()[model].uses
     emphases = ["none", "original"] if "emphasis" in uses else ["none"]
+    stages = all_families()[model].stages
+    stage = draw(st.sampled_from(stages)) if stages else None
     fields = dict(
         prompt=draw(TEXTS),
         negative_prompt=draw(TEXTS) if "negative_prompt" in uses else "",
@@ -60,9 +62,11 @@ def recipes(draw):
         guidance_scale=draw(st.floats(0, 20)),
         seed=draw(st.integers(0, MAX_SEED)),
         sampler=draw(st.sampled_from(sorted(all_families()[model].samplers))),
-        adapters=tuple(draw(ADAPTERS)),
+        adapters=tuple(replace(ref, stage=stage) for ref in draw(ADAPTERS)),
         fidelity=draw(st.sampled_from(["exact", "fast"])),
         emphasis=draw(st.sampled_from(emphases)),
+        frames=draw(st.sampled_from([1, 9])) if "frames" in uses else 1,
+        fps=draw(st.integers(1, 120)) if "fps" in uses else 16,
         **NUMERICS,
     )
     try:

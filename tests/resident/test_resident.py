@@ -30,6 +30,8 @@ from fidelora.resident.client import ResidentEngine
 from fidelora.resident.messages import (
     EngineLostError,
     EngineRefusedError,
+    images_of_message,
+    images_to_message,
     recipe_of_message,
     recipe_to_message,
 )
@@ -116,6 +118,18 @@ def test_images_of_a_batch_keep_their_order(folder):
         found = resident.generate_batch(recipes)
     assert [one.recipe.seed for one in found] == [1, 2]
     assert all(np.array_equal(a.pixels, b.pixels) for a, b in zip(found, own, strict=True))
+
+
+def test_videos_keep_all_frames_beside_still_images():
+    rng = np.random.default_rng(1)
+    video, still = (rng.integers(0, 256, shape, np.uint8) for shape in ((5, 8, 6, 3), (4, 2, 3)))
+    made = [GeneratedImage.of(one, SMALL, {}, (), {}, {}) for one in (video, still)]
+    found = images_of_message(*images_to_message(made), [SMALL, SMALL])
+    assert found[0].video is not None
+    assert np.array_equal(found[0].video, video)
+    assert np.array_equal(found[0].pixels, video[0])
+    assert found[1].video is None
+    assert np.array_equal(found[1].pixels, still)
 
 
 def test_errors_keep_their_class_and_the_engine_serves_on(folder):

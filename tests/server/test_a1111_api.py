@@ -632,6 +632,12 @@ def test_clients_without_a_key_send_empty_credentials(client):
         assert answer.status_code == 200, value
 
 
+def test_a_stored_model_of_another_version_is_not_used(client, context):
+    before = client.get("/sdapi/v1/options").json()
+    context.clients.a1111.set_model("", "a_model_of_a_newer_version")
+    assert client.get("/sdapi/v1/options").json() == before
+
+
 # --- waiting ------------------------------------------------------------------------------------
 
 

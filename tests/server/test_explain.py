@@ -62,7 +62,12 @@ def test_a_difference_is_explained_with_a_zip_and_settings(server, tmp_path):
         "sampler": recipe.sampler, "guidance": 9.0, "seed": recipe.seed,
     }  # fmt: skip
     with Client(server.url) as client:
-        found = client.explain(png(pixels), packed(tmp_path), index=1, **known)
+        found = client.explain(
+            png(pixels), packed(tmp_path), index=1, negative=recipe.negative_prompt, clip_skip=0,
+            **known,
+        )  # fmt: skip
+        with pytest.raises(ApiError, match="clip_skip"):
+            client.explain(png(pixels), packed(tmp_path), clip_skip=13, **known)
     assert (found.same, found.program, found.explained) == (False, "diffusers", True)
     assert [(one.cause, one.theirs, one.ours) for one in found.differences] == [
         ("guidance", "9", "4.5")

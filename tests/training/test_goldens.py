@@ -30,6 +30,7 @@ from tests.support import (
     TINY_QWEN_IMAGE,
     TINY_SDXL,
     TINY_WAN21,
+    TINY_WAN22,
     TINY_ZIMAGE,
     ZIMAGE_TRAINING_ADAPTER,
 )
@@ -98,6 +99,11 @@ EXACT = {
     "chroma_bf16_save_f32": 3,
     "wan21_lora_f32": 3,
     "wan21_bf16_save_f32": 3,
+    "wan21_video_f32": 2,
+    "wan21_quantized_te_save_f32": 2,
+    "wan22_video_bf16_save_f32": 1,
+    "wan22_lora_f32": 2,
+    "wan22_multipliers": 2,
 }
 """Training runs whose last samples are all identical, with the number of replayed samples."""
 
@@ -128,6 +134,7 @@ def base_of(name: str) -> str:
         "flux": TINY_FLUX,
         "chroma": TINY_CHROMA,
         "wan21": TINY_WAN21,
+        "wan22": TINY_WAN22,
         "zrk": "fidelora:miniature",
     }
     return str(bases.get(name.partition("_")[0], TINY_BASE))
@@ -141,7 +148,7 @@ def replay(engine: Engine, name: str, step: int, **changes: Any) -> list[Compari
         assert sample.trainer_image is not None
         comparisons.append(
             compare_with_sample(
-                engine.generate(sample.recipe, **changes).pixels, sample.trainer_image
+                engine.generate(sample.recipe, **changes).all_pixels, sample.trainer_image
             )
         )
     return comparisons

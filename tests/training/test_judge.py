@@ -69,7 +69,9 @@ class RecordingEngine:
     def _images(self, recipes):
         self.batches.append(len(recipes))
         return [
-            SimpleNamespace(pixels=np.full((one.height, one.width, 3), 128, np.uint8))
+            SimpleNamespace(
+                all_pixels=np.full((one.height, one.width, 3), 128, np.uint8), recipe=one
+            )
             for one in recipes
         ]
 
@@ -112,7 +114,8 @@ class NoisyEngine(RecordingEngine):
         self.batches.append(len(recipes))
         strong = number >= DRAWS and number % 4 == 0
         noise = np.random.default_rng(number).normal(0, 8 if strong else 2, (64, 64, 3))
-        return [SimpleNamespace(pixels=(128 + noise.round()).clip(0, 255).astype(np.uint8))]
+        gray = (128 + noise.round()).clip(0, 255).astype(np.uint8)
+        return [SimpleNamespace(all_pixels=gray, recipe=recipes[0])]
 
 
 @pytest.mark.parametrize(

@@ -391,7 +391,7 @@ def test_a_fine_tune_has_its_own_vae_and_no_history(folder):
         assert (plan.recipe.vae, plan.recipe.adapter_mode) == ("", "merged")
         assert plan.recipe.history == ()
     with pytest.raises(TrainingRunError, match="has no adapter"):
-        run.adapter(3)
+        run.adapters(3)
 
 
 @pytest.mark.parametrize(

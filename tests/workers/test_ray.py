@@ -28,7 +28,7 @@ from fidelora.jobs.sql import SqlStore
 SCRIPT = Path(__file__).with_name("ray_cluster.py")
 NAMESPACE = ["unshare", "--map-root-user", "--net"]
 SHORT = Recipe(prompt="a ball", base_model=str(TINY_BASE), width=64, height=64, steps=2, seed=7)
-LONG = Recipe(prompt="a ball", base_model=str(TINY_BASE), width=256, height=256, steps=30, seed=7)
+LONG = Recipe(prompt="a ball", base_model=str(TINY_BASE), width=256, height=256, steps=60, seed=7)
 
 
 def missing() -> str:
@@ -143,29 +143,32 @@ def test_ray_runs_the_workers_and_loses_no_job(cluster, store, postgres, tmp_pat
             assert np.array_equal(np.asarray(image.convert("RGB")), expected)
 
     # An actor is killed: Ray starts it again, which queues its job again.
+    victim = only_actor()
     long = add(store, LONG, 6)
-    until(lambda: len(store.running("ray-")) == 2)
-    os.kill(next(iter(actors())), signal.SIGKILL)
+    until(lambda: store.running("ray-"))
+    os.kill(victim, signal.SIGKILL)
 
     # The launcher is killed: the workers continue, and another launcher takes them over.
-    before = {name_of(worker.name) for worker in store.workers()}
+    until(lambda: len(actors()) == 2)
+    before = actors().keys()
     cluster.stop(launcher, kill=True)
     launcher = cluster.start(*options)
     until(lambda: all_succeeded(store, long))
-    assert {name_of(worker.name) for worker in store.workers()} <= before
+    assert actors().keys() <= before
 
     # A raylet is killed under its jobs: Ray starts its actors on the other one.
+    victim = only_actor()
     long = add(store, LONG, 6)
-    until(lambda: len(store.running("ray-")) == 2)
-    os.kill(next(iter(actors().values())), signal.SIGKILL)
+    until(lambda: store.running("ray-"))
+    os.kill(actors()[victim], signal.SIGKILL)
     until(lambda: all_succeeded(store, long))
+    until(lambda: victim not in actors())
 
     # A launcher with other settings replaces the workers.
     cluster.stop(launcher, kill=True)
-    before = {name_of(worker.name) for worker in store.workers()}
+    names = {name_of(worker.name) for worker in store.workers()}
     launcher = cluster.start(*options, "--debug")
-    until(lambda: {name_of(worker.name) for worker in store.workers()} - before)
-    assert len(actors()) == 1
+    until(lambda: {name_of(worker.name) for worker in store.workers()} - names)
 
     assert cluster.stop(launcher) == 0
     assert actors() == {}
@@ -217,6 +220,12 @@ def all_succeeded(store: SqlStore, ids: list[str]) -> bool:
 def name_of(worker: str) -> str:
     """Return the actor's name in the name of a worker."""
     return worker.partition("/")[0]
+
+
+def only_actor() -> int:
+    """Wait until the cluster has scaled down, and return the process id of the last actor."""
+    until(lambda: len(actors()) == 1)
+    return next(iter(actors()))
 
 
 def actors() -> dict[int, int]:

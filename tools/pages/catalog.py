@@ -121,6 +121,11 @@ def _family(spec: Family, page: str) -> Iterator[str]:
         f"* size: {spec.default_size}x{spec.default_size}; width and height are rounded down to "
         f"multiples of {spec.resolution_divisor}{over_http}"
     )
+    if spec.makes_videos:
+        yield (
+            "* videos and still images; over HTTP, the defaults are "
+            f"{spec.default_frames} frames and {spec.default_fps} frames per second"
+        )
     yield (
         f"* {spec.default_steps} steps, guidance {spec.default_guidance_scale:g}, "
         f"seed {spec.default_seed}, sampler `{spec.default_sampler}`"

@@ -23,6 +23,7 @@ from fidelora.adapters.read import Adapter
 from fidelora.adapters.stacked_delta import StackedDelta, shapes_of
 from fidelora.errors import AdapterMismatchError
 from fidelora.families import Family, Part
+from fidelora.families.spec import Stage
 from fidelora.texts import listed
 from fidelora.weights.strict import changeable
 
@@ -236,13 +237,16 @@ class Targets:
         name = f"{part.name}.{path}.{parameter}"
         self.vectors[name] = VectorTarget(name, module, values, kept.get(f"{path}.{parameter}"))
 
-    def bind(self, adapter: Adapter) -> BoundAdapter:
+    def bind(self, adapter: Adapter, stage: Stage | None = None) -> BoundAdapter:
         """Find the target of every module of `adapter`.
+
+        Args:
+            stage: stage of the denoiser that the adapter changes, in families with stages.
 
         Raises:
             AdapterMismatchError: a module matches no target, or does not have the target's shape.
         """
-        matches = self.match(adapter)
+        matches = self.match(adapter, stage)
         if matches.unmatched or matches.repeated or matches.misshapen:
             raise AdapterMismatchError(self._explain(adapter, matches))
         return BoundAdapter(
@@ -252,8 +256,12 @@ class Targets:
             tensors_sha256=adapter.tensors_sha256,
         )
 
-    def match(self, adapter: Adapter) -> Matches:
-        """Compare every module of `adapter` with this base model."""
+    def match(self, adapter: Adapter, stage: Stage | None = None) -> Matches:
+        """Compare every module of `adapter` with this base model.
+
+        Args:
+            stage: as in `bind`; None compares with the first denoiser that has the module.
+        """
         unmatched: list[str] = []
         repeated: list[str] = []
         misshapen: dict[str, str] = {}
@@ -262,7 +270,7 @@ class Targets:
         deltas: dict[str, Delta] = {}
         stacked: dict[str, tuple[list[Delta | None], tuple[int, ...]]] = {}
         for module in adapter.modules:
-            share = self._find(module, self._shares_by_flat)
+            share = self._find(module, self._shares_by_flat, stage)
             if share is not None and module in adapter.deltas and module not in adapter.biases:
                 found += 1
                 delta = adapter.deltas[module]
@@ -276,7 +284,7 @@ class Targets:
                 else:
                     repeated.append(module)
                 continue
-            names = self.find_names(module)
+            names = self.find_names(module, stage)
             if not names:
                 unmatched.append(module)
                 continue
@@ -390,18 +398,24 @@ class Targets:
         names = self.find_names(module)
         return names[0] if len(names) == 1 else None
 
-    def find_names(self, module: str) -> tuple[str, ...]:
+    def find_names(self, module: str, stage: Stage | None = None) -> tuple[str, ...]:
         """Return part and path of each module that an adapter file calls `module`.
+
+        With a `stage`, the denoisers of other stages are left out.
 
         There are several if the file has the name of a module of the original code, whose output
         rows are divided among these (`Part.fused_names`). There is none if the name is unknown.
         """
-        return self._find(module, self._names_by_flat) or ()
+        return self._find(module, self._names_by_flat, stage) or ()
 
-    def _find(self, module: str, by_flat: Mapping[str, _Found]) -> _Found | None:
+    def _find(
+        self, module: str, by_flat: Mapping[str, _Found], stage: Stage | None
+    ) -> _Found | None:
         """Return the entry of `by_flat` for what an adapter file calls `module`, or None."""
         module = canonical_name(module)
         for part in self.family.parts:
+            if stage is not None and part.stage not in (None, stage):
+                continue
             for prefix in part.adapter_prefixes:
                 if module.startswith(prefix):
                     flat = _flatten(part, module.removeprefix(prefix))

@@ -133,8 +133,13 @@ class ImagesRequest(RequestBody):
         """
         if self.model_extra:
             name = next(iter(self.model_extra))
+            advice = (
+                "this API makes still images; request videos with POST /v1/inference"
+                if name in ("num_frames", "fps", "seconds")
+                else "leave it out"
+            )
             raise RequestError(
-                f"{name} is not supported; leave it out.",
+                f"{name} is not supported; {advice}.",
                 code="FIELD_NOT_SUPPORTED",
                 details={"field": name},
             )
@@ -169,7 +174,7 @@ class ImagesRequest(RequestBody):
         return InferenceRequest(
             model=model,
             loras=self.loras,
-            prompts=[PromptItem(**item, seed=seed) for seed in seeds],
+            prompts=[PromptItem(**item, seed=seed, num_frames=1) for seed in seeds],
             trigger_word=self.trigger_word,
             hf_token=self.hf_token,
             output_format=self.format,

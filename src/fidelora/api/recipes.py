@@ -9,8 +9,16 @@ from typing import Any
 from pydantic import ValidationError
 
 from fidelora.api.requests import InferenceRequest, PromptItem
-from fidelora.errors import RecipeError, RequestError, RequestFieldError, UnknownModelError
+from fidelora.errors import (
+    ImageFormatError,
+    RecipeError,
+    RequestError,
+    RequestFieldError,
+    UnknownModelError,
+)
 from fidelora.families import Family, all_families, get_family
+from fidelora.images.formats import check_format
+from fidelora.images.mp4 import can_write_mp4
 from fidelora.loras.trigger import has_placeholder, trigger_of
 from fidelora.recipe import AdapterRef, Recipe
 
@@ -21,10 +29,13 @@ API, which differs from the model's own."""
 MAX_LORAS_TIMES_PROMPTS = 1024
 """Maximum of LoRAs times prompts in one request, because each recipe contains all LoRAs."""
 
-# Fields of the API that only models of other kinds (video, image editing) support.
-_UNSUPPORTED_FIELDS = ("fps", "resolution", "ctrl_img", "ctrl_img_1", "ctrl_img_2", "ctrl_img_3")
+# Fields of the API that only models of other kinds (image editing) support.
+_UNSUPPORTED_FIELDS = ("resolution", "ctrl_img", "ctrl_img_1", "ctrl_img_2", "ctrl_img_3")
 
-_ITEM_FIELDS = {"steps": "sample_steps", "negative_prompt": "neg", "negative_prompt_2": "neg_2"}
+_ITEM_FIELDS = {
+    "steps": "sample_steps", "negative_prompt": "neg", "negative_prompt_2": "neg_2",
+    "frames": "num_frames",
+}  # fmt: skip
 """Names of recipe fields in a prompt item, where they differ."""
 
 
@@ -32,7 +43,8 @@ def check_request(request: InferenceRequest, *, needs_lora: bool = True) -> Fami
     """Check that the model exists and supports every field of the request; return its family.
 
     Args:
-        needs_lora: True if at least one LoRA is required, as in the `ai-toolkit-inference` API.
+        needs_lora: True if at least one LoRA is required, as in the `ai-toolkit-inference` API, and
+            the transformer of each LoRA for models with two.
 
     Raises:
         RequestError: the request is not supported; the error has the API's code and details.
@@ -52,12 +64,8 @@ def check_request(request: InferenceRequest, *, needs_lora: bool = True) -> Fami
             f"times prompts must be at most {MAX_LORAS_TIMES_PROMPTS:,}. Use several requests.",
             loc=("loras",),
         )
-    if any(lora.transformer for lora in request.loras):
-        message = f"{spec.id} has one denoiser; leave out `transformer` of its LoRAs."
-        raise RequestError(
-            message, code="MOE_FORMAT_NOT_SUPPORTED", details={"field": "transformer"}
-        )
-    for field_path in _unsupported_fields(request):
+    _check_transformers(request, spec, is_required=needs_lora)
+    for field_path in _unsupported_fields(request, spec):
         message = f"{spec.id} does not support {field_path}; leave it out."
         raise RequestError(message, code="FIELD_NOT_SUPPORTED", details={"field": field_path})
     for index, item in enumerate(request.prompts):
@@ -71,6 +79,26 @@ def check_request(request: InferenceRequest, *, needs_lora: bool = True) -> Fami
                 details={"field": field_path},
             )
     return spec
+
+
+def _check_transformers(request: InferenceRequest, spec: Family, *, is_required: bool) -> None:
+    """Check `transformer` of all LoRAs, which only families with stages have.
+
+    Args:
+        is_required: False if the names of the files may say it instead (`AdapterRef.named_stage`).
+    """
+    if spec.stages and is_required and not all(lora.transformer for lora in request.loras):
+        raise RequestError(
+            f"{spec.id} has a transformer for high noise and one for low noise. Set `transformer` "
+            "of each LoRA to high or low.",
+            code="MOE_FORMAT_REQUIRED",
+            details={"field": "transformer"},
+        )
+    if not spec.stages and any(lora.transformer for lora in request.loras):
+        message = f"{spec.id} has one denoiser; leave out `transformer` of its LoRAs."
+        raise RequestError(
+            message, code="MOE_FORMAT_NOT_SUPPORTED", details={"field": "transformer"}
+        )
 
 
 def recipes_of(
@@ -112,9 +140,14 @@ def recipes_of(
             "timestep_spacing": item.timestep_spacing,
             "eta": item.eta,
             "vae_tiling": item.vae_tiling,
+            "frames": item.num_frames,
+            "fps": item.fps,
             "seed": draw_seed() if item.seed == -1 else item.seed,
         }
         fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        if family.makes_videos:
+            fields.setdefault("frames", family.default_frames)
+            fields.setdefault("fps", family.default_fps)
         if item.seed is None:
             fields["seed"] = family.default_seed + index
         if request.match == "trainer":
@@ -128,7 +161,12 @@ def recipes_of(
                 width=width - width % divisor,
                 height=height - height % divisor,
                 adapters=tuple(
-                    replace(ref, multiplier=multiplier, alpha=lora.alpha)
+                    replace(
+                        ref,
+                        multiplier=multiplier,
+                        alpha=lora.alpha,
+                        stage=lora.transformer or ref.stage,
+                    )
                     for ref, lora, multiplier in zip(
                         adapters, request.loras, multipliers[index], strict=True
                     )
@@ -149,8 +187,8 @@ def notes_on(
 ) -> tuple[str, ...]:
     """Return a sentence for each value that the server chose or changed.
 
-    These are trigger words from the LoRAs' metadata, rounded sizes, and negative prompts for a
-    family that does not use them.
+    These are trigger words from the LoRAs' metadata, rounded sizes and numbers of frames, and
+    negative prompts for a family that does not use them.
 
     Args:
         recipes: result of `recipes_of`.
@@ -161,9 +199,11 @@ def notes_on(
         family = get_family(recipe.model)
         if item.neg:
             notes.append(family.negative_prompt_note)
-        if family.trainer_sampling.samples_videos and item.num_frames is None:
+        if item.num_frames not in (None, recipe.frames):
             notes.append(
-                f"{family.title} makes single frames here, as with num_frames 1, not videos."
+                f"num_frames {item.num_frames} was rounded to {recipe.frames}; the numbers of "
+                f"frames of {family.title} are 1, {1 + family.frames_per_latent}, "
+                f"{1 + 2 * family.frames_per_latent}, ..."
             )
         width, height = item.width or DEFAULT_SIZE, item.height or DEFAULT_SIZE
         if (width, height) != (recipe.width, recipe.height):
@@ -196,7 +236,9 @@ def request_for(recipes: Sequence[Recipe], lora_paths: Sequence[str]) -> dict[st
     Raises:
         RequestFieldError: a value is out of the API's range, such as a guidance scale above 20.
     """
-    different = {tuple((ref.sha256, ref.alpha) for ref in recipe.adapters) for recipe in recipes}
+    different = {
+        tuple((ref.sha256, ref.alpha, ref.stage) for ref in recipe.adapters) for recipe in recipes
+    }
     assert len(different) == 1, "the same adapters in every recipe"
     (adapters,) = different
     divisor = get_family(recipes[0].model).request_divisor
@@ -206,8 +248,10 @@ def request_for(recipes: Sequence[Recipe], lora_paths: Sequence[str]) -> dict[st
         **({"match": "trainer"} if has_trainer_size else {}),
         "fidelity": recipes[0].fidelity,
         "loras": [
-            {"path": path, "sha256": sha256} | ({} if alpha is None else {"alpha": alpha})
-            for path, (sha256, alpha) in zip(lora_paths, adapters, strict=True)
+            {"path": path, "sha256": sha256}
+            | ({} if alpha is None else {"alpha": alpha})
+            | ({} if stage is None else {"transformer": stage})
+            for path, (sha256, alpha, stage) in zip(lora_paths, adapters, strict=True)
         ],
         "prompts": [
             {
@@ -236,6 +280,7 @@ def request_for(recipes: Sequence[Recipe], lora_paths: Sequence[str]) -> dict[st
             | ({} if recipe.emphasis == "none" else {"emphasis": recipe.emphasis})
             | sampler_options(recipe)
             | ({"vae_tiling": True} if recipe.vae_tiling else {})
+            | video_options(recipe)
             for recipe in recipes
         ],
     }
@@ -259,6 +304,38 @@ def sampler_options(recipe: Recipe) -> dict[str, Any]:
     )
 
 
+def video_options(recipe: Recipe) -> dict[str, Any]:
+    """Return the fields of a prompt item for frames; empty if the family makes only images."""
+    if not get_family(recipe.model).makes_videos:
+        return {}
+    return {"num_frames": recipe.frames, "fps": recipe.fps}
+
+
+def output_format_of(requested: str | None, recipes: Sequence[Recipe]) -> str:
+    """Return the format of the files of a request.
+
+    Without a requested format, it is png for images, mp4 for videos, and webp for both together.
+
+    Raises:
+        RequestFieldError: the requested format does not support one of the images or videos, or
+            MP4 files cannot be written here.
+    """
+    videos = [recipe.frames > 1 for recipe in recipes]
+    format_ = requested or ("mp4" if all(videos) else "webp" if any(videos) else "png")
+    try:
+        for recipe in recipes:
+            check_format(format_, recipe.frames)
+    except ImageFormatError as error:
+        raise RequestFieldError(str(error), loc=("output_format",)) from error
+    if format_ == "mp4" and not can_write_mp4():
+        raise RequestFieldError(
+            "This server cannot write mp4 files, because the package av is not installed "
+            "(pip install 'fidelora[video]'). Set output_format to webp.",
+            loc=("output_format",),
+        )
+    return format_
+
+
 def _divisor(request: InferenceRequest) -> int:
     """Return the number of pixels of which width and height are multiples."""
     family = get_family(request.model)
@@ -280,7 +357,7 @@ def _multipliers(request: InferenceRequest, item: PromptItem) -> tuple[float, ..
     )
 
 
-def _unsupported_fields(request: InferenceRequest) -> Iterator[str]:
+def _unsupported_fields(request: InferenceRequest, spec: Family) -> Iterator[str]:
     """Yield the paths of unknown fields, and of fields that only other models support."""
     yield from request.model_extra or {}
     for index, lora in enumerate(request.loras):
@@ -288,6 +365,7 @@ def _unsupported_fields(request: InferenceRequest) -> Iterator[str]:
     for index, item in enumerate(request.prompts):
         names = [*(item.model_extra or {})]
         names += [name for name in _UNSUPPORTED_FIELDS if getattr(item, name) is not None]
-        if item.num_frames not in (None, 1):
-            names.append("num_frames")
+        if not spec.makes_videos:
+            names += ["num_frames"] if item.num_frames not in (None, 1) else []
+            names += ["fps"] if item.fps is not None else []
         yield from (f"prompts[{index}].{name}" for name in names)

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
 
-from fidelora.api.requests import ImageFormat, RequestBody
+from fidelora.api.requests import OutputFormat, RequestBody
 from fidelora.api.responses import Accepted, accepted
 from fidelora.images.parameter_pairs import Ignored
 from fidelora.jobs.job import Job
@@ -16,8 +16,9 @@ from fidelora.recipe import Fidelity
 class ReplayChoices(RequestBody):
     """Changes to the recipe; omitted fields change nothing."""
 
-    output_format: ImageFormat | None = Field(
-        None, description="By default the image's format; png if no image is sent."
+    output_format: OutputFormat | None = Field(
+        None,
+        description="By default the image's format. If no image is sent, png, or mp4 for a video.",
     )
     fidelity: Fidelity | None = None
     emphasis: bool | None = Field(

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from fidelora.families.emphasis import Emphasis
-from fidelora.recipe import MAX_ALPHA, MAX_MULTIPLIER, Fidelity
+from fidelora.recipe import MAX_ALPHA, MAX_FPS, MAX_FRAMES, MAX_MULTIPLIER, Fidelity
 from fidelora.sampling.spacings import TimestepSpacing
 
 MAX_PROMPTS = 64  # images per request
@@ -17,6 +17,7 @@ MAX_LORAS = 64
 
 Multiplier = Annotated[float, Field(ge=-MAX_MULTIPLIER, le=MAX_MULTIPLIER, allow_inf_nan=False)]
 ImageFormat = Literal["png", "jpeg", "webp"]
+OutputFormat = Literal["png", "jpeg", "webp", "mp4"]
 
 
 _ABOUT_TRIGGER = (
@@ -55,7 +56,10 @@ class LoraItem(RequestBody):
 
 
 class PromptItem(RequestBody):
-    """One image of a request. Sizes default to 1024, other fields to the model's defaults."""
+    """One image or video of a request.
+
+    Sizes default to 1024, other fields to the model's defaults.
+    """
 
     prompt: str
     trigger_word: str | None = Field(None, description=_ABOUT_TRIGGER)
@@ -94,8 +98,16 @@ class PromptItem(RequestBody):
         "default false.",
     )
     network_multiplier: Multiplier | list[Multiplier] | None = None
-    num_frames: int | None = Field(None, ge=1, le=1000)
-    fps: int | None = Field(None, ge=1, le=120)
+    num_frames: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_FRAMES,
+        description="Frames of a video, rounded to 1, 5, 9, ...; 1 makes a still image. By default "
+        "41 for models that make videos.",
+    )
+    fps: int | None = Field(
+        None, ge=1, le=MAX_FPS, description="Frames per second of a video; by default 16."
+    )
     resolution: Literal["Default", "High"] | None = None
     ctrl_img: str | None = None
     ctrl_img_1: str | None = None
@@ -111,7 +123,10 @@ class InferenceRequest(RequestBody):
     prompts: list[PromptItem] = Field(min_length=1, max_length=MAX_PROMPTS)
     trigger_word: str | None = Field(None, description=_ABOUT_TRIGGER)
     hf_token: SecretStr | None = None
-    output_format: ImageFormat = "png"
+    output_format: OutputFormat | None = Field(
+        None,
+        description="By default png for images and mp4 for videos, or webp if a request has both.",
+    )
     fidelity: Fidelity | None = Field(
         None,
         description="exact: bit-identical to training; fast: nearly identical. "

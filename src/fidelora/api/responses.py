@@ -111,11 +111,18 @@ class ImageBody(BaseModel):
     recipe: dict[str, Any] = Field(default_factory=dict)
 
 
+class VideoBody(ImageBody):
+    """One finished video."""
+
+    num_frames: int
+    fps: int
+
+
 class OutputsBody(BaseModel):
-    """Outputs of a job."""
+    """Outputs of a job, in the order of its prompts."""
 
     images: list[ImageBody]
-    videos: list[dict[str, Any]]
+    videos: list[VideoBody]
 
 
 class MetadataBody(BaseModel):
@@ -276,8 +283,9 @@ def result_of(job: Job, base_url: str) -> ResultBody:
         assert job.started_at is not None
         assert job.finished_at is not None
         url = f"{base_url.rstrip('/')}/v1/requests/{job.id}/images"
-        images = [
-            ImageBody(
+        outputs = OutputsBody(images=[], videos=[])
+        for index, (output, recipe) in enumerate(zip(job.outputs, job.recipes, strict=True)):
+            body = ImageBody(
                 format=output.format,
                 width=output.width,
                 height=output.height,
@@ -287,9 +295,11 @@ def result_of(job: Job, base_url: str) -> ResultBody:
                 sha256=output.sha256,
                 recipe=recipe.to_dict(),
             )
-            for index, (output, recipe) in enumerate(zip(job.outputs, job.recipes, strict=True))
-        ]
-        outputs = OutputsBody(images=images, videos=[])
+            if recipe.frames == 1:
+                outputs.images.append(body)
+            else:
+                video = VideoBody(**body.model_dump(), num_frames=recipe.frames, fps=recipe.fps)
+                outputs.videos.append(video)
         seconds = (job.finished_at - job.started_at).total_seconds()
         metadata = MetadataBody(
             model=job.recipes[0].model, inference_time=seconds, timings=dict(job.timings)
@@ -321,6 +331,9 @@ def _model_bodies() -> list[ModelBody]:
             resolution_divisor=spec.request_divisor,
             default_steps=spec.default_steps,
             default_guidance_scale=spec.default_guidance_scale,
+            is_video_model=spec.makes_videos,
+            default_num_frames=spec.default_frames,
+            default_fps=spec.default_fps,
         )
         for spec in all_families().values()
     ]

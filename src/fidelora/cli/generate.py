@@ -112,10 +112,11 @@ def generate(
             "--output",
             "--out",
             metavar="PATH",
-            help="Output folder or file (.png, .jpg or .webp). If the name of a folder has a dot, "
-            "add / at the end. A name with fields, such as {lora}_{seed}.png, gives each image a "
-            f"name of its own; the fields are {', '.join(FIELDS)}. An existing file is replaced "
-            "only if PATH is a file name without fields; otherwise a number is added to the name.",
+            help="Output folder or file (.png, .jpg, .webp or .mp4). If the name of a folder has "
+            "a dot, add / at the end. A name with fields, such as {lora}_{seed}.png, gives each "
+            f"image a name of its own; the fields are {', '.join(FIELDS)}. An existing file is "
+            "replaced only if PATH is a file name without fields; otherwise a number is added to "
+            "the name.",
         ),
     ] = ".",
     image_format: Annotated[
@@ -123,9 +124,9 @@ def generate(
         typer.Option(
             "--format",
             metavar="FORMAT",
-            help="png, jpeg (quality 95) or webp (lossless); by default the suffix of --output, "
-            "or png.",
-            autocompletion=lambda: ["png", "jpeg", "webp"],
+            help="png, jpeg (quality 95) or webp (lossless); videos: webp (quality 80, as in "
+            "training) or mp4. By default the suffix of --output, or png, or webp for videos.",
+            autocompletion=lambda: ["png", "jpeg", "webp", "mp4"],
         ),
     ] = None,
     as_json: Annotated[
@@ -162,6 +163,18 @@ def generate(
         int | None,
         typer.Option(help="Height in pixels, like --width.", rich_help_panel=SAMPLING_PANEL),
     ] = None,
+    frames: Annotated[
+        int,
+        typer.Option(
+            help="Frames of a video, 1..1000, rounded to 1, 5, 9, ...; 1 makes a still image. Only "
+            "for families that make videos.",
+            rich_help_panel=SAMPLING_PANEL,
+        ),
+    ] = 1,
+    fps: Annotated[
+        int,
+        typer.Option(help="Frames per second of a video, 1..120.", rich_help_panel=SAMPLING_PANEL),
+    ] = 16,
     steps: Annotated[
         int | None,
         typer.Option(
@@ -279,7 +292,7 @@ def generate(
         typer.Option(
             "--vae-tiling",
             help="Decode in tiles of 256 pixels, as the trainer does with low_vram; only for "
-            "Qwen-Image.",
+            "Qwen-Image and Wan.",
             rich_help_panel=MODEL_PANEL,
         ),
     ] = False,
@@ -410,6 +423,8 @@ def generate(
         else (AdapterRef.from_file(training_adapter.expanduser()),),
         "vae_tiling": vae_tiling,
         "fidelity": fidelity.value,
+        "frames": frames,
+        "fps": fps,
         **read_size(size, width, height),
         **{name: value for name, value in optional.items() if value is not None},
     }
@@ -417,7 +432,13 @@ def generate(
         texts, sets, trigger, number, lambda one: resolve_noise(noise, one, model), settings
     )
     report.add(*trigger_remarks(texts, sets, trigger))
-    names = parse_output(out, image_format, prompts=len(texts), adapter_sets=len(sets))
+    names = parse_output(
+        out,
+        image_format,
+        prompts=len(texts),
+        adapter_sets=len(sets),
+        frames=planned[0][0].frames,
+    )
     for adapters in planned:
         report.add([f"note: {sentence}" for sentence in proposals(adapters[0])], ())
 

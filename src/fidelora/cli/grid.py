@@ -70,8 +70,14 @@ def grid(
 
     All images of a row have the same seed.
     """
-    from fidelora.images.write import format_of
-    from fidelora.training.grid import contact_sheet, iterate_cells, make_columns, make_rows
+    from fidelora.images.formats import format_of
+    from fidelora.training.grid import (
+        contact_sheet,
+        frame_strip,
+        iterate_cells,
+        make_columns,
+        make_rows,
+    )
     from fidelora.training.notes import notes_on
     from fidelora.training.run_folder import read_run
 
@@ -94,7 +100,7 @@ def grid(
                 if show is not None:
                     show("images", number, len(cells))
                 image = engine.generate(replace(recipe, fidelity=fidelity.value))
-                images[down, across] = image.pixels
+                images[down, across] = frame_strip(image.all_pixels)
     except KeyboardInterrupt:
         fail("Interrupted; no grid was written.", INTERRUPTED)
     sheet = contact_sheet(

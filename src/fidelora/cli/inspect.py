@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fidelora.adapter_ref import stage_in_name
 from fidelora.cli.console import Debug
 from fidelora.families import get_family
 from fidelora.loras.few_step import Recognised, proposal, recognise_few_step_lora
@@ -86,6 +87,7 @@ def _document(file: Path, result: Examination, few_step: Recognised | None) -> d
         "base_model_version": summary.base,
         "trainer_version": summary.trainer,
         "model": result.model or None,
+        "stage": stage_in_name(file.stem) if _has_stages(result) else None,
         "modules_matched": result.matched,
         "modules_of_same_shape": result.same_shapes,
         "few_step": None
@@ -115,6 +117,7 @@ def _print(file: Path, document: dict[str, Any], result: Examination, base_model
         "base model": document["base_model_version"] or unknown,
         "trainer": document["trainer_version"] or unknown,
         "fits": _fit(document, result, base_model) or unknown,
+        **({"stage": _stage(document["stage"])} if _has_stages(result) else {}),
         "size": f"{document['size_bytes']:,} bytes",
         "sha256": document["sha256"],
     }
@@ -126,6 +129,16 @@ def _print(file: Path, document: dict[str, Any], result: Examination, base_model
         typer.echo(f"  {kind:<11} {printable(problem.message)}")
     if not result.problems:
         typer.echo("  No problems were found.")
+
+
+def _has_stages(result: Examination) -> bool:
+    return bool(result.model) and bool(get_family(result.model).stages)
+
+
+def _stage(stage: str | None) -> str:
+    if stage is None:
+        return "unknown: the file name contains neither high_noise nor low_noise"
+    return f"{stage} noise, by the file name"
 
 
 def _fit(document: dict[str, Any], result: Examination, base_model: str) -> str:

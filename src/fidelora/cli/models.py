@@ -27,6 +27,9 @@ def list_models(
             f"sampler {spec.default_sampler}"
         )
         typer.echo(f"    sizes       multiples of {spec.resolution_divisor}")
+        if spec.makes_videos:
+            step = spec.frames_per_latent
+            typer.echo(f"    frames      1 (default), {1 + step}, {1 + 2 * step}, ...")
         typer.echo(f"    samplers    {' '.join(spec.samplers)}")
         for title, names in _options_of_samplers(spec).items():
             typer.echo(f"    {title:<11} {' '.join(names)}")
@@ -45,6 +48,7 @@ def _document(spec: Family) -> dict[str, object]:
         "default_guidance_scale": spec.default_guidance_scale,
         "default_seed": spec.default_seed,
         "default_sampler": spec.default_sampler,
+        "makes_videos": spec.makes_videos,
         "samplers": list(spec.samplers),
         "samplers_with": _options_of_samplers(spec),
     }

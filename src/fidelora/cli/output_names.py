@@ -69,7 +69,7 @@ class OutputNames:
 
 
 def parse_output(
-    out: str, image_format: str | None, *, prompts: int, adapter_sets: int
+    out: str, image_format: str | None, *, prompts: int, adapter_sets: int, frames: int = 1
 ) -> OutputNames:
     """Parse `--output` and `--format`.
 
@@ -78,19 +78,22 @@ def parse_output(
             the prompt.
         adapter_sets: number of sets of adapters; if there are several, names in a folder contain
             the names of the adapters.
+        frames: frames of each file; videos are webp or mp4 files.
 
     Raises:
         RecipeError: the format is not supported or does not match the name, or the template has an
             unknown field.
-        ImageFormatError: the suffix is not supported.
+        ImageFormatError: the suffix or format is not supported, or not for a video.
     """
-    from fidelora.images.write import format_of, is_image_format, suffix_of
+    from fidelora.images.formats import check_format, format_of, is_image_format, suffix_of
 
     if image_format is not None and not is_image_format(image_format):
         raise RecipeError(
-            f"--format is {image_format!r}; it must be png, jpeg or webp.", field="format"
+            f"--format is {image_format!r}; it must be png, jpeg, webp or mp4.", field="format"
         )
-    default_suffix = suffix_of(image_format or "png")  # type: ignore[arg-type]
+    default = "webp" if frames > 1 else "png"
+    check_format(image_format or default, frames)
+    default_suffix = suffix_of(image_format or default)  # type: ignore[arg-type]
     path = Path(out).expanduser()
     is_template = not path.is_dir() and _has_fields(out)
     text = str(path) if is_template else str(path).replace("{", "{{").replace("}", "}}")
@@ -111,6 +114,7 @@ def parse_output(
             f"--format {image_format} does not match --output {path.name}; set only one of them.",
             field="format",
         )
+    check_format(format_of_name, frames)
     return OutputNames(text.removesuffix(plain.suffix), plain.suffix, replaces=not is_template)
 
 

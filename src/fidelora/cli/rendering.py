@@ -190,6 +190,7 @@ def image_entry(recipe: Recipe, path: Path) -> dict[str, Any]:
         "seed": recipe.seed,
         "width": recipe.width,
         "height": recipe.height,
+        **({"frames": recipe.frames, "fps": recipe.fps} if recipe.frames > 1 else {}),
         "loras": [
             {"name": ref.name, "multiplier": ref.multiplier, "sha256": ref.sha256}
             for ref in recipe.adapters
@@ -238,14 +239,20 @@ def print_plan(images: Sequence[PlannedImage], report: Report) -> None:
         report.print_path(image.path)
         if not report.quiet and not report.as_json:
             typer.echo(
-                f"  {recipe.width}x{recipe.height}, {recipe.steps} steps, {recipe.sampler}, "
-                f"guidance {recipe.guidance_scale:g}, seed {recipe.seed}, "
+                f"  {recipe.width}x{recipe.height}{_frames(recipe)}, {recipe.steps} steps, "
+                f"{recipe.sampler}, guidance {recipe.guidance_scale:g}, seed {recipe.seed}, "
                 f"{recipe.dtype}, {recipe.fidelity}"
             )
             typer.echo(f"  prompt: {printable(recipe.prompt)}")
             if loras:
                 typer.echo(f"  LoRAs: {printable(loras)}")
     report.print_json([image_entry(one.recipe, one.path) for one in images], dry_run=True)
+
+
+def _frames(recipe: Recipe) -> str:
+    if recipe.frames == 1:
+        return ""
+    return f", {recipe.frames} frames at {recipe.fps} per second"
 
 
 def _title(first: int, count: int, number: int, seed: int) -> str:

@@ -289,7 +289,7 @@ def _warn_of(changes: Mapping[str, tuple[Any, Any]]) -> None:
 
 def _output_path(image: Path, out: Path | None) -> Path:
     """Return the path of `--out`, or an unused name next to the image."""
-    from fidelora.images.write import format_of
+    from fidelora.images.formats import format_of
 
     if out is not None:
         format_of(out)
@@ -304,7 +304,7 @@ def _output_path(image: Path, out: Path | None) -> Path:
 
 
 def _write(made: GeneratedImage, target: Path, origin: Origin) -> None:
-    from fidelora.images.write import format_of
+    from fidelora.images.formats import format_of
 
     image_format = format_of(target)
     write_atomically(
@@ -317,11 +317,14 @@ def _compare(made: GeneratedImage, content: bytes, origin: Origin) -> Comparison
     import numpy as np
     from PIL import Image
 
-    from fidelora.training.compare import compare
+    from fidelora.images.mp4 import decode_mp4
+    from fidelora.training.compare import compare, decoded_frames
 
     def decoded(file: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        if origin.format == "mp4":
+            return np.stack(decode_mp4(file))
         with Image.open(io.BytesIO(file)) as image:
-            return np.asarray(image.convert("RGB"))
+            return decoded_frames(image)
 
     replayed = decoded(made.encode(origin.format, origin.quality))  # type: ignore[arg-type]
     original = decoded(content)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -41,7 +41,8 @@ MAX_SILENCE_S = 45.0
 """Read timeout of event streams in seconds: three times the interval of the server's pings."""
 _MAX_PAUSE_S = 60.0  # longest wait before a retry, even if Retry-After is longer
 _SAFE_ID = re.compile(r"[\w-]{1,64}")
-_SUFFIXES = {"png": ".png", "jpeg": ".jpg", "jpg": ".jpg", "webp": ".webp"}
+_SUFFIXES = {"png": ".png", "jpeg": ".jpg", "jpg": ".jpg", "webp": ".webp", "mp4": ".mp4"}
+_INDEX = re.compile(r"/images/(\d+)$|_output_(\d+)\.\w+$")
 
 
 @dataclass(frozen=True)
@@ -347,15 +348,19 @@ def require_success(result: ResultBody, status: StatusBody | None) -> ResultBody
     return result
 
 
-def images_of(result: ResultBody) -> Sequence[ImageBody]:
-    """Return the images of a result.
+def outputs_of(result: ResultBody) -> dict[int, ImageBody]:
+    """Return the images and videos of a result by index, which is that of the prompt.
 
     Raises:
         UsageError: the request did not succeed.
     """
     if result.outputs is None:
         raise UsageError(f"Request {result.request_id} is {result.status.value} and has no images.")
-    return result.outputs.images
+    found: dict[int, ImageBody] = {}
+    for position, body in enumerate((*result.outputs.images, *result.outputs.videos)):
+        match = _INDEX.search(body.url) or _INDEX.search(body.file_path)
+        found[int(match[1] or match[2]) if match else position] = body
+    return dict(sorted(found.items()))
 
 
 def save_image(folder: Path, result: ResultBody, index: int, content: bytes) -> Path:
@@ -364,7 +369,7 @@ def save_image(folder: Path, result: ResultBody, index: int, content: bytes) -> 
     Raises:
         OutputError: the content does not have the expected sha256, or cannot be written.
     """
-    image = images_of(result)[index]
+    image = outputs_of(result)[index]
     if image.sha256 and hashlib.sha256(content).hexdigest() != image.sha256:
         raise OutputError(
             f"Image {index} of request {result.request_id} was damaged in transfer and was not "

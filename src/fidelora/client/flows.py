@@ -159,7 +159,7 @@ class Flows:
 
     def save_images(self, result: ResultBody, folder: Path) -> Flow[list[Path]]:
         paths = []
-        for index in range(len(calls.images_of(result))):
+        for index in calls.outputs_of(result):
             content = yield from self.image(result.request_id, index)
             paths.append(calls.save_image(folder, result, index, content))
         return paths

@@ -177,8 +177,8 @@ class Client:
             run: a `Path` of a zip of the training run's folder, or the name of a training run below
                 the server's FIDELORA_JOBS_PATH.
             settings: settings of a picture whose file does not contain them (`program`, `prompt`,
-                `steps`, `sampler`, `scheduler`, `guidance`, `seed`), and `step` and `index` of the
-                sample to compare with.
+                `negative`, `steps`, `sampler`, `scheduler`, `guidance`, `seed`, `clip_skip`), and
+                `step` and `index` of the sample to compare with.
 
         Raises:
             ApiError: the picture or the training run cannot be used (`EXPLANATION_FAILED`).
@@ -241,7 +241,7 @@ class Client:
         return self._run(self._flows.image(request_id, index))
 
     def save_images(self, result: ResultBody, folder: str | Path) -> list[Path]:
-        """Write all images of a result into a folder; each file is written atomically.
+        """Write all images and videos of a result into a folder; each file is written atomically.
 
         Raises:
             UsageError: the result has no images.

@@ -62,6 +62,11 @@ def _bind_all(
             warnings.append(f"{adapter.name}: {note}")
         if note := zero_alpha_note(adapter):
             warnings.append(f"{adapter.name}: {note}")
+        if ref.stage is not None and ref.named_stage not in (None, ref.stage):
+            warnings.append(
+                f"{ref.name} is used for {ref.stage} noise, but its name says {ref.named_stage} "
+                "noise. The two files of a training run may be swapped."
+            )
         _check_word(adapter, ref)
         if adapter.embedding and adapter.modules and not any(other.word for other in refs):
             warnings.append(
@@ -70,7 +75,7 @@ def _bind_all(
             )
         try:
             one = (
-                model.targets.bind(adapter)
+                model.targets.bind(adapter, ref.stage)
                 if ref.word is None
                 else model.targets.bind_embedding(adapter, ref.word)
             )

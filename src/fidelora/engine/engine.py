@@ -20,12 +20,12 @@ from fidelora.accel.device import auto_dtype, resolve_device
 from fidelora.adapters.library import AdapterLibrary
 from fidelora.engine.binding import Bound, bind, with_adapters, with_embeddings
 from fidelora.engine.image_environment import image_environment
-from fidelora.engine.inputs import decode, denoiser_settings, encode, schedule
+from fidelora.engine.inputs import decode, denoiser_settings, encode, schedule, size_of
 from fidelora.engine.loaded import LoadedModels
 from fidelora.engine.model import LoadedModel
 from fidelora.errors import DeviceError, EngineBusyError, MemoryExhaustedError, RecipeError
 from fidelora.families import get_family
-from fidelora.families.protocols import ExtendableText, Size
+from fidelora.families.protocols import ExtendableText
 from fidelora.images.write import GeneratedImage
 from fidelora.recipe import Dtype, Recipe, differ_in_prompts_and_seed, may_share_batch
 from fidelora.sampling.loop import sample
@@ -174,7 +174,8 @@ class Engine:
 
     def max_jittered_batch(self, recipe: Recipe) -> int:
         """Return the recommended batch size for `generate_jittered`."""
-        return max(1, _BATCH_PIXELS.get(self.device.type, 0) // (recipe.width * recipe.height))
+        pixels = recipe.width * recipe.height * recipe.frames
+        return max(1, _BATCH_PIXELS.get(self.device.type, 0) // pixels)
 
     def generate(
         self,
@@ -306,7 +307,7 @@ class Engine:
         environment = image_environment(model)
         hashes = {one.sha256: one.tensors_sha256 for one, _ in bound.adapters}
         return [
-            GeneratedImage(
+            GeneratedImage.of(
                 pixels,
                 replace(recipe, base_sha256=model.sha256),
                 environment,
@@ -347,7 +348,7 @@ def _step_reporter(
 ) -> Callable[[int, Tensor], None]:
     """Return the sampling loop's callback, which reports `Progress` to `on_step`."""
     start = time.monotonic()
-    size = Size(recipe.width, recipe.height)
+    size = size_of(recipe)
 
     def report(step: int, latents: Tensor) -> None:
         if on_step is not None:

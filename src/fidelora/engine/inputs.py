@@ -21,10 +21,15 @@ from fidelora.sampling.noise import NoiseSource
 from fidelora.sampling.schedules import FlowSchedule, NoiseSchedule, Schedule
 
 
+def size_of(recipe: Recipe) -> Size:
+    """Return the size of the image or video of a recipe."""
+    return Size(recipe.width, recipe.height, recipe.frames)
+
+
 def denoiser_settings(recipe: Recipe) -> tuple[Guidance, Size, torch.dtype]:
     """Return the arguments of `Denoiser.prepare` that all images of a batch share."""
     guidance = Guidance(recipe.guidance_scale, recipe.guidance_rescale)
-    return guidance, Size(recipe.width, recipe.height), TORCH_DTYPES[recipe.dtype]
+    return guidance, size_of(recipe), TORCH_DTYPES[recipe.dtype]
 
 
 def encode(model: LoadedModel, recipe: Recipe, bound: Bound) -> Encoded:
@@ -59,9 +64,10 @@ def schedule(
     sampler = get_family(recipe.model).samplers[recipe.sampler]
     config = {**sampler.config, **options}
     if isinstance(sampler, FlowSampler):
-        tokens = model.latents.tokens(Size(recipe.width, recipe.height))
+        tokens = model.latents.tokens(size_of(recipe))
         return FlowSchedule(config, recipe.steps, tokens, model.device)
-    config["prediction_type"] = options.get("prediction_type", recipe.prediction)
+    if "prediction" in get_family(recipe.model).uses:
+        config["prediction_type"] = options.get("prediction_type", recipe.prediction)
     return NoiseSchedule(
         sampler.scheduler,
         config,
@@ -76,10 +82,12 @@ def schedule(
 def decode(model: LoadedModel, recipe: Recipe, latents: Tensor) -> NDArray[np.uint8]:
     """Decode the latents [1, ...] of one image to uint8 RGB [height, width, 3].
 
+    Those of a video are decoded to [frames, height, width, 3].
+
     Raises:
         NumericsError: the model produced NaN.
     """
-    size = Size(recipe.width, recipe.height)
+    size = size_of(recipe)
     if recipe.vae_tiling:
         return cast(TiledLatents, model.latents).decode_tiled(latents, size)
     return model.latents.decode(latents, size)

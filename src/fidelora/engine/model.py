@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -112,7 +112,7 @@ class LoadedModel:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype in which the denoiser computes."""
+        """The dtype in which the denoisers compute."""
         module: Any = self.parts[self.family.part("denoiser").name]
         return cast(torch.dtype, module.dtype)
 
@@ -172,16 +172,16 @@ def load_model(
         if kind != "none":
             is_written = not part.adapter_prefixes  # the others get their weights from `merged`
             quantize(parts[part.name], kind, part.whole_layers, has_weights=is_written)
-    denoiser = parts[family.part("denoiser").name]
+    denoisers = [parts[part.name] for part in family.denoisers]
     decoder = parts[family.part("decoder").name]
-    in_place = _accelerate_on_cpu(family, denoiser, decoder, path, device, offload)
+    in_place = _accelerate_on_cpu(family, denoisers, decoder, path, device, offload)
     model = LoadedModel(
         files=files,
         device=device,
         parts=parts,
         text=_implementation(family.text)(family, parts, files.tokenizers, device),
-        denoiser=_implementation(family.denoiser)(denoiser),
-        latents=_implementation(family.latents)(family, denoiser, decoder),
+        denoiser=_implementation(family.denoiser)(*denoisers),
+        latents=_implementation(family.latents)(family, denoisers[0], decoder),
         # Must be created before offloading replaces parameters by placeholders.
         targets=(targets := Targets(family, parts, pristine)),
         merged=MergedAdapters(targets),
@@ -191,7 +191,8 @@ def load_model(
     if not in_place:  # parameters without data cannot be moved
         model.hooks += place_parts(parts.values(), device, offload)
     if path is FastPath.COMPILED:
-        compile_parts(denoiser, [decoder])
+        for denoiser in denoisers:
+            compile_parts(denoiser, [decoder])
     return model
 
 
@@ -213,7 +214,7 @@ def expected_bytes(key: ModelKey, files: BaseFiles) -> int:
 
 def _accelerate_on_cpu(
     family: Family,
-    denoiser: nn.Module,
+    denoisers: Sequence[nn.Module],
     decoder: nn.Module,
     path: FastPath | None,
     device: torch.device,
@@ -221,12 +222,13 @@ def _accelerate_on_cpu(
 ) -> bool:
     """Pack or prepack modules on the CPU; return True if the parts must stay where they are."""
     if path is FastPath.PACKED:
-        pack(denoiser, adapters_follow=True)
+        for denoiser in denoisers:
+            pack(denoiser, adapters_follow=True)
         pack(decoder, adapters_follow=False)
         return True
     # Compiled models are not prepacked, because the compiler would have to trace these modules.
     if path is None and device.type == "cpu" and offload == "none":
-        if "prepacked" in family.accelerations:
+        for denoiser in denoisers if "prepacked" in family.accelerations else ():
             prepack(denoiser)
         return True
     return False

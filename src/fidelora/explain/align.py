@@ -91,7 +91,14 @@ def align(
 
 def _plans(run: TrainingRun, step: int, base_model: str | None) -> list[PlannedSample]:
     planned = plan_samples(run, step, base_model=base_model)
-    return [plan for plan in planned if plan.trainer_image is not None]
+    found = [plan for plan in planned if plan.trainer_image is not None]
+    stills = [plan for plan in found if plan.recipe.frames == 1]
+    if found and not stills:
+        raise NothingToCheckError(
+            f"The samples of the training run {run.name} are videos, but a picture can be compared "
+            "with still images only (num_frames: 1)."
+        )
+    return stills
 
 
 def _used_checkpoint(run: TrainingRun, reading: Reading) -> tuple[int | None, UsedLora | None]:

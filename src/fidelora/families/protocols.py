@@ -19,10 +19,11 @@ from fidelora.sampling.loop import Denoise
 
 
 class Size(NamedTuple):
-    """The size of an image in pixels."""
+    """The size of an image or video: width and height in pixels, and its number of frames."""
 
     width: int
     height: int
+    frames: int = 1
 
 
 class Guidance(NamedTuple):
@@ -119,9 +120,9 @@ class ExtendableText(Text, Protocol):
 
 
 class Denoiser(Protocol):
-    """Denoiser with guidance. Created once per base model."""
+    """Denoiser with guidance. Created once per base model, with the module of each denoiser."""
 
-    def __init__(self, module: nn.Module) -> None: ...
+    def __init__(self, module: nn.Module, /, *others: nn.Module) -> None: ...
 
     def uses_negative(self, guidance: Guidance) -> bool:
         """True if the denoiser evaluates a negative prompt at this guidance."""
@@ -152,6 +153,8 @@ class Latents(Protocol):
 
     def decode(self, latents: Tensor, size: Size) -> NDArray[np.uint8]:
         """Decode latents [1, ...] to an image, uint8 RGB [height, width, 3].
+
+        Latents of a video are decoded to [frames, height, width, 3].
 
         Raises:
             NumericsError: the model produced NaN.

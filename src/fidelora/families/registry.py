@@ -19,7 +19,7 @@ from fidelora.families.lumina2.spec import LUMINA2
 from fidelora.families.qwen_image.spec import QWEN_IMAGE, QWEN_IMAGE_2512
 from fidelora.families.sd.spec import SD15, SDXL
 from fidelora.families.spec import Family
-from fidelora.families.wan.spec import WAN21_1B, WAN21_14B
+from fidelora.families.wan.spec import WAN21_1B, WAN21_14B, WAN22_14B_T2V
 from fidelora.families.zimage.spec import ZIMAGE, ZIMAGE_DETURBO, ZIMAGE_TURBO
 
 ENTRY_POINTS = "fidelora.families"
@@ -27,6 +27,7 @@ ENTRY_POINTS = "fidelora.families"
 _FAMILIES = (
     SD15, SDXL, ZIMAGE, ZIMAGE_TURBO, ZIMAGE_DETURBO, FLUX, FLEX1, FLUX_CFG, CHROMA,
     FLUX2_KLEIN_4B, QWEN_IMAGE, QWEN_IMAGE_2512, LUMINA2, WAN21_1B, WAN21_14B,
+    WAN22_14B_T2V,
 )  # fmt: skip
 
 

@@ -12,6 +12,8 @@ from fidelora.sampling.spacings import TimestepSpacing
 
 DtypeField = Literal["dtype", "vae_dtype", "text_encoder_dtype"]
 Acceleration = Literal["prepacked", "packed", "compiled"]
+Stage = Literal["high", "low"]
+"""Half of the sampling schedule for which a denoiser is made: high noise, or low noise."""
 NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -85,7 +87,9 @@ class Part:
 
     Attributes:
         name: its name in diffusers' pipeline, and its subfolder in a diffusers folder.
-        role: every family has exactly one denoiser and one decoder.
+        role: every family has one decoder, and one denoiser or one for each stage.
+        stage: the part of the schedule that a denoiser is used for; None for all of it, and for
+            parts of other roles.
         library: the package that has the class, `diffusers` or `transformers`.
         class_name: name of the class, as in `model_index.json`.
         weights: the file name of the weights without its suffix.
@@ -138,6 +142,7 @@ class Part:
     class_name: str
     weights: str
     precision: DtypeField
+    stage: Stage | None = None
     adapter_prefixes: tuple[str, ...] = ()
     submodule: str = ""
     optional_prefix: str = ""
@@ -223,7 +228,6 @@ class TrainerSampling:
             None if no release does.
         wrong_schedules: schedules that other programs use by mistake.
         older: differences of older releases, the newest release first.
-        samples_videos: True if the trainer makes videos of `num_frames` frames.
         assistant_float8: True if the trainer quantises the denoiser with `float8` in place of
             `qfloat8` in runs with an assistant LoRA (`training_adapters`).
     """
@@ -240,7 +244,6 @@ class TrainerSampling:
     wrong_schedules: tuple[WrongSchedule, ...] = ()
     older: tuple[OlderTrainer, ...] = ()
     assistant_float8: bool = False
-    samples_videos: bool = False
 
 
 @dataclass(frozen=True)
@@ -266,6 +269,10 @@ class Family:
         trainer_sampling: AI Toolkit's way of sampling this family.
         adapter_base_versions: values of `ss_base_model_version` in adapter files of this family.
         latent_preview: red, green and blue, -1..1, that one unit of each latent channel adds.
+        frames_per_latent: frames of a video that one latent frame stands for, after the first frame
+            of the video; 0 for families that make only still images.
+        default_frames, default_fps: frames and frames per second of requests over HTTP that omit
+            them; None for families that make only still images.
     """
 
     id: str
@@ -288,6 +295,9 @@ class Family:
     adapter_base_versions: tuple[str, ...]
     latent_preview: tuple[tuple[float, float, float], ...]
     api_divisor: int | None = None
+    frames_per_latent: int = 0
+    default_frames: int | None = None
+    default_fps: int | None = None
     base_aliases: tuple[str, ...] = ()
     extras: str = ""
     base_sizes: Mapping[str, int] = field(default_factory=lambda: NO_OPTIONS)
@@ -317,12 +327,36 @@ class Family:
         return f"The negative prompt has no effect: {self.title} does not use one."
 
     @property
+    def makes_videos(self) -> bool:
+        """True if the family makes videos, and still images as videos of one frame."""
+        return self.frames_per_latent > 0
+
+    def usable_frames(self, frames: int) -> int:
+        """Return the number of frames of a video for which `frames` are asked.
+
+        As in diffusers' `WanPipeline`, it is one more than a multiple of `frames_per_latent`:
+        other numbers are rounded, which gives 1 for 2 and 3, but 5 for 4.
+        """
+        step = self.frames_per_latent
+        return frames if frames % step == 1 else frames // step * step + 1
+
+    @property
     def supports_embeddings(self) -> bool:
         """True if the family's `text` implements `families.protocols.ExtendableText`."""
         return any(part.embedding_key for part in self.parts)
 
+    @property
+    def denoisers(self) -> tuple[Part, ...]:
+        """The denoiser, or the denoisers of all stages, those for more noise first."""
+        return tuple(part for part in self.parts if part.role == "denoiser")
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages that have a denoiser each; empty for a family with one denoiser."""
+        return tuple(part.stage for part in self.denoisers if part.stage is not None)
+
     def part(self, role: Literal["denoiser", "decoder"]) -> Part:
-        """Return the part with this role."""
+        """Return the part with this role, the first one of several denoisers."""
         return next(part for part in self.parts if part.role == role)
 
     def size_of(self, base_model: str) -> int:

@@ -17,6 +17,7 @@ from PIL import ExifTags, Image
 from fidelora.checks import shown
 from fidelora.errors import FideloraError, ImageRecordError, RecipeError
 from fidelora.families import get_family
+from fidelora.images.mp4 import is_mp4, read_mp4
 from fidelora.images.other_programs import (
     PARAMETERS_KEY,
     name_of_program,
@@ -29,6 +30,8 @@ from fidelora.texts import cleaned
 RECORD_KEY = "fidelora"
 """PNG text field with Fidelora's JSON; in JPEG and WebP it is the EXIF field ImageDescription."""
 
+COMMENT_KEY = "comment"
+"""Text field of MP4 files with the parameters text."""
 MAX_DECODED_PIXELS = 2**25
 """Maximum size of a PNG that is decoded to read text fields stored after the pixels; images made by
 Fidelora are never larger."""
@@ -53,7 +56,7 @@ class Origin:
     """Origin of an image: Fidelora's recipe or the parameters of another program.
 
     Attributes:
-        format: png, jpeg or webp.
+        format: png, jpeg, webp or mp4; empty if there is no file.
         width, height: size of the image in pixels.
         recipe: complete recipe if Fidelora made the image; its adapters have a sha256 but no path.
         environment: versions and device, which can affect the last bits; empty without a recipe.
@@ -80,7 +83,7 @@ def read_origin(
     """Read Fidelora's recipe from an image; if it has none, the parameters of another program.
 
     Args:
-        content: contents of a PNG, JPEG or WebP file.
+        content: contents of a PNG, JPEG, WebP or MP4 file.
         name: name of the image for messages.
         model: id of the model family that another program's parameters are parsed for.
         with_emphasis: True to weight words in brackets as AUTOMATIC1111's web UI does, in images of
@@ -91,19 +94,13 @@ def read_origin(
         UnknownModelError: the model family `model` does not exist.
     """
     spec = get_family(model)
-    with _opened(content, name) as image:
-        record, texts = _texts(image)
-        about: dict[str, Any] = {
-            "format": str(image.format).lower(),
-            "width": image.width,
-            "height": image.height,
-        }
+    record, texts, about = _read(content, name)
     plain = _record(record, name)
     if plain is not None:
         recipe, environment = recipe_of(plain, name)
         quality = plain.get("quality")
         if quality is not None and (
-            type(quality) is not int or not 0 <= quality <= 100 or about["format"] == "png"
+            type(quality) is not int or not 0 <= quality <= 100 or about["format"] in ("png", "mp4")
         ):
             raise ImageRecordError(
                 f"{name} has a record with the quality {shown(quality)}, "
@@ -131,6 +128,20 @@ def read_origin(
         f"{name} has neither a Fidelora recipe nor parameters in AUTOMATIC1111's form: "
         "another program made it, or its metadata were removed."
     )
+
+
+def _read(content: bytes, name: str) -> tuple[str | bytes, Mapping[str, str], dict[str, Any]]:
+    """Return Fidelora's record, all text fields, and format, width and height of an image."""
+    if is_mp4(content):
+        width, height, texts = read_mp4(content, name)
+        if COMMENT_KEY in texts:
+            texts[PARAMETERS_KEY] = texts[COMMENT_KEY]
+        about: dict[str, Any] = {"format": "mp4", "width": width, "height": height}
+        return texts.get(RECORD_KEY, ""), texts, about
+    with _opened(content, name) as image:
+        record, found = _texts(image)
+        kind = str(image.format).lower()
+        return record, found, {"format": kind, "width": image.width, "height": image.height}
 
 
 @dataclass(frozen=True)
@@ -215,8 +226,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
         raise ImageRecordError(f"The image {path} does not exist; check the path.") from None
     except OSError as error:
         raise ImageRecordError(f"{path.name} cannot be read: {error.strerror or error}.") from error
-    with _opened(content, path.name) as image:
-        record = _record(_texts(image)[0], path.name)
+    record = _record(_read(content, path.name)[0], path.name)
     if record is None:
         raise ImageRecordError(
             f"{path.name} has no Fidelora recipe: "

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,36 +15,32 @@ from PIL import ExifTags, Image, PngImagePlugin
 
 from fidelora.atomic import write_atomically
 from fidelora.errors import ImageFormatError, OutputError
+from fidelora.images.formats import ImageFormat, check_format, format_of, is_image_format
+from fidelora.images.mp4 import mp4
 from fidelora.images.other_programs import PARAMETERS_KEY
 from fidelora.images.parameters import parameters_text
-from fidelora.images.read import RECORD_KEY
+from fidelora.images.read import COMMENT_KEY, RECORD_KEY
 from fidelora.recipe import Recipe
 
-ImageFormat = Literal["png", "jpeg", "webp"]
-_SUFFIXES: Mapping[str, ImageFormat] = {
-    ".png": "png",
-    ".jpg": "jpeg",
-    ".jpeg": "jpeg",
-    ".webp": "webp",
-}
-
 JPEG_QUALITY = 95
+VIDEO_QUALITY = 80  # of animated WebP, as in the trainer
 MAX_PREVIEW = 128  # longest side of a preview in pixels; keeps it at a few kilobytes
 _MAX_JPEG_EXIF_BYTES = 65_533  # a JPEG segment has at most 65,535 bytes, two of them its length
 
 
 @dataclass(frozen=True, eq=False)
 class GeneratedImage:
-    """An image and how it was made.
+    """An image or a video, and how it was made.
 
     Attributes:
-        pixels: uint8 RGB [height, width, 3].
+        pixels: uint8 RGB [height, width, 3]; the first frame of a video.
         recipe: recipe of the image.
         environment: versions and device, which can affect the last bits.
         warnings: sentences for the user, for example that the end of a prompt was cut off.
         seconds: duration of each stage by name.
         lora_hashes: sha256 of the tensors of each adapter by the sha256 of its file; see
             `AdapterFile.tensors_sha256`.
+        video: all frames of a video, uint8 RGB [frames, height, width, 3]; None for a still image.
     """
 
     pixels: NDArray[np.uint8]
@@ -53,6 +49,30 @@ class GeneratedImage:
     warnings: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     lora_hashes: Mapping[str, str] = field(default_factory=dict)
+    video: NDArray[np.uint8] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        decoded: NDArray[np.uint8],
+        recipe: Recipe,
+        environment: Mapping[str, str],
+        warnings: tuple[str, ...],
+        seconds: Mapping[str, float],
+        lora_hashes: Mapping[str, str],
+    ) -> GeneratedImage:
+        """Return a still image or a video, depending on the dimensions of `decoded`.
+
+        Args:
+            decoded: uint8 RGB [height, width, 3], or [frames, height, width, 3].
+        """
+        first, video = (decoded, None) if decoded.ndim == 3 else (decoded[0], decoded)
+        return cls(first, recipe, environment, warnings, seconds, lora_hashes, video)
+
+    @property
+    def all_pixels(self) -> NDArray[np.uint8]:
+        """The pixels of a still image [height, width, 3], or all frames [frames, ...]."""
+        return self.pixels if self.video is None else self.video
 
     @property
     def parameters(self) -> str:
@@ -79,22 +99,35 @@ class GeneratedImage:
         """Return the contents of the image file.
 
         Args:
-            image_format: png, jpeg or webp.
+            image_format: png, jpeg, webp or mp4. Videos are webp or mp4 files, and only they may be
+                mp4 files.
             quality: 0..100, for JPEG and WebP only. By default, WebP is lossless, as PNG always is,
-                and JPEG has quality 95.
+                and JPEG has quality 95. Animated WebP has by default quality 80, as in the trainer.
 
         Raises:
-            ImageFormatError: the format is not supported, or does not support this quality.
+            ImageFormatError: the format is not supported, does not support this quality, or does
+                not support videos.
             OutputError: the recipe is too long for a JPEG (64 KB).
         """
         if not is_image_format(image_format):
             raise ImageFormatError(
-                f"{image_format!r} is not a supported image format; use png, jpeg or webp."
+                f"{image_format!r} is not a supported image format; use png, jpeg or webp, or mp4 "
+                "for a video."
             )
-        if quality is not None and (image_format == "png" or not 0 <= quality <= 100):
+        if quality is not None and (image_format in ("png", "mp4") or not 0 <= quality <= 100):
             raise ImageFormatError(
                 f"The quality {quality} is not valid for {image_format}: "
                 "only JPEG and WebP have one, from 0 to 100."
+            )
+        check_format(image_format, self.recipe.frames)
+        if self.video is not None:
+            if image_format == "mp4":
+                record = json.dumps(self.record(), ensure_ascii=False)
+                texts = {RECORD_KEY: record, COMMENT_KEY: self.parameters}
+                return mp4(list(self.video), self.recipe.fps, texts)
+            chosen_quality = VIDEO_QUALITY if quality is None else quality
+            return animated_webp(
+                self.video, self.recipe.fps, quality=chosen_quality, exif=self._exif(quality)
             )
         image = self.to_pil()
         buffer = io.BytesIO()
@@ -136,28 +169,32 @@ class GeneratedImage:
         return exif.tobytes()
 
 
-def format_of(path: Path) -> ImageFormat:
-    """Return the image format of a file name's suffix.
+def animated_webp(
+    frames: NDArray[np.uint8], fps: int, *, quality: int = VIDEO_QUALITY, exif: bytes = b""
+) -> bytes:
+    """Return an animated WebP with the options of the trainer, which repeats without end.
 
-    Raises:
-        ImageFormatError: the suffix is not supported.
+    The duration of a frame is 1000 // fps milliseconds, so the speed is not exactly `fps`.
+
+    Args:
+        frames: uint8 RGB [frames, height, width, 3].
+        fps: frames per second.
+        quality: 0..100.
+        exif: EXIF data; may be empty.
     """
-    try:
-        return _SUFFIXES[path.suffix.lower()]
-    except KeyError:
-        raise ImageFormatError(
-            f"The suffix of {path.name} is not supported for images; use .png, .jpg or .webp."
-        ) from None
-
-
-def suffix_of(image_format: ImageFormat) -> str:
-    """Return the usual suffix of files in this format."""
-    return ".jpg" if image_format == "jpeg" else f".{image_format}"
-
-
-def is_image_format(name: str) -> bool:
-    """True if `name` is a supported image format."""
-    return name in get_args(ImageFormat)
+    first, *others = map(Image.fromarray, frames)
+    buffer = io.BytesIO()
+    first.save(
+        buffer,
+        "WEBP",
+        append_images=others,
+        save_all=True,
+        duration=1000 // fps,
+        loop=0,
+        quality=quality,
+        exif=exif,
+    )
+    return buffer.getvalue()
 
 
 def preview_jpeg(pixels: NDArray[np.uint8]) -> bytes:

@@ -14,7 +14,7 @@ from typing import Any
 from fidelora.jobs.job import Failure, Job, JobProgress, Output
 from fidelora.recipe import Recipe
 
-DOCUMENT_FORMAT = 1
+DOCUMENT_FORMAT = 3
 """Format of the documents that this version writes. It reads this format and all smaller ones.
 
 Raise it if an older version could not read a document, or would make another image from it: that

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from fidelora.engine.engine import Engine
+from fidelora.errors import RecipeError
 from fidelora.explain.nearest import NearestPicture, check_is_supported, nearest_picture
 from fidelora.explain.picture import Picture
 from fidelora.explain.simulation import Simulator
@@ -81,6 +82,12 @@ def verify_remote(
         ImageRecordError: the server's file is not an image.
         FideloraError: the server failed, or a file cannot be used.
     """
+    if videos := [plan.index for plan in plans if plan.recipe.frames > 1]:
+        raise RecipeError(
+            f"Sample {videos[0]} is a video, but only still images can be compared with those of a "
+            "server. Use fidelora verify without --against.",
+            field="frames",
+        )
     for plan in plans if program.api != "fidelora" else ():
         if program.target is not None or len(plan.recipe.adapters) > 1:
             check_is_supported(plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import socket
 import struct
 from collections.abc import Mapping, Sequence
@@ -106,10 +107,10 @@ def recipe_of_message(message: Mapping[str, Any]) -> Recipe:
 
 
 def images_to_message(images: Sequence[GeneratedImage]) -> tuple[dict[str, Any], bytes]:
-    """Return everything of images except their recipes, and the pixels of all of them."""
+    """Return everything of images except their recipes, and their pixels or all frames."""
     plain = [
         {
-            "shape": list(image.pixels.shape),
+            "shape": list(image.all_pixels.shape),
             "base_sha256": image.recipe.base_sha256,
             "environment": dict(image.environment),
             "warnings": list(image.warnings),
@@ -118,7 +119,7 @@ def images_to_message(images: Sequence[GeneratedImage]) -> tuple[dict[str, Any],
         }
         for image in images
     ]
-    return {"images": plain}, b"".join(image.pixels.tobytes() for image in images)
+    return {"images": plain}, b"".join(image.all_pixels.tobytes() for image in images)
 
 
 def images_of_message(
@@ -131,12 +132,11 @@ def images_of_message(
 
     images, start = [], 0
     for plain, recipe in zip(message["images"], recipes, strict=True):
-        height, width, channels = plain["shape"]
-        size = height * width * channels
-        pixels = np.frombuffer(content, np.uint8, size, start).reshape(height, width, channels)
+        size = math.prod(plain["shape"])
+        pixels = np.frombuffer(content, np.uint8, size, start).reshape(plain["shape"])
         start += size
         images.append(
-            GeneratedImage(
+            GeneratedImage.of(
                 pixels,
                 replace(recipe, base_sha256=plain["base_sha256"]),
                 plain["environment"],

@@ -167,7 +167,9 @@ def context_with_store(
         base_url=base_url,
         server_defaults=server_defaults,
         base_models=BaseModels(server_defaults),
-        limits=SizeLimits(settings.max_pixels, settings.inference_timeout_s),
+        limits=SizeLimits(
+            settings.max_pixels, settings.max_video_pixels, settings.inference_timeout_s
+        ),
         pool=pool,
     )
 

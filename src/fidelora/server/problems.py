@@ -72,6 +72,7 @@ REQUEST_CODES = {
     "MODEL_NOT_FOUND": "The model does not exist; `details.supported_models` lists all models.",
     "LORA_FILE_REQUIRED": "The list of LoRAs is empty.",
     "MOE_FORMAT_NOT_SUPPORTED": "The model has one transformer; remove the LoRA's `transformer`.",
+    "MOE_FORMAT_REQUIRED": "The model has two transformers; set the LoRA's `transformer`.",
     "FIELD_NOT_SUPPORTED": "The field in `details.field` is unknown or not supported by the model.",
     "MULTIPLIERS_DO_NOT_MATCH": "A prompt does not have one multiplier per LoRA.",
     "BASE_MODEL_DIFFERS": "The image was made with another base model; see `details.differs`.",

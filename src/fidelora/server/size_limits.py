@@ -1,4 +1,4 @@
-"""Limits of what one request may ask of the workers: pixels of an image, and time in total."""
+"""Limits of what one request may ask of the workers: pixels of an image or video, and time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from fidelora.errors import RequestError
 from fidelora.recipe import Recipe
-from fidelora.workers.attempt import AttemptReport
+from fidelora.workers.attempt import AttemptReport, pixel_steps
 
 
 class SizeLimits:
@@ -18,12 +18,14 @@ class SizeLimits:
     Before the first request of a model has finished, only the number of pixels is checked.
 
     Args:
-        max_pixels: maximum width x height of an image.
+        max_pixels: maximum width x height of an image, and of a frame.
+        max_video_pixels: maximum width x height x frames of a video.
         timeout_s: time limit of an attempt at a request.
     """
 
-    def __init__(self, max_pixels: int, timeout_s: float) -> None:
+    def __init__(self, max_pixels: int, max_video_pixels: int, timeout_s: float) -> None:
         self._max_pixels = max_pixels
+        self._max_video_pixels = max_video_pixels
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._seconds_per_pixel_step: dict[str, float] = {}
@@ -52,6 +54,15 @@ class SizeLimits:
                     code="IMAGE_TOO_LARGE",
                     details={"max_pixels": self._max_pixels},
                 )
+            video_pixels = recipe.width * recipe.height * recipe.frames
+            if recipe.frames > 1 and video_pixels > self._max_video_pixels:
+                raise RequestError(
+                    f"A video of {recipe.frames} frames with {recipe.width} x {recipe.height} "
+                    f"pixels is larger than the {self._max_video_pixels:,} pixels that this server "
+                    "allows (FIDELORA_MAX_VIDEO_PIXELS). Request fewer frames or a smaller size.",
+                    code="IMAGE_TOO_LARGE",
+                    details={"max_video_pixels": self._max_video_pixels},
+                )
         seconds = self._least_seconds(recipes)
         if seconds > self._timeout_s:
             raise RequestError(
@@ -65,7 +76,4 @@ class SizeLimits:
     def _least_seconds(self, recipes: Sequence[Recipe]) -> float:
         with self._lock:
             rates = dict(self._seconds_per_pixel_step)
-        return sum(
-            rates.get(recipe.model, 0.0) * recipe.width * recipe.height * recipe.steps
-            for recipe in recipes
-        )
+        return sum(rates.get(recipe.model, 0.0) * pixel_steps(recipe) for recipe in recipes)

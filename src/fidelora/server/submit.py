@@ -22,7 +22,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
 from fidelora.adapters.tensor_names import noise_of_file
-from fidelora.api import InferenceRequest, LoraItem, notes_on, recipes_of
+from fidelora.api import InferenceRequest, LoraItem, notes_on, output_format_of, recipes_of
 from fidelora.errors import RequestCanceledError, RequestFailedError
 from fidelora.families import get_family
 from fidelora.jobs.job import Job, Status, new_job
@@ -69,9 +69,8 @@ async def submit(
     adapters = await resolve_adapters(context, caller, request.loras, hub_token)
     recipes = await run_in_threadpool(build_recipes, context, request, adapters)
     notes = await run_in_threadpool(notes_on, request, adapters, recipes)
-    return await enqueue(
-        context, caller, recipes, request.output_format, image_quality, submission, notes
-    )
+    image_format = output_format_of(request.output_format, recipes)
+    return await enqueue(context, caller, recipes, image_format, image_quality, submission, notes)
 
 
 async def resolve_adapters(

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageSequence, UnidentifiedImageError
 from scipy.ndimage import gaussian_filter
 
 from fidelora.errors import TrainingRunError
+from fidelora.images.write import animated_webp
 
 ROUNDING_MAX_DIFFERENCE = 2
 ROUNDING_MIN_IDENTICAL_PERCENT = 99.0
@@ -73,36 +74,61 @@ class Comparison:
         )
 
 
-def compare_with_sample(pixels: NDArray[np.uint8], sample: Path) -> Comparison:
+def compare_with_sample(pixels: NDArray[np.uint8], sample: Path, fps: int = 16) -> Comparison:
     """Compare pixels with the trainer's sample, after encoding them in the sample's file format.
 
     Args:
-        pixels: uint8 RGB [height, width, 3].
+        pixels: uint8 RGB [height, width, 3], or [frames, height, width, 3] for a video.
         sample: the trainer's image file.
+        fps: frames per second of a video.
 
     Raises:
         TrainingRunError: the sample cannot be read or has a different size.
     """
     try:
         with Image.open(sample) as image:
-            trainer_pixels = np.asarray(image.convert("RGB"))
+            trainer_pixels = decoded_frames(image)
             image_format = image.format or "PNG"
     except (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise TrainingRunError(f"The sample {sample.name} cannot be read as an image.") from error
     if trainer_pixels.shape != pixels.shape:
         raise TrainingRunError(
-            f"The sample {sample.name} is {trainer_pixels.shape[1]}x{trainer_pixels.shape[0]}, "
-            f"but its settings give {pixels.shape[1]}x{pixels.shape[0]}."
+            f"The sample {sample.name} is {size_text(trainer_pixels)}, "
+            f"but its settings give {size_text(pixels)}."
         )
-    return compare(reencode(pixels, image_format), trainer_pixels)
+    return compare(reencode(pixels, image_format, fps), trainer_pixels)
 
 
-def reencode(pixels: NDArray[np.uint8], image_format: str) -> NDArray[np.uint8]:
-    """Encode pixels as the trainer does, with Pillow's defaults, and return the decoded result."""
+def size_text(pixels: NDArray[np.uint8]) -> str:
+    """Return width x height of an image or video, and the number of frames of a video."""
+    size = f"{pixels.shape[-2]}x{pixels.shape[-3]}"
+    return size if pixels.ndim == 3 else f"{size} with {len(pixels)} frames"
+
+
+def reencode(pixels: NDArray[np.uint8], image_format: str, fps: int = 16) -> NDArray[np.uint8]:
+    """Encode pixels as the trainer does, and return the decoded result.
+
+    Still images are encoded with Pillow's defaults, and videos always as animated WebP.
+
+    Args:
+        pixels: uint8 RGB [height, width, 3], or [frames, height, width, 3] for a video.
+        image_format: Pillow's name of the format; without effect on videos.
+        fps: frames per second of a video.
+    """
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, image_format)
+    if pixels.ndim == 4:
+        buffer.write(animated_webp(pixels, fps))
+    else:
+        Image.fromarray(pixels).save(buffer, image_format)
     with Image.open(buffer) as image:
+        return decoded_frames(image)
+
+
+def decoded_frames(image: Image.Image) -> NDArray[np.uint8]:
+    """Return an image as uint8 RGB [height, width, 3], or an animation as [frames, ...]."""
+    if getattr(image, "n_frames", 1) == 1:
         return np.asarray(image.convert("RGB"))
+    return np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)])
 
 
 def similarity(
@@ -115,15 +141,16 @@ def similarity(
     channels.
 
     Args:
-        image: uint8 RGB [height, width, 3].
+        image: uint8 RGB [height, width, 3], or [frames, height, width, 3] for a video.
         reference: as `image`, same size.
     """
+    sigma = (0.0,) * (image.ndim - 3) + (1.5, 1.5, 0.0)  # none between the frames of a video
     a, b = image.astype(np.float64), reference.astype(np.float64)
     squared = float(((a - b) ** 2).mean())
     psnr = None if squared == 0 else 10 * math.log10(255**2 / squared)
 
     def blur(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        blurred: NDArray[np.float64] = gaussian_filter(values, (1.5, 1.5, 0), truncate=3.5)
+        blurred: NDArray[np.float64] = gaussian_filter(values, sigma, truncate=3.5)
         return blurred
 
     mean_a, mean_b = blur(a), blur(b)
@@ -142,7 +169,7 @@ def similarity(
 
 
 def compare(image: NDArray[np.uint8], reference: NDArray[np.uint8]) -> Comparison:
-    """Compare two uint8 RGB images [height, width, 3] of the same size."""
+    """Compare two uint8 RGB images [..., height, width, 3] of the same size."""
     difference = np.abs(image.astype(np.int16) - reference.astype(np.int16))
     return Comparison(
         identical_percent=float((difference == 0).all(axis=-1).mean() * 100),

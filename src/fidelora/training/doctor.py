@@ -99,13 +99,22 @@ def diagnose(
     mismatched = [sample for sample in samples if sample.verdict is Verdict.MISMATCH]
     wrong_size = next((sample for sample in mismatched if sample.comparison is None), None)
     if wrong_size is not None:
-        height, width = wrong_size.trainer.shape[:2]
+        height, width = wrong_size.trainer.shape[-3:-1]
         for suspect in trainer_versions(run, wrong_size.plan):
             plan = replace(wrong_size.plan, recipe=suspect.recipe)
             if (suspect.recipe.width, suspect.recipe.height) == (width, height) and (
                 check_sample(plan, engine).verdict is not Verdict.MISMATCH
             ):
                 return Diagnosis(suspect.cause, 1.0, suspect.fix)
+        frames = len(wrong_size.trainer) if wrong_size.trainer.ndim == 4 else 1
+        recipe = wrong_size.plan.recipe
+        if (recipe.width, recipe.height) == (width, height):
+            option = f"--frames {frames}"
+            fix = (
+                f"The sample has {frames} frames: set its num_frames to {frames}"
+                f"{where_to_set(option, option)}"
+            )
+            return Diagnosis("size", 1.0, fix)
         fix = (
             f"The sample is {width}x{height}: set its width to {width} and its height to {height}"
             f"{where_to_set(f'--size {width}x{height}', f'--w {width} --h {height}')}"
@@ -272,10 +281,11 @@ class _Search:
             self._on_progress("searching for the cause", self._attempts, self._most_attempts)
         self._attempts += 1
         recipe = suspect.recipe
-        if (recipe.height, recipe.width) != self._sample.trainer.shape[:2]:
+        if (recipe.height, recipe.width) != self._sample.trainer.shape[-3:-1]:
             return None
         try:
             image = self._engine.generate(recipe, scheduler_options=suspect.scheduler_options)
         except (BaseModelError, NumericsError):
             return None  # the base model lacks this variant, or overflows in this precision
-        return reencode(image.pixels, self._image_format)
+        pixels = reencode(image.all_pixels, self._image_format, recipe.fps)
+        return pixels if pixels.shape == self._sample.trainer.shape else None

@@ -79,13 +79,14 @@ class Draws:
     def recipe(self, plan: PlannedSample, number: int) -> Recipe:
         """Return the recipe of a draw; the same `number` gives the same random weights."""
         adapters = tuple(self._perturbed(ref, number) for ref in plan.recipe.adapters)
-        known = dict(zip(plan.history.rounds, plan.recipe.history, strict=True))
-        history = []
+        refs = iter(plan.recipe.history)
+        known = {step: [next(refs) for _ in self._run.files(step)] for step in plan.history.rounds}
+        history: list[AdapterRef] = []
         for step in sorted((*known, *plan.history.missing)):
             if step in known:
-                history.append(self._perturbed(known[step], number))
+                history += [self._perturbed(ref, number) for ref in known[step]]
             else:
-                history.append(self._stand_in(plan, step, number))
+                history += self._stand_ins(plan, step, number)
         base_model = self._base_model(plan, number)
         return replace(
             plan.recipe, adapters=adapters, history=tuple(history), base_model=base_model
@@ -112,15 +113,16 @@ class Draws:
             return ref
         return self._copied("perturbed", ref, number)
 
-    def _stand_in(self, plan: PlannedSample, step: int, number: int) -> AdapterRef:
-        """Return an adapter in place of the missing one of `step`."""
+    def _stand_ins(self, plan: PlannedSample, step: int, number: int) -> list[AdapterRef]:
+        """Return adapters in place of the missing ones of `step`."""
         # Only merged adapters change the base model, so the first adapter is not an embedding.
         nearest = min(self._run.checkpoints, key=lambda other: (abs(other - step), other))
-        ref = replace(
-            AdapterRef.from_file(self._run.checkpoints[nearest]),
-            multiplier=plan.recipe.adapters[0].multiplier,
-        )
-        return self._copied(f"scaled-{step}", ref, number)
+        multiplier = plan.recipe.adapters[0].multiplier
+        refs = [
+            replace(AdapterRef.from_file(path), multiplier=multiplier, stage=stage)
+            for path, stage in self._run.files(nearest)
+        ]
+        return [self._copied(f"scaled-{step}", ref, number) for ref in refs]
 
     def _copied(self, kind: str, ref: AdapterRef, number: int) -> AdapterRef:
         key = (kind, ref.sha256, number)

@@ -17,6 +17,7 @@ from fidelora.training.run_folder import TrainingRun
 
 MAX_IMAGES = 500
 # Sizes in pixels:
+_STRIP_FRAMES = 4  # frames of a video in one cell
 _MIN_SIDE = 192  # smaller images are enlarged
 _GAP = 6
 _FONT_SIZE = 14
@@ -168,6 +169,20 @@ def contact_sheet(
     return labelled_sheet(
         title, [(row.label, f"seed {row.recipe.seed}") for row in rows], heads, images
     )
+
+
+def frame_strip(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return frames of a video side by side: the first, the last, and up to two between them.
+
+    Args:
+        pixels: uint8 RGB [frames, height, width, 3], or [height, width, 3] of a still image, which
+            is returned unchanged.
+    """
+    if pixels.ndim == 3:
+        return pixels
+    count = min(_STRIP_FRAMES, len(pixels))
+    chosen = np.linspace(0, len(pixels) - 1, count).round().astype(int)
+    return np.concatenate(pixels[chosen], axis=1)
 
 
 def labelled_sheet(

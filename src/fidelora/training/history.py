@@ -79,8 +79,9 @@ def refs_of(run: TrainingRun, history: History, multiplier: float) -> tuple[Adap
         WeightsFileError: a file is invalid or cannot be read.
     """
     return tuple(
-        replace(_ref(run.checkpoints[step], *_stamp(run.checkpoints[step])), multiplier=multiplier)
+        replace(_ref(path, *_stamp(path)), multiplier=multiplier, stage=stage)
         for step in history.rounds
+        for path, stage in run.files(step)
     )
 
 

@@ -388,7 +388,7 @@ class Experiment:
         self._done += 1
         if self._on_image is not None:
             self._on_image(self._done, self._total)
-        return reencode(image.pixels, self._formats[sample])
+        return reencode(image.all_pixels, self._formats[sample], image.recipe.fps)
 
 
 def _reproduces(effect: DifferenceImage, sample: Differences) -> bool:

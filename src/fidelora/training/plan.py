@@ -73,7 +73,7 @@ def plan_samples(
 
     Raises:
         TrainingRunError: the step has no checkpoint, a flag is invalid, the trainer fails with the
-            size of a sample, or a sample is a video.
+            size of a sample.
         RecipeError: a setting is invalid in a recipe (unknown sampler, size, ...).
     """
     if step != 0 and step not in run.checkpoints:
@@ -126,6 +126,8 @@ def plan_samples(
             vae="" if is_full_model else run.vae,  # a full model contains its VAE
             width=values["width"],
             height=values["height"],
+            frames=values["num_frames"] if family.makes_videos else 1,
+            fps=values["fps"] if family.makes_videos else 16,
             steps=values["sample_steps"],
             guidance_scale=values["guidance_scale"],
             guidance_rescale=values["guidance_rescale"] if sampling.rescales_guidance else 0.0,
@@ -243,7 +245,7 @@ def _resolved_settings(run: TrainingRun) -> list[dict[str, Any]]:
 
 
 def _check_sizes(run: TrainingRun, settings: Sequence[Mapping[str, Any]]) -> None:
-    """Raise `TrainingRunError` for a size with which the trainer fails, and for videos."""
+    """Raise `TrainingRunError` for a size with which the trainer fails."""
     family = get_family(run.model)
     multiple = family.trainer_sampling.size_multiple
     for index, values in enumerate(settings):
@@ -253,13 +255,6 @@ def _check_sizes(run: TrainingRun, settings: Sequence[Mapping[str, Any]]) -> Non
                 f"Sample {index} of the training run {run.name} has the size {width}x{height}. "
                 f"The trainer fails with such samples of {family.title}: their sides must be "
                 f"multiples of {multiple}. Correct the size in the configuration."
-            )
-        # The trainer makes num_frames // 4 * 4 + 1 frames: one for 2 and 3, five for 4.
-        if family.trainer_sampling.samples_videos and values["num_frames"] >= 4:
-            raise TrainingRunError(
-                f"Sample {index} of the training run {run.name} is a video of "
-                f"{values['num_frames']} frames. Only samples of {family.title} with one frame "
-                "(num_frames: 1) can be replayed."
             )
 
 

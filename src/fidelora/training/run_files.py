@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fidelora.errors import WeightsFileError
+from fidelora.families.spec import Stage
 from fidelora.safetensors_header import read_file_header
 from fidelora.training.config_file import read_small_yaml
 
@@ -17,7 +18,7 @@ _SAMPLE_FILE = re.compile(
 
 
 def find_checkpoints(
-    folder: Path, name: str, steps: int, *, full_models: bool = False
+    folder: Path, name: str, steps: int, *, full_models: bool = False, ending: str = ""
 ) -> dict[int, Path]:
     """Return the checkpoints by step.
 
@@ -27,8 +28,10 @@ def find_checkpoints(
     Args:
         name: start of the file names.
         full_models: True to include diffusers folders.
+        ending: end of the file names before the suffix.
     """
-    names = re.compile(re.escape(name) + r"(_(?P<step>\d{9}))?(?P<suffix>\.safetensors)?", re.I)
+    number, suffix = r"(_(?P<step>\d{9}))?", r"(?P<suffix>\.safetensors)?"
+    names = re.compile(re.escape(name) + number + re.escape(ending) + suffix, re.I)
     found, final = {}, None
     for path in sorted(folder.glob("*")):
         match = names.fullmatch(path.name)
@@ -43,6 +46,19 @@ def find_checkpoints(
     if final is not None:
         found[_saved_step(final, steps)] = final
     return found
+
+
+def stage_checkpoints(
+    folder: Path, name: str, steps: int, stages: Sequence[Stage]
+) -> dict[Stage, dict[int, Path]]:
+    """Return the checkpoints by stage and step, of families with a denoiser for each stage.
+
+    Args:
+        name, steps: as for `find_checkpoints`.
+    """
+    return {
+        stage: find_checkpoints(folder, name, steps, ending=f"_{stage}_noise") for stage in stages
+    }
 
 
 def is_full_model(path: Path) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from fidelora.errors import TrainingRunError
 from fidelora.families import all_families, get_family
+from fidelora.families.spec import Stage
 from fidelora.recipe import AdapterRef, Dtype, Prediction, Quantization
 from fidelora.training.config_file import block_of, dtype_of, number_of, read_config
 from fidelora.training.embedding_block import TrainedEmbedding, read_embedding
@@ -18,6 +19,7 @@ from fidelora.training.run_files import (
     folders_without_weights,
     image_rounds,
     latest_images,
+    stage_checkpoints,
 )
 from fidelora.training.unused_settings import unused_settings
 
@@ -39,6 +41,7 @@ class SampleItem:
     network_multiplier: float
     guidance_rescale: float = 0.0
     num_frames: int = 1
+    fps: int = 16
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,10 @@ class TrainingRun:
         steps: configured training steps.
         checkpoints: by step; the file or folder of the last step has no number in its name. They
             are the files of the embedding if the run trains nothing else. If it trains a LoRA and
-            an embedding, they are the LoRA's files of steps that have both.
+            an embedding, they are the LoRA's files of steps that have both. In families with
+            stages, they are the files of the first stage that has one.
+        stage_checkpoints: all checkpoints in families with stages, by stage and step; empty in
+            other families. The trainer saves one file for each stage that it trains.
         images: samples, by step and index of the sample item; without those of `first_round`.
         sample_every: steps between two rounds of samples; 0 for none.
         stays_live: True if the trainer never merges the adapter, because the configuration
@@ -117,6 +123,7 @@ class TrainingRun:
     encoded_block: TrainingRun | None = None
     notes: tuple[str, ...] = ()
     embedding: TrainedEmbedding | None = None
+    stage_checkpoints: Mapping[Stage, Mapping[int, Path]] = field(default_factory=dict)
 
     @property
     def trigger_text(self) -> str:
@@ -139,8 +146,15 @@ class TrainingRun:
         first = self.first_round and replace(self.first_round, **changes)
         return replace(self, **changes, first_round=first)
 
-    def adapter(self, step: int) -> AdapterRef:
-        """Return the adapter of the checkpoint of a step.
+    def files(self, step: int) -> tuple[tuple[Path, Stage | None], ...]:
+        """Return the checkpoint of a step, or one for each stage, with the stage."""
+        if not self.stage_checkpoints:
+            return ((self.checkpoints[step], None),)
+        by_stage = self.stage_checkpoints.items()
+        return tuple((paths[step], stage) for stage, paths in by_stage if step in paths)
+
+    def _adapters_of_checkpoint(self, step: int) -> list[AdapterRef]:
+        """Return the adapters of the checkpoint of a step, one for each stage.
 
         Raises:
             TrainingRunError: the checkpoints are whole base models.
@@ -150,13 +164,16 @@ class TrainingRun:
             raise TrainingRunError(
                 f"The training run {self.name} has no adapter: its checkpoints are base models."
             )
-        ref = AdapterRef.from_file(self.checkpoints[step])
-        if self.embedding is not None and not self.embedding.has_lora:
-            return replace(ref, word=self.embedding.word)
-        return replace(ref, alpha=self.dora_alpha)
+        is_embedding = self.embedding is not None and not self.embedding.has_lora
+        word = self.embedding.word if self.embedding is not None and is_embedding else None
+        alpha = None if is_embedding else self.dora_alpha
+        return [
+            replace(AdapterRef.from_file(path), word=word, alpha=alpha, stage=stage)
+            for path, stage in self.files(step)
+        ]
 
     def adapters(self, step: int) -> tuple[AdapterRef, ...]:
-        """Return the adapters of a step: that of its checkpoint and its embedding, if they exist.
+        """Return the adapters of a step: those of its checkpoint and its embedding, if they exist.
 
         Raises:
             TrainingRunError: the checkpoints are whole base models.
@@ -164,7 +181,7 @@ class TrainingRun:
         """
         refs = []
         if self.has_network and step in self.checkpoints:
-            refs.append(self.adapter(step))
+            refs += self._adapters_of_checkpoint(step)
         if self.embedding is not None and step in self.embedding.files:
             ref = AdapterRef.from_file(self.embedding.files[step])
             refs.append(replace(ref, word=self.embedding.word))
@@ -203,7 +220,11 @@ def read_run(folder: Path) -> TrainingRun:
         checkpoints = embedding.files
     elif _names_lora(process):
         checkpoints = find_checkpoints(folder, f"{name}_LoRA", steps)
-    if not checkpoints:
+    stages = get_family(family).stages
+    by_stage = stage_checkpoints(folder, name, steps, stages)
+    for found in reversed(by_stage.values()):
+        checkpoints = {**checkpoints, **found}
+    if not checkpoints and not stages:
         checkpoints = find_checkpoints(folder, name, steps, full_models=full_models)
     if embedding is not None:
         checkpoints = {step: path for step, path in checkpoints.items() if step in embedding.files}
@@ -237,6 +258,7 @@ def read_run(folder: Path) -> TrainingRun:
             *(folders_without_weights(folder, name) if full_models else ()),
         ),
         embedding=embedding,
+        stage_checkpoints=by_stage,
     )
     rounds = image_rounds(folder / "samples")
     if process.get("first_sample") is None:
@@ -413,4 +435,5 @@ def _item(values: Mapping[str, Any], seed: object, where: str) -> SampleItem:
         ),
         guidance_rescale=number_of(float, values["guidance_rescale"], f"{where}.guidance_rescale"),
         num_frames=number_of(int, values.get("num_frames") or 1, f"{where}.num_frames"),
+        fps=number_of(int, values.get("fps") or 16, f"{where}.fps"),
     )

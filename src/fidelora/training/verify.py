@@ -16,14 +16,20 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from fidelora.engine.engine import Engine
 from fidelora.errors import NothingToCheckError, TrainingRunError
 from fidelora.images.write import GeneratedImage
 from fidelora.recipe import Recipe
-from fidelora.training.compare import Comparison, compare, reencode, similarity
+from fidelora.training.compare import (
+    Comparison,
+    compare,
+    decoded_frames,
+    reencode,
+    similarity,
+    size_text,
+)
 from fidelora.training.draws import saved_dtype
 from fidelora.training.history import History, resumed_histories
 from fidelora.training.initial_embedding import with_initial_embedding
@@ -49,8 +55,8 @@ class CheckedSample:
         plan: the sample with its recipe and the trainer's file.
         image: the replayed sample as generated.
         replayed: its pixels after encoding in the trainer's file format, uint8 RGB
-            [height, width, 3].
-        trainer: the trainer's pixels, uint8 RGB [height, width, 3].
+            [height, width, 3], or [frames, height, width, 3] for a video.
+        trainer: the trainer's pixels in the same form.
         comparison: None if the sizes differ.
         psnr: in dB; None if every pixel is the same.
         ssim: -1..1.
@@ -73,8 +79,8 @@ class CheckedSample:
         """The verdict as one phrase."""
         if self.comparison is None:
             return (
-                f"mismatch: the sample is {_size(self.trainer)}, "
-                f"but its settings give {_size(self.replayed)}"
+                f"mismatch: the sample is {size_text(self.trainer)}, "
+                f"but its settings give {size_text(self.replayed)}"
             )
         if self.verdict is Verdict.IDENTICAL:
             return "identical"
@@ -184,7 +190,7 @@ def check_sample(plan: PlannedSample, engine: Engine) -> CheckedSample:
     assert plan.trainer_image is not None
     trainer, image_format = read_trainer_image(plan.trainer_image)
     image = engine.generate(plan.recipe)
-    replayed = reencode(image.pixels, image_format)
+    replayed = reencode(image.all_pixels, image_format, plan.recipe.fps)
     if replayed.shape != trainer.shape:
         return CheckedSample(plan, image, replayed, trainer, None, 0.0, 0.0, Verdict.MISMATCH)
     comparison = compare(replayed, trainer)
@@ -290,7 +296,9 @@ def worst_verdict(samples: Sequence[CheckedSample]) -> Verdict:
 
 
 def read_trainer_image(path: Path) -> tuple[Pixels, str]:
-    """Return the pixels [height, width, 3] and Pillow's format name of a trainer's sample.
+    """Return the pixels and Pillow's format name of a trainer's sample.
+
+    The pixels are uint8 RGB [height, width, 3], or [frames, height, width, 3] for a video.
 
     Raises:
         TrainingRunError: the file cannot be read as an image.
@@ -304,8 +312,4 @@ def read_trainer_image(path: Path) -> tuple[Pixels, str]:
 @lru_cache(maxsize=64)
 def _read_image(path: Path, _modified_ns: int) -> tuple[Pixels, str]:
     with Image.open(path) as image:
-        return np.asarray(image.convert("RGB")), image.format or "PNG"
-
-
-def _size(pixels: Pixels) -> str:
-    return f"{pixels.shape[1]}x{pixels.shape[0]}"
+        return decoded_frames(image), image.format or "PNG"

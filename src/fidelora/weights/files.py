@@ -24,6 +24,10 @@ Stamp = tuple[tuple[str, int, int], ...]
 """Path, size in bytes and modification time in ns of each file."""
 
 
+_ABSENT = [None, None]
+"""Value of optional parts in `model_index.json` that a base model does not have."""
+
+
 @dataclass(frozen=True)
 class BaseFiles:
     """All files of one base model.
@@ -357,8 +361,11 @@ def _check_index(folder: Path, family: Family, extra: Collection[str]) -> None:
                 f"{family.title} needs a {part.class_name}."
             )
     known = {part.name for part in family.parts}
+    others = ("text_encoder", family.part("denoiser").name)
     if more := sorted(
-        name for name in entries if name.startswith("text_encoder") and name not in known
+        name
+        for name, value in entries.items()
+        if name.startswith(others) and name not in known and value != _ABSENT
     ):
         raise BaseModelFilesError(
             f"{folder.name} is a {kind} with {more[0]}, which {family.title} does not have. Use "
@@ -374,10 +381,11 @@ def _family_of(index: Mapping[str, Any]) -> Family | None:
 def _has_parts_of(family: Family, index: Mapping[str, Any]) -> bool:
     """Return True if a `model_index.json` has exactly the parts of a family."""
     wanted = {part.name: [part.library, part.class_name] for part in family.parts}
+    others = ("text_encoder", family.part("denoiser").name)  # such as a second denoiser
     found = {
         name: value
         for name, value in index.items()
-        if name in wanted or name.startswith("text_encoder")
+        if name in wanted or (name.startswith(others) and value != _ABSENT)
     }
     return found == wanted
 

@@ -13,7 +13,8 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from fidelora.errors import FideloraError, GenerationCancelled, JobStoreError, StorageError
-from fidelora.images.write import GeneratedImage, preview_jpeg, suffix_of
+from fidelora.images.formats import suffix_of
+from fidelora.images.write import GeneratedImage, preview_jpeg
 from fidelora.jobs.job import Job, JobProgress, Output
 from fidelora.jobs.store import JobStore
 from fidelora.recipe import Recipe
@@ -126,7 +127,7 @@ class AttemptReport:
         code: error code of a failed job; empty for others.
         wait_s: seconds that the job spent in the queue before its first attempt; None for retries.
         images, steps: number of finished images, and of their steps.
-        pixel_steps: sum of width x height x steps of the finished images.
+        pixel_steps: sum of `pixel_steps` of the finished images.
         model: model of the images.
         claim_s: seconds that the claim took; None for further jobs of a batch.
         timings: seconds by phase, see `Job.timings`.
@@ -315,13 +316,18 @@ class Attempt:
             else None,
             images=len(ended.outputs),
             steps=sum(recipe.steps for recipe in made),
-            pixel_steps=sum(recipe.width * recipe.height * recipe.steps for recipe in made),
+            pixel_steps=sum(map(pixel_steps, made)),
             model=job.recipes[0].model,
             claim_s=claim_s,
             timings=dict(self.timings),
             adapters_warm=len(job.adapters & loaded),
             adapters_cold=len(job.adapters - loaded),
         )
+
+
+def pixel_steps(recipe: Recipe) -> int:
+    """Return width x height x frames x steps, to which the time of an image is proportional."""
+    return recipe.width * recipe.height * recipe.frames * recipe.steps
 
 
 class ImageFiles:

@@ -1,4 +1,4 @@
-"""The transformer of Wan 2.1 with classifier-free guidance."""
+"""The transformers of Wan 2.1 and 2.2 with classifier-free guidance."""
 
 from __future__ import annotations
 
@@ -58,5 +58,34 @@ class WanDenoiser:
                     output = guide(other, output, guidance.scale)
                 outputs.append(output)
             return torch.cat(outputs)
+
+        return denoise
+
+
+_BOUNDARY = 875  # the smallest timestep of the transformer for high noise; 0.875 of 1000
+
+
+class TwoStageWanDenoiser:
+    """Implements `families.protocols.Denoiser` for Wan 2.2: one transformer for each stage.
+
+    Both stages have the same guidance scale, as in the trainer.
+    """
+
+    def __init__(self, high_noise: nn.Module, low_noise: nn.Module) -> None:
+        self._high, self._low = WanDenoiser(high_noise), WanDenoiser(low_noise)
+
+    def uses_negative(self, guidance: Guidance) -> bool:
+        """Return True if the guidance scale is above 1."""
+        return self._high.uses_negative(guidance)
+
+    def prepare(
+        self, encoded: Sequence[Encoded], guidance: Guidance, size: Size, dtype: torch.dtype
+    ) -> Denoise:
+        """Return a function like that of `WanDenoiser`, which selects the transformer by time."""
+        high = self._high.prepare(encoded, guidance, size, dtype)
+        low = self._low.prepare(encoded, guidance, size, dtype)
+
+        def denoise(latents: Tensor, t: Tensor) -> Tensor:
+            return high(latents, t) if t >= _BOUNDARY else low(latents, t)
 
         return denoise

@@ -1,4 +1,4 @@
-"""Wan 2.1, text to video, as AI Toolkit 0.12.26 samples single frames of it."""
+"""Wan 2.1 and 2.2, text to video, as AI Toolkit 0.12.26 samples them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,39 @@ from pathlib import Path
 from types import MappingProxyType
 
 from fidelora.families import latent_formats
-from fidelora.families.spec import Family, FlowSampler, Part, Tokenizer, TrainerSampling
+from fidelora.families.spec import (
+    Family,
+    FlowSampler,
+    NoiseSampler,
+    OlderTrainer,
+    Part,
+    Tokenizer,
+    TrainerSampling,
+)
 from fidelora.families.wan.names import original_names
 
 # Both sizes of Wan 2.1 have the same text encoder and VAE.
 _COMPANION = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 
-# The trainer's own configuration; the base's UniPC is not used. The pipeline names no sigmas, so
-# the scheduler shifts twice: the ends of its table, and what lies between them.
+# The trainer's own configuration; the base's UniPC is not used. The pipeline passes no sigmas,
+# so the scheduler shifts twice: first the ends of its table, then all values between them.
 _FLOWMATCH = FlowSampler(
     "flowmatch", MappingProxyType({"shift": 3.0, "ends_at_shifted_table": True})
+)
+# The sampler of the base model's file, with which the trainer sampled before 0.9.3.
+_UNIPC = NoiseSampler(
+    "unipc",
+    "UniPCMultistepScheduler",
+    MappingProxyType(
+        {
+            "flow_shift": 3.0,
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+        }
+    ),
+)
+_FLOWMATCH_22 = FlowSampler(
+    "flowmatch", MappingProxyType({"shift": 5.0, "ends_at_shifted_table": True})
 )
 
 WAN21_1B = Family(
@@ -29,8 +52,20 @@ WAN21_1B = Family(
     default_guidance_scale=4.0,
     default_seed=42,
     default_sampler="flowmatch",
-    samplers=MappingProxyType({"flowmatch": _FLOWMATCH}),
-    uses=frozenset({"negative_prompt", "vae_tiling", "quantization", "text_encoder_quantization"}),
+    samplers=MappingProxyType({"flowmatch": _FLOWMATCH, "unipc": _UNIPC}),
+    frames_per_latent=4,
+    default_frames=41,
+    default_fps=16,
+    uses=frozenset(
+        {
+            "negative_prompt",
+            "vae_tiling",
+            "quantization",
+            "text_encoder_quantization",
+            "frames",
+            "fps",
+        }
+    ),
     parts=(
         Part(
             name="text_encoder",
@@ -79,7 +114,7 @@ WAN21_1B = Family(
         ignores_sampler=True,
         size_multiple=16,
         tiles_since=(0, 10, 22),
-        samples_videos=True,
+        older=(OlderTrainer((0, 9, 3), sampler="unipc"),),
     ),
     adapter_base_versions=("wan_2.1",),
     latent_preview=latent_formats.WAN21,
@@ -90,5 +125,30 @@ WAN21_14B = replace(
     id="wan21_14b",
     title="Wan 2.1 14B",
     base_model="Wan-AI/Wan2.1-T2V-14B-Diffusers",
+    layout=Path(__file__).parent / "layout_14b",
     trainer_sampling=replace(WAN21_1B.trainer_sampling, archs=("wan21:14b",)),
+)
+
+_TRANSFORMER = WAN21_1B.part("denoiser")
+
+WAN22_14B_T2V = replace(
+    WAN21_14B,
+    id="wan22_14b_t2v",
+    title="Wan 2.2 14B",
+    base_model="Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+    api_divisor=32,
+    samplers=MappingProxyType({"flowmatch": _FLOWMATCH_22, "unipc": _UNIPC}),
+    parts=(
+        *WAN21_1B.text_encoders,
+        replace(_TRANSFORMER, stage="high"),
+        replace(_TRANSFORMER, name="transformer_2", stage="low"),
+        WAN21_1B.part("decoder"),
+    ),
+    denoiser="fidelora.families.wan.denoiser:TwoStageWanDenoiser",
+    checkpoint="",  # a file has only one of the two transformers
+    # Sizes that are not multiples of 16 are rounded down, where Wan 2.1 fails.
+    trainer_sampling=replace(
+        WAN21_1B.trainer_sampling, archs=("wan22_14b:t2v", "wan22_14b"), size_multiple=8
+    ),
+    adapter_base_versions=("wan_2.2_14b",),
 )

@@ -10,12 +10,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import gradio as gr
-import numpy as np
 from PIL import Image
 from starlette.concurrency import run_in_threadpool
 
 from fidelora.atomic import make_folder, write_atomically
 from fidelora.errors import FideloraError, UsageError
+from fidelora.families import get_family
 from fidelora.jobs.job import Job, Status
 from fidelora.recipe import MAX_MULTIPLIER
 from fidelora.server.context import ServerContext
@@ -30,7 +30,8 @@ from fidelora.server.page.pictures import PageFiles
 from fidelora.server.page.visitor import visitor
 from fidelora.server.submit import submit
 from fidelora.server.verifier import random_id
-from fidelora.training.grid import labelled_sheet
+from fidelora.training.compare import decoded_frames
+from fidelora.training.grid import frame_strip, labelled_sheet
 
 MAX_SHEET_IMAGES = 64
 
@@ -195,6 +196,8 @@ class CompareTab:
         seed = secrets.randbelow(2**32) if form.seed is None else form.seed
         trigger = form.fields["trigger_word"] or self._lora_list.trigger(loras)
         fields = {**form.fields, "trigger_word": trigger}
+        if get_family(fields["model"]).makes_videos:
+            fields["output_format"] = "webp"  # images and videos; the sheet shows some frames
         return [
             replace(form, loras=((lora, multiplier),), seed=seed, images=1, fields=fields)
             for lora in loras
@@ -218,8 +221,9 @@ class CompareTab:
     ) -> Path:
         images = {}
         for number, job in enumerate(jobs):
-            with Image.open(io.BytesIO(content_of(self._context.images, job.outputs[0]))) as image:
-                images[divmod(number, len(multipliers))] = np.asarray(image.convert("RGB"))
+            content = content_of(self._context.images, job.outputs[0])
+            with Image.open(io.BytesIO(content)) as image:
+                images[divmod(number, len(multipliers))] = frame_strip(decoded_frames(image))
         recipe = jobs[0].recipes[0]
         rows = [(PurePosixPath(lora).stem, self._step_label(lora)) for lora in loras]
         columns = [(f"multiplier {multiplier:g}", "") for multiplier in multipliers]

@@ -20,9 +20,11 @@ from fidelora.api import (
     check_request,
     recipes_of,
     sampler_options,
+    video_options,
 )
 from fidelora.errors import UsageError
 from fidelora.families import get_family
+from fidelora.images.mp4 import can_write_mp4
 from fidelora.loras.trigger import has_placeholder
 from fidelora.recipe import LOCATIONS, MAX_SEED, AdapterRef, Recipe, short_name
 
@@ -49,6 +51,8 @@ LABELS = {
     "guidance_scale": "Guidance",
     "width": "Width",
     "height": "Height",
+    "num_frames": "Frames",
+    "fps": "Frames per second",
     "fidelity": "Fidelity",
     "output_format": "Format",
 }
@@ -113,7 +117,13 @@ def build_request(form: Form) -> InferenceRequest:
     seeds = [-1 if form.seed is None else form.seed + index for index in range(form.images)]
     of_request = InferenceRequest.model_fields
     prompt = {name: value for name, value in form.fields.items() if name not in of_request}
-    body = {name: value for name, value in form.fields.items() if name in of_request} | {
+    if not get_family(form.fields["model"]).makes_videos:
+        del prompt["num_frames"], prompt["fps"]  # their inputs are hidden
+    body = {name: value for name, value in form.fields.items() if name in of_request}
+    # An image format is preselected; a video of 2 or 3 frames is rounded to one frame.
+    if prompt.get("num_frames", 1) > 3 and body["output_format"] in ("png", "jpeg"):
+        body["output_format"] = "mp4" if can_write_mp4() else "webp"
+    body |= {
         "match": "trainer",  # accepts all sizes of recipes
         "loras": [{"path": path, "network_multiplier": number} for path, number in form.loras],
         "prompts": [prompt | {"seed": seed} for seed in seeds],
@@ -162,6 +172,8 @@ def family_defaults(model: str, side: int) -> dict[str, Any]:
         "guidance_scale": spec.default_guidance_scale,
         "width": side,
         "height": side,
+        "num_frames": 1,
+        "fps": spec.default_fps or 16,
     }
 
 
@@ -208,6 +220,7 @@ def request_body(recipe: Recipe, paths: Sequence[str], image_format: str) -> dic
     loras = [
         {"path": path, "network_multiplier": adapter.multiplier, "sha256": adapter.sha256}
         | ({} if adapter.alpha is None else {"alpha": adapter.alpha})
+        | ({} if adapter.stage is None else {"transformer": adapter.stage})
         for path, adapter in zip(paths, recipe.adapters, strict=True)
     ]
     prompt: dict[str, Any] = {
@@ -228,7 +241,7 @@ def request_body(recipe: Recipe, paths: Sequence[str], image_format: str) -> dic
         prompt["guidance_rescale"] = recipe.guidance_rescale
     if recipe.emphasis != "none":
         prompt["emphasis"] = recipe.emphasis
-    prompt |= sampler_options(recipe)
+    prompt |= sampler_options(recipe) | video_options(recipe)
     if recipe.vae_tiling:
         prompt["vae_tiling"] = True
     return {
@@ -248,7 +261,7 @@ def form_for_recipe(recipe: Recipe, paths: Sequence[str], image_format: str) -> 
         paths: path of each of the recipe's adapters in API requests.
     """
     body = request_body(recipe, paths, image_format)
-    values = body["prompts"][0] | body
+    values = {"num_frames": recipe.frames, "fps": recipe.fps} | body["prompts"][0] | body
     values["trigger_word"] = ""  # the recipe's prompt already contains it
     values["emphasis"] = recipe.emphasis
     return Form(

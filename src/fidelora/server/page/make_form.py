@@ -68,7 +68,8 @@ class MakeForm:
     @property
     def outputs(self) -> list[Any]:
         """The components that `message` and `show` update."""
-        return [self._prompts.loaded, self.handled, self._settings.preset, *self.inputs]
+        settings = self._settings
+        return [self._prompts.loaded, self.handled, settings.preset, *self.inputs, settings.video]
 
     @property
     def lora_inputs(self) -> list[Any]:
@@ -91,7 +92,14 @@ class MakeForm:
         fields["model"].input(
             self.update_model,
             [self.handled, fields["model"]],
-            [self.handled, settings.preset, *(fields[name] for name in dependent)],
+            [
+                self.handled,
+                settings.preset,
+                *(fields[name] for name in dependent),
+                settings.video,
+                fields["num_frames"],
+                fields["fps"],
+            ],
             **IMMEDIATE,
         )
         size = [fields["width"], fields["height"]]
@@ -119,7 +127,10 @@ class MakeForm:
             **IMMEDIATE,
         )
         texts = (*(fields[name] for name in ("prompt", "trigger_word", "neg")), settings.seed)
-        numbers = (fields[name] for name in ("sample_steps", "guidance_scale", "width", "height"))
+        numbers = (
+            fields[name]
+            for name in ("sample_steps", "guidance_scale", "width", "height", "num_frames", "fps")
+        )
         choices = (fields[name] for name in ("model", "sampler", "emphasis", "fidelity"))
         gr.on(
             [
@@ -148,7 +159,14 @@ class MakeForm:
         with_multipliers = tuple(zip(loras, multipliers, strict=False))
         numbers = {
             LABELS[name]: fields[name]
-            for name in ("sample_steps", "guidance_scale", "width", "height")
+            for name in (
+                "sample_steps",
+                "guidance_scale",
+                "width",
+                "height",
+                "num_frames",
+                "fps",
+            )
         }
         numbers["Images"] = images
         numbers |= {f"Multiplier of {path}": number for path, number in with_multipliers}
@@ -173,6 +191,7 @@ class MakeForm:
             "" if form.seed is None else str(form.seed),
             form.images,
             *(fields[name] for name in LABELS),
+            gr.update(visible=get_family(model).makes_videos),
         ]
 
     def restore(self, stored: object, models: Sequence[str]) -> list[Any]:
@@ -197,7 +216,7 @@ class MakeForm:
 
     def message(self, message: str) -> list[Any]:
         """Return the updates of `outputs` that show a message and leave the inputs as they are."""
-        return [message, *[gr.skip()] * (2 + len(self.inputs))]
+        return [message, *[gr.skip()] * (3 + len(self.inputs))]
 
     def update_loras(
         self, handled: Handled, paths: list[str], trigger: str, *multipliers: Any
@@ -225,7 +244,7 @@ class MakeForm:
     def update_model(self, handled: Handled, model: str) -> list[Any]:
         """Show the samplers and defaults of the chosen model family."""
         if model == handled[0]:
-            return [gr.skip()] * 7
+            return [gr.skip()] * 10
         spec, side = get_family(model), self._sides[model]
         start, divisor = family_defaults(model, side), spec.resolution_divisor
         return [
@@ -239,6 +258,9 @@ class MakeForm:
             start["guidance_scale"],
             gr.update(value=start["width"], step=divisor),
             gr.update(value=start["height"], step=divisor),
+            gr.update(visible=spec.makes_videos),
+            start["num_frames"],
+            start["fps"],
         ]
 
     def _preset_of(self, model: str, width: int | None, height: int | None) -> str:

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import gradio as gr
 
-from fidelora.api import ImageFormat
+from fidelora.api import OutputFormat
 from fidelora.families import Family
 from fidelora.recipe import Fidelity
 from fidelora.server.page.form import (
@@ -21,7 +21,7 @@ from fidelora.server.page.uploads import LORA_SUFFIX
 
 MAX_IMAGES = 16
 """Largest number of images per click; the HTTP API allows more."""
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".mp4")
 
 
 class SettingsInputs:
@@ -80,6 +80,10 @@ class SettingsInputs:
             self._number("guidance_scale", "guidance", start, step=0.5, limited=True)
             self._number("width", "width", start, precision=0, step=divisor)
             self._number("height", "height", start, precision=0, step=divisor)
+
+        with gr.Row(visible=spec.makes_videos) as self.video:
+            self._number("num_frames", "frames", start, precision=0, limited=True)
+            self._number("fps", "fps", start, precision=0, limited=True)
         self.preset = gr.Dropdown(
             preset_choices(self._side),
             value=preset_of(self._side, start["width"], start["height"]),
@@ -107,7 +111,7 @@ class SettingsInputs:
             )
             for field, choices, value in (
                 ("fidelity", get_args(Fidelity), default_fidelity),
-                ("output_format", get_args(ImageFormat), "png"),
+                ("output_format", get_args(OutputFormat), "png"),
             ):
                 self.fields[field] = gr.Dropdown(
                     list(choices),
@@ -127,10 +131,12 @@ class SettingsInputs:
                 interactive=False,
                 elem_id="reuse-seed",
             )
+        makes_videos = any(family.makes_videos for family in self._families)
+        about_videos = " Videos are MP4 or WebP files." if makes_videos else ""
         gr.Markdown(
             "An empty seed is random. *Seed of the image* copies that of the selected image. With "
             "several images, each seed is one higher than the one before. *exact* reproduces the "
-            "trainer's sample bit for bit; *fast* is nearly identical.",
+            "trainer's sample bit for bit; *fast* is nearly identical." + about_videos,
             elem_classes="help",
         )
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
+from typing import Any
 
 from fidelora.loras.trigger import has_placeholder
 from fidelora.recipe import Recipe, short_name
@@ -81,6 +82,8 @@ def as_command(recipe: Recipe, paths: Sequence[str], image_format: str) -> str:
         words.append(f"--eta={_decimal(recipe.eta)}")
     if recipe.vae_tiling:
         words.append("--vae-tiling")
+    if recipe.frames > 1:
+        words += [f"--frames={recipe.frames}", f"--fps={recipe.fps}"]
     for option, kind in (
         ("--quantize", recipe.quantization),
         ("--quantize-te", recipe.text_encoder_quantization),
@@ -105,9 +108,7 @@ def as_python(recipe: Recipe, paths: Sequence[str], image_format: str, url: str)
     fields = body["prompts"][0]
     prompt = fields.pop("prompt")
     fields |= {name: body[name] for name in ("model", "fidelity", "output_format")}
-    loras = ", ".join(
-        f"({lora['path']!r}, {lora['network_multiplier']!r})" for lora in body["loras"]
-    )
+    loras = ", ".join(map(_lora_in_python, body["loras"]))
     lines = [
         "from fidelora import Client",
         "",
@@ -120,6 +121,12 @@ def as_python(recipe: Recipe, paths: Sequence[str], image_format: str, url: str)
         '    client.save_images(result, "pictures")',
     ]
     return "\n".join(lines)
+
+
+def _lora_in_python(lora: Mapping[str, Any]) -> str:
+    if "transformer" not in lora:
+        return f"({lora['path']!r}, {lora['network_multiplier']!r})"
+    return repr({name: lora[name] for name in ("path", "network_multiplier", "transformer")})
 
 
 def _replay_in_python(recipe: Recipe, image_format: str, url: str) -> str:

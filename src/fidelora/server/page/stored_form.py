@@ -33,7 +33,8 @@ def from_stored(
     try:
         loras = tuple((str(path), float(multiplier)) for path, multiplier in stored["loras"])
         seed = None if stored["seed"] is None else int(stored["seed"])
-        fields = {name: stored["fields"][name] for name in LABELS}
+        given = {"num_frames": 1, "fps": 16} | stored["fields"]  # older pages had no videos
+        fields = {name: given[name] for name in LABELS}
         form = Form(loras[:MAX_LORAS], seed, int(stored["images"]), fields)
         build_request(form)
     except (FideloraError, KeyError, TypeError, ValueError, OverflowError):

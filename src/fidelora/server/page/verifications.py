@@ -201,6 +201,7 @@ def read_contained_run(folder: Path, context: ServerContext) -> TrainingRun:
     inside = folder.resolve()
     files = (
         *run.checkpoints.values(),
+        *(path for paths in run.stage_checkpoints.values() for path in paths.values()),
         *run.images.values(),
         *(run.first_round.images.values() if run.first_round else ()),
         *(folder / name for name in CONFIG_NAMES),

@@ -73,11 +73,16 @@ async def explain(
         ProgramName | None, Form(description="Needed only if the file does not contain it.")
     ] = None,
     prompt: Annotated[str | None, Form(max_length=MAX_PROMPT_CHARACTERS)] = None,
+    negative: Annotated[str | None, Form(max_length=MAX_PROMPT_CHARACTERS)] = None,
     steps: Annotated[int | None, Form(ge=1, le=MAX_STEPS)] = None,
     sampler: Name = None,
     scheduler: Name = None,
     guidance: Annotated[float | None, Form(ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)] = None,
     seed: Annotated[int | None, Form(ge=0, le=MAX_SEED)] = None,
+    clip_skip: Annotated[
+        int | None,
+        Form(ge=0, le=12, description="As the program counts; for ComfyUI without the minus."),
+    ] = None,
 ) -> ExplanationBody:
     """Explain why a picture of another program differs from the trainer's sample.
 
@@ -93,7 +98,7 @@ async def explain(
     options = {
         "--step": step, "--index": index, "--program": program, "--prompt": prompt,
         "--steps": steps, "--sampler": sampler, "--scheduler": scheduler, "--guidance": guidance,
-        "--seed": seed,
+        "--seed": seed, "--negative": negative, "--clip-skip": clip_skip,
     }  # fmt: skip
     # One argument with "=", so that a text such as "--help" is not another option.
     arguments = [f"{name}={value}" for name, value in options.items() if value is not None]

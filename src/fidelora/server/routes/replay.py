@@ -13,6 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
+from fidelora.api import output_format_of
 from fidelora.api.replay import (
     ChangeBody,
     ReplayAccepted,
@@ -103,7 +104,7 @@ async def replay(
     else:
         assert origin.parameters is not None, "read_origin raises for an image that has neither"
         plan = await _plan_from_parameters(origin.parameters, choices, context, caller)
-    image_format = choices.output_format or origin.format
+    image_format = output_format_of(choices.output_format or origin.format or None, (plan.recipe,))
     quality = origin.quality if image_format == origin.format else None
     job = await enqueue(context, caller, (plan.recipe,), image_format, quality, submission)
     return replay_accepted(
@@ -191,7 +192,7 @@ def _origin_from_json(body: ReplayRequest, model: str) -> Origin:
     """Return the recipe or parameters of a JSON body in the form that `read_origin` returns."""
     if body.recipe is not None:
         try:
-            return Origin("png", 0, 0, recipe=Recipe.from_dict(body.recipe))
+            return Origin("", 0, 0, recipe=Recipe.from_dict(body.recipe))
         except RecipeError as error:
             raise RequestFieldError(
                 str(error), loc=("recipe", error.field) if error.field else ("recipe",)
@@ -199,7 +200,7 @@ def _origin_from_json(body: ReplayRequest, model: str) -> Origin:
     parameters = read_parameters(
         body.parameters or "", get_family(model), with_emphasis=bool(body.emphasis)
     )
-    return Origin("png", 0, 0, parameters=parameters)
+    return Origin("", 0, 0, parameters=parameters)
 
 
 def _plan_from_recipe(

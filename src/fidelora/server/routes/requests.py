@@ -12,6 +12,7 @@ from starlette.concurrency import run_in_threadpool
 
 from fidelora.api import RequestList, ResultBody, StatusBody, result_of, status_of
 from fidelora.errors import ImageNotFoundError
+from fidelora.images.formats import media_type
 from fidelora.jobs.job import Job, Status
 from fidelora.server.context import CallerDep, ContextDep, ServerContext
 from fidelora.server.job_watcher import Watch
@@ -22,8 +23,8 @@ from fidelora.server.public_texts import public_text
 router = APIRouter(prefix="/v1/requests", tags=["requests"])
 
 _IMAGES = {
-    f"image/{name}": {"schema": {"type": "string", "format": "binary"}}
-    for name in ("png", "jpeg", "webp")
+    media_type(name): {"schema": {"type": "string", "format": "binary"}}
+    for name in ("png", "jpeg", "webp", "mp4")
 }
 
 # Databases differ in how they treat a NUL, which no id contains.
@@ -71,12 +72,12 @@ def request_status(job: JobDep, context: ContextDep) -> StatusBody:
 
 @router.get("/{request_id}/result", responses=error_responses(404))
 def request_result(job: JobDep, context: ContextDep) -> ResultBody:
-    """Return the images of a request; `outputs` is null until it has succeeded."""
+    """Return the images and videos of a request; `outputs` is null until it has succeeded."""
     body = result_of(job, context.base_url)
     if body.error is not None:
         body.error = public_text(body.error)
     if body.outputs is not None and not context.settings.report_file_paths:
-        for image in body.outputs.images:
+        for image in (*body.outputs.images, *body.outputs.videos):
             image.file_path = FilePath(image.file_path).name
     return body
 
@@ -145,7 +146,7 @@ def cancel_request(job: JobDep, context: ContextDep) -> StatusBody:
 def request_image(
     job: JobDep, context: ContextDep, index: Annotated[int, Path(ge=0, le=10_000)]
 ) -> Response:
-    """Return the unmodified file of an image."""
+    """Return the unmodified file of an image or video; the index is that of its prompt."""
     if index >= len(job.outputs):
         raise ImageNotFoundError
     output = job.outputs[index]
@@ -156,7 +157,7 @@ def request_image(
         "ETag": f'"{output.sha256}"',
         "Cache-Control": "private, max-age=31536000, immutable",
     }
-    return Response(content, media_type=f"image/{output.format}", headers=headers)
+    return Response(content, media_type=media_type(output.format), headers=headers)
 
 
 def _status_body(job: Job, context: ServerContext) -> StatusBody:
