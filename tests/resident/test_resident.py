@@ -395,9 +395,12 @@ def test_the_minutes_are_checked(fidelora, monkeypatch, minutes):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--local", "--port", "1"], "--local has no --base-model, --host or --port"),
-        (["--idle", "5"], "It needs --local"),
-        (["--offload", "model"], "It needs --local"),
+        (
+            ["--local", "--port", "1"],
+            "--local cannot be combined with --base-model, --host or --port",
+        ),
+        (["--idle", "5"], "It requires --local"),
+        (["--offload", "model"], "It requires --local"),
     ],
 )
 def test_options_of_the_other_kind_of_server_are_refused(fidelora, options, sentence):

@@ -379,7 +379,7 @@ def test_fields_without_effect_are_accepted(client, context, fields):
         ({"override_settings": {"sd_vae": ["x"]}}, "override_settings.sd_vae cannot be"),
         ({"refiner_checkpoint": "xl"}, "refiner_checkpoint cannot be"),
         ({"infotext": "a"}, "infotext cannot be"),
-        ({"eta": 0.5, "sampler_name": "Euler a"}, "eta is 1 for Euler a, and cannot be 0.5"),
+        ({"eta": 0.5, "sampler_name": "Euler a"}, "eta must be 1 for Euler a, not 0.5"),
         ({"init_images": ["x"]}, "init_images is not a field of txt2img"),
         ({"s_noise": 0}, "s_noise cannot be 0"),  # it would remove the noise
         ({"unknown": 0}, "unknown is not a field of txt2img"),

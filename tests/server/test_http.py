@@ -734,7 +734,7 @@ def test_without_keys_other_hostnames_are_rejected(client, host):
 def test_the_name_of_this_machine_in_a_container_is_explained(client):
     answer = client.get("/v1/models", headers={"Host": "host.docker.internal:8000"})
     assert error(answer) == (400, "HOST_NOT_ALLOWED")
-    assert "Programs in a container reach this machine by that name" in answer.text
+    assert "Programs in a container use that name for this machine" in answer.text
 
 
 @pytest.mark.parametrize("peer", ["192.0.2.7", "10.0.0.1", "::ffff:192.0.2.7", "2001:db8::1", ""])

@@ -159,22 +159,23 @@ _NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
     "force_task_id": (),
     "infotext": ("",),
 }
-"""Values of unsupported fields that have no effect, besides null. Fields that are not listed are
-supported, or have an effect only together with a listed one: `hr_scale` with `enable_hr`, `subseed`
-with `subseed_strength`, ..."""
+"""Values without effect, by unsupported field; null has no effect either. Fields that are not
+listed are supported, or have an effect only together with a listed one: `hr_scale` with
+`enable_hr`, `subseed` with `subseed_strength`, ..."""
 _NEUTRAL_EXTRAS: Mapping[str, tuple[object, ...]] = {"clip_skip": (0, 1)}
-"""Values that have no effect, of unsupported fields that only some clients send."""
+"""Values without effect, by unsupported field that only some clients send."""
 _IGNORED_EXTRAS = frozenset(
     {
-        "url", "auth",  # where SillyTavern finds the server
+        "url", "auth",  # address and credentials of the server, from SillyTavern
         "save_image", "firstpass_image", "hr_additional_modules", "hr_cfg", "hr_distilled_cfg",
         "distilled_cfg_scale",
     }
 )  # fmt: skip
-"""Fields of some clients that have no effect here, whatever their value: bookkeeping, settings of
-`enable_hr`, which is not supported, and settings of models with distilled guidance."""
+"""Fields that some clients send and that are ignored, whatever their value: the client's own
+records, settings of `enable_hr`, which is not supported, and settings of models with distilled
+guidance."""
 _FIXED_ETA = {"euler_a": 1.0, "dpm_2_a": 1.0}
-"""`eta` of the samplers that have one but do not support other values."""
+"""`eta` of the samplers for which it is fixed; other values are not supported."""
 
 
 @dataclass(frozen=True)
@@ -299,7 +300,7 @@ def plan_txt2img(
     if request.eta is not None and request.eta != _FIXED_ETA.get(sampler.sampler, request.eta):
         raise unsupported(
             "eta",
-            f"is {_FIXED_ETA[sampler.sampler]:g} for {name}, and cannot be {request.eta:g}; leave "
+            f"must be {_FIXED_ETA[sampler.sampler]:g} for {name}, not {request.eta:g}; leave "
             "it out",
         )
     has_eta = all_families()[model].samplers[sampler.sampler].eta is not None

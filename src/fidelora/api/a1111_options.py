@@ -15,7 +15,7 @@ FORMATS = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp"}
 """Image formats by the names of A1111's setting `samples_format`."""
 _LASTING: Mapping[str, Collection[str]] = {
     "sd_model_checkpoint": all_families(),
-    "sd_vae": ("Automatic", "None"),  # both are the base model's own
+    "sd_vae": ("Automatic", "None"),  # both stand for the base model's own VAE
 }
 """Settings that can be set for later requests, with their values."""
 _CHOICES: Mapping[str, Collection[str]] = {

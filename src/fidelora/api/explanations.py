@@ -55,8 +55,10 @@ class ExplanationBody(BaseModel):
     explained: bool
     distance_before: float
     distance_after: float
-    differences: list[DifferenceBody] = Field(description="The largest effect first.")
+    differences: list[DifferenceBody] = Field(description="In descending order of effect.")
     nearest: dict[str, Any] = Field(description="Settings of the nearest simulated picture.")
     nearest_there: NearestThereBody | None
     notes: list[str]
-    images: int = Field(description="Work, in images with the sample's number of steps.")
+    images: int = Field(
+        description="Work, in units of one image with the sample's number of steps."
+    )

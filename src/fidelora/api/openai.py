@@ -123,7 +123,7 @@ class ImagesRequest(RequestBody):
         """Convert to a `POST /v1/inference` body, where seed -1 means a random seed per image.
 
         Args:
-            model_aliases: model ids, by other names that clients send.
+            model_aliases: model ids, by the names that clients send instead.
             base_models: base models, by model id; by default those of the model families. The first
                 model is used if the request does not name one, and the size `auto` is the size that
                 the base model was trained at.

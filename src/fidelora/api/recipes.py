@@ -122,7 +122,7 @@ def recipes_of(
     multipliers = [_multipliers(request, item) for item in request.prompts]
     base = {**base, "fidelity": request.fidelity or base.get("fidelity", "exact")}
     # Like the trainer: adapters are merged if all images have the same multipliers and the weights
-    # are not quantised, else live.
+    # are not quantised; otherwise they stay unmerged (live).
     is_quantized = base.get("quantization", "none") != "none"
     is_uniform = len(set(multipliers)) == 1
     mode = "merged" if base["fidelity"] == "fast" or (is_uniform and not is_quantized) else "live"
@@ -185,10 +185,10 @@ def recipes_of(
 def notes_on(
     request: InferenceRequest, adapters: Sequence[AdapterRef], recipes: Sequence[Recipe]
 ) -> tuple[str, ...]:
-    """Return a sentence for each value that differs from what the request may have meant.
+    """Return a sentence for each value that the server chose or changed.
 
-    These are trigger words that the request leaves to the LoRAs' metadata, rounded sizes and
-    numbers of frames, and negative prompts for a family that does not use them.
+    These are trigger words from the LoRAs' metadata, rounded sizes and numbers of frames, and
+    negative prompts for a family that does not use them.
 
     Args:
         recipes: result of `recipes_of`.

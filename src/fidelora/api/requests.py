@@ -1,4 +1,4 @@
-"""Request bodies, with the ranges of the `ai-toolkit-inference` API, but larger multipliers."""
+"""Request bodies, with the ranges of the `ai-toolkit-inference` API, except that of multipliers."""
 
 from __future__ import annotations
 
@@ -134,6 +134,6 @@ class InferenceRequest(RequestBody):
     )
     match: Literal["trainer"] | None = Field(
         None,
-        description="trainer: the default number of steps, and the sizes that are possible, are "
-        "those of AI Toolkit's samples instead of those of `GET /v1/models`.",
+        description="trainer: use the default number of steps and the multiples of sizes of AI "
+        "Toolkit's samples instead of those in `GET /v1/models`.",
     )

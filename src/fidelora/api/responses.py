@@ -27,9 +27,8 @@ class Accepted(BaseModel):
     notes: list[str] = Field(
         default_factory=list,
         exclude_if=_is_empty,
-        description="Sentences about values that differ from what the request may have meant, such "
-        "as the LoRA's own trigger word or a rounded size. "
-        "Omitted if there are none.",
+        description="Sentences about values that the server chose or changed, such as the LoRA's "
+        "own trigger word or a rounded size. Omitted if there are none.",
     )
 
 

@@ -71,10 +71,15 @@ def worker(
     ] = None,
     min_workers: Annotated[
         int,
-        typer.Option(min=0, help="Fewest workers in the cluster.", rich_help_panel=_RAY_PANEL),
+        typer.Option(
+            min=0, help="Minimum number of workers in the cluster.", rich_help_panel=_RAY_PANEL
+        ),
     ] = 1,
     max_workers: Annotated[
-        int, typer.Option(min=0, help="Most workers in the cluster.", rich_help_panel=_RAY_PANEL)
+        int,
+        typer.Option(
+            min=0, help="Maximum number of workers in the cluster.", rich_help_panel=_RAY_PANEL
+        ),
     ] = 8,
     cpus: Annotated[
         int | None,

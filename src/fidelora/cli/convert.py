@@ -39,7 +39,7 @@ def convert(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Model family of the adapter; by default the one that has its modules. "
+            help="Model family of the adapter; by default the one whose modules it has. "
             "`fidelora models` lists the families."
         ),
     ] = None,

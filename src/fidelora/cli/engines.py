@@ -50,7 +50,8 @@ def image_maker(device: str, offload: str = "none") -> ImageMaker:
     """Return a resident engine with this device and offload mode, or a new engine.
 
     FIDELORA_KEEP_ENGINE is the number of minutes that a new resident engine is kept after its last
-    use. Without it, only one that runs already is used; with 0, none.
+    use. If it is not set, a resident engine that is running is used, but none is started. With 0,
+    no resident engine is used.
 
     Raises:
         SettingsError: the value of FIDELORA_KEEP_ENGINE is not valid.
@@ -111,7 +112,7 @@ def _start(path: Path, device: str, offload: str, minutes: float) -> ResidentEng
         )
     end = time.monotonic() + _START_S
     while time.monotonic() < end:
-        # It also ends if another command started an engine at the same time, which listens then.
+        # The process also ends if another command has started an engine, which is used then.
         has_ended = process.poll() is not None
         if (found := ResidentEngine.connect(path)) is not None:
             return found
@@ -123,7 +124,7 @@ def _start(path: Path, device: str, offload: str, minutes: float) -> ResidentEng
 
 
 class _WithFallback:
-    """A resident engine, which an engine of this process replaces if it ends."""
+    """A resident engine; if it ends, an engine in this process takes its place."""
 
     def __init__(self, resident: ResidentEngine, make: Callable[[], ImageMaker]) -> None:
         self._engine: ImageMaker = resident

@@ -367,7 +367,8 @@ def generate(
         QuantizationOption,
         typer.Option(
             "--quantize-te",
-            help="The same for the text encoders.",
+            help="Store the weights of the text encoders in float8, as AI Toolkit does with "
+            "model.quantize_te.",
             rich_help_panel=MODEL_PANEL,
         ),
     ] = QuantizationOption.NONE,

@@ -184,7 +184,7 @@ def _folder(path: Path) -> dict[str, Any]:
     """Return facts about a folder; if it is missing, those of its closest parent that exists."""
     try:
         existing = next(one for one in (path, *path.absolute().parents) if one.exists())
-    except PermissionError:  # below a folder that this user must not enter
+    except PermissionError:  # below a folder that this user has no access to
         return {"path": str(path), "exists": None, "writable": False}
     found = {
         "path": str(path),

@@ -142,7 +142,7 @@ def _stage(stage: str | None) -> str:
 
 
 def _fit(document: dict[str, Any], result: Examination, base_model: str) -> str:
-    """Return how many modules match as one phrase; empty if no family has any of them."""
+    """Return the number of matching modules as a phrase; empty if no family has any of them."""
     if not result.model:
         return ""
     total = document["modules"] or result.matched
@@ -155,7 +155,7 @@ def _fit(document: dict[str, Any], result: Examination, base_model: str) -> str:
 
 
 def _contents(document: dict[str, Any]) -> str:
-    """Return the kinds, modules and tokens as one phrase; empty if the file is not an adapter."""
+    """Return type, number of modules and tokens as a phrase; empty if it is not an adapter."""
     if not document["type"]:
         return ""
     parts = _denoiser(document["model"])

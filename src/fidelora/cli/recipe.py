@@ -58,7 +58,7 @@ def recipe(
     for sentence in notes_on(run):
         warn(sentence)
     number = _read_step(run, step)
-    # A request does not name the training adapter, which may be on the server only.
+    # Requests do not name the training adapter, so it need not exist on this machine.
     plans = plan_samples(run.with_settings(training_adapter=""), number)
     recipes = [plan.recipe for plan in plans]
     if not recipes:

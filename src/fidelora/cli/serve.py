@@ -98,15 +98,16 @@ def serve(
     if local:
         if base_model or host is not None or port is not None:
             raise typer.BadParameter(
-                "--local has no --base-model, --host or --port; it loads the base models of the "
-                "commands.",
+                "--local cannot be combined with --base-model, --host or --port. Leave them out: "
+                "each command names its own base model.",
                 param_hint="--local",
             )
         _serve_locally(device or "auto", offload, idle)
         return
     if idle is not None or offload != "none":
         raise typer.BadParameter(
-            "It needs --local; set OFFLOAD_MODE for the server.", param_hint="--idle or --offload"
+            "It requires --local. For a server, set OFFLOAD_MODE instead of --offload.",
+            param_hint="--idle or --offload",
         )
     try:
         from fidelora.server.run import serve as run
@@ -134,7 +135,7 @@ def _serve_locally(device: str, offload: str, idle_min: float | None) -> None:
     engine = make_engine(device, offload)
     from fidelora.resident.serve import ResidentServer
 
-    # Relative names in recipes must not be found in this folder: they are those of a command.
+    # Relative names in recipes refer to the folder of a command, so leave this folder.
     os.chdir(Path(path.anchor))
     server = ResidentServer(engine, path, None if idle_min is None else 60 * idle_min)
     stop = threading.Event()

@@ -131,7 +131,8 @@ class Candidates:
     def joint_axes(self) -> list[tuple[Axis, Axis]]:
         """Return the axes of noise and sampler for each possible program.
 
-        A wrong noise hides the right sampler and the reverse, so both are searched together.
+        Both are searched together: with the wrong noise, the right sampler does not come near, and
+        with the wrong sampler, the right noise does not either.
         """
         if sampling_of(self.reading, self.spec) is not None and self.reading.program != "unknown":
             return []

@@ -50,7 +50,7 @@ _PATCHES = {
 }
 """Name of the feature by class of node, for features that are not simulated."""
 _SAMPLER_INPUTS = ({"steps", "cfg", "sampler_name"}, {"sampler", "sigmas"})
-"""Input names of sampler nodes: a node is one if it has all names of one of these sets."""
+"""Sets of input names; a node that has all names of one set is a sampler."""
 _INTERPRETATIONS = {
     "comfy": "comfyui", "A1111": "original", "comfy++": None, "compel": None, "down_weight": None,
 }  # fmt: skip

@@ -205,5 +205,5 @@ def advice_for(cause: str, trainer: Simulation, program: Program, lora: str) -> 
         usual = "-1" if is_comfyui else "1" if is_web_ui else "None"
         return f"{where}: {usual}."
     if cause in ("sampler", "schedule"):
-        return ""  # the nearest sampling of the program is measured
+        return ""  # no advice: a note names the nearest sampler of the program
     return f"{where}: {described(trainer, cause, program)}."

@@ -31,7 +31,7 @@ from fidelora.training.verify import read_trainer_image
 OnProgress = Callable[[str, int, int], None]
 
 DEFAULT_MAX_IMAGES = 40
-"""Limit on the work per picture, in images with the sample's number of steps."""
+"""Limit on the work per picture, in units of one image with the sample's number of steps."""
 _SAME_LEVELS = 2  # largest difference of images that differ by rounding only
 _SAME_MEAN = 0.6
 """Largest mean difference of such images; rounding down, not to the nearest level, gives 0.5."""
@@ -65,7 +65,7 @@ class Explanation:
         nearest_there: the program's sampler that comes nearest to the trainer's sample; None if the
             sampler does not differ.
         notes: sentences about settings that were not simulated or could not be compared.
-        images: work, in images with the sample's number of steps.
+        images: work, in units of one image with the sample's number of steps.
     """
 
     picture: Picture
@@ -111,7 +111,7 @@ def explain(
         reading: settings in the picture's file, or given by hand.
         step, index: the sample; None to find it.
         base_model: replaces the base model in the run's configuration.
-        max_images: limit on the work, in images with the sample's number of steps.
+        max_images: limit on the work, in units of one image with the sample's number of steps.
         on_progress: called before each image with the kind of work, the number of finished images
             and the limit.
 
@@ -251,10 +251,10 @@ class _Explainer:
     def _without_ineffective(
         self, nearest: Simulation
     ) -> tuple[Simulation, list[tuple[str, float]]]:
-        """Return a simulation without ineffective differences, and the effects of the others.
+        """Return a simulation without differences of no effect, and the effects of the others.
 
-        A setting gets the trainer's value if the image is then as near to the picture. The effect
-        of a cause is the increase of the distance with the trainer's value.
+        A setting is reset to the trainer's value if that does not increase the distance from the
+        picture. The effect of a cause is the increase of the distance when its settings are reset.
         """
         self._task = "measuring effects"
         kept: list[tuple[str, float]] = []
@@ -304,7 +304,7 @@ class _Explainer:
         return found[1] if found else None
 
     def _images(self) -> int:
-        """Return the work so far, in images with the sample's number of steps."""
+        """Return the work so far, in units of one image with the sample's number of steps."""
         return math.ceil(self._simulator.evaluations / self._trainer.evaluations)
 
     def _report(self) -> None:

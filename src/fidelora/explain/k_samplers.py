@@ -19,7 +19,7 @@ from scipy import integrate
 from torch import Tensor
 
 Denoised = Callable[[Tensor, float], Tensor]
-"""Maps latents and their noise level to the estimate of the latents without noise."""
+"""Denoiser: returns the denoised latents for latents and their noise level."""
 Draw = Callable[[], Tensor]
 """Returns standard normal numbers in the shape of the latents."""
 
@@ -108,7 +108,7 @@ def _lagrange_integral(nodes: Sequence[float], number: int, start: float, end: f
 
 
 def _exponential_step(x: Tensor, denoised: Tensor, sigma: float, target: float) -> Tensor:
-    """Step to the level `target` as if `denoised` were constant; exact for that case."""
+    """Step to the level `target`; exact if `denoised` does not change during the step."""
     ratio = target / sigma
     return ratio * x + (1 - ratio) * denoised
 

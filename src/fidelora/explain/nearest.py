@@ -52,7 +52,7 @@ class NearestPicture:
         simulation: all settings, with the prompts as they are written in the program.
         there: names of the sampler, and the distance from the trainer's sample.
         pixels: the simulated picture, uint8 RGB [height, width, 3].
-        notes: sentences about settings that are outside of the written file.
+        notes: sentences about settings that the written file cannot contain.
     """
 
     program: Target

@@ -71,7 +71,7 @@ class SimulatedNoise:
         elif seed_delta:
             self._steps = _generator(device, seed + seed_delta)
         self._batch, self._index = max(batch, index + 1), index
-        # diffusers draws only from generators, so it gets one that `drawing` replaces.
+        # Placeholder that diffusers passes to `torch.randn`; `drawing` intercepts these calls.
         self.generators = [torch.Generator("cpu")]
 
     def initial(self, shape: Sequence[int]) -> Tensor:

@@ -379,5 +379,5 @@ def equivalents(program: Program, sampler: str) -> list[Sampling]:
         for one in algorithms
         for schedule in ("ddim_uniform", "normal")
     ]
-    # A sampler without random numbers in its steps is nearer if the program draws other numbers.
+    # If the program draws other random numbers in the steps, a sampler that draws none is nearer.
     return list(dict.fromkeys([*found, Sampling("k-diffusion", "euler", "normal")]))

@@ -59,7 +59,7 @@ class Reading:
         seed_delta: see `SimulatedNoise`.
         batch, index: number of images that were made from one seed, and position among them.
         zero_negative: True if an empty negative prompt has embeddings of zeros.
-        loras: LoRAs in the order in which they were applied; None if the file does not tell.
+        loras: LoRAs in the order in which they were applied; None if they are unknown.
         dtype: precision of the denoiser.
         unsupported: sentences about settings that change the picture and are not simulated.
     """

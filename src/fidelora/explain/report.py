@@ -50,10 +50,10 @@ def _section(explanation: Explanation) -> Iterator[str]:
         wide = explanation.simulated.astype(np.int16) - explanation.picture.pixels
         rest = (np.abs(wide) * AMPLIFY).clip(0, 255).astype(np.uint8)
     if rest.any():
-        yield _figure(f"what remains, amplified {AMPLIFY} times", rest)
+        yield _figure(f"remaining difference, amplified {AMPLIFY} times", rest)
     yield "</div>"
     if is_same_size and not rest.any():
-        yield "<p>Nothing remains: the simulated picture has the same pixels.</p>"
+        yield "<p>No difference remains: the simulated picture has the same pixels.</p>"
     if explanation.differences:
         yield "<table><tr>" + "".join(f"<th>{name}" for name in _COLUMNS)
         for one in explanation.differences:

@@ -13,7 +13,7 @@ from fidelora.explain.picture import Picture
 from fidelora.explain.simulation import Simulation, Simulator
 
 Changes = Mapping[str, Any]
-"""Fields of `Simulation` with other values."""
+"""New values of fields of `Simulation`, by name."""
 
 _MIN_IMPROVEMENT = 0.05  # levels; smaller ones are rounding
 _MIN_SHARE = 0.08
@@ -77,10 +77,10 @@ class Search:
     def joint(self, start: Simulation, pairs: Sequence[tuple[Axis, Axis]]) -> Simulation:
         """Return the best combination of noise and sampler.
 
-        A wrong sampler hides which noise is right, and the reverse, so these are tried together.
-        For a sampler that draws no random numbers in its steps, the right initial noise is found
-        with a similar sampler, even at few steps. Other samplers are tried with each noise and all
-        steps.
+        Both are tried together: with the wrong sampler, the right noise does not come near, and
+        with the wrong noise, the right sampler does not either. For a sampler that draws no random
+        numbers in its steps, the right initial noise is found with a similar sampler, even at few
+        steps. Other samplers are tried with each noise and all steps.
 
         Args:
             pairs: axes of noise and sampler, one pair for each program.

@@ -1,7 +1,7 @@
-"""Images as other programs make them: settings that no recipe can choose, and their simulation.
+"""Simulation of images of other programs, with settings that recipes do not have.
 
-These settings exist to explain pictures of other programs. They do not aim at equal bits: the order
-of sums and the precision of attention differ between programs and devices.
+The simulation serves to explain pictures of other programs. It is not bit-identical to them,
+because the order of sums and the precision of attention differ between programs and devices.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Simulation:
             `diffusers`, or of `k_samplers.SAMPLERS`.
         schedule: one of `sigmas.SCHEDULES` for `k-diffusion`. For `diffusers`, the spacing of the
             timesteps: `leading`, `linspace`, `trailing` or `sgm_uniform`; empty for the trainer's.
-        steps_offset: of a `diffusers` sampler; None is the family's offset.
+        steps_offset: `steps_offset` of a `diffusers` sampler; None for the family's offset.
         eta: strength of the noise in the sampling steps of a `diffusers` sampler; None for the
             default.
         whole_timesteps: True rounds the timestep of each sigma to a whole number (ComfyUI, Forge).

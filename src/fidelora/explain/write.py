@@ -246,7 +246,7 @@ def diffusers_script(nearest: NearestPicture) -> str:
         "height": one.height,
         "num_inference_steps": one.steps,
         "guidance_scale": one.guidance_scale,
-        "clip_skip": None,  # training uses the layer that diffusers uses without it
+        "clip_skip": None,  # None: the usual layer, as in training
     }
     if one.guidance_rescale:
         call["guidance_rescale"] = one.guidance_rescale

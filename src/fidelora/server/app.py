@@ -70,7 +70,7 @@ _WATCH_INTERVAL_S = 0.5
 _CLEAN_INTERVAL_S = 60.0
 """Seconds between two removals of old requests and adapters."""
 _REFRESH_INTERVAL_S = 5.0
-"""Seconds between two looks for LoRAs that other servers have stored or deleted."""
+"""Seconds between two checks for LoRAs that other servers have stored or deleted."""
 _CLEAN_OBJECT_STORE_INTERVAL_S = 3600.0
 """Seconds between two removals of unused adapters from the object store."""
 _TRIM_INTERVAL_S = 30.0
@@ -177,7 +177,7 @@ def context_with_store(
 def _private_paths(
     settings: Settings, server_defaults: Mapping[str, Mapping[str, Any]]
 ) -> list[Path]:
-    """Return the paths that errors can name and clients must not see."""
+    """Return the paths that error messages can contain but clients must not see."""
     paths = [
         settings.data_dir,
         settings.loras,

@@ -13,7 +13,7 @@ log = structlog.get_logger(__name__)
 
 
 async def run_periodically(seconds: float, action: Callable[[], Awaitable[None]]) -> None:
-    """Call `action` repeatedly, also after errors; log an error unless the last one was equal."""
+    """Call `action` repeatedly, also after errors; log an error unless it repeats the last one."""
     last = ""
     while True:
         try:

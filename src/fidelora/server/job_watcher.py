@@ -76,7 +76,7 @@ class Watch:
     async def changed(self, timeout_s: float | None = None) -> None:
         """Wait until a job or the state of the server changes, or until the timeout.
 
-        Changes between two calls are not lost, but several can become one.
+        Changes between two calls are not lost, but several of them can be reported as one.
 
         Raises:
             JobStoreError: the store could not be read.

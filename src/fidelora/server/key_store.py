@@ -1,4 +1,4 @@
-"""Choice of the place for API keys: a file in the data folder, or the database in PostgreSQL."""
+"""API keys of a server: stored in a file in the data folder, or in the PostgreSQL database."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def opened_keys(settings: Settings) -> Iterator[ApiKeys]:
 
 
 def check_keys(settings: Settings) -> None:
-    """Check that a server with these settings is protected by the keys that protected it before.
+    """Check that the server has the API keys that it needs; warn about keys in an unused file.
 
     Raises:
-        SettingsError: other machines can reach the server, which has no keys; or the keys are in
-            the file of an older version, which is not used any more.
+        SettingsError: other machines can reach the server, which has no keys; or all keys are in
+            the file of an older version, which servers on PostgreSQL do not read.
     """
     with opened_keys(settings) as keys:
         names = keys.names()

@@ -227,7 +227,7 @@ class AccessControl:
             host = _host(url)
             if host not in self._hosts and not is_loopback(host):
                 container = (
-                    " Programs in a container reach this machine by that name."
+                    " Programs in a container use that name for this machine."
                     if host == "host.docker.internal"
                     else ""
                 )

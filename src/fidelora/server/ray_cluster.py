@@ -35,7 +35,7 @@ log = structlog.get_logger(__name__)
 
 JOBS_PER_WORKER = 4
 """Queued and running jobs for each worker, as in the ScaledObject of `deploy/kubernetes`."""
-_INTERVAL_S = 2.0  # time between two looks at the queue
+_INTERVAL_S = 2.0  # time between two polls of the queue
 _ANSWER_S = 5.0  # time in which an actor that has started answers
 _STOP_MARGIN_S = 30.0  # time that an actor may take beyond `stop_grace_s` before it is killed
 
@@ -48,7 +48,8 @@ class RayWorker:
             # Ray sets it to 1 for GPU workers. Use as many threads as outside of Ray.
             os.environ.pop("OMP_NUM_THREADS", None)
         configure_logs(settings.log_format, settings.debug)
-        host = WorkerHost(settings, name)  # queues the jobs of a killed actor again
+        # Returns the jobs of a killed actor of this name to the queue.
+        host = WorkerHost(settings, name)
         self._stop = threading.Event()
         # A daemon, because Ray ends this process by itself if the raylet dies.
         self._thread = threading.Thread(
@@ -64,7 +65,7 @@ class RayWorker:
             os._exit(1)
 
     def check(self) -> None:
-        """Return once the actor has started. Its errors are raised at the caller."""
+        """Return once the actor has started. Its errors are raised in the caller."""
 
     def stop(self) -> None:
         """Finish the running job, or return it to the queue, and end the worker process."""
@@ -139,7 +140,8 @@ class RayLauncher:
             log.info("worker requested", name=name, workers=len(self._workers))
         idle = self._longest_idle(self._store.workers())
         if len(self._workers) > wanted:
-            # First those for which the cluster has no room, so that it does not grow for them.
+            # End actors that still wait for a free machine first; otherwise Ray's autoscaler would
+            # add machines for them.
             waiting = [name for name in self._workers if name not in self._started]
             if name := next(iter(waiting), idle):
                 self._end({name: self._workers.pop(name)})

@@ -94,7 +94,7 @@ async def _serve(context: ServerContext, listener: socket.socket, url: str) -> N
     waiting = asyncio.create_task(stop_requested.wait())
     await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
     if stop_requested.is_set():
-        # A startup that has begun must end first: it starts the workers that are stopped here.
+        # Wait for a startup in progress, because it starts the workers that are stopped here.
         starting = asyncio.create_task(started.wait())
         await asyncio.wait({serving, starting}, return_when=asyncio.FIRST_COMPLETED)
         starting.cancel()

@@ -38,7 +38,7 @@ class TrainedEmbedding:
 
 
 def read_embedding(process: Mapping[str, Any], folder: Path, steps: int) -> TrainedEmbedding | None:
-    """Return the embedding that a run trains, with the trainer's defaults; None if none.
+    """Return the embedding that a run trains, with the trainer's defaults; None if there is none.
 
     Args:
         process: the training process of the configuration.

@@ -46,7 +46,7 @@ FALSE_ALARMS = 0.005
 """Probability of calling samples with right settings a mismatch, according to the tests.
 
 The tests assume normally distributed numbers. In simulated runs (`benchmarks/verdicts.py`), 2 of
-180 verdicts were false alarms at 0.01, and 0 of 216 at 0.005, half of the documented 1 %.
+180 verdicts were false alarms at 0.01, and 0 of 216 at 0.005.
 """
 _SIZE_LIMIT = 0.6 * FALSE_ALARMS
 _DIRECTIONS_LIMIT = 0.4 * FALSE_ALARMS
@@ -67,9 +67,9 @@ _CHANGED_VALUES = 3
 """Number of values of one setting (guidance 6 and guidance 2.5, ...) that are changed in turn."""
 
 _MIN_SIGNAL = 0.5
-"""If less of a change is due to its setting (see `DirectionTest`), the change is made again with
-each of `DRAWS` other draws, and averaged. Rounding errors are as large as the change itself if the
-setting has little effect on a model in half precision."""
+"""If a smaller share of a change is due to its setting (`DirectionTest.signal`), the change is
+measured again on `DRAWS` other draws, and averaged. Rounding errors are as large as the change
+itself if the setting has little effect on a model in half precision."""
 
 _MIN_AMOUNT = 0.1
 """Smallest amount of a tried change (see `DirectionTest`) that counts, whatever its p value.

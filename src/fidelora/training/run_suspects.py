@@ -124,7 +124,7 @@ def _training_adapters(recipe: Recipe) -> Iterator[Suspect]:
 
 def _adapter_modes(run: TrainingRun, recipe: Recipe) -> Iterator[Suspect]:
     """Yield the other adapter mode, which depends on whether the base model is quantised."""
-    is_quantized = recipe.quantization != "none"  # which needs live adapters
+    is_quantized = recipe.quantization != "none"  # adapters of a quantised model are always live
     if is_quantized or all(ref.word is not None for ref in recipe.adapters):
         return
     if recipe.adapter_mode == "merged":

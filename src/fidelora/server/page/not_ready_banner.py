@@ -32,7 +32,7 @@ class NotReadyBanner:
         """Return the banner, and a timer that ticks until a worker is ready."""
         pool, reason = self._context.pool, self._context.unready_reason
         sentence = (
-            f"No images can be made at the moment: {reason} The server tries again by itself."
+            f"No images can be made at the moment: {reason} The server retries automatically."
         )
         return [
             gr.update(value=notice(sentence, "error") if reason else "", visible=bool(reason)),

@@ -27,7 +27,7 @@ from fidelora.server.page.pictures import ImageId
 from fidelora.server.page.visitor import visitor
 
 _LOOK_S = 0.2
-"""Seconds between two looks for requests that were sent meanwhile."""
+"""Seconds between two checks for requests that were sent meanwhile."""
 _JOB_ID = re.compile("[0-9a-f]{32}")
 _T = TypeVar("_T")
 
