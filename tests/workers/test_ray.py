@@ -150,11 +150,11 @@ def test_ray_runs_the_workers_and_loses_no_job(cluster, store, postgres, tmp_pat
 
     # The launcher is killed: the workers continue, and another launcher takes them over.
     until(lambda: len(actors()) == 2)
-    before = actors().keys()
+    taken_over = actors().keys()
     cluster.stop(launcher, kill=True)
     launcher = cluster.start(*options)
     until(lambda: all_succeeded(store, long))
-    assert actors().keys() <= before
+    assert actors().keys() <= taken_over
 
     # A raylet is killed under its jobs: Ray starts its actors on the other one.
     victim = only_actor()

@@ -36,6 +36,7 @@ log = structlog.get_logger(__name__)
 JOBS_PER_WORKER = 4
 """Queued and running jobs for each worker, as in the ScaledObject of `deploy/kubernetes`."""
 _INTERVAL_S = 2.0  # time between two polls of the queue
+_PARENT_INTERVAL_S = 1.0  # time between two checks whether the raylet is alive
 _ANSWER_S = 5.0  # time in which an actor that has started answers
 _STOP_MARGIN_S = 30.0  # time that an actor may take beyond `stop_grace_s` before it is killed
 
@@ -51,7 +52,7 @@ class RayWorker:
         # Returns the jobs of a killed actor of this name to the queue.
         host = WorkerHost(settings, name)
         self._stop = threading.Event()
-        # A daemon, because Ray ends this process by itself if the raylet dies.
+        threading.Thread(target=_exit_with_parent, name="watches-raylet", daemon=True).start()
         self._thread = threading.Thread(
             target=self._run, args=(host,), name="runs-worker", daemon=True
         )
@@ -71,6 +72,17 @@ class RayWorker:
         """Finish the running job, or return it to the queue, and end the worker process."""
         self._stop.set()
         self._thread.join()
+
+
+def _exit_with_parent() -> None:
+    """End this process when its raylet is killed, because Ray starts the actor elsewhere then.
+
+    The worker process notices the end of this one, and returns its job to the queue.
+    """
+    raylet = os.getppid()
+    while os.getppid() == raylet:
+        time.sleep(_PARENT_INTERVAL_S)
+    os._exit(1)
 
 
 _ACTOR = ray.remote(RayWorker)
