@@ -111,6 +111,41 @@ def test_a_job_is_stored_as_it_was_added(store):
     assert (added.status, added.attempts, added.version) == (Status.IN_QUEUE, 0, 1)
 
 
+def device_job(kind: str, *adapters: str) -> Job:
+    return replace(job(*adapters), device_kind=kind)
+
+
+def test_jobs_for_another_kind_of_device_are_left(store):
+    """They do not delay the others, not even at the head of the queue."""
+    cuda, anywhere, cpu = (store.add(device_job(kind, A)) for kind in ("cuda", "", "cpu"))
+    assert store.get(cuda.id).device_kind == "cuda"
+
+    def claim(kind: str, **options: Any) -> Any:
+        return store.claim("worker", NOW, LEASE_S, device_kind=kind, **options)
+
+    for options in ({}, {"loaded": [A]}, {"merged": [A]}, {"matches": lambda _: True}):
+        first = claim("cpu", **options)
+        assert first is not None
+        assert first.id == anywhere.id
+        store.release(first.id, first.epoch, NOW)
+    assert [one.id for one in iter(lambda: claim("mps"), None)] == [anywhere.id]
+    assert [one.id for one in iter(lambda: claim("cpu"), None)] == [cpu.id]
+    assert claim("") is None
+    assert [one.id for one in iter(lambda: claim("cuda"), None)] == [cuda.id]
+
+
+def test_a_retry_stays_with_its_kind_of_device(store):
+    store.add(device_job("cuda"))
+    first = store.claim("worker", NOW, LEASE_S, device_kind="cuda")
+    assert first is not None
+    store.abandon(first.id, first.epoch, "of a test", NOW)
+    for _ in range(20):  # claims, after which the retry is due
+        assert store.claim("worker", later(600), LEASE_S, device_kind="cpu") is None
+    again = store.claim("worker", later(600), LEASE_S, device_kind="cuda")
+    assert again is not None
+    assert again.id == first.id
+
+
 def test_an_unknown_job_raises(store):
     with pytest.raises(JobNotFoundError):
         store.get("0" * 32)

@@ -261,6 +261,21 @@ def test_the_trigger_word_of_the_lora_is_reported(client, worker):
     assert "notes" not in client.post("/v1/inference", json=MINIMAL).json()
 
 
+def test_a_request_can_name_the_kind_of_device(context, client):
+    request = MINIMAL | {"device": "cuda"}
+    assert "notes" not in client.post("/v1/inference", json=request).json()  # no worker is known
+    context.store.report_worker(WorkerState("w", "cpu"))
+    answer = client.post("/v1/inference", json=request).json()
+    assert answer["notes"] == [
+        "No worker has a device of the kind cuda at the moment (there are cpu), so the request "
+        "waits for one."
+    ]
+    assert context.store.get(answer["request_id"]).device_kind == "cuda"
+    assert context.store.claim("w", None, 60, device_kind="cpu") is None
+    refused = client.post("/v1/inference", json=MINIMAL | {"device": "tpu"})
+    assert refused.status_code == 422
+
+
 def test_defaults_seeds_and_the_trigger_of_a_prompt(client, context):
     prompts = [
         {"prompt": "[trigger]"},

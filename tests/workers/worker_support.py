@@ -118,6 +118,7 @@ class FakeEngine:
 
     def __init__(self, most: int = 4, adapters: AdapterLibrary | None = None) -> None:
         self.adapters = adapters or AdapterLibrary()
+        self.device_kind = "cpu"
         self.most = most
         self.batches: list[str] = []
         self.steps: list[int] = []

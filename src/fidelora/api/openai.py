@@ -179,6 +179,7 @@ class ImagesRequest(RequestBody):
             hf_token=self.hf_token,
             output_format=self.format,
             match=None,
+            device=None,
             fidelity=self.fidelity,
         )
 

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
 
-from fidelora.api.requests import OutputFormat, RequestBody
+from fidelora.api.requests import ABOUT_DEVICE, DeviceKind, OutputFormat, RequestBody
 from fidelora.api.responses import Accepted, accepted
 from fidelora.images.parameter_pairs import Ignored
 from fidelora.jobs.job import Job
@@ -21,6 +21,9 @@ class ReplayChoices(RequestBody):
         description="By default the image's format. If no image is sent, png, or mp4 for a video.",
     )
     fidelity: Fidelity | None = None
+    device: DeviceKind | None = Field(
+        None, description="Kind of device that makes the image; by default any. " + ABOUT_DEVICE
+    )
     emphasis: bool | None = Field(
         None,
         description="True: weight words in brackets, in images of AUTOMATIC1111's web UI.",

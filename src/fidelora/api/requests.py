@@ -18,7 +18,11 @@ MAX_LORAS = 64
 Multiplier = Annotated[float, Field(ge=-MAX_MULTIPLIER, le=MAX_MULTIPLIER, allow_inf_nan=False)]
 ImageFormat = Literal["png", "jpeg", "webp"]
 OutputFormat = Literal["png", "jpeg", "webp", "mp4"]
-
+DeviceKind = Literal["cpu", "cuda", "mps"]
+ABOUT_DEVICE = (
+    "Each kind rounds in its own way, so the same bits need the same kind. The request waits for a "
+    "worker with such a device."
+)
 
 _ABOUT_TRIGGER = (
     "Replaces [trigger] in prompts. Null uses the trigger word in the LoRA's metadata, which the "
@@ -126,6 +130,9 @@ class InferenceRequest(RequestBody):
     output_format: OutputFormat | None = Field(
         None,
         description="By default png for images and mp4 for videos, or webp if a request has both.",
+    )
+    device: DeviceKind | None = Field(
+        None, description="Kind of device that makes the images; by default any. " + ABOUT_DEVICE
     )
     fidelity: Fidelity | None = Field(
         None,

@@ -74,6 +74,7 @@ class AsyncClient:
         output_format: str = "png",
         fidelity: str | None = None,
         match: str | None = None,
+        device: str | None = None,
         hf_token: str | None = None,
         idempotency_key: str | None = None,
         **each: Any,
@@ -85,6 +86,7 @@ class AsyncClient:
             "output_format": output_format,
             "fidelity": fidelity,
             "match": match,
+            "device": device,
             "hf_token": hf_token,
         }
         return await self._run(self._flows.submit(prompts, loras, fields, each, idempotency_key))
@@ -109,12 +111,18 @@ class AsyncClient:
         image: str | Path | bytes | Recipe,
         *,
         fidelity: str | None = None,
+        device: str | None = None,
         base_model: str | None = None,
         output_format: str | None = None,
         idempotency_key: str | None = None,
     ) -> ReplayAccepted:
         """Queue a request that makes an image again. See `Client.replay`."""
-        choices = {"fidelity": fidelity, "base_model": base_model, "output_format": output_format}
+        choices = {
+            "fidelity": fidelity,
+            "device": device,
+            "base_model": base_model,
+            "output_format": output_format,
+        }
         return await self._run(self._flows.replay(image, choices, idempotency_key))
 
     async def explain(

@@ -83,6 +83,7 @@ class Client:
         output_format: str = "png",
         fidelity: str | None = None,
         match: str | None = None,
+        device: str | None = None,
         hf_token: str | None = None,
         idempotency_key: str | None = None,
         **each: Any,
@@ -95,6 +96,7 @@ class Client:
             fidelity: `exact` or `fast`; by default the server's setting.
             match: `trainer` for the sizes and the default number of steps of AI Toolkit's samples,
                 instead of the server's.
+            device: `cpu`, `cuda` or `mps`: only a worker with such a device makes the images.
             idempotency_key: a repeated call with the same key returns the same request.
             each: fields for every prompt that does not set them: `width`, `height`, `seed`, `neg`,
                 `sampler`, `sample_steps`, ...
@@ -110,6 +112,7 @@ class Client:
             "output_format": output_format,
             "fidelity": fidelity,
             "match": match,
+            "device": device,
             "hf_token": hf_token,
         }
         return self._run(self._flows.submit(prompts, loras, fields, each, idempotency_key))
@@ -139,6 +142,7 @@ class Client:
         image: str | Path | bytes | Recipe,
         *,
         fidelity: str | None = None,
+        device: str | None = None,
         base_model: str | None = None,
         output_format: str | None = None,
         idempotency_key: str | None = None,
@@ -150,6 +154,7 @@ class Client:
         Args:
             image: an image's path, its bytes, or a recipe.
             fidelity: `exact` or `fast`, instead of the recipe's.
+            device: `cpu`, `cuda` or `mps`: only a worker with such a device makes the image.
             base_model: `server` for the server's base model, even if the image used another one.
             output_format: by default the format of the image.
             idempotency_key: a repeated call with the same key returns the same request.
@@ -159,7 +164,12 @@ class Client:
                 `IMAGE_WITHOUT_RECIPE`.
             ImageRecordError: the file cannot be read.
         """
-        choices = {"fidelity": fidelity, "base_model": base_model, "output_format": output_format}
+        choices = {
+            "fidelity": fidelity,
+            "device": device,
+            "base_model": base_model,
+            "output_format": output_format,
+        }
         return self._run(self._flows.replay(image, choices, idempotency_key))
 
     def explain(

@@ -98,6 +98,7 @@ class Engine:
         hashes: ContentHashes | None = None,
     ) -> None:
         self.device = resolve_device(device)
+        self.device_kind = self.device.type
         if offload not in get_args(Offload):
             raise DeviceError(
                 f"The offload mode {offload!r} does not exist; use none, model or sequential."

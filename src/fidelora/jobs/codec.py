@@ -33,6 +33,7 @@ def document_of(job: Job) -> dict[str, Any]:
         "image_quality": job.image_quality,
         "notes": job.notes,
         "owner": job.owner,
+        "device_kind": job.device_kind,
     }
 
 
@@ -52,6 +53,7 @@ def job_of_document(plain: Mapping[str, Any]) -> Job:
         image_quality=plain.get("image_quality"),  # absent in jobs stored by older versions
         notes=tuple(plain.get("notes", ())),  # absent in jobs stored by older versions
         owner=plain.get("owner", ""),  # absent in jobs stored by older versions
+        device_kind=plain.get("device_kind", ""),  # absent in jobs stored by older versions
     )
 
 

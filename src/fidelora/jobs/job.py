@@ -121,6 +121,8 @@ class Job:
         notes: sentences about values that the server chose, such as a LoRA's own trigger word.
         owner: id of the API key that submitted the job; empty on a server without keys, and for
             jobs of versions that did not store it.
+        device_kind: only workers with a device of this kind (`cpu`, `cuda`, ...) claim the job,
+            because each kind rounds in its own way; empty for all workers.
         version: number of the last change; also the id of its event.
     """
 
@@ -144,6 +146,7 @@ class Job:
     timings: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     owner: str = ""
+    device_kind: str = ""
     version: int = 1
 
     @property
@@ -160,6 +163,7 @@ def new_job(
     image_quality: int | None = None,
     notes: tuple[str, ...] = (),
     owner: str = "",
+    device_kind: str = "",
 ) -> Job:
     """Return a queued job for these images.
 
@@ -177,6 +181,7 @@ def new_job(
         image_quality=image_quality,
         notes=notes,
         owner=owner,
+        device_kind=device_kind,
     )
 
 

@@ -130,6 +130,7 @@ class MemoryStore(StoreByTransition):
         merged: Collection[str] = (),
         matches: Callable[[Job], bool] | None = None,
         hold_s: float = 0.0,
+        device_kind: str = "",
     ) -> Job | None:
         at = now or datetime.now(UTC)
         with self._lock:
@@ -139,9 +140,13 @@ class MemoryStore(StoreByTransition):
                 recent = hold_s > 0 and self._places[job.id][2] > at - timedelta(seconds=hold_s)
                 return recent and bool(job.adapters) and any(_holds(home, job) for home in homes)
 
+            fresh, retries = (
+                [one for one in queued if one.job.device_kind in ("", device_kind)]
+                for queued in (self._fresh(), self._retries())
+            )
             job = choose(
-                self._fresh(),
-                [one for one in self._retries() if transitions.is_due(one.job, at)],
+                fresh,
+                [one for one in retries if transitions.is_due(one.job, at)],
                 self._claims,
                 loaded,
                 merged=merged,

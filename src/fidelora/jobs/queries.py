@@ -106,7 +106,8 @@ class Queries:
         count_workers: number of live workers.
         places: values from which the place of a new job is computed.
         count_before: number of queued jobs before a job with the given turn.
-        is_readable: condition for jobs that this process can read.
+        is_readable: condition for jobs that this process can read. Claims take the parameter
+            `device_kind`, and leave jobs for other kinds of devices in the queue.
         read_jobs: the readable jobs with the given ids.
         read_running: the readable jobs of workers whose names begin with a prefix.
         get: one job, and `now_s`.
@@ -175,8 +176,15 @@ class Queries:
             sa.func.substr(JOBS.c.worker, 1, sa.bindparam("length", type_=sa.Integer))
             == sa.bindparam("prefix", type_=sa.String),
         )
-        fresh = sa.and_(_is_fresh, is_readable)
-        retried = sa.and_(_is_retry, is_readable)
+        is_claimable = sa.and_(
+            is_readable,
+            sa.or_(
+                JOBS.c.device_kind == sa.literal_column("''"),
+                JOBS.c.device_kind == sa.bindparam("device_kind", "", type_=sa.String),
+            ),
+        )
+        fresh = sa.and_(_is_fresh, is_claimable)
+        retried = sa.and_(_is_retry, is_claimable)
         head = (
             sa.select(JOBS.c.seq)
             .where(fresh)
@@ -188,10 +196,10 @@ class Queries:
         due_head = _one(fresh, JOBS.c.seq == head, is_due)
         merged_key = sa.bindparam("merged", type_=sa.String)
         if is_postgresql:
-            by_adapters = sa.and_(_is_fresh_by_adapters, is_readable)
+            by_adapters = sa.and_(_is_fresh_by_adapters, is_claimable)
             merged, loaded = (
                 _first_with(by_adapters, merged_key),
-                _first_loaded(by_adapters, sa.and_(_is_fresh_by_number, is_readable)),
+                _first_loaded(by_adapters, sa.and_(_is_fresh_by_number, is_claimable)),
             )
         else:
             merged = _one(fresh, JOBS.c.adapters == merged_key)
@@ -218,10 +226,12 @@ class Queries:
             JOBS.c.seq == sa.func.coalesce(due_retry, due_head)
         )
         self.claim_one = sa.select(*JOB_COLUMNS, now).where(
-            JOBS.c.seq == _one(_in_queue, is_readable, JOBS.c.seq == sa.bindparam("seq"))
+            JOBS.c.seq == _one(_in_queue, is_claimable, JOBS.c.seq == sa.bindparam("seq"))
         )
-        self.candidates = _fresh_jobs.where(is_readable).limit(CLAIM_WINDOW)
-        self.retry_candidates = _retried_jobs.where(is_readable, pause_is_over).limit(_RETRY_WINDOW)
+        self.candidates = _fresh_jobs.where(is_claimable).limit(CLAIM_WINDOW)
+        self.retry_candidates = _retried_jobs.where(is_claimable, pause_is_over).limit(
+            _RETRY_WINDOW
+        )
         lost = sa.exists().where(
             WORKERS.c.name == JOBS.c.worker,
             WORKERS.c.reported_at_s <= self.now_s - sa.bindparam("lost_s", type_=sa.Float),

@@ -56,6 +56,7 @@ JOBS = sa.table(
     sa.column("idempotency_key", sa.String),
     sa.column("body_sha256", sa.String),
     sa.column("adapters", sa.String),
+    sa.column("device_kind", sa.String),
     sa.column("turn", sa.Integer),
     sa.column("due", sa.BigInteger),
     sa.column("queued_at_s", sa.Float),

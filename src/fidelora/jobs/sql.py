@@ -119,6 +119,7 @@ class SqlStore(StoreByTransition):
                     "document": document_text(job),
                     "document_format": self._document_format,
                     "adapters": adapter_key(job.adapters),
+                    "device_kind": job.device_kind,
                     "idempotency_key": submission and submission.key,
                     "body_sha256": submission and submission.body_sha256,
                 }
@@ -232,10 +233,11 @@ class SqlStore(StoreByTransition):
         merged: Collection[str] = (),
         matches: Callable[[Job], bool] | None = None,
         hold_s: float = 0.0,
+        device_kind: str = "",
     ) -> Job | None:
         with self._database.writing() as connection:
             if matches is not None:
-                row = self._first_match(connection, matches, now)
+                row = self._first_match(connection, matches, device_kind, now)
                 is_counted = False
             else:
                 given = self._database.now(now) | {
@@ -243,6 +245,7 @@ class SqlStore(StoreByTransition):
                     "loaded": sorted(loaded),
                     "merged": adapter_key(merged) or None,
                     "hold_s": hold_s,
+                    "device_kind": device_kind,
                 }
                 row = connection.execute(self._queries.claim, given).first()
                 is_counted = not self._database.is_sqlite
@@ -254,10 +257,14 @@ class SqlStore(StoreByTransition):
             return self._put(connection, job, transitions.claimed(job, worker, at, lease_s), at)
 
     def _first_match(
-        self, connection: sa.Connection, matches: Callable[[Job], bool], now: datetime | None
+        self,
+        connection: sa.Connection,
+        matches: Callable[[Job], bool],
+        device_kind: str,
+        now: datetime | None,
     ) -> Any:
         """Lock and return the row of the first job that matches; None if another job is due."""
-        given = self._database.now(now)
+        given = self._database.now(now) | {"device_kind": device_kind}
         due = connection.execute(self._queries.claim_due, given).first()
         if due is not None:
             return due if matches(job_of(due)) else None

@@ -176,6 +176,7 @@ class JobStore(Protocol):
         merged: Collection[str] = (),
         matches: Callable[[Job], bool] | None = None,
         hold_s: float = 0.0,
+        device_kind: str = "",
     ) -> Job | None:
         """Claim the next job for a worker, or return None. Two workers never claim the same job.
 
@@ -198,6 +199,8 @@ class JobStore(Protocol):
                 regardless of loaded adapters, unless another job is due. Must not call the store.
             hold_s: seconds after its arrival during which a job is left for another live worker
                 that has its adapters loaded. Applies to the fourth preference only.
+            device_kind: kind of the worker's device. Jobs for another kind are left in the queue,
+                and the others are claimed as if these were not there.
         """
         ...
 

@@ -23,6 +23,7 @@ from starlette.requests import Request
 
 from fidelora.adapters.tensor_names import noise_of_file
 from fidelora.api import InferenceRequest, LoraItem, notes_on, output_format_of, recipes_of
+from fidelora.api.requests import DeviceKind
 from fidelora.errors import RequestCanceledError, RequestFailedError
 from fidelora.families import get_family
 from fidelora.jobs.job import Job, Status, new_job
@@ -30,6 +31,7 @@ from fidelora.jobs.store import Submission
 from fidelora.recipe import AdapterRef, Noise, Recipe
 from fidelora.server.access import Caller
 from fidelora.server.context import ServerContext
+from fidelora.texts import listed
 
 _DISCONNECT_INTERVAL_S = 0.5
 """Seconds between two checks whether a client that waits for its images has disconnected."""
@@ -70,7 +72,9 @@ async def submit(
     recipes = await run_in_threadpool(build_recipes, context, request, adapters)
     notes = await run_in_threadpool(notes_on, request, adapters, recipes)
     image_format = output_format_of(request.output_format, recipes)
-    return await enqueue(context, caller, recipes, image_format, image_quality, submission, notes)
+    return await enqueue(
+        context, caller, recipes, image_format, image_quality, submission, notes, request.device
+    )
 
 
 async def resolve_adapters(
@@ -119,6 +123,7 @@ async def enqueue(
     image_quality: int | None = None,
     submission: Submission | None = None,
     notes: tuple[str, ...] = (),
+    device: DeviceKind | None = None,
 ) -> Job:
     """Store and return a job for these recipes, or return the earlier job of the same submission.
 
@@ -127,6 +132,7 @@ async def enqueue(
 
     Args:
         notes: sentences for the client about values that the server chose.
+        device: kind of device that makes the images; None for any.
 
     Raises:
         RequestError: an image is too large, or the images take too long.
@@ -135,6 +141,8 @@ async def enqueue(
         IdempotencyConflictError: the idempotency key was used for another request.
     """
     context.limits.check(recipes)
+    if device is not None:
+        notes += await run_in_threadpool(_notes_on_device, context, device)
     job = new_job(
         recipes,
         utc_now(),
@@ -142,10 +150,22 @@ async def enqueue(
         image_quality=image_quality,
         notes=notes,
         owner=caller.owner,
+        device_kind=device or "",
     )
     stored = await run_in_threadpool(_store_and_wake_workers, context, job, submission)
     structlog.contextvars.bind_contextvars(request_id=stored.id)
     return stored
+
+
+def _notes_on_device(context: ServerContext, device: DeviceKind) -> tuple[str, ...]:
+    """Return a sentence if no live worker has a device of this kind."""
+    kinds = {worker.device.partition(":")[0] for worker in context.store.workers()}
+    if not kinds or device in kinds:
+        return ()
+    return (
+        f"No worker has a device of the kind {device} at the moment "
+        f"(there are {listed(sorted(kinds))}), so the request waits for one.",
+    )
 
 
 def _store_and_wake_workers(context: ServerContext, job: Job, submission: Submission | None) -> Job:

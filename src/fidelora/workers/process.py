@@ -283,7 +283,7 @@ def _make_worker(
     if setup.warm is not None:
         engine.load(setup.warm)
     store = SqlStore(setup.store_url)
-    presence = Presence(store, name, setup.device, fidelora.__version__)
+    presence = Presence(store, name, str(engine.device), fidelora.__version__)
     worker = Worker(
         name,
         store,

@@ -102,6 +102,7 @@ class Worker:
         self._prefetcher = AdapterPrefetcher(engine.adapters)
         self._presence = presence
         self._hold_s = 0.0
+        self._device_kind = engine.device_kind
 
     def run_next(self) -> Job | None:
         """Claim the next job and others that can share its batch, run them and store the results.
@@ -137,6 +138,7 @@ class Worker:
             loaded,
             merged=merged,
             hold_s=self._hold_s,
+            device_kind=self._device_kind,
         )
         claim_s: float | None = time.perf_counter() - began
         if self._presence is not None:
@@ -238,6 +240,7 @@ class Worker:
                 self._now(),
                 self._claim_lease_s,
                 matches=partial(fits_batch, recipe, room),
+                device_kind=self._device_kind,
             )
             if job is not None:
                 attempts.append(self._begin(job))

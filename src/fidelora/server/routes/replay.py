@@ -106,7 +106,15 @@ async def replay(
         plan = await _plan_from_parameters(origin.parameters, choices, context, caller)
     image_format = output_format_of(choices.output_format or origin.format or None, (plan.recipe,))
     quality = origin.quality if image_format == origin.format else None
-    job = await enqueue(context, caller, (plan.recipe,), image_format, quality, submission)
+    job = await enqueue(
+        context,
+        caller,
+        (plan.recipe,),
+        image_format,
+        quality,
+        submission,
+        device=choices.device,
+    )
     return replay_accepted(
         job,
         context.base_url,
