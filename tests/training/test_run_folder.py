@@ -267,7 +267,7 @@ def test_a_missing_folder_is_rejected(tmp_path):
 
 def test_a_file_is_rejected(tmp_path):
     (tmp_path / "config.yaml").write_text("")
-    with pytest.raises(TrainingRunError, match=r"The folder .*config\.yaml does not exist"):
+    with pytest.raises(TrainingRunError, match=r"config\.yaml is a file; set the output folder"):
         read_run(tmp_path / "config.yaml")
 
 
