@@ -167,7 +167,9 @@ def test_ray_runs_the_workers_and_loses_no_job(cluster, store, postgres, tmp_pat
     # A launcher with other settings replaces the workers.
     cluster.stop(launcher, kill=True)
     names = {name_of(worker.name) for worker in store.workers()}
-    launcher = cluster.start(*options, "--debug")
+    other = tmp_path / "other"
+    other.mkdir()
+    launcher = cluster.start(*options, "--adapters", str(other))
     until(lambda: {name_of(worker.name) for worker in store.workers()} - names)
 
     assert cluster.stop(launcher) == 0
