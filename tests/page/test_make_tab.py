@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from playwright.sync_api import expect
+from playwright.sync_api import Request, Route, expect
 from tests.page.browser_support import HOSTILE, copy_lora, pixels
 from tests.server.serve_support import Server
 from tests.support import MINIATURE_LORA
@@ -252,24 +252,31 @@ def test_a_reload_keeps_the_images_and_the_running_job(visitor):
     ]
 
 
-@pytest.mark.xfail(reason="the prompt was empty in two runs on busy machines", strict=False)
 def test_a_reload_keeps_the_form(visitor):
+    """Also changes that are made while an earlier change is being stored."""
+    held: list[Route] = []  # calls that store the form
+
+    def hold(route: Route) -> None:
+        stores = '"sd15","ddpm",25' in (route.request.post_data or "")
+        held.append(route) if stores else route.continue_()
+
+    def has_all(request: Request) -> bool:
+        values = request.post_data or ""
+        return all(one in values for one in ('"sks.safetensors"', '"a blue [trigger]"', ",72,"))
+
+    visitor.page.route("**/run/predict", hold)
     visitor.choose("loras", "sks.safetensors")
     for name, value in {"prompt": "a blue [trigger]", "seed": "", "width": "72"}.items():
         visitor.field(name).fill(value)
-    expect(visitor["preset"].locator("input")).to_have_value("Custom")
     visitor.field("height").focus()
-    # The stored form is encrypted, and each change is stored by itself: wait for the last one.
-    visitor.page.wait_for_function(
-        """() => {
-            const stored = localStorage['fidelora-form'], now = performance.now();
-            if (stored !== window.lastStored) {
-                window.lastStored = stored;
-                window.storedAt = now;
-            }
-            return stored?.length > 100 && now - window.storedAt > 5000;
-        }"""
-    )
+    expect(visitor["preset"].locator("input")).to_have_value("Custom")
+    assert len(held) == 1, "the first change is still being stored"
+    with visitor.page.expect_request(has_all):
+        held[0].continue_()
+    visitor.page.wait_for_function("localStorage['fidelora-form']?.length > 100")
+    first = visitor.page.evaluate("localStorage['fidelora-form']")
+    held[1].continue_()
+    visitor.page.wait_for_function("first => localStorage['fidelora-form'] !== first", arg=first)
     visitor.open()
     expect(visitor.field("prompt")).to_have_value("a blue [trigger]")
     expect(visitor.field("width")).to_have_value("72")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 KEY_VARIABLE = "VERIFY_API_KEY"
 _SENTENCES = {
     "identical": "Every pixel of every sample is the same.",
-    "rounding": "The differences are no larger than those of float32 on another processor.",
+    "rounding": "The differences are as small as those of float32 on another processor.",
     "expected": "The server makes the expected pictures, within the tolerance.",
     "mismatch": "At least one picture is not the expected one.",
 }

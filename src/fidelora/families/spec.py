@@ -115,7 +115,7 @@ class Part:
             compute equal shares of its output rows, in order; a repeated name stands for several
             shares. None if there are none.
         fused_names: maps names of modules in the original code to the paths of the modules that
-            share their output rows, in order; None if there are no such names.
+            share their output rows, in order; None if the family lacks such names.
         ignored_weights: suffixes of weights that files may contain but the part does not use.
         ignored_prefixes: prefixes of such weights.
         config: values that replace those of the file, because the trainer's library behaved

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,3 +64,8 @@ def split_rows(value: Tensor, rows: Sequence[int], key: str, name: str) -> tuple
             "folder with its configurations as config."
         )
     return tuple(piece.contiguous() for piece in torch.split(value, list(rows)))
+
+
+def convert_decoder(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the weights of a separate VAE, which have diffusers' names already."""
+    return dict(weights)

@@ -56,7 +56,7 @@ class Origin:
     """Origin of an image: Fidelora's recipe or the parameters of another program.
 
     Attributes:
-        format: png, jpeg, webp or mp4; empty if there is no file.
+        format: png, jpeg, webp or mp4; empty without a file.
         width, height: size of the image in pixels.
         recipe: complete recipe if Fidelora made the image; its adapters have a sha256 but no path.
         environment: versions and device, which can affect the last bits; empty without a recipe.

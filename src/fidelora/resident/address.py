@@ -1,4 +1,4 @@
-"""Where a resident engine listens. Does not import torch.
+"""Address of a resident engine. Does not import torch.
 
 The name of the socket is a hash of everything that an image could depend on outside its recipe:
 versions, program code, environment variables and processor cores. A command therefore finds only an

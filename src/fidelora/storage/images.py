@@ -1,4 +1,4 @@
-"""Where the images of jobs are kept: a folder, or a bucket."""
+"""Storage for the images of jobs: a folder, or a bucket."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PREFIX = "outputs"
 
 
 class ImageStore(Protocol):
-    """Files of images. A location is the absolute path or the s3:// URL of a file.
+    """Storage for files of images. A location is the absolute path or the s3:// URL of a file.
 
     All methods raise `StorageError` if the folder or the object store cannot be used.
     """

@@ -334,7 +334,7 @@ class ImageFiles:
     """Image files of one job, encoded and written on another thread while the next image is made.
 
     Args:
-        images: where to keep them; files are named `{job}_output_{index}` with their format's
+        images: storage for them; files are named `{job}_output_{index}` with their format's
             suffix.
         executor: an executor with one thread, so that files are written in order.
     """

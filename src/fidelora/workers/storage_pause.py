@@ -17,7 +17,7 @@ class StoragePause:
     """Keeps a worker from claiming jobs while images cannot be stored.
 
     Args:
-        images: where images are kept.
+        images: storage for the images.
         on_change: called with the reason when a pause begins, and with an empty reason when it
             ends.
         monotonic: clock.

@@ -58,7 +58,7 @@ class Worker:
 
     Args:
         name: name of the worker, stored in its current job.
-        outputs: where images are kept, named `{job}_output_{index}` with their format's suffix.
+        outputs: storage for the images, named `{job}_output_{index}` with their format's suffix.
         on_end: called after each attempt.
         on_pause: called with the reason when the worker pauses because it cannot write images, and
             with an empty reason when it continues.

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fidelora.families.spec import Family
+from fidelora.families.transformer_file import convert_decoder as convert_decoder
 from fidelora.families.transformer_file import transformer_weights
 
 _MARK = "distilled_guidance_layer."
@@ -34,8 +35,3 @@ def split(
     blocks = ("double_blocks.", "single_blocks.", _MARK)
     own = transformer_weights(weights, family, name, blocks=blocks)
     return {family.part("denoiser").name: own}
-
-
-def convert_decoder(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the weights of a VAE, which have diffusers' names already."""
-    return dict(weights)

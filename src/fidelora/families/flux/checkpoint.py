@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fidelora.families.flux.names import fused_names, original_names
 from fidelora.families.spec import Family
+from fidelora.families.transformer_file import convert_decoder as convert_decoder
 from fidelora.families.transformer_file import split_rows, transformer_weights
 
 _OTHER_FAMILIES = ("distilled_guidance_layer.", "double_stream_modulation_img.")
@@ -52,11 +53,6 @@ def split(
     blocks = ("double_blocks.", "single_blocks.")
     own = transformer_weights(weights, family, name, blocks=blocks, foreign=_OTHER_FAMILIES)
     return {part: _converted(own, configs[part], name)}
-
-
-def convert_decoder(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the weights of a VAE, which have diffusers' names already."""
-    return dict(weights)
 
 
 def _converted(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fidelora.families.lumina2.names import fused_names, original_names
 from fidelora.families.spec import Family
+from fidelora.families.transformer_file import convert_decoder as convert_decoder
 from fidelora.families.transformer_file import split_rows, transformer_weights
 
 _BLOCK = re.compile(r"(layers|noise_refiner|context_refiner)\.(\d+)\.(.+)")
@@ -63,11 +64,6 @@ def split(
         else:
             found[_norm(key)] = value
     return {part: found}
-
-
-def convert_decoder(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the weights of a VAE, which have diffusers' names already."""
-    return dict(weights)
 
 
 def _paths(config: Mapping[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fidelora.families.spec import Family
+from fidelora.families.transformer_file import convert_decoder as convert_decoder
 from fidelora.families.transformer_file import transformer_weights
 
 
@@ -31,8 +32,3 @@ def split(
     blocks = ("transformer_blocks.", "txt_norm.", "img_in.")
     own = transformer_weights(weights, family, name, blocks=blocks)
     return {family.part("denoiser").name: own}
-
-
-def convert_decoder(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the weights of a VAE, which have diffusers' names already."""
-    return dict(weights)

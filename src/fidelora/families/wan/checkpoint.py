@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fidelora.errors import BaseModelFilesError
 from fidelora.families.spec import Family
+from fidelora.families.transformer_file import convert_decoder as convert_decoder
 from fidelora.families.transformer_file import transformer_weights
 from fidelora.families.wan.names import original_names
 
@@ -83,11 +84,6 @@ def split(
         else:
             found[_diffusers_name(key)] = value
     return {parts[0]: found}
-
-
-def convert_decoder(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the weights of a VAE, which have diffusers' names already."""
-    return dict(weights)
 
 
 def _diffusers_name(key: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fidelora.families.spec import Family
+from fidelora.families.transformer_file import convert_decoder as convert_decoder
 from fidelora.families.transformer_file import split_rows, transformer_weights
 
 _FUSED = ".attention.qkv."
@@ -49,11 +50,6 @@ def split(
         else:
             found[_renamed(key)] = value
     return {family.part("denoiser").name: found}
-
-
-def convert_decoder(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the weights of a VAE, which have diffusers' names already."""
-    return dict(weights)
 
 
 def _renamed(key: str) -> str:

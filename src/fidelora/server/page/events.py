@@ -7,9 +7,14 @@ from typing import Any
 IMMEDIATE: dict[str, Any] = {
     "show_progress": "hidden",
     "queue": False,
+    "trigger_mode": "always_last",
     "api_visibility": "private",
 }
-"""Options for handlers that return immediately."""
+"""Options for handlers that return immediately.
+
+If an event occurs while its handler runs, the handler runs once more afterwards, with the values of
+that time. By default, Gradio drops such events, so the last of several quick changes would be lost.
+"""
 
 STREAMING: dict[str, Any] = {
     "show_progress": "hidden",

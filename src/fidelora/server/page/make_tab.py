@@ -104,8 +104,7 @@ class MakeTab:
             for_visitor(self._generate),
             [session, prompts.stored_history, *form.inputs],
             outputs,
-            **IMMEDIATE,
-            **repeated,
+            **IMMEDIATE | repeated,
         ).then(for_visitor(self._follow), session, outputs, **STREAMING, **repeated)
         for button, cancel in (
             (prompts.cancel, self._queue.cancel),
@@ -116,8 +115,7 @@ class MakeTab:
             for_visitor(self._queue.cancel_one),
             [session, prompts.cancel_one],
             None,
-            **IMMEDIATE,
-            **repeated,
+            **IMMEDIATE | repeated,
         )
         prompts.history.input(
             self._use_prompt,
