@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -37,6 +38,16 @@ def until(condition: Callable[[], Any], deadline_s: float = DEADLINE_S) -> Any:
         assert time.monotonic() < end, f"the condition was not met within {deadline_s:g} s"
         pause.wait(0.02)
     return value
+
+
+def terminate_repeatedly(process: subprocess.Popen[Any]) -> int:
+    """Send SIGTERM until the process ends, as some supervisors do; returns the exit code."""
+    deadline = time.monotonic() + DEADLINE_S
+    while time.monotonic() < deadline:
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(0.005)
+    raise AssertionError("the process has not ended")
 
 
 class Server:
@@ -133,6 +144,10 @@ class Server:
         """Send SIGTERM; returns the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(DEADLINE_S)
+
+    def terminate_repeatedly(self) -> int:
+        """Send SIGTERM until the process ends; returns the exit code."""
+        return terminate_repeatedly(self.process)
 
     def kill(self) -> None:
         """Send SIGKILL, and nothing else."""

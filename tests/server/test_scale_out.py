@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tests.postgres import free_port
-from tests.server.serve_support import DEADLINE_S, Server, until
+from tests.server.serve_support import DEADLINE_S, Server, terminate_repeatedly, until
 from tests.support import LORA, TINY_BASE
 
 from fidelora import AdapterRef, Engine, Recipe
@@ -53,11 +53,6 @@ class WorkerHost:
         url = f"http://127.0.0.1:{self.port}{path}"
         with urllib.request.urlopen(url, timeout=DEADLINE_S) as answer:
             return str(answer.read().decode())
-
-    def stop(self) -> int:
-        """End the process after its current job, and return its exit code."""
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(DEADLINE_S)
 
     def close(self) -> None:
         if self.process.poll() is None:
@@ -136,8 +131,7 @@ def test_workers_on_other_machines_make_the_images(server, hosts, store, tmp_pat
     first, second = hosts
     for host in hosts:
         host.process.send_signal(signal.SIGTERM)
-        host.process.send_signal(signal.SIGTERM)
-    assert [first.stop(), second.stop()] == [0, 0]
+    assert [terminate_repeatedly(host.process) for host in (first, second)] == [0, 0]
     after = store.get(busy)
     assert (after.status.value, after.attempts, after.epoch) == ("in_queue", 0, before.epoch)
     assert store.workers() == ()

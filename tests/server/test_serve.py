@@ -189,7 +189,7 @@ def test_a_second_signal_ends_the_grace_period(start, data):
     until(lambda: server.status(long)["progress"])
     server.process.send_signal(signal.SIGINT)
     until(lambda: any(entry["event"] == "stopping" for entry in server.log))
-    assert server.terminate() == 0
+    assert server.terminate_repeatedly() == 0
     store = SqlStore(f"sqlite:///{data}/jobs.sqlite")
     assert (store.get(long).status.value, store.get(long).attempts) == ("in_queue", 0)
     store.close()

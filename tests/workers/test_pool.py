@@ -178,6 +178,17 @@ def test_a_stopped_pool_releases_its_job_without_an_attempt(pool, store, tmp_pat
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_repeated_signals_do_not_interrupt_the_release_of_a_job(pool, store):
+    pool.start()
+    until(lambda: pool.ready)
+    job = add(store, LONG)
+    until(lambda: store.get(job.id).progress is not None)
+    while processes := pool.process_ids:  # without a pause: the release takes milliseconds
+        os.kill(processes[0], signal.SIGTERM)
+    after = store.get(job.id)
+    assert (after.status, after.attempts) == (Status.IN_QUEUE, 0)
+
+
 def test_a_stopped_pool_lets_a_short_job_finish(pool, store):
     pool.start()
     until(lambda: pool.ready)

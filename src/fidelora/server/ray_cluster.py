@@ -28,6 +28,7 @@ from fidelora.jobs.job import Status
 from fidelora.jobs.sql import SqlStore
 from fidelora.jobs.store import WorkerState
 from fidelora.server.logs import configure_logs
+from fidelora.server.stop_signals import STOP_SIGNALS, ignore_stop_signals
 from fidelora.server.worker_host import WorkerHost
 from fidelora.settings import Settings
 
@@ -248,7 +249,7 @@ def run_on_ray(settings: Settings, address: str, scale: Scale, cpus: int | None)
             "`ray start` has run on this machine."
         ) from error
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):  # after `ray.init`, which sets its own handlers
+    for number in STOP_SIGNALS:  # after `ray.init`, which sets its own handlers
         signal.signal(number, lambda _signal, _frame: stop.set())
     launcher.adopt()
     log.info("launcher started", ray=address)
@@ -261,3 +262,4 @@ def run_on_ray(settings: Settings, address: str, scale: Scale, cpus: int | None)
     launcher.stop()
     ray.shutdown()
     log.info("stopped")
+    ignore_stop_signals()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 import socket
 import sys
 import uuid
@@ -24,6 +23,7 @@ from fidelora.server.defaults import server_defaults_of
 from fidelora.server.key_store import check_keys
 from fidelora.server.logs import configure_logs, is_text
 from fidelora.server.page.mount import Page
+from fidelora.server.stop_signals import STOP_SIGNALS, ignore_stop_signals
 from fidelora.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -57,6 +57,7 @@ def serve(settings: Settings) -> None:
         for model in settings.base_models:  # takes seconds for files that were never hashed
             log.info("base model", model=model, sha256=context.base_models.sha256(model))
         asyncio.run(_serve(context, listener, f"http://{host}:{port}"))
+        ignore_stop_signals()
         log.info("stopped")
 
 
@@ -70,7 +71,7 @@ async def _serve(context: ServerContext, listener: socket.socket, url: str) -> N
 
     # Before the application is made, which takes seconds: asyncio's own handler of SIGINT would
     # cancel the server in the middle of its startup.
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP_SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, request_stop)
     app = make_app(context, with_page=True)
     LimitedProtocol.max_connections = connection_limit()

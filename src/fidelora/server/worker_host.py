@@ -24,6 +24,7 @@ from fidelora.recipe import Recipe
 from fidelora.server.defaults import server_defaults_of
 from fidelora.server.logs import configure_logs
 from fidelora.server.metrics import Metrics
+from fidelora.server.stop_signals import STOP_SIGNALS, ignore_stop_signals
 from fidelora.server.worker_probes import WorkerProbes
 from fidelora.settings import Settings
 from fidelora.storage.bucket import Bucket
@@ -169,12 +170,13 @@ def run_workers(settings: Settings) -> None:
             host.pool.skip_grace_period()
         stop.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, request_stop)
     host.run(stop)
     if probes is not None:
         probes.close()
     log.info("stopped")
+    ignore_stop_signals()
 
 
 def _adapter_cache(settings: Settings) -> AdapterCache | None:

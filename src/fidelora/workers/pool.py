@@ -123,6 +123,9 @@ class WorkerPool:
         # Jobs of processes that were killed before they could release them.
         for job in self._running_jobs():
             self._abandon(job, "the server stopped")
+        for slot in self._slots:
+            if slot.name:  # else it has never been started
+                self._store.remove_worker(slot.name)  # unless the process has done so itself
 
     def skip_grace_period(self) -> None:
         """End the grace period of a running `stop`: the workers release their jobs now."""
