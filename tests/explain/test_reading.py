@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from tests.explain.other_programs import graph, infotext, png
 
 from fidelora import Recipe
+from fidelora.errors import ImageRecordError
+from fidelora.explain.picture import Picture
 from fidelora.explain.prompts import comfyui_spans
 from fidelora.explain.read_picture import read_picture
 from fidelora.explain.reading import Reading, UsedLora, stem
@@ -329,3 +333,11 @@ def test_comfyui_weights_round_brackets_only(prompt, expected):
     found = comfyui_spans(prompt)
     assert [text for text, _ in found] == [text for text, _ in expected]
     assert [weight for _, weight in found] == pytest.approx([weight for _, weight in expected])
+
+
+def test_an_animation_is_refused():
+    frames = [Image.new("RGB", (8, 8), (level, 0, 0)) for level in (0, 99, 200)]
+    file = io.BytesIO()
+    frames[0].save(file, "WEBP", save_all=True, append_images=frames[1:])
+    with pytest.raises(ImageRecordError, match=r"clip\.webp is an animation of 3 frames"):
+        Picture.read(file.getvalue(), "clip.webp")

@@ -33,10 +33,15 @@ class Picture:
         """Read a picture.
 
         Raises:
-            ImageRecordError: not an image.
+            ImageRecordError: not an image, or an animation.
         """
         try:
             with Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP")) as image:
+                if (frames := getattr(image, "n_frames", 1)) > 1:
+                    raise ImageRecordError(
+                        f"{name} is an animation of {frames} frames, but only still images can be "
+                        "compared here. Use fidelora verify, or fidelora replay --compare."
+                    )
                 options: dict[str, Any] = {}
                 if isinstance(image, JpegImagePlugin.JpegImageFile):
                     options = {
