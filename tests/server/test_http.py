@@ -64,7 +64,10 @@ def with_prompt(**fields: Any) -> dict[str, Any]:
 def test_health_and_models(client):
     assert client.get("/health").json() == {"status": "healthy"}
     assert [client.head(path).status_code for path in ("/health", "/ready")] == [200, 200]
-    models = client.get("/v1/models").json()["models"]
+    answer = client.get("/v1/models").json()
+    assert [model["id"] for model in answer["data"]] == ["sd15"]  # the configured ones
+    models = answer["models"]
+    assert [model["configured"] for model in models] == [model["id"] == "sd15" for model in models]
     assert [model["id"] for model in models] == list(all_families())
     assert models[0] == {
         "id": "sd15",
@@ -76,6 +79,7 @@ def test_health_and_models(client):
         "is_video_model": False,
         "default_num_frames": None,
         "default_fps": None,
+        "configured": True,
     }
 
 

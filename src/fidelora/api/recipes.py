@@ -187,8 +187,8 @@ def notes_on(
 ) -> tuple[str, ...]:
     """Return a sentence for each value that the server chose or changed.
 
-    These are trigger words from the LoRAs' metadata, rounded sizes and numbers of frames, and
-    negative prompts for a family that does not use them.
+    These are trigger words from the LoRAs' metadata, default and rounded sizes, rounded numbers of
+    frames, and negative prompts for a family that does not use them.
 
     Args:
         recipes: result of `recipes_of`.
@@ -205,6 +205,7 @@ def notes_on(
                 f"frames of {family.title} are 1, {1 + family.frames_per_latent}, "
                 f"{1 + 2 * family.frames_per_latent}, ..."
             )
+        notes.append(_size_note(item, family, family.size_of(recipe.base_model)))
         width, height = item.width or DEFAULT_SIZE, item.height or DEFAULT_SIZE
         if (width, height) != (recipe.width, recipe.height):
             notes.append(
@@ -213,6 +214,16 @@ def notes_on(
                 f"{_divisor(request)}."
             )
     return tuple(dict.fromkeys(filter(None, notes)))
+
+
+def _size_note(item: PromptItem, family: Family, trained_side: int) -> str:
+    """Return a sentence for a prompt without a size if the base model is a small one; or ""."""
+    if item.width or item.height or trained_side >= family.default_size:
+        return ""
+    return (
+        f"The prompt has no size, so the image has the API's default, {DEFAULT_SIZE} x "
+        f"{DEFAULT_SIZE}; the base model was trained at {trained_side} x {trained_side}."
+    )
 
 
 def _trigger_word(request: InferenceRequest, item: PromptItem) -> str | None:
