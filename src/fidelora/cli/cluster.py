@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fidelora.cli.console import Debug, fail, warn
+from fidelora.cli.console import fail, warn
+from fidelora.cli.options import Debug
 
 if TYPE_CHECKING:
     from fidelora.settings import Settings

@@ -1,4 +1,4 @@
-"""Shared parts of the commands: options, error output, progress bar and engine creation."""
+"""Shared parts of the commands: error output, progress bar and engine creation."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from functools import wraps
-from typing import TYPE_CHECKING, Annotated, NoReturn, ParamSpec
+from typing import TYPE_CHECKING, NoReturn, ParamSpec
 
 import typer
 
@@ -23,74 +22,16 @@ if TYPE_CHECKING:
 _debug = False
 
 
-class FidelityOption(StrEnum):
-    """Values of `--fidelity`."""
-
-    EXACT = "exact"
-    FAST = "fast"
-
-
-class QuantizationOption(StrEnum):
-    """Values of `--quantization`."""
-
-    NONE = "none"
-    QFLOAT8 = "qfloat8"
-    FLOAT8 = "float8"
-
-
-class SpacingOption(StrEnum):
-    """Values of `--spacing`."""
-
-    DEFAULT = "default"
-    TRAILING = "trailing"
-    SGM_UNIFORM = "sgm_uniform"
-
-
 P = ParamSpec("P")
-
-SAMPLING_PANEL = "Sampling"
-NEGATIVE_PANEL = "Negative prompt"
-MODEL_PANEL = "Base model"
-DEVICE_PANEL = "Precision and device"
-"""Titles of groups of options in `--help`; options without a group are under "Options"."""
 
 COMPARISON_FAILED = 2  # exit code of commands that compare images, if no comparison was possible
 INTERRUPTED = 130  # exit code after Ctrl-C, as in shells
 
 
-def _set_debug(requested: bool) -> None:
+def set_debug(requested: bool) -> None:
+    """Let errors print their traceback from now on, if requested."""
     global _debug
     _debug = _debug or requested
-
-
-Debug = Annotated[
-    bool, typer.Option("--debug", callback=_set_debug, help="Show the traceback of an error.")
-]
-Fidelity = Annotated[
-    FidelityOption,
-    typer.Option(
-        help="exact: bit-identical to training; fast: faster, with small differences "
-        "(docs/performance.md).",
-        rich_help_panel=DEVICE_PANEL,
-    ),
-]
-Device = Annotated[
-    str,
-    typer.Option(
-        help="Device: auto, cpu, cuda, cuda:N or mps.",
-        rich_help_panel=DEVICE_PANEL,
-        autocompletion=lambda: ["auto", "cpu", "cuda", "mps"],
-    ),
-]
-Offload = Annotated[
-    str,
-    typer.Option(
-        help="Offload mode: none, model (less device memory, slower) or sequential (least, "
-        "slowest).",
-        rich_help_panel=DEVICE_PANEL,
-        autocompletion=lambda: ["none", "model", "sequential"],
-    ),
-]
 
 
 def run(app: typer.Typer) -> NoReturn:

@@ -13,15 +13,14 @@ import typer
 from fidelora.atomic import make_folder, write_atomically
 from fidelora.cli.console import (
     COMPARISON_FAILED,
-    Debug,
-    Device,
     fail,
     make_engine,
     progress_display,
     reserve_exit_code_1,
 )
 from fidelora.cli.explain_write import lines_on, samples_of, write_settings
-from fidelora.cli.verify import NOTHING_TO_CHECK, BaseModel, RunFolder
+from fidelora.cli.options import AsJson, Debug, Device, RunFolder
+from fidelora.cli.verify_options import NOTHING_TO_CHECK, BaseModel
 from fidelora.errors import ImageRecordError, NothingToCheckError
 from fidelora.texts import printable
 
@@ -119,7 +118,7 @@ def explain(
             min=1, help="Maximum work per picture: number of images with the sample's steps."
         ),
     ] = 40,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
+    as_json: AsJson = False,
     report: Annotated[
         Path | None,
         typer.Option(

@@ -10,24 +10,14 @@ from typing import Annotated
 import typer
 
 from fidelora.atomic import make_folder, write_atomically
-from fidelora.cli.console import (
-    INTERRUPTED,
-    Debug,
-    Device,
-    Fidelity,
-    FidelityOption,
-    fail,
-    progress_display,
-    warn,
-)
+from fidelora.cli.console import INTERRUPTED, fail, progress_display, warn
 from fidelora.cli.engines import image_maker
+from fidelora.cli.options import Debug, Device, Fidelity, FidelityOption, RunFolder
 from fidelora.errors import TrainingRunError
 
 
 def grid(
-    run_folder: Annotated[
-        Path, typer.Argument(metavar="JOB_DIR", help="Output folder of an AI Toolkit training run.")
-    ],
+    run_folder: RunFolder,
     steps: Annotated[
         str,
         typer.Option(

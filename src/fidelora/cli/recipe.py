@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fidelora.cli.console import Debug, warn
+from fidelora.cli.console import warn
+from fidelora.cli.options import Debug, RunFolder
 from fidelora.errors import TrainingRunError
 from fidelora.recipe import AdapterRef
 
@@ -19,9 +20,7 @@ if TYPE_CHECKING:
 
 
 def recipe(
-    run_folder: Annotated[
-        Path, typer.Argument(metavar="JOB_DIR", help="Output folder of an AI Toolkit training run.")
-    ],
+    run_folder: RunFolder,
     step: Annotated[str, typer.Option(help="Training step with a checkpoint, or last.")] = "last",
     index: Annotated[
         int | None,

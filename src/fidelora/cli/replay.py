@@ -12,18 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fidelora.atomic import make_folder, write_atomically
-from fidelora.cli.console import (
+from fidelora.cli.console import progress_bar, reserve_exit_code_1, warn
+from fidelora.cli.engines import ImageMaker, image_maker
+from fidelora.cli.options import (
     DEVICE_PANEL,
     MODEL_PANEL,
+    AsJson,
     Debug,
     Device,
     FidelityOption,
     Offload,
-    progress_bar,
-    reserve_exit_code_1,
-    warn,
 )
-from fidelora.cli.engines import ImageMaker, image_maker
 from fidelora.errors import AdapterNotFoundError, AdaptersMissingError, ImageRecordError
 from fidelora.recipe import AdapterRef, Recipe, file_sha256
 from fidelora.texts import printable
@@ -88,7 +87,7 @@ def replay(
             rich_help_panel=MODEL_PANEL,
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
+    as_json: AsJson = False,
     device: Device = "auto",
     offload: Offload = "none",
     debug: Debug = False,

@@ -48,7 +48,7 @@ _COMFY_SAMPLERS = {
     "dpmpp_2m": "DPM++ 2M",
 }
 # Fidelora's sampler names by InvokeAI's. InvokeAI uses the schedulers of diffusers, too.
-_INVOKE_SAMPLERS = {
+INVOKEAI_SAMPLERS = {
     "euler": "euler",
     "euler_k": "k_euler",
     "euler_a": "euler_a",
@@ -266,7 +266,7 @@ def _invoke_loras(settings: Mapping[str, Any]) -> Iterator[_LoraEntry]:
 
 def _invoke_sampler(settings: Mapping[str, Any], spec: Family) -> SamplerChoice:
     name = str(settings["scheduler"])
-    return sampler_of(_INVOKE_SAMPLERS.get(name, name), "", spec, prefers_own=True)
+    return sampler_of(INVOKEAI_SAMPLERS.get(name, name), "", spec, prefers_own=True)
 
 
 _INVOKE = _Program(
