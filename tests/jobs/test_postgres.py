@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -203,8 +204,8 @@ def test_a_check_for_cancellation_sends_no_query(store):
 
 def test_other_processes_hear_of_cancellations_and_new_jobs(store, postgres_url):
     other = SqlStore(postgres_url)
-    wakes: list[None] = []
-    other.on_new_job(lambda: wakes.append(None))
+    wakes: list[object] = []
+    other.on_new_job(wakes.append)
     until(lambda: is_listening(other))
     added = store.add(job())
     until(lambda: len(wakes) == 1)
@@ -214,9 +215,49 @@ def test_other_processes_hear_of_cancellations_and_new_jobs(store, postgres_url)
     other.close()
 
 
+def test_a_new_job_wakes_as_many_idle_workers_as_there_are_jobs(store):
+    wakes: list[Collection[str] | None] = []
+    store.on_new_job(wakes.append)
+    until(lambda: is_listening(store))
+    store.report_worker(WorkerState("dead"), datetime.now(UTC) - timedelta(hours=1))
+    for name, device, loaded in (
+        ("empty", "cuda:1", set()),
+        ("home", "cpu", {A, B}),
+        ("other", "cuda:0", {C}),
+    ):
+        store.report_worker(WorkerState(name, device, loaded=frozenset(loaded)))
+    added = [store.add(job(A))]
+    added += [store.add(job()), store.add(job(A)), store.add(job(device_kind="cuda"))]
+    until(lambda: len(wakes) == 4)
+    assert wakes == [["home"], ["empty", "other"], ["home", "empty", "other"], ["empty", "other"]]
+    assert store.claim("home", None, LEASE_S, loaded={A, B}).id == added[0].id
+    store.add(job(A, B))
+    until(lambda: len(wakes) == 5)
+    assert wakes[4] == ["empty", "other"], "a worker with a job cannot take another one"
+    for name in ("empty", "other"):
+        store.claim(name, None, LEASE_S)
+    store.add(job(A))
+    until(lambda: len(wakes) == 6)
+    assert wakes[5] is None, "each worker looks for the job as soon as it is free"
+
+
+def test_a_new_job_wakes_all_workers_if_their_names_are_too_long(store):
+    wakes: list[Collection[str] | None] = []
+    store.on_new_job(wakes.append)
+    until(lambda: is_listening(store))
+    names = [f"{number}-{'n' * 90}" for number in range(80)]
+    for name in names:
+        store.report_worker(WorkerState(name))
+    for _ in names:
+        store.add(job())
+    until(lambda: len(wakes) == len(names))
+    assert wakes[0] == [min(names)]
+    assert wakes[-1] is None
+
+
 def test_lost_notifications_return_with_the_connection(store):
-    wakes: list[None] = []
-    store.on_new_job(lambda: wakes.append(None))
+    wakes: list[object] = []
+    store.on_new_job(wakes.append)
     until(lambda: is_listening(store))
     with store._database.engine.connect() as connection:
         connection.exec_driver_sql(

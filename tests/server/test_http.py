@@ -952,12 +952,15 @@ def test_workers_are_listed_with_their_requests(client, context):
     worker = ByHand(context)
     request_id = submit(client)
     job = worker.claim()
-    busy = WorkerState(job.worker or "", "cuda:0", "1.2", loaded=frozenset("ba"))
+    busy = WorkerState(
+        job.worker or "", "cuda:0", "1.2", loaded=frozenset("ba"), models=("sdxl", "sd15")
+    )
     context.store.report_worker(busy)
     context.store.report_worker(WorkerState("z", "cpu", "1.2", idle_since=now()))
     first, second = client.get("/v1/workers").json()["workers"]
     assert (first["device"], first["request_id"], first["idle_s"]) == ("cuda:0", request_id, None)
     assert (first["adapters"], first["merged_adapters"]) == (["a", "b"], [])
+    assert first["models"] == ["sdxl", "sd15"]
     assert (second["name"], second["request_id"]) == ("z", None)
     assert second["idle_s"] < 60
 
