@@ -58,6 +58,24 @@ async def talk(port: int, *parts: bytes) -> bytes:
     return answer
 
 
+def recorded_calls(monkeypatch: Any, method: str) -> list[Any]:
+    """Return a list that receives the argument of each later call of a method of the protocol."""
+    arguments: list[Any] = []
+    original = getattr(LimitedProtocol, method)
+
+    def call(protocol: LimitedProtocol, argument: Any) -> None:
+        arguments.append(argument)
+        original(protocol, argument)
+
+    monkeypatch.setattr(LimitedProtocol, method, call)
+    return arguments
+
+
+def transport_of(writer: asyncio.StreamWriter) -> asyncio.Transport:
+    assert isinstance(writer.transport, asyncio.Transport)
+    return writer.transport
+
+
 @pytest.mark.parametrize(
     "parts",
     [(), (b"GET / HT",), (REQUEST[:-2],), (REQUEST, b"12")],
@@ -114,17 +132,11 @@ async def download(scope: Any, receive: Any, send: Any) -> None:
 @pytest.mark.parametrize("is_short", [False, True], ids=["large", "small-rest"])
 def test_a_connection_whose_client_does_not_read_is_closed(short, monkeypatch, is_short):
     monkeypatch.setattr(connections, "WRITE_TIMEOUT_S", 0.05)
-    lost = []
-    connection_lost = LimitedProtocol.connection_lost
-    monkeypatch.setattr(
-        LimitedProtocol,
-        "connection_lost",
-        lambda protocol, exc: (lost.append(protocol), connection_lost(protocol, exc)),
-    )
+    lost = recorded_calls(monkeypatch, "connection_lost")
 
     async def without_reading(port: int) -> None:
         _, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.transport.pause_reading()
+        transport_of(writer).pause_reading()
         writer.write(REQUEST + b"1234")
         while not lost:
             await asyncio.sleep(0)
@@ -147,21 +159,15 @@ async def small_rest(scope: Any, receive: Any, send: Any) -> None:
 def test_a_slow_client_that_reads_on_gets_the_whole_response(short, monkeypatch):
     monkeypatch.setattr(connections, "WRITE_TIMEOUT_S", 0.01)
     monkeypatch.setattr(connections, "MIN_BYTES_PER_S", 0)
-    checks = []
-    wait = LimitedProtocol._wait_for_client
-    monkeypatch.setattr(
-        LimitedProtocol,
-        "_wait_for_client",
-        lambda protocol, unsent: (checks.append(unsent), wait(protocol, unsent)),
-    )
+    checks = recorded_calls(monkeypatch, "_wait_for_client")
 
     async def slowly(port: int) -> int:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.transport.pause_reading()
+        transport_of(writer).pause_reading()
         writer.write(REQUEST + b"1234")
         while len(checks) < 3:
             await asyncio.sleep(0)
-        writer.transport.resume_reading()
+        transport_of(writer).resume_reading()
         size = 0
         while part := await reader.read(2**20):
             size += part.count(0)
@@ -175,20 +181,14 @@ def test_a_slow_client_that_reads_on_gets_the_whole_response(short, monkeypatch)
 
 
 def test_a_request_is_parsed_in_small_parts(short, monkeypatch):
-    sizes = []
-    received = LimitedProtocol.data_received
-    monkeypatch.setattr(
-        LimitedProtocol,
-        "data_received",
-        lambda protocol, data: (sizes.append(len(data)), received(protocol, data)),
-    )
+    parts = recorded_calls(monkeypatch, "data_received")
     chunks = b"1\r\na\r\n" * 50_000 + b"0\r\n\r\n"
     header = (
         b"POST / HTTP/1.1\r\nHost: a\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
     )
     assert b"204" in asyncio.run(with_server(lambda port: talk(port, header + chunks)))
-    assert sum(sizes) == len(header + chunks)
-    assert max(sizes) <= connections.READ_BYTES
+    assert b"".join(parts) == header + chunks
+    assert max(map(len, parts)) <= connections.READ_BYTES
 
 
 def test_whole_requests_are_answered_also_on_the_same_connection(short):
