@@ -548,6 +548,8 @@ def test_an_upload_is_used_and_deleted(client, context, worker):
         "",
         "a/b.safetensors",
         "x\0.safetensors",
+        "\u202egpj.safetensors",
+        "x\x9b31m.safetensors",
     ],
 )
 def test_an_upload_stays_in_its_folder(client, context, name):
