@@ -949,6 +949,21 @@ def test_metrics_count(client, context):
     assert float(lines[f"fidelora_http_requests_total{{{route}}}"]) == 1
 
 
+def test_a_lora_that_a_request_names_many_times_is_read_once(client, context, monkeypatch):
+    resolve, resolved = context.resolver.resolve, []
+
+    async def count(path: str, **given: Any) -> Any:
+        resolved.append(path)
+        return await resolve(path, **given)
+
+    monkeypatch.setattr(context.resolver, "resolve", count)
+    loras = [{"path": "sks.safetensors", "network_multiplier": each / 100} for each in range(100)]
+    request_id = submit(client, MINIMAL | {"loras": loras})
+    (recipe,) = context.store.get(request_id).recipes
+    assert [ref.multiplier for ref in recipe.adapters] == [each / 100 for each in range(100)]
+    assert resolved == ["sks.safetensors"]
+
+
 def test_workers_are_listed_with_their_requests(client, context):
     assert client.get("/v1/workers").json() == {"workers": []}
     worker = ByHand(context)

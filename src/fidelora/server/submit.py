@@ -91,12 +91,14 @@ async def resolve_adapters(
         AdapterError, WeightsFileError: a LoRA was not found or cannot be used.
     """
     context.refuse_if_unavailable()
-    return [
-        await context.resolver.resolve(
-            lora.path, sha256=lora.sha256, hub_token=hub_token, owner=caller.visible_owner
-        )
-        for lora in loras
-    ]
+    found: dict[tuple[str, str | None], AdapterRef] = {}
+    for lora in loras:
+        key = (lora.path, lora.sha256)
+        if key not in found:  # a request can name one LoRA many times
+            found[key] = await context.resolver.resolve(
+                lora.path, sha256=lora.sha256, hub_token=hub_token, owner=caller.visible_owner
+            )
+    return [found[lora.path, lora.sha256] for lora in loras]
 
 
 def build_recipes(
