@@ -20,9 +20,9 @@ WRITE_TIMEOUT_S = 60.0
 MIN_BYTES_PER_S = 500
 """Minimum speed of a body, after its first `BODY_TIMEOUT_S`, and of reading a response. Without it,
 connections that transfer one byte per minute would stay open for days."""
-READ_BYTES = 16 * 2**10
-"""Largest part of a request that is parsed before other connections have their turn. 16 KiB of
-chunks with one byte each take 0.1 s."""
+READ_BYTES = 64 * 2**10
+"""Largest part of a request that is parsed before other connections have their turn. 64 KiB of
+chunks with one byte each take 0.3 s. Smaller parts would make uploads slower."""
 MAX_CONNECTIONS = 4096
 _OTHER_FILES = 256
 """File handles reserved for everything except connections: database, images, workers, ..."""
