@@ -158,7 +158,7 @@ async def small_rest(scope: Any, receive: Any, send: Any) -> None:
 
 def test_a_slow_client_that_reads_on_gets_the_whole_response(short, monkeypatch):
     monkeypatch.setattr(connections, "WRITE_TIMEOUT_S", 0.01)
-    monkeypatch.setattr(connections, "MIN_BYTES_PER_S", 0)
+    monkeypatch.setattr(connections, "MIN_BYTES_PER_S", -(10**9))  # any progress is enough
     checks = recorded_calls(monkeypatch, "_wait_for_client")
 
     async def slowly(port: int) -> int:
