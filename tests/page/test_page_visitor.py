@@ -98,7 +98,7 @@ def test_every_handler_that_uses_the_store_or_loras_is_for_a_visitor(context, tm
     """Only handlers of these names use neither; new ones have to be wrapped or named here."""
     page_files = PageFiles(tmp_path / "page")
     page_files.empty()
-    app, _ = gradio_app(context, page_files, Verifier("cpu", 60, {}), "")
+    app, _, _ = gradio_app(context, page_files, Verifier("cpu", 60, {}), "")
     blocks = next(route.app.blocks for route in app.routes if hasattr(route, "app"))
     without = {
         function.fn.__name__

@@ -25,7 +25,7 @@ from fidelora.jobs.job import Job, Status, new_job
 from fidelora.jobs.sql import SqlStore
 from fidelora.workers.attempt import AttemptReport
 from fidelora.workers.pool import WorkerPool
-from fidelora.workers.process import WorkerSetup, prepare_process
+from fidelora.workers.process import WorkerSetup, WorkerSlot, prepare_process
 
 pytestmark = pytest.mark.timeout(600)  # waits up to DEADLINE_S at each step
 
@@ -197,6 +197,18 @@ def test_a_stopped_pool_lets_a_short_job_finish(pool, store):
     pool.stop(DEADLINE_S)
     assert pool.process_ids == []
     assert store.get(job.id).status is Status.SUCCEEDED
+
+
+def test_a_pool_wakes_only_its_workers_with_these_names(store, tmp_path, monkeypatch):
+    woken: list[str] = []
+    monkeypatch.setattr(WorkerSlot, "wake", lambda slot: woken.append(slot.name))
+    pool = WorkerPool(store, [setup_in(tmp_path)] * 3)
+    for number, slot in enumerate(pool._slots):
+        slot.name = f"local/{number}"
+    pool.wake(["other/0", "local/1"])
+    assert woken == ["local/1"]
+    pool.wake()
+    assert woken[1:] == ["local/0", "local/1", "local/2"]
 
 
 def test_workers_report_their_attempts(store, tmp_path):

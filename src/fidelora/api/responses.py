@@ -193,6 +193,9 @@ class WorkerBody(BaseModel):
     idle_s: float | None = Field(
         None, description="Seconds since it finished its last request; null while it is busy."
     )
+    models: list[str] = Field(
+        description="Ids of the base models in its memory, the one that was used last first."
+    )
     adapters: list[str] = Field(description="sha256 of the LoRAs in its memory.")
     merged_adapters: list[str] = Field(description="sha256 of the LoRAs merged into its model.")
     reported_at: datetime | None = Field(None, description="Time of its last report.")

@@ -150,7 +150,7 @@ def workers(store: Store = None) -> None:
                 )
             typer.echo(
                 f"{state.name}  {state.device}  {state.version}  {activity}  "
-                f"{len(state.loaded)} adapters"
+                f"{','.join(state.models) or 'no base model'}  {len(state.loaded)} adapters"
             )
     finally:
         opened.close()
