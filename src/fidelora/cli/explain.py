@@ -116,7 +116,7 @@ def explain(
     max_images: Annotated[
         int,
         typer.Option(
-            min=1, help="Maximum work per picture: number of images with the sample's steps."
+            min=1, help="Maximum work per picture, in images with the sample's number of steps."
         ),
     ] = 40,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
