@@ -95,5 +95,5 @@ def test_too_many_boxes_are_refused():
 
 def test_without_pyav_the_error_names_the_package_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(ImageFormatError, match=r"pip install 'fidelora\[video\]'"):
+    with pytest.raises(ImageFormatError, match=r"pip install '\.\[video\]'"):
         mp4.mp4(FRAMES, 8, TEXTS)
