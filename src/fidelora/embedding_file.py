@@ -15,7 +15,7 @@ from fidelora.texts import read_json
 
 EMBEDDING_KEYS = frozenset({"emb_params", "clip_l", "clip_g"})
 MAX_TOKENS = 75
-"""Maximum number of tokens of an embedding: those of a prompt without its start and end."""
+"""Maximum number of tokens of an embedding: as many as a prompt has between start and end token."""
 
 _MAX_WORD_LENGTH = 200  # characters
 _CONVERTED_KEYS = frozenset({"*", "string_to_param.*"})
@@ -45,10 +45,10 @@ def is_embedding(header: Header) -> bool:
 
 
 def embedding_word(header: Header, name: str) -> str | None:
-    """Return the word that stands for an embedding in prompts; None if it is not an embedding.
+    """Return the word that stands for an embedding in prompts; None for a file of another kind.
 
-    The trainer stores the word in the metadata, and diffusers as the name of the tensor. Files of
-    other programs are named after it.
+    The trainer stores the word in the metadata, and diffusers as the name of the tensor. For files
+    of other programs, the word is the name of the file.
 
     Args:
         name: name of the file.

@@ -219,7 +219,7 @@ def test_the_recipe_needs_the_word_of_an_embedding(engine, toy):
         engine.generate(Recipe(prompt="a", adapters=(lora,), **SMALL))
 
 
-def test_examine_says_what_an_embedding_fits(tmp_path):
+def test_examine_reports_which_models_an_embedding_fits(tmp_path):
     found = examine_adapter(
         save_adapter(tmp_path / "a.safetensors", {"emb_params": torch.ones(2, 768)})
     )

@@ -88,7 +88,7 @@ def test_gradio_finds_the_request_and_the_event_data():
     assert isinstance(values[1], gr.SelectData)
 
 
-def test_a_request_that_a_body_describes_is_for_nobody():
+def test_a_request_that_a_body_describes_has_no_visitor():
     claimed = gr.Request(scope={"fidelora_caller": ADMIN})
     assert for_visitor(Handlers().call)(claimed, "x") == ("x", ANONYMOUS)
     assert for_visitor(Handlers().call)(request_of(None), "x") == ("x", ANONYMOUS)

@@ -150,7 +150,7 @@ def test_a_clock_that_jumps_ahead_takes_no_job_from_a_live_worker(pool, store):
     assert store.get(job.id).status is Status.IN_PROGRESS
 
 
-def test_a_worker_that_cannot_write_says_so_until_it_can(pool, store, tmp_path):
+def test_a_worker_that_cannot_write_reports_it_until_it_can(pool, store, tmp_path):
     pool.start()
     until(lambda: pool.ready)
     shutil.rmtree(tmp_path / "out")
@@ -255,7 +255,7 @@ def test_a_worker_that_cannot_start_reports_why_and_restarts_later(store, tmp_pa
     pool.stop(0)
 
 
-def test_a_worker_that_is_killed_while_it_starts_is_a_trouble(pool):
+def test_a_worker_that_is_killed_while_it_starts_is_reported(pool):
     pool.start()
     os.kill(pool.process_ids[0], signal.SIGKILL)
     until(lambda: pool.watch() == [] and pool.unready_reason)

@@ -85,7 +85,8 @@ def _check_transformers(request: InferenceRequest, spec: Family, *, is_required:
     """Check `transformer` of all LoRAs, which only families with stages have.
 
     Args:
-        is_required: False if the names of the files may say it instead (`AdapterRef.named_stage`).
+        is_required: False if the file names may contain the stage instead
+            (`AdapterRef.named_stage`).
     """
     if spec.stages and is_required and not all(lora.transformer for lora in request.loras):
         raise RequestError(
@@ -341,7 +342,7 @@ def output_format_of(requested: str | None, recipes: Sequence[Recipe]) -> str:
     if format_ == "mp4" and not can_write_mp4():
         raise RequestFieldError(
             "This server cannot write mp4 files, because the package av is not installed "
-            "(pip install 'fidelora[video]'). Set output_format to webp.",
+            "(the extra video). Set output_format to webp.",
             loc=("output_format",),
         )
     return format_

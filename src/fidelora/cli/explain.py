@@ -115,7 +115,7 @@ def explain(
     max_images: Annotated[
         int,
         typer.Option(
-            min=1, help="Maximum work per picture: number of images with the sample's steps."
+            min=1, help="Maximum work per picture, in images with the sample's number of steps."
         ),
     ] = 40,
     as_json: AsJson = False,
@@ -157,9 +157,9 @@ def explain(
     With --write, settings for another program are written, and the distance that remains is
     measured.
 
-    Exit codes: 0 the pictures are the samples, or none was given, 1 they differ and the reasons
-    were found, 2 a usage error or a file that cannot be used, 3 no sample to compare with, 4 at
-    least one picture was not explained.
+    Exit codes: 0 the pictures are the samples, or no picture was given, 1 they differ and the
+    reasons were found, 2 a usage error or a file that cannot be used, 3 no sample to compare with,
+    4 at least one picture was not explained.
     """
     from fidelora.explain.document import document_of, lines_of
     from fidelora.explain.explain import explain as explain_picture

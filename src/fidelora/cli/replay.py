@@ -39,7 +39,8 @@ DIFFERENT = 1  # exit code of --compare if pixels differ
 @reserve_exit_code_1
 def replay(
     image: Annotated[
-        Path, typer.Argument(metavar="IMAGE", help="PNG, JPEG or WebP file that contains a recipe.")
+        Path,
+        typer.Argument(metavar="IMAGE", help="PNG, JPEG, WebP or MP4 file that contains a recipe."),
     ],
     lora: Annotated[
         list[Path] | None,
@@ -58,7 +59,8 @@ def replay(
             "--output",
             "--out",
             metavar="FILE",
-            help="Output file (.png, .jpg or .webp); by default IMAGE_again in the same folder.",
+            help="Output file (.png, .jpg, .webp or .mp4); by default IMAGE_again in the same "
+            "folder.",
         ),
     ] = None,
     compare: Annotated[

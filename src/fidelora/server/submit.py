@@ -219,7 +219,7 @@ async def cancel_on_exit(job: Job, context: ServerContext) -> AsyncIterator[None
     try:
         yield
     finally:
-        # The shield lets this call run although the task of a disconnected client is cancelled.
+        # The shield lets this call run although the task of a disconnected client is canceled.
         with anyio.CancelScope(shield=True):
             await run_in_threadpool(context.store.cancel, job.id)
 

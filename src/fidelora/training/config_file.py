@@ -163,7 +163,7 @@ def _read_document(path: Path) -> Any:
 
 
 def _reason(error: Exception, path: Path) -> str:
-    """Return why a file cannot be read, with the line where that is known."""
+    """Return the reason why a file cannot be read, with the line where that is known."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
         mark = error.problem_mark
         return f"{error.problem} (line {mark.line + 1}, column {mark.column + 1})"
