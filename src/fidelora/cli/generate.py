@@ -265,6 +265,8 @@ def generate(
     base_model: Annotated[
         str | None,
         typer.Option(
+            "--base-model",
+            "--base",
             metavar="BASE",
             help="Hub id (owner/name or owner/name@revision), diffusers folder, .safetensors "
             "checkpoint or fidelora:miniature; by default that of the model family.",
