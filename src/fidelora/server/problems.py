@@ -236,7 +236,7 @@ def _sentence(entry: Mapping[str, Any]) -> str:
         return (
             "The body must be a JSON object, sent with the header `Content-Type: application/json`."
         )
-    return str(entry["msg"])
+    return str(entry["msg"]).removeprefix("Value error, ")  # pydantic's prefix
 
 
 def _is_plain(value: object) -> bool:
