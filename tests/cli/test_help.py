@@ -54,6 +54,12 @@ def test_former_and_usual_names_of_options_exist():
         assert names <= options(COMMANDS[name]), name
 
 
+def test_base_model_has_the_same_short_form_in_all_commands():
+    named = {name for name, one in COMMANDS.items() if "--base-model" in options(one)}
+    assert {"generate", "serve", "verify"} <= named
+    assert named == {name for name, one in COMMANDS.items() if "--base" in options(one)}
+
+
 def test_the_version_has_a_short_option(fidelora):
     code, out, _ = fidelora("-V")
     assert (code, out) == (0, fidelora("--version")[1])

@@ -390,11 +390,11 @@ def test_fields_without_effect_are_accepted(client, context, fields):
         ),
         (
             {"override_settings": {"sd_model_checkpoint": "other"}},
-            "override_settings.sd_model_checkpoint cannot be",
+            'override_settings.sd_model_checkpoint cannot be "other"; use one of sd15, sdxl,',
         ),
         (
             {"override_settings": {"samples_format": "tiff"}},
-            "override_settings.samples_format cannot be",
+            'override_settings.samples_format cannot be "tiff"; use one of png, jpg,',
         ),
         (
             {"override_settings": {"face_restoration": 1}},

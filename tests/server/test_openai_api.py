@@ -285,8 +285,9 @@ def test_unsupported_fields_are_rejected_by_name(client, context, fields, param)
     ],
 )
 def test_fields_that_contradict_each_other(client, fields, message):
-    with pytest.raises(openai.BadRequestError, match=message):
+    with pytest.raises(openai.BadRequestError) as caught:
         client.images.generate(prompt="a ball", **fields)
+    assert caught.value.response.json()["error"]["message"].startswith(message)
 
 
 def test_a_model_has_the_names_that_clients_cannot_change(client, context, worker):

@@ -239,6 +239,8 @@ Model = Annotated[
 BaseModel = Annotated[
     str | None,
     typer.Option(
+        "--base-model",
+        "--base",
         metavar="BASE",
         help="Hub id (owner/name or owner/name@revision), diffusers folder, .safetensors "
         "checkpoint or fidelora:miniature; by default that of the model family.",

@@ -39,7 +39,9 @@ def grid(
     base_model: Annotated[
         str | None,
         typer.Option(
-            help="Hub id, diffusers folder or .safetensors checkpoint; by default the run's."
+            "--base-model",
+            "--base",
+            help="Hub id, diffusers folder or .safetensors checkpoint; by default the run's.",
         ),
     ] = None,
     out: Annotated[

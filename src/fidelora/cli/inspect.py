@@ -31,6 +31,7 @@ def inspect(
         str,
         typer.Option(
             "--base-model",
+            "--base",
             metavar="BASE",
             help="Compare the adapter with this base model: hub id, diffusers folder, .safetensors "
             "checkpoint or fidelora:miniature; by default with those of all model families.",

@@ -84,6 +84,8 @@ def replay(
     base_model: Annotated[
         str | None,
         typer.Option(
+            "--base-model",
+            "--base",
             metavar="BASE",
             help="Hub id, diffusers folder or .safetensors checkpoint; by default the recipe's.",
             rich_help_panel=MODEL_PANEL,

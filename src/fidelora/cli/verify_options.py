@@ -44,6 +44,8 @@ AGAINST_PANEL = "Samples of a server"
 BaseModel = Annotated[
     str | None,
     typer.Option(
+        "--base-model",
+        "--base",
         metavar="BASE",
         help="Hub id, diffusers folder or .safetensors checkpoint; by default the run's.",
         rich_help_panel=MODEL_PANEL,
