@@ -17,6 +17,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fidelora.errors import (
     BaseModelFilesError,
@@ -34,6 +35,8 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 # Key written by transformers before 4.31; its value is a constant (0, 1, 2, ...), not a weight.
 _POSITION_IDS = "embeddings.position_ids"
+# Modules of the functions that set initial values; transformers wraps those of torch.
+_INITIALISERS = ("torch.nn.init", "transformers.initialization")
 
 
 def build_part(
@@ -98,13 +101,20 @@ def changeable(module: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]
             yield path, child
 
 
+def part_class(part: Part) -> Any:
+    """Import and return the class that computes a part."""
+    name = part.implementation or f"{part.library}:{part.class_name}"
+    module_name, _, class_name = name.partition(":")
+    return getattr(importlib.import_module(module_name), class_name)
+
+
 def empty_part(part: Part, config: Mapping[str, Any]) -> nn.Module:
     """Return the module that `config` describes, with weights on the meta device.
 
     Raises:
         BaseModelFilesError: the configuration does not describe such a module.
     """
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), _NoInitialValues():
         module = _construct(part, {**config, **part.config})
     if part.library == "transformers":
         # The context replaces each parameter when it is assigned, which separates tied ones.
@@ -141,6 +151,24 @@ def read_weights(paths: Sequence[Path]) -> dict[str, Tensor]:
     return weights
 
 
+class _NoInitialValues(TorchFunctionMode):
+    """Mode in which parameters on the meta device get no initial values.
+
+    They have no data. Without this mode, torch computes their shapes in Python and loads its
+    compiler to do so.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        options = kwargs or {}
+        if getattr(func, "__module__", "") in _INITIALISERS:
+            tensor = options["tensor"] if "tensor" in options else args[0]
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **options)
+
+
 def _is_finite(tensor: Tensor) -> bool:
     """True if no value is NaN or infinite; computed in one pass and without extra memory.
 
@@ -151,9 +179,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _construct(part: Part, config: Mapping[str, Any]) -> nn.Module:
-    name = part.implementation or f"{part.library}:{part.class_name}"
-    module_name, _, class_name = name.partition(":")
-    model_class = getattr(importlib.import_module(module_name), class_name)
+    model_class = part_class(part)
     try:
         if part.library == "transformers":
             module = model_class(model_class.config_class.from_dict(dict(config)))
