@@ -2,12 +2,13 @@
 
     python -m benchmarks.draft pictures [--prompts 48]   # the miniature
     python -m benchmarks.draft steps [--size 256]        # full-size UNet with random weights
+    python -m benchmarks.draft arithmetic [--size 256]   # the same without computing anything
 
 `pictures` prints, for each approximation, the PSNR to the image without it, and the fractions of
 pictures in which the judge of the miniature finds the right shapes, colours and background.
 `steps` prints the time of each kind of step in `fast`, and from it the time of the 25 steps of each
 approximation, relative to `fast`. The text encoder and the decoder are not approximated, so a whole
-image gains less.
+image gains less. `arithmetic` counts the multiplications of matrix products instead.
 
 Three approximations are combined:
 
@@ -271,6 +272,36 @@ def steps(size: int, rounds: int, folder: Path) -> None:
         )
 
 
+def arithmetic(size: int) -> None:
+    """Print how many times fewer multiplications each approximation of 25 steps needs."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from fidelora.families import get_family
+    from fidelora.weights.files import read_config
+    from fidelora.weights.strict import empty_part
+
+    family = get_family("sd15")
+    config = read_config(family.layout / "unet" / "config.json")
+    unet = empty_part(family.part("denoiser"), config).to("meta")
+    shortcuts = Shortcuts(unet)
+    counts: dict[tuple[bool, bool, bool], int] = {}
+    for kind in sorted({plan.kind(step) for plan in APPROXIMATIONS for step in range(plan.steps)}):
+        has_guidance, whole, keeps = kind
+        for counted in (False, True):  # the first evaluation fills what the second one keeps
+            shortcuts.whole, shortcuts.keeps_attention = whole or not counted, keeps and counted
+            shortcuts.averages_attention = not counted
+            rows = 2 if has_guidance or not counted else 1
+            latents = torch.empty(rows, 4, size // 8, size // 8, device="meta")
+            text = torch.empty(rows, 77, config["cross_attention_dim"], device="meta")
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                unet(latents, torch.tensor(500), encoder_hidden_states=text)
+        counts[kind] = counter.get_total_flops()
+    plain = STEPS * counts[Approximation().kind(0)]
+    for plan in APPROXIMATIONS:
+        ratio = plain / sum(counts[plan.kind(step)] for step in range(plan.steps))
+        print(f"{plan!s:62} {ratio:.2f} x")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -284,10 +315,14 @@ def main() -> None:
     timed.add_argument("--size", type=int, default=256)
     timed.add_argument("--rounds", type=int, default=5)
     timed.add_argument("--folder", type=Path)
+    counted = commands.add_parser("arithmetic")
+    counted.add_argument("--size", type=int, default=256)
     options = parser.parse_args()
     if options.command == "pictures":
         chosen = [APPROXIMATIONS[index] for index in {0: 0} | dict.fromkeys(options.only or [])]
         pictures(options.prompts, options.sampler, chosen if options.only else APPROXIMATIONS)
+    elif options.command == "arithmetic":
+        arithmetic(options.size)
     else:
         from benchmarks import full_size
 
