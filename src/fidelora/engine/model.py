@@ -26,7 +26,7 @@ from fidelora.families import Family, get_family
 from fidelora.families.protocols import Denoiser, Guidance, Latents, Size, Text
 from fidelora.recipe import Recipe
 from fidelora.weights.files import BaseFiles
-from fidelora.weights.strict import build_part, part_class
+from fidelora.weights.strict import allocate_weights, build_part, part_class
 
 
 class ModelKey(NamedTuple):
@@ -175,6 +175,8 @@ def load_model(
     denoisers = [parts[part.name] for part in family.denoisers]
     decoder = parts[family.part("decoder").name]
     in_place = _accelerate_on_cpu(family, denoisers, decoder, path, device, offload)
+    for module in parts.values():
+        allocate_weights(module)
     model = LoadedModel(
         files=files,
         device=device,

@@ -44,8 +44,9 @@ def build_part(
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """Return the module that `config` describes, with exactly these weights, on the CPU.
 
-    If `dtype` is given, weights that adapters can change stay uninitialised. `MergedAdapters`
-    writes them later, with the first adapters merged in, so copying them here would waste time.
+    If `dtype` is given, weights that adapters can change have no memory until `allocate_weights`.
+    `MergedAdapters` writes them later, with the first adapters merged in, so copying them here
+    would waste time.
 
     Args:
         dtype: dtype of the module; None keeps the given tensors, for callers that convert them
@@ -80,7 +81,7 @@ def build_part(
     else:
         # Copy even if the dtype is right: the tensors that were read may be mapped from the file.
         own = {
-            name: torch.empty_like(tensor, dtype=dtype)
+            name: torch.empty((), dtype=dtype).expand(tensor.shape)
             if name in later
             else tensor.to(dtype, copy=True)
             for name, tensor in weights.items()
@@ -92,6 +93,18 @@ def build_part(
             if buffer.is_floating_point():
                 buffer.data = buffer.to(dtype)
     return module.eval().requires_grad_(False), weights
+
+
+def allocate_weights(module: nn.Module) -> None:
+    """Allocate memory, uninitialised, for the weights that `build_part` left without memory.
+
+    Call it after modules have been replaced by others that store their weight themselves. Memory
+    that is allocated before and freed then would leave gaps.
+    """
+    for weight in module.parameters():
+        needed = weight.numel() * weight.itemsize
+        if not weight.is_meta and weight.untyped_storage().nbytes() < needed:
+            weight.data = torch.empty(weight.shape, dtype=weight.dtype)
 
 
 def changeable(module: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
