@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from typing import TYPE_CHECKING, NoReturn, ParamSpec
 
@@ -17,6 +17,7 @@ from fidelora.texts import printable
 
 if TYPE_CHECKING:
     from fidelora.engine.engine import Engine
+    from fidelora.recipe import Recipe
     from fidelora.resident.client import OnSteps, Steps
 
 _debug = False
@@ -82,20 +83,34 @@ def _fail_usage(error: typer.TyperException) -> NoReturn:
     sys.exit(error.exit_code)
 
 
-def make_engine(device: str, offload: str = "none") -> Engine:
+def make_engine(device: str, offload: str = "none", first: Recipe | None = None) -> Engine:
     """Prepare this process for making images, and return a new engine.
 
     The process keeps freed memory for reuse, and has no more threads than cores that it may use.
+
+    Args:
+        first: recipe of the first image. Its model family is imported, too, and memory for its
+            base model is reserved meanwhile, which makes the first image earlier.
 
     Raises:
         DeviceError: the device or the offload mode is not available.
     """
     from fidelora.accel.allocator import fast_imports, keep_freed_memory
+    from fidelora.accel.lean_imports import lean_imports
+    from fidelora.accel.reserve import reserved_memory
     from fidelora.accel.threads import limit_threads
+    from fidelora.engine.first_image import is_cpu, weight_bytes
+    from fidelora.families import get_family
 
     keep_freed_memory()
-    with fast_imports():
+    size = weight_bytes(first, device) if first is not None else 0
+    lean = lean_imports() if is_cpu(device) else nullcontext()
+    with reserved_memory(size), fast_imports(), lean:
         from fidelora.engine.engine import Engine
+        from fidelora.engine.model import import_family
+
+        if first is not None:
+            import_family(get_family(first.model))
     limit_threads()
     return Engine(device=device, offload=offload)  # type: ignore[arg-type]  # checked by the engine
 

@@ -140,7 +140,11 @@ def generate(
     for adapters in planned:
         report.add([f"note: {sentence}" for sentence in proposals(adapters[0])], ())
 
-    engine = image_maker(device, offload)
+    first = None
+    if not dry_run:
+        # Only an engine on the CPU, whose default is float32, uses `first` for more than imports.
+        first = with_dtypes(planned[:1], "float32", dtype, vae_dtype, text_encoder_dtype)[0]
+    engine = image_maker(device, offload, first)
     recipes = with_dtypes(planned, engine.auto_dtype, dtype, vae_dtype, text_encoder_dtype)
     images = _with_paths(recipes, names, prompts=len(texts), seeds=number)
     if dry_run:

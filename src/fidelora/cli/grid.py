@@ -84,7 +84,7 @@ def grid(
     cells = list(iterate_cells(run, rows, columns))
     make_folder(out.parent)
 
-    engine = image_maker(device)
+    engine = image_maker(device, first=cells[0][2])
     images = {}
     try:
         with progress_display() as show:

@@ -121,7 +121,7 @@ def replay(
     _warn_of(changes)
     target = _output_path(image, out)
 
-    engine = engine or image_maker(device, offload)
+    engine = engine or image_maker(device, offload, recipe)
     with progress_bar(f"seed {recipe.seed}") as on_step:
         made = engine.generate(recipe, on_step)
     base_changes = _base_changes(origin.recipe, made.recipe)

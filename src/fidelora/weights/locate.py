@@ -130,6 +130,27 @@ def is_portable(name: str) -> bool:
     return name in _BUNDLED or (not is_local(name) and _hub_id(name) is not None)
 
 
+def cached(name: str, cache_dir: Path | None = None) -> Path | None:
+    """Return the folder of a hub repository in the hub's local cache, without using the network.
+
+    Args:
+        name: a hub id.
+
+    Returns:
+        the folder, which may lack files; None if the repository is not in the cache.
+    """
+    match = _hub_id(name)
+    if match is None:
+        return None
+    try:
+        found = snapshot_download(
+            match["repo"], revision=match["revision"], cache_dir=cache_dir, local_files_only=True
+        )
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    return Path(found)
+
+
 def is_local(name: str) -> bool:
     """True if `name` is an existing file or folder, or a bundled base model."""
     try:
