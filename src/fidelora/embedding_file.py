@@ -21,7 +21,7 @@ MAX_TOKENS = 75
 _DIFFUSERS_KEYS = {"text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}
 """Tensor keys of diffusers' training script for new tokens in the text encoders of SDXL."""
 _MAX_WORD_LENGTH = 200  # characters
-_CONVERTED_KEYS = frozenset({"*", "string_to_param.*"})
+_CONVERTED_KEYS = frozenset({"*", "string_to_param", "string_to_param.*"})
 """Tensor keys in files converted from AUTOMATIC1111's `.pt` embeddings; they are not the word."""
 
 
