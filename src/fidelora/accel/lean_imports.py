@@ -25,6 +25,7 @@ _INDEPENDENT = f"{_COMPILER}._trace_wrapped_higher_order_op"
 _MARKS = ("allow_in_graph", "assume_constant_result", "disable")
 """Functions of the compiler that mark a class or a function, and return it."""
 _OPTIONAL = ("scipy",)
+_LIBRARIES = frozenset({"diffusers", "transformers"})
 
 
 @contextmanager
@@ -38,7 +39,9 @@ def lean_imports() -> Iterator[None]:
     """
     import torch
 
-    hidden = [name for name in _OPTIONAL if name not in sys.modules]
+    # A library that is loaded has seen these packages, and would import their modules.
+    is_fresh = _LIBRARIES.isdisjoint(sys.modules)
+    hidden = [name for name in _OPTIONAL if is_fresh and name not in sys.modules]
     # `None` in this table makes an import raise ModuleNotFoundError.
     sys.modules |= dict.fromkeys(hidden, None)  # type: ignore[arg-type]
     is_available = torch.distributed.is_available
