@@ -321,6 +321,7 @@ def test_images_can_be_left_out_of_the_response(client, context, worker):
         {"eta": 0.3, "sampler_name": "Euler"},
         {"s_churn": 0, "s_tmin": 0, "s_tmax": 0, "s_noise": 1},
         {"script_name": None, "script_args": [], "alwayson_scripts": {}},
+        {"styles": ["None", ""]},
         {"styles": [""], "clip_skip": 1, "unknown": None, "other": [], "another": False},
         {  # the bodies of SillyTavern and of Forge's clients
             "url": "http://localhost:7860",

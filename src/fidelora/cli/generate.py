@@ -17,6 +17,7 @@ from fidelora.cli.image_plan import (
     read_prompts,
     read_size,
     resolve_noise,
+    size_notes,
     trigger_remarks,
     with_dtypes,
 )
@@ -102,6 +103,7 @@ def generate(
         "sampler": sampler,
         "eta": eta,
     }
+    asked_size = read_size(size, width, height)
     settings: dict[str, Any] = {
         "negative_prompt": _usable_negative(negative, model, report),
         "negative_prompt_2": negative_2,
@@ -123,13 +125,14 @@ def generate(
         "fidelity": fidelity.value,
         "frames": frames,
         "fps": fps,
-        **read_size(size, width, height),
+        **asked_size,
         **{name: value for name, value in optional.items() if value is not None},
     }
     planned = plan_recipes(
         texts, sets, trigger, number, lambda one: resolve_noise(noise, one, model), settings
     )
     report.add(*trigger_remarks(texts, sets, trigger))
+    report.add(size_notes(asked_size, planned[0][0]), ())
     names = parse_output(
         out,
         image_format,

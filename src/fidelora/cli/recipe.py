@@ -81,7 +81,7 @@ def recipe(
         if plan.has_random_seed:
             prompt["seed"] = RANDOM_SEED
     typer.echo(json.dumps(request, indent=2, ensure_ascii=False))
-    base = run.base_model
+    base = _BUNDLED.get(run.base_model, run.base_model)
     where = ""
     if not (is_local(base) or is_portable(base)):
         where = f", where BASE is your copy of {base}, which does not exist on this machine,"
@@ -116,6 +116,10 @@ def recipe(
             "The server has no settings for the prediction type, the VAE or the separate dtypes of "
             "this training run; its images will differ."
         )
+
+
+_BUNDLED = {"golden/miniature": "fidelora:miniature"}
+"""Base models that are part of the package, by their names in configurations of training runs."""
 
 
 def _variables(run: TrainingRun, adapter: str) -> str:
