@@ -6,7 +6,8 @@
 Start the programs on the CPU in float32, with `narrow.safetensors` of FOLDER among their
 checkpoints (for A1111 with `narrow.yaml` beside it), and `sks.safetensors` among their LoRAs. Each
 program makes its pictures and writes their metadata itself. OUT gets the files and
-`pictures.json`, with the differences of each picture and of the picture with none of them.
+`pictures.json`, with the settings of each picture and the effects of its differences. A picture
+that needs no difference has the sampler that comes nearest to the trainer's.
 """
 
 from __future__ import annotations
@@ -122,6 +123,9 @@ class A1111:
                 "override_settings": {
                     "CLIP_stop_at_last_layers": settings.clip_skip,
                     "randn_source": "CPU",
+                    # The default divides by the mean of the prompt embeddings, which is 0 for the
+                    # weights of `explain_base`: the picture would be black.
+                    "emphasis": "None",
                 },
             },
         )  # fmt: skip
@@ -196,7 +200,10 @@ def _changed(own: Settings, changed: dict[str, dict[str, Any]]) -> Settings:
 
 
 def _pixels(content: bytes) -> Pixels:
-    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    pixels: Pixels = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    if pixels.max() == 0:
+        raise RuntimeError("A picture is black, because the program's numbers became NaN.")
+    return pixels
 
 
 def _get(url: str) -> bytes:
