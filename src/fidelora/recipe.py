@@ -168,7 +168,7 @@ class Recipe:
             replacement.
         width, height: pixels, 64..4096, rounded down to a multiple of the family's divisor; by
             default the size that the base model was trained at.
-        frames: number of frames of a video, 1..1000; 1 for a still image. Rounded as the trainer
+        frames: number of frames of a video, 1..1001; 1 for a still image. Rounded as the trainer
             does (`Family.usable_frames`). Only for families that make videos.
         fps: frames per second of a video, 1..120; always 16 for a still image.
         steps: 1..150; some samplers have a lower maximum.

@@ -28,7 +28,7 @@ MIN_SIZE, MAX_SIZE = 64, 4096  # width and height in pixels
 MAX_STEPS = 150
 MAX_GUIDANCE = 100.0
 MAX_SEED = 2**63 - 1
-MAX_FRAMES, MAX_FPS = 1000, 120
+MAX_FRAMES, MAX_FPS = 1001, 120  # 4 * 250 + 1, so that rounding never exceeds the limit
 
 ADAPTER_FIELDS = frozenset({"adapters", "history", "training_adapters"})
 

@@ -41,3 +41,12 @@ def test_every_installation_in_the_image_checks_hashes():
     joined = TEXT.replace("\\\n", " ")
     for line in re.findall(r"^RUN .*pip install.*$", joined, flags=re.M):
         assert "--require-hashes" in line or ("--no-index" in line and "--no-deps" in line), line
+
+
+def test_both_images_can_be_built_without_mp4():
+    stages = [stage.split("\nFROM ", 1)[0] for stage in TEXT.split("-environment\n")[1:3]]
+    for stage in stages:
+        assert 'if [ "${MP4}" != true ]; then /opt/fidelora/bin/pip uninstall --yes av' in stage
+    for target in ("cpu", "cuda"):
+        requirements = (ROOT / "deploy" / "requirements" / f"{target}.txt").read_text()
+        assert re.search(r"^av==", requirements, flags=re.M)

@@ -232,6 +232,20 @@ def test_kohyas_names_of_sdxl_are_those_of_the_original_code(tmp_path):
     assert names(convert_adapter(peft, "peft"), tmp_path / "back.safetensors") == {to_q}
 
 
+@pytest.mark.parametrize("width", [8, 1536, 5120])
+def test_kohyas_names_of_wan_do_not_depend_on_the_size(tmp_path, width):
+    paths = ("blocks.2.attn1.to_q", "blocks.0.attn2.to_out.0")
+    modules = {f"transformer.{path}": (width, width) for path in paths}
+    source = lora_of(tmp_path / "wan.safetensors", modules, ss_base_model_version="wan_2.1")
+    made = written(convert_adapter(source, "kohya", "wan21_1b"), tmp_path / "out.safetensors")
+    assert names(convert_adapter(source, "kohya", "wan21_1b"), tmp_path / "out.safetensors") == {
+        "lora_unet_blocks_2_self_attn_q",
+        "lora_unet_blocks_0_cross_attn_o",
+    }
+    back = convert_adapter(made, "peft", "wan21_1b")
+    assert names(back, tmp_path / "back.safetensors") == set(modules)
+
+
 def test_a_family_is_asked_for_only_if_the_names_differ(tmp_path):
     both = lora_of(
         tmp_path / "both.safetensors", {"text_encoder.text_model.encoder.layers.0.mlp.fc1": (8, 8)}

@@ -42,6 +42,11 @@ def test_a_video_is_played(visitor):
         "v => new Promise(d => { v.onseeked = () => d(v.currentTime); v.currentTime = 1; })"
     )
     assert moved == 1
+    part = video.evaluate(
+        "async v => { const a = await fetch(v.currentSrc, {headers: {Range: 'bytes=4-7'}});"
+        " return [a.status, await a.text()]; }"
+    )
+    assert part == [206, "ftyp"]
     expect(visitor["recipe"]).to_contain_text('"frames": 9')
 
 

@@ -86,6 +86,12 @@ def test_the_documented_defaults_are_used():
     assert (again["num_frames"], again["fps"]) == (9, 24)
 
 
+def test_rounded_frames_are_in_range():
+    (recipe,) = recipes_for(body_of({"num_frames": MAX_FRAMES - 1}))
+    assert recipe.frames == MAX_FRAMES
+    assert Recipe.from_dict(recipe.to_dict()).frames == MAX_FRAMES
+
+
 @pytest.mark.parametrize("frames", [0, MAX_FRAMES + 1])
 def test_frames_out_of_range_are_refused(frames):
     with pytest.raises(ValueError, match="num_frames"):

@@ -140,7 +140,7 @@ Height = Annotated[
 Frames = Annotated[
     int,
     typer.Option(
-        help="Frames of a video, 1..1000, rounded to 1, 5, 9, ...; 1 makes a still image. Only "
+        help="Frames of a video, 1..1001, rounded to 1, 5, 9, ...; 1 makes a still image. Only "
         "for families that make videos.",
         rich_help_panel=SAMPLING_PANEL,
     ),

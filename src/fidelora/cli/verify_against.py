@@ -127,8 +127,9 @@ def _row(sample: RemoteSample) -> str:
     start = f"{sample.plan.round:>6} {sample.plan.index:>3}"
     one = sample.comparison
     if one is None:
-        height, width = sample.pixels.shape[:2]
-        return f"{start}  mismatch: the server's picture is {width}x{height}"
+        height, width = sample.pixels.shape[-3:-1]
+        frames = f" with {len(sample.pixels)} frames" if sample.pixels.ndim == 4 else ""
+        return f"{start}  mismatch: the server's picture is {width}x{height}{frames}"
     return (
         f"{start} {one.percent_text:>7} {one.max_difference:>4} {one.mean_difference:>8.4f} "
         f"{sample.from_expected:>9.4f}  {sample.verdict.value}"
@@ -137,7 +138,7 @@ def _row(sample: RemoteSample) -> str:
 
 def _document(sample: RemoteSample) -> dict[str, Any]:
     one, nearest = sample.comparison, sample.nearest
-    height, width = sample.pixels.shape[:2]
+    height, width = sample.pixels.shape[-3:-1]
     return {
         "step": sample.plan.step,
         "round": sample.plan.round,

@@ -183,9 +183,7 @@ def _module_parts(
     family: Family,
 ) -> list[ModuleParts]:
     found = _targets_by_module(adapter, family)
-    # The original code numbers blocks consecutively, which depends on the base model. Its names are
-    # therefore used only if all shapes show that the base model is like the family's default.
-    originals = _original_paths(family) if _has_same_shapes(adapter, family) else {}
+    originals = _original_paths(family, has_same_shapes=_has_same_shapes(adapter, family))
     by_name = {part.name: part for part in family.parts}
     modules = []
     for module, keys in parts.items():
@@ -235,11 +233,15 @@ def _scale(adapter: Adapter, module: str) -> float:
     return 1.0 if delta is None else delta.scale
 
 
-def _original_paths(family: Family) -> dict[str, str]:
-    """Return the paths in the original code by name of the target, where they differ."""
+def _original_paths(family: Family, *, has_same_shapes: bool) -> dict[str, str]:
+    """Return the paths in the original code by name of the target, where they differ.
+
+    Names with consecutive numbers of blocks are left out unless all shapes show that the base model
+    is like the family's default.
+    """
     originals: dict[str, str] = {}
     for part in family.parts:
-        if part.other_names is not None:
+        if part.other_names is not None and (has_same_shapes or not part.numbers_blocks):
             start = f"{part.name}."
             names = [name for name in default_targets(family.id).by_name if name.startswith(start)]
             paths = part.other_names(name.removeprefix(start) for name in names)

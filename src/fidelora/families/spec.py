@@ -110,6 +110,8 @@ class Part:
             checkpoint without it; empty for parts inside such checkpoints.
         other_names: maps module paths to the names in the original code; None if adapter files do
             not use these names.
+        numbers_blocks: True if `other_names` numbers blocks consecutively, so that the names depend
+            on the base model's shape.
         accepted_names: maps module paths to names in other code, which adapter files may use, but
             conversion does not write. A path has one name, or the names of several modules that
             compute equal shares of its output rows, in order; a repeated name stands for several
@@ -150,6 +152,7 @@ class Part:
     is_single_file: bool = False
     companion: str = ""
     other_names: Callable[[Iterable[str]], Mapping[str, str]] | None = None
+    numbers_blocks: bool = False
     accepted_names: Callable[[Iterable[str]], Mapping[str, tuple[str, ...]]] | None = None
     fused_names: Callable[[Iterable[str]], Mapping[str, tuple[str, ...]]] | None = None
     ignored_weights: tuple[str, ...] = ()

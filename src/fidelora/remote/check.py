@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from PIL import Image
+
 from fidelora.engine.engine import Engine
-from fidelora.errors import RecipeError
+from fidelora.errors import ImageRecordError, RecipeError
 from fidelora.explain.nearest import NearestPicture, check_is_supported, nearest_picture
 from fidelora.explain.picture import Picture
 from fidelora.explain.simulation import Simulator
 from fidelora.remote.programs import RemoteProgram
-from fidelora.training.compare import Comparison, compare, reencode
+from fidelora.training.compare import Comparison, compare, decoded_frames, reencode
 from fidelora.training.judge import Pixels
 from fidelora.training.plan import PlannedSample
 from fidelora.training.verify import MAX_ROUNDING_MEAN, read_trainer_image
@@ -44,7 +47,7 @@ class RemoteSample:
     Attributes:
         plan: the sample.
         content: the server's file.
-        pixels: its pixels, uint8 RGB [height, width, 3].
+        pixels: its pixels, uint8 RGB [height, width, 3], or [frames, height, width, 3].
         comparison: of the picture with the trainer's sample; None if the sizes differ.
         nearest: the picture that the program is expected to make; None for the trainer's sample.
         from_expected: mean difference from the expected picture in levels; None if the sizes
@@ -78,14 +81,17 @@ def verify_remote(
             `HALF_PRECISION_LEVELS` if it is simulated, else 0.
 
     Raises:
-        RecipeError: settings of this model family or adapter cannot be sent.
+        RecipeError: settings of this model family or adapter cannot be sent, or a sample is a
+            video and the API is not Fidelora's.
         ImageRecordError: the server's file is not an image.
         FideloraError: the server failed, or a file cannot be used.
     """
-    if videos := [plan.index for plan in plans if plan.recipe.frames > 1]:
+    videos = [plan.index for plan in plans if plan.recipe.frames > 1]
+    if videos and program.api != "fidelora":
         raise RecipeError(
-            f"Sample {videos[0]} is a video, but only still images can be compared with those of a "
-            "server. Use fidelora verify without --against.",
+            f"Sample {videos[0]} is a video. Only Fidelora's own API makes videos that can be "
+            "compared; others make still images, or files with other compression. Use "
+            "--api fidelora, or fidelora verify without --against.",
             field="frames",
         )
     for plan in plans if program.api != "fidelora" else ():
@@ -113,11 +119,14 @@ def _checked(
 ) -> RemoteSample:
     assert plan.trainer_image is not None
     trainer, image_format = read_trainer_image(plan.trainer_image)
-    pixels = Picture.read(content, "The server's picture").pixels
+    is_video = plan.recipe.frames > 1
+    name = "The server's picture"
+    pixels = _frames_of(content, name) if is_video else Picture.read(content, name).pixels
     expected = trainer if nearest is None else nearest.pixels
     if pixels.shape != trainer.shape or expected.shape != pixels.shape:
         return RemoteSample(plan, content, pixels, None, nearest, None, RemoteVerdict.MISMATCH)
-    comparison = compare(reencode(pixels, image_format), trainer)
+    # The server compresses a video as the trainer does; compressing it again would change it.
+    comparison = compare(pixels if is_video else reencode(pixels, image_format), trainer)
     from_expected = comparison.mean_difference
     if nearest is not None:
         from_expected = compare(pixels, nearest.pixels).mean_difference
@@ -131,6 +140,19 @@ def _checked(
     elif from_expected <= tolerance:
         verdict = RemoteVerdict.EXPECTED
     return RemoteSample(plan, content, pixels, comparison, nearest, from_expected, verdict)
+
+
+def _frames_of(content: bytes, name: str) -> Pixels:
+    """Return the frames of a WebP file, uint8 RGB [frames, height, width, 3].
+
+    Raises:
+        ImageRecordError: not a WebP file.
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=("WEBP",)) as image:
+            return decoded_frames(image)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise ImageRecordError(f"{name} is not a WebP video that can be read.") from error
 
 
 def worst(samples: Sequence[RemoteSample]) -> RemoteVerdict:

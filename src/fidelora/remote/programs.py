@@ -97,7 +97,8 @@ class FideloraServer(RemoteProgram):
     def picture(self, recipe: Recipe, nearest: NearestPicture | None) -> bytes:
         one = self._connection
         with Client(one.base_url, api_key=one.key or None, transport=one.transport) as client:
-            accepted = client.replay(recipe, base_model="server", output_format="png")
+            output_format = "png" if recipe.frames == 1 else "webp"
+            accepted = client.replay(recipe, base_model="server", output_format=output_format)
             client.wait(accepted.request_id, timeout_s=one.timeout_s, cancel_on_timeout=True)
             return client.image(accepted.request_id, 0)
 

@@ -104,6 +104,7 @@ _UNET = {
     "checkpoint_prefix": "model.diffusion_model.",
     "adapter_prefixes": ("lora_unet_", "lycoris_", "oft_unet_", "unet.", "diffusion_model."),
     "other_names": original_names,
+    "numbers_blocks": True,
 }
 _VAE = Part(
     name="vae",

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path as FilePath
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, Path, Query, Response
+from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 
@@ -19,6 +19,7 @@ from fidelora.server.job_watcher import Watch
 from fidelora.server.outputs import content_of
 from fidelora.server.problems import error_responses
 from fidelora.server.public_texts import public_text
+from fidelora.server.ranges import ranged_response
 
 router = APIRouter(prefix="/v1/requests", tags=["requests"])
 
@@ -138,13 +139,22 @@ def cancel_request(job: JobDep, context: ContextDep) -> StatusBody:
     return _status_body(context.store.cancel(job.id), context)
 
 
+@router.head("/{request_id}/images/{index}", include_in_schema=False)
 @router.get(
     "/{request_id}/images/{index}",
     response_class=Response,
-    responses=error_responses(404, 410, is_json=False) | {200: {"content": _IMAGES}},
+    responses=error_responses(404, 410, is_json=False)
+    | {
+        200: {"content": _IMAGES},
+        206: {"description": "The part that the header `Range` asks for", "content": _IMAGES},
+        416: {"description": "The range begins after the end of the file"},
+    },
 )
 def request_image(
-    job: JobDep, context: ContextDep, index: Annotated[int, Path(ge=0, le=10_000)]
+    job: JobDep,
+    context: ContextDep,
+    index: Annotated[int, Path(ge=0, le=10_000)],
+    request: Request,
 ) -> Response:
     """Return the unmodified file of an image or video; the index is that of its prompt."""
     if index >= len(job.outputs):
@@ -157,7 +167,7 @@ def request_image(
         "ETag": f'"{output.sha256}"',
         "Cache-Control": "private, max-age=31536000, immutable",
     }
-    return Response(content, media_type=media_type(output.format), headers=headers)
+    return ranged_response(content, request.headers, media_type(output.format), headers)
 
 
 def _status_body(job: Job, context: ServerContext) -> StatusBody:
