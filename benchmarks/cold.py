@@ -164,7 +164,7 @@ def _ours(
         sampler="ddpm",
         fidelity=fidelity,
     )
-    engine = image_maker("cpu") if resident else make_engine("cpu")
+    engine = image_maker("cpu") if resident else make_engine("cpu", first=recipe)
     engine.generate(recipe, _report_and_exit)
 
 

@@ -1,9 +1,13 @@
 """Evaluation of `fidelora explain`: how often it names the differences, and invents others.
 
     python -m benchmarks.explain [--pictures 48] [--seed 0] [--json FILE] [--keep DIR]
+    python -m benchmarks.explain --folder DIR --run RUN_DIR --base-model PATH [--json FILE]
 
-Needs peft (`pip install --group bench`). Makes pictures of the samples of golden training runs,
-most with one to three other settings, some with none:
+The second form explains the pictures in DIR, which `benchmarks.explain_pictures` requested from
+running programs; a FILE with results is continued.
+
+The first form needs peft (`pip install --group bench`). It makes pictures of the samples of golden
+training runs, most with one to three other settings, some with none:
 
 * with diffusers, the real program, whose pictures do not contain settings. For every second
   picture, the settings that its author can read in the script are given: sampler, steps, guidance,
@@ -31,6 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from benchmarks.explain_folder import evaluate_folder
 from diffusers import StableDiffusionPipeline, schedulers
 from numpy.typing import NDArray
 from tests.explain.other_programs import (
@@ -271,24 +276,19 @@ def _alias(cause: str) -> str:
     return {"schedule": "sampler", "prompt": "trigger"}.get(cause, cause)
 
 
-def main() -> None:
-    """Evaluate all pictures and print the shares."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pictures", type=int, default=48)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--keep", type=Path)
-    options = parser.parse_args()
-    if options.keep:
-        options.keep.mkdir(parents=True, exist_ok=True)
+def _evaluate_made(count: int, seed: int, keep: Path | None) -> list[dict[str, Any]]:
     engine = Engine(device="cpu")
     results = []
     with tempfile.TemporaryDirectory() as folder:
         diffusers = Diffusers(Path(folder))
-        for case in cases(options.pictures, options.seed):
-            result = evaluate(case, diffusers, engine, options.keep)
+        for case in cases(count, seed):
+            result = evaluate(case, diffusers, engine, keep)
             results.append(result)
             print(json.dumps(result), flush=True)
+    return results
+
+
+def _print_shares(results: list[dict[str, Any]]) -> None:
     groups: Counter[tuple[str, bool]] = Counter()
     for one in results:
         key = one["program"], one["known"]
@@ -304,6 +304,33 @@ def main() -> None:
     named = sum(one["is_named"] for one in results)
     invented = sum(one["is_invented"] for one in results)
     print(f"all: {named}/{count} named, {invented}/{count} with an invented difference")
+
+
+def _exists(path: Path | None) -> bool:
+    return path is not None and path.exists()
+
+
+def main() -> None:
+    """Evaluate all pictures and print the shares."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pictures", type=int, default=48)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--keep", type=Path)
+    parser.add_argument("--folder", type=Path, help="pictures of running programs")
+    parser.add_argument("--run", type=Path, help="training run of --folder")
+    parser.add_argument("--base-model", type=Path, help="base model of --folder")
+    options = parser.parse_args()
+    if options.folder and not (options.run and options.base_model):
+        parser.error("--folder needs --run and --base-model.")
+    if options.keep:
+        options.keep.mkdir(parents=True, exist_ok=True)
+    if options.folder:
+        known = json.loads(options.json.read_text()) if _exists(options.json) else []
+        results = evaluate_folder(options.folder, options.run, str(options.base_model), known)
+    else:
+        results = _evaluate_made(options.pictures, options.seed, options.keep)
+    _print_shares(results)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
 

@@ -7,8 +7,9 @@ import os
 import sys
 import tempfile
 
-# The suite runs in two processes, and small models are not faster with several threads. Set before
-# torch is loaded, and for child processes: compared images need the same number of threads.
+# The suite runs in several processes, and small models are not faster with several threads. This
+# is set before torch is loaded, and child processes inherit it, because images that are compared
+# need the same number of threads.
 os.environ["OMP_NUM_THREADS"] = "1"
 # Hashes and locations of base models must not come from, or be written to, the user's cache folder.
 _CACHE = tempfile.TemporaryDirectory(prefix="fidelora-tests-")
@@ -30,7 +31,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 def pytest_collection_finish() -> None:
-    """Exclude all that was imported from garbage collection, which every loaded model starts."""
+    """Exclude imported objects from garbage collection, which runs whenever a model is loaded."""
     gc.collect()
     gc.freeze()
 

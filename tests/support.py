@@ -1,4 +1,4 @@
-"""Shared by several test files: paths of golden data, and small base models and adapters."""
+"""Helpers of several test files: paths of golden data, small base models and adapters."""
 
 from __future__ import annotations
 

@@ -570,7 +570,7 @@ def test_a_location_is_shortened_to_its_name(location, name):
     assert short_name(location) == name
 
 
-def test_no_path_of_this_machine_is_told():
+def test_the_json_form_contains_no_path_of_this_machine():
     paths: dict[str, Any] = {
         "base_model": "/home/me/base",
         "vae": "/home/me/v.safetensors",

@@ -2,7 +2,8 @@
 
 AI Toolkit and AUTOMATIC1111 store one tensor per text encoder: `emb_params` if the model has one,
 `clip_l` and `clip_g` if it has two. diffusers stores one tensor that is named after the token
-(`<sks>`). Each has the shape [tokens, width], or [width] for one token.
+(`<sks>`), or `text_encoders_0` and `text_encoders_1`. ComfyUI stores `clip_l` for models with one
+text encoder, too. Each has the shape [tokens, width], or [width] for one token.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from fidelora.texts import read_json
 
 EMBEDDING_KEYS = frozenset({"emb_params", "clip_l", "clip_g"})
 MAX_TOKENS = 75
-"""Maximum number of tokens of an embedding: those of a prompt without its start and end."""
+"""Maximum number of tokens of an embedding: as many as a prompt has between start and end token."""
 
+_DIFFUSERS_KEYS = {"text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}
+"""Tensor keys of diffusers' training script for new tokens in the text encoders of SDXL."""
 _MAX_WORD_LENGTH = 200  # characters
-_CONVERTED_KEYS = frozenset({"*", "string_to_param.*"})
+_CONVERTED_KEYS = frozenset({"*", "string_to_param", "string_to_param.*"})
 """Tensor keys in files converted from AUTOMATIC1111's `.pt` embeddings; they are not the word."""
 
 
@@ -28,6 +31,10 @@ def embedding_tensors(header: Header) -> dict[str, str]:
     If the file has only one tensor, that tensor is taken as an embedding whatever its key is, as in
     diffusers, AUTOMATIC1111 and ComfyUI, unless the key contains a dot, like those of modules.
     """
+    if header.tensors.keys() == _DIFFUSERS_KEYS.keys():
+        return {name: key for key, name in _DIFFUSERS_KEYS.items()}
+    if header.tensors.keys() == {"clip_l"}:
+        return {"emb_params": "clip_l"}
     found = {key: key for key in header.tensors if key in EMBEDDING_KEYS}
     if not found and len(header.tensors) == 1:
         key, info = next(iter(header.tensors.items()))
@@ -45,10 +52,10 @@ def is_embedding(header: Header) -> bool:
 
 
 def embedding_word(header: Header, name: str) -> str | None:
-    """Return the word that stands for an embedding in prompts; None if it is not an embedding.
+    """Return the word that stands for an embedding in prompts; None for a file of another kind.
 
-    The trainer stores the word in the metadata, and diffusers as the name of the tensor. Files of
-    other programs are named after it.
+    The trainer stores the word in the metadata, and diffusers as the name of the tensor. For files
+    of other programs, the word is the name of the file.
 
     Args:
         name: name of the file.
@@ -58,7 +65,11 @@ def embedding_word(header: Header, name: str) -> str | None:
     if word := _stored_word(header.metadata):
         return word
     key = next(iter(header.tensors))
-    if key not in EMBEDDING_KEYS | _CONVERTED_KEYS and key.strip() and len(key) <= _MAX_WORD_LENGTH:
+    if (
+        key not in EMBEDDING_KEYS | _CONVERTED_KEYS | _DIFFUSERS_KEYS.keys()
+        and key.strip()
+        and len(key) <= _MAX_WORD_LENGTH
+    ):
         return key.encode("utf-8", "ignore").decode()
     return PurePath(name).stem.encode("utf-8", "replace").decode()
 

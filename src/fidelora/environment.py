@@ -19,6 +19,8 @@ PREFIX = "FIDELORA_"
 
 _BOOLEANS = frozenset(["0", "1", "f", "false", "n", "no", "off", "on", "t", "true", "y", "yes"])
 """Words that pydantic converts to a boolean."""
+_OF_SERVICE = re.compile(rf"{PREFIX}(SERVICE_(HOST|PORT\w*)|PORT_\d+_(TCP|UDP|SCTP)\w*)")
+"""Variables that Kubernetes sets in every container if a Service is called fidelora."""
 _DEVICE = r"(auto|(cpu|mps|cuda)(:\d+)?)"
 
 
@@ -77,6 +79,8 @@ def ignored_variables(
                 sentences.append(f"{reason}; Kubernetes and Docker set it for a service.")
             elif preferred not in values:
                 sentences.append(f"{reason}. If it is meant for Fidelora, set {preferred}.")
+        elif _OF_SERVICE.fullmatch(name) and name not in known:
+            sentences.append(f"{name} is ignored; Kubernetes and Docker set it for a service.")
         elif name.startswith(PREFIX) and name not in known:
             near = get_close_matches(name, known, 1, cutoff=0.85)
             hint = f"; did you mean {near[0]}?" if near else "."

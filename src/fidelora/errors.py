@@ -178,7 +178,7 @@ class DeviceError(UsageError):
 
 
 class GenerationCancelled(FideloraError):
-    """The generation was cancelled before it was complete."""
+    """The generation was canceled before it was complete."""
 
 
 class MemoryExhaustedError(FideloraError):
@@ -209,7 +209,7 @@ class StorageFullError(StorageError):
 
 
 class ImageFormatError(OutputError, UsageError):
-    """The file name's suffix is not a supported image format; use .png, .jpg or .webp."""
+    """The file name's suffix is not a supported image format; use .png, .jpg, .webp or .mp4."""
 
 
 class ImageRecordError(FideloraError):

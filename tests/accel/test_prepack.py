@@ -1,4 +1,4 @@
-"""Work that the exact path does once: same bits as every time, and repeated when necessary."""
+"""Work that the exact path does once: it has the same bits, and is repeated after a change."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ def test_a_failed_prefetch_raises_only_when_the_adapter_is_needed(tmp_path, refs
             library.get(ref)
     assert library.loaded() == frozenset()
     adapter_file(tmp_path, "a", 0)
-    assert library.get(refs[0]).sha256 == refs[0].sha256  # it was mended, and nobody remembers
+    assert library.get(refs[0]).sha256 == refs[0].sha256  # errors are not cached
 
 
 def test_prefetch_raises_errors_that_are_not_about_the_file(refs, reads):

@@ -246,6 +246,19 @@ def notes_of(adapters: list[AdapterRef], **body: Any) -> tuple[str, ...]:
     return notes_on(request(**body), adapters, recipes(tuple(adapters), **body))
 
 
+def test_the_default_size_is_reported_for_a_small_base(sks):
+    def notes(size: dict[str, int], **base: str) -> tuple[str, ...]:
+        body = request(prompts=[{"prompt": "a ball"} | size])
+        return notes_on(body, [sks], recipes_of(body, [sks], base, draw_seed=lambda: 0))
+
+    assert notes({}) == ()  # the documented default, although sd15 was trained at 512
+    assert notes({"width": 128}, base_model="fidelora:miniature") == ()
+    assert notes({}, base_model="fidelora:miniature") == (
+        "The prompt has no size, so the image has the API's default, 1024 x 1024; the base model "
+        "was trained at 128 x 128.",
+    )
+
+
 def test_a_negative_prompt_without_effect_is_reported_once(sks):
     prompts = [{"prompt": "a", "neg": "ugly"}, {"prompt": "b", "neg": "dull"}]
     made = recipes((sks,), model="flux", prompts=prompts)
@@ -624,7 +637,7 @@ def test_status_and_result_over_the_life_cycle_of_a_job():
     ],
 )
 def test_the_models_are_listed_as_documented(model, base_model, divisor, steps, guidance):
-    by_id = {body.id: body.model_dump() for body in model_list().models}
+    by_id = {body.id: body.model_dump() for body in model_list([model]).models}
     assert list(by_id) == list(all_families())
     assert by_id[model] == {
         "id": model,
@@ -636,4 +649,5 @@ def test_the_models_are_listed_as_documented(model, base_model, divisor, steps, 
         "is_video_model": False,
         "default_num_frames": None,
         "default_fps": None,
+        "configured": True,
     }

@@ -157,6 +157,12 @@ def test_the_size_is_by_default_that_of_the_base_model(fidelora, options, size):
     assert (image["width"], image["height"]) == size
 
 
+def test_a_rounded_size_is_a_note(fidelora):
+    command = ("generate", "x", "--base-model", "fidelora:miniature", "--dry-run", "--size")
+    assert "100 x 100 was rounded down to 96 x 96" in fidelora(*command, "100")[2]
+    assert "rounded" not in fidelora(*command, "128x96")[2]
+
+
 def test_a_quiet_run_prints_only_warnings(fidelora, tmp_path):
     code, out, err = fidelora(
         "generate", "a [trigger]", "--lora", str(MINIATURE_LORA), "--seed", "-1", "-q", "--trigger",

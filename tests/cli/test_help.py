@@ -9,7 +9,8 @@ import sys
 import pytest
 from tools.pages.command_line import commands, options
 
-from fidelora.cli import app, console
+from fidelora.cli import app
+from fidelora.cli.options import DEVICE_PANEL, MODEL_PANEL, SAMPLING_PANEL
 
 COMMANDS = dict(commands())
 
@@ -33,7 +34,7 @@ def test_the_help_of_every_command_fits_into_80_columns(fidelora, name):
 
 def test_the_options_of_generate_are_in_groups(fidelora):
     _, out, _ = fidelora("generate", "-h")
-    titles = ("Options", console.SAMPLING_PANEL, console.MODEL_PANEL, console.DEVICE_PANEL)
+    titles = ("Options", SAMPLING_PANEL, MODEL_PANEL, DEVICE_PANEL)
     positions = [out.index(f"─ {title} ─") for title in titles]
     assert positions == sorted(positions)
     assert "[trigger] is replaced" in out, "brackets are not markup"
@@ -51,6 +52,12 @@ def test_former_and_usual_names_of_options_exist():
     }  # fmt: skip
     for name, names in expected.items():
         assert names <= options(COMMANDS[name]), name
+
+
+def test_base_model_has_the_same_short_form_in_all_commands():
+    named = {name for name, one in COMMANDS.items() if "--base-model" in options(one)}
+    assert {"generate", "serve", "verify"} <= named
+    assert named == {name for name, one in COMMANDS.items() if "--base" in options(one)}
 
 
 def test_the_version_has_a_short_option(fidelora):

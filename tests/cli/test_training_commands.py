@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -342,6 +343,13 @@ def test_recipe_names_a_base_that_is_on_another_machine(fidelora, copy_run):
     code, _, err = fidelora("recipe", str(folder))
     assert code == 0
     assert "serve --base-model sd15=BASE`, where BASE is your copy of /gone/base, which" in err
+
+
+def test_recipe_names_the_bundled_base_of_the_demo(fidelora):
+    folder = Path(str(files("fidelora"))) / "demo_data" / "zrk_fp32"
+    code, _, err = fidelora("recipe", str(folder))
+    assert code == 0
+    assert "--base-model sd15=fidelora:miniature` and" in err
 
 
 def test_recipe_prints_the_settings_of_a_quantised_run(fidelora):

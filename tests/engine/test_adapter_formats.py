@@ -93,6 +93,29 @@ ACCEPTED: dict[str, dict[str, Tensor]] = {
     "OFT": {f"{FLAT.replace('lora_unet', 'oft_unet')}.oft_blocks": numbers(4, 4, 4)},
     "BOFT": {f"{FLAT}.oft_blocks": numbers(3, 4, 4, 4)},
     "float8": {key: one.to(torch.float8_e4m3fn) for key, one in KOHYA.items()},
+    "float8 with two exponents": {key: one.to(torch.float8_e5m2) for key, one in KOHYA.items()},
+    "float64": {key: one.double() for key, one in KOHYA.items()},
+    "alpha in a list": {**KOHYA, f"{FLAT}.alpha": torch.tensor([2])},
+    "PEFT with the name of an adapter": lora(
+        f"base_model.model.{PATH}", ".lora_A.my_lora.weight", ".lora_B.my_lora.weight"
+    ),
+    "PEFT with names of kohya": lora(FLAT, ".lora_A.weight", ".lora_B.weight"),
+    "kohya with names of PEFT": lora(f"unet.{PATH}", ".lora_down.weight", ".lora_up.weight"),
+    "DoRA of PEFT with the name of an adapter": {
+        **lora(f"base_model.model.{PATH}", ".lora_A.default.weight", ".lora_B.default.weight"),
+        f"base_model.model.{PATH}.lora_magnitude_vector.default.weight": numbers(16).abs() + 1,
+    },
+    "LoKr with one pair of factors": {
+        f"{FLAT}.lokr_w1": numbers(4, 4),
+        f"{FLAT}.lokr_w2_a": numbers(4, 2),
+        f"{FLAT}.lokr_w2_b": numbers(2, 4),
+        f"{FLAT}.alpha": torch.tensor(2.0),
+        f"{FLAT}.dora_scale": numbers(16, 1).abs() + 1,
+    },
+    "(IA)^3 of inputs": {f"{FLAT}.weight": numbers(1, 16), f"{FLAT}.on_input": torch.tensor(1)},
+    "full of the original code": {
+        "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_out.0.diff": numbers(16, 16)
+    },
     "alpha 0": {**KOHYA, f"{FLAT}.alpha": torch.tensor(0.0)},
 }
 REFUSED: dict[str, tuple[dict[str, Tensor], str]] = {
@@ -104,6 +127,36 @@ REFUSED: dict[str, tuple[dict[str, Tensor], str]] = {
     ),
     "cloneofsimo": ({"unet:0:up": numbers(16, 4), "unet:0:down": numbers(4, 16)}, "cloneofsimo"),
     "OFT of PEFT": ({f"{FLAT}.oft_R.weight": numbers(4, 6)}, "is an OFT in the format of PEFT"),
+    **{
+        f"{what} of PEFT": ({f"base_model.model.{PATH}.{key}": numbers(4, 4)}, f"{what} in the f")
+        for what, key in (
+            ("an AdaLoRA", "lora_E"),
+            ("an HRA", "hra_u"),
+            ("a FourierFT", "fourierft_spectrum"),
+            ("an LN tuning", "ln_tuning_layers.weight"),
+            ("a RandLora", "randlora_lambda"),
+            ("a VB-LoRA", "vblora_logits_A"),
+            ("a C3A", "c3a_kernel"),
+            ("a SHiRA", "shira_weight"),
+            ("a RoAd", "road_theta"),
+            ("a Bone", "bone_block"),
+            ("a MiSS", "miss_block"),
+        )
+    },
+    **{
+        what: ({key: numbers(4, 4)}, f"{what}, which is not supported")
+        for what, key in (
+            ("is a motion module of AnimateDiff", "down_blocks.0.motion_modules.0.x.weight"),
+            ("is an IP-Adapter", "image_proj.proj.weight"),
+            ("is a ControlNet", "control_model.input_blocks.0.0.weight"),
+            ("is a VAE", "first_stage_model.decoder.conv_in.weight"),
+            ("is a hypernetwork", "320.0.linear.0.weight"),
+            (r"\(modules_to_save\)", "base_model.model.conv_out.modules_to_save.default.weight"),
+            (r"\(base_layer\)", f"base_model.model.{PATH}.base_layer.weight"),
+        )
+    },
+    "Control-LoRA": ({**KOHYA, "lora_controlnet": torch.ones(0)}, "is a Control-LoRA"),
+    "several embeddings": ({"<a>": numbers(32), "<b>": numbers(32)}, "each in a file of its own"),
     "bundled embedding": ({**KOHYA, "bundle_emb.x.clip_l": numbers(1, 8)}, "an embedding in the"),
     "NaN": ({**KOHYA, f"{FLAT}.alpha": torch.tensor(torch.nan)}, "finite|NaN"),
 }

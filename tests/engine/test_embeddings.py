@@ -55,6 +55,21 @@ def make_embedding(path: Path, seed: int, tokens: int = 2, **metadata: str) -> P
     return save_adapter(path, {"emb_params": rows}, **metadata)
 
 
+def test_every_spelling_of_an_embedding_is_read(engine, tmp_path):
+    rows = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(1))
+    images = set()
+    for key in ("emb_params", "clip_l", "toy", "string_to_param", "string_to_param.*", "*"):
+        path = save_adapter(tmp_path / "toy.safetensors", {key: rows})
+        assert examine_adapter(path).model == "sd15"
+        ref = AdapterRef.from_file(path)
+        image = engine.generate(Recipe(prompt="a toy", adapters=(ref,), **SMALL))
+        images.add(image.pixels.tobytes())
+    assert len(images) == 1
+    pair = {"text_encoders_0": torch.ones(2, 768), "text_encoders_1": torch.ones(2, 1280)}
+    path = save_adapter(tmp_path / "pair.safetensors", pair)
+    assert (examine_adapter(path).model, AdapterRef.from_file(path).word) == ("sdxl", "pair")
+
+
 def test_the_word_is_that_of_the_metadata_or_the_file_name(tmp_path, toy):
     assert AdapterRef.from_file(toy).word == "toy"
     assert AdapterRef.from_file(EMBED / "zrkk_000000006.safetensors").word == "zrkk"
@@ -219,7 +234,7 @@ def test_the_recipe_needs_the_word_of_an_embedding(engine, toy):
         engine.generate(Recipe(prompt="a", adapters=(lora,), **SMALL))
 
 
-def test_examine_says_what_an_embedding_fits(tmp_path):
+def test_examine_reports_which_models_an_embedding_fits(tmp_path):
     found = examine_adapter(
         save_adapter(tmp_path / "a.safetensors", {"emb_params": torch.ones(2, 768)})
     )

@@ -529,7 +529,7 @@ def test_the_hub_cache_is_used_when_offline(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["someone/absent", "someone/absent@v2"])
-def test_offline_the_error_says_that_a_hub_id_is_not_cached(tmp_path, monkeypatch, name):
+def test_offline_a_hub_id_that_is_not_cached_is_an_error(tmp_path, monkeypatch, name):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(BaseModelNotFoundError, match="someone/absent is neither a folder on this"):
         ModelKey.of(Recipe(prompt="", base_model=name)).find_files(tmp_path)

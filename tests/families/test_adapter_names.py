@@ -87,7 +87,7 @@ def test_a_lora_in_the_names_of_other_programs_is_equal(engine, tmp_path, family
         adapters = (AdapterRef.from_file(path),)
         recipe = replace(recipe_of(family), adapters=adapters, adapter_mode=mode)
         images.append(engine.generate(recipe).pixels.astype(int))
-    # The sum over the rank has zeros of the other blocks in it, and another order.
+    # The sums over the rank also have the zeros of the other blocks, and are in another order.
     assert np.abs(images[0] - images[1]).max() <= 1
     assert np.abs(images[0] - engine.generate(recipe_of(family)).pixels.astype(int)).max() > 20
 

@@ -262,7 +262,7 @@ def test_a_fused_row_of_the_wrong_size_is_refused(engine, tmp_path):
         engine.generate(recipe)
 
 
-def test_adapters_of_chroma_and_flux_are_told_apart(engine):
+def test_adapters_of_chroma_and_flux_are_distinguished(engine):
     assert examine_adapter(CHROMA_LORA).model == "chroma"
     assert examine_adapter(FLUX_LORA).model == "flux"
     recipe = replace(SMALL, adapters=(AdapterRef.from_file(FLUX_LORA),))

@@ -162,7 +162,7 @@ def test_a_lokr_is_applied(engine, tmp_path):
 
 @pytest.mark.parametrize("to", ["kohya", "peft"])
 def test_a_lora_is_converted(tmp_path, to):
-    """Both families of this kind fit; their names are the same."""
+    """Qwen-Image and Qwen-Image-2512 both fit; the names of their modules are the same."""
     path = tmp_path / "a.safetensors"
     path.write_bytes(convert_adapter(QWEN_LORA, to).content)
     start = {"kohya": "lora_unet_transformer_blocks_", "peft": "transformer.transformer_blocks."}
@@ -203,7 +203,7 @@ def test_only_the_language_model_is_loaded():
 
 
 def test_the_rotary_tables_are_rounded_with_the_weights():
-    """As by the trainer's `.to(dtype)`; the bounds of other processors would not notice it."""
+    """The trainer's `.to(dtype)` rounds them. The limits for other processors would not show it."""
     exact, rounded = (
         load_model_of(replace(SMALL, dtype=dtype, text_encoder_dtype=dtype))
         .parts["text_encoder"]

@@ -620,7 +620,7 @@ def test_fast_is_nearly_exact_and_leaves_no_trace(engine, path):
     wanted = engine.generate(exact).pixels.astype(int)
     difference = abs(engine.generate(fast).pixels - wanted).mean()
     assert difference < 2
-    if path:  # what it does is more than what fast loses
+    if path:  # the adapter changes more than `fast` does
         assert abs(engine.generate(plain).pixels - wanted).mean() > 3 * difference
     assert np.array_equal(
         engine.generate(plain).pixels, Engine(device="cpu").generate(plain).pixels

@@ -14,6 +14,7 @@ import torch
 from diffusers.loaders.single_file_utils import (
     convert_flux2_transformer_checkpoint_to_diffusers,
 )
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from tests.families.test_flux import as_checkpoint as of_flux
 from tests.support import (
@@ -30,7 +31,11 @@ from tests.support import (
 from torch import Tensor
 
 from fidelora import Engine, Recipe
-from fidelora.errors import BaseModelFilesError, BaseModelWeightsError
+from fidelora.errors import (
+    BaseModelFilesError,
+    BaseModelNotFoundError,
+    BaseModelWeightsError,
+)
 from fidelora.families import all_families, get_family
 from fidelora.families.lumina2.names import fused_names, original_names
 from fidelora.families.wan.names import original_names as wan_names
@@ -250,6 +255,30 @@ def test_the_page_lists_every_model_with_the_place_of_its_other_parts():
         if family.checkpoint:
             assert places.pop(model) == (f"`{companions.pop()}`" if companions else "in the file")
     assert not places
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "says"),
+    [
+        (
+            file_of(TINY_CHROMA),
+            {},
+            r"safetensors lacks these parts of Chroma: text encoder 2, vae\. "
+            r"ostris/Flex\.1-alpha is neither .* cannot be reached\. "
+            r"Name a local folder that has them with --config",
+        ),
+        (TINY_FLUX, {"decoder": "me/vae"}, r"me/vae is .*Name a local folder or file with --vae"),
+        ("me/base", {}, r"^me/base is .*Name a local folder or file with --base-model"),
+    ],
+)
+def test_missing_parts_are_named_if_the_hub_is_out_of_reach(monkeypatch, base, options, says):
+    def unreachable(*_args: object, **_options: object) -> None:
+        raise LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr("fidelora.weights.locate.snapshot_download", unreachable)
+    family = get_family("chroma" if base == file_of(TINY_CHROMA) else "flux")
+    with pytest.raises(BaseModelNotFoundError, match=says):
+        BaseFiles.find(family, str(base), **options)
 
 
 def test_the_other_parts_come_from_the_familys_own_base():

@@ -152,7 +152,7 @@ def test_samples_have_the_frames_of_the_trainer(tmp_path, where):
     assert "frames" not in recipe.prompt
 
 
-def test_a_request_says_that_the_number_of_frames_was_rounded():
+def test_a_request_has_a_note_on_a_rounded_number_of_frames():
     body = {"model": "wan21_1b", "loras": [], "prompts": [{"prompt": "a"}]}
     for frames, expected in ((None, 0), (1, 0), (41, 0), (42, 1), (3, 1)):
         body["prompts"] = [{"prompt": "a", "num_frames": frames}]

@@ -25,6 +25,8 @@ pytestmark = [
 ]
 
 ROUNDS = int(os.environ.get("FAULT_ROUNDS", "3"))
+OUTAGE_S = float(os.environ.get("FAULT_OUTAGE_S", "0"))
+"""Seconds until a killed database is started again; 0 for a random time of at most one second."""
 JOBS = 60  # per round
 WORKERS = 3
 LEASE_S = 1.0
@@ -91,7 +93,7 @@ def test_kills_of_the_database_and_of_workers_lose_no_job(server):
             pause.wait(draw.random())
             if number % 2 == 0:
                 server.stop(kill=True)
-                pause.wait(draw.random())
+                pause.wait(OUTAGE_S or draw.random())
                 start_again(server, pause)
             else:
                 victim = draw.randrange(WORKERS)

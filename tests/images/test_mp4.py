@@ -93,7 +93,7 @@ def test_too_many_boxes_are_refused():
         mp4.read_mp4(content[:16] + box(b"free") * 2000 + content[16:], "a.mp4")
 
 
-def test_without_pyav_the_error_says_what_to_install(monkeypatch):
+def test_without_pyav_the_error_names_the_package_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(ImageFormatError, match=r"pip install 'fidelora\[video\]'"):
+    with pytest.raises(ImageFormatError, match=r"pip install '\.\[video\]'"):
         mp4.mp4(FRAMES, 8, TEXTS)

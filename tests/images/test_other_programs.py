@@ -97,6 +97,11 @@ def test_settings_of_swarmui_and_invokeai_are_read(one, sampler):
         ("dpmpp_2m", "karras", "k_dpmsolver++"),
         ("dpmpp_2m", "normal", "dpmsolver++"),
         ("euler", "", "euler"),
+        ("", "", "euler"),  # stored only if the user selects one
+        (None, None, "euler"),
+        ("", "karras", "k_euler"),
+        ("lms", "karras", "k_lms"),
+        ("ddim", "normal", "ddim"),
     ],
 )
 def test_samplers_of_swarmui_have_their_schedules(sampler, scheduler, expected):
@@ -122,6 +127,14 @@ def test_the_schedule_of_few_step_loras_is_read():
         (lambda: of_swarm(cfgscale=10**400), "cfgscale"),
         (lambda: of_invoke(width=True), "width"),
         (lambda: of_swarm(prompt=["a"]), "prompt"),
+        (lambda: of_swarm(steps=0), "steps"),
+        (lambda: of_swarm(cfgscale=101), "cfgscale"),
+        (lambda: of_swarm(width=0), "width"),
+        (lambda: of_swarm(loratencweights=["0.3", "1"]), "loratencweights"),
+        (lambda: of_invoke(clip_skip=1), "clip_skip"),
+        (lambda: of_invoke(cfg_scale=[7, 6]), "cfg_scale"),
+        (lambda: of_invoke(positive_prompt="a cat++ on grass"), "prompt"),
+        (lambda: of_invoke(negative_prompt="ugly, bad--"), "negative prompt"),
         (lambda: of_swarm(loraweights=["heavy", "1"]), "loras"),
         (lambda: of_invoke(loras=[{"model": {"name": 5}, "weight": 1}]), "loras"),
         (lambda: of_invoke(loras=[{"model": {"name": "a"}, "weight": 6}]), "loras"),
@@ -133,6 +146,13 @@ def test_the_schedule_of_few_step_loras_is_read():
 )
 def test_what_cannot_be_used_is_named(found, named):
     assert named in [one.name for one in found().ignored]
+
+
+def test_values_that_mean_nothing_are_not_named():
+    assert [one.name for one in of_swarm(vae="None").ignored] == ["model"]
+    assert [one.name for one in of_invoke(positive_prompt="a well-lit, C++17 cat").ignored] == [
+        "model"
+    ]
 
 
 def test_old_images_of_swarmui_have_lists_as_text():
@@ -167,6 +187,17 @@ GRAPH = json.dumps({"3": {"class_type": "KSampler", "inputs": {"seed": 1}}})
         ({"Dream": "a ball -s 50 -S 1"}, "InvokeAI"),
         ({"use_stable_diffusion_model": "sd-v1-4"}, "Easy Diffusion"),
         ({"parameters": '{"prompt": "a"}'}, "unknown JSON"),
+        ({"prompt": GRAPH.replace("1}", "NaN}"), "workflow": "{}"}, "ComfyUI"),
+        ({"parameters": '{"Prompt": "a", "Performance": "Speed"}'}, "Fooocus"),
+        ({"parameters": '{"Prompt": "a", "software": "RuinedFooocus"}'}, "RuinedFooocus"),
+        ({"parameters": '{"Comment": "{}", "Software": "NovelAI"}'}, "NovelAI"),
+        ({"Title": "AI generated image", "Source": "NovelAI Diffusion V4"}, "NovelAI"),
+        ({"parameters": '{"1": {}, "extraMetadata": "{}"}'}, "Civitai"),
+        ({"parameters": '{"use_stable_diffusion_model": "a"}'}, "Easy Diffusion"),
+        ({"invokeai_graph": "{}"}, "workflow of InvokeAI"),
+        ({"invokeai_workflow": "{}"}, "workflow of InvokeAI"),
+        ({"NMKDiffusion": "{}"}, "NMKD"),
+        ({"XML:com.adobe.xmp": "<exif:UserComment>{}</exif:UserComment>"}, "Draw Things"),
     ],
 )
 def test_images_of_other_programs_are_refused_by_name(texts, program):
@@ -180,6 +211,15 @@ def test_a_webp_of_comfyui_is_refused_by_name():
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, "WEBP", exif=exif.tobytes())
     with pytest.raises(ImageRecordError, match="ComfyUI"):
+        read_origin(buffer.getvalue())
+
+
+def test_a_jpeg_of_fooocus_is_refused_by_name():
+    exif = Image.Exif()
+    exif[ExifTags.Base.UserComment] = '{"performance": "Speed"}'
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "JPEG", exif=exif)
+    with pytest.raises(ImageRecordError, match="Fooocus"):
         read_origin(buffer.getvalue())
 
 

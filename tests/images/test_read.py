@@ -195,6 +195,31 @@ def test_missing_parameters_except_the_size_use_the_models_defaults():
             "is not supported",
         ),
         ("Steps: 20, Sampler: Euler, Seed: 1, ENSD: 31337", "ENSD", "is not supported"),
+        ("Steps: 0, Sampler: Euler, Seed: 1", "Steps", "steps is 0; it must be"),
+        ("Steps: 20, Sampler: Euler, Seed: 1, CFG scale: nan", "CFG scale", "guidance_scale is"),
+        ("Steps: 20, Sampler: Euler, Seed: 1, Size: 0x0", "Size", "width is 0; it must be"),
+        ("Steps: 20, Sampler: Default, Seed: 1", "Sampler", "is not supported here"),
+        (
+            "Steps: 20, Sampler: Euler, Seed: 1, AddNet Model 1: style(0123456789ab)",
+            "AddNet Model 1",
+            "made with this LoRA, which is not applied",
+        ),
+        (
+            'Steps: 20, Sampler: Euler, Seed: 1, TI hashes: "bad: 0123456789ab"',
+            "TI hashes",
+            "embeddings",
+        ),
+        (
+            "Steps: 20, Sampler: Euler, Seed: 1, ADM Guidance: (1.5, 0.8, 0.3)",
+            "ADM Guidance",
+            "is not supported",
+        ),
+        (
+            "Steps: 20, Sampler: Euler, Seed: 1, Civitai resources: "
+            '[{"air": "urn:air:sd1:lora:civitai:1@2", "weight": 0.8}]',
+            "Civitai resources",
+            "made with this LoRA, which is not applied",
+        ),
     ],
 )
 def test_unused_parameters_are_listed(line, name, reason):
@@ -299,6 +324,77 @@ def test_written_parameters_are_read_back_as_the_same_recipe(recipe, options):
         (ref.name, ref.sha256[:12]) for ref in recipe.adapters
     ]
     assert [one.name for one in read.ignored] == ["Model"]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        # A1111 before 1.9, in which `DPM++ 2M Karras` was another sampler
+        ("Sampler: DPM++ 2M, Version: v1.6.0", "dpmsolver++"),
+        ("Sampler: DPM++ 2M, Model hash: 7460a6fa", "dpmsolver++"),
+        ("Sampler: DPM++ 2M Karras, Version: v1.6.0", "k_dpmsolver++"),
+        ("Sampler: DPM++ 2M, Schedule type: Automatic, Version: v1.9.4", "k_dpmsolver++"),
+        ("Sampler: DPM++ 2M, Schedule type: Uniform", "dpmsolver++"),
+        # ComfyUI's names, in texts of its extensions that save images
+        ("Sampler: euler_ancestral, Schedule type: normal", "euler_a"),
+        ("Sampler: dpmpp_2m", "dpmsolver++"),
+        ("Sampler: dpmpp_2m_karras", "k_dpmsolver++"),
+        ("Sampler: dpmpp_2m, Schedule type: karras", "k_dpmsolver++"),
+        ("Sampler: euler_normal", "euler"),
+        ("Sampler: Euler, Schedule type: Normal", "euler"),
+    ],
+)
+def test_samplers_of_every_age_and_program(line, expected):
+    read = read_parameters(f"a ball\nSteps: 20, {line}, Seed: 1", SD15)
+    assert read.fields["sampler"] == expected
+
+
+def test_lines_of_windows_and_sizes_with_blanks_are_read():
+    text = "a ball\nNegative prompt: bad\nSteps: 20, Sampler: Euler, Seed: 1, Size: 64 x 72"
+    read = read_parameters(text.replace("\n", "\r\n"), SD15)
+    assert (read.prompt, read.negative_prompt, read.ignored) == ("a ball", "bad", ())
+    assert (read.fields["width"], read.fields["height"]) == (64, 72)
+
+
+def test_keys_that_change_no_pixel_are_not_named():
+    text = "a ball\nSteps: 20, Sampler: Euler, Seed: 1, App: SD.Next, Operations: txt2img"
+    more = ", Backend: Diffusers, Pipeline: StableDiffusionPipeline, Created Date: 2026-11-28"
+    assert read_parameters(text + more, SD15).ignored == ()
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [
+        b"UNICODE\0" + FOREIGN.encode("utf-8"),  # not UTF-16, although the code says so
+        b"ASCII\0\0\0" + FOREIGN.encode("ascii"),
+        b"\0" * 8 + FOREIGN.encode("utf-8"),
+    ],
+)
+@pytest.mark.parametrize("image_format", ["JPEG", "WEBP", "PNG"])
+def test_comments_of_every_encoding_are_read(encoded, image_format):
+    exif = Image.Exif()
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = encoded
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 72)).save(buffer, image_format, exif=exif.tobytes())
+    assert parameters_in(buffer.getvalue()).text == FOREIGN
+
+
+@pytest.mark.parametrize("tag", [ExifTags.Base.UserComment, ExifTags.Base.ImageDescription])
+def test_parameters_in_other_places_of_exif_are_read(tag):
+    exif = Image.Exif()
+    exif[tag] = FOREIGN
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 72)).save(buffer, "JPEG", exif=exif)
+    assert parameters_in(buffer.getvalue()).text == FOREIGN
+
+
+def test_a_description_without_parameters_is_none():
+    exif = Image.Exif()
+    exif[ExifTags.Base.ImageDescription] = "a photo of my cat"
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 72)).save(buffer, "JPEG", exif=exif)
+    with pytest.raises(ImageRecordError, match="has neither"):
+        read_origin(buffer.getvalue())
 
 
 @pytest.mark.parametrize("order", ["utf-16-be", "utf-16-le"])

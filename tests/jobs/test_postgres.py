@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import threading
 from collections import Counter
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -16,6 +19,7 @@ from tests.jobs.test_stores import LEASE_S, NOW, A, B, is_listening, job, until
 from tests.postgres import PostgresServer, missing, postgres_server
 
 from fidelora.errors import JobStoreError, QueueFullError
+from fidelora.jobs import connection_watchdog, database
 from fidelora.jobs.codec import DOCUMENT_FORMAT
 from fidelora.jobs.database import database_revisions, open_database
 from fidelora.jobs.job import Status
@@ -203,8 +207,8 @@ def test_a_check_for_cancellation_sends_no_query(store):
 
 def test_other_processes_hear_of_cancellations_and_new_jobs(store, postgres_url):
     other = SqlStore(postgres_url)
-    wakes: list[None] = []
-    other.on_new_job(lambda: wakes.append(None))
+    wakes: list[object] = []
+    other.on_new_job(wakes.append)
     until(lambda: is_listening(other))
     added = store.add(job())
     until(lambda: len(wakes) == 1)
@@ -214,9 +218,49 @@ def test_other_processes_hear_of_cancellations_and_new_jobs(store, postgres_url)
     other.close()
 
 
+def test_a_new_job_wakes_as_many_idle_workers_as_there_are_jobs(store):
+    wakes: list[Collection[str] | None] = []
+    store.on_new_job(wakes.append)
+    until(lambda: is_listening(store))
+    store.report_worker(WorkerState("dead"), datetime.now(UTC) - timedelta(hours=1))
+    for name, device, loaded in (
+        ("empty", "cuda:1", set()),
+        ("home", "cpu", {A, B}),
+        ("other", "cuda:0", {C}),
+    ):
+        store.report_worker(WorkerState(name, device, loaded=frozenset(loaded)))
+    added = [store.add(job(A))]
+    added += [store.add(job()), store.add(job(A)), store.add(job(device_kind="cuda"))]
+    until(lambda: len(wakes) == 4)
+    assert wakes == [["home"], ["empty", "other"], ["home", "empty", "other"], ["empty", "other"]]
+    assert store.claim("home", None, LEASE_S, loaded={A, B}).id == added[0].id
+    store.add(job(A, B))
+    until(lambda: len(wakes) == 5)
+    assert wakes[4] == ["empty", "other"], "a worker with a job cannot take another one"
+    for name in ("empty", "other"):
+        store.claim(name, None, LEASE_S)
+    store.add(job(A))
+    until(lambda: len(wakes) == 6)
+    assert wakes[5] is None, "each worker looks for the job as soon as it is free"
+
+
+def test_a_new_job_wakes_all_workers_if_their_names_are_too_long(store):
+    wakes: list[Collection[str] | None] = []
+    store.on_new_job(wakes.append)
+    until(lambda: is_listening(store))
+    names = [f"{number}-{'n' * 90}" for number in range(80)]
+    for name in names:
+        store.report_worker(WorkerState(name))
+    for _ in names:
+        store.add(job())
+    until(lambda: len(wakes) == len(names))
+    assert wakes[0] == [min(names)]
+    assert wakes[-1] is None
+
+
 def test_lost_notifications_return_with_the_connection(store):
-    wakes: list[None] = []
-    store.on_new_job(lambda: wakes.append(None))
+    wakes: list[object] = []
+    store.on_new_job(wakes.append)
     until(lambda: is_listening(store))
     with store._database.engine.connect() as connection:
         connection.exec_driver_sql(
@@ -226,6 +270,77 @@ def test_lost_notifications_return_with_the_connection(store):
     until(lambda: is_listening(store))
     store.add(job())
     until(lambda: len(wakes) >= 1)
+
+
+@pytest.fixture
+def proxy(postgres_url):
+    made = HangingProxy(int(postgres_url.rpartition(":")[2].partition("/")[0]))
+    yield made
+    made.close()
+
+
+class HangingProxy:
+    """Forwards connections to PostgreSQL, and on request nothing more.
+
+    Attributes:
+        port: port on 127.0.0.1.
+        passes: cleared while nothing is forwarded.
+    """
+
+    def __init__(self, target: int) -> None:
+        self._target = target
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self.passes = threading.Event()
+        self.passes.set()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self.passes.set()
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client = self._listener.accept()[0]
+            except OSError:
+                return
+            server = socket.create_connection(("127.0.0.1", self._target))
+            for source, sink in ((client, server), (server, client)):
+                threading.Thread(target=self._forward, args=(source, sink), daemon=True).start()
+
+    def _forward(self, source: socket.socket, sink: socket.socket) -> None:
+        with source, sink, suppress(OSError):
+            while part := source.recv(65_536):
+                self.passes.wait()
+                sink.sendall(part)
+
+
+@pytest.mark.parametrize("is_idle", [False, True])
+def test_a_database_that_hangs_is_an_error(postgres_url, proxy, monkeypatch, is_idle):
+    monkeypatch.setattr(connection_watchdog, "MAX_TRANSACTION_S", 0.3)
+    if is_idle:  # the connection is tested before its use
+        monkeypatch.setattr(database, "_TEST_AFTER_IDLE_S", 0)
+    port = postgres_url.rpartition(":")[2].partition("/")[0]
+    store = SqlStore(postgres_url.replace(f":{port}/", f":{proxy.port}/"))
+    added = store.add(job())
+    proxy.passes.clear()
+    with pytest.raises(JobStoreError):
+        store.get(added.id)
+    proxy.passes.set()
+    assert store.get(added.id) == added
+    store.close()
+
+
+def test_connections_notice_that_the_other_side_has_vanished(postgres_url):
+    for url, idle_s in ((postgres_url, "10"), (f"{postgres_url}?keepalives_idle=77", "77")):
+        engine = open_database(url)
+        with engine.connect() as connection:
+            driver: Any = connection.connection.driver_connection
+            parameters = driver.info.get_parameters()
+        engine.dispose()
+        assert parameters["keepalives_idle"] == idle_s
+        assert parameters["tcp_user_timeout"] == "20000"
 
 
 def test_a_killed_database_loses_no_accepted_job():

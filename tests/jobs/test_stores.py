@@ -65,9 +65,9 @@ def later(seconds: float) -> datetime:
     return NOW + timedelta(seconds=seconds)
 
 
-def job(*adapters: str, prompt: str = "a ball", owner: str = "") -> Job:
+def job(*adapters: str, prompt: str = "a ball", owner: str = "", device_kind: str = "") -> Job:
     recipe = Recipe(prompt=prompt, adapters=tuple(AdapterRef(sha256) for sha256 in adapters))
-    return new_job((recipe,), NOW, owner=owner)
+    return new_job((recipe,), NOW, owner=owner, device_kind=device_kind)
 
 
 @pytest.fixture(params=["memory", "sqlite", "postgresql"])
@@ -441,6 +441,7 @@ def test_a_held_job_does_not_hold_the_others(store):
 
 def test_live_workers_are_listed_with_their_state(store):
     busy = WorkerState("busy", "cuda:0", "1.2", frozenset({A, B}), frozenset({A}))
+    busy = replace(busy, models=("sdxl", "sd15"))
     idle = WorkerState("idle", "cpu", "1.1", idle_since=NOW)
     for state in (idle, busy):
         store.report_worker(state, NOW)
@@ -485,8 +486,8 @@ def test_a_cancel_request_is_noticed(store):
 
 
 def test_a_new_job_wakes_the_workers(store):
-    wakes: list[None] = []
-    store.on_new_job(lambda: wakes.append(None))
+    wakes: list[object] = []
+    store.on_new_job(wakes.append)
     until(lambda: is_listening(store))
     store.add(job())
     until(lambda: len(wakes) == 1)

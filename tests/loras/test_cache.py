@@ -129,7 +129,7 @@ def test_leftover_files_of_a_killed_server_are_removed(cache):
         path.write_bytes(b"half")
     os.utime(old, (0, 0))
     AdapterCache(cache.folder, 10**9)
-    assert list(cache.folder.iterdir()) == [new]  # somebody may be at it
+    assert list(cache.folder.iterdir()) == [new]  # another process may still write it
 
 
 def test_a_url_is_remembered_but_not_stored_as_text(cache, lora):
@@ -140,7 +140,7 @@ def test_a_url_is_remembered_but_not_stored_as_text(cache, lora):
     assert cache.remembered_url(url) == ('"v1"', ref.sha256)
     assert b"secret" not in b"".join(path.read_bytes() for path in cache.folder.glob("*.json"))
     cache.path(ref.sha256).unlink()
-    assert cache.remembered_url(url) is None  # what the mark stands for is gone
+    assert cache.remembered_url(url) is None  # the file was removed
 
 
 def downloads(cache: AdapterCache, *sources: Path) -> list[str]:

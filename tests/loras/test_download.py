@@ -81,7 +81,7 @@ class Site:
             await self.answers.get(path, answer(b"none", status=404))(head, writer)
             await writer.drain()
         except (OSError, asyncio.IncompleteReadError):
-            pass  # who asked has left
+            pass  # the client has disconnected
         finally:
             writer.close()
 
@@ -159,7 +159,7 @@ def test_an_unchanged_file_is_not_downloaded_again(site, target):
     assert fetch(site, target, "https://files.example/a", etag='"v1"') is None
     assert b'If-None-Match: "v1"' in site.heads[0]
     assert not target.exists()
-    refusal(site, target, "https://files.example/a")  # nobody asked whether anything had changed
+    refusal(site, target, "https://files.example/a")  # the request had no ETag
 
 
 # --- which URLs ---------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def test_ip_addresses_instead_of_hostnames_are_refused(site, target, literal):
         rules = replace(RULES, hosts=frozenset({literal.strip("[]")}))
         await download(
             url, target, rules, network=Network(port=1)
-        )  # the real resolver, and the real judgement
+        )  # the real resolver and the real check
 
     with pytest.raises(AdapterError) as caught:
         asyncio.run(run())
@@ -361,7 +361,7 @@ def test_blob_in_urls_of_other_hosts_is_not_changed(site, target):
     assert fetch(site, target, "https://files.example/o/n/blob/a") is not None
 
 
-# --- what comes ---------------------------------------------------------------------------------
+# --- responses ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

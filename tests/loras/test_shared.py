@@ -53,7 +53,7 @@ def test_a_worker_fetches_what_a_server_has_published(bucket, tmp_path):
     assert other.get(AdapterRef(ref.sha256)).sha256 == SHA256  # from the machine's folder
 
 
-def test_an_adapter_that_nobody_has_is_reported(bucket, tmp_path):
+def test_an_adapter_that_exists_nowhere_is_reported(bucket, tmp_path):
     library = AdapterLibrary(folder=tmp_path, fetch=SharedAdapters(bucket).fetch)
     with pytest.raises(AdapterNotFoundError, match="does not exist"):
         library.get(AdapterRef("0" * 64))
@@ -185,7 +185,7 @@ def test_an_upload_that_cannot_be_shared_is_not_stored(own_object_store, tmp_pat
     assert adapter_names(tmp_path) == ["uploads/x.safetensors"]
 
 
-def test_a_resolver_looks_again_before_it_says_that_a_name_is_unknown(bucket, tmp_path):
+def test_a_resolver_refreshes_the_folder_before_it_refuses_a_name(bucket, tmp_path):
     import asyncio
 
     from fidelora.loras.download import DownloadRules

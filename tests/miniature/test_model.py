@@ -65,7 +65,7 @@ def test_its_vae_preserves_images():
 
 
 def test_it_draws_the_prompt(engine):
-    """24 prompts measure it within ten points; documented figures are from the benchmark's 200."""
+    """24 prompts give the scores within ten percentage points; the benchmark uses 200."""
     guided = scores(engine, held_out_scenes(24, 11), BASE, 11)
     assert guided["colour"] >= 0.8, guided
     assert guided["shape"] >= 0.7, guided
@@ -85,6 +85,6 @@ def test_the_adapter_teaches_the_trigger_word_a_new_shape(engine):
 
 
 def test_all_releases_of_transformers_read_the_text_encoder():
-    """Releases that keep the level `text_model` load random weights under names without it."""
+    """Releases whose module names contain `text_model.` leave weights without it at random."""
     header = read_file_header(FOLDER / "text_encoder" / "model.safetensors")
     assert all(name.startswith("text_model.") for name in header.tensors)

@@ -65,7 +65,7 @@ def test_the_judge_accepts_correct_drawings():
 
 
 @pytest.mark.parametrize("shape", [*world.SHAPES, world.NEW_SHAPE])
-def test_the_judge_tells_every_shape_from_the_others(shape):
+def test_the_judge_distinguishes_all_shapes(shape):
     rng = np.random.default_rng(4)
     for size in world.RADII:
         scene = world.Scene((world.Thing(shape, "red", size),), "white")

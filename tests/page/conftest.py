@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Closed after the module: Playwright's event loop blocks `asyncio.run` in this thread."""
+    """Browser of one module. While it is open, `asyncio.run` fails in this thread."""
     with sync_playwright() as playwright:
         # Chromium's sandbox does not work in containers; it only opens the page under test.
         launched = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])

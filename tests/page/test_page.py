@@ -262,6 +262,18 @@ def test_uploads_have_the_size_limit_of_loras_and_training_runs(client, context)
     assert response.json()["detail"]["error"]["code"] == "BODY_TOO_LARGE"
 
 
+@pytest.mark.parametrize("event", [-1, 10**9, 10**400, "-1", "0", 1.5, [], {}])
+def test_an_event_that_the_page_does_not_have_is_refused(client, event):
+    for path in ("/gradio_api/queue/join", "/gradio_api/run/predict"):
+        body = {"data": [], "fn_index": event, "session_hash": "s"}
+        assert client.post(path, json=body).status_code == 400
+
+
+def test_a_stream_without_a_session_is_refused(client):
+    for path in ("/gradio_api/queue/data", "/gradio_api/heartbeat/"):
+        assert client.get(path, params={"session_hash": ""}).status_code == 404
+
+
 def test_with_api_keys_nothing_is_shown_without_one(client, key):
     response = client.get("/")
     assert "API key" in response.text

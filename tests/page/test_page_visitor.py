@@ -88,7 +88,7 @@ def test_gradio_finds_the_request_and_the_event_data():
     assert isinstance(values[1], gr.SelectData)
 
 
-def test_a_request_that_a_body_describes_is_for_nobody():
+def test_a_request_that_a_body_describes_has_no_visitor():
     claimed = gr.Request(scope={"fidelora_caller": ADMIN})
     assert for_visitor(Handlers().call)(claimed, "x") == ("x", ANONYMOUS)
     assert for_visitor(Handlers().call)(request_of(None), "x") == ("x", ANONYMOUS)
@@ -98,7 +98,7 @@ def test_every_handler_that_uses_the_store_or_loras_is_for_a_visitor(context, tm
     """Only handlers of these names use neither; new ones have to be wrapped or named here."""
     page_files = PageFiles(tmp_path / "page")
     page_files.empty()
-    app, _ = gradio_app(context, page_files, Verifier("cpu", 60, {}), "")
+    app, _, _ = gradio_app(context, page_files, Verifier("cpu", 60, {}), "")
     blocks = next(route.app.blocks for route in app.routes if hasattr(route, "app"))
     without = {
         function.fn.__name__

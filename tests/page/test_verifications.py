@@ -93,7 +93,7 @@ def test_no_file_name_leads_outside(tmp_path_factory, name):
     assert {path.name for path in tmp_path.iterdir()} <= {"a.zip", "target"}
 
 
-def test_unpacked_size_is_limited_whatever_the_header_says(tmp_path):
+def test_unpacked_size_is_limited_whatever_the_header_claims(tmp_path):
     archive = zipped(
         tmp_path / "a.zip",
         {"config.yaml": "a: 1", "big.safetensors": bytes(5 * MIB)},

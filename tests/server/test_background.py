@@ -1,4 +1,4 @@
-"""Background tasks of the server survive what they meet; an end that nobody asked for is one."""
+"""Background tasks of the server continue after errors; if one ends, the server stops."""
 
 from __future__ import annotations
 

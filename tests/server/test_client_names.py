@@ -156,7 +156,7 @@ def test_names_in_the_other_apis_are_refused(client, name):
 
 @pytest.mark.parametrize("number", [errno.ENAMETOOLONG, errno.ELOOP, errno.EILSEQ])
 def test_an_os_error_about_a_name_is_an_error_of_the_client(client, context, monkeypatch, number):
-    """Also where no code expects it; the message has neither the path nor the error."""
+    """This holds for every route. The message contains neither the path nor the error."""
 
     def fails(*values: Any, **named: Any) -> Any:
         raise OSError(number, "File name too long", "/root/of/the/server")

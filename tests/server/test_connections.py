@@ -33,7 +33,7 @@ def short(monkeypatch) -> None:
     monkeypatch.setattr(LimitedProtocol, "max_connections", 3)
 
 
-async def with_server(call: Any, **given: Any) -> Any:
+async def with_server(call: Any, app: Any = app, **given: Any) -> Any:
     """Return the result of `call(port)` while the server runs."""
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(app, http=LimitedProtocol, log_config=None, lifespan="off", **given)
@@ -56,6 +56,24 @@ async def talk(port: int, *parts: bytes) -> bytes:
     answer = await reader.read()
     writer.close()
     return answer
+
+
+def recorded_calls(monkeypatch: Any, method: str) -> list[Any]:
+    """Return a list that receives the argument of each later call of a method of the protocol."""
+    arguments: list[Any] = []
+    original = getattr(LimitedProtocol, method)
+
+    def call(protocol: LimitedProtocol, argument: Any) -> None:
+        arguments.append(argument)
+        original(protocol, argument)
+
+    monkeypatch.setattr(LimitedProtocol, method, call)
+    return arguments
+
+
+def transport_of(writer: asyncio.StreamWriter) -> asyncio.Transport:
+    assert isinstance(writer.transport, asyncio.Transport)
+    return writer.transport
 
 
 @pytest.mark.parametrize(
@@ -82,6 +100,95 @@ def test_bytes_of_a_header_do_not_extend_its_time(short):
 
     with suppress(ConnectionError):  # the server closed while more was written
         assert asyncio.run(with_server(drip)) == b""
+
+
+def test_a_body_that_trickles_in_is_closed(short, monkeypatch):
+    monkeypatch.setattr(connections, "MIN_BYTES_PER_S", 10**9)
+
+    async def drip(port: int) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        answer = asyncio.create_task(reader.read())
+        writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000000\r\n\r\n")
+        while not answer.done():
+            writer.write(b"a")
+            await asyncio.sleep(0)
+        writer.close()
+        return await answer
+
+    with suppress(ConnectionError):  # the server closed while more was written
+        assert asyncio.run(with_server(drip)) == b""
+
+
+CONTENT = b"\0" * 16 * 2**20  # more than the system buffers
+
+
+async def download(scope: Any, receive: Any, send: Any) -> None:
+    """Send a large response in two parts."""
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": CONTENT, "more_body": True})
+    await send({"type": "http.response.body", "body": CONTENT})
+
+
+@pytest.mark.parametrize("is_short", [False, True], ids=["large", "small-rest"])
+def test_a_connection_whose_client_does_not_read_is_closed(short, monkeypatch, is_short):
+    monkeypatch.setattr(connections, "WRITE_TIMEOUT_S", 0.05)
+    lost = recorded_calls(monkeypatch, "connection_lost")
+
+    async def without_reading(port: int) -> None:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        transport_of(writer).pause_reading()
+        writer.write(REQUEST + b"1234")
+        while not lost:
+            await asyncio.sleep(0)
+        writer.close()
+
+    asyncio.run(with_server(without_reading, small_rest if is_short else download))
+    assert len(lost) == 1
+
+
+async def small_rest(scope: Any, receive: Any, send: Any) -> None:
+    """End the response and the connection with a few bytes that the client has not read."""
+    transport = receive.__self__.transport
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    while transport.get_write_buffer_size() == 0:
+        transport.write(b"a" * 2000)
+    await send({"type": "http.response.body", "body": b""})
+    transport.close()
+
+
+def test_a_slow_client_that_reads_on_gets_the_whole_response(short, monkeypatch):
+    monkeypatch.setattr(connections, "WRITE_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(connections, "MIN_BYTES_PER_S", -(10**9))  # any progress is enough
+    checks = recorded_calls(monkeypatch, "_wait_for_client")
+
+    async def slowly(port: int) -> int:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        transport_of(writer).pause_reading()
+        writer.write(REQUEST + b"1234")
+        while len(checks) < 3:
+            await asyncio.sleep(0)
+        transport_of(writer).resume_reading()
+        size = 0
+        while part := await reader.read(2**20):
+            size += part.count(0)
+            if size == 2 * len(CONTENT):
+                break
+        writer.close()
+        return size
+
+    size = asyncio.run(with_server(slowly, download))
+    assert size == 2 * len(CONTENT)
+
+
+def test_a_request_is_parsed_in_small_parts(short, monkeypatch):
+    parts = recorded_calls(monkeypatch, "data_received")
+    chunks = b"1\r\na\r\n" * 50_000 + b"0\r\n\r\n"
+    header = (
+        b"POST / HTTP/1.1\r\nHost: a\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+    )
+    assert b"204" in asyncio.run(with_server(lambda port: talk(port, header + chunks)))
+    assert b"".join(parts) == header + chunks
+    assert max(map(len, parts)) <= connections.READ_BYTES
 
 
 def test_whole_requests_are_answered_also_on_the_same_connection(short):

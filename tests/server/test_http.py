@@ -64,7 +64,10 @@ def with_prompt(**fields: Any) -> dict[str, Any]:
 def test_health_and_models(client):
     assert client.get("/health").json() == {"status": "healthy"}
     assert [client.head(path).status_code for path in ("/health", "/ready")] == [200, 200]
-    models = client.get("/v1/models").json()["models"]
+    answer = client.get("/v1/models").json()
+    assert [model["id"] for model in answer["data"]] == ["sd15"]  # the configured ones
+    models = answer["models"]
+    assert [model["configured"] for model in models] == [model["id"] == "sd15" for model in models]
     assert [model["id"] for model in models] == list(all_families())
     assert models[0] == {
         "id": "sd15",
@@ -76,6 +79,7 @@ def test_health_and_models(client):
         "is_video_model": False,
         "default_num_frames": None,
         "default_fps": None,
+        "configured": True,
     }
 
 
@@ -548,6 +552,8 @@ def test_an_upload_is_used_and_deleted(client, context, worker):
         "",
         "a/b.safetensors",
         "x\0.safetensors",
+        "\u202egpj.safetensors",
+        "x\x9b31m.safetensors",
     ],
 )
 def test_an_upload_stays_in_its_folder(client, context, name):
@@ -947,17 +953,35 @@ def test_metrics_count(client, context):
     assert float(lines[f"fidelora_http_requests_total{{{route}}}"]) == 1
 
 
+def test_a_lora_that_a_request_names_many_times_is_read_once(client, context, monkeypatch):
+    resolve, resolved = context.resolver.resolve, []
+
+    async def count(path: str, **given: Any) -> Any:
+        resolved.append(path)
+        return await resolve(path, **given)
+
+    monkeypatch.setattr(context.resolver, "resolve", count)
+    loras = [{"path": "sks.safetensors", "network_multiplier": each / 100} for each in range(100)]
+    request_id = submit(client, MINIMAL | {"loras": loras})
+    (recipe,) = context.store.get(request_id).recipes
+    assert [ref.multiplier for ref in recipe.adapters] == [each / 100 for each in range(100)]
+    assert resolved == ["sks.safetensors"]
+
+
 def test_workers_are_listed_with_their_requests(client, context):
     assert client.get("/v1/workers").json() == {"workers": []}
     worker = ByHand(context)
     request_id = submit(client)
     job = worker.claim()
-    busy = WorkerState(job.worker or "", "cuda:0", "1.2", loaded=frozenset("ba"))
+    busy = WorkerState(
+        job.worker or "", "cuda:0", "1.2", loaded=frozenset("ba"), models=("sdxl", "sd15")
+    )
     context.store.report_worker(busy)
     context.store.report_worker(WorkerState("z", "cpu", "1.2", idle_since=now()))
     first, second = client.get("/v1/workers").json()["workers"]
     assert (first["device"], first["request_id"], first["idle_s"]) == ("cuda:0", request_id, None)
     assert (first["adapters"], first["merged_adapters"]) == (["a", "b"], [])
+    assert first["models"] == ["sdxl", "sd15"]
     assert (second["name"], second["request_id"]) == ("z", None)
     assert second["idle_s"] < 60
 

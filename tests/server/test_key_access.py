@@ -118,7 +118,7 @@ def test_the_list_has_the_requests_of_the_key(client, context, keys):
     assert error(foreign) == (400, "CURSOR_NOT_KNOWN")
 
 
-def test_requests_of_the_time_before_belong_to_admins(client, context, keys):
+def test_requests_without_an_owner_belong_to_admins(client, context, keys):
     """Requests that older versions stored, or that were made without keys, have no owner."""
     old = context.store.add(new_job((Recipe(prompt="from before"),), now()))
     url = f"/v1/requests/{old.id}/status"
@@ -238,7 +238,7 @@ def test_only_the_own_upload_can_be_deleted(client, keys, form):
     assert client.delete(short, headers=keys["alice"]).status_code == 204
 
 
-def test_uploads_without_a_key_belong_to_everybody(client, context, keys):
+def test_uploads_made_without_keys_belong_to_every_key(client, context, keys):
     """They were made by an older version, or before the server had keys."""
     uploads = context.settings.loras / "uploads"
     uploads.mkdir(exist_ok=True)

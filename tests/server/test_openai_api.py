@@ -27,7 +27,6 @@ from tests.server.http_support import (
 from tests.server.serve_support import IMAGES_DEADLINE_S, Server, until
 from tests.support import LORA
 
-from fidelora.families import all_families
 from fidelora.images.read import read_origin
 from fidelora.jobs.job import JobProgress, Status, new_job
 from fidelora.recipe import MAX_SEED, Recipe, file_sha256
@@ -286,8 +285,9 @@ def test_unsupported_fields_are_rejected_by_name(client, context, fields, param)
     ],
 )
 def test_fields_that_contradict_each_other(client, fields, message):
-    with pytest.raises(openai.BadRequestError, match=message):
+    with pytest.raises(openai.BadRequestError) as caught:
         client.images.generate(prompt="a ball", **fields)
+    assert caught.value.response.json()["error"]["message"].startswith(message)
 
 
 def test_a_model_has_the_names_that_clients_cannot_change(client, context, worker):
@@ -364,7 +364,7 @@ def test_api_keys(tmp_path):
         )
         with official_client(openai.OpenAI, url, key) as client, at_work(ByHand(context)):
             assert client.images.generate(prompt="a ball").data
-            assert [model.id for model in client.models.list()] == list(all_families())
+            assert [model.id for model in client.models.list()] == ["sd15"]
 
 
 def test_errors_have_openais_format_on_its_paths_only(tmp_path):
@@ -527,8 +527,7 @@ def test_a_stopping_server_answers_waiting_clients(client, context):
 
 
 def test_models_in_both_formats(client):
-    model, *others = client.models.list().data
-    assert [other.id for other in others] == list(all_families())[1:]
+    (model,) = client.models.list().data  # without those that are not downloaded
     assert (model.id, model.object, model.owned_by, model.created) == (
         "sd15",
         "model",

@@ -119,7 +119,7 @@ def test_sillytavern_finds_what_it_shows(client, auth):
     }
     assert "Euler a" in names["samplers"]
     assert names["upscalers"] == ["None"]
-    assert "sdxl" in names["sd-models"]
+    assert names["sd-models"] == ["sd15"]
     chosen = {"sd_model_checkpoint": "sdxl"}
     assert client.post("/sdapi/v1/options", json=chosen, headers=headers).status_code == 200
     idle = client.get("/sdapi/v1/progress", headers=headers).json()

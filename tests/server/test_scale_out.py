@@ -145,8 +145,8 @@ def test_a_worker_needs_the_shared_folder(fidelora, tmp_path):
 
 def test_the_database_is_migrated_by_a_command(fidelora, postgres_url):
     code, out, _ = fidelora("db", "upgrade", "--store", postgres_url)
-    assert (code, out) == (0, "The job database was migrated from revision none to 0008.\n")
+    assert (code, out) == (0, "The job database was migrated from revision none to 0009.\n")
     code, out, _ = fidelora("db", "upgrade", "--store", postgres_url)
-    assert (code, out) == (0, "The job database is up to date (revision 0008).\n")
+    assert (code, out) == (0, "The job database is up to date (revision 0009).\n")
     code, out, _ = fidelora("workers", "--store", postgres_url)
     assert (code, out) == (0, "")

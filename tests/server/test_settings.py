@@ -197,8 +197,8 @@ def test_unknown_names_with_the_prefix_are_named(monkeypatch):
     assert setting_warnings() == [
         "FIDELORA_LORA_HOST is not a setting of Fidelora and has no effect; "
         "did you mean FIDELORA_LORA_HOSTS?",
-        "FIDELORA_PORT_8000_TCP_PROTO is not a setting of Fidelora and has no effect.",
-        "FIDELORA_SERVICE_HOST is not a setting of Fidelora and has no effect.",
+        "FIDELORA_PORT_8000_TCP_PROTO is ignored; Kubernetes and Docker set it for a service.",
+        "FIDELORA_SERVICE_HOST is ignored; Kubernetes and Docker set it for a service.",
     ]
 
 

@@ -94,6 +94,7 @@ EXACT = {
     "qwen_bf16_save_f32": 2,
     "flux_lora_f32": 3,
     "flux_lokr_lowrank_multipliers": 2,
+    "flux_dora": 3,
     "flux_bf16_save_f32": 3,
     "chroma_lora_f32": 3,
     "chroma_bf16_save_f32": 3,

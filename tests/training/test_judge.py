@@ -1,4 +1,4 @@
-"""Settings that a judgement changes on trial."""
+"""Changed settings and draws of a judgement, with engines that make gray images."""
 
 from __future__ import annotations
 

@@ -78,6 +78,7 @@ _BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("a: !!int ''\n", "cannot be read"),
         ("a: !!bool x\n", "cannot be read"),
         ("a: !!timestamp x\n", "cannot be read"),
+        ("a:\n" + "- x\n" * 200_000, "more than 20,000 values"),
         ("#" * 2**20 + "\n", "more than 1,048,576 bytes"),
     ],
 )

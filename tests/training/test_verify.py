@@ -172,12 +172,12 @@ def test_partial_folders(copy):
 
 
 def one_short_sample(process: dict[str, Any]) -> None:
-    """Leave one sample of few steps: the doctor makes up to a hundred images of it."""
+    """Keep one sample, with few steps, because the doctor makes up to a hundred images of it."""
     process["sample"].update(samples=[{"prompt": "[trigger] a photo of a ball"}], sample_steps=3)
 
 
 def bfloat16_and_one_sample(process: dict[str, Any]) -> None:
-    """Set another precision; the verdict makes eight images of each sample."""
+    """Set bfloat16, and keep one sample, because each needs eight images for its verdict."""
     process["train"].update(dtype="bf16")
     del process["sample"]["samples"][1:]
 

@@ -4,8 +4,8 @@
 
 Runs in a network namespace of its own, because Ray replaces 127.0.0.1 by another address of the
 machine if there is one. Prints one line of JSON per command from stdin: `start` and the arguments
-of `fidelora worker` start a process in the namespace, and `stop PROCESS_ID` sends SIGTERM and waits
-for it. The cluster ends with stdin.
+of `fidelora worker` start a process in the namespace, `stop PROCESS_ID` sends SIGTERM and waits for
+it, and `raylet` adds a raylet. The cluster ends with stdin.
 """
 
 from __future__ import annotations
@@ -28,9 +28,12 @@ def main() -> None:
     cluster = Cluster(initialize_head=True, head_node_args=head | memory)
     launchers: dict[int, subprocess.Popen[bytes]] = {}
     try:
-        nodes = [cluster.add_node(num_cpus=2, **memory) for _ in range(2)]
-        raylets = [node.all_processes["raylet"][0].process.pid for node in nodes]
-        _answer({"raylets": raylets})
+
+        def add_raylet() -> int:
+            node = cluster.add_node(num_cpus=2, **memory)
+            return int(node.all_processes["raylet"][0].process.pid)
+
+        _answer({"raylets": [add_raylet() for _ in range(2)]})
         for line in sys.stdin:
             command, *arguments = json.loads(line)
             if command == "start":
@@ -38,6 +41,8 @@ def main() -> None:
                 process = subprocess.Popen([sys.executable, "-m", "fidelora", *options])
                 launchers[process.pid] = process
                 _answer({"pid": process.pid})
+            elif command == "raylet":
+                _answer({"pid": add_raylet()})
             else:
                 process = launchers[int(arguments[0])]
                 if command == "stop":

@@ -25,7 +25,7 @@ from fidelora.jobs.job import Job, Status, new_job
 from fidelora.jobs.sql import SqlStore
 from fidelora.workers.attempt import AttemptReport
 from fidelora.workers.pool import WorkerPool
-from fidelora.workers.process import WorkerSetup, prepare_process
+from fidelora.workers.process import WorkerSetup, WorkerSlot, prepare_process
 
 pytestmark = pytest.mark.timeout(600)  # waits up to DEADLINE_S at each step
 
@@ -150,7 +150,7 @@ def test_a_clock_that_jumps_ahead_takes_no_job_from_a_live_worker(pool, store):
     assert store.get(job.id).status is Status.IN_PROGRESS
 
 
-def test_a_worker_that_cannot_write_says_so_until_it_can(pool, store, tmp_path):
+def test_a_worker_that_cannot_write_reports_it_until_it_can(pool, store, tmp_path):
     pool.start()
     until(lambda: pool.ready)
     shutil.rmtree(tmp_path / "out")
@@ -199,6 +199,18 @@ def test_a_stopped_pool_lets_a_short_job_finish(pool, store):
     assert store.get(job.id).status is Status.SUCCEEDED
 
 
+def test_a_pool_wakes_only_its_workers_with_these_names(store, tmp_path, monkeypatch):
+    woken: list[str] = []
+    monkeypatch.setattr(WorkerSlot, "wake", lambda slot: woken.append(slot.name))
+    pool = WorkerPool(store, [setup_in(tmp_path)] * 3)
+    for number, slot in enumerate(pool._slots):
+        slot.name = f"local/{number}"
+    pool.wake(["other/0", "local/1"])
+    assert woken == ["local/1"]
+    pool.wake()
+    assert woken[1:] == ["local/0", "local/1", "local/2"]
+
+
 def test_workers_report_their_attempts(store, tmp_path):
     (tmp_path / "out").mkdir()
     reports: list[AttemptReport] = []
@@ -243,7 +255,7 @@ def test_a_worker_that_cannot_start_reports_why_and_restarts_later(store, tmp_pa
     pool.stop(0)
 
 
-def test_a_worker_that_is_killed_while_it_starts_is_a_trouble(pool):
+def test_a_worker_that_is_killed_while_it_starts_is_reported(pool):
     pool.start()
     os.kill(pool.process_ids[0], signal.SIGKILL)
     until(lambda: pool.watch() == [] and pool.unready_reason)

@@ -26,6 +26,7 @@ from fidelora.jobs.job import Status, new_job
 from fidelora.jobs.sql import SqlStore
 
 SCRIPT = Path(__file__).with_name("ray_cluster.py")
+RAYLET_KILLS = int(os.environ.get("FAULT_ROUNDS", "1"))
 NAMESPACE = ["unshare", "--map-root-user", "--net"]
 SHORT = Recipe(prompt="a ball", base_model=str(TINY_BASE), width=64, height=64, steps=2, seed=7)
 LONG = Recipe(prompt="a ball", base_model=str(TINY_BASE), width=256, height=256, steps=60, seed=7)
@@ -82,6 +83,10 @@ class Cluster:
         """Start `fidelora worker --ray` with these arguments, and return its process id."""
         return int(self._ask("start", *arguments)["pid"])
 
+    def add_raylet(self) -> int:
+        """Add a raylet, and return its process id."""
+        return int(self._ask("raylet")["pid"])
+
     def stop(self, pid: int, *, kill: bool = False) -> int:
         """Send SIGTERM or SIGKILL to a launcher, and return its exit code."""
         return int(self._ask("kill" if kill else "stop", str(pid))["code"])
@@ -119,7 +124,7 @@ def store(postgres: PostgresServer) -> Iterator[SqlStore]:
     made.close()
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(600 + 60 * RAYLET_KILLS)
 @pytest.mark.skipif(bool(missing()), reason=missing() or "Ray can be started")
 def test_ray_runs_the_workers_and_loses_no_job(cluster, store, postgres, tmp_path):
     outputs = tmp_path / "outputs"
@@ -157,12 +162,10 @@ def test_ray_runs_the_workers_and_loses_no_job(cluster, store, postgres, tmp_pat
     assert names_of_workers(store) <= taken_over
 
     # A raylet is killed under its jobs: Ray starts its actors on the other one.
-    victim = only_actor()
-    long = add(store, LONG, 6)
-    until(lambda: store.running("ray-"))
-    os.kill(actors()[victim], signal.SIGKILL)
-    until(lambda: all_succeeded(store, long))
-    until(lambda: victim not in actors())
+    for number in range(RAYLET_KILLS):
+        if number:
+            cluster.add_raylet()
+        kill_raylet_of_running_jobs(store)
 
     # A launcher with other settings replaces the workers.
     cluster.stop(launcher, kill=True)
@@ -175,7 +178,7 @@ def test_ray_runs_the_workers_and_loses_no_job(cluster, store, postgres, tmp_pat
     assert cluster.stop(launcher) == 0
     assert actors() == {}
     until(lambda: store.workers() == ())  # those of the killed raylet count for some seconds
-    assert len(list(outputs.glob("*.png"))) == 8 + 6 + 6
+    assert len(list(outputs.glob("*.png"))) == 8 + 6 + 6 * RAYLET_KILLS
 
 
 def test_without_ray_the_error_names_the_extra(fidelora, monkeypatch):
@@ -211,6 +214,16 @@ def test_the_number_of_workers_follows_the_queue():
 
 def add(store: SqlStore, recipe: Recipe, count: int) -> list[str]:
     return [store.add(new_job((recipe,), datetime.now(UTC))).id for _ in range(count)]
+
+
+def kill_raylet_of_running_jobs(store: SqlStore) -> None:
+    """Kill the raylet of the last actor while it makes images, and wait for all of them."""
+    victim = only_actor()
+    ids = add(store, LONG, 6)
+    until(lambda: store.running("ray-"))
+    os.kill(actors()[victim], signal.SIGKILL)
+    until(lambda: all_succeeded(store, ids))
+    until(lambda: victim not in actors())
 
 
 def all_succeeded(store: SqlStore, ids: list[str]) -> bool:

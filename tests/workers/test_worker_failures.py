@@ -337,8 +337,8 @@ def test_a_claim_whose_answer_was_lost_is_released(harness):
     assert worker.run_next().status is Status.SUCCEEDED
 
 
-def test_a_worker_says_how_long_each_part_may_take(harness):
-    """Steps of 100 seconds, which are longer than a lease, are allowed 10 times that at most."""
+def test_a_worker_reports_how_long_each_part_may_take(harness):
+    """After a step of 100 seconds, the allowance grows, but not beyond three leases."""
     harness.limits = replace(harness.limits, lease_s=60, timeout_s=5000, load_s=1800)
     beats: list[float] = []
     leases: list[float] = []

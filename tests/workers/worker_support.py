@@ -128,6 +128,9 @@ class FakeEngine:
     def merged(self) -> frozenset[str]:
         return frozenset()
 
+    def models(self) -> tuple[str, ...]:
+        return ("sd15",)
+
     def load(self, recipe: Recipe) -> None:
         for ref in recipe.adapters:
             self.adapters.get(ref)

@@ -133,8 +133,8 @@ def pretrain_text_encoder(
     tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, scenes: list[world.Scene]
 ) -> None:
     """Train the text encoder to predict every property of the scene from its mean output."""
-    facts = [_facts(scene) for scene in scenes]
-    answers = [sorted({one[question] for one in facts}) for question in range(len(facts[0]))]
+    known = [facts(scene) for scene in scenes]
+    answers = [sorted({one[question] for one in known}) for question in range(len(known[0]))]
     heads = nn.ModuleList(
         nn.Linear(TEXT_CONFIG["hidden_size"], len(possible)) for possible in answers
     )
@@ -150,7 +150,7 @@ def pretrain_text_encoder(
         for question, (head, possible) in enumerate(zip(heads, answers, strict=True)):
             logits, targets = (
                 head(read),
-                torch.tensor([possible.index(facts[index][question]) for index in chosen]),
+                torch.tensor([possible.index(known[index][question]) for index in chosen]),
             )
             loss = loss + functional.cross_entropy(logits, targets)
             right.append((logits.argmax(dim=1) == targets).float().mean().item())
@@ -164,7 +164,7 @@ def pretrain_text_encoder(
             )
 
 
-def _facts(scene: world.Scene) -> tuple[str, ...]:
+def facts(scene: world.Scene) -> tuple[str, ...]:
     """Return the properties of a scene; "" for properties that the scene does not have."""
     first = scene.things[0]
     second = scene.things[1] if len(scene.things) == 2 else world.Thing("", "")

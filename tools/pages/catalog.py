@@ -138,7 +138,7 @@ def _family(spec: Family, page: str) -> Iterator[str]:
     for component in spec.parts:
         if component.adapter_prefixes:
             prefixes = ", ".join(
-                f"`{prefix}`" if prefix else "none" for prefix in component.adapter_prefixes
+                f"`{prefix}`" if prefix else "no prefix" for prefix in component.adapter_prefixes
             )
             yield f"    * {prefixes}: {component.name.replace('_', ' ')}"
     versions = ", ".join(f"`{version}`" for version in spec.adapter_base_versions)

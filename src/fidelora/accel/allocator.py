@@ -10,7 +10,8 @@ from contextlib import contextmanager
 
 # From glibc's malloc.h; see mallopt(3).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
-_MAX_BYTES = 2**31 - 1  # largest value; it disables trimming and separate mappings of tensors
+_MAX_BYTES = 2**31 - 1  # largest value; smaller tensors get no mappings of their own
+_NEVER_TRIM = -1  # without it, more than 2 GB of freed memory at the heap's end would be returned
 _HEAP_GROWTH_BYTES = 64 * 2**20  # extra memory to request each time the heap grows
 
 
@@ -34,7 +35,7 @@ def keep_freed_memory() -> bool:
         return False
     settings = (
         (_M_MMAP_THRESHOLD, _MAX_BYTES),
-        (_M_TRIM_THRESHOLD, _MAX_BYTES),
+        (_M_TRIM_THRESHOLD, _NEVER_TRIM),
         (_M_TOP_PAD, _HEAP_GROWTH_BYTES),
     )
     return all(library.mallopt(option, value) == 1 for option, value in settings)

@@ -41,7 +41,7 @@ class Delta(ABC):
 
     Attributes:
         scale: alpha / rank, applied in addition to the user's multiplier.
-        is_dora: True for a DoRA of AI Toolkit, which is never merged there, and whose files have no
+        is_dora: True for a DoRA of AI Toolkit. The trainer never merges one, and its file has no
             alpha.
         uses_weight: True if `change` needs the weight with the adapters before this one merged in.
             If False, it gets the weight without any adapter.

@@ -49,6 +49,23 @@ _REFUSED = {
     "ia3_l": f"is an (IA)^3 {_PEFT_FORMAT}",
     "vera_lambda_b": f"is a VeRA {_PEFT_FORMAT}",
     "vera_lambda_d": f"is a VeRA {_PEFT_FORMAT}",
+    "lora_E": f"is an AdaLoRA {_PEFT_FORMAT}",
+    "ranknum": f"is an AdaLoRA {_PEFT_FORMAT}",
+    "hra_u": f"is an HRA {_PEFT_FORMAT}",
+    "fourierft_spectrum": f"is a FourierFT {_PEFT_FORMAT}",
+    "ln_tuning_layers.weight": f"is an LN tuning {_PEFT_FORMAT}",
+    "randlora_lambda": f"is a RandLora {_PEFT_FORMAT}",
+    "randlora_gamma": f"is a RandLora {_PEFT_FORMAT}",
+    "vblora_logits_A": f"is a VB-LoRA {_PEFT_FORMAT}",
+    "vblora_logits_B": f"is a VB-LoRA {_PEFT_FORMAT}",
+    "c3a_kernel": f"is a C3A {_PEFT_FORMAT}",
+    "shira_weight": f"is a SHiRA {_PEFT_FORMAT}",
+    "road_theta": f"is a RoAd {_PEFT_FORMAT}",
+    "road_alpha": f"is a RoAd {_PEFT_FORMAT}",
+    "bone_block": f"is a Bone {_PEFT_FORMAT}",
+    "miss_block": f"is a MiSS {_PEFT_FORMAT}",
+    "base_layer.weight": "contains weights of its base model (base_layer), which is not supported; "
+    "save only the adapter",
     "lora_embedding_A": f"trains token embeddings {_PEFT_FORMAT}",
     "lora_embedding_B": f"trains token embeddings {_PEFT_FORMAT}",
     "oft_diag": "is an OFT in a format that LyCORIS has replaced (oft_diag), which is not "
@@ -66,6 +83,19 @@ _REFUSED = {
     "scale_input": _QUANTISED,
 }
 """Ends of error messages, by key suffix of known formats that are not supported."""
+
+_OTHER_FILES = {
+    re.compile(r"(.+\.)?motion_modules\."): "is a motion module of AnimateDiff",
+    re.compile(r"(image_proj|ip_adapter)\."): "is an IP-Adapter",
+    re.compile(r"(control_model|controlnet_\w+)\."): "is a ControlNet",
+    re.compile(r"(first_stage_model\.)?(decoder|encoder)\.(conv_in|conv_out|down|mid|up)"):
+        "is a VAE",
+    re.compile(r"\d+\.\d\.linear\."): "is a hypernetwork",
+    re.compile(r".+\.modules_to_save\."): "contains whole modules of the base model "
+    "(modules_to_save)",
+    re.compile(r"lora_controlnet$"): "is a Control-LoRA",
+}  # fmt: skip
+"""Names of other kinds of files and tensors, by a pattern for the start of their keys."""
 
 _CLONEOFSIMO = re.compile(r"(unet|text_encoder):\d+:(down|up)")
 
@@ -134,6 +164,11 @@ def split_key(key: str, is_ia3: bool = False) -> tuple[str, str] | None:
     return None
 
 
+def name_of_other_file(key: str) -> str:
+    """Return a phrase for a file of another kind than an adapter that has `key`; "" if unknown."""
+    return next((what for start, what in _OTHER_FILES.items() if start.match(key)), "")
+
+
 def refusal(key: str) -> str | None:
     """Return the reason, as the end of a sentence, if a format that is not supported has `key`."""
     if _CLONEOFSIMO.fullmatch(key):
@@ -141,8 +176,8 @@ def refusal(key: str) -> str | None:
             "is a LoRA in the format of cloneofsimo's trainer, which numbers the modules instead "
             "of naming them and is not supported; convert it to the format of diffusers or kohya"
         )
-    if key == "lora_controlnet":
-        return "is a Control-LoRA, which is not supported; use a LoRA that changes the UNet"
+    if what := name_of_other_file(key):
+        return f"{what}, which is not supported; use a LoRA that changes the UNet"
     pieces = key.split(".")
     return _REFUSED.get(pieces[-1]) or _REFUSED.get(".".join(pieces[-2:]))
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from fidelora.adapters.formats import find_kind, refusal, split_key
+from fidelora.adapters.formats import find_kind, name_of_other_file, refusal, split_key
 from fidelora.embedding_file import MAX_TOKENS, embedding_tensors, token_count, tokens_of
 from fidelora.errors import AdapterFormatError
 from fidelora.recipe import AdapterRef, Noise
@@ -135,6 +135,8 @@ def _check_header(header: Header, name: str) -> None:
                 f"{name} stores {key} as {info.dtype}; only F8, F16, BF16, F32 and F64 are "
                 "accepted. Export it as F16 or F32."
             )
+        if 0 in info.shape and name_of_other_file(key):
+            _refuse([key], name)
         if 0 in info.shape or (is_single and math.prod(info.shape) != 1):
             raise AdapterFormatError(
                 f"{name} has the tensor {key} with the shape {list(info.shape)}, which is not "
@@ -204,13 +206,19 @@ def _group(header: Header, name: str) -> dict[str, dict[str, str]]:
 
 def _refuse(unknown: Sequence[str], name: str) -> NoReturn:
     """Raise an error for keys that no supported format has; it names the format if it is known."""
-    if any(key.startswith(_WHOLE_MODEL) for key in unknown):
+    is_other = any(map(name_of_other_file, unknown))
+    if not is_other and any(key.startswith(_WHOLE_MODEL) for key in unknown):
         raise AdapterFormatError(
             f"{name} is a whole model, not an adapter: {listed(unknown)}. Use it as the base model."
         )
     for key in unknown:
         if reason := refusal(key):
             raise AdapterFormatError(f"{name} {reason} ({key}).")
+    if len(unknown) > 1 and not any("." in key for key in unknown):
+        raise AdapterFormatError(
+            f"{name} has tensors without the name of a module ({listed(unknown)}). If they are "
+            "embeddings, save each in a file of its own."
+        )
     raise AdapterFormatError(
         f"{name} has keys that no supported adapter format uses: {listed(unknown)}. Convert it to "
         "the format of kohya or diffusers."

@@ -170,7 +170,7 @@ def in_format(
         if any(module.scale != 1 for module in modules):
             notes.append(
                 "The alphas are in the metadata, which diffusers reads since version 0.34. Older "
-                "versions use alpha = rank, so the LoRA's effect is not scaled there."
+                "versions use alpha = rank, so they apply the LoRA with another strength."
             )
     if any("magnitude" in module.tensors for module in modules):
         notes.append(

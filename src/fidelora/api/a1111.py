@@ -274,6 +274,8 @@ def plan_txt2img(
         raise unsupported(name, "is not a field of txt2img; leave it out")
     for name, values in _NEUTRAL_VALUES.items():
         value = getattr(request, name)
+        if name == "styles" and value:
+            value = [style for style in value if style != "None"]  # A1111's name of no style
         if not is_neutral(value, values):
             neutral = " or ".join(json.dumps(each) for each in (None, *values))
             raise unsupported(name, f"cannot be {shown(value)}; leave it out, or send {neutral}")

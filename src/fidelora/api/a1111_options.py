@@ -61,6 +61,10 @@ def check_options(
         choices = _CHOICES.get(name, ()) if for_one_request or name in _LASTING else ()
         if isinstance(value, str) and value in choices:
             continue
+        if choices:
+            raise unsupported(
+                field_path, f"cannot be {shown(value)}; use one of {', '.join(choices)}"
+            )
         if name in current:
             raise unsupported(
                 field_path, f"cannot be {shown(value)}: it is always {current[name]!r}"

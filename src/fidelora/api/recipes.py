@@ -85,7 +85,8 @@ def _check_transformers(request: InferenceRequest, spec: Family, *, is_required:
     """Check `transformer` of all LoRAs, which only families with stages have.
 
     Args:
-        is_required: False if the names of the files may say it instead (`AdapterRef.named_stage`).
+        is_required: False if the file names may contain the stage instead
+            (`AdapterRef.named_stage`).
     """
     if spec.stages and is_required and not all(lora.transformer for lora in request.loras):
         raise RequestError(
@@ -187,8 +188,8 @@ def notes_on(
 ) -> tuple[str, ...]:
     """Return a sentence for each value that the server chose or changed.
 
-    These are trigger words from the LoRAs' metadata, rounded sizes and numbers of frames, and
-    negative prompts for a family that does not use them.
+    These are trigger words from the LoRAs' metadata, default and rounded sizes, rounded numbers of
+    frames, and negative prompts for a family that does not use them.
 
     Args:
         recipes: result of `recipes_of`.
@@ -205,6 +206,7 @@ def notes_on(
                 f"frames of {family.title} are 1, {1 + family.frames_per_latent}, "
                 f"{1 + 2 * family.frames_per_latent}, ..."
             )
+        notes.append(_size_note(item, family, family.size_of(recipe.base_model)))
         width, height = item.width or DEFAULT_SIZE, item.height or DEFAULT_SIZE
         if (width, height) != (recipe.width, recipe.height):
             notes.append(
@@ -213,6 +215,16 @@ def notes_on(
                 f"{_divisor(request)}."
             )
     return tuple(dict.fromkeys(filter(None, notes)))
+
+
+def _size_note(item: PromptItem, family: Family, trained_side: int) -> str:
+    """Return a sentence for a prompt without a size if the base model is a small one; or ""."""
+    if item.width or item.height or trained_side >= family.default_size:
+        return ""
+    return (
+        f"The prompt has no size, so the image has the API's default, {DEFAULT_SIZE} x "
+        f"{DEFAULT_SIZE}; the base model was trained at {trained_side} x {trained_side}."
+    )
 
 
 def _trigger_word(request: InferenceRequest, item: PromptItem) -> str | None:
@@ -330,7 +342,7 @@ def output_format_of(requested: str | None, recipes: Sequence[Recipe]) -> str:
     if format_ == "mp4" and not can_write_mp4():
         raise RequestFieldError(
             "This server cannot write mp4 files, because the package av is not installed "
-            "(pip install 'fidelora[video]'). Set output_format to webp.",
+            "(the extra video). Set output_format to webp.",
             loc=("output_format",),
         )
     return format_

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import datetime
 from typing import Any, Literal
 
@@ -192,6 +193,9 @@ class WorkerBody(BaseModel):
     idle_s: float | None = Field(
         None, description="Seconds since it finished its last request; null while it is busy."
     )
+    models: list[str] = Field(
+        description="Ids of the base models in its memory, the one that was used last first."
+    )
     adapters: list[str] = Field(description="sha256 of the LoRAs in its memory.")
     merged_adapters: list[str] = Field(description="sha256 of the LoRAs merged into its model.")
     reported_at: datetime | None = Field(None, description="Time of its last report.")
@@ -215,6 +219,12 @@ class ModelBody(BaseModel):
     is_video_model: bool = False
     default_num_frames: int | None = None
     default_fps: int | None = None
+    # An addition to the `ai-toolkit-inference` API; other servers omit it.
+    configured: bool = Field(
+        default=True,
+        description="False if the server was not started with a base model for this model: it "
+        "downloads `base_model` at the first request.",
+    )
 
 
 class OpenAIModel(BaseModel):
@@ -227,7 +237,11 @@ class OpenAIModel(BaseModel):
 
 
 class ModelList(BaseModel):
-    """Response of `GET /v1/models`: `models` as in `ai-toolkit-inference`, `data` as in OpenAI."""
+    """Response of `GET /v1/models`: `models` as in `ai-toolkit-inference`, `data` as in OpenAI.
+
+    `data` has only the models that the server was started with, because chat front ends offer them
+    for selection.
+    """
 
     models: list[ModelBody]
     # Additions to the `ai-toolkit-inference` API; other servers omit them.
@@ -316,14 +330,18 @@ def result_of(job: Job, base_url: str) -> ResultBody:
     )
 
 
-def model_list() -> ModelList:
-    """Return every model family, for `GET /v1/models`."""
+def model_list(configured: Collection[str]) -> ModelList:
+    """Return every model family, for `GET /v1/models`.
+
+    Args:
+        configured: ids of the models that the server was started with; the default model first.
+    """
     return ModelList(
-        models=_model_bodies(), data=[OpenAIModel(id=model) for model in all_families()]
+        models=_model_bodies(configured), data=[OpenAIModel(id=model) for model in configured]
     )
 
 
-def _model_bodies() -> list[ModelBody]:
+def _model_bodies(configured: Collection[str]) -> list[ModelBody]:
     return [
         ModelBody(
             id=spec.id,
@@ -334,6 +352,7 @@ def _model_bodies() -> list[ModelBody]:
             is_video_model=spec.makes_videos,
             default_num_frames=spec.default_frames,
             default_fps=spec.default_fps,
+            configured=spec.id in configured,
         )
         for spec in all_families().values()
     ]

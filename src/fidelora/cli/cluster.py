@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fidelora.cli.console import Debug, fail, warn
+from fidelora.cli.console import fail, warn
+from fidelora.cli.options import Debug
 
 if TYPE_CHECKING:
     from fidelora.settings import Settings
@@ -149,7 +150,7 @@ def workers(store: Store = None) -> None:
                 )
             typer.echo(
                 f"{state.name}  {state.device}  {state.version}  {activity}  "
-                f"{len(state.loaded)} adapters"
+                f"{','.join(state.models) or 'no base model'}  {len(state.loaded)} adapters"
             )
     finally:
         opened.close()

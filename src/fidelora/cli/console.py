@@ -1,14 +1,13 @@
-"""Shared parts of the commands: options, error output, progress bar and engine creation."""
+"""Shared parts of the commands: error output, progress bar and engine creation."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from enum import StrEnum
+from contextlib import contextmanager, nullcontext
 from functools import wraps
-from typing import TYPE_CHECKING, Annotated, NoReturn, ParamSpec
+from typing import TYPE_CHECKING, NoReturn, ParamSpec
 
 import typer
 
@@ -18,79 +17,22 @@ from fidelora.texts import printable
 
 if TYPE_CHECKING:
     from fidelora.engine.engine import Engine
+    from fidelora.recipe import Recipe
     from fidelora.resident.client import OnSteps, Steps
 
 _debug = False
 
 
-class FidelityOption(StrEnum):
-    """Values of `--fidelity`."""
-
-    EXACT = "exact"
-    FAST = "fast"
-
-
-class QuantizationOption(StrEnum):
-    """Values of `--quantization`."""
-
-    NONE = "none"
-    QFLOAT8 = "qfloat8"
-    FLOAT8 = "float8"
-
-
-class SpacingOption(StrEnum):
-    """Values of `--spacing`."""
-
-    DEFAULT = "default"
-    TRAILING = "trailing"
-    SGM_UNIFORM = "sgm_uniform"
-
-
 P = ParamSpec("P")
-
-SAMPLING_PANEL = "Sampling"
-NEGATIVE_PANEL = "Negative prompt"
-MODEL_PANEL = "Base model"
-DEVICE_PANEL = "Precision and device"
-"""Titles of groups of options in `--help`; options without a group are under "Options"."""
 
 COMPARISON_FAILED = 2  # exit code of commands that compare images, if no comparison was possible
 INTERRUPTED = 130  # exit code after Ctrl-C, as in shells
 
 
-def _set_debug(requested: bool) -> None:
+def set_debug(requested: bool) -> None:
+    """Let errors print their traceback from now on, if requested."""
     global _debug
     _debug = _debug or requested
-
-
-Debug = Annotated[
-    bool, typer.Option("--debug", callback=_set_debug, help="Show the traceback of an error.")
-]
-Fidelity = Annotated[
-    FidelityOption,
-    typer.Option(
-        help="exact: bit-identical to training; fast: faster, with small differences "
-        "(docs/performance.md).",
-        rich_help_panel=DEVICE_PANEL,
-    ),
-]
-Device = Annotated[
-    str,
-    typer.Option(
-        help="Device: auto, cpu, cuda, cuda:N or mps.",
-        rich_help_panel=DEVICE_PANEL,
-        autocompletion=lambda: ["auto", "cpu", "cuda", "mps"],
-    ),
-]
-Offload = Annotated[
-    str,
-    typer.Option(
-        help="Offload mode: none, model (less device memory, slower) or sequential (least, "
-        "slowest).",
-        rich_help_panel=DEVICE_PANEL,
-        autocompletion=lambda: ["none", "model", "sequential"],
-    ),
-]
 
 
 def run(app: typer.Typer) -> NoReturn:
@@ -141,20 +83,34 @@ def _fail_usage(error: typer.TyperException) -> NoReturn:
     sys.exit(error.exit_code)
 
 
-def make_engine(device: str, offload: str = "none") -> Engine:
+def make_engine(device: str, offload: str = "none", first: Recipe | None = None) -> Engine:
     """Prepare this process for making images, and return a new engine.
 
     The process keeps freed memory for reuse, and has no more threads than cores that it may use.
+
+    Args:
+        first: recipe of the first image. Its model family is imported, too, and memory for its
+            base model is reserved meanwhile, which makes the first image earlier.
 
     Raises:
         DeviceError: the device or the offload mode is not available.
     """
     from fidelora.accel.allocator import fast_imports, keep_freed_memory
+    from fidelora.accel.lean_imports import lean_imports
+    from fidelora.accel.reserve import reserved_memory
     from fidelora.accel.threads import limit_threads
+    from fidelora.engine.first_image import is_cpu, weight_bytes
+    from fidelora.families import get_family
 
     keep_freed_memory()
-    with fast_imports():
+    size = weight_bytes(first, device) if first is not None else 0
+    lean = lean_imports() if is_cpu(device) else nullcontext()
+    with reserved_memory(size), fast_imports(), lean:
         from fidelora.engine.engine import Engine
+        from fidelora.engine.model import import_family
+
+        if first is not None:
+            import_family(get_family(first.model))
     limit_threads()
     return Engine(device=device, offload=offload)  # type: ignore[arg-type]  # checked by the engine
 

@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from fidelora.atomic import write_atomically
-from fidelora.cli.console import Debug, warn
+from fidelora.cli.console import warn
+from fidelora.cli.options import AsJson, Debug
 from fidelora.errors import AdapterExistsError, AdapterNameError
 
 _SUFFIX = ".safetensors"
@@ -44,7 +45,7 @@ def convert(
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Write an adapter with the tensor names of another program; its tensors are copied unchanged.

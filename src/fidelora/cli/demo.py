@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fidelora.atomic import make_folder
-from fidelora.cli.console import Debug, Device, fail, make_engine, progress_display
+from fidelora.cli.console import fail, make_engine, progress_display
+from fidelora.cli.options import Debug, Device
 from fidelora.recipe import AdapterRef, Recipe
 
 if TYPE_CHECKING:

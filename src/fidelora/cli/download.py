@@ -12,7 +12,8 @@ import typer
 
 from fidelora.adapters.tensor_names import MAX_ADAPTER_BYTES, modules_of
 from fidelora.atomic import make_folder, output_error, temporary_name
-from fidelora.cli.console import Debug, fail
+from fidelora.cli.console import fail
+from fidelora.cli.options import Debug
 from fidelora.errors import (
     AdapterExistsError,
     RecipeError,

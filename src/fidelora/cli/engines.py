@@ -46,12 +46,15 @@ class ImageMaker(Protocol):
         """Make several images together."""
 
 
-def image_maker(device: str, offload: str = "none") -> ImageMaker:
+def image_maker(device: str, offload: str = "none", first: Recipe | None = None) -> ImageMaker:
     """Return a resident engine with this device and offload mode, or a new engine.
 
     FIDELORA_KEEP_ENGINE is the number of minutes that a new resident engine is kept after its last
     use. If it is not set, a resident engine that is running is used, but none is started. With 0,
     no resident engine is used.
+
+    Args:
+        first: recipe of the first image, for a new engine in this process (`make_engine`).
 
     Raises:
         SettingsError: the value of FIDELORA_KEEP_ENGINE is not valid.
@@ -59,7 +62,7 @@ def image_maker(device: str, offload: str = "none") -> ImageMaker:
     """
     minutes = _minutes_to_keep()
     if minutes == 0:
-        return make_engine(device, offload)
+        return make_engine(device, offload, first)
     from fidelora.resident.client import ResidentEngine
 
     try:
@@ -67,13 +70,13 @@ def image_maker(device: str, offload: str = "none") -> ImageMaker:
     except SettingsError as error:
         if minutes is not None:
             warn(f"{error} The engine is not kept.")
-        return make_engine(device, offload)
+        return make_engine(device, offload, first)
     found = ResidentEngine.connect(path) if path.exists() else None
     if found is None and minutes is not None:
         found = _start(path, device, offload, minutes)
     if found is None:
-        return make_engine(device, offload)
-    return _WithFallback(found, lambda: make_engine(device, offload))
+        return make_engine(device, offload, first)
+    return _WithFallback(found, lambda: make_engine(device, offload, first))
 
 
 def _minutes_to_keep() -> float | None:

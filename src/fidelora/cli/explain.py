@@ -13,15 +13,14 @@ import typer
 from fidelora.atomic import make_folder, write_atomically
 from fidelora.cli.console import (
     COMPARISON_FAILED,
-    Debug,
-    Device,
     fail,
     make_engine,
     progress_display,
     reserve_exit_code_1,
 )
 from fidelora.cli.explain_write import lines_on, samples_of, write_settings
-from fidelora.cli.verify import NOTHING_TO_CHECK, BaseModel, RunFolder
+from fidelora.cli.options import AsJson, Debug, Device, RunFolder
+from fidelora.cli.verify_options import NOTHING_TO_CHECK, BaseModel
 from fidelora.errors import ImageRecordError, NothingToCheckError
 from fidelora.texts import printable
 
@@ -116,10 +115,10 @@ def explain(
     max_images: Annotated[
         int,
         typer.Option(
-            min=1, help="Maximum work per picture: number of images with the sample's steps."
+            min=1, help="Maximum work per picture, in images with the sample's number of steps."
         ),
     ] = 40,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
+    as_json: AsJson = False,
     report: Annotated[
         Path | None,
         typer.Option(
@@ -158,9 +157,9 @@ def explain(
     With --write, settings for another program are written, and the distance that remains is
     measured.
 
-    Exit codes: 0 the pictures are the samples, or none was given, 1 they differ and the reasons
-    were found, 2 a usage error or a file that cannot be used, 3 no sample to compare with, 4 at
-    least one picture was not explained.
+    Exit codes: 0 the pictures are the samples, or no picture was given, 1 they differ and the
+    reasons were found, 2 a usage error or a file that cannot be used, 3 no sample to compare with,
+    4 at least one picture was not explained.
     """
     from fidelora.explain.document import document_of, lines_of
     from fidelora.explain.explain import explain as explain_picture

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fidelora.atomic import make_folder, write_atomically
 from fidelora.cli.console import fail
-from fidelora.cli.verify import NOTHING_TO_CHECK
+from fidelora.cli.verify_options import NOTHING_TO_CHECK
 
 if TYPE_CHECKING:
     from fidelora.engine.engine import Engine

@@ -10,24 +10,14 @@ from typing import Annotated
 import typer
 
 from fidelora.atomic import make_folder, write_atomically
-from fidelora.cli.console import (
-    INTERRUPTED,
-    Debug,
-    Device,
-    Fidelity,
-    FidelityOption,
-    fail,
-    progress_display,
-    warn,
-)
+from fidelora.cli.console import INTERRUPTED, fail, progress_display, warn
 from fidelora.cli.engines import image_maker
+from fidelora.cli.options import Debug, Device, Fidelity, FidelityOption, RunFolder
 from fidelora.errors import TrainingRunError
 
 
 def grid(
-    run_folder: Annotated[
-        Path, typer.Argument(metavar="JOB_DIR", help="Output folder of an AI Toolkit training run.")
-    ],
+    run_folder: RunFolder,
     steps: Annotated[
         str,
         typer.Option(
@@ -49,7 +39,9 @@ def grid(
     base_model: Annotated[
         str | None,
         typer.Option(
-            help="Hub id, diffusers folder or .safetensors checkpoint; by default the run's."
+            "--base-model",
+            "--base",
+            help="Hub id, diffusers folder or .safetensors checkpoint; by default the run's.",
         ),
     ] = None,
     out: Annotated[
@@ -92,7 +84,7 @@ def grid(
     cells = list(iterate_cells(run, rows, columns))
     make_folder(out.parent)
 
-    engine = image_maker(device)
+    engine = image_maker(device, first=cells[0][2])
     images = {}
     try:
         with progress_display() as show:

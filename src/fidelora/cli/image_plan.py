@@ -69,6 +69,22 @@ def read_prompts(prompt: str | None, file: str | None) -> list[str]:
     raise RecipeError(f"{where} contains no prompt; write one prompt on each line.", field="prompt")
 
 
+def size_notes(asked: Mapping[str, int], recipe: Recipe) -> list[str]:
+    """Return a note if the recipe's size was rounded down from the one that the user set.
+
+    Args:
+        asked: result of `read_size`.
+    """
+    width, height = (asked.get("width", recipe.width), asked.get("height", recipe.height))
+    if (width, height) == (recipe.width, recipe.height):
+        return []
+    family = get_family(recipe.model)
+    return [
+        f"note: The size {width} x {height} was rounded down to {recipe.width} x {recipe.height}; "
+        f"sides of {family.title} images are multiples of {family.resolution_divisor}."
+    ]
+
+
 def read_size(size: str | None, width: int | None, height: int | None) -> dict[str, int]:
     """Return the recipe fields that `--size`, `--width` and `--height` set.
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import fidelora
-from fidelora.cli.console import Debug, Device
+from fidelora.cli.options import Debug, Device
 from fidelora.errors import FideloraError
 from fidelora.families import all_families
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fidelora.adapter_ref import stage_in_name
-from fidelora.cli.console import Debug
+from fidelora.cli.options import AsJson, Debug
 from fidelora.families import get_family
 from fidelora.loras.few_step import Recognised, proposal, recognise_few_step_lora
 from fidelora.recipe import short_name
@@ -31,6 +31,7 @@ def inspect(
         str,
         typer.Option(
             "--base-model",
+            "--base",
             metavar="BASE",
             help="Compare the adapter with this base model: hub id, diffusers folder, .safetensors "
             "checkpoint or fidelora:miniature; by default with those of all model families.",
@@ -42,7 +43,7 @@ def inspect(
             metavar="MODEL", help="Model family of --base-model; by default the adapter's."
         ),
     ] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Describe an adapter file: its type, training, matching model and problems.

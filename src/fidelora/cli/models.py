@@ -6,7 +6,7 @@ import json
 
 import typer
 
-from fidelora.cli.console import Debug
+from fidelora.cli.options import Debug
 from fidelora.families import Family, all_families
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fidelora.cli.console import Debug, warn
+from fidelora.cli.console import warn
+from fidelora.cli.options import Debug, RunFolder
 from fidelora.errors import TrainingRunError
 from fidelora.recipe import AdapterRef
 
@@ -19,9 +20,7 @@ if TYPE_CHECKING:
 
 
 def recipe(
-    run_folder: Annotated[
-        Path, typer.Argument(metavar="JOB_DIR", help="Output folder of an AI Toolkit training run.")
-    ],
+    run_folder: RunFolder,
     step: Annotated[str, typer.Option(help="Training step with a checkpoint, or last.")] = "last",
     index: Annotated[
         int | None,
@@ -82,7 +81,7 @@ def recipe(
         if plan.has_random_seed:
             prompt["seed"] = RANDOM_SEED
     typer.echo(json.dumps(request, indent=2, ensure_ascii=False))
-    base = run.base_model
+    base = _BUNDLED.get(run.base_model, run.base_model)
     where = ""
     if not (is_local(base) or is_portable(base)):
         where = f", where BASE is your copy of {base}, which does not exist on this machine,"
@@ -117,6 +116,10 @@ def recipe(
             "The server has no settings for the prediction type, the VAE or the separate dtypes of "
             "this training run; its images will differ."
         )
+
+
+_BUNDLED = {"golden/miniature": "fidelora:miniature"}
+"""Base models that are part of the package, by their names in configurations of training runs."""
 
 
 def _variables(run: TrainingRun, adapter: str) -> str:

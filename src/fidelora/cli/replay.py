@@ -12,18 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fidelora.atomic import make_folder, write_atomically
-from fidelora.cli.console import (
+from fidelora.cli.console import progress_bar, reserve_exit_code_1, warn
+from fidelora.cli.engines import ImageMaker, image_maker
+from fidelora.cli.options import (
     DEVICE_PANEL,
     MODEL_PANEL,
+    AsJson,
     Debug,
     Device,
     FidelityOption,
     Offload,
-    progress_bar,
-    reserve_exit_code_1,
-    warn,
 )
-from fidelora.cli.engines import ImageMaker, image_maker
 from fidelora.errors import AdapterNotFoundError, AdaptersMissingError, ImageRecordError
 from fidelora.recipe import AdapterRef, Recipe, file_sha256
 from fidelora.texts import printable
@@ -40,7 +39,8 @@ DIFFERENT = 1  # exit code of --compare if pixels differ
 @reserve_exit_code_1
 def replay(
     image: Annotated[
-        Path, typer.Argument(metavar="IMAGE", help="PNG, JPEG or WebP file that contains a recipe.")
+        Path,
+        typer.Argument(metavar="IMAGE", help="PNG, JPEG, WebP or MP4 file that contains a recipe."),
     ],
     lora: Annotated[
         list[Path] | None,
@@ -59,7 +59,8 @@ def replay(
             "--output",
             "--out",
             metavar="FILE",
-            help="Output file (.png, .jpg or .webp); by default IMAGE_again in the same folder.",
+            help="Output file (.png, .jpg, .webp or .mp4); by default IMAGE_again in the same "
+            "folder.",
         ),
     ] = None,
     compare: Annotated[
@@ -83,12 +84,14 @@ def replay(
     base_model: Annotated[
         str | None,
         typer.Option(
+            "--base-model",
+            "--base",
             metavar="BASE",
             help="Hub id, diffusers folder or .safetensors checkpoint; by default the recipe's.",
             rich_help_panel=MODEL_PANEL,
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
+    as_json: AsJson = False,
     device: Device = "auto",
     offload: Offload = "none",
     debug: Debug = False,
@@ -118,7 +121,7 @@ def replay(
     _warn_of(changes)
     target = _output_path(image, out)
 
-    engine = engine or image_maker(device, offload)
+    engine = engine or image_maker(device, offload, recipe)
     with progress_bar(f"seed {recipe.seed}") as on_step:
         made = engine.generate(recipe, on_step)
     base_changes = _base_changes(origin.recipe, made.recipe)

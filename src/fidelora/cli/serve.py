@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fidelora.cli.console import Debug, fail, make_engine, warn
+from fidelora.cli.console import fail, make_engine, warn
+from fidelora.cli.options import Debug
 from fidelora.errors import SettingsError
 
 if TYPE_CHECKING:

@@ -13,10 +13,11 @@ import typer
 
 from fidelora.atomic import write_atomically
 from fidelora.cli.console import fail, make_engine, progress_display
+from fidelora.cli.verify_options import MISMATCH, NOTHING_TO_CHECK
 from fidelora.texts import printable
 
 if TYPE_CHECKING:
-    from fidelora.cli.verify import ApiOption
+    from fidelora.cli.verify_options import ApiOption
     from fidelora.remote.check import RemoteSample
     from fidelora.training.plan import PlannedSample
     from fidelora.training.run_folder import TrainingRun
@@ -55,7 +56,6 @@ def verify_against(
     Raises:
         FideloraError: the server cannot be used, or a file cannot be read.
     """
-    from fidelora.cli.verify import MISMATCH, NOTHING_TO_CHECK
     from fidelora.remote.check import RemoteVerdict, verify_remote, worst
     from fidelora.remote.connection import Connection
     from fidelora.remote.programs import Names, connect

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from fidelora.training.verify import CheckedSample
 
 FP32_HINT = (
-    "To make this proof exact, save LoRAs of future runs in float32: in the trainer's web UI, set "
-    "Save > Data Type to FP32 (save.dtype: float32)."
+    "To make the samples of future runs reproducible to the bit, save LoRAs in float32: in the "
+    "trainer's web UI, set Save > Data Type to FP32 (save.dtype: float32)."
 )
 
 TABLE_HEAD = (

@@ -124,6 +124,10 @@ class Engine:
         """Default dtype for recipes on this engine's device; recipes do not support `auto`."""
         return auto_dtype(self.device)
 
+    def models(self) -> tuple[str, ...]:
+        """Return the ids of the base models in memory, the one that was used last first."""
+        return self._models.ids()
+
     def merged(self) -> frozenset[str]:
         """Return the sha256 of each adapter merged into the base model that was used last."""
         latest = self._models.latest

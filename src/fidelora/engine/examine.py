@@ -261,7 +261,11 @@ def _alpha_problems(
             f"{len(missing)} of {len(modules)} modules have no alpha ({listed(missing)}); their "
             "rank is used instead."
         )
-        if all("magnitude" in modules[module] for module in missing):
+        # With PEFT's names, the trainer uses the rank whatever the configuration says.
+        if all(
+            "magnitude" in modules[module] and ".lora_A." not in modules[module]["down"]
+            for module in missing
+        ):
             message = (
                 "A DoRA file has no alpha: the alpha is in the configuration of the training run. "
                 "Without that configuration, the rank is used."

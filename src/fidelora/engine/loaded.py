@@ -50,6 +50,10 @@ class LoadedModels:
         """The model that was used last."""
         return next(reversed(list(self.models.values())), None)
 
+    def ids(self) -> tuple[str, ...]:
+        """Return the ids of the model families, the one that was used last first."""
+        return tuple(dict.fromkeys(key.model for key in reversed(list(self.models))))
+
     def get(self, recipe: Recipe) -> LoadedModel:
         """Return the base model of `recipe`; load it if it is not loaded or its files changed.
 

@@ -19,6 +19,7 @@ from fidelora.explain.sigmas import SCHEDULES
 from fidelora.explain.simulation import Library
 from fidelora.families import Family
 from fidelora.images.a1111_samplers import sampler_of
+from fidelora.images.other_programs import INVOKEAI_SAMPLERS
 
 
 class Sampling(NamedTuple):
@@ -195,23 +196,6 @@ _A1111_SCHEDULES = {
 _KARRAS_BY_DEFAULT = frozenset({"dpm++ 2m", "dpm++ 2s a", "dpm2", "dpm2 a"})
 """A1111's samplers whose schedule `Automatic` is that of Karras since version 1.9."""
 
-_INVOKEAI_SAMPLERS = {
-    "euler": "euler",
-    "euler_k": "k_euler",
-    "euler_a": "euler_a",
-    "lms": "lms",
-    "lms_k": "k_lms",
-    "heun": "heun",
-    "kdpm_2": "dpm_2",
-    "kdpm_2_a": "dpm_2_a",
-    "dpmpp_2m": "dpmsolver++",
-    "dpmpp_2m_k": "k_dpmsolver++",
-    "ddim": "ddim",
-    "ddpm": "ddpm",
-    "pndm": "pndm",
-    "lcm": "lcm",
-}
-
 USUAL_LAYERS: Mapping[str, int] = {"sdxl": 2}
 """Layer of the text encoders that a model uses, from the last one (1); 1 for other models."""
 
@@ -281,7 +265,7 @@ def _of_comfyui(name: str, schedule: str) -> Sampling | None:
 def _of_diffusers(reading: Reading, spec: Family) -> Sampling | None:
     name = str(reading.sampler)
     if reading.program == "InvokeAI":
-        name = _INVOKEAI_SAMPLERS.get(name, "")
+        name = INVOKEAI_SAMPLERS.get(name, "")
     elif name not in spec.samplers:
         try:
             name = sampler_of(name, reading.scheduler or "Automatic", spec).sampler

@@ -32,7 +32,7 @@ RunEncoder = Callable[[Any, Tensor], tuple[Tensor, Tensor | None]]
 a projection [1, width]."""
 
 _VOCABULARY = 49408
-"""Number of tokens of CLIP."""
+"""Size of CLIP's vocabulary in tokens."""
 
 _TEST_PROMPT = "a photo of a cat"
 _TEST_TOKENS = [320, 1125, 539, 320, 2368]

@@ -334,10 +334,10 @@ class Family:
         return self.frames_per_latent > 0
 
     def usable_frames(self, frames: int) -> int:
-        """Return the number of frames of a video for which `frames` are asked.
+        """Return the number of frames that a video has if `frames` are requested.
 
-        As in diffusers' `WanPipeline`, it is one more than a multiple of `frames_per_latent`:
-        other numbers are rounded, which gives 1 for 2 and 3, but 5 for 4.
+        As in diffusers' `WanPipeline`, the result is one more than a multiple of
+        `frames_per_latent`. Other numbers are rounded: 2 and 3 to 1, but 4 to 5.
         """
         step = self.frames_per_latent
         return frames if frames % step == 1 else frames // step * step + 1

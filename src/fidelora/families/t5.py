@@ -1,6 +1,7 @@
 """T5 as a text encoder: tokenizer, encoder, and a cache of prompt embeddings.
 
 FLUX.1 and Chroma use it. Both encode the padding, too; they differ in what they do with the mask.
+Wan shares only the loading of the tokenizer.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class T5Encoder:
 
     def __init__(self, encoder: Any, folder: Path, device: torch.device) -> None:
         self._encoder = encoder
-        self._tokenizer = _load_tokenizer(folder, encoder.config.vocab_size)
+        self._tokenizer = load_tokenizer(folder, encoder.config.vocab_size, "T5")
         self._device = device
         self._cache: OrderedDict[tuple[str, int], T5Embedding] = OrderedDict()
 
@@ -104,11 +105,12 @@ class T5Encoder:
         return prompt[start:].strip()
 
 
-def _load_tokenizer(folder: Path, vocabulary: int) -> Any:
-    """Load T5's tokenizer and check that it works.
+def load_tokenizer(folder: Path, vocabulary: int, model: str) -> Any:
+    """Load the tokenizer of T5 or UMT5, and check that it works.
 
     Args:
         vocabulary: the number of tokens that the encoder has embeddings for.
+        model: name of the text encoder for messages.
 
     Raises:
         BaseModelFilesError: it cannot be read, or does not belong to the encoder.
@@ -124,8 +126,8 @@ def _load_tokenizer(folder: Path, vocabulary: int) -> Any:
     # The encoder has more embeddings than the tokenizer has tokens (32128 and 32100 in T5).
     if not tokenizer.is_fast or len(tokenizer) > vocabulary or ids[-1:] != [tokenizer.eos_token_id]:
         raise BaseModelFilesError(
-            f"The base model's {folder.name} does not belong to its text encoder: it is not T5's, "
-            f"or has more than {vocabulary} tokens. The files are damaged or belong to another "
-            "model; download them again."
+            f"The base model's {folder.name} does not belong to its text encoder: it is not "
+            f"{model}'s, or has more than {vocabulary} tokens. The files are damaged or belong to "
+            "another model; download them again."
         )
     return tokenizer

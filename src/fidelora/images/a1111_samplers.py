@@ -70,6 +70,20 @@ _ALIASES: Mapping[str, tuple[str, str]] = {
 }
 
 
+_COMFY: Mapping[str, str] = {
+    "euler": "Euler",
+    "euler_ancestral": "Euler a",
+    "lms": "LMS",
+    "heun": "Heun",
+    "dpm_2": "DPM2",
+    "dpm_2_ancestral": "DPM2 a",
+    "dpmpp_2m": "DPM++ 2M",
+    "ddim": "DDIM",
+    "lcm": "LCM",
+}
+"""A1111's sampler names by ComfyUI's. Only identical algorithms are listed."""
+
+
 _EULER = "Euler"
 """A1111's default sampler. Web UIs on its code, such as Forge, also use it for flow models, where
 its steps are those of the flow-match Euler sampler."""
@@ -137,6 +151,24 @@ def sampler_of(
     raise UnknownSamplerError(
         f"The sampler {name!r:.80} is not supported here; use one of {known}.", field="sampler"
     )
+
+
+def from_comfy(name: str, scheduler: str) -> tuple[str, str]:
+    """Return A1111's names for ComfyUI's names of a sampler and a scheduler, if there are any.
+
+    Programs that write A1111's text for ComfyUI, and SwarmUI, use ComfyUI's names. Some append the
+    scheduler to the sampler: `dpmpp_2m_karras`.
+    """
+    for suffix, joined in (("_karras", KARRAS), ("_normal", UNIFORM)):
+        if name.removesuffix(suffix) in _COMFY and name.endswith(suffix):
+            name, scheduler = name.removesuffix(suffix), joined
+    is_comfy = name in _COMFY
+    name = _COMFY.get(name, name)
+    # In A1111, the default schedule of this sampler is Karras'.
+    normal = UNIFORM if name == "DPM++ 2M" else AUTOMATIC
+    if scheduler.lower() == "normal" or (is_comfy and scheduler in ("", AUTOMATIC)):
+        return name, normal
+    return name, scheduler
 
 
 def _find(schedule: str, by_schedule: Mapping[str, SamplerChoice]) -> SamplerChoice | None:

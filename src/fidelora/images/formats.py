@@ -57,7 +57,8 @@ def check_format(image_format: str, frames: int) -> None:
         )
     if frames == 1 and image_format == "mp4":
         raise ImageFormatError(
-            "A still image cannot be an mp4 file; use png, jpeg or webp, or make more frames."
+            "A still image cannot be an mp4 file; use png, jpeg or webp, or make more frames "
+            "with a video model."
         )
 
 

@@ -166,6 +166,7 @@ def _av() -> Any:
         import av
     except ModuleNotFoundError as error:
         raise ImageFormatError(
-            "MP4 files need the package av: pip install 'fidelora[video]'. WebP needs no package."
+            "MP4 files need the package av. Install it in the folder of Fidelora's repository "
+            "with: pip install '.[video]'. WebP needs no package."
         ) from error
     return av

@@ -7,23 +7,22 @@ NovelAI change prompts before they encode them.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fidelora.errors import UnknownSamplerError
+from fidelora.errors import RecipeError, UnknownSamplerError
 from fidelora.families import Family
 from fidelora.images.a1111_prompt import NamedLora, describe_brackets, describe_syntax, tags_in
 from fidelora.images.a1111_samplers import (
-    AUTOMATIC,
-    KARRAS,
-    UNIFORM,
     SamplerChoice,
+    from_comfy,
     sampler_of,
 )
 from fidelora.images.parameter_pairs import Ignored
 from fidelora.images.parameters import Parameters
-from fidelora.recipe import MAX_MULTIPLIER, MAX_SEED
+from fidelora.recipe import MAX_MULTIPLIER, MAX_SEED, Recipe
 from fidelora.texts import read_json
 
 PARAMETERS_KEY = "parameters"
@@ -37,18 +36,8 @@ _Texts = Mapping[str, str]
 _LoraEntry = tuple[object, object]
 """Name and multiplier of a LoRA as found in an image, not checked."""
 
-# A1111's sampler names by ComfyUI's, which SwarmUI uses. Only identical algorithms are listed.
-_COMFY_SAMPLERS = {
-    "euler": "Euler",
-    "euler_ancestral": "Euler a",
-    "lms": "LMS",
-    "heun": "Heun",
-    "dpm_2": "DPM2",
-    "dpm_2_ancestral": "DPM2 a",
-    "dpmpp_2m": "DPM++ 2M",
-}
 # Fidelora's sampler names by InvokeAI's. InvokeAI uses the schedulers of diffusers, too.
-_INVOKE_SAMPLERS = {
+INVOKEAI_SAMPLERS = {
     "euler": "euler",
     "euler_k": "k_euler",
     "euler_a": "euler_a",
@@ -77,6 +66,8 @@ class _Program:
         sampler: returns Fidelora's sampler and its timestep spacing; raises `UnknownSamplerError`.
         sampler_keys, lora_keys: keys that these two functions read.
         about: keys that do not affect the image.
+        has_default_sampler: True if settings without a sampler mean the program's default one.
+        weight: the program's own syntax for the weight of a word; None if it is A1111's.
     """
 
     name: str
@@ -87,6 +78,8 @@ class _Program:
     sampler_keys: tuple[str, ...]
     lora_keys: frozenset[str]
     about: frozenset[str] = field(default_factory=frozenset)
+    has_default_sampler: bool = False
+    weight: re.Pattern[str] | None = None
 
 
 def read_other_program(texts: Mapping[str, str], spec: Family) -> Parameters | None:
@@ -109,12 +102,25 @@ def name_of_program(texts: Mapping[str, str]) -> str:
     if texts.get("Software") == "NovelAI" or texts.get("Source", "").startswith("NovelAI"):
         return "NovelAI, whose models cannot be downloaded"
     settings = _object(texts.get(PARAMETERS_KEY))
-    if "fooocus_scheme" in texts or (settings and "performance" in settings):
+    keys = {key.lower() for key in settings or ()}
+    if "RuinedFooocus" in str((settings or {}).get("software")):
+        return "RuinedFooocus, which extends prompts by its styles"
+    if "fooocus_scheme" in texts or "performance" in keys:
         return "Fooocus, which extends prompts by its styles"
+    if "NovelAI" in str((settings or {}).get("Software")):
+        return "NovelAI, whose models cannot be downloaded"
+    if "extrametadata" in keys:
+        return "the generator of Civitai, which stores a graph of nodes"
     if "sd-metadata" in texts or "Dream" in texts:
         return "an old version of InvokeAI"
-    if "use_stable_diffusion_model" in texts:
+    if "invokeai_graph" in texts or "invokeai_workflow" in texts:
+        return "a workflow of InvokeAI, which stores a graph of nodes"
+    if "use_stable_diffusion_model" in texts.keys() | keys:
         return "Easy Diffusion"
+    if "NMKDiffusion" in texts:
+        return "NMKD Stable Diffusion GUI"
+    if "exif:UserComment" in texts.get("XML:com.adobe.xmp", ""):
+        return "a program that stores XMP, such as Draw Things"
     return "" if settings is None else "a program that stores unknown JSON"
 
 
@@ -124,7 +130,11 @@ def _parameters(program: _Program, settings: Mapping[str, Any], spec: Family) ->
     for key, value in settings.items():
         if key in program.fields:
             try:
-                values[program.fields[key]] = _READ[program.fields[key]](value)
+                read = {program.fields[key]: _READ[program.fields[key]](value)}
+                Recipe(**{"prompt": "", "model": spec.id, **read})  # raises if it is out of range
+                values |= read
+            except RecipeError as error:
+                ignored.append(_ignored(key, value, str(error)))
             except (TypeError, ValueError, OverflowError):  # OverflowError: a very long integer
                 ignored.append(_ignored(key, value, "The value is not valid for this key."))
         elif key == "model" and value:
@@ -136,9 +146,11 @@ def _parameters(program: _Program, settings: Mapping[str, Any], spec: Family) ->
                     "image.",
                 )
             )
-        elif key not in (*program.sampler_keys, *program.lora_keys, *program.about) and value:
+        elif key not in (*program.sampler_keys, *program.lora_keys, *program.about) and (
+            value and value != "None"
+        ):
             ignored.append(_ignored(key, value, "The parameter is not supported."))
-    if any(settings.get(key) for key in program.sampler_keys):
+    if program.has_default_sampler or any(settings.get(key) for key in program.sampler_keys):
         try:
             values |= program.sampler(settings, spec)._asdict()
         except UnknownSamplerError as error:
@@ -159,7 +171,7 @@ def _parameters(program: _Program, settings: Mapping[str, Any], spec: Family) ->
         if network != "lora" or arguments.split(":")[0] not in {lora.name for lora in loras}
     ]
     for name, words in (("prompt", prompt), ("negative prompt", negative)):
-        if mark := describe_syntax(words) or describe_brackets(words):
+        if mark := _describe_weight(program, words):
             ignored.append(
                 Ignored(
                     name,
@@ -169,6 +181,13 @@ def _parameters(program: _Program, settings: Mapping[str, Any], spec: Family) ->
             )
     text = json.dumps(settings, ensure_ascii=False)
     return Parameters(text, prompt, negative, tuple(loras), values, tuple(ignored))
+
+
+def _describe_weight(program: _Program, prompt: str) -> str:
+    """Return a phrase that describes the first word with a weight, or an empty string."""
+    if program.weight and (match := program.weight.search(prompt)):
+        return f"{match[0]!r:.80} changes word weights"
+    return describe_syntax(prompt) or describe_brackets(prompt)
 
 
 def _lora(name: object, multiplier: object) -> NamedLora:
@@ -220,12 +239,8 @@ def _listed(value: object) -> list[Any]:
 
 
 def _swarm_sampler(settings: Mapping[str, Any], spec: Family) -> SamplerChoice:
-    name, schedule = (str(settings.get(key, "")) for key in ("sampler", "scheduler"))
-    a1111_name = _COMFY_SAMPLERS.get(name, name or "Euler")
-    # In A1111, the default schedule of this sampler is Karras'.
-    normal = UNIFORM if a1111_name == "DPM++ 2M" else AUTOMATIC
-    schedules = {"": normal, "normal": normal, "karras": KARRAS}
-    return sampler_of(a1111_name, schedules.get(schedule, schedule), spec)
+    name, schedule = (str(settings.get(key) or "") for key in ("sampler", "scheduler"))
+    return sampler_of(*from_comfy(name or "euler", schedule or "normal"), spec)
 
 
 _SWARM = _Program(
@@ -243,6 +258,7 @@ _SWARM = _Program(
     loras=_swarm_loras,
     sampler=_swarm_sampler,
     sampler_keys=("sampler", "scheduler"),
+    has_default_sampler=True,  # ComfyUI's sampler euler with its scheduler normal
     lora_keys=frozenset({"loras", "loraweights"}),
     about=frozenset(
         {
@@ -266,7 +282,7 @@ def _invoke_loras(settings: Mapping[str, Any]) -> Iterator[_LoraEntry]:
 
 def _invoke_sampler(settings: Mapping[str, Any], spec: Family) -> SamplerChoice:
     name = str(settings["scheduler"])
-    return sampler_of(_INVOKE_SAMPLERS.get(name, name), "", spec, prefers_own=True)
+    return sampler_of(INVOKEAI_SAMPLERS.get(name, name), "", spec, prefers_own=True)
 
 
 _INVOKE = _Program(
@@ -285,6 +301,7 @@ _INVOKE = _Program(
     loras=_invoke_loras,
     sampler=_invoke_sampler,
     sampler_keys=("scheduler",),
+    weight=re.compile(r"\w(\++|--+)(?=[\s,.)]|$)"),
     lora_keys=frozenset({"loras"}),
     about=frozenset(
         {"generation_mode", "app_version", "rand_device", "strength", "canvas_v2_metadata"}

@@ -12,8 +12,8 @@ from fidelora.families import Family
 from fidelora.families.emphasis import Emphasis
 from fidelora.families.sampler_options import check_sampler_options
 from fidelora.images.a1111_prompt import EMPHASIS, NO_EMPHASIS
-from fidelora.images.a1111_samplers import AUTOMATIC, sampler_of
-from fidelora.recipe import MAX_SEED
+from fidelora.images.a1111_samplers import AUTOMATIC, UNIFORM, from_comfy, sampler_of
+from fidelora.recipe import MAX_SEED, Recipe
 
 _WITHOUT_NOTE = {
     "Version": None,
@@ -23,9 +23,18 @@ _WITHOUT_NOTE = {
     "Lora hashes": None,
     "Batch size": None,
     "Batch pos": None,
+    "Created Date": None,  # Civitai
+    "App": None,  # this key and the next three: SD.Next
+    "Backend": None,
+    "Operations": "txt2img",
+    "Pipeline": None,
+    "Metadata scheme": None,  # Fooocus
 }
 """Keys that need no note, with any value (None) or only with the given value: they do not change
 the image, or are read together with another key."""
+
+
+_ETA = ("Eta", "Eta DDIM")
 
 
 @dataclass(frozen=True)
@@ -44,14 +53,23 @@ def read_pairs(pairs: Mapping[str, str], spec: Family) -> tuple[dict[str, Any], 
     for key, value in pairs.items():
         if key in _READ:
             try:
-                fields |= _READ[key](value, pairs, spec)
+                found = _READ[key](value, pairs, spec)
+                if key not in _ETA:  # checked together with the sampler
+                    Recipe(prompt="", model=spec.id, **found)  # raises if it is out of range
+                fields |= found
             except RecipeError as error:
                 ignored.append(Ignored(key, value, str(error)))
             except ValueError:
                 ignored.append(Ignored(key, value, "The value is not valid for this key."))
         elif key not in _WITHOUT_NOTE or _WITHOUT_NOTE[key] not in (None, value):
-            ignored.append(Ignored(key, value, REASONS.get(key, "The parameter is not supported.")))
+            ignored.append(Ignored(key, value, _reason(key)))
     return fields, ignored
+
+
+def _reason(key: str) -> str:
+    if re.fullmatch(r"AddNet Model \d+", key):  # extension of A1111 for LoRAs, until 2023
+        return "The image was made with this LoRA, which is not applied: no tag names it."
+    return REASONS.get(key, "The parameter is not supported.")
 
 
 def read_emphasis(pairs: Mapping[str, str], *, with_emphasis: bool) -> Emphasis:
@@ -68,7 +86,12 @@ def is_own(pairs: Mapping[str, str]) -> bool:
 
 
 def _sampler(value: str, pairs: Mapping[str, str], spec: Family) -> dict[str, Any]:
-    schedule = pairs.get("Schedule type", AUTOMATIC)
+    # A1111 stores the schedule since version 1.9. Before, `DPM++ 2M` had the uniform one, because
+    # `DPM++ 2M Karras` was another sampler.
+    without = UNIFORM if value.lower() == "dpm++ 2m" and not is_own(pairs) else AUTOMATIC
+    schedule = pairs.get("Schedule type", without)
+    if not is_own(pairs):
+        value, schedule = from_comfy(value, schedule)
     choice = sampler_of(value, schedule, spec, prefers_own=is_own(pairs))
     if choice.timestep_spacing == "default":
         return {"sampler": choice.sampler}
@@ -86,7 +109,7 @@ def _eta(value: str, pairs: Mapping[str, str], spec: Family) -> dict[str, Any]:
 
 def _size(value: str, _pairs: Mapping[str, str], _spec: Family) -> dict[str, Any]:
     width, height = value.split("x")
-    return {"width": _whole(width), "height": _whole(height)}
+    return {"width": _whole(width.strip()), "height": _whole(height.strip())}
 
 
 def _whole(value: str) -> int:
@@ -119,6 +142,7 @@ _READ: Mapping[str, Callable[[str, Mapping[str, str], Family], dict[str, Any]]] 
     "Fidelity": _fidelity,
 }
 REASONS = {
+    "TI hashes": "The image was made with these embeddings; add their files as LoRAs.",
     "Model": "The base model is not selected by this name; a different one changes the image.",
     "Model hash": "The base model is not selected by this hash; a different one changes the image.",
 }

@@ -32,7 +32,9 @@ from fidelora.recipe import AdapterRef, Recipe
 from fidelora.texts import cleaned
 
 _NEGATIVE = "Negative prompt:"
-_PAIR = re.compile(r'(?P<key>\w[\w \-/]{0,60}):\s*(?P<value>"(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+_PAIR = re.compile(
+    r'(?P<key>\w[\w \-/]{0,60}):\s*(?P<value>"(?:\\.|[^\\"])*"|\([^()]*\)|[^,]*)(?:,|$)'
+)
 _FEWEST_PAIRS = 3
 """A last line with fewer pairs belongs to the prompt, as in the web UI."""
 _SETTINGS = "Steps: "
@@ -149,7 +151,7 @@ class TextParts:
 
 def split_parameters(text: str) -> TextParts:
     """Divide a parameters text into its parts. Accepts any text, and raises no errors."""
-    lines, last, added = _split(text.strip().split("\n"))
+    lines, last, added = _split(text.strip().replace("\r\n", "\n").split("\n"))
     last, objects = _without_objects(last)
     pairs = {
         match["key"].strip(): _unquoted(match["value"].strip()) for match in _PAIR.finditer(last)
@@ -268,7 +270,7 @@ def _resources(objects: Mapping[str, Any]) -> list[Ignored]:
             continue
         resources = value if key == "Civitai resources" and isinstance(value, list) else []
         for one in resources:
-            kind = str(one.get("type", "")).lower() if isinstance(one, dict) else ""
+            kind = _kind_of_resource(one)
             if kind in ("lora", "lycoris", "locon", "dora"):
                 reason = "The image was made with this LoRA, which is not applied: no tag names it."
             elif kind == "checkpoint":
@@ -280,6 +282,17 @@ def _resources(objects: Mapping[str, Any]) -> list[Ignored]:
             text = json.dumps(value, ensure_ascii=False)
             ignored.append(Ignored(key, text, "The parameter is not supported."))
     return ignored
+
+
+def _kind_of_resource(resource: object) -> str:
+    """Return the kind of a resource of Civitai in lower case; empty if it has none.
+
+    It is the `type`, or a part of the `air`: `urn:air:sd1:lora:civitai:1@2`.
+    """
+    if not isinstance(resource, dict):
+        return ""
+    name = str(resource.get("air", "")).split(":")
+    return str(resource.get("type") or (name[3] if len(name) > 3 else "")).lower()
 
 
 def hashes_of_loras(text: str, objects: Mapping[str, Any]) -> dict[str, str]:

@@ -294,14 +294,29 @@ def _texts(image: Image.Image) -> tuple[str | bytes, dict[str, str]]:
         ):
             texts = {**image.info, **getattr(image, "text", {})}
         found = {str(key): str(text) for key, text in texts.items() if isinstance(text, str)}
+        if "exif" in image.info and PARAMETERS_KEY not in found:
+            found[PARAMETERS_KEY] = _exif_parameters(image.getexif())
         return found.get(RECORD_KEY, ""), found
     exif = image.getexif()
-    comment = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
-    found = {PARAMETERS_KEY: _comment(comment)}
+    found = {PARAMETERS_KEY: _exif_parameters(exif)}
     for tag in (ExifTags.Base.Make, ExifTags.Base.Model):  # ComfyUI: `workflow:{...}`
         key, _, text = str(exif.get(tag, "")).partition(":")
         found.setdefault(key, text)
     return exif.get(ExifTags.Base.ImageDescription, ""), found
+
+
+def _exif_parameters(exif: Image.Exif) -> str:
+    """Return the parameters text in EXIF: the UserComment, or else the ImageDescription.
+
+    Some programs, such as Fooocus, write the UserComment to the first directory instead of the one
+    that the standard requires. An ImageDescription counts only if it has a line of pairs.
+    """
+    key = ExifTags.Base.UserComment
+    comment = exif.get_ifd(ExifTags.IFD.Exif).get(key) or exif.get(key, b"")
+    about = exif.get(ExifTags.Base.ImageDescription)
+    if not comment and isinstance(about, str) and _PAIRS.search(about):
+        return about
+    return _comment(comment)
 
 
 def _comment(comment: object) -> str:
@@ -312,6 +327,12 @@ def _comment(comment: object) -> str:
     if not isinstance(comment, bytes):
         return str(comment)
     code, body = comment[:8], comment[8:]
+    if code == b"UNICODE\0" and body and 0 not in body:
+        # UTF-16 has zero bytes wherever the text has ASCII characters, as parameters have.
+        try:
+            return body.decode("utf-8").removeprefix("\ufeff")
+        except UnicodeDecodeError:
+            pass
     if code == b"UNICODE\0":
         # Parameters are mostly ASCII characters, whose upper byte is zero.
         big = body[0::2].count(0) >= body[1::2].count(0)

@@ -1,4 +1,4 @@
-"""Generated images, and encoding as PNG, JPEG or WebP files that contain the recipe."""
+"""Generated images, and encoding as PNG, JPEG, WebP or MP4 files that contain the recipe."""
 
 from __future__ import annotations
 

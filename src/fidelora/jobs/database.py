@@ -32,6 +32,14 @@ _POSTGRESQL_OPTIONS = (
 )
 """Options of each connection. A process that is stopped in the middle of a transaction keeps its
 locks for 30 seconds at most."""
+_TCP_OPTIONS = {
+    "keepalives_idle": 10,  # seconds
+    "keepalives_interval": 5,  # seconds
+    "keepalives_count": 3,
+    "tcp_user_timeout": 20_000,  # milliseconds
+}
+"""Options of libpq that end a connection within about 25 seconds after its other side has vanished,
+also one that only waits for notifications. Options in the URL have priority."""
 MIGRATION_LOCK, ADD_LOCK = 7_305_120_001, 7_305_120_002
 """Keys of PostgreSQL's advisory locks: for migrations, and for adding a job to a limited queue."""
 _migration_thread_lock = threading.Lock()  # Alembic keeps its context in global variables
@@ -135,10 +143,11 @@ def _address(url: str) -> sa.URL:
 def _engine_options(address: sa.URL) -> dict[str, Any]:
     if address.get_backend_name() == "sqlite":
         return {"connect_args": {"timeout": BUSY_TIMEOUT_S}}
+    given = {name: value for name, value in _TCP_OPTIONS.items() if name not in address.query}
     # The default isolation level of a server may be stricter; claims expect this one.
     return {
         "isolation_level": "READ COMMITTED",
-        "connect_args": {"options": _POSTGRESQL_OPTIONS, "connect_timeout": 10},
+        "connect_args": {"options": _POSTGRESQL_OPTIONS, "connect_timeout": 10, **given},
     }
 
 

@@ -31,7 +31,7 @@ class MemoryStore(StoreByTransition):
         self._places: dict[str, tuple[int, int, datetime]] = {}  # turn, due and arrival by job id
         self._claims = 0
         self._workers: dict[str, WorkerState] = {}
-        self._wakes: list[Callable[[], None]] = []
+        self._wakes: list[Callable[[Collection[str] | None], None]] = []
         self._lock = threading.Lock()
 
     def add(
@@ -206,7 +206,7 @@ class MemoryStore(StoreByTransition):
         with self._lock:
             return self._live(now or datetime.now(UTC))
 
-    def on_new_job(self, wake: Callable[[], None]) -> None:
+    def on_new_job(self, wake: Callable[[Collection[str] | None], None]) -> None:
         self._wakes.append(wake)
 
     def remove_finished(self, *, before: datetime, keep: int) -> tuple[Job, ...]:
@@ -298,7 +298,7 @@ class MemoryStore(StoreByTransition):
 
     def _wake(self) -> None:
         for wake in self._wakes:
-            wake()
+            wake(None)
 
 
 def _holds(worker: WorkerState, job: Job) -> bool:

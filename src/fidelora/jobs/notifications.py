@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 
 import sqlalchemy as sa
 
@@ -14,11 +14,13 @@ from fidelora.jobs.database import database_errors
 log = logging.getLogger(__name__)
 
 CHANNEL = "fidelora_jobs"
-NEW_JOB = "job"  # payload: a job entered the queue
+_NEW_JOB = "job"  # payload: a job entered the queue; a colon and names of workers can follow
 CLIENTS = "clients"  # payload: an API key was changed, or a session was ended
 CANCEL = "cancel:"  # payload: this text, and the id of a running job that has to stop
+_SEPARATOR = "\n"  # between names of workers
 _POLL_S = 1.0  # seconds between two checks whether the listener was closed
 _RECONNECT_S = 2.0  # seconds between two attempts to connect
+_MAX_PAYLOAD = 7_000  # bytes; PostgreSQL's limit is 8,000
 _MAX_CANCELLATIONS = 1000  # ids of canceled jobs to keep; far more than a process has workers
 
 
@@ -37,7 +39,7 @@ class Notifications:
         self._listener: Listener | None = None
         self._listener_lock = threading.Lock()
         self._cancellations: OrderedDict[str, None] = OrderedDict()
-        self._wakes: list[Callable[[], None]] = []
+        self._wakes: list[Callable[[Collection[str] | None], None]] = []
         self._on_clients_changed: list[Callable[[], None]] = []
 
     def send(self, connection: sa.Connection, payload: str) -> None:
@@ -45,8 +47,18 @@ class Notifications:
         if not self._is_local:
             connection.execute(_NOTIFY, {"channel": CHANNEL, "payload": payload})
 
-    def on_new_job(self, wake: Callable[[], None]) -> None:
-        """Call a function whenever a job enters the queue."""
+    def send_new_job(self, connection: sa.Connection, workers: Sequence[str] = ()) -> None:
+        """Wake workers when the transaction of this connection is committed.
+
+        Args:
+            workers: names of the workers to wake; empty for all.
+        """
+        payload = f"{_NEW_JOB}:{_SEPARATOR.join(workers)}"
+        is_short = len(payload.encode()) <= _MAX_PAYLOAD
+        self.send(connection, payload if workers and is_short else _NEW_JOB)
+
+    def on_new_job(self, wake: Callable[[Collection[str] | None], None]) -> None:
+        """Call a function whenever a job enters the queue, as `JobStore.on_new_job` describes."""
         self._wakes.append(wake)
         if not self._is_local:
             self._listen()
@@ -60,8 +72,7 @@ class Notifications:
     def wake_if_local(self) -> None:
         """Wake the workers of this process, if the database sends no notifications."""
         if self._is_local:
-            for wake in self._wakes:
-                wake()
+            self._wake(None)
 
     def cancel_requested(self, job_id: str) -> bool:
         """Return True if a notification asked to cancel this job."""
@@ -85,12 +96,17 @@ class Notifications:
             self._cancellations[payload.removeprefix(CANCEL)] = None
             if len(self._cancellations) > _MAX_CANCELLATIONS:
                 self._cancellations.popitem(last=False)
-        elif payload == NEW_JOB:
-            for wake in self._wakes:
-                wake()
+        elif payload == _NEW_JOB:
+            self._wake(None)
+        elif payload.startswith(f"{_NEW_JOB}:"):
+            self._wake(payload.removeprefix(f"{_NEW_JOB}:").split(_SEPARATOR))
         elif payload == CLIENTS:
             for call in self._on_clients_changed:
                 call()
+
+    def _wake(self, workers: Collection[str] | None) -> None:
+        for wake in self._wakes:
+            wake(workers)
 
 
 class Listener:

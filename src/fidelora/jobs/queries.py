@@ -120,6 +120,8 @@ class Queries:
         expired: one row if there are jobs of lost workers.
         lock_expired: these jobs, and `now_s`.
         live_workers: workers whose last report is recent (`WORKER_ALIVE_S`).
+        idle_workers: names of the first live workers that can claim a new job; see
+            `WorkerTable.idle`.
     """
 
     def __init__(self, dialect: str, document_format: int) -> None:
@@ -247,6 +249,23 @@ class Queries:
             sa.select(*JOB_COLUMNS, now).where(expired).with_for_update(skip_locked=True)
         )
         self.live_workers = sa.select(WORKERS).where(alive).order_by(WORKERS.c.name)
+        # The column `idle_since_s` can be older than the last claim by a few seconds.
+        is_busy = sa.exists().where(_in_progress, JOBS.c.worker == WORKERS.c.name)
+        kind = sa.bindparam("device_kind", type_=sa.String)
+        has_adapters = sa.exists().where(
+            WORKER_ADAPTERS.c.worker == WORKERS.c.name,
+            WORKER_ADAPTERS.c.adapters == sa.bindparam("adapters", type_=sa.String),
+        )
+        self.idle_workers = (
+            sa.select(WORKERS.c.name)
+            .where(
+                alive,
+                sa.not_(is_busy),
+                sa.or_(kind == "", WORKERS.c.device == kind, WORKERS.c.device.like(kind + ":%")),
+            )
+            .order_by(has_adapters.desc(), sa.func.length(WORKERS.c.loaded), WORKERS.c.name)
+            .limit(sa.bindparam("count", type_=sa.Integer))
+        )
 
     def finished(self, before_s: float, keep: int) -> sa.Select[Any]:
         """Return the readable jobs that ended before a time or follow the `keep` newest ones."""

@@ -74,6 +74,7 @@ WORKERS = sa.table(
     sa.column("version", sa.String),
     sa.column("loaded", sa.Text),
     sa.column("merged", sa.Text),
+    sa.column("models", sa.Text),
     sa.column("idle_since_s", sa.Float),
     sa.column("reported_at_s", sa.Float),
 )

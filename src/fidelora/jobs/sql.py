@@ -25,7 +25,8 @@ from fidelora.jobs.adapter_sets import AdapterSets
 from fidelora.jobs.codec import DOCUMENT_FORMAT
 from fidelora.jobs.database import ADD_LOCK
 from fidelora.jobs.job import Job, Status
-from fidelora.jobs.notifications import CANCEL, NEW_JOB
+from fidelora.jobs.notifications import CANCEL
+from fidelora.jobs.places import Places
 from fidelora.jobs.queries import (
     COUNT_QUEUED,
     FIRST_FRESH,
@@ -37,7 +38,7 @@ from fidelora.jobs.queries import (
     id_batches,
     update_of_job,
 )
-from fidelora.jobs.queue_order import adapter_key, due_of, turn_of_new_job
+from fidelora.jobs.queue_order import adapter_key
 from fidelora.jobs.rows import (
     JOB_COLUMNS,
     JOBS,
@@ -81,6 +82,7 @@ class SqlStore(StoreByTransition):
         self._database = Database(url) if isinstance(url, str) else url
         self._document_format = document_format
         self._queries = Queries(self._database.dialect, document_format)
+        self._places = Places(self._database, self._queries)
         self._workers = WorkerTable(self._database, self._queries)
         self._adapter_sets = AdapterSets(self._database)
         self._notifications = self._database.notifications
@@ -110,9 +112,10 @@ class SqlStore(StoreByTransition):
                 return existing
             if capacity is not None and self._count_queued(connection) >= capacity:
                 raise QueueFullError
+            place = self._places.of_new_job(connection, job, now)
             row = (
                 state_of(job)
-                | self._place(connection, job, now)
+                | place.columns
                 | {
                     "id": job.id,
                     "owner": job.owner,
@@ -132,21 +135,12 @@ class SqlStore(StoreByTransition):
                     return existing  # the same request arrived twice at the same time
                 raise
             self._adapter_sets.store(connection, job)
-            self._notifications.send(connection, NEW_JOB)
+            if not self._database.is_sqlite:
+                idle = self._workers.idle(connection, job, place.before + 1, now)
+                self._notifications.send_new_job(connection, idle)
         self._adapter_sets.stored(job)
         self._notifications.wake_if_local()
         return job
-
-    def _place(
-        self, connection: sa.Connection, job: Job, now: datetime | None
-    ) -> dict[str, int | float]:
-        """Return the columns of a new job's place in the queue."""
-        given = self._database.now(now) | {"owner": job.owner}
-        place = connection.execute(self._queries.places, given).one()
-        turn = turn_of_new_job(place.head, place.last_of_owner)
-        before = connection.execute(self._queries.count_before, {"turn": turn}).scalar_one()
-        due = due_of(place.claims, before, place.workers)
-        return {"turn": turn, "due": due, "queued_at_s": place.now_s}
 
     def submitted(self, submission: Submission) -> Job | None:
         with self._database.reading() as connection:
@@ -332,7 +326,7 @@ class SqlStore(StoreByTransition):
     def workers(self, now: datetime | None = None) -> tuple[WorkerState, ...]:
         return self._workers.live(now)
 
-    def on_new_job(self, wake: Callable[[], None]) -> None:
+    def on_new_job(self, wake: Callable[[Collection[str] | None], None]) -> None:
         self._notifications.on_new_job(wake)
 
     def remove_finished(self, *, before: datetime, keep: int) -> tuple[Job, ...]:
@@ -391,15 +385,12 @@ class SqlStore(StoreByTransition):
         values: dict[str, Any] = {name: new[name] for name in new if new[name] != old[name]}
         is_retry = after.status is Status.IN_QUEUE and after.retry_at is not None
         if is_retry and before.status is not Status.IN_QUEUE:
-            place = connection.execute(
-                self._queries.places, self._database.now(at) | {"owner": after.owner}
-            ).one()
-            values["due"] = due_of(place.claims, 0, place.workers)
+            values["due"] = self._places.due_of_retry(connection, after, at)
         given = values | {"job_id": before.id, "job_version": before.version}
         if connection.execute(update_of_job(frozenset(values)), given).rowcount != 1:
             raise _VersionConflictError
         if after.status is Status.IN_QUEUE:
-            self._notifications.send(connection, NEW_JOB)
+            self._notifications.send_new_job(connection)
         if after.cancel_requested and not before.cancel_requested:
             self._notifications.send(connection, CANCEL + after.id)
         return after

@@ -61,6 +61,7 @@ class WorkerState:
         merged: sha256 of the adapters that are merged into its model.
         idle_since: time since which it has had no job; None while it has one.
         reported_at: time of the report; set by the store.
+        models: ids of the base models in its memory, the one that was used last first.
     """
 
     name: str
@@ -70,6 +71,7 @@ class WorkerState:
     merged: frozenset[str] = frozenset()
     idle_since: datetime | None = None
     reported_at: datetime | None = None
+    models: tuple[str, ...] = ()
 
 
 class JobStore(Protocol):
@@ -316,8 +318,12 @@ class JobStore(Protocol):
         """Return the states of the live workers, by name."""
         ...
 
-    def on_new_job(self, wake: Callable[[], None]) -> None:
+    def on_new_job(self, wake: Callable[[Collection[str] | None], None]) -> None:
         """Call `wake`, on a thread, when any process adds a job or returns one to the queue.
+
+        `wake` receives the names of the workers that should look for the job, or None for all. A
+        store that several machines use names as many idle workers as there are jobs, first those
+        that have the adapters of the job loaded. Thus a job does not cause claims of all workers.
 
         Some stores cannot notice other processes, and notifications can be lost. So workers also
         have to poll.

@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from fidelora.errors import JobStoreError
+from fidelora.jobs.connection_watchdog import ConnectionWatchdog
 from fidelora.jobs.database import BUSY_TIMEOUT_S, database_errors, open_database
 from fidelora.jobs.notifications import Notifications
 
@@ -40,6 +41,8 @@ class Database:
         self.now_s = clock(self.dialect)
         self.notifications = Notifications(self.engine)
         self._write_lock = threading.Lock() if self.is_sqlite else None
+        # Not for the migration, which may wait for another process for a long time.
+        self._watchdog = None if self.is_sqlite else ConnectionWatchdog(self.engine)
 
     @contextmanager
     def writing(self) -> Iterator[sa.Connection]:
@@ -71,6 +74,8 @@ class Database:
     def close(self) -> None:
         """Close all connections."""
         self.notifications.close()
+        if self._watchdog is not None:
+            self._watchdog.close()
         self.engine.dispose()
 
     @contextmanager

@@ -6,6 +6,7 @@ from datetime import datetime
 
 import sqlalchemy as sa
 
+from fidelora.jobs.job import Job
 from fidelora.jobs.queries import COMPLETE_SETS, Queries
 from fidelora.jobs.queue_order import adapter_key
 from fidelora.jobs.rows import WORKER_ADAPTERS, WORKERS, time_of
@@ -34,6 +35,7 @@ class WorkerTable:
                 "version": state.version,
                 "loaded": " ".join(sorted(state.loaded)),
                 "merged": " ".join(sorted(state.merged)),
+                "models": " ".join(state.models),
                 "idle_since_s": state.idle_since and state.idle_since.timestamp(),
                 "reported_at_s": now_s,
             }
@@ -82,6 +84,22 @@ class WorkerTable:
                 frozenset(row.merged.split()),
                 time_of(row.idle_since_s),
                 time_of(row.reported_at_s),
+                tuple(row.models.split()),
             )
             for row in rows
         )
+
+    def idle(
+        self, connection: sa.Connection, job: Job, count: int, now: datetime | None
+    ) -> tuple[str, ...]:
+        """Return the names of live workers without a job, at most `count`.
+
+        Those that have the adapters of the job loaded come first, then those with the fewest loaded
+        adapters. Workers whose device is not of the kind that the job needs are left out.
+        """
+        given = self._database.now(now) | {
+            "adapters": adapter_key(job.adapters),
+            "device_kind": job.device_kind,
+            "count": count,
+        }
+        return tuple(connection.execute(self._queries.idle_workers, given).scalars())

@@ -25,6 +25,7 @@ from fidelora.errors import (
 from fidelora.loras.folder import KEY_FOLDER, UPLOADS, is_text
 from fidelora.recipe import file_sha256
 from fidelora.safetensors_header import read_header
+from fidelora.texts import plain_message, printable
 
 _SUFFIX = ".safetensors"
 _UPLOAD_NAME = re.compile(r"(?!\.)[^/\\\x00-\x1f\x7f]+\.safetensors", re.IGNORECASE)
@@ -120,6 +121,11 @@ def add_upload(
     """
     folder = _folder_of(owner)
     target = _upload(root, folder, name)
+    if printable(name) != name:  # not in `_upload`: older uploads with such names can be deleted
+        raise UploadNameError(
+            f"{plain_message(name)} is not a valid name for an upload: it contains control "
+            "characters or characters that change the direction of text. Rename the file."
+        )
     make_folder(target.parent)
     size = file.seek(0, os.SEEK_END)
     file.seek(0)

@@ -27,7 +27,7 @@ tolerance for them."""
 
 
 class RemoteVerdict(StrEnum):
-    """Result of one sample, best first.
+    """Result of one sample; the values are in order, the best one first.
 
     `identical`: every pixel is the trainer's. `rounding`: float32 on another processor can cause
     the difference. `expected`: the picture is within the tolerance of the one that the program is

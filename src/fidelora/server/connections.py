@@ -1,4 +1,4 @@
-"""Limits of connections: their number, and the time in which a request must arrive."""
+"""Limits of connections: their number, and the time for a request and for reading a response."""
 
 from __future__ import annotations
 
@@ -8,13 +8,21 @@ import time
 from contextlib import suppress
 
 import structlog
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 HEADER_TIMEOUT_S = 20.0
 """Seconds from the opening of a connection, or the first byte of a further request, to the end of
 the request's header."""
 BODY_TIMEOUT_S = 60.0
-"""Maximum pause between two parts of a request's body, in seconds."""
+"""Maximum pause between two parts of a request's body, and seconds that any body may take."""
+WRITE_TIMEOUT_S = 60.0
+"""Seconds after which a connection is closed whose client does not read the response."""
+MIN_BYTES_PER_S = 500
+"""Minimum speed of a body, after its first `BODY_TIMEOUT_S`, and of reading a response. Without it,
+connections that transfer one byte per minute would stay open for days."""
+READ_BYTES = 64 * 2**10
+"""Largest part of a request that is parsed before other connections have their turn. 64 KiB of
+chunks with one byte each take 0.3 s. Smaller parts would make uploads slower."""
 MAX_CONNECTIONS = 4096
 _OTHER_FILES = 256
 """File handles reserved for everything except connections: database, images, workers, ..."""
@@ -50,12 +58,20 @@ class LimitedProtocol(H11Protocol):
 
     max_connections = MAX_CONNECTIONS
     _deadline: asyncio.TimerHandle | None = None
+    _write_deadline: asyncio.TimerHandle | None = None
+    _body_of: RequestResponseCycle | None = None
+    _body_ends = 0.0
+    """Time at which the body of the request `_body_of` must have arrived, if no more bytes do."""
     _reported_s = -1e9
     """Time of the last log line about closed connections, so that a flood cannot fill the log."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Accept the connection, or close it if there are too many."""
         super().connection_made(transport)
+        # asyncio's own limit of one read is 256 KiB; its documentation has no setting for it.
+        transport.max_size = READ_BYTES  # type: ignore[attr-defined]
+        # Report all bytes that the client has not read, also fewer than the default of 64 KiB.
+        transport.set_write_buffer_limits(high=0)
         if len(self.connections) > self.max_connections:
             self._report("too many connections, closing new ones", limit=self.max_connections)
             self.connections.discard(self)
@@ -71,7 +87,7 @@ class LimitedProtocol(H11Protocol):
                 self._wait(HEADER_TIMEOUT_S)
         elif self.cycle.more_body:
             self._stop_waiting()
-            self._wait(BODY_TIMEOUT_S)
+            self._wait_for_body(len(data))
         else:
             self._stop_waiting()
 
@@ -80,14 +96,48 @@ class LimitedProtocol(H11Protocol):
         self._stop_waiting()
         super().on_response_complete()
 
+    def pause_writing(self) -> None:
+        """Close the connection unless its client reads on."""
+        super().pause_writing()
+        self._wait_for_client(self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        """Stop the timer: the client has read the response, or the system has buffered it."""
+        self._stop_waiting_for_client()
+        super().resume_writing()
+
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the timer of the closed connection."""
+        """Stop the timers of the closed connection."""
         self._stop_waiting()
+        self._stop_waiting_for_client()
         super().connection_lost(exc)
 
     def _wait(self, seconds: float) -> None:
         if not self.transport.is_closing():
             self._deadline = self.loop.call_later(seconds, self._give_up)
+
+    def _wait_for_body(self, received: int) -> None:
+        now = self.loop.time()
+        if self._body_of is not self.cycle:
+            self._body_of, self._body_ends = self.cycle, now + BODY_TIMEOUT_S
+        self._body_ends += received / MIN_BYTES_PER_S
+        self._wait(min(BODY_TIMEOUT_S, self._body_ends - now))
+
+    def _wait_for_client(self, unsent: int) -> None:
+        def check() -> None:
+            left = self.transport.get_write_buffer_size()
+            if unsent - left >= WRITE_TIMEOUT_S * MIN_BYTES_PER_S:
+                self._wait_for_client(left)
+            else:
+                self._report("connection closed: the client did not read the response in time")
+                self.transport.abort()
+
+        self._write_deadline = self.loop.call_later(WRITE_TIMEOUT_S, check)
+
+    def _stop_waiting_for_client(self) -> None:
+        if self._write_deadline is not None:
+            self._write_deadline.cancel()
+            self._write_deadline = None
 
     def _stop_waiting(self) -> None:
         if self._deadline is not None:
@@ -97,6 +147,7 @@ class LimitedProtocol(H11Protocol):
     def _give_up(self) -> None:
         self._deadline = None
         if self.flow.read_paused:  # the application is slow, not the client
+            self._body_ends = max(self._body_ends, self.loop.time() + BODY_TIMEOUT_S)
             self._wait(BODY_TIMEOUT_S)
             return
         self._report("connection closed: the request did not arrive completely in time")

@@ -89,7 +89,12 @@ class ServerContext:
     @property
     def default_model(self) -> str:
         """Model of requests that do not name one: the first with a configured base model."""
-        return next(iter(self.settings.base_models or self.server_defaults))
+        return self.configured_models[0]
+
+    @property
+    def configured_models(self) -> list[str]:
+        """Models with a configured base model; without any, the first model family."""
+        return list(self.settings.base_models) or [next(iter(self.server_defaults))]
 
     def attempt_ended(self, report: AttemptReport) -> None:
         """Count an attempt of a worker, and update the estimate of the workers' speed."""

@@ -160,7 +160,7 @@ class _QueueCollector(Collector):
         )
         yield GaugeMetricFamily(
             "fidelora_live_workers",
-            "Workers of all machines that have reported to the job database a short time ago.",
+            "Workers of all machines that have recently reported to the job database.",
             value=len(self._store.workers()),
         )
 

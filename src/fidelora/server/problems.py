@@ -24,6 +24,7 @@ from fidelora.errors import (
     RequestFieldError,
     StorageFullError,
 )
+from fidelora.server.field_sentences import field_sentence
 from fidelora.server.problem_formats import (
     MAX_SHOWN,
     Problem,
@@ -215,7 +216,7 @@ def _invalid(found: Sequence[Mapping[str, Any]]) -> Problem:
     fields = []
     for entry in found:
         loc = [part[:MAX_SHOWN] if isinstance(part, str) else part for part in entry["loc"]]
-        field = {"type": entry["type"], "loc": loc, "msg": _sentence(entry)}
+        field = {"type": entry["type"], "loc": loc, "msg": field_sentence(entry)}
         value = entry.get("input")
         if _SECRET_FIELDS.isdisjoint(map(str, entry["loc"])) and _is_plain(value):
             field["input"] = value
@@ -224,19 +225,7 @@ def _invalid(found: Sequence[Mapping[str, Any]]) -> Problem:
         f"{'.'.join(str(part) for part in entry['loc'] if part != 'body')}: {entry['msg']}"
         for entry in fields
     )
-    return Problem(422, "FIELD_INVALID", "; ".join(sentences).strip(": "), fields=fields)
-
-
-def _sentence(entry: Mapping[str, Any]) -> str:
-    """Return the message of an invalid field; errors of the whole body say how to send one."""
-    if entry["type"] == "json_invalid":
-        reason = entry.get("ctx", {}).get("error", "it cannot be parsed")
-        return f"The body is not valid JSON: {reason}."
-    if entry["type"] == "model_attributes_type" and tuple(entry["loc"]) == ("body",):
-        return (
-            "The body must be a JSON object, sent with the header `Content-Type: application/json`."
-        )
-    return str(entry["msg"])
+    return Problem(422, "FIELD_INVALID", " ".join(sentences).strip(": "), fields=fields)
 
 
 def _is_plain(value: object) -> bool:

@@ -80,6 +80,9 @@ async def _serve(context: ServerContext, listener: socket.socket, url: str) -> N
         http=LimitedProtocol,
         log_config=None,
         access_log=False,
+        # There are no WebSockets. If a package for them is installed, uvicorn would let connections
+        # change to a protocol without limits.
+        ws="none",
         timeout_graceful_shutdown=_CONNECTION_GRACE_S,
         # The access control needs the address of the connection, not one that a header claims.
         proxy_headers=False,

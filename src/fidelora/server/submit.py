@@ -91,12 +91,14 @@ async def resolve_adapters(
         AdapterError, WeightsFileError: a LoRA was not found or cannot be used.
     """
     context.refuse_if_unavailable()
-    return [
-        await context.resolver.resolve(
-            lora.path, sha256=lora.sha256, hub_token=hub_token, owner=caller.visible_owner
-        )
-        for lora in loras
-    ]
+    found: dict[tuple[str, str | None], AdapterRef] = {}
+    for lora in loras:
+        key = (lora.path, lora.sha256)
+        if key not in found:  # a request can name one LoRA many times
+            found[key] = await context.resolver.resolve(
+                lora.path, sha256=lora.sha256, hub_token=hub_token, owner=caller.visible_owner
+            )
+    return [found[lora.path, lora.sha256] for lora in loras]
 
 
 def build_recipes(
@@ -152,7 +154,7 @@ async def enqueue(
         owner=caller.owner,
         device_kind=device or "",
     )
-    stored = await run_in_threadpool(_store_and_wake_workers, context, job, submission)
+    stored = await run_in_threadpool(_store, context, job, submission)
     structlog.contextvars.bind_contextvars(request_id=stored.id)
     return stored
 
@@ -168,13 +170,10 @@ def _notes_on_device(context: ServerContext, device: DeviceKind) -> tuple[str, .
     )
 
 
-def _store_and_wake_workers(context: ServerContext, job: Job, submission: Submission | None) -> Job:
+def _store(context: ServerContext, job: Job, submission: Submission | None) -> Job:
     for sha256 in job.adapters:
         context.cache.publish(sha256)
-    stored = context.store.add(job, submission=submission, capacity=context.settings.queue_size)
-    if context.pool is not None:
-        context.pool.wake()
-    return stored
+    return context.store.add(job, submission=submission, capacity=context.settings.queue_size)
 
 
 def submission_of(caller: Caller, key: str, content: bytes) -> Submission:
@@ -220,7 +219,7 @@ async def cancel_on_exit(job: Job, context: ServerContext) -> AsyncIterator[None
     try:
         yield
     finally:
-        # The shield lets this call run although the task of a disconnected client is cancelled.
+        # The shield lets this call run although the task of a disconnected client is canceled.
         with anyio.CancelScope(shield=True):
             await run_in_threadpool(context.store.cancel, job.id)
 

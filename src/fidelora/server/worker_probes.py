@@ -5,16 +5,23 @@ It returns no data of requests and needs no API key.
 
 from __future__ import annotations
 
+import socket
+import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import structlog
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from fidelora.errors import SettingsError
 
-_READ_TIMEOUT_S = 10.0  # time in which a client has to send its request
+log = structlog.get_logger(__name__)
+
+CONNECTION_S = 10.0  # time in which a client has to send its request and read the response
+MAX_CONNECTIONS = 128  # open connections, each of which needs a thread; further ones are closed
 _END_S = 5.0  # time to wait for the serving thread to end
 
 
@@ -44,7 +51,7 @@ class WorkerProbes:
     ) -> None:
         handler = type("Handler", (_Handler,), {"is_ready": is_ready, "metrics": metrics})
         try:
-            self._server = ThreadingHTTPServer((host, port), handler)
+            self._server = _Server((host, port), handler)
         except (OSError, OverflowError) as error:
             raise SettingsError(
                 f"Port {port} of {host} cannot be used ({error}); change FIDELORA_WORKER_PORT or "
@@ -63,8 +70,49 @@ class WorkerProbes:
         self._server.server_close()
 
 
+class _Server(ThreadingHTTPServer):
+    """A server with a limited number of connections, each of which is open for a limited time.
+
+    Otherwise, connections could use all threads and file handles of the workers' process.
+    """
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        self._free = threading.Semaphore(MAX_CONNECTIONS)
+        super().__init__(address, handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self._free.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # no thread could be started
+            self._free.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        # The timeout of a socket counts from the last byte, so a slow client would not reach it.
+        end = threading.Timer(CONNECTION_S, _shut_down, (request,))
+        end.daemon = True
+        end.start()
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            end.cancel()
+            self._free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log an error; a client that has gone away is not one."""
+        if not isinstance(sys.exception(), OSError):
+            log.exception("probe not answered")
+
+
+def _shut_down(connection: socket.socket) -> None:
+    with suppress(OSError):  # it is closed already
+        connection.shutdown(socket.SHUT_RDWR)
+
+
 class _Handler(BaseHTTPRequestHandler):
-    timeout = _READ_TIMEOUT_S
     is_ready: ClassVar[Callable[[], bool]]
     metrics: ClassVar[Callable[[], bytes]]
 

@@ -19,6 +19,7 @@ CONFIG_NAMES = ("config.yaml", ".job_config.json")
 MAX_CONFIG_BYTES = 2**20  # the trainer's configurations have a few thousand bytes
 _MAX_EXPANDED_SIZE = 4 * 2**20  # characters of a YAML document with all aliases expanded
 _NODE_SIZE = 16  # characters that each value adds to the expanded size, besides its text
+_MAX_VALUES = 20_000  # keys and values of a YAML document; parsing one takes about 40 microseconds
 _MAX_NUMBER_LENGTH = 100  # characters; parsing 1:1:1:1... takes quadratic time
 MAX_NAME_LENGTH = 200  # characters; the name is part of file names and replaces every [name]
 
@@ -111,15 +112,16 @@ def read_config(folder: Path) -> RunConfig:
 
 
 def read_yaml(text: str) -> Any:
-    """Parse a YAML document with a limit on the size of its expanded aliases.
+    """Parse a YAML document with limits on its number of values and its expanded aliases.
 
     Aliases cannot be rejected altogether, because the trainer writes some.
 
     Raises:
-        ValueError: the expanded document or a number is too long, or an alias is recursive.
+        ValueError: the document has too many values, the expanded document or a number is too long,
+            or an alias is recursive.
         yaml.YAMLError: the document is invalid.
     """
-    loader = yaml.SafeLoader(text)
+    loader = _LimitedLoader(text)
     try:
         node = loader.get_single_node()
         if node is None:
@@ -129,6 +131,20 @@ def read_yaml(text: str) -> Any:
         return loader.construct_document(node)
     finally:
         loader.dispose()
+
+
+class _LimitedLoader(yaml.SafeLoader):
+    """A loader that stops at too many values, because parsing them would take seconds."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._values = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self._values += 1
+        if self._values > _MAX_VALUES:
+            raise ValueError(f"it has more than {_MAX_VALUES:,} values")
+        return super().compose_node(parent, index)
 
 
 def read_small_yaml(path: Path) -> Any:
@@ -147,7 +163,7 @@ def _read_document(path: Path) -> Any:
 
 
 def _reason(error: Exception, path: Path) -> str:
-    """Return why a file cannot be read, with the line where that is known."""
+    """Return the reason why a file cannot be read, with the line where that is known."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
         mark = error.problem_mark
         return f"{error.problem} (line {mark.line + 1}, column {mark.column + 1})"

@@ -167,9 +167,10 @@ class TrainingRun:
         is_embedding = self.embedding is not None and not self.embedding.has_lora
         word = self.embedding.word if self.embedding is not None and is_embedding else None
         alpha = None if is_embedding else self.dora_alpha
+        refs = [(AdapterRef.from_file(path), stage) for path, stage in self.files(step)]
         return [
-            replace(AdapterRef.from_file(path), word=word, alpha=alpha, stage=stage)
-            for path, stage in self.files(step)
+            replace(ref, word=word, alpha=None if _has_peft_names(ref) else alpha, stage=stage)
+            for ref, stage in refs
         ]
 
     def adapters(self, step: int) -> tuple[AdapterRef, ...]:
@@ -386,6 +387,14 @@ def _dora_alpha(network: Mapping[str, Any]) -> float | None:
         return None
     alpha = network.get("linear_alpha", network.get("alpha", 1.0))  # the trainer's own default
     return None if alpha is None else number_of(float, alpha, "network.linear_alpha")
+
+
+def _has_peft_names(ref: AdapterRef) -> bool:
+    """Return True if the trainer wrote the file with PEFT's names, as for all transformers.
+
+    It then replaces the configured alpha by the rank (`peft_format` in its `lora_special.py`).
+    """
+    return ref.file is not None and any(".lora_A." in key for key in ref.file.header.tensors)
 
 
 def _items(sample: Mapping[str, Any], name: str) -> list[SampleItem]:

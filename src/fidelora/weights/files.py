@@ -292,8 +292,22 @@ def _folders_of_other_parts(
         else:
             missing.setdefault(repository, []).append(part)
     for repository, parts in missing.items():
-        what = f"repository for {family.title}"
-        folder = locate(repository, parts, what=what, variant=variant, cache_dir=cache_dir)
+        try:
+            folder = locate(
+                repository,
+                parts,
+                what=f"repository for {family.title}",
+                instead="Name a local folder that has them with --config (config in Python)"
+                if source.is_file()
+                else "Add them to the folder",
+                variant=variant,
+                cache_dir=cache_dir,
+            )
+        except BaseModelNotFoundError as error:
+            names = ", ".join(part.title for part in parts)
+            raise BaseModelNotFoundError(
+                f"{source.name} lacks these parts of {family.title}: {names}. {error}"
+            ) from error
         found |= {part.name: folder for part in parts}
     return found
 
@@ -452,7 +466,14 @@ def _decoder_files(
 
     The folder is None for a single file, which has no configuration of its own.
     """
-    source = locate(name, [part], what="VAE", variant=variant, cache_dir=cache_dir)
+    source = locate(
+        name,
+        [part],
+        what="VAE",
+        instead="Name a local folder or file with --vae (vae in Python)",
+        variant=variant,
+        cache_dir=cache_dir,
+    )
     if not source.is_dir():
         return None, (source,)
     folder = source if (source / "config.json").is_file() else source / part.name

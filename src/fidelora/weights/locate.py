@@ -35,6 +35,7 @@ def locate(
     parts: Sequence[Part],
     *,
     what: str = "base model",
+    instead: str = "Name a local folder or file with --base-model (base_model in Python)",
     variant: str = "",
     cache_dir: Path | None = None,
 ) -> Path:
@@ -49,6 +50,7 @@ def locate(
         name: a path, a hub id, or the name of a bundled base model.
         parts: the parts that are needed.
         what: name of the object in error messages.
+        instead: advice in the error if the hub cannot be reached, without a full stop.
 
     Raises:
         BaseModelNotFoundError: the file or folder does not exist, or the repository cannot be
@@ -73,14 +75,15 @@ def locate(
             f".safetensors checkpoint, a hub id (owner/name) or {', '.join(_BUNDLED)}."
         )
     if file := _single_file(match["repo"], parts):
-        found = _snapshot(match["repo"], match["revision"], [file], cache_dir) / file
+        found = _snapshot(match["repo"], match["revision"], [file], cache_dir, instead) / file
         if not found.is_file():
             raise BaseModelFilesError(
                 f"{match['repo']} has no {file} at its root. Download a checkpoint, and set "
                 "the file as the base model."
             )
         return found
-    return _snapshot(match["repo"], match["revision"], _patterns(parts, variant), cache_dir)
+    patterns = _patterns(parts, variant)
+    return _snapshot(match["repo"], match["revision"], patterns, cache_dir, instead)
 
 
 def is_downloaded(
@@ -125,6 +128,27 @@ def is_downloaded(
 def is_portable(name: str) -> bool:
     """True if `name` is a hub id or a bundled model, which are the same on every machine."""
     return name in _BUNDLED or (not is_local(name) and _hub_id(name) is not None)
+
+
+def cached(name: str, cache_dir: Path | None = None) -> Path | None:
+    """Return the folder of a hub repository in the hub's local cache, without using the network.
+
+    Args:
+        name: a hub id.
+
+    Returns:
+        the folder, which may lack files; None if the repository is not in the cache.
+    """
+    match = _hub_id(name)
+    if match is None:
+        return None
+    try:
+        found = snapshot_download(
+            match["repo"], revision=match["revision"], cache_dir=cache_dir, local_files_only=True
+        )
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    return Path(found)
 
 
 def is_local(name: str) -> bool:
@@ -176,7 +200,9 @@ def _patterns(parts: Sequence[Part], variant: str) -> list[str]:
     return patterns
 
 
-def _snapshot(repo: str, revision: str | None, patterns: list[str], cache_dir: Path | None) -> Path:
+def _snapshot(
+    repo: str, revision: str | None, patterns: list[str], cache_dir: Path | None, instead: str
+) -> Path:
     try:
         return Path(
             snapshot_download(repo, revision=revision, allow_patterns=patterns, cache_dir=cache_dir)
@@ -202,8 +228,7 @@ def _snapshot(repo: str, revision: str | None, patterns: list[str], cache_dir: P
             download = "unset HF_HUB_OFFLINE"
         raise BaseModelNotFoundError(
             f"{repo} is neither a folder on this machine nor in the hub's local cache, and the hub "
-            "cannot be reached. Name a local folder or file with --base-model (base_model in "
-            f"Python), or {download} to download it."
+            f"cannot be reached. {instead}, or {download} to download it."
         ) from error
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
         raise BaseModelNotFoundError(

@@ -17,6 +17,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fidelora.errors import (
     BaseModelFilesError,
@@ -34,6 +35,8 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 # Key written by transformers before 4.31; its value is a constant (0, 1, 2, ...), not a weight.
 _POSITION_IDS = "embeddings.position_ids"
+# Modules of the functions that set initial values; transformers wraps those of torch.
+_INITIALISERS = ("torch.nn.init", "transformers.initialization")
 
 
 def build_part(
@@ -41,8 +44,9 @@ def build_part(
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """Return the module that `config` describes, with exactly these weights, on the CPU.
 
-    If `dtype` is given, weights that adapters can change stay uninitialised. `MergedAdapters`
-    writes them later, with the first adapters merged in, so copying them here would waste time.
+    If `dtype` is given, weights that adapters can change have no memory until `allocate_weights`.
+    `MergedAdapters` writes them later, with the first adapters merged in, so copying them here
+    would waste time.
 
     Args:
         dtype: dtype of the module; None keeps the given tensors, for callers that convert them
@@ -77,7 +81,7 @@ def build_part(
     else:
         # Copy even if the dtype is right: the tensors that were read may be mapped from the file.
         own = {
-            name: torch.empty_like(tensor, dtype=dtype)
+            name: torch.empty((), dtype=dtype).expand(tensor.shape)
             if name in later
             else tensor.to(dtype, copy=True)
             for name, tensor in weights.items()
@@ -91,11 +95,30 @@ def build_part(
     return module.eval().requires_grad_(False), weights
 
 
+def allocate_weights(module: nn.Module) -> None:
+    """Allocate memory, uninitialised, for the weights that `build_part` left without memory.
+
+    Call it after modules have been replaced by others that store their weight themselves. Memory
+    that is allocated before and freed then would leave gaps.
+    """
+    for weight in module.parameters():
+        needed = weight.numel() * weight.itemsize
+        if not weight.is_meta and weight.untyped_storage().nbytes() < needed:
+            weight.data = torch.empty(weight.shape, dtype=weight.dtype)
+
+
 def changeable(module: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
     """Yield the path and the module of each layer whose weight adapters can change."""
     for path, child in module.named_modules():
         if isinstance(child, nn.Linear | nn.Conv2d):
             yield path, child
+
+
+def part_class(part: Part) -> Any:
+    """Import and return the class that computes a part."""
+    name = part.implementation or f"{part.library}:{part.class_name}"
+    module_name, _, class_name = name.partition(":")
+    return getattr(importlib.import_module(module_name), class_name)
 
 
 def empty_part(part: Part, config: Mapping[str, Any]) -> nn.Module:
@@ -104,7 +127,7 @@ def empty_part(part: Part, config: Mapping[str, Any]) -> nn.Module:
     Raises:
         BaseModelFilesError: the configuration does not describe such a module.
     """
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), _NoInitialValues():
         module = _construct(part, {**config, **part.config})
     if part.library == "transformers":
         # The context replaces each parameter when it is assigned, which separates tied ones.
@@ -141,6 +164,24 @@ def read_weights(paths: Sequence[Path]) -> dict[str, Tensor]:
     return weights
 
 
+class _NoInitialValues(TorchFunctionMode):
+    """Mode in which parameters on the meta device get no initial values.
+
+    They have no data. Without this mode, torch computes their shapes in Python and loads its
+    compiler to do so.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        options = kwargs or {}
+        if getattr(func, "__module__", "") in _INITIALISERS:
+            tensor = options["tensor"] if "tensor" in options else args[0]
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **options)
+
+
 def _is_finite(tensor: Tensor) -> bool:
     """True if no value is NaN or infinite; computed in one pass and without extra memory.
 
@@ -151,9 +192,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _construct(part: Part, config: Mapping[str, Any]) -> nn.Module:
-    name = part.implementation or f"{part.library}:{part.class_name}"
-    module_name, _, class_name = name.partition(":")
-    model_class = getattr(importlib.import_module(module_name), class_name)
+    model_class = part_class(part)
     try:
         if part.library == "transformers":
             module = model_class(model_class.config_class.from_dict(dict(config)))

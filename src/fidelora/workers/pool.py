@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import datetime
 
 from fidelora.errors import LeaseLostError
@@ -85,10 +85,15 @@ class WorkerPool:
             if slot.process and slot.process.is_alive() and slot.process.pid
         ]
 
-    def wake(self) -> None:
-        """Make idle workers look for a new job now."""
+    def wake(self, names: Collection[str] | None = None) -> None:
+        """Make idle workers look for a new job now.
+
+        Args:
+            names: names of these workers, of which any can belong to other pools; None for all.
+        """
         for slot in self._slots:
-            slot.wake()
+            if names is None or slot.name in names:
+                slot.wake()
 
     def watch(self, now: datetime | None = None) -> list[Job]:
         """Replace dead processes, kill hung ones and requeue their jobs.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
+from operator import attrgetter
 
 from fidelora.errors import JobStoreError
 from fidelora.jobs.store import WORKER_ALIVE_S, JobStore, WorkerState
@@ -39,7 +40,14 @@ class Presence:
         """Begin to report."""
         self._thread.start()
 
-    def update(self, loaded: Collection[str], merged: Collection[str], *, is_idle: bool) -> None:
+    def update(
+        self,
+        loaded: Collection[str],
+        merged: Collection[str],
+        models: Sequence[str],
+        *,
+        is_idle: bool,
+    ) -> None:
         """Set the state of the worker."""
         before, idle_since = self._state, None
         if is_idle:
@@ -51,8 +59,10 @@ class Presence:
             frozenset(loaded),
             frozenset(merged),
             idle_since,
+            models=tuple(models),
         )
-        if (before.loaded, before.merged) != (self._state.loaded, self._state.merged):
+        reported_at_once = attrgetter("loaded", "merged", "models")
+        if reported_at_once(before) != reported_at_once(self._state):
             self._changed.set()
 
     def close(self) -> None:

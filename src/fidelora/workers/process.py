@@ -22,6 +22,7 @@ import fidelora
 from fidelora.accel import Offload
 from fidelora.accel.threads import limit_spinning, limit_threads
 from fidelora.errors import FideloraError, JobStoreError
+from fidelora.families import get_family
 from fidelora.jobs.sql import SqlStore
 from fidelora.loras.shared import SharedAdapters
 from fidelora.recipe import Recipe
@@ -266,6 +267,10 @@ def _make_worker(
     with fast_imports():
         from fidelora.adapters.library import DEFAULT_BUDGET_BYTES, AdapterLibrary
         from fidelora.engine.engine import Engine
+        from fidelora.engine.model import import_family
+
+        if setup.warm is not None:
+            import_family(get_family(setup.warm.model))
     limit_threads()
     fetch = None
     if setup.object_store:

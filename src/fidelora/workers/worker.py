@@ -142,7 +142,7 @@ class Worker:
         )
         claim_s: float | None = time.perf_counter() - began
         if self._presence is not None:
-            self._presence.update(loaded, merged, is_idle=job is None)
+            self._presence.update(loaded, merged, self._engine.models(), is_idle=job is None)
         if job is None:
             return None
         attempts = [self._begin(job)]

@@ -58,9 +58,10 @@ def mutated_document(data: bytes, seed: int) -> bytes | None:
 
 
 def mutated_safetensors(data: bytes, seed: int) -> bytes | None:
-    """Return a .safetensors file with a changed header and mostly its length; None if it is none.
+    """Return a .safetensors file with a changed header; None if `data` is no such file.
 
-    Half of the time, the length of the tensors is changed so that it fits the header.
+    In a tenth of the files, the length of the header is wrong. In half of the files, the last byte
+    is missing.
     """
     rng = random.Random(seed)
     length = int.from_bytes(data[:8], "little")

@@ -11,7 +11,7 @@ from fidelora.families.chroma.names import diffusers_names
 from fidelora.families.shared_parts import FLUX_VAE, T5_ENCODER
 from fidelora.families.spec import Family, FlowSampler, Part, TrainerSampling
 
-# The trainer takes the text encoder and the VAE from here, whatever the base model.
+# The trainer takes the text encoder and the VAE from this repository, whatever the base model.
 _COMPANION = "ostris/Flex.1-alpha"
 
 CHROMA = Family(

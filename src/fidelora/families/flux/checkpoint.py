@@ -60,7 +60,7 @@ def _converted(
 ) -> dict[str, Tensor]:
     """Return the transformer's weights under diffusers' names.
 
-    Unknown names are kept, so that the loader refuses them by name.
+    Unknown names are kept, so that the error of the loader lists them.
     """
     paths = _paths(config)
     whole = {original: path for path, original in original_names(paths).items()}

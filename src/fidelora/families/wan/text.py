@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
-from fidelora.errors import BaseModelFilesError, RecipeError
+from fidelora.errors import RecipeError
 from fidelora.families.protocols import AdapterKey, Encoded, Prompts, Size
 from fidelora.families.spec import Family
+from fidelora.families.t5 import load_tokenizer
 
 MAX_TOKENS = 512  # end token and padding included
 _MAX_CACHED_PROMPTS = 16  # prompt embeddings to keep; each takes 4 MB in bfloat16
@@ -34,7 +34,7 @@ class WanText:
         self._encoder = encoder
         folder = tokenizers[part.name]
         assert folder is not None, "no tokenizer is bundled"
-        self._tokenizer = _load_tokenizer(folder, encoder.config.vocab_size)
+        self._tokenizer = load_tokenizer(folder, encoder.config.vocab_size, "UMT5")
         self._device = device
         self._cache: OrderedDict[tuple[str, int], tuple[Tensor, str]] = OrderedDict()
 
@@ -119,29 +119,3 @@ def cleaned(text: str) -> str:
         text = ftfy.fix_text(text)
     text = html.unescape(html.unescape(text)).strip()
     return re.sub(r"\s+", " ", text).strip()
-
-
-def _load_tokenizer(folder: Path, vocabulary: int) -> Any:
-    """Load UMT5's tokenizer and check that it works.
-
-    Args:
-        vocabulary: the number of tokens that the encoder has embeddings for.
-
-    Raises:
-        BaseModelFilesError: it cannot be read, or does not belong to the encoder.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        ids = tokenizer("a").input_ids
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise BaseModelFilesError(
-            f"The base model's {folder.name} cannot be read: {reason}. Download it again."
-        ) from error
-    if not tokenizer.is_fast or len(tokenizer) > vocabulary or ids[-1:] != [tokenizer.eos_token_id]:
-        raise BaseModelFilesError(
-            f"The base model's {folder.name} does not belong to its text encoder: it is not "
-            f"UMT5's, or has more than {vocabulary} tokens. The files are damaged or belong to "
-            "another model; download them again."
-        )
-    return tokenizer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fidelora.families import Family, all_families, get_family
+from fidelora.families import Family, get_family
 from fidelora.recipe import Recipe, short_name
 from fidelora.server.context import ServerContext
 from fidelora.server.page.html import escape
@@ -14,8 +14,7 @@ def served_families(context: ServerContext) -> list[Family]:
     The API also accepts the other families, with their base models from the hub. The page does not
     offer them, because a click would download gigabytes.
     """
-    models = context.settings.base_models or [next(iter(all_families()))]
-    return [get_family(model) for model in models]
+    return [get_family(model) for model in context.configured_models]
 
 
 def _base_model(context: ServerContext, model: str) -> str:

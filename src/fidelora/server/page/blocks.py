@@ -20,8 +20,8 @@ _CSS = Path(__file__).with_name("style.css")
 
 def gradio_app(
     context: ServerContext, page_files: PageFiles, verifier: Verifier, root_path: str
-) -> tuple[FastAPI, AbstractAsyncContextManager[Any]]:
-    """Return the application that serves the page, and its lifespan context.
+) -> tuple[FastAPI, AbstractAsyncContextManager[Any], frozenset[int]]:
+    """Return the application that serves the page, its lifespan context, and its events' numbers.
 
     Gradio must not be imported before this call: only at its import does it read the environment
     variables that disable its telemetry and set its folder.
@@ -51,7 +51,7 @@ def gradio_app(
         theme=_theme(),
         css=_CSS.read_text(encoding="utf-8"),
     )
-    return shell, shell.router.lifespan_context(shell)
+    return shell, shell.router.lifespan_context(shell), frozenset(blocks.fns)
 
 
 def _theme() -> Any:

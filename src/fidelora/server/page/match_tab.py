@@ -107,7 +107,7 @@ class MatchTab:
                 "Choose the training run above, and drop a picture that ComfyUI, AUTOMATIC1111's "
                 "web UI, a diffusers script or another program made with its LoRA. The report "
                 "lists the settings that differ from the trainer's sample, in the order of their "
-                "effect on the pixels, and says what to set there.",
+                "effect on the pixels, and the values to set in that program.",
                 elem_classes="help",
             )
             with gr.Row(equal_height=False):

@@ -10,7 +10,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ The web page is switched off (FIDELORA_PAGE).
 """
 
 _SESSION_NOT_FOUND = PlainTextResponse("Session not found; reload the page.\n", 404)
+_EVENT_NOT_FOUND = PlainTextResponse("The page does not have this event; reload the page.\n", 400)
 _MAX_NAME_BYTES = 255
 _MAX_PATH_BYTES = 2000
 """Longest part of a path of the page, and longest path: file systems allow no more than 255 and
@@ -88,7 +89,7 @@ class Page(BaseRoute):
     """Route that handles the requests for the page and leaves all others to the API.
 
     Args:
-        start: creates the Gradio application and its lifespan context.
+        start: creates the Gradio application, its lifespan context, and the numbers of its events.
     """
 
     path = "/ (page)"  # label in the metrics
@@ -99,14 +100,14 @@ class Page(BaseRoute):
         login: Login,
         page_files: PageFiles,
         verifier: Verifier,
-        start: Callable[[], tuple[ASGIApp, AbstractAsyncContextManager[Any]]],
+        start: Callable[[], tuple[ASGIApp, AbstractAsyncContextManager[Any], Collection[int]]],
     ) -> None:
         page_files.empty()
         self._context = context
         self._login = login
         self._page_files = page_files
         self._verifier = verifier
-        self._app, self._running = start()
+        self._app, self._running, self._events = start()
         self._aliases = FileAliases(page_files.files)
         self._sessions = SessionKeys()
         self._streams: set[asyncio.Task[None]] = set()
@@ -164,7 +165,8 @@ class Page(BaseRoute):
         elif path == "/":
             await self._document(scope, receive, send)
         elif path.startswith(STREAMS):
-            if self._sessions.allows(_stream_session(scope), caller):
+            session = _stream_session(scope)
+            if session and self._sessions.allows(session, caller):
                 await self._stream(scope, receive, send)
             else:
                 await _SESSION_NOT_FOUND(scope, receive, send)
@@ -208,6 +210,9 @@ class Page(BaseRoute):
             content.get("session_hash") if isinstance(content, dict) else None, caller
         ):
             return _SESSION_NOT_FOUND
+        event = content.get("fn_index") if isinstance(content, dict) else None
+        if not (event is None or (isinstance(event, int) and event in self._events)):
+            return _EVENT_NOT_FOUND  # Gradio would fail with an internal error
         paths = [entry["path"] for entry in dicts_in(content) if "path" in entry]
         for path in (one for one in paths if isinstance(one, str)):
             if "://" in path:

@@ -49,7 +49,7 @@ document.addEventListener(
   true,
 );
 
-// The buttons in the list of requests tell the server which one to cancel.
+// A button in the list of requests writes the number of its request to a hidden input.
 document.addEventListener("click", (event) => {
   const button = event.target.closest("ul.queue button");
   const box = document.querySelector("#cancel-one input");

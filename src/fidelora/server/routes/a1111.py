@@ -180,16 +180,20 @@ def schedulers() -> list[SchedulerBody]:
 
 @router.get("/sd-models")
 def sd_models(context: ContextDep) -> list[SdModelBody]:
-    """List the model families; `sd_model_checkpoint` in the options is the current one."""
+    """List the models that the server was started with.
+
+    `sd_model_checkpoint` in the options is the current one.
+    """
     return [
         SdModelBody(
             title=model,
             model_name=model,
             filename=short_name(
-                str(server_defaults.get("base_model") or get_family(model).base_model)
+                str(context.server_defaults[model].get("base_model", ""))
+                or get_family(model).base_model
             ),
         )
-        for model, server_defaults in context.server_defaults.items()
+        for model in context.configured_models
     ]
 
 

@@ -81,7 +81,7 @@ async def explain(
     seed: Annotated[int | None, Form(ge=0, le=MAX_SEED)] = None,
     clip_skip: Annotated[
         int | None,
-        Form(ge=0, le=12, description="As the program counts; for ComfyUI without the minus."),
+        Form(ge=0, le=12, description="As the program counts; for ComfyUI without the minus sign."),
     ] = None,
 ) -> ExplanationBody:
     """Explain why a picture of another program differs from the trainer's sample.

@@ -35,9 +35,9 @@ IdempotencyKey = Annotated[
 
 
 @router.get("/models", responses=error_responses())
-async def models() -> ModelList:
+async def models(context: ContextDep) -> ModelList:
     """List the model families with their defaults."""
-    return model_list()
+    return model_list(context.configured_models)
 
 
 @router.post("/inference", responses=error_responses(409, 429, 503, 507))

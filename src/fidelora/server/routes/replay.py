@@ -50,7 +50,7 @@ _CHOICES = ReplayChoices.model_json_schema()
 _FORM = {
     "type": "object",
     "properties": {
-        "image": {"type": "string", "format": "binary", "description": "PNG, JPEG or WebP."}
+        "image": {"type": "string", "format": "binary", "description": "PNG, JPEG, WebP or MP4."}
     }
     | _CHOICES["properties"],
     "required": ["image"],

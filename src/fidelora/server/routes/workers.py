@@ -32,6 +32,7 @@ def list_workers(context: ContextDep, caller: CallerDep) -> WorkerList:
                 idle_s=None
                 if state.idle_since is None
                 else max(0.0, round((now - state.idle_since).total_seconds(), 1)),
+                models=list(state.models),
                 adapters=sorted(state.loaded),
                 merged_adapters=sorted(state.merged),
                 reported_at=state.reported_at,

@@ -1,4 +1,4 @@
-"""Jobs for one kind of device."""
+"""Add the kind of device that a job is restricted to."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,0 +1,68 @@
+"""Evaluation of `explain` on a folder of pictures that `explain_pictures` made."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from fidelora import Engine
+from fidelora.explain.explain import Explanation, explain
+from fidelora.explain.picture import Picture
+from fidelora.explain.read_picture import read_picture
+from fidelora.training.run_folder import TrainingRun, read_run
+
+_ALIASES = {"schedule": "sampler", "prompt": "trigger"}
+
+
+def evaluate_folder(
+    folder: Path, run_folder: Path, base_model: str, known: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Explain each picture of the folder that `known` does not contain, and return all results."""
+    run = read_run(run_folder)
+    engine = Engine(device="cpu")
+    results = list(known)
+    finished = {one["file"] for one in known}
+    for entry in json.loads((folder / "pictures.json").read_text()):
+        if entry["file"] in finished:
+            continue
+        start = time.perf_counter()
+        found = _explained(folder / entry["file"], run, entry["index"], engine, base_model)
+        result = result_of(entry, found)
+        result["seconds"] = round(time.perf_counter() - start, 1)
+        results.append(result)
+        print(json.dumps(result), flush=True)
+    return results
+
+
+def _explained(
+    path: Path, run: TrainingRun, index: int, engine: Engine, base_model: str
+) -> Explanation:
+    content = path.read_bytes()
+    reading = read_picture(content, path.name)
+    picture = Picture.read(content, path.name)
+    return explain(run, picture, reading, engine, index=index, base_model=base_model)
+
+
+def result_of(entry: dict[str, Any], found: Explanation) -> dict[str, Any]:
+    """Return the result of one picture.
+
+    `truth` are the differences with an effect, and `reported` those that `explain` names. Changed
+    settings without an effect may be reported, because they are not wrong. The same applies to the
+    sampler, because even the nearest one of these programs is not the trainer's.
+    """
+    truth = set(entry["differences"])
+    named = {_ALIASES.get(one.cause, one.cause) for one in found.differences}
+    return {
+        "file": entry["file"],
+        "program": entry["program"],
+        "known": True,
+        "truth": sorted(truth),
+        "reported": sorted(named),
+        "is_named": truth <= named,
+        "is_invented": not named <= truth | set(entry["effects"]) | {"sampler"},
+        "before": round(found.before, 3),
+        "after": round(found.after, 4),
+        "images": found.images,
+    }
