@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from tests.support import GOLDEN_JOBS, TINY_BASE
 
 from fidelora.training.changes import changed_settings, grouped_by_setting
@@ -135,3 +136,42 @@ def test_more_draws_are_made_before_a_mismatch_that_is_not_clear(level, verdict,
     evidence = experiment.conclude(experiment.differences([trainer]), ("digits",))
     assert len(experiment.draws[0]) == draws
     assert evidence.verdict is verdict
+
+
+class GuidedEngine(RecordingEngine):
+    """Makes gray images with noise of their own, and a pattern that depends on the guidance."""
+
+    def _images(self, recipes):
+        return [self._image(recipe) for recipe in recipes]
+
+    def _image(self, recipe):
+        self.batches.append(1)
+        return SimpleNamespace(
+            all_pixels=noisy(len(self.batches), recipe.guidance_scale), recipe=recipe
+        )
+
+
+def noisy(number: int, guidance: float) -> NDArray[np.uint8]:
+    levels = np.random.default_rng(number).normal(128, 3, (64, 64, 3))
+    levels[::2] += 4 * guidance
+    return levels.round().clip(0, 255).astype(np.uint8)
+
+
+def test_an_identical_sample_does_not_hide_a_change_of_another():
+    """The estimate of the change is not averaged with the sample that does not have it."""
+    run = read_run(GOLDEN_JOBS / "lora_linear_f32")
+    run = replace(run, samples=(run.samples[0],) * 2)
+    plans = [
+        replace(plan, recipe=replace(plan.recipe, width=64, height=64))
+        for plan in plan_samples(run, 6, base_model=str(TINY_BASE))
+    ]
+    right = plans[0].recipe.guidance_scale
+    replayed = [noisy(1000 + index, right) for index in range(2)]
+    engine: Any = GuidedEngine()
+    experiment = Experiment(run, engine, plans, replayed, ["PNG"] * 2)
+    trainer = [replayed[0], noisy(2000, right + 0.5)]
+    evidence = experiment.conclude(experiment.differences(trainer), ("digits",))
+    assert evidence.verdict is Verdict.MISMATCH
+    assert evidence.found is not None
+    assert evidence.found.change.cause == "guidance"
+    assert evidence.found.test.amount == pytest.approx(1, abs=0.2)

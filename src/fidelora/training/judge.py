@@ -273,16 +273,21 @@ class Experiment:
             return Evidence(Verdict.MISMATCH, lost, noise, size)
         tried = []
         limit = _DIRECTIONS_LIMIT / max(1, len(self._changes))
-        for by_sample in self._changes:
-            effects = [self._effect(index, change) for index, change in by_sample.items()]
-            changed = [samples[index] for index in by_sample]
+        for group in self._changes:
+            every_effect = {index: self._effect(index, change) for index, change in group.items()}
+            # An identical sample contains no change. It is no draw either: it lost no information.
+            differing = [index for index in group if samples[index].trainer.any()]
+            if not differing:
+                continue
+            effects = [every_effect[index] for index in differing]
+            changed = [samples[index] for index in differing]
             test = direction_test(changed, effects, limit)
-            change = next(iter(by_sample.values()))
+            change = group[differing[0]]
             if all(map(_reproduces, effects, changed)):
                 test = replace(test, amount=1.0, p_value=0.0)
             elif test.signal < _MIN_SIGNAL and change.cause != "dtype":
                 # The decision depends on the draws only, so it does not make false alarms likelier.
-                means = [self._mean_effect(index, change) for index, change in by_sample.items()]
+                means = [self._mean_effect(index, group[index]) for index in differing]
                 test = direction_test(
                     changed, [mean for mean, _ in means], limit, [error for _, error in means]
                 )

@@ -182,7 +182,7 @@ def _validate(kind: type[Choices], content: Mapping[str, Any] | bytes) -> Choice
             else kind.model_validate(content)
         )
     except ValidationError as error:
-        found = error.errors(include_url=False, include_context=False)
+        found = error.errors(include_url=False)
         raise RequestValidationError(
             [entry | {"loc": ("body", *entry["loc"])} for entry in found]
         ) from error
