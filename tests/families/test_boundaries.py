@@ -20,6 +20,7 @@ ALLOWED = {
     ("server/page/snippets.py", "transformer"),  # the same field
     ("cli/inspect.py", "text_encoder"),  # a key of its JSON
     ("engine/model.py", "text_encoder"),  # a role
+    ("engine/first_image.py", "text_encoder"),  # the same
     ("weights/files.py", "text_encoder"),  # how model_index.json begins the names of encoders
 }
 

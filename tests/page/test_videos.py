@@ -56,6 +56,8 @@ def test_the_sheet_of_the_compare_tab_has_frames(visitor):
         visitor.field(name).fill(str(value))
     visitor.field("prompt").fill("a ball")
     visitor.page.get_by_role("tab", name="Compare").click()
+    expect(visitor["checkpoints"]).to_contain_text("wan.safetensors")
+    expect(visitor["about-compare"]).to_contain_text("64 x 64 · seed 42 · 2 steps")
     visitor.field("multipliers").fill("0, 1")
     visitor["compare"].click()
     expect(visitor["progress-compare"]).to_contain_text("Done.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -154,3 +156,17 @@ def test_an_averaged_change_detects_what_a_single_one_hides(random):
     assert clear.p_value < 0.01
     assert clear.amount == pytest.approx(1, abs=0.3)
     assert clear.detectable < blurred.detectable / 2
+
+
+@pytest.mark.parametrize(("size", "is_found"), [(0.0, False), (-1.0, True)])
+def test_samples_with_few_rounding_errors_are_no_sign_of_a_change(random, size, is_found):
+    """Another machine may round a few values differently, where a draw rounds all of them so."""
+    pairs = []
+    for _ in range(2):
+        setting = fine_noise(random)
+        one, center = rounded(random, setting * 0)
+        few = np.where(random.random(center.shape) < 0.2, one.trainer, size * setting)
+        change = (setting + fine_noise(random) - center).astype(np.float32)
+        pairs.append((replace(one, trainer=few.astype(np.float32)), change))
+    found = direction_test([one for one, _ in pairs], [change for _, change in pairs], 0.01)
+    assert (found.p_value < 0.01) == is_found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -123,7 +124,8 @@ def test_a_hung_process_is_killed_even_if_the_store_fails(
     (first,) = pool.process_ids
     os.kill(first, signal.SIGSTOP)  # it makes no step and handles no SIGTERM
     assert os.WIFSTOPPED(os.waitpid(first, os.WUNTRACED)[1])
-    assert pool.watch() == []
+    with contextlib.suppress(JobStoreError):  # if it was stopped within a transaction
+        assert pool.watch() == []
     assert pool.process_ids == [first]  # not yet
     hours[0] = 1.0
 

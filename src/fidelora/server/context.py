@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 
 from fidelora.errors import JobNotFoundError, ServerNotReadyError, ServerStoppingError
+from fidelora.families import all_families
 from fidelora.jobs.api_keys import ApiKeys
 from fidelora.jobs.client_state import ClientState
 from fidelora.jobs.job import Job
@@ -94,7 +95,7 @@ class ServerContext:
     @property
     def configured_models(self) -> list[str]:
         """Models with a configured base model; without any, the first model family."""
-        return list(self.settings.base_models) or [next(iter(self.server_defaults))]
+        return list(self.settings.base_models) or [next(iter(all_families()))]
 
     def attempt_ended(self, report: AttemptReport) -> None:
         """Count an attempt of a worker, and update the estimate of the workers' speed."""
