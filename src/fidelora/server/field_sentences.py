@@ -22,6 +22,7 @@ _SENTENCES = {
     "bool_type": "Expected true or false.",
     "bool_parsing": "Expected true or false.",
     "string_type": "Expected a string.",
+    "string_pattern_mismatch": "Expected a string that matches {pattern}.",
     "string_unicode": "Expected valid Unicode text.",
     "list_type": "Expected a list.",
     "tuple_type": "Expected a list.",
