@@ -97,6 +97,8 @@ class Visitor:
 
     def drop(self, *files: Path, onto: str = "body") -> None:
         """Drop files onto an element, as from a file manager."""
+        # The page's script passes the files on to a zone that Gradio may add after the other parts.
+        self.page.locator("#drop input[type=file]").wait_for(state="attached")
         carried = [[file.name, base64.b64encode(file.read_bytes()).decode()] for file in files]
         self.page.locator(onto).evaluate(_script("drop.js"), carried)
 
