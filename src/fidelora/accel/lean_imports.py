@@ -1,6 +1,5 @@
-"""Imports of diffusers and transformers without libraries that images on a CPU do not need.
+"""Imports of diffusers and transformers without modules of torch that images on a CPU do not need.
 
-* SciPy is optional in both. During these imports, it is treated as not installed.
 * `torch.distributed` is missing in some builds of torch, which both support. During these imports,
   it is treated as missing.
 * `torch._dynamo`, torch's compiler, is imported because classes and functions are marked for it.
@@ -24,26 +23,19 @@ _INDEPENDENT = f"{_COMPILER}._trace_wrapped_higher_order_op"
 """Module of the compiler that transformers needs, and that does not load the others."""
 _MARKS = ("allow_in_graph", "assume_constant_result", "disable")
 """Functions of the compiler that mark a class or a function, and return it."""
-_OPTIONAL = ("scipy",)
-_LIBRARIES = frozenset({"diffusers", "transformers"})
 
 
 @contextmanager
 def lean_imports() -> Iterator[None]:
-    """Import without SciPy, `torch.distributed` and torch's compiler in this block.
+    """Import without `torch.distributed` and torch's compiler in this block.
 
     Use it only in processes that compute images on a CPU, where nothing is compiled. Libraries that
-    are imported in this block do not use SciPy and `torch.distributed` for the life of the process,
-    and are not marked for the compiler. Afterwards, all three can be imported as usual. Modules
-    that are already loaded are not affected. Loads torch.
+    are imported in this block do not use `torch.distributed` for the life of the process, and are
+    not marked for the compiler. Afterwards, both can be used as usual. Modules that are already
+    loaded are not affected. Loads torch.
     """
     import torch
 
-    # A library that is loaded has seen these packages, and would import their modules.
-    is_fresh = _LIBRARIES.isdisjoint(sys.modules)
-    hidden = [name for name in _OPTIONAL if is_fresh and name not in sys.modules]
-    # `None` in this table makes an import raise ModuleNotFoundError.
-    sys.modules |= dict.fromkeys(hidden, None)  # type: ignore[arg-type]
     is_available = torch.distributed.is_available
     torch.distributed.is_available = _no
     try:
@@ -51,9 +43,6 @@ def lean_imports() -> Iterator[None]:
             yield
     finally:
         torch.distributed.is_available = is_available
-        for name in hidden:
-            if sys.modules.get(name, "") is None:
-                del sys.modules[name]
 
 
 def _no() -> bool:
