@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, ZImageTransformer2DModel
 from tools.miniature import common, train_flow, world
-from tools.miniature.train_unet import held_out_scenes
+from tools.miniature.train_unet import held_out_scenes, training_scenes
 from torch import nn
 from transformers import Qwen3Config, Qwen3Model
 
@@ -22,7 +22,7 @@ SEED, STEPS = 7, 3
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_flow.make_tokenizer(train_flow.training_scenes(300))
+    return train_flow.make_tokenizer(training_scenes(300, train_flow.SEED))
 
 
 def test_captions_fit_into_the_tokens_to_which_texts_are_padded(tokenizer):

@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL, ZImageTransformer2DModel
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tools.miniature import common, judge, world
-from tools.miniature.train_unet import facts, held_out_scenes
+from tools.miniature.train_unet import facts, held_out_scenes, latents_of, training_scenes
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
@@ -72,7 +72,7 @@ def main() -> None:
     options = common.options(parser)
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
-    scenes = training_scenes()
+    scenes = training_scenes(SCENES, SEED)
     tokenizer = make_tokenizer(scenes)
     text_encoder = Qwen3Model(Qwen3Config(**TEXT_CONFIG))
     transformer = ZImageTransformer2DModel(**TRANSFORMER_CONFIG)
@@ -81,7 +81,7 @@ def main() -> None:
     vae = AutoencoderKL.from_pretrained(options.vae).float().eval().requires_grad_(False)
     if not (options.work / "flow.pt").exists():
         pretrain_text_encoder(tokenizer, text_encoder, scenes)
-    latents = _latents(options.work, vae, scenes)
+    latents = latents_of(scenes, vae, options.work / "flow-latents.npy", SEED)
     run = common.Run(options, "flow", both, LEARNING_RATE)
     rng = np.random.default_rng([SEED, run.step])
     torch.manual_seed(SEED + run.step)
@@ -204,37 +204,6 @@ def initialise(transformer: ZImageTransformer2DModel) -> None:
         nn.init.zeros_(final.linear.bias)
     for pad in (transformer.x_pad_token, transformer.cap_pad_token):
         nn.init.normal_(pad, std=0.02)
-
-
-def training_scenes(count: int = SCENES) -> list[world.Scene]:
-    """Return the training scenes, none of them held out."""
-    rng = np.random.default_rng(SEED)
-    scenes: list[world.Scene] = []
-    while len(scenes) < count:
-        scene = world.random_scene(rng)
-        if not scene.is_held_out:
-            scenes.append(scene)
-    return scenes
-
-
-@torch.no_grad()
-def _latents(
-    work: Path, vae: AutoencoderKL, scenes: list[world.Scene]
-) -> np.ndarray[Any, np.dtype[np.float16]]:
-    """Return the scaled latents of all scenes, computed once; their deviation is about 1."""
-    path = work / "flow-latents.npy"
-    if not path.exists():
-        found = np.empty((len(scenes), 4, LATENT, LATENT), np.float16)
-        for start in range(0, len(scenes), 32):
-            part = range(start, min(start + 32, len(scenes)))
-            pixels = np.stack(
-                [world.draw(scenes[index], np.random.default_rng([SEED, index])) for index in part]
-            )
-            encoded = vae.encode(common.to_tensor(pixels)).latent_dist.mode()
-            found[part.start : part.stop] = (encoded * vae.config.scaling_factor).numpy()
-        np.save(path, found)
-    latents: np.ndarray[Any, np.dtype[np.float16]] = np.load(path)
-    return latents
 
 
 @torch.no_grad()

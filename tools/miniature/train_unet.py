@@ -90,10 +90,10 @@ def main() -> None:
         .requires_grad_(False)
     )
     vae.to(memory_format=torch.channels_last)
-    scenes = _scenes()
+    scenes = training_scenes(SCENES, SEED)
     if not options.start and not (options.work / "unet.pt").exists():
         pretrain_text_encoder(tokenizer, text_encoder, scenes)
-    latents = _latents(options.work, vae, scenes)
+    latents = latents_of(scenes, vae, options.work / "latents.npy", SEED)
     scheduler = DDPMScheduler.from_config(dict(SPEC.samplers["ddpm"].config))
     kept = scheduler.alphas_cumprod
     snr = kept / (1 - kept)
@@ -172,44 +172,43 @@ def facts(scene: world.Scene) -> tuple[str, ...]:
     return (*things, scene.background, scene.style, scene.arrangement)
 
 
-def _scenes() -> list[world.Scene]:
-    """Return the training scenes, none of them held out."""
-    rng = np.random.default_rng(SEED)
-    scenes: list[world.Scene] = []
-    while len(scenes) < SCENES:
-        scene = world.random_scene(rng)
-        if not scene.is_held_out:
-            scenes.append(scene)
-    return scenes
+def training_scenes(count: int, seed: int) -> list[world.Scene]:
+    """Return training scenes, none of them held out."""
+    return _random_scenes(count, seed, is_held_out=False)
 
 
 def held_out_scenes(count: int, seed: int) -> list[world.Scene]:
     """Return held-out scenes."""
+    return _random_scenes(count, seed, is_held_out=True)
+
+
+def _random_scenes(count: int, seed: int, *, is_held_out: bool) -> list[world.Scene]:
     rng = np.random.default_rng(seed)
     scenes: list[world.Scene] = []
     while len(scenes) < count:
         scene = world.random_scene(rng)
-        if scene.is_held_out:
+        if scene.is_held_out == is_held_out:
             scenes.append(scene)
     return scenes
 
 
 @torch.no_grad()
-def _latents(
-    work: Path, vae: AutoencoderKL, scenes: list[world.Scene]
+def latents_of(
+    scenes: list[world.Scene], vae: AutoencoderKL, path: Path, seed: int
 ) -> np.ndarray[Any, np.dtype[np.float16]]:
-    path = work / "latents.npy"
+    """Return the scaled latents of scenes, [n, 4, height / 8, width / 8].
+
+    Their standard deviation is about 1. They are computed once and stored in the file at `path`.
+    """
     if not path.exists():
         found = np.empty((len(scenes), 4, LATENT, LATENT), np.float16)
         for start in range(0, len(scenes), 32):
             part = range(start, min(start + 32, len(scenes)))
             pixels = np.stack(
-                [world.draw(scenes[index], np.random.default_rng([SEED, index])) for index in part]
+                [world.draw(scenes[index], np.random.default_rng([seed, index])) for index in part]
             )
-            encoded = (
-                vae.encode(common.to_tensor(pixels)).latent_dist.mode() * vae.config.scaling_factor
-            )
-            found[part.start : part.stop] = encoded.numpy()
+            encoded = vae.encode(common.to_tensor(pixels)).latent_dist.mode()
+            found[part.start : part.stop] = (encoded * vae.config.scaling_factor).numpy()
         np.save(path, found)
     latents: np.ndarray[Any, np.dtype[np.float16]] = np.load(path)
     return latents

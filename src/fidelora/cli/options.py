@@ -19,7 +19,7 @@ class FidelityOption(StrEnum):
 
 
 class QuantizationOption(StrEnum):
-    """Values of `--quantization`."""
+    """Values of `--quantize` and `--quantize-te`."""
 
     NONE = "none"
     QFLOAT8 = "qfloat8"

@@ -38,7 +38,7 @@ class Sessions(Protocol):
         ...
 
     def key_of(self, token_sha256: str) -> str | None:
-        """Return the hash of a session's API key; None if there is no such session."""
+        """Return the hash of a session's API key; None if the session does not exist."""
         ...
 
     def end(self, token_sha256: str) -> None:

@@ -91,11 +91,10 @@ class DirectionTest:
 
 def size_test(samples: Sequence[Differences]) -> SizeTest:
     """Compare the sizes of the trainer's differences with those of at least two draws."""
-    trainer = np.array([_log_size(sample.trainer) for sample in samples])
     draws = np.array([[_log_size(draw) for draw in sample.draws] for sample in samples])
     count = draws.shape[1]
     deviations = draws - draws.mean(axis=1, keepdims=True)
-    excess = trainer - draws.mean(axis=1)
+    excess = _log_ratios(samples)
     # Test of the mean over the samples. Draw k of all samples uses the same random values, so the
     # deviations of draw k are averaged over the samples before the spread is estimated.
     spread = float(deviations.mean(axis=0).std(ddof=1))
@@ -154,7 +153,7 @@ def direction_test(
     signal = min(1.0, max(0.0, signal))
     trainer = amount([sample.trainer for sample in samples])
     expected = center
-    if _size_ratio(samples) < _FEW_ERRORS:
+    if math.exp(_log_ratios(samples).mean()) < _FEW_ERRORS:
         # With none of the errors n' - n, the projection would be 0; with some of them, it is
         # between 0 and `center`.
         expected = min(max(trainer, 0.0), center)
@@ -167,13 +166,14 @@ def direction_test(
     return DirectionTest(excess / max(signal, _MIN_SIGNAL), min(1.0, p_value), detectable, signal)
 
 
-def _size_ratio(samples: Sequence[Differences]) -> float:
-    """Return `SizeTest.ratio` of the samples."""
-    excess = [
-        _log_size(sample.trainer) - float(np.mean([_log_size(draw) for draw in sample.draws]))
-        for sample in samples
-    ]
-    return math.exp(float(np.mean(excess)))
+def _log_ratios(samples: Sequence[Differences]) -> NDArray[np.float64]:
+    """Return, for each sample, the logarithm of its size divided by that of its draws."""
+    return np.array(
+        [
+            _log_size(sample.trainer) - np.mean([_log_size(draw) for draw in sample.draws])
+            for sample in samples
+        ]
+    )
 
 
 def _log_size(difference: DifferenceImage) -> float:

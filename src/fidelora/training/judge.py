@@ -275,7 +275,8 @@ class Experiment:
         limit = _DIRECTIONS_LIMIT / max(1, len(self._changes))
         for group in self._changes:
             every_effect = {index: self._effect(index, change) for index, change in group.items()}
-            # An identical sample contains no change. It is no draw either: it lost no information.
+            # Leave out identical samples: they were made without the change, and do not have the
+            # rounding errors of the draws.
             differing = [index for index in group if samples[index].trainer.any()]
             if not differing:
                 continue
