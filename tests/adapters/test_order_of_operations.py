@@ -90,6 +90,19 @@ def test_a_live_lora_is_scaled_first_and_multiplied_second_in_float32():
     assert torch.equal(result, expected)
 
 
+def test_a_live_lora_reads_inputs_with_other_strides_as_one_matrix():
+    """SDXL's `proj_in` gets such inputs. The weights of the trainer's modules require gradients."""
+    rows = torch.randn(2, 32, 4, 6).permute(0, 2, 3, 1).reshape(2, 24, 32)
+    assert not rows.is_contiguous()
+    down, up = nn.Linear(32, 8, bias=False), nn.Linear(8, 48, bias=False)
+    weights = down.weight.detach(), up.weight.detach()
+    with torch.no_grad():
+        expected = up(down(rows))
+        assert differ(expected, functional.linear(functional.linear(rows, weights[0]), weights[1]))
+        result = LoraDelta(1.0, *weights).low_rank_output(nn.Linear(32, 48), rows, 1.0)
+    assert torch.equal(result, expected)
+
+
 @pytest.mark.parametrize("kind", ["lokr", "loha"])
 def test_a_weight_delta_is_scaled_first_and_multiplied_second(kind):
     weight = torch.randn(24, 30)

@@ -217,7 +217,11 @@ class LoraDelta(Delta):
             hidden = functional.conv2d(x, down, stride=module.stride, padding=module.padding)
             result = functional.conv2d(hidden, up)
         else:
-            result = functional.linear(functional.linear(x, down), up)
+            # The trainer's `down` requires a gradient, even during sampling. Therefore torch copies
+            # an input with other strides (that of SDXL's `proj_in`) and computes one product. For
+            # a weight without gradient, it would compute one product for each image, which differs
+            # in the last bits (`should_fold` in torch's aten/src/ATen/native/LinearAlgebra.cpp).
+            result = functional.linear(functional.linear(x.contiguous(), down), up)
         return result * self.scale * multiplier
 
     def tensors(self) -> tuple[Tensor, ...]:
