@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fidelora.cli.console import fail, warn
-from fidelora.cli.options import Debug
+from fidelora.cli.options import OPTION_OF_SETTING, Debug
 
 if TYPE_CHECKING:
     from fidelora.settings import Settings
@@ -113,6 +113,7 @@ def worker(
     for sentence in setting_warnings():
         warn(sentence)
     settings = read_settings(
+        OPTION_OF_SETTING,
         store_url=store,
         device=device,
         output_base_path=outputs,
@@ -180,4 +181,4 @@ def upgrade(store: Store = None) -> None:
 def _settings(store: str | None) -> Settings:
     from fidelora.settings import read_settings
 
-    return read_settings(store_url=store)
+    return read_settings(OPTION_OF_SETTING, store_url=store)

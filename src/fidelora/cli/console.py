@@ -13,6 +13,7 @@ import typer
 
 from fidelora.accel.threads import limit_spinning
 from fidelora.errors import FideloraError, UsageError
+from fidelora.field_sentences import field_sentence
 from fidelora.texts import printable
 
 if TYPE_CHECKING:
@@ -74,7 +75,11 @@ def run(app: typer.Typer) -> NoReturn:
 
 def _fail_usage(error: typer.TyperException) -> NoReturn:
     """Print an error of the command line's parser, and the command whose help explains more."""
-    message = " ".join(error.format_message().split())  # a list of choices has lines of its own
+    # Typer validates values with pydantic, and quotes pydantic's message.
+    found = getattr(error.__cause__, "errors", None)
+    if found is not None:
+        error.message = field_sentence(found()[0])
+    message = " ".join(error.format_message().split())  # Typer puts each choice on its own line
     if message:  # empty if no command was given: the help was printed instead
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "fidelora"

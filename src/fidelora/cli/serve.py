@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fidelora.cli.console import fail, make_engine, warn
-from fidelora.cli.options import Debug
+from fidelora.cli.options import OPTION_OF_SETTING, Debug
 from fidelora.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -119,6 +119,7 @@ def serve(
         warn(sentence)
     run(
         read_settings(
+            OPTION_OF_SETTING,
             base_model=",".join(base_model) if base_model else None,
             host=host,
             port=port,
@@ -236,7 +237,7 @@ def _opened_keys(store: str | None) -> Iterator[ApiKeys]:
         from fidelora.settings import read_settings
     except ModuleNotFoundError as error:
         fail(f"{_INSTALL} ({error.name} is missing)", 1)
-    settings = read_settings(store_url=store)
+    settings = read_settings(OPTION_OF_SETTING, store_url=store)
     if store and not settings.can_share_database:
         raise SettingsError(
             "--store is for keys in PostgreSQL. The keys of a server with an SQLite database are "

@@ -24,7 +24,7 @@ from fidelora.errors import (
     RequestFieldError,
     StorageFullError,
 )
-from fidelora.server.field_sentences import field_sentence
+from fidelora.field_sentences import field_sentence
 from fidelora.server.problem_formats import (
     MAX_SHOWN,
     Problem,
