@@ -161,8 +161,8 @@ def workers(store: Store = None) -> None:
 def upgrade(store: Store = None) -> None:
     """Create or migrate the tables of the job database.
 
-    Servers and workers also do this when they start. Run this command before an upgrade to migrate
-    at a time of your choice. Several processes can run it at the same time.
+    Servers and workers also do this when they start. To migrate at a time of your choice, run this
+    command with the new version before you start it. Several processes can run it at the same time.
     """
     try:
         from fidelora.jobs.database import database_revisions

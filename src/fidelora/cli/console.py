@@ -91,11 +91,11 @@ def _fail_usage(error: typer.TyperException) -> NoReturn:
 def make_engine(device: str, offload: str = "none", first: Recipe | None = None) -> Engine:
     """Prepare this process for making images, and return a new engine.
 
-    The process keeps freed memory for reuse, and has no more threads than cores that it may use.
+    The process keeps freed memory for reuse, and uses at most one thread per available core.
 
     Args:
-        first: recipe of the first image. Its model family is imported, too, and memory for its
-            base model is reserved meanwhile, which makes the first image earlier.
+        first: recipe of the first image. Its model family is imported while memory for its base
+            model is reserved, so that the first image is ready sooner.
 
     Raises:
         DeviceError: the device or the offload mode is not available.

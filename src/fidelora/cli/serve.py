@@ -35,7 +35,7 @@ Store = Annotated[
     typer.Option(
         "--store",
         metavar="URL",
-        help="Job database in PostgreSQL, whose servers share the keys; by default "
+        help="PostgreSQL job database; all its servers share the keys. By default "
         "FIDELORA_STORE_URL.",
     ),
 ]
@@ -146,7 +146,7 @@ def _serve_locally(device: str, offload: str, idle_min: float | None) -> None:
     typer.echo(f"The engine is ready on {engine.device}; commands with the same --device use it.")
     sys.stdout.flush()
     server.serve(stop.is_set)
-    # An image may be in progress on another thread, which torch's own clean-up would abort.
+    # If another thread is making an image, torch's clean-up at exit would abort the process.
     os._exit(0)
 
 
