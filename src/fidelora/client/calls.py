@@ -316,7 +316,7 @@ def events_call(request_id: str, last_id: str, previews: bool, timeout_s: float)
 
 
 def has_no_events(error: ApiError) -> bool:
-    """True if the server has no event stream, which is an addition of Fidelora to the API."""
+    """True if the server has no event stream; only Fidelora adds one to the API."""
     return error.status in (404, 405, 501) and error.code != "REQUEST_NOT_FOUND"
 
 
