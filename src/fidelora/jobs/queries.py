@@ -41,16 +41,16 @@ _is_retry = sa.and_(_in_queue, JOBS.c.attempts > _zero)
 _is_fresh_by_adapters = sa.case((JOBS.c.attempts == _zero, JOBS.c.status)) == sa.literal_column(
     "'in_queue'"
 )
-"""Equivalent to `_is_fresh`, but only the index `jobs_by_adapters` of PostgreSQL has this
-condition. For `_is_fresh`, PostgreSQL prefers another partial index as long as its statistics lack
-the length of the queue, and reads the whole queue: 12 ms for 10,000 jobs instead of 0.02 ms."""
+"""Equivalent to `_is_fresh`, but only PostgreSQL's index `jobs_by_adapters` has this condition.
+With `_is_fresh`, PostgreSQL chooses another partial index until it has statistics of the queue's
+length, and reads the whole queue: 12 ms for 10,000 jobs instead of 0.02 ms."""
 _is_fresh_by_number = sa.case(
     (JOBS.c.attempts > _zero, sa.literal_column("''")), else_=JOBS.c.status
 ) == sa.literal_column("'in_queue'")
 """Equivalent to `_is_fresh`. No index has this condition, so PostgreSQL uses the primary key."""
 _arrival = JOBS.c.seq + _zero
-"""Order of arrival. It is not the plain column, because PostgreSQL would read all jobs, also the
-ended ones, in the order of the primary key until it finds the first retry."""
+"""Order of arrival. Adding 0 keeps PostgreSQL from using the primary key: it would read all jobs in
+this order, including those that have ended, until it finds the first retry."""
 _turn_of_fresh = sa.case((JOBS.c.attempts > _zero, _zero), else_=JOBS.c.turn)
 _place = ((JOBS.c.attempts > _zero), _turn_of_fresh, JOBS.c.seq)
 """Order of the queue: jobs without a failed attempt by turn, then the others by arrival."""
@@ -106,19 +106,19 @@ class Queries:
         count_workers: number of live workers.
         places: values from which the place of a new job is computed.
         count_before: number of queued jobs before a job with the given turn.
-        is_readable: condition for jobs that this process can read. Claims take the parameter
-            `device_kind`, and leave jobs for other kinds of devices in the queue.
+        is_readable: condition for jobs that this process can read.
         read_jobs: the readable jobs with the given ids.
         read_running: the readable jobs of workers whose names begin with a prefix.
         get: one job, and `now_s`.
-        claim: the job that a worker claims, and `now_s`; see `JobStore.claim`. On PostgreSQL, it
-            also counts the claim.
+        claim: the job that a worker claims, and `now_s`; see `JobStore.claim`. This query and the
+            next two take the parameter `device_kind`, and leave jobs for other kinds of devices in
+            the queue. On PostgreSQL, the query also counts the claim.
         claim_due: the job that is due, and `now_s`.
-        claim_one: one queued job, if no other claim has it, and `now_s`.
+        claim_one: one queued job, unless another claim has locked it, and `now_s`.
         candidates: first jobs without a failed attempt.
         retry_candidates: first jobs whose pause before a retry is over.
         expired: one row if there are jobs of lost workers.
-        lock_expired: these jobs, and `now_s`.
+        lock_expired: locks these jobs and returns them, and `now_s`.
         live_workers: workers whose last report is recent (`WORKER_ALIVE_S`).
         idle_workers: names of the first live workers that can claim a new job; see
             `WorkerTable.idle`.
@@ -284,7 +284,7 @@ class Queries:
 
 
 def id_batches(ids: Iterable[str]) -> Iterator[list[str]]:
-    """Return ids in lists of at most `MAX_IDS`."""
+    """Yield the ids in lists of at most `MAX_IDS`."""
     left = list(ids)
     for start in range(0, len(left), MAX_IDS):
         yield left[start : start + MAX_IDS]
@@ -329,8 +329,9 @@ def _first_loaded(
 def _has_key(key: sa.ColumnElement[str]) -> tuple[sa.ColumnElement[bool], ...]:
     """Return the condition for jobs with this key of their adapters.
 
-    It is a range, for which only the index has the order `_BY_ADAPTERS`. For an equality, the order
-    would be that of `turn` and `seq`, which other indexes have, too.
+    The condition is a range, although an equality means the same. With an equality, PostgreSQL
+    drops the constant first column of the order `_BY_ADAPTERS`, and other indexes also provide the
+    remaining order.
     """
     return JOBS.c.adapters >= key, JOBS.c.adapters <= key
 

@@ -12,10 +12,10 @@ from fidelora.jobs import job as transitions
 from fidelora.jobs.job import Failure, Job, JobProgress, Output, Status
 
 WORKER_ALIVE_S = 15.0
-"""Seconds for which a worker counts as alive after it has reported: three of its reports."""
+"""Seconds for which a worker counts as alive after a report: three times the reporting interval."""
 WORKER_LOST_S = 60.0
-"""Seconds after the last report of a worker after which its jobs are abandoned. Longer than a
-restart of the database, during which no worker can report."""
+"""Seconds without a report after which the jobs of a worker are abandoned. Longer than a restart of
+the database, during which no worker can report."""
 
 
 @dataclass(frozen=True)
@@ -322,8 +322,8 @@ class JobStore(Protocol):
         """Call `wake`, on a thread, when any process adds a job or returns one to the queue.
 
         `wake` receives the names of the workers that should look for the job, or None for all. A
-        store that several machines use names as many idle workers as there are jobs, first those
-        that have the adapters of the job loaded. Thus a job does not cause claims of all workers.
+        store that several machines use names as many idle workers as there are jobs, starting with
+        those that have the adapters of the job loaded, so that not every worker tries to claim it.
 
         Some stores cannot notice other processes, and notifications can be lost. So workers also
         have to poll.
