@@ -25,7 +25,7 @@ _SECRET_WORDS = ("token", "authorization", "api_key", "password")
 
 
 def is_text(log_format: LogFormat) -> bool:
-    """Return True if this process logs text, and False if it logs JSON."""
+    """True if this process logs text, and False if it logs JSON."""
     return log_format == "text" or (log_format == "auto" and sys.stderr.isatty())
 
 

@@ -229,7 +229,7 @@ def _invalid(found: Sequence[Mapping[str, Any]]) -> Problem:
 
 
 def _is_plain(value: object) -> bool:
-    """Return True for a short scalar that JSON and UTF-8 can represent."""
+    """True for a short scalar that JSON and UTF-8 can represent."""
     if isinstance(value, str):
         return len(value) <= 200 and value.encode("utf-8", "ignore").decode() == value
     return isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value))

@@ -23,8 +23,8 @@ def gradio_app(
 ) -> tuple[FastAPI, AbstractAsyncContextManager[Any], frozenset[int]]:
     """Return the application that serves the page, its lifespan context, and its events' numbers.
 
-    Gradio must not be imported before this call: only at its import does it read the environment
-    variables that disable its telemetry and set its folder.
+    Gradio must not be imported before this call. It reads the environment variables that disable
+    its telemetry and set its folder only when it is imported.
 
     Args:
         root_path: path of the server's public URL, or an empty string.

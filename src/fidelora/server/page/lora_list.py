@@ -45,7 +45,7 @@ class LoraList:
             return None
 
     def is_embedding(self, path: str) -> bool:
-        """Return True if a file is a textual-inversion embedding, which has no multiplier."""
+        """True if a file is a textual-inversion embedding, which has no multiplier."""
         summary = self.summary(path)
         return summary is not None and summary.kind == EMBEDDING
 
