@@ -162,7 +162,8 @@ def upgrade(store: Store = None) -> None:
     """Create or migrate the tables of the job database.
 
     Servers and workers also do this when they start. To migrate at a time of your choice, run this
-    command with the new version before you start it. Several processes can run it at the same time.
+    command of the new version before you start its servers and workers. Several processes can run
+    it at the same time.
     """
     try:
         from fidelora.jobs.database import database_revisions

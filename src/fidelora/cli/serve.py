@@ -152,7 +152,9 @@ def _serve_locally(device: str, offload: str, idle_min: float | None) -> None:
 
 @keys.command("add")
 def add(
-    name: Annotated[str, typer.Argument(help="Name of the key, such as a user name.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Name of the key, such as a user name.")
+    ],
     admin: Annotated[
         bool,
         typer.Option("--admin", help="Give access to the requests and uploads of all keys."),
@@ -170,11 +172,14 @@ def add(
 @keys.command("import")
 def import_keys(
     file: Annotated[
-        Path, typer.Argument(exists=True, dir_okay=False, help="`api_keys.json` of a server.")
+        Path,
+        typer.Argument(
+            metavar="FILE", exists=True, dir_okay=False, help="`api_keys.json` of a server."
+        ),
     ],
     store: Store = None,
 ) -> None:
-    """Add the keys in the file of another server, and print their names. They keep their secrets.
+    """Add the keys in the file of another server, and print their names. The keys stay valid.
 
     Keys that exist already are skipped.
     """
@@ -187,7 +192,7 @@ def import_keys(
 
 @keys.command("admin")
 def change_admin(
-    name: Annotated[str, typer.Argument(help="Name of the key.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the key.")],
     off: Annotated[bool, typer.Option("--off", help="Make an admin key an ordinary one.")] = False,
     store: Store = None,
 ) -> None:
@@ -212,7 +217,8 @@ def list_keys(
 
 @keys.command("remove")
 def remove(
-    name: Annotated[str, typer.Argument(help="Name of the key.")], store: Store = None
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the key.")],
+    store: Store = None,
 ) -> None:
     """Revoke a key immediately. A server without keys accepts only calls from its own machine.
 

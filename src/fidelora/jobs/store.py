@@ -261,9 +261,7 @@ class JobStore(Protocol):
         ...
 
     def abandon(self, job_id: str, epoch: int, reason: str, now: datetime | None = None) -> Job:
-        """Requeue the job after a failed attempt, or end it as failed after the last attempt.
-
-        An attempt fails if its worker dies, stops its heartbeats or has an unexpected error.
+        """Requeue the job after a failed attempt, or end it as failed; see `job.abandoned`.
 
         Raises:
             LeaseLostError: the claim has ended.
