@@ -7,7 +7,7 @@ each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -125,108 +125,54 @@ class Queries:
     """
 
     def __init__(self, dialect: str, document_format: int) -> None:
-        is_postgresql = dialect == "postgresql"
         self.now_s = clock(dialect)
-        self.claims: Any = sa.select(CLAIM_COUNTER.c.claims).scalar_subquery()
-        self.count_claim: Any = sa.update(CLAIM_COUNTER).values(claims=CLAIM_COUNTER.c.claims + 1)
-        counted: list[Any] = []
-        if is_postgresql:
-            self.claims = sa.literal_column(
-                "(SELECT last_value + (CASE WHEN is_called THEN 1 ELSE 0 END) FROM claim_counter)"
-            )
-            counted = [sa.literal_column("nextval('claim_counter')").label("claim")]
-            self.count_claim = sa.select(*counted)
         now = self.now_s.label("now_s")
         alive = WORKERS.c.reported_at_s > self.now_s - WORKER_ALIVE_S
+        self.claims, self.count_claim, counted = _claim_counter(dialect)
         self.count_workers = (
             sa.select(sa.func.count()).select_from(WORKERS).where(alive).scalar_subquery()
         )
-        head_turn = sa.select(sa.func.min(JOBS.c.turn)).where(_is_fresh).scalar_subquery()
-        last_turn = (
-            sa.select(sa.func.max(JOBS.c.turn))
-            .where(_is_fresh, JOBS.c.owner == sa.bindparam("owner"))
-            .scalar_subquery()
-        )
-        self.places = sa.select(
-            head_turn.label("head"),
-            last_turn.label("last_of_owner"),
-            self.claims.label("claims"),
-            self.count_workers.label("workers"),
-            now,
-        )
+        self.places = _places(self.claims, self.count_workers, now)
         self.count_before = (
             sa.select(sa.func.count())
             .select_from(JOBS)
             .where(_is_fresh, JOBS.c.turn <= sa.bindparam("turn"))
         )
-        self.get = sa.select(*JOB_COLUMNS, now).where(JOBS.c.id == sa.bindparam("id"))
-
-        # See `job.is_due` for a clock that was set back.
-        ahead_s = JOBS.c.retry_at_s - self.now_s
-        pause_is_over = sa.or_(
-            JOBS.c.retry_at_s.is_(None), ahead_s <= 0, ahead_s > MAX_RETRY_PAUSE_S
-        )
-        is_due = JOBS.c.due <= self.claims
         self.is_readable: sa.ColumnElement[bool] = JOBS.c.document_format <= sa.literal(
             document_format
         )
-        is_readable = self.is_readable
-        self.read_jobs = sa.select(*JOB_COLUMNS).where(JOBS.c.id.in_(_ids), is_readable)
+        self.read_jobs = sa.select(*JOB_COLUMNS).where(JOBS.c.id.in_(_ids), self.is_readable)
         self.read_running = sa.select(*JOB_COLUMNS).where(
             _in_progress,
-            is_readable,
+            self.is_readable,
             sa.func.substr(JOBS.c.worker, 1, sa.bindparam("length", type_=sa.Integer))
             == sa.bindparam("prefix", type_=sa.String),
         )
+        self.get = sa.select(*JOB_COLUMNS, now).where(JOBS.c.id == sa.bindparam("id"))
         is_claimable = sa.and_(
-            is_readable,
+            self.is_readable,
             sa.or_(
                 JOBS.c.device_kind == sa.literal_column("''"),
                 JOBS.c.device_kind == sa.bindparam("device_kind", "", type_=sa.String),
             ),
         )
+        # See `job.is_due` for a clock that was set back.
+        ahead_s = JOBS.c.retry_at_s - self.now_s
+        pause_is_over = sa.or_(
+            JOBS.c.retry_at_s.is_(None), ahead_s <= 0, ahead_s > MAX_RETRY_PAUSE_S
+        )
         fresh = sa.and_(_is_fresh, is_claimable)
-        retried = sa.and_(_is_retry, is_claimable)
-        head = (
-            sa.select(JOBS.c.seq)
-            .where(fresh)
-            .order_by(JOBS.c.turn, JOBS.c.seq)
-            .limit(1)
-            .scalar_subquery()
-        )
-        due_retry = _one(retried, pause_is_over, is_due, order=(JOBS.c.due, JOBS.c.seq))
-        due_head = _one(fresh, JOBS.c.seq == head, is_due)
-        merged_key = sa.bindparam("merged", type_=sa.String)
-        if is_postgresql:
-            by_adapters = sa.and_(_is_fresh_by_adapters, is_claimable)
-            merged, loaded = (
-                _first_with(by_adapters, merged_key),
-                _first_loaded(by_adapters, sa.and_(_is_fresh_by_number, is_claimable)),
-            )
-        else:
-            merged = _one(fresh, JOBS.c.adapters == merged_key)
-            loaded = _one(fresh, JOBS.c.adapters.in_(COMPLETE_SETS))
-        is_home = sa.and_(
-            WORKER_ADAPTERS.c.adapters == JOBS.c.adapters,
-            WORKER_ADAPTERS.c.worker != sa.bindparam("worker"),
-            sa.exists().where(WORKERS.c.name == WORKER_ADAPTERS.c.worker, alive),
-        )
-        hold_s = sa.bindparam("hold_s", type_=sa.Float)
-        is_held = sa.and_(
-            sa.cast(hold_s, sa.Float) > 0,
-            JOBS.c.queued_at_s > self.now_s - hold_s,
-            sa.exists().where(is_home),
-        )
-        first = _one(fresh, sa.not_(is_held))
-        retry = _one(retried, pause_is_over, order=(_arrival,))
+        retried = sa.and_(_is_retry, is_claimable, pause_is_over)
+        due = _due(fresh, retried, self.claims)
+        with_adapters = _with_adapters(dialect, fresh, is_claimable)
+        first = _one(fresh, sa.not_(_is_held(self.now_s, alive)))
+        retry = _one(retried, order=(_arrival,))
         # Databases evaluate the arguments of `coalesce` one after the other, so each claim locks
         # one job at most.
         self.claim = sa.select(*JOB_COLUMNS, now, *counted).where(
-            JOBS.c.seq == sa.func.coalesce(due_retry, due_head, merged, loaded, first, retry)
+            JOBS.c.seq == sa.func.coalesce(*due, *with_adapters, first, retry)
         )
-        self.claim_due = sa.select(*JOB_COLUMNS, now).where(
-            JOBS.c.seq == sa.func.coalesce(due_retry, due_head)
-        )
+        self.claim_due = sa.select(*JOB_COLUMNS, now).where(JOBS.c.seq == sa.func.coalesce(*due))
         self.claim_one = sa.select(*JOB_COLUMNS, now).where(
             JOBS.c.seq == _one(_in_queue, is_claimable, JOBS.c.seq == sa.bindparam("seq"))
         )
@@ -234,38 +180,13 @@ class Queries:
         self.retry_candidates = _retried_jobs.where(is_claimable, pause_is_over).limit(
             _RETRY_WINDOW
         )
-        lost = sa.exists().where(
-            WORKERS.c.name == JOBS.c.worker,
-            WORKERS.c.reported_at_s <= self.now_s - sa.bindparam("lost_s", type_=sa.Float),
-        )
-        expired = sa.and_(
-            _in_progress,
-            is_readable,
-            sa.or_(JOBS.c.lease_expires_at_s <= self.now_s, lost),
-            JOBS.c.worker.not_in(sa.bindparam("spared", expanding=True)),
-        )
+        expired = _is_expired(self.now_s, self.is_readable)
         self.expired = sa.select(JOBS.c.seq).where(expired).limit(1)
         self.lock_expired = (
             sa.select(*JOB_COLUMNS, now).where(expired).with_for_update(skip_locked=True)
         )
         self.live_workers = sa.select(WORKERS).where(alive).order_by(WORKERS.c.name)
-        # The column `idle_since_s` can be older than the last claim by a few seconds.
-        is_busy = sa.exists().where(_in_progress, JOBS.c.worker == WORKERS.c.name)
-        kind = sa.bindparam("device_kind", type_=sa.String)
-        has_adapters = sa.exists().where(
-            WORKER_ADAPTERS.c.worker == WORKERS.c.name,
-            WORKER_ADAPTERS.c.adapters == sa.bindparam("adapters", type_=sa.String),
-        )
-        self.idle_workers = (
-            sa.select(WORKERS.c.name)
-            .where(
-                alive,
-                sa.not_(is_busy),
-                sa.or_(kind == "", WORKERS.c.device == kind, WORKERS.c.device.like(kind + ":%")),
-            )
-            .order_by(has_adapters.desc(), sa.func.length(WORKERS.c.loaded), WORKERS.c.name)
-            .limit(sa.bindparam("count", type_=sa.Integer))
-        )
+        self.idle_workers = _idle_workers(alive)
 
     def finished(self, before_s: float, keep: int) -> sa.Select[Any]:
         """Return the readable jobs that ended before a time or follow the `keep` newest ones."""
@@ -281,6 +202,124 @@ class Queries:
             )
             .order_by(*newest_first)
         )
+
+
+def _claim_counter(dialect: str) -> tuple[Any, Any, Sequence[Any]]:
+    """Return the number of claims, the statement that counts one, and columns that count one."""
+    if dialect == "postgresql":
+        claims: Any = sa.literal_column(
+            "(SELECT last_value + (CASE WHEN is_called THEN 1 ELSE 0 END) FROM claim_counter)"
+        )
+        counted: list[Any] = [sa.literal_column("nextval('claim_counter')").label("claim")]
+        return claims, sa.select(*counted), counted
+    count_claim = sa.update(CLAIM_COUNTER).values(claims=CLAIM_COUNTER.c.claims + 1)
+    return sa.select(CLAIM_COUNTER.c.claims).scalar_subquery(), count_claim, []
+
+
+def _places(claims: Any, workers: Any, now: sa.Label[float]) -> sa.Select[Any]:
+    """Return the values from which the place of a new job is computed."""
+    head = sa.select(sa.func.min(JOBS.c.turn)).where(_is_fresh).scalar_subquery()
+    last_of_owner = (
+        sa.select(sa.func.max(JOBS.c.turn))
+        .where(_is_fresh, JOBS.c.owner == sa.bindparam("owner"))
+        .scalar_subquery()
+    )
+    return sa.select(
+        head.label("head"),
+        last_of_owner.label("last_of_owner"),
+        claims.label("claims"),
+        workers.label("workers"),
+        now,
+    )
+
+
+def _due(
+    fresh: sa.ColumnElement[bool], retried: sa.ColumnElement[bool], claims: Any
+) -> tuple[sa.ScalarSelect[Any], ...]:
+    """Lock the first retry that is due, or the job at the head of the queue if it is due."""
+    is_due = JOBS.c.due <= claims
+    head = (
+        sa.select(JOBS.c.seq)
+        .where(fresh)
+        .order_by(JOBS.c.turn, JOBS.c.seq)
+        .limit(1)
+        .scalar_subquery()
+    )
+    return (
+        _one(retried, is_due, order=(JOBS.c.due, JOBS.c.seq)),
+        _one(fresh, JOBS.c.seq == head, is_due),
+    )
+
+
+def _with_adapters(
+    dialect: str, fresh: sa.ColumnElement[bool], is_claimable: sa.ColumnElement[bool]
+) -> tuple[sa.ScalarSelect[Any], ...]:
+    """Lock the first job for the merged adapters, or the first one for loaded adapters."""
+    merged_key = sa.bindparam("merged", type_=sa.String)
+    if dialect == "postgresql":
+        by_adapters = sa.and_(_is_fresh_by_adapters, is_claimable)
+        return (
+            _first_with(by_adapters, merged_key),
+            _first_loaded(by_adapters, sa.and_(_is_fresh_by_number, is_claimable)),
+        )
+    return (
+        _one(fresh, JOBS.c.adapters == merged_key),
+        _one(fresh, JOBS.c.adapters.in_(COMPLETE_SETS)),
+    )
+
+
+def _is_held(
+    now_s: sa.ColumnElement[float], alive: sa.ColumnElement[bool]
+) -> sa.ColumnElement[bool]:
+    """Return the condition for jobs that wait for another live worker with their adapters."""
+    is_home = sa.and_(
+        WORKER_ADAPTERS.c.adapters == JOBS.c.adapters,
+        WORKER_ADAPTERS.c.worker != sa.bindparam("worker"),
+        sa.exists().where(WORKERS.c.name == WORKER_ADAPTERS.c.worker, alive),
+    )
+    hold_s = sa.bindparam("hold_s", type_=sa.Float)
+    return sa.and_(
+        sa.cast(hold_s, sa.Float) > 0,
+        JOBS.c.queued_at_s > now_s - hold_s,
+        sa.exists().where(is_home),
+    )
+
+
+def _is_expired(
+    now_s: sa.ColumnElement[float], is_readable: sa.ColumnElement[bool]
+) -> sa.ColumnElement[bool]:
+    """Return the condition for the jobs of lost workers."""
+    lost = sa.exists().where(
+        WORKERS.c.name == JOBS.c.worker,
+        WORKERS.c.reported_at_s <= now_s - sa.bindparam("lost_s", type_=sa.Float),
+    )
+    return sa.and_(
+        _in_progress,
+        is_readable,
+        sa.or_(JOBS.c.lease_expires_at_s <= now_s, lost),
+        JOBS.c.worker.not_in(sa.bindparam("spared", expanding=True)),
+    )
+
+
+def _idle_workers(alive: sa.ColumnElement[bool]) -> sa.Select[Any]:
+    """Return the names of live workers that can claim a new job; see `WorkerTable.idle`."""
+    # The column `idle_since_s` can be older than the last claim by a few seconds.
+    is_busy = sa.exists().where(_in_progress, JOBS.c.worker == WORKERS.c.name)
+    kind = sa.bindparam("device_kind", type_=sa.String)
+    has_adapters = sa.exists().where(
+        WORKER_ADAPTERS.c.worker == WORKERS.c.name,
+        WORKER_ADAPTERS.c.adapters == sa.bindparam("adapters", type_=sa.String),
+    )
+    return (
+        sa.select(WORKERS.c.name)
+        .where(
+            alive,
+            sa.not_(is_busy),
+            sa.or_(kind == "", WORKERS.c.device == kind, WORKERS.c.device.like(kind + ":%")),
+        )
+        .order_by(has_adapters.desc(), sa.func.length(WORKERS.c.loaded), WORKERS.c.name)
+        .limit(sa.bindparam("count", type_=sa.Integer))
+    )
 
 
 def id_batches(ids: Iterable[str]) -> Iterator[list[str]]:
