@@ -76,7 +76,7 @@ class Settings(BaseSettings):
         validation_alias=either("DEVICE"),
         description=(
             "auto, cpu, cuda, cuda:N or mps; "
-            "a comma-separated list starts one worker for each device. none starts no workers: "
+            "a comma-separated list starts one worker for each device. `none` starts no workers: "
             "other machines make the images with `fidelora worker`."
         ),
     )
@@ -298,8 +298,8 @@ class Settings(BaseSettings):
         None,
         validation_alias="FIDELORA_JOBS_PATH",
         description=(
-            "Folder with training runs that the web page may verify; none by default. "
-            "Every client with an API key has access to it."
+            "Folder with training runs that the web page may verify and `POST /v1/explain` may "
+            "use; none by default. Every client with an API key has access to it."
         ),
     )
     job_max_mb: int = Field(
@@ -307,7 +307,7 @@ class Settings(BaseSettings):
         ge=1,
         validation_alias="FIDELORA_JOB_MAX_MB",
         description=(
-            "Largest zip of a training run that the web page accepts, in MiB; "
+            "Largest zip of a training run that the server accepts, in MiB; "
             "its content may be four times as large."
         ),
     )
