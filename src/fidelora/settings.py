@@ -120,7 +120,8 @@ class Settings(BaseSettings):
         None,
         validation_alias=either("LORA_DOWNLOAD_CACHE_DIR"),
         description=(
-            "Cache folder for LoRAs, named by sha256; by default `adapters` in the data folder."
+            "Cache folder for LoRAs, whose files are named by sha256; by default `adapters` in the "
+            "data folder."
         ),
     )
 

@@ -351,7 +351,7 @@ def require_success(result: ResultBody, status: StatusBody | None) -> ResultBody
 
 
 def outputs_of(result: ResultBody) -> dict[int, ImageBody]:
-    """Return the images and videos of a result by index, which is that of the prompt.
+    """Return the images and videos of a result by the index of their prompt.
 
     Raises:
         UsageError: the request did not succeed.

@@ -236,7 +236,7 @@ def _places(claims: Any, workers: Any, now: sa.Label[float]) -> sa.Select[Any]:
 def _due(
     fresh: sa.ColumnElement[bool], retried: sa.ColumnElement[bool], claims: Any
 ) -> tuple[sa.ScalarSelect[Any], ...]:
-    """Lock the first retry that is due, or the job at the head of the queue if it is due."""
+    """Return subqueries that lock the first due retry, and the head of the queue if due."""
     is_due = JOBS.c.due <= claims
     head = (
         sa.select(JOBS.c.seq)
@@ -254,7 +254,7 @@ def _due(
 def _with_adapters(
     dialect: str, fresh: sa.ColumnElement[bool], is_claimable: sa.ColumnElement[bool]
 ) -> tuple[sa.ScalarSelect[Any], ...]:
-    """Lock the first job for the merged adapters, or the first one for loaded adapters."""
+    """Return subqueries that lock the first job for the merged or for loaded adapters."""
     merged_key = sa.bindparam("merged", type_=sa.String)
     if dialect == "postgresql":
         by_adapters = sa.and_(_is_fresh_by_adapters, is_claimable)
@@ -332,7 +332,7 @@ def id_batches(ids: Iterable[str]) -> Iterator[list[str]]:
 def _one(
     *conditions: sa.ColumnElement[bool], order: tuple[Any, ...] = (JOBS.c.turn, JOBS.c.seq)
 ) -> sa.ScalarSelect[Any]:
-    """Return the number of the first row that no other transaction has locked, and lock it."""
+    """Return a subquery that locks the first unlocked row and selects its number."""
     query = sa.select(JOBS.c.seq).where(*conditions).order_by(*order).limit(1)
     return query.with_for_update(skip_locked=True).scalar_subquery()
 
@@ -340,17 +340,17 @@ def _one(
 def _first_with(
     is_fresh: sa.ColumnElement[bool], key: sa.ColumnElement[str]
 ) -> sa.ScalarSelect[Any]:
-    """Lock the first job with this key of its adapters, and return its number."""
+    """Return a subquery that locks the first job with this key of its adapters."""
     return _one(is_fresh, *_has_key(key), order=_BY_ADAPTERS)
 
 
 def _first_loaded(
     is_fresh: sa.ColumnElement[bool], is_fresh_by_number: sa.ColumnElement[bool]
 ) -> sa.ScalarSelect[Any]:
-    """Lock the first job whose adapters are all loaded, and return its number.
+    """Return a subquery that locks the first job whose adapters are all loaded.
 
-    Reads the first jobs of each set of adapters, so the time does not depend on the length of the
-    queue. Other claims may have locked some of them.
+    It reads the first jobs of each set of adapters, so the time does not depend on the length of
+    the queue. Other claims may have locked some of them.
     """
     sets = COMPLETE_SETS.subquery()
     first_of_set = (

@@ -71,7 +71,7 @@ class LimitedProtocol(H11Protocol):
         super().connection_made(transport)
         # asyncio's own limit of one read is 256 KiB; its documentation has no setting for it.
         transport.max_size = READ_BYTES  # type: ignore[attr-defined]
-        # Report all bytes that the client has not read, also fewer than the default of 64 KiB.
+        # Call `pause_writing` for any unread byte; the default is to call it from 64 KiB on.
         transport.set_write_buffer_limits(high=0)
         if len(self.connections) > self.max_connections:
             self._report("too many connections, closing new ones", limit=self.max_connections)

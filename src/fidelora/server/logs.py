@@ -93,7 +93,7 @@ class LibraryRepeats(logging.Filter):
         self._last: dict[tuple[str, str], float] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Return True if the record is to be logged."""
+        """True if the record is to be logged."""
         if record.levelno < logging.WARNING or not record.name.startswith(_LIBRARIES):
             return True
         kind = record.exc_info[0] if record.exc_info else None

@@ -24,7 +24,7 @@ _ROUTES = frozenset({"v1", "sdapi", "health", "ready", "metrics", "docs", "opena
 
 
 class Roots:
-    """Folders and files whose paths are replaced wherever they occur, also if they have spaces."""
+    """Folders and files whose paths are replaced wherever they occur, even if they have spaces."""
 
     def __init__(self) -> None:
         self._names: dict[str, str] = {}

@@ -90,7 +90,7 @@ class WorkerPool:
         """Make idle workers look for a new job now.
 
         Args:
-            names: names of these workers, of which any can belong to other pools; None for all.
+            names: names of these workers; those of other pools are ignored. None for all.
         """
         for slot in self._slots:
             if names is None or slot.name in names:

@@ -41,7 +41,7 @@ from fidelora.server.verifier import Outcome, random_id
 router = APIRouter(prefix="/v1", tags=["inference"])
 
 _STALE_S = 24 * 3600.0
-"""Age in seconds of folders that a killed process left behind, before they are removed."""
+"""Age in seconds at which folders that a killed process left behind are removed."""
 _LOOK_S = 1.0  # seconds between two checks that the client is still connected
 _EXPLAINED = (0, 1, 4)  # exit codes of `fidelora explain` with an explanation
 
