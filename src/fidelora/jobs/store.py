@@ -61,7 +61,7 @@ class WorkerState:
         merged: sha256 of the adapters that are merged into its model.
         idle_since: time since which it has had no job; None while it has one.
         reported_at: time of the report; set by the store.
-        models: ids of the base models in its memory, the most recently used one first.
+        models: ids of the model families in its memory, the most recently used one first.
     """
 
     name: str
