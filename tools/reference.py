@@ -166,9 +166,14 @@ def _type(schema: dict[str, Any]) -> str:
     bounds = (
         ""
         if (lowest, highest) == (None, None)
-        else " " + "..".join("" if one is None else str(one) for one in (lowest, highest))
+        else " " + "..".join("" if one is None else _bound(one) for one in (lowest, highest))
     )
     return f"{schema.get('type', 'any')}{bounds}"
+
+
+def _bound(value: float) -> str:
+    """Return a limit of a number. FastAPI stores limits as floats, which round 2**63 - 1 up."""
+    return str(min(int(value), 2**63 - 1)) if value == int(value) else str(value)
 
 
 def pages() -> dict[Path, str]:

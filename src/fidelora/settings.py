@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,6 +27,7 @@ from fidelora.environment import either, foreign_variables, ignored_variables, n
 from fidelora.errors import SettingsError
 from fidelora.families import all_families
 from fidelora.families.emphasis import Emphasis
+from fidelora.field_sentences import field_sentence
 from fidelora.recipe_fields import Quantization
 from fidelora.resident import KEEP_VARIABLE
 from fidelora.storage.bucket import bucket_and_prefix
@@ -74,7 +76,7 @@ class Settings(BaseSettings):
         validation_alias=either("DEVICE"),
         description=(
             "auto, cpu, cuda, cuda:N or mps; "
-            "a comma-separated list starts one worker for each device. none starts no workers: "
+            "a comma-separated list starts one worker for each device. `none` starts no workers: "
             "other machines make the images with `fidelora worker`."
         ),
     )
@@ -118,7 +120,8 @@ class Settings(BaseSettings):
         None,
         validation_alias=either("LORA_DOWNLOAD_CACHE_DIR"),
         description=(
-            "Cache folder for LoRAs, named by sha256; by default `adapters` in the data folder."
+            "Cache folder for LoRAs, whose files are named by sha256; by default `adapters` in the "
+            "data folder."
         ),
     )
 
@@ -296,8 +299,8 @@ class Settings(BaseSettings):
         None,
         validation_alias="FIDELORA_JOBS_PATH",
         description=(
-            "Folder with training runs that the web page may verify; none by default. "
-            "Every client with an API key has access to it."
+            "Folder with training runs that the web page may verify and `POST /v1/explain` may "
+            "use; none by default. Every client with an API key has access to it."
         ),
     )
     job_max_mb: int = Field(
@@ -305,7 +308,7 @@ class Settings(BaseSettings):
         ge=1,
         validation_alias="FIDELORA_JOB_MAX_MB",
         description=(
-            "Largest zip of a training run that the web page accepts, in MiB; "
+            "Largest zip of a training run that the server accepts, in MiB; "
             "its content may be four times as large."
         ),
     )
@@ -583,18 +586,44 @@ def _variables(settings: type[BaseSettings]) -> dict[str, str | None]:
     return {**DotEnvSettingsSource(settings).env_vars, **EnvSettingsSource(settings).env_vars}
 
 
-def read_settings(**overrides: Any) -> Settings:
+def read_settings(options: Mapping[str, str] | None = None, /, **overrides: Any) -> Settings:
     """Return the settings from the environment and `.env`.
 
     Args:
+        options: command-line options that set `overrides`, by field name, for error messages.
         overrides: values by field name, which take precedence over both unless they are None.
 
     Raises:
         SettingsError: a value is not valid.
     """
+    given = {name: value for name, value in overrides.items() if value is not None}
     try:
-        return Settings(**{name: value for name, value in overrides.items() if value is not None})
+        return Settings(**given)
     except ValidationError as error:
         # The input is left out because it may be a secret.
         first = error.errors(include_url=False, include_input=False)[0]
-        raise SettingsError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
+        source = _source_of(str(first["loc"][0]), given, options or {})
+        raise SettingsError(f"Invalid value for {source}: {field_sentence(first)}") from error
+
+
+def _source_of(name: str, given: Mapping[str, Any], options: Mapping[str, str]) -> str:
+    """Return the option or the variable that set a value, with the file if it is in `.env`.
+
+    Args:
+        name: name of the field, or of a variable that sets it.
+    """
+    field, names = next(
+        (field, names_of(info))
+        for field, info in Settings.model_fields.items()
+        if name == field or name in names_of(info)
+    )
+    if field in given:
+        return f"'{options[field]}'" if field in options else field
+    environment = EnvSettingsSource(Settings).env_vars
+    in_file = DotEnvSettingsSource(Settings).env_vars
+    for variable in names:
+        if environment.get(variable.lower()):
+            return variable
+        if in_file.get(variable.lower()):
+            return f"{variable} in .env"
+    return names[0]

@@ -144,11 +144,11 @@ def test_submit_accepts_every_form_of_prompts_and_loras(client, context):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"width": 3}, "width"),
+        ({"width": 3}, r"width: Expected a number of at least 64\."),
         ({"wdth": 512}, "wdth"),
         ({"match": "trainers"}, "match"),
         ({"output_format": "gif"}, "output_format"),
-        ({"seed": "x"}, "seed"),
+        ({"seed": "x"}, r"seed: Expected an integer\."),
     ],
 )
 def test_wrong_arguments_are_refused_without_a_call(fields, words):

@@ -115,7 +115,7 @@ def test_a_zip_over_the_limit_is_refused(server, tmp_path):
 def test_a_run_has_to_be_sent_or_named(server):
     answer = httpx2.post(f"{server.url}/v1/explain", files={"picture": SAMPLE.read_bytes()})
     assert answer.status_code == 422
-    assert "either run, a zip, or run_name" in answer.text
+    assert "either run (a zip) or run_name" in answer.text
 
 
 def test_options_in_texts_remain_texts(server):

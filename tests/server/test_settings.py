@@ -188,6 +188,23 @@ def test_an_invalid_value_is_rejected_by_name(monkeypatch, name, value):
         read_settings()
 
 
+def test_an_error_says_where_the_value_was_set(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    expected = "Expected a number of at most 65535."
+
+    def message(**overrides: object) -> str:
+        with pytest.raises(SettingsError) as caught:
+            read_settings({"port": "--port"}, **overrides)
+        return str(caught.value)
+
+    (tmp_path / ".env").write_text("PORT=70000")
+    assert message() == f"Invalid value for PORT in .env: {expected}"
+    monkeypatch.setenv("PORT", "70000")
+    assert message() == f"Invalid value for PORT: {expected}"
+    assert message(port=70000) == f"Invalid value for '--port': {expected}"
+    assert message(port=1, page="on and off") == "Invalid value for page: Expected true or false."
+
+
 def test_unknown_names_with_the_prefix_are_named(monkeypatch):
     assert setting_warnings() == []
     monkeypatch.setenv("FIDELORA_LORA_HOST", "x")

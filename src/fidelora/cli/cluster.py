@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fidelora.cli.console import fail, warn
-from fidelora.cli.options import Debug
+from fidelora.cli.options import OPTION_OF_SETTING, Debug
 
 if TYPE_CHECKING:
     from fidelora.settings import Settings
@@ -113,6 +113,7 @@ def worker(
     for sentence in setting_warnings():
         warn(sentence)
     settings = read_settings(
+        OPTION_OF_SETTING,
         store_url=store,
         device=device,
         output_base_path=outputs,
@@ -160,8 +161,9 @@ def workers(store: Store = None) -> None:
 def upgrade(store: Store = None) -> None:
     """Create or migrate the tables of the job database.
 
-    Servers and workers also do this when they start. Run this command before an upgrade to migrate
-    at a time of your choice. Several processes can run it at the same time.
+    Servers and workers also do this when they start. To migrate at a time of your choice, run this
+    command of the new version before you start its servers and workers. Several processes can run
+    it at the same time.
     """
     try:
         from fidelora.jobs.database import database_revisions
@@ -180,4 +182,4 @@ def upgrade(store: Store = None) -> None:
 def _settings(store: str | None) -> Settings:
     from fidelora.settings import read_settings
 
-    return read_settings(store_url=store)
+    return read_settings(OPTION_OF_SETTING, store_url=store)

@@ -13,6 +13,7 @@ import typer
 
 from fidelora.accel.threads import limit_spinning
 from fidelora.errors import FideloraError, UsageError
+from fidelora.field_sentences import field_sentence
 from fidelora.texts import printable
 
 if TYPE_CHECKING:
@@ -74,7 +75,11 @@ def run(app: typer.Typer) -> NoReturn:
 
 def _fail_usage(error: typer.TyperException) -> NoReturn:
     """Print an error of the command line's parser, and the command whose help explains more."""
-    message = " ".join(error.format_message().split())  # a list of choices has lines of its own
+    # Typer validates values with pydantic, and quotes pydantic's message.
+    found = getattr(error.__cause__, "errors", None)
+    if found is not None:
+        error.message = field_sentence(found()[0])
+    message = " ".join(error.format_message().split())  # Typer puts each choice on its own line
     if message:  # empty if no command was given: the help was printed instead
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "fidelora"
@@ -86,11 +91,11 @@ def _fail_usage(error: typer.TyperException) -> NoReturn:
 def make_engine(device: str, offload: str = "none", first: Recipe | None = None) -> Engine:
     """Prepare this process for making images, and return a new engine.
 
-    The process keeps freed memory for reuse, and has no more threads than cores that it may use.
+    The process keeps freed memory for reuse, and uses at most one thread per available core.
 
     Args:
-        first: recipe of the first image. Its model family is imported, too, and memory for its
-            base model is reserved meanwhile, which makes the first image earlier.
+        first: recipe of the first image. Its model family is imported while memory for its base
+            model is reserved, so that the first image is ready sooner.
 
     Raises:
         DeviceError: the device or the offload mode is not available.

@@ -40,7 +40,7 @@ def convert(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Model family of the adapter; by default the one whose modules it has. "
+            help="Model family of the adapter; by default, the modules in the file determine it. "
             "`fidelora models` lists the families."
         ),
     ] = None,

@@ -115,7 +115,7 @@ def _start(path: Path, device: str, offload: str, minutes: float) -> ResidentEng
         )
     end = time.monotonic() + _START_S
     while time.monotonic() < end:
-        # The process also ends if another command has started an engine, which is used then.
+        # The process also ends if another command started an engine first. Use that engine then.
         has_ended = process.poll() is not None
         if (found := ResidentEngine.connect(path)) is not None:
             return found

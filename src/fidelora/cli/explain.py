@@ -115,7 +115,8 @@ def explain(
     max_images: Annotated[
         int,
         typer.Option(
-            min=1, help="Maximum work per picture, in images with the sample's number of steps."
+            min=1,
+            help="Limit of the work per picture, as a number of images with the sample's steps.",
         ),
     ] = 40,
     as_json: AsJson = False,

@@ -53,9 +53,9 @@ Loras = Annotated[
         metavar="FILE[:MULT]",
         help="LoRA or embedding file and its multiplier, -5..5, by default 1. LoRAs are "
         "applied in order. "
-        "If there is a file with the whole name FILE:MULT, it is used with multiplier 1. "
-        "For a folder, or a quoted pattern such as 'run/*.safetensors:0.8', the images are "
-        "made with each of its .safetensors files in turn.",
+        "If a file is really named FILE:MULT, that file is used with multiplier 1. "
+        "A folder, or a quoted pattern such as 'run/*.safetensors:0.8', selects several files; the "
+        "images are made with each of them in turn.",
     ),
 ]
 Trigger = Annotated[
@@ -63,8 +63,8 @@ Trigger = Annotated[
     typer.Option(
         metavar="WORD",
         help="Trigger word, which replaces [trigger] in the prompt; by default all tokens of "
-        "the first embedding, or the trigger word in the LoRA's metadata. An empty one leaves "
-        "[trigger] as it is, unless an embedding replaces it.",
+        "the first embedding, or the trigger word in the LoRA's metadata. An empty word keeps "
+        "[trigger] as text, unless an embedding replaces it.",
     ),
 ]
 Seed = Annotated[
@@ -315,7 +315,7 @@ Quantization = Annotated[
     typer.Option(
         "--quantize",
         help="Store the weights of the denoiser in float8, as AI Toolkit does with model."
-        "quantize; LoRAs are then unmerged. Only for families that AI Toolkit quantises.",
+        "quantize; LoRAs then stay unmerged. Only for families that AI Toolkit quantises.",
         rich_help_panel=MODEL_PANEL,
     ),
 ]

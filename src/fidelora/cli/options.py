@@ -40,6 +40,17 @@ MODEL_PANEL = "Base model"
 DEVICE_PANEL = "Precision and device"
 """Titles of groups of options in `--help`; options without a group are under "Options"."""
 
+OPTION_OF_SETTING = {
+    "host": "--host",
+    "port": "--port",
+    "device": "--device",
+    "base_model": "--base-model",
+    "store_url": "--store",
+    "output_base_path": "--outputs",
+    "lora_cache_dir": "--adapters",
+    "debug": "--debug",
+}
+"""Options of `serve`, `worker`, `workers`, `db` and `keys` that set a server setting, by field."""
 
 Debug = Annotated[
     bool, typer.Option("--debug", callback=set_debug, help="Show the traceback of an error.")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fidelora.cli.console import fail, make_engine, warn
-from fidelora.cli.options import Debug
+from fidelora.cli.options import OPTION_OF_SETTING, Debug
 from fidelora.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ Store = Annotated[
     typer.Option(
         "--store",
         metavar="URL",
-        help="Job database in PostgreSQL, whose servers share the keys; by default "
+        help="PostgreSQL job database; all its servers share the keys. By default "
         "FIDELORA_STORE_URL.",
     ),
 ]
@@ -119,6 +119,7 @@ def serve(
         warn(sentence)
     run(
         read_settings(
+            OPTION_OF_SETTING,
             base_model=",".join(base_model) if base_model else None,
             host=host,
             port=port,
@@ -145,13 +146,15 @@ def _serve_locally(device: str, offload: str, idle_min: float | None) -> None:
     typer.echo(f"The engine is ready on {engine.device}; commands with the same --device use it.")
     sys.stdout.flush()
     server.serve(stop.is_set)
-    # An image may be in progress on another thread, which torch's own clean-up would abort.
+    # If another thread is making an image, torch's clean-up at exit would abort the process.
     os._exit(0)
 
 
 @keys.command("add")
 def add(
-    name: Annotated[str, typer.Argument(help="Name of the key, such as a user name.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Name of the key, such as a user name.")
+    ],
     admin: Annotated[
         bool,
         typer.Option("--admin", help="Give access to the requests and uploads of all keys."),
@@ -169,11 +172,14 @@ def add(
 @keys.command("import")
 def import_keys(
     file: Annotated[
-        Path, typer.Argument(exists=True, dir_okay=False, help="`api_keys.json` of a server.")
+        Path,
+        typer.Argument(
+            metavar="FILE", exists=True, dir_okay=False, help="`api_keys.json` of a server."
+        ),
     ],
     store: Store = None,
 ) -> None:
-    """Add the keys in the file of another server, and print their names. They keep their secrets.
+    """Add the keys in the file of another server, and print their names. The keys stay valid.
 
     Keys that exist already are skipped.
     """
@@ -186,7 +192,7 @@ def import_keys(
 
 @keys.command("admin")
 def change_admin(
-    name: Annotated[str, typer.Argument(help="Name of the key.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the key.")],
     off: Annotated[bool, typer.Option("--off", help="Make an admin key an ordinary one.")] = False,
     store: Store = None,
 ) -> None:
@@ -211,7 +217,8 @@ def list_keys(
 
 @keys.command("remove")
 def remove(
-    name: Annotated[str, typer.Argument(help="Name of the key.")], store: Store = None
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the key.")],
+    store: Store = None,
 ) -> None:
     """Revoke a key immediately. A server without keys accepts only calls from its own machine.
 
@@ -236,7 +243,7 @@ def _opened_keys(store: str | None) -> Iterator[ApiKeys]:
         from fidelora.settings import read_settings
     except ModuleNotFoundError as error:
         fail(f"{_INSTALL} ({error.name} is missing)", 1)
-    settings = read_settings(store_url=store)
+    settings = read_settings(OPTION_OF_SETTING, store_url=store)
     if store and not settings.can_share_database:
         raise SettingsError(
             "--store is for keys in PostgreSQL. The keys of a server with an SQLite database are "

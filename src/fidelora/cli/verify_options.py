@@ -123,8 +123,8 @@ Tolerance = Annotated[
     typer.Option(
         min=0,
         metavar="LEVELS",
-        help="Accepted mean difference from the expected picture, of 255 levels; by default 1 "
-        "for A1111 and ComfyUI, whose pictures are simulated, else 0.",
+        help="Largest accepted mean difference from the expected picture, in levels of 255; by "
+        "default 1 for A1111 and ComfyUI, whose pictures are simulated, and 0 otherwise.",
         rich_help_panel=AGAINST_PANEL,
     ),
 ]

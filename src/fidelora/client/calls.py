@@ -26,6 +26,7 @@ from fidelora.errors import (
     RequestFailedError,
     UsageError,
 )
+from fidelora.field_sentences import field_sentence
 from fidelora.jobs.job import Status
 from fidelora.recipe import Recipe
 
@@ -166,7 +167,8 @@ def make_request(
             **fields,
         )
     except ValidationError as error:
-        problems = error.errors(include_url=False, include_input=False)
+        found = error.errors(include_url=False, include_input=False)
+        problems = [{"loc": entry["loc"], "msg": field_sentence(entry)} for entry in found]
         raise UsageError(_validation_message(problems)) from error
     unknown = [
         *(request.model_extra or {}),
@@ -314,7 +316,7 @@ def events_call(request_id: str, last_id: str, previews: bool, timeout_s: float)
 
 
 def has_no_events(error: ApiError) -> bool:
-    """True if the server has no event stream, which is an addition of Fidelora to the API."""
+    """True if the server has no event stream; only Fidelora adds one to the API."""
     return error.status in (404, 405, 501) and error.code != "REQUEST_NOT_FOUND"
 
 
@@ -349,7 +351,7 @@ def require_success(result: ResultBody, status: StatusBody | None) -> ResultBody
 
 
 def outputs_of(result: ResultBody) -> dict[int, ImageBody]:
-    """Return the images and videos of a result by index, which is that of the prompt.
+    """Return the images and videos of a result by the index of their prompt.
 
     Raises:
         UsageError: the request did not succeed.
@@ -403,9 +405,9 @@ def _lora_fields(lora: Lora) -> dict[str, Any]:
 
 
 def _validation_message(errors: Iterable[Mapping[str, Any]]) -> str:
-    """Join validation errors into one line: `prompts.0.width: Input should be ...`."""
+    """Join validation errors into one line: `prompts.0.width: Expected an integer.`"""
     parts = []
     for error in errors:
         field_path = ".".join(str(part) for part in error.get("loc", ()) if part != "body")
-        parts.append(f"{field_path}: {error.get('msg', 'is not valid')}")
-    return "; ".join(parts).rstrip(".") + "."
+        parts.append(f"{field_path}: {error.get('msg', 'is not valid')}".rstrip("."))
+    return "; ".join(parts) + "."

@@ -38,6 +38,10 @@ class Client:
 
     Raises:
         UsageError: `base_url` does not begin with http:// or https://.
+
+    Every method that calls the server raises `ApiUnavailableError` if the server cannot be reached
+    or is too busy, and `ApiError` if it returns another error. The `Raises` sections below list
+    further errors, and the codes of some `ApiError`s.
     """
 
     def __init__(
@@ -192,7 +196,7 @@ class Client:
 
         Raises:
             ApiError: the picture or the training run cannot be used (`EXPLANATION_FAILED`).
-            ApiUnavailableError: the server cannot be reached, or examines another picture.
+            ApiUnavailableError: the server cannot be reached, or is busy with another picture.
             ImageRecordError, UsageError: a file cannot be read.
         """
         return self._run(self._flows.explain(picture, run, settings))
@@ -208,6 +212,7 @@ class Client:
         """Wait until a request has succeeded, failed or been canceled.
 
         Args:
+            timeout_s: seconds to wait; None for no limit.
             on_progress: called with each new status.
             cancel_on_timeout: True to cancel the request after `timeout_s`.
 

@@ -39,7 +39,7 @@ class AdapterSets:
             self._known_sets.popitem(last=False)
 
     def is_needed(self, connection: sa.Connection, sha256: str) -> bool:
-        """Return True if an unfinished job needs this adapter."""
+        """True if an unfinished job needs this adapter."""
         sets = sa.select(ADAPTER_SETS.c.adapters).where(ADAPTER_SETS.c.sha256 == sha256)
         query = sa.select(JOBS.c.seq).where(
             JOBS.c.status.not_in(FINAL_STATUSES), JOBS.c.adapters.in_(sets)

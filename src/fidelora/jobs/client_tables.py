@@ -16,8 +16,8 @@ from fidelora.jobs.rows import FINAL_STATUSES, JOBS
 from fidelora.jobs.transactions import Database
 
 MAX_AGE_S = 2.0
-"""Seconds for which a server uses the keys and sessions that it has read. A notification makes it
-read them again at once; this is the limit if the notification is lost."""
+"""Seconds for which a server reuses keys and sessions after it has read them. It reads them again
+at once when a notification arrives, so this limit matters only if a notification is lost."""
 _API_KEYS = sa.table(
     "api_keys",
     sa.column("sha256", sa.String),
@@ -47,11 +47,11 @@ def database_state(database: Database) -> ClientState:
 
 
 class _Changes:
-    """Changes of the keys and sessions that this process has been notified of.
+    """Decides whether keys and sessions that were read before are still up to date.
 
     Args:
-        max_age_s: seconds after which a value counts as out of date even without a notification; 0
-            if each value is to be read again.
+        max_age_s: seconds for which a value is up to date if no notification arrives; 0 to read
+            every value again.
     """
 
     def __init__(self, database: Database, max_age_s: float) -> None:
@@ -69,7 +69,7 @@ class _Changes:
         return self._last, time.monotonic()
 
     def is_current(self, mark: tuple[object, float]) -> bool:
-        """Return True if a value with this mark can still be used."""
+        """True if a value with this mark can still be used."""
         last, at = mark
         return last is self._last and time.monotonic() - at < self._max_age_s
 
@@ -86,8 +86,8 @@ class DatabaseKeys(ApiKeys):
         self._database = database
         self._changes = _Changes(database, max_age_s)
         self._lock = threading.Lock()
-        never: Mapping[str, ApiKey] = {}
-        self._read = (never, (object(), 0.0))
+        no_keys: Mapping[str, ApiKey] = {}
+        self._read = (no_keys, (object(), 0.0))  # a mark that is never up to date
 
     def set_admin(self, name: str, is_admin: bool) -> None:
         update = sa.update(_API_KEYS).where(_API_KEYS.c.name == name).values(is_admin=is_admin)
@@ -202,8 +202,8 @@ class DatabaseSessions:
 class DatabaseA1111State:
     """State of AUTOMATIC1111's API that servers with one database share. Implements `A1111State`.
 
-    If a server ends while a client waits, the client's job remains until it has ended: another
-    server reports its progress and can interrupt it.
+    If a server ends while a client waits, the job stays registered until it has ended, so that
+    another server can report its progress and interrupt it.
     """
 
     def __init__(self, database: Database) -> None:

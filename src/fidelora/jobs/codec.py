@@ -17,9 +17,9 @@ from fidelora.recipe import Recipe
 DOCUMENT_FORMAT = 3
 """Format of the documents that this version writes. It reads this format and all smaller ones.
 
-Increase it if an older version could not read a document or would make another image from it, so
-with every new field of a recipe. During a rolling upgrade, older workers then leave new jobs in the
-queue for newer workers.
+Increase it if an older version could not read a document or would make another image from it. This
+is the case for every new field of a recipe. During a rolling upgrade, older workers then leave new
+jobs in the queue for newer workers.
 """
 
 

@@ -1,7 +1,7 @@
 """Ends connections to PostgreSQL that do not answer.
 
-`lock_timeout` and the other limits of PostgreSQL need a server that works. If its machine, its disk
-or the network hangs, a call would wait for hours, because libpq has no time limit for answers.
+PostgreSQL itself enforces `lock_timeout` and its other limits. If its machine, its disk or the
+network hangs, a call would wait for hours, because libpq has no timeout for responses.
 """
 
 from __future__ import annotations

@@ -28,9 +28,9 @@ _NOTIFY = sa.select(sa.func.pg_notify(sa.bindparam("channel"), sa.bindparam("pay
 
 
 class Notifications:
-    """Sends and receives notifications. On SQLite, new jobs wake only the workers of this process.
+    """Sends and receives notifications, on a thread that starts with the first call that needs it.
 
-    The thread that receives them starts with the first call that needs it.
+    On SQLite, there are no notifications, and new jobs wake only the workers of this process.
     """
 
     def __init__(self, engine: sa.Engine) -> None:
@@ -75,7 +75,7 @@ class Notifications:
             self._wake(None)
 
     def cancel_requested(self, job_id: str) -> bool:
-        """Return True if a notification asked to cancel this job."""
+        """True if a notification asked to cancel this job."""
         self._listen()
         return job_id in self._cancellations
 
@@ -116,7 +116,7 @@ class Listener:
     poolers drop all of them. So callers also have to poll.
 
     Args:
-        on_payload: must return quickly and must not raise.
+        on_payload: function to call; must return quickly and must not raise.
     """
 
     def __init__(self, engine: sa.Engine, on_payload: Callable[[str], None]) -> None:
@@ -138,7 +138,7 @@ class Listener:
                 self._listen()
             except Exception as error:  # noqa: BLE001  # the thread must survive lost connections
                 self.listening.clear()
-                log.warning("notifications of the job database are missing: %s", error)
+                log.warning("no notifications from the job database, reconnecting: %s", error)
                 self._closed.wait(_RECONNECT_S)
 
     def _listen(self) -> None:

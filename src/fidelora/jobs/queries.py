@@ -7,7 +7,7 @@ each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -41,16 +41,16 @@ _is_retry = sa.and_(_in_queue, JOBS.c.attempts > _zero)
 _is_fresh_by_adapters = sa.case((JOBS.c.attempts == _zero, JOBS.c.status)) == sa.literal_column(
     "'in_queue'"
 )
-"""Equivalent to `_is_fresh`, but only the index `jobs_by_adapters` of PostgreSQL has this
-condition. For `_is_fresh`, PostgreSQL prefers another partial index as long as its statistics lack
-the length of the queue, and reads the whole queue: 12 ms for 10,000 jobs instead of 0.02 ms."""
+"""Equivalent to `_is_fresh`, but only PostgreSQL's index `jobs_by_adapters` has this condition.
+With `_is_fresh`, PostgreSQL chooses another partial index until it has statistics of the queue's
+length, and reads the whole queue: 12 ms for 10,000 jobs instead of 0.02 ms."""
 _is_fresh_by_number = sa.case(
     (JOBS.c.attempts > _zero, sa.literal_column("''")), else_=JOBS.c.status
 ) == sa.literal_column("'in_queue'")
 """Equivalent to `_is_fresh`. No index has this condition, so PostgreSQL uses the primary key."""
 _arrival = JOBS.c.seq + _zero
-"""Order of arrival. It is not the plain column, because PostgreSQL would read all jobs, also the
-ended ones, in the order of the primary key until it finds the first retry."""
+"""Order of arrival. Adding 0 keeps PostgreSQL from using the primary key: it would read all jobs in
+this order, including those that have ended, until it finds the first retry."""
 _turn_of_fresh = sa.case((JOBS.c.attempts > _zero, _zero), else_=JOBS.c.turn)
 _place = ((JOBS.c.attempts > _zero), _turn_of_fresh, JOBS.c.seq)
 """Order of the queue: jobs without a failed attempt by turn, then the others by arrival."""
@@ -106,127 +106,73 @@ class Queries:
         count_workers: number of live workers.
         places: values from which the place of a new job is computed.
         count_before: number of queued jobs before a job with the given turn.
-        is_readable: condition for jobs that this process can read. Claims take the parameter
-            `device_kind`, and leave jobs for other kinds of devices in the queue.
+        is_readable: condition for jobs that this process can read.
         read_jobs: the readable jobs with the given ids.
         read_running: the readable jobs of workers whose names begin with a prefix.
         get: one job, and `now_s`.
-        claim: the job that a worker claims, and `now_s`; see `JobStore.claim`. On PostgreSQL, it
-            also counts the claim.
+        claim: the job that a worker claims, and `now_s`; see `JobStore.claim`. This query and the
+            next two take the parameter `device_kind`, and leave jobs for other kinds of devices in
+            the queue. On PostgreSQL, the query also counts the claim.
         claim_due: the job that is due, and `now_s`.
-        claim_one: one queued job, if no other claim has it, and `now_s`.
+        claim_one: one queued job, unless another claim has locked it, and `now_s`.
         candidates: first jobs without a failed attempt.
         retry_candidates: first jobs whose pause before a retry is over.
         expired: one row if there are jobs of lost workers.
-        lock_expired: these jobs, and `now_s`.
+        lock_expired: locks these jobs and returns them, and `now_s`.
         live_workers: workers whose last report is recent (`WORKER_ALIVE_S`).
         idle_workers: names of the first live workers that can claim a new job; see
             `WorkerTable.idle`.
     """
 
     def __init__(self, dialect: str, document_format: int) -> None:
-        is_postgresql = dialect == "postgresql"
         self.now_s = clock(dialect)
-        self.claims: Any = sa.select(CLAIM_COUNTER.c.claims).scalar_subquery()
-        self.count_claim: Any = sa.update(CLAIM_COUNTER).values(claims=CLAIM_COUNTER.c.claims + 1)
-        counted: list[Any] = []
-        if is_postgresql:
-            self.claims = sa.literal_column(
-                "(SELECT last_value + (CASE WHEN is_called THEN 1 ELSE 0 END) FROM claim_counter)"
-            )
-            counted = [sa.literal_column("nextval('claim_counter')").label("claim")]
-            self.count_claim = sa.select(*counted)
         now = self.now_s.label("now_s")
         alive = WORKERS.c.reported_at_s > self.now_s - WORKER_ALIVE_S
+        self.claims, self.count_claim, counted = _claim_counter(dialect)
         self.count_workers = (
             sa.select(sa.func.count()).select_from(WORKERS).where(alive).scalar_subquery()
         )
-        head_turn = sa.select(sa.func.min(JOBS.c.turn)).where(_is_fresh).scalar_subquery()
-        last_turn = (
-            sa.select(sa.func.max(JOBS.c.turn))
-            .where(_is_fresh, JOBS.c.owner == sa.bindparam("owner"))
-            .scalar_subquery()
-        )
-        self.places = sa.select(
-            head_turn.label("head"),
-            last_turn.label("last_of_owner"),
-            self.claims.label("claims"),
-            self.count_workers.label("workers"),
-            now,
-        )
+        self.places = _places(self.claims, self.count_workers, now)
         self.count_before = (
             sa.select(sa.func.count())
             .select_from(JOBS)
             .where(_is_fresh, JOBS.c.turn <= sa.bindparam("turn"))
         )
-        self.get = sa.select(*JOB_COLUMNS, now).where(JOBS.c.id == sa.bindparam("id"))
-
-        # See `job.is_due` for a clock that was set back.
-        ahead_s = JOBS.c.retry_at_s - self.now_s
-        pause_is_over = sa.or_(
-            JOBS.c.retry_at_s.is_(None), ahead_s <= 0, ahead_s > MAX_RETRY_PAUSE_S
-        )
-        is_due = JOBS.c.due <= self.claims
         self.is_readable: sa.ColumnElement[bool] = JOBS.c.document_format <= sa.literal(
             document_format
         )
-        is_readable = self.is_readable
-        self.read_jobs = sa.select(*JOB_COLUMNS).where(JOBS.c.id.in_(_ids), is_readable)
+        self.read_jobs = sa.select(*JOB_COLUMNS).where(JOBS.c.id.in_(_ids), self.is_readable)
         self.read_running = sa.select(*JOB_COLUMNS).where(
             _in_progress,
-            is_readable,
+            self.is_readable,
             sa.func.substr(JOBS.c.worker, 1, sa.bindparam("length", type_=sa.Integer))
             == sa.bindparam("prefix", type_=sa.String),
         )
+        self.get = sa.select(*JOB_COLUMNS, now).where(JOBS.c.id == sa.bindparam("id"))
         is_claimable = sa.and_(
-            is_readable,
+            self.is_readable,
             sa.or_(
                 JOBS.c.device_kind == sa.literal_column("''"),
                 JOBS.c.device_kind == sa.bindparam("device_kind", "", type_=sa.String),
             ),
         )
+        # See `job.is_due` for a clock that was set back.
+        ahead_s = JOBS.c.retry_at_s - self.now_s
+        pause_is_over = sa.or_(
+            JOBS.c.retry_at_s.is_(None), ahead_s <= 0, ahead_s > MAX_RETRY_PAUSE_S
+        )
         fresh = sa.and_(_is_fresh, is_claimable)
-        retried = sa.and_(_is_retry, is_claimable)
-        head = (
-            sa.select(JOBS.c.seq)
-            .where(fresh)
-            .order_by(JOBS.c.turn, JOBS.c.seq)
-            .limit(1)
-            .scalar_subquery()
-        )
-        due_retry = _one(retried, pause_is_over, is_due, order=(JOBS.c.due, JOBS.c.seq))
-        due_head = _one(fresh, JOBS.c.seq == head, is_due)
-        merged_key = sa.bindparam("merged", type_=sa.String)
-        if is_postgresql:
-            by_adapters = sa.and_(_is_fresh_by_adapters, is_claimable)
-            merged, loaded = (
-                _first_with(by_adapters, merged_key),
-                _first_loaded(by_adapters, sa.and_(_is_fresh_by_number, is_claimable)),
-            )
-        else:
-            merged = _one(fresh, JOBS.c.adapters == merged_key)
-            loaded = _one(fresh, JOBS.c.adapters.in_(COMPLETE_SETS))
-        is_home = sa.and_(
-            WORKER_ADAPTERS.c.adapters == JOBS.c.adapters,
-            WORKER_ADAPTERS.c.worker != sa.bindparam("worker"),
-            sa.exists().where(WORKERS.c.name == WORKER_ADAPTERS.c.worker, alive),
-        )
-        hold_s = sa.bindparam("hold_s", type_=sa.Float)
-        is_held = sa.and_(
-            sa.cast(hold_s, sa.Float) > 0,
-            JOBS.c.queued_at_s > self.now_s - hold_s,
-            sa.exists().where(is_home),
-        )
-        first = _one(fresh, sa.not_(is_held))
-        retry = _one(retried, pause_is_over, order=(_arrival,))
+        retried = sa.and_(_is_retry, is_claimable, pause_is_over)
+        due = _due(fresh, retried, self.claims)
+        with_adapters = _with_adapters(dialect, fresh, is_claimable)
+        first = _one(fresh, sa.not_(_is_held(self.now_s, alive)))
+        retry = _one(retried, order=(_arrival,))
         # Databases evaluate the arguments of `coalesce` one after the other, so each claim locks
         # one job at most.
         self.claim = sa.select(*JOB_COLUMNS, now, *counted).where(
-            JOBS.c.seq == sa.func.coalesce(due_retry, due_head, merged, loaded, first, retry)
+            JOBS.c.seq == sa.func.coalesce(*due, *with_adapters, first, retry)
         )
-        self.claim_due = sa.select(*JOB_COLUMNS, now).where(
-            JOBS.c.seq == sa.func.coalesce(due_retry, due_head)
-        )
+        self.claim_due = sa.select(*JOB_COLUMNS, now).where(JOBS.c.seq == sa.func.coalesce(*due))
         self.claim_one = sa.select(*JOB_COLUMNS, now).where(
             JOBS.c.seq == _one(_in_queue, is_claimable, JOBS.c.seq == sa.bindparam("seq"))
         )
@@ -234,38 +180,13 @@ class Queries:
         self.retry_candidates = _retried_jobs.where(is_claimable, pause_is_over).limit(
             _RETRY_WINDOW
         )
-        lost = sa.exists().where(
-            WORKERS.c.name == JOBS.c.worker,
-            WORKERS.c.reported_at_s <= self.now_s - sa.bindparam("lost_s", type_=sa.Float),
-        )
-        expired = sa.and_(
-            _in_progress,
-            is_readable,
-            sa.or_(JOBS.c.lease_expires_at_s <= self.now_s, lost),
-            JOBS.c.worker.not_in(sa.bindparam("spared", expanding=True)),
-        )
+        expired = _is_expired(self.now_s, self.is_readable)
         self.expired = sa.select(JOBS.c.seq).where(expired).limit(1)
         self.lock_expired = (
             sa.select(*JOB_COLUMNS, now).where(expired).with_for_update(skip_locked=True)
         )
         self.live_workers = sa.select(WORKERS).where(alive).order_by(WORKERS.c.name)
-        # The column `idle_since_s` can be older than the last claim by a few seconds.
-        is_busy = sa.exists().where(_in_progress, JOBS.c.worker == WORKERS.c.name)
-        kind = sa.bindparam("device_kind", type_=sa.String)
-        has_adapters = sa.exists().where(
-            WORKER_ADAPTERS.c.worker == WORKERS.c.name,
-            WORKER_ADAPTERS.c.adapters == sa.bindparam("adapters", type_=sa.String),
-        )
-        self.idle_workers = (
-            sa.select(WORKERS.c.name)
-            .where(
-                alive,
-                sa.not_(is_busy),
-                sa.or_(kind == "", WORKERS.c.device == kind, WORKERS.c.device.like(kind + ":%")),
-            )
-            .order_by(has_adapters.desc(), sa.func.length(WORKERS.c.loaded), WORKERS.c.name)
-            .limit(sa.bindparam("count", type_=sa.Integer))
-        )
+        self.idle_workers = _idle_workers(alive)
 
     def finished(self, before_s: float, keep: int) -> sa.Select[Any]:
         """Return the readable jobs that ended before a time or follow the `keep` newest ones."""
@@ -283,8 +204,126 @@ class Queries:
         )
 
 
+def _claim_counter(dialect: str) -> tuple[Any, Any, Sequence[Any]]:
+    """Return the number of claims, the statement that counts one, and columns that count one."""
+    if dialect == "postgresql":
+        claims: Any = sa.literal_column(
+            "(SELECT last_value + (CASE WHEN is_called THEN 1 ELSE 0 END) FROM claim_counter)"
+        )
+        counted: list[Any] = [sa.literal_column("nextval('claim_counter')").label("claim")]
+        return claims, sa.select(*counted), counted
+    count_claim = sa.update(CLAIM_COUNTER).values(claims=CLAIM_COUNTER.c.claims + 1)
+    return sa.select(CLAIM_COUNTER.c.claims).scalar_subquery(), count_claim, []
+
+
+def _places(claims: Any, workers: Any, now: sa.Label[float]) -> sa.Select[Any]:
+    """Return the values from which the place of a new job is computed."""
+    head = sa.select(sa.func.min(JOBS.c.turn)).where(_is_fresh).scalar_subquery()
+    last_of_owner = (
+        sa.select(sa.func.max(JOBS.c.turn))
+        .where(_is_fresh, JOBS.c.owner == sa.bindparam("owner"))
+        .scalar_subquery()
+    )
+    return sa.select(
+        head.label("head"),
+        last_of_owner.label("last_of_owner"),
+        claims.label("claims"),
+        workers.label("workers"),
+        now,
+    )
+
+
+def _due(
+    fresh: sa.ColumnElement[bool], retried: sa.ColumnElement[bool], claims: Any
+) -> tuple[sa.ScalarSelect[Any], ...]:
+    """Return subqueries that lock the first due retry, and the head of the queue if due."""
+    is_due = JOBS.c.due <= claims
+    head = (
+        sa.select(JOBS.c.seq)
+        .where(fresh)
+        .order_by(JOBS.c.turn, JOBS.c.seq)
+        .limit(1)
+        .scalar_subquery()
+    )
+    return (
+        _one(retried, is_due, order=(JOBS.c.due, JOBS.c.seq)),
+        _one(fresh, JOBS.c.seq == head, is_due),
+    )
+
+
+def _with_adapters(
+    dialect: str, fresh: sa.ColumnElement[bool], is_claimable: sa.ColumnElement[bool]
+) -> tuple[sa.ScalarSelect[Any], ...]:
+    """Return subqueries that lock the first job for the merged or for loaded adapters."""
+    merged_key = sa.bindparam("merged", type_=sa.String)
+    if dialect == "postgresql":
+        by_adapters = sa.and_(_is_fresh_by_adapters, is_claimable)
+        return (
+            _first_with(by_adapters, merged_key),
+            _first_loaded(by_adapters, sa.and_(_is_fresh_by_number, is_claimable)),
+        )
+    return (
+        _one(fresh, JOBS.c.adapters == merged_key),
+        _one(fresh, JOBS.c.adapters.in_(COMPLETE_SETS)),
+    )
+
+
+def _is_held(
+    now_s: sa.ColumnElement[float], alive: sa.ColumnElement[bool]
+) -> sa.ColumnElement[bool]:
+    """Return the condition for jobs that wait for another live worker with their adapters."""
+    is_home = sa.and_(
+        WORKER_ADAPTERS.c.adapters == JOBS.c.adapters,
+        WORKER_ADAPTERS.c.worker != sa.bindparam("worker"),
+        sa.exists().where(WORKERS.c.name == WORKER_ADAPTERS.c.worker, alive),
+    )
+    hold_s = sa.bindparam("hold_s", type_=sa.Float)
+    return sa.and_(
+        sa.cast(hold_s, sa.Float) > 0,
+        JOBS.c.queued_at_s > now_s - hold_s,
+        sa.exists().where(is_home),
+    )
+
+
+def _is_expired(
+    now_s: sa.ColumnElement[float], is_readable: sa.ColumnElement[bool]
+) -> sa.ColumnElement[bool]:
+    """Return the condition for the jobs of lost workers."""
+    lost = sa.exists().where(
+        WORKERS.c.name == JOBS.c.worker,
+        WORKERS.c.reported_at_s <= now_s - sa.bindparam("lost_s", type_=sa.Float),
+    )
+    return sa.and_(
+        _in_progress,
+        is_readable,
+        sa.or_(JOBS.c.lease_expires_at_s <= now_s, lost),
+        JOBS.c.worker.not_in(sa.bindparam("spared", expanding=True)),
+    )
+
+
+def _idle_workers(alive: sa.ColumnElement[bool]) -> sa.Select[Any]:
+    """Return the names of live workers that can claim a new job; see `WorkerTable.idle`."""
+    # The column `idle_since_s` can be older than the last claim by a few seconds.
+    is_busy = sa.exists().where(_in_progress, JOBS.c.worker == WORKERS.c.name)
+    kind = sa.bindparam("device_kind", type_=sa.String)
+    has_adapters = sa.exists().where(
+        WORKER_ADAPTERS.c.worker == WORKERS.c.name,
+        WORKER_ADAPTERS.c.adapters == sa.bindparam("adapters", type_=sa.String),
+    )
+    return (
+        sa.select(WORKERS.c.name)
+        .where(
+            alive,
+            sa.not_(is_busy),
+            sa.or_(kind == "", WORKERS.c.device == kind, WORKERS.c.device.like(kind + ":%")),
+        )
+        .order_by(has_adapters.desc(), sa.func.length(WORKERS.c.loaded), WORKERS.c.name)
+        .limit(sa.bindparam("count", type_=sa.Integer))
+    )
+
+
 def id_batches(ids: Iterable[str]) -> Iterator[list[str]]:
-    """Return ids in lists of at most `MAX_IDS`."""
+    """Yield the ids in lists of at most `MAX_IDS`."""
     left = list(ids)
     for start in range(0, len(left), MAX_IDS):
         yield left[start : start + MAX_IDS]
@@ -293,7 +332,7 @@ def id_batches(ids: Iterable[str]) -> Iterator[list[str]]:
 def _one(
     *conditions: sa.ColumnElement[bool], order: tuple[Any, ...] = (JOBS.c.turn, JOBS.c.seq)
 ) -> sa.ScalarSelect[Any]:
-    """Return the number of the first row that no other transaction has locked, and lock it."""
+    """Return a subquery that locks the first unlocked row and selects its number."""
     query = sa.select(JOBS.c.seq).where(*conditions).order_by(*order).limit(1)
     return query.with_for_update(skip_locked=True).scalar_subquery()
 
@@ -301,17 +340,17 @@ def _one(
 def _first_with(
     is_fresh: sa.ColumnElement[bool], key: sa.ColumnElement[str]
 ) -> sa.ScalarSelect[Any]:
-    """Lock the first job with this key of its adapters, and return its number."""
+    """Return a subquery that locks the first job with this key of its adapters."""
     return _one(is_fresh, *_has_key(key), order=_BY_ADAPTERS)
 
 
 def _first_loaded(
     is_fresh: sa.ColumnElement[bool], is_fresh_by_number: sa.ColumnElement[bool]
 ) -> sa.ScalarSelect[Any]:
-    """Lock the first job whose adapters are all loaded, and return its number.
+    """Return a subquery that locks the first job whose adapters are all loaded.
 
-    Reads the first jobs of each set of adapters, so the time does not depend on the length of the
-    queue. Other claims may have locked some of them.
+    It reads the first jobs of each set of adapters, so the time does not depend on the length of
+    the queue. Other claims may have locked some of them.
     """
     sets = COMPLETE_SETS.subquery()
     first_of_set = (
@@ -329,8 +368,9 @@ def _first_loaded(
 def _has_key(key: sa.ColumnElement[str]) -> tuple[sa.ColumnElement[bool], ...]:
     """Return the condition for jobs with this key of their adapters.
 
-    It is a range, for which only the index has the order `_BY_ADAPTERS`. For an equality, the order
-    would be that of `turn` and `seq`, which other indexes have, too.
+    The condition is a range, although an equality means the same. With an equality, PostgreSQL
+    drops the constant first column of the order `_BY_ADAPTERS`, and other indexes also provide the
+    remaining order.
     """
     return JOBS.c.adapters >= key, JOBS.c.adapters <= key
 

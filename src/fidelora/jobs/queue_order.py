@@ -5,8 +5,8 @@ Each queued job has a place, which is fixed when the job enters the queue:
 * `turn` orders jobs without a failed attempt. The jobs of one owner have consecutive turns, and the
   first of them has the turn of the job that is at the head of the queue. So the queue contains one
   job of each owner per turn, however many jobs one owner has added.
-* `due` is a number of claims. If the store has made this many claims, and the job is at the head of
-  the queue or had a failed attempt, it is claimed before any job whose adapters are loaded.
+* `due` is a number of claims. Once the store has made this many claims, the job is claimed before
+  any job whose adapters are loaded, if it is at the head of the queue or had a failed attempt.
 
 `MemoryStore` uses the functions of this module; `queries.py` states the same rules in SQL.
 """

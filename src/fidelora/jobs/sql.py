@@ -368,8 +368,8 @@ class SqlStore(StoreByTransition):
             raise JobNotFoundError
         if row.document_format > self._document_format:
             raise JobStoreError(
-                "The request was accepted by a newer version of Fidelora. Another server of that "
-                "version can read it."
+                "The request was accepted by a newer version of Fidelora. Upgrade this server, or "
+                "ask a server with the newer version."
             )
         return job_of(row), datetime.fromtimestamp(row.now_s, UTC)
 

@@ -12,10 +12,10 @@ from fidelora.jobs import job as transitions
 from fidelora.jobs.job import Failure, Job, JobProgress, Output, Status
 
 WORKER_ALIVE_S = 15.0
-"""Seconds for which a worker counts as alive after it has reported: three of its reports."""
+"""Seconds for which a worker counts as alive after a report: three times the reporting interval."""
 WORKER_LOST_S = 60.0
-"""Seconds after the last report of a worker after which its jobs are abandoned. Longer than a
-restart of the database, during which no worker can report."""
+"""Seconds without a report after which the jobs of a worker are abandoned. Longer than a restart of
+the database, during which no worker can report."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class WorkerState:
         merged: sha256 of the adapters that are merged into its model.
         idle_since: time since which it has had no job; None while it has one.
         reported_at: time of the report; set by the store.
-        models: ids of the base models in its memory, the one that was used last first.
+        models: ids of the model families in its memory, the most recently used one first.
     """
 
     name: str
@@ -261,9 +261,7 @@ class JobStore(Protocol):
         ...
 
     def abandon(self, job_id: str, epoch: int, reason: str, now: datetime | None = None) -> Job:
-        """Requeue the job after a failed attempt, or end it as failed after the last attempt.
-
-        An attempt fails if its worker dies, stops its heartbeats or has an unexpected error.
+        """Requeue the job after a failed attempt, or end it as failed; see `job.abandoned`.
 
         Raises:
             LeaseLostError: the claim has ended.
@@ -322,8 +320,8 @@ class JobStore(Protocol):
         """Call `wake`, on a thread, when any process adds a job or returns one to the queue.
 
         `wake` receives the names of the workers that should look for the job, or None for all. A
-        store that several machines use names as many idle workers as there are jobs, first those
-        that have the adapters of the job loaded. Thus a job does not cause claims of all workers.
+        store that several machines use names as many idle workers as there are jobs, starting with
+        those that have the adapters of the job loaded, so that not every worker tries to claim it.
 
         Some stores cannot notice other processes, and notifications can be lost. So workers also
         have to poll.

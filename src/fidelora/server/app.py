@@ -76,7 +76,7 @@ _CLEAN_OBJECT_STORE_INTERVAL_S = 3600.0
 _TRIM_INTERVAL_S = 30.0
 """Seconds between two returns of freed memory to the operating system."""
 
-_DESCRIPTION = """Images from Stable Diffusion LoRAs, identical to AI Toolkit's training samples.
+_DESCRIPTION = """Images with LoRAs trained by AI Toolkit, identical to the trainer's samples.
 
 `POST /v1/inference` creates a request; its status, progress and images are at
 `/v1/requests/{request_id}`."""

@@ -14,9 +14,10 @@ HEADER_TIMEOUT_S = 20.0
 """Seconds from the opening of a connection, or the first byte of a further request, to the end of
 the request's header."""
 BODY_TIMEOUT_S = 60.0
-"""Maximum pause between two parts of a request's body, and seconds that any body may take."""
+"""Longest pause between two parts of a request's body, in seconds. Every body may also take this
+long as a whole, however slow the client is."""
 WRITE_TIMEOUT_S = 60.0
-"""Seconds after which a connection is closed whose client does not read the response."""
+"""Seconds after which the connection of a client that does not read the response is closed."""
 MIN_BYTES_PER_S = 500
 """Minimum speed of a body, after its first `BODY_TIMEOUT_S`, and of reading a response. Without it,
 connections that transfer one byte per minute would stay open for days."""
@@ -61,7 +62,7 @@ class LimitedProtocol(H11Protocol):
     _write_deadline: asyncio.TimerHandle | None = None
     _body_of: RequestResponseCycle | None = None
     _body_ends = 0.0
-    """Time at which the body of the request `_body_of` must have arrived, if no more bytes do."""
+    """Deadline for the body of the request `_body_of`; received bytes extend it."""
     _reported_s = -1e9
     """Time of the last log line about closed connections, so that a flood cannot fill the log."""
 
@@ -70,7 +71,7 @@ class LimitedProtocol(H11Protocol):
         super().connection_made(transport)
         # asyncio's own limit of one read is 256 KiB; its documentation has no setting for it.
         transport.max_size = READ_BYTES  # type: ignore[attr-defined]
-        # Report all bytes that the client has not read, also fewer than the default of 64 KiB.
+        # Call `pause_writing` for any unread byte; the default is to call it from 64 KiB on.
         transport.set_write_buffer_limits(high=0)
         if len(self.connections) > self.max_connections:
             self._report("too many connections, closing new ones", limit=self.max_connections)
@@ -97,7 +98,7 @@ class LimitedProtocol(H11Protocol):
         super().on_response_complete()
 
     def pause_writing(self) -> None:
-        """Close the connection unless its client reads on."""
+        """Start a timer that closes the connection unless its client continues to read."""
         super().pause_writing()
         self._wait_for_client(self.transport.get_write_buffer_size())
 

@@ -120,7 +120,10 @@ class ServerContext:
 
     @property
     def unready_reason(self) -> str:
-        """Reason why a worker could not start or pauses; empty if any is ready or none failed."""
+        """Reason why a worker could not start or pauses.
+
+        Empty if another worker is ready, or if all workers are still starting.
+        """
         return "" if self.pool is None or self.pool.ready else self.pool.unready_reason
 
     def refuse_if_unavailable(self) -> None:

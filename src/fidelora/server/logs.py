@@ -25,7 +25,7 @@ _SECRET_WORDS = ("token", "authorization", "api_key", "password")
 
 
 def is_text(log_format: LogFormat) -> bool:
-    """Return True if this process logs text, and False if it logs JSON."""
+    """True if this process logs text, and False if it logs JSON."""
     return log_format == "text" or (log_format == "auto" and sys.stderr.isatty())
 
 
@@ -93,7 +93,7 @@ class LibraryRepeats(logging.Filter):
         self._last: dict[tuple[str, str], float] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Return True if the record is to be logged."""
+        """True if the record is to be logged."""
         if record.levelno < logging.WARNING or not record.name.startswith(_LIBRARIES):
             return True
         kind = record.exc_info[0] if record.exc_info else None

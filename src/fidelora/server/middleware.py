@@ -49,7 +49,7 @@ _CALL_ID = re.compile(r"[\w.-]{1,64}")
 
 
 def is_loopback(host: str) -> bool:
-    """Return True if a server that listens on `host` is reachable from this machine only."""
+    """True if a server that listens on `host` is reachable from this machine only."""
     try:
         address = ipaddress.ip_address(host.strip("[]"))
         return (getattr(address, "ipv4_mapped", None) or address).is_loopback

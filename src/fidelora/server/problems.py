@@ -24,7 +24,7 @@ from fidelora.errors import (
     RequestFieldError,
     StorageFullError,
 )
-from fidelora.server.field_sentences import field_sentence
+from fidelora.field_sentences import field_sentence
 from fidelora.server.problem_formats import (
     MAX_SHOWN,
     Problem,
@@ -229,7 +229,7 @@ def _invalid(found: Sequence[Mapping[str, Any]]) -> Problem:
 
 
 def _is_plain(value: object) -> bool:
-    """Return True for a short scalar that JSON and UTF-8 can represent."""
+    """True for a short scalar that JSON and UTF-8 can represent."""
     if isinstance(value, str):
         return len(value) <= 200 and value.encode("utf-8", "ignore").decode() == value
     return isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value))

@@ -17,14 +17,14 @@ _URL_OF_FILE = re.compile(r"\b(?:file|sqlite[\w+]*):/{2,}(?=/)")
 # A slash inside a word, a URL or a fraction does not begin a path.
 _UNQUOTED = re.compile(r"""(?<![\w/.~%&?-])(?!//)/[^\s'"`,;()<>|*]+""")
 _ENDS = ".:!?…"
-"""Characters at the end of a path that belong to the sentence."""
+"""Punctuation that can follow a path in a sentence."""
 
 _ROUTES = frozenset({"v1", "sdapi", "health", "ready", "metrics", "docs", "openapi.json"})
 """First components of the server's own routes, which errors name."""
 
 
 class Roots:
-    """Folders and files whose paths are replaced wherever they occur, also if they have spaces."""
+    """Folders and files whose paths are replaced wherever they occur, even if they have spaces."""
 
     def __init__(self) -> None:
         self._names: dict[str, str] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 _WITHOUT_V1 = ("/images/", "/models", "/chat/", "/completions", "/embeddings", "/responses")
-"""Routes of OpenAI's API without the `/v1` that is missing in the client's base URL."""
+"""Paths that a client of OpenAI's API calls if its base URL lacks the `/v1`."""
 _OTHER_OPENAI = (
     "/v1/audio/", "/v1/chat/", "/v1/completions", "/v1/embeddings", "/v1/moderations",
     "/v1/responses", "/v1/videos",

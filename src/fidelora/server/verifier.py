@@ -134,7 +134,8 @@ class Verifier:
                     code = await process.wait()
             except TimeoutError:
                 raise TrainingRunError(
-                    f"The verification exceeded {self._timeout_s:g} seconds and was stopped."
+                    f"The command exceeded {self._timeout_s:g} seconds and was stopped. Choose a "
+                    "single step, or raise FIDELORA_INFERENCE_TIMEOUT."
                 ) from None
             finally:
                 del self._running[verification_id]

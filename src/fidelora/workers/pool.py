@@ -65,9 +65,10 @@ class WorkerPool:
 
     @property
     def ready(self) -> bool:
-        """True if any worker has loaded its model and takes jobs, and does not pause.
+        """True if any worker has loaded its model and is not paused.
 
-        A pool without workers is ready: other machines run the jobs, and may be started for them.
+        A pool without workers is always ready, because other machines run the jobs. They may start
+        only when there are jobs.
         """
         return not self._slots or any(slot.ready for slot in self._slots)
 
@@ -89,7 +90,7 @@ class WorkerPool:
         """Make idle workers look for a new job now.
 
         Args:
-            names: names of these workers, of which any can belong to other pools; None for all.
+            names: names of these workers; those of other pools are ignored. None for all.
         """
         for slot in self._slots:
             if names is None or slot.name in names:
@@ -158,8 +159,8 @@ class WorkerPool:
             if slot.process is None and slot.may_start:
                 self.restarts += 1
                 slot.start()
-        # Leases are only needed for the jobs of other pools. The processes of this pool's own
-        # workers can be checked, which also works if the system's date is changed.
+        # Leases are needed only for the jobs of other pools. For its own workers, the pool checks
+        # the processes, which is independent of the system's date.
         alive = {slot.name for slot in self._slots if slot.alive}
         return abandoned + list(self._store.abandon_expired(now, spare=alive))
 

@@ -62,8 +62,8 @@ class Worker:
         on_end: called after each attempt.
         on_pause: called with the reason when the worker pauses because it cannot write images, and
             with an empty reason when it continues.
-        beat: called while the worker makes progress, with the seconds until its next call. If that
-            call does not come in time, the worker is hung.
+        beat: called while the worker makes progress, with the seconds until the next call. If that
+            call is late, the worker counts as hung.
         presence: reports the state of the worker to the store; None for no reports.
         now: current time; None for the store's clock.
         monotonic: clock, replaced in tests.

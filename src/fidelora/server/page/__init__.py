@@ -1,1 +1,1 @@
-"""The web page at `/`. The server runs without Gradio, because only `blocks` loads it."""
+"""The web page at `/`. Only `blocks` and the modules that it imports need Gradio."""

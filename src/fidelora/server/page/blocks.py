@@ -21,10 +21,10 @@ _CSS = Path(__file__).with_name("style.css")
 def gradio_app(
     context: ServerContext, page_files: PageFiles, verifier: Verifier, root_path: str
 ) -> tuple[FastAPI, AbstractAsyncContextManager[Any], frozenset[int]]:
-    """Return the application that serves the page, its lifespan context, and its events' numbers.
+    """Return the application that serves the page, its lifespan context, and event numbers.
 
-    Gradio must not be imported before this call: only at its import does it read the environment
-    variables that disable its telemetry and set its folder.
+    Gradio must not be imported before this call. It reads the environment variables that disable
+    its telemetry and set its folder only when it is imported.
 
     Args:
         root_path: path of the server's public URL, or an empty string.

@@ -12,8 +12,8 @@ IMMEDIATE: dict[str, Any] = {
 }
 """Options for handlers that return immediately.
 
-If an event occurs while its handler runs, the handler runs once more afterwards, with the values of
-that time. By default, Gradio drops such events, so the last of several quick changes would be lost.
+If an event occurs while its handler runs, the handler runs once more afterwards, with the latest
+values. By default, Gradio drops such events, so the last of several quick changes would be lost.
 """
 
 STREAMING: dict[str, Any] = {

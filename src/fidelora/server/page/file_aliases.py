@@ -46,7 +46,7 @@ class FileAliases:
         return path
 
     def restore(self, content: Any) -> bool:
-        """Replace the alias in every `path` of nested JSON; return True if there was any.
+        """Replace the alias in every `path` of nested JSON; return True if any was found.
 
         Other texts, such as prompts, stay as they are.
         """

@@ -24,6 +24,7 @@ from fidelora.api import (
 )
 from fidelora.errors import UsageError
 from fidelora.families import get_family
+from fidelora.field_sentences import field_sentence
 from fidelora.images.mp4 import can_write_mp4
 from fidelora.loras.trigger import has_placeholder
 from fidelora.recipe import LOCATIONS, MAX_SEED, AdapterRef, Recipe, short_name
@@ -156,7 +157,7 @@ def _sentence(error: ValidationError) -> str:
         return f"{label} is {given}; enter a number from {lowest:g} to {highest:g}."
     if first["type"] in ("int_from_float", "int_type", "int_parsing"):
         return f"{label} is {given}; enter a whole number."
-    return f"{label} is {given}, which is not possible: {first['msg']}."
+    return f"{label} is {given}. {field_sentence(first)}"
 
 
 def family_defaults(model: str, side: int) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def duration(seconds: float) -> str:
 
 
 def _waiting(queue_position: int | None) -> str:
-    """Return the state of a queued job; a worker may be busy with other requests meanwhile."""
+    """Return a sentence about a queued job. "Next" does not mean that a worker is free."""
     if not queue_position:
         return "Next in the queue."
     jobs = "1 request" if queue_position == 1 else f"{queue_position} requests"

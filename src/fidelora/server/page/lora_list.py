@@ -45,12 +45,12 @@ class LoraList:
             return None
 
     def is_embedding(self, path: str) -> bool:
-        """Return True if a file is a textual-inversion embedding, which has no multiplier."""
+        """True if a file is a textual-inversion embedding, which has no multiplier."""
         summary = self.summary(path)
         return summary is not None and summary.kind == EMBEDDING
 
     def embedding_in(self, prompt: str, chosen: Sequence[str]) -> tuple[str, str] | None:
-        """Return word and path of an embedding that a prompt names but that is not chosen."""
+        """Return the word and path of an embedding that a prompt names but that is not chosen."""
         chosen_words = {
             summary.trigger for path in chosen if (summary := self.summary(path)) is not None
         }

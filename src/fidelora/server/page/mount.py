@@ -180,7 +180,7 @@ class Page(BaseRoute):
             await self._app(scope, receive, send)
 
     def _is_visible(self, file: str, caller: Caller) -> bool:
-        """Return True for a path in the page's own folder that the caller has access to.
+        """True for a path in the page's own folder that the caller has access to.
 
         Without this check, Gradio would fetch a URL given as a path and serve the response. Images
         of requests are in folders with the request's id; the names of all other folders cannot be

@@ -38,5 +38,5 @@ _PREFIXES = ("/assets/", "/static/", FILES, REPORTS, *STREAMS)
 
 
 def is_page_path(path: str) -> bool:
-    """Return True if the page handles requests for this path."""
+    """True if the page handles requests for this path."""
     return path in _EXACT or path.startswith(_PREFIXES)

@@ -33,7 +33,7 @@ def add_lora(context: ServerContext, file: Path) -> str:
         BodyTooLargeError: the file is larger than `FIDELORA_LORA_MAX_MB`.
         AdapterExistsError: an upload with this name has other contents.
         AdapterNameError, AdapterError, WeightsFileError: the file cannot be used.
-        UploadQuotaError: the uploads would have more than their quota.
+        UploadQuotaError: the uploads would exceed their quota.
         OutputError: the file could not be written.
     """
     context.refuse_if_stopping()

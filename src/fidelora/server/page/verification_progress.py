@@ -1,4 +1,4 @@
-"""Progress of a verification on the page. Does not import Gradio."""
+"""Progress of a verification or an explanation on the page. Does not import Gradio."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LINE = re.compile(r"progress: (.+) (\d+) of (\d+)")
 
 
 class Progress:
-    """Progress that the lines of `fidelora verify` report, and the elapsed time."""
+    """Progress that `fidelora verify` or `explain` prints, and the elapsed time."""
 
     def __init__(self) -> None:
         self._start = time.monotonic()
@@ -31,7 +31,7 @@ class Progress:
         return found is not None
 
     def bar(self) -> str:
-        """Return a progress bar with what is done and for how long the verification has run."""
+        """Return a progress bar with the finished part of the work and the elapsed time."""
         count = f" {self._done} of {self._total}" if self._total else ""
         elapsed = duration(time.monotonic() - self._start)
         sentence = f"{self._title}{count}. {elapsed} so far."

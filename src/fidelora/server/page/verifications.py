@@ -30,8 +30,8 @@ _MAX_EXPANSION = 4
 """Largest ratio of unpacked to packed bytes. Weights and images hardly compress; a zip that expands
 further is not a training run."""
 _MAX_DEPTH = 4  # folder levels to search for runs
-_MAX_PARTS = 12  # of a path in a zip; the trainer's folders are less deep
-_MAX_NAME_BYTES = 200  # of a part; file systems allow 255
+_MAX_PARTS = 12  # maximum depth of a path in a zip; the trainer's folders are less deep
+_MAX_NAME_BYTES = 200  # maximum length of a name in such a path; file systems allow 255 bytes
 _MAX_LISTED_RUNS = 2000
 
 
@@ -58,8 +58,8 @@ def find_run(root: Path | None, name: str) -> Path:
     """
     if root is None:
         raise SettingsError(
-            "This server verifies uploaded training runs only. "
-            "Set FIDELORA_JOBS_PATH on the server to choose from a folder."
+            "The server has no folder of training runs. Upload a zip, or set FIDELORA_JOBS_PATH on "
+            "the server."
         )
     inside = root.resolve()
     try:
@@ -69,7 +69,7 @@ def find_run(root: Path | None, name: str) -> Path:
         found = False
     if not found:
         raise TrainingRunError(
-            f"The training run {name!r:.200} is not on this server; choose one from the list."
+            f"The training run {name!r:.200} is not on this server; check its name."
         )
     return path
 
@@ -210,13 +210,13 @@ def read_contained_run(folder: Path, context: ServerContext) -> TrainingRun:
         raise TrainingRunError(f"The training run {run.name} uses files outside of its folder.")
     if run.full_models:
         raise TrainingRunError(
-            f"The checkpoints of the training run {run.name} are base models, but the page loads "
-            "only this server's models. Verify it on the command line with fidelora verify."
+            f"The checkpoints of the training run {run.name} are base models, but the server loads "
+            "only its own base models. Use fidelora verify on the command line."
         )
     if run.vae and run.vae != server_base_model(run, context):
         raise TrainingRunError(
-            f"The training run {run.name} has its own VAE (model.vae_path), but the page loads "
-            "only this server's models. Verify it on the command line with fidelora verify."
+            f"The training run {run.name} has its own VAE (model.vae_path), but the server loads "
+            "only its own models. Use fidelora verify on the command line."
         )
     return run
 

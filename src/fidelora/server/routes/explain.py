@@ -41,7 +41,7 @@ from fidelora.server.verifier import Outcome, random_id
 router = APIRouter(prefix="/v1", tags=["inference"])
 
 _STALE_S = 24 * 3600.0
-"""Age in seconds of folders that a killed process left behind, before they are removed."""
+"""Age in seconds at which folders that a killed process left behind are removed."""
 _LOOK_S = 1.0  # seconds between two checks that the client is still connected
 _EXPLAINED = (0, 1, 4)  # exit codes of `fidelora explain` with an explanation
 
@@ -92,7 +92,7 @@ async def explain(
     context.refuse_if_unavailable()
     packed: UploadFile | None = run
     if (packed is None) == (run_name is None):
-        raise RequestFieldError("Send either run, a zip, or run_name.", loc=("run",))
+        raise RequestFieldError("Send either run (a zip) or run_name.", loc=("run",))
     if context.verifier.busy:
         raise QueueFullError("Another picture or training run is being examined; try again later.")
     options = {
@@ -208,7 +208,8 @@ async def _explained(
             return ExplanationBody.model_validate(json.loads(text)["pictures"][0])
         except (ValueError, KeyError, IndexError, ValidationError) as error:
             raise RequestError(
-                "fidelora explain printed something unexpected.", code="EXPLANATION_FAILED"
+                "The output of fidelora explain cannot be read. This is a bug; please report it.",
+                code="EXPLANATION_FAILED",
             ) from error
     message = next(
         (line for line in reversed(lines) if line), "fidelora explain ended without output."

@@ -9,7 +9,7 @@ import pytest
 
 from fidelora.api import InferenceRequest
 from fidelora.api.openai import ImagesRequest
-from fidelora.server.field_sentences import field_sentence
+from fidelora.field_sentences import field_sentence
 
 LORAS = [{"path": "a.safetensors"}]
 

@@ -1,7 +1,7 @@
-"""Sentences for fields of a request that are not valid.
+"""Sentences for values that pydantic refuses: fields of requests, settings and command options.
 
 Pydantic's own messages are written for the authors of a model ("Input should be a valid integer,
-unable to parse string as an integer"). These are written for the author of a request.
+unable to parse string as an integer"). These are written for the user who set the value.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def field_sentence(entry: Mapping[str, Any]) -> str:
     For errors of the whole body, it says how to send one. Types without a sentence here keep
     pydantic's message.
     """
-    kind, context = entry["type"], entry.get("ctx", {})
+    kind = entry["type"]
+    context = {name: _whole(value) for name, value in entry.get("ctx", {}).items()}
     if kind == "json_invalid":
         reason = context.get("error", "it cannot be parsed")
         return f"The body is not valid JSON: {reason}."
@@ -63,3 +64,8 @@ def field_sentence(entry: Mapping[str, Any]) -> str:
         return _SENTENCES[kind].format(**context)
     message = str(entry["msg"]).removeprefix("Value error, ")
     return message if message.endswith((".", "!", "?")) else f"{message}."
+
+
+def _whole(value: Any) -> Any:
+    """Return a limit such as 1.0 as the integer 1, and any other value unchanged."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
