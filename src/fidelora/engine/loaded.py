@@ -51,7 +51,7 @@ class LoadedModels:
         return next(reversed(list(self.models.values())), None)
 
     def ids(self) -> tuple[str, ...]:
-        """Return the ids of the model families, the one that was used last first."""
+        """Return the ids of the model families, the most recently used one first."""
         return tuple(dict.fromkeys(key.model for key in reversed(list(self.models))))
 
     def get(self, recipe: Recipe) -> LoadedModel:
@@ -78,7 +78,7 @@ class LoadedModels:
         return model
 
     def _find(self, key: ModelKey, sha256: str) -> tuple[ModelKey, BaseFiles]:
-        """Find the files of a base model; return the key that they were found by, and the files.
+        """Return the key by which the files of a base model were found, and the files.
 
         A recipe from an image contains only the short name of its base model. If this name cannot
         be found, the location where a base model with the hash `sha256` was last used is tried. The
