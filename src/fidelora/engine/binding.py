@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import cast
 
+from fidelora.adapters.bound import BoundAdapter
 from fidelora.adapters.library import AdapterLibrary
 from fidelora.adapters.live import live_adapters
 from fidelora.adapters.read import Adapter, zero_alpha_note
-from fidelora.adapters.targets import BoundAdapter
 from fidelora.engine.adapter_family import check_family, explain_mismatch
 from fidelora.engine.model import LoadedModel
 from fidelora.errors import AdapterFormatError, AdapterMismatchError
