@@ -34,7 +34,7 @@ FLUX_VAE = Part(
 
 
 def with_companion(parts: Sequence[Part], companion: str) -> tuple[Part, ...]:
-    """Return a family's parts; those outside a transformer's file come from this hub id."""
+    """Return the parts, with `companion` as the `Part.companion` of all except the denoiser."""
     return tuple(
         part if part.role == "denoiser" else replace(part, companion=companion) for part in parts
     )

@@ -101,7 +101,9 @@ class T5Encoder:
         offsets = encoded.offset_mapping
         if len(offsets) <= MAX_TOKENS:
             return ""
-        start, _ = offsets[MAX_TOKENS - 1]  # the end token takes the position of the first one
+        start, _ = offsets[
+            MAX_TOKENS - 1
+        ]  # the first removed token, whose position the end token takes
         return prompt[start:].strip()
 
 
