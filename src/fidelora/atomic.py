@@ -65,9 +65,9 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write `content` to `path` so that the file is never incomplete, even after a crash.
 
     Raises:
-        StorageError: the file cannot be written (no such folder, no permission, disk full); no
-            unfinished file is left behind. Also if the complete file was written, but its folder
-            cannot be synced to disk.
+        StorageError: the file cannot be written (no such folder, no permission, disk full), and no
+            unfinished file is left behind; or the complete file was written, but its folder cannot
+            be synced to disk.
         OutputError: the file's name is not valid.
     """
     temporary = path.parent / temporary_name()

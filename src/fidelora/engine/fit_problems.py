@@ -116,7 +116,7 @@ def fit_problems(adapter: Adapter, summary: AdapterSummary, fit: FamilyFit) -> I
 
 
 def _no_shape(fit: FamilyFit) -> str:
-    """Return a note about an adapter none of whose modules has the default base's shape."""
+    """Return a note about an adapter whose modules all have other shapes than the default base."""
     return (
         f"The modules with these names have other shapes in {get_family(fit.model).title}, so the "
         "adapter fits only the base model that it was trained on. Set --base-model to that one to "

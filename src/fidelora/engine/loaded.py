@@ -43,11 +43,13 @@ class LoadedModels:
         self._cache_dir = cache_dir
         self._budget_bytes = budget_bytes
         self._hashes = hashes
-        self.models: OrderedDict[ModelKey, LoadedModel] = OrderedDict()  # last used at the end
+        self.models: OrderedDict[ModelKey, LoadedModel] = (
+            OrderedDict()
+        )  # the most recently used one at the end
 
     @property
     def latest(self) -> LoadedModel | None:
-        """The model that was used last."""
+        """The most recently used model; None if none is loaded."""
         return next(reversed(list(self.models.values())), None)
 
     def ids(self) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ FLUX_VAE = Part(
 
 
 def with_companion(parts: Sequence[Part], companion: str) -> tuple[Part, ...]:
-    """Return the parts, with `companion` as the `Part.companion` of all except the denoiser."""
+    """Return copies of the parts, in which all except the denoiser have this `Part.companion`."""
     return tuple(
         part if part.role == "denoiser" else replace(part, companion=companion) for part in parts
     )

@@ -37,7 +37,7 @@ _MIN_EXPLAINED = 0.5
 """Share of the mean difference that a suspect must explain to be reported."""
 
 _MAX_NOISE = 1.3
-"""Largest ratio of a mean difference to that of the draws at which lost information explains it.
+"""Lost information explains a mean difference of at most this many times that of the draws.
 
 If a suspect leaves no larger difference, other causes are not tried any more. Single samples with
 right settings had up to 1.67 times the mean difference of the draws; for these, the search

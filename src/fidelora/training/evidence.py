@@ -46,7 +46,7 @@ class TriedChange:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Why the samples of a step have their verdict.
+    """Evidence for the verdict on the samples of a step.
 
     Attributes:
         verdict: verdict of the samples that are not identical.

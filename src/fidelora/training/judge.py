@@ -46,7 +46,8 @@ The tests assume normally distributed numbers. In simulated runs (`benchmarks/ve
 180 verdicts were false alarms at 0.01, and 0 of 216 at 0.005.
 """
 _SIZE_LIMIT = 0.6 * FALSE_ALARMS  # p value below which the sizes show a mismatch
-_DIRECTIONS_LIMIT = 0.4 * FALSE_ALARMS  # the same for all tried changes of settings together
+_DIRECTIONS_LIMIT = 0.4 * FALSE_ALARMS
+"""Divided by the number of tried changes: p value below which a change shows a mismatch."""
 
 DRAWS = 8  # draws of each sample before the first judgement; each needs an image
 _MORE_DRAWS = 16

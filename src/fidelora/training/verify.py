@@ -92,7 +92,7 @@ class CheckedSample:
 
     @property
     def reason(self) -> str:
-        """Why a sample that is not identical has its verdict, as sentences; may be empty."""
+        """Reason for the verdict on a sample that is not identical, as sentences; may be empty."""
         history = self.plan.history.summary
         if self.evidence is not None:
             lost = "; ".join(self.evidence.lost)

@@ -65,8 +65,8 @@ class BaseFiles:
                 checkpoint.
             variant: variant of a folder's weight files, such as `fp16`; may be empty.
             config: folder with the configurations for a single-file checkpoint and with the parts
-                that the checkpoint does not contain (`Part.companion`). The parts may be missing,
-                and come from the hub then. Empty for the family's own configurations.
+                that the checkpoint does not contain (`Part.companion`). Parts that it lacks come
+                from the hub. Empty for the family's own configurations.
             decoder: hub id, folder or file of a decoder that replaces the base model's; may be
                 empty.
             cache_dir: the hub's cache; None for the default.
@@ -237,7 +237,7 @@ def is_complete(base_model: str, family: Family) -> bool:
 
 
 def _other_parts(source: Path, family: Family) -> list[tuple[Part, str]]:
-    """Return the parts that `source` does not contain, each with the hub id of a source for it."""
+    """Return the parts that `source` does not contain, each with the hub id of a repository."""
     if source.is_file():
         return [(part, part.companion) for part in family.parts if part.companion]
     return [(part, family.extras) for part in _missing_parts(source, family)]
