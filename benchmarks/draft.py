@@ -277,7 +277,7 @@ def arithmetic(size: int) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     from fidelora.families import get_family
-    from fidelora.weights.files import read_config
+    from fidelora.weights.configs import read_config
     from fidelora.weights.strict import empty_part
 
     family = get_family("sd15")

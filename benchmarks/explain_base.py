@@ -37,7 +37,7 @@ from fidelora.families.clip_tokenizer import CLIP_TOKENIZER
 from fidelora.families.sd.names import original_names
 from fidelora.training.plan import plan_samples
 from fidelora.training.run_folder import read_run
-from fidelora.weights.files import read_config
+from fidelora.weights.configs import read_config
 from fidelora.weights.strict import empty_part
 
 SPEC = get_family("sd15")

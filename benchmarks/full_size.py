@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fidelora.families import Family, get_family
 from fidelora.families.clip_tokenizer import CLIP_TOKENIZER
-from fidelora.weights.files import read_config
+from fidelora.weights.configs import read_config
 from fidelora.weights.strict import empty_part
 
 SPEC = get_family("sd15")

@@ -16,7 +16,7 @@ from benchmarks.processes import answer_requests
 from torch.utils.flop_counter import FlopCounterMode
 
 from fidelora.accel.packed import packed_dtype
-from fidelora.weights.files import read_config
+from fidelora.weights.configs import read_config
 from fidelora.weights.strict import empty_part
 
 SIDE = 2048  # side of the multiplied matrices

@@ -20,8 +20,8 @@ import torch
 from benchmarks.processes import answer_requests, disk_reads, memory
 
 from fidelora import AdapterRef, Engine, GeneratedImage, Recipe
+from fidelora.adapters.bound import BoundAdapter
 from fidelora.adapters.read import read_adapter
-from fidelora.adapters.targets import BoundAdapter
 from fidelora.cli.console import make_engine
 from fidelora.engine.model import LoadedModel, ModelKey, load_model
 from fidelora.jobs.job import new_job

@@ -19,6 +19,7 @@ os.environ["FIDELORA_KEEP_ENGINE"] = "0"  # commands must not find an engine of 
 import uuid
 from collections.abc import Callable, Iterator
 
+import hypothesis
 import pytest
 import torch
 from tests import object_store as object_stores
@@ -28,6 +29,10 @@ from tests.postgres import PostgresServer, missing, postgres_server
 from fidelora.cli import console, main
 
 Run = Callable[..., tuple[int, str, str]]
+
+# Hypothesis allows 200 ms for an example by default, which a busy machine can exceed.
+hypothesis.settings.register_profile("fidelora", deadline=None)
+hypothesis.settings.load_profile("fidelora")
 
 
 def pytest_collection_finish() -> None:

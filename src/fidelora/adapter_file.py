@@ -82,7 +82,7 @@ class AdapterFile:
                 all contents kept with this value take at most `MAX_KEPT_BYTES` together.
 
         Raises:
-            AdapterNotFoundError: the file does not exist.
+            AdapterNotFoundError: the file does not exist, or `path` is a folder or a device.
             WeightsFileError: it is not a valid .safetensors file, or cannot be read.
             PickleRefusedError: it is a pickle.
         """

@@ -14,7 +14,7 @@ from fidelora.errors import RecipeError
 from fidelora.families.spec import Stage
 
 MAX_MULTIPLIER = 5.0  # the trainer samples concept sliders at -5 to 5
-MAX_ALPHA = 1e6
+MAX_ALPHA = 1e6  # far above every rank
 SHA256 = re.compile(r"[0-9a-f]{64}")
 _STAGE_IN_NAME = re.compile(r"(high|low)[-_ ]?noise", re.IGNORECASE)
 
@@ -44,9 +44,12 @@ class AdapterRef:
         file: content that `from_file` hashed; not part of the identity and not in the JSON form.
         word: word that stands for an embedding in prompts; None for adapters of other kinds. The
             multiplier of an embedding is always 1.
-        stage: `high` or `low` noise, the denoiser that the adapter changes in families with two of
-            them; None in other families. A recipe of such a family fills it in from the name if the
-            name contains `high_noise` or `low_noise`, as the trainer's file names do.
+        stage: `high` or `low`: the adapter changes the denoiser for high or for low noise. None in
+            families with one denoiser. In other families, a recipe replaces None by the stage in
+            the name (`stage_in_name`).
+
+    Raises:
+        RecipeError: an attribute is out of range.
     """
 
     sha256: str

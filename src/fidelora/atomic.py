@@ -44,8 +44,8 @@ def remove_stale_temporaries(folder: Path) -> None:
 def remove_folder(folder: Path) -> bool:
     """Remove a folder with all its contents; return False if that is not possible.
 
-    Some files may not be removable, and folders may be nested too deeply for Python. This raises no
-    error, because the program can continue without the space.
+    This fails if a file cannot be removed or folders are nested too deeply for Python. No error is
+    raised, because the program can continue with less disk space.
     """
     try:
         shutil.rmtree(folder)
@@ -65,8 +65,9 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write `content` to `path` so that the file is never incomplete, even after a crash.
 
     Raises:
-        StorageError: the file cannot be written (no such folder, no permission, disk full); no
-            unfinished file is left behind.
+        StorageError: the file cannot be written (no such folder, no permission, disk full), and no
+            unfinished file is left behind; or the complete file was written, but its folder cannot
+            be synced to disk.
         OutputError: the file's name is not valid.
     """
     temporary = path.parent / temporary_name()

@@ -5,10 +5,14 @@ from __future__ import annotations
 from fidelora.errors import RecipeError
 
 MAX_PROMPT_CHARACTERS = 10_000
+"""Maximum length of a text field: about 2,500 tokens, more than any text encoder reads."""
 
 
 def check_text(name: str, value: object) -> None:
-    """Check that `value` is text that every store and file format can represent."""
+    """Check that `value` is text that every store and file format can represent, and not too long.
+
+    The maximum is `MAX_PROMPT_CHARACTERS`.
+    """
     if not isinstance(value, str):
         raise RecipeError(f"{name} must be text, not {type(value).__name__}.", field=name)
     if len(value) > MAX_PROMPT_CHARACTERS:

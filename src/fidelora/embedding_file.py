@@ -28,8 +28,9 @@ _CONVERTED_KEYS = frozenset({"*", "string_to_param", "string_to_param.*"})
 def embedding_tensors(header: Header) -> dict[str, str]:
     """Map AI Toolkit's names of an embedding's tensors to the keys in this file.
 
-    If the file has only one tensor, that tensor is taken as an embedding whatever its key is, as in
-    diffusers, AUTOMATIC1111 and ComfyUI, unless the key contains a dot, like those of modules.
+    If the file has only one tensor, the tensor is read as an embedding, as in diffusers,
+    AUTOMATIC1111 and ComfyUI. Keys with a dot are excluded, because modules have such keys; those
+    of converted `.pt` files are not.
     """
     if header.tensors.keys() == _DIFFUSERS_KEYS.keys():
         return {name: key for key, name in _DIFFUSERS_KEYS.items()}

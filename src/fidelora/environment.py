@@ -42,7 +42,7 @@ def names_of(field: FieldInfo) -> tuple[str, ...]:
 
 
 def foreign_variables(variables: Mapping[str, str | None]) -> dict[str, str]:
-    """Find variables whose values Fidelora cannot use, so that another program must have set them.
+    """Find variables whose values Fidelora cannot use, because they were set for another program.
 
     An example is `FIDELORA_PORT=tcp://10.0.0.1:80`, which Kubernetes sets.
 

@@ -366,7 +366,7 @@ class JobNotFoundError(JobError, UsageError):
 
 
 class LeaseLostError(JobError):
-    """Another worker has claimed the job, or the job has ended; the report was ignored."""
+    """Another worker has claimed the job, or it has ended; this worker's report was ignored."""
 
 
 class CursorError(JobError, UsageError):

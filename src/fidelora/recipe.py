@@ -171,7 +171,7 @@ class Recipe:
         frames: number of frames of a video, 1..1001; 1 for a still image. Rounded as the trainer
             does (`Family.usable_frames`). Only for families that make videos.
         fps: frames per second of a video, 1..120; always 16 for a still image.
-        steps: 1..150; some samplers have a lower maximum.
+        steps: 1..150; some samplers have a lower maximum or a higher minimum.
         guidance_scale: 0..100; values up to 1 disable guidance.
         guidance_rescale: 0..1; share of the guided prediction that is rescaled to the standard
             deviation of the prediction for the prompt, to avoid overexposure.
@@ -198,9 +198,11 @@ class Recipe:
             `low_vram`. Only images with a longer side differ.
         fidelity: `exact` reproduces the trainer's images bit for bit. `fast` computes in the
             fastest way on the device: adapters are merged, and the denoiser and decoder may use
-            another precision. The noise, sampler, latents and text encoding are as in `exact`.
+            another precision. The initial noise, the sampler, the dtype of the latents and the text
+            encoding are as in `exact`.
         quantization: `qfloat8` and `float8` store the weights of the denoiser's linear layers in
-            float8, as AI Toolkit does for a `qtype` of this name. Adapters must be live.
+            float8, as AI Toolkit does for a `qtype` of this name. Needs fidelity `exact`, and live
+            adapters.
         text_encoder_quantization: the same for the text encoders.
         training_adapters: LoRAs for training only, such as that of Z-Image Turbo, which the trainer
             merges into the base model. While it makes samples, it also applies them live with the

@@ -28,7 +28,8 @@ MIN_SIZE, MAX_SIZE = 64, 4096  # width and height in pixels
 MAX_STEPS = 150
 MAX_GUIDANCE = 100.0
 MAX_SEED = 2**63 - 1
-MAX_FRAMES, MAX_FPS = 1001, 120  # 4 * 250 + 1, so that rounding never exceeds the limit
+MAX_FRAMES = 1001  # 4 * 250 + 1, so that a rounded number never exceeds it (`usable_frames`)
+MAX_FPS = 120  # frames per second
 
 ADAPTER_FIELDS = frozenset({"adapters", "history", "training_adapters"})
 
@@ -53,6 +54,22 @@ _OPTIONAL: Mapping[str, Any] = {
 }
 """Default values of fields that only some families use (`Family.uses`). The other families reject
 any other value."""
+
+
+_CHOICES: tuple[tuple[str, Any], ...] = (
+    ("emphasis", Emphasis),
+    ("timestep_spacing", TimestepSpacing),
+    ("prediction", Prediction),
+    ("adapter_mode", AdapterMode),
+    ("noise", Noise),
+    ("dtype", Dtype),
+    ("vae_dtype", Dtype),
+    ("text_encoder_dtype", Dtype),
+    ("fidelity", Fidelity),
+    ("quantization", Quantization),
+    ("text_encoder_quantization", Quantization),
+)
+"""Types with the allowed values of fields, by name of the field."""
 
 
 def short_name(location: str) -> str:
@@ -87,33 +104,8 @@ def check_recipe(recipe: Recipe, spec: Family) -> None:
     if recipe.negative_prompt_2 is not None:
         check_text("negative_prompt_2", recipe.negative_prompt_2)
     check_range("seed", recipe.seed, 0, MAX_SEED, whole=True)
-    if recipe.sampler not in spec.samplers:
-        known = ", ".join(spec.samplers)
-        raise UnknownSamplerError(
-            f"The sampler {recipe.sampler!r} is not supported for {spec.id}; use one of {known}.",
-            field="sampler",
-        )
-    sampler = spec.samplers[recipe.sampler]
-    check_range("steps", recipe.steps, 1, min(MAX_STEPS, sampler.max_steps), whole=True)
-    if recipe.steps < sampler.min_steps:
-        raise RecipeError(
-            f"The schedule of {spec.title} is not defined for {recipe.steps} step: the image would "
-            f"be black. Set steps to {sampler.min_steps} or more.",
-            field="steps",
-        )
-    for name, choices in (
-        ("emphasis", Emphasis),
-        ("timestep_spacing", TimestepSpacing),
-        ("prediction", Prediction),
-        ("adapter_mode", AdapterMode),
-        ("noise", Noise),
-        ("dtype", Dtype),
-        ("vae_dtype", Dtype),
-        ("text_encoder_dtype", Dtype),
-        ("fidelity", Fidelity),
-        ("quantization", Quantization),
-        ("text_encoder_quantization", Quantization),
-    ):
+    _check_sampler(recipe, spec)
+    for name, choices in _CHOICES:
         check_choice(name, getattr(recipe, name), get_args(choices))
     if not isinstance(recipe.vae_tiling, bool):
         raise RecipeError(
@@ -123,16 +115,7 @@ def check_recipe(recipe: Recipe, spec: Family) -> None:
     for name, default in _OPTIONAL.items():
         if name not in spec.uses and getattr(recipe, name) != default:
             raise RecipeError(f"{spec.title} does not use {name}; leave it out.", field=name)
-    if recipe.emphasis != "none":
-        if recipe.negative_prompt_2 not in (None, recipe.negative_prompt):
-            raise RecipeError(
-                "Emphasis does not support a second negative prompt, which could have more or "
-                "fewer chunks of 77 tokens than the first; leave negative_prompt_2 out, or set "
-                "emphasis to none.",
-                field="negative_prompt_2",
-            )
-        for name in ("prompt", "negative_prompt"):
-            check_emphasis(name, getattr(recipe, name))
+    _check_emphasis(recipe)
     if recipe.fidelity == "fast" and recipe.adapter_mode == "live":
         raise RecipeError(
             "Fidelity fast always merges adapters; use adapter_mode merged, or fidelity exact.",
@@ -161,6 +144,37 @@ def check_recipe(recipe: Recipe, spec: Family) -> None:
             "history needs fidelity exact and adapter_mode merged; leave history out.",
             field="history",
         )
+
+
+def _check_sampler(recipe: Recipe, spec: Family) -> None:
+    if recipe.sampler not in spec.samplers:
+        known = ", ".join(spec.samplers)
+        raise UnknownSamplerError(
+            f"The sampler {recipe.sampler!r} is not supported for {spec.id}; use one of {known}.",
+            field="sampler",
+        )
+    sampler = spec.samplers[recipe.sampler]
+    check_range("steps", recipe.steps, 1, min(MAX_STEPS, sampler.max_steps), whole=True)
+    if recipe.steps < sampler.min_steps:
+        raise RecipeError(
+            f"The schedule of {spec.title} is not defined for {recipe.steps} step: the image would "
+            f"be black. Set steps to {sampler.min_steps} or more.",
+            field="steps",
+        )
+
+
+def _check_emphasis(recipe: Recipe) -> None:
+    if recipe.emphasis == "none":
+        return
+    if recipe.negative_prompt_2 not in (None, recipe.negative_prompt):
+        raise RecipeError(
+            "Emphasis does not support a second negative prompt, which could have more or "
+            "fewer chunks of 77 tokens than the first; leave negative_prompt_2 out, or set "
+            "emphasis to none.",
+            field="negative_prompt_2",
+        )
+    for name in ("prompt", "negative_prompt"):
+        check_emphasis(name, getattr(recipe, name))
 
 
 def _check_embeddings(recipe: Recipe, spec: Family) -> None:

@@ -1,9 +1,9 @@
 """Header of a `.safetensors` file, read and checked before any tensor. Does not import torch.
 
 Format: https://github.com/huggingface/safetensors#format. The file contains the header's length
-(8 bytes, little endian), then the header (JSON), then the tensors without gaps. All lengths and
-offsets in the header are first compared with the file's size, so that truncated downloads, web
-pages and pickles are recognised, and each has its own error message.
+(8 bytes, little endian), then the header (JSON), then the tensors without gaps. Web pages and
+pickles are recognised by their first bytes, and truncated downloads by comparing all lengths and
+offsets with the file's size. Each has its own error message.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MAX_TENSORS = 20_000
 MAX_NAME_CHARACTERS = 1000
 """Limit of the length of a tensor's name, which several functions split at its dots. Names in
 adapters have up to about 200 characters."""
-MAX_DIMENSIONS = 8
+MAX_DIMENSIONS = 8  # of a tensor; weights have up to 5 (three-dimensional convolutions)
 MAX_DIGITS = 20  # an unsigned 64-bit integer has at most 20
 MAX_BRACKETS, MAX_COMMAS = 10 * MAX_TENSORS, 20 * MAX_TENSORS
 """Limits of the numbers of `[`, `{` and `,` in the header, including those in metadata. They are
@@ -167,7 +167,7 @@ def _parse(raw: bytes, name: str) -> dict[str, Any]:
         return plain
 
     def whole_number(digits: str) -> int:
-        if len(digits) > MAX_DIGITS:  # conversion takes time with the square of the length
+        if len(digits) > MAX_DIGITS:  # the time of the conversion grows quadratically
             raise WeightsFileError(
                 f"{name} has a number of {len(digits):,} digits in its header: it is damaged; "
                 "export it again."

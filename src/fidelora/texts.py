@@ -61,7 +61,8 @@ which can be megabytes long."""
 def shortened(text: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
     """Return a text of at most `max_bytes` in UTF-8, without its middle if it is longer.
 
-    The last quarter is kept, because it often contains the advice to the user.
+    A quarter of `max_bytes` comes from the end of the text, which often contains the advice to the
+    user.
     """
     if len(text) * 4 <= max_bytes:
         return text

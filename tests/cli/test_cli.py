@@ -22,7 +22,7 @@ from fidelora.errors import ClientTimeoutError, RequestFailedError
 from fidelora.families import all_families
 from fidelora.training import verify as verification
 from fidelora.training.compare import compare
-from fidelora.training.judge import Verdict
+from fidelora.training.evidence import Verdict
 from fidelora.training.plan import PlannedSample, plan_samples
 from fidelora.training.run_folder import TrainingRun
 from fidelora.training.verify import CheckedSample

@@ -17,7 +17,7 @@ from tools.pages.command_line import commands, options
 from tools.pages.error_list import all_errors
 
 import fidelora
-from fidelora.engine.examine import ProblemCode
+from fidelora.engine.fit_problems import ProblemCode
 from fidelora.environment import names_of
 from fidelora.jobs.memory import MemoryStore
 from fidelora.resident import KEEP_VARIABLE

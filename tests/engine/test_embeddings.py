@@ -26,9 +26,9 @@ from fidelora.errors import (
     TrainingRunError,
 )
 from fidelora.loras.cache import AdapterCache
+from fidelora.training.evidence import Verdict
 from fidelora.training.grid import make_columns
 from fidelora.training.initial_embedding import with_initial_embedding
-from fidelora.training.judge import Verdict
 from fidelora.training.plan import plan_samples
 from fidelora.training.run_folder import read_run
 from fidelora.training.selection import steps_to_check

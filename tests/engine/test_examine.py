@@ -82,7 +82,7 @@ def test_names_without_shapes_identify_no_family():
 def test_shapes_of_no_default_base_are_reported_without_metadata(examined):
     found = examined(lora((SELF[0], 8, 8)))
     assert (codes(found), found.same_shapes) == ([("other_base", False)], 0)
-    assert found.problems[0].message.startswith("None of its modules has the shape")
+    assert found.problems[0].message.startswith("The modules with these names have other shapes")
 
 
 def test_an_adapter_is_compared_with_a_given_base(tmp_path):

@@ -370,7 +370,7 @@ def test_bundled_configurations_are_those_of_stable_diffusion_1_5():
     """Published parameter counts: 859,520,964 + 123,060,480 + 83,653,863."""
     from accelerate import init_empty_weights
 
-    from fidelora.weights.files import read_config
+    from fidelora.weights.configs import read_config
     from fidelora.weights.strict import _construct
 
     spec = get_family("sd15")

@@ -48,7 +48,8 @@ from fidelora.families import get_family
 from fidelora.families.flux2_klein.transformer import Config, rotary_tables
 from fidelora.families.protocols import Guidance, Prompts, Size
 from fidelora.training.suspects import precisions
-from fidelora.weights.files import BaseFiles, read_config
+from fidelora.weights.configs import read_config
+from fidelora.weights.files import BaseFiles
 from fidelora.weights.strict import empty_part
 
 CPU = torch.device("cpu")

@@ -53,7 +53,7 @@ def adapter_of(model: str, names: list[str], path: Path, **metadata: str) -> Ada
         found = targets.find_names(name)
         rows = sum(targets.by_name[one].weight.shape[0] for one in found)
         if not found:  # a share of the rows
-            share = targets._find(name, targets._shares_by_flat, None)
+            share = targets._names.find_share(name)
             assert share is not None
             found = (share.target,)
             rows = targets.by_name[share.target].weight.shape[0] // sum(share.sizes)

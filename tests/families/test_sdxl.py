@@ -46,7 +46,7 @@ from fidelora.families import get_family
 from fidelora.families.clip import load_tokenizer
 from fidelora.families.protocols import Prompts, Size
 from fidelora.families.sd.names import original_names
-from fidelora.weights.files import read_config
+from fidelora.weights.configs import read_config
 from fidelora.weights.strict import empty_part
 
 CPU = torch.device("cpu")

@@ -265,10 +265,10 @@ def test_the_page_lists_every_model_with_the_place_of_its_other_parts():
             {},
             r"safetensors lacks these parts of Chroma: text encoder 2, vae\. "
             r"ostris/Flex\.1-alpha is neither .* cannot be reached\. "
-            r"Name a local folder that has them with --config",
+            r"Set --config .config in Python. to a local folder",
         ),
-        (TINY_FLUX, {"decoder": "me/vae"}, r"me/vae is .*Name a local folder or file with --vae"),
-        ("me/base", {}, r"^me/base is .*Name a local folder or file with --base-model"),
+        (TINY_FLUX, {"decoder": "me/vae"}, r"me/vae is .*Set --vae .* to a local folder or file"),
+        ("me/base", {}, r"^me/base is .*Set --base-model .* to a local folder or file"),
     ],
 )
 def test_missing_parts_are_named_if_the_hub_is_out_of_reach(monkeypatch, base, options, says):

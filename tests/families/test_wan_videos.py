@@ -26,8 +26,8 @@ from fidelora.explain.reading import Reading
 from fidelora.images.read import read_origin
 from fidelora.training.compare import compare, decoded_frames, reencode
 from fidelora.training.doctor import diagnose
+from fidelora.training.evidence import Verdict
 from fidelora.training.grid import frame_strip
-from fidelora.training.judge import Verdict
 from fidelora.training.plan import plan_samples
 from fidelora.training.report import html_report
 from fidelora.training.run_folder import read_run

@@ -128,9 +128,7 @@ def test_folders_and_pipes_are_refused(root):
         max_size=7,
     )
 )
-@settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_name_leads_out_of_the_folder(root, parts):
     try:
         path = adapter_path(root, "/".join(parts))

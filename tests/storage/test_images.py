@@ -60,3 +60,12 @@ def test_a_folder_that_is_gone_cannot_be_used(tmp_path):
     with pytest.raises(StorageError, match="could not be written"):
         images.check()
     assert images.read(images.location("x.png")) is None
+
+
+def test_a_file_that_cannot_be_removed_does_not_keep_the_others(tmp_path):
+    (tmp_path / "folder.png").mkdir()  # unlink fails for it
+    images = FolderImages(tmp_path)
+    other = images.write("other.png", b"x")
+    with pytest.raises(StorageError, match="could not be removed"):
+        images.remove([images.location("folder.png"), other])
+    assert images.read(other) is None

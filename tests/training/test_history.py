@@ -18,8 +18,8 @@ from tests.support import GOLDEN_JOBS, LORA, LORA_CONV, TINY_BASE, load_model_of
 from fidelora import AdapterRef, Engine, Recipe
 from fidelora.adapters.read import read_adapter
 from fidelora.errors import RecipeError
+from fidelora.training.evidence import Verdict
 from fidelora.training.history import full_history, resumed_histories
-from fidelora.training.judge import Verdict
 from fidelora.training.plan import plan_samples
 from fidelora.training.run_folder import TrainingRun, read_run
 from fidelora.training.verify import verify

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from tests.support import GOLDEN_JOBS, TINY_BASE
 
 from fidelora.training.changes import changed_settings, grouped_by_setting
-from fidelora.training.judge import DRAWS, Experiment, Verdict
+from fidelora.training.evidence import Verdict
+from fidelora.training.judge import DRAWS, Experiment
 from fidelora.training.plan import plan_samples
 from fidelora.training.run_folder import read_run
 

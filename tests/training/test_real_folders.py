@@ -17,8 +17,8 @@ from tests.support import GOLDEN_JOBS, LORA, SAME_PROCESSOR, TINY_BASE, TINY_SDX
 from fidelora import Engine
 from fidelora.errors import NothingToCheckError, TrainingRunError
 from fidelora.training.compare import compare_with_sample
+from fidelora.training.evidence import Verdict
 from fidelora.training.grid import Column, iterate_cells, make_columns, make_rows
-from fidelora.training.judge import Verdict
 from fidelora.training.notes import checkable_steps, notes_on
 from fidelora.training.plan import PlannedSample, plan_samples
 from fidelora.training.rounding import perturbed_model

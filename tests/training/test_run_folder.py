@@ -13,7 +13,8 @@ import yaml
 
 from fidelora.errors import RecipeError, TrainingRunError, UnknownSamplerError
 from fidelora.training.plan import plan_samples
-from fidelora.training.run_folder import SampleItem, read_run
+from fidelora.training.run_folder import read_run
+from fidelora.training.sample_block import SampleItem
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from tests.support import (
 from fidelora import Engine
 from fidelora.errors import NothingToCheckError, TrainingRunError
 from fidelora.training.doctor import CAUSES, diagnose
-from fidelora.training.judge import Verdict
+from fidelora.training.evidence import Verdict
 from fidelora.training.plan import plan_samples
 from fidelora.training.report import html_report
 from fidelora.training.run_folder import read_run

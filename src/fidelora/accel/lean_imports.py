@@ -1,7 +1,7 @@
 """Imports of diffusers and transformers without modules of torch that images on a CPU do not need.
 
-* `torch.distributed` is missing in some builds of torch, which both support. During these imports,
-  it is treated as missing.
+* `torch.distributed` is missing in some builds of torch, and both libraries support such builds.
+  During these imports, it is treated as missing.
 * `torch._dynamo`, torch's compiler, is imported because classes and functions are marked for it.
   During these imports, a stand-in ignores the marks. Any other use loads the compiler, so a future
   release of a library can make the imports slower, but not break them.

@@ -183,7 +183,8 @@ def pack(module: nn.Module, *, adapters_follow: bool) -> None:
 
     Args:
         adapters_follow: True if the packed weights are set later (`set_weight`), with the first
-            adapters merged in; False to pack the current weights now.
+            adapters merged in; False to pack the current weights now. False is supported only for
+            parts without GEGLU and cross-attention, such as a VAE.
     """
     dtype = packed_dtype()
     for parent in list(module.modules()):

@@ -165,19 +165,19 @@ def split_key(key: str, is_ia3: bool = False) -> tuple[str, str] | None:
 
 
 def name_of_other_file(key: str) -> str:
-    """Return a phrase for a file of another kind than an adapter that has `key`; "" if unknown."""
+    """Return a phrase for the kind of file that has `key` and is not an adapter, or ""."""
     return next((what for start, what in _OTHER_FILES.items() if start.match(key)), "")
 
 
 def refusal(key: str) -> str | None:
-    """Return the reason, as the end of a sentence, if a format that is not supported has `key`."""
+    """Return why a format with `key` is not supported, as the end of a sentence; else None."""
     if _CLONEOFSIMO.fullmatch(key):
         return (
             "is a LoRA in the format of cloneofsimo's trainer, which numbers the modules instead "
             "of naming them and is not supported; convert it to the format of diffusers or kohya"
         )
     if what := name_of_other_file(key):
-        return f"{what}, which is not supported; use a LoRA that changes the UNet"
+        return f"{what}, which is not supported; use a LoRA"
     pieces = key.split(".")
     return _REFUSED.get(pieces[-1]) or _REFUSED.get(".".join(pieces[-2:]))
 

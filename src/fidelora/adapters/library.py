@@ -17,6 +17,8 @@ from fidelora.recipe import AdapterRef
 from fidelora.safetensors_header import Header, read_file_header
 
 DEFAULT_BUDGET_BYTES = 2 * 2**30
+"""Default memory for parsed adapters: about ten LoRAs of 100 MB, whose float16 tensors take twice
+that size in float32."""
 _FLOAT32_BYTES = 4
 
 
@@ -31,8 +33,9 @@ class AdapterLibrary:
             convolutions still refer to are not counted.
         folder: folder of files named `{sha256}.safetensors`, for recipes whose adapters have no
             path.
-        fetch: writes the adapter with a hash to a path in `folder`; called if the adapter is at no
-            known path. Returns False if it does not exist. Its errors are raised.
+        fetch: function of a hash and a path in `folder` that writes the adapter with this hash to
+            the path, and returns False if there is no such adapter. It is called if none of the
+            known paths exists. Its errors are raised.
     """
 
     def __init__(

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fidelora.adapters.bound import BoundAdapter
 from fidelora.adapters.deltas import Delta, Module
-from fidelora.adapters.targets import BoundAdapter, Target, Targets
+from fidelora.adapters.targets import Target, Targets
 
 CPU = torch.device("cpu")
 

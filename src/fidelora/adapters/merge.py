@@ -1,8 +1,8 @@
 """Merged path: adapters are added to the base model's weights, and removed without rounding errors.
 
-Whenever a weight changes, it is computed again from the base model's file. The file stays mapped,
-which takes no memory of the process, and reads the disk only if the file is not in the page cache.
-Subtracting the old adapters instead would leave rounding errors.
+Whenever a weight changes, it is computed again from the base model's file. The file stays mapped.
+The mapping takes no memory of the process, and the disk is read only if the file is not in the page
+cache. Subtracting the old adapters instead would leave rounding errors.
 
 The trainer does subtract, so its base model drifts with each round of samples. `apply` computes the
 drifted weights if it gets the adapters of these rounds (`history`).
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from fidelora.accel.weight_protocols import AcceptsWeight
+from fidelora.adapters.bound import BoundAdapter
 from fidelora.adapters.deltas import Delta
-from fidelora.adapters.targets import BoundAdapter, Target, Targets, VectorTarget
+from fidelora.adapters.targets import Target, Targets, VectorTarget
 
 Group = Sequence[tuple[Delta, float]]
 """Deltas with multipliers, which are summed in float32 before one cast to the weight's dtype."""
@@ -68,8 +69,8 @@ class MergedAdapters:
 
         Args:
             history: adapters that were merged and subtracted before, one after the other. As in the
-                trainer, the adapter is merged with its multiplier and subtracted with the absolute
-                value of the multiplier, and each result is cast to the weight's dtype.
+                trainer, each adapter is merged with its multiplier, subtracted with the absolute
+                value of the multiplier, and each of the two results is cast to the weight's dtype.
             training: adapters that were merged before all others and stay merged; the result is
                 cast to the weight's dtype.
 

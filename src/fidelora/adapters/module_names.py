@@ -29,7 +29,8 @@ def canonical_name(module: str) -> str:
         return module
     name = module.replace("base_model.model.", "", 1).replace(".processor.", ".")
     name = _TEXT_PROJECTION.sub(r"\1\2_proj", name)
-    if name.endswith(".to_out") and "single_transformer_blocks." not in name:  # one module there
+    # `to_out` is a list of modules, except in the single blocks of FLUX.2.
+    if name.endswith(".to_out") and "single_transformer_blocks." not in name:
         name += ".0"
     first = name.partition(".")[0]
     if first in _UNET_MODULES:

@@ -14,7 +14,7 @@ from fidelora.adapters.deltas import Delta, Module
 
 @dataclass(frozen=True, eq=False)
 class StackedDelta(Delta):
-    """Changes of shares of the rows of a linear weight.
+    """A change of a linear weight that consists of separate changes of parts of its rows.
 
     Example: `to_q`, `to_k` and `to_v` of an adapter, for a base model with one matrix `qkv`.
 

@@ -1,4 +1,4 @@
-"""Weights of a base model that adapters can change, and the lookup by names in adapter files.
+"""Weights of a base model that adapters can change, and the search for those of an adapter.
 
 Adapters change the weights of linear and convolutional modules. Some also change vectors: the
 biases of these modules, and the weights and biases of norms.
@@ -6,19 +6,18 @@ biases of these modules, and the weights and biases of norms.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fidelora.accel.weight_protocols import ProvidesWeight
+from fidelora.adapters.bound import BoundAdapter
 from fidelora.adapters.deltas import Delta, Module
 from fidelora.adapters.lycoris_deltas import FullDelta
-from fidelora.adapters.module_names import canonical_name
+from fidelora.adapters.name_index import NameIndex
 from fidelora.adapters.read import Adapter
 from fidelora.adapters.stacked_delta import StackedDelta, shapes_of
 from fidelora.errors import AdapterMismatchError
@@ -26,8 +25,6 @@ from fidelora.families import Family, Part
 from fidelora.families.spec import Stage
 from fidelora.texts import listed
 from fidelora.weights.strict import changeable
-
-_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,19 +67,6 @@ class VectorTarget:
     pristine: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class _Share:
-    """One share of the rows of a target, which adapter files can name as a module.
-
-    Attributes:
-        index: index of the share among `sizes`, which are those of `StackedDelta`.
-    """
-
-    target: str
-    index: int
-    sizes: tuple[int, ...]
-
-
 @dataclass(frozen=True, eq=False)
 class Matches:
     """Comparison of an adapter's modules with a base model.
@@ -102,70 +86,8 @@ class Matches:
     misshapen: Mapping[str, str]
 
 
-@dataclass(frozen=True, eq=False)
-class BoundAdapter:
-    """An adapter whose modules were all found in one base model.
-
-    Attributes:
-        deltas: delta by name of its target, which may be a `VectorTarget`.
-        alpha: see `Adapter.alpha`.
-        word: word of an embedding; None for adapters of other kinds.
-        vectors: vectors of an embedding, float32 [tokens, width] by text encoder.
-        tensors_sha256: see `AdapterFile`.
-        rounded_to: dtype to which `rounded` rounded the tensors; None for those of the file.
-    """
-
-    sha256: str
-    deltas: Mapping[str, Delta]
-    alpha: float | None = None
-    word: str | None = None
-    vectors: Mapping[str, Tensor] = field(default_factory=dict)
-    tensors_sha256: str = ""
-    rounded_to: torch.dtype | None = None
-
-    @property
-    def identity(self) -> str:
-        """Key of the adapter's file and of the alpha, word or rounding that it is used with."""
-        if self.word is not None:
-            return f"{self.sha256}, word {self.word!r}"
-        details = {"alpha": self.alpha, "rounded to": self.rounded_to}
-        used = [f"{name} {value!r}" for name, value in details.items() if value is not None]
-        return ", ".join([self.sha256, *used])
-
-    def only(self, names: Collection[str]) -> BoundAdapter:
-        """Return the same adapter with only the changes of these targets."""
-        kept = {name: delta for name, delta in self.deltas.items() if name in names}
-        return replace(self, deltas=kept)
-
-    def rounded(self, dtype: torch.dtype) -> BoundAdapter:
-        """Return the same adapter with its tensors cast to `dtype`."""
-        deltas = {name: one.cast(dtype) for name, one in self.deltas.items()}
-        return replace(self, deltas=deltas, rounded_to=dtype)
-
-    def widened(self) -> BoundAdapter:
-        """Return the same adapter with its tensors cast to float32, which merging needs."""
-        deltas = {name: one.cast(torch.float32) for name, one in self.deltas.items()}
-        return replace(self, deltas=deltas)
-
-    @cached_property
-    def components(self) -> frozenset[str]:
-        """Names of the parts of the base model that the adapter changes."""
-        return frozenset((*(name.partition(".")[0] for name in self.deltas), *self.vectors))
-
-    @cached_property
-    def is_dora(self) -> bool:
-        """True if the adapter is a DoRA, which the trainer never merges."""
-        return any(delta.is_dora for delta in self.deltas.values())
-
-
 class Targets:
-    """All targets of one base model, by the names that adapter files use.
-
-    Adapter files flatten a module's path with underscores
-    (`lora_unet_down_blocks_0_attentions_0_proj_in`) or keep its dots
-    (`unet.down_blocks.0.attentions.0.proj_in`, PEFT). Both are looked up in the flattened form, and
-    so are the names of other code where a family defines them (`Part.other_names`,
-    `Part.fused_names`, `Part.accepted_names`).
+    """All targets of one base model, and their lookup by the names in adapter files (`NameIndex`).
 
     Args:
         modules: the parts of the base model by name.
@@ -181,8 +103,7 @@ class Targets:
         self.family = family
         self.by_name: dict[str, Target] = {}
         self.vectors: dict[str, VectorTarget] = {}
-        self._names_by_flat: dict[str, tuple[str, ...]] = {}  # several: see `Part.fused_names`
-        self._shares_by_flat: dict[str, _Share] = {}  # see `Part.accepted_names`
+        self._names = NameIndex(family)
         self._tables: dict[str, tuple[str, int]] = {}  # part and width by key of embeddings
         for part in family.text_encoders:
             if part.embedding_key:
@@ -194,26 +115,7 @@ class Targets:
                 continue
             found = dict(changeable(modules[part.name]))
             norms = dict(_norms(modules[part.name]))
-            others = part.other_names([*found, *norms]) if part.other_names else {}
-            for path in (*found, *norms):
-                name = f"{part.name}.{path}"
-                for spelling in filter(None, (path, others.get(path))):
-                    flat = _flatten(part, spelling)
-                    other = self._names_by_flat.setdefault(flat, (name,))
-                    assert other == (name,), f"{name} and {other} have the same flattened name"
-            for fused, paths in (part.fused_names(found) if part.fused_names else {}).items():
-                several = tuple(f"{part.name}.{path}" for path in paths)
-                self._names_by_flat[_flatten(part, fused)] = several
-            accepted = part.accepted_names(found) if part.accepted_names else {}
-            for path, names in accepted.items():
-                name = f"{part.name}.{path}"
-                sizes = Counter(names)
-                for index, spelling in enumerate(sizes):
-                    flat = _flatten(part, spelling)
-                    if len(sizes) == 1:
-                        self._names_by_flat[flat] = (name,)
-                    else:
-                        self._shares_by_flat[flat] = _Share(name, index, tuple(sizes.values()))
+            self._names.add(part, found, norms)
             kept = pristine[part.name] if pristine else {}
             for path, module in found.items():
                 name = f"{part.name}.{path}"
@@ -270,7 +172,7 @@ class Targets:
         deltas: dict[str, Delta] = {}
         stacked: dict[str, tuple[list[Delta | None], tuple[int, ...]]] = {}
         for module in adapter.modules:
-            share = self._find(module, self._shares_by_flat, stage)
+            share = self._names.find_share(module, stage)
             if share is not None and module in adapter.deltas and module not in adapter.biases:
                 found += 1
                 delta = adapter.deltas[module]
@@ -384,7 +286,7 @@ class Targets:
         )
 
     def match_embedding(self, adapter: Adapter) -> tuple[bool, bool]:
-        """Return two booleans: an embedding has this family's keys; its widths match, too."""
+        """Return True if an embedding has this family's keys, and True if its widths also match."""
         widths = {key: vectors.shape[1] for key, vectors in adapter.embedding.items()}
         own = {key: width for key, (_, width) in self._tables.items()}
         return widths.keys() == own.keys(), widths == own
@@ -401,27 +303,9 @@ class Targets:
     def find_names(self, module: str, stage: Stage | None = None) -> tuple[str, ...]:
         """Return part and path of each module that an adapter file calls `module`.
 
-        With a `stage`, the denoisers of other stages are left out.
-
-        There are several if the file has the name of a module of the original code, whose output
-        rows are divided among these (`Part.fused_names`). There is none if the name is unknown.
+        See `NameIndex.find_names`.
         """
-        return self._find(module, self._names_by_flat, stage) or ()
-
-    def _find(
-        self, module: str, by_flat: Mapping[str, _Found], stage: Stage | None
-    ) -> _Found | None:
-        """Return the entry of `by_flat` for what an adapter file calls `module`, or None."""
-        module = canonical_name(module)
-        for part in self.family.parts:
-            if stage is not None and part.stage not in (None, stage):
-                continue
-            for prefix in part.adapter_prefixes:
-                if module.startswith(prefix):
-                    flat = _flatten(part, module.removeprefix(prefix))
-                    if flat in by_flat:
-                        return by_flat[flat]
-        return None
+        return self._names.find_names(module, stage)
 
     def _explain(self, adapter: Adapter, matches: Matches) -> str:
         total = len(adapter.modules)
@@ -473,11 +357,3 @@ def _norms(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for path, child in module.named_modules():
         if isinstance(child, nn.GroupNorm | nn.LayerNorm):
             yield path, child
-
-
-def _flatten(part: Part, path: str) -> str:
-    """Return the key under which a module of this part is looked up."""
-    flat = path.replace(".", "_")
-    if part.optional_prefix:
-        flat = flat.removeprefix(part.optional_prefix.replace(".", "_"))
-    return f"{part.name}:{flat}"

@@ -264,21 +264,7 @@ def plan_txt2img(
             supported; the message names it.
     """
     extras = request.model_extra or {}
-    for name, value in extras.items():
-        neutral_values = (*_NEUTRAL_EXTRAS.get(name, ()), "", [], {})
-        if name in _IGNORED_EXTRAS or value is False or is_neutral(value, neutral_values):
-            continue
-        if name in _NEUTRAL_EXTRAS:
-            neutral = " or ".join(json.dumps(each) for each in _NEUTRAL_EXTRAS[name])
-            raise unsupported(name, f"cannot be {shown(value)}; leave it out, or send {neutral}")
-        raise unsupported(name, "is not a field of txt2img; leave it out")
-    for name, values in _NEUTRAL_VALUES.items():
-        value = getattr(request, name)
-        if name == "styles" and value:
-            value = [style for style in value if style != "None"]  # A1111's name of no style
-        if not is_neutral(value, values):
-            neutral = " or ".join(json.dumps(each) for each in (None, *values))
-            raise unsupported(name, f"cannot be {shown(value)}; leave it out, or send {neutral}")
+    _check_unsupported(request, extras)
     if request.images > MAX_PROMPTS:
         raise RequestFieldError(
             f"batch_size times n_iter is {request.images}; the maximum is {MAX_PROMPTS}.",
@@ -339,6 +325,32 @@ def plan_txt2img(
         emphasis=emphasis,
         ignored=tuple(extras),
     )
+
+
+def _check_unsupported(request: Txt2ImgRequest, extras: Mapping[str, Any]) -> None:
+    """Check that unsupported and unknown fields have neutral values.
+
+    Args:
+        extras: fields that A1111 does not have.
+
+    Raises:
+        RequestError: a field has another value.
+    """
+    for name, value in extras.items():
+        neutral_values = (*_NEUTRAL_EXTRAS.get(name, ()), "", [], {})
+        if name in _IGNORED_EXTRAS or value is False or is_neutral(value, neutral_values):
+            continue
+        if name in _NEUTRAL_EXTRAS:
+            neutral = " or ".join(json.dumps(each) for each in _NEUTRAL_EXTRAS[name])
+            raise unsupported(name, f"cannot be {shown(value)}; leave it out, or send {neutral}")
+        raise unsupported(name, "is not a field of txt2img; leave it out")
+    for name, values in _NEUTRAL_VALUES.items():
+        value = getattr(request, name)
+        if name == "styles" and value:
+            value = [style for style in value if style != "None"]  # A1111's name of no style
+        if not is_neutral(value, values):
+            neutral = " or ".join(json.dumps(each) for each in (None, *values))
+            raise unsupported(name, f"cannot be {shown(value)}; leave it out, or send {neutral}")
 
 
 def _value_or_default(request: Txt2ImgRequest, name: str) -> Any:

@@ -194,7 +194,7 @@ class WorkerBody(BaseModel):
         None, description="Seconds since it finished its last request; null while it is busy."
     )
     models: list[str] = Field(
-        description="Ids of the base models in its memory, the one that was used last first."
+        description="Ids of the models in its memory, the most recently used one first."
     )
     adapters: list[str] = Field(description="sha256 of the LoRAs in its memory.")
     merged_adapters: list[str] = Field(description="sha256 of the LoRAs merged into its model.")

@@ -110,7 +110,7 @@ def _make_lora_sheet(engine: Engine, out: Path) -> tuple[list[Recipe], list[NDAr
 
 
 def _verify_run(engine: Engine, out: Path) -> None:
-    from fidelora.training.judge import Verdict
+    from fidelora.training.evidence import Verdict
     from fidelora.training.run_folder import read_run
     from fidelora.training.sheet import side_by_side, stack_vertically
     from fidelora.training.verify import check_sample, verify, worst_verdict

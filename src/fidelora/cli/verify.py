@@ -94,7 +94,7 @@ def verify(
             f"{dtype.value if dtype is not options.DtypeOption.JOB else run.dtype}."
         )
     from fidelora.training.doctor import diagnose
-    from fidelora.training.judge import Verdict
+    from fidelora.training.evidence import Verdict
     from fidelora.training.verify import verify as verify_run
     from fidelora.training.verify import worst_verdict
 

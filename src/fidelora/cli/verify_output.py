@@ -14,7 +14,7 @@ from fidelora.texts import printable
 
 if TYPE_CHECKING:
     from fidelora.training.doctor import Diagnosis
-    from fidelora.training.judge import Evidence
+    from fidelora.training.evidence import Evidence
     from fidelora.training.run_folder import TrainingRun
     from fidelora.training.verify import CheckedSample
 

@@ -12,7 +12,8 @@ from fidelora.adapters.read import Adapter
 from fidelora.adapters.targets import Targets
 from fidelora.errors import AdapterMismatchError
 from fidelora.families import Family, Part, all_families, get_family
-from fidelora.weights.files import BaseFiles, read_config
+from fidelora.weights.configs import read_config
+from fidelora.weights.files import BaseFiles
 from fidelora.weights.part_config import config_of
 from fidelora.weights.strict import empty_part
 
@@ -44,8 +45,8 @@ def best_family(adapter: Adapter) -> FamilyFit:
     """Return the family that has the most modules of the adapter.
 
     Ties are decided by the number of modules with the same shapes, then by the adapter's metadata.
-    If no shape is the same, the names alone do not identify a family, and the metadata takes
-    precedence.
+    If no shape is the same, the names alone do not identify a family. The family in the metadata is
+    then returned if it has most of the modules.
     """
     made_for = adapter.metadata.get("ss_base_model_version", "")
     best, best_key = FamilyFit("", unmatched=adapter.modules), (0, 0, False)

@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import cast
 
+from fidelora.adapters.bound import BoundAdapter
 from fidelora.adapters.library import AdapterLibrary
 from fidelora.adapters.live import live_adapters
 from fidelora.adapters.read import Adapter, zero_alpha_note
-from fidelora.adapters.targets import BoundAdapter
 from fidelora.engine.adapter_family import check_family, explain_mismatch
 from fidelora.engine.model import LoadedModel
 from fidelora.errors import AdapterFormatError, AdapterMismatchError
@@ -64,8 +64,8 @@ def _bind_all(
             warnings.append(f"{adapter.name}: {note}")
         if ref.stage is not None and ref.named_stage not in (None, ref.stage):
             warnings.append(
-                f"{ref.name} is used for {ref.stage} noise, but its name says {ref.named_stage} "
-                "noise. The two files of a training run may be swapped."
+                f"{ref.name} is used for {ref.stage} noise, but its name contains "
+                f"{ref.named_stage}_noise. The two files of a training run may be swapped."
             )
         _check_word(adapter, ref)
         if adapter.embedding and adapter.modules and not any(other.word for other in refs):
@@ -100,16 +100,16 @@ def with_adapters(model: LoadedModel, recipe: Recipe, bound: Bound) -> Iterator[
         for one, multiplier in bound.adapters
         if (one, multiplier) not in live or not one.deltas.keys().isdisjoint(vectors)
     ]
-    # The trainer rounds the factors of a training adapter to the dtype of the base model, in which
-    # it also computes the live adapter that subtracts it.
+    # The trainer rounds the factors of a training adapter to the dtype of the base model, and
+    # merges them. The live adapter that cancels the merged one is computed in this dtype, too.
     training = [(one.rounded(model.compute_dtype), m) for one, m in bound.training]
     model.merged.apply(
         merged,
         [pair for pair in bound.history if not pair[0].is_dora],
         [(one.widened(), m) for one, m in training],
     )
-    away = [(one, -multiplier) for one, multiplier in training]
-    with live_adapters(model.targets, [*away, *live], model.device):
+    opposite = [(one, -multiplier) for one, multiplier in training]
+    with live_adapters(model.targets, [*opposite, *live], model.device):
         yield
 
 

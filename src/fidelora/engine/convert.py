@@ -236,8 +236,8 @@ def _scale(adapter: Adapter, module: str) -> float:
 def _original_paths(family: Family, *, has_same_shapes: bool) -> dict[str, str]:
     """Return the paths in the original code by name of the target, where they differ.
 
-    Names with consecutive numbers of blocks are left out unless all shapes show that the base model
-    is like the family's default.
+    Where these paths number the blocks consecutively (`Part.numbers_blocks`), they depend on the
+    base model. They are left out unless all shapes are those of the family's default base.
     """
     originals: dict[str, str] = {}
     for part in family.parts:

@@ -125,11 +125,11 @@ class Engine:
         return auto_dtype(self.device)
 
     def models(self) -> tuple[str, ...]:
-        """Return the ids of the base models in memory, the one that was used last first."""
+        """Return the ids of the model families in memory, the most recently used one first."""
         return self._models.ids()
 
     def merged(self) -> frozenset[str]:
-        """Return the sha256 of each adapter merged into the base model that was used last."""
+        """Return the sha256 of each adapter merged into the most recently used base model."""
         latest = self._models.latest
         return latest.merged.adapters if latest else frozenset()
 
@@ -210,6 +210,7 @@ class Engine:
             DeviceError: the recipe is `fast`, which this device or family does not support.
             NumericsError: the model produced NaN.
             MemoryExhaustedError: the device has too little memory.
+            EngineBusyError: this method was called from `on_step`.
             BaseException: any exception that `on_step` raises.
         """
         return self._generate([recipe], on_step, scheduler_options or {}, jitter)[0]

@@ -43,15 +43,17 @@ class LoadedModels:
         self._cache_dir = cache_dir
         self._budget_bytes = budget_bytes
         self._hashes = hashes
-        self.models: OrderedDict[ModelKey, LoadedModel] = OrderedDict()  # last used at the end
+        self.models: OrderedDict[ModelKey, LoadedModel] = (
+            OrderedDict()
+        )  # the most recently used one at the end
 
     @property
     def latest(self) -> LoadedModel | None:
-        """The model that was used last."""
+        """The most recently used model; None if none is loaded."""
         return next(reversed(list(self.models.values())), None)
 
     def ids(self) -> tuple[str, ...]:
-        """Return the ids of the model families, the one that was used last first."""
+        """Return the ids of the model families, the most recently used one first."""
         return tuple(dict.fromkeys(key.model for key in reversed(list(self.models))))
 
     def get(self, recipe: Recipe) -> LoadedModel:
@@ -78,7 +80,7 @@ class LoadedModels:
         return model
 
     def _find(self, key: ModelKey, sha256: str) -> tuple[ModelKey, BaseFiles]:
-        """Find the files of a base model; return the key that they were found by, and the files.
+        """Return the key by which the files of a base model were found, and the files.
 
         A recipe from an image contains only the short name of its base model. If this name cannot
         be found, the location where a base model with the hash `sha256` was last used is tried. The

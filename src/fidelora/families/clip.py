@@ -222,7 +222,7 @@ def penultimate_state(encoder: Any, ids: Tensor) -> tuple[Tensor, Tensor | None]
 
 
 def pooled_output(encoder: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the hidden states after the final norm, and the one of the end token."""
+    """Return the hidden states after the final norm, and the state of the end token [1, width]."""
     output = encoder(ids)
     return output[0], output.pooler_output
 

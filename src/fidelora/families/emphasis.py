@@ -51,6 +51,9 @@ def spans_of(prompt: str) -> list[Span]:
     """Return the parts of a prompt with their weights, in order; at least one.
 
     Unmatched opening brackets have an effect up to the end; unmatched closing ones are text.
+
+    Raises:
+        RecipeError: too many brackets are open at the same time, or a weight is not a number.
     """
     texts: list[str] = []
     weights: list[float] = []

@@ -1,6 +1,6 @@
-"""Latents of FLUX.1's VAE, and the tokens that transformers of its kind make of them.
+"""Latents of FLUX.1's VAE and their packing into tokens, for FLUX.1, Flex.1 and Chroma.
 
-FLUX.1, Flex.1 and Chroma use it. A token is a square of 2x2 latents of 16 channels.
+A token is a square of 2x2 latents of 16 channels.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def positions(size: Size, device: torch.device, dtype: torch.dtype) -> Tensor:
 class PatchLatents:
     """Implements `families.protocols.Latents` for latents [1, 16, height / 8, width / 8].
 
-    They are not stored as tokens, because no step of a schedule depends on their order.
+    Latents are packed into tokens only for the transformer: the steps of a schedule do not depend
+    on the order of the values.
     """
 
     def __init__(self, family: Family, denoiser: nn.Module, decoder: nn.Module) -> None:

@@ -108,7 +108,7 @@ def load_tokenizer(folder: Path, *, needs_template: bool = True) -> Any:
         needs_template: False if the family does not use the chat template.
 
     Raises:
-        BaseModelFilesError: it cannot be read, or has no chat template.
+        BaseModelFilesError: it cannot be read, is not a fast tokenizer, or has no chat template.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -118,8 +118,9 @@ def load_tokenizer(folder: Path, *, needs_template: bool = True) -> Any:
             f"The base model's {folder.name} cannot be read: {reason}. Download it again."
         ) from error
     if not tokenizer.is_fast or (needs_template and not tokenizer.chat_template):
+        lacks = "chat template" if tokenizer.is_fast else "tokenizer.json"
         raise BaseModelFilesError(
-            f"The base model's {folder.name} has no chat template; download it again."
+            f"The base model's {folder.name} has no {lacks}; download it again."
         )
     return tokenizer
 

@@ -34,7 +34,7 @@ FLUX_VAE = Part(
 
 
 def with_companion(parts: Sequence[Part], companion: str) -> tuple[Part, ...]:
-    """Return a family's parts; those outside a transformer's file come from this hub id."""
+    """Return copies of the parts, in which all except the denoiser have this `Part.companion`."""
     return tuple(
         part if part.role == "denoiser" else replace(part, companion=companion) for part in parts
     )

@@ -13,7 +13,7 @@ from fidelora.sampling.spacings import TimestepSpacing
 DtypeField = Literal["dtype", "vae_dtype", "text_encoder_dtype"]
 Acceleration = Literal["prepacked", "packed", "compiled"]
 Stage = Literal["high", "low"]
-"""Half of the sampling schedule for which a denoiser is made: high noise, or low noise."""
+"""Part of the sampling schedule for which a denoiser was trained: high noise, or low noise."""
 NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -337,7 +337,8 @@ class Family:
         """Return the number of frames that a video has if `frames` are requested.
 
         As in diffusers' `WanPipeline`, the result is one more than a multiple of
-        `frames_per_latent`. Other numbers are rounded: 2 and 3 to 1, but 4 to 5.
+        `frames_per_latent`. With 4 frames per latent, 2 and 3 become 1, but 4 becomes 5. Only for
+        families that make videos.
         """
         step = self.frames_per_latent
         return frames if frames % step == 1 else frames // step * step + 1

@@ -101,7 +101,8 @@ class T5Encoder:
         offsets = encoded.offset_mapping
         if len(offsets) <= MAX_TOKENS:
             return ""
-        start, _ = offsets[MAX_TOKENS - 1]  # the end token takes the position of the first one
+        # The end token takes the position of the first removed token.
+        start, _ = offsets[MAX_TOKENS - 1]
         return prompt[start:].strip()
 
 

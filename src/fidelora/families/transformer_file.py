@@ -39,15 +39,16 @@ def transformer_weights(
         other = next(key for key in weights if not key.startswith(_PREFIX))
         raise BaseModelFilesError(
             f"{name} also contains other parts, such as {other!r}. Use a file with the transformer "
-            f"only, and a folder with the other parts of {family.title} as config."
+            f"only, and set config to a folder with the other parts of {family.title}."
         )
     own = {key.removeprefix(_PREFIX): value for key, value in weights.items()}
-    has_all = all(any(key.startswith(block) for key in own) for block in blocks)
-    if not has_all or any(key.startswith(tuple(foreign)) for key in own if foreign):
+    missing = [block for block in blocks if not any(key.startswith(block) for key in own)]
+    others = [key for key in own if key.startswith(tuple(foreign))]
+    if missing or others:
+        reason = f"has no weight {missing[0]}*" if missing else f"has the weight {others[0]:.200}"
         raise BaseModelFilesError(
-            f"{name} is not a checkpoint of {family.title}: its weights do not begin with "
-            f"{' and '.join(blocks)} Use a file with the transformer under its original names, or "
-            "a diffusers folder."
+            f"{name} is not a checkpoint of {family.title}: it {reason}. Use a file with the "
+            "transformer under its original names, or a diffusers folder."
         )
     return own
 
@@ -60,8 +61,8 @@ def split_rows(value: Tensor, rows: Sequence[int], key: str, name: str) -> tuple
     """
     if sum(rows) != len(value) or min(rows) <= 0:
         raise BaseModelFilesError(
-            f"{key} in {name} has {len(value)} rows, which do not fit the configuration. Give the "
-            "folder with its configurations as config."
+            f"{key} in {name} has {len(value)} rows, which do not fit the configuration. Set "
+            "config to the folder with its configurations."
         )
     return tuple(piece.contiguous() for piece in torch.split(value, list(rows)))
 

@@ -156,8 +156,8 @@ def sampler_of(
 def from_comfy(name: str, scheduler: str) -> tuple[str, str]:
     """Return A1111's names for ComfyUI's names of a sampler and a scheduler, if there are any.
 
-    Programs that write A1111's text for ComfyUI, and SwarmUI, use ComfyUI's names. Some append the
-    scheduler to the sampler: `dpmpp_2m_karras`.
+    Other names are returned unchanged. Programs that write A1111's text for ComfyUI, and SwarmUI,
+    use ComfyUI's names. Some append the scheduler to the sampler: `dpmpp_2m_karras`.
     """
     for suffix, joined in (("_karras", KARRAS), ("_normal", UNIFORM)):
         if name.removesuffix(suffix) in _COMFY and name.endswith(suffix):

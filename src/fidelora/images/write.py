@@ -22,7 +22,7 @@ from fidelora.images.parameters import parameters_text
 from fidelora.images.read import COMMENT_KEY, RECORD_KEY
 from fidelora.recipe import Recipe
 
-JPEG_QUALITY = 95
+JPEG_QUALITY = 95  # by default; differences from the image are hardly visible
 VIDEO_QUALITY = 80  # of animated WebP, as in the trainer
 MAX_PREVIEW = 128  # longest side of a preview in pixels; keeps it at a few kilobytes
 _MAX_JPEG_EXIF_BYTES = 65_533  # a JPEG segment has at most 65,535 bytes, two of them its length
@@ -99,10 +99,9 @@ class GeneratedImage:
         """Return the contents of the image file.
 
         Args:
-            image_format: png, jpeg, webp or mp4. Videos are webp or mp4 files, and only they may be
-                mp4 files.
-            quality: 0..100, for JPEG and WebP only. By default, WebP is lossless, as PNG always is,
-                and JPEG has quality 95. Animated WebP has by default quality 80, as in the trainer.
+            image_format: png, jpeg or webp for a still image, webp or mp4 for a video.
+            quality: 0..100, for JPEG and WebP only. By default, a still WebP image is lossless, an
+                animated one has quality 80 as in the trainer, and JPEG has quality 95.
 
         Raises:
             ImageFormatError: the format is not supported, does not support this quality, or does

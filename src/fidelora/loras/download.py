@@ -132,6 +132,7 @@ async def download(
         AdapterUrlRefusedError: the URL, or one that it redirects to, is not allowed.
         AdapterNotFoundError: the file does not exist on the server.
         AdapterDownloadError: the download failed, or the file is too large or a web page.
+        StorageFullError: the disk is full.
     """
     try:
         async with asyncio.timeout(rules.timeout_s):

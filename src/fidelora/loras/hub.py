@@ -53,10 +53,13 @@ class HubFile:
 
         Args:
             token: access token; None uses the user's own, if there is one.
+            max_bytes: maximum size of the file.
 
         Raises:
-            AdapterNotFoundError: the file does not exist.
+            AdapterNotFoundError: the file does not exist, or is not in the cache while
+                `HF_HUB_OFFLINE` is set.
             AdapterDownloadError: the file is too large or gated, or the hub cannot be reached.
+            StorageFullError: the disk is full.
         """
         import httpx2  # the hub client's own HTTP library
         from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url

@@ -15,8 +15,8 @@ class UploadFolder:
 
     Args:
         root: adapter folder.
-        quota: disk space for uploads. Each server counts the uploads that it knows of, so uploads
-            to several servers at the same time can exceed it.
+        quota: disk space for uploads. Each server counts the files in its own copy of the folder,
+            so uploads to several servers at the same time can exceed it.
         shared: the adapter folder of all servers; None for one server, or for a shared folder.
     """
 

@@ -29,7 +29,7 @@ from fidelora.texts import plain_message, printable
 
 _SUFFIX = ".safetensors"
 _UPLOAD_NAME = re.compile(r"(?!\.)[^/\\\x00-\x1f\x7f]+\.safetensors", re.IGNORECASE)
-_MAX_UPLOAD_BYTES = 200  # in UTF-8; file systems allow 255, and a temporary name can be longer
+_MAX_NAME_BYTES = 200  # in UTF-8; file systems allow 255, and a temporary name can be longer
 
 
 class UploadQuota:
@@ -116,7 +116,7 @@ def add_upload(
         UploadNameError: the name is not valid for an upload.
         AdapterExistsError: an upload with this name has other contents.
         WeightsFileError, AdapterFormatError: according to its header, the file is not an adapter.
-        UploadQuotaError: the uploads would have more than their quota.
+        UploadQuotaError: the uploads would exceed their quota.
         OutputError: the file could not be written.
     """
     folder = _folder_of(owner)
@@ -233,10 +233,10 @@ def _key_folders(root: Path) -> list[Path]:
 
 def _upload(root: Path, folder: str, name: str) -> Path:
     size = len(name.encode("utf-8", "replace"))
-    if not (_UPLOAD_NAME.fullmatch(name) and is_text(name) and size <= _MAX_UPLOAD_BYTES):
+    if not (_UPLOAD_NAME.fullmatch(name) and is_text(name) and size <= _MAX_NAME_BYTES):
         raise UploadNameError(
             f"{name!r:.200} is not a valid name for an upload: it must end with {_SUFFIX}, must "
             "not begin with a dot or contain a slash, backslash or control character, and may have "
-            f"at most {_MAX_UPLOAD_BYTES} bytes in UTF-8."
+            f"at most {_MAX_NAME_BYTES} bytes in UTF-8."
         )
     return root / folder / name

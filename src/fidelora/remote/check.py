@@ -48,8 +48,9 @@ class RemoteSample:
         plan: the sample.
         content: the server's file.
         pixels: its pixels, uint8 RGB [height, width, 3], or [frames, height, width, 3].
-        comparison: of the picture with the trainer's sample; None if the sizes differ.
-        nearest: the picture that the program is expected to make; None for the trainer's sample.
+        comparison: comparison of the picture with the trainer's sample; None if the sizes differ.
+        nearest: the picture that the program is expected to make; None if it is expected to make
+            the trainer's sample.
         from_expected: mean difference from the expected picture in levels; None if the sizes
             differ.
     """

@@ -129,8 +129,8 @@ class Connection:
         status = response.status_code
         if 300 <= status < 400:
             raise ApiError(
-                f"{self.host} redirects {path}. Redirects are not followed; name the address that "
-                "it redirects to.",
+                f"{self.host} redirects {path}. Redirects are not followed; set --against to the "
+                "address that it redirects to.",
                 status=status,
             )
         if status in (401, 403):

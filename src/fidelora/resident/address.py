@@ -35,7 +35,8 @@ def socket_path(device: str, offload: str) -> Path:
     """Return the path of the socket for engines with this device and offload mode.
 
     Raises:
-        SettingsError: the system has no such sockets, or other users can write to the folder.
+        SettingsError: the system has no Unix sockets, the folder cannot be created, other users can
+            write to it, or its path is too long for a socket.
     """
     if not hasattr(socket, "AF_UNIX"):
         raise SettingsError(

@@ -21,7 +21,7 @@ from fidelora.resident.messages import (
 if TYPE_CHECKING:  # numpy and Pillow are imported while the engine computes
     from fidelora.images.write import GeneratedImage
 
-_HELLO_S = 5.0  # seconds in which a resident engine has to accept a connection
+_CONNECT_S = 5.0  # seconds in which a resident engine has to send its first message
 
 
 class Steps(Protocol):
@@ -60,7 +60,7 @@ class ResidentEngine:
     def connect(cls, path: Path) -> ResidentEngine | None:
         """Return a connection to the engine that listens at `path`; None if there is none."""
         connection = socket.socket(socket.AF_UNIX)
-        connection.settimeout(_HELLO_S)
+        connection.settimeout(_CONNECT_S)
         try:
             connection.connect(str(path))
             channel = Channel(connection)

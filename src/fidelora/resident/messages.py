@@ -107,7 +107,7 @@ def recipe_of_message(message: Mapping[str, Any]) -> Recipe:
 
 
 def images_to_message(images: Sequence[GeneratedImage]) -> tuple[dict[str, Any], bytes]:
-    """Return everything of images except their recipes, and their pixels or all frames."""
+    """Return a message about images, without their recipes, and the pixels of all their frames."""
     plain = [
         {
             "shape": list(image.all_pixels.shape),

@@ -32,13 +32,13 @@ _POLL_S = 0.5  # seconds between two checks whether the engine has been idle for
 
 
 class ResidentServer:
-    """Serves one engine to the commands of this user, until it was idle for a given time.
+    """Serves one engine to the commands of this user until it has been idle for a given time.
 
     Several commands take turns, because the engine makes one image or batch at a time.
 
     Args:
         path: socket, in a folder that only this user can use.
-        idle_s: seconds without a connection after which `serve` returns; None for no end.
+        idle_s: seconds without a connection after which `serve` returns; None to serve without end.
 
     Raises:
         SettingsError: another process serves this engine already.
@@ -71,7 +71,7 @@ class ResidentServer:
         self._listener.settimeout(_POLL_S)
 
     def serve(self, should_stop: Callable[[], bool] = lambda: False) -> None:
-        """Serve commands until the engine was idle for long enough.
+        """Serve commands until the engine has been idle for `idle_s`.
 
         Args:
             should_stop: called every half second; True ends the loop.

@@ -66,7 +66,10 @@ class NoiseSource:
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
-        """Make `torch.randn`, which samplers call in their steps, draw this kind of noise."""
+        """Make `torch.randn` draw this source's kind of noise until the block ends.
+
+        Samplers call it in their steps.
+        """
         if self._legacy:
             with _LegacyRandn():
                 yield

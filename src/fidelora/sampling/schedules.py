@@ -190,13 +190,20 @@ class FlowSchedule:
     the timesteps are the sigmas themselves.
 
     Args:
-        config: either `shift` (the shift factor) or `dynamic_shift` (the argument `line` of
-            `_shift_for`). Optional: `scheduler`; `linspace`, the precision in which the sigmas
-            before the shift are computed, `float32` (the default) or `float64`; `ends_at_zero`, for
-            a last sigma of 0 before the shift, so that the last step has no length;
-            `ends_at_shifted_table`: before the shift, the last sigma is the smallest one of the
-            scheduler's training table, which is itself already shifted; `terminal`, the last
-            sigma, to which the sigmas are stretched after the shift.
+        config: options. One of the first two is required.
+
+            * `shift`: the shift factor.
+            * `dynamic_shift`: a straight line from the number of tokens to the logarithm of the
+              shift factor, as two points (tokens, logarithm, tokens, logarithm).
+            * `scheduler`: see above; by default True.
+            * `linspace`: dtype in which the sigmas before the shift are computed, `float32` (the
+              default) or `float64`.
+            * `ends_at_zero`: if True, the last sigma is 0 before the shift. The last step then goes
+              from 0 to 0.
+            * `ends_at_shifted_table`: if True, the last sigma before the shift is the smallest
+              sigma of the scheduler's training table. The table is shifted, so this sigma is
+              shifted twice.
+            * `terminal`: last sigma. The sigmas are stretched to it after the shift.
         steps: the number of steps; at least 2 with `terminal`.
         tokens: the number of tokens of the image, which a dynamic shift depends on.
         device: device of the latents.
@@ -260,7 +267,10 @@ _FLOW_OPTIONS = {
 
 
 def _evenly_spaced(config: Mapping[str, Any], steps: int) -> NDArray[Any]:
-    """Return the sigmas before the shift: evenly spaced from 1 to 1 / steps, or to 0.
+    """Return the sigmas before the shift, evenly spaced from 1.
+
+    The last one is 1 / steps, 0 or the smallest of the shifted training table, depending on
+    `config`.
 
     The pipelines of diffusers compute them with torch in float32, or with numpy in float64. The
     results differ in the last bit. If they end at 0, the scheduler computes them in float64.

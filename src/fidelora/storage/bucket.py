@@ -39,7 +39,9 @@ class StoredObject:
 
     Attributes:
         key: name in the bucket, without the bucket's prefix.
-        tag: changes with the content (the ETag).
+        size: in bytes.
+        modified: time of the last change.
+        tag: the ETag, which changes with the content.
     """
 
     key: str

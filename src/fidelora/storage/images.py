@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-from fidelora.atomic import temporary_name, write_atomically
+from fidelora.atomic import output_error, temporary_name, write_atomically
 from fidelora.storage.bucket import Bucket
 
 _PROBE_BYTES = 2**20  # about the size of an image; a full disk may still have room for less
@@ -60,9 +60,20 @@ class FolderImages:
             return None
 
     def remove(self, locations: Sequence[str]) -> None:
-        """Remove files; those that do not exist are ignored."""
+        """Remove all files that can be removed; those that do not exist are ignored.
+
+        Raises:
+            StorageError: a file cannot be removed.
+        """
+        errors: list[tuple[str, OSError]] = []
         for location in locations:
-            Path(location).unlink(missing_ok=True)
+            try:
+                Path(location).unlink(missing_ok=True)
+            except OSError as error:
+                errors.append((location, error))
+        if errors:
+            first, reason = errors[0]
+            raise output_error(f"{first} could not be removed", reason) from reason
 
     def check(self) -> None:
         """Write and remove a test file."""

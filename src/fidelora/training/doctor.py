@@ -13,8 +13,9 @@ from fidelora.errors import BaseModelError, NumericsError
 from fidelora.training import suspects
 from fidelora.training.changes import Change, changed_settings
 from fidelora.training.compare import Comparison, compare, reencode
+from fidelora.training.evidence import Verdict
 from fidelora.training.flags import where_to_set
-from fidelora.training.judge import Pixels, Verdict
+from fidelora.training.judge import Pixels
 from fidelora.training.run_folder import TrainingRun
 from fidelora.training.run_suspects import run_suspects, trainer_versions
 from fidelora.training.suspects import Suspect, UniqueSuspects
@@ -36,10 +37,11 @@ _MIN_EXPLAINED = 0.5
 """Share of the mean difference that a suspect must explain to be reported."""
 
 _MAX_NOISE = 1.3
-"""Mean difference, relative to that of the draws, up to which lost information explains the rest.
+"""Lost information explains a mean difference of at most this many times that of the draws.
 
-A suspect within this limit ends the search among other causes. Single samples with right settings
-had up to 1.67 times the mean difference of the draws; for these, the search continues.
+If a suspect leaves no larger difference, other causes are not tried any more. Single samples with
+right settings had up to 1.67 times the mean difference of the draws; for these, the search
+continues.
 """
 
 _SCREENING_STEPS = 6
@@ -87,9 +89,9 @@ def diagnose(
     The search uses the mismatched sample that is fastest to generate. It tries suspects in this
     order: settings with one or two alternatives; values of guidance, steps and multiplier that are
     estimated from a small change; settings with many values, ranked at few steps; numbers of steps.
-    An identical image ends the search. If an image differs only by rounding or as
-    much as lost information explains, only the remaining suspects of the same cause are tried,
-    because one of them may be closer.
+    An identical image ends the search. If an image differs only by rounding, or by no more than
+    lost information explains, only the remaining suspects of the same cause are tried, because one
+    of them may be closer.
 
     Args:
         samples: checked samples, at least one of them a mismatch.
@@ -99,27 +101,7 @@ def diagnose(
     mismatched = [sample for sample in samples if sample.verdict is Verdict.MISMATCH]
     wrong_size = next((sample for sample in mismatched if sample.comparison is None), None)
     if wrong_size is not None:
-        height, width = wrong_size.trainer.shape[-3:-1]
-        for suspect in trainer_versions(run, wrong_size.plan):
-            plan = replace(wrong_size.plan, recipe=suspect.recipe)
-            if (suspect.recipe.width, suspect.recipe.height) == (width, height) and (
-                check_sample(plan, engine).verdict is not Verdict.MISMATCH
-            ):
-                return Diagnosis(suspect.cause, 1.0, suspect.fix)
-        frames = len(wrong_size.trainer) if wrong_size.trainer.ndim == 4 else 1
-        recipe = wrong_size.plan.recipe
-        if (recipe.width, recipe.height) == (width, height):
-            option = f"--frames {frames}"
-            fix = (
-                f"The sample has {frames} frames: set its num_frames to {frames}"
-                f"{where_to_set(option, option)}"
-            )
-            return Diagnosis("size", 1.0, fix)
-        fix = (
-            f"The sample is {width}x{height}: set its width to {width} and its height to {height}"
-            f"{where_to_set(f'--size {width}x{height}', f'--w {width} --h {height}')}"
-        )
-        return Diagnosis("size", 1.0, fix)
+        return _diagnose_size(run, wrong_size, engine)
     evidence = mismatched[0].evidence
     if evidence is not None and evidence.found is not None:
         return Diagnosis(evidence.found.change.cause, 1.0, evidence.found.fix)
@@ -162,6 +144,31 @@ def diagnose(
     for suspect in step_counts:
         search.attempt(suspect)
     return search.result()
+
+
+def _diagnose_size(run: TrainingRun, sample: CheckedSample, engine: Engine) -> Diagnosis:
+    """Return why a sample has another size or number of frames than its settings give."""
+    height, width = sample.trainer.shape[-3:-1]
+    for suspect in trainer_versions(run, sample.plan):
+        plan = replace(sample.plan, recipe=suspect.recipe)
+        if (suspect.recipe.width, suspect.recipe.height) == (width, height) and (
+            check_sample(plan, engine).verdict is not Verdict.MISMATCH
+        ):
+            return Diagnosis(suspect.cause, 1.0, suspect.fix)
+    frames = len(sample.trainer) if sample.trainer.ndim == 4 else 1
+    recipe = sample.plan.recipe
+    if (recipe.width, recipe.height) == (width, height):
+        option = f"--frames {frames}"
+        fix = (
+            f"The sample has {frames} frames: set its num_frames to {frames}"
+            f"{where_to_set(option, option)}"
+        )
+        return Diagnosis("size", 1.0, fix)
+    fix = (
+        f"The sample is {width}x{height}: set its width to {width} and its height to {height}"
+        f"{where_to_set(f'--size {width}x{height}', f'--w {width} --h {height}')}"
+    )
+    return Diagnosis("size", 1.0, fix)
 
 
 def explained_share(before: float, after: float, noise: float) -> float:

@@ -8,10 +8,8 @@ step.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from enum import StrEnum
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,12 +27,11 @@ from fidelora.training.compare import (
 from fidelora.training.consistency import (
     DifferenceImage,
     Differences,
-    DirectionTest,
-    SizeTest,
     direction_test,
     size_test,
 )
 from fidelora.training.draws import Draws, lost_information
+from fidelora.training.evidence import MAX_DETECTABLE, Evidence, TriedChange, Verdict
 from fidelora.training.plan import PlannedSample
 from fidelora.training.run_folder import TrainingRun
 
@@ -48,17 +45,18 @@ FALSE_ALARMS = 0.005
 The tests assume normally distributed numbers. In simulated runs (`benchmarks/verdicts.py`), 2 of
 180 verdicts were false alarms at 0.01, and 0 of 216 at 0.005.
 """
-_SIZE_LIMIT = 0.6 * FALSE_ALARMS
+_SIZE_LIMIT = 0.6 * FALSE_ALARMS  # p value below which the sizes show a mismatch
 _DIRECTIONS_LIMIT = 0.4 * FALSE_ALARMS
+"""Divided by the number of tried changes: p value below which a change shows a mismatch."""
 
-DRAWS = 8
+DRAWS = 8  # draws of each sample before the first judgement; each needs an image
 _MORE_DRAWS = 16
-"""Further draws, made before settings are called wrong with a p value that is not `_CLEAR`.
+"""Further draws, made before settings are called wrong by evidence that is not clear
+(`Evidence.is_clear`).
 
 With eight draws, the tail of the distribution is an extrapolation. Some samples are close to a
 tipping point, so that a few draws are much farther away than the others.
 """
-_CLEAR = 1e-6
 
 _CHANGED_SAMPLES = 2
 """Number of samples on which a changed setting is tried; each needs an image."""
@@ -76,100 +74,6 @@ _MIN_AMOUNT = 0.1
 
 The draws do not reproduce everything, and an error of a few percent must not become a mismatch.
 """
-
-_MAX_DETECTABLE = 2.0
-"""If a change of twice the tried size would not be detected, the step is undecided."""
-
-
-class Verdict(StrEnum):
-    """Result of checking a sample, from best to worst; the values are those of the JSON report."""
-
-    IDENTICAL = "identical"
-    ROUNDING = "rounding"
-    UNDECIDED = "undecided"
-    MISMATCH = "mismatch"
-
-
-@dataclass(frozen=True)
-class TriedChange:
-    """A change that was tried on the samples of a step, and the result of its test."""
-
-    change: Change
-    test: DirectionTest
-
-    @property
-    def detectable(self) -> float | None:
-        """Smallest change of the setting that would have been detected; None without a size."""
-        return None if self.change.size is None else self.test.detectable * abs(self.change.size)
-
-    @property
-    def fix(self) -> str:
-        """Instruction to correct the setting, with its estimated value."""
-        estimate = self.change.value + self.test.amount * (self.change.size or 0)
-        return self.change.fix.format(value=f"{estimate:.3g}")
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """Why the samples of a step have their verdict.
-
-    Attributes:
-        verdict: verdict of the samples that are not identical.
-        lost: information that was lost, as clauses.
-        noise: mean difference of the draws in levels, by index of the sample.
-        size: result of comparing the sizes of the differences.
-        tried: changed settings that were tried; empty if the sizes already show a mismatch.
-        found: the change with which the samples were probably made; None if none was detected.
-    """
-
-    verdict: Verdict
-    lost: tuple[str, ...]
-    noise: dict[int, float]
-    size: SizeTest
-    tried: tuple[TriedChange, ...] = ()
-    found: TriedChange | None = None
-
-    @property
-    def is_clear(self) -> bool:
-        """True if a mismatch needs no further draws."""
-        found = math.inf if self.found is None else self.found.test.p_value
-        return min(self.size.p_value, found) < _CLEAR
-
-    @property
-    def reason(self) -> str:
-        """The evidence as sentences."""
-        size = (
-            f"The samples differ {self.size.ratio:.2f} times as much as images with random values "
-            f"in place of the lost information (p = {self.size.p_value:.2g})"
-        )
-        if self.found is not None:
-            change = f"{self.found.test.amount:.2f} times the effect of a changed setting"
-            return f"{size}, and contain {change} (p = {self.found.test.p_value:.1g})."
-        return f"{size}. {self._power}".strip()
-
-    @property
-    def _power(self) -> str:
-        seen: list[str] = []
-        unseen: list[str] = []
-        values = Counter(one.change.cause for one in self.tried)
-        for one in self.tried:
-            name = one.change.cause.replace("_", " ")
-            if values[one.change.cause] > 1:
-                name += f" {one.change.value:g}"
-            if one.change.cause == "dtype":
-                continue  # its effect is rounding, like that of the draws
-            if one.detectable is None:
-                (seen if one.test.detectable < 1 else unseen).append(f"another {name}")
-            elif one.test.detectable <= _MAX_DETECTABLE:
-                seen.append(f"{name} by {one.detectable:.2g}")
-            else:
-                unseen.append(f"{name} by {_MAX_DETECTABLE * abs(one.change.size or 0):g}")
-        sentences = []
-        if seen:
-            sentences.append(f"These changes would have been detected: {', '.join(seen)}.")
-        if unseen:
-            sentences.append(f"These would not have been detected: {', '.join(unseen)}.")
-        return " ".join(sentences)
 
 
 def judge(
@@ -304,7 +208,7 @@ class Experiment:
             if one.change.size:
                 known = best_detectable.get(one.change.cause, math.inf)
                 best_detectable[one.change.cause] = min(known, one.test.detectable)
-        blind = any(detectable > _MAX_DETECTABLE for detectable in best_detectable.values())
+        blind = any(detectable > MAX_DETECTABLE for detectable in best_detectable.values())
         verdict = Verdict.UNDECIDED if blind else Verdict.ROUNDING
         return Evidence(verdict, lost, noise, size, tuple(tried))
 
@@ -348,8 +252,9 @@ class Experiment:
 
         Each draw is made with and without the change, with the same random values. These draws are
         not those that the trainer's sample is compared with. For a change with an opposite, the
-        effect is half of the difference between the two: samples made with either of them contain
-        the effect once (or -1 times), even if it is not proportional to the change.
+        effect is half of the difference between the images with the change and those with the
+        opposite change. A sample made with one of these changes then contains the effect once, or
+        -1 times, even if the effect is not proportional to the change.
 
         Returns:
             The mean of the `DRAWS` differences, and the mean square of its errors, which is their

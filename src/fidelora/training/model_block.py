@@ -1,4 +1,4 @@
-"""Settings of a configuration's `model` block beyond the base model: quantisation, assistant."""
+"""Settings of a configuration's `model` block: family, quantisation, assistant LoRA."""
 
 from __future__ import annotations
 
@@ -8,9 +8,44 @@ from typing import Any, get_args
 
 from fidelora.adapters.tensor_names import MAX_ADAPTER_BYTES
 from fidelora.errors import AdapterError, TrainingRunError
-from fidelora.families import Family
+from fidelora.families import Family, all_families
 from fidelora.loras.hub import HubFile
 from fidelora.recipe import AdapterRef, Quantization
+
+
+def family_of(model: Mapping[str, Any]) -> str:
+    """Return the id of the model family; older configurations set a flag, newer ones `arch`.
+
+    Raises:
+        TrainingRunError: the family is not supported, or an option that changes its samples is not.
+    """
+    arch = model.get("arch")
+    flags = {
+        key
+        for key, value in model.items()
+        if key.startswith("is_") and key != "is_v_pred" and value
+    }
+    fitting = [
+        spec
+        for spec in all_families().values()
+        if flags <= set(spec.trainer_sampling.flags)
+        and (arch in spec.trainer_sampling.archs or (arch is None and flags))
+    ]
+    option = {spec.trainer_sampling.option: spec for spec in reversed(fitting)}
+    spec = next((one for key, one in option.items() if key and model.get(key)), option.get(""))
+    if spec is None:
+        known = ", ".join(spec.title for spec in all_families().values())
+        trained = " and ".join([*([repr(arch)] if arch else []), *sorted(flags)])
+        raise TrainingRunError(
+            f"The training run trains {trained}, which is not supported; "
+            f"the supported models are: {known}."
+        )
+    if model.get("refiner_name_or_path"):
+        raise TrainingRunError(
+            "The training run samples with a refiner (model.refiner_name_or_path), "
+            "which is not supported."
+        )
+    return spec.id
 
 
 def quantization_of(model: Mapping[str, Any], family: Family) -> dict[str, Any]:

@@ -98,54 +98,26 @@ def plan_samples(
         history = full_history(run, step)
     earlier = refs_of(run, history, *multipliers) if history.rounds else ()
     adapters = () if is_full_model else run.adapters(step)
-    # Step 0 has no checkpoint, but any file of the run contains the trainer's version, which
-    # determines the noise.
-    checkpoint = run.checkpoints.get(step) or next(iter(run.checkpoints.values()), None)
     family = get_family(run.model)
-    metadata: Mapping[str, str] = {}
-    if adapters and adapters[0].file is not None:  # it is open already
-        metadata = adapters[0].file.header.metadata
-    elif checkpoint is not None:
-        metadata = checkpoint_metadata(checkpoint)
+    metadata = _metadata_of(run, step, adapters)
     noise: Noise = noise_of_trainer(metadata) if "noise" in family.uses else "modern"
     sampling = family.trainer_sampling
     version = run.trainer_version or trainer_version(metadata)
     older = [one for one in sampling.older if version is not None and version < one.before]
     training = (find_training_adapter(run.training_adapter),) if run.training_adapter else ()
+    shared = {
+        "base_model": str(run.checkpoints[step]) if is_full_model else base_model or run.base_model,
+        "vae": "" if is_full_model else run.vae,  # a full model contains its VAE
+        "adapter_mode": "live" if unmerged else "merged",
+        "history": earlier,
+        "noise": noise,
+        "training_adapters": training,
+        "vae_tiling": run.low_vram and _decodes_in_tiles(family, version),
+    }
     planned = []
     for index, values in enumerate(settings):
         values = _as_older_trainer(values, older)
-        recipe = Recipe(
-            prompt=values["prompt"],
-            negative_prompt=values["neg"] if "negative_prompt" in family.uses else "",
-            negative_prompt_2=values["neg_2"] if "negative_prompt_2" in family.uses else None,
-            model=run.model,
-            base_model=(
-                str(run.checkpoints[step]) if is_full_model else base_model or run.base_model
-            ),
-            vae="" if is_full_model else run.vae,  # a full model contains its VAE
-            width=values["width"],
-            height=values["height"],
-            frames=values["num_frames"] if family.makes_videos else 1,
-            fps=values["fps"] if family.makes_videos else 16,
-            steps=values["sample_steps"],
-            guidance_scale=values["guidance_scale"],
-            guidance_rescale=values["guidance_rescale"] if sampling.rescales_guidance else 0.0,
-            seed=values["seed"],
-            sampler=values["sampler"] or _sampler_name(run),
-            prediction=run.prediction,
-            adapters=with_multiplier(adapters, values["network_multiplier"]),
-            adapter_mode="live" if unmerged else "merged",
-            history=earlier,
-            noise=noise,
-            dtype=run.dtype,
-            vae_dtype=run.vae_dtype,
-            text_encoder_dtype=run.text_encoder_dtype,
-            quantization=run.quantization,
-            text_encoder_quantization=run.text_encoder_quantization,
-            training_adapters=training,
-            vae_tiling=run.low_vram and _decodes_in_tiles(family, version),
-        )
+        recipe = _recipe_of(run, family, values, adapters, shared)
         is_random, is_undefined = values["has_random_seed"], values["is_undefined"]
         image = None if is_random or is_undefined else run.images.get((step, index))
         planned.append(
@@ -162,6 +134,59 @@ def plan_samples(
             )
         )
     return planned
+
+
+def _metadata_of(run: TrainingRun, step: int, adapters: Sequence[AdapterRef]) -> Mapping[str, str]:
+    """Return the metadata of a step's adapters or model; empty if the run has no such files.
+
+    Step 0 has no checkpoint, but every file of the run contains the trainer's version, which
+    determines the noise.
+    """
+    if adapters and adapters[0].file is not None:  # it is open already
+        return adapters[0].file.header.metadata
+    checkpoint = run.checkpoints.get(step) or next(iter(run.checkpoints.values()), None)
+    return {} if checkpoint is None else checkpoint_metadata(checkpoint)
+
+
+def _recipe_of(
+    run: TrainingRun,
+    family: Family,
+    values: Mapping[str, Any],
+    adapters: Sequence[AdapterRef],
+    shared: Mapping[str, Any],
+) -> Recipe:
+    """Return the recipe of one sample.
+
+    Args:
+        values: settings of the sample.
+        adapters: adapters of the step.
+        shared: recipe fields that all samples of the step share.
+    """
+    return Recipe(
+        prompt=values["prompt"],
+        negative_prompt=values["neg"] if "negative_prompt" in family.uses else "",
+        negative_prompt_2=values["neg_2"] if "negative_prompt_2" in family.uses else None,
+        model=run.model,
+        width=values["width"],
+        height=values["height"],
+        frames=values["num_frames"] if family.makes_videos else 1,
+        fps=values["fps"] if family.makes_videos else 16,
+        steps=values["sample_steps"],
+        guidance_scale=values["guidance_scale"],
+        guidance_rescale=(
+            values["guidance_rescale"] if family.trainer_sampling.rescales_guidance else 0.0
+        ),
+        seed=values["seed"],
+        sampler=values["sampler"] or _sampler_name(run),
+        prediction=run.prediction,
+        adapters=with_multiplier(adapters, values["network_multiplier"]),
+        dtype=run.dtype,
+        vae_dtype=run.vae_dtype,
+        text_encoder_dtype=run.text_encoder_dtype,
+        quantization=run.quantization,
+        text_encoder_quantization=run.text_encoder_quantization,
+        **shared,
+    )
 
 
 def _as_older_trainer(values: Mapping[str, Any], older: Sequence[OlderTrainer]) -> dict[str, Any]:

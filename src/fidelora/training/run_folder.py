@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from fidelora.errors import TrainingRunError
-from fidelora.families import all_families, get_family
+from fidelora.families import get_family
 from fidelora.families.spec import Stage
 from fidelora.recipe import AdapterRef, Dtype, Prediction, Quantization
 from fidelora.training.config_file import block_of, dtype_of, number_of, read_config
 from fidelora.training.embedding_block import TrainedEmbedding, read_embedding
-from fidelora.training.model_block import quantization_of, training_adapter_of
+from fidelora.training.model_block import family_of, quantization_of, training_adapter_of
 from fidelora.training.run_files import (
     find_checkpoints,
     folders_without_weights,
@@ -21,27 +21,8 @@ from fidelora.training.run_files import (
     latest_images,
     stage_checkpoints,
 )
+from fidelora.training.sample_block import SampleItem, sample_settings
 from fidelora.training.unused_settings import unused_settings
-
-
-@dataclass(frozen=True)
-class SampleItem:
-    """An item of the sample block, with the block's values as defaults.
-
-    Flags in the prompt are not parsed here.
-    """
-
-    prompt: str
-    neg: str
-    width: int
-    height: int
-    seed: int | None
-    guidance_scale: float
-    sample_steps: int
-    network_multiplier: float
-    guidance_rescale: float = 0.0
-    num_frames: int = 1
-    fps: int = 16
 
 
 @dataclass(frozen=True)
@@ -211,7 +192,7 @@ def read_run(folder: Path) -> TrainingRun:
         raise TrainingRunError(
             f"The configuration in {folder} has no base model; set model.name_or_path."
         )
-    family = _family(model)
+    family = family_of(model)
     dtype = dtype_of(train.get("dtype", "float32"), "train.dtype")
     steps = number_of(int, train.get("steps", 1000), "train.steps")
     full_models = _saves_full_models(process, train)
@@ -241,7 +222,7 @@ def read_run(folder: Path) -> TrainingRun:
         text_encoder_dtype=dtype_of(model.get("te_dtype", dtype), "model.te_dtype"),
         prediction="v_prediction" if model.get("is_v_pred") else "epsilon",
         vae=str(model.get("vae_path") or ""),
-        **_sample_settings(sample, "sample"),
+        **sample_settings(sample, "sample"),
         steps=steps,
         checkpoints=checkpoints,
         images={},
@@ -293,26 +274,12 @@ def _with_first_round(
         ordinary[0] = at_zero[-1:]
     first = replace(
         run,
-        **_sample_settings(block, "first_sample"),
+        **sample_settings(block, "first_sample"),
         images=latest_images({0: first_rounds}),
         is_first_round=True,
         encoded_block=run if run.encodes_prompts_once else None,
     )
     return replace(run, images=latest_images(ordinary), first_round=first)
-
-
-def _sample_settings(block: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return the fields of `TrainingRun` that a block of sample settings defines."""
-    return {
-        "sampler": str(block.get("sampler", "ddpm")),
-        "seed": number_of(int, block.get("seed", 0), f"{name}.seed"),
-        "walk_seed": bool(block.get("walk_seed", False)),
-        "image_format": str(block.get("format", "jpg")),
-        "samples": tuple(_items(block, name)),
-        "sample_every": max(
-            0, number_of(int, block.get("sample_every") or 0, f"{name}.sample_every")
-        ),
-    }
 
 
 def _trains_adapter(process: Mapping[str, Any]) -> bool:
@@ -347,41 +314,6 @@ def _encodes_prompts_once(process: Mapping[str, Any], train: Mapping[str, Any]) 
     )
 
 
-def _family(model: Mapping[str, Any]) -> str:
-    """Return the id of the model family; older configurations set a flag, newer ones `arch`.
-
-    Raises:
-        TrainingRunError: the family is not supported, or an option that changes its samples is not.
-    """
-    arch = model.get("arch")
-    flags = {
-        key
-        for key, value in model.items()
-        if key.startswith("is_") and key != "is_v_pred" and value
-    }
-    fitting = [
-        spec
-        for spec in all_families().values()
-        if flags <= set(spec.trainer_sampling.flags)
-        and (arch in spec.trainer_sampling.archs or (arch is None and flags))
-    ]
-    option = {spec.trainer_sampling.option: spec for spec in reversed(fitting)}
-    spec = next((one for key, one in option.items() if key and model.get(key)), option.get(""))
-    if spec is None:
-        known = ", ".join(spec.title for spec in all_families().values())
-        trained = " and ".join([*([repr(arch)] if arch else []), *sorted(flags)])
-        raise TrainingRunError(
-            f"The training run trains {trained}, which is not supported; "
-            f"the supported models are: {known}."
-        )
-    if model.get("refiner_name_or_path"):
-        raise TrainingRunError(
-            "The training run samples with a refiner (model.refiner_name_or_path), "
-            "which is not supported."
-        )
-    return spec.id
-
-
 def _dora_alpha(network: Mapping[str, Any]) -> float | None:
     if str(network.get("type", "")).lower() != "dora":
         return None
@@ -395,54 +327,3 @@ def _has_peft_names(ref: AdapterRef) -> bool:
     It then replaces the configured alpha by the rank (`peft_format` in its `lora_special.py`).
     """
     return ref.file is not None and any(".lora_A." in key for key in ref.file.header.tensors)
-
-
-def _items(sample: Mapping[str, Any], name: str) -> list[SampleItem]:
-    """Return the items of a block of samples, with the trainer's defaults.
-
-    The defaults of the trainer's user interface differ, but do not matter here, because it writes
-    all values to the configuration.
-
-    Args:
-        name: name of the block in error messages.
-    """
-    defaults = {
-        "width": 512, "height": 512, "neg": False, "guidance_scale": 7, "guidance_rescale": 0,
-        "sample_steps": 20, "network_multiplier": 1,
-    }  # fmt: skip
-    block = defaults | {key: value for key, value in sample.items() if key != "samples"}
-    prompts = sample.get("prompts") or []
-    raw = sample.get("samples") or (
-        [{"prompt": prompt} for prompt in prompts] if isinstance(prompts, list) else prompts
-    )
-    if not isinstance(raw, list) or not all(
-        isinstance(item, dict) and isinstance(item.get("prompt"), str) for item in raw
-    ):
-        raise TrainingRunError(
-            f"{name}.samples or {name}.prompts is not a list of items with a prompt each; "
-            "correct the configuration."
-        )
-    # The trainer ignores guidance_rescale of an item.
-    rescale = {"guidance_rescale": block["guidance_rescale"]}
-    return [
-        _item(block | item | rescale, item.get("seed"), f"{name}.samples[{index}]")
-        for index, item in enumerate(raw)
-    ]
-
-
-def _item(values: Mapping[str, Any], seed: object, where: str) -> SampleItem:
-    return SampleItem(
-        prompt=values["prompt"],
-        neg=str(values["neg"] or ""),
-        width=number_of(int, values["width"], f"{where}.width"),
-        height=number_of(int, values["height"], f"{where}.height"),
-        seed=None if seed is None else number_of(int, seed, f"{where}.seed"),
-        guidance_scale=number_of(float, values["guidance_scale"], f"{where}.guidance_scale"),
-        sample_steps=number_of(int, values["sample_steps"], f"{where}.sample_steps"),
-        network_multiplier=number_of(
-            float, values["network_multiplier"], f"{where}.network_multiplier"
-        ),
-        guidance_rescale=number_of(float, values["guidance_rescale"], f"{where}.guidance_rescale"),
-        num_frames=number_of(int, values.get("num_frames") or 1, f"{where}.num_frames"),
-        fps=number_of(int, values.get("fps") or 16, f"{where}.fps"),
-    )

@@ -15,8 +15,8 @@ from fidelora.training.plan import PlannedSample, plan_samples
 from fidelora.training.run_folder import TrainingRun
 from fidelora.training.suspects import Suspect
 
-_MAX_RESUMES = 3
-_MAX_EMBEDDINGS = 3
+_MAX_RESUMES = 3  # histories of resumed runs to try, those with the fewest rounds first
+_MAX_EMBEDDINGS = 3  # embeddings of other steps to try, the nearest steps first
 
 
 def run_suspects(run: TrainingRun, plan: PlannedSample) -> Iterator[Suspect]:

@@ -15,7 +15,8 @@ from fidelora.loras.describe import describe_adapter
 from fidelora.recipe import MAX_MULTIPLIER, Recipe, replace_trigger
 from fidelora.training.flags import TRIGGER_OFF, split_flags, where_to_set
 from fidelora.training.plan import with_multiplier
-from fidelora.training.run_folder import SampleItem, TrainingRun
+from fidelora.training.run_folder import TrainingRun
+from fidelora.training.sample_block import SampleItem
 
 # Values to try, the most common ones first.
 _GUIDANCE_SCALES = [

@@ -31,9 +31,10 @@ from fidelora.training.compare import (
     size_text,
 )
 from fidelora.training.draws import saved_dtype
+from fidelora.training.evidence import Evidence, Verdict
 from fidelora.training.history import History, resumed_histories
 from fidelora.training.initial_embedding import with_initial_embedding
-from fidelora.training.judge import Evidence, Pixels, Verdict, judge
+from fidelora.training.judge import Pixels, judge
 from fidelora.training.notes import first_round_to_check
 from fidelora.training.plan import PlannedSample, plan_samples
 from fidelora.training.run_folder import TrainingRun
@@ -91,7 +92,7 @@ class CheckedSample:
 
     @property
     def reason(self) -> str:
-        """Why a sample that is not identical has its verdict, as sentences; may be empty."""
+        """Reason for the verdict on a sample that is not identical, as sentences; may be empty."""
         history = self.plan.history.summary
         if self.evidence is not None:
             lost = "; ".join(self.evidence.lost)

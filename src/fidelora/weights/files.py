@@ -1,12 +1,10 @@
-"""Find, check and read the files of a base model."""
+"""Find and read the files of a base model."""
 
 from __future__ import annotations
 
 import importlib
-import json
 import math
-import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,18 +12,15 @@ from typing import TYPE_CHECKING, Any
 from fidelora.errors import BaseModelFilesError, BaseModelNotFoundError, RecipeError
 from fidelora.families import Family, Part, all_families
 from fidelora.safetensors_header import read_file_header
-from fidelora.texts import listed
-from fidelora.weights.locate import locate, weight_file_patterns
+from fidelora.weights.configs import check_index, read_config
+from fidelora.weights.locate import locate
+from fidelora.weights.part_files import is_single_file, weight_files
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Stamp = tuple[tuple[str, int, int], ...]
 """Path, size in bytes and modification time in ns of each file."""
-
-
-_ABSENT = [None, None]
-"""Value of optional parts in `model_index.json` that a base model does not have."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +64,9 @@ class BaseFiles:
             base_model: hub id, diffusers folder, folder of the original layout or single-file
                 checkpoint.
             variant: variant of a folder's weight files, such as `fp16`; may be empty.
-            config: folder with configurations for a single-file checkpoint, and the parts that the
-                checkpoint does not contain (`Part.companion`); empty for those of the family.
+            config: folder with the configurations for a single-file checkpoint and with the parts
+                that the checkpoint does not contain (`Part.companion`). Parts that it lacks come
+                from the hub. Empty for the family's own configurations.
             decoder: hub id, folder or file of a decoder that replaces the base model's; may be
                 empty.
             cache_dir: the hub's cache; None for the default.
@@ -89,24 +85,22 @@ class BaseFiles:
                 field="config",
             )
         layout = _layout(family, config, source) if is_checkpoint else source
-        of_parts = "" if is_checkpoint else variant
-        others = _folders_of_other_parts(source, family, config, of_parts, cache_dir)
+        part_variant = "" if is_checkpoint else variant
+        others = _folders_of_other_parts(source, family, config, part_variant, cache_dir)
         if not is_checkpoint and not is_original:
-            _check_index(source, family, others)
+            check_index(source, family, others)
         roots = {part.name: others.get(part.name, layout) for part in family.parts}
-        places = {
-            part.name: _place(roots[part.name], part, is_original, is_checkpoint)
+        paths = {
+            part.name: _path_of(roots[part.name], part, is_original, is_checkpoint)
             for part in family.parts
         }
         weights = {
-            part.name: _weight_files(places[part.name], part, of_parts)
+            part.name: weight_files(paths[part.name], part, part_variant)
             for part in family.parts
             if part.name != replaced and (part.name in others or not is_checkpoint)
         }
         configs = {
-            name: place / "config.json"
-            for name, place in places.items()
-            if not _is_single_file(place)
+            name: path / "config.json" for name, path in paths.items() if not is_single_file(path)
         }
         given = {name: path for name, path in configs.items() if config and roots[name] == layout}
         if decoder:
@@ -115,8 +109,8 @@ class BaseFiles:
             if folder is not None:
                 configs[replaced] = folder / "config.json"
         tokenizers = {
-            one.name: place
-            if (place := places[one.name]).name == one.original
+            one.name: path
+            if (path := paths[one.name]).name == one.original
             else _tokenizer(roots[one.name], one)
             for one in family.text_encoders
         }
@@ -190,28 +184,6 @@ class BaseFiles:
         return counts
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """Read a part's `config.json`.
-
-    Raises:
-        BaseModelFilesError: the file is missing, cannot be read or is not a JSON object.
-    """
-    name = f"{path.parent.name}/{path.name}"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BaseModelFilesError(f"The base model has no {name}; download it again.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BaseModelFilesError(
-            f"The base model's {name} cannot be read: {error}. Download it again."
-        ) from error
-    if not isinstance(config, dict):
-        raise BaseModelFilesError(
-            f"The base model's {name} is not a JSON object; download it again."
-        )
-    return config
-
-
 def _stamp(*paths: Path) -> Stamp:
     files: list[Path] = []
     for path in dict.fromkeys(paths):
@@ -245,22 +217,17 @@ def _is_original(source: Path, family: Family) -> bool:
     return bool(part.original) and not is_diffusers and (source / part.original).exists()
 
 
-def _place(root: Path, part: Part, is_original: bool, is_checkpoint: bool) -> Path:
-    """Return the folder or file of a part in the folder `root`.
+def _path_of(root: Path, part: Part, is_original: bool, is_checkpoint: bool) -> Path:
+    """Return the path of a part in the folder `root`: a folder, or a file of the original layout.
 
     Args:
         is_original: True if the base model is a folder in the original layout.
-        is_checkpoint: True if it is a single file. `root`, which has the other parts and the
-            configurations, can then have either layout.
+        is_checkpoint: True if the base model is a single file. Then `root` is another folder, which
+            has either layout.
     """
     if is_checkpoint and part.original:
         is_original = not (root / part.name).is_dir()
     return root / (part.original if is_original else part.name)
-
-
-def _is_single_file(place: Path) -> bool:
-    """Return True if the original layout has this part in a file, not in a folder."""
-    return place.suffix == ".safetensors"
 
 
 def is_complete(base_model: str, family: Family) -> bool:
@@ -270,7 +237,7 @@ def is_complete(base_model: str, family: Family) -> bool:
 
 
 def _other_parts(source: Path, family: Family) -> list[tuple[Part, str]]:
-    """Return the parts that `source` does not contain, with the hub id of each."""
+    """Return the parts that `source` does not contain, each with the hub id of a repository."""
     if source.is_file():
         return [(part, part.companion) for part in family.parts if part.companion]
     return [(part, family.extras) for part in _missing_parts(source, family)]
@@ -297,7 +264,7 @@ def _folders_of_other_parts(
                 repository,
                 parts,
                 what=f"repository for {family.title}",
-                instead="Name a local folder that has them with --config (config in Python)"
+                instead="Set --config (config in Python) to a local folder that has them"
                 if source.is_file()
                 else "Add them to the folder",
                 variant=variant,
@@ -343,122 +310,6 @@ def _missing_parts(source: Path, family: Family) -> tuple[Part, ...]:
     return () if family.part("denoiser") in missing else tuple(missing)
 
 
-def _check_index(folder: Path, family: Family, extra: Collection[str]) -> None:
-    """Raise if the folder's `model_index.json` describes another kind of model.
-
-    Args:
-        extra: parts that are not expected in the folder.
-    """
-    index = folder / "model_index.json"
-    if not index.is_file():
-        names = [part.name for part in family.parts if part.name not in extra]
-        missing = [name for name in names if not (folder / name).is_dir()]
-        if missing:
-            raise BaseModelFilesError(
-                f"{folder} is not a diffusers folder: it has neither a model_index.json nor the "
-                f"folder {missing[0]}. Give the folder of a base model."
-            )
-        return
-    entries = read_config(index)
-    if not _has_parts_of(family, entries) and (other := _family_of(entries)) is not None:
-        raise BaseModelFilesError(
-            f"{folder.name} is a base model of {other.title}, not of {family.title}; "
-            f"use it with model {other.id}."
-        )
-    kind = entries.get("_class_name", "model of unknown kind")
-    for part in family.parts:
-        entry = entries.get(part.name)
-        class_name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
-        if class_name != part.class_name:
-            raise BaseModelFilesError(
-                f"{folder.name} is a {kind} whose {part.name} is {class_name or 'absent'}; "
-                f"{family.title} needs a {part.class_name}."
-            )
-    known = {part.name for part in family.parts}
-    others = ("text_encoder", family.part("denoiser").name)
-    if more := sorted(
-        name
-        for name, value in entries.items()
-        if name.startswith(others) and name not in known and value != _ABSENT
-    ):
-        raise BaseModelFilesError(
-            f"{folder.name} is a {kind} with {more[0]}, which {family.title} does not have. Use "
-            f"a base model of {family.title}."
-        )
-
-
-def _family_of(index: Mapping[str, Any]) -> Family | None:
-    """Return the family whose parts are exactly those of a `model_index.json`, or None."""
-    return next((one for one in all_families().values() if _has_parts_of(one, index)), None)
-
-
-def _has_parts_of(family: Family, index: Mapping[str, Any]) -> bool:
-    """Return True if a `model_index.json` has exactly the parts of a family."""
-    wanted = {part.name: [part.library, part.class_name] for part in family.parts}
-    others = ("text_encoder", family.part("denoiser").name)  # such as a second denoiser
-    found = {
-        name: value
-        for name, value in index.items()
-        if name in wanted or (name.startswith(others) and value != _ABSENT)
-    }
-    return found == wanted
-
-
-def _weight_files(folder: Path, part: Part, variant: str) -> tuple[Path, ...]:
-    """Return the weight files in a part's folder, or the file that contains the whole part."""
-    if _is_single_file(folder):
-        if not folder.is_file():
-            raise BaseModelFilesError(
-                f"The base model has no {folder.name}; download it into {folder.parent}."
-            )
-        return (folder,)
-    if part.original and folder.name == part.original and not folder.is_dir():
-        raise BaseModelFilesError(
-            f"The base model has no folder {folder.name} with the {part.name} and its tokenizer. "
-            f"Create it in {folder.parent}, or use a diffusers folder."
-        )
-    for pattern in weight_file_patterns(part, variant):
-        if found := sorted(folder.glob(pattern)):
-            _check_shards(found)
-            return tuple(found)
-    wanted = weight_file_patterns(part, variant)[0]
-    pickles = [one.name for suffix in (".bin", ".ckpt", ".pt") for one in folder.glob(f"*{suffix}")]
-    if pickles:
-        raise BaseModelFilesError(
-            f"The base model's {folder.name} has only {pickles[0]}, a pickle, which can run code "
-            f"when it is opened. Convert it to {wanted}."
-        )
-    others = sorted(path.name for path in folder.glob("*.safetensors"))
-    hint = (
-        f" (found: {', '.join(others)}; change the variant to use them)"
-        if others
-        else "; download it again"
-    )
-    raise BaseModelFilesError(f"The base model has no {folder.name}/{wanted}{hint}.")
-
-
-def _check_shards(paths: list[Path]) -> None:
-    """Raise if shards are missing, or if the folder also has shards of another export."""
-    matches = [re.search(r"-(\d+)-of-(\d+)\.", path.name) for path in paths]
-    numbers = [(int(match[1]), int(match[2])) for match in matches if match]
-    expected = [(number, len(paths)) for number in range(1, len(paths) + 1)]
-    present = {number for number, _ in numbers}
-    wanted = set(range(1, numbers[0][1] + 1)) if numbers else set()
-    if len({total for _, total in numbers}) == 1 and present < wanted:
-        missing = sorted(wanted - present)
-        names = [re.sub(r"-\d+-of", f"-{one:05}-of", paths[0].name) for one in missing]
-        raise BaseModelFilesError(
-            f"The base model has no {paths[0].parent.name}/{listed(names)}: {len(missing)} of "
-            f"{len(wanted)} shards are missing. Download it again."
-        )
-    if numbers and numbers != expected:
-        found = ", ".join(path.name for path in paths)
-        raise BaseModelFilesError(
-            f"The shards in {paths[0].parent.name} are not one complete set: {found}. Download the "
-            "folder again."
-        )
-
-
 def _decoder_files(
     name: str, part: Part, variant: str, cache_dir: Path | None
 ) -> tuple[Path | None, tuple[Path, ...]]:
@@ -470,11 +321,11 @@ def _decoder_files(
         name,
         [part],
         what="VAE",
-        instead="Name a local folder or file with --vae (vae in Python)",
+        instead="Set --vae (vae in Python) to a local folder or file",
         variant=variant,
         cache_dir=cache_dir,
     )
     if not source.is_dir():
         return None, (source,)
     folder = source if (source / "config.json").is_file() else source / part.name
-    return folder, _weight_files(folder, part, variant)
+    return folder, weight_files(folder, part, variant)

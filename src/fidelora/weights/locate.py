@@ -35,7 +35,7 @@ def locate(
     parts: Sequence[Part],
     *,
     what: str = "base model",
-    instead: str = "Name a local folder or file with --base-model (base_model in Python)",
+    instead: str = "Set --base-model (base_model in Python) to a local folder or file",
     variant: str = "",
     cache_dir: Path | None = None,
 ) -> Path:
@@ -51,6 +51,8 @@ def locate(
         parts: the parts that are needed.
         what: name of the object in error messages.
         instead: advice in the error if the hub cannot be reached, without a full stop.
+        variant: variant of the weight files, such as `fp16`; empty for files without a variant.
+        cache_dir: the hub's cache; None for the default.
 
     Raises:
         BaseModelNotFoundError: the file or folder does not exist, or the repository cannot be

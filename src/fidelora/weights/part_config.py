@@ -10,7 +10,8 @@ import torch
 
 from fidelora.families import Part, all_families
 from fidelora.safetensors_header import read_file_header
-from fidelora.weights.files import BaseFiles, read_config
+from fidelora.weights.configs import read_config
+from fidelora.weights.files import BaseFiles
 
 
 def config_of(files: BaseFiles, part: Part) -> Mapping[str, Any]:

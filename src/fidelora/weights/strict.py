@@ -98,8 +98,8 @@ def build_part(
 def allocate_weights(module: nn.Module) -> None:
     """Allocate memory, uninitialised, for the weights that `build_part` left without memory.
 
-    Call it after modules have been replaced by others that store their weight themselves. Memory
-    that is allocated before and freed then would leave gaps.
+    Call it after modules have been replaced by others that store their weight themselves. If it
+    were called earlier, the memory of the replaced modules would leave gaps in the heap.
     """
     for weight in module.parameters():
         needed = weight.numel() * weight.itemsize

@@ -70,7 +70,7 @@ def _converted(
     for key, value in weights.items():
         module, _, kind = key.rpartition(".")
         if module == _LAST_MODULATION:
-            # The original code computes shift and scale, diffusers scale and shift.
+            # The original code stores the shift first, diffusers the scale.
             shift, scale = value.chunk(2)
             found[f"norm_out.linear.{kind}"] = torch.cat([scale, shift])
         elif module in whole:

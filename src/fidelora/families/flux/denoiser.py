@@ -14,7 +14,7 @@ from fidelora.families.protocols import Encoded, Guidance, Size
 from fidelora.sampling.guidance import guide
 from fidelora.sampling.loop import Denoise
 
-_LEAST_CFG = 1.00001
+_MAX_WITHOUT_NEGATIVE = 1.00001
 """Largest guidance scale at which the trainer's pipeline skips the negative prompt."""
 
 
@@ -80,7 +80,7 @@ class FluxCfgDenoiser(FluxDenoiser):
 
     def uses_negative(self, guidance: Guidance) -> bool:
         """Return True if the guidance scale is above 1."""
-        return guidance.scale > _LEAST_CFG
+        return guidance.scale > _MAX_WITHOUT_NEGATIVE
 
     def prepare(
         self, encoded: Sequence[Encoded], guidance: Guidance, size: Size, dtype: torch.dtype

@@ -23,7 +23,7 @@ _DOUBLE = {
     "ff_context.net.2": "txt_mlp.2",
 }
 _SINGLE = {"norm.linear": "modulation.lin", "proj_out": "linear2"}
-# The modulation of the final layer is missing, because its two halves have another order there.
+# The modulation of the final layer is left out: the original code has its halves in reverse order.
 _TOP = {
     "x_embedder": "img_in",
     "context_embedder": "txt_in",

@@ -39,9 +39,9 @@ class Lumina2Text:
     ) -> None:  # fmt: skip
         (part,) = family.text_encoders
         encoder: Any = parts[part.name]
-        # The trainer's version of the library transformers used this implementation for Gemma 2,
-        # without the soft cap, which it does not support. Newer versions therefore refuse to select
-        # it.
+        # The trainer's version of the library transformers used scaled dot product attention for
+        # Gemma 2, and ignored the soft cap, which this attention does not support. Newer versions
+        # therefore do not select it.
         encoder.config._attn_implementation = "sdpa"
         self._encoder = encoder
         folder = tokenizers[part.name]

@@ -32,7 +32,8 @@ class QwenImageDenoiser:
         It takes latents [images, 1, 16, height / 8, width / 8] and a timestep.
 
         The transformer evaluates each prompt separately, so texts need neither padding nor a mask.
-        Each token of the guided prediction is scaled to the norm of that for the positive prompt.
+        Each token of the guided prediction is scaled to the norm of the same token of the
+        prediction for the positive prompt.
         """
         transformer, guided = self._transformer, self.uses_negative(guidance)
         grid = grid_of(size)

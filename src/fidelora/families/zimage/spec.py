@@ -31,7 +31,7 @@ _TRAINER_SAMPLING = TrainerSampling(
     assistant_float8=True,
     older=(
         OlderTrainer((0, 10, 25), sampler=_FLOWMATCH_TO_ZERO.name),
-        # The guidance scale had the meaning that it has in diffusers: guidance was on above 0.
+        # As in diffusers, a guidance scale above 0 enabled guidance.
         OlderTrainer((0, 10, 21), guidance_offset=1.0),
         OlderTrainer((0, 9, 14), divisor=32),
     ),
