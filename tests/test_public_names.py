@@ -49,7 +49,7 @@ def test_every_error_is_in_one_tree_and_has_a_default_message():
         assert str(error()).endswith(".")
 
 
-class AnEntryPoint:
+class FakeEntryPoint:
     name = "another"
 
     def __init__(self, found: object) -> None:
@@ -60,32 +60,32 @@ class AnEntryPoint:
 
 
 @pytest.fixture
-def another_package(monkeypatch):
+def install_family(monkeypatch):
     """Return a function that installs a package that adds a family."""
 
     def install(found: object) -> None:
-        monkeypatch.setattr(registry, "entry_points", lambda group: [AnEntryPoint(found)])
+        monkeypatch.setattr(registry, "entry_points", lambda group: [FakeEntryPoint(found)])
         registry.all_families.cache_clear()
 
     yield install
     registry.all_families.cache_clear()
 
 
-def test_another_package_adds_a_family_by_an_entry_point(another_package):
-    another_package(replace(get_family("sd15"), id="sd15-of-others"))
+def test_another_package_adds_a_family_by_an_entry_point(install_family):
+    install_family(replace(get_family("sd15"), id="sd15-of-others"))
     assert list(all_families())[-1] == "sd15-of-others"
     recipe = Recipe(prompt="a ball", model="sd15-of-others", base_model=str(TINY_BASE), width=64)
     assert recipe.model == "sd15-of-others"
 
 
-def test_a_model_id_cannot_be_registered_twice(another_package):
-    another_package(get_family("sd15"))
+def test_a_model_id_cannot_be_registered_twice(install_family):
+    install_family(get_family("sd15"))
     with pytest.raises(ValueError, match="have the id 'sd15'"):
         all_families()
 
 
-def test_an_entry_point_that_is_not_a_family_is_refused(another_package):
-    another_package("sd15")
+def test_an_entry_point_that_is_not_a_family_is_refused(install_family):
+    install_family("sd15")
     with pytest.raises(TypeError, match="another is a str, not a Family"):
         all_families()
 

@@ -601,11 +601,12 @@ def test_a_hash_of_a_base_model_is_a_sha256(value):
 
 # --- digest -------------------------------------------------------------------------------------
 
+# Fields whose value in `OTHER_VALUES` is not possible in `fast`, and `fidelity` itself.
 EXACT_ONLY = ("adapter_mode", "history", "fidelity")
-OF_OTHER_FAMILIES = {
+# Fields that SD 1.5 does not have.
+OTHER_FAMILIES_ONLY = {
     "quantization", "text_encoder_quantization", "training_adapters", "frames", "fps"
 }  # fmt: skip
-"""Fields whose other value is not possible in `fast`, and `fidelity` itself."""
 
 OTHER_VALUES = {
     "prompt": "a blue ball",
@@ -649,7 +650,7 @@ def test_every_independent_field_is_covered_here():
         "negative_prompt_2",
         "timestep_spacing",
         "eta",
-        *OF_OTHER_FAMILIES,
+        *OTHER_FAMILIES_ONLY,
         "vae_tiling",
     }
 

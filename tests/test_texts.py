@@ -1,4 +1,4 @@
-"""Texts from outside."""
+"""Cleaning of untrusted texts."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-LOOK = """
+COUNT_FAULTS = """
 import resource
 from fidelora.accel.allocator import keep_freed_memory
 if {keep}:
@@ -33,7 +33,7 @@ def test_freed_memory_is_reused_without_page_faults():
     faults = {
         keep: int(
             subprocess.run(
-                [sys.executable, "-c", LOOK.format(keep=keep)],
+                [sys.executable, "-c", COUNT_FAULTS.format(keep=keep)],
                 capture_output=True,
                 check=True,
                 text=True,

@@ -20,7 +20,7 @@ MODELS = {
     "zimage": TINY_ZIMAGE,
 }
 
-MAKE = """
+MAKE_IMAGE = """
 import hashlib, json, sys
 import torch
 from fidelora import Recipe
@@ -65,7 +65,7 @@ with lean_imports():
 assert torch._dynamo is sys.modules["torch._dynamo"]
 print(torch.compile(torch.sin, backend="eager")(torch.zeros(1)).item())
 """
-USES = (
+OTHER_USES = (
     "assert torch._dynamo.config.recompile_limit > 0",
     "from torch._dynamo.trace_rules import is_callable_allowed",
     "import torch._dynamo.trace_rules as rules; assert rules.__spec__.origin",
@@ -92,7 +92,7 @@ def test_every_sampler_gives_the_same_bits_after_lean_imports(model):
         "steps": 2,
     }
     each = [settings | {"sampler": sampler} for sampler in get_family(model).samplers]
-    found = json.loads(run(MAKE, json.dumps(each)))
+    found = json.loads(run(MAKE_IMAGE, json.dumps(each)))
     engine = Engine(device="cpu")
     images = [engine.generate(Recipe(**one)).pixels for one in each]
     assert found == {
@@ -106,6 +106,6 @@ def test_all_families_can_be_imported_and_the_rest_afterwards():
     assert run(IMPORT_ALL) == "0.0\n"
 
 
-@pytest.mark.parametrize("use", USES, ids=("attribute", "from a module", "module"))
+@pytest.mark.parametrize("use", OTHER_USES, ids=("attribute", "from a module", "module"))
 def test_any_use_of_the_compiler_besides_marks_loads_it(use):
     assert run(LOAD_COMPILER.format(use=use)) == "0.0\n"

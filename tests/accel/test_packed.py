@@ -149,7 +149,7 @@ def test_fast_needs_only_the_memory_of_its_precision(engine):
     assert count["fast"] == count["exact"] * packed.packed_dtype().itemsize // 4
 
 
-# --- side by side -------------------------------------------------------------------------------
+# --- batches ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("guidance", [1.0, 6.0])
@@ -230,20 +230,20 @@ def test_a_packed_module_computes_what_its_original_does(module, dtype):
         )
 
 
-@pytest.mark.parametrize("at_once", [7, 50, 3 * 20 * 20, 10**6])
-def test_attention_by_matrix_products_equals_attention(at_once, monkeypatch):
-    """Computed at a time: some rows of one head, one head, three of eight heads, or all."""
-    monkeypatch.setattr(packed, "_SCORES_AT_ONCE", at_once)
+@pytest.mark.parametrize("scores", [7, 50, 3 * 20 * 20, 10**6])
+def test_attention_by_matrix_products_equals_attention(scores, monkeypatch):
+    """The limit on scores selects some rows of one head, one head, three of eight heads, or all."""
+    monkeypatch.setattr(packed, "_SCORES_AT_ONCE", scores)
     torch.manual_seed(1)
     attention = Attention(32, cross_attention_dim=24, heads=4, dim_head=8).eval()
-    of_itself = Attention(32, heads=4, dim_head=8).eval()
+    self_attention = Attention(32, heads=4, dim_head=8).eval()
     hidden, text = torch.randn(2, 20, 32), torch.randn(2, 9, 24)
     with torch.no_grad():
-        expected = attention(hidden, encoder_hidden_states=text), of_itself(hidden)
-        for module in (attention, of_itself):
+        expected = attention(hidden, encoder_hidden_states=text), self_attention(hidden)
+        for module in (attention, self_attention):
             module.set_processor(packed.BatchedAttention())
         torch.testing.assert_close(attention(hidden, encoder_hidden_states=text), expected[0])
-        torch.testing.assert_close(of_itself(hidden), expected[1])
+        torch.testing.assert_close(self_attention(hidden), expected[1])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Work that the exact path does once: it has the same bits, and is repeated after a change."""
+"""Prepacked weights and cached projections: the same bits, and renewed when the weights change."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import fidelora.engine.model as base_module
 from fidelora import Recipe
-from fidelora.accel import prepack as once
+from fidelora.accel import prepack
 from fidelora.accel.prepack import CachedTextLinear, PrepackedConv2d
 from fidelora.adapters.live import live_adapters
 from fidelora.adapters.read import read_adapter
@@ -98,8 +98,8 @@ def test_a_weight_is_prepacked_once_and_its_plain_form_freed(stored):
     assert kept.untyped_storage().nbytes() == 0
     assert kept._base is None
     assert len(written) == 1
-    assert (written[0]() is None) == (stored != torch.float32), "what was cast is gone"
-    assert weight.shape == (64, 48, 3, 3), "what was given is as it was"
+    assert (written[0]() is None) == (stored != torch.float32), "the cast copy was not freed"
+    assert weight.shape == (64, 48, 3, 3), "the stored weight was changed"
 
 
 @torch.no_grad()
@@ -173,7 +173,7 @@ def test_a_text_is_projected_again_only_if_it_or_the_weight_changes(monkeypatch)
     assert len(calls) == 1
     module(same_numbers)
     assert len(calls) == 2
-    linear.weight[:5].mul_(2)  # a part, as adapters are merged
+    linear.weight[:5].mul_(2)  # merging an adapter changes only some rows
     assert torch.equal(module(same_numbers), plain(linear, same_numbers))
     assert len(calls) == 3
 
@@ -225,13 +225,13 @@ def test_a_prepacked_unet_has_the_bits_of_a_plain_one_with_adapters(folder, fiel
 
 
 def test_unsupported_convolutions_are_not_prepacked():
-    assert once._is_worth_prepacking(nn.Conv2d(8, 8, 3, padding=1))
-    assert not once._is_worth_prepacking(nn.Conv2d(8, 8, 1))
-    assert not once._is_worth_prepacking(nn.Conv2d(8, 8, 3, groups=2))
-    assert not once._is_worth_prepacking(nn.Conv2d(8, 8, 3, padding="same"))
-    assert not once._is_worth_prepacking(nn.Conv2d(8, 8, 3, padding_mode="reflect"))
-    assert not once._is_worth_prepacking(nn.Conv2d(8, 8, 3, padding=1, dtype=torch.float16)), (
-        "oneDNN's float16 is not PyTorch's"
+    assert prepack._is_worth_prepacking(nn.Conv2d(8, 8, 3, padding=1))
+    assert not prepack._is_worth_prepacking(nn.Conv2d(8, 8, 1))
+    assert not prepack._is_worth_prepacking(nn.Conv2d(8, 8, 3, groups=2))
+    assert not prepack._is_worth_prepacking(nn.Conv2d(8, 8, 3, padding="same"))
+    assert not prepack._is_worth_prepacking(nn.Conv2d(8, 8, 3, padding_mode="reflect"))
+    assert not prepack._is_worth_prepacking(nn.Conv2d(8, 8, 3, padding=1, dtype=torch.float16)), (
+        "oneDNN computes float16 with other bits than PyTorch"
     )
 
 
@@ -240,6 +240,6 @@ def test_unsupported_convolutions_are_not_prepacked():
 def test_nothing_is_prepacked_where_pytorch_does_not_use_onednn(processor, onednn, monkeypatch):
     monkeypatch.setattr("platform.machine", lambda: processor)
     with torch.backends.mkldnn.flags(enabled=onednn):
-        assert once._is_worth_prepacking(nn.Conv2d(8, 8, 3, padding=1)) == (
+        assert prepack._is_worth_prepacking(nn.Conv2d(8, 8, 3, padding=1)) == (
             onednn and processor != "arm64"
         )

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-LOOK = """
+COUNT_FAULTS = """
 import resource, threading
 from fidelora.accel.allocator import keep_freed_memory
 from fidelora.accel.reserve import reserved_memory
@@ -28,7 +28,7 @@ PAGES = 16 * 16384  # of 16 tensors of 64 MiB
 
 def faults(size: int) -> int:
     """Return the page faults of allocating 1 GiB after `size` bytes were reserved."""
-    command = [sys.executable, "-c", LOOK.format(size=size)]
+    command = [sys.executable, "-c", COUNT_FAULTS.format(size=size)]
     return int(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
 
 

@@ -16,7 +16,7 @@ V1_OTHER = "34 25 0:30 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n"
 
 
 def root(folder: Path, mounts: str, groups: str, **files: str) -> Path:
-    """Write a root folder; `files` are contents by path, with `__` for `/` and `9` for `.`."""
+    """Write a root folder; keywords are paths of files, with `__` for `/` and `9` for `.`."""
     (folder / "proc/self").mkdir(parents=True)
     (folder / "proc/self/mountinfo").write_text("22 1 8:1 / / rw - ext4 /dev/sda rw\n" + mounts)
     (folder / "proc/self/cgroup").write_text(groups)

@@ -179,7 +179,7 @@ def test_the_kept_bytes_are_those_that_were_hashed(lora, other_bytes):
     other_bytes()
     assert AdapterLibrary().get(ref).sha256 == ref.sha256 == file_sha256(LORA)
     with pytest.raises(AdapterChangedError, match="has changed: its sha256 is"):
-        AdapterLibrary().get(ref)  # the content was taken
+        AdapterLibrary().get(ref)  # the first call has taken the kept bytes
 
 
 def test_a_removed_file_is_read_from_the_kept_bytes(lora):
@@ -190,7 +190,7 @@ def test_a_removed_file_is_read_from_the_kept_bytes(lora):
         AdapterLibrary().get(ref)
 
 
-def test_taken_content_is_read_and_checked_again(lora, other_bytes):
+def test_content_that_was_taken_is_read_and_checked_again(lora, other_bytes):
     file = AdapterFile.open(lora)
     first = file.take_content()
     assert not file.keeps_content

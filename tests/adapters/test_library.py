@@ -71,7 +71,7 @@ def names(library: AdapterLibrary, refs: list[AdapterRef]) -> str:
     return "".join(ref.name for ref in refs if ref.sha256 in library.loaded())
 
 
-class Started:
+class BackgroundCall:
     """A call that runs on a separate thread."""
 
     def __init__(self, call: Callable[[], Any]) -> None:
@@ -81,7 +81,7 @@ class Started:
 
     def result(self) -> Any:
         self._thread.join(DEADLINE_S)
-        assert self._result, "it did not come back"
+        assert self._result, "the call did not return in time"
         return self._result[0]
 
 
@@ -113,7 +113,7 @@ def test_an_adapter_can_be_pinned_before_it_is_loaded(refs):
     with library.pinned(refs[:2]):
         for ref in refs[:3]:
             library.get(ref)
-        assert names(library, refs) == "abc"  # both, and the one used last
+        assert names(library, refs) == "abc"  # a and b are pinned, c was used last
         library.get(refs[3])
         assert names(library, refs) == "abd"
     assert names(library, refs) == "d"
@@ -230,10 +230,10 @@ def test_reading_an_adapter_does_not_block_other_adapters(refs, reads):
             assert go.wait(DEADLINE_S)
 
     reads.before = slow
-    slow_one = Started(partial(library.prefetch, refs[1]))
+    slow_one = BackgroundCall(partial(library.prefetch, refs[1]))
     assert reading.wait(DEADLINE_S)
     for ref in (refs[0], refs[2]):  # from memory, and from its file
-        assert Started(partial(library.get, ref)).result().sha256 == ref.sha256
+        assert BackgroundCall(partial(library.get, ref)).result().sha256 == ref.sha256
     assert names(library, refs) == "ac"
     go.set()
     slow_one.result()
@@ -257,8 +257,8 @@ def test_concurrent_calls_for_one_adapter_read_it_once(refs, reads, monkeypatch,
 
     monkeypatch.setattr(library, "_read_lock", counted)
     reads.before = slow
-    readers = [Started(partial(getattr(library, first), refs[0]))]
-    readers += [Started(partial(library.get, refs[0])) for _ in range(7)]
+    readers = [BackgroundCall(partial(getattr(library, first), refs[0]))]
+    readers += [BackgroundCall(partial(library.get, refs[0])) for _ in range(7)]
     for _ in readers:
         assert turns.acquire(timeout=DEADLINE_S)
     all_want_it.set()
@@ -291,7 +291,7 @@ def test_a_thread_retries_after_the_reader_it_waited_for_failed(tmp_path, refs, 
         return "failed"
 
     reads.before = fails_while_another_waits
-    one, other = Started(first), Started(second)
+    one, other = BackgroundCall(first), BackgroundCall(second)
     assert one.result() == "failed"
     assert other.result().sha256 == refs[0].sha256
 

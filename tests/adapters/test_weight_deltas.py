@@ -99,7 +99,7 @@ def test_each_spelling_of_a_lora_without_alpha_has_scale_1(read, names):
 
 
 @pytest.mark.parametrize("shape", [CONV_1, CONV_3], ids=["1x1", "3x3"])
-def test_a_convolution_stored_as_matrices_is_the_same(read, shape):
+def test_a_convolution_stored_as_matrices_has_the_same_delta(read, shape):
     tensors, weight = lora(shape), numbers(*shape)
     flat = {key: one.flatten(1) for key, one in tensors.items()}
     check(read(flat), weight, 0.6, weight.double() + 0.6 * product_of(tensors))
@@ -107,7 +107,7 @@ def test_a_convolution_stored_as_matrices_is_the_same(read, shape):
     check(read(mixed), weight, 0.6, weight.double() + 0.6 * product_of(tensors))
 
 
-def test_a_matrix_stored_as_a_convolution_is_the_same(read):
+def test_a_matrix_stored_as_a_convolution_has_the_same_delta(read):
     tensors, weight = lora(LINEAR), numbers(*LINEAR)
     wide = {key: one[:, :, None, None] for key, one in tensors.items()}
     check(read(wide), weight, 1.0, weight.double() + product_of(tensors))
@@ -183,7 +183,7 @@ def tucker(core: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 @MULTIPLIERS
-def test_a_locon_with_tucker_is_its_formula(read, multiplier):
+def test_a_locon_with_tucker_matches_its_formula(read, multiplier):
     down, up = numbers(RANK, IN, 1, 1, seed=1), numbers(OUT, RANK, 1, 1, seed=2)
     mid, weight = numbers(RANK, RANK, 3, 3, seed=3), numbers(*CONV_3)
     tensors = {
@@ -197,7 +197,7 @@ def test_a_locon_with_tucker_is_its_formula(read, multiplier):
 
 
 @MULTIPLIERS
-def test_a_loha_with_tucker_is_its_formula(read, multiplier):
+def test_a_loha_with_tucker_matches_its_formula(read, multiplier):
     tensors, halves = {"m.alpha": torch.tensor(2.0)}, []
     for half in (1, 2):
         core = numbers(RANK, RANK, 3, 3, seed=half)
@@ -213,7 +213,7 @@ def test_a_loha_with_tucker_is_its_formula(read, multiplier):
     check(read(tensors), weight, multiplier, expected)
 
 
-def test_a_lokr_with_tucker_is_its_formula(read):
+def test_a_lokr_with_tucker_matches_its_formula(read):
     w1, core = numbers(3, 5, seed=1), numbers(2, 2, 3, 3, seed=2)
     rows, columns = numbers(2, 4, seed=3), numbers(2, 3, seed=4)
     tensors = {
@@ -240,7 +240,7 @@ def row_norms(weight: Tensor) -> Tensor:
 @SHAPES
 @MULTIPLIERS
 @pytest.mark.parametrize("axis", [0, 1], ids=["rows", "columns"])
-def test_a_dora_of_lycoris_is_its_formula(read, shape, multiplier, axis):
+def test_a_dora_of_lycoris_matches_its_formula(read, shape, multiplier, axis):
     tensors, weight = lora(shape), numbers(*shape)
     scale_shape = [1] * len(shape)
     scale_shape[axis] = shape[axis]
@@ -255,7 +255,7 @@ def test_a_dora_of_lycoris_is_its_formula(read, shape, multiplier, axis):
 
 @SHAPES
 @MULTIPLIERS
-def test_a_dora_of_peft_is_its_formula(read, shape, multiplier):
+def test_a_dora_of_peft_matches_its_formula(read, shape, multiplier):
     tensors, weight = lora(shape, ("lora_A.weight", "lora_B.weight")), numbers(*shape)
     magnitude = numbers(OUT, seed=5).abs() + 0.5
     changed = weight.double() + multiplier * product_of(tensors)
@@ -300,7 +300,7 @@ def test_adapters_before_a_dora_are_part_of_its_weight(read):
     [(LINEAR, False), (LINEAR, True), (CONV_1, False), (CONV_3, False)],
     ids=["linear", "old order", "conv 1x1", "conv 3x3"],
 )
-def test_a_glora_is_its_formula(read, shape, multiplier, is_old):
+def test_a_glora_matches_its_formula(read, shape, multiplier, is_old):
     ones = [1] * (len(shape) - 2)
     a1, a2 = numbers(IN, RANK, *ones, seed=1), numbers(RANK, IN, *ones, seed=2)
     b1, b2 = numbers(OUT, RANK, *ones, seed=3), numbers(RANK, *shape[1:], seed=4)
@@ -320,7 +320,7 @@ def test_a_glora_is_its_formula(read, shape, multiplier, is_old):
 @MULTIPLIERS
 @pytest.mark.parametrize("on_input", [False, True], ids=["rows", "columns"])
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float16])
-def test_an_ia3_is_its_formula(read, shape, multiplier, on_input, dtype):
+def test_an_ia3_matches_its_formula(read, shape, multiplier, on_input, dtype):
     count = IN if on_input else OUT
     factors, weight = numbers(count, seed=1), numbers(*shape)
     stored = factors if len(shape) == 2 else factors.view(1, -1, 1, 1)
@@ -345,7 +345,7 @@ def cayley(block: Tensor, limit: float = math.inf, norm: float = 0.0) -> Tensor:
 @MULTIPLIERS
 @pytest.mark.parametrize("alpha", [None, 0.0, 0.05])
 @pytest.mark.parametrize("module", ["oft_unet_m", "lora_unet_m"])
-def test_an_oft_is_its_formula(read, shape, multiplier, alpha, module):
+def test_an_oft_matches_its_formula(read, shape, multiplier, alpha, module):
     blocks, rescale = numbers(3, 4, 4, seed=1), numbers(OUT, seed=2).abs() + 0.5
     tensors = {f"{module}.oft_blocks": blocks}
     ones = [1] * (len(shape) - 1)
@@ -368,7 +368,7 @@ def test_an_oft_is_its_formula(read, shape, multiplier, alpha, module):
 
 
 @MULTIPLIERS
-def test_a_boft_is_its_formula(read, multiplier):
+def test_a_boft_matches_its_formula(read, multiplier):
     """Two factors of blocks of 2: the second one rotates rows at the distance 2."""
     blocks, weight = numbers(2, 6, 2, 2, seed=1), numbers(*LINEAR)
     expected = weight.double().clone()
@@ -384,7 +384,7 @@ def test_a_boft_is_its_formula(read, multiplier):
 
 @SHAPES
 @MULTIPLIERS
-def test_differences_are_added(read, shape, multiplier):
+def test_weight_differences_are_scaled_and_added(read, shape, multiplier):
     weight, difference = numbers(*shape), numbers(*shape, seed=1)
     adapter = read({"m.diff": difference, "m.diff_b": numbers(OUT, seed=2)})
     check(adapter, weight, multiplier, weight.double() + multiplier * difference.double())

@@ -127,7 +127,9 @@ RECIPES = st.lists(
     min_size=1,
     max_size=4,
 )
-OF_SDXL = st.tuples(RECIPES, st.none() | st.text(max_size=10), st.none() | st.floats(0.5, 64)).map(
+SDXL_RECIPES = st.tuples(
+    RECIPES, st.none() | st.text(max_size=10), st.none() | st.floats(0.5, 64)
+).map(
     lambda drawn: [
         replace(
             recipe,
@@ -141,7 +143,7 @@ OF_SDXL = st.tuples(RECIPES, st.none() | st.text(max_size=10), st.none() | st.fl
 
 
 @given(
-    RECIPES | OF_SDXL,
+    RECIPES | SDXL_RECIPES,
     st.sampled_from(["exact", "fast"]),
     st.sampled_from([{}, {"fidelity": "exact"}, {"fidelity": "fast"}]),
     st.data(),
@@ -345,7 +347,7 @@ def test_a_request_can_ask_for_the_sizes_and_steps_of_the_trainer():
         assert made.steps == own["steps"]
 
 
-def test_a_recipe_of_a_size_that_only_the_trainer_has_is_requested_so():
+def test_a_recipe_with_a_size_of_the_trainer_is_requested_with_match():
     recipe = Recipe(prompt="a ball", model="zimage", width=720, height=1024, adapters=(A,))
     body = request_for([recipe], ["a.safetensors"])
     assert body["match"] == "trainer"

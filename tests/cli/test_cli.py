@@ -448,7 +448,7 @@ class StatusClient:
         return f"the result of {request_id}"
 
 
-def a_status(status: str, step: int = 0, **fields: Any) -> StatusBody:
+def status_body(status: str, step: int = 0, **fields: Any) -> StatusBody:
     progress = {"image": 0, "images": 1, "step": step, "steps": 9, "fraction": 0, "eta_s": None}
     times = dict.fromkeys(("started_at", "finished_at"), None)
     about = {
@@ -462,7 +462,7 @@ def a_status(status: str, step: int = 0, **fields: Any) -> StatusBody:
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Make each second of the demo's waits pass at once."""
+    """Replace the demo's clock by one that advances a second at each read and never sleeps."""
     seconds = iter(range(10_000))
     passing = SimpleNamespace(sleep=lambda _: None, monotonic=lambda: next(seconds))
     monkeypatch.setattr(demo_server, "time", passing)
@@ -470,8 +470,8 @@ def clock(monkeypatch):
 
 @pytest.mark.usefixtures("clock")
 def test_the_demo_waits_for_as_long_as_there_is_progress():
-    steps = [a_status("in_progress", step) for step in range(60) for _ in range(3)]
-    client: Any = StatusClient(*steps, a_status("succeeded"))
+    steps = [status_body("in_progress", step) for step in range(60) for _ in range(3)]
+    client: Any = StatusClient(*steps, status_body("succeeded"))
     result: Any = demo_server._wait_for_images(client, "a", patience_s=5)
     assert result == "the result of a"
 
@@ -480,9 +480,9 @@ def test_the_demo_waits_for_as_long_as_there_is_progress():
 @pytest.mark.parametrize(
     ("status", "error", "words"),
     [
-        (a_status("in_progress", 3), ClientTimeoutError, "no progress in 5 seconds"),
-        (a_status("in_queue", waiting_reason="No base."), RequestFailedError, "No base."),
-        (a_status("failed", error="NaN."), RequestFailedError, "NaN."),
+        (status_body("in_progress", 3), ClientTimeoutError, "no progress in 5 seconds"),
+        (status_body("in_queue", waiting_reason="No base."), RequestFailedError, "No base."),
+        (status_body("failed", error="NaN."), RequestFailedError, "NaN."),
     ],
 )
 def test_the_demo_ends_its_wait_without_progress(status, error, words):
@@ -584,7 +584,7 @@ def test_an_interrupt_while_generating_leaves_no_file(tmp_path):
     ]
     start = (
         "import sys, os, signal, fidelora.engine.engine as e, fidelora.cli as c\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # it may be ignored
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # the parent may ignore it
         "original = e.sample\n"
         "def sample(denoise, schedule, latents, noise, on_step):\n"
         "    def step(number, latents):\n"

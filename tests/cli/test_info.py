@@ -17,7 +17,7 @@ def data_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("FIDELORA_DATA_DIR", str(tmp_path / "data"))
 
 
-def test_a_folder_that_must_not_be_entered_is_no_error(monkeypatch):
+def test_a_folder_without_permission_is_reported_and_not_an_error(monkeypatch):
     def refuse(self: Path) -> bool:
         raise PermissionError(13, "Permission denied", str(self))
 

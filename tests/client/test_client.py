@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import httpx2
 import pytest
-from tests.server.http_support import ByHand, context_in, listening, now
+from tests.server.http_support import ManualWorker, context_in, listening, now
 from tests.server.serve_support import until
 from tests.support import LOKR
 
@@ -44,8 +44,8 @@ def context(tmp_path) -> ServerContext:
 
 
 @pytest.fixture
-def worker(context) -> ByHand:
-    return ByHand(context)
+def worker(context) -> ManualWorker:
+    return ManualWorker(context)
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def in_background(context: ServerContext, action: Callable[[], Any]) -> None:
     threading.Thread(target=act, daemon=True).start()
 
 
-def finish(worker: ByHand, context: ServerContext, content: bytes = b"an image") -> None:
+def finish(worker: ManualWorker, context: ServerContext, content: bytes = b"an image") -> None:
     job = worker.claim()
     worker.step(job, 5)
     worker.succeed(job, content)

@@ -18,7 +18,7 @@ from fidelora.server.page.paths import is_page_path
 FOLDER = DEPLOY / "compose"
 FILES = sorted(FOLDER.glob("compose*.yaml"))
 SERVICES = yaml.safe_load((FOLDER / "compose.yaml").read_text())["services"]
-OURS = {name for name, one in SERVICES.items() if "fidelora" in one["image"].lower()}
+FIDELORA_SERVICES = {name for name, one in SERVICES.items() if "fidelora" in one["image"].lower()}
 
 
 def test_compose_files_satisfy_the_specification():
@@ -36,8 +36,8 @@ def test_all_yaml_files_pass_yamllint():
     check(program("yamllint"), "--strict", "-d", rules, ".")
 
 
-def test_it_has_two_servers_and_two_workers():
-    commands = [SERVICES[name].get("command", ["fidelora", "serve"]) for name in OURS]
+def test_compose_starts_two_servers_and_two_workers():
+    commands = [SERVICES[name].get("command", ["fidelora", "serve"]) for name in FIDELORA_SERVICES]
     assert commands.count(["fidelora", "serve"]) == 2
     assert [SERVICES["worker"]["command"], SERVICES["worker"]["scale"]] == [
         ["fidelora", "worker"],
@@ -45,7 +45,7 @@ def test_it_has_two_servers_and_two_workers():
     ]
 
 
-@pytest.mark.parametrize("name", sorted(OURS | {"proxy"}))
+@pytest.mark.parametrize("name", sorted(FIDELORA_SERVICES | {"proxy"}))
 def test_service_has_no_rights_and_a_read_only_root(name):
     service = SERVICES[name]
     assert service["read_only"] is True
@@ -53,7 +53,7 @@ def test_service_has_no_rights_and_a_read_only_root(name):
     assert service["security_opt"] == ["no-new-privileges:true"]
 
 
-@pytest.mark.parametrize("name", sorted(OURS))
+@pytest.mark.parametrize("name", sorted(FIDELORA_SERVICES))
 def test_service_uses_existing_settings_and_may_finish(name):
     variables = SERVICES[name].get("environment", {})
     assert_settings(variables)
@@ -90,7 +90,7 @@ def test_each_variable_of_the_example_is_used():
 
 def test_the_proxy_sends_calls_to_both_servers():
     config = (FOLDER / "nginx.conf").read_text()
-    servers = {name for name in OURS if "command" not in SERVICES[name]}
+    servers = {name for name in FIDELORA_SERVICES if "command" not in SERVICES[name]}
     assert set(re.findall(r"^\s+server (\S+):8000 ", config, flags=re.M)) == servers
     assert servers <= SERVICES["proxy"]["depends_on"].keys()
 

@@ -19,7 +19,7 @@ PROMETHEUS = DEPLOY / "prometheus"
 PROMTOOL_PACKAGE = "apt-get install prometheus"
 DASHBOARD = json.loads((DEPLOY / "grafana" / "fidelora.json").read_text())
 RULES = yaml.safe_load((PROMETHEUS / "rules.yml").read_text())["groups"][0]["rules"]
-OF_PROMETHEUS = {"up", "ALERTS"}
+PROMETHEUS_METRICS = {"up", "ALERTS"}
 WORDS = {  # functions, operators and label names of PromQL in the expressions
     *("and", "by", "count", "delta", "histogram_quantile", "increase", "max", "min", "rate", "sum"),
     "sort_desc",
@@ -54,14 +54,14 @@ def test_every_metric_and_label_exists(tmp_path):
         for metric, selector in re.findall(
             r"\b(fidelora_\w+|up|ALERTS)(?:\{([^}]*)\})?", expression
         ):
-            if metric in OF_PROMETHEUS:
+            if metric in PROMETHEUS_METRICS:
                 continue
             assert metric in names, f"{metric} is not a metric: {expression}"
             labels = set(re.findall(r"(\w+)\s*(?:=|!=)~?\"", selector))
             assert labels <= names[metric] | {"instance", "job"}, expression
             count += 1
         words = re.sub(r"\"[^\"]*\"|\{[^}]*\}|\[[^]]*\]|\([a-z_, ]+\)", " ", expression)
-        left = set(re.findall(r"\b[a-z_]\w*", words)) - WORDS - OF_PROMETHEUS - names.keys()
+        left = set(re.findall(r"\b[a-z_]\w*", words)) - WORDS - PROMETHEUS_METRICS - names.keys()
         assert not left, f"{sorted(left)} in {expression}"
     assert count > 30
 

@@ -28,7 +28,9 @@ http {{
 """
 
 
-class _NamesItself(BaseHTTPRequestHandler):
+class _PortHandler(BaseHTTPRequestHandler):
+    """Answers with the port of its server, which tells the backends apart."""
+
     def do_GET(self) -> None:
         name = str(self.connection.getsockname()[1]).encode()
         self.send_response(200)
@@ -42,7 +44,7 @@ class _NamesItself(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def backends() -> Iterator[list[ThreadingHTTPServer]]:
-    made = [ThreadingHTTPServer(("127.0.0.1", 0), _NamesItself) for _ in range(2)]
+    made = [ThreadingHTTPServer(("127.0.0.1", 0), _PortHandler) for _ in range(2)]
     for server in made:
         threading.Thread(target=server.serve_forever, daemon=True).start()
     yield made

@@ -209,7 +209,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_links_work_on_a_code_host_too():
+def test_links_work_on_the_site_and_on_a_code_host():
     def check(page: Path) -> Iterator[str]:
         for target in re.findall(r"\]\((?!https?://|mailto:)([^)\s]+)\)", without_blocks(page)):
             path, _, anchor = target.partition("#")
@@ -224,7 +224,7 @@ def test_links_work_on_a_code_host_too():
     assert not (found := violations(check)), found
 
 
-def test_lists_are_lists_on_the_site_too():
+def test_lists_have_the_empty_lines_and_indents_of_the_site():
     """The site's Markdown needs an empty line before a list, and indents in steps of four."""
     item = re.compile(r"([*+-]|\d+\.) ")
 
@@ -254,7 +254,7 @@ def test_troubleshooting_lists_every_error_and_every_cause():
     assert not missing - ABSTRACT_ERRORS
 
 
-class Loads(HTMLParser):
+class FetchedUrls(HTMLParser):
     """Collects the URLs that a browser fetches for a page."""
 
     def __init__(self) -> None:
@@ -275,9 +275,11 @@ def test_the_site_builds_strictly_and_fetches_nothing_from_elsewhere(tmp_path):
     pages = sorted(tmp_path.rglob("*.html"))
     assert len(pages) > len(DOCS), "every page, and the one for error 404"
     for page in pages:
-        loads = Loads()
-        loads.feed(page.read_text())
-        assert loads.found
-        assert not [url for url in loads.found if "//" in url and not url.startswith("data:")], page
+        fetched = FetchedUrls()
+        fetched.feed(page.read_text())
+        assert fetched.found
+        assert not [url for url in fetched.found if "//" in url and not url.startswith("data:")], (
+            page
+        )
     for sheet in tmp_path.rglob("*.css"):
         assert not re.search(r"url\(\"?(https?:)?//", sheet.read_text()), sheet

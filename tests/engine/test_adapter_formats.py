@@ -233,7 +233,7 @@ def test_the_fast_path_has_the_same_weights(tmp_path, kind):
         assert torch.equal(one, plain[key].to(one.dtype)), key
     repacked = {}
     for path, linear in packed_linears(fast).items():
-        repacked[path] = copy.copy(linear)  # with its own weight, and the same bias
+        repacked[path] = copy.copy(linear)  # gets its own packed weight; the bias is shared
         repacked[path].set_weight(expected[f"{path}.weight"].to)
     found |= outputs(packed_linears(fast))
     for path, one in outputs(repacked).items():
@@ -260,7 +260,7 @@ def packed_linears(model: LoadedModel) -> dict[str, PackedLinear]:
 
 
 def outputs(linears: dict[str, PackedLinear]) -> dict[str, Tensor]:
-    """Return what each module makes of the unit vectors: its weight plus its bias."""
+    """Return the outputs for the unit vectors, `[in, out]`: the transposed weight plus the bias."""
     return {
         path: one(torch.eye(one.in_features, dtype=one.weight.dtype))
         for path, one in linears.items()
@@ -370,7 +370,7 @@ def test_names_of_the_original_code_identify_no_family(engine, tmp_path):
     assert "the SDXL refiner" in examine_adapter(path).problems[-1].message
 
 
-def test_nan_is_one_alpha(tmp_path):
+def test_several_alphas_that_are_nan_are_listed_once(tmp_path):
     tensors = {
         **KOHYA,
         f"{FLAT}.alpha": torch.tensor(torch.nan),

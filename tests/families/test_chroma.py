@@ -105,7 +105,7 @@ def in_diffusers_names(module: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def of_diffusers(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def diffusers_prediction(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the prediction of diffusers' transformer, which is another implementation."""
     other: Any = ChromaTransformer2DModel(
         num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=4,
@@ -141,7 +141,7 @@ def test_the_transformer_predicts_what_that_of_diffusers_does():
         "txt_mask": mask,
         "timesteps": torch.tensor([0.7]),
     }
-    assert torch.allclose(transformer(**inputs), of_diffusers(inputs), atol=1e-4)
+    assert torch.allclose(transformer(**inputs), diffusers_prediction(inputs), atol=1e-4)
     changed = inputs | {"txt": inputs["txt"].clone()}
     changed["txt"][:, 6:] = 9.0  # padding that takes no part
     assert torch.equal(transformer(**changed), transformer(**inputs))
@@ -193,7 +193,7 @@ def test_a_lora_with_the_names_of_kohya_is_equal(engine, tmp_path):
     assert np.array_equal(*images)
 
 
-def in_names_of_diffusers(prefix: str, separator: str) -> dict[str, torch.Tensor]:
+def lora_with_diffusers_names(prefix: str, separator: str) -> dict[str, torch.Tensor]:
     """Return the golden LoRA with separate modules for query, key, value and MLP."""
     tensors: dict[str, torch.Tensor] = {}
     for key, value in load_file(CHROMA_LORA).items():
@@ -216,7 +216,7 @@ def in_names_of_diffusers(prefix: str, separator: str) -> dict[str, torch.Tensor
     ("prefix", "separator"), [("transformer.", "."), ("lora_transformer_", "_")]
 )
 def test_a_lora_with_the_names_of_diffusers_is_equal(engine, tmp_path, prefix, separator, mode):
-    tensors = in_names_of_diffusers(prefix, separator)
+    tensors = lora_with_diffusers_names(prefix, separator)
     assert any("to_q" in key for key in tensors)
     assert any("proj_mlp" in key for key in tensors)
     file = save_adapter(tmp_path / "a.safetensors", tensors)

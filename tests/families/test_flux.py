@@ -57,7 +57,7 @@ def engine() -> Engine:
     return Engine(device="cpu", base_budget_bytes=2**30)
 
 
-def of_diffusers(recipe: Recipe) -> Any:
+def pipeline_pixels(recipe: Recipe) -> Any:
     """Return the image of diffusers' pipeline, with the trainer's schedule."""
     parts: Any = load_model_of(recipe).parts
     pipeline = FluxPipeline(
@@ -91,7 +91,7 @@ def of_diffusers(recipe: Recipe) -> Any:
 
 @pytest.mark.parametrize("recipe", [SMALL, CFG], ids=lambda one: one.model)
 def test_an_image_has_the_pixels_of_the_diffusers_pipeline(engine, recipe):
-    assert np.array_equal(engine.generate(recipe).pixels, of_diffusers(recipe))
+    assert np.array_equal(engine.generate(recipe).pixels, pipeline_pixels(recipe))
 
 
 def test_guidance_changes_the_image_and_may_be_zero(engine):

@@ -49,7 +49,7 @@ def engine() -> Engine:
     return Engine(device="cpu")
 
 
-def of_diffusers(recipe: Recipe) -> Any:
+def pipeline_pixels(recipe: Recipe) -> Any:
     """Return the image of diffusers' pipeline, with the trainer's schedule and system prompt."""
     parts: Any = load_model_of(recipe).parts
     pipeline = Lumina2Pipeline(
@@ -79,10 +79,10 @@ def test_an_image_has_the_pixels_of_the_diffusers_pipeline(engine, guidance, dty
     recipe = replace(
         SMALL, guidance_scale=guidance, dtype=dtype, vae_dtype=dtype, text_encoder_dtype=dtype
     )
-    assert np.array_equal(engine.generate(recipe).pixels, of_diffusers(recipe))
+    assert np.array_equal(engine.generate(recipe).pixels, pipeline_pixels(recipe))
 
 
-def test_the_text_encoder_is_that_of_the_trainers_transformers():
+def test_the_text_encoder_is_as_in_the_trainers_release_of_transformers():
     """Attention without the soft cap, and rotary tables in the dtype of the encoder."""
     model = load_model_of(replace(SMALL, text_encoder_dtype="bfloat16"))
     encoder: Any = model.parts["text_encoder"]

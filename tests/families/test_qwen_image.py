@@ -56,7 +56,7 @@ def pipeline() -> Any:
     return loaded
 
 
-def of_diffusers(recipe: Recipe) -> Any:
+def pipeline_pixels(recipe: Recipe) -> Any:
     vae = pipeline().vae
     vae.use_tiling = recipe.vae_tiling
     image = pipeline()(
@@ -78,13 +78,13 @@ def of_diffusers(recipe: Recipe) -> Any:
 )
 def test_an_image_has_the_pixels_of_the_diffusers_pipeline(engine, changes):
     recipe = replace(SMALL, **changes)
-    assert np.array_equal(engine.generate(recipe).pixels, of_diffusers(recipe))
+    assert np.array_equal(engine.generate(recipe).pixels, pipeline_pixels(recipe))
 
 
 def test_tiles_have_the_pixels_of_diffusers_and_change_only_large_images(engine):
     tiled = replace(WIDE, vae_tiling=True)
     pixels = engine.generate(tiled).pixels
-    assert np.array_equal(pixels, of_diffusers(tiled))
+    assert np.array_equal(pixels, pipeline_pixels(tiled))
     assert not np.array_equal(pixels, engine.generate(WIDE).pixels)
     small = engine.generate(replace(SMALL, vae_tiling=True)).pixels
     assert np.array_equal(small, engine.generate(SMALL).pixels)
@@ -185,7 +185,7 @@ def test_both_families_use_the_same_bases_and_adapters(engine):
     assert Recipe(prompt="", model="qwen_image_2512").base_model == "Qwen/Qwen-Image-2512"
 
 
-def test_an_unfitting_adapter_of_the_family_is_not_called_another_familys(engine, tmp_path):
+def test_an_adapter_of_wrong_shape_is_not_said_to_be_of_another_family(engine, tmp_path):
     tensors = {key: torch.zeros(8, 8) for key in load_file(QWEN_LORA)}
     file = save_adapter(tmp_path / "a.safetensors", tensors, ss_base_model_version="qwen_image")
     recipe = replace(SMALL, model="qwen_image_2512", adapters=(AdapterRef.from_file(file),))

@@ -164,14 +164,14 @@ def test_a_file_gives_the_image_of_the_folder(engine, tmp_path, model, prefix):
 
 
 @pytest.mark.parametrize("model", ["zimage", "lumina2", "wan21_1b"])
-def test_a_file_with_diffusers_names_gives_it_too(engine, tmp_path, model):
+def test_a_file_with_diffusers_names_gives_the_same_image(engine, tmp_path, model):
     file = write(tmp_path / "x.safetensors", weights_of(BASES[model]))
     recipe = Recipe(model=model, base_model=str(BASES[model]), **SETTINGS)
     one = replace(recipe, base_model=str(file), config=str(BASES[model]))
     assert np.array_equal(engine.generate(one).pixels, engine.generate(recipe).pixels)
 
 
-def test_a_file_of_klein_with_diffusers_names_gives_it_too(engine, tmp_path):
+def test_a_file_of_klein_with_diffusers_names_gives_the_image(engine, tmp_path):
     weights = convert_flux2_transformer_checkpoint_to_diffusers(weights_of(TINY_KLEIN))
     weights = {key: value.contiguous() for key, value in weights.items()}
     file = write(tmp_path / "x.safetensors", weights)

@@ -40,7 +40,7 @@ def engine() -> Engine:
     return Engine(device="cpu")
 
 
-def of_diffusers(recipe: Recipe) -> Any:
+def pipeline_pixels(recipe: Recipe) -> Any:
     """Return the frame of diffusers' pipeline, with the trainer's scheduler."""
     parts: Any = load_model_of(recipe).parts
     pipeline = WanPipeline(
@@ -68,7 +68,7 @@ def of_diffusers(recipe: Recipe) -> Any:
 @pytest.mark.parametrize("guidance", [1.0, 3.5])
 def test_a_frame_has_the_pixels_of_the_diffusers_pipeline(engine, guidance):
     recipe = replace(SMALL, guidance_scale=guidance)
-    assert np.array_equal(engine.generate(recipe).pixels, of_diffusers(recipe))
+    assert np.array_equal(engine.generate(recipe).pixels, pipeline_pixels(recipe))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 25])

@@ -49,7 +49,7 @@ def video(engine):
     return engine.generate(VIDEO)
 
 
-def of_diffusers(recipe: Recipe, scheduler: Any) -> Any:
+def pipeline_frames(recipe: Recipe, scheduler: Any) -> Any:
     """Return the frames of diffusers' pipeline, uint8 RGB [frames, height, width, 3]."""
     parts: Any = load_model_of(recipe).parts
     parts["vae"].use_tiling = recipe.vae_tiling
@@ -76,7 +76,7 @@ def of_diffusers(recipe: Recipe, scheduler: Any) -> Any:
 
 
 def test_all_frames_are_those_of_the_diffusers_pipeline(video):
-    expected = of_diffusers(VIDEO, FlowMatchEulerDiscreteScheduler(shift=3.0))
+    expected = pipeline_frames(VIDEO, FlowMatchEulerDiscreteScheduler(shift=3.0))
     assert np.array_equal(video.all_pixels, expected)
     assert np.array_equal(video.pixels, expected[0])
     assert video.video.shape == (9, 80, 64, 3)
@@ -84,7 +84,7 @@ def test_all_frames_are_those_of_the_diffusers_pipeline(video):
 
 def test_tiles_are_those_of_the_diffusers_pipeline(engine):
     recipe = replace(VIDEO, width=320, height=64, steps=1, frames=5, vae_tiling=True)
-    expected = of_diffusers(recipe, FlowMatchEulerDiscreteScheduler(shift=3.0))
+    expected = pipeline_frames(recipe, FlowMatchEulerDiscreteScheduler(shift=3.0))
     assert np.array_equal(engine.generate(recipe).video, expected)
     whole = engine.generate(replace(recipe, vae_tiling=False)).video
     assert not np.array_equal(whole, expected)
@@ -94,7 +94,7 @@ def test_tiles_are_those_of_the_diffusers_pipeline(engine):
 def test_unipc_is_that_of_the_base_model(engine, steps):
     recipe = replace(VIDEO, sampler="unipc", frames=5, steps=steps)
     config = json.loads((TINY_WAN21 / "scheduler" / "scheduler_config.json").read_text())
-    expected = of_diffusers(recipe, UniPCMultistepScheduler.from_config(config))
+    expected = pipeline_frames(recipe, UniPCMultistepScheduler.from_config(config))
     assert np.array_equal(engine.generate(recipe).video, expected)
 
 

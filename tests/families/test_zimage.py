@@ -59,7 +59,7 @@ def engine() -> Engine:
     return Engine(device="cpu")
 
 
-def of_diffusers(recipe: Recipe) -> Any:
+def pipeline_pixels(recipe: Recipe) -> Any:
     """Return the image of diffusers' pipeline, with the trainer's schedule and guidance."""
     model = load_model_of(recipe)
     parts: Any = model.parts
@@ -89,7 +89,7 @@ def of_diffusers(recipe: Recipe) -> Any:
 @pytest.mark.parametrize("guidance", [1.0, 3.5])
 def test_an_image_has_the_pixels_of_the_diffusers_pipeline(engine, guidance):
     recipe = replace(SMALL, guidance_scale=guidance)
-    assert np.array_equal(engine.generate(recipe).pixels, of_diffusers(recipe))
+    assert np.array_equal(engine.generate(recipe).pixels, pipeline_pixels(recipe))
 
 
 def test_the_negative_prompt_has_an_effect_only_with_guidance(engine):

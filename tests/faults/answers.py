@@ -1,4 +1,4 @@
-"""Requests of servers that may refuse them."""
+"""Submission of requests that a server may refuse."""
 
 from __future__ import annotations
 

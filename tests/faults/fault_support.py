@@ -15,7 +15,7 @@ from typing import Any
 
 import structlog
 from tests.faults.fuzz.targets import MAX_MESSAGE_BYTES
-from tests.server.http_support import ClientWithDeadline, aside, settings_for
+from tests.server.http_support import ClientWithDeadline, in_thread, settings_for
 from tests.support import TINY_BASE
 
 from fidelora import Engine
@@ -45,7 +45,7 @@ SMALL = {"width": 64, "height": 64, "sample_steps": 1, "seed": 7}
 
 
 class FaultServer:
-    """A server with an API key and a hub token, and one worker that runs when it is told to.
+    """A server with an API key and a hub token, and one worker that runs in `run_jobs`.
 
     Attributes:
         secrets: texts that must not appear in any response, log, file or database row.
@@ -99,7 +99,7 @@ class FaultServer:
     def run_jobs(self) -> list[Job]:
         """Run all queued jobs, and return them."""
         done = []
-        while (job := aside(self.worker.run_next).result(DEADLINE_S)) is not None:
+        while (job := in_thread(self.worker.run_next).result(DEADLINE_S)) is not None:
             done.append(job)
             assert job.status.final, f"the worker raised an unexpected error: {self.logs[-1][:500]}"
         return done
@@ -184,7 +184,7 @@ def recorded_logs(logs: list[str]) -> Iterator[None]:
 
 
 def memory_bytes() -> int:
-    """Return the memory that this process uses; 0 where the system does not tell.
+    """Return the memory that this process uses; 0 where the system does not report it.
 
     Memory that is free but not yet returned to the system is returned first.
     """
@@ -199,7 +199,7 @@ def memory_bytes() -> int:
 
 def in_time(call: Any) -> Any:
     """Return the result of a call; fail if it takes longer than `DEADLINE_S`."""
-    return aside(call).result(DEADLINE_S)
+    return in_thread(call).result(DEADLINE_S)
 
 
 def random_of(*parts: object) -> random.Random:

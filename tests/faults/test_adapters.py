@@ -93,7 +93,7 @@ def test_a_hostile_file_is_refused_everywhere(server, put, hostile):
 
 
 def check_inspection(path: Path, hostile: Hostile) -> None:
-    """Check that `fidelora inspect` reports the file as unusable, or may use it."""
+    """Check that `fidelora inspect` reports a `refused` file as unusable, and never fails."""
     try:
         found = in_time(lambda: examine_adapter(path))
     except FideloraError as error:

@@ -1,4 +1,4 @@
-"""Full disks: nothing is lost, callers are told, and everything continues once there is room."""
+"""Full disks: nothing is lost, callers receive errors, and work continues once there is room."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ def test_chunks_that_are_not_valid_are_refused(site, target, body):
     ids=["headers", "header", "reason", "continue", "hints", "lines", "chunks", "extension",
          "trailers", "gzip"],
 )  # fmt: skip
-def test_a_server_that_never_finishes_is_left(site, target, start, part):
+def test_a_server_that_never_finishes_is_given_up(site, target, start, part):
     site.answers[PATH] = endless(start, part)
     error = refusal(site, target, URL, replace(SHORT, max_bytes=1000))
     assert isinstance(error, AdapterDownloadError)
@@ -259,7 +259,7 @@ def test_a_server_that_claims_no_change_returns_the_known_file(site, resolve):
     assert resolve().sha256 == first.sha256
     resolve.cache.path(first.sha256).unlink()
     with pytest.raises(AdapterDownloadError):
-        resolve()  # nothing was asked, so nothing can be unchanged
+        resolve()  # without a cached file the request has no ETag, so 304 is an error
 
 
 @pytest.mark.parametrize("etag", ['"' + "a" * 60_000 + '"', '"\u00e9"', "\x01", "a b", ""])

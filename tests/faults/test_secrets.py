@@ -7,7 +7,7 @@ import base64
 import pytest
 from tests.faults.fault_support import HUB_TOKEN, REQUEST_TOKEN, SMALL, FaultServer
 from tests.faults.hostile_adapters import SOUND
-from tests.server.http_support import an_image
+from tests.server.http_support import png_with_parameters
 
 from fidelora.images.read import read_origin
 from fidelora.jobs.job import Status
@@ -38,8 +38,11 @@ def test_secrets_appear_nowhere(server: FaultServer):
         given = {"prompt": "a", "hf_token": REQUEST_TOKEN, "loras": [{"path": "none"}]}
         assert 400 <= server.post(path, given).status_code < 500
     assert server.post("/sdapi/v1/txt2img", {"prompt": "<lora:none:1>"}).status_code == 400
-    assert server.post("/v1/replay", files={"image": ("a.png", an_image())}).status_code == 200
-    server.post("/sdapi/v1/png-info", {"image": base64.b64encode(an_image()).decode()})
+    assert (
+        server.post("/v1/replay", files={"image": ("a.png", png_with_parameters())}).status_code
+        == 200
+    )
+    server.post("/sdapi/v1/png-info", {"image": base64.b64encode(png_with_parameters()).decode()})
     basic = base64.b64encode(f"a:{server.key}".encode()).decode()
     headers = {"Authorization": f"Basic {basic}"}
     for path in ("/sdapi/v1/options", "/sdapi/v1/loras", "/sdapi/v1/progress", "/v1/models"):

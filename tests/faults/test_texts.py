@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from tests.faults.fault_support import SMALL, FaultServer, assert_is_message
-from tests.server.http_support import ByHand, an_image, at_work
+from tests.server.http_support import ManualWorker, jobs_succeeding, png_with_parameters
 from tests.support import LORA, TINY_BASE
 
 from fidelora.errors import FideloraError
@@ -65,8 +65,11 @@ LONG = "a" * (900 * 1024)
 @pytest.fixture(scope="module", autouse=True)
 def working(server: FaultServer):
     """Let every job succeed at once, with a small image."""
-    worker = ByHand(server.context)
-    with pytest.MonkeyPatch.context() as patch, at_work(worker, an_image(), interval_s=0.02):
+    worker = ManualWorker(server.context)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        jobs_succeeding(worker, png_with_parameters(), interval_s=0.02),
+    ):
         patch.setattr(job_watcher, "POLL_INTERVAL_S", 0.02)
         yield
 

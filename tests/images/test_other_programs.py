@@ -68,15 +68,17 @@ def read(content: bytes) -> Parameters:
     return parameters
 
 
-def of_swarm(**changes: Any) -> Parameters:
+def swarm_parameters(**changes: Any) -> Parameters:
     return read(png(parameters=json.dumps({"sui_image_params": SWARM | changes})))
 
 
-def of_invoke(**changes: Any) -> Parameters:
+def invoke_parameters(**changes: Any) -> Parameters:
     return read(png(invokeai_metadata=json.dumps(INVOKE | changes)))
 
 
-@pytest.mark.parametrize(("one", "sampler"), [(of_swarm, "euler"), (of_invoke, "k_euler")])
+@pytest.mark.parametrize(
+    ("one", "sampler"), [(swarm_parameters, "euler"), (invoke_parameters, "k_euler")]
+)
 def test_settings_of_swarmui_and_invokeai_are_read(one, sampler):
     found = one()
     assert (found.prompt, found.negative_prompt, found.loras) == ("a creature", "bad", LORAS)
@@ -105,60 +107,60 @@ def test_settings_of_swarmui_and_invokeai_are_read(one, sampler):
     ],
 )
 def test_samplers_of_swarmui_have_their_schedules(sampler, scheduler, expected):
-    found = of_swarm(sampler=sampler, scheduler=scheduler)
+    found = swarm_parameters(sampler=sampler, scheduler=scheduler)
     assert (found.fields["sampler"], found.fields["timestep_spacing"]) == (expected, "default")
 
 
 def test_the_schedule_of_few_step_loras_is_read():
-    found = of_swarm(sampler="euler", scheduler="sgm_uniform")
+    found = swarm_parameters(sampler="euler", scheduler="sgm_uniform")
     assert found.fields["timestep_spacing"] == "sgm_uniform"
 
 
 @pytest.mark.parametrize(
     ("found", "named"),
     [
-        (lambda: of_swarm(sampler="res_multistep"), "sampler"),
-        (lambda: of_swarm(scheduler="beta"), "sampler"),
-        (lambda: of_invoke(scheduler="unipc"), "sampler"),
-        (lambda: of_swarm(seed=-1), "seed"),
-        (lambda: of_invoke(seed=2**64), "seed"),
-        (lambda: of_swarm(steps="many"), "steps"),
-        (lambda: of_swarm(cfgscale=[1]), "cfgscale"),
-        (lambda: of_swarm(cfgscale=10**400), "cfgscale"),
-        (lambda: of_invoke(width=True), "width"),
-        (lambda: of_swarm(prompt=["a"]), "prompt"),
-        (lambda: of_swarm(steps=0), "steps"),
-        (lambda: of_swarm(cfgscale=101), "cfgscale"),
-        (lambda: of_swarm(width=0), "width"),
-        (lambda: of_swarm(loratencweights=["0.3", "1"]), "loratencweights"),
-        (lambda: of_invoke(clip_skip=1), "clip_skip"),
-        (lambda: of_invoke(cfg_scale=[7, 6]), "cfg_scale"),
-        (lambda: of_invoke(positive_prompt="a cat++ on grass"), "prompt"),
-        (lambda: of_invoke(negative_prompt="ugly, bad--"), "negative prompt"),
-        (lambda: of_swarm(loraweights=["heavy", "1"]), "loras"),
-        (lambda: of_invoke(loras=[{"model": {"name": 5}, "weight": 1}]), "loras"),
-        (lambda: of_invoke(loras=[{"model": {"name": "a"}, "weight": 6}]), "loras"),
-        (lambda: of_swarm(initimagecreativity=0.5), "initimagecreativity"),
-        (lambda: of_invoke(controlnets=[{"a": 1}]), "controlnets"),
-        (lambda: of_swarm(prompt="a (red:1.2) ball"), "prompt"),
-        (lambda: of_swarm(prompt="a ball <lora:other:1>"), "prompt"),
+        (lambda: swarm_parameters(sampler="res_multistep"), "sampler"),
+        (lambda: swarm_parameters(scheduler="beta"), "sampler"),
+        (lambda: invoke_parameters(scheduler="unipc"), "sampler"),
+        (lambda: swarm_parameters(seed=-1), "seed"),
+        (lambda: invoke_parameters(seed=2**64), "seed"),
+        (lambda: swarm_parameters(steps="many"), "steps"),
+        (lambda: swarm_parameters(cfgscale=[1]), "cfgscale"),
+        (lambda: swarm_parameters(cfgscale=10**400), "cfgscale"),
+        (lambda: invoke_parameters(width=True), "width"),
+        (lambda: swarm_parameters(prompt=["a"]), "prompt"),
+        (lambda: swarm_parameters(steps=0), "steps"),
+        (lambda: swarm_parameters(cfgscale=101), "cfgscale"),
+        (lambda: swarm_parameters(width=0), "width"),
+        (lambda: swarm_parameters(loratencweights=["0.3", "1"]), "loratencweights"),
+        (lambda: invoke_parameters(clip_skip=1), "clip_skip"),
+        (lambda: invoke_parameters(cfg_scale=[7, 6]), "cfg_scale"),
+        (lambda: invoke_parameters(positive_prompt="a cat++ on grass"), "prompt"),
+        (lambda: invoke_parameters(negative_prompt="ugly, bad--"), "negative prompt"),
+        (lambda: swarm_parameters(loraweights=["heavy", "1"]), "loras"),
+        (lambda: invoke_parameters(loras=[{"model": {"name": 5}, "weight": 1}]), "loras"),
+        (lambda: invoke_parameters(loras=[{"model": {"name": "a"}, "weight": 6}]), "loras"),
+        (lambda: swarm_parameters(initimagecreativity=0.5), "initimagecreativity"),
+        (lambda: invoke_parameters(controlnets=[{"a": 1}]), "controlnets"),
+        (lambda: swarm_parameters(prompt="a (red:1.2) ball"), "prompt"),
+        (lambda: swarm_parameters(prompt="a ball <lora:other:1>"), "prompt"),
     ],
 )
-def test_what_cannot_be_used_is_named(found, named):
+def test_values_that_cannot_be_used_are_listed(found, named):
     assert named in [one.name for one in found().ignored]
 
 
-def test_values_that_mean_nothing_are_not_named():
-    assert [one.name for one in of_swarm(vae="None").ignored] == ["model"]
-    assert [one.name for one in of_invoke(positive_prompt="a well-lit, C++17 cat").ignored] == [
-        "model"
-    ]
+def test_values_without_a_meaning_are_not_listed():
+    assert [one.name for one in swarm_parameters(vae="None").ignored] == ["model"]
+    assert [
+        one.name for one in invoke_parameters(positive_prompt="a well-lit, C++17 cat").ignored
+    ] == ["model"]
 
 
 def test_old_images_of_swarmui_have_lists_as_text():
-    found = of_swarm(loras="people/sks,b", loraweights="0.8,-1")
+    found = swarm_parameters(loras="people/sks,b", loraweights="0.8,-1")
     assert found.loras == LORAS
-    assert of_swarm(loras=["a"], loraweights=None).loras == (NamedLora("a", 1.0),)
+    assert swarm_parameters(loras=["a"], loraweights=None).loras == (NamedLora("a", 1.0),)
 
 
 def test_a_jpeg_of_swarmui_is_read():

@@ -344,7 +344,7 @@ def test_written_parameters_are_read_back_as_the_same_recipe(recipe, options):
         ("Sampler: Euler, Schedule type: Normal", "euler"),
     ],
 )
-def test_samplers_of_every_age_and_program(line, expected):
+def test_sampler_names_of_older_and_other_programs_are_read(line, expected):
     read = read_parameters(f"a ball\nSteps: 20, {line}, Seed: 1", SD15)
     assert read.fields["sampler"] == expected
 
@@ -388,7 +388,7 @@ def test_parameters_in_other_places_of_exif_are_read(tag):
     assert parameters_in(buffer.getvalue()).text == FOREIGN
 
 
-def test_a_description_without_parameters_is_none():
+def test_an_exif_description_without_parameters_is_refused():
     exif = Image.Exif()
     exif[ExifTags.Base.ImageDescription] = "a photo of my cat"
     buffer = io.BytesIO()

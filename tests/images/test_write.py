@@ -398,7 +398,7 @@ def test_the_record_is_json_ready_data():
 
 
 def test_a_failed_sync_of_the_folder_is_reported(tmp_path, monkeypatch):
-    """The file has been written, so the message must not deny it."""
+    """The file is complete, and the message says so."""
     real = os.fsync
 
     def fails_for_folders(descriptor):
@@ -464,7 +464,7 @@ def test_the_output_folder_is_created_and_tested(tmp_path):
     ("size", "shown"),
     [((8, 8), (8, 8)), ((64, 96), (96, 64)), ((512, 256), (64, 128)), ((512, 512), (128, 128))],
 )
-def test_previews_are_small(size, shown):
+def test_previews_have_at_most_128_pixels_per_side_and_20_kb(size, shown):
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
     content = preview_jpeg(pixels)
     assert Image.open(io.BytesIO(content)).size == shown

@@ -20,7 +20,7 @@ from fidelora.jobs.transactions import Database
 
 
 @dataclass
-class Made:
+class StateAndStore:
     state: ClientState
     store: JobStore
 
@@ -28,13 +28,13 @@ class Made:
 @pytest.fixture(params=["local", "sqlite", "postgresql"])
 def made(request, tmp_path):
     if request.param == "local":
-        yield Made(local_state(tmp_path / "api_keys.json"), MemoryStore())
+        yield StateAndStore(local_state(tmp_path / "api_keys.json"), MemoryStore())
         return
     url = f"sqlite:///{tmp_path}/jobs.sqlite"
     if request.param == "postgresql":
         url = request.getfixturevalue("postgres_url")
     database = Database(url)
-    yield Made(database_state(database), SqlStore(database))
+    yield StateAndStore(database_state(database), SqlStore(database))
     database.close()
 
 
@@ -45,7 +45,7 @@ def servers(postgres_url):
     states = [database_state(database) for database in databases]
     stores = [SqlStore(database) for database in databases]
     until(lambda: all(map(is_listening, stores)))
-    yield [Made(state, store) for state, store in zip(states, stores, strict=True)]
+    yield [StateAndStore(state, store) for state, store in zip(states, stores, strict=True)]
     for database in databases:
         database.close()
 
@@ -105,14 +105,14 @@ def test_an_import_with_a_taken_name_adds_nothing(made, tmp_path):
 
 def test_a_change_is_seen_at_once_by_the_process_that_made_it(made):
     keys = made.state.keys
-    assert keys.in_memory() is None or keys.names() == []
+    assert keys.by_hash() == {}
     secret = keys.add("web")
     assert hash_of(secret) in keys.by_hash()
     keys.remove("web")
     assert keys.by_hash() == {}
 
 
-def test_the_database_has_only_hashes(servers, postgres):
+def test_the_database_stores_keys_as_hashes_only(servers, postgres):
     secret = servers[0].state.keys.add("web")
     rows = postgres.query("SELECT * FROM api_keys")
     assert hash_of(secret) in rows
@@ -252,7 +252,7 @@ def test_models_and_jobs_belong_to_owners(made):
     assert a1111.jobs("me") == ids[1:2]
 
 
-def test_all_servers_know_the_jobs_and_models_of_clients(servers):
+def test_all_servers_read_the_jobs_and_models_of_clients(servers):
     first, second = servers
     added = first.store.add(job(owner="me"))
     first.state.a1111.begin(added.id, "me")
@@ -281,7 +281,7 @@ def test_a_removed_key_leaves_no_model(servers):
     assert state.a1111.model(key.id) is None
 
 
-def test_the_file_has_only_hashes(tmp_path):
+def test_the_file_stores_keys_as_hashes_only(tmp_path):
     secret = FileKeys(tmp_path / "api_keys.json").add("web")
     (entry,) = json.loads((tmp_path / "api_keys.json").read_text())["keys"]
     assert entry == {"name": "web", "sha256": hash_of(secret), "admin": False}

@@ -205,7 +205,7 @@ def test_a_check_for_cancellation_sends_no_query(store):
     assert statements == []
 
 
-def test_other_processes_hear_of_cancellations_and_new_jobs(store, postgres_url):
+def test_other_processes_are_notified_of_new_and_canceled_jobs(store, postgres_url):
     other = SqlStore(postgres_url)
     wakes: list[object] = []
     other.on_new_job(wakes.append)
@@ -332,7 +332,7 @@ def test_a_database_that_hangs_is_an_error(postgres_url, proxy, monkeypatch, is_
     store.close()
 
 
-def test_connections_notice_that_the_other_side_has_vanished(postgres_url):
+def test_connections_detect_that_the_database_machine_has_vanished(postgres_url):
     for url, idle_s in ((postgres_url, "10"), (f"{postgres_url}?keepalives_idle=77", "77")):
         engine = open_database(url)
         with engine.connect() as connection:

@@ -384,7 +384,7 @@ def test_owners_take_turns(store):
     assert claims == [each.id for each in expected]
 
 
-def test_an_owner_with_a_long_queue_cannot_outvote_the_limit(store):
+def test_overdue_jobs_of_a_long_queue_wait_for_their_owners_turn(store):
     """Jobs of the long queue that are over their limit do not go before the turn of others."""
     for _ in range(4 * MAX_PASSED_OVER):
         store.add(job(owner="a"))
@@ -409,7 +409,7 @@ def test_the_limit_grows_with_the_number_of_live_workers(store):
 
 
 @pytest.mark.parametrize("adapters", [(A,), (A, B)])
-def test_a_job_is_left_for_the_worker_that_has_its_adapters(store, adapters):
+def test_a_job_is_held_for_the_worker_that_has_its_adapters(store, adapters):
     store.add(job(*adapters), now=NOW)
     store.report_worker(WorkerState("home", loaded=frozenset(adapters)), NOW)
     store.report_worker(WorkerState("other", loaded=frozenset({"d" * 64})), NOW)
@@ -419,7 +419,7 @@ def test_a_job_is_left_for_the_worker_that_has_its_adapters(store, adapters):
 
 
 @pytest.mark.parametrize("why", ["time", "no_home", "home_is_dead", "own_home", "no_hold"])
-def test_a_job_is_not_left_for_another_worker(store, why):
+def test_a_job_is_not_held_longer_or_for_a_dead_worker(store, why):
     store.add(job(A), now=NOW)
     seconds, home = 0.4, "other" if why == "own_home" else "home"
     if why == "time":
@@ -830,7 +830,7 @@ def test_a_job_needs_a_recipe_and_an_aware_time():
         new_job((Recipe(prompt=""),), datetime(2026, 1, 1))
 
 
-class SameLives(RuleBasedStateMachine):
+class SameResultsInBothStores(RuleBasedStateMachine):
     """Any sequence of calls has the same results in the database as in the memory store."""
 
     @initialize()
@@ -917,7 +917,7 @@ class SameLives(RuleBasedStateMachine):
         self.both(lambda store: {each.id for each in store.remove_finished(before=NOW, keep=keep)})
 
     @invariant()
-    def the_same_jobs(self):
+    def both_list_the_same_jobs(self):
         if not hasattr(self, "ids"):
             return
         listed = self.both(lambda store: store.list(limit=1000).jobs)
@@ -941,8 +941,10 @@ class SameLives(RuleBasedStateMachine):
             self.database.close()
 
 
-TestSameLives = SameLives.TestCase
-TestSameLives.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestSameResultsInBothStores = SameResultsInBothStores.TestCase
+TestSameResultsInBothStores.settings = settings(
+    max_examples=40, stateful_step_count=30, deadline=None
+)
 
 
 def test_jobs_persist_after_the_store_is_closed(tmp_path):
@@ -1202,7 +1204,7 @@ def test_workers_leave_jobs_of_newer_versions(server, request, tmp_path):
         newer.abandon(new.id, claimed.epoch, "the worker was killed", NOW)
         newer.add(job(A))
         much_later = later(10_000)
-        for _ in range(2 * MAX_PASSED_OVER):  # so the newer jobs are due
+        for _ in range(2 * MAX_PASSED_OVER):  # until the newer jobs have been skipped too often
             own = older.add(job(B))
             assert getattr(older.claim("old", much_later, LEASE_S), "id", None) == own.id
         own = older.add(job(B))
@@ -1212,7 +1214,7 @@ def test_workers_leave_jobs_of_newer_versions(server, request, tmp_path):
         assert older.count(Status.IN_QUEUE) == 2
         left = [newer.claim("new", much_later, LEASE_S) for _ in range(3)]
         assert [one is None for one in left] == [False, False, True]
-        # Servers and workers of the older version go on with their own jobs.
+        # Servers and workers of the older version only handle jobs that they can read.
         assert {one.id for one in older.list().jobs}.isdisjoint({new.id})
         assert [one.worker for one in older.running("")] == [
             one.worker for one in older.running("o")

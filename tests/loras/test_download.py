@@ -218,7 +218,7 @@ def test_without_listed_hosts_all_urls_are_refused(site, target):
 
 # --- which addresses ----------------------------------------------------------------------------
 
-INSIDE = [
+NOT_PUBLIC = [
     "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0",
     "255.255.255.255", "224.0.0.1", "198.18.0.1", "168.63.129.16", "192.0.0.192", "::1", "::",
     "fe80::1", "fe80::1%eth0", "fc00::1", "fd00:ec2::254", "ff02::1", "::ffff:10.0.0.1",
@@ -227,7 +227,7 @@ INSIDE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("address", INSIDE)
+@pytest.mark.parametrize("address", NOT_PUBLIC)
 def test_hostnames_with_private_addresses_are_refused(site, target, address):
     site.answers["/a"] = answer(CONTENT)
     site.addresses = [[address]]

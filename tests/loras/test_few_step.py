@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import shlex
 
 import pytest
 
@@ -64,7 +63,7 @@ def test_names_are_compared_without_case_and_separators(name, known):
     assert (found.lora.name if found else "") == known
 
 
-def test_the_hash_counts_more_than_the_name():
+def test_the_hash_takes_precedence_over_the_name():
     found = recognise_few_step_lora("lcm-lora-sdxl", CFG_LORA)
     assert found is not None
     assert (found.lora.name, found.by) == ("Hyper-SD15-8steps-CFG-lora", "sha256")
@@ -78,7 +77,6 @@ def test_a_proposal_names_the_options():
     )
     (by_name,) = proposals(recipe("Hyper-SD15-1step-lora"))
     assert "according to its file name" in by_name
-    assert shlex.split(by_name.partition("recommended: ")[2])[-2:] != []
     assert "--sampler tcd --steps 1 --guidance 1 --eta 1" in by_name
 
 
@@ -100,7 +98,7 @@ def test_recommended_ranges_need_no_proposal(changes, is_proposed):
     assert bool(list(proposals(dataclasses.replace(good, **changes)))) == is_proposed
 
 
-def test_sgm_uniform_is_as_good_as_trailing():
+def test_sgm_uniform_is_accepted_in_place_of_trailing():
     made = recipe(
         "sdxl_lightning_4step_lora", model="sdxl", sampler="euler", steps=4, guidance_scale=1,
         timestep_spacing="sgm_uniform",
@@ -109,7 +107,7 @@ def test_sgm_uniform_is_as_good_as_trailing():
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 2.0])
-def test_no_guidance_can_be_any_number_up_to_1(scale):
+def test_every_scale_that_disables_guidance_is_as_recommended(scale):
     made = recipe("lcm-lora-sdv1-5", sampler="lcm", steps=4, guidance_scale=scale)
     assert list(proposals(made)) == []
 

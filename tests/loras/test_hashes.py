@@ -17,25 +17,25 @@ def tensor_bytes(content: bytes) -> bytes:
     return content[8 + int.from_bytes(content[:8], "little") :]
 
 
-def test_the_hashes_of_the_file_and_of_its_tensors_fit():
+def test_hashes_of_the_file_and_of_its_tensors_identify_it():
     sha256 = file_sha256(LORA)
     of_tensors = hashlib.sha256(tensor_bytes(LORA.read_bytes())).hexdigest()
     assert of_tensors != sha256
     for right in (sha256, sha256[:10], sha256[:12].upper(), of_tensors, of_tensors[:12]):
         assert has_hash(LORA, sha256, right)
-    assert has_hash(LORA, sha256, hashlib.sha256(b"").hexdigest()[:12])  # fits every LoRA
+    assert has_hash(LORA, sha256, hashlib.sha256(b"").hexdigest()[:12])  # is_identified every LoRA
     assert not has_hash(LORA, sha256, "0" * 12)
 
 
-@pytest.mark.parametrize(("prefix", "fits"), [("abcdef", True), ("abcdee", False)])
-def test_the_hash_in_the_metadata_fits(tmp_path, prefix, fits):
+@pytest.mark.parametrize(("prefix", "is_identified"), [("abcdef", True), ("abcdee", False)])
+def test_the_hash_in_the_metadata_identifies_a_file(tmp_path, prefix, is_identified):
     path = tmp_path / "a.safetensors"
     metadata = {"sshs_model_hash": "ABCDEF" + "0" * 58}
     safetensors.torch.save_file({"x": torch.zeros(1)}, path, metadata)
-    assert has_hash(path, file_sha256(path), prefix) is fits
+    assert has_hash(path, file_sha256(path), prefix) is is_identified
 
 
-def test_a_file_that_is_not_safetensors_fits_only_by_its_own_hash(tmp_path):
+def test_a_file_without_header_is_identified_by_its_own_hash_only(tmp_path):
     path = tmp_path / "a.safetensors"
     path.write_bytes(b"no header")
     assert has_hash(path, file_sha256(path), file_sha256(path)[:10])

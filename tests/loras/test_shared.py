@@ -156,10 +156,10 @@ def test_files_that_an_operator_puts_into_the_bucket_are_used(bucket, tmp_path):
     assert adapter_names(tmp_path / "1") == ["local.safetensors"]
 
 
-def test_copies_are_known_after_a_restart(bucket, tmp_path, monkeypatch):
+def test_a_restarted_server_removes_copies_of_deleted_uploads(bucket, tmp_path, monkeypatch):
     server(bucket, tmp_path / "1").add(io.BytesIO(CONTENT), "x.safetensors")
     restarted = UploadFolder(tmp_path / "1", None, SharedLoras(bucket, tmp_path / "1"))
-    monkeypatch.setattr(bucket, "download", None)  # nothing is read again
+    monkeypatch.setattr(bucket, "download", None)  # copies that exist are not downloaded again
     restarted.refresh()
     bucket.delete(["loras/uploads/x.safetensors"])
     restarted.refresh()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from starlette.testclient import TestClient
-from tests.server.http_support import ByHand, context_in, now
+from tests.server.http_support import ManualWorker, context_in, now
 
 from fidelora.jobs.job import new_job
 from fidelora.recipe import Recipe
@@ -33,7 +33,7 @@ def client(context):
 
 def finished_job(context, content):
     context.store.add(new_job((Recipe(prompt="a"),), now()))
-    worker = ByHand(context)
+    worker = ManualWorker(context)
     return worker.succeed(worker.claim(), content)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 import pytest
 from structlog.testing import capture_logs
-from tests.server.http_support import ByHand, context_in, now
+from tests.server.http_support import ManualWorker, context_in, now
 from tests.support import GOLDEN_JOBS, LORA
 
 from fidelora.errors import UsageError
@@ -162,7 +162,7 @@ async def followed(make, session, act=lambda: None):
 
 def test_requests_queue_up_and_all_their_images_are_shown(make, context):
     """The snippets shown are those of the newest image, not of the image selected before."""
-    session, worker = Session(), ByHand(context)
+    session, worker = Session(), ManualWorker(context)
 
     def work():
         if job := worker.claim_one():

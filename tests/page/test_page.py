@@ -40,7 +40,7 @@ def app(context):
 
 
 @pytest.fixture(scope="module")
-def served(app):
+def client_with_cookies(app):
     with TestClient(
         app,
         base_url="http://127.0.0.1:8000",
@@ -51,9 +51,9 @@ def served(app):
 
 
 @pytest.fixture
-def client(served):
-    served.cookies.clear()
-    return served
+def client(client_with_cookies):
+    client_with_cookies.cookies.clear()
+    return client_with_cookies
 
 
 @pytest.fixture
@@ -368,7 +368,7 @@ def test_behind_a_proxy_the_page_uses_the_public_path(tmp_path):
         )
 
 
-def test_the_page_loads_no_torch(tmp_path):
+def test_the_page_does_not_import_torch(tmp_path):
     """Builds the page in a process of its own, which must not open a connection."""
     code = f"""
 import socket, sys

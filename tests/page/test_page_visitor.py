@@ -10,7 +10,7 @@ import gradio as gr
 import pytest
 from starlette.requests import Request
 from starlette.testclient import TestClient
-from tests.server.http_support import ByHand, context_in, now
+from tests.server.http_support import ManualWorker, context_in, now
 from tests.support import LORA
 
 from fidelora.errors import JobNotFoundError
@@ -124,7 +124,7 @@ def owned(context, caller: Caller):
     return context.store.add(new_job((Recipe(prompt="a"),), now(), owner=caller.owner))
 
 
-def test_the_queue_follows_and_cancels_only_own_requests(context, monkeypatch):
+def test_the_queue_follows_and_cancels_only_the_visitors_requests(context, monkeypatch):
     monkeypatch.setattr(job_watcher, "POLL_INTERVAL_S", 0.002)
     queue, job = RequestQueue(context.store, context.watcher), owned(context, ALICE)
 
@@ -145,9 +145,9 @@ def test_the_queue_follows_and_cancels_only_own_requests(context, monkeypatch):
     assert context.store.get(job.id).status is Status.CANCELED
 
 
-def test_pictures_are_those_of_the_own_requests(context, tmp_path):
+def test_pictures_are_those_of_the_visitors_requests(context, tmp_path):
     job = owned(context, ALICE)
-    ByHand(context).succeed(ByHand(context).claim())
+    ManualWorker(context).succeed(ManualWorker(context).claim())
     page_files = PageFiles(tmp_path / "page")
     page_files.empty()
     pictures = Pictures(context, page_files, LoraList(context))
@@ -159,7 +159,7 @@ def test_pictures_are_those_of_the_own_requests(context, tmp_path):
                     pictures.recipe((job.id, 0))
 
 
-def test_the_list_of_loras_has_only_own_uploads(context, tmp_path):
+def test_the_list_of_loras_has_only_the_visitors_uploads(context, tmp_path):
     file = tmp_path / "dropped.safetensors"
     file.write_bytes(LORA.read_bytes())
     with acting_for(ALICE):
@@ -191,7 +191,7 @@ def test_the_page_refuses_files_and_sessions_of_another_key(context):
         headers = {name: {"Authorization": f"Bearer {key}"} for name, key in keys.items()}
         alice = context.keys.find(keys["alice"])
         job = owned(context, Caller(alice.id, is_admin=False))
-        ByHand(context).succeed(ByHand(context).claim())
+        ManualWorker(context).succeed(ManualWorker(context).claim())
         files = PageFiles(context.settings.data_dir.absolute() / "page")
         pictures = Pictures(context, files, LoraList(context))
         with acting_for(UNRESTRICTED):

@@ -6,7 +6,7 @@ import asyncio
 import html
 
 import pytest
-from tests.server.http_support import ByHand, context_in, now
+from tests.server.http_support import ManualWorker, context_in, now
 
 from fidelora.jobs.job import Status, new_job
 from fidelora.recipe import Recipe
@@ -50,7 +50,7 @@ async def until_end(queue, session, act):
 
 
 def test_each_change_yields_the_state_of_all_requests(queue, context):
-    session, worker = session_with(context, "first", "<second>"), ByHand(context)
+    session, worker = session_with(context, "first", "<second>"), ManualWorker(context)
     jobs = {}
 
     def act(count):
@@ -122,7 +122,7 @@ def test_removed_requests_are_forgotten(queue, context):
 
 def test_a_late_cancel_does_not_hit_the_next_request(queue, context):
     """The running request ends between the update that shows it and the click on Cancel."""
-    session, worker = session_with(context, "first", "second"), ByHand(context)
+    session, worker = session_with(context, "first", "second"), ManualWorker(context)
     jobs = {}
 
     def act(count):
@@ -140,7 +140,7 @@ def test_a_late_cancel_does_not_hit_the_next_request(queue, context):
 
 
 def test_cancel_ends_the_running_request_and_cancel_all_every_one(queue, context):
-    session, worker = session_with(context, "first", "second", "third"), ByHand(context)
+    session, worker = session_with(context, "first", "second", "third"), ManualWorker(context)
 
     def states():
         return [context.store.get(one).status for one in session.pending]

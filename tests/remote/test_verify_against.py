@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import httpx2
@@ -51,6 +52,13 @@ def verify(fidelora) -> Verify:
 
 def drawn(graph: Mapping[str, Any], guidance: float | None = None) -> bytes:
     """Return ComfyUI's picture for a graph of the run's prompts."""
+    return _drawn(json.dumps(graph, sort_keys=True), guidance)
+
+
+@cache
+def _drawn(graph_json: str, guidance: float | None) -> bytes:
+    """Draw each picture once, because several tests request the same ones."""
+    graph = json.loads(graph_json)
     sampler = graph["3"]["inputs"]
     size = graph["5"]["inputs"]
     plans = plan_samples(read_run(GOLDEN_JOBS / NAME), 6, base_model=str(TINY_BASE))

@@ -68,7 +68,7 @@ def serving(engine: Any, path: Path) -> Iterator[ResidentEngine]:
 
 @dataclass
 class EndlessEngine:
-    """Stands for an engine: an image has steps until the callback raises."""
+    """Fake engine that makes steps until the callback raises."""
 
     auto_dtype: str = "float32"
 
@@ -83,18 +83,18 @@ class EndlessEngine:
         try:
             while True:
                 step += 1
-                on_step(StepOf(step))
+                on_step(Step(step))
         finally:
             self.ended.set()
 
 
 @dataclass(frozen=True)
-class StepOf:
+class Step:
     step: int
     steps: int = 10**9
 
 
-def test_images_are_the_engines_own_to_the_byte(folder):
+def test_files_have_the_bytes_of_an_engine_in_this_process(folder):
     recipe = replace(SMALL, adapters=(AdapterRef.from_file(LORA, 0.7),), prompt="x " * 100)
     own = Engine(device="cpu").generate(recipe)
     steps: list[tuple[int, int]] = []
@@ -169,7 +169,7 @@ def test_a_command_that_ends_stops_the_engine(folder):
         assert engine.ended.wait(DEADLINE_S)
 
 
-def test_an_engine_that_dies_while_it_computes_is_lost(folder):
+def test_an_engine_that_dies_while_it_computes_raises(folder):
     with serving(EndlessEngine(), folder / "e.sock") as resident:
 
         def die(_steps: object) -> None:
@@ -261,7 +261,7 @@ def test_a_folder_with_a_long_name_is_refused(folder, monkeypatch):
 
 
 class LostEngine:
-    """Stands for a connection whose engine has ended, or refuses the image."""
+    """Fake connection whose engine has ended, or refuses the image."""
 
     auto_dtype = "float32"
 

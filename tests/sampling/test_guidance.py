@@ -1,4 +1,4 @@
-"""Guidance."""
+"""Classifier-free guidance, rescaled to the norm of the positive prediction."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The random numbers of an image."""
+"""Initial noise and the draws of samplers, for older and newer releases of torch."""
 
 from __future__ import annotations
 

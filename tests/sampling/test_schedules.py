@@ -15,7 +15,7 @@ from fidelora.sampling.schedules import FlowSchedule
 CPU = torch.device("cpu")
 
 
-def theirs(steps: int, *, mu: float | None = None, shift: float = 1.0):
+def diffusers_scheduler(steps: int, *, mu: float | None = None, shift: float = 1.0):
     """Return diffusers' scheduler with the sigmas that pipelines pass."""
     options = {"use_dynamic_shifting": True} if mu is not None else {"shift": shift}
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(
@@ -29,7 +29,10 @@ def theirs(steps: int, *, mu: float | None = None, shift: float = 1.0):
 @pytest.mark.parametrize("steps", [1, 2, 9, 30])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_a_static_shift_has_the_bits_of_diffusers(steps, shift):
-    ours, other = FlowSchedule({"shift": shift}, steps, 64, CPU), theirs(steps, shift=shift)
+    ours, other = (
+        FlowSchedule({"shift": shift}, steps, 64, CPU),
+        diffusers_scheduler(steps, shift=shift),
+    )
     assert torch.equal(ours.timesteps, other.timesteps)
     torch.manual_seed(1)
     mine = yours = torch.randn(1, 16, 8, 8)
@@ -56,7 +59,7 @@ def test_a_dynamic_shift_grows_with_the_tokens(tokens):
     line = (256, 0.5, 4096, 1.15)
     mu = 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
     ours = FlowSchedule({"dynamic_shift": line}, 7, tokens, CPU)
-    torch.testing.assert_close(ours.timesteps, theirs(7, mu=mu).timesteps)
+    torch.testing.assert_close(ours.timesteps, diffusers_scheduler(7, mu=mu).timesteps)
     assert not torch.equal(ours.timesteps, FlowSchedule({"shift": 1.0}, 7, tokens, CPU).timesteps)
 
 

@@ -86,7 +86,7 @@ def client_of(context: ServerContext, **given: Any) -> TestClient:
 
 def within_deadline(call: Callable[[], Any], context: ServerContext) -> Any:
     """Return the result of a call of the application; fail if it takes longer than `DEADLINE_S`."""
-    future = aside(call)
+    future = in_thread(call)
     try:
         return future.result(DEADLINE_S)
     except TimeoutError:
@@ -134,7 +134,7 @@ def listening(context: ServerContext) -> Iterator[str]:
     assert not thread.is_alive(), "the server did not stop"
 
 
-class ByHand:
+class ManualWorker:
     """A worker that a test controls step by step."""
 
     def __init__(self, context: ServerContext) -> None:
@@ -147,7 +147,7 @@ class ByHand:
 
     def claim_one(self) -> Job | None:
         """Claim the next job, if there is one."""
-        return self.context.store.claim("by hand", now(), 60)
+        return self.context.store.claim("manual", now(), 60)
 
     def step(self, job: Job, step: int, steps: int = 25, preview: str = "") -> Job:
         return self.context.store.renew(
@@ -169,13 +169,13 @@ class ByHand:
 
 
 @contextmanager
-def at_work(
-    worker: ByHand, content: bytes = b"an image", interval_s: float = 0.002
+def jobs_succeeding(
+    worker: ManualWorker, content: bytes = b"an image", interval_s: float = 0.002
 ) -> Iterator[None]:
     """While the block runs, let every job succeed soon, on another thread.
 
     Args:
-        interval_s: seconds between two looks for a job.
+        interval_s: seconds between two claims.
     """
     over = threading.Event()
 
@@ -197,7 +197,7 @@ def at_work(
         thread.join(DEADLINE_S)
 
 
-def aside(call: Callable[[], Any]) -> Future[Any]:
+def in_thread(call: Callable[[], Any]) -> Future[Any]:
     """Run a call on another thread; wait for it with `result(seconds)`."""
     future: Future[Any] = Future()
 
@@ -218,7 +218,9 @@ def only_job(context: ServerContext) -> Job:
     return job
 
 
-def an_image(text: str = "a ball\nSteps: 2, Sampler: ddpm, Seed: 1, Size: 64x64") -> bytes:
+def png_with_parameters(
+    text: str = "a ball\nSteps: 2, Sampler: ddpm, Seed: 1, Size: 64x64",
+) -> bytes:
     """Return a small PNG with AUTOMATIC1111's parameters."""
     info, buffer = PngInfo(), io.BytesIO()
     info.add_itxt("parameters", text)

@@ -13,15 +13,15 @@ import pytest
 import webuiapi
 from requests.adapters import HTTPAdapter
 from tests.server.http_support import (
-    ByHand,
-    an_image,
-    aside,
-    at_work,
+    ManualWorker,
     client_of,
     context_in,
+    in_thread,
+    jobs_succeeding,
     listening,
     only_job,
     pixels,
+    png_with_parameters,
 )
 from tests.server.serve_support import IMAGES_DEADLINE_S, Server, until
 from tests.support import LORA, LORA_CONV
@@ -50,8 +50,8 @@ def context(tmp_path) -> ServerContext:
 
 
 @pytest.fixture
-def worker(context) -> ByHand:
-    return ByHand(context)
+def worker(context) -> ManualWorker:
+    return ManualWorker(context)
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def api_of(url: str, **given: Any) -> webuiapi.WebUIApi:
 
 def recipes_for(client: Any, context: ServerContext, **fields: Any) -> Any:
     """Return the recipes of the request's job."""
-    with at_work(ByHand(context), an_image()):
+    with jobs_succeeding(ManualWorker(context), png_with_parameters()):
         answer = client.post("/sdapi/v1/txt2img", json={"prompt": "a ball"} | fields)
     assert answer.status_code == 200, answer.text
     return context.store.list().jobs[0].recipes
@@ -155,7 +155,7 @@ def test_the_same_recipe_is_the_same_image_in_both_apis(tiny_server: Server):
     assert read_origin(content).recipe is not None
 
 
-def test_queries_of_the_client(tiny_server: Server):
+def test_the_client_reads_models_samplers_loras_and_progress(tiny_server: Server):
     api = api_of(tiny_server.url)
     assert api.util_get_model_names() == ["sd15"]
     assert api.util_get_current_model() == "sd15"
@@ -173,7 +173,7 @@ def test_queries_of_the_client(tiny_server: Server):
     api.util_set_model("sd15")
 
 
-def test_formats_of_samples(tiny_server: Server):
+def test_a_setting_of_the_request_selects_the_image_format(tiny_server: Server):
     body = {
         "prompt": "a ball",
         "steps": 1,
@@ -286,7 +286,7 @@ def test_spacing_and_eta_are_fields_of_the_recipe(client, context, fields, expec
 
 
 def test_images_can_be_left_out_of_the_response(client, context, worker):
-    with at_work(worker, an_image()):
+    with jobs_succeeding(worker, png_with_parameters()):
         answer = client.post(
             "/sdapi/v1/txt2img",
             json={"prompt": "a ball", "send_images": False, "save_images": True},
@@ -467,7 +467,7 @@ def test_hostile_text_is_not_interpreted(client, context, worker):
     listed = {lora["path"]: lora["name"] for lora in client.get("/sdapi/v1/loras").json()}
     name = listed[f"{HOSTILE.replace('/', '')}.safetensors"]
     assert not set("<>:") & set(name)  # they have a meaning in tags
-    with at_work(worker, an_image(HOSTILE)):
+    with jobs_succeeding(worker, png_with_parameters(HOSTILE)):
         answer = client.post("/sdapi/v1/txt2img", json={"prompt": HOSTILE})
     assert answer.headers["content-type"] == "application/json"
     assert json.loads(answer.json()["info"])["all_prompts"] == [HOSTILE]
@@ -483,7 +483,7 @@ def test_the_model_can_be_set_for_later_requests_of_a_key(client, context):
     assert client.post("/sdapi/v1/options", json=changed, headers=keys[0]).status_code == 200
     for key, model in zip(keys, ("sdxl", "sd15"), strict=True):
         assert client.get("/sdapi/v1/options", headers=key).json()["sd_model_checkpoint"] == model
-        with at_work(ByHand(context), an_image()):
+        with jobs_succeeding(ManualWorker(context), png_with_parameters()):
             answer = client.post("/sdapi/v1/txt2img", json={"prompt": "a ball"}, headers=key)
         assert answer.status_code == 200, answer.text
         assert context.store.list().jobs[0].recipes[0].model == model
@@ -555,7 +555,7 @@ def test_lists_without_entries_and_refreshes_answer(client):
 
 @pytest.mark.parametrize("prefix", ["", "data:image/png;base64,"])
 def test_png_info_returns_the_parameters_of_an_image(client, prefix):
-    encoded = base64.b64encode(an_image()).decode()
+    encoded = base64.b64encode(png_with_parameters()).decode()
     answer = client.post("/sdapi/v1/png-info", json={"image": prefix + encoded}).json()
     assert answer["info"].startswith("a ball")
     assert answer["items"] == {"parameters": answer["info"]}
@@ -576,7 +576,7 @@ def test_the_first_configured_model_is_the_default(tmp_path):
     assert client.get("/sdapi/v1/options").json()["sd_model_checkpoint"] == "sdxl"
     (recipe,) = recipes_for(client, context)
     assert recipe.model == "sdxl"
-    with at_work(ByHand(context), an_image()):
+    with jobs_succeeding(ManualWorker(context), png_with_parameters()):
         answer = client.post("/v1/images/generations", json={"prompt": "a ball"})
     assert answer.status_code == 200, answer.text
     assert context.store.list().jobs[0].recipes[0].model == "sdxl"
@@ -625,7 +625,7 @@ def test_prompt_editing_is_refused_with_emphasis(client, prompt):
     assert "not supported; remove it" in answer.text
 
 
-def test_clients_without_a_key_send_empty_credentials(client):
+def test_empty_credentials_are_accepted_on_a_server_without_keys(client):
     for value in ("Basic ", "Basic", "Basic Og==", "Bearer "):
         answer = client.get("/sdapi/v1/options", headers={"Authorization": value})
         assert answer.status_code == 200, value
@@ -640,11 +640,11 @@ def test_a_stored_model_of_another_version_is_not_used(client, context):
 # --- waiting ------------------------------------------------------------------------------------
 
 
-def test_progress_and_interrupt(url, context, worker):
+def test_progress_and_interrupt_concern_the_clients_own_request(url, context, worker):
     api = api_of(url)
     body = {"model": "sd15", "loras": [{"path": "sks.safetensors"}], "prompts": [{"prompt": "x"}]}
     others = httpx2.post(f"{url}/v1/inference", json=body)
-    waiting = aside(lambda: api.txt2img(prompt="a ball", steps=20, n_iter=1))
+    waiting = in_thread(lambda: api.txt2img(prompt="a ball", steps=20, n_iter=1))
     until(lambda: context.clients.a1111.jobs(""), 20)
     assert api.get_progress()["textinfo"] == "1 requests are ahead of this one"
     foreign = worker.claim()
@@ -691,13 +691,13 @@ def test_a_disconnected_client_cancels_its_job(url, context):
     assert until(lambda: not context.clients.a1111.jobs(""), 20) is True
 
 
-def test_failures_and_a_full_queue(url, context, worker):
+def test_a_failed_job_and_a_full_queue_are_errors(url, context, worker):
     api = api_of(url)
-    waiting = aside(lambda: api.txt2img(prompt="a ball"))
+    waiting = in_thread(lambda: api.txt2img(prompt="a ball"))
     worker.fail(until(worker.claim_one, 20))
     with pytest.raises(RuntimeError, match="The model produced NaN"):
         waiting.result(30)
-    others = [aside(lambda: api.txt2img(prompt="a ball")) for _ in range(3)]
+    others = [in_thread(lambda: api.txt2img(prompt="a ball")) for _ in range(3)]
     until(lambda: context.store.count(Status.IN_QUEUE) == 3, 20)
     answer = httpx2.post(f"{url}/sdapi/v1/txt2img", json={"prompt": "a ball"})
     assert (answer.status_code, answer.json()["error"], answer.headers["retry-after"]) == (
@@ -705,11 +705,11 @@ def test_failures_and_a_full_queue(url, context, worker):
         "QUEUE_FULL",
         "10",
     )
-    with at_work(worker, an_image()):
+    with jobs_succeeding(worker, png_with_parameters()):
         assert [len(one.result(30).images) for one in others] == [1, 1, 1]
 
 
-def test_api_keys(tmp_path):
+def test_keys_are_required_and_accepted_as_basic_or_bearer(tmp_path):
     context = context_in(tmp_path)
     keys = {name: context.keys.add(name) for name in ("me", "you")}
     with listening(context) as url:
@@ -751,7 +751,7 @@ def test_api_keys(tmp_path):
         ), "Basic authentication works on A1111's paths only"
 
         mine, yours = (api_of(url, username="any", password=keys[name]) for name in ("me", "you"))
-        waiting = aside(lambda: mine.txt2img(prompt="a ball"))
+        waiting = in_thread(lambda: mine.txt2img(prompt="a ball"))
         job = only_job(context)
         until(lambda: context.clients.a1111.jobs(job.owner), 20)
         yours.interrupt()
@@ -769,6 +769,6 @@ def test_unknown_paths_have_the_web_uis_error_format(client):
 
 
 def test_the_pixels_of_the_answer_are_those_of_the_file(client, context, worker):
-    with at_work(worker, an_image()):
+    with jobs_succeeding(worker, png_with_parameters()):
         (image,) = client.post("/sdapi/v1/txt2img", json={"prompt": "a ball"}).json()["images"]
-    assert (pixels(base64.b64decode(image)) == pixels(an_image())).all()
+    assert (pixels(base64.b64decode(image)) == pixels(png_with_parameters())).all()

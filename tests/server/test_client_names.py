@@ -8,7 +8,7 @@ import urllib.parse
 from typing import Any
 
 import pytest
-from tests.server.http_support import MINIMAL, an_image, client_of, context_in
+from tests.server.http_support import MINIMAL, client_of, context_in, png_with_parameters
 from tests.support import LORA
 
 from fidelora.loras.hub import HubFile
@@ -131,7 +131,7 @@ def test_names_in_images_and_recipes_are_refused(client, name):
     assert ignored.status_code == 200, "an unknown sampler is reported and not used"
     answer = client.post("/v1/replay", files={"image": (name, b"no image")})
     assert refused(answer)
-    answer = client.post("/v1/replay", files={"image": (name, an_image())})
+    answer = client.post("/v1/replay", files={"image": (name, png_with_parameters())})
     # The name of an image has no meaning, but the header of a form's part has a largest size.
     assert refused(answer) if len(name) > 4000 else answer.status_code == 200
 

@@ -27,7 +27,7 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 
 
 @pytest.fixture
-def short(monkeypatch) -> None:
+def short_timeouts(monkeypatch) -> None:
     monkeypatch.setattr(connections, "HEADER_TIMEOUT_S", 0.05)
     monkeypatch.setattr(connections, "BODY_TIMEOUT_S", 0.05)
     monkeypatch.setattr(LimitedProtocol, "max_connections", 3)
@@ -81,11 +81,11 @@ def transport_of(writer: asyncio.StreamWriter) -> asyncio.Transport:
     [(), (b"GET / HT",), (REQUEST[:-2],), (REQUEST, b"12")],
     ids=["idle", "half-line", "half-header", "half-body"],
 )
-def test_a_connection_without_a_whole_request_is_closed(short, parts):
+def test_a_connection_without_a_whole_request_is_closed(short_timeouts, parts):
     assert asyncio.run(with_server(lambda port: talk(port, *parts))) == b""
 
 
-def test_bytes_of_a_header_do_not_extend_its_time(short):
+def test_bytes_of_a_header_do_not_extend_its_time(short_timeouts):
     async def drip(port: int) -> bytes:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         answer = asyncio.create_task(reader.read())
@@ -102,7 +102,7 @@ def test_bytes_of_a_header_do_not_extend_its_time(short):
         assert asyncio.run(with_server(drip)) == b""
 
 
-def test_a_body_that_trickles_in_is_closed(short, monkeypatch):
+def test_a_body_that_trickles_in_is_closed(short_timeouts, monkeypatch):
     monkeypatch.setattr(connections, "MIN_BYTES_PER_S", 10**9)
 
     async def drip(port: int) -> bytes:
@@ -130,7 +130,7 @@ async def download(scope: Any, receive: Any, send: Any) -> None:
 
 
 @pytest.mark.parametrize("is_short", [False, True], ids=["large", "small-rest"])
-def test_a_connection_whose_client_does_not_read_is_closed(short, monkeypatch, is_short):
+def test_a_connection_whose_client_does_not_read_is_closed(short_timeouts, monkeypatch, is_short):
     monkeypatch.setattr(connections, "WRITE_TIMEOUT_S", 0.05)
     lost = recorded_calls(monkeypatch, "connection_lost")
 
@@ -156,9 +156,9 @@ async def small_rest(scope: Any, receive: Any, send: Any) -> None:
     transport.close()
 
 
-def test_a_slow_client_that_reads_on_gets_the_whole_response(short, monkeypatch):
+def test_a_slow_client_that_keeps_reading_gets_the_whole_response(short_timeouts, monkeypatch):
     monkeypatch.setattr(connections, "WRITE_TIMEOUT_S", 0.01)
-    monkeypatch.setattr(connections, "MIN_BYTES_PER_S", -(10**9))  # any progress is enough
+    monkeypatch.setattr(connections, "MIN_BYTES_PER_S", -(10**9))  # no minimum rate
     checks = recorded_calls(monkeypatch, "_wait_for_client")
 
     async def slowly(port: int) -> int:
@@ -180,7 +180,7 @@ def test_a_slow_client_that_reads_on_gets_the_whole_response(short, monkeypatch)
     assert size == 2 * len(CONTENT)
 
 
-def test_a_request_is_parsed_in_small_parts(short, monkeypatch):
+def test_a_request_is_parsed_in_small_parts(short_timeouts, monkeypatch):
     parts = recorded_calls(monkeypatch, "data_received")
     chunks = b"1\r\na\r\n" * 50_000 + b"0\r\n\r\n"
     header = (
@@ -191,7 +191,7 @@ def test_a_request_is_parsed_in_small_parts(short, monkeypatch):
     assert max(map(len, parts)) <= connections.READ_BYTES
 
 
-def test_whole_requests_are_answered_also_on_the_same_connection(short):
+def test_whole_requests_are_answered_also_on_the_same_connection(short_timeouts):
     async def twice(port: int) -> bytes:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         answers = b""
@@ -204,7 +204,7 @@ def test_whole_requests_are_answered_also_on_the_same_connection(short):
     assert asyncio.run(with_server(twice)).count(b"204") == 2
 
 
-def test_connections_over_the_limit_are_closed_at_once(short, monkeypatch):
+def test_connections_over_the_limit_are_closed_at_once(short_timeouts, monkeypatch):
     monkeypatch.setattr(connections, "HEADER_TIMEOUT_S", TIMEOUT_S)
 
     async def many(port: int) -> tuple[int, bytes]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
-from tests.server.http_support import MINIMAL, ByHand, client_of, context_in, now
+from tests.server.http_support import MINIMAL, ManualWorker, client_of, context_in, now
 from tests.support import GOLDEN_JOBS, LOKR, LORA
 
 from fidelora.errors import JobStoreError
@@ -37,8 +37,8 @@ def client(context):
 
 
 @pytest.fixture
-def worker(context) -> ByHand:
-    return ByHand(context)
+def worker(context) -> ManualWorker:
+    return ManualWorker(context)
 
 
 def submit(client: TestClient, body: Any = None, **headers: str) -> str:
@@ -332,7 +332,7 @@ def test_requests_are_listed_newest_first_page_by_page(client, worker):
     assert client.get("/v1/requests", params={"limit": 0}).status_code == 422
 
 
-def test_cancelling(client, worker):
+def test_queued_and_running_requests_can_be_canceled(client, worker):
     queued, running, done = submit(client), submit(client), submit(client)
     assert client.delete(f"/v1/requests/{queued}").json()["status"] == "canceled"
     job = worker.claim()
@@ -443,7 +443,7 @@ def test_events_end_with_the_server(client, context):
     ] == ["in_queue"]
 
 
-def test_missing_images(client, worker):
+def test_missing_images_are_404_or_410(client, worker):
     request_id = submit(client)
     assert error(client.get(f"/v1/requests/{request_id}/images/0")) == (404, "IMAGE_NOT_FOUND")
     done = worker.succeed(worker.claim())
@@ -899,7 +899,7 @@ def test_an_unavailable_store_is_503_and_a_bug_is_500(client, context, monkeypat
     assert "a bug" not in answer.text
 
 
-def test_unknown_paths_and_methods(client):
+def test_unknown_paths_and_methods_are_404_and_405(client):
     assert error(client.get("/nothing")) == (404, "NOT_FOUND")
     answer = client.put("/v1/inference")
     assert error(answer) == (405, "METHOD_NOT_ALLOWED")
@@ -970,7 +970,7 @@ def test_a_lora_that_a_request_names_many_times_is_read_once(client, context, mo
 
 def test_workers_are_listed_with_their_requests(client, context):
     assert client.get("/v1/workers").json() == {"workers": []}
-    worker = ByHand(context)
+    worker = ManualWorker(context)
     request_id = submit(client)
     job = worker.claim()
     busy = WorkerState(
@@ -991,7 +991,7 @@ def test_old_requests_are_removed_with_their_images(tmp_path):
     from pathlib import Path
 
     context = context_in(tmp_path, keep_days=1, keep_requests=2)
-    worker = ByHand(context)
+    worker = ManualWorker(context)
     with client_of(context) as client:
         ids = [submit(client) for _ in range(5)]
         waiting = ids[-1]

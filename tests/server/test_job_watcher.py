@@ -11,7 +11,15 @@ from typing import Any
 
 import httpx2
 import pytest
-from tests.server.http_support import MINIMAL, ByHand, aside, client_of, context_in, listening, now
+from tests.server.http_support import (
+    MINIMAL,
+    ManualWorker,
+    client_of,
+    context_in,
+    in_thread,
+    listening,
+    now,
+)
 from tests.server.serve_support import until
 
 from fidelora.errors import JobNotFoundError, JobStoreError, RecipeError, StreamsFullError
@@ -62,11 +70,11 @@ def events_of(text: str) -> list[dict[str, Any]]:
 
 def test_all_streams_share_one_read(context, monkeypatch):
     """The number of reads after the start does not depend on the number of streams."""
-    job, worker = queued(context), ByHand(context)
+    job, worker = queued(context), ManualWorker(context)
     reads = Reads(monkeypatch, context.store)
     with client_of(context) as client:
         url = f"/v1/requests/{job.id}/events"
-        streams = [aside(lambda: client.get(url)) for _ in range(STREAMS)]
+        streams = [in_thread(lambda: client.get(url)) for _ in range(STREAMS)]
         until(lambda: context.watcher._streams == STREAMS, 20)
         until(lambda: reads.counts.get("queue_position") == STREAMS, 20)
         start = dict(reads.counts)
@@ -82,7 +90,7 @@ def test_all_streams_share_one_read(context, monkeypatch):
 
 def test_a_stream_has_every_state_that_a_poll_sees(context):
     first, second = queued(context), queued(context)
-    worker = ByHand(context)
+    worker = ManualWorker(context)
     with (
         listening(context) as url,
         httpx2.Client(timeout=60) as client,
@@ -136,7 +144,7 @@ def test_the_number_of_streams_is_bounded(context, monkeypatch):
     job = queued(context)
     with client_of(context) as client, context.watcher.stream():
         url = f"/v1/requests/{job.id}/events"
-        stream = aside(lambda: client.get(url))
+        stream = in_thread(lambda: client.get(url))
         until(lambda: context.watcher._streams == 2, 20)
         refused = client.get(url)
         assert refused.status_code == 503
@@ -231,6 +239,6 @@ def test_polls_of_closed_event_loops_are_forgotten(context):
 def test_the_first_event_is_sent_at_once_for_a_finished_job(context):
     with client_of(context) as client:
         request_id = client.post("/v1/inference", json=MINIMAL).json()["request_id"]
-        ByHand(context).succeed(ByHand(context).claim())
+        ManualWorker(context).succeed(ManualWorker(context).claim())
         (event,) = events_of(client.get(f"/v1/requests/{request_id}/events").text)
     assert event["status"] == "succeeded"

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from tests.server.http_support import (
     MINIMAL,
-    ByHand,
-    an_image,
-    aside,
-    at_work,
+    ManualWorker,
     client_of,
     context_in,
+    in_thread,
+    jobs_succeeding,
     now,
     only_job,
+    png_with_parameters,
 )
 from tests.support import GOLDEN_JOBS, LORA
 
@@ -78,7 +78,7 @@ PATHS = [
 @pytest.mark.parametrize(("method", "path"), PATHS)
 def test_a_request_of_another_key_does_not_exist(client, context, keys, method, path):
     request_id = submit(client, keys["alice"])
-    job = ByHand(context).succeed(ByHand(context).claim())
+    job = ManualWorker(context).succeed(ManualWorker(context).claim())
     assert (job.id, job.owner) == (request_id, context.keys.all()[1].id)
     url = f"/v1/requests/{request_id}/{path}".rstrip("/")
     unknown = f"/v1/requests/{'0' * 32}/{path}".rstrip("/")
@@ -224,7 +224,7 @@ def test_two_keys_can_upload_files_of_the_same_name(client, keys):
 
 
 @pytest.mark.parametrize("form", ["whole", "without uploads/"])
-def test_only_the_own_upload_can_be_deleted(client, keys, form):
+def test_a_key_can_delete_only_its_own_uploads(client, keys, form):
     path = upload(client, keys["alice"], LOKR.read_bytes()).json()["path"]
     url = f"/v1/loras/{path if form == 'whole' else path.removeprefix('uploads/')}"
     assert error(client.delete(url, headers=keys["bob"])) == (404, "UPLOAD_NOT_FOUND")
@@ -279,7 +279,7 @@ def test_a_hash_gives_no_access_to_the_upload_of_another_key(client, context, ke
 # --- the other APIs -------------------------------------------------------------------------------
 
 
-def test_prompts_find_only_the_own_uploads(client, context, keys):
+def test_prompts_find_only_uploads_of_the_same_key(client, context, keys):
     for name in ("alice", "bob"):
         upload(client, keys[name], LOKR.read_bytes(), f"of-{name}.safetensors")
         upload(client, keys[name], LOKR.read_bytes(), "both.safetensors")
@@ -289,7 +289,7 @@ def test_prompts_find_only_the_own_uploads(client, context, keys):
     sha256 = f"a <lora:{file_sha256(LOKR)[:12]}:1>"
     names = [one["name"] for one in client.get("/sdapi/v1/loras", headers=keys["bob"]).json()]
     assert sorted(names) == ["both", "of-bob", "sks"]
-    with at_work(ByHand(context), an_image()):
+    with jobs_succeeding(ManualWorker(context), png_with_parameters()):
         for prompt in ("a <lora:both:1>", "a <lora:of-bob:1>", sha256):
             answer = client.post(
                 "/sdapi/v1/txt2img", json=TXT2IMG | {"prompt": prompt}, headers=keys["bob"]
@@ -297,7 +297,7 @@ def test_prompts_find_only_the_own_uploads(client, context, keys):
             assert answer.status_code == 200, answer.text
 
 
-def test_parameters_find_only_the_own_uploads(client, keys):
+def test_parameters_find_only_uploads_of_the_same_key(client, keys):
     upload(client, keys["alice"], LOKR.read_bytes(), "of-alice.safetensors")
     text = "a <lora:of-alice:1>\nSteps: 2, Sampler: DDPM, Seed: 1, Size: 64x64"
     answers = {
@@ -308,11 +308,13 @@ def test_parameters_find_only_the_own_uploads(client, keys):
     assert error(answers["bob"]) == (400, "LORA_BYTES_MISSING")
 
 
-def test_progress_and_interrupt_concern_only_the_own_request(client, context, keys):
-    running = aside(lambda: client.post("/sdapi/v1/txt2img", json=TXT2IMG, headers=keys["alice"]))
+def test_progress_and_interrupt_concern_only_requests_of_the_key(client, context, keys):
+    running = in_thread(
+        lambda: client.post("/sdapi/v1/txt2img", json=TXT2IMG, headers=keys["alice"])
+    )
     job = only_job(context)
-    claimed = ByHand(context).claim()
-    ByHand(context).step(claimed, 1, 2)
+    claimed = ManualWorker(context).claim()
+    ManualWorker(context).step(claimed, 1, 2)
     for name in ("bob", "admin"):
         progress = client.get("/sdapi/v1/progress", headers=keys[name]).json()
         assert progress["state"]["job_count"] == 0
@@ -328,7 +330,7 @@ def test_progress_and_interrupt_concern_only_the_own_request(client, context, ke
 
 def test_an_image_of_the_openai_api_belongs_to_its_key(client, context, keys):
     body = {"prompt": "a ball", "model": "sd15", "response_format": "url"}
-    with at_work(ByHand(context)):
+    with jobs_succeeding(ManualWorker(context)):
         answer = client.post("/v1/images/generations", json=body, headers=keys["alice"])
     assert answer.status_code == 200, answer.text
     url = answer.json()["data"][0]["url"].removeprefix(context.base_url)
@@ -356,18 +358,18 @@ def test_every_route_with_a_request_id_checks_the_key(client, context, keys):
     ]
     assert len(routes) >= 5
     request_id = submit(client, keys["alice"])
-    ByHand(context).succeed(ByHand(context).claim())
+    ManualWorker(context).succeed(ManualWorker(context).claim())
     for method, path in routes:
         url = path.replace("{request_id}", request_id).replace("{index}", "0")
         answer = client.request(method, url, headers=keys["bob"])
         assert error(answer) == (404, "REQUEST_NOT_FOUND"), (method, path)
 
 
-def test_a_stream_is_for_the_own_key(client, context, keys):
+def test_a_stream_belongs_to_the_key_of_its_request(client, context, keys):
     request_id = submit(client, keys["alice"])
-    claimed = ByHand(context).claim()
+    claimed = ManualWorker(context).claim()
     url = f"/v1/requests/{request_id}/events"
-    reading = aside(lambda: client.get(url, headers=keys["alice"]))
+    reading = in_thread(lambda: client.get(url, headers=keys["alice"]))
     assert client.get(url, headers=keys["bob"]).status_code == 404
-    ByHand(context).succeed(claimed)
+    ManualWorker(context).succeed(claimed)
     assert '"succeeded"' in reading.result(60).text

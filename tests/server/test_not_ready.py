@@ -10,7 +10,14 @@ from typing import Any, cast
 import pytest
 import structlog
 from starlette.testclient import TestClient
-from tests.server.http_support import DEADLINE_S, MINIMAL, aside, client_of, context_in, only_job
+from tests.server.http_support import (
+    DEADLINE_S,
+    MINIMAL,
+    client_of,
+    context_in,
+    in_thread,
+    only_job,
+)
 
 from fidelora.server.app import make_app
 from fidelora.server.context import ServerContext
@@ -18,12 +25,12 @@ from fidelora.server.readiness import ReadinessLog
 from fidelora.workers.pool import WorkerPool
 
 REASON = "There is no base model at /bases/a on this machine."
+# The reason as clients receive it, without paths of the server.
 SHOWN = "There is no base model at a on this machine."
-"""The reason as clients receive it, without paths of the server."""
 
 
 class Pool:
-    """Stands for the worker processes; tests set its state."""
+    """Fake pool of worker processes; tests set its state."""
 
     def __init__(self) -> None:
         self.ready = False
@@ -118,7 +125,7 @@ def test_the_events_of_a_queued_request_have_the_reason(client, context, pool):
 @pytest.mark.parametrize("path", ["/v1/images/generations", "/sdapi/v1/txt2img"])
 def test_a_waiting_call_ends_with_the_reason(client, context, pool, path):
     body = {"prompt": "a ball"} if path.startswith("/sdapi") else CALLS[path]
-    call = aside(lambda: client.post(path, json=body))
+    call = in_thread(lambda: client.post(path, json=body))
     job = only_job(context)
     pool.unready_reason = REASON
     answer = call.result(DEADLINE_S)

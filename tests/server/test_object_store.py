@@ -27,7 +27,7 @@ from fidelora.storage.bucket import Bucket
 pytestmark = pytest.mark.timeout(900)  # waits up to DEADLINE_S at each step
 
 PROMPT = {"prompt": "a ball", "width": 64, "height": 64, "sample_steps": 2, "seed": 7}
-LONG = PROMPT | {"width": 256, "height": 256, "sample_steps": 100}
+LONG = PROMPT | {"width": 256, "height": 256, "sample_steps": 50}
 
 
 class Cluster:

@@ -14,11 +14,11 @@ import openai
 import pytest
 from PIL import Image
 from tests.server.http_support import (
-    ByHand,
-    aside,
-    at_work,
+    ManualWorker,
     client_of,
     context_in,
+    in_thread,
+    jobs_succeeding,
     listening,
     now,
     only_job,
@@ -50,8 +50,8 @@ def context(tmp_path) -> ServerContext:
 
 
 @pytest.fixture
-def worker(context) -> ByHand:
-    return ByHand(context)
+def worker(context) -> ManualWorker:
+    return ManualWorker(context)
 
 
 def official_client(kind: Any, url: str, api_key: str = "none") -> Any:
@@ -113,7 +113,7 @@ def test_the_same_recipe_is_the_same_image_in_both_apis(real, tiny_server):
     )
 
 
-def test_several_images_by_url_in_another_format(real):
+def test_several_images_are_returned_as_urls_of_another_format(real):
     made = real.images.generate(
         prompt="a ball",
         size="64x72",
@@ -130,7 +130,7 @@ def test_several_images_by_url_in_another_format(real):
     assert not np.array_equal(pixels(contents[0]), pixels(contents[1]))
 
 
-def test_compression_is_the_quality_of_the_file(real):
+def test_output_compression_sets_the_quality_of_the_file(real):
     def content(**fields: Any) -> bytes:
         made = real.images.generate(
             prompt="a ball",
@@ -148,7 +148,7 @@ def test_compression_is_the_quality_of_the_file(real):
         assert sum(fine.quantization[0]) < sum(rough.quantization[0])  # type: ignore[attr-defined]
 
 
-def test_without_a_lora_a_seed_or_a_size(real):
+def test_lora_seed_and_size_can_be_omitted(real):
     made = real.images.generate(prompt="a ball", n=2, extra_body={"steps": 1})
     recipes = [read_origin(base64.b64decode(image.b64_json)).recipe for image in made.data]
     assert [(recipe.width, recipe.height, recipe.adapters) for recipe in recipes if recipe] == [
@@ -158,7 +158,7 @@ def test_without_a_lora_a_seed_or_a_size(real):
     assert [image.seed for image in made.data] == [recipe.seed for recipe in recipes if recipe]
 
 
-def test_a_stream_ends_in_the_image(real):
+def test_a_stream_ends_with_the_image(real):
     fields: dict[str, Any] = {
         "prompt": "a ball",
         "size": "64x64",
@@ -178,7 +178,7 @@ def test_a_stream_ends_in_the_image(real):
     assert read_origin(base64.b64decode(done.b64_json)).recipe.seed == 7  # type: ignore[union-attr]
 
 
-def test_asynchronous_clients(tiny_server):
+def test_the_asynchronous_client_gets_an_image(tiny_server):
     async def make() -> Any:
         async with official_client(openai.AsyncOpenAI, tiny_server.url) as client:
             return await client.images.generate(prompt="a ball", size="64x64", extra_body=SMALL)
@@ -190,7 +190,7 @@ def test_asynchronous_clients(tiny_server):
 
 
 def test_every_field_reaches_its_recipe(client, context, worker):
-    with at_work(worker):
+    with jobs_succeeding(worker):
         client.images.generate(
             model="sd15",
             prompt="[trigger]",
@@ -291,7 +291,7 @@ def test_fields_that_contradict_each_other(client, fields, message):
 
 
 def test_a_model_has_the_names_that_clients_cannot_change(client, context, worker):
-    with at_work(worker):
+    with jobs_succeeding(worker):
         client.images.generate(model="dall-e-3", prompt="a ball", style="vivid")
     assert only_job(context).recipes[0].model == "sd15"
     assert context.settings.aliases_of_models["gpt-image-1"] == "sdxl"
@@ -300,7 +300,7 @@ def test_a_model_has_the_names_that_clients_cannot_change(client, context, worke
 # --- errors -------------------------------------------------------------------------------------
 
 
-def test_an_unknown_model(client):
+def test_an_unknown_model_is_not_found(client):
     with pytest.raises(
         openai.NotFoundError, match="The model 'gpt-image-2' does not exist; use one of sd15"
     ) as caught:
@@ -309,25 +309,25 @@ def test_an_unknown_model(client):
 
 
 @pytest.mark.parametrize("path", ["../sks.safetensors", "/etc/passwd", "none.safetensors"])
-def test_a_missing_lora(client, path):
+def test_a_missing_lora_is_a_bad_request(client, path):
     with pytest.raises(openai.BadRequestError) as caught:
         client.images.generate(prompt="a ball", extra_body={"loras": [{"path": path}]})
     assert caught.value.code == "LORA_NOT_FOUND"
 
 
-def test_a_full_queue(client, context):
-    first = [aside(lambda: client.images.generate(prompt="a ball")) for _ in range(2)]
+def test_a_full_queue_is_a_rate_limit_error(client, context):
+    first = [in_thread(lambda: client.images.generate(prompt="a ball")) for _ in range(2)]
     until(lambda: context.store.count(Status.IN_QUEUE) == 2, 20)
     with pytest.raises(openai.RateLimitError) as caught:
         client.images.generate(prompt="a ball")
     assert (caught.value.code, caught.value.type) == ("rate_limit_exceeded", "rate_limit_error")
     assert caught.value.response.headers["retry-after"] == "10"
-    with at_work(ByHand(context)):
+    with jobs_succeeding(ManualWorker(context)):
         assert all(one.result(30).data for one in first)
 
 
 def test_the_client_does_not_retry_a_failed_job(client, context, worker):
-    waiting = aside(lambda: client.with_options(max_retries=2).images.generate(prompt="a ball"))
+    waiting = in_thread(lambda: client.with_options(max_retries=2).images.generate(prompt="a ball"))
     only_job(context)
     worker.fail(worker.claim())
     with pytest.raises(openai.InternalServerError, match="The model produced NaN") as caught:
@@ -336,8 +336,8 @@ def test_the_client_does_not_retry_a_failed_job(client, context, worker):
     assert len(context.store.list().jobs) == 1
 
 
-def test_a_canceled_job(client, context):
-    waiting = aside(lambda: client.with_options(max_retries=2).images.generate(prompt="a ball"))
+def test_a_canceled_job_is_a_conflict_error(client, context):
+    waiting = in_thread(lambda: client.with_options(max_retries=2).images.generate(prompt="a ball"))
     httpx2.delete(f"{client.base_url}requests/{only_job(context).id}")
     with pytest.raises(openai.ConflictError, match="was canceled"):
         waiting.result(30)
@@ -352,7 +352,7 @@ def test_a_failure_in_a_stream_is_an_error_there(client, context, worker):
             list(stream)
 
 
-def test_api_keys(tmp_path):
+def test_a_wrong_api_key_is_an_authentication_error(tmp_path):
     context = context_in(tmp_path)
     key = context.keys.add("me")
     with listening(context) as url:
@@ -362,7 +362,10 @@ def test_api_keys(tmp_path):
             "invalid_api_key",
             "invalid_request_error",
         )
-        with official_client(openai.OpenAI, url, key) as client, at_work(ByHand(context)):
+        with (
+            official_client(openai.OpenAI, url, key) as client,
+            jobs_succeeding(ManualWorker(context)),
+        ):
             assert client.images.generate(prompt="a ball").data
             assert [model.id for model in client.models.list()] == ["sd15"]
 
@@ -435,7 +438,7 @@ def test_a_disconnected_client_cancels_its_job(client, context, worker, stream, 
         call = other.build_request(
             "POST", f"{client.base_url}images/generations", json=body, timeout=2 if running else 0.3
         )
-        sent = aside(lambda: other.send(call, stream=stream))
+        sent = in_thread(lambda: other.send(call, stream=stream))
         job = only_job(context)
         if running:
             worker.step(worker.claim(), 3)
@@ -490,7 +493,7 @@ def test_partial_images_are_in_order_and_limited(client, context, worker):
 
 
 @pytest.mark.parametrize(("most", "sent"), [(0, []), (1, [6]), (3, [3, 6, 9])])
-def test_which_previews_are_sent(context, worker, most, sent):
+def test_partial_images_are_spread_over_the_steps(context, worker, most, sent):
     context.store.add(new_job((Recipe(prompt="a ball", steps=12),), now()))
     job, selector, found = worker.claim(), _PreviewSelector(most), []
     for step in range(1, 13):  # the preview of the last step is not sent: the image follows
@@ -514,7 +517,7 @@ def test_an_idle_stream_sends_keepalive_comments(client, context, worker, monkey
 
 
 def test_a_stopping_server_answers_waiting_clients(client, context):
-    waiting = aside(lambda: client.images.generate(prompt="a ball"))
+    waiting = in_thread(lambda: client.images.generate(prompt="a ball"))
     job = only_job(context)
     context.stopping.set()
     with pytest.raises(openai.InternalServerError) as caught:
@@ -526,7 +529,7 @@ def test_a_stopping_server_answers_waiting_clients(client, context):
 # --- models -------------------------------------------------------------------------------------
 
 
-def test_models_in_both_formats(client):
+def test_models_are_listed_in_both_formats(client):
     (model,) = client.models.list().data  # without those that are not downloaded
     assert (model.id, model.object, model.owned_by, model.created) == (
         "sd15",

@@ -20,11 +20,11 @@ from schemathesis.specs.openapi.checks import (
 )
 from tests.server.http_support import (
     MINIMAL,
-    ByHand,
-    an_image,
-    at_work,
+    ManualWorker,
     client_of,
     context_in,
+    jobs_succeeding,
+    png_with_parameters,
     within_deadline,
 )
 from tests.support import GOLDEN_JOBS, LOKR
@@ -46,7 +46,7 @@ HOST = {"Host": "127.0.0.1"}
 def server(tmp_path, monkeypatch):
     """The schema of a server, its finished requests (succeeded, failed, canceled), its context."""
     context = context_in(tmp_path, queue_size=5)
-    worker = ByHand(context)
+    worker = ManualWorker(context)
     client = client_of(context)  # not entered, because its exit would stop the server
     ids = [client.post("/v1/inference", json=MINIMAL).json()["request_id"] for _ in range(3)]
     worker.succeed(worker.claim())
@@ -54,7 +54,7 @@ def server(tmp_path, monkeypatch):
     client.delete(f"/v1/requests/{ids[2]}")
     vars(context)["verifier"] = ExplainedAtOnce()
     monkeypatch.setattr(job_watcher, "POLL_INTERVAL_S", 0.002)
-    with at_work(worker, an_image()):  # some responses wait for images
+    with jobs_succeeding(worker, png_with_parameters()):  # some responses wait for images
         app = called_from_this_machine(make_app(context))
         yield schemathesis.openapi.from_asgi("/openapi.json", app), ids, context
 
@@ -137,12 +137,12 @@ def test_valid_calls_get_documented_success_responses(server):
             if operation.label == "POST /sdapi/v1/txt2img":
                 body, media_type = {"body": {"prompt": "a ball <lora:sks:0.8>"}}, "application/json"
             if operation.label == "POST /v1/replay":
-                body, media_type = {"body": {"image": an_image()}}, "multipart/form-data"
+                body, media_type = {"body": {"image": png_with_parameters()}}, "multipart/form-data"
             if operation.label == "POST /v1/explain":
-                files = {"picture": an_image(), "run": a_zipped_run()}
+                files = {"picture": png_with_parameters(), "run": a_zipped_run()}
                 body, media_type = {"body": files}, "multipart/form-data"
             if operation.label == "POST /sdapi/v1/png-info":
-                encoded = base64.b64encode(an_image()).decode()
+                encoded = base64.b64encode(png_with_parameters()).decode()
                 body, media_type = {"body": {"image": encoded}}, "application/json"
             if operation.label == "POST /sdapi/v1/options":
                 body, media_type = {"body": {"sd_model_checkpoint": "sd15"}}, "application/json"

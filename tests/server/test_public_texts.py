@@ -11,10 +11,10 @@ from starlette.testclient import TestClient
 from tests.server.http_support import (
     MINIMAL,
     SERVER_DEFAULTS,
-    ByHand,
-    aside,
+    ManualWorker,
     client_of,
     context_in,
+    in_thread,
     now,
     only_job,
 )
@@ -120,7 +120,7 @@ def test_the_error_of_a_request_has_no_path(client, context, text):
 @pytest.mark.parametrize("path", ["/v1/images/generations", "/sdapi/v1/txt2img"])
 def test_the_error_of_a_waiting_call_has_no_path(client, context, path):
     body = {"prompt": "a", "model": "sd15"} if "images" in path else {"prompt": "a", "steps": 1}
-    call = aside(lambda: client.post(path, json=body))
+    call = in_thread(lambda: client.post(path, json=body))
     only_job(context)
     job = context.store.claim("worker", now(), 60)
     message = f"{context.settings.outputs}/x.png could not be written."
@@ -197,7 +197,7 @@ def test_the_path_of_an_image_can_be_switched_off(tmp_path, reported):
     context = context_in(tmp_path, report_file_paths=reported)
     with client_of(context) as client:
         request_id = client.post("/v1/inference", json=MINIMAL).json()["request_id"]
-        job = ByHand(context).succeed(ByHand(context).claim())
+        job = ManualWorker(context).succeed(ManualWorker(context).claim())
         (image,) = client.get(f"/v1/requests/{request_id}/result").json()["outputs"]["images"]
         path = Path(job.outputs[0].file_path)
         assert image["file_path"] == (str(path) if reported else path.name)

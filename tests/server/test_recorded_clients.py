@@ -12,7 +12,13 @@ import json
 from typing import Any
 
 import pytest
-from tests.server.http_support import ByHand, an_image, at_work, client_of, context_in
+from tests.server.http_support import (
+    ManualWorker,
+    client_of,
+    context_in,
+    jobs_succeeding,
+    png_with_parameters,
+)
 
 from fidelora.server import job_watcher
 
@@ -36,7 +42,7 @@ def client(context) -> Any:
 
 def made(client: Any, context: Any, path: str, body: Any, **given: Any) -> Any:
     """Return the answer to a request for an image."""
-    with at_work(ByHand(context), an_image()):
+    with jobs_succeeding(ManualWorker(context), png_with_parameters()):
         answer = client.post(path, json=body, **given)
     assert answer.status_code == 200, answer.text
     return answer.json()
@@ -102,7 +108,7 @@ def test_sillytavern_makes_an_image(client, context, body):
 
 
 @pytest.mark.parametrize("auth", ["Basic ", "Basic Og=="])  # of an empty text, and of ":"
-def test_sillytavern_finds_what_it_shows(client, auth):
+def test_the_lists_that_sillytavern_requests_exist(client, auth):
     headers = {"Authorization": auth}
     assert client.get("/sdapi/v1/options", headers=headers).json()["sd_model_checkpoint"] == "sd15"
     names = {
@@ -229,8 +235,8 @@ def test_the_scripts_of_the_reference_server_run(client, context):
     assert set(job.json()) >= {"request_id", "status", "status_url", "result_url", "created_at"}
     request_id = job.json()["request_id"]
     assert client.get(f"/v1/requests/{request_id}/status").json()["status"] == "in_queue"
-    worker = ByHand(context)
-    worker.succeed(worker.claim(), an_image())
+    worker = ManualWorker(context)
+    worker.succeed(worker.claim(), png_with_parameters())
     assert client.get(f"/v1/requests/{request_id}/status").json()["status"] == "succeeded"
     result = client.get(f"/v1/requests/{request_id}/result").json()
     (image,) = result["outputs"]["images"]

@@ -17,12 +17,12 @@ from PIL.PngImagePlugin import PngInfo
 from tests.server.http_support import (
     MINIMAL,
     SERVER_DEFAULTS,
-    ByHand,
-    an_image,
+    ManualWorker,
     client_of,
     context_in,
     listening,
     pixels,
+    png_with_parameters,
     settings_for,
 )
 from tests.server.serve_support import IMAGES_DEADLINE_S, Server
@@ -165,7 +165,7 @@ def test_another_programs_image_can_be_replayed(tiny_server: Server):
         "Steps: 2, Sampler: Euler a, CFG scale: 4, Seed: 9, Size: 64x72, Clip skip: 2"
     )
     with Client(tiny_server.url) as client:
-        again = client.replay(an_image(text))
+        again = client.replay(png_with_parameters(text))
         assert (again.source, [one.name for one in again.ignored]) == ("a1111", ["Clip skip"])
         assert client.wait(again.request_id, timeout_s=300).status is Status.SUCCEEDED
         content = client.image(again.request_id, 0)
@@ -342,7 +342,7 @@ def test_the_supported_parameters_are_used(client, context):
         'Lora hashes: "sks: ffffffffffff", Version: v1'
     )
     for answer in (
-        send(client, an_image(text)),
+        send(client, png_with_parameters(text)),
         client.post("/v1/replay", json={"parameters": text}),
     ):
         body = answer.json()
@@ -366,7 +366,7 @@ def test_missing_loras_of_a_text_are_named(client):
         "a ball <lora:none:1> <lora:../sks:1>\n"
         'Steps: 2, Sampler: Euler, Seed: 1, Lora hashes: "none: 0123456789ab"'
     )
-    _, code, details = error(send(client, an_image(text)))
+    _, code, details = error(send(client, png_with_parameters(text)))
     assert (code, details["missing"]) == (
         "LORA_BYTES_MISSING",
         [{"sha256": "0123456789ab", "name": "none"}, {"sha256": "", "name": "../sks"}],
@@ -415,12 +415,12 @@ def test_an_image_with_an_altered_recipe_is_rejected(client):
         ([], ["body"]),
     ],
 )
-def test_invalid_bodies(client, body, place):
+def test_an_invalid_body_is_422_and_named(client, body, place):
     answer = client.post("/v1/replay", json=body)
     assert (answer.status_code, answer.json()["detail"][0]["loc"]) == (422, place)
 
 
-def test_forms_and_bodies_of_other_kinds(client):
+def test_forms_and_bodies_of_other_kinds_are_rejected(client):
     assert client.post("/v1/replay", data={"image": "text"}).status_code == 415
     no_file = client.post("/v1/replay", files={"picture": b"x"})
     assert (no_file.status_code, no_file.json()["detail"][0]["loc"]) == (422, ["body", "image"])
@@ -449,7 +449,7 @@ def test_too_many_loras_are_rejected(client):
     assert "65 LoRAs; at most 64 are allowed" in answer.text
 
 
-def test_a_full_queue_and_a_stopping_server(client, context):
+def test_a_full_queue_and_a_stopping_server_reject_requests(client, context):
     for _ in range(2):
         send(client, image_of())
     assert error(send(client, image_of()))[:2] == (429, "QUEUE_FULL")
@@ -457,7 +457,7 @@ def test_a_full_queue_and_a_stopping_server(client, context):
     assert error(send(client, image_of()))[:2] == (503, "SERVER_STOPPING")
 
 
-def test_api_keys(tmp_path):
+def test_an_api_key_is_required_if_the_server_has_keys(tmp_path):
     context = context_in(tmp_path)
     key = context.keys.add("me")
     client = client_of(context)
@@ -484,7 +484,7 @@ def test_an_idempotency_key_makes_one_request(client, context):
 def test_the_client_sends_files_bytes_and_recipes(context, tmp_path):
     file = tmp_path / "ball.png"
     file.write_bytes(image_of())
-    worker = ByHand(context)
+    worker = ManualWorker(context)
     with listening(context) as url, Client(url) as client:
         for image in (file, str(file), file.read_bytes(), RECIPE):
             accepted = client.replay(image, output_format="webp")

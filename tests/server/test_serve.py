@@ -311,18 +311,12 @@ def test_ready_reports_a_base_model_that_cannot_be_loaded(start, data):
     )
 
 
-def test_api_keys_on_the_command_line(data):
+def test_api_keys_on_the_command_line(fidelora, data, monkeypatch):
+    monkeypatch.setenv("FIDELORA_DATA_DIR", str(data))
+
     def keys(*arguments: str) -> str:
-        command = [sys.executable, "-m", "fidelora", "keys", *arguments]
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            env=os.environ | {"FIDELORA_DATA_DIR": str(data)},
-            cwd=data,
-            timeout=DEADLINE_S,
-        )
-        return (done.stdout + done.stderr).strip()
+        _, out, error = fidelora("keys", *arguments)
+        return str(out + error).strip()
 
     key = keys("add", "my app")
     assert key.startswith("fl_")

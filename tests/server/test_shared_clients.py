@@ -14,7 +14,7 @@ from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 from tests.jobs.test_stores import is_listening
 from tests.postgres import PostgresServer
-from tests.server.http_support import SERVER_DEFAULTS, aside, client_of, settings_for
+from tests.server.http_support import SERVER_DEFAULTS, client_of, in_thread, settings_for
 from tests.server.serve_support import ANSWER_DEADLINE_S, DEADLINE_S, Server, until
 
 from fidelora.families import all_families
@@ -27,7 +27,7 @@ from fidelora.server.context import ServerContext
 from fidelora.server.login import COOKIE, Login
 from fidelora.server.middleware import AccessControl
 
-STRANGER = ("203.0.113.7", 50000)
+OTHER_MACHINE = ("203.0.113.7", 50000)
 
 
 @pytest.fixture
@@ -57,18 +57,18 @@ def test_a_key_is_valid_at_each_server_until_it_is_revoked(contexts):
     first, second = contexts
     first.keys.add("of another client")
     bearer = {"Authorization": f"Bearer {first.keys.add('alice')}"}
-    with client_of(second, client=STRANGER) as client:
+    with client_of(second, client=OTHER_MACHINE) as client:
         until(lambda: client.get("/v1/requests", headers=bearer).status_code == 200)
         assert client.get("/v1/requests").status_code == 401
         first.keys.remove("alice")
         until(lambda: client.get("/v1/requests", headers=bearer).status_code == 401)
 
 
-def test_the_last_revoked_key_locks_the_door_of_each_server(contexts):
+def test_revoking_the_last_key_lets_no_other_machine_in(contexts):
     first, second = contexts
     bearer = {"Authorization": f"Bearer {first.keys.add('alice')}"}
     spoofed = bearer | {"Host": "localhost"}
-    with client_of(second, client=STRANGER) as client:
+    with client_of(second, client=OTHER_MACHINE) as client:
         until(lambda: client.get("/v1/requests", headers=bearer).status_code == 200)
         first.keys.remove("alice")
         until(lambda: client.get("/v1/requests", headers=bearer).status_code != 200)
@@ -81,7 +81,7 @@ def test_the_last_revoked_key_locks_the_door_of_each_server(contexts):
 def test_without_the_database_no_key_is_accepted(contexts, postgres: PostgresServer):
     first, _ = contexts
     bearer = {"Authorization": f"Bearer {first.keys.add('alice')}"}
-    with client_of(first, client=STRANGER) as client:
+    with client_of(first, client=OTHER_MACHINE) as client:
         assert client.get("/v1/requests", headers=bearer).status_code == 200
         postgres.query("ALTER TABLE api_keys RENAME TO gone")
         until(lambda: client.get("/v1/requests", headers=bearer).status_code == 503)
@@ -190,14 +190,14 @@ def test_any_process_serves_any_client(servers, fidelora, postgres_url):
     assert options["sd_model_checkpoint"] == "sdxl"
     body = {"prompt": "a ball", "steps": 1, "width": 64, "height": 64}
     body["override_settings"] = {"sd_model_checkpoint": "sd15"}
-    waiting = aside(lambda: call(first, "/sdapi/v1/txt2img", "POST", headers=bearer, json=body))
+    waiting = in_thread(lambda: call(first, "/sdapi/v1/txt2img", "POST", headers=bearer, json=body))
     until(lambda: progress(second, bearer)["job_count"] == 1)
     assert status(second, "/sdapi/v1/interrupt", "POST", headers=bearer) == 200
     assert waiting.result(DEADLINE_S).json()["error"] == "REQUEST_CANCELED"
     assert progress(second, bearer)["job_count"] == 0
 
     # The job of a server that was killed goes on, and the other server interrupts it.
-    aside(lambda: call(first, "/sdapi/v1/txt2img", "POST", headers=bearer, json=body))
+    in_thread(lambda: call(first, "/sdapi/v1/txt2img", "POST", headers=bearer, json=body))
     until(lambda: progress(second, bearer)["job_count"] == 1)
     first.kill()
     assert progress(second, bearer)["job_count"] == 1

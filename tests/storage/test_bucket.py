@@ -48,7 +48,7 @@ def test_files_keep_their_content(bucket_url, tmp_path, size):
 
 
 @pytest.mark.parametrize("size", [5, 17 * 2**20])
-def test_an_object_can_be_kept(bucket_url, tmp_path, size):
+def test_an_object_is_replaced_only_on_request(bucket_url, tmp_path, size):
     file = tmp_path / "file"
     file.write_bytes(bytes(size))
     bucket = Bucket(bucket_url)

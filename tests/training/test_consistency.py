@@ -39,7 +39,7 @@ def random() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
-def test_right_settings_raise_at_most_the_expected_alarms(random):
+def test_right_settings_raise_no_more_false_alarms_than_the_limit(random):
     change = noise(random)
     sizes = [size_test(samples(random)).p_value for _ in range(1000)]
     directions = [direction_test(samples(random), [change] * 4, 0.01).p_value for _ in range(1000)]
@@ -54,7 +54,7 @@ def test_larger_differences_are_detected(random):
     assert found.p_value < 0.01
 
 
-def test_smaller_differences_are_no_alarm(random):
+def test_smaller_differences_raise_no_alarm(random):
     found = size_test(samples(random, size=0.3))
     assert found.ratio < 0.5
     assert found.p_value == 1.0
@@ -108,7 +108,7 @@ def test_identical_draws_do_not_fail(random):
 
 
 def rounded(random: np.random.Generator, setting: DifferenceImage, count: int = DRAWS):
-    """Return what a test sees if each image has rounding errors of its own, of mean square 1.
+    """Return synthetic differences of images with rounding errors of their own, of mean square 1.
 
     Returns:
         The sample, made with the setting `setting` away from the configuration's, and the change
@@ -125,7 +125,7 @@ def fine_noise(random: np.random.Generator, size: float = 1.0) -> DifferenceImag
     return field
 
 
-def test_the_power_counts_only_the_part_that_is_no_rounding(random):
+def test_the_signal_does_not_include_rounding_errors(random):
     effect = fine_noise(random, 0.5)  # a quarter of the power of an image's rounding errors
     sample, center = rounded(random, effect)
     change = (effect + fine_noise(random) - center).astype(np.float32)
@@ -135,7 +135,7 @@ def test_the_power_counts_only_the_part_that_is_no_rounding(random):
     assert found.detectable > 0.2
 
 
-def test_a_change_that_is_all_rounding_is_not_detectable(random):
+def test_a_change_that_consists_of_rounding_errors_is_not_detectable(random):
     nothing = np.zeros((48, 48, 3), np.float32)
     sample, center = rounded(random, nothing)
     found = direction_test([sample], [(fine_noise(random) - center).astype(np.float32)], 0.01)
@@ -159,8 +159,8 @@ def test_an_averaged_change_detects_what_a_single_one_hides(random):
 
 
 @pytest.mark.parametrize(("size", "is_found"), [(0.0, False), (-1.0, True)])
-def test_samples_with_few_rounding_errors_are_no_sign_of_a_change(random, size, is_found):
-    """Another machine may round a few values differently, where a draw rounds all of them so."""
+def test_a_sample_with_few_rounding_errors_does_not_look_changed(random, size, is_found):
+    """Another machine may round only a few values differently; draws replace all rounding."""
     pairs = []
     for _ in range(2):
         setting = fine_noise(random)

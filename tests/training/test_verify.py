@@ -101,9 +101,9 @@ def test_exact_samples_are_replayed_exactly(engine, folder):
     reason="the goldens were made on AMD's with AVX-512; other processors round differently",
 )
 def test_differences_of_half_precision_files_are_rounding(engine):
-    samples = checked(GOLDEN_JOBS / "lora_conv_f16", engine) + checked(
-        GOLDEN_JOBS / "checkpoints_jpg", engine, "all"
-    )
+    samples = checked(GOLDEN_JOBS / "lora_conv_f16", engine)
+    for step in ("0", "4"):  # each image after step 0 needs eight others for its verdict
+        samples += checked(GOLDEN_JOBS / "checkpoints_jpg", engine, step)
     assert worst_verdict(samples) is Verdict.ROUNDING
     assert [sample.verdict for sample in samples if sample.plan.step == 0] == [
         Verdict.IDENTICAL
@@ -176,12 +176,6 @@ def one_short_sample(process: dict[str, Any]) -> None:
     process["sample"].update(samples=[{"prompt": "[trigger] a photo of a ball"}], sample_steps=3)
 
 
-def bfloat16_and_one_sample(process: dict[str, Any]) -> None:
-    """Set bfloat16, and keep one sample, because each needs eight images for its verdict."""
-    process["train"].update(dtype="bf16")
-    del process["sample"]["samples"][1:]
-
-
 def diagnosis_of(folder: Path, engine: Engine, base: str = BASE) -> tuple[str, float, str]:
     samples = checked(folder, engine, base=base)
     assert worst_verdict(samples) is Verdict.MISMATCH
@@ -204,14 +198,30 @@ def diagnosis_of(folder: Path, engine: Engine, base: str = BASE) -> tuple[str, f
             lambda p: p["sample"].update(network_multiplier=0.6),
             "network_multiplier to 1",
         ),
-        ("dtype", bfloat16_and_one_sample, "float32"),
         ("size", lambda p: p["sample"].update(width=128), "--w 64"),
     ],
+    ids=["sampler", "steps", "seed", "no trigger", "another trigger", "multiplier", "size"],
 )
 def test_a_wrong_setting_of_a_run_is_diagnosed(engine, copy, cause, change, words):
     found, explains, fix = diagnosis_of(copy(change=change), engine)
     assert (found, explains) == (cause, 1.0)
     assert words in fix
+
+
+def test_a_wrong_dtype_of_a_run_is_diagnosed(engine, copy):
+    """Use one small sample of 9 steps, because its verdict needs eight images in bfloat16."""
+
+    def change(process: dict[str, Any]) -> None:
+        process["train"].update(dtype="bf16")
+        process["sample"]["samples"] = process["sample"]["samples"][1:2]
+
+    folder = copy(change=change)
+    for path in (folder / "samples").iterdir():
+        if path.stem.endswith("_1"):
+            path.rename(path.with_stem(f"{path.stem[:-2]}_0"))
+    found, explains, fix = diagnosis_of(folder, engine)
+    assert (found, explains) == ("dtype", 1.0)
+    assert "float32" in fix
 
 
 def replace_samples(
