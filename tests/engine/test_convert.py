@@ -321,6 +321,24 @@ def test_a_missing_alpha_is_the_rank(tmp_path):
     assert peft_config(written(result, tmp_path / "c.safetensors"))["unet.lora_alpha"] == RANK
 
 
+@pytest.mark.parametrize("to", ["kohya", "peft"])
+def test_a_scalar_of_lycoris_becomes_a_part_of_alpha(tmp_path, to):
+    name = "lora_unet_mid_block_attentions_0_proj_in"
+    tensors = {
+        f"{name}.lora_down.weight": torch.ones(RANK, 8),
+        f"{name}.lora_up.weight": torch.ones(8, RANK),
+        f"{name}.alpha": torch.tensor(4.0),
+        f"{name}.scalar": torch.tensor(0.25),
+    }
+    source = save_adapter(tmp_path / "a.safetensors", tensors)
+    result = written(convert_adapter(source, to), tmp_path / "b.safetensors")
+    assert not any("scalar" in key for key in tensors_of(result))
+    scales = [
+        [delta.scale for delta in read_adapter(path).deltas.values()] for path in (source, result)
+    ]
+    assert scales == [[0.5], [0.5]]
+
+
 def test_an_alpha_that_float32_cannot_hold_is_noted(tmp_path):
     name = "unet.mid_block.attentions.0.proj_in"
     config = json.dumps({"unet.lora_alpha": 0.1, "unet.r": RANK})
@@ -365,6 +383,13 @@ def test_unknown_modules_are_refused(tmp_path):
     names = {"unet.mid_block.attentions.0.proj_in": (8, 8), "unet.nothing.at_all": (8, 8)}
     source = lora_of(tmp_path / "a.safetensors", names)
     with pytest.raises(AdapterConversionError, match="1 of 2 modules"):
+        convert_adapter(source, "kohya")
+
+
+def test_an_adapter_of_an_unsupported_model_is_named(tmp_path):
+    module = "transformer.transformer_blocks.0.attn1.to_q"
+    source = lora_of(tmp_path / "a.safetensors", {module: (2048, 2048)})
+    with pytest.raises(AdapterConversionError, match="a is an adapter for LTX-Video, which is not"):
         convert_adapter(source, "kohya")
 
 

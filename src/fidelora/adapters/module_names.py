@@ -13,6 +13,9 @@ _UNET_MODULES = frozenset({
 
 _ORIGINAL = re.compile(r"(?:^|[._])(?:input_blocks|middle_block|output_blocks)[._]\d")
 
+_PIPELINE = re.compile(r"^(?:model\.diffusion_model|pipe\.dit|dit)\.")
+"""Other names of the denoiser: in checkpoints, and in pipelines of DiffSynth-Studio."""
+
 # diffusers before 0.17 named the projections of the text encoder like those of the UNet.
 _TEXT_PROJECTION = re.compile(r"(self_attn\.)to_(q|k|v|out)$")
 
@@ -28,6 +31,7 @@ def canonical_name(module: str) -> str:
     if "." not in module:  # flattened with underscores
         return module
     name = module.replace("base_model.model.", "", 1).replace(".processor.", ".")
+    name = _PIPELINE.sub("diffusion_model.", name)
     name = _TEXT_PROJECTION.sub(r"\1\2_proj", name)
     # `to_out` is a list of modules, except in the single blocks of FLUX.2.
     if name.endswith(".to_out") and "single_transformer_blocks." not in name:

@@ -13,6 +13,10 @@ from fidelora.families.spec import Stage
 
 _Found = TypeVar("_Found")
 
+_DENOISER_PREFIXES = ("diffusion_model.", "transformer.", "lycoris_", "lora_transformer_", "")
+"""Prefixes that adapter files of any family may have, as in ComfyUI: those of ComfyUI, diffusers,
+SimpleTuner and OneTrainer, and none (DiffSynth-Studio, PEFT)."""
+
 
 @dataclass(frozen=True)
 class Share:
@@ -97,7 +101,8 @@ class NameIndex:
         for part in self._family.parts:
             if stage is not None and part.stage not in (None, stage):
                 continue
-            for prefix in part.adapter_prefixes:
+            others = _DENOISER_PREFIXES if part.role == "denoiser" else ()
+            for prefix in (*part.adapter_prefixes, *others):
                 if module.startswith(prefix):
                     flat = _flatten(part, module.removeprefix(prefix))
                     if flat in by_flat:

@@ -164,7 +164,8 @@ def _is_idle(parts: Collection[str], zeros: Set[str]) -> bool:
         case "full" | "norm":
             return set(parts) - {"alpha"} <= zeros
         case "glora":
-            return bool({"a1", "a2"} & zeros) and bool({"b1", "b2"} & zeros)
+            is_zero = bool({"a1", "a2"} & zeros) and bool({"b1", "b2"} & zeros)
+            return is_zero or "scalar" in zeros
         case "oft":
             return "oft_blocks" in zeros and "rescale" not in parts
         case "ia3":

@@ -8,8 +8,15 @@ from typing import Literal
 
 from fidelora.adapters.module_names import is_original_name
 from fidelora.adapters.read import Adapter
-from fidelora.adapters.targets import repeated_modules
-from fidelora.engine.adapter_family import FamilyFit, is_named, metadata_note, size_of
+from fidelora.adapters.targets import repeated_modules, text_encoder_advice
+from fidelora.engine.adapter_family import (
+    FamilyFit,
+    is_named,
+    made_for_other,
+    metadata_note,
+    size_of,
+    unsupported_family,
+)
 from fidelora.families import get_family
 from fidelora.loras.describe import AdapterSummary
 from fidelora.recipe import short_name
@@ -21,9 +28,11 @@ ProblemCode = Literal[
 ]  # fmt: skip
 
 _FAMILIES = {
-    "SDXL": ("Stable Diffusion XL", ("lora_te2_", "text_encoder_2.", "add_embedding", "label_emb")),
+    "SDXL": (
+        "Stable Diffusion XL",
+        ("lora_te2_text", "text_encoder_2.", "add_embedding", "label_emb"),
+    ),
     "FLUX": ("FLUX.1", ("double_blocks", "single_blocks", "single_transformer_blocks")),
-    "Stable Diffusion 3": ("", ("joint_blocks", "transformer_blocks_0_ff_context")),
     "Wan": ("", ("blocks_0_self_attn_q", "blocks.0.self_attn.q")),
 }
 """By name of the model: the title of its family (empty if it is not supported), and substrings of
@@ -79,6 +88,9 @@ def fit_problems(adapter: Adapter, summary: AdapterSummary, fit: FamilyFit) -> I
     if adapter.is_embedding:
         yield from _embedding_fit_problems(adapter, fit)
         return
+    if title := unsupported_family(adapter, fit):
+        yield Problem("other_architecture", f"It {made_for_other(title)}", True)
+        return
     fits_nothing = bool(fit.model) and not fit.same_shapes
     # A smaller base model, such as a distilled one, lacks some modules of the default one, too.
     if fits_nothing and is_named(adapter, fit):
@@ -91,7 +103,7 @@ def fit_problems(adapter: Adapter, summary: AdapterSummary, fit: FamilyFit) -> I
         yield Problem(
             "other_architecture",
             f"{total - fit.matched} of {total} modules are not {where} ({listed(fit.unmatched)})"
-            f"{_made_for(adapter, summary, fit)}.",
+            f"{_made_for(adapter, summary, fit) or text_encoder_advice(fit.unmatched)}.",
             True,
         )
         return
