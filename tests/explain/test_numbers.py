@@ -133,5 +133,7 @@ def test_step_noise_has_its_own_source():
     assert torch.equal(
         SimulatedNoise(9, step_noise="gpu").step(shape), PhiloxGenerator(9).randn(shape)
     )
+    again = SimulatedNoise(9, step_noise="cpu_same_seed")
+    assert torch.equal(again.step(shape), again.initial(shape))
     with_delta = SimulatedNoise(9, device="gpu", seed_delta=31337)
     assert torch.equal(with_delta.step(shape), PhiloxGenerator(9 + 31337).randn(shape))

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fidelora.errors import RecipeError
 from fidelora.explain.align import Alignment
 from fidelora.explain.programs import (
     BEHAVIOURS,
@@ -15,6 +16,7 @@ from fidelora.explain.programs import (
     usual_offset,
     usual_spacing,
 )
+from fidelora.explain.prompts import plain_text
 from fidelora.explain.reading import Program, Reading
 from fidelora.explain.search import Axis, Changes
 from fidelora.explain.simulation import Simulation
@@ -118,6 +120,8 @@ class Candidates:
         texts = (simulation.prompt, simulation.negative_prompt)
         if not any(self._has_syntax(text) for text in texts):
             values["text_rule"] = "plain"
+        elif max(map(len, texts)) <= _MAX_PLAIN_CHARACTERS:
+            values |= _without_escapes(simulation)
         if not self.has_text_adapter:
             values["text_strength"] = simulation.strength
         if not simulation.draws_in_steps:
@@ -126,6 +130,8 @@ class Candidates:
             values["negative_prompt"] = self.trainer.negative_prompt
         if simulation.negative_prompt:
             values["zero_negative"] = False
+        if simulation.width % 64 == simulation.height % 64 == 0:
+            values["doubles_sizes"] = False
         return replace(simulation, **values)
 
     def joint_axes(self) -> list[tuple[Axis, Axis]]:
@@ -224,6 +230,7 @@ class Candidates:
                 "rounds_noise": False,
                 "truncates": False,
                 "skips_in_negative": True,
+                "doubles_sizes": False,
                 **behaviour.fields,
             }
             given = sampling_of(replace(self.reading, program=program), self.spec)
@@ -319,3 +326,15 @@ class Candidates:
             or "\\" in text
             or len(text) > _MAX_PLAIN_CHARACTERS
         )
+
+
+def _without_escapes(simulation: Simulation) -> dict[str, Any]:
+    """Return the prompts for the rule `plain`; empty if a prompt has word weights."""
+    try:
+        prompt = plain_text(simulation.prompt, simulation.text_rule)
+        negative = plain_text(simulation.negative_prompt, simulation.text_rule)
+    except RecipeError:  # a weight that is not a number; the simulation reports it
+        return {}
+    if prompt is None or negative is None:
+        return {}
+    return {"prompt": prompt, "negative_prompt": negative, "text_rule": "plain"}

@@ -17,10 +17,11 @@ from torch.overrides import TorchFunctionMode
 from fidelora.explain.philox import PhiloxGenerator
 
 Device = Literal["cpu", "gpu"]
-StepNoise = Literal["continued", "cpu_next_seed", "gpu"]
+StepNoise = Literal["continued", "cpu_next_seed", "cpu_same_seed", "gpu"]
 """Numbers that are drawn during sampling. `continued`: the next numbers of the generator of the
-initial noise, as in diffusers and A1111. `cpu_next_seed` and `gpu`: those of a new generator, as in
-ComfyUI on the CPU (with the seed plus one) and on a GPU."""
+initial noise, as in diffusers and A1111. The others are those of a new generator, as in ComfyUI:
+`gpu` on a GPU; on the CPU `cpu_same_seed` up to the version 0.3.64 at least, which adds the initial
+noise again, and `cpu_next_seed`, with the seed plus one, in later versions."""
 
 
 class _Generator(Protocol):
@@ -66,6 +67,8 @@ class SimulatedNoise:
         self._steps = self._initial
         if step_noise == "cpu_next_seed":
             self._steps = _generator("cpu", seed + 1)
+        elif step_noise == "cpu_same_seed":
+            self._steps = _generator("cpu", seed)
         elif step_noise == "gpu":
             self._steps = _generator("gpu", seed)
         elif seed_delta:

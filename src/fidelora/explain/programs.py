@@ -68,6 +68,7 @@ _IN_A1111 = {
     "size": "Width and Height",
     "precision": "the command line options --no-half and --no-half-vae",
     "negative_zeros": "the negative prompt field (a space instead of nothing)",
+    "upsampling": "Width and Height",
     "base_model": "Stable Diffusion checkpoint",
     "vae": "Settings > VAE > SD VAE",
 }
@@ -115,13 +116,13 @@ _COMFYUI = Behaviour(
     "k-diffusion",
     {"whole_timesteps": True, "scales_start": True, **_PIXELS_ROUNDED_DOWN},
     devices=("cpu",),
-    step_noises=("gpu", "cpu_next_seed", "continued"),
+    step_noises=("gpu", "cpu_next_seed", "cpu_same_seed", "continued"),
     text_rules=("comfyui", "original", "plain"),
     where=_IN_COMFYUI,
 )
 _A1111 = Behaviour(
     "k-diffusion",
-    _PIXELS_ROUNDED_DOWN,
+    {"doubles_sizes": True, **_PIXELS_ROUNDED_DOWN},
     devices=("gpu", "cpu"),
     text_rules=_WEB_UI_RULES,
     zeroes_empty_negative=True,
@@ -156,7 +157,7 @@ BEHAVIOURS: Mapping[Program, Behaviour] = {
         "k-diffusion",
         {"whole_timesteps": True, "scales_start": True, **_PIXELS_ROUNDED_DOWN},
         devices=("cpu",),
-        step_noises=("gpu", "cpu_next_seed", "continued"),
+        step_noises=("gpu", "cpu_next_seed", "cpu_same_seed", "continued"),
         text_rules=("original", "no_norm", "comfyui"),
         where=_IN_COMFYUI,
     ),

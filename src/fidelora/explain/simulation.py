@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, cast
 
@@ -24,6 +25,7 @@ from fidelora.explain import k_samplers
 from fidelora.explain.noise import Device, SimulatedNoise, StepNoise
 from fidelora.explain.prompts import TextRule, embed
 from fidelora.explain.sigmas import NoiseLevels, sigmas_of
+from fidelora.explain.upsampling import doubling_sizes
 from fidelora.families.clip import ClipEncoder
 from fidelora.families.protocols import Encoded, Size
 from fidelora.families.sd.latents import SDLatents
@@ -63,6 +65,8 @@ class Simulation:
             encoders.
         dtype: dtype of the denoiser, the text encoders and the VAE.
         rounds_noise: True rounds the noise and the latents to `dtype` (trainer, diffusers).
+        doubles_sizes: True makes the UNet double sizes, and resize the result where it does not fit
+            (A1111). False makes it resize once. Both are the same at multiples of 64 pixels.
         truncates: True rounds pixel values down (A1111, ComfyUI) instead of to the nearest level.
     """
 
@@ -94,6 +98,7 @@ class Simulation:
     text_strength: float = 1.0
     dtype: Dtype = "float32"
     rounds_noise: bool = False
+    doubles_sizes: bool = False
     truncates: bool = False
 
     @classmethod
@@ -206,9 +211,12 @@ class Simulator:
         guidance, size, dtype = denoiser_settings(recipe)
         with self.engine.model_for(recipe) as (model, bound):
             split = replace(bound, adapters=_with_strengths(model, bound.adapters, simulation))
-            with with_adapters(model, recipe, split):
+            with ExitStack() as stack:
+                stack.enter_context(with_adapters(model, recipe, split))
                 with with_embeddings(model, bound):
                     encoded = self._encoded(model, split, simulation, size)
+                if simulation.doubles_sizes:
+                    stack.enter_context(doubling_sizes(model.parts["unet"]))
                 latents = self._sampled(
                     model,
                     simulation,
