@@ -81,6 +81,21 @@ def test_levels_and_timesteps_are_inverse():
     assert LEVELS.timestep(LEVELS.at(10.4), whole=True) == 10
 
 
+def test_a1111s_ddim_ends_with_the_noise_of_timestep_1():
+    found = sigmas_of(LEVELS, "euler", "ddim_timesteps", 10)
+    expected = [LEVELS.at(timestep) for timestep in range(901, 0, -100)]
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_a1111s_lcm_uses_every_20th_level():
+    few = LEVELS.for_lcm()
+    levels = sigmas_of(few, "lcm", "normal", 50)
+    assert levels[:-1] == pytest.approx([LEVELS.at(t) for t in range(999, 0, -20)], rel=1e-5)
+    assert [few.timestep(one, whole=False) for one in levels[:3]] == [999, 979, 959]
+    middle = sigmas_of(few, "lcm", "sgm_uniform", 2)[1]
+    assert middle == pytest.approx(math.sqrt(LEVELS.at(499) * LEVELS.at(519)), rel=1e-3)
+
+
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS.keys() - DRAWING))
 def test_samplers_follow_the_exact_solution(sampler):
     # If the data are normal with deviation 0.5, the latents at sigma are normal, too, and a

@@ -348,8 +348,8 @@ def equivalents(program: Program, sampler: str) -> list[Sampling]:
     algorithm = ALGORITHMS.get(sampler, "")
     is_web_ui = program in ("A1111", "Forge")
     if algorithm == "ddim":
-        schedule = "ddim_timesteps" if is_web_ui else "ddim_uniform"
-        return [Sampling("k-diffusion", "euler", schedule)]
+        schedules = ("ddim_uniform", "ddim_timesteps") if is_web_ui else ("ddim_uniform",)
+        return [Sampling("k-diffusion", "euler", schedule) for schedule in schedules]
     if algorithm == "pndm" and is_web_ui:
         return [Sampling("diffusers", "pndm", "leading")]
     if sampler.startswith("k_"):

@@ -292,13 +292,16 @@ class Simulator:
             planned = schedule(recipe, model, source, options)
             return run_schedule(denoise, planned, initial, source, lambda _step, _latents: None)
         initial = noise.initial(shape).to(model.device)
-        sigmas = sigmas_of(self._levels, simulation.sampler, simulation.schedule, simulation.steps)
-        starts_at_largest = sigmas[0] >= self._levels.largest * (1 - 1e-5)
+        # A1111's LCM uses fewer levels; ComfyUI's uses all, and whole timesteps.
+        is_reduced = simulation.sampler == "lcm" and not simulation.whole_timesteps
+        levels = self._levels.for_lcm() if is_reduced else self._levels
+        sigmas = sigmas_of(levels, simulation.sampler, simulation.schedule, simulation.steps)
+        starts_at_largest = sigmas[0] >= levels.largest * (1 - 1e-5)
         is_scaled = (simulation.scales_start and starts_at_largest) or sigmas[-1] > 0
         start = math.sqrt(1 + sigmas[0] ** 2) if is_scaled else sigmas[0]
 
         def denoised(latents: Tensor, sigma: float) -> Tensor:
-            t = self._levels.timestep(sigma, whole=simulation.whole_timesteps)
+            t = levels.timestep(sigma, whole=simulation.whole_timesteps)
             deviation = math.sqrt(sigma**2 + 1)  # standard deviation of the noisy latents
             scaled = latents / deviation
             output = denoise(scaled, torch.tensor(t, device=latents.device))
