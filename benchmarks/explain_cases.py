@@ -91,6 +91,8 @@ COMFYUI = (
     Case(1, _sampler("euler", "simple") | _lora(0.5, 0.5)),
     Case(2, _sampler("dpmpp_2s_ancestral", "exponential") | _WEIGHTS),
     Case(3, _FORGOTTEN | _steps(12) | _guidance(3.0)),
+    Case(0, _sampler("dpmpp_2m_sde", "karras")),
+    Case(1, _sampler("dpmpp_sde_gpu", "normal") | _guidance(3.0)),
 )
 A1111 = (
     Case(0, {}),
@@ -113,6 +115,9 @@ A1111 = (
     Case(0, _sampler("LCM", "Automatic") | _guidance(2.0)),
     Case(3, _sampler("DPM++ 2S a", "Karras") | {"noise": {"noise": "NV"}}),
     Case(0, _sampler("Euler", "Exponential")),
+    Case(0, _sampler("DPM++ 2M SDE", "Karras")),
+    Case(1, _sampler("DPM++ SDE", "Automatic", noise="NV") | _lora(0.5, 0.5)),
+    Case(0, _sampler("DPM++ 2M SDE Heun", "Automatic")),
 )
 DIFFUSERS = (
     Case(0, {}),

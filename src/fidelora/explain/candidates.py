@@ -8,6 +8,7 @@ from typing import Any
 
 from fidelora.errors import RecipeError
 from fidelora.explain.align import Alignment
+from fidelora.explain.k_samplers import BROWNIAN
 from fidelora.explain.programs import (
     BEHAVIOURS,
     USUAL_LAYERS,
@@ -126,6 +127,8 @@ class Candidates:
             values["text_strength"] = simulation.strength
         if not simulation.draws_in_steps:
             values |= {"step_noise": "continued", "seed_delta": 0}
+        elif self._draws_on_cpu(simulation):
+            values["step_noise"] = "cpu_same_seed"
         if simulation.guidance_scale <= 1:
             values["negative_prompt"] = self.trainer.negative_prompt
         if simulation.negative_prompt:
@@ -293,6 +296,15 @@ class Candidates:
 
     def _dtypes(self) -> list[str]:
         return list(dict.fromkeys(("float32", self.trainer.dtype)))
+
+    @staticmethod
+    def _draws_on_cpu(simulation: Simulation) -> bool:
+        """True for ComfyUI's samplers that draw a Brownian path on the CPU on every device."""
+        return (
+            simulation.sampler in BROWNIAN
+            and not simulation.sampler.endswith("_gpu")
+            and simulation.step_noise != "continued"
+        )
 
     # --- details --------------------------------------------------------------------------------
 

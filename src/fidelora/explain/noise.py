@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from fidelora.explain.brownian import BrownianPath
 from fidelora.explain.philox import PhiloxGenerator
 
 Device = Literal["cpu", "gpu"]
@@ -63,6 +64,10 @@ class SimulatedNoise:
         batch: int = 1,
         index: int = 0,
     ) -> None:
+        self._seed = seed
+        self._device: Device = device
+        if step_noise != "continued":
+            self._device = "gpu" if step_noise == "gpu" else "cpu"
         self._initial = _generator(device, seed)
         self._steps = self._initial
         if step_noise == "cpu_next_seed":
@@ -84,6 +89,17 @@ class SimulatedNoise:
     def step(self, shape: Sequence[int]) -> Tensor:
         """Return the next numbers of the sampling steps, float32 [1, ...]."""
         return self._drawn(self._steps, shape)
+
+    def path(self, shape: Sequence[int], low: float, high: float) -> BrownianPath:
+        """Return the Brownian path of the samplers with `sde` in their name, for a range of levels.
+
+        Its seed is always that of the image.
+        """
+
+        def randn(seed: int) -> Tensor:
+            return self._drawn(_generator(self._device, seed), shape)
+
+        return BrownianPath(randn, self._seed, low, high)
 
     @contextmanager
     def drawing(self) -> Iterator[None]:

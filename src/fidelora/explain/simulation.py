@@ -309,8 +309,13 @@ class Simulator:
                 return scaled / deviation - output * (sigma / deviation)
             return latents - output * sigma
 
-        def draw() -> Tensor:
-            return noise.step(shape).to(model.device)
+        path = None
+        if simulation.sampler in k_samplers.BROWNIAN:
+            path = noise.path(shape, min(one for one in sigmas if one > 0), sigmas[0])
+
+        def draw(sigma: float, following: float) -> Tensor:
+            drawn = path.noise(sigma, following) if path else noise.step(shape)
+            return drawn.to(model.device)
 
         return k_samplers.sample(simulation.sampler, denoised, initial * start, sigmas, draw)
 
