@@ -156,7 +156,9 @@ class Diffusers:
                 self._folder / "base", torch_dtype=getattr(torch, dtype), safety_checker=None
             )
             pipe.set_progress_bar_config(disable=True)
-            pipe.load_lora_weights(str(self._folder / "sks" / "sks.safetensors"), None, "lora")
+            pipe.load_lora_weights(
+                str(self._folder / "sks" / "sks.safetensors"), adapter_name="lora"
+            )
             # With clip_skip, diffusers 0.42 reads an attribute that transformers 5 removed. Not set
             # as a submodule, because the encoder would then contain itself.
             encoder = pipe.text_encoder
