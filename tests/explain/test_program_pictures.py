@@ -14,9 +14,7 @@ from fidelora.explain.reading import UsedLora
 from fidelora.families import get_family
 
 FOLDER = Path(__file__).parent / "program_pictures"
-PICTURES: list[dict[str, Any]] = [
-    entry for entry in read_json(FOLDER / "pictures.json") if entry["program"] != "diffusers"
-]
+PICTURES: list[dict[str, Any]] = read_json(FOLDER / "pictures.json")
 SAMPLINGS = {
     ("ddim", "ddim_uniform"): ("euler", "ddim_uniform"),
     ("Euler", "DDIM"): ("euler", "ddim_uniform"),
