@@ -19,9 +19,15 @@ _ALWAYS_POSSIBLE = {"sampler", "upsampling"}
 
 
 def evaluate_folder(
-    folder: Path, run_folder: Path, base_model: str, known: list[dict[str, Any]]
+    folder: Path, run_folder: Path, base_model: str, file: Path | None
 ) -> list[dict[str, Any]]:
-    """Explain each picture of the folder that `known` does not contain, and return all results."""
+    """Explain each picture of the folder, and return all results.
+
+    Args:
+        file: JSON file to which each result is written as soon as it is known; pictures whose
+            results it contains are not explained again.
+    """
+    known = json.loads(file.read_text()) if file is not None and file.exists() else []
     run = read_run(run_folder)
     engine = Engine(device="cpu")
     results = list(known)
@@ -35,6 +41,8 @@ def evaluate_folder(
         result["seconds"] = round(time.perf_counter() - start, 1)
         results.append(result)
         print(json.dumps(result), flush=True)
+        if file is not None:
+            file.write_text(json.dumps(results, indent=1))
     return results
 
 
