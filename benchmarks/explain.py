@@ -306,10 +306,6 @@ def _print_shares(results: list[dict[str, Any]]) -> None:
     print(f"all: {named}/{count} named, {invented}/{count} with an invented difference")
 
 
-def _exists(path: Path | None) -> bool:
-    return path is not None and path.exists()
-
-
 def main() -> None:
     """Evaluate all pictures and print the shares."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -326,8 +322,9 @@ def main() -> None:
     if options.keep:
         options.keep.mkdir(parents=True, exist_ok=True)
     if options.folder:
-        known = json.loads(options.json.read_text()) if _exists(options.json) else []
-        results = evaluate_folder(options.folder, options.run, str(options.base_model), known)
+        results = evaluate_folder(
+            options.folder, options.run, str(options.base_model), options.json
+        )
     else:
         results = _evaluate_made(options.pictures, options.seed, options.keep)
     _print_shares(results)

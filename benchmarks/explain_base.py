@@ -49,6 +49,16 @@ TEXT_GAIN = 3.0
 attention averages the random values of 77 tokens."""
 LORA_GAIN = 0.3
 """Size of the LoRA's changes, relative to the weights."""
+TEXT_MEAN = 0.05
+"""Mean of the prompt embeddings."""
+BRACKETS = "a (detailed) photo of [trigger] with ((bright colours:1.3)), [foggy]"
+LONG = (
+    "a photo of [trigger] in a wide garden behind an old stone house with a red door and two green "
+    "windows, tall trees along a narrow path, a small pond with water lilies, a wooden bench under "
+    "an apple tree, white clouds in a blue sky, birds on the roof, a cat that sleeps in the sun, "
+    "flowers in many colours, warm light of a late afternoon in summer, sharp, high quality"
+)
+"""Prompt of more than 77 tokens."""
 
 
 def base(folder: Path) -> Path:
@@ -173,6 +183,8 @@ def _config() -> dict[str, object]:
                         "samples": [
                             {"prompt": "a photo of [trigger] in a garden"},
                             {"prompt": "[trigger] as an oil painting", "width": 96},
+                            {"prompt": BRACKETS},
+                            {"prompt": LONG},
                         ],
                         "neg": "blurry, dark",
                         "seed": 42,
@@ -254,6 +266,9 @@ def _renamed(name: str, names: dict[str, str]) -> str:
 
 def _initial_values(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
     """Return ones for norms, zeros for biases, and otherwise values that keep the variance."""
+    if name.endswith("final_layer_norm.bias"):
+        # A1111's emphasis divides by the mean of the prompt embeddings, so it must not be 0.
+        return torch.full(shape, TEXT_MEAN)
     if len(shape) == 1:
         return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
     values = torch.randn(shape, generator=generator)

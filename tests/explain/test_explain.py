@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from tests.explain.other_programs import (
@@ -175,3 +176,31 @@ def test_the_command_prints_json_and_writes_a_report(engine, tmp_path):
     page = (tmp_path / "explain.html").read_text()
     assert "data:image/png" in page
     assert sample.name in page
+
+
+def test_json_lines_are_printed_before_later_pictures_fail(engine, monkeypatch):
+    sample = plan_of(1).trainer_image
+    assert sample is not None
+    finished: list[Explanation] = []
+
+    def first_only(*arguments: Any, **options: Any) -> Explanation:
+        if finished:
+            raise RecipeError("Later pictures fail.")
+        finished.append(explain(*arguments, **options))
+        return finished[0]
+
+    monkeypatch.setattr("fidelora.explain.explain.explain", first_only)
+    arguments = ["explain", str(RUN.folder), str(sample), str(sample), "--base-model", BASE]
+    result = CliRunner().invoke(app, [*arguments, "--device", "cpu", "--json-lines"])
+    assert result.exit_code == 2
+    (line,) = result.stdout.splitlines()
+    found = json.loads(line)
+    assert (found["job"], found["picture"], found["same"]) == (RUN.name, sample.name, True)
+
+
+def test_json_and_json_lines_exclude_each_other():
+    result = CliRunner().invoke(
+        app, ["explain", str(RUN.folder), "x.png", "--json", "--json-lines"]
+    )
+    assert result.exit_code == 2
+    assert "--json-lines" in result.output

@@ -18,10 +18,19 @@ PICTURES: list[dict[str, Any]] = read_json(FOLDER / "pictures.json")
 SAMPLINGS = {
     ("ddim", "ddim_uniform"): ("euler", "ddim_uniform"),
     ("Euler", "DDIM"): ("euler", "ddim_uniform"),
-    ("Euler", "Uniform"): ("euler", "normal"),
+    ("Euler", "Exponential"): ("euler", "exponential"),
     ("Euler a", "Automatic"): ("euler_ancestral", "normal"),
-    ("DPM++ 2M", "Karras"): ("dpmpp_2m", "karras"),
+    ("DDIM", "Automatic"): ("euler", "ddim_timesteps"),
+    ("Heun", "SGM Uniform"): ("heun", "sgm_uniform"),
+    ("LCM", "Automatic"): ("lcm", "normal"),
+    ("DPM++ 2M", "Automatic"): ("dpmpp_2m", "karras"),
+    ("DPM++ 2S a", "Karras"): ("dpmpp_2s_ancestral", "karras"),
+    ("DPM++ SDE", "Automatic"): ("dpmpp_sde", "karras"),
+    ("DPM++ 2M SDE", "Karras"): ("dpmpp_2m_sde", "karras"),
+    ("DPM++ 2M SDE Heun", "Automatic"): ("dpmpp_2m_sde_heun", "exponential"),
 }
+"""Sampler and schedule of the simulation by those of A1111, and of ComfyUI's DDIM."""
+NOISES = {"CPU": "cpu", "NV": "gpu"}
 
 
 @pytest.mark.parametrize("entry", PICTURES, ids=lambda entry: Path(entry["file"]).stem)
@@ -45,10 +54,10 @@ def test_all_settings_that_the_program_writes_are_read(entry):
     assert found.unsupported == ()
 
 
-def test_a1111s_noise_of_the_cpu_is_read():
-    found = {
-        read_picture((FOLDER / entry["file"]).read_bytes(), entry["file"]).noise_source
-        for entry in PICTURES
-        if entry["program"] == "A1111"
-    }
-    assert found == {"cpu"}
+@pytest.mark.parametrize("entry", PICTURES, ids=lambda entry: Path(entry["file"]).stem)
+def test_source_of_the_noise_is_read(entry):
+    found = read_picture((FOLDER / entry["file"]).read_bytes(), entry["file"])
+    if entry["program"] == "A1111":
+        made = entry["settings"]
+        assert found.noise_source == NOISES[made["noise"]]
+        assert found.seed_delta == made["seed_delta"]

@@ -120,6 +120,13 @@ def explain(
         ),
     ] = 40,
     as_json: AsJson = False,
+    json_lines: Annotated[
+        bool,
+        typer.Option(
+            "--json-lines",
+            help="Print the result of each picture as a line of JSON as soon as it is known.",
+        ),
+    ] = False,
     report: Annotated[
         Path | None,
         typer.Option(
@@ -173,6 +180,9 @@ def explain(
         raise typer.BadParameter(
             "Give JOB_DIR and PICTURE, or JOB_DIR and --write PROGRAM.", param_hint="PICTURE"
         )
+    if as_json and json_lines:
+        raise typer.BadParameter("Give --json or --json-lines.", param_hint="--json-lines")
+    as_text = not (as_json or json_lines)
     run = read_run(run_folder)
     if report is not None:
         make_folder(report)
@@ -211,7 +221,9 @@ def explain(
             except NothingToCheckError as error:
                 fail(str(error), NOTHING_TO_CHECK)
             explanations.append(found)
-            for line in () if as_json else lines_of(found):
+            if json_lines:
+                typer.echo(json.dumps({"job": run.name, **document_of(found)}))
+            for line in lines_of(found) if as_text else ():
                 typer.echo(printable(line))
     files: list[dict[str, Any]] = []
     if write is not None:
@@ -224,17 +236,20 @@ def explain(
                 engine,
                 show,
             )
-        for line in () if as_json else lines_on(files):
+        for line in lines_on(files) if as_text else ():
             typer.echo(printable(line))
-    documents = [document_of(one) for one in explanations]
+    if json_lines:
+        for file in files:
+            typer.echo(json.dumps({"job": run.name, **file}))
     if report is not None and explanations:
         from fidelora.explain.report import html_report
 
         write_atomically(report / "explain.html", html_report(run.name, explanations).encode())
     if as_json:
+        documents = [document_of(one) for one in explanations]
         document: dict[str, Any] = {"job": run.name, "pictures": documents, "written": files}
         typer.echo(json.dumps(document, indent=2))
-    elif report is not None and explanations:
+    elif as_text and report is not None and explanations:
         typer.echo(f"Report: {report / 'explain.html'}")
     if not all(one.is_explained for one in explanations):
         raise typer.Exit(UNEXPLAINED)

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fidelora.errors import RecipeError
 from fidelora.explain.align import Alignment
+from fidelora.explain.k_samplers import BROWNIAN
 from fidelora.explain.programs import (
     BEHAVIOURS,
     USUAL_LAYERS,
@@ -15,6 +17,7 @@ from fidelora.explain.programs import (
     usual_offset,
     usual_spacing,
 )
+from fidelora.explain.prompts import plain_text
 from fidelora.explain.reading import Program, Reading
 from fidelora.explain.search import Axis, Changes
 from fidelora.explain.simulation import Simulation
@@ -118,14 +121,20 @@ class Candidates:
         texts = (simulation.prompt, simulation.negative_prompt)
         if not any(self._has_syntax(text) for text in texts):
             values["text_rule"] = "plain"
+        elif max(map(len, texts)) <= _MAX_PLAIN_CHARACTERS:
+            values |= _without_escapes(simulation)
         if not self.has_text_adapter:
             values["text_strength"] = simulation.strength
         if not simulation.draws_in_steps:
             values |= {"step_noise": "continued", "seed_delta": 0}
+        elif self._draws_on_cpu(simulation):
+            values["step_noise"] = "cpu_same_seed"
         if simulation.guidance_scale <= 1:
             values["negative_prompt"] = self.trainer.negative_prompt
         if simulation.negative_prompt:
             values["zero_negative"] = False
+        if simulation.width % 64 == simulation.height % 64 == 0:
+            values["doubles_sizes"] = False
         return replace(simulation, **values)
 
     def joint_axes(self) -> list[tuple[Axis, Axis]]:
@@ -224,6 +233,7 @@ class Candidates:
                 "rounds_noise": False,
                 "truncates": False,
                 "skips_in_negative": True,
+                "doubles_sizes": False,
                 **behaviour.fields,
             }
             given = sampling_of(replace(self.reading, program=program), self.spec)
@@ -287,6 +297,15 @@ class Candidates:
     def _dtypes(self) -> list[str]:
         return list(dict.fromkeys(("float32", self.trainer.dtype)))
 
+    @staticmethod
+    def _draws_on_cpu(simulation: Simulation) -> bool:
+        """True for ComfyUI's samplers that draw a Brownian path on the CPU on every device."""
+        return (
+            simulation.sampler in BROWNIAN
+            and not simulation.sampler.endswith("_gpu")
+            and simulation.step_noise != "continued"
+        )
+
     # --- details --------------------------------------------------------------------------------
 
     @property
@@ -319,3 +338,15 @@ class Candidates:
             or "\\" in text
             or len(text) > _MAX_PLAIN_CHARACTERS
         )
+
+
+def _without_escapes(simulation: Simulation) -> dict[str, Any]:
+    """Return the prompts for the rule `plain`; empty if a prompt has word weights."""
+    try:
+        prompt = plain_text(simulation.prompt, simulation.text_rule)
+        negative = plain_text(simulation.negative_prompt, simulation.text_rule)
+    except RecipeError:  # a weight that is not a number; the simulation reports it
+        return {}
+    if prompt is None or negative is None:
+        return {}
+    return {"prompt": prompt, "negative_prompt": negative, "text_rule": "plain"}

@@ -21,6 +21,7 @@ _FIELDS: Mapping[str, tuple[str, ...]] = {
     "clip_skip": ("clip_skip",),
     "emphasis": ("text_rule",),
     "negative_zeros": ("zero_negative",),
+    "upsampling": ("doubles_sizes",),
     "seed": ("seed",),
     "noise": ("device", "step_noise", "seed_delta", "batch", "index"),
     "size": ("width", "height"),
@@ -29,13 +30,17 @@ _FIELDS: Mapping[str, tuple[str, ...]] = {
 """Fields of `Simulation` by cause. Rounding of pixel values is not listed, because it changes them
 by less than a level."""
 
+_FIELDS_OF_STEP_NOISE = ("step_noise", "seed_delta")
+"""Fields of the cause `noise` that belong to the sampler if the trainer's draws no numbers."""
+
 CAUSES = (
     "prompt", "trigger", "negative_prompt", "lora", "sampler", "schedule", "steps", "guidance",
-    "clip_skip", "emphasis", "negative_zeros", "seed", "noise", "size", "precision", "base_model",
-    "vae",
+    "clip_skip", "emphasis", "negative_zeros", "upsampling", "seed", "noise", "size", "precision",
+    "base_model", "vae",
 )  # fmt: skip
 """Causes of differences. `trigger`: the prompts differ in the trigger word only. `schedule`: the
-noise levels of the same sampler. `noise`: the random numbers of the same seed."""
+noise levels of the same sampler. `upsampling`: the UNet at sizes that are not multiples of 64.
+`noise`: the random numbers of the same seed."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,8 @@ def changed_causes(theirs: Simulation, trainer: Simulation, trigger_word: str) -
     """Return the causes in which two simulations differ."""
     causes = []
     for cause, names in _FIELDS.items():
+        if cause == "noise" and not trainer.draws_in_steps:
+            names = tuple(name for name in names if name not in _FIELDS_OF_STEP_NOISE)
         if all(getattr(theirs, name) == getattr(trainer, name) for name in names):
             continue
         if cause == "prompt" and _differ_in_trigger(theirs.prompt, trainer.prompt, trigger_word):
@@ -143,6 +150,7 @@ def _noise(simulation: Simulation, program: Program) -> str:
             "continued": "",
             "gpu": ", in the steps on the GPU",
             "cpu_next_seed": ", in the steps with the next seed",
+            "cpu_same_seed": ", in the steps the same numbers again",
         }[simulation.step_noise]
     if simulation.seed_delta:
         words += f", in the steps with the seed plus {simulation.seed_delta}"
@@ -165,6 +173,11 @@ _WORDS: Mapping[str, Callable[[Simulation, Program], str]] = {
     ),
     "emphasis": _emphasis,
     "negative_zeros": lambda one, _: "zeros" if one.zero_negative else "encoded like other prompts",
+    "upsampling": lambda one, _: (
+        "the UNet doubles the size, then resizes to the nearest pixels"
+        if one.doubles_sizes
+        else "the UNet resizes to the nearest pixels once"
+    ),
     "seed": lambda one, _: str(one.seed),
     "noise": _noise,
     "size": lambda one, _: f"{one.width}x{one.height}",
@@ -204,6 +217,8 @@ def advice_for(cause: str, trainer: Simulation, program: Program, lora: str) -> 
     if cause == "clip_skip":
         usual = "-1" if is_comfyui else "1" if is_web_ui else "None"
         return f"{where}: {usual}."
+    if cause == "upsampling":
+        return f"{where}: multiples of 64, in training as well; other sizes always differ."
     if cause in ("sampler", "schedule"):
         return ""  # no advice: a note names the nearest sampler of the program
     return f"{where}: {described(trainer, cause, program)}."

@@ -331,6 +331,7 @@ class _Explainer:
             "size": "width",
             "precision": "dtype",
             "negative_zeros": "",
+            "upsampling": "",
         }
         name = names.get(cause, cause)
         return bool(name) and getattr(self._reading, name) is not None

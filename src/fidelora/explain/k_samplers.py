@@ -6,13 +6,14 @@ Probabilistic Models" (2020) in terms of sigma. Order of evaluations and of rand
 https://github.com/crowsonkb/k-diffusion, `k_diffusion/sampling.py`, and
 https://github.com/comfyanonymous/ComfyUI, `comfy/k_diffusion/sampling.py`.
 
-The samplers with `sde` in their name draw from a Brownian tree and are not implemented.
+The samplers with `sde` in their name draw increments of a Brownian path (`brownian.py`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 
 from scipy import integrate
@@ -20,8 +21,8 @@ from torch import Tensor
 
 Denoised = Callable[[Tensor, float], Tensor]
 """Denoiser: returns the denoised latents for latents and their noise level."""
-Draw = Callable[[], Tensor]
-"""Returns standard normal numbers in the shape of the latents."""
+Draw = Callable[[float, float], Tensor]
+"""Returns standard normal numbers in the shape of the latents, for a step between two levels."""
 
 _LMS_ORDER = 4
 
@@ -48,7 +49,7 @@ def _euler_ancestral(model: Denoised, x: Tensor, sigmas: Sequence[float], draw: 
         down, added = _ancestral(sigma, following)
         x = x + _slope(x, model(x, sigma), sigma) * (down - sigma)
         if following > 0:
-            x = x + draw() * added
+            x = x + draw(sigma, following) * added
     return x
 
 
@@ -83,7 +84,7 @@ def _dpm_2_ancestral(model: Denoised, x: Tensor, sigmas: Sequence[float], draw: 
         down, added = _ancestral(sigma, following)
         x = _midpoint(model, x, sigma, down)
         if following > 0:
-            x = x + draw() * added
+            x = x + draw(sigma, following) * added
     return x
 
 
@@ -135,7 +136,41 @@ def _dpmpp_2s_ancestral(model: Denoised, x: Tensor, sigmas: Sequence[float], dra
             denoised = model(_exponential_step(x, denoised, sigma, middle), middle)
         x = _exponential_step(x, denoised, sigma, down)
         if following > 0:
-            x = x + draw() * added
+            x = x + draw(sigma, following) * added
+    return x
+
+
+def _dpmpp_sde(model: Denoised, x: Tensor, sigmas: Sequence[float], draw: Draw) -> Tensor:
+    for sigma, following in pairwise(sigmas):
+        denoised = model(x, sigma)
+        if following == 0:
+            return denoised
+        middle = math.sqrt(sigma * following)
+        down, added = _ancestral(sigma, middle)
+        halfway = _exponential_step(x, denoised, sigma, down) + draw(sigma, middle) * added
+        denoised = model(halfway, middle)
+        down, added = _ancestral(sigma, following)
+        x = _exponential_step(x, denoised, sigma, down) + draw(sigma, following) * added
+    return x
+
+
+def _dpmpp_2m_sde(
+    model: Denoised, x: Tensor, sigmas: Sequence[float], draw: Draw, *, is_heun: bool = False
+) -> Tensor:
+    previous: Tensor | None = None
+    last = 0.0
+    for sigma, following in pairwise(sigmas):
+        denoised = model(x, sigma)
+        if following == 0:
+            return denoised
+        width = math.log(sigma / following)
+        share = -math.expm1(-2 * width)
+        x = (following / sigma) ** 2 * x + share * denoised
+        if previous is not None:
+            factor = 1 - share / (2 * width) if is_heun else share / 2
+            x = x + factor * (width / last) * (denoised - previous)
+        x = x + draw(sigma, following) * (following * math.sqrt(share))
+        previous, last = denoised, width
     return x
 
 
@@ -148,7 +183,9 @@ def _ddpm(model: Denoised, x: Tensor, sigmas: Sequence[float], draw: Draw) -> Te
         scaled = x * math.sqrt(share)
         mean = (scaled - noise * ((1 - alpha) / math.sqrt(1 - share))) / math.sqrt(alpha)
         if following > 0:
-            mean = mean + draw() * math.sqrt((1 - alpha) * (1 - next_share) / (1 - share))
+            mean = mean + draw(sigma, following) * math.sqrt(
+                (1 - alpha) * (1 - next_share) / (1 - share)
+            )
             mean = mean / math.sqrt(next_share)
         x = mean
     return x
@@ -158,7 +195,7 @@ def _lcm(model: Denoised, x: Tensor, sigmas: Sequence[float], draw: Draw) -> Ten
     for sigma, following in pairwise(sigmas):
         x = model(x, sigma)
         if following > 0:
-            x = x + draw() * following
+            x = x + draw(sigma, following) * following
     return x
 
 
@@ -171,14 +208,24 @@ SAMPLERS: Mapping[str, Callable[[Denoised, Tensor, Sequence[float], Draw], Tenso
     "lms": _lms,
     "dpmpp_2m": _dpmpp_2m,
     "dpmpp_2s_ancestral": _dpmpp_2s_ancestral,
+    "dpmpp_sde": _dpmpp_sde,
+    "dpmpp_2m_sde": _dpmpp_2m_sde,
+    "dpmpp_2m_sde_heun": partial(_dpmpp_2m_sde, is_heun=True),
+    "dpmpp_sde_gpu": _dpmpp_sde,
+    "dpmpp_2m_sde_gpu": _dpmpp_2m_sde,
+    "dpmpp_2m_sde_heun_gpu": partial(_dpmpp_2m_sde, is_heun=True),
     "ddpm": _ddpm,
     "lcm": _lcm,
 }
 """Function by sampler, in ComfyUI's spelling, that returns the latents of the last level."""
 
-DRAWING = frozenset({"euler_ancestral", "dpm_2_ancestral", "dpmpp_2s_ancestral", "ddpm", "lcm"})
+BROWNIAN = frozenset(name for name in SAMPLERS if "sde" in name)
+"""Samplers that draw increments of a Brownian path."""
+DRAWING = BROWNIAN | {"euler_ancestral", "dpm_2_ancestral", "dpmpp_2s_ancestral", "ddpm", "lcm"}
 """Samplers that draw random numbers in their steps."""
-TWO_EVALUATIONS = frozenset({"heun", "dpm_2", "dpm_2_ancestral", "dpmpp_2s_ancestral"})
+TWO_EVALUATIONS = frozenset(
+    {"heun", "dpm_2", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_sde_gpu"}
+)
 """Samplers that evaluate the denoiser twice per step."""
 
 

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from fidelora.explain.brownian import BrownianPath
 from fidelora.explain.philox import PhiloxGenerator
 
 Device = Literal["cpu", "gpu"]
-StepNoise = Literal["continued", "cpu_next_seed", "gpu"]
+StepNoise = Literal["continued", "cpu_next_seed", "cpu_same_seed", "gpu"]
 """Numbers that are drawn during sampling. `continued`: the next numbers of the generator of the
-initial noise, as in diffusers and A1111. `cpu_next_seed` and `gpu`: those of a new generator, as in
-ComfyUI on the CPU (with the seed plus one) and on a GPU."""
+initial noise, as in diffusers and A1111. The others are those of a new generator, as in ComfyUI:
+`gpu` on a GPU; on the CPU `cpu_same_seed` up to the version 0.3.64 at least, which adds the initial
+noise again, and `cpu_next_seed`, with the seed plus one, in later versions."""
 
 
 class _Generator(Protocol):
@@ -62,10 +64,16 @@ class SimulatedNoise:
         batch: int = 1,
         index: int = 0,
     ) -> None:
+        self._seed = seed
+        self._device: Device = device
+        if step_noise != "continued":
+            self._device = "gpu" if step_noise == "gpu" else "cpu"
         self._initial = _generator(device, seed)
         self._steps = self._initial
         if step_noise == "cpu_next_seed":
             self._steps = _generator("cpu", seed + 1)
+        elif step_noise == "cpu_same_seed":
+            self._steps = _generator("cpu", seed)
         elif step_noise == "gpu":
             self._steps = _generator("gpu", seed)
         elif seed_delta:
@@ -81,6 +89,17 @@ class SimulatedNoise:
     def step(self, shape: Sequence[int]) -> Tensor:
         """Return the next numbers of the sampling steps, float32 [1, ...]."""
         return self._drawn(self._steps, shape)
+
+    def path(self, shape: Sequence[int], low: float, high: float) -> BrownianPath:
+        """Return the Brownian path of the samplers with `sde` in their name, for a range of levels.
+
+        Its seed is always that of the image.
+        """
+
+        def randn(seed: int) -> Tensor:
+            return self._drawn(_generator(self._device, seed), shape)
+
+        return BrownianPath(randn, self._seed, low, high)
 
     @contextmanager
     def drawing(self) -> Iterator[None]:

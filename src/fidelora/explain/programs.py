@@ -68,6 +68,7 @@ _IN_A1111 = {
     "size": "Width and Height",
     "precision": "the command line options --no-half and --no-half-vae",
     "negative_zeros": "the negative prompt field (a space instead of nothing)",
+    "upsampling": "Width and Height",
     "base_model": "Stable Diffusion checkpoint",
     "vae": "Settings > VAE > SD VAE",
 }
@@ -115,13 +116,13 @@ _COMFYUI = Behaviour(
     "k-diffusion",
     {"whole_timesteps": True, "scales_start": True, **_PIXELS_ROUNDED_DOWN},
     devices=("cpu",),
-    step_noises=("gpu", "cpu_next_seed", "continued"),
+    step_noises=("gpu", "cpu_next_seed", "cpu_same_seed", "continued"),
     text_rules=("comfyui", "original", "plain"),
     where=_IN_COMFYUI,
 )
 _A1111 = Behaviour(
     "k-diffusion",
-    _PIXELS_ROUNDED_DOWN,
+    {"doubles_sizes": True, **_PIXELS_ROUNDED_DOWN},
     devices=("gpu", "cpu"),
     text_rules=_WEB_UI_RULES,
     zeroes_empty_negative=True,
@@ -156,7 +157,7 @@ BEHAVIOURS: Mapping[Program, Behaviour] = {
         "k-diffusion",
         {"whole_timesteps": True, "scales_start": True, **_PIXELS_ROUNDED_DOWN},
         devices=("cpu",),
-        step_noises=("gpu", "cpu_next_seed", "continued"),
+        step_noises=("gpu", "cpu_next_seed", "cpu_same_seed", "continued"),
         text_rules=("original", "no_norm", "comfyui"),
         where=_IN_COMFYUI,
     ),
@@ -179,6 +180,9 @@ _A1111_SAMPLERS = {
     "dpm2 a": "dpm_2_ancestral",
     "dpm++ 2m": "dpmpp_2m",
     "dpm++ 2s a": "dpmpp_2s_ancestral",
+    "dpm++ sde": "dpmpp_sde",
+    "dpm++ 2m sde": "dpmpp_2m_sde",
+    "dpm++ 2m sde heun": "dpmpp_2m_sde_heun",
     "ddpm": "ddpm",
     "lcm": "lcm",
 }
@@ -193,8 +197,11 @@ _A1111_SCHEDULES = {
     "ddim": "ddim_uniform",
     "beta": "beta_of_sigmas",
 }
-_KARRAS_BY_DEFAULT = frozenset({"dpm++ 2m", "dpm++ 2s a", "dpm2", "dpm2 a"})
-"""A1111's samplers whose schedule `Automatic` is that of Karras since version 1.9."""
+_AUTOMATIC_SCHEDULES = {
+    **dict.fromkeys(("dpm++ 2m", "dpm++ sde", "dpm++ 2s a", "dpm2", "dpm2 a"), "karras"),
+    **dict.fromkeys(("dpm++ 2m sde", "dpm++ 2m sde heun"), "exponential"),
+}
+"""Schedules of A1111's samplers for `Automatic` since version 1.9; `uniform` for the others."""
 
 USUAL_LAYERS: Mapping[str, int] = {"sdxl": 2}
 """Layer of the text encoders that a model uses, from the last one (1); 1 for other models."""
@@ -250,7 +257,7 @@ def _of_web_ui(name: str, schedule: str) -> Sampling | None:
             wanted, chosen = wanted.removesuffix(f" {suffix}"), suffix
             break
     if chosen == "automatic":
-        chosen = "karras" if wanted in _KARRAS_BY_DEFAULT else "uniform"
+        chosen = _AUTOMATIC_SCHEDULES.get(wanted, "uniform")
     sampler, levels = _A1111_SAMPLERS.get(wanted), _A1111_SCHEDULES.get(chosen or "uniform")
     return Sampling("k-diffusion", sampler, levels) if sampler and levels else None
 
@@ -304,7 +311,8 @@ def usual_offset(library: Library, schedule: str) -> int | None:
 _A1111_NAMES = {
     "euler": "Euler", "euler_ancestral": "Euler a", "lms": "LMS", "heun": "Heun", "dpm_2": "DPM2",
     "dpm_2_ancestral": "DPM2 a", "dpmpp_2m": "DPM++ 2M", "dpmpp_2s_ancestral": "DPM++ 2S a",
-    "lcm": "LCM", "ddpm": "DDPM",
+    "dpmpp_sde": "DPM++ SDE", "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "dpmpp_2m_sde_heun": "DPM++ 2M SDE Heun", "lcm": "LCM", "ddpm": "DDPM",
 }  # fmt: skip
 _A1111_SCHEDULE_NAMES = {
     "normal": "Uniform", "karras": "Karras", "exponential": "Exponential", "simple": "Simple",
@@ -347,8 +355,8 @@ def equivalents(program: Program, sampler: str) -> list[Sampling]:
     algorithm = ALGORITHMS.get(sampler, "")
     is_web_ui = program in ("A1111", "Forge")
     if algorithm == "ddim":
-        schedule = "ddim_timesteps" if is_web_ui else "ddim_uniform"
-        return [Sampling("k-diffusion", "euler", schedule)]
+        schedules = ("ddim_uniform", "ddim_timesteps") if is_web_ui else ("ddim_uniform",)
+        return [Sampling("k-diffusion", "euler", schedule) for schedule in schedules]
     if algorithm == "pndm" and is_web_ui:
         return [Sampling("diffusers", "pndm", "leading")]
     if sampler.startswith("k_"):

@@ -22,7 +22,7 @@ from torch import Tensor
 from fidelora.errors import RecipeError
 from fidelora.families.clip import ClipEncoder, PromptEmbedding, RunEncoder
 from fidelora.families.clip_chunks import MAX_CHUNKS
-from fidelora.families.emphasis import Emphasis, Span
+from fidelora.families.emphasis import BREAK, Emphasis, Span, spans_of
 
 TextRule = Literal["plain", "original", "no_norm", "ignore", "comfyui"]
 """Rule for brackets and long prompts. `plain`: as in training and in diffusers, brackets are text
@@ -74,6 +74,16 @@ def _top_level(text: str) -> list[str]:
                 parts.append(text[start : match.end()])
                 start = match.end()
     return [part for part in (*parts, text[start:]) if part]
+
+
+def plain_text(prompt: str, rule: TextRule) -> str | None:
+    """Return a prompt without escapes, for the rule `plain`; None if words have other weights."""
+    if rule == "plain":
+        return prompt
+    spans = comfyui_spans(prompt) if rule == "comfyui" else spans_of(prompt)
+    if any(span == BREAK or (span.weight != 1 and rule != "ignore") for span in spans):
+        return None
+    return "".join(span.text for span in spans)
 
 
 def embed(

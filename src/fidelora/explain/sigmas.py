@@ -25,6 +25,7 @@ from fidelora.sampling.schedules import sgm_uniform_sigmas
 
 _TIMESTEPS = 1000
 _BETA_START, _BETA_END = 0.00085, 0.012
+_LCM_SPACING = 20  # timesteps per level of A1111's LCM, whose models are distilled to 50 levels
 _RHO = 7.0  # curvature of Karras' schedule
 
 
@@ -34,10 +35,12 @@ class NoiseLevels(NamedTuple):
     Attributes:
         sigmas: float32 [1000], ascending.
         log_sigmas: their logarithms.
+        spacing: number of trained timesteps per level, 1 unless only every n-th level is used.
     """
 
     sigmas: Tensor
     log_sigmas: Tensor
+    spacing: int = 1
 
     @classmethod
     def of_stable_diffusion(cls) -> NoiseLevels:
@@ -47,28 +50,41 @@ class NoiseLevels(NamedTuple):
         sigmas = ((1 - alphas) / alphas) ** 0.5
         return cls(sigmas.float(), sigmas.log().float())
 
+    def for_lcm(self) -> NoiseLevels:
+        """Return every 20th level, which A1111's sampler LCM uses."""
+        first = _LCM_SPACING - 1
+        return NoiseLevels(
+            self.sigmas[first::_LCM_SPACING], self.log_sigmas[first::_LCM_SPACING], _LCM_SPACING
+        )
+
+    @property
+    def size(self) -> int:
+        """Number of levels."""
+        return len(self.sigmas)
+
     @property
     def smallest(self) -> float:
-        """The level of timestep 0."""
+        """The first level."""
         return float(self.sigmas[0])
 
     @property
     def largest(self) -> float:
-        """The level of timestep 999."""
+        """The last level, that of timestep 999."""
         return float(self.sigmas[-1])
 
-    def at(self, timestep: float) -> float:
-        """Return the level of a timestep; the logarithm is interpolated between neighbours."""
-        low, high = math.floor(timestep), math.ceil(timestep)
-        weight = timestep - low
+    def at(self, position: float) -> float:
+        """Return the level at a position; the logarithm is interpolated between neighbours."""
+        low, high = math.floor(position), math.ceil(position)
+        weight = position - low
         log = (1 - weight) * self.log_sigmas[low] + weight * self.log_sigmas[high]
         return float(log.exp())
 
     def timestep(self, sigma: float, *, whole: bool) -> float:
         """Return the timestep of a level: the nearest one, or a fraction between neighbours."""
         log = math.log(sigma)
-        if whole:
-            return float((self.log_sigmas - log).abs().argmin())
+        if whole or self.spacing > 1:
+            nearest = int((self.log_sigmas - log).abs().argmin())
+            return float((nearest + 1) * self.spacing - 1)
         index = int(torch.searchsorted(self.log_sigmas, torch.tensor(log), right=True)) - 1
         low = min(max(index, 0), _TIMESTEPS - 2)
         first, second = float(self.log_sigmas[low]), float(self.log_sigmas[low + 1])
@@ -80,7 +96,7 @@ Levels = list[float]
 
 def _normal(levels: NoiseLevels, steps: int) -> Levels:
     """Timesteps evenly spaced from 999 to 0: `Uniform` in A1111, `normal` in ComfyUI."""
-    timesteps = torch.linspace(_TIMESTEPS - 1, 0, steps)
+    timesteps = torch.linspace(levels.size - 1, 0, steps)
     return [levels.at(float(t)) for t in timesteps] + [0.0]
 
 
@@ -97,26 +113,28 @@ def _exponential(levels: NoiseLevels, steps: int) -> Levels:
 
 
 def _sgm_uniform(levels: NoiseLevels, steps: int) -> Levels:
-    return sgm_uniform_sigmas(1 / (1 + levels.sigmas**2), steps)
+    if levels.size == _TIMESTEPS:
+        return sgm_uniform_sigmas(1 / (1 + levels.sigmas**2), steps)
+    positions = torch.linspace(levels.size - 1, 0, steps + 1)[:-1]
+    return [levels.at(float(position)) for position in positions] + [0.0]
 
 
 def _simple(levels: NoiseLevels, steps: int) -> Levels:
     """Every n-th trained level from the largest down."""
-    stride = _TIMESTEPS / steps
+    stride = levels.size / steps
     return [float(levels.sigmas[-(1 + int(step * stride))]) for step in range(steps)] + [0.0]
 
 
 def _ddim_uniform(levels: NoiseLevels, steps: int) -> Levels:
     """Every n-th trained level from timestep 1 up; may have more steps than requested."""
-    indices = range(1, _TIMESTEPS, max(_TIMESTEPS // steps, 1))
+    indices = range(1, levels.size, max(levels.size // steps, 1))
     return [float(levels.sigmas[index]) for index in reversed(indices)] + [0.0]
 
 
 def _ddim_timesteps(levels: NoiseLevels, steps: int) -> Levels:
-    """The levels of A1111's DDIM, which ends at timestep 0 instead of without noise."""
+    """The levels of A1111's DDIM, with one step less; the last one is that of timestep 1."""
     indices = range(0, _TIMESTEPS, _TIMESTEPS // steps)
-    spaced = [float(levels.sigmas[min(index + 1, 999)]) for index in reversed(indices)]
-    return [*spaced, levels.smallest]
+    return [float(levels.sigmas[min(index + 1, 999)]) for index in reversed(indices)]
 
 
 def _beta(levels: NoiseLevels, steps: int) -> Levels:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, cast
 
@@ -24,6 +25,7 @@ from fidelora.explain import k_samplers
 from fidelora.explain.noise import Device, SimulatedNoise, StepNoise
 from fidelora.explain.prompts import TextRule, embed
 from fidelora.explain.sigmas import NoiseLevels, sigmas_of
+from fidelora.explain.upsampling import doubling_sizes
 from fidelora.families.clip import ClipEncoder
 from fidelora.families.protocols import Encoded, Size
 from fidelora.families.sd.latents import SDLatents
@@ -63,6 +65,8 @@ class Simulation:
             encoders.
         dtype: dtype of the denoiser, the text encoders and the VAE.
         rounds_noise: True rounds the noise and the latents to `dtype` (trainer, diffusers).
+        doubles_sizes: True makes the UNet double sizes, and resize the result where it does not fit
+            (A1111). False makes it resize once. Both are the same at multiples of 64 pixels.
         truncates: True rounds pixel values down (A1111, ComfyUI) instead of to the nearest level.
     """
 
@@ -94,6 +98,7 @@ class Simulation:
     text_strength: float = 1.0
     dtype: Dtype = "float32"
     rounds_noise: bool = False
+    doubles_sizes: bool = False
     truncates: bool = False
 
     @classmethod
@@ -206,9 +211,12 @@ class Simulator:
         guidance, size, dtype = denoiser_settings(recipe)
         with self.engine.model_for(recipe) as (model, bound):
             split = replace(bound, adapters=_with_strengths(model, bound.adapters, simulation))
-            with with_adapters(model, recipe, split):
+            with ExitStack() as stack:
+                stack.enter_context(with_adapters(model, recipe, split))
                 with with_embeddings(model, bound):
                     encoded = self._encoded(model, split, simulation, size)
+                if simulation.doubles_sizes:
+                    stack.enter_context(doubling_sizes(model.parts["unet"]))
                 latents = self._sampled(
                     model,
                     simulation,
@@ -284,13 +292,16 @@ class Simulator:
             planned = schedule(recipe, model, source, options)
             return run_schedule(denoise, planned, initial, source, lambda _step, _latents: None)
         initial = noise.initial(shape).to(model.device)
-        sigmas = sigmas_of(self._levels, simulation.sampler, simulation.schedule, simulation.steps)
-        starts_at_largest = sigmas[0] >= self._levels.largest * (1 - 1e-5)
+        # A1111's LCM uses fewer levels; ComfyUI's uses all, and whole timesteps.
+        is_reduced = simulation.sampler == "lcm" and not simulation.whole_timesteps
+        levels = self._levels.for_lcm() if is_reduced else self._levels
+        sigmas = sigmas_of(levels, simulation.sampler, simulation.schedule, simulation.steps)
+        starts_at_largest = sigmas[0] >= levels.largest * (1 - 1e-5)
         is_scaled = (simulation.scales_start and starts_at_largest) or sigmas[-1] > 0
         start = math.sqrt(1 + sigmas[0] ** 2) if is_scaled else sigmas[0]
 
         def denoised(latents: Tensor, sigma: float) -> Tensor:
-            t = self._levels.timestep(sigma, whole=simulation.whole_timesteps)
+            t = levels.timestep(sigma, whole=simulation.whole_timesteps)
             deviation = math.sqrt(sigma**2 + 1)  # standard deviation of the noisy latents
             scaled = latents / deviation
             output = denoise(scaled, torch.tensor(t, device=latents.device))
@@ -298,8 +309,13 @@ class Simulator:
                 return scaled / deviation - output * (sigma / deviation)
             return latents - output * sigma
 
-        def draw() -> Tensor:
-            return noise.step(shape).to(model.device)
+        path = None
+        if simulation.sampler in k_samplers.BROWNIAN:
+            path = noise.path(shape, min(one for one in sigmas if one > 0), sigmas[0])
+
+        def draw(sigma: float, following: float) -> Tensor:
+            drawn = path.noise(sigma, following) if path else noise.step(shape)
+            return drawn.to(model.device)
 
         return k_samplers.sample(simulation.sampler, denoised, initial * start, sigmas, draw)
 
