@@ -8,13 +8,23 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate.hooks import UserCpuOffloadHook
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
-from tests.support import GOLDEN_JOBS, TINY_WAN21, TINY_WAN22, WAN22_HIGH, WAN22_LOW, load_model_of
+from safetensors.torch import load_file
+from tests.support import (
+    GOLDEN_JOBS,
+    TINY_WAN21,
+    TINY_WAN22,
+    WAN22_HIGH,
+    WAN22_LOW,
+    load_model_of,
+    save_adapter,
+)
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -26,6 +36,7 @@ from fidelora.cli import app
 from fidelora.errors import AdapterMismatchError, BaseModelFilesError, RecipeError
 from fidelora.families import get_family
 from fidelora.jobs.codec import document_of
+from fidelora.training.notes import notes_on
 from fidelora.training.plan import plan_samples
 from fidelora.training.run_folder import read_run
 
@@ -181,6 +192,22 @@ def test_a_run_may_have_trained_one_stage_only(tmp_path):
     plan = plan_samples(run, 6, base_model=str(TINY_WAN22))[1]
     assert [(ref.name, ref.stage) for ref in plan.recipe.adapters] == [(WAN22_HIGH.stem, "high")]
     assert (plan.recipe.width, plan.recipe.height) == (96, 64)  # multiples of 16, as the trainer's
+
+
+@pytest.mark.parametrize(("release", "is_older"), [("0.10.21", True), ("0.10.22", False)])
+def test_older_trainers_quantised_all_layers(tmp_path, release, is_older):
+    run = Path(shutil.copytree(GOLDEN_JOBS / "wan22_low_quant", tmp_path / "wan22_low_quant"))
+    assert notes_on(read_run(run)) == []
+    file = run / "wan22_low_quant_low_noise.safetensors"
+    software = f'{{"name": "ai-toolkit", "version": "{release}"}}'
+    metadata = {"software": software, "training_info": '{"step": 6}'}
+    save_adapter(file, load_file(GOLDEN_JOBS / run.name / file.name), **metadata)
+    notes = notes_on(read_run(run))
+    if is_older:
+        (note,) = notes
+        assert "before 0.10.22 also quantised the layers condition_embedder*, proj_out*" in note
+    else:
+        assert notes == []
 
 
 def test_both_adapters_of_a_run_are_in_its_history(tmp_path):

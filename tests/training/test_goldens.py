@@ -56,6 +56,7 @@ BF16_LEVELS = {
     "flux_bf16_save_f32": 12,
     "chroma_bf16_save_f32": 12,
     "wan21_bf16_save_f32": 24,
+    "wan22_low_quant": 24,
 }
 """Largest difference of bfloat16 samples on other processors, by training run.
 
@@ -105,6 +106,7 @@ EXACT = {
     "wan22_video_bf16_save_f32": 1,
     "wan22_lora_f32": 2,
     "wan22_multipliers": 2,
+    "wan22_low_quant": 2,
 }
 """Training runs whose last samples are all identical, with the number of replayed samples."""
 

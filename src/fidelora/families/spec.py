@@ -230,6 +230,8 @@ class TrainerSampling:
             None if no release does.
         wrong_schedules: schedules that other programs use by mistake.
         older: differences of older releases, the newest release first.
+        whole_layers_since: first release of the trainer that leaves `Part.whole_layers` of the
+            denoiser unquantised; None if every release does, or if there are no such layers.
         assistant_float8: True if the trainer quantises the denoiser with `float8` in place of
             `qfloat8` in runs with an assistant LoRA (`training_adapters`).
     """
@@ -245,6 +247,7 @@ class TrainerSampling:
     tiles_since: tuple[int, ...] | None = None
     wrong_schedules: tuple[WrongSchedule, ...] = ()
     older: tuple[OlderTrainer, ...] = ()
+    whole_layers_since: tuple[int, ...] | None = None
     assistant_float8: bool = False
 
 

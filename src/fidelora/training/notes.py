@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from fidelora.adapters.tensor_names import trainer_version
 from fidelora.families import get_family
 from fidelora.training.plan import random_samples, undefined_samples
+from fidelora.training.run_files import checkpoint_metadata
 from fidelora.training.run_folder import TrainingRun
 
 
@@ -12,8 +14,9 @@ def notes_on(run: TrainingRun) -> list[str]:
 
     Raises:
         TrainingRunError: a flag in a prompt is invalid.
+        WeightsFileError: the last checkpoint is not a valid .safetensors file.
     """
-    notes = list(run.notes)
+    notes = [*run.notes, *_notes_on_older_quantization(run)]
     for one, block in ((run, "sample"), (run.first_round, "first_sample")):
         if one is None:
             continue
@@ -29,6 +32,23 @@ def notes_on(run: TrainingRun) -> list[str]:
                 "trainer's image is black and cannot be replayed."
             )
     return notes
+
+
+def _notes_on_older_quantization(run: TrainingRun) -> list[str]:
+    """Return a sentence if the trainer's release quantised layers that the replay leaves whole."""
+    sampling = get_family(run.model).trainer_sampling
+    since = sampling.whole_layers_since
+    if since is None or run.quantization == "none" or not run.checkpoints:
+        return []
+    latest = run.checkpoints[max(run.checkpoints)]
+    version = run.trainer_version or trainer_version(checkpoint_metadata(latest))
+    if version is None or version >= since:
+        return []
+    return [
+        f"AI Toolkit before {'.'.join(map(str, since))} also quantised the layers "
+        f"{', '.join(get_family(run.model).part('denoiser').whole_layers)} of the transformer, "
+        "and the replay does not, so samples differ from it."
+    ]
 
 
 def first_round_to_check(run: TrainingRun) -> TrainingRun | None:

@@ -129,7 +129,9 @@ WAN21_14B = replace(
     trainer_sampling=replace(WAN21_1B.trainer_sampling, archs=("wan21:14b",)),
 )
 
-_TRANSFORMER = WAN21_1B.part("denoiser")
+# The trainer quantises neither the embeddings of time and text nor the last layer of Wan 2.2.
+# Those of Wan 2.1 are quantised.
+_TRANSFORMER = replace(WAN21_1B.part("denoiser"), whole_layers=("condition_embedder*", "proj_out*"))
 
 WAN22_14B_T2V = replace(
     WAN21_14B,
@@ -148,7 +150,10 @@ WAN22_14B_T2V = replace(
     checkpoint="",  # a file has only one of the two transformers
     # Sizes that are not multiples of 16 are rounded down, where Wan 2.1 fails.
     trainer_sampling=replace(
-        WAN21_1B.trainer_sampling, archs=("wan22_14b:t2v", "wan22_14b"), size_multiple=8
+        WAN21_1B.trainer_sampling,
+        archs=("wan22_14b:t2v", "wan22_14b"),
+        size_multiple=8,
+        whole_layers_since=(0, 10, 22),
     ),
     adapter_base_versions=("wan_2.2_14b",),
 )

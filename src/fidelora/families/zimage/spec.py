@@ -28,6 +28,7 @@ _TRAINER_SAMPLING = TrainerSampling(
     archs=("zimage",),
     text_encoder_qtype="qtype_te",
     ignores_sampler=True,
+    whole_layers_since=(0, 10, 24),
     assistant_float8=True,
     older=(
         OlderTrainer((0, 10, 25), sampler=_FLOWMATCH_TO_ZERO.name),
