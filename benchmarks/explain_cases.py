@@ -65,6 +65,7 @@ _FORGOTTEN: dict[str, Changes] = {"trigger": {}}
 """The prompt depends on the sample; see `trigger`."""
 _NO_NEGATIVE: dict[str, Changes] = {"negative_prompt": {"negative": ""}}
 _OTHER_NEGATIVE: dict[str, Changes] = {"negative_prompt": {"negative": "low quality, watermark"}}
+_NV_NOISE: dict[str, Changes] = {"noise": {"noise": "NV"}}
 _CLIP_SKIP: dict[str, Changes] = {"clip_skip": {"clip_skip": 2}}
 _WEIGHTS: dict[str, Changes] = {"emphasis": {}}
 """The prompt of the sample as it is; without this change, its brackets are escaped, and it is
@@ -103,7 +104,7 @@ A1111 = (
     Case(0, _NO_NEGATIVE),
     Case(2, _WEIGHTS),
     Case(3, _WEIGHTS),
-    Case(0, {"noise": {"noise": "NV"}}),
+    Case(0, _NV_NOISE),
     Case(0, _sampler("Euler a", "Automatic", seed_delta=31337)),
     Case(1, _sampler("DPM++ 2M", "Automatic") | _guidance(8.0)),
     Case(0, _sampler("DDIM", "Automatic") | _steps(12)),
@@ -113,10 +114,10 @@ A1111 = (
     Case(0, _size(64, 96) | _OTHER_NEGATIVE),
     Case(2, _sampler("Heun", "SGM Uniform") | _WEIGHTS | _guidance(3.0)),
     Case(0, _sampler("LCM", "Automatic") | _guidance(2.0)),
-    Case(3, _sampler("DPM++ 2S a", "Karras") | {"noise": {"noise": "NV"}}),
+    Case(3, _sampler("DPM++ 2S a", "Karras") | _NV_NOISE),
     Case(0, _sampler("Euler", "Exponential")),
     Case(0, _sampler("DPM++ 2M SDE", "Karras")),
-    Case(1, _sampler("DPM++ SDE", "Automatic", noise="NV") | _lora(0.5, 0.5)),
+    Case(1, _sampler("DPM++ SDE", "Automatic") | _NV_NOISE | _lora(0.5, 0.5)),
     Case(0, _sampler("DPM++ 2M SDE Heun", "Automatic")),
 )
 DIFFUSERS = (

@@ -154,6 +154,13 @@ def test_brownian_path_does_not_depend_on_the_steps():
     assert torch.allclose(whole, parts, atol=1e-5)
 
 
+def test_brownian_path_ends_at_its_levels():
+    path = SimulatedNoise(5).path((1, 4, 8, 8), 0.03, 14.6)
+    assert torch.equal(path.noise(2.0000001, 2.0), torch.zeros(1, 4, 8, 8))
+    outside = path.noise(16.0, 0.01) * math.sqrt(15.99)
+    assert torch.allclose(outside, path.noise(14.6, 0.03) * math.sqrt(14.57), atol=1e-5)
+
+
 def test_brownian_path_on_a_gpu_has_philox_numbers():
     shape = (1, 4, 8, 8)
     seed = int(np.random.SeedSequence(7, pool_size=24).generate_state(1)[0])

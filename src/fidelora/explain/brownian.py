@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import torch
 from torch import Tensor
 
 _DIGITS = 6  # decimal places to which levels are rounded
@@ -27,7 +28,7 @@ class BrownianPath:
     Args:
         randn: returns standard normal numbers in the shape of the latents for a seed.
         seed: seed of the image.
-        low, high: smallest level above zero, and largest level.
+        low, high: smallest sigma above zero, and largest sigma.
     """
 
     def __init__(self, randn: Callable[[int], Tensor], seed: int, low: float, high: float) -> None:
@@ -38,10 +39,15 @@ class BrownianPath:
         self._known: dict[tuple[int, int], Tensor] = {}
 
     def noise(self, sigma: float, following: float) -> Tensor:
-        """Return the increment from a level down to the next, scaled to unit variance."""
+        """Return the increment from a sigma down to the next, scaled to unit variance.
+
+        Zeros if both are equal when rounded. Sigmas outside of the path count as its ends.
+        """
         low, high = (
             min(max(round(level, _DIGITS), self._low), self._high) for level in (following, sigma)
         )
+        if low >= high:  # equal after rounding
+            return torch.zeros_like(self._whole)
         pieces = list(self._pieces(self._whole, self._low, self._high, 0, 0, low, high))
         total = pieces[0]
         for piece in pieces[1:]:
