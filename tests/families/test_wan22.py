@@ -223,7 +223,7 @@ def test_both_adapters_of_a_run_are_in_its_history(tmp_path):
 
 
 def test_the_stage_is_part_of_a_stored_job():
-    from tests.jobs.test_stores import job
+    from tests.jobs.store_support import job
 
     stored = replace(job(), recipes=(replace(SMALL, adapters=(HIGH,)),))
     assert document_of(stored)["recipes"][0]["adapters"][0]["stage"] == "high"

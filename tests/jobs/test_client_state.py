@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
-from tests.jobs.test_stores import LEASE_S, NOW, is_listening, job, until
+from tests.jobs.store_support import LEASE_S, NOW, is_listening, job, until
 
 from fidelora.errors import SettingsError
 from fidelora.jobs.api_keys import FileKeys, hash_of

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from tests.jobs.test_stores import LEASE_S, NOW, A, B, is_listening, job, until
+from tests.jobs.store_support import LEASE_S, NOW, A, B, is_listening, job, until
 from tests.postgres import PostgresServer, missing, postgres_server
 
 from fidelora.errors import JobStoreError, QueueFullError

@@ -232,3 +232,28 @@ def pixels(content: bytes) -> NDArray[np.uint8]:
     """Return the pixels of an image file, `[height, width, 3]`."""
     with Image.open(io.BytesIO(content)) as image:
         return np.asarray(image.convert("RGB"))
+
+
+def submit(client: TestClient, body: Any = None, **headers: str) -> str:
+    """Send a request that is accepted, and return its id."""
+    answer = client.post("/v1/inference", json=body or MINIMAL, headers=headers)
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["request_id"])
+
+
+def error(answer: Any) -> tuple[int, str]:
+    """Return the status and the code of an error response."""
+    content = answer.json()["detail"]["error"]
+    assert set(content) == {"code", "message", "details"}
+    assert content["message"].endswith(".")
+    return answer.status_code, content["code"]
+
+
+def with_prompt(**fields: Any) -> dict[str, Any]:
+    """Return the body of a request with these fields in its prompt."""
+    return MINIMAL | {"prompts": [MINIMAL["prompts"][0] | fields]}
+
+
+def upload(client: TestClient, content: bytes, name: str = "new.safetensors") -> Any:
+    """Return the response to an upload of a LoRA."""
+    return client.post("/v1/loras", files={"file": (name, content)})

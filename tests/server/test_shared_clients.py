@@ -12,7 +12,7 @@ import httpx2
 import pytest
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
-from tests.jobs.test_stores import is_listening
+from tests.jobs.store_support import is_listening
 from tests.postgres import PostgresServer
 from tests.server.http_support import SERVER_DEFAULTS, client_of, in_thread, settings_for
 from tests.server.serve_support import ANSWER_DEADLINE_S, DEADLINE_S, Server, until

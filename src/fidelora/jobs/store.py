@@ -1,4 +1,4 @@
-"""Interface of job stores. All stores pass the same tests (`tests/jobs/test_stores.py`)."""
+"""Interface of job stores. All stores pass the same tests (`tests/jobs`, fixture `store`)."""
 
 from __future__ import annotations
 
