@@ -6,6 +6,7 @@ biases of these modules, and the weights and biases of norms.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ from fidelora.families.spec import Stage
 from fidelora.texts import listed
 from fidelora.weights.strict import changeable
 
-_TEXT_ENCODERS = ("lora_te", "text_encoder", "clip_l.", "clip_g.", "t5.", "t5xxl.")
+_TEXT_ENCODERS = re.compile(r"lora_te|text_encoder|clip_[lg]\.|t5")
 """Beginnings of the names of modules of text encoders."""
 
 
@@ -336,7 +337,7 @@ class Targets:
 
 def text_encoder_advice(unmatched: Sequence[str]) -> str:
     """Return the end of an error message if all unmatched modules are those of text encoders."""
-    if not unmatched or not all(module.startswith(_TEXT_ENCODERS) for module in unmatched):
+    if not unmatched or not all(map(_TEXT_ENCODERS.match, unmatched)):
         return ""
     return (
         "; they change a text encoder, which is not supported for this model. Export or train the "
