@@ -174,9 +174,45 @@ def test_a_pickle_named_safetensors_is_refused(read, protocol):
         read(pickle.dumps({"state": list(range(50))}, protocol=protocol))
 
 
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"GGUF\x03\x00\x00\x00" + bytes(100), "a GGUF file"),
+        (b"\x1f\x8b\x08\x00" + bytes(20), "a gzip archive, .* unpack it"),
+        (b"7z\xbc\xaf\x27\x1c" + bytes(20), "a 7z archive"),
+        (b"Rar!\x1a\x07\x01\x00" + bytes(20), "a RAR archive"),
+        (b"lora.safetensors".ljust(257, b"\x00") + b"ustar\x0000", "a tar archive"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(20), "an image"),
+        (bytes(5000), "begins with 512 zeros: the download is incomplete"),
+        (b'{"error":"Unauthorized"}', "a text file, .* logged in"),
+        (b"Entry not found", "a text file"),
+        (b"<Error><Code>AccessDenied</Code></Error>", "a web page"),
+        (b"\xef\xbb\xbf<!DOCTYPE html><html>", "a web page"),
+        (b"\xef\xbb\xbfversion https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+        ("version https://git-lfs.github.com/spec/v1\n".encode("utf-16"), "a Git LFS pointer"),
+        (b"\xef\xbb\xbf" + SOUND, "a byte order mark before its header"),
+    ],
+)
+def test_other_kinds_of_files_are_named(read, content, kind):
+    with pytest.raises(WeightsFileError, match=kind):
+        read(content)
+
+
+def test_a_safetensors_file_with_a_pickle_extension_is_named(tmp_path):
+    path = tmp_path / "lora.pt"
+    path.write_bytes(SOUND)
+    with pytest.raises(PickleRefusedError, match=r"is a \.safetensors file; rename it"):
+        read_file_header(path)
+
+
 def test_a_zip_archive_named_safetensors_is_refused(read):
     with pytest.raises(PickleRefusedError, match="zip archive"):
         read(zip_archive())
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("lora.safetensors", SOUND)
+    with pytest.raises(PickleRefusedError, match="is a zip archive; unpack it"):
+        read(content.getvalue())
 
 
 def test_a_torch_checkpoint_named_safetensors_is_refused(tmp_path):
@@ -189,7 +225,7 @@ def test_a_torch_checkpoint_named_safetensors_is_refused(tmp_path):
 @pytest.mark.parametrize("suffix", [".ckpt", ".bin", ".pt", ".pth", ".pkl", ".CKPT"])
 def test_a_pickle_extension_is_refused_whatever_the_content(tmp_path, suffix):
     path = tmp_path / f"lora{suffix}"
-    path.write_bytes(SOUND)
+    path.write_bytes(b"anything")
     with pytest.raises(
         PickleRefusedError, match=rf"lora{suffix} is a Python pickle.*convert it to \.safetensors"
     ):

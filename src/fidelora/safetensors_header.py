@@ -8,6 +8,7 @@ pages and pickles are recognised, and each has its own error message.
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 from fidelora.errors import PickleRefusedError, WeightsFileError
 from fidelora.texts import cleaned
@@ -44,8 +45,28 @@ counted before parsing, because small values take up to 40 times their length in
 has three brackets and about seven commas."""
 
 _PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle"}
-_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-_HTML_STARTS = (b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")
+_ZIP_START = b"PK\x03\x04"
+_PICKLE_STARTS = (_ZIP_START, b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+_MARKUP_STARTS = ("<!doctype", "<html", "<?xml", "<head", "<body", "<error", "<script", "<!--")
+_UNPACK = "unpack it and use the .safetensors file in it"
+_USE_SAFETENSORS = "use the .safetensors version of the file"
+_IS_IMAGE = ("an image", "use the LoRA that it was made with")
+_OTHER_STARTS = {
+    b"GGUF": ("a GGUF file, whose tensors are quantised", _USE_SAFETENSORS),
+    b"\x1f\x8b": ("a gzip archive", _UNPACK),
+    b"7z\xbc\xaf\x27\x1c": ("a 7z archive", _UNPACK),
+    b"Rar!\x1a\x07": ("a RAR archive", _UNPACK),
+    b"\x28\xb5\x2f\xfd": ("a Zstandard archive", _UNPACK),
+    b"BZh": ("a bzip2 archive", _UNPACK),
+    b"\xfd7zXZ\x00": ("an xz archive", _UNPACK),
+    b"\x89HDF\r\n\x1a\n": ("an HDF5 file of Keras", _USE_SAFETENSORS),
+    b"\x89PNG\r\n\x1a\n": _IS_IMAGE,
+    b"\xff\xd8\xff": _IS_IMAGE,
+    b"RIFF": _IS_IMAGE,
+}
+"""Kind of a file and advice, by its first bytes."""
+
+_START_BYTES = 512  # read to recognise other kinds of files; the mark of a tar archive is at 257
 
 
 @dataclass(frozen=True)
@@ -71,6 +92,11 @@ def refuse_pickle(path: Path) -> None:
     `read_header` recognises pickles with other suffixes by their content.
     """
     if path.suffix.lower() in _PICKLE_SUFFIXES:
+        if _begins_as_safetensors(path):
+            raise PickleRefusedError(
+                f"{path.name} has the extension of a Python pickle, but is a .safetensors file; "
+                "rename it to .safetensors."
+            )
         raise PickleRefusedError(
             f"{path.name} is a Python pickle, which can run code when it is opened; "
             "convert it to .safetensors and use that."
@@ -101,7 +127,7 @@ def read_header_bytes(file: BinaryIO, name: str) -> tuple[Header, bytes]:
     """
     file_bytes = os.fstat(file.fileno()).st_size
     file.seek(0)
-    start = file.read(512)
+    start = file.read(_START_BYTES)
     _refuse_other_formats(start, name, file_bytes)
 
     (header_length,) = struct.unpack("<Q", start[:8])
@@ -130,28 +156,93 @@ def read_file_header(path: Path) -> Header:
         raise WeightsFileError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
+def _begins_as_safetensors(path: Path) -> bool:
+    """Return True if the file at `path` begins with a length and a brace; False if unreadable."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError:
+        return False
+    return _is_length(start) and start[8:] == b"{"
+
+
+def _is_length(start: bytes) -> bool:
+    """Return True if 8 bytes can be the length of a header, at most `MAX_HEADER_BYTES`."""
+    return len(start) >= 8 and 0 < int.from_bytes(start[:8], "little") <= MAX_HEADER_BYTES
+
+
 def _refuse_other_formats(start: bytes, name: str, file_bytes: int) -> None:
-    text = start.lstrip().lower()
-    if text.startswith(_HTML_STARTS):
-        raise WeightsFileError(
-            f"{name} is a web page (HTML), not weights; use the direct download link of the file."
-        )
-    if text.startswith(b"version https://git-lfs"):
-        raise WeightsFileError(
-            f"{name} is a Git LFS pointer, not the weights themselves; "
-            "run `git lfs pull` in the repository of the file."
-        )
+    """Raise an error that names the kind of the file if it is not a .safetensors file.
+
+    Args:
+        start: the first `_START_BYTES` of the file.
+    """
     # A header of 640 bytes begins like a pickle of protocol 2, but its ninth byte is a brace.
-    if start.startswith(_PICKLE_STARTS) and start[8:9] != b"{":
-        raise PickleRefusedError(
-            f"{name} is a Python pickle or zip archive under the name of a .safetensors file; "
-            "convert it and use the result."
+    if _is_length(start) and start[8:9] == b"{":
+        return
+    _refuse_archive(start, name)
+    for signature, (kind, advice) in _OTHER_STARTS.items():
+        if start.startswith(signature):
+            raise WeightsFileError(f"{name} is {kind}, not a .safetensors file; {advice}.")
+    if start.startswith(codecs.BOM_UTF8) and _is_length(start[3:]):
+        raise WeightsFileError(
+            f"{name} has a byte order mark before its header, so a text editor has saved it: it is "
+            "damaged; download or export it again."
+        )
+    if (text := _as_text(start)) is not None:
+        _refuse_text(text, name)
+    if len(start) == _START_BYTES and not any(start):
+        raise WeightsFileError(
+            f"{name} begins with {_START_BYTES} zeros: the download is incomplete, or the disk "
+            "was full; download or copy it again."
         )
     if file_bytes < 8:
         raise WeightsFileError(
             f"{name} has {file_bytes} bytes, too few for a .safetensors file; "
             "download or export it again."
         )
+
+
+def _refuse_archive(start: bytes, name: str) -> None:
+    if start.startswith(_ZIP_START) and b"data.pkl" not in start:
+        raise PickleRefusedError(f"{name} is a zip archive; {_UNPACK}.")
+    if start.startswith(_PICKLE_STARTS):
+        raise PickleRefusedError(
+            f"{name} is a Python pickle or zip archive under the name of a .safetensors file; "
+            "convert it and use the result."
+        )
+    if start[257:262] == b"ustar":
+        raise WeightsFileError(f"{name} is a tar archive, not a .safetensors file; {_UNPACK}.")
+
+
+def _as_text(start: bytes) -> str | None:
+    """Return the beginning of a text file in UTF-8 or UTF-16; None for other files."""
+    encoding = "utf-8-sig"
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"
+    try:  # the last character may be cut off
+        text = codecs.getincrementaldecoder(encoding)().decode(start).strip()
+    except UnicodeDecodeError:
+        return None
+    is_text = bool(text) and all(one.isprintable() or one.isspace() for one in text)
+    return text if is_text else None
+
+
+def _refuse_text(text: str, name: str) -> NoReturn:
+    if text.lower().startswith(_MARKUP_STARTS):
+        raise WeightsFileError(
+            f"{name} is a web page (HTML), not weights; use the direct download link of the file."
+        )
+    if text.lower().startswith("version https://git-lfs"):
+        raise WeightsFileError(
+            f"{name} is a Git LFS pointer, not the weights themselves; "
+            "run `git lfs pull` in the repository of the file."
+        )
+    # The text is not quoted: the file may have been downloaded by a server, for another user.
+    raise WeightsFileError(
+        f"{name} is a text file, not weights. If a website sent an error message instead of the "
+        "file, download the file again, logged in if the site requires it."
+    )
 
 
 def _parse(raw: bytes, name: str) -> dict[str, Any]:

@@ -251,7 +251,7 @@ def test_a_folder_is_refused(tmp_path):
 
 def test_a_file_with_a_pickle_extension_is_refused(tmp_path):
     path = tmp_path / "style.pt"
-    save_file(lora(), path)
+    torch.save(lora(), path)
     with pytest.raises(PickleRefusedError, match=r"style\.pt is a Python pickle"):
         read_adapter(path)
 
@@ -284,6 +284,12 @@ def test_a_file_without_tensors_is_refused(read):
         ("unet.a.set_weight", "replaces weights"),
         ("unet.a.bias_indices", "has sparse biases"),
         ("unet.a.scale_weight", "is quantised with separate scales"),
+        ("unet.a.delora_lambda", "is a DeLoRA in the format of PEFT"),
+        ("base_model.vera_A", "is a VeRA in the format of PEFT"),
+        ("unet.a.lora_down1.weight", "is an ABBA"),
+        ("transformer_blocks.0.qkv_proj.lora_down", "in the format of Nunchaku (SVDQuant)"),
+        ("transformer_blocks.0.qkv_proj.smooth_factor", "has quantised weights (SVDQuant"),
+        ("double_blocks.0.img_attn.norm.key_norm.scale", "is a control LoRA of FLUX.1"),
         ("unet:0:up", "is a LoRA in the format of cloneofsimo's trainer"),
         ("lora_controlnet", "is a Control-LoRA"),
     ],
@@ -293,6 +299,41 @@ def test_an_adapter_of_an_unsupported_kind_is_refused_with_its_reason(read, key,
         read({**lora(), key: torch.ones(8, 1)})
     assert reason in str(raised.value)
     assert f"({key})" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("module", "what"),
+    [
+        ("controlnet.down_blocks.0.attn1.to_q", "a LoRA of a ControlNet"),
+        ("lora_controlnet_down_blocks_0_attn1_to_q", "a LoRA of a ControlNet"),
+        ("unet.down_blocks.0.motion_modules.0.attn1.to_q", "a motion module of AnimateDiff"),
+        ("lora_unet_down_blocks_0_motion_modules_0_attn1_to_q", "a motion module of AnimateDiff"),
+        ("ip_adapter.0.to_q", "an IP-Adapter"),
+        ("lllite_unet_input_blocks_1_1_attn1_to_q", "a ControlNet-LLLite"),
+    ],
+)
+def test_a_lora_of_something_else_is_refused_with_its_name(read, module, what):
+    with pytest.raises(AdapterFormatError, match=f"is {what}.*, which is not supported"):
+        read(lora(module=module))
+
+
+@pytest.mark.parametrize("key", ["body.0.in_conv.weight", "adapter.body.0.resnets.0.block1.weight"])
+def test_a_t2i_adapter_is_refused_with_its_name(read, key):
+    with pytest.raises(AdapterFormatError, match="is a T2I-Adapter"):
+        read({key: torch.ones(2, 2)})
+
+
+@pytest.mark.parametrize("keys", [["t5"], ["clip_l", "t5"], ["clip_l", "t5xxl"]])
+def test_an_embedding_for_t5_is_refused_with_its_name(read, keys):
+    tensors = {key: torch.ones(2, 4096 if "t5" in key else 768) for key in keys}
+    with pytest.raises(AdapterFormatError, match=f"for the text encoder {keys[-1]}"):
+        read(tensors)
+
+
+def test_a_file_with_only_parameters_is_refused_as_a_model(read):
+    tensors = {f"blocks.0.attn.{part}": torch.ones(2) for part in ("weight", "bias")}
+    with pytest.raises(AdapterFormatError, match="is a model or a part of one, not an adapter"):
+        read(tensors)
 
 
 @pytest.mark.parametrize(

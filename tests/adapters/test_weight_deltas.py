@@ -31,6 +31,10 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) / 2
 
 
+LOHA = (("a", (OUT, RANK)), ("b", (RANK, IN)))
+GLORA = (("a1", (IN, RANK)), ("a2", (RANK, IN)), ("b1", (OUT, RANK)), ("b2", (RANK, IN)))
+
+
 @pytest.fixture
 def read(tmp_path):
     def write_and_read(tensors: Mapping[str, Tensor], **metadata: str) -> Adapter:
@@ -167,6 +171,44 @@ def test_alpha_0_is_the_rank_only_in_files_of_the_trainer(read):
     assert read(tensors).deltas["m"].scale == 0
     software = '{"name": "ai-toolkit", "version": "0.12.0"}'
     assert read(tensors, software=software).deltas["m"].scale == 1
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr", "whole lokr", "glora"])
+def test_a_scalar_of_lycoris_multiplies_the_change(read, kind):
+    tensors = {
+        "lora": lora(LINEAR),
+        "dora": {**lora(LINEAR), "m.dora_scale": numbers(OUT, 1, seed=5).abs() + 0.5},
+        "loha": {f"m.hada_w{n}_{p}": numbers(*s, seed=n) for n in (1, 2) for p, s in LOHA},
+        "lokr": {
+            "m.lokr_w1": numbers(3, 5, seed=1),
+            "m.lokr_w2_a": numbers(4, 2, seed=2),
+            "m.lokr_w2_b": numbers(2, 3, seed=3),
+        },
+        "whole lokr": {"m.lokr_w1": numbers(3, 5, seed=1), "m.lokr_w2": numbers(4, 3, seed=2)},
+        "glora": {f"m.{part}.weight": numbers(*s, seed=n) for n, (part, s) in enumerate(GLORA)},
+    }[kind]
+    factor = {
+        "lora": "m.lora_up.weight", "dora": "m.lora_up.weight", "loha": "m.hada_w1_a",
+        "lokr": "m.lokr_w1", "whole lokr": "m.lokr_w1",
+    }  # fmt: skip
+    changed = [factor[kind]] if kind in factor else ["m.a2.weight", "m.b2.weight"]
+    # A power of two, so that both orders of multiplication give the same bits.
+    folded = {key: tensor * (0.25 if key in changed else 1) for key, tensor in tensors.items()}
+    weight = numbers(*LINEAR)
+    for multiplier in (1.0, -0.6):
+        deltas = (
+            read({**tensors, "m.scalar": torch.tensor(0.25)}).deltas["m"],
+            read(folded).deltas["m"],
+        )
+        one, other = (delta.change(weight, multiplier) for delta in deltas)
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+        assert one.abs().max() > 0.01
+
+
+def test_a_scalar_is_refused_where_lycoris_has_none(read):
+    tensors = {"m.oft_blocks": torch.zeros(4, 3, 3), "m.scalar": torch.tensor(0.5)}
+    with pytest.raises(AdapterFormatError, match="is incomplete"):
+        read(tensors)
 
 
 # --- Tucker decomposition -------------------------------------------------------------------------

@@ -146,7 +146,10 @@ REFUSED: dict[str, tuple[dict[str, Tensor], str]] = {
     **{
         what: ({key: numbers(4, 4)}, f"{what}, which is not supported")
         for what, key in (
-            ("is a motion module of AnimateDiff", "down_blocks.0.motion_modules.0.x.weight"),
+            (
+                "is a motion module of AnimateDiff, or its LoRA",
+                "down_blocks.0.motion_modules.0.x.weight",
+            ),
             ("is an IP-Adapter", "image_proj.proj.weight"),
             ("is a ControlNet", "control_model.input_blocks.0.0.weight"),
             ("is a VAE", "first_stage_model.decoder.conv_in.weight"),

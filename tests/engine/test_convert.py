@@ -321,6 +321,24 @@ def test_a_missing_alpha_is_the_rank(tmp_path):
     assert peft_config(written(result, tmp_path / "c.safetensors"))["unet.lora_alpha"] == RANK
 
 
+@pytest.mark.parametrize("to", ["kohya", "peft"])
+def test_a_scalar_of_lycoris_becomes_a_part_of_alpha(tmp_path, to):
+    name = "lora_unet_mid_block_attentions_0_proj_in"
+    tensors = {
+        f"{name}.lora_down.weight": torch.ones(RANK, 8),
+        f"{name}.lora_up.weight": torch.ones(8, RANK),
+        f"{name}.alpha": torch.tensor(4.0),
+        f"{name}.scalar": torch.tensor(0.25),
+    }
+    source = save_adapter(tmp_path / "a.safetensors", tensors)
+    result = written(convert_adapter(source, to), tmp_path / "b.safetensors")
+    assert not any("scalar" in key for key in tensors_of(result))
+    scales = [
+        [delta.scale for delta in read_adapter(path).deltas.values()] for path in (source, result)
+    ]
+    assert scales == [[0.5], [0.5]]
+
+
 def test_an_alpha_that_float32_cannot_hold_is_noted(tmp_path):
     name = "unet.mid_block.attentions.0.proj_in"
     config = json.dumps({"unet.lora_alpha": 0.1, "unet.r": RANK})

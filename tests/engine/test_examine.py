@@ -10,8 +10,11 @@ import torch
 from tests.support import LOKR, LORA, LORA_CONV, MINIATURE_LORA, TINY_BASE, save_adapter
 from torch import Tensor
 
+from fidelora.adapters.read import read_adapter
+from fidelora.engine.adapter_family import default_targets, explain_mismatch
 from fidelora.engine.examine import Examination, examine_adapter
-from fidelora.errors import AdapterNotFoundError, BaseModelFilesError
+from fidelora.errors import AdapterMismatchError, AdapterNotFoundError, BaseModelFilesError
+from fidelora.families import get_family
 
 # Modules of Stable Diffusion 1.5 itself, with their [out, in].
 SELF = ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q", 320, 320)
@@ -156,12 +159,62 @@ def test_keys_of_another_architecture_are_reported(examined, module, metadata, w
 
 
 def test_keys_of_no_family_are_reported(examined):
-    found = examined(lora(("transformer.joint_blocks.0.attn.to_q", 8, 8)))
+    found = examined(lora(("transformer.strange_blocks.0.attn.to_q", 8, 8)))
     assert (codes(found), found.model) == ([("other_architecture", True)], "")
     assert found.problems[0].message == (
         "1 of 1 modules are not in any supported model family "
-        "(transformer.joint_blocks.0.attn.to_q); its module names are those of Stable Diffusion 3."
+        "(transformer.strange_blocks.0.attn.to_q)."
     )
+
+
+OTHER_MODELS = {
+    "transformer.transformer_blocks.0.attn.to_q 1536": "Stable Diffusion 3",
+    "transformer.transformer_blocks.0.attn.to_q 2432": "Stable Diffusion 3",
+    "diffusion_model.joint_blocks.0.x_block.attn.qkv 1536": "Stable Diffusion 3",
+    "lora_unet_double_blocks_0_img_mlp_fc1 3072": "HunyuanVideo",
+    "transformer.single_transformer_blocks.39.attn.to_q 3072": "HunyuanVideo",
+    "transformer.blocks.0.attn1.to_q 1408": "HunyuanDiT",
+    "base_model.model.transformer_blocks.0.attn1.to_q 1152": "PixArt",
+    "diffusion_model.transformer_blocks.0.attn1.to_q 2048": "LTX-Video",
+    "diffusion_model.transformer_blocks.0.audio_attn1.to_q 2048": "LTX-2",
+    "transformer.transformer_blocks.0.attn1.to_q 3072": "CogVideoX",
+    "transformer.transformer_blocks.0.attn1.add_q_proj 1536": "Mochi",
+    "transformer.joint_transformer_blocks.0.attn.to_q 3072": "AuraFlow",
+    "diffusion_model.double_stream_blocks.0.block.attn1.to_q 2560": "HiDream",
+    "diffusion_model.double_blocks.0.img_attn.qkv 6144": "FLUX.2-dev",
+    "diffusion_model.double_blocks.0.img_attn.qkv 4096": "FLUX.2-klein 9B",
+    "diffusion_model.blocks.0.cross_attn.k_img 5120": "Wan image-to-video",
+    "transformer.x_embedder 128": "FLUX.1 with a control image",
+    "lora_prior_unet_down_blocks_0_1_attention_attn_out_proj 2048": "Stable Cascade",
+}
+
+
+@pytest.mark.parametrize("module", OTHER_MODELS)
+def test_an_adapter_of_an_unsupported_model_is_named(tmp_path, module):
+    name, width = module.split()
+    path = save_adapter(tmp_path / "x.safetensors", lora((name, 8, int(width))))
+    found = examine_adapter(path)
+    assert codes(found)[-1] == ("other_architecture", True)
+    title = OTHER_MODELS[module]
+    assert f"It is an adapter for {title}" in found.problems[-1].message
+    assert "which is not supported" in found.problems[-1].message
+    adapter, spec = read_adapter(path), get_family("sd15")
+    with pytest.raises(AdapterMismatchError) as raised:
+        default_targets("sd15").bind(adapter)
+    assert f"x is an adapter for {title}" in str(explain_mismatch(adapter, spec, raised.value))
+
+
+def test_the_metadata_of_the_trainer_names_an_unsupported_model(examined):
+    tensors = lora(("diffusion_model.layers.0.self_attention.to_q", 8, 8))
+    found = examined(tensors, ss_base_model_version="ernie_image")
+    assert "It is an adapter for ERNIE-Image, which" in found.problems[-1].message
+
+
+def test_a_supported_family_in_the_metadata_has_precedence(examined):
+    """The names and widths alone are those of Stable Diffusion 3."""
+    tensors = lora(("transformer.transformer_blocks.0.attn.to_q", 1536, 1536))
+    found = examined(tensors, ss_base_model_version="flux1")
+    assert (found.usable, found.model) == (True, "flux")
 
 
 def test_an_adapter_for_a_related_model_is_reported(examined):

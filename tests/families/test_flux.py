@@ -264,6 +264,59 @@ def test_a_lora_in_the_names_of_other_programs_is_equal(engine, tmp_path, style,
     assert examine_adapter(file).model == "flux"
 
 
+def test_a_lora_of_xlabs_is_a_lora_of_attention_modules(engine, tmp_path):
+    """Its `qkv_lora` of a single block changes only the first rows of `linear1`."""
+    rows = {"qkv_lora1": 192, "qkv_lora2": 192, "proj_lora1": 64, "proj_lora2": 64}
+    block = "transformer.transformer_blocks.0.attn"
+    xlabs: dict[str, Tensor] = {}
+    diffusers: dict[str, Tensor] = {}
+    modules = {
+        "qkv_lora1": ["to_q", "to_k", "to_v"], "proj_lora1": ["to_out.0"],
+        "qkv_lora2": ["add_q_proj", "add_k_proj", "add_v_proj"], "proj_lora2": ["to_add_out"],
+    }  # fmt: skip
+    for name, count in rows.items():
+        down, up = torch.randn(2, 64) / 4, torch.randn(count, 2) / 4
+        xlabs |= {
+            f"double_blocks.0.processor.{name}.{part}.weight": one
+            for part, one in (("down", down), ("up", up))
+        }
+        for module, own in zip(modules[name], up.split(64), strict=True):
+            diffusers |= {f"{block}.{module}.lora_A.weight": down.clone()}
+            diffusers |= {f"{block}.{module}.lora_B.weight": own.clone()}
+    down, up = torch.randn(2, 64) / 4, torch.randn(192, 2) / 4
+    xlabs |= {
+        "single_blocks.0.processor.qkv_lora.down.weight": down,
+        "single_blocks.0.processor.qkv_lora.up.weight": up,
+    }
+    for one, own in zip("qkv", up.split(64), strict=True):
+        module = f"transformer.single_transformer_blocks.0.attn.to_{one}"
+        diffusers |= {f"{module}.lora_A.weight": down.clone(), f"{module}.lora_B.weight": own.clone()}  # noqa: E501  # fmt: skip
+    files = [
+        save_adapter(tmp_path / f"{name}.safetensors", tensors)
+        for name, tensors in (("xlabs", xlabs), ("diffusers", diffusers))
+    ]
+    images = [
+        engine.generate(replace(SMALL, adapters=(AdapterRef.from_file(file),))).pixels.astype(int)
+        for file in files
+    ]
+    assert abs(images[0] - images[1]).max() <= 1
+    assert abs(images[0] - engine.generate(SMALL).pixels).max() > 5
+
+
+def test_the_text_encoder_of_a_kohya_lora_is_named(engine, tmp_path):
+    tensors = {
+        f"lora_te1_text_model_encoder_layers_0_self_attn_q_proj.lora_{part}.weight": torch.ones(
+            8, 8
+        )
+        for part in ("down", "up")
+    }
+    file = save_adapter(tmp_path / "a.safetensors", {**load_file(FLUX_LORA), **tensors})
+    with pytest.raises(AdapterMismatchError, match="change a text encoder, which is not supported"):
+        engine.generate(replace(SMALL, adapters=(AdapterRef.from_file(file),)))
+    problems = [one.message for one in examine_adapter(file).problems]
+    assert any("change a text encoder, which is not supported" in one for one in problems)
+
+
 def test_a_fused_lokr_is_divided_among_its_modules(engine, tmp_path):
     w1, w2 = torch.randn(4, 4) / 4, torch.randn(48, 16) / 4
     fused = {"lokr_w1": w1, "lokr_w2": w2}

@@ -122,7 +122,14 @@ class Module:
 
     def _scale(self, rank: int) -> float:
         alpha = float(self.tensors["alpha"]) if "alpha" in self.tensors else None
-        return self.scaling.scale(alpha, rank, self.name)
+        return self._scaled(self.scaling.scale(alpha, rank, self.name))
+
+    def _scaled(self, scale: float) -> float:
+        """Return `scale` times the factor that LyCORIS stores with `use_scalar`, if there is one.
+
+        Current releases of LyCORIS multiply the weights by it when they save a file.
+        """
+        return scale * float(self.tensors["scalar"]) if "scalar" in self.tensors else scale
 
     def _lora(self) -> Delta:
         down, up = self.tensors["down"], self.tensors["up"]
@@ -220,7 +227,7 @@ class Module:
             )
         if len(w1) == len(w2) == 1:
             # Both factors are whole: the trainer's scale is 1, and the stored alpha is unused.
-            return LokrDelta(1.0, w1, w2)
+            return LokrDelta(self._scaled(1.0), w1, w2)
         scale = self._scale((w2 if len(w2) > 1 else w1)[-1].shape[0])
         return LokrDelta(scale, w1, (tucker(*w2),) if len(w2) == 3 else w2)
 

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 
 _PARTS = {
     "alpha": "alpha",
+    # LyCORIS with `use_scalar`: a factor of the whole change.
+    "scalar": "scalar",
     # LoRA of AI Toolkit and kohya, of PEFT, and of diffusers in 2023.
     "lora_down.weight": "down", "lora_A": "down", "lora_A.weight": "down",
     "lora.down.weight": "down", "lora_linear_layer.down.weight": "down",
@@ -40,30 +42,50 @@ _MAGNITUDE = "lora_magnitude_vector"
 _EXPORT_ADVICE = "; load it together with its base model in its training program and export a LoRA"
 _PEFT_FORMAT = "in the format of PEFT, which is not supported" + _EXPORT_ADVICE
 _QUANTISED = "is quantised with separate scales, which is not supported; export it as F16 or BF16"
+_PEFT_METHODS = {
+    "adamss": "an AdaMSS", "beft": "a BEFT", "boft": "a BOFT", "bone": "a Bone", "c3a": "a C3A",
+    "deft": "a DEFT", "delora": "a DeLoRA", "fourierft": "a FourierFT", "frod": "a FRoD",
+    "glora": "a GLoRA", "gralora": "a GraLoRA", "hira": "a HiRA", "hra": "an HRA",
+    "ia3": "an (IA)^3", "lily": "a Lily", "ln": "an LN tuning", "miss": "a MiSS", "oft": "an OFT",
+    "osf": "an OSF", "peanut": "a PEANuT", "poly": "a Poly", "psoft": "a PSOFT",
+    "pvera": "a PVeRA", "randlora": "a RandLora", "road": "a RoAd", "shira": "a SHiRA",
+    "supertuning": "a SuperTuning", "tinylora": "a TinyLoRA", "trainable": "a set of tokens",
+    "unilora": "a UniLoRA", "vblora": "a VB-LoRA", "vera": "a VeRA", "waveft": "a WaveFT",
+}  # fmt: skip
+"""Methods of PEFT that are not supported, by the first word of their parameters' names."""
+_PEFT_PARAMETER = re.compile(
+    r"(?:adamss_[AB]|beft_bias|boft_[Rs]|bone_block|c3a_kernel|deft_[PR]|delora_(?:[AB]|lambda)"
+    r"|fourierft_spectrum|frod_lambda_\w+|glora_[A-E]|gralora_[AB]\w*|hira_\w+|hra_u|ia3_l"
+    r"|lily_\w+|ln_tuning_layers|miss_block|oft_(?:[Rrs]|embedding_R)|osf_\w+|peanut_\w+|poly_\w+"
+    r"|psoft_\w+|pvera_\w+|randlora_\w+|road_(?:theta|alpha)|shira_\w+|supertuning_\w+"
+    r"|tinylora_\w+|trainable_tokens_\w+|unilora_\w+|vblora_\w+|vera_(?:lambda_[bd]|[AB])"
+    r"|waveft_\w+)"
+)
+_PACKED = (
+    "is a LoRA in the format of Nunchaku (SVDQuant), whose factors are packed for its GPU kernels "
+    "and not supported; use the original LoRA"
+)
+_CONTROL = (
+    "is a control LoRA of FLUX.1 (Canny, Depth), which needs a control image and is not supported; "
+    "use a LoRA without one"
+)
+_BITS = (
+    "has quantised weights (SVDQuant, GPTQ, AWQ or bitsandbytes), which are not supported; use the "
+    "unquantised file"
+)
+_ABBA = (
+    "is an ABBA, the product of two LoRAs. Programs scale it differently, and it is not supported; "
+    "load it together with its base model in its training program and export a LoRA"
+)
 _REFUSED = {
-    "oft_R.weight": f"is an OFT {_PEFT_FORMAT}",
-    "oft_r": f"is an OFT {_PEFT_FORMAT}",
-    "oft_s": f"is an OFT {_PEFT_FORMAT}",
-    "boft_R": f"is a BOFT {_PEFT_FORMAT}",
-    "boft_s": f"is a BOFT {_PEFT_FORMAT}",
-    "ia3_l": f"is an (IA)^3 {_PEFT_FORMAT}",
-    "vera_lambda_b": f"is a VeRA {_PEFT_FORMAT}",
-    "vera_lambda_d": f"is a VeRA {_PEFT_FORMAT}",
     "lora_E": f"is an AdaLoRA {_PEFT_FORMAT}",
     "ranknum": f"is an AdaLoRA {_PEFT_FORMAT}",
-    "hra_u": f"is an HRA {_PEFT_FORMAT}",
-    "fourierft_spectrum": f"is a FourierFT {_PEFT_FORMAT}",
-    "ln_tuning_layers.weight": f"is an LN tuning {_PEFT_FORMAT}",
-    "randlora_lambda": f"is a RandLora {_PEFT_FORMAT}",
-    "randlora_gamma": f"is a RandLora {_PEFT_FORMAT}",
-    "vblora_logits_A": f"is a VB-LoRA {_PEFT_FORMAT}",
-    "vblora_logits_B": f"is a VB-LoRA {_PEFT_FORMAT}",
-    "c3a_kernel": f"is a C3A {_PEFT_FORMAT}",
-    "shira_weight": f"is a SHiRA {_PEFT_FORMAT}",
-    "road_theta": f"is a RoAd {_PEFT_FORMAT}",
-    "road_alpha": f"is a RoAd {_PEFT_FORMAT}",
-    "bone_block": f"is a Bone {_PEFT_FORMAT}",
-    "miss_block": f"is a MiSS {_PEFT_FORMAT}",
+    "lora_down": _PACKED,
+    "lora_up": _PACKED,
+    **dict.fromkeys(("lora_down1.weight", "lora_up1.weight"), _ABBA),
+    **dict.fromkeys(("lora_down2.weight", "lora_up2.weight"), _ABBA),
+    **dict.fromkeys(("lora_A1.weight", "lora_B1.weight"), _ABBA),
+    **dict.fromkeys(("lora_A2.weight", "lora_B2.weight"), _ABBA),
     "base_layer.weight": "contains weights of its base model (base_layer), which is not supported; "
     "save only the adapter",
     "lora_embedding_A": f"trains token embeddings {_PEFT_FORMAT}",
@@ -77,19 +99,28 @@ _REFUSED = {
     "reshape_weight": "reshapes weights (reshape_weight), which is only used for FLUX and is not "
     "supported; use the model that it was made for",
     "bias_indices": "has sparse biases of LyCORIS 0.1, which are not supported" + _EXPORT_ADVICE,
+    **dict.fromkeys(("key_norm.scale", "query_norm.scale"), _CONTROL),
     "scale": "stores a scale per module (scale), which is not supported; export it with alpha",
     "scale_weight": _QUANTISED,
     "weight_scale": _QUANTISED,
     "scale_input": _QUANTISED,
+    **dict.fromkeys(("qweight", "wscales", "wzeros", "smooth_factor", "qzeros", "g_idx"), _BITS),
+    **dict.fromkeys(("absmax", "quant_map", "nested_absmax", "nested_quant_map"), _BITS),
 }
 """Ends of error messages, by key suffix of known formats that are not supported."""
 
 _OTHER_FILES = {
-    re.compile(r"(.+\.)?motion_modules\."): "is a motion module of AnimateDiff",
+    re.compile(r"(.+[._])?motion_modules[._]\d"): "is a motion module of AnimateDiff, or its LoRA",
     re.compile(r"(image_proj|ip_adapter)\."): "is an IP-Adapter",
+    re.compile(r"\d+\.to_(q|k|v|out)_lora\."): "is the LoRA of an IP-Adapter (FaceID)",
     re.compile(r"(control_model|controlnet_\w+)\."): "is a ControlNet",
+    re.compile(r"(base_model\.model\.)?(lora_)?controlnet[._]"): "is a LoRA of a ControlNet",
+    re.compile(r"lllite_"): "is a ControlNet-LLLite",
+    re.compile(r"(adapter\.)?body\.\d+\.(in_conv|body|resnets)\."): "is a T2I-Adapter",
     re.compile(r"(first_stage_model\.)?(decoder|encoder)\.(conv_in|conv_out|down|mid|up)"):
         "is a VAE",
+    re.compile(r"(vision_model|visual_projection)\."): "is an image encoder (CLIP vision)",
+    re.compile(r"(conv_first\.|model\.1\.sub\.)"): "is an upscaler",
     re.compile(r"\d+\.\d\.linear\."): "is a hypernetwork",
     re.compile(r".+\.modules_to_save\."): "contains whole modules of the base model "
     "(modules_to_save)",
@@ -131,7 +162,16 @@ _DECOMPOSABLE = {
 }
 """Kinds that each part of a DoRA can be combined with."""
 
-_EXTRA = frozenset({"alpha", "diff_b", "up_bias", *_DECOMPOSABLE})
+_EXTRA = frozenset({"alpha", "scalar", "diff_b", "up_bias", *_DECOMPOSABLE})
+
+_XLABS = {
+    "qkv_lora1": "img_attn.qkv", "proj_lora1": "img_attn.proj",
+    "qkv_lora2": "txt_attn.qkv", "proj_lora2": "txt_attn.proj",
+    "qkv_lora": "qkv", "proj_lora": "linear2",
+}  # fmt: skip
+"""Module of FLUX.1's original code by XLabs' name of a LoRA; the block comes before `.processor.`.
+Source: https://github.com/XLabs-AI/x-flux, `DoubleStreamBlockLoraProcessor` and
+`SingleStreamBlockLoraProcessor`. `qkv` is the first part of `linear1`."""
 
 SCALED_KINDS = frozenset({"lora", "dora", "lokr", "loha", "glora"})
 """Kinds whose change is multiplied by alpha / rank."""
@@ -158,6 +198,8 @@ def split_key(key: str, is_ia3: bool = False) -> tuple[str, str] | None:
         # `lora_A.<name of the adapter>.weight`, from a state dict of PEFT.
         if pieces[-3] in ("lora_A", "lora_B"):
             return ".".join(pieces[:-3]), _PARTS[pieces[-3]]
+        if len(pieces) > 4 and pieces[-4] == "processor" and pieces[-3] in _XLABS:
+            return ".".join([*pieces[:-4], _XLABS[pieces[-3]]]), pieces[-2]
         # `attn1.processor.to_q_lora.down.weight` of diffusers before 0.23.
         if pieces[-3].endswith("_lora") and pieces[-2] in ("down", "up"):
             return ".".join([*pieces[:-3], pieces[-3].removesuffix("_lora")]), pieces[-2]
@@ -179,7 +221,10 @@ def refusal(key: str) -> str | None:
     if what := name_of_other_file(key):
         return f"{what}, which is not supported; use a LoRA that changes the UNet"
     pieces = key.split(".")
-    return _REFUSED.get(pieces[-1]) or _REFUSED.get(".".join(pieces[-2:]))
+    for piece in pieces[-3:]:
+        if _PEFT_PARAMETER.fullmatch(piece):
+            return f"is {_PEFT_METHODS[piece.partition('_')[0]]} {_PEFT_FORMAT}"
+    return _REFUSED.get(".".join(pieces[-2:])) or _REFUSED.get(pieces[-1])
 
 
 def find_kind(parts: Iterable[str]) -> str | None:
@@ -196,6 +241,8 @@ def find_kind(parts: Iterable[str]) -> str | None:
     if len(magnitudes) > 1 or any(kind not in _DECOMPOSABLE[part] for part in magnitudes):
         return None
     if "mid" in names and magnitudes - {"dora_scale"}:
+        return None
+    if "scalar" in names and (kind not in SCALED_KINDS or magnitudes - {"dora_scale"}):
         return None
     if ("up_bias" in names and kind != "lora") or ("diff_b" in names and kind == "norm"):
         return None

@@ -32,6 +32,8 @@ def canonical_name(module: str) -> str:
     if name.endswith(".to_out") and "single_transformer_blocks." not in name:  # one module there
         name += ".0"
     first = name.partition(".")[0]
+    if first in ("double_blocks", "single_blocks"):  # original code of FLUX, without a part
+        return f"diffusion_model.{name}"
     if first in _UNET_MODULES:
         return f"unet.{name}"
     return f"text_encoder.{name}" if first == "text_model" else name

@@ -92,9 +92,9 @@ def zero_alpha_note(adapter: Adapter) -> str | None:
     if not idle:
         return None
     return (
-        f"{len(idle)} of {len(adapter.modules)} modules have an alpha of 0 ({listed(idle)}), so "
-        "they have no effect, as in AUTOMATIC1111, ComfyUI and diffusers. If the program that "
-        "trained the adapter reads 0 as the rank, remove the alpha."
+        f"{len(idle)} of {len(adapter.modules)} modules have an alpha or scalar of 0 "
+        f"({listed(idle)}), so they have no effect, as in AUTOMATIC1111, ComfyUI and diffusers. If "
+        "the program that trained the adapter reads 0 as the rank, remove the alpha."
     )
 
 

@@ -29,6 +29,9 @@ from fidelora.weights.strict import changeable
 
 _Found = TypeVar("_Found")
 
+_TEXT_ENCODERS = ("lora_te", "text_encoder", "clip_l.", "clip_g.", "t5.", "t5xxl.")
+"""Beginnings of the names of modules of text encoders."""
+
 
 @dataclass(frozen=True, eq=False)
 class Target:
@@ -436,12 +439,25 @@ class Targets:
                 f"{len(matches.unmatched)} of {total} modules do not exist in it: "
                 f"{listed(matches.unmatched)}"
             )
+            advice = text_encoder_advice(matches.unmatched)
+            if advice and not matches.misshapen:
+                return "; ".join(sentences) + f"{advice}."
         if matches.misshapen:
             sentences.append(
                 f"{len(matches.misshapen)} of {total} modules have the wrong shape: "
                 f"{listed(list(matches.misshapen.values()))}"
             )
         return "; ".join(sentences) + ". Use it with the base model that it was trained on."
+
+
+def text_encoder_advice(unmatched: Sequence[str]) -> str:
+    """Return the end of an error message if all unmatched modules are those of text encoders."""
+    if not unmatched or not all(module.startswith(_TEXT_ENCODERS) for module in unmatched):
+        return ""
+    return (
+        "; they change a text encoder, which is not supported for this model. Export or train the "
+        "adapter without text encoders"
+    )
 
 
 def repeated_modules(modules: Sequence[str], total: int) -> str:

@@ -26,8 +26,14 @@ from fidelora.texts import listed
 
 MAX_ADAPTER_BYTES = 4 * 2**30  # larger files are whole models
 _FLOATS = {"F8_E4M3", "F8_E5M2", "F16", "BF16", "F32", "F64"}
+_OTHER_ENCODERS = frozenset({
+    *("t5", "t5xxl", "t5_out", "llama", "llama_out", "qwen", "qwen_out", "gemma", "gemma_out"),
+    *("qwen3_4b", "qwen3_8b", "gemma2_2b", "umt5xxl", "mistral", "mistral_out"),
+})  # fmt: skip
+"""Keys of embeddings for text encoders that are no CLIP, in OneTrainer and ComfyUI."""
+_MAX_CLIP_WIDTH = 1280  # of CLIP-bigG; those of T5 and language models are wider
 _WHOLE_MODEL = ("model.diffusion_model.", "cond_stage_model.", "down_blocks.")
-_ANY_TYPE = (".alpha", ".on_input")
+_ANY_TYPE = (".alpha", ".scalar", ".on_input")
 """Suffixes of tensors with one number, which may have any type."""
 
 
@@ -131,6 +137,8 @@ def _check_header(header: Header, name: str) -> None:
     for key, info in header.tensors.items():
         is_single = key.endswith(_ANY_TYPE)
         if info.dtype not in _FLOATS and not is_single:
+            if refusal(key):
+                _refuse([key], name)
             raise AdapterFormatError(
                 f"{name} stores {key} as {info.dtype}; only F8, F16, BF16, F32 and F64 are "
                 "accepted. Export it as F16 or F32."
@@ -159,6 +167,11 @@ def _check_embedding(header: Header, name: str) -> None:
             f"number must be the same for all text encoders, and at most {MAX_TOKENS}. Export it "
             "again."
         )
+    if wide := _wide_embedding(header):
+        raise AdapterFormatError(
+            f"{name} contains an embedding for the text encoder {wide}, which is not supported; "
+            "only embeddings for CLIP can be used."
+        )
     bundled = next((key for key in header.tensors if key.startswith("bundle_emb.")), None)
     if bundled is not None:
         raise AdapterFormatError(
@@ -173,10 +186,20 @@ def _check_embedding(header: Header, name: str) -> None:
         )
 
 
+def _wide_embedding(header: Header) -> str:
+    """Return the key of an embedding for another text encoder than CLIP; "" if there is none."""
+    for key, info in header.tensors.items():
+        if key in _OTHER_ENCODERS and info.shape and info.shape[-1] > _MAX_CLIP_WIDTH:
+            return key.removesuffix("_out")
+    return ""
+
+
 def _group(header: Header, name: str) -> dict[str, dict[str, str]]:
     modules: dict[str, dict[str, str]] = defaultdict(dict)
     unknown: list[str] = []
     embedding = set(embedding_tensors(header).values())
+    if other := next(filter(name_of_other_file, header.tensors), None):
+        _refuse([other], name)
     ia3 = {key.removesuffix(".on_input") for key in header.tensors if key.endswith(".on_input")}
     for key in header.tensors:
         if key in embedding:
@@ -194,7 +217,7 @@ def _group(header: Header, name: str) -> dict[str, dict[str, str]]:
         modules[module][part] = key
 
     if unknown:
-        _refuse(unknown, name)
+        _refuse(unknown, name, len(header.tensors))
     for module, parts in modules.items():
         if find_kind(parts) is None:
             raise AdapterFormatError(
@@ -204,8 +227,12 @@ def _group(header: Header, name: str) -> dict[str, dict[str, str]]:
     return dict(modules)
 
 
-def _refuse(unknown: Sequence[str], name: str) -> NoReturn:
-    """Raise an error for keys that no supported format has; it names the format if it is known."""
+def _refuse(unknown: Sequence[str], name: str, total: int = 0) -> NoReturn:
+    """Raise an error for keys that no supported format has; it names the format if it is known.
+
+    Args:
+        total: number of all keys in the file.
+    """
     is_other = any(map(name_of_other_file, unknown))
     if not is_other and any(key.startswith(_WHOLE_MODEL) for key in unknown):
         raise AdapterFormatError(
@@ -214,6 +241,11 @@ def _refuse(unknown: Sequence[str], name: str) -> NoReturn:
     for key in unknown:
         if reason := refusal(key):
             raise AdapterFormatError(f"{name} {reason} ({key}).")
+    if len(unknown) == total and all(map(_is_plain_parameter, unknown)):
+        raise AdapterFormatError(
+            f"{name} is a model or a part of one, not an adapter: {listed(unknown)}. If it is a "
+            "checkpoint of a supported model, use it as the base model."
+        )
     if len(unknown) > 1 and not any("." in key for key in unknown):
         raise AdapterFormatError(
             f"{name} has tensors without the name of a module ({listed(unknown)}). If they are "
@@ -223,3 +255,7 @@ def _refuse(unknown: Sequence[str], name: str) -> NoReturn:
         f"{name} has keys that no supported adapter format uses: {listed(unknown)}. Convert it to "
         "the format of kohya or diffusers."
     )
+
+
+def _is_plain_parameter(key: str) -> bool:
+    return "." in key and key.endswith((".weight", ".bias", ".scale", ".running_mean"))

@@ -90,6 +90,11 @@ class ModuleParts:
     original_path: str = ""
 
     @property
+    def has_rank(self) -> bool:
+        """True if the module has factors with a rank, so that its alpha has a meaning."""
+        return any(part in self.tensors for part in _RANK_PARTS)
+
+    @property
     def rank(self) -> int:
         """Inner dimension of the factors; only for modules that have one (not a whole LoKr)."""
         return next(len(self.tensors[part]) for part in _RANK_PARTS if part in self.tensors)
@@ -150,16 +155,16 @@ def in_format(
             if part in suffixes:
                 # kohya's magnitude is [out, 1], that of AI Toolkit and PEFT is [out].
                 is_column = to == "kohya" and part == "magnitude"
-                if part == "alpha" and float(tensor) == 0 != module.alpha:
+                if part == "alpha" and "scalar" in module.tensors:
+                    tensor = _alpha(module, rounded)
+                elif part == "alpha" and float(tensor) == 0 != module.alpha:
                     # AI Toolkit reads 0 as the rank, but other programs as no effect.
                     tensor = torch.tensor(module.alpha)
                 tensors[f"{name}.{suffixes[part]}"] = tensor[:, None] if is_column else tensor
         # A missing alpha means the rank. kohya's LoRAs always have one; others only if it matters.
         is_needed = "down" in module.tensors or module.scale != 1
         if to == "kohya" and is_needed and "alpha" not in module.tensors:
-            tensors[f"{name}.alpha"] = torch.tensor(module.alpha)
-            if float(tensors[f"{name}.alpha"]) != module.alpha:
-                rounded.append(f"{module.alpha!r} of {module.name}")
+            tensors[f"{name}.alpha"] = _alpha(module, rounded)
     if rounded:
         notes.append(
             f"{len(rounded)} alphas were rounded to float32, so their modules differ in the last "
@@ -179,6 +184,14 @@ def in_format(
     return NamedTensors(tensors, {"format": "pt", **kept}, tuple(notes))
 
 
+def _alpha(module: ModuleParts, rounded: list[str]) -> Tensor:
+    """Return alpha in float32; add the module to `rounded` if this is not the exact value."""
+    alpha = torch.tensor(module.alpha)
+    if float(alpha) != module.alpha:
+        rounded.append(f"{module.alpha!r} of {module.name}")
+    return alpha
+
+
 def _inexpressible(
     modules: Sequence[ModuleParts], suffixes: Mapping[str, str]
 ) -> dict[str, list[str]]:
@@ -187,7 +200,9 @@ def _inexpressible(
     for module in modules:
         # AI Toolkit scales only a part of a DoRA's change; other programs scale all of it.
         is_scaled_dora = "magnitude" in module.tensors and module.scale != 1
-        if is_scaled_dora or module.tensors.keys() - suffixes.keys() - {"alpha"}:
+        # The scalar of LyCORIS becomes a part of alpha, which needs a rank.
+        known = {"alpha", "scalar"} if module.has_rank else {"alpha"}
+        if is_scaled_dora or module.tensors.keys() - suffixes.keys() - known:
             found[module.kind].append(module.name)
     return found
 

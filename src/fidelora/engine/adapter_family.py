@@ -10,6 +10,7 @@ from typing import Any
 from fidelora.adapters.module_names import is_original_name
 from fidelora.adapters.read import Adapter
 from fidelora.adapters.targets import Targets
+from fidelora.engine.other_families import other_family
 from fidelora.errors import AdapterMismatchError
 from fidelora.families import Family, Part, all_families, get_family
 from fidelora.weights.files import BaseFiles, read_config
@@ -84,12 +85,19 @@ def explain_mismatch(
     """Return an error that names the adapter's family if its metadata or modules identify it.
 
     Otherwise `error` is returned. Metadata takes precedence. Names of the original code, and names
-    that also exist in `spec`, do not identify a family unless the shapes match, too.
+    that also exist in `spec`, do not identify a family unless the shapes match, too. The error also
+    names other models, which are not supported.
     """
-    if made_for := adapter.metadata.get("ss_base_model_version", ""):
-        other = None if made_for in spec.adapter_base_versions else _named_family(made_for)
-        return _other_family_error(adapter, other, spec) if other else error
+    made_for = adapter.metadata.get("ss_base_model_version", "")
+    if made_for in spec.adapter_base_versions:
+        return error
+    if (other := _named_family(made_for)) is not None:
+        return _other_family_error(adapter, other, spec)
     fit = best_family(adapter)
+    if title := unsupported_family(adapter, fit):
+        return AdapterMismatchError(f"{adapter.name} {made_for_other(title)}")
+    if made_for:
+        return error
     # Related families share names, so an adapter of the right family may only have wrong shapes.
     has_own_names = _fit(adapter, spec.id).matched == size_of(adapter)
     has_names_of_one = not has_own_names and not any(map(is_original_name, adapter.modules))
@@ -101,6 +109,29 @@ def explain_mismatch(
         and get_family(fit.model).parts != spec.parts
         and is_certain
         else error
+    )
+
+
+def unsupported_family(adapter: Adapter, fit: FamilyFit) -> str:
+    """Return the title of the model that an adapter was made for; "" if it may be supported.
+
+    Args:
+        fit: `best_family(adapter)`.
+    """
+    if adapter.is_embedding or fit.same_shapes == size_of(adapter):
+        return ""
+    versions = [one for family in all_families().values() for one in family.adapter_base_versions]
+    return other_family(adapter, versions)
+
+
+def made_for_other(title: str) -> str:
+    """Return the predicate of an error message about an adapter for a model that is not supported.
+
+    The subject, such as the file's name, goes before it.
+    """
+    return (
+        f"is an adapter for {title}, which is not supported. Use an adapter for one of the models "
+        "that `fidelora models` lists."
     )
 
 

@@ -15,15 +15,17 @@ from fidelora.adapters.formats import SCALED_KINDS, kind_of
 from fidelora.adapters.module_names import is_original_name
 from fidelora.adapters.peft_metadata import PeftMetadata
 from fidelora.adapters.read import Adapter, adapter_of, stored_tensors, zero_alpha_note
-from fidelora.adapters.targets import repeated_modules
+from fidelora.adapters.targets import repeated_modules, text_encoder_advice
 from fidelora.adapters.tensor_names import is_from_trainer, modules_of
 from fidelora.engine.adapter_family import (
     FamilyFit,
     best_family,
     fit_of_base,
     is_named,
+    made_for_other,
     metadata_note,
     size_of,
+    unsupported_family,
 )
 from fidelora.errors import AdapterError, WeightsFileError
 from fidelora.families import get_family
@@ -41,7 +43,6 @@ ProblemCode = Literal[
 _FAMILIES = {
     "SDXL": ("Stable Diffusion XL", ("lora_te2_", "text_encoder_2.", "add_embedding", "label_emb")),
     "FLUX": ("FLUX.1", ("double_blocks", "single_blocks", "single_transformer_blocks")),
-    "Stable Diffusion 3": ("", ("joint_blocks", "transformer_blocks_0_ff_context")),
     "Wan": ("", ("blocks_0_self_attn_q", "blocks.0.self_attn.q")),
 }
 """By name of the model: the title of its family (empty if it is not supported), and substrings of
@@ -208,7 +209,8 @@ def _is_idle(parts: Collection[str], zeros: Set[str]) -> bool:
         case "full" | "norm":
             return set(parts) - {"alpha"} <= zeros
         case "glora":
-            return bool({"a1", "a2"} & zeros) and bool({"b1", "b2"} & zeros)
+            is_zero = bool({"a1", "a2"} & zeros) and bool({"b1", "b2"} & zeros)
+            return is_zero or "scalar" in zeros
         case "oft":
             return "oft_blocks" in zeros and "rescale" not in parts
         case "ia3":
@@ -319,6 +321,9 @@ def _fit_problems(adapter: Adapter, summary: AdapterSummary, fit: FamilyFit) -> 
     if adapter.is_embedding:
         yield from _embedding_fit_problems(adapter, fit)
         return
+    if title := unsupported_family(adapter, fit):
+        yield Problem("other_architecture", f"It {made_for_other(title)}", True)
+        return
     fits_nothing = bool(fit.model) and not fit.same_shapes
     # A smaller base model, such as a distilled one, lacks some modules of the default one, too.
     if fits_nothing and is_named(adapter, fit):
@@ -331,7 +336,7 @@ def _fit_problems(adapter: Adapter, summary: AdapterSummary, fit: FamilyFit) -> 
         yield Problem(
             "other_architecture",
             f"{total - fit.matched} of {total} modules are not {where} ({listed(fit.unmatched)})"
-            f"{_made_for(adapter, summary, fit)}.",
+            f"{_made_for(adapter, summary, fit) or text_encoder_advice(fit.unmatched)}.",
             True,
         )
         return

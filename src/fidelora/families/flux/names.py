@@ -69,3 +69,14 @@ def fused_names(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
                     f"{found[1]}.{part}" for part in parts
                 )
     return fused
+
+
+def fused_names_of_adapters(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Map like `fused_names`, and also the first rows of `linear1`, which XLabs' LoRAs change."""
+    fused = fused_names(paths)
+    attention = {
+        f"{name.removesuffix('linear1')}qkv": parts[:3]
+        for name, parts in fused.items()
+        if name.endswith(".linear1")
+    }
+    return fused | attention

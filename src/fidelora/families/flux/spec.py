@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from fidelora.families import latent_formats
 from fidelora.families.clip_tokenizer import CLIP_TOKENIZER
-from fidelora.families.flux.names import fused_names, original_names
+from fidelora.families.flux.names import fused_names_of_adapters, original_names
 from fidelora.families.shared_parts import FLUX_VAE, T5_ENCODER, with_companion
 from fidelora.families.spec import Family, FlowSampler, Part, Tokenizer, TrainerSampling
 
@@ -34,7 +34,7 @@ _TRANSFORMER = Part(
     # `lora_unet_` is kohya's prefix, `lora_transformer_` that of OneTrainer and SimpleTuner.
     adapter_prefixes=("transformer.", "diffusion_model.", "lora_unet_", "lora_transformer_"),
     other_names=original_names,
-    fused_names=fused_names,
+    fused_names=fused_names_of_adapters,
     quantization="quantization",
 )
 
