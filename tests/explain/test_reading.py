@@ -270,6 +270,126 @@ def test_settings_of_fooocus_are_read():
     assert found.loras == (UsedLora("sks", 0.8, 0.8), UsedLora("b", 0.5, 0.5))
 
 
+FOOOCUS_TEXT = (
+    "a ball\nNegative prompt: bad\nSteps: 30, Sampler: dpmpp_2m_sde_gpu, Seed: 5, Size: 64x72, "
+    "CFG scale: 4, Base model: mini, Base model hash: AEB7E9E689, Performance: Speed, "
+    "Scheduler: karras, VAE: Default (model), Lora hashes: sks: aaaaaaaaaa, Lora weights: sks: 0.4"
+)
+
+
+@pytest.mark.parametrize("end", ["", ", Version: Fooocus v2.5.5"])
+@pytest.mark.parametrize("texts", [{}, {"fooocus_scheme": "a1111"}])
+def test_settings_of_fooocus_in_a1111s_form_are_read(texts, end):
+    found = read(parameters=FOOOCUS_TEXT + end, **texts)
+    assert (found.program, found.sampler, found.scheduler) == (
+        "Fooocus",
+        "dpmpp_2m_sde_gpu",
+        "karras",
+    )
+    assert (found.loras, found.noise_source) == ((UsedLora("sks", 0.4, 0.4, "aaaaaaaaaa"),), "cpu")
+    assert (found.base_model.name, found.base_model.hash) == ("mini", "aeb7e9e689")
+    assert "Fooocus changes the guidance by its own rules" in found.unsupported[0]
+
+
+@pytest.mark.parametrize(
+    ("end", "program"),
+    [
+        ("Seed Mode: Scale Alike", "Draw Things"),
+        ("RNG: cuda, Version: stable-diffusion.cpp", "stable-diffusion.cpp"),
+        ("Created Date: 2026-01-01T00:00:00.0Z", "the generator of Civitai"),
+    ],
+)
+def test_programs_that_only_share_a1111s_text_are_named(end, program):
+    text = f"a ball\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 64x72, {end}"
+    found = read(parameters=text)
+    assert (found.program, found.steps, found.seed) == ("unknown", 20, 5)
+    assert (found.noise_source, found.clip_skip, found.emphasis) == (None, None, None)
+    assert f"The picture was made with {program}, which is not simulated." in found.unsupported
+
+
+def test_loras_among_the_resources_of_civitai_are_read():
+    resources = [
+        {"type": "checkpoint", "modelVersionId": 1, "modelName": "A"},
+        {"type": "lora", "weight": 0.8, "modelVersionId": 2, "modelName": "B, C"},
+        {"type": "lora", "modelVersionId": 3},
+    ]
+    found = read(parameters=infotext_with(f"Civitai resources: {json.dumps(resources)}"))
+    assert found.loras == (UsedLora("B, C", 0.8, 0.8), UsedLora("modelVersionId 3"))
+
+
+def infotext_with(end: str) -> str:
+    return f"a ball\nSteps: 20, Sampler: Euler, CFG scale: 7, Seed: 5, Size: 64x72, {end}"
+
+
+@pytest.mark.parametrize(
+    ("end", "named"),
+    [
+        ("Noise Schedule: Zero Terminal SNR", "noise schedule Zero Terminal SNR"),
+        ("Beta schedule alpha: 0.6", "another beta schedule"),
+        ("Script: X/Y/Z plot", "a grid of several pictures"),
+        ("RP Active: True", "prompts for regions"),
+        ("kohya_hrfix_enabled: True", "deep shrink"),
+        ("Detailer: face, App: SD.Next", "a detailer"),
+    ],
+)
+def test_more_features_of_web_uis_are_named(end, named):
+    assert named in " ".join(read(parameters=infotext_with(end)).unsupported)
+    assert read(parameters=infotext_with("Noise Schedule: Default")).unsupported == ()
+
+
+def test_upscaling_after_sampling_is_named():
+    extras = "Postprocess upscale by: 2, Postprocess upscaler: ESRGAN"
+    found = read(parameters=infotext_with("Version: v1.10.1"), postprocessing=extras)
+    assert "upscaling after sampling" in found.unsupported[0]
+    nodes = standard() | {"90": {"class_type": "ImageUpscaleWithModel", "inputs": {}}}
+    assert "resized after sampling" in of_graph(nodes).unsupported[0]
+
+
+@pytest.mark.parametrize(
+    ("texts", "program"),
+    [
+        ({"use_stable_diffusion_model": "a"}, "Easy Diffusion"),
+        ({"sd-metadata": "{}"}, "an old version of InvokeAI"),
+        ({"XML:com.adobe.xmp": "<exif:UserComment/>"}, "Draw Things"),
+    ],
+)
+def test_programs_whose_settings_are_not_read_are_named(texts, program):
+    found = read(**texts)
+    assert found.is_empty
+    assert f"was made with {program}" in found.unsupported[0].replace(
+        "a program that stores XMP, such as ", ""
+    )
+
+
+def test_a_webp_of_novelai_is_read():
+    comment = json.dumps({"prompt": "a ball", "uc": "bad", "seed": 5, "sampler": "k_euler"})
+    text = json.dumps({"Software": "NovelAI", "Source": "NovelAI Diffusion V4", "Comment": comment})
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = text.encode()
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(content, "WEBP", exif=exif.tobytes())
+    found = read_picture(content.getvalue())
+    assert (found.program, found.seed, found.sampler) == ("NovelAI", 5, "euler")
+
+
+@pytest.mark.parametrize(
+    ("key", "feature"), [("refinerupscale", "upscaling by the refiner"), ("initimage", "img2img")]
+)
+def test_features_of_swarmui_are_named(key, feature):
+    settings = {"prompt": "a <lora:sks:1>", "seed": 5, "steps": 2, key: 2}
+    found = read(parameters=json.dumps({"sui_image_params": settings}))
+    assert found.unsupported == (f"The picture was made with {feature}, which is not simulated.",)
+
+
+@pytest.mark.parametrize(
+    ("key", "feature"), [("controlnets", "ControlNet"), ("hrf_enabled", "hires. fix")]
+)
+def test_features_of_invokeai_are_named(key, feature):
+    settings = {"positive_prompt": "a", "seed": 5, "controlnets": [], key: [1]}
+    found = read(invokeai_metadata=json.dumps(settings))
+    assert found.unsupported == (f"The picture was made with {feature}, which is not simulated.",)
+
+
 def test_settings_of_novelai_are_read():
     comment = {
         "prompt": "a ball", "uc": "bad", "steps": 28, "scale": 5.0, "seed": 3, "width": 832,

@@ -358,6 +358,8 @@ def test_lines_of_windows_and_sizes_with_blanks_are_read():
 
 def test_keys_that_change_no_pixel_are_not_named():
     text = "a ball\nSteps: 20, Sampler: Euler, Seed: 1, App: SD.Next, Operations: txt2img"
+    more = ", Parser: native, CFG true: 1, CLIP skip: 1, Noise Schedule: Default"
+    assert read_parameters(text + more, SD15).ignored == ()
     more = ", Backend: Diffusers, Pipeline: StableDiffusionPipeline, Created Date: 2026-11-28"
     assert read_parameters(text + more, SD15).ignored == ()
 
@@ -368,6 +370,8 @@ def test_keys_that_change_no_pixel_are_not_named():
         b"UNICODE\0" + FOREIGN.encode("utf-8"),  # not UTF-16, although the code says so
         b"ASCII\0\0\0" + FOREIGN.encode("ascii"),
         b"\0" * 8 + FOREIGN.encode("utf-8"),
+        b"UNICODE\0" + FOREIGN.encode("utf-16"),  # with a byte order mark
+        b"JIS\0\0\0\0\0" + FOREIGN.encode("iso2022_jp"),
     ],
 )
 @pytest.mark.parametrize("image_format", ["JPEG", "WEBP", "PNG"])
@@ -377,6 +381,28 @@ def test_comments_of_every_encoding_are_read(encoded, image_format):
     buffer = io.BytesIO()
     Image.new("RGB", (64, 72)).save(buffer, image_format, exif=exif.tobytes())
     assert parameters_in(buffer.getvalue()).text == FOREIGN
+
+
+def test_parameters_in_the_comment_of_a_jpeg_are_read():
+    for text, is_read in ((FOREIGN, True), ("Created with GIMP", False)):
+        buffer = io.BytesIO()
+        Image.new("RGB", (64, 72)).save(buffer, "JPEG", comment=text.encode())
+        if is_read:
+            assert parameters_in(buffer.getvalue()).text == text
+        else:
+            with pytest.raises(ImageRecordError, match="neither a Fidelora recipe nor"):
+                read_origin(buffer.getvalue())
+
+
+def test_a_change_after_sampling_is_named():
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", FOREIGN)
+    info.add_text("postprocessing", "Postprocess upscale by: 2")
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 72)).save(buffer, "PNG", pnginfo=info)
+    last = parameters_in(buffer.getvalue()).ignored[-1]
+    assert (last.name, last.value) == ("postprocessing", "Postprocess upscale by: 2")
+    assert "changed after it was made" in last.reason
 
 
 @pytest.mark.parametrize("tag", [ExifTags.Base.UserComment, ExifTags.Base.ImageDescription])

@@ -49,6 +49,8 @@ _PATCHES = {
     "LatentUpscaleBy": "an upscaled latent image",
 }
 """Name of the feature by class of node, for features that are not simulated."""
+_RESIZES = ("ImageUpscaleWithModel", "UltimateSDUpscale", "ImageScale", "ImageScaleBy")
+"""Classes of nodes that resize a picture."""
 _SAMPLER_INPUTS = ({"steps", "cfg", "sampler_name"}, {"sampler", "sigmas"})
 """Sets of input names; a node that has all names of one set is a sampler."""
 _INTERPRETATIONS = {
@@ -116,6 +118,8 @@ class _Graph:
     def read(self, sampler: _Node) -> Reading:
         """Return the settings of the picture that a sampler made."""
         found = _Found()
+        if any(_class(node) in _RESIZES for node in self._nodes.values()):
+            found.add_feature("a picture that was resized after sampling")
         guider = self._linked(sampler, "guider") or {"inputs": {}}
         for holder in (sampler, guider):
             self._follow(holder, "model", found, in_text=False)

@@ -54,7 +54,8 @@ def lines_of(explanation: Explanation) -> Iterator[str]:
     if program == "unknown":
         program_text = "an unknown program (the file has no settings)"
     elif explanation.reading.program == "unknown":
-        program_text = f"no settings in the file; nearest to {program}"
+        start = "no settings in the file" if explanation.reading.is_empty else "another program"
+        program_text = f"{start}; nearest to {program}"
     else:
         version = explanation.reading.version
         program_text = f"{program} {version}".strip()

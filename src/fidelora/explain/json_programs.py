@@ -14,7 +14,7 @@ from typing import Any
 from fidelora.explain.reading import Reading, UsedLora, UsedModel, stem
 from fidelora.images.a1111_prompt import tags_in
 
-_FOOOCUS_OWN = (
+FOOOCUS_OWN = (
     "Fooocus changes the guidance by its own rules (sharpness, ADM guidance), which are not "
     "simulated."
 )
@@ -35,7 +35,7 @@ def read_fooocus(settings: Mapping[str, Any]) -> Reading:
             strength = _float(text, 1.0)
             if switch != ["False"] and name != "None":
                 loras.append(UsedLora(stem(name), strength, strength))
-    unsupported = [_FOOOCUS_OWN]
+    unsupported = [FOOOCUS_OWN]
     if _text(settings.get("refiner_model")) not in ("", "None"):
         unsupported.append("The picture was made with a refiner, which is not simulated.")
     width, height = _resolution(settings.get("resolution"))
@@ -103,6 +103,23 @@ def read_novelai(comment: Mapping[str, Any], source: str) -> Reading:
     )
 
 
+_SWARMUI_FEATURES = {
+    "refinermodel": "a refiner", "refinerupscale": "upscaling by the refiner",
+    "refinercontrolpercentage": "a refiner", "controlnetmodel": "ControlNet",
+    "initimage": "img2img", "initimagecreativity": "img2img", "variationseed": "a variation seed",
+    "variationseedstrength": "a variation seed", "seamlesstileable": "tiling",
+    "freeuapplyto": "FreeU", "segmentmodel": "a segment",
+}  # fmt: skip
+"""Name of the feature by SwarmUI's parameter."""
+_INVOKEAI_FEATURES = {
+    "controlnets": "ControlNet", "ipAdapters": "an IP-Adapter", "t2iAdapters": "a T2I-Adapter",
+    "control_layers": "ControlNet", "ref_images": "reference images", "regions": "regional prompts",
+    "refiner_model": "a refiner", "hrf_enabled": "hires. fix", "init_image": "img2img",
+    "seamless_x": "tiling", "seamless_y": "tiling",
+}  # fmt: skip
+"""Name of the feature by InvokeAI's key."""
+
+
 def read_swarmui(settings: Mapping[str, Any], version: str) -> Reading:
     """Return the settings in SwarmUI's JSON. SwarmUI makes pictures with ComfyUI."""
     names, weights, text_weights = (
@@ -114,7 +131,10 @@ def read_swarmui(settings: Mapping[str, Any], version: str) -> Reading:
         in_text = _float(text_weights[index], strength) if index < len(text_weights) else strength
         loras.append(UsedLora(stem(str(name)), strength, in_text))
     prompt, tags = tags_in(_text(settings.get("prompt")))
-    unsupported = [f"<{network}:{rest}> is not simulated." for network, rest in tags]
+    unsupported = [
+        f"<{network}:{rest}> is not simulated." for network, rest in tags if network != "lora"
+    ]
+    unsupported += _features(_SWARMUI_FEATURES, settings)
     return Reading(
         program="SwarmUI",
         version=version,
@@ -165,7 +185,14 @@ def read_invokeai(settings: Mapping[str, Any]) -> Reading:
         loras=tuple(loras),
         base_model=UsedModel(_name_of(model)),
         vae=UsedModel(_name_of(vae)),
+        unsupported=tuple(_features(_INVOKEAI_FEATURES, settings)),
     )
+
+
+def _features(names: Mapping[str, str], settings: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for each feature that is used; `names` has its name by key."""
+    used = dict.fromkeys(name for key, name in names.items() if settings.get(key))
+    return [f"The picture was made with {name}, which is not simulated." for name in used]
 
 
 def _name_of(model: object) -> str:

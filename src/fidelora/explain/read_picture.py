@@ -16,6 +16,7 @@ from fidelora.explain.json_programs import (
 )
 from fidelora.explain.reading import Reading, UsedLora, UsedModel
 from fidelora.explain.web_ui_text import read_web_ui_text
+from fidelora.images.other_programs import name_of_program
 from fidelora.images.read import RECORD_KEY, read_texts, recipe_of
 from fidelora.recipe import Recipe
 from fidelora.texts import read_json
@@ -51,7 +52,10 @@ def read_picture(content: bytes, name: str = "The picture") -> Reading:
     if "fooocus_scheme" in texts or "performance" in settings:
         if settings:
             return read_fooocus(settings)
-        return _as_fooocus(read_web_ui_text(parameters))
+        return read_web_ui_text(parameters, program="Fooocus")
+    if settings.get("Software") == "NovelAI":  # in WebP files
+        comment = dict(objects_of({"Comment": str(settings.get("Comment", ""))}, read_json))
+        return read_novelai(comment.get("Comment", {}), str(settings.get("Source", "")))
     if texts.get("Software") == "NovelAI" or texts.get("Source", "").startswith("NovelAI"):
         return read_novelai(objects.get("Comment", {}), texts.get("Source", ""))
     for key in ("prompt", "parameters"):
@@ -64,14 +68,13 @@ def read_picture(content: bytes, name: str = "The picture") -> Reading:
         )
         return Reading("ComfyUI", unsupported=(sentence,))
     if parameters.strip() and "Steps: " in parameters:
-        return read_web_ui_text(parameters)
+        # A1111 stores what its tab Extras did to a picture in a field of its own.
+        added = texts.get("postprocessing", "")
+        return read_web_ui_text(f"{parameters}, {added}" if added else parameters)
+    if program := name_of_program(texts):
+        sentence = f"The picture was made with {program}. Its settings are not read."
+        return Reading("unknown", unsupported=(sentence,))
     return Reading("unknown")
-
-
-def _as_fooocus(reading: Reading) -> Reading:
-    """Return a reading of Fooocus' parameters in A1111's form with Fooocus' own sampler names."""
-    values = {**vars(reading), "program": "Fooocus", "noise_source": "cpu"}
-    return Reading(**values)
 
 
 def _of_record(text: str) -> Reading | None:

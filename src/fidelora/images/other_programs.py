@@ -115,7 +115,7 @@ def name_of_program(texts: Mapping[str, str]) -> str:
         return "an old version of InvokeAI"
     if "invokeai_graph" in texts or "invokeai_workflow" in texts:
         return "a workflow of InvokeAI, which stores a graph of nodes"
-    if "use_stable_diffusion_model" in texts.keys() | keys:
+    if {"use_stable_diffusion_model", "Stable Diffusion model"} & (texts.keys() | keys):
         return "Easy Diffusion"
     if "NMKDiffusion" in texts:
         return "NMKD Stable Diffusion GUI"

@@ -24,7 +24,15 @@ _WITHOUT_NOTE = {
     "Batch size": None,
     "Batch pos": None,
     "Created Date": None,  # Civitai
-    "App": None,  # this key and the next three: SD.Next
+    "Noise Schedule": "Default",
+    "CFG true": "1",  # this key and those up to Pipeline: SD.Next
+    "CLIP skip": "1",
+    "Parser": None,
+    "LoRA networks": None,
+    "LoRA method": None,
+    "LoRA mode": None,
+    "Network load": None,
+    "App": None,
     "Backend": None,
     "Operations": "txt2img",
     "Pipeline": None,

@@ -23,6 +23,7 @@ from fidelora.images.other_programs import (
     name_of_program,
     read_other_program,
 )
+from fidelora.images.parameter_pairs import Ignored
 from fidelora.images.parameters import Parameters, read_parameters
 from fidelora.recipe import Recipe
 from fidelora.texts import cleaned
@@ -123,6 +124,10 @@ def read_origin(
         )
     if read or parameters.strip():
         read = read or read_parameters(parameters, spec, with_emphasis=with_emphasis)
+        if changed := texts.get("postprocessing"):  # the tab Extras of A1111
+            reason = "The image was changed after it was made, which is not supported."
+            note = Ignored("postprocessing", changed[:200], reason)
+            read = replace(read, ignored=(*read.ignored, note))
         return Origin(**about, parameters=replace(read, fields={**size, **read.fields}))
     raise ImageRecordError(
         f"{name} has neither a Fidelora recipe nor parameters in AUTOMATIC1111's form: "
@@ -299,6 +304,10 @@ def _texts(image: Image.Image) -> tuple[str | bytes, dict[str, str]]:
         return found.get(RECORD_KEY, ""), found
     exif = image.getexif()
     found = {PARAMETERS_KEY: _exif_parameters(exif)}
+    comment = image.info.get("comment")  # of a JPEG; converters write the text of a PNG there
+    if not found[PARAMETERS_KEY] and isinstance(comment, bytes):
+        text = comment.decode("utf-8", "replace")
+        found[PARAMETERS_KEY] = text if _PAIRS.search(text) else ""
     for tag in (ExifTags.Base.Make, ExifTags.Base.Model):  # ComfyUI: `workflow:{...}`
         key, _, text = str(exif.get(tag, "")).partition(":")
         found.setdefault(key, text)
@@ -337,6 +346,8 @@ def _comment(comment: object) -> str:
         # Parameters are mostly ASCII characters, whose upper byte is zero.
         big = body[0::2].count(0) >= body[1::2].count(0)
         return body.decode("utf-16-be" if big else "utf-16-le", "replace").removeprefix("\ufeff")
+    if code == b"JIS\0\0\0\0\0":
+        return body.decode("iso2022_jp", "replace")
     text = (body if code == b"ASCII\0\0\0" else comment).decode("utf-8", "replace")
     return text.strip("\0").removeprefix("\ufeff")
 
