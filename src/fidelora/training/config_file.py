@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +14,7 @@ import yaml
 
 from fidelora.errors import TrainingRunError
 from fidelora.recipe import Dtype
+from fidelora.training.folder_hints import MAX_LISTED_FILES, config_advice
 
 CONFIG_NAMES = ("config.yaml", ".job_config.json")
 """File names of the configuration, the preferred one first."""
@@ -69,11 +72,7 @@ def read_config(folder: Path) -> RunConfig:
     Raises:
         TrainingRunError: the configuration is missing, unreadable, or without a training process.
     """
-    path = next((folder / name for name in CONFIG_NAMES if (folder / name).is_file()), None)
-    if path is None:
-        raise TrainingRunError(
-            f"{folder} has no config.yaml; set the output folder of an AI Toolkit training run."
-        )
+    path, named = _find_config(folder)
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise TrainingRunError(
@@ -107,8 +106,39 @@ def read_config(folder: Path) -> RunConfig:
         )
     # The trainer replaces [name] everywhere before it reads anything. It saves config.yaml after
     # that, but .job_config.json is written before.
-    named: Mapping[str, Any] = _replace_name(process, str(name))
-    return RunConfig(named, str(name), notes)
+    replaced: Mapping[str, Any] = _replace_name(process, str(name))
+    return RunConfig(replaced, str(name), (*named, *notes))
+
+
+def _find_config(folder: Path) -> tuple[Path, tuple[str, ...]]:
+    """Return the configuration in a folder, and a note if it does not have the trainer's name.
+
+    Raises:
+        TrainingRunError: there is no configuration, or several with other names.
+    """
+    for name in CONFIG_NAMES:
+        if (folder / name).is_file():
+            return folder / name, ()
+    others = sorted(
+        path
+        for path in islice(folder.iterdir(), MAX_LISTED_FILES)
+        if path.is_file() and _is_config_name(path)
+    )
+    if len(others) == 1:
+        note = f"The folder has no config.yaml, so the configuration is read from {others[0].name}."
+        return others[0], (note,)
+    raise TrainingRunError(
+        f"{folder} has no config.yaml; set the output folder of an AI Toolkit training run."
+        + config_advice(folder, [path.name for path in others])
+    )
+
+
+def _is_config_name(path: Path) -> bool:
+    """Return True if a file can be a copy of a configuration under another name."""
+    name = path.name.lower()
+    is_json = name in ("config.json", "job_config.json")
+    is_yaml = name.endswith((".yaml", ".yml", ".yaml.txt")) and name != "aitk_meta.yaml"
+    return is_json or is_yaml
 
 
 def read_yaml(text: str) -> Any:
@@ -158,22 +188,33 @@ def read_small_yaml(path: Path) -> Any:
 
 
 def _read_document(path: Path) -> Any:
-    text = path.read_bytes().decode("utf-8-sig")
-    return json.loads(text) if path.suffix == ".json" else read_yaml(text)
+    text = _decoded(path.read_bytes())
+    return json.loads(text) if path.suffix.lower() == ".json" else read_yaml(text)
+
+
+def _decoded(content: bytes) -> str:
+    """Return the text of a configuration in UTF-8, or in UTF-16 with a byte order mark."""
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if is_utf16 else "utf-8-sig")
 
 
 def _reason(error: Exception, path: Path) -> str:
     """Return the reason why a file cannot be read, with the line where that is known."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
         mark = error.problem_mark
-        return f"{error.problem} (line {mark.line + 1}, column {mark.column + 1})"
+        advice = ""
+        if "escape" in error.problem:  # of "C:\\Users"
+            advice = "; write Windows paths without quotes, or with / instead of \\"
+        return f"{error.problem} (line {mark.line + 1}, column {mark.column + 1}){advice}"
     if isinstance(error, yaml.reader.ReaderError):
-        before = path.read_bytes().decode("utf-8-sig")[: error.position]
+        before = _decoded(path.read_bytes())[: error.position]
+        if "\0" in before + chr(error.character):
+            return "it is not UTF-8 text; save it as UTF-8"
         line = before.count("\n") + 1
         return f"{str(error).splitlines()[0]} (line {line})"
     if isinstance(error, UnicodeDecodeError):
         line = error.object[: error.start].count(b"\n") + 1
-        return f"it is not UTF-8 text (line {line})"
+        return f"it is not UTF-8 text (line {line}); save it as UTF-8"
     return (str(error) or type(error).__name__).splitlines()[0]
 
 

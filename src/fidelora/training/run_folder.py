@@ -13,6 +13,7 @@ from fidelora.families.spec import Stage
 from fidelora.recipe import AdapterRef, Dtype, Prediction, Quantization
 from fidelora.training.config_file import block_of, dtype_of, number_of, read_config
 from fidelora.training.embedding_block import TrainedEmbedding, read_embedding
+from fidelora.training.folder_hints import file_advice
 from fidelora.training.model_block import quantization_of, training_adapter_of
 from fidelora.training.run_files import (
     find_checkpoints,
@@ -196,7 +197,9 @@ def read_run(folder: Path) -> TrainingRun:
         TrainingRunError: it is not a run folder, or its configuration is invalid or not supported.
     """
     if folder.is_file():
-        raise TrainingRunError(f"{folder} is a file; set the output folder of a training run.")
+        raise TrainingRunError(
+            f"{folder} is a file; set the output folder of a training run.{file_advice(folder)}"
+        )
     if not folder.is_dir():
         raise TrainingRunError(
             f"The folder {folder} does not exist; set the output folder of a training run."

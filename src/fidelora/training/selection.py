@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fidelora.errors import NothingToCheckError, TrainingRunError
+from fidelora.training.folder_hints import checkpoint_advice, format_note, sample_advice
 from fidelora.training.notes import (
     checkable_steps,
     has_only_random_seeds,
@@ -27,7 +28,7 @@ def steps_to_check(run: TrainingRun, selection: str) -> list[int]:
     if not run.sampled_steps:
         raise NothingToCheckError(
             f"{run.folder} has no samples (samples/*.jpg, .png or .webp), "
-            "so there is nothing to compare with."
+            f"so there is nothing to compare with.{sample_advice(run.folder)}"
         )
     checkable = checkable_steps(run)
     if has_only_random_seeds(run):
@@ -45,6 +46,7 @@ def steps_to_check(run: TrainingRun, selection: str) -> list[int]:
         raise NothingToCheckError(
             f"The training run {run.name} has samples of steps {sampled}, "
             "but no checkpoint of these steps."
+            + checkpoint_advice(run.folder, run.name, run.checkpoints.values())
         )
     if selection == "all":
         return checkable
@@ -77,4 +79,6 @@ def incomplete_parts(run: TrainingRun) -> list[str]:
             f"The folder has images of sample {', '.join(map(str, extra))}, "
             f"but the configuration has only {len(run.samples)} samples, counted from 0."
         )
+    if note := format_note(run.images.values(), run.image_format):
+        sentences.append(note)
     return [*notes_on(run), *sentences]
