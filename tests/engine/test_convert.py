@@ -386,6 +386,13 @@ def test_unknown_modules_are_refused(tmp_path):
         convert_adapter(source, "kohya")
 
 
+def test_an_adapter_of_an_unsupported_model_is_named(tmp_path):
+    module = "transformer.transformer_blocks.0.attn1.to_q"
+    source = lora_of(tmp_path / "a.safetensors", {module: (2048, 2048)})
+    with pytest.raises(AdapterConversionError, match="a is an adapter for LTX-Video, which is not"):
+        convert_adapter(source, "kohya")
+
+
 def test_a_module_named_twice_is_refused(tmp_path):
     names = {"unet.mid_block.attentions.0.proj_in": (8, 8), "lora_unet_mid_block_attentions_0_proj_in": (8, 8)}  # noqa: E501  # fmt: skip
     source = lora_of(tmp_path / "a.safetensors", names)

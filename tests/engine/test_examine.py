@@ -184,6 +184,15 @@ OTHER_MODELS = {
     "diffusion_model.double_blocks.0.img_attn.qkv 6144": "FLUX.2-dev",
     "diffusion_model.double_blocks.0.img_attn.qkv 4096": "FLUX.2-klein 9B",
     "diffusion_model.blocks.0.cross_attn.k_img 5120": "Wan image-to-video",
+    "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_v 1024": (
+        "Stable Diffusion 2"
+    ),
+    "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q 768": (
+        "the refiner of Stable Diffusion XL"
+    ),
+    "transformer.blocks.0.attn1.to_q 3072": "Wan 2.2 5B",
+    "lora_unet_blocks_0_self_attn_q 3072": "Wan 2.2 5B",
+    "base_model.model.model.layers.0.self_attn.q_proj 4096": "a language model",
     "transformer.x_embedder 128": "FLUX.1 with a control image",
     "lora_prior_unet_down_blocks_0_1_attention_attn_out_proj 2048": "Stable Cascade",
 }
@@ -219,7 +228,8 @@ def test_a_supported_family_in_the_metadata_has_precedence(examined):
 
 def test_an_adapter_for_a_related_model_is_reported(examined):
     wider = examined(lora(SELF, (CROSS[0], 320, 1024)))
-    assert codes(wider) == [("other_base", True)]
+    assert codes(wider) == [("other_architecture", True)]
+    assert "It is an adapter for Stable Diffusion 2, which is not" in wider.problems[0].message
     said = examined(lora(SELF), ss_base_model_version="sd_2.1")
     assert (codes(said), said.usable) == ([("other_base", False)], True)
 

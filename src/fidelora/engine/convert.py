@@ -22,7 +22,12 @@ from fidelora.adapters.write import (
     file_bytes,
     in_format,
 )
-from fidelora.engine.adapter_family import default_targets
+from fidelora.engine.adapter_family import (
+    best_family,
+    default_targets,
+    made_for_other,
+    unsupported_family,
+)
 from fidelora.errors import AdapterConversionError
 from fidelora.families import Family, all_families, get_family
 from fidelora.texts import listed
@@ -131,6 +136,8 @@ def _families(adapter: Adapter, model: str | None) -> list[Family]:
         else:
             fitting[family.id] = _has_same_shapes(adapter, family)
     if not fitting:
+        if title := unsupported_family(adapter, best_family(adapter)):
+            raise AdapterConversionError(f"{adapter.name} {made_for_other(title)}")
         raise AdapterConversionError(
             f"{len(unknown)} of {len(adapter.modules)} modules of {adapter.name} are not in "
             f"{get_family(model).title if model else 'any supported model family'}, so their names "

@@ -41,7 +41,10 @@ ProblemCode = Literal[
 ]  # fmt: skip
 
 _FAMILIES = {
-    "SDXL": ("Stable Diffusion XL", ("lora_te2_", "text_encoder_2.", "add_embedding", "label_emb")),
+    "SDXL": (
+        "Stable Diffusion XL",
+        ("lora_te2_text", "text_encoder_2.", "add_embedding", "label_emb"),
+    ),
     "FLUX": ("FLUX.1", ("double_blocks", "single_blocks", "single_transformer_blocks")),
     "Wan": ("", ("blocks_0_self_attn_q", "blocks.0.self_attn.q")),
 }

@@ -16,6 +16,9 @@ import torch
 from fidelora.adapters.read import Adapter
 
 _VERSIONS: Mapping[str, str] = {
+    "sd_2.1": "Stable Diffusion 2",
+    "sd_v2": "Stable Diffusion 2",
+    "sd_v2_v": "Stable Diffusion 2",
     "sd3": "Stable Diffusion 3",
     "sd3_medium": "Stable Diffusion 3",
     "pixart": "PixArt",
@@ -54,7 +57,7 @@ class _Rule:
 
     Attributes:
         title: name of the model.
-        pattern: searched in the names of modules, whose dots are replaced by underscores.
+        pattern: searched in the names of modules.
         widths: input widths of a module that matches; empty if any width does.
     """
 
@@ -62,48 +65,68 @@ class _Rule:
     pattern: re.Pattern[str]
     widths: frozenset[int] = frozenset()
 
+    def matches(self, module: str, width: int) -> bool:
+        """Return True if a module with this input width has the sign."""
+        return bool(self.pattern.search(module)) and (not self.widths or width in self.widths)
+
 
 def _rule(title: str, pattern: str, *widths: int) -> _Rule:
-    return _Rule(title, re.compile(pattern), frozenset(widths))
+    """Return a rule; `/` in the pattern stands for the separator in names of modules, `.` or `_`.
+
+    `transformer.blocks` and `transformer_blocks` are different modules, which only names with
+    underscores everywhere do not distinguish.
+    """
+    return _Rule(title, re.compile(pattern.replace("/", "[._]")), frozenset(widths))
 
 
-_BLOCK = r"(?:^|_)transformer_blocks_\d+_"  # not `attentions_0_transformer_blocks_0` of a UNet
-_TO_QKV = r"to_(?:q|k|v)$"
-_INPUT = r"(?:^|_)(?:img_in|x_embedder)$"
-_UNET_BLOCK = r"attentions_\d+_transformer_blocks_"
+_BLOCK = r"(?:^|/)transformer_blocks/\d+/"  # not `attentions.0.transformer_blocks.0` of a UNet
+_INPUT = r"(?:^|/)(?:img_in|x_embedder)$"
+_UNET_BLOCK = re.compile(
+    r"(?:attentions|(?:in|out)put_blocks[._]\d+|middle_block)[._]\d+[._]transformer_blocks[._]"
+)
 
 _RULES = (
-    _rule("Stable Diffusion 3", r"(?:^|_)joint_blocks_\d"),
-    _rule("AuraFlow", r"(?:^|_)joint_transformer_blocks_\d"),
-    _rule("HiDream", r"(?:double|single)_stream_blocks_\d"),
-    _rule("LTX-2", r"(?:^|_)audio_(?:attn|ff)|audio_to_video_attn"),
-    _rule("HunyuanVideo", r"token_refiner|double_blocks_\d+_(?:img|txt)_mlp_fc[12]$"),
-    _rule("HunyuanDiT", r"attn\d_Wqkv$"),
-    _rule("HunyuanDiT", r"blocks_\d+_attn[12]_" + _TO_QKV, 1408),
-    _rule("Stable Cascade", r"^lora_prior_unet_|_attention_attn_(?:in|out)_proj"),
-    _rule("Kandinsky", r"visual_transformer_blocks_\d|attentions_\d+_add_[kv]_proj$"),
-    _rule("OmniGen", r"layers_\d+_self_attn_(?:qkv|o)_proj$"),
-    _rule("OmniGen2", r"(?:layers|refiner)_\d+_attn_" + _TO_QKV, 2520),
-    _rule("Cosmos or Anima", r"(?:^|_)blocks_\d+_(?:self|cross)_attn_(?:[qkv]|output)_proj$"),
-    _rule("Cosmos or Anima", _BLOCK + r"norm1_linear_1$"),
-    _rule("Wan image-to-video", r"blocks_\d+_cross_attn_[kv]_img$|attn2_add_[kv]_proj$"),
-    _rule("Wan VACE", r"(?:^|_)vace_(?:blocks|layers)_\d"),
-    _rule("Mochi", _BLOCK + r"attn1_add_[qkv]_proj$"),
-    _rule("Sana", _BLOCK + r"ff_conv_"),
-    _rule("PixArt", r"(?:^|_)adaln_single_|" + _BLOCK + r"attn[12]_to_q$", 1152),
-    _rule("LTX-Video", _BLOCK + r"attn[12]_to_q$", 2048),
-    _rule("Sana", _BLOCK + r"attn[12]_to_q$", 2240),
-    _rule("CogVideoX", _BLOCK + r"attn1_to_q$", 1920, 3072),
-    _rule("Stable Diffusion 3", _BLOCK + r"attn_(?:to_q|add_q_proj)$", 1536, 2432),
-    _rule("FLUX.2-dev", r"(?:double|single)_blocks_\d|" + _BLOCK + r"attn_to_q$", 6144),
-    _rule("FLUX.2-klein 9B", r"(?:double|single)_blocks_\d|" + _BLOCK + r"attn_to_q$", 4096),
+    _rule("Stable Diffusion 3", r"(?:^|/)joint_blocks/\d"),
+    _rule("AuraFlow", r"(?:^|/)joint_transformer_blocks/\d"),
+    _rule("HiDream", r"(?:double|single)_stream_blocks/\d"),
+    _rule("LTX-2", r"/audio_(?:attn\d?|ff)/|audio_to_video_attn"),
+    _rule("HunyuanVideo", r"token_refiner|double_blocks/\d+/(?:img|txt)_mlp/fc[12]$"),
+    _rule("HunyuanDiT", r"attn\d/Wqkv$"),
+    _rule("HunyuanDiT", r"(?:^|/)blocks/\d+/attn[12]/to_q$", 1408),
+    _rule("Stable Cascade", r"^lora_prior_unet_|/attention/attn/(?:in|out)_proj"),
+    _rule("Kandinsky", r"visual_transformer_blocks/\d|attentions/\d+/add_[kv]_proj$"),
+    _rule("a language model", r"(?:^|/)model/layers/\d+/self_attn/[qkvo]_proj$"),
+    _rule("OmniGen", r"layers/\d+/self_attn/(?:qkv|o)_proj$"),
+    _rule("OmniGen2", r"(?:layers|refiner)/\d+/attn/to_q$", 2520),
+    _rule("Cosmos or Anima", r"(?:^|/)blocks/\d+/(?:self|cross)_attn/(?:[qkv]|output)_proj$"),
+    _rule("Cosmos or Anima", _BLOCK + r"norm1/linear_1$"),
+    _rule("Wan image-to-video", r"blocks/\d+/cross_attn/[kv]_img$|attn2/add_[kv]_proj$"),
+    _rule("Wan VACE", r"(?:^|/)vace_(?:blocks|layers)/\d"),
+    _rule("Wan 2.2 5B", r"(?:^|/)blocks/\d+/self_attn/q$", 3072),
+    _rule("Wan 2.2 5B", r"(?:^|\.)blocks\.\d+\.attn1\.to_q$", 3072),
+    _rule("Mochi", _BLOCK + r"attn1/add_[qkv]_proj$"),
+    _rule("Sana", _BLOCK + r"ff/conv_"),
+    _rule("PixArt", r"(?:^|/)adaln_single/|" + _BLOCK + r"attn[12]/to_q$", 1152),
+    _rule("LTX-Video", _BLOCK + r"attn[12]/to_q$", 2048),
+    _rule("LTX-2", _BLOCK + r"attn[12]/to_q$", 4096),
+    _rule("Sana", _BLOCK + r"attn[12]/to_q$", 2240),
+    _rule("CogVideoX", _BLOCK + r"attn1/to_q$", 1920, 3072),
+    _rule("Stable Diffusion 3", _BLOCK + r"attn/(?:to_q|add_q_proj)$", 1536, 2432),
+    _rule("FLUX.2-dev", r"(?:double|single)_blocks/\d|" + _BLOCK + r"attn/to_q$", 6144),
+    _rule("FLUX.2-klein 9B", r"(?:double|single)_blocks/\d|" + _BLOCK + r"attn/to_q$", 4096),
     # FLUX.1 has 19 double blocks and 38 single blocks of the same shapes.
-    _rule("HunyuanVideo", r"double_blocks_19_|single_(?:transformer_)?blocks_3[89]_", 3072),
-    _rule("Kolors", r"(?:^|_)encoder_hid_proj$", 4096),
+    _rule("HunyuanVideo", r"double_blocks/19/|single_(?:transformer_)?blocks/3[89]/", 3072),
+    _rule("Kolors", r"(?:^|/)encoder_hid_proj$", 4096),
     _rule("FLUX.1 with a control image (Canny, Depth)", _INPUT, 128),
     _rule("FLUX.1 Fill", _INPUT, 384),
 )
 """Signs in order of precedence. Models that share names are distinguished by their widths."""
+
+_UNET_RULES = (
+    _rule("Stable Diffusion 2", r"transformer_blocks/\d+/attn2/to_[kv]$", 1024),
+    _rule("the refiner of Stable Diffusion XL", r"/\d+/attn1/to_q$", 384, 768, 1536),
+)
+"""Signs of models with a UNet, in which the names are those of Stable Diffusion 1.5 and XL."""
 
 
 def other_family(adapter: Adapter, supported_versions: Iterable[str]) -> str:
@@ -121,15 +144,15 @@ def other_family(adapter: Adapter, supported_versions: Iterable[str]) -> str:
         return _VERSIONS[made_for]
     if made_for in supported_versions:
         return ""
-    modules = [
-        (module.replace(".", "_").removeprefix("base_model_model_"), _width(adapter, module))
-        for module in adapter.modules
-        if not re.search(_UNET_BLOCK, module.replace(".", "_"))
-    ]
-    for rule in _RULES:
-        for name, width in modules:
-            if rule.pattern.search(name) and (not rule.widths or width in rule.widths):
+    for module in adapter.modules:
+        width = _width(adapter, module)
+        for rule in _UNET_RULES if _UNET_BLOCK.search(module) else ():
+            if rule.matches(module, width):
                 return rule.title
+    others = [module for module in adapter.modules if not _UNET_BLOCK.search(module)]
+    for rule in _RULES:
+        if any(rule.matches(module, _width(adapter, module)) for module in others):
+            return rule.title
     return ""
 
 
