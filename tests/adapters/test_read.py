@@ -290,6 +290,8 @@ def test_a_file_without_tensors_is_refused(read):
         ("transformer_blocks.0.qkv_proj.lora_down", "in the format of Nunchaku (SVDQuant)"),
         ("transformer_blocks.0.qkv_proj.smooth_factor", "has quantised weights (SVDQuant"),
         ("double_blocks.0.img_attn.norm.key_norm.scale", "is a control LoRA of FLUX.1"),
+        ("scaled_fp8", "is quantised with separate scales"),
+        ("double_blocks.0.processor.q_loras.0.down.weight", "is an EasyControl LoRA"),
         ("unet:0:up", "is a LoRA in the format of cloneofsimo's trainer"),
         ("lora_controlnet", "is a Control-LoRA"),
     ],

@@ -213,6 +213,26 @@ def test_an_adapter_of_an_unsupported_model_is_named(tmp_path, module):
     assert f"x is an adapter for {title}" in str(explain_mismatch(adapter, spec, raised.value))
 
 
+BARE_NAMES = {
+    "transformer_blocks.0.attn.to_q": ("flux", 3072, 3072),
+    "base_model.model.transformer_blocks.0.attn.to_q": ("flux", 3072, 3072),
+    "double_blocks.0.img_attn.qkv": ("flux", 9216, 3072),
+    "model.diffusion_model.double_blocks.0.img_attn.qkv": ("flux", 9216, 3072),
+    "lycoris_single_transformer_blocks_0_attn_to_q": ("flux", 3072, 3072),
+    "transformer_blocks.59.attn.to_q": ("qwen_image", 3072, 3072),
+    "blocks.0.self_attn.q": ("wan21_14b", 5120, 5120),
+    "pipe.dit.blocks.0.self_attn.q": ("wan21_14b", 5120, 5120),
+    "layers.0.attention.to_q": ("zimage", 3840, 3840),
+}
+
+
+@pytest.mark.parametrize("module", BARE_NAMES)
+def test_names_of_a_transformer_without_its_prefix_are_found(examined, module):
+    model, out, into = BARE_NAMES[module]
+    found = examined(lora((module, out, into)))
+    assert (found.usable, found.model, found.same_shapes) == (True, model, 1)
+
+
 def test_the_metadata_of_the_trainer_names_an_unsupported_model(examined):
     tensors = lora(("diffusion_model.layers.0.self_attention.to_q", 8, 8))
     found = examined(tensors, ss_base_model_version="ernie_image")

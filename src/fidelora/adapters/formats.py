@@ -104,6 +104,7 @@ _REFUSED = {
     "scale_weight": _QUANTISED,
     "weight_scale": _QUANTISED,
     "scale_input": _QUANTISED,
+    "scaled_fp8": _QUANTISED,
     **dict.fromkeys(("qweight", "wscales", "wzeros", "smooth_factor", "qzeros", "g_idx"), _BITS),
     **dict.fromkeys(("absmax", "quant_map", "nested_absmax", "nested_quant_map"), _BITS),
 }
@@ -116,6 +117,8 @@ _OTHER_FILES = {
     re.compile(r"(control_model|controlnet_\w+)\."): "is a ControlNet",
     re.compile(r"(base_model\.model\.)?(lora_)?controlnet[._]"): "is a LoRA of a ControlNet",
     re.compile(r"lllite_"): "is a ControlNet-LLLite",
+    re.compile(r".+\.[qkv]_loras\.\d+\."): "is an EasyControl LoRA",
+    re.compile(r"id_encoder\."): "is a PhotoMaker",
     re.compile(r"(adapter\.)?body\.\d+\.(in_conv|body|resnets)\."): "is a T2I-Adapter",
     re.compile(r"(first_stage_model\.)?(decoder|encoder)\.(conv_in|conv_out|down|mid|up)"):
         "is a VAE",

@@ -13,6 +13,9 @@ _UNET_MODULES = frozenset({
 
 _ORIGINAL = re.compile(r"(?:^|[._])(?:input_blocks|middle_block|output_blocks)[._]\d")
 
+_PIPELINE = re.compile(r"^(?:model\.diffusion_model|pipe\.dit|dit)\.")
+"""Other names of the denoiser: in checkpoints, and in pipelines of DiffSynth-Studio."""
+
 # diffusers before 0.17 named the projections of the text encoder like those of the UNet.
 _TEXT_PROJECTION = re.compile(r"(self_attn\.)to_(q|k|v|out)$")
 
@@ -28,12 +31,11 @@ def canonical_name(module: str) -> str:
     if "." not in module:  # flattened with underscores
         return module
     name = module.replace("base_model.model.", "", 1).replace(".processor.", ".")
+    name = _PIPELINE.sub("diffusion_model.", name)
     name = _TEXT_PROJECTION.sub(r"\1\2_proj", name)
     if name.endswith(".to_out") and "single_transformer_blocks." not in name:  # one module there
         name += ".0"
     first = name.partition(".")[0]
-    if first in ("double_blocks", "single_blocks"):  # original code of FLUX, without a part
-        return f"diffusion_model.{name}"
     if first in _UNET_MODULES:
         return f"unet.{name}"
     return f"text_encoder.{name}" if first == "text_model" else name

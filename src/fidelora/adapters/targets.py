@@ -29,6 +29,9 @@ from fidelora.weights.strict import changeable
 
 _Found = TypeVar("_Found")
 
+_DENOISER_PREFIXES = ("diffusion_model.", "transformer.", "lycoris_", "lora_transformer_", "")
+"""Prefixes that adapter files of any family may have, as in ComfyUI: those of ComfyUI, diffusers,
+SimpleTuner and OneTrainer, and none (DiffSynth-Studio, PEFT)."""
 _TEXT_ENCODERS = ("lora_te", "text_encoder", "clip_l.", "clip_g.", "t5.", "t5xxl.")
 """Beginnings of the names of modules of text encoders."""
 
@@ -419,7 +422,8 @@ class Targets:
         for part in self.family.parts:
             if stage is not None and part.stage not in (None, stage):
                 continue
-            for prefix in part.adapter_prefixes:
+            others = _DENOISER_PREFIXES if part.role == "denoiser" else ()
+            for prefix in (*part.adapter_prefixes, *others):
                 if module.startswith(prefix):
                     flat = _flatten(part, module.removeprefix(prefix))
                     if flat in by_flat:
