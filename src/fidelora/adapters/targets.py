@@ -6,6 +6,7 @@ biases of these modules, and the weights and biases of norms.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,7 +33,7 @@ _Found = TypeVar("_Found")
 _DENOISER_PREFIXES = ("diffusion_model.", "transformer.", "lycoris_", "lora_transformer_", "")
 """Prefixes that adapter files of any family may have, as in ComfyUI: those of ComfyUI, diffusers,
 SimpleTuner and OneTrainer, and none (DiffSynth-Studio, PEFT)."""
-_TEXT_ENCODERS = ("lora_te", "text_encoder", "clip_l.", "clip_g.", "t5.", "t5xxl.")
+_TEXT_ENCODERS = re.compile(r"lora_te|text_encoder|clip_[lg]\.|t5")
 """Beginnings of the names of modules of text encoders."""
 
 
@@ -456,7 +457,7 @@ class Targets:
 
 def text_encoder_advice(unmatched: Sequence[str]) -> str:
     """Return the end of an error message if all unmatched modules are those of text encoders."""
-    if not unmatched or not all(module.startswith(_TEXT_ENCODERS) for module in unmatched):
+    if not unmatched or not all(map(_TEXT_ENCODERS.match, unmatched)):
         return ""
     return (
         "; they change a text encoder, which is not supported for this model. Export or train the "
