@@ -111,13 +111,11 @@ _REFUSED = {
 """Ends of error messages, by key suffix of known formats that are not supported."""
 
 _OTHER_FILES = {
-    re.compile(r"(.+[._])?motion_modules[._]\d"): "is a motion module of AnimateDiff, or its LoRA",
     re.compile(r"(image_proj|ip_adapter)\."): "is an IP-Adapter",
     re.compile(r"\d+\.to_(q|k|v|out)_lora\."): "is the LoRA of an IP-Adapter (FaceID)",
     re.compile(r"(control_model|controlnet_\w+)\."): "is a ControlNet",
     re.compile(r"(base_model\.model\.)?(lora_)?controlnet[._]"): "is a LoRA of a ControlNet",
     re.compile(r"lllite_"): "is a ControlNet-LLLite",
-    re.compile(r".+\.[qkv]_loras\.\d+\."): "is an EasyControl LoRA",
     re.compile(r"id_encoder\."): "is a PhotoMaker",
     re.compile(r"(adapter\.)?body\.\d+\.(in_conv|body|resnets)\."): "is a T2I-Adapter",
     re.compile(r"(first_stage_model\.)?(decoder|encoder)\.(conv_in|conv_out|down|mid|up)"):
@@ -125,11 +123,17 @@ _OTHER_FILES = {
     re.compile(r"(vision_model|visual_projection)\."): "is an image encoder (CLIP vision)",
     re.compile(r"(conv_first\.|model\.1\.sub\.)"): "is an upscaler",
     re.compile(r"\d+\.\d\.linear\."): "is a hypernetwork",
-    re.compile(r".+\.modules_to_save\."): "contains whole modules of the base model "
-    "(modules_to_save)",
     re.compile(r"lora_controlnet$"): "is a Control-LoRA",
 }  # fmt: skip
 """Names of other kinds of files and tensors, by a pattern for the start of their keys."""
+
+_OTHER_PARTS = {
+    re.compile(r"motion_modules[._]\d"): "is a motion module of AnimateDiff, or its LoRA",
+    re.compile(r"\.[qkv]_loras\.\d+\."): "is an EasyControl LoRA",
+    re.compile(r"\.modules_to_save\."): "contains whole modules of the base model "
+    "(modules_to_save)",
+}  # fmt: skip
+"""The same, by a pattern for any part of their keys."""
 
 _CLONEOFSIMO = re.compile(r"(unet|text_encoder):\d+:(down|up)")
 
@@ -211,7 +215,10 @@ def split_key(key: str, is_ia3: bool = False) -> tuple[str, str] | None:
 
 def name_of_other_file(key: str) -> str:
     """Return a phrase for a file of another kind than an adapter that has `key`; "" if unknown."""
-    return next((what for start, what in _OTHER_FILES.items() if start.match(key)), "")
+    for start, what in _OTHER_FILES.items():
+        if start.match(key):
+            return what
+    return next((what for part, what in _OTHER_PARTS.items() if part.search(key)), "")
 
 
 def refusal(key: str) -> str | None:
