@@ -20,6 +20,7 @@ from fidelora.adapters.deltas import Delta, Module
 from fidelora.adapters.lycoris_deltas import FullDelta
 from fidelora.adapters.module_names import canonical_name
 from fidelora.adapters.read import Adapter
+from fidelora.adapters.rounded_delta import RoundedDelta
 from fidelora.adapters.stacked_delta import StackedDelta, shapes_of
 from fidelora.errors import AdapterMismatchError
 from fidelora.families import Family, Part
@@ -145,6 +146,13 @@ class BoundAdapter:
     def widened(self) -> BoundAdapter:
         """Return the same adapter with its tensors cast to float32, which merging needs."""
         deltas = {name: one.cast(torch.float32) for name, one in self.deltas.items()}
+        return replace(self, deltas=deltas)
+
+    def with_rounded_changes(self, dtype: torch.dtype) -> BoundAdapter:
+        """Return the same adapter with each change rounded to `dtype` before it is merged."""
+        deltas: dict[str, Delta] = {
+            name: RoundedDelta.of(one, dtype) for name, one in self.deltas.items()
+        }
         return replace(self, deltas=deltas)
 
     @cached_property

@@ -103,10 +103,13 @@ def with_adapters(model: LoadedModel, recipe: Recipe, bound: Bound) -> Iterator[
     # The trainer rounds the factors of a training adapter to the dtype of the base model, in which
     # it also computes the live adapter that subtracts it.
     training = [(one.rounded(model.compute_dtype), m) for one, m in bound.training]
+    widened = [(one.widened(), m) for one, m in training]
+    if model.family.rounds_training_changes:
+        widened = [(one.with_rounded_changes(model.compute_dtype), m) for one, m in widened]
     model.merged.apply(
         merged,
         [pair for pair in bound.history if not pair[0].is_dora],
-        [(one.widened(), m) for one, m in training],
+        widened,
     )
     away = [(one, -multiplier) for one, multiplier in training]
     with live_adapters(model.targets, [*away, *live], model.device):

@@ -81,11 +81,6 @@ _SD = (
 _FLUX = (
     *_COMMON,
     _Setting(
-        ("model", "assistant_lora_path"),
-        "the trainer merges this LoRA into the base model and subtracts it again for samples, so "
-        "they contain a rounding error that the replay does not have",
-    ),
-    _Setting(
         ("model", "inference_lora_path"),
         "the trainer samples with this LoRA, and the replay does not",
     ),
