@@ -450,6 +450,16 @@ def test_recipe_explains_that_a_fine_tune_has_no_lora(folder, fidelora):
 
 
 @pytest.mark.parametrize(
+    ("extras", "is_named"),
+    [("Tongyi-MAI/Z-Image-Turbo", False), ("base", False), ("other/parts", True), (None, False)],
+)
+def test_other_parts_of_the_base_model_are_named(folder, extras, is_named):
+    model = {"name_or_path": "base", "arch": "zimage:deturbo", "extras_name_or_path": extras}
+    notes = notes_on(run_of(folder, model=model))
+    assert [note.split()[0] for note in notes] == ["model.extras_name_or_path"] * is_named
+
+
+@pytest.mark.parametrize(
     ("blocks", "name"),
     [
         *[

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fidelora.adapters.deltas import Delta
+from fidelora.adapters.rounded_delta import RoundedDelta
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +56,13 @@ class BoundAdapter:
     def widened(self) -> BoundAdapter:
         """Return the same adapter with its tensors cast to float32, which merging needs."""
         deltas = {name: one.cast(torch.float32) for name, one in self.deltas.items()}
+        return replace(self, deltas=deltas)
+
+    def with_rounded_changes(self, dtype: torch.dtype) -> BoundAdapter:
+        """Return the same adapter with each change rounded to `dtype` before it is merged."""
+        deltas: dict[str, Delta] = {
+            name: RoundedDelta.of(one, dtype) for name, one in self.deltas.items()
+        }
         return replace(self, deltas=deltas)
 
     @cached_property

@@ -332,8 +332,8 @@ TrainingAdapter = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Training adapter of Z-Image Turbo, to reproduce the samples of a training run to "
-        "the bit.",
+        help="Training adapter of Z-Image Turbo or FLUX.1-schnell, to reproduce the samples of a "
+        "training run to the bit.",
         rich_help_panel=MODEL_PANEL,
     ),
 ]

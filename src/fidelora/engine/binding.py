@@ -103,10 +103,13 @@ def with_adapters(model: LoadedModel, recipe: Recipe, bound: Bound) -> Iterator[
     # The trainer rounds the factors of a training adapter to the dtype of the base model, and
     # merges them. The live adapter that cancels the merged one is computed in this dtype, too.
     training = [(one.rounded(model.compute_dtype), m) for one, m in bound.training]
+    widened = [(one.widened(), m) for one, m in training]
+    if model.family.rounds_training_changes:
+        widened = [(one.with_rounded_changes(model.compute_dtype), m) for one, m in widened]
     model.merged.apply(
         merged,
         [pair for pair in bound.history if not pair[0].is_dora],
-        [(one.widened(), m) for one, m in training],
+        widened,
     )
     opposite = [(one, -multiplier) for one, multiplier in training]
     with live_adapters(model.targets, [*opposite, *live], model.device):

@@ -278,6 +278,8 @@ class Family:
             of the video; 0 for families that make only still images.
         default_frames, default_fps: frames and frames per second of requests over HTTP that omit
             them; None for families that make only still images.
+        rounds_training_changes: True if the trainer rounds the change of a training adapter to the
+            dtype of the base model before it adds it (PEFT); False if it rounds only the sum.
     """
 
     id: str
@@ -303,6 +305,7 @@ class Family:
     frames_per_latent: int = 0
     default_frames: int | None = None
     default_fps: int | None = None
+    rounds_training_changes: bool = False
     base_aliases: tuple[str, ...] = ()
     extras: str = ""
     base_sizes: Mapping[str, int] = field(default_factory=lambda: NO_OPTIONS)

@@ -12,6 +12,9 @@ from fidelora.families import Family, all_families
 from fidelora.loras.hub import HubFile
 from fidelora.recipe import AdapterRef, Quantization
 
+_PEFT_FILE = "pytorch_lora_weights.safetensors"
+"""Name of the file of a LoRA in a repository of diffusers."""
+
 
 def family_of(model: Mapping[str, Any]) -> str:
     """Return the id of the model family; older configurations set a flag, newer ones `arch`.
@@ -82,13 +85,16 @@ def training_adapter_of(model: Mapping[str, Any], family: Family) -> str:
 def find_training_adapter(location: str) -> AdapterRef:
     """Return the adapter at `location`, a path or `owner/name/file.safetensors` on the hub.
 
+    As in the trainer, `owner/name` is the file `pytorch_lora_weights.safetensors` of a repository.
+
     Raises:
         TrainingRunError: it was not found.
     """
     path = Path(location).expanduser()
     if not path.is_file():
+        name = f"{location}/{_PEFT_FILE}" if location.count("/") == 1 else location
         try:
-            path = HubFile.parse(f"hf:{location}").fetch(None, MAX_ADAPTER_BYTES)
+            path = HubFile.parse(f"hf:{name}").fetch(None, MAX_ADAPTER_BYTES)
         except AdapterError as error:
             raise TrainingRunError(
                 f"The training adapter {location}, which the samples need, was not found: {error} "

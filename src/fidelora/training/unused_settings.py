@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fidelora.families import get_family
+
 Process = Mapping[str, Any]
 
 
@@ -81,11 +83,6 @@ _SD = (
 _FLUX = (
     *_COMMON,
     _Setting(
-        ("model", "assistant_lora_path"),
-        "the trainer merges this LoRA into the base model and subtracts it again for samples, so "
-        "they contain a rounding error that the replay does not have",
-    ),
-    _Setting(
         ("model", "inference_lora_path"),
         "the trainer samples with this LoRA, and the replay does not",
     ),
@@ -103,6 +100,12 @@ _FLUX = (
 _BY_FAMILY = {"sd15": _SD, "sdxl": _SD, "flux": _FLUX, "flex1": _FLUX, "flux_cfg": _FLUX}
 """Settings by id of the family. Those of the other families were not examined."""
 
+_READS_EXTRAS = (
+    *("zimage", "zimage_turbo", "zimage_deturbo", "qwen_image", "qwen_image_2512"),
+    *("wan21_1b", "wan21_14b"),
+)
+"""Families of which the trainer reads parts from `model.extras_name_or_path`."""
+
 
 def unused_settings(process: Process, model: str) -> tuple[str, ...]:
     """Return a sentence for each setting of the process that is not replayed.
@@ -110,10 +113,26 @@ def unused_settings(process: Process, model: str) -> tuple[str, ...]:
     Args:
         model: id of the model family.
     """
-    return tuple(
+    sentences = tuple(
         f"{'.'.join(setting.path)} is set: {setting.effect}."
         for setting in _BY_FAMILY.get(model, ())
         if _is_set(process, setting)
+    )
+    return (*sentences, *_other_extras(process, model))
+
+
+def _other_extras(process: Process, model: str) -> tuple[str, ...]:
+    """Return a sentence if the trainer read parts from elsewhere than the replay does."""
+    block = process.get("model")
+    if model not in _READS_EXTRAS or not isinstance(block, Mapping):
+        return ()
+    extras = block.get("extras_name_or_path")
+    if not extras or extras in (block.get("name_or_path"), get_family(model).extras):
+        return ()
+    return (
+        "model.extras_name_or_path is set: the trainer reads parts that are not in the base model "
+        "from there, and the replay does not. If the base model lacks them, copy all parts into "
+        "one folder, and set it with --base-model.",
     )
 
 

@@ -60,7 +60,8 @@ FLUX = Family(
             )
         }
     ),
-    uses=frozenset({"noise", "quantization", "text_encoder_quantization"}),
+    uses=frozenset({"noise", "quantization", "text_encoder_quantization", "training_adapters"}),
+    rounds_training_changes=True,  # the trainer merges the assistant LoRA with PEFT
     parts=with_companion((_CLIP, T5_ENCODER, _TRANSFORMER, FLUX_VAE), _COMPANION),
     text="fidelora.families.flux.text:FluxText",
     denoiser="fidelora.families.flux.denoiser:FluxDenoiser",
