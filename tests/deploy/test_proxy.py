@@ -46,7 +46,8 @@ class _PortHandler(BaseHTTPRequestHandler):
 def backends() -> Iterator[list[ThreadingHTTPServer]]:
     made = [ThreadingHTTPServer(("127.0.0.1", 0), _PortHandler) for _ in range(2)]
     for server in made:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        options = {"poll_interval": 0.01}
+        threading.Thread(target=server.serve_forever, kwargs=options, daemon=True).start()
     yield made
     for server in made:
         server.shutdown()

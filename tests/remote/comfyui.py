@@ -54,7 +54,8 @@ class ComfyUI:
                 pass
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        options = {"poll_interval": 0.01}
+        threading.Thread(target=self._server.serve_forever, kwargs=options, daemon=True).start()
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def close(self) -> None:
