@@ -113,7 +113,7 @@ def test_the_same_recipe_is_the_same_image_in_both_apis(real, tiny_server):
     )
 
 
-def test_several_images_are_returned_as_urls_of_another_format(real):
+def test_several_images_can_be_urls_in_another_format(real):
     made = real.images.generate(
         prompt="a ball",
         size="64x72",
