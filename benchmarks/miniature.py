@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tools.miniature import train_vae, world  # noqa: E402
-from tools.miniature.exam import new_things, scores  # noqa: E402
+from tools.miniature.exam import new_shape_scenes, scores  # noqa: E402
 from tools.miniature.train_unet import held_out_scenes  # noqa: E402
 
 from fidelora import AdapterRef, Engine, Recipe  # noqa: E402
@@ -55,7 +55,7 @@ def main() -> None:
     count = parser.parse_args().prompts
     engine = Engine(device="cpu")
     base = Recipe(prompt="", **SETTINGS)
-    scenes, moons = held_out_scenes(count, SEED), new_things(count, SEED)
+    scenes, moons = held_out_scenes(count, SEED), new_shape_scenes(count, SEED)
     result: dict[str, Any] = {"prompts": count, "vae_psnr": round(round_trip(), 2)}
     result["guidance 6"] = scores(engine, scenes, base, SEED)
     result["guidance 1"] = scores(engine, scenes, replace(base, guidance_scale=1.0), SEED)

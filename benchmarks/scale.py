@@ -133,13 +133,13 @@ class Simulation:
             while self._events and self._events[0][0] <= arrival_s:
                 at_s, number, worker = heapq.heappop(self._events)
                 if number == worker.next_event:
-                    self._look(worker, at_s)
+                    self._try_claim(worker, at_s)
             self._add(_SimulatedJob(frozenset([lora]), arrival_s))
             idle = [worker for worker in self._workers if worker.is_idle]
             self._random.shuffle(idle)
             for worker in idle:
                 if self._queue:
-                    self._look(worker, arrival_s)
+                    self._try_claim(worker, arrival_s)
         served = len(self._waits)
         left = [arrival_s - _simulated(one.job).arrival_s for one in self._queue]
         return Result(self._case, self._reads, self._switches, served, self._waits + left)
@@ -150,7 +150,7 @@ class Simulation:
         due = due_of(self._claims, len(self._queue), self._case.workers)
         self._queue.append(Queued(cast(Job, job), turn, due))
 
-    def _look(self, worker: _Worker, now_s: float) -> None:
+    def _try_claim(self, worker: _Worker, now_s: float) -> None:
         """Claim the next job for a worker that is idle or has ended its job."""
         if worker.has_read:
             worker.hold_s, worker.has_read = min(READ_S, MAX_HOLD_S), False
@@ -161,7 +161,7 @@ class Simulation:
         worker.reported = reported
         worker.is_idle = job is None
         if job is None:
-            self._look_again(worker, now_s + POLL_S)
+            self._plan_claim(worker, now_s + POLL_S)
             return
         self._claims += 1
         self._queue = [one for one in self._queue if _simulated(one.job) is not job]
@@ -180,9 +180,9 @@ class Simulation:
             worker.loaded.move_to_end(lora)
         while len(worker.loaded) > SLOTS:
             worker.loaded.popitem(last=False)
-        self._look_again(worker, end_s)
+        self._plan_claim(worker, end_s)
 
-    def _look_again(self, worker: _Worker, at_s: float) -> None:
+    def _plan_claim(self, worker: _Worker, at_s: float) -> None:
         worker.next_event = next(self._numbers)
         heapq.heappush(self._events, (at_s, worker.next_event, worker))
 

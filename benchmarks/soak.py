@@ -88,7 +88,7 @@ class Soak:
         """Perform one random action."""
         actions: dict[Any, float] = {
             self.submit: 60,
-            self.look: 25,
+            self.check_ended: 25,
             self.cancel: 1,
             self.upload: 1,
             self.listen: 2,
@@ -101,7 +101,7 @@ class Soak:
 
     def submit(self) -> None:
         if len(self.pending) >= MAX_QUEUED:
-            self.look()
+            self.check_ended()
             time.sleep(0.1)  # leaves the processors to the worker
             return
         fields = {
@@ -115,7 +115,7 @@ class Soak:
         else:
             self.counts[f"refused with {answer.status}"] += 1
 
-    def look(self) -> None:
+    def check_ended(self) -> None:
         """Check the requests that have ended."""
         for request_id in list(self.pending)[:MAX_QUEUED]:
             status = self.server.status(request_id)
@@ -173,7 +173,7 @@ class Soak:
         """Wait for all requests."""
         end = time.monotonic() + 300
         while self.pending and time.monotonic() < end:
-            self.look()
+            self.check_ended()
             time.sleep(0.05)
         self.wrong += [f"{request_id} did not end" for request_id in self.pending]
 

@@ -46,7 +46,7 @@ PROMPTS = [
     "a green circle on a white background",
     "a black [trigger] on an orange background",
 ]
-LOST = ("simulated",)
+LOST_INFORMATION = ("simulated",)
 
 
 def _with_multiplier(recipe: Recipe, multiplier: float) -> Recipe:
@@ -106,7 +106,7 @@ def verdicts_of(
         made = trainer_samples(engine, plans, exact, mistake, scheduler_options)
         samples = experiment.differences(made)
         genuine = genuine or samples
-        verdicts[name] = [experiment.conclude(samples, LOST).verdict.value]
+        verdicts[name] = [experiment.conclude(samples, LOST_INFORMATION).verdict.value]
     in_turn = []
     for turn in range(len(genuine[0].draws)):
         samples = []
@@ -114,7 +114,7 @@ def verdicts_of(
             draws = list(sample.draws)
             judged, draws[turn] = draws[turn], sample.trainer
             samples.append(Differences(judged, tuple(draws)))
-        in_turn.append(experiment.conclude(samples, LOST).verdict.value)
+        in_turn.append(experiment.conclude(samples, LOST_INFORMATION).verdict.value)
     return verdicts | {"each in turn": in_turn}
 
 

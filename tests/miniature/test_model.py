@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from safetensors import safe_open
 from tests.support import MINIATURE_LORA
 from tools.miniature import train_vae, world
-from tools.miniature.exam import new_things, scores
+from tools.miniature.exam import new_shape_scenes, scores
 from tools.miniature.train_unet import held_out_scenes
 
 import fidelora
@@ -74,7 +74,7 @@ def test_the_pictures_show_the_prompts(engine):
 
 def test_the_adapter_teaches_the_trigger_word_a_new_shape(engine):
     adapter = AdapterRef.from_file(MINIATURE_LORA)
-    scenes = new_things(12, 12)
+    scenes = new_shape_scenes(12, 12)
     assert scores(engine, scenes, replace(BASE, adapters=(adapter,)), 12)["shape"] >= 0.8
     without = replace(BASE, adapters=(replace(adapter, multiplier=0.0),))
     assert scores(engine, scenes[:4], without, 12)["shape"] == 0

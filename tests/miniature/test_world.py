@@ -69,7 +69,7 @@ def test_the_judge_distinguishes_all_shapes(shape):
     rng = np.random.default_rng(4)
     for size in world.RADII:
         scene = world.Scene((world.Thing(shape, "red", size),), "white")
-        ground, (seen,) = judge.look(world.draw(scene, rng))
+        ground, (seen,) = judge.recognise(world.draw(scene, rng))
         assert (seen.shape, seen.colour, ground) == (shape, "red", "white")
 
 

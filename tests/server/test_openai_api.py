@@ -1,4 +1,4 @@
-"""OpenAI's Images API, called by the package `openai`."""
+"""OpenAI's Images API, called by the package `openai`: images, models, errors and keys."""
 
 from __future__ import annotations
 
@@ -20,21 +20,17 @@ from tests.server.http_support import (
     in_thread,
     jobs_succeeding,
     listening,
-    now,
     only_job,
     pixels,
 )
+from tests.server.openai_support import LORAS, official_client
 from tests.server.serve_support import IMAGES_DEADLINE_S, Server, until
-from tests.support import LORA
 
 from fidelora.images.read import read_origin
-from fidelora.jobs.job import JobProgress, Status, new_job
-from fidelora.recipe import MAX_SEED, Recipe, file_sha256
+from fidelora.jobs.job import Status
 from fidelora.server import job_watcher
 from fidelora.server.context import ServerContext
-from fidelora.server.routes.openai import _PreviewSelector
 
-LORAS = [{"path": "sks.safetensors", "network_multiplier": 0.8}]
 SMALL: dict[str, Any] = {"steps": 2, "loras": LORAS, "trigger_word": "sks"}
 
 
@@ -54,11 +50,6 @@ def worker(context) -> ManualWorker:
     return ManualWorker(context)
 
 
-def official_client(kind: Any, url: str, api_key: str = "none") -> Any:
-    """Return a client with a deadline; by default, it waits for 600 s."""
-    return kind(base_url=f"{url}/v1", api_key=api_key, max_retries=0, timeout=IMAGES_DEADLINE_S)
-
-
 @pytest.fixture
 def client(context):
     """The official client of a server on a real socket; the test acts as its worker."""
@@ -74,12 +65,6 @@ def real(tiny_server: Server):
     """The official client of a server that makes real images."""
     with official_client(openai.OpenAI, tiny_server.url) as made:
         yield made
-
-
-def preview(colour: str) -> str:
-    buffer = io.BytesIO()
-    Image.new("RGB", (16, 16), colour).save(buffer, "JPEG")
-    return base64.b64encode(buffer.getvalue()).decode()
 
 
 # --- with real images ---------------------------------------------------------------------------
@@ -113,7 +98,7 @@ def test_the_same_recipe_is_the_same_image_in_both_apis(real, tiny_server):
     )
 
 
-def test_several_images_are_returned_as_urls_of_another_format(real):
+def test_several_images_can_be_urls_in_another_format(real):
     made = real.images.generate(
         prompt="a ball",
         size="64x72",
@@ -184,117 +169,6 @@ def test_the_asynchronous_client_gets_an_image(tiny_server):
             return await client.images.generate(prompt="a ball", size="64x64", extra_body=SMALL)
 
     assert asyncio.run(make()).data[0].b64_json
-
-
-# --- the fields ---------------------------------------------------------------------------------
-
-
-def test_every_field_reaches_its_recipe(client, context, worker):
-    with jobs_succeeding(worker):
-        client.images.generate(
-            model="sd15",
-            prompt="[trigger]",
-            n=2,
-            size="256x512",
-            output_format="jpeg",
-            output_compression=80,
-            quality="hd",
-            style="natural",
-            background="opaque",
-            moderation="low",
-            user="me",
-            extra_body={
-                "loras": LORAS,
-                "trigger_word": "sks",
-                "negative_prompt": "bad",
-                "seed": MAX_SEED - 1,
-                "steps": 9,
-                "guidance_scale": 3.5,
-                "sampler": "ddim",
-                "fidelity": "fast",
-            },
-        )
-    job = only_job(context)
-    assert (job.image_format, job.image_quality) == ("jpeg", 80)
-    assert [recipe.seed for recipe in job.recipes] == [MAX_SEED - 1, MAX_SEED]
-    first = job.recipes[0]
-    assert (first.prompt, first.negative_prompt, first.width, first.height) == (
-        "sks",
-        "bad",
-        256,
-        512,
-    )
-    assert (first.steps, first.guidance_scale, first.sampler, first.fidelity) == (
-        9,
-        3.5,
-        "ddim",
-        "fast",
-    )
-    assert [(ref.sha256, ref.multiplier) for ref in first.adapters] == [(file_sha256(LORA), 0.8)]
-
-
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [
-        ({"n": 11}, "n"),
-        ({"n": 0}, "n"),
-        ({"size": "huge"}, "size"),
-        ({"quality": "best"}, "quality"),
-        ({"style": "loud"}, "style"),
-        ({"background": "transparent"}, "background"),
-        ({"output_format": "gif"}, "output_format"),
-        ({"frame_count": 3}, "frame_count"),
-        ({"complexity": "high"}, "complexity"),
-        ({"partial_images": 4, "stream": True}, "partial_images"),
-        ({"extra_body": {"steps": 151}}, "steps"),
-        ({"extra_body": {"guidance_scale": 21}}, "guidance_scale"),
-        ({"extra_body": {"sampler": "best"}}, "sampler"),
-        ({"extra_body": {"sampler": "lcm", "steps": 60}}, "steps"),
-        ({"extra_body": {"neg": "x"}}, "neg"),
-        (
-            {"extra_body": {"loras": [{"path": "sks.safetensors", "strength": 1}]}},
-            "loras[0].strength",
-        ),
-        (
-            {"extra_body": {"loras": [{"path": "sks.safetensors", "network_multiplier": 6}]}},
-            "loras.0.network_multiplier",
-        ),
-    ],
-)
-def test_unsupported_fields_are_rejected_by_name(client, context, fields, param):
-    with pytest.raises(openai.BadRequestError) as caught:
-        client.images.generate(prompt="a ball", **fields)
-    assert (caught.value.param, caught.value.type) == (param, "invalid_request_error")
-    assert context.store.list().jobs == ()
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"size": "32x512"}, "size: width and height have to be from 64 to 4096"),
-        ({"output_compression": 50}, "output_compression: not supported for png"),
-        (
-            {"n": 2, "extra_body": {"seed": MAX_SEED}},
-            "seed: the last image's seed would exceed",
-        ),
-        ({"partial_images": 2}, "partial_images: supported only in a stream"),
-        (
-            {"stream": True, "response_format": "url"},
-            "response_format: a stream supports only b64_json",
-        ),
-    ],
-)
-def test_fields_that_contradict_each_other(client, fields, message):
-    with pytest.raises(openai.BadRequestError) as caught:
-        client.images.generate(prompt="a ball", **fields)
-    assert caught.value.response.json()["error"]["message"].startswith(message)
-
-
-def test_a_model_has_the_names_that_clients_cannot_change(client, context, worker):
-    with jobs_succeeding(worker):
-        client.images.generate(model="dall-e-3", prompt="a ball", style="vivid")
-    assert only_job(context).recipes[0].model == "sd15"
-    assert context.settings.aliases_of_models["gpt-image-1"] == "sdxl"
 
 
 # --- errors -------------------------------------------------------------------------------------
@@ -425,105 +299,6 @@ def test_calls_of_routes_that_do_not_exist_say_what_to_do(context):
         assert "address without /v1" in answer.json()["detail"]["error"]["message"]
         answer = httpx2.get(f"{url}/gradio_api/info", timeout=IMAGES_DEADLINE_S)
         assert "use POST /v1/inference" in answer.json()["detail"]["error"]["message"]
-
-
-# --- waiting ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("running", [False, True])
-def test_a_disconnected_client_cancels_its_job(client, context, worker, stream, running):
-    with httpx2.Client() as other:
-        body = {"prompt": "a ball", "stream": stream}
-        call = other.build_request(
-            "POST", f"{client.base_url}images/generations", json=body, timeout=2 if running else 0.3
-        )
-        sent = in_thread(lambda: other.send(call, stream=stream))
-        job = only_job(context)
-        if running:
-            worker.step(worker.claim(), 3)
-        if stream:
-            sent.result(30).close()
-        else:
-            with pytest.raises(httpx2.ReadTimeout):
-                sent.result(30)
-    if running:
-        assert until(lambda: context.store.get(job.id).cancel_requested, 20)
-    else:
-        assert until(lambda: context.store.get(job.id).status is Status.CANCELED, 20)
-
-
-def test_partial_images_are_in_order_and_limited(client, context, worker):
-    with client.images.generate(
-        prompt="a ball",
-        n=2,
-        stream=True,
-        partial_images=2,
-        output_format="webp",
-        extra_body={"steps": 12},
-    ) as stream:
-        job = until(lambda: worker.claim_one(), 20)
-        events = iter(stream)
-
-        def show(image: int, step: int, colour: str) -> None:
-            context.store.renew(
-                job.id,
-                job.epoch,
-                JobProgress(image, 2, step, 12, 1.0, preview(colour)),
-                job.created_at,
-                1e9,
-            )
-
-        seen = []
-        for image in (0, 1):
-            show(image, 2, "red")  # too early
-            for step, colour in ((4, "green"), (8, "blue")):
-                show(image, step, colour)
-                seen.append(next(events))
-            show(image, 12, "white")  # one too many
-        worker.succeed(job, image_format="webp")
-        rest = list(events)
-    assert {event.type for event in seen} == {"image_generation.partial_image"}
-    assert [event.partial_image_index for event in seen] == [0, 1, 0, 1]
-    colours = [tuple(pixels(base64.b64decode(event.b64_json))[0, 0] > 90) for event in seen]
-    assert colours == [(False, True, False), (False, False, True)] * 2
-    assert {(event.output_format, event.size) for event in seen} == {("webp", "512x512")}
-    assert [event.type for event in rest] == ["image_generation.completed"] * 2
-    assert [base64.b64decode(event.b64_json) for event in rest] == [b"an image"] * 2
-
-
-@pytest.mark.parametrize(("most", "sent"), [(0, []), (1, [6]), (3, [3, 6, 9])])
-def test_partial_images_are_spread_over_the_steps(context, worker, most, sent):
-    context.store.add(new_job((Recipe(prompt="a ball", steps=12),), now()))
-    job, selector, found = worker.claim(), _PreviewSelector(most), []
-    for step in range(1, 13):  # the preview of the last step is not sent: the image follows
-        changed = worker.step(job, step, 12, preview(f"hsl({step}, 50%, 50%)"))
-        found += [step for _ in range(2) if selector.event(changed) is not None]
-    assert found == sent
-
-
-def test_an_idle_stream_sends_keepalive_comments(client, context, worker, monkeypatch):
-    from fidelora.server.routes import openai as routes
-
-    monkeypatch.setattr(routes, "_KEEPALIVE_INTERVAL_S", 0.0)
-    body = {"prompt": "a ball", "stream": True}
-    with httpx2.stream("POST", f"{client.base_url}images/generations", json=body) as answer:
-        lines = answer.iter_lines()
-        assert next(lines) == ": making images"
-        assert answer.headers["content-type"].startswith("text/event-stream")
-        only_job(context)
-        worker.succeed(worker.claim())
-        assert "event: image_generation.completed" in list(lines)
-
-
-def test_a_stopping_server_answers_waiting_clients(client, context):
-    waiting = in_thread(lambda: client.images.generate(prompt="a ball"))
-    job = only_job(context)
-    context.stopping.set()
-    with pytest.raises(openai.InternalServerError) as caught:
-        waiting.result(30)
-    assert caught.value.code == "SERVER_STOPPING"
-    assert context.store.get(job.id).status is Status.CANCELED
 
 
 # --- models -------------------------------------------------------------------------------------

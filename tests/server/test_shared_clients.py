@@ -64,7 +64,7 @@ def test_a_key_is_valid_at_each_server_until_it_is_revoked(contexts):
         until(lambda: client.get("/v1/requests", headers=bearer).status_code == 401)
 
 
-def test_revoking_the_last_key_lets_no_other_machine_in(contexts):
+def test_other_machines_are_refused_after_the_last_key_is_revoked(contexts):
     first, second = contexts
     bearer = {"Authorization": f"Bearer {first.keys.add('alice')}"}
     spoofed = bearer | {"Host": "localhost"}

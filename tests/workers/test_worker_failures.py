@@ -358,7 +358,7 @@ def test_a_worker_reports_how_long_each_part_may_take(harness):
     main = threading.current_thread()
 
     def beat(seconds: float) -> None:
-        if threading.current_thread() is main:  # another one beats during the load
+        if threading.current_thread() is main:  # another thread beats during the load
             beats.append(seconds)
 
     worker._beat = beat

@@ -31,7 +31,7 @@ def scores(
     }
 
 
-def new_things(count: int, seed: int) -> list[world.Scene]:
+def new_shape_scenes(count: int, seed: int) -> list[world.Scene]:
     """Return held-out scenes with one shape, the one that only the adapter has learned."""
     rng = np.random.default_rng(seed)
     scenes: list[world.Scene] = []

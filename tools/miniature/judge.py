@@ -18,11 +18,11 @@ from scipy import ndimage
 from tools.miniature import world
 
 _BORDER = 4  # width in pixels of the border that shows the background
-_APART = 20.0
+_MIN_CONTRAST = 20.0
 """Distance in CIELAB above which two colours are clearly different to the eye."""
-_SMALLEST = 80
+_MIN_REGION_PIXELS = 80
 """Pixels of the smallest region that counts as a thing."""
-_INSIDE = 5.5
+_OUTLINE_DEPTH = 5.5
 """Distance from the edge in pixels beyond which no outline extends."""
 _GRID = 40  # cells on each side of the grid in which shapes are compared
 
@@ -50,7 +50,7 @@ class Score:
 
 def score(pixels: NDArray[np.uint8], scene: world.Scene) -> Score:
     """Compare the picture with the scene that it should show."""
-    background, things = look(pixels)
+    background, things = recognise(pixels)
     wanted = scene.things
     # Keep the largest ones, as many as expected: an extra speck is ignored, a missing thing is not.
     things = sorted(
@@ -66,19 +66,19 @@ def score(pixels: NDArray[np.uint8], scene: world.Scene) -> Score:
     )
 
 
-def look(pixels: NDArray[np.uint8]) -> tuple[str, list[Seen]]:
+def recognise(pixels: NDArray[np.uint8]) -> tuple[str, list[Seen]]:
     """Return the background colour, and the things from the largest to the smallest."""
     lab = to_lab(pixels)
     edge = np.ones(lab.shape[:2], bool)
     edge[_BORDER:-_BORDER, _BORDER:-_BORDER] = False
     ground = np.median(lab[edge], axis=0)
     regions, count = ndimage.label(
-        ndimage.binary_opening(np.linalg.norm(lab - ground, axis=2) > _APART, iterations=1)
+        ndimage.binary_opening(np.linalg.norm(lab - ground, axis=2) > _MIN_CONTRAST, iterations=1)
     )
     found = []
     for number in range(1, count + 1):
         mask = regions == number
-        if mask.sum() >= _SMALLEST:
+        if mask.sum() >= _MIN_REGION_PIXELS:
             y, x = ndimage.center_of_mass(mask)
             found.append((int(mask.sum()), Seen(_shape(mask), _name(_inside(lab, mask)), x, y)))
     return _name(ground), [seen for _, seen in sorted(found, key=lambda one: -one[0])]
@@ -106,7 +106,7 @@ def _inside(lab: NDArray[np.float64], mask: Mask) -> NDArray[np.float64]:
     """Return the median colour of a region, as far from its edge as its thickness allows."""
     depth = ndimage.distance_transform_edt(mask)
     middle: NDArray[np.float64] = np.median(
-        lab[depth >= min(_INSIDE, float(depth.max()) * 0.8)], axis=0
+        lab[depth >= min(_OUTLINE_DEPTH, float(depth.max()) * 0.8)], axis=0
     )
     return middle
 

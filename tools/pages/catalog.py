@@ -43,11 +43,11 @@ _KIND_TITLES = {
 }
 
 
-def catalog_page(made: str, folder: Path, goldens: Path) -> str:
+def catalog_page(note: str, folder: Path, goldens: Path) -> str:
     """Return the catalog of families with their defaults, components, samplers and adapters.
 
     Args:
-        made: note that the page is generated.
+        note: note that the page is generated.
         goldens: folder with the golden training runs.
         folder: contains a page for each family, named by its id. Families with the same
             implementation can share the page of one of them.
@@ -55,7 +55,7 @@ def catalog_page(made: str, folder: Path, goldens: Path) -> str:
     Raises:
         ValueError: a family has no page.
     """
-    lines = ["# Models", "", made, "", _ABOUT, ""]
+    lines = ["# Models", "", note, "", _ABOUT, ""]
     lines += [
         "| id | family | base model | size | steps | guidance | sampler |",
         "|---|---|---|---|---|---|---|",

@@ -33,12 +33,12 @@ process died in every attempt).
 """.strip()
 
 
-def errors_page(made: str) -> str:
+def errors_page(note: str) -> str:
     """Return the page, with the errors in the order of the module."""
     lines = [
         "# Errors",
         "",
-        made,
+        note,
         "",
         _ABOUT,
         "",

@@ -38,12 +38,12 @@ class _Strict(logging.Handler):
         raise ValueError(record.getMessage())
 
 
-def python_page(made: str) -> str:
+def python_page(note: str) -> str:
     """Return the page: each public name with signature, arguments, attributes and errors."""
     logging.getLogger("griffe").addHandler(_Strict(logging.WARNING))
     package = cast(griffe.Module, griffe.load("fidelora", docstring_parser="google"))
     assert package.exports is not None
-    lines = ["# Python", "", made, "", _ABOUT, ""]
+    lines = ["# Python", "", note, "", _ABOUT, ""]
     for name in map(str, package.exports):
         found = package[name]
         thing: Object = found.final_target if found.is_alias else found
