@@ -10,6 +10,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 
+from fidelora.families import get_family
 from fidelora.sampling.schedules import FlowSchedule
 
 CPU = torch.device("cpu")
@@ -93,6 +94,18 @@ def test_the_sigmas_of_qwen_image_have_the_bits_of_diffusers(steps, tokens):
     ours = FlowSchedule(config, steps, tokens, CPU)
     assert torch.equal(ours.timesteps, scheduler.timesteps)
     assert float(ours.timesteps[-1]) == pytest.approx(20, abs=1e-3)
+
+
+@pytest.mark.parametrize("model", ["flux", "flex1", "flux_cfg", "chroma"])
+@pytest.mark.parametrize("tokens", [20, 24, 32, 4096])
+def test_the_sigmas_of_flux_have_the_bits_of_diffusers(model, tokens):
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    config = get_family(model).samplers["flowmatch"].config
+    for steps in range(1, 51):
+        mu = calculate_shift(tokens, 256, 4096, 0.5, 1.15)
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+        ours = FlowSchedule(config, steps, tokens, CPU)
+        assert torch.equal(ours.timesteps, scheduler.timesteps), steps
 
 
 def test_the_precision_of_the_even_spacing_changes_the_last_bit():

@@ -55,8 +55,10 @@ FLUX = Family(
     # The trainer's own configuration; the base's scheduler file is not used.
     samplers=MappingProxyType(
         {
+            # The pipeline computes the sigmas before the shift with numpy in float64.
             "flowmatch": FlowSampler(
-                "flowmatch", MappingProxyType({"dynamic_shift": (256, 0.5, 4096, 1.15)})
+                "flowmatch",
+                MappingProxyType({"dynamic_shift": (256, 0.5, 4096, 1.15), "linspace": "float64"}),
             )
         }
     ),
