@@ -315,10 +315,11 @@ def test_wrong_use_prints_one_sentence_and_exits_with_2(fidelora, tmp_path, argu
         (b"<!DOCTYPE html><html>Sign in</html>", "is a web page (HTML)"),
         (LORA.read_bytes()[:10_000], "truncated"),
         ((60 * 2**20).to_bytes(8, "little") + b"{" * 100, "claims a header of 62,914,560 bytes"),
-        (b"PK\x03\x04" + bytes(100), "is a Python pickle or zip archive"),
+        (b"PK\x03\x04" + bytes(26) + b"archive/data.pkl", "is a Python pickle or zip archive"),
+        (b"PK\x03\x04" + bytes(100), "is a zip archive; unpack it"),
         (b"", "has 0 bytes"),
     ],
-    ids=["html", "truncated", "large header", "pickle", "empty"],
+    ids=["html", "truncated", "large header", "pickle", "zip", "empty"],
 )
 def test_a_broken_adapter_prints_one_sentence_and_exits_with_1(
     fidelora, tmp_path, content, sentence
