@@ -9,16 +9,20 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
 import torch
+from diffusers.models.upsampling import Upsample2D
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from fidelora.engine.binding import with_adapters
 from fidelora.engine.engine import Engine
@@ -51,7 +55,8 @@ class OtherProgram:
     """Makes pictures as ComfyUI or A1111 does, in float32.
 
     Args:
-        whole: True rounds timesteps to whole numbers and scales the noise as ComfyUI does.
+        whole: True rounds timesteps to whole numbers and scales the noise as ComfyUI does; False
+            resizes in the UNet as A1111 does.
         noise: returns the numbers of the n-th draw for a seed and a shape.
     """
 
@@ -111,7 +116,8 @@ class OtherProgram:
                 if self.whole:
                     t = float(np.abs(np.log(table) - math.log(sigma)).argmin())
                 scaled = torch.cat([x, x]) / math.sqrt(sigma**2 + 1)
-                negative, positive = unet(scaled, t, context).sample.chunk(2)
+                with nullcontext() if self.whole else resizing_last(unet):
+                    negative, positive = unet(scaled, t, context).sample.chunk(2)
                 noise = negative + guidance.scale * (positive - negative)
                 return cast(Tensor, x - sigma * noise)
 
@@ -143,6 +149,24 @@ class OtherProgram:
             image = vae.decode(x / vae.config.scaling_factor).sample[0]
             values_255 = (image / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy() * 255
             return cast(Pixels, values_255.astype(np.uint8))  # rounds down
+
+
+@contextmanager
+def resizing_last(unet: nn.Module) -> Iterator[None]:
+    """Upsample as A1111 does: double the size, convolve, and then resize to the needed size."""
+
+    def forward(module: Any, hidden: Tensor, size: Any = None) -> Tensor:
+        result: Tensor = module.conv(hidden.repeat_interleave(2, -1).repeat_interleave(2, -2))
+        return result if size is None else functional.interpolate(result, tuple(size))
+
+    modules: list[Any] = [module for module in unet.modules() if isinstance(module, Upsample2D)]
+    for module in modules:
+        module.forward = partial(forward, module)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
 
 
 def levels(table: NDArray[np.float64], schedule: str, steps: int) -> list[float]:

@@ -63,10 +63,10 @@ def test_comfyuis_workflow_has_the_measured_distance(engine):
     assert distance(plan, pixels) == pytest.approx(found.there.distance, abs=0.05)
 
 
-def test_the_text_for_a1111_is_as_near_as_rounding_allows(engine):
-    plan = plan_of(1)
+def test_the_text_for_a1111_is_as_near_as_its_upsampling_allows(engine):
+    plan = plan_of(1)  # 80x48 pixels, which are not multiples of 64
     found = nearest(engine, "A1111", plan)
-    assert found.there.distance < 0.6
+    assert 0.6 < found.there.distance < 0.9
     reading = read_picture(png(found.pixels, parameters=infotext(found)))
     assert (reading.program, reading.sampler, reading.scheduler) == ("A1111", "Euler a", "DDIM")
     assert (reading.noise_source, reading.negative_prompt) == ("cpu", "ugly")

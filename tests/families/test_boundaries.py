@@ -22,7 +22,7 @@ ALLOWED = {
     ("cli/inspect.py", "text_encoder"),  # a key of its JSON
     ("engine/model.py", "text_encoder"),  # a role
     ("engine/first_image.py", "text_encoder"),  # the same
-    ("weights/files.py", "text_encoder"),  # how model_index.json begins the names of encoders
+    ("weights/configs.py", "text_encoder"),  # how model_index.json begins the names of encoders
 }
 
 

@@ -216,7 +216,8 @@ class Simulator:
                 with with_embeddings(model, bound):
                     encoded = self._encoded(model, split, simulation, size)
                 if simulation.doubles_sizes:
-                    stack.enter_context(doubling_sizes(model.parts["unet"]))
+                    for part in model.parts.values():
+                        stack.enter_context(doubling_sizes(part))
                 latents = self._sampled(
                     model,
                     simulation,

@@ -19,10 +19,13 @@ from torch.nn import functional
 
 
 @contextmanager
-def doubling_sizes(unet: nn.Module) -> Iterator[None]:
-    """Make the UNet's upsampling double sizes, and resize its results to those requested."""
+def doubling_sizes(model: nn.Module) -> Iterator[None]:
+    """Make the upsampling of a UNet double sizes, and resize its results to those requested.
+
+    Other models, which do not request sizes, are unchanged.
+    """
     with ExitStack() as stack:
-        for module in unet.modules():
+        for module in model.modules():
             if isinstance(module, Upsample2D):
                 stack.enter_context(_doubling(module))
         yield
