@@ -96,12 +96,13 @@ def test_a_picture_of_a1111_with_gpu_noise_is_explained(engine):
         width=recipe.width, height=recipe.height, lora=f" <lora:{NAME}:1>", Clip_skip="2",
     )  # fmt: skip
     found = explained(engine, png(pixels, parameters=text))
-    assert causes(found) == {"noise", "sampler", "clip_skip"}
+    # Its size, 80x48, is not a multiple of 64.
+    assert causes(found) == {"noise", "sampler", "clip_skip", "upsampling"}
     assert found.after < 0.1
     # With the trainer's timesteps, DDPM is the ancestral version of Euler's method.
     assert found.nearest_there is not None
     assert found.nearest_there.sampling == "Euler a, DDIM"
-    assert found.nearest_there.distance < 0.6
+    assert found.nearest_there.distance < 0.9
     noise = next(one for one in found.differences if one.cause == "noise")
     assert noise.advice.endswith("Random number generator source: CPU.")
 
@@ -116,7 +117,7 @@ def test_a_missing_lora_is_found_although_the_file_names_it(engine):
         width=recipe.width, height=recipe.height, lora=f" <lora:{NAME}:1>", RNG="CPU",
     )  # fmt: skip
     found = explained(engine, png(pixels, parameters=text))
-    assert causes(found) == {"sampler", "lora"}
+    assert causes(found) == {"sampler", "lora", "upsampling"}
     lora = next(one for one in found.differences if one.cause == "lora")
     assert lora.theirs == "not applied"
 
@@ -126,7 +127,7 @@ def test_a_picture_without_settings_is_explained(engine):
     program = OtherProgram(engine, recipe, whole=False, noise=gpu_noise)
     content = png(program.picture(sampler="euler", schedule="normal"))
     found = explained(engine, content, program="A1111")
-    assert causes(found) == {"noise", "sampler"}
+    assert causes(found) == {"noise", "sampler", "upsampling"}
     assert found.alignment.plan.index == 1
     assert found.after < 0.5
 
