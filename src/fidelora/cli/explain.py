@@ -75,6 +75,7 @@ def explain(
         ProgramOption | None,
         typer.Option(
             help="Program that made the pictures: a1111, forge, comfyui or diffusers.",
+            case_sensitive=False,
             rich_help_panel=_BY_HAND,
         ),
     ] = None,
@@ -83,6 +84,7 @@ def explain(
         str | None,
         typer.Option(
             "--negative",
+            "--negative-prompt",
             metavar="TEXT",
             help="Negative prompt.",
             rich_help_panel=_BY_HAND,
@@ -100,7 +102,10 @@ def explain(
         typer.Option(help="Schedule, in the program's words.", rich_help_panel=_BY_HAND),
     ] = None,
     guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale.", rich_help_panel=_BY_HAND)
+        float | None,
+        typer.Option(
+            "--guidance", "--cfg-scale", help="Guidance scale.", rich_help_panel=_BY_HAND
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed.", rich_help_panel=_BY_HAND)] = None,
     clip_skip: Annotated[
@@ -138,6 +143,7 @@ def explain(
         typer.Option(
             help="Write settings with which a program comes nearest to the sample: comfyui (a "
             "workflow), a1111 (a text to paste) or diffusers (a script).",
+            case_sensitive=False,
             rich_help_panel=_WRITE,
         ),
     ] = None,
