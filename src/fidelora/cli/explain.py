@@ -74,6 +74,7 @@ def explain(
     program: Annotated[
         ProgramOption | None,
         typer.Option(
+            metavar="PROGRAM",
             help="Program that made the pictures: a1111, forge, comfyui or diffusers.",
             case_sensitive=False,
             rich_help_panel=_BY_HAND,
@@ -103,9 +104,7 @@ def explain(
     ] = None,
     guidance: Annotated[
         float | None,
-        typer.Option(
-            "--guidance", "--cfg-scale", help="Guidance scale.", rich_help_panel=_BY_HAND
-        ),
+        typer.Option("--guidance", "--cfg-scale", help="Guidance scale.", rich_help_panel=_BY_HAND),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed.", rich_help_panel=_BY_HAND)] = None,
     clip_skip: Annotated[
