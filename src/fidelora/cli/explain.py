@@ -112,7 +112,8 @@ def explain(
         typer.Option(
             min=0,
             max=12,
-            help="Clip skip, as the program counts; for ComfyUI without the minus sign.",
+            metavar="N",
+            help="Clip skip, 0..12, as the program counts; for ComfyUI without the minus sign.",
             rich_help_panel=_BY_HAND,
         ),
     ] = None,
