@@ -156,6 +156,26 @@ def test_wrong_arguments_are_refused_without_a_call(fields, words):
         nowhere.submit("a", "sks.safetensors", **fields)
 
 
+@pytest.mark.parametrize(
+    ("loras", "paths"),
+    [
+        ((), []),
+        (("a.safetensors",), ["a.safetensors"]),
+        (("a.safetensors", 0.5), ["a.safetensors"]),
+        (("a.safetensors", "b.safetensors"), ["a.safetensors", "b.safetensors"]),
+        ((("a.safetensors", 0.5), "b.safetensors"), ["a.safetensors", "b.safetensors"]),
+    ],
+)
+def test_loras_can_be_a_tuple(loras, paths):
+    request = calls.make_request("x", loras, {"model": "sd15"}, {})
+    assert [lora.path for lora in request.loras] == paths
+
+
+def test_a_lora_with_three_parts_is_refused():
+    with pytest.raises(UsageError, match="a pair of a path and a multiplier"):
+        calls.make_request("x", [("a.safetensors", 0.5, "low")], {"model": "sd15"}, {})  # type: ignore[list-item]
+
+
 def test_wrong_addresses_and_files_are_refused_without_a_call(tmp_path):
     for kind in (Client, AsyncClient):
         with pytest.raises(UsageError, match=r"base_url is '127\.0\.0\.1:8000'; it must"):

@@ -60,6 +60,12 @@ def test_moving_the_slider_changes_the_next_image(visitor):
     assert (pixels(first) != pixels(second)).any()
     expect(visitor["gallery"]).to_contain_text("seed 7 · sks × 0.2")
     expect(visitor["recipe"]).to_contain_text('"multiplier": 0.2')
+    visitor["gallery"].locator("button img").first.click()
+    opened = visitor["gallery"].locator(".preview").first.bounding_box()
+    whole = visitor["gallery"].bounding_box()
+    assert opened is not None
+    assert whole is not None
+    assert opened["width"] > 0.9 * whole["width"], "an image opens in the whole gallery"
 
 
 def test_loras_are_listed_and_found_by_trigger_rank_and_step(visitor):

@@ -85,7 +85,6 @@ def explain(
         str | None,
         typer.Option(
             "--negative",
-            "--negative-prompt",
             metavar="TEXT",
             help="Negative prompt.",
             rich_help_panel=_BY_HAND,

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 
 import httpx2
 from pydantic import BaseModel, ValidationError
@@ -158,12 +158,12 @@ def make_request(
     """
     if isinstance(prompts, str | PromptItem | Mapping):
         prompts = [prompts]
-    if isinstance(loras, str | tuple | LoraItem | Mapping):
-        loras = [loras]
+    if isinstance(loras, str | LoraItem | Mapping) or _is_pair(loras):
+        loras = [cast(Lora, loras)]
     try:
         request = InferenceRequest(
             prompts=[PromptItem(**(dict(shared) | _prompt_fields(each))) for each in prompts],
-            loras=[LoraItem(**_lora_fields(lora)) for lora in loras],
+            loras=[LoraItem(**_lora_fields(lora)) for lora in cast(Iterable[Lora], loras)],
             **fields,
         )
     except ValidationError as error:
@@ -395,10 +395,17 @@ def _prompt_fields(prompt: Prompt) -> dict[str, Any]:
     return prompt.model_dump(exclude_unset=True) if isinstance(prompt, PromptItem) else dict(prompt)
 
 
+def _is_pair(value: object) -> bool:
+    """Return True for a path and a multiplier, and False for a tuple of LoRAs."""
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], int | float)
+
+
 def _lora_fields(lora: Lora) -> dict[str, Any]:
     if isinstance(lora, str):
         return {"path": lora}
     if isinstance(lora, tuple):
+        if not _is_pair(lora):
+            raise UsageError("A LoRA is a path, or a pair of a path and a multiplier.")
         path, multiplier = lora
         return {"path": path, "network_multiplier": multiplier}
     return lora.model_dump(exclude_unset=True) if isinstance(lora, LoraItem) else dict(lora)

@@ -88,7 +88,7 @@ def job_preview(job: Job) -> str:
     if job.status.final or job.progress is None or not job.progress.preview:
         return ""
     return (
-        '<img class="preview" alt="preview of the image in progress" '
+        '<img alt="preview of the image in progress" '
         f'src="data:image/jpeg;base64,{job.progress.preview}">'
     )
 
