@@ -63,6 +63,16 @@ def test_comfyuis_workflow_has_the_measured_distance(engine):
     assert distance(plan, pixels) == pytest.approx(found.there.distance, abs=0.05)
 
 
+def test_the_text_for_a1111_is_as_near_as_rounding_allows(engine, tmp_path):
+    plan = plan_of(1)
+    recipe = replace(plan.recipe, width=64, height=64, history=())
+    sample = tmp_path / "sample.png"
+    Image.fromarray(engine.generate(recipe).pixels).save(sample)
+    found = nearest(engine, "A1111", replace(plan, recipe=recipe, trainer_image=sample))
+    assert found.there.sampling == "Euler a, DDIM"
+    assert found.there.distance < 0.6
+
+
 def test_the_text_for_a1111_is_as_near_as_its_upsampling_allows(engine):
     plan = plan_of(1)  # 80x48 pixels, which are not multiples of 64
     found = nearest(engine, "A1111", plan)

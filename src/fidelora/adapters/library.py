@@ -33,9 +33,9 @@ class AdapterLibrary:
             convolutions still refer to are not counted.
         folder: folder of files named `{sha256}.safetensors`, for recipes whose adapters have no
             path.
-        fetch: function of a hash and a path in `folder` that writes the adapter with this hash to
-            the path, and returns False if there is no such adapter. It is called if none of the
-            known paths exists. Its errors are raised.
+        fetch: function that is called if none of the known paths exists. It takes a hash and a
+            path in `folder`, writes the adapter with this hash to the path, and returns False if it
+            does not find one. Its errors are raised.
     """
 
     def __init__(

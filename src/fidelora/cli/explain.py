@@ -111,8 +111,7 @@ def explain(
         typer.Option(
             min=0,
             max=12,
-            metavar="N",
-            help="Clip skip, 0..12, as the program counts; for ComfyUI without the minus sign.",
+            help="Clip skip, as the program counts; for ComfyUI without the minus sign.",
             rich_help_panel=_BY_HAND,
         ),
     ] = None,

@@ -230,8 +230,9 @@ class TrainerSampling:
             None if no release does.
         wrong_schedules: schedules that other programs use by mistake.
         older: differences of older releases, the newest release first.
-        whole_layers_since: first release of the trainer that leaves `Part.whole_layers` of the
-            denoiser unquantised; None if every release does, or if there are no such layers.
+        whole_layers_since: first release of the trainer that does not quantise
+            `Part.whole_layers` of the denoiser; None if no release quantises them, or if the family
+            has none.
         assistant_float8: True if the trainer quantises the denoiser with `float8` in place of
             `qfloat8` in runs with an assistant LoRA (`training_adapters`).
     """

@@ -30,7 +30,7 @@ _NOTIFY = sa.select(sa.func.pg_notify(sa.bindparam("channel"), sa.bindparam("pay
 class Notifications:
     """Sends and receives notifications, on a thread that starts with the first call that needs it.
 
-    On SQLite, there are no notifications, and new jobs wake only the workers of this process.
+    SQLite has no notifications; with it, new jobs wake only the workers of this process.
     """
 
     def __init__(self, engine: sa.Engine) -> None:

@@ -114,7 +114,8 @@ def _find_config(folder: Path) -> tuple[Path, tuple[str, ...]]:
     """Return the configuration in a folder, and a note if it does not have the trainer's name.
 
     Raises:
-        TrainingRunError: there is no configuration, or several with other names.
+        TrainingRunError: the folder has no configuration, or several and none has the trainer's
+            name.
     """
     for name in CONFIG_NAMES:
         if (folder / name).is_file():
