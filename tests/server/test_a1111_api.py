@@ -11,7 +11,6 @@ import pytest
 import webuiapi
 from requests.adapters import HTTPAdapter
 from tests.server.http_support import (
-    ManualWorker,
     client_of,
     context_in,
     in_thread,
@@ -27,39 +26,23 @@ from tests.support import LORA
 import fidelora
 from fidelora.images.read import read_origin
 from fidelora.jobs.job import Status
-from fidelora.server import job_watcher
-from fidelora.server.context import ServerContext
+
+pytestmark = pytest.mark.usefixtures("no_pauses")
 
 TENSORS_SHA256 = hashlib.sha256(
     LORA.read_bytes()[8 + int.from_bytes(LORA.read_bytes()[:8], "little") :]
 ).hexdigest()
 
 
-@pytest.fixture(autouse=True)
-def no_pauses(monkeypatch):
-    monkeypatch.setattr(job_watcher, "POLL_INTERVAL_S", 0.005)
-
-
 @pytest.fixture
-def context(tmp_path) -> ServerContext:
-    return context_in(tmp_path, queue_size=3)
-
-
-@pytest.fixture
-def worker(context) -> ManualWorker:
-    return ManualWorker(context)
+def context_settings():
+    return {"queue_size": 3}
 
 
 @pytest.fixture
 def client(context):
     """A client of the application in this process."""
     return client_of(context)
-
-
-@pytest.fixture
-def url(context):
-    with listening(context) as found:
-        yield found
 
 
 class _Timeouts(HTTPAdapter):

@@ -8,47 +8,28 @@ import shutil
 import pytest
 from tests.server.a1111_support import recipes_for
 from tests.server.http_support import (
-    ManualWorker,
     client_of,
-    context_in,
     jobs_succeeding,
-    listening,
     png_with_parameters,
 )
 from tests.support import LORA, LORA_CONV
 
 from fidelora.recipe import MAX_SEED, file_sha256
-from fidelora.server import job_watcher
-from fidelora.server.context import ServerContext
+
+pytestmark = pytest.mark.usefixtures("no_pauses")
 
 HOSTILE = "<script>alert(1)</script>"
 
 
-@pytest.fixture(autouse=True)
-def no_pauses(monkeypatch):
-    monkeypatch.setattr(job_watcher, "POLL_INTERVAL_S", 0.005)
-
-
 @pytest.fixture
-def context(tmp_path) -> ServerContext:
-    return context_in(tmp_path, queue_size=3)
-
-
-@pytest.fixture
-def worker(context) -> ManualWorker:
-    return ManualWorker(context)
+def context_settings():
+    return {"queue_size": 3}
 
 
 @pytest.fixture
 def client(context):
     """A client of the application in this process."""
     return client_of(context)
-
-
-@pytest.fixture
-def url(context):
-    with listening(context) as found:
-        yield found
 
 
 def test_defaults_are_those_of_the_web_ui(client, context):

@@ -15,18 +15,12 @@ from tests.server.http_support import (
     png_with_parameters,
 )
 
-from fidelora.server import job_watcher
-from fidelora.server.context import ServerContext
-
-
-@pytest.fixture(autouse=True)
-def no_pauses(monkeypatch):
-    monkeypatch.setattr(job_watcher, "POLL_INTERVAL_S", 0.005)
+pytestmark = pytest.mark.usefixtures("no_pauses")
 
 
 @pytest.fixture
-def context(tmp_path) -> ServerContext:
-    return context_in(tmp_path, queue_size=3)
+def context_settings():
+    return {"queue_size": 3}
 
 
 @pytest.fixture

@@ -5,20 +5,7 @@ from __future__ import annotations
 import pytest
 from tests.server.http_support import MINIMAL, client_of, context_in, error, submit
 
-from fidelora.server.context import ServerContext
-
 SECRET = "hf_do_not_tell"
-
-
-@pytest.fixture
-def context(tmp_path) -> ServerContext:
-    return context_in(tmp_path)
-
-
-@pytest.fixture
-def client(context):
-    with client_of(context) as made:
-        yield made
 
 
 def test_with_a_key_all_but_the_probes_need_one(client, context):

@@ -6,21 +6,7 @@ import base64
 import hashlib
 import re
 
-import pytest
-from tests.server.http_support import client_of, context_in
-
 from fidelora.server.api_docs import DOCS_PATHS
-
-
-@pytest.fixture
-def context(tmp_path):
-    return context_in(tmp_path)
-
-
-@pytest.fixture
-def client(context):
-    with client_of(context) as made:
-        yield made
 
 
 def test_the_page_and_its_files_are_served_by_this_server(client):

@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
 from tests.server.http_support import MINIMAL, client_of, context_in, error, submit, upload
 from tests.support import LORA
 
 from fidelora.errors import JobStoreError
-from fidelora.server.context import ServerContext
-
-
-@pytest.fixture
-def context(tmp_path) -> ServerContext:
-    return context_in(tmp_path)
-
-
-@pytest.fixture
-def client(context):
-    with client_of(context) as made:
-        yield made
 
 
 def test_bodies_have_a_limit_with_and_without_content_length(client):

@@ -7,9 +7,6 @@ import json
 import pytest
 from tests.server.http_support import (
     MINIMAL,
-    ManualWorker,
-    client_of,
-    context_in,
     error,
     submit,
     with_prompt,
@@ -20,23 +17,6 @@ from fidelora.families import all_families
 from fidelora.jobs.job import Status
 from fidelora.jobs.store import WorkerState
 from fidelora.recipe import file_sha256
-from fidelora.server.context import ServerContext
-
-
-@pytest.fixture
-def context(tmp_path) -> ServerContext:
-    return context_in(tmp_path)
-
-
-@pytest.fixture
-def client(context):
-    with client_of(context) as made:
-        yield made
-
-
-@pytest.fixture
-def worker(context) -> ManualWorker:
-    return ManualWorker(context)
 
 
 def test_health_and_models(client):

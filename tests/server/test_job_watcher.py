@@ -15,7 +15,6 @@ from tests.server.http_support import (
     MINIMAL,
     ManualWorker,
     client_of,
-    context_in,
     in_thread,
     listening,
     now,
@@ -33,11 +32,6 @@ STREAMS = 40
 @pytest.fixture(autouse=True)
 def frequent_polls(monkeypatch):
     monkeypatch.setattr(job_watcher, "POLL_INTERVAL_S", 0.002)
-
-
-@pytest.fixture
-def context(tmp_path):
-    return context_in(tmp_path)
 
 
 class Reads:

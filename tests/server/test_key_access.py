@@ -9,8 +9,6 @@ import pytest
 from tests.server.http_support import (
     MINIMAL,
     ManualWorker,
-    client_of,
-    context_in,
     in_thread,
     jobs_succeeding,
     now,
@@ -24,17 +22,6 @@ from fidelora.recipe import AdapterRef, Recipe, file_sha256
 
 LOKR = GOLDEN_JOBS / "lokr_full" / "lokr_full.safetensors"
 TXT2IMG = {"prompt": "a ball", "steps": 2, "width": 64, "height": 64}
-
-
-@pytest.fixture
-def context(tmp_path):
-    return context_in(tmp_path)
-
-
-@pytest.fixture
-def client(context):
-    with client_of(context) as client:
-        yield client
 
 
 @pytest.fixture

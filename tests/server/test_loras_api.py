@@ -8,9 +8,6 @@ import struct
 import pytest
 from tests.server.http_support import (
     MINIMAL,
-    ManualWorker,
-    client_of,
-    context_in,
     error,
     submit,
     upload,
@@ -18,23 +15,6 @@ from tests.server.http_support import (
 from tests.support import GOLDEN_JOBS, LOKR, LORA
 
 from fidelora.recipe import file_sha256
-from fidelora.server.context import ServerContext
-
-
-@pytest.fixture
-def context(tmp_path) -> ServerContext:
-    return context_in(tmp_path)
-
-
-@pytest.fixture
-def client(context):
-    with client_of(context) as made:
-        yield made
-
-
-@pytest.fixture
-def worker(context) -> ManualWorker:
-    return ManualWorker(context)
 
 
 def test_loras_are_listed_with_their_header_data(client, context):

@@ -28,36 +28,20 @@ from tests.server.serve_support import IMAGES_DEADLINE_S, Server, until
 
 from fidelora.images.read import read_origin
 from fidelora.jobs.job import Status
-from fidelora.server import job_watcher
-from fidelora.server.context import ServerContext
+
+pytestmark = pytest.mark.usefixtures("no_pauses")
 
 SMALL: dict[str, Any] = {"steps": 2, "loras": LORAS, "trigger_word": "sks"}
 
 
-@pytest.fixture(autouse=True)
-def no_pauses(monkeypatch):
-    monkeypatch.setattr(job_watcher, "POLL_INTERVAL_S", 0.005)
+@pytest.fixture
+def context_settings():
+    return {"queue_size": 2, "model_aliases": "dall-e-3=sd15, gpt-image-1 = sdxl"}
 
 
 @pytest.fixture
-def context(tmp_path) -> ServerContext:
-    aliases = "dall-e-3=sd15, gpt-image-1 = sdxl"
-    return context_in(tmp_path, queue_size=2, model_aliases=aliases)
-
-
-@pytest.fixture
-def worker(context) -> ManualWorker:
-    return ManualWorker(context)
-
-
-@pytest.fixture
-def client(context):
-    """The official client of a server on a real socket; the test acts as its worker."""
-    with (
-        listening(context) as url,
-        official_client(openai.OpenAI, url) as made,
-    ):
-        yield made
+def client(openai_client):
+    return openai_client
 
 
 @pytest.fixture

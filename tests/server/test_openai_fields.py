@@ -4,39 +4,23 @@ from __future__ import annotations
 
 import openai
 import pytest
-from tests.server.http_support import ManualWorker, context_in, jobs_succeeding, listening, only_job
-from tests.server.openai_support import LORAS, official_client
+from tests.server.http_support import jobs_succeeding, only_job
+from tests.server.openai_support import LORAS
 from tests.support import LORA
 
 from fidelora.recipe import MAX_SEED, file_sha256
-from fidelora.server import job_watcher
-from fidelora.server.context import ServerContext
 
-
-@pytest.fixture(autouse=True)
-def no_pauses(monkeypatch):
-    monkeypatch.setattr(job_watcher, "POLL_INTERVAL_S", 0.005)
+pytestmark = pytest.mark.usefixtures("no_pauses")
 
 
 @pytest.fixture
-def context(tmp_path) -> ServerContext:
-    aliases = "dall-e-3=sd15, gpt-image-1 = sdxl"
-    return context_in(tmp_path, queue_size=2, model_aliases=aliases)
+def context_settings():
+    return {"queue_size": 2, "model_aliases": "dall-e-3=sd15, gpt-image-1 = sdxl"}
 
 
 @pytest.fixture
-def worker(context) -> ManualWorker:
-    return ManualWorker(context)
-
-
-@pytest.fixture
-def client(context):
-    """The official client of a server on a real socket; the test acts as its worker."""
-    with (
-        listening(context) as url,
-        official_client(openai.OpenAI, url) as made,
-    ):
-        yield made
+def client(openai_client):
+    return openai_client
 
 
 def test_every_field_reaches_its_recipe(client, context, worker):

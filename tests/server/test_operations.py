@@ -9,23 +9,6 @@ from tests.server.http_support import MINIMAL, ManualWorker, client_of, context_
 
 from fidelora.jobs.store import WorkerState
 from fidelora.server.app import clean
-from fidelora.server.context import ServerContext
-
-
-@pytest.fixture
-def context(tmp_path) -> ServerContext:
-    return context_in(tmp_path)
-
-
-@pytest.fixture
-def client(context):
-    with client_of(context) as made:
-        yield made
-
-
-@pytest.fixture
-def worker(context) -> ManualWorker:
-    return ManualWorker(context)
 
 
 def test_metrics_count(client, context):

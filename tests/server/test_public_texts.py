@@ -34,17 +34,6 @@ SECRET = "/srv/secret place/models"
 LONG = "x" * 2**20
 
 
-@pytest.fixture
-def context(tmp_path):
-    return context_in(tmp_path)
-
-
-@pytest.fixture
-def client(context):
-    with client_of(context) as client:
-        yield client
-
-
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

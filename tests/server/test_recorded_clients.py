@@ -20,14 +20,9 @@ from tests.server.http_support import (
     png_with_parameters,
 )
 
-from fidelora.server import job_watcher
+pytestmark = pytest.mark.usefixtures("no_pauses")
 
 MAPPED = "dall-e-2=sd15,dall-e-3=sd15,gpt-image-1=sd15"
-
-
-@pytest.fixture(autouse=True)
-def no_pauses(monkeypatch):
-    monkeypatch.setattr(job_watcher, "POLL_INTERVAL_S", 0.005)
 
 
 @pytest.fixture

@@ -69,12 +69,6 @@ def context(tmp_path) -> ServerContext:
     return context_in(tmp_path, queue_size=2)
 
 
-@pytest.fixture
-def client(context):
-    with client_of(context) as made:
-        yield made
-
-
 def send(client: Any, content: bytes, **fields: str) -> Any:
     return client.post("/v1/replay", files={"image": ("ball.png", content)}, data=fields)
 

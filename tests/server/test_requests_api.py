@@ -7,10 +7,8 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import pytest
 from tests.server.http_support import (
     MINIMAL,
-    ManualWorker,
     client_of,
     context_in,
     error,
@@ -21,25 +19,8 @@ from tests.server.http_support import (
 from fidelora.jobs.job import Status
 from fidelora.jobs.sql import SqlStore
 from fidelora.server.app import context_with_store
-from fidelora.server.context import ServerContext
 
 SECRET = "hf_do_not_tell"
-
-
-@pytest.fixture
-def context(tmp_path) -> ServerContext:
-    return context_in(tmp_path)
-
-
-@pytest.fixture
-def client(context):
-    with client_of(context) as made:
-        yield made
-
-
-@pytest.fixture
-def worker(context) -> ManualWorker:
-    return ManualWorker(context)
 
 
 def test_requests_are_listed_newest_first_page_by_page(client, worker):
