@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from benchmarks.operators import step_seconds
 from benchmarks.processes import answer_requests, disk_reads, memory
 
 from fidelora import AdapterRef, Engine, GeneratedImage, Recipe
@@ -66,6 +67,10 @@ class Ours:
             for index, prompt in enumerate(prompts)
         ]
         return self._time(recipes, self._engine.generate_batch)
+
+    def operators(self, path: str, size: int) -> dict[str, float]:
+        """Return the seconds of a step for each kind of operator."""
+        return step_seconds(lambda steps: self.image("a thing", size, steps, 0, path))
 
     def max_batch(self, size: int) -> int:
         """Return the largest batch of the engine for images of this size."""
@@ -347,6 +352,7 @@ def main() -> None:
         for name in (
             "image",
             "batch",
+            "operators",
             "max_batch",
             "memory",
             "compare",

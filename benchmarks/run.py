@@ -16,7 +16,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import cold, fidelity, full_size, images, queue_mix, report, server, switch
+from benchmarks import (
+    cold,
+    fidelity,
+    full_size,
+    images,
+    operators,
+    queue_mix,
+    report,
+    server,
+    switch,
+)
 from benchmarks.processes import ROOT
 from benchmarks.report import Findings, Settings
 
@@ -25,6 +35,7 @@ def main() -> None:
     found: dict[str, Findings] = {}
     parts: dict[str, Callable[[Settings], Findings]] = {
         "images": images.measure,
+        "operators": operators.measure,
         "switch": switch.measure,
         "cold": cold.measure,
         "server": server.measure,
