@@ -21,6 +21,7 @@ from benchmarks import (
     fidelity,
     full_size,
     images,
+    openvino,
     operators,
     queue_mix,
     report,
@@ -36,6 +37,7 @@ def main() -> None:
     parts: dict[str, Callable[[Settings], Findings]] = {
         "images": images.measure,
         "operators": operators.measure,
+        "openvino": openvino.measure,
         "switch": switch.measure,
         "cold": cold.measure,
         "server": server.measure,
