@@ -4,7 +4,7 @@
                              [--sdcpp PYTHON]
 
 Every figure is a median, compared with a baseline from the same run, alternately if possible.
-Needs peft (`pip install --group bench`), two cores, 20 GB of memory, about 20 minutes, and 9 GB of
+Needs peft and OpenVINO (`pip install --group bench`), two cores, 20 GB of memory, about 25 minutes, and 9 GB of
 disk for the models in the first run.
 """
 
