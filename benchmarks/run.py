@@ -4,8 +4,8 @@
                              [--sdcpp PYTHON]
 
 Every figure is a median, compared with a baseline from the same run, alternately if possible.
-Needs peft and OpenVINO (`pip install --group bench`), two cores, 20 GB of memory, about 25 minutes, and 9 GB of
-disk for the models in the first run.
+Needs peft and OpenVINO (`pip install --group bench`), two cores, 20 GB of memory, about 25 minutes,
+and 9 GB of disk for the models in the first run.
 """
 
 from __future__ import annotations
