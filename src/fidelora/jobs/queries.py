@@ -305,7 +305,7 @@ def _is_expired(
 
 def _idle_workers(alive: sa.ColumnElement[bool]) -> sa.Select[Any]:
     """Return the names of live workers that can claim a new job; see `WorkerTable.idle`."""
-    # The column `idle_since_s` can be older than the last claim by a few seconds.
+    # `idle_since_s` may be out of date by a few seconds, because workers report it periodically.
     is_busy = sa.exists().where(_in_progress, JOBS.c.worker == WORKERS.c.name)
     kind = sa.bindparam("device_kind", type_=sa.String)
     has_adapters = sa.exists().where(

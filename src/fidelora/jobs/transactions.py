@@ -42,7 +42,7 @@ class Database:
         self.now_s = clock(self.dialect)
         self.notifications = Notifications(self.engine)
         self._write_lock = threading.Lock() if self.is_sqlite else None
-        # Not for the migration, which may wait for another process for a long time.
+        # Created after the migration, which may wait for another process for a long time.
         self._watchdog = None if self.is_sqlite else ConnectionWatchdog(self.engine)
 
     @contextmanager
