@@ -200,7 +200,7 @@ class Queue:
         for report in self._ended:
             assert report.status == "succeeded", report
             adapters = self._store.get(report.job_id).adapters
-            spent = sum(report.timings.get(part, 0.0) for part in ("load", "adapters"))
+            spent = sum(report.timings.get(part, 0.0) for part in ("load", "read", "adapters"))
             # The switch belongs to the whole batch; each job has an equal share of it.
             whole = spent * len(self._ended)
             found.append(
@@ -224,9 +224,10 @@ class BlankEngine(Engine):
     def merged(self) -> frozenset[str]:
         return frozenset(one["adapter"] for one in self.made[-1:])
 
-    def load(self, recipe: Recipe) -> None:
+    def load(self, recipe: Recipe) -> dict[str, float]:
         for ref in recipe.adapters:
             self.adapters.get(ref)
+        return {}
 
     def generate(self, recipe: Recipe, *_arguments: Any, **_options: Any) -> GeneratedImage:
         return self.generate_batch([recipe])[0]
