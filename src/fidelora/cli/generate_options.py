@@ -161,7 +161,8 @@ Guidance = Annotated[
     typer.Option(
         "--guidance",
         "--cfg-scale",
-        help="Guidance scale (CFG), 0..100; 1 or less disables guidance.",
+        help="Guidance scale (CFG), 0..100; 1 or less disables guidance, except for flux and "
+        "flex1, whose transformers get the scale as an input.",
         rich_help_panel=SAMPLING_PANEL,
     ),
 ]
