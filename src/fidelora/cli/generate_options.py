@@ -185,7 +185,7 @@ Sampler = Annotated[
 Spacing = Annotated[
     SpacingOption,
     typer.Option(
-        help="Timestep spacing: default (the trainer's), trailing or sgm_uniform. Few-step "
+        help="Timestep spacing: default (the trainer's), trailing or sgm_uniform. Most few-step "
         "LoRAs need one of the last two, which only some samplers support.",
         rich_help_panel=SAMPLING_PANEL,
     ),
