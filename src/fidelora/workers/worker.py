@@ -169,19 +169,19 @@ class Worker:
             self._prefetcher.cancel()
             for attempt in attempts:
                 if attempt.ended_job is not None:
-                    self._measure_read(report := attempt.report(loaded, claim_s))
+                    self._update_hold_time(report := attempt.report(loaded, claim_s))
                     self._on_end(report)
                 claim_s = None
         return attempts[0].ended_job or self._store.get(job.id)
 
-    def _measure_read(self, report: AttemptReport) -> None:
+    def _update_hold_time(self, report: AttemptReport) -> None:
         """Set how long a job is left for another worker that has its adapters loaded.
 
-        The time is what this worker last took to read adapters, at most `MAX_HOLD_S`: a longer wait
-        would be slower than reading them.
+        The time is what this worker took to merge the adapters of the last job for which it had to
+        read some, at most `MAX_HOLD_S`.
         """
-        if report.adapters_cold and (read_s := report.timings.get("adapters")):
-            self._hold_s = min(read_s, MAX_HOLD_S)
+        if report.adapters_cold and (merge_s := report.timings.get("adapters")):
+            self._hold_s = min(merge_s, MAX_HOLD_S)
 
     def _release_interrupted(self) -> None:
         """Return the jobs in this worker's name to the queue, after the store failed.
