@@ -86,7 +86,7 @@ class PromptItem(RequestBody):
     sampler: str | None = None
     timestep_spacing: TimestepSpacing | None = Field(
         None,
-        description="Rule by which the sampler's timesteps are chosen; few-step LoRAs need "
+        description="Rule by which the sampler's timesteps are chosen; most few-step LoRAs need "
         "`trailing` or `sgm_uniform`.",
     )
     eta: float | None = Field(

@@ -42,7 +42,7 @@ class Progress:
     """Progress of an image or a batch.
 
     Attributes:
-        step: number of finished steps; a half-finished step of a second-order sampler counts.
+        step: number of finished steps; half a step of a second-order sampler counts as a whole.
         steps: number of all steps.
         seconds: seconds since the first step began.
         preview: function that returns a preview, uint8 RGB [height / 8, width / 8, 3].
