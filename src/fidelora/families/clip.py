@@ -46,7 +46,8 @@ class PromptEmbedding:
     Attributes:
         states: hidden states [1, 77, width]; with emphasis, a multiple of 77 tokens.
         cut: the end of the prompt that exceeds 77 tokens and has no effect; empty if all fits.
-        pooled: projection of the whole prompt [1, width]; None if the encoder has none.
+        pooled: pooled embedding [1, width]; with emphasis, that of the first chunk; None if the
+            encoder has none.
     """
 
     states: Tensor

@@ -246,9 +246,10 @@ def _other_parts(source: Path, family: Family) -> list[tuple[Part, str]]:
 def _folders_of_other_parts(
     source: Path, family: Family, config: str, variant: str, cache_dir: Path | None
 ) -> dict[str, Path]:
-    """Return the base model's folder for each part that `source` does not contain.
+    """Return the folder of another base model for each part that `source` does not contain.
 
-    The folder `config` is used for the parts that it has, and the hub for the others.
+    The folder `config` is used for the parts that it has, and repositories on the hub for the
+    others.
     """
     own = Path(config).expanduser() if config else None
     found: dict[str, Path] = {}
