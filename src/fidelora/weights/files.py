@@ -124,7 +124,11 @@ class BaseFiles:
         return self.source.is_file()
 
     def is_unchanged(self) -> bool:
-        """True if no file was overwritten, added or removed since the files were found."""
+        """True if none of these files has changed since they were found.
+
+        A file added to the base model's folder or a tokenizer's folder counts as a change, but not
+        one added to the folder of another part.
+        """
         folders = [path for path in self.tokenizers.values() if path is not None]
         return self.stamp == _stamp(
             self.source, *self.configs.values(), *folders, *sum(self.weights.values(), ())
