@@ -176,7 +176,8 @@ _XLABS = {
     "qkv_lora2": "txt_attn.qkv", "proj_lora2": "txt_attn.proj",
     "qkv_lora": "qkv", "proj_lora": "linear2",
 }  # fmt: skip
-"""Module of FLUX.1's original code by XLabs' name of a LoRA; the block comes before `.processor.`.
+"""Modules of FLUX.1's original code by XLabs' names. Keys have the form
+`<block>.processor.<name>.<down or up>.weight`.
 Source: https://github.com/XLabs-AI/x-flux, `DoubleStreamBlockLoraProcessor` and
 `SingleStreamBlockLoraProcessor`. `qkv` is the first part of `linear1`."""
 

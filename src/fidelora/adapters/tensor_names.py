@@ -30,8 +30,8 @@ _OTHER_ENCODERS = frozenset({
     *("t5", "t5xxl", "t5_out", "llama", "llama_out", "qwen", "qwen_out", "gemma", "gemma_out"),
     *("qwen3_4b", "qwen3_8b", "gemma2_2b", "umt5xxl", "mistral", "mistral_out"),
 })  # fmt: skip
-"""Keys of embeddings for text encoders that are no CLIP, in OneTrainer and ComfyUI."""
-_MAX_CLIP_WIDTH = 1280  # of CLIP-bigG; those of T5 and language models are wider
+"""Keys of embeddings for text encoders other than CLIP, in OneTrainer and ComfyUI."""
+_MAX_CLIP_WIDTH = 1280  # width of CLIP-bigG; T5 and language models are wider
 _WHOLE_MODEL = ("model.diffusion_model.", "cond_stage_model.", "down_blocks.")
 _ANY_TYPE = (".alpha", ".scalar", ".on_input")
 """Suffixes of tensors with one number, which may have any type."""

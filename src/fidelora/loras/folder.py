@@ -84,7 +84,7 @@ def adapter_names(root: Path, *, owner: str | None = None) -> list[str]:
 
 
 def names_in_prompts(root: Path, *, owner: str | None = None) -> dict[str, str]:
-    """Map the name of each adapter file in prompts to its name in requests.
+    """Map the name that prompts use for each adapter file to the name that requests use.
 
     In prompts, a file is named without folder and suffix, and with `_` for characters that have a
     meaning in tags. If several files would have the same name in this way, they are named with

@@ -75,6 +75,8 @@ class AdapterResolver:
             AdapterDownloadError: the download failed.
             AdapterChangedError: the file's hash is not `sha256`.
             WeightsFileError, AdapterFormatError: according to its header, it is not an adapter.
+            OutputError: the file could not be put into the cache.
+            StorageError: the object store cannot be used.
         """
         remote = source.startswith("hf:") or _URL.match(source)
         if remote and sha256:
