@@ -42,7 +42,8 @@ class Progress:
     """Progress of an image or a batch.
 
     Attributes:
-        step: number of finished steps; a half-finished step of a second-order sampler counts.
+        step: number of finished steps. A half-finished step of a second-order sampler counts as
+            finished.
         steps: number of all steps.
         seconds: seconds since the first step began.
         preview: function that returns a preview, uint8 RGB [height / 8, width / 8, 3].
@@ -63,8 +64,8 @@ class Progress:
 
 OnStep = Callable[[Progress], None]
 """Callback that runs after every evaluation of the denoiser: once per step with most samplers, up
-to twice with second-order samplers. If it raises an exception, by convention
-`GenerationCancelled`, the generation ends and the engine stays usable."""
+to twice with second-order samplers, steps + 1 times with `pndm`. If it raises an exception, by
+convention `GenerationCancelled`, the generation ends and the engine stays usable."""
 
 
 class Engine:
