@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from benchmarks.operators import step_seconds
 from benchmarks.processes import answer_requests, disk_reads, memory
 
 from fidelora import AdapterRef, Engine, GeneratedImage, Recipe
@@ -66,6 +67,10 @@ class Ours:
             for index, prompt in enumerate(prompts)
         ]
         return self._time(recipes, self._engine.generate_batch)
+
+    def operators(self, path: str, size: int) -> dict[str, float]:
+        """Return the seconds of a step for each kind of operator."""
+        return step_seconds(lambda steps: self.image("a thing", size, steps, 0, path))
 
     def max_batch(self, size: int) -> int:
         """Return the largest batch of the engine for images of this size."""
@@ -195,7 +200,7 @@ class Queue:
         for report in self._ended:
             assert report.status == "succeeded", report
             adapters = self._store.get(report.job_id).adapters
-            spent = sum(report.timings.get(part, 0.0) for part in ("load", "adapters"))
+            spent = sum(report.timings.get(part, 0.0) for part in ("load", "read", "adapters"))
             # The switch belongs to the whole batch; each job has an equal share of it.
             whole = spent * len(self._ended)
             found.append(
@@ -219,9 +224,10 @@ class BlankEngine(Engine):
     def merged(self) -> frozenset[str]:
         return frozenset(one["adapter"] for one in self.made[-1:])
 
-    def load(self, recipe: Recipe) -> None:
+    def load(self, recipe: Recipe) -> dict[str, float]:
         for ref in recipe.adapters:
             self.adapters.get(ref)
+        return {}
 
     def generate(self, recipe: Recipe, *_arguments: Any, **_options: Any) -> GeneratedImage:
         return self.generate_batch([recipe])[0]
@@ -347,6 +353,7 @@ def main() -> None:
         for name in (
             "image",
             "batch",
+            "operators",
             "max_batch",
             "memory",
             "compare",

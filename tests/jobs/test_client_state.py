@@ -178,7 +178,7 @@ def test_a_change_during_a_read_is_not_missed(postgres_url, monkeypatch):
 
     def reading_and_then_changed():
         other.add("web")
-        keys._changes.add()  # the notification
+        keys._freshness.invalidate()  # the notification
         monkeypatch.setattr(database, "reading", reading)
         return reading()
 

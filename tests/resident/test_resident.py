@@ -381,7 +381,7 @@ def test_an_engine_that_does_not_start_is_reported(folder, monkeypatch, capsys):
     monkeypatch.setenv(KEEP_VARIABLE, "5")
     monkeypatch.setattr(sys, "executable", "/bin/false")
     assert isinstance(engines.image_maker("cpu"), Engine)
-    assert "No resident engine could be started" in capsys.readouterr().err
+    assert "The resident engine did not start" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("minutes", ["soon", "-1", "nan", "inf"])

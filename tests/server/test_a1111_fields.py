@@ -243,7 +243,7 @@ def test_fields_without_effect_are_accepted(client, context, fields):
         ),
         (
             {"override_settings": {"face_restoration": 1}},
-            "override_settings.face_restoration cannot be 1: the supported settings are",
+            "override_settings.face_restoration is not supported; the supported settings are",
         ),
         ({"prompt": "a (b:1.2)"}, "changes word weights"),
         ({"negative_prompt": "[a:b:0.5]"}, "switches words during sampling"),

@@ -229,7 +229,7 @@ def test_a_request_can_name_the_kind_of_device(context, client):
     context.store.report_worker(WorkerState("w", "cpu"))
     answer = client.post("/v1/inference", json=request).json()
     assert answer["notes"] == [
-        "No worker has a device of the kind cuda at the moment (there are cpu), so the request "
+        "No worker has a device of the kind cuda at the moment (only cpu), so the request "
         "waits for one."
     ]
     assert context.store.get(answer["request_id"]).device_kind == "cuda"

@@ -135,7 +135,8 @@ def test_a_server_does_not_start_without_its_former_keys(
     file = tmp_path / "api_keys.json"
     FileKeys(file).add("web")
     code, _, err = fidelora("serve", "--port", "0", "--device", "none")
-    assert (code, "has 1 of an older version; import them" in " ".join(err.split())) == (2, True)
+    message = " ".join(err.split())
+    assert (code, "of an older version, contains 1. Import them" in message) == (2, True)
     file.unlink()
     code, _, err = fidelora("serve", "--port", "0", "--device", "none", "--host", "0.0.0.0")
     assert (code, "the server needs an API key" in " ".join(err.split())) == (2, True)

@@ -94,9 +94,10 @@ def test_a_slow_model_load_costs_no_job_of_a_batch_its_lease(harness, monkeypatc
     harness.limits = replace(harness.limits, lease_s=60, timeout_s=10_000)
     jobs = [harness.add("a"), harness.add("b")]
 
-    def slow(recipe: Recipe) -> None:
+    def slow(recipe: Recipe) -> dict[str, float]:
         harness.clock.seconds += 1000
         assert harness.store.abandon_expired(harness.clock.now()) == ()
+        return {"load": 1000.0}
 
     def before_step(batch: int, step: int) -> None:
         now = harness.clock.now()

@@ -124,6 +124,7 @@ class FakeEngine:
         self.steps: list[int] = []
         self.before_step: Callable[[int, int], Any] = lambda batch, step: None
         self.bad: dict[str, BaseException] = {}
+        self.load_seconds = {"load": 3.0, "read": 0.5, "adapters": 0.25}
 
     def merged(self) -> frozenset[str]:
         return frozenset()
@@ -131,9 +132,10 @@ class FakeEngine:
     def models(self) -> tuple[str, ...]:
         return ("sd15",)
 
-    def load(self, recipe: Recipe) -> None:
+    def load(self, recipe: Recipe) -> dict[str, float]:
         for ref in recipe.adapters:
             self.adapters.get(ref)
+        return dict(self.load_seconds)
 
     def max_batch(self, recipe: Recipe) -> int:
         assert recipe.fidelity == "fast", "exact images are made one by one"
@@ -164,7 +166,14 @@ class FakeEngine:
         for recipe in recipes:
             if recipe.prompt in self.bad:
                 raise self.bad[recipe.prompt]
-        seconds = {"load": 0.0, "adapters": 0.0, "text": 4.0, "denoise": 12.0, "decode": 8.0}
+        seconds = {
+            "load": 0.0,
+            "read": 0.0,
+            "adapters": 0.0,
+            "text": 4.0,
+            "denoise": 12.0,
+            "decode": 8.0,
+        }
         pixels = np.zeros((recipes[0].height, recipes[0].width, 3), np.uint8)
         return [
             GeneratedImage(pixels, recipe, {"fidelora": "test"}, (), seconds) for recipe in recipes

@@ -27,7 +27,7 @@ The golden training runs were made by AI Toolkit on a CPU, with small base model
 classes and file layouts and with random weights. The tests replay them. The page of each family
 states how many pixels are identical, and on which processors. Published weights and GPUs were not
 tried. The last column is what `match: trainer` changes in a request: without it, the default number
-of steps and the multiples of sizes are those of `ai-toolkit-inference`.
+of steps and the size divisor are those of `ai-toolkit-inference`.
 """.strip()
 
 _KIND_TITLES = {

@@ -55,7 +55,8 @@ class Txt2ImgRequest(RequestBody):
     """Body of `POST /sdapi/v1/txt2img`, with A1111's defaults.
 
     Prompts select LoRAs by `<lora:name:multiplier>`. The fields from `enable_hr` on are not
-    supported, and must have neutral values; they are declared because clients send them.
+    supported. They are declared because clients send them, and values that would change the image
+    are refused.
     """
 
     prompt: str | None = Field("", max_length=MAX_PROMPT_CHARACTERS)

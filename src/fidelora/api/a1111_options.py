@@ -70,15 +70,13 @@ def check_options(
                 field_path, f"cannot be {shown(value)}: it is always {current[name]!r}"
             )
         settings = ", ".join(current)
-        raise unsupported(
-            field_path, f"cannot be {shown(value)}: the supported settings are {settings}"
-        )
+        raise unsupported(field_path, f"is not supported; the supported settings are {settings}")
 
 
 def is_neutral(value: object, neutral: tuple[object, ...]) -> bool:
     """Return True for null, a value in `neutral`, and a list or object of only empty values.
 
-    Clients send scripts that are switched off with arguments that are all empty or false.
+    Clients also send the arguments of scripts that are switched off; these are empty or false.
     """
     if value is None or any(type(value) is type(one) and value == one for one in neutral):
         return True

@@ -205,7 +205,7 @@ class PngInfoRequest(BaseModel):
 
 
 class PngInfoBody(BaseModel):
-    """Generation parameters of an image: as text, and as the text field `parameters`."""
+    """Generation parameters of an image as text, in `info` and again in `items`."""
 
     info: str
     items: dict[str, str]

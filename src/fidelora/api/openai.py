@@ -225,7 +225,10 @@ class Usage(BaseModel):
 
 
 class ImageEvent(BaseModel):
-    """One event of a stream: a preview, which has its own size, or a finished image."""
+    """One event of a stream: a preview or a finished image.
+
+    `size` is the size of the finished image; a preview can be smaller.
+    """
 
     type: Literal["image_generation.partial_image", "image_generation.completed"]
     b64_json: str

@@ -43,8 +43,8 @@ def check_request(request: InferenceRequest, *, needs_lora: bool = True) -> Fami
     """Check that the model exists and supports every field of the request; return its family.
 
     Args:
-        needs_lora: True if at least one LoRA is required, as in the `ai-toolkit-inference` API, and
-            the transformer of each LoRA for models with two.
+        needs_lora: True to require at least one LoRA, as the `ai-toolkit-inference` API does. For
+            models with two transformers, `transformer` of each LoRA is then required, too.
 
     Raises:
         RequestError: the request is not supported; the error has the API's code and details.
@@ -82,7 +82,7 @@ def check_request(request: InferenceRequest, *, needs_lora: bool = True) -> Fami
 
 
 def _check_transformers(request: InferenceRequest, spec: Family, *, is_required: bool) -> None:
-    """Check `transformer` of all LoRAs, which only families with stages have.
+    """Check the field `transformer` of all LoRAs. Only families with stages support it.
 
     Args:
         is_required: False if the file names may contain the stage instead
@@ -218,7 +218,10 @@ def notes_on(
 
 
 def _size_note(item: PromptItem, family: Family, trained_side: int) -> str:
-    """Return a sentence for a prompt without a size if the base model is a small one; or ""."""
+    """Return a note on a prompt without a size if the base model was trained at a smaller size.
+
+    Smaller means smaller than the family's default size. Otherwise the text is empty.
+    """
     if item.width or item.height or trained_side >= family.default_size:
         return ""
     return (

@@ -1,4 +1,4 @@
-"""Request bodies, with the ranges of the `ai-toolkit-inference` API, except that of multipliers."""
+"""Request bodies. All ranges but that of multipliers are those of `ai-toolkit-inference`."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class PromptItem(RequestBody):
     sampler: str | None = None
     timestep_spacing: TimestepSpacing | None = Field(
         None,
-        description="Rule by which the sampler's timesteps are chosen; few-step LoRAs need "
+        description="Rule by which the sampler's timesteps are chosen; most few-step LoRAs need "
         "`trailing` or `sgm_uniform`.",
     )
     eta: float | None = Field(
@@ -141,6 +141,6 @@ class InferenceRequest(RequestBody):
     )
     match: Literal["trainer"] | None = Field(
         None,
-        description="trainer: use the default number of steps and the multiples of sizes of AI "
-        "Toolkit's samples instead of those in `GET /v1/models`.",
+        description="trainer: use the default number of steps and the size divisor of AI Toolkit's "
+        "samples instead of those in `GET /v1/models`.",
     )

@@ -39,7 +39,8 @@ def set_debug(requested: bool) -> None:
 def run(app: typer.Typer) -> NoReturn:
     """Run `app` and exit; print errors to stderr as one sentence.
 
-    The exit code is 0 for success, 2 for a usage error, 130 after Ctrl-C and 1 for any other error.
+    The exit code is the one that the command set, 0 by default. A usage error exits with 2, Ctrl-C
+    with 130, and any other error with 1.
     """
     limit_spinning()
     code: object = 0
@@ -132,7 +133,7 @@ def warn(message: str) -> None:
 
 
 def reserve_exit_code_1(command: Callable[P, None]) -> Callable[P, None]:
-    """Exit with 2 instead of 1 on errors, in commands where 1 means that an image differs."""
+    """Exit with 2 on a `FideloraError`, in commands where 1 means that an image differs."""
 
     @wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:

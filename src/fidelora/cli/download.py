@@ -112,7 +112,7 @@ def _fetch_base(source: str, model: str | None, variant: str) -> Path:
 
 
 def _fetch_lora(source: str, folder: Path) -> Path:
-    """Download a LoRA to a folder and return its path. A different file is never replaced.
+    """Download a LoRA to a folder and return its path. A file with other contents is not replaced.
 
     Raises:
         AdapterError, WeightsFileError: the download failed, or the file is not an adapter.

@@ -119,7 +119,7 @@ def explain(
         int,
         typer.Option(
             min=1,
-            help="Limit of the work per picture, as a number of images with the sample's steps.",
+            help="Maximum work per picture, in images with as many steps as the sample.",
         ),
     ] = 40,
     as_json: AsJson = False,
@@ -185,7 +185,7 @@ def explain(
             "Give JOB_DIR and PICTURE, or JOB_DIR and --write PROGRAM.", param_hint="PICTURE"
         )
     if as_json and json_lines:
-        raise typer.BadParameter("Give --json or --json-lines.", param_hint="--json-lines")
+        raise typer.BadParameter("It cannot be combined with --json.", param_hint="--json-lines")
     as_text = not (as_json or json_lines)
     run = read_run(run_folder)
     if report is not None:

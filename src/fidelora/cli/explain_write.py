@@ -24,7 +24,7 @@ def samples_of(
     """Return the samples of a step whose files exist; exit if there are none.
 
     Args:
-        step: None for the last one with a checkpoint.
+        step: None for the last sampled step that has a checkpoint or is 0.
         index: None for all samples.
     """
     from fidelora.training.plan import plan_samples
@@ -56,7 +56,8 @@ def write_settings(
 
     Args:
         program: `a1111`, `comfyui` or `diffusers`.
-        show: called before each image with the kind of work, the samples done, and their number.
+        show: called before each image with the kind of work, the number of finished samples, and
+            the number of all samples.
 
     Returns:
         an entry for each file, as `--json` prints it.

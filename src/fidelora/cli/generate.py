@@ -87,7 +87,8 @@ def generate(
 ) -> None:
     """Generate images with LoRAs and write files that contain the recipes.
 
-    With several prompts or LoRAs, every combination is made, with the same seeds.
+    Several --lora options are applied together, to each image. If an option names a folder or a
+    pattern, or there are several prompts, every combination is made, with the same seeds.
     """
     # Check everything that does not need torch first, because loading torch takes seconds.
     report = Report(quiet, as_json)

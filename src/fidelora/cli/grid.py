@@ -58,7 +58,7 @@ def grid(
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
-    """Generate a labelled sheet of prompts with several checkpoints and multipliers.
+    """Generate a contact sheet: a row per prompt, a column per checkpoint and multiplier.
 
     All images of a row have the same seed.
     """

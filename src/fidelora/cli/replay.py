@@ -45,12 +45,17 @@ def replay(
     lora: Annotated[
         list[Path] | None,
         typer.Option(
-            metavar="FILE", help="LoRA that the image was made with, under any file name."
+            metavar="FILE",
+            help="LoRA that the image was made with. Its file name matters only for images of "
+            "other programs.",
         ),
     ] = None,
     lora_dir: Annotated[
         list[Path] | None,
-        typer.Option(metavar="DIR", help="Folder to search for LoRAs by their hashes."),
+        typer.Option(
+            metavar="DIR",
+            help="Folder to search for LoRAs, by hash, or by name for images of other programs.",
+        ),
     ] = None,
     out: Annotated[
         Path | None,

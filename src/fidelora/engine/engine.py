@@ -42,8 +42,7 @@ class Progress:
     """Progress of an image or a batch.
 
     Attributes:
-        step: number of finished steps. A half-finished step of a second-order sampler counts as
-            finished.
+        step: number of finished steps; half a step of a second-order sampler counts as a whole.
         steps: number of all steps.
         seconds: seconds since the first step began.
         preview: function that returns a preview, uint8 RGB [height / 8, width / 8, 3].
@@ -134,20 +133,28 @@ class Engine:
         latest = self._models.latest
         return latest.merged.adapters if latest else frozenset()
 
-    def load(self, recipe: Recipe) -> None:
+    def load(self, recipe: Recipe) -> dict[str, float]:
         """Load the base model and adapters of `recipe`, so that `generate` starts without delay.
 
         On a device whose fast path is compiled, a `fast` recipe also compiles the model.
+
+        Returns:
+            seconds of each phase: `load` (the base model, and compiling it), `read` (adapters that
+            were not in memory), `adapters` (merging them).
 
         Raises:
             BaseModelError, AdapterError, WeightsFileError: a file is missing or unsuitable.
             DeviceError: the recipe is `fast`, which this device or family does not support.
         """
         with self._computing():
-            model = self._models.get(recipe)
-            with with_adapters(model, recipe, bind(model, recipe, self.adapters)):
+            clock = _Clock()
+            model, bound = self._load(recipe, clock)
+            with with_adapters(model, recipe, bound):
+                clock.lap("adapters")
                 for images in {1, self.max_batch(recipe)}:
                     model.warm_up(images, *denoiser_settings(recipe))
+            clock.lap("load")
+        return clock.laps
 
     def initial_embedding(self, recipe: Recipe, words: str, tokens: int) -> dict[str, Tensor]:
         """Return the embedding with which the trainer starts, from the base model of `recipe`.
@@ -283,9 +290,7 @@ class Engine:
         guidance, size, dtype = denoiser_settings(common)
         with self._computing():
             clock = _Clock()
-            model = self._models.get(common)
-            bound = bind(model, common, self.adapters)
-            clock.lap("load")
+            model, bound = self._load(common, clock)
             try:
                 with with_adapters(model, common, bound):
                     clock.lap("adapters")
@@ -324,6 +329,14 @@ class Engine:
             )
             for pixels, recipe, one in zip(images, recipes, encoded, strict=True)
         ]
+
+    def _load(self, recipe: Recipe, clock: _Clock) -> tuple[LoadedModel, Bound]:
+        """Return the base model and adapters of a recipe; note the seconds of `load` and `read`."""
+        model = self._models.get(recipe)
+        clock.lap("load")
+        bound = bind(model, recipe, self.adapters)
+        clock.lap("read")
+        return model, bound
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
@@ -385,7 +398,7 @@ def _memory_errors() -> Iterator[None]:
 
 
 class _Clock:
-    """Stopwatch whose `lap` records the seconds since the previous lap."""
+    """Stopwatch whose `lap` adds the seconds since the previous lap to those of a phase."""
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
@@ -393,4 +406,5 @@ class _Clock:
 
     def lap(self, name: str) -> None:
         now = time.monotonic()
-        self.laps[name], self._last = now - self._last, now
+        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
+        self._last = now

@@ -46,7 +46,7 @@ def database_state(database: Database) -> ClientState:
     )
 
 
-class _Changes:
+class _Freshness:
     """Decides whether keys and sessions that were read before are still up to date.
 
     Args:
@@ -58,19 +58,19 @@ class _Changes:
         self._max_age_s = max_age_s
         self._last = object()
         if max_age_s:
-            database.notifications.on_clients_changed(self.add)
+            database.notifications.on_clients_changed(self.invalidate)
 
-    def add(self) -> None:
-        """Mark all values that were read so far as out of date."""
+    def invalidate(self) -> None:
+        """Make `is_current` false for all values that were read before."""
         self._last = object()
 
-    def mark(self) -> tuple[object, float]:
-        """Return the mark of a value that is read after this call."""
+    def stamp(self) -> tuple[object, float]:
+        """Return a stamp to store with a value; call this before the value is read."""
         return self._last, time.monotonic()
 
-    def is_current(self, mark: tuple[object, float]) -> bool:
-        """True if a value with this mark can still be used."""
-        last, at = mark
+    def is_current(self, stamp: tuple[object, float]) -> bool:
+        """True if a value with this stamp can still be used."""
+        last, at = stamp
         return last is self._last and time.monotonic() - at < self._max_age_s
 
 
@@ -84,10 +84,10 @@ class DatabaseKeys(ApiKeys):
 
     def __init__(self, database: Database, *, max_age_s: float = 0.0) -> None:
         self._database = database
-        self._changes = _Changes(database, max_age_s)
+        self._freshness = _Freshness(database, max_age_s)
         self._lock = threading.Lock()
         no_keys: Mapping[str, ApiKey] = {}
-        self._read = (no_keys, (object(), 0.0))  # a mark that is never up to date
+        self._read = (no_keys, (object(), 0.0))  # a stamp that is never current
 
     def set_admin(self, name: str, is_admin: bool) -> None:
         update = sa.update(_API_KEYS).where(_API_KEYS.c.name == name).values(is_admin=is_admin)
@@ -95,7 +95,7 @@ class DatabaseKeys(ApiKeys):
             if connection.execute(update).rowcount != 1:
                 raise name_unknown(name)
             self._database.notifications.send(connection, CLIENTS)
-        self._changes.add()
+        self._freshness.invalidate()
 
     def remove(self, name: str) -> None:
         query = sa.select(_API_KEYS).where(_API_KEYS.c.name == name)
@@ -108,7 +108,7 @@ class DatabaseKeys(ApiKeys):
             connection.execute(sa.delete(_SESSIONS).where(_SESSIONS.c.key_sha256 == key.sha256))
             connection.execute(sa.delete(_A1111_MODELS).where(_A1111_MODELS.c.owner == key.id))
             self._database.notifications.send(connection, CLIENTS)
-        self._changes.add()
+        self._freshness.invalidate()
 
     def by_hash(self) -> Mapping[str, ApiKey]:
         if (keys := self.in_memory()) is not None:
@@ -116,16 +116,16 @@ class DatabaseKeys(ApiKeys):
         with self._lock:  # one thread reads, and the others wait for its result
             if (keys := self.in_memory()) is not None:
                 return keys
-            mark = self._changes.mark()
+            stamp = self._freshness.stamp()
             with self._database.reading() as connection:
                 rows = connection.execute(sa.select(_API_KEYS)).all()
             keys = {row.sha256: ApiKey(row.name, row.sha256, row.is_admin) for row in rows}
-            self._read = (keys, mark)
+            self._read = (keys, stamp)
             return keys
 
     def in_memory(self) -> Mapping[str, ApiKey] | None:
-        keys, mark = self._read
-        return keys if self._changes.is_current(mark) else None
+        keys, stamp = self._read
+        return keys if self._freshness.is_current(stamp) else None
 
     def _insert(self, keys: Collection[ApiKey]) -> None:
         with self._database.writing() as connection:
@@ -142,7 +142,7 @@ class DatabaseKeys(ApiKeys):
                 except sa.exc.IntegrityError as error:
                     raise name_taken(key.name) from error  # rolls back the keys before it
             self._database.notifications.send(connection, CLIENTS)
-        self._changes.add()
+        self._freshness.invalidate()
 
 
 class DatabaseSessions:
@@ -152,9 +152,9 @@ class DatabaseSessions:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._changes = _Changes(database, MAX_AGE_S)
+        self._freshness = _Freshness(database, MAX_AGE_S)
         self._lock = threading.Lock()
-        # hash of the cookie -> (hash of the key, mark of the read)
+        # hash of the cookie -> (hash of the key, stamp of the read)
         self._known: OrderedDict[str, tuple[str, tuple[object, float]]] = OrderedDict()
 
     def start(self, token_sha256: str, key_sha256: str) -> None:
@@ -175,10 +175,10 @@ class DatabaseSessions:
 
     def key_of(self, token_sha256: str) -> str | None:
         with self._lock:
-            known, mark = self._known.get(token_sha256, (None, (object(), 0.0)))
-        if known is not None and self._changes.is_current(mark):
+            known, stamp = self._known.get(token_sha256, (None, (object(), 0.0)))
+        if known is not None and self._freshness.is_current(stamp):
             return known
-        mark = self._changes.mark()
+        stamp = self._freshness.stamp()
         query = sa.select(_SESSIONS.c.key_sha256).where(
             _SESSIONS.c.token_sha256 == token_sha256, _SESSIONS.c.ends_at_s > self._database.now_s
         )
@@ -187,7 +187,7 @@ class DatabaseSessions:
         with self._lock:
             self._known.pop(token_sha256, None)
             if found is not None:
-                self._known[token_sha256] = (found, mark)
+                self._known[token_sha256] = (found, stamp)
                 if len(self._known) > MAX_SESSIONS:
                     self._known.popitem(last=False)
         return found
@@ -196,7 +196,7 @@ class DatabaseSessions:
         with self._database.writing() as connection:
             connection.execute(sa.delete(_SESSIONS).where(_SESSIONS.c.token_sha256 == token_sha256))
             self._database.notifications.send(connection, CLIENTS)
-        self._changes.add()
+        self._freshness.invalidate()
 
 
 class DatabaseA1111State:

@@ -38,8 +38,8 @@ _TCP_OPTIONS = {
     "keepalives_count": 3,
     "tcp_user_timeout": 20_000,  # milliseconds
 }
-"""Options of libpq that end a connection within about 25 seconds after its other side has vanished,
-also one that only waits for notifications. Options in the URL have priority."""
+"""Options of libpq that close a connection about 25 seconds after its other side has vanished, even
+if the connection only waits for notifications. Options in the URL have priority."""
 MIGRATION_LOCK, ADD_LOCK = 7_305_120_001, 7_305_120_002
 """Keys of PostgreSQL's advisory locks: for migrations, and for adding a job to a limited queue."""
 _migration_thread_lock = threading.Lock()  # Alembic keeps its context in global variables

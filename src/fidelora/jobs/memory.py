@@ -134,11 +134,11 @@ class MemoryStore(StoreByTransition):
     ) -> Job | None:
         at = now or datetime.now(UTC)
         with self._lock:
-            homes = [state for state in self._live(at) if state.name != worker]
+            others = [state for state in self._live(at) if state.name != worker]
 
             def is_held(job: Job) -> bool:
                 recent = hold_s > 0 and self._places[job.id][2] > at - timedelta(seconds=hold_s)
-                return recent and bool(job.adapters) and any(_holds(home, job) for home in homes)
+                return recent and bool(job.adapters) and any(_holds(one, job) for one in others)
 
             fresh, retries = (
                 [one for one in queued if one.job.device_kind in ("", device_kind)]

@@ -28,9 +28,10 @@ _NOTIFY = sa.select(sa.func.pg_notify(sa.bindparam("channel"), sa.bindparam("pay
 
 
 class Notifications:
-    """Sends and receives notifications, on a thread that starts with the first call that needs it.
+    """Sends notifications, and receives those of all processes.
 
-    SQLite has no notifications; with it, new jobs wake only the workers of this process.
+    The thread that receives them starts with the first call that needs it. SQLite has no
+    notifications; with it, new jobs wake only the workers of this process.
     """
 
     def __init__(self, engine: sa.Engine) -> None:

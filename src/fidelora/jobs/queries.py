@@ -1,4 +1,4 @@
-"""Queries of the job store, built once per dialect, because building takes longer than executing.
+"""Queries of the job store, built once per store, because building takes longer than executing.
 
 Statuses are literals, because databases use a partial index only for a condition that they can
 compare with the index. `FOR UPDATE SKIP LOCKED` has no effect on SQLite, whose transactions exclude
@@ -99,8 +99,7 @@ class Queries:
             leave other jobs in the queue.
 
     Attributes:
-        now_s: the current time in seconds: the parameter `now_s`, or the database's clock if it is
-            None.
+        now_s: expression for the current time in seconds; see `clock`.
         claims: number of claims so far.
         count_claim: statement that counts a claim.
         count_workers: number of live workers.
@@ -205,7 +204,10 @@ class Queries:
 
 
 def _claim_counter(dialect: str) -> tuple[Any, Any, Sequence[Any]]:
-    """Return the number of claims, the statement that counts one, and columns that count one."""
+    """Return the number of claims, a statement that counts a claim, and columns for queries.
+
+    A query that selects these columns also counts a claim; there are none for SQLite.
+    """
     if dialect == "postgresql":
         claims: Any = sa.literal_column(
             "(SELECT last_value + (CASE WHEN is_called THEN 1 ELSE 0 END) FROM claim_counter)"
@@ -272,7 +274,7 @@ def _is_held(
     now_s: sa.ColumnElement[float], alive: sa.ColumnElement[bool]
 ) -> sa.ColumnElement[bool]:
     """Return the condition for jobs that wait for another live worker with their adapters."""
-    is_home = sa.and_(
+    is_other_worker_with_adapters = sa.and_(
         WORKER_ADAPTERS.c.adapters == JOBS.c.adapters,
         WORKER_ADAPTERS.c.worker != sa.bindparam("worker"),
         sa.exists().where(WORKERS.c.name == WORKER_ADAPTERS.c.worker, alive),
@@ -281,7 +283,7 @@ def _is_held(
     return sa.and_(
         sa.cast(hold_s, sa.Float) > 0,
         JOBS.c.queued_at_s > now_s - hold_s,
-        sa.exists().where(is_home),
+        sa.exists().where(is_other_worker_with_adapters),
     )
 
 
@@ -303,7 +305,7 @@ def _is_expired(
 
 def _idle_workers(alive: sa.ColumnElement[bool]) -> sa.Select[Any]:
     """Return the names of live workers that can claim a new job; see `WorkerTable.idle`."""
-    # The column `idle_since_s` can be older than the last claim by a few seconds.
+    # `idle_since_s` may be out of date by a few seconds, because workers report it periodically.
     is_busy = sa.exists().where(_in_progress, JOBS.c.worker == WORKERS.c.name)
     kind = sa.bindparam("device_kind", type_=sa.String)
     has_adapters = sa.exists().where(

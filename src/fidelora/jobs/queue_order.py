@@ -1,4 +1,4 @@
-"""Order of the queue: fairness among owners, and the limit of the wait for loaded adapters.
+"""Order of the queue: owners take turns, and jobs with loaded adapters may go first for a while.
 
 Each queued job has a place, which is fixed when the job enters the queue:
 

@@ -27,7 +27,8 @@ class Database:
 
     Attributes:
         dialect: `sqlite` or `postgresql`.
-        now_s: the current time in seconds; statements with it need the parameter of `now`.
+        now_s: expression for the current time in seconds; a statement that contains it needs the
+            parameters that `now` returns.
         notifications: notifications of other processes.
 
     Raises:
@@ -41,7 +42,7 @@ class Database:
         self.now_s = clock(self.dialect)
         self.notifications = Notifications(self.engine)
         self._write_lock = threading.Lock() if self.is_sqlite else None
-        # Not for the migration, which may wait for another process for a long time.
+        # Created after the migration, which may wait for another process for a long time.
         self._watchdog = None if self.is_sqlite else ConnectionWatchdog(self.engine)
 
     @contextmanager
@@ -94,9 +95,10 @@ class Database:
 
 
 def clock(dialect: str) -> sa.ColumnElement[float]:
-    """Return the current time in seconds, in a statement with the parameter `now_s`.
+    """Return the SQL expression for the current time in seconds.
 
-    It is this parameter, or the time of the database's clock if the parameter is None.
+    It is the statement's parameter `now_s`. On PostgreSQL, the parameter may be None for the time
+    of the database's clock.
     """
     given = sa.bindparam("now_s", type_=sa.Float)
     if dialect == "sqlite":

@@ -62,9 +62,9 @@ def check_keys(settings: Settings) -> None:
         unused = [key.name for key in in_file if keys.with_hash(key.sha256) is None]
     if unused and not names:
         raise SettingsError(
-            f"The API keys of servers on PostgreSQL are in the database, which has none. {file} "
-            f"has {len(unused)} of an older version; import them with `fidelora keys import "
-            f"{file}`, or remove the file."
+            "Servers on PostgreSQL use only the API keys in the database, and it contains none. "
+            f"{file}, the key file of an older version, contains {len(unused)}. Import them with "
+            f"`fidelora keys import {file}`, or remove the file."
         )
     if unused:
         log.warning(

@@ -47,7 +47,7 @@ class RayWorker:
 
     def __init__(self, settings: Settings, name: str) -> None:
         if settings.device != "cpu":
-            # Ray sets it to 1 for GPU workers. Use as many threads as outside of Ray.
+            # Ray sets this variable to 1 for GPU workers. Use as many threads as outside of Ray.
             os.environ.pop("OMP_NUM_THREADS", None)
         configure_logs(settings.log_format, settings.debug)
         # Returns the jobs of a killed actor of this name to the queue.
@@ -238,7 +238,7 @@ def run_on_ray(settings: Settings, address: str, scale: Scale, cpus: int | None)
     configure_logs(settings.log_format, settings.debug)
     device = "cuda" if cpus is None else "cpu"
     launcher = RayLauncher(settings.model_copy(update={"device": device}), scale, cpus)
-    # A namespace for each database and kind of device: others may have launchers of their own.
+    # One namespace for each database and kind of device, because each can have its own launcher.
     database = settings.database.rpartition("@")[2]  # without the password
     digest = hashlib.sha256(database.encode()).hexdigest()[:12]
     try:

@@ -166,7 +166,7 @@ def _notes_on_device(context: ServerContext, device: DeviceKind) -> tuple[str, .
         return ()
     return (
         f"No worker has a device of the kind {device} at the moment "
-        f"(there are {listed(sorted(kinds))}), so the request waits for one.",
+        f"(only {listed(sorted(kinds))}), so the request waits for one.",
     )
 
 

@@ -292,8 +292,8 @@ class Attempt:
 
     def add_timings(self, seconds: Mapping[str, float], share: float) -> None:
         """Add a share of a batch's timings; every image of a batch gets the same share."""
-        for part, spent in seconds.items():
-            self.timings[part] = self.timings.get(part, 0.0) + spent * share
+        for phase, spent in seconds.items():
+            self.timings[phase] = self.timings.get(phase, 0.0) + spent * share
 
     def report(self, loaded: frozenset[str], claim_s: float | None = None) -> AttemptReport:
         """Return the report of an attempt that has ended.

@@ -131,7 +131,7 @@ class WorkerPool:
             self._abandon(job, "the server stopped")
         for slot in self._slots:
             if slot.name:  # else it has never been started
-                self._store.remove_worker(slot.name)  # unless the process has done so itself
+                self._store.remove_worker(slot.name)  # no effect if the process did this itself
 
     def skip_grace_period(self) -> None:
         """End the grace period of a running `stop`: the workers release their jobs now."""

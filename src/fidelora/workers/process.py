@@ -328,7 +328,7 @@ def _continue_when_parent_dies() -> None:
 
 
 def _exit(_signal: int, _frame: FrameType | None) -> None:
-    # A second SIGTERM, for example one of systemd's and one of the pool's, must not interrupt the
-    # release of the job, which this exception causes.
+    # The exception makes the worker release its job. Both systemd and the pool may send SIGTERM,
+    # and the second signal must not interrupt the release.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise SystemExit(0)

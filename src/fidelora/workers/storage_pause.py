@@ -33,7 +33,7 @@ class StoragePause:
         self._next_probe = 0.0
 
     def begin(self, error: StorageError) -> None:
-        """Begin a pause because of this error; extend a current pause, which keeps its reason."""
+        """Begin a pause because of this error, or extend the current pause and keep its reason."""
         self._next_probe = self._monotonic() + _PROBE_INTERVAL_S
         if not self._reason:
             self._reason = str(error)

@@ -169,18 +169,18 @@ class Worker:
             self._prefetcher.cancel()
             for attempt in attempts:
                 if attempt.ended_job is not None:
-                    self._measure_read(report := attempt.report(loaded, claim_s))
+                    self._update_hold_time(report := attempt.report(loaded, claim_s))
                     self._on_end(report)
                 claim_s = None
         return attempts[0].ended_job or self._store.get(job.id)
 
-    def _measure_read(self, report: AttemptReport) -> None:
+    def _update_hold_time(self, report: AttemptReport) -> None:
         """Set how long a job is left for another worker that has its adapters loaded.
 
-        The time is what this worker last took to read adapters, at most `MAX_HOLD_S`: a longer wait
-        would be slower than reading them.
+        The time is what this worker took to read the adapters of the last job for which it had to
+        read some, at most `MAX_HOLD_S`.
         """
-        if report.adapters_cold and (read_s := report.timings.get("adapters")):
+        if report.adapters_cold and (read_s := report.timings.get("read")):
             self._hold_s = min(read_s, MAX_HOLD_S)
 
     def _release_interrupted(self) -> None:
@@ -310,10 +310,8 @@ class Worker:
         """
         recipes = batch.recipes
         batch.renew(self._limits.load_s)
-        start = self._monotonic()
         with beating(self._beat, self._limits.lease_s, self._limits.load_s):
-            self._engine.load(recipes[0])
-        batch.add_timings({"load": self._monotonic() - start})
+            batch.add_timings(self._engine.load(recipes[0]))
         batch.before_first_step()
         self._prefetch_next_job()
         if len(recipes) == 1:

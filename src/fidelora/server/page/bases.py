@@ -9,7 +9,7 @@ from fidelora.server.page.html import escape
 
 
 def served_families(context: ServerContext) -> list[Family]:
-    """Return the families whose base models the server was started with, the loaded one first.
+    """Return the families whose base models the server was started with, the default one first.
 
     The API also accepts the other families, with their base models from the hub. The page does not
     offer them, because a click would download gigabytes.

@@ -23,8 +23,8 @@ def gradio_app(
 ) -> tuple[FastAPI, AbstractAsyncContextManager[Any], frozenset[int]]:
     """Return the application that serves the page, its lifespan context, and event numbers.
 
-    Gradio must not be imported before this call. It reads the environment variables that disable
-    its telemetry and set its folder only when it is imported.
+    Gradio must not be imported before this call, because it reads the environment variables for
+    its telemetry and its folder when it is imported, and not again.
 
     Args:
         root_path: path of the server's public URL, or an empty string.

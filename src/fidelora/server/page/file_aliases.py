@@ -67,7 +67,7 @@ class FileAliases:
     def hiding(self, send: Send) -> Send:
         """Return a `send` that hides the folder in texts; images and other files are unchanged.
 
-        Events of a stream are replaced one by one. Other texts are sent when they are complete.
+        The events of a stream are sent one by one. Other texts are sent when they are complete.
         """
         start: Message = {}
         kind = ""

@@ -35,8 +35,8 @@ MAX_LORAS = 8
 _RATIOS = ((1, 1), (3, 4), (2, 3), (9, 16))
 """Short and long side of the size presets."""
 _PRESET_STEP = 64
-"""The sides of presets are multiples of this number of pixels, as in the buckets of trainers, or of
-an eighth of the base model's size if that is smaller."""
+"""The sides of presets are multiples of this number of pixels, as in the buckets of trainers. If an
+eighth of the base model's size is smaller, they are multiples of that."""
 
 CUSTOM_SIZE = "Custom"
 """Label of sizes that no preset has."""
@@ -121,7 +121,8 @@ def build_request(form: Form) -> InferenceRequest:
     if not get_family(form.fields["model"]).makes_videos:
         del prompt["num_frames"], prompt["fps"]  # their inputs are hidden
     body = {name: value for name, value in form.fields.items() if name in of_request}
-    # An image format is preselected; a video of 2 or 3 frames is rounded to one frame.
+    # The preselected format is one for images, so videos get a video format. Requests for 2 or 3
+    # frames are rounded to one frame, which is an image.
     if prompt.get("num_frames", 1) > 3 and body["output_format"] in ("png", "jpeg"):
         body["output_format"] = "mp4" if can_write_mp4() else "webp"
     body |= {

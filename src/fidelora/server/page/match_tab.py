@@ -45,7 +45,7 @@ _PROGRAMS = {
 """Options of `fidelora explain` by the name of a program."""
 _Output = AsyncGenerator[str | Outcome, None]
 _MAX_OUTPUT_LINES = 200
-_LOOK_S = 1.0
+_ELAPSED_INTERVAL_S = 1.0
 """Seconds between two updates of the elapsed time."""
 
 
@@ -178,7 +178,7 @@ class MatchTab:
     async def _verify(
         self, folder: str | None, archive: str | None, step: str, doctor: bool
     ) -> AsyncIterator[list[Any]]:
-        def command(one: _Job) -> _Output:
+        def command(one: _CommandArguments) -> _Output:
             return self._verifier.run(
                 one.id, one.run_folder, one.base_model, one.out, step=one.step, doctor=doctor
             )
@@ -199,7 +199,7 @@ class MatchTab:
             return
         options = [*_PROGRAMS.get(program, ())]
 
-        def command(one: _Job) -> _Output:
+        def command(one: _CommandArguments) -> _Output:
             chosen = ["--step", one.step] if one.step.isdigit() else []
             return self._verifier.explain(
                 one.id, one.run_folder, Path(picture), one.base_model, one.out, [*chosen, *options]
@@ -219,7 +219,7 @@ class MatchTab:
         folder: str | None,
         archive: str | None,
         step: str,
-        command: Callable[[_Job], _Output],
+        command: Callable[[_CommandArguments], _Output],
         result: Callable[[Outcome, Sequence[str]], str],
     ) -> AsyncIterator[list[Any]]:
         """Run a command for a training run, and yield the updates of the page.
@@ -260,8 +260,8 @@ class MatchTab:
             progress = Progress()
             out = workspace / "report"
             out.mkdir(parents=True)
-            output = command(_Job(verification_id, run_folder, base_model, out, step))
-            async for line in with_pauses(output, _LOOK_S):
+            output = command(_CommandArguments(verification_id, run_folder, base_model, out, step))
+            async for line in with_pauses(output, _ELAPSED_INTERVAL_S):
                 if isinstance(line, Outcome):
                     outcome = line
                 elif line is None or progress.read(line):
@@ -320,8 +320,8 @@ class MatchTab:
 
 
 @dataclass(frozen=True)
-class _Job:
-    """A command for a training run.
+class _CommandArguments:
+    """Arguments of a command for a training run.
 
     Attributes:
         id: id of the verification, for canceling it.

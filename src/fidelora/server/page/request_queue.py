@@ -26,7 +26,7 @@ from fidelora.server.page.html import (
 from fidelora.server.page.pictures import ImageId
 from fidelora.server.page.visitor import visitor
 
-_LOOK_S = 0.2
+_NEW_REQUESTS_INTERVAL_S = 0.2
 """Seconds between two checks for requests that were sent meanwhile."""
 _JOB_ID = re.compile("[0-9a-f]{32}")
 _T = TypeVar("_T")
@@ -142,7 +142,7 @@ class RequestQueue:
                         session.current = _current(job for job, _ in jobs)
                         yield Update(*self._progress(session, jobs), previews, tuple(succeeded))
                     if session.pending:
-                        await watch.changed(_LOOK_S)
+                        await watch.changed(_NEW_REQUESTS_INTERVAL_S)
         finally:
             session.followed = False
 

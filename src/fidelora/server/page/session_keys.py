@@ -19,7 +19,7 @@ class SessionKeys:
     def allows(self, session_hash: object, caller: Caller) -> bool:
         """True if the session is new or belongs to the caller; a new one is then the caller's."""
         if not isinstance(session_hash, str) or not session_hash:
-            return True  # calls without a session, which Gradio refuses or which need none
+            return True  # without a session: Gradio refuses the call, or the call needs none
         owner = self._owners.setdefault(session_hash, caller.owner)
         self._owners.move_to_end(session_hash)
         while len(self._owners) > _MAX_SESSIONS:

@@ -42,7 +42,7 @@ router = APIRouter(prefix="/v1", tags=["inference"])
 
 _STALE_S = 24 * 3600.0
 """Age in seconds at which folders that a killed process left behind are removed."""
-_LOOK_S = 1.0  # seconds between two checks that the client is still connected
+_DISCONNECT_INTERVAL_S = 1.0  # seconds between two checks that the client is still connected
 _EXPLAINED = (0, 1, 4)  # exit codes of `fidelora explain` with an explanation
 
 Name = Annotated[str | None, Form(max_length=200)]
@@ -191,7 +191,7 @@ async def _explained(
         random_id(), folder, picture, base_model, out, [*options, "--json"]
     )
     try:
-        async for line in with_pauses(output, _LOOK_S):
+        async for line in with_pauses(output, _DISCONNECT_INTERVAL_S):
             if isinstance(line, Outcome):
                 code = line.code
             elif line is None:

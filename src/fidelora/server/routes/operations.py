@@ -22,7 +22,7 @@ class Health(BaseModel):
 
 
 class Readiness(BaseModel):
-    """Response of `GET /ready`; `reason` is why a worker could not start or pauses."""
+    """Response of `GET /ready`; `reason` tells why a worker cannot start or has paused."""
 
     status: Literal["ready", "starting", "stopping"]
     reason: str = ""
@@ -38,7 +38,10 @@ async def health() -> Health:
 @router.head("/ready", include_in_schema=False)
 @router.get("/ready", responses={503: {"model": Readiness, "description": "Starting or stopping"}})
 def ready(context: ContextDep, response: Response) -> Readiness:
-    """Return 200 while a worker with a loaded base model takes requests, and 503 otherwise."""
+    """Return 200 while a worker with a loaded base model takes requests, and 503 otherwise.
+
+    A server without workers of its own (`DEVICE=none`) is ready until it stops.
+    """
     if context.stopping.is_set():
         response.status_code = 503
         return Readiness(status="stopping")

@@ -1,4 +1,4 @@
-"""Base models that workers have loaded."""
+"""Add the ids of the model families that each worker has loaded."""
 
 import sqlalchemy as sa
 from alembic import op
