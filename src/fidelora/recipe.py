@@ -291,7 +291,7 @@ class Recipe:
                 object.__setattr__(self, name, value)
 
     def _fill_in_stages(self) -> None:
-        """Set the stage of each adapter that has none but whose name contains it."""
+        """Set the stage of each adapter without one, if its name contains the stage."""
         for name in ADAPTER_FIELDS:
             refs = getattr(self, name)
             if refs and isinstance(refs, list | tuple):

@@ -207,12 +207,12 @@ def test_other_folders_are_rejected(fidelora, tmp_path):
     code, _, err = fidelora("verify", "nowhere")
     assert (code, err) == (
         2,
-        "error: The folder nowhere does not exist; set the output folder of a training run.\n",
+        "error: The folder nowhere does not exist; give the output folder of a training run.\n",
     )
     (tmp_path / "lora.safetensors").touch()
     code, _, err = fidelora("verify", str(tmp_path / "lora.safetensors"))
     assert (code, err.count("\n")) == (2, 1)
-    assert "lora.safetensors is a file; set the output folder of a training run." in err
+    assert "lora.safetensors is a file; give the output folder of a training run." in err
 
 
 def test_a_run_of_the_user_interface_is_verified(fidelora, copy_run):

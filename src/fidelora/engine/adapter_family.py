@@ -21,7 +21,7 @@ from fidelora.weights.strict import empty_part
 
 @dataclass(frozen=True)
 class FamilyFit:
-    """Comparison of an adapter with a base model, by default that of a family.
+    """Comparison of an adapter with a given base model, or with the default one of a family.
 
     Attributes:
         model: id of the family; empty if no family has any of the modules.
@@ -63,7 +63,7 @@ def best_family(adapter: Adapter) -> FamilyFit:
 
 
 def is_named(adapter: Adapter, fit: FamilyFit) -> bool:
-    """Return True if the metadata names the family of `fit`, which has most of the modules."""
+    """Return True if the metadata names the family of `fit` and it has most of the modules."""
     versions = get_family(fit.model).adapter_base_versions
     made_for = adapter.metadata.get("ss_base_model_version", "")
     return made_for in versions and fit.matched * 2 > size_of(adapter)
@@ -86,8 +86,8 @@ def explain_mismatch(
     """Return an error that names the adapter's family if its metadata or modules identify it.
 
     Otherwise `error` is returned. Metadata takes precedence. Names of the original code, and names
-    that also exist in `spec`, do not identify a family unless the shapes match, too. The error also
-    names other models, which are not supported.
+    that also exist in `spec`, do not identify a family unless the shapes match, too. The error can
+    also name a model that Fidelora does not support.
     """
     made_for = adapter.metadata.get("ss_base_model_version", "")
     if made_for in spec.adapter_base_versions:

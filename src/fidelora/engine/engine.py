@@ -63,8 +63,8 @@ class Progress:
 
 OnStep = Callable[[Progress], None]
 """Callback that runs after every evaluation of the denoiser: once per step with most samplers, up
-to twice with second-order samplers. If it raises an exception, by convention
-`GenerationCancelled`, the generation ends and the engine stays usable."""
+to twice with second-order samplers, steps + 1 times with `pndm`. If it raises an exception, by
+convention `GenerationCancelled`, the generation ends and the engine stays usable."""
 
 
 class Engine:
@@ -207,9 +207,9 @@ class Engine:
             scheduler_options: values that replace those of the sampler's configuration, such as
                 `steps_offset`, to find out how another program made an image. They are not stored
                 in the recipe or the image's record.
-            jitter: seed of a random change of the initial latents by half a unit in the last place
-                of the recipe's dtype, to find out how far rounding errors change the image; no
-                change in float32.
+            jitter: seed of a random change of the initial latents by about half a unit in the last
+                place of the recipe's dtype, to find out how far rounding errors change the image.
+                Without effect in float32.
 
         Raises:
             BaseModelError, AdapterError, WeightsFileError: a file is missing or unsuitable, or the
@@ -244,8 +244,8 @@ class Engine:
     def generate_jittered(self, recipes: Sequence[Recipe], jitter: int) -> list[GeneratedImage]:
         """Make several images in half precision in one batch, in any fidelity.
 
-        The batch changes the last bits, which is why `exact` images have no batches elsewhere. Here
-        `jitter` replaces all rounding errors by random ones anyway; see `generate`.
+        A batch changes the last bits, which is why other methods make `exact` images one by one. It
+        does no harm here, because `jitter` changes all rounding errors anyway; see `generate`.
 
         Raises:
             RecipeError: the recipes differ in more than prompts and seed, or are in float32.

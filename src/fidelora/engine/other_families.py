@@ -73,8 +73,8 @@ class _Rule:
 def _rule(title: str, pattern: str, *widths: int) -> _Rule:
     """Return a rule; `/` in the pattern stands for the separator in names of modules, `.` or `_`.
 
-    `transformer.blocks` and `transformer_blocks` are different modules, which only names with
-    underscores everywhere do not distinguish.
+    Write `_` where it is part of a name: `transformer_blocks` and `transformer.blocks` are
+    different modules. (In files that use `_` as the separator, they look the same.)
     """
     return _Rule(title, re.compile(pattern.replace("/", "[._]")), frozenset(widths))
 
