@@ -504,7 +504,8 @@ def test_loading_reports_the_seconds_of_each_phase(engine, monkeypatch):
         return run_and_wait
 
     module = "fidelora.engine.engine"
-    monkeypatch.setattr(f"{module}.time", SimpleNamespace(monotonic=lambda: seconds[0]))
+    clock = SimpleNamespace(monotonic=lambda: seconds[0])
+    monkeypatch.setattr("fidelora.engine.phase_clock.time", clock)
     monkeypatch.setattr(f"{module}.bind", taking(5, bind))
     monkeypatch.setattr(f"{module}.with_adapters", taking(2, with_adapters))
     recipe = Recipe(prompt="a ball", adapters=(AdapterRef.from_file(LORA),), **SMALL)

@@ -23,6 +23,7 @@ from fidelora.engine.image_environment import image_environment
 from fidelora.engine.inputs import decode, denoiser_settings, encode, schedule, size_of
 from fidelora.engine.loaded import LoadedModels
 from fidelora.engine.model import LoadedModel
+from fidelora.engine.phase_clock import PhaseClock
 from fidelora.errors import DeviceError, EngineBusyError, MemoryExhaustedError, RecipeError
 from fidelora.families import get_family
 from fidelora.families.protocols import ExtendableText
@@ -147,7 +148,7 @@ class Engine:
             DeviceError: the recipe is `fast`, which this device or family does not support.
         """
         with self._computing():
-            clock = _Clock()
+            clock = PhaseClock()
             model, bound = self._load(recipe, clock)
             with with_adapters(model, recipe, bound):
                 clock.lap("adapters")
@@ -289,7 +290,7 @@ class Engine:
         common = recipes[0]  # the recipes differ only in prompts and seed
         guidance, size, dtype = denoiser_settings(common)
         with self._computing():
-            clock = _Clock()
+            clock = PhaseClock()
             model, bound = self._load(common, clock)
             try:
                 with with_adapters(model, common, bound):
@@ -330,7 +331,7 @@ class Engine:
             for pixels, recipe, one in zip(images, recipes, encoded, strict=True)
         ]
 
-    def _load(self, recipe: Recipe, clock: _Clock) -> tuple[LoadedModel, Bound]:
+    def _load(self, recipe: Recipe, clock: PhaseClock) -> tuple[LoadedModel, Bound]:
         """Return the base model and adapters of a recipe; note the seconds of `load` and `read`."""
         model = self._models.get(recipe)
         clock.lap("load")
@@ -395,16 +396,3 @@ def _memory_errors() -> Iterator[None]:
         if "can't allocate memory" in str(error):
             raise MemoryExhaustedError from error
         raise
-
-
-class _Clock:
-    """Stopwatch whose `lap` adds the seconds since the previous lap to those of a phase."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.monotonic()
-
-    def lap(self, name: str) -> None:
-        now = time.monotonic()
-        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
-        self._last = now
