@@ -1,4 +1,7 @@
-"""Cores and threads: quotas of control groups in a folder that stands for `/`, and variables."""
+"""Numbers of cores and threads: quotas of control groups, and environment variables.
+
+The files of the control groups are in a folder that stands for `/`.
+"""
 
 from __future__ import annotations
 

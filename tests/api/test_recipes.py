@@ -325,7 +325,7 @@ def test_a_rounded_size_is_reported(size, note):
 
 
 def test_sizes_have_the_divisor_of_the_documented_api():
-    """It can be larger than the trainer's, which is that of recipes."""
+    """The divisor can be larger than that of the trainer and of recipes."""
     prompts = [{"prompt": "a ball", "width": 720, "height": 1360}]
     (made,) = recipes((A,), model="lumina2", prompts=prompts)
     assert (made.width, made.height) == (704, 1344)

@@ -203,7 +203,7 @@ def test_only_the_language_model_is_loaded():
 
 
 def test_the_rotary_tables_are_rounded_with_the_weights():
-    """The trainer's `.to(dtype)` rounds them. The limits for other processors would not show it."""
+    """The trainer's `.to(dtype)` rounds them. The tolerances of the golden runs could hide this."""
     exact, rounded = (
         load_model_of(replace(SMALL, dtype=dtype, text_encoder_dtype=dtype))
         .parts["text_encoder"]

@@ -278,7 +278,7 @@ def test_other_kinds_of_quantisation_are_refused_by_name():
         quantization_of({"quantize": True, "qtype": "uint3|x"}, ZIMAGE)
 
 
-def test_quantised_parts_keep_their_named_layers_whole():
+def test_layers_that_the_trainer_excludes_are_not_quantised():
     recipe = replace(SMALL, quantization="qfloat8", text_encoder_quantization="qfloat8")
     model = load_model_of(recipe)
     kinds = {

@@ -93,7 +93,7 @@ def test_documented_request_makes_the_command_lines_image(start, data):
         256,
         42,
     )
-    assert file.stat().st_mode & 0o044, "other users may read it, like any file"
+    assert file.stat().st_mode & 0o044, "other users cannot read the file"
     assert server.terminate() == 0
 
     out = data / "cli.png"

@@ -80,7 +80,7 @@ def checked(
     ids=lambda folder: folder.name,
 )
 def test_exact_samples_are_replayed_exactly(engine, folder):
-    """On a processor like the trainer's; on others, float32 samples are within rounding.
+    """The pixels are equal on a processor like the trainer's; others may round differently.
 
     The pixels of all golden runs are compared in test_goldens.py.
     """
