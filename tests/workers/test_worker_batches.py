@@ -171,7 +171,7 @@ def test_different_jobs_stay_in_the_queue(harness, other):
     ]
 
 
-def test_jobs_of_different_images_and_exact_jobs_are_made_alone(harness):
+def test_jobs_with_unequal_images_and_exact_jobs_are_made_alone(harness):
     mixed = add(
         harness.store, harness.clock, replace(FAST, prompt="a"), replace(FAST, prompt="b", steps=5)
     )
