@@ -92,7 +92,7 @@ def test_parameters_with_lone_surrogates_are_cleaned(client, context, value):
 
 
 def test_a_replayed_file_is_identical(tiny_server: Server, tmp_path):
-    """For each image format; the LoRAs are named differently in the request and the recipe."""
+    """Test each image format, with LoRAs named differently in the request and the recipe."""
     with Client(tiny_server.url) as client:
         for image_format in ("png", "jpeg", "webp"):
             made = client.generate(
