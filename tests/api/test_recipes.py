@@ -218,7 +218,7 @@ def test_request_for_refuses_values_out_of_the_range_of_the_api():
         request_for([Recipe(prompt="a", guidance_scale=30, adapters=(A,))], ["x"])
 
 
-def test_default_given_and_random_seeds():
+def test_seeds_are_the_default_the_given_one_or_random():
     asked = [
         {"prompt": "a"},
         {"prompt": "b"},
@@ -565,7 +565,7 @@ def test_the_answer_to_a_request_has_its_urls():
     }
 
 
-def test_status_and_result_over_the_life_cycle_of_a_job():
+def test_status_and_result_follow_the_life_cycle_of_a_job():
     job = new_job(recipes(prompts=[{"prompt": "a"}, {"prompt": "b"}]), NOW)
     waiting = json.loads(status_of(job, 3).model_dump_json())
     assert (

@@ -57,7 +57,7 @@ def encoder(engine) -> Any:
         ("BREAKFAST", [("BREAKFAST", 1)]),
     ],
 )
-def test_weights_of_the_parts_of_a_prompt(prompt, spans):
+def test_each_part_of_a_prompt_has_its_weight(prompt, spans):
     found = spans_of(prompt)
     assert [span.text for span in found] == [text for text, _ in spans]
     assert [span.weight for span in found] == pytest.approx([weight for _, weight in spans])

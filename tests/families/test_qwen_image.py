@@ -235,7 +235,7 @@ def test_names_of_other_transformers_versions_are_loaded(
     assert np.array_equal(again, engine.generate(SMALL).pixels)
 
 
-def test_previews_and_sizes_of_latents():
+def test_latents_and_previews_have_the_size_of_the_image():
     latents, size = load_model_of(SMALL).latents, Size(96, 64)
     assert latents.shape(size) == (1, 1, 16, 8, 12)
     assert latents.tokens(size) == 24

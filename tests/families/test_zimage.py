@@ -120,7 +120,7 @@ def test_a_lora_leaves_no_trace_and_is_equal_merged_and_live(engine):
     assert np.array_equal(engine.generate(SMALL).pixels, pristine)
 
 
-def test_previews_and_sizes_of_latents():
+def test_latents_and_previews_have_the_size_of_the_image():
     latents, size = load_model_of(SMALL).latents, Size(96, 64)
     assert latents.shape(size) == (1, 16, 8, 12)
     assert latents.tokens(size) == 24

@@ -118,7 +118,7 @@ def test_unsupported_fields_are_rejected_by_name(client, context, fields, param)
         ),
     ],
 )
-def test_fields_that_contradict_each_other(client, fields, message):
+def test_fields_that_contradict_each_other_are_refused(client, fields, message):
     with pytest.raises(openai.BadRequestError) as caught:
         client.images.generate(prompt="a ball", **fields)
     assert caught.value.response.json()["error"]["message"].startswith(message)
