@@ -230,7 +230,7 @@ def test_a_worker_that_is_killed_costs_an_attempt(tiny_server):
     )
     for child in children.stdout.split():
         os.kill(int(child), signal.SIGKILL)
-    until(lambda: server.status(request_id)["status"] == "in_queue", 5)
+    until(lambda: server.status(request_id)["status"] == "in_queue")
     until(lambda: server.status(request_id)["status"] == "in_progress")
     server.call(f"/v1/requests/{request_id}", method="DELETE")
     server.wait(request_id, "canceled")
