@@ -52,7 +52,7 @@ class Ours:
     def image(
         self, prompt: str, size: int, steps: int, seed: int, adapter: str
     ) -> dict[str, float]:
-        """Return the seconds of each part of one image; `step` is one of its steps."""
+        """Return the seconds of each part of one image; `step` is the mean of its steps."""
         return self._time(
             [self._recipe(prompt, size, steps, seed, adapter)],
             lambda made: [self._engine.generate(made[0])],
@@ -313,7 +313,10 @@ class Switching:
         }
 
     def weights(self, path: str) -> dict[str, int]:
-        """Return the number of weights and elements that an adapter changes, and all bytes."""
+        """Return the numbers of weights and elements that an adapter changes.
+
+        `bytes` is the size of all weights of the base model.
+        """
         touched = [self._base.targets.by_name[name].weight for name in self._bind(path).deltas]
         return {
             "weights": len(touched),

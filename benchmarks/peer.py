@@ -50,7 +50,7 @@ class Peer:
     def image(
         self, prompt: str, size: int, steps: int, seed: int, latents_only: bool = False
     ) -> dict[str, float]:
-        """Return the seconds of each part of one image; `step` is one of its steps."""
+        """Return the seconds of each part of one image; `step` is the mean of its steps."""
         step_done = 0.0
 
         def note(_pipe: Any, _step: int, _t: Any, tensors: dict[str, Any]) -> dict[str, Any]:

@@ -3,9 +3,9 @@
     python -m benchmarks.run [--only PART ...] [--quick] [--folder FOLDER] [--out FOLDER]
                              [--sdcpp PYTHON]
 
-Every figure is a median, compared with a baseline from the same run, alternately if possible.
-Needs peft and OpenVINO (`pip install --group bench`), two cores, 20 GB of memory, about 25 minutes,
-and 9 GB of disk for the models in the first run.
+Every figure is a median, compared with a baseline from the same run. If possible, the two are
+measured alternately. Needs peft and OpenVINO (`pip install --group bench`), two cores, 20 GB of
+memory, about 25 minutes, and 9 GB of disk for the models in the first run.
 """
 
 from __future__ import annotations

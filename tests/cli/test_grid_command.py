@@ -32,7 +32,7 @@ def test_grid_writes_a_sheet(fidelora, tmp_path):
     side, gap, left, head = 80 * 3, 6, 200, 3 * 18 + 2 * 6
     base, zero = (sheet[head : head + 64 * 3, left + n * (side + gap) :][:, :side] for n in (0, 1))
     full = sheet[head : head + 64 * 3, left + 2 * (side + gap) :][:, :side]
-    assert np.array_equal(base, zero), "multiplier 0 is the base model"
+    assert np.array_equal(base, zero), "multiplier 0 gives another image than the base model"
     assert not np.array_equal(base, full)
 
 

@@ -149,7 +149,7 @@ def _structures() -> dict[str, bytes]:
     good = zip_of({"run/config.yaml": _CONFIG, "run/b.png": b"x" * 100}, zipfile.ZIP_STORED)
     central, end = good.index(_CENTRAL), good.index(_END)
     found = {}
-    # Without fields that Python does not use, because the files have the same information.
+    # Only fields that Python reads: the header of each file repeats the others.
     fields = {
         "flags": (8, 2), "method": (10, 2), "checksum": (16, 4),
         "size": (24, 4), "name length": (28, 2), "extra length": (30, 2),

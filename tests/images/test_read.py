@@ -349,7 +349,7 @@ def test_sampler_names_of_older_and_other_programs_are_read(line, expected):
     assert read.fields["sampler"] == expected
 
 
-def test_lines_of_windows_and_sizes_with_blanks_are_read():
+def test_windows_line_ends_and_sizes_with_blanks_are_read():
     text = "a ball\nNegative prompt: bad\nSteps: 20, Sampler: Euler, Seed: 1, Size: 64 x 72"
     read = read_parameters(text.replace("\n", "\r\n"), SD15)
     assert (read.prompt, read.negative_prompt, read.ignored) == ("a ball", "bad", ())

@@ -199,7 +199,7 @@ def test_a_prompt_that_looks_like_an_option_is_quoted():
     assert shlex.split(as_command(recipe, ["a.safetensors"], "png"))[-2:] == ["--", "--help"]
 
 
-def test_the_prompt_that_reads_stdin_comes_from_stdin():
+def test_a_prompt_of_one_dash_is_piped_through_stdin():
     recipe = Recipe(prompt="-", adapters=(AdapterRef("a" * 64),))
     words = shlex.split(as_command(recipe, ["a.safetensors"], "png"))
     assert words[:5] == ["echo", "-", "|", "fidelora", "generate"]

@@ -65,7 +65,7 @@ def test_moving_the_slider_changes_the_next_image(visitor):
     whole = visitor["gallery"].bounding_box()
     assert opened is not None
     assert whole is not None
-    assert opened["width"] > 0.9 * whole["width"], "an image opens in the whole gallery"
+    assert opened["width"] > 0.9 * whole["width"], "the image did not fill the gallery"
 
 
 def test_loras_are_listed_and_found_by_trigger_rank_and_step(visitor):
@@ -259,7 +259,7 @@ def test_a_reload_keeps_the_images_and_the_running_job(visitor):
 
 
 def test_a_reload_keeps_the_form(visitor):
-    """Also changes that are made while an earlier change is being stored."""
+    """Changes are kept even if they are made while an earlier change is being stored."""
     held: list[Route] = []  # calls that store the form
 
     def hold(route: Route) -> None:
@@ -276,7 +276,7 @@ def test_a_reload_keeps_the_form(visitor):
         visitor.field(name).fill(value)
     visitor.field("height").focus()
     expect(visitor["preset"].locator("input")).to_have_value("Custom")
-    assert len(held) == 1, "the first change is still being stored"
+    assert len(held) == 1, "the first change was already stored"
     with visitor.page.expect_request(has_all):
         held[0].continue_()
     visitor.page.wait_for_function("localStorage['fidelora-form']?.length > 100")

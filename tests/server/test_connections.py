@@ -191,7 +191,7 @@ def test_a_request_is_parsed_in_small_parts(short_timeouts, monkeypatch):
     assert max(map(len, parts)) <= connections.READ_BYTES
 
 
-def test_whole_requests_are_answered_also_on_the_same_connection(short_timeouts):
+def test_several_requests_on_one_connection_are_answered(short_timeouts):
     async def twice(port: int) -> bytes:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         answers = b""

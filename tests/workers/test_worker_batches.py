@@ -102,7 +102,7 @@ def test_a_slow_model_load_costs_no_job_of_a_batch_its_lease(harness, monkeypatc
     def before_step(batch: int, step: int) -> None:
         now = harness.clock.now()
         expiries = [MemoryStore.get(harness.store, job.id).lease_expires_at for job in jobs]
-        longest = timedelta(seconds=180)  # of a step; that of the load is 1,800
+        longest = timedelta(seconds=180)  # during a step; during the load, a lease is 1,800
         assert all(expires - now <= longest for expires in expiries if expires)
 
     monkeypatch.setattr(harness.engine, "load", slow)
@@ -171,7 +171,7 @@ def test_different_jobs_stay_in_the_queue(harness, other):
     ]
 
 
-def test_jobs_of_different_images_and_exact_jobs_are_made_alone(harness):
+def test_jobs_with_unequal_images_and_exact_jobs_are_made_alone(harness):
     mixed = add(
         harness.store, harness.clock, replace(FAST, prompt="a"), replace(FAST, prompt="b", steps=5)
     )

@@ -154,7 +154,7 @@ def test_heartbeats_carry_a_preview_that_is_removed_when_the_job_ends(engine, tm
     ).run_next()
     shown = [Image.open(io.BytesIO(base64.b64decode(picture))) for picture in pictures]
     assert [(picture.format, picture.size) for picture in shown[:4]] == [("JPEG", (16, 8))] * 4
-    assert np.asarray(shown[0]).std() > 1, "it shows something"
+    assert np.asarray(shown[0]).std() > 1, "the preview shows nothing"
     done = store.get(added.id)
     assert (done.status, done.progress and done.progress.preview) == (Status.SUCCEEDED, "")
 

@@ -90,7 +90,7 @@ def add(store: MemoryStore, clock: Clock, *recipes: Recipe, image_format: str = 
 
 
 def claimed_by_another(store: MemoryStore, clock: Clock, job_id: str) -> None:
-    """End the first attempt at a job, as of a dead worker, and claim it for another worker."""
+    """End a job's first attempt as if its worker had died, and claim the job for another."""
     store.abandon(job_id, 1, "it seemed dead", clock.now())
     clock.seconds += 5  # the pause before a retry
     store.claim("another", clock.now(), 1000)
@@ -138,7 +138,7 @@ class FakeEngine:
         return dict(self.load_seconds)
 
     def max_batch(self, recipe: Recipe) -> int:
-        assert recipe.fidelity == "fast", "exact images are made one by one"
+        assert recipe.fidelity == "fast", "the worker asked for the batch size of exact images"
         return self.most
 
     def generate(self, recipe: Recipe, on_step: OnStep) -> GeneratedImage:
