@@ -184,6 +184,21 @@ def test_an_event_with_a_file_url_is_refused(client):
     )
 
 
+@pytest.mark.parametrize("up", ["", "./", "../{folder}/", "x/../", "~/"])
+def test_an_event_with_a_relative_file_is_refused(client, up, tmp_path, monkeypatch):
+    """Gradio would open any file on the machine, relative to the server's working folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "private.safetensors").write_bytes(b"private")
+    path = up.format(folder=tmp_path.name) + "private.safetensors"
+    file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    for data in ([file], [[file]], [[{"a": file}]]):
+        assert predict(client, data).status_code == 404
+        body = {"data": data, "fn_index": 0, "session_hash": "s"}
+        assert client.post("/gradio_api/queue/join", json=body).status_code == 404
+    lora = {"path": path, "network_multiplier": 1}  # in a stored form
+    assert predict(client, [lora]).status_code != 404
+
+
 @pytest.mark.parametrize(
     "target",
     [
