@@ -17,10 +17,12 @@ test: $(READY)
 		--ignore tests/faults
 
 # Kills servers and workers, fills disks, and sends hostile files and requests. 100 rounds of each
-# fault take about an hour; FAULT_ROUNDS=10 FAULT_REQUESTS=100 takes a few minutes.
+# fault take about an hour; FAULT_ROUNDS=10 FAULT_REQUESTS=100 takes a few minutes. The last three
+# files have the faults of clocks, of single workers and of connections; `make test` runs them, too.
 FAULT_ROUNDS ?= 100
 FAULT_REQUESTS ?= 1000
-FAULTS ?= tests/faults
+FAULTS ?= tests/faults tests/workers/test_pool.py tests/server/test_background.py \
+	tests/server/test_connections.py
 faults: $(READY)
 	OMP_WAIT_POLICY=passive FAULT_ROUNDS=$(FAULT_ROUNDS) FAULT_REQUESTS=$(FAULT_REQUESTS) \
 		$(BIN)/pytest -n $(TEST_PROCESSES) --dist worksteal --durations 25 $(FAULTS)

@@ -204,6 +204,15 @@ def test_several_requests_on_one_connection_are_answered(short_timeouts):
     assert asyncio.run(with_server(twice)).count(b"204") == 2
 
 
+def test_a_request_with_two_lengths_is_the_last_of_its_connection():
+    """Otherwise, the second request could pass a proxy unseen (request smuggling)."""
+    smuggled = (
+        b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 50\r\nTransfer-Encoding: chunked\r\n\r\n"
+        b"0\r\n\r\n" + REQUEST + b"1234"
+    )
+    assert asyncio.run(with_server(lambda port: talk(port, smuggled))).count(b"204") == 1
+
+
 def test_connections_over_the_limit_are_closed_at_once(short_timeouts, monkeypatch):
     monkeypatch.setattr(connections, "HEADER_TIMEOUT_S", TIMEOUT_S)
 

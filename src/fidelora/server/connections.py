@@ -83,6 +83,8 @@ class LimitedProtocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """Handle bytes of a request, and set the time until which more bytes must arrive."""
         super().data_received(data)
+        if self.cycle is not None and _has_two_lengths(self.cycle):
+            self.cycle.keep_alive = False
         if self.cycle is None or self.cycle.response_complete:
             if self._deadline is None:  # later bytes of the same header do not extend the time
                 self._wait(HEADER_TIMEOUT_S)
@@ -159,3 +161,13 @@ class LimitedProtocol(H11Protocol):
         if now - LimitedProtocol._reported_s > HEADER_TIMEOUT_S:
             LimitedProtocol._reported_s = now
             log.warning(event, **fields)
+
+
+def _has_two_lengths(request: RequestResponseCycle) -> bool:
+    """True if a request has both `Transfer-Encoding` and `Content-Length`.
+
+    A proxy may have used the other one, so bytes after the body could be a request that the proxy
+    did not see. RFC 9112, section 6.1, requires to close the connection after the response.
+    """
+    names = {name for name, _ in request.scope["headers"]}
+    return {b"transfer-encoding", b"content-length"} <= names
