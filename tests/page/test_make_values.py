@@ -273,6 +273,26 @@ def test_dropped_loras_are_stored_and_chosen(make, context, page_files):
     assert (context.settings.loras / "uploads" / "a.safetensors").is_file()
 
 
+@pytest.mark.parametrize(
+    ("context", "expected"),
+    [
+        ({}, "uploads/flux.safetensors was stored. It is an adapter for FLUX.1, and this server"),
+        (
+            {"base_model": "sd15=a,flux=b"},
+            "Added uploads/a.safetensors (for Stable Diffusion 1.5).",
+        ),
+        ({"base_model": "sd15=a,flux=b"}, "Added uploads/flux.safetensors (for FLUX.1)."),
+    ],
+    indirect=["context"],
+)
+def test_the_model_of_a_dropped_lora_is_said_at_once(make, page_files, expected):
+    flux = GOLDEN_JOBS / "flux_bf16_save_f32" / "flux_bf16_save_f32.safetensors"
+    for name, source in (("a.safetensors", LORA), ("flux.safetensors", flux)):
+        shutil.copyfile(source, page_files.files / name)
+    message, _ = dropped(make, *page_files.files.glob("*.safetensors"))
+    assert expected in message
+
+
 def test_a_lora_above_the_size_limit_is_refused(make, context, page_files):
     file = page_files.files / "x.safetensors"
     with file.open("wb") as opened:
