@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fidelora.api.requests import InferenceRequest, LoraItem, PromptItem
+from fidelora.api.requests import InferenceRequest, LoraItem, PromptItem, RequestBody
 from fidelora.errors import (
     ImageFormatError,
     RecipeError,
@@ -59,7 +59,7 @@ def check_request(request: InferenceRequest, *, needs_lora: bool = True) -> Fami
         ) from error
     if needs_lora and not request.loras:
         raise RequestError(
-            "At least one LoRA is required. Use POST /v1/images/generations for pictures without one.",
+            "At least one LoRA is required. POST /v1/images/generations needs none.",
             code="LORA_FILE_REQUIRED",
         )
     if len(request.loras) * len(request.prompts) > MAX_LORAS_TIMES_PROMPTS:
@@ -376,8 +376,9 @@ def _multipliers(request: InferenceRequest, item: PromptItem) -> tuple[float, ..
 def _unsupported_message(field_path: str, spec: Family) -> str:
     """Return the error message for a path of `_unsupported_fields`; it corrects a typing error."""
     container, _, name = field_path.rpartition(".")
-    body = {"loras": LoraItem, "prompts": PromptItem}.get(container.split("[")[0], InferenceRequest)
-    meant = None if name in body.model_fields else similar_name(name, body.model_fields)
+    bodies: Mapping[str, type[RequestBody]] = {"loras": LoraItem, "prompts": PromptItem}
+    fields = bodies.get(container.split("[")[0], InferenceRequest).model_fields
+    meant = None if name in fields else similar_name(name, fields)
     if meant is not None:
         return f"{field_path} does not exist; the field is called {meant}."
     return f"{spec.id} does not support {field_path}; leave it out."
