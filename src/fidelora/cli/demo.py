@@ -48,7 +48,9 @@ def demo(
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
-    """Demonstrate Fidelora in a minute or two, without a network.
+    """Demonstrate Fidelora without a network.
+
+    It takes half a minute on two processor cores with AVX-512, and longer on older processors.
 
     Generates pictures with the miniature, the small base model that is part of Fidelora, alone and
     with a LoRA at several multipliers. The LoRA teaches the model the word "sks".
