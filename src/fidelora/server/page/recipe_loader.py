@@ -22,7 +22,7 @@ from fidelora.server.page.html import notice
 from fidelora.server.page.lora_list import LoraList
 from fidelora.server.page.make_form import MakeForm
 from fidelora.server.page.make_prompts import PromptInputs
-from fidelora.server.page.make_settings import SettingsInputs
+from fidelora.server.page.make_settings import IMAGE_SUFFIXES, SettingsInputs
 from fidelora.server.page.uploads import LORA_SUFFIX, add_lora, refuse_larger
 from fidelora.server.submit import defaults_for
 from fidelora.texts import listed
@@ -61,6 +61,10 @@ class RecipeLoader:
     def take(self, files: Sequence[str] | None, *values: Any) -> list[Any]:
         """Store dropped LoRAs and choose them, or load the recipe of a dropped image."""
         paths = [Path(file) for file in files or []]
+        if others := [path for path in paths if not _can_take(path)]:
+            for path in paths:
+                path.unlink(missing_ok=True)
+            return [None, *self._form.message(notice(_refusal(others[0]), "error"))]
         images = [path for path in paths if path.suffix.lower() != LORA_SUFFIX]
         if len(images) == 1 == len(paths):
             return [None, *self.load_image(images[0])]
@@ -155,3 +159,17 @@ class RecipeLoader:
         for ending, paths in fitting.items():
             parts.append(notice(f"Added {', '.join(paths)}{ending}.", "good"))
         return "".join(parts)
+
+
+def _can_take(path: Path) -> bool:
+    return path.suffix.lower() in (LORA_SUFFIX, *IMAGE_SUFFIXES)
+
+
+def _refusal(path: Path) -> str:
+    """Return a sentence about a dropped file that is neither a LoRA nor an image."""
+    if path.suffix.lower() == ".zip":
+        return (
+            f"{path.name} is a zip archive. Unpack it and drop the .safetensors file of the LoRA; "
+            "drop the zip of a training run on the tab Match."
+        )
+    return f"{path.name} cannot be used here. Drop a LoRA (.safetensors), or an image or video."
