@@ -65,8 +65,10 @@ docs: $(READY)
 docs-serve: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --livereload --dev-addr 127.0.0.1:8001
 
-# Generates docs/reference, docs/models/index.md and the tables of docs/cli.md from the code.
+# Generates docs/reference, docs/models/index.md, the tables of docs/cli.md, and the table by which a
+# server recognises the family of a LoRA, from the code.
 reference: $(READY)
+	$(BIN)/python -m tools.module_shapes
 	$(BIN)/python -m tools.reference
 
 # Writes the locked requirements of the container images, with the hashes of the package index.

@@ -389,7 +389,9 @@ def test_an_adapter_of_the_other_model_names_the_right_model(engine, path, made_
         f"{path.stem} is an adapter for {title}, but the base model is of family {other}. "
         f"Use the adapter with model {made_for}."
     )
-    assert str(raised.value) == expected
+    assert str(raised.value).startswith(expected)
+    assert f"`--model {made_for}`" in str(raised.value)
+    assert f"`--base-model {made_for}=BASE`" in str(raised.value)
 
 
 def test_an_adapter_that_fits_both_models_is_checked_by_metadata(engine, tmp_path):

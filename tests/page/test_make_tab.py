@@ -157,7 +157,7 @@ def test_snippets_reproduce_the_image(visitor, server, tmp_path, monkeypatch):
     assert np.array_equal(pixels(next((tmp_path / "pictures").iterdir()).read_bytes()), image)
 
     shutil.copyfile(MINIATURE_LORA, tmp_path / "sks.safetensors")
-    monkeypatch.setattr(sys, "argv", shlex.split(texts["command"]))
+    monkeypatch.setattr(sys, "argv", shlex.split(texts["command"], comments=True))
     with pytest.raises(SystemExit) as end:
         main()
     assert not end.value.code
@@ -340,6 +340,9 @@ def test_the_page_fits_the_width_of_a_phone(visit, scheme):
     visitor.choose("loras", "sks.safetensors", HOSTILE)
     visitor.generate("w" * 300, steps=1)
     visitor.wait_until_done()
+    image = visitor.images(1)[0].bounding_box()
+    caption = visitor["gallery"].locator(".caption-label").bounding_box()
+    assert caption["y"] >= image["y"] + image["height"] - 1  # below the image, not over it
     tops = [
         visitor[one].bounding_box()["y"]
         for one in ("generate", "progress", "gallery", "image-actions", "steps")

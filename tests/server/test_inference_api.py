@@ -120,6 +120,23 @@ def test_a_failure_has_a_message(client, worker):
 
 
 @pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (with_prompt(wdth=5), "prompts[0].wdth does not exist; the field is called width."),
+        (MINIMAL | {"fidelty": "fast"}, "fidelty does not exist; the field is called fidelity."),
+        (MINIMAL | {"steps": 5}, "sd15 does not support steps; leave it out."),
+        (
+            MINIMAL | {"loras": []},
+            "At least one LoRA is required. POST /v1/images/generations needs none.",
+        ),
+    ],
+)
+def test_a_refused_request_says_what_to_send_instead(client, body, message):
+    answer = client.post("/v1/inference", json=body)
+    assert answer.json()["detail"]["error"]["message"] == message
+
+
+@pytest.mark.parametrize(
     ("body", "code"),
     [
         (MINIMAL | {"model": "gpt"}, "MODEL_NOT_FOUND"),

@@ -18,7 +18,7 @@ _PARTS = {
     "lora.down.weight": "down", "lora_linear_layer.down.weight": "down",
     "lora_up.weight": "up", "lora_B": "up", "lora_B.weight": "up",
     "lora.up.weight": "up", "lora_linear_layer.up.weight": "up",
-    "lora_B.bias": "up_bias",
+    "lora_B.bias": "up_bias", "lora_up.bias": "up_bias", "lora.up.bias": "up_bias",
     # DoRA of AI Toolkit, and of LyCORIS, OneTrainer and kohya; for PEFT see `_MAGNITUDE`.
     "magnitude": "magnitude",
     "dora_scale": "dora_scale",
@@ -109,6 +109,23 @@ _REFUSED = {
     **dict.fromkeys(("absmax", "quant_map", "nested_absmax", "nested_quant_map"), _BITS),
 }
 """Ends of error messages, by key suffix of known formats that are not supported."""
+
+_REFUSED_PATTERNS = {
+    re.compile(r"\.(?:lora_(?:up|down|[AB])_?[12ab]|abba_\w+)(?:\.weight)?$"): _ABBA,
+    re.compile(r"\.(?:lambda_layer|base_lambda|(?:base_[pq]|[pq]_layer)\.weight)$"): (
+        "is a T-LoRA, whose rank depends on the timestep, which is not supported; load it in its "
+        "training program, or train a LoRA"
+    ),
+    re.compile(r"\.(?:(?:up|down)_list|lora_[AB])\.\d+$"): (
+        "is a DyLoRA whose ranks are stored one by one, which is not supported; save it with its "
+        "training program as one lora_up.weight and one lora_down.weight per module"
+    ),
+    re.compile(r"\.(?:lora_A|lora_down|lora\.down)(?:\.\w+)?\.bias$"): (
+        "has a bias in the first factor of its modules, which no format defines; train it without "
+        "this bias (lora_bias of PEFT adds one to the second factor only)"
+    ),
+}
+"""The same, by patterns for the ends of keys."""
 
 _OTHER_FILES = {
     re.compile(r"(image_proj|ip_adapter)\."): "is an IP-Adapter",
@@ -202,6 +219,8 @@ def split_key(key: str, is_ia3: bool = False) -> tuple[str, str] | None:
     if _MAGNITUDE in pieces[-3:] and pieces[0] != _MAGNITUDE:
         at = len(pieces) - 1 - pieces[::-1].index(_MAGNITUDE)
         return ".".join(pieces[:at]), "peft_magnitude"
+    if len(pieces) > 3 and pieces[-3] == "lora_B" and pieces[-1] == "bias":
+        return ".".join(pieces[:-3]), "up_bias"
     if len(pieces) > 3 and pieces[-1] == "weight":
         # `lora_A.<name of the adapter>.weight`, from a state dict of PEFT.
         if pieces[-3] in ("lora_A", "lora_B"):
@@ -235,7 +254,9 @@ def refusal(key: str) -> str | None:
     for piece in pieces[-3:]:
         if _PEFT_PARAMETER.fullmatch(piece):
             return f"is {_PEFT_METHODS[piece.partition('_')[0]]} {_PEFT_FORMAT}"
-    return _REFUSED.get(".".join(pieces[-2:])) or _REFUSED.get(pieces[-1])
+    if reason := _REFUSED.get(".".join(pieces[-2:])) or _REFUSED.get(pieces[-1]):
+        return reason
+    return next((why for end, why in _REFUSED_PATTERNS.items() if end.search(key)), None)
 
 
 def find_kind(parts: Iterable[str]) -> str | None:

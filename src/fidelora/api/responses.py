@@ -173,6 +173,9 @@ class LoraBody(BaseModel):
     base: str
     trainer: str
     uploaded: bool
+    models: list[str] = Field(
+        description="Those of the server's configured models that it fits; empty for none of them."
+    )
     problems: list[str]
 
 

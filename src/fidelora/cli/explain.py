@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fidelora.atomic import make_folder, write_atomically
+from fidelora.atomic import write_atomically
 from fidelora.cli.console import (
     COMPARISON_FAILED,
     fail,
     make_engine,
+    make_output_folder,
     progress_display,
     reserve_exit_code_1,
 )
@@ -178,6 +179,7 @@ def explain(
     from fidelora.explain.picture import Picture
     from fidelora.explain.programs import clip_skip_layer
     from fidelora.explain.read_picture import read_picture, with_options
+    from fidelora.training.base_advice import advice_on_base
     from fidelora.training.run_folder import read_run
 
     if not pictures and write is None:
@@ -189,7 +191,7 @@ def explain(
     as_text = not (as_json or json_lines)
     run = read_run(run_folder)
     if report is not None:
-        make_folder(report)
+        make_output_folder(report)
     options = {
         "prompt": prompt, "negative_prompt": negative, "steps": steps, "sampler": sampler,
         "scheduler": scheduler, "guidance_scale": guidance, "seed": seed,
@@ -208,7 +210,7 @@ def explain(
             fail(str(error), COMPARISON_FAILED)
     engine = make_engine(device)
     explanations: list[Explanation] = []
-    with progress_display(as_lines=progress_lines) as show:
+    with progress_display(as_lines=progress_lines) as show, advice_on_base(run, base_model):
         for picture, reading in loaded:
             try:
                 found = explain_picture(
@@ -232,7 +234,7 @@ def explain(
     files: list[dict[str, Any]] = []
     if write is not None:
         samples = [one.alignment.plan for one in explanations]
-        with progress_display(as_lines=progress_lines) as show:
+        with progress_display(as_lines=progress_lines) as show, advice_on_base(run, base_model):
             files = write_settings(
                 samples or samples_of(run, step, index, base_model),
                 write.value,

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fidelora.atomic import make_folder, write_atomically
-from fidelora.cli.console import fail
+from fidelora.atomic import write_atomically
+from fidelora.cli.console import fail, make_output_folder
 from fidelora.cli.verify_options import NOTHING_TO_CHECK
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def write_settings(
     from fidelora.explain.write import SUFFIXES, written
 
     target = next(one for one in SUFFIXES if one.lower() == program)
-    make_folder(folder)
+    make_output_folder(folder)
     unique = {(plan.round, plan.index): plan for plan in plans}
     entries = []
     for done, plan in enumerate(unique.values()):

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fidelora.atomic import make_folder, write_atomically
-from fidelora.cli.console import progress_bar, reserve_exit_code_1, warn
+from fidelora.atomic import write_atomically
+from fidelora.cli.console import make_output_folder, progress_bar, reserve_exit_code_1, warn
 from fidelora.cli.engines import ImageMaker, image_maker
 from fidelora.cli.options import (
     DEVICE_PANEL,
@@ -301,7 +301,7 @@ def _output_path(image: Path, out: Path | None) -> Path:
 
     if out is not None:
         format_of(out)
-        make_folder(out.expanduser().parent)
+        make_output_folder(out.expanduser().parent)
         return out.expanduser()
     path, count = image.with_stem(f"{image.stem}_again"), 1
     format_of(path)

@@ -25,9 +25,9 @@ from fidelora.adapters.write import (
 from fidelora.engine.adapter_family import (
     best_family,
     default_targets,
-    made_for_other,
     unsupported_family,
 )
+from fidelora.engine.other_families import made_for_other
 from fidelora.errors import AdapterConversionError
 from fidelora.families import Family, all_families, get_family
 from fidelora.texts import listed

@@ -12,11 +12,11 @@ from fidelora.adapters.targets import repeated_modules, text_encoder_advice
 from fidelora.engine.adapter_family import (
     FamilyFit,
     is_named,
-    made_for_other,
     metadata_note,
     size_of,
     unsupported_family,
 )
+from fidelora.engine.other_families import made_for_other
 from fidelora.families import get_family
 from fidelora.loras.describe import AdapterSummary
 from fidelora.recipe import short_name

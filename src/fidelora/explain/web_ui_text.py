@@ -222,6 +222,9 @@ def _size(text: str) -> tuple[int | None, int | None]:
 
 
 def _value(kind: Callable[[str], Any], text: str | None) -> Any:
+    """Return a number, also one with a decimal comma, or None."""
+    if text and kind is float:
+        text = re.sub(r"(?<=\d),(?=\d+$)", ".", text.strip())
     try:
         return kind(text) if text else None
     except ValueError:
