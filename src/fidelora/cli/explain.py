@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -27,6 +28,7 @@ from fidelora.texts import printable
 
 if TYPE_CHECKING:
     from fidelora.explain.explain import Explanation
+    from fidelora.explain.picture import Picture
     from fidelora.explain.reading import Reading
 
 DIFFERENT, UNEXPLAINED = 1, 4  # exit codes
@@ -176,9 +178,6 @@ def explain(
     """
     from fidelora.explain.document import document_of, lines_of
     from fidelora.explain.explain import explain as explain_picture
-    from fidelora.explain.picture import Picture
-    from fidelora.explain.programs import clip_skip_layer
-    from fidelora.explain.read_picture import read_picture, with_options
     from fidelora.training.base_advice import advice_on_base
     from fidelora.training.run_folder import read_run
 
@@ -196,18 +195,7 @@ def explain(
         "prompt": prompt, "negative_prompt": negative, "steps": steps, "sampler": sampler,
         "scheduler": scheduler, "guidance_scale": guidance, "seed": seed,
     }  # fmt: skip
-    loaded = []
-    for path in pictures or ():
-        try:
-            content = path.read_bytes()
-            reading = _with_program(read_picture(content, path.name), program)
-            layer = clip_skip_layer(reading.program, run.model, clip_skip)
-            reading = with_options(reading, {**options, "clip_skip": layer})
-            loaded.append((Picture.read(content, path.name), reading))
-        except OSError as error:
-            fail(f"{path} cannot be read: {error.strerror or error}.", COMPARISON_FAILED)
-        except ImageRecordError as error:
-            fail(str(error), COMPARISON_FAILED)
+    loaded = _read_pictures(pictures or [], run.model, program, options, clip_skip)
     engine = make_engine(device)
     explanations: list[Explanation] = []
     with progress_display(as_lines=progress_lines) as show, advice_on_base(run, base_model):
@@ -261,6 +249,38 @@ def explain(
         raise typer.Exit(UNEXPLAINED)
     if not all(one.is_same for one in explanations):
         raise typer.Exit(DIFFERENT)
+
+
+def _read_pictures(
+    paths: Sequence[Path],
+    model: str,
+    program: ProgramOption | None,
+    options: Mapping[str, Any],
+    clip_skip: int | None,
+) -> list[tuple[Picture, Reading]]:
+    """Return the pictures and their settings; end the command if one cannot be read.
+
+    Args:
+        options: settings given on the command line, which replace those in the files.
+        clip_skip: as the program of a picture counts.
+    """
+    from fidelora.explain.picture import Picture
+    from fidelora.explain.programs import clip_skip_layer
+    from fidelora.explain.read_picture import read_picture, with_options
+
+    found = []
+    for path in paths:
+        try:
+            content = path.read_bytes()
+            reading = _with_program(read_picture(content, path.name), program)
+            layer = clip_skip_layer(reading.program, model, clip_skip)
+            reading = with_options(reading, {**options, "clip_skip": layer})
+            found.append((Picture.read(content, path.name), reading))
+        except OSError as error:
+            fail(f"{path} cannot be read: {error.strerror or error}.", COMPARISON_FAILED)
+        except ImageRecordError as error:
+            fail(str(error), COMPARISON_FAILED)
+    return found
 
 
 def _with_program(reading: Reading, program: ProgramOption | None) -> Reading:
