@@ -1,4 +1,4 @@
-"""Request bodies. All ranges but that of multipliers are those of `ai-toolkit-inference`."""
+"""Request bodies. The ranges of size, steps and guidance are those of `ai-toolkit-inference`."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ class ResultBody(BaseModel):
 class LoraBody(BaseModel):
     """One adapter file under `WORKFLOWS_BASE_PATH`; requests refer to it by `path`.
 
-    The other fields are read from the file's header.
+    Most other fields are read from the file's header.
     """
 
     path: str

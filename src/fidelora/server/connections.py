@@ -14,8 +14,8 @@ HEADER_TIMEOUT_S = 20.0
 """Seconds from the opening of a connection, or the first byte of a further request, to the end of
 the request's header."""
 BODY_TIMEOUT_S = 60.0
-"""Longest pause between two parts of a request's body, in seconds. Every body may also take this
-long as a whole, however slow the client is."""
+"""Longest pause between two parts of a request's body, in seconds. `MIN_BYTES_PER_S` applies to a
+body only after this time."""
 WRITE_TIMEOUT_S = 60.0
 """Seconds after which the connection of a client that does not read the response is closed."""
 MIN_BYTES_PER_S = 500

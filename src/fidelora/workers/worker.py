@@ -253,8 +253,8 @@ class Worker:
     def _make(self, attempts: Sequence[Attempt], others: Sequence[Attempt] = ()) -> None:
         """Make the images of these jobs and store the result of each job.
 
-        If a batch of several jobs fails, any of them may be the cause. The jobs then keep running,
-        and the caller has to run each one separately.
+        If a batch of several jobs fails, any of them may be the cause. No job is ended then, and
+        the caller has to run each one separately.
 
         Args:
             others: claimed jobs that wait meanwhile; their leases are renewed.
