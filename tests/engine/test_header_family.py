@@ -74,6 +74,17 @@ def test_a_lora_without_a_supported_family_is_refused_by_name(tmp_path):
     assert "`fidelora inspect`" in fit(unknown, "sd15").problem
 
 
+def test_metadata_alone_does_not_name_a_model_of_the_server(tmp_path):
+    tensors = {
+        "lora_unet_nothing.lora_down.weight": torch.zeros(2, 8),
+        "lora_unet_nothing.lora_up.weight": torch.zeros(8, 2),
+    }
+    path = tmp_path / "unknown.safetensors"
+    save_adapter(path, tensors, ss_base_model_version="sd_1.5")
+    assert "does not fit any model of this server" in fit(path, "sd15").problem
+    assert "`--base-model sd15=BASE`" in fit(path, "sdxl").problem
+
+
 def test_the_family_of_an_embedding_is_named():
     path = GOLDEN_JOBS / "embed" / "zrkk.safetensors"
     assert fit(path, "sd15").models == ("sd15",)

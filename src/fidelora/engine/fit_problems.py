@@ -92,7 +92,7 @@ def fit_problems(adapter: Adapter, summary: AdapterSummary, fit: FamilyFit) -> I
         yield Problem("other_architecture", f"It {made_for_other(title)}", True)
         return
     fits_nothing = bool(fit.model) and not fit.same_shapes
-    # A smaller base model, such as a distilled one, lacks some modules of the default one, too.
+    # A smaller base model, such as a distilled one, can have modules that the default one lacks.
     if fits_nothing and is_named(adapter, fit):
         yield Problem("other_base", _no_shape(fit), False)
         return

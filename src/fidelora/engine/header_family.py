@@ -127,8 +127,14 @@ def _fits(
 
 
 def _problem(found: Sequence[str], models: Sequence[str], kind: str) -> str:
-    """Return a sentence about an adapter for the families `found`, none of which is in `models`."""
+    """Return a sentence about an adapter that fits none of `models`.
+
+    Args:
+        found: families that the adapter is probably for; those in `models` are not named.
+        kind: `an adapter` or `an embedding`.
+    """
     has = listed([f"{get_family(one).title} ({one})" for one in models])
+    found = [one for one in found if one not in models]
     if not found:
         return (
             f"It does not fit any model of this server: {has}. `fidelora inspect` shows which "
@@ -136,7 +142,7 @@ def _problem(found: Sequence[str], models: Sequence[str], kind: str) -> str:
         )
     model = found[0]
     spec = get_family(model)
-    others = f" (or {listed(list(found[1:]))})" if len(found) > 1 else ""
+    others = f" (or {listed(found[1:])})" if len(found) > 1 else ""
     return (
         f"It is {kind} for {spec.title}, and this server has no such base model; it has {has}. "
         f"Start the server with `--base-model {model}=BASE`{others} or set it in "

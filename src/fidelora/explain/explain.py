@@ -37,7 +37,7 @@ _SAME_MEAN = 0.6
 """Largest mean difference of such images; rounding down, not to the nearest level, gives 0.5."""
 _MIN_EFFECT = 0.05  # levels; a smaller effect is rounding
 _MIN_EFFECT_SHARE = 0.1
-"""Effect relative to the remaining distance below which a setting in the file is not reported."""
+"""Effect relative to the remaining distance up to which a difference is not reported."""
 _EXPLAINED = 0.35
 """Largest remaining distance of an explained picture, relative to the distance of the sample."""
 _EXPLAINED_LEVELS = 1.0  # a remaining distance that half precision can cause

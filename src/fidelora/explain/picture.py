@@ -20,8 +20,8 @@ class Picture:
     Attributes:
         name: name of the file.
         pixels: uint8 RGB [height, width, 3].
-        save_options: options of Pillow that encode an image as the file was encoded; empty for
-            lossless formats.
+        save_options: options of Pillow that encode an image as a JPEG file was encoded; empty for
+            other formats, which are compared without compression.
     """
 
     name: str
@@ -63,7 +63,8 @@ class Picture:
     def distance(self, pixels: Pixels) -> float:
         """Return the mean difference from an image in levels, 0..255.
 
-        The image is compressed as the picture's file was. An image of another size is scaled.
+        If the picture is a JPEG, the image is compressed as its file was. An image of another size
+        is scaled.
         """
         image = Image.fromarray(pixels)
         if image.size != self.size:

@@ -78,9 +78,9 @@ class Search:
         """Return the best combination of noise and sampler.
 
         Both are tried together: with the wrong sampler, the right noise does not come near, and
-        with the wrong noise, the right sampler does not either. For a sampler that draws no random
-        numbers in its steps, the right initial noise is found with a similar sampler, even at few
-        steps. Other samplers are tried with each noise and all steps.
+        with the wrong noise, the right sampler does not either. The samplers that draw no random
+        numbers in their steps are similar, so the first of them finds the initial noise for all of
+        them, even at few steps. The others are tried with each noise and all steps.
 
         Args:
             pairs: axes of noise and sampler, one pair for each program.

@@ -132,7 +132,7 @@ def _ddim_uniform(levels: NoiseLevels, steps: int) -> Levels:
 
 
 def _ddim_timesteps(levels: NoiseLevels, steps: int) -> Levels:
-    """The levels of A1111's DDIM, with one step less; the last one is that of timestep 1."""
+    """The levels of A1111's DDIM, usually for one step less than requested, down to timestep 1."""
     indices = range(0, _TIMESTEPS, _TIMESTEPS // steps)
     return [float(levels.sigmas[min(index + 1, 999)]) for index in reversed(indices)]
 

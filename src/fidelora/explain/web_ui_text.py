@@ -66,7 +66,8 @@ _OTHERS: Mapping[str, Callable[[Mapping[str, str]], bool]] = {
 """Condition by name, for programs that write A1111's text and are not simulated."""
 _LORA_TYPES = ("lora", "lycoris", "locon", "dora")
 _ANY_NOISE = ("SD.Next", "unknown")
-"""Programs whose texts do not contain where the noise was drawn, and the default clip skip."""
+"""Programs whose texts do not contain where the noise was drawn. Their default clip skip is not
+known either."""
 _SOURCES = {"CPU": "cpu", "GPU": "gpu", "NV": "gpu"}
 """Device by A1111's source of noise. `NV` computes the numbers of an NVIDIA GPU on the CPU."""
 

@@ -204,7 +204,7 @@ def _reason(error: Exception, path: Path) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
         mark = error.problem_mark
         advice = ""
-        if "escape" in error.problem:  # of "C:\\Users"
+        if "escape" in error.problem:  # such as \U in "C:\Users"
             advice = "; write Windows paths without quotes, or with / instead of \\"
         return f"{error.problem} (line {mark.line + 1}, column {mark.column + 1}){advice}"
     if isinstance(error, yaml.reader.ReaderError):

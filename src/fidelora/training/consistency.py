@@ -154,8 +154,8 @@ def direction_test(
     trainer = amount([sample.trainer for sample in samples])
     expected = center
     if math.exp(_log_ratios(samples).mean()) < _FEW_ERRORS:
-        # With none of the errors n' - n, the projection would be 0; with some of them, it is
-        # between 0 and `center`.
+        # With right settings, a sample with the rounding errors of C equals C, so its projection is
+        # 0. If only some of its errors differ from those of C, it is between 0 and `center`.
         expected = min(max(trainer, 0.0), center)
     excess = trainer - expected
     error = spread * math.sqrt(1 + 1 / count)

@@ -87,7 +87,7 @@ def diagnose(
     """Find the setting that explains why samples differ.
 
     The search uses the mismatched sample that is fastest to generate. It tries suspects in this
-    order: settings with one or two alternatives; values of guidance, steps and multiplier that are
+    order: settings with few alternatives; values of guidance, steps and multiplier that are
     estimated from a small change; settings with many values, ranked at few steps; numbers of steps.
     An identical image ends the search. If an image differs only by rounding, or by no more than
     lost information explains, only the remaining suspects of the same cause are tried, because one

@@ -1,4 +1,4 @@
-"""Settings that change the trainer's samples but are not replayed, as sentences for the user."""
+"""Settings of a training run that its replay does not use, as sentences for the user."""
 
 from __future__ import annotations
 
@@ -75,7 +75,8 @@ _SD = (
     ),
     _Setting(("decorator",), _NEEDS_FLUX, lambda block: block is not None),
 )
-"""Settings with an effect on Stable Diffusion 1.5 and SDXL.
+"""Settings for Stable Diffusion 1.5 and SDXL. Those after `_COMMON` do not change the samples of
+AI Toolkit 0.12.26.
 
 `model.refiner_name_or_path` is not listed, because `read_run` rejects it.
 """
