@@ -16,7 +16,7 @@ _ORIGINAL = re.compile(r"(?:^|[._])(?:input_blocks|middle_block|output_blocks)[.
 _PIPELINE = re.compile(r"^(?:model\.diffusion_model|pipe\.dit|dit)\.")
 """Other names of the denoiser: in checkpoints, and in pipelines of DiffSynth-Studio."""
 
-# diffusers before 0.17 named the projections of the text encoder like those of the UNet.
+# diffusers before 0.19 named the projections of the text encoder like those of the UNet.
 _TEXT_PROJECTION = re.compile(r"(self_attn\.)to_(q|k|v|out)$")
 
 

@@ -371,7 +371,7 @@ def _is_vector(delta: Delta) -> bool:
 
 
 def _norms(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the path and the module of each norm with weights."""
+    """Yield the path and the module of each group norm and layer norm."""
     for path, child in module.named_modules():
         if isinstance(child, nn.GroupNorm | nn.LayerNorm):
             yield path, child

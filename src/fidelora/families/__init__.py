@@ -1,7 +1,7 @@
-"""Model families. Each is a package with the modules `spec`, `text`, `denoiser` and `latents`.
+"""Model families. Each package has the families that share its code.
 
-`spec.py` is data and does not import torch. The other modules are imported when a base model
-is loaded.
+`spec.py` of a package defines its families as data and does not import torch. The other modules
+(`text`, `denoiser`, ...) are imported when a base model is loaded.
 """
 
 from fidelora.families.registry import all_families, get_family

@@ -1,7 +1,8 @@
 """Registry of model families.
 
-A family of this project is a package beside this module and an entry in `_FAMILIES`. Other projects
-add a family with an entry point in the group `fidelora.families` that refers to a `Family`.
+A family of this project is defined in the `spec.py` of a package beside this module, and is listed
+in `_FAMILIES`. Other projects add a family with an entry point in the group `fidelora.families`
+that refers to a `Family`.
 """
 
 from __future__ import annotations

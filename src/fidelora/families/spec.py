@@ -121,8 +121,8 @@ class Part:
             share their output rows, in order; None if the family lacks such names.
         ignored_weights: suffixes of weights that files may contain but the part does not use.
         ignored_prefixes: prefixes of such weights.
-        config: values that replace those of the configuration file, because the trainer's library
-            behaved differently from the installed one.
+        config: values that replace those of the configuration file, for example because the
+            trainer's library behaved differently from the installed one.
         implementation: "module:class" of the class that computes this part; empty if it is
             `class_name`. It accepts configurations of `class_name`.
         original: file or folder of this part in a folder of the model's original layout; empty if

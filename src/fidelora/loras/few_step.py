@@ -32,7 +32,7 @@ class FewStepSettings:
     Attributes:
         steps: the proposed number. The authors recommend `min_steps` to `max_steps`.
         guidance_scale: the proposed value. The authors recommend values up to `max_guidance`.
-        eta: None if the sampler has no eta that can be set.
+        eta: None for the sampler's default, and for samplers without this option.
     """
 
     sampler: str

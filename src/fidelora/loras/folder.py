@@ -70,9 +70,10 @@ def adapter_path(root: Path, name: str, *, owner: str | None = None) -> Path:
 
 
 def request_name(root: Path, name: str, *, owner: str | None = None) -> str:
-    """Return the name of an adapter file in requests, which has its folder.
+    """Return the name that requests use for an adapter file; it includes the file's folder.
 
-    If there is no file `name`, and `name` has no folder, it is the file of this name in any folder.
+    If `root` has no file `name`, and `name` has no folder, all folders are searched for a file of
+    this name.
 
     Raises:
         AdapterNameError: `adapter_path` refuses the name, or several folders have such a file.

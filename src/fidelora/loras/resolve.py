@@ -61,9 +61,8 @@ class AdapterResolver:
         """Return the adapter from `source`, after putting its file into the cache.
 
         Args:
-            source: path relative to the root (of an unambiguous file, also its name without
-                folders), `https://...`, or `hf:owner/name/file.safetensors`,
-                optionally with `@revision`.
+            source: path relative to the root, name of a file that only one folder has,
+                `https://...`, or `hf:owner/name/file.safetensors`, optionally with `@revision`.
             owner: id of the API key for which the adapter is resolved; uploads of other keys are
                 not found. None to find the uploads of all keys.
             sha256: expected hash; nothing is downloaded if the cache has a file with this hash.

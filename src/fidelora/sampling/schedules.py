@@ -226,7 +226,8 @@ class FlowSchedule:
             sigmas = torch.linspace(1.0, 0.0, steps + 1)
         if "dynamic_shift" in config:
             factor = math.exp(_shift_for(tokens, config["dynamic_shift"]))
-            # torch computes number / tensor as number * reciprocal, which rounds twice.
+            # If `sigmas` is a tensor, torch computes number / tensor as number * reciprocal, which
+            # rounds twice. numpy divides.
             shifted = factor / (factor + (1 / sigmas - 1) ** 1.0)
         else:
             shift = config["shift"]

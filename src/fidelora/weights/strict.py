@@ -31,7 +31,7 @@ from fidelora.texts import listed
 from fidelora.weights.scaled import refuse_scaled
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Names of the VAE's attention in diffusers before 0.15, as in the files of Stable Diffusion 1.5.
+# Names of the VAE's attention in diffusers before 0.17, as in the files of Stable Diffusion 1.5.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 # Key written by transformers before 4.31; its value is a constant (0, 1, 2, ...), not a weight.
 _POSITION_IDS = "embeddings.position_ids"

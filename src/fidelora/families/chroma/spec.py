@@ -45,12 +45,11 @@ CHROMA = Family(
             class_name="ChromaTransformer",
             weights="diffusion_pytorch_model",
             precision="dtype",
-            # Written by AI Toolkit and ComfyUI, diffusers, kohya, and OneTrainer and SimpleTuner.
             adapter_prefixes=(
-                "diffusion_model.",
-                "transformer.",
-                "lora_unet_",
-                "lora_transformer_",
+                "diffusion_model.",  # AI Toolkit and ComfyUI
+                "transformer.",  # diffusers
+                "lora_unet_",  # kohya
+                "lora_transformer_",  # OneTrainer and SimpleTuner
             ),
             accepted_names=diffusers_names,
             is_single_file=True,

@@ -2,7 +2,8 @@
 
 Adapters that ComfyUI saves, or that were trained on its checkpoints, have these names, for example
 `diffusion_model.layers.0.attention.qkv`: query, key and value are one module, as in Lumina-Image
-2.0, whose class ComfyUI uses. The other modules have the same names as in diffusers.
+2.0, whose class ComfyUI uses. The output of the attention, the image embedder and the final layer
+also have other names than in diffusers.
 Source: https://github.com/comfyanonymous/ComfyUI, `comfy/ldm/lumina/model.py`, and the names in its
 checkpoints of Z-Image.
 """
