@@ -26,8 +26,10 @@ from fidelora.accel.packed import PackedLinear
 from fidelora.adapters.module_names import canonical_name
 from fidelora.adapters.read import read_adapter
 from fidelora.engine.examine import examine_adapter
+from fidelora.engine.header_family import fit_header
 from fidelora.engine.model import LoadedModel
 from fidelora.errors import AdapterError, AdapterMismatchError, WeightsFileError
+from fidelora.safetensors_header import read_file_header
 
 SMALL: dict[str, Any] = {"base_model": str(TINY_BASE), "width": 64, "height": 64, "steps": 1}
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
@@ -339,8 +341,31 @@ def test_wrong_metadata_is_ignored_if_only_the_base_model_fits(engine, tmp_path)
     found = examine_adapter(path)
     assert (found.usable, found.model) == (True, "sdxl")
     assert warning.endswith(found.problems[-1].message)
-    with pytest.raises(AdapterMismatchError, match="1 of 2 modules do not exist"):
+    with pytest.raises(AdapterMismatchError, match="Use the adapter with model sdxl"):
         engine.generate(recipe_with(path))
+
+
+@pytest.mark.parametrize("names", [1, 2])
+def test_wrong_metadata_of_a_small_base_misleads_no_command(engine, tmp_path, names):
+    # Most modules, but not all, also exist in the family that the metadata names.
+    name = "lora_te1_text_model_encoder_layers_0_{}".format
+    unet = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_{}".format
+    tensors = dict(SDXL_LORA)
+    for module in (unet("to_q"), unet("to_k"), unet("to_v"))[: names + 1]:
+        tensors |= lora(module, ".lora_down.weight", ".lora_up.weight", 32)
+    for module in (name("self_attn_k_proj"), name("self_attn_v_proj"))[:names]:
+        tensors |= lora(module, ".lora_down.weight", ".lora_up.weight", 32)
+    path = save_adapter(tmp_path / "x.safetensors", tensors, ss_base_model_version="sd_v1")
+    xl = {"model": "sdxl", "base_model": str(TINY_SDXL)}
+    (warning,) = engine.generate(recipe_with(path, **xl)).warnings
+    found = examine_adapter(path)
+    assert (found.usable, found.model) == (True, "sdxl")
+    assert warning.endswith(found.problems[-1].message)
+    with pytest.raises(AdapterMismatchError, match="Use the adapter with model sdxl"):
+        engine.generate(recipe_with(path))
+    header = read_file_header(path)
+    assert fit_header(header, path.name, ["sd15", "sdxl"]).models == ("sdxl",)
+    assert "--base-model sdxl=BASE" in fit_header(header, path.name, ["sd15"]).problem
 
 
 def test_metadata_decides_if_both_families_fit(engine, tmp_path):

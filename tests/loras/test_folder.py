@@ -7,13 +7,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.support import LORA
+from tests.support import LORA, save_adapter
 
+from fidelora.adapter_file import EMPTY_SHA256
 from fidelora.errors import AdapterError, AdapterNameError, AdapterNotFoundError
 from fidelora.loras.folder import adapter_named_in_prompt, adapter_path, names_in_prompts
 from fidelora.recipe import file_sha256
+from fidelora.safetensors_header import read_file_header
 
 
 @pytest.fixture
@@ -38,6 +41,19 @@ def test_a_prompt_can_name_a_file_by_the_digits_of_its_hash(tmp_path):
             adapter_named_in_prompt(tmp_path, name, file_sha256)
     with pytest.raises(AdapterNotFoundError):
         adapter_named_in_prompt(tmp_path, sha256)
+
+
+def test_a_prompt_can_name_a_file_by_the_hash_in_its_metadata(tmp_path):
+    path = Path(shutil.copyfile(LORA, tmp_path / "renamed.safetensors"))
+    stored = read_file_header(path).metadata["sshs_model_hash"]
+    for name in (stored, stored[:10], stored[:12].upper()):
+        assert adapter_named_in_prompt(tmp_path, name, file_sha256) == path.name
+    # Older versions of the trainer store the hash of an empty file.
+    old = {"sshs_model_hash": EMPTY_SHA256}
+    save_adapter(tmp_path / "old.safetensors", {"x": torch.zeros(1)}, **old)
+    for name in (stored[:9], EMPTY_SHA256, EMPTY_SHA256[:12]):
+        with pytest.raises(AdapterNotFoundError):
+            adapter_named_in_prompt(tmp_path, name, file_sha256)
 
 
 def test_a_file_below_the_folder_is_found(root):

@@ -160,3 +160,26 @@ def test_files_of_the_user_interface_are_no_obstacle(folder):
     shutil.copy(folder / f"{NAME}.safetensors", folder / "second_run_000000003.safetensors")
     run = read_run(folder)
     assert {step: path.name for step, path in run.checkpoints.items()} == {6: f"{NAME}.safetensors"}
+
+
+def with_embedding(folder: Path, *, lora: bool = True) -> None:
+    document = yaml.safe_load(config_of(folder).read_text())
+    (process,) = document["config"]["process"]
+    process["embedding"] = {"trigger": "word", "tokens": 1}
+    if not lora:
+        del process["network"]
+    config_of(folder).write_text(yaml.safe_dump(document))
+
+
+def test_the_missing_embedding_beside_a_lora_is_named(folder):
+    with_embedding(folder)
+    files = "embedding (word*.safetensors, beside the configuration)"
+    both = "trains a LoRA and the embedding word, so a step needs the files of both. The "
+    assert f"{both}folder has no file of the {files}: restore" in problem(folder)
+    shutil.copy(folder / f"{NAME}.safetensors", folder / "word_000000003.safetensors")
+    assert f"{both}files of the {files} are only of steps 3: restore" in problem(folder)
+
+
+def test_the_files_of_an_embedding_are_named_by_its_word(folder):
+    with_embedding(folder, lora=False)
+    assert "names begin with the name in the configuration (word)" in problem(folder)

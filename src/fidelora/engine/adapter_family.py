@@ -49,7 +49,7 @@ def best_family(adapter: Adapter) -> FamilyFit:
 
     Ties are decided by the number of modules with the same shapes, then by the adapter's metadata.
     If no shape is the same, the names alone do not identify a family. The family in the metadata is
-    then returned if it has most of the modules.
+    then returned if it has most of the modules, and lacks no part that the adapter changes.
     """
     made_for = adapter.metadata.get("ss_base_model_version", "")
     best, best_key = FamilyFit("", unmatched=adapter.modules), (0, 0, False)
@@ -60,7 +60,7 @@ def best_family(adapter: Adapter) -> FamilyFit:
             best, best_key = fit, key
     if best.model and not best.same_shapes and (named := _named_family(made_for)):
         fit = _fit(adapter, named.id)
-        return fit if is_named(adapter, fit) else best
+        return fit if is_named(adapter, fit) and not _lacks_part(named, adapter, best) else best
     return best
 
 
@@ -69,6 +69,20 @@ def is_named(adapter: Adapter, fit: FamilyFit) -> bool:
     versions = get_family(fit.model).adapter_base_versions
     made_for = adapter.metadata.get("ss_base_model_version", "")
     return made_for in versions and fit.matched * 2 > size_of(adapter)
+
+
+def _lacks_part(family: Family, adapter: Adapter, fit: FamilyFit) -> bool:
+    """Return True if all modules exist in the family of `fit`, but in a part that `family` lacks.
+
+    A smaller base model of `family` can lack modules of the default one, or have others, but it has
+    the same parts. Metadata that names `family` is therefore wrong.
+    """
+    if not fit.model or fit.matched < size_of(adapter):
+        return False
+    parts = {part.name for part in family.parts}
+    targets = default_targets(fit.model)
+    names = (name for module in adapter.modules for name in targets.find_names(module))
+    return any(name.split(".", 1)[0] not in parts for name in names)
 
 
 def fit_of_base(adapter: Adapter, base: BaseFiles) -> FamilyFit:
@@ -87,12 +101,16 @@ def explain_mismatch(
 ) -> AdapterMismatchError:
     """Return an error that names the adapter's family if its metadata or modules identify it.
 
-    Otherwise `error` is returned. Metadata takes precedence. Names of the original code, and names
-    that also exist in `spec`, do not identify a family unless the shapes match, too. The error can
-    also name a model that Fidelora does not support.
+    Otherwise `error` is returned. Metadata takes precedence, unless it names `spec`, which lacks a
+    part that the adapter changes. Names of the original code, and names that also exist in `spec`,
+    do not identify a family unless the shapes match, too. The error can also name a model that
+    Fidelora does not support.
     """
     made_for = adapter.metadata.get("ss_base_model_version", "")
     if made_for in spec.adapter_base_versions:
+        fit = best_family(adapter)
+        if _lacks_part(spec, adapter, fit):
+            return _other_family_error(adapter, get_family(fit.model), spec)
         return error
     if (other := _named_family(made_for)) is not None:
         return _other_family_error(adapter, other, spec)

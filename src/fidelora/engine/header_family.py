@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -79,6 +79,8 @@ def fit_header(header: Header, name: str, models: Sequence[str]) -> HeaderFit:
     made_for = header.metadata.get("ss_base_model_version", "")
     counts = {one: _count(sizes, _table(one)) for one in all_families() if one in _groups()}
     total = len(modules)
+    lacking = _without_parts(sizes, [one for one in counts if counts[one].matched == total])
+    counts = {one: found for one, found in counts.items() if one not in lacking}
     named = [one for one in counts if made_for in get_family(one).adapter_base_versions]
     whole = [one for one, found in counts.items() if found.same_shapes == total]
     title = ""
@@ -89,7 +91,8 @@ def fit_header(header: Header, name: str, models: Sequence[str]) -> HeaderFit:
     fitting = tuple(
         one
         for one in models
-        if one not in counts or (not title and _fits(one, counts, total, named, whole))
+        if one not in lacking
+        and (one not in counts or (not title and _fits(one, counts, total, named, whole)))
     )
     if fitting or title:
         certain = tuple(one for one in fitting if one in named)
@@ -97,6 +100,24 @@ def fit_header(header: Header, name: str, models: Sequence[str]) -> HeaderFit:
     most = max(found.matched for found in counts.values())
     likely = [one for one, found in counts.items() if found.matched == most and most * 2 > total]
     return HeaderFit((), _problem(named or whole or likely, models, "an adapter"))
+
+
+def _without_parts(modules: Iterable[str], complete: Sequence[str]) -> set[str]:
+    """Return the families without a part, such as a second text encoder, that the modules are in.
+
+    A smaller base model can lack modules of its family's default one, but it has the same parts.
+
+    Args:
+        complete: families in which all modules exist.
+    """
+    if not complete:
+        return set()
+    needed = [
+        {name.split(".", 1)[0] for module in modules for name in names.find_names(module)}
+        for names in (_table(model).names for model in complete)
+    ]
+    own = {one: {part.name for part in family.parts} for one, family in all_families().items()}
+    return {one for one, parts in own.items() if all(some - parts for some in needed)}
 
 
 def _fits(

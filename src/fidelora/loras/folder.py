@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path, PurePath, PurePosixPath
 
+from fidelora.adapter_file import EMPTY_SHA256
 from fidelora.errors import AdapterNameError, AdapterNotFoundError, WeightsFileError
 from fidelora.safetensors_header import read_file_header
 from fidelora.texts import listed
@@ -137,7 +138,8 @@ def adapter_named_in_prompt(
 
     1. the name of each file, with or without its folder;
     2. the name in its metadata (`ss_output_name`), which does not change if the file is renamed;
-    3. its sha256, of which at least the first ten digits are required.
+    3. its sha256 or the hash in its metadata (`sshs_model_hash`, which AUTOMATIC1111's web UI calls
+       the file's hash), of which at least the first ten digits are required.
 
     Only names from `adapter_names` are returned, so nothing outside `root` is found.
 
@@ -157,7 +159,11 @@ def adapter_named_in_prompt(
         found = [path for path in names if alias_of(root / path) == name]
     if not found and sha256_of is not None and _HASH.fullmatch(name):
         hashes = {path: _hash_of(root / path, sha256_of) for path in names}
-        found = [path for path, sha256 in hashes.items() if sha256.startswith(name.lower())]
+        found = [
+            path
+            for path, sha256 in hashes.items()
+            if sha256.startswith(name.lower()) or _stored_hash(root / path).startswith(name.lower())
+        ]
         if len({hashes[path] for path in found}) == 1:
             found = found[:1]  # copies of the same file
     if not found:
@@ -186,6 +192,18 @@ def _hash_of(path: Path, sha256_of: Callable[[Path], str]) -> str:
         return sha256_of(path)
     except WeightsFileError:
         return ""
+
+
+def _stored_hash(path: Path) -> str:
+    """Return the hash of the tensors in a file's metadata; empty if it has none.
+
+    Older versions of the trainer store the hash of an empty file, which identifies no file.
+    """
+    try:
+        stored = read_file_header(path).metadata.get("sshs_model_hash", "").lower()
+    except WeightsFileError:
+        return ""
+    return "" if stored == EMPTY_SHA256 else stored
 
 
 def _stems(path: str) -> tuple[str, str]:

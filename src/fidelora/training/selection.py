@@ -45,8 +45,7 @@ def steps_to_check(run: TrainingRun, selection: str) -> list[int]:
         sampled = ", ".join(map(str, run.sampled_steps))
         raise NothingToCheckError(
             f"The training run {run.name} has samples of steps {sampled}, "
-            "but no checkpoint of these steps."
-            + checkpoint_advice(run.folder, run.name, run.checkpoints.values())
+            f"but no checkpoint of these steps.{_missing_files(run)}"
         )
     if selection == "all":
         return checkable
@@ -60,6 +59,25 @@ def steps_to_check(run: TrainingRun, selection: str) -> list[int]:
             f"Step {selection} cannot be checked; steps with samples and weights: {available}."
         )
     return [int(selection)]
+
+
+def _missing_files(run: TrainingRun) -> str:
+    """Return advice on a run without the files that its samples need."""
+    embedding = run.embedding
+    if embedding is None or not embedding.has_lora:
+        name = run.name if embedding is None else embedding.word
+        return checkpoint_advice(run.folder, name, run.checkpoints.values())
+    files = f"{embedding.word}*.safetensors, beside the configuration"
+    found = (
+        f"The files of the embedding ({files}) are only of steps "
+        f"{', '.join(map(str, embedding.files))}"
+        if embedding.files
+        else f"The folder has no file of the embedding ({files})"
+    )
+    return (
+        f" The run trains a LoRA and the embedding {embedding.word}, so a step needs the files of "
+        f"both. {found}: restore the missing files."
+    )
 
 
 def incomplete_parts(run: TrainingRun) -> list[str]:
