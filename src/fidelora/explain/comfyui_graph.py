@@ -23,8 +23,8 @@ _MAX_DEPTH = 200
 """Longest chain of nodes that is followed; a graph that is not damaged has no cycles."""
 
 _MAX_VISITS = 20_000
-"""Number of inputs and lists of LoRAs that are read in one graph. Graphs of real workflows need a few
-hundred; a damaged or hostile graph with cycles could need 2 to the power of `_MAX_DEPTH`."""
+"""Number of inputs and lists of LoRAs that are read in one graph. Graphs of real workflows need a
+few hundred; a damaged or hostile graph with cycles could need 2 to the power of `_MAX_DEPTH`."""
 _MAX_TEXT_CHARACTERS = 2**20
 """Longest text that nodes concatenate; nodes that refer to each other could double it each time."""
 _TOO_COMPLEX = "The picture's graph of nodes is damaged or too complex, and is not read."
