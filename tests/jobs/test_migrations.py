@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,13 @@ from tests.jobs.store_support import LEASE_S, NOW, OUTPUT, A, B, job, later
 
 from fidelora.errors import JobStoreError
 from fidelora.jobs.codec import DOCUMENT_FORMAT, document_of
+from fidelora.jobs.database import database_revisions
 from fidelora.jobs.job import Job, JobProgress, Status
 from fidelora.jobs.queue_order import MAX_PASSED_OVER
 from fidelora.jobs.sql import SqlStore
+
+PREVIOUS = "0008"
+"""A revision that the current code can use except for the presence of workers."""
 
 
 def old_database(path: Path, revision: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,6 +193,40 @@ def test_workers_leave_jobs_of_newer_versions(server, request, tmp_path):
         for call in (older.get, older.cancel):
             with pytest.raises(JobStoreError, match="newer version"):
                 call(new.id)
+
+
+def test_clients_of_the_previous_revision_continue_during_a_migration(postgres_url, monkeypatch):
+    """Four clients submit, claim and cancel while another process migrates the tables."""
+    upgrade = command.upgrade
+    with monkeypatch.context() as older:
+        older.setattr(command, "upgrade", lambda config, _head: upgrade(config, PREVIOUS))
+        stores = [SqlStore(postgres_url) for _ in range(4)]
+    before, needed = database_revisions(postgres_url)
+    assert (before, before != needed) == (PREVIOUS, True)
+    is_migrated = threading.Event()
+
+    def work(store: SqlStore) -> list[str]:
+        """Return the ids of the jobs that were accepted, half of them after the migration."""
+        accepted: list[str] = []
+        rest = 20
+        while rest:
+            rest -= is_migrated.is_set()
+            accepted.append(store.add(job(A)).id)
+            claimed = store.claim("old", datetime.now(UTC), LEASE_S)
+            assert claimed is not None
+            store.stop(claimed.id, claimed.epoch, datetime.now(UTC))
+            store.cancel(store.add(job(B)).id, datetime.now(UTC))
+        return accepted
+
+    with ThreadPoolExecutor(5) as threads:
+        running = [threads.submit(work, store) for store in stores]
+        newer = SqlStore(postgres_url)
+        is_migrated.set()
+        accepted = [one for future in running for one in future.result(120)]
+    assert database_revisions(postgres_url) == (needed, needed)
+    assert len({newer.get(one).id for one in accepted}) == len(accepted)
+    for store in (newer, *stores):
+        store.close()
 
 
 def test_jobs_of_an_older_database_have_no_owner(tmp_path, monkeypatch):

@@ -65,6 +65,30 @@ def test_without_keys_other_machines_are_refused(context, peer, method):
     assert client.get("/health").status_code == 200
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        ("X-Forwarded-For", "203.0.113.9"), ("X-Forwarded-For", "127.0.0.1"),
+        ("X-Forwarded-For", ""), ("x-forwarded-host", "images.example.com"),
+        ("X-Forwarded-Proto", "https"), ("X-Real-IP", "203.0.113.9"), ("Via", "1.1 squid"),
+        ("Forwarded", "for=203.0.113.9"), ("CF-Connecting-IP", "203.0.113.9"),
+    ],
+)  # fmt: skip
+def test_without_keys_calls_through_a_proxy_are_refused(context, header):
+    """A proxy on this machine makes every client look local, and may change `Host`."""
+    client, headers = client_of(context), {"Host": "127.0.0.1", header[0]: header[1]}
+    calls = [("GET", "/v1/models"), ("POST", "/v1/inference"), ("GET", "/sdapi/v1/options")]
+    for method, path in calls:
+        answer = client.request(method, path, headers=headers)
+        assert answer.status_code == 403, path
+        assert "came through a proxy" in answer.text
+    assert error(client.get("/v1/models", headers=headers)) == (403, "CALLER_NOT_ALLOWED")
+    assert client.get("/health", headers=headers).status_code == 200
+    key = context.keys.add("one")
+    headers["Authorization"] = f"Bearer {key}"
+    assert client.get("/v1/models", headers=headers).status_code == 200
+
+
 @pytest.mark.parametrize("peer", ["127.0.0.1", "127.8.8.8", "::1", "::ffff:127.0.0.1"])
 def test_without_keys_this_machine_is_served(context, peer):
     assert client_of(context, client=(peer, 1)).get("/v1/models").status_code == 200

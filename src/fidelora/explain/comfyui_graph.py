@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,13 @@ from fidelora.images.a1111_prompt import tags_in
 
 _MAX_DEPTH = 200
 """Longest chain of nodes that is followed; a graph that is not damaged has no cycles."""
+
+_MAX_VISITS = 20_000
+"""Number of inputs and lists of LoRAs that are read in one graph. Graphs of real workflows need a
+few hundred; a damaged or hostile graph with cycles could need 2 to the power of `_MAX_DEPTH`."""
+_MAX_TEXT_CHARACTERS = 2**20
+"""Longest text that nodes concatenate; nodes that refer to each other could double it each time."""
+_TOO_COMPLEX = "The picture's graph of nodes is damaged or too complex, and is not read."
 
 _Node = Mapping[str, Any]
 
@@ -57,7 +65,11 @@ _INTERPRETATIONS = {
     "comfy": "comfyui", "A1111": "original", "comfy++": None, "compel": None, "down_weight": None,
 }  # fmt: skip
 """Rule by `weight_interpretation` of the node BNK_CLIPTextEncodeAdvanced; None if it is unknown."""
-_NUMBERED_LORA = re.compile(r"lora_(?:name_)?(\d+)")
+_NUMBERED_LORA = re.compile(r"lora_(?:name_)?(\d{1,4})")
+
+
+class _TooComplexError(Exception):
+    """The graph exceeds `_MAX_VISITS` or `_MAX_TEXT_CHARACTERS`."""
 
 
 @dataclass
@@ -85,13 +97,18 @@ class _Found:
 def read_graph(graph: Mapping[str, Any]) -> Reading | None:
     """Return the settings in a graph in ComfyUI's API format; None without a sampler node.
 
+    The reading of a graph that is too complex contains only a sentence about it.
+
     Args:
         graph: nodes by id, each with `class_type` and `inputs`. An input is a value, or a pair of a
             node's id and the number of its output.
     """
     reader = _Graph(graph)
     sampler = reader.find_sampler()
-    return None if sampler is None else reader.read(sampler)
+    try:
+        return None if sampler is None else reader.read(sampler)
+    except _TooComplexError:
+        return Reading("ComfyUI", unsupported=(_TOO_COMPLEX,))
 
 
 class _Graph:
@@ -101,6 +118,7 @@ class _Graph:
             for key, node in graph.items()
             if isinstance(node, Mapping) and isinstance(node.get("inputs"), Mapping)
         }
+        self._visits = 0
 
     def find_sampler(self) -> _Node | None:
         """Return the node that sampled last before the picture was written."""
@@ -109,8 +127,9 @@ class _Graph:
             for node in self._nodes.values()
             if "images" in node["inputs"] and _class(node).startswith(("Save", "Preview"))
         ] or [node for node in self._nodes.values() if "images" in node["inputs"]]
+        seen: set[int] = set()  # nodes without a sampler behind them
         for end in ends:
-            for node in self._behind(end):
+            for node in self._behind(end, seen):
                 if self._samples(node):
                     return node
         return next((node for node in self._nodes.values() if self._samples(node)), None)
@@ -227,8 +246,11 @@ class _Graph:
         # Both prompts usually have the same chain of encoders, whose LoRAs count once.
         (found.text if in_text else found.model).update(strengths)
 
-    def _loras(self, node: _Node) -> Iterator[tuple[str, float, float]]:
+    def _loras(self, node: _Node, depth: int = 0) -> Iterator[tuple[str, float, float]]:
         """Yield the name, denoiser strength and text encoder strength of each LoRA of a node."""
+        self._count_visit()
+        if depth > _MAX_DEPTH:
+            return
         inputs = node["inputs"]
 
         def number(*names: str, default: float = 1.0) -> float:
@@ -238,7 +260,7 @@ class _Graph:
         # Several nodes get their LoRAs from nodes that make a list ("stack") of them.
         for key in ("lora_stack", "optional_lora_stack", "lora_stack_opt"):
             if (stack := self._node(inputs.get(key))) is not None:
-                yield from self._loras(stack)
+                yield from self._loras(stack, depth + 1)
         only_model = "ModelOnly" in _class(node)
         if "lora_name" in inputs:
             model = number("strength_model", "lora_model_strength", "model_strength", "strength")
@@ -374,6 +396,7 @@ class _Graph:
 
     def _value(self, given: Any, kind: type, depth: int = 0) -> Any:
         """Return an input as the type `kind`; follow a link to the node that has the value."""
+        self._count_visit()
         node = self._node(given)
         if node is None:
             return _typed(given, kind)
@@ -391,23 +414,39 @@ class _Graph:
     def _joined(self, inputs: Mapping[str, Any], depth: int) -> str | None:
         """Return the text of a node that contains, passes on or concatenates texts."""
         delimiter = _text(inputs.get("delimiter")) if "delimiter" in inputs else ""
-        parts = [
-            text
-            for name, given in inputs.items()
-            if name not in ("delimiter", "action", "tidy_tags", "clean_whitespace", "operation")
-            and (text := self._value(given, str, depth + 1))
-        ]
+        parts: list[str] = []
+        characters = 0
+        for name, given in inputs.items():
+            if name in ("delimiter", "action", "tidy_tags", "clean_whitespace", "operation"):
+                continue
+            if text := self._value(given, str, depth + 1):
+                parts.append(text)
+                characters += len(text) + len(delimiter)
+            if characters > _MAX_TEXT_CHARACTERS:
+                raise _TooComplexError
         return delimiter.join(parts) if parts else None
+
+    def _count_visit(self) -> None:
+        """Count a step through the graph.
+
+        Raises:
+            _TooComplexError: there were too many steps.
+        """
+        self._visits += 1
+        if self._visits > _MAX_VISITS:
+            raise _TooComplexError
 
     def _samples(self, node: _Node) -> bool:
         return any(names <= node["inputs"].keys() for names in _SAMPLER_INPUTS)
 
-    def _behind(self, node: _Node) -> Iterator[_Node]:
-        """Yield the nodes that a node depends on, the nearest first."""
-        seen: set[int] = set()
-        queue = [node]
+    def _behind(self, node: _Node, seen: set[int]) -> Iterator[_Node]:
+        """Yield a node and those that it depends on, the nearest first, without those in `seen`.
+
+        Nodes that are yielded are added to `seen`.
+        """
+        queue = deque([node])
         while queue:
-            current = queue.pop(0)
+            current = queue.popleft()
             if id(current) in seen:
                 continue
             seen.add(id(current))
@@ -449,9 +488,9 @@ def _typed(value: Any, kind: type) -> Any:
         return None
     try:
         number = float(value) if kind is float else int(value)
+        return number if math.isfinite(number) else None
     except (ValueError, OverflowError):
         return None
-    return number if math.isfinite(number) else None
 
 
 def _float(value: Any, default: float) -> float:

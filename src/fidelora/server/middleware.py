@@ -45,6 +45,11 @@ MAX_BODY_BYTES = 2**20
 MAX_IMAGE_BYTES = 64 * 2**20
 """Largest image file to replay: 64 MiB. The server's largest images have 48 MiB of pixels."""
 _LOOPBACK_NAMES = {"localhost", "127.0.0.1", "::1"}
+_FORWARDING_HEADERS = {
+    "forwarded", "via", "x-real-ip", "x-client-ip", "x-cluster-client-ip", "true-client-ip",
+    "cf-connecting-ip", "fastly-client-ip", "tailscale-user-login",
+}  # fmt: skip
+"""Headers that proxies and tunnels add to calls, besides those that begin with `x-forwarded-`."""
 _CALL_ID = re.compile(r"[\w.-]{1,64}")
 
 
@@ -156,7 +161,9 @@ class AccessControl:
     Without keys, the connection must come from a loopback address, and `Host` and `Origin` must
     name this server. The latter blocks DNS rebinding (a hostile hostname that resolves to
     127.0.0.1) and form posts from pages of other sites, which browsers send with an `Origin`
-    header. The rules are checked at each call, because keys can be removed while the server runs.
+    header. Calls with a header of a proxy are refused, because every client of a proxy on this
+    machine has a loopback address, and the proxy may change `Host`. The rules are checked at each
+    call, because keys can be removed while the server runs.
 
     Args:
         login: login of the web page; None if there is no page.
@@ -221,6 +228,7 @@ class AccessControl:
         peer = scope.get("client")  # None for a Unix socket
         if peer is not None and not is_loopback(peer[0]):
             raise PeerNotAllowedError
+        _refuse_proxies(headers)
         origin = headers.get("origin")
         checked = [] if origin is None or origin in self._origins else [origin]
         for url in ("//" + headers.get("host", ""), *checked):
@@ -253,6 +261,21 @@ class AccessControl:
         raise RequestError(
             "A page of another site sent this call; use the server's own page.", code="OTHER_SITE"
         )
+
+
+def _refuse_proxies(headers: Headers) -> None:
+    """Reject a call that a proxy has forwarded, possibly for a client on another machine.
+
+    Raises:
+        PeerNotAllowedError: the call has a header that only proxies add.
+    """
+    for name in headers:
+        if name in _FORWARDING_HEADERS or name.startswith("x-forwarded-"):
+            raise PeerNotAllowedError(
+                f"The call came through a proxy (header {name!r:.100}), so the caller may be on "
+                "another machine. A server without API keys refuses such calls. Create a key with "
+                "`fidelora keys add`; the proxy itself can also send it."
+            )
 
 
 def _host(url: str) -> str:
