@@ -54,6 +54,7 @@ class Difference:
             trainer's setting; None if it was not measured.
         advice: what to set in the other program; empty if nothing can be set.
         is_in_file: True if the picture's file names the setting.
+        is_always: True if the program always does this, whatever its user sets.
     """
 
     cause: str
@@ -62,6 +63,7 @@ class Difference:
     effect: float | None
     advice: str
     is_in_file: bool = False
+    is_always: bool = False
 
 
 def reverted(simulation: Simulation, trainer: Simulation, cause: str) -> Simulation:

@@ -17,7 +17,7 @@ from fidelora.explain.differences import (
     described,
     reverted,
 )
-from fidelora.explain.nearest import NearestThere, nearest_sampling
+from fidelora.explain.nearest import NearestThere, nearest_sampling, with_sampler_advice
 from fidelora.explain.picture import Picture
 from fidelora.explain.programs import BEHAVIOURS, sampling_of
 from fidelora.explain.reading import Program, Reading, stem
@@ -86,6 +86,16 @@ class Explanation:
     def is_same(self) -> bool:
         """True if the picture is the trainer's sample, apart from rounding."""
         return not self.differences and self.before <= _SAME_MEAN
+
+    @property
+    def chosen(self) -> tuple[Difference, ...]:
+        """Differences that a user can set, without those that the program always causes."""
+        return tuple(one for one in self.differences if not one.is_always)
+
+    @property
+    def always(self) -> tuple[Difference, ...]:
+        """Differences that the program always causes, whatever its user sets."""
+        return tuple(one for one in self.differences if one.is_always)
 
     @property
     def is_explained(self) -> bool:
@@ -182,6 +192,7 @@ class _Explainer:
                 round(effect, 4),
                 advice_for(cause, self._trainer, program, lora),
                 self._is_in_file(cause),
+                is_always=cause == "upsampling",  # no program has a setting for it
             )
             for cause, effect in effects
         ]
@@ -189,7 +200,7 @@ class _Explainer:
         there = None
         if any(one.cause in ("sampler", "schedule") for one in differences):
             there = self._nearest_there(program, nearest)
-            differences = [_with_sampler_advice(one, there, program) for one in differences]
+            differences = [with_sampler_advice(one, there, program) for one in differences]
         simulated = self._simulator.image(nearest)
         return self._result(
             nearest, before, (*differences, *files), notes, there, simulated, after, program
@@ -386,15 +397,3 @@ class _Explainer:
                 one.word is None and not one.components.isdisjoint(encoders)
                 for one, _ in bound.adapters
             )
-
-
-def _with_sampler_advice(
-    difference: Difference, there: NearestThere | None, program: Program
-) -> Difference:
-    if there is None or difference.cause not in ("sampler", "schedule"):
-        return difference
-    advice = (
-        f"The nearest sampler of {program} is {there.sampling}: with all other settings as in "
-        f"training, the mean difference from the sample is {there.distance:.2f} levels."
-    )
-    return replace(difference, advice=advice)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from fidelora.errors import RecipeError
+from fidelora.explain.differences import Difference
 from fidelora.explain.picture import Picture
 from fidelora.explain.programs import BEHAVIOURS, Sampling, equivalents, words_for
 from fidelora.explain.reading import Program
@@ -88,6 +89,24 @@ def nearest_sampling(
         return None
     distance, settings, sampling = min(tried, key=lambda entry: entry[0])
     return settings, NearestThere(words_for(program, sampling), round(distance, 4))
+
+
+def with_sampler_advice(
+    difference: Difference, there: NearestThere | None, program: Program
+) -> Difference:
+    """Return a difference of the sampler or schedule with the nearest sampler as its advice.
+
+    The schedule of the nearest sampler is marked as `is_always`: the program has no nearer one.
+    Other differences are returned unchanged.
+    """
+    if there is None or difference.cause not in ("sampler", "schedule"):
+        return difference
+    is_nearest = difference.cause == "schedule" and difference.theirs == there.sampling
+    advice = (
+        f"The nearest sampler of {program} is {there.sampling}: with all other settings as in "
+        f"training, the mean difference from the sample is {there.distance:.2f} levels."
+    )
+    return replace(difference, advice=advice, is_always=is_nearest)
 
 
 def nearest_picture(plan: PlannedSample, program: Target, simulator: Simulator) -> NearestPicture:
